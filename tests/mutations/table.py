@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutations import (
+    attention,
     benchmarks,
     critic_free,
     data,
@@ -32,6 +33,7 @@ MUTATIONS: list[Mutation] = [
     *training.MUTATIONS,
     *ppo.MUTATIONS,
     *ppo_step.MUTATIONS,
+    *attention.MUTATIONS,
     *critic_free.MUTATIONS,
     *preference_losses.MUTATIONS,
     *stages.MUTATIONS,

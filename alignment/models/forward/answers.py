@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from alignment.core.errors import ModelError
 from alignment.models.forward.flat import trunk_states
-from alignment.models.forward.head import TokenStatistics, label_statistics, scalar_at, transforms_logits
+from alignment.models.forward.head import TokenStatistics, label_statistics, scalar_at, scales_logits
 from alignment.models.forward.rows import SHORTEST_SHARED, FlatRows, by_tokens, stream
 from alignment.models.forward.transfer import on_device
 
@@ -94,9 +94,9 @@ def statistics_of(
     Raises:
         ModelError: the head does more than one matrix product.
     """
-    if transforms_logits(model):
+    if scales_logits(model):
         raise ModelError(
-            f"{type(model).__name__} scales or caps its logits, or adds a bias to them",
+            f"{type(model).__name__} scales its logits, or adds a bias to them",
             where="model.source",
             remedy="PPO, evaluation and precompute_reference need a head without these; other stages work",
         )

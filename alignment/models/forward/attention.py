@@ -1,7 +1,8 @@
 """Attention inside the rows of a stream, as a function that transformers' models call (AttentionInterface).
 
-On CUDA all rows are one call of the variable-length kernel; elsewhere they are some batched products
-(alignment/models/kernels/row_attention.py). A shared beginning is gathered before the row's own keys and values.
+On CUDA all rows are one call of the variable-length kernel; elsewhere, and with capped scores, they are some batched
+products (alignment/models/kernels/row_attention.py). A shared beginning is gathered before the row's own keys and
+values.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from alignment.models.assembly.precision import products_dtype
 from alignment.models.forward.rows import Range, Segment
 from alignment.models.forward.transfer import on_device
-from alignment.models.kernels.row_attention import Row, attend
+from alignment.models.kernels.capped_attention import capped_attention
+from alignment.models.kernels.row_attention import Row, Scores, attend
 
-ATTENTION = "flat_sdpa"
+ATTENTION = "flat"
+SLIDING = "sliding_attention"
+"""What transformers calls a layer with a sliding window."""
 _WIDEST_HEAD = 256
 _AMPERE = (8, 0)
 
@@ -61,6 +65,8 @@ def flat_attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     segments: Sequence[Segment] | None = None,
     prefix: Tensor | None = None,  # [2 · layers, key heads, virtual tokens, head width]
     keys_values: KeysValues | None = None,
@@ -70,17 +76,21 @@ def flat_attention(
     """``[1, tokens, heads, value width]``; without ``segments`` the batch is padded and the standard function computes
     it.
 
-    ``keys_values`` receives the layer's keys and values; ``earlier`` holds those of a stream before this one.
+    ``keys_values`` receives the layer's keys and values; ``earlier`` holds those of a stream before this one. With a
+    ``sliding_window`` a token sees that many tokens up to itself, and ``softcap`` bounds the scores.
 
     Raises:
         ValueError: the model needs a feature that this function lacks: dropout on attention weights, a bias or a
-            learned mask, sinks, capped scores.
+            learned mask, sinks; or its window is not the one in its configuration.
     """
+    if segments is None and softcap is not None and not dropout:
+        return capped_attention(query, key, value, attention_mask, scaling=scaling, cap=softcap), None
     if segments is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, **kwargs
         )
-    unusual = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
+    unusual = [name for name in ("position_bias", "s_aux") if kwargs.get(name) is not None]
+    unusual += ["another window than its configuration's"] * (sliding_window != window_of_layer(module))
     unusual += ["dropout"] * bool(dropout)
     unusual += ["attention_mask"] * (attention_mask is not None and attention_mask.numel() != 1)
     if unusual:
@@ -91,10 +101,21 @@ def flat_attention(
     keys, values, ahead = _with_earlier(
         module, key[0], value[0], prefix=prefix, keys_values=keys_values, earlier=earlier
     )
-    if _has_kernel(query, value):
-        return _varlen(query[0], keys, values, segments, scale, ahead)[None], None
-    attended = attend(query[0], keys, values, _rows(tuple(segments), ahead), scale)
+    if softcap is None and _has_kernel(query, value):
+        return _varlen(query[0], keys, values, segments, scale, ahead, sliding_window)[None], None
+    scores = Scores(scale=scale, window=sliding_window, cap=softcap)
+    attended = attend(query[0], keys, values, _rows(tuple(segments), ahead), scores)
     return attended.transpose(0, 1)[None], None
+
+
+def window_of_layer(module: Any) -> int | None:
+    """The sliding window of an attention layer, as the model's configuration has it."""
+    config = getattr(module, "config", None)
+    types = getattr(config, "layer_types", None)
+    if types is not None and types[module.layer_idx] != SLIDING:
+        return None
+    window: int | None = getattr(config, "sliding_window", None)
+    return window
 
 
 def _with_earlier(
@@ -181,7 +202,13 @@ def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
 
 
 def _varlen(
-    query: Tensor, key: Tensor, value: Tensor, segments: Sequence[Segment], scale: float, ahead: _Ahead
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Sequence[Segment],
+    scale: float,
+    ahead: _Ahead,
+    window: int | None = None,
 ) -> Tensor:
     """``[tokens, heads, width]`` by one kernel call on CUDA; queries are aligned with the end of their keys."""
     from torch.nn.attention.varlen import varlen_attn
@@ -198,7 +225,7 @@ def _varlen(
         arguments.longest,
         arguments.longest_keys,
         scale=scale,
-        window_size=(-1, 0),
+        window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[0] != key.shape[0],
     )
     assert isinstance(attended, Tensor)  # the log-sum-exp comes with it only on request

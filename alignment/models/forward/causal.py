@@ -19,7 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from trl.trainer.utils import FusedCausalLMOutput
 
 from alignment.models.forward.flat import trunk_states, use_flat_attention
-from alignment.models.forward.head import label_statistics, scalar_at, transforms_logits
+from alignment.models.forward.head import label_statistics, scalar_at, scales_logits
 from alignment.models.forward.rows import FlatRows, flatten, stream
 
 log = logging.getLogger(__name__)
@@ -30,12 +30,13 @@ IGNORED = -100
 def install_causal(model: PreTrainedModel) -> None:
     """Serves ``fused_lm_head=True`` calls of a causal language model with the fast forward; other calls are unchanged.
 
-    Call it after TRL's trainer has installed its own fused head. A model whose head scales or caps its logits keeps
-    TRL's.
+    Call it after TRL's trainer has installed its own fused head. A model whose head scales its logits or has a bias
+    keeps TRL's.
     """
-    if transforms_logits(model):
+    if scales_logits(model):
         log.warning(
-            "%s scales or caps its logits, so TRL's own forward is used and padding is computed.", type(model).__name__
+            "%s scales its logits or adds a bias to them, so TRL's own forward is used and padding is computed.",
+            type(model).__name__,
         )
         return
     use_flat_attention(model)

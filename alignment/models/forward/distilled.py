@@ -13,7 +13,7 @@ from alignment.core.errors import ModelError
 from alignment.models.forward.causal import IGNORED
 from alignment.models.forward.divergence import Teaching, divergence_from
 from alignment.models.forward.flat import trunk_states, use_flat_attention
-from alignment.models.forward.head import transforms_logits
+from alignment.models.forward.head import logit_cap, scales_logits
 from alignment.models.forward.rows import FlatRows, flatten
 
 
@@ -64,7 +64,7 @@ def refuse_other_heads(student: PreTrainedModel, teacher: PreTrainedModel, *, wh
         ModelError: a head does more than one matrix product, or they have other numbers of tokens.
     """
     for name, model in (("student", student), ("teacher", teacher)):
-        if transforms_logits(model):
+        if scales_logits(model) or logit_cap(model) is not None:
             raise ModelError(
                 f"the {name}, a {type(model).__name__}, scales or caps its logits, or adds a bias to them",
                 where=where,

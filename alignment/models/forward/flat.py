@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from alignment.core.errors import ModelError
 from alignment.models.assembly.precision import products_dtype
 from alignment.models.assembly.prefix import prefix_of, refuse_too_long
-from alignment.models.forward.attention import ATTENTION, KeysValues
+from alignment.models.forward.attention import ATTENTION, SLIDING, KeysValues
 from alignment.models.forward.rows import FlatRows
 from alignment.models.kernels.blocks import fuse_blocks
 from alignment.models.kernels.norms import fuse_norms
@@ -27,21 +27,30 @@ MULTIPLE = 64
 """Streams on a CPU in bfloat16 are padded to a multiple of this number of tokens. oneDNN generates code for every new
 shape of a product, and otherwise every step would have new shapes (docs/LOG.md, 2026-11-26)."""
 
+_FULL = "full_attention"
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 """Names in configurations for dropout on attention weights."""
 
 
 def can_run_flat(model: PreTrainedModel) -> bool:
-    """Whether attention can be restricted to rows: full, causal, without dropout, and called through the interface."""
+    """Whether attention can be restricted to rows: full or with a sliding window, causal, without dropout and without
+    sinks, and called through the interface."""
     config = model.config.get_text_config()
-    layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
+    layer_types = set(getattr(config, "layer_types", None) or [_FULL])
     return (
         bool(getattr(model, "_supports_attention_backend", False))
-        and layer_types == {"full_attention"}
-        and not getattr(config, "sliding_window", None)
-        and not getattr(config, "attn_logit_softcapping", None)
+        and layer_types <= {_FULL, SLIDING}
+        and not getattr(config, "use_bidirectional_attention", None)
         and not any(getattr(config, name, 0.0) for name in _DROPOUTS)
+        and not any(hasattr(module, "sinks") for module in model.modules())
     )
+
+
+def has_window(model: PreTrainedModel) -> bool:
+    """Whether some layers have a sliding window."""
+    config = model.config.get_text_config()
+    types = getattr(config, "layer_types", None)
+    return getattr(config, "sliding_window", None) is not None and (types is None or SLIDING in types)
 
 
 def use_flat_attention(model: PreTrainedModel) -> bool:
@@ -74,6 +83,8 @@ def trunk_states(
     prefix = prefix_of(trunk)
     ahead = 0 if prefix is None else prefix.tokens
     refuse_too_long(trunk, max(rows.lengths))
+    if has_window(trunk):
+        refuse_prefix(trunk)
     if trunk.config._attn_implementation != ATTENTION:
         refuse_prefix(trunk)
         if keys_values is not None or earlier is not None:
@@ -104,14 +115,15 @@ def _multiple(trunk: PreTrainedModel) -> int:
 
 
 def refuse_prefix(trunk: PreTrainedModel) -> None:
-    """Checks that a model without flat attention has no prefix.
+    """Checks that a model without flat attention, or with a sliding window, has no prefix.
 
     Raises:
         ModelError: it has one.
     """
     if prefix_of(trunk) is not None:
         raise ModelError(
-            f"{type(trunk).__name__} has attention that the flat path does not support, and a prefix needs it",
+            f"{type(trunk).__name__} has a sliding window, or attention that the flat path does not support; a prefix "
+            "needs full attention",
             where="adapter.kind",
             remedy="use a low-rank adapter",
         )

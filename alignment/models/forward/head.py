@@ -39,9 +39,16 @@ class TokenStatistics:
 
 
 def token_statistics(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, temperature: float = 1.0, entropy_gradient: bool = False
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
+    cap: float | None = None,
 ) -> TokenStatistics:
-    """Statistics of ``labels`` under softmax(hidden @ weight.T / temperature).
+    """Statistics of ``labels`` under softmax(z / temperature), with z = hidden @ weight.T or, with a ``cap``,
+    cap·tanh(hidden @ weight.T / cap).
 
     Args:
         hidden: ``[tokens, width]`` hidden states, each from the position *before* its label.
@@ -49,7 +56,7 @@ def token_statistics(
         labels: ``[tokens]`` token ids.
         entropy_gradient: whether the entropies carry gradients; the probabilities are then computed twice.
     """
-    fields = _ChunkedLogSoftmax.apply(hidden, weight, labels, temperature, entropy_gradient)
+    fields = _ChunkedLogSoftmax.apply(hidden, weight, labels, temperature, entropy_gradient, cap)
     return TokenStatistics(**dict(zip(_FIELDS, fields, strict=True)))
 
 
@@ -62,10 +69,11 @@ def label_statistics(
     entropy_gradient: bool = False,
 ) -> TokenStatistics:
     """``token_statistics`` under the model's own head."""
+    cap = logit_cap(model)
     fields = through_head(
         model,
         hidden,
-        lambda states, weight: _ChunkedLogSoftmax.apply(states, weight, labels, temperature, entropy_gradient),
+        lambda states, weight: _ChunkedLogSoftmax.apply(states, weight, labels, temperature, entropy_gradient, cap),
     )
     return TokenStatistics(**dict(zip(_FIELDS, fields, strict=True)))
 
@@ -94,12 +102,18 @@ _CALLED = "is_read_in_calls_only"
 _FIELDS = ("logprobs", "entropy", "mean_logits", "is_top1")
 
 
-def transforms_logits(model: PreTrainedModel) -> bool:
-    """Whether the model's logits differ from ``hidden @ weight.T``: scaled, capped, or with a bias."""
+def logit_cap(model: PreTrainedModel) -> float | None:
+    """The bound of the model's logits (Gemma Team 2024, section 2), if they have one."""
+    cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return cap
+
+
+def scales_logits(model: PreTrainedModel) -> bool:
+    """Whether the model's logits are scaled or have a bias, beside a cap."""
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         return True
     config = model.config.get_text_config()
-    names = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+    names = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
     return any(getattr(config, name, None) is not None for name in names)
 
 
@@ -121,7 +135,13 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, temperature: float, entropy_gradient: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        temperature: float,
+        entropy_gradient: bool,
+        cap: float | None,
     ) -> tuple[Tensor, ...]:
         compute, dtypes = products_dtype(weight), (hidden.dtype, weight.dtype)
         hidden, weight = hidden.to(compute), weight.to(compute)
@@ -140,6 +160,7 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
                     chunk_products,
                     labels[rows],
                     temperature=temperature,
+                    cap=cap,
                     slope=slopes is not None,
                 )
             if slopes is not None:
@@ -148,10 +169,10 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
             ctx.save_for_backward(hidden, weight, labels, statistics.log_norm, statistics.entropy)
         elif slopes is not None:
             ctx.save_for_backward(slopes)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.cap = temperature, cap
         ctx.entropy_gradient = entropy_gradient
         ctx.input_dtypes = dtypes
-        mean_logits = _mean_logits(hidden, weight) / temperature
+        mean_logits = (_mean_logits(hidden, weight) if cap is None else statistics.mean_logits) / temperature
         constants = () if entropy_gradient else (statistics.entropy,)
         ctx.mark_non_differentiable(*constants, mean_logits, statistics.is_top1)
         return statistics.logprobs, statistics.entropy, mean_logits, statistics.is_top1
@@ -161,9 +182,9 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
         factors = (grad_logprobs / ctx.temperature).float()
         if ctx.recomputes:
             entropy_factors = (grad_entropy / ctx.temperature).float() if ctx.entropy_gradient else None
-            return *_recomputed(ctx, factors, entropy_factors), None, None, None
+            return *_recomputed(ctx, factors, entropy_factors), None, None, None, None
         (slopes,) = ctx.saved_tensors
-        return (slopes * factors[:, None]).to(ctx.input_dtypes[0]), None, None, None, None
+        return (slopes * factors[:, None]).to(ctx.input_dtypes[0]), None, None, None, None, None
 
 
 def _mean_logits(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -179,6 +200,7 @@ class _Statistics:
         self.logprobs = torch.empty(count, device=device)
         self.entropy = torch.empty(count, device=device)
         self.log_norm = torch.empty(count, device=device)
+        self.mean_logits = torch.empty(count, device=device)
         self.is_top1 = torch.empty(count, dtype=torch.bool, device=device)
 
 
@@ -190,10 +212,14 @@ def _score(
     labels: Tensor,
     *,
     temperature: float,
+    cap: float | None,
     slope: bool,
 ) -> None:
-    """Fills the statistics of some rows; if ``slope``, replaces their ``products`` by onehot(label) − p."""
-    logits = memory.logits[: len(labels)].copy_(products)
+    """Fills the statistics of some rows; if ``slope``, replaces their ``products`` by the slope of the label's
+    log-probability in them, times the temperature."""
+    logits = capped(memory.logits[: len(labels)].copy_(products), cap)
+    if cap is not None:
+        statistics.mean_logits[rows] = logits.mean(-1)
     if temperature != 1.0:
         logits.div_(temperature)
     highest = logits.amax(-1, keepdim=True)
@@ -206,7 +232,18 @@ def _score(
     statistics.is_top1[rows] = chosen >= 0
     statistics.entropy[rows] = log_total - logits.mul_(weights).sum(-1) / total.squeeze(-1)
     if slope:
-        products.copy_(_log_softmax_slope(weights.div_(total), labels))
+        slopes = _log_softmax_slope(weights.div_(total), labels)
+        products.copy_(slopes if cap is None else slopes.mul_(_cap_slope(logits.copy_(products), cap)))
+
+
+def capped(products: Tensor, cap: float | None) -> Tensor:
+    """Replaces x by c·tanh(x / c), or leaves it without a cap."""
+    return products if cap is None else products.div_(cap).tanh_().mul_(cap)
+
+
+def _cap_slope(products: Tensor, cap: float) -> Tensor:
+    """d c·tanh(x / c) / dx = 1 − tanh²(x / c), in place."""
+    return products.div_(cap).tanh_().square_().neg_().add_(1.0)
 
 
 def _log_softmax_slope(shares: Tensor, labels: Tensor) -> Tensor:
@@ -224,12 +261,14 @@ def _recomputed(ctx: Any, factors: Tensor, entropy_factors: Tensor | None) -> tu
     for chunk in chunks_of(hidden.shape[0]):
         products = memory.project(hidden[chunk], weight)
         for rows, chunk_products in memory.parts(chunk):
-            logits = memory.logits[: len(chunk_products)].copy_(chunk_products).div_(ctx.temperature)
+            logits = capped(memory.logits[: len(chunk_products)].copy_(chunk_products), ctx.cap).div_(ctx.temperature)
             shares = torch.exp(logits.sub_(log_norm[rows, None]), out=memory.shares[: len(chunk_products)])
             bend = None if entropy_factors is None else logits.add_(entropy[rows, None]).mul_(shares)
             slopes = _log_softmax_slope(shares, labels[rows]).mul_(factors[rows, None])
             if bend is not None and entropy_factors is not None:
                 slopes.sub_(bend.mul_(entropy_factors[rows, None]))
+            if ctx.cap is not None:
+                slopes.mul_(_cap_slope(logits.copy_(chunk_products), ctx.cap))
             chunk_products.copy_(slopes)
         if grad_hidden is not None:
             grad_hidden[chunk] = memory.project_back(len(products), weight)

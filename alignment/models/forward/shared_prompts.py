@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from alignment.models.assembly.prefix import prefix_of
 from alignment.models.forward.attention import ATTENTION, KeysValues
 from alignment.models.forward.flat import trunk_states
-from alignment.models.forward.head import label_statistics, transforms_logits
+from alignment.models.forward.head import capped, label_statistics, logit_cap, scales_logits
 from alignment.models.forward.rows import FlatRows, behind, by_tokens, stream
 from alignment.models.kernels.kv_cache import RowsCache
 
@@ -48,7 +48,7 @@ class Reading:
     def logits(self, model: PreTrainedModel) -> Tensor:
         """``[prompts, vocabulary]`` logits of the first token after each prompt."""
         head = model.get_output_embeddings()
-        return torch.cat([head(batch.ends)[batch.asked] for batch in self.batches])
+        return torch.cat([capped(head(batch.ends), logit_cap(model))[batch.asked] for batch in self.batches])
 
     def cache(self, model: PreTrainedModel, *, room: int) -> RowsCache:
         """The cache of a decoding batch with a row for each prompt.
@@ -84,8 +84,8 @@ class Reading:
 
 
 def can_read(model: PreTrainedModel) -> bool:
-    """Whether the model has flat attention and a head that is one matrix product; ``model`` has no wrapper."""
-    return model.config._attn_implementation == ATTENTION and not transforms_logits(model)
+    """Whether the model has flat attention and a head that neither scales nor has a bias; ``model`` has no wrapper."""
+    return model.config._attn_implementation == ATTENTION and not scales_logits(model)
 
 
 @torch.no_grad()

@@ -22,10 +22,7 @@ _FEED_FORWARD = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "GemmaMLP", "Qwen3MLP"}
 
 
 def fuse_blocks(model: nn.Module) -> int:
-    """Replaces the forward of every block whose function is known; returns how many.
-
-    The model's attention has no sliding window.
-    """
+    """Replaces the forward of every block whose function is known; returns how many."""
     understood: dict[type, Any] = {}
     count = 0
     for module in model.modules():
@@ -95,6 +92,8 @@ def _attention(
     query, key = _rotated(query, key, cos, sin)
     if cache is not None:
         key, value = cache.update(key, value, self.layer_idx)
+    if (window := getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))) is not None:
+        kwargs["sliding_window"] = window  # as Qwen2's and Mistral's own forward
     attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
     attended, weights = attend(
         self,

@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from alignment.core.errors import ModelError
 from alignment.models.assembly.precision import products_dtype
 from alignment.models.forward.attention import KeysValues
+from alignment.models.kernels.capped_attention import capped_attention
 
 ATTENTION = "decoding"
 
@@ -175,20 +176,23 @@ def decoding_attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """``[rows, new tokens, heads, width]``; two products and a softmax on CPU with one new token per row.
 
-    Scores and weights are rounded to the cache's dtype; sums are in float32. In other cases transformers' function is
-    called.
+    Scores and weights are rounded to the cache's dtype; sums are in float32. ``softcap`` bounds the scores. In other
+    cases transformers' function is called.
     """
-    unusual = dropout or any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "s_aux"))
-    if unusual or not _is_one_step(query.shape[2], query.device):
+    unusual = dropout or any(kwargs.get(name) is not None for name in ("position_bias", "s_aux"))
+    if unusual or not (softcap is not None or _is_one_step(query.shape[2], query.device)):
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask == 0
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, **kwargs
         )
+    if softcap is not None:
+        return capped_attention(query, key, value, attention_mask, scaling=scaling, cap=softcap), None
     rows, heads, columns, width = key.shape
     queries = query.to(key.dtype).reshape(rows * heads, -1, width)  # those that share a key head are adjacent
     keys, values = key.reshape(rows * heads, columns, width), value.reshape(rows * heads, columns, -1)

@@ -6,6 +6,9 @@ softmax between. The softmax of short rows is stored for the backward pass. A lo
 scaled-dot-product attention, and its softmax is computed again in the backward pass, span by span. That is written out
 here, because PyTorch's flash kernel for CPU took four times as long as the matrix products that it consists of. Query
 heads that share keys (Ainslie et al. 2023, grouped-query attention) are in one product.
+
+With a sliding window (Beltagy et al. 2020) a query sees only the last keys up to its own; spans leave the others out.
+Capped scores (Gemma Team 2024, section 2) are c·tanh(s / c). Long rows then go span by span in the forward pass, too.
 """
 
 from __future__ import annotations
@@ -56,8 +59,18 @@ class Row:
         return sum(end - start for start, end in self.keys) - self.queries
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, rows: tuple[Row, ...], scale: float) -> Tensor:
-    """``[heads, tokens, value width]``: softmax(scale·q kᵀ) v inside rows; a query sees the keys up to its own.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scores:
+    """How a query's scores are computed: ``scale``·q kᵀ of the last ``window`` keys up to its own, or of all, bounded
+    to ±``cap`` if there is one."""
+
+    scale: float
+    window: int | None = None
+    cap: float | None = None
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, rows: tuple[Row, ...], scores: Scores) -> Tensor:
+    """``[heads, tokens, value width]``: softmax(scores) v inside rows; a query sees no key after its own.
 
     In bfloat16 scores are rounded before the softmax, as in transformers' eager attention.
 
@@ -65,10 +78,11 @@ def attend(query: Tensor, key: Tensor, value: Tensor, rows: tuple[Row, ...], sca
         query: ``[heads, tokens, width]``; every token is in one of ``rows``.
         key: ``[key heads, keys, width]``; each key head serves equally many query heads.
         value: ``[key heads, keys, value width]``.
+        scores: the window counts keys in the order of ``Row.keys``.
     """
-    attended: Tensor = _RowAttention.apply(
-        query, key, value, _plan(rows, key.shape[0], query.dtype, query.device), scale
-    )
+    by_span = scores.window is not None or scores.cap is not None
+    plan = _plan(rows, key.shape[0], query.dtype, query.device, scores.window, by_span)
+    attended: Tensor = _RowAttention.apply(query, key, value, plan, scores)
     return attended
 
 
@@ -101,8 +115,8 @@ class _Group:
 class _Plan:
     """The products for a stream.
 
-    ``stored`` groups hold short rows, whose softmax is stored; ``recomputed`` groups hold ``long`` rows, and are only
-    for the backward pass.
+    ``stored`` groups hold short rows, whose softmax is stored; ``recomputed`` groups hold spans of long rows. They are
+    only for the backward pass if ``long`` has these rows, and else for both.
 
     A line is a token under one key head, with the number ``token · key heads + head``. ``queries`` and ``keys`` are the
     lines in the groups, including those that pad rows. ``padding`` holds the indices in the groups of padding queries,
@@ -112,21 +126,31 @@ class _Plan:
     stored: tuple[_Group, ...]
     recomputed: tuple[_Group, ...]
     long: tuple[tuple[Row, Tensor | None], ...]
-    """Long rows, each with its mask ``hidden [1, queries, keys]`` if it has keys before its own."""
+    """Long rows that scaled-dot-product attention serves, each with its mask ``hidden [1, queries, keys]`` if it has
+    keys before its own."""
     queries: Tensor
     keys: Tensor
     padding: Tensor
     indices: Tensor
 
 
-@functools.lru_cache(maxsize=4)  # all layers, and all models that read the same stream, need the same plan
-def _plan(rows: tuple[Row, ...], heads: int, dtype: torch.dtype, device: torch.device) -> _Plan:
+@functools.lru_cache(maxsize=4)  # layers of a kind, and models that read the same stream, need the same plan
+def _plan(
+    rows: tuple[Row, ...],
+    heads: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    window: int | None = None,
+    by_span: bool = False,
+) -> _Plan:
     short, long = ([row for row in rows if (row.queries > QUERIES) is longer] for longer in (False, True))
-    builder = _GroupBuilder(max(row.own[1] for row in rows), heads, dtype, device)
+    builder = _GroupBuilder(max(row.own[1] for row in rows), heads, dtype, device, window)
     return _Plan(
         stored=tuple(builder.groups(short)),
         recomputed=tuple(builder.groups(long)),
-        long=tuple((row, on_device(_hidden_of(row, dtype), device) if row.earlier else None) for row in long),
+        long=()
+        if by_span
+        else tuple((row, on_device(_hidden_of(row, dtype), device) if row.earlier else None) for row in long),
         **builder.lines(),
     )
 
@@ -134,15 +158,17 @@ def _plan(rows: tuple[Row, ...], heads: int, dtype: torch.dtype, device: torch.d
 class _GroupBuilder:
     """Builds groups, and the lines in them, one after another."""
 
-    def __init__(self, tokens: int, heads: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._heads, self._dtype, self._device = heads, dtype, device
+    def __init__(self, tokens: int, heads: int, dtype: torch.dtype, device: torch.device, window: int | None) -> None:
+        self._heads, self._dtype, self._device, self._window = heads, dtype, device, window
         self._indices = torch.zeros(tokens, heads, dtype=torch.long)
         self._queries, self._keys, self._padding = ([torch.zeros(0, dtype=torch.long)] for _ in range(3))
         self._ends = 0, 0
 
     def groups(self, rows: Sequence[Row]) -> Iterator[_Group]:
         """Groups spans of rows of similar sizes."""
-        spans = sorted((span for row in rows for span in _spans(row)), key=lambda row: (row.queries, row.earlier))
+        spans = sorted(
+            (span for row in rows for span in _spans(row, self._window)), key=lambda row: (row.queries, row.earlier)
+        )
         for first, last in _cuts([(_whole(span.queries), _whole(span.earlier)) for span in spans]):
             yield self._group(spans[first:last])
 
@@ -163,7 +189,8 @@ class _GroupBuilder:
             queries=slice(start, end),
             keys=slice(keys_start, keys_end),
             hidden=on_device(
-                _hidden([row.earlier for row in rows], (own.shape[1], seen.shape[1]), self._dtype), self._device
+                _hidden([row.earlier for row in rows], (own.shape[1], seen.shape[1]), self._dtype, self._window),
+                self._device,
             ),
         )
 
@@ -176,13 +203,26 @@ class _GroupBuilder:
         return {name: on_device(lines, self._device) for name, lines in joined.items()}
 
 
-def _spans(row: Row) -> Iterator[Row]:
+def _spans(row: Row, window: int | None) -> Iterator[Row]:
     """Yields spans of a row's queries, with the keys that they see."""
     start, end = row.own
     own_keys = row.keys[-1][0]
     for first in range(start, end, SPAN):
         last = min(first + SPAN, end)
-        yield Row((first, last), (*row.keys[:-1], (own_keys, own_keys + last - start)))
+        keys = (*row.keys[:-1], (own_keys, own_keys + last - start))
+        unseen = 0 if window is None else max(0, row.earlier + first - start + 1 - window)
+        yield Row((first, last), _without_first(keys, unseen))
+
+
+def _without_first(ranges: Sequence[Range], count: int) -> tuple[Range, ...]:
+    """Ranges without their first ``count`` indices."""
+    left = []
+    for start, end in ranges:
+        dropped = min(count, end - start)
+        count -= dropped
+        if start + dropped < end:
+            left.append((start + dropped, end))
+    return tuple(left)
 
 
 def _cuts(sizes: Sequence[tuple[int, int]]) -> list[Range]:
@@ -233,16 +273,19 @@ def _whole(count: int) -> int:
     return next_multiple(count, MULTIPLE)
 
 
-def _hidden(earlier: Sequence[int], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """``[1 or rows, queries, keys]`` of this ``shape``: −∞ on a query's later keys and on padding of earlier keys, else
-    0.
+def _hidden(earlier: Sequence[int], shape: tuple[int, int], dtype: torch.dtype, window: int | None = None) -> Tensor:
+    """``[1 or rows, queries, keys]`` of this ``shape``: −∞ on a query's later keys, on those before its ``window``, and
+    on padding of earlier keys, else 0.
 
     It has one row if all rows have equally many earlier keys.
     """
     queries, keys = shape
     most, columns = keys - queries, torch.arange(keys)
     padding = most - torch.tensor(earlier if len(set(earlier)) > 1 else earlier[:1])
-    unseen = (columns < padding[:, None, None]) | (columns > most + torch.arange(queries)[:, None])
+    last = most + torch.arange(queries)[:, None]
+    unseen = (columns < padding[:, None, None]) | (columns > last)
+    if window is not None:
+        unseen |= columns <= last - window
     return torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, float("-inf"))
 
 
@@ -255,21 +298,22 @@ def _hidden_of(row: Row, dtype: torch.dtype) -> Tensor:
 
 class _RowAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: _Plan, scale: float) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: _Plan, scores: Scores) -> Tensor:
         heads, widths = key.shape[0], (query.shape[-1], value.shape[-1])
         lines = [_lines(states, heads) for states in (query, key, value)]
         queries, keys, values = _gathered(lines, plan)
         attended_lines = queries.new_empty(len(queries), query.shape[0] // heads * widths[1])
         stored = []
-        for group in plan.stored:
-            weights = _weights(group.of_queries(queries, widths[0]), group.of_keys(keys), group.hidden, scale)
+        for number, group in enumerate((*plan.stored, *(() if plan.long else plan.recomputed))):
+            weights = _weights(group.of_queries(queries, widths[0]), group.of_keys(keys), group.hidden, scores)
             torch.bmm(weights, group.of_keys(values), out=group.of_queries(attended_lines, widths[1]))
-            stored.append(weights)
+            if number < len(plan.stored):
+                stored.append(weights)
         attended = _spread(attended_lines, plan, query.shape[:2])
         for row, hidden in plan.long:
-            attended[:, slice(*row.own)] = _long(query, key, value, row, hidden, scale)
+            attended[:, slice(*row.own)] = _long(query, key, value, row, hidden, scores.scale)
         ctx.save_for_backward(query, key, value, *stored)
-        ctx.plan, ctx.scale = plan, scale
+        ctx.plan, ctx.scores = plan, scores
         return attended
 
     @staticmethod
@@ -285,13 +329,13 @@ class _RowAttention(torch.autograd.Function):
         for group, weights in zip_longest((*plan.stored, *plan.recomputed), stored):
             inputs = group.of_queries(queries, widths[0]), group.of_keys(keys), group.of_keys(values)
             if weights is None:
-                weights = _weights(inputs[0], inputs[1], group.hidden, ctx.scale)
+                weights = _weights(inputs[0], inputs[1], group.hidden, ctx.scores)
             into = (
                 group.of_queries(grads_of_lines[0], widths[0]),
                 group.of_keys(grads_of_lines[1]),
                 group.of_keys(grads_of_lines[2]),
             )
-            _gradients(inputs, weights, group.of_queries(grads, widths[1]), ctx.scale, into)
+            _gradients(inputs, weights, group.of_queries(grads, widths[1]), ctx.scores, into)
         grad_key, grad_value = (
             torch.zeros_like(own)
             .index_add_(0, plan.keys, grads_of_keys)
@@ -320,29 +364,41 @@ def _spread(lines: Tensor, plan: _Plan, shape: Sequence[int]) -> Tensor:
     return lines.index_select(0, plan.indices).view(tokens, heads, -1).transpose(0, 1)
 
 
-def _weights(query: Tensor, key: Tensor, hidden: Tensor, scale: float) -> Tensor:
-    """softmax(scale·q kᵀ), ``[matrices, queries · parts, keys]``; ``hidden`` is ``[1 or rows, queries, keys]``."""
-    scores = query.new_empty(*query.shape[:2], key.shape[1])
+def _weights(query: Tensor, key: Tensor, hidden: Tensor, scores: Scores) -> Tensor:
+    """softmax(scores), ``[matrices, queries · parts, keys]``; ``hidden`` is ``[1 or rows, queries, keys]``."""
     rows, queries, keys = hidden.shape
-    scores.view(-1, rows, queries, query.shape[1] // queries, keys).copy_(hidden[:, :, None])
-    scores.baddbmm_(query, key.transpose(1, 2), alpha=scale)
-    return torch.softmax(scores, dim=-1)
+    shape = -1, rows, queries, query.shape[1] // queries, keys
+    if scores.cap is not None:
+        capped = _bounded(query, key, scores).mul_(scores.cap)
+        capped.view(shape).add_(hidden[:, :, None])
+        return torch.softmax(capped, dim=-1)
+    plain = query.new_empty(*query.shape[:2], key.shape[1])
+    plain.view(shape).copy_(hidden[:, :, None])
+    return torch.softmax(plain.baddbmm_(query, key.transpose(1, 2), alpha=scores.scale), dim=-1)
+
+
+def _bounded(query: Tensor, key: Tensor, scores: Scores) -> Tensor:
+    """tanh(scale·q kᵀ / cap), ``[matrices, queries · parts, keys]``."""
+    assert scores.cap is not None, "only capped scores are bounded"
+    return torch.bmm(query, key.transpose(1, 2)).mul_(scores.scale / scores.cap).tanh_()
 
 
 def _gradients(
     inputs: tuple[Tensor, Tensor, Tensor],
     weights: Tensor,
     grad: Tensor,
-    scale: float,
+    scores: Scores,
     into: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Gradients of softmax(scale·q kᵀ) v for ``[matrices, queries or keys, width]``, given the softmax."""
+    """Gradients of softmax(scores) v for ``[matrices, queries or keys, width]``, given the softmax."""
     query, key, value = inputs
     torch.bmm(weights.transpose(1, 2), grad, out=into[2])
     grad_weights = torch.bmm(grad, value.transpose(1, 2))
     grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-    into[0].baddbmm_(grad_scores, key, beta=0, alpha=scale)
-    into[1].baddbmm_(grad_scores.transpose(1, 2), query, beta=0, alpha=scale)
+    if scores.cap is not None:  # d c·tanh(s / c) / ds = 1 − tanh²(s / c)
+        grad_scores = grad_scores.mul_(_bounded(query, key, scores).square_().neg_().add_(1.0))
+    into[0].baddbmm_(grad_scores, key, beta=0, alpha=scores.scale)
+    into[1].baddbmm_(grad_scores.transpose(1, 2), query, beta=0, alpha=scores.scale)
 
 
 def _long(query: Tensor, key: Tensor, value: Tensor, row: Row, hidden: Tensor | None, scale: float) -> Tensor:

@@ -107,11 +107,29 @@ def test_the_mask_of_one_step_is_a_summand_and_that_of_a_prompt_is_not() -> None
     assert prompt.dtype == torch.bool
 
 
-def test_attention_that_is_not_plain_goes_to_the_function_of_transformers() -> None:
-    keys, values = _states(1, 4, seed=0)
-    query = torch.randn(1, HEADS, 1, WIDTH)
-    with pytest.raises(ValueError, match="softcap"):
-        decoding_attention(nn.Module(), query, keys, values, None, softcap=5.0)
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_capped_scores_are_those_of_the_formula_in_float64(tokens: int, masked: bool) -> None:
+    """c·tanh(s / c), for one new token with a summand and for several with a boolean mask."""
+    rows, columns, groups, cap = 2, 5, 2, 0.7
+    keys, values = _states(rows, columns, seed=0)
+    query = torch.randn(rows, HEADS * groups, tokens, WIDTH, generator=torch.Generator().manual_seed(1))
+    causal = torch.ones(tokens, columns, dtype=torch.bool).tril(columns - tokens)
+    seen = causal.expand(rows, 1, -1, -1).clone()
+    mask = None
+    if masked:
+        seen[1, ..., :2] = False
+        mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")) if tokens == 1 else seen
+    attended, _ = decoding_attention(nn.Module(), query, keys, values, mask, softcap=cap)
+    assert attended.shape == (rows, tokens, HEADS * groups, WIDTH)
+    for row in range(rows):
+        for head in range(HEADS * groups):
+            for token in range(tokens):
+                visible = seen[row, 0, token]
+                k, v = (states[row, head // groups][visible].double() for states in (keys, values))
+                scores = k @ query[row, head, token].double() * WIDTH**-0.5
+                expected = torch.softmax(cap * torch.tanh(scores / cap), 0) @ v
+                torch.testing.assert_close(attended[row, token, head].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

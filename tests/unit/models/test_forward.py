@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from peft import TaskType
-from transformers import Gemma2Config, Gemma2ForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
@@ -311,53 +310,6 @@ def test_a_mask_with_holes_is_refused(mask: list[list[int]], message: str) -> No
 
 
 # ---- attention that the flat path does not serve --------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("architecture", "changes"),
-    [
-        ("mistral", {"sliding_window": 3}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 3, "max_window_layers": 1}),
-    ],
-)
-def test_a_sliding_window_takes_the_padded_path_and_says_so_once(
-    architecture: str, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    model = tiny_model(architecture, **changes)
-    reference = twin(model)
-    with caplog.at_level(logging.WARNING):
-        install_causal(model)
-        batch = padded(ROWS["ragged"], side="left")
-        output = model(**batch.arguments(), fused_lm_head=True)
-    said = [record.getMessage() for record in caplog.records]
-    assert said == [f"{type(model).__name__} has attention that the flat path does not support; padding is computed."]
-    assert model.config._attn_implementation != ATTENTION
-    expected = plain(reference, batch)
-    _assert_same_statistics(output, expected)
-    output.loss.backward()
-    expected.loss.backward()
-    _assert_same_gradients(model, reference)
-
-
-def _softcapped() -> Gemma2ForCausalLM:
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 4}
-    model = Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, pad_token_id=2, final_logit_softcapping=2.0))
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.25)
-    return model.eval()
-
-
-def test_a_head_that_caps_its_logits_is_left_to_trl() -> None:
-    model = _softcapped()
-    reference = twin(model)
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1", "mean_logits"))
-    install_causal(model)
-    batch = padded(ROWS["ragged"])
-    output = model(**batch.arguments(), fused_lm_head=True)
-    assert relative(output.log_probs[output.label_mask], plain(reference, batch).logprobs) < 1e-5
 
 
 def test_a_head_with_a_bias_is_left_to_trl() -> None:

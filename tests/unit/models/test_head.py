@@ -21,16 +21,27 @@ def figures() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return hidden, weight, labels
 
 
+def bounded(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
+    """c·tanh(z / c)."""
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
 @pytest.mark.parametrize(("chunk", "at_once"), [(1, 512), (3, 512), (3, 2), (7, 1), (512, 3), (512, 512)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+@pytest.mark.parametrize("cap", [None, 1.5])
 def test_statistics_equal_the_slow_loops(
-    monkeypatch: pytest.MonkeyPatch, figures: tuple[torch.Tensor, ...], temperature: float, chunk: int, at_once: int
+    monkeypatch: pytest.MonkeyPatch,
+    figures: tuple[torch.Tensor, ...],
+    cap: float | None,
+    temperature: float,
+    chunk: int,
+    at_once: int,
 ) -> None:
     monkeypatch.setattr(head_chunks, "CHUNK", chunk)
     monkeypatch.setattr(head_chunks, "IN_CACHE", at_once * 11)
     hidden, weight, labels = figures
-    logits = (hidden.double() @ weight.double().T).tolist()
-    found = token_statistics(hidden, weight, labels, temperature=temperature)
+    logits = bounded(hidden.double() @ weight.double().T, cap).tolist()
+    found = token_statistics(hidden, weight, labels, temperature=temperature, cap=cap)
     pairs = list(zip(logits, labels.tolist(), strict=True))
     close(found.logprobs, [oracle.log_softmax(row, temperature=temperature)[label] for row, label in pairs], atol=1e-6)
     close(found.entropy, [oracle.entropy(row, temperature=temperature) for row, _ in pairs], atol=1e-6)
@@ -41,8 +52,13 @@ def test_statistics_equal_the_slow_loops(
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("cap", [None, 1.5])
 def test_gradients_equal_those_of_log_softmax(
-    monkeypatch: pytest.MonkeyPatch, figures: tuple[torch.Tensor, ...], temperature: float, trained: bool
+    monkeypatch: pytest.MonkeyPatch,
+    figures: tuple[torch.Tensor, ...],
+    cap: float | None,
+    temperature: float,
+    trained: bool,
 ) -> None:
     monkeypatch.setattr(head_chunks, "CHUNK", 3)
     monkeypatch.setattr(head_chunks, "IN_CACHE", 2 * 11)
@@ -50,8 +66,9 @@ def test_gradients_equal_those_of_log_softmax(
     upstream = torch.randn(7, generator=torch.Generator().manual_seed(1))
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)]
     theirs = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
-    (token_statistics(*ours, labels, temperature=temperature).logprobs * upstream).sum().backward()
-    plain = ((theirs[0] @ theirs[1].T) / temperature).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
+    (token_statistics(*ours, labels, temperature=temperature, cap=cap).logprobs * upstream).sum().backward()
+    logits = bounded(theirs[0] @ theirs[1].T, cap)
+    plain = (logits / temperature).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
     (plain * upstream).sum().backward()
     for mine, other in zip(ours, theirs, strict=True):
         if mine.requires_grad:
@@ -60,8 +77,13 @@ def test_gradients_equal_those_of_log_softmax(
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("cap", [None, 1.5])
 def test_an_entropy_has_the_gradient_of_the_whole_distributions_entropy(
-    monkeypatch: pytest.MonkeyPatch, figures: tuple[torch.Tensor, ...], temperature: float, trained: bool
+    monkeypatch: pytest.MonkeyPatch,
+    figures: tuple[torch.Tensor, ...],
+    cap: float | None,
+    temperature: float,
+    trained: bool,
 ) -> None:
     """Together with that of the log-probability, each with weights of its own."""
     monkeypatch.setattr(head_chunks, "CHUNK", 3)
@@ -70,9 +92,9 @@ def test_an_entropy_has_the_gradient_of_the_whole_distributions_entropy(
     upstream = torch.randn(2, 7, generator=torch.Generator().manual_seed(1))
     ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)]
     theirs = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
-    found = token_statistics(*ours, labels, temperature=temperature, entropy_gradient=True)
+    found = token_statistics(*ours, labels, temperature=temperature, entropy_gradient=True, cap=cap)
     (found.logprobs * upstream[0] + found.entropy * upstream[1]).sum().backward()
-    plain = ((theirs[0] @ theirs[1].T) / temperature).log_softmax(-1)
+    plain = (bounded(theirs[0] @ theirs[1].T, cap) / temperature).log_softmax(-1)
     entropy = -(plain.exp() * plain).sum(-1)
     (plain.gather(-1, labels[:, None]).squeeze(-1) * upstream[0] + entropy * upstream[1]).sum().backward()
     close(found.entropy.detach(), entropy.detach(), atol=1e-6)

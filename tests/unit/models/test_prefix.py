@@ -16,6 +16,7 @@ from alignment.models.assembly.adapters import add_adapter, at_start
 from alignment.models.assembly.load import Lineage, lineage, load_policy
 from alignment.models.assembly.start import load_start
 from alignment.models.forward.answers import answer_statistics, answer_stream
+from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.generate import generate
 from alignment.models.forward.rows import stream
@@ -54,7 +55,7 @@ def _pefts(wrapped: Any) -> list[torch.Tensor]:
     """By the forward of PEFT's class, one row at a time, with a cache in front."""
     wrapped.get_base_model().set_attn_implementation("eager")
     found = [PeftModelForCausalLM.forward(wrapped, input_ids=torch.tensor([row])).logits[0] for row in ROWS]
-    wrapped.get_base_model().set_attn_implementation("flat_sdpa")
+    wrapped.get_base_model().set_attn_implementation(ATTENTION)
     return found
 
 
@@ -112,7 +113,7 @@ def test_a_prefix_is_never_left_out_in_silence() -> None:
     """Where prompts are read padded, nobody would put it in front."""
     base = _wrapped().get_base_model()
     base.set_attn_implementation("sdpa")
-    with pytest.raises(ModelError, match="a prefix needs it"):
+    with pytest.raises(ModelError, match="a prefix needs full attention"):
         generate(base, [[5, 6, 7]], max_new_tokens=2, end_ids=[2], batch_size=1)
 
 
@@ -207,5 +208,5 @@ def test_attention_that_cannot_be_cut_is_no_place_for_a_prefix() -> None:
     model = tiny_model("mistral", sliding_window=8)
     add_adapter(model, PREFIX, TaskType.CAUSAL_LM)
     use_flat_attention(model)
-    with pytest.raises(ModelError, match="a prefix needs it"):
+    with pytest.raises(ModelError, match="a prefix needs full attention"):
         trunk_states(model.base_model, stream(ROWS, CPU))

@@ -72,7 +72,7 @@ def test_models_whose_attention_is_not_flat_or_whose_logits_are_changed_cannot_r
     assert can_read(_readable())  # type: ignore[arg-type]
     assert not can_read(tiny_model())
     model = _readable()
-    model.config.final_logit_softcapping = 3.0
+    model.config.logit_scale = 3.0
     assert not can_read(model)  # type: ignore[arg-type]
 
 

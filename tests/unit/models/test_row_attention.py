@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from alignment.models.kernels import row_attention
-from alignment.models.kernels.row_attention import Row, attend
+from alignment.models.kernels.row_attention import Row, Scores, attend
 
 SHAPES = {
     "rows alone": (Row((0, 3), ((0, 3),)), Row((3, 4), ((3, 4),)), Row((4, 10), ((4, 10),))),
@@ -19,12 +19,21 @@ SHAPES = {
     ),
     "keys in front of the stream": (Row((0, 2), ((0, 4), (6, 8))), Row((2, 10), ((1, 3), (8, 16)))),
 }
+PLAIN = Scores(scale=0.3)
+HOW = {
+    "plain": PLAIN,
+    "a window of 1": Scores(scale=0.3, window=1),
+    "a window of 3": Scores(scale=0.3, window=3),
+    "a window beyond all keys": Scores(scale=0.3, window=99),
+    "capped": Scores(scale=0.9, cap=0.8),
+    "a window and capped": Scores(scale=0.9, window=2, cap=0.8),
+}
 
 
 def _by_loops(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: tuple[Row, ...], scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: tuple[Row, ...], how: Scores
 ) -> torch.Tensor:
-    """As the definition says it, one query at a time: it sees the keys before its own, and its own."""
+    """As the definition says it, one query at a time: it sees the keys before its own, and its own; the last ones."""
     parts = query.shape[0] // key.shape[0]
     out = []
     for head in range(query.shape[0]):
@@ -33,7 +42,9 @@ def _by_loops(
             places = [place for start, end in row.keys for place in range(start, end)]
             for number, token in enumerate(range(*row.own)):
                 seen = places[: len(places) - row.queries + number + 1]
-                scores = torch.stack([query[head, token] @ key[head // parts, place] for place in seen]) * scale
+                seen = seen if how.window is None else seen[-how.window :]
+                scores = torch.stack([query[head, token] @ key[head // parts, place] for place in seen]) * how.scale
+                scores = scores if how.cap is None else how.cap * torch.tanh(scores / how.cap)
                 found[token] = torch.softmax(scores, 0) @ value[head // parts, seen]
         out.append(torch.stack([found[token] for token in sorted(found)]))
     return torch.stack(out)
@@ -44,8 +55,9 @@ def _by_loops(
 )
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2), (3, 1)], ids=str)
 @pytest.mark.parametrize("rows", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 def test_values_and_gradients_are_those_of_the_definition(
-    monkeypatch: pytest.MonkeyPatch, rows: tuple[Row, ...], heads: tuple[int, int], limits: dict[str, int]
+    monkeypatch: pytest.MonkeyPatch, how: Scores, rows: tuple[Row, ...], heads: tuple[int, int], limits: dict[str, int]
 ) -> None:
     for name, number in limits.items():
         monkeypatch.setattr(row_attention, name, number)
@@ -56,7 +68,7 @@ def test_values_and_gradients_are_those_of_the_definition(
     ours = [torch.randn(*shape, generator=rng).requires_grad_() for shape in shapes]
     theirs = [states.detach().double().requires_grad_() for states in ours]
     upstream = torch.randn(heads[0], 10, 5, generator=rng)
-    found, expected = attend(*ours, rows, 0.3), _by_loops(*theirs, rows, 0.3)  # type: ignore[call-arg]
+    found, expected = attend(*ours, rows, how), _by_loops(*theirs, rows, how)  # type: ignore[call-arg]
     row_attention._plan.cache_clear()
     torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
     for mine, other in zip(
@@ -77,6 +89,13 @@ def test_short_rows_share_a_product_and_long_ones_stand_alone() -> None:
     assert [row.queries for row, _ in plan.long] == [300]
 
 
+def test_keys_before_a_window_are_left_out_of_a_long_rows_spans() -> None:
+    rows = (Row((0, 1000), ((0, 1000),)),)
+    plan = row_attention._plan(rows, 1, torch.bfloat16, torch.device("cpu"), 100, True)
+    assert plan.long == ()
+    assert {group.hidden.shape[2] - group.hidden.shape[1] for group in plan.recomputed} == {112}, "99 earlier keys"
+
+
 def test_no_product_has_more_scores_than_it_may() -> None:
     rows = tuple(Row((200 * n, 200 * n + 200), ((200 * n, 200 * n + 200),)) for n in range(20))
     plan = row_attention._plan(rows, 1, torch.bfloat16, torch.device("cpu"))
@@ -88,15 +107,16 @@ def test_no_product_has_more_scores_than_it_may() -> None:
 def test_what_is_no_number_stays_in_its_row() -> None:
     states = [torch.ones(2, 10, 8) for _ in range(3)]
     states[1][:, 0] = states[2][:, 0] = math.nan
-    found = attend(*states, (Row((0, 3), ((0, 3),)), Row((3, 10), ((3, 10),))), 0.3)  # type: ignore[call-arg]
+    found = attend(*states, (Row((0, 3), ((0, 3),)), Row((3, 10), ((3, 10),))), PLAIN)  # type: ignore[call-arg]
     assert found[:, :3].isnan().all()
     torch.testing.assert_close(found[:, 3:], torch.ones(2, 7, 8))
 
 
-def test_in_bfloat16_values_stay_close() -> None:
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+def test_in_bfloat16_values_stay_close(how: Scores) -> None:
     rng = torch.Generator().manual_seed(0)
     rows = SHAPES["a shared beginning"]
     states = [torch.randn(heads, 10, 16, generator=rng) for heads in (6, 2, 2)]
-    found = attend(*(part.bfloat16() for part in states), rows, 0.25)  # type: ignore[call-arg]
-    expected = _by_loops(*states, rows, 0.25)  # type: ignore[call-arg]
+    found = attend(*(part.bfloat16() for part in states), rows, how)  # type: ignore[call-arg]
+    expected = _by_loops(*states, rows, how)  # type: ignore[call-arg]
     assert float((found.float() - expected).norm() / expected.norm()) < 2e-2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,14 +36,16 @@ def _slow_varlen(
     enable_gqa: bool,
 ) -> torch.Tensor:
     """What torch's documentation says of the kernel, token by token; queries end where their keys end."""
-    assert window_size == (-1, 0)
+    left, right = window_size
+    assert right == 0
     assert enable_gqa
     assert starts.dtype == key_starts.dtype == torch.int32
     out = torch.empty_like(query)
     bounds = [told.tolist() for told in (starts[:-1], starts[1:], key_starts[:-1], key_starts[1:])]
     for start, end, key_start, key_end in zip(*bounds, strict=True):
         for place in range(start, end):
-            seen = slice(key_start, key_end - (end - 1 - place))
+            own = key_end - (end - 1 - place)  # one past the query's own key
+            seen = slice(key_start if left < 0 else max(key_start, own - 1 - left), own)
             for head in range(query.shape[1]):
                 mine = head * key.shape[1] // query.shape[1]
                 weights = (key[seen, mine] @ query[place, head] * scale).softmax(-1)
@@ -89,14 +92,21 @@ def test_the_kernel_is_asked_for_what_it_has(
     assert attention._has_kernel(query, value) is expected  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("name", ROWS)
-def test_the_kernel_gets_the_rows_and_their_shared_beginnings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kernel_gets_the_rows_and_their_shared_beginnings(
+    name: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", _slow_varlen)
     rows = _rows(name, "cpu")
     query, key, value = _states(rows, "cpu", torch.float32)
-    expected, _ = flat_attention(torch.nn.Identity(), query, key, value, None, segments=rows.segments)
-    found = attention._varlen(query[0], key[0], value[0], rows.segments, WIDTH**-0.5, attention._Ahead())
-    assert relative(found, expected[0]) < 1e-5
+    layer: Any = torch.nn.Identity()
+    layer.config = SimpleNamespace(sliding_window=window)
+    asked: dict[str, Any] = {"segments": rows.segments, "sliding_window": window}
+    expected, _ = flat_attention(layer, query, key, value, None, **asked)
+    monkeypatch.setattr(attention, "_has_kernel", lambda *_: True)
+    found, _ = flat_attention(layer, query, key, value, None, **asked)
+    assert relative(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("virtual", [0, 3])
@@ -159,7 +169,7 @@ def test_values_may_have_another_width_than_keys() -> None:
         assert relative(one, other) < 1e-5
 
 
-@pytest.mark.parametrize("asked", [{"s_aux": torch.zeros(4)}, {"softcap": 30.0}, {"dropout": 0.1}])
+@pytest.mark.parametrize("asked", [{"s_aux": torch.zeros(4)}, {"dropout": 0.1}])
 def test_what_a_flat_stream_lacks_is_refused(asked: dict[str, Any]) -> None:
     rows = _rows("ragged", "cpu")
     states = _states(rows, "cpu", torch.float32)

@@ -1,0 +1,34 @@
+"""Attention over a padded batch with capped scores, c·tanh(s / c) (Gemma Team 2024, section 2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def capped_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, scaling: float | None, cap: float
+) -> Tensor:
+    """``[rows, tokens, heads, value width]``; scores and weights are rounded to the keys' dtype.
+
+    Args:
+        query: ``[rows, heads, tokens, width]``.
+        key: ``[rows, key heads, columns, width]``.
+        value: ``[rows, key heads, columns, value width]``.
+        mask: ``[rows or 1, 1, tokens, columns]``, False or −∞ where a token does not see a column; without one, each
+            token sees the columns up to its own.
+        scaling: 1/√width if None.
+    """
+    rows, heads, columns, width = key.shape
+    tokens = query.shape[2]
+    queries = query.to(key.dtype).reshape(rows, heads, -1, tokens, width)
+    scale = width**-0.5 if scaling is None else scaling
+    scores = (queries @ key[:, :, None].transpose(-1, -2) * (scale / cap)).tanh() * cap
+    if mask is None:
+        mask = torch.ones(1, 1, tokens, columns, dtype=torch.bool, device=query.device).tril(columns - tokens)
+    if mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
+    else:
+        scores = scores + mask.to(scores.dtype)[:, :, None]
+    attended = torch.softmax(scores, dim=-1) @ value[:, :, None]
+    return attended.flatten(1, 2).transpose(1, 2)
