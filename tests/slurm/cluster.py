@@ -1,4 +1,7 @@
-"""A cluster of one machine, this one: slurmctld and slurmd on the loopback interface, without root or munge."""
+"""A cluster that is this machine: slurmctld and slurmd on the loopback interface, without root or munge.
+
+Several nodes are several daemons with ports of their own.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,17 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-_PATIENCE = 60.0
+import psutil
+
+_PATIENCE = 120.0
 _CONFIG = """\
 ClusterName=loopback
 SlurmctldHost=localhost(127.0.0.1)
 SlurmctldPort={controller_port}
-SlurmdPort={node_port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/none
@@ -30,11 +35,11 @@ SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 PluginDir={plugins}
 StateSaveLocation={folder}/state
-SlurmdSpoolDir={folder}/spool
+SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
 ReturnToService=2
-NodeName=localhost NodeAddr=127.0.0.1 CPUs={cores} State=UNKNOWN
+{nodes}
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=all Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
@@ -44,11 +49,12 @@ PartitionName=urgent Nodes=ALL PriorityTier=2
 
 @dataclass(kw_only=True)
 class Cluster:
-    """``packages`` holds Slurm's files, ``folder`` the cluster's own."""
+    """``packages`` holds Slurm's files, ``folder`` the cluster's own. ``nodes`` are the names of its machines."""
 
     packages: Path
     folder: Path
-    _daemons: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    nodes: tuple[str, ...] = ("localhost",)
+    _daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -61,22 +67,45 @@ class Cluster:
         }
 
     def start(self) -> None:
-        """Returns when the machine takes jobs."""
+        """Returns when all machines take jobs."""
         self._write_configuration()
-        stepd = self._named("slurmstepd")
-        self._daemons = [self._run("slurmctld", "-D"), self._run("slurmd", "-D", "-N", "localhost", "-d", str(stepd))]
-        self.wait_for(lambda: "idle" in self.call("sinfo", "--noheader", "--format=%T", check=False), "an idle node")
+        self._named("slurmstepd")
+        self._named("slurmctld")
+        self._named("slurmd")
+        self._daemons = {"": self._run("slurmctld", "slurmctld", "-D")}
+        for node in self.nodes:
+            self._start_node(node)
+        idle = ("sinfo", "--noheader", "--partition=all", "--states=idle", "--format=%D")
+        self.wait_for(lambda: self.call(*idle, check=False).strip() == str(len(self.nodes)), "idle nodes")
 
     def stop(self) -> None:
         """Ends all jobs and both daemons."""
         self.call("scancel", f"--user={getpass.getuser()}", check=False)
-        for daemon in reversed(self._daemons):
+        for daemon in reversed(self._daemons.values()):
             daemon.terminate()
             try:
                 daemon.wait(timeout=20)
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+
+    def lose(self, node: str) -> None:
+        """Kills all that runs on a node, as a power cut does, and lets the controller know."""
+        daemon = psutil.Process(self._daemons[node].pid)
+        for process in [daemon, *daemon.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        self._daemons[node].wait()
+        self.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+
+    def bring_back(self, node: str) -> None:
+        """Starts a lost node again."""
+        self._start_node(node)
+        self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
+
+    def _start_node(self, node: str) -> None:
+        arguments = ("-D", "-N", node, "-d", str(self.folder / "slurmstepd"))
+        self._daemons[node] = self._run(f"slurmd-{node}", "slurmd", *arguments)
 
     def call(self, *argv: str, check: bool = True) -> str:
         """What one of Slurm's commands prints."""
@@ -98,7 +127,7 @@ class Cluster:
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now+5")
 
     def wait_for(self, ready: Callable[[], object], what: str) -> None:
-        """Returns when it is so; fails after a minute, with the last words of the daemons."""
+        """Returns when it is so; fails after two minutes, with the last words of the daemons."""
         deadline = time.monotonic() + _PATIENCE
         while not ready():
             assert time.monotonic() < deadline, f"no {what} in {_PATIENCE:.0f} s\n{self.logs()}"
@@ -114,14 +143,16 @@ class Cluster:
 
     def _write_configuration(self) -> None:
         (self.folder / "state").mkdir()
-        (self.folder / "spool").mkdir()
         text = _CONFIG.format(
             controller_port=_free_port(),
-            node_port=_free_port(),
+            nodes="\n".join(
+                f"NodeName={node} NodeHostname=localhost NodeAddr=127.0.0.1 Port={_free_port()} "
+                f"CPUs={os.cpu_count()} State=UNKNOWN"
+                for node in self.nodes
+            ),
             user=getpass.getuser(),
             plugins=self._plugins(),
             folder=self.folder,
-            cores=os.cpu_count(),
         )
         (self.folder / "slurm.conf").write_text(text)
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
@@ -132,10 +163,10 @@ class Cluster:
         link.symlink_to(self.packages / "usr/sbin" / f"{daemon}-wlm")
         return link
 
-    def _run(self, daemon: str, *arguments: str) -> subprocess.Popen[bytes]:
-        with (self.folder / f"{daemon}.log").open("wb") as log:
+    def _run(self, name: str, daemon: str, *arguments: str) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
-                [str(self._named(daemon)), *arguments],
+                [str(self.folder / daemon), *arguments],
                 env={**os.environ, **self.environment},
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from alignment.config.backend import MachinesBackend
+from alignment.config.backend import LocalBackend
 from alignment.config.launch import DEVICE, LaunchConfig, LauncherKind, Sharding
 from alignment.core import hardware
 from alignment.core.errors import ConfigError
@@ -133,7 +133,7 @@ def _torchrun(launch: LaunchConfig, num_devices: int) -> list[str]:
     """On one machine, lets torchrun choose a free port for its rendezvous, so that two runs never collide."""
     rendezvous = ["--standalone", "--nnodes", "1"]
     backend = launch.backend
-    if isinstance(backend, MachinesBackend) and backend.num_machines > 1:
+    if not isinstance(backend, LocalBackend) and backend.num_machines > 1:
         rendezvous = ["--nnodes", str(backend.num_machines), "--node_rank", str(backend.machine_rank)]
         rendezvous += ["--master_addr", backend.main_address, "--master_port", str(backend.main_port)]
     return ["-m", "torch.distributed.run", *rendezvous, "--nproc_per_node", str(launch.num_processes), "-m"]

@@ -21,6 +21,9 @@ from alignment.stages.registry import kind_of
 TEMPLATE = Path("slurm") / "stage.sbatch"
 HERE = "launch.backend.submit=false"
 """The override that makes the driver inside a job run the stage itself."""
+ONE_MACHINE = "launch.backend.num_machines=1"
+PATIENCE = 120
+"""Seconds that the other machines' drivers get to end after the first has ended."""
 
 _DIRECTIVE = re.compile(r"[A-Za-z0-9._/@:=,+%-]+")
 """No newline, which would begin another directive, no space, no quote, nothing that a shell would interpret."""
@@ -36,23 +39,35 @@ def render(plan: Plan, stage: PlannedStage, *, folder: Path, wait: bool = False)
     slurm = plan.config.launch.backend
     assert isinstance(slurm, SlurmBackend), "no other backend submits jobs"
     directives = [_checked(directive) for directive in _directives(plan, stage, slurm)]
-    step = ["--ntasks=1", "--kill-on-bad-exit=1"]
-    if slurm.cpus is not None:
-        step.append(f"--cpus-per-task={slurm.cpus}")  # srun does not inherit it from the job
+    machines = _num_machines(stage.config, slurm)
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
     template = environment.from_string((shipped("launch") / TEMPLATE).read_text(encoding="utf-8"))
     return template.render(
         directives=directives,
         folder=shlex.quote(str(folder)),
-        step=shlex.join(step),
-        command=shlex.join(_command(plan, stage, wait=wait)),
+        machines=machines,
+        step=shlex.join(_step(slurm, machines)),
+        command=shlex.join(_command(plan, stage, machines, wait=wait)),
     )
 
 
-def _command(plan: Plan, stage: PlannedStage, *, wait: bool) -> list[str]:
+def _step(slurm: SlurmBackend, machines: int) -> list[str]:
+    """How ``srun`` starts the command once on each machine."""
+    step = [f"--ntasks={machines}"]
+    if machines == 1:
+        step.append("--kill-on-bad-exit=1")
+    else:  # a machine whose driver has ended leaves the others time to record and to save
+        step += [f"--nodes={machines}", "--ntasks-per-node=1", "--kill-on-bad-exit=0", f"--wait={PATIENCE}"]
+    if slurm.cpus is not None:
+        step.append(f"--cpus-per-task={slurm.cpus}")  # srun does not inherit it from the job
+    return step
+
+
+def _command(plan: Plan, stage: PlannedStage, machines: int, *, wait: bool) -> list[str]:
     """The user's command for one stage. ``-u``: a log shows each line when it is printed."""
     driver = [sys.executable, "-u", "-m", "alignment.cli", "run", plan.recipe, "--stage", stage.name]
-    return [*driver, *(["--wait"] if wait else []), *plan.overrides, HERE]
+    here = [HERE] if machines == plan.config.launch.backend.num_machines else [HERE, ONE_MACHINE]
+    return [*driver, *(["--wait"] if wait else []), *plan.overrides, *here]
 
 
 def _directives(plan: Plan, stage: PlannedStage, slurm: SlurmBackend) -> Iterator[str]:
@@ -61,8 +76,9 @@ def _directives(plan: Plan, stage: PlannedStage, slurm: SlurmBackend) -> Iterato
     yield "--open-mode=append"
     yield "--requeue"
     yield f"--signal=TERM@{slurm.signal_seconds}"
-    yield "--nodes=1"
-    yield "--ntasks=1"
+    machines = _num_machines(stage.config, slurm)
+    yield f"--nodes={machines}"
+    yield f"--ntasks={machines}"
     asked = {
         "partition": slurm.partition,
         "account": slurm.account,
@@ -75,6 +91,11 @@ def _directives(plan: Plan, stage: PlannedStage, slurm: SlurmBackend) -> Iterato
     for name, value in asked.items():
         if value is not None:
             yield f"--{name}={value}"
+
+
+def _num_machines(config: StageConfig, slurm: SlurmBackend) -> int:
+    """A stage that does not train needs one machine."""
+    return slurm.num_machines if kind_of(config).launch.runs_on is RunsOn.processes else 1
 
 
 def _num_gpus(config: StageConfig, slurm: SlurmBackend) -> int:

@@ -44,6 +44,9 @@ def _launch_faults(launch: LaunchConfig) -> Iterator[Fault]:
     if rank >= machines:
         message = f"{rank} is not a rank of {machines} machines; ranks start at 0"
         yield Fault(where="launch.backend.machine_rank", message=message)
+    if rank and getattr(launch.backend, "submit", False):
+        message = f"{rank}, but Slurm gives each machine of a job its rank; leave it out"
+        yield Fault(where="launch.backend.machine_rank", message=message)
 
 
 def _adapter_refusals(stage: TrainedConfig, launch: LaunchConfig) -> Iterator[Refusal]:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config import yaml_file
-from alignment.config.backend import MachinesBackend
+from alignment.config.backend import MachinesBackend, SlurmBackend
 from alignment.config.did_you_mean import suggestion
 from alignment.config.faults import Fault, refuse
 from alignment.config.store import conf_folder, recipe_names, recipes_folder
@@ -173,8 +173,9 @@ def _processes(profile: Profile, overrides: list[Override], tree: Mapping[str, A
     values |= dict(_leaves(profile.values.get("launch"), "launch."))
     values |= {override.key_or_group: override.value() for override in overrides if not override.is_delete()}
     numbers = [values.get("launch.num_processes", 1)]
-    if values.get("launch.backend.kind") == MachinesBackend().kind:
-        numbers.append(values.get("launch.backend.num_machines", MachinesBackend().num_machines))
+    for backend in (MachinesBackend(), SlurmBackend()):
+        if values.get("launch.backend.kind") == backend.kind:
+            numbers.append(values.get("launch.backend.num_machines", backend.num_machines))
     return math.prod(number for number in numbers if type(number) is int and number > 0)
 
 

@@ -127,12 +127,9 @@ FAULTS = [
     ),
     (
         with_slurm(rank=1),
-        "launch.backend.rank: unknown key; one of: kind, submit, partition, account, qos, time, gpus, "
+        "launch.backend.rank: unknown key; one of: kind, submit, num_machines, machine_rank, main_address, "
+        "main_port, partition, account, qos, time, gpus, "
         "cpus, memory, signal_seconds, wait",
-    ),
-    (
-        with_slurm(machine_rank=1),
-        "launch.backend.machine_rank: kind 'slurm' has no such setting; launch/backend=machines has it",
     ),
     (with_slurm(kind=3), "launch.backend.kind: 3 is not allowed; one of: local, machines, slurm"),
     (

@@ -13,7 +13,7 @@ import pytest
 from alignment.config.backend import SlurmBackend
 from alignment.core.errors import ConfigError
 from alignment.core.resources import shipped
-from alignment.pipeline.backends import command, slurm
+from alignment.pipeline.backends import command, feasibility, slurm
 from alignment.pipeline.backends.slurm_job_file import render
 from alignment.pipeline.plan.plan import Plan
 from tests.unit.pipeline.conftest import MakePlan
@@ -158,6 +158,58 @@ def execute(text: str, folder: Path, *, code: int, ended: bool = False) -> tuple
     variables |= {"CODE": str(code), "ENDED": "yes" if ended else "no"}
     done = subprocess.run(["bash", str(folder / "stage.sbatch")], env=variables, check=False)
     return done.returncode, folder / "scontrol"
+
+
+SEVERAL = ("launch/backend=slurm", "launch.backend.num_machines=2", "launch.num_processes=2")
+
+
+def test_a_job_of_several_machines_asks_for_them_only_where_a_stage_trains(plan: MakePlan) -> None:
+    made = plan(*SEVERAL)
+    assert {"--nodes=2", "--ntasks=2"} <= set(directives(rendered(made)))
+    text = rendered(made, "evaluate")
+    assert {"--nodes=1", "--ntasks=1"} <= set(directives(text))
+    (line,) = (line for line in text.splitlines() if line.startswith("srun "))
+    words = shlex.split(line.partition(" || ")[0])
+    assert plan(*words[words.index("evaluate") + 1 :]).config.launch.world_size == 2
+
+
+def test_batches_are_planned_for_the_processes_of_all_machines(plan: MakePlan) -> None:
+    assert plan(*SEVERAL).config.launch.world_size == 4
+    with pytest.raises(ConfigError, match="6 is not divisible by 4 processes"):
+        feasibility.refuse_sizes(plan(*SEVERAL, "stages.sft.optim.batch_size=6"))
+
+
+def test_a_rank_is_refused_where_slurm_gives_it(plan: MakePlan) -> None:
+    with pytest.raises(ConfigError, match="machine_rank: 1, but Slurm gives each machine of a job its rank"):
+        plan(*SEVERAL, "launch.backend.machine_rank=1")
+
+
+def test_each_machine_of_a_job_gets_its_rank_and_the_address_of_the_first(plan: MakePlan, tmp_path: Path) -> None:
+    """``srun`` starts its command once on each machine; here it is played for the second one."""
+    made = plan(*SEVERAL)
+    scontrol = """
+case "$2" in
+  hostnames) printf 'gpu07\\ngpu08\\n' ;;
+  node) echo "NodeName=$3 Arch=x86_64"; echo "   NodeAddr=10.0.0.${3#gpu0} NodeHostName=$3" ;;
+esac"""
+    srun = 'printf "%s\\0" "$@" > "$FAKES/step"; while [ "$1" != bash ]; do shift; done; SLURM_PROCID=1 exec "$@"'
+    for name, body in {"scontrol": scontrol, "srun": srun, "driver": 'printf "%s\\0" "$@" > "$FAKES/driver"'}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    text = rendered(made, folder=tmp_path).replace(shlex.quote(sys.executable), str(tmp_path / "driver"))
+    (tmp_path / "stage.sbatch").write_text(text)
+    (tmp_path / "said").mkdir()
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "FAKES": str(tmp_path / "said")}
+    variables |= {"SLURM_JOB_ID": "20012", "SLURM_JOB_NODELIST": "gpu0[7-8]"}
+    subprocess.run(["bash", str(tmp_path / "stage.sbatch")], env=variables, check=True)
+    step = (tmp_path / "said/step").read_text().split("\0")
+    assert step[:5] == ["--ntasks=2", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=120"]
+    words = (tmp_path / "said/driver").read_text().split("\0")
+    inside = plan(*words[words.index("dpo") + 1 : -1]).config.launch
+    assert slurm.submission(inside) is None
+    assert (inside.backend.num_machines, inside.backend.machine_rank) == (2, 1)
+    command_line = command.here(inside, tmp_path / "stage.yaml").argv
+    assert "--node_rank 1 --master_addr 10.0.0.7 --master_port 20012" in " ".join(command_line)
 
 
 @pytest.mark.parametrize(

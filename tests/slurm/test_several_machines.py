@@ -1,0 +1,117 @@
+"""A stage on two machines of a real Slurm, two processes each: as four processes, asked to save, and a lost machine."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.e2e.conftest import Align
+from tests.oracles.close import close
+from tests.slurm.cluster import Cluster
+from tests.slurm.packages import Unavailable, unpacked
+from tests.slurm.test_chain import checkpoints, jobs
+from tests.tiny import save_tiny_model
+
+SFT = (
+    "~stages.dpo",
+    "~stages.evaluate",
+    "~stages.report",
+    "launch=ddp",
+    "stages.sft.optim.epochs=40",  # 120 steps: long enough to be caught in the middle
+)
+SLURM = (
+    *SFT,
+    "launch/backend=slurm",
+    "launch.backend.num_machines=2",
+    "launch.num_processes=2",
+    "launch.backend.time=0:30:00",
+)
+NODES = ("first", "second")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two machines, played by two daemons."""
+    try:
+        packages = unpacked()
+    except Unavailable as reason:
+        raise pytest.fail.Exception(f"no Slurm to test with: {reason}", pytrace=False) from None
+    cluster = Cluster(packages=packages, folder=tmp_path_factory.mktemp("pair"), nodes=NODES)
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def make(pair: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Align]:
+    """A command with an empty output folder; all have one model."""
+    model = save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+    return lambda: Align(
+        output=tmp_path_factory.mktemp("output"), model=model, recipe="sft_dpo", variables=pair.environment
+    )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(make: Callable[[], Align]) -> Align:
+    """A run of four processes of one machine."""
+    align = make()
+    align("run", *SFT, "launch.num_processes=4")
+    return align
+
+
+def test_two_machines_of_a_job_make_what_four_processes_make(
+    make: Callable[[], Align], pair: Cluster, undisturbed: Align
+) -> None:
+    align = make()
+    align("run", *SLURM)
+    assert pair.state(jobs(align)["sft"]) == "COMPLETED"
+    assert align.weights() == undisturbed.weights()
+    log = log_of(align)
+    assert "machine 1 of 2 waits for the first to start it" in log
+
+
+@pytest.mark.parametrize(
+    "is_lost", [False, True], ids=["asked to save, as before its time is over", "a machine is lost"]
+)
+def test_interrupted_it_is_queued_again_and_ends_the_same(
+    is_lost: bool, make: Callable[[], Align], pair: Cluster, undisturbed: Align
+) -> None:
+    align = make()
+    with subprocess.Popen(
+        align.argv("run", *SLURM), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=align.environment
+    ) as waiting:
+        pair.wait_for(lambda: checkpoints(align), "checkpoint")
+        job = jobs(align)["sft"]
+        if is_lost:
+            pair.lose("second")
+        else:
+            pair.call("scancel", "--signal=TERM", job)
+        pair.wait_for(lambda: pair.state(job) == "PENDING", "job that is queued again")
+        if is_lost:
+            pair.bring_back("second")
+        pair.start_soon(job)
+        printed, _ = waiting.communicate(timeout=600)
+    assert waiting.returncode == 0, printed + log_of(align)
+    assert "sft: starts (from checkpoint-" in log_of(align)
+    # DDP orders its buckets anew after a start, and a sum over four processes depends on the order.
+    close(weights_of(align), weights_of(undisturbed), atol=1e-6)
+
+
+def weights_of(align: Align) -> torch.Tensor:
+    """All weights of the trained adapter in one row."""
+    (file,) = align.artifact("sft").glob("adapters/*/adapter_model.safetensors")
+    weights = load_file(file)
+    return torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
+def log_of(align: Align) -> str:
+    """What the drivers of all attempts printed."""
+    job = jobs(align)["sft"]
+    return Path(align.output / f"runs/sft_dpo/sft/slurm-{job}.log").read_text()
