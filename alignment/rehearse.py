@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
@@ -24,6 +25,7 @@ from alignment.data.reading import iterate
 from alignment.data.records import Prompt
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.tokens.row_kinds import Kind, tokenized
+from alignment.data.tokens.template_losses import lost_words
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageSpec
 from alignment.records.worker import DONE, FAILED, Status
@@ -47,28 +49,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--scorers", nargs="*", type=Path, default=[], help="stage files whose functions are called")
     options = parser.parse_args(arguments)
     transformers_logging.set_verbosity_error()
-    where = ""
+    where, notes = "", []
     try:
         for check, files in ((check_rows, options.rows), (try_functions, options.scorers)):
             for file in files:
                 spec = read_spec(file)
                 where = f"stage {spec.stage}, checked before any training"
-                check(spec)
+                notes += [f"{spec.stage}: {note}" for note in check(spec)]
     except AlignmentError as error:
         return _write_status(options.folder, error.exit_code, str(error), where)
     except Exception as error:  # noqa: BLE001 - last resort: the driver must learn of every failure
         traceback.print_exc()
         return _write_status(options.folder, 1, f"{type(error).__name__}: {error}", where)
-    return _write_status(options.folder, 0, "", where)
+    return _write_status(options.folder, 0, "", where, notes)
 
 
-def _write_status(folder: Path, code: int, error: str, where: str) -> int:
-    Status(state=FAILED if code else DONE, exit_code=code, error=error, where=where).write(folder)
+def _write_status(folder: Path, code: int, error: str, where: str, notes: Sequence[str] = ()) -> int:
+    Status(state=FAILED if code else DONE, exit_code=code, error=error, where=where, notes=list(notes)).write(folder)
     return code
 
 
-def check_rows(spec: StageSpec) -> None:
-    """Does nothing if the stage can learn from some of the first records of each source.
+def check_rows(spec: StageSpec) -> list[str]:
+    """What the chat template leaves out of the first records of each source, if the stage can learn from some of them.
 
     Raises:
         DataError: none of them can be rendered or tokenised, or too many rows of a source that was read to its end are
@@ -77,10 +79,10 @@ def check_rows(spec: StageSpec) -> None:
     """
     config = as_trained(spec.config)
     assert config is not None, "the driver passes only stages that train"
-    tokenizer = load_tokenizer(spec.base_path, spec.model.chat_template)
+    tokenizer = load_tokenizer(spec.base_path, spec.model.template)
     kind, limits = learned_data(config)
-    for data, path in [*spec.sources(config.data, "data"), *_held_out_sources(spec)]:
-        _check_source(tokenizer, kind, limits, data, path)
+    sources = [*spec.sources(config.data, "data"), *_held_out_sources(spec)]
+    return [note for data, path in sources for note in _check_source(tokenizer, kind, limits, data, path)]
 
 
 def _held_out_sources(spec: StageSpec) -> list[tuple[SourceConfig, Path]]:
@@ -91,7 +93,7 @@ def _held_out_sources(spec: StageSpec) -> list[tuple[SourceConfig, Path]]:
     return spec.sources(validation.data, "validation.data")
 
 
-def _check_source(tokenizer: object, kind: Kind, limits: Limits, data: SourceConfig, path: Path) -> None:
+def _check_source(tokenizer: object, kind: Kind, limits: Limits, data: SourceConfig, path: Path) -> list[str]:
     lenient = replace(data, on_error=OnError.skip, max_skipped=1.0)  # the plan has checked for these faults
     records = list(islice(iterate(path, kind.record, lenient), NUM_RECORDS))
     every = list(tokenized(tokenizer, kind, records, limits))
@@ -104,10 +106,13 @@ def _check_source(tokenizer: object, kind: Kind, limits: Limits, data: SourceCon
         dropped, cut = len(faults) - len(others), sum(row.cut != "" for row in every)
         longest = max((row.tokens for row in every), default=0)
         refuse_losses(limits, dropped=dropped, cut=cut, records=len(every), longest=longest, where=str(path))
+    lost = Counter(loss for row in every for loss in row.lost)
+    begin = f"{path}: " + ("" if whole else "of the first records, ")
+    return [begin + lost_words(loss, count, len(every)) for loss, count in lost.items()]
 
 
-def try_functions(spec: StageSpec) -> None:
-    """Does nothing if each of the user's functions returns one finite number for an answer to the first prompt.
+def try_functions(spec: StageSpec) -> list[str]:
+    """No notes, if each of the user's functions returns one finite number for an answer to the first prompt.
 
     Raises:
         RewardError: a function does not; the error names it and what it returned or raised.
@@ -121,6 +126,7 @@ def try_functions(spec: StageSpec) -> None:
         if source is not None:
             planned = spec.identity.get("code", {}).get(source_field(field))
             FunctionScorer(source, load_function(source, planned=planned)).scores(answers)
+    return []
 
 
 if __name__ == "__main__":

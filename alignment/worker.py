@@ -253,7 +253,7 @@ def _finish(context: StageContext, state: str, exit_code: int, error: str, *, ra
         error=error,
         where=f"stage {context.spec.stage}" + several,
         time=time.time(),
-        notes=context.trackers.faults,
+        notes=[*context.trackers.faults, *context.notes],
     )
     try:
         status.write(folder)

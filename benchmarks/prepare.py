@@ -20,8 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from alignment import worker
 from alignment.core.errors import DataError
+from alignment.data.tokens.common_beginning import in_common
 from alignment.data.tokens.row_kinds import DESIRABLE, UNDESIRABLE
-from alignment.data.tokens.token_spans import in_common
 from alignment.data.tokens.tokenize import answer_ids, encode, prompt_ids, tokenize_conversation
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message

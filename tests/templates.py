@@ -214,3 +214,37 @@ def styled_tokenizer(name: str) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=style.bos or None, eos_token=style.eos)
     tokenizer.chat_template = style.template
     return tokenizer
+
+
+# ---- thinking models ------------------------------------------------------------------------------------------------
+
+# As DeepSeek-V3.1: the thought of an answer is never rendered, an option decides how the prompt opens the turn, and
+# arguments of calls have to be text.
+DEEPSEEK_LIKE = r"""
+{%- if thinking is not defined -%}{%- set thinking = false -%}{%- endif -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+    {%- if message.role == 'system' -%}{{- message.content -}}{%- endif -%}
+{%- endfor -%}
+{%- for message in messages -%}
+    {%- if message.role == 'user' -%}{{- '<｜User｜>' + message.content -}}
+    {%- elif message.role == 'assistant' -%}
+        {%- set words = message.content.split('</think>')[-1] if '</think>' in message.content else message.content -%}
+        {{- '<｜Assistant｜></think>' + words.lstrip() -}}
+        {%- for call in message.tool_calls -%}
+            {{- '<｜tool▁call▁begin｜>' + call.function.name + '<｜tool▁sep｜>' + call.function.arguments -}}
+        {%- endfor -%}
+        {{- eos_token -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<｜Assistant｜>' + ('<think>' if thinking else '</think>') -}}{%- endif -%}
+"""
+
+# As Phi-4-reasoning: a system text of its own, which replaces the row's, and answers as they are.
+PHI_LIKE = r"""
+{{- '<|im_start|>system<|im_sep|>Think first.<|im_end|>' -}}
+{%- for message in messages if message.role != 'system' -%}
+    {{- '<|im_start|>' + message.role + '<|im_sep|>' + message.content + '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant<|im_sep|>' -}}{%- endif -%}
+"""

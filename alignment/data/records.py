@@ -231,7 +231,7 @@ def _labelled_answers(example: Example) -> list[tuple[str, bool]]:
         last = example.turns[-1] if example.turns else None
         if last is None or last.role != "assistant" or not last.content.strip():
             fields.fail("completion", "is missing: the row has a label, but no answer that it is about")
-        return [(last.content, example.good)]
+        return [(last.whole, example.good)]
     if len(answers) != 2:
         has = f"{len(answers)} answers of different rank" if answers else "no label"
         fields.fail("label", f"is missing: the row has {has}, so nothing says whether an answer is desirable")
@@ -403,7 +403,7 @@ class PlainText:
     def of(cls, example: Example) -> Iterator[Self]:
         """Raises DataError if the text is empty."""
         best = sorted(example.answers, key=lambda answer: -answer.rank)[:1]
-        turns = [*(turn.content for turn in example.turns), *(answer.text for answer in best)]
+        turns = [*(turn.whole for turn in example.turns), *(answer.text for answer in best)]
         text = example.text or "\n\n".join(filter(None, turns))
         if not text:
             example.fields.fail(example.field, "is empty")

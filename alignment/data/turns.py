@@ -12,6 +12,10 @@ from typing import Any
 from alignment.data.fields import Fields, is_text
 from alignment.data.parts import text_and_calls
 
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Fields of an assistant's turn that hold its thought, in public files and in chat templates."""
+OPEN, CLOSE = "<think>", "</think>"
+"""What stands around a thought where it is part of the content."""
 ROLES = ("system", "user", "assistant", "tool")
 _ROLES_OPENAI = {"developer": "system", "function": "tool", **{role: role for role in ROLES}}
 _ROLES_SHAREGPT = {
@@ -26,24 +30,37 @@ _ROLES_SHAREGPT = {
 }
 
 
+def tagged(thought: str, content: str) -> str:
+    """A thought between its tags, and the content behind it."""
+    return f"{OPEN}\n{thought}\n{CLOSE}\n\n{content}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
     """One turn: ``Message(role="user", content="Summarise: …")``.
 
     ``tool_calls`` are an assistant's, each ``{"type": "function", "function": {"name": …, "arguments": {…}}}``.
     ``learned`` is False for a turn of the assistant that SFT reads but does not learn (``"weight": 0``, or
-    ``"loss_weight": 0``).
+    ``"loss_weight": 0``). ``thought`` is what the assistant thought before it answered, if the row has it in a field of
+    its own, one of ``THOUGHTS``.
     """
 
     role: str
     content: str
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     learned: bool = True
+    thought: str = ""
+
+    @property
+    def whole(self) -> str:
+        """The thought between its tags and the content, as one text."""
+        return tagged(self.thought, self.content) if self.thought else self.content
 
     def as_dict(self) -> dict[str, Any]:
-        """The form that chat templates take."""
+        """The form of OpenAI's files; rendering gives a chat template the thought in the form that it reads."""
+        thought = {THOUGHTS[0]: self.thought} if self.thought else {}
         calls = {"tool_calls": list(self.tool_calls)} if self.tool_calls else {}
-        return {"role": self.role, "content": self.content, **calls}
+        return {"role": self.role, "content": self.content, **thought, **calls}
 
 
 def turns_of(fields: Fields, field: str) -> tuple[Message, ...]:
@@ -83,6 +100,7 @@ def turn_of(fields: Fields, at: str, turn: Any) -> Message:
         content=content or "",
         tool_calls=tuple(_call(fields, where, call) for where, call in called),
         learned=_learned(fields, at, turn, role=_ROLES_OPENAI[role]),
+        thought=_thought(fields, at, turn, role=_ROLES_OPENAI[role]),
     )
 
 
@@ -114,11 +132,12 @@ def _sharegpt(fields: Fields, at: str, turn: Mapping[str, Any]) -> Message:
     if not is_text(value):
         fields.fail(f"{at}.value", f"must be text and not empty; it is {value!r:.60}")
     learned = _learned(fields, at, turn, role=_ROLES_SHAREGPT[role])
+    thought = _thought(fields, at, turn, role=_ROLES_SHAREGPT[role])
     if role != "function_call":
-        return Message(role=_ROLES_SHAREGPT[role], content=str(value), learned=learned)
+        return Message(role=_ROLES_SHAREGPT[role], content=str(value), learned=learned, thought=thought)
     called = fields.parsed(f"{at}.value", value)
     calls = tuple(_call(fields, f"{at}.value", call) for call in (called if isinstance(called, list) else [called]))
-    return Message(role="assistant", content="", tool_calls=calls, learned=learned)
+    return Message(role="assistant", content="", tool_calls=calls, learned=learned, thought=thought)
 
 
 def _call(fields: Fields, at: str, call: Any) -> Mapping[str, Any]:
@@ -127,6 +146,15 @@ def _call(fields: Fields, at: str, call: Any) -> Mapping[str, Any]:
         fields.fail(at, f"must have a function with a 'name'; it is {call!r:.60}")
     arguments = fields.parsed(at, function.get("arguments") or {})
     return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _thought(fields: Fields, at: str, turn: Mapping[str, Any], *, role: str) -> str:
+    """The thought of an assistant's turn, or nothing. Other roles have none, whatever their columns are called."""
+    values = {name: turn.get(name) for name in THOUGHTS} if role == "assistant" else {}
+    for name, value in values.items():
+        if value is not None and not isinstance(value, str):
+            fields.fail(f"{at}.{name}", f"must be text; it is {value!r:.60}")
+    return next((value for value in values.values() if value), "")
 
 
 def _learned(fields: Fields, at: str, turn: Mapping[str, Any], *, role: str) -> bool:

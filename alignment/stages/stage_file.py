@@ -26,6 +26,7 @@ def read_spec(path: Path) -> StageSpec:
             source=raw["model"]["source"],
             dtype=Dtype(raw["model"]["dtype"]),
             chat_template=raw["model"].get("chat_template"),
+            template_options=raw["model"].get("template_options", {}),
         ),
         base_path=Path(raw["base_path"]),
         inputs={name: _input(value) for name, value in raw["inputs"].items()},

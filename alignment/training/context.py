@@ -32,7 +32,7 @@ class Clock:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageContext:
-    """Passed to a stage by the worker."""
+    """Passed to a stage by the worker. ``notes`` are sentences for the user, shown when the stage has ended."""
 
     spec: StageSpec
     rank: int
@@ -40,6 +40,7 @@ class StageContext:
     clock: Clock = field(default_factory=Clock)
     heartbeat: HeartbeatWriter = field(default_factory=HeartbeatWriter)
     trackers: Trackers = field(default_factory=Trackers)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def is_main(self) -> bool:

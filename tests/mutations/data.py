@@ -48,14 +48,14 @@ MUTATIONS = [
         "unit/data/test_tokenize.py",
         (
             "a turn of weight 0 is learned",
-            "Segment(text=answer, learned=message.learned)",
+            "Segment(text=answer, learned=learned)",
             "Segment(text=answer, learned=True)",
             "test_a_turn_that_is_not_to_be_learned_is_context",
         ),
         (
             "what follows the end of a turn is learned",
-            "return text[: _turn_end(tokenizer, text)]",
-            "return text",
+            "opened_once(before, text[: _turn_end(tokenizer, text)])",
+            "opened_once(before, text)",
             "test_the_line_break_after_a_turn_is_never_learned",
         ),
         (

@@ -170,8 +170,8 @@ MUTATIONS = [
         ),
         (
             "a label is turned over",
-            "return [(last.content, example.good)]",
-            "return [(last.content, not example.good)]",
+            "return [(last.whole, example.good)]",
+            "return [(last.whole, not example.good)]",
             "test_a_labelled_answer_is_read_from_a_label_or_from_a_pair",
         ),
     ),

@@ -59,8 +59,8 @@ MUTATIONS = [
         ),
         (
             "a template counts by its path",
-            'return {} if template is None else {"chat_template": digest(template_text(template))}',
-            'return {} if template is None else {"chat_template": template}',
+            'named = {} if template is None else {"chat_template": digest(template_text(template))}',
+            'named = {} if template is None else {"chat_template": template}',
             "test_a_template_counts_by_its_content_and_the_worker_is_told_its_whole_path",
         ),
     ),

@@ -24,6 +24,7 @@ from tests.mutations import (
     scorers,
     serving,
     stages,
+    templates,
     training,
     validation,
 )
@@ -42,6 +43,7 @@ MUTATIONS: list[Mutation] = [
     *distilling.MUTATIONS,
     *validation.MUTATIONS,
     *data.MUTATIONS,
+    *templates.MUTATIONS,
     *evaluating.MUTATIONS,
     *people.MUTATIONS,
     *benchmarks.MUTATIONS,

@@ -117,7 +117,7 @@ MUTATIONS = [
         STAGES,
         (
             "rows are held out, whatever their prompts",
-            "    prompt_of = prompts_of(rows)\n",
+            "    prompt_of = _by_record(rows, prompts_of(rows))\n",
             '    prompt_of = [index.to_bytes(4, "big") for index in range(len(rows))]\n',
             "test_no_prompt_is_on_both_sides",
         ),

@@ -9,7 +9,7 @@ from typing import Any
 
 from alignment.commands.chat.answerers import Answerer, own_answerer, served_answerer
 from alignment.commands.shared.loaded_policies import parts_of
-from alignment.config.model import Dtype
+from alignment.config.model import Dtype, TemplateChoice
 from alignment.config.sampling_engine import SamplingConfig
 from alignment.core.errors import DataError
 from alignment.data.tokens.tokenize import end_ids, prompt_ids
@@ -139,7 +139,7 @@ def load_session(
     dtype: Dtype,
     *,
     options: GenerationOptions,
-    chat_template: str | None,
+    template: TemplateChoice,
     engine: SamplingConfig | None,
 ) -> ChatSession:
     """A session with a stage's result on its base (None if it contains its own), or with the bare ``base``.
@@ -153,7 +153,7 @@ def load_session(
         ConfigError: there is no environment with vLLM.
         StageError: the server cannot be started.
     """
-    lineage, tokenizer = parts_of(artifact, base, chat_template)
+    lineage, tokenizer = parts_of(artifact, base, template)
     if engine is None:
         answerer: Answerer = own_answerer(lineage, dtype)
     else:

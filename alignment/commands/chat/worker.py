@@ -14,13 +14,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from alignment.commands.chat.chat_session import ChatSession, GenerationOptions, load_session
-from alignment.config.model import Dtype
+from alignment.config.model import Dtype, TemplateChoice
 from alignment.config.sampling_engine import SamplingConfig
 from alignment.core.errors import AlignmentError, DataError, StageError
 from alignment.core.streams import Unfailing, make_unfailing
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _load(
-    settings: dict[str, str | None],
+    settings: dict[str, Any],
     options: GenerationOptions,
     screen: Screen,
     engine: SamplingConfig | None,
@@ -73,7 +74,7 @@ def _load(
         base,
         Dtype(settings["dtype"]),
         options=options,
-        chat_template=settings["chat_template"],
+        template=TemplateChoice(source=settings["chat_template"], options=settings["template_options"]),
         engine=engine,
     )
 

@@ -269,9 +269,22 @@ def _chain(manifest: Manifest, origin: Provenance) -> list[str]:
     lines += [
         f"- adapters, bottom first: {' → '.join(manifest.adapters) or 'none'}",
         f"- tokenizer `{manifest.tokenizer_sha256[:12]}`, chat template `{manifest.chat_template_sha256[:12]}`",
+        *_template_options(manifest),
         "- all settings: `lineage.json`",
     ]
     return lines
+
+
+def _template_options(manifest: Manifest) -> list[str]:
+    """What a server must be given: nothing, unless it sends values of its own for the template's options."""
+    options = manifest.identity.get("base", {}).get("template_options")
+    if not options:
+        return []
+    given = json.dumps(options, ensure_ascii=False)
+    return [
+        f"- options of the chat template, as defaults in it: `{given}`. A server that sends values of its own, as "
+        f"llama-server does for `enable_thinking`, must be given them: `--chat-template-kwargs '{given}'`"
+    ]
 
 
 def _step(step: Step) -> list[str]:

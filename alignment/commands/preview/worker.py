@@ -28,6 +28,7 @@ from alignment.data.overlap import HeldOut, asked, asked_in
 from alignment.data.reading import Reading, iterate, refuse_faults, start
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.tokens.row_kinds import Tokenized, tokenized
+from alignment.data.tokens.template_losses import LOSSES
 from alignment.data.tokens.token_spans import RecordSpans, TokenSpan, histogram, record_spans
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageSpec
@@ -85,7 +86,7 @@ def show_stage(console: Console, spec: StageSpec, *, rows: int, held_out: HeldOu
     """
     config = as_trained(spec.config)
     assert config is not None, "the driver passes only training stages"
-    tokenizer = load_tokenizer(spec.base_path, spec.model.chat_template)
+    tokenizer = load_tokenizer(spec.base_path, spec.model.template)
     kind, limits = learned_data(config)
     for data, path in spec.sources(config.data, "data"):
         lenient = replace(
@@ -94,7 +95,7 @@ def show_stage(console: Console, spec: StageSpec, *, rows: int, held_out: HeldOu
         reading = start(path, lenient)
         records = list(islice(iterate(path, kind.record, lenient, reading=reading), LOOKED_AT))
         tokenized_records = list(tokenized(tokenizer, kind, records, limits))
-        readable = [record_spans(tokenizer, record) for record in tokenized_records if record.parts is not None]
+        readable = [record_spans(tokenizer, record) for record in tokenized_records if record.parts]
         faults = [
             record.fault
             for record in tokenized_records
@@ -140,14 +141,21 @@ def _of_rows(records: Sequence[Tokenized], readable: Sequence[RecordSpans], read
     first = {key: index for index, key in reversed(list(enumerate(keys)))}
     repeated = [record.record.where for index, record in enumerate(records) if first[keys[index]] != index]
     lookalikes = [spans.where for spans in readable if spans.has_lookalikes]
+    split = [record.record.where for record in records if len(record.parts) > 1]
     oddities = [
         ("repeat an earlier one", repeated),
         ("have text that looks like a control token but is ordinary text", lookalikes),
+        ("become several rows, because the chat template changes earlier turns", split),
+    ]
+    oddities += [
+        (f"lose {loss} in the chat template", [record.record.where for record in records if loss in record.lost])
+        for loss in LOSSES
     ]
     lines = [f"{len(rows):,} records {oddity}, such as {rows[0]}" for oddity, rows in oddities if rows]
     for name, errors in (("set aside", reading.set_aside), ("faulty", reading.faults)):
         if errors:
-            lines.append(f"{len(errors):,} rows {name}, such as {errors[0].where}: {errors[0].message}")
+            remedy = f" → {errors[0].remedy}" if errors[0].remedy else ""
+            lines.append(f"{len(errors):,} rows {name}, such as {errors[0].where}: {errors[0].message}{remedy}")
     return lines
 
 

@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from alignment.commands.shared.loaded_policies import parts_of
 from alignment.commands.shared.stored_policy import StoredPolicy
-from alignment.config.model import Dtype
+from alignment.config.model import Dtype, TemplateChoice
 from alignment.core.errors import DataError
 from alignment.data.tokens.tokenize import end_ids, prompt_ids
 from alignment.data.turns import Message
@@ -54,7 +54,8 @@ def lineage_and_tokenizer(policy: StoredPolicy) -> tuple[Lineage, Any]:
         DataError: there is no usable chat template.
     """
     artifact, base = (Path(folder) if folder else None for folder in (policy.artifact, policy.base))
-    lineage, tokenizer = parts_of(artifact, base, policy.chat_template)
+    template = TemplateChoice(source=policy.chat_template, options=policy.template_options)
+    lineage, tokenizer = parts_of(artifact, base, template)
     try:
         prompt_ids(tokenizer, [Message(role="user", content="Hi.")])
     except DataError as error:

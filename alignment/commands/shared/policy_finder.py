@@ -100,6 +100,7 @@ class PolicyFinder:
             base=str(base.folder),
             dtype=model["dtype"],
             chat_template=model.get("chat_template"),
+            template_options=model.get("template_options", {}),
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -10,7 +12,8 @@ class StoredPolicy:
     """A policy on this disk: an ``artifact`` on its ``base`` (None if it has weights of its own), or the bare base.
 
     ``name`` is how the user calls it, ``described`` says what it is, and ``dtype`` is that of its weights.
-    ``chat_template`` replaces the one of a bare base.
+    ``chat_template`` replaces the one of a bare base, and ``template_options`` are its options. A result's tokenizer
+    has both.
     """
 
     name: str
@@ -19,3 +22,4 @@ class StoredPolicy:
     base: str | None
     dtype: str
     chat_template: str | None = None
+    template_options: Mapping[str, Any] = field(default_factory=dict)

@@ -77,7 +77,7 @@ def answer_text(fields: Fields, field: str) -> str:
     turn = turn_of(fields, field, value)
     if turn.role != "assistant" or turn.tool_calls:
         fields.fail(field, f"must be an assistant's text; its role is {turn.role!r}")
-    return turn.content
+    return turn.whole
 
 
 def preferred(chosen: str, rejected: str) -> tuple[Answer, ...]:
@@ -102,7 +102,7 @@ def answers_of_whole(
     if chosen[:-1] != rejected[:-1]:
         reason = f"differs from '{names[0]}' before its last turn, so the two answer different prompts"
         fields.set_aside(names[1], reason)
-    return chosen[:-1], preferred(chosen[-1].content, rejected[-1].content)
+    return chosen[:-1], preferred(chosen[-1].whole, rejected[-1].whole)
 
 
 def _question(fields: Fields, field: str) -> str:

@@ -32,12 +32,18 @@ CHUNK = 1_000
 FEW = 8
 """With fewer chunks it is not worth starting processes."""
 
-FAULT, SET_ASIDE, TOO_LONG, CUT = "fault", "set aside", "too long", "cut"
+FAULT, SET_ASIDE, TOO_LONG, CUT, LOST = "fault", "set aside", "too long", "cut", "lost"
+
+
+_BY_TEMPLATE = "the chat template leaves it out"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Note:
-    """Why a row was left out, or what was cut from it; ``kind`` is one of the four above."""
+    """Why a row was left out, what was cut from it, or what the chat template left out of it.
+
+    ``kind`` is one of the five above; what is lost has a kind for each loss, ``lost: thoughts of earlier turns``.
+    """
 
     where: str
     kind: str
@@ -97,8 +103,7 @@ class Job:
         longest = 0
         for tokenized_record in tokenized(self.tokenizer, self.kind, records[:at_most], self.limits):
             longest = max(longest, tokenized_record.tokens)
-            if note := note_of(tokenized_record):
-                notes.append(note)
+            notes += notes_of(tokenized_record)
             for row_of_ids in tokenized_record.rows:
                 columns["where"].append(tokenized_record.record.where)
                 for name, ids in row_of_ids.items():
@@ -114,11 +119,14 @@ class Job:
         )
 
 
-def note_of(tokenized: Tokenized) -> Note | None:
-    """The note on a record that was left out or cut, else None."""
+def notes_of(tokenized: Tokenized) -> list[Note]:
+    """The notes on a record that was left out or cut, or of which the chat template left something out."""
     if tokenized.fault is not None:
-        return note_of_error(tokenized.fault)
-    return Note(where=tokenized.record.where, kind=CUT, reason=tokenized.cut) if tokenized.cut else None
+        return [note_of_error(tokenized.fault)]
+    where = tokenized.record.where
+    cut = [Note(where=where, kind=CUT, reason=tokenized.cut)] if tokenized.cut else []
+    lost = [Note(where=where, kind=f"{LOST}: {loss}", reason=_BY_TEMPLATE) for loss in sorted(tokenized.lost)]
+    return cut + lost
 
 
 def note_of_error(error: DataError) -> Note:

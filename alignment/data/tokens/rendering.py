@@ -4,6 +4,10 @@ A turn is found by rendering prefixes: the text of the messages up to and includ
 messages before it with a generation prompt. The turn ends with its control token. Nothing is inferred from token ids,
 because pad may equal EOS.
 
+Templates of thinking models change earlier turns when later ones follow: they drop thoughts, or end a turn with another
+token. A conversation then becomes several texts, so that each answer is learned behind the text that it is generated
+from.
+
 Control tokens that somebody wrote into a message stay text. A private-use character replaces each of them before the
 template renders, so that all control tokens in the result are the template's own (``encode`` restores the others).
 """
@@ -19,6 +23,10 @@ from typing import Any
 
 from alignment.core.deadline import SECONDS, Bounded
 from alignment.core.errors import AlignmentError, DataError, ModelError
+from alignment.data.template_syntax import Templates
+from alignment.data.tokens.common_beginning import in_common
+from alignment.data.tokens.opening_faults import other_opening
+from alignment.data.tokens.thoughts import opened_once, with_readable_thought, without_thought
 from alignment.data.turns import Message
 
 Tools = Sequence[Mapping[str, Any]]
@@ -26,12 +34,6 @@ Tools = Sequence[Mapping[str, Any]]
 
 LAST_STAND_IN = 0x10FFFD
 """The end of Unicode's last private-use area; icon fonts use the other areas."""
-
-
-_KEEPS_TURNS = (
-    "set model.chat_template=chatml, which renders every turn as it is in the row (but does not support tools), or "
-    "path:FILE of a template that does"
-)
 
 
 _ENDLESS = ModelError(
@@ -95,24 +97,35 @@ def control_tokens(tokenizer: Any) -> ControlTokens:
     return ControlTokens(tokenizer)
 
 
-def render(tokenizer: Any, messages: Sequence[Message], *, answering: bool, tools: Tools = ()) -> str:
-    """The messages rendered by the chat template; ``answering`` adds the opening of an assistant turn.
+def render(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    answering: bool,
+    tools: Tools = (),
+    templates: Templates | None = None,
+) -> str:
+    """The messages rendered by the chat template, or by other ``templates``.
+
+    ``answering`` adds the opening of an assistant turn.
 
     Raises:
         DataError: the tokenizer has no chat template, the template refuses these messages or leaves out tools or tool
             calls, or a message contains a reserved character.
         ModelError: the template does not terminate. That is not the row's fault, so no other row is tried.
     """
-    if not tokenizer.chat_template:
+    control, templates = control_tokens(tokenizer), templates or tokenizer.chat_template
+    if not templates:
         raise DataError(
             "the tokenizer has no chat template", remedy="use a chat model, or set model.chat_template=chatml"
         )
-    control = control_tokens(tokenizer)
     try:
         with Bounded(_ENDLESS):
-            text: str = tokenizer.apply_chat_template(
-                [control.escaped(message.as_dict()) for message in messages],
+            text = _applied(
+                tokenizer,
+                [with_readable_thought(templates, control.escaped(message.as_dict())) for message in messages],
                 tools=control.escaped(list(tools)) or None,
+                chat_template=templates if isinstance(templates, str) else None,
                 tokenize=False,
                 add_generation_prompt=answering,
             )
@@ -122,6 +135,26 @@ def render(tokenizer: Any, messages: Sequence[Message], *, answering: bool, tool
         raise DataError(f"the chat template refuses these messages: {error}") from error
     _refuse_lost_tools(text, messages, tools)
     return text
+
+
+def _applied(tokenizer: Any, turns: list[dict[str, Any]], **options: Any) -> str:
+    """The template applied to the turns; one that takes arguments of calls only as text, as DeepSeek's, gets JSON."""
+    try:
+        return str(tokenizer.apply_chat_template(turns, **options))
+    except TypeError:
+        as_text = [_with_arguments_as_text(turn) for turn in turns]
+        if as_text == turns:
+            raise
+        return str(tokenizer.apply_chat_template(as_text, **options))
+
+
+def _with_arguments_as_text(turn: dict[str, Any]) -> dict[str, Any]:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(arguments, ensure_ascii=False)}}
+        for call in turn.get("tool_calls", ())
+        if not isinstance(arguments := call["function"]["arguments"], str)
+    ]
+    return turn | {"tool_calls": calls} if calls else turn
 
 
 def _refuse_lost_tools(text: str, messages: Sequence[Message], tools: Tools) -> None:
@@ -135,35 +168,81 @@ def _refuse_lost_tools(text: str, messages: Sequence[Message], tools: Tools) -> 
             )
 
 
-def conversation_segments(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> list[Segment]:
-    """Alternating segments, up to the end of the last assistant turn: text before a turn, and the turn itself.
+def conversation_texts(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> list[ConversationText]:
+    """The texts that a conversation is learned from, which are one unless the template changes earlier turns.
+
+    Each has alternating segments, up to the end of its last assistant turn: text before a turn, and the turn itself.
+    Every assistant turn is learned in one of them.
 
     Raises:
         DataError: there is no assistant turn to learn from, or the rendered text cannot be cut at turns.
     """
-    segments: list[Segment] = []
-    rendered = ""
+    texts = [_Text()]
     for index, message in enumerate(messages):
         if message.role != "assistant":
             continue
         if index == 0:
             raise DataError("begins with a turn of the assistant, without a prompt before it")
         before = render(tokenizer, messages[:index], answering=True, tools=tools)
-        if not before.startswith(rendered):
-            raise DataError(
-                "the chat template renders earlier turns differently once a turn follows them, as templates do that "
-                "drop earlier thoughts",
-                remedy=f"{_KEEPS_TURNS}; rows with a single answer work as they are",
-            )
-        answer = _answer_behind(before, tokenizer, messages[:index], message, tools)
-        segments += [
-            Segment(text=before[len(rendered) :], learned=False),
-            Segment(text=answer, learned=message.learned),
-        ]
-        rendered = before + answer
-    if not any(segment.learned for segment in segments):
+        try:
+            answer = _answer_behind(before, tokenizer, messages[:index], message, tools)
+        except DataError:
+            if message.learned:
+                raise
+            continue  # it is context, and later prompts contain it as the template renders it there
+        if not before.startswith(texts[-1].rendered):
+            texts.append(_Text())
+        texts[-1].add(before, answer, index, learned=message.learned)
+    learned = [text.complete(messages) for text in texts if text.learned]
+    if not learned:
         raise DataError("no assistant turn to learn from")
-    return segments
+    return learned
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConversationText:
+    """One text of a conversation: ``segments``, and the turns ``before`` its last answer. It has ``answers`` that are
+    learned, and other turns as their ``context``."""
+
+    segments: list[Segment]
+    before: Sequence[Message]
+    answers: Sequence[Message]
+    context: Sequence[Message]
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return "".join(segment.text for segment in self.segments)
+
+
+class _Text:
+    """A text that grows as long as the template keeps what it has rendered."""
+
+    def __init__(self) -> None:
+        self.rendered = ""
+        self.learned: list[int] = []
+        self._segments: list[Segment] = []
+        self._last = 0
+
+    def add(self, before: str, answer: str, index: int, *, learned: bool) -> None:
+        """Adds the answer in turn ``index``, and what is new in the text ``before`` it."""
+        self._segments += [
+            Segment(text=before[len(self.rendered) :], learned=False),
+            Segment(text=answer, learned=learned),
+        ]
+        self.rendered = before + answer
+        self._last = index
+        self.learned += [index] if learned else []
+
+    def complete(self, messages: Sequence[Message]) -> ConversationText:
+        """The text, of a conversation with these ``messages``."""
+        before = messages[: self._last]
+        return ConversationText(
+            segments=self._segments,
+            before=before,
+            answers=[messages[index] for index in self.learned],
+            context=[message for index, message in enumerate(before) if index not in self.learned],
+        )
 
 
 def prompt_text(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> str:
@@ -182,17 +261,58 @@ def answer_text(tokenizer: Any, messages: Sequence[Message], answer: str, tools:
 
 def answer_texts(tokenizer: Any, messages: Sequence[Message], answers: Sequence[str], tools: Tools = ()) -> list[str]:
     """Several answers to the same ``messages``, each rendered like ``answer_text``."""
-    before = prompt_text(tokenizer, messages, tools)
     turns = [Message(role="assistant", content=answer) for answer in answers]
-    return [_answer_behind(before, tokenizer, messages, answer, tools) for answer in turns]
+    return prompt_and_answers(tokenizer, messages, turns, tools)[1:]
+
+
+def prompt_and_answers(
+    tokenizer: Any, messages: Sequence[Message], answers: Sequence[Message], tools: Tools = ()
+) -> list[str]:
+    """A rendered prompt, and behind it each of several ``answers`` to it, as in ``answer_text``."""
+    before = prompt_text(tokenizer, messages, tools)
+    return [before, *(_answer_behind(before, tokenizer, messages, answer, tools) for answer in answers)]
 
 
 def _answer_behind(before: str, tokenizer: Any, messages: Sequence[Message], answer: Message, tools: Tools) -> str:
     after = render(tokenizer, [*messages, answer], answering=False, tools=tools)
+    if not after.startswith(before) and (bare := _without_thoughts(before, tokenizer, messages, tools)):
+        before = bare  # gpt-oss drops the thoughts of calls once an answer follows; the prompt still has them
     if not after.startswith(before):
-        raise DataError("the chat template renders a prompt differently once an answer follows it", remedy=_KEEPS_TURNS)
+        helps = functools.partial(_follows, tokenizer, messages, answer, tools)
+        raise other_opening(tokenizer.chat_template, before, after, helps)
     text = after[len(before) :]
-    return text[: _turn_end(tokenizer, text)]
+    return opened_once(before, text[: _turn_end(tokenizer, text)])
+
+
+def _without_thoughts(before: str, tokenizer: Any, messages: Sequence[Message], tools: Tools) -> str | None:
+    """The prompt without its thoughts if it ends like ``before``, so that the same answer may follow both."""
+    plain = [without_thought(message) for message in messages]
+    if plain == list(messages):
+        return None
+    bare = render(tokenizer, plain, answering=True, tools=tools)
+    return bare if in_common(before[::-1], bare[::-1]) > len(messages[-1].content) else None
+
+
+def _follows(tokenizer: Any, messages: Sequence[Message], answer: Message, tools: Tools, templates: Templates) -> bool:
+    """Whether the answer follows its prompt in the rendering of other templates."""
+    try:
+        before = render(tokenizer, messages, answering=True, tools=tools, templates=templates)
+        after = render(tokenizer, [*messages, answer], answering=False, tools=tools, templates=templates)
+    except DataError:
+        return False
+    return after.startswith(before)
+
+
+def turn_end_token(tokenizer: Any) -> str:
+    """The control token that ends an assistant's turn, also if no answer can follow the generation prompt.
+
+    Raises:
+        DataError: see ``render``; or the template never ends the turn.
+    """
+    answer = "Hello."
+    turns = [Message(role="user", content="Hi."), Message(role="assistant", content=answer)]
+    _, _, text = render(tokenizer, turns, answering=False).rpartition(answer)
+    return str(control_tokens(tokenizer).pattern.findall(text[: _turn_end(tokenizer, text)])[-1])
 
 
 def _turn_end(tokenizer: Any, text: str) -> int:

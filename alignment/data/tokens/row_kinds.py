@@ -13,11 +13,12 @@ from alignment.data.tokens.limits import Limits, Parts, RowTooLong, cut_to, exce
 from alignment.data.tokens.rendering import (
     Segment,
     Tools,
-    answer_texts,
-    conversation_segments,
+    control_tokens,
+    conversation_texts,
+    prompt_and_answers,
     prompt_tail,
-    prompt_text,
 )
+from alignment.data.tokens.template_losses import losses
 from alignment.data.tokens.tokenize import Tokens, encode, escaped_text, front, text_rows, tokens_of
 from alignment.data.turns import Message
 
@@ -33,21 +34,31 @@ Row = dict[str, list[int]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Rendered:
+    """A sequence of a record, rendered: its ``texts``, and the ``messages`` and ``tools`` of its prompt. ``lost`` names
+    what the template leaves out (``template_losses.LOSSES``)."""
+
+    texts: Texts
+    messages: Sequence[Message] = ()
+    tools: Tools = ()
+    lost: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Kind:
     """How records of one type become rows.
 
-    ``texts`` renders a record, ``rows`` makes rows of token ids with the ``columns`` of its parts. ``asked`` gives the
-    messages and tools of the prompt. ``numbers`` are further columns, with a number of the record in each.
+    ``sequences`` renders a record, ``rows`` makes rows of token ids with the ``columns`` of a sequence's parts.
+    ``numbers`` are further columns, with a number of the record in each.
 
     Raises:
-        DataError: from ``texts``, if the record cannot be rendered or lacks a number.
+        DataError: from ``sequences``, if the record cannot be rendered or lacks a number.
     """
 
     name: str
     record: type[Any]
     columns: tuple[str, ...]
-    texts: Callable[[Any, Any], Texts]
-    asked: Callable[[Any], tuple[Sequence[Message], Tools]]
+    sequences: Callable[[Any, Any], list[Rendered]]
     rows: Callable[[Any, Parts, Limits], list[Row]]
     numbers: Mapping[str, Callable[[Any], float]] = field(default_factory=dict)
 
@@ -59,56 +70,70 @@ class Kind:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokenized:
-    """A tokenised record: its ``parts`` within the limits and their ``rows``, or the ``fault`` for which it has no
-    rows.
+    """A tokenised record: the ``parts`` of each sequence within the limits and their ``rows``, or the ``fault`` for
+    which it has no rows.
 
-    ``tokens`` is the length of its longest sequence before cutting, and ``cut`` describes what was cut.
+    ``tokens`` is the length of its longest sequence before cutting, and ``cut`` describes what was cut. ``lost`` names
+    what the chat template left out (``template_losses.LOSSES``).
     """
 
     record: Any
     rows: Sequence[Row] = ()
-    parts: Parts | None = None
+    parts: Sequence[Parts] = ()
     fault: DataError | None = None
     tokens: int = 0
     cut: str = ""
+    lost: frozenset[str] = frozenset()
 
 
 def tokenized(tokenizer: Any, kind: Kind, records: Sequence[Any], limits: Limits) -> Iterator[Tokenized]:
     """Yields each record's rows in order. All records are encoded at once, so pass some hundreds, not a million."""
     with watched():
         rendered = [_rendered(tokenizer, kind, record) for record in records]
-    encoded = iter(
-        tokens_of(tokenizer, [segments for texts in rendered if isinstance(texts, dict) for segments in texts.values()])
-    )
-    for record, texts in zip(records, rendered, strict=True):
-        if isinstance(texts, DataError):
-            yield Tokenized(record=record, fault=texts)
+    every = [segments for of_record in rendered for sequence in _sequences(of_record) for segments in sequence.values()]
+    encoded = iter(tokens_of(tokenizer, every))
+    for record, sequences in zip(records, rendered, strict=True):
+        if isinstance(sequences, DataError):
+            yield Tokenized(record=record, fault=sequences)
             continue
-        whole = _parts({name: next(encoded) for name in texts})
+        whole = [_parts({name: next(encoded) for name in sequence.texts}) for sequence in sequences]
+        longest = max(parts.longest for parts in whole)
         try:
-            parts, cut = _fitted(tokenizer, kind, record, whole, limits)
+            fitted = [
+                _fitted(tokenizer, kind, *of_sequence, limits) for of_sequence in zip(sequences, whole, strict=True)
+            ]
         except RowTooLong as reason:
-            yield Tokenized(record=record, fault=_placed(reason, record.where), tokens=whole.longest)
-        else:
-            rows = kind.rows(tokenizer, parts, limits)
-            yield Tokenized(record=record, rows=rows, parts=parts, tokens=whole.longest, cut=cut)
+            yield Tokenized(record=record, fault=_placed(reason, record.where), tokens=longest)
+            continue
+        yield Tokenized(
+            record=record,
+            rows=[row for parts, _ in fitted for row in kind.rows(tokenizer, parts, limits)],
+            parts=[parts for parts, _ in fitted],
+            tokens=longest,
+            cut=next((cut for _, cut in fitted if cut), ""),
+            lost=frozenset().union(*(sequence.lost for sequence in sequences)),
+        )
 
 
-def _rendered(tokenizer: Any, kind: Kind, record: Any) -> Texts | DataError:
-    """The record's texts, or its fault.
+def _sequences(rendered: list[Rendered] | DataError) -> list[Texts]:
+    return [] if isinstance(rendered, DataError) else [sequence.texts for sequence in rendered]
+
+
+def _rendered(tokenizer: Any, kind: Kind, record: Any) -> list[Rendered] | DataError:
+    """The record's sequences, or its fault.
 
     Raises:
         ModelError: the template does not terminate.
     """
     try:
-        return kind.texts(tokenizer, record)
+        return kind.sequences(tokenizer, record)
     except DataError as fault:
         return _placed(fault, record.where)
     except ModelError as error:
         raise ModelError(error.message, where=record.where, remedy=error.remedy) from error
 
 
-def _fitted(tokenizer: Any, kind: Kind, record: Any, whole: Parts, limits: Limits) -> tuple[Parts, str]:
+def _fitted(tokenizer: Any, kind: Kind, sequence: Rendered, whole: Parts, limits: Limits) -> tuple[Parts, str]:
     """The parts within their limits, and a description of what was cut; a text may have any length.
 
     Raises:
@@ -119,7 +144,7 @@ def _fitted(tokenizer: Any, kind: Kind, record: Any, whole: Parts, limits: Limit
         return whole, ""
     if not limits.cuts:
         raise RowTooLong(over)
-    tail = _tail(tokenizer, kind, record, whole.prompt.ids)
+    tail = _tail(tokenizer, sequence, whole.prompt.ids)
     if tail is None:
         raise RowTooLong(f"{over}; the end of the last turn in the prompt is unknown, so it cannot be cut")
     begin = front(tokenizer)
@@ -127,9 +152,9 @@ def _fitted(tokenizer: Any, kind: Kind, record: Any, whole: Parts, limits: Limit
     return cut_to(replace(whole, head=head, tail=tail), limits), over
 
 
-def _tail(tokenizer: Any, kind: Kind, record: Any, prompt: list[int]) -> int | None:
+def _tail(tokenizer: Any, sequence: Rendered, prompt: list[int]) -> int | None:
     """Number of tokens that the template appends to the content of the prompt's last turn, or None if unknown."""
-    text = prompt_tail(tokenizer, *kind.asked(record))
+    text = prompt_tail(tokenizer, sequence.messages, sequence.tools)
     ids = [] if text is None else encode(tokenizer, text)
     return len(ids) if text is not None and prompt[len(prompt) - len(ids) :] == ids else None
 
@@ -146,14 +171,16 @@ def _parts(named: Mapping[str, Tokens]) -> Parts:
 # ---- conversations --------------------------------------------------------------------------------------------------
 
 
-def _conversation_texts(tokenizer: Any, record: Conversation) -> Texts:
-    segments = conversation_segments(tokenizer, record.messages, record.tools)
-    return {PROMPT: segments[:-1], "answer": segments[-1:]}
-
-
-def _before_the_last_answer(record: Conversation) -> tuple[Sequence[Message], Tools]:
-    last = max(index for index, message in enumerate(record.messages) if message.role == "assistant")
-    return record.messages[:last], record.tools
+def _conversation(tokenizer: Any, record: Conversation) -> list[Rendered]:
+    return [
+        Rendered(
+            texts={PROMPT: text.segments[:-1], "answer": text.segments[-1:]},
+            messages=text.before,
+            tools=record.tools,
+            lost=_lost(tokenizer, text.context, text.answers, text.text),
+        )
+        for text in conversation_texts(tokenizer, record.messages, record.tools)
+    ]
 
 
 def _conversation_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
@@ -164,36 +191,46 @@ def _conversation_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
 # ---- pairs, labelled answers and prompts ----------------------------------------------------------------------------
 
 
-def _asked(record: PreferencePair | LabelledAnswer | Prompt) -> tuple[Sequence[Message], Tools]:
-    return record.messages, record.tools
+def _asked(
+    tokenizer: Any, record: PreferencePair | LabelledAnswer | Prompt, answers: Mapping[str, str]
+) -> list[Rendered]:
+    """The prompt with its ``answers`` by name."""
+    turns = [Message(role="assistant", content=answer) for answer in answers.values()]
+    prompt, *texts = prompt_and_answers(tokenizer, record.messages, turns, record.tools)
+    learned = {name: [Segment(text=text, learned=True)] for name, text in zip(answers, texts, strict=True)}
+    return [
+        Rendered(
+            texts={PROMPT: [Segment(text=prompt, learned=False)], **learned},
+            messages=record.messages,
+            tools=record.tools,
+            lost=_lost(tokenizer, record.messages, turns, "".join([prompt, *texts])),
+        )
+    ]
 
 
-def _prompt_texts(tokenizer: Any, record: PreferencePair | LabelledAnswer | Prompt) -> Texts:
-    return {PROMPT: [Segment(text=prompt_text(tokenizer, record.messages, record.tools), learned=False)]}
+def _lost(tokenizer: Any, context: Sequence[Message], answers: Sequence[Message], text: str) -> frozenset[str]:
+    return losses(context, answers, control_tokens(tokenizer).restored(text))
 
 
-def _pair_texts(tokenizer: Any, record: PreferencePair) -> Texts:
-    chosen, rejected = answer_texts(tokenizer, record.messages, (record.chosen, record.rejected), record.tools)
-    return {
-        **_prompt_texts(tokenizer, record),
-        "chosen": [Segment(text=chosen, learned=True)],
-        "rejected": [Segment(text=rejected, learned=True)],
-    }
+def _prompt(tokenizer: Any, record: Prompt) -> list[Rendered]:
+    return _asked(tokenizer, record, {})
 
 
-def _scored_pair_texts(tokenizer: Any, record: PreferencePair) -> Texts:
-    record.margin()  # a pair without one has no texts
-    return _pair_texts(tokenizer, record)
+def _pair(tokenizer: Any, record: PreferencePair) -> list[Rendered]:
+    return _asked(tokenizer, record, {"chosen": record.chosen, "rejected": record.rejected})
+
+
+def _scored_pair(tokenizer: Any, record: PreferencePair) -> list[Rendered]:
+    record.margin()  # a pair without one has no sequences
+    return _pair(tokenizer, record)
 
 
 def _pair_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
     return [{PROMPT: parts.prompt.ids, **{name: tokens.ids for name, tokens in parts.answers.items()}}]
 
 
-def _labelled_texts(tokenizer: Any, record: LabelledAnswer) -> Texts:
-    (answer,) = answer_texts(tokenizer, record.messages, (record.answer,), record.tools)
-    label = DESIRABLE if record.desirable else UNDESIRABLE
-    return {**_prompt_texts(tokenizer, record), label: [Segment(text=answer, learned=True)]}
+def _labelled(tokenizer: Any, record: LabelledAnswer) -> list[Rendered]:
+    return _asked(tokenizer, record, {DESIRABLE if record.desirable else UNDESIRABLE: record.answer})
 
 
 def _labelled_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
@@ -205,8 +242,8 @@ def _labelled_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
 # ---- texts ----------------------------------------------------------------------------------------------------------
 
 
-def _plain_texts(tokenizer: Any, record: PlainText) -> Texts:
-    return {"text": [Segment(text=escaped_text(tokenizer, record.text), learned=True)]}
+def _plain(tokenizer: Any, record: PlainText) -> list[Rendered]:
+    return [Rendered(texts={"text": [Segment(text=escaped_text(tokenizer, record.text), learned=True)]})]
 
 
 def _plain_rows(tokenizer: Any, parts: Parts, limits: Limits) -> list[Row]:
@@ -219,41 +256,36 @@ CONVERSATIONS = Kind(
     name="conversation",
     record=Conversation,
     columns=_LEARNED,
-    texts=_conversation_texts,
-    asked=_before_the_last_answer,
+    sequences=_conversation,
     rows=_conversation_rows,
 )
 PAIRS = Kind(
     name="pair",
     record=PreferencePair,
     columns=(PROMPT, "chosen", "rejected"),
-    texts=_pair_texts,
-    asked=_asked,
+    sequences=_pair,
     rows=_pair_rows,
 )
 LABELLED_ANSWERS = Kind(
     name="labelled answer",
     record=LabelledAnswer,
     columns=(PROMPT, DESIRABLE, UNDESIRABLE),
-    texts=_labelled_texts,
-    asked=_asked,
+    sequences=_labelled,
     rows=_labelled_rows,
 )
-SCORED_PAIRS = replace(PAIRS, name="scored pair", texts=_scored_pair_texts, numbers={MARGIN: PreferencePair.margin})
+SCORED_PAIRS = replace(PAIRS, name="scored pair", sequences=_scored_pair, numbers={MARGIN: PreferencePair.margin})
 PROMPTS = Kind(
     name="prompt",
     record=Prompt,
     columns=(PROMPT,),
-    texts=_prompt_texts,
-    asked=_asked,
+    sequences=_prompt,
     rows=_pair_rows,
 )
 TEXTS = Kind(
     name="text",
     record=PlainText,
     columns=_LEARNED,
-    texts=_plain_texts,
-    asked=lambda _: ((), ()),
+    sequences=_plain,
     rows=_plain_rows,
 )
 """A text may have any length, because it is cut into rows."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby, takewhile
+from itertools import groupby
 from typing import Any
 
+from alignment.data.tokens.common_beginning import in_common
 from alignment.data.tokens.limits import Parts
 from alignment.data.tokens.rendering import control_tokens
 from alignment.data.tokens.row_kinds import Tokenized
@@ -31,7 +32,8 @@ class TokenSpan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RecordSpans:
-    """The token spans of a record as the stage reads it: one sequence, or a prompt and its answers by name.
+    """The token spans of a record as the stage reads it: one sequence, several sequences of a conversation, or a prompt
+    and its answers by name.
 
     ``tokens`` counts the longest sequence before anything was ``cut``, ``learned`` all learned tokens. With
     ``has_lookalikes`` some of the text looks like a control token but is ordinary text.
@@ -47,10 +49,10 @@ class RecordSpans:
 
 def record_spans(tokenizer: Any, tokenized: Tokenized) -> RecordSpans:
     """Decodes the tokens of a record without a fault, including control tokens."""
-    assert tokenized.parts is not None, "a record with a fault has no tokens"
+    assert tokenized.parts, "a record with a fault has no tokens"
     control = control_tokens(tokenizer)
-    sequences = _sequences(tokenized, tokenized.parts)
-    differ = _differences(tokenized.parts)
+    sequences = _sequences(tokenized)
+    differ = _differences(tokenized.parts[0])
     text = "".join(tokenizer.decode(tokens.ids) for tokens in sequences.values())
     real = sum(token in control.ids.values() for tokens in sequences.values() for token in tokens.ids)
     return RecordSpans(
@@ -63,12 +65,14 @@ def record_spans(tokenizer: Any, tokenized: Tokenized) -> RecordSpans:
     )
 
 
-def _sequences(tokenized: Tokenized, parts: Parts) -> dict[str, Tokens]:
+def _sequences(tokenized: Tokenized) -> dict[str, Tokens]:
+    parts = tokenized.parts[0]
     if "text" in parts.answers:
         rows = [row["input_ids"] for row in tokenized.rows]
         return {f"row {number}": Tokens(ids=ids, learned=[True] * len(ids)) for number, ids in enumerate(rows, start=1)}
     if "answer" in parts.answers:
-        return {"": parts.prompt + parts.answers["answer"]}
+        whole = [sequence.prompt + sequence.answers["answer"] for sequence in tokenized.parts]
+        return {f"sequence {index}" if len(whole) > 1 else "": tokens for index, tokens in enumerate(whole, start=1)}
     return {"prompt": parts.prompt, **parts.answers}
 
 
@@ -80,11 +84,6 @@ def _differences(parts: Parts) -> dict[str, range]:
     start = in_common(*answers.values())
     end = in_common(*(ids[start:][::-1] for ids in answers.values()))
     return {name: range(start, len(ids) - end) for name, ids in answers.items()}
-
-
-def in_common(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of the common beginning."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def _token_spans(tokenizer: Any, tokens: Tokens, differs: range | None) -> list[TokenSpan]:

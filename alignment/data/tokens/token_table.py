@@ -30,12 +30,12 @@ from alignment.core.fingerprint import digest
 from alignment.core.locks import held
 from alignment.data.hub_rows import content_of, snapshot_name, unparsed_source_rows
 from alignment.data.reading import NAMED, Reader, nothing, refuse_faults, start
-from alignment.data.tokens.chunks import CUT, FAULT, SET_ASIDE, TOO_LONG, Chunk, Job, run
+from alignment.data.tokens.chunks import CUT, FAULT, LOST, SET_ASIDE, TOO_LONG, Chunk, Job, run
 from alignment.data.tokens.limits import Limits, refuse_losses
 from alignment.data.tokens.row_kinds import Kind
 from alignment.data.tokens.tokenizer import tokenizer_hashes
 
-VERSION = 2
+VERSION = 3
 """Raised when the rows change, so that older tables are not used."""
 
 log = logging.getLogger(__name__)
@@ -64,6 +64,12 @@ class TokenTable:
     def count(self, kind: str) -> int:
         """Number of notes of a kind."""
         return self.notes.get(kind, 0)
+
+    @property
+    def losses(self) -> dict[str, int]:
+        """How many records lose what in the chat template: ``{"thoughts of earlier turns": 12}``."""
+        begin = f"{LOST}: "
+        return {kind.removeprefix(begin): count for kind, count in self.notes.items() if kind.startswith(begin)}
 
 
 def token_table(

@@ -14,8 +14,9 @@ from alignment.data.tokens.rendering import (
     Tools,
     answer_text,
     control_tokens,
-    conversation_segments,
+    conversation_texts,
     prompt_text,
+    turn_end_token,
 )
 from alignment.data.turns import Message
 
@@ -129,9 +130,9 @@ def turn_end_id(tokenizer: Any) -> int:
     """The token that ends an answer, which is EOS in most chat templates and ``<end_of_turn>`` in Gemma's.
 
     Raises:
-        DataError: see ``answer_ids``.
+        DataError: see ``turn_end_token``.
     """
-    return answer_ids(tokenizer, [Message(role="user", content="Hi.")], "Hello.")[-1]
+    return control_tokens(tokenizer).ids[turn_end_token(tokenizer)]
 
 
 def end_ids(tokenizer: Any) -> frozenset[int]:
@@ -141,18 +142,19 @@ def end_ids(tokenizer: Any) -> frozenset[int]:
     generation_config.json names.
 
     Raises:
-        DataError: see ``answer_ids``.
+        DataError: see ``turn_end_token``.
     """
     return frozenset({turn_end_id(tokenizer), tokenizer.eos_token_id, *getattr(tokenizer, STOPS, ())})
 
 
 def tokenize_conversation(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) -> TokenizedConversation:
-    """A whole conversation with every assistant turn and its end learned, except turns that are not to be learned.
+    """A whole conversation with every assistant turn and its end learned, except turns that are not to be learned. The
+    template must keep earlier turns as they were.
 
     Raises:
         DataError: there is no assistant turn to learn from, or the rendered text cannot be cut at turns.
     """
-    (row,) = tokens_of(tokenizer, [conversation_segments(tokenizer, messages, tools)])
+    (row,) = tokens_of(tokenizer, [text.segments for text in conversation_texts(tokenizer, messages, tools)])
     return TokenizedConversation(input_ids=row.ids, labels=row.labels)
 
 

@@ -10,20 +10,21 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from alignment.config.model import TemplateChoice
 from alignment.core.errors import ModelError
 from alignment.data.chat_template import set_template
 from alignment.data.tokens.tokenize import STOPS
 
 
-def load_tokenizer(folder: Path, chat_template: str | None = None, *, model: Path | None = None) -> Any:
+def load_tokenizer(folder: Path, template: TemplateChoice | None = None, *, model: Path | None = None) -> Any:
     """The tokenizer of a model folder, with a pad token (EOS if it has none, because masks never depend on it).
 
-    ``chat_template`` replaces its own template (alignment/data/chat_template.py). ``model`` is the folder of the model
-    if it is another one.
+    ``template`` replaces its own template or gives it options (alignment/data/chat_template.py). ``model`` is the
+    folder of the model if it is another one.
 
     Raises:
         ModelError: there is no usable tokenizer, it has no EOS token, or generation_config.json cannot be read.
-        DataError: the template cannot be read.
+        DataError: the template cannot be read, or does not read an option.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
@@ -33,8 +34,8 @@ def load_tokenizer(folder: Path, chat_template: str | None = None, *, model: Pat
         raise ModelError("the tokenizer has no EOS token, so an answer could never end", where=str(folder))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if chat_template is not None:
-        set_template(tokenizer, chat_template)
+    if template is not None:
+        set_template(tokenizer, template)
     setattr(tokenizer, STOPS, stop_ids(model or folder))
     return tokenizer
 

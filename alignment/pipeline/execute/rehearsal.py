@@ -45,7 +45,8 @@ def rehearse(plan: Plan, stages: Sequence[PlannedStage], *, announce: Callable[[
     if not (rows or scorers):
         return
     announce(_announcement(rows, scorers))
-    _try(plan, rows, scorers)
+    for note in _try(plan, rows, scorers):
+        announce(note)
     for part, stages_of_part in ((rehearsed.ROWS, rows), (rehearsed.SCORERS, scorers)):
         for stage in stages_of_part:
             rehearsed.remember(plan, stage, part=part)
@@ -57,7 +58,8 @@ def _announcement(rows: Sequence[PlannedStage], scorers: Sequence[PlannedStage])
     return f"trying {named} before anything trains: ten seconds or more, once for these settings and data"
 
 
-def _try(plan: Plan, rows: Sequence[PlannedStage], scorers: Sequence[PlannedStage]) -> None:
+def _try(plan: Plan, rows: Sequence[PlannedStage], scorers: Sequence[PlannedStage]) -> list[str]:
+    """What was noted; an error is raised."""
     folder = plan.run_folder / _FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -70,7 +72,9 @@ def _try(plan: Plan, rows: Sequence[PlannedStage], scorers: Sequence[PlannedStag
         grace_seconds=1.0,
     )
     worker_protocol.raise_for_status(folder, code=code, stage="rehearsal")
+    notes = worker_protocol.notes(folder)
     shutil.rmtree(folder, ignore_errors=True)
+    return notes
 
 
 def _environment(plan: Plan) -> dict[str, str]:

@@ -62,10 +62,11 @@ def _as_read(stage: StageConfig) -> StageConfig:
     return scorer_checks.without_paths(kind_of(stage).as_read(stage))
 
 
-def _template(run: RunConfig) -> dict[str, str]:
-    """Empty if the tokenizer's own template is used, as in results that are older than this setting."""
-    template = run.model.chat_template
-    return {} if template is None else {"chat_template": digest(template_text(template))}
+def _template(run: RunConfig) -> dict[str, Any]:
+    """Empty for the tokenizer's own template without options, as in results that are older than these settings."""
+    template, options = run.model.chat_template, run.model.template_options
+    named = {} if template is None else {"chat_template": digest(template_text(template))}
+    return named | ({"template_options": canonical(options)} if options else {})
 
 
 def of_report(run: RunConfig, name: str, *, inputs: dict[str, str]) -> dict[str, Any]:

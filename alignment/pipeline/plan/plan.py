@@ -140,10 +140,10 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     refuse([composition.placed(fault) for fault in every_fault])
     config = settings.completed(config)
     data, seen = _checked_data(config)
+    base = resolve(config.model.source, where="model.source")
+    refuse([composition.placed(fault) for fault in settings.option_faults(config.model, base.folder)])
     output = Path(config.output).expanduser().absolute()
-    builder = _Builder(
-        config, output=output, data=data, seen=seen, base=resolve(config.model.source, where="model.source")
-    )
+    builder = _Builder(config, output=output, data=data, seen=seen, base=base)
     stages = tuple(builder.stage(name) for name in references.in_order(config.stages))
     return Plan(
         recipe=recipe,

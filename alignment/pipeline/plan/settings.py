@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import metadata
+from pathlib import Path
 
 from alignment.config.adapter import CONTINUE, PREFIX_SHAPE, SHAPE, AdapterConfig, AdapterKind, Chain
 from alignment.config.data import DataConfig, SourceConfig
@@ -18,8 +19,9 @@ from alignment.config.stage import TrainedConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.config.validation import ValidationConfig
 from alignment.core.errors import DataError
-from alignment.data.chat_template import template_text
+from alignment.data.chat_template import CHATML, template_text
 from alignment.data.formats import COLUMNS, FORMATS
+from alignment.data.template_options import name_faults, own_template, value_faults
 from alignment.pipeline.backends import slurm
 from alignment.pipeline.plan import made_rows, scorer_checks, validation_checks
 from alignment.stages.registry import as_trained, kind_of
@@ -60,11 +62,24 @@ def completed(config: RunConfig) -> RunConfig:
 
 
 def _template_faults(model: ModelConfig) -> Iterator[Fault]:
+    yield from value_faults(model.template_options)
     try:
         if model.chat_template is not None:
-            template_text(model.chat_template)
+            text = template_text(model.chat_template)
+            yield from name_faults("" if text == CHATML else text, model.template_options)
     except DataError as error:
-        yield Fault(where=error.where, message=f"{error.message}; {error.remedy}")
+        yield Fault(where=error.where or "model.chat_template", message=f"{error.message}; {error.remedy}")
+
+
+def option_faults(model: ModelConfig, folder: Path | None) -> Iterator[Fault]:
+    """Options that the template in the base's ``folder`` does not read; none if the folder is not on this machine."""
+    stored = None if model.chat_template is not None or folder is None else own_template(folder)
+    if stored is None:
+        return
+    try:
+        yield from name_faults(stored, model.template_options)
+    except DataError as error:
+        yield Fault(where="model.template_options", message=f"{error.message}; {error.remedy}")
 
 
 def _slurm_faults(launch: LaunchConfig) -> Iterator[Fault]:

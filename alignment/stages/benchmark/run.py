@@ -98,7 +98,7 @@ def _model(config: BenchmarkConfig, context: StageContext, policies: Policies, n
     from alignment.stages.benchmark.harness_model import HarnessModel, Sizes
 
     spec = context.spec
-    tokenizer = tokenizer_of(context, spec.arms[name], load_tokenizer(spec.base_path, spec.model.chat_template))
+    tokenizer = tokenizer_of(context, spec.arms[name], load_tokenizer(spec.base_path, spec.model.template))
     if config.apply_chat_template:
         refuse_without_template(context, spec.arms[name], tokenizer)
     model = policies.load(lineage(spec, spec.arms[name]))

@@ -47,7 +47,7 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
     context.progress("loading")
     endpoint = open_endpoint(config.judge, context)
     grader = open_grader(config, context)
-    tokenizer = load_tokenizer(spec.base_path, spec.model.chat_template)
+    tokenizer = load_tokenizer(spec.base_path, spec.model.template)
     for field in ("reference", "reward"):
         if field in spec.inputs:
             refuse_other_tokenizer(spec, spec.inputs[field], tokenizer)

@@ -25,7 +25,7 @@ def run(config: ForgettingConfig, context: StageContext) -> StageResult:
     """
     spec = context.spec
     context.progress("loading")
-    tokenizer = load_tokenizer(spec.base_path, spec.model.chat_template)
+    tokenizer = load_tokenizer(spec.base_path, spec.model.template)
     for arm in spec.arms.values():
         refuse_other_tokenizer(spec, arm, tokenizer)
     texts = rows_of(context, PlainText, config.data)

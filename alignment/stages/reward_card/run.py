@@ -161,7 +161,7 @@ def _read(config: RewardCardConfig, context: StageContext, records: list[Prefere
     assert reward.path is not None, "the plan refuses 'base' in a reward slot"
     if read_manifest(reward.path) is None:
         return _read_text(config, context, records)
-    tokenizer = load_tokenizer(context.spec.base_path, context.spec.model.chat_template)
+    tokenizer = load_tokenizer(context.spec.base_path, context.spec.model.template)
     refuse_other_tokenizer(context.spec, reward, tokenizer)
     limits = Limits(row=config.max_length, too_long=config.too_long)
     rows_of_pairs, _ = fitting(context, PAIRS, records, config.data, limits, tokenizer)

@@ -64,7 +64,7 @@ def asked_tokenizer(context: StageContext, *, field: str) -> Any:
         ModelError: an artifact has another tokenizer than the run's base, or there is no chat template.
     """
     spec, policy = context.spec, context.spec.inputs[field]
-    ours = load_tokenizer(spec.base_path, spec.model.chat_template)
+    ours = load_tokenizer(spec.base_path, spec.model.template)
     tokenizer = tokenizer_of(context, policy, ours)
     if tokenizer is not ours:
         refuse_without_template(context, policy, tokenizer, field=field)

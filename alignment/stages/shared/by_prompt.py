@@ -12,6 +12,7 @@ from alignment.core.errors import DataError
 from alignment.data.tokens.row_kinds import PROMPT
 from alignment.models.forward.causal import IGNORED
 from alignment.stages.shared.preference_pairs import rows_of
+from alignment.stages.shared.stage_rows import WHERE
 
 
 def prompts_of(rows: Dataset) -> list[bytes]:
@@ -36,10 +37,12 @@ def split_by_prompt(
 ) -> tuple[list[int], list[int]]:
     """The indices of rows to learn from, and of the rows of a share of the prompts.
 
+    Rows of one conversation stay together, by the first one's prompt: a later one contains what an earlier one learns.
+
     Raises:
         DataError: there are too few prompts to hold any out; the error names the ``setting``.
     """
-    prompt_of = prompts_of(rows)
+    prompt_of = _by_record(rows, prompts_of(rows))
     prompts = sorted(set(prompt_of))
     count = round(share * len(prompts))
     if not 0 < count < len(prompts):
@@ -52,6 +55,14 @@ def split_by_prompt(
     learned = [row for row, prompt in enumerate(prompt_of) if prompt not in chosen]
     held_out = [row for row, prompt in enumerate(prompt_of) if prompt in chosen]
     return learned, held_out
+
+
+def _by_record(rows: Dataset, prompts: list[bytes]) -> list[bytes]:
+    """For each row the prompt of the first row from the same record, if rows say where they are from."""
+    if WHERE not in rows.column_names:
+        return prompts
+    first: dict[str, bytes] = {}
+    return [first.setdefault(where, prompt) for where, prompt in zip(rows[WHERE], prompts, strict=True)]
 
 
 def _in_order(ids: list[int]) -> bytes:

@@ -25,7 +25,7 @@ def initial_policy(context: StageContext) -> tuple[Lineage, Any]:
     context.progress("loading")
     init = spec.inputs["init"]
     start = lineage(spec, init)
-    tokenizer = load_tokenizer(start.base, spec.model.chat_template)
+    tokenizer = load_tokenizer(start.base, spec.model.template)
     if init.path is not None and read_manifest(init.path) is not None:
         refuse_other_tokenizer(spec, init, tokenizer)
     return start, tokenizer

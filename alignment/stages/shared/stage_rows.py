@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -16,9 +17,10 @@ from alignment.core.hardware import count_cores
 from alignment.data.mix import mixed, subset
 from alignment.data.reading import iterate, refuse_faults, start
 from alignment.data.records import Record
-from alignment.data.tokens.chunks import CHUNK, CUT, TOO_LONG, note_of, note_of_error
+from alignment.data.tokens.chunks import CHUNK, CUT, LOST, TOO_LONG, note_of_error, notes_of
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.tokens.row_kinds import Kind, Tokenized, tokenized
+from alignment.data.tokens.template_losses import lost_words
 from alignment.data.tokens.token_table import TokenTable, token_table
 from alignment.training.context import StageContext
 
@@ -106,7 +108,7 @@ def fitting(
         for first in range(0, len(records), CHUNK)
         for row in tokenized(tokenizer, kind, records[first : first + CHUNK], limits)
     ]
-    notes = [note for row in every if (note := note_of(row)) is not None]
+    notes = [note for row in every for note in notes_of(row)]
     faults = [row.fault for row in every if row.fault is not None and not isinstance(row.fault, RowTooLong)]
     dropped, cut = (sum(note.kind == kind for note in notes) for kind in (TOO_LONG, CUT))
     where = f"stages.{context.spec.stage}"
@@ -114,6 +116,7 @@ def fitting(
     longest = max((row.tokens for row in every), default=0)
     refuse_losses(limits, dropped=dropped, cut=cut, records=len(records), longest=longest, where=where)
     list_left_out(context, [note.as_row() for note in notes])
+    _note_losses(context, where, Counter(loss for row in every for loss in row.lost), len(records))
     fitting_rows = {index: row for index, row in enumerate(every) if row.fault is None}
     return fitting_rows, _counts(rows=len(fitting_rows), dropped=dropped, cut=cut)
 
@@ -152,8 +155,15 @@ def _read(context: StageContext, record: type[R], data: SourceConfig, path: Path
 def _copy_ledger(context: StageContext, table: TokenTable) -> None:
     with table.ledger.open(encoding="utf-8") as stream:
         _append(context, stream)
-    first = [note for notes in table.first.values() for note in notes]
-    _warn(context, table.path, table.read, first, sum(table.notes.values()))
+    first = [note for kind, notes in table.first.items() if not kind.startswith(LOST) for note in notes]
+    losses = table.losses
+    _warn(context, table.path, table.read, first, sum(table.notes.values()) - sum(losses.values()))
+    _note_losses(context, str(table.path), losses, table.records)
+
+
+def _note_losses(context: StageContext, where: str, losses: Mapping[str, int], records: int) -> None:
+    """Notes once for a source what the chat template leaves out, and of how many records."""
+    context.notes.extend(f"{where}: {lost_words(loss, count, records)}" for loss, count in losses.items())
 
 
 def list_left_out(context: StageContext, entries: Iterable[Mapping[str, str]]) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from alignment.config.model import TemplateChoice
 from alignment.core.errors import DataError
 from alignment.data.chat_template import CHATML, set_template, template_text
 from alignment.data.tokens.rendering import render
@@ -33,7 +34,7 @@ def _learned(tokenizer: Any) -> str:
 def test_a_vocabulary_with_chatmls_tokens_uses_them(tmp_path: Path) -> None:
     bare = tiny_tokenizer()
     bare.eos_token = "<|endoftext|>"
-    tokenizer = load_tokenizer(_saved(tmp_path, bare), CHATML)
+    tokenizer = load_tokenizer(_saved(tmp_path, bare), TemplateChoice(source=CHATML))
     assert tokenizer.eos_token == "<|im_end|>"
     assert _learned(tokenizer) == "Hello.<|im_end|>"
     assert render(tokenizer, TALK[:1], answering=True) == "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
@@ -42,7 +43,7 @@ def test_a_vocabulary_with_chatmls_tokens_uses_them(tmp_path: Path) -> None:
 def test_another_vocabulary_ends_turns_with_its_own_eos_and_gets_no_new_token(tmp_path: Path) -> None:
     bare = styled_tokenizer("gemma")
     size = len(bare)
-    tokenizer = load_tokenizer(_saved(tmp_path, bare), CHATML)
+    tokenizer = load_tokenizer(_saved(tmp_path, bare), TemplateChoice(source=CHATML))
     assert len(tokenizer) == size
     assert turn_end_id(tokenizer) == tokenizer.eos_token_id
     assert _learned(tokenizer) == "Hello.<eos>"
@@ -52,7 +53,7 @@ def test_another_vocabulary_ends_turns_with_its_own_eos_and_gets_no_new_token(tm
 
 
 def test_the_template_is_saved_with_the_tokenizer(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(_saved(tmp_path / "base", styled_tokenizer("gemma")), CHATML)
+    tokenizer = load_tokenizer(_saved(tmp_path / "base", styled_tokenizer("gemma")), TemplateChoice(source=CHATML))
     tokenizer.save_pretrained(str(tmp_path / "artifact"))
     again = load_tokenizer(tmp_path / "artifact")
     assert tokenizer_hashes(again) == tokenizer_hashes(tokenizer)
@@ -63,7 +64,7 @@ def test_a_template_of_the_users_is_read_from_its_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text("{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}")
     tokenizer = tiny_tokenizer()
-    set_template(tokenizer, f"path:{file}")
+    set_template(tokenizer, TemplateChoice(source=f"path:{file}"))
     assert _learned(tokenizer) == "Hello.<|im_end|>"
 
 

@@ -214,6 +214,26 @@ def test_a_turn_of_weight_0_is_read_and_not_learned() -> None:
     assert [turn.learned for turn in conversation.messages] == [True, False, True, True]
 
 
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])
+def test_a_thought_in_a_field_of_its_own_is_read(field: str) -> None:
+    thought = {**ANSWER, field: "Two and two."}
+    (conversation,) = _records(
+        Conversation, {"messages": [ASKED, thought, {**ASKED, field: "x"}, {**ANSWER, field: None}]}
+    )
+    assert [turn.thought for turn in conversation.messages] == ["", "Two and two.", "", ""]
+    (shared,) = _records(
+        Conversation,
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes", field: "Hm."}]},
+        "sharegpt",
+    )
+    assert shared.messages[1].thought == "Hm."
+    whole = f"<think>\nTwo and two.\n</think>\n\n{ANSWER['content']}"
+    (pair,) = _records(PreferencePair, {"chosen": [ASKED, thought], "rejected": [ASKED, ANSWER]}, "chosen_rejected")
+    assert (pair.chosen, pair.rejected) == (whole, ANSWER["content"])
+    (labelled,) = _records(LabelledAnswer, {"messages": [ASKED, thought], "label": True}, "kto")
+    assert labelled.answer == whole
+
+
 def _part(kind: str, value: Any) -> list[dict[str, Any]]:
     return [{"type": kind, "value": value}]
 
@@ -294,6 +314,11 @@ FAULTS = [
         "chosen_rejected",
         {"chosen": [ASKED, {**ANSWER, "tool_calls": [CALL]}], "rejected": [ASKED, ANSWER]},
         "'chosen' ends with a tool call",
+    ),
+    (
+        "messages",
+        {"messages": [ASKED, {**ANSWER, "thinking": ["x"]}]},
+        "'messages[1].thinking' must be text; it is ['x']",
     ),
     ("messages", {"messages": [ASKED], "tools": [3]}, "'tools[0]' must be an object with a 'name'; it is 3"),
     ("turns", {"turns": [""]}, "'turns[0]' must be text and not empty; it is ''"),

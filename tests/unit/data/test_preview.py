@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from alignment.commands.preview.worker import main, show_stage
 from alignment.config.data import DataConfig, MixedConfig
+from alignment.config.model import ModelConfig
 from alignment.config.too_long import TooLong, TooLongConfig
 from alignment.data.overlap import HeldOut, LocatedText
 from alignment.data.records import Conversation, PreferencePair, Prompt
@@ -25,8 +27,9 @@ from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.sft.config import SftConfig
 from tests.public import PUBLIC, WRITTEN, needs_public_data
+from tests.real_templates import QWEN, dressed, text_of
 from tests.templates import styled_tokenizer
-from tests.tiny import save_tiny_model, tiny_spec, tiny_tokenizer
+from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec, tiny_tokenizer
 
 ASKED = (Message(role="user", content="Hi."),)
 ROOT = Path(__file__).parents[3]
@@ -117,6 +120,40 @@ def test_a_stage_shows_rows_counts_and_what_is_wrong(tmp_path: Path, capsys: pyt
     assert "limit 100: 1 too long" in printed
     assert "1 rows faulty, such as " in printed
     assert "data.jsonl:2: 'completion' must be text and not empty; it is ''" in printed
+
+
+def test_what_a_template_drops_and_changes_is_counted_with_an_example(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    thought = {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
+    asked = {"role": "user", "content": "2 + 2?"}
+    rows = [
+        {"messages": [asked, thought]},
+        {"messages": [asked, {**thought, "reasoning_content": "Hm."}, asked, thought]},
+    ]
+    spec = {"model": ModelConfig(source=BASE_SOURCE, chat_template="trl:qwen3")}
+    printed = _printed(tmp_path, SftConfig(max_length=200), rows, capsys, **spec)
+    assert "1 records become several rows, because the chat template changes earlier turns, such as " in printed
+    assert "1 records lose thoughts of earlier turns in the chat template, such as " in printed
+    assert printed.count("data.jsonl:2") == 2
+    assert "⟦<think>\nTwo and two.\n</think>\n\nFour.<|im_end|>⟧" in printed
+    unthinking = {"model": replace(spec["model"], template_options={"enable_thinking": False})}
+    answers = [{"messages": [asked, {"role": "assistant", "content": "Four."}]}]
+    printed = _printed(tmp_path, SftConfig(), [*answers, *rows], capsys, **unthinking)
+    assert "\n</think>\n\n⟦Four.<|im_end|>⟧" in printed
+    assert "2 rows faulty, such as " in printed
+    assert "→ set model.template_options.enable_thinking=true" in printed
+
+
+def test_the_sequences_of_a_conversation_are_shown_one_by_one() -> None:
+    tokenizer = dressed(QWEN, text_of("qwen3") or "")
+    turns = (*ASKED, Message(role="assistant", content="Hello."))
+    one = _shown(tokenizer, CONVERSATIONS, Conversation(messages=turns * 2, where="x:1"))
+    opened, thought = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
+    assert _told(one) == {
+        "sequence 1": [(opened, False), (f"{thought}Hello.<|im_end|>", True)],
+        "sequence 2": [(f"{opened}Hello.<|im_end|>\n{opened}", False), (f"{thought}Hello.<|im_end|>", True)],
+    }
 
 
 def test_what_is_mixed_in_is_shown_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

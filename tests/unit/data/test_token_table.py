@@ -305,7 +305,7 @@ def _dies(*_: Any) -> Any:
 
 def test_a_process_that_dies_stops_the_stage(tmp_path: Path, tokenizer: Any) -> None:
     file = _rows(tmp_path, [_talk(number) for number in range(40)])
-    kind: Kind = dataclasses.replace(CONVERSATIONS, texts=_dies)
+    kind: Kind = dataclasses.replace(CONVERSATIONS, sequences=_dies)
     reader = Reader(format=start(file, ALL).format, record=Conversation, data=ALL)
     job = Job(tokenizer=tokenizer, kind=kind, reader=reader, limits=WIDE)
     with pytest.raises(StageError, match="a process that tokenised rows died"):
@@ -320,7 +320,7 @@ def test_a_process_that_a_template_kept_too_long_is_not_taken_for_one_without_me
     tmp_path: Path, tokenizer: Any
 ) -> None:
     file = _rows(tmp_path, [_talk(number) for number in range(40)])
-    kind: Kind = dataclasses.replace(CONVERSATIONS, texts=_computes_without_end)
+    kind: Kind = dataclasses.replace(CONVERSATIONS, sequences=_computes_without_end)
     reader = Reader(format=start(file, ALL).format, record=Conversation, data=ALL)
     job = Job(tokenizer=tokenizer, kind=kind, reader=reader, limits=WIDE)
     with pytest.raises(ModelError, match="the chat template computes for more than 30 s in one step") as caught:

@@ -10,7 +10,6 @@ import pytest
 from tokenizers import normalizers
 
 from alignment.core.errors import DataError, ModelError
-from alignment.data.chat_template import set_template
 from alignment.data.records import PlainText
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.rendering import LAST_STAND_IN, render
@@ -216,32 +215,6 @@ def test_a_template_that_cannot_be_cut_is_an_error(name: str) -> None:
     template, message = TEMPLATES[name]
     with pytest.raises(DataError, match=message):
         tokenize_conversation(_with_template(template), _messages(CONVERSATIONS["one turn"]))
-
-
-def test_a_template_that_drops_earlier_thoughts_is_refused_with_a_way_out_that_works(tmp_path: Path) -> None:
-    """Templates of thinking models strip the thought from answers that are not the last."""
-    without_thought = TURN.replace("message['content']", "message['content'].split('</think>')[-1]")
-    template = (
-        "{% for message in messages %}{% if message['role'] != 'assistant' or loop.last %}" + TURN + "{% else %}"
-        f"{without_thought}{{% endif %}}{{% endfor %}}{OPEN}"
-    )
-    tokenizer = _with_template(template)
-    answers = ["<think>Easy.</think>4.", "<think>Again?</think>Still 4."]
-    turns = [("user", "2 + 2?"), ("assistant", answers[0]), ("user", "Sure?"), ("assistant", answers[1])]
-    with pytest.raises(DataError, match="renders earlier turns differently once a turn follows them") as caught:
-        tokenize_conversation(tokenizer, _messages(turns))
-    own = tmp_path / "keeps.jinja"
-    own.write_text("{% for message in messages %}" + TURN + "{% endfor %}" + OPEN)
-    assert "model.chat_template=chatml" in caught.value.remedy
-    assert "path:FILE" in caught.value.remedy
-    for source in ("chatml", f"path:{own}"):
-        other = _with_template(template)
-        set_template(other, source)
-        row = tokenize_conversation(other, _messages(turns))
-        learned = [text for is_learned, text in _segments(other, row.input_ids, row.labels) if is_learned]
-        assert learned == [f"{answer}<|im_end|>" for answer in answers]
-    assert "rows with a single answer work as they are" in caught.value.remedy
-    tokenize_conversation(tokenizer, _messages(turns[:2]))
 
 
 def test_a_conversation_without_an_assistant_turn_is_an_error(tokenizer: Any) -> None:

@@ -17,6 +17,7 @@ from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.execute.worker_protocol import write_stage_file
 from alignment.pipeline.plan.frozen_rows import frozen_rows
 from alignment.pipeline.plan.plan import CHECKPOINT_MANIFEST, Action, Plan, make_plan
+from alignment.stages.stage_file import read_spec
 from tests.hub import COMMIT
 from tests.unit.pipeline.conftest import NUM_PAIRS, MakePlan, leave_artifact
 
@@ -102,6 +103,47 @@ def test_a_template_counts_by_its_content_and_the_worker_is_told_its_whole_path(
 def test_a_template_that_is_none_is_a_fault_of_the_configuration(plan: MakePlan, source: str) -> None:
     with pytest.raises(ConfigError, match=r"model\.chat_template: .*write chatml, or path:FILE"):
         plan(f"model.chat_template={source}")
+
+
+TOLD = "model.template_options.mood=calm"
+
+
+def _with_template(tmp_path: Path, text: str = "{{ messages[0]['content'] }}{{ mood }}") -> str:
+    file = tmp_path / "mine.jinja"
+    file.write_text(text)
+    return f"model.chat_template=path:{file}"
+
+
+def test_options_of_a_template_count_and_the_worker_gets_them(plan: MakePlan, tmp_path: Path) -> None:
+    template = _with_template(tmp_path)
+    bare, with_option = plan(template), plan(template, TOLD)
+    assert changed(bare, with_option) == changed(bare, plan(template, "model.template_options.mood=tense"))
+    assert {"sft", "dpo", "ppo", "evaluate"} <= changed(bare, with_option)
+    file = write_stage_file(with_option, with_option.stages[0], with_option.config.launch, git_commit="")
+    assert read_spec(file).model.template.options == {"mood": "calm"}
+    leave_all(bare)
+    assert outcome(plan(template, TOLD))["sft"].startswith("run  template_options.mood nothing → calm (nearest: sft-")
+
+
+@pytest.mark.parametrize("template", ["{{ messages }}{{ mood }}", "chatml", None])
+def test_an_option_that_the_template_never_reads_is_a_fault_of_the_configuration(
+    plan: MakePlan, tmp_path: Path, template: str | None
+) -> None:
+    """The base's own template is looked at where no other is named."""
+    chosen = [] if template is None else ["model.chat_template=chatml"]
+    if template not in (None, "chatml"):
+        chosen = [_with_template(tmp_path, template)]
+    (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
+    hint = "did you mean 'mood'?" if template not in (None, "chatml") else "it reads none"
+    message = f"model.template_options.moo: the chat template reads no option of this name; {hint}"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        plan(*chosen, "model.template_options.moo=calm")
+
+
+def test_a_template_of_trl_counts_by_its_content(plan: MakePlan) -> None:
+    assert "sft" in changed(plan(), plan("model.chat_template=trl:qwen3_training"))
+    with pytest.raises(ConfigError, match="TRL ships no chat template 'qwen33'; did you mean trl:qwen3"):
+        plan("model.chat_template=trl:qwen33")
 
 
 def test_the_content_of_the_base_model_counts_and_its_place_does_not(plan: MakePlan, tmp_path: Path) -> None:

@@ -57,10 +57,10 @@ def tried(plan: MakePlan, tmp_path: Path, started: Commands) -> Callable[..., Pl
     tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "score.py").write_text(SCORER)
 
-    def run(*overrides: str, function: str = "fine") -> Plan:
+    def run(*overrides: str, function: str = "fine", announced: list[str] | None = None) -> Plan:
         scorers = f"stages.ppo.scorers=[{{source: reward}}, {{source: '{tmp_path}/score.py:{function}'}}]"
         planned = plan(scorers, *overrides)
-        rehearse(planned, planned.stages, announce=lambda _: None)
+        rehearse(planned, planned.stages, announce=[].append if announced is None else announced.append)
         return planned
 
     return run
@@ -154,6 +154,20 @@ def test_what_would_stop_a_later_stage_is_said_with_its_kind_of_error(
     assert message in str(caught.value)
     stage = "dpo" if "dpo" in str(settings) else "ppo"
     assert str(caught.value).startswith(f"stage {stage}, checked before any training: ")
+
+
+def test_what_a_template_leaves_out_of_a_later_stage_is_announced(tried: Callable[..., Plan], tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes."}
+    asked = {"role": "user", "content": "Is it open?"}
+    rows = [{"prompt": [asked, answer, asked], "chosen": "Yes.", "rejected": "No."}]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    announced: list[str] = []
+    pairs = f"stages.dpo.data.source=path:{tmp_path}/pairs.jsonl"
+    tried(pairs, "model.chat_template=trl:qwen3", announced=announced)
+    notes = [line for line in announced if "leaves out" in line]
+    assert notes == [
+        f"dpo: {tmp_path}/pairs.jsonl: the chat template leaves out thoughts of earlier turns in 1 of 1 records"
+    ]
 
 
 def test_a_tokenizer_without_a_template_is_named(tried: Callable[..., Plan], tmp_path: Path) -> None:

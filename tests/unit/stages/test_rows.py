@@ -15,10 +15,12 @@ from alignment.core.errors import DataError
 from alignment.data.records import Conversation, Prompt
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
+from alignment.data.turns import Message
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.sft.config import SftConfig
 from alignment.stages.shared.stage_rows import LEFT_OUT, fitting, rows_of, token_rows
 from alignment.training.context import StageContext
+from tests.real_templates import QWEN, dressed, text_of
 from tests.tiny import tiny_spec, tiny_tokenizer
 
 WIDE = Limits(row=200)
@@ -169,3 +171,31 @@ def test_too_many_long_prompts_stop_the_stage(tmp_path: Path, tokenizer: Any) ->
     limits = Limits(row=60, too_long=TooLongConfig(max_share=0.05))
     with pytest.raises(DataError, match="1 dropped of 11 rows because they are too long, more than 5%"):
         fitting(context, PROMPTS, records, DataConfig(), limits, tokenizer)
+
+
+def test_what_a_template_leaves_out_is_noted_once_for_a_source(tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": "Yes.", "thinking": "Hm."}
+    first = {**answer, "thinking": "I look."}
+    turns = [{"role": "user", "content": "Open?"}, first, {"role": "user", "content": "Sure?"}, answer]
+    rows = [{"messages": turns, "id": str(number)} for number in range(3)]
+    rows.append({"messages": turns[:2], "id": "one"})
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = dressed(QWEN, text_of("qwen3") or "")
+    context = _context(tmp_path)
+    table, counts = token_rows(context, CONVERSATIONS, DataConfig(source=""), WIDE, tokenizer)
+    assert context.notes == [f"{file}: the chat template leaves out thoughts of earlier turns in 3 of 4 records"]
+    texts = [f"<think>\n{thought}\n</think>\n\nYes.<|im_end|>" for thought in ("I look.", "Hm.")]
+    assert _answers(tokenizer, table) == [*texts * 3, texts[0]]
+    assert counts == {"rows": 7.0, "rows_too_long": 0.0, "rows_cut": 0.0}
+    assert [note["kind"] for note in _left_out(context)] == ["lost: thoughts of earlier turns"] * 3
+    again = _context(tmp_path)
+    token_rows(again, CONVERSATIONS, DataConfig(source=""), WIDE, tokenizer)
+    assert again.notes == context.notes, "rows from the cache too"
+    prompts = [Prompt(messages=tuple(turn_of_row(turn) for turn in turns[:3]), where="x:1")]
+    fitting(again, PROMPTS, prompts, DataConfig(source=""), WIDE, tokenizer)
+    assert again.notes[1:] == ["stages.sft: the chat template leaves out thoughts of earlier turns in 1 of 1 records"]
+
+
+def turn_of_row(turn: dict[str, str]) -> Message:
+    return Message(role=turn["role"], content=turn["content"], thought=turn.get("thinking", ""))

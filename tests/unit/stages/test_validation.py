@@ -220,3 +220,18 @@ def test_the_held_out_figures_are_drawn_beside_those_of_training(kind: str) -> N
     assert [chart.keys[1:] for chart in drawn[:2]] == [("validation/loss",), ("validation/accuracy",)]
     assert drawn[0].labels == ("training", "held-out")
     assert all(len(chart.keys) == 1 for chart in curves(kind, {})[:2])
+
+
+def test_rows_of_one_conversation_are_on_one_side() -> None:
+    """A later row contains the answer that an earlier one learns."""
+    rows = [(f"x:{record}", [record, *range(9, 9 + turn), 7]) for record in range(10) for turn in range(3)]
+    table = Dataset.from_dict(
+        {
+            "where": [where for where, _ in rows],
+            "input_ids": [ids for _, ids in rows],
+            "labels": [[-100] * (len(ids) - 1) + ids[-1:] for _, ids in rows],
+        }
+    )
+    learned, held_out = split_by_prompt(table, 0.3, torch.Generator().manual_seed(0), where="", setting="")
+    assert len(held_out) == 9
+    assert {table[row]["where"] for row in learned} & {table[row]["where"] for row in held_out} == set()

@@ -18,7 +18,7 @@ from alignment.commands.chat import worker as chat
 from alignment.commands.chat.chat_session import ChatSession, GenerationOptions, load_session
 from alignment.commands.chat.worker import Screen, converse
 from alignment.config.adapter import AdapterConfig
-from alignment.config.model import Dtype
+from alignment.config.model import Dtype, TemplateChoice
 from alignment.core.errors import DataError
 from alignment.data.tokens.tokenize import prompt_ids
 from alignment.data.tokens.tokenizer import load_tokenizer
@@ -39,7 +39,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def voice_with(base: Path) -> Callable[..., ChatSession]:
     def make(**manner: object) -> ChatSession:
         told = GenerationOptions(**{"max_new_tokens": 12, **manner})
-        return load_session("base", None, base, Dtype.float32, options=told, chat_template=None, engine=None)
+        return load_session("base", None, base, Dtype.float32, options=told, template=TemplateChoice(), engine=None)
 
     return make
 
@@ -90,7 +90,7 @@ def test_an_answer_ends_where_the_models_own_generation_config_says(tmp_path: Pa
             base,
             Dtype.float32,
             options=GenerationOptions(max_new_tokens=12),
-            chat_template=None,
+            template=TemplateChoice(),
             engine=None,
         )
         prompt = prompt_ids(voice.tokenizer, [Message(role="user", content="The shop?")])
@@ -230,6 +230,7 @@ def test_a_fault_while_loading_has_its_exit_code(
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     one = {"name": "x", "described": "x", "artifact": str(tmp_path), "base": None, "dtype": "float32"}
     file = tmp_path / "chat.json"
-    file.write_text(json.dumps({"sessions": [{**one, "chat_template": None}], "options": {}, "engine": None}))
+    session = {**one, "chat_template": None, "template_options": {}}
+    file.write_text(json.dumps({"sessions": [session], "options": {}, "engine": None}))
     assert chat.main([str(file)]) == 7
     assert "no complete artifact here" in capsys.readouterr().err

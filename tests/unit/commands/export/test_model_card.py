@@ -206,6 +206,15 @@ def test_its_lineage_names_every_stage_with_data_and_settings(store: Store) -> N
     assert "torch 2.9.0" in card
 
 
+def test_options_of_the_template_are_in_it_with_what_a_server_must_be_given(store: Store) -> None:
+    assert "chat-template-kwargs" not in store.card()
+    shutil.rmtree(store.root / "artifacts" / "ppo")
+    base = {"content": None, "dtype": "float32", "template_options": {"enable_thinking": False}}
+    identity = {"kind": "ppo", "config": CONFIGS["ppo"], "data": "x", "seed": 42, "base": base}
+    store.publish("ppo", kind="policy", config=CONFIGS["ppo"], identity=identity)
+    assert "--chat-template-kwargs '{\"enable_thinking\": false}'`" in store.card()
+
+
 def test_no_folder_of_the_machine_is_in_it(store: Store) -> None:
     card = store.card()
     assert str(store.root) not in card
