@@ -102,7 +102,7 @@ MUTATIONS = [
         ),
         (
             "a smoke run counts the processes of one machine",
-            'numbers.append(values.get("launch.backend.num_machines", MachinesBackend().num_machines))',
+            'numbers.append(values.get("launch.backend.num_machines", backend.num_machines))',
             "numbers.append(1)",
             "test_a_smoke_run_of_several_processes_has_something_for_each",
         ),
