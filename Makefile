@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.alignment-pipeline-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help align plan sweep preview status engine engine-llama test test-device test-slurm test-engines mutations prove matrix model check format bench clean
+.PHONY: help align plan sweep preview status engine engine-llama test test-device gpu-check test-slurm test-engines mutations prove matrix model check format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ test: $(STAMP)  ## run the tests, on several cores at once
 test-device: $(STAMP)  ## run the tests of models, stages and training on the CUDA device that DEVICE_RUNNER finds
 	$(DEVICE_RUNNER) -c 'import torch; assert torch.cuda.is_available(), "PyTorch finds no CUDA device"'
 	$(DEVICE_RUNNER) -m pytest $(DEVICE_TESTS) $(ARGS)
+
+gpu-check: $(STAMP)  ## try everything on a GPU in ten minutes and write docs/gpu/<card>.md: ARGS="--only kernels,stages"
+	$(BIN)/python -m benchmarks.gpu_check $(ARGS)
 
 test-slurm: $(STAMP)  ## run stages as jobs of a real Slurm, which is fetched and started on this machine (Debian)
 	$(BIN)/python -m pytest tests/slurm $(ARGS)

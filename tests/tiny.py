@@ -230,7 +230,7 @@ def tiny_reward(
     ``changes`` replace fields of the spec.
     """
     spec = tiny_spec(folder, RewardConfig(adapter=adapter), **changes)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
         model = load_start(found, adapter, Dtype.float32, task=TaskType.SEQ_CLS, device=torch.device("cpu"))
         liven(model)
@@ -250,7 +250,7 @@ def liven(model: torch.nn.Module) -> None:
 
 
 def _grown(factory: Any, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = factory.from_config(config, dtype=torch.float32)
         for parameter in model.parameters():

@@ -61,7 +61,7 @@ def value_is_clipped(values: Tensor, old_values: Tensor, returns: Tensor, *, cli
 
 def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -> float:
     """1 − Var(G − V) / Var(G) over counted tokens; 0 if the returns do not vary."""
-    counted = response_mask.bool()
+    counted = response_mask.bool().nonzero(as_tuple=True)  # found once, because it makes the host wait for a GPU
     spread = returns[counted].var(unbiased=False)
     if float(spread) == 0.0:
         return 0.0

@@ -184,7 +184,8 @@ def sequence_logprobs(
     model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]
 ) -> list[float]:
     """Sum of log p(token | prefix) over each answer, in nats."""
-    return [float(row.sum()) for row in _logprob_rows(model, prompts, answers)]
+    sums = [row.sum() for row in _logprob_rows(model, prompts, answers)]
+    return torch.stack(sums).tolist() if sums else []
 
 
 def token_logprobs(

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from alignment.models.forward.transfer import on_device
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
@@ -35,7 +37,7 @@ class Scores:
 
     def to(self, device: torch.device) -> Scores:
         """The same scores on a device."""
-        return Scores(names=self.names, values=self.values.to(device))
+        return Scores(names=self.names, values=on_device(self.values, device))
 
 
 def gathered_scores(shares: Sequence[Scores], order: Sequence[tuple[int, int]]) -> Scores:

@@ -183,26 +183,29 @@ class MicroBatches(Trainer):
         if "attention_mask" not in inputs:
             micro_batches = self._packed_micro_batches(inputs)
         else:
-            lengths = inputs["attention_mask"].sum(-1)
             if self.unit is Unit.pairs:
-                return self._micro_batches_of_pairs(inputs, lengths)
+                return self._micro_batches_of_pairs(inputs)
+            lengths = inputs["attention_mask"].sum(-1)
             if self.unit is Unit.rows:
                 ranges = cut_alike(lengths, self.micro_batch_tokens, self.accelerator)
                 return [(_rows_of(inputs, span, len(lengths)), len(span) / len(lengths)) for span in ranges]
             ranges = same_number_everywhere(by_tokens(lengths.tolist(), self.micro_batch_tokens), self.accelerator)
             micro_batches = [_rows_of(inputs, span, len(lengths)) for span in ranges]
-        learned = [int((micro_batch["labels"] != IGNORED).sum()) for micro_batch in micro_batches]
+        # All counts are read together, because each reading makes the host wait for the device.
+        learned = torch.stack([(micro_batch["labels"] != IGNORED).sum() for micro_batch in micro_batches]).tolist()
         return [
             (micro_batch, count / max(1, sum(learned)))
             for micro_batch, count in zip(micro_batches, learned, strict=True)
         ]
 
-    def _micro_batches_of_pairs(self, inputs: Batch, lengths: Tensor) -> list[tuple[Batch, float]]:
-        """As ``_micro_batches``, by the ``lengths`` of the rows."""
-        number = len(lengths) // 2
-        tokens = lengths.view(-1, number).sum(0)
+    def _micro_batches_of_pairs(self, inputs: Batch) -> list[tuple[Batch, float]]:
+        """As ``_micro_batches``, with both rows of a pair in one micro-batch."""
+        ids = inputs["input_ids"]
+        ids, mask = torch.stack([ids, inputs["attention_mask"].to(ids.dtype)]).cpu()  # a single wait for the GPU
+        number = len(ids) // 2
+        tokens = mask.sum(-1).view(-1, number).sum(0)
         if self.model.config._attn_implementation == ATTENTION:
-            tokens -= shared_tokens(inputs["input_ids"], inputs["attention_mask"])
+            tokens -= shared_tokens(ids, mask)
         ranges = cut_alike(tokens, self.micro_batch_tokens, self.accelerator)
         return [(_pairs_of(inputs, span, number), len(span) / number) for span in ranges]
 
@@ -225,14 +228,17 @@ class MicroBatches(Trainer):
 
 
 def shared_tokens(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """``[pairs]``: tokens that both rows of a pair share in a stream; chosen rows come before rejected rows."""
+    """``[pairs]``: tokens that both rows of a pair share in a stream; chosen rows come before rejected rows.
+
+    All tensors are on the CPU.
+    """
     counts = []
-    rows = [ids[real].tolist() for ids, real in zip(input_ids.cpu(), attention_mask.bool().cpu(), strict=True)]
+    rows = [ids[real].tolist() for ids, real in zip(input_ids, attention_mask.bool(), strict=True)]
     for chosen, rejected in zip(rows[: len(rows) // 2], rows[len(rows) // 2 :], strict=True):
         same = itertools.takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False))
         common = sum(1 for _ in same)
         counts.append(common if common >= SHORTEST_SHARED else 0)
-    return torch.tensor(counts, device=input_ids.device)
+    return torch.tensor(counts)
 
 
 def _cut(value: Any, span: range, number: int) -> Any:

@@ -8,7 +8,10 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("program", ["tests.proofs", "tests.matrix", "tests.mutations", "benchmarks", "tests.browser"])
+@pytest.mark.parametrize(
+    "program",
+    ["tests.proofs", "tests.matrix", "tests.mutations", "benchmarks", "benchmarks.gpu_check", "tests.browser"],
+)
 def test_a_slow_program_starts(program: str) -> None:
     done = subprocess.run([sys.executable, "-m", program, "--help"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

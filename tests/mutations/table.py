@@ -7,6 +7,7 @@ from tests.mutations import (
     benchmarks,
     critic_free,
     data,
+    devices,
     distilling,
     driver,
     engines,
@@ -55,4 +56,5 @@ MUTATIONS: list[Mutation] = [
     *pipeline.MUTATIONS,
     *driver.MUTATIONS,
     *serving.MUTATIONS,
+    *devices.MUTATIONS,
 ]

@@ -35,7 +35,10 @@ class Prefix:
 
     def states(self) -> Tensor:
         """``[2 · layers, key heads, tokens, width]``: the keys of each layer, then its values."""
-        weight = self._start if self._is_at_start else self._encoder.embedding.weight
+        weight = self._encoder.embedding.weight
+        if self._is_at_start:
+            self._start = self._start.to(weight.device)  # the model has moved since; else every layer would copy it
+            weight = self._start
         return weight.view(self._shape).permute(1, 2, 0, 3)
 
     @contextmanager

@@ -21,6 +21,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.head import label_statistics, scalar_at, scales_logits
 from alignment.models.forward.rows import FlatRows, flatten, stream
+from alignment.models.forward.transfer import on_device
 
 log = logging.getLogger(__name__)
 
@@ -87,17 +88,19 @@ def _causal_output(
     model: PreTrainedModel, *, rows: FlatRows, labels: Tensor, count: Tensor | int | None
 ) -> FusedCausalLMOutput:
     wanted = _in_rows(labels, rows)
-    if bool(((wanted != IGNORED) & ~rows.is_real).any()):
-        raise ValueError("padding has a label")
     label_mask = (wanted[:, 1:] != IGNORED) & rows.is_real[:, :-1]  # [rows, columns - 1]
+    at = _learned_at(wanted, rows)
     states = trunk_states(model.base_model, rows)
-    # The state at column c predicts column c + 1.
-    at = label_mask.nonzero(as_tuple=True)
     statistics = label_statistics(model, states[rows.index[:, :-1][at]], wanted[:, 1:][at])
-    mask = label_mask if wanted is labels else _packed(rows, label_mask, labels)
+    mask: Tensor = label_mask
+    spread_at: tuple[Tensor, ...] = at
+    if wanted is not labels:
+        mask = _packed(rows, label_mask, labels)
+        spread_at = mask.nonzero(as_tuple=True)
 
     def spread(values: Tensor) -> Tensor:
-        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+        # By indices, because the gradient by a mask would wait for the device.
+        return values.new_zeros(mask.shape).index_put(spread_at, values)
 
     total = label_mask.sum().clamp(min=1) if count is None else count
     return FusedCausalLMOutput(
@@ -108,6 +111,19 @@ def _causal_output(
         is_top1=spread(statistics.is_top1),
         label_mask=mask,
     )
+
+
+def _learned_at(labels: Tensor, rows: FlatRows) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the states that predict a label; the state at column c predicts column c + 1.
+
+    Raises:
+        ValueError: padding has a label.
+    """
+    has_label, is_real = torch.stack([labels != IGNORED, rows.is_real]).cpu()  # a single wait for the GPU
+    if bool((has_label & ~is_real).any()):
+        raise ValueError("padding has a label")
+    row, column = on_device((has_label[:, 1:] & is_real[:, :-1]).nonzero().T.contiguous(), labels.device)
+    return row, column
 
 
 def _packed(rows: FlatRows, label_mask: Tensor, labels: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.decoding import decoding
 from alignment.models.forward.flat import refuse_prefix
 from alignment.models.forward.shared_prompts import Reading, can_read, read
+from alignment.models.forward.transfer import on_device
 from alignment.models.kernels.kv_cache import RowsCache
 from alignment.models.kernels.layout import prepacked
 
@@ -170,7 +171,7 @@ def _continue(
     rows = list(range(len(answers)))  # the answer that each row of the batch belongs to
     unfinished = set(rows)
     if uniforms is not None:
-        uniforms = uniforms.to(model.device)
+        uniforms = on_device(uniforms, model.device)
     seen = nn.functional.pad(begun.seen, (0, max_new_tokens), value=1)
     positions = seen[:, :width].sum(-1, keepdim=True) - 1
     for step in range(max_new_tokens):
@@ -293,5 +294,5 @@ def _left_padded(prompts: Sequence[Sequence[int]], device: torch.device) -> Tens
 def _seen(prompts: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """``[prompts, columns]``: 1 from a prompt's first token on. The first prompt is the longest and begins at column
     0."""
-    starts = torch.tensor([len(prompts[0]) - len(prompt) for prompt in prompts], device=device)
-    return (torch.arange(len(prompts[0]), device=device) >= starts[:, None]).long()
+    starts = torch.tensor([len(prompts[0]) - len(prompt) for prompt in prompts])
+    return on_device((torch.arange(len(prompts[0])) >= starts[:, None]).long(), device)

@@ -19,6 +19,7 @@ from alignment.models.forward.attention import ATTENTION, KeysValues
 from alignment.models.forward.flat import trunk_states
 from alignment.models.forward.head import capped, label_statistics, logit_cap, scales_logits
 from alignment.models.forward.rows import FlatRows, behind, by_tokens, stream
+from alignment.models.forward.transfer import on_device
 from alignment.models.kernels.kv_cache import RowsCache
 
 READ_TOKENS = 2048
@@ -102,7 +103,7 @@ def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Reading:
         rows, keys_values = stream([prompt for prompt, _ in batch], model.device), KeysValues()
         ends = trunk_states(model.base_model, rows, keys_values=keys_values)[rows.ends]
         asked = torch.arange(len(batch)).repeat_interleave(torch.tensor([count for _, count in batch]))
-        batches.append(PromptBatch(rows=rows, keys_values=keys_values, ends=ends, asked=asked.to(model.device)))
+        batches.append(PromptBatch(rows=rows, keys_values=keys_values, ends=ends, asked=on_device(asked, model.device)))
     return Reading(batches=tuple(batches))
 
 
@@ -124,5 +125,5 @@ def _logprobs(model: PreTrainedModel, batch: PromptBatch, which: list[int], text
         predicting = states.roll(1, 0)
         predicting[rows.index[:, 0]] = batch.ends[after]
         logprobs = label_statistics(model, predicting, rows.input_ids).logprobs
-        sums += [float(own.sum()) for own in logprobs.split([len(text) for text in span_texts])]
+        sums += torch.stack([own.sum() for own in logprobs.split([len(text) for text in span_texts])]).tolist()
     return sums

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alignment.algos.kl import k1
 from alignment.core.errors import StageError
+from alignment.models.forward.transfer import on_device
 from alignment.rewards.scores import Scores
 from alignment.rewards.slot import Rewards
 from alignment.stages.ppo.penalties import Penalties
@@ -84,12 +85,12 @@ class Collector:
 
     def _lengths(self, rollout: Rollout) -> Tensor:
         """``[rows]`` int: the tokens of each answer, its end included."""
-        return torch.tensor([len(answer) for answer in rollout.answers], device=self._device)
+        return on_device(torch.tensor([len(answer) for answer in rollout.answers]), self._device)
 
     def _ended(self, rollout: Rollout) -> Tensor:
         """``[rows]`` bool: whether each answer has an end."""
         ended = [answer[-1] in self._end_ids for answer in rollout.answers]
-        return torch.tensor(ended, device=self._device)
+        return on_device(torch.tensor(ended), self._device)
 
 
 def refuse_wrong_reference(kl: Tensor) -> None:

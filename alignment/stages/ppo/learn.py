@@ -16,6 +16,7 @@ from alignment.algos.ppo import clipped_value_loss, value_is_clipped
 from alignment.models.assembly.actor_critic import ValueLoss
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import answer_stream, micro_batches_of, unwrapped
+from alignment.models.forward.transfer import on_device
 from alignment.stages.ppo.report import add_policy
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import accumulating, as_many_as_most
@@ -125,7 +126,7 @@ class Learner:
     ) -> None:
         """The loss is a sum over the minibatch divided by one number, over all micro-batches and processes."""
         group = self._episodes.group
-        mask = experience.response_mask[rows_of(prompts, group)]
+        mask = experience.response_mask[self._at(rows_of(prompts, group))]
         whole = _Divisors(tokens=mask.sum().float(), policy=self._options.objective.divisor(mask))
         world_size = self._context.world_size
         shares = [rows_of(prompts[rank::world_size], group) for rank in range(world_size)]
@@ -146,14 +147,13 @@ class Learner:
         return micro_batches_of(zip(prompts, answers, strict=True), tokens=self._episodes.micro_batch_tokens)
 
     def _loss(
-        self, model: nn.Module, experience: Experience, rows: list[int], divisors: _Divisors, *, policy_learns: bool
+        self, model: nn.Module, experience: Experience, indices: list[int], divisors: _Divisors, *, policy_learns: bool
     ) -> Tensor:
         """A micro-batch's share of the loss, for its gradients only (``ActorCritic.forward``)."""
-        width = max(len(experience.answers[row]) for row in rows)
+        prompts, answers = [experience.prompts[row] for row in indices], [experience.answers[row] for row in indices]
+        rows, width = self._at(indices), max(map(len, answers))
         mask = experience.response_mask[rows, :width]
-        stream = answer_stream(
-            [experience.prompts[row] for row in rows], [experience.answers[row] for row in rows], mask.device
-        )
+        stream = answer_stream(prompts, answers, mask.device)
 
         objective = self._options.objective
         statistics, value_loss = model(
@@ -181,7 +181,11 @@ class Learner:
         # Gradients must be 0 instead of missing, because DDP waits for those of every parameter.
         return float(policy_learns) * loss.total + value_loss
 
-    def _value_loss(self, experience: Experience, rows: list[int], mask: Tensor, tokens: Tensor) -> ValueLoss:
+    def _at(self, rows: list[int]) -> Tensor:
+        """The rows as indices on the device, because each use of a list would copy it there and wait."""
+        return on_device(torch.tensor(rows), self._context.device)
+
+    def _value_loss(self, experience: Experience, rows: Tensor, mask: Tensor, tokens: Tensor) -> ValueLoss:
         """What a critic learns from these rows; ``tokens`` is the minibatch's number."""
 
         def value_loss(flat: Tensor) -> Tensor:

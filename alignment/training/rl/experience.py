@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignment.models.forward.transfer import on_device
 from alignment.rewards.scores import Scores, gathered_scores
 
 
@@ -110,18 +111,20 @@ def rows_of(prompts: Sequence[int], group: int) -> list[int]:
 
 def response_mask(answers: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """``[rows, tokens]``: True on an answer's tokens, including its EOS; it depends on lengths, never on token ids."""
-    lengths = torch.tensor([len(answer) for answer in answers], device=device)
-    return torch.arange(int(lengths.max()), device=device) < lengths[:, None]
+    lengths = torch.tensor([len(answer) for answer in answers])
+    return on_device(torch.arange(int(lengths.max())) < lengths[:, None], device)
 
 
 def spread(flat: Tensor, mask: Tensor) -> Tensor:
     """Converts ``[answer tokens]`` of a stream to ``[rows, tokens]``, zero outside the mask."""
-    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+    # By indices, because the gradient by a mask would wait for the device.
+    index = (mask.flatten().cumsum(0) - 1).clamp(min=0).view(mask.shape)
+    return torch.where(mask, flat[index], 0.0)
 
 
 def stack(rows: Sequence[Tensor], mask: Tensor) -> Tensor:
     """Converts one tensor per row to ``[rows, tokens]``, zero outside the mask."""
-    return spread(torch.cat(list(rows)).to(mask.device), mask)
+    return spread(on_device(torch.cat(list(rows)), mask.device), mask)
 
 
 def prompt_order(count: int, start: int, number: int, generator: Callable[[int], torch.Generator]) -> list[int]:

@@ -82,7 +82,7 @@ class PolicyObjective:
         """What a minibatch's sum is divided by, a scalar; ``response_mask`` is that of the whole minibatch."""
         if self.average is Average.tokens:
             return response_mask.sum().float()
-        answers = torch.tensor(float(len(response_mask)), device=response_mask.device)
+        answers = torch.full((), float(len(response_mask)), device=response_mask.device)
         return answers * self.max_new_tokens if self.average is Average.constant_length else answers
 
     def loss(

@@ -160,22 +160,22 @@ class Rollouts:
 
     def _read(self, draw: _Draw, sampled: SampledAnswers) -> Rollout:
         lengths = [len(answer) for answer in sampled.ids]
-
-        def by_answer(flat: Tensor) -> list[Tensor]:
-            return list(flat.float().cpu().split(lengths))
-
         logprobs, entropy, values = self._policy_and_values(draw.prompts, sampled.ids)
         reference = self._reference_logprobs(draw.prompts, sampled.ids)
+        columns = [logprobs, reference, entropy, *([] if values is None else [values])]
+        on_host = torch.stack([column.float() for column in columns]).cpu()  # a single wait for the GPU
+        # Copies, because a view would travel to other processes with all that it is a view of.
+        by_answer = [[part.clone() for part in column.split(lengths)] for column in on_host]
         return Rollout(
             rows=draw.rows,
             prompts=draw.prompts,
             answers=sampled.ids,
             versions=[sampled.version] * len(sampled.ids),
-            logprobs=by_answer(logprobs),
+            logprobs=by_answer[0],
             sampled_logprobs=sampled.logprobs,
-            reference_logprobs=by_answer(reference),
-            entropy=by_answer(entropy),
-            values=None if values is None else by_answer(values),
+            reference_logprobs=by_answer[1],
+            entropy=by_answer[2],
+            values=None if values is None else by_answer[3],
             scores=self._rewards.scores(draw.prompts, sampled.ids, draw.rows),
         )
 

@@ -23,6 +23,7 @@ class UpdateMetrics:
         self.values: dict[str, float] = {}
         self._shares: dict[str, float] = defaultdict(float)
         self._maxima: dict[str, float] = {}
+        self._unread: list[tuple[str, Tensor, bool]] = []
         self._steps = 0
         self._closed = 0.0
         self._first = 0.0
@@ -35,13 +36,25 @@ class UpdateMetrics:
             self.values[name] = total / count
 
     def add_share(self, named: dict[str, Tensor]) -> None:
-        """Adds a micro-batch's share of its minibatch's metrics: sums already divided by the minibatch's tokens."""
-        for name, value in zip(named, torch.stack(list(named.values())).tolist(), strict=True):  # one GPU sync
-            self._shares[name] += value
+        """Adds a micro-batch's share of its minibatch's metrics: sums already divided by the minibatch's tokens.
+
+        The scalars must not carry gradients.
+        """
+        self._unread += [(name, value, False) for name, value in named.items()]
 
     def add_maximum(self, name: str, value: Tensor) -> None:
-        """Updates the largest value of the update."""
-        self._maxima[name] = max(self._maxima.get(name, float("-inf")), float(value))
+        """Updates the largest value of the update; the scalar must not carry gradients."""
+        self._unread.append((name, value, True))
+
+    def _read(self) -> None:
+        """Reads the scalars of all micro-batches together, because each reading makes the host wait for the device."""
+        unread, self._unread = self._unread, []
+        values = torch.stack([value for _, value, _ in unread]).tolist() if unread else []
+        for (name, _, is_maximum), value in zip(unread, values, strict=True):
+            if is_maximum:
+                self._maxima[name] = max(self._maxima.get(name, float("-inf")), value)
+            else:
+                self._shares[name] += value
 
     def add_seconds(self, name: str, seconds: float) -> None:
         """Adds time spent in a phase of the update."""
@@ -52,6 +65,7 @@ class UpdateMetrics:
 
         The first minibatch's must be zero, because nothing has been learned yet.
         """
+        self._read()
         total = self._shares["policy/approxkl"]
         if self._steps == 0:
             self._first = total
@@ -62,6 +76,7 @@ class UpdateMetrics:
 
     def result(self) -> dict[str, float]:
         """All metrics; shares are summed over processes and averaged over the optimiser steps. All must call this."""
+        self._read()
         if not self._shares:  # the update was only sampled
             return dict(self.values)
         own = torch.tensor([self._first, *self._shares.values()])

@@ -121,14 +121,17 @@ def test_shares_of_micro_batches_add_up_and_are_averaged_over_steps() -> None:
     close(figures.result()["loss"], 0.5)
 
 
-def test_shares_of_a_micro_batch_are_read_together() -> None:
+def test_shares_and_maxima_of_all_micro_batches_are_read_together() -> None:
     figures = UpdateMetrics(_alone)
     shares = {str(number): torch.tensor(float(number)) for number in range(5)} | {"policy/approxkl": torch.zeros(())}
     with Waits() as waits:
-        figures.add_share(shares)
-    figures.step_done()
+        for worst in (3.0, 7.0, 5.0):
+            figures.add_share(shares)
+            figures.add_maximum("worst", torch.tensor(worst))
+        figures.step_done()
     assert waits.number <= 1
-    assert [figures.result()[str(number)] for number in range(5)] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert [figures.result()[str(number)] for number in range(5)] == [0.0, 3.0, 6.0, 9.0, 12.0]
+    assert figures.result()["worst"] == 7.0
 
 
 def test_shares_add_up_over_processes() -> None:

@@ -1,0 +1,79 @@
+"""Puts the device behind torch as soon as torch is imported, and gives bitsandbytes kernels for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from tests.simulated_device.library import Library
+
+Execute = Callable[[Callable[[], None]], None]
+
+
+class _Finder:
+    """Runs a function around the import of one module: it receives the function that executes the module."""
+
+    def __init__(self, name: str, around: Execute) -> None:
+        self._name = name
+        self._around = around
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """The module's own specification, whose execution is ours."""
+        if name != self._name:
+            return None
+        sys.meta_path.remove(self)  # type: ignore[arg-type]
+        spec = importlib.util.find_spec(name)
+        assert spec is not None, f"{name} is installed"
+        assert spec.loader is not None
+        execute = spec.loader.exec_module
+
+        def around(module: ModuleType) -> None:
+            self._around(lambda: execute(module))
+
+        spec.loader.exec_module = around  # type: ignore[method-assign]
+        return spec
+
+
+def simulate() -> None:
+    """From here on ``import torch`` imports a torch with the device."""
+    for name, around in (("torch", _around_torch), ("bitsandbytes", _around_bitsandbytes)):
+        sys.meta_path.insert(0, _Finder(name, around))  # type: ignore[arg-type]
+
+
+def _around_torch(execute: Callable[[], None]) -> None:
+    library = Library()
+    execute()
+    from tests.simulated_device import attention, collectives, cuda_module
+
+    cuda_module.replace_functions(library)
+    attention.add_kernels()
+    if library.devices > 1:
+        collectives.use_gloo(library)
+    _listen(library)
+
+
+def _listen(library: Library) -> None:
+    import atexit
+
+    atexit.register(library.listen())  # Python's functions must not be called after its end
+
+
+def _around_bitsandbytes(execute: Callable[[], None]) -> None:
+    """It is imported as on a machine without CUDA, because its binaries for CUDA need a driver."""
+    import torch
+
+    is_available: Any = torch.cuda.is_available
+    torch.cuda.is_available = lambda: False
+    try:
+        execute()
+    finally:
+        torch.cuda.is_available = is_available
+    from tests.simulated_device import four_bits
+
+    four_bits.add_kernels()

@@ -1,0 +1,148 @@
+"""The simulated device behaves as CUDA does where a test relies on it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.simulated_device.client import Device
+from tests.simulated_device.events import COPY, WAIT
+
+pytestmark = pytest.mark.xdist_group("simulated device")
+SETUP = """
+host, device = torch.arange(6.0).view(2, 3), torch.arange(6.0).view(2, 3).cuda()
+from tests.simulated_device.events import events
+events.clear()
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("(device @ device.T).cpu().tolist()", [[5.0, 14.0], [14.0, 50.0]]),
+        ("(device + 1).cpu().tolist()", [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]),
+        ("device[:, 1].cpu().tolist()", [1.0, 4.0]),
+        ("[str((device * 2).device), str(device.new_zeros(2).device)]", ["cuda:0", "cuda:0"]),
+        ("torch.cat([device, device]).sum().item()", 30.0),
+        ("(device * 2.0 + torch.tensor(1.0)).sum().item()", 36.0),  # a number of the host may stand beside
+        ("torch.cuda.get_device_name()", "simulated CUDA device"),
+        ("str(torch.zeros(2, device='cuda').device)", "cuda:0"),
+    ],
+)
+def test_operators_give_what_they_give_on_the_host(device: Device, code: str, expected: object) -> None:
+    outcome = device.execute(f"{SETUP}\nresult = {code}")
+    assert outcome.error == ""
+    assert outcome.result == expected
+    assert outcome.faults == []
+
+
+def test_gradients_are_those_of_the_host(device: Device) -> None:
+    code = """
+gradients = []
+for where in ("cpu", "cuda"):
+    weight = torch.linspace(-1, 1, 12, device=where).view(4, 3).requires_grad_()
+    torch.nn.functional.softmax(weight @ torch.ones(3, 2, device=where), -1).square().sum().backward()
+    gradients.append(weight.grad.cpu())
+result = [str(weight.grad.device), float((gradients[0] - gradients[1]).abs().max())]
+"""
+    outcome = device.execute(code)
+    assert outcome.error == ""
+    assert outcome.result == ["cuda:0", 0.0]
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("device + host", "two devices, cuda:0 and cpu"),
+        ("torch.cat([host, device])", "two devices, cuda:0 and cpu"),
+        ("torch.where(host > 1, device, device)", "two devices, cuda:0 and cpu"),
+        ("device.normal_(generator=torch.Generator())", "Expected a 'cuda:0' generator device but found 'cpu'"),
+        ("host.normal_(generator=torch.Generator('cuda'))", "Expected a 'cpu' device type for generator"),
+        ("device.numpy()", "can't convert cuda:0 device type tensor to numpy"),
+        ("torch.zeros(2, device='cuda:1')", "invalid device ordinal 1"),
+        ("torch.nn.Linear(3, 2)(device)", "two devices, cuda:0 and cpu"),
+        ("torch.nn.functional.embedding(torch.tensor([0]), device)", "two devices, cuda:0 and cpu"),
+    ],
+)
+def test_what_cuda_refuses_is_refused(device: Device, code: str, message: str) -> None:
+    assert message in device.execute(f"{SETUP}\n{code}").error
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "count"),
+    [
+        ("device.sum().item()", WAIT, 1),
+        ("device.tolist()", WAIT, 1),
+        ("bool((device > 1).any())", WAIT, 1),
+        ("device[device > 1]", WAIT, 1),
+        ("(device > 1).nonzero()", WAIT, 1),
+        ("device[torch.tensor([0])]", WAIT, 1),
+        ("host.cuda()", WAIT, 1),
+        ("torch.cuda.synchronize()", WAIT, 1),
+        ("device * 2", WAIT, 0),
+        ("torch.tensor([1.0]).pin_memory().cuda(non_blocking=True)", COPY, 1),
+        ("torch.tensor([1.0]).pin_memory().cuda(non_blocking=True)", WAIT, 0),
+    ],
+)
+def test_each_wait_of_the_host_is_counted(device: Device, code: str, kind: str, count: int) -> None:
+    outcome = device.execute(f"{SETUP}\n{code}")
+    assert outcome.error == ""
+    assert sum(number for event, number in outcome.events.items() if event.kind == kind) == count
+
+
+def test_a_copy_to_the_host_that_is_not_waited_for_is_a_fault(device: Device) -> None:
+    (fault,) = device.execute(f"{SETUP}\ndevice.to('cpu', non_blocking=True)").faults
+    assert "which may read before it has ended" in fault
+
+
+def test_a_wait_names_the_lines_of_the_package(device: Device) -> None:
+    code = """
+from alignment.training.finite import _number
+_number(torch.ones((), device="cuda"))
+"""
+    (event,) = device.execute(code).events
+    assert (event.kind, event.name, event.is_own) == (WAIT, "aten::_local_scalar_dense", True)
+    assert event.lines[0].startswith("alignment/training/finite.py:")
+
+
+def test_the_devices_own_generator_repeats_its_numbers(device: Device) -> None:
+    code = """
+torch.manual_seed(3)
+first = torch.rand(4, device="cuda")
+state = torch.cuda.get_rng_state()
+second = torch.rand(4, device="cuda")
+torch.cuda.set_rng_state(state)
+again = torch.rand(4, device="cuda")
+torch.manual_seed(3)
+repeated = torch.rand(4, device="cuda")
+result = [bool((first == repeated).all()), bool((second == again).all()), bool((first == second).any())]
+"""
+    outcome = device.execute(code)
+    assert outcome.error == ""
+    assert outcome.result == [True, True, False]
+
+
+def test_attention_over_rows_equals_attention_row_by_row(device: Device) -> None:
+    code = """
+from torch.nn.attention.varlen import varlen_attn
+torch.manual_seed(0)
+drawn = [torch.randn(7, heads, 8, dtype=torch.bfloat16) for heads in (4, 2, 2)]
+inputs = [one.cuda().requires_grad_() for one in drawn]
+starts = torch.tensor([0, 3, 7], dtype=torch.int32).cuda()
+out = varlen_attn(*inputs, starts, starts, 4, 4, window_size=(-1, 0), enable_gqa=True)
+out.float().square().sum().backward()
+plain = [one.float().requires_grad_() for one in drawn]
+query, key, value = (one.transpose(0, 1)[None] for one in plain)
+rows = [
+    torch.nn.functional.scaled_dot_product_attention(
+        query[:, :, span], key[:, :, span], value[:, :, span], is_causal=True, enable_gqa=True
+    )[0].transpose(0, 1)
+    for span in (slice(0, 3), slice(3, 7))
+]
+expected = torch.cat(rows)
+expected.square().sum().backward()
+pairs = [(out.detach(), expected.detach()), *((one.grad, other.grad) for one, other in zip(inputs, plain))]
+result = [float((one.cpu().float() - other).abs().max() / other.abs().max()) for one, other in pairs]
+"""
+    outcome = device.execute(code)
+    assert outcome.error == ""
+    assert max(outcome.result) < 2e-2  # bfloat16

@@ -1,0 +1,120 @@
+"""What ``make gpu-check`` does with programs that pass, fail or do not end, and what its page says of them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.gpu_check import checks, speed
+from benchmarks.gpu_check.card import Card
+from benchmarks.gpu_check.checks import Check, Outcome
+from benchmarks.gpu_check.page import text_of, write
+from tests.tiny import save_tiny_model
+
+CARD = Card(name="NVIDIA H100 80GB HBM3", count=2, memory=80 << 30, capability="9.0", cuda="12.8")
+
+
+def check(code: str, *, name: str = "tried", seconds: float = 60.0) -> Check:
+    return Check(name=name, about="a program", command=(sys.executable, "-c", code), seconds=seconds)
+
+
+def test_a_program_that_ends_with_0_has_passed() -> None:
+    outcome = checks.run(check("print('well')"), seconds=60)
+    assert (outcome.passed, outcome.faults, outcome.figures) == (True, [], {})
+
+
+def test_tests_that_failed_are_named_and_nothing_else() -> None:
+    code = "print('noise\\nFAILED tests/unit/x.py::test_y - assert 1 == 2\\nmore noise'); raise SystemExit(1)"
+    outcome = checks.run(check(code), seconds=60)
+    assert outcome.faults == ["exit code 1", "FAILED tests/unit/x.py::test_y - assert 1 == 2"]
+
+
+def test_of_another_program_that_failed_the_last_lines_are_shown_without_folders() -> None:
+    outcome = checks.run(check("raise OSError('/secret/folder/file is gone')"), seconds=60)
+    assert outcome.faults[0] == "exit code 1"
+    assert outcome.faults[-1] == "OSError: file is gone"
+
+
+def test_a_program_that_does_not_end_is_stopped_with_all_that_it_started() -> None:
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    started = time.monotonic()
+    outcome = checks.run(check(code), seconds=1)
+    assert outcome.faults[0] == "not done after 1 s; it was stopped"
+    assert time.monotonic() - started < 30, "its child holds the pipe open while it lives"
+
+
+def test_every_check_runs_and_none_begins_after_the_budget() -> None:
+    said: list[str] = []
+    several = [check("raise SystemExit(3)", name="first"), check("import time; time.sleep(1)", name="second")]
+    outcomes = checks.run_all([*several, check("", name="third")], budget=1.0, say=said.append)
+    assert [outcome.check.name for outcome in outcomes] == ["first", "second", "third"]
+    assert outcomes[0].faults == ["exit code 3"]
+    assert outcomes[2].faults == ["not run: the earlier checks took all the time"]
+    assert any(line.startswith("first: FAILED after") for line in said)
+
+
+def test_figures_that_are_missing_are_a_fault() -> None:
+    silent = Check(name="speed", about="", command=(sys.executable, "-c", ""), seconds=60, figures=checks._last_line)
+    (fault,) = checks.run(silent, seconds=60).faults
+    assert fault.startswith("it left no figures: IndexError")
+
+
+def test_the_checks_end_within_ten_minutes(tmp_path: Path) -> None:
+    assert checks.BUDGET <= 600
+    assert [each.name for each in checks.all_checks(tmp_path)] == [
+        "gpu tests",
+        "kernels",
+        "stages",
+        "quickstart",
+        "speed",
+    ]
+
+
+def test_the_page_says_what_passed_what_failed_and_what_was_measured(tmp_path: Path) -> None:
+    outcomes = [
+        Outcome(check=check("", name="kernels"), seconds=12.4, faults=["exit code 1", "FAILED test_x"]),
+        Outcome(check=check("", name="speed"), seconds=3.0, figures={"TFLOP/s": 612.5}),
+    ]
+    page = write(CARD, outcomes, folder=tmp_path / "gpu", commit="abc1234", date="2026-11-27")
+    text = page.read_text()
+    assert page.name == "nvidia-h100-80gb-hbm3.md"
+    assert "on 2026-11-27, commit abc1234: 1 of 2 checks passed." in text
+    assert "- devices: 2, 80 GiB each, compute capability 9.0" in text
+    assert "| kernels | a program | **failed** | 12 |" in text
+    assert "## What failed: kernels\n\n```\nexit code 1\nFAILED test_x\n```" in text
+    assert "| TFLOP/s | 612.5 |" in text
+    assert "Not a card" not in text
+
+
+def test_a_simulated_device_is_called_one() -> None:
+    card = Card(name="simulated CUDA device", count=1, memory=1 << 30, capability="9.0", cuda="12.8")
+    assert "**Not a card:** a simulated device." in text_of(card, [], commit="abc1234", date="2026-11-27")
+
+
+def test_speeds_are_measured_on_whatever_device_there_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    assert speed.main(["--side", "64", "--megabytes", "1", "--model", str(model)]) == 0
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(figures) == 4
+    assert all(value >= 0 for value in figures.values())
+    assert figures["greedy answers, tokens a second (2048 tokens, 32 at once)"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
+def test_without_a_device_it_is_refused() -> None:
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_check"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpu-check: PyTorch finds no CUDA device. Install the build of PyTorch")
+
+
+def test_an_unknown_check_is_refused_with_the_names_that_there_are() -> None:
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--only", "kernel"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "no check kernel; there are gpu tests, kernels, stages, quickstart, speed" in done.stderr
