@@ -16,6 +16,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.alignment-pipeline-installed
 
 .DEFAULT_GOAL := help
+# One more than there are cores, because a third of the time a test waits for a process or a server; at most 4.
+WORKERS := import os; print(min(4, (os.cpu_count() or 1) + 1))
+
 .PHONY: help align plan sweep preview status engine engine-llama test test-device gpu-check test-slurm test-engines mutations prove matrix model check format bench clean
 
 help:  ## show this list
@@ -50,7 +53,7 @@ engine-llama:  ## build the environment of llama.cpp, which checks exported GGUF
 	$(ENGINES)/llama-cpp/bin/python -m pip install --quiet --disable-pip-version-check --requirement launch/engines/llama-cpp.txt
 
 test: $(STAMP)  ## run the tests, on several cores at once
-	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $$($(BIN)/python -c '$(WORKERS)') --dist loadgroup $(ARGS)
 
 test-device: $(STAMP)  ## run the tests of models, stages and training on the CUDA device that DEVICE_RUNNER finds
 	$(DEVICE_RUNNER) -c 'import torch; assert torch.cuda.is_available(), "PyTorch finds no CUDA device"'

@@ -59,7 +59,6 @@ def served(folder: Path, adapter: AdapterConfig) -> Path:
 @pytest.mark.parametrize(
     ("advantage", "adapter", "sharding"),
     [
-        (Advantage.rloo, LORA, Sharding.none),
         (Advantage.grpo, LORA, Sharding.zero3),
         (Advantage.dr_grpo, FULL, Sharding.zero3),
     ],

@@ -12,10 +12,11 @@ import os
 import subprocess
 import sys
 import tempfile
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from tests.in_child import in_child
 
 
 class Forked:
@@ -64,7 +65,7 @@ def _serve() -> None:
     for line in sys.stdin:
         argv = json.loads(line)
         with tempfile.TemporaryFile() as sink:
-            code = _in_child(lambda argv=argv: cli.main(argv), sink)
+            code = in_child(lambda argv=argv: cli.main(argv), sink)
             sink.seek(0)
             answer = {"code": code, "printed": sink.read().decode(errors="replace")}
         print(json.dumps(answer), flush=True)
@@ -81,25 +82,7 @@ def _execute(command: Any, *, log: Path, **_: Any) -> int:
         return worker.main(Path(command.argv[-1]))
 
     with log.open("ab") as sink:
-        return _in_child(stage, sink)
-
-
-def _in_child(work: Callable[[], int], sink: IO[bytes]) -> int:
-    """The exit code of ``work`` in a process of its own, which prints into ``sink``."""
-    sys.stdout.flush()
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(sink.fileno(), stream.fileno())
-    try:
-        code = work()
-    except BaseException:  # noqa: BLE001  nothing may go on in the parent's code
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        return in_child(stage, sink)
 
 
 if __name__ == "__main__":

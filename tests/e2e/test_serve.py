@@ -63,7 +63,7 @@ def test_it_says_what_is_served_and_its_curl_works(served: Serving) -> None:
     assert '"model":"dpo"' in done.stdout
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left(run: ServedRun, number: signal.Signals) -> None:
     with serving(run) as process:
         nothing_is_left_after(process, number)

@@ -6,8 +6,6 @@ import json
 import os
 import re
 import resource
-import sys
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +28,7 @@ from alignment.training.adamw import RandomlyRoundedAdamW
 from alignment.training.longest_batch import LongestBatch, largest, row_tokens
 from alignment.training.micro_batches import MicroBatches
 from tests.chained import DATA, FILES, LORA, Chained, config_of
+from tests.in_child import in_child
 from tests.tiny import save_tiny_model
 
 KINDS = ("cpt", "sft", "reward", "dpo", "kto")
@@ -231,16 +230,3 @@ def test_memory_that_the_system_refuses_ends_the_stage_before_its_first_step(
 def written(spec: StageSpec) -> Path:
     worker.read_spec = lambda _: spec
     return spec.run_folder / "stage.yaml"
-
-
-def in_child(work: Callable[[], int]) -> int:
-    child = os.fork()
-    if child:
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    try:
-        code = work()
-    except BaseException:  # noqa: BLE001  nothing may go on in the parent's code
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    os._exit(code)
