@@ -16,9 +16,9 @@ import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 from numpy.typing import NDArray
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from alignment.config.launch import Sharding
 from alignment.core.errors import StageError
 from alignment.models.forward.attention import ATTENTION
 from alignment.training.context import StageContext
@@ -82,7 +82,7 @@ def largest(tokens: NDArray[np.int64], *, limit: int, most: int, padded: bool) -
 class LongestBatch(TrainerCallback):
     """Tries it before the first step; with several processes, all try the same rows.
 
-    Not with DeepSpeed, whose engine cannot forget the gradients of a micro-batch.
+    Not with sharded weights: DeepSpeed and FSDP hold the gradients of a micro-batch where nothing can clear them.
     """
 
     def __init__(self, trainer: MicroBatches, context: StageContext) -> None:
@@ -95,7 +95,7 @@ class LongestBatch(TrainerCallback):
         Raises:
             StageError: there is not enough memory; the error says which setting would fit.
         """
-        if self._context.spec.sharding.by_deepspeed:
+        if self._context.spec.sharding is not Sharding.none:
             return
         tokens = row_tokens(self._trainer.train_dataset)
         most = args.per_device_train_batch_size
@@ -165,8 +165,7 @@ def _memory_for_moments(optimizer: Any) -> list[torch.Tensor]:
     reserved = []
     for parameter in (parameter for group in own.param_groups for parameter in group["params"]):
         if parameter.requires_grad and not own.state.get(parameter):
-            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            each = 1 if _EIGHT_BIT in type(own).__name__ else local.element_size()
+            each = 1 if _EIGHT_BIT in type(own).__name__ else parameter.element_size()
             # Filled, because the system gives a process the memory that it writes to.
-            reserved.append(torch.full((2 * each * local.numel(),), 1, dtype=torch.uint8, device=local.device))
+            reserved.append(torch.full((2 * each * parameter.numel(),), 1, dtype=torch.uint8, device=parameter.device))
     return reserved

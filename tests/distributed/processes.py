@@ -39,16 +39,18 @@ def on_processes(
     nan_at: int | None = None,
     kill_after: int | None = None,
     killed_when: str = "logged",
+    tries_longest: bool = False,
 ) -> list[int]:
     """Runs a stage on processes of its own; returns their exit codes, those of ``alignment.worker``.
 
     Process 1 gets SIGTERM after the step ``stop_after``, or a loss that is no number in the step ``nan_at``. All get
     SIGKILL at the step ``kill_after``, when it is ``logged``, before a checkpoint of it, or when that is ``sealed``; or
-    where they begin with their part of that number, when ``sampling``.
+    where they begin with their part of that number, when ``sampling``. ``tries_longest``: the largest micro-batch is
+    tried first, however short the training is.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    told = (world_size, _free_port(), stop_after, nan_at, kill_after, killed_when)
+    told = (world_size, _free_port(), stop_after, nan_at, kill_after, killed_when, tries_longest)
     group = [context.Process(target=_process, args=(spec, rank, *told)) for rank in range(world_size)]
     for one in group:
         one.start()
@@ -75,7 +77,10 @@ def _process(
     nan_at: int | None,
     kill_after: int | None,
     killed_when: str,
+    tries_longest: bool,
 ) -> None:
+    if tries_longest:
+        _try_longest()
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     devices = visible_devices()[:world_size]
@@ -103,6 +108,20 @@ def _run(spec: StageSpec, stop_after: int | None, nan_at: int | None, kill_after
         _kill_at_part(kill_after) if killed_when == "sampling" else _kill_after(kill_after, killed_when)
     worker.read_spec = lambda _: spec
     return worker.main(spec.run_folder / "stage.yaml")
+
+
+def _try_longest() -> None:
+    from alignment.training import longest_batch
+    from alignment.training.micro_batches import MicroBatches
+
+    longest_batch.SHARE = float("inf")
+    otherwise = MicroBatches.try_rows
+
+    def try_rows(self: Any, rows: Any) -> None:
+        print("tried", len(rows), "rows", flush=True)
+        otherwise(self, rows)
+
+    MicroBatches.try_rows = try_rows
 
 
 def _stop_after(steps: int) -> None:

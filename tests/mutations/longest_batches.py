@@ -26,7 +26,7 @@ MUTATIONS = [
             "test_tokens_are_counted_in_the_columns_that_hold_tokens",
         ),
         ("there is no room for moments", "_memory_for_moments(self._trainer.optimizer)", "[]", STAYS),
-        ("moments are reserved once", "(2 * each * local.numel(),)", "(each * local.numel(),)", STAYS),
+        ("moments are reserved once", "(2 * each * parameter.numel(),)", "(each * parameter.numel(),)", STAYS),
         (
             "every training is tried",
             "> SHARE * coming",
