@@ -27,19 +27,25 @@ MULTIPLE = 64
 """Streams on a CPU in bfloat16 are padded to a multiple of this number of tokens. oneDNN generates code for every new
 shape of a product, and otherwise every step would have new shapes (docs/LOG.md, 2026-11-26)."""
 
+WINDOWED = {"cohere2", "gemma2", "gemma3_text", "mistral", "mixtral", "phi3", "qwen2", "starcoder2"}
+"""Architectures that are seen to give attention their window and cap, and to equal their padded forward
+(tests/unit/models/test_architectures.py). Others window by their mask alone, or ignore the setting."""
 _FULL = "full_attention"
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 """Names in configurations for dropout on attention weights."""
 
 
 def can_run_flat(model: PreTrainedModel) -> bool:
-    """Whether attention can be restricted to rows: full or with a sliding window, causal, without dropout and without
-    sinks, and called through the interface."""
+    """Whether attention can be restricted to rows: causal, without dropout and sinks, called through the interface, and
+    full, or in ``WINDOWED`` architectures also with a sliding window or capped scores."""
     config = model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or [_FULL])
     return (
         bool(getattr(model, "_supports_attention_backend", False))
         and layer_types <= {_FULL, SLIDING}
+        and (
+            config.model_type in WINDOWED or not (has_window(model) or getattr(config, "attn_logit_softcapping", None))
+        )
         and not getattr(config, "use_bidirectional_attention", None)
         and not any(getattr(config, name, 0.0) for name in _DROPOUTS)
         and not any(hasattr(module, "sinks") for module in model.modules())

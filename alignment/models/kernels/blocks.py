@@ -92,8 +92,9 @@ def _attention(
     query, key = _rotated(query, key, cos, sin)
     if cache is not None:
         key, value = cache.update(key, value, self.layer_idx)
-    if (window := getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))) is not None:
-        kwargs["sliding_window"] = window  # as Qwen2's and Mistral's own forward
+    holder = self.config if type(self).__name__ == "MistralAttention" else self  # as Mistral's and Qwen2's own forward
+    if (window := getattr(holder, "sliding_window", None)) is not None:
+        kwargs["sliding_window"] = window
     attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
     attended, weights = attend(
         self,

@@ -15,8 +15,9 @@ def capped_attention(
         query: ``[rows, heads, tokens, width]``.
         key: ``[rows, key heads, columns, width]``.
         value: ``[rows, key heads, columns, value width]``.
-        mask: ``[rows or 1, 1, tokens, columns]``, False or −∞ where a token does not see a column; without one, each
-            token sees the columns up to its own.
+        mask: ``[rows or 1, 1, tokens, columns]``, False or −∞ where a token does not see a column, else True or 0;
+            without one, each token sees the columns up to its own. The result for a token that sees none, such as
+            padding, is finite.
         scaling: 1/√width if None.
     """
     rows, heads, columns, width = key.shape
@@ -26,9 +27,7 @@ def capped_attention(
     scores = (queries @ key[:, :, None].transpose(-1, -2) * (scale / cap)).tanh() * cap
     if mask is None:
         mask = torch.ones(1, 1, tokens, columns, dtype=torch.bool, device=query.device).tril(columns - tokens)
-    if mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask[:, :, None], float("-inf"))
-    else:
-        scores = scores + mask.to(scores.dtype)[:, :, None]
+    seen = mask if mask.dtype == torch.bool else mask == 0
+    scores = scores.masked_fill(~seen[:, :, None], torch.finfo(scores.dtype).min)
     attended = torch.softmax(scores, dim=-1) @ value[:, :, None]
     return attended.flatten(1, 2).transpose(1, 2)

@@ -21,9 +21,6 @@ from alignment.stages.registry import kind_of
 TEMPLATE = Path("slurm") / "stage.sbatch"
 HERE = "launch.backend.submit=false"
 """The override that makes the driver inside a job run the stage itself."""
-ONE_MACHINE = "launch.backend.num_machines=1"
-PATIENCE = 120
-"""Seconds that the other machines' drivers get to end after the first has ended."""
 
 _DIRECTIVE = re.compile(r"[A-Za-z0-9._/@:=,+%-]+")
 """No newline, which would begin another directive, no space, no quote, nothing that a shell would interpret."""
@@ -47,7 +44,7 @@ def render(plan: Plan, stage: PlannedStage, *, folder: Path, wait: bool = False)
         folder=shlex.quote(str(folder)),
         machines=machines,
         step=shlex.join(_step(slurm, machines)),
-        command=shlex.join(_command(plan, stage, machines, wait=wait)),
+        command=shlex.join(_command(plan, stage, wait=wait)),
     )
 
 
@@ -57,17 +54,16 @@ def _step(slurm: SlurmBackend, machines: int) -> list[str]:
     if machines == 1:
         step.append("--kill-on-bad-exit=1")
     else:  # a machine whose driver has ended leaves the others time to record and to save
-        step += [f"--nodes={machines}", "--ntasks-per-node=1", "--kill-on-bad-exit=0", f"--wait={PATIENCE}"]
+        step += [f"--nodes={machines}", "--ntasks-per-node=1", "--kill-on-bad-exit=0", f"--wait={slurm.signal_seconds}"]
     if slurm.cpus is not None:
         step.append(f"--cpus-per-task={slurm.cpus}")  # srun does not inherit it from the job
     return step
 
 
-def _command(plan: Plan, stage: PlannedStage, machines: int, *, wait: bool) -> list[str]:
+def _command(plan: Plan, stage: PlannedStage, *, wait: bool) -> list[str]:
     """The user's command for one stage. ``-u``: a log shows each line when it is printed."""
     driver = [sys.executable, "-u", "-m", "alignment.cli", "run", plan.recipe, "--stage", stage.name]
-    here = [HERE] if machines == plan.config.launch.backend.num_machines else [HERE, ONE_MACHINE]
-    return [*driver, *(["--wait"] if wait else []), *plan.overrides, *here]
+    return [*driver, *(["--wait"] if wait else []), *plan.overrides, HERE]
 
 
 def _directives(plan: Plan, stage: PlannedStage, slurm: SlurmBackend) -> Iterator[str]:

@@ -18,11 +18,13 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GptOssConfig,
+    LlamaConfig,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
     OlmoeConfig,
     Phi3Config,
+    PhimoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -205,6 +207,36 @@ def test_a_window_that_is_not_the_configurations_is_refused() -> None:
     model.model.layers[0].self_attn.sliding_window = 3
     with pytest.raises(ValueError, match="asks attention for another window than its configuration's"):
         model(**padded(ROWS["ragged"]).arguments(), fused_lm_head=True)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**SIZES, sliding_window=4),  # its code ignores the setting
+        PhimoeConfig(**SIZES, sliding_window=4, num_local_experts=4),  # windows by its mask alone
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_a_window_of_an_architecture_that_was_not_tried_runs_padded(config: PreTrainedConfig) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    reference = twin(model)
+    assert not use_flat_attention(model)
+    if config.model_type == "llama":
+        prompts = [[5, 9, 2, 7, 8, 11, 3, 4, 6]]
+        own = answer_statistics(model, answer_stream(prompts, [[7, 3]], torch.device("cpu")))
+        assert relative(own.logprobs, plain(reference, padded([(prompts[0], [7, 3])])).logprobs) < 1e-5
+
+
+def test_padding_of_a_capped_batch_never_reaches_a_row() -> None:
+    """Left padding sees nothing. As NaN it would reach every row through the next layer's values."""
+    model, reference = model_of("gemma2"), twin(model_of("gemma2"))
+    use_flat_attention(model)
+    batch = padded(ROWS["ragged"], side="left")
+    arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    real = batch.attention_mask.bool()
+    assert relative(model(**arguments).logits[real], reference(**arguments).logits[real]) < 1e-5
 
 
 def test_sinks_take_the_padded_path_and_say_so(caplog: pytest.LogCaptureFixture) -> None:

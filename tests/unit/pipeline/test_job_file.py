@@ -170,7 +170,17 @@ def test_a_job_of_several_machines_asks_for_them_only_where_a_stage_trains(plan:
     assert {"--nodes=1", "--ntasks=1"} <= set(directives(text))
     (line,) = (line for line in text.splitlines() if line.startswith("srun "))
     words = shlex.split(line.partition(" || ")[0])
-    assert plan(*words[words.index("evaluate") + 1 :]).config.launch.world_size == 2
+    inside = plan(*words[words.index("evaluate") + 1 :])
+    assert [stage.fingerprint for stage in inside.stages] == [stage.fingerprint for stage in made.stages]
+
+
+def test_a_smoke_job_on_one_machine_names_what_several_have_trained(plan: MakePlan) -> None:
+    """The profile scales batches with the processes of all machines, also in the plan of a stage that needs one."""
+    made = plan("profile=smoke", *SEVERAL)
+    (line,) = (line for line in rendered(made, "evaluate").splitlines() if line.startswith("srun "))
+    words = shlex.split(line.partition(" || ")[0])
+    inside = plan(*words[words.index("evaluate") + 1 :])
+    assert [stage.fingerprint for stage in inside.stages] == [stage.fingerprint for stage in made.stages]
 
 
 def test_batches_are_planned_for_the_processes_of_all_machines(plan: MakePlan) -> None:
@@ -203,13 +213,13 @@ esac"""
     variables |= {"SLURM_JOB_ID": "20012", "SLURM_JOB_NODELIST": "gpu0[7-8]"}
     subprocess.run(["bash", str(tmp_path / "stage.sbatch")], env=variables, check=True)
     step = (tmp_path / "said/step").read_text().split("\0")
-    assert step[:5] == ["--ntasks=2", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=120"]
+    assert step[:5] == ["--ntasks=2", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0", "--wait=300"]
     words = (tmp_path / "said/driver").read_text().split("\0")
     inside = plan(*words[words.index("dpo") + 1 : -1]).config.launch
     assert slurm.submission(inside) is None
     assert (inside.backend.num_machines, inside.backend.machine_rank) == (2, 1)
     command_line = command.here(inside, tmp_path / "stage.yaml").argv
-    assert "--node_rank 1 --master_addr 10.0.0.7 --master_port 20012" in " ".join(command_line)
+    assert "--node_rank 1 --master_addr 10.0.0.7 --master_port 28012" in " ".join(command_line)
 
 
 @pytest.mark.parametrize(
