@@ -23,7 +23,7 @@ from alignment.core.errors import StageError
 from alignment.models.forward.attention import ATTENTION
 from alignment.training.context import StageContext
 from alignment.training.device import own_device
-from alignment.training.micro_batches import MicroBatches
+from alignment.training.micro_batches import MicroBatches, Unit
 
 SHARE = 0.01
 """Largest share of a training's tokens that may be tried."""
@@ -42,8 +42,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
-def row_tokens(rows: Dataset) -> NDArray[np.int64]:
-    """``[rows]``: the tokens of each row in all its columns; both answers of a pair, and their prompt once."""
+def row_tokens(rows: Dataset, *, prompts_twice: bool = False) -> NDArray[np.int64]:
+    """``[rows]``: the tokens of each row in all its columns; both answers of a pair, and their prompt once or twice."""
     columns = [
         field.name
         for field in rows.features.arrow_schema
@@ -51,8 +51,9 @@ def row_tokens(rows: Dataset) -> NDArray[np.int64]:
         and field.name not in _NOT_TOKENS
         and not field.name.startswith(_WITHOUT_GRADIENTS)
     ]
+    times = {name: 2 if prompts_twice and name.startswith("prompt") else 1 for name in columns}
     sums = [
-        np.sum([pc.list_value_length(block[name]).to_numpy() for name in columns], axis=0, dtype=np.int64)
+        np.sum([times[name] * pc.list_value_length(block[name]).to_numpy() for name in columns], axis=0, dtype=np.int64)
         for block in rows.with_format("arrow").iter(BLOCK)
     ]
     return np.concatenate(sums)
@@ -97,7 +98,7 @@ class LongestBatch(TrainerCallback):
         """
         if self._context.spec.sharding is not Sharding.none:
             return
-        tokens = row_tokens(self._trainer.train_dataset)
+        tokens = self._tokens()
         most = args.per_device_train_batch_size
         coming = (state.max_steps - state.global_step) * most * float(tokens.mean())
         limit = self._trainer.micro_batch_tokens
@@ -109,9 +110,17 @@ class LongestBatch(TrainerCallback):
             return
         raise self._error(tokens, rows, most)
 
+    @property
+    def _is_flat(self) -> bool:
+        return bool(self._trainer.model.config._attn_implementation == ATTENTION)
+
+    def _tokens(self) -> NDArray[np.int64]:
+        """``[rows]``, as micro-batches count them: a stream has the prompt of a pair once."""
+        prompts_twice = self._trainer.unit is Unit.pairs and not self._is_flat
+        return row_tokens(self._trainer.train_dataset, prompts_twice=prompts_twice)
+
     def _largest(self, tokens: NDArray[np.int64], limit: int, most: int) -> list[int]:
-        is_flat = self._trainer.model.config._attn_implementation == ATTENTION
-        return largest(tokens, limit=limit, most=most, padded=not is_flat)
+        return largest(tokens, limit=limit, most=most, padded=not self._is_flat)
 
     def _fits(self, rows: Sequence[int]) -> bool:
         moments = []

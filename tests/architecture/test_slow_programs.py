@@ -18,6 +18,8 @@ from tests.in_child import in_child
 def test_a_slow_program_starts(program: str) -> None:
     def asked_for_help() -> int:
         sys.argv = [program, "--help"]
+        for name in (program, f"{program}.__main__"):  # another test may have imported it
+            sys.modules.pop(name, None)
         runpy.run_module(program, run_name="__main__", alter_sys=True)
         return 0
 

@@ -1,4 +1,4 @@
-"""Builds the device's library once for each version of its source and of torch, which takes some seconds.
+"""Builds the device's library once for each version of its source and each torch, which takes some seconds.
 
 It needs a C++ compiler and a torch without CUDA. Nothing here imports torch.
 """
@@ -75,7 +75,8 @@ def _cache() -> Path:
 
 def _version(torch: Path) -> str:
     texts = [path.read_bytes() for path in sorted(SOURCES.iterdir())]
-    texts += [(torch / "version.py").read_bytes(), Path(__file__).read_bytes()]
+    # The path too, because the library looks for torch's own where it was built.
+    texts += [(torch / "version.py").read_bytes(), Path(__file__).read_bytes(), str(torch).encode()]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
 
 

@@ -68,6 +68,7 @@ def test_tokens_are_counted_in_the_columns_that_hold_tokens(monkeypatch: pytest.
     )
     assert row_tokens(pairs).tolist() == [6, 4, 2]
     assert row_tokens(pairs.select([2, 0])).tolist() == [2, 6]
+    assert row_tokens(pairs, prompts_twice=True).tolist() == [7, 6, 3]
     rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4]], "labels": [[-100, 2, 3], [4]]})
     assert row_tokens(rows).tolist() == [3, 1]
 
