@@ -77,7 +77,9 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, comm
     except KeyboardInterrupt:
         return INTERRUPTED
     except Terminated:
-        return PREEMPTED
+        # A job of Slurm is queued again if any machine ends with 75. If the first one has failed before it began,
+        # its exit code must decide: the job would fail again, without an end.
+        return PREEMPTED if _state(plan.run_folder) in ("running", *_STOPPED) else StageError.exit_code
     console.print(f"{machine} has nothing more to do", highlight=False)
     return 0
 

@@ -20,6 +20,7 @@ from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import ConfigError, StageError
 from alignment.pipeline.backends import machines
 from alignment.pipeline.backends.command import Command
+from alignment.pipeline.execute.signals import Terminated
 from alignment.pipeline.plan.plan import Action
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.sft.config import SftConfig
@@ -121,6 +122,20 @@ def test_it_ends_as_the_first_machine_does(
 ) -> None:
     told = iter(["running", state])
     monkeypatch.setattr(machines, "_state", lambda _: next(told))
+    assert shared.follow() == code
+
+
+@pytest.mark.parametrize(
+    ("state", "code"), [("running", 75), ("preempted", 75), ("interrupted", 75), ("failed", 5), ("waiting", 5), ("", 5)]
+)
+def test_asked_to_stop_it_is_queued_again_only_with_a_run_at_work(
+    shared: Shared, state: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(self: machines._Follower) -> int:
+        raise Terminated
+
+    shared.says(state)
+    monkeypatch.setattr(machines._Follower, "follow", stopped)
     assert shared.follow() == code
 
 
