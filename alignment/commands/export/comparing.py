@@ -16,6 +16,7 @@ from alignment.core.errors import ModelError
 from alignment.models.assembly.load import products_in
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.flat import trunk_states, use_flat_attention
+from alignment.models.forward.head import capped, logit_cap
 from alignment.models.forward.rows import stream
 
 CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ def stream_logprobs(model: PreTrainedModel, rows: Sequence[list[int]]) -> Tensor
     """The same by the flat forward, which supports a prefix."""
     use_flat_attention(model)
     states = [trunk_states(model.base_model, stream([row], CPU)) for row in rows]
-    logits: Tensor = model.get_output_embeddings()(torch.cat(states))
+    logits = capped(model.get_output_embeddings()(torch.cat(states)), logit_cap(model))
     return logits.float().log_softmax(-1)
 
 
