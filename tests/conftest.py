@@ -33,6 +33,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+def pytest_sessionstart() -> None:
+    """Takes Ctrl-C again where a shell started the tests in the background: ignored, it would be ignored by every
+    process that a test starts and interrupts, for ten minutes each."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture(autouse=True)
 def _signals_as_before() -> Iterator[None]:
     """Stages put handlers of their own in place, which would outlive a test that runs one in this process."""
