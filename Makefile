@@ -19,7 +19,7 @@ STAMP := $(VENV)/.alignment-pipeline-installed
 # One more than there are cores, because a third of the time a test waits for a process or a server; at most 4.
 WORKERS := import os; print(min(4, (os.cpu_count() or 1) + 1))
 
-.PHONY: help align plan sweep preview status engine engine-llama test test-device gpu-check test-slurm test-engines mutations prove matrix model check format bench clean
+.PHONY: help align plan sweep preview status engine engine-llama test test-processes test-device gpu-check test-slurm test-engines mutations prove matrix model check format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,8 +52,11 @@ engine-llama:  ## build the environment of llama.cpp, which checks exported GGUF
 	$(PYTHON) -m venv $(ENGINES)/llama-cpp
 	$(ENGINES)/llama-cpp/bin/python -m pip install --quiet --disable-pip-version-check --requirement launch/engines/llama-cpp.txt
 
-test: $(STAMP)  ## run the tests, on several cores at once
-	$(BIN)/python -m pytest --numprocesses $$($(BIN)/python -c '$(WORKERS)') --dist loadgroup $(ARGS)
+test: $(STAMP)  ## run the tests of one process, on several cores at once
+	$(BIN)/python -m pytest --numprocesses $$($(BIN)/python -c '$(WORKERS)') --dist loadgroup -m 'not processes' $(ARGS)
+
+test-processes: $(STAMP)  ## run the tests of stages on several processes and machines, one after another
+	$(BIN)/python -m pytest -m processes $(ARGS)
 
 test-device: $(STAMP)  ## run the tests of models, stages and training on the CUDA device that DEVICE_RUNNER finds
 	$(DEVICE_RUNNER) -c 'import torch; assert torch.cuda.is_available(), "PyTorch finds no CUDA device"'

@@ -64,6 +64,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     several processes, and those on one run of a recipe."""
     for item in items:
         if _is_of_several_processes(item.path.as_posix()):
+            item.add_marker(pytest.mark.processes)
             item.add_marker(pytest.mark.xdist_group("processes"))
         for made_once in {"finished", "gated", "served", "smoke"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group(made_once))

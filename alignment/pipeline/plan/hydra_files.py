@@ -6,6 +6,7 @@ composed tree no longer shows them, and an error would print the values that the
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,21 @@ from alignment.config.faults import Fault, refuse
 from alignment.pipeline.plan.hostile import hostile
 
 
+_READ: dict[tuple[object, ...], ConfigResult] = {}
+"""Files as they were read, by name and state: a sweep composes the same ones for every trial."""
+
+
 class _CheckedFiles(FileConfigSource):
     def load_config(self, config_path: str) -> ConfigResult:
         path = (Path(self.path) / self._normalize_file_name(config_path)).resolve()
-        if path.is_file():
+        if not path.is_file():
+            return super().load_config(config_path)
+        state = path.stat()
+        key = (self.provider, self.path, config_path, state.st_ino, state.st_size, state.st_mtime_ns)
+        if key not in _READ:
             refuse_hostile_defaults(path, yaml_file.read(path))
-        return super().load_config(config_path)
+            _READ[key] = super().load_config(config_path)
+        return copy.deepcopy(_READ[key])  # Hydra changes what it gets
 
 
 def check_files() -> None:
