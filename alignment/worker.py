@@ -154,7 +154,7 @@ def _run(spec: StageSpec, context: StageContext) -> None:
     with _tracked(context):
         result = function_of(kind_of(spec.config))(spec.config, context)
         if context.is_main:
-            context.trackers.result(_publish(spec, context, result), spec.artifact)
+            context.trackers.result(publish_result(spec, context, result), spec.artifact)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -213,7 +213,7 @@ def _stop_now(_: int, __: FrameType | None) -> None:
     raise Preempted(saved=False)
 
 
-def _publish(spec: StageSpec, context: StageContext, result: StageResult) -> Manifest:
+def publish_result(spec: StageSpec, context: StageContext, result: StageResult) -> Manifest:
     context.progress("saving")
     manifest = Manifest(
         stage=spec.stage,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.optim import Moments
+from alignment.costs.recorder import is_on_cpu
 from alignment.training.context import StageContext
 
 BETAS = (0.9, 0.999)
@@ -79,7 +80,7 @@ class RandomlyRoundedAdamW(torch.optim.Optimizer):
             state["step"] += 1
             moments = state["exp_avg"], state["exp_avg_sq"]
             random = _generator(parameter.device, group["seed"], number, int(state["step"]))
-            size = CHUNK if parameter.device.type == "cpu" else CHUNK_OF_GPU
+            size = CHUNK if is_on_cpu(parameter) else CHUNK_OF_GPU
             flat = [tensor.view(-1).split(size) for tensor in (parameter, parameter.grad.contiguous(), *moments)]
             for chunk in zip(*flat, strict=True):
                 _step(chunk, group, float(state["step"]), random)

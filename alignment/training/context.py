@@ -11,10 +11,12 @@ import torch
 
 from alignment.config.adapter import AdapterConfig
 from alignment.core.files import disk_error
+from alignment.costs.recorder import recorder
 from alignment.job import StageSpec
 from alignment.records.worker import Progress
 from alignment.training.device import own_device
 from alignment.training.heartbeat import HeartbeatWriter
+from alignment.training.phase_peaks import PhasePeaks
 from alignment.training.trackers.all_trackers import Trackers
 
 
@@ -40,6 +42,7 @@ class StageContext:
     clock: Clock = field(default_factory=Clock)
     heartbeat: HeartbeatWriter = field(default_factory=HeartbeatWriter)
     trackers: Trackers = field(default_factory=Trackers)
+    peaks: PhasePeaks = field(default_factory=PhasePeaks)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -81,9 +84,16 @@ class StageContext:
         """A generator on the CPU, seeded by name, with the same numbers in every stage of the run."""
         return torch.Generator().manual_seed(_seed(self.spec.seed, name))
 
+    def phase(self, name: str) -> None:
+        """Measures the memory of what follows as that of the phase ``name``."""
+        self.peaks.begin(name)
+        if (estimate := recorder()) is not None:
+            estimate.phase(name)
+
     def progress(self, phase: str, step: int = 0, total: int | None = None, **metrics: float) -> None:
         """Reports to the driver how far the stage is. It is cheap, and a full disk is ignored: other writes will report
         it."""
+        self.phase(phase)
         self.heartbeat.phase = phase
         self.heartbeat.reports += 1
         if not self.is_main:

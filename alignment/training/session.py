@@ -14,6 +14,7 @@ import torch
 from transformers import Trainer
 
 from alignment.core.errors import ConfigError
+from alignment.costs.recorder import on_shadows, recorder
 from alignment.records.step_log import METRICS, MetricsLog
 from alignment.training import checkpoints
 from alignment.training.callbacks import (
@@ -26,11 +27,15 @@ from alignment.training.callbacks import (
     WarmupEnds,
 )
 from alignment.training.context import StageContext
+from alignment.training.few_steps import FewSteps
 from alignment.training.finite import FiniteSteps, refuse_divergence
 from alignment.training.longest_batch import LongestBatch
 from alignment.training.looks import Validation
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.sharding import everyones, layout
+
+PEAK, GPU_PEAK = "peak_rss_bytes", "peak_gpu_bytes"
+"""Keys of ``usage``; those of a phase go on with ``/`` and its name."""
 
 
 class Preempted(BaseException):
@@ -81,6 +86,8 @@ def train(
     if validation is not None and resumed is not None:
         validation.resume(resumed)
     # NothingLeft: an earlier attempt did every step; the checkpoint is loaded.
+    if (estimate := recorder()) is not None:
+        trainer.add_callback(FewSteps(estimate, trainer, period=period))
     with stop.listening(), contextlib.suppress(NothingLeft):
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     if stop.stopped:
@@ -91,7 +98,8 @@ def train(
     outcome: dict[str, float] = {}
     if validation is not None:
         rows, outcome = [row for row in rows if row["step"] <= validation.handed_on], validation.finish()
-    refuse_divergence([row["loss"] for row in rows if "loss" in row], ceiling=ceiling)
+    if not on_shadows():
+        refuse_divergence([row["loss"] for row in rows if "loss" in row], ceiling=ceiling)
     if context.is_main:
         context.trackers.table("samples", MetricsLog(context.content / "samples.jsonl").rows())
     last = {key: value for key, value in (rows[-1] if rows else {}).items() if isinstance(value, (int, float))}
@@ -126,12 +134,17 @@ def _refuse_other_layout(checkpoint: Path, context: StageContext) -> None:
 
 
 def usage(context: StageContext) -> dict[str, float]:
-    """Seconds of all attempts, and this process's peak memory in bytes."""
+    """Seconds of all attempts, and this process's peak memory in bytes, in the whole stage and in its phases."""
+    context.peaks.end()
     unit = 1 if sys.platform == "darwin" else 1024
-    peak = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
-    metrics = {"seconds": context.clock.seconds(), "peak_rss_bytes": peak}
+    whole = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    by_phase = context.peaks.resident
+    metrics = {"seconds": context.clock.seconds(), PEAK: max(whole, *by_phase.values(), 0.0)}
+    metrics |= {f"{PEAK}/{phase}": peak for phase, peak in by_phase.items()}
     if context.device.type == "cuda":
-        metrics["peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
+        allocated = context.peaks.allocated
+        metrics[GPU_PEAK] = max(allocated.values(), default=0.0)
+        metrics |= {f"{GPU_PEAK}/{phase}": peak for phase, peak in allocated.items()}
     return metrics
 
 

@@ -183,6 +183,18 @@ CONTRACTS: dict[str, tuple[str, Callable[[], bool]]] = {
     "_disable_adapters": ("peft", lambda: lora_layer()._disable_adapters is False),
     # ---- accelerate
     "_set_sync_gradients": ("accelerate", lambda: has(GradientState, "_set_sync_gradients", "sync_gradients")),
+    # ---- torch, for tensors without numbers
+    "_C": ("torch", lambda: callable(torch._C._disabled_torch_function_impl)),
+    "_disabled_torch_function_impl": ("torch", lambda: callable(torch._C._disabled_torch_function_impl)),
+    "_make_wrapper_subclass": ("torch", lambda: callable(torch.Tensor._make_wrapper_subclass)),
+    "_cdata": ("torch", lambda: isinstance(torch.empty(1).untyped_storage()._cdata, int)),
+    "_python_dispatch": ("torch", lambda: has(torch.utils._python_dispatch, "TorchDispatchMode")),
+    "_disable_current_modes": ("torch", lambda: has(torch.utils._python_dispatch, "_disable_current_modes")),
+    "_pytree": ("torch", lambda: has(torch.utils._pytree, "tree_map", "func", "tree")),
+    "_parameters": ("torch", lambda: isinstance(torch.nn.Linear(1, 1)._parameters, dict)),
+    "_local_scalar_dense": ("torch", lambda: hasattr(torch.ops.aten, "_local_scalar_dense")),
+    "_index_put_impl_": ("torch", lambda: hasattr(torch.ops.aten, "_index_put_impl_")),
+    "_unsafe_index": ("torch", lambda: hasattr(torch.ops.aten, "_unsafe_index")),
     # ---- hydra
     "_internal": ("hydra-core", lambda: has(hydra_files(), "load_config", "config_path")),
     "_normalize_file_name": ("hydra-core", lambda: has(hydra_files(), "_normalize_file_name", "filename")),

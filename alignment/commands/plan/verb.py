@@ -12,6 +12,9 @@ from alignment.commands.shared.arguments import add_recipe, recipe_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A recipe with overrides."""
     add_recipe(parser)
+    parser.add_argument("--cost", action="store_true", help="also memory, FLOP and time of each stage, on shapes alone")
+    parser.add_argument("--device", default="this", help="for that cost: a GPU such as h100 (default: this machine)")
+    parser.add_argument("--trade", action="store_true", help="also the cost of each way of training each stage")
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
@@ -19,5 +22,12 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
     recipe = recipe_of(arguments)
     from alignment.commands.plan.driver import show
 
-    show(console, recipe, arguments.overrides)
+    show(
+        console,
+        recipe,
+        arguments.overrides,
+        cost=arguments.cost or arguments.device != "this",
+        device=arguments.device,
+        trade=arguments.trade,
+    )
     return 0

@@ -12,13 +12,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype
 from alignment.core.artifacts import Manifest, inside, read_manifest, verify
 from alignment.core.errors import ModelError
 from alignment.core.model_files import refuse_weights_elsewhere
+from alignment.costs.recorder import WEIGHTS, Recorder, memory_for, recorder
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.adapters import merge_adapter
@@ -191,12 +193,24 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     if not (folder / "config.json").exists():
         raise ModelError("no model here (config.json is missing)", where=str(folder))
     refuse_weights_elsewhere(folder)
+    if (estimate := recorder()) is not None:
+        return _from_shapes(folder, dtype, estimate)
     try:
         return AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"the model cannot be loaded: {error}", where=str(folder)) from error
+
+
+def _from_shapes(folder: Path, dtype: torch.dtype, estimate: Recorder) -> PreTrainedModel:
+    """The model as shadows, for which its configuration is enough."""
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    with memory_for(WEIGHTS), no_init_weights():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # which is left out with the initial numbers
+    estimate.has_model(model.get_input_embeddings().num_embeddings)
+    return model
 
 
 def weights_dtype(compute: Dtype, adapter: AdapterConfig) -> torch.dtype:

@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from alignment.costs.recorder import is_on_cpu
 from alignment.models.assembly.precision import products_dtype
 from alignment.models.forward.rows import Range, Segment
 from alignment.models.forward.transfer import on_device
@@ -148,11 +149,13 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
     It is FlashAttention 2 (Dao 2023): half precision, values as wide as keys, widths that are multiples of 8 up to 256,
     on NVIDIA's GPUs from Ampere on. ROCm has another implementation, which is untested.
     """
-    if query.device.type != "cuda" or torch.version.hip is not None:
+    if is_on_cpu(query) or query.device.type not in ("cuda", "cpu") or torch.version.hip is not None:
         return False
     width = query.shape[-1]
     fits = width == value.shape[-1] and width % 8 == 0 and width <= _WIDEST_HEAD
     half = query.dtype in (torch.float16, torch.bfloat16)
+    if query.device.type == "cpu":  # it is planned for a GPU
+        return fits and half
     return fits and half and torch.cuda.get_device_capability(query.device) >= _AMPERE
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignment.core.errors import ModelError
+from alignment.costs.recorder import is_on_cpu
 from alignment.models.assembly.precision import products_dtype
 from alignment.models.assembly.prefix import prefix_of, refuse_too_long
 from alignment.models.forward.attention import ATTENTION, SLIDING, KeysValues
@@ -117,7 +118,7 @@ def trunk_states(
 def _multiple(trunk: PreTrainedModel) -> int:
     """The number that the length of a stream must be a multiple of."""
     weight = trunk.get_input_embeddings().weight
-    return MULTIPLE if weight.device.type == "cpu" and products_dtype(weight) is torch.bfloat16 else 1
+    return MULTIPLE if is_on_cpu(weight) and products_dtype(weight) is torch.bfloat16 else 1
 
 
 def refuse_prefix(trunk: PreTrainedModel) -> None:

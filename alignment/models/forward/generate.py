@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from alignment.costs.recorder import on_shadows
 from alignment.models.assembly.prefix import prefix_of, refuse_too_long
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.decoding import decoding
@@ -176,6 +177,8 @@ def _continue(
     positions = seen[:, :width].sum(-1, keepdim=True) - 1
     for step in range(max_new_tokens):
         tokens = logits.argmax(-1) if uniforms is None else _sample(logits, uniforms[:, step], temperature)
+        if on_shadows():  # an answer that ends early would cost less than one may cost
+            tokens = torch.full_like(tokens, min(set(range(len(end_ids) + 1)) - end_ids))
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if row in unfinished:
                 answers[row].append(token)

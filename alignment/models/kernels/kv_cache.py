@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from alignment.core.errors import ModelError
+from alignment.costs.recorder import CACHE, memory_for
 from alignment.models.assembly.precision import products_dtype
 from alignment.models.forward.attention import KeysValues
 from alignment.models.kernels.capped_attention import capped_attention
@@ -81,10 +82,11 @@ class RowsLayer(CacheLayerMixin):
         ``rows`` is the number of rows in the whole cache.
         """
         if not self.is_initialized:
-            self.keys, self.values = (
-                states.new_zeros(rows, states.shape[1], length + self.room, states.shape[3])
-                for states in (keys, values)
-            )
+            with memory_for(CACHE):
+                self.keys, self.values = (
+                    states.new_zeros(rows, states.shape[1], length + self.room, states.shape[3])
+                    for states in (keys, values)
+                )
             self.length, self.is_initialized = length, True
         target = (slice(first, first + len(keys)), slice(None), slice(length - keys.shape[2], length))
         self.keys[target] = keys
@@ -159,7 +161,8 @@ def _moved_up(states: Tensor, rows: Tensor) -> Tensor:
 
 def _widened(old: Tensor, columns: int) -> Tensor:
     # Zeros, because a hidden column still enters a product with weight 0.
-    new = old.new_zeros(old.shape[0], old.shape[1], columns, old.shape[3])
+    with memory_for(CACHE):
+        new = old.new_zeros(old.shape[0], old.shape[1], columns, old.shape[3])
     new[:, :, : old.shape[2]] = old
     return new
 

@@ -15,6 +15,8 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
+from alignment.costs.recorder import is_on_cpu
+from alignment.costs.shadows import Shadow
 from alignment.models.assembly.precision import products_dtype
 from alignment.models.kernels.blocks import read_together
 from alignment.models.kernels.nf4 import Nf4Linear, computes_in, frozen_weight
@@ -150,12 +152,12 @@ def _is_whole(module: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether it is a linear layer that is neither sharded nor offloaded; in four bits only on CPU, which has memory
     for a copy."""
     if isinstance(module, Nf4Linear):
-        return module.weight.device.type == "cpu"
+        return is_on_cpu(module.weight)
     if type(module) is not nn.Linear or "forward" in vars(module):
         return False
     weight = module.weight
     return (
-        type(weight) is nn.Parameter
+        type(weight) in (nn.Parameter, Shadow)
         and weight.shape == (module.out_features, module.in_features)
         and weight.is_floating_point()
         and not weight.is_meta
@@ -172,5 +174,5 @@ def _product(module: nn.Linear) -> Forward:
 
 def _has_layout(base: nn.Linear) -> bool:
     """Whether the layer's products are bfloat16 products of oneDNN, which has its own layout for weights."""
-    on_cpu = base.weight.device.type == "cpu" and computes_in(base) is torch.bfloat16
+    on_cpu = is_on_cpu(base.weight) and computes_in(base) is torch.bfloat16
     return on_cpu and torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

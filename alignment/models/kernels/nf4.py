@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from alignment.costs.recorder import WEIGHTS, memory_for
 from alignment.models.assembly.precision import products_dtype
 
 BLOCK = 64
@@ -116,7 +117,8 @@ def quantize_trunk(model: PreTrainedModel, device: torch.device) -> None:
     embeddings stay as they are."""
     for name, layer in _linear_layers(model.base_model):
         path, _, own = name.rpartition(".")
-        setattr(model.base_model.get_submodule(path), own, Nf4Linear(layer.to(device)))
+        with memory_for(WEIGHTS):
+            setattr(model.base_model.get_submodule(path), own, Nf4Linear(layer.to(device)))
 
 
 @torch.no_grad()

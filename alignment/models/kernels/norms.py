@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from alignment.costs.shadows import real_tensors
+
 _MANY = 1 << 16
 """Count of numbers from which a pass over them takes longer than the call itself."""
 
@@ -39,9 +41,11 @@ def _shift_of(module: nn.Module) -> float | None:
         return None
     if "forward" in vars(module) or _eps(module) == 0.0:
         return None
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-        own: Any = copy.deepcopy(module).float()
-        own.weight.copy_(torch.linspace(0.3, 1.7, weight.numel()))  # as loaded, weights may all be 0 or 1
+    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False), real_tensors():
+        own: Any = copy.copy(module)
+        own._parameters = {}
+        # As loaded, weights may all be 0 or 1.
+        own.weight = nn.Parameter(torch.linspace(0.3, 1.7, weight.numel(), device=weight.device))
         probe = torch.linspace(-2, 3, 2 * weight.numel(), device=weight.device).view(2, -1)
         expected = own(probe)
         for shift in (0.0, 1.0):

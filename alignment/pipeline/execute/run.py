@@ -23,7 +23,7 @@ from alignment.core.resources import CODE_ROOT
 from alignment.pipeline.backends import command, feasibility, machines, processes, slurm, slurm_jobs
 from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.backends.slurm_job_file import HERE
-from alignment.pipeline.execute import gates, heartbeats, notes, rehearsal, worker_protocol
+from alignment.pipeline.execute import estimates, gates, heartbeats, notes, rehearsal, worker_protocol
 from alignment.pipeline.execute.display import Display, display_for, duration
 from alignment.pipeline.execute.record import RunRecorder, recorded_seconds
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
@@ -307,6 +307,7 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: Comm
     launch = feasibility.of_stage(plan.config.launch, stage.config, num_devices=hardware.count_devices())
     stage_file = worker_protocol.write_stage_file(plan, stage, launch, git_commit=commit)
     folder = stage_file.parent
+    estimates.pass_on(plan, stage, folder)
     for written in (folder, stage.work):
         remove_leftovers(written)
     (folder / STATUS).unlink(missing_ok=True)

@@ -19,7 +19,6 @@ from alignment.config import yaml_file
 from alignment.config.faults import Fault, refuse
 from alignment.pipeline.plan.hostile import hostile
 
-
 _READ: dict[tuple[object, ...], ConfigResult] = {}
 """Files as they were read, by name and state: a sweep composes the same ones for every trial."""
 

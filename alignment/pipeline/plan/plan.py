@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from alignment.config.data import SourceConfig
 from alignment.config.faults import refuse
@@ -47,6 +47,13 @@ CHECKPOINT_MANIFEST = "alignment_checkpoint.json"
 
 CHECKED_ROWS = 20_000
 """Rows of a data file that are checked while planning, to keep planning fast; the stage checks all rows."""
+
+
+class Find(Protocol):
+    """Looks a model up."""
+
+    def __call__(self, source: str, *, where: str) -> ModelSource:
+        """The model of a source, which the user wrote at ``where``."""
 
 
 class Action(str, Enum):
@@ -112,8 +119,8 @@ class Plan:
         return self.output / "runs" / self.config.name
 
 
-def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
-    """Composes, checks and plans.
+def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) -> Plan:
+    """Composes, checks and plans. ``find`` looks a model up by its source.
 
     Raises:
         ConfigError: faults in the recipe, overrides or references; the error lists all of them.
@@ -140,10 +147,10 @@ def make_plan(recipe: str, overrides: Sequence[str]) -> Plan:
     refuse([composition.placed(fault) for fault in every_fault])
     config = settings.completed(config)
     data, seen = _checked_data(config)
-    base = resolve(config.model.source, where="model.source")
+    base = find(config.model.source, where="model.source")
     refuse([composition.placed(fault) for fault in settings.option_faults(config.model, base.folder)])
     output = Path(config.output).expanduser().absolute()
-    builder = _Builder(config, output=output, data=data, seen=seen, base=base)
+    builder = _Builder(config, output=output, data=data, seen=seen, base=base, find=find)
     stages = tuple(builder.stage(name) for name in references.in_order(config.stages))
     return Plan(
         recipe=recipe,
@@ -221,8 +228,10 @@ class _Builder:
         data: dict[str, dict[str, DataSource]],
         seen: dict[str, dict[str, Seen]],
         base: ModelSource,
+        find: Find,
     ) -> None:
         self.base = base
+        self._find = find
         self.sources: dict[str, ModelSource] = {}
         self._config = config
         self._data = data
@@ -326,7 +335,7 @@ class _Builder:
                 return self._artifact(folder, slot, where=where)
             if "policy" not in slot.takes and not slot.external:
                 raise ModelError(f"no artifact in {folder}", where=where, remedy=self._what_fits(slot))
-        source = self.sources[slot.ref] = resolve(slot.ref, where=where)
+        source = self.sources[slot.ref] = self._find(slot.ref, where=where)
         if slot.external:
             refuse_policy(source, where=where, advice=self._what_fits(slot))
         return _Resolved(ref=slot.ref, path=source.folder, fingerprint=source.identity)

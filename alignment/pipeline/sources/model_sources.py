@@ -9,7 +9,7 @@ import json
 import os
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,27 @@ def resolve(source: str, *, where: str) -> ModelSource:
     forms = "write bundled:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
     advice = f"write path:{source} for the folder" if Path(source).expanduser().is_dir() else forms
     raise ModelError(f"{source!r} is not a valid model source", where=where, remedy=advice)
+
+
+def resolve_shapes(source: str, *, where: str) -> ModelSource:
+    """Like ``resolve`` for a plan that reads no weights: configuration and tokenizer are enough, and those of a hub's
+    model are downloaded.
+
+    Raises:
+        ModelError: the source has an unknown form, or there is no configuration.
+    """
+    scheme, _, rest = source.partition(":")
+    if scheme == "path" and rest and (folder := Path(rest).expanduser().absolute() / "config.json").is_file():
+        return ModelSource(
+            source=source, identity=f"files-sha256:{_folder_digest(folder.parent)}", folder=folder.parent, ready=True
+        )
+    model = resolve(source, where=where)
+    repository = hub.repository(source, kind="model")
+    if model.ready or repository is None:
+        return model
+    patterns = [f"*{suffix}" for suffix in sorted(_IDENTITY_SUFFIXES - {".safetensors"})]
+    snapshot = hub.snapshot(repository, patterns=patterns, download=True, failure=ModelError)
+    return replace(model, folder=snapshot, ready=snapshot is not None)
 
 
 def fetch(model: ModelSource, *, announce: bundled_model.Announce) -> ModelSource:
@@ -174,7 +195,8 @@ def _remembered(memo: Path) -> str | None:
 def _hub(source: str, repository: hub.Repository, *, download: bool) -> ModelSource:
     patterns = [f"*{suffix}" for suffix in sorted(_IDENTITY_SUFFIXES)]
     snapshot = hub.snapshot(repository, patterns=patterns, download=download, failure=ModelError)
-    if snapshot is None:
+    # A plan of its cost may have fetched its configuration alone.
+    if snapshot is None or not (download or any(snapshot.glob("*.safetensors"))):
         return ModelSource(source=source, identity=repository.named, folder=None, ready=False)
     folder = model_folder(str(snapshot), where=source)
     return ModelSource(source=source, identity=f"hub:{repository.id}@{folder.name}", folder=folder, ready=True)

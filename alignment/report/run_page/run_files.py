@@ -11,6 +11,8 @@ from alignment.core import typed_json
 from alignment.core.artifacts import EVALUATION, FORGETTING, REPORT, REWARD_CARD, Manifest, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.records import reward_card
+from alignment.records.cost import FILE as COST
+from alignment.records.cost import RunCost, StageCost
 from alignment.records.evaluation import SAMPLES, Evaluation
 from alignment.records.run import FILE, RunRecord, StageEntry
 from alignment.records.step_log import METRICS, readable_rows
@@ -105,7 +107,13 @@ def _read_stage(run_folder: Path, name: str, record: RunRecord, folder: Path | N
         metrics=metrics,
         notes=notes,
         error="" if entry.complete else _error(run_folder / name / STATUS),
+        planned=_planned(run_folder / name / COST),
     )
+
+
+def _planned(file: Path) -> StageCost | None:
+    cost, _ = shown(file, RunCost) if file.is_file() else (None, "")
+    return cost.stages[0] if cost is not None and cost.stages else None
 
 
 def _read_manifest(folder: Path | None, notes: list[str]) -> Manifest | None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alignment.core.artifacts import REPORT, Manifest
+from alignment.records.cost import StageCost
 from alignment.records.evaluation import Evaluation, Metric
 from alignment.records.forgetting import ArmForgetting
 from alignment.records.forgetting import Forgetting as ForgettingRecord
@@ -106,7 +107,8 @@ class Stage:
     """A stage and its state in the run.
 
     ``inputs`` are (field, reference) pairs. ``metrics`` are the lines of metrics.jsonl. ``notes`` say in words what
-    could not be read; ``error`` is the worker's message about a failure.
+    could not be read; ``error`` is the worker's message about a failure. ``planned`` is what ``align plan --cost`` said
+    before.
     """
 
     name: str
@@ -121,6 +123,7 @@ class Stage:
     metrics: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     error: str = ""
+    planned: StageCost | None = None
 
     @property
     def headlines(self) -> dict[str, float]:

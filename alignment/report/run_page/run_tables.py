@@ -302,13 +302,18 @@ def _hashes(value: Any, prefix: str) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class UsageRow:
-    """Time, memory and final figures of a stage; ``share`` is its time relative to the longest, as an SVG length."""
+    """Time, memory and final figures of a stage, and what its plan said of the two, if there was one.
+
+    ``share`` is its time relative to the longest, as an SVG length.
+    """
 
     name: str
     state: str
     seconds: str
     share: str
     memory: str
+    planned_seconds: str
+    planned_memory: str
     figures: list[tuple[str, str]]
 
 
@@ -328,6 +333,8 @@ def usage_rows(run: Run) -> list[UsageRow]:
                 seconds=text.duration(stage.seconds),
                 share=f"{100 * (stage.seconds or 0.0) / longest:.2f}%" if longest > 0 else "0%",
                 memory=text.memory(peak),
+                planned_seconds=text.duration(stage.planned.seconds) if stage.planned else "",
+                planned_memory=text.memory(float(stage.planned.peak)) if stage.planned else "",
                 figures=_closing_figures(stage),
             )
         )

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from alignment.algos.kl import k1
 from alignment.core.errors import StageError
+from alignment.costs.recorder import on_shadows
 from alignment.models.forward.transfer import on_device
 from alignment.rewards.scores import Scores
 from alignment.rewards.slot import Rewards
@@ -55,7 +56,7 @@ class Collector:
         mask = response_mask(rollout.answers, self._device)
         logprobs, reference = stack(rollout.logprobs, mask), stack(rollout.reference_logprobs, mask)
         kl = k1(logprobs, reference) * mask
-        if update == 0:
+        if update == 0 and not on_shadows():
             refuse_wrong_reference(kl)
         sampled = rollout.sampled_logprobs
         by_scorer = rollout.scores.to(self._device)

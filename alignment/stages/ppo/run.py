@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from peft import PeftModel
-from safetensors.torch import save_file
 from torch import nn
 
 from alignment.core.artifacts import read_manifest
@@ -15,6 +14,7 @@ from alignment.data.tokens.row_kinds import CONVERSATIONS
 from alignment.data.tokens.tokenize import TokenizedConversation, end_ids
 from alignment.job import StageInput
 from alignment.models.assembly.load import refuse_other_tokenizer
+from alignment.models.assembly.weight_file import write_weights
 from alignment.rewards.build import build_rewards
 from alignment.rewards.reward_models import Computation
 from alignment.stages.ppo.config import PpoConfig
@@ -60,6 +60,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
     rows = rows_of(context, Prompt, config.data)
     prompts, counts = tokenized_prompts(config, context, tokenizer, rows)
     learned, held_out = hold_out(prompts, config, context)
+    context.phase("loading")
     roles = roles_of(config, context, start, reward)
     computation = Computation(device=context.device, dtype=spec.model.dtype, tokens=config.optim.micro_batch_tokens)
     from_stage = (spec, tokenizer, rows, roles.reward, computation, asking_of(context))
@@ -135,4 +136,4 @@ def _save_critic(value: nn.Module, context: StageContext) -> None:
     prefix = "base_model.model." if isinstance(value, PeftModel) else ""
     trained = {name.removeprefix(prefix): p for name, p in whole_state(value, trained_only=True).items()}
     if context.is_main:
-        save_file({name: p.contiguous() for name, p in trained.items()}, context.content / "critic.safetensors")
+        write_weights(trained, context.content / "critic.safetensors")

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel, TaskType
-from safetensors.torch import save_file
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
 from alignment.data.tokens.row_kinds import MARGIN
 from alignment.models.assembly.load import products_in
+from alignment.models.assembly.weight_file import write_weights
 from alignment.models.forward.answers import batches, scalar_scores, unwrapped
 from alignment.models.forward.causal import install_scalar
 from alignment.stages.reward.config import RewardConfig
@@ -82,7 +82,7 @@ def run(config: RewardConfig, context: StageContext) -> StageResult:
     weight = whole(_score_head(trainer.model).weight)
     if context.is_main:
         head = {"weight": weight.detach().float().cpu().contiguous(), "offset": torch.tensor(offset)}
-        save_file(head, context.content / "head.safetensors")
+        write_weights(head, context.content / "head.safetensors")
     return result
 
 

@@ -39,6 +39,7 @@ def initial_model(
     ``may_drop`` allows dropout. A stage that compares two passes of one model must not allow it, because each pass
     would drop different values.
     """
+    context.phase("loading")
     model = load_start(start, context.adapter, context.spec.model.dtype, task=task, device=context.device)
     if not may_drop:
         turn_off_dropout(model)

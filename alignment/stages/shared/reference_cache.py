@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -24,6 +24,7 @@ from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.core.files import remove_leftovers, replacing
 from alignment.models.assembly.load import Lineage, products_in
+from alignment.models.assembly.weight_file import write_weights
 from alignment.models.assembly.weights_hash import weights_sha256
 from alignment.models.forward.answers import answer_statistics, answer_stream, micro_batches_of
 from alignment.stages.shared.preference_pairs import rows_of
@@ -146,4 +147,4 @@ def _write(file: Path, columns: dict[str, Tensor]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(file.parent, shared=True)
     with replacing(file) as temporary:
-        save_file(columns, temporary)
+        write_weights(columns, temporary)

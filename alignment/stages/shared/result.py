@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from alignment.costs.recorder import on_shadows
+from alignment.costs.shadows import zeros
 from alignment.data.tokens.tokenizer import tokenizer_hashes
 from alignment.models.assembly.adapters import OWN, put_in_order
 from alignment.models.assembly.load import Lineage, base_record
@@ -47,7 +50,7 @@ def save_model(
     """
     is_adapter = isinstance(model, PeftModel)
     refuse_weights((name, weight) for name, weight in model.named_parameters() if weight.requires_grad)
-    state = whole_state(model, trained_only=is_adapter) if is_sharded(model) else None
+    state = _state(model, trained_only=is_adapter)
     if not context.is_main:
         return StageResult(metrics=metrics)
     tokenizer.save_pretrained(str(fresh_folder(context, "tokenizer")))
@@ -55,7 +58,10 @@ def save_model(
     if not is_adapter:
         folder = fresh_folder(context, "model")
         model.config.use_cache = True  # it is off during training, but generation needs it
-        model.save_pretrained(str(folder), state_dict=state)
+        if on_shadows():
+            model.config.save_pretrained(str(folder))
+        else:
+            model.save_pretrained(str(folder), state_dict=state)
         tokenizer.save_pretrained(str(folder))
         return StageResult(metrics=metrics, base={"source": "self"}, hashes=hashes)
     if start.source == "self":  # the base is another artifact's own model; this artifact must not depend on that one
@@ -74,3 +80,10 @@ def save_model(
     }
     base = base_record(context.spec, start)
     return StageResult(metrics=metrics, base=base, adapters=list(saved), adapters_stood=saved, hashes=hashes)
+
+
+def _state(model: PreTrainedModel | PeftModel, *, trained_only: bool) -> dict[str, Tensor] | None:
+    """The weights to save; None if the model itself holds them."""
+    if on_shadows() and trained_only:
+        return zeros({name: weight for name, weight in model.named_parameters() if weight.requires_grad})
+    return whole_state(model, trained_only=trained_only) if is_sharded(model) else None

@@ -149,9 +149,11 @@ class Rollouts:
         if self._ahead:  # the weights that any process samples with must stay until then
             own_of_all(lambda: wait(self._ahead.values()))
         self._engine.follow(version)
+        self._context.phase("sampling")
         with self.gathered(), products_in(self._context.spec.model.dtype, self._context.device):
             answers = own_of_all(ahead.result if ahead else lambda: self._engine.answers(draw.prompts, draw.uniforms))
             sampled = time.monotonic()
+            self._context.phase("scoring")
             shares = shared(lambda: self._read(draw, answers))
         whole = interleave(shares, group=group)
         metrics.add_seconds("rollouts", sampled - started)

@@ -1,0 +1,80 @@
+"""Tables of what stages would need."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from alignment.pipeline.execute.display import duration
+from alignment.records.cost import RunCost, StageCost
+
+_GB = 1e9
+_PARTS = ("weights", "gradients", "optimiser", "activations", "cache", "logits")
+_NONE = "–"
+_SHOWN = 0.005 * _GB
+
+
+def show_cost(console: Console, cost: RunCost) -> None:
+    """A line for each stage: memory, time, work, and what holds the memory at its peak."""
+    table = _table("stage", "trains", "memory", "time", "FLOP", "at the peak, in GB")
+    for stage in cost.stages:
+        table.add_row(*_cells(stage))
+    console.print(table)
+    for stage in cost.stages:
+        for line in _remarks(stage, cost):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_trades(console: Console, recipe: str, cost: RunCost) -> None:
+    """A line for each stage and way of training it."""
+    table = _table("stage", "trains", "memory", "time", "trained share", "setting")
+    for trade in cost.trades:
+        table.add_row(
+            trade.stage,
+            trade.adapter,
+            _NONE if trade.error else _gb(trade.peak),
+            _NONE if trade.error else duration(trade.seconds),
+            f"{trade.trained / trade.weights:.2%}" if trade.weights else _NONE,
+            escape(trade.error or " ".join(f"stages.{trade.stage}.{override}" for override in trade.remedy)),
+        )
+    console.print(table)
+    console.print(f"a setting goes behind: align run {recipe}", markup=False, highlight=False)
+
+
+def _cells(stage: StageCost) -> list[str]:
+    if stage.error:
+        return [stage.stage, stage.adapter, *[_NONE] * 4]
+    name, phase = max(stage.phases.items(), key=lambda item: (item[1].held, item[1].peak))
+    terms = {"fixed": stage.fixed, **{part: phase.parts[part] for part in _PARTS if part in phase.parts}}
+    terms["gaps"] = stage.peak - sum(terms.values())
+    held = ", ".join(f"{part} {_gb(size)}" for part, size in terms.items() if size >= _SHOWN)
+    return [
+        stage.stage,
+        stage.adapter or "nothing",
+        f"{_gb(stage.peak)} GB",
+        duration(stage.seconds),
+        f"{stage.flop:.1e}",
+        f"{name}: {held}",
+    ]
+
+
+def _remarks(stage: StageCost, cost: RunCost) -> list[str]:
+    if stage.error:
+        return [f"{stage.stage}: cannot be estimated: {stage.error}"]
+    if not cost.memory or stage.peak <= cost.memory:
+        return []
+    fits = " ".join(f"stages.{stage.stage}.{override}" for override in stage.remedy)
+    lacks = f"{stage.stage}: {_gb(stage.peak)} GB do not fit into {_gb(cost.memory)} GB"
+    return [f"{lacks}; {_gb(stage.remedy_peak)} GB with {fits}" if fits else f"{lacks}, with no setting that was tried"]
+
+
+def _table(*names: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for number, name in enumerate(names):
+        table.add_column(name, justify="left" if number < 2 or number == len(names) - 1 else "right")
+    return table
+
+
+def _gb(size: float) -> str:
+    return f"{size / _GB:.2f}"

@@ -1,0 +1,52 @@
+"""How long operations take on this machine: each is run with real tensors of the same shapes, and timed."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from alignment.costs.shadows import Operation
+
+RUNS = 3
+"""Timed runs of an operation; the fastest counts."""
+ENOUGH_SECONDS = 0.05
+"""After so long an operation is not run again."""
+MOST_BYTES = 4 << 30
+"""Tensors of one operation that are made; larger ones are not timed."""
+
+
+@torch.no_grad()
+def seconds_of(operation: Operation) -> float | None:
+    """Seconds of one run after a first one; None if it cannot be run here."""
+    if sum(tensor.numel() * tensor.element_size() for tensor in _tensors(operation)) > MOST_BYTES:
+        return None
+    try:
+        args, kwargs = tree_map(_real, (operation.args, operation.kwargs))
+        began = time.perf_counter()
+        operation.func(*args, **kwargs)
+        times = [time.perf_counter() - began]
+        while len(times) <= RUNS and sum(times) < ENOUGH_SECONDS:
+            began = time.perf_counter()
+            operation.func(*args, **kwargs)
+            times.append(time.perf_counter() - began)
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
+        return None
+    return min(times[1:], default=times[0])
+
+
+def _tensors(operation: Operation) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves((operation.args, operation.kwargs)) if isinstance(leaf, Tensor)]
+
+
+def _real(leaf: Any) -> Any:
+    """A real tensor in the place of one on the meta device. Integers are 0, which is a valid index everywhere."""
+    if isinstance(leaf, torch.device):
+        return torch.device("cpu")
+    if not isinstance(leaf, Tensor):
+        return leaf
+    made = torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype)
+    return made.fill_(0.5) if leaf.is_floating_point() else made.zero_()

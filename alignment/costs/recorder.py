@@ -1,0 +1,158 @@
+"""Records what a stage that runs on shadows would need: memory and operations, by phase."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from alignment.costs.live_memory import LiveMemory
+from alignment.costs.shadows import Key, Operation, Shadow, ShadowMode
+
+WEIGHTS, GRADIENTS, OPTIMIZER, CACHE, LOGITS, ACTIVATIONS = (
+    "weights",
+    "gradients",
+    "optimiser",
+    "cache",
+    "logits",
+    "activations",
+)
+"""What memory is for. All that is none of the others counts as activations."""
+
+
+Operations = Counter[Key]
+"""How often each operation ran."""
+
+
+@dataclass(slots=True)
+class Phase:
+    """The largest sum of live bytes in a phase with its terms, the size of a CPU's heap at its end, and operations."""
+
+    peak: int = 0
+    heap: int = 0
+    parts: dict[str, int] = field(default_factory=dict)
+    operations: Operations = field(default_factory=Counter)
+
+
+class Recorder:
+    """Collects the phases of one stage.
+
+    ``period`` optimiser steps of ``all_steps`` were run last; ``step_operations`` are theirs, by phase, and
+    ``tokens_of_period`` the tokens that they read, where ``mean_tokens`` a step are expected.
+    """
+
+    def __init__(self, *, for_gpu: bool = False) -> None:
+        self.for_gpu = for_gpu
+        self.memory = LiveMemory(label=ACTIVATIONS)
+        self.phases: dict[str, Phase] = {}
+        self.examples: dict[Key, Operation] = {}
+        self.all_steps = 0
+        self.period = 1
+        self.step_operations: dict[str, Operations] = {}
+        self.tokens_of_period = 0.0
+        self.mean_tokens = 0.0
+        self.trained = 0
+        self.weights = 0
+        self.vocabulary = 0
+        self._name = "starting"
+        self._before: dict[str, Operations] = {}
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Runs a ``with`` block on shadows and records it."""
+        global _current
+        swaps = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(True)  # else a converted shadow would keep its old type
+        _current = self
+        self.phase(self._name)
+        try:
+            with ShadowMode(self._saw):
+                yield
+        finally:
+            self._close()
+            _current = None
+            torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+    def phase(self, name: str) -> None:
+        """Ends the phase that runs and goes on with this one, which may have run before."""
+        self._close()
+        self._name = name
+        self.phases.setdefault(name, Phase())
+        self.memory.begin()
+
+    def has_model(self, vocabulary: int) -> None:
+        """A model with so many tokens was loaded; matrices of that width are logits."""
+        self.vocabulary = vocabulary
+
+    def begin_steps(self, number: int, model: nn.Module, *, period: int) -> None:
+        """The stage will train so many optimiser steps, of which ``period`` are alike."""
+        self.all_steps, self.period = number, period
+        learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trained = sum(parameter.numel() for parameter in learned)
+        self.weights = sum(parameter.numel() for parameter in model.parameters())
+        for parameter in learned:
+            parameter.register_post_accumulate_grad_hook(self._relabel_gradient)  # type: ignore[no-untyped-call]
+        self._mark()
+
+    def end_period(self, tokens: float) -> None:
+        """A period of steps ended, which read so many tokens."""
+        self.tokens_of_period = tokens
+        self.step_operations = {
+            name: phase.operations - self._before.get(name, Counter()) for name, phase in self.phases.items()
+        }
+        self._mark()
+
+    def _close(self) -> None:
+        phase = self.phases.get(self._name)
+        if phase is None:
+            return
+        phase.heap = self.memory.heap.top
+        if self.memory.peak > phase.peak:
+            phase.peak, phase.parts = self.memory.peak, self.memory.parts
+
+    def _mark(self) -> None:
+        self._before = {name: Counter(phase.operations) for name, phase in self.phases.items()}
+
+    def _relabel_gradient(self, parameter: Tensor) -> None:
+        if isinstance(parameter.grad, Shadow):
+            self.memory.relabel(parameter.grad.meta, GRADIENTS)
+
+    def _saw(self, key: Key, results: Sequence[Tensor], operation: Callable[[], Operation]) -> None:
+        self.memory.see(results, self._label_of(results))
+        if key not in self.examples:
+            self.examples[key] = operation()
+        self.phases[self._name].operations[key] += 1
+
+    def _label_of(self, results: Sequence[Tensor]) -> str:
+        """Logits are known by their width; other memory has the label of the ``with`` block that it is taken in."""
+        are_logits = self.memory.label == ACTIVATIONS and any(
+            result.dim() > 1 and result.shape[-1] == self.vocabulary for result in results
+        )
+        return LOGITS if are_logits else ""
+
+
+_current: Recorder | None = None
+
+
+def recorder() -> Recorder | None:
+    """The recorder while a stage runs on shadows, else None."""
+    return _current
+
+
+def on_shadows() -> bool:
+    """Whether a stage runs on shadows, so that what it computes means nothing and is not to be judged."""
+    return _current is not None
+
+
+def memory_for(label: str) -> AbstractContextManager[None]:
+    """Counts the memory that a ``with`` block takes as being for ``label``; without a recorder it does nothing."""
+    return nullcontext() if _current is None else _current.memory.labelled(label)
+
+
+def is_on_cpu(tensor: Tensor) -> bool:
+    """Whether it is on a CPU, and not a shadow of one that will be on a GPU."""
+    return tensor.device.type == "cpu" and not (_current is not None and _current.for_gpu)

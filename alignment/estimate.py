@@ -1,0 +1,221 @@
+"""Runs stages on shadows to see what they would need: ``python -m alignment.estimate FOLDER --stages STAGE.YAML …``.
+
+Every stage does what it would do, with tensors that have no numbers (alignment/costs/shadows.py), on its first rows and
+for a few steps. Its result is an artifact whose weights are missing, from which later stages start. ``--device`` names
+a GPU of alignment/costs/devices.py; else the machine's own operations are timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import traceback
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers.utils import logging as transformers_logging
+
+from alignment.config.adapter import AdapterKind
+from alignment.config.data import DataConfig
+from alignment.core.errors import AlignmentError, NonFiniteError
+from alignment.costs.devices import CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
+from alignment.costs.op_times import seconds_of
+from alignment.costs.recorder import Operations, Recorder
+from alignment.costs.shadows import Key, Operation
+from alignment.costs.variants import cheaper, ways_of_training
+from alignment.costs.work import bytes_of, flop_of
+from alignment.job import StageSpec
+from alignment.records.cost import FILE, PhaseCost, RunCost, StageCost
+from alignment.stages.registry import kind_of
+from alignment.stages.stage_file import read_spec
+from alignment.training.context import StageContext
+from alignment.worker import function_of, publish_result
+
+BEFORE = ("starting", "loading", "tokenising")
+"""Phases that take what reading files takes, and whose tensors are on the host."""
+ROWS = 1000
+"""Rows of a stage's data that are read."""
+
+
+def main() -> int:
+    """Writes the costs of all stages; one that cannot be estimated has an error."""
+    parser = argparse.ArgumentParser(prog="python -m alignment.estimate", description=__doc__)
+    parser.add_argument("folder", type=Path, help="where cost.json is written, and the results of stages meanwhile")
+    parser.add_argument("--stages", nargs="+", type=Path, required=True)
+    parser.add_argument("--device", default=THIS, choices=[THIS, *DEVICES])
+    parser.add_argument("--memory", type=float, default=0.0, help="bytes; settings are sought with which stages fit")
+    parser.add_argument("--trade", action="store_true", help="also each stage in every way of training it")
+    options = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    specs = [read_spec(path) for path in options.stages]
+    for spec in specs:
+        function_of(kind_of(spec.config))  # imports what the stage needs
+    timer = Timer(options.device)
+    stages, trades = [], []
+    for spec in (_within(options.folder, spec) for spec in specs):
+        cost = cost_of(spec, timer, publishes=True)
+        stages.append(_with_remedy(cost, spec, timer, options.memory))
+        if options.trade and spec.adapter is not None:
+            trades += _trades(spec, timer)
+    RunCost(device=options.device, memory=options.memory, stages=stages, trades=trades).write(options.folder / FILE)
+    return 0
+
+
+def _within(folder: Path, spec: StageSpec) -> StageSpec:
+    """The stage with its result in ``folder``, like those of earlier stages that do not exist yet."""
+
+    def moved(path: Path | None) -> Path | None:
+        if path is None or path.exists():
+            return path
+        for part in (path, path.parent):  # the rows of a stage are a file in its result
+            if (folder / part.name).exists():
+                return folder / part.name / path.relative_to(part)
+        return path
+
+    return replace(
+        spec,
+        artifact=folder / spec.artifact.name,
+        work=folder / spec.work.name,
+        inputs={name: replace(made, path=moved(made.path)) for name, made in spec.inputs.items()},
+        arms={name: replace(made, path=moved(made.path)) for name, made in spec.arms.items()},
+        data_path=moved(spec.data_path) or spec.data_path,
+        extra_data={name: moved(path) or path for name, path in spec.extra_data.items()},
+    )
+
+
+def _with_remedy(cost: StageCost, spec: StageSpec, timer: Timer, memory: float) -> StageCost:
+    """The cost, with the first of the cheaper settings that fits if the stage itself does not fit into ``memory``."""
+    if not memory or cost.error or cost.peak <= memory or spec.adapter is None:
+        return cost
+    for variant in cheaper(spec.config):
+        tried = cost_of(replace(spec, config=variant.config), timer, publishes=False)
+        if not tried.error and tried.peak <= memory:
+            return replace(cost, remedy=list(variant.overrides), remedy_peak=tried.peak)
+    return cost
+
+
+def _trades(spec: StageSpec, timer: Timer) -> list[StageCost]:
+    return [
+        replace(
+            cost_of(replace(spec, config=variant.config), timer, publishes=False),
+            adapter=name,
+            remedy=list(variant.overrides),
+        )
+        for name, variant in ways_of_training(spec.config)
+    ]
+
+
+class Timer:
+    """Seconds of operations on a device, of which equal ones are timed once.
+
+    ``fixed`` are the bytes that a process takes there before it has a model.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.is_gpu = device != THIS
+        self.fixed = int(CONTEXT_BYTES) if self.is_gpu else psutil.Process().memory_info().rss + int(RUNTIME_BYTES)
+        self._device = DEVICES.get(device)
+        self._seconds: dict[Key, float] = {}
+
+    def seconds(self, key: Key, operation: Operation) -> float:
+        """Seconds of one run."""
+        if key not in self._seconds:
+            self._seconds[key] = self._measured(operation)
+        return self._seconds[key]
+
+    def _measured(self, operation: Operation) -> float:
+        if self._device is not None:
+            return seconds_on(self._device, flop=flop_of(operation), moved=bytes_of(operation))
+        return seconds_of(operation) or 0.0
+
+
+def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
+    """What the stage would need; if it ``publishes``, its result is there for later stages."""
+    described: dict[str, Any] = {"stage": spec.stage, "kind": spec.config.kind, "adapter": _adapter_of(spec)}
+    recorder = Recorder(for_gpu=timer.is_gpu)
+    function = function_of(kind_of(spec.config))
+    try:
+        _run(_on_first_rows(spec), recorder, function, publishes=publishes)
+    except NonFiniteError:
+        pass  # a last check of results, which mean nothing here
+    except AlignmentError as error:
+        return StageCost(**described, error=str(error))
+    except Exception as error:  # noqa: BLE001 - a stage that cannot run on shadows must not hide the others
+        traceback.print_exc()
+        return StageCost(**described, error=f"{type(error).__name__}: {error}")
+    phases = _phases(recorder, timer, _scale(recorder))
+    on_host = [phases.pop(name) for name in BEFORE if name in phases] if timer.is_gpu else []
+    return StageCost(
+        **described,
+        phases=phases,
+        host=max((phase.peak for phase in on_host), default=0),
+        fixed=timer.fixed,
+        steps=recorder.all_steps,
+        tokens=recorder.mean_tokens * recorder.all_steps,
+        trained=recorder.trained,
+        weights=recorder.weights,
+    )
+
+
+def _adapter_of(spec: StageSpec) -> str:
+    if spec.adapter is None:
+        return ""
+    bare = spec.adapter.kind is AdapterKind.full and not spec.adapter.master_weights
+    return "full without masters" if bare else spec.adapter.kind.value
+
+
+def _on_first_rows(spec: StageSpec) -> StageSpec:
+    data = getattr(spec.config, "data", None)
+    if not isinstance(data, DataConfig):
+        return spec
+    config: Any = spec.config
+    return replace(spec, config=replace(config, data=replace(data, limit=min(data.limit or ROWS, ROWS))))
+
+
+def _run(spec: StageSpec, recorder: Recorder, function: Any, *, publishes: bool) -> None:
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    context.content.mkdir(parents=True, exist_ok=True)
+    context.checkpoints.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(context.seed("worker") % 2**32)
+    with recorder.recording():
+        result = function(spec.config, context)
+        context.progress("saving")
+    if publishes:
+        publish_result(spec, context, result)
+    shutil.rmtree(spec.work, ignore_errors=True)
+
+
+def _scale(recorder: Recorder) -> float:
+    """How many times as much as the steps that ran all steps take."""
+    periods = recorder.all_steps / recorder.period
+    by_tokens = recorder.mean_tokens * recorder.period / recorder.tokens_of_period if recorder.tokens_of_period else 1.0
+    return periods * by_tokens
+
+
+def _phases(recorder: Recorder, timer: Timer, scale: float) -> dict[str, PhaseCost]:
+    costs = {}
+    for name, phase in recorder.phases.items():
+        in_steps: Operations = recorder.step_operations.get(name, Counter())
+        operations = in_steps or phase.operations
+        times = scale if in_steps else 1.0
+        flop = seconds = 0.0
+        if name not in BEFORE:  # reading a file takes the time there, not the operations
+            for key, count in operations.items():
+                example = recorder.examples[key]
+                flop += count * flop_of(example)
+                seconds += count * timer.seconds(key, example)
+        held = phase.peak if timer.is_gpu else phase.heap
+        costs[name] = PhaseCost(
+            peak=phase.peak, held=held, parts=phase.parts, flop=flop * times, seconds=seconds * times
+        )
+    return costs
+
+
+if __name__ == "__main__":
+    sys.exit(main())

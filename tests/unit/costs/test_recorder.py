@@ -1,0 +1,97 @@
+"""Memory and operations of a training on shadows, against what can be counted by hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from alignment.costs.recorder import CACHE, GRADIENTS, LOGITS, WEIGHTS, Recorder, memory_for
+from alignment.costs.work import bytes_of, flop_of
+
+WIDTH = 64
+SQUARE = WIDTH * WIDTH * 4
+"""Bytes of a float32 matrix of that width."""
+
+
+def test_memory_is_counted_from_its_first_use_to_its_last() -> None:
+    recorder = Recorder()
+    with recorder.recording():
+        recorder.phase("one")
+        first = torch.empty(WIDTH, WIDTH)
+        second = first + 1  # both at once
+        del first
+        assert recorder.memory.total == SQUARE
+        recorder.phase("two")
+        view = second.t()
+        del second
+        assert recorder.memory.total == SQUARE
+        del view
+        assert recorder.memory.total == 0
+    assert recorder.phases["one"].peak == 2 * SQUARE
+    assert recorder.phases["two"].peak == SQUARE
+
+
+def test_memory_has_the_name_of_what_it_is_for() -> None:
+    recorder = Recorder()
+    with recorder.recording():
+        recorder.has_model(2048)
+        with memory_for(WEIGHTS):
+            layer = nn.Linear(WIDTH, WIDTH, bias=False)
+        with memory_for(CACHE):
+            cache = torch.empty(WIDTH, WIDTH)
+        logits = torch.empty(2, 2048)
+        recorder.begin_steps(1, layer, period=1)
+        layer(cache).sum().backward()
+        assert recorder.memory.now[GRADIENTS] == SQUARE
+    parts = recorder.phases["starting"].parts
+    assert parts[WEIGHTS] == SQUARE
+    assert parts[CACHE] == SQUARE
+    assert parts[LOGITS] == logits.numel() * 4
+
+
+def test_adam_takes_sixteen_bytes_a_weight() -> None:
+    recorder = Recorder()
+    with recorder.recording():
+        layer = nn.Linear(WIDTH, WIDTH, bias=False)
+        optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+        layer(torch.empty(WIDTH, WIDTH)).sum().backward()
+        optimizer.step()
+        assert recorder.memory.total == 4 * SQUARE
+
+
+def test_the_last_steps_are_what_a_training_repeats() -> None:
+    recorder = Recorder()
+    with recorder.recording():
+        recorder.phase("training")
+        layer, x = nn.Linear(WIDTH, WIDTH, bias=False), torch.empty(8, WIDTH, 64)[:, :, 0]
+        recorder.begin_steps(10, layer, period=1)
+        layer(torch.empty(WIDTH, WIDTH))
+        recorder.end_period(64.0)
+        for _ in range(3):
+            layer(torch.empty(WIDTH, WIDTH))
+        recorder.end_period(192.0)
+        del x
+    products = {
+        key: count for key, count in recorder.step_operations["training"].items() if flop_of(recorder.examples[key])
+    }
+    assert list(products.values()) == [3]
+    assert recorder.tokens_of_period == 192.0
+
+
+def test_flop_and_bytes_of_a_product() -> None:
+    recorder = Recorder()
+    with recorder.recording():
+        a, b = torch.empty(32, WIDTH), torch.empty(WIDTH, 128)
+        a @ b
+        torch.empty(32, 128).addmm_(a, b)
+        a.t()
+    by_name = {example.func.overloadpacket.__name__: example for example in recorder.examples.values()}
+    assert flop_of(by_name["mm"]) == flop_of(by_name["addmm_"]) == 2 * 32 * WIDTH * 128
+    assert bytes_of(by_name["mm"]) == 4 * (32 * WIDTH + WIDTH * 128 + 32 * 128)
+    assert flop_of(by_name["t"]) == bytes_of(by_name["t"]) == 0
+
+
+def test_nothing_is_recorded_afterwards() -> None:
+    with Recorder().recording():
+        pass
+    assert type(torch.empty(WIDTH, WIDTH)) is Tensor
