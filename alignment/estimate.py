@@ -8,10 +8,12 @@ a GPU of alignment/costs/devices.py; else the machine's own operations are timed
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shutil
 import sys
 import traceback
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from alignment.config.adapter import AdapterKind
 from alignment.config.data import DataConfig
+from alignment.config.sampling_engine import Engine, RolloutSamplingConfig, SamplingConfig
 from alignment.core.errors import AlignmentError, NonFiniteError
 from alignment.costs.devices import CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
 from alignment.costs.op_times import seconds_of
@@ -138,10 +141,12 @@ class Timer:
 def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
     """What the stage would need; if it ``publishes``, its result is there for later stages."""
     described: dict[str, Any] = {"stage": spec.stage, "kind": spec.config.kind, "adapter": _adapter_of(spec)}
+    if server := next(_servers(spec.config), None):
+        return StageCost(**described, error=f"it asks the server at {server}, which a plan does not do")
     recorder = Recorder(for_gpu=timer.is_gpu)
     function = function_of(kind_of(spec.config))
     try:
-        _run(_on_first_rows(spec), recorder, function, publishes=publishes)
+        _run(_as_estimated(spec), recorder, function, publishes=publishes)
     except NonFiniteError:
         pass  # a last check of results, which mean nothing here
     except AlignmentError as error:
@@ -170,12 +175,27 @@ def _adapter_of(spec: StageSpec) -> str:
     return "full without masters" if bare else spec.adapter.kind.value
 
 
-def _on_first_rows(spec: StageSpec) -> StageSpec:
-    data = getattr(spec.config, "data", None)
-    if not isinstance(data, DataConfig):
-        return spec
+def _servers(settings: Any) -> Iterator[str]:
+    """Addresses of servers in the settings of a stage that score or judge answers."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.name == "base_url" and value:
+            yield value
+        for part in value if isinstance(value, list) else value.values() if isinstance(value, dict) else (value,):
+            if dataclasses.is_dataclass(part):
+                yield from _servers(part)
+
+
+def _as_estimated(spec: StageSpec) -> StageSpec:
+    """The stage on its first rows, with answers of its own sampling instead of an engine's."""
+    changes: dict[str, Any] = {}
     config: Any = spec.config
-    return replace(spec, config=replace(config, data=replace(data, limit=min(data.limit or ROWS, ROWS))))
+    if isinstance(data := getattr(config, "data", None), DataConfig):
+        changes["data"] = replace(data, limit=min(data.limit or ROWS, ROWS))
+    if isinstance(sampling := getattr(config, "sampling", None), SamplingConfig):
+        ahead = {"max_staleness": 0} if isinstance(sampling, RolloutSamplingConfig) else {}
+        changes["sampling"] = replace(sampling, engine=Engine.own, **ahead)
+    return replace(spec, config=replace(config, **changes))
 
 
 def _run(spec: StageSpec, recorder: Recorder, function: Any, *, publishes: bool) -> None:

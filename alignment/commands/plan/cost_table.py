@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from alignment.pipeline.execute.display import duration
+from alignment.pipeline.execute.summary import print_whole
 from alignment.records.cost import RunCost, StageCost
 
 _GB = 1e9
@@ -20,7 +21,7 @@ def show_cost(console: Console, cost: RunCost) -> None:
     table = _table("stage", "trains", "memory", "time", "FLOP", "at the peak, in GB")
     for stage in cost.stages:
         table.add_row(*_cells(stage))
-    console.print(table)
+    print_whole(console, table)
     for stage in cost.stages:
         for line in _remarks(stage, cost):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -38,7 +39,7 @@ def show_trades(console: Console, recipe: str, cost: RunCost) -> None:
             f"{trade.trained / trade.weights:.2%}" if trade.weights else _NONE,
             escape(trade.error or " ".join(f"stages.{trade.stage}.{override}" for override in trade.remedy)),
         )
-    console.print(table)
+    print_whole(console, table)
     console.print(f"a setting goes behind: align run {recipe}", markup=False, highlight=False)
 
 

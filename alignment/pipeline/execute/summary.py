@@ -139,7 +139,7 @@ def show_evaluation(console: Console, evaluation: Evaluation) -> None:
             *(cell(arm) for cell in columns.values()),
         )
     console.print()
-    _print_whole(console, table)
+    print_whole(console, table)
     lines = [_in_words(comparison, evaluation) for comparison in evaluation.comparisons]
     if evaluation.judge is not None:
         lines += [_judged_in_words(pair, evaluation, by=evaluation.judge.name) for pair in evaluation.judge.pairs]
@@ -150,7 +150,7 @@ def show_evaluation(console: Console, evaluation: Evaluation) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_whole(console: Console, table: Table) -> None:
+def print_whole(console: Console, table: Table) -> None:
     """Prints a table whose figures are not cut, however narrow the terminal: a long line is better."""
     width = console.width
     console.width = max(width, Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum)

@@ -185,3 +185,12 @@ def test_a_fresh_folder_is_empty_whatever_an_earlier_attempt_left(context: Stage
     folder = fresh_folder(context, "model")
     assert folder == context.content / "model"
     assert list(folder.iterdir()) == []
+
+
+def test_usage_has_the_peak_of_each_phase(context: StageContext) -> None:
+    context.progress("loading")
+    context.progress("training")
+    found = usage(context)
+    by_phase = {name: value for name, value in found.items() if name.startswith("peak_rss_bytes/")}
+    assert list(by_phase) == ["peak_rss_bytes/loading", "peak_rss_bytes/training"]
+    assert found["peak_rss_bytes"] >= max(by_phase.values())

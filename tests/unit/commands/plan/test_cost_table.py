@@ -1,0 +1,75 @@
+"""The tables of ``align plan --cost`` and ``--trade``."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from alignment.commands.plan.cost_table import show_cost, show_trades
+from alignment.records.cost import PhaseCost, RunCost, StageCost
+
+GB = 10**9
+LEARNS = StageCost(
+    stage="dpo",
+    kind="dpo",
+    adapter="full",
+    phases={
+        "loading": PhaseCost(peak=GB, held=GB, parts={"weights": GB}),
+        "training": PhaseCost(
+            peak=5 * GB, held=6 * GB, parts={"weights": 2 * GB, "activations": 3 * GB}, flop=2e13, seconds=61.0
+        ),
+    },
+    fixed=GB // 2,
+)
+
+
+def printed(show: object, *arguments: object) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    show(console, *arguments)  # type: ignore[operator]
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_line_says_memory_time_work_and_what_holds_the_memory() -> None:
+    text = printed(show_cost, RunCost(device="this", memory=64.0 * GB, stages=[LEARNS]))
+    line = next(line for line in text.splitlines() if line.startswith("dpo"))
+    assert line.split()[:8] == ["dpo", "full", "6.50", "GB", "1", "min", "01", "s"]
+    assert "2.0e+13" in line
+    assert "training: fixed 0.50, weights 2.00, activations 3.00, gaps 1.00" in line
+    assert "fit" not in text
+
+
+def test_what_does_not_fit_is_said_with_what_would() -> None:
+    stage = StageCost(
+        **{name: getattr(LEARNS, name) for name in ("stage", "kind", "adapter", "phases", "fixed")},
+        remedy=["optim.micro_batch_tokens=512", "adapter.kind=lora"],
+        remedy_peak=3 * GB,
+    )
+    text = printed(show_cost, RunCost(device="this", memory=4.0 * GB, stages=[stage]))
+    assert (
+        "dpo: 6.50 GB do not fit into 4.00 GB; "
+        "3.00 GB with stages.dpo.optim.micro_batch_tokens=512 stages.dpo.adapter.kind=lora"
+    ) in text
+    alone = printed(show_cost, RunCost(device="this", memory=4.0 * GB, stages=[LEARNS]))
+    assert "dpo: 6.50 GB do not fit into 4.00 GB, with no setting that was tried" in alone
+
+
+def test_a_stage_that_cannot_be_estimated_says_why() -> None:
+    stage = StageCost(stage="ppo", kind="ppo", adapter="lora", error="it asks the server at http://x")
+    assert "ppo: cannot be estimated: it asks the server at http://x" in printed(
+        show_cost, RunCost(device="this", stages=[stage])
+    )
+
+
+def test_a_trade_says_what_to_write() -> None:
+    trade = StageCost(
+        **{name: getattr(LEARNS, name) for name in ("stage", "kind", "phases", "fixed")},
+        adapter="qlora",
+        trained=5,
+        weights=1000,
+        remedy=["adapter.kind=qlora"],
+    )
+    text = printed(show_trades, "quickstart", RunCost(device="this", trades=[trade]))
+    line = next(line for line in text.splitlines() if line.startswith("dpo"))
+    assert line.split() == ["dpo", "qlora", "6.50", "1", "min", "01", "s", "0.50%", "stages.dpo.adapter.kind=qlora"]
+    assert "align run quickstart" in text

@@ -1,0 +1,83 @@
+"""Every way of training a stage can be estimated, from a model's configuration alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.config.data import DataConfig
+from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
+from alignment.config.optim import OptimConfig
+from alignment.costs.variants import ways_of_training
+from alignment.estimate import Timer, cost_of
+from alignment.job import StageSpec
+from alignment.records.cost import StageCost
+from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.kto.config import KtoConfig
+from alignment.stages.reward.config import RewardConfig
+from tests.tiny import save_tiny_model, tiny_spec
+
+WAYS = ("full", "full without masters", "lora", "dora", "qlora", "prefix")
+
+
+@pytest.fixture
+def timer() -> Timer:
+    return Timer("l4")
+
+
+def spec_of(folder: Path, kind: type[Any], **settings: Any) -> StageSpec:
+    rows = folder / "pairs.jsonl"
+    pairs = [
+        {
+            "prompt": [{"role": "user", "content": f"When is shop {n} closed?"}],
+            "chosen": f"On Monday, {n}.",
+            "rejected": f"Say only {n}.",
+        }
+        for n in range(8)
+    ]
+    rows.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
+    base = save_tiny_model(folder / "base", hidden_size=64)
+    for weights in base.glob("*.safetensors"):
+        weights.unlink()
+    optim = OptimConfig(lr=1e-4, batch_size=4, micro_batch_tokens=64)
+    config = kind(data=DataConfig(source=f"path:{rows}"), optim=optim, **settings)
+    return tiny_spec(folder, config, base_path=base, data_path=rows)
+
+
+def estimated(spec: StageSpec, timer: Timer) -> dict[str, StageCost]:
+    return {
+        name: cost_of(replace(spec, config=variant.config), timer, publishes=False)
+        for name, variant in ways_of_training(spec.config)
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained:UserWarning")  # TRL's own name
+@pytest.mark.parametrize(
+    ("kind", "settings"), [(DpoConfig, {}), (KtoConfig, {}), (RewardConfig, {"eval_fraction": 0.25})], ids=lambda _: ""
+)
+def test_every_way_has_phases_and_a_peak(
+    tmp_path: Path, kind: type[Any], settings: dict[str, Any], timer: Timer
+) -> None:
+    costs = estimated(spec_of(tmp_path, kind, **settings), timer)
+    assert {name: cost.error for name, cost in costs.items()} == dict.fromkeys(WAYS, "")
+    for cost in costs.values():
+        assert {"training", "trying the longest batch", "saving"} <= set(cost.phases)
+        assert cost.flop > 0
+        assert cost.seconds > 0
+    assert costs["full"].trained == costs["full"].weights
+    assert 0 < costs["prefix"].trained < costs["lora"].trained < costs["dora"].trained < costs["full"].trained
+    held = {name: cost.phases["training"].parts.get("weights", 0) for name, cost in costs.items()}
+    assert held["qlora"] < held["lora"]
+
+
+def test_a_stage_that_asks_a_server_is_not_estimated(tmp_path: Path, timer: Timer) -> None:
+    judge = JudgeConfig(kind=JudgeKind.endpoint, endpoint=EndpointConfig(base_url="http://127.0.0.1:1/v1", model="one"))
+    config = EvaluateConfig(data=DataConfig(source="path:rows.jsonl"), arms=["base"], judge=judge)
+    cost = cost_of(tiny_spec(tmp_path, config), timer, publishes=False)
+    assert cost.error == "it asks the server at http://127.0.0.1:1/v1, which a plan does not do"
+    assert cost.phases == {}

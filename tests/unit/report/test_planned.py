@@ -1,0 +1,29 @@
+"""A report shows what was planned beside what was measured, and says nothing where nothing was planned."""
+
+from __future__ import annotations
+
+import re
+
+from alignment.records.cost import FILE, PhaseCost, RunCost, StageCost
+from tests.unit.report.conftest import FakeRun
+
+
+def test_planned_time_and_memory_stand_beside_the_measured_ones(fake_run: FakeRun) -> None:
+    phase = PhaseCost(peak=1_000_000_000, held=1_500_000_000, seconds=90.0)
+    planned = StageCost(stage="sft", kind="sft", phases={"training": phase}, fixed=500_000_000)
+    (fake_run.folder / "sft").mkdir(parents=True)
+    RunCost(device="this", stages=[planned]).write(fake_run.folder / "sft" / FILE)
+    page = fake_run.html()
+    [row] = re.findall(r"<tr>(?:(?!</tr>).)*<bdi>sft</bdi>(?:(?!</tr>).)*planned memory(?:(?!</tr>).)*</tr>", page)
+    assert 'data-label="planned time">1\u202fmin 30\u202fs<' in row
+    assert re.search(r'data-label="planned memory">2\.0\u202fGB<', row)
+
+
+def test_without_a_plan_there_is_no_column_for_it(fake_run: FakeRun) -> None:
+    assert "planned memory" not in fake_run.html()
+
+
+def test_a_damaged_plan_is_left_out(fake_run: FakeRun) -> None:
+    (fake_run.folder / "sft").mkdir(parents=True)
+    (fake_run.folder / "sft" / FILE).write_text("{", encoding="utf-8")
+    assert "planned memory" not in fake_run.html()
