@@ -11,10 +11,11 @@ import argparse
 import dataclasses
 import shutil
 import sys
+import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 from alignment.config.adapter import AdapterKind
 from alignment.config.data import DataConfig
+from alignment.config.optim import OptimConfig
 from alignment.config.sampling_engine import Engine, RolloutSamplingConfig, SamplingConfig
 from alignment.core.errors import AlignmentError, NonFiniteError
 from alignment.costs.devices import CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
@@ -39,8 +41,11 @@ from alignment.stages.stage_file import read_spec
 from alignment.training.context import StageContext
 from alignment.worker import function_of, publish_result
 
-BEFORE = ("starting", "loading", "tokenising")
+STARTING, LEARNING = "starting", "training"
+BEFORE = (STARTING, "loading", "tokenising")
 """Phases that take what reading files takes, and whose tensors are on the host."""
+STEP_ROWS = 8
+"""Rows of a step that is taken; a larger one repeats what a small one does."""
 ROWS = 1000
 """Rows of a stage's data that are read."""
 
@@ -52,6 +57,7 @@ def main() -> int:
     parser.add_argument("--stages", nargs="+", type=Path, required=True)
     parser.add_argument("--device", default=THIS, choices=[THIS, *DEVICES])
     parser.add_argument("--memory", type=float, default=0.0, help="bytes; settings are sought with which stages fit")
+    parser.add_argument("--as-run", action="store_true", help="try the longest micro-batch only where the stage would")
     parser.add_argument("--trade", action="store_true", help="also each stage in every way of training it")
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
@@ -59,7 +65,7 @@ def main() -> int:
     specs = [read_spec(path) for path in options.stages]
     for spec in specs:
         function_of(kind_of(spec.config))  # imports what the stage needs
-    timer = Timer(options.device)
+    timer = Timer(options.device, tries_longest=not options.as_run)
     stages, trades = [], []
     for spec in (_within(options.folder, spec) for spec in specs):
         cost = cost_of(spec, timer, publishes=True)
@@ -115,14 +121,16 @@ def _trades(spec: StageSpec, timer: Timer) -> list[StageCost]:
 
 
 class Timer:
-    """Seconds of operations on a device, of which equal ones are timed once.
+    """How stages are estimated, and seconds of operations on a device, of which equal ones are timed once.
 
-    ``fixed`` are the bytes that a process takes there before it has a model.
+    ``fixed`` are the bytes that a process takes there before it has a model, and ``startup`` the seconds.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, *, tries_longest: bool = True) -> None:
+        self.tries_longest = tries_longest
         self.is_gpu = device != THIS
         self.fixed = int(CONTEXT_BYTES) if self.is_gpu else psutil.Process().memory_info().rss + int(RUNTIME_BYTES)
+        self.startup = 0.0 if self.is_gpu else time.time() - psutil.Process().create_time()
         self._device = DEVICES.get(device)
         self._seconds: dict[Key, float] = {}
 
@@ -143,7 +151,7 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
     described: dict[str, Any] = {"stage": spec.stage, "kind": spec.config.kind, "adapter": _adapter_of(spec)}
     if server := next(_servers(spec.config), None):
         return StageCost(**described, error=f"it asks the server at {server}, which a plan does not do")
-    recorder = Recorder(for_gpu=timer.is_gpu)
+    recorder = Recorder(for_gpu=timer.is_gpu, tries_longest=timer.tries_longest)
     function = function_of(kind_of(spec.config))
     try:
         _run(_as_estimated(spec), recorder, function, publishes=publishes)
@@ -154,15 +162,16 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
     except Exception as error:  # noqa: BLE001 - a stage that cannot run on shadows must not hide the others
         traceback.print_exc()
         return StageCost(**described, error=f"{type(error).__name__}: {error}")
-    phases = _phases(recorder, timer, _scale(recorder))
+    repeats = _repeats_of(spec)
+    phases = _phases(recorder, timer, repeats)
     on_host = [phases.pop(name) for name in BEFORE if name in phases] if timer.is_gpu else []
     return StageCost(
         **described,
         phases=phases,
         host=max((phase.peak for phase in on_host), default=0),
         fixed=timer.fixed,
-        steps=recorder.all_steps,
-        tokens=recorder.mean_tokens * recorder.all_steps,
+        steps=round(recorder.all_steps * repeats.of_steps),
+        tokens=recorder.mean_tokens * recorder.all_steps * repeats.steps,
         trained=recorder.trained,
         weights=recorder.weights,
     )
@@ -187,15 +196,54 @@ def _servers(settings: Any) -> Iterator[str]:
 
 
 def _as_estimated(spec: StageSpec) -> StageSpec:
-    """The stage on its first rows, with answers of its own sampling instead of an engine's."""
+    """The stage on its first rows and in small steps, with answers of its own sampling instead of an engine's."""
     changes: dict[str, Any] = {}
     config: Any = spec.config
     if isinstance(data := getattr(config, "data", None), DataConfig):
         changes["data"] = replace(data, limit=min(data.limit or ROWS, ROWS))
     if isinstance(sampling := getattr(config, "sampling", None), SamplingConfig):
-        ahead = {"max_staleness": 0} if isinstance(sampling, RolloutSamplingConfig) else {}
+        ahead: dict[str, Any] = {"max_staleness": 0} if isinstance(sampling, RolloutSamplingConfig) else {}
         changes["sampling"] = replace(sampling, engine=Engine.own, **ahead)
+    if isinstance(optim := getattr(config, "optim", None), OptimConfig):
+        changes["optim"] = replace(optim, batch_size=min(optim.batch_size, STEP_ROWS))
+    if hasattr(config, "ppo_epochs"):
+        changes["ppo_epochs"] = 1
     return replace(spec, config=replace(config, **changes))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Repeats:
+    """How many times as much as the estimated stage the whole one does: of its steps (``steps``; ``learning`` times as
+    often in the phase that learns) and of what it does with each row (``rows``). ``of_steps`` is by how much the number
+    of its steps is larger."""
+
+    steps: float = 1.0
+    learning: float = 1.0
+    rows: float = 1.0
+    of_steps: float = 1.0
+
+
+def _repeats_of(spec: StageSpec) -> _Repeats:
+    config: Any = spec.config
+    data = getattr(config, "data", None)
+    rows = _share_unread(spec.data_path, data) if isinstance(data, DataConfig) else 1.0
+    optim = getattr(config, "optim", None)
+    if not isinstance(optim, OptimConfig):
+        epochs = float(getattr(config, "ppo_epochs", 1))
+        return _Repeats(learning=epochs, of_steps=epochs)
+    larger = optim.batch_size / min(optim.batch_size, STEP_ROWS)
+    if optim.max_steps is not None:
+        return _Repeats(steps=larger, rows=rows)
+    return _Repeats(steps=rows, rows=rows, of_steps=rows / larger)
+
+
+def _share_unread(file: Path, data: DataConfig) -> float:
+    """How many times as many rows as are read here the stage reads; 1 if the file does not tell."""
+    if file.suffix != ".jsonl" or not file.is_file():
+        return 1.0
+    with file.open("rb") as lines:
+        number = sum(1 for _ in lines)
+    return max(1.0, min(number, data.limit or number) / ROWS)
 
 
 def _run(spec: StageSpec, recorder: Recorder, function: Any, *, publishes: bool) -> None:
@@ -212,29 +260,38 @@ def _run(spec: StageSpec, recorder: Recorder, function: Any, *, publishes: bool)
 
 
 def _scale(recorder: Recorder) -> float:
-    """How many times as much as the steps that ran all steps take."""
+    """How many times as much as the period that ran all periods take."""
     periods = recorder.all_steps / recorder.period
     by_tokens = recorder.mean_tokens * recorder.period / recorder.tokens_of_period if recorder.tokens_of_period else 1.0
     return periods * by_tokens
 
 
-def _phases(recorder: Recorder, timer: Timer, scale: float) -> dict[str, PhaseCost]:
+def _phases(recorder: Recorder, timer: Timer, repeats: _Repeats) -> dict[str, PhaseCost]:
     costs = {}
     for name, phase in recorder.phases.items():
         in_steps: Operations = recorder.step_operations.get(name, Counter())
-        operations = in_steps or phase.operations
-        times = scale if in_steps else 1.0
-        flop = seconds = 0.0
-        if name not in BEFORE:  # reading a file takes the time there, not the operations
-            for key, count in operations.items():
-                example = recorder.examples[key]
-                flop += count * flop_of(example)
-                seconds += count * timer.seconds(key, example)
-        held = phase.peak if timer.is_gpu else phase.heap
+        times = _scale(recorder) * repeats.steps if in_steps else repeats.rows
+        times *= repeats.learning if in_steps and name == LEARNING else 1.0
+        # Reading a file takes the time before, not the operations on what was read.
+        flop, seconds = (0.0, 0.0) if name in BEFORE else _work(recorder, timer, in_steps or phase.operations)
         costs[name] = PhaseCost(
-            peak=phase.peak, held=held, parts=phase.parts, flop=flop * times, seconds=seconds * times
+            peak=phase.peak,
+            held=phase.peak if timer.is_gpu else phase.heap,
+            parts=phase.parts,
+            flop=flop * times,
+            seconds=timer.startup if name == STARTING else seconds * times,
         )
     return costs
+
+
+def _work(recorder: Recorder, timer: Timer, operations: Operations) -> tuple[float, float]:
+    """FLOP and seconds."""
+    flop = seconds = 0.0
+    for key, count in operations.items():
+        example = recorder.examples[key]
+        flop += count * flop_of(example)
+        seconds += count * timer.seconds(key, example)
+    return flop, seconds
 
 
 if __name__ == "__main__":

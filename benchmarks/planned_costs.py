@@ -103,7 +103,7 @@ def _cells(adapter: str, folder: Path, more: Sequence[str]) -> Iterator[Cell]:
     recipe.write_text(_RECIPE.replace("path:", f"path:{folder}/"), encoding="utf-8")
     overrides = [f"output={folder / 'out'}", *(f"adapter@stages.{name}.adapter={adapter}" for name in STAGES), *more]
     plan = make_plan(str(recipe), overrides)
-    planned = estimates.estimate(plan, device=THIS, memory=0.0, announce=print)
+    planned = estimates.estimate(plan, device=THIS, memory=0.0, as_run=True, announce=print)
     subprocess.run([sys.executable, "-m", "alignment.cli", "run", str(recipe), *overrides], check=True)
     for stage, cost in zip(plan.stages, planned.stages, strict=True):
         manifest = read_manifest(stage.artifact)
@@ -112,18 +112,17 @@ def _cells(adapter: str, folder: Path, more: Sequence[str]) -> Iterator[Cell]:
 
 
 def _cell(cost: StageCost, adapter: str, usage: dict[str, float]) -> Cell:
-    """Memory that a phase frees stays with the process, so later phases are planned to hold it too."""
     if cost.error:
         raise RuntimeError(f"{cost.stage}: {cost.error}")
-    phases, highest = {}, 0
-    for name, phase in cost.phases.items():
-        highest = max(highest, cost.fixed + phase.held)
-        if f"{PEAK}{name}" in usage:
-            phases[name] = (highest, int(usage[f"{PEAK}{name}"]))
+    phases = {
+        name: (cost.fixed + phase.held, int(usage[f"{PEAK}{name}"]))
+        for name, phase in cost.phases.items()
+        if f"{PEAK}{name}" in usage
+    }
     return Cell(
         stage=cost.stage,
         adapter=adapter,
-        planned=cost.peak,
+        planned=max(planned for planned, _ in phases.values()),
         measured=int(usage["peak_rss_bytes"]),
         planned_seconds=cost.seconds,
         seconds=usage["seconds"],

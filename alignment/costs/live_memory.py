@@ -25,7 +25,7 @@ class LiveMemory:
     """Counts storages from their first appearance until nothing refers to them.
 
     New ones are counted under ``label``. ``peak`` is the largest sum since ``begin``, and ``parts`` are its terms.
-    ``heap`` is what they would be in on a CPU.
+    ``heap`` is what they would be in on a CPU, and ``mapped`` the largest file that was read beside it.
     """
 
     def __init__(self, label: str) -> None:
@@ -34,6 +34,7 @@ class LiveMemory:
         self.now: Counter[str] = Counter()
         self.total = 0
         self.peak = 0
+        self.mapped = 0
         self.parts: dict[str, int] = {}
         self._known: dict[int, _Block] = {}
 
@@ -52,6 +53,12 @@ class LiveMemory:
             if self.total > self.peak:
                 self._at_peak()
 
+    def map_file(self, size: int) -> None:
+        """Counts a file that was read into memory beside what there is now."""
+        self.mapped = max(self.mapped, size)
+        if self.total + size > self.peak:
+            self.peak, self.parts = self.total + size, {**self.now, "file": size}
+
     def relabel(self, tensor: Tensor, label: str) -> None:
         """Counts a storage under another label from now on."""
         key = tensor.untyped_storage()._cdata
@@ -62,7 +69,7 @@ class LiveMemory:
 
     def begin(self) -> None:
         """Starts a phase with its own peak."""
-        self.peak = 0
+        self.peak = self.mapped = 0
         self._at_peak()
 
     @contextmanager

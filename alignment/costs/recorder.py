@@ -30,7 +30,7 @@ Operations = Counter[Key]
 
 @dataclass(slots=True)
 class Phase:
-    """The largest sum of live bytes in a phase with its terms, the size of a CPU's heap at its end, and operations."""
+    """The largest sum of live bytes in a phase with its terms, the most that heap and files took, and operations."""
 
     peak: int = 0
     heap: int = 0
@@ -39,14 +39,15 @@ class Phase:
 
 
 class Recorder:
-    """Collects the phases of one stage.
+    """Collects the phases of one stage, which always tries its longest micro-batch unless ``tries_longest`` is false.
 
     ``period`` optimiser steps of ``all_steps`` were run last; ``step_operations`` are theirs, by phase, and
     ``tokens_of_period`` the tokens that they read, where ``mean_tokens`` a step are expected.
     """
 
-    def __init__(self, *, for_gpu: bool = False) -> None:
+    def __init__(self, *, for_gpu: bool = False, tries_longest: bool = True) -> None:
         self.for_gpu = for_gpu
+        self.tries_longest = tries_longest
         self.memory = LiveMemory(label=ACTIVATIONS)
         self.phases: dict[str, Phase] = {}
         self.examples: dict[Key, Operation] = {}
@@ -110,7 +111,7 @@ class Recorder:
         phase = self.phases.get(self._name)
         if phase is None:
             return
-        phase.heap = self.memory.heap.top
+        phase.heap = max(phase.heap, self.memory.heap.top + self.memory.mapped)
         if self.memory.peak > phase.peak:
             phase.peak, phase.parts = self.memory.peak, self.memory.parts
 

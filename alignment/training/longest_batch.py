@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from alignment.config.launch import Sharding
 from alignment.core.errors import StageError
-from alignment.costs.recorder import on_shadows
+from alignment.costs.recorder import recorder
 from alignment.models.forward.attention import ATTENTION
 from alignment.training.context import StageContext
 from alignment.training.device import own_device
@@ -104,7 +104,8 @@ class LongestBatch(TrainerCallback):
         coming = (state.max_steps - state.global_step) * most * float(tokens.mean())
         limit = self._trainer.micro_batch_tokens
         rows = self._largest(tokens, limit, most)
-        if int(tokens[rows].sum()) > SHARE * coming and not on_shadows():
+        estimate = recorder()
+        if int(tokens[rows].sum()) > SHARE * coming and not (estimate and estimate.tries_longest):
             return
         self._context.progress("trying the longest batch")
         if self._fits(rows):

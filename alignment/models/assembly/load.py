@@ -210,6 +210,8 @@ def _from_shapes(folder: Path, dtype: torch.dtype, estimate: Recorder) -> PreTra
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()  # which is left out with the initial numbers
     estimate.has_model(model.get_input_embeddings().num_embeddings)
+    if config.dtype is not None and config.dtype is not dtype:  # else the file's own pages are the weights
+        estimate.memory.map_file(model.num_parameters() * config.dtype.itemsize)
     return model
 
 

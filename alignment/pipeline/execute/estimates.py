@@ -27,9 +27,17 @@ _FOLDER = ".cost"
 
 
 def estimate(
-    plan: Plan, *, device: str, memory: float, trade: bool = False, announce: Callable[[str], None]
+    plan: Plan,
+    *,
+    device: str,
+    memory: float,
+    trade: bool = False,
+    as_run: bool = False,
+    announce: Callable[[str], None],
 ) -> RunCost:
     """The cost of each stage on ``device`` with ``memory`` bytes, remembered for ``known``.
+
+    With ``as_run`` the longest micro-batch counts only where the stage would try it before its first step.
 
     Raises:
         StageError: the process failed.
@@ -42,7 +50,12 @@ def estimate(
         f"running {', '.join(stage.name for stage in stages)} on shapes: some seconds each, and nothing is trained"
     )
     try:
-        cost = _in_process(plan, stages, folder, ["--device", device, "--memory", str(memory), *["--trade"] * trade])
+        cost = _in_process(
+            plan,
+            stages,
+            folder,
+            ["--device", device, "--memory", str(memory), *["--trade"] * trade, *["--as-run"] * as_run],
+        )
         for stage, own in zip(stages, cost.stages, strict=True):
             RunCost(device=device, memory=memory, stages=[own]).write(_file(plan, stage, device))
         return cost

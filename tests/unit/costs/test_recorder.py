@@ -95,3 +95,16 @@ def test_nothing_is_recorded_afterwards() -> None:
     with Recorder().recording():
         pass
     assert type(torch.empty(WIDTH, WIDTH)) is Tensor
+
+
+def test_a_file_that_is_read_counts_beside_the_weights_in_its_phase_alone() -> None:
+    recorder = Recorder()
+    with recorder.recording():
+        recorder.phase("loading")
+        weights = torch.empty(WIDTH, WIDTH)
+        recorder.memory.map_file(SQUARE // 2)
+        recorder.phase("training")
+        del weights
+    assert recorder.phases["loading"].peak == SQUARE + SQUARE // 2
+    assert recorder.phases["loading"].heap >= SQUARE + SQUARE // 2
+    assert recorder.phases["training"].peak == SQUARE

@@ -81,3 +81,21 @@ def test_a_stage_that_asks_a_server_is_not_estimated(tmp_path: Path, timer: Time
     cost = cost_of(tiny_spec(tmp_path, config), timer, publishes=False)
     assert cost.error == "it asks the server at http://127.0.0.1:1/v1, which a plan does not do"
     assert cost.phases == {}
+
+
+def test_steps_and_tokens_are_those_of_the_whole_stage(
+    tmp_path: Path, timer: Timer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignment.estimate.STEP_ROWS", 2)
+    spec = spec_of(tmp_path, DpoConfig)  # eight pairs, four a step
+    whole = cost_of(spec, timer, publishes=False)
+    assert whole.steps == 2
+    monkeypatch.setattr("alignment.estimate.ROWS", 4)
+    first = cost_of(spec, timer, publishes=False)
+    assert first.steps == 2
+    assert first.tokens == pytest.approx(whole.tokens, rel=0.1)
+    three = replace(spec, config=replace(spec.config, optim=replace(spec.config.optim, max_steps=3)))
+    limited = cost_of(three, timer, publishes=False)
+    assert limited.steps == 3
+    assert limited.tokens == pytest.approx(1.5 * whole.tokens, rel=0.1)
+    assert limited.flop == pytest.approx(1.5 * whole.flop, rel=0.3)
