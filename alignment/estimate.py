@@ -25,12 +25,13 @@ from transformers.utils import logging as transformers_logging
 
 from alignment.config.adapter import AdapterKind
 from alignment.config.data import DataConfig
+from alignment.config.launch import Offload, Sharding
 from alignment.config.optim import OptimConfig
 from alignment.config.sampling_engine import Engine, RolloutSamplingConfig, SamplingConfig
 from alignment.core.errors import AlignmentError, NonFiniteError
 from alignment.costs.devices import CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
 from alignment.costs.op_times import seconds_of
-from alignment.costs.recorder import Operations, Recorder
+from alignment.costs.recorder import GRADIENTS, OPTIMIZER, WEIGHTS, Operations, Recorder
 from alignment.costs.shadows import Key, Operation
 from alignment.costs.variants import cheaper, ways_of_training
 from alignment.costs.work import bytes_of, flop_of
@@ -46,6 +47,14 @@ BEFORE = (STARTING, "loading", "tokenising")
 """Phases that take what reading files takes, and whose tensors are on the host."""
 STEP_ROWS = 8
 """Rows of a step that is taken; a larger one repeats what a small one does."""
+DIVIDED: dict[Sharding, tuple[str, ...]] = {
+    Sharding.none: (),
+    Sharding.zero1: (OPTIMIZER,),
+    Sharding.zero2: (OPTIMIZER, GRADIENTS),
+    Sharding.zero3: (OPTIMIZER, GRADIENTS, WEIGHTS),
+    Sharding.fsdp: (OPTIMIZER, GRADIENTS, WEIGHTS),
+}
+"""What the processes of a launch divide (Rajbhandari et al. 2020)."""
 ROWS = 1000
 """Rows of a stage's data that are read."""
 
@@ -57,6 +66,7 @@ def main() -> int:
     parser.add_argument("--stages", nargs="+", type=Path, required=True)
     parser.add_argument("--device", default=THIS, choices=[THIS, *DEVICES])
     parser.add_argument("--memory", type=float, default=0.0, help="bytes; settings are sought with which stages fit")
+    parser.add_argument("--processes", type=int, default=1, help="which divide what their launch divides")
     parser.add_argument("--as-run", action="store_true", help="try the longest micro-batch only where the stage would")
     parser.add_argument("--trade", action="store_true", help="also each stage in every way of training it")
     options = parser.parse_args()
@@ -65,7 +75,7 @@ def main() -> int:
     specs = [read_spec(path) for path in options.stages]
     for spec in specs:
         function_of(kind_of(spec.config))  # imports what the stage needs
-    timer = Timer(options.device, tries_longest=not options.as_run)
+    timer = Timer(options.device, tries_longest=not options.as_run, processes=options.processes)
     stages, trades = [], []
     for spec in (_within(options.folder, spec) for spec in specs):
         cost = cost_of(spec, timer, publishes=True)
@@ -126,8 +136,9 @@ class Timer:
     ``fixed`` are the bytes that a process takes there before it has a model, and ``startup`` the seconds.
     """
 
-    def __init__(self, device: str, *, tries_longest: bool = True) -> None:
+    def __init__(self, device: str, *, tries_longest: bool = True, processes: int = 1) -> None:
         self.tries_longest = tries_longest
+        self.processes = processes
         self.is_gpu = device != THIS
         self.fixed = int(CONTEXT_BYTES) if self.is_gpu else psutil.Process().memory_info().rss + int(RUNTIME_BYTES)
         self.startup = 0.0 if self.is_gpu else time.time() - psutil.Process().create_time()
@@ -164,6 +175,7 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
         return StageCost(**described, error=f"{type(error).__name__}: {error}")
     repeats = _repeats_of(spec)
     phases = _phases(recorder, timer, repeats)
+    phases = {name: _divided(phase, spec.sharding, timer.processes) for name, phase in phases.items()}
     on_host = [phases.pop(name) for name in BEFORE if name in phases] if timer.is_gpu else []
     return StageCost(
         **described,
@@ -208,7 +220,14 @@ def _as_estimated(spec: StageSpec) -> StageSpec:
         changes["optim"] = replace(optim, batch_size=min(optim.batch_size, STEP_ROWS))
     if hasattr(config, "ppo_epochs"):
         changes["ppo_epochs"] = 1
-    return replace(spec, config=replace(config, **changes))
+    return replace(spec, config=replace(config, **changes), sharding=Sharding.none, offload=Offload.none)
+
+
+def _divided(phase: PhaseCost, sharding: Sharding, processes: int) -> PhaseCost:
+    """A phase in one of several processes that divide some of what it holds; a gathered layer is left out."""
+    parts = {name: size // processes if name in DIVIDED[sharding] else size for name, size in phase.parts.items()}
+    less = sum(phase.parts.values()) - sum(parts.values())
+    return replace(phase, parts=parts, peak=phase.peak - less, held=phase.held - less)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -272,6 +291,7 @@ def _phases(recorder: Recorder, timer: Timer, repeats: _Repeats) -> dict[str, Ph
         in_steps: Operations = recorder.step_operations.get(name, Counter())
         times = _scale(recorder) * repeats.steps if in_steps else repeats.rows
         times *= repeats.learning if in_steps and name == LEARNING else 1.0
+        times /= timer.processes if in_steps else 1  # each takes its share of a batch
         # Reading a file takes the time before, not the operations on what was read.
         flop, seconds = (0.0, 0.0) if name in BEFORE else _work(recorder, timer, in_steps or phase.operations)
         costs[name] = PhaseCost(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from alignment.commands.plan.cost_table import show_cost, show_trades
-from alignment.core.errors import ConfigError
+from alignment.core.errors import ConfigError, ModelError
 from alignment.costs.devices import DEVICES, THIS
 from alignment.pipeline.backends.feasibility import refuse_sizes, why_not_here
 from alignment.pipeline.execute import estimates
@@ -32,6 +32,7 @@ def show(
     Raises:
         AlignmentError: a fault in the plan, or sizes that no machine can combine.
         ConfigError: ``device`` is not known.
+        ModelError: a model is not on this machine, so there is no configuration for its cost.
     """
     if device not in (THIS, *DEVICES):
         raise ConfigError(f"no device '{device}'", where="--device", remedy=f"one of {', '.join((THIS, *DEVICES))}")
@@ -47,6 +48,13 @@ def show(
 
 
 def _show_cost(console: Console, plan: Plan, *, device: str, trade: bool) -> None:
+    for model in (plan.base, *plan.sources.values()):
+        if not model.ready:
+            raise ModelError(
+                f"{model.source} is not on this machine, and its configuration is needed",
+                where="--cost",
+                remedy="make model fetches the bundled one",
+            )
     memory = estimates.own_memory() if device == THIS else DEVICES[device].memory
     cost = estimates.estimate(
         plan,

@@ -88,7 +88,8 @@ def _in_process(plan: Plan, stages: Sequence[PlannedStage], folder: Path, option
         str(worker_protocol.write_stage_file(plan, stage, launch, git_commit="", folder=folder / "stages" / stage.name))
         for stage in stages
     ]
-    argv = [sys.executable, "-m", "alignment.estimate", str(folder), *options, "--stages", *files]
+    argv = [sys.executable, "-m", "alignment.estimate", str(folder), *options]
+    argv += ["--processes", str(max(1, launch.world_size)), "--stages", *files]
     variables = environment.of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
     log = folder / "log.txt"
     code = processes.execute(

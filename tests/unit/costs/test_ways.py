@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from alignment.config.adapter import AdapterKind
 from alignment.config.data import DataConfig
 from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
+from alignment.config.launch import Sharding
 from alignment.config.optim import OptimConfig
 from alignment.costs.variants import ways_of_training
 from alignment.estimate import Timer, cost_of
@@ -99,3 +101,23 @@ def test_steps_and_tokens_are_those_of_the_whole_stage(
     assert limited.steps == 3
     assert limited.tokens == pytest.approx(1.5 * whole.tokens, rel=0.1)
     assert limited.flop == pytest.approx(1.5 * whole.flop, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "divided"),
+    [
+        (Sharding.none, set()),
+        (Sharding.zero1, {"optimiser"}),
+        (Sharding.zero2, {"optimiser", "gradients"}),
+        (Sharding.zero3, {"optimiser", "gradients", "weights"}),
+    ],
+)
+def test_processes_divide_what_their_launch_divides(tmp_path: Path, sharding: Sharding, divided: set[str]) -> None:
+    spec = spec_of(tmp_path, DpoConfig)
+    spec = replace(spec, config=replace(spec.config, adapter=replace(spec.config.adapter, kind=AdapterKind.full)))
+    alone = cost_of(spec, Timer("l4"), publishes=False).phases["training"]
+    shared = cost_of(replace(spec, sharding=sharding), Timer("l4", processes=4), publishes=False).phases["training"]
+    assert shared.parts == {name: size // 4 if name in divided else size for name, size in alone.parts.items()}
+    less = sum(alone.parts.values()) - sum(shared.parts.values())
+    assert shared.peak == alone.peak - less
+    assert shared.seconds == pytest.approx(alone.seconds / 4)

@@ -1,0 +1,28 @@
+"""What a plan of costs refuses before it starts a process."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from alignment.commands.plan.driver import show
+from alignment.core.errors import ConfigError, ModelError
+
+
+def test_an_unknown_device_is_refused_with_those_that_are_known() -> None:
+    with pytest.raises(ConfigError, match=r"no device 'h1000'") as refused:
+        show(Console(file=io.StringIO()), "quickstart", [], device="h1000", cost=True)
+    assert "this, h200, h100" in str(refused.value)
+
+
+def test_a_model_that_is_not_here_is_refused_with_what_fetches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    with pytest.raises(ModelError, match=r"bundled:smollm2-135m is not on this machine") as refused:
+        show(Console(file=io.StringIO()), "quickstart", [f"output={tmp_path}"], cost=True)
+    assert "make model" in str(refused.value)
+    assert not (tmp_path / "artifacts").exists()
