@@ -1,4 +1,4 @@
-"""Runs stages on shadows to see what they would need: ``python -m alignment.estimate FOLDER --stages STAGE.YAML …``.
+"""Runs stages on shadows to see what they would need: ``python -m alignment.estimate FOLDER``.
 
 Every stage does what it would do, with tensors that have no numbers (alignment/costs/shadows.py), on its first rows and
 for a few steps. Its result is an artifact whose weights are missing, from which later stages start. ``--device`` names
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import shutil
 import sys
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,16 +34,17 @@ from alignment.costs.devices import CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS,
 from alignment.costs.op_times import seconds_of
 from alignment.costs.recorder import GRADIENTS, OPTIMIZER, WEIGHTS, Operations, Recorder
 from alignment.costs.shadows import Key, Operation
-from alignment.costs.variants import cheaper, ways_of_training
 from alignment.costs.work import bytes_of, flop_of
 from alignment.job import StageSpec
-from alignment.records.cost import FILE, PhaseCost, RunCost, StageCost
+from alignment.records.cost import ASKED, FILE, PhaseCost, RunCost, StageCost
 from alignment.stages.registry import kind_of
 from alignment.stages.stage_file import read_spec
 from alignment.training.context import StageContext
 from alignment.worker import function_of, publish_result
 
-STARTING, LEARNING = "starting", "training"
+STARTING, LEARNING, OPTIMISING, TRYING = "starting", "training", "optimising", "trying the longest batch"
+ONCE = {TRYING, "saving"}
+"""Phases that a stage goes through once, however many rows it has."""
 BEFORE = (STARTING, "loading", "tokenising")
 """Phases that take what reading files takes, and whose tensors are on the host."""
 STEP_ROWS = 8
@@ -62,32 +64,31 @@ ROWS = 1000
 def main() -> int:
     """Writes the costs of all stages; one that cannot be estimated has an error."""
     parser = argparse.ArgumentParser(prog="python -m alignment.estimate", description=__doc__)
-    parser.add_argument("folder", type=Path, help="where cost.json is written, and the results of stages meanwhile")
-    parser.add_argument("--stages", nargs="+", type=Path, required=True)
+    parser.add_argument("folder", type=Path, help="where asked.json is, and cost.json and results of stages will be")
     parser.add_argument("--device", default=THIS, choices=[THIS, *DEVICES])
     parser.add_argument("--memory", type=float, default=0.0, help="bytes; settings are sought with which stages fit")
-    parser.add_argument("--processes", type=int, default=1, help="which divide what their launch divides")
     parser.add_argument("--as-run", action="store_true", help="try the longest micro-batch only where the stage would")
-    parser.add_argument("--trade", action="store_true", help="also each stage in every way of training it")
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    specs = [read_spec(path) for path in options.stages]
-    for spec in specs:
-        function_of(kind_of(spec.config))  # imports what the stage needs
-    timer = Timer(options.device, tries_longest=not options.as_run, processes=options.processes)
+    asked = json.loads((options.folder / ASKED).read_text(encoding="utf-8"))
+    for one_stage in asked:
+        function_of(kind_of(read_spec(Path(one_stage["file"])).config))  # imports what the stage needs
+    timer = Timer(options.device, tries_longest=not options.as_run)
     stages, trades = [], []
-    for spec in (_within(options.folder, spec) for spec in specs):
-        cost = cost_of(spec, timer, publishes=True)
-        stages.append(_with_remedy(cost, spec, timer, options.memory))
-        if options.trade and spec.adapter is not None:
-            trades += _trades(spec, timer)
-    RunCost(device=options.device, memory=options.memory, stages=stages, trades=trades).write(options.folder / FILE)
+    for one_stage in asked:
+        timer.processes = one_stage["processes"]
+        cost = cost_of(_within(options.folder, one_stage["file"]), timer, publishes=True)
+        stages.append(_with_remedy(cost, one_stage["cheaper"], timer, options))
+        trades += [_trade(cost, way, timer, options.folder) for way in one_stage["ways"]]
+    cost_of_run = RunCost(device=options.device, memory=options.memory, stages=stages, trades=trades)
+    cost_of_run.write(options.folder / FILE)
     return 0
 
 
-def _within(folder: Path, spec: StageSpec) -> StageSpec:
-    """The stage with its result in ``folder``, like those of earlier stages that do not exist yet."""
+def _within(folder: Path, file: str) -> StageSpec:
+    """The stage of a file with its result in ``folder``, like those of earlier stages that do not exist yet."""
+    spec = read_spec(Path(file))
 
     def moved(path: Path | None) -> Path | None:
         if path is None or path.exists():
@@ -108,26 +109,25 @@ def _within(folder: Path, spec: StageSpec) -> StageSpec:
     )
 
 
-def _with_remedy(cost: StageCost, spec: StageSpec, timer: Timer, memory: float) -> StageCost:
-    """The cost, with the first of the cheaper settings that fits if the stage itself does not fit into ``memory``."""
-    if not memory or cost.error or cost.peak <= memory or spec.adapter is None:
+def _with_remedy(
+    cost: StageCost, variants: Sequence[Mapping[str, Any]], timer: Timer, options: argparse.Namespace
+) -> StageCost:
+    """The cost, with the first of the cheaper settings that fits if the stage itself does not."""
+    if not options.memory or cost.error or cost.peak <= options.memory:
         return cost
-    for variant in cheaper(spec.config):
-        tried = cost_of(replace(spec, config=variant.config), timer, publishes=False)
-        if not tried.error and tried.peak <= memory:
-            return replace(cost, remedy=list(variant.overrides), remedy_peak=tried.peak)
+    for variant in variants:
+        tried = cost_of(_within(options.folder, variant["file"]), timer, publishes=False)
+        if not tried.error and tried.peak <= options.memory:
+            return replace(cost, remedy=list(variant["overrides"]), remedy_peak=tried.peak)
     return cost
 
 
-def _trades(spec: StageSpec, timer: Timer) -> list[StageCost]:
-    return [
-        replace(
-            cost_of(replace(spec, config=variant.config), timer, publishes=False),
-            adapter=name,
-            remedy=list(variant.overrides),
-        )
-        for name, variant in ways_of_training(spec.config)
-    ]
+def _trade(cost: StageCost, way: Mapping[str, Any], timer: Timer, folder: Path) -> StageCost:
+    if way["file"] is None:
+        tried = StageCost(stage=cost.stage, kind=cost.kind, error="refused with the other settings of the recipe")
+    else:
+        tried = cost_of(_within(folder, way["file"]), timer, publishes=False)
+    return replace(tried, adapter=way["name"], remedy=list(way["overrides"]))
 
 
 class Timer:
@@ -186,6 +186,7 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
         tokens=recorder.mean_tokens * recorder.all_steps * repeats.steps,
         trained=recorder.trained,
         weights=recorder.weights,
+        first_rows=ROWS if repeats.is_unknown else 0,
     )
 
 
@@ -232,34 +233,40 @@ def _divided(phase: PhaseCost, sharding: Sharding, processes: int) -> PhaseCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Repeats:
-    """How many times as much as the estimated stage the whole one does: of its steps (``steps``; ``learning`` times as
-    often in the phase that learns) and of what it does with each row (``rows``). ``of_steps`` is by how much the number
-    of its steps is larger."""
+    """How many times as much as the estimated stage the whole one does, unless that ``is_unknown``.
+
+    ``steps``: of its steps, and ``learning`` times as often in the phase that learns. ``rows``: of what it does with
+    each row. ``of_steps``: by how much the number of its steps is larger.
+    """
 
     steps: float = 1.0
     learning: float = 1.0
     rows: float = 1.0
     of_steps: float = 1.0
+    is_unknown: bool = False
 
 
 def _repeats_of(spec: StageSpec) -> _Repeats:
     config: Any = spec.config
     data = getattr(config, "data", None)
-    rows = _share_unread(spec.data_path, data) if isinstance(data, DataConfig) else 1.0
+    counted = _share_unread(spec.data_path, data) if isinstance(data, DataConfig) else 1.0
+    rows, is_unknown = (1.0, True) if counted is None else (counted, False)
     optim = getattr(config, "optim", None)
     if not isinstance(optim, OptimConfig):
         epochs = float(getattr(config, "ppo_epochs", 1))
-        return _Repeats(learning=epochs, of_steps=epochs)
+        return _Repeats(learning=epochs, of_steps=epochs, is_unknown=is_unknown and optim is None)
     larger = optim.batch_size / min(optim.batch_size, STEP_ROWS)
     if optim.max_steps is not None:
         return _Repeats(steps=larger, rows=rows)
-    return _Repeats(steps=rows, rows=rows, of_steps=rows / larger)
+    return _Repeats(steps=rows, rows=rows, of_steps=rows / larger, is_unknown=is_unknown)
 
 
-def _share_unread(file: Path, data: DataConfig) -> float:
-    """How many times as many rows as are read here the stage reads; 1 if the file does not tell."""
-    if file.suffix != ".jsonl" or not file.is_file():
+def _share_unread(file: Path, data: DataConfig) -> float | None:
+    """How many times as many rows as are read here the stage reads; None if that would need reading them all."""
+    if data.limit is not None and data.limit <= ROWS:
         return 1.0
+    if file.suffix != ".jsonl" or not file.is_file():
+        return None
     with file.open("rb") as lines:
         number = sum(1 for _ in lines)
     return max(1.0, min(number, data.limit or number) / ROWS)
@@ -289,11 +296,13 @@ def _phases(recorder: Recorder, timer: Timer, repeats: _Repeats) -> dict[str, Ph
     costs = {}
     for name, phase in recorder.phases.items():
         in_steps: Operations = recorder.step_operations.get(name, Counter())
-        times = _scale(recorder) * repeats.steps if in_steps else repeats.rows
-        times *= repeats.learning if in_steps and name == LEARNING else 1.0
-        times /= timer.processes if in_steps else 1  # each takes its share of a batch
+        times = _times(name, recorder, repeats, processes=timer.processes) if in_steps else 1.0
+        if not in_steps and name not in ONCE:
+            times = repeats.rows
         # Reading a file takes the time before, not the operations on what was read.
-        flop, seconds = (0.0, 0.0) if name in BEFORE else _work(recorder, timer, in_steps or phase.operations)
+        flop, seconds = (
+            (0.0, 0.0) if name in BEFORE or name == TRYING else _work(recorder, timer, in_steps or phase.operations)
+        )
         costs[name] = PhaseCost(
             peak=phase.peak,
             held=phase.peak if timer.is_gpu else phase.heap,
@@ -302,6 +311,16 @@ def _phases(recorder: Recorder, timer: Timer, repeats: _Repeats) -> dict[str, Ph
             seconds=timer.startup if name == STARTING else seconds * times,
         )
     return costs
+
+
+def _times(name: str, recorder: Recorder, repeats: _Repeats, *, processes: int) -> float:
+    """How often the whole stage does what it did in the last period. An optimiser's step takes the same for every
+    number of rows, which the processes of a launch share out."""
+    periods = recorder.all_steps / recorder.period
+    if name == OPTIMISING:
+        return periods * repeats.of_steps
+    learning = repeats.learning if name == LEARNING else 1.0
+    return _scale(recorder) * repeats.steps * learning / processes
 
 
 def _work(recorder: Recorder, timer: Timer, operations: Operations) -> tuple[float, float]:

@@ -59,7 +59,7 @@ class Recorder:
         self.trained = 0
         self.weights = 0
         self.vocabulary = 0
-        self._name = "starting"
+        self.name = "starting"
         self._before: dict[str, Operations] = {}
 
     @contextmanager
@@ -69,7 +69,7 @@ class Recorder:
         swaps = torch.__future__.get_swap_module_params_on_conversion()
         torch.__future__.set_swap_module_params_on_conversion(True)  # else a converted shadow would keep its old type
         _current = self
-        self.phase(self._name)
+        self.phase(self.name)
         try:
             with ShadowMode(self._saw):
                 yield
@@ -81,7 +81,7 @@ class Recorder:
     def phase(self, name: str) -> None:
         """Ends the phase that runs and goes on with this one, which may have run before."""
         self._close()
-        self._name = name
+        self.name = name
         self.phases.setdefault(name, Phase())
         self.memory.begin()
 
@@ -108,7 +108,7 @@ class Recorder:
         self._mark()
 
     def _close(self) -> None:
-        phase = self.phases.get(self._name)
+        phase = self.phases.get(self.name)
         if phase is None:
             return
         phase.heap = max(phase.heap, self.memory.heap.top + self.memory.mapped)
@@ -126,7 +126,7 @@ class Recorder:
         self.memory.see(results, self._label_of(results))
         if key not in self.examples:
             self.examples[key] = operation()
-        self.phases[self._name].operations[key] += 1
+        self.phases[self.name].operations[key] += 1
 
     def _label_of(self, results: Sequence[Tensor]) -> str:
         """Logits are known by their width; other memory has the label of the ``with`` block that it is taken in."""

@@ -8,6 +8,8 @@ from pathlib import Path
 from alignment.core import typed_json
 
 FILE = "cost.json"
+ASKED = "asked.json"
+"""In the folder that ``python -m alignment.estimate`` gets: stage files, and those of their variants."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,9 +29,10 @@ class StageCost:
     """A stage on one process.
 
     ``fixed`` are the bytes of the libraries, or of a GPU's context. On a GPU the phases before training are those of
-    the host, which needs ``host`` bytes then. ``trained`` and ``weights`` count numbers. ``remedy`` are the overrides
-    (after ``stages.NAME.``) with which it fits and needs ``remedy_peak`` bytes, if it does not fit by itself; in a
-    trade, those that make this way of training. ``error`` says why there are no phases.
+    the host, which needs ``host`` bytes then. ``trained`` and ``weights`` count numbers. Where it is not known how many
+    rows there are, FLOP and seconds are those of the ``first_rows``. ``remedy`` are the overrides with which it fits
+    and needs ``remedy_peak`` bytes, if it does not fit by itself; in a trade, those that make this way of training.
+    ``error`` says why there are no phases.
     """
 
     stage: str
@@ -42,6 +45,7 @@ class StageCost:
     tokens: float = 0.0
     trained: int = 0
     weights: int = 0
+    first_rows: int = 0
     remedy: list[str] = field(default_factory=list)
     remedy_peak: int = 0
     error: str = ""

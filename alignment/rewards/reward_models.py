@@ -15,11 +15,12 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from alignment.config.model import Dtype
 from alignment.core.errors import DataError, ModelError, RewardError
 from alignment.core.model_files import refuse_weights_elsewhere
+from alignment.costs.recorder import WEIGHTS, memory_for, on_shadows
 from alignment.data.records import Prompt
 from alignment.data.tokens.rendering import render
 from alignment.data.tokens.tokenize import encode
@@ -138,6 +139,25 @@ def _without(control: Sequence[str], text: str) -> str:
     return text
 
 
+def _read(folder: Path, dtype: Dtype, *, source: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers reports about its weights."""
+    if on_shadows():
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+        with memory_for(WEIGHTS):
+            return AutoModelForSequenceClassification.from_config(config, dtype=DTYPES[dtype]), {"missing_keys": []}
+    try:
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            str(folder),
+            dtype=DTYPES[dtype],
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"the model cannot be loaded: {error}", where=source) from error
+    return model, report
+
+
 def load_external(folder: Path, dtype: Dtype, *, source: str) -> tuple[PreTrainedModel, Any]:
     """A plain transformers sequence-classification model with one label, and its tokenizer.
 
@@ -155,16 +175,7 @@ def load_external(folder: Path, dtype: Dtype, *, source: str) -> tuple[PreTraine
             where=source,
             remedy="put the template that it was trained with into its folder (chat_template.jinja)",
         )
-    try:
-        model, report = AutoModelForSequenceClassification.from_pretrained(
-            str(folder),
-            dtype=DTYPES[dtype],
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"the model cannot be loaded: {error}", where=source) from error
+    model, report = _read(folder, dtype, source=source)
     name = type(model).__name__
     if not hasattr(model, "score"):
         raise ModelError(

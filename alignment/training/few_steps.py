@@ -20,6 +20,7 @@ class FewSteps(TrainerCallback):
         self._trainer = trainer
         self._period = period
         self._tokens = 0.0
+        self._before = ""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -35,6 +36,8 @@ class FewSteps(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """What the optimiser takes in its first step are its moments."""
+        self._before = self._recorder.name
+        self._recorder.phase("optimising")
         self._recorder.memory.label = OPTIMIZER
 
     def on_optimizer_step(
@@ -42,6 +45,7 @@ class FewSteps(TrainerCallback):
     ) -> None:
         """Runs after the optimiser's step."""
         self._recorder.memory.label = ACTIVATIONS
+        self._recorder.phase(self._before)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Writes no checkpoint."""

@@ -20,7 +20,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from alignment.config.launch import Sharding
 from alignment.core.errors import StageError
-from alignment.costs.recorder import recorder
+from alignment.costs.recorder import OPTIMIZER, memory_for, recorder
 from alignment.models.forward.attention import ATTENTION
 from alignment.training.context import StageContext
 from alignment.training.device import own_device
@@ -127,7 +127,8 @@ class LongestBatch(TrainerCallback):
     def _fits(self, rows: Sequence[int]) -> bool:
         moments = []
         try:
-            moments = _memory_for_moments(self._trainer.optimizer)
+            with memory_for(OPTIMIZER):
+                moments = _memory_for_moments(self._trainer.optimizer)
             self._trainer.try_rows(rows)
         except Exception as error:
             if not is_out_of_memory(error):

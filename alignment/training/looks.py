@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from alignment.config.validation import ValidationConfig
 from alignment.core.errors import ConfigError
+from alignment.costs.recorder import on_shadows
 from alignment.records import validation_figures as names
 from alignment.training.best_weights import BestWeights
 from alignment.training.callbacks import NothingLeft
@@ -70,7 +71,7 @@ class Validation(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Refuses looks that would never come, once the number of steps is known."""
-        if self._config.every > state.max_steps:
+        if self._config.every > state.max_steps and not on_shadows():  # which read few rows
             raise ConfigError(
                 f"{self._config.every} is more than the {state.max_steps} optimiser steps of the stage",
                 where=f"stages.{self._context.spec.stage}.validation.every",

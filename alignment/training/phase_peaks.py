@@ -22,7 +22,7 @@ class PhasePeaks:
     def __init__(self) -> None:
         self.resident: dict[str, float] = {}
         self.allocated: dict[str, float] = {}
-        self._name = ""
+        self._name = "starting"
 
     def begin(self, name: str) -> None:
         """Ends the phase that runs and begins another, which may have run before."""

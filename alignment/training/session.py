@@ -80,14 +80,14 @@ def train(
     steps = StepLog(context, log, headline=headline)
     checks = (WarmupEnds(), FiniteSteps(trainer), NoStepTooMany())
     looks = () if validation is None else (validation,)  # first: it adds to what others log, seal and stop
+    if (estimate := recorder()) is not None:  # before others that take a step
+        trainer.add_callback(FewSteps(estimate, trainer, period=period))
     longest = (LongestBatch(trainer, context),) if isinstance(trainer, MicroBatches) else ()
     for callback in (*looks, AdaptersAtWork(), steps, Checkpoints(context), *checks, *longest, stop):
         trainer.add_callback(callback)
     if validation is not None and resumed is not None:
         validation.resume(resumed)
     # NothingLeft: an earlier attempt did every step; the checkpoint is loaded.
-    if (estimate := recorder()) is not None:
-        trainer.add_callback(FewSteps(estimate, trainer, period=period))
     with stop.listening(), contextlib.suppress(NothingLeft):
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     if stop.stopped:

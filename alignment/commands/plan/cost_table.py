@@ -37,14 +37,14 @@ def show_trades(console: Console, recipe: str, cost: RunCost) -> None:
             _NONE if trade.error else _gb(trade.peak),
             _NONE if trade.error else duration(trade.seconds),
             f"{trade.trained / trade.weights:.2%}" if trade.weights else _NONE,
-            escape(trade.error or " ".join(f"stages.{trade.stage}.{override}" for override in trade.remedy)),
+            escape(trade.error or " ".join(trade.remedy)),
         )
     print_whole(console, table)
     console.print(f"a setting goes behind: align run {recipe}", markup=False, highlight=False)
 
 
 def _cells(stage: StageCost) -> list[str]:
-    if stage.error:
+    if stage.error or not stage.phases:
         return [stage.stage, stage.adapter, *[_NONE] * 4]
     name, phase = max(stage.phases.items(), key=lambda item: (item[1].held, item[1].peak))
     terms = {"fixed": stage.fixed, **{part: phase.parts[part] for part in _PARTS if part in phase.parts}}
@@ -63,11 +63,16 @@ def _cells(stage: StageCost) -> list[str]:
 def _remarks(stage: StageCost, cost: RunCost) -> list[str]:
     if stage.error:
         return [f"{stage.stage}: cannot be estimated: {stage.error}"]
+    rows = f"{stage.stage}: FLOP and time are those of the first {stage.first_rows:,} rows; others are not counted"
+    remarks = [rows] if stage.first_rows else []
     if not cost.memory or stage.peak <= cost.memory:
-        return []
-    fits = " ".join(f"stages.{stage.stage}.{override}" for override in stage.remedy)
+        return remarks
+    fits = " ".join(stage.remedy)
     lacks = f"{stage.stage}: {_gb(stage.peak)} GB do not fit into {_gb(cost.memory)} GB"
-    return [f"{lacks}; {_gb(stage.remedy_peak)} GB with {fits}" if fits else f"{lacks}, with no setting that was tried"]
+    return [
+        *remarks,
+        f"{lacks}; {_gb(stage.remedy_peak)} GB with {fits}" if fits else f"{lacks}, with no setting that was tried",
+    ]
 
 
 def _table(*names: str) -> Table:

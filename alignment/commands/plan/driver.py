@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from alignment.commands.plan.cost_table import show_cost, show_trades
+from alignment.core import hardware
 from alignment.core.errors import ConfigError, ModelError
 from alignment.costs.devices import DEVICES, THIS
 from alignment.pipeline.backends.feasibility import refuse_sizes, why_not_here
@@ -36,6 +37,12 @@ def show(
     """
     if device not in (THIS, *DEVICES):
         raise ConfigError(f"no device '{device}'", where="--device", remedy=f"one of {', '.join((THIS, *DEVICES))}")
+    if cost and device == THIS and hardware.count_devices():
+        raise ConfigError(
+            "this machine has a GPU, whose operations are not timed",
+            where="--cost",
+            remedy=f"name it: --device {' | '.join(DEVICES)}",
+        )
     plan = make_plan(recipe, overrides, find=resolve_shapes if cost or trade else resolve)
     refuse_sizes(plan)
     show_plan(console, plan)

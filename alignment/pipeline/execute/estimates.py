@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from alignment import __version__
+from alignment.config.launch import DEVICE, LaunchConfig
 from alignment.config.typed import to_plain
 from alignment.core import hardware
-from alignment.core.errors import StageError
+from alignment.core.artifacts import write_json
+from alignment.core.errors import AlignmentError, ArtifactError, StageError
 from alignment.core.fingerprint import digest
 from alignment.costs.devices import THIS
-from alignment.pipeline.backends import environment, processes
+from alignment.pipeline.backends import environment, feasibility, processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute import worker_protocol
-from alignment.pipeline.plan.plan import Plan, PlannedStage
-from alignment.records.cost import FILE, RunCost, StageCost
+from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
+from alignment.pipeline.plan.variants import WAYS, cheaper, way_of_training
+from alignment.pipeline.sources.model_sources import resolve_shapes
+from alignment.records.cost import ASKED, FILE, RunCost, StageCost
 from alignment.stages.base import RunsOn
-from alignment.stages.registry import kind_of
+from alignment.stages.registry import as_trained, kind_of
 
 _FOLDER = ".cost"
 
@@ -46,27 +54,64 @@ def estimate(
     folder = _folder(plan) / f"{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    announce(
-        f"running {', '.join(stage.name for stage in stages)} on shapes: some seconds each, and nothing is trained"
-    )
+    names = ", ".join(stage.name for stage in stages)
+    announce(f"running {names} on shapes: some seconds each, and nothing is trained")
     try:
-        cost = _in_process(
-            plan,
-            stages,
-            folder,
-            ["--device", device, "--memory", str(memory), *["--trade"] * trade, *["--as-run"] * as_run],
-        )
+        asked = [_asked(plan, stage, folder, trade=trade, with_remedies=memory > 0) for stage in stages]
+        write_json(folder / ASKED, asked)
+        cost = _in_process(folder, ["--device", device, "--memory", str(memory), *["--as-run"] * as_run])
         for stage, own in zip(stages, cost.stages, strict=True):
-            RunCost(device=device, memory=memory, stages=[own]).write(_file(plan, stage, device))
+            if not own.error and not as_run:
+                RunCost(device=device, memory=memory, stages=[own]).write(_file(plan, stage, device))
         return cost
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def _asked(plan: Plan, stage: PlannedStage, folder: Path, *, trade: bool, with_remedies: bool) -> dict[str, Any]:
+    """What the process is asked for a stage: its file, and those of the variants that a plan does not refuse."""
+    asked: dict[str, Any] = {"file": _stage_file(plan, stage, folder), "cheaper": [], "ways": []}
+    asked["processes"] = _launch_of(plan, stage).world_size
+    trained = as_trained(stage.config)
+    if trained is None:
+        return asked
+    for overrides in cheaper(stage.name, trained) if with_remedies else ():
+        if (variant := _variant(plan, stage, overrides)) is not None:
+            asked["cheaper"].append({"overrides": overrides, "file": _stage_file(*variant, folder, *overrides)})
+    for way in WAYS if trade else ():
+        overrides = (way_of_training(stage.name, way),)
+        variant = _variant(plan, stage, overrides)
+        file = None if variant is None else _stage_file(*variant, folder, *overrides)
+        asked["ways"].append({"name": way, "overrides": overrides, "file": file})
+    return asked
+
+
+def _variant(plan: Plan, stage: PlannedStage, overrides: Sequence[str]) -> tuple[Plan, PlannedStage] | None:
+    """The plan with further overrides, and the stage in it; None if it is refused."""
+    try:
+        other = make_plan(plan.recipe, [*plan.overrides, *overrides], find=resolve_shapes)
+    except AlignmentError:
+        return None
+    return other, next(planned for planned in other.stages if planned.name == stage.name)
+
+
+def _launch_of(plan: Plan, stage: PlannedStage) -> LaunchConfig:
+    """The launch of a stage; one process for each GPU counts as one."""
+    launch = replace(plan.config.launch, num_processes=max(1, plan.config.launch.num_processes))
+    return feasibility.of_stage(launch, stage.config, num_devices=launch.num_processes)
+
+
+def _stage_file(plan: Plan, stage: PlannedStage, folder: Path, *overrides: str) -> str:
+    own = folder / "stages" / digest([stage.name, *overrides])[:16]
+    return str(worker_protocol.write_stage_file(plan, stage, _launch_of(plan, stage), git_commit="", folder=own))
+
+
 def known(plan: Plan, stage: PlannedStage, *, device: str) -> StageCost | None:
     """What an earlier call estimated for a stage with these settings, if there was one."""
-    file = _file(plan, stage, device)
-    return RunCost.read(file).stages[0] if file.is_file() else None
+    try:
+        return RunCost.read(_file(plan, stage, device)).stages[0]
+    except (FileNotFoundError, ArtifactError, IndexError):
+        return None
 
 
 def pass_on(plan: Plan, stage: PlannedStage, folder: Path) -> None:
@@ -82,15 +127,10 @@ def own_memory() -> float:
     return float(psutil.virtual_memory().available)
 
 
-def _in_process(plan: Plan, stages: Sequence[PlannedStage], folder: Path, options: Sequence[str]) -> RunCost:
-    launch = plan.config.launch
-    files = [
-        str(worker_protocol.write_stage_file(plan, stage, launch, git_commit="", folder=folder / "stages" / stage.name))
-        for stage in stages
-    ]
+def _in_process(folder: Path, options: Sequence[str]) -> RunCost:
     argv = [sys.executable, "-m", "alignment.estimate", str(folder), *options]
-    argv += ["--processes", str(max(1, launch.world_size)), "--stages", *files]
     variables = environment.of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
+    variables |= {DEVICE: "cpu", **dict.fromkeys(hardware.VISIBLE, "")}  # shapes need no GPU
     log = folder / "log.txt"
     code = processes.execute(
         Command(argv=tuple(argv), environment=variables), log=log, on_poll=lambda: None, grace_seconds=1.0
@@ -106,4 +146,7 @@ def _folder(plan: Plan) -> Path:
 
 
 def _file(plan: Plan, stage: PlannedStage, device: str) -> Path:
-    return _folder(plan) / f"{digest([stage.fingerprint, to_plain(stage.config), device])}.json"
+    """Where the cost of a stage is remembered: for its settings, its launch, this version and this machine."""
+    machine = [platform.node(), hardware.count_cores(), __version__]
+    key = [stage.fingerprint, to_plain(stage.config), to_plain(plan.config.launch), device, machine]
+    return _folder(plan) / f"{digest(key)}.json"

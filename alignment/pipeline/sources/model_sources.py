@@ -81,7 +81,9 @@ def resolve_shapes(source: str, *, where: str) -> ModelSource:
         return model
     patterns = [f"*{suffix}" for suffix in sorted(_IDENTITY_SUFFIXES - {".safetensors"})]
     snapshot = hub.snapshot(repository, patterns=patterns, download=True, failure=ModelError)
-    return replace(model, folder=snapshot, ready=snapshot is not None)
+    if snapshot is None:
+        return model
+    return replace(model, identity=f"hub:{repository.id}@{snapshot.name}", folder=snapshot, ready=True)
 
 
 def fetch(model: ModelSource, *, announce: bundled_model.Announce) -> ModelSource:

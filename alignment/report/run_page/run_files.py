@@ -113,7 +113,7 @@ def _read_stage(run_folder: Path, name: str, record: RunRecord, folder: Path | N
 
 def _planned(file: Path) -> StageCost | None:
     cost, _ = shown(file, RunCost) if file.is_file() else (None, "")
-    return cost.stages[0] if cost is not None and cost.stages else None
+    return cost.stages[0] if cost is not None and cost.stages and not cost.stages[0].error else None
 
 
 def _read_manifest(folder: Path | None, notes: list[str]) -> Manifest | None:

@@ -42,13 +42,13 @@ def test_a_line_says_memory_time_work_and_what_holds_the_memory() -> None:
 def test_what_does_not_fit_is_said_with_what_would() -> None:
     stage = StageCost(
         **{name: getattr(LEARNS, name) for name in ("stage", "kind", "adapter", "phases", "fixed")},
-        remedy=["optim.micro_batch_tokens=512", "adapter.kind=lora"],
+        remedy=["stages.dpo.optim.micro_batch_tokens=512", "adapter@stages.dpo.adapter=lora"],
         remedy_peak=3 * GB,
     )
     text = printed(show_cost, RunCost(device="this", memory=4.0 * GB, stages=[stage]))
     assert (
         "dpo: 6.50 GB do not fit into 4.00 GB; "
-        "3.00 GB with stages.dpo.optim.micro_batch_tokens=512 stages.dpo.adapter.kind=lora"
+        "3.00 GB with stages.dpo.optim.micro_batch_tokens=512 adapter@stages.dpo.adapter=lora"
     ) in text
     alone = printed(show_cost, RunCost(device="this", memory=4.0 * GB, stages=[LEARNS]))
     assert "dpo: 6.50 GB do not fit into 4.00 GB, with no setting that was tried" in alone
@@ -67,9 +67,9 @@ def test_a_trade_says_what_to_write() -> None:
         adapter="qlora",
         trained=5,
         weights=1000,
-        remedy=["adapter.kind=qlora"],
+        remedy=["adapter@stages.dpo.adapter=qlora"],
     )
     text = printed(show_trades, "quickstart", RunCost(device="this", trades=[trade]))
     line = next(line for line in text.splitlines() if line.startswith("dpo"))
-    assert line.split() == ["dpo", "qlora", "6.50", "1", "min", "01", "s", "0.50%", "stages.dpo.adapter.kind=qlora"]
+    assert line.split() == ["dpo", "qlora", "6.50", "1", "min", "01", "s", "0.50%", "adapter@stages.dpo.adapter=qlora"]
     assert "align run quickstart" in text
