@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -40,8 +41,8 @@ def test_a_line_says_memory_time_work_and_what_holds_the_memory() -> None:
 
 
 def test_what_does_not_fit_is_said_with_what_would() -> None:
-    stage = StageCost(
-        **{name: getattr(LEARNS, name) for name in ("stage", "kind", "adapter", "phases", "fixed")},
+    stage = replace(
+        LEARNS,
         remedy=["stages.dpo.optim.micro_batch_tokens=512", "adapter@stages.dpo.adapter=lora"],
         remedy_peak=3 * GB,
     )
@@ -54,6 +55,13 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
     assert "dpo: 6.50 GB do not fit into 4.00 GB, with no setting that was tried" in alone
 
 
+def test_on_a_gpu_the_host_needs_memory_too_and_uncounted_rows_are_named() -> None:
+    stage = replace(LEARNS, host=16 * GB, first_rows=1000)
+    text = printed(show_cost, RunCost(device="h100", memory=80.0 * GB, stages=[stage]))
+    assert "dpo: 16.00 GB of the host's memory while it loads" in text
+    assert "dpo: FLOP and time are those of the first 1,000 rows; others are not counted" in text
+
+
 def test_a_stage_that_cannot_be_estimated_says_why() -> None:
     stage = StageCost(stage="ppo", kind="ppo", adapter="lora", error="it asks the server at http://x")
     assert "ppo: cannot be estimated: it asks the server at http://x" in printed(
@@ -62,8 +70,8 @@ def test_a_stage_that_cannot_be_estimated_says_why() -> None:
 
 
 def test_a_trade_says_what_to_write() -> None:
-    trade = StageCost(
-        **{name: getattr(LEARNS, name) for name in ("stage", "kind", "phases", "fixed")},
+    trade = replace(
+        LEARNS,
         adapter="qlora",
         trained=5,
         weights=1000,
