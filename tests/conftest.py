@@ -50,7 +50,7 @@ def _signals_as_before() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-SEVERAL_PROCESSES = ("distributed/", "e2e/test_machines", "e2e/test_lost_processes")
+SEVERAL_PROCESSES = ("distributed/", "e2e/test_machines", "e2e/test_lost_processes", "e2e/test_sweep")
 """Files whose tests start several processes that wait for one another; two such tests at once crawl."""
 
 

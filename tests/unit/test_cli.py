@@ -59,7 +59,13 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         "plan ./mine.yaml seed=1 name=x",
         "alignment.commands.plan.driver.show",
         ("./mine.yaml", ["seed=1", "name=x"]),
-        {},
+        {"cost": False, "device": "this", "trade": False},
+    ),
+    (
+        "plan ./mine.yaml --device h100 --trade",
+        "alignment.commands.plan.driver.show",
+        ("./mine.yaml", []),
+        {"cost": True, "device": "h100", "trade": True},
     ),
     (
         "preview quickstart --html page.html --rows 3",

@@ -72,20 +72,16 @@ def _row(words: int) -> dict[str, Any]:
     return {"messages": [turn, {"role": "assistant", "content": "the hall " * (words // 2)}]}
 
 
-@pytest.mark.parametrize(("masters", "bytes_of_weight"), [(True, 16), (False, 8)])
-def test_adam_takes_sixteen_bytes_a_weight_and_eight_without_masters(
-    estimate: Estimate, masters: bool, bytes_of_weight: int
-) -> None:
-    """Four, or two, for the weight, its gradient and each of its two moments (Rajbhandari et al. 2020, section 3.1)."""
-    adapter = AdapterConfig(kind=AdapterKind.full, master_weights=masters)
-    cost = estimate(TWO_LAYERS, adapter, words=200)
+def test_adam_takes_sixteen_bytes_a_weight(estimate: Estimate) -> None:
+    """Four for the weight, its gradient and each of its two moments (Rajbhandari et al. 2020, section 3.1)."""
+    cost = estimate(TWO_LAYERS, AdapterConfig(kind=AdapterKind.full), words=40)
     assert cost.error == ""
     assert cost.weights == cost.trained == 2 * 128_256 * 4096 + 2 * (LINEAR_OF_LAYER + 2 * 4096) + 4096
     parts = max(cost.phases.values(), key=lambda phase: phase.peak).parts
     states = parts["weights"] + parts["gradients"] + parts["optimiser"]
     # The embedding's gradient is counted as an activation until it is complete.
-    assert states == pytest.approx(bytes_of_weight * cost.weights, rel=0.15)
-    assert cost.peak > bytes_of_weight * cost.weights
+    assert states == pytest.approx(16 * cost.weights, rel=0.15)
+    assert cost.peak > 16 * cost.weights
 
 
 def test_qlora_on_eight_billion_weights_fits_on_a_card_of_24_gb(estimate: Estimate) -> None:

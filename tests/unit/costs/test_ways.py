@@ -49,7 +49,7 @@ def spec_of(folder: Path, kind: type[Any], **settings: Any) -> StageSpec:
     base = save_tiny_model(folder / "base", hidden_size=64)
     for weights in base.glob("*.safetensors"):
         weights.unlink()
-    optim = OptimConfig(lr=1e-4, batch_size=4, micro_batch_tokens=64)
+    optim = OptimConfig(lr=1e-4, batch_size=4, micro_batch_tokens=1024)
     config = kind(data=DataConfig(source=f"path:{rows}"), optim=optim, **settings)
     return tiny_spec(folder, config, base_path=base, data_path=rows)
 
