@@ -25,7 +25,8 @@ class LiveMemory:
     """Counts storages from their first appearance until nothing refers to them.
 
     New ones are counted under ``label``. ``peak`` is the largest sum since ``begin``, and ``parts`` are its terms.
-    ``heap`` is what they would be in on a CPU, and ``mapped`` the largest file that was read beside it.
+    ``heap`` is what they would be in on a CPU, and ``mapped`` the most that a file and what was read from it
+    took together.
     """
 
     def __init__(self, label: str) -> None:
@@ -55,7 +56,7 @@ class LiveMemory:
 
     def map_file(self, size: int) -> None:
         """Counts a file that was read into memory beside what there is now."""
-        self.mapped = max(self.mapped, size)
+        self.mapped = max(self.mapped, self.total + size)
         if self.total + size > self.peak:
             self.peak, self.parts = self.total + size, {**self.now, "file": size}
 

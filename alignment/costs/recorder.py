@@ -111,7 +111,7 @@ class Recorder:
         phase = self.phases.get(self.name)
         if phase is None:
             return
-        phase.heap = max(phase.heap, self.memory.heap.top + self.memory.mapped)
+        phase.heap = max(phase.heap, self.memory.heap.top, self.memory.mapped)
         if self.memory.peak > phase.peak:
             phase.peak, phase.parts = self.memory.peak, self.memory.parts
 

@@ -206,12 +206,13 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 def _from_shapes(folder: Path, dtype: torch.dtype, estimate: Recorder) -> PreTrainedModel:
     """The model as shadows, for which its configuration is enough."""
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    stored = config.dtype  # which the next call replaces
     with memory_for(WEIGHTS), no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()  # which is left out with the initial numbers
     estimate.has_model(model.get_input_embeddings().num_embeddings)
-    if config.dtype is not None and config.dtype is not dtype:  # else the file's own pages are the weights
-        estimate.memory.map_file(model.num_parameters() * config.dtype.itemsize)
+    if stored is not None and stored is not dtype:  # else the file's own pages are the weights
+        estimate.memory.map_file(model.num_parameters() * stored.itemsize)
     return model
 
 
