@@ -58,7 +58,9 @@ DIVIDED: dict[Sharding, tuple[str, ...]] = {
 }
 """What the processes of a launch divide (Rajbhandari et al. 2020)."""
 ROWS = 1000
-"""Rows of a stage's data that are read."""
+"""Rows that a stage which trains reads."""
+FEW_ROWS = 16
+"""Rows that another stage reads, which does the same with each."""
 
 
 def main() -> int:
@@ -186,7 +188,7 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
         tokens=recorder.mean_tokens * recorder.all_steps * repeats.steps,
         trained=recorder.trained,
         weights=recorder.weights,
-        first_rows=ROWS if repeats.is_unknown else 0,
+        first_rows=_rows_read(spec) if repeats.is_unknown else 0,
     )
 
 
@@ -213,7 +215,8 @@ def _as_estimated(spec: StageSpec) -> StageSpec:
     changes: dict[str, Any] = {}
     config: Any = spec.config
     if isinstance(data := getattr(config, "data", None), DataConfig):
-        changes["data"] = replace(data, limit=min(data.limit or ROWS, ROWS))
+        rows = _rows_read(spec)
+        changes["data"] = replace(data, limit=min(data.limit or rows, rows))
     if isinstance(sampling := getattr(config, "sampling", None), SamplingConfig):
         ahead: dict[str, Any] = {"max_staleness": 0} if isinstance(sampling, RolloutSamplingConfig) else {}
         changes["sampling"] = replace(sampling, engine=Engine.own, **ahead)
@@ -249,27 +252,34 @@ class _Repeats:
 def _repeats_of(spec: StageSpec) -> _Repeats:
     config: Any = spec.config
     data = getattr(config, "data", None)
-    counted = _share_unread(spec.data_path, data) if isinstance(data, DataConfig) else 1.0
+    counted = _share_unread(spec.data_path, data, _rows_read(spec)) if isinstance(data, DataConfig) else 1.0
     rows, is_unknown = (1.0, True) if counted is None else (counted, False)
     optim = getattr(config, "optim", None)
     if not isinstance(optim, OptimConfig):
         epochs = float(getattr(config, "ppo_epochs", 1))
-        return _Repeats(learning=epochs, of_steps=epochs, is_unknown=is_unknown and optim is None)
+        without = optim is None  # it does the same with every row
+        return _Repeats(
+            learning=epochs, rows=rows if without else 1.0, of_steps=epochs, is_unknown=without and is_unknown
+        )
     larger = optim.batch_size / min(optim.batch_size, STEP_ROWS)
     if optim.max_steps is not None:
         return _Repeats(steps=larger, rows=rows)
     return _Repeats(steps=rows, rows=rows, of_steps=rows / larger, is_unknown=is_unknown)
 
 
-def _share_unread(file: Path, data: DataConfig) -> float | None:
+def _rows_read(spec: StageSpec) -> int:
+    return FEW_ROWS if spec.adapter is None else ROWS
+
+
+def _share_unread(file: Path, data: DataConfig, rows: int) -> float | None:
     """How many times as many rows as are read here the stage reads; None if that would need reading them all."""
-    if data.limit is not None and data.limit <= ROWS:
+    if data.limit is not None and data.limit <= rows:
         return 1.0
     if file.suffix != ".jsonl" or not file.is_file():
         return None
     with file.open("rb") as lines:
         number = sum(1 for _ in lines)
-    return max(1.0, min(number, data.limit or number) / ROWS)
+    return max(1.0, min(number, data.limit or number) / rows)
 
 
 def _run(spec: StageSpec, recorder: Recorder, function: Any, *, publishes: bool) -> None:

@@ -52,7 +52,7 @@ def estimate(
     """
     stages = [stage for stage in plan.stages if kind_of(stage.config).launch.runs_on is not RunsOn.driver]
     folder = _folder(plan) / f"{os.getpid()}"
-    shutil.rmtree(folder, ignore_errors=True)
+    _clear(_folder(plan))
     folder.mkdir(parents=True)
     names = ", ".join(stage.name for stage in stages)
     announce(f"running {names} on shapes: some seconds each, and nothing is trained")
@@ -66,6 +66,13 @@ def estimate(
         return cost
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what calls left that were killed."""
+    for left in folder.glob("[0-9]*"):
+        if left.is_dir() and (left.name == str(os.getpid()) or not psutil.pid_exists(int(left.name))):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _asked(plan: Plan, stage: PlannedStage, folder: Path, *, trade: bool, with_remedies: bool) -> dict[str, Any]:
