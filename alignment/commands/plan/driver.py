@@ -37,10 +37,10 @@ def show(
     """
     if device not in (THIS, *DEVICES):
         raise ConfigError(f"no device '{device}'", where="--device", remedy=f"one of {', '.join((THIS, *DEVICES))}")
-    if cost and device == THIS and hardware.count_devices():
+    if (cost or trade) and device == THIS and hardware.count_devices():
         raise ConfigError(
             "this machine has a GPU, whose operations are not timed",
-            where="--cost",
+            where="--cost" if cost else "--trade",
             remedy=f"name it: --device {' | '.join(DEVICES)}",
         )
     plan = make_plan(recipe, overrides, find=resolve_shapes if cost or trade else resolve)

@@ -26,3 +26,14 @@ def test_a_model_that_is_not_here_is_refused_with_what_fetches_it(
         show(Console(file=io.StringIO()), "quickstart", [f"output={tmp_path}"], cost=True)
     assert "make model" in str(refused.value)
     assert not (tmp_path / "artifacts").exists()
+
+
+@pytest.mark.parametrize(("asked", "where"), [({"cost": True}, "--cost"), ({"trade": True}, "--trade")])
+def test_on_a_machine_with_a_gpu_the_gpu_is_to_be_named(
+    asked: dict[str, bool], where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with pytest.raises(ConfigError, match=r"this machine has a GPU, whose operations are not timed") as refused:
+        show(Console(file=io.StringIO()), "quickstart", [], **asked)
+    assert where in str(refused.value)
+    assert "--device h200" in str(refused.value)
