@@ -29,7 +29,7 @@ from alignment.config.data import DataConfig
 from alignment.config.launch import Offload, Sharding
 from alignment.config.optim import OptimConfig
 from alignment.config.sampling_engine import Engine, RolloutSamplingConfig, SamplingConfig
-from alignment.core.errors import AlignmentError, NonFiniteError
+from alignment.core.errors import AlignmentError
 from alignment.costs.devices import CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
 from alignment.costs.op_times import seconds_of
 from alignment.costs.recorder import GRADIENTS, OPTIMIZER, WEIGHTS, Operations, Recorder
@@ -168,8 +168,6 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
     function = function_of(kind_of(spec.config))
     try:
         _run(_as_estimated(spec), recorder, function, publishes=publishes)
-    except NonFiniteError:
-        pass  # a last check of results, which mean nothing here
     except AlignmentError as error:
         return StageCost(**described, error=str(error))
     except Exception as error:  # noqa: BLE001 - a stage that cannot run on shadows must not hide the others

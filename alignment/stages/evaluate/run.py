@@ -8,6 +8,7 @@ from typing import Any
 
 from alignment.core.artifacts import write_lines
 from alignment.core.typed_json import to_json
+from alignment.costs.recorder import on_shadows
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation.arms import Answered, reward_scores, sequence_logprobs, side_by_side
@@ -87,7 +88,8 @@ def _scored(
     policies.release()
     rewards = _rewards(context, answers)
     for name, arm in arms.items():
-        refuse_not_finite(name, arm, rewards=rewards[name], log_ratios=log_ratios[name])
+        if not on_shadows():
+            refuse_not_finite(name, arm, rewards=rewards[name], log_ratios=log_ratios[name])
     grades = grade_answers(config, context, grader, answers, asked_turns(rows))
     measured = Measured(rewards=rewards, choices=choices, grades=grades.by_metric)
     scored = ScoredAnswers(
