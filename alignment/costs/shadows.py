@@ -276,7 +276,9 @@ def _key_of(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Key:
 def _described(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
         return (leaf.dtype, leaf.shape, leaf.stride())
-    return leaf if isinstance(leaf, (int, float, str, torch.dtype, type(None))) else str(leaf)
+    if isinstance(leaf, (int, float)):
+        return (type(leaf), leaf)  # 2 and 2.0 are equal, but not what a product with an integer is
+    return leaf if isinstance(leaf, (str, torch.dtype, type(None))) else str(leaf)
 
 
 def _are_apart(results: Sequence[Tensor], on_meta: Any) -> bool:

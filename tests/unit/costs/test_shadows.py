@@ -87,6 +87,13 @@ def test_in_place_a_tensor_stays_the_one_that_it_was() -> None:
     assert x.mul_(2) is x
 
 
+@pytest.mark.usefixtures("mode")
+def test_equal_numbers_of_two_types_are_two_operations() -> None:
+    x = torch.empty(64, 64, dtype=torch.int32)
+    assert (x * 2).dtype is torch.int32
+    assert (x * 2.0).dtype is torch.float32
+
+
 def test_a_module_of_shadows_can_be_converted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
     with ShadowMode():
