@@ -24,7 +24,6 @@ from alignment.pipeline.execute import estimates
 from alignment.pipeline.plan.plan import make_plan
 from alignment.records.cost import StageCost
 
-STAGES = ("cpt", "sft", "reward", "dpo", "kto", "ppo", "grpo")
 ADAPTERS = ("full", "lora", "dora", "qlora", "prefix")
 RESULTS, PAGE = CODE_ROOT / "docs" / "costs.json", CODE_ROOT / "docs" / "costs.md"
 BEGIN, END = "<!-- planned beside measured -->", "<!-- end -->"
@@ -33,29 +32,20 @@ _WORDS = ("the", "note", "says", "that", "keys", "are", "with", "caretaker", "in
 _OPTIM = "optim: {batch_size: 4, micro_batch_tokens: 1024, lr: 1e-4, warmup_ratio: 0.0, max_steps: 3}"
 _RL = "optim: {batch_size: 8, micro_batch_tokens: 1024, lr: 1e-4}"
 _ROLLOUTS = "max_new_tokens: 64, updates: 2, completions_per_prompt: 2, ppo_epochs: 1, num_minibatches: 1"
-_RECIPE = f"""
-defaults:
-  - base
-  - stage@stages.cpt: cpt
-  - stage@stages.sft: sft
-  - stage@stages.reward: reward
-  - stage@stages.dpo: dpo
-  - stage@stages.kto: kto
-  - stage@stages.ppo: ppo
-  - stage@stages.grpo: ppo
-  - _self_
-summary: every kind of training, to compare what was planned with what was measured
-stages:
-  cpt: {{init: base, data: {{source: "path:texts.jsonl"}}, max_length: 256, {_OPTIM}}}
-  sft: {{init: base, data: {{source: "path:conversations.jsonl"}}, {_OPTIM}}}
-  reward: {{init: base, data: {{source: "path:pairs.jsonl"}}, eval_fraction: 0.25, {_OPTIM}}}
-  dpo: {{init: base, data: {{source: "path:pairs.jsonl"}}, {_OPTIM}}}
-  kto: {{init: base, data: {{source: "path:pairs.jsonl"}}, {_OPTIM}}}
-  ppo: {{init: base, reward: "stage:reward", data: {{source: "path:pairs.jsonl"}}, {_ROLLOUTS}, {_RL}}}
-  grpo:
-    {{init: base, reward: "stage:reward", advantage: grpo, critic: none,
-      data: {{source: "path:pairs.jsonl"}}, {_ROLLOUTS}, {_RL}}}
-"""
+_STAGES = {
+    "cpt": f'init: base, data: {{source: "path:texts.jsonl"}}, max_length: 256, {_OPTIM}',
+    "sft": f'init: base, data: {{source: "path:conversations.jsonl"}}, {_OPTIM}',
+    "reward": f'init: base, data: {{source: "path:pairs.jsonl"}}, eval_fraction: 0.25, {_OPTIM}',
+    "dpo": f'init: base, data: {{source: "path:pairs.jsonl"}}, {_OPTIM}',
+    "kto": f'init: base, data: {{source: "path:pairs.jsonl"}}, {_OPTIM}',
+    "ppo": f'init: base, reward: "stage:reward", data: {{source: "path:pairs.jsonl"}}, {_ROLLOUTS}, {_RL}',
+    "grpo": f'init: base, reward: "stage:reward", advantage: grpo, critic: none, data: {{source: "path:pairs.jsonl"}}, '
+    f"{_ROLLOUTS}, {_RL}",
+}
+_KINDS = {"grpo": "ppo"}
+"""The kind of a stage that has another name."""
+_WITHOUT = {"prefix": ("dpo", "kto")}
+"""Stages that do not work with an adapter (docs/compatibility.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,8 +78,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as temporary:
             folder = (options.folder or Path(temporary)) / adapter
             folder.mkdir(parents=True, exist_ok=True)
-            cells += list(_cells(adapter, folder, options.overrides))
-            for cell in cells[-len(STAGES) :]:
+            for cell in _cells(adapter, folder, options.overrides):
+                cells.append(cell)
                 print(_line(cell), flush=True)
     if options.only == ",".join(ADAPTERS):
         RESULTS.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n", encoding="utf-8")
@@ -100,8 +90,9 @@ def main() -> int:
 def _cells(adapter: str, folder: Path, more: Sequence[str]) -> Iterator[Cell]:
     _write_rows(folder)
     recipe = folder / "costs.yaml"
-    recipe.write_text(_RECIPE.replace("path:", f"path:{folder}/"), encoding="utf-8")
-    overrides = [f"output={folder / 'out'}", *(f"adapter@stages.{name}.adapter={adapter}" for name in STAGES), *more]
+    stages = [name for name in _STAGES if name not in _WITHOUT.get(adapter, ())]
+    recipe.write_text(_recipe(stages).replace("path:", f"path:{folder}/"), encoding="utf-8")
+    overrides = [f"output={folder / 'out'}", *(f"adapter@stages.{name}.adapter={adapter}" for name in stages), *more]
     plan = make_plan(str(recipe), overrides)
     planned = estimates.estimate(plan, device=THIS, memory=0.0, as_run=True, announce=print)
     subprocess.run([sys.executable, "-m", "alignment.cli", "run", str(recipe), *overrides], check=True)
@@ -109,6 +100,20 @@ def _cells(adapter: str, folder: Path, more: Sequence[str]) -> Iterator[Cell]:
         manifest = read_manifest(stage.artifact)
         assert manifest is not None, "the run has made it"
         yield _cell(cost, adapter, manifest.usage)
+
+
+def _recipe(stages: Sequence[str]) -> str:
+    kinds = "\n".join(f"  - stage@stages.{name}: {_KINDS.get(name, name)}" for name in stages)
+    settings = "\n".join(f"  {name}: {{{_STAGES[name]}}}" for name in stages)
+    return f"""
+defaults:
+  - base
+{kinds}
+  - _self_
+summary: every kind of training, to compare what was planned with what was measured
+stages:
+{settings}
+"""
 
 
 def _cell(cost: StageCost, adapter: str, usage: dict[str, float]) -> Cell:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from alignment.costs.recorder import WEIGHTS, memory_for
+from alignment.costs.recorder import WEIGHTS, memory_for, on_shadows
 from alignment.models.assembly.precision import products_dtype
 
 BLOCK = 64
@@ -119,6 +119,16 @@ def quantize_trunk(model: PreTrainedModel, device: torch.device) -> None:
         path, _, own = name.rpartition(".")
         with memory_for(WEIGHTS):
             setattr(model.base_model.get_submodule(path), own, Nf4Linear(layer.to(device)))
+    _close_file(model)
+
+
+def _close_file(model: PreTrainedModel) -> None:
+    """Copies what was not quantised. As parts of the mapped file these weights would keep all of it in memory."""
+    if on_shadows():  # which no file holds
+        return
+    for held in (*model.parameters(), *model.buffers()):
+        if held.is_floating_point():
+            held.data = held.data.clone()
 
 
 @torch.no_grad()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from alignment.models.kernels.nf4 import Nf4Linear, quantize_trunk, round_trunk
 from tests.oracles.close import close
@@ -14,6 +16,7 @@ from tests.tiny import tiny_model
 from tests.unit.models.conftest import relative
 
 CPU = torch.device("cpu")
+MAPS = Path("/proc/self/maps")
 LEVELS = (
     -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
     0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0,
@@ -80,6 +83,17 @@ def test_a_trunk_in_four_bits_says_what_its_rounded_weights_say(architecture: st
     assert type(quantized.get_output_embeddings()) is nn.Linear, "the head stays as it is"
     close(quantized(ids).logits, rounded(ids).logits, rtol=1e-5, atol=1e-5)
     assert relative(rounded(ids).logits, model(ids).logits) > 1e-3, "rounding should be visible"
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="only Linux lists the files that a process has mapped")
+def test_the_file_of_a_trunk_in_four_bits_does_not_stay_in_memory(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=True)
+    expected = model.get_input_embeddings().weight.clone()
+    assert str(tmp_path) in MAPS.read_text()
+    quantize_trunk(model, CPU)
+    assert str(tmp_path) not in MAPS.read_text()
+    assert torch.equal(model.get_input_embeddings().weight, expected)
 
 
 def test_copies_and_moves_keep_what_the_bits_stand_for() -> None:
