@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import time
@@ -30,19 +31,21 @@ from alignment.config.launch import Offload, Sharding
 from alignment.config.optim import OptimConfig
 from alignment.config.sampling_engine import Engine, RolloutSamplingConfig, SamplingConfig
 from alignment.core.errors import AlignmentError
-from alignment.costs.devices import CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
+from alignment.costs.devices import CODE_BYTES, CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
 from alignment.costs.op_times import seconds_of
-from alignment.costs.recorder import GRADIENTS, OPTIMIZER, WEIGHTS, Operations, Recorder
+from alignment.costs.recorder import GRADIENTS, OPTIMIZER, WEIGHTS, Operations, Phase, Recorder
 from alignment.costs.shadows import Key, Operation
 from alignment.costs.work import bytes_of, flop_of
 from alignment.job import StageSpec
 from alignment.records.cost import ASKED, FILE, PhaseCost, RunCost, StageCost
 from alignment.stages.registry import kind_of
 from alignment.stages.stage_file import read_spec
+from alignment.training.checkpoints import NUM_STORED
 from alignment.training.context import StageContext
 from alignment.worker import function_of, publish_result
 
 STARTING, LEARNING, OPTIMISING, TRYING = "starting", "training", "optimising", "trying the longest batch"
+SAMPLING, VALIDATING = "sampling", "validating"
 ONCE = {TRYING, "saving"}
 """Phases that a stage goes through once, however many rows it has."""
 BEFORE = (STARTING, "loading", "tokenising")
@@ -142,7 +145,7 @@ class Timer:
         self.tries_longest = tries_longest
         self.processes = processes
         self.is_gpu = device != THIS
-        self.fixed = int(CONTEXT_BYTES) if self.is_gpu else psutil.Process().memory_info().rss + int(RUNTIME_BYTES)
+        self.fixed = int(CONTEXT_BYTES) if self.is_gpu else psutil.Process().memory_info().rss
         self.startup = 0.0 if self.is_gpu else time.time() - psutil.Process().create_time()
         self._device = DEVICES.get(device)
         self._seconds: dict[Key, float] = {}
@@ -182,12 +185,20 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
         phases=phases,
         host=max((phase.peak for phase in on_host), default=0),
         fixed=timer.fixed,
+        result=recorder.trained_bytes + recorder.copied_bytes,
+        checkpoints=_checkpoints(recorder),
         steps=round(recorder.all_steps * repeats.of_steps),
         tokens=recorder.mean_tokens * recorder.all_steps * repeats.steps,
         trained=recorder.trained,
         weights=recorder.weights,
         first_rows=_rows_read(spec) if repeats.is_unknown else 0,
     )
+
+
+def _checkpoints(recorder: Recorder) -> int:
+    """Bytes of the stored ones and of one that is being written: trained weights and the optimiser's moments."""
+    each = recorder.trained_bytes + recorder.memory.now[OPTIMIZER]
+    return (NUM_STORED + 1) * each
 
 
 def _adapter_of(spec: StageSpec) -> str:
@@ -237,12 +248,13 @@ class _Repeats:
     """How many times as much as the estimated stage the whole one does, unless that ``is_unknown``.
 
     ``steps``: of its steps, and ``learning`` times as often in the phase that learns. ``rows``: of what it does with
-    each row. ``of_steps``: by how much the number of its steps is larger.
+    each row, and ``held_out`` with each that is held out. ``of_steps``: by how much the number of its steps is larger.
     """
 
     steps: float = 1.0
     learning: float = 1.0
     rows: float = 1.0
+    held_out: float = 1.0
     of_steps: float = 1.0
     is_unknown: bool = False
 
@@ -260,9 +272,11 @@ def _repeats_of(spec: StageSpec) -> _Repeats:
             learning=epochs, rows=rows if without else 1.0, of_steps=epochs, is_unknown=without and is_unknown
         )
     larger = optim.batch_size / min(optim.batch_size, STEP_ROWS)
+    validation = getattr(config, "validation", None)
+    held_out = rows if validation is not None and validation.share is not None else 1.0  # a part of the rows
     if optim.max_steps is not None:
-        return _Repeats(steps=larger, rows=rows)
-    return _Repeats(steps=rows, rows=rows, of_steps=rows / larger, is_unknown=is_unknown)
+        return _Repeats(steps=larger, rows=rows, held_out=held_out)
+    return _Repeats(steps=rows, rows=rows, held_out=held_out, of_steps=rows / larger, is_unknown=is_unknown)
 
 
 def _rows_read(spec: StageSpec) -> int:
@@ -303,9 +317,11 @@ def _scale(recorder: Recorder) -> float:
 def _phases(recorder: Recorder, timer: Timer, repeats: _Repeats) -> dict[str, PhaseCost]:
     costs = {}
     for name, phase in recorder.phases.items():
-        in_steps: Operations = recorder.step_operations.get(name, Counter())
+        in_steps: Operations = Counter() if name == VALIDATING else recorder.step_operations.get(name, Counter())
         times = _times(name, recorder, repeats, processes=timer.processes) if in_steps else 1.0
-        if not in_steps and name not in ONCE:
+        if name == VALIDATING:
+            times = recorder.looks / recorder.looks_taken * repeats.of_steps * repeats.held_out
+        elif not in_steps and name not in ONCE:
             times = repeats.rows
         # Reading a file takes the time before, not the operations on what was read.
         flop, seconds = (
@@ -313,12 +329,22 @@ def _phases(recorder: Recorder, timer: Timer, repeats: _Repeats) -> dict[str, Ph
         )
         costs[name] = PhaseCost(
             peak=phase.peak,
-            held=phase.peak if timer.is_gpu else phase.heap,
+            held=phase.peak if timer.is_gpu else phase.resident + _beside(name, phase, recorder),
             parts=phase.parts,
             flop=flop * times,
             seconds=timer.startup if name == STARTING else seconds * times,
         )
     return costs
+
+
+def _beside(name: str, phase: Phase, recorder: Recorder) -> int:
+    """Bytes beside the tensors of a process on a CPU once it computes. Sampled answers have ever new lengths, so that
+    there is soon code for as many shapes as oneDNN caches."""
+    if name in BEFORE:
+        return 0
+    most = int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024"))  # oneDNN's own default
+    shapes = most if SAMPLING in recorder.phases else min(phase.compiled, most)
+    return int(RUNTIME_BYTES + CODE_BYTES * shapes)
 
 
 def _times(name: str, recorder: Recorder, repeats: _Repeats, *, processes: int) -> float:

@@ -36,8 +36,11 @@ BANDWIDTH_SHARE = 0.7
 CONTEXT_BYTES = 600e6
 """What CUDA's context and its libraries take of a GPU's memory; assumed."""
 
-RUNTIME_BYTES = 170e6
-"""What tokenizer, rows and oneDNN's code take in a process on a CPU beside the libraries; measured on two AMD cores."""
+RUNTIME_BYTES = 120e6
+"""What a process on a CPU takes beside tensors once it computes: tokenizer, rows, threads, pages of libraries that were
+not used before. Measured on two AMD cores, as is the next one."""
+CODE_BYTES = 350e3
+"""What oneDNN's code for one shape of a product of 16-bit numbers takes."""
 
 
 def seconds_on(device: Device, *, flop: float, moved: float) -> float:

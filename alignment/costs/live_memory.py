@@ -15,18 +15,20 @@ from alignment.costs.heap import Heap
 
 
 class _Block(NamedTuple):
+    """A storage; one that is part of a mapped file has no ``address`` in the heap."""
+
     reference: weakref.ref[Any]
     size: int
     label: str
-    address: int
+    address: int | None
 
 
 class LiveMemory:
     """Counts storages from their first appearance until nothing refers to them.
 
     New ones are counted under ``label``. ``peak`` is the largest sum since ``begin``, and ``parts`` are its terms.
-    ``heap`` is what they would be in on a CPU, and ``mapped`` the most that a file and what was read from it
-    took together.
+    ``resident`` is what a process on a CPU would hold for them: its ``heap`` and its ``mapped`` files. Weights that are
+    used as they are stored stay in their file.
     """
 
     def __init__(self, label: str) -> None:
@@ -36,7 +38,9 @@ class LiveMemory:
         self.total = 0
         self.peak = 0
         self.mapped = 0
+        self.resident = 0
         self.parts: dict[str, int] = {}
+        self._in_file = False
         self._known: dict[int, _Block] = {}
 
     def see(self, tensors: Sequence[Tensor], label: str = "") -> None:
@@ -48,15 +52,31 @@ class LiveMemory:
                 continue
             size, name = storage.nbytes(), label or self.label
             reference = weakref.ref(storage, functools.partial(self._forget, key))
-            self._known[key] = _Block(reference, size, name, self.heap.allocate(size))
+            self._known[key] = _Block(reference, size, name, self._address(size))
             self.now[name] += size
             self.total += size
+            self.resident = max(self.resident, self.heap.top + self.mapped)
             if self.total > self.peak:
                 self._at_peak()
 
-    def map_file(self, size: int) -> None:
-        """Counts a file that was read into memory beside what there is now."""
-        self.mapped = max(self.mapped, self.total + size)
+    def _address(self, size: int) -> int | None:
+        if self._in_file:
+            self.mapped += size
+            return None
+        return self.heap.allocate(size)
+
+    @contextmanager
+    def from_file(self) -> Iterator[None]:
+        """Counts new storages in a ``with`` block as parts of a mapped file."""
+        self._in_file = True
+        try:
+            yield
+        finally:
+            self._in_file = False
+
+    def read_file(self, size: int) -> None:
+        """Counts a file that was mapped while it was converted, beside what there is now."""
+        self.resident = max(self.resident, self.heap.top + self.mapped + size)
         if self.total + size > self.peak:
             self.peak, self.parts = self.total + size, {**self.now, "file": size}
 
@@ -70,7 +90,7 @@ class LiveMemory:
 
     def begin(self) -> None:
         """Starts a phase with its own peak."""
-        self.peak = self.mapped = 0
+        self.resident = self.heap.top + self.mapped
         self._at_peak()
 
     @contextmanager
@@ -86,7 +106,10 @@ class LiveMemory:
         block = self._known.pop(key)
         self.now[block.label] -= block.size
         self.total -= block.size
-        self.heap.free(block.address)
+        if block.address is None:
+            self.mapped -= block.size
+        else:
+            self.heap.free(block.address)
 
     def _at_peak(self) -> None:
         self.peak = self.total

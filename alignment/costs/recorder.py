@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from alignment.costs.live_memory import LiveMemory
 from alignment.costs.shadows import Key, Operation, Shadow, ShadowMode
+from alignment.costs.work import is_compiled
 
 WEIGHTS, GRADIENTS, OPTIMIZER, CACHE, LOGITS, ACTIVATIONS = (
     "weights",
@@ -30,10 +31,15 @@ Operations = Counter[Key]
 
 @dataclass(slots=True)
 class Phase:
-    """The largest sum of live bytes in a phase with its terms, the most that heap and files took, and operations."""
+    """The largest sum of live bytes in a phase with its terms, and operations.
+
+    ``resident`` is the most that heap and files took, and ``compiled`` counts the shapes of products so far for which
+    oneDNN has made code.
+    """
 
     peak: int = 0
-    heap: int = 0
+    resident: int = 0
+    compiled: int = 0
     parts: dict[str, int] = field(default_factory=dict)
     operations: Operations = field(default_factory=Counter)
 
@@ -42,7 +48,9 @@ class Recorder:
     """Collects the phases of one stage, which always tries its longest micro-batch unless ``tries_longest`` is false.
 
     ``period`` optimiser steps of ``all_steps`` were run last; ``step_operations`` are theirs, by phase, and
-    ``tokens_of_period`` the tokens that they read, where ``mean_tokens`` a step are expected.
+    ``tokens_of_period`` the tokens that they read, where ``mean_tokens`` a step are expected. ``trained`` and
+    ``weights`` count numbers, ``trained_bytes`` those of the first. Held-out rows are read ``looks`` times, and were
+    read ``looks_taken`` times.
     """
 
     def __init__(self, *, for_gpu: bool = False, tries_longest: bool = True) -> None:
@@ -57,9 +65,14 @@ class Recorder:
         self.tokens_of_period = 0.0
         self.mean_tokens = 0.0
         self.trained = 0
+        self.trained_bytes = 0
+        self.copied_bytes = 0
         self.weights = 0
+        self.looks = 0
+        self.looks_taken = 0
         self.vocabulary = 0
         self.name = "starting"
+        self._compiled = 0
         self._before: dict[str, Operations] = {}
 
     @contextmanager
@@ -94,6 +107,7 @@ class Recorder:
         self.all_steps, self.period = number, period
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.trained = sum(parameter.numel() for parameter in learned)
+        self.trained_bytes = sum(parameter.nbytes for parameter in learned)
         self.weights = sum(parameter.numel() for parameter in model.parameters())
         for parameter in learned:
             parameter.register_post_accumulate_grad_hook(self._relabel_gradient)  # type: ignore[no-untyped-call]
@@ -111,7 +125,8 @@ class Recorder:
         phase = self.phases.get(self.name)
         if phase is None:
             return
-        phase.heap = max(phase.heap, self.memory.heap.top, self.memory.mapped)
+        phase.resident = max(phase.resident, self.memory.resident)
+        phase.compiled = self._compiled
         if self.memory.peak > phase.peak:
             phase.peak, phase.parts = self.memory.peak, self.memory.parts
 
@@ -126,6 +141,7 @@ class Recorder:
         self.memory.see(results, self._label_of(results))
         if key not in self.examples:
             self.examples[key] = operation()
+            self._compiled += is_compiled(self.examples[key])
         self.phases[self.name].operations[key] += 1
 
     def _label_of(self, results: Sequence[Tensor]) -> str:

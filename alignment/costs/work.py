@@ -17,6 +17,13 @@ _VIEWS = {
     "empty", "empty_strided", "new_empty", "empty_like", "new_empty_strided", "lift_fresh", "is_pinned",
 }  # fmt: skip
 """Operations that move no numbers."""
+_PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "_linear_pointwise"}
+
+
+def is_compiled(operation: Operation) -> bool:
+    """Whether it is a product for which oneDNN makes code on a CPU: one of 16-bit numbers."""
+    result = operation.results[0] if operation.results else None
+    return operation.func.overloadpacket.__name__ in _PRODUCTS and result is not None and result.itemsize == 2
 
 
 def flop_of(operation: Operation) -> float:

@@ -29,10 +29,11 @@ class StageCost:
     """A stage on one process.
 
     ``fixed`` are the bytes of the libraries, or of a GPU's context. On a GPU the phases before training are those of
-    the host, which needs ``host`` bytes then. ``trained`` and ``weights`` count numbers. Where it is not known how many
-    rows there are, FLOP and seconds are those of the ``first_rows``. ``remedy`` are the overrides with which it fits
-    and needs ``remedy_peak`` bytes, if it does not fit by itself; in a trade, those that make this way of training.
-    ``error`` says why there are no phases.
+    the host, which needs ``host`` bytes then. On the disk ``result`` bytes stay, and ``checkpoints`` are there until the
+    stage ends. ``trained`` and ``weights`` count numbers. Where it is not known how many rows there are, FLOP and
+    seconds are those of the ``first_rows``. ``remedy`` are the overrides with which it fits and needs ``remedy_peak``
+    bytes, if it does not fit by itself; in a trade, those that make this way of training. ``error`` says why there are
+    no phases.
     """
 
     stage: str
@@ -41,6 +42,8 @@ class StageCost:
     phases: dict[str, PhaseCost] = field(default_factory=dict)
     fixed: int = 0
     host: int = 0
+    result: int = 0
+    checkpoints: int = 0
     steps: int = 0
     tokens: float = 0.0
     trained: int = 0
@@ -79,6 +82,12 @@ class RunCost:
     def write(self, path: Path) -> None:
         """Replaces the file."""
         typed_json.write(path, self)
+
+    @property
+    def disk(self) -> int:
+        """Bytes of all results, and of the largest checkpoints."""
+        results = sum(stage.result for stage in self.stages)
+        return results + max((stage.checkpoints for stage in self.stages), default=0)
 
     @staticmethod
     def read(path: Path) -> RunCost:

@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from alignment.config.validation import ValidationConfig
 from alignment.core.errors import ConfigError
-from alignment.costs.recorder import on_shadows
+from alignment.costs.recorder import on_shadows, recorder
 from alignment.records import validation_figures as names
 from alignment.training.best_weights import BestWeights
 from alignment.training.callbacks import NothingLeft
@@ -85,7 +85,7 @@ class Validation(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Looks if a look is due; the step is then logged with the figures of the look, whatever ``log_every`` says."""
-        if state.global_step % self._config.every and state.global_step < state.max_steps:
+        if not self._is_due(state, control):
             return
         self._context.progress("validating", state.global_step, state.max_steps)
         self._metrics = held_out_metrics(self._trainer, self._held_out)
@@ -95,6 +95,14 @@ class Validation(TrainerCallback):
         control.should_log = True
         if self.looks.out_of_patience:
             control.should_save = control.should_training_stop = True  # as after the last step
+
+    def _is_due(self, state: TrainerState, control: TrainerControl) -> bool:
+        if (estimate := recorder()) is not None:  # which ends early, and needs one look to know what they cost
+            due = bool(control.should_training_stop)
+            estimate.looks = math.ceil(state.max_steps / self._config.every)
+            estimate.looks_taken += due
+            return due
+        return state.global_step % self._config.every == 0 or state.global_step == state.max_steps
 
     def on_log(
         self,

@@ -16,15 +16,27 @@ _NONE = "–"
 _SHOWN = 0.005 * _GB
 
 
-def show_cost(console: Console, cost: RunCost) -> None:
-    """A line for each stage: memory, time, work, and what holds the memory at its peak."""
-    table = _table("stage", "trains", "memory", "time", "FLOP", "at the peak, in GB")
+def show_cost(console: Console, cost: RunCost, *, free: float | None = None) -> None:
+    """A line for each stage: memory, the size of its result, work, time, and what holds the memory at its peak.
+
+    ``free`` are the bytes of the disk that results go to.
+    """
+    table = _table("stage", "trains", "memory", "disk", "steps", "tokens", "FLOP", "time", "at the peak, in GB")
     for stage in cost.stages:
         table.add_row(*_cells(stage))
     print_whole(console, table)
     for stage in cost.stages:
         for line in _remarks(stage, cost):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(_disk_line(cost, free), markup=False, highlight=False, soft_wrap=True)
+
+
+def _disk_line(cost: RunCost, free: float | None) -> str:
+    """What the run needs on the disk, and whether so much is ``free``, if that is known."""
+    line = f"disk: {_gb(cost.disk)} GB for results and for the checkpoints of a stage while it trains"
+    if free is None or cost.disk <= free:
+        return line
+    return f"{line}; only {_gb(free)} GB are free, so set output to a folder on a larger disk"
 
 
 def show_trades(console: Console, recipe: str, cost: RunCost) -> None:
@@ -45,7 +57,7 @@ def show_trades(console: Console, recipe: str, cost: RunCost) -> None:
 
 def _cells(stage: StageCost) -> list[str]:
     if stage.error or not stage.phases:
-        return [stage.stage, stage.adapter, *[_NONE] * 4]
+        return [stage.stage, stage.adapter, *[_NONE] * 7]
     name, phase = max(stage.phases.items(), key=lambda item: (item[1].held, item[1].peak))
     terms = {"fixed": stage.fixed, **{part: phase.parts[part] for part in _PARTS if part in phase.parts}}
     terms["gaps"] = stage.peak - sum(terms.values())
@@ -54,8 +66,11 @@ def _cells(stage: StageCost) -> list[str]:
         stage.stage,
         stage.adapter or "nothing",
         f"{_gb(stage.peak)} GB",
-        duration(stage.seconds),
+        f"{_gb(stage.result)} GB",
+        f"{stage.steps:,}" if stage.steps else _NONE,
+        f"{stage.tokens:.1e}" if stage.tokens else _NONE,
         f"{stage.flop:.1e}",
+        duration(stage.seconds),
         f"{name}: {held}",
     ]
 

@@ -70,7 +70,7 @@ def _show_cost(console: Console, plan: Plan, *, device: str, trade: bool) -> Non
         trade=trade,
         announce=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
     )
-    show_cost(console, cost)
+    show_cost(console, cost, free=estimates.free_disk(plan) if device == THIS else None)
     if trade:
         show_trades(console, plan.recipe, cost)
 
@@ -79,6 +79,7 @@ def _show_known(console: Console, plan: Plan) -> None:
     """What was estimated before for stages with these settings."""
     stages = [known for stage in plan.stages if (known := estimates.known(plan, stage, device=THIS)) is not None]
     if stages:
-        show_cost(console, RunCost(device=THIS, memory=estimates.own_memory(), stages=stages))
+        cost = RunCost(device=THIS, memory=estimates.own_memory(), stages=stages)
+        show_cost(console, cost, free=estimates.free_disk(plan))
     else:
         console.print("--cost says what memory and time it would take", highlight=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -207,12 +208,13 @@ def _from_shapes(folder: Path, dtype: torch.dtype, estimate: Recorder) -> PreTra
     """The model as shadows, for which its configuration is enough."""
     config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
     stored = config.dtype  # which the next call replaces
-    with memory_for(WEIGHTS), no_init_weights():
+    is_converted = stored is not None and stored is not dtype  # else the file's own pages are the weights
+    with memory_for(WEIGHTS), no_init_weights(), nullcontext() if is_converted else estimate.memory.from_file():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.tie_weights()  # which is left out with the initial numbers
     estimate.has_model(model.get_input_embeddings().num_embeddings)
-    if stored is not None and stored is not dtype:  # else the file's own pages are the weights
-        estimate.memory.map_file(model.num_parameters() * stored.itemsize)
+    if is_converted:
+        estimate.memory.read_file(model.num_parameters() * stored.itemsize)
     return model
 
 

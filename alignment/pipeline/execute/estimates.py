@@ -134,6 +134,14 @@ def own_memory() -> float:
     return float(psutil.virtual_memory().available)
 
 
+def free_disk(plan: Plan) -> float:
+    """Bytes that are free where the results of a plan go."""
+    folder = plan.output
+    while not folder.exists():
+        folder = folder.parent
+    return float(shutil.disk_usage(folder).free)
+
+
 def _in_process(folder: Path, options: Sequence[str]) -> RunCost:
     argv = [sys.executable, "-m", "alignment.estimate", str(folder), *options]
     variables = environment.of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))

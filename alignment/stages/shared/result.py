@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.costs.recorder import on_shadows
+from alignment.costs.recorder import on_shadows, recorder
 from alignment.costs.shadows import zeros
 from alignment.data.tokens.tokenizer import tokenizer_hashes
 from alignment.models.assembly.adapters import OWN, put_in_order
@@ -65,6 +65,8 @@ def save_model(
         tokenizer.save_pretrained(str(folder))
         return StageResult(metrics=metrics, base={"source": "self"}, hashes=hashes)
     if start.source == "self":  # the base is another artifact's own model; this artifact must not depend on that one
+        if (estimate := recorder()) is not None:
+            estimate.copied_bytes = sum(weight.nbytes for weight in model.parameters() if not weight.requires_grad)
         shutil.copytree(start.base, fresh_folder(context, "model"), dirs_exist_ok=True)
     below = adapters_below(start, context.adapter)
     own = fresh_folder(context, f"adapters/{len(below)}-{context.spec.stage}")

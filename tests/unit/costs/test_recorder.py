@@ -102,9 +102,39 @@ def test_a_file_that_is_read_counts_beside_the_weights_in_its_phase_alone() -> N
     with recorder.recording():
         recorder.phase("loading")
         weights = torch.empty(WIDTH, WIDTH)
-        recorder.memory.map_file(SQUARE // 2)
+        recorder.memory.read_file(SQUARE // 2)
         recorder.phase("training")
         del weights
     assert recorder.phases["loading"].peak == SQUARE + SQUARE // 2
-    assert recorder.phases["loading"].heap >= SQUARE + SQUARE // 2
+    assert SQUARE + SQUARE // 2 <= recorder.phases["loading"].resident < 2 * SQUARE
     assert recorder.phases["training"].peak == SQUARE
+    assert recorder.phases["training"].resident < SQUARE + SQUARE // 2
+
+
+def test_weights_in_their_file_leave_no_hole_in_the_heap() -> None:
+    """What the file held is not there for other tensors once it is closed."""
+    recorder = Recorder()
+    with recorder.recording():
+        with recorder.memory.from_file():
+            weights = torch.empty(WIDTH, WIDTH)
+        recorder.phase("one")
+        del weights
+        own = torch.empty(WIDTH, WIDTH)
+        recorder.phase("two")
+        del own
+        torch.empty(WIDTH, WIDTH)
+    assert recorder.memory.heap.top < SQUARE + SQUARE // 2
+    residents = [recorder.phases[name].resident for name in ("starting", "one", "two")]
+    assert residents[0] == SQUARE
+    assert residents[1] == residents[2] == recorder.memory.heap.top
+
+
+def test_code_is_made_once_for_each_shape_of_a_product_of_16_bit_numbers() -> None:
+    recorder = Recorder()
+    with recorder.recording():
+        weight = torch.empty(WIDTH, WIDTH, dtype=torch.bfloat16)
+        for rows in (20, 30, 30):
+            torch.empty(rows, WIDTH, dtype=torch.bfloat16) @ weight
+        torch.empty(20, WIDTH) @ weight.float()
+        weight * weight
+    assert recorder.phases["starting"].compiled == 2

@@ -14,6 +14,7 @@ from alignment.config.data import DataConfig
 from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
 from alignment.config.launch import Sharding
 from alignment.config.optim import OptimConfig
+from alignment.config.validation import ValidationConfig
 from alignment.estimate import Timer, cost_of
 from alignment.job import StageSpec
 from alignment.records.cost import StageCost
@@ -75,6 +76,10 @@ def test_every_way_has_phases_and_a_peak(
         assert cost.flop > 0
         assert cost.seconds > 0
     assert costs["full"].trained == costs["full"].weights
+    assert costs["full"].result == 4 * costs["full"].trained
+    assert costs["lora"].result == 4 * costs["lora"].trained
+    # Three checkpoints, each with a weight and its two moments; those of small tensors are not counted.
+    assert costs["full"].checkpoints == pytest.approx(3 * 3 * 4 * costs["full"].trained, rel=0.01)
     assert 0 < costs["prefix"].trained < costs["lora"].trained < costs["dora"].trained < costs["full"].trained
     held = {name: cost.phases["training"].parts.get("weights", 0) for name, cost in costs.items()}
     assert held["qlora"] < held["lora"]
@@ -104,6 +109,18 @@ def test_steps_and_tokens_are_those_of_the_whole_stage(
     assert limited.steps == 3
     assert limited.tokens == pytest.approx(1.5 * whole.tokens, rel=0.1)
     assert limited.flop == pytest.approx(1.5 * whole.flop, rel=0.3)
+
+
+def test_looks_at_held_out_rows_take_as_long_as_there_are_looks(tmp_path: Path, timer: Timer) -> None:
+    spec = spec_of(tmp_path, DpoConfig)
+    optim = replace(spec.config.optim, max_steps=6)
+    flop = {}
+    for every in (2, 4):  # three looks, and two
+        validation = ValidationConfig(share=0.25, every=every)
+        config = replace(spec.config, optim=optim, validation=validation)
+        flop[every] = cost_of(replace(spec, config=config), timer, publishes=False).phases["validating"].flop
+    assert flop[2] == pytest.approx(1.5 * flop[4])
+    assert flop[4] > 0
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from functools import partial
 
 from rich.console import Console
 
@@ -22,11 +23,15 @@ LEARNS = StageCost(
         ),
     },
     fixed=GB // 2,
+    result=GB,
+    checkpoints=9 * GB,
+    steps=1200,
+    tokens=3.4e6,
 )
 
 
 def printed(show: object, *arguments: object) -> str:
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=160)
     show(console, *arguments)  # type: ignore[operator]
     return console.file.getvalue()  # type: ignore[attr-defined]
 
@@ -34,8 +39,21 @@ def printed(show: object, *arguments: object) -> str:
 def test_a_line_says_memory_time_work_and_what_holds_the_memory() -> None:
     text = printed(show_cost, RunCost(device="this", memory=64.0 * GB, stages=[LEARNS]))
     line = next(line for line in text.splitlines() if line.startswith("dpo"))
-    assert line.split()[:8] == ["dpo", "full", "6.50", "GB", "1", "min", "01", "s"]
-    assert "2.0e+13" in line
+    assert line.split()[:13] == [
+        "dpo",
+        "full",
+        "6.50",
+        "GB",
+        "1.00",
+        "GB",
+        "1,200",
+        "3.4e+06",
+        "2.0e+13",
+        "1",
+        "min",
+        "01",
+        "s",
+    ]
     assert "training: fixed 0.50, weights 2.00, activations 3.00, gaps 1.00" in line
     assert "fit" not in text
 
@@ -60,6 +78,16 @@ def test_on_a_gpu_the_host_needs_memory_too_and_uncounted_rows_are_named() -> No
     text = printed(show_cost, RunCost(device="h100", memory=80.0 * GB, stages=[stage]))
     assert "dpo: 16.00 GB of the host's memory while it loads" in text
     assert "dpo: FLOP and time are those of the first 1,000 rows; others are not counted" in text
+
+
+def test_results_stay_on_the_disk_and_checkpoints_of_one_stage_at_a_time() -> None:
+    cost = RunCost(device="this", stages=[LEARNS, replace(LEARNS, stage="kto", checkpoints=3 * GB)])
+    expected = "disk: 11.00 GB for results and for the checkpoints of a stage while it trains"
+    assert f"{expected}\n" in printed(show_cost, cost)
+    assert f"{expected}\n" in printed(partial(show_cost, free=11.0 * GB), cost)
+    assert f"{expected}; only 10.00 GB are free, so set output to a folder on a larger disk" in printed(
+        partial(show_cost, free=10.0 * GB), cost
+    )
 
 
 def test_a_stage_that_cannot_be_estimated_says_why() -> None:
