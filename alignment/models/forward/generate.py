@@ -32,6 +32,9 @@ PREFILL_TOKENS = 1024
 FULL_ENOUGH = 0.75
 """Share of unfinished rows above which finished rows stay, because a few rows less hardly make a step cheaper."""
 
+ASSUMED_LENGTHS = 8
+"""How many lengths the answers of a batch have where no token is computed."""
+
 BLOCK = 256
 """Tokens of the vocabulary whose probabilities are first summed."""
 
@@ -177,8 +180,8 @@ def _continue(
     positions = seen[:, :width].sum(-1, keepdim=True) - 1
     for step in range(max_new_tokens):
         tokens = logits.argmax(-1) if uniforms is None else _sample(logits, uniforms[:, step], temperature)
-        if on_shadows():  # an answer that ends early would cost less than one may cost
-            tokens = torch.full_like(tokens, min(set(range(len(end_ids) + 1)) - end_ids))
+        if on_shadows():
+            tokens = torch.tensor([_assumed(row, max_new_tokens - step, end_ids) for row in rows], device=model.device)
         for row, token in zip(rows, tokens.tolist(), strict=True):
             if row in unfinished:
                 answers[row].append(token)
@@ -199,6 +202,13 @@ def _continue(
         positions += 1
         logits = _next_logits(model, tokens[:, None], seen[:, : width + step + 1], positions, cache)
     return answers
+
+
+def _assumed(row: int, steps_left: int, end_ids: frozenset[int]) -> int:
+    """A token where none is computed. Answers get nearly as long as they may be, because shorter ones cost less, but
+    not all equally long: otherwise every tensor would fit where an earlier one was."""
+    ends = steps_left == 1 + row % ASSUMED_LENGTHS
+    return min(end_ids if ends and end_ids else set(range(len(end_ids) + 1)) - end_ids)
 
 
 def _begin(model: PreTrainedModel, prompts: Sequence[Sequence[int]], reading: Reading | None, room: int) -> _Begun:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, P
 
 from alignment.config.adapter import AdapterConfig
 from alignment.core.errors import ModelError
+from alignment.costs.recorder import Recorder
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.forward import generate as generate_module
 from alignment.models.forward import shared_prompts as reading_module
@@ -418,3 +419,11 @@ def test_every_step_runs_without_cudnns_attention_and_leaves_the_callers_choice(
         torch.backends.cuda.enable_cudnn_sdp(before)
     assert len(during) >= 2 * 3
     assert not any(during)
+
+
+def test_answers_on_shapes_are_long_but_not_equally_long() -> None:
+    with Recorder().recording():
+        model = tiny_model("llama")
+        answers = generate(model, [[5, 6, 7]] * 10, max_new_tokens=12, end_ids=[END], batch_size=10)
+    assert [len(answer) for answer in answers] == [12, 11, 10, 9, 8, 7, 6, 5, 12, 11]
+    assert {answer.index(END) for answer in answers if END in answer} <= set(range(4, 12))
