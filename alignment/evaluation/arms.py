@@ -49,8 +49,8 @@ class Answered:
 
     ``logprobs`` are those of its own answers, in nats; None for an arm whose log-ratio is not needed. ``references``
     are those of the rows' reference answers, one entry per turn, None for a turn without one or an arm with another
-    tokenizer. ``seconds`` is the time that computing all of it took. ``turns`` are how many each prompt has; empty if
-    each has one.
+    tokenizer. ``seconds`` is the time that generating took, on all processes together. ``turns`` are how many each
+    prompt has; empty if each has one.
     """
 
     answers: list[Answer]

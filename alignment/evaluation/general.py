@@ -12,13 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from alignment.core.errors import DataError, NonFiniteError
 from alignment.data.records import PlainText, Question
 from alignment.data.tokens.rendering import answer_texts
 from alignment.data.tokens.tokenize import encode, encode_all, escaped_text, front, prompt_ids, tokenize_rows
-from alignment.evaluation.arms import sequence_logprobs
 
 CHUNK_TOKENS = 512
 """Tokens of a text that are read at once; a chunk of a longer text does not see the tokens before it."""
@@ -60,6 +57,17 @@ class Material:
             counts[chunk.row] += len(chunk.scored)
         return counts
 
+    @property
+    def chunk_rows(self) -> tuple[list[list[int]], list[list[int]]]:
+        """What is read of each chunk, and what is scored after it."""
+        return [chunk.read for chunk in self.chunks], [chunk.scored for chunk in self.chunks]
+
+    @property
+    def choice_rows(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The prompt and the answer of each choice, question by question."""
+        choices = [choice for question in self.choices for choice in question]
+        return [choice.prompt for choice in choices], [choice.answer for choice in choices]
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
@@ -82,28 +90,25 @@ def material(tokenizer: Any, texts: Sequence[PlainText], questions: Sequence[Que
     )
 
 
-def measure(model: PreTrainedModel, material: Material, *, name: str) -> Measured:
-    """Measures the policy called ``name`` on all texts and questions.
+def measured(material: Material, chunks: Sequence[float], choices: Sequence[float], *, name: str) -> Measured:
+    """What the policy called ``name`` made of all texts and questions.
+
+    ``chunks`` and ``choices`` are the log-probabilities of ``material.chunk_rows`` and ``material.choice_rows``.
 
     Raises:
         NonFiniteError: a log-probability is not finite.
-        ModelError: the model's head does more than one matrix product.
     """
-    choices = [choice for question in material.choices for choice in question]
-    texts = sequence_logprobs(
-        model, [chunk.read for chunk in material.chunks], [chunk.scored for chunk in material.chunks]
-    )
-    answers = sequence_logprobs(model, [choice.prompt for choice in choices], [choice.answer for choice in choices])
-    if not all(map(math.isfinite, [*texts, *answers])):
+    if not all(map(math.isfinite, [*chunks, *choices])):
         raise NonFiniteError(
             f"{name} gives log-probabilities that are not finite",
             remedy="its training went wrong: lower its learning rate",
         )
     nats = [0.0] * len(material.tokens)
-    for chunk, logprob in zip(material.chunks, texts, strict=True):
+    for chunk, logprob in zip(material.chunks, chunks, strict=True):
         nats[chunk.row] -= logprob
-    scores = iter([logprob / choice.size for choice, logprob in zip(choices, answers, strict=True)])
-    return Measured(nats=nats, scores=[[next(scores) for _ in question] for question in material.choices])
+    each = iter(choices)
+    scores = [[next(each) / choice.size for choice in question] for question in material.choices]
+    return Measured(nats=nats, scores=scores)
 
 
 def _chunks(tokenizer: Any, text: PlainText) -> list[tuple[list[int], list[int]]]:

@@ -8,45 +8,63 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from string import ascii_uppercase
 from typing import Any
-
-from transformers import PreTrainedModel
 
 from alignment.core.errors import NonFiniteError
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.rendering import answer_texts
 from alignment.data.tokens.tokenize import encode_all, prompt_ids, tokenize_rows
 from alignment.data.turns import Message
-from alignment.evaluation.arms import sequence_logprobs
 
 
-def choice_scores(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    rows: Sequence[HeldOutPrompt],
-    turns: Callable[[HeldOutPrompt], Sequence[Message]],
-    *,
-    name: str,
-) -> list[float]:
-    """1 for each row whose right choice alone is the likeliest under the policy called ``name``, else 0.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LetterRows:
+    """Token ids of each row's prompt, with the choices below it, and of the letter of each of its choices."""
 
-    ``turns`` gives the prompt of a row as the arm sees it; every row has ``choices`` (the plan checks this).
+    prompts: list[list[int]]
+    letters: list[list[list[int]]]
+
+    def flat(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The prompt and the answer of each choice, row by row."""
+        repeated = [prompt for prompt, letters in zip(self.prompts, self.letters, strict=True) for _ in letters]
+        return repeated, [ids for letters in self.letters for ids in letters]
+
+
+def letter_rows(
+    tokenizer: Any, rows: Sequence[HeldOutPrompt], turns: Callable[[HeldOutPrompt], Sequence[Message]]
+) -> LetterRows:
+    """``turns`` gives the prompt of a row as the arm sees it; every row has ``choices`` (the plan checks this).
 
     Raises:
         DataError: the chat template refuses a row.
+    """
+    return LetterRows(
+        prompts=tokenize_rows(rows, lambda row: prompt_ids(tokenizer, with_choices(turns(row), row.choices))),
+        letters=tokenize_rows(
+            rows, lambda row: _letters(tokenizer, with_choices(turns(row), row.choices), row.choices)
+        ),
+    )
+
+
+def choice_scores(
+    rows: Sequence[HeldOutPrompt], asked: LetterRows, logprobs: Sequence[float], *, name: str
+) -> list[float]:
+    """1 for each row whose right choice alone is the likeliest under the policy called ``name``, else 0.
+
+    ``logprobs`` are those of ``asked.flat()``.
+
+    Raises:
         NonFiniteError: a log-probability is not finite.
     """
-    letters = tokenize_rows(rows, lambda row: _letters(tokenizer, with_choices(turns(row), row.choices), row.choices))
-    prompts = tokenize_rows(rows, lambda row: prompt_ids(tokenizer, with_choices(turns(row), row.choices)))
-    repeated = [prompt for prompt, answers in zip(prompts, letters, strict=True) for _ in answers]
-    logprobs = iter(sequence_logprobs(model, repeated, [ids for answers in letters for ids in answers]))
-    of_rows = [[next(logprobs) for _ in answers] for answers in letters]
-    if not all(math.isfinite(logprob) for of_row in of_rows for logprob in of_row):
+    if not all(map(math.isfinite, logprobs)):
         raise NonFiniteError(
             f"{name} gives log-probabilities that are not finite",
             remedy="its training went wrong: lower its learning rate, or leave the arm out",
         )
+    each = iter(logprobs)
+    of_rows = [[next(each) for _ in letters] for letters in asked.letters]
     return [_is_right(row.right, of_row) for row, of_row in zip(rows, of_rows, strict=True)]
 
 

@@ -18,18 +18,27 @@ from alignment.config.faults import Fault
 from alignment.config.launch import LaunchConfig
 from alignment.config.run import RunConfig
 from alignment.config.scoring import MetricConfig, ScoreSourceConfig
-from alignment.core.artifacts import ROWS
 from alignment.data.records import Record
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import Kind as RowKind
 
 
 class RunsOn(str, Enum):
-    """Where a stage runs: on all processes of the launch, on one process, or inside the driver."""
+    """Where a stage runs.
+
+    ``processes``: on all processes of the launch, which train one model. ``replicas``: on all of them, each of which
+    holds whole models, so the launch's sharding does not apply. ``one_process``; ``driver``: inside the driver.
+    """
 
     processes = "processes"
+    replicas = "replicas"
     one_process = "one process"
     driver = "driver"
+
+    @property
+    def on_all(self) -> bool:
+        """Whether it runs on all processes of the launch, on every machine."""
+        return self in (RunsOn.processes, RunsOn.replicas)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -337,4 +346,4 @@ class StageKind:
     @property
     def trains(self) -> bool:
         """Whether it trains a model; then its settings have the fields of ``TrainedConfig``."""
-        return self.launch.runs_on is RunsOn.processes and self.produces != ROWS
+        return self.launch.runs_on is RunsOn.processes

@@ -5,6 +5,7 @@ A server that has imported everything, and computed nothing, is forked for every
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import multiprocessing
 import os
@@ -25,10 +26,18 @@ PRELOADED = (
     "alignment.stages.reward.run",
     "alignment.stages.sample.run",
     "alignment.stages.distil.run",
+    "alignment.stages.evaluate.run",
+    "alignment.stages.forgetting.run",
+    "alignment.stages.reward_card.run",
     "tests.chained",
     "tests.distributed.frozen",
 )
 SECONDS = 120
+PARTS = {
+    "sampling": ("alignment.stages.shared.answer_sampling", "generate"),
+    "answering": ("alignment.stages.evaluate.answering", "answer_and_score"),
+}
+"""The functions that make a part of answers."""
 
 
 def on_processes(
@@ -45,8 +54,8 @@ def on_processes(
 
     Process 1 gets SIGTERM after the step ``stop_after``, or a loss that is no number in the step ``nan_at``. All get
     SIGKILL at the step ``kill_after``, when it is ``logged``, before a checkpoint of it, or when that is ``sealed``; or
-    where they begin with their part of that number, when ``sampling``. ``tries_longest``: the largest micro-batch is
-    tried first, however short the training is.
+    where they begin with their part of that number, when ``sampling``, or ``answering`` in an evaluation.
+    ``tries_longest``: the largest micro-batch is tried first, however short the training is.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
@@ -105,7 +114,10 @@ def _run(spec: StageSpec, stop_after: int | None, nan_at: int | None, kill_after
     if nan_at is not None:
         _nan_at(nan_at)
     if kill_after is not None:
-        _kill_at_part(kill_after) if killed_when == "sampling" else _kill_after(kill_after, killed_when)
+        if killed_when in PARTS:
+            _kill_at_part(kill_after, *PARTS[killed_when])
+        else:
+            _kill_after(kill_after, killed_when)
     worker.read_spec = lambda _: spec
     return worker.main(spec.run_folder / "stage.yaml")
 
@@ -151,17 +163,16 @@ def _kill_after(step: int, when: str) -> None:
     setattr(cls, name, callback)
 
 
-def _kill_at_part(part: int) -> None:
-    from alignment.stages.shared import answer_sampling
+def _kill_at_part(part: int, module: str, name: str) -> None:
+    makes = importlib.import_module(module)
+    otherwise, parts = getattr(makes, name), itertools.count(1)
 
-    otherwise, parts = answer_sampling.generate, itertools.count(1)
-
-    def generate(*args: Any, **told: Any) -> Any:
+    def make(*args: Any, **told: Any) -> Any:
         if next(parts) == part:
             os.kill(os.getpid(), signal.SIGKILL)
         return otherwise(*args, **told)
 
-    answer_sampling.generate = generate
+    setattr(makes, name, make)
 
 
 def _nan_at(step: int) -> None:

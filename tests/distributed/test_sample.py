@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from alignment.config.launch import Sharding
 from alignment.job import StageSpec
 from tests.distributed.processes import on_processes
 from tests.distributed.test_sharding import logs
 from tests.sampled import sample_spec, sampled
 
 FILES = ("rows.jsonl", "samples.jsonl", "sampling.json")
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
 def content(artifact: Path) -> dict[str, bytes]:
@@ -33,9 +29,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return content(sampled(tmp_path_factory.mktemp("alone"), batch_size=8))
 
 
-@pytest.mark.parametrize("sharding", [Sharding.none, pytest.param(Sharding.zero3, marks=needs_deepspeed)])
-def test_two_processes_make_what_one_makes(tmp_path: Path, alone: dict[str, bytes], sharding: Sharding) -> None:
-    spec = replace(spec_in(tmp_path), sharding=sharding)
+def test_two_processes_make_what_one_makes(tmp_path: Path, alone: dict[str, bytes]) -> None:
+    spec = spec_in(tmp_path)
     assert on_processes(spec) == [0, 0], logs(spec)
     assert content(spec.artifact) == alone
 

@@ -11,7 +11,13 @@ from pathlib import Path
 
 from tests.e2e.conftest import environment
 
-RECIPE = "defaults: [base, stage@stages.sft: sft, _self_]\nsummary: one stage\n"
+RECIPE = """
+defaults: [base, stage@stages.sft: sft, stage@stages.forgetting: forgetting, _self_]
+summary: a stage that trains and one that measures
+stages:
+  forgetting:
+    {arms: ["stage:sft"], data: {limit: 6}, max_perplexity_rise: null, max_ability_drop: null, bootstrap_samples: 20}
+"""
 SMALL = (
     "data={source: 'bundled:quickstart/conversations', limit: 12}",
     "max_length=4096",
@@ -37,14 +43,17 @@ def test_two_machines_make_what_two_processes_make(tiny_model_folder: Path, tmp_
 
     together = start("one", "launch.num_processes=2")
     assert ended(together)[0] == 0
-    (status,) = (tmp_path / "one").glob("runs/*/sft/status.json")
-    assert json.loads(status.read_text())["where"].endswith(" of 2")
+    statuses = sorted((tmp_path / "one").glob("runs/*/*/status.json"))
+    assert [json.loads(status.read_text())["where"].rpartition(" ")[2] for status in statuses] == ["2", "2"]
     meeting = ("launch/backend=machines", f"launch.backend.main_port={free_port()}")
     machines = [start("two", *meeting, f"launch.backend.machine_rank={rank}") for rank in (1, 0)]
     codes, printed = zip(*map(ended, machines), strict=True)
     assert codes == (0, 0), printed
     assert "machine 1 of 2 waits for the first to start it" in printed[0]
+    assert "forgetting: machine 1 of 2 waits for the first to start it" in printed[0]
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
+    assert measured(tmp_path / "one") == measured(tmp_path / "two")
+    assert (next((tmp_path / "two").glob("runs/*/forgetting/")) / "log-1.txt").exists()
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -52,6 +61,12 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
     with process:
         printed = process.communicate(timeout=300)[0]
     return process.returncode, printed
+
+
+def measured(output: Path) -> list[bytes]:
+    """What the policy was measured on, and its figures."""
+    (artifact,) = output.glob("artifacts/forgetting-*")
+    return [(artifact / name).read_bytes() for name in ("forgetting.json", "texts.jsonl", "questions.jsonl")]
 
 
 def weights(output: Path) -> list[str]:

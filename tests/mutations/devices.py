@@ -99,13 +99,6 @@ MUTATIONS = [
         "distil_tokens-lora",
     ),
     _on_the_wrong_device(
-        "a measured policy stays on the host",
-        "stages/forgetting/run.py",
-        "DTYPES[context.spec.model.dtype]).to(context.device)",
-        "DTYPES[context.spec.model.dtype])",
-        "forgetting-lora",
-    ),
-    _on_the_wrong_device(
         "an evaluated policy stays on the host",
         "stages/shared/arm_policies.py",
         "DTYPES[self._context.spec.model.dtype]).to(self._context.device)",

@@ -333,8 +333,8 @@ MUTATIONS = [
         EVALUATE,
         (
             "an arm chooses without its system prompt",
-            "arm.tokenizer, rows, arm.shown, name=name",
-            "arm.tokenizer, rows, lambda row: row.messages, name=name",
+            "letter_rows(arm.tokenizer, rows, arm.shown)",
+            "letter_rows(arm.tokenizer, rows, lambda row: row.messages)",
             "test_the_metric_choice_asks_every_arm_s_policy_behind_its_own_prompt",
         ),
     ),
@@ -371,7 +371,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/evaluate/answering.py",
+        "stages/evaluate/arm_prompts.py",
         EVALUATE,
         (
             "base+prompt is asked as base is",
@@ -379,6 +379,10 @@ MUTATIONS = [
             "{PROMPTED: lambda row: row.messages}",
             "test_the_prompted_arm_is_asked_behind_the_recipe_s_system_prompt",
         ),
+    ),
+    *in_file(
+        "stages/evaluate/answering.py",
+        EVALUATE,
         (
             "answers beyond a model's positions are asked for",
             "if longest > positions:",

@@ -22,16 +22,18 @@ from alignment.stages.registry import as_trained, kind_of
 
 
 def of_stage(launch: LaunchConfig, config: StageConfig, *, num_devices: int) -> LaunchConfig:
-    """A stage's launch with its number of processes. A stage that measures has one process, with all the cores.
+    """A stage's launch with its number of processes. A stage with one process has all the cores.
 
     Raises:
         ConfigError: it asks for a process on each GPU, and there is none.
     """
-    if kind_of(config).launch.runs_on is RunsOn.one_process:
-        return dataclasses.replace(
-            launch, num_processes=1, backend=LocalBackend(), sharding=Sharding.none, offload=Offload.none
-        )
-    return command.with_processes(launch, num_devices=num_devices)
+    runs_on = kind_of(config).launch.runs_on
+    if runs_on is RunsOn.processes:
+        return command.with_processes(launch, num_devices=num_devices)
+    plain = dataclasses.replace(launch, sharding=Sharding.none, offload=Offload.none)
+    if runs_on is RunsOn.replicas:
+        return command.with_processes(plain, num_devices=num_devices)
+    return dataclasses.replace(plain, num_processes=1, backend=LocalBackend())
 
 
 def devices_for(launch: LaunchConfig) -> int:

@@ -26,7 +26,6 @@ from alignment.pipeline.execute.gates import NOT_MET
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
 from alignment.records.run import RunRecord
-from alignment.stages.base import RunsOn
 from alignment.stages.registry import kind_of
 
 ATTEMPT = "attempt.json"
@@ -68,7 +67,7 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, comm
     try:
         with termination_raises():
             for stage in stages:
-                if stage.action is Action.reuse or kind_of(stage.config).launch.runs_on is not RunsOn.processes:
+                if stage.action is Action.reuse or not kind_of(stage.config).launch.runs_on.on_all:
                     continue
                 console.print(f"{stage.name}: {machine} waits for the first to start it", highlight=False)
                 code = _Follower(plan, stage, command_for, console).follow()

@@ -90,8 +90,8 @@ def _directives(plan: Plan, stage: PlannedStage, slurm: SlurmBackend) -> Iterato
 
 
 def _num_machines(config: StageConfig, slurm: SlurmBackend) -> int:
-    """A stage that does not train needs one machine."""
-    return slurm.num_machines if kind_of(config).launch.runs_on is RunsOn.processes else 1
+    """A stage that does not run on all processes needs one machine."""
+    return slurm.num_machines if kind_of(config).launch.runs_on.on_all else 1
 
 
 def _num_gpus(config: StageConfig, slurm: SlurmBackend) -> int:

@@ -1,251 +1,318 @@
-"""The prompts of every arm of an evaluation, and its answers: cached ones, or made by its policy."""
+"""The answers of an evaluation's arms: cached ones, or made by their policies in parts that the processes share."""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from alignment.config.evaluating import FEW_SHOT, PROMPTED
 from alignment.core.errors import ModelError
-from alignment.data.records import Conversation, HeldOutPrompt
+from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import end_ids
-from alignment.data.tokens.tokenizer import tokenizer_hashes
-from alignment.data.turns import Message
-from alignment.evaluation.arms import (
-    Answered,
-    TokenSum,
-    answer_and_score,
-    read_answers,
-    sequence_logprobs,
-    with_system_prompt,
-)
-from alignment.evaluation.few_shot import draw_examples, with_examples
-from alignment.job import StageInput
-from alignment.models.assembly.load import Lineage, lineage
+from alignment.evaluation.arms import Answered, TokenSum, answer_and_score, grouped, read_answers
 from alignment.models.assembly.prefix import positions_of
-from alignment.models.forward.generate import Sampling
+from alignment.models.forward.generate import Sampling, reading_order
 from alignment.stages.evaluate import answer_cache
 from alignment.stages.evaluate.answer_cache import CachedAnswers
+from alignment.stages.evaluate.arm_prompts import ArmPrompts
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.turn_prompts import (
-    AnsweredTurn,
-    Shown,
-    TurnPrompts,
-    conversations,
-    first_turn,
-    later_turn,
-    together,
-)
-from alignment.stages.shared.arm_policies import Policies, refuse_without_template, tokenizer_of
+from alignment.stages.evaluate.turn_prompts import AnsweredTurn, TurnPrompts, conversations, later_turn, together
+from alignment.stages.shared.arm_policies import Policies
+from alignment.stages.shared.policy_logprobs import PolicyRows, policy_logprobs
+from alignment.stages.shared.process_shares import from_main, on_main
 from alignment.stages.shared.served_policies import served_answer_and_score
-from alignment.stages.shared.stage_rows import rows_of
+from alignment.stages.shared.stored_parts import made_in_parts
 from alignment.training.context import StageContext
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ArmPrompts:
-    """The prompts of an arm, in its own tokens: those of the ``first`` turn, and how it is ``shown`` any row.
+class _Request:
+    """What an arm is asked in one turn: ``per_prompt`` answers for each of its rows."""
 
-    ``own_tokens``: the arm has its own tokenizer, so figures that depend on tokens cannot be compared with other arms.
-    ``plain``: its prompts are the held-out prompts, unchanged, so its answers can be compared with the reference's.
+    arm: ArmPrompts
+    turn: TurnPrompts
+    per_prompt: int
+    with_logprobs: bool
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """The prompt of each answer."""
+        repeats = len(self.turn.rows) * self.per_prompt // len(self.turn.prompts)
+        return [prompt for prompt in self.turn.prompts for _ in range(repeats)]
+
+    @property
+    def texts(self) -> list[list[list[int]]]:
+        """The texts to score after each answer's prompt: a reference answer to that prompt, once, where there is
+        one."""
+        return [
+            [reference.ids] if number == 0 and reference is not None and reference.prompt is None else []
+            for reference in self.turn.references
+            for number in range(self.per_prompt)
+        ]
+
+    def file(self, config: EvaluateConfig, context: StageContext) -> Path:
+        """Where the answers are cached."""
+        return answer_cache.file_of(
+            context,
+            self.arm.policy,
+            self.turn,
+            config.answers,
+            max_new_tokens=config.max_new_tokens,
+            ends=sorted(end_ids(self.arm.tokenizer)),
+            with_logprobs=self.with_logprobs,
+            engine=config.sampling.engine,
+        )
+
+
+def arms_at_once(config: EvaluateConfig, context: StageContext, policies: Policies, num_rows: int) -> int:
+    """How many arms answer at once: so many that the processes can divide their batches evenly.
+
+    One process takes one arm after the other. An engine has one policy at a time.
     """
-
-    policy: Lineage
-    tokenizer: Any
-    first: TurnPrompts
-    shown: Shown
-    plain: bool
-    own_tokens: bool
+    if policies.served is not None:
+        return 1
+    batches = -(-num_rows * config.answers.per_prompt // config.batch_size)
+    return context.world_size // math.gcd(context.world_size, batches)
 
 
-def prompts_of_arms(
-    config: EvaluateConfig, context: StageContext, tokenizer: Any, rows: Sequence[HeldOutPrompt]
-) -> dict[str, ArmPrompts]:
-    """The prompts of every arm; ``tokenizer`` is the run's.
-
-    Raises:
-        ModelError: an artifact has another tokenizer, or an external model has no chat template.
-        DataError: a row cannot be rendered, or there are too few examples.
-    """
-    system_prompt = config.system_prompt or ""  # the plan refuses an arm that needs one without it
-    shown: dict[str, Shown] = {PROMPTED: lambda row: with_system_prompt(row.messages, system_prompt)}
-    if FEW_SHOT in config.arms:
-        examples = _examples(config, context, rows)
-        shown[FEW_SHOT] = lambda row: with_examples(row.messages, examples)
-    arms = context.spec.arms
-    return {name: _arm_prompts(context, arms[name], tokenizer, rows, shown.get(name)) for name in config.arms}
-
-
-def _arm_prompts(
-    context: StageContext, stage_input: StageInput, ours: Any, rows: Sequence[HeldOutPrompt], shown: Shown | None
-) -> ArmPrompts:
-    tokenizer = tokenizer_of(context, stage_input, ours)
-    own_tokens = tokenizer is not ours and tokenizer_hashes(tokenizer) != tokenizer_hashes(ours)
-    if own_tokens:
-        refuse_without_template(context, stage_input, tokenizer)
-    return ArmPrompts(
-        policy=lineage(context.spec, stage_input),
-        tokenizer=tokenizer,
-        first=first_turn(tokenizer, rows, shown or _unchanged, with_references=not own_tokens),
-        shown=shown or _unchanged,
-        plain=shown is None,
-        own_tokens=own_tokens,
-    )
-
-
-def _unchanged(row: HeldOutPrompt) -> Sequence[Message]:
-    return row.messages
-
-
-def _examples(config: EvaluateConfig, context: StageContext, rows: Sequence[HeldOutPrompt]) -> list[Message]:
-    conversations = rows_of(context, Conversation, config.few_shot.data, field="few_shot.data")
-    return draw_examples(
-        conversations,
-        rows,
-        count=config.few_shot.count,
-        generator=context.generator("few_shot"),
-        where=f"stages.{context.spec.stage}.few_shot",
-    )
-
-
-def answers_of(
-    arm_prompts: ArmPrompts,
+def answers_of_arms(
+    arm_prompts: Mapping[str, ArmPrompts],
     config: EvaluateConfig,
     context: StageContext,
     policies: Policies,
     rows: Sequence[HeldOutPrompt],
     *,
-    with_logprobs: bool,
+    with_logprobs: Collection[str],
     progress: Callable[[int], None],
-) -> Answered:
-    """An arm's answers; ``progress`` receives how many turns are done.
+) -> dict[str, Answered]:
+    """The arms' answers, on every process; every process must call this.
+
+    ``with_logprobs`` are the arms whose answers need log-probabilities. ``progress`` receives how many turns are done.
 
     Raises:
         ModelError: a conversation with its next answer may be longer than the policy's positions.
         DataError: a row cannot be rendered with an arm's own answers.
     """
     per_prompt = config.answers.per_prompt
-    turns: list[AnsweredTurn] = []
+    turns: dict[str, list[AnsweredTurn]] = {name: [] for name in arm_prompts}
     done = 0
     for number in range(max(row.num_turns for row in rows)):
-        asked = arm_prompts.first
-        if number > 0:
-            asked = later_turn(
-                arm_prompts.tokenizer,
-                rows,
-                arm_prompts.shown,
-                conversations(rows, turns, per_prompt),
-                number=number,
-                with_references=not arm_prompts.own_tokens,
+        requests = [
+            _Request(
+                arm=arm,
+                turn=_asked(arm, rows, turns[name], number=number, per_prompt=per_prompt),
+                per_prompt=per_prompt,
+                with_logprobs=name in with_logprobs,
             )
+            for name, arm in arm_prompts.items()
+        ]
 
-        def of_arm(answers: int, before: int = done) -> None:
+        def of_turn(answers: int, before: int = done) -> None:
             progress(before + answers // per_prompt)
 
-        turns.append(
-            _answers_in(asked, arm_prompts, config, context, policies, with_logprobs=with_logprobs, progress=of_arm)
-        )
-        done += len(asked.rows)
-    return together(rows, turns, per_prompt)
+        answered = _answered(requests, config, context, policies, progress=of_turn)
+        for of_arm, request, answers in zip(turns.values(), requests, answered, strict=True):
+            of_arm.append(_answered_turn(request, answers))
+            done += len(request.turn.rows)
+    return {name: together(rows, of_arm, per_prompt) for name, of_arm in turns.items()}
 
 
-def _answers_in(
-    asked: TurnPrompts,
-    arm_prompts: ArmPrompts,
+def _asked(
+    arm: ArmPrompts, rows: Sequence[HeldOutPrompt], before: Sequence[AnsweredTurn], *, number: int, per_prompt: int
+) -> TurnPrompts:
+    if number == 0:
+        return arm.first
+    return later_turn(
+        arm.tokenizer,
+        rows,
+        arm.shown,
+        conversations(rows, before, per_prompt),
+        number=number,
+        with_references=not arm.own_tokens,
+    )
+
+
+def _answered_turn(request: _Request, answers: CachedAnswers) -> AnsweredTurn:
+    return AnsweredTurn(
+        rows=request.turn.rows,
+        answers=read_answers(request.arm.tokenizer, answers.ids),
+        logprobs=answers.logprobs,
+        references=answers.references,
+        seconds=answers.seconds,
+    )
+
+
+def _answered(
+    requests: Sequence[_Request],
     config: EvaluateConfig,
     context: StageContext,
     policies: Policies,
     *,
-    with_logprobs: bool,
     progress: Callable[[int], None],
-) -> AnsweredTurn:
-    """An arm's answers in one turn: cached ones, or made by its policy; ``progress`` receives how many are done."""
-    ends = sorted(end_ids(arm_prompts.tokenizer))
-    num_answers = len(asked.rows) * config.answers.per_prompt
-    file = answer_cache.file_of(
-        context,
-        arm_prompts.policy,
-        asked,
-        config.answers,
-        max_new_tokens=config.max_new_tokens,
-        ends=ends,
-        with_logprobs=with_logprobs,
-        engine=config.sampling.engine,
-    )
-    cached = answer_cache.read(file, num_answers=num_answers)
-    if cached is None:
-        cached = _made(asked, arm_prompts, config, context, policies, with_logprobs=with_logprobs, progress=progress)
-        answer_cache.write(file, cached)
-    return AnsweredTurn(
-        rows=asked.rows,
-        answers=read_answers(arm_prompts.tokenizer, cached.ids),
-        logprobs=cached.logprobs,
-        references=cached.references,
-        seconds=cached.seconds,
-    )
+) -> list[CachedAnswers]:
+    """Cached answers, or those that the policies make; ``progress`` receives how many there are.
+
+    The main process reads and writes the cache.
+    """
+
+    def cached() -> list[tuple[Path, CachedAnswers | None]]:
+        files = [request.file(config, context) for request in requests]
+        sizes = [len(request.turn.rows) * request.per_prompt for request in requests]
+        return [(file, answer_cache.read(file, num_answers=size)) for file, size in zip(files, sizes, strict=True)]
+
+    stored = from_main(context, cached)
+    missing = [(request, file) for request, (file, answers) in zip(requests, stored, strict=True) if answers is None]
+    before = sum(len(answers.ids) for _, answers in stored if answers is not None)
+    made = _made(missing, config, context, policies, progress=lambda done: progress(before + done))
+    if context.is_main:
+        for (_, file), answers in zip(missing, made, strict=True):
+            answer_cache.write(file, answers)
+    of_missing = iter(made)
+    return [next(of_missing) if answers is None else answers for _, answers in stored]
 
 
 def _made(
-    asked: TurnPrompts,
-    arm_prompts: ArmPrompts,
+    missing: Sequence[tuple[_Request, Path]],
     config: EvaluateConfig,
     context: StageContext,
     policies: Policies,
     *,
-    with_logprobs: bool,
     progress: Callable[[int], None],
-) -> CachedAnswers:
-    started, per_prompt = time.monotonic(), config.answers.per_prompt
-    model = policies.load(arm_prompts.policy)
-    _refuse_too_long(model, arm_prompts, asked, config.max_new_tokens, where=f"stages.{context.spec.stage}")
+) -> list[CachedAnswers]:
+    """Answers to requests, made in parts that the processes share; files name what the answers depend on.
+
+    A part is a batch, which is computed as a whole, so that its answers do not depend on the number of processes. An
+    engine batches by itself; the main process, which started it, asks it for all.
+    """
+    samplings = [_sampling(config, context, request.turn) for request, _ in missing]
+    parts = [
+        (index, part)
+        for index, (request, _) in enumerate(missing)
+        for part in _parts_of(request.prompts, None if policies.served is not None else config.batch_size)
+    ]
+    ends = list(accumulate((len(part) for _, part in parts), initial=0))
+
+    def make(number: int) -> dict[str, Any]:
+        index, part = parts[number]
+        return _answers_of_part(
+            missing[index][0],
+            part,
+            config,
+            context,
+            policies,
+            sampling=samplings[index],
+            progress=lambda answers: progress(ends[number] + answers),
+        )
+
+    def prepare() -> None:
+        if policies.served is not None:
+            (request,) = (request for request, _ in missing)
+            on_main(context, lambda: _loaded(request, config, context, policies))
+            policies.served.prepare(request.arm.policy, max(map(len, request.turn.prompts)) + config.max_new_tokens)
+
+    values = made_in_parts(
+        context,
+        "answers",
+        [[missing[index][1].name, part] for index, part in parts],
+        make,
+        progress=lambda done: progress(ends[done]),
+        prepare=prepare,
+    )
+    apart = _references_apart([request for request, _ in missing], context, policies)
+    made = []
+    for index, (request, _) in enumerate(missing):
+        of_request = [(part, value) for (owner, part), value in zip(parts, values, strict=True) if owner == index]
+        made.append(_joined(request, of_request, apart.get(index, [])))
+    return made
+
+
+def _parts_of(prompts: Sequence[Sequence[int]], size: int | None) -> list[list[int]]:
+    """Indices of the prompts that are answered together, ``size`` of similar length; None for all."""
+    order = reading_order(prompts)
+    return [sorted(part) for part in grouped(order, len(order) if size is None else size)]
+
+
+def _answers_of_part(
+    request: _Request,
+    part: Sequence[int],
+    config: EvaluateConfig,
+    context: StageContext,
+    policies: Policies,
+    *,
+    sampling: Sampling | None,
+    progress: Callable[[int], None],
+) -> dict[str, Any]:
+    """Token ids of some answers, log-probabilities of these and of references, and the seconds that they took."""
+    model = _loaded(request, config, context, policies)
+    started, prompts, texts = time.monotonic(), request.prompts, request.texts
     answer = partial(answer_and_score, batch_size=config.batch_size)
     if policies.served is not None:
-        answer = partial(served_answer_and_score, policies.served, arm_prompts.policy)
-    ids, scores = answer(
+        answer = partial(served_answer_and_score, policies.served)
+    ids, sums = answer(
         model,
-        [prompt for prompt in asked.prompts for _ in range(len(asked.rows) * per_prompt // len(asked.prompts))],
-        _texts_behind(asked, per_prompt),
+        [prompts[index] for index in part],
+        [texts[index] for index in part],
         max_new_tokens=config.max_new_tokens,
-        end_ids=sorted(end_ids(arm_prompts.tokenizer)),
-        with_own=with_logprobs,
+        end_ids=sorted(end_ids(request.arm.tokenizer)),
+        with_own=request.with_logprobs,
         progress=progress,
-        sampling=_sampling(config, context, asked),
+        sampling=None if sampling is None else replace(sampling, uniforms=sampling.uniforms[list(part)]),
     )
-    return CachedAnswers(
-        ids=ids,
-        logprobs=[sums[0] for sums in scores] if with_logprobs else None,
-        references=_reference_sums(model, asked, [sums[-1:] for sums in scores[::per_prompt]]),
-        seconds=time.monotonic() - started,
-    )
+    return {"ids": ids, "sums": sums, "seconds": time.monotonic() - started}
 
 
-def _texts_behind(asked: TurnPrompts, per_prompt: int) -> list[list[list[int]]]:
-    """The texts to score after each answer's prompt: a reference answer to that prompt, once, where there is one."""
-    return [
-        [reference.ids] if number == 0 and reference is not None and reference.prompt is None else []
-        for reference in asked.references
-        for number in range(per_prompt)
-    ]
+def _loaded(request: _Request, config: EvaluateConfig, context: StageContext, policies: Policies) -> PreTrainedModel:
+    model = policies.load(request.arm.policy)
+    _refuse_too_long(model, request, config.max_new_tokens, where=f"stages.{context.spec.stage}")
+    return model
 
 
-def _reference_sums(
-    model: PreTrainedModel, asked: TurnPrompts, behind_prompts: Sequence[Sequence[float]]
-) -> list[TokenSum | None]:
-    """The log-probability of each row's reference; ``behind_prompts`` has those that were scored with the answers."""
-    apart = [(reference.prompt, reference.ids) for reference in asked.references if reference and reference.prompt]
-    sums = iter(sequence_logprobs(model, [prompt for prompt, _ in apart], [ids for _, ids in apart]) if apart else [])
-    return [
+def _joined(
+    request: _Request, parts: Sequence[tuple[Sequence[int], dict[str, Any]]], apart: Sequence[float]
+) -> CachedAnswers:
+    """The parts of a request as a whole; ``apart`` are the log-probabilities of references with their own prompts."""
+    ids = {index: answer for part, value in parts for index, answer in zip(part, value["ids"], strict=True)}
+    sums = {index: own for part, value in parts for index, own in zip(part, value["sums"], strict=True)}
+    of_references = iter(apart)
+    references = [
         None
         if reference is None
-        else TokenSum(logprob=next(sums) if reference.prompt else behind[0], tokens=len(reference.ids))
-        for reference, behind in zip(asked.references, behind_prompts, strict=True)
+        else TokenSum(
+            logprob=next(of_references) if reference.prompt else sums[number * request.per_prompt][-1],
+            tokens=len(reference.ids),
+        )
+        for number, reference in enumerate(request.turn.references)
     ]
+    return CachedAnswers(
+        ids=[ids[index] for index in range(len(ids))],
+        logprobs=[sums[index][0] for index in range(len(sums))] if request.with_logprobs else None,
+        references=references,
+        seconds=sum(value["seconds"] for _, value in parts),
+    )
+
+
+def _references_apart(
+    requests: Sequence[_Request], context: StageContext, policies: Policies
+) -> dict[int, list[float]]:
+    """Log-probabilities of references that follow their own prompts, by the index of the request."""
+    asked = {
+        index: PolicyRows(
+            policy=request.arm.policy,
+            prompts=[reference.prompt for reference in request.turn.references if reference and reference.prompt],
+            answers=[reference.ids for reference in request.turn.references if reference and reference.prompt],
+        )
+        for index, request in enumerate(requests)
+        if any(reference and reference.prompt for reference in request.turn.references)
+    }
+    return policy_logprobs(context, "reading references", policies, asked) if asked else {}
 
 
 def _sampling(config: EvaluateConfig, context: StageContext, asked: TurnPrompts) -> Sampling | None:
@@ -260,15 +327,13 @@ def _sampling(config: EvaluateConfig, context: StageContext, asked: TurnPrompts)
     return Sampling(temperature=config.answers.temperature, uniforms=of_rows)
 
 
-def _refuse_too_long(
-    model: PreTrainedModel, arm_prompts: ArmPrompts, asked: TurnPrompts, max_new_tokens: int, *, where: str
-) -> None:
+def _refuse_too_long(model: PreTrainedModel, request: _Request, max_new_tokens: int, *, where: str) -> None:
     positions = positions_of(model.base_model)
-    longest = max(map(len, asked.prompts)) + max_new_tokens
+    longest = max(map(len, request.turn.prompts)) + max_new_tokens
     if longest > positions:
-        in_turn = f" in turn {asked.number + 1}" if asked.number else ""
+        in_turn = f" in turn {request.turn.number + 1}" if request.turn.number else ""
         raise ModelError(
-            f"{arm_prompts.policy.source} has {positions} positions, but the longest prompt with its answer needs "
+            f"{request.arm.policy.source} has {positions} positions, but the longest prompt with its answer needs "
             f"{longest}{in_turn}",
             where=where,
             remedy="lower max_new_tokens or few_shot.count, or leave out longer prompts",

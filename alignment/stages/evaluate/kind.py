@@ -141,6 +141,6 @@ KIND = StageKind(
     faults=_faults,
     as_read=_as_read,
     references=References(more=lambda config: reward_model_slots(_scorers(config))),
-    launch=LaunchShape(runs_on=RunsOn.one_process, check_machine=_check_machine),
+    launch=LaunchShape(runs_on=RunsOn.replicas, check_machine=_check_machine),
     outcome=Outcome(metrics=_reported, gates=_gates, primary=_primary),
 )

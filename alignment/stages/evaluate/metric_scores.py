@@ -17,12 +17,13 @@ from alignment.evaluation.repeated_answers import scores_of_prompts
 from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation
 from alignment.rewards.rules.numbers import final_number
-from alignment.rewards.scorer_sources import CHOICE, GRADE, REWARD
-from alignment.rewards.scorers import Answers
-from alignment.stages.evaluate.answering import ArmPrompts
+from alignment.rewards.scorer_sources import CHOICE, GRADE, REWARD, is_reference
+from alignment.rewards.scorers import Answers, Scorer
+from alignment.stages.evaluate.arm_prompts import ArmPrompts
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.shared.answer_scores import scores_of
+from alignment.stages.shared.answer_scores import AT_ONCE, scores_of
 from alignment.stages.shared.asking_servers import asking_of
+from alignment.stages.shared.process_shares import in_shares
 from alignment.training.context import StageContext
 
 Source = tuple[str, str]
@@ -31,10 +32,14 @@ Source = tuple[str, str]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Measured:
-    """Scores that other parts of the stage computed, by arm: per answer those of the stage's reward model and, by
-    metric, a grader's ``grades``; per prompt those of the source ``choice``."""
+    """Scores that other parts of the stage computed, by arm.
+
+    Per answer: those of the stage's reward model, of other reward ``models`` by their source, and a grader's ``grades``
+    by metric. Per prompt: those of the source ``choice``.
+    """
 
     rewards: Mapping[str, list[float] | None]
+    models: Mapping[Source, Mapping[str, list[float]]]
     choices: Mapping[str, list[float]]
     grades: Mapping[str, Mapping[str, list[float | None]]]
 
@@ -73,6 +78,40 @@ def _in_our_tokens(tokenizer: Any, prompts: Sequence[HeldOutPrompt], arm: Answer
     return rows_of_ids
 
 
+def scores_by_models(
+    config: EvaluateConfig,
+    context: StageContext,
+    tokenizer: Any,
+    rows: Sequence[HeldOutPrompt],
+    answers: Mapping[str, Answers],
+) -> dict[Source, dict[str, list[float]]]:
+    """Every arm's scores by the metrics that are reward models of their own, by source, on every process.
+
+    The processes share the answers, and every process must call this.
+
+    Raises:
+        ModelError: a reward model cannot be loaded, or its tokenizer does not fit.
+        RewardError: a model did not give one usable number per answer.
+    """
+    parts = [part for of_arm in answers.values() for part in of_arm.parts(AT_ONCE)]
+    by_source: dict[Source, dict[str, list[float]]] = {}
+    for number, metric in enumerate(config.metrics):
+        if not is_reference(metric.source) or _source(metric) in by_source:
+            continue
+
+        def scores_of_share(share: Sequence[Answers], number: int = number) -> list[float]:
+            scorer = _scorer(number, config, context, tokenizer, rows)
+            scores: list[float] = []
+            for done, part in enumerate(share):
+                context.progress("scoring", done, len(share))
+                scores += scores_of(scorer, part, source=config.metrics[number].source)
+            return scores
+
+        scores = iter(in_shares(context, parts, scores_of_share))
+        by_source[_source(metric)] = {name: [next(scores) for _ in of_arm.texts] for name, of_arm in answers.items()}
+    return by_source
+
+
 def scores_by_arm(
     config: EvaluateConfig,
     context: StageContext,
@@ -87,14 +126,13 @@ def scores_by_arm(
 
     Raises:
         DataError: a row lacks what a metric needs, or a function's file changed since the run was planned.
-        ModelError: a reward model cannot be loaded, or its tokenizer does not fit.
         RewardError: a metric failed, or did not return one usable number per answer.
     """
     scores: dict[str, dict[str, list[float | None]]] = {name: {} for name in answers}
-    run = Computation(device=context.device, dtype=context.spec.model.dtype, tokens=TOKENS)
     by_source: dict[Source, Mapping[str, Sequence[float | None] | None]] = {
         (REWARD, ""): measured.rewards,
         (CHOICE, ""): {name: _repeated(of_arm, config.answers.per_prompt) for name, of_arm in measured.choices.items()},
+        **measured.models,
     }
     by_source |= {_source(metric): measured.grades[metric.name] for metric in config.metrics if metric.source == GRADE}
     sources = {_source(metric) for metric in config.metrics} - set(by_source)
@@ -108,7 +146,7 @@ def scores_by_arm(
 
     for number, metric in enumerate(config.metrics):
         if _source(metric) not in by_source:
-            scorer = build_scorer(f"metrics[{number}]", metric, context.spec, tokenizer, rows, run, asking_of(context))
+            scorer = _scorer(number, config, context, tokenizer, rows)
             by_source[_source(metric)] = {
                 name: scores_of(scorer, of_arm, source=metric.source, progress=progress)
                 for name, of_arm in answers.items()
@@ -126,6 +164,14 @@ def scores_by_arm(
                 per_prompt=config.answers.per_prompt,
             )
     return scores
+
+
+def _scorer(
+    number: int, config: EvaluateConfig, context: StageContext, tokenizer: Any, rows: Sequence[HeldOutPrompt]
+) -> Scorer:
+    run = Computation(device=context.device, dtype=context.spec.model.dtype, tokens=TOKENS)
+    metric, field = config.metrics[number], f"metrics[{number}]"
+    return build_scorer(field, metric, context.spec, tokenizer, rows, run, asking_of(context))
 
 
 def _source(metric: MetricConfig) -> Source:

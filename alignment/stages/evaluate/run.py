@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 from alignment.core.artifacts import write_lines
@@ -11,48 +12,109 @@ from alignment.core.typed_json import to_json
 from alignment.costs.recorder import on_shadows
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenizer import load_tokenizer
-from alignment.evaluation.arms import Answered, reward_scores, sequence_logprobs, side_by_side
+from alignment.evaluation.arms import TOKENS, Answered, grouped, reward_scores, side_by_side
 from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.endpoint import Endpoint
 from alignment.evaluation.exchanges import asked_turns
 from alignment.evaluation.metrics import primary_name, recorded
-from alignment.evaluation.multiple_choice import choice_scores
+from alignment.evaluation.multiple_choice import choice_scores, letter_rows
 from alignment.evaluation.tables import refuse_not_finite, samples
 from alignment.models.assembly.load import lineage, products_in, refuse_other_tokenizer
 from alignment.models.assembly.reward_head import load_reward_model
+from alignment.models.forward.answers import micro_batches_of, unwrapped
+from alignment.models.kernels.layout import prepacked
 from alignment.records.evaluation import ArmResult, Evaluation, Sample, write_samples
 from alignment.rewards.scorer_sources import CHOICE
 from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate import grading
 from alignment.stages.evaluate import labelled as labelled_pairs
-from alignment.stages.evaluate.answering import ArmPrompts, answers_of, prompts_of_arms
+from alignment.stages.evaluate.answering import answers_of_arms, arms_at_once
+from alignment.stages.evaluate.arm_prompts import ArmPrompts, prompts_of_arms
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.evaluation_record import ScoredAnswers, evaluation_of
 from alignment.stages.evaluate.grading import Grades, grade_answers, open_grader
 from alignment.stages.evaluate.judging import Judged, judge, open_endpoint
 from alignment.stages.evaluate.labelled import judge_labelled
-from alignment.stages.evaluate.metric_scores import Measured, answers_to_score, scores_by_arm
+from alignment.stages.evaluate.metric_scores import (
+    Measured,
+    Source,
+    answers_to_score,
+    scores_by_arm,
+    scores_by_models,
+)
 from alignment.stages.shared.arm_policies import Policies
+from alignment.stages.shared.policy_logprobs import PolicyRows, policy_logprobs
+from alignment.stages.shared.process_shares import in_shares, on_main
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.served_policies import served_policies
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 
 
-def run(config: EvaluateConfig, context: StageContext) -> StageResult:
-    """Policies and a reward model in, ``evaluation.json`` and ``samples.jsonl`` out, on one process.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Computed:
+    """What all processes compute together: every arm's answers, and what models say of them, by arm."""
 
-    A judge also writes ``judgements.jsonl``, a grader ``grades.jsonl``.
+    rows: Sequence[HeldOutPrompt]
+    arms: Mapping[str, Answered]
+    answers: Mapping[str, Answers]
+    log_ratios: Mapping[str, list[float] | None]
+    rewards: Mapping[str, list[float] | None]
+    models: Mapping[Source, Mapping[str, list[float]]]
+    choices: Mapping[str, list[float]]
+
+
+def run(config: EvaluateConfig, context: StageContext) -> StageResult:
+    """Policies and a reward model in, ``evaluation.json`` and ``samples.jsonl`` out.
+
+    A judge also writes ``judgements.jsonl``, a grader ``grades.jsonl``. All processes answer and run models; the main
+    one scores by rules and functions, asks servers and writes.
     """
     spec = context.spec
     context.progress("loading")
-    endpoint = open_endpoint(config.judge, context)
-    grader = open_grader(config, context)
+    endpoint = on_main(context, lambda: open_endpoint(config.judge, context))
+    grader = on_main(context, lambda: open_grader(config, context))
     tokenizer = load_tokenizer(spec.base_path, spec.model.template)
     for field in ("reference", "reward"):
         if field in spec.inputs:
             refuse_other_tokenizer(spec, spec.inputs[field], tokenizer)
-    scored, grades = _scored(config, context, tokenizer, grader)
+    computed = _computed(config, context, tokenizer)
+    concluded = on_main(context, lambda: _concluded(config, context, tokenizer, computed, endpoint, grader))
+    return concluded or StageResult(metrics={})
+
+
+def _computed(config: EvaluateConfig, context: StageContext, tokenizer: Any) -> _Computed:
+    rows = rows_of(context, HeldOutPrompt, config.data)
+    arm_prompts = prompts_of_arms(config, context, tokenizer, rows)
+    served = served_policies(config.sampling, context)
+    policies = Policies(context, served)
+    with served or nullcontext():
+        arms, choices = _answers(config, context, policies, arm_prompts, rows)
+    context.progress("scoring", len(arms) * len(rows), len(arms) * len(rows))
+    answers = answers_to_score(tokenizer, rows, arm_prompts, arms)
+    log_ratios = _log_ratios(config, context, policies, arm_prompts, arms, answers)
+    policies.release()
+    return _Computed(
+        rows=rows,
+        arms=arms,
+        answers=answers,
+        log_ratios=log_ratios,
+        rewards=_rewards(context, answers),
+        models=scores_by_models(config, context, tokenizer, rows, answers),
+        choices=choices,
+    )
+
+
+def _concluded(
+    config: EvaluateConfig,
+    context: StageContext,
+    tokenizer: Any,
+    computed: _Computed,
+    endpoint: Endpoint | None,
+    grader: Endpoint | None,
+) -> StageResult:
+    """What the main process does alone."""
+    scored, grades = _scored(config, context, tokenizer, computed, grader)
     judged = judge(
         config.judge,
         context,
@@ -73,31 +135,21 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
 
 
 def _scored(
-    config: EvaluateConfig, context: StageContext, tokenizer: Any, grader: Endpoint | None
+    config: EvaluateConfig, context: StageContext, tokenizer: Any, computed: _Computed, grader: Endpoint | None
 ) -> tuple[ScoredAnswers, Grades]:
-    """Every arm's answers, scored by every metric, the reward model and the reference."""
-    rows = rows_of(context, HeldOutPrompt, config.data)
-    arm_prompts = prompts_of_arms(config, context, tokenizer, rows)
-    served = served_policies(config.sampling, context)
-    policies = Policies(context, served)
-    with served or nullcontext():
-        arms, choices = _answers(config, context, policies, arm_prompts, rows)
-    context.progress("scoring", len(arms) * len(rows), len(arms) * len(rows))
-    answers = answers_to_score(tokenizer, rows, arm_prompts, arms)
-    log_ratios = _log_ratios(config, context, policies, arm_prompts, arms, answers)
-    policies.release()
-    rewards = _rewards(context, answers)
+    """The scores of all answers, and how a grader came to those that it gave."""
+    rows, arms, rewards, log_ratios = computed.rows, computed.arms, computed.rewards, computed.log_ratios
     for name, arm in arms.items():
         if not on_shadows():
             refuse_not_finite(name, arm, rewards=rewards[name], log_ratios=log_ratios[name])
-    grades = grade_answers(config, context, grader, answers, asked_turns(rows))
-    measured = Measured(rewards=rewards, choices=choices, grades=grades.by_metric)
+    grades = grade_answers(config, context, grader, computed.answers, asked_turns(rows))
+    measured = Measured(rewards=rewards, models=computed.models, choices=computed.choices, grades=grades.by_metric)
     scored = ScoredAnswers(
         rows=rows,
         arms=arms,
         rewards=rewards,
         log_ratios=log_ratios,
-        turn_scores=scores_by_arm(config, context, tokenizer, rows, answers, measured),
+        turn_scores=scores_by_arm(config, context, tokenizer, rows, computed.answers, measured),
         metrics=recorded(config.metrics),
         primary_name=primary_name(config.metrics, config.primary),
         reference=context.spec.inputs["reference"].ref,
@@ -118,17 +170,33 @@ def _answers(
     choices: dict[str, list[float]] = {}
     with_choices = any(metric.source == CHOICE for metric in config.metrics)
     num_turns = sum(row.num_turns for row in rows)
-    for name, arm in arm_prompts.items():
+    for names in grouped(list(arm_prompts), arms_at_once(config, context, policies, len(rows))):
+        some = {name: arm_prompts[name] for name in names}
 
         def progress(done: int, before: int = len(arms) * num_turns) -> None:
             context.progress("answering", before + done, len(arm_prompts) * num_turns)
 
-        compared = _is_compared(arm, config) and not _is_reference(name, context)
-        arms[name] = answers_of(arm, config, context, policies, rows, with_logprobs=compared, progress=progress)
+        compared = {
+            name for name, arm in some.items() if _is_compared(arm, config) and not _is_reference(name, context)
+        }
+        arms |= answers_of_arms(some, config, context, policies, rows, with_logprobs=compared, progress=progress)
         if with_choices:
-            choices[name] = choice_scores(policies.load(arm.policy), arm.tokenizer, rows, arm.shown, name=name)
-        progress(num_turns)
+            choices |= _choices(context, policies, some, rows)
+        progress(len(names) * num_turns)
     return arms, choices
+
+
+def _choices(
+    context: StageContext, policies: Policies, arm_prompts: Mapping[str, ArmPrompts], rows: Sequence[HeldOutPrompt]
+) -> dict[str, list[float]]:
+    """Whether each arm finds a row's right choice likeliest: 1 or 0 for each row."""
+    asked = {name: letter_rows(arm.tokenizer, rows, arm.shown) for name, arm in arm_prompts.items()}
+    rows_of_arms = {}
+    for name, arm in arm_prompts.items():
+        prompts, letters = asked[name].flat()
+        rows_of_arms[name] = PolicyRows(policy=arm.policy, prompts=prompts, answers=letters)
+    logprobs = policy_logprobs(context, "choosing", policies, rows_of_arms)
+    return {name: choice_scores(rows, asked[name], logprobs[name], name=name) for name in arm_prompts}
 
 
 def _is_compared(arm_prompts: ArmPrompts, config: EvaluateConfig) -> bool:
@@ -164,9 +232,12 @@ def _log_ratios(
     compared = {name: (arm, arm.logprobs) for name, arm in arms.items() if arm.logprobs is not None}
     if not compared:
         return ratios
-    prompts = [answers[name].prompt_ids for name in compared]
-    reference = policies.load(lineage(context.spec, context.spec.inputs["reference"]))
-    under = sequence_logprobs(reference, *side_by_side(prompts, [arm.ids for arm, _ in compared.values()]))
+    prompts, ids = side_by_side(
+        [answers[name].prompt_ids for name in compared], [arm.ids for arm, _ in compared.values()]
+    )
+    reference = lineage(context.spec, context.spec.inputs["reference"])
+    asked = {"reference": PolicyRows(policy=reference, prompts=prompts, answers=ids)}
+    under = policy_logprobs(context, "scoring", policies, asked)["reference"]
     for index, (name, (_, own)) in enumerate(compared.items()):
         reference_logprobs = under[index :: len(compared)]
         ratios[name] = [score - other for score, other in zip(own, reference_logprobs, strict=True)]
@@ -177,10 +248,22 @@ def _rewards(context: StageContext, answers: Mapping[str, Answers]) -> dict[str,
     """The reward model's scores of every arm's answers, after the plain prompts, so that they can be compared."""
     if "reward" not in context.spec.inputs:
         return dict.fromkeys(answers)
-    prompts = [arm.prompt_ids for arm in answers.values()]
-    model = load_reward_model(context.spec, context.spec.inputs["reward"], device=context.device).to(context.device)
-    with products_in(context.spec.model.dtype, context.device):
-        scores = reward_scores(model, *side_by_side(prompts, [arm.answer_ids for arm in answers.values()]))
+    prompts, ids = side_by_side(
+        [arm.prompt_ids for arm in answers.values()], [arm.answer_ids for arm in answers.values()]
+    )
+
+    def scores_of(share: Sequence[range]) -> list[float]:
+        model = load_reward_model(context.spec, context.spec.inputs["reward"], device=context.device)
+        model = model.to(context.device)
+        scores: list[float] = []
+        with products_in(context.spec.model.dtype, context.device), prepacked(unwrapped(model).base_model, TOKENS):
+            for done, span in enumerate(share):
+                context.progress("scoring", done, len(share))
+                some = slice(span.start, span.stop)
+                scores += reward_scores(model, prompts[some], ids[some])
+        return scores
+
+    scores = in_shares(context, micro_batches_of(zip(prompts, ids, strict=True), tokens=TOKENS), scores_of)
     return {name: scores[index :: len(answers)] for index, name in enumerate(answers)}
 
 

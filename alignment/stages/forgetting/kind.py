@@ -42,6 +42,6 @@ KIND = StageKind(
     run="alignment.stages.forgetting.run:run",
     data=_data,
     references=References(faults=_reference_faults),
-    launch=LaunchShape(runs_on=RunsOn.one_process),
+    launch=LaunchShape(runs_on=RunsOn.replicas),
     outcome=Outcome(metrics=_reported),
 )

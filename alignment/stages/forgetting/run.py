@@ -7,21 +7,26 @@ from alignment.data.records import PlainText, Question
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.forgetting_measures import BASE, Asked, headlines, question_rows, table, text_rows
-from alignment.evaluation.general import Material, Measured, material, measure
+from alignment.evaluation.general import Material, Measured, material, measured
 from alignment.job import StageInput
-from alignment.models.assembly.load import DTYPES, lineage, load_policy, refuse_other_tokenizer
-from alignment.models.forward.flat import use_flat_attention
+from alignment.models.assembly.load import lineage, refuse_other_tokenizer
 from alignment.records.forgetting import Limits
 from alignment.stages.forgetting.config import ForgettingConfig
+from alignment.stages.shared.arm_policies import Policies
+from alignment.stages.shared.policy_logprobs import PolicyRows, policy_logprobs
+from alignment.stages.shared.process_shares import on_main
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 
+TEXTS, QUESTIONS = "texts", "questions"
+
 
 def run(config: ForgettingConfig, context: StageContext) -> StageResult:
-    """Policies in, ``forgetting.json``, ``texts.jsonl`` and ``questions.jsonl`` out, on one process.
+    """Policies in, ``forgetting.json``, ``texts.jsonl`` and ``questions.jsonl`` out.
 
-    The stage does not fail if an arm exceeds a limit; the driver fails the run at its end.
+    The processes share what the policies read. The stage does not fail if an arm exceeds a limit; the driver fails the
+    run at its end.
     """
     spec = context.spec
     context.progress("loading")
@@ -29,24 +34,28 @@ def run(config: ForgettingConfig, context: StageContext) -> StageResult:
     for arm in spec.arms.values():
         refuse_other_tokenizer(spec, arm, tokenizer)
     texts = rows_of(context, PlainText, config.data)
-    questions = rows_of(context, Question, config.questions, field="questions")
+    questions = rows_of(context, Question, config.questions, field=QUESTIONS)
     tokens = material(tokenizer, texts, questions)
     arms = {BASE: StageInput(ref=BASE, path=None), **{name: spec.arms[name] for name in config.arms}}
-    measured: dict[str, Measured] = {}
-    for name, arm in arms.items():
-        context.progress("measuring", len(measured), len(arms))
-        measured[name] = _measure(name, arm, tokens, context)
+    by_arm = _measured(context, arms, tokens)
     asked = Asked(texts=texts, tokens=tokens.tokens, questions=questions)
+    return on_main(context, lambda: _written(config, context, by_arm, asked)) or StageResult(metrics={})
+
+
+def _measured(context: StageContext, arms: dict[str, StageInput], tokens: Material) -> dict[str, Measured]:
+    asked = {}
+    for name, arm in arms.items():
+        for kind, (prompts, answers) in ((TEXTS, tokens.chunk_rows), (QUESTIONS, tokens.choice_rows)):
+            asked[name, kind] = PolicyRows(policy=lineage(context.spec, arm), prompts=prompts, answers=answers)
+    logprobs = policy_logprobs(context, "measuring", Policies(context), asked)
+    return {name: measured(tokens, logprobs[name, TEXTS], logprobs[name, QUESTIONS], name=name) for name in arms}
+
+
+def _written(config: ForgettingConfig, context: StageContext, by_arm: dict[str, Measured], asked: Asked) -> StageResult:
     limits = Limits(perplexity_rise=config.max_perplexity_rise, ability_drop=config.max_ability_drop)
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
-    record = table(measured, asked, limits=limits, intervals=intervals)
+    record = table(by_arm, asked, limits=limits, intervals=intervals)
     record.write(context.content)
-    write_lines(context.content / "texts.jsonl", text_rows(measured, asked))
-    write_lines(context.content / "questions.jsonl", question_rows(measured, asked))
+    write_lines(context.content / "texts.jsonl", text_rows(by_arm, asked))
+    write_lines(context.content / "questions.jsonl", question_rows(by_arm, asked))
     return StageResult(metrics=headlines(record))
-
-
-def _measure(name: str, arm: StageInput, tokens: Material, context: StageContext) -> Measured:
-    model = load_policy(lineage(context.spec, arm), DTYPES[context.spec.model.dtype]).to(context.device)
-    use_flat_attention(model)
-    return measure(model, tokens, name=name)

@@ -77,7 +77,7 @@ KIND = StageKind(
     scorers=_scorers,
     faults=_faults,
     completed=with_learned,
-    launch=LaunchShape(runs_on=RunsOn.one_process),
+    launch=LaunchShape(runs_on=RunsOn.replicas),
     learning=Learning(limits=lambda config: Limits(row=config.max_length, too_long=config.too_long)),
     outcome=Outcome(metrics=_reported),
 )

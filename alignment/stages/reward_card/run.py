@@ -1,4 +1,4 @@
-"""A reward model's report card, made on one process."""
+"""A reward model's report card. The processes share the pairs that it scores, and the main process does the rest."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from alignment.data.records import PreferencePair, Prompt
 from alignment.data.tokens.limits import Limits, refuse_losses
 from alignment.data.tokens.row_kinds import PAIRS, PROMPT
 from alignment.data.tokens.tokenizer import load_tokenizer
+from alignment.evaluation.arms import grouped
 from alignment.evaluation.bag_of_words import BagOfWords, fit
 from alignment.evaluation.card_measures import Intervals, Judged, card_of, warnings
 from alignment.evaluation.invariance import Rows, beyond_rounding, flat_scores, moved, padded_scores
@@ -30,6 +31,7 @@ from alignment.records.reward_card import Invariances, Learned, Rescored, Reward
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
 from alignment.stages.reward_card.config import RewardCardConfig
 from alignment.stages.reward_card.rule import scores_by_rule
+from alignment.stages.shared.process_shares import in_shares, on_main
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import LEFT_OUT, fitting, rows_of
 from alignment.training.context import StageContext
@@ -38,7 +40,7 @@ LEARNED = "learned"
 MAX_LEARNED = 20_000
 """The bag of words learns from at most this many pairs, the first ones, which takes about a minute."""
 AT_ONCE = 128
-"""How many rows are scored between two progress updates."""
+"""Rows of a part, which one process scores as a whole."""
 NUM_WORDS = 10
 """How many words the card lists for an answer, and how many against."""
 
@@ -47,19 +49,33 @@ def run(config: RewardCardConfig, context: StageContext) -> StageResult:
     """A reward model and pairs in, ``card.json`` and ``pairs.jsonl`` out."""
     records = rows_of(context, PreferencePair, config.data)
     learned = rows_of(context, PreferencePair, config.learned, field=LEARNED) if _knows_learned(context) else []
-    context.progress("fitting the bag of words")
-    bag = _bag_of_words(context, learned)
     unseen, overlap = _without_learned(config, context, records, learned)
     context.progress("loading")
     reading = _read(config, context, unseen)
     scores = _scores(config, context, reading)
-    pairs = _judged(config, context, reading, scores, bag)
+
+    def conclude() -> StageResult:
+        context.progress("fitting the bag of words")
+        bag = _bag_of_words(context, learned)
+        judged = _judged(config, context, reading, scores, bag)
+        return _written(config, context, reading, judged, overlap and _with_words(overlap, bag))
+
+    return on_main(context, conclude) or StageResult(metrics={})
+
+
+def _written(
+    config: RewardCardConfig,
+    context: StageContext,
+    reading: _Reading,
+    pairs: list[Judged],
+    learned: Learned | None,
+) -> StageResult:
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
     card = replace(
         card_of(pairs, intervals=intervals, num_worst=config.num_worst),
         reward=context.spec.inputs["reward"].ref,
-        rows_too_long=len(unseen) - len(pairs),
-        learned=overlap and _with_words(overlap, bag),
+        rows_too_long=reading.too_long,
+        learned=learned,
         invariances=_invariances(config, context, reading) if config.invariance_pairs else None,
     )
     card = replace(card, warnings=warnings(card))
@@ -143,11 +159,15 @@ def _whole_file(config: RewardCardConfig, context: StageContext) -> list[Prefere
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Reading:
-    """The model, the pairs within its limits, and their rows in its token ids: chosen, rejected, chosen, …"""
+    """The model, the pairs within its limits, and their rows in its token ids: chosen, rejected, chosen, …
+
+    ``too_long`` counts the pairs that are not.
+    """
 
     model: PreTrainedModel | PeftModel
     pairs: list[PreferencePair]
     rows: list[list[int]]
+    too_long: int
 
 
 def _read(config: RewardCardConfig, context: StageContext, records: list[PreferencePair]) -> _Reading:
@@ -168,7 +188,8 @@ def _read(config: RewardCardConfig, context: StageContext, records: list[Prefere
     parts = [row for pair_rows in rows_of_pairs.values() for row in pair_rows.rows]
     rows = [row[PROMPT] + row[answer] for row in parts for answer in ("chosen", "rejected")]
     model = load_reward_model(context.spec, reward, device=context.device).to(context.device)
-    return _Reading(model=model, pairs=[records[index] for index in rows_of_pairs], rows=rows)
+    pairs = [records[index] for index in rows_of_pairs]
+    return _Reading(model=model, pairs=pairs, rows=rows, too_long=len(records) - len(pairs))
 
 
 def _read_text(config: RewardCardConfig, context: StageContext, records: list[PreferencePair]) -> _Reading:
@@ -200,6 +221,7 @@ def _read_text(config: RewardCardConfig, context: StageContext, records: list[Pr
         model=model,
         pairs=[record for record, fit in zip(records, fits, strict=True) if fit],
         rows=[row for rows, fit in zip(both, fits, strict=True) if fit for row in rows],
+        too_long=fits.count(False),
     )
 
 
@@ -207,21 +229,23 @@ def _read_text(config: RewardCardConfig, context: StageContext, records: list[Pr
 
 
 def _scores(config: RewardCardConfig, context: StageContext, reading: _Reading) -> list[float]:
-    """One score per row.
+    """One score per row, on every process.
 
     Raises:
         RewardError: a score is not finite.
     """
-    scores: list[float] = []
-    with products_in(context.spec.model.dtype, context.device):
-        for first in range(0, len(reading.rows), AT_ONCE):
-            context.progress("scoring", first, len(reading.rows))
-            scores += flat_scores(
-                reading.model,
-                reading.rows[first : first + AT_ONCE],
-                tokens=config.micro_batch_tokens,
-                device=context.device,
-            ).tolist()
+    parts = grouped(reading.rows, AT_ONCE)
+
+    def scores_of(share: Sequence[Sequence[list[int]]]) -> list[float]:
+        scores: list[float] = []
+        with products_in(context.spec.model.dtype, context.device):
+            for number, part in enumerate(share):
+                context.progress("scoring", number, len(share))
+                tokens = config.micro_batch_tokens
+                scores += flat_scores(reading.model, part, tokens=tokens, device=context.device).tolist()
+        return scores
+
+    scores = in_shares(context, parts, scores_of)
     for index, score in enumerate(scores):
         if not math.isfinite(score):
             where = reading.pairs[index // 2].where

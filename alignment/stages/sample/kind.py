@@ -109,7 +109,7 @@ KIND = StageKind(
     faults=_faults,
     references=References(more=lambda config: reward_model_slots(_scorers(config))),
     launch=LaunchShape(
-        runs_on=RunsOn.processes,
+        runs_on=RunsOn.replicas,
         refusals=lambda config, launch: sampling_refusals(config.sampling, launch),
         check_machine=lambda config, where: check_engine(config.sampling, where),
     ),

@@ -11,7 +11,9 @@ AT_ONCE = 128
 """How many answers a scorer gets in one call; a limit, so that a slow scorer still reports progress."""
 
 
-def scores_of(scorer: Scorer, answers: Answers, *, source: str, progress: Callable[[int], None]) -> list[float]:
+def scores_of(
+    scorer: Scorer, answers: Answers, *, source: str, progress: Callable[[int], None] = lambda _: None
+) -> list[float]:
     """One score per answer; ``progress`` receives how many answers each call scored, ``source`` names the scorer.
 
     Raises:

@@ -161,7 +161,6 @@ def served_policies(config: SamplingConfig, context: StageContext) -> ServedPoli
 
 def served_answer_and_score(
     served: ServedPolicies,
-    policy: Lineage,
     model: PreTrainedModel,
     prompts: Sequence[list[int]],
     others: Sequence[Sequence[list[int]]],
@@ -172,17 +171,16 @@ def served_answer_and_score(
     progress: Callable[[int], None],
     sampling: Sampling | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Like ``answer_and_score``, but the engine answers; ``model`` is the policy, which gives the log-probabilities.
+    """Like ``answer_and_score``, but the engine answers, prepared for the policy; ``model`` is the policy, which gives
+    the log-probabilities.
 
     Raises:
-        ModelError: the engine does not take the policy.
         StageError: the engine failed, or gave what was not asked for.
     """
     generation = Generation(
         max_new_tokens=max_new_tokens, temperature=sampling.temperature if sampling else 0.0, end_ids=end_ids
     )
     seeds = [0] * len(prompts) if sampling is None else (sampling.uniforms[:, 0] * SEEDS).long().tolist()
-    served.prepare(policy, max(map(len, prompts)) + max_new_tokens)
     replies = served.answers(asked_once(prompts, seeds), generation, progress)
     answers = [answer for of_prompt in replies for answer in of_prompt]
     texts = [[answer.ids, *after] for answer, after in zip(answers, others, strict=True)]

@@ -13,7 +13,8 @@ from alignment.data.records import PlainText, Question
 from alignment.data.tokens.tokenize import prompt_ids
 from alignment.data.turns import Message
 from alignment.evaluation import general
-from alignment.evaluation.general import material, measure
+from alignment.evaluation.arms import sequence_logprobs
+from alignment.evaluation.general import Material, Measured, material, measured
 from alignment.models.forward.flat import use_flat_attention
 from tests.oracles import logprobs as oracle
 from tests.oracles.close import close
@@ -27,6 +28,11 @@ QUESTIONS = [
         ("When is the shop closed?", ("On Mondays", "Né lundi")),
     )
 ]
+
+
+def measure(model: PreTrainedModel, told: Material, *, name: str) -> Measured:
+    chunks, choices = (sequence_logprobs(model, *rows) for rows in (told.chunk_rows, told.choice_rows))
+    return measured(told, chunks, choices, name=name)
 
 
 def _slow(model: PreTrainedModel, read: Sequence[int], scored: Sequence[int]) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ from alignment.core.errors import NonFiniteError
 from alignment.data.fields import Fields
 from alignment.data.formats import FORMATS
 from alignment.data.records import HeldOutPrompt
-from alignment.evaluation.multiple_choice import choice_scores
+from alignment.evaluation.arms import sequence_logprobs
+from alignment.evaluation.multiple_choice import choice_scores, letter_rows
 from alignment.models.forward.flat import use_flat_attention
 from tests.oracles import logprobs as oracle
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -24,6 +27,11 @@ def rows(right: list[int]) -> list[HeldOutPrompt]:
         for number, (choices, answer) in enumerate(zip(CHOICES, right, strict=True))
     ]
     return [record for row in told for record in HeldOutPrompt.of(read(Fields(row, where="x:1", example="")))]
+
+
+def scores(model: Any, right: list[int], *, name: str = "base") -> list[float]:
+    asked = letter_rows(tiny_tokenizer(), rows(right), lambda row: row.messages)
+    return choice_scores(rows(right), asked, sequence_logprobs(model, *asked.flat()), name=name)
 
 
 def likeliest(seed: int) -> list[int]:
@@ -52,7 +60,7 @@ def test_a_row_counts_if_its_right_letter_is_the_likeliest(seed: int) -> None:
     use_flat_attention(model)
     others = [(letter + 1) % len(choices) for letter, choices in zip(best, CHOICES, strict=True)]
     for right, expected in ((best, [1.0, 1.0, 1.0]), (others, [0.0, 0.0, 0.0]), ([best[0], *others[1:]], [1.0, 0, 0])):
-        assert choice_scores(model, tokenizer, rows(right), lambda row: row.messages, name="base") == expected
+        assert scores(model, right) == expected
 
 
 def test_multiple_choice_that_are_equally_likely_count_as_wrong() -> None:
@@ -60,7 +68,7 @@ def test_multiple_choice_that_are_equally_likely_count_as_wrong() -> None:
     model = tiny_model(vocab_size=len(tokenizer))
     torch.nn.init.zeros_(model.get_output_embeddings().weight)
     use_flat_attention(model)
-    assert choice_scores(model, tokenizer, rows([0, 0, 0]), lambda row: row.messages, name="base") == [0.0, 0.0, 0.0]
+    assert scores(model, [0, 0, 0]) == [0.0, 0.0, 0.0]
 
 
 def test_log_probabilities_that_are_not_finite_name_the_arm() -> None:
@@ -69,4 +77,4 @@ def test_log_probabilities_that_are_not_finite_name_the_arm() -> None:
     torch.nn.init.constant_(model.get_output_embeddings().weight, torch.nan)
     use_flat_attention(model)
     with pytest.raises(NonFiniteError, match="stage:sft gives log-probabilities that are not finite"):
-        choice_scores(model, tokenizer, rows([0, 0, 0]), lambda row: row.messages, name="stage:sft")
+        scores(model, [0, 0, 0], name="stage:sft")

@@ -110,7 +110,7 @@ def test_what_was_not_asked_for_is_left_to_the_cluster(plan: MakePlan) -> None:
     assert names == ["--job-name", "--output", "--open-mode", "--requeue", "--signal", "--nodes", "--ntasks"]
 
 
-@pytest.mark.parametrize(("stage", "gpus"), [("sft", ["2"]), ("evaluate", ["1"]), ("report", [])])
+@pytest.mark.parametrize(("stage", "gpus"), [("sft", ["2"]), ("evaluate", ["2"]), ("report", [])])
 def test_a_stage_asks_for_the_gpus_that_it_uses(plan: MakePlan, stage: str, gpus: list[str]) -> None:
     asked = directives(rendered(plan(*ASKED), stage))
     assert [one.partition("=")[2] for one in asked if one.startswith("--gpus-per-node")] == gpus
@@ -163,23 +163,24 @@ def execute(text: str, folder: Path, *, code: int, ended: bool = False) -> tuple
 SEVERAL = ("launch/backend=slurm", "launch.backend.num_machines=2", "launch.num_processes=2")
 
 
-def test_a_job_of_several_machines_asks_for_them_only_where_a_stage_trains(plan: MakePlan) -> None:
+def test_a_job_of_several_machines_asks_for_them_only_where_a_stage_uses_them(plan: MakePlan) -> None:
     made = plan(*SEVERAL)
-    assert {"--nodes=2", "--ntasks=2"} <= set(directives(rendered(made)))
-    text = rendered(made, "evaluate")
+    for name in ("dpo", "evaluate"):
+        assert {"--nodes=2", "--ntasks=2"} <= set(directives(rendered(made, name)))
+    text = rendered(made, "report")
     assert {"--nodes=1", "--ntasks=1"} <= set(directives(text))
     (line,) = (line for line in text.splitlines() if line.startswith("srun "))
     words = shlex.split(line.partition(" || ")[0])
-    inside = plan(*words[words.index("evaluate") + 1 :])
+    inside = plan(*words[words.index("report") + 1 :])
     assert [stage.fingerprint for stage in inside.stages] == [stage.fingerprint for stage in made.stages]
 
 
 def test_a_smoke_job_on_one_machine_names_what_several_have_trained(plan: MakePlan) -> None:
     """The profile scales batches with the processes of all machines, also in the plan of a stage that needs one."""
     made = plan("profile=smoke", *SEVERAL)
-    (line,) = (line for line in rendered(made, "evaluate").splitlines() if line.startswith("srun "))
+    (line,) = (line for line in rendered(made, "report").splitlines() if line.startswith("srun "))
     words = shlex.split(line.partition(" || ")[0])
-    inside = plan(*words[words.index("evaluate") + 1 :])
+    inside = plan(*words[words.index("report") + 1 :])
     assert [stage.fingerprint for stage in inside.stages] == [stage.fingerprint for stage in made.stages]
 
 

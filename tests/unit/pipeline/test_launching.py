@@ -13,9 +13,12 @@ from alignment.config.optim import Moments, OptimConfig
 from alignment.core.errors import ConfigError
 from alignment.pipeline.backends import feasibility
 from alignment.pipeline.plan.plan import Action
+from alignment.stages.benchmark.config import BenchmarkConfig
 from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.forgetting.config import ForgettingConfig
 from alignment.stages.report.config import ReportConfig
 from alignment.stages.reward_card.config import RewardCardConfig
+from alignment.stages.sample.config import SampleConfig
 from alignment.stages.sft.config import SftConfig
 
 
@@ -54,20 +57,29 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatc
     refuse(stage(JUDGED), sharding=Sharding.zero2)
 
 
-def test_an_evaluation_and_a_report_want_one_process_or_none() -> None:
-    """They run as jobs of their own with one GPU, or none, behind stages that had several."""
+def test_a_stage_that_measures_runs_on_all_processes_without_sharding() -> None:
+    backend = MachinesBackend()
+    launch = LaunchConfig(num_processes=0, backend=backend, sharding=Sharding.zero3, offload=Offload.weights, threads=3)
+    expected = LaunchConfig(num_processes=4, backend=backend, threads=3)
+    for config in (JUDGED, RewardCardConfig(), ForgettingConfig(arms=["stage:sft"]), SampleConfig(policy="base")):
+        assert feasibility.of_stage(launch, config, num_devices=4) == expected
+    trained = feasibility.of_stage(launch, SftConfig(), num_devices=4)
+    assert (trained.num_processes, trained.sharding, trained.offload) == (4, Sharding.zero3, Offload.weights)
+    for config in (JUDGED, SftConfig()):
+        with pytest.raises(ConfigError, match="2 processes, but this machine has 1 GPU"):
+            refuse(stage(config), num_processes=2, num_devices=1)
+        with pytest.raises(ConfigError, match="this machine has no GPU"):
+            refuse(stage(config), num_processes=0)
+
+
+def test_a_benchmark_and_a_report_want_one_process_or_none() -> None:
     launch = LaunchConfig(
         num_processes=0, backend=MachinesBackend(), sharding=Sharding.zero3, offload=Offload.weights, threads=3
     )
-    assert feasibility.of_stage(launch, JUDGED, num_devices=1) == LaunchConfig(threads=3)
-    assert feasibility.of_stage(launch, RewardCardConfig(), num_devices=1) == LaunchConfig(threads=3)
-    assert feasibility.of_stage(launch, SftConfig(), num_devices=4).num_processes == 4
-    refuse(stage(JUDGED), num_processes=2, num_devices=1)
+    benchmark = BenchmarkConfig(arms=["base"])
+    assert feasibility.of_stage(launch, benchmark, num_devices=1) == LaunchConfig(threads=3)
+    refuse(stage(benchmark), num_processes=2, num_devices=1)
     refuse(stage(ReportConfig()), num_processes=0)
-    with pytest.raises(ConfigError, match="2 processes, but this machine has 1 GPU"):
-        refuse(stage(SftConfig()), num_processes=2, num_devices=1)
-    with pytest.raises(ConfigError, match="this machine has no GPU"):
-        refuse(stage(SftConfig()), num_processes=0)
 
 
 def test_a_job_finds_the_gpus_that_it_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from alignment.pipeline.backends import machines
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute.signals import Terminated
 from alignment.pipeline.plan.plan import Action
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.benchmark.config import BenchmarkConfig
 from alignment.stages.sft.config import SftConfig
 
 LAUNCH = LaunchConfig(backend=MachinesBackend(machine_rank=1))
@@ -39,9 +39,9 @@ class Shared:
             artifact=folder / "artifacts" / "sft-01234567",
             fingerprint="0" * 64,
         )
-        judged = SimpleNamespace(name="evaluate", config=EvaluateConfig(), action=Action.run, artifact=folder / "never")
+        alone = SimpleNamespace(name="tasks", config=BenchmarkConfig(), action=Action.run, artifact=folder / "never")
         config = SimpleNamespace(launch=LAUNCH)
-        self.plan: Any = SimpleNamespace(run_folder=folder / "runs" / "r", stages=(self.stage, judged), config=config)
+        self.plan: Any = SimpleNamespace(run_folder=folder / "runs" / "r", stages=(self.stage, alone), config=config)
         (self.plan.run_folder / "sft").mkdir(parents=True)
         self.started = folder / "started"
         self.content = folder / "content"

@@ -24,12 +24,12 @@ from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.evaluation import arms
 from alignment.evaluation.arms import Answered
-from alignment.evaluation.multiple_choice import choice_scores
+from alignment.evaluation.multiple_choice import LetterRows, letter_rows
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.records.evaluation import read_samples
-from alignment.stages.evaluate import answering, evaluation_record
+from alignment.stages.evaluate import answering, arm_prompts, evaluation_record
 from alignment.stages.evaluate import run as stage
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.shared import arm_policies
@@ -215,16 +215,16 @@ def test_the_metric_choice_asks_every_arm_s_policy_behind_its_own_prompt(
     heldout.write_text("".join(json.dumps(row) + "\n" for row in questions))
     config = replace(SMALL, arms=["base", "base+prompt", "path:other"], metrics=[metric("mmlu", "choice")])
     spec = replace(spec_of(chain, config, "choice"), data_path=heldout)
-    first_turns: dict[str, str] = {}
+    first_turns: list[str] = []
 
-    def noted(model: Any, tokenizer: Any, rows: Any, turns: Any, *, name: str) -> list[float]:
-        first_turns[name] = turns(rows[0])[0].content
-        return choice_scores(model, tokenizer, rows, turns, name=name)
+    def noted(tokenizer: Any, rows: Any, turns: Any) -> LetterRows:
+        first_turns.append(turns(rows[0])[0].content)
+        return letter_rows(tokenizer, rows, turns)
 
-    monkeypatch.setattr(stage, "choice_scores", noted)
+    monkeypatch.setattr(stage, "letter_rows", noted)
     worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
     question = "Number 0: when?"
-    assert first_turns == {"base": question, "base+prompt": "Be brief.", "path:other": question}
+    assert first_turns == [question, "Be brief.", question]
     samples = list(read_samples(spec.artifact))
     theirs = AutoTokenizer.from_pretrained(chain.folder / "other")
     for arm, folder, tokenizer, system in (
@@ -335,8 +335,8 @@ def logprob(model: Any, prompt: list[int], answer: list[int]) -> float:
 def test_the_prompted_arm_is_asked_behind_the_recipe_s_system_prompt(chain: Chained) -> None:
     spec = spec_of(chain, SMALL, "prompted")
     context = StageContext(spec=spec, rank=0, world_size=1)
-    rows = answering.rows_of(context, HeldOutPrompt, SMALL.data)
-    asked = answering.prompts_of_arms(SMALL, context, tiny_tokenizer(), rows)
+    rows = arm_prompts.rows_of(context, HeldOutPrompt, SMALL.data)
+    asked = arm_prompts.prompts_of_arms(SMALL, context, tiny_tokenizer(), rows)
     shown = {name: tiny_tokenizer().decode(asked[name].first.prompts[0]) for name in ("base", "base+prompt")}
     assert shown["base+prompt"] == shown["base"].replace("You are tiny.", "Be brief.")
 
@@ -351,8 +351,8 @@ def test_an_arm_whose_positions_do_not_suffice_is_refused(chain: Chained) -> Non
 def test_a_model_from_outside_is_asked_in_its_own_words(chain: Chained) -> None:
     spec = spec_of(chain, SMALL, "asked")
     context = StageContext(spec=spec, rank=0, world_size=1)
-    rows = answering.rows_of(context, HeldOutPrompt, SMALL.data)
-    asked = answering.prompts_of_arms(SMALL, context, tiny_tokenizer(), rows)
+    rows = arm_prompts.rows_of(context, HeldOutPrompt, SMALL.data)
+    asked = arm_prompts.prompts_of_arms(SMALL, context, tiny_tokenizer(), rows)
     shown = asked["path:other"].tokenizer.decode(asked["path:other"].first.prompts[0])
     assert shown == (
         "<|im_start|>system\nYou are other.<|im_end|>\n"
@@ -370,8 +370,8 @@ def test_a_model_with_our_tokens_and_ends_of_its_own_is_compared_and_stops_there
     config = replace(SMALL, arms=["base", "path:twin"])
     spec = replace(spec_of(chain, config, "twin"), arms={"path:twin": StageInput(ref="path:twin", path=twin)})
     context = StageContext(spec=spec, rank=0, world_size=1)
-    rows = answering.rows_of(context, HeldOutPrompt, config.data)
-    asked = answering._arm_prompts(context, spec.arms["path:twin"], load_tokenizer(chain.base), rows, None)
+    rows = arm_prompts.rows_of(context, HeldOutPrompt, config.data)
+    asked = arm_prompts._arm_prompts(context, spec.arms["path:twin"], load_tokenizer(chain.base), rows, None)
     assert not asked.own_tokens
     assert end_ids(asked.tokenizer) == {2, 9}
 
@@ -432,6 +432,36 @@ def test_longer_answers_are_not_taken_from_shorter_ones(
 ) -> None:
     evaluate(chain, replace(SMALL, arms=["base"], max_new_tokens=5), "longer")
     assert generated == [3]
+
+
+@pytest.mark.parametrize("answers", [AnswersConfig(), AnswersConfig(per_prompt=3, temperature=1.0)])
+def test_parts_make_what_one_batch_makes(
+    chain: Chained, evaluated: dict[str, Any], generated: list[int], answers: AnswersConfig
+) -> None:
+    config = replace(SMALL, arms=["base", "stage:sft"], max_new_tokens=6, answers=answers)
+    told, samples = [], []
+    for batch_size in (128, 2):
+        for file in (chain.folder / "artifacts/cache").glob("answers-*.json"):
+            file.unlink()
+        name = f"parts-{batch_size}-{answers.per_prompt}"
+        told.append(figures(evaluate(chain, replace(config, batch_size=batch_size), name)))
+        samples.append((chain.folder / f"artifacts/evaluate-{name}/samples.jsonl").read_bytes())
+    of_arm = 3 * answers.per_prompt
+    assert generated == [of_arm] * 2 + ([2, 1] if of_arm == 3 else [2, 2, 2, 2, 1]) * 2
+    assert told[0] == told[1]
+    assert samples[0] == samples[1]
+
+
+@pytest.mark.parametrize(
+    ("processes", "rows", "expected"), [(1, 9, 1), (2, 9, 2), (2, 13, 1), (8, 4, 8), (8, 16, 2), (8, 20, 8), (3, 5, 3)]
+)
+def test_so_many_arms_answer_at_once_that_all_processes_have_as_much_to_do(
+    chain: Chained, processes: int, rows: int, expected: int
+) -> None:
+    """In parts of four answers, of which a prompt has one."""
+    config = replace(SMALL, batch_size=4)
+    context = StageContext(spec=spec_of(chain, config, "waves"), rank=0, world_size=processes)
+    assert answering.arms_at_once(config, context, arm_policies.Policies(context), rows) == expected
 
 
 def test_an_empty_evaluation_set_is_an_error(chain: Chained, tmp_path: Path) -> None:
