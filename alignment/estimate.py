@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from alignment.config.adapter import AdapterKind
 from alignment.config.data import DataConfig
 from alignment.config.launch import Offload, Sharding
+from alignment.config.micro_batch import DEFAULT_TOKENS, is_automatic, with_tokens
 from alignment.config.optim import OptimConfig
 from alignment.config.sampling_engine import Engine, RolloutSamplingConfig, SamplingConfig
 from alignment.core.errors import AlignmentError
@@ -192,6 +193,7 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
         trained=recorder.trained,
         weights=recorder.weights,
         first_rows=_rows_read(spec) if repeats.is_unknown else 0,
+        assumed_tokens=DEFAULT_TOKENS if is_automatic(spec.config) else 0,
     )
 
 
@@ -229,6 +231,8 @@ def _as_estimated(spec: StageSpec) -> StageSpec:
     if isinstance(sampling := getattr(config, "sampling", None), SamplingConfig):
         ahead: dict[str, Any] = {"max_staleness": 0} if isinstance(sampling, RolloutSamplingConfig) else {}
         changes["sampling"] = replace(sampling, engine=Engine.own, **ahead)
+    if is_automatic(config):
+        config = with_tokens(config, DEFAULT_TOKENS)
     if isinstance(optim := getattr(config, "optim", None), OptimConfig):
         changes["optim"] = replace(optim, batch_size=min(optim.batch_size, STEP_ROWS))
     if hasattr(config, "ppo_epochs"):

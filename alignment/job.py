@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ from alignment.config.launch import Offload, Sharding
 from alignment.config.model import ModelConfig
 from alignment.config.stage import StageConfig
 from alignment.config.tracking import TrackingConfig
+from alignment.config.typed import to_plain
+from alignment.core.fingerprint import digest
+from alignment.core.versions import versions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,3 +75,44 @@ class StageSpec:
         own = self.data_path if field == "data" else self.extra_data[field]
         mixed = [(part, self.extra_data[f"{field}.mix[{number}]"]) for number, part in enumerate(data.mix)]
         return [(data, own), *mixed]
+
+
+_NO_MEMORY = ("micro_batch_tokens", "max_steps", "updates", "log_every", "save_every")
+"""Settings that say how long a stage goes on, or what is sought."""
+_PATHS = ("_name_or_path", "base_model_name_or_path")
+
+
+def memory_key(config: StageConfig, identity: Mapping[str, Any], inputs: Mapping[str, StageInput]) -> str:
+    """A hash of all that decides how much memory a micro-batch of a stage takes, apart from machine and launch.
+
+    A fractional setting, such as a rate or a weight, counts by whether it is 0. Those of data count whole, because they
+    decide which rows there are. Of a stage that it starts from, the shapes of its models count and not their weights.
+    """
+    settings = to_plain(config)
+    data = settings.pop("data", None)
+    content = {name: identity.get(name) for name in ("base", "data", "extra_data")}
+    shapes = {slot: _shapes(made.path) for slot, made in inputs.items() if made.path is not None}
+    return digest([_without_rates(settings), data, content, shapes, versions()])
+
+
+def _without_rates(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_rates(item) for name, item in value.items() if name not in _NO_MEMORY}
+    if isinstance(value, list):
+        return [_without_rates(item) for item in value]
+    return value != 0.0 if isinstance(value, float) else value
+
+
+def _shapes(folder: Path) -> dict[str, str]:
+    """Hashes of the configurations of the models and adapters in a folder, by where they are in it."""
+    files = [file for name in ("config.json", "adapter_config.json") for file in folder.rglob(name)]
+    return {str(file.relative_to(folder)): digest(_shape(file)) for file in sorted(files)}
+
+
+def _shape(file: Path) -> Any:
+    text = file.read_text(encoding="utf-8", errors="replace")
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return text
+    return {name: value for name, value in content.items() if name not in _PATHS} if isinstance(content, dict) else text

@@ -49,6 +49,7 @@ from alignment.job import StageSpec
 from alignment.records.worker import DONE, FAILED, PREEMPTED, STATUS, Status
 from alignment.stages.base import StageKind
 from alignment.stages.registry import kind_of
+from alignment.stages.shared.automatic_size import with_chosen_size
 from alignment.stages.shared.result import StageResult
 from alignment.stages.stage_file import read_spec
 from alignment.training import checkpoints
@@ -152,7 +153,9 @@ def _run(spec: StageSpec, context: StageContext) -> None:
     torch.manual_seed(seed)
     begin(context)
     with _tracked(context):
-        result = function_of(kind_of(spec.config))(spec.config, context)
+        run = function_of(kind_of(spec.config))
+        context = with_chosen_size(context, run)
+        result = run(context.spec.config, context)
         if context.is_main:
             context.trackers.result(publish_result(spec, context, result), spec.artifact)
     if torch.distributed.is_initialized():

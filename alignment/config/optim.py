@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
 
+from alignment.config.micro_batch import DEFAULT_TOKENS, MicroBatchTokens
 from alignment.config.rules import FRACTION, NOT_NEGATIVE, POSITIVE
 
 
@@ -35,15 +36,16 @@ class OptimConfig:
     """AdamW. ``batch_size`` is global: it is split over processes, and does not depend on their number.
 
     A micro-batch holds at most ``micro_batch_tokens`` tokens; those that the rows of a pair share count once, and a
-    longer row is a micro-batch of its own. ``activation_checkpointing`` stores only a layer's input, and computes the
-    layer again in the backward pass. Both change memory and time, not what is learned, apart from rounding: without
-    ``master_weights`` the gradients of micro-batches are added up in the model's dtype. ``max_steps``, if it is set, is
-    the number of steps, whatever ``epochs`` says.
+    longer row is a micro-batch of its own. With ``auto`` the stage chooses a number that fits into memory.
+    ``activation_checkpointing`` stores only a layer's input, and computes the layer again in the backward pass. Both
+    change memory and time, not what is learned, apart from rounding: without ``master_weights`` the gradients of
+    micro-batches are added up in the model's dtype. ``max_steps``, if it is set, is the number of steps, whatever
+    ``epochs`` says.
     """
 
     lr: Annotated[float, POSITIVE]
     batch_size: Annotated[int, POSITIVE] = 16
-    micro_batch_tokens: Annotated[int, POSITIVE] = field(default=2048, metadata={"identity": False})
+    micro_batch_tokens: MicroBatchTokens = field(default=DEFAULT_TOKENS, metadata={"identity": False})
     activation_checkpointing: bool = field(default=False, metadata={"identity": False})
     epochs: Annotated[float, POSITIVE] = 1.0
     max_steps: Annotated[int | None, POSITIVE] = None

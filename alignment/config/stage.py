@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
+from alignment.config.micro_batch import Automatic
 from alignment.config.optim import Moments
 
 
@@ -35,7 +36,7 @@ class TrainedOptim(Protocol):
 
     lr: float
     batch_size: int
-    micro_batch_tokens: int
+    micro_batch_tokens: int | Automatic
     moments: Moments
 
 

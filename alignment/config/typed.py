@@ -282,10 +282,10 @@ def listed_dataclass(hint: Any) -> type | None:
 
 def _scalar_or_list(hint: Any, value: Any) -> Any:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        options = [option for option in typing.get_args(hint) if option is not types.NoneType]
-        if value is None:
+        options = typing.get_args(hint)
+        if value is None and types.NoneType in options:
             return None
-        return _scalar_or_list(options[0], value)
+        return _any_of([option for option in options if option is not types.NoneType], value)
     if typing.get_origin(hint) is list:
         if not isinstance(value, (list, tuple)):
             raise _Wrong("it takes a list, such as [a, b]")
@@ -300,6 +300,16 @@ def _scalar_or_list(hint: Any, value: Any) -> Any:
     if issubclass(hint, Enum):
         return _choice(hint, value)
     return _scalar(hint, value)
+
+
+def _any_of(options: Sequence[Any], value: Any) -> Any:
+    reasons = []
+    for option in options:
+        try:
+            return _scalar_or_list(option, value)
+        except _Wrong as wrong:
+            reasons.append(str(wrong))
+    raise _Wrong(", or ".join(reasons))
 
 
 def _scalar(hint: type, value: Any) -> Any:

@@ -46,7 +46,8 @@ class Manifest:
     ``identity`` is the canonical form that was hashed, kept so that a plan can say what differs. ``base`` is the
     model that ``adapters`` are applied to, in order; ``base`` with ``"source": "self"`` is the artifact's own
     ``model/``. ``adapters_stood`` says how each adapter was applied when it was trained (``SavedAdapter`` in
-    models/assembly). ``metrics`` are the headline metrics; ``usage`` holds seconds and peak memory in bytes.
+    models/assembly). ``metrics`` are the headline metrics; ``usage`` holds seconds, peak memory in bytes, and the
+    size of micro-batches if the stage chose it.
     """
 
     stage: str

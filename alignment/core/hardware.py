@@ -1,4 +1,4 @@
-"""GPUs and cores of this machine that a process may use, detected without PyTorch."""
+"""GPUs, cores and memory of this machine that a process may use, detected without PyTorch."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import itertools
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+import psutil
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 """Variables that name the GPUs to use; the second is ROCm's own. ROCm reads the first too."""
@@ -64,6 +66,37 @@ def count_devices() -> int:
 def count_cores() -> int:
     """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory(root: Path = Path("/")) -> float:
+    """Bytes of this machine's memory that are free or can be freed, and that the control groups of this process leave.
+
+    A container, or a job of Slurm, has such a group with a limit of its own.
+    """
+    return max(0.0, min([float(psutil.virtual_memory().available), *_left_by_groups(root)]))
+
+
+def _left_by_groups(root: Path) -> Iterator[float]:
+    """Bytes that each group above this process leaves; files that the system holds in memory can be freed."""
+    mounted = root / "sys" / "fs" / "cgroup"
+    try:
+        own = re.search(r"^0::/(.*)$", (root / "proc" / "self" / "cgroup").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        return
+    for group in [mounted / own[1], *(mounted / own[1]).parents] if own else []:
+        if group.is_relative_to(mounted) and (left := _left_by_group(group)) is not None:
+            yield left
+
+
+def _left_by_group(group: Path) -> float | None:
+    """None for a group without a limit."""
+    try:
+        limit = int((group / "memory.max").read_text(encoding="utf-8"))
+        used = int((group / "memory.current").read_text(encoding="utf-8"))
+        files = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(encoding="utf-8"), re.MULTILINE)
+    except (OSError, ValueError):
+        return None
+    return float(limit - used + (int(files[1]) if files else 0))
 
 
 def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

@@ -31,9 +31,9 @@ class StageCost:
     ``fixed`` are the bytes of the libraries, or of a GPU's context. On a GPU the phases before training are those of
     the host, which needs ``host`` bytes then. ``result`` bytes stay on the disk, and ``checkpoints`` are there until
     the stage ends. ``trained`` and ``weights`` count numbers. Where it is not known how many rows there are, FLOP and
-    seconds are those of the ``first_rows``. ``remedy`` are the overrides with which it fits and needs ``remedy_peak``
-    bytes, if it does not fit by itself; in a trade, those that make this way of training. ``error`` says why there are
-    no phases.
+    seconds are those of the ``first_rows``. ``assumed_tokens`` is the size of micro-batches where the stage will choose
+    one itself, else 0. ``remedy`` are the overrides with which it fits and needs ``remedy_peak`` bytes, if it does not
+    fit by itself; in a trade, those that make this way of training. ``error`` says why there are no phases.
     """
 
     stage: str
@@ -49,6 +49,7 @@ class StageCost:
     trained: int = 0
     weights: int = 0
     first_rows: int = 0
+    assumed_tokens: int = 0
     remedy: list[str] = field(default_factory=list)
     remedy_peak: int = 0
     error: str = ""

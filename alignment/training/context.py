@@ -6,6 +6,7 @@ import hashlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, NoReturn, Protocol
 
 import torch
 
@@ -32,9 +33,20 @@ class Clock:
         return self.earlier + time.monotonic() - self.started
 
 
+class Search(Protocol):
+    """A search for the size of micro-batches (size_search.py)."""
+
+    def run(self, trainer: Any, trials: Any) -> NoReturn:
+        """Takes the trials of a trainer in place of its training."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageContext:
-    """Passed to a stage by the worker. ``notes`` are sentences for the user, shown when the stage has ended."""
+    """Passed to a stage by the worker. ``notes`` are sentences for the user, shown when the stage has ended.
+
+    With a ``search`` the stage only gets ready to train; its models are thrown away then, and nothing that it computes
+    may be stored for later. ``chosen_tokens`` is the size of micro-batches if the stage chose it.
+    """
 
     spec: StageSpec
     rank: int
@@ -44,6 +56,8 @@ class StageContext:
     trackers: Trackers = field(default_factory=Trackers)
     peaks: PhasePeaks = field(default_factory=PhasePeaks)
     notes: list[str] = field(default_factory=list)
+    search: Search | None = None
+    chosen_tokens: int | None = None
 
     @property
     def is_main(self) -> bool:

@@ -81,6 +81,17 @@ def largest(tokens: NDArray[np.int64], *, limit: int, most: int, padded: bool) -
     return chosen
 
 
+def is_flat(trainer: MicroBatches) -> bool:
+    """Whether the trainer's model computes a stream without padding."""
+    return bool(trainer.model.config._attn_implementation == ATTENTION)
+
+
+def counted_tokens(trainer: MicroBatches) -> NDArray[np.int64]:
+    """``[rows]``: the tokens of the trainer's rows as its micro-batches count them: a stream has the prompt of a pair
+    once."""
+    return row_tokens(trainer.train_dataset, prompts_twice=trainer.unit is Unit.pairs and not is_flat(trainer))
+
+
 class LongestBatch(TrainerCallback):
     """Tries it before the first step; with several processes, all try the same rows.
 
@@ -99,7 +110,7 @@ class LongestBatch(TrainerCallback):
         """
         if self._context.spec.sharding is not Sharding.none:
             return
-        tokens = self._tokens()
+        tokens = counted_tokens(self._trainer)
         most = args.per_device_train_batch_size
         coming = (state.max_steps - state.global_step) * most * float(tokens.mean())
         limit = self._trainer.micro_batch_tokens
@@ -112,17 +123,8 @@ class LongestBatch(TrainerCallback):
             return
         raise self._error(tokens, rows, most)
 
-    @property
-    def _is_flat(self) -> bool:
-        return bool(self._trainer.model.config._attn_implementation == ATTENTION)
-
-    def _tokens(self) -> NDArray[np.int64]:
-        """``[rows]``, as micro-batches count them: a stream has the prompt of a pair once."""
-        prompts_twice = self._trainer.unit is Unit.pairs and not self._is_flat
-        return row_tokens(self._trainer.train_dataset, prompts_twice=prompts_twice)
-
     def _largest(self, tokens: NDArray[np.int64], limit: int, most: int) -> list[int]:
-        return largest(tokens, limit=limit, most=most, padded=not self._is_flat)
+        return largest(tokens, limit=limit, most=most, padded=not is_flat(self._trainer))
 
     def _fits(self, rows: Sequence[int]) -> bool:
         moments = []

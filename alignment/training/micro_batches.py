@@ -135,9 +135,7 @@ class MicroBatches(Trainer):
 
         Every process must call this, with equally many rows.
         """
-        self.current_gradient_accumulation_steps = 1  # as in a step, before which the trainer sets it
-        batch = self._prepare_inputs(self.data_collator([self.train_dataset[row] for row in rows]))
-        _, num_tokens = self.get_batch_samples(iter([batch]), 1, self.args.device)
+        batch, num_tokens = self._batch_of(rows)
         metrics = {name: list(values) for name, values in self._metrics["train"].items()}
         tokens_seen, self._keeps_gradients = self.state.num_input_tokens_seen, False
         devices = [self.args.device] if self.args.device.type == "cuda" else []
@@ -149,6 +147,20 @@ class MicroBatches(Trainer):
             self._metrics["train"].clear()
             self._metrics["train"].update(metrics)
             self.model_wrapped.zero_grad(set_to_none=True)
+
+    def learn_rows(self, rows: Sequence[int]) -> None:
+        """Takes an optimiser step on these rows. Every process must call this, with equally many rows."""
+        batch, num_tokens = self._batch_of(rows)
+        self.training_step(self.model_wrapped, batch, num_tokens)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _batch_of(self, rows: Sequence[int]) -> tuple[Batch, Any]:
+        """The rows as the trainer's step takes them, and the number of their learned tokens on all processes."""
+        self.current_gradient_accumulation_steps = 1  # as in a step, before which the trainer sets it
+        batch = self._prepare_inputs(self.data_collator([self.train_dataset[row] for row in rows]))
+        _, num_tokens = self.get_batch_samples(iter([batch]), 1, self.args.device)
+        return batch, num_tokens
 
     def _metric_weights(self, name: str, shares: Sequence[float]) -> Sequence[float]:
         """The weights, in the mean of a metric, of the micro-batches that report it."""
@@ -268,7 +280,7 @@ def _weigh(
     """Combines the metrics that the micro-batches appended: extremes of extremes, weighted means of others."""
     for name, values in metrics.items():
         added, weights = values[before.get(name, 0) :], weights_of(name)
-        if len(added) != len(weights) or len(weights) == 1:
+        if len(added) != len(weights) or len(added) < 2:  # none: a batch without answers of a label
             continue
         if name.startswith(("min_", "max_")):
             combined = min(added) if name.startswith("min_") else max(added)

@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from alignment.core.errors import ConfigError
 from alignment.costs.recorder import on_shadows, recorder
+from alignment.records.chosen_sizes import USAGE
 from alignment.records.step_log import METRICS, MetricsLog
 from alignment.training import checkpoints
 from alignment.training.callbacks import (
@@ -32,7 +33,9 @@ from alignment.training.finite import FiniteSteps, refuse_divergence
 from alignment.training.longest_batch import LongestBatch
 from alignment.training.looks import Validation
 from alignment.training.micro_batches import MicroBatches
+from alignment.training.row_trials import RowTrials
 from alignment.training.sharding import everyones, layout
+from alignment.training.size_search import PHASE, Trials
 
 PEAK, GPU_PEAK = "peak_rss_bytes", "peak_gpu_bytes"
 """Keys of ``usage``; those of a phase go on with ``/`` and its name."""
@@ -58,18 +61,24 @@ def train(
     period: int = 1,
     ceiling: float = math.inf,
     validation: Validation | None = None,
+    trials: Trials | None = None,
 ) -> dict[str, float]:
     """Trains, resuming where an earlier attempt stopped; returns the metrics of the last step, which is always logged.
 
     ``headline`` names the metric beside the progress bar. Checkpoints are exact after every ``period`` steps. A loss
     that rises above ``ceiling`` counts as divergence. With ``validation``, the model holds the weights of the step that
-    it hands on, the metrics are those of that step, and later losses are not judged.
+    it hands on, the metrics are those of that step, and later losses are not judged. Where a size of micro-batches is
+    sought, ``trials`` are taken in place of the training; a trainer of rows has its own.
 
     Raises:
+        SizeChosen: a size was sought.
         Preempted: a signal asked to stop; the checkpoint is written.
         NonFiniteError: a loss or gradient was not finite.
         StageError: the training diverged.
     """
+    if context.search is not None:
+        context.progress(PHASE)
+        context.search.run(trainer, trials or _row_trials(trainer))
     log = MetricsLog(context.content / METRICS)
     resumed = _newest_checkpoint(context)
     if context.is_main:
@@ -106,6 +115,11 @@ def train(
     return last | outcome
 
 
+def _row_trials(trainer: Trainer) -> Trials:
+    assert isinstance(trainer, MicroBatches), "a trainer of other rows passes its trials"
+    return RowTrials(trainer)
+
+
 def _newest_checkpoint(context: StageContext) -> Path | None:
     """The newest checkpoint; the main process verifies, renames damaged ones, and broadcasts the result."""
     newest = [
@@ -134,13 +148,16 @@ def _refuse_other_layout(checkpoint: Path, context: StageContext) -> None:
 
 
 def usage(context: StageContext) -> dict[str, float]:
-    """Seconds of all attempts, and this process's peak memory in bytes, in the whole stage and in its phases."""
+    """Seconds of all attempts, and this process's peak memory in bytes, in the whole stage and in its phases; and the
+    size of micro-batches if the stage chose it."""
     context.peaks.end()
     unit = 1 if sys.platform == "darwin" else 1024
     whole = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
     by_phase = context.peaks.resident
     metrics = {"seconds": context.clock.seconds(), PEAK: max(whole, *by_phase.values(), 0.0)}
     metrics |= {f"{PEAK}/{phase}": peak for phase, peak in by_phase.items()}
+    if context.chosen_tokens is not None:
+        metrics[USAGE] = float(context.chosen_tokens)
     if context.device.type == "cuda":
         allocated = context.peaks.allocated
         metrics[GPU_PEAK] = max(allocated.values(), default=0.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutations import (
     attention,
+    automatic_sizes,
     benchmarks,
     critic_free,
     data,
@@ -42,6 +43,7 @@ MUTATIONS: list[Mutation] = [
     *stages.MUTATIONS,
     *kto.MUTATIONS,
     *longest_batches.MUTATIONS,
+    *automatic_sizes.MUTATIONS,
     *distilling.MUTATIONS,
     *validation.MUTATIONS,
     *data.MUTATIONS,

@@ -80,6 +80,8 @@ def _remarks(stage: StageCost, cost: RunCost) -> list[str]:
         return [f"{stage.stage}: cannot be estimated: {stage.error}"]
     rows = f"{stage.stage}: FLOP and time are those of the first {stage.first_rows:,} rows; others are not counted"
     remarks = [rows] if stage.first_rows else []
+    if stage.assumed_tokens:
+        remarks.append(f"{stage.stage}: micro_batch_tokens=auto counts as {stage.assumed_tokens:,} tokens")
     if stage.host:
         remarks.append(f"{stage.stage}: {_gb(stage.host)} GB of the host's memory while it loads")
     if not cost.memory or stage.peak <= cost.memory:

@@ -130,8 +130,8 @@ def pass_on(plan: Plan, stage: PlannedStage, folder: Path) -> None:
 
 
 def own_memory() -> float:
-    """Bytes of this machine's memory that are free or can be freed."""
-    return float(psutil.virtual_memory().available)
+    """Bytes of this machine's memory that a process may still take."""
+    return hardware.free_memory()
 
 
 def free_disk(plan: Plan) -> float:

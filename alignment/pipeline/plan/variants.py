@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from alignment.config.adapter import AdapterKind
+from alignment.config.micro_batch import expected_tokens
 
 WAYS = {
     "full": "full",
@@ -28,7 +29,7 @@ def cheaper(name: str, config: Any) -> Iterator[Overrides]:
     optim, kind = config.optim, config.adapter.kind
     stage = f"stages.{name}"
     beside: Overrides = ()
-    tokens = optim.micro_batch_tokens // 2
+    tokens = expected_tokens(optim.micro_batch_tokens) // 2
     while tokens >= SMALLEST_MICRO_BATCH:
         beside = (f"{stage}.optim.micro_batch_tokens={tokens}",)
         yield beside

@@ -10,6 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from alignment.evaluation.labelled_pairs import agrees, verdict_on_judge
+from alignment.records.chosen_sizes import USAGE
 from alignment.records.evaluation import BETTER, NO_DIFFERENCE, WORSE, ArmResult, Comparison, Evaluation, JudgedPair
 from alignment.records.interval import Interval
 from alignment.report.comparison_page.setting_rows import flat, shown
@@ -251,9 +252,16 @@ def turn_rows(evaluation: Evaluation) -> list[list[Interval | None]]:
     ]
 
 
+_SIZE = "optim.micro_batch_tokens"
+
+
 def settings(stage: Stage) -> list[tuple[str, str]]:
-    """The stage's resolved configuration as (dotted key, value)."""
-    return [(text.name(key, limit=120), text.prose(shown(value))) for key, value in flat(stage.config).items()]
+    """The stage's resolved configuration as (dotted key, value); a size that the stage chose stands behind ``auto``."""
+    rows = {key: shown(value) for key, value in flat(stage.config).items()}
+    usage = stage.manifest.usage if stage.manifest and isinstance(stage.manifest.usage, dict) else {}
+    if _SIZE in rows and (chosen := text.finite(usage.get(USAGE))) is not None:
+        rows[_SIZE] = f"{rows[_SIZE]}: {chosen:.0f}"
+    return [(text.name(key, limit=120), text.prose(value)) for key, value in rows.items()]
 
 
 def lineage(stage: Stage) -> list[tuple[str, str]]:

@@ -92,7 +92,7 @@ def _figures(
     *,
     when: str,
 ) -> StudentFigures | None:
-    if not held_out.answers:
+    if not held_out.answers or context.search is not None:
         return None
     return compared(config, context, student, teacher, held_out, when=when)
 

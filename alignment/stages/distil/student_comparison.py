@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from alignment.algos.speculation import tokens_per_step
+from alignment.config.micro_batch import tokens_of
 from alignment.evaluation.bootstrap import Intervals
 from alignment.models.assembly.load import DTYPES, Lineage, load_policy
 from alignment.models.forward.answers import answer_states, batches
@@ -52,7 +53,7 @@ def compared(
             held_out.prompts[span.start : span.stop],
             held_out.answers[span.start : span.stop],
             temperature=config.temperature,
-            tokens=config.optim.micro_batch_tokens,
+            tokens=tokens_of(config.optim.micro_batch_tokens),
         )
 
     spans = _spans(len(held_out.answers), config.batch_size)

@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft import TaskType
 from trl import DPOConfig as TrlDpoConfig
 
+from alignment.config.micro_batch import tokens_of
 from alignment.data.tokens.row_kinds import MARGIN
 from alignment.models.assembly.load import Lineage
 from alignment.stages.dpo.config import DpoConfig, DpoLoss
@@ -83,7 +84,7 @@ def _trainer(
     reference = precomputed = precomputed_held_out = None
 
     def computed(rows: Dataset) -> Reference:
-        tokens = config.optim.micro_batch_tokens
+        tokens = tokens_of(config.optim.micro_batch_tokens)
         return precomputed_reference(policy, start, rows, context, answers=ANSWERS, tokens=tokens)
 
     if config.precompute_reference:

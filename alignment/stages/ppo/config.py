@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 from alignment.config.adapter import AdapterConfig
 from alignment.config.critic import Critic
 from alignment.config.data import DataConfig
+from alignment.config.micro_batch import DEFAULT_TOKENS, MicroBatchTokens
 from alignment.config.optim import Moments, Schedule
 from alignment.config.overoptimisation import GuardConfig
 from alignment.config.replay import PtxConfig
@@ -65,6 +66,7 @@ class PpoOptimConfig:
 
     ``batch_size`` is the number of episodes per update, over all processes.
     ``micro_batch_tokens`` limits the tokens of a micro-batch in learning; a process samples its whole share at once.
+    With ``auto`` the stage chooses a number that fits into memory.
     ``activation_checkpointing`` stores only a layer's input in learning, and computes the layer again in the backward
     pass; it changes nothing that is learned.
     """
@@ -72,7 +74,7 @@ class PpoOptimConfig:
     lr: Annotated[float, POSITIVE] = 3e-5
     critic_lr: Annotated[float | None, POSITIVE] = None
     batch_size: Annotated[int, POSITIVE] = 32
-    micro_batch_tokens: Annotated[int, POSITIVE] = field(default=2048, metadata={"identity": False})
+    micro_batch_tokens: MicroBatchTokens = field(default=DEFAULT_TOKENS, metadata={"identity": False})
     activation_checkpointing: bool = field(default=False, metadata={"identity": False})
     schedule: Schedule = Schedule.linear
     adam_eps: Annotated[float, POSITIVE] = 1e-5

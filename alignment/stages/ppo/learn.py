@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -91,6 +92,12 @@ class Learner:
         self._accelerator = accelerator
         self._autocast = autocast
 
+    def with_episodes(self, episodes: Episodes) -> Learner:
+        """The same learner for episodes that are made in another way."""
+        other = copy.copy(self)
+        other._episodes = episodes
+        return other
+
     def learn(
         self, model: nn.Module, experience: Experience, prompts: Sequence[int], *, update: int, step: int
     ) -> None:
@@ -118,7 +125,8 @@ class Learner:
 
     def _add_ptx(self, ptx: Ptx, model: nn.Module, step: int) -> None:
         with accumulating(self._accelerator, model, last=False):
-            share = ptx.add_gradients(unwrapped(self._roles.policy), step, self._accelerator)
+            tokens = self._episodes.micro_batch_tokens
+            share = ptx.add_gradients(unwrapped(self._roles.policy), step, self._accelerator, tokens=tokens)
         self._update_metrics.add_share({"loss/ptx": share})
 
     def _backward(

@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
+from alignment.config.micro_batch import tokens_of
 from alignment.core.artifacts import read_manifest
 from alignment.data.records import Prompt
 from alignment.data.tokens.limits import Limits
@@ -17,6 +18,7 @@ from alignment.models.assembly.load import refuse_other_tokenizer
 from alignment.models.assembly.weight_file import write_weights
 from alignment.rewards.build import build_rewards
 from alignment.rewards.reward_models import Computation
+from alignment.stages.ppo.answer_trials import AnswerTrials
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.ppo.engine_checks import OF_ENGINE
 from alignment.stages.ppo.kind import TIED_SHARE
@@ -62,7 +64,9 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
     learned, held_out = hold_out(prompts, config, context)
     context.phase("loading")
     roles = roles_of(config, context, start, reward)
-    computation = Computation(device=context.device, dtype=spec.model.dtype, tokens=config.optim.micro_batch_tokens)
+    computation = Computation(
+        device=context.device, dtype=spec.model.dtype, tokens=tokens_of(config.optim.micro_batch_tokens)
+    )
     from_stage = (spec, tokenizer, rows, roles.reward, computation, asking_of(context))
     ends = end_ids(tokenizer)
     with served_engine(config, context, roles, start, learned, held_out, end_ids=ends) as engine:
@@ -97,7 +101,13 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
 
 def _trained(trainer: PpoTrainer, context: StageContext) -> dict[str, float]:
     """Trains; the metrics of the last update, and of the guard."""
-    last = train(trainer, context, headline="objective/score", period=trainer.steps_per_update)
+    last = train(
+        trainer,
+        context,
+        headline="objective/score",
+        period=trainer.steps_per_update,
+        trials=AnswerTrials(trainer),
+    )
     metrics = {name: last[name] for name in FROM_LAST_UPDATE} | {name: last[name] for name in OF_SOME if name in last}
     metrics["updates"] = float(trainer.updates_done)
     if trainer.guard is not None:
@@ -126,7 +136,6 @@ def _ptx(config: PpoConfig, context: StageContext, tokenizer: Any) -> Ptx | None
         context,
         coefficient=config.ptx.coefficient,
         batch_size=config.ptx.batch_size,
-        micro_batch_tokens=config.optim.micro_batch_tokens,
     )
 
 

@@ -6,6 +6,7 @@ from transformers import TrainingArguments
 
 from alignment.algos.kl import AdaptiveKl, FixedKl, KlController
 from alignment.config.faults import refuse
+from alignment.config.micro_batch import tokens_of
 from alignment.config.scoring import ScorerConfig
 from alignment.job import StageInput
 from alignment.models.assembly.load import Lineage
@@ -109,7 +110,7 @@ def _episodes(config: PpoConfig, prompts: Prompts, end_ids: frozenset[int]) -> E
         group=config.completions_per_prompt,
         max_new_tokens=config.max_new_tokens,
         temperature=config.temperature,
-        micro_batch_tokens=config.optim.micro_batch_tokens,
+        micro_batch_tokens=tokens_of(config.optim.micro_batch_tokens),
     )
 
 

@@ -21,6 +21,7 @@ from peft import PeftModel, TaskType
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
+from alignment.config.micro_batch import tokens_of
 from alignment.data.tokens.row_kinds import MARGIN
 from alignment.models.assembly.load import products_in
 from alignment.models.assembly.weight_file import write_weights
@@ -125,7 +126,7 @@ def _trainer(
         processing_class=tokenizer,
     )
     trainer.row_origin = origin_of
-    trainer.micro_batch_tokens = config.optim.micro_batch_tokens
+    trainer.micro_batch_tokens = tokens_of(config.optim.micro_batch_tokens)
     trainer.optimizer_cls_and_kwargs = optimizer_arguments(config.optim, context)
     install_scalar(unwrapped(model))
     prepare(model, context)

@@ -12,6 +12,7 @@ from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer
 
 from alignment.config.adapter import AdapterConfig
+from alignment.config.micro_batch import tokens_of
 from alignment.config.optim import OptimConfig
 from alignment.config.validation import ValidationConfig
 from alignment.models.assembly.load import Lineage
@@ -80,7 +81,7 @@ def next_token_trainer(
         train_dataset=rows,
         processing_class=tokenizer,
     )
-    made.micro_batch_tokens = config.optim.micro_batch_tokens
+    made.micro_batch_tokens = tokens_of(config.optim.micro_batch_tokens)
     made.optimizer_cls_and_kwargs = optimizer_arguments(config.optim, context)
     return made
 

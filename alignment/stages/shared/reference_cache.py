@@ -41,16 +41,20 @@ VERSION = 5
 class Reference:
     """Log-probabilities of answers, ``[rows]`` in nats, by the column of the answers; and the file that caches them.
 
-    The file may not exist yet.
+    The file may not exist yet. ``is_final``: it may be written.
     """
 
     logprobs: Mapping[str, Tensor]
     file: Path
+    is_final: bool = True
 
     def keep(self) -> None:
-        """Writes the file unless it exists and is complete. One process calls this, after the sums were checked."""
+        """Writes the file if it may be written, unless it exists and is complete.
+
+        One process calls this, after the sums were checked.
+        """
         rows = {len(column) for column in self.logprobs.values()}
-        if _read(self.file, tuple(self.logprobs), rows=rows.pop()) is None:
+        if self.is_final and _read(self.file, tuple(self.logprobs), rows=rows.pop()) is None:
             _write(self.file, dict(self.logprobs))
 
 
@@ -81,7 +85,8 @@ def reference_logprobs(
         own = [_sums(policy, share, answer, tokens=tokens) for answer in answers]
     sums = [_interleaved(shares) for shares in zip(*everyones(own), strict=True)]
     assert all(len(column) == len(rows) for column in sums), "a process's share is missing"
-    return Reference(file=file, logprobs=dict(zip(answers, sums, strict=True)))
+    # During a search for the size of micro-batches they are those of another size, which would round otherwise.
+    return Reference(file=file, logprobs=dict(zip(answers, sums, strict=True)), is_final=context.search is None)
 
 
 def _interleaved(shares: Sequence[Tensor]) -> Tensor:

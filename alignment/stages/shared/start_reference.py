@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignment.config.adapter import AdapterKind
+from alignment.config.micro_batch import tokens_of
 from alignment.config.model import Dtype
 from alignment.config.optim import OptimConfig
 from alignment.models.assembly.adapters import at_start, with_own
@@ -71,7 +72,7 @@ def make_ready(
     trainer.precomputed = precomputed
     if precomputed is not None and context.spec.model.dtype is Dtype.bfloat16:
         trainer.start_tolerance = BFLOAT16_TOLERANCE
-    trainer.micro_batch_tokens = optim.micro_batch_tokens
+    trainer.micro_batch_tokens = tokens_of(optim.micro_batch_tokens)
     trainer.optimizer_cls_and_kwargs = optimizer_arguments(optim, context)
     install_causal(unwrapped(policy))
     prepare(policy, context)

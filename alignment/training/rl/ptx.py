@@ -30,16 +30,16 @@ class Ptx:
         *,
         coefficient: float,
         batch_size: int,
-        micro_batch_tokens: int,
     ) -> None:
         self._rows = rows
         self._context = context
         self._coefficient = coefficient
         self._batch_size = batch_size
-        self._tokens = micro_batch_tokens
 
-    def add_gradients(self, policy: PreTrainedModel, step: int, accelerator: Accelerator) -> Tensor:
+    def add_gradients(self, policy: PreTrainedModel, step: int, accelerator: Accelerator, *, tokens: int) -> Tensor:
         """Returns this process's share of the loss of the step's conversations, without the coefficient.
+
+        A micro-batch has at most so many ``tokens``.
 
         Gradients stay local in the parameters; the caller must synchronise them in a later backward pass.
         """
@@ -51,7 +51,7 @@ class Ptx:
         lengths = [[len(row.input_ids) for row in share] for share in shares]
         own = shares[self._context.rank]
         total = torch.zeros((), device=self._context.device)
-        for indices in as_many_as_most([by_tokens(share, self._tokens) for share in lengths], self._context.rank):
+        for indices in as_many_as_most([by_tokens(share, tokens) for share in lengths], self._context.rank):
             # Every micro-batch is a collective call, so an empty one reads a row with weight 0.
             read, counted = ([own[index] for index in indices], learned) if indices else (rows[:1], math.inf)
             with products_in(self._context.spec.model.dtype, self._context.device):

@@ -83,6 +83,23 @@ FAULTS = [
     (with_stage(data={"fraction": 1.5}), "stages.sft.data.fraction: 1.5 is not allowed; above 0 and at most 1"),
     (with_stage(optim={"lr": "fast"}), "stages.sft.optim.lr: 'fast' is not allowed; it takes a number"),
     (with_stage(optim={"lr": float("nan")}), "stages.sft.optim.lr: nan is not allowed; a number above 0"),
+    (
+        with_stage(optim={"micro_batch_tokens": "atuo"}),
+        "stages.sft.optim.micro_batch_tokens: 'atuo' is not allowed; it takes a whole number, or one of: auto; "
+        "did you mean 'auto'?",
+    ),
+    (
+        with_stage(optim={"micro_batch_tokens": 0}),
+        "stages.sft.optim.micro_batch_tokens: 0 is not allowed; a whole number above 0, or auto",
+    ),
+    (
+        with_stage(optim={"micro_batch_tokens": 0.5}),
+        "stages.sft.optim.micro_batch_tokens: 0.5 is not allowed; it takes a whole number, or one of: auto",
+    ),
+    (
+        with_stage(optim={"micro_batch_tokens": None}),
+        "stages.sft.optim.micro_batch_tokens: None is not allowed; it takes a whole number, or one of: auto",
+    ),
     (with_stage(optim={"warmup_ratio": 1.5}), "stages.sft.optim.warmup_ratio: 1.5 is not allowed; from 0 to 1"),
     (
         with_stage(optim={"schedule": "cosin"}),

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignment.core.hardware import visible_devices
+import psutil
+import pytest
+
+from alignment.core.hardware import free_memory, visible_devices
 
 
 def test_gpus_are_those_that_the_user_names_or_else_all(tmp_path: Path) -> None:
@@ -38,3 +41,30 @@ def test_gpus_under_windows_are_those_that_nvidias_tool_lists(tmp_path: Path) ->
     tool.write_text("#!/bin/sh\n[ $1 = -L ] && printf 'GPU 0: A (UUID: GPU-1)\\nGPU 1: B (UUID: GPU-2)\\n'\n")
     tool.chmod(0o755)
     assert visible_devices({}, tmp_path) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("own", "left"),
+    [
+        ("job/step", 250),  # its own limit of 400, of which 150 are in use that cannot be freed
+        ("job", 700),  # that of the group above
+        ("other", None),
+        ("", None),
+    ],
+)
+def test_free_memory_is_what_the_groups_of_a_process_leave(tmp_path: Path, own: str, left: int | None) -> None:
+    groups = tmp_path / "sys/fs/cgroup"
+    for name, limit, used in (("job/step", "400", 200), ("job", "1000", 300), ("other", "max", 10)):
+        (groups / name).mkdir(parents=True, exist_ok=True)
+        (groups / name / "memory.max").write_text(f"{limit}\n")
+        (groups / name / "memory.current").write_text(f"{used}\n")
+    (groups / "job/step/memory.stat").write_text("anon 100\ninactive_file 50\n")
+    (groups / "job/memory.stat").write_text("anon 100\n")
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"1:cpu:/x\n0::/{own}\n")
+    expected = psutil.virtual_memory().available if left is None else left
+    assert free_memory(tmp_path) == pytest.approx(expected, rel=0.05)
+
+
+def test_without_groups_all_that_is_free_is_there(tmp_path: Path) -> None:
+    assert free_memory(tmp_path) == pytest.approx(psutil.virtual_memory().available, rel=0.05)

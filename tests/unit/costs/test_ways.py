@@ -13,6 +13,7 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.data import DataConfig
 from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
 from alignment.config.launch import Sharding
+from alignment.config.micro_batch import Automatic
 from alignment.config.optim import OptimConfig
 from alignment.config.validation import ValidationConfig
 from alignment.estimate import Timer, cost_of
@@ -50,7 +51,7 @@ def spec_of(folder: Path, kind: type[Any], **settings: Any) -> StageSpec:
     base = save_tiny_model(folder / "base", hidden_size=64)
     for weights in base.glob("*.safetensors"):
         weights.unlink()
-    optim = OptimConfig(lr=1e-4, batch_size=4, micro_batch_tokens=1024)
+    optim = OptimConfig(lr=1e-4, batch_size=4, micro_batch_tokens=settings.pop("tokens", 1024))
     config = kind(data=DataConfig(source=f"path:{rows}"), optim=optim, **settings)
     return tiny_spec(folder, config, base_path=base, data_path=rows)
 
@@ -64,14 +65,18 @@ def estimated(spec: StageSpec, timer: Timer) -> dict[str, StageCost]:
 
 @pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained:UserWarning")  # TRL's own name
 @pytest.mark.parametrize(
-    ("kind", "settings"), [(DpoConfig, {}), (KtoConfig, {}), (RewardConfig, {"eval_fraction": 0.25})], ids=lambda _: ""
+    ("kind", "settings"),
+    [(DpoConfig, {}), (KtoConfig, {"tokens": Automatic.auto}), (RewardConfig, {"eval_fraction": 0.25})],
+    ids=lambda _: "",
 )
 def test_every_way_has_phases_and_a_peak(
     tmp_path: Path, kind: type[Any], settings: dict[str, Any], timer: Timer
 ) -> None:
     costs = estimated(spec_of(tmp_path, kind, **settings), timer)
     assert {name: cost.error for name, cost in costs.items()} == dict.fromkeys(ADAPTERS, "")
+    assumed = 2048 if "tokens" in settings else 0
     for cost in costs.values():
+        assert cost.assumed_tokens == assumed
         assert {"training", "trying the longest batch", "saving"} <= set(cost.phases)
         assert cost.flop > 0
         assert cost.seconds > 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,12 @@ from rich.console import Console
 
 from alignment.config.model import NEW_TOKENS
 from alignment.core.errors import ArtifactError, ConfigError, DataError, ModelError
+from alignment.job import memory_key
 from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.execute.worker_protocol import write_stage_file
 from alignment.pipeline.plan.frozen_rows import frozen_rows
 from alignment.pipeline.plan.plan import CHECKPOINT_MANIFEST, Action, Plan, make_plan
+from alignment.records.chosen_sizes import ChosenSize, cache_file, remember
 from alignment.stages.stage_file import read_spec
 from tests.hub import COMMIT
 from tests.unit.pipeline.conftest import NUM_PAIRS, MakePlan, leave_artifact
@@ -67,6 +70,7 @@ def test_stages_come_after_their_inputs(plan: MakePlan) -> None:
         ("stages.sft.log_every=7", set()),
         ("stages.sft.save_every=7", set()),
         ("stages.sft.optim.micro_batch_tokens=1", set()),
+        ("stages.sft.optim.micro_batch_tokens=auto", set()),
         ("stages.evaluate.batch_size=1", set()),
     ],
 )
@@ -465,3 +469,22 @@ def test_a_folder_of_pickles_is_no_model(plan: MakePlan, tmp_path: Path) -> None
     (tmp_path / "model/model.safetensors").rename(tmp_path / "model/pytorch_model.bin")
     with pytest.raises(ModelError, match="only safetensors weights are read, never pickles"):
         plan()
+
+
+def test_a_size_that_stages_choose_themselves_is_shown_where_one_was_chosen(plan: MakePlan) -> None:
+    planned = plan("stages.sft.optim.micro_batch_tokens=auto")
+    (line,) = [line for line in shown(planned).splitlines() if "micro_batch_tokens" in line]
+    assert line == "sft chooses optim.micro_batch_tokens before its first step"
+    sft = planned.stages[0]
+    key = memory_key(sft.config, sft.identity, sft.inputs)
+    size = ChosenSize(tokens=4096, machine="CPU, 2 cores, 25 GB", launch="1 process")
+    remember(cache_file(planned.output / "artifacts", key), key, size)
+    assert f"{line}: so far 4,096 tokens on CPU, 2 cores, 25 GB (1 process)\n" in shown(planned)
+    spec = read_spec(write_stage_file(planned, sft, planned.config.launch, git_commit=""))
+    assert memory_key(spec.config, spec.identity, spec.inputs) == key, "the worker looks where the plan does"
+
+
+def shown(plan: Plan) -> str:
+    screen = StringIO()
+    show_plan(Console(file=screen, width=200), plan)
+    return screen.getvalue()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.data import DataConfig
+from alignment.config.micro_batch import Automatic
 from alignment.config.optim import OptimConfig
 from alignment.core.resources import shipped
 from alignment.pipeline.plan.variants import WAYS, cheaper, way_of_training
@@ -27,6 +28,12 @@ def test_first_what_changes_no_result_then_what_takes_time_then_other_weights() 
         (LESS, AGAIN, "adapter@stages.sft.adapter=lora"),
         (LESS, AGAIN, "adapter@stages.sft.adapter=qlora"),
     ]
+
+
+def test_a_size_that_is_not_chosen_yet_counts_as_the_default() -> None:
+    automatic = config(AdapterKind.qlora, checkpoints=True)
+    automatic.optim.micro_batch_tokens = Automatic.auto
+    assert list(cheaper("sft", automatic)) == list(cheaper("sft", config(AdapterKind.qlora, checkpoints=True)))
 
 
 def test_nothing_is_proposed_that_a_stage_has() -> None:

@@ -113,7 +113,14 @@ def run_json() -> dict[str, Any]:
         entry.update(state="done", reason="new", artifact=f"{name}-{digest(name)[:8]}")
     stages["sft"].update(state="reused", reason="same fingerprint", seconds=0.0)
     stages["report"].update(state="running")
-    optim = {"lr": 2e-4, "batch_size": 8, "epochs": 1, "schedule": "cosine", "warmup_ratio": 0.03}
+    optim = {
+        "lr": 2e-4,
+        "micro_batch_tokens": "auto",
+        "batch_size": 8,
+        "epochs": 1,
+        "schedule": "cosine",
+        "warmup_ratio": 0.03,
+    }
     adapter = {"kind": "lora", "rank": 16, "alpha": 32.0, "dropout": 0.0, "target_modules": ["all-linear"]}
     configs = {name: {"kind": entry["kind"]} for name, entry in stages.items()}
     for name in ("sft", "reward", "dpo", "ppo"):
@@ -147,7 +154,8 @@ def manifest(stage: str, entry: dict[str, Any], headlines: dict[str, float]) -> 
         inputs={"init": digest("sft")} if stage in ("dpo", "reward", "ppo") else {},
         base={"source": "bundled:smollm2-135m", "sha256": digest("base")},
         adapters=["adapters/0-sft", f"adapters/1-{stage}"] if stage in ("dpo", "ppo") else ["adapters/0-sft"],
-        usage={"seconds": 312.4 if stage == "sft" else entry["seconds"] or 1.0, "peak_rss_bytes": 2.4e9},
+        usage={"seconds": 312.4 if stage == "sft" else entry["seconds"] or 1.0, "peak_rss_bytes": 2.4e9}
+        | ({"micro_batch_tokens": 4096.0} if stage == "ppo" else {}),
         metrics=headlines,
         versions={"torch": "2.9.0", "transformers": "5.3.1", "trl": "1.16.0"},
         git_commit="4f2c9d1e0b7a",

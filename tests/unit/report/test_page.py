@@ -356,6 +356,7 @@ def test_settings_read_as_one_would_type_them(fake_run):
     assert shown["scorers[0].source"] == "reward"
     assert shown["scorers[0].clip"] == "not set"
     assert shown["scorers[1].normalize"] == "true"
+    assert shown["optim.micro_batch_tokens"] == "auto: 4096", "with the size that the stage chose"
     assert (shown["data.limit"], shown["data.columns"], shown["data.mix"]) == ("not set", "none", "none")
     assert shown["data.placeholders.a"] == "b"
     assert "{" not in html

@@ -31,7 +31,7 @@ from tests.chained import DATA, FILES, LORA, Chained, config_of
 from tests.in_child import in_child
 from tests.tiny import save_tiny_model
 
-KINDS = ("cpt", "sft", "reward", "dpo", "kto")
+KINDS = ("sft", "dpo", "kto")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def without_times(lines: list[dict[str, float]]) -> list[dict[str, float]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_of_it_stays(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even a random number: adapters have dropout where a stage may have it."""
-    adapter = AdapterConfig(rank=4, dropout=0.2) if kind in ("cpt", "sft") else LORA
+    adapter = AdapterConfig(rank=4, dropout=0.2) if kind == "sft" else LORA
     monkeypatch.setattr(longest_batch, "SHARE", 0.0)
     plain = Chained(tmp_path / "plain")
     expected = plain.run(kind, adapter)
@@ -188,7 +188,7 @@ def test_the_error_names_a_limit_that_was_seen_to_fit(tmp_path: Path, monkeypatc
     assert attempts[0] // 8 < int(named[1]) <= attempts[1] // 2
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "kto"])
+@pytest.mark.parametrize("kind", ["sft", "dpo", "kto"])
 def test_a_row_that_is_too_long_alone_is_named_with_its_origin(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

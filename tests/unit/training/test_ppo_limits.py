@@ -327,8 +327,8 @@ def test_ptx_adds_the_token_mean_of_its_conversations(bench: Callable[..., Bench
     expected = float(loss.detach())
     weights = [p for p in run.roles.policy.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(0.3 * loss, weights)
-    ptx = Ptx(CONVERSATIONS, run.context, coefficient=0.3, batch_size=3, micro_batch_tokens=tokens)
-    found = ptx.add_gradients(unwrapped(run.roles.policy), 0, run.trainer.accelerator)
+    ptx = Ptx(CONVERSATIONS, run.context, coefficient=0.3, batch_size=3)
+    found = ptx.add_gradients(unwrapped(run.roles.policy), 0, run.trainer.accelerator, tokens=tokens)
     assert float(found) == pytest.approx(expected, rel=1e-5)
     for parameter, gradient in zip(weights, gradients, strict=True):
         assert float((parameter.grad - gradient).norm()) <= 1e-5 * max(1.0, float(gradient.norm()))
@@ -340,9 +340,7 @@ def test_ptx_keeps_what_it_practises(bench: Callable[..., Bench], adapter: Adapt
     for coefficient in (0.0, 5.0):
         run = bench(f"ptx-{coefficient}", adapter=adapter, updates=4, optim=optim(lr=5e-3))
         if coefficient:
-            run.trainer.learner.ptx = Ptx(
-                CONVERSATIONS, run.context, coefficient=coefficient, batch_size=3, micro_batch_tokens=1000
-            )
+            run.trainer.learner.ptx = Ptx(CONVERSATIONS, run.context, coefficient=coefficient, batch_size=3)
         start = float(_ptx_loss(run).detach())
         run.train()
         after[coefficient] = float(_ptx_loss(run).detach())
