@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from transformers import Trainer
 
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.causal import IGNORED
 from alignment.models.forward.rows import SHORTEST_SHARED, by_tokens
+from alignment.training.sharded_trainer import ShardedTrainer
 
 Batch = dict[str, Any]
 PACKED_COLUMNS = ("input_ids", "labels", "position_ids")
@@ -93,7 +93,7 @@ class Unit(Enum):
     rows = "rows"
 
 
-class MicroBatches(Trainer):
+class MicroBatches(ShardedTrainer):
     """A mix-in for TRL's trainers. Batches are padded rows, or packed ones (SFT).
 
     ``micro_batch_tokens`` limits a micro-batch; set it after construction. ``accuracy_metric`` is TRL's name of the

@@ -28,6 +28,7 @@ from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.head import read_in_calls_only
 from alignment.training.checkpoints import WHOLE
 from alignment.training.context import StageContext
+from alignment.training.shard_together import whole_units
 
 _SHARED_MEMORY_SUMS = "deepspeed_shm_comm"
 _PATIENCE = timedelta(days=7)
@@ -125,7 +126,7 @@ def prepare(model: nn.Module, context: StageContext, *models: PreTrainedModel) -
     if sharding is Sharding.none:
         return
     if isinstance(model, ActorCritic):
-        model.joint_backward = True  # DeepSpeed does not expect a forward pass in the middle of a backward pass
+        model.joint_backward = True  # neither expects a forward pass in the middle of a backward pass
     compute_in(model, context.spec.model.dtype, context.device)
     for language_model in models or (unwrapped(model),):
         read_in_calls(language_model, context)
@@ -167,6 +168,10 @@ def gathered(trainer: Trainer, *models: nn.Module) -> Iterator[None]:
 
     Every process must enter the block.
     """
+    if trainer.is_fsdp_enabled:
+        with whole_units(*models):
+            yield
+        return
     engine = getattr(trainer, "deepspeed", None)
     if engine is None or engine.zero_optimization_stage() < 3:
         yield

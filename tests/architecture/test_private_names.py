@@ -25,6 +25,7 @@ import transformers
 import trl
 from accelerate.state import GradientState
 from peft.tuners.lora import Linear as LoraLinear
+from torch.distributed.fsdp import FSDPModule
 
 import alignment
 
@@ -129,6 +130,10 @@ def hydra_files() -> Any:
     return importlib.import_module("hydra._internal.core_plugins.file_config_source").FileConfigSource
 
 
+def fsdp_state() -> Any:
+    return inspect.get_annotations(FSDPModule._get_fsdp_state, eval_str=True)["return"]
+
+
 def http_client() -> Any:
     return pytest.importorskip("openai").DefaultHttpxClient()
 
@@ -150,6 +155,8 @@ CONTRACTS: dict[str, tuple[str, Callable[[], bool]]] = {
     "_forward_hooks": ("torch", lambda: LAYER._forward_hooks == {}),
     "_forward_pre_hooks": ("torch", lambda: LAYER._forward_pre_hooks == {}),
     "_backward_hooks": ("torch", lambda: LAYER._backward_hooks == {}),
+    "_get_fsdp_state": ("torch", lambda: has(FSDPModule, "_get_fsdp_state")),
+    "_modules_to_run_forward": ("torch", lambda: fsdp_state()()._modules_to_run_forward == set()),
     "_backward_pre_hooks": ("torch", lambda: LAYER._backward_pre_hooks == {}),
     "_softmax_backward_data": ("torch", lambda: softmax_backward_is_right()),
     "_reorder_linear_weight": ("torch", lambda: op("_reorder_linear_weight")),

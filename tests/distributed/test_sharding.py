@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.launch import Offload, Sharding
@@ -30,7 +31,7 @@ from alignment.stages.ppo.learn import Learner
 from alignment.training.context import StageContext
 from alignment.training.rl.experience import Experience
 from alignment.training.sharding import sharding_arguments
-from tests.chained import DORA, FULL, LORA, QLORA, Chained, config_of
+from tests.chained import DORA, FULL, LORA, PREFIX, QLORA, Chained, config_of
 from tests.distributed.processes import on_processes
 from tests.oracles.close import close
 from tests.tiny import BASE_SOURCE
@@ -100,9 +101,15 @@ def weights(artifact: Path) -> dict[str, torch.Tensor]:
         ("dpo", LORA, FSDP),
         ("kto", LORA, NONE),
         ("kto", FULL, ZERO3),
+        ("dpo", PREFIX, FSDP),
+        ("kto", PREFIX, ZERO3),
+        ("sft", QLORA, ZERO3),
         ("ppo", LORA, NONE),
         ("ppo", FULL, ZERO1),
         ("ppo", LORA, ZERO3),
+        ("ppo", LORA, FSDP),
+        ("ppo", FULL, FSDP),
+        ("ppo", QLORA, FSDP),
     ],  # each kind, adapter and sharding; ``make matrix`` tries all together
     ids=lambda value: getattr(getattr(value, "kind", value), "value", value),
 )
@@ -123,7 +130,7 @@ def test_it_trains_what_one_process_trains(
             chained.run(kind, adapter, config=config)
             spec = chained.spec(kind, adapter)
         found.append((figures(spec.artifact, kind), weights(spec.artifact)))
-    if kind == "ppo" and sharding is NONE:
+    if kind == "ppo" and sharding in (NONE, FSDP) and adapter is not FULL:
         manifest = verify(spec.artifact, content=False)
         assert manifest.metrics["memory/base_copies"] < 1.1, "each process has the base once"
     assert all(one != other for one, other in minibatches), "processes should differ in their micro-batches"
@@ -166,19 +173,49 @@ def test_losses_of_ours_and_the_changes_of_answers_are_those_of_one_process(
     close(together_metrics, alone_metrics, atol=1e-4, rtol=1e-4)
 
 
+TRAINED = ("lora_", "score", "prompt_e")
+"""Parts of the names of all weights that are trained under an adapter."""
+
+
+def weights_in(checkpoint: Path, sharding: Sharding) -> set[str]:
+    """The names of the weights in a checkpoint."""
+    if sharding is FSDP:
+        metadata = FileSystemReader(checkpoint / "pytorch_model_fsdp_0").read_metadata()
+        return set(metadata.state_dict_metadata)
+    trained, *_ = sorted(checkpoint.glob("**/*mp_rank_00_model_states.pt"))
+    return set(torch.load(trained, weights_only=False)["module"])
+
+
 @needs_deepspeed
-@pytest.mark.parametrize(("kind", "sharding"), [("sft", ZERO3), ("ppo", ZERO2), ("sft", FSDP)])
-def test_stopped_and_started_again_it_ends_as_it_would_have(tmp_path: Path, kind: str, sharding: Sharding) -> None:
+@pytest.mark.parametrize(
+    ("kind", "adapter", "sharding"),
+    [
+        ("sft", LORA, ZERO3),
+        ("ppo", LORA, ZERO2),
+        ("sft", LORA, FSDP),
+        ("ppo", AdapterConfig(rank=1), FSDP),  # of a factor with one row, one process has nothing
+        ("sft", PREFIX, ZERO3),
+        ("sft", PREFIX, FSDP),
+    ],
+    ids=["sft-zero3", "ppo-zero2", "sft-fsdp", "ppo-fsdp", "sft-prefix-zero3", "sft-prefix-fsdp"],
+)
+def test_stopped_and_started_again_it_ends_as_it_would_have(
+    tmp_path: Path, kind: str, adapter: AdapterConfig, sharding: Sharding
+) -> None:
     saved = []
     for stopped in (False, True):
         chained = Chained(tmp_path / str(stopped))
         if kind == "ppo":
-            chained.run("reward", LORA)
-        spec = shared_out(chained, kind, LORA, sharding)
+            chained.run("reward", adapter)
+        spec = shared_out(chained, kind, adapter, sharding)
         if stopped:
             first = 1 if kind == "sft" else 2  # PPO stops where an update ends
             assert on_processes(spec, stop_after=first) == [75, 75], logs(spec)
             (spec.run_folder / "status.json").unlink()
+            if sharding is FSDP:
+                names = weights_in(spec.work / "checkpoints" / f"checkpoint-{first}", sharding)
+                assert names
+                assert all(any(part in name for part in TRAINED) for name in names), sorted(names)
         assert on_processes(spec) == [0, 0], logs(spec)
         saved.append(weights(spec.artifact))
     assert saved[0].keys() == saved[1].keys()
@@ -201,7 +238,8 @@ def test_shares_of_another_launch_are_refused(tmp_path: Path) -> None:
 
 
 @needs_deepspeed
-def test_a_stopped_ppo_keeps_price_means_and_best_policy(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", [ZERO3, FSDP], ids=lambda sharding: sharding.value)
+def test_a_stopped_ppo_keeps_price_means_and_best_policy(tmp_path: Path, sharding: Sharding) -> None:
     config = ppo(
         updates=3,
         kl=KlConfig(control=KlControl.adaptive, target=0.01, horizon=8),
@@ -212,16 +250,13 @@ def test_a_stopped_ppo_keeps_price_means_and_best_policy(tmp_path: Path) -> None
     for stopped in (False, True):
         chained = Chained(tmp_path / str(stopped))
         chained.run("reward", LORA)
-        spec = shared_out(chained, "ppo", LORA, ZERO3, config=config)
+        spec = shared_out(chained, "ppo", LORA, sharding, config=config)
         if stopped:
             assert on_processes(spec, stop_after=2) == [75, 75], logs(spec)
             (spec.run_folder / "status.json").unlink()
-            (trained,) = spec.work.glob("checkpoints/checkpoint-2/**/zero_pp_rank_0_mp_rank_00_model_states.pt")
-            names = torch.load(trained, weights_only=False)["module"].keys()
+            names = weights_in(spec.work / "checkpoints" / "checkpoint-2", sharding)
             assert names
-            assert all("lora_" in name or "score" in name for name in names), sorted(
-                n for n in names if "lora_" not in n
-            )
+            assert all(any(part in name for part in TRAINED) for name in names), sorted(names)
         assert on_processes(spec) == [0, 0], logs(spec)
         told = [json.loads(line) for line in (spec.artifact / "metrics.jsonl").read_text().splitlines()]
         looks = (spec.artifact / "guard.jsonl").read_text()
@@ -235,13 +270,14 @@ def test_a_stopped_ppo_keeps_price_means_and_best_policy(tmp_path: Path) -> None
 
 
 @needs_deepspeed
-def test_a_guard_may_ask_a_reward_model_that_shares_the_base(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", [ZERO3, FSDP], ids=lambda sharding: sharding.value)
+def test_a_guard_may_ask_a_reward_model_that_shares_the_base(tmp_path: Path, sharding: Sharding) -> None:
     config = ppo(guard=GuardConfig(every=1, prompts=2, scorer=ScorerConfig(source="reward")))
     looks = []
-    for world_size, sharding in ((1, Sharding.none), (2, ZERO3)):
-        chained = Chained(tmp_path / sharding.value)
+    for world_size, how in ((1, Sharding.none), (2, sharding)):
+        chained = Chained(tmp_path / how.value)
         chained.run("reward", LORA)
-        spec = shared_out(chained, "ppo", LORA, sharding, config=config)
+        spec = shared_out(chained, "ppo", LORA, how, config=config)
         assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
         looks.append([json.loads(line) for line in (spec.artifact / "guard.jsonl").read_text().splitlines()])
     for alone, together in zip(*looks, strict=True):
@@ -337,14 +373,20 @@ def test_what_lies_in_the_machines_memory_learns_the_same(tmp_path: Path, shardi
 
 
 @needs_deepspeed
-@pytest.mark.parametrize(("kind", "adapter"), [("sft", FULL), ("dpo", LORA)])
-def test_activations_may_be_computed_again(tmp_path: Path, kind: str, adapter: AdapterConfig) -> None:
+@pytest.mark.parametrize(
+    ("kind", "adapter", "sharding"), [("sft", FULL, ZERO3), ("dpo", LORA, ZERO3), ("ppo", LORA, FSDP)]
+)
+def test_activations_may_be_computed_again(
+    tmp_path: Path, kind: str, adapter: AdapterConfig, sharding: Sharding
+) -> None:
     found = []
     for again in (False, True):
         chained = Chained(tmp_path / str(again))
+        if kind == "ppo":
+            chained.run("reward", adapter)
         config: Any = steadied(kind, adapter)
         config = replace(config, optim=replace(config.optim, activation_checkpointing=again))
-        spec = shared_out(chained, kind, adapter, ZERO3, config=config)
+        spec = shared_out(chained, kind, adapter, sharding, config=config)
         assert on_processes(spec) == [0, 0], logs(spec)
         found.append(weights(spec.artifact))
     for name, held in found[0].items():
@@ -360,8 +402,6 @@ def test_activations_may_be_computed_again(tmp_path: Path, kind: str, adapter: A
 )
 def test_all_gpus_train_what_one_trains(tmp_path: Path, kind: str, adapter: AdapterConfig, sharding: Sharding) -> None:
     """Not yet run: two or more GPUs whose number divides 4, or one, whose shares are the whole."""
-    if kind == "ppo" and sharding is FSDP:
-        pytest.skip("refused before launch")
     found = []
     for world_size, how in ((1, Sharding.none), (torch.cuda.device_count(), sharding)):
         chained = Chained(tmp_path / str(len(found)))

@@ -112,8 +112,8 @@ def page(content: dict[str, Any]) -> str:
         "",
         "*works*: the metrics of every step equal those of one process within "
         f"{SAME:g} (same global batch). Plain transformers and PEFT read the result and give the same logits within "
-        f"{LOGITS:g}. No weight is empty. A combination that does not work is refused before anything starts; "
-        "the reasons are below.",
+        f"{LOGITS:g}. No weight is empty. *refused*: it does not work, and is refused before anything starts, with the "
+        "reason below.",
         "",
         "`grpo` is the kind `ppo` with `advantage=grpo`, `critic=none` and the KL in the loss. `draft` is the kind "
         "`distil` on the first layer, as is `distil` here, which has `method=sequence`. The kinds that train nothing "

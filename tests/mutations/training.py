@@ -176,6 +176,68 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "training/shard_together.py",
+        "distributed/test_shard_together.py",
+        (
+            "layers that share a weight are units of their own",
+            "group = next((group_of[weight] for weight in weights if weight in group_of), None)",
+            "group = None",
+            "test_layers_that_share_a_weight_are_one_unit",
+        ),
+        (
+            "a unit waits for all its models",
+            "    waiting.clear()\n    waiting.add(layer)",
+            "    return",
+            "test_a_layer_is_gathered_only_while_one_of_its_models_calls_it",
+        ),
+        (
+            "calls free weights that are gathered for many",
+            "unit._forward_pre_hooks, unit._forward_hooks = OrderedDict(), OrderedDict()",
+            "pass",
+            "test_weights_are_whole_for_passes_without_gradients_and_sharded_again_after",
+        ),
+        (
+            "weights stay gathered",
+            "            unit.reshard()",
+            "            pass",
+            "test_weights_are_whole_for_passes_without_gradients_and_sharded_again_after",
+        ),
+        (
+            "a checkpoint holds frozen weights",
+            "for name in state.keys() - trained:",
+            "for name in ():",
+            "test_its_state_is_what_is_trained_and_can_be_loaded_again",
+        ),
+        (
+            "frozen weights are missed in a checkpoint",
+            "differences.missing_keys.clear()",
+            "None",
+            "test_its_state_is_what_is_trained_and_can_be_loaded_again",
+        ),
+        (
+            "frozen models keep weights of their own",
+            'root.add_module("frozen_roles", nn.ModuleList(frozen))',
+            "pass",
+            "test_a_shared_weight_has_one_shard",
+        ),
+        (
+            "an optimiser steps the weights that accelerate found",
+            'group["params"] = named["params"]',
+            "pass",
+            "test_an_optimiser_gets_its_sharded_weights_back",
+        ),
+    ),
+    *in_file(
+        "training/sharded_trainer.py",
+        "distributed/test_sharding.py",
+        (
+            "processes on CPUs do not shard",
+            "processes.distributed_type = DistributedType.MULTI_XPU",
+            "pass",
+            "test_stopped_and_started_again_it_ends_as_it_would_have[sft-fsdp]",
+        ),
+    ),
+    *in_file(
         "training/sharding.py",
         "distributed/test_raising_scorer.py",
         (

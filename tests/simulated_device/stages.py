@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 TRAINED = ("cpt", "sft", "reward", "dpo", "kto", "ppo", "grpo", "distil")
 """Each is tried with each adapter."""
 ADAPTERS = ("full", "lora", "dora", "qlora", "prefix")
-REFUSED = {("dpo", "prefix"), ("kto", "prefix")}
-"""A plan refuses these (docs/compatibility.md)."""
 VARIANTS = ("ppo_shared", "ppo_guarded", "dpo_precomputed", "sft_validated", "distil_tokens")
 MEASURED = ("sample", "evaluate", "forgetting", "reward_card")
 """These train nothing; their policy is an SFT with LoRA."""
@@ -309,7 +307,6 @@ def all_cells() -> list[Cell]:
         Cell(stage=stage, adapter=adapter)
         for stage in TRAINED
         for adapter in (*ADAPTERS, *(["bare"] if stage in ("sft", "ppo") else []))
-        if (stage, adapter) not in REFUSED
     ]
     variants = [Cell(stage=stage) for stage in (*VARIANTS, *MEASURED)]
     return [*trained, *variants, *(Cell(stage=stage, dtype="float32") for stage in ("sft", "ppo"))]

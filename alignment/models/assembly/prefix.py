@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -35,11 +36,13 @@ class Prefix:
 
     def states(self) -> Tensor:
         """``[2 · layers, key heads, tokens, width]``: the keys of each layer, then its values."""
-        weight = self._encoder.embedding.weight
+        embedding = self._encoder.embedding
+        device = embedding.weight.device
         if self._is_at_start:
-            self._start = self._start.to(weight.device)  # the model has moved since; else every layer would copy it
-            weight = self._start
-        return weight.view(self._shape).permute(1, 2, 0, 3)
+            states = self._start = self._start.to(device)  # the model has moved since; else every layer would copy it
+        else:  # in a call, around which a sharded weight is gathered
+            states = embedding(torch.arange(self.tokens, device=device))
+        return states.view(self._shape).permute(1, 2, 0, 3)
 
     @contextmanager
     def at_start(self) -> Iterator[None]:
@@ -56,6 +59,7 @@ def put_prefix(model: PeftModel) -> PeftModel:
     base = model.get_base_model()
     setattr(base.base_model, _NAME, Prefix(model))
     model.forward = types.MethodType(_forward, model)
+    model.get_prompt_embedding_to_save = types.MethodType(_to_save, model)
     return model
 
 
@@ -90,3 +94,10 @@ def refuse_too_long(trunk: PreTrainedModel, tokens: int) -> None:
 
 def _forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:
     return self.get_base_model()(*args, **kwargs)
+
+
+def _to_save(self: PeftModel, adapter: str) -> Tensor:
+    """The prefix, or this process's shard. PEFT would call the encoder, whose weight is sharded outside a training
+    step."""
+    weight: Tensor = self.prompt_encoder[adapter].embedding.weight
+    return weight.detach()

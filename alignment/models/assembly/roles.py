@@ -52,6 +52,10 @@ class Roles:
         separate = [] if value is None or isinstance(value, ValueHead) else [value]
         return [unwrapped(model) for model in (self.policy, *separate)]
 
+    def frozen_models(self) -> list[PreTrainedModel | PeftModel]:
+        """The models that are not trained, beside the policy itself."""
+        return [model for model in (self.reward, self.frozen_reference) if model is not None]
+
     def reference(self) -> AbstractContextManager[PreTrainedModel]:
         """The policy at the start of the stage, for the duration of a ``with`` block."""
         if self.frozen_reference is not None:

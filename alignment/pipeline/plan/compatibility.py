@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from alignment.config.adapter import AdapterKind
 from alignment.config.faults import Fault
 from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.optim import Moments
@@ -51,14 +50,6 @@ def _launch_faults(launch: LaunchConfig) -> Iterator[Fault]:
 
 def _adapter_refusals(stage: TrainedConfig, launch: LaunchConfig) -> Iterator[Refusal]:
     """Settings that no kind of stage supports under this launch."""
-    kind = stage.adapter.kind
-    if launch.sharding in (Sharding.zero3, Sharding.fsdp):
-        if kind is AdapterKind.qlora:
-            why = "four-bit weights cannot be sharded"
-            yield Refusal(field="adapter.kind", why=why, instead="launch=zero2, or adapter=lora")
-        if kind is AdapterKind.prefix:
-            why = "every layer reads the prefix, and none gathers it"
-            yield Refusal(field="adapter.kind", why=why, instead="launch=zero2, or adapter=lora")
     if launch.sharding is not Sharding.none and not stage.adapter.master_weights:
         why = "stochastic rounding would depend on how the weights are sharded"
         instead = "adapter=full: the master weights are sharded too"

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from alignment.config.launch import LaunchConfig
 from alignment.core.artifacts import POLICY
-from alignment.stages.base import LOSS, Curve, DataSlot, LaunchShape, Learning, Outcome, Refusal, Reported, StageKind
+from alignment.stages.base import LOSS, Curve, DataSlot, Learning, Outcome, Reported, StageKind
 from alignment.stages.dpo.config import DpoConfig, DpoLoss
 from alignment.stages.dpo.loss_settings import loss_faults
 from alignment.stages.shared.kind_answers import (
@@ -21,7 +20,6 @@ from alignment.stages.shared.kind_answers import (
     hold_nearer_to_the_start,
     limits_of_parts,
     pair_slot,
-    prefix_refused,
     why_not_validated,
 )
 
@@ -33,10 +31,6 @@ HALVED = math.log(2)
 def _data(config: DpoConfig) -> list[DataSlot]:
     own = pair_slot(config.data, config.margin)
     return [own, held_out_slot(config.validation, own)]
-
-
-def _refusals(config: DpoConfig, _: LaunchConfig) -> Iterator[Refusal]:
-    yield from prefix_refused(config.adapter, "DPO")
 
 
 def _reported(config: DpoConfig) -> Reported:
@@ -90,7 +84,6 @@ KIND = StageKind(
     data=_data,
     curves=_curves,
     faults=lambda config, _, where: loss_faults(config, where),
-    launch=LaunchShape(refusals=_refusals),
     learning=Learning(limits=limits_of_parts, from_preferences=True),
     outcome=Outcome(
         metrics=_reported,

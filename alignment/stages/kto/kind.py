@@ -7,19 +7,17 @@ from typing import Any
 
 from alignment.algos.label_weights import GREATEST_RATIO, LEAST_RATIO, label_weights
 from alignment.config.faults import Fault
-from alignment.config.launch import LaunchConfig
 from alignment.config.run import RunConfig
 from alignment.core.artifacts import POLICY
 from alignment.data.records import LabelledAnswer
 from alignment.data.tokens.row_kinds import DESIRABLE, LABELLED_ANSWERS, UNDESIRABLE
-from alignment.stages.base import LOSS, Curve, DataSlot, LaunchShape, Learning, Outcome, Refusal, Reported, StageKind
+from alignment.stages.base import LOSS, Curve, DataSlot, LaunchShape, Learning, Outcome, Reported, StageKind
 from alignment.stages.kto.config import KtoConfig
 from alignment.stages.shared.kind_answers import (
     ROW_COUNTS,
     curve,
     hold_nearer_to_the_start,
     limits_of_parts,
-    prefix_refused,
 )
 
 FIGURES = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins")
@@ -64,10 +62,6 @@ def _size_faults(config: KtoConfig, processes: int, where: str) -> Iterator[Faul
             f"{2 * processes} or more, or fewer processes"
         )
         yield Fault(where=f"{where}.optim.batch_size", message=message)
-
-
-def _refusals(config: KtoConfig, _: LaunchConfig) -> Iterator[Refusal]:
-    yield from prefix_refused(config.adapter, "KTO")
 
 
 def _label_faults(_: KtoConfig, labels: Mapping[str, int], where: str) -> Iterator[Fault]:
@@ -127,7 +121,7 @@ KIND = StageKind(
     data=_data,
     faults=_faults,
     curves=_curves,
-    launch=LaunchShape(refusals=_refusals, size_faults=_size_faults),
+    launch=LaunchShape(size_faults=_size_faults),
     learning=Learning(
         limits=limits_of_parts, label_faults=_label_faults, label_notes=_label_notes, from_preferences=True
     ),

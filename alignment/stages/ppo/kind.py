@@ -149,14 +149,14 @@ def _is_external(ref: str) -> bool:
 
 def _refusals(config: PpoConfig, launch: LaunchConfig) -> Iterator[Refusal]:
     yield from sampling_refusals(config.sampling, launch)
-    if launch.sharding is Sharding.fsdp:
-        why = "its four roles share weights, but fully_shard expects the weights of one model"
-        yield Refusal(field="kind", why=why, instead="launch=zero3")
     if launch.sharding.by_deepspeed and config.critic_warmup:
         why = "DeepSpeed steps all weights, including the policy's"
         yield Refusal(field="critic_warmup", why=why, instead="critic_warmup=0, or launch=ddp")
-    if launch.sharding is Sharding.zero3 and config.ptx.coefficient:
-        why = "its forward passes bypass DeepSpeed's engine"
+    if launch.sharding is Sharding.fsdp and config.critic_warmup:
+        why = "PyTorch's sharded checkpoints need moments of all weights, and the policy has none yet"
+        yield Refusal(field="critic_warmup", why=why, instead="critic_warmup=0, or launch=ddp")
+    if launch.sharding in (Sharding.zero3, Sharding.fsdp) and config.ptx.coefficient:
+        why = "its forward passes bypass the module that gathers sharded weights"
         yield Refusal(field="ptx.coefficient", why=why, instead="launch=zero2")
 
 

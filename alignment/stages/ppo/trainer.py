@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from alignment.algos.group import tied_groups
 from alignment.algos.kl import AdaptiveKl, KlController
@@ -47,6 +47,8 @@ from alignment.training.rl.ptx import Ptx
 from alignment.training.rl.rollouts import Episodes, Rollouts
 from alignment.training.rl.samples import Samples
 from alignment.training.rl.step_metrics import UpdateMetrics
+from alignment.training.shard_together import put_sharded, shard_together
+from alignment.training.sharded_trainer import ShardedTrainer
 from alignment.training.sharding import gathered, leave_frozen_out, prepare
 
 log = logging.getLogger(__name__)
@@ -57,7 +59,7 @@ SAMPLES_DIFFER = (
 )
 
 
-class PpoTrainer(Trainer):
+class PpoTrainer(ShardedTrainer):
     """Proximal policy optimisation with a clipped value function (Huang et al. 2024 for every detail), or without a
     critic (``Advantage``)."""
 
@@ -123,6 +125,8 @@ class PpoTrainer(Trainer):
             for language_model in roles.trained_models():
                 checkpoint_activations(language_model)
         prepare(roles.actor_critic, context, *roles.trained_models())
+        if self.is_fsdp_enabled:
+            shard_together(roles.actor_critic, roles.frozen_models(), self.accelerator.state.fsdp_plugin)
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
         """Does nothing, because all roles are already on their device.
@@ -158,15 +162,19 @@ class PpoTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Adam without weight decay; the critic may have its own learning rate."""
         optim = self.config.optim
-        critic_lr = optim.lr if optim.critic_lr is None else optim.critic_lr
-        groups = [{"params": _trained(self.roles.actor_critic.policy), "lr": optim.lr}]
-        if self.roles.actor_critic.value is not None:
-            groups.append({"params": _trained(self.roles.actor_critic.value), "lr": critic_lr})
         kind, arguments = adamw(
             self.config.adapter, self.context, lr=optim.lr, eps=optim.adam_eps, moments=optim.moments
         )
-        self.optimizer: torch.optim.Optimizer = kind(groups, **arguments, weight_decay=0.0)
+        self.optimizer: torch.optim.Optimizer = kind(self._trained_groups(), **arguments, weight_decay=0.0)
         return self.optimizer
+
+    def _trained_groups(self) -> list[dict[str, Any]]:
+        optim, value = self.config.optim, self.roles.actor_critic.value
+        groups = [{"params": _trained(self.roles.actor_critic.policy), "lr": optim.lr}]
+        if value is not None:
+            critic_lr = optim.lr if optim.critic_lr is None else optim.critic_lr
+            groups.append({"params": _trained(value), "lr": critic_lr})
+        return groups
 
     # ---- an update --------------------------------------------------------------------------------------------------
 
@@ -279,14 +287,16 @@ class PpoTrainer(Trainer):
     # ---- checkpoints ------------------------------------------------------------------------------------------------
 
     def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
-        """Called after DeepSpeed's engine is made and before it loads a checkpoint, so frozen weights are left out."""
+        """Called after the optimiser is prepared, and before a checkpoint is loaded."""
         if self.is_deepspeed_enabled:
             leave_frozen_out(self.accelerator.deepspeed_engine_wrapped.engine)
+        elif self.is_fsdp_enabled:
+            put_sharded(self.optimizer, self._trained_groups())
         return super().create_scheduler(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """With DeepSpeed, writes only our state; the engine writes weights and optimiser state, sharded."""
-        if not self.is_deepspeed_enabled:
+        """If weights are sharded, writes only our state; weights and optimiser state are written by shards."""
+        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             super().save_model(output_dir, _internal_call)
         elif self.args.should_save:
             self._save_state(Path(output_dir or self.args.output_dir))
@@ -309,7 +319,10 @@ class PpoTrainer(Trainer):
         (folder / "ppo.json").write_text(json.dumps(state))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        load_weights(self.roles.actor_critic, Path(resume_from_checkpoint))
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(self.roles.actor_critic, Path(resume_from_checkpoint))
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Trains; from a checkpoint, it first restores our state."""

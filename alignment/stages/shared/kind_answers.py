@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.data import DataConfig
 from alignment.config.faults import Fault
 from alignment.config.too_long import TooLongConfig
@@ -19,7 +18,7 @@ from alignment.data.tokens.row_kinds import PAIRS, SCORED_PAIRS
 from alignment.data.tokens.row_kinds import Kind as RowKind
 from alignment.evaluation.arm_labels import labels
 from alignment.records import validation_figures as names
-from alignment.stages.base import Curve, DataSlot, Refusal, Reported
+from alignment.stages.base import Curve, DataSlot, Reported
 
 ROW_COUNTS = ("rows", "rows_too_long", "rows_cut")
 
@@ -55,13 +54,6 @@ def held_out_slot(validation: ValidationConfig, own: DataSlot) -> DataSlot:
     """The validation's own data, whose rows are like those of the stage's ``own``."""
     in_use = validation.on and bool(validation.data.source)
     return replace(own, field="validation.data", data=validation.data, in_use=in_use)
-
-
-def prefix_refused(adapter: AdapterConfig, trainer: str) -> Iterator[Refusal]:
-    """A prefix, where TRL's ``trainer`` makes a reference by copying the adapter."""
-    if adapter.kind is AdapterKind.prefix:
-        why = f"TRL's {trainer} trainer copies adapters in a way that PEFT supports for low-rank adapters only"
-        yield Refusal(field="adapter.kind", why=why, instead="adapter=lora")
 
 
 def hold_nearer_to_the_start(name: str) -> str:

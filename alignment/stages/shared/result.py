@@ -70,8 +70,8 @@ def save_model(
         shutil.copytree(start.base, fresh_folder(context, "model"), dirs_exist_ok=True)
     below = adapters_below(start, context.adapter)
     own = fresh_folder(context, f"adapters/{len(below)}-{context.spec.stage}")
-    if on_shadows() and model.active_peft_config.is_prompt_learning:
-        prefix = zeros({OWN: model.get_prompt_embedding_to_save(OWN)})[OWN]
+    if state is not None and model.active_peft_config.is_prompt_learning:
+        prefix = state[f"prompt_encoder.{OWN}.embedding.weight"]  # PEFT does not take it from a state
         model.get_prompt_embedding_to_save = lambda _: prefix
     # Frozen adapters next to it have their own folders.
     model.save_pretrained(str(own), selected_adapters=[OWN], state_dict=state)

@@ -6,6 +6,7 @@ frozen copy of the model.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -42,6 +43,12 @@ class AgainstStart(MicroBatches):
     needs_reference: bool = True
     precomputed: Reference | None = None
     start_tolerance: float = START_TOLERANCE
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            # PEFT warns that loading may confuse TRL's copy, ref, with a prefix; the copy is dropped (make_ready).
+            warnings.filterwarnings("ignore", message="Adapter name 'ref' should not be contained in the prefix")
+            super().__init__(*args, **kwargs)
 
     def _precompute_ref_logps(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         return dataset  # it already has them (reference_cache), or needs none

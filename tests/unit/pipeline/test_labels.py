@@ -12,7 +12,6 @@ from alignment import cli
 from alignment.core.errors import ConfigError, DataError
 from alignment.pipeline.backends.feasibility import refuse_sizes
 from alignment.pipeline.execute.notes import of_plan
-from alignment.pipeline.plan.compatibility import faults as compatibility_faults
 from alignment.pipeline.plan.plan import Plan, make_plan
 from tests.unit.pipeline.conftest import TURN
 
@@ -119,13 +118,6 @@ def test_a_batch_that_holds_no_other_answer_is_refused(
         refuse_sizes(planned(overrides, file, *more))
     assert "stages.kto.optim.batch_size" in str(caught.value)
     refuse_sizes(planned(overrides, file, *more, "stages.kto.loss=apo_zero_unpaired"))
-
-
-def test_a_prefix_is_refused(overrides: list[str], file: Path) -> None:
-    write(file, [True, False] * 10)
-    with pytest.raises(ConfigError, match="TRL's KTO trainer copies adapters"):
-        planned(overrides, file, "stages.kto.adapter.kind=prefix")
-    assert compatibility_faults(planned(overrides, file).config) == []
 
 
 def test_labels_are_read_from_answers_that_a_stage_samples(overrides: list[str], file: Path) -> None:

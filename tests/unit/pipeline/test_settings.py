@@ -24,7 +24,6 @@ PROJECT = Path(__file__).parents[3] / "pyproject.toml"
         ([f"{DPO}.chain=continue", f"{DPO}.kind=dora"], f"{DPO}.kind: dora cannot continue what stage:sft trained"),
         ([f"{DPO}.chain=stack", f"{DPO}.kind=dora"], f"{DPO}.chain: DoRA rescales the weights"),
         ([f"{DPO}.chain=stack", f"{DPO}.modules_to_save=[embed_tokens]"], f"{DPO}.chain: modules_to_save needs"),
-        ([f"{DPO}.kind=prefix"], f"{DPO}.kind: does not work with any launch: TRL's DPO trainer"),
         (["stages.reward.adapter={kind: prefix, chain: stack}"], "stages.reward.adapter.chain: a prefix cannot"),
         (["adapter@stages.sft.adapter=prefix"], "stages.reward.adapter: stage:sft trained a prefix"),
     ],

@@ -1,0 +1,46 @@
+"""A trainer whose weights PyTorch shards wherever it runs."""
+
+from __future__ import annotations
+
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import CPUOffloadPolicy
+from transformers import Trainer
+
+from alignment.core.errors import StageError
+
+
+class ShardedTrainer(Trainer):
+    """A mix-in: on CPUs, accelerate passes over FSDP without a word, and every process would hold everything."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Makes the accelerator, which must shard if the arguments say so.
+
+        Raises:
+            StageError: it does not.
+        """
+        shards = bool(self.args.fsdp)
+        processes = PartialState()
+        if shards and processes.distributed_type is DistributedType.MULTI_CPU:
+            # Any of the kinds for which accelerate asks whether to shard; it replaces it by FSDP then.
+            processes.distributed_type = DistributedType.MULTI_XPU
+        super().create_accelerator_and_postprocess()
+        if not shards:
+            return
+        if not self.is_fsdp_enabled:
+            raise StageError(
+                f"accelerate does not shard over processes of kind {processes.distributed_type.value}",
+                remedy="use launch=zero3, or report this with the versions of torch and accelerate",
+            )
+        plugin = self.accelerator.state.fsdp_plugin
+        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):  # without an accelerator no memory can be pinned
+            plugin.cpu_offload = CPUOffloadPolicy(pin_memory=self.args.device.type != "cpu")
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """In a checkpoint; DeepSpeed's engine writes the weights itself, sharded.
+
+        transformers would gather them and write them once more, and with a prefix it would wait for ever: PEFT calls a
+        sharded module to save one, on the main process alone (https://github.com/huggingface/transformers/pull/29980).
+        """
+        if not self.is_deepspeed_enabled:
+            super().save_model(output_dir, _internal_call)
