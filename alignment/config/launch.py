@@ -45,6 +45,11 @@ class Sharding(str, Enum):
         """Whether DeepSpeed does the sharding."""
         return self in (Sharding.zero1, Sharding.zero2, Sharding.zero3)
 
+    @property
+    def of_weights(self) -> bool:
+        """Whether a process holds only a share of the weights."""
+        return self in (Sharding.zero3, Sharding.fsdp)
+
 
 class Offload(str, Enum):
     """What is moved from GPU memory to the machine's own: nothing, the optimiser's state, or weights as well."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.core.errors import ModelError
+from alignment.core.shapes import fits
 
 
 def refuse_weights_elsewhere(folder: Path, *, where: str = "") -> None:
@@ -32,6 +33,29 @@ def refuse_weights_elsewhere(folder: Path, *, where: str = "") -> None:
 def weights_size(folder: Path) -> int:
     """The bytes of a model's weights on disk."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def formats_of_weights(folder: Path) -> set[str]:
+    """The number formats of a model's weights on disk, as safetensors names them: ``{"BF16"}``.
+
+    Files whose header cannot be read are left out; whoever loads them reports them.
+    """
+    return {str(entry["dtype"]) for file in folder.glob("*.safetensors") for entry in _header(file).values()}
+
+
+def _header(file: Path) -> dict[str, dict[str, Any]]:
+    """A safetensors file's entries by the names of its tensors: eight bytes are the length of the JSON that follows."""
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if length > file.stat().st_size:
+            return {}
+        try:
+            entries = json.loads(handle.read(length))
+        except (ValueError, RecursionError):
+            return {}
+    if not fits(entries, dict[str, dict[str, Any]]):
+        return {}
+    return {name: entry for name, entry in entries.items() if name != "__metadata__" and "dtype" in entry}
 
 
 def _weight_map(index: Path, *, where: str) -> dict[str, Any]:

@@ -12,14 +12,14 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignment.core.errors import ConfigError
+from alignment.core.errors import ConfigError, StageError
 from alignment.core.stop_requests import SIGNALS
 from alignment.models.assembly.adapters import with_own
 from alignment.records.step_log import MetricsLog
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_metrics, refuse_weights
-from alignment.training.sharding import layout
+from alignment.training.sharding import is_sharded, layout
 
 _NAMES = {"learning_rate": "lr"}
 
@@ -100,6 +100,24 @@ class WarmupEnds(TrainerCallback):
                 f"the warm-up covers all {state.max_steps} optimiser steps of the stage, so nothing would be learned",
                 where="optim.warmup_ratio",
                 remedy="set it to 0, or use smaller batches, more rows or more epochs",
+            )
+
+
+class WeightsAreSharded(TrainerCallback):
+    """Refuses a launch that should shard weights, and whose trainer did not."""
+
+    def __init__(self, context: StageContext) -> None:
+        self._sharding = context.spec.sharding
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Runs once the trainer has prepared the model."""
+        if self._sharding.of_weights and not is_sharded(model):
+            raise StageError(
+                f"each process holds whole weights, although the launch shards them ({self._sharding.value})",
+                where="launch.sharding",
+                remedy="use another launch, and report this with the versions of accelerate and torch",
             )
 
 

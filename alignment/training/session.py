@@ -26,8 +26,10 @@ from alignment.training.callbacks import (
     StepLog,
     StopOnSignal,
     WarmupEnds,
+    WeightsAreSharded,
 )
 from alignment.training.context import StageContext
+from alignment.training.cutting import cut_by_module
 from alignment.training.few_steps import FewSteps
 from alignment.training.finite import FiniteSteps, refuse_divergence
 from alignment.training.longest_batch import LongestBatch
@@ -87,7 +89,7 @@ def train(
         context.trackers.catch_up(log.rows())
     stop = StopOnSignal(period=period)
     steps = StepLog(context, log, headline=headline)
-    checks = (WarmupEnds(), FiniteSteps(trainer), NoStepTooMany())
+    checks = (WeightsAreSharded(context), WarmupEnds(), FiniteSteps(trainer), NoStepTooMany())
     looks = () if validation is None else (validation,)  # first: it adds to what others log, seal and stop
     if (estimate := recorder()) is not None:  # before others that take a step
         trainer.add_callback(FewSteps(estimate, trainer, period=period))
@@ -97,7 +99,7 @@ def train(
     if validation is not None and resumed is not None:
         validation.resume(resumed)
     # NothingLeft: an earlier attempt did every step; the checkpoint is loaded.
-    with stop.listening(), contextlib.suppress(NothingLeft):
+    with stop.listening(), contextlib.suppress(NothingLeft), cut_by_module(trainer.model, context):
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     if stop.stopped:
         raise Preempted

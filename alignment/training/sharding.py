@@ -104,7 +104,8 @@ def sharding_arguments(context: StageContext) -> dict[str, Any]:
         return {}
     if sharding is Sharding.fsdp:
         settings = json.loads((shipped("launch") / "fsdp" / "fsdp.json").read_text(encoding="utf-8"))
-        return {"fsdp": True, "fsdp_config": settings | {"cpu_offload": offload is Offload.weights}}
+        moves = offload is Offload.weights and context.device.type != "cpu"
+        return {"fsdp": True, "fsdp_config": settings | {"cpu_offload": moves}}
     settings = json.loads((shipped("launch") / "deepspeed" / f"{sharding.value}.json").read_text(encoding="utf-8"))
     if offload is not Offload.none:
         settings["zero_optimization"]["offload_optimizer"] = {
@@ -136,7 +137,7 @@ def read_in_calls(model: PreTrainedModel, context: StageContext) -> None:
     """Makes sure that the sharded weights of a language model or scorer are only read inside calls."""
     sharding = context.spec.sharding
     head: nn.Module | None = model.get_output_embeddings()
-    if head is not None and sharding in (Sharding.zero3, Sharding.fsdp):
+    if head is not None and sharding.of_weights:
         read_in_calls_only(head)
     if sharding is Sharding.zero3:
         _gather_by_layer(model)

@@ -17,6 +17,7 @@ from typing import Any
 
 from alignment.core.hardware import visible_devices
 from alignment.job import StageSpec
+from tests.distributed.own_memory import watch
 
 PRELOADED = (
     "alignment.worker",
@@ -49,17 +50,19 @@ def on_processes(
     kill_after: int | None = None,
     killed_when: str = "logged",
     tries_longest: bool = False,
+    watches_memory: bool = False,
 ) -> list[int]:
     """Runs a stage on processes of its own; returns their exit codes, those of ``alignment.worker``.
 
     Process 1 gets SIGTERM after the step ``stop_after``, or a loss that is no number in the step ``nan_at``. All get
     SIGKILL at the step ``kill_after``, when it is ``logged``, before a checkpoint of it, or when that is ``sealed``; or
     where they begin with their part of that number, when ``sampling``, or ``answering`` in an evaluation.
-    ``tries_longest``: the largest micro-batch is tried first, however short the training is.
+    ``tries_longest``: the largest micro-batch is tried first, however short the training is. ``watches_memory``: they
+    end before the first step and leave ``memory-RANK.json`` (own_memory.py).
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    told = (world_size, _free_port(), stop_after, nan_at, kill_after, killed_when, tries_longest)
+    told = (world_size, _free_port(), stop_after, nan_at, kill_after, killed_when, tries_longest, watches_memory)
     group = [context.Process(target=_process, args=(spec, rank, *told)) for rank in range(world_size)]
     for one in group:
         one.start()
@@ -87,9 +90,12 @@ def _process(
     kill_after: int | None,
     killed_when: str,
     tries_longest: bool,
+    watches_memory: bool,
 ) -> None:
     if tries_longest:
         _try_longest()
+    if watches_memory:
+        watch(spec.run_folder, rank, spec.base_path)
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     devices = visible_devices()[:world_size]

@@ -358,14 +358,18 @@ def test_deepspeed_is_told_what_to_offload(
 
 @needs_deepspeed
 @pytest.mark.parametrize("sharding", [ZERO3, FSDP], ids=lambda sharding: sharding.value)
-def test_what_lies_in_the_machines_memory_learns_the_same(tmp_path: Path, sharding: Sharding) -> None:
+def test_what_lies_in_the_machines_memory_learns_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharding: Sharding
+) -> None:
     found = []
     for where in (Offload.none, Offload.weights):
         chained = Chained(tmp_path / where.value)
         spec = replace(shared_out(chained, "sft", LORA, sharding, config=steadied("sft", LORA)), offload=where)
         if sharding is FSDP:
-            told = sharding_arguments(StageContext(spec=spec, rank=0, world_size=2))["fsdp_config"]
-            assert told["cpu_offload"] == (where is Offload.weights)
+            for device in ("cuda", "cpu"):  # on a CPU there is nothing to move, nor a GPU whose memory could be pinned
+                monkeypatch.setattr("alignment.training.context.own_device", lambda device=device: torch.device(device))
+                settings = sharding_arguments(StageContext(spec=spec, rank=0, world_size=2))["fsdp_config"]
+                assert settings["cpu_offload"] == (where is Offload.weights and device == "cuda")
         assert on_processes(spec) == [0, 0], logs(spec)
         found.append(weights(spec.artifact))
     for name, held in found[0].items():

@@ -133,8 +133,8 @@ MUTATIONS = [
     Mutation(
         name="every layer copies the prefix of the reference",
         file="alignment/models/assembly/prefix.py",
-        old="self._start = self._start.to(weight.device)",
-        new="self._start = self._start.cpu()",
+        old="states = self._start = self._start.to(device)",
+        new="states = self._start.to(device)",
         test="tests/simulated_device/test_waits.py::test_a_prefix_costs_no_wait",
     ),
     *in_file(

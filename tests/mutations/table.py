@@ -26,6 +26,7 @@ from tests.mutations import (
     sampling,
     scorers,
     serving,
+    sharded_loading,
     stages,
     templates,
     training,
@@ -61,4 +62,5 @@ MUTATIONS: list[Mutation] = [
     *driver.MUTATIONS,
     *serving.MUTATIONS,
     *devices.MUTATIONS,
+    *sharded_loading.MUTATIONS,
 ]

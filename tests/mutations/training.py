@@ -148,7 +148,7 @@ MUTATIONS = [
         "unit/training/test_layouts.py",
         (
             "FSDP keeps weights on the device",
-            '{"cpu_offload": offload is Offload.weights}',
+            '{"cpu_offload": moves}',
             '{"cpu_offload": False}',
             "test_fsdp_is_told_whether_weights_are_offloaded",
         ),

@@ -75,8 +75,8 @@ MUTATIONS = [
         ),
         (
             "the last step is not looked at",
-            "if state.global_step % self._config.every and state.global_step < state.max_steps:",
-            "if state.global_step % self._config.every:",
+            "return state.global_step % self._config.every == 0 or state.global_step == state.max_steps",
+            "return state.global_step % self._config.every == 0",
             "test_without_keep_best_the_last_step_is_handed_on_with_its_own_loss",
         ),
     ),

@@ -20,14 +20,17 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype
 from alignment.core.artifacts import Manifest, inside, read_manifest, verify
 from alignment.core.errors import ModelError
-from alignment.core.model_files import refuse_weights_elsewhere
+from alignment.core.model_files import formats_of_weights, refuse_weights_elsewhere
 from alignment.costs.recorder import WEIGHTS, Recorder, memory_for, recorder
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.adapters import merge_adapter
+from alignment.models.assembly.mapped import convert, keep_mapped, same_file
 from alignment.models.kernels.nf4 import round_trunk
 
 DTYPES = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
+_FORMATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+"""The dtypes of the formats in which weights may stay mapped, by their names in safetensors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,13 +150,14 @@ def refuse_other_tokenizer(spec: StageSpec, stage_input: StageInput, tokenizer: 
         )
 
 
-def load_policy(lineage: Lineage, dtype: torch.dtype) -> PreTrainedModel:
+def load_policy(lineage: Lineage, dtype: torch.dtype, *, mapped: bool = False) -> PreTrainedModel:
     """A causal language model with all adapters merged, in evaluation mode; every weight is trainable.
 
-    An adapter that was trained on weights in four bits is merged into the dequantised weights.
+    An adapter that was trained on weights in four bits is merged into the dequantised weights. With ``mapped``, weights
+    stay in their file until they are copied (mapped.py), unless adapters are merged into them.
     """
     if not lineage.adapters:
-        model = _from_folder(lineage.base, dtype)
+        model = _mapped_from_folder(lineage.base, dtype) if mapped else _from_folder(lineage.base, dtype)
     else:
         model = load_policy(lineage.weights, dtype)
         if lineage.adapters[-1].nf4:
@@ -164,13 +168,13 @@ def load_policy(lineage: Lineage, dtype: torch.dtype) -> PreTrainedModel:
     return model.requires_grad_(True).eval()  # PEFT leaves merged weights frozen
 
 
-def load_scalar(lineage: Lineage, dtype: torch.dtype) -> PreTrainedModel:
+def load_scalar(lineage: Lineage, dtype: torch.dtype, *, mapped: bool = False) -> PreTrainedModel:
     """The policy's trunk under a new scalar head, drawn with std 1/√(width + 1) and no bias (Huang et al. 2024).
 
     The head is float32; ``score_offset`` is subtracted from its output, and is zero until set. Adapters are merged
     while the trunk is still part of the language model that they were trained on.
     """
-    policy = load_policy(lineage, dtype)
+    policy = load_policy(lineage, dtype, mapped=mapped)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     with torch.device("meta"):  # its randomly drawn weights are not used
@@ -202,6 +206,18 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"the model cannot be loaded: {error}", where=str(folder)) from error
+
+
+def _mapped_from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its weights mapped; as always if its file has several formats, or one that is not trained in."""
+    formats = formats_of_weights(folder)
+    stored = _FORMATS.get(formats.pop()) if len(formats) == 1 else None
+    if stored is None:
+        return _from_folder(folder, dtype)
+    model = _from_folder(folder, stored)
+    if stored is not dtype and any(buffer.dtype is stored for buffer in model.buffers()):
+        return _from_folder(folder, dtype)  # these would have been made in the other dtype
+    return keep_mapped(model, dtype)
 
 
 def _from_shapes(folder: Path, dtype: torch.dtype, estimate: Recorder) -> PreTrainedModel:
@@ -252,9 +268,9 @@ def frozen_copy(model: PreTrainedModel, products: torch.dtype) -> PreTrainedMode
 
     Autocast rounds the original's weights to the same numbers at each use, so both models give exactly the same output.
     """
-    copied = copy.deepcopy(model).requires_grad_(False)
+    copied = copy.deepcopy(model, same_file(model)).requires_grad_(False)
     tied = copied.get_input_embeddings().weight
     for module in copied.modules():
         if type(module) is torch.nn.Linear and module.weight is not tied:
-            module.to(products)
+            convert(module, products)
     return copied

@@ -18,12 +18,20 @@ from alignment.models.kernels.nf4 import quantize_trunk
 
 
 def load_start(
-    start: Lineage, adapter: AdapterConfig, compute: Dtype, *, task: TaskType, device: torch.device
+    start: Lineage,
+    adapter: AdapterConfig,
+    compute: Dtype,
+    *,
+    task: TaskType,
+    device: torch.device,
+    sharded: bool = False,
 ) -> PreTrainedModel | PeftModel:
     """The policy ``start``, ready to be trained with ``adapter``; under a scalar head for ``SEQ_CLS``.
 
     Adapters of earlier stages are merged into the weights or stay beside them, as configured by ``adapter.chain``.
-    Weights in four bits are quantised on ``device``; the caller moves the rest.
+    Weights in four bits are quantised on ``device``; the caller moves the rest. If the weights will be ``sharded`` and
+    all are trained, they stay mapped until they are cut (mapped.py). Frozen weights in the compute dtype are mapped
+    anyway.
 
     Raises:
         ConfigError: there is no adapter to continue, or it has another shape.
@@ -39,7 +47,7 @@ def load_start(
     load = load_policy if task is TaskType.CAUSAL_LM else load_scalar
     dtype = weights_dtype(compute, adapter)
     if adapter.kind is AdapterKind.full:
-        return load(start, dtype)
+        return load(start, dtype, mapped=sharded)
     if adapter.chain is CONTINUE and not start.adapters:
         raise ConfigError(
             "there is no adapter to continue: the stage starts from a whole model",

@@ -17,6 +17,8 @@ from trl import DPOConfig as TrlDpoConfig
 from alignment.config.micro_batch import tokens_of
 from alignment.data.tokens.row_kinds import MARGIN
 from alignment.models.assembly.load import Lineage
+from alignment.models.assembly.mapped import copied_in_calls
+from alignment.models.forward.answers import unwrapped
 from alignment.stages.dpo.config import DpoConfig, DpoLoss
 from alignment.stages.dpo.first_batch import FirstBatch
 from alignment.stages.dpo.pair_losses import PairLogprobs, implicit_rewards, nll_of_chosen, own_loss
@@ -158,7 +160,8 @@ def check_start(trainer: PairTrainer) -> FirstBatch:
     Raises:
         StageError: policy and reference differ on a row, so the reference is not the policy that the stage starts from.
     """
-    first = FirstBatch(trainer)
-    if trainer.needs_reference:
-        first.refuse_other_start()
+    with copied_in_calls(unwrapped(trainer.model), trainer.args.device):
+        first = FirstBatch(trainer)
+        if trainer.needs_reference:
+            first.refuse_other_start()
     return first

@@ -19,6 +19,8 @@ from alignment.config.micro_batch import tokens_of
 from alignment.core.errors import DataError
 from alignment.data.tokens.row_kinds import DESIRABLE, LABELLED_ANSWERS, UNDESIRABLE
 from alignment.models.assembly.load import Lineage
+from alignment.models.assembly.mapped import copied_in_calls
+from alignment.models.forward.answers import unwrapped
 from alignment.records.step_log import METRICS, MetricsLog
 from alignment.stages.kto.config import KtoConfig
 from alignment.stages.kto.kind import FIGURES, ONE_LABEL_REMEDY, one_label
@@ -132,4 +134,5 @@ def check_start(trainer: TokenizedKtoTrainer) -> None:
     """
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     trainer.model.train()  # as in training, so that active dropout is noticed
-    refuse_other_reference(trainer.start_rows(batch), trainer.precomputed, tolerance=trainer.start_tolerance)
+    with copied_in_calls(unwrapped(trainer.model), trainer.args.device):
+        refuse_other_reference(trainer.start_rows(batch), trainer.precomputed, tolerance=trainer.start_tolerance)

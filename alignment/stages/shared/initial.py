@@ -40,7 +40,10 @@ def initial_model(
     would drop different values.
     """
     context.phase("loading")
-    model = load_start(start, context.adapter, context.spec.model.dtype, task=task, device=context.device)
+    sharded = context.spec.sharding.of_weights
+    model = load_start(
+        start, context.adapter, context.spec.model.dtype, task=task, device=context.device, sharded=sharded
+    )
     if not may_drop:
         turn_off_dropout(model)
     return model

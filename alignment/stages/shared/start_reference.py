@@ -22,12 +22,14 @@ from alignment.config.model import Dtype
 from alignment.config.optim import OptimConfig
 from alignment.models.assembly.adapters import at_start, with_own
 from alignment.models.assembly.load import DTYPES, Lineage, compute_in, frozen_copy
+from alignment.models.assembly.mapped import copy_weights
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import IGNORED, install_causal
 from alignment.models.forward.flat import use_flat_attention
 from alignment.stages.shared.reference_cache import Reference, reference_logprobs
 from alignment.stages.shared.start_check import BFLOAT16_TOLERANCE, START_TOLERANCE
 from alignment.training.context import StageContext
+from alignment.training.cutting import cut_frozen
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.sharding import prepare, read_in_calls
 from alignment.training.trainer_arguments import optimizer_arguments
@@ -64,6 +66,7 @@ def copy_of_start(policy: PreTrainedModel | PeftModel, context: StageContext) ->
     reference = frozen_copy(policy, DTYPES[context.spec.model.dtype])
     use_flat_attention(reference)  # before its weights are sharded; its outputs are compared with the policy's
     read_in_calls(reference, context)
+    cut_frozen(reference, context)
     return reference
 
 
@@ -125,9 +128,11 @@ def precomputed_reference(
 ) -> Reference:
     """As ``reference_logprobs``.
 
-    Switches the policy to evaluation mode first, because adapters of earlier stages may be in training mode.
+    Switches the policy to evaluation mode first, because adapters of earlier stages may be in training mode. Its
+    weights are whole from then on until the trainer cuts them.
     """
     model = unwrapped(policy)
+    copy_weights(model.parameters())
     model.to(context.device).eval()
     use_flat_attention(model)
     return reference_logprobs(model, start, rows, context, answers=answers, tokens=tokens)

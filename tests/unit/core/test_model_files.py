@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from alignment.commands.add_tokens.worker import _read
 from alignment.config.model import Dtype
 from alignment.core.errors import ModelError
+from alignment.core.model_files import formats_of_weights
 from alignment.models.assembly.load import Lineage, load_policy
 from alignment.pipeline.sources.model_sources import resolve
 from alignment.rewards.reward_models import load_external
@@ -65,3 +67,16 @@ def test_weights_in_several_files_are_read_also_where_these_are_links(folder: Pa
     _index(folder, "model-00001.safetensors")
     assert READERS["a plan"](folder).ready
     assert READERS["a stage"](folder).num_parameters() > 0
+
+
+def test_the_formats_of_weights_are_read_from_the_headers_of_all_files(tmp_path: Path) -> None:
+    assert formats_of_weights(tmp_path) == set()
+    save_file({"a": torch.zeros(2, dtype=torch.bfloat16), "b": torch.zeros(1)}, tmp_path / "1.safetensors")
+    save_file({"c": torch.zeros(1, dtype=torch.float16)}, tmp_path / "2.safetensors", metadata={"format": "pt"})
+    assert formats_of_weights(tmp_path) == {"BF16", "F32", "F16"}
+
+
+@pytest.mark.parametrize("header", [b"", b"\xff" * 8, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{]"])
+def test_a_damaged_header_has_no_formats(tmp_path: Path, header: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(header)
+    assert formats_of_weights(tmp_path) == set()

@@ -10,11 +10,15 @@ import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from alignment.config.launch import Sharding
+from alignment.core.errors import StageError
 from alignment.records.step_log import MetricsLog
 from alignment.records.worker import Progress
-from alignment.training.callbacks import Checkpoints, StepLog, StopOnSignal
+from alignment.training.callbacks import Checkpoints, StepLog, StopOnSignal, WeightsAreSharded
 from alignment.training.checkpoints import newest
 from alignment.training.context import StageContext
+from tests.chained import FULL, config_of
+from tests.tiny import tiny_spec
 
 
 @pytest.fixture
@@ -136,3 +140,13 @@ def test_a_saved_checkpoint_is_sealed_and_the_oldest_removed(
     assert sorted(path.name for path in context.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3"]
     found = newest(context.checkpoints, fingerprint=context.spec.fingerprint)
     assert found == context.checkpoints / "checkpoint-3"
+
+
+@pytest.mark.parametrize("sharding", [Sharding.zero3, Sharding.fsdp])
+def test_a_launch_that_shards_weights_ends_if_they_are_whole(
+    tmp_path: Path, arguments: TrainingArguments, sharding: Sharding
+) -> None:
+    spec = tiny_spec(tmp_path, config_of("sft", FULL), sharding=sharding)
+    check = WeightsAreSharded(StageContext(spec=spec, rank=0, world_size=2))
+    with pytest.raises(StageError, match=rf"each process holds whole weights.*\({sharding.value}\)"):
+        check.on_train_begin(arguments, _state(0), TrainerControl(), model=torch.nn.Linear(1, 1))
