@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-from torch.distributed.fsdp import CPUOffloadPolicy
 from transformers import Trainer
 
 from alignment.core.errors import StageError
@@ -25,16 +24,11 @@ class ShardedTrainer(Trainer):
             # Any of the kinds for which accelerate asks whether to shard; it replaces it by FSDP then.
             processes.distributed_type = DistributedType.MULTI_XPU
         super().create_accelerator_and_postprocess()
-        if not shards:
-            return
-        if not self.is_fsdp_enabled:
+        if shards and not self.is_fsdp_enabled:
             raise StageError(
                 f"accelerate does not shard over processes of kind {processes.distributed_type.value}",
                 remedy="use launch=zero3, or report this with the versions of torch and accelerate",
             )
-        plugin = self.accelerator.state.fsdp_plugin
-        if isinstance(plugin.cpu_offload, CPUOffloadPolicy):  # without an accelerator no memory can be pinned
-            plugin.cpu_offload = CPUOffloadPolicy(pin_memory=self.args.device.type != "cpu")
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """In a checkpoint; DeepSpeed's engine writes the weights itself, sharded.

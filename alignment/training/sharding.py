@@ -104,7 +104,7 @@ def sharding_arguments(context: StageContext) -> dict[str, Any]:
         return {}
     if sharding is Sharding.fsdp:
         settings = json.loads((shipped("launch") / "fsdp" / "fsdp.json").read_text(encoding="utf-8"))
-        moves = offload is Offload.weights and context.device.type != "cpu"
+        moves = offload is Offload.weights and context.device.type != "cpu"  # else they are where they would go
         return {"fsdp": True, "fsdp_config": settings | {"cpu_offload": moves}}
     settings = json.loads((shipped("launch") / "deepspeed" / f"{sharding.value}.json").read_text(encoding="utf-8"))
     if offload is not Offload.none:

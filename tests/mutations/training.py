@@ -150,7 +150,7 @@ MUTATIONS = [
             "FSDP keeps weights on the device",
             '{"cpu_offload": moves}',
             '{"cpu_offload": False}',
-            "test_fsdp_is_told_whether_weights_are_offloaded",
+            "test_fsdp_moves_weights_to_the_host_where_they_are_elsewhere",
         ),
         (
             "shares lie as whole weights do",

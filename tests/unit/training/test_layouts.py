@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from alignment.config.launch import Offload, Sharding
+from alignment.training import context as context_module
 from alignment.training.context import StageContext
 from alignment.training.sharding import layout, sharding_arguments
 
@@ -21,8 +23,12 @@ def test_a_layout_names_the_processes_and_how_they_share(context: StageContext) 
     assert layout(_shared(context, Sharding.fsdp)) == "shares of 2 processes (fsdp)"
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("offload", [Offload.none, Offload.weights])
-def test_fsdp_is_told_whether_weights_are_offloaded(context: StageContext, offload: Offload) -> None:
-    told = sharding_arguments(_shared(context, Sharding.fsdp, offload))
-    assert told["fsdp"] is True
-    assert told["fsdp_config"]["cpu_offload"] is (offload is Offload.weights)
+def test_fsdp_moves_weights_to_the_host_where_they_are_elsewhere(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch, offload: Offload, device: str
+) -> None:
+    monkeypatch.setattr(context_module, "own_device", lambda: torch.device(device))
+    arguments = sharding_arguments(_shared(context, Sharding.fsdp, offload))
+    assert arguments["fsdp"] is True
+    assert arguments["fsdp_config"]["cpu_offload"] is (offload is Offload.weights and device == "cuda")
