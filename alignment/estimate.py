@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import shutil
 import sys
@@ -199,8 +200,7 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
 
 def _checkpoints(recorder: Recorder) -> int:
     """Bytes of the stored ones and of one that is being written: trained weights and the optimiser's moments."""
-    each = recorder.trained_bytes + recorder.memory.now[OPTIMIZER]
-    return (NUM_STORED + 1) * each
+    return (NUM_STORED + 1) * (recorder.trained_bytes + recorder.moments)
 
 
 def _adapter_of(spec: StageSpec) -> str:
@@ -324,7 +324,8 @@ def _phases(recorder: Recorder, timer: Timer, repeats: _Repeats) -> dict[str, Ph
         in_steps: Operations = Counter() if name == VALIDATING else recorder.step_operations.get(name, Counter())
         times = _times(name, recorder, repeats, processes=timer.processes) if in_steps else 1.0
         if name == VALIDATING:
-            times = recorder.looks / recorder.looks_taken * repeats.of_steps * repeats.held_out
+            looks = math.ceil(recorder.all_steps * repeats.of_steps / recorder.look_every)
+            times = looks / recorder.looks_taken * repeats.held_out
         elif not in_steps and name not in ONCE:
             times = repeats.rows
         # Reading a file takes the time before, not the operations on what was read.
@@ -342,12 +343,15 @@ def _phases(recorder: Recorder, timer: Timer, repeats: _Repeats) -> dict[str, Ph
 
 
 def _beside(name: str, phase: Phase, recorder: Recorder) -> int:
-    """Bytes beside the tensors of a process on a CPU once it computes. Sampled answers have ever new lengths, so that
-    there is soon code for as many shapes as oneDNN caches."""
+    """Bytes beside the tensors of a process on a CPU once it computes.
+
+    Sampled answers have ever new lengths, so that there is soon code for as many shapes as oneDNN caches, if it makes
+    any.
+    """
     if name in BEFORE:
         return 0
     most = int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024"))  # oneDNN's own default
-    shapes = most if SAMPLING in recorder.phases else min(phase.compiled, most)
+    shapes = most if phase.compiled and SAMPLING in recorder.phases else min(phase.compiled, most)
     return int(RUNTIME_BYTES + CODE_BYTES * shapes)
 
 

@@ -46,6 +46,7 @@ from alignment.core.versions import versions
 from alignment.data.chat_template import template_text
 from alignment.data.hub_rows import content_of
 from alignment.job import StageSpec
+from alignment.records import chosen_sizes
 from alignment.records.worker import DONE, FAILED, PREEMPTED, STATUS, Status
 from alignment.stages.base import StageKind
 from alignment.stages.registry import kind_of
@@ -120,12 +121,18 @@ def _file_system_error(error: BaseException, context: StageContext) -> Alignment
 def _out_of_memory(error: BaseException, context: StageContext) -> StageError:
     return StageError(
         f"out of memory while {context.heartbeat.phase}: {str(error).splitlines()[0]}",
-        remedy=_memory_remedy(context.spec.config),
+        remedy=_memory_remedy(context),
     )
 
 
-def _memory_remedy(config: StageConfig) -> str:
+def _memory_remedy(context: StageContext) -> str:
     """Names settings that the stage has."""
+    config = context.spec.config
+    if (own := context.spec.work / chosen_sizes.OWN_FILE).exists():
+        return (
+            f"more memory was free when the size of micro-batches was chosen: delete {own} and "
+            f"{chosen_sizes.cache_files(context.spec.artifact.parent)} to choose it again, or set a number"
+        )
     optim = getattr(config, "optim", None)
     if hasattr(optim, "micro_batch_tokens"):
         checkpointing = hasattr(optim, "activation_checkpointing")

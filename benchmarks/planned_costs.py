@@ -44,8 +44,6 @@ _STAGES = {
 }
 _KINDS = {"grpo": "ppo"}
 """The kind of a stage that has another name."""
-_WITHOUT = {"prefix": ("dpo", "kto")}
-"""Stages that do not work with an adapter (docs/compatibility.md)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,9 +88,8 @@ def main() -> int:
 def _cells(adapter: str, folder: Path, more: Sequence[str]) -> Iterator[Cell]:
     _write_rows(folder)
     recipe = folder / "costs.yaml"
-    stages = [name for name in _STAGES if name not in _WITHOUT.get(adapter, ())]
-    recipe.write_text(_recipe(stages).replace("path:", f"path:{folder}/"), encoding="utf-8")
-    overrides = [f"output={folder / 'out'}", *(f"adapter@stages.{name}.adapter={adapter}" for name in stages), *more]
+    recipe.write_text(_recipe().replace("path:", f"path:{folder}/"), encoding="utf-8")
+    overrides = [f"output={folder / 'out'}", *(f"adapter@stages.{name}.adapter={adapter}" for name in _STAGES), *more]
     plan = make_plan(str(recipe), overrides)
     planned = estimates.estimate(plan, device=THIS, memory=0.0, as_run=True, announce=print)
     subprocess.run([sys.executable, "-m", "alignment.cli", "run", str(recipe), *overrides], check=True)
@@ -102,9 +99,9 @@ def _cells(adapter: str, folder: Path, more: Sequence[str]) -> Iterator[Cell]:
         yield _cell(cost, adapter, manifest.usage)
 
 
-def _recipe(stages: Sequence[str]) -> str:
-    kinds = "\n".join(f"  - stage@stages.{name}: {_KINDS.get(name, name)}" for name in stages)
-    settings = "\n".join(f"  {name}: {{{_STAGES[name]}}}" for name in stages)
+def _recipe() -> str:
+    kinds = "\n".join(f"  - stage@stages.{name}: {_KINDS.get(name, name)}" for name in _STAGES)
+    settings = "\n".join(f"  {name}: {{{values}}}" for name, values in _STAGES.items())
     return f"""
 defaults:
   - base

@@ -50,8 +50,17 @@ def _signals_as_before() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-SEVERAL_PROCESSES = ("distributed/", "e2e/test_machines", "e2e/test_lost_processes", "e2e/test_sweep")
-"""Files whose tests start several processes that wait for one another; two such tests at once crawl."""
+SEVERAL_PROCESSES = (
+    "distributed/",
+    "e2e/test_engine",
+    "e2e/test_lost_processes",
+    "e2e/test_machines",
+    "e2e/test_served_judge",
+    "e2e/test_sweep",
+    "e2e/test_tracking",
+)
+"""Files whose tests start several processes that wait for one another, servers and agents among them; two such tests at
+once crawl."""
 
 
 def _is_of_several_processes(test: str) -> bool:

@@ -49,8 +49,8 @@ class Recorder:
 
     ``period`` optimiser steps of ``all_steps`` were run last; ``step_operations`` are theirs, by phase, and
     ``tokens_of_period`` the tokens that they read, where ``mean_tokens`` a step are expected. ``trained`` and
-    ``weights`` count numbers, ``trained_bytes`` those of the first. Held-out rows are read ``looks`` times, and were
-    read ``looks_taken`` times.
+    ``weights`` count numbers, ``trained_bytes`` those of the first. Held-out rows are read every ``look_every``
+    steps, and were read ``looks_taken`` times. ``moments`` are the bytes of the optimiser.
     """
 
     def __init__(self, *, for_gpu: bool = False, tries_longest: bool = True) -> None:
@@ -68,8 +68,9 @@ class Recorder:
         self.trained_bytes = 0
         self.copied_bytes = 0
         self.weights = 0
-        self.looks = 0
+        self.look_every = 0
         self.looks_taken = 0
+        self.moments = 0
         self.vocabulary = 0
         self.name = "starting"
         self._compiled = 0
@@ -116,6 +117,7 @@ class Recorder:
     def end_period(self, tokens: float) -> None:
         """A period of steps ended, which read so many tokens."""
         self.tokens_of_period = tokens
+        self.moments = self.memory.now[OPTIMIZER]
         self.step_operations = {
             name: phase.operations - self._before.get(name, Counter()) for name, phase in self.phases.items()
         }

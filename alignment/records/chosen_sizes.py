@@ -59,7 +59,12 @@ class ChosenSizes:
 
 def cache_file(artifacts: Path, key: str) -> Path:
     """Where the sizes of a key are remembered for all runs with these artifacts."""
-    return artifacts / "cache" / f"micro-batch-{key[:32]}.json"
+    return cache_files(artifacts).with_name(f"micro-batch-{key[:32]}.json")
+
+
+def cache_files(artifacts: Path) -> Path:
+    """The pattern of all of them."""
+    return artifacts / "cache" / "micro-batch-*.json"
 
 
 def remembered(file: Path, key: str) -> list[ChosenSize]:

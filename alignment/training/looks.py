@@ -99,7 +99,7 @@ class Validation(TrainerCallback):
     def _is_due(self, state: TrainerState, control: TrainerControl) -> bool:
         if (estimate := recorder()) is not None:  # which ends early, and needs one look to know what they cost
             due = bool(control.should_training_stop)
-            estimate.looks = math.ceil(state.max_steps / self._config.every)
+            estimate.look_every = self._config.every
             estimate.looks_taken += due
             return due
         return state.global_step % self._config.every == 0 or state.global_step == state.max_steps

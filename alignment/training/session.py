@@ -80,7 +80,9 @@ def train(
     """
     if context.search is not None:
         context.progress(PHASE)
-        context.search.run(trainer, trials or _row_trials(trainer))
+        trainer.add_callback(WeightsAreSharded(context))
+        with cut_by_module(trainer.model, context):
+            context.search.run(trainer, trials or _row_trials(trainer))
     log = MetricsLog(context.content / METRICS)
     resumed = _newest_checkpoint(context)
     if context.is_main:

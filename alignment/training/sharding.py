@@ -43,6 +43,8 @@ def begin(context: StageContext) -> None:
     """
     on_gpu = context.heartbeat.on_gpu = context.device.type == "cuda"
     backend = "nccl" if on_gpu else "gloo"
+    if on_gpu and context.spec.sharding is Sharding.fsdp and context.spec.offload is Offload.weights:
+        backend = "cuda:nccl,cpu:gloo"  # shares on the host are added up there
     if on_gpu:
         torch.cuda.set_device(context.device)
     if context.spec.sharding.by_deepspeed:

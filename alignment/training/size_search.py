@@ -92,7 +92,7 @@ class SizeSearch:
         outcomes = [self._outcome(trials.least_step)]
         tried: list[TriedSize] = []
         for limit in sizes(longest, largest):
-            if tried and not all(everyones(expected(outcomes, limit) <= memory)):
+            if tried and not self._may_fit(outcomes, limit, memory):
                 break
             outcomes.append(self._outcome(partial(trials.step, limit)))
             tried.append(_agreed(limit, outcomes[-1], memory))
@@ -108,6 +108,13 @@ class SizeSearch:
                 "train an adapter",
             )
         return Choice(tokens=fitting[-2 if self._is_no_faster(fitting) else -1].limit, tried=tuple(tried))
+
+    def _may_fit(self, outcomes: Sequence[Outcome | None], limit: int, memory: float) -> bool:
+        """Whether a size is worth a trial, on the memory of those before. One process on a GPU tries each: there a lack
+        of memory is an error that ends the search."""
+        if self.device.type == "cuda" and not torch.distributed.is_initialized():
+            return True
+        return all(everyones(expected(outcomes, limit) <= memory))
 
     def _is_no_faster(self, tried: Sequence[TriedSize]) -> bool:
         if self.device.type != "cpu" or len(tried) < 2:

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
+from alignment.config.adapter import AdapterConfig
 from alignment.config.launch import Sharding
 from alignment.config.micro_batch import Automatic, with_tokens
 from alignment.config.scoring import ScorerConfig
 from alignment.core.artifacts import read_manifest
 from alignment.job import StageSpec
-from tests.chained import LORA, Chained, config_of
+from tests.chained import FULL, LORA, Chained, config_of
 from tests.distributed.processes import on_processes
 from tests.distributed.test_sharding import logs
 
@@ -23,10 +24,10 @@ needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is No
 PPO = {"reward": None, "scorers": [ScorerConfig(source="length", target=5)]}
 
 
-def trained(folder: Path, kind: str, sharding: Sharding, size: int | Automatic) -> StageSpec:
-    config: Any = config_of(kind, LORA, **(PPO if kind == "ppo" else {}))
+def trained(folder: Path, kind: str, adapter: AdapterConfig, sharding: Sharding, size: int | Automatic) -> StageSpec:
+    config: Any = config_of(kind, adapter, **(PPO if kind == "ppo" else {}))
     config = with_tokens(config, size) if isinstance(size, int) else automatic(config)
-    spec = replace(Chained(folder).spec(kind, LORA, config=config), sharding=sharding)
+    spec = replace(Chained(folder).spec(kind, adapter, config=config), sharding=sharding)
     assert on_processes(spec) == [0, 0], logs(spec)
     return spec
 
@@ -45,23 +46,25 @@ def outcome(spec: StageSpec) -> dict[str, Any]:
 
 @needs_deepspeed
 @pytest.mark.parametrize(
-    ("kind", "sharding"),
+    ("kind", "adapter", "sharding"),
     [
-        ("dpo", Sharding.none),
-        ("ppo", Sharding.none),
-        ("ppo", Sharding.zero2),
-        ("sft", Sharding.fsdp),
-        ("sft", Sharding.zero2),
-        ("sft", Sharding.zero3),
+        ("dpo", LORA, Sharding.none),
+        ("ppo", LORA, Sharding.none),
+        ("ppo", LORA, Sharding.zero2),
+        ("sft", LORA, Sharding.zero2),
+        ("dpo", FULL, Sharding.fsdp),
+        ("sft", FULL, Sharding.zero3),
     ],
-    ids=lambda value: getattr(value, "value", value),
+    ids=lambda value: getattr(value, "kind", getattr(value, "value", value)),
 )
-def test_two_processes_train_as_with_the_size_that_they_chose(tmp_path: Path, kind: str, sharding: Sharding) -> None:
-    chose = trained(tmp_path / "auto", kind, sharding, Automatic.auto)
+def test_two_processes_train_as_with_the_size_that_they_chose(
+    tmp_path: Path, kind: str, adapter: AdapterConfig, sharding: Sharding
+) -> None:
+    chose = trained(tmp_path / "auto", kind, adapter, sharding, Automatic.auto)
     manifest = read_manifest(chose.artifact)
     assert manifest is not None
     tokens = int(manifest.usage["micro_batch_tokens"])
-    by_hand = trained(tmp_path / "by-hand", kind, sharding, tokens)
+    by_hand = trained(tmp_path / "by-hand", kind, adapter, sharding, tokens)
     assert outcome(chose) == outcome(by_hand)
     (file,) = (chose.artifact.parent / "cache").glob("micro-batch-*.json")
     (size,) = json.loads(file.read_text())["sizes"]

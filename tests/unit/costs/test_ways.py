@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.data import DataConfig
 from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
 from alignment.config.launch import Sharding
-from alignment.config.micro_batch import Automatic
 from alignment.config.optim import OptimConfig
 from alignment.config.validation import ValidationConfig
 from alignment.estimate import Timer, cost_of
@@ -29,6 +29,13 @@ ADAPTERS = {
     "full": AdapterConfig(kind=AdapterKind.full),
     "full without masters": AdapterConfig(kind=AdapterKind.full, master_weights=False),
     **{kind.value: AdapterConfig(kind=kind) for kind in AdapterKind if kind is not AdapterKind.full},
+}
+
+
+DIVIDED = {
+    Sharding.none: set(),
+    Sharding.zero2: {"optimiser", "gradients"},
+    Sharding.zero3: {"optimiser", "gradients", "weights"},
 }
 
 
@@ -56,30 +63,18 @@ def spec_of(folder: Path, kind: type[Any], **settings: Any) -> StageSpec:
     return tiny_spec(folder, config, base_path=base, data_path=rows)
 
 
+def as_adapter(spec: StageSpec, adapter: AdapterConfig) -> StageSpec:
+    return replace(spec, config=replace(spec.config, adapter=adapter))
+
+
 def estimated(spec: StageSpec, timer: Timer) -> dict[str, StageCost]:
-    return {
-        name: cost_of(replace(spec, config=replace(spec.config, adapter=adapter)), timer, publishes=False)
-        for name, adapter in ADAPTERS.items()
-    }
+    return {name: cost_of(as_adapter(spec, adapter), timer, publishes=False) for name, adapter in ADAPTERS.items()}
 
 
 @pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained:UserWarning")  # TRL's own name
-@pytest.mark.parametrize(
-    ("kind", "settings"),
-    [(DpoConfig, {}), (KtoConfig, {"tokens": Automatic.auto}), (RewardConfig, {"eval_fraction": 0.25})],
-    ids=lambda _: "",
-)
-def test_every_way_has_phases_and_a_peak(
-    tmp_path: Path, kind: type[Any], settings: dict[str, Any], timer: Timer
-) -> None:
-    costs = estimated(spec_of(tmp_path, kind, **settings), timer)
-    assert {name: cost.error for name, cost in costs.items()} == dict.fromkeys(ADAPTERS, "")
-    assumed = 2048 if "tokens" in settings else 0
-    for cost in costs.values():
-        assert cost.assumed_tokens == assumed
-        assert {"training", "trying the longest batch", "saving"} <= set(cost.phases)
-        assert cost.flop > 0
-        assert cost.seconds > 0
+def test_every_way_has_phases_and_a_peak(tmp_path: Path, timer: Timer) -> None:
+    costs = estimated(spec_of(tmp_path, DpoConfig), timer)
+    _are_whole(costs.values())
     assert costs["full"].trained == costs["full"].weights
     assert costs["full"].result == 4 * costs["full"].trained
     assert costs["lora"].result == 4 * costs["lora"].trained
@@ -88,6 +83,26 @@ def test_every_way_has_phases_and_a_peak(
     assert 0 < costs["prefix"].trained < costs["lora"].trained < costs["dora"].trained < costs["full"].trained
     held = {name: cost.phases["training"].parts.get("weights", 0) for name, cost in costs.items()}
     assert held["qlora"] < held["lora"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "adapter"),
+    [(KtoConfig, {}, AdapterKind.prefix), (RewardConfig, {"eval_fraction": 0.25}, AdapterKind.dora)],
+    ids=["kto", "reward"],
+)
+def test_other_kinds_have_phases_and_a_peak(
+    tmp_path: Path, timer: Timer, kind: type[Any], settings: dict[str, Any], adapter: AdapterKind
+) -> None:
+    spec = spec_of(tmp_path, kind, **settings)
+    _are_whole([cost_of(as_adapter(spec, AdapterConfig(kind=adapter)), timer, publishes=False)])
+
+
+def _are_whole(costs: Iterable[StageCost]) -> None:
+    for cost in costs:
+        assert cost.error == ""
+        assert {"training", "trying the longest batch", "saving"} <= set(cost.phases)
+        assert cost.flop > 0
+        assert cost.seconds > 0
 
 
 def test_a_stage_that_asks_a_server_is_not_estimated(tmp_path: Path, timer: Timer) -> None:
@@ -128,21 +143,25 @@ def test_looks_at_held_out_rows_take_as_long_as_there_are_looks(tmp_path: Path, 
     assert flop[4] > 0
 
 
-@pytest.mark.parametrize(
-    ("sharding", "divided"),
-    [
-        (Sharding.none, set()),
-        (Sharding.zero1, {"optimiser"}),
-        (Sharding.zero2, {"optimiser", "gradients"}),
-        (Sharding.zero3, {"optimiser", "gradients", "weights"}),
-    ],
-)
-def test_processes_divide_what_their_launch_divides(tmp_path: Path, sharding: Sharding, divided: set[str]) -> None:
+def test_looks_are_counted_in_the_steps_of_all_rows(
+    tmp_path: Path, timer: Timer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignment.estimate.ROWS", 4)  # half of them, in two of four steps
     spec = spec_of(tmp_path, DpoConfig)
-    spec = replace(spec, config=replace(spec.config, adapter=replace(spec.config.adapter, kind=AdapterKind.full)))
+    optim = replace(spec.config.optim, batch_size=2)
+    flop = {}
+    for every in (3, 4):  # two looks, and one
+        config = replace(spec.config, optim=optim, validation=ValidationConfig(share=0.25, every=every))
+        flop[every] = cost_of(replace(spec, config=config), timer, publishes=False).phases["validating"].flop
+    assert flop[3] == pytest.approx(2 * flop[4])
+
+
+def test_processes_divide_what_their_launch_divides(tmp_path: Path) -> None:
+    spec = as_adapter(spec_of(tmp_path, DpoConfig), AdapterConfig(kind=AdapterKind.full))
     alone = cost_of(spec, Timer("l4"), publishes=False).phases["training"]
-    shared = cost_of(replace(spec, sharding=sharding), Timer("l4", processes=4), publishes=False).phases["training"]
-    assert shared.parts == {name: size // 4 if name in divided else size for name, size in alone.parts.items()}
-    less = sum(alone.parts.values()) - sum(shared.parts.values())
-    assert shared.peak == alone.peak - less
-    assert shared.seconds == pytest.approx(alone.seconds / 4)
+    for sharding, divided in DIVIDED.items():
+        shared = cost_of(replace(spec, sharding=sharding), Timer("l4", processes=4), publishes=False).phases["training"]
+        assert shared.parts == {name: size // 4 if name in divided else size for name, size in alone.parts.items()}
+        less = sum(alone.parts.values()) - sum(shared.parts.values())
+        assert shared.peak == alone.peak - less
+        assert shared.seconds == pytest.approx(alone.seconds / 4)

@@ -101,6 +101,17 @@ def test_a_size_that_takes_more_than_its_share_is_not_tried(monkeypatch: pytest.
     assert grown == pytest.approx(80 * MB, rel=0.1)
 
 
+def test_one_process_on_a_gpu_tries_what_it_does_not_expect_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lack of memory is an error. With several processes it would leave the others waiting."""
+    search = SizeSearch(device=torch.device("cuda"), memory=lambda _: 0.0, where="")
+    twice = [Outcome(tokens=20, bytes=10.0), Outcome(tokens=20, bytes=10.0)]
+    assert search._may_fit(twice, 40, 15.0)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(size_search, "everyones", lambda value: [value])
+    assert not search._may_fit(twice, 40, 15.0)
+    assert search._may_fit(twice, 30, 15.0)
+
+
 def test_a_longest_row_that_does_not_fit_is_an_error_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         StageError, match="not even the longest row, of 20 tokens, fits into 90% of the memory"
