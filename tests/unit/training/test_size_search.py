@@ -7,7 +7,6 @@ from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from datasets import Dataset
@@ -18,6 +17,7 @@ from alignment.stages.ppo import learn
 from alignment.stages.ppo.answer_trials import AnswerTrials
 from alignment.stages.ppo.config import Advantage
 from alignment.training import size_search
+from alignment.training.phase_peaks import PhasePeaks
 from alignment.training.row_trials import RowTrials
 from alignment.training.size_search import Choice, Outcome, SizeChosen, SizeSearch, expected, sizes
 from tests.unit.training.ppo_bench import Bench
@@ -88,17 +88,26 @@ def test_out_of_memory_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_size_that_takes_more_than_its_share_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The memory of a step is measured: 20 and 40 tokens take 80 and 160 MB, so 70 would take 280.
+    """20 and 40 tokens take 80 and 160 MB, so 70 would take 280.
 
-    They would fit into the 320 MB that are free, but not with a tenth of all memory left.
+    They would fit into 320 MB beside the 1,000 that the process holds, but not with a tenth of all memory left.
     """
-    monkeypatch.setattr(size_search, "FASTER", 0.0)
-    rows, held = Rows(mb=4.0), psutil.Process().memory_info().rss
-    assert 160 * MB < 0.9 * (held + 320 * MB) - held < 280 * MB
-    choice = SizeSearch(device=CPU, memory=lambda _: held + 320.0 * MB, where="").choice(rows)
+    rows, held = Rows(), 1000 * MB
+
+    class Peaks(PhasePeaks):
+        def end(self) -> None:
+            self.resident[size_search.PHASE] = held + 4.0 * MB * (rows.limits or [10])[-1]
+
+    monkeypatch.setattr(size_search, "PhasePeaks", Peaks)
+    choice = chosen(rows, monkeypatch, memory=held + 320.0 * MB)
     assert (choice.tokens, rows.limits) == (40, [20, 40])
-    grown = choice.tried[1].bytes - choice.tried[0].bytes
-    assert grown == pytest.approx(80 * MB, rel=0.1)
+    assert choice.tried[1].bytes - choice.tried[0].bytes == 80 * MB
+
+
+def test_the_memory_of_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = chosen(Rows(mb=20.0), monkeypatch).tried
+    assert tried[0].bytes > 400 * MB
+    assert tried[-1].bytes > 1400 * MB
 
 
 def test_one_process_on_a_gpu_tries_what_it_does_not_expect_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
