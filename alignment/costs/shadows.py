@@ -311,10 +311,6 @@ def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return func(*args, **({**kwargs, "device": "meta"} if func in _FACTORIES else kwargs))
 
 
-def _takes_device(func: Any) -> bool:
-    return func in _FACTORIES
-
-
 def _as_indices(indices: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Masks as the indices of their true elements."""
     every: list[Tensor | None] = []

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from alignment.config.launch import Offload, Sharding
 from alignment.models.assembly.mapped import copy_weights, is_mapped
 from alignment.training.context import StageContext
+from alignment.training.sharding import moves_shares_to_host
 
 
 def cut_frozen(model: PreTrainedModel, context: StageContext) -> None:
@@ -27,8 +28,7 @@ def cut_frozen(model: PreTrainedModel, context: StageContext) -> None:
     if context.spec.sharding is Sharding.zero3:
         _partition(model, context)
     elif context.spec.sharding is Sharding.fsdp:
-        offloads = context.spec.offload is Offload.weights and context.device.type != "cpu"
-        policy = fsdp.CPUOffloadPolicy() if offloads else fsdp.OffloadPolicy()
+        policy = fsdp.CPUOffloadPolicy() if moves_shares_to_host(context) else fsdp.OffloadPolicy()
         names = set(model._no_split_modules or ())
         for module in (*(layer for layer in model.modules() if type(layer).__name__ in names), model):
             copy_weights(module.parameters())

@@ -8,7 +8,7 @@ import resource
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import Trainer
@@ -28,7 +28,7 @@ from alignment.training.callbacks import (
     WarmupEnds,
     WeightsAreSharded,
 )
-from alignment.training.context import StageContext
+from alignment.training.context import Search, StageContext
 from alignment.training.cutting import cut_by_module
 from alignment.training.few_steps import FewSteps
 from alignment.training.finite import FiniteSteps, refuse_divergence
@@ -79,10 +79,7 @@ def train(
         StageError: the training diverged.
     """
     if context.search is not None:
-        context.progress(PHASE)
-        trainer.add_callback(WeightsAreSharded(context))
-        with cut_by_module(trainer.model, context):
-            context.search.run(trainer, trials or _row_trials(trainer))
+        _seek_size(context.search, trainer, context, trials)
     log = MetricsLog(context.content / METRICS)
     resumed = _newest_checkpoint(context)
     if context.is_main:
@@ -119,9 +116,20 @@ def train(
     return last | outcome
 
 
-def _row_trials(trainer: Trainer) -> Trials:
-    assert isinstance(trainer, MicroBatches), "a trainer of other rows passes its trials"
-    return RowTrials(trainer)
+def _seek_size(search: Search, trainer: Trainer, context: StageContext, trials: Trials | None) -> NoReturn:
+    """Takes trials of sizes on the weights as the training would have them.
+
+    Raises:
+        SizeChosen: the outcome.
+        StageError: no size fits, or the weights are not sharded as the launch says.
+    """
+    if trials is None:
+        assert isinstance(trainer, MicroBatches), "a trainer of other rows passes its trials"
+        trials = RowTrials(trainer)
+    context.progress(PHASE)
+    trainer.add_callback(WeightsAreSharded(context))
+    with cut_by_module(trainer.model, context):
+        search.run(trainer, trials)
 
 
 def _newest_checkpoint(context: StageContext) -> Path | None:

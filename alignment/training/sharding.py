@@ -43,7 +43,7 @@ def begin(context: StageContext) -> None:
     """
     on_gpu = context.heartbeat.on_gpu = context.device.type == "cuda"
     backend = "nccl" if on_gpu else "gloo"
-    if on_gpu and context.spec.sharding is Sharding.fsdp and context.spec.offload is Offload.weights:
+    if moves_shares_to_host(context):
         backend = "cuda:nccl,cpu:gloo"  # shares on the host are added up there
     if on_gpu:
         torch.cuda.set_device(context.device)
@@ -92,6 +92,12 @@ def own_of_all(make: Callable[[], T]) -> T:
     return own[0]
 
 
+def moves_shares_to_host(context: StageContext) -> bool:
+    """Whether FSDP keeps its shares in the host's memory. On a CPU they are there anyway."""
+    spec = context.spec
+    return spec.sharding is Sharding.fsdp and spec.offload is Offload.weights and context.device.type != "cpu"
+
+
 def layout(context: StageContext) -> str:
     """The layout of weights and optimiser state in a checkpoint."""
     sharding = context.spec.sharding
@@ -106,8 +112,7 @@ def sharding_arguments(context: StageContext) -> dict[str, Any]:
         return {}
     if sharding is Sharding.fsdp:
         settings = json.loads((shipped("launch") / "fsdp" / "fsdp.json").read_text(encoding="utf-8"))
-        moves = offload is Offload.weights and context.device.type != "cpu"  # else they are where they would go
-        return {"fsdp": True, "fsdp_config": settings | {"cpu_offload": moves}}
+        return {"fsdp": True, "fsdp_config": settings | {"cpu_offload": moves_shares_to_host(context)}}
     settings = json.loads((shipped("launch") / "deepspeed" / f"{sharding.value}.json").read_text(encoding="utf-8"))
     if offload is not Offload.none:
         settings["zero_optimization"]["offload_optimizer"] = {

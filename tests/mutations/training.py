@@ -148,7 +148,7 @@ MUTATIONS = [
         "unit/training/test_layouts.py",
         (
             "FSDP keeps weights on the device",
-            '{"cpu_offload": moves}',
+            '{"cpu_offload": moves_shares_to_host(context)}',
             '{"cpu_offload": False}',
             "test_fsdp_moves_weights_to_the_host_where_they_are_elsewhere",
         ),

@@ -184,6 +184,17 @@ def test_running_out_of_memory_comes_with_advice_that_the_stage_can_take(
     assert ("micro_batch_tokens" in status["error"]) == isinstance(config, SftConfig)
 
 
+def test_out_of_memory_with_a_chosen_size_says_how_to_choose_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = tiny_spec(tmp_path, SftConfig())
+    own = spec.work / "micro_batch.json"
+    own.parent.mkdir(parents=True, exist_ok=True)
+    own.write_text("{}")
+    _, status = ended(tmp_path, monkeypatch, MemoryError("9 GB"))
+    assert f"delete {own} and {spec.artifact.parent / 'cache' / 'micro-batch-*.json'}" in status["error"]
+
+
 def test_a_template_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text("{{ messages }}")

@@ -62,7 +62,7 @@ def _show_cost(console: Console, plan: Plan, *, device: str, trade: bool) -> Non
                 where="--cost",
                 remedy="make model fetches the bundled one",
             )
-    memory = estimates.own_memory() if device == THIS else DEVICES[device].memory
+    memory = hardware.free_memory() if device == THIS else DEVICES[device].memory
     cost = estimates.estimate(
         plan,
         device=device,
@@ -79,7 +79,7 @@ def _show_known(console: Console, plan: Plan) -> None:
     """What was estimated before for stages with these settings."""
     stages = [known for stage in plan.stages if (known := estimates.known(plan, stage, device=THIS)) is not None]
     if stages:
-        cost = RunCost(device=THIS, memory=estimates.own_memory(), stages=stages)
+        cost = RunCost(device=THIS, memory=hardware.free_memory(), stages=stages)
         show_cost(console, cost, free=estimates.free_disk(plan))
     else:
         console.print("--cost says what memory and time it would take", highlight=False)

@@ -129,11 +129,6 @@ def pass_on(plan: Plan, stage: PlannedStage, folder: Path) -> None:
         shutil.copyfile(file, folder / FILE)
 
 
-def own_memory() -> float:
-    """Bytes of this machine's memory that a process may still take."""
-    return hardware.free_memory()
-
-
 def free_disk(plan: Plan) -> float:
     """Bytes that are free where the results of a plan go."""
     folder = plan.output

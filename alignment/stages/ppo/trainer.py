@@ -121,10 +121,15 @@ class PpoTrainer(ShardedTrainer):
             accelerator=self.accelerator,
             autocast=self.compute_loss_context_manager,
         )
-        if config.optim.activation_checkpointing:
+        self._prepare_roles()
+
+    def _prepare_roles(self) -> None:
+        """Activation checkpointing and sharding, once the learner and the rollouts have the roles."""
+        roles = self.roles
+        if self.config.optim.activation_checkpointing:
             for language_model in roles.trained_models():
                 checkpoint_activations(language_model)
-        prepare(roles.actor_critic, context, *roles.trained_models())
+        prepare(roles.actor_critic, self.context, *roles.trained_models())
         if self.is_fsdp_enabled:
             shard_together(roles.actor_critic, roles.frozen_models(), self.accelerator.state.fsdp_plugin)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -16,7 +18,9 @@ from alignment.core.errors import StageError
 from alignment.stages.ppo import learn
 from alignment.stages.ppo.answer_trials import AnswerTrials
 from alignment.stages.ppo.config import Advantage
-from alignment.training import size_search
+from alignment.training import session, size_search
+from alignment.training.callbacks import WeightsAreSharded
+from alignment.training.context import StageContext
 from alignment.training.phase_peaks import PhasePeaks
 from alignment.training.row_trials import RowTrials
 from alignment.training.size_search import Choice, Outcome, SizeChosen, SizeSearch, expected, sizes
@@ -108,6 +112,31 @@ def test_the_memory_of_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> No
     tried = chosen(Rows(mb=20.0), monkeypatch).tried
     assert tried[0].bytes > 400 * MB
     assert tried[-1].bytes > 1400 * MB
+
+
+def test_trials_take_place_on_weights_that_are_cut_as_in_the_training(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise they would train whole weights, in the format of their file."""
+    cut: list[Any] = []
+
+    @contextmanager
+    def cut_by_module(model: Any, _: StageContext) -> Iterator[None]:
+        cut.append(model)
+        yield
+        cut.clear()
+
+    class Search:
+        def run(self, trainer: Any, trials: Any) -> NoReturn:
+            assert cut == [trainer.model]
+            raise SizeChosen(Choice(tokens=3, tried=()))
+
+    monkeypatch.setattr(session, "cut_by_module", cut_by_module)
+    trainer: Any = SimpleNamespace(model="model", add_callback=lambda callback: callbacks.append(callback))
+    callbacks: list[Any] = []
+    with pytest.raises(SizeChosen):
+        session._seek_size(Search(), trainer, context, Rows())
+    assert [type(callback) for callback in callbacks] == [WeightsAreSharded]
 
 
 def test_one_process_on_a_gpu_tries_what_it_does_not_expect_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
