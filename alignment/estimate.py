@@ -7,6 +7,11 @@ a GPU of alignment/costs/devices.py; else the machine's own operations are timed
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # before the imports below, as in a stage
+    from alignment.core.unused_libraries import hide_deepspeed
+
+    hide_deepspeed()
+
 import argparse
 import dataclasses
 import json

@@ -11,10 +11,13 @@ from pathlib import Path
 
 if __name__ == "__main__":  # the imports below take seconds, and a signal must not kill the process meanwhile
     from alignment.core.stop_requests import stop_while_importing
+    from alignment.core.unused_libraries import hide_deepspeed
     from alignment.records.worker import write_stopped_before_it_began
 
+    hide_deepspeed()
     stop_while_importing(lambda: write_stopped_before_it_began(Path(sys.argv[1])))
 
+import gc
 import importlib
 import logging
 import os
@@ -71,6 +74,7 @@ def main(path: Path) -> int:
         spec=spec, rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1"))
     )
     _silence_libraries()
+    gc.freeze()  # every trainer collects garbage first, which takes half a second among the libraries' objects
     context.heartbeat.start(spec.work, context.rank)
     try:
         for number in stop_requests.SIGNALS:

@@ -17,11 +17,13 @@ started."""
 class LauncherKind(str, Enum):
     """How worker processes are started.
 
-    ``auto`` uses ``accelerate launch`` for one process or for GPUs. It uses ``torchrun`` for several machines, for
-    sharding, and for several CPU processes, of which ``accelerate launch`` silently starts only one on a machine.
+    ``auto`` starts a single process itself (``direct``) and uses ``accelerate launch`` for several GPUs. It uses
+    ``torchrun`` for several machines, for sharding, and for several CPU processes, of which ``accelerate launch``
+    silently starts only one on a machine.
     """
 
     auto = "auto"
+    direct = "direct"
     accelerate = "accelerate"
     torchrun = "torchrun"
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
 from alignment.core.errors import PREEMPTED
@@ -23,7 +24,18 @@ def stop_while_importing(write_status: Callable[[], None]) -> None:
 
     for number in SIGNALS:
         signal.signal(number, on_signal)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launchers start with SIGUSR1 blocked (processes.py)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # launchers start with SIGUSR1 blocked
+
+
+@contextmanager
+def sigusr1_blocked() -> Iterator[None]:
+    """Starts a launcher with SIGUSR1 blocked. The signal would kill a launcher, which does not handle it; workers take
+    it as a request to stop. A process inherits the blocked signals of its parent; workers unblock this one."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def ignore() -> None:

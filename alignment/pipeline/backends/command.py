@@ -23,6 +23,13 @@ class Command:
     argv: tuple[str, ...]
     environment: dict[str, str]
 
+    @property
+    def module(self) -> str:
+        """The module of this package that it runs by itself, without a launcher; else an empty string."""
+        python, *options = self.argv
+        is_own = python == sys.executable and options[:1] == ["-m"] and options[1].startswith("alignment.")
+        return options[1] if is_own else ""
+
 
 CommandFor = Callable[[LaunchConfig, Path], Command]
 """Makes the command that runs a stage file."""
@@ -37,7 +44,7 @@ def of_stage(
         ConfigError: this launcher cannot start that many processes here.
     """
     kind = chosen_launcher(launch, num_devices=len(devices))
-    argv = (sys.executable, *_LAUNCHERS[kind](launch, len(devices)), "alignment.worker", str(stage_file))
+    argv = (sys.executable, *_LAUNCHERS[kind](launch, len(devices)), "-m", "alignment.worker", str(stage_file))
     threads = launch.threads or max(1, num_cores // launch.num_processes)
     own_devices = _devices_of_processes(devices, launch.num_processes)
     return Command(argv=argv, environment=environment.of_worker(threads, pythonpath) | own_devices)
@@ -98,21 +105,26 @@ def chosen_launcher(launch: LaunchConfig, *, num_devices: int) -> LauncherKind:
             remedy=f"launch.num_processes={num_devices}",
         )
     if launch.kind is LauncherKind.auto:
-        plain = launch.sharding is Sharding.none and launch.backend.num_machines == 1
-        return LauncherKind.accelerate if plain and (workers == 1 or num_devices) else LauncherKind.torchrun
+        if launch.sharding is not Sharding.none or launch.backend.num_machines > 1:
+            return LauncherKind.torchrun
+        if workers == 1:
+            return LauncherKind.direct
+        return LauncherKind.accelerate if num_devices else LauncherKind.torchrun
     if why := _refusal(launch, num_devices):
         raise ConfigError(why, where="launch.kind", remedy="launch.kind=auto or launch.kind=torchrun")
     return launch.kind
 
 
 def _refusal(launch: LaunchConfig, num_devices: int) -> str:
-    """Why accelerate cannot start this launch, or an empty string; torchrun can start all."""
+    """Why the chosen launcher cannot start this launch, or an empty string; torchrun can start all."""
     if launch.kind is LauncherKind.torchrun:
         return ""
     if launch.backend.num_machines > 1:
-        return "several machines are started by torchrun, not by accelerate"
+        return f"several machines are started by torchrun, not by {launch.kind.value}"
+    if launch.kind is LauncherKind.direct and launch.world_size > 1:
+        return f"{launch.num_processes} processes need a launcher"
     if launch.sharding is not Sharding.none:
-        return f"{launch.sharding.value} needs a process group, which accelerate does not make for one process"
+        return f"{launch.sharding.value} needs a process group, which {launch.kind.value} does not make for one process"
     if launch.num_processes > 1 and num_devices == 0:
         return "accelerate starts one process on a machine without GPUs, whatever number it is given"
     return ""
@@ -126,7 +138,7 @@ def _accelerate(launch: LaunchConfig, num_devices: int) -> list[str]:
     settings = ["--config_file", str(file), "--num_processes", str(launch.num_processes)]
     settings += ["--main_process_port", "0"] if several else []
     settings += [] if num_devices else ["--cpu"]
-    return ["-m", "accelerate.commands.launch", *settings, "-m"]
+    return ["-m", "accelerate.commands.launch", *settings]
 
 
 def _torchrun(launch: LaunchConfig, num_devices: int) -> list[str]:
@@ -136,10 +148,16 @@ def _torchrun(launch: LaunchConfig, num_devices: int) -> list[str]:
     if not isinstance(backend, LocalBackend) and backend.num_machines > 1:
         rendezvous = ["--nnodes", str(backend.num_machines), "--node_rank", str(backend.machine_rank)]
         rendezvous += ["--master_addr", backend.main_address, "--master_port", str(backend.main_port)]
-    return ["-m", "torch.distributed.run", *rendezvous, "--nproc_per_node", str(launch.num_processes), "-m"]
+    return ["-m", "torch.distributed.run", *rendezvous, "--nproc_per_node", str(launch.num_processes)]
+
+
+def _direct(_: LaunchConfig, __: int) -> list[str]:
+    """A single process needs none of a launcher's variables, and importing accelerate twice takes two seconds."""
+    return []
 
 
 _LAUNCHERS = {
+    LauncherKind.direct: _direct,
     LauncherKind.accelerate: _accelerate,
     LauncherKind.torchrun: _torchrun,
 }

@@ -10,15 +10,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 import psutil
 
 from alignment.core import hardware
 from alignment.core.errors import AlignmentError
 from alignment.core.logs import shorten
-from alignment.core.stop_requests import SIGNALS
+from alignment.core.stop_requests import SIGNALS, sigusr1_blocked
 from alignment.pipeline.backends import environment
 from alignment.pipeline.backends.command import Command
+from alignment.pipeline.backends.forking import ForkedProcess, ForkServer
 
 _POLL_SECONDS = 0.5
 
@@ -41,6 +43,7 @@ def execute(
     grace_seconds: float,
     on_stop: Callable[[BaseException], None] = _nothing,
     keep_open: Sequence[int] = (),
+    server: ForkServer | None = None,
 ) -> int:
     """Runs a command to its end; returns its exit code, negative for a signal.
 
@@ -49,19 +52,13 @@ def execute(
     a signal handler), the workers are asked to stop, have ``grace_seconds`` to do so, and are then killed; the
     interruption is raised again. No process of the command outlives this call. ``on_poll`` is called twice a second; if
     it raises an AlignmentError, the workers are killed at once. ``on_stop`` is called with an interruption before the
-    wait. Descriptors in ``keep_open`` stay open in the command, and so do their locks.
+    wait. Descriptors in ``keep_open`` stay open in the command, and so do their locks. A command without a launcher is
+    forked by the ``server``, if there is one.
     """
-    with log.open("ab") as sink, _signals_deferred() as arrived, _sigusr1_blocked():
-        leader = psutil.Popen(
-            command.argv,
-            env={**os.environ, **command.environment},
-            stdin=subprocess.DEVNULL,
-            stdout=sink,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            pass_fds=keep_open,
-        )
-    tree = _ProcessTree(leader)
+    with log.open("ab") as sink, _signals_deferred() as arrived:
+        forked = None if server is None else server.start(command, output=sink.fileno(), keep_open=keep_open)
+        leader = forked or _executed(command, sink, keep_open)
+    tree = _ProcessTree(leader, is_launcher=not command.module)
     try:
         for number in arrived:
             signal.raise_signal(number)
@@ -69,7 +66,7 @@ def execute(
             tree.look()
             shorten(log)
             on_poll()
-        if -code in SIGNALS:  # only the launcher was asked to stop, so its workers do not know yet
+        if -code in SIGNALS and not command.module:  # only the launcher was asked; its workers do not know yet
             tree.ask_to_stop()
             tree.wait(grace_seconds)
         return code
@@ -86,15 +83,17 @@ def execute(
         shorten(log)
 
 
-@contextmanager
-def _sigusr1_blocked() -> Iterator[None]:
-    """Starts a launcher with SIGUSR1 blocked. The signal would kill a launcher, which does not handle it; workers take
-    it as a request to stop. A process inherits the blocked signals of its parent; workers unblock this one."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+def _executed(command: Command, sink: BinaryIO, keep_open: Sequence[int]) -> psutil.Popen:
+    with sigusr1_blocked():
+        return psutil.Popen(
+            command.argv,
+            env={**os.environ, **command.environment},
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=keep_open,
+        )
 
 
 @contextmanager
@@ -114,7 +113,7 @@ def _signals_deferred() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _exit_code(leader: psutil.Popen) -> int | None:
+def _exit_code(leader: psutil.Popen | ForkedProcess) -> int | None:
     """The exit code, or None if the process still runs after a short wait."""
     try:
         return int(leader.wait(timeout=_POLL_SECONDS))
@@ -123,10 +122,11 @@ def _exit_code(leader: psutil.Popen) -> int | None:
 
 
 class _ProcessTree:
-    """A launcher and its descendants, remembered so that workers are found even after their launcher died."""
+    """A process and its descendants. If it is a launcher, its children are workers, found even after it died."""
 
-    def __init__(self, leader: psutil.Process) -> None:
+    def __init__(self, leader: psutil.Process, *, is_launcher: bool) -> None:
         self._leader = leader
+        self._is_launcher = is_launcher
         self._known: dict[int, psutil.Process] = {}
 
     def look(self) -> None:
@@ -138,13 +138,17 @@ class _ProcessTree:
     def ask_to_stop(self) -> None:
         """SIGTERM to the workers alone: a launcher that got it would end, or give its workers little time to save."""
         self.look()
-        try:
-            workers = self._leader.children()
-        except psutil.NoSuchProcess:
-            workers = []
-        for process in workers or list(self._known.values()) or [self._leader]:
+        for process in self._workers():
             with suppress(psutil.NoSuchProcess):
                 process.terminate()
+
+    def _workers(self) -> list[psutil.Process]:
+        if not self._is_launcher:
+            return [self._leader]
+        with suppress(psutil.NoSuchProcess):
+            if children := self._leader.children():
+                return list(children)
+        return list(self._known.values()) or [self._leader]
 
     def wait(self, seconds: float) -> None:
         """Returns when all have ended, or after ``seconds``; a second interruption ends the wait."""

@@ -19,6 +19,7 @@ from alignment.core import hardware
 from alignment.core.errors import StageError
 from alignment.pipeline.backends import command, environment, machines, processes
 from alignment.pipeline.backends.command import Command
+from alignment.pipeline.backends.forking import ForkServer
 from alignment.pipeline.execute import rehearsed, worker_protocol
 from alignment.pipeline.plan import scorer_checks
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
@@ -29,8 +30,10 @@ _RANKS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 """The trial is one process, so it must not wait for others."""
 
 
-def rehearse(plan: Plan, stages: Sequence[PlannedStage], *, announce: Callable[[str], None]) -> None:
-    """Tries the stages that run after the first one.
+def rehearse(
+    plan: Plan, stages: Sequence[PlannedStage], server: ForkServer | None, *, announce: Callable[[str], None]
+) -> None:
+    """Tries the stages that run after the first one, in a process that the ``server`` forks, if there is one.
 
     Raises:
         AlignmentError: the error that a stage would raise: rows that cannot be learned from, or a scorer that fails.
@@ -45,7 +48,7 @@ def rehearse(plan: Plan, stages: Sequence[PlannedStage], *, announce: Callable[[
     if not (rows or scorers):
         return
     announce(_announcement(rows, scorers))
-    for note in _try(plan, rows, scorers):
+    for note in _try(plan, rows, scorers, server):
         announce(note)
     for part, stages_of_part in ((rehearsed.ROWS, rows), (rehearsed.SCORERS, scorers)):
         for stage in stages_of_part:
@@ -58,7 +61,9 @@ def _announcement(rows: Sequence[PlannedStage], scorers: Sequence[PlannedStage])
     return f"trying {named} before anything trains: ten seconds or more, once for these settings and data"
 
 
-def _try(plan: Plan, rows: Sequence[PlannedStage], scorers: Sequence[PlannedStage]) -> list[str]:
+def _try(
+    plan: Plan, rows: Sequence[PlannedStage], scorers: Sequence[PlannedStage], server: ForkServer | None
+) -> list[str]:
     """What was noted; an error is raised."""
     folder = plan.run_folder / _FOLDER
     shutil.rmtree(folder, ignore_errors=True)
@@ -70,6 +75,7 @@ def _try(plan: Plan, rows: Sequence[PlannedStage], scorers: Sequence[PlannedStag
         log=folder / "log.txt",
         on_poll=_deadline(plan, scorers),
         grace_seconds=1.0,
+        server=server,
     )
     worker_protocol.raise_for_status(folder, code=code, stage="rehearsal")
     notes = worker_protocol.notes(folder)
@@ -78,13 +84,13 @@ def _try(plan: Plan, rows: Sequence[PlannedStage], scorers: Sequence[PlannedStag
 
 
 def _environment(plan: Plan) -> dict[str, str]:
-    """A worker's environment, as far as a scorer may read it: torchrun sets the variables of the process's rank, and
-    accelerate does not for a single process."""
+    """A worker's environment, as far as a scorer may read it: a launcher of several processes sets the variables of
+    the process's rank, and so does torchrun for one."""
     devices = hardware.count_devices()
     launch = command.with_processes(plan.config.launch, num_devices=devices)
     own = environment.of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
-    by_accelerate = command.chosen_launcher(launch, num_devices=devices) is LauncherKind.accelerate
-    return own if by_accelerate and launch.num_processes == 1 else own | _RANKS
+    by_torchrun = command.chosen_launcher(launch, num_devices=devices) is LauncherKind.torchrun
+    return own | _RANKS if by_torchrun or launch.num_processes > 1 else own
 
 
 def _files(plan: Plan, stages: Sequence[PlannedStage], folder: Path) -> Iterator[str]:

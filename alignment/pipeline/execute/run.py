@@ -29,6 +29,7 @@ from alignment.pipeline.execute.record import RunRecorder, recorded_seconds
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
 from alignment.pipeline.execute.summary import REPORT, show_results
 from alignment.pipeline.execute.worker_protocol import Preempted
+from alignment.pipeline.execute.workers import Workers, workers_of
 from alignment.pipeline.plan import references
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage, make_plan
 from alignment.pipeline.sources import data_sources, model_sources
@@ -57,8 +58,6 @@ def run(
         AlignmentError: a fault in the plan, or a stage that failed; finished results stay and are reused. GateNotMet:
             all stages are done, but the results do not meet a gate.
     """
-    rehearses = command_for is None
-    command_for = command_for or command.here
     plan = make_plan(recipe, overrides)
     if only is not None:
         refuse_missing_inputs(plan, only)
@@ -75,24 +74,22 @@ def run(
         slurm_jobs.refuse_queued(plan.run_folder)
     if launch.backend.machine_rank:
         plan = _with_all(plan, display_for(console), only)
-        return machines.follow(plan, _chosen(plan, only), console=console, command_for=command_for)
-    return _execute(plan, only, console, command_for, wait=wait, rehearses=rehearses)
+        return machines.follow(plan, _chosen(plan, only), console=console, command_for=command_for or command.here)
+    return _execute(plan, only, console, command_for, wait=wait)
 
 
-def _execute(
-    plan: Plan, only: str | None, console: Console, command_for: CommandFor, *, wait: bool, rehearses: bool
-) -> int:
+def _execute(plan: Plan, only: str | None, console: Console, command_for: CommandFor | None, *, wait: bool) -> int:
     with held(plan.run_folder / "lock", wait=wait):
         remove_leftovers(plan.run_folder, shared=True)  # a call that submits jobs writes jobs.json there
         display = display_for(console)
         plan = _with_all(plan, display, only)
         recorder = RunRecorder(plan, only=only)
         try:
-            with termination_raises():
-                if rehearses:  # only if this machine's own workers run the stages
-                    rehearsal.rehearse(plan, _chosen(plan, only), announce=display.note)
+            with termination_raises(), workers_of(plan, _not_reused(plan, only), command_for) as workers:
+                if command_for is None:  # only if this machine's own workers run the stages
+                    rehearsal.rehearse(plan, _chosen(plan, only), workers.server, announce=display.note)
                 for stage in _chosen(plan, only):
-                    _one_stage(plan, stage, recorder, display, command_for, wait=wait)
+                    _one_stage(plan, stage, recorder, display, workers, wait=wait)
         except (KeyboardInterrupt, Terminated, Preempted) as stop:
             code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED
             with suppress(OSError):  # a full disk does not change why the run ended
@@ -223,7 +220,7 @@ def with_models(plan: Plan, display: Display, *, stages: Sequence[PlannedStage])
 
 
 def _one_stage(
-    plan: Plan, stage: PlannedStage, recorder: RunRecorder, display: Display, command_for: CommandFor, *, wait: bool
+    plan: Plan, stage: PlannedStage, recorder: RunRecorder, display: Display, workers: Workers, *, wait: bool
 ) -> None:
     if stage.action is Action.reuse:
         _reuse(plan, stage, display)
@@ -234,7 +231,7 @@ def _one_stage(
     recorder.stage(stage.name, "running")
     started = time.monotonic()
     try:
-        was_made = _make(plan, stage, display, command_for, wait=wait)
+        was_made = _make(plan, stage, display, workers, wait=wait)
         verify(stage.artifact, content=False)
         _point_to_result(plan, stage)
     except BaseException as stop:
@@ -270,7 +267,7 @@ def _doubt(plan: Plan, stage: PlannedStage, display: Display) -> None:
             display.note(f"{stage.name}: {doubt}")
 
 
-def _make(plan: Plan, stage: PlannedStage, display: Display, command_for: CommandFor, *, wait: bool) -> bool:
+def _make(plan: Plan, stage: PlannedStage, display: Display, workers: Workers, *, wait: bool) -> bool:
     """Makes the artifact under a lock: meanwhile, another run that needs it is refused or waits.
 
     Returns False if another process has made it in the meantime.
@@ -284,7 +281,7 @@ def _make(plan: Plan, stage: PlannedStage, display: Display, command_for: Comman
         if kind_of(stage.config).launch.runs_on is RunsOn.driver:
             _make_report(plan, stage, cast(ReportSettings, stage.config))
         else:
-            _launch(plan, stage, display, command_for, lock)
+            _launch(plan, stage, display, workers, lock)
     _remove_work(stage)
     return True
 
@@ -302,7 +299,7 @@ def _remove_work(stage: PlannedStage) -> None:
     shutil.rmtree(stage.work, ignore_errors=True)
 
 
-def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: CommandFor, lock: int) -> None:
+def _launch(plan: Plan, stage: PlannedStage, display: Display, workers: Workers, lock: int) -> None:
     commit = worker_protocol.commit_of_checkout(CODE_ROOT)
     launch = feasibility.of_stage(plan.config.launch, stage.config, num_devices=hardware.count_devices())
     stage_file = worker_protocol.write_stage_file(plan, stage, launch, git_commit=commit)
@@ -329,12 +326,13 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, command_for: Comm
 
     with machines.announced(folder, launch, stage.fingerprint):
         code = processes.execute(
-            command_for(launch, stage_file),
+            workers.command_for(launch, stage_file),
             log=folder / "log.txt",
             on_poll=on_poll,
             on_stop=lambda stop: display.note(acknowledgement(stop)),
             grace_seconds=launch.grace_seconds,
             keep_open=[lock],
+            server=workers.server,
         )
     for note in worker_protocol.notes(folder):
         display.note(f"{stage.name}: {note}")

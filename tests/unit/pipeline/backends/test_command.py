@@ -34,9 +34,11 @@ LOCAL, DDP = (str(shipped("launch") / "accelerate" / name) for name in ("local.y
 @pytest.mark.parametrize(
     ("told", "devices", "expected"),
     [
-        ({}, 0, f"{ACCELERATE.format(LOCAL, 1)} --cpu {WORKER}"),
+        ({}, 0, WORKER),
+        ({"kind": LauncherKind.accelerate}, 0, f"{ACCELERATE.format(LOCAL, 1)} --cpu {WORKER}"),
         ({"num_processes": 2}, 0, f"{TORCHRUN.format(2)} {WORKER}"),
-        ({}, 4, f"{ACCELERATE.format(LOCAL, 1)} {WORKER}"),
+        ({}, 4, WORKER),
+        ({"kind": LauncherKind.accelerate}, 4, f"{ACCELERATE.format(LOCAL, 1)} {WORKER}"),
         ({"num_processes": 4}, 4, f"{ACCELERATE.format(DDP, 4)} --main_process_port 0 {WORKER}"),
         ({"kind": LauncherKind.torchrun}, 0, f"{TORCHRUN.format(1)} {WORKER}"),
         ({"kind": LauncherKind.torchrun, "num_processes": 4}, 4, f"{TORCHRUN.format(4)} {WORKER}"),
@@ -56,16 +58,19 @@ def test_the_launcher_suits_the_machine(told: dict[str, Any], devices: int, expe
 
 
 @pytest.mark.parametrize(
-    ("told", "devices", "why"),
+    ("kind", "told", "devices", "why"),
     [
-        ({"num_processes": 2}, 0, "accelerate starts one process"),
-        ({"sharding": Sharding.zero2}, 1, "zero2 needs a process group"),
-        ({"backend": MachinesBackend()}, 1, "several machines are started by torchrun"),
+        ("accelerate", {"num_processes": 2}, 0, "accelerate starts one process"),
+        ("accelerate", {"sharding": Sharding.zero2}, 1, "zero2 needs a process group"),
+        ("accelerate", {"backend": MachinesBackend()}, 1, "several machines are started by torchrun"),
+        ("direct", {"num_processes": 2}, 2, "2 processes need a launcher"),
+        ("direct", {"sharding": Sharding.fsdp}, 1, "fsdp needs a process group"),
+        ("direct", {"backend": MachinesBackend()}, 1, "several machines are started by torchrun"),
     ],
 )
-def test_what_a_launcher_does_not_start_is_refused(told: dict[str, Any], devices: int, why: str) -> None:
+def test_what_a_launcher_does_not_start_is_refused(kind: str, told: dict[str, Any], devices: int, why: str) -> None:
     with pytest.raises(ConfigError, match=why) as caught:
-        argv(LaunchConfig(kind=LauncherKind.accelerate, **told), num_devices=devices)
+        argv(LaunchConfig(kind=LauncherKind(kind), **told), num_devices=devices)
     assert "launch.kind=torchrun" in caught.value.remedy
 
 
