@@ -90,8 +90,14 @@ def until(condition: Callable[[], object], watch: Watched, log: Path) -> None:
 
 
 def worker_of(watch: Watched) -> psutil.Process:
-    """The process of the stage."""
-    return next(p for p in watch.processes.values() if p.is_running() and "alignment.worker" in p.cmdline())
+    """The process of the stage, which is forked where there is no GPU."""
+    return next(process for process in watch.processes.values() if process.is_running() and _is_worker(process))
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    parent = process.parent()
+    is_forked = parent is not None and all("alignment.fork_server" in each.cmdline() for each in (parent, process))
+    return is_forked or "alignment.worker" in process.cmdline()
 
 
 def interrupted(watch: Watched) -> None:
