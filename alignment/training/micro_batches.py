@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.causal import IGNORED
 from alignment.models.forward.rows import SHORTEST_SHARED, by_tokens
+from alignment.models.kernels.dora_norms import norms_kept
 from alignment.training.sharded_trainer import ShardedTrainer
 
 Batch = dict[str, Any]
@@ -119,11 +120,12 @@ class MicroBatches(ShardedTrainer):
         metrics = self._metrics["train"]
         before = {name: len(values) for name, values in metrics.items()}
         total = torch.zeros((), device=self.args.device)
-        for number, (micro_batch, share) in enumerate(micro_batches):
-            self._share = share
-            last = self._keeps_gradients and number == len(micro_batches) - 1
-            with accumulating(self.accelerator, model, last=last):
-                total += super().training_step(model, micro_batch, num_items_in_batch)
+        with norms_kept(model):
+            for number, (micro_batch, share) in enumerate(micro_batches):
+                self._share = share
+                last = self._keeps_gradients and number == len(micro_batches) - 1
+                with accumulating(self.accelerator, model, last=last):
+                    total += super().training_step(model, micro_batch, num_items_in_batch)
         shares = [share for _, share in micro_batches]
         _weigh(metrics, before, lambda name: self._metric_weights(name, shares))
         self.step_loss = total

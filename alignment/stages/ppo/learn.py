@@ -18,6 +18,7 @@ from alignment.models.assembly.actor_critic import ValueLoss
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import answer_stream, micro_batches_of, unwrapped
 from alignment.models.forward.transfer import on_device
+from alignment.models.kernels.dora_norms import norms_kept
 from alignment.stages.ppo.report import add_policy
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import accumulating, as_many_as_most
@@ -103,9 +104,10 @@ class Learner:
     ) -> None:
         """Computes the gradients of the ``minibatch`` of prompts and leaves them in the parameters."""
         policy_learns = update >= self._options.critic_warmup
-        if self.ptx is not None and policy_learns:
-            self._add_ptx(self.ptx, model, step)
-        self._backward(model, experience, prompts, policy_learns=policy_learns)
+        with norms_kept(model):
+            if self.ptx is not None and policy_learns:
+                self._add_ptx(self.ptx, model, step)
+            self._backward(model, experience, prompts, policy_learns=policy_learns)
         if not policy_learns:
             for parameter in self._roles.policy.parameters():
                 if parameter.requires_grad:
