@@ -31,7 +31,7 @@ from alignment.models.assembly.prefix import positions_of
 from alignment.models.forward.answers import batches, scalar_scores
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.rows import by_tokens, stream
-from alignment.models.kernels.dora_norms import norms_kept
+from alignment.models.kernels.dora_norms import reused_norms
 from alignment.rewards.scorers import Answers
 
 _ANY_ANSWER = "Yes."
@@ -56,7 +56,7 @@ class TokenScorer:
     @torch.no_grad()
     def scores(self, answers: Answers) -> Tensor:
         """The score at each answer's last token."""
-        with products_in(self._run.dtype, self._run.device), norms_kept(self._model):
+        with products_in(self._run.dtype, self._run.device), reused_norms(self._model):
             parts = batches(answers.prompt_ids, answers.answer_ids, tokens=self._run.tokens, device=self._run.device)
             return torch.cat([scalar_scores(self._model, part.rows) for part in parts]).float().cpu()
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.causal import IGNORED
 from alignment.models.forward.rows import SHORTEST_SHARED, by_tokens
-from alignment.models.kernels.dora_norms import norms_kept
+from alignment.models.kernels.dora_norms import reused_norms
 from alignment.training.sharded_trainer import ShardedTrainer
 
 Batch = dict[str, Any]
@@ -120,7 +120,7 @@ class MicroBatches(ShardedTrainer):
         metrics = self._metrics["train"]
         before = {name: len(values) for name, values in metrics.items()}
         total = torch.zeros((), device=self.args.device)
-        with norms_kept(model):
+        with reused_norms(model):
             for number, (micro_batch, share) in enumerate(micro_batches):
                 self._share = share
                 last = self._keeps_gradients and number == len(micro_batches) - 1

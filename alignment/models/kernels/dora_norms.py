@@ -19,7 +19,7 @@ _FORWARD = "forward"
 
 
 @contextmanager
-def norms_kept(model: nn.Module) -> Iterator[None]:
+def reused_norms(model: nn.Module) -> Iterator[None]:
     """Computes the norm of each layer when it is first needed, and then takes that one.
 
     Neither weights nor adapters may change in the block. Blocks may be nested.
@@ -27,14 +27,14 @@ def norms_kept(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if type(module) is DoraLinearLayer and _FORWARD not in vars(module)]
     try:
         for layer in layers:
-            layer.forward = _with_kept_norm(layer)
+            layer.forward = _with_reused_norm(layer)
         yield
     finally:
         for layer in layers:
             vars(layer).pop(_FORWARD, None)
 
 
-def _with_kept_norm(layer: DoraLinearLayer) -> Callable[..., Tensor]:
+def _with_reused_norm(layer: DoraLinearLayer) -> Callable[..., Tensor]:
     norms: dict[tuple[str, torch.dtype], Tensor] = {}
 
     def forward(x: Tensor, *, base_result: Tensor | None = None, **settings: Any) -> Tensor:

@@ -19,7 +19,7 @@ from alignment.costs.recorder import is_on_cpu
 from alignment.costs.shadows import Shadow
 from alignment.models.assembly.precision import products_dtype
 from alignment.models.kernels.blocks import read_together
-from alignment.models.kernels.dora_norms import norms_kept
+from alignment.models.kernels.dora_norms import reused_norms
 from alignment.models.kernels.nf4 import Nf4Linear, computes_in, frozen_weight
 from alignment.models.kernels.products import JOINT, Products, factors, is_hooked
 
@@ -38,7 +38,7 @@ def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
     before: list[tuple[nn.Module, str, Any]] = []
     try:
         _prepack(model, rows, before)
-        with norms_kept(model):
+        with reused_norms(model):
             yield
     finally:
         for module, name, value in reversed(before):

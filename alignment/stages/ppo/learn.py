@@ -18,7 +18,7 @@ from alignment.models.assembly.actor_critic import ValueLoss
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import answer_stream, micro_batches_of, unwrapped
 from alignment.models.forward.transfer import on_device
-from alignment.models.kernels.dora_norms import norms_kept
+from alignment.models.kernels.dora_norms import reused_norms
 from alignment.stages.ppo.report import add_policy
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import accumulating, as_many_as_most
@@ -104,7 +104,7 @@ class Learner:
     ) -> None:
         """Computes the gradients of the ``minibatch`` of prompts and leaves them in the parameters."""
         policy_learns = update >= self._options.critic_warmup
-        with norms_kept(model):
+        with reused_norms(model):
             if self.ptx is not None and policy_learns:
                 self._add_ptx(self.ptx, model, step)
             self._backward(model, experience, prompts, policy_learns=policy_learns)

@@ -14,7 +14,7 @@ from torch import Tensor
 from alignment.models.assembly.load import products_in
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import AnswerStream, answer_statistics, batches
-from alignment.models.kernels.dora_norms import norms_kept
+from alignment.models.kernels.dora_norms import reused_norms
 from alignment.rewards.slot import Rewards
 from alignment.training.context import StageContext
 from alignment.training.rl.engine import RolloutEngine, SampledAnswers
@@ -152,7 +152,7 @@ class Rollouts:
         self._engine.follow(version)
         self._context.phase("sampling")
         products = products_in(self._context.spec.model.dtype, self._context.device)
-        with self.gathered(), products, norms_kept(self._roles.actor_critic):
+        with self.gathered(), products, reused_norms(self._roles.actor_critic):
             answers = own_of_all(ahead.result if ahead else lambda: self._engine.answers(draw.prompts, draw.uniforms))
             sampled = time.monotonic()
             self._context.phase("scoring")

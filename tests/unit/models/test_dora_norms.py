@@ -15,7 +15,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
 from alignment.models.forward.generate import generate
-from alignment.models.kernels.dora_norms import norms_kept
+from alignment.models.kernels.dora_norms import reused_norms
 from tests.chained import DORA, Chained, config_of
 from tests.tiny import liven, tiny_model
 from tests.unit.models.conftest import gradients
@@ -55,7 +55,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[DoraLinearLayer]:
 )
 def test_outputs_and_gradients_are_pefts_to_the_bit(changes: dict[str, Any], in_bfloat16: bool) -> None:
     outputs, grads = [], []
-    for block in (norms_kept, lambda _: nullcontext()):
+    for block in (reused_norms, lambda _: nullcontext()):
         model = with_dora(**changes).train()
         torch.manual_seed(1)
         with block(model), torch.autocast("cpu", torch.bfloat16, enabled=in_bfloat16):
@@ -73,7 +73,7 @@ def test_outputs_and_gradients_are_pefts_to_the_bit(changes: dict[str, Any], in_
 def test_each_norm_is_computed_once_in_a_block(computed: list[DoraLinearLayer]) -> None:
     model = with_dora().eval()
     computed.clear()
-    with norms_kept(model), norms_kept(model):
+    with reused_norms(model), reused_norms(model):
         for ids in PASSES:
             model(input_ids=ids)
         assert len(computed) == layers_of(model)
@@ -84,13 +84,13 @@ def test_each_norm_is_computed_once_in_a_block(computed: list[DoraLinearLayer]) 
 def test_a_later_block_sees_what_changed_in_between() -> None:
     model = with_dora().eval()
     with torch.no_grad():
-        with norms_kept(model):
+        with reused_norms(model):
             before = model(input_ids=PASSES[0]).logits
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(3)
         expected = model(input_ids=PASSES[0]).logits
-        with norms_kept(model):
+        with reused_norms(model):
             changed = model(input_ids=PASSES[0]).logits
     assert torch.equal(changed, expected)
     assert not torch.equal(changed, before)
