@@ -23,7 +23,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,9 @@ from alignment.core.errors import AlignmentError
 from alignment.costs.devices import CODE_BYTES, CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
 from alignment.costs.op_times import seconds_of
 from alignment.costs.recorder import GRADIENTS, OPTIMIZER, WEIGHTS, Operations, Phase, Recorder
+from alignment.costs.repeats import STEP_ROWS, Repeats, repeats_of
 from alignment.costs.shadows import Key, Operation
+from alignment.costs.storing import seconds_a_byte
 from alignment.costs.work import bytes_of, flop_of
 from alignment.job import StageSpec
 from alignment.records.cost import ASKED, FILE, PhaseCost, RunCost, StageCost
@@ -51,14 +53,13 @@ from alignment.training.checkpoints import NUM_STORED
 from alignment.training.context import StageContext
 from alignment.worker import function_of, publish_result
 
-STARTING, LEARNING, OPTIMISING, TRYING = "starting", "training", "optimising", "trying the longest batch"
+STARTING, LEARNING, OPTIMISING, SAVING = "starting", "training", "optimising", "saving"
+TRYING = "trying the longest batch"
 SAMPLING, VALIDATING = "sampling", "validating"
-ONCE = {TRYING, "saving"}
+ONCE = {TRYING, SAVING}
 """Phases that a stage goes through once, however many rows it has."""
 BEFORE = (STARTING, "loading", "tokenising")
 """Phases that take what reading files takes, and whose tensors are on the host."""
-STEP_ROWS = 8
-"""Rows of a step that is taken; a larger one repeats what a small one does."""
 DIVIDED: dict[Sharding, tuple[str, ...]] = {
     Sharding.none: (),
     Sharding.zero1: (OPTIMIZER,),
@@ -156,12 +157,21 @@ class Timer:
         self.startup = 0.0 if self.is_gpu else time.time() - psutil.Process().create_time()
         self._device = DEVICES.get(device)
         self._seconds: dict[Key, float] = {}
+        self._seconds_a_byte: float | None = None
 
     def seconds(self, key: Key, operation: Operation) -> float:
         """Seconds of one run."""
         if key not in self._seconds:
             self._seconds[key] = self._measured(operation)
         return self._seconds[key]
+
+    def seconds_to_store(self, size: float, folder: Path) -> float:
+        """Seconds in which this machine stores so many bytes near ``folder``; 0 for a GPU, whose disk is unknown."""
+        if self.is_gpu or not size:
+            return 0.0
+        if self._seconds_a_byte is None:
+            self._seconds_a_byte = seconds_a_byte(folder.parent)
+        return size * self._seconds_a_byte
 
     def _measured(self, operation: Operation) -> float:
         if self._device is not None:
@@ -183,17 +193,20 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
     except Exception as error:  # noqa: BLE001 - a stage that cannot run on shadows must not hide the others
         traceback.print_exc()
         return StageCost(**described, error=f"{type(error).__name__}: {error}")
-    repeats = _repeats_of(spec)
+    repeats = repeats_of(spec.config, spec.data_path, _rows_read(spec))
     phases = _phases(recorder, timer, repeats)
     phases = {name: _divided(phase, spec.sharding, timer.processes) for name, phase in phases.items()}
+    result = recorder.trained_bytes + recorder.copied_bytes
+    stored = result + _checkpoints_written(spec, recorder, repeats) * _checkpoint_bytes(recorder)
+    phases[SAVING] = replace(phases[SAVING], seconds=phases[SAVING].seconds + timer.seconds_to_store(stored, spec.work))
     on_host = [phases.pop(name) for name in BEFORE if name in phases] if timer.is_gpu else []
     return StageCost(
         **described,
         phases=phases,
         host=max((phase.peak for phase in on_host), default=0),
         fixed=timer.fixed,
-        result=recorder.trained_bytes + recorder.copied_bytes,
-        checkpoints=_checkpoints(recorder),
+        result=result,
+        checkpoints=(NUM_STORED + 1) * _checkpoint_bytes(recorder),  # the last is being written
         steps=round(recorder.all_steps * repeats.of_steps),
         tokens=recorder.mean_tokens * recorder.all_steps * repeats.steps,
         trained=recorder.trained,
@@ -203,9 +216,18 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
     )
 
 
-def _checkpoints(recorder: Recorder) -> int:
-    """Bytes of the stored ones and of one that is being written: trained weights and the optimiser's moments."""
-    return (NUM_STORED + 1) * (recorder.trained_bytes + recorder.moments)
+def _checkpoint_bytes(recorder: Recorder) -> int:
+    """Trained weights and the optimiser's moments."""
+    return recorder.trained_bytes + recorder.moments
+
+
+def _checkpoints_written(spec: StageSpec, recorder: Recorder, repeats: Repeats) -> int:
+    """One after each so many steps (updates in RL), and one after the last."""
+    save_every: int | None = getattr(spec.config, "save_every", None)
+    if save_every is None:
+        return 0
+    periods = recorder.all_steps / recorder.period * repeats.of_steps / repeats.learning
+    return math.ceil(periods / save_every)
 
 
 def _adapter_of(spec: StageSpec) -> str:
@@ -252,55 +274,8 @@ def _divided(phase: PhaseCost, sharding: Sharding, processes: int) -> PhaseCost:
     return replace(phase, parts=parts, peak=phase.peak - less, held=phase.held - less)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Repeats:
-    """How many times as much as the estimated stage the whole one does, unless that ``is_unknown``.
-
-    ``steps``: of its steps, and ``learning`` times as often in the phase that learns. ``rows``: of what it does with
-    each row, and ``held_out`` with each that is held out. ``of_steps``: by how much the number of its steps is larger.
-    """
-
-    steps: float = 1.0
-    learning: float = 1.0
-    rows: float = 1.0
-    held_out: float = 1.0
-    of_steps: float = 1.0
-    is_unknown: bool = False
-
-
-def _repeats_of(spec: StageSpec) -> _Repeats:
-    config: Any = spec.config
-    data = getattr(config, "data", None)
-    counted = _share_unread(spec.data_path, data, _rows_read(spec)) if isinstance(data, DataConfig) else 1.0
-    rows, is_unknown = (1.0, True) if counted is None else (counted, False)
-    optim = getattr(config, "optim", None)
-    if not isinstance(optim, OptimConfig):
-        epochs = float(getattr(config, "ppo_epochs", 1))
-        without = optim is None  # it does the same with every row
-        return _Repeats(
-            learning=epochs, rows=rows if without else 1.0, of_steps=epochs, is_unknown=without and is_unknown
-        )
-    larger = optim.batch_size / min(optim.batch_size, STEP_ROWS)
-    validation = getattr(config, "validation", None)
-    held_out = rows if validation is not None and validation.share is not None else 1.0  # a part of the rows
-    if optim.max_steps is not None:
-        return _Repeats(steps=larger, rows=rows, held_out=held_out)
-    return _Repeats(steps=rows, rows=rows, held_out=held_out, of_steps=rows / larger, is_unknown=is_unknown)
-
-
 def _rows_read(spec: StageSpec) -> int:
     return FEW_ROWS if spec.adapter is None else ROWS
-
-
-def _share_unread(file: Path, data: DataConfig, rows: int) -> float | None:
-    """How many times as many rows as are read here the stage reads; None if that would need reading them all."""
-    if data.limit is not None and data.limit <= rows:
-        return 1.0
-    if file.suffix != ".jsonl" or not file.is_file():
-        return None
-    with file.open("rb") as lines:
-        number = sum(1 for _ in lines)
-    return max(1.0, min(number, data.limit or number) / rows)
 
 
 def _run(spec: StageSpec, recorder: Recorder, function: Any, *, publishes: bool) -> None:
@@ -310,7 +285,7 @@ def _run(spec: StageSpec, recorder: Recorder, function: Any, *, publishes: bool)
     torch.manual_seed(context.seed("worker") % 2**32)
     with recorder.recording():
         result = function(spec.config, context)
-        context.progress("saving")
+        context.progress(SAVING)
     if publishes:
         publish_result(spec, context, result)
     shutil.rmtree(spec.work, ignore_errors=True)
@@ -323,7 +298,7 @@ def _scale(recorder: Recorder) -> float:
     return periods * by_tokens
 
 
-def _phases(recorder: Recorder, timer: Timer, repeats: _Repeats) -> dict[str, PhaseCost]:
+def _phases(recorder: Recorder, timer: Timer, repeats: Repeats) -> dict[str, PhaseCost]:
     costs = {}
     for name, phase in recorder.phases.items():
         in_steps: Operations = Counter() if name == VALIDATING else recorder.step_operations.get(name, Counter())
@@ -360,7 +335,7 @@ def _beside(name: str, phase: Phase, recorder: Recorder) -> int:
     return int(RUNTIME_BYTES + CODE_BYTES * shapes)
 
 
-def _times(name: str, recorder: Recorder, repeats: _Repeats, *, processes: int) -> float:
+def _times(name: str, recorder: Recorder, repeats: Repeats, *, processes: int) -> float:
     """How often the whole stage does what it did in the last period. An optimiser's step takes the same for every
     number of rows, which the processes of a launch share out."""
     periods = recorder.all_steps / recorder.period

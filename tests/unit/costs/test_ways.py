@@ -16,6 +16,7 @@ from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
 from alignment.config.launch import Sharding
 from alignment.config.optim import OptimConfig
 from alignment.config.validation import ValidationConfig
+from alignment.costs.storing import seconds_a_byte
 from alignment.estimate import Timer, cost_of
 from alignment.job import StageSpec
 from alignment.records.cost import StageCost
@@ -116,7 +117,8 @@ def test_a_stage_that_asks_a_server_is_not_estimated(tmp_path: Path, timer: Time
 def test_steps_and_tokens_are_those_of_the_whole_stage(
     tmp_path: Path, timer: Timer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("alignment.estimate.STEP_ROWS", 2)
+    for user in ("estimate", "costs.repeats"):
+        monkeypatch.setattr(f"alignment.{user}.STEP_ROWS", 2)
     spec = spec_of(tmp_path, DpoConfig)  # eight pairs, four a step
     whole = cost_of(spec, timer, publishes=False)
     assert whole.steps == 2
@@ -165,3 +167,24 @@ def test_processes_divide_what_their_launch_divides(tmp_path: Path) -> None:
         less = sum(alone.parts.values()) - sum(shared.parts.values())
         assert shared.peak == alone.peak - less
         assert shared.seconds == pytest.approx(alone.seconds / 4)
+
+
+@pytest.mark.parametrize(("save_every", "checkpoints"), [(1, 5), (2, 3), (10, 1)])
+def test_what_is_stored_takes_time(
+    tmp_path: Path, timer: Timer, monkeypatch: pytest.MonkeyPatch, save_every: int, checkpoints: int
+) -> None:
+    """A weight of a checkpoint takes four bytes and its two moments eight. A sixth of the moments is not counted: those in
+    tensors of fewer than 1,024 numbers."""
+    spec = spec_of(tmp_path, DpoConfig, save_every=save_every)
+    spec = replace(spec, config=replace(spec.config, optim=replace(spec.config.optim, max_steps=5)))
+    on_gpu = cost_of(spec, timer, publishes=False)
+    timer.is_gpu = False
+    monkeypatch.setattr("alignment.estimate.seconds_a_byte", lambda folder: 1.0)
+    cost = cost_of(spec, timer, publishes=False)
+    seconds = cost.phases["saving"].seconds - on_gpu.phases["saving"].seconds
+    assert seconds == pytest.approx(4 * cost.trained + checkpoints * 12 * cost.trained, rel=0.2)
+
+
+def test_the_seconds_of_a_byte_are_measured_on_the_disk(tmp_path: Path) -> None:
+    assert 1e-12 < seconds_a_byte(tmp_path) < 1e-6
+    assert not list(tmp_path.iterdir())
