@@ -173,8 +173,8 @@ def test_processes_divide_what_their_launch_divides(tmp_path: Path) -> None:
 def test_what_is_stored_takes_time(
     tmp_path: Path, timer: Timer, monkeypatch: pytest.MonkeyPatch, save_every: int, checkpoints: int
 ) -> None:
-    """A weight of a checkpoint takes four bytes and its two moments eight. A sixth of the moments is not counted: those in
-    tensors of fewer than 1,024 numbers."""
+    """A weight of a checkpoint takes four bytes and its two moments eight. A sixth of the moments is not counted: those
+    in tensors of fewer than 1,024 numbers."""
     spec = spec_of(tmp_path, DpoConfig, save_every=save_every)
     spec = replace(spec, config=replace(spec.config, optim=replace(spec.config.optim, max_steps=5)))
     on_gpu = cost_of(spec, timer, publishes=False)
