@@ -68,6 +68,11 @@ DIVIDED: dict[Sharding, tuple[str, ...]] = {
     Sharding.fsdp: (OPTIMIZER, GRADIENTS, WEIGHTS),
 }
 """What the processes of a launch divide (Rajbhandari et al. 2020)."""
+DEEPSPEED = "DeepSpeed"
+BUCKETS = 4 * 4 * 10_000_000
+"""Bytes of four buckets of launch/deepspeed/: two that fill in turn, and their copies that are sent."""
+MOST_LIVE = 1_000_000_000
+"""Gathered weights that ZeRO-3 keeps for the next use (``stage3_max_live_parameters``)."""
 ROWS = 1000
 """Rows that a stage which trains reads."""
 FEW_ROWS = 16
@@ -195,7 +200,7 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
         return StageCost(**described, error=f"{type(error).__name__}: {error}")
     repeats = repeats_of(spec.config, spec.data_path, _rows_read(spec))
     phases = _phases(recorder, timer, repeats)
-    phases = {name: _divided(phase, spec.sharding, timer.processes) for name, phase in phases.items()}
+    phases = {name: _divided(name, phase, recorder, spec, timer.processes) for name, phase in phases.items()}
     result = recorder.trained_bytes + recorder.copied_bytes
     stored = result + _checkpoints_written(spec, recorder, repeats) * _checkpoint_bytes(recorder)
     phases[SAVING] = replace(phases[SAVING], seconds=phases[SAVING].seconds + timer.seconds_to_store(stored, spec.work))
@@ -267,11 +272,21 @@ def _as_estimated(spec: StageSpec) -> StageSpec:
     return replace(spec, config=replace(config, **changes), sharding=Sharding.none, offload=Offload.none)
 
 
-def _divided(phase: PhaseCost, sharding: Sharding, processes: int) -> PhaseCost:
-    """A phase in one of several processes that divide some of what it holds; a gathered layer is left out."""
-    parts = {name: size // processes if name in DIVIDED[sharding] else size for name, size in phase.parts.items()}
-    less = sum(phase.parts.values()) - sum(parts.values())
-    return replace(phase, parts=parts, peak=phase.peak - less, held=phase.held - less)
+def _divided(name: str, phase: PhaseCost, recorder: Recorder, spec: StageSpec, processes: int) -> PhaseCost:
+    """A phase in one of several processes that divide some of what it holds, with what dividing takes by itself."""
+    divided = DIVIDED[spec.sharding]
+    parts = {part: size // processes if part in divided else size for part, size in phase.parts.items()}
+    if spec.sharding.by_deepspeed and name not in BEFORE:
+        parts[DEEPSPEED] = _of_deepspeed(phase.parts.get(WEIGHTS, 0), recorder, spec.sharding, processes)
+    change = sum(parts.values()) - sum(phase.parts.values())
+    return replace(phase, parts=parts, peak=phase.peak + change, held=phase.held + change)
+
+
+def _of_deepspeed(weights: int, recorder: Recorder, sharding: Sharding, processes: int) -> int:
+    """Bytes of DeepSpeed's own: a share of the trained weights and of their gradients in one piece each, buckets on the
+    way to other processes, and in ZeRO-3 weights that are gathered."""
+    gathered = min(weights, int(MOST_LIVE * weights / max(1, recorder.weights))) if sharding.of_weights else 0
+    return 2 * recorder.trained_bytes // processes + min(BUCKETS, 4 * recorder.trained_bytes) + gathered
 
 
 def _rows_read(spec: StageSpec) -> int:

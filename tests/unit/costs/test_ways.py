@@ -37,6 +37,7 @@ DIVIDED = {
     Sharding.none: set(),
     Sharding.zero2: {"optimiser", "gradients"},
     Sharding.zero3: {"optimiser", "gradients", "weights"},
+    Sharding.fsdp: {"optimiser", "gradients", "weights"},
 }
 
 
@@ -160,12 +161,19 @@ def test_looks_are_counted_in_the_steps_of_all_rows(
 
 def test_processes_divide_what_their_launch_divides(tmp_path: Path) -> None:
     spec = as_adapter(spec_of(tmp_path, DpoConfig), AdapterConfig(kind=AdapterKind.full))
-    alone = cost_of(spec, Timer("l4"), publishes=False).phases["training"]
+    whole = cost_of(spec, Timer("l4"), publishes=False)
+    alone = whole.phases["training"]
     for sharding, divided in DIVIDED.items():
-        shared = cost_of(replace(spec, sharding=sharding), Timer("l4", processes=4), publishes=False).phases["training"]
+        cost = cost_of(replace(spec, sharding=sharding), Timer("l4", processes=4), publishes=False)
+        shared = cost.phases["training"]
+        own = shared.parts.pop("DeepSpeed", 0)
         assert shared.parts == {name: size // 4 if name in divided else size for name, size in alone.parts.items()}
-        less = sum(alone.parts.values()) - sum(shared.parts.values())
+        trained = 4 * whole.trained  # two shares in one piece each, and buckets that are larger than the model
+        gathered = alone.parts["weights"] if sharding is Sharding.zero3 else 0
+        assert own == (trained // 2 + 4 * trained + gathered if sharding.by_deepspeed else 0)
+        less = sum(alone.parts.values()) - sum(shared.parts.values()) - own
         assert shared.peak == alone.peak - less
+        assert cost.host <= whole.host
         assert shared.seconds == pytest.approx(alone.seconds / 4)
 
 
