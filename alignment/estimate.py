@@ -8,9 +8,9 @@ a GPU of alignment/costs/devices.py; else the machine's own operations are timed
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports below, as in a stage
-    from alignment.core.unused_libraries import hide_deepspeed
+    from alignment.core import unused_libraries
 
-    hide_deepspeed()
+    unused_libraries.hide()
 
 import argparse
 import dataclasses
@@ -37,6 +37,7 @@ from alignment.config.launch import Offload, Sharding
 from alignment.config.micro_batch import DEFAULT_TOKENS, is_automatic, with_tokens
 from alignment.config.optim import OptimConfig
 from alignment.config.sampling_engine import Engine, RolloutSamplingConfig, SamplingConfig
+from alignment.core import unused_libraries
 from alignment.core.errors import AlignmentError
 from alignment.costs.devices import CODE_BYTES, CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
 from alignment.costs.op_times import seconds_of
@@ -92,6 +93,7 @@ def main() -> int:
     asked = json.loads((options.folder / ASKED).read_text(encoding="utf-8"))
     for one_stage in asked:
         function_of(kind_of(read_spec(Path(one_stage["file"])).config))  # imports what the stage needs
+    unused_libraries.show()
     timer = Timer(options.device, tries_longest=not options.as_run)
     stages, trades = [], []
     for one_stage in asked:

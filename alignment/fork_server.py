@@ -19,7 +19,7 @@ import sys
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-from alignment.core.unused_libraries import hide_deepspeed
+from alignment.core import unused_libraries
 
 LONGEST_REQUEST = 1 << 17
 """Bytes of a request; Linux allows an environment variable as many."""
@@ -41,7 +41,7 @@ class Request:
 
 def main() -> None:
     """Imports and forks; returns when the client is gone. In a child it returns when the module ends."""
-    hide_deepspeed()
+    unused_libraries.hide()
     client = socket.socket(fileno=int(sys.argv[1]))
     server = _Server(client)
     for module in sys.argv[2:]:
@@ -130,6 +130,7 @@ def _become(request: Request, *, output: int) -> None:
     os.close(output)
     os.environ.clear()
     os.environ.update(request.environment)
+    unused_libraries.show()
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # the imports below take seconds, and a signal must not kill the process meanwhile
+    from alignment.core import unused_libraries
     from alignment.core.stop_requests import stop_while_importing
-    from alignment.core.unused_libraries import hide_deepspeed
     from alignment.records.worker import write_stopped_before_it_began
 
-    hide_deepspeed()
+    unused_libraries.hide()
     stop_while_importing(lambda: write_stopped_before_it_began(Path(sys.argv[1])))
 
 import gc
@@ -37,7 +37,7 @@ import torch
 import transformers
 
 from alignment.config.stage import StageConfig
-from alignment.core import stop_requests
+from alignment.core import stop_requests, unused_libraries
 from alignment.core.artifacts import Manifest, publish, verify
 from alignment.core.errors import PREEMPTED as PREEMPTED_CODE
 from alignment.core.errors import AlignmentError, DataError, StageError
@@ -74,6 +74,7 @@ def main(path: Path) -> int:
         spec=spec, rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1"))
     )
     _silence_libraries()
+    unused_libraries.show()
     gc.freeze()  # every trainer collects garbage first, which takes half a second among the libraries' objects
     context.heartbeat.start(spec.work, context.rank)
     try:

@@ -8,20 +8,20 @@ from pathlib import Path
 
 from alignment.core.fingerprint import file_sha256
 
-SAMPLE_BYTES = 64 << 20
+WRITTEN_BYTES = 64 << 20
 """Bytes that are written to measure the rate."""
 
 
 def seconds_a_byte(folder: Path) -> float:
     """Seconds for a byte in a file of ``folder``: it is written, and read again for the file's hash."""
-    sample = folder / "sample"
-    content = os.urandom(SAMPLE_BYTES)
+    path = folder / "written"
+    content = os.urandom(WRITTEN_BYTES)
     began = time.perf_counter()
     try:
-        with sample.open("wb") as file:
+        with path.open("wb") as file:
             file.write(content)
             os.fsync(file.fileno())
-        file_sha256(sample)
-        return (time.perf_counter() - began) / SAMPLE_BYTES
+        file_sha256(path)
+        return (time.perf_counter() - began) / WRITTEN_BYTES
     finally:
-        sample.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)

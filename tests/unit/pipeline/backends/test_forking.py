@@ -146,6 +146,20 @@ def test_a_module_that_cannot_be_imported_is_reported_by_who_needs_it(folder: Pa
     assert "RuntimeError: broken" in log.read_text()
 
 
+IMPORTS = """
+import importlib.util, scipy
+sys.exit(40 + (importlib.util.find_spec("deepspeed") is None))
+"""
+
+
+def test_libraries_that_others_do_not_need_are_there_for_a_users_code(folder: Path) -> None:
+    (folder / "probe_library.py").write_text("import importlib.util\nPID = importlib.util.find_spec('scipy')\n")
+    with serving() as server:
+        log = folder / "log.txt"
+        assert execute(probe(IMPORTS), log=log, on_poll=lambda: None, grace_seconds=1, server=server) == 41
+    assert json.loads(log.read_text())["imported_by"] is None, "the server's libraries were not to find it"
+
+
 SAVES = """
 import pathlib, subprocess
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
