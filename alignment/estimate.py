@@ -280,8 +280,11 @@ def _divided(name: str, phase: PhaseCost, recorder: Recorder, spec: StageSpec, p
     parts = {part: size // processes if part in divided else size for part, size in phase.parts.items()}
     if spec.sharding.by_deepspeed and name not in BEFORE:
         parts[DEEPSPEED] = _of_deepspeed(phase.parts.get(WEIGHTS, 0), recorder, spec.sharding, processes)
+        apart = 0 if recorder.for_gpu else recorder.moments // processes  # no hole of the heap is as large as a share
+    else:
+        apart = 0
     change = sum(parts.values()) - sum(phase.parts.values())
-    return replace(phase, parts=parts, peak=phase.peak + change, held=phase.held + change)
+    return replace(phase, parts=parts, peak=phase.peak + change, held=phase.held + change + apart)
 
 
 def _of_deepspeed(weights: int, recorder: Recorder, sharding: Sharding, processes: int) -> int:

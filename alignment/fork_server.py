@@ -2,8 +2,8 @@
 
 It imports the modules in turn and computes nothing. For every request at the socket FD it forks a child, which runs a
 module as ``python -m`` would. So a child has its own memory, session, environment and exit code, and lacks only the
-seconds of importing. Its client is alignment/pipeline/backends/forking.py. The server ends with its client; children go
-on.
+seconds of importing. Its client is alignment/pipeline/backends/forking.py. The server ends when its client is gone
+and its children have ended.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import runpy
 import selectors
 import socket
 import sys
+import tempfile
+import weakref
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
@@ -70,15 +72,17 @@ class _Server:
         self._selector.register(client, selectors.EVENT_READ)
 
     def serve(self, *, wait: bool) -> Request | None:
-        """Serves the requests that have come, or all until the client is gone. In a child it returns the request."""
-        while events := self._selector.select(timeout=None if wait else 0):
+        """Serves the requests that have come, or all until client and children are gone. In a child it returns the
+        request."""
+        while self._selector.get_map() and (events := self._selector.select(timeout=None if wait else 0)):
             for key, _ in events:
                 if key.fileobj is not self._client:
                     self._report(key)
                     continue
                 message, descriptors, _, _ = socket.recv_fds(self._client, LONGEST_REQUEST, MOST_DESCRIPTORS)
                 if not message:
-                    return None
+                    self._selector.unregister(self._client)
+                    continue
                 request = Request(**json.loads(message))
                 output, reports, *locks = descriptors
                 if self._fork(reports):
@@ -131,6 +135,17 @@ def _become(request: Request, *, output: int) -> None:
     os.environ.clear()
     os.environ.update(request.environment)
     unused_libraries.show()
+    _take_own_temporary_folders()
+
+
+def _take_own_temporary_folders() -> None:
+    """Makes the folders anew that libraries made when they were imported (wandb has two): each process removes its own
+    at its end."""
+    for finalizer in list(weakref.finalize._registry):  # type: ignore[attr-defined]
+        owner = (finalizer.peek() or [None])[0]
+        if isinstance(owner, tempfile.TemporaryDirectory):
+            finalizer.detach()
+            tempfile.TemporaryDirectory.__init__(owner)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,10 @@ LATER = {"ALIGNMENT_DEVICE", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
 """Variables that are read after the libraries are imported, so that they may differ from the server's."""
 
 
+_PATIENCE = 5.0
+"""Seconds in which a server removes what its libraries have left."""
+
+
 class ForkedProcess(psutil.Process):
     """A child of the server. ``reports`` has its exit code once it has ended."""
 
@@ -78,10 +82,13 @@ class ForkServer:
         return None
 
     def close(self) -> None:
-        """Ends the server; its children go on."""
+        """Ends the server, which first waits for its children."""
         self._client.close()
-        self._process.kill()
-        self._process.wait()
+        try:
+            self._process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 @contextmanager

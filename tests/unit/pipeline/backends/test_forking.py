@@ -106,10 +106,28 @@ def test_children_run_side_by_side_and_outlive_the_server(folder: Path) -> None:
         assert quick.wait() == 4
         with pytest.raises(psutil.TimeoutExpired):
             slow.wait(0)
+        server._process.kill()
+        assert slow.is_running()
+        assert slow.wait() == 1, "nobody knows its exit code"
+        assert not slow.is_running()
     os.close(descriptor)
-    assert slow.is_running()
-    assert slow.wait() == 1, "nobody knows its exit code"
-    assert not slow.is_running()
+
+
+def test_each_child_has_the_temporary_folders_of_libraries_for_itself(folder: Path) -> None:
+    (folder / "probe_library.py").write_text(
+        "import atexit, os, tempfile\nPID = os.getpid()\n"
+        f"FOLDER = tempfile.TemporaryDirectory(dir={str(folder)!r}, prefix='made')\natexit.register(FOLDER.cleanup)\n"
+    )
+    shows = "print(json.dumps([probe_library.FOLDER.name, os.listdir(probe_library.FOLDER.name)]), file=sys.stderr)"
+    log = folder / "log.txt"
+    with serving() as server:
+        for _ in range(2):
+            assert execute(probe(shows), log=log, on_poll=lambda: None, grace_seconds=1, server=server) == 0
+    (first, nothing), (second, _) = (json.loads(line) for line in log.read_text().splitlines()[1::2])
+    assert nothing == []
+    assert first != second
+    assert not any(Path(name).exists() for name in (first, second))
+    assert not list(folder.glob("made*")), "the server has removed its own"
 
 
 def test_locks_stay_with_a_child(folder: Path) -> None:
