@@ -276,13 +276,12 @@ def _as_estimated(spec: StageSpec) -> StageSpec:
 
 def _divided(name: str, phase: PhaseCost, recorder: Recorder, spec: StageSpec, processes: int) -> PhaseCost:
     """A phase in one of several processes that divide some of what it holds, with what dividing takes by itself."""
-    divided = DIVIDED[spec.sharding]
+    divided, apart = DIVIDED[spec.sharding], 0
     parts = {part: size // processes if part in divided else size for part, size in phase.parts.items()}
     if spec.sharding.by_deepspeed and name not in BEFORE:
         parts[DEEPSPEED] = _of_deepspeed(phase.parts.get(WEIGHTS, 0), recorder, spec.sharding, processes)
-        apart = 0 if recorder.for_gpu else recorder.moments // processes  # no hole of the heap is as large as a share
-    else:
-        apart = 0
+        if not (recorder.for_gpu or spec.sharding.of_weights):
+            apart = recorder.moments // processes  # no hole that activations leave in the heap is as large as a share
     change = sum(parts.values()) - sum(phase.parts.values())
     return replace(phase, parts=parts, peak=phase.peak + change, held=phase.held + change + apart)
 

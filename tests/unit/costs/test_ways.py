@@ -177,6 +177,20 @@ def test_processes_divide_what_their_launch_divides(tmp_path: Path) -> None:
         assert shared.seconds == pytest.approx(alone.seconds / 4)
 
 
+@pytest.mark.parametrize(("sharding", "is_apart"), [(Sharding.zero2, True), (Sharding.zero3, False)])
+def test_moments_in_one_piece_find_no_room_between_others(tmp_path: Path, sharding: Sharding, is_apart: bool) -> None:
+    spec = as_adapter(spec_of(tmp_path, DpoConfig), AdapterConfig(kind=AdapterKind.full))
+    costs = []
+    for changed in (spec, replace(spec, sharding=sharding)):
+        timer = Timer("l4", processes=4)
+        timer.is_gpu = False
+        costs.append(cost_of(changed, timer, publishes=False))
+    alone, shared = (cost.phases["training"] for cost in costs)
+    moments = costs[0].checkpoints // 3 - 4 * costs[0].trained  # three checkpoints have the weights too
+    change = sum(shared.parts.values()) - sum(alone.parts.values())
+    assert shared.held - alone.held - change == (moments // 4 if is_apart else 0)
+
+
 @pytest.mark.parametrize(("save_every", "checkpoints"), [(1, 5), (2, 3), (10, 1)])
 def test_what_is_stored_takes_time(
     tmp_path: Path, timer: Timer, monkeypatch: pytest.MonkeyPatch, save_every: int, checkpoints: int
