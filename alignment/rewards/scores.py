@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignment.models.forward.transfer import on_device
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scores:
@@ -34,10 +32,6 @@ class Scores:
     def of_answer(self, index: int) -> dict[str, float]:
         """The scores of one answer by scorer."""
         return dict(zip(self.names, self.values[:, index].tolist(), strict=True))
-
-    def to(self, device: torch.device) -> Scores:
-        """The same scores on a device."""
-        return Scores(names=self.names, values=on_device(self.values, device))
 
 
 def gathered_scores(shares: Sequence[Scores], order: Sequence[tuple[int, int]]) -> Scores:

@@ -179,7 +179,7 @@ class StopOnSignal(TrainerCallback):
             return
         asked = self.asked
         if torch.distributed.is_initialized():
-            flag = torch.tensor(int(asked), device=args.device)
+            flag = torch.full((), int(asked), device=args.device)
             torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
             asked = bool(flag.item())
         ends_anyway = control.should_training_stop or state.global_step >= state.max_steps

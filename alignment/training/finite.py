@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignment.core.errors import NonFiniteError, StageError
@@ -32,22 +33,22 @@ _LOWER_RATE = "lower the learning rate, or check the rows of this step"
 class FiniteSteps(TrainerCallback):
     """Ends the stage on NaN or infinity before the optimiser's step; the last good checkpoint stays.
 
-    The trainer provides the step's loss (``step_loss``). The norm of the gradients is read when the trainer computes
-    it, before it scales them: an overflowed norm scales all of them to zero, which would look fine.
+    The trainer provides the step's loss (``step_loss``). The norm of the gradients is that from before the trainer
+    scales them: an overflowed norm scales all of them to zero, which would look fine. Both are read together, because
+    each reading makes the host wait for the device.
     """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._norm: float | None = None
+        self._norm: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Wraps the trainer's function for the norm."""
         own = self._trainer._get_grad_norm
 
         def get_and_note_norm(model: Any, grad_norm: Any = None) -> Any:
-            norm = own(model, grad_norm=grad_norm)
-            self._norm = _number(norm)
-            return norm
+            self._norm = own(model, grad_norm=grad_norm)
+            return self._norm
 
         self._trainer._get_grad_norm = get_and_note_norm
 
@@ -60,10 +61,11 @@ class FiniteSteps(TrainerCallback):
         the launcher ends the others.
         """
         step = state.global_step + 1
-        loss = _number(getattr(self._trainer, "step_loss", None))
         engine = getattr(self._trainer, "deepspeed", None)
         # DeepSpeed has taken the step by now, and only the norm of its gradients is left.
-        norm = self._norm if engine is None else _number(engine.get_global_grad_norm())
+        norm, loss = _numbers(
+            self._norm if engine is None else engine.get_global_grad_norm(), getattr(self._trainer, "step_loss", None)
+        )
         if norm is None or not math.isfinite(norm):
             self._refuse_gradients(model, norm, step)  # first, because it is a collective operation
         if loss is not None and not math.isfinite(loss):
@@ -134,10 +136,11 @@ def refuse_weights(named: Iterable[tuple[str, Tensor]]) -> None:
 
 def _first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str | None:
     """The name of a tensor with NaN or infinity in this process's shard."""
-    pairs = list(named)
-    # All are read together, because each single reading would make the host wait for the device.
-    finite = torch.stack([_own(held).isfinite().all() for _, held in pairs]).tolist() if pairs else []
-    return next((name for (name, _), good in zip(pairs, finite, strict=True) if not good), None)
+    pairs = [(name, own) for name, held in named if (own := _own(held).detach()).numel()]
+    # One number tells of all, because reading one of each would make the host wait for the device as often.
+    if not pairs or math.isfinite(get_total_norm([own for _, own in pairs], math.inf)):
+        return None
+    return next(name for name, own in pairs if not bool(own.isfinite().all()))
 
 
 def refuse_results(metrics: Mapping[str, float]) -> None:
@@ -151,11 +154,12 @@ def refuse_results(metrics: Mapping[str, float]) -> None:
             raise NonFiniteError(f"{name} is {value} after the last step", remedy="lower the learning rate")
 
 
-def _number(value: Any) -> float | None:
-    """A float from a trainer's or an engine's value, which may be a sharded tensor."""
-    if value is None:
-        return None
-    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+def _numbers(*values: Any) -> list[float | None]:
+    """Floats from a trainer's or an engine's values, of which some may be None or sharded tensors."""
+    whole = [value.full_tensor() if isinstance(value, DTensor) else value for value in values]
+    tensors = [value.detach().double().reshape(()) for value in whole if isinstance(value, Tensor)]
+    read = iter(torch.stack([tensor.to(tensors[0].device) for tensor in tensors]).tolist() if tensors else [])
+    return [next(read) if isinstance(value, Tensor) else None if value is None else float(value) for value in whole]
 
 
 def _own(held: Tensor) -> Tensor:

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.causal import IGNORED
 from alignment.models.forward.rows import SHORTEST_SHARED, by_tokens
+from alignment.models.forward.transfer import on_device, on_host, sent
 from alignment.models.kernels.dora_norms import reused_norms
 from alignment.training.sharded_trainer import ShardedTrainer
 
@@ -97,6 +99,9 @@ class Unit(Enum):
 class MicroBatches(ShardedTrainer):
     """A mix-in for TRL's trainers. Batches are padded rows, or packed ones (SFT).
 
+    They stay on the host, where tokens are counted and streams are built. Their micro-batches are sent to the device,
+    and remember what they were (transfer.py).
+
     ``micro_batch_tokens`` limits a micro-batch; set it after construction. ``accuracy_metric`` is TRL's name of the
     share of pairs, or of learned tokens, on which the model is right. ``row_origin`` says where a row is from, by its
     number in ``train_dataset``.
@@ -109,6 +114,23 @@ class MicroBatches(ShardedTrainer):
     step_loss: Tensor | None = None
     _share: float = 1.0
     _keeps_gradients: bool = True
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Its batches are on the host."""
+        placement, self.accelerator.device_placement = self.accelerator.device_placement, False
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.accelerator.device_placement = placement
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], Any]:
+        """Batches, and the number of their learned tokens on all processes, on ``device``."""
+        # One process counts where the batches are; several gather the counts of their devices.
+        counted_on = torch.device("cpu") if self.accelerator.num_processes == 1 else device
+        batches, num_tokens = super().get_batch_samples(epoch_iterator, num_batches, counted_on)
+        return batches, on_device(num_tokens, device) if isinstance(num_tokens, Tensor) else num_tokens
 
     def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None) -> Tensor:
         """Gradients of the whole batch; returns its loss.
@@ -160,7 +182,7 @@ class MicroBatches(ShardedTrainer):
     def _batch_of(self, rows: Sequence[int]) -> tuple[Batch, Any]:
         """The rows as the trainer's step takes them, and the number of their learned tokens on all processes."""
         self.current_gradient_accumulation_steps = 1  # as in a step, before which the trainer sets it
-        batch = self._prepare_inputs(self.data_collator([self.train_dataset[row] for row in rows]))
+        batch = self.data_collator([self.train_dataset[row] for row in rows])
         _, num_tokens = self.get_batch_samples(iter([batch]), 1, self.args.device)
         return batch, num_tokens
 
@@ -183,8 +205,8 @@ class MicroBatches(ShardedTrainer):
         """
         if "attention_mask" not in inputs:  # packed rows are delimited by their position ids alone
             inputs = {name: inputs[name] for name in PACKED_COLUMNS}
-        inputs = self._prepare_inputs(inputs)
         _, num_tokens = self.get_batch_samples(iter([inputs]), 1, self.args.device)
+        inputs = sent(inputs, self.args.device)
         self._share = 1.0
         with self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs, num_items_in_batch=num_tokens)
@@ -193,7 +215,10 @@ class MicroBatches(ShardedTrainer):
         return float(loss), accuracy, float(num_pairs if self.unit is Unit.pairs else num_tokens)
 
     def _micro_batches(self, inputs: Batch) -> list[tuple[Batch, float]]:
-        """Micro-batches with their shares of the pairs or rows, or of the learned tokens."""
+        """Micro-batches on the device, with their shares of the pairs or rows, or of the learned tokens."""
+        return [(sent(micro_batch, self.args.device), share) for micro_batch, share in self._divided(inputs)]
+
+    def _divided(self, inputs: Batch) -> list[tuple[Batch, float]]:
         if "attention_mask" not in inputs:
             micro_batches = self._packed_micro_batches(inputs)
         else:
@@ -205,17 +230,15 @@ class MicroBatches(ShardedTrainer):
                 return [(_rows_of(inputs, span, len(lengths)), len(span) / len(lengths)) for span in ranges]
             ranges = same_number_everywhere(by_tokens(lengths.tolist(), self.micro_batch_tokens), self.accelerator)
             micro_batches = [_rows_of(inputs, span, len(lengths)) for span in ranges]
-        # All counts are read together, because each reading makes the host wait for the device.
-        learned = torch.stack([(micro_batch["labels"] != IGNORED).sum() for micro_batch in micro_batches]).tolist()
+        learned = [int((micro_batch["labels"] != IGNORED).sum()) for micro_batch in micro_batches]
         return [
             (micro_batch, count / max(1, sum(learned)))
             for micro_batch, count in zip(micro_batches, learned, strict=True)
         ]
 
     def _micro_batches_of_pairs(self, inputs: Batch) -> list[tuple[Batch, float]]:
-        """As ``_micro_batches``, with both rows of a pair in one micro-batch."""
-        ids = inputs["input_ids"]
-        ids, mask = torch.stack([ids, inputs["attention_mask"].to(ids.dtype)]).cpu()  # a single wait for the GPU
+        """As ``_divided``, with both rows of a pair in one micro-batch."""
+        ids, mask = on_host(inputs["input_ids"], inputs["attention_mask"])
         number = len(ids) // 2
         tokens = mask.sum(-1).view(-1, number).sum(0)
         if self.model.config._attn_implementation == ATTENTION:

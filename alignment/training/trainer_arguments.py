@@ -62,7 +62,7 @@ def quiet_arguments(context: StageContext) -> dict[str, Any]:
         "disable_tqdm": True,
         "activation_checkpointing": False,
         "dataloader_num_workers": 0,
-        "dataloader_pin_memory": context.device.type == "cuda",
+        "dataloader_pin_memory": False,  # batches stay on the host (MicroBatches)
         "ddp_find_unused_parameters": False,
     }
 

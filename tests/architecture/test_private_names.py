@@ -162,6 +162,7 @@ CONTRACTS: dict[str, tuple[str, Callable[[], bool]]] = {
     "_reorder_linear_weight": ("torch", lambda: op("_reorder_linear_weight")),
     "_linear_pointwise": ("torch", lambda: op("_linear_pointwise")),
     "_is_mkldnn_bf16_supported": ("torch", lambda: op("_is_mkldnn_bf16_supported")),
+    "_version": ("torch", lambda: torch.zeros(1).add_(1)._version == 1),
     # ---- transformers
     "_attn_implementation": ("transformers", lambda: CONFIG._attn_implementation is not False),
     "_name_or_path": ("transformers", lambda: CONFIG._name_or_path == ""),
@@ -177,7 +178,6 @@ CONTRACTS: dict[str, tuple[str, Callable[[], bool]]] = {
         lambda: has(transformers.Trainer, "_move_model_to_device", "model", "device"),
     ),
     "_get_grad_norm": ("transformers", lambda: has(transformers.Trainer, "_get_grad_norm", "model", "grad_norm")),
-    "_prepare_inputs": ("transformers", lambda: has(transformers.Trainer, "_prepare_inputs", "inputs")),
     # ---- trl
     "_compute_loss": ("trl", lambda: has(trl.DPOTrainer, "_compute_loss", "model", "inputs", "return_outputs")),
     "_prepare_dataset": ("trl", lambda: has(trl.DPOTrainer, "_prepare_dataset", "dataset")),

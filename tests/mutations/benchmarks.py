@@ -26,8 +26,8 @@ MUTATIONS = [
         ),
         (
             "a continuation is greedy if one of its tokens is",
-            "bool(is_top1.all())",
-            "bool(is_top1.any())",
+            "is_top1.all().to(sums[0])",
+            "is_top1.any().to(sums[0])",
             "test_a_continuation_is_greedy_if_every_token_is_the_likeliest",
         ),
         (

@@ -66,14 +66,14 @@ MUTATIONS = [
         STAGE,
         (
             "prompts of a student are learned too",
-            "(labels[:, 1:] != IGNORED) & rows.is_real[:, 1:]",
-            "rows.is_real[:, 1:]",
+            "(given[:, 1:] != IGNORED) & is_real[:, 1:]",
+            "is_real[:, 1:]",
             _PAPERS,
         ),
         (
             "a state is compared where its own token stands",
-            "rows.index[:, :-1][predicts]",
-            "rows.index[:, 1:][predicts]",
+            "index[:, :-1][predicts]",
+            "index[:, 1:][predicts]",
             _PAPERS,
         ),
     ),

@@ -19,7 +19,12 @@ MUTATIONS = [
             "(reference[:, 1] - policy).mean()",
             _PAPER,
         ),
-        ("KTO's divergence is that of the matched answers", "batch[OTHER + name]", "batch[name]", _PAPER),
+        (
+            "KTO's divergence is that of the matched answers",
+            "return {name: batch[OTHER + name] for name in TEXT}",
+            "return {name: batch[name] for name in TEXT}",
+            _PAPER,
+        ),
         ("KTO's divergence leaves out the reference", "(policy - reference[:, 1]).mean()", "policy.mean()", _PAPER),
         (
             "KTO subtracts the reference's mismatched answers twice",
@@ -35,8 +40,8 @@ MUTATIONS = [
         ),
         (
             "KTO's answers and mismatched answers change places in the reference",
-            'for prefix in ("", OTHER)]\n        padded',
-            'for prefix in (OTHER, "")]\n        padded',
+            "sides = on_host(batch[name], batch[OTHER + name])",
+            "sides = on_host(batch[OTHER + name], batch[name])",
             _START,
         ),
         (

@@ -23,7 +23,7 @@ MUTATIONS = [
         COLUMNS,
         (
             "running means never take in a batch of scores",
-            "        self.rewards.observe(by_scorer)\n",
+            "        self.rewards.observe(rollout.scores)\n",
             "",
             "test_running_means_of_scores_go_on_over_a_resume",
         ),

@@ -176,7 +176,12 @@ MUTATIONS = [
             "        if policy is not None:\n",
             DPO,
         ),
-        ("prompts are learned too", 'batch["completion_mask"] == 0', 'batch["attention_mask"] == 0', CHANGES),
+        (
+            "prompts are learned too",
+            'on_host(batch["input_ids"], batch["completion_mask"])',
+            'on_host(batch["input_ids"], batch["attention_mask"])',
+            CHANGES,
+        ),
         ("TRL's copy of the adapter stays", '    policy.delete_adapter("ref")\n', "    pass\n", NO_REFERENCE),
     ),
     *in_file(

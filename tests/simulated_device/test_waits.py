@@ -13,7 +13,7 @@ import pytest
 from tests.simulated_device.conftest import Stages
 from tests.simulated_device.events import Event
 from tests.simulated_device.outcomes import Outcome, listing, waits
-from tests.simulated_device.stages import Cell
+from tests.simulated_device.stages import ADAPTERS, Cell
 
 pytestmark = pytest.mark.xdist_group("simulated device")
 
@@ -32,17 +32,18 @@ class Budget:
 
 
 BUDGETS = {
-    "cpt": Budget(own=11, libraries=14),
-    "sft": Budget(own=6, libraries=10),
-    "reward": Budget(own=5, libraries=16),
-    "dpo": Budget(own=11, libraries=39),
-    "dpo_precomputed": Budget(own=7, libraries=41),
-    "kto": Budget(own=15, libraries=27),
-    "distil": Budget(own=6, libraries=10, collected=None),
-    "distil_tokens": Budget(own=8, libraries=5, collected=None),
-    "ppo": Budget(own=2, libraries=0, collected=18),
-    "ppo_shared": Budget(own=2, libraries=0, collected=21),
-    "grpo": Budget(own=2, libraries=0, collected=13),
+    "cpt": Budget(own=1, libraries=8),
+    "sft": Budget(own=1, libraries=7),
+    "reward": Budget(own=1, libraries=14),
+    "dpo": Budget(own=1, libraries=36),
+    "dpo_precomputed": Budget(own=1, libraries=36),
+    "kto": Budget(own=1, libraries=20),
+    "distil": Budget(own=1, libraries=7, collected=None),
+    "distil_tokens": Budget(own=2, libraries=2, collected=None),
+    "ppo": Budget(own=1, libraries=0, collected=3),
+    "ppo_shared": Budget(own=1, libraries=0, collected=3),
+    "ppo_guarded": Budget(own=2, libraries=0, collected=4),
+    "grpo": Budget(own=1, libraries=0, collected=3),
 }
 DECODING = 1
 """Waits for each new token of a batch, whatever the number of rows."""
@@ -56,7 +57,7 @@ def _is_of_decoding(event: Event) -> bool:
 def _split(outcome: Outcome) -> tuple[Counter[Event], Counter[Event]]:
     """A step, and what an update collects before its first step. Events of decoding are left out."""
     without = [Counter({event: n for event, n in step.items() if not _is_of_decoding(event)}) for step in outcome.steps]
-    cheapest = min(without, key=lambda step: waits(step, own=True))
+    cheapest = min(without, key=lambda step: (waits(step, own=True), waits(step, own=False)))
     return cheapest, max(without, key=lambda step: waits(step, own=True)) - cheapest
 
 
@@ -79,6 +80,8 @@ def test_decoding_waits_once_for_a_token(stages: Stages, stage: str) -> None:
     assert waits(decoding, own=True) == DECODING * outcome.decoded, listing(decoding)
 
 
-def test_a_prefix_costs_no_wait(stages: Stages) -> None:
-    plain, prefix = (_split(stages.outcome(Cell(stage="ppo", adapter=adapter))) for adapter in ("lora", "prefix"))
-    assert [waits(part, own=True) for part in prefix] == [waits(part, own=True) for part in plain]
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+@pytest.mark.parametrize("adapter", [adapter for adapter in ADAPTERS if adapter != "lora"])
+def test_no_adapter_costs_a_wait(stages: Stages, stage: str, adapter: str) -> None:
+    plain, other = (_split(stages.outcome(Cell(stage=stage, adapter=kind))) for kind in ("lora", adapter))
+    assert [waits(part, own=True) for part in other] == [waits(part, own=True) for part in plain], listing(other[0])

@@ -13,7 +13,7 @@ from alignment.core.errors import ModelError
 from alignment.models.forward.flat import trunk_states
 from alignment.models.forward.head import TokenStatistics, label_statistics, scalar_at, scales_logits
 from alignment.models.forward.rows import SHORTEST_SHARED, FlatRows, by_tokens, stream
-from alignment.models.forward.transfer import on_device
+from alignment.models.forward.transfer import on_host, sent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,15 +36,16 @@ def answer_stream(
 ) -> AnswerStream:
     """Appends each answer to its prompt. Neither may be empty."""
     rows = stream([[*prompt, *answer] for prompt, answer in zip(prompts, answers, strict=True)], device)
+    (index,) = on_host(rows.index)
     predicting = [
-        rows.index[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)]
+        index[row, len(prompt) - 1 : len(prompt) - 1 + len(answer)]
         for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
     ]
+    labels = torch.tensor([token for answer in answers for token in answer])
     return AnswerStream(
         rows=rows,
-        indices=torch.cat(predicting),
-        labels=on_device(torch.tensor([token for answer in answers for token in answer]), device),
         lengths=tuple(len(answer) for answer in answers),
+        **sent({"indices": torch.cat(predicting), "labels": labels}, device),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import types
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.head import label_statistics, scalar_at, scales_logits
 from alignment.models.forward.rows import FlatRows, flatten, stream
-from alignment.models.forward.transfer import on_device
+from alignment.models.forward.transfer import on_host, sent
 
 log = logging.getLogger(__name__)
 
@@ -71,62 +72,74 @@ def _rows_of(kwargs: dict[str, Any]) -> FlatRows:
     input_ids, mask, positions = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs.get("position_ids")
     if mask is not None or positions is None:
         return flatten(input_ids, torch.ones_like(input_ids) if mask is None else mask)
-    starts = (positions.reshape(-1) == 0).nonzero().flatten().tolist()
-    tokens = input_ids.reshape(-1).tolist()
+    ids, columns = on_host(input_ids, positions)
+    starts = (columns.flatten() == 0).nonzero().flatten().tolist()
+    tokens = ids.flatten().tolist()
     bounds = zip(starts, [*starts[1:], len(tokens)], strict=True)
     return stream([tokens[start:end] for start, end in bounds], input_ids.device)
 
 
-def _in_rows(labels: Tensor, rows: FlatRows) -> Tensor:
-    """Packed ``[1, tokens]`` labels as ``[rows, columns]``; those of a padded batch already have that shape."""
-    if labels.shape == rows.is_real.shape:
-        return labels
-    return labels.new_full(rows.is_real.shape, IGNORED).masked_scatter(rows.is_real, labels.reshape(-1))
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Learned:
+    """What is learned from a batch whose labels are ``[rows, columns]``, or packed as ``[1, tokens]``.
+
+    ``before`` are the indices in the stream of the states that predict ``labels``, and ``at`` where these stand in
+    ``mask``, flattened: ``[rows, columns - 1]`` or ``[1, tokens - 1]``, True where a token is learned.
+    """
+
+    before: Tensor
+    labels: Tensor
+    at: Tensor
+    mask: Tensor
 
 
 def _causal_output(
     model: PreTrainedModel, *, rows: FlatRows, labels: Tensor, count: Tensor | int | None
 ) -> FusedCausalLMOutput:
-    wanted = _in_rows(labels, rows)
-    label_mask = (wanted[:, 1:] != IGNORED) & rows.is_real[:, :-1]  # [rows, columns - 1]
-    at = _learned_at(wanted, rows)
+    learned = _learned_of(labels, rows)
     states = trunk_states(model.base_model, rows)
-    statistics = label_statistics(model, states[rows.index[:, :-1][at]], wanted[:, 1:][at])
-    mask: Tensor = label_mask
-    spread_at: tuple[Tensor, ...] = at
-    if wanted is not labels:
-        mask = _packed(rows, label_mask, labels)
-        spread_at = mask.nonzero(as_tuple=True)
+    statistics = label_statistics(model, states[learned.before], learned.labels)
 
     def spread(values: Tensor) -> Tensor:
         # By indices, because the gradient by a mask would wait for the device.
-        return values.new_zeros(mask.shape).index_put(spread_at, values)
+        return values.new_zeros(learned.mask.numel()).index_put((learned.at,), values).view(learned.mask.shape)
 
-    total = label_mask.sum().clamp(min=1) if count is None else count
+    total = learned.mask.sum().clamp(min=1) if count is None else count
     return FusedCausalLMOutput(
         loss=-statistics.logprobs.sum() / total,
         log_probs=spread(statistics.logprobs),
         entropy=spread(statistics.entropy),
         mean_logits=spread(statistics.mean_logits),
         is_top1=spread(statistics.is_top1),
-        label_mask=mask,
+        label_mask=learned.mask,
     )
 
 
-def _learned_at(labels: Tensor, rows: FlatRows) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the states that predict a label; the state at column c predicts column c + 1.
+def _learned_of(labels: Tensor, rows: FlatRows) -> _Learned:
+    """Found on the host; the state at column c predicts column c + 1.
 
     Raises:
         ValueError: padding has a label.
     """
-    has_label, is_real = torch.stack([labels != IGNORED, rows.is_real]).cpu()  # a single wait for the GPU
+    given, is_real, index = on_host(labels, rows.is_real, rows.index)
+    wanted = given if given.shape == is_real.shape else _in_rows(given, is_real)
+    has_label = wanted != IGNORED
     if bool((has_label & ~is_real).any()):
         raise ValueError("padding has a label")
-    row, column = on_device((has_label[:, 1:] & is_real[:, :-1]).nonzero().T.contiguous(), labels.device)
-    return row, column
+    mask = has_label[:, 1:] & is_real[:, :-1]
+    tensors = {"before": index[:, :-1][mask], "labels": wanted[:, 1:][mask]}
+    if wanted is not given:
+        mask = _packed(is_real, mask, given)
+    tensors |= {"at": mask.flatten().nonzero().flatten(), "mask": mask}
+    return _Learned(**sent(tensors, labels.device))
 
 
-def _packed(rows: FlatRows, label_mask: Tensor, labels: Tensor) -> Tensor:
+def _in_rows(labels: Tensor, is_real: Tensor) -> Tensor:
+    """Packed ``[1, tokens]`` labels as ``[rows, columns]``."""
+    return labels.new_full(is_real.shape, IGNORED).masked_scatter(is_real, labels.flatten())
+
+
+def _packed(is_real: Tensor, label_mask: Tensor, labels: Tensor) -> Tensor:
     """The label mask of rows in the shape of the packed labels, ``[1, tokens - 1]``."""
-    first = torch.zeros_like(rows.is_real[:, :1])  # a row's first token is never predicted
-    return torch.cat([first, label_mask], dim=-1)[rows.is_real].view_as(labels)[:, 1:]
+    first = torch.zeros_like(is_real[:, :1])  # a row's first token is never predicted
+    return torch.cat([first, label_mask], dim=-1)[is_real].view_as(labels)[:, 1:]

@@ -15,6 +15,7 @@ from alignment.models.forward.divergence import Teaching, divergence_from
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.head import logit_cap, scales_logits
 from alignment.models.forward.rows import FlatRows, flatten
+from alignment.models.forward.transfer import on_device, on_host
 
 
 def install_divergence(model: PreTrainedModel) -> None:
@@ -47,8 +48,9 @@ def install_divergence(model: PreTrainedModel) -> None:
 def learned_positions(input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[FlatRows, Tensor]:
     """The stream of a padded batch, and the indices in it of the states that predict a token with a label."""
     rows = flatten(input_ids, attention_mask)
-    predicts = (labels[:, 1:] != IGNORED) & rows.is_real[:, 1:]  # the state at column c predicts column c + 1
-    return rows, rows.index[:, :-1][predicts]
+    given, is_real, index = on_host(labels, rows.is_real, rows.index)
+    predicts = (given[:, 1:] != IGNORED) & is_real[:, 1:]  # the state at column c predicts column c + 1
+    return rows, on_device(index[:, :-1][predicts], labels.device)
 
 
 def teaching_at(teacher: PreTrainedModel, rows: FlatRows, indices: Tensor) -> Teaching:

@@ -192,9 +192,8 @@ def _continue(
         if not unfinished or step == max_new_tokens - 1:
             break
         if len(unfinished) <= FULL_ENOUGH * len(rows):
-            unfinished_rows = torch.tensor(
-                [index for index, row in enumerate(rows) if row in unfinished], device=model.device
-            )
+            indices = [index for index, row in enumerate(rows) if row in unfinished]
+            unfinished_rows = on_device(torch.tensor(indices), model.device)
             rows = [row for row in rows if row in unfinished]
             cache.select(unfinished_rows)
             tokens, seen, positions = tokens[unfinished_rows], seen[unfinished_rows], positions[unfinished_rows]

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from alignment.models.forward.transfer import on_device
+from alignment.models.forward.transfer import on_host, sent
 
 SHORTEST_SHARED = 16
 """Tokens below which a common beginning is computed twice, because attending elsewhere costs more than it saves."""
@@ -84,7 +84,7 @@ def flatten(input_ids: Tensor, attention_mask: Tensor, *, share: bool = True) ->
     Raises:
         ValueError: a row has no real token, or has padding between two real tokens.
     """
-    ids, mask = torch.stack([input_ids, attention_mask.to(input_ids.dtype)]).cpu()  # a single wait for the GPU
+    ids, mask = on_host(input_ids, attention_mask)
     is_real = mask.bool()
     lengths = is_real.sum(-1)
     if int(lengths.min()) == 0:
@@ -120,19 +120,20 @@ def behind(earlier: FlatRows, which: Sequence[int], texts: Sequence[Sequence[int
     lengths = torch.tensor([len(text) for text in texts])
     columns = torch.arange(int(lengths.max()))
     is_real = columns < lengths[:, None]
+    positions = [torch.arange(len(text)) + earlier.lengths[row] for row, text in zip(which, texts, strict=True)]
+    tensors = {
+        "input_ids": torch.tensor([token for text in texts for token in text]),
+        "position_ids": torch.cat(positions),
+        "index": (torch.tensor(ends[:-1])[:, None] + columns) * is_real,
+        "is_real": is_real,
+    }
     return FlatRows(
-        input_ids=on_device(torch.tensor([token for text in texts for token in text]), device),
-        position_ids=on_device(
-            torch.cat([torch.arange(len(text)) + earlier.lengths[row] for row, text in zip(which, texts, strict=True)]),
-            device,
-        ),
         segments=tuple(
             Segment(own=(start, end), before=before[row])
             for row, (start, end) in zip(which, itertools.pairwise(ends), strict=True)
         ),
-        index=on_device((torch.tensor(ends[:-1])[:, None] + columns) * is_real, device),
-        is_real=on_device(is_real, device),
         lengths=tuple(earlier.lengths[row] + len(text) for row, text in zip(which, texts, strict=True)),
+        **sent(tensors, device),
     )
 
 
@@ -188,14 +189,13 @@ def _flat_rows(rows: Sequence[Sequence[int]], is_real: Tensor, device: torch.dev
         segments.append(Segment(own=(start, len(ids)), before=before))
     index = torch.zeros(is_real.shape, dtype=torch.long)
     index[is_real] = torch.cat([torch.arange(*span) for segment in segments for span in segment.keys])
-    return FlatRows(
-        input_ids=on_device(torch.tensor(ids), device),
-        position_ids=on_device(torch.tensor(positions), device),
-        segments=tuple(segments),
-        index=on_device(index, device),
-        is_real=on_device(is_real, device),
-        lengths=tuple(len(row) for row in rows),
-    )
+    tensors = {
+        "input_ids": torch.tensor(ids),
+        "position_ids": torch.tensor(positions),
+        "index": index,
+        "is_real": is_real,
+    }
+    return FlatRows(segments=tuple(segments), lengths=tuple(len(row) for row in rows), **sent(tensors, device))
 
 
 def _first(ranges: Sequence[Range], count: int) -> tuple[Range, ...]:

@@ -19,7 +19,7 @@ from alignment.models.forward.attention import ATTENTION, KeysValues
 from alignment.models.forward.flat import trunk_states
 from alignment.models.forward.head import capped, label_statistics, logit_cap, scales_logits
 from alignment.models.forward.rows import FlatRows, behind, by_tokens, stream
-from alignment.models.forward.transfer import on_device
+from alignment.models.forward.transfer import on_device, on_host
 from alignment.models.kernels.kv_cache import RowsCache
 
 READ_TOKENS = 2048
@@ -78,7 +78,8 @@ class Reading:
         sums_of_prompts: list[list[float]] = []
         for batch in self.batches:
             of_batch = texts[len(sums_of_prompts) : len(sums_of_prompts) + len(batch.asked)]
-            rows = [row for row, of_prompt in zip(batch.asked.tolist(), of_batch, strict=True) for _ in of_prompt]
+            (asked,) = on_host(batch.asked)
+            rows = [row for row, of_prompt in zip(asked.tolist(), of_batch, strict=True) for _ in of_prompt]
             sums = iter(_logprobs(model, batch, rows, [text for of_prompt in of_batch for text in of_prompt]))
             sums_of_prompts += [[next(sums) for _ in of_prompt] for of_prompt in of_batch]
         return sums_of_prompts
@@ -123,7 +124,7 @@ def _logprobs(model: PreTrainedModel, batch: PromptBatch, which: list[int], text
         states = trunk_states(model.base_model, rows, earlier=batch.keys_values)
         # The prompt's last token predicts a text's first token; every other token is predicted by the one before it.
         predicting = states.roll(1, 0)
-        predicting[rows.index[:, 0]] = batch.ends[after]
+        predicting[rows.index[:, 0]] = batch.ends[on_device(torch.tensor(after), batch.ends.device)]
         logprobs = label_statistics(model, predicting, rows.input_ids).logprobs
         sums += torch.stack([own.sum() for own in logprobs.split([len(text) for text in span_texts])]).tolist()
     return sums

@@ -25,7 +25,7 @@ from alignment.models.assembly.prefix import positions_of
 from alignment.models.forward.answers import AnswerStream, answer_statistics
 from alignment.models.forward.generate import generate
 from alignment.models.forward.rows import SHORTEST_SHARED, by_tokens, stream
-from alignment.models.forward.transfer import on_device
+from alignment.models.forward.transfer import on_host, sent
 from alignment.models.kernels.layout import prepacked
 from alignment.stages.benchmark.answer_ends import Answering, StopTexts, answering
 
@@ -255,14 +255,13 @@ def _scores(
 ) -> list[tuple[float, bool]]:
     rows = stream(reads, model.device)
     row_of = {read: row for row, read in enumerate(reads)}
-    predicting = [rows.index[row_of[text.read], len(text.read) - len(text.labels) : len(text.read)] for text in texts]
+    (index,) = on_host(rows.index)
+    predicting = [index[row_of[text.read], len(text.read) - len(text.labels) : len(text.read)] for text in texts]
     labels = torch.tensor([label for text in texts for label in text.labels])
     lengths = tuple(len(text.labels) for text in texts)
-    batch = AnswerStream(
-        rows=rows, indices=torch.cat(predicting), labels=on_device(labels, model.device), lengths=lengths
-    )
-    statistics = answer_statistics(model, batch)
-    return [
-        (float(logprobs.sum()), bool(is_top1.all()))
-        for logprobs, is_top1 in zip(statistics.logprobs.split(lengths), statistics.is_top1.split(lengths), strict=True)
-    ]
+    tensors = sent({"indices": torch.cat(predicting), "labels": labels}, model.device)
+    statistics = answer_statistics(model, AnswerStream(rows=rows, lengths=lengths, **tensors))
+    sums = [logprobs.sum() for logprobs in statistics.logprobs.split(lengths)]
+    hits = [is_top1.all().to(sums[0]) for is_top1 in statistics.is_top1.split(lengths)]
+    read = torch.stack([*sums, *hits]).tolist()  # a single wait for the GPU
+    return [(total, bool(is_top1)) for total, is_top1 in zip(read[: len(texts)], read[len(texts) :], strict=True)]

@@ -51,7 +51,8 @@ class DistilTrainer(MicroBatchedSftTrainer):
         divergence, acceptance, is_same_top = model(
             rows=rows, indices=indices, teaching=teaching, temperature=self.temperature
         )
-        counts = [inputs["attention_mask"].sum(), torch.tensor(len(indices)), acceptance.sum(), is_same_top.sum()]
+        learned = self._sums.new_full((), len(indices))
+        counts = [inputs["attention_mask"].sum(), learned, acceptance.sum(), is_same_top.sum()]
         self._sums += torch.stack([count.to(self._sums) for count in counts])
         total = torch.as_tensor(len(indices) if num_items_in_batch is None else num_items_in_batch)
         loss: Tensor = divergence.sum() / total.to(divergence.device).clamp(min=1)

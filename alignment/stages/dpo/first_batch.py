@@ -21,7 +21,7 @@ class FirstBatch:
 
     def __init__(self, trainer: PairTrainer) -> None:
         self._trainer = trainer
-        batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+        batch = next(iter(trainer.get_train_dataloader()))
         trainer.model.train()  # as in training, so that active dropout is noticed
         self._micro_batches: list[Batch] = [micro_batch for micro_batch, _ in trainer._micro_batches(batch)]
         chosen, rejected = self._of_all(lambda inputs: trainer.logprobs_of(trainer.model, inputs))

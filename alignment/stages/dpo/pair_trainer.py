@@ -58,11 +58,12 @@ class PairTrainer(AgainstStart, DPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: Batch, return_outputs: bool) -> Tensor:
         """The mean loss of the pairs, and TRL's metrics of them."""
-        if not self.has_own_terms:
-            return super()._compute_loss(model, inputs, return_outputs)
         margins = inputs.get(MARGIN)
         inputs = {name: value for name, value in inputs.items() if name != MARGIN}
+        # Before the policy's activations are in memory.
         inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = self.reference_logprobs(inputs)
+        if not self.has_own_terms:
+            return super()._compute_loss(model, inputs, return_outputs)
         outputs = []
 
         def recorded(**kwargs: Any) -> Any:
@@ -90,10 +91,10 @@ class PairTrainer(AgainstStart, DPOTrainer):
         """Replaces the rewards among the metrics that TRL has just added."""
         metrics = self._metrics["train" if self.model.training else "eval"]
         chosen, rejected = (self.accelerator.gather(rewards.detach()) for rewards in (chosen, rejected))
-        metrics["rewards/chosen"][-1] = chosen.mean().item()
-        metrics["rewards/rejected"][-1] = rejected.mean().item()
-        metrics["rewards/accuracies"][-1] = (chosen > rejected).float().mean().item()
-        metrics["rewards/margins"][-1] = (chosen - rejected).mean().item()
+        is_right = (chosen > rejected).float()
+        means = torch.stack([values.mean() for values in (chosen, rejected, is_right, chosen - rejected)]).tolist()
+        for name, mean in zip(("chosen", "rejected", "accuracies", "margins"), means, strict=True):
+            metrics[f"rewards/{name}"][-1] = mean
 
 
 def pairs_of(logprobs: Tensor, inputs: Batch, margins: Tensor | None) -> PairLogprobs:

@@ -117,11 +117,11 @@ def _trainer(
 
 
 def _set_loss(trainer: PairTrainer, config: DpoConfig) -> None:
-    """Sets what TRL's loss lacks. TRL then takes the reference's log-probabilities from the batch."""
+    """Sets what TRL's loss lacks. TRL takes the reference's log-probabilities from the batch."""
     trainer.needs_reference = config.loss.needs_reference
     trainer.own_loss, trainer.implicit_rewards = own_loss(config), implicit_rewards(config)
     trainer.nll_weight = config.nll_weight
-    trainer.precompute_ref_logps |= trainer.has_own_terms
+    trainer.precompute_ref_logps = True  # each micro-batch gets them before it is learned from (PairTrainer)
     if config.margin:
         trainer.data_collator = WithMargins(trainer.data_collator)
 

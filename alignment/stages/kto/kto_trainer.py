@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from trl import KTOTrainer
 
+from alignment.models.forward.transfer import on_host, sent
 from alignment.stages.shared.start_check import StartRow
 from alignment.stages.shared.start_reference import AgainstStart, answer_logprobs
 from alignment.training.micro_batches import Batch, Unit
@@ -75,9 +76,11 @@ class TokenizedKtoTrainer(AgainstStart, KTOTrainer):
 
     def _counted(self, batch: Batch) -> Mapping[str, Sequence[float]]:
         """The rows of each label in each micro-batch, of all processes; those of no row are left out."""
-        labels = [part[LABEL].bool() for part, _ in self._micro_batches(batch)]
-        counts = torch.tensor([[int(own.sum()), int((~own).sum())] for own in labels], device=self.args.device)
-        chosen, rejected = self.accelerator.reduce(counts, reduction="sum").T.tolist()
+        labels = [on_host(part[LABEL])[0].bool() for part, _ in self._micro_batches(batch)]
+        counts = torch.tensor([[int(own.sum()), int((~own).sum())] for own in labels])
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts.to(self.args.device), reduction="sum")
+        chosen, rejected = counts.T.tolist()
         return {"chosen": list(filter(None, chosen)), "rejected": list(filter(None, rejected))}
 
     def _metric_weights(self, name: str, shares: Sequence[float]) -> Sequence[float]:
@@ -104,7 +107,7 @@ def _alternating(batch: Batch) -> Batch:
     columns = max(batch[prefix + TEXT[0]].shape[1] for prefix in ("", OTHER))
     both = {}
     for name in TEXT:
-        sides = [batch[prefix + name] for prefix in ("", OTHER)]
+        sides = on_host(batch[name], batch[OTHER + name])
         padded = [nn.functional.pad(side, (0, columns - side.shape[1])) for side in sides]
         both[name] = torch.stack(padded, dim=1).flatten(0, 1)
-    return both
+    return sent(both, batch[TEXT[0]].device)

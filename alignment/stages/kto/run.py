@@ -132,7 +132,7 @@ def check_start(trainer: TokenizedKtoTrainer) -> None:
     Raises:
         StageError: they differ, so the reference is not the policy that the stage starts from.
     """
-    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()  # as in training, so that active dropout is noticed
     with copied_in_calls(unwrapped(trainer.model), trainer.args.device):
         refuse_other_reference(trainer.start_rows(batch), trainer.precomputed, tolerance=trainer.start_tolerance)

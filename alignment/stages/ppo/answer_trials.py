@@ -86,15 +86,15 @@ class AnswerTrials:
     def _experience(self, prompts: Sequence[Prompt]) -> Experience:
         """Answers as an update learns from them; their numbers mean nothing."""
         trainer = self._trainer
-        device, width = trainer.args.device, trainer.episodes.max_new_tokens
+        width = trainer.episodes.max_new_tokens
         vocabulary = unwrapped(trainer.roles.policy).get_input_embeddings().num_embeddings
         answers = torch.randint(vocabulary, (len(prompts), width)).tolist()
-        zeros = torch.zeros(len(prompts), width, device=device)
+        zeros = torch.zeros(len(prompts), width)
         has_critic = trainer.roles.actor_critic.value is not None
-        return Experience(
+        experience = Experience(
             prompts=prompts,
             answers=answers,
-            response_mask=response_mask(answers, device),
+            response_mask=response_mask(answers),
             logprobs=zeros,
             reference_logprobs=zeros,
             values=zeros if has_critic else None,
@@ -105,3 +105,4 @@ class AnswerTrials:
             learned_prompts=range(len(prompts)),
             kl_coefficient=trainer.kl_controller.coefficient,
         )
+        return experience.to(trainer.args.device)

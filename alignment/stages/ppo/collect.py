@@ -10,7 +10,6 @@ from torch import Tensor
 from alignment.algos.kl import k1
 from alignment.core.errors import StageError
 from alignment.costs.recorder import on_shadows
-from alignment.models.forward.transfer import on_device
 from alignment.rewards.scores import Scores
 from alignment.rewards.slot import Rewards
 from alignment.stages.ppo.penalties import Penalties
@@ -25,7 +24,7 @@ START_KL_TOLERANCE = 0.02
 
 
 class Collector:
-    """Makes the scored rollout batch of an update, the same on every process, on ``device``.
+    """Makes the scored rollout batch of an update, the same on every process, on the host.
 
     ``penalties`` are subtracted from scores.
     """
@@ -37,13 +36,11 @@ class Collector:
         *,
         end_ids: frozenset[int],
         penalties: Penalties,
-        device: torch.device,
     ) -> None:
         self.rollouts = rollouts
         self.rewards = rewards
         self._end_ids = end_ids
         self._penalties = penalties
-        self._device = device
 
     @torch.no_grad()
     def collect(self, update: int, metrics: UpdateMetrics) -> ScoredBatch:
@@ -53,18 +50,17 @@ class Collector:
             StageError: policy and reference differ before the first step.
         """
         rollout = self.rollouts.of_update(update, metrics)
-        mask = response_mask(rollout.answers, self._device)
+        mask = response_mask(rollout.answers)
         logprobs, reference = stack(rollout.logprobs, mask), stack(rollout.reference_logprobs, mask)
         kl = k1(logprobs, reference) * mask
         if update == 0 and not on_shadows():
             refuse_wrong_reference(kl)
         sampled = rollout.sampled_logprobs
-        by_scorer = rollout.scores.to(self._device)
-        self.rewards.observe(by_scorer)
+        self.rewards.observe(rollout.scores)
         return ScoredBatch(
             rollout=rollout,
-            by_scorer=by_scorer,
-            parts=self._penalties.of_length(self._lengths(rollout)) | self._of_ensembles(by_scorer),
+            by_scorer=rollout.scores,
+            parts=self._penalties.of_length(self._lengths(rollout)) | self._of_ensembles(rollout.scores),
             scores=self.scores_of(rollout),
             ended=self._ended(rollout),
             response_mask=mask,
@@ -81,17 +77,16 @@ class Collector:
 
     def scores_of(self, rollout: Rollout) -> Tensor:
         """``[rows]`` scores that PPO maximises: the sum over scorers, less all penalties."""
-        total = self.rewards.total(rollout.scores.to(self._device))
+        total = self.rewards.total(rollout.scores)
         return self._penalties.subtracted(total, self._lengths(rollout), self._ended(rollout))
 
     def _lengths(self, rollout: Rollout) -> Tensor:
         """``[rows]`` int: the tokens of each answer, its end included."""
-        return on_device(torch.tensor([len(answer) for answer in rollout.answers]), self._device)
+        return torch.tensor([len(answer) for answer in rollout.answers])
 
     def _ended(self, rollout: Rollout) -> Tensor:
         """``[rows]`` bool: whether each answer has an end."""
-        ended = [answer[-1] in self._end_ids for answer in rollout.answers]
-        return on_device(torch.tensor(ended), self._device)
+        return torch.tensor([answer[-1] in self._end_ids for answer in rollout.answers])
 
 
 def refuse_wrong_reference(kl: Tensor) -> None:

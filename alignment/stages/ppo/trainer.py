@@ -109,7 +109,6 @@ class PpoTrainer(ShardedTrainer):
             rewards,
             end_ids=episodes.end_ids,
             penalties=penalties_of(config),
-            device=self.args.device,
         )
         self.learner = Learner(
             roles,
@@ -145,7 +144,9 @@ class PpoTrainer(ShardedTrainer):
         return gathered(self, self.roles.actor_critic)
 
     def _gathered(self, values: Tensor) -> Tensor:
-        """``[processes, values]``."""
+        """``[processes, values]``; with one process they stay where they are."""
+        if self.accelerator.num_processes == 1:
+            return values[None]
         every: Tensor = self.accelerator.gather(values.to(self.args.device)[None])
         return every
 
@@ -222,6 +223,7 @@ class PpoTrainer(ShardedTrainer):
 
     @torch.no_grad()
     def _collect(self, update: int) -> Experience:
+        """Computed on the host, where answers and scores are: some numbers a token, and many reads."""
         batch = self.collector.collect(update, self.metrics)
         coefficient = self.kl_controller.coefficient
         advantages = self.estimator.estimate(
@@ -240,9 +242,10 @@ class PpoTrainer(ShardedTrainer):
         if self.samples is not None:
             self.samples.write(update, batch.rollout, batch.scores.tolist())
         learned = self._learned_prompts(batch.scores)
-        return experience_of(
+        experience = experience_of(
             batch, advantages, importance=importance, learned_prompts=learned, kl_coefficient=coefficient
         )
+        return experience.to(self.args.device)
 
     def _learned_prompts(self, scores: Tensor) -> list[int]:
         """Indices of the update's prompts, without those whose answers all score alike if these are dropped."""
@@ -271,13 +274,15 @@ class PpoTrainer(ShardedTrainer):
     def _learn(self, model: Any, experience: Experience, prompts: list[int], update: int) -> None:
         started = time.monotonic()
         self.learner.learn(model, experience, prompts, update=update, step=self.state.global_step)
-        self._check_step(self.metrics.step_done())
+        self.metrics.step_done()
+        self._check_step()
         self.metrics.add_seconds("learning", time.monotonic() - started)
 
-    def _check_step(self, share: float) -> None:
+    def _check_step(self) -> None:
         """If the policy of this minibatch had moved too far, the update's remaining minibatches are skipped."""
         limit = self.config.max_approxkl
         if limit is not None:
+            share = self.metrics.approximate_kl()
             self._update_ended = float(self._gathered(torch.tensor([share])).sum()) > limit
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -26,11 +26,12 @@ from alignment.models.assembly.mapped import copy_weights
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import IGNORED, install_causal
 from alignment.models.forward.flat import use_flat_attention
+from alignment.models.forward.transfer import on_device, on_host
 from alignment.stages.shared.reference_cache import Reference, reference_logprobs
 from alignment.stages.shared.start_check import BFLOAT16_TOLERANCE, START_TOLERANCE
 from alignment.training.context import StageContext
 from alignment.training.cutting import cut_frozen
-from alignment.training.micro_batches import MicroBatches
+from alignment.training.micro_batches import Batch, MicroBatches
 from alignment.training.sharding import prepare, read_in_calls
 from alignment.training.trainer_arguments import optimizer_arguments
 
@@ -57,6 +58,17 @@ class AgainstStart(MicroBatches):
 
     def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         return dataset
+
+    def _compute_loss(self, model: Any, inputs: Batch, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's loss, with labels that are equal to TRL's, and known on the host."""
+
+        def forward(**arguments: Any) -> Any:
+            if arguments["input_ids"] is inputs["input_ids"]:
+                arguments["labels"] = _labels_of(inputs)
+            return model(**arguments)
+
+        loss: Tensor = super()._compute_loss(forward, inputs, *args, **kwargs)
+        return loss
 
 
 def copy_of_start(policy: PreTrainedModel | PeftModel, context: StageContext) -> PreTrainedModel | None:
@@ -111,10 +123,15 @@ def _use_start_as_reference(trainer: AgainstStart, policy: PeftModel) -> None:
 
 def answer_logprobs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     """``[rows]`` log-probabilities of the answers in a padded batch, in nats."""
-    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, IGNORED)
     texts = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logprobs: Tensor = model(**texts, labels=labels, use_cache=False, fused_lm_head=True).log_probs
+    logprobs: Tensor = model(**texts, labels=_labels_of(batch), use_cache=False, fused_lm_head=True).log_probs
     return logprobs.sum(-1)
+
+
+def _labels_of(batch: Mapping[str, Tensor]) -> Tensor:
+    """``[rows, columns]``: the tokens of the answers, made on the host, so that their places are known there."""
+    ids, is_answer = on_host(batch["input_ids"], batch["completion_mask"])
+    return on_device(ids.masked_fill(is_answer == 0, IGNORED), batch["input_ids"].device)
 
 
 def precomputed_reference(

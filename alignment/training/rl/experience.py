@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignment.models.forward.transfer import on_device
+from alignment.models.forward.transfer import sent
 from alignment.rewards.scores import Scores, gathered_scores
 
 
@@ -38,7 +38,7 @@ class Rollout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoredBatch:
-    """The scored rollout batch of an update, of all processes; the same on each process, and on its device.
+    """The scored rollout batch of an update, of all processes; the same on each process, on the host.
 
     Tensors are ``[rows, tokens]`` float32, zero outside ``response_mask``, unless stated otherwise. ``by_scorer`` are
     the scores of each scorer, ``scores`` (``[rows]``) those that PPO maximises; ``ended`` is ``[rows]`` bool. ``parts``
@@ -84,6 +84,11 @@ class Experience:
     learned_prompts: Sequence[int]
     kl_coefficient: float
 
+    def to(self, device: torch.device) -> Experience:
+        """The same on a device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **sent(values, device))
+
 
 def interleave(shares: Sequence[Rollout], *, group: int) -> Rollout:
     """The whole batch in order; each of n processes made ``group`` answers to every n-th prompt."""
@@ -109,10 +114,10 @@ def rows_of(prompts: Sequence[int], group: int) -> list[int]:
     return [prompt * group + answer for prompt in prompts for answer in range(group)]
 
 
-def response_mask(answers: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+def response_mask(answers: Sequence[Sequence[int]]) -> Tensor:
     """``[rows, tokens]``: True on an answer's tokens, including its EOS; it depends on lengths, never on token ids."""
     lengths = torch.tensor([len(answer) for answer in answers])
-    return on_device(torch.arange(int(lengths.max())) < lengths[:, None], device)
+    return torch.arange(int(lengths.max())) < lengths[:, None]
 
 
 def spread(flat: Tensor, mask: Tensor) -> Tensor:
@@ -124,7 +129,7 @@ def spread(flat: Tensor, mask: Tensor) -> Tensor:
 
 def stack(rows: Sequence[Tensor], mask: Tensor) -> Tensor:
     """Converts one tensor per row to ``[rows, tokens]``, zero outside the mask."""
-    return spread(on_device(torch.cat(list(rows)), mask.device), mask)
+    return spread(torch.cat(list(rows)), mask)
 
 
 def prompt_order(count: int, start: int, number: int, generator: Callable[[int], torch.Generator]) -> list[int]:

@@ -15,6 +15,7 @@ from alignment.models.assembly.load import products_in
 from alignment.models.forward.flat import trunk_states
 from alignment.models.forward.head import label_statistics
 from alignment.models.forward.rows import by_tokens, stream
+from alignment.models.forward.transfer import on_host, sent
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import as_many_as_most
 from alignment.training.rl.experience import prompt_order
@@ -67,10 +68,11 @@ def _loss_sum(policy: PreTrainedModel, rows: Sequence[TokenizedConversation], de
     flat = stream([row.input_ids for row in rows], device)
     learned = [(row, column) for row, tokens in enumerate(rows) for column, label in _learned(tokens)]
     labels = [label for tokens in rows for _, label in _learned(tokens)]
-    at = torch.tensor(learned, device=device)
-    before = flat.index[at[:, 0], at[:, 1] - 1]  # the state before a token predicts it
-    states = trunk_states(policy.base_model, flat)[before]
-    return -label_statistics(policy, states, torch.tensor(labels, device=device)).logprobs.sum()
+    (index,), at = on_host(flat.index), torch.tensor(learned)
+    before = index[at[:, 0], at[:, 1] - 1]  # the state before a token predicts it
+    tensors = sent({"before": before, "labels": torch.tensor(labels)}, device)
+    states = trunk_states(policy.base_model, flat)[tensors["before"]]
+    return -label_statistics(policy, states, tensors["labels"]).logprobs.sum()
 
 
 def _learned(row: TokenizedConversation) -> list[tuple[int, int]]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 Gather = Callable[[Tensor], Tensor]
+_KL = "policy/approxkl"
 
 
 class UpdateMetrics:
@@ -23,9 +24,10 @@ class UpdateMetrics:
         self.values: dict[str, float] = {}
         self._shares: dict[str, float] = defaultdict(float)
         self._maxima: dict[str, float] = {}
-        self._unread: list[tuple[str, Tensor, bool]] = []
+        self._unread: list[list[tuple[str, Tensor, bool]]] = [[]]  # of each minibatch; the last one has not ended
         self._steps = 0
-        self._closed = 0.0
+        self._steps_read = 0
+        self._kl = 0.0
         self._first = 0.0
 
     def add_means(self, named: dict[str, Tensor], mask: Tensor) -> None:
@@ -40,17 +42,29 @@ class UpdateMetrics:
 
         The scalars must not carry gradients.
         """
-        self._unread += [(name, value, False) for name, value in named.items()]
+        self._unread[-1] += [(name, value, False) for name, value in named.items()]
 
     def add_maximum(self, name: str, value: Tensor) -> None:
         """Updates the largest value of the update; the scalar must not carry gradients."""
-        self._unread.append((name, value, True))
+        self._unread[-1].append((name, value, True))
 
     def _read(self) -> None:
-        """Reads the scalars of all micro-batches together, because each reading makes the host wait for the device."""
-        unread, self._unread = self._unread, []
-        values = torch.stack([value for _, value, _ in unread]).tolist() if unread else []
-        for (name, _, is_maximum), value in zip(unread, values, strict=True):
+        """Reads the scalars of all minibatches that ended together, because each reading makes the host wait for the
+        device."""
+        *ended, going_on = self._unread
+        self._unread = [going_on]
+        scalars = [value for minibatch in ended for _, value, _ in minibatch]
+        values = iter(torch.stack(scalars).tolist() if scalars else [])
+        for minibatch in ended:
+            before = self._shares.get(_KL, 0.0)
+            self._take_in([(name, next(values), is_maximum) for name, _, is_maximum in minibatch])
+            self._kl = self._shares[_KL] - before
+            if self._steps_read == 0:
+                self._first = self._shares[_KL]
+            self._steps_read += 1
+
+    def _take_in(self, named: Sequence[tuple[str, float, bool]]) -> None:
+        for name, value, is_maximum in named:
             if is_maximum:
                 self._maxima[name] = max(self._maxima.get(name, float("-inf")), value)
             else:
@@ -60,19 +74,19 @@ class UpdateMetrics:
         """Adds time spent in a phase of the update."""
         self.values[f"time/{name}"] = self.values.get(f"time/{name}", 0.0) + seconds
 
-    def step_done(self) -> float:
-        """Ends a minibatch; returns this process's share of its approximate KL.
+    def step_done(self) -> None:
+        """Ends a minibatch. Its scalars are read when somebody asks for them."""
+        self._unread.append([])
+        self._steps += 1
+        self.values["policy/steps"] = float(self._steps)
+
+    def approximate_kl(self) -> float:
+        """This process's share of that of the last minibatch that ended.
 
         The first minibatch's must be zero, because nothing has been learned yet.
         """
         self._read()
-        total = self._shares["policy/approxkl"]
-        if self._steps == 0:
-            self._first = total
-        self._steps += 1
-        self.values["policy/steps"] = float(self._steps)
-        share, self._closed = total - self._closed, total
-        return share
+        return self._kl
 
     def result(self) -> dict[str, float]:
         """All metrics; shares are summed over processes and averaged over the optimiser steps. All must call this."""
@@ -82,7 +96,7 @@ class UpdateMetrics:
         own = torch.tensor([self._first, *self._shares.values()])
         first, *totals = self._gather(own).sum(0).tolist()
         shares = {name: total / self._steps for name, total in zip(self._shares, totals, strict=True)}
-        if "policy/approxkl" in shares:
-            shares["policy/approxkl_first"] = first
+        if _KL in shares:
+            shares[f"{_KL}_first"] = first
         highest = self._gather(torch.tensor(list(self._maxima.values()))).amax(0).tolist() if self._maxima else []
         return {**self.values, **dict(zip(self._maxima, highest, strict=True)), **shares}

@@ -11,8 +11,6 @@ import torch
 from alignment.rewards.scores import Scores
 from alignment.training.rl.experience import Rollout, interleave, prompt_order, response_mask, rows_of, spread, stack
 
-CPU = torch.device("cpu")
-
 
 def _generator(number: int) -> torch.Generator:
     return torch.Generator().manual_seed(1000 + number)
@@ -38,7 +36,7 @@ def test_a_resumed_run_meets_the_same_prompts(start: int) -> None:
 
 
 def test_a_mask_follows_lengths_and_never_token_ids() -> None:
-    assert response_mask([[2, 2, 2], [2], [0, 2]], CPU).tolist() == [
+    assert response_mask([[2, 2, 2], [2], [0, 2]]).tolist() == [
         [True, True, True],
         [True, False, False],
         [True, True, False],
@@ -46,7 +44,7 @@ def test_a_mask_follows_lengths_and_never_token_ids() -> None:
 
 
 def test_a_stream_is_spread_over_rows_and_is_zero_beside_them() -> None:
-    mask = response_mask([[7, 8], [9], [4, 5, 6]], CPU)
+    mask = response_mask([[7, 8], [9], [4, 5, 6]])
     found = spread(torch.arange(1.0, 7.0), mask)
     assert found.tolist() == [[1.0, 2.0, 0.0], [3.0, 0.0, 0.0], [4.0, 5.0, 6.0]]
     assert torch.equal(found[mask], torch.arange(1.0, 7.0))
@@ -86,7 +84,7 @@ def plain(rollout: Rollout) -> dict[str, Any]:
 
 
 def test_rows_are_stacked_as_a_stream_is_spread() -> None:
-    mask = response_mask([[7, 8], [9]], CPU)
+    mask = response_mask([[7, 8], [9]])
     assert stack([torch.tensor([1.0, 2.0]), torch.tensor([3.0])], mask).tolist() == [[1.0, 2.0], [3.0, 0.0]]
 
 

@@ -113,6 +113,14 @@ def test_a_model_that_has_no_gradient_left_stops_unless_nothing_is_left_to_learn
     before_step_8(arguments, trainer(0.0))  # PPO: every ratio may be clipped
 
 
+def test_a_weight_may_be_as_large_as_its_type_allows() -> None:
+    """The sum of their squares is not finite. A parameter may be empty where weights are sharded."""
+    largest = torch.full((3,), torch.finfo(torch.float32).max)
+    refuse_weights([("a", largest), ("b", torch.empty(0)), ("c", (-largest / 2).bfloat16())])
+    with pytest.raises(NonFiniteError, match=r"a weight is not finite \(c\)"):
+        refuse_weights([("a", largest), ("b", torch.empty(0)), ("c", torch.tensor([1.0, -math.inf]))])
+
+
 # ---- what is logged, and what comes of it ---------------------------------------------------------------------------
 
 

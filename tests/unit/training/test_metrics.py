@@ -121,17 +121,27 @@ def test_shares_of_micro_batches_add_up_and_are_averaged_over_steps() -> None:
     close(figures.result()["loss"], 0.5)
 
 
-def test_shares_and_maxima_of_all_micro_batches_are_read_together() -> None:
+def test_shares_and_maxima_of_all_minibatches_are_read_together() -> None:
     figures = UpdateMetrics(_alone)
     shares = {str(number): torch.tensor(float(number)) for number in range(5)} | {"policy/approxkl": torch.zeros(())}
     with Waits() as waits:
         for worst in (3.0, 7.0, 5.0):
             figures.add_share(shares)
             figures.add_maximum("worst", torch.tensor(worst))
-        figures.step_done()
-    assert waits.number <= 1
-    assert [figures.result()[str(number)] for number in range(5)] == [0.0, 3.0, 6.0, 9.0, 12.0]
+            figures.step_done()
+    assert waits.number == 0
+    assert [figures.result()[str(number)] for number in range(5)] == [0.0, 1.0, 2.0, 3.0, 4.0]
     assert figures.result()["worst"] == 7.0
+
+
+def test_the_approximate_kl_is_that_of_the_last_minibatch_whenever_it_is_read() -> None:
+    figures = UpdateMetrics(_alone)
+    for shares, read in (([0.5, 0.25], True), ([0.125], False), ([2.0, 1.0], True)):
+        for share in shares:
+            figures.add_share({"policy/approxkl": torch.tensor(share)})
+        figures.step_done()
+        if read:
+            assert figures.approximate_kl() == figures.approximate_kl() == sum(shares)
 
 
 def test_shares_add_up_over_processes() -> None:
