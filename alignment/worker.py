@@ -49,6 +49,7 @@ from alignment.core.versions import versions
 from alignment.data.chat_template import template_text
 from alignment.data.hub_rows import content_of
 from alignment.job import StageSpec
+from alignment.models.kernels.sdpa_order import without_cudnn
 from alignment.records import chosen_sizes
 from alignment.records.worker import DONE, FAILED, PREEMPTED, STATUS, Status
 from alignment.stages.base import StageKind
@@ -164,7 +165,7 @@ def _run(spec: StageSpec, context: StageContext) -> None:
     np.random.seed(seed)
     torch.manual_seed(seed)
     begin(context)
-    with _tracked(context):
+    with _tracked(context), without_cudnn():
         run = function_of(kind_of(spec.config))
         context = with_chosen_size(context, run)
         result = run(context.spec.config, context)

@@ -162,6 +162,7 @@ CONTRACTS: dict[str, tuple[str, Callable[[], bool]]] = {
     "_reorder_linear_weight": ("torch", lambda: op("_reorder_linear_weight")),
     "_linear_pointwise": ("torch", lambda: op("_linear_pointwise")),
     "_is_mkldnn_bf16_supported": ("torch", lambda: op("_is_mkldnn_bf16_supported")),
+    "_fused_rms_norm": ("torch", lambda: fused_norm_is_right()),
     "_version": ("torch", lambda: torch.zeros(1).add_(1)._version == 1),
     # ---- transformers
     "_attn_implementation": ("transformers", lambda: CONFIG._attn_implementation is not False),
@@ -256,6 +257,12 @@ def softmax_backward_is_right() -> bool:
     weights = scores.softmax(-1)
     weights.backward(upstream)
     return torch.allclose(torch._softmax_backward_data(upstream, weights.detach(), -1, torch.float32), scores.grad)
+
+
+def fused_norm_is_right() -> bool:
+    states = torch.tensor([[0.5, -1.0, 2.0]])
+    normed, _ = torch.ops.aten._fused_rms_norm(states, [3], None, 0.25)
+    return torch.allclose(normed, states * (states.square().mean() + 0.25).rsqrt())
 
 
 def test_the_table_names_exactly_what_the_source_uses() -> None:

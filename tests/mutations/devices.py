@@ -275,6 +275,38 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "models/kernels/layout.py",
+        "unit/models/test_layout.py",
+        (
+            "adapters are left out where layers are one product",
+            "            flat[:, :out_features].addmm_(flat[:, out_features:], up.T)\n",
+            "            pass\n",
+            "test_layers_of_one_input_are_one_product_and_give_the_same",
+        ),
+        (
+            "adapters are left out where weights are not copied",
+            "            out.addmm_(flat @ low.T, up.T)\n",
+            "            pass\n",
+            "test_layers_of_one_input_are_one_product_and_give_the_same",
+        ),
+        (
+            "large models are copied on a device",
+            "copies=size <= COPIED_BYTES",
+            "copies=size > 0",
+            "test_on_a_device_only_small_models_and_few_rows_are_copied",
+        ),
+    ),
+    *in_file(
+        "worker.py",
+        "unit/test_worker.py",
+        (
+            "stages may use cuDNN's attention",
+            "with _tracked(context), without_cudnn():",
+            "with _tracked(context):",
+            "test_a_stage_runs_without_cudnns_attention",
+        ),
+    ),
+    *in_file(
         "training/finite.py",
         "unit/training/test_finite.py",
         (
@@ -282,6 +314,16 @@ MUTATIONS = [
             "get_total_norm([own for _, own in pairs], math.inf)",
             "get_total_norm([own for _, own in pairs])",
             "test_a_weight_may_be_as_large_as_its_type_allows",
+        ),
+    ),
+    *in_file(
+        "models/kernels/kv_cache.py",
+        "simulated_device/test_launches.py",
+        (
+            "a device sees columns that are hidden",
+            'masked_fill_(~seen, float("-inf"))',
+            'masked_fill_(seen & ~seen, float("-inf"))',
+            "test_a_device_decodes_what_the_host_decodes",
         ),
     ),
     Mutation(

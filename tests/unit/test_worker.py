@@ -60,6 +60,20 @@ def test_a_full_disk_is_told_as_such_and_makes_room_to_say_so(tmp_path: Path, mo
     assert not (spec.work / worker.RESERVE).exists()
 
 
+def test_a_stage_runs_without_cudnns_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    enabled: list[bool] = []
+
+    def run(_: object, context: StageContext) -> None:
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled())
+        raise InterruptedError
+
+    monkeypatch.setattr(worker, "function_of", lambda _: run)
+    spec = tiny_spec(tmp_path, SftConfig())
+    with pytest.raises(InterruptedError):
+        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+    assert enabled == [False]
+
+
 def test_progress_that_cannot_be_written_ends_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context = StageContext(spec=tiny_spec(tmp_path, SftConfig()), rank=0, world_size=1)
     monkeypatch.setattr("os.replace", _full)

@@ -1,8 +1,8 @@
 """Attention and feed-forward blocks of Llama-like models in fewer passes over their activations, with equal results.
 
 The differences: layers of one input are multiplied together if they have low-rank adapters (products.py), and rotary
-positions (Su et al. 2021) take four passes over half the numbers, forward and backward, instead of a dozen over all. A
-block is replaced only after a test on fixed numbers shows that it computes the expected function.
+positions (Su et al. 2021) take one pass over all numbers and two over half of them, forward and backward, instead of a
+dozen over all. A block is replaced only after a test on fixed numbers shows that it computes the expected function.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class _Rotary(torch.autograd.Function):
 
 def _turned(x: Tensor, cos: Tensor, sin: tuple[Tensor, ...], sign: int) -> Tensor:
     out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, cos.dtype))
-    (first, second), (left, right), (cos1, cos2) = (states.chunk(2, dim=-1) for states in (x, out, cos))
-    torch.mul(first, cos1, out=left).addcmul_(second, sin[0], value=-sign)
-    torch.mul(second, cos2, out=right).addcmul_(first, sin[1], value=sign)
+    (first, second), (left, right) = (states.chunk(2, dim=-1) for states in (x, torch.mul(x, cos, out=out)))
+    left.addcmul_(second, sin[0], value=-sign)
+    right.addcmul_(first, sin[1], value=sign)
     return out

@@ -189,7 +189,7 @@ def decoding_attention(
     """
     unusual = dropout or any(kwargs.get(name) is not None for name in ("position_bias", "s_aux"))
     if unusual or not (softcap is not None or _is_one_step(query.shape[2], query.device)):
-        if attention_mask is not None and attention_mask.is_floating_point():
+        if attention_mask is not None and attention_mask.is_floating_point() and query.device.type == "cpu":
             attention_mask = attention_mask == 0
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, softcap=softcap, **kwargs
@@ -210,13 +210,16 @@ def decoding_attention(
 
 def decoding_mask(*, q_length: int, device: torch.device | str = "cpu", **kwargs: Any) -> Tensor | None:
     """The mask of transformers' scaled-dot-product attention; additive (0 or −infinity) for one new token per row."""
-    if torch.device(device).type != "cpu":
+    on_cpu, dtype = torch.device(device).type == "cpu", torch.float32
+    if not on_cpu:
         # Checking whether any column is hidden would wait for the device at every step.
         kwargs["allow_is_causal_skip"] = False
+        # Kernels take the dtype of the queries; each layer would convert another one.
+        dtype = products_dtype(torch.empty(0, dtype=kwargs["dtype"], device=device))
     seen = sdpa_mask(q_length=q_length, device=device, **kwargs)
-    if seen is None or not _is_one_step(q_length, torch.device(device)):
+    if seen is None or q_length != 1:
         return seen
-    return torch.zeros(seen.shape, device=device).masked_fill_(~seen, float("-inf"))
+    return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, float("-inf"))
 
 
 def _is_one_step(new_tokens: int, device: torch.device) -> bool:

@@ -1,14 +1,17 @@
 """Prepacked linear weights for products without gradients: sampling, scoring, evaluation.
 
 The weights get the dtype and, on CPU, the memory layout of the products; otherwise autocast would convert a weight and
-oneDNN would reorder it at every call. With oneDNN's layout, layers that read the same input become one product. A
-low-rank adapter stays beside its weight, because a sum rounded to bfloat16 would lose small updates.
+oneDNN would reorder it at every call. Layers that read the same input become one product, with oneDNN's layout and, for
+few rows of a small model, on a GPU, where a decoding step takes about as long as the host needs to launch its kernels
+(not yet run on a GPU). A low-rank adapter stays beside its weight, because a sum rounded to bfloat16 would lose small
+updates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
@@ -25,7 +28,27 @@ from alignment.models.kernels.products import JOINT, Products, factors, is_hooke
 
 Forward = Callable[[Tensor], Tensor]
 
+FEW_ROWS = 512
+"""Rows of a product up to which launching it on a GPU is taken to cost more than its arithmetic (an estimate)."""
+COPIED_BYTES = 2 << 30
+"""Largest copy of a model's weights on a GPU. With larger models, each weight is a product of its own."""
+
 _PREPACKED = "alignment_prepacked"
+
+
+ALIGNED = 16
+"""Rows of a joint product have a multiple of so many numbers: attention's kernel reads keys and values where they are,
+and needs rows that begin at a multiple of 16 bytes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Way:
+    """How products with so many ``rows`` are best computed: in few calls, as on a GPU, where weights are copied or
+    not."""
+
+    rows: int
+    few_calls: bool
+    copies: bool
 
 
 @contextmanager
@@ -58,6 +81,7 @@ def _prepack(model: nn.Module, rows: int, before: list[tuple[nn.Module, str, Any
         before.append((module, name, vars(module).get(name)))
         setattr(module, name, value)
 
+    way = _way(model, rows)
     done: set[int] = set()
     for module in model.modules():
         if _PREPACKED in vars(module):
@@ -65,9 +89,10 @@ def _prepack(model: nn.Module, rows: int, before: list[tuple[nn.Module, str, Any
         if id(module) in done:
             continue
         layers = read_together(module)
-        if layers and all(map(_is_joined, layers)) and _PREPACKED not in vars(layers[0]):
-            put(layers[0], JOINT, _joint(layers, rows))
-        elif (forward := _function_of(module, rows)) is not None:
+        joint = _joint(layers, way) if layers and _PREPACKED not in vars(layers[0]) else None
+        if joint is not None:
+            put(layers[0], JOINT, joint)
+        elif (forward := _function_of(module, way)) is not None:
             layers = (module,)
             put(module, "forward", forward)
         else:
@@ -77,11 +102,20 @@ def _prepack(model: nn.Module, rows: int, before: list[tuple[nn.Module, str, Any
             done |= {id(submodule) for submodule in layer.modules()}
 
 
-def _function_of(module: nn.Module, rows: int) -> Forward | None:
+def _way(model: nn.Module, rows: int) -> _Way:
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if rows > FEW_ROWS or not layers or is_on_cpu(layers[0].weight):
+        return _Way(rows=rows, few_calls=False, copies=False)
+    size = sum(layer.in_features * layer.out_features * computes_in(layer).itemsize for layer in layers)
+    return _Way(rows=rows, few_calls=True, copies=size <= COPIED_BYTES)
+
+
+def _function_of(module: nn.Module, way: _Way) -> Forward | None:
     """The layer as a function, or None if it is not a linear layer or would not become faster."""
-    if _is_joined(module):
-        joint = _joint((module,), rows)
-        return lambda states: joint(states)[0]
+    if _has_layout(module) or (way.few_calls and way.copies and isinstance(module, (LoraLinear, Nf4Linear))):
+        joint = _joint((module,), way)
+        if joint is not None:
+            return lambda states: joint(states)[0]
     if isinstance(module, LoraLinear):
         base, pair = module.get_base_layer(), factors(module)
         if pair is None or not _is_whole(base):
@@ -92,32 +126,85 @@ def _function_of(module: nn.Module, rows: int) -> Forward | None:
     return None
 
 
-def _is_joined(layer: nn.Module) -> bool:
-    """Whether oneDNN has its own layout for the layer's weight, with or without low-rank adapters beside it."""
-    base = layer.get_base_layer() if isinstance(layer, LoraLinear) else layer
-    if is_hooked(layer) or not _is_whole(base) or not _has_layout(base):
+def _joint(layers: Sequence[nn.Module], way: _Way) -> Products | None:
+    """Layers of one input as one function, or None if a layer is not plain or would not become faster."""
+    if all(map(_has_layout, layers)) and all(map(_is_stackable, layers)):
+        return _with_layout(_stacked(layers), way.rows)
+    if way.few_calls and way.copies and all(map(_is_stackable, layers)):
+        return _in_one_product(_stacked(layers))
+    if way.few_calls and all(_is_stackable(layer) and _is_whole(_base_of(layer)) for layer in layers):
+        return _weight_by_weight(_stacked(layers))
+    return None
+
+
+def _base_of(layer: nn.Module) -> Any:
+    return layer.get_base_layer() if isinstance(layer, LoraLinear) else layer
+
+
+def _is_stackable(layer: nn.Module) -> bool:
+    """Whether it is a plain linear layer, with or without low-rank adapters beside it."""
+    base = _base_of(layer)
+    if is_hooked(layer) or not (isinstance(base, Nf4Linear) or _is_whole(base)):
         return False
     return not isinstance(layer, LoraLinear) or factors(layer) is not None
 
 
-def _joint(layers: Sequence[nn.Module], rows: int) -> Products:
-    """Layers of one input as one product, on a copy of their weights next to the second factors of their adapters."""
-    bases: list[Any] = [layer.get_base_layer() if isinstance(layer, LoraLinear) else layer for layer in layers]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Stacked:
+    """The ``weights`` of layers of one input, each ``[out, in]``, and the factors of all their adapters.
+
+    ``low`` is ``[rank, in]`` and ``up`` ``[sum of out, rank]``, both None without adapters. ``bias`` is ``[sum of
+    out]``, 0 for a layer without one; None if no layer has one.
+    """
+
+    weights: list[Tensor]
+    low: Tensor | None
+    up: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def widths(self) -> list[int]:
+        """The number of each layer's outputs."""
+        return [len(weight) for weight in self.weights]
+
+
+def _stacked(layers: Sequence[nn.Module]) -> _Stacked:
+    bases = [_base_of(layer) for layer in layers]
     pairs = [factors(layer) if isinstance(layer, LoraLinear) else None for layer in layers]
-    dtype, widths = computes_in(bases[0]), [base.out_features for base in bases]
-    lows = [pair[0].to(dtype) for pair in pairs if pair is not None]
+    dtype = computes_in(bases[0])
     weights = [frozen_weight(base, dtype).detach() for base in bases]
-    weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-    if lows:  # the products with the first factors are appended to the layers' input
-        ups = [
-            weight.new_zeros(width, 0) if pair is None else pair[1].to(dtype)
-            for width, pair in zip(widths, pairs, strict=True)
-        ]
-        weight = torch.cat([weight, torch.block_diag(*ups)], dim=1)
+    lows = [pair[0].to(dtype) for pair in pairs if pair is not None]
+    ups = [
+        weight.new_zeros(len(weight), 0) if pair is None else pair[1].to(dtype)
+        for weight, pair in zip(weights, pairs, strict=True)
+    ]
+    return _Stacked(
+        weights=weights,
+        low=torch.cat(lows) if lows else None,
+        up=torch.block_diag(*ups) if lows else None,
+        bias=_joint_bias(bases, weights),
+    )
+
+
+def _joint_bias(bases: Sequence[nn.Linear], weights: Sequence[Tensor]) -> Tensor | None:
+    if all(base.bias is None for base in bases):
+        return None
+    biases = [
+        weight.new_zeros(len(weight)) if base.bias is None else base.bias.detach().to(weight)
+        for base, weight in zip(bases, weights, strict=True)
+    ]
+    return torch.cat(biases)
+
+
+def _with_layout(stacked: _Stacked, rows: int) -> Products:
+    """By oneDNN: the products with the first factors are appended to the layers' input."""
+    weight = stacked.weights[0] if len(stacked.weights) == 1 else torch.cat(stacked.weights)
+    if stacked.up is not None:
+        weight = torch.cat([weight, stacked.up], dim=1)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-    low = torch.ops.mkldnn._reorder_linear_weight(torch.cat(lows), rows) if lows else None
-    bias = _joint_bias(bases, dtype)
-    del weights, weight, lows  # the function below must not hold them
+    low = None if stacked.low is None else torch.ops.mkldnn._reorder_linear_weight(stacked.low, rows)
+    dtype, widths, bias = weight.dtype, stacked.widths, stacked.bias
+    del stacked, weight  # the function below must not hold them
     product = torch.ops.mkldnn._linear_pointwise
 
     def forward(states: Tensor) -> tuple[Tensor, ...]:
@@ -130,12 +217,42 @@ def _joint(layers: Sequence[nn.Module], rows: int) -> Products:
     return forward
 
 
-def _joint_bias(bases: Sequence[nn.Linear], dtype: torch.dtype) -> Tensor | None:
-    """The layers' concatenated biases, 0 for a layer without one; None if no layer has one."""
-    if all(base.bias is None for base in bases):
-        return None
-    biases = [torch.zeros(base.out_features) if base.bias is None else base.bias.detach().cpu() for base in bases]
-    return torch.cat(biases).to(dtype)
+def _in_one_product(stacked: _Stacked) -> Products:
+    """In two calls: the first factors stand below the weights, and the second ones multiply what these give."""
+    widths, low, up, bias = stacked.widths, stacked.low, stacked.up, stacked.bias
+    weight, out_features = torch.cat(stacked.weights), sum(widths)
+    if low is not None and up is not None:
+        below = nn.functional.pad(low, (0, 0, 0, -(out_features + len(low)) % ALIGNED))
+        weight, up = torch.cat([weight, below]), nn.functional.pad(up, (0, len(below) - len(low)))
+        bias = None if bias is None else nn.functional.pad(bias, (0, len(below)))
+    del stacked, low
+
+    def forward(states: Tensor) -> tuple[Tensor, ...]:
+        both = nn.functional.linear(states.to(weight.dtype), weight, bias)
+        if up is not None:
+            flat = both.view(-1, both.shape[-1])
+            flat[:, :out_features].addmm_(flat[:, out_features:], up.T)
+        return both[..., :out_features].split(widths, dim=-1)
+
+    return forward
+
+
+def _weight_by_weight(stacked: _Stacked) -> Products:
+    """Without a copy of the weights: one call for each of them, and two for all their adapters."""
+    weights, widths, low, up, bias = stacked.weights, stacked.widths, stacked.low, stacked.up, stacked.bias
+
+    def forward(states: Tensor) -> tuple[Tensor, ...]:
+        flat = states.to(weights[0].dtype).reshape(-1, states.shape[-1])
+        out = flat.new_empty(len(flat), sum(widths))
+        for own, weight in zip(out.split(widths, dim=1), weights, strict=True):
+            torch.mm(flat, weight.T, out=own)
+        if bias is not None:
+            out += bias
+        if low is not None and up is not None:
+            out.addmm_(flat @ low.T, up.T)
+        return out.view(*states.shape[:-1], -1).split(widths, dim=-1)
+
+    return forward
 
 
 def _with_adapter(product: Forward, a: Tensor, b: Tensor, dtype: torch.dtype) -> Forward:
@@ -174,7 +291,9 @@ def _product(module: nn.Linear) -> Forward:
     return lambda states: nn.functional.linear(states.to(dtype), held, bias)
 
 
-def _has_layout(base: nn.Linear) -> bool:
+def _has_layout(layer: nn.Module) -> bool:
     """Whether the layer's products are bfloat16 products of oneDNN, which has its own layout for weights."""
-    on_cpu = is_on_cpu(base.weight) and computes_in(base) is torch.bfloat16
-    return on_cpu and torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    base = _base_of(layer)
+    if not isinstance(base, nn.Linear) or not is_on_cpu(base.weight) or computes_in(base) is not torch.bfloat16:
+        return False
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

@@ -86,10 +86,18 @@ def _adapted(architecture: str, targets: list[str]) -> Any:
     return model
 
 
+@pytest.mark.parametrize("way", ["on a host", "on a device", "on a device without a copy"])
 @pytest.mark.parametrize("targets", [[], ["all-linear"], ["q_proj", "v_proj", "up_proj"]])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_layers_of_one_input_are_one_product_and_give_the_same(architecture: str, targets: list[str]) -> None:
+def test_layers_of_one_input_are_one_product_and_give_the_same(
+    architecture: str, targets: list[str], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Some of them with an adapter, some without, and Qwen's with biases."""
+    on_device = way != "on a host"
+    if on_device:  # where oneDNN is not
+        monkeypatch.setattr(layout, "is_on_cpu", lambda _: False)
+    if way == "on a device without a copy":
+        monkeypatch.setattr(layout, "COPIED_BYTES", 0)
     model = _adapted(architecture, targets)
     ids = torch.tensor([[5, 6, 7, 8], [9, 4, 4, 3]])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -100,13 +108,29 @@ def test_layers_of_one_input_are_one_product_and_give_the_same(architecture: str
                 with prepacked(part, 8):
                     assert torch.equal(model(ids).logits.float(), found)
             joined = [name for name, module in model.named_modules() if JOINT in vars(module)]
-            assert len(joined) == 2 * model.config.num_hidden_layers or not _has_own_layout()
+            assert len(joined) == 2 * model.config.num_hidden_layers or not (on_device or _has_own_layout())
             assert torch.equal(model(ids).logits.float(), found)
         exact = copy.deepcopy(model).float()
         with torch.autocast("cpu", enabled=False):
             truth = exact(ids).logits
     assert relative(found, truth) < 0.02
     assert relative(expected, truth) < 0.02
+
+
+def test_on_a_device_only_small_models_and_few_rows_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "is_on_cpu", lambda _: False)
+    model = _adapted("llama", ["all-linear"])
+    numbers = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    for most, rows, copied, joined in (
+        (2 * numbers, layout.FEW_ROWS, True, True),
+        (2 * numbers - 1, layout.FEW_ROWS, False, True),
+        (2 * numbers, layout.FEW_ROWS + 1, False, False),
+    ):
+        monkeypatch.setattr(layout, "COPIED_BYTES", most)
+        with torch.autocast("cpu", dtype=torch.bfloat16), prepacked(model, rows):
+            functions = [vars(module)[JOINT].__qualname__ for module in model.modules() if JOINT in vars(module)]
+        assert bool(functions) is joined
+        assert any("_in_one_product" in name for name in functions) is copied
 
 
 @pytest.mark.parametrize("active", [["default"], ["default", "second"]])
@@ -153,10 +177,10 @@ def test_a_layout_that_is_interrupted_leaves_nothing_behind(monkeypatch: pytest.
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
     function_of = layout._function_of
 
-    def interrupted(module: nn.Module, rows: int) -> Any:
+    def interrupted(module: nn.Module, *settings: Any) -> Any:
         if module is model.lm_head:
             raise KeyboardInterrupt
-        return function_of(module, rows)
+        return function_of(module, *settings)
 
     monkeypatch.setattr(layout, "_function_of", interrupted)
     with pytest.raises(KeyboardInterrupt), prepacked(model, 4):
