@@ -90,7 +90,7 @@ format: $(STAMP)  ## format the code and apply safe fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(STAMP)  ## measure speed and memory beside others: WORK=sft|reward|dpo|sampling|ppo|grpo|neighbour|growth
+bench: $(STAMP)  ## measure speed and memory beside others: WORK=sft|reward|dpo|kto|sampling|ppo|grpo|neighbour|growth; first ARGS=--search
 	$(BIN)/python -m benchmarks --works $(WORK) $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 clean:  ## remove caches and the environment; runs/ and artifacts/ stay

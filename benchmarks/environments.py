@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.machine import scrubbed
+from benchmarks.machine import ROOT, scrubbed
 
 REQUIREMENTS = Path(__file__).parent / "environments"
 FOLDER = Path(__file__).parent / ".environments"
@@ -37,6 +38,14 @@ def python_of(name: str) -> Path:
     _call([str(python), "-m", "pip", "install", *quiet, "--requirement", str(requirements)])
     marker.write_text(wanted)
     return python
+
+
+def versions_in(python: str) -> dict[str, str]:
+    """Versions of the packages that matter, in the environment of an interpreter."""
+    code = "import json; from benchmarks.machine import versions; print(json.dumps(versions()))"
+    printed = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    versions: dict[str, str] = json.loads(printed)
+    return versions
 
 
 def _call(command: list[str]) -> None:

@@ -12,15 +12,12 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from benchmarks.setting import PPO_EPOCHS
+from benchmarks.setting import PPO_EPOCHS, SAME_LOSS
 
 FORWARD = 2
 TRAINED = {"lora": 4, "full": 6}
 PHASES = {"rollouts": "rollout", "scoring": "score", "learning": "train"}
 """Of a PPO update: what our stage calls their seconds (``time/…``), and what they are called here."""
-SAME_LOSS = 0.02
-"""Largest relative difference of first losses that bfloat16 products explain."""
-
 UPDATES = ("ppo", "grpo")
 """Kinds of work whose steps are updates: answers are sampled, scored and learned from."""
 
@@ -87,32 +84,49 @@ def figures_of(
     kind: str,
     adapter: str,
     model: Mapping[str, int],
-    counts: Mapping[str, float],
+    steps: Sequence[Mapping[str, float]],
     result: Mapping[str, Any],
     sharing: Sharing | None = None,
+    *,
+    warm_up: int = 1,
 ) -> Figures:
     """One measurement: ``seconds_per_step`` (or ``…_update``), ``tokens_per_second``, ``mfu``, ``peak_memory`` in
-    bytes, and for training the losses of the first two steps, which everyone takes. Of our PPO also each phase's
-    seconds, its floor (its FLOP at the peak), and how many copies of the base were held."""
-    found: Figures = {"peak_memory": float(result["peak_memory"])}
-    seconds = median(result["seconds"])
-    known = dict(counts)
+    bytes, and for training the losses of the first and the last step. Of our PPO also each phase's seconds, its floor
+    (its FLOP at the peak), and how many copies of the base were held.
+
+    ``steps`` has the counts of each step's rows, from the start again where a contestant takes more steps. The first
+    ``warm_up`` steps have no seconds. Sampling has one entry, the prompts.
+    """
+    figures: Figures = {"peak_memory": float(result["peak_memory"])}
+    seconds = sum(result["seconds"])
+    measured = [steps[(warm_up + step) % len(steps)] for step in range(len(result["seconds"]))]
     if kind == "sampling":
         lengths = [length for answers in result["lengths"] for length in answers]
-        seconds = sum(result["seconds"])
-        known = {"prompt_tokens": counts["prompt_tokens"] * len(result["lengths"]), "answer_tokens": sum(lengths)}
-        found |= {"tokens_per_second": sum(lengths) / seconds, "mean_length": sum(lengths) / len(lengths)}
+        prompt_tokens = steps[0]["prompt_tokens"] * len(result["lengths"])
+        counted: list[Mapping[str, float]] = [{"prompt_tokens": prompt_tokens, "answer_tokens": sum(lengths)}]
+        figures |= {"tokens_per_second": sum(lengths) / seconds, "mean_length": sum(lengths) / len(lengths)}
     elif kind in UPDATES:
-        known["answer_tokens"] = result["answer_tokens"]
-        found |= {"seconds_per_update": seconds, "answer_tokens": float(result["answer_tokens"])}
-        floors = phase_flop(adapter, model, known, sharing or Sharing())
-        found |= _phases(result["updates"][1:], {name: flop / result["matmul_peak"] for name, flop in floors.items()})
+        counted = [{**counts, "answer_tokens": result["answer_tokens"]} for counts in measured]
+        figures |= {
+            "seconds_per_update": seconds / len(counted),
+            "answer_tokens": float(result["answer_tokens"]),
+        }
+        floors: Figures = {}
+        for phases in (phase_flop(adapter, model, counts, sharing or Sharing()) for counts in counted):
+            for name, flop in phases.items():
+                floors[name] = floors.get(name, 0.0) + flop / (len(counted) * result["matmul_peak"])
+        figures |= _phases(result["updates"][-len(counted) :], floors)
     else:
-        found |= {"seconds_per_step": seconds, "tokens_per_second": counts["tokens"] / seconds}
-    found["mfu"] = useful_flop(kind, adapter, model, known, sharing) / (seconds * result["matmul_peak"])
+        counted = list(measured)
+        figures |= {
+            "seconds_per_step": seconds / len(counted),
+            "tokens_per_second": sum(counts["tokens"] for counts in counted) / seconds,
+        }
+    useful = sum(useful_flop(kind, adapter, model, counts, sharing) for counts in counted)
+    figures["mfu"] = useful / (seconds * result["matmul_peak"])
     if result["losses"]:
-        found |= {"first_loss": result["losses"][0], "second_loss": result["losses"][1]}
-    return found
+        figures |= {"first_loss": result["losses"][0], "last_loss": result["losses"][-1]}
+    return figures
 
 
 def _phases(updates: Sequence[Mapping[str, float]], floors: Mapping[str, float]) -> Figures:
@@ -132,9 +146,10 @@ def medians(measured: Sequence[Figures]) -> Figures:
 
 
 def ratios(ours: Mapping[int, Figures], rival: Mapping[int, Figures], quantity: str) -> dict[str, float | list[float]]:
-    """Ours divided by the rival's: medians over the repetitions (the keys) that both have.
+    """Ours divided by the rival's, of ``quantity`` and of peak memory.
 
-    ``…_range`` divides repetition by repetition, where both had the same rows, and gives the extremes.
+    A ratio is that of medians over the repetitions (the keys) that both have. ``…_range`` divides repetition by
+    repetition, where both had the same rows, and gives the extremes.
 
     Raises:
         ValueError: no repetition in common.
@@ -142,21 +157,41 @@ def ratios(ours: Mapping[int, Figures], rival: Mapping[int, Figures], quantity: 
     common = sorted(set(ours) & set(rival))
     if not common:
         raise ValueError("no repetition was measured for both")
-    found: dict[str, float | list[float]] = {
-        name: median(ours[i][name] for i in common) / median(rival[i][name] for i in common)
-        for name in (quantity, "peak_memory")
-    }
-    each = [ours[i][quantity] / rival[i][quantity] for i in common]
-    found[f"{quantity}_range"] = [min(each), max(each)]
-    return found
+    divided: dict[str, float | list[float]] = {}
+    for name in (quantity, "peak_memory"):
+        divided[name] = median(ours[i][name] for i in common) / median(rival[i][name] for i in common)
+        each = [ours[i][name] / rival[i][name] for i in common]
+        divided[f"{name}_range"] = [min(each), max(each)]
+    return divided
 
 
 def loss_differences(ours: Mapping[int, Figures], rival: Mapping[int, Figures]) -> dict[str, float | bool]:
-    """How far losses are apart at most, relative to ours, and whether that of the first step is within bfloat16."""
+    """How far the losses of the first and of the last step are apart at most, relative to ours.
+
+    ``same_losses`` says whether both are within ``SAME_LOSS``.
+    """
     common = sorted(set(ours) & set(rival))
-    found: dict[str, float | bool] = {
+    apart = {
         f"{name}_difference": max(abs(rival[i][name] - ours[i][name]) / abs(ours[i][name]) for i in common)
-        for name in ("first_loss", "second_loss")
+        for name in ("first_loss", "last_loss")
     }
-    found["same_first_loss"] = found["first_loss_difference"] <= SAME_LOSS
-    return found
+    return {**apart, "same_losses": max(apart.values()) <= SAME_LOSS}
+
+
+def at_its_best(
+    ours: Mapping[int, Figures], rivals: Mapping[str, Mapping[int, Figures]], quantity: str
+) -> dict[str, dict[str, Any]]:
+    """Ours beside one library: by ``quantity`` beside its fastest contestant, by memory beside its leanest.
+
+    ``rivals`` are the library's contestants. Which of them is the fastest and which the leanest is decided by medians
+    of what was measured here, and not by the search.
+    """
+    sign = -1 if quantity == "tokens_per_second" else 1
+    middle = {name: medians(list(measured.values())) for name, measured in rivals.items()}
+    fastest = min(middle, key=lambda name: sign * middle[name][quantity])
+    leanest = min(middle, key=lambda name: middle[name]["peak_memory"])
+    picked = {}
+    for goal, name, figure in (("fastest", fastest, quantity), ("leanest", leanest, "peak_memory")):
+        divided = ratios(ours, rivals[name], quantity)
+        picked[goal] = {"contestant": name, figure: divided[figure], f"{figure}_range": divided[f"{figure}_range"]}
+    return picked

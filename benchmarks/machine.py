@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import os
 import platform
 import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
 NO_AMX = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
 """oneDNN then makes its matrix products as on a CPU that has bf16 vectors but no tiles."""
 
@@ -29,6 +35,23 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> dict[str, Any]:
     }
 
 
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Of Python and the packages that matter, where they are installed."""
+    installed = {"python": sys.version.split()[0]}
+    for package in packages:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            installed[package] = "not installed"
+    return installed
+
+
+def compiler() -> str | None:
+    """The name of the C++ compiler that ``torch.compile`` would call; None where there is none."""
+    wanted = os.environ.get("CXX")
+    return next((name for name in ((wanted,) if wanted else ("g++", "clang++", "c++")) if shutil.which(name)), None)
+
+
 def code_sha256() -> str:
     """Of all Python files of the project and of these benchmarks: whether two measurements ran the same code."""
     digest = hashlib.sha256()
@@ -37,6 +60,13 @@ def code_sha256() -> str:
             if ".environments" not in path.parts:
                 digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
+
+
+def uncommitted_code(root: Path = ROOT) -> list[str]:
+    """Python files of the project and of these benchmarks that differ from the commit; none where there is no git."""
+    command = ["git", "-C", str(root), "status", "--porcelain", "--", "alignment/*.py", "benchmarks/*.py"]
+    status = subprocess.run(command, capture_output=True, text=True, check=False)
+    return [line[3:] for line in status.stdout.splitlines()] if status.returncode == 0 else []
 
 
 def scrubbed(text: str) -> str:

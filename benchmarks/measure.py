@@ -5,18 +5,17 @@ Runs in every environment: torch and the standard library only.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import resource
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
+from benchmarks.machine import versions
+
 Memory = tuple[int, str]
 """Bytes, and how they were counted."""
 _SIDE = 2048
@@ -56,12 +55,21 @@ def peak_memory() -> Memory:
 
 
 class Steps:
-    """Seconds and losses of steps, each told when it has ended; the first is the warm-up and has no seconds."""
+    """Seconds and losses of steps. The first ``warm_up`` steps (1 or 0) have a loss and no seconds.
 
-    def __init__(self) -> None:
+    Without a warm-up ``begin`` says when the first step begins.
+    """
+
+    def __init__(self, warm_up: int = 1) -> None:
         self.losses: list[float] = []
         self.seconds: list[float] = []
+        self._warm_up = warm_up
         self._last: float | None = None
+
+    def begin(self) -> None:
+        """Training begins now."""
+        if not self._warm_up:
+            self._last = time.perf_counter()
 
     def ended(self, loss: float) -> None:
         """A step is done; its loss has been read, so the device has finished too."""
@@ -71,17 +79,6 @@ class Steps:
             self.seconds.append(now - self._last)
         self._last = now
         self.losses.append(loss)
-
-
-def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Of Python and the packages that matter, where they are installed."""
-    found = {"python": sys.version.split()[0]}
-    for package in packages:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def write_result(

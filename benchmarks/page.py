@@ -9,19 +9,27 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.machine import RESULTS, ROOT
+from benchmarks.setting import read_json
 from benchmarks.works import WORKS
 
+BEFORE_SEARCH = "**Measured before the search of rivals.**"
 PAGE = ROOT / "docs" / "performance.md"
 
 
 def tables(folder: Path) -> list[str]:
-    """The tables that were measured in full, in the order of the works, each with what everyone was allowed."""
-    found = []
-    for name in WORKS:
+    """The tables that were measured in full, in the order of the works, each with what everyone was allowed.
+
+    A table that does not know the searched settings of its rivals is marked.
+    """
+    texts = []
+    for name, work in WORKS.items():
         file = folder / f"{name}.md"
         if file.is_file():
-            found.append("##" + file.read_text(encoding="utf-8").strip())  # a heading of the third level
-    return found
+            title, rest = file.read_text(encoding="utf-8").strip().split("\n", 1)
+            before = work.rivals and "at_their_best" not in read_json(file.with_suffix(".json"))
+            mark = f"\n{BEFORE_SEARCH}\n" if before else ""
+            texts.append(f"##{title}\n{mark}{rest}")  # a heading of the third level
+    return texts
 
 
 def filled(page: str, name: str, measured: Sequence[str]) -> str:
@@ -43,9 +51,9 @@ def main() -> None:
     page = PAGE.read_text(encoding="utf-8")
     folders = {"tables": RESULTS} | {folder.name: folder for folder in sorted(RESULTS.iterdir()) if folder.is_dir()}
     for name, folder in folders.items():
-        found = tables(folder)
-        page = filled(page, name, found)
-        print(f"{PAGE.relative_to(ROOT)}, {name}: {len(found)} tables")
+        measured = tables(folder)
+        page = filled(page, name, measured)
+        print(f"{PAGE.relative_to(ROOT)}, {name}: {len(measured)} tables")
     PAGE.write_text(page, encoding="utf-8")
 
 

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from safetensors.torch import save_file
 from torch import nn
@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from alignment import worker
 from alignment.core.errors import DataError
-from alignment.data.tokens.common_beginning import in_common
 from alignment.data.tokens.row_kinds import DESIRABLE, UNDESIRABLE
 from alignment.data.tokens.tokenize import answer_ids, encode, prompt_ids, tokenize_conversation
 from alignment.data.tokens.tokenizer import load_tokenizer
@@ -28,13 +27,17 @@ from alignment.data.turns import Message
 from alignment.job import StageInput
 from alignment.models.assembly.load import lineage, load_scalar
 from alignment.models.assembly.reward_head import load_reward_model
-from alignment.stages.kto.labelled_rows import ANSWER, MISMATCHED, in_order
+from alignment.stages.kto.labelled_rows import in_order
 from alignment.stages.stage_file import read_spec
 from alignment.training.context import StageContext
+from alignment.training.rl.experience import prompt_order
 from benchmarks import rows
+from benchmarks.counts import counts_of
+from benchmarks.figures import UPDATES
+from benchmarks.growth import MODEL_SIZES, POINTS
 from benchmarks.setting import GRPO_GROUP, MAX_LENGTH, MAX_PROMPT_LENGTH, PROMPTS, ROWS, SEED, read_json
 from benchmarks.stage import artifact_of, stage_config, write_stage
-from benchmarks.works import MODEL_SIZES, POINTS, SamplingSize
+from benchmarks.work import SamplingSize
 
 Tokens = dict[str, list[int]]
 
@@ -50,7 +53,16 @@ def main(task_file: Path) -> None:
         inputs["repetitions"] = _growth(folder, tokenizer, data, task["repetitions"])
         inputs["models"] |= {name: parameters(_random_model(folder, base, name)) for name in MODEL_SIZES}
     else:
-        inputs |= _select(task["kind"], folder, tokenizer, data, task["repetitions"], SamplingSize(**task["size"]))
+        inputs |= _select(
+            task["kind"],
+            folder,
+            tokenizer,
+            data,
+            task["repetitions"],
+            SamplingSize(**task["size"]),
+            adapter=task["adapter"],
+            batches=task["batches"],
+        )
     if task["kind"] == "reward":
         inputs["head"] = str(_scorer_head(folder, base, Path(inputs["repetitions"][0]["rows"])))
     if task["kind"] == "ppo":
@@ -67,47 +79,21 @@ def parameters(folder: Path) -> dict[str, int]:
     return {"linear": sum(module.weight.numel() for module in linear), "head": head.weight.numel()}
 
 
-def counts_of(kind: str, tokens: list[Any]) -> dict[str, int]:
-    """``tokens`` are real tokens, each sequence of a pair with its prompt in full; ``trunk_tokens`` (or
-    ``prompt_tokens``) is what has to be computed, beginnings that sequences have in common once; ``scored_tokens`` are
-    those whose probability is needed."""
-    if kind == "sft":
-        sequences = [row["input_ids"] for row in tokens]
-        scored = sum(label != -100 for row in tokens for label in row["labels"])
-    elif kind in ("reward", "dpo"):
-        sequences = [row["prompt"] + row[answer] for row in tokens for answer in ("chosen", "rejected")]
-        scored = sum(len(row["chosen"]) + len(row["rejected"]) for row in tokens) if kind == "dpo" else 0
-    elif kind == "kto":
-        return _counts_of_labelled(tokens)
-    else:
-        return {"prompt_tokens": _apart(tokens)}
-    return {"tokens": sum(map(len, sequences)), "trunk_tokens": _apart(sequences), "scored_tokens": scored}
-
-
-def _counts_of_labelled(tokens: list[Any]) -> dict[str, int]:
-    """As ``counts_of``; also the tokens to compute of prompts with mismatched answers, and with both."""
-    own, other = ([row["prompt"] + row[answer] for row in tokens] for answer in (ANSWER, MISMATCHED))
-    return {
-        "tokens": sum(map(len, own)),
-        "trunk_tokens": _apart(own),
-        "scored_tokens": sum(len(row[ANSWER]) for row in tokens),
-        "mismatched_tokens": _apart(other),
-        "reference_tokens": _apart([*own, *other]),
-    }
-
-
-def _apart(sequences: Sequence[list[int]]) -> int:
-    """Tokens of sequences whose common beginnings count once: the nodes of their prefix tree."""
-    ordered = sorted(sequences)
-    return sum(map(len, ordered)) - sum(in_common(*two) for two in pairwise(ordered))
-
-
 # ---- rows --------------------------------------------------------------------------------------------------------
 
 
 def _select(
-    kind: str, folder: Path, tokenizer: Any, data: Path | None, repetitions: int, size: SamplingSize
+    kind: str,
+    folder: Path,
+    tokenizer: Any,
+    data: Path | None,
+    repetitions: int,
+    size: SamplingSize,
+    *,
+    adapter: str = "none",
+    batches: int = 1,
 ) -> dict[str, Any]:
+    """The rows of each repetition, for ``batches`` steps, and the counts of each step."""
     fitting, left_out = _fitting(kind, tokenizer, data, size.prompt_tokens)
     if kind == "sampling" and size.system_tokens:
         system = {"role": "system", "content": system_text(tokenizer, rows.conversations(data), size.system_tokens)}
@@ -116,17 +102,18 @@ def _select(
     count = {"sampling": size.prompts, "ppo": PROMPTS, "grpo": PROMPTS // GRPO_GROUP}.get(kind, ROWS)
     chosen = []
     for repetition in range(repetitions):
-        part = rows.taken(fitting, repetition, count)
-        tokens = [found for _, found in part]
-        if kind == "kto":
-            tokens = _in_our_order(folder, tokens)
+        part = rows.taken(fitting, repetition, count * batches)
+        tokens = [row_tokens for _, row_tokens in part]
+        if kind != "sampling":
+            tokens = in_our_order(kind, adapter, folder, tokens)
         files = _write(folder, f"repetition-{repetition}", [row for row, _ in part], tokens)
-        chosen.append({**files, "counts": counts_of(kind, tokens)})
+        steps = [counts_of(kind, tokens[first : first + count]) for first in range(0, len(tokens), count)]
+        chosen.append({**files, "steps": steps})
     return {
         "repetitions": chosen,
         "rows_that_fit": len(fitting),
         "rows_left_out": left_out,
-        "rows_repeat": len(fitting) < count * repetitions,
+        "rows_repeat": len(fitting) < count * batches * repetitions,
     }
 
 
@@ -194,12 +181,22 @@ def _labelled(tokenizer: Any, row: dict[str, Any]) -> Tokens:
     return {"prompt": prompt_ids(tokenizer, messages), **sides}
 
 
-def _in_our_order(folder: Path, tokens: list[Any]) -> list[Any]:
-    """Labelled answers as our stage takes them, each beside the answer by which it estimates the divergence."""
-    config = stage_config("kto", "lora", folder, steps=1, rows=ROWS)
+def in_our_order(kind: str, adapter: str, folder: Path, tokens: list[Any]) -> list[Any]:
+    """Rows in the order in which our stage takes them, so that a step of everyone has the same rows.
+
+    Labelled answers stand beside the answer by which our stage estimates the divergence.
+    """
+    config = stage_config(kind, adapter, folder, steps=1, rows=ROWS)
     spec = read_spec(write_stage(folder / "order", config, base=folder, data=folder))
-    rng = StageContext(spec=spec, rank=0, world_size=1).generator("order")
-    return list(in_order(Dataset.from_list(tokens), rng, batch_size=ROWS, mismatch=True))
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    if kind == "kto":
+        return list(in_order(Dataset.from_list(tokens), context.generator("order"), batch_size=ROWS, mismatch=True))
+    order: Iterable[int]
+    if kind in UPDATES:
+        order = prompt_order(len(tokens), 0, len(tokens), lambda number: context.generator("prompts", number))
+    else:  # the order of a trainer of transformers in its first epoch
+        order = SeedableRandomSampler(range(len(tokens)), data_seed=context.seed("trainer") % 2**32)
+    return [tokens[index] for index in order]
 
 
 def _prompt(tokenizer: Any, row: dict[str, Any]) -> list[int]:
@@ -231,7 +228,7 @@ def _growth(folder: Path, tokenizer: Any, data: Path | None, repetitions: int) -
             tokens = [_conversation(tokenizer, row) for row in made]
             points[name] = {
                 **_write(folder, f"{name}-{repetition}", made, tokens),
-                "counts": counts_of("sft", tokens),
+                "steps": [counts_of("sft", tokens)],
             }
         chosen.append(points)
     return chosen

@@ -8,14 +8,18 @@ from typing import Any
 
 ROWS = 8
 """Rows, or pairs, of a training step."""
+STEPS = 3
+"""Steps of a training contestant: the first is the warm-up, the second and third are measured."""
 MICRO_BATCH_TOKENS = 2048
-"""The default of our stages, which count micro-batches in tokens; the others hold a step's rows at once."""
+"""The default of our stages, which count micro-batches in tokens; rivals count them in rows."""
 MAX_LENGTH = 512
 """Tokens of the longest row, or of the longer sequence of a pair."""
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 LEARNING_RATE = {"lora": 2e-4, "full": 2e-5}
 """Constant, without warm-up, so that every step of every contestant takes the same."""
 MAX_GRAD_NORM = 1.0
+SAME_LOSS = 0.01
+"""Largest relative difference of losses between contestants that are said to learn the same."""
 BETA = 0.1
 SEED = 42
 REPETITIONS = 5
@@ -26,7 +30,7 @@ MAX_PROMPT_LENGTH = 96
 PPO_NEW_TOKENS = 48
 PPO_EPOCHS = 4
 PPO_MICRO_BATCH = 8
-"""Rows, for TRL."""
+"""Rows, by TRL's default."""
 PPO_MICRO_BATCH_TOKENS = {"lora": 2048, "full": 1024}
 """The default of our PPO stage; full training takes half of it, to hold fewer activations."""
 

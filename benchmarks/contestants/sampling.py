@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompileConfig, DynamicCache
 
+from benchmarks.grid import STATIC_COMPILED
 from benchmarks.measure import device, matmul_peak, synchronise, write_result
 from benchmarks.setting import read_json
 
@@ -32,12 +33,19 @@ def main(task_file: Path) -> None:
     dtype = torch.float32 if exact else torch.bfloat16
     peak = matmul_peak(dtype)
     end = AutoTokenizer.from_pretrained(task["base"]).eos_token_id
-    model = AutoModelForCausalLM.from_pretrained(task["base"], dtype=dtype).to(device()).eval()
+    attention = task["setting"].get("attention", "sdpa")
+    model = AutoModelForCausalLM.from_pretrained(task["base"], dtype=dtype, attn_implementation=attention)
+    model = model.to(device()).eval()
     prompts: list[list[int]] = read_json(Path(task["tokens"]))
     if ours:
         answer = _ours(model, prompts, end)
     else:
-        answer = _theirs(model, prompts, end, common=common_length(prompts) if task["size"]["system_tokens"] else 0)
+        common = common_length(prompts) if task["size"]["system_tokens"] else 0
+        answer = in_batches(
+            prompts,
+            task["setting"]["batch"],
+            lambda part: _theirs(model, part, end, common=common, cache=task["setting"].get("cache", "dynamic")),
+        )
     seconds, lengths = measured(answer, task["size"], end)
     write_result(Path(task["result"]), peak=peak, seconds=seconds, losses=[], lengths=lengths)
 
@@ -85,7 +93,17 @@ def _ours(model: Any, prompts: list[list[int]], end: int) -> Answer:
     return answer
 
 
-def _theirs(model: Any, prompts: list[list[int]], end: int, *, common: int) -> Answer:
+def in_batches(prompts: list[list[int]], size: int, answer_of: Callable[[list[list[int]]], Answer]) -> Answer:
+    """Answers in batches of ``size`` prompts, one after another. Each batch draws with a seed of its own."""
+    parts = [answer_of(prompts[first : first + size]) for first in range(0, len(prompts), size)]
+
+    def answer(seed: int, limit: int) -> Answers:
+        return [row for number, part in enumerate(parts) for row in part(seed + 1000 * number, limit)]
+
+    return answer
+
+
+def _theirs(model: Any, prompts: list[list[int]], end: int, *, common: int, cache: str = "dynamic") -> Answer:
     """``common`` tokens with which all prompts begin are read once; padding stands behind them."""
     longest = max(len(prompt) for prompt in prompts)
     padding = [longest - len(prompt) for prompt in prompts]
@@ -96,15 +114,15 @@ def _theirs(model: Any, prompts: list[list[int]], end: int, *, common: int) -> A
     def beginning() -> dict[str, Any]:
         if not common:
             return {}
-        cache = DynamicCache(config=model.config)
-        model(input_ids=ids[:1, :common], cache=cache, use_cache=True, logits_to_keep=1)
-        cache.batch_repeat_interleave(len(prompts))
-        return {"cache": cache}
+        known = DynamicCache(config=model.config)
+        model(input_ids=ids[:1, :common], cache=known, use_cache=True, logits_to_keep=1)
+        known.batch_repeat_interleave(len(prompts))
+        return {"cache": known}
 
     def answer(seed: int, limit: int) -> Answers:
         torch.manual_seed(seed)
         with torch.no_grad():
-            found = model.generate(
+            answered = model.generate(
                 input_ids=ids,
                 attention_mask=real,
                 max_new_tokens=limit,
@@ -114,12 +132,25 @@ def _theirs(model: Any, prompts: list[list[int]], end: int, *, common: int) -> A
                 top_p=1.0,
                 eos_token_id=end,
                 pad_token_id=end,
+                **cache_options(cache),
                 **beginning(),
             )
-        answers: Answers = found[:, longest:].tolist()
+        answers: Answers = answered[:, longest:].tolist()
         return answers
 
     return answer
+
+
+def cache_options(cache: str) -> dict[str, Any]:
+    """What ``generate`` is told about its cache."""
+    if cache == "dynamic":
+        return {}
+    if cache == "static":
+        return {"cache_implementation": "static", "disable_compile": True}
+    assert cache == STATIC_COMPILED, f"no cache {cache!r} in the grid"
+    compiled = CompileConfig(mode="default")
+    compiled._compile_all_devices = True  # else only GPUs compile
+    return {"cache_implementation": "static", "compile_config": compiled}
 
 
 if __name__ == "__main__":

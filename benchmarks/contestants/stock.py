@@ -1,9 +1,11 @@
-"""Plain transformers and PEFT with a loop of one's own: padded batch, textbook losses, no checkpointing."""
+"""Plain transformers and PEFT with a loop of one's own and textbook losses, with any setting of its grid."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,12 @@ from peft import get_peft_model
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.contestants.training import lora_of, model_of, tokenizer_of, without_casts
+from benchmarks.contestants.training import input_casts, lora_of, model_of, tokenizer_of
 from benchmarks.measure import Steps, device, matmul_peak, write_result
-from benchmarks.setting import BETA, LEARNING_RATE, MAX_GRAD_NORM, read_json
+from benchmarks.setting import BETA, LEARNING_RATE, MAX_GRAD_NORM, ROWS, read_json
 
 IGNORED = -100
+Rows = list[dict[str, Any]]
 
 
 def main(task_file: Path) -> None:
@@ -28,62 +31,130 @@ def main(task_file: Path) -> None:
     lora = lora_of(task)
     if lora is not None:
         model = get_peft_model(model, lora)
+    if task["setting"]["checkpointing"]:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    called = torch.compile(model) if task["setting"]["compiled"] else model
     rows = read_json(Path(task["tokens"]))
-    loss_of = {"sft": _sft_loss, "reward": _reward_loss, "dpo": _dpo_loss, "kto": _kto_loss}[task["kind"]]
-    steps = Steps()
-    with without_casts(task, model):
-        _train(model.train(), lambda: loss_of(model, rows, tokenizer.pad_token_id), task, steps)
+    steps = Steps(task["warm_up"])
+    with input_casts(task, model):
+        train(called, rows, tokenizer.pad_token_id, task, steps)
     write_result(Path(task["result"]), peak=peak, seconds=steps.seconds, losses=steps.losses)
 
 
-def _train(model: Any, loss_of_step: Callable[[], Tensor], task: dict[str, Any], steps: Steps) -> None:
+def train(model: Any, rows: Rows, pad: int, task: dict[str, Any], steps: Steps) -> None:
+    """A step for each ``ROWS`` rows, in micro-batches whose losses add up to that of the whole batch."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE[task["adapter"]], weight_decay=0.0, fused=True)
-    for _ in range(task["steps"]):
-        with torch.autocast(device().type, dtype=torch.bfloat16):
-            loss = loss_of_step()
-        loss.backward()
+    loss_of = {"sft": _sft_loss, "reward": _reward_loss, "dpo": _dpo_loss, "kto": _kto_loss}[task["kind"]]
+    steps.begin()
+    for step in range(task["steps"]):
+        batch = _Batch(model, rows[ROWS * step : ROWS * (step + 1)], pad, task["setting"])
+        with batch.precision():
+            whole = _ABOUT_ALL.get(task["kind"], _number_of_rows)(batch)
+        total = 0.0
+        for part in batch.parts():
+            with batch.precision():
+                loss = loss_of(batch, part, whole)
+            loss.backward()
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, MAX_GRAD_NORM)
         optimizer.step()
         optimizer.zero_grad()
-        steps.ended(loss.item())
+        steps.ended(total)
 
 
-def _sft_loss(model: Any, rows: list[dict[str, list[int]]], pad: int) -> Tensor:
-    ids, real = _padded([row["input_ids"] for row in rows], pad)
-    labels, _ = _padded([row["labels"] for row in rows], IGNORED)
-    logits = model(input_ids=ids, attention_mask=real).logits[:, :-1].float()
-    return functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """The rows of a step, and how they are computed."""
+
+    model: Any
+    rows: Rows
+    pad: int
+    setting: dict[str, Any]
+
+    def parts(self) -> Iterator[Rows]:
+        """Its micro-batches."""
+        count = self.setting["micro_rows"]
+        return (self.rows[first : first + count] for first in range(0, len(self.rows), count))
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast, if the setting has it."""
+        autocast = self.setting.get("precision", "autocast") == "autocast"
+        return torch.autocast(device().type, dtype=torch.bfloat16) if autocast else nullcontext()
 
 
-def _reward_loss(model: Any, rows: list[dict[str, list[int]]], pad: int) -> Tensor:
-    ids, real, _ = _both(rows, pad)
-    chosen, rejected = model(input_ids=ids, attention_mask=real).logits.float().squeeze(-1).chunk(2)
-    return -functional.logsigmoid(chosen - rejected).mean()
+# ---- of a whole batch, before its micro-batches ------------------------------------------------------------------
 
 
-def _dpo_loss(model: Any, rows: list[dict[str, list[int]]], pad: int) -> Tensor:
-    ids, real, labels = _both(rows, pad)
-    policy = _answer_logprobs(model, ids, real, labels)
-    with torch.no_grad(), model.disable_adapter():
-        reference = _answer_logprobs(model, ids, real, labels)
+def _number_of_rows(batch: _Batch) -> float:
+    return len(batch.rows)
+
+
+def _number_of_labels(batch: _Batch) -> float:
+    return sum(label != IGNORED for row in batch.rows for label in row["labels"][1:])
+
+
+@torch.no_grad()
+def _divergence(batch: _Batch) -> Tensor:
+    """The estimate of KTO, from the mismatched answers of the whole batch."""
+    total = torch.zeros((), device=device())
+    for part in batch.parts():
+        mismatched = _answers(part, "KL_completion", batch.pad)
+        others = _answer_logprobs(batch.model, *mismatched)
+        with batch.model.disable_adapter():
+            total += (others - _answer_logprobs(batch.model, *mismatched)).sum()
+    return (total / len(batch.rows)).clamp(min=0)
+
+
+_ABOUT_ALL: dict[str, Any] = {"sft": _number_of_labels, "kto": _divergence}
+
+
+# ---- the share of a micro-batch in the loss ----------------------------------------------------------------------
+
+
+def _sft_loss(batch: _Batch, rows: Rows, labels_of_all: float) -> Tensor:
+    if batch.setting["padding_free"]:
+        labels, inputs = _flat(rows)
+    else:
+        ids, real = _padded([row["input_ids"] for row in rows], batch.pad)
+        labels, _ = _padded([row["labels"] for row in rows], IGNORED)
+        inputs = {"input_ids": ids, "attention_mask": real}
+    logits = batch.model(**inputs).logits[:, :-1].float()
+    total = functional.cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    return total / labels_of_all
+
+
+def _reward_loss(batch: _Batch, rows: Rows, number_of_rows: float) -> Tensor:
+    ids, real, _ = _both(rows, batch.pad)
+    chosen, rejected = batch.model(input_ids=ids, attention_mask=real).logits.float().squeeze(-1).chunk(2)
+    return -functional.logsigmoid(chosen - rejected).sum() / number_of_rows
+
+
+def _dpo_loss(batch: _Batch, rows: Rows, number_of_rows: float) -> Tensor:
+    sequences = _both(rows, batch.pad)
+    policy = _answer_logprobs(batch.model, *sequences)
+    with torch.no_grad(), batch.model.disable_adapter():
+        reference = _answer_logprobs(batch.model, *sequences)
     chosen, rejected = (policy - reference).chunk(2)
-    return -functional.logsigmoid(BETA * (chosen - rejected)).mean()
+    return -functional.logsigmoid(BETA * (chosen - rejected)).sum() / number_of_rows
 
 
-def _kto_loss(model: Any, rows: list[dict[str, Any]], pad: int) -> Tensor:
-    answers, mismatched = (_answers(rows, name, pad) for name in ("completion", "KL_completion"))
-    with torch.no_grad():
-        others = _answer_logprobs(model, *mismatched)
-        with model.disable_adapter():
-            divergence = (others - _answer_logprobs(model, *mismatched)).mean().clamp(min=0)
-            reference = _answer_logprobs(model, *answers)
-    ratios = _answer_logprobs(model, *answers) - reference
+def _kto_loss(batch: _Batch, rows: Rows, divergence: Tensor) -> Tensor:
+    answers = _answers(rows, "completion", batch.pad)
+    with torch.no_grad(), batch.model.disable_adapter():
+        reference = _answer_logprobs(batch.model, *answers)
+    ratios = _answer_logprobs(batch.model, *answers) - reference
     signs = torch.tensor([1.0 if row["label"] else -1.0 for row in rows], device=ratios.device)
-    return (1 - torch.sigmoid(BETA * signs * (ratios - divergence))).mean()
+    return (1 - torch.sigmoid(BETA * signs * (ratios - divergence))).sum() / len(batch.rows)
 
 
-def _answers(rows: list[dict[str, Any]], name: str, pad: int) -> tuple[Tensor, Tensor, Tensor]:
+# ---- tensors -----------------------------------------------------------------------------------------------------
+
+
+def _answers(rows: Rows, name: str, pad: int) -> tuple[Tensor, Tensor, Tensor]:
     """Prompts with these answers: ids, which are real, and labels of the answers."""
     ids, real = _padded([row["prompt"] + row[name] for row in rows], pad)
     labels, _ = _padded([[IGNORED] * len(row["prompt"]) + row[name] for row in rows], IGNORED)
@@ -99,12 +170,26 @@ def _answer_logprobs(model: Any, ids: Tensor, real: Tensor, labels: Tensor) -> T
     return (each * counted).sum(-1)
 
 
-def _both(rows: list[dict[str, list[int]]], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+def _both(rows: Rows, pad: int) -> tuple[Tensor, Tensor, Tensor]:
     """Chosen sequences, then rejected ones: ids, which are real, and labels of the answers."""
     parts = [(row["prompt"], row[answer]) for answer in ("chosen", "rejected") for row in rows]
     ids, real = _padded([prompt + answer for prompt, answer in parts], pad)
     labels, _ = _padded([[IGNORED] * len(prompt) + answer for prompt, answer in parts], IGNORED)
     return ids, real, labels
+
+
+def _flat(rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+    """Rows one behind another, ``[1, tokens]``: labels, of which the first of each row is ignored, and the inputs.
+
+    Positions begin anew in each row, by which transformers keeps rows apart.
+    """
+    ids = [token for row in rows for token in row["input_ids"]]
+    positions = [position for row in rows for position in range(len(row["input_ids"]))]
+    labels = [label for row in rows for label in [IGNORED, *row["labels"][1:]]]
+    ids_tensor, positions_tensor, labels_tensor = (
+        torch.tensor([values], device=device()) for values in (ids, positions, labels)
+    )
+    return labels_tensor, {"input_ids": ids_tensor, "position_ids": positions_tensor}
 
 
 def _padded(rows: list[list[int]], fill: int) -> tuple[Tensor, Tensor]:

@@ -26,14 +26,19 @@ def tokenizer_of(task: dict[str, Any]) -> Any:
 def model_of(task: dict[str, Any], tokenizer: Any) -> Any:
     """bfloat16 below an adapter, float32 where it is trained whole (autocast does the products), as ours has it.
 
+    The attention is that of the setting.
+
     A scorer's head is the one that our stage draws, so that all start from the same loss.
     """
     torch.manual_seed(SEED)
-    dtype = torch.bfloat16 if task["adapter"] == "lora" else torch.float32
+    how = {
+        "dtype": torch.bfloat16 if task["adapter"] == "lora" else torch.float32,
+        "attn_implementation": task["setting"]["attention"],
+    }
     if task["kind"] != "reward":
-        model = AutoModelForCausalLM.from_pretrained(task["base"], dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(task["base"], **how)
     else:
-        model = AutoModelForSequenceClassification.from_pretrained(task["base"], dtype=dtype, num_labels=1)
+        model = AutoModelForSequenceClassification.from_pretrained(task["base"], num_labels=1, **how)
         model.score.float()
         with torch.no_grad():
             model.score.weight.copy_(load_file(Path(task["head"]))["weight"])
@@ -49,6 +54,9 @@ def lora_of(task: dict[str, Any]) -> LoraConfig | None:
     return LoraConfig(task_type="SEQ_CLS" if task["kind"] == "reward" else "CAUSAL_LM", **LORA)
 
 
-def without_casts(task: dict[str, Any], model: Any) -> AbstractContextManager[Any]:
-    """Spares the conversions of each activation to float32 around each adapter; autocast chooses the dtype anyway."""
-    return disable_input_dtype_casting(model) if task["adapter"] == "lora" else nullcontext()
+def input_casts(task: dict[str, Any], model: Any) -> AbstractContextManager[Any]:
+    """With PEFT's conversions of each activation to float32 around each adapter, or spared them, as the setting says.
+
+    Autocast chooses the dtype of products anyway.
+    """
+    return nullcontext() if task["setting"].get("input_casts", True) else disable_input_dtype_casting(model)

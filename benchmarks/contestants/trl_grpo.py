@@ -1,4 +1,4 @@
-"""TRL's current GRPO trainer on prompts that are tokens already, with its defaults or tuned; a rule is the reward."""
+"""TRL's current GRPO trainer on prompts that are tokens already, with any setting of its grid; a rule is the reward."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from benchmarks.setting import (
     GRPO_LENGTH,
     LEARNING_RATE,
     MAX_GRAD_NORM,
-    PPO_MICRO_BATCH,
     PPO_NEW_TOKENS,
     PROMPTS,
     SEED,
@@ -40,13 +39,13 @@ def main(task_file: Path) -> None:
     """Makes the updates and writes the result."""
     task = read_json(task_file)
     peak = matmul_peak()
-    steps = Steps()
+    steps = Steps(task["warm_up"])
     clock = UpdateClock(steps, loss="loss")
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(task, folder)
         trainer.add_callback(clock)
         trainer.train()
-    lengths = [update["completions/mean_length"] for update in clock.updates[1:]]
+    lengths = [update["completions/mean_length"] for update in clock.updates[-len(steps.seconds) :]]
     write_result(
         Path(task["result"]),
         peak=peak,
@@ -75,11 +74,15 @@ def _trainer(task: dict[str, Any], folder: str) -> GRPOTrainer:
 
 
 def _arguments(task: dict[str, Any], folder: str) -> GRPOConfig:
-    told = {"gradient_checkpointing": False} if task["contestant"] == "trl_tuned" else {}
+    setting = task["setting"]
     return GRPOConfig(
         output_dir=folder,
-        per_device_train_batch_size=PPO_MICRO_BATCH,
-        gradient_accumulation_steps=PROMPTS // PPO_MICRO_BATCH,
+        per_device_train_batch_size=setting["micro_rows"],
+        gradient_accumulation_steps=PROMPTS // setting["micro_rows"],
+        gradient_checkpointing=setting["checkpointing"],
+        torch_compile=setting["compiled"],
+        cache_implementation=None if setting["cache"] == "dynamic" else setting["cache"],
+        shuffle_dataset=False,  # so that an update has the same prompts as everyone's
         num_generations=GRPO_GROUP,
         max_completion_length=PPO_NEW_TOKENS,
         temperature=1.0,
@@ -95,7 +98,6 @@ def _arguments(task: dict[str, Any], folder: str) -> GRPOConfig:
         report_to="none",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),  # without it the default of bf16 is refused
-        **told,
     )
 
 

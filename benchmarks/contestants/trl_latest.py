@@ -1,16 +1,14 @@
-"""TRL's current SFT, reward, DPO and KTO trainers on rows that are tokens already, with their defaults or tuned."""
+"""TRL's current SFT, reward, DPO and KTO trainers on rows that are tokens already, with any setting of their grid."""
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -22,7 +20,8 @@ from trl import (
     SFTTrainer,
 )
 
-from benchmarks.contestants.training import lora_of, model_of, tokenizer_of, without_casts
+from benchmarks.contestants.training import input_casts, lora_of, model_of, tokenizer_of
+from benchmarks.contestants.update_clock import UpdateClock
 from benchmarks.measure import Steps, matmul_peak, write_result
 from benchmarks.setting import BETA, LEARNING_RATE, MAX_GRAD_NORM, ROWS, SEED, read_json
 
@@ -41,28 +40,15 @@ class TokenizedKtoTrainer(KTOTrainer):
         return dataset
 
 
-class Clock(TrainerCallback):
-    """Tells ``Steps`` of each logged step; the trainer's closing summary is not one."""
-
-    def __init__(self, steps: Steps) -> None:
-        self._steps = steps
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Logging reads the loss, so the step has been computed."""
-        if logs and "loss" in logs:
-            self._steps.ended(float(logs["loss"]))
-
-
 def main(task_file: Path) -> None:
     """Trains and writes the result."""
     task = read_json(task_file)
     peak = matmul_peak()
-    steps = Steps()
+    steps = Steps(task["warm_up"])
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(task, folder)
-        trainer.add_callback(Clock(steps))
-        tuned = task["contestant"] == "trl_tuned"
-        with without_casts(task, trainer.model) if tuned else nullcontext():
+        trainer.add_callback(UpdateClock(steps, loss="loss"))
+        with input_casts(task, trainer.model):
             trainer.train()
     write_result(Path(task["result"]), peak=peak, seconds=steps.seconds, losses=steps.losses)
 
@@ -75,23 +61,29 @@ def _trainer(task: dict[str, Any], folder: str) -> Any:
         "processing_class": tokenizer,
         "peft_config": lora_of(task),
     }
-    told = _arguments(task, folder)
+    arguments = _arguments(task, folder)
     if task["kind"] == "reward":
-        return RewardTrainer(args=RewardConfig(**told, max_length=None), **shared)
+        return RewardTrainer(args=RewardConfig(**arguments, max_length=None), **shared)
     if task["kind"] == "dpo":
-        return TokenizedDpoTrainer(args=DPOConfig(**told, max_length=None, beta=BETA), **shared)
+        return TokenizedDpoTrainer(args=DPOConfig(**arguments, max_length=None, beta=BETA), **shared)
     if task["kind"] == "kto":
-        return TokenizedKtoTrainer(args=KTOConfig(**told, max_length=None, beta=BETA), **shared)
+        return TokenizedKtoTrainer(args=KTOConfig(**arguments, max_length=None, beta=BETA), **shared)
     # Rows are short enough already, and padding-free rows may not be cut.
-    packed = task["contestant"] == "trl_tuned"
-    return SFTTrainer(args=SFTConfig(**told, max_length=None, padding_free=packed), **shared)
+    padding_free = task["setting"]["padding_free"]
+    return SFTTrainer(args=SFTConfig(**arguments, max_length=None, padding_free=padding_free), **shared)
 
 
 def _arguments(task: dict[str, Any], folder: str) -> dict[str, Any]:
-    """The setting and silence; all else stays as TRL has it, but for what ``trl_tuned`` is allowed."""
-    told = {
+    """The setting, the order of rows, and silence; all else stays as TRL has it."""
+    setting = task["setting"]
+    return {
         "output_dir": folder,
-        "per_device_train_batch_size": ROWS,
+        "per_device_train_batch_size": setting["micro_rows"],
+        "gradient_accumulation_steps": ROWS // setting["micro_rows"],
+        "gradient_checkpointing": setting["checkpointing"],
+        "torch_compile": setting["compiled"],
+        "bf16": setting.get("precision", "autocast") == "autocast",
+        "train_sampling_strategy": "sequential",  # so that a step has the same rows as everyone's
         "max_steps": task["steps"],
         "learning_rate": LEARNING_RATE[task["adapter"]],
         "lr_scheduler_type": "constant",
@@ -103,7 +95,6 @@ def _arguments(task: dict[str, Any], folder: str) -> dict[str, Any]:
         "disable_tqdm": True,
         "use_cpu": not torch.cuda.is_available(),  # without it the default of bf16 is refused
     }
-    return told | ({"gradient_checkpointing": False} if task["contestant"] == "trl_tuned" else {})
 
 
 def _rows(task: dict[str, Any]) -> list[dict[str, Any]]:

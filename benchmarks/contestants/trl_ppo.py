@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
@@ -20,7 +21,6 @@ from benchmarks.setting import (
     LORA,
     MAX_GRAD_NORM,
     PPO_EPOCHS,
-    PPO_MICRO_BATCH,
     PPO_NEW_TOKENS,
     PROMPTS,
     SEED,
@@ -32,13 +32,15 @@ def main(task_file: Path) -> None:
     """Makes the updates and writes the result."""
     task = read_json(task_file)
     peak = matmul_peak()
-    steps, counted = Steps(), _count_answers()
+    steps, counted = Steps(task["warm_up"]), _count_answers()
     clock = UpdateClock(steps, loss="loss/policy_avg")
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(task, folder)
         trainer.add_callback(clock)
         trainer.train()
-    measured = counted[1:]
+    batches = PROMPTS // task["setting"]["rollout_rows"]
+    answers = [sum(counted[first : first + batches]) for first in range(0, len(counted), batches)]
+    measured = answers[task["warm_up"] : task["steps"]]
     write_result(
         Path(task["result"]),
         peak=peak,
@@ -50,7 +52,7 @@ def main(task_file: Path) -> None:
 
 
 def _count_answers() -> list[int]:
-    """Real answer tokens of each update, noted where TRL cuts answers at their end."""
+    """Real answer tokens of each batch of a rollout, noted where TRL cuts answers at their end."""
     counted: list[int] = []
     cut = ppo_trainer.truncate_response
 
@@ -67,11 +69,15 @@ def _trainer(task: dict[str, Any], folder: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(task["base"], padding_side="left")
     tokenizer.pad_token = tokenizer.unk_token  # TRL takes the pad token for the end of an answer
     full = task["adapter"] == "full"
-    policy = AutoModelForCausalLM.from_pretrained(task["base"], dtype=torch.bfloat16)
-    reference = AutoModelForCausalLM.from_pretrained(task["base"], dtype=torch.bfloat16) if full else None
+    policy, reference = (_language_model(task) if wanted else None for wanted in (True, full))
     value, reward = (_scorer(task, tokenizer) for _ in range(2))
+    if task["setting"]["critic"] == "lora":
+        value = with_adapter(value)
+    if task["setting"]["checkpointing"]:
+        for model in (policy, value):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     rows = Dataset.from_list([{"input_ids": ids} for ids in read_json(Path(task["tokens"]))])
-    return PPOTrainer(
+    trainer = PPOTrainer(
         args=_arguments(task, folder),
         processing_class=tokenizer,
         model=policy,
@@ -82,11 +88,36 @@ def _trainer(task: dict[str, Any], folder: str) -> Any:
         eval_dataset=rows,
         peft_config=None if full else LoraConfig(task_type="CAUSAL_LM", **LORA),
     )
+    # In the order of the rows, so that an update has the same prompts as everyone's.
+    in_order = DataLoader(rows, batch_size=PROMPTS, collate_fn=trainer.data_collator)
+    trainer.dataloader = trainer.accelerator.prepare(in_order)
+    return trainer
+
+
+def _language_model(task: dict[str, Any]) -> Any:
+    attention = task["setting"]["attention"]
+    return AutoModelForCausalLM.from_pretrained(task["base"], dtype=torch.bfloat16, attn_implementation=attention)
+
+
+def with_adapter(model: Any) -> Any:
+    """The critic with the adapter that ours has: in its linear layers, in float32, beside a head that is trained too.
+
+    The layers are replaced inside the model, because TRL calls its backbone and its head by themselves.
+    """
+    model = inject_adapter_in_model(LoraConfig(task_type="SEQ_CLS", **LORA), model)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.float()
+    model.score.requires_grad_(True)
+    return model
 
 
 def _scorer(task: dict[str, Any], tokenizer: Any) -> Any:
     model = AutoModelForSequenceClassification.from_pretrained(
-        task["reward_folder"], dtype=torch.bfloat16, num_labels=1
+        task["reward_folder"],
+        dtype=torch.bfloat16,
+        num_labels=1,
+        attn_implementation=task["setting"]["attention"],
     )
     model.config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -95,8 +126,9 @@ def _scorer(task: dict[str, Any], tokenizer: Any) -> Any:
 def _arguments(task: dict[str, Any], folder: str) -> PPOConfig:
     return PPOConfig(
         output_dir=folder,
-        per_device_train_batch_size=PPO_MICRO_BATCH,
-        gradient_accumulation_steps=PROMPTS // PPO_MICRO_BATCH,
+        per_device_train_batch_size=task["setting"]["micro_rows"],
+        gradient_accumulation_steps=PROMPTS // task["setting"]["micro_rows"],
+        local_rollout_forward_batch_size=task["setting"]["rollout_rows"],
         num_mini_batches=1,
         num_ppo_epochs=PPO_EPOCHS,
         total_episodes=PROMPTS * task["steps"],

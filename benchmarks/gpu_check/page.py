@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.gpu_check.card import Card
 from benchmarks.gpu_check.checks import Outcome
-from benchmarks.measure import versions
+from benchmarks.machine import versions
 
 SIMULATED = "simulated"
 """The first word of the name of a device that is none (tests/simulated_device)."""

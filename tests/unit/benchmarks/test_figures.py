@@ -9,14 +9,23 @@ from typing import Any
 import pytest
 
 from benchmarks import rows
-from benchmarks.figures import Sharing, figures_of, loss_differences, medians, phase_flop, ratios, useful_flop
-from benchmarks.journal import Journal, OtherConditions
+from benchmarks.counts import counts_of
+from benchmarks.figures import (
+    Sharing,
+    at_its_best,
+    figures_of,
+    loss_differences,
+    medians,
+    phase_flop,
+    ratios,
+    useful_flop,
+)
+from benchmarks.growth import POINTS, SERIES
 from benchmarks.machine import processor, scrubbed
-from benchmarks.page import filled
-from benchmarks.prepare import counts_of
+from benchmarks.page import BEFORE_SEARCH, filled, tables
 from benchmarks.roofline import reached
 from benchmarks.summary import summarise, table
-from benchmarks.works import POINTS, SERIES, WORKS, works_named
+from benchmarks.works import WORKS, works_named
 
 MODEL = {"linear": 100, "head": 10}
 COUNTS = {"tokens": 50, "trunk_tokens": 40, "scored_tokens": 20}
@@ -85,16 +94,28 @@ def test_tables_stand_between_the_markers_of_their_folder() -> None:
         filled(page, "arm", [])
 
 
+def test_a_table_that_knows_no_search_of_its_rivals_is_marked(tmp_path: Path) -> None:
+    for name, content in (("sft_lora", {}), ("dpo_lora", {"at_their_best": {}}), ("growth", {})):
+        (tmp_path / f"{name}.md").write_text(f"# {name}\n\na table\n", encoding="utf-8")
+        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    marked = f"### sft_lora\n\n{BEFORE_SEARCH}\n\na table"
+    assert tables(tmp_path) == [marked, "### dpo_lora\n\na table", "### growth\n\na table"]
+
+
 def test_the_table_names_a_rival_that_did_not_learn_the_same() -> None:
-    inputs = {"models": {"base": MODEL}, "repetitions": [{"counts": COUNTS}]}
-    losses = {"ours": 1.0, "trl_default": 1.019, "trl_tuned": 1.03}
+    inputs = {"models": {"base": MODEL}, "repetitions": [{"steps": [COUNTS]}]}
+    losses = {"ours": (1.0, 1.0), "trl_default": (1.009, 0.995), "trl_fastest": (1.0, 1.03)}
     measurements = [
-        {"contestant": name, "repetition": 0, "result": _result(100.0, 2.0) | {"losses": [loss, 1.0]}}
-        for name, loss in losses.items()
+        {"contestant": name, "repetition": 0, "result": _result(100.0, 2.0) | {"losses": [first, 7.0, last]}}
+        for name, (first, last) in losses.items()
     ]
-    text = table(summarise("sft_lora", inputs, measurements, {}))
-    assert "- trl_tuned: its first losses differ from ours by up to 3.0%" in text
-    assert "- trl_default: its first" not in text
+    text = _table("sft_lora", inputs, measurements)
+    assert "- trl_fastest: its losses differ from ours by up to 0.0% in the first step and 3.0% in the last" in text
+    assert "- trl_default: its losses" not in text
+
+
+def _table(name: str, inputs: dict[str, Any], measurements: list[dict[str, Any]]) -> str:
+    return table(summarise(name, WORKS[name], inputs, measurements, {}))
 
 
 @pytest.mark.parametrize(
@@ -115,10 +136,31 @@ def test_a_phase_of_ppo_needs_what_it_cannot_share(
 
 def test_mfu_divides_useful_work_by_what_the_peak_would_have_done_in_that_time() -> None:
     result = {"seconds": [2.0, 4.0], "matmul_peak": 1000.0, "peak_memory": 7, "losses": [1.5, 1.2, 1.0]}
-    found = figures_of("sft", "lora", MODEL, COUNTS, result)
-    assert found["mfu"] == pytest.approx(16_800 / (3.0 * 1000.0))
-    assert found["tokens_per_second"] == pytest.approx(50 / 3.0)
-    assert (found["first_loss"], found["second_loss"]) == (1.5, 1.2)
+    figures = figures_of("sft", "lora", MODEL, [COUNTS], result)
+    assert figures["mfu"] == pytest.approx(16_800 / (3.0 * 1000.0))
+    assert figures["tokens_per_second"] == pytest.approx(50 / 3.0)
+    assert (figures["first_loss"], figures["last_loss"]) == (1.5, 1.0)
+
+
+def test_each_measured_step_counts_its_own_rows_and_the_warm_up_none() -> None:
+    steps = [{"tokens": tokens, "trunk_tokens": tokens - 1, "scored_tokens": 3} for tokens in (900, 10, 40)]
+    result = {"seconds": [1.0, 4.0], "matmul_peak": 1000.0, "peak_memory": 7, "losses": [1.5, 1.2, 1.0]}
+    figures = figures_of("sft", "lora", MODEL, steps, result)
+    assert (figures["tokens_per_second"], figures["seconds_per_step"]) == (50 / 5.0, 2.5)
+    assert figures["mfu"] == pytest.approx(4 * (100 * (9 + 39) + 10 * 6) / 5000.0)
+    first = figures_of("sft", "lora", MODEL, steps, {**result, "seconds": [3.0]}, warm_up=0)
+    assert first["tokens_per_second"] == 300.0
+
+
+def test_updates_count_the_prompts_of_those_that_were_measured() -> None:
+    steps = [{"prompt_tokens": tokens} for tokens in (1000, 30, 50)]
+    logged = [{"time/rollouts": seconds} for seconds in (99.0, 1.0, 3.0)]
+    result = {"seconds": [2.0, 6.0], "matmul_peak": 1e5, "peak_memory": 7, "losses": [], "answer_tokens": 5.0}
+    figures = figures_of("ppo", "lora", MODEL, steps, {**result, "updates": logged})
+    useful = 40 * 100 * (30 + 5 + 50 + 5) + 20 * 10 * 10
+    assert figures["mfu"] == pytest.approx(useful / (8.0 * 1e5))
+    assert (figures["seconds_per_update"], figures["rollout_seconds"]) == (4.0, 2.0)
+    assert figures["rollout_floor"] == pytest.approx((2 * 100 * (35 + 55) + 2 * 10 * 10) / (2 * 1e5))
 
 
 def test_grpo_reads_with_the_reference_alone_and_learns_without_a_critic() -> None:
@@ -136,33 +178,62 @@ def test_sampling_counts_real_tokens_over_all_seeds() -> None:
         "peak_memory": 7,
         "losses": [],
     }
-    found = figures_of("sampling", "none", MODEL, {"prompt_tokens": 6}, result)
-    assert (found["tokens_per_second"], found["mean_length"]) == (3.0, 3.0)
-    assert found["mfu"] == pytest.approx((200 * (12 + 12) + 20 * 12) / (4.0 * 100.0))
+    figures = figures_of("sampling", "none", MODEL, [{"prompt_tokens": 6}], result)
+    assert (figures["tokens_per_second"], figures["mean_length"]) == (3.0, 3.0)
+    assert figures["mfu"] == pytest.approx((200 * (12 + 12) + 20 * 12) / (4.0 * 100.0))
 
 
 def test_ratios_are_ours_divided_by_the_rivals_over_repetitions_that_both_have() -> None:
-    ours = {i: {"tokens_per_second": speed, "peak_memory": 2.0} for i, speed in enumerate([100.0, 120.0, 400.0])}
-    rival = {i: {"tokens_per_second": speed, "peak_memory": 8.0} for i, speed in enumerate([50.0, 40.0])}
+    ours = _figures([100.0, 120.0, 400.0], [2.0, 2.0, 2.0])
+    rival = _figures([50.0, 40.0], [8.0, 5.0])
     assert ratios(ours, rival, "tokens_per_second") == {
         "tokens_per_second": pytest.approx(110.0 / 45.0),
-        "peak_memory": 0.25,
         "tokens_per_second_range": [2.0, 3.0],
+        "peak_memory": pytest.approx(2.0 / 6.5),
+        "peak_memory_range": [0.25, 0.4],
     }
     with pytest.raises(ValueError, match="no repetition"):
         ratios({0: ours[0]}, {1: rival[1]}, "tokens_per_second")
+
+
+def _figures(speeds: list[float], memory: list[float]) -> dict[int, dict[str, float]]:
+    pairs = zip(speeds, memory, strict=True)
+    return {i: {"tokens_per_second": speed, "peak_memory": size} for i, (speed, size) in enumerate(pairs)}
+
+
+def test_a_library_at_its_best_is_its_fastest_row_in_speed_and_its_leanest_in_memory() -> None:
+    ours = _figures([100.0, 120.0, 140.0], [2.0, 2.0, 2.0])
+    rivals = {
+        "trl_default": _figures([30.0, 60.0, 60.0], [9.0, 9.0, 9.0]),
+        "trl_fastest": _figures([90.0, 40.0, 40.0], [6.0, 6.0, 6.0]),
+        "trl_leanest": _figures([20.0, 20.0, 20.0], [4.0, 5.0, 4.0]),
+    }
+    assert at_its_best(ours, rivals, "tokens_per_second") == {
+        "fastest": {
+            "contestant": "trl_default",
+            "tokens_per_second": 2.0,
+            "tokens_per_second_range": [2.0, pytest.approx(10 / 3)],
+        },
+        "leanest": {"contestant": "trl_leanest", "peak_memory": 0.5, "peak_memory_range": [0.4, 0.5]},
+    }
+    seconds = {name: {0: {"seconds_per_update": s, "peak_memory": 1.0}} for name, s in (("slow", 9.0), ("fast", 3.0))}
+    best = at_its_best({0: {"seconds_per_update": 1.5, "peak_memory": 1.0}}, seconds, "seconds_per_update")
+    assert (best["fastest"]["contestant"], best["fastest"]["seconds_per_update"]) == ("fast", 0.5)
 
 
 def test_a_median_ignores_one_slow_repetition() -> None:
     assert medians([{"mfu": value} for value in (0.2, 0.3, 0.01, 0.25, 0.22)]) == {"mfu": 0.22}
 
 
-def test_a_rival_that_learns_something_else_is_seen_in_its_first_loss() -> None:
-    ours = {0: {"first_loss": 2.0, "second_loss": 1.8}}
-    same = loss_differences(ours, {0: {"first_loss": 2.01, "second_loss": 1.8}})
-    other = loss_differences(ours, {0: {"first_loss": 2.4, "second_loss": 1.8}})
-    assert (same["same_first_loss"], other["same_first_loss"]) == (True, False)
-    assert other["first_loss_difference"] == pytest.approx(0.2)
+@pytest.mark.parametrize(("first", "last", "same"), [(2.01, 1.79, True), (2.4, 1.8, False), (2.0, 1.85, False)])
+def test_a_rival_that_learns_something_else_is_seen_in_its_first_or_last_loss(
+    first: float, last: float, same: bool
+) -> None:
+    ours = {0: {"first_loss": 2.0, "last_loss": 1.8}}
+    difference = loss_differences(ours, {0: {"first_loss": first, "last_loss": last}})
+    assert difference["same_losses"] is same
+    assert difference["first_loss_difference"] == pytest.approx((first - 2.0) / 2.0)
+    assert difference["last_loss_difference"] == pytest.approx(abs(last - 1.8) / 1.8)
 
 
 def test_a_repetition_takes_the_same_rows_whoever_asks_and_no_others() -> None:
@@ -212,37 +283,41 @@ def _result(speed: float, loss: float) -> dict[str, Any]:
 
 
 def test_the_json_has_ours_rivals_ratios_and_every_measurement() -> None:
-    inputs = {"models": {"base": MODEL}, "repetitions": [{"counts": COUNTS}, {"counts": COUNTS}]}
+    inputs = {"models": {"base": MODEL}, "repetitions": [{"steps": [COUNTS]}, {"steps": [COUNTS]}]}
     measurements = [
         {"contestant": name, "repetition": i, "result": _result(speed, 2.0)}
         for i in range(2)
-        for name, speed in (("ours", 400.0), ("stock_tuned", 100.0))
+        for name, speed in (("ours", 400.0), ("stock_fastest", 100.0))
     ]
     measurements.append({"contestant": "trl_default", "repetition": 0, "error": "exit code 1: it broke"})
-    content = summarise("sft_lora", inputs, measurements, {"trl_tuned": "no environment"})
+    content = summarise("sft_lora", WORKS["sft_lora"], inputs, measurements, {"trl_fastest": "no environment"})
     assert content["ours"]["tokens_per_second"] == pytest.approx(400.0)
     assert content["ratios"] == {
-        "stock_tuned": {
+        "stock_fastest": {
             "tokens_per_second": pytest.approx(4.0),
-            "peak_memory": 1.0,
             "tokens_per_second_range": [pytest.approx(4.0)] * 2,
+            "peak_memory": 1.0,
+            "peak_memory_range": [1.0, 1.0],
         }
     }
+    assert content["at_their_best"]["stock"]["leanest"]["contestant"] == "stock_fastest"
+    assert content["counts_of_steps"] == [[COUNTS], [COUNTS]]
     assert content["rivals"]["trl_default"] == {"failed": "exit code 1: it broke"}
-    assert content["failures"]["trl_tuned"] == "no environment"
-    assert content["learning"]["stock_tuned"]["same_first_loss"] is True
+    assert content["failures"]["trl_fastest"] == "no environment"
+    assert content["learning"]["stock_fastest"]["same_losses"] is True
     assert content["measurements"] == measurements
     text = table(content)
-    assert "| stock_tuned | 100 | 2.00 GB |" in text
-    assert "4.00 (4.00–4.00) | 1.00 |" in text
+    assert "| stock_fastest | 100 | 2.00 GB |" in text
+    assert "4.00 (4.00–4.00) | 1.00 (1.00–1.00) |" in text
+    assert "- **stock at its best**: ours ÷ its fastest (stock_fastest) 4.00 (4.00–4.00) in tok/s, " in text
     assert "- trl_default failed: exit code 1: it broke" in text
 
 
 def test_ppo_is_compared_by_seconds_an_update_and_each_variant_with_every_rival() -> None:
-    inputs = {"models": {"base": MODEL}, "repetitions": [{"counts": {"prompt_tokens": 30}}]}
-    seconds = {"ours": 3.0, "ours_shared": 2.0, "ours_shared_4": 1.0, "trl_1_12_peft": 12.0}
+    inputs = {"models": {"base": MODEL}, "repetitions": [{"steps": [{"prompt_tokens": 30}]}]}
+    seconds = {"ours": 3.0, "ours_shared": 2.0, "ours_shared_4": 1.0, "trl_fastest": 12.0, "trl_default": 6.0}
     phases = {"time/rollouts": 0.5, "time/scoring": 0.25, "time/learning": 2.0, "memory/base_copies": 1.0}
-    logged = {"ours": [{"time/rollouts": 99.0}, phases, {**phases, "time/learning": 4.0}], "trl_1_12_peft": [{}, {}]}
+    logged = {"ours": [{"time/rollouts": 99.0}, phases, {**phases, "time/learning": 4.0}]}
     measurements = [
         {
             "contestant": name,
@@ -256,20 +331,30 @@ def test_ppo_is_compared_by_seconds_an_update_and_each_variant_with_every_rival(
         }
         for name, taken in seconds.items()
     ]
-    content = summarise("ppo_lora", inputs, measurements, {})
-    assert content["ratios"]["trl_1_12_peft"]["seconds_per_update"] == pytest.approx(0.25)
+    content = summarise("ppo_lora", WORKS["ppo_lora"], inputs, measurements, {})
+    assert content["ratios"]["trl_fastest"]["seconds_per_update"] == pytest.approx(0.25)
     variants = content["ratios_of_variants"]
-    assert variants["ours_shared_4"]["trl_1_12_peft"]["seconds_per_update"] == pytest.approx(1 / 12)
+    assert variants["ours_shared_4"]["trl_fastest"]["seconds_per_update"] == pytest.approx(1 / 12)
     assert content["ours"]["train_seconds"] == 3.0, "the warm-up does not count"
     assert content["ours"]["train_floor"] == pytest.approx((32 * 100 * 35 + 16 * 10 * 5) / 1e5)
     text = table(content)
     assert "s an update" in text
     assert "- ours: rollout 0.5 s (0.1), score 0.2 s (0.2), train 3.0 s (1.1)" in text
-    assert "- ours_shared ÷ trl_1_12_peft: 0.17 (0.17–0.17) in s an update, 1.00 in memory" in text
+    assert "- ours_shared ÷ trl_fastest: 0.17 (0.17–0.17) in s an update, 1.00 (1.00–1.00) in memory" in text
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    assert [(row[0].removeprefix("| "), row[-1].removesuffix(" |").removesuffix("|")) for row in rows[1:]] == [
+        ("ours", ""),
+        ("trl_fastest", ""),
+        ("trl_default", "its critic is trained whole"),
+        ("ours_shared", "policy and value in one pass"),
+        ("ours_shared_4", "both of these"),
+    ]
+    like_for_like = content["at_their_best"]["trl"]["fastest"]
+    assert like_for_like["contestant"] == "trl_fastest", "a rival that trains other parts is not the one to beat"
 
 
 def test_float32_sampling_is_compared_with_ours_in_float32() -> None:
-    inputs = {"models": {"base": MODEL}, "repetitions": [{"counts": {"prompt_tokens": 6}}]}
+    inputs = {"models": {"base": MODEL}, "repetitions": [{"steps": [{"prompt_tokens": 6}]}]}
     speeds = {"ours": 8.0, "generate": 4.0, "ours_float32": 2.0, "generate_float32": 1.0}
     measurements = [
         {
@@ -279,37 +364,22 @@ def test_float32_sampling_is_compared_with_ours_in_float32() -> None:
         }
         for name, speed in speeds.items()
     ]
-    content = summarise("sampling", inputs, measurements, {})
+    content = summarise("sampling", WORKS["sampling"], inputs, measurements, {})
     assert [content["ratios"][name]["tokens_per_second"] for name in ("generate", "generate_float32")] == [2.0, 2.0]
     assert content["other_variants_of_ours"]["ours_float32"]["tokens_per_second"] == 2.0
 
 
 def test_growth_has_a_line_for_each_point_that_was_measured() -> None:
-    points = {name: {"counts": COUNTS} for name in POINTS}
+    points = {name: {"steps": [COUNTS]} for name in POINTS}
     inputs = {"models": {"base": MODEL, "10m": MODEL, "30m": MODEL}, "repetitions": [points]}
     measurements = [
         {"contestant": name, "repetition": 0, "result": _result(100.0, 2.0)} for name in ("length_128", "rows_4")
     ]
-    content = summarise("growth", inputs, measurements, {})
+    content = summarise("growth", WORKS["growth"], inputs, measurements, {})
     assert set(content["ours"]) == {"length_128", "rows_4"}
     assert content["series"]["rows of 128 tokens"] == ["rows_4", "length_128"]
     assert "| rows_4 | 100 |" in table(content)
     assert {name for names in SERIES.values() for name in names} == set(POINTS)
-
-
-def test_an_interrupted_run_goes_on_with_what_is_missing_or_failed(tmp_path: Path) -> None:
-    path, conditions = tmp_path / "work.jsonl", {"threads": 2}
-    journal = Journal(path, conditions, resume=False)
-    journal.add("ours", 0, result={"seconds": [1.0]})
-    journal.add("rival", 0, error="killed")
-    again = Journal(path, conditions, resume=True)
-    assert again.is_done("ours", 0)
-    assert not again.is_done("rival", 0)
-    again.add("rival", 0, result={"seconds": [2.0]})
-    assert [entry["contestant"] for entry in Journal(path, conditions, resume=True).entries] == ["ours", "rival"]
-    with pytest.raises(OtherConditions, match="another threads"):
-        Journal(path, {"threads": 1}, resume=True)
-    assert Journal(path, {"threads": 1}, resume=False).entries == []
 
 
 def test_names_and_aliases_choose_works_in_the_tables_order() -> None:

@@ -1,14 +1,33 @@
-"""How a contestant is started."""
+"""How a contestant is started, and what becomes a table."""
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from alignment.pipeline.backends.environment import CPU_MEMORY, WAITING_SETTINGS, idle_threads
-from benchmarks import harness
+from benchmarks import harness, machine
+from benchmarks.harness import Options
+from benchmarks.measurement import Circumstances, Failed, Measurement, command_of
 from benchmarks.works import WORKS
+
+
+def _environment(work: str, contestant: str, task: dict[str, str]) -> dict[str, str]:
+    """The variables with which a contestant is started."""
+    measurement = Measurement(
+        work=WORKS[work],
+        name=contestant,
+        how=WORKS[work].contestants[contestant],
+        repetition=0,
+        inputs={},
+        base=Path("base"),
+        folder=Path("folder"),
+        python="python",
+    )
+    command = command_of(measurement, task, Path("task.json"), Circumstances(threads=2, amx=True))
+    return dict(command.environment)
 
 
 @pytest.mark.parametrize(("contestant", "policy"), [("ours", idle_threads()), ("spinning", {})])
@@ -17,11 +36,7 @@ def test_a_contestant_whose_threads_spin_has_no_word_on_how_they_wait(
 ) -> None:
     for name in WAITING_SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    measured = harness._Measurement(WORKS["neighbour"], contestant, 0, {}, Path("base"), Path("folder"), "python")
-    options = harness.Options(
-        repetitions=1, contestants=(), data=None, threads=2, amx=True, resume=False, results=Path("results")
-    )
-    environment = harness._command(measured, {"stage_file": "stage.yaml"}, Path("task.json"), options).environment
+    environment = _environment("neighbour", contestant, {"stage_file": "stage.yaml"})
     assert {name: environment[name] for name in WAITING_SETTINGS if name in environment} == policy
 
 
@@ -31,12 +46,69 @@ def test_trl_as_it_comes_has_none_of_our_settings_of_memory(
 ) -> None:
     for name in (*CPU_MEMORY, *WAITING_SETTINGS):
         monkeypatch.delenv(name, raising=False)
-    told = harness._Measurement(WORKS["sft_lora"], contestant, 0, {}, Path("base"), Path("folder"), "python")
-    options = harness.Options(
-        repetitions=1, contestants=(), data=None, threads=2, amx=True, resume=False, results=Path("results")
-    )
-    environment = harness._command(told, {}, Path("task.json"), options).environment
+    environment = _environment("sft_lora", contestant, {})
     assert (CPU_MEMORY.keys() <= environment.keys()) is has_them
     assert bool(CPU_MEMORY.keys() & environment.keys()) is has_them
     assert environment["OMP_NUM_THREADS"] == "2"
     assert idle_threads().items() <= environment.items()  # rivals wait as we do
+
+
+@pytest.mark.parametrize("name", [name for name, work in WORKS.items() if work.rivals])
+def test_everybody_is_warmed_up_by_one_step_and_measured_for_as_many(name: str) -> None:
+    work = WORKS[name]
+    assert {how.measured for how in work.contestants.values()} == {2}
+    assert work.batches == (1 if work.kind == "sampling" else 3), "a row for each step"
+
+
+def _options(results: Path, *contestants: str, repetitions: int = 5) -> Options:
+    return Options(repetitions=repetitions, contestants=contestants, data=None, threads=2, amx=False, results=results)
+
+
+@pytest.mark.parametrize(
+    ("name", "contestants", "repetitions", "stem"),
+    [
+        ("neighbour", (), 5, "neighbour-no-amx"),
+        ("neighbour", (), 4, "neighbour-no-amx-partial"),
+        ("neighbour", ("ours",), 5, "neighbour-no-amx-partial"),
+    ],
+)
+def test_only_a_whole_run_of_committed_code_is_published(
+    name: str,
+    contestants: tuple[str, ...],
+    repetitions: int,
+    stem: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rows = {"models": {"base": {"linear": 1, "head": 1}}, "repetitions": [{"steps": [{}]}] * 5}
+    monkeypatch.setattr(harness, "base_model", lambda: tmp_path)
+    monkeypatch.setattr(harness, "prepared", lambda work, options, base, folder: rows)
+    monkeypatch.setattr(harness, "uncommitted_code", list)
+    monkeypatch.setattr(
+        harness,
+        "taken",
+        lambda measurement, circumstances: {
+            "contestant": measurement.name,
+            "repetition": measurement.repetition,
+            "load_average": [0.0],
+            "error": "it broke",
+        },
+    )
+    options = _options(tmp_path, *contestants, repetitions=repetitions)
+    assert harness.measure(name, options) == tmp_path / f"{stem}.json"
+    monkeypatch.setattr(harness, "uncommitted_code", lambda: ["benchmarks/grid.py"])
+    if stem.endswith("partial"):
+        assert harness.measure(name, options) == tmp_path / f"{stem}.json"
+    else:
+        with pytest.raises(Failed, match=r"1 files of the code are not committed \(benchmarks/grid\.py\)"):
+            harness.measure(name, options)
+
+
+def test_uncommitted_code_is_that_of_both_packages_and_no_result(tmp_path: Path) -> None:
+    assert machine.uncommitted_code(tmp_path) == []
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    for name in ("alignment/stages/run.py", "benchmarks/grid.py", "benchmarks/results/sft.json", "tests/test.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    subprocess.run(["git", "-C", str(tmp_path), "add", "."], check=True)
+    assert machine.uncommitted_code(tmp_path) == ["alignment/stages/run.py", "benchmarks/grid.py"]

@@ -14,7 +14,7 @@ import pytest
 
 from alignment.engines.completions import Asked, EngineAnswer, Generation
 from benchmarks import harness
-from benchmarks.contestants.sampling import _ours, _theirs, common_length, measured
+from benchmarks.contestants.sampling import _ours, _theirs, common_length, in_batches, measured
 from benchmarks.contestants.vllm_sampling import _asking, highest_resident, memory_below
 from benchmarks.prepare import _select, system_text
 from benchmarks.setting import read_json
@@ -40,6 +40,19 @@ def test_a_beginning_that_generate_reads_once_changes_no_answer(model: Any) -> N
     assert whole(7, 12) == shared(7, 12)
     assert shared(7, 12) == shared(7, 12), "the beginning that was read is as before"
     assert shared(7, 12) != shared(8, 12)
+
+
+def test_a_static_cache_changes_no_answer(model: Any) -> None:
+    dynamic, static = (_theirs(model, PROMPTS, 2, common=0, cache=cache) for cache in ("dynamic", "static"))
+    assert static(7, 12) == dynamic(7, 12)
+
+
+def test_batches_answer_each_prompt_once_and_draw_different_numbers() -> None:
+    def answer_of(part: list[list[int]]) -> Any:
+        return lambda seed, limit: [[*prompt, seed, limit] for prompt in part]
+
+    answers = in_batches(PROMPTS, 2, answer_of)(7, 12)
+    assert answers == [[*PROMPTS[0], 7, 12], [*PROMPTS[1], 7, 12], [*PROMPTS[2], 1007, 12]]
 
 
 def test_ours_and_generate_answer_all_prompts_within_the_limit(model: Any) -> None:
@@ -137,49 +150,25 @@ CONVERSATIONS = [
 def _prompt_texts(folder: Path, tokenizer: Any, system_tokens: int) -> list[str]:
     chosen = _select("sampling", folder, tokenizer, None, 1, SamplingSize(prompts=2, system_tokens=system_tokens))
     ids = read_json(Path(chosen["repetitions"][0]["tokens"]))
-    assert chosen["repetitions"][0]["counts"] == {"prompt_tokens": sum(map(len, ids)) - common_length(ids)}
+    assert chosen["repetitions"][0]["steps"] == [{"prompt_tokens": sum(map(len, ids)) - common_length(ids)}]
     return [tokenizer.decode(prompt) for prompt in ids]
 
 
 @pytest.mark.parametrize("name", ["sampling_128", "sampling_prefix"])
 def test_the_large_works_sample_128_answers_of_128_tokens_once(name: str) -> None:
     work = WORKS[name]
-    assert list(work.contestants) == ["ours", "generate", "vllm"]
+    assert list(work.contestants) == ["ours", "generate", "generate_fastest", "generate_leanest", "vllm"]
     assert (work.size.prompts, work.size.prompt_tokens, work.size.new_tokens, work.size.seeds) == (128, 128, 128, (0,))
     assert work.size.system_tokens == (256 if name == "sampling_prefix" else 0)
     assert works_named(name) == [name]
 
 
-@pytest.mark.parametrize(
-    ("name", "repetitions", "stem"),
-    [
-        ("sampling", 4, "sampling-partial"),
-        ("sampling", 5, "sampling"),
-        ("sampling_128", 2, "sampling_128-partial"),
-        ("sampling_128", 3, "sampling_128"),
-    ],
-)
-def test_a_result_is_whole_with_the_repetitions_of_its_work(name: str, repetitions: int, stem: str) -> None:
-    assert harness._stem(name, _options(repetitions), whole=True) == stem
-
-
 def test_an_engine_without_an_environment_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALIGNMENT_ENGINE_PYTHON", "/nowhere/bin/python")
-    pythons, missing = harness._interpreters(WORKS["sampling"], ["generate", "vllm", "vllm_float32"])
+    contestants = {name: WORKS["sampling"].contestants[name] for name in ("generate", "vllm", "vllm_float32")}
+    pythons, missing = harness.interpreters(contestants)
     assert pythons == {"generate": sys.executable}
     assert set(missing) == {"vllm", "vllm_float32"}
     assert missing["vllm"].startswith("python is not an interpreter that can be run; build the environment with")
     monkeypatch.setenv("ALIGNMENT_ENGINE_PYTHON", sys.executable)
-    assert "has no package vllm; build" in harness._interpreters(WORKS["sampling"], ["vllm"])[1]["vllm"]
-
-
-def _options(repetitions: int) -> harness.Options:
-    return harness.Options(
-        repetitions=repetitions,
-        contestants=(),
-        data=None,
-        threads=2,
-        amx=True,
-        resume=False,
-        results=Path("results"),
-    )
+    assert "has no package vllm; build" in harness.interpreters(contestants)[1]["vllm"]

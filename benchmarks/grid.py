@@ -1,0 +1,151 @@
+"""The settings that a search of rivals tries. Standard library only: every environment imports it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks.setting import PPO_MICRO_BATCH, PROMPTS, ROWS
+
+Value = bool | int | str
+Setting = Mapping[str, Value]
+"""The value of each axis of a grid, by the axis's name."""
+FASTEST, LEANEST = "fastest", "leanest"
+GOALS = (FASTEST, LEANEST)
+"""Most tokens a second (fewest seconds an update), and the lowest peak memory."""
+STATIC_COMPILED = "static, compiled"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """One choice that a library offers.
+
+    ``values`` gives each value's words in a table. A search begins with the first. ``needs_compiler`` are the values
+    that compile code, and ``goals`` says for which of the two goals other values are tried.
+    """
+
+    name: str
+    values: Mapping[Value, str]
+    needs_compiler: tuple[Value, ...] = ()
+    goals: tuple[str, ...] = GOALS
+
+
+def start_of(axes: Sequence[Axis]) -> dict[str, Value]:
+    """The first value of each axis."""
+    return {axis.name: next(iter(axis.values)) for axis in axes}
+
+
+def described(setting: Setting, axes: Sequence[Axis]) -> str:
+    """The setting in words."""
+    words = [axis.values[setting[axis.name]] for axis in axes if axis.name in setting]
+    return ", ".join(word for word in words if word)
+
+
+def declared(axes: Sequence[Axis]) -> dict[str, list[Value]]:
+    """The values of each axis, as a result file lists them."""
+    return {axis.name: list(axis.values) for axis in axes}
+
+
+def compiles(setting: Setting, axes: Sequence[Axis]) -> bool:
+    """Whether the setting needs a C++ compiler."""
+    return any(setting[axis.name] in axis.needs_compiler for axis in axes)
+
+
+def micro_rows_of(setting: Setting) -> int:
+    """Rows (or pairs) of a micro-batch."""
+    return int(setting["micro_rows"])
+
+
+# ---- axes --------------------------------------------------------------------------------------------------------
+
+
+def _micro_rows(step: int, *counts: int) -> Axis:
+    return Axis(name="micro_rows", values={rows: _parts(step // rows, "micro-batch", rows) for rows in counts})
+
+
+def _parts(number: int, what: str, size: int) -> str:
+    return f"{number} {what}{'' if number == 1 else 'es'} of {size}"
+
+
+def _checkpointing(*, starts: bool) -> Axis:
+    words = {True: "gradient checkpointing", False: "no gradient checkpointing"}
+    return Axis(name="checkpointing", values={value: words[value] for value in (starts, not starts)})
+
+
+_CASTS = Axis(
+    name="input_casts",
+    values={True: "PEFT's input casts", False: "no input casts (peft.helpers.disable_input_dtype_casting)"},
+)
+_PADDING_FREE = Axis(name="padding_free", values={False: "padded", True: "padding-free"})
+_PRECISION = Axis(name="precision", values={"autocast": "bf16 autocast", "bfloat16": "no autocast over the bf16 base"})
+_ATTENTION = Axis(name="attention", values={"sdpa": "sdpa attention", "eager": "eager attention"})
+LAUNCHER_MEMORY = Axis(
+    name="launcher_memory",
+    values={True: "our launcher's settings of glibc's memory", False: "glibc's own settings of memory"},
+)
+_COMPILED = Axis(name="compiled", values={False: "", True: "torch.compile"}, needs_compiler=(True,), goals=(FASTEST,))
+_CACHE = Axis(name="cache", values={"dynamic": "dynamic cache", "static": "static cache"})
+
+
+def training_axes(kind: str, adapter: str, *, checkpointing: bool) -> tuple[Axis, ...]:
+    """The axes of a trainer or a plain loop for ``kind`` (sft, reward, dpo or kto).
+
+    ``checkpointing`` says whether the search starts with it. Trained weights stay in float32 under autocast, as ours
+    do, so only a frozen base can go without: not in full training, nor where a new head is trained (reward).
+    """
+    lora = adapter == "lora"
+    return (
+        _micro_rows(ROWS, 8, 4, 2, 1),
+        _checkpointing(starts=checkpointing),
+        *((_CASTS,) if lora else ()),
+        *((_PADDING_FREE,) if kind == "sft" else ()),
+        *((_PRECISION,) if lora and kind != "reward" else ()),
+        _ATTENTION,
+        LAUNCHER_MEMORY,
+        _COMPILED,
+    )
+
+
+def grpo_axes() -> tuple[Axis, ...]:
+    """The axes of TRL's GRPO trainer, which samples outside of autocast: PEFT's input casts have to stay."""
+    return (
+        _micro_rows(PROMPTS, PPO_MICRO_BATCH, 32, 4, 1),
+        _checkpointing(starts=True),
+        _CACHE,
+        _ATTENTION,
+        LAUNCHER_MEMORY,
+        _COMPILED,
+    )
+
+
+def ppo_axes() -> tuple[Axis, ...]:
+    """The axes of TRL 1.12's PPO. ``rollout_rows`` answers are sampled and scored at once.
+
+    Its trainer neither compiles nor turns checkpointing on by itself; the contestant turns it on in both models.
+    """
+    return (
+        _micro_rows(PROMPTS, PPO_MICRO_BATCH, 32, 4, 2),
+        _checkpointing(starts=False),
+        Axis(name="rollout_rows", values={PROMPTS: "all answers sampled at once", 8: "8 answers sampled at once"}),
+        _ATTENTION,
+        LAUNCHER_MEMORY,
+    )
+
+
+def sampling_axes(prompts: int, *, common: bool) -> tuple[Axis, ...]:
+    """The axes of ``model.generate`` for ``prompts`` prompts.
+
+    With a ``common`` beginning the cache is a copy of one that has read it, which a static cache cannot be.
+    """
+    counts = [count for count in (128, 64, 32, 16, 8) if count <= prompts]
+    cache = Axis(
+        name="cache",
+        values={**_CACHE.values, STATIC_COMPILED: "static cache, compiled decoding"},
+        needs_compiler=(STATIC_COMPILED,),
+    )
+    return (
+        Axis(name="batch", values={count: _parts(prompts // count, "batch", count) for count in counts}),
+        *(() if common else (cache,)),
+        _ATTENTION,
+        LAUNCHER_MEMORY,
+    )

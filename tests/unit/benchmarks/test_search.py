@@ -1,0 +1,303 @@
+"""How settings of rivals are searched, chosen, kept and refused, with invented measurements."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import search_run
+from benchmarks.counts import padded_tokens
+from benchmarks.grid import FASTEST, LEANEST, Axis, Setting, compiles, described, start_of
+from benchmarks.measurement import Circumstances
+from benchmarks.search import CannotStart, Trial, search
+from benchmarks.search_run import NO_COMPILER, Trying, trial_of
+from benchmarks.searched import NoSearch, choices_of, grid_of, search_file, write_search
+from benchmarks.work import with_choices
+from benchmarks.works import WORKS
+
+AXES = (
+    Axis(name="micro_rows", values={8: "8 rows", 4: "4 rows", 1: "1 row"}),
+    Axis(name="checkpointing", values={True: "checkpointing", False: "none"}),
+    Axis(name="attention", values={"sdpa": "sdpa", "eager": "eager"}),
+    Axis(name="compiled", values={False: "", True: "compiled"}, needs_compiler=(True,), goals=(FASTEST,)),
+)
+
+
+class Library:
+    """Fewer rows are faster and leaner, checkpointing is slower and leaner, eager attention is slower and larger."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Setting, bool]] = []
+
+    def measure(self, setting: Setting, final: bool) -> Trial:
+        self.asked.append((setting, final))
+        speed = {8: 10.0, 4: 20.0, 1: 30.0}[int(setting["micro_rows"])]
+        memory = {8: 8.0, 4: 4.0, 1: 2.0}[int(setting["micro_rows"])]
+        speed *= (0.5 if setting["checkpointing"] else 1.0) * (0.5 if setting["attention"] == "eager" else 1.0)
+        memory *= (0.5 if setting["checkpointing"] else 1.0) * (2.0 if setting["attention"] == "eager" else 1.0)
+        return Trial(setting=setting, final=final, speed=speed, peak_memory=memory, losses=(2.0,) * (3 if final else 1))
+
+
+def _setting(rows: int, checkpointing: bool, attention: str = "sdpa", *, compiled: bool = False) -> dict[str, Any]:
+    return {"micro_rows": rows, "checkpointing": checkpointing, "attention": attention, "compiled": compiled}
+
+
+def test_each_axis_is_tried_from_the_fastest_and_from_the_leanest_so_far() -> None:
+    library = Library()
+    chosen = search(AXES, library.measure, tolerance=0.01)
+    assert chosen == {FASTEST: _setting(1, False), LEANEST: _setting(1, True)}
+    assert library.asked == [
+        (_setting(8, True), False),
+        (_setting(4, True), False),
+        (_setting(1, True), False),
+        (_setting(1, False), False),
+        (_setting(1, False, "eager"), False),
+        (_setting(1, True, "eager"), False),
+        (_setting(1, False, compiled=True), False),
+        (_setting(8, True), True),
+        (_setting(1, False), True),
+        (_setting(1, False, compiled=True), True),
+        (_setting(1, True), True),
+    ]
+
+
+def test_the_second_pass_decides() -> None:
+    class Misleading(Library):
+        def measure(self, setting: Setting, final: bool) -> Trial:
+            trial = super().measure(setting, final)
+            if final and setting == _setting(1, False):  # what looked fastest was not
+                return Trial(setting=setting, final=True, speed=1.0, peak_memory=0.1, losses=trial.losses)
+            return trial
+
+    chosen = search(AXES, Misleading().measure, tolerance=0.01)
+    assert chosen == {FASTEST: _setting(1, False, compiled=True), LEANEST: _setting(1, False)}
+
+
+@pytest.mark.parametrize("loss", [2.03, 1.97, float("nan")])
+def test_a_setting_that_learns_something_else_is_not_chosen(loss: float) -> None:
+    class Unlike(Library):
+        """One row learns something else, which its first step shows; four rows do too, but in the last step only."""
+
+        def measure(self, setting: Setting, final: bool) -> Trial:
+            trial = super().measure(setting, final)
+            wrong = {1: (loss, 2.0, 2.0), 4: (2.0, 2.0, loss)}.get(int(setting["micro_rows"]), (2.0,) * 3)
+            losses = wrong[: len(trial.losses)]
+            return Trial(setting=setting, final=final, speed=trial.speed, peak_memory=trial.peak_memory, losses=losses)
+
+    library = Unlike()
+    chosen = search(AXES, library.measure, tolerance=0.01)
+    assert chosen == {goal: _setting(8, True) for goal in (FASTEST, LEANEST)}
+    assert [int(setting["micro_rows"]) for setting, final in library.asked if final] == [8, 4, 4, 4]
+
+
+def test_settings_that_fail_are_left_out_and_a_first_that_fails_ends_the_search() -> None:
+    class Failing(Library):
+        def measure(self, setting: Setting, final: bool) -> Trial:
+            if setting["checkpointing"] is self.fails:
+                return Trial(setting=setting, final=final, failure="it broke")
+            return super().measure(setting, final)
+
+    library = Failing()
+    library.fails = False
+    assert search(AXES, library.measure, tolerance=0.01)[FASTEST] == _setting(1, True)
+    library.fails = True
+    with pytest.raises(CannotStart, match="it broke"):
+        search(AXES, library.measure, tolerance=0.01)
+
+
+# ---- the grids ---------------------------------------------------------------------------------------------------
+
+GRIDS = [(name, library) for name, work in WORKS.items() for library in work.rivals]
+
+
+@pytest.mark.parametrize(("name", "library"), GRIDS)
+def test_every_value_of_a_grid_has_words_and_divides_its_batch(name: str, library: str) -> None:
+    axes = WORKS[name].rivals[library].axes
+    silent = [(axis.name, value) for axis in axes for value, words in axis.values.items() if not words]
+    assert set(silent) <= {("compiled", False)}
+    batch = {"sampling": WORKS[name].size.prompts, "ppo": 32, "grpo": 32}.get(WORKS[name].kind, 8)
+    rows = [axis for axis in axes if axis.name in ("micro_rows", "batch", "rollout_rows")]
+    assert all(batch % int(count) == 0 for axis in rows for count in axis.values)
+    assert not compiles(start_of(axes), axes), "a search starts without a compiler"
+    assert described(start_of(axes), axes).startswith(next(iter(axes[0].values.values())))
+
+
+def test_padding_is_counted_to_the_longest_row_of_each_micro_batch() -> None:
+    rows = [{"input_ids": [1] * length} for length in (5, 2, 7, 1)]
+    assert [padded_tokens("sft", rows, {"micro_rows": count, "padding_free": False}) for count in (4, 2, 1)] == [
+        28,
+        24,
+        15,
+    ]
+    assert padded_tokens("sft", rows, {"micro_rows": 4, "padding_free": True}) == 15
+    pairs = [{"prompt": [1] * 3, "chosen": [1], "rejected": [1] * 4}, {"prompt": [1], "chosen": [1], "rejected": [1]}]
+    assert padded_tokens("dpo", pairs, {"micro_rows": 2}) == 4 * 7
+    assert padded_tokens("reward", pairs, {"micro_rows": 1}) == 2 * 7 + 2 * 2
+    answers = [{"prompt": [1] * 3, "completion": [1], "KL_completion": [1] * 9}, {"prompt": [1], "completion": [1]}]
+    assert padded_tokens("kto", answers, {"micro_rows": 2}) == 2 * 4
+
+
+# ---- one trial ---------------------------------------------------------------------------------------------------
+
+TOKENS = [{"tokens": 90, "trunk_tokens": 80, "scored_tokens": 9}, *[{"tokens": 50, "trunk_tokens": 4}] * 2]
+
+
+def _trying(work: str, library: str) -> Trying:
+    return Trying(
+        work=WORKS[work],
+        library=library,
+        inputs={"models": {"base": {"linear": 100, "head": 10}}, "repetitions": [{"steps": TOKENS}]},
+        base=Path("base"),
+        folder=Path("folder"),
+        python="python",
+        circumstances=Circumstances(threads=2, amx=True),
+        conditions={"code_sha256": "same"},
+    )
+
+
+def test_a_trial_without_a_compiler_says_so_and_one_that_compiles_has_a_warm_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(search_run, "refuse_other_code", lambda conditions: None)
+    monkeypatch.setattr(search_run, "compiler", lambda: None)
+    trying = _trying("sft_lora", "trl")
+    plain = start_of(WORKS["sft_lora"].rivals["trl"].axes)
+    assert trying.trial({**plain, "compiled": True}, False).failure == NO_COMPILER
+    assert trying.entries == [
+        {"library": "trl", "final": False, "setting": {**plain, "compiled": True}, "error": NO_COMPILER}
+    ]
+    steps = {
+        (compiled, final): (made.warm_up, made.steps)
+        for compiled in (False, True)
+        for final in (False, True)
+        for made in [trying.measurement({**plain, "compiled": compiled}, final=final)]
+    }
+    assert steps == {(False, False): (0, 1), (False, True): (1, 3), (True, False): (1, 2), (True, True): (1, 3)}
+    kto = _trying("kto_lora", "trl")
+    assert kto.measurement(start_of(WORKS["kto_lora"].rivals["trl"].axes), final=False).warm_up == 1
+
+
+def test_a_trial_without_a_warm_up_counts_the_rows_of_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_run, "refuse_other_code", lambda conditions: None)
+    result = {"seconds": [3.0], "matmul_peak": 1e3, "peak_memory": 7, "losses": [1.5]}
+    monkeypatch.setattr(search_run, "taken", lambda measurement, circumstances: {"result": result})
+    trial = _trying("sft_lora", "trl").trial(start_of(WORKS["sft_lora"].rivals["trl"].axes), False)
+    assert (trial.speed, trial.peak_memory, trial.losses, trial.failure) == (30.0, 7.0, (1.5,), None)
+
+
+def test_a_library_whose_updates_take_less_time_is_faster() -> None:
+    entry = {"figures": {"seconds_per_update": 4.0, "peak_memory": 3.0}, "result": {"losses": []}}
+    assert trial_of(WORKS["ppo_lora"], {}, entry, final=True).speed == 0.25
+
+
+# ---- the file ----------------------------------------------------------------------------------------------------
+
+WORK = WORKS["sft_lora"]
+VERSIONS = {"trl": {"trl": "1.16.0", "torch": "2.13"}, "stock": {"torch": "2.13"}}
+CONDITIONS = {
+    "processor": {"model": "Fast CPU", "cores": 2},
+    "threads": 2,
+    "amx": "as found",
+    "data": [{"name": "rows", "sha256": "a"}],
+    "base": {"source": "model"},
+    "code_sha256": "of then",
+}
+CHOSEN = {
+    f"{library}_{goal}": {**start_of(WORK.rivals[library].axes), "micro_rows": rows}
+    for library, goal, rows in (
+        ("trl", "fastest", 2),
+        ("trl", "leanest", 1),
+        ("stock", "fastest", 4),
+        ("stock", "leanest", 4),
+    )
+}
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A search of SFT."""
+    path = search_file(tmp_path, "sft_lora", amx=True)
+    write_search(
+        path, {"conditions": CONDITIONS, "versions": VERSIONS, "grid": grid_of(WORK), "chosen": CHOSEN, "trials": []}
+    )
+    return path
+
+
+def test_a_table_takes_the_settings_that_the_search_chose(file: Path) -> None:
+    now = {**CONDITIONS, "code_sha256": "of now"}
+    choices = choices_of(file, "sft_lora", WORK, now, VERSIONS)
+    work = with_choices(WORK, choices)
+    assert list(work.contestants) == [
+        "ours",
+        "trl_default",
+        "trl_as_it_comes",
+        "trl_fastest",
+        "trl_leanest",
+        "stock_fastest",
+    ]
+    rows = {name: how.setting.get("micro_rows") for name, how in work.contestants.items()}
+    assert rows == {
+        "ours": None,
+        "trl_default": 8,
+        "trl_as_it_comes": 8,
+        "trl_fastest": 2,
+        "trl_leanest": 1,
+        "stock_fastest": 4,
+    }
+    assert "4 micro-batches of 2, gradient checkpointing, PEFT's input casts" in work.contestants["trl_fastest"].allowed
+    assert work.contestants["stock_fastest"].allowed.endswith("(this is also its leanest setting)")
+
+
+def test_a_rival_keeps_what_no_search_changes() -> None:
+    axes = WORKS["ppo_lora"].rivals["trl"].axes
+    choices = {"trl_fastest": start_of(axes), "trl_leanest": {**start_of(axes), "micro_rows": 2}}
+    contestants = with_choices(WORKS["ppo_lora"], choices).contestants
+    critics = {name: how.setting.get("critic") for name, how in contestants.items() if how.setting}
+    assert critics == {"trl_fastest": "lora", "trl_leanest": "lora", "trl_default": "full"}
+    assert contestants["trl_fastest"].environment == "trl-1.12"
+
+
+def _altered(**changes: Any) -> dict[str, Any]:
+    return {**copy.deepcopy(CONDITIONS), **changes}
+
+
+@pytest.mark.parametrize(
+    ("conditions", "versions", "reason"),
+    [
+        (
+            _altered(processor={"model": "Slow CPU", "cores": 2}),
+            VERSIONS,
+            'processor: "Fast CPU" then, "Slow CPU" now',
+        ),
+        (_altered(processor={"model": "Fast CPU", "cores": 4}), VERSIONS, "processor: {"),
+        (_altered(threads=1), VERSIONS, "threads: 2 then, 1 now"),
+        (_altered(data=[{"name": "rows", "sha256": "b"}]), VERSIONS, "data: ["),
+        (
+            CONDITIONS,
+            {**VERSIONS, "trl": {"trl": "1.17.0", "torch": "2.13"}},
+            "trl of trl: 1.16.0 then, 1.17.0 now",
+        ),
+    ],
+)
+def test_a_search_of_other_circumstances_is_refused(
+    file: Path, conditions: dict[str, Any], versions: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(NoSearch) as refused:
+        choices_of(file, "sft_lora", WORK, conditions, versions)
+    assert str(refused.value).startswith(f"rivals-sft_lora.json cannot be used: {reason}")
+    assert str(refused.value).endswith('here first: make bench WORK=sft_lora ARGS="--search"')
+
+
+def test_a_missing_search_and_one_of_another_grid_are_refused(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(NoSearch, match=r"rivals-sft_lora-no-amx\.json is missing; search"):
+        choices_of(search_file(tmp_path, "sft_lora", amx=False), "sft_lora", WORK, CONDITIONS, VERSIONS)
+    content = json.loads(file.read_text())
+    del content["grid"]["trl"]["compiled"]
+    write_search(file, content)
+    with pytest.raises(NoSearch, match="the grid of settings has changed since"):
+        choices_of(file, "sft_lora", WORK, CONDITIONS, VERSIONS)
+    assert list(tmp_path.iterdir()) == [file], "nothing half written is left"
