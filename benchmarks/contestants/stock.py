@@ -32,7 +32,7 @@ def main(task_file: Path) -> None:
     if lora is not None:
         model = get_peft_model(model, lora)
     if task["setting"]["checkpointing"]:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
     called = torch.compile(model) if task["setting"]["compiled"] else model
     rows = read_json(Path(task["tokens"]))

@@ -75,7 +75,7 @@ def _trainer(task: dict[str, Any], folder: str) -> Any:
         value = with_adapter(value)
     if task["setting"]["checkpointing"]:
         for model in (policy, value):
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     rows = Dataset.from_list([{"input_ids": ids} for ids in read_json(Path(task["tokens"]))])
     trainer = PPOTrainer(
         args=_arguments(task, folder),

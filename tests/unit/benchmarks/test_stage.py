@@ -30,6 +30,8 @@ def test_others_take_rows_in_the_order_of_our_trainer(tmp_path: Path, monkeypatc
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     config = stage_config("sft", "lora", data, steps=3, rows=8)
     spec = read_spec(write_stage(tmp_path, config, base=save_tiny_model(tmp_path / "model"), data=data))
+    for name in ("content", "checkpoints"):
+        (spec.work / name).mkdir()
     batches: list[list[int]] = []
     step = MicroBatches.training_step
 

@@ -35,7 +35,7 @@ def _losses(kind: str, rows: list[dict[str, Any]], **changes: Any) -> list[float
     lora = LoraConfig(task_type=task_type, r=4, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(model, lora)
     if setting["checkpointing"]:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     steps = Steps(1)
     task = {"kind": kind, "adapter": "lora", "steps": 2, "setting": setting}
     train(model.train(), rows, model.config.pad_token_id, task, steps)
@@ -62,7 +62,8 @@ def test_the_loss_is_the_mean_over_all_labels_of_the_step() -> None:
     model = tiny_model().eval()
     logprobs = []
     for row in ROWS[:8]:
-        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
         for place, label in enumerate(row["labels"][1:]):
             if label != -100:
                 logprobs.append(float(logits[place].log_softmax(-1)[label]))
