@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -131,7 +132,7 @@ def conditions_of(work: Work, options: Options, base: Path) -> dict[str, Any]:
     }
 
 
-def refuse_other_code(conditions: dict[str, Any]) -> None:
+def refuse_other_code(conditions: Mapping[str, Any]) -> None:
     """Raises Failed if the code is not that with which the run began."""
     if code_sha256() != conditions["code_sha256"]:
         raise Failed("the code was changed while it was measured; start anew")

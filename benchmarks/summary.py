@@ -112,7 +112,7 @@ def _at_their_best(work: Work, measured: Mapping[str, Mapping[int, Figures]]) ->
             if how.library == library and name in measured and not how.differs
         ]
         against = rival.template.against
-        if own and against in measured:
+        if own and against is not None and against in measured:
             best[library] = at_its_best(measured[against], {name: measured[name] for name in own}, work.quantity)
     return best
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,12 +46,12 @@ def train(model: Any, rows: Rows, pad: int, task: dict[str, Any], steps: Steps) 
     """A step for each ``ROWS`` rows, in micro-batches whose losses add up to that of the whole batch."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE[task["adapter"]], weight_decay=0.0, fused=True)
-    loss_of = {"sft": _sft_loss, "reward": _reward_loss, "dpo": _dpo_loss, "kto": _kto_loss}[task["kind"]]
+    loss_of, about_all = _LOSSES[task["kind"]]
     steps.begin()
     for step in range(task["steps"]):
         batch = _Batch(model, rows[ROWS * step : ROWS * (step + 1)], pad, task["setting"])
         with batch.precision():
-            whole = _ABOUT_ALL.get(task["kind"], _number_of_rows)(batch)
+            whole = about_all(batch)
         total = 0.0
         for part in batch.parts():
             with batch.precision():
@@ -107,9 +107,6 @@ def _divergence(batch: _Batch) -> Tensor:
     return (total / len(batch.rows)).clamp(min=0)
 
 
-_ABOUT_ALL: dict[str, Any] = {"sft": _number_of_labels, "kto": _divergence}
-
-
 # ---- the share of a micro-batch in the loss ----------------------------------------------------------------------
 
 
@@ -149,6 +146,15 @@ def _kto_loss(batch: _Batch, rows: Rows, divergence: Tensor) -> Tensor:
     ratios = _answer_logprobs(batch.model, *answers) - reference
     signs = torch.tensor([1.0 if row["label"] else -1.0 for row in rows], device=ratios.device)
     return (1 - torch.sigmoid(BETA * signs * (ratios - divergence))).sum() / len(batch.rows)
+
+
+_LOSSES: dict[str, tuple[Callable[[_Batch, Rows, Any], Tensor], Callable[[_Batch], Any]]] = {
+    "sft": (_sft_loss, _number_of_labels),
+    "reward": (_reward_loss, _number_of_rows),
+    "dpo": (_dpo_loss, _number_of_rows),
+    "kto": (_kto_loss, _divergence),
+}
+"""By kind: the share of a micro-batch in the loss, and what it has to know of the whole batch."""
 
 
 # ---- tensors -----------------------------------------------------------------------------------------------------

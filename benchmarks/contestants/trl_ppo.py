@@ -69,7 +69,8 @@ def _trainer(task: dict[str, Any], folder: str) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(task["base"], padding_side="left")
     tokenizer.pad_token = tokenizer.unk_token  # TRL takes the pad token for the end of an answer
     full = task["adapter"] == "full"
-    policy, reference = (_language_model(task) if wanted else None for wanted in (True, full))
+    policy = _language_model(task)
+    reference = _language_model(task) if full else None
     value, reward = (_scorer(task, tokenizer) for _ in range(2))
     if task["setting"]["critic"] == "lora":
         value = with_adapter(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.gpu_check import checks, speed
+from benchmarks.gpu_check.__main__ import main
 from benchmarks.gpu_check.card import Card
 from benchmarks.gpu_check.checks import Check, Outcome
 from benchmarks.gpu_check.page import text_of, write
@@ -107,14 +107,13 @@ def test_speeds_are_measured_on_whatever_device_there_is(tmp_path: Path, capsys:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a device")
-def test_without_a_device_it_is_refused() -> None:
-    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu_check"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("gpu-check: PyTorch finds no CUDA device. Install the build of PyTorch")
+def test_without_a_device_it_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert capsys.readouterr().err.startswith("gpu-check: PyTorch finds no CUDA device. Install the build of PyTorch")
 
 
-def test_an_unknown_check_is_refused_with_the_names_that_there_are() -> None:
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--only", "kernel"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "no check kernel; there are gpu tests, kernels, stages, quickstart, speed" in done.stderr
+def test_an_unknown_check_is_refused_with_the_names_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--only", "kernel"])
+    assert ended.value.code == 2
+    assert "no check kernel; there are gpu tests, kernels, stages, quickstart, speed" in capsys.readouterr().err

@@ -84,6 +84,7 @@ def test_only_a_whole_run_of_committed_code_is_published(
     monkeypatch.setattr(harness, "base_model", lambda: tmp_path)
     monkeypatch.setattr(harness, "prepared", lambda work, options, base, folder: rows)
     monkeypatch.setattr(harness, "uncommitted_code", list)
+    monkeypatch.setattr(harness, "code_sha256", lambda: "same")
     monkeypatch.setattr(
         harness,
         "taken",

@@ -23,7 +23,7 @@ ANSWERS = [
     for i in range(16)
 ]
 PLAIN = {"micro_rows": 8, "checkpointing": False, "precision": "float32", "padding_free": False}
-CHANGES: list[dict[str, Any]] = [{"micro_rows": 4}, {"micro_rows": 1}, {"checkpointing": True}]
+CHANGES: list[dict[str, Any]] = [{"micro_rows": 1}, {"micro_rows": 4, "checkpointing": True}]
 
 
 def _losses(kind: str, rows: list[dict[str, Any]], **changes: Any) -> list[float]:
