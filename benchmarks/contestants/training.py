@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.helpers import disable_input_dtype_casting
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -60,3 +60,16 @@ def input_casts(task: dict[str, Any], model: Any) -> AbstractContextManager[Any]
     Autocast chooses the dtype of products anyway.
     """
     return nullcontext() if task["setting"].get("input_casts", True) else disable_input_dtype_casting(model)
+
+
+def with_adapter(model: Any) -> Any:
+    """The critic with the adapter that ours has: in its linear layers, in float32, beside a head that is trained too.
+
+    The layers are replaced inside the model, because TRL calls its backbone and its head by themselves.
+    """
+    model = inject_adapter_in_model(LoraConfig(task_type="SEQ_CLS", **LORA), model)
+    for name, weight in model.named_parameters():
+        if "lora_" in name:
+            weight.data = weight.data.float()
+    model.score.requires_grad_(True)
+    return model

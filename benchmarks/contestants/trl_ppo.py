@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
+from benchmarks.contestants.training import with_adapter
 from benchmarks.contestants.update_clock import UpdateClock
 from benchmarks.measure import Steps, matmul_peak, write_result
 from benchmarks.setting import (
@@ -98,19 +99,6 @@ def _trainer(task: dict[str, Any], folder: str) -> Any:
 def _language_model(task: dict[str, Any]) -> Any:
     attention = task["setting"]["attention"]
     return AutoModelForCausalLM.from_pretrained(task["base"], dtype=torch.bfloat16, attn_implementation=attention)
-
-
-def with_adapter(model: Any) -> Any:
-    """The critic with the adapter that ours has: in its linear layers, in float32, beside a head that is trained too.
-
-    The layers are replaced inside the model, because TRL calls its backbone and its head by themselves.
-    """
-    model = inject_adapter_in_model(LoraConfig(task_type="SEQ_CLS", **LORA), model)
-    for name, weight in model.named_parameters():
-        if "lora_" in name:
-            weight.data = weight.data.float()
-    model.score.requires_grad_(True)
-    return model
 
 
 def _scorer(task: dict[str, Any], tokenizer: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The plain loop: micro-batches, checkpointing and rows without padding change no loss and no step."""
+"""The plain loop, in which no setting changes a loss or a step; and the critic with an adapter, for TRL."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from benchmarks.contestants.stock import train
+from benchmarks.contestants.training import with_adapter
 from benchmarks.measure import Steps
 from tests.tiny import tiny_model, tiny_scorer
 
@@ -79,3 +80,17 @@ def test_the_loss_is_the_mean_over_all_labels_of_the_step() -> None:
     )
     assert steps.losses == [pytest.approx(-sum(logprobs) / len(logprobs), rel=1e-5)]
     assert len(steps.seconds) == 1, "without a warm-up the first step is measured"
+
+
+def test_a_critic_with_an_adapter_learns_with_it_and_with_its_head_and_begins_as_it_was() -> None:
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    plain = tiny_scorer().eval().bfloat16()
+    before = plain(input_ids=ids).logits.detach().clone()
+    critic = with_adapter(plain)
+    trained = {name: weight for name, weight in critic.named_parameters() if weight.requires_grad}
+    assert {name.split(".")[-3] for name in trained if name != "score.weight"} == {"lora_A", "lora_B"}
+    assert len(trained) == 2 * 2 * 7 + 1, "two factors in each of seven layers of two blocks, and the head"
+    assert {weight.dtype for name, weight in trained.items() if "lora_" in name} == {torch.float32}
+    assert type(critic) is type(tiny_scorer())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(critic(input_ids=ids).logits.float(), before.float(), rtol=1e-2, atol=1e-2)
