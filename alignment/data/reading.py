@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -16,6 +17,7 @@ from alignment.data.fields import Fields, SetAside
 from alignment.data.formats import FORMATS, detect
 from alignment.data.formats.form import Format
 from alignment.data.hub_rows import source_rows
+from alignment.data.objections import bare
 from alignment.data.records import Record
 from alignment.data.row_files import RawRow
 
@@ -27,17 +29,47 @@ NAMED = 20
 """Faults that an error lists; it counts the others."""
 NEXT = "\n  → "
 """Separator between remedies."""
+REASONS = 1_000
+"""Different reasons that are counted; a reason may quote a row, so there may be as many as rows."""
+
+
+@dataclass(kw_only=True)
+class LeftOut:
+    """Rows that gave no record: their ``count``, the errors of the ``first`` ones, and the count of each reason.
+
+    A file may have ten million of them, so no more is held in memory.
+    """
+
+    count: int = 0
+    first: list[DataError] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, error: DataError) -> None:
+        """One more row."""
+        self.count += 1
+        if len(self.first) < NAMED:
+            self.first.append(bare(error))
+        if error.message in self.reasons or len(self.reasons) < REASONS:
+            self.reasons[error.message] += 1
 
 
 @dataclass(kw_only=True)
 class Reading:
-    """Progress of a reading: ``faults`` and ``set_aside`` grow while records are read."""
+    """Progress of a reading: ``faults`` and ``set_aside`` grow while records are read. ``on_left_out`` receives the
+    error of every row that is left out."""
 
     path: Path
     format: Format
     rows: int = 0
-    faults: list[DataError] = field(default_factory=list)
-    set_aside: list[SetAside] = field(default_factory=list)
+    faults: LeftOut = field(default_factory=LeftOut)
+    set_aside: LeftOut = field(default_factory=LeftOut)
+    on_left_out: Callable[[DataError], None] | None = None
+
+    def leave_out(self, error: DataError) -> None:
+        """Counts a row that gave no record."""
+        (self.set_aside if isinstance(error, SetAside) else self.faults).add(error)
+        if self.on_left_out is not None:
+            self.on_left_out(error)
 
 
 def read_records(path: Path, record: type[R], data: SourceConfig, *, reading: Reading | None = None) -> list[R]:
@@ -64,9 +96,9 @@ def iterate(path: Path, record: type[R], data: SourceConfig, *, reading: Reading
         if taken == data.limit:
             break
     where = str(progress.path)
-    refuse_faults(progress.faults, data, count=len(progress.faults), rows=progress.rows, where=where)
+    refuse_faults(progress.faults.first, data, count=progress.faults.count, rows=progress.rows, where=where)
     if not taken:
-        raise nothing((error.message for error in progress.set_aside), rows=progress.rows, where=where)
+        raise nothing(progress.set_aside.reasons, rows=progress.rows, where=where)
 
 
 def start(path: Path, data: SourceConfig) -> Reading:
@@ -107,10 +139,8 @@ def _examined(reading: Reading, record: type[R], data: SourceConfig) -> Iterator
         reading.rows += 1
         try:
             records = reader.records(row)
-        except SetAside as reason:
-            reading.set_aside.append(reason)
-        except DataError as fault:
-            reading.faults.append(fault)
+        except DataError as error:
+            reading.leave_out(error)
         else:
             yield from records
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
 
+from alignment.commands.doctor.row_progress import RowProgress, stop_after_row
 from alignment.config.data import SourceConfig
 from alignment.config.faults import refuse
 from alignment.core.errors import DataError
+from alignment.core.terminal import Terminal
 from alignment.data.bundled_files import locate
-from alignment.data.doctor import NOUNS, Diagnosis, Use, examine
+from alignment.data.doctor import LISTED, NOUNS, Diagnosis, Use, examine
 from alignment.data.hub_rows import snapshot_name
 from alignment.data.overlap import HeldOut, asked_in
 from alignment.data.reading import NAMED
@@ -25,12 +28,12 @@ from alignment.data.records import (
     Prompt,
     Record,
 )
+from alignment.data.row_count import count_rows
+from alignment.pipeline.execute.signals import INTERRUPTED
 from alignment.pipeline.plan import settings
 from alignment.pipeline.sources import data_sources
 from alignment.stages.registry import kinds
 
-_LISTED = 8
-"""Locations that a reason lists."""
 _PAIRS = 5
 """Near duplicates that are listed."""
 _FIRST: tuple[type[Record], ...] = (
@@ -47,7 +50,8 @@ _FIRST: tuple[type[Record], ...] = (
 def show_diagnosis(console: Console, data: SourceConfig, *, against: str | None = None) -> int:
     """Prints what the file is, and which of its rows are also in ``against``; returns 0, or 3 if rows are faulty.
 
-    A hub's data set that is not on this machine is downloaded.
+    A hub's data set that is not on this machine is downloaded. After Ctrl-C it prints what it knows of the rows so far,
+    and returns 130.
 
     Raises:
         ConfigError: the settings are invalid.
@@ -60,13 +64,33 @@ def show_diagnosis(console: Console, data: SourceConfig, *, against: str | None 
 
     path = _path_of(data.source, where="DATA", announce=print_line)
     other = None if against is None else _path_of(against, where="--against", announce=print_line)
-    diagnosis = examine(path, data, records())
+    diagnosis, is_whole = _examined(console, path, data)
+    if not is_whole:
+        print_line(f"interrupted; of the first {diagnosis.rows:,} rows:")
     for line in _lines(diagnosis, data):
         print_line(line)
+    if not is_whole:
+        return INTERRUPTED
     if against is not None and other is not None:
-        for line in _overlaps(path, data, against, other):
+        for line in _overlaps(path, data, against, other, _progress(console, path, data)):
             print_line(line)
-    return DataError.exit_code if diagnosis.faults else 0
+    return DataError.exit_code if diagnosis.num_faults else 0
+
+
+def _examined(console: Console, path: Path, data: SourceConfig) -> tuple[Diagnosis, bool]:
+    """What the rows are, and whether all have been read."""
+    progress = _progress(console, path, data)
+    try:
+        with stop_after_row() as stop:
+
+            def on_row(diagnosis: Diagnosis) -> bool:
+                progress(diagnosis.rows)
+                return not stop
+
+            diagnosis = examine(path, data, records(), go_on=on_row)
+            return diagnosis, not stop
+    finally:
+        progress.end()
 
 
 def records() -> dict[str, type[Record]]:
@@ -87,17 +111,22 @@ def _path_of(source: str, *, where: str, announce: Callable[[str], None]) -> Pat
     return path
 
 
-def _overlaps(path: Path, data: SourceConfig, against: str, other: Path) -> list[str]:
+def _progress(console: Console, path: Path, data: SourceConfig) -> RowProgress:
+    return RowProgress(console if console.is_terminal else Terminal(stderr=True), lambda: count_rows(path, data))
+
+
+def _overlaps(path: Path, data: SourceConfig, against: str, other: Path, progress: RowProgress) -> list[str]:
     held_out = HeldOut(asked_in(other, SourceConfig()))
-    overlaps = list(held_out.overlaps(asked_in(path, data)))
-    lines = [
-        _line("overlap", f"{len(overlaps):,} rows ask the same as {against}" if overlaps else f"none with {against}")
-    ]
+    overlaps = held_out.overlaps(progress.watched(asked_in(path, data)))
+    first = list(islice(overlaps, NAMED))
+    more = sum(1 for _ in overlaps)
+    count = len(first) + more
+    lines = [_line("overlap", f"{count:,} rows ask the same as {against}" if count else f"none with {against}")]
     lines += [
         _line("", f"{_short_location(row.learned)} has {row.share:.0%} of {_short_location(row.held_out)}")
-        for row in overlaps[:NAMED]
+        for row in first
     ]
-    return lines + ([_line("", f"and {len(overlaps) - NAMED:,} more")] if len(overlaps) > NAMED else [])
+    return lines + ([_line("", f"and {more:,} more")] if more else [])
 
 
 def _lines(diagnosis: Diagnosis, data: SourceConfig) -> list[str]:
@@ -109,23 +138,18 @@ def _lines(diagnosis: Diagnosis, data: SourceConfig) -> list[str]:
         _line("format", f"{diagnosis.format.name}: {diagnosis.format.summary}"),
         _line("columns", columns),
     ]
-    lines += [
-        _line(stages, _of_use(NOUNS.get(use.record, use.record.__name__), use, diagnosis))
-        for stages, use in diagnosis.uses.items()
-    ]
-    for reason, (stages, locations) in _set_aside(diagnosis).items():
-        lines.append(
-            _line("set aside", f"{len(locations):,} rows, in {', '.join(stages)}: {reason} ({_listed(locations)})")
-        )
+    lines += [_line(stages, _of_use(stages, use, diagnosis)) for stages, use in diagnosis.uses.items()]
+    lines += _set_aside(diagnosis)
     if diagnosis.placeholders:
         rows = ", ".join(f"{{{{{name}}}}} in {count:,} rows" for name, count in sorted(diagnosis.placeholders.items()))
         names = ", ".join(f"{name}: TEXT" for name in sorted(diagnosis.placeholders))
         lines.append(_line("unfilled", f"{rows}; fill them with data.placeholders={{{names}}}"))
     lines += _near_duplicates(diagnosis)
-    lines.append(_line("faulty", f"{len(diagnosis.faults):,} rows" if diagnosis.faults else "no row"))
-    lines += [_line("", f"{_short_location(fault.where)}: {fault.message}") for fault in diagnosis.faults[:NAMED]]
-    if len(diagnosis.faults) > NAMED:
-        lines.append(_line("", f"and {len(diagnosis.faults) - NAMED:,} more"))
+    faults, count = diagnosis.faults, diagnosis.num_faults
+    lines.append(_line("faulty", f"{count:,} rows" if count else "no row"))
+    lines += [_line("", f"{_short_location(fault.where)}: {fault.message}") for fault in faults]
+    if count > len(faults):
+        lines.append(_line("", f"and {count - len(faults):,} more"))
     return [*lines, _line("to use it", _settings(diagnosis, data))]
 
 
@@ -133,21 +157,24 @@ def _line(name: str, text: str) -> str:
     return f"  {name:<12} {text}"
 
 
-def _of_use(records: str, use: Use, diagnosis: Diagnosis) -> str:
-    if not any(use is diagnosis.uses[name] for name in diagnosis.meant_for):
-        return f"nothing: {use.faults[0].message}" if use.faults else "nothing"
+def _of_use(stages: str, use: Use, diagnosis: Diagnosis) -> str:
+    if stages not in diagnosis.meant_for:
+        faults = diagnosis.faulty.first([stages])
+        return f"nothing: {faults[0].message}" if faults else "nothing"
+    records = NOUNS.get(use.record, use.record.__name__)
     return f"{use.records:,} {records}" + (f", {use.repeated:,} of them repeated" if use.repeated else "")
 
 
-def _set_aside(diagnosis: Diagnosis) -> dict[str, tuple[list[str], list[str]]]:
-    """For each reason, the stages that set rows aside, and the locations of the rows."""
-    reasons: dict[str, tuple[dict[str, None], dict[str, None]]] = {}
-    for stages in diagnosis.meant_for:
-        for error in diagnosis.uses[stages].set_aside:
-            names, locations = reasons.setdefault(error.message, ({}, {}))  # each once, in order
-            names[stages] = None
-            locations[_short_location(error.where)] = None
-    return {reason: (list(names), list(locations)) for reason, (names, locations) in reasons.items()}
+def _set_aside(diagnosis: Diagnosis) -> Iterator[str]:
+    """A line for each reason, with the stages that set rows aside and the first of these rows."""
+    for reason, rows in diagnosis.set_aside.items():
+        stages = [name for name in diagnosis.meant_for if name in rows.stages()]
+        count = rows.count(stages)
+        if not count:
+            continue
+        first = ", ".join(_short_location(error.where) for error in rows.first(stages))
+        more = f" and {count - LISTED:,} more" if count > LISTED else ""
+        yield _line("set aside", f"{count:,} rows, in {', '.join(stages)}: {reason} ({first}{more})")
 
 
 def _near_duplicates(diagnosis: Diagnosis) -> Iterator[str]:
@@ -169,8 +196,8 @@ def _settings(diagnosis: Diagnosis, data: SourceConfig) -> str:
     if stages is None:
         return "no stage can use it"
     stage = stages.rpartition(", ")[2]
-    share = math.ceil(100 * len(diagnosis.faults) / diagnosis.rows) / 100
-    skip = f" stages.{stage}.data.on_error=skip" if diagnosis.faults else ""
+    share = math.ceil(100 * diagnosis.num_faults / diagnosis.rows) / 100
+    skip = f" stages.{stage}.data.on_error=skip" if diagnosis.num_faults else ""
     skip += f" stages.{stage}.data.max_skipped={share:g}" if share > data.max_skipped else ""
     source = snapshot_name(diagnosis.path) or f"path:{diagnosis.path}"
     chosen = "" if data.split == SourceConfig().split else f" stages.{stage}.data.split={data.split}"
@@ -181,8 +208,3 @@ def _settings(diagnosis: Diagnosis, data: SourceConfig) -> str:
 def _short_location(where: str) -> str:
     """``FILE:LINE`` or ``FILE: row N`` without the folder."""
     return Path(where).name
-
-
-def _listed(locations: Sequence[str]) -> str:
-    more = f" and {len(locations) - _LISTED:,} more" if len(locations) > _LISTED else ""
-    return ", ".join(locations[:_LISTED]) + more

@@ -23,9 +23,9 @@ from alignment.config.data import DataConfig, MixedConfig, OnError, SourceConfig
 from alignment.core.errors import AlignmentError, DataError
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import Terminal, complain
-from alignment.data.doctor import record_key
 from alignment.data.overlap import HeldOut, asked, asked_in
 from alignment.data.reading import Reading, iterate, refuse_faults, start
+from alignment.data.repeated_records import record_key
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.tokens.row_kinds import Tokenized, tokenized
 from alignment.data.tokens.template_losses import LOSSES
@@ -107,7 +107,8 @@ def show_stage(console: Console, spec: StageSpec, *, rows: int, held_out: HeldOu
         console.print(f"format {reading.format.name}: {reading.format.summary}", markup=False)
         for spans in readable[:rows]:
             _print_record(console, spans)
-        reading.faults += faults
+        for fault in faults:
+            reading.faults.add(fault)
         lines = [*_of_tokens(tokenized_records, readable, limits), *_of_rows(tokenized_records, readable, reading)]
         lines += [
             *_overlaps(records, held_out),
@@ -152,10 +153,10 @@ def _of_rows(records: Sequence[Tokenized], readable: Sequence[RecordSpans], read
         for loss in LOSSES
     ]
     lines = [f"{len(rows):,} records {oddity}, such as {rows[0]}" for oddity, rows in oddities if rows]
-    for name, errors in (("set aside", reading.set_aside), ("faulty", reading.faults)):
-        if errors:
-            remedy = f" → {errors[0].remedy}" if errors[0].remedy else ""
-            lines.append(f"{len(errors):,} rows {name}, such as {errors[0].where}: {errors[0].message}{remedy}")
+    for name, left_out in (("set aside", reading.set_aside), ("faulty", reading.faults)):
+        for error in left_out.first[:1]:
+            remedy = f" → {error.remedy}" if error.remedy else ""
+            lines.append(f"{left_out.count:,} rows {name}, such as {error.where}: {error.message}{remedy}")
     return lines
 
 
@@ -187,7 +188,7 @@ def _stops(records_of_source: Sequence[Tokenized], reading: Reading, data: Sourc
     )
     longest, where = max(record.tokens for record in records_of_source), str(reading.path)
     try:
-        refuse_faults(reading.faults, data, count=len(reading.faults), rows=reading.rows, where=where)
+        refuse_faults(reading.faults.first, data, count=reading.faults.count, rows=reading.rows, where=where)
         refuse_losses(limits, dropped=dropped, cut=cut, records=len(records_of_source), longest=longest, where=where)
     except DataError as error:
         return [f"the stage would stop: {error.message.splitlines()[0]} → {error.remedy}"]

@@ -203,7 +203,7 @@ def _read(file: DataSlot, path: Path) -> Seen:
     return row_counts.seen(
         records,
         whole=how.limit == file.data.limit or len(records) < CHECKED_ROWS,
-        set_aside=(reason.message for reason in reading.set_aside),
+        set_aside=reading.set_aside.reasons,
         label=file.label,
     )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import takewhile
@@ -50,12 +50,12 @@ def seen(
     records: Sequence[Record],
     *,
     whole: bool,
-    set_aside: Iterable[str] = (),
+    set_aside: Mapping[str, int] | None = None,
     label: Callable[[Record], str] | None = None,
 ) -> Seen:
     """A summary of the records that a plan has read.
 
-    ``set_aside`` are the reasons for which rows gave none. ``label`` names the label of a record.
+    ``set_aside`` counts the rows that gave none, by reason. ``label`` names the label of a record.
     """
     prompts = {_prompt_of(record) for record in records}
     openings = frozenset(hash(_prompt_of(record, opening=True)) for record in records)
@@ -64,7 +64,7 @@ def seen(
         prompts=len(prompts),
         whole=whole,
         texts=tuple(_compared(records)),
-        set_aside=tuple(Counter(set_aside).items()),
+        set_aside=tuple((set_aside or {}).items()),
         openings=openings,
         labels=() if label is None else tuple(sorted(Counter(map(label, records)).items())),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections import Counter
@@ -17,6 +18,7 @@ from alignment.core.hardware import count_cores
 from alignment.data.mix import mixed, subset
 from alignment.data.reading import iterate, refuse_faults, start
 from alignment.data.records import Record
+from alignment.data.row_count import count_rows
 from alignment.data.tokens.chunks import CHUNK, CUT, LOST, TOO_LONG, note_of_error, notes_of
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.tokens.row_kinds import Kind, Tokenized, tokenized
@@ -72,7 +74,7 @@ def token_rows(
             tokenizer,
             cache=context.spec.artifact.parent / "cache",
             processes=count_cores(),
-            progress=lambda rows: context.progress("tokenising", rows),
+            progress=_tokenising(context, path, part),
         )
         for part, path in context.spec.sources(data, field)
     ]
@@ -87,6 +89,12 @@ def token_rows(
         dropped=sum(table.count(TOO_LONG) for table in tables),
         cut=sum(table.count(CUT) for table in tables),
     )
+
+
+def _tokenising(context: StageContext, path: Path, data: SourceConfig) -> Callable[[int], None]:
+    """Reports how many rows have been read, of how many; they are only counted if a table has to be made."""
+    total = functools.cache(lambda: count_rows(path, data))
+    return lambda rows: context.progress("tokenising", rows, total())
 
 
 def split_origins(rows: Dataset) -> tuple[Dataset, Callable[[int], str]]:
@@ -144,9 +152,10 @@ def _indices(context: StageContext, data: DataConfig, field: str, counts: Sequen
 
 
 def _read(context: StageContext, record: type[R], data: SourceConfig, path: Path) -> list[R]:
+    left_out: list[dict[str, str]] = []
     reading = start(path, data)
+    reading.on_left_out = lambda error: left_out.append(note_of_error(error).as_row())
     records = list(iterate(path, record, data, reading=reading))
-    left_out = [note_of_error(error).as_row() for error in (*reading.faults, *reading.set_aside)]
     list_left_out(context, left_out)
     _warn(context, path, reading.rows, left_out, len(left_out))
     return records

@@ -158,13 +158,14 @@ def test_a_fault_of_many_rows_is_told_once(tmp_path: Path) -> None:
 def test_thirty_planted_faults_are_all_found_in_one_pass(tmp_path: Path) -> None:
     file = _planted(tmp_path)
     assert len(PLANTED) == 30
-    reading = start(file, ALL)
+    reading, faults = start(file, ALL), list[DataError]()
+    reading.on_left_out = faults.append
     with pytest.raises(DataError) as caught:
         list(iterate(file, Conversation, ALL, reading=reading))
     assert caught.value.exit_code == 3
     assert str(caught.value).startswith("30 faulty rows:\n")
     assert "and 10 more" in str(caught.value)
-    for number, (fault, (_, message)) in enumerate(zip(reading.faults, PLANTED, strict=True)):
+    for number, (fault, (_, message)) in enumerate(zip(faults, PLANTED, strict=True)):
         assert fault.where == f"{file}:{4 + 2 * number}"
         assert message in fault.message
         assert len(fault.message) < 300, "a value is shortened"
@@ -188,7 +189,8 @@ def test_faulty_rows_may_be_skipped_up_to_a_share_and_are_listed(tmp_path: Path)
     skip = DataConfig(source="", on_error=OnError.skip, max_skipped=0.5)
     reading = start(file, skip)
     assert len(list(iterate(file, Conversation, skip, reading=reading))) == 33
-    assert [fault.where for fault in reading.faults] == [f"{file}:{4 + 2 * number}" for number in range(30)]
+    assert [fault.where for fault in reading.faults.first] == [f"{file}:{4 + 2 * number}" for number in range(20)]
+    assert reading.faults.count == 30
     with pytest.raises(DataError, match=r"more than 5% of 63 rows are faulty; 30 faulty rows:"):
         read_records(file, Conversation, DataConfig(source="", on_error=OnError.skip))
 
@@ -243,7 +245,7 @@ def test_the_doctor_says_what_each_stage_can_make_of_a_file(tmp_path: Path) -> N
     found = examine(file, ALL, records())
     assert found.format.name == "preference"
     assert found.meant_for == ["sft", "reward, dpo", "kto", "ppo, distil", "evaluate"]
-    uses = {name: (use.records, use.repeated, len(use.faults)) for name, use in found.uses.items()}
+    uses = {name: (use.records, use.repeated, found.faulty.count([name])) for name, use in found.uses.items()}
     assert uses == {
         "sft": (3, 2, 1),
         "reward, dpo": (2, 1, 2),

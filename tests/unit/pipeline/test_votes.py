@@ -93,7 +93,7 @@ def test_votes_are_pairs_and_ties_are_set_aside(tmp_path: Path) -> None:
     reading = start(path, SourceConfig())
     pairs = list(iterate(path, PreferencePair, SourceConfig(), reading=reading))
     assert reading.format.name == "votes"
-    assert (len(pairs), len(reading.set_aside)) == (30 - TIES, TIES)
+    assert (len(pairs), reading.set_aside.count) == (30 - TIES, TIES)
     about = pair(4)
     read = next(one for one in pairs if one.id == "p4")
     assert (read.chosen, read.rejected) == (about.answers[SFT], about.answers[DPO])

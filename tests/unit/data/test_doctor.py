@@ -1,0 +1,139 @@
+"""The doctor counts all rows exactly and holds few of them in memory."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from alignment.commands.doctor.driver import records
+from alignment.config.data import DataConfig, SourceConfig
+from alignment.core.errors import DataError
+from alignment.data import near_duplicates, repeated_records
+from alignment.data.doctor import Diagnosis, examine
+from alignment.data.objections import Objections
+from alignment.data.overlap import LocatedText
+from alignment.data.row_count import count_rows
+
+ALL = SourceConfig()
+
+
+def _write(file: Path, rows: list[Any]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def _labelled(number: int) -> dict[str, Any]:
+    """Of no use for pairs, set aside by SFT for half of the rows, and faulty for everyone every tenth time."""
+    label = "perhaps" if number % 10 == 9 else number % 2 == 0
+    return {"prompt": f"What is {number} + 1?", "completion": f"It is {number + 1}.", "label": label}
+
+
+def _peak(file: Path) -> int:
+    tracemalloc.start()
+    examine(file, ALL, records())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_memory_grows_by_a_few_bytes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight bytes for each of three stages, and as many again while two arrays of keys become one."""
+    monkeypatch.setattr(near_duplicates, "TEXTS", 100)
+    monkeypatch.setattr(repeated_records, "BATCH", 100)
+    few = _write(tmp_path / "few.jsonl", [_labelled(number) for number in range(500)])
+    many = _write(tmp_path / "many.jsonl", [_labelled(number) for number in range(2_500)])
+    _peak(few)  # imports, and caches
+    assert (_peak(many) - _peak(few)) / 2_000 < 100
+
+
+def test_rows_are_counted_exactly_by_what_stages_make_of_them(tmp_path: Path) -> None:
+    rows = [_labelled(number) for number in range(200)]
+    found = examine(_write(tmp_path / "a.jsonl", [*rows, *rows[:50], "no row"]), ALL, records())
+    assert found.rows == 251
+    uses = {name: (use.records, use.repeated) for name, use in found.uses.items()}
+    assert uses["kto"] == (225, 45)
+    assert uses["sft"] == (125, 25)
+    assert found.faulty.count(["kto"]) == 26
+    assert found.faulty.count(["reward, dpo"]) == 251
+    assert (found.num_faults, len(found.faults)) == (26, 20)
+    assert [Path(fault.where).name for fault in found.faults[:3]] == ["a.jsonl:10", "a.jsonl:20", "a.jsonl:30"]
+    (rows_of_reason,) = found.set_aside.values()
+    assert list(found.set_aside) == ["'label' says that the answer is bad"]
+    assert rows_of_reason.count(["sft"]) == 100
+    assert [Path(error.where).name for error in rows_of_reason.first(["sft"])] == [
+        f"a.jsonl:{2 * n}" for n in (1, 2, 3, 4, 6, 7, 8, 9)
+    ]
+
+
+@pytest.mark.parametrize(("batch", "characters"), [(1, 1 << 24), (7, 1 << 24), (1_000, 1), (1_000, 1 << 24)])
+def test_what_repeats_does_not_depend_on_how_many_rows_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, characters: int
+) -> None:
+    monkeypatch.setattr(repeated_records, "BATCH", batch)
+    monkeypatch.setattr(repeated_records, "BATCH_CHARACTERS", characters)
+    monkeypatch.setattr(near_duplicates, "TEXTS", 12)
+    long = " ".join(f"word{number}" for number in range(40))
+    pairs = [{"prompt": f"{long} {n % 8}", "chosen": f"{long} yes {n % 6}", "rejected": "No."} for n in range(40)]
+    found = examine(_write(tmp_path / "a.jsonl", pairs), ALL, records())
+    distinct = {(n % 8, n % 6) for n in range(40)}
+    assert found.uses["reward, dpo"].repeated == 40 - len(distinct) == 16
+    assert found.uses["ppo, distil"].repeated == 32
+    near = found.near_duplicates
+    assert (near.looked_at, near.passed_over) == (12, len(distinct) - 12)
+    assert [Path(pair.where).name for pair in near.pairs] == [f"a.jsonl:{line}" for line in range(2, 13)]
+
+
+def test_a_row_that_several_stages_object_to_counts_once_and_the_first_that_is_asked_says_why() -> None:
+    objections = Objections(2)
+
+    def error(text: str) -> DataError:
+        return DataError(text)
+
+    objections.add(3, {"dpo": error("3 dpo")})
+    objections.add(5, {"dpo": error("5 dpo"), "sft": error("5 sft")})
+    objections.add(6, {"sft": error("6 sft")})
+    objections.add(7, {"dpo": error("7 dpo")})
+    objections.add(9, {"dpo": error("9 dpo")})
+    assert [objections.count(stages) for stages in (["dpo"], ["sft"], ["dpo", "sft"], ["ppo"])] == [4, 2, 5, 0]
+    assert [str(one) for one in objections.first(["sft", "dpo"])] == ["3 dpo", "5 sft"]
+    assert [str(one) for one in objections.first(["dpo"])] == ["3 dpo", "5 dpo"]
+    assert [str(one) for one in objections.first(["sft"])] == ["5 sft", "6 sft"]
+    assert objections.stages() == {"dpo", "sft"}
+
+
+def test_a_diagnosis_that_is_stopped_is_that_of_the_rows_so_far(tmp_path: Path) -> None:
+    file = _write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 10)
+
+    def go_on(diagnosis: Diagnosis) -> bool:
+        return diagnosis.rows < 4
+
+    found = examine(file, ALL, records(), go_on=go_on)
+    assert (found.rows, found.uses["sft"].records, found.uses["sft"].repeated) == (4, 4, 3)
+
+
+def test_rows_are_counted_before_they_are_read_where_that_is_quick(tmp_path: Path) -> None:
+    lines = tmp_path / "lines"
+    lines.mkdir()
+    (lines / "a.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (lines / "b.ndjson").write_text('{"text": "c"}\n{"text": "d"}')
+    pq.write_table(pa.table({"text": ["e", "f", "g"]}), lines / "c.parquet")
+    assert count_rows(lines, ALL) == 7
+    assert count_rows(lines, DataConfig(source="", limit=3)) is None
+    (lines / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "h"}\n'))
+    assert count_rows(lines, ALL) is None
+    (lines / "e.parquet").write_text("no such file")
+    assert count_rows(lines / "e.parquet", ALL) is None
+    assert count_rows(tmp_path / "none.jsonl", ALL) is None
+
+
+def test_a_text_of_blanks_is_not_compared() -> None:
+    near = near_duplicates.NearDuplicates()
+    near.add(LocatedText(where="a:1", text=" \n"))
+    assert near.looked_at == 0
