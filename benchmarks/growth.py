@@ -18,15 +18,20 @@ class Point:
     model: str | None = None
 
 
-_STEP_TOKENS = 4096
+_STEP_TOKENS, _LONG_STEP_TOKENS = 4096, 8192
+"""Tokens a step, whatever the length of its rows. A row of 8,192 tokens is the least of which one fits into a step, so
+the long series has that many: seconds a token are then compared between steps of equal work in everything but
+attention."""
 POINTS = {
     **{f"length_{n}": Point(rows=_STEP_TOKENS // n, length=n) for n in (128, 256, 512, 1024, 2048)},
+    **{f"long_{n}": Point(rows=_LONG_STEP_TOKENS // n, length=n) for n in (2048, 4096, 8192)},
     **{f"rows_{n}": Point(rows=n, length=128) for n in (4, 8, 16)},
     **{f"completions_{n}": Point(rows=n, length=320, one_question=True) for n in (1, 2, 4, 6)},
     **{f"size_{name}": Point(rows=8, length=512, model=name) for name in ("10m", "30m")},
 }
 SERIES = {
     "tokens a row (4096 a step)": ("length_128", "length_256", "length_512", "length_1024", "length_2048"),
+    "tokens a row (8192 a step)": ("long_2048", "long_4096", "long_8192"),
     "rows of 128 tokens": ("rows_4", "rows_8", "rows_16", "length_128"),
     "completions of one prompt": ("completions_1", "completions_2", "completions_4", "completions_6"),
     "parameters (8 rows of 512)": ("size_10m", "size_30m", "length_512"),
