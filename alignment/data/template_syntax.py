@@ -38,7 +38,12 @@ class _Generation(Extension):
 
 
 @functools.lru_cache(maxsize=64)
-def _tree(template: str) -> nodes.Template:
+def tree_of(template: str) -> nodes.Template:
+    """The syntax tree of a template, in which the body of a ``generation`` block is part of the text around it.
+
+    Raises:
+        DataError: the template is not valid Jinja.
+    """
     environment = ImmutableSandboxedEnvironment(extensions=[_Generation, "jinja2.ext.loopcontrols"])
     try:
         return environment.parse(template)
@@ -67,7 +72,7 @@ def options_of(templates: Templates) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=64)
 def _options_of(template: str) -> frozenset[str]:
-    tree = _tree(template)
+    tree = tree_of(template)
     first_read: dict[str, bool] = {}
     for name, is_read in _names(tree):
         first_read.setdefault(name, is_read)
@@ -96,7 +101,7 @@ def fields_of(templates: Templates) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=64)
 def _fields_of(template: str) -> frozenset[str]:
-    return frozenset(_fields(_tree(template)))
+    return frozenset(_fields(tree_of(template)))
 
 
 def _fields(tree: nodes.Template) -> Iterator[str]:

@@ -188,6 +188,10 @@ CONTRACTS: dict[str, tuple[str, Callable[[], bool]]] = {
         "transformers",
         lambda: has(transformers.Trainer, "_move_model_to_device", "model", "device"),
     ),
+    "_encode_plus": (
+        "transformers",
+        lambda: has(transformers.PreTrainedTokenizerFast, "_encode_plus", "text", "split_special_tokens"),
+    ),
     "_get_grad_norm": ("transformers", lambda: has(transformers.Trainer, "_get_grad_norm", "model", "grad_norm")),
     # ---- trl
     "_compute_loss": ("trl", lambda: has(trl.DPOTrainer, "_compute_loss", "model", "inputs", "return_outputs")),

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from tests.mutations.mutation import in_file
 
+BY_TEMPLATE = "test_every_conversation_is_what_the_template_renders"
+LOOKS_INSIDE = "test_a_template_that_may_look_inside_a_content_is_left_to_itself"
+GOES_ON = "test_an_interrupted_table_goes_on_where_it_was_saved"
+FEW_FAULTS = "test_faulty_rows_may_be_skipped_up_to_a_share_and_are_listed"
+
 MUTATIONS = [
     *in_file(
         "data/tokens/tokenize.py",
@@ -35,11 +40,92 @@ MUTATIONS = [
     ),
     *in_file(
         "data/tokens/tokenize.py",
+        "unit/data/test_tokenize.py",
+        (
+            "tokens that are not learned have labels",
+            "return [IGNORED] * len(self.ids)",
+            "return list(self.ids)",
+            "test_exactly_the_assistants_turns_and_their_ends_are_learned",
+        ),
+    ),
+    *in_file(
+        "data/tokens/skeletons.py",
+        "unit/data/test_skeletons.py",
+        ("blanks behind a content are lost", "(False, True): str.lstrip", "(False, True): str.strip", BY_TEMPLATE),
+        ("a content that is false is put together", 'and content != "" and not content.isspace()', "", BY_TEMPLATE),
+        ("a prompt is rendered as a conversation", "key = answering, tuple", "key = False, tuple", BY_TEMPLATE),
+    ),
+    *in_file(
+        "data/template_flow.py",
+        "unit/data/test_skeletons.py",
+        (
+            "a template may strip any letters",
+            'expression.name == "trim" and not _arguments(expression)',
+            'expression.name == "trim"',
+            LOOKS_INSIDE,
+        ),
+        (
+            "a template may compare contents",
+            "        self._plain(expression.expr, *(operand.expr for operand in expression.ops))\n",
+            "",
+            LOOKS_INSIDE,
+        ),
+        (
+            "a content in a namespace is not followed",
+            'name = f"{target.name}.{target.attr}"',
+            "return",
+            LOOKS_INSIDE,
+        ),
+    ),
+    *in_file(
+        "data/tokens/table_files.py",
+        "unit/data/test_token_table.py",
+        ("what was written after the last save stays", "os.truncate(folder / name, size)", "pass", GOES_ON),
+        ("counts begin anew", '(Counts(**stored["counts"]), sizes)', "(Counts(), sizes)", GOES_ON),
+    ),
+    *in_file(
+        "data/tokens/token_table.py",
+        "unit/data/test_token_table.py",
+        ("rows that were read are read again", "before.read, None)", "0, None)", GOES_ON),
+        ("a limit counts what is left alone", "data.limit - before.records", "data.limit", GOES_ON),
+    ),
+    *in_file(
+        "data/key_set.py",
+        "unit/data/test_key_set.py",
+        (
+            "only the last keys are known",
+            "unknown &= run[at] != distinct",
+            "unknown = run[at] != distinct",
+            "test_keys_are_new_once_whatever_the_batches",
+        ),
+    ),
+    *in_file(
+        "data/objections.py",
+        "unit/data/test_doctor.py",
+        (
+            "every faulty row is held in memory",
+            "if len(rows.first) < self._held:",
+            "if True:",
+            "test_memory_grows_by_a_few_bytes_a_row",
+        ),
+    ),
+    *in_file(
+        "data/reading.py",
+        "unit/data/test_reading.py",
+        (
+            "every row that is left out is held in memory",
+            "if len(self.first) < NAMED:",
+            "if True:",
+            FEW_FAULTS,
+        ),
+    ),
+    *in_file(
+        "data/tokens/tokenize.py",
         "unit/data/test_templates.py",
         (
             "special tokens are put around rendered text",
-            "tokenizer(list(texts), add_special_tokens=False",
-            "tokenizer(list(texts), add_special_tokens=True",
+            "encode_batch_fast(texts, add_special_tokens=False",
+            "encode_batch_fast(texts, add_special_tokens=True",
             "test_a_row_begins_with_the_one_bos_that_it_has",
         ),
     ),

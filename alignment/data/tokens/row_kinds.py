@@ -184,8 +184,8 @@ def _conversation(tokenizer: Any, record: Conversation) -> list[Rendered]:
 
 
 def _conversation_rows(_: Any, parts: Parts, __: Limits) -> list[Row]:
-    whole = parts.prompt + parts.answers["answer"]
-    return [{"input_ids": whole.ids, "labels": whole.labels}]
+    prompt, answer = parts.prompt, parts.answers["answer"]
+    return [{"input_ids": prompt.ids + answer.ids, "labels": prompt.labels + answer.labels}]
 
 
 # ---- pairs, labelled answers and prompts ----------------------------------------------------------------------------

@@ -2,20 +2,21 @@
 
 Everything that could change a row is part of the folder's name: the content of the rows, how they are read, the limits,
 tokenizer and template, and this code's version. An exception is a template that asks for today's date: its rows keep
-the day on which they were made. If two processes want the same table, the second waits until the first has made it.
+the day on which they were made. If two processes want the same table, the second waits until the first has made it. A
+process that was interrupted leaves what it has made, and the next one goes on from there.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.metadata
 import json
 import logging
-import os
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,22 @@ import pyarrow as pa
 from datasets import Dataset
 
 from alignment.config.data import SourceConfig
-from alignment.core.artifacts import write_json
 from alignment.core.errors import DataError, StageError
 from alignment.core.files import disk_error
 from alignment.core.fingerprint import digest
 from alignment.core.locks import held
 from alignment.data.hub_rows import content_of, snapshot_name, unparsed_source_rows
-from alignment.data.reading import NAMED, Reader, nothing, refuse_faults, start
+from alignment.data.reading import Reader, nothing, refuse_faults, start
 from alignment.data.tokens.chunks import CUT, FAULT, LOST, SET_ASIDE, TOO_LONG, Chunk, Job, run
 from alignment.data.tokens.limits import Limits, refuse_losses
 from alignment.data.tokens.row_kinds import Kind
+from alignment.data.tokens.table_files import COUNTS, LEDGER, ROWS, Counts, file_sizes, write
 from alignment.data.tokens.tokenizer import tokenizer_hashes
 
 VERSION = 3
 """Raised when the rows change, so that older tables are not used."""
 
 log = logging.getLogger(__name__)
-
-LEDGER = "left_out.jsonl"
-_ROWS, _COUNTS = "rows.arrow", "counts.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +96,7 @@ def token_table(
     with held(cache / f".{folder.name}.lock", wait=True):
         table = _open(path, folder)
         if table is None:
-            chunks = run(job, unparsed_source_rows(path, data), limit=data.limit, processes=processes)
-            _make(folder, job.schema, chunks, progress)
+            _make(folder, job.schema, functools.partial(_chunks, path, data, job, processes), progress)
             table = _open(path, folder)
     if table is None:
         raise StageError("token rows that were just written cannot be read", where=str(folder), remedy="check the disk")
@@ -120,6 +117,13 @@ def token_table(
         reasons = (note["reason"] for note in table.first.get(SET_ASIDE, []))
         raise nothing(reasons, rows=table.read, where=str(path))
     return table
+
+
+def _chunks(path: Path, data: SourceConfig, job: Job, processes: int, before: Counts) -> Iterator[Chunk]:
+    """The chunks of the rows that are not counted yet."""
+    rows = islice(unparsed_source_rows(path, data), before.read, None)
+    left = None if data.limit is None else data.limit - before.records
+    return iter(()) if left == 0 else run(job, rows, limit=left, processes=processes)
 
 
 def _key(path: Path, data: SourceConfig, job: Job) -> str:
@@ -154,13 +158,13 @@ def _of_tokenizer(tokenizer: Any) -> list[str]:
     return [*tokenizer_hashes(tokenizer).values(), hashlib.sha256(pipeline.encode()).hexdigest()]
 
 
-def _make(folder: Path, schema: pa.Schema, chunks: Iterator[Chunk], progress: Callable[[int], None] | None) -> None:
-    """Makes the table; removes an unfinished one."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def _make(
+    folder: Path, schema: pa.Schema, chunks: Callable[[Counts], Iterable[Chunk]], progress: Callable[[int], None] | None
+) -> None:
+    """Makes the table. What an error leaves is removed, and what an interruption leaves is used the next time."""
     try:
-        _write(folder, schema, chunks, progress)
-    except BaseException as error:
+        write(folder, schema, chunks, progress)
+    except Exception as error:
         shutil.rmtree(folder, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
@@ -169,41 +173,13 @@ def _make(folder: Path, schema: pa.Schema, chunks: Iterator[Chunk], progress: Ca
         ) from error
 
 
-def _write(folder: Path, schema: pa.Schema, chunks: Iterator[Chunk], progress: Callable[[int], None] | None) -> None:
-    read = records = longest = 0
-    notes: Counter[str] = Counter()
-    first: dict[str, list[dict[str, str]]] = {}
-    with (folder / _ROWS).open("wb") as sink, (folder / LEDGER).open("w", encoding="utf-8") as ledger:
-        with pa.ipc.new_stream(sink, schema) as stream:
-            for chunk in chunks:
-                stream.write_batch(chunk.batch)
-                for note in chunk.notes:
-                    notes[note.kind] += 1
-                    row = note.as_row()
-                    ledger.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    if notes[note.kind] <= NAMED:
-                        first.setdefault(note.kind, []).append(row)
-                read, records, longest = read + chunk.rows, records + chunk.records, max(longest, chunk.longest)
-                if progress is not None:
-                    progress(read)
-        for file in (sink, ledger):
-            file.flush()
-            os.fsync(file.fileno())
-    counts = {"read": read, "records": records, "longest": longest, "notes": notes, "first": first}
-    write_json(folder / _COUNTS, {"sizes": _sizes(folder), "counts": counts})  # written last
-
-
-def _sizes(folder: Path) -> list[int]:
-    return [(folder / name).stat().st_size for name in (_ROWS, LEDGER)]
-
-
 def _open(path: Path, folder: Path) -> TokenTable | None:
     """The table in a folder, or None if it is missing or damaged."""
     try:
-        stored = json.loads((folder / _COUNTS).read_text(encoding="utf-8"))
-        if stored["sizes"] != _sizes(folder):
+        stored = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
+        if stored["sizes"] != file_sizes(folder):
             raise ValueError("a file is cut short")
-        rows = Dataset.from_file(str(folder / _ROWS))
+        rows = Dataset.from_file(str(folder / ROWS))
         return TokenTable(path=path, rows=rows, ledger=folder / LEDGER, **stored["counts"])
     except FileNotFoundError:
         return None

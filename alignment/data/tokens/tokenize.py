@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -61,6 +61,10 @@ class Tokens:
     @property
     def labels(self) -> list[int]:
         """The ids of learned tokens, -100 elsewhere."""
+        if True not in self.learned:
+            return [IGNORED] * len(self.ids)
+        if False not in self.learned:
+            return list(self.ids)
         return [token if learned else IGNORED for token, learned in zip(self.ids, self.learned, strict=True)]
 
 
@@ -75,11 +79,39 @@ def encode_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     escaped = [index for index, text in enumerate(texts) if control.is_escaped(text)]
     if not texts:
         return []
-    ids_only = {"return_attention_mask": False, "return_token_type_ids": False}
-    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, **ids_only)["input_ids"]
+    ids = _encoded(tokenizer, list(texts))
     for index in escaped:
         ids[index] = _encode_escaped(tokenizer, texts[index])
     return ids
+
+
+def _encoded(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The ids that ``tokenizer(texts, add_special_tokens=False)`` gives.
+
+    transformers asks the library ``tokenizers`` for them, with the position of every token in its text, and copies the
+    answer several times. Asked directly and for ids alone, the library takes about two thirds of the time.
+    """
+    if not _only_asks_backend(type(tokenizer)):
+        ids_only = {"return_attention_mask": False, "return_token_type_ids": False}
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, **ids_only)["input_ids"]
+        return ids
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    if backend.encode_special_tokens != tokenizer.split_special_tokens:
+        backend.encode_special_tokens = tokenizer.split_special_tokens
+    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+@functools.lru_cache(maxsize=16)
+def _only_asks_backend(kind: Hashable) -> bool:
+    """Whether tokenizers of this class do nothing else with a text than to pass it on."""
+    from transformers import PreTrainedTokenizerFast as Plain
+
+    passes_on = isinstance(kind, type) and issubclass(kind, Plain) and kind.__call__ is Plain.__call__
+    return passes_on and kind._encode_plus is Plain._encode_plus  # type: ignore[attr-defined]
 
 
 def _encode_escaped(tokenizer: Any, text: str) -> list[int]:

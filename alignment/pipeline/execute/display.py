@@ -16,6 +16,8 @@ from alignment.records.worker import Progress as StageProgress
 
 _PLAIN_EVERY_SECONDS = 30.0
 _SHOWN_FIGURES = 3
+_MANY_A_SECOND = 100.0
+"""Steps a second from which their number is shown: rows that are tokenised, say, but not steps of training."""
 _BAR_WIDTHS = (20, 8)
 _NARROW = 110
 """Width of a terminal, in columns, below which the bar is shorter, so that its line does not wrap."""
@@ -66,8 +68,8 @@ def figures(progress: StageProgress) -> str:
 def steps(progress: StageProgress) -> str:
     """``12/57``, ``12`` if the total is unknown, or nothing before the first step."""
     if progress.total:
-        return f"{progress.step}/{progress.total}"
-    return str(progress.step or "")
+        return f"{progress.step:,}/{progress.total:,}"
+    return f"{progress.step:,}" if progress.step else ""
 
 
 class _Pace:
@@ -100,6 +102,12 @@ class _Pace:
         seconds = (self._total - self._latest) * (self._reached - self._began) / done
         return max(0.0, seconds - (self._clock() - self._reached))
 
+    def shown(self) -> str:
+        """``, 7,546/s`` if there are many steps a second, else nothing."""
+        seconds = self._reached - self._began
+        pace = (self._latest - self._first) / seconds if seconds > 0 else 0.0
+        return f", {pace:,.0f}/s" if pace >= _MANY_A_SECOND else ""
+
 
 class _Times(ProgressColumn):
     """``0:18 elapsed, 1:02 left``; it keeps counting while the stage writes no progress."""
@@ -111,7 +119,7 @@ class _Times(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Called at each refresh."""
         left = self._pace.left()
-        elapsed = f"{_clock_face(task.elapsed or 0.0)} elapsed"
+        elapsed = f"{_clock_face(task.elapsed or 0.0)} elapsed{self._pace.shown()}"
         return Text(elapsed if left is None else f"{elapsed}, {_clock_face(left)} left")
 
 
@@ -202,7 +210,7 @@ class _Plain:
         self._phases.add(progress.phase)
         self._printed, self._next = position, self._clock() + _PLAIN_EVERY_SECONDS
         left = self._pace.left()
-        remaining = "" if left is None else f", {duration(left)} left"
+        remaining = self._pace.shown() + ("" if left is None else f", {duration(left)} left")
         self._print(
             f"{self._stage}: {progress.phase} {steps(progress)}".rstrip() + f"{remaining}  {self._figures}".rstrip()
         )

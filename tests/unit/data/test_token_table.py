@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pytest
 from tokenizers import normalizers
 
@@ -23,7 +26,7 @@ from alignment.core.errors import DataError, ModelError, StageError
 from alignment.data.reading import Reader, read_records, start
 from alignment.data.records import Conversation
 from alignment.data.row_files import unparsed_rows_of
-from alignment.data.tokens import chunks, token_table
+from alignment.data.tokens import chunks, table_files, token_table
 from alignment.data.tokens.chunks import Job
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, SCORED_PAIRS, TEXTS, Kind
@@ -239,22 +242,62 @@ def test_a_pair_has_three_columns_and_a_text_several_rows(tmp_path: Path, tokeni
     assert tokenizer.decode(whole) == "The shop is closed on Monday.<|im_end|>"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, Preempted])
-def test_an_interrupted_table_is_made_anew(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
-) -> None:
-    file = _rows(tmp_path, [_talk(number) for number in range(9)])
+def _files_of(folder: Path) -> dict[str, bytes]:
+    """The files of the one table in a cache."""
+    (table,) = (folder / "cache").glob("tokens-*")
+    return {path.name: path.read_bytes() for path in sorted(table.iterdir())}
 
-    def breaks_off(job: Job, rows: Any, **_: Any) -> Any:
-        yield job(list(rows)[:4])
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Preempted])
+@pytest.mark.parametrize(("limit", "read_again"), [(None, range(9, 16)), (11, range(9, 13)), (7, range(0))])
+def test_an_interrupted_table_goes_on_where_it_was_saved(
+    tmp_path: Path,
+    tokenizer: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    error: type[BaseException],
+    limit: int | None,
+    read_again: range,
+) -> None:
+    rows = [_talk(number) | {"label": number != 2} for number in range(15)]
+    data = DataConfig(source="", limit=limit)
+    file = _rows(tmp_path, rows)
+    straight = _table(file, tokenizer, data=data).rows.to_list()
+    whole = _files_of(tmp_path)
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(table_files, "EVERY_SECONDS", 0.0)
+    read: list[str] = []
+
+    def breaks_off(job: Job, rows: Any, **told: Any) -> Any:
+        for number, chunk in enumerate(chunks.run(job, rows, **told)):
+            if number == 2:
+                monkeypatch.setattr(table_files, "EVERY_SECONDS", 60.0)  # what follows is not saved
+            yield chunk
+            if number == 2:
+                raise error
         raise error
+
+    def counted(job: Job, rows: Any, **told: Any) -> Any:
+        yield from chunks.run(job, (read.append(row.where) or row for row in rows), **told)
 
     with monkeypatch.context() as patch:
         patch.setattr(token_table, "run", breaks_off)
         with pytest.raises(error):
-            _table(file, tokenizer)
-    assert not list((tmp_path / "cache").glob("tokens-*"))
-    assert len(_table(file, tokenizer).rows) == 9
+            _table(file, tokenizer, data=data)
+        assert "counts.json" not in _files_of(tmp_path)
+        patch.setattr(token_table, "run", counted)
+        assert _table(file, tokenizer, data=data).rows.to_list() == straight
+    assert _files_of(tmp_path) == whole
+    assert read == [f"{file}:{line}" for line in read_again]
+
+
+def test_a_table_is_the_stream_that_arrow_writes(tmp_path: Path, tokenizer: Any) -> None:
+    file = _rows(tmp_path, [_talk(number) for number in range(9)])
+    table = _table(file, tokenizer)
+    stream = io.BytesIO()
+    with pa.ipc.new_stream(stream, table.rows.features.arrow_schema.remove_metadata()) as writer:
+        for batch in pa.ipc.open_stream(_files_of(tmp_path)["rows.arrow"]):
+            writer.write_batch(batch)
+    assert _files_of(tmp_path)["rows.arrow"] == stream.getvalue()
 
 
 def test_a_table_that_a_killed_process_left_is_made_anew(tmp_path: Path, tokenizer: Any) -> None:
@@ -274,7 +317,7 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(token_table, "write_json", full)
+    monkeypatch.setattr(table_files, "write_json", full)
     with pytest.raises(StageError, match=r"tokens-\w+: no space left on the device") as caught:
         _table(file, tokenizer)
     assert "free space" in caught.value.remedy
