@@ -16,7 +16,7 @@ from alignment.data.formats.form import Format
 from alignment.data.formats.plain import CHOICES, TEXT
 from alignment.data.hub_rows import source_rows
 from alignment.data.near_duplicates import NearDuplicates
-from alignment.data.objections import Objections
+from alignment.data.objections import Objections, bare
 from alignment.data.reading import NAMED, prepared, start
 from alignment.data.records import (
     Conversation,
@@ -194,7 +194,7 @@ def _read(row: RawRow, form: Format, uses: Mapping[str, Use]) -> tuple[dict[str,
     try:
         example = form.read(Fields(row.value, where=row.where, example=form.row))
     except DataError as error:
-        return {}, dict.fromkeys(uses, error)
+        return {}, dict.fromkeys(uses, bare(error))
     records: dict[str, list[Record]] = {}
     errors: dict[str, DataError] = {}
     for name, use in uses.items():
@@ -202,5 +202,5 @@ def _read(row: RawRow, form: Format, uses: Mapping[str, Use]) -> tuple[dict[str,
             of_row: list[Any] = list(use.record.of(example))
             records[name] = of_row
         except DataError as error:
-            errors[name] = error
+            errors[name] = bare(error)
     return records, errors

@@ -35,11 +35,11 @@ class Objections:
         self._rows: dict[tuple[str, ...], _Rows] = {}
 
     def add(self, number: int, errors: _ByStage) -> None:
-        """Row ``number``, which is greater than those before, has an error for at least one stage."""
+        """Row ``number``, which is greater than those before, has a ``bare`` error for at least one stage."""
         rows = self._rows.setdefault(tuple(errors), _Rows())
         rows.count += 1
         if len(rows.first) < self._held:
-            rows.first.append((number, {stage: bare(error) for stage, error in errors.items()}))
+            rows.first.append((number, dict(errors)))
 
     def count(self, stages: Collection[str]) -> int:
         """Number of rows to which one of the stages objects."""

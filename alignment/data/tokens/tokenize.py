@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,6 +21,8 @@ from alignment.data.tokens.rendering import (
 from alignment.data.turns import Message
 
 IGNORED = -100
+_PASSES_ON = ("transformers.tokenization_utils_base", "transformers.tokenization_utils_tokenizers")
+"""The modules of ``__call__`` and ``_encode_plus`` of a tokenizer that passes texts on."""
 STOPS = "alignment_stop_ids"
 """The attribute of a tokenizer that holds the tokens, beside EOS, at which its model stops."""
 
@@ -105,13 +107,13 @@ def _encoded(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-@functools.lru_cache(maxsize=16)
-def _only_asks_backend(kind: Hashable) -> bool:
-    """Whether tokenizers of this class do nothing else with a text than to pass it on."""
-    from transformers import PreTrainedTokenizerFast as Plain
+def _only_asks_backend(kind: Any) -> bool:
+    """Whether tokenizers of this class do nothing else with a text than to pass it on.
 
-    passes_on = isinstance(kind, type) and issubclass(kind, Plain) and kind.__call__ is Plain.__call__
-    return passes_on and kind._encode_plus is Plain._encode_plus  # type: ignore[attr-defined]
+    Then both methods are those of transformers' own class, which is told by its module: this one must not import it.
+    """
+    methods = (getattr(kind, "__call__", None), getattr(kind, "_encode_plus", None))  # noqa: B004 - the function itself
+    return tuple(getattr(method, "__module__", "") for method in methods) == _PASSES_ON
 
 
 def _encode_escaped(tokenizer: Any, text: str) -> list[int]:

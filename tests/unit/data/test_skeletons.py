@@ -10,7 +10,7 @@ import pytest
 
 from alignment.core.errors import DataError
 from alignment.data.template_flow import only_writes_contents
-from alignment.data.tokens import rendering, skeletons
+from alignment.data.tokens import rendering, skeletons, tokenize
 from alignment.data.tokens.rendering import render
 from alignment.data.tokens.tokenize import encode_all
 from alignment.data.turns import Message
@@ -181,5 +181,7 @@ def test_ids_are_those_that_transformers_gives(splits: bool) -> None:
     ids = encode_all(tokenizer, texts)
     assert ids == tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert [len(of_text) > 2 for of_text in ids] == [True, False, True, True]
+    assert tokenize._only_asks_backend(type(tokenizer))
+    assert not tokenize._only_asks_backend(_Own)
     own = _Own(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
     assert encode_all(own, ["abc"]) == encode_all(tokenizer, ["ABC"])
