@@ -40,12 +40,12 @@ MUTATIONS = [
     ),
     *in_file(
         "data/tokens/tokenize.py",
-        "unit/data/test_tokenize.py",
+        "unit/data/test_token_table.py",
         (
             "tokens that are not learned have labels",
             "return [IGNORED] * len(self.ids)",
             "return list(self.ids)",
-            "test_exactly_the_assistants_turns_and_their_ends_are_learned",
+            "test_rows_are_those_of_the_records_in_their_order",
         ),
     ),
     *in_file(
