@@ -58,9 +58,9 @@ MUTATIONS = [
     ),
     _on_the_wrong_device(
         "the random numbers of sampling stay on the host",
-        "models/forward/generate.py",
-        "uniforms = on_device(uniforms, model.device)",
-        "uniforms = uniforms.cpu()",
+        "models/forward/decoding_rows.py",
+        "uniforms=None if entrants.uniforms is None else on_device(entrants.uniforms, device),",
+        "uniforms=None if entrants.uniforms is None else entrants.uniforms.cpu(),",
         "sample-lora",
     ),
     _on_the_wrong_device(

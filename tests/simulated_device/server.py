@@ -26,7 +26,7 @@ from transformers import TrainerCallback
 
 from alignment import worker
 from alignment.job import StageSpec
-from alignment.models.forward import generate
+from alignment.models.forward.decoding_rows import DecodingRows
 from tests.simulated_device.events import Event, events
 from tests.simulated_device.outcomes import Outcome, outcome_of
 from tests.simulated_device.stages import KINDS, Cell, run_spec, run_stage, spec_of
@@ -43,23 +43,20 @@ class Steps(TrainerCallback):
 
 
 class Decoding:
-    """Counts the tokens that batches of answers grow by: one for each batch that begins, and one for each pass."""
+    """Counts how often a batch of answers chooses its next tokens."""
 
     tokens: ClassVar[int] = 0
 
     @classmethod
     def begin(cls) -> None:
         """From here on they are counted."""
-        for name in ("_next_logits", "_continue"):
-            setattr(generate, name, cls._counted(getattr(generate, name)))
+        next_tokens = DecodingRows.next_tokens
 
-    @classmethod
-    def _counted(cls, function: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*arguments: Any, **options: Any) -> Any:
+        def counted(rows: DecodingRows, temperature: float) -> torch.Tensor:
             cls.tokens += 1
-            return function(*arguments, **options)
+            return next_tokens(rows, temperature)
 
-        return counted
+        DecodingRows.next_tokens = counted  # type: ignore[method-assign]
 
 
 def _serve() -> None:

@@ -5,24 +5,64 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignment.models.forward.attention import ATTENTION as FLAT_ATTENTION
-from alignment.models.kernels.kv_cache import ATTENTION, ROOM
+from alignment.models.forward.attention import KeysValues
+from alignment.models.kernels import kv_cache
+from alignment.models.kernels.kv_cache import ATTENTION, RowsCache
 from alignment.models.kernels.sdpa_order import without_cudnn
 
 
 @contextmanager
-def decoding(model: PreTrainedModel) -> Iterator[int]:
-    """Prepares the model for steps of one token per row, and undoes that; yields the ``room`` for its ``RowsCache``."""
+def decoding(model: PreTrainedModel) -> Iterator[None]:
+    """Prepares the model for steps of one token per row, and undoes that."""
     implementation = model.config._attn_implementation
-    ours = implementation in ("sdpa", FLAT_ATTENTION)
+    ours = _gets_ours(implementation)
     try:
         if ours:
             model.set_attn_implementation(ATTENTION)
         with without_cudnn():
-            # Other attention functions may mistake allocated columns for filled ones.
-            yield ROOM if ours or implementation == "eager" else 0
+            yield
     finally:
         if ours:
             model.set_attn_implementation(implementation)
+
+
+def room_of(model: PreTrainedModel) -> int:
+    """Columns that the model's ``RowsCache`` may allocate ahead, outside of ``decoding``."""
+    # Other attention functions may mistake allocated columns for filled ones.
+    implementation = model.config._attn_implementation
+    return kv_cache.ROOM if _gets_ours(implementation) or implementation == "eager" else 0
+
+
+def next_logits(
+    model: PreTrainedModel,
+    ids: Tensor,
+    seen: Tensor,
+    positions: Tensor,
+    cache: RowsCache,
+    *,
+    beginning: KeysValues | None = None,
+) -> Tensor:
+    """``[rows, vocabulary]`` logits of the token after the last column; ``ids [rows, new columns]`` enter the cache.
+
+    All rows see the tokens of ``beginning`` too, before those of the cache.
+    """
+    common = {} if beginning is None else {"beginning": beginning}
+    output = model(
+        input_ids=ids,
+        attention_mask=seen,
+        position_ids=positions,
+        cache=cache,
+        use_cache=True,
+        logits_to_keep=1,
+        **common,
+    )
+    logits: Tensor = output.logits[:, -1]
+    return logits
+
+
+def _gets_ours(implementation: str) -> bool:
+    return implementation in ("sdpa", FLAT_ATTENTION)

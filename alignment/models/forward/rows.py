@@ -137,6 +137,16 @@ def behind(earlier: FlatRows, which: Sequence[int], texts: Sequence[Sequence[int
     )
 
 
+def behind_one(tokens: int, rows: FlatRows) -> FlatRows:
+    """The rows, where each continues an earlier stream that is one row of so many tokens."""
+    return replace(
+        rows,
+        position_ids=rows.position_ids + tokens,
+        segments=tuple(replace(segment, before=((-tokens, 0), *segment.before)) for segment in rows.segments),
+        lengths=tuple(tokens + length for length in rows.lengths),
+    )
+
+
 def _ranges_of(rows: FlatRows, row: int) -> tuple[Range, ...]:
     """The ranges of a row's tokens in the stream, in the row's order."""
     return tuple((start, end) for start, end in rows.segments[row].keys if start < end)

@@ -14,16 +14,23 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.models.assembly.prefix import prefix_of
 from alignment.models.forward.attention import ATTENTION, KeysValues
 from alignment.models.forward.flat import trunk_states
 from alignment.models.forward.head import capped, label_statistics, logit_cap, scales_logits
-from alignment.models.forward.rows import FlatRows, behind, by_tokens, stream
+from alignment.models.forward.rows import FlatRows, behind, behind_one, by_tokens, stream
 from alignment.models.forward.transfer import on_device, on_host
 from alignment.models.kernels.kv_cache import RowsCache
 
 READ_TOKENS = 2048
 """Tokens that are read or scored at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Beginning:
+    """The ``tokens`` tokens that all prompts begin with, read once: keys and values of every layer."""
+
+    tokens: int
+    keys_values: KeysValues
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,23 +58,14 @@ class Reading:
         head = model.get_output_embeddings()
         return torch.cat([capped(head(batch.ends), logit_cap(model))[batch.asked] for batch in self.batches])
 
-    def cache(self, model: PreTrainedModel, *, room: int) -> RowsCache:
-        """The cache of a decoding batch with a row for each prompt.
+    def write(self, cache: RowsCache, *, at: Tensor, rows: int, length: int) -> None:
+        """Writes the keys and values of the prompts as the rows ``at [prompts]`` of a decoding batch.
 
-        Rows are right-aligned. A prefix comes first, before the padding of shorter prompts.
+        The batch has ``rows`` rows, and ``length`` filled columns. Rows are right-aligned.
         """
-        prefix = prefix_of(model.base_model)
-        cache = RowsCache(model.config, room=room)
-        columns = max(max(batch.rows.lengths) for batch in self.batches) + (0 if prefix is None else prefix.tokens)
-        rows = sum(len(batch.asked) for batch in self.batches)
-        first = 0
-        for batch in self.batches:
+        for batch, batch_at in zip(self.batches, at.split([len(batch.asked) for batch in self.batches]), strict=True):
             indices = _right_aligned(batch.rows)[batch.asked]
-            cache.write_stream(batch.keys_values, indices, first=first, rows=rows, length=columns)
-            first += len(indices)
-        if prefix is not None:
-            cache.put_in_front(prefix.states())
-        return cache
+            cache.write_stream(batch.keys_values, indices, at=batch_at, rows=rows, length=length)
 
     @torch.no_grad()
     def logprobs(self, model: PreTrainedModel, texts: Sequence[Sequence[Sequence[int]]]) -> list[list[float]]:
@@ -91,8 +89,18 @@ def can_read(model: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Reading:
+def read_beginning(model: PreTrainedModel, tokens: Sequence[int]) -> Beginning:
+    """Reads tokens that all prompts begin with, with a model that ``can_read``."""
+    keys_values = KeysValues()
+    trunk_states(model.base_model, stream([tokens], model.device), keys_values=keys_values)
+    return Beginning(tokens=len(tokens), keys_values=keys_values)
+
+
+@torch.no_grad()
+def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, beginning: Beginning | None = None) -> Reading:
     """Reads non-empty prompts (token ids) with a model that ``can_read``; adjacent equal prompts are read once.
+
+    Prompts continue the ``beginning``, and are given without its tokens. Texts after such prompts cannot be scored.
 
     Raises:
         ModelError: a prompt is longer than the model's positions.
@@ -102,7 +110,12 @@ def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> Reading:
     for span in by_tokens([len(prompt) for prompt, _ in different], READ_TOKENS):
         batch = different[span.start : span.stop]
         rows, keys_values = stream([prompt for prompt, _ in batch], model.device), KeysValues()
-        ends = trunk_states(model.base_model, rows, keys_values=keys_values)[rows.ends]
+        if beginning is None:
+            ends = trunk_states(model.base_model, rows, keys_values=keys_values)[rows.ends]
+        else:
+            continued = behind_one(beginning.tokens, rows)
+            states = trunk_states(model.base_model, continued, keys_values=keys_values, earlier=beginning.keys_values)
+            ends = states[rows.ends]
         asked = torch.arange(len(batch)).repeat_interleave(torch.tensor([count for _, count in batch]))
         batches.append(PromptBatch(rows=rows, keys_values=keys_values, ends=ends, asked=on_device(asked, model.device)))
     return Reading(batches=tuple(batches))

@@ -7,10 +7,11 @@ place, once for all query heads that share a key head (Ainslie et al. 2023, grou
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -76,8 +77,8 @@ class RowsLayer(CacheLayerMixin):
         """−1, which means no limit."""
         return -1
 
-    def write(self, keys: Tensor, values: Tensor, *, first: int, rows: int, length: int) -> None:
-        """Writes ``[some rows, key heads, columns, width]`` from row ``first`` on, right-aligned at column ``length``.
+    def write(self, keys: Tensor, values: Tensor, *, at: Tensor, rows: int, length: int) -> None:
+        """Writes ``[some rows, key heads, columns, width]`` as the rows ``at``, right-aligned at column ``length``.
 
         ``rows`` is the number of rows in the whole cache.
         """
@@ -88,9 +89,17 @@ class RowsLayer(CacheLayerMixin):
                     for states in (keys, values)
                 )
             self.length, self.is_initialized = length, True
-        target = (slice(first, first + len(keys)), slice(None), slice(length - keys.shape[2], length))
-        self.keys[target] = keys
-        self.values[target] = values
+        columns = slice(length - keys.shape[2], length)
+        self.keys[:, :, columns].index_copy_(0, at, keys)
+        self.values[:, :, columns].index_copy_(0, at, values)
+
+    def drop(self, columns: int, *, after: int) -> None:
+        """Removes so many columns behind the first ``after``; what follows moves up within the memory."""
+        self.length -= columns
+        for start in range(after, self.length, columns):  # blocks that do not overlap with what they are copied from
+            end = min(start + columns, self.length)
+            for states in (self.keys, self.values):
+                states[:, :, start:end] = states[:, :, start + columns : end + columns]
 
     def select(self, rows: Tensor) -> None:
         """Keeps only ``rows``, in this order."""
@@ -112,28 +121,34 @@ class RowsCache(Cache):
     def __init__(self, config: PreTrainedConfig, *, room: int) -> None:
         super().__init__(layers=[_layer_like(layer, room) for layer in DynamicCache(config=config).layers])
 
-    def write(self, source: RowsCache, rows_of_source: Tensor, *, first: int, rows: int, length: int) -> None:
-        """Writes the rows ``rows_of_source`` of another cache from row ``first`` on.
+    def write(self, source: RowsCache, rows_of_source: Tensor, *, at: Tensor, rows: int, length: int) -> None:
+        """Writes the rows ``rows_of_source`` of another cache as the rows ``at [some rows]``.
 
-        This cache has ``rows`` rows of ``length`` columns. Rows are right-aligned, with zeros before shorter rows. A
-        row of the source may be written several times.
+        This cache has ``rows`` rows, and ``length`` filled columns. Rows are right-aligned. A row of the source may be
+        written several times.
         """
         for layer, other in zip(self.layers, source.layers, strict=True):
             if isinstance(layer, RowsLayer) and other.is_initialized:
                 keys, values = (states[rows_of_source, :, : other.length] for states in (other.keys, other.values))
-                layer.write(keys, values, first=first, rows=rows, length=length)
+                layer.write(keys, values, at=at, rows=rows, length=length)
 
-    def write_stream(self, keys_values: KeysValues, indices: Tensor, *, first: int, rows: int, length: int) -> None:
+    def write_stream(self, keys_values: KeysValues, indices: Tensor, *, at: Tensor, rows: int, length: int) -> None:
         """Like ``write``, from a stream: ``indices [some rows, columns]`` are the indices of each column in it."""
         for number, (keys, values) in keys_values.layers.items():
             own = (states[:, indices].transpose(0, 1) for states in (keys, values))
-            self.layers[number].write(*own, first=first, rows=rows, length=length)
+            self.layers[number].write(*own, at=at, rows=rows, length=length)
 
     def put_in_front(self, prefix: Tensor) -> None:
         """Writes ``[2 · layers, key heads, tokens, width]`` keys and values into every row's first columns."""
         for number, layer in enumerate(self.layers):
             layer.keys[:, :, : prefix.shape[2]] = prefix[2 * number]
             layer.values[:, :, : prefix.shape[2]] = prefix[2 * number + 1]
+
+    def drop(self, columns: int, *, after: int) -> None:
+        """Removes so many columns of every row, behind its first ``after``."""
+        for layer in self.layers:
+            if isinstance(layer, RowsLayer) and layer.is_initialized:
+                layer.drop(columns, after=after)
 
     def select(self, rows: Tensor) -> None:
         """Keeps only ``rows``, in this order."""
@@ -171,7 +186,7 @@ def _widened(old: Tensor, columns: int) -> Tensor:
 
 
 def decoding_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,  # [rows, heads, new tokens, width]
     key: Tensor,  # [rows, key heads, columns, width]
     value: Tensor,
@@ -180,15 +195,23 @@ def decoding_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     softcap: float | None = None,
+    beginning: KeysValues | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """``[rows, new tokens, heads, width]``; two products and a softmax on CPU with one new token per row.
 
-    Scores and weights are rounded to the cache's dtype; sums are in float32. ``softcap`` bounds the scores. In other
-    cases transformers' function is called.
+    Scores and weights are rounded to the cache's dtype; sums are in float32. ``softcap`` bounds the scores.
+    ``beginning`` holds the keys and values of tokens that every row sees before those of the cache. In other cases
+    transformers' function is called.
+
+    Raises:
+        ValueError: ``beginning`` is given, but scores are capped or more than one token per row is new.
     """
+    is_one_step = _is_one_step(query.shape[2], query.device)
+    if beginning is not None and not (is_one_step and softcap is None):
+        raise ValueError(f"{type(module).__name__} cannot attend to a common beginning in this way")
     unusual = dropout or any(kwargs.get(name) is not None for name in ("position_bias", "s_aux"))
-    if unusual or not (softcap is not None or _is_one_step(query.shape[2], query.device)):
+    if unusual or not (softcap is not None or is_one_step):
         if attention_mask is not None and attention_mask.is_floating_point() and query.device.type == "cpu":
             attention_mask = attention_mask == 0
         return sdpa_attention_forward(
@@ -199,13 +222,42 @@ def decoding_attention(
     rows, heads, columns, width = key.shape
     queries = query.to(key.dtype).reshape(rows * heads, -1, width)  # those that share a key head are adjacent
     keys, values = key.reshape(rows * heads, columns, width), value.reshape(rows * heads, columns, -1)
-    summand = queries.new_zeros(1)
-    if attention_mask is not None:
-        summand = attention_mask.to(queries.dtype).expand(rows, heads, 1, columns).reshape(rows * heads, 1, columns)
+    summand = queries.new_zeros(1) if attention_mask is None else _summand(attention_mask, heads, queries.dtype)
     scale = width**-0.5 if scaling is None else scaling
     scores = torch.baddbmm(summand, queries, keys.transpose(1, 2), alpha=scale)
-    attended = torch.bmm(torch.softmax(scores, dim=-1), values)
-    return attended.view(rows, 1, query.shape[1], -1), None
+    if beginning is None:
+        attended = torch.bmm(torch.softmax(scores, dim=-1), values)
+    else:
+        attended = _attended_behind(*beginning.layers[module.layer_idx], queries, scores, values, scale)
+    return attended.reshape(rows, 1, query.shape[1], -1), None
+
+
+@functools.lru_cache(maxsize=2)  # all layers ask for the same, or those with a window and those without
+def _summand(mask: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
+    """``[rows · key heads, 1, columns]`` from a mask of ``[rows, 1, 1, columns]``."""
+    return mask.to(dtype).expand(-1, heads, -1, -1).reshape(-1, 1, mask.shape[-1])
+
+
+def _attended_behind(
+    common_keys: Tensor,  # [key heads, tokens, width]
+    common_values: Tensor,
+    queries: Tensor,  # [rows · key heads, queries of a key head, width]
+    own_scores: Tensor,  # [rows · key heads, queries of a key head, columns]
+    own_values: Tensor,  # [rows · key heads, columns, width]
+    scale: float,
+) -> Tensor:
+    """``[rows · key heads, queries of a key head, width]``: attention over common and own columns. The common ones are
+    read once for the queries of all rows."""
+    heads, tokens, width = common_keys.shape
+    rows, group, columns = len(queries) // heads, *own_scores.shape[1:]
+    of_heads = queries.view(rows, heads, group, width).transpose(0, 1).reshape(heads, rows * group, width)
+    scores = torch.baddbmm(queries.new_zeros(1), of_heads, common_keys.transpose(1, 2), alpha=scale)
+    of_rows = scores.view(heads, rows, group, tokens).transpose(0, 1)
+    weights = torch.softmax(torch.cat([of_rows, own_scores.view(rows, heads, group, columns)], dim=-1), dim=-1)
+    common_weights, own_weights = weights.split([tokens, columns], dim=-1)
+    common = torch.bmm(common_weights.transpose(0, 1).reshape(heads, rows * group, tokens), common_values)
+    own = torch.bmm(own_weights.reshape(rows * heads, group, columns), own_values).view(rows, heads, group, -1)
+    return own + common.view(heads, rows, group, -1).transpose(0, 1)
 
 
 def decoding_mask(*, q_length: int, device: torch.device | str = "cpu", **kwargs: Any) -> Tensor | None:

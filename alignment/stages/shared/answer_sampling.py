@@ -24,6 +24,13 @@ SEED = "answers"
 """The name from which the random numbers of a prompt are derived, with the index of its row."""
 
 
+BATCHES = 4
+"""Batches in a part, at most. Within a part a waiting prompt takes over the row of a finished answer."""
+
+PARTS = 8
+"""Parts that a stage has at least before a part has several batches."""
+
+
 class SampledConfig(AskingConfig, Protocol):
     """Settings of a stage that samples answers to its prompts."""
 
@@ -88,7 +95,7 @@ def _own_answers(
         [asked.ids[index] for index in indices for _ in range(count)],
         max_new_tokens=generation.max_new_tokens,
         end_ids=generation.end_ids,
-        batch_size=len(indices) * count,
+        batch_size=config.batch_size,
         sampling=Sampling(
             temperature=generation.temperature,
             uniforms=torch.cat([_uniforms(config, context, asked.rows[index]) for index in indices]),
@@ -116,8 +123,11 @@ def _served_answers(
 
 
 def spans_of(config: SampledConfig, asked: AskedPrompts) -> list[range]:
-    """The prompts of each part: together they have at most ``batch_size`` answers, or one has more."""
-    size = max(1, config.batch_size // config.completions_per_prompt)
+    """The prompts of each part: as many as have ``batch_size`` answers, or several times as many if there are enough
+    parts for the processes to share."""
+    answers = len(asked.rows) * config.completions_per_prompt
+    batches = min(BATCHES, max(1, answers // (config.batch_size * PARTS)))
+    size = max(1, batches * config.batch_size // config.completions_per_prompt)
     return [range(first, min(first + size, len(asked.rows))) for first in range(0, len(asked.rows), size)]
 
 

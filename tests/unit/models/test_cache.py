@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from transformers import DynamicCache, LlamaConfig
 
 from alignment.core.errors import ModelError
-from alignment.models.forward.decoding import decoding
+from alignment.models.forward.attention import KeysValues
+from alignment.models.forward.decoding import decoding, room_of
 from alignment.models.kernels.kv_cache import ATTENTION, ROOM, RowsCache, decoding_attention, decoding_mask
 from tests.tiny import tiny_config, tiny_model
 
@@ -54,7 +57,7 @@ def test_placed_rows_end_at_the_same_column_and_may_repeat() -> None:
     whole, part = (RowsCache(tiny_config("llama"), room=room) for room in (2, 0))
     for layer in range(2):
         part.update(*_states(2, 3, seed=layer), layer)
-    whole.write(part, torch.tensor([1, 1, 0]), first=1, rows=4, length=5)
+    whole.write(part, torch.tensor([1, 1, 0]), at=torch.tensor([1, 2, 3]), rows=4, length=5)
     assert whole.get_seq_length() == 5
     keys = whole.layers[1].keys
     source = part.layers[1].keys
@@ -64,6 +67,19 @@ def test_placed_rows_end_at_the_same_column_and_may_repeat() -> None:
     assert not keys[0].any()
     assert not keys[:, :, :2].any()
     assert not keys[:, :, 5:].any()
+
+
+@pytest.mark.parametrize(("columns", "after"), [(1, 0), (2, 1), (3, 2), (6, 0)])
+def test_dropped_columns_are_gone_and_the_others_move_up(columns: int, after: int) -> None:
+    cache = RowsCache(tiny_config("llama"), room=2)
+    before = [cache.update(*_states(3, 7, seed=layer), layer) for layer in range(2)]
+    expected = [torch.cat([states[:, :, :after], states[:, :, after + columns : 7]], 2) for states in before[1]]
+    cache.drop(columns, after=after)
+    assert cache.get_seq_length() == 7 - columns
+    new = _states(3, 1, seed=9)
+    for found, kept, own in zip(cache.update(*new, 1), expected, new, strict=True):
+        assert found.shape[2] == 9, "no memory is allocated"
+        assert torch.equal(found[:, :, : 8 - columns], torch.cat([kept, own], 2))
 
 
 def test_a_layer_with_another_kind_of_state_is_refused() -> None:
@@ -94,6 +110,39 @@ def test_attention_of_one_new_token_equals_the_formula_in_float64(
             scores = k @ query[row, head, 0].double() * (WIDTH**-0.5 if scaling is None else scaling)
             expected = torch.softmax(scores, 0) @ v
             torch.testing.assert_close(found[row, 0, head].double(), expected, rtol=tolerance, atol=tolerance / 2)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_common_beginning_counts_as_if_each_row_held_it(groups: int, dtype: torch.dtype, tolerance: float) -> None:
+    rows, columns, tokens = 3, 7, 5
+    keys, values = (states.to(dtype) for states in _states(rows, columns, seed=0))
+    common = tuple(states[0].to(dtype) for states in _states(1, tokens, seed=2))
+    query = torch.randn(rows, HEADS * groups, 1, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    mask = torch.zeros(rows, 1, 1, columns)
+    mask[0, ..., :2] = mask[1, ..., -3:] = float("-inf")
+    layer = nn.Module()
+    layer.layer_idx = 1
+    told = {"scaling": 0.7, "beginning": KeysValues(layers={1: common})}
+    found, _ = decoding_attention(layer, query, keys, values, mask, **told)
+    assert found.shape == (rows, 1, HEADS * groups, WIDTH)
+    for row in range(rows):
+        for head in range(HEADS * groups):
+            visible = mask[row, 0, 0] == 0
+            k, v = (
+                torch.cat([shared[head // groups], states[row, head // groups][visible]]).double()
+                for shared, states in zip(common, (keys, values), strict=True)
+            )
+            expected = torch.softmax(k @ query[row, head, 0].double() * 0.7, 0) @ v
+            torch.testing.assert_close(found[row, 0, head].double(), expected, rtol=tolerance, atol=tolerance / 2)
+
+
+@pytest.mark.parametrize("changed", [{"softcap": 1.0}, {"query": torch.zeros(1, HEADS, 2, WIDTH)}])
+def test_attention_that_cannot_see_a_common_beginning_refuses_it(changed: dict[str, Any]) -> None:
+    keys, values = _states(1, 7, seed=0)
+    told = {"query": torch.zeros(1, HEADS, 1, WIDTH), "beginning": KeysValues(), **changed}
+    with pytest.raises(ValueError, match="Module cannot attend to a common beginning in this way"):
+        decoding_attention(nn.Module(), key=keys, value=values, attention_mask=None, **told)
 
 
 def test_the_mask_of_one_step_is_a_summand_and_that_of_a_prompt_is_not() -> None:
@@ -139,8 +188,8 @@ def test_a_model_is_left_as_it_was_even_after_an_error(implementation: str) -> N
     before = {name: vars(module).get("forward") for name, module in model.named_modules()}
 
     def fail() -> None:
-        with decoding(model) as room:
-            assert room == ROOM
+        assert room_of(model) == ROOM
+        with decoding(model):
             assert model.config._attn_implementation == (ATTENTION if implementation == "sdpa" else "eager")
             raise KeyboardInterrupt
 

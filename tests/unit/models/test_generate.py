@@ -17,12 +17,14 @@ from alignment.config.adapter import AdapterConfig
 from alignment.core.errors import ModelError
 from alignment.costs.recorder import Recorder
 from alignment.models.assembly.adapters import add_adapter
+from alignment.models.forward import entering_prompts as padded_module
 from alignment.models.forward import generate as generate_module
 from alignment.models.forward import shared_prompts as reading_module
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import Sampling, generate
+from alignment.models.forward.token_choice import sampled_tokens
 from alignment.models.kernels import kv_cache as cache_module
 from tests.oracles import logprobs as oracle
 from tests.tiny import ARCHITECTURES, liven, tiny_model
@@ -111,7 +113,7 @@ def test_a_model_with_a_sliding_window_answers_as_transformers_does() -> None:
     assert found == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("batch_size", [1, 5])
+@pytest.mark.parametrize("batch_size", [2, 5])
 @pytest.mark.parametrize("name", OTHERS)
 def test_windows_capped_scores_and_normalised_heads_are_those_of_the_model(name: str, batch_size: int) -> None:
     model, reference = _other_model(name), _other_model(name)
@@ -121,7 +123,7 @@ def test_windows_capped_scores_and_normalised_heads_are_those_of_the_model(name:
 
 def test_a_model_with_learned_positions_answers_as_transformers_does() -> None:
     model, reference = tiny_model("gpt2"), tiny_model("gpt2")
-    found = generate(model, PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
+    found = generate(model, PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=2)
     assert found == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
 
 
@@ -147,7 +149,7 @@ def test_answers_never_depend_on_how_prompts_are_read_together(
 ) -> None:
     model = made()
     expected = generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=1)
-    monkeypatch.setattr(generate_module, "PREFILL_TOKENS", tokens)
+    monkeypatch.setattr(padded_module, "PREFILL_TOKENS", tokens)
     monkeypatch.setattr(reading_module, "READ_TOKENS", tokens)
     assert generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=5) == expected
 
@@ -339,7 +341,7 @@ def test_sampling_inverts_the_cumulative_distribution(vocabulary: int, temperatu
     probabilities = torch.tensor(oracle.log_softmax(finite, temperature=temperature), dtype=torch.float64).exp()
     cumulative = list(itertools.accumulate(probabilities.tolist()))
     uniforms = _uniforms(2_000, 1)[:, 0]
-    found = generate_module._sample(logits.expand(2_000, -1), uniforms, temperature)
+    found = sampled_tokens(logits.expand(2_000, -1), uniforms, temperature)
     checked = 0
     for uniform, token in zip(uniforms.tolist(), found.tolist(), strict=True):
         if min(abs(uniform - step) for step in cumulative) > 1e-6:
@@ -352,7 +354,7 @@ def test_sampling_inverts_the_cumulative_distribution(vocabulary: int, temperatu
 def test_a_token_of_probability_zero_is_never_drawn(uniform: float) -> None:
     logits = torch.full((1, 600), float("-inf"))
     logits[0, [300, 310]] = torch.tensor([1.0, 2.0])
-    token = generate_module._sample(logits, torch.tensor([uniform], dtype=torch.float64), 1.0)
+    token = sampled_tokens(logits, torch.tensor([uniform], dtype=torch.float64), 1.0)
     assert int(token) == (300 if uniform == 0.0 else 310)
 
 

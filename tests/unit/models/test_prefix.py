@@ -15,6 +15,7 @@ from alignment.core.errors import ConfigError, ModelError
 from alignment.models.assembly.adapters import add_adapter, at_start
 from alignment.models.assembly.load import Lineage, lineage, load_policy
 from alignment.models.assembly.start import load_start
+from alignment.models.forward import decoding_rows, shared_beginning
 from alignment.models.forward.answers import answer_statistics, answer_stream
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.flat import trunk_states, use_flat_attention
@@ -93,13 +94,17 @@ def test_at_the_start_of_a_stage_it_was_what_it_was() -> None:
             close(answer_statistics(reference, part).logprobs, began)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_answers_follow_the_prefix(architecture: str) -> None:
-    """Greedy answers of prompts of several lengths, against the likeliest next token of the whole row each time."""
+@pytest.mark.parametrize(("architecture", "batch_size"), [*((name, 4) for name in ARCHITECTURES), ("llama", 2)])
+def test_answers_follow_the_prefix(architecture: str, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy answers of prompts of several lengths, against the likeliest next token of the whole row each time.
+
+    In a batch of two, prompts enter behind others, and columns are dropped.
+    """
+    monkeypatch.setattr(decoding_rows, "DROPPED", 1)
     wrapped = _wrapped(architecture)
     base = wrapped.get_base_model()
     prompts = [[5, 6, 7], [9, 4, 4, 8, 8, 8, 1], [5, 6, 7], [3]]
-    found = generate(base, prompts, max_new_tokens=6, end_ids=[2], batch_size=4)
+    found = generate(base, prompts, max_new_tokens=6, end_ids=[2], batch_size=batch_size)
     for prompt, answer in zip(prompts, found, strict=True):
         row = list(prompt)
         with torch.no_grad():
@@ -107,6 +112,16 @@ def test_answers_follow_the_prefix(architecture: str) -> None:
                 states = trunk_states(base.base_model, stream([row], CPU))
                 assert int(base.lm_head(states[-1]).argmax()) == token
                 row.append(token)
+
+
+def test_the_prefix_comes_before_a_beginning_that_rows_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shared_beginning, "FEWEST_ROWS", 1)
+    base = _wrapped().get_base_model()
+    use_flat_attention(base)
+    prompts = [[*range(20, 90), *prompt] for prompt in ([5, 6, 7], [9, 4, 4, 8], [3])]
+    shared = generate(base, prompts, max_new_tokens=6, end_ids=[2], batch_size=2)
+    monkeypatch.setattr(shared_beginning, "FEWEST_TOKENS", 1_000)
+    assert generate(base, prompts, max_new_tokens=6, end_ids=[2], batch_size=2) == shared
 
 
 def test_a_prefix_is_never_left_out_in_silence() -> None:
