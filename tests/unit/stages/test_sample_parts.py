@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -106,3 +107,14 @@ def test_parts_of_another_size_are_not_used(tmp_path: Path, monkeypatch: pytest.
         worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
     monkeypatch.undo()
     assert run(sample_spec(tmp_path / "stopped", batch_size=8)) == straight
+
+
+@pytest.mark.parametrize(("prompts", "size", "parts"), [(1, 2, 1), (31, 2, 16), (32, 4, 8), (64, 8, 8), (500, 8, 63)])
+def test_a_part_has_several_batches_if_enough_parts_remain_to_share(prompts: int, size: int, parts: int) -> None:
+    """Four answers to each prompt, eight a batch."""
+    config: Any = SimpleNamespace(batch_size=8, completions_per_prompt=4)
+    asked_prompts: Any = SimpleNamespace(rows=list(range(prompts)))
+    spans = answer_sampling.spans_of(config, asked_prompts)
+    assert len(spans) == parts
+    assert [span.stop - span.start for span in spans[:-1]] == [size] * (parts - 1)
+    assert [row for span in spans for row in span] == list(range(prompts))
