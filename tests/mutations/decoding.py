@@ -111,7 +111,7 @@ MUTATIONS = [
             "a common beginning is attended to with scores of another scale",
             "common_keys.transpose(1, 2), alpha=scale)",
             "common_keys.transpose(1, 2))",
-            "test_a_shared_beginning_counts_as_if_each_row_held_it",
+            "test_a_common_beginning_counts_as_if_each_row_held_it",
         ),
     ),
 ]
