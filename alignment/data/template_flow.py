@@ -142,7 +142,8 @@ class _Flow:
             return deciding if deciding in (self._known(test.left), self._known(test.right)) else None
         if isinstance(test, nodes.Test) and test.name == "string" and not isinstance(test.node, nodes.Name):
             return True if self._sort(test.node) is _Sort.content else None  # a variable may hold something else too
-        return False if self._is_absent(test.node if _is_about(test, "defined") else test) else None
+        asked_about = test.node if isinstance(test, nodes.Test) and test.name == "defined" else test
+        return False if self._is_absent(asked_about) else None
 
     def _is_absent(self, expression: nodes.Node) -> bool:
         """Whether it is a field that no turn has, asks for one, or for a role that none has: ``turn.tool_calls``,
@@ -321,10 +322,6 @@ def _is_plain_field(names: Sequence[nodes.Expr]) -> bool:
     """Whether this is the name of a field other than the content, and not a path that may lead to it."""
     values = [name.value if isinstance(name, nodes.Const) else None for name in names]
     return len(values) == 1 and isinstance(values[0], str) and values[0].isidentifier() and values[0] != "content"
-
-
-def _is_about(test: nodes.Node, name: str) -> bool:
-    return isinstance(test, nodes.Test) and test.name == name
 
 
 def _arguments(expression: nodes.Filter | nodes.Test | nodes.Call) -> list[nodes.Expr]:
