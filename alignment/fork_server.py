@@ -94,12 +94,13 @@ class _Server:
 
     def _fork(self, reports: int) -> bool:
         """Whether this is the child. What becomes of it is told at the descriptor ``reports``."""
+        sys.stdout.flush()  # else a child would print again what a library printed while it was imported
         child = os.fork()
         if child == 0:
+            _tell(reports, os.getpid())  # by itself, so that the client knows of it even if the server ends here
             self._close(reports)
             return True
         self._selector.register(os.pidfd_open(child), selectors.EVENT_READ, (child, reports))
-        _tell(reports, child)
         return False
 
     def _close(self, reports: int) -> None:

@@ -75,7 +75,6 @@ def main(path: Path) -> int:
         spec=spec, rank=int(os.environ.get("RANK", "0")), world_size=int(os.environ.get("WORLD_SIZE", "1"))
     )
     _silence_libraries()
-    unused_libraries.show()
     gc.freeze()  # every trainer collects garbage first, which takes half a second among the libraries' objects
     context.heartbeat.start(spec.work, context.rank)
     try:
@@ -167,6 +166,7 @@ def _run(spec: StageSpec, context: StageContext) -> None:
     begin(context)
     with _tracked(context), without_cudnn():
         run = function_of(kind_of(spec.config))
+        unused_libraries.show()
         context = with_chosen_size(context, run)
         result = run(context.spec.config, context)
         if context.is_main:

@@ -19,7 +19,7 @@ from alignment.pipeline.backends import command
 from alignment.pipeline.execute.worker_protocol import commit_of_checkout
 from alignment.pipeline.sources import bundled_model
 from benchmarks import environments, rows
-from benchmarks.machine import NO_AMX, ROOT, code_sha256, processor, scrubbed, uncommitted_code
+from benchmarks.machine import NO_AMX, ROOT, code_sha256, compiler, processor, scrubbed, uncommitted_code
 from benchmarks.measurement import SCRATCH, Circumstances, Failed, Measurement, run, taken
 from benchmarks.searched import choices_of, search_file
 from benchmarks.setting import read_json
@@ -49,8 +49,8 @@ class Options:
 def measure(name: str, options: Options) -> Path:
     """Measures a work and writes ``WORK.json`` and ``WORK.md``; returns the former's path.
 
-    A run with fewer repetitions or contestants than it ought to have writes ``WORK-partial.*`` instead. A run that is
-    stopped writes nothing.
+    A run with fewer repetitions or contestants than it ought to have, or in which a measurement failed, writes
+    ``WORK-partial.*`` instead. A run that is stopped writes nothing.
 
     Raises:
         NoSearch: the settings of a rival were not searched here, so there is nothing to compare with.
@@ -66,8 +66,7 @@ def measure(name: str, options: Options) -> Path:
     whole = len(chosen) == len(work.contestants) and options.repetitions >= work.repetitions
     if whole:
         refuse_uncommitted()
-    stem = stem_of(name, options, whole=whole)
-    folder = SCRATCH / stem
+    folder = SCRATCH / stem_of(name, options, whole=whole)
     inputs = prepared(work, options, base, folder)
     pythons, missing = interpreters(chosen)
     entries = []
@@ -87,7 +86,8 @@ def measure(name: str, options: Options) -> Path:
             entries.append(taken(measurement, options.circumstances))
     content = summarise(name, work, inputs, entries, missing)
     shutil.rmtree(folder, ignore_errors=True)
-    return _write(stem, content, conditions, inputs, options)
+    whole = whole and not any("error" in entry for entry in entries)
+    return _write(stem_of(name, options, whole=whole), content, conditions, inputs, options)
 
 
 def base_model() -> Path:
@@ -128,6 +128,7 @@ def conditions_of(work: Work, options: Options, base: Path) -> dict[str, Any]:
         "amx": "as found" if options.amx else NO_AMX,
         "data": [rows.described(kind, options.data) for kind in kinds.get(work.kind, ("conversations",))],
         "base": {"source": MODEL.source, "folder": base.name},
+        "compiler": compiler() or "none",
         "code_sha256": code_sha256(),
     }
 

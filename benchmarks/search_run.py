@@ -87,7 +87,6 @@ def search_work(name: str, options: Options) -> Path:
         "commit": commit_of_checkout(ROOT),
         "conditions": conditions,
         "versions": versions,
-        "compiler": compiler() or "none",
         "rule": " ".join((search.__doc__ or "").split()),
         "grid": grid_of(work),
         "fixed": {library: dict(rival.fixed) for library, rival in work.rivals.items()},

@@ -58,7 +58,7 @@ def choices_of(
     searched = read_json(path)
     differing = [
         _difference(what, searched["conditions"][what], conditions[what])
-        for what in ("processor", "threads", "amx", "data", "base")
+        for what in ("processor", "threads", "amx", "data", "base", "compiler")
         if searched["conditions"][what] != conditions[what]
     ]
     for library, installed in versions.items():

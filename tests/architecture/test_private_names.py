@@ -21,6 +21,7 @@ from typing import Any
 
 import datasets
 import peft
+import psutil
 import pytest
 import torch
 import transformers
@@ -206,6 +207,7 @@ CONTRACTS: dict[str, tuple[str, Callable[[], bool]]] = {
     # ---- accelerate
     "_set_sync_gradients": ("accelerate", lambda: has(GradientState, "_set_sync_gradients", "sync_gradients")),
     # ---- torch, for tensors without numbers
+    "_init": ("psutil", lambda: psutil.Process()._init(2**22 + 1, _ignore_nsp=True) is None),
     "_registry": ("Python", _finalizers_are_listed),
     "_C": ("torch", lambda: callable(torch._C._disabled_torch_function_impl)),
     "_disabled_torch_function_impl": ("torch", lambda: callable(torch._C._disabled_torch_function_impl)),

@@ -18,12 +18,40 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "fork_server.py",
+        ["tests/unit/pipeline/backends/test_forking.py"],
+        (
+            "a forked stage stays in the server's session",
+            "    os.setsid()\n",
+            "",
+            "test_a_forked_command_is_what_an_executed_one_is",
+        ),
+        (
+            "forked stages remove each other's temporary folders",
+            "            tempfile.TemporaryDirectory.__init__(owner)\n",
+            "",
+            "test_each_child_has_the_temporary_folders_of_libraries_for_itself",
+        ),
+        (
+            "the server holds the lock of a stage that has ended",
+            "                for descriptor in (output, *locks):\n                    os.close(descriptor)\n",
+            "",
+            "test_locks_stay_with_a_child",
+        ),
+        (
+            "a user's code does not find scipy",
+            "    unused_libraries.show()\n",
+            "",
+            "test_libraries_that_others_do_not_need_are_there_for_a_users_code",
+        ),
+    ),
+    *in_file(
         "pipeline/execute/rehearsal.py",
         REHEARSAL,
         (
             "a scorer that asks for its rank is refused",
-            "else own | _RANKS",
-            "else own",
+            "return own | _RANKS if by_torchrun or launch.num_processes > 1 else own",
+            "return own",
             "test_a_scorer_finds_the_variables_that_its_launcher_sets",
         ),
         (

@@ -140,7 +140,8 @@ class DecodingRows:
     def step(self, tokens: Tensor) -> None:
         """Appends ``[rows]`` tokens, a column, and computes the logits behind them."""
         self.filled += 1
-        self.positions += 1
+        # A row whose answer has ended may stay, and must not run out of the positions that the model has.
+        self.positions += self.steps < self.max_new_tokens
         self.steps += 1
         self.logits = next_logits(
             self.model,

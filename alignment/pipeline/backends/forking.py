@@ -10,14 +10,14 @@ import select
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 
 import psutil
 
 from alignment.core import hardware
 from alignment.core.stop_requests import sigusr1_blocked
-from alignment.fork_server import Request
+from alignment.fork_server import LONGEST_REQUEST, Request
 from alignment.pipeline.backends.command import Command
 
 LATER = {"ALIGNMENT_DEVICE", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
@@ -25,34 +25,49 @@ LATER = {"ALIGNMENT_DEVICE", "RANK", "LOCAL_RANK", "WORLD_SIZE"}
 
 
 _PATIENCE = 5.0
-"""Seconds in which a server removes what its libraries have left."""
+"""Seconds in which a server reports the end of a child, or removes what its libraries have left."""
+_LOOK = 0.1
+"""Seconds between two looks at whether the caller gives up."""
 
 
 class ForkedProcess(psutil.Process):
-    """A child of the server. ``reports`` has its exit code once it has ended."""
+    """A child of the server. ``reports`` has its exit code once it has ended and the server has noticed."""
 
     def __init__(self, pid: int, reports: socket.socket) -> None:
-        super().__init__(pid)
+        self._init(pid, _ignore_nsp=True)  # type: ignore[attr-defined]  # it may have ended already
         self._reports = reports
+        self._end: int | None = None
+        with suppress(ProcessLookupError):
+            self._end = os.pidfd_open(pid)
         self._code: int | None = None
 
     def wait(self, timeout: float | None = None) -> int:
-        """Its exit code, negative for a signal; 1 if the server ended before it, so that nobody knows.
+        """Its exit code, negative for a signal; 1 if the server does not report it, so that nobody knows.
 
         Raises:
             psutil.TimeoutExpired: it still runs.
         """
         if self._code is None:
-            ready, _, _ = select.select([self._reports], [], [], timeout)
-            if not ready:
-                raise psutil.TimeoutExpired(timeout or 0.0, pid=self.pid)
-            if report := self._reports.recv(32):
-                self._code = int(report)
-            else:
-                super().wait(timeout)
-                self._code = 1
+            self._code = self._reported(timeout)
             self._reports.close()
+            if self._end is not None:
+                os.close(self._end)
         return self._code
+
+    def _reported(self, timeout: float | None) -> int:
+        reports, ends = self._reports.fileno(), [] if self._end is None else [self._end]
+        ready = _readable([reports, *ends], timeout)
+        if ready == ends:  # it has ended, and the server will report that unless it hangs or has ended too
+            ready = _readable([reports], _PATIENCE)
+        if reports in ready and (report := self._reports.recv(32)):
+            return int(report)
+        if ends and not _readable(ends, timeout):
+            raise psutil.TimeoutExpired(timeout or 0.0, pid=self.pid)
+        return 1
+
+
+def _readable(descriptors: Sequence[int], timeout: float | None) -> list[int]:
+    return select.select(descriptors, [], [], timeout)[0]
 
 
 class ForkServer:
@@ -63,20 +78,28 @@ class ForkServer:
         self._client = client
         self._environment = environment
 
-    def start(self, command: Command, *, output: int, keep_open: Sequence[int]) -> ForkedProcess | None:
-        """Starts a command with the descriptor ``output`` as its standard output.
+    def start(
+        self, command: Command, *, output: int, keep_open: Sequence[int], gives_up: Callable[[], bool]
+    ) -> ForkedProcess | None:
+        """Starts a command with the descriptor ``output`` as its standard output, once the server has imported what it
+        is importing now.
 
         None if it must be executed: it is not one module in one process, its environment differs where libraries read
-        it while they are imported, or the server has ended.
+        it while they are imported, the server has ended, or the caller ``gives_up`` the wait for it.
         """
         environment = {**os.environ, **command.environment}
         if not command.module or _early(environment) != _early(self._environment):
             return None
-        request = Request(module=command.module, arguments=[*command.argv[3:]], environment=environment)
+        request = Request(module=command.module, arguments=[*command.argv[3:]], environment=environment).encode()
+        if len(request) > LONGEST_REQUEST:
+            return None
         own_end, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with server_end, suppress(OSError, ValueError):
-            socket.send_fds(self._client, [request.encode()], [output, server_end.fileno(), *keep_open])
+            socket.send_fds(self._client, [request], [output, server_end.fileno(), *keep_open])
             server_end.close()  # the server's copy alone, so that its end is seen
+            while not _readable([own_end.fileno()], _LOOK):
+                if gives_up():
+                    self._process.kill()  # its end of the socket closes, unless a child has it
             return ForkedProcess(int(own_end.recv(32)), own_end)
         own_end.close()
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -56,7 +57,10 @@ def execute(
     forked by the ``server``, if there is one.
     """
     with log.open("ab") as sink, _signals_deferred() as arrived:
-        forked = None if server is None else server.start(command, output=sink.fileno(), keep_open=keep_open)
+        forked = None
+        if server is not None:
+            gives_up = functools.partial(bool, arrived)
+            forked = server.start(command, output=sink.fileno(), keep_open=keep_open, gives_up=gives_up)
         leader = forked or _executed(command, sink, keep_open)
     tree = _ProcessTree(leader, is_launcher=not command.module)
     try:

@@ -204,6 +204,7 @@ CONDITIONS = {
     "amx": "as found",
     "data": [{"name": "rows", "sha256": "a"}],
     "base": {"source": "model"},
+    "compiler": "none",
     "code_sha256": "of then",
 }
 CHOSEN = {
@@ -275,6 +276,7 @@ def _altered(**changes: Any) -> dict[str, Any]:
         ),
         (_altered(processor={"model": "Fast CPU", "cores": 4}), VERSIONS, "processor: {"),
         (_altered(threads=1), VERSIONS, "threads: 2 then, 1 now"),
+        (_altered(compiler="g++"), VERSIONS, 'compiler: "none" then, "g++" now'),
         (_altered(data=[{"name": "rows", "sha256": "b"}]), VERSIONS, "data: ["),
         (
             CONDITIONS,

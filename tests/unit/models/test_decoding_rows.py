@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from random import Random
 
 import pytest
 import torch
@@ -171,3 +172,18 @@ def test_a_beginning_stays_with_each_row_where_attention_has_windows_or_caps(nam
     model = model_of(name)
     use_flat_attention(model)
     assert shared_beginning(model, [[*range(70), number] for number in range(8)], 8) is None
+
+
+@torch.no_grad()
+def test_a_finished_row_that_stays_needs_no_positions_that_the_model_lacks() -> None:
+    """The model has as many as its longest prompt and answer take together."""
+    random = Random(1)
+    prompts = [[random.randrange(20, 120) for _ in range(random.choice([1, 2, 3, 4, 8]))] for _ in range(40)]
+    prompts += [[50] * 8] * 6
+    model = tiny_model("gpt2", max_position_embeddings=8 + LIMIT)
+    sampling = Sampling(temperature=1.0, uniforms=_uniforms(prompts))
+    answers = [
+        generate(model, prompts, max_new_tokens=LIMIT, end_ids=ENDS, batch_size=size, sampling=sampling)
+        for size in (5, len(prompts))
+    ]
+    assert answers[0] == answers[1]

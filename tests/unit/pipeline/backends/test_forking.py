@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,9 @@ import pytest
 
 from alignment.core import hardware
 from alignment.core.locks import held, is_held
+from alignment.pipeline.backends import forking
 from alignment.pipeline.backends.command import Command
-from alignment.pipeline.backends.forking import ForkServer, fork_server
+from alignment.pipeline.backends.forking import ForkedProcess, ForkServer, fork_server
 from alignment.pipeline.backends.processes import execute
 
 PROBE = """
@@ -62,6 +63,12 @@ def serving(*modules: str) -> Iterator[ForkServer]:
         yield server
 
 
+def begun(server: ForkServer, command: Command, output: int, keep_open: Sequence[int]) -> ForkedProcess:
+    process = server.start(command, output=output, keep_open=keep_open, gives_up=lambda: False)
+    assert process is not None
+    return process
+
+
 def printed(folder: Path, command: Command, server: ForkServer | None) -> dict[str, Any]:
     log = folder / "log.txt"
     log.unlink(missing_ok=True)
@@ -99,17 +106,15 @@ def test_exit_codes_arrive(folder: Path, code: str, expected: int) -> None:
 def test_children_run_side_by_side_and_outlive_the_server(folder: Path) -> None:
     descriptor = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT)
     with serving() as server:
-        slow = server.start(probe("time.sleep(1.5)"), output=descriptor, keep_open=[])
-        quick = server.start(probe("sys.exit(4)"), output=descriptor, keep_open=[])
-        assert slow is not None
-        assert quick is not None
+        slow = begun(server, probe("time.sleep(1.5)"), descriptor, [])
+        quick = begun(server, probe("sys.exit(4)"), descriptor, [])
         assert quick.wait() == 4
         with pytest.raises(psutil.TimeoutExpired):
             slow.wait(0)
         server._process.kill()
         assert slow.is_running()
         assert slow.wait() == 1, "nobody knows its exit code"
-        assert not slow.is_running()
+        assert not slow.is_running() or slow.status() == psutil.STATUS_ZOMBIE
     os.close(descriptor)
 
 
@@ -133,8 +138,7 @@ def test_each_child_has_the_temporary_folders_of_libraries_for_itself(folder: Pa
 def test_locks_stay_with_a_child(folder: Path) -> None:
     with serving() as server, (folder / "log.txt").open("wb") as log:
         with held(folder / "lock", wait=False) as lock:
-            child = server.start(probe("time.sleep(60)"), output=log.fileno(), keep_open=[lock])
-        assert child is not None
+            child = begun(server, probe("time.sleep(60)"), log.fileno(), [lock])
         assert is_held(folder / "lock")
         child.kill()
         assert child.wait() == -9
@@ -176,6 +180,20 @@ def test_libraries_that_others_do_not_need_are_there_for_a_users_code(folder: Pa
         log = folder / "log.txt"
         assert execute(probe(IMPORTS), log=log, on_poll=lambda: None, grace_seconds=1, server=server) == 41
     assert json.loads(log.read_text())["imported_by"] is None, "the server's libraries were not to find it"
+
+
+def test_the_wait_for_a_library_that_hangs_is_given_up(folder: Path) -> None:
+    (folder / "probe_library.py").write_text("import time\ntime.sleep(600)")
+    with serving() as server, (folder / "log.txt").open("wb") as log:
+        assert server.start(probe(), output=log.fileno(), keep_open=[], gives_up=lambda: True) is None
+
+
+def test_the_end_of_a_child_is_seen_though_the_server_hangs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forking, "_PATIENCE", 0.2)
+    with serving() as server, (folder / "log.txt").open("wb") as log:
+        child = begun(server, probe("time.sleep(1)"), log.fileno(), [])
+        server._process.send_signal(signal.SIGSTOP)
+        assert child.wait() == 1
 
 
 SAVES = """
