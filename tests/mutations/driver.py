@@ -19,7 +19,7 @@ MUTATIONS = [
     ),
     *in_file(
         "fork_server.py",
-        ["tests/unit/pipeline/backends/test_forking.py"],
+        "unit/pipeline/backends/test_forking.py",
         (
             "a forked stage stays in the server's session",
             "    os.setsid()\n",
