@@ -77,7 +77,12 @@ MUTATIONS = [
     ),
     *_in_benchmarks(
         "searched.py",
-        ("a search of other rows is taken", '"amx", "data", "base", "compiler")', '"amx", "base", "compiler")', REFUSED),
+        (
+            "a search of other rows is taken",
+            '"amx", "data", "base", "compiler")',
+            '"amx", "base", "compiler")',
+            REFUSED,
+        ),
         ("a search of another machine is taken", '("processor", "threads",', '("threads",', REFUSED),
         ("a search of another release is taken", "if before.get(package) != version", "if False", REFUSED),
         (

@@ -31,7 +31,11 @@ _RANKS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 
 
 def rehearse(
-    plan: Plan, stages: Sequence[PlannedStage], server: ForkServer | None, *, announce: Callable[[str], None]
+    plan: Plan,
+    stages: Sequence[PlannedStage],
+    server: ForkServer | None = None,
+    *,
+    announce: Callable[[str], None],
 ) -> None:
     """Tries the stages that run after the first one, in a process that the ``server`` forks, if there is one.
 
