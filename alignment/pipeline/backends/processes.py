@@ -24,6 +24,7 @@ from alignment.pipeline.backends.command import Command
 from alignment.pipeline.backends.forking import ForkedProcess, ForkServer
 
 _POLL_SECONDS = 0.5
+_NOT_FORKED = b"imports its libraries itself: the run's fork server has ended, hangs, or has another environment\n"
 
 
 def call(argv: Sequence[str]) -> int:
@@ -61,6 +62,9 @@ def execute(
         if server is not None:
             gives_up = functools.partial(bool, arrived)
             forked = server.start(command, output=sink.fileno(), keep_open=keep_open, gives_up=gives_up)
+            if forked is None and command.module:
+                sink.write(_NOT_FORKED)
+                sink.flush()
         leader = forked or _executed(command, sink, keep_open)
     tree = _ProcessTree(leader, is_launcher=not command.module)
     try:

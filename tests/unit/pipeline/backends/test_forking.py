@@ -73,7 +73,8 @@ def printed(folder: Path, command: Command, server: ForkServer | None) -> dict[s
     log = folder / "log.txt"
     log.unlink(missing_ok=True)
     assert execute(command, log=log, on_poll=lambda: None, grace_seconds=1, server=server) == 0
-    shown: dict[str, Any] = json.loads(log.read_text())
+    *notes, line = log.read_text().splitlines()
+    shown: dict[str, Any] = {**json.loads(line), "notes": notes}
     return shown
 
 
@@ -149,6 +150,7 @@ def test_what_cannot_be_forked_is_executed(folder: Path) -> None:
     with serving() as server:
         threads = printed(folder, probe("", OMP_NUM_THREADS="1"), server)
         assert threads["parent"] == os.getpid(), "the server's libraries have read the number of threads"
+        assert ["fork server" in note for note in threads["notes"]] == [True], "the log says so"
         assert threads["environment"]["OMP_NUM_THREADS"] == "1"
         server._process.kill()
         assert printed(folder, probe(), server)["parent"] == os.getpid()
