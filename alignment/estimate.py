@@ -57,10 +57,13 @@ from alignment.worker import function_of, publish_result
 STARTING, LEARNING, OPTIMISING, SAVING = "starting", "training", "optimising", "saving"
 TRYING = "trying the longest batch"
 SAMPLING, VALIDATING = "sampling", "validating"
-ONCE = {TRYING, SAVING}
-"""Phases that a stage goes through once, however many rows it has."""
 BEFORE = (STARTING, "loading", "tokenising")
-"""Phases that take what reading files takes, and whose tensors are on the host."""
+"""Phases in which files are read, and whose tensors are on the host."""
+ONCE = {TRYING, SAVING, *BEFORE}
+"""Phases that a stage goes through once, however many rows it has."""
+BETWEEN_SECONDS = 1e-5
+"""Of Python and autograd for each operation on a CPU: what three stages took beyond their operations (docs/LOG.md,
+2026-11-28)."""
 DIVIDED: dict[Sharding, tuple[str, ...]] = {
     Sharding.none: (),
     Sharding.zero1: (OPTIMIZER,),
@@ -163,6 +166,7 @@ class Timer:
         self.processes = processes
         self.is_gpu = device != THIS
         self.fixed = int(CONTEXT_BYTES) if self.is_gpu else psutil.Process().memory_info().rss
+        self.between = 0.0 if self.is_gpu else BETWEEN_SECONDS
         self.startup = 0.0 if self.is_gpu else time.time() - psutil.Process().create_time()
         self._device = DEVICES.get(device)
         self._seconds: dict[Key, float] = {}
@@ -329,16 +333,15 @@ def _phases(recorder: Recorder, timer: Timer, repeats: Repeats) -> dict[str, Pha
             times = looks / recorder.looks_taken * repeats.held_out
         elif not in_steps and name not in ONCE:
             times = repeats.rows
-        # Reading a file takes the time before, not the operations on what was read.
-        flop, seconds = (
-            (0.0, 0.0) if name in BEFORE or name == TRYING else _work(recorder, timer, in_steps or phase.operations)
-        )
+        flop, seconds = _work(recorder, timer, in_steps or phase.operations)
+        outside = recorder.operations_outside_steps(name) if in_steps else Counter()
+        flop_outside, seconds_outside = (work / timer.processes for work in _work(recorder, timer, outside))
         costs[name] = PhaseCost(
             peak=phase.peak,
             held=phase.peak if timer.is_gpu else phase.resident + _beside(name, phase, recorder),
             parts=phase.parts,
-            flop=flop * times,
-            seconds=timer.startup if name == STARTING else seconds * times,
+            flop=flop * times + flop_outside,
+            seconds=(timer.startup if name == STARTING else 0.0) + seconds * times + seconds_outside,
         )
     return costs
 
@@ -372,7 +375,7 @@ def _work(recorder: Recorder, timer: Timer, operations: Operations) -> tuple[flo
     for key, count in operations.items():
         example = recorder.examples[key]
         flop += count * flop_of(example)
-        seconds += count * timer.seconds(key, example)
+        seconds += count * (timer.seconds(key, example) + timer.between)
     return flop, seconds
 
 

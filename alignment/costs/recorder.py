@@ -75,6 +75,7 @@ class Recorder:
         self.name = "starting"
         self._compiled = 0
         self._before: dict[str, Operations] = {}
+        self._before_steps: dict[str, Operations] = {}
 
     @contextmanager
     def recording(self) -> Iterator[None]:
@@ -113,6 +114,7 @@ class Recorder:
         for parameter in learned:
             parameter.register_post_accumulate_grad_hook(self._relabel_gradient)  # type: ignore[no-untyped-call]
         self._mark()
+        self._before_steps = self._before
 
     def end_period(self, tokens: float) -> None:
         """A period of steps ended, which read so many tokens."""
@@ -122,6 +124,11 @@ class Recorder:
             name: phase.operations - self._before.get(name, Counter()) for name, phase in self.phases.items()
         }
         self._mark()
+
+    def operations_outside_steps(self, name: str) -> Operations:
+        """What a phase did before the first step and after the last one."""
+        after = self.phases[name].operations - self._before.get(name, Counter())
+        return after + self._before_steps.get(name, Counter())
 
     def _close(self) -> None:
         phase = self.phases.get(self.name)

@@ -138,3 +138,21 @@ def test_code_is_made_once_for_each_shape_of_a_product_of_16_bit_numbers() -> No
         torch.empty(20, WIDTH) @ weight.float()
         weight * weight
     assert recorder.phases["starting"].compiled == 2
+
+
+def test_what_is_done_before_and_after_the_steps_is_known_apart() -> None:
+    recorder = Recorder()
+    with recorder.recording():
+        layer = nn.Linear(WIDTH, WIDTH, bias=False)
+        recorder.phase("training")
+        states = torch.empty(WIDTH, WIDTH)
+        states.exp()
+        recorder.begin_steps(2, layer, period=1)
+        for _ in range(2):
+            states.sin()
+            recorder.end_period(tokens=1)
+        states.exp()
+        states.cos()
+    outside = recorder.operations_outside_steps("training")
+    names = [recorder.examples[key].func.__name__.split(".")[0] for key in outside.elements()]
+    assert sorted(name for name in names if name != "empty") == ["cos", "exp", "exp"]
