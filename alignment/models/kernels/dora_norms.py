@@ -1,62 +1,59 @@
-"""Norms of DoRA's layers, computed once while neither weights nor adapters change (Liu et al. 2024, eq. 5).
+"""How much a DoRA layer changes each of its outputs (Liu et al. 2024, eq. 5).
 
-A layer scales its output by m / ‖W + s·B·A‖, column by column. PEFT computes that norm in every pass, which takes a
-matrix as large as the weight: for one token of eight answers longer than everything else.
+A layer gives m / ‖W + s·B·A‖ · (W x + s·B·A x), output by output. The norm counts as a constant (section 4.3 there). It
+takes a matrix as large as the weight, so it is computed once while neither weights nor adapters change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft.tuners.lora.dora import DoraLinearLayer
-from peft.utils.integrations import dequantize_module_weight
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-_FORWARD = "forward"
+from alignment.models.kernels.nf4 import frozen_weight
+
+_NORMS = "alignment_norms"
 
 
 @contextmanager
 def reused_norms(model: nn.Module) -> Iterator[None]:
-    """Computes the norm of each layer when it is first needed, and then takes that one.
+    """Computes the norms of each layer when they are first needed, and then takes those.
 
     Neither weights nor adapters may change in the block. Blocks may be nested.
     """
-    layers = [module for module in model.modules() if type(module) is DoraLinearLayer and _FORWARD not in vars(module)]
+    layers = [module for module in model.modules() if type(module) is DoraLinearLayer and _NORMS not in vars(module)]
     try:
         for layer in layers:
-            layer.forward = _with_reused_norm(layer)
+            setattr(layer, _NORMS, {})
         yield
     finally:
         for layer in layers:
-            vars(layer).pop(_FORWARD, None)
+            vars(layer).pop(_NORMS, None)
 
 
-def _with_reused_norm(layer: DoraLinearLayer) -> Callable[..., Tensor]:
-    norms: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def forward(x: Tensor, *, base_result: Tensor | None = None, **settings: Any) -> Tensor:
-        if base_result is None:  # dropout is active, so the base's product with the dropped input is needed
-            result: Tensor = DoraLinearLayer.forward(layer, x, base_result=base_result, **settings)
-            return result
-        key = (settings["adapter_name"], x.dtype)
-        if key not in norms:
-            norms[key] = _norm(layer, x.dtype, settings)
-        scale = (layer.weight / norms[key]).view(1, -1)
-        bias = settings["base_layer"].bias
-        product = base_result if bias is None else base_result - bias
-        low_rank = settings["lora_B"](settings["lora_A"](x))
-        return (scale - 1) * product + scale * low_rank * settings["scaling"]
-
-    return forward
+def change_of_magnitude(layer: LoraLinear, adapter: str) -> Tensor | None:
+    """``[out]`` of m / ‖W + s·B·A‖ − 1 in float32, or None if the adapter is not DoRA. Only m gets a gradient."""
+    if adapter not in layer.lora_magnitude_vector:
+        return None
+    magnitude = layer.lora_magnitude_vector[adapter]
+    reused: dict[str, Tensor] | None = vars(magnitude).get(_NORMS)
+    norms = None if reused is None else reused.get(adapter)
+    if norms is None:
+        norms = _norms(layer, adapter)
+        if reused is not None:
+            reused[adapter] = norms
+    change: Tensor = magnitude.weight.float() / norms - 1
+    return change
 
 
 @torch.no_grad()
-def _norm(layer: DoraLinearLayer, dtype: torch.dtype, settings: dict[str, Any]) -> Tensor:
-    """``[out]`` norms of the rows of W + s·B·A, in PEFT's own arithmetic."""
-    low_rank = layer.get_lora_weight(settings["lora_A"], settings["lora_B"])
-    weight = dequantize_module_weight(settings["base_layer"]).to(dtype)
-    norm: Tensor = layer.get_weight_norm(weight, low_rank.to(dtype), settings["scaling"])
-    return norm
+def _norms(layer: LoraLinear, adapter: str) -> Tensor:
+    """``[out]`` norms of the rows of W + s·B·A, in float32 whatever the products are computed in."""
+    a, b = (matrices[adapter].weight.float() for matrices in (layer.lora_A, layer.lora_B))
+    with torch.autocast(a.device.type, enabled=False):
+        weight = frozen_weight(layer.get_base_layer(), torch.float32)
+        return torch.linalg.vector_norm(torch.addmm(weight, b, a, alpha=float(layer.scaling[adapter])), dim=1)

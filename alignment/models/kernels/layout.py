@@ -24,7 +24,7 @@ from alignment.models.assembly.precision import products_dtype
 from alignment.models.kernels.blocks import read_together
 from alignment.models.kernels.dora_norms import reused_norms
 from alignment.models.kernels.nf4 import Nf4Linear, computes_in, frozen_weight
-from alignment.models.kernels.products import JOINT, Products, factors, is_hooked
+from alignment.models.kernels.products import JOINT, LowRank, Products, has_plain_adapters, is_hooked, low_rank
 
 Forward = Callable[[Tensor], Tensor]
 
@@ -60,8 +60,8 @@ def prepacked(model: nn.Module, rows: int) -> Iterator[None]:
     """
     before: list[tuple[nn.Module, str, Any]] = []
     try:
-        _prepack(model, rows, before)
         with reused_norms(model):
+            _prepack(model, rows, before)
             yield
     finally:
         for module, name, value in reversed(before):
@@ -117,12 +117,12 @@ def _function_of(module: nn.Module, way: _Way) -> Forward | None:
         if joint is not None:
             return lambda states: joint(states)[0]
     if isinstance(module, LoraLinear):
-        base, pair = module.get_base_layer(), factors(module)
-        if pair is None or not _is_whole(base):
+        base, adapter = module.get_base_layer(), low_rank(module)
+        if adapter is None or not _is_whole(base):
             return None
-        return _with_adapter(_product(base), *pair, computes_in(base))
+        return _with_adapter(base, adapter)
     if _is_whole(module) and (isinstance(module, Nf4Linear) or products_dtype(module.weight) != module.weight.dtype):
-        return _product(module)
+        return _product(module, _bias(module))
     return None
 
 
@@ -146,20 +146,22 @@ def _is_stackable(layer: nn.Module) -> bool:
     base = _base_of(layer)
     if is_hooked(layer) or not (isinstance(base, Nf4Linear) or _is_whole(base)):
         return False
-    return not isinstance(layer, LoraLinear) or factors(layer) is not None
+    return not isinstance(layer, LoraLinear) or has_plain_adapters(layer)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Stacked:
     """The ``weights`` of layers of one input, each ``[out, in]``, and the factors of all their adapters.
 
-    ``low`` is ``[rank, in]`` and ``up`` ``[sum of out, rank]``, both None without adapters. ``bias`` is ``[sum of
-    out]``, 0 for a layer without one; None if no layer has one.
+    ``low`` is ``[rank, in]`` and ``up`` ``[sum of out, rank]``, both None without adapters. ``change`` and ``bias`` are
+    ``[sum of out]``: outputs without their bias are multiplied by 1 + change (DoRA). Both are 0 for a layer without
+    one, and None if no layer has one.
     """
 
     weights: list[Tensor]
     low: Tensor | None
     up: Tensor | None
+    change: Tensor | None
     bias: Tensor | None
 
     @property
@@ -170,30 +172,40 @@ class _Stacked:
 
 def _stacked(layers: Sequence[nn.Module]) -> _Stacked:
     bases = [_base_of(layer) for layer in layers]
-    pairs = [factors(layer) if isinstance(layer, LoraLinear) else None for layer in layers]
+    adapters = [low_rank(layer) if isinstance(layer, LoraLinear) else None for layer in layers]
     dtype = computes_in(bases[0])
     weights = [frozen_weight(base, dtype).detach() for base in bases]
-    lows = [pair[0].to(dtype) for pair in pairs if pair is not None]
+    lows = [adapter.a.to(dtype) for adapter in adapters if adapter is not None]
     ups = [
-        weight.new_zeros(len(weight), 0) if pair is None else pair[1].to(dtype)
-        for weight, pair in zip(weights, pairs, strict=True)
+        weight.new_zeros(len(weight), 0) if adapter is None else (adapter.b * adapter.scale).to(dtype)
+        for weight, adapter in zip(weights, adapters, strict=True)
     ]
     return _Stacked(
         weights=weights,
         low=torch.cat(lows) if lows else None,
         up=torch.block_diag(*ups) if lows else None,
-        bias=_joint_bias(bases, weights),
+        change=_concatenated([None if adapter is None else adapter.change for adapter in adapters], weights),
+        bias=_concatenated([base.bias for base in bases], weights),
     )
 
 
-def _joint_bias(bases: Sequence[nn.Linear], weights: Sequence[Tensor]) -> Tensor | None:
-    if all(base.bias is None for base in bases):
+def _concatenated(vectors: Sequence[Tensor | None], weights: Sequence[Tensor]) -> Tensor | None:
+    """One vector, with zeros for layers that have none."""
+    if all(vector is None for vector in vectors):
         return None
-    biases = [
-        weight.new_zeros(len(weight)) if base.bias is None else base.bias.detach().to(weight)
-        for base, weight in zip(bases, weights, strict=True)
-    ]
-    return torch.cat(biases)
+    return torch.cat(
+        [
+            weight.new_zeros(len(weight)) if vector is None else vector.detach().to(weight)
+            for vector, weight in zip(vectors, weights, strict=True)
+        ]
+    )
+
+
+def _finished(out: Tensor, change: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Changes magnitudes, and adds biases, in place."""
+    if change is not None:
+        out.addcmul_(out, change)
+    return out if bias is None else out.add_(bias)
 
 
 def _with_layout(stacked: _Stacked, rows: int) -> Products:
@@ -203,7 +215,8 @@ def _with_layout(stacked: _Stacked, rows: int) -> Products:
         weight = torch.cat([weight, stacked.up], dim=1)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
     low = None if stacked.low is None else torch.ops.mkldnn._reorder_linear_weight(stacked.low, rows)
-    dtype, widths, bias = weight.dtype, stacked.widths, stacked.bias
+    dtype, widths, change, bias = weight.dtype, stacked.widths, stacked.change, stacked.bias
+    in_product, after = (bias, None) if change is None else (None, bias)
     del stacked, weight  # the function below must not hold them
     product = torch.ops.mkldnn._linear_pointwise
 
@@ -211,58 +224,62 @@ def _with_layout(stacked: _Stacked, rows: int) -> Products:
         states = states.to(dtype)
         if low is not None:
             states = torch.cat([states, product(states, low, None, "none", [], "")], dim=-1)
-        out: Tensor = product(states, packed, bias, "none", [], "")
-        return out.split(widths, dim=-1)
+        out: Tensor = product(states, packed, in_product, "none", [], "")
+        return _finished(out, change, after).split(widths, dim=-1)
 
     return forward
 
 
 def _in_one_product(stacked: _Stacked) -> Products:
     """In two calls: the first factors stand below the weights, and the second ones multiply what these give."""
-    widths, low, up, bias = stacked.widths, stacked.low, stacked.up, stacked.bias
+    widths, low, up, change, bias = stacked.widths, stacked.low, stacked.up, stacked.change, stacked.bias
+    in_product, after = (bias, None) if change is None else (None, bias)
     weight, out_features = torch.cat(stacked.weights), sum(widths)
     if low is not None and up is not None:
         below = nn.functional.pad(low, (0, 0, 0, -(out_features + len(low)) % ALIGNED))
         weight, up = torch.cat([weight, below]), nn.functional.pad(up, (0, len(below) - len(low)))
-        bias = None if bias is None else nn.functional.pad(bias, (0, len(below)))
+        in_product = None if in_product is None else nn.functional.pad(in_product, (0, len(below)))
     del stacked, low
 
     def forward(states: Tensor) -> tuple[Tensor, ...]:
-        both = nn.functional.linear(states.to(weight.dtype), weight, bias)
+        both = nn.functional.linear(states.to(weight.dtype), weight, in_product)
         if up is not None:
             flat = both.view(-1, both.shape[-1])
             flat[:, :out_features].addmm_(flat[:, out_features:], up.T)
-        return both[..., :out_features].split(widths, dim=-1)
+        return _finished(both[..., :out_features], change, after).split(widths, dim=-1)
 
     return forward
 
 
 def _weight_by_weight(stacked: _Stacked) -> Products:
     """Without a copy of the weights: one call for each of them, and two for all their adapters."""
-    weights, widths, low, up, bias = stacked.weights, stacked.widths, stacked.low, stacked.up, stacked.bias
+    weights, widths, low, up = stacked.weights, stacked.widths, stacked.low, stacked.up
+    change, bias = stacked.change, stacked.bias
 
     def forward(states: Tensor) -> tuple[Tensor, ...]:
         flat = states.to(weights[0].dtype).reshape(-1, states.shape[-1])
         out = flat.new_empty(len(flat), sum(widths))
         for own, weight in zip(out.split(widths, dim=1), weights, strict=True):
             torch.mm(flat, weight.T, out=own)
-        if bias is not None:
-            out += bias
         if low is not None and up is not None:
             out.addmm_(flat @ low.T, up.T)
-        return out.view(*states.shape[:-1], -1).split(widths, dim=-1)
+        return _finished(out, change, bias).view(*states.shape[:-1], -1).split(widths, dim=-1)
 
     return forward
 
 
-def _with_adapter(product: Forward, a: Tensor, b: Tensor, dtype: torch.dtype) -> Forward:
-    low, up = a.to(dtype).T, b.to(dtype).T
+def _with_adapter(base: nn.Linear, adapter: LowRank) -> Forward:
+    dtype, bias = computes_in(base), _bias(base)
+    product = _product(base, None if adapter.change is not None else bias)
+    low, up = adapter.a.to(dtype).T, (adapter.b * adapter.scale).to(dtype).T
+    change = None if adapter.change is None else adapter.change.to(dtype)
+    after = None if change is None else bias
 
     def forward(states: Tensor) -> Tensor:
         states = states.to(dtype)
         out = product(states)
         out.view(-1, out.shape[-1]).addmm_(states.reshape(-1, states.shape[-1]) @ low, up)
-        return out
+        return _finished(out, change, after)
 
     return forward
 
@@ -283,12 +300,15 @@ def _is_whole(module: nn.Module) -> TypeGuard[nn.Linear]:
     )
 
 
-def _product(module: nn.Linear) -> Forward:
+def _product(module: nn.Linear, bias: Tensor | None) -> Forward:
     """The linear layer as a function on its weight in the dtype of the product."""
     dtype = computes_in(module)
     held = frozen_weight(module, dtype).detach()
-    bias = None if module.bias is None else module.bias.detach().to(dtype)
     return lambda states: nn.functional.linear(states.to(dtype), held, bias)
+
+
+def _bias(module: nn.Linear) -> Tensor | None:
+    return None if module.bias is None else module.bias.detach().to(computes_in(module))
 
 
 def _has_layout(layer: nn.Module) -> bool:

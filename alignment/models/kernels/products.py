@@ -4,6 +4,10 @@ PEFT's layer takes nine passes over activations, several of which autograd store
 small factor, the sum is part of the matrix product, and only ``x`` and ``x Aᵀ`` are stored. Several adapters on one
 layer become one adapter with the sum of their ranks. Layers that read the same input (queries, keys and values; gate
 and up) share the products with small factors, whose few columns would leave a processor idle.
+
+DoRA multiplies each output, without the bias, by m / ‖W + s·B·A‖ (dora_norms.py). The product is stored once more then.
+It is multiplied as z + z · (m / ‖…‖ − 1), because bfloat16 numbers around 1 are too far apart for a factor that is
+learned.
 """
 
 from __future__ import annotations
@@ -11,18 +15,21 @@ from __future__ import annotations
 import itertools
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
+from alignment.models.kernels.dora_norms import change_of_magnitude
 from alignment.models.kernels.nf4 import Nf4Linear, computes_in, frozen_weight
 
 
 def fuse_adapters(model: PeftModel) -> None:
-    """Replaces the forward of every plain LoRA layer by one function; other layers stay as they are."""
+    """Replaces the forward of every plain LoRA or DoRA layer by one function; other layers stay as they are."""
     for module in model.modules():
         if type(module) is LoraLinear and type(module.get_base_layer()) in (nn.Linear, Nf4Linear):
             module.forward = types.MethodType(_forward, module)
@@ -61,34 +68,54 @@ def _is_fused(layer: nn.Module) -> bool:
     return type(layer) is LoraLinear and getattr(vars(layer).get("forward"), "__func__", None) is _forward
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LowRank:
+    """``a [rank, in]`` and ``b [out, rank]`` of a layer, and ``scale``, by which their product is multiplied.
+
+    ``change``, with DoRA, is ``[out]``: an output without its bias is multiplied by 1 + change.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+    change: Tensor | None
+
+
 def _together(x: Tensor, layers: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    factors_and_scales = [_factors(layer, _plain_adapters(layer)) for layer in layers]
+    adapters = [_low_rank(layer, _plain_adapters(layer)) for layer in layers]
     bases = tuple(layer.base_layer for layer in layers)
-    scales = tuple(scale for _, _, scale in factors_and_scales)
-    factors = itertools.chain(*((a, b) for a, b, _ in factors_and_scales))
-    return _LowRankProducts.apply(x.to(computes_in(bases[0])), bases, scales, *factors)
+    scales = tuple(adapter.scale for adapter in adapters)
+    trained = itertools.chain(*((adapter.a, adapter.b, adapter.change) for adapter in adapters))
+    return _LowRankProducts.apply(x.to(computes_in(bases[0])), bases, scales, *trained)
 
 
-def factors(layer: LoraLinear) -> tuple[Tensor, Tensor] | None:
-    """The adapters' ``a [rank, in]`` and ``s·b [out, rank]``; None if the layer computes more than W x + s·b a x."""
+def has_plain_adapters(layer: LoraLinear) -> bool:
+    """Whether the layer computes W x and products of low rank, changed in magnitude or not, and nothing else."""
+    return bool(_plain_adapters(layer))
+
+
+def low_rank(layer: LoraLinear) -> LowRank | None:
+    """The adapters without gradients; None if the layer has other ones than plain ones."""
     names = _plain_adapters(layer)
     if not names:
         return None
-    a, b, scale = _factors(layer, names)
-    return a.detach(), b.detach() * scale
+    with torch.no_grad():
+        return _low_rank(layer, names)
 
 
-def _factors(layer: LoraLinear, names: list[str]) -> tuple[Tensor, Tensor, float]:
-    """``a``, ``b`` and the scale of their product."""
+def _low_rank(layer: LoraLinear, names: list[str]) -> LowRank:
     scales = [float(layer.scaling[name]) for name in names]
     a, b = ([matrices[name].weight for name in names] for matrices in (layer.lora_A, layer.lora_B))
     if len(names) == 1:
-        return a[0], b[0], scales[0]
-    return torch.cat(a), torch.cat([up * scale for up, scale in zip(b, scales, strict=True)], dim=1), 1.0
+        return LowRank(a=a[0], b=b[0], scale=scales[0], change=change_of_magnitude(layer, names[0]))
+    joint = torch.cat([up * scale for up, scale in zip(b, scales, strict=True)], dim=1)
+    return LowRank(a=torch.cat(a), b=joint, scale=1.0, change=None)
 
 
 def _plain_adapters(layer: LoraLinear) -> list[str]:
-    """The active adapters if all are unmerged and without active dropout, bias or variant; else an empty list.
+    """The active adapters if all are unmerged and without active dropout or bias; else an empty list.
+
+    One adapter may be DoRA. Several may not be, nor may one be another variant of LoRA.
 
     A base layer whose forward was replaced (by layout.py, which prepacks weights, or by offloading) must be called.
     """
@@ -96,61 +123,87 @@ def _plain_adapters(layer: LoraLinear) -> list[str]:
     if layer.disable_adapters or layer.merged or "forward" in vars(layer.base_layer):
         return []
     frozen = not any(parameter.requires_grad for parameter in layer.get_base_layer().parameters())
-    return names if frozen and all(_is_plain(layer, name) for name in names) else []
+    return names if frozen and all(_is_plain(layer, name, alone=len(names) == 1) for name in names) else []
 
 
-def _is_plain(layer: LoraLinear, name: str) -> bool:
+def _is_plain(layer: LoraLinear, name: str, *, alone: bool) -> bool:
     dropout = layer.lora_dropout[name]
     drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and layer.training
-    return name not in layer.lora_variant and layer.lora_B[name].bias is None and not drops
+    usual = name not in layer.lora_variant or (alone and type(layer.lora_variant[name]) is DoraLinearVariant)
+    return usual and layer.lora_B[name].bias is None and not drops
 
 
 class _LowRankProducts(torch.autograd.Function):
     """Several layers of one input ``x [..., in]``: their frozen products, and the products with all their factors at
     once.
 
-    ``factors`` are ``a [rank, in]`` and ``b [out, rank]`` of each layer; they and ``x`` get gradients.
+    ``trained`` are ``a [rank, in]``, ``b [out, rank]`` and ``change [out]`` (None without DoRA) of each layer; they and
+    ``x`` get gradients.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bases: tuple[nn.Linear, ...], scales: tuple[float, ...], *factors: Tensor
+        ctx: Any, x: Tensor, bases: tuple[nn.Linear, ...], scales: tuple[float, ...], *trained: Any
     ) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
-        low = torch.cat([a.to(x.dtype) for a in factors[::2]])
-        ups = [(b * scale).to(x.dtype) for b, scale in zip(factors[1::2], scales, strict=True)]
+        factors_a, factors_b = trained[::3], trained[1::3]
+        low = torch.cat([a.to(x.dtype) for a in factors_a])
+        ups = [(b * scale).to(x.dtype) for b, scale in zip(factors_b, scales, strict=True)]
+        changes = [None if change is None else change.to(x.dtype) for change in trained[2::3]]
         with torch.autocast(x.device.type, enabled=False):
             inner = flat @ low.T
             inners = inner.split([up.shape[1] for up in ups], dim=1)
-            outs = [
-                _product(flat, base).addmm_(own_inner, up.T)
-                for base, own_inner, up in zip(bases, inners, ups, strict=True)
+            sums = [
+                _product(flat, base, biased=change is None).addmm_(own_inner, up.T)
+                for base, own_inner, up, change in zip(bases, inners, ups, changes, strict=True)
             ]
-        ctx.save_for_backward(flat, low, inner, *ups)
+            outs = [
+                own if change is None else _with_bias(torch.addcmul(own, own, change), base)
+                for base, own, change in zip(bases, sums, changes, strict=True)
+            ]
+        unscaled = [None if change is None else own for own, change in zip(sums, changes, strict=True)]
+        ctx.save_for_backward(flat, low, inner, *ups, *changes, *unscaled)
         ctx.bases, ctx.scales, ctx.shape = bases, scales, x.shape
-        ctx.dtypes = [factor.dtype for factor in factors]
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in trained]
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, low, inner, *ups = ctx.saved_tensors
+        x, low, inner, *others = ctx.saved_tensors
+        count = len(ctx.bases)
+        ups, changes, sums = others[:count], others[count : 2 * count], others[2 * count :]
         flat = [grad.reshape(-1, grad.shape[-1]).to(x.dtype) for grad in grads]
+        of_changes = [
+            None if own is None else (grad * own).sum(0, dtype=torch.float32)
+            for grad, own in zip(flat, sums, strict=True)
+        ]
+        flat = [
+            grad if change is None else torch.addcmul(grad, grad, change)
+            for grad, change in zip(flat, changes, strict=True)
+        ]
         ranks = [up.shape[1] for up in ups]
         inwards = [grad @ up for grad, up in zip(flat, ups, strict=True)]
         grad_inner = inwards[0] if len(inwards) == 1 else torch.cat(inwards, dim=1)
-        grads_a = (grad_inner.T @ x).split(ranks)
-        grads_b = [grad.T @ own_inner for grad, own_inner in zip(flat, inner.split(ranks, dim=1), strict=True)]
-        grads_of_factors = [(a, b.mul_(scale)) for a, b, scale in zip(grads_a, grads_b, ctx.scales, strict=True)]
-        factors = [grad.to(dtype) for grad, dtype in zip(itertools.chain(*grads_of_factors), ctx.dtypes, strict=True)]
+        of_a = (grad_inner.T @ x).split(ranks)
+        of_b = [
+            (grad.T @ own_inner).mul_(scale)
+            for grad, own_inner, scale in zip(flat, inner.split(ranks, dim=1), ctx.scales, strict=True)
+        ]
+        of_trained = itertools.chain(*zip(of_a, of_b, of_changes, strict=True))
+        trained = [None if grad is None else grad.to(dtype) for grad, dtype in zip(of_trained, ctx.dtypes, strict=True)]
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_inner @ low
             for grad, base in zip(flat, ctx.bases, strict=True):
                 grad_x.addmm_(grad, frozen_weight(base, x.dtype))
             grad_x = grad_x.view(ctx.shape)
-        return grad_x, None, None, *factors
+        return grad_x, None, None, *trained
 
 
-def _product(x: Tensor, base: nn.Linear) -> Tensor:
+def _product(x: Tensor, base: nn.Linear, *, biased: bool) -> Tensor:
     weight = frozen_weight(base, x.dtype)
-    return x @ weight.T if base.bias is None else torch.addmm(base.bias.to(x.dtype), x, weight.T)
+    return torch.addmm(base.bias.to(x.dtype), x, weight.T) if biased and base.bias is not None else x @ weight.T
+
+
+def _with_bias(out: Tensor, base: nn.Linear) -> Tensor:
+    return out if base.bias is None else out.add_(base.bias)

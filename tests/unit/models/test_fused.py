@@ -93,13 +93,12 @@ IDS = torch.tensor([[5, 9, 2, 7, 11, 12, 2]])
         {},
         {"use_rslora": True},
         {"lora_dropout": 0.5},
-        {"use_dora": True},
         {"lora_bias": True, "target_modules": ["q_proj"]},
         {"bias": "all"},
     ],
 )
 def test_a_fused_layer_equals_pefts(changes: dict[str, Any]) -> None:
-    """What the function does not serve (dropout at work, DoRA, biases that are learned) goes PEFT's way."""
+    """What the function does not serve (dropout at work, biases that are learned) goes PEFT's way."""
     outputs, found = [], []
     for fused in (True, False):
         model = _with_lora(fused=fused, **changes).train()

@@ -73,24 +73,35 @@ def test_an_adapter_counts_while_weights_are_laid_out() -> None:
     assert (found - expected).abs().max() < 0.1 * (without - expected).abs().max()
 
 
-def _adapted(architecture: str, targets: list[str]) -> Any:
+def _adapted(architecture: str, adapter: AdapterConfig | None) -> Any:
     torch.manual_seed(0)  # biases and adapters are drawn below, whatever ran before
     model = tiny_model(architecture).to(torch.bfloat16)
     for name, parameter in model.named_parameters():
         if name.endswith("_proj.bias"):
             parameter.data.normal_()
-    if targets:
-        model = add_adapter(model, AdapterConfig(rank=4, target_modules=targets), TaskType.CAUSAL_LM).eval()
+    if adapter is not None:
+        model = add_adapter(model, adapter, TaskType.CAUSAL_LM).eval()
         liven(model)
     fuse_blocks(model)
     return model
 
 
 @pytest.mark.parametrize("way", ["on a host", "on a device", "on a device without a copy"])
-@pytest.mark.parametrize("targets", [[], ["all-linear"], ["q_proj", "v_proj", "up_proj"]])
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        None,
+        *(
+            AdapterConfig(kind=kind, rank=4, target_modules=targets)
+            for kind in (AdapterKind.lora, AdapterKind.dora)
+            for targets in (["all-linear"], ["q_proj", "v_proj", "up_proj"])
+        ),
+    ],
+    ids=lambda adapter: "bare" if adapter is None else f"{adapter.kind.value} {adapter.target_modules[0]}",
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_layers_of_one_input_are_one_product_and_give_the_same(
-    architecture: str, targets: list[str], way: str, monkeypatch: pytest.MonkeyPatch
+    architecture: str, adapter: AdapterConfig | None, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Some of them with an adapter, some without, and Qwen's with biases."""
     on_device = way != "on a host"
@@ -98,7 +109,7 @@ def test_layers_of_one_input_are_one_product_and_give_the_same(
         monkeypatch.setattr(layout, "is_on_cpu", lambda _: False)
     if way == "on a device without a copy":
         monkeypatch.setattr(layout, "COPIED_BYTES", 0)
-    model = _adapted(architecture, targets)
+    model = _adapted(architecture, adapter)
     ids = torch.tensor([[5, 6, 7, 8], [9, 4, 4, 3]])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(ids).logits.float()
@@ -113,13 +124,14 @@ def test_layers_of_one_input_are_one_product_and_give_the_same(
         exact = copy.deepcopy(model).float()
         with torch.autocast("cpu", enabled=False):
             truth = exact(ids).logits
-    assert relative(found, truth) < 0.02
-    assert relative(expected, truth) < 0.02
+    bound = 0.03 if adapter is not None and adapter.kind is AdapterKind.dora else 0.02  # it rounds once more
+    assert relative(found, truth) < bound
+    assert relative(expected, truth) < bound
 
 
 def test_on_a_device_only_small_models_and_few_rows_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "is_on_cpu", lambda _: False)
-    model = _adapted("llama", ["all-linear"])
+    model = _adapted("llama", AdapterConfig(rank=4))
     numbers = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
     for most, rows, copied, joined in (
         (2 * numbers, layout.FEW_ROWS, True, True),
@@ -189,7 +201,7 @@ def test_a_layout_that_is_interrupted_leaves_nothing_behind(monkeypatch: pytest.
 
 
 def test_what_was_laid_out_is_gone_afterwards() -> None:
-    model = _adapted("llama", ["all-linear"])
+    model = _adapted("llama", AdapterConfig(rank=4))
 
     def held() -> dict[str, dict[str, Any]]:
         return {name: dict(vars(module)) for name, module in model.named_modules()}
