@@ -22,7 +22,7 @@ ENOUGH_SECONDS = 0.05
 """After so long an operation is not run again."""
 SWEPT_BYTES = 64 << 20
 """Other memory that is written before a run; more than a core's own caches hold."""
-_ONE = torch.zeros(1)
+_NUMBER = torch.zeros(1)
 MOST_BYTES = 4 << 30
 """Tensors of one operation that are made; larger ones are not timed."""
 
@@ -38,7 +38,7 @@ def seconds_of(operation: Operation) -> float | None:
         times: list[float] = []
         while len(times) <= RUNS and sum(times) < ENOUGH_SECONDS:
             swept.fill_(len(times))
-            _ONE.view(1)  # brings the code that calls operations back into the caches, where it is in a stage
+            _NUMBER.view(1)  # brings the code that calls operations back into the caches, where it is in a stage
             began = time.perf_counter()
             operation.func(*args, **kwargs)
             times.append(time.perf_counter() - began)

@@ -107,7 +107,7 @@ KIND = StageKind(
     name="distil",
     summary="a smaller student of a policy, such as a draft for speculative decoding (stage=draft)",
     config=DistilConfig,
-    revision=1,
+    revision=2,
     produces=POLICY,
     run="alignment.stages.distil.run:run",
     data=_data,
