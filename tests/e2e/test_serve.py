@@ -20,6 +20,8 @@ from tests.asked_policies import (
     the_server_takes_nothing_else,
     tools_reach_the_template,
 )
+from tests.documented.blocks import blocks
+from tests.documented.quoted import same_output
 from tests.served import ARMS, ServedRun, Serving, command, served_run, serving
 
 ABSENT = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
@@ -61,6 +63,14 @@ def test_it_says_what_is_served_and_its_curl_works(served: Serving) -> None:
         pytest.skip("there is no curl here")
     done = subprocess.run(served.curl, shell=True, capture_output=True, text=True, check=True)  # noqa: S602
     assert '"model":"dpo"' in done.stdout
+
+
+def test_it_prints_what_the_documentation_quotes(served: Serving, run: ServedRun) -> None:
+    page = Path(__file__).parents[2] / "docs/serving.md"
+    (quoted,) = [block.text for block in blocks(page) if block.text.startswith("serving at ")]
+    printed = [line.replace(f"path:{run.base}", "bundled:smollm2-135m") for line in served.printed[1:]]
+    shown = "\n".join(line for line in printed if not line.startswith("  sft "))
+    assert same_output(quoted, shown, differs=True), shown
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

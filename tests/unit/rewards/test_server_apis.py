@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +15,7 @@ from alignment.data.records import Prompt
 from alignment.data.turns import Message
 from alignment.evaluation.endpoint_client import NoReply
 from alignment.rewards.server_apis import APIS, Item
+from tests.documented.blocks import blocks
 from tests.unit.rewards.conftest import prompt
 
 TURNS = Prompt(
@@ -48,6 +53,18 @@ def test_our_own_form_has_conversations_answers_and_rows() -> None:
         ],
     }
     assert read(ServerApi.scores, {"scores": [{"id": 0, "score": 1.5}, {"id": 1, "score": -2}]}) == [1.5, -2]
+
+
+def test_the_request_in_the_documentation_is_what_is_sent() -> None:
+    page = Path(__file__).parents[3] / "docs/rewards.md"
+    (shown,) = [block.text for block in blocks(page) if block.text.startswith("POST ")]
+    path, request, reply = re.fullmatch(r"POST (\S+)\s+({.*})\s+→\s+({.*})\s+", shown, re.DOTALL).groups()  # type: ignore[union-attr]
+    request, reply = (re.sub(r", …(?=])", "", text.replace("{…}", "{}")) for text in (request, reply))
+    api = APIS[ServerApi.scores]
+    item = Item(prompt=replace(prompt("2 + 2?"), row={}), answer="4.")
+    assert path == api.path
+    assert json.loads(request) == api.body(replace(config(ServerApi.scores), model="my-org/reward-model"), [item])
+    assert read(ServerApi.scores, json.loads(reply), 1) == [1.5]
 
 
 def test_vllm_pools_one_conversation_by_its_own_template() -> None:

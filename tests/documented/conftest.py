@@ -1,0 +1,42 @@
+"""The reader's folder, made once; each test gets one of its own whose files are links into it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+
+from alignment.pipeline.backends import processes
+from tests.documented import workplace
+
+Enter = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All files that the documentation names."""
+    return workplace.build(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def enter(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Enter:
+    """Changes to a folder with the files of a page; returns it. The worker of a preview runs in this process."""
+    monkeypatch.setattr(processes, "call", _here)
+
+    def change(page: str) -> Path:
+        folder = tmp_path / "reader"
+        folder.mkdir()
+        workplace.for_page(files, page, folder)
+        monkeypatch.chdir(folder)
+        return folder
+
+    return change
+
+
+def _here(argv: Sequence[str]) -> int:
+    _, option, module, *arguments = argv
+    assert option == "-m"
+    code: int = importlib.import_module(module).main(arguments)
+    return code

@@ -1,0 +1,144 @@
+"""What is wrong with a piece of code inside prose or a table: a verb, an option, a setting or a choice that is not there."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+
+from alignment.cli import VERBS
+from alignment.config.store import BACKEND, GROUPS, conf_folder
+from alignment.config.typed import convert
+from alignment.pipeline.plan.compose import compose
+from alignment.stages.registry import config_classes, kinds
+from tests.documented.blocks import ROOT, Span
+from tests.documented.checks import check_make
+from tests.documented.options import all_options, options_of
+from tests.documented.setting_paths import defaults, ending_in
+
+MATRIX_AXES = ("stage", "adapter", "launcher")
+
+OF_OTHERS = {"--speculative-config", "--chat-template-kwargs", "--jinja"}
+"""Options of vLLM and llama-server."""
+NOT_SETTINGS = {"model.generate", "stage.sbatch"}
+EXAMPLES = {"launch/backend=ours", "stages.dpo.bta=0.3"}
+"""A file that the reader writes, and a misspelling that a plan refuses."""
+_FILES = "md yaml json jsonl py html txt log svg png csv parquet".split()
+_OVERRIDE = re.compile(r"~?([a-z][\w.]*|[a-z]+/[a-z]+)(@[\w.]+)?=(?!=)\S.*")
+_PLACEHOLDER = re.compile(r"[A-Z]{2,}")
+
+
+def faults(span: Span) -> Iterator[str]:
+    """What is wrong with it; nothing if it is no code of ours."""
+    words = span.text.split()
+    if words[0] == "align" and len(words) > 1:
+        yield from _command_faults(words[1:])
+    elif words[0] == "make" and len(words) > 1:
+        yield from _make_faults(span.text)
+    elif _OVERRIDE.fullmatch(span.text) and span.text not in EXAMPLES and _is_ours(span.text):
+        for override in _overrides(words):
+            yield from _override_faults(override)
+    elif re.fullmatch(r"[a-z_][a-z_0-9]*(\.[a-z_0-9]+)+", span.text) and span.text not in NOT_SETTINGS:
+        yield from _path_faults(span.text)
+    is_of_module = words[0] in ("make", "python") or span.page.startswith("benchmarks/")
+    yield from _option_faults(span.text, is_of_module=is_of_module)
+    yield from _choice_faults(span.text)
+
+
+def _command_faults(words: list[str]) -> Iterator[str]:
+    verb, *rest = words
+    if verb not in VERBS:
+        if not _PLACEHOLDER.search(verb):
+            yield f"no verb {verb}"
+        return
+    known = options_of(verb) | {"--help"}
+    yield from (f"align {verb} has no {word}" for word in rest if word.startswith("--") and word not in known)
+    for word in rest:
+        if _OVERRIDE.fullmatch(word) and word not in EXAMPLES:
+            yield from _override_faults(word)
+
+
+def _make_faults(text: str) -> Iterator[str]:
+    command = re.sub(r"\"[^\"]*\"|'[^']*'", "x", text).split()
+    try:
+        check_make(command)
+    except AssertionError as error:
+        yield str(error).partition("\n")[0]
+
+
+def _option_faults(text: str, *, is_of_module: bool) -> Iterator[str]:
+    known = all_options() | OF_OTHERS
+    known |= _module_options() if is_of_module or "ARGS=" in text else set()
+    for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", text):
+        if option not in known:
+            yield f"no program has {option}"
+
+
+@cache
+def _module_options() -> frozenset[str]:
+    """Options of the programs behind ``make bench``, ``prove`` and the like."""
+    programs = [*(ROOT / "benchmarks").rglob("*.py"), *(ROOT / "tests").glob("*/__main__.py")]
+    declared = (re.findall(r"add_argument\(\s*\"(--[\w-]+)\"", file.read_text("utf-8")) for file in programs)
+    axes = {f"--{axis}" for axis in MATRIX_AXES}  # which tests.matrix declares in a loop
+    return frozenset(axes.union(*declared))
+
+
+def _is_ours(text: str) -> bool:
+    """Whether the key is not one of another program, such as ``do_sample=True`` or ``advantage=grpo`` of a kind."""
+    key = _key(text)
+    return key in GROUPS or key == "profile" or bool(ending_in(key.partition("{")[0]))
+
+
+def _key(text: str) -> str:
+    return re.split(r"[=@]", text.lstrip("~"), maxsplit=1)[0]
+
+
+def _overrides(words: list[str]) -> list[str]:
+    return words if all("=" in word for word in words) else [" ".join(words)]
+
+
+def _override_faults(override: str) -> Iterator[str]:
+    """``KEY=VALUE`` composed on a recipe that has a stage of every kind; ``optim.lr=1`` may be of any kind."""
+    key, _, value = override.partition("=")
+    if key.partition("@")[0] in (*GROUPS, "profile"):
+        yield from _file_faults(key.partition("@")[0], value)
+        return
+    paths = [path for path in ending_in(_key(override)) if not path.startswith("sweep.")]
+    if not paths:
+        yield f"no setting {key}"
+    elif not _PLACEHOLDER.search(value) and "…" not in value:
+        path = next(path for path in (key, *paths) if path in defaults())
+        yield from _value_faults(f"{path}={value}", path)
+
+
+def _file_faults(group: str, value: str) -> Iterator[str]:
+    names = re.findall(r"[\w]+", value)
+    for name in names:
+        if not _PLACEHOLDER.fullmatch(name) and not (conf_folder() / group / f"{name}.yaml").is_file():
+            yield f"no {group} {name}"
+
+
+def _value_faults(override: str, path: str) -> Iterator[str]:
+    kind = path.split(".")[1] if path.startswith("stages.") else "sft"
+    other = [f"{BACKEND}=slurm"] if path.startswith("launch.backend.") else []
+    added = [] if kind in ("sft", "reward", "dpo", "ppo", "evaluate", "report") else [f"+stage@stages.{kind}={kind}"]
+    composition = compose("quickstart", [*other, *added, override])
+    _, wrong = convert(composition.tree, config_classes())
+    yield from (f"{fault.where}: {fault.message}" for fault in (*composition.faults, *wrong))
+
+
+def _path_faults(text: str) -> Iterator[str]:
+    names = text.split(".")
+    known = {name for path in defaults() for name in path.split(".")}
+    own = names[0] in kinds() and names[1] in known
+    if names[0] in known and names[-1] not in _FILES and not ending_in(text) and not own:
+        yield f"no setting {text}"
+
+
+def _choice_faults(text: str) -> Iterator[str]:
+    """``stage@stages.NAME: KIND``, as in ``defaults``."""
+    for choice in re.findall(r"stage@stages\.\w+: (\w+)", text):
+        if not (conf_folder() / "stage" / f"{choice}.yaml").is_file() and not _PLACEHOLDER.fullmatch(choice):
+            yield f"no choice {choice} of stage"
+
+

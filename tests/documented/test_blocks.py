@@ -1,0 +1,39 @@
+"""Every fenced block of README and docs: commands, recipes, rows, scripts and what is quoted of their output."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.documented.blocks import NEEDS, PAGES, Block, all_blocks, stray_comments
+from tests.documented.checks import CHECKS, Captured
+from tests.documented.conftest import Enter
+
+BLOCKS = all_blocks()
+NOT_EXECUTED = {
+    "docs/benchmark.md": {"network": 1},
+}
+"""How many blocks of each page are not executed, and why. A block that can be executed leaves this table, and none
+should come to it."""
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.id)
+def test_a_block_is_as_the_page_says(block: Block, enter: Enter, capsys: Captured) -> None:
+    assert block.language in CHECKS, f"nothing is known of the language {block.language!r}"
+    enter(block.page)
+    CHECKS[block.language](block, capsys)
+
+
+def test_no_more_blocks_are_left_unexecuted_than_before() -> None:
+    counts: dict[str, Counter[str]] = {}
+    for block in BLOCKS:
+        if block.needs:
+            counts.setdefault(block.page, Counter())[", ".join(block.needs)] += 1
+    assert counts == NOT_EXECUTED, "\n".join(f"{b.id}: {'; '.join(NEEDS[n] for n in b.needs)}" for b in BLOCKS if b.needs)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_comment_stands_before_what_it_is_about(page: Path) -> None:
+    assert stray_comments(page) == []
