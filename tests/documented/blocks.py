@@ -26,7 +26,6 @@ PAGES = sorted(
     {
         ROOT / "README.md",
         ROOT / "CONTRIBUTING.md",
-        ROOT / "alignment/stages/README.md",
         ROOT / "benchmarks/README.md",
         *(ROOT / "docs").glob("*.md"),
     }

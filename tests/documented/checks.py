@@ -23,6 +23,7 @@ from alignment.core.errors import ConfigError
 from alignment.pipeline.backends.feasibility import refuse_sizes
 from alignment.pipeline.plan.plan import make_plan
 from alignment.pipeline.sweeps.sweep_file import read_sweep
+from alignment.records.votes import read_votes
 from tests.documented.blocks import ROOT, Block
 from tests.documented.commands import Command, commands
 from tests.documented.quoted import same_output
@@ -137,12 +138,17 @@ def check_recipe(block: Block, _: Captured) -> None:
 
 def check_rows(block: Block, captured: Captured) -> None:
     """A JSON block: a row that ``align doctor`` finds no fault in."""
-    Path("row.jsonl").write_text(json.dumps(json.loads(block.text)), encoding="utf-8")
+    row = json.loads(block.text)
+    Path("row.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
     assert cli.main(["doctor", "row.jsonl"]) == 0, captured.readouterr().out
+    if "preferred" in row:
+        assert read_votes(Path("row.jsonl"))  # which checks the hash of a vote
 
 
 def check_script(block: Block, _: Captured) -> None:
-    """A Python block runs to its end."""
+    """A Python block runs to its end. A model that it loads is a tiny one."""
+    if "from_pretrained" in block.text:
+        tiny_model()
     Path("script.py").write_text(block.text, encoding="utf-8")
     runpy.run_path("script.py")
 

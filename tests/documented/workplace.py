@@ -17,11 +17,14 @@ from pyarrow import parquet
 from safetensors.numpy import save_file
 
 from alignment.core.artifacts import REWARD_MODEL, Manifest, publish
+from alignment.records.votes import pair_key
 from tests.documented.blocks import ROOT, Block, all_blocks
 
 SHIPPED = ROOT / "data"
 NUMBER = 600
 """Rows of the generated files; an example takes 500 of one."""
+LIKE_TINY = ("tiny", "policy", "draft")
+"""Names under which the reader has ``tiny_model``; before it is made, links to nothing."""
 CAPITALS = [("Norway", "Oslo", "Bergen"), ("Kenya", "Nairobi", "Mombasa"), ("Peru", "Lima", "Cusco")]
 
 
@@ -55,8 +58,7 @@ def build(folder: Path) -> Path:
         if block.page != "README.md" and "file" in block.comments:
             _save(block, folder)
     (vote,) = [block.text for block in all_blocks() if block.page == "docs/judging.md" and block.language == "json"]
-    votes = (json.loads(vote.replace("2 + 2?", f"2 + {n}?")) for n in range(NUMBER))
-    _write(folder / "runs/quickstart/evaluate/votes.jsonl", votes)
+    _write(folder / "runs/quickstart/evaluate/votes.jsonl", (_vote(json.loads(vote), n) for n in range(NUMBER)))
     (folder / "mine.yaml").write_text(first_recipe(), encoding="utf-8")
     with (folder / "score.py").open("a", encoding="utf-8") as file:
         file.write("\n\ndef keeps_to_it(prompts, completions, rows):\n    return [1.0] * len(rows)\n")
@@ -65,10 +67,10 @@ def build(folder: Path) -> Path:
 
 def for_page(folder: Path, page: str, into: Path) -> Path:
     """The same files in the folder ``into``, with those that blocks of this page are saved as in their places."""
-    for path in folder.iterdir():
+    for path in (path for path in folder.iterdir() if path.name not in LIKE_TINY):
         (into / path.name).symlink_to(path)
-    if not (into / "tiny").is_symlink():
-        (into / "tiny").symlink_to(folder / "tiny")
+    for name in LIKE_TINY:
+        (into / name).symlink_to(folder / "tiny")
     for block in all_blocks():
         if block.page == page and "file" in block.comments and "/" not in block.comments["file"]:
             (into / block.comments["file"]).unlink()
@@ -78,7 +80,7 @@ def for_page(folder: Path, page: str, into: Path) -> Path:
 
 def tiny_model() -> Path:
     """A tiny random model in the reader's folder, made at the first call; it takes the place of larger ones."""
-    folder = Path("tiny").absolute()
+    folder = Path(LIKE_TINY[0]).absolute()
     if not folder.exists():
         from tests.tiny import save_tiny_model  # torch takes seconds to import
 
@@ -102,6 +104,12 @@ def _save(block: Block, folder: Path) -> None:
 def _write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     file.parent.mkdir(exist_ok=True, parents=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _vote(row: dict[str, Any], number: int) -> dict[str, Any]:
+    """The vote of the page, on another prompt."""
+    messages = [{"role": "user", "content": f"2 + {number}?"}]
+    return {**row, "messages": messages, "pair": pair_key(messages, row["answers"])}
 
 
 def _transcripts(asked: str) -> dict[str, str]:

@@ -23,6 +23,7 @@ from tests.asked_policies import (
 from tests.documented.blocks import blocks
 from tests.documented.quoted import same_output
 from tests.served import ARMS, ServedRun, Serving, command, served_run, serving
+from tests.tiny import BASE_SOURCE
 
 ABSENT = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(ABSENT), reason=f"transformers serves with {', '.join(ABSENT)}, not installed")
@@ -68,8 +69,9 @@ def test_it_says_what_is_served_and_its_curl_works(served: Serving) -> None:
 def test_it_prints_what_the_documentation_quotes(served: Serving, run: ServedRun) -> None:
     page = Path(__file__).parents[2] / "docs/serving.md"
     (quoted,) = [block.text for block in blocks(page) if block.text.startswith("serving at ")]
-    printed = [line.replace(f"path:{run.base}", "bundled:smollm2-135m") for line in served.printed[1:]]
-    shown = "\n".join(line for line in printed if not line.startswith("  sft "))
+    shown = "\n".join(line for line in served.printed[1:] if not line.startswith("  sft "))
+    for base in (f"path:{run.base}", BASE_SOURCE):
+        shown = shown.replace(base, "bundled:smollm2-135m")
     assert same_output(quoted, shown, differs=True), shown
 
 
