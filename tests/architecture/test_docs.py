@@ -1,18 +1,14 @@
-"""The documentation: README is short, links lead somewhere, every page is in the index, commands exist."""
+"""The documentation: README is short, links lead somewhere, every page is in the index, targets of make exist.
+
+``tests/documented`` executes and checks what the pages show.
+"""
 
 from __future__ import annotations
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-
-from alignment.cli import parse
-from alignment.config.typed import typed
-from alignment.pipeline.plan import settings
-from alignment.pipeline.plan.compose import compose
-from alignment.stages.registry import config_classes
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -20,7 +16,6 @@ FOLDERS = ("alignment", "benchmarks", "conf", "data", "docs", "launch", "recipes
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 LINK = re.compile(r"\]\(([^()\s]+)\)")
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
-COMMAND = re.compile(r"^(?:\$ )?(align [a-z].*)$", re.MULTILINE)
 MOST_WORDS = 900
 
 
@@ -66,45 +61,3 @@ def test_every_make_target_exists() -> None:
         named = re.findall(r"`make ([a-z-]+)", FENCE.sub("", text))
         named += re.findall(r"^(?:\$ )?make ([a-z-]+)", "".join(FENCE.findall(text)), re.MULTILINE)
         assert set(named) <= targets, page.name
-
-
-COMMANDS = sorted({line for page in PAGES for line in re.findall(COMMAND, page.read_text(encoding="utf-8"))})
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_parses_and_its_settings_compose(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    options = parse(shlex.split(command, comments=True)[1:])
-    recipe = getattr(options, "recipe", None)
-    if recipe not in (None, "./mine.yaml") and options.overrides:  # recipes by themselves are composed elsewhere
-        composition = compose(recipe, options.overrides)
-        assert not composition.faults
-        typed(composition.tree, config_classes())
-
-
-def test_the_recipe_in_readme_and_docs_is_one(tmp_path: Path) -> None:
-    first, second = (
-        re.findall(r"```yaml\n(defaults:.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)[0]
-        for page in (ROOT / "README.md", DOCS / "recipes.md")
-    )
-    for text in (first, second):
-        (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
-        composition = compose(str(tmp_path / "mine.yaml"), [])
-        assert not composition.faults
-        assert list(typed(composition.tree, config_classes()).stages) == ["sft", "dpo"]
-
-
-RECIPES = [
-    (page, text)
-    for page in PAGES
-    for text in re.findall(r"```yaml\n(defaults:.*?)```", page.read_text("utf-8"), re.DOTALL)
-]
-
-
-@pytest.mark.parametrize(("page", "text"), RECIPES, ids=lambda value: value.name if isinstance(value, Path) else "")
-def test_a_recipe_in_the_docs_names_the_rows_of_its_stages(page: Path, text: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
-    composition = compose(str(tmp_path / "mine.yaml"), [])
-    assert not composition.faults
-    faults = settings.faults(typed(composition.tree, config_classes()))
-    assert not [fault for fault in faults if fault.where.endswith("data.source")], page.name

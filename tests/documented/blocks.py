@@ -34,7 +34,7 @@ PAGES = sorted(
 """The pages that say how things are. Design pages and the log say how they were decided, and are history."""
 
 NEEDS = {
-    "run": "results of a run; tests/e2e/test_documented_commands.py makes one and executes the block",
+    "run": "results of a run, or weights; tests/e2e/test_documented_commands.py has them and executes the block",
     "person": "somebody at the keyboard, or Ctrl-C",
     "model": "the weights of a model, and minutes",
     "network": "downloads",
@@ -75,6 +75,11 @@ class Block:
     def needs(self) -> list[str]:
         """Why it is not executed; empty if it is."""
         return [need.strip() for need in self.comments.get("needs", "").split(",") if need.strip()]
+
+    @property
+    def why(self) -> str:
+        """The same in words."""
+        return "; ".join(NEEDS[need] for need in self.needs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,8 +136,9 @@ def blocks(page: Path, text: str | None = None) -> list[Block]:
 
 
 def all_blocks() -> list[Block]:
-    """Those of all pages."""
-    return [block for page in PAGES for block in blocks(page)]
+    """Those of all pages, and the commands of design pages."""
+    of_design = [block for page in sorted((ROOT / "docs/design").glob("*.md")) for block in blocks(page)]
+    return [block for page in PAGES for block in blocks(page)] + [one for one in of_design if one.language == "bash"]
 
 
 def spans(page: Path) -> Iterator[Span]:

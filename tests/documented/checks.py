@@ -70,13 +70,17 @@ def check_align(block: Block, words: list[str]) -> None:
             _planned(arguments, only=arguments.stage)
         elif arguments.verb == "sweep":
             read_sweep(arguments.recipe, arguments.sweep, arguments.overrides)
-        elif arguments.verb == "plan" and (block.needs or arguments.cost or arguments.device != "this"):
+        elif arguments.verb == "plan" and (block.needs or _asks_for_costs(arguments)):
             _planned(arguments, only=None)  # tests/e2e/test_plan_cost.py has what it would cost
         elif arguments.verb in STARTS_NOTHING and not block.needs:
             model = [f"model.source=path:{tiny_model()}"] if arguments.verb == "preview" else []
             assert cli.main([*words, *model]) == 0, f"{block.id}: align {' '.join(words)}"
         else:
             assert block.needs, f"{block.id}: a test cannot call align {arguments.verb}; say what the block needs"
+
+
+def _asks_for_costs(arguments: argparse.Namespace) -> bool:
+    return bool(arguments.cost or arguments.trade) or arguments.device != "this"
 
 
 def _planned(arguments: argparse.Namespace, *, only: str | None) -> None:
@@ -101,11 +105,7 @@ def made_commands(words: list[str]) -> list[list[str]]:
     check_make(words)
     done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
     called = re.findall(r"^\S*/align (.*)$", done.stdout, re.MULTILINE)
-    return [_words(line) for line in called]
-
-
-def _words(line: str) -> list[str]:
-    return shlex.split(line)
+    return [shlex.split(line) for line in called]
 
 
 def check_make(words: list[str]) -> None:

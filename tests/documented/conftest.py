@@ -24,6 +24,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def enter(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Enter:
     """Changes to a folder with the files of a page; returns it. The worker of a preview runs in this process."""
     monkeypatch.setattr(processes, "call", _here)
+    monkeypatch.setenv("COLUMNS", "120")
 
     def change(page: str) -> Path:
         folder = tmp_path / "reader"

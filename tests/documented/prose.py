@@ -1,4 +1,5 @@
-"""What is wrong with a piece of code inside prose or a table: a verb, an option, a setting or a choice that is not there."""
+"""What is wrong with a piece of code inside prose or a table: it names a verb, an option, a setting or a choice that is
+not there."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ OF_OTHERS = {"--speculative-config", "--chat-template-kwargs", "--jinja"}
 NOT_SETTINGS = {"model.generate", "stage.sbatch"}
 EXAMPLES = {"launch/backend=ours", "stages.dpo.bta=0.3"}
 """A file that the reader writes, and a misspelling that a plan refuses."""
-_FILES = "md yaml json jsonl py html txt log svg png csv parquet".split()
+_FILES = ["md", "yaml", "json", "jsonl", "py", "html", "txt", "log", "svg", "png", "csv", "parquet"]
 _OVERRIDE = re.compile(r"~?([a-z][\w.]*|[a-z]+/[a-z]+)(@[\w.]+)?=(?!=)\S.*")
 _PLACEHOLDER = re.compile(r"[A-Z]{2,}")
 
@@ -140,5 +141,3 @@ def _choice_faults(text: str) -> Iterator[str]:
     for choice in re.findall(r"stage@stages\.\w+: (\w+)", text):
         if not (conf_folder() / "stage" / f"{choice}.yaml").is_file() and not _PLACEHOLDER.fullmatch(choice):
             yield f"no choice {choice} of stage"
-
-

@@ -1,6 +1,7 @@
 """Tables of settings, of the choices of a setting, and of options; a comment before each says whose they are::
 
     <!-- settings: stages.kto -->    a stage's, by its kind; `sweep` and `of a run` are the other two
+    <!-- settings: all of sweep -->  and the table has every one
     <!-- settings: align judge -->   options of a verb
 
 A first column headed by the name of a setting has that setting's choices. A default stands in a column ``default``, in
@@ -19,6 +20,7 @@ from tests.documented.options import options_of
 from tests.documented.setting_paths import choices, defaults, ending_in
 
 HEADS = ("setting", "setting of a stage", "key", "option")
+ALL = "all of "
 OF_A_RUN = "of a run"
 _CODE = re.compile(r"`([^`]+)`")
 _LITERAL = re.compile(r"`([^`]+)`|(-?[\d,]*\.?\d+)|(true|false|null|none|–)", re.IGNORECASE)
@@ -39,14 +41,23 @@ def faults(table: Table) -> Iterator[str]:
         yield from _option_faults(table, table.settings.removeprefix("align "))
     elif table.head[0] in HEADS or table.head[0].endswith(".`"):
         inner = table.head[0].strip("`") if table.head[0].endswith(".`") else ""
+        prefix = _prefix(table.settings.removeprefix(ALL)) + inner
         for row in table.rows:
-            yield from _row_faults(table, row, _prefix(table.settings) + inner)
+            yield from _row_faults(table, row, prefix)
+        if table.settings.startswith(ALL):
+            yield from _lacking(table, prefix)
     else:
         yield from _choice_faults(table, _prefix(table.settings) + table.head[0].strip("`"))
 
 
 def _prefix(settings: str) -> str:
     return "" if settings == OF_A_RUN else f"{settings}."
+
+
+def _lacking(table: Table, prefix: str) -> Iterator[str]:
+    below = {path.removeprefix(prefix) for path in defaults() if path.startswith(prefix)}
+    shown = {name for row in table.rows for name in _CODE.findall(row[0])}
+    yield from (f"the table lacks {prefix}{name}" for name in sorted(below - shown) if "." not in name)
 
 
 def _option_faults(table: Table, verb: str) -> Iterator[str]:

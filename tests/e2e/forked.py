@@ -74,7 +74,8 @@ def _serve() -> None:
 
 
 def _call(argv: Sequence[str]) -> int:
-    """In place of a program of the worker's side: this process is one of its own already."""
+    """In place of a program of the worker's side: this process is one of its own already. Nobody types into it."""
+    sys.stdin = open(os.devnull)  # noqa: SIM115  our own holds further command lines
     code: int = importlib.import_module(argv[2]).main(argv[3:])
     return code
 

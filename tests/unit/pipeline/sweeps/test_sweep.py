@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from alignment.config.store import conf_folder
-from alignment.config.sweep import SweepConfig
 from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.pipeline.sweeps import run as module
 from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs, go, own, trials
@@ -443,16 +441,6 @@ def test_a_name_that_cannot_be_a_runs_is_refused(runs: Runs, tmp_path: Path) -> 
     file.write_text(Path(own(runs, tmp_path)).read_text())
     with pytest.raises(ConfigError, match="'my betas' cannot name a sweep"):
         go(runs, str(file))
-
-
-def test_the_file_in_the_documentation_is_one(runs: Runs, tmp_path: Path) -> None:
-    text = (Path(__file__).parents[4] / "docs/sweeps.md").read_text(encoding="utf-8")
-    file = tmp_path / "mine.yaml"
-    file.write_text(text.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
-    told = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}"]
-    assert module.read_sweep("quickstart", str(file), told).number == 12
-    keys = {line.split("`")[1] for line in text.splitlines() if line.startswith("| `")}
-    assert keys == {field.name for field in fields(SweepConfig)}
 
 
 SHIPPED = sorted(path.stem for path in (conf_folder() / "sweep").glob("*.yaml"))
