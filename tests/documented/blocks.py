@@ -40,7 +40,6 @@ NEEDS = {
     "network": "downloads",
     "engine": "an environment with vLLM or llama.cpp",
     "program": "a program of others: ollama, llama-server, wandb, tensorboard",
-    "minutes": "the time of a whole test suite or of a benchmark",
 }
 """Why a block is not executed by the tests of this folder."""
 _KEYS = ("needs", "in", "on", "with", "file", "checked by", "settings")

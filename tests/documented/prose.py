@@ -6,6 +6,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from functools import cache
+from typing import Any
+
+import yaml
 
 from alignment.cli import VERBS
 from alignment.config.store import BACKEND, GROUPS, conf_folder
@@ -15,16 +18,20 @@ from alignment.stages.registry import config_classes, kinds
 from tests.documented.blocks import ROOT, Span
 from tests.documented.checks import check_make
 from tests.documented.options import all_options, options_of
-from tests.documented.setting_paths import defaults, ending_in
+from tests.documented.setting_paths import choices, defaults, ending_in
 
 MATRIX_AXES = ("stage", "adapter", "launcher")
 
 OF_OTHERS = {"--speculative-config", "--chat-template-kwargs", "--jinja"}
 """Options of vLLM and llama-server."""
 NOT_SETTINGS = {"model.generate", "stage.sbatch"}
+KEYS_OF_OTHERS = {"do_sample", "task", "dataset_path", "dataset_kwargs.revision", "metadata"}
+"""Settings of transformers, of lm-evaluation-harness and of dataclasses."""
 EXAMPLES = {"launch/backend=ours", "stages.dpo.bta=0.3"}
 """A file that the reader writes, and a misspelling that a plan refuses."""
 _FILES = ["md", "yaml", "json", "jsonl", "py", "html", "txt", "log", "svg", "png", "csv", "parquet"]
+_FREE = ("template_options", "columns", "placeholders")
+"""Settings below which a key is the reader's own."""
 _OVERRIDE = re.compile(r"~?([a-z][\w.]*|[a-z]+/[a-z]+)(@[\w.]+)?=(?!=)\S.*")
 _PLACEHOLDER = re.compile(r"[A-Z]{2,}")
 
@@ -36,11 +43,13 @@ def faults(span: Span) -> Iterator[str]:
         yield from _command_faults(words[1:])
     elif words[0] == "make" and len(words) > 1:
         yield from _make_faults(span.text)
-    elif _OVERRIDE.fullmatch(span.text) and span.text not in EXAMPLES and _is_ours(span.text):
+    elif _OVERRIDE.fullmatch(span.text) and span.text not in EXAMPLES:
         for override in _overrides(words):
             yield from _override_faults(override)
     elif re.fullmatch(r"[a-z_][a-z_0-9]*(\.[a-z_0-9]+)+", span.text) and span.text not in NOT_SETTINGS:
         yield from _path_faults(span.text)
+    elif re.match(r"[a-z_]+: \S", span.text):
+        yield from _setting_faults(span.text)
     is_of_module = words[0] in ("make", "python") or span.page.startswith("benchmarks/")
     yield from _option_faults(span.text, is_of_module=is_of_module)
     yield from _choice_faults(span.text)
@@ -84,14 +93,10 @@ def _module_options() -> frozenset[str]:
     return frozenset(axes.union(*declared))
 
 
-def _is_ours(text: str) -> bool:
-    """Whether the key is not one of another program, such as ``do_sample=True`` or ``advantage=grpo`` of a kind."""
-    key = _key(text)
-    return key in GROUPS or key == "profile" or bool(ending_in(key.partition("{")[0]))
-
-
 def _key(text: str) -> str:
-    return re.split(r"[=@]", text.lstrip("~"), maxsplit=1)[0]
+    """The setting of an override, without names that are the reader's own."""
+    key = re.split(r"[=@]", text.lstrip("~"), maxsplit=1)[0]
+    return re.sub(rf"\b({'|'.join(_FREE)})\..*", r"\1", key)
 
 
 def _overrides(words: list[str]) -> list[str]:
@@ -105,11 +110,11 @@ def _override_faults(override: str) -> Iterator[str]:
         yield from _file_faults(key.partition("@")[0], value)
         return
     paths = [path for path in ending_in(_key(override)) if not path.startswith("sweep.")]
-    if not paths:
+    if not paths and key not in KEYS_OF_OTHERS:
         yield f"no setting {key}"
-    elif not _PLACEHOLDER.search(value) and "…" not in value:
+    elif paths and not _PLACEHOLDER.search(value) and "…" not in value:
         path = next(path for path in (key, *paths) if path in defaults())
-        yield from _value_faults(f"{path}={value}", path)
+        yield from _value_faults(override if key.startswith(path) else f"{path}={value}", path)
 
 
 def _file_faults(group: str, value: str) -> Iterator[str]:
@@ -134,6 +139,29 @@ def _path_faults(text: str) -> Iterator[str]:
     own = names[0] in kinds() and names[1] in known
     if names[0] in known and names[-1] not in _FILES and not ending_in(text) and not own:
         yield f"no setting {text}"
+
+
+def _setting_faults(text: str) -> Iterator[str]:
+    """``KEY: VALUE`` as in a recipe, to any depth."""
+    try:
+        tree = yaml.safe_load(re.sub(r",? *…(?= *[}\]])", "", text))
+    except yaml.YAMLError:
+        return
+    for path, value in _leaves(tree, ""):
+        known = ending_in(path)
+        if not known and path not in KEYS_OF_OTHERS:
+            yield f"no setting {path}"
+        allowed = [choices().get(one, [value]) for one in known]
+        if known and not any(value in some for some in allowed) and not _PLACEHOLDER.search(str(value)):
+            yield f"{path} cannot be {value}"
+
+
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(tree, dict) and not path.endswith((*_FREE, "stages")):
+        for key, value in tree.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, tree
 
 
 def _choice_faults(text: str) -> Iterator[str]:

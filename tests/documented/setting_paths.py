@@ -46,6 +46,7 @@ def _is_enum(hint: Any) -> bool:
     return isinstance(hint, type) and issubclass(hint, Enum)
 
 
+@cache
 def ending_in(path: str) -> list[str]:
     """The full paths that are this path or end in it."""
     return [known for known in defaults() if known == path or known.endswith(f".{path}")]
