@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.documented.blocks import PAGES, Block, all_blocks, stray_comments
+from tests.documented.blocks import PAGES, Block, all_blocks, name_of, stray_comments
 from tests.documented.checks import CHECKS, Captured
 from tests.documented.conftest import Enter
 
@@ -40,6 +40,6 @@ def test_no_more_blocks_are_left_unexecuted_than_before() -> None:
     assert counts == NOT_EXECUTED, "\n".join(f"{block.id}: {block.why}" for block in BLOCKS if block.needs)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_comment_stands_before_what_it_is_about(page: Path) -> None:
     assert stray_comments(page) == []
