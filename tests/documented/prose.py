@@ -124,13 +124,14 @@ def _file_faults(group: str, value: str) -> Iterator[str]:
             yield f"no {group} {name}"
 
 
-def _value_faults(override: str, path: str) -> Iterator[str]:
+@cache
+def _value_faults(override: str, path: str) -> list[str]:
     kind = path.split(".")[1] if path.startswith("stages.") else "sft"
     other = [f"{BACKEND}=slurm"] if path.startswith("launch.backend.") else []
     added = [] if kind in ("sft", "reward", "dpo", "ppo", "evaluate", "report") else [f"+stage@stages.{kind}={kind}"]
     composition = compose("quickstart", [*other, *added, override])
     _, wrong = convert(composition.tree, config_classes())
-    yield from (f"{fault.where}: {fault.message}" for fault in (*composition.faults, *wrong))
+    return [f"{fault.where}: {fault.message}" for fault in (*composition.faults, *wrong)]
 
 
 def _path_faults(text: str) -> Iterator[str]:
