@@ -30,6 +30,7 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.core.errors import ConfigError, ModelError
 from alignment.core.files import write_text
 from alignment.models.assembly.prefix import prefix_of, put_prefix
+from alignment.models.kernels.dora_norms import start_at_norms
 from alignment.models.kernels.products import fuse_adapters
 
 OWN = "default"
@@ -67,13 +68,15 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
         task_type=task,
     )
     try:
-        return compute_in_base_dtype(get_peft_model(model, lora))
+        adapted = compute_in_base_dtype(get_peft_model(model, lora))
     except ValueError as error:
         raise ModelError(
             f"the adapter does not fit: {error}",
             where="adapter.target_modules",
             remedy="name linear modules of this model, or use ['all-linear']",
         ) from error
+    start_at_norms(adapted)
+    return adapted
 
 
 def train_on(model: PreTrainedModel, folder: Path, config: AdapterConfig, task: TaskType) -> PeftModel:

@@ -14,7 +14,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 
-from alignment.models.kernels.nf4 import frozen_weight
+from alignment.models.kernels.nf4 import Nf4Linear, frozen_weight
 
 _NORMS = "alignment_norms"
 
@@ -33,6 +33,18 @@ def reused_norms(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             vars(layer).pop(_NORMS, None)
+
+
+@torch.no_grad()
+def start_at_norms(model: nn.Module) -> None:
+    """Makes a new adapter's magnitudes the exact norms of the rows, so that it changes no output.
+
+    PEFT computes them in the dtype of the weights, and bfloat16 numbers differ from the norms by up to .4 %.
+    """
+    for layer in model.modules():
+        if type(layer) is LoraLinear and type(layer.get_base_layer()) in (nn.Linear, Nf4Linear):
+            for adapter, magnitude in layer.lora_magnitude_vector.items():
+                magnitude.weight.copy_(_norms(layer, adapter))
 
 
 def change_of_magnitude(layer: LoraLinear, adapter: str) -> Tensor | None:

@@ -13,6 +13,8 @@ from peft import LoraConfig, TaskType, get_peft_model
 from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.models.assembly.adapters import add_adapter
 from alignment.models.forward.generate import generate
 from alignment.models.kernels import dora_norms
 from alignment.models.kernels.dora_norms import reused_norms
@@ -101,6 +103,16 @@ def test_magnitudes_that_are_learned_count_in_bfloat16() -> None:
             lengths.append(layer(states).double().norm(dim=0))
     expected = torch.full_like(lengths[0], 1.025 / 1.02)
     torch.testing.assert_close(lengths[1] / lengths[0], expected, atol=1e-3, rtol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_adapter_changes_nothing(dtype: torch.dtype) -> None:
+    """PEFT rounds the first magnitudes to the dtype of the weights."""
+    base = tiny_model("qwen2", attention_bias=True).to(dtype)
+    with torch.no_grad():
+        expected = base(input_ids=PASSES[0]).logits
+        model = add_adapter(base, AdapterConfig(kind=AdapterKind.dora, rank=4), TaskType.CAUSAL_LM).eval()
+        assert torch.equal(model(input_ids=PASSES[0]).logits, expected)
 
 
 def test_each_norm_is_computed_once_in_a_block(computed: list[Any]) -> None:
