@@ -41,10 +41,11 @@ def start_at_norms(model: nn.Module) -> None:
 
     PEFT computes them in the dtype of the weights, and bfloat16 numbers differ from the norms by up to .4 %.
     """
-    for layer in model.modules():
-        if type(layer) is LoraLinear and type(layer.get_base_layer()) in (nn.Linear, Nf4Linear):
-            for adapter, magnitude in layer.lora_magnitude_vector.items():
-                magnitude.weight.copy_(_norms(layer, adapter))
+    layers: list[LoraLinear] = [module for module in model.modules() if type(module) is LoraLinear]
+    for layer in layers:
+        if type(layer.get_base_layer()) in (nn.Linear, Nf4Linear):
+            for adapter in list(layer.lora_magnitude_vector):
+                layer.lora_magnitude_vector[adapter].weight.copy_(_norms(layer, adapter))
 
 
 def change_of_magnitude(layer: LoraLinear, adapter: str) -> Tensor | None:
