@@ -18,6 +18,11 @@ def is_name(value: str) -> bool:
     return _NAME.fullmatch(value) is not None
 
 
+def is_url(value: str) -> bool:
+    """Whether ``value`` is empty or the address of a server, without a user, a password or a key in it."""
+    return re.fullmatch(r"(https?://[^\s/@?#]+(/[^\s@?#]*)?)?", value) is not None
+
+
 def _compiles(pattern: str) -> bool:
     try:
         re.compile(pattern)
@@ -73,8 +78,14 @@ SLURM_MEMORY = Rule(
 TAGS = Rule(lambda value: all(0 < len(tag) <= 64 for tag in value), "tags of 1 to 64 characters")
 PART = Rule(lambda value: 0 < value <= 1, "above 0 and at most 1")
 URL = Rule(
-    lambda value: re.fullmatch(r"(https?://[^\s/@?#]+(/[^\s@?#]*)?)?", value) is not None,
+    is_url,
     "http://HOST:PORT/PATH or https://…, without a key or a password in it (api_key_env names a variable)",
+    secret=True,
+)
+TRACKING_URL = Rule(
+    is_url,
+    "http://HOST:PORT/PATH or https://…, without a user or a password in it (MLFLOW_TRACKING_USERNAME and "
+    "MLFLOW_TRACKING_PASSWORD hold them)",
     secret=True,
 )
 VARIABLE = Rule(

@@ -19,7 +19,7 @@ class MetricsLog:
 
     def append(self, step: int, metrics: dict[str, Any]) -> None:
         """Writes one step; non-finite numbers are written as they are (``NaN``), to be visible."""
-        line = json.dumps({"step": step, **{key: _number(value) for key, value in metrics.items()}})
+        line = json.dumps({"step": step, **{key: rounded(value) for key, value in metrics.items()}})
         with naming(self._path), self._path.open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
@@ -77,7 +77,8 @@ def _step_of(line: str) -> float:
         return float("inf")
 
 
-def _number(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """A value as the file has it: numbers with six significant digits."""
     if isinstance(value, dict):
-        return {key: _number(held) for key, held in value.items()}
+        return {key: rounded(item) for key, item in value.items()}
     return float(f"{value:.6g}") if isinstance(value, float) else value

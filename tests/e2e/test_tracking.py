@@ -16,7 +16,7 @@ import yaml
 from alignment.core.artifacts import verify
 from alignment.core.resources import shipped
 from alignment.stages.stage_file import read_spec
-from alignment.training.trackers.wandb import stable_id
+from alignment.training.trackers.tracker import stable_id
 from alignment.training.trackers.wandb_log import records
 from tests.e2e.conftest import Align
 
@@ -27,6 +27,8 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": f"aws{CANARY}",
     "OPENAI_API_KEY": f"sk-{CANARY}",
     "GIT_ASKPASS_TOKEN": CANARY,
+    "MLFLOW_TRACKING_PASSWORD": CANARY,
+    "TRACKIO_WRITE_TOKEN": CANARY,
 }
 AGENT = {"WANDB_SWEEP_ID": "5weep", "WANDB_RUN_ID": "tr1al", "WANDB_PROJECT": "alignment"}
 OTHERS = ("sft", "reward", "ppo", "report")

@@ -31,6 +31,7 @@ from tests.mutations import (
     sharded_loading,
     stages,
     templates,
+    tracking,
     training,
     validation,
 )
@@ -38,6 +39,7 @@ from tests.mutations.mutation import Mutation
 
 MUTATIONS: list[Mutation] = [
     *training.MUTATIONS,
+    *tracking.MUTATIONS,
     *ppo.MUTATIONS,
     *ppo_step.MUTATIONS,
     *attention.MUTATIONS,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 
 from alignment.config.adapter import CONTINUE, PREFIX_SHAPE, SHAPE, AdapterConfig, AdapterKind, Chain
@@ -16,14 +15,13 @@ from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import Moments
 from alignment.config.run import RunConfig
 from alignment.config.stage import TrainedConfig
-from alignment.config.tracking import TrackingConfig
 from alignment.config.validation import ValidationConfig
 from alignment.core.errors import DataError
 from alignment.data.chat_template import CHATML, template_text
 from alignment.data.formats import COLUMNS, FORMATS
 from alignment.data.template_options import name_faults, own_template, value_faults
 from alignment.pipeline.backends import slurm
-from alignment.pipeline.plan import made_rows, scorer_checks, validation_checks
+from alignment.pipeline.plan import made_rows, scorer_checks, tracking_checks, validation_checks
 from alignment.stages.registry import as_trained, kind_of
 
 _NO_ROWS = (
@@ -35,7 +33,7 @@ _NO_ROWS = (
 def faults(config: RunConfig) -> list[Fault]:
     """Faults in a run's template, Slurm jobs, trackers, adapters and data, and those that its stages report."""
     every_fault: list[Fault] = [*_template_faults(config.model), *_slurm_faults(config.launch)]
-    every_fault += _tracking_faults(config.tracking)
+    every_fault += tracking_checks.faults(config.tracking)
     for name, stage in config.stages.items():
         where, kind, trained = f"stages.{name}", kind_of(stage), as_trained(stage)
         if trained is not None:
@@ -105,26 +103,6 @@ def _slurm_faults(launch: LaunchConfig) -> Iterator[Fault]:
             "set this"
         )
         yield Fault(where="launch.backend.gpus", message=message)
-
-
-def _tracking_faults(tracking: TrackingConfig) -> Iterator[Fault]:
-    """Missing packages, which a stage would notice hours later. Looks for the installed distribution, because a folder
-    called wandb would pass for the module."""
-    for name, wanted, versions in (
-        ("wandb", tracking.wandb, ">=0.31,<0.32"),
-        ("tensorboard", tracking.tensorboard, ">=2.20,<3"),
-    ):
-        if wanted and not _is_installed(name):
-            message = f"{name} is not installed; pip install '{name}{versions}', or leave it out"
-            yield Fault(where=f"tracking.{name}", message=message)
-
-
-def _is_installed(package: str) -> bool:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _seconds(time: str) -> int:

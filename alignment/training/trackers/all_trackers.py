@@ -6,14 +6,20 @@ A tracker never stops a training: its first fault is reported once, and the stag
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignment.config.tracking import LABELS
 from alignment.core.artifacts import Manifest
 from alignment.job import StageSpec
+from alignment.training.trackers.curve_names import curves
+from alignment.training.trackers.mlflow import mlflow_sender
 from alignment.training.trackers.tensorboard import TensorBoardTracker
-from alignment.training.trackers.tracker import Tracker, columns_and_rows
+from alignment.training.trackers.tracked_tables import TableFiles
+from alignment.training.trackers.tracker import Row, Tracker, columns_and_rows
+from alignment.training.trackers.trackio import TrackioTracker
 from alignment.training.trackers.wandb import WandbTracker
 
 log = logging.getLogger(__name__)
@@ -28,28 +34,43 @@ class Trackers:
     def __init__(self) -> None:
         self.faults: list[str] = []
         self._open: dict[str, Tracker] = {}
+        self._run = ""
 
     def start(self, spec: StageSpec) -> None:
         """Opens the trackers that the user asked for."""
-        wanted: dict[str, tuple[bool, Callable[[StageSpec], Tracker]]] = {
-            "Weights & Biases": (spec.tracking.wandb, WandbTracker),
-            "TensorBoard": (spec.tracking.tensorboard, TensorBoardTracker),
+        self._run = spec.run
+        tracking = spec.tracking
+        wanted: dict[str, tuple[bool, Callable[[], Tracker]]] = {
+            "wandb": (tracking.wandb, lambda: WandbTracker(spec, self._warn)),
+            "tensorboard": (tracking.tensorboard, lambda: TensorBoardTracker(spec)),
+            "mlflow": (tracking.mlflow, lambda: mlflow_sender(spec)),
+            "trackio": (tracking.trackio, lambda: TrackioTracker(spec)),
         }
-        for name, (asked, tracker) in wanted.items():
-            if asked:
-                try:
-                    self._open[name] = tracker(spec)
-                except Exception as error:  # noqa: BLE001 - a tracker raises whatever its transport raises
-                    self._give_up(name, error)
+        asked = {LABELS[name]: make for name, (is_asked, make) in wanted.items() if is_asked}
+        for label, make in asked.items():
+            try:
+                self._open[label] = make()
+            except Exception as error:  # noqa: BLE001 - a tracker raises whatever its transport raises
+                self._give_up(label, error)
+        if asked:
+            self._open["the copy of tables"] = TableFiles(spec)
 
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Sends one step."""
-        self._each(lambda tracker: tracker.log(step, metrics))
+        self.catch_up([{**metrics, "step": step}])
 
     def catch_up(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Sends the steps that a resumed stage already has, because a killed attempt may not have sent all of them."""
-        for row in rows:
-            self.log(row["step"], {name: value for name, value in row.items() if name != "step"})
+        """Sends steps as ``metrics.jsonl`` has them.
+
+        A resumed stage sends those that it already has, because a killed attempt may not have sent all of them.
+        """
+        now = time.time()
+        steps = [
+            Row(step=row["step"], curves=curves({key: row[key] for key in row if key != "step"}), time=now)
+            for row in rows
+        ]
+        if steps:
+            self._each(lambda tracker: tracker.log(steps))
 
     def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Sends rows as a table, if there are any."""
@@ -66,14 +87,19 @@ class Trackers:
         self._each(lambda tracker: tracker.close(done=done))
 
     def _each(self, action: Callable[[Tracker], None]) -> None:
-        for name, tracker in list(self._open.items()):
+        for label, tracker in list(self._open.items()):
             try:
                 action(tracker)
             except Exception as error:  # noqa: BLE001 - a tracker raises whatever its transport raises
-                self._give_up(name, error)
+                self._give_up(label, error)
 
-    def _give_up(self, name: str, error: Exception) -> None:
-        self._open.pop(name, None)
+    def _give_up(self, label: str, error: Exception) -> None:
+        self._open.pop(label, None)
         why = " ".join(str(error).split()) or type(error).__name__
-        self.faults.append(f"{name} failed and is no longer used in this stage: {why}")
-        log.warning("%s", self.faults[-1])
+        names = [name for name in LABELS if LABELS[name] == label]
+        later = "".join(f"; to send the rest later: align track {self._run} --to {name}" for name in names)
+        self._warn(f"{label} failed and is no longer used in this stage: {why}{later}")
+
+    def _warn(self, message: str) -> None:
+        self.faults.append(message)
+        log.warning("%s", message)

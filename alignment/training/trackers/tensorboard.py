@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,8 @@ import yaml
 
 from alignment.core.artifacts import Manifest
 from alignment.job import StageSpec
-from alignment.training.trackers.tracker import Cell, Tracker, settings
+from alignment.training.trackers.curve_names import RESULT, curve_name
+from alignment.training.trackers.tracker import Cell, Row, Tracker, settings
 
 
 class TensorBoardTracker(Tracker):
@@ -22,14 +23,15 @@ class TensorBoardTracker(Tracker):
         self._writer: Any = None
         self._step = 0
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Writes and flushes a step, so that a killed process loses no step before its checkpoint."""
-        writer = self._opened(step)
-        self._step = step
-        for name, value in metrics.items():
-            if isinstance(value, (int, float)):
-                writer.add_scalar(name, value, step)
-        writer.flush()
+    def log(self, rows: Sequence[Row]) -> None:
+        """Writes and flushes steps, so that a killed process loses no step before its checkpoint."""
+        for row in rows:
+            writer = self._opened(row.step)
+            self._step = row.step
+            for name, value in row.curves.items():
+                writer.add_scalar(name, value, row.step, walltime=row.time)
+        if self._writer is not None:
+            self._writer.flush()
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
         """Writes a table as Markdown, which TensorBoard renders."""
@@ -40,7 +42,7 @@ class TensorBoardTracker(Tracker):
     def result(self, manifest: Manifest, folder: Path) -> None:
         """Writes the headline metrics, under ``result/``, and the fingerprints of the inputs."""
         for name, value in manifest.metrics.items():
-            self._opened(0).add_scalar(f"result/{name}", value, self._step)
+            self._opened(0).add_scalar(RESULT + curve_name(name), value, self._step)
         lineage = {"artifact": folder.name, "fingerprint": manifest.fingerprint, "inputs": manifest.inputs}
         self._opened(0).add_text("lineage", _block(lineage), self._step)
 

@@ -2,27 +2,44 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignment.config.launch import Sharding
 from alignment.config.typed import to_plain
-from alignment.core.artifacts import Manifest
+from alignment.core.artifacts import Manifest, write_json
 from alignment.core.versions import versions
 from alignment.job import StageSpec
 
 Cell = str | int | float | bool | None
+TOKEN = "tracking-token.json"
+"""A file in the stage's folder of the run, outside of all that a tracker writes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One step: its curves by name (curve_names.py), and when it was logged, in seconds since 1970.
+
+    ``Row(step=3, curves={"loss": 0.5, "seconds": 1.25}, time=1.8e9)``
+    """
+
+    step: int
+    curves: Mapping[str, float]
+    time: float
 
 
 class Tracker(ABC):
     """Follows one stage. Any method may raise; the caller then continues without this tracker."""
 
     @abstractmethod
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Sends one step. Steps that an earlier attempt sent may come again, always from some step onwards."""
+    def log(self, rows: Sequence[Row]) -> None:
+        """Sends steps in their order. It skips those that the tracker already has from an earlier attempt."""
 
     @abstractmethod
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
@@ -35,6 +52,18 @@ class Tracker(ABC):
     @abstractmethod
     def close(self, *, done: bool) -> None:
         """Flushes what was sent; ``done`` is True if the stage has finished."""
+
+
+def stable_id(spec: StageSpec) -> str:
+    """The id of a stage in every tracker, which stays the same when the stage is resumed in its folder.
+
+    A token that is drawn once and stored there distinguishes it from the same stage of other users of the project.
+    """
+    token = spec.run_folder / TOKEN
+    if not token.exists():
+        write_json(token, secrets.token_hex(16))
+    identity = f"{token.read_text(encoding='utf-8')}/{spec.run}/{spec.stage}/{spec.fingerprint}"
+    return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 def settings(spec: StageSpec) -> dict[str, Any]:
@@ -62,12 +91,17 @@ def tags(spec: StageSpec) -> list[str]:
 
 def columns_and_rows(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Cell]]]:
     """Rows as a table: nested values get their own columns (``reward/mean``), lists become JSON."""
-    flat = [_flat(row) for row in rows]
+    flat = [flattened(row) for row in rows]
     columns = list(dict.fromkeys(name for row in flat for name in row))
     return columns, [[row.get(name) for name in columns] for row in flat]
 
 
-def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Cell]:
+def flattened(values: Mapping[str, Any]) -> dict[str, Cell]:
+    """Nested values under joined names (``adapter/rank``), and lists as JSON."""
+    return _flat(values, "")
+
+
+def _flat(row: Mapping[str, Any], prefix: str) -> dict[str, Cell]:
     cells: dict[str, Cell] = {}
     for name, value in row.items():
         if isinstance(value, Mapping):

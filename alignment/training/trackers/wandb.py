@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.core.artifacts import EVALUATION, MANIFEST, Manifest, folder_name, read_manifest, write_json
+from alignment.core.artifacts import EVALUATION, MANIFEST, Manifest, folder_name, read_manifest
 from alignment.job import StageSpec
-from alignment.training.trackers.tracker import Cell, Tracker, settings, tags
-from alignment.training.trackers.wandb_log import last_step
-
-TOKEN = "wandb-token.json"
-"""A file beside the stage's ``wandb`` folder, which may be deleted once it is synced."""
+from alignment.training.trackers.curve_names import curve_name
+from alignment.training.trackers.tracker import Cell, Row, Tracker, settings, stable_id, tags
+from alignment.training.trackers.wandb_log import logged
 
 _PATIENCE = {"init_timeout": 30.0, "finish_timeout": 60.0, "finish_timeout_raises": True}
 """Seconds that a stage waits for a server; what was not sent by then stays in its folder for ``wandb sync``."""
@@ -36,46 +32,70 @@ _AGENTS = ("WANDB_SWEEP_ID", "WANDB_RUN_ID", "WANDB_SWEEP_PARAM_PATH")
 
 
 class WandbTracker(Tracker):
-    """One W&B run, online if the user is logged in, offline otherwise."""
+    """One W&B run, online if the user is logged in, offline otherwise and if the server does not answer.
 
-    def __init__(self, spec: StageSpec) -> None:
+    ``warn`` takes a message for the user.
+    """
+
+    def __init__(self, spec: StageSpec, warn: Callable[[str], None]) -> None:
         folder = _own_folder(spec)
-        belongs = _belonging(spec)
         import wandb  # reads the environment
 
         self._wandb = wandb
-        self._run = wandb.init(
-            **belongs,
-            group=spec.tracking.group or spec.run,
-            job_type=spec.config.kind,
-            name=f"{spec.run}/{spec.stage}",
-            tags=tags(spec),
-            resume="allow",
-            mode=_mode(),
-            dir=str(spec.run_folder),
-            config=settings(spec),
-            settings=wandb.Settings(**_PATIENCE, **_QUIET),
-        )
+        self._run = self._begun(spec, warn)
         self._run.define_metric("*", step_metric="step")
-        # The server knows the last step; offline it is in the files.
-        self._step = last_step(folder, self._run.id) if self._run.offline else self._run.step - 1
+        # The server knows what it has; offline it is in the files.
+        self._step: int
+        self._known: set[str]
+        if self._run.offline:
+            self._step, self._known = logged(folder, self._run.id)
+        else:
+            self._step, self._known = self._run.step - 1, set(self._run.summary.keys())
         self._declare_inputs(spec)
 
-    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Sends one step. Steps that W&B already has are skipped; their values are the same, on a GPU up to
-        rounding."""
-        if step > self._step:
-            self._run.log({**metrics, "step": step}, step=step)
-            self._step = step
+    def _begun(self, spec: StageSpec, warn: Callable[[str], None]) -> Any:
+        arguments = {
+            **_belonging(spec),
+            "group": spec.tracking.group or spec.run,
+            "job_type": spec.config.kind,
+            "name": f"{spec.run}/{spec.stage}",
+            "tags": tags(spec),
+            "resume": "allow",
+            "dir": str(spec.run_folder),
+            "config": settings(spec),
+            "settings": self._wandb.Settings(**_PATIENCE, **_QUIET),
+        }
+        mode = _mode()
+        try:
+            return self._wandb.init(**arguments, mode=mode)
+        except self._wandb.errors.CommError as error:
+            if mode != "online":
+                raise
+            why = " ".join(str(error).split())
+            warn(
+                f"Weights & Biases did not begin a run online, so this stage is tracked offline ({why}); send it later "
+                f"with: wandb sync {spec.run_folder}/wandb/offline-run-*"
+            )
+            self._wandb.teardown()  # its process still holds the id
+            return self._wandb.init(**arguments, mode="offline")
+
+    def log(self, rows: Sequence[Row]) -> None:
+        """Sends steps. Those that W&B already has are skipped; their values are the same, on a GPU up to rounding."""
+        for row in rows:
+            if row.step > self._step:
+                self._run.log({**row.curves, "step": row.step}, step=row.step)
+                self._step = row.step
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
-        """Sends a table after the last step, as a W&B step without metrics."""
-        self._step += 1
-        self._run.log({name: self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])}, self._step)
+        """Sends a table after the last step, as a W&B step without metrics, unless an earlier attempt did."""
+        if name not in self._known:
+            self._step += 1
+            content = self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])
+            self._run.log({name: content}, self._step)
 
     def result(self, manifest: Manifest, folder: Path) -> None:
         """Sends the headline metrics as the run's summary, and the manifest, never weights, as an artifact."""
-        self._run.summary.update(manifest.metrics)
+        self._run.summary.update({curve_name(name): value for name, value in manifest.metrics.items()})
         self._run.log_artifact(self._artifact(manifest, folder))
 
     def close(self, *, done: bool) -> None:
@@ -107,18 +127,6 @@ class WandbTracker(Tracker):
         )
         artifact.add_file(str(folder / MANIFEST), policy="immutable", skip_cache=True)
         return artifact
-
-
-def stable_id(spec: StageSpec) -> str:
-    """The W&B run id of a stage, which stays the same when the stage is resumed in its folder.
-
-    A token that is drawn once and stored there distinguishes it from the same stage of other users of the project.
-    """
-    token = spec.run_folder / TOKEN
-    if not token.exists():
-        write_json(token, secrets.token_hex(16))
-    identity = f"{token.read_text(encoding='utf-8')}/{spec.run}/{spec.stage}/{spec.fingerprint}"
-    return hashlib.sha256(identity.encode()).hexdigest()[:16]
 
 
 def _own_folder(spec: StageSpec) -> Path:

@@ -37,8 +37,12 @@ def records(file: Path) -> Iterator[Any]:
         offset += _CHUNK + length
 
 
-def last_step(folder: Path, run_id: str) -> int:
-    """The last step of a run in the files below ``folder``, or 0 if there is none."""
-    files = folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb")
-    steps = (record.history.step.num for file in files for record in records(file) if record.HasField("history"))
-    return max(steps, default=0)
+def logged(folder: Path, run_id: str) -> tuple[int, set[str]]:
+    """The last step of a run in the files below ``folder``, or 0 if there is none, and the names that it has."""
+    step, names = 0, set()
+    for file in folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"):
+        for record in records(file):
+            if record.HasField("history"):
+                step = max(step, record.history.step.num)
+                names |= {item.nested_key[0] if item.nested_key else item.key for item in record.history.item}
+    return step, names

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 
 from alignment.core.errors import ConfigError
-from alignment.pipeline.plan import settings
 from tests.unit.pipeline.conftest import MakePlan
 
 DPO = "stages.dpo.adapter"
-PROJECT = Path(__file__).parents[3] / "pyproject.toml"
 
 
 @pytest.mark.parametrize(
@@ -57,23 +54,6 @@ def test_a_job_that_would_fail_after_it_has_waited_is_refused(plan: MakePlan, to
     with pytest.raises(ConfigError, match=words):
         plan("launch/backend=slurm", *told)
     plan("launch/backend=slurm", *told, "launch.backend.submit=false")  # as in the job, whose limits count no more
-
-
-def test_a_tracker_that_is_not_installed_is_refused_with_the_command_that_installs_it(
-    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(settings.metadata, "version", _nothing_is_installed)
-    plan()
-    with pytest.raises(ConfigError) as caught:
-        plan("tracking=[wandb,tensorboard]")
-    for name, package in (("wandb", "wandb>=0.31,<0.32"), ("tensorboard", "tensorboard>=2.20,<3")):
-        told = f"tracking.{name}: {name} is not installed; pip install '{package}', or leave it out"
-        assert told in str(caught.value)
-        assert f'{name} = ["{package}"]' in PROJECT.read_text(encoding="utf-8"), "as the extra has it"
-
-
-def _nothing_is_installed(package: str) -> str:
-    raise PackageNotFoundError(package)
 
 
 def test_a_column_that_no_format_has_is_named_with_the_nearest(plan: MakePlan, tmp_path: Path) -> None:

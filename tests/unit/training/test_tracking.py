@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
+import socket
+import sqlite3
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +28,27 @@ from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.registry import config_classes
 from alignment.stages.sft.config import SftConfig
 from alignment.training.context import StageContext
+from alignment.training.trackers import wandb as wandb_tracker
 from alignment.training.trackers.all_trackers import Trackers
-from alignment.training.trackers.tracker import Tracker, columns_and_rows, settings, tags
-from alignment.training.trackers.wandb import TOKEN, _mode, stable_id
+from alignment.training.trackers.curve_names import curves
+from alignment.training.trackers.tracker import (
+    TOKEN,
+    Row,
+    Tracker,
+    columns_and_rows,
+    settings,
+    stable_id,
+    tags,
+)
+from alignment.training.trackers.wandb import _mode
 from alignment.training.trackers.wandb_log import records
+from tests.in_child import in_child
 from tests.tiny import tiny_spec
-from tests.unit.training.tracked import STEPS, TRACKING, context_in, train_line
+from tests.unit.training.read_back import curves_of, run_twice
+from tests.unit.training.tracked import STEPS, TRACKING, context_in, tracking, train_line
 
 STAGES = config_classes()
 
-ROOT = Path(__file__).parents[3]
 AGENT = {"WANDB_SWEEP_ID": "5weep", "WANDB_RUN_ID": "tr1al", "WANDB_PROJECT": "tests", "WANDB_ENTITY": "us"}
 
 
@@ -49,6 +63,13 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     wandb.teardown()
     yield
     wandb.teardown()
+
+
+def unused_port() -> int:
+    """A port on which nobody listens."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def history(folder: Path) -> list[dict[str, Any]]:
@@ -86,8 +107,8 @@ class _Fake(Tracker):
         if self._broken:
             raise ConnectionError("no route to host")
 
-    def log(self, step: int, figures: Mapping[str, Any]) -> None:
-        self._note(f"step {step}")
+    def log(self, rows: Sequence[Row]) -> None:
+        self._note("steps " + " ".join(str(row.step) for row in rows))
 
     def table(self, *_: Any) -> None:
         self._note("table")
@@ -103,12 +124,12 @@ def test_a_tracker_that_fails_is_said_once_and_the_others_go_on(caplog: pytest.L
     trackers, broken, sound = Trackers(), _Fake(broken=True), _Fake()
     trackers._open = {"Broken": broken, "Sound": sound}
     with caplog.at_level(logging.WARNING):
-        trackers.catch_up([{"step": 1, "loss": 2.0}])
-        trackers.log(2, {"loss": 1.0})
+        trackers.catch_up([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}])
+        trackers.log(3, {"loss": 1.0})
         trackers.table("nothing", [])
         trackers.close(done=True)
-    assert broken.told == ["step 1"]
-    assert sound.told == ["step 1", "step 2", "closed, done=True"]
+    assert broken.told == ["steps 1 2"]
+    assert sound.told == ["steps 1 2", "steps 3", "closed, done=True"]
     assert [record.getMessage() for record in caplog.records] == trackers.faults
     assert trackers.faults == ["Broken failed and is no longer used in this stage: no route to host"]
 
@@ -154,6 +175,28 @@ def test_settings_are_the_stage_s_and_what_stands_beside_hides_none(tmp_path: Pa
     assert told["fingerprint"] == "0123abcd" * 8
 
 
+def test_a_curve_has_one_name_in_all_trackers_whatever_one_of_them_reserves_or_refuses() -> None:
+    metrics = {
+        "loss": 0.12345678,
+        "step_time": 1,
+        "time": 2.0,
+        "run": 3.5,
+        "_runtime": 3.0,
+        "hit@1": 4.0,
+        "note": "text",
+    }
+    assert curves({**metrics, "kl": {"mean": 5.0, "of": {"policy": 6}}, "none": None}) == {
+        "loss": 0.123457,
+        "step_time": 1.0,
+        "metric/time": 2.0,
+        "metric/run": 3.5,
+        "metric/_runtime": 3.0,
+        "hit_x40_1": 4.0,
+        "kl/mean": 5.0,
+        "kl/of/policy": 6.0,
+    }
+
+
 # ---- in the way of a training ---------------------------------------------------------------------------------------
 
 
@@ -175,31 +218,20 @@ def test_with_folders_that_cannot_be_written_training_goes_on_and_says_so_once(
         assert str(context.spec.run_folder / name) in line
 
 
-def test_a_stage_killed_twice_is_one_run_in_which_every_step_stands_once(tmp_path: Path) -> None:
-    pytest.importorskip("wandb")
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.training.tracked", str(tmp_path)],
-        env=variables | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    spec = context_in(tmp_path).spec
-    folder = spec.run_folder / "wandb"
-    assert {file.stem for file in folder.rglob("*.wandb")} == {f"run-{stable_id(spec)}"}
-    assert len(list(folder.rglob("*.wandb"))) == 3
-    rows = [json.loads(line) for line in (spec.work / "content" / "metrics.jsonl").read_text().splitlines()]
-    steps = list(range(1, STEPS + 1))
-    for found in (history(folder), rows):
-        assert [line["step"] for line in found] == steps
-    assert [line["loss"] for line in history(folder)] == pytest.approx([row["loss"] for row in rows], rel=1e-5)
-    assert scalars(spec.run_folder / "tensorboard", "loss") == [
-        (row["step"], pytest.approx(row["loss"], rel=1e-5)) for row in rows
-    ]
+def test_a_stage_killed_twice_has_the_curves_of_one_that_was_not_in_every_tracker(tmp_path: Path) -> None:
+    """Trackers on this machine; tests/trackers does the same with MLflow's server."""
+    trackers = [name for name in ("wandb", "tensorboard", "trackio") if find_spec(name) is not None]
+    expected, steps_of = run_twice(tmp_path, trackers), list(range(1, STEPS + 1))
+    spec = context_in(tmp_path / "killed", tracking=tracking(trackers)).spec
+    for name in trackers:
+        stored = curves_of(name, spec)
+        assert {point: len(values) for point, values in stored.items()} == dict.fromkeys(expected, 1), name
+        assert {step for _, step in stored} == set(steps_of)
+        for (key, step), (value,) in stored.items():
+            if key != "seconds":  # no two runs take equally long
+                assert value == pytest.approx(expected[key, step], rel=1e-6), (name, key, step)
+    assert {file.stem for file in (spec.run_folder / "wandb").rglob("*.wandb")} == {f"run-{stable_id(spec)}"}
+    assert len(list((spec.run_folder / "wandb").rglob("*.wandb"))) == 3
 
 
 # ---- Weights & Biases -----------------------------------------------------------------------------------------------
@@ -321,6 +353,26 @@ def test_under_a_sweep_s_agent_the_evaluation_is_the_agent_s_run_and_no_other_st
     assert json.loads(summary["brevity/dpo"]) == 0.5
 
 
+@pytest.mark.usefixtures("offline")
+def test_a_server_that_does_not_answer_makes_a_stage_offline_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused_port()}")
+    monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
+    monkeypatch.setitem(wandb_tracker._PATIENCE, "init_timeout", 2.0)
+    context = context_in(tmp_path, tracking=tracking(["wandb"]))
+    begun = time.monotonic()
+    with caplog.at_level(logging.WARNING, logger="alignment"), worker._tracked(context):
+        context.trackers.log(1, {"loss": 0.5})
+    assert time.monotonic() - begun < 60
+    (warning,) = context.trackers.faults
+    assert warning.startswith("Weights & Biases did not begin a run online, so this stage is tracked offline (")
+    assert f"wandb sync {context.spec.run_folder}/wandb/offline-run-*" in warning
+    assert "kkk" not in warning
+    assert curves_of("wandb", context.spec) == {("loss", 1): [0.5]}
+
+
 def test_tags_say_recipe_adapter_and_the_user_s_own_once(tmp_path: Path) -> None:
     tracking = TrackingConfig(tags=["tiny", "mine"])
     assert tags(tiny_spec(tmp_path, SftConfig(), tracking=tracking)) == ["tiny", "lora", "mine"]
@@ -347,3 +399,37 @@ def test_tensorboard_holds_curves_settings_samples_and_headline_figures(tmp_path
     assert "a\\|b<br>c" in texts["samples/text_summary"]
     assert "kind: sft" in texts["settings/text_summary"]
     assert "sft-aaaaaaaa" in texts["lineage/text_summary"]
+
+
+# ---- trackio --------------------------------------------------------------------------------------------------------
+
+
+def test_trackio_holds_curves_settings_samples_and_headline_figures_once(tmp_path: Path) -> None:
+    pytest.importorskip("trackio")
+
+    def attempt() -> int:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
+            del sys.modules[name]  # TRL imports it, and then it writes to the user's folder
+        context = context_in(tmp_path, tracking=tracking(["trackio"]))
+        manifest = Manifest(stage="sft", kind="policy", fingerprint="a" * 64, identity={}, metrics={"loss": 0.5})
+        with worker._tracked(context):
+            context.trackers.catch_up([{"step": 1, "loss": 1.0, "time": 2.0}])
+            context.trackers.table("samples", [{"answer": "yes", "scorers": {"reward": 0.5}}])
+            context.trackers.result(manifest, tmp_path / "sft-aaaaaaaa")
+        return len(context.trackers.faults)
+
+    with (tmp_path / "printed").open("w+b") as sink:
+        codes = [in_child(attempt, sink), in_child(attempt, sink)]  # the second has nothing new to write
+        sink.seek(0)
+        assert codes == [0, 0], sink.read().decode()
+    connection = sqlite3.connect(tmp_path / "trackio" / "tests.db")
+    rows = [(step, json.loads(text)) for step, text in connection.execute("SELECT step, metrics FROM metrics")]
+    assert [(step, row) for step, row in rows if "samples" not in row] == [
+        (1, {"loss": 1.0, "metric/time": 2.0}),
+        (1, {"result/loss": 0.5}),
+    ]
+    (table,) = [row["samples"] for _, row in rows if "samples" in row]
+    assert table["_value"] == [{"answer": "yes", "scorers/reward": 0.5}]
+    ((config,),) = connection.execute("SELECT config FROM configs").fetchall()
+    assert json.loads(config)["stage"] == "sft"
+    connection.close()

@@ -1,16 +1,20 @@
-"""A stage with every tracker that is killed twice: ``python -m tests.unit.training.tracked FOLDER``.
+"""A stage with trackers that is killed twice, and one that is not: ``python -m tests.unit.training.tracked FOLDER
+TRACKER…``.
 
-Each attempt is a process forked from one that has imported the libraries, and is killed with all that it started: the
-first before W&B has written anything, the second once its file holds a step after the last checkpoint.
+Each attempt is a process forked from one that has imported the libraries. In ``FOLDER/killed`` two are killed with all
+that they started: the first before W&B has written anything, the second once every tracker has a step after the last
+checkpoint. In ``FOLDER/straight`` there is one attempt without trackers, which nobody kills.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +25,14 @@ from alignment.config.tracking import TrackingConfig
 from alignment.stages.sft.config import SftConfig
 from alignment.training.context import StageContext
 from alignment.training.session import train
-from alignment.training.trackers.wandb import stable_id
-from alignment.training.trackers.wandb_log import last_step
 from alignment.training.trainer_arguments import quiet_arguments
 from tests.tiny import tiny_spec
+from tests.unit.training.read_back import last_step
 
 STEPS = 8
 TRACKING = TrackingConfig(wandb=True, tensorboard=True, project="tests", tags=["mine"])
+SERVER = "TESTS_MLFLOW_URL"
+"""The environment variable with the address of MLflow's server."""
 
 
 class Line(torch.nn.Module):
@@ -45,28 +50,34 @@ class Line(torch.nn.Module):
 class _Killed(TrainerCallback):
     """As when a machine is switched off, as it begins the step after ``step``."""
 
-    def __init__(self, context: StageContext, step: int, *, written: int) -> None:
+    def __init__(self, context: StageContext, trackers: Sequence[str], step: int, *, written: int) -> None:
         self._context = context
+        self._trackers = trackers
         self._step = step
         self._written = written
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Once ``written`` steps are in W&B's file."""
+        """Once ``written`` steps are in every tracker."""
         if state.global_step == self._step:
             deadline = time.monotonic() + 60
-            while written(self._context) < self._written and time.monotonic() < deadline:
+            while not self._is_written() and time.monotonic() < deadline:
                 time.sleep(0.01)
             os.killpg(0, signal.SIGKILL)
 
+    def _is_written(self) -> bool:
+        return not self._written or all(
+            last_step(tracker, self._context.spec) >= self._written for tracker in self._trackers
+        )
 
-def written(context: StageContext) -> int:
-    """The last step in W&B's files."""
-    return last_step(context.spec.run_folder / "wandb", stable_id(context.spec))
+
+def tracking(trackers: Sequence[str]) -> TrackingConfig:
+    """These trackers; MLflow's server is in the environment."""
+    return TrackingConfig(**dict.fromkeys(trackers, True), project="tests", mlflow_url=os.environ.get(SERVER, ""))
 
 
 def context_in(folder: Path, **changes: Any) -> StageContext:
     """A stage under way whose trackers are not started."""
-    return StageContext(spec=tiny_spec(folder, SftConfig(), tracking=TRACKING, **changes), rank=0, world_size=1)
+    return StageContext(spec=tiny_spec(folder, SftConfig(), **({"tracking": TRACKING} | changes)), rank=0, world_size=1)
 
 
 def train_line(context: StageContext, *callbacks: TrainerCallback) -> None:
@@ -84,7 +95,7 @@ def train_line(context: StageContext, *callbacks: TrainerCallback) -> None:
     train(trainer, context, headline="loss")
 
 
-def _attempt(folder: Path, *, killed_after: int | None = None, written: int = 0) -> int:
+def _attempt(folder: Path, trackers: Sequence[str], *, killed_after: int | None = None, written: int = 0) -> int:
     """Exit code of a process that goes on with the stage."""
     child = os.fork()
     if child:
@@ -92,9 +103,10 @@ def _attempt(folder: Path, *, killed_after: int | None = None, written: int = 0)
     code = 1
     try:
         os.setsid()
-        context = context_in(folder)
+        context = context_in(folder, tracking=tracking(trackers))
         context.trackers.start(context.spec)
-        train_line(context, *([] if killed_after is None else [_Killed(context, killed_after, written=written)]))
+        killer = [] if killed_after is None else [_Killed(context, trackers, killed_after, written=written)]
+        train_line(context, *killer)
         context.trackers.close(done=True)
         code = len(context.trackers.faults)
     except BaseException:  # noqa: BLE001  nothing may go on in the parent's code
@@ -102,14 +114,22 @@ def _attempt(folder: Path, *, killed_after: int | None = None, written: int = 0)
     os._exit(code)
 
 
-def main(folder: Path) -> int:
-    """0 if the stage came to its end after two attempts that were killed."""
-    codes = [_attempt(folder, killed_after=4)]
+def main() -> int:
+    """0 if both stages came to their ends."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("trackers", nargs="+")
+    options = parser.parse_args()
+    killed = options.folder / "killed"
+    codes = [
+        _attempt(options.folder / "straight", []),
+        _attempt(killed, options.trackers, killed_after=4),
+    ]
     os.environ["WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"] = "0.05"  # seconds; W&B's own default is 15
-    codes += [_attempt(folder, killed_after=5, written=4), _attempt(folder)]
+    codes += [_attempt(killed, options.trackers, killed_after=5, written=4), _attempt(killed, options.trackers)]
     print(f"exit codes: {codes}")
-    return int(codes != [-signal.SIGKILL, -signal.SIGKILL, 0])
+    return int(codes != [0, -signal.SIGKILL, -signal.SIGKILL, 0])
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""What each tracker has of a stage: its curves as ``{(key, step): [value, …]}``, a value for each time it is stored."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import pytest
+
+from alignment.job import StageSpec
+from alignment.training.trackers.tracker import stable_id
+from alignment.training.trackers.wandb_log import records
+
+Curves = dict[tuple[str, int], list[float]]
+ROOT = Path(__file__).parents[3]
+
+
+def run_twice(folder: Path, trackers: Sequence[str], **variables: str) -> dict[tuple[str, int], float]:
+    """Runs tests/unit/training/tracked.py; returns the curves of the stage that was not killed, from its file."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_"))}
+    own |= {
+        "WANDB_MODE": "offline",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
+        "HF_HUB_OFFLINE": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.unit.training.tracked", str(folder), *trackers],
+        env=own | variables,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (file,) = (folder / "straight").glob("artifacts/*/content/metrics.jsonl")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {(key, row["step"]): value for row in rows for key, value in row.items() if key != "step"}
+
+
+def curves_of(tracker: str, spec: StageSpec) -> Curves:
+    """All curves that a tracker has of a stage, without those of tables and results."""
+    return READERS[tracker](spec)
+
+
+def last_step(tracker: str, spec: StageSpec) -> int:
+    """The last step that a tracker has, or 0."""
+    return max((step for _, step in curves_of(tracker, spec)), default=0)
+
+
+def _joined(points: Iterable[tuple[str, int, float]]) -> Curves:
+    curves: Curves = {}
+    for key, step, value in points:
+        if not key.startswith(("result/", "samples")):
+            curves.setdefault((key, step), []).append(value)
+    return curves
+
+
+def _wandb(spec: StageSpec) -> Curves:
+    """W&B's transaction logs of all attempts. Keys that begin with ``_`` are W&B's own."""
+    histories = [
+        record.history
+        for file in sorted((spec.run_folder / "wandb").rglob("*.wandb"))
+        for record in records(file)
+        if record.HasField("history")
+    ]
+    return _joined(
+        ("/".join(item.nested_key), history.step.num, json.loads(item.value_json))
+        for history in histories
+        for item in history.item
+        if item.nested_key[0] != "step" and not item.nested_key[0].startswith("_")
+    )
+
+
+def _tensorboard(spec: StageSpec) -> Curves:
+    """What TensorBoard shows of all event files."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(spec.run_folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    return _joined((tag, event.step, event.value) for tag in events.Tags()["scalars"] for event in events.Scalars(tag))
+
+
+def _trackio(spec: StageSpec) -> Curves:
+    """The rows of the project's SQLite file, whose form trackio documents."""
+    file = spec.run_folder.parents[2] / "trackio" / f"{spec.tracking.project}.db"
+    if not file.is_file():
+        return {}
+    connection = sqlite3.connect(f"file:{file}?mode=ro", uri=True)
+    name = f"{spec.run}/{spec.stage}-{stable_id(spec)[:8]}"
+    rows = connection.execute("SELECT step, metrics FROM metrics WHERE run_name = ? ORDER BY id", (name,)).fetchall()
+    connection.close()
+    return _joined((key, step, value) for step, metrics in rows for key, value in json.loads(metrics).items())
+
+
+def _mlflow(spec: StageSpec) -> Curves:
+    """The whole history of every metric of the one run with the stage's id."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=spec.tracking.mlflow_url)
+    experiment = client.get_experiment_by_name(spec.tracking.project)
+    if experiment is None:
+        return {}
+    own = f"tags.`alignment.id` = '{stable_id(spec)}'"
+    runs = client.search_runs([experiment.experiment_id], filter_string=own)
+    assert len(runs) <= 1, "a stage is one MLflow run"
+    return _joined(
+        (metric.key, metric.step, metric.value)
+        for run in runs
+        for key in run.data.metrics
+        for metric in client.get_metric_history(run.info.run_id, key)
+    )
+
+
+READERS: dict[str, Callable[[StageSpec], Curves]] = {
+    "wandb": _wandb,
+    "tensorboard": _tensorboard,
+    "trackio": _trackio,
+    "mlflow": _mlflow,
+}
