@@ -29,6 +29,7 @@ VERBS = {
     "preview": "show rows as each stage would learn from them; train nothing",
     "sweep": "run a recipe with many settings",
     "status": "show the state of runs",
+    "track": "send a run to a tracker that lacks it",
     "compare": "show what differs between runs",
     "doctor": "show what a data file holds, and what is wrong in it",
     "export": "write a result as a folder that transformers or PEFT reads",
@@ -43,8 +44,7 @@ VERBS = {
 
 _RIVAL = "alignment-handbook"
 _EXAMPLES = """\
-examples: align run quickstart (the whole chain on a small model)
-  align run ./mine.yaml adapter=qlora (a recipe of your own; another choice from conf/)
+examples: align run quickstart (the whole chain), align run ./mine.yaml adapter=qlora (your own, another adapter)
 exit codes: 0 success, 1 a bug of ours, 2 configuration, 3 data, 4 model, 5 stage or full disk, 6 not finite,
 7 artifact, 8 busy, 9 a scorer that failed, 10 a gate is not met, 75 preempted, 130 interrupted
 """

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -22,9 +23,11 @@ from transformers import AutoModelForCausalLM
 
 from alignment.core.artifacts import verify
 from alignment.pipeline.sweeps.reported import of_stage
+from alignment.records.step_log import METRICS, MetricsLog
 from alignment.stages.stage_file import read_spec
 from tests.e2e.conftest import Align, environment
 from tests.e2e.forked import Forked
+from tests.unit.training.read_back import curves_of
 
 STAGES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
 
@@ -54,6 +57,15 @@ def test_the_report_and_every_arm_are_there(finished: Align) -> None:
     page = (finished.output / "runs/quickstart/report.html").read_text()
     for label in ("base+prompt", "sft", "dpo", "ppo"):
         assert label in page
+
+
+def test_a_run_that_nothing_tracked_is_sent_to_a_tracker_afterwards(finished: Align, forked: Forked) -> None:
+    code, printed = forked.run(["track", "quickstart", "--to", "tensorboard", "--output", str(finished.output)])
+    assert code == 0, printed
+    spec = read_spec(finished.output / "runs/quickstart/dpo/stage.yaml")
+    rows = MetricsLog(finished.artifact("dpo") / METRICS).rows()
+    stored = curves_of("tensorboard", spec)
+    assert [stored["loss", row["step"]] for row in rows] == [[pytest.approx(row["loss"], rel=1e-6)] for row in rows]
 
 
 def test_a_result_is_exported_and_plain_transformers_reads_it(finished: Align, forked: Forked, tmp_path: Path) -> None:

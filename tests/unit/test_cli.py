@@ -79,6 +79,12 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         ("quickstart", "dpo_beta", ["seed=1"]),
         {"at_once": 2},
     ),
+    (
+        "track mine --to mlflow --url http://127.0.0.1:5000",
+        "alignment.commands.track.driver.track",
+        ("mine",),
+        {"to": "mlflow", "url": "http://127.0.0.1:5000", "output": HERE},
+    ),
     ("status mine", "alignment.commands.status.driver.show_status", (HERE, "mine"), {}),
     (
         "compare a b --output out",

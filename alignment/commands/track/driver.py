@@ -1,0 +1,38 @@
+"""``align track``: sends a run to a tracker that lacks it, from a separate process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import refuse
+from alignment.config.rules import TRACKING_URL
+from alignment.config.tracking import LABELS, TrackingConfig, with_only
+from alignment.core.errors import ConfigError
+from alignment.pipeline.backends import processes
+from alignment.pipeline.plan import tracking_checks
+from alignment.records.run import FILE, RunRecord
+
+
+def track(console: Console, run: str, *, to: str, url: str, output: Path) -> int:
+    """Sends the run of this name under ``output``; returns the exit code. An empty ``url`` is that of the run.
+
+    Raises:
+        ConfigError: there is no such run, or the tracker cannot be used here.
+    """
+    runs = sorted(path.parent.name for path in (output / "runs").glob(f"*/{FILE}"))
+    if run not in runs:
+        raise ConfigError(f"there is no run {run!r} under {output / 'runs'}; {suggestion(run, runs)}", where="RUN")
+    if not TRACKING_URL.holds(url):
+        raise ConfigError(f"not an address of a server; allowed: {TRACKING_URL.allowed}", where="--url")
+    folder = output / "runs" / run
+    url = url or RunRecord.read(folder).config.get("tracking", {}).get("mlflow_url", "")
+    refuse(list(tracking_checks.faults(with_only(TrackingConfig(), to, mlflow_url=url))))
+    argv = [sys.executable, "-m", "alignment.commands.track.worker", str(folder), "--to", to]
+    code = processes.call([*argv, "--url", url] if url else argv)
+    if code == 0:
+        console.print(f"{LABELS[to]} has all of {run}", markup=False, highlight=False)
+    return code

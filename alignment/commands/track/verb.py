@@ -1,0 +1,30 @@
+"""``align track``: its arguments, and what they call."""
+
+from __future__ import annotations
+
+import argparse
+
+from rich.console import Console
+
+from alignment.commands.shared.arguments import add_output, output_of
+from alignment.config.tracking import LABELS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A run, and the tracker to send it to."""
+    parser.description = (
+        "Sends curves, tables and results of a run to a tracker that lacks them. What it has already is not sent again."
+    )
+    parser.add_argument("run", metavar="RUN", help="a run's name")
+    parser.add_argument("--to", required=True, choices=LABELS, help="the tracker")
+    parser.add_argument(
+        "--url", default="", metavar="URL", help="MLflow's server (default: the run's, then MLFLOW_TRACKING_URI)"
+    )
+    add_output(parser)
+
+
+def handle(console: Console, arguments: argparse.Namespace) -> int:
+    """Sends the run; returns the exit code."""
+    from alignment.commands.track.driver import track
+
+    return track(console, arguments.run, to=arguments.to, url=arguments.url, output=output_of(arguments))

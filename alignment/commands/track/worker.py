@@ -1,0 +1,80 @@
+"""Sends the stages of a run to a tracker, for ``align track``: ``worker FOLDER --to TRACKER [--url URL]``."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from alignment.config.tracking import LABELS, with_only
+from alignment.core.artifacts import read_manifest
+from alignment.core.errors import AlignmentError, StageError
+from alignment.core.files import explained
+from alignment.core.locks import held
+from alignment.core.streams import make_unfailing
+from alignment.core.terminal import complain
+from alignment.job import StageSpec
+from alignment.records.run import RunRecord
+from alignment.records.step_log import METRICS, readable_rows
+from alignment.stages.stage_file import read_spec
+from alignment.training.trackers.all_trackers import Trackers
+from alignment.training.trackers.tracked_tables import stored_tables
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns exit code 0, or that of the error."""
+    parser = argparse.ArgumentParser(prog="python -m alignment.commands.track.worker", description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--to", required=True, choices=LABELS)
+    parser.add_argument("--url", default="")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.ERROR)  # what a tracker warns of is in the error
+    try:
+        with explained(options.folder):
+            for stage in RunRecord.read(options.folder).stages:
+                if (file := options.folder / stage / "stage.yaml").is_file():
+                    spec = read_spec(file)
+                    tracking = with_only(spec.tracking, options.to, mlflow_url=options.url)
+                    print(send(replace(spec, tracking=tracking), LABELS[options.to]))
+    except AlignmentError as error:
+        complain(error)
+        return error.exit_code
+    return 0
+
+
+def send(spec: StageSpec, label: str) -> str:
+    """Sends all that the stage's files have to its trackers; returns a message about it.
+
+    Raises:
+        Busy: the stage is running, and sends its steps itself.
+        StageError: a tracker did not take everything.
+    """
+    manifest = read_manifest(spec.artifact)
+    content = spec.work / "content" if manifest is None else spec.artifact
+    trackers = Trackers()
+    with _worker_lock(spec):
+        rows = readable_rows(content / METRICS)[0] if (content / METRICS).is_file() else []
+        trackers.start(spec)
+        trackers.catch_up(rows)
+        for name, table in stored_tables(spec).items():
+            trackers.table(name, table)
+        if manifest is not None:
+            trackers.result(manifest, spec.artifact)
+        trackers.close(done=manifest is not None)
+    if trackers.faults:
+        raise StageError("; ".join(trackers.faults), where=f"stage {spec.stage}")
+    return f"{spec.stage}: {label} has {len(rows)} steps" + ("" if manifest is None else " and the result")
+
+
+def _worker_lock(spec: StageSpec) -> AbstractContextManager[object]:
+    """The lock that a running worker holds; a stage that has ended has no folder for it."""
+    return held(spec.work / "worker.lock", wait=False) if spec.work.is_dir() else nullcontext()
+
+
+if __name__ == "__main__":
+    make_unfailing()
+    sys.exit(main())

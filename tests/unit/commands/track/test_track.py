@@ -1,0 +1,51 @@
+"""``align track`` sends what a tracker lacks, and refuses before it starts anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from alignment.commands.track.driver import track
+from alignment.commands.track.worker import send
+from alignment.config.tracking import TrackingConfig
+from alignment.core.errors import Busy, ConfigError
+from alignment.core.locks import held
+from alignment.records.run import RunRecord
+from alignment.records.step_log import METRICS, MetricsLog
+from alignment.stages.sft.config import SftConfig
+from tests.tiny import tiny_spec
+from tests.unit.training.read_back import curves_of
+
+
+@pytest.mark.parametrize(
+    ("run", "to", "url", "words"),
+    [
+        ("quickstrat", "tensorboard", "", r"there is no run 'quickstrat' under .*; did you mean 'quickstart'\?"),
+        ("quickstart", "mlflow", "http://me:s3cret@x", r"--url: not an address of a server; allowed: http"),
+        ("quickstart", "mlflow", "", r"tracking.mlflow_url: no server is named"),
+    ],
+)
+def test_what_cannot_be_sent_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: str, to: str, url: str, words: str
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "runs/quickstart").mkdir(parents=True)
+    RunRecord(name="quickstart").write(tmp_path / "runs/quickstart")
+    with pytest.raises(ConfigError, match=words) as caught:
+        track(Console(), run, to=to, url=url, output=tmp_path)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_a_stage_that_was_stopped_is_sent_and_one_that_is_running_is_not(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    spec = tiny_spec(tmp_path, SftConfig(), tracking=TrackingConfig(tensorboard=True))
+    log = MetricsLog(spec.work / "content" / METRICS)
+    for step in (1, 2):
+        log.append(step, {"loss": 1 / step})
+    with held(spec.work / "worker.lock", wait=False), pytest.raises(Busy):
+        send(spec, "TensorBoard")
+    for _ in range(2):
+        assert send(spec, "TensorBoard") == "sft: TensorBoard has 2 steps"
+        assert curves_of("tensorboard", spec) == {("loss", 1): [1.0], ("loss", 2): [0.5]}
