@@ -19,7 +19,7 @@ STAMP := $(VENV)/.alignment-pipeline-installed
 # One more than there are cores, because a third of the time a test waits for a process or a server; at most 4.
 WORKERS := import os; print(min(4, (os.cpu_count() or 1) + 1))
 
-.PHONY: help align plan sweep preview status engine engine-llama test test-processes test-device gpu-check test-slurm test-engines mutations prove matrix model check format bench clean
+.PHONY: help align plan sweep preview status engine engine-llama trackers test test-processes test-device gpu-check test-slurm test-engines test-trackers mutations prove matrix model check format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -70,6 +70,15 @@ test-slurm: $(STAMP)  ## run stages as jobs of a real Slurm, which is fetched an
 
 test-engines: $(STAMP)  ## run the tests that need vLLM or llama.cpp; skipped without their environments (make engine)
 	$(BIN)/python -m pytest -m engines tests/engines $(ARGS)
+
+trackers: $(STAMP)  ## bring what test-trackers needs: MLflow's server (850 MB) in its own environment, its client, trackio
+	$(PYTHON) -m venv $(ENGINES)/mlflow
+	$(ENGINES)/mlflow/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/trackers/server.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(ENGINES)/mlflow/clients \
+		--constraint constraints.txt --requirement tests/trackers/clients.txt
+
+test-trackers: $(STAMP)  ## run the tests of all trackers, with MLflow's real server; skipped without `make trackers`
+	PYTHONPATH=$(ENGINES)/mlflow/clients $(BIN)/python -m pytest tests/trackers $(ARGS)
 
 mutations: $(STAMP)  ## break the wiring in over 350 ways, each in a copy, and see a test fail: ARGS="--only export --jobs 4"
 	$(BIN)/python -m tests.mutations $(ARGS)
