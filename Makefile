@@ -19,7 +19,7 @@ STAMP := $(VENV)/.alignment-pipeline-installed
 # One more than there are cores, because a third of the time a test waits for a process or a server; at most 4.
 WORKERS := import os; print(min(4, (os.cpu_count() or 1) + 1))
 
-.PHONY: help align plan sweep preview status engine engine-llama trackers test test-processes test-device gpu-check test-slurm test-engines test-trackers mutations prove matrix model check format bench clean
+.PHONY: help align plan sweep preview status engine engine-llama trackers test test-processes test-device gpu-check test-slurm test-engines test-trackers mutations prove matrix model check docs reference format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -94,6 +94,13 @@ check: $(STAMP)  ## lint, types, import contracts
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(STAMP)  ## build the book in build/docs, a site of docs/ that needs no server; a broken link is an error
+	$(BIN)/python -m mkdocs build --strict
+	@echo 'open build/docs/index.html'
+
+reference: $(STAMP)  ## write docs/reference from the code: settings, commands, errors, files, metrics
+	$(BIN)/python -m book
 
 format: $(STAMP)  ## format the code and apply safe fixes
 	$(BIN)/ruff check --fix .
