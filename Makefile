@@ -96,7 +96,7 @@ check: $(STAMP)  ## lint, types, import contracts
 	$(BIN)/lint-imports
 
 docs: $(STAMP)  ## build the book in build/docs, a site of docs/ that needs no server; a broken link is an error
-	$(BIN)/python -m mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo 'open build/docs/index.html'
 
 reference: $(STAMP)  ## write docs/reference from the code: settings, commands, errors, files, metrics

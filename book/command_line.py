@@ -38,7 +38,7 @@ def _section(verb: str) -> str:
     parser = parser_of(verb)
     actions = parser._actions  # argparse has no public list of them; tools that document a parser read this one
     usage = " ".join([f"align {verb}", *(_usage(action) for action in actions)])
-    parts = [f"## align {verb}", f"```text\n{usage}\n```", parser.description or ""]
+    parts = [f"## align {verb}", f"```text\nusage: {usage}\n```", parser.description or ""]
     if actions:
         parts.append(table(["argument", "meaning"], ((_name(action), _meaning(action)) for action in actions)))
     return "\n\n".join(parts)

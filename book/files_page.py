@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import inspect
 import pkgutil
 import re
 from collections.abc import Callable, Iterator
@@ -64,9 +63,8 @@ def _modules() -> Iterator[ModuleType]:
 
 def _dataclasses(module: ModuleType) -> Iterator[type]:
     for name, cls in vars(module).items():
-        own = inspect.isclass(cls) and cls.__module__ == module.__name__
-        if own and dataclasses.is_dataclass(cls) and not name.startswith("_"):
-            yield cls
+        if isinstance(cls, type) and cls.__module__ == module.__name__ and not name.startswith("_"):
+            yield from [cls] if dataclasses.is_dataclass(cls) else []
 
 
 def _title(module: ModuleType) -> str:

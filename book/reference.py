@@ -20,11 +20,17 @@ def pages() -> dict[str, str]:
         "reference/files.md": files_page.page(),
         "reference/metrics.md": metrics_page.page(),
     }
-    return {name: f"{NOTICE}\n\n{text.strip()}\n" for name, text in texts.items()}
+    return {name: _with_notice(text.strip()) for name, text in texts.items()}
+
+
+def _with_notice(text: str) -> str:
+    """The notice stands below the heading, because mkdocs takes a page's title from its first line."""
+    heading, _, rest = text.partition("\n")
+    return f"{heading}\n\n{NOTICE}\n{rest}\n"
 
 
 def stale() -> list[str]:
     """Names of pages that were generated once, and are not any more."""
     current = pages()
-    generated = (page for page in (DOCS / "reference").rglob("*.md") if page.read_text("utf-8").startswith(NOTICE))
+    generated = (page for page in (DOCS / "reference").rglob("*.md") if NOTICE in page.read_text("utf-8"))
     return sorted(name for page in generated if (name := page.relative_to(DOCS).as_posix()) not in current)

@@ -85,7 +85,7 @@ def _values(cls: type, field: dataclasses.Field[Any], hint: Any, link: Link) -> 
         return ", ".join(link(inner) for inner in kinds.values())
     words = f"list of {link(listed)}" if listed is not None else type_words(hint)
     rule = rule_of(cls, field.name)
-    return words if rule is None else f"{words}: {rule.allowed}"
+    return words if rule is None else f"{words}, {rule.allowed.removeprefix('a number ')}"
 
 
 def _reference(field: dataclasses.Field[Any], hint: Any) -> str:

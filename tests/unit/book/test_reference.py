@@ -44,14 +44,14 @@ def test_every_setting_of_a_kind_has_a_row(kind: str) -> None:
 @pytest.mark.parametrize(
     ("page", "row"),
     [
-        ("dpo", "| `beta` | `0.1` | number: a number above 0 |"),
+        ("dpo", "| `beta` | `0.1` | number, above 0 |"),
         ("dpo", "| `init` ° | `stage:sft` | reference to a policy: `base`, `stage:NAME`, `path:FOLDER` |"),
         ("dpo", "| `optim` | `lr: 5e-05` | [Optim](groups.md#optim) |"),
-        ("ppo", "| `scorers` | `[{}]` | list of [Scorer](groups.md#scorer): at least one entry |"),
-        ("ppo", "| `max_approxkl` | `null` | number or null: a number above 0 |"),
+        ("ppo", "| `scorers` | `[{}]` | list of [Scorer](groups.md#scorer), at least one entry |"),
+        ("ppo", "| `max_approxkl` | `null` | number or null, above 0 |"),
         ("evaluate", "| `kind` | `none` | `none`, `metric`, `reward`, `endpoint`, `people` |"),
-        ("groups", "| `lr` | required | number: a number above 0 |"),
-        ("groups", "| `target_modules` | `[all-linear]` | list of text: at least one entry |"),
+        ("groups", "| `lr` | required | number, above 0 |"),
+        ("groups", "| `target_modules` | `[all-linear]` | list of text, at least one entry |"),
     ],
 )
 def test_a_row_has_default_and_allowed_values(page: str, row: str) -> None:
@@ -66,7 +66,7 @@ class OtherDefaults(DpoConfig):
 
 def test_another_default_makes_another_page() -> None:
     text = section(OtherDefaults, heading="## Settings", link=lambda cls: cls.__name__)
-    assert "| `beta` | `0.7` | number: a number above 0 |" in text
+    assert "| `beta` | `0.7` | number, above 0 |" in text
     assert "| `optim` | `lr: 1.0`, `epochs: 3.0` | OptimConfig |" in text
 
 
