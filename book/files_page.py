@@ -24,7 +24,7 @@ The first part lists the rows of data that a stage can read. The second part des
 Programs may read these files: fields are added in later versions, and a form that older programs would misread has a
 higher `version` or `schema`.
 
-Arrays are in safetensors, everything else is JSON, JSON Lines or YAML. Nothing is pickled."""
+Weights are in safetensors, settings in YAML, and the records below in JSON or JSON Lines."""
 
 
 def page() -> str:
