@@ -35,7 +35,7 @@ def page() -> str:
         own_docstring(ArmResult),
         "Beside the recipe's own metrics, `evaluation.json` has these for every arm: "
         + ", ".join(f"`{name}`" for name in ARM_METRICS)
-        + ". Sweeps and gates can name "
+        + ". The objective of a sweep can also name "
         + ", ".join(f"`{member.value}`" for member in ArmMetric)
         + ".",
         *(_kind(kind) for kind in our_kinds().values()),
