@@ -11,7 +11,6 @@ import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol, cast
 
 from rich.console import Console
@@ -19,7 +18,7 @@ from rich.console import Console
 from alignment import __version__
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import AlignmentError, ConfigError
-from alignment.core.files import explained
+from alignment.core.files import current_folder, explained
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import Terminal, complain
 
@@ -66,7 +65,7 @@ def main(words: Sequence[str] | None = None) -> int:
     console = Terminal(soft_wrap=False)
     try:
         _refuse_other_package()
-        with explained(_current_folder()):
+        with explained(current_folder()):
             return int(arguments.handle(console, arguments))
     except AlignmentError as error:
         complain(error)
@@ -115,18 +114,6 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
 def load(name: str) -> Verb:
     """The module of a verb of ``VERBS``."""
     return cast(Verb, importlib.import_module(f"alignment.commands.{name.replace('-', '_')}.verb"))
-
-
-def _current_folder() -> Path:
-    """The current folder.
-
-    Raises:
-        ConfigError: it was removed.
-    """
-    try:
-        return Path.cwd()
-    except FileNotFoundError:
-        raise ConfigError("the current folder no longer exists", remedy="change to a folder that exists") from None
 
 
 def _refuse_other_package() -> None:

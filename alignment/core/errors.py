@@ -10,9 +10,10 @@
     │   └── RewardError            9   a scorer that raised, or returned too few, too many or non-finite scores
     ├── ArtifactError              7   an artifact or checkpoint that is damaged or belongs to something else
     ├── Busy                       8   another process works on the same run or artifact
-    └── GateNotMet                10   a finished run whose results do not meet what its recipe requires
+    ├── GateNotMet                10   a finished run whose results do not meet what its recipe requires
+    └── Preempted                 75   a run that stopped because it was asked to; start it again to continue
 
-Other codes: 0 success, 1 a bug of ours, 75 preempted (start again to continue), 130 interrupted by the user.
+Other codes: 0 success, 1 a bug of ours, 130 interrupted by the user (in Python a KeyboardInterrupt).
 """
 
 from __future__ import annotations
@@ -105,3 +106,9 @@ class GateNotMet(AlignmentError):
 
 PREEMPTED = 75
 """Exit code of a stage that saved and stopped because it was asked to; the next start continues."""
+
+
+class Preempted(AlignmentError):
+    """A stage saved and stopped because it was asked to, by a signal other than Ctrl-C; the next start continues."""
+
+    exit_code = PREEMPTED

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,13 @@ from rich.table import Table
 
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError
-from alignment.pipeline.execute import paired_differences
-from alignment.records.evaluation import ArmResult, Evaluation, Metric
+from alignment.pipeline.execute.run_differences import (
+    JudgedArm,
+    differences_from_first,
+    judged_arms,
+    primary_of,
+)
+from alignment.records.evaluation import Metric
 from alignment.records.interval import Interval
 from alignment.records.run import FILE, RunRecord
 from alignment.report.comparison_page.comparison import MOST_RUNS, build_comparison
@@ -30,17 +34,6 @@ NOT_SETTINGS = ("name", "output", "summary", "launch", "tracking")
 ABSENT = "–"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Judged:
-    """An arm of a run, its evaluation's metrics and prompts, and the scores of its answers by metric and prompt."""
-
-    arm: ArmResult
-    metrics: dict[str, Metric]
-    primary: Metric | None
-    prompts: set[str]
-    scores: dict[str, dict[str, float]]
-
-
 def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | None = None) -> None:
     """Prints differing settings, arms side by side, and paired differences from the first run.
 
@@ -50,9 +43,9 @@ def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | 
     page = None if html is None else _page(html, runs)
     folders = _folders(output, runs)
     differing = dict(_differing([_settings(RunRecord.read(folder).config) for folder in folders]))
-    judged = [_arms(folder) for folder in folders]
-    primary = _primary(judged)
-    differences = list(_differences(judged))
+    judged = [judged_arms(folder) for folder in folders]
+    primary = primary_of(judged)
+    differences = list(differences_from_first(judged))
     _show_settings(console, runs, differing)
     results = side_by_side([read_run(folder).tables for folder in folders])
     if any(judged):
@@ -126,28 +119,8 @@ def _show_settings(console: Console, runs: Sequence[str], differing: dict[str, l
     console.print(table)
 
 
-def _arms(folder: Path) -> dict[str, _Judged]:
-    """The arms of all evaluations of a run, by name."""
-    arms = {}
-    for artifact in paired_differences.evaluations(folder).values():
-        evaluation = Evaluation.read(artifact)
-        metrics = {metric.name: metric for metric in evaluation.metrics}
-        prompts = paired_differences.prompts(artifact)
-        for arm in evaluation.arms:
-            scores = paired_differences.scores(artifact, arm.name)
-            arms[arm.name] = _Judged(
-                arm=arm, metrics=metrics, primary=evaluation.primary_metric, prompts=prompts, scores=scores
-            )
-    return arms
-
-
-def _primary(judged: Sequence[dict[str, _Judged]]) -> Metric | None:
-    """The metric by which runs are compared: the primary metric of the first run that has one."""
-    return next((arm.primary for arms in judged for arm in arms.values() if arm.primary is not None), None)
-
-
 def _show_arms(
-    console: Console, runs: Sequence[str], judged: Sequence[dict[str, _Judged]], primary: Metric | None
+    console: Console, runs: Sequence[str], judged: Sequence[dict[str, JudgedArm]], primary: Metric | None
 ) -> None:
     if primary is None:
         console.print("\nno evaluation of these runs has a metric, so no arm is compared", highlight=False)
@@ -164,24 +137,6 @@ def _mean_and_bounds(value: Interval | None) -> str:
     if value is None:
         return ABSENT
     return f"{value.mean:.3f}" + (f" ({value.bounds[0]:.3f}–{value.bounds[1]:.3f})" if value.bounds else "")
-
-
-def _differences(judged: Sequence[dict[str, _Judged]]) -> Iterator[Difference]:
-    """Yields the differences of each other run minus the first, in every metric of an arm that both have."""
-    for run, arms in enumerate(judged[1:], start=1):
-        for name in [name for name in arms if name in judged[0]]:
-            this, first = arms[name], judged[0][name]
-            for metric in [metric for metric in this.scores if metric in first.scores]:
-                scores, others, unscored = this.scores[metric], first.scores[metric], 0
-                if this.prompts == first.prompts:
-                    scores, others, unscored = paired_differences.in_both(scores, others)
-                yield Difference(
-                    run=run,
-                    arm=name,
-                    metric=this.metrics.get(metric) or Metric(name=metric),
-                    interval=paired_differences.difference(scores, others),
-                    unscored=unscored,
-                )
 
 
 def _show_differences(

@@ -7,15 +7,11 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from alignment.commands.plan.cost_table import show_cost, show_trades
-from alignment.core import hardware
-from alignment.core.errors import ConfigError, ModelError
-from alignment.costs.devices import DEVICES, THIS
-from alignment.pipeline.backends.feasibility import refuse_sizes, why_not_here
-from alignment.pipeline.execute import estimates
+from alignment.costs.devices import THIS
+from alignment.pipeline.backends.feasibility import why_not_here
+from alignment.pipeline.execute import estimates, planned_costs
 from alignment.pipeline.execute.summary import show_plan
-from alignment.pipeline.plan.plan import Plan, make_plan
-from alignment.pipeline.sources.model_sources import resolve, resolve_shapes
-from alignment.records.cost import RunCost
+from alignment.pipeline.plan.plan import Plan
 
 
 def show(
@@ -35,16 +31,7 @@ def show(
         ConfigError: ``device`` is not known.
         ModelError: a model is not on this machine, so there is no configuration for its cost.
     """
-    if device not in (THIS, *DEVICES):
-        raise ConfigError(f"no device '{device}'", where="--device", remedy=f"one of {', '.join((THIS, *DEVICES))}")
-    if (cost or trade) and device == THIS and hardware.count_devices():
-        raise ConfigError(
-            "this machine has a GPU, whose operations are not timed",
-            where="--cost" if cost else "--trade",
-            remedy=f"name it: --device {' | '.join(DEVICES)}",
-        )
-    plan = make_plan(recipe, overrides, find=resolve_shapes if cost or trade else resolve)
-    refuse_sizes(plan)
+    plan = planned_costs.checked_plan(recipe, overrides, cost=cost, trade=trade, device=device)
     show_plan(console, plan)
     if cost or trade:
         _show_cost(console, plan, device=device, trade=trade)
@@ -55,18 +42,9 @@ def show(
 
 
 def _show_cost(console: Console, plan: Plan, *, device: str, trade: bool) -> None:
-    for model in (plan.base, *plan.sources.values()):
-        if not model.ready:
-            raise ModelError(
-                f"{model.source} is not on this machine, and its configuration is needed",
-                where="--cost",
-                remedy="make model fetches the bundled one",
-            )
-    memory = hardware.free_memory() if device == THIS else DEVICES[device].memory
-    cost = estimates.estimate(
+    cost = planned_costs.estimated(
         plan,
         device=device,
-        memory=memory,
         trade=trade,
         announce=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
     )
@@ -77,9 +55,7 @@ def _show_cost(console: Console, plan: Plan, *, device: str, trade: bool) -> Non
 
 def _show_known(console: Console, plan: Plan) -> None:
     """What was estimated before for stages with these settings."""
-    stages = [known for stage in plan.stages if (known := estimates.known(plan, stage, device=THIS)) is not None]
-    if stages:
-        cost = RunCost(device=THIS, memory=hardware.free_memory(), stages=stages)
+    if (cost := planned_costs.known(plan)) is not None:
         show_cost(console, cost, free=estimates.free_disk(plan))
     else:
         console.print("--cost says what memory and time it would take", highlight=False)

@@ -9,8 +9,8 @@ from rich.markup import escape
 
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError
-from alignment.core.locks import is_held
 from alignment.pipeline.backends import slurm_jobs
+from alignment.pipeline.execute.run_state import state_of
 from alignment.pipeline.execute.summary import progress_line, show_results, show_stages
 from alignment.records.run import FILE, RunRecord
 from alignment.records.worker import Progress
@@ -28,7 +28,7 @@ def show_status(console: Console, output: Path, run: str | None) -> None:
             console.print(f"no runs under {output / 'runs'}", markup=False, highlight=False, soft_wrap=True)
         for folder in folders:
             record = RunRecord.read(folder)
-            console.print(f"{escape(folder.name):<20} {_state(folder, record):<12} {record.started}", highlight=False)
+            console.print(f"{escape(folder.name):<20} {state_of(folder, record):<12} {record.started}", highlight=False)
         return
     names = [folder.name for folder in folders]
     if run not in names:
@@ -38,7 +38,7 @@ def show_status(console: Console, output: Path, run: str | None) -> None:
 
 def _show_one(console: Console, folder: Path) -> None:
     record = RunRecord.read(folder)
-    console.print(f"[bold]{escape(folder.name)}[/]  {_state(folder, record)}", highlight=False)
+    console.print(f"[bold]{escape(folder.name)}[/]  {state_of(folder, record)}", highlight=False)
     show_stages(console, record, slurm_jobs.states(folder))
     for name, stage in record.stages.items():
         if stage.state == "running":
@@ -48,13 +48,3 @@ def _show_one(console: Console, folder: Path) -> None:
         if stage.state == "failed":
             console.print(f"log: {folder / name / 'log.txt'}", markup=False, highlight=False, soft_wrap=True)
     show_results(console, folder, record)
-
-
-def _state(folder: Path, record: RunRecord) -> str:
-    """The recorded state, or ``killed`` if a running run has neither a locked lock file nor a Slurm job.
-
-    On some file systems the lock of a job on another machine is invisible here.
-    """
-    if record.state == "running" and not is_held(folder / "lock") and not slurm_jobs.live(folder):
-        return "killed"
-    return record.state

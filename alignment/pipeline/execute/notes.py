@@ -15,6 +15,7 @@ from alignment.core.errors import ArtifactError
 from alignment.core.model_files import weights_size
 from alignment.data.overlap import HeldOut, LocatedText, Overlap
 from alignment.pipeline.backends import feasibility
+from alignment.pipeline.execute import automatic_sizes
 from alignment.pipeline.plan import validation_checks
 from alignment.pipeline.plan.frozen_rows import frozen_rows
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
@@ -42,6 +43,19 @@ def of_plan(plan: Plan) -> list[str]:
         notes += [] if stage.action is Action.reuse else [f"{stage.name}: {note}" for note in of_launch]
         notes += [*_high_rates(stage), *_small_data(stage), *_labels(stage), *_left_out(stage), *_near_held_out(stage)]
     return [*notes, *cautions(plan)]
+
+
+def of_stage(plan: Plan, stage: PlannedStage) -> list[str]:
+    """What a stage that has to run will read, run and choose; each is the end of a sentence that begins with its
+    name."""
+    if stage.action is Action.reuse:
+        return []
+    remarks = [
+        f"reads {source.identity}{'' if source.path else ', which a run downloads'}" for source in stage.hub_data
+    ]
+    remarks += [f"reads rows that {maker} has yet to make" for maker in stage.unmade]
+    remarks += [f"runs your code: {function}" for function in stage.user_code]
+    return [*remarks, *automatic_sizes.lines(plan, stage)]
 
 
 def cautions(plan: Plan) -> list[str]:

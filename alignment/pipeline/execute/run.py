@@ -16,7 +16,7 @@ from alignment import __version__
 from alignment.config.did_you_mean import suggestion
 from alignment.core import hardware
 from alignment.core.artifacts import Manifest, publish, read_manifest, verify
-from alignment.core.errors import PREEMPTED, ArtifactError, Busy, ConfigError
+from alignment.core.errors import PREEMPTED, ArtifactError, Busy, ConfigError, Preempted
 from alignment.core.files import remove_leftovers, replacing
 from alignment.core.locks import held, is_held
 from alignment.core.resources import CODE_ROOT
@@ -28,7 +28,6 @@ from alignment.pipeline.execute.display import Display, display_for, duration
 from alignment.pipeline.execute.record import RunRecorder, recorded_seconds
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
 from alignment.pipeline.execute.summary import REPORT, show_results
-from alignment.pipeline.execute.worker_protocol import Preempted
 from alignment.pipeline.execute.workers import Workers, workers_of
 from alignment.pipeline.plan import references
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage, make_plan
@@ -49,16 +48,28 @@ def run(
     wait: bool = False,
     command_for: CommandFor | None = None,
 ) -> int:
-    """Plans and executes all stages, or the one named ``only``; returns the exit code (alignment/core/errors.py).
+    """Plans a recipe and runs the plan (``run_plan``); returns the exit code (alignment/core/errors.py)."""
+    plan = make_plan(recipe, overrides)
+    return run_plan(plan, console=console, only=only, wait=wait, command_for=command_for)
+
+
+def run_plan(
+    plan: Plan,
+    *,
+    console: Console,
+    only: str | None = None,
+    wait: bool = False,
+    command_for: CommandFor | None = None,
+) -> int:
+    """Executes all stages, or the one named ``only``; returns the exit code (alignment/core/errors.py).
 
     If another process works on this run or on a result that it needs, the call is refused; with ``wait`` it waits for
     that process and reuses its results.
 
     Raises:
-        AlignmentError: a fault in the plan, or a stage that failed; finished results stay and are reused. GateNotMet:
+        AlignmentError: a stage that cannot run or failed; finished results stay and are reused. GateNotMet:
             all stages are done, but the results do not meet a gate.
     """
-    plan = make_plan(recipe, overrides)
     if only is not None:
         refuse_missing_inputs(plan, only)
     for note in notes.of_plan(plan):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -18,9 +19,13 @@ class Terminated(BaseException):
 def termination_raises() -> Iterator[None]:
     """Turns SIGTERM, SIGUSR1 and SIGHUP into an exception, so that a stage is asked to save before this process ends.
 
-    SIGHUP stays ignored if it was, as under nohup, and is ignored after the first one: shell and terminal both send it,
+    Python lets only the main thread handle signals; in another thread they keep their handlers. SIGHUP stays ignored if it was, as under nohup, and is ignored after the first one: shell and terminal both send it,
     and the second must not interrupt what the first began.
     """
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def on_signal(number: int, _: FrameType | None) -> None:
         if number == signal.SIGHUP:
@@ -28,7 +33,8 @@ def termination_raises() -> Iterator[None]:
         raise Terminated
 
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
-    taken = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    # None is the handler of a C library around Python, which could not be restored.
+    taken = [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
     before = {number: signal.signal(number, on_signal) for number in taken}
     try:
         yield

@@ -13,7 +13,7 @@ from rich.table import Table
 from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD
 from alignment.evaluation.grade_conclusions import grade_conclusions
 from alignment.evaluation.labelled_pairs import labelled_conclusions
-from alignment.pipeline.execute import automatic_sizes, forgetting_gate, notes
+from alignment.pipeline.execute import forgetting_gate, notes
 from alignment.pipeline.execute.display import duration, steps
 from alignment.pipeline.plan.plan import Action, Plan
 from alignment.records.evaluation import FILE as EVALUATION_FILE
@@ -41,16 +41,8 @@ def show_plan(console: Console, plan: Plan) -> None:
         table.add_row(escape(stage.name), f"[{colour}]{stage.action.value}[/]", escape(stage.reason))
     console.print(table)
     for stage in plan.stages:
-        if stage.action is not Action.reuse:
-            lines = [
-                f"reads {source.identity}{'' if source.path else ', which a run downloads'}"
-                for source in stage.hub_data
-            ]
-            lines += [f"reads rows that {maker} has yet to make" for maker in stage.unmade]
-            lines += [f"runs your code: {function}" for function in stage.user_code]
-            lines += automatic_sizes.lines(plan, stage)
-            for line in lines:
-                console.print(f"{stage.name} {line}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+        for remark in notes.of_stage(plan, stage):
+            console.print(f"{stage.name} {remark}", markup=False, highlight=False, emoji=False, soft_wrap=True)
     for note in notes.of_plan(plan):
         console.print(f"note: {note}", markup=False, highlight=False, emoji=False, soft_wrap=True)
     to_run = sum(stage.action is not Action.reuse for stage in plan.stages)

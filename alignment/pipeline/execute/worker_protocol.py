@@ -23,6 +23,7 @@ from alignment.core.errors import (
     DataError,
     ModelError,
     NonFiniteError,
+    Preempted,
     RewardError,
     StageError,
 )
@@ -44,10 +45,6 @@ _FIRST_FAILURE = re.compile(r"Root Cause.*?rank\s*:\s*(?P<rank>\d+)", re.DOTALL)
 _KILLED = re.compile(r"Root Cause.*?exitcode\s*:\s*-9\b", re.DOTALL)
 """Parts of torchrun's report on its processes."""
 _BUG = 1
-
-
-class Preempted(Exception):
-    """A stage saved and stopped because it was asked to."""
 
 
 def write_stage_file(
@@ -114,7 +111,7 @@ def raise_for_status(folder: Path, *, code: int, stage: str, work: Path | None =
     if status.state == DONE:
         return
     if status.state == PREEMPTED or status.exit_code == PREEMPTED_CODE:
-        raise Preempted
+        raise Preempted(f"stage {stage} was asked to stop", remedy="start the run again to continue")
     kind = ERRORS.get(status.exit_code)
     if kind is not None:
         raise kind(f"{status.error}\n  log: {log}", where=status.where)

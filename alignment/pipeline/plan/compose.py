@@ -15,7 +15,6 @@ from typing import Any
 
 import yaml
 from hydra import compose as hydra_compose
-from hydra import initialize_config_dir
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
@@ -30,11 +29,10 @@ from alignment.core.deadline import Bounded
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan import choices
 from alignment.pipeline.plan.hostile import hostile
-from alignment.pipeline.plan.hydra_files import check_files
+from alignment.pipeline.plan.hydra_files import composing
 from alignment.pipeline.plan.overrides import parse
 from alignment.pipeline.plan.profile import Profile
 
-_HYDRA = "1.3"
 _ENDLESS = ConfigError("its interpolations come to more than can be written down", where="recipe")
 
 
@@ -91,8 +89,7 @@ def _files(path: Path, overrides: Sequence[Override]) -> tuple[DictConfig, Profi
     Raises:
         ConfigError: the files do not compose.
     """
-    check_files()
-    with initialize_config_dir(config_dir=str(path.parent), version_base=_HYDRA):
+    with composing(path.parent):
         search = f"hydra.searchpath=[{_quoted(conf_folder())},{_quoted(recipes_folder())}]"
         try:
             profile, profile_faults = choices.profile(path, search, [o for o in overrides if choices.is_profile(o)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +34,7 @@ def charts(stage: Stage) -> list[Chart]:
         lines = [
             Line(label=label, points=points)
             for key, label in zip(choice.keys, choice.labels, strict=True)
-            if (points := _points(stage.metrics, key, choice.over))
+            if (points := points_of(stage.metrics, key, choice.over))
         ]
         if chart := _chart(choice, choice.keys, lines, title=choice.title, of=stage.name):
             drawn.append(chart)
@@ -53,7 +53,7 @@ def overlaid(stages: Sequence[tuple[str, int, Stage]]) -> list[Chart]:
             lines = [
                 Line(tag=tag, look=look, points=points)
                 for tag, look, stage in stages
-                if (points := _points(stage.metrics, key, choice.over))
+                if (points := points_of(stage.metrics, key, choice.over))
             ]
             title = f"{choice.title}, {label}" if label else choice.title
             if chart := _chart(choice, (key,), lines, title=title, of=stages[0][2].name):
@@ -80,8 +80,8 @@ def num_gaps(stage: Stage) -> int:
     return sum(key in row and text.finite(row[key]) is None for row in stage.metrics for key in keys)
 
 
-def _points(rows: list[dict[str, Any]], key: str, over: str) -> Points:
-    """The series of ``key``; a row without it is skipped, a value that is not finite is a gap."""
+def points_of(rows: Sequence[Mapping[str, Any]], key: str, over: str) -> Points:
+    """The points of ``key`` over the steps, or over the square root of the metric ``over``. A row without it is skipped, a value that is not finite is a gap."""
     points = []
     for position, row in enumerate(rows, start=1):
         if key in row:

@@ -6,21 +6,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alignment.config import yaml_file
 from alignment.core import typed_json
-from alignment.core.artifacts import EVALUATION, FORGETTING, REPORT, REWARD_CARD, Manifest, read_manifest
-from alignment.core.errors import ArtifactError, ConfigError
+from alignment.core.artifacts import FORGETTING, REWARD_CARD, Manifest, read_manifest
+from alignment.core.errors import ArtifactError
 from alignment.records import reward_card
 from alignment.records.cost import FILE as COST
 from alignment.records.cost import RunCost, StageCost
 from alignment.records.evaluation import SAMPLES, Evaluation
-from alignment.records.run import FILE, RunRecord, StageEntry
-from alignment.records.step_log import METRICS, readable_rows
+from alignment.records.run import FILE, RunRecord
+from alignment.records.step_log import readable_rows
 from alignment.records.worker import STATUS, Status
 from alignment.report.kit import text
 from alignment.report.kit.record_files import FOR_A_PAGE, shown
 from alignment.report.run_page.evaluation_section import read_evaluation, read_samples
 from alignment.report.run_page.forgetting_section import read_forgetting
+from alignment.report.run_page.run_layout import artifact_folder, evaluation_stages, steps_file
 from alignment.report.run_page.run_records import Card, Run, Sample, Stage
 from alignment.report.run_page.table_sections import read_tables
 from alignment.stages.registry import produced_by
@@ -33,9 +33,9 @@ def read_run(run_folder: Path) -> Run:
         ArtifactError: run.json is missing or unreadable.
     """
     record = _read_record(run_folder)
-    folders = {name: _artifact_folder(run_folder, name, entry) for name, entry in record.stages.items()}
+    folders = {name: artifact_folder(run_folder, name, entry) for name, entry in record.stages.items()}
     stages = [_read_stage(run_folder, name, record, folders[name]) for name in record.stages]
-    evaluation, evaluation_note, samples, samples_note = _read_evaluation_of(stages, folders)
+    evaluation, evaluation_note, samples, samples_note = _read_evaluation_of(record, folders)
     return Run(
         record=record,
         stages=stages,
@@ -62,30 +62,6 @@ def _read_record(run_folder: Path) -> RunRecord:
     assert record is not None, "every field has a default"
     stages = {text.name(name): entry for name, entry in record.stages.items()}
     return replace(record, name=record.name or text.name(run_folder.name), stages=stages)
-
-
-def _artifact_folder(run_folder: Path, stage: str, entry: StageEntry) -> Path | None:
-    """Where the stage's artifact is or will be.
-
-    run.json may hold a path or a folder name. The name is looked up next to the run first, so that a run that was moved
-    together with its artifacts can still be read.
-    """
-    recorded = entry.artifact or _stage_file(run_folder / stage / "stage.yaml").get("artifact")
-    if not isinstance(recorded, str) or not recorded:
-        return None
-    beside = run_folder.resolve().parent.parent / "artifacts" / Path(recorded).name
-    return beside if beside.exists() or _work(beside).exists() else run_folder.resolve().parent.parent / recorded
-
-
-def _stage_file(path: Path) -> dict[str, Any]:
-    try:
-        return _mapping(yaml_file.read(path))
-    except ConfigError:
-        return {}
-
-
-def _work(artifact: Path) -> Path:
-    return artifact.with_name(artifact.name + ".work")
 
 
 def _read_stage(run_folder: Path, name: str, record: RunRecord, folder: Path | None) -> Stage:
@@ -128,10 +104,10 @@ def _read_metrics(folder: Path | None, notes: list[str]) -> list[dict[str, Any]]
     """The lines of metrics.jsonl; those of an interrupted stage are in its work folder."""
     if folder is None:
         return []
-    path = next((p for p in (folder, _work(folder) / "content") if (p / METRICS).is_file()), None)
+    path = steps_file(folder)
     if path is None:
         return []
-    rows, torn = readable_rows(path / METRICS)
+    rows, torn = readable_rows(path)
     if torn:
         lines = "1 line" if torn == 1 else f"{torn} lines"
         notes.append(f"{lines} of its metrics.jsonl cannot be read and {'is' if torn == 1 else 'are'} left out.")
@@ -144,13 +120,10 @@ def _error(path: Path) -> str:
 
 
 def _read_evaluation_of(
-    stages: list[Stage], folders: dict[str, Path | None]
+    record: RunRecord, folders: dict[str, Path | None]
 ) -> tuple[Evaluation | None, str, list[Sample], str]:
     """The evaluation that the report stage names, or else the last one in the run that has a result."""
-    named = [ref.removeprefix("stage:") for s in stages if produced_by(s.kind) == REPORT for _, ref in s.inputs]
-    candidates = [s.name for s in stages if s.name in named] + [
-        s.name for s in reversed(stages) if produced_by(s.kind) == EVALUATION
-    ]
+    candidates = evaluation_stages(record)
     if not candidates:
         return None, "This run has no evaluate stage.", [], "Samples come from an evaluation; this run has none."
     known = [folder for name in candidates if (folder := folders[name]) is not None]
@@ -181,6 +154,3 @@ def _read_cards(stages: list[Stage], folders: dict[str, Path | None]) -> list[Ca
             cards.append(Card(stage=stage.name, record=record))
     return cards
 
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

@@ -1,0 +1,60 @@
+"""Differences between runs: each run minus the first one, prompt by prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment.pipeline.execute import paired_differences
+from alignment.records.evaluation import ArmResult, Evaluation, Metric
+from alignment.report.run_page.run_records import Difference
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgedArm:
+    """An arm of a run, its evaluation's metrics and prompts, and the scores of its answers by metric and prompt."""
+
+    arm: ArmResult
+    metrics: dict[str, Metric]
+    primary: Metric | None
+    prompts: set[str]
+    scores: dict[str, dict[str, float]]
+
+
+def judged_arms(folder: Path) -> dict[str, JudgedArm]:
+    """The arms of all evaluations of a run, by name."""
+    arms = {}
+    for artifact in paired_differences.evaluations(folder).values():
+        evaluation = Evaluation.read(artifact)
+        metrics = {metric.name: metric for metric in evaluation.metrics}
+        prompts = paired_differences.prompts(artifact)
+        for arm in evaluation.arms:
+            scores = paired_differences.scores(artifact, arm.name)
+            arms[arm.name] = JudgedArm(
+                arm=arm, metrics=metrics, primary=evaluation.primary_metric, prompts=prompts, scores=scores
+            )
+    return arms
+
+
+def primary_of(judged: Sequence[Mapping[str, JudgedArm]]) -> Metric | None:
+    """The metric by which runs are compared: the primary metric of the first run that has one."""
+    return next((arm.primary for arms in judged for arm in arms.values() if arm.primary is not None), None)
+
+
+def differences_from_first(judged: Sequence[Mapping[str, JudgedArm]]) -> Iterator[Difference]:
+    """Yields the differences of each other run minus the first, in every metric of an arm that both have."""
+    for run, arms in enumerate(judged[1:], start=1):
+        for name in [name for name in arms if name in judged[0]]:
+            this, first = arms[name], judged[0][name]
+            for metric in [metric for metric in this.scores if metric in first.scores]:
+                scores, others, unscored = this.scores[metric], first.scores[metric], 0
+                if this.prompts == first.prompts:
+                    scores, others, unscored = paired_differences.in_both(scores, others)
+                yield Difference(
+                    run=run,
+                    arm=name,
+                    metric=this.metrics.get(metric) or Metric(name=metric),
+                    interval=paired_differences.difference(scores, others),
+                    unscored=unscored,
+                )

@@ -1,0 +1,21 @@
+"""The state of a run, which a killed driver could not record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from alignment.core.locks import is_held
+from alignment.pipeline.backends import slurm_jobs
+from alignment.records.run import RunRecord
+
+KILLED = "killed"
+
+
+def state_of(run_folder: Path, record: RunRecord) -> str:
+    """The recorded state, or ``killed`` if a running run has neither a locked lock file nor a Slurm job.
+
+    On some file systems the lock of a job on another machine is invisible here.
+    """
+    if record.state == "running" and not is_held(run_folder / "lock") and not slurm_jobs.live(run_folder):
+        return KILLED
+    return record.state
