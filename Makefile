@@ -93,6 +93,7 @@ check: $(STAMP)  ## lint, types, import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy tests/typing/consumer.py
 	$(BIN)/lint-imports
 
 docs: $(STAMP)  ## build the book in build/docs, a site of docs/ that needs no server; a broken link is an error

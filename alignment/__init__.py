@@ -1,8 +1,144 @@
-"""SFT, reward model, DPO and PPO as one planned run: a driver plans, workers train, artifacts connect them."""
+"""SFT, reward model, DPO and PPO as one planned run: a driver plans, workers train, artifacts connect them.
+
+The names below are the public API (docs/python.md). They are imported when they are first used, so that importing this
+package, and ``align --help``, takes no time.
+"""
+
+from __future__ import annotations
 
 __version__ = "0.1.0"
 
+import importlib
 import logging
+from typing import TYPE_CHECKING, Any
 
 # PEFT imports it, and its first word on some CPUs is that a kernel which nobody asked for cannot be downloaded.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+_HOMES = {
+    "alignment.api.calls": ("plan", "run"),
+    "alignment.api.loaded_run": ("Run", "RunStage", "load_run"),
+    "alignment.api.loaded_sweep": ("Sweep", "load_sweep"),
+    "alignment.api.run_plan": ("RunPlan", "StagePlan"),
+    "alignment.api.stage_series": ("Series",),
+    "alignment.api.sweep_call": ("sweep",),
+    "alignment.core.artifacts": ("Manifest",),
+    "alignment.core.errors": (
+        "AlignmentError",
+        "ArtifactError",
+        "Busy",
+        "ConfigError",
+        "DataError",
+        "DiskError",
+        "GateNotMet",
+        "ModelError",
+        "NonFiniteError",
+        "Preempted",
+        "RewardError",
+        "StageError",
+    ),
+    "alignment.pipeline.plan.plan": ("Action",),
+    "alignment.records.cost": ("PhaseCost", "RunCost", "StageCost"),
+    "alignment.records.evaluation": ("ArmResult", "Comparison", "Evaluation", "Metric", "Sample", "SampleAnswer"),
+    "alignment.records.forgetting": ("ArmForgetting", "Forgetting"),
+    "alignment.records.interval": ("Interval",),
+    "alignment.records.reward_card": ("RewardCard",),
+    "alignment.records.run": ("RunRecord", "StageEntry"),
+    "alignment.records.sweep_record": ("Goal", "SweepRecord", "Trial"),
+    "alignment.records.worker": ("Progress",),
+    "alignment.report.run_page.run_records": ("Difference",),
+}
+"""The public names by the module that defines them."""
+_MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+if TYPE_CHECKING:
+    from alignment.api.calls import plan, run
+    from alignment.api.loaded_run import Run, RunStage, load_run
+    from alignment.api.loaded_sweep import Sweep, load_sweep
+    from alignment.api.run_plan import RunPlan, StagePlan
+    from alignment.api.stage_series import Series
+    from alignment.api.sweep_call import sweep
+    from alignment.core.artifacts import Manifest
+    from alignment.core.errors import (
+        AlignmentError,
+        ArtifactError,
+        Busy,
+        ConfigError,
+        DataError,
+        DiskError,
+        GateNotMet,
+        ModelError,
+        NonFiniteError,
+        Preempted,
+        RewardError,
+        StageError,
+    )
+    from alignment.pipeline.plan.plan import Action
+    from alignment.records.cost import PhaseCost, RunCost, StageCost
+    from alignment.records.evaluation import ArmResult, Comparison, Evaluation, Metric, Sample, SampleAnswer
+    from alignment.records.forgetting import ArmForgetting, Forgetting
+    from alignment.records.interval import Interval
+    from alignment.records.reward_card import RewardCard
+    from alignment.records.run import RunRecord, StageEntry
+    from alignment.records.sweep_record import Goal, SweepRecord, Trial
+    from alignment.records.worker import Progress
+    from alignment.report.run_page.run_records import Difference
+else:  # a type checker would take any name for one that exists
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(importlib.import_module(_MODULE_OF[name]), name)
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_MODULE_OF})
+
+
+__all__ = [
+    "Action",
+    "AlignmentError",
+    "ArmForgetting",
+    "ArmResult",
+    "ArtifactError",
+    "Busy",
+    "Comparison",
+    "ConfigError",
+    "DataError",
+    "Difference",
+    "DiskError",
+    "Evaluation",
+    "Forgetting",
+    "GateNotMet",
+    "Goal",
+    "Interval",
+    "Manifest",
+    "Metric",
+    "ModelError",
+    "NonFiniteError",
+    "PhaseCost",
+    "Preempted",
+    "Progress",
+    "RewardCard",
+    "RewardError",
+    "Run",
+    "RunCost",
+    "RunPlan",
+    "RunRecord",
+    "RunStage",
+    "Sample",
+    "SampleAnswer",
+    "Series",
+    "StageCost",
+    "StageEntry",
+    "StageError",
+    "StagePlan",
+    "Sweep",
+    "SweepRecord",
+    "Trial",
+    "load_run",
+    "load_sweep",
+    "plan",
+    "run",
+    "sweep",
+]

@@ -19,8 +19,9 @@ class Terminated(BaseException):
 def termination_raises() -> Iterator[None]:
     """Turns SIGTERM, SIGUSR1 and SIGHUP into an exception, so that a stage is asked to save before this process ends.
 
-    Python lets only the main thread handle signals; in another thread they keep their handlers. SIGHUP stays ignored if it was, as under nohup, and is ignored after the first one: shell and terminal both send it,
-    and the second must not interrupt what the first began.
+    Python lets only the main thread handle signals; in another thread they keep their handlers. SIGHUP stays ignored if
+    it was, as under nohup, and is ignored after the first one: shell and terminal both send it, and the second must not
+    interrupt what the first began.
     """
 
     if threading.current_thread() is not threading.main_thread():

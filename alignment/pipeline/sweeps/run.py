@@ -28,14 +28,22 @@ _POLL_SECONDS = 0.5
 
 
 def sweep(recipe: str, name: str, overrides: Sequence[str], *, console: Console, at_once: int = 1) -> int:
+    """Reads a sweep and runs its missing trials (``run_sweep``); returns the exit code.
+
+    Raises:
+        ConfigError: as ``read_sweep`` and ``run_sweep``.
+        Busy: as ``run_sweep``.
+    """
+    return run_sweep(read_sweep(recipe, name, overrides), console=console, at_once=at_once)
+
+
+def run_sweep(wanted: Sweep, *, console: Console, at_once: int = 1) -> int:
     """Runs the missing trials; returns the exit code, 0 if any trial has ever finished.
 
     Raises:
-        ConfigError: the sweep does not fit the recipe or the machine, no stage reports its objective, or optuna is not
-            installed.
+        ConfigError: the sweep does not fit the machine, no stage reports its objective, or optuna is not installed.
         Busy: another process works on it, or Slurm has jobs of a trial.
     """
-    wanted = read_sweep(recipe, name, overrides)
     shares_of_machine = shares(at_once, wanted.launch)
     study = Study(wanted)
     with held(wanted.folder / "lock", wait=False):

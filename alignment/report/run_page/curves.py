@@ -81,7 +81,10 @@ def num_gaps(stage: Stage) -> int:
 
 
 def points_of(rows: Sequence[Mapping[str, Any]], key: str, over: str) -> Points:
-    """The points of ``key`` over the steps, or over the square root of the metric ``over``. A row without it is skipped, a value that is not finite is a gap."""
+    """The points of ``key`` over the steps, or over the square root of the metric ``over``.
+
+    A row without it is skipped, a value that is not finite is a gap.
+    """
     points = []
     for position, row in enumerate(rows, start=1):
         if key in row:

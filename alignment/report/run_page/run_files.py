@@ -153,4 +153,3 @@ def _read_cards(stages: list[Stage], folders: dict[str, Path | None]) -> list[Ca
         else:
             cards.append(Card(stage=stage.name, record=record))
     return cards
-

@@ -1,0 +1,262 @@
+"""A finished or partial run, read from its files."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from alignment.api import run_tables
+from alignment.api.stage_series import Series, series_of
+from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD, Manifest, read_manifest
+from alignment.core.errors import ArtifactError
+from alignment.pipeline.execute.run_state import state_of
+from alignment.records import evaluation as evaluations
+from alignment.records import forgetting as forgetting_records
+from alignment.records import reward_card
+from alignment.records.evaluation import Evaluation, Sample
+from alignment.records.forgetting import Forgetting
+from alignment.records.reward_card import RewardCard
+from alignment.records.run import RunRecord, StageEntry
+from alignment.records.step_log import written_rows
+from alignment.records.worker import Progress, Status
+from alignment.report.run_page.run_layout import artifact_folder, evaluation_stages, steps_file, work_folder
+from alignment.report.run_page.run_records import Difference
+from alignment.stages.registry import produced_by
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
+class RunStage:
+    """A stage of a run.
+
+    ``entry`` is what the run recorded of it: its kind, state, reason and inputs. ``folder`` is the stage's folder of
+    the run, with ``stage.yaml`` and ``log.txt``. ``artifact`` is the folder of its result and ``manifest`` what that
+    says of itself; both are None until the stage is done. ``progress`` is how far a running stage is, ``error`` how an
+    unfinished one ended. ``settings`` are plain data.
+    """
+
+    name: str
+    entry: StageEntry
+    folder: Path
+    artifact: Path | None
+    manifest: Manifest | None
+    progress: Progress | None
+    error: str
+    settings: dict[str, Any]
+    steps_path: Path | None
+
+    @property
+    def kind(self) -> str:
+        """The kind of stage."""
+        return self.entry.kind
+
+    @property
+    def state(self) -> str:
+        """``waiting``, ``running``, ``done``, ``reused`` or ``failed``."""
+        return self.entry.state
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The headline metrics of the result, by name; empty until the stage is done."""
+        return {} if self.manifest is None else self.manifest.metrics
+
+    @property
+    def usage(self) -> dict[str, float]:
+        """What making the result took: ``seconds``, ``peak_rss_bytes`` and others; empty until the stage is done."""
+        return {} if self.manifest is None else self.manifest.usage
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The logged steps of the stage, finished or not, as metrics.jsonl has them; empty if it logs none.
+
+        Raises:
+            ArtifactError: the file is damaged.
+        """
+        if self.steps_path is None:
+            return []
+        try:
+            return written_rows(self.steps_path)
+        except ValueError as error:
+            raise ArtifactError(f"unreadable: {error}", where=str(self.steps_path), remedy="run it again") from error
+
+    def curves(self) -> list[Series]:
+        """What the report draws of the steps: a series for each figure that was logged.
+
+        Raises:
+            ArtifactError: metrics.jsonl is damaged.
+        """
+        return series_of(self.kind, self.settings, self.steps())
+
+    def frame(self) -> pandas.DataFrame:
+        """A row for each logged step: ``step``, then a column for each metric.
+
+        Raises:
+            ArtifactError: metrics.jsonl is damaged.
+            ConfigError: pandas is not installed.
+        """
+        return run_tables.of_steps(self.steps())
+
+    def __repr__(self) -> str:
+        return f"RunStage({self.name!r}, {self.kind}, {self.state})"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, repr=False)
+class Run:
+    """A run: ``state`` is ``running``, ``done``, ``gate not met``, ``failed``, ``preempted``, ``interrupted``,
+    ``waiting`` or ``killed``.
+
+    ``record`` is the content of run.json. ``evaluations``, ``reward_cards`` and ``forgetting`` are the results of the
+    stages that have one, by stage.
+    """
+
+    folder: Path
+    state: str
+    record: RunRecord
+    stages: dict[str, RunStage]
+    evaluations: dict[str, Evaluation]
+    reward_cards: dict[str, RewardCard]
+    forgetting: dict[str, Forgetting]
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.record.name or self.folder.name
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings as plain data, with those of the stages under ``stages``."""
+        return self.record.config
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        """The evaluation that the run's report shows: the one that it names, or else the last with a result."""
+        name = self._evaluation_name()
+        return None if name is None else self.evaluations[name]
+
+    def answers(self, evaluation: str | None = None) -> list[Sample]:
+        """The held-out prompts of an evaluation with every arm's answers and scores.
+
+        ``evaluation`` names its stage; without it, the one of the report. Empty if it has no result.
+        """
+        name = evaluation or self._evaluation_name()
+        stage = self.stages.get(name) if name is not None else None
+        return [] if stage is None or stage.artifact is None else list(evaluations.read_samples(stage.artifact))
+
+    def against(self, first: Run) -> list[Difference]:
+        """This run minus ``first``, in every metric of every arm that both evaluated, paired by prompt.
+
+        Raises:
+            ArtifactError: a result of one of the runs is damaged.
+        """
+        from alignment.pipeline.execute.run_differences import differences_from_first, judged_arms  # needs numpy
+
+        return list(differences_from_first([judged_arms(first.folder), judged_arms(self.folder)]))
+
+    def stages_frame(self) -> pandas.DataFrame:
+        """A row for each stage: ``stage``, ``kind``, ``state``, ``reason``, ``artifact``, and a column for each figure
+        of its ``usage``.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        return run_tables.of_stages([(stage.name, stage.entry, stage.usage) for stage in self.stages.values()])
+
+    def arms_frame(self) -> pandas.DataFrame:
+        """A row for each arm and metric: ``evaluation``, ``arm``, ``metric``, ``mean``, and the 95 % interval from
+        ``low`` to ``high``.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        return run_tables.of_arms(self.evaluations)
+
+    def differences_frame(self) -> pandas.DataFrame:
+        """A row for each comparison of two arms: ``evaluation``, ``arm``, ``against``, ``metric``, ``difference``
+        (paired by prompt) with its 95 % interval, ``p``, ``adjusted_p`` for the comparisons of its family, and
+        ``verdict``.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        return run_tables.of_differences(self.evaluations)
+
+    def answers_frame(self, evaluation: str | None = None) -> pandas.DataFrame:
+        """A row for each prompt and arm: ``id``, ``task``, ``prompt`` (its last message), ``arm``, ``answer``, and a
+        column for each score.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        return run_tables.of_answers(self.answers(evaluation))
+
+    def settings_frame(self) -> pandas.DataFrame:
+        """A row for each setting: ``key``, as an override names it, and ``value``.
+
+        Raises:
+            ConfigError: pandas is not installed.
+        """
+        return run_tables.of_settings(self.settings)
+
+    def _evaluation_name(self) -> str | None:
+        return next((name for name in evaluation_stages(self.record) if name in self.evaluations), None)
+
+    def __repr__(self) -> str:
+        states = ", ".join(f"{stage.name} {stage.state}" for stage in self.stages.values())
+        return f"Run({str(self.folder)!r}, {self.state}: {states})"
+
+
+def load_run(folder: str | os.PathLike[str]) -> Run:
+    """Reads a run, whether or not it has ended; ``folder`` is ``runs/NAME`` in the output folder.
+
+    A run that was moved can be read if ``runs`` and ``artifacts`` were moved together.
+
+    Raises:
+        ArtifactError: no run is recorded there, or a file of it is damaged or was written by a newer version.
+    """
+    path = Path(folder).expanduser().absolute()
+    record = RunRecord.read(path)
+    stages = {name: _stage(path, name, record) for name in record.stages}
+    made = [(stage.name, produced_by(stage.kind), stage.artifact) for stage in stages.values() if stage.artifact]
+    return Run(
+        folder=path,
+        state=state_of(path, record),
+        record=record,
+        stages=stages,
+        evaluations={
+            name: Evaluation.read(artifact)
+            for name, produces, artifact in made
+            if produces == EVALUATION and (artifact / evaluations.FILE).is_file()
+        },
+        reward_cards={
+            name: RewardCard.read(artifact)
+            for name, produces, artifact in made
+            if produces == REWARD_CARD and (artifact / reward_card.FILE).is_file()
+        },
+        forgetting={
+            name: Forgetting.read(artifact)
+            for name, produces, artifact in made
+            if produces == FORGETTING and (artifact / forgetting_records.FILE).is_file()
+        },
+    )
+
+
+def _stage(run_folder: Path, name: str, record: RunRecord) -> RunStage:
+    entry, folder = record.stages[name], run_folder / name
+    artifact = artifact_folder(run_folder, name, entry)
+    manifest = None if artifact is None else read_manifest(artifact)
+    status = None if entry.complete else Status.read(folder)
+    working = artifact if entry.state == "running" else None
+    return RunStage(
+        name=name,
+        entry=entry,
+        folder=folder,
+        artifact=artifact if manifest is not None else None,
+        manifest=manifest,
+        progress=None if working is None else Progress.read(work_folder(working)),
+        error="" if status is None else status.error,
+        settings=record.settings_of(name),
+        steps_path=None if artifact is None else steps_file(artifact),
+    )
