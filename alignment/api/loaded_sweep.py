@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from alignment.api.loaded_run import Run, load_run
 from alignment.core.data_frames import data_frame
@@ -55,16 +56,18 @@ class Sweep:
         keys = [parameter.key for parameter in self.record.parameters]
         labels = [goal.label for goal in self.record.goals]
         figures = [name for label in labels for name in (label, f"{label} low", f"{label} high")]
-        rows = []
-        for trial in self.trials:
-            values = [number for value in trial.figures for number in (value.mean, value.low, value.high)]
-            row = {"trial": trial.number, "state": trial.state, **trial.settings}
-            rows.append(row | dict(zip(figures, values, strict=False)))  # without figures if it is not done
-        return data_frame(["trial", "state", *keys, *figures], rows)
+        return data_frame(["trial", "state", *keys, *figures], (_row(trial, figures) for trial in self.trials))
 
     def __repr__(self) -> str:
         best = "; ".join(" ".join(trial.words) for trial in self.best)
         return f"Sweep({str(self.folder)!r}, {len(self.trials)} of {self.record.number} trials; best: {best or 'none'})"
+
+
+def _row(trial: Trial, figures: Sequence[str]) -> dict[str, Any]:
+    """A trial by column; without figures if it is not done."""
+    values = [number for value in trial.figures for number in (value.mean, value.low, value.high)]
+    row = {"trial": trial.number, "state": trial.state, **trial.settings}
+    return row | dict(zip(figures, values, strict=False))
 
 
 def load_sweep(folder: str | os.PathLike[str]) -> Sweep:

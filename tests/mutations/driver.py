@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests.mutations.mutation import in_file
 
+CALLS = "unit/api/test_calls.py"
 REHEARSAL = "unit/pipeline/test_rehearsal.py"
 
 MUTATIONS = [
@@ -186,13 +187,65 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "report/run_page/run_files.py",
+        "report/run_page/run_layout.py",
         "unit/report/test_page.py",
         (
             "anybody's stage file ends a report",
-            "return _mapping(yaml_file.read(path))",
-            "return _mapping(__import__('yaml').safe_load(path.read_text()))",
+            "content = yaml_file.read(path)",
+            "content = __import__('yaml').safe_load(path.read_text())",
             "test_a_stage_file_without_bounds_does_not_end_a_report",
+        ),
+    ),
+    *in_file(
+        "pipeline/plan/hydra_files.py",
+        CALLS,
+        (
+            "a plan ends with the caller's own Hydra gone",
+            "            instance.hydra = hydra\n",
+            "",
+            "test_a_program_that_uses_hydra_itself_finds_its_state_again",
+        ),
+        (
+            "the caller's own Hydra reads files by our rules",
+            "            sources[scheme] = source\n",
+            "",
+            "test_a_program_that_uses_hydra_itself_finds_its_state_again",
+        ),
+        (
+            "two threads share one state of Hydra",
+            "    with _IN_USE:\n",
+            "    if True:\n",
+            "test_threads_plan_at_the_same_time",
+        ),
+    ),
+    *in_file(
+        "pipeline/execute/signals.py",
+        CALLS,
+        (
+            "a run in a thread handles signals",
+            "if threading.current_thread() is not threading.main_thread():",
+            "if False:",
+            "test_a_run_in_a_thread_leaves_signals_alone",
+        ),
+    ),
+    *in_file(
+        "api/call_surroundings.py",
+        CALLS,
+        (
+            "an interrupted call returns as if it were done",
+            "        raise KeyboardInterrupt\n",
+            "        return\n",
+            "test_ctrl_c_lets_the_stage_save_and_raises",
+        ),
+    ),
+    *in_file(
+        "api/loaded_run.py",
+        "unit/api/test_loading.py",
+        (
+            "a stage that is not done has a result",
+            "artifact=artifact if manifest is not None else None,",
+            "artifact=artifact,",
+            "test_a_run_that_is_not_done_says_how_far_it_is",
         ),
     ),
 ]
