@@ -55,6 +55,7 @@ SEVERAL_PROCESSES = (
     "e2e/test_engine",
     "e2e/test_lost_processes",
     "e2e/test_machines",
+    "e2e/test_notebook",
     "e2e/test_served_judge",
     "e2e/test_sweep",
     "e2e/test_tracking",
