@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable
@@ -17,8 +18,11 @@ from hydra.core.global_hydra import GlobalHydra
 
 import alignment
 from alignment import cli
+from alignment.pipeline.execute import estimates
+from alignment.pipeline.plan.plan import make_plan
 from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs
 
+ROOT = Path(__file__).parents[3]
 STAGES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
 Captured = pytest.CaptureFixture[str]
 
@@ -192,6 +196,39 @@ def test_what_is_printed_goes_to_standard_output_as_it_is_then(overrides: list[s
     with contextlib.redirect_stdout(screen):
         alignment.run("quickstart", overrides)
     assert "sft: starts" in screen.getvalue()
+
+
+def test_a_plan_has_the_cost_that_was_estimated_before(overrides: list[str]) -> None:
+    assert alignment.plan("quickstart", overrides).cost is None
+    plan = make_plan("quickstart", overrides)
+    cost = alignment.StageCost(stage="dpo", kind="dpo", phases={"training": alignment.PhaseCost(peak=5, seconds=3.0)})
+    (dpo,) = [stage for stage in plan.stages if stage.name == "dpo"]
+    file = estimates._file(plan, dpo, "this")
+    file.parent.mkdir(parents=True)
+    alignment.RunCost(device="this", stages=[cost]).write(file)
+    planned = alignment.plan("quickstart", overrides)
+    assert planned.cost is not None
+    assert planned.cost.stages == [cost]
+    with pytest.raises(alignment.ConfigError, match="no device 'abacus'"):
+        alignment.plan("quickstart", overrides, cost=True, device="abacus")
+
+
+@pytest.mark.usefixtures("without_training")
+def test_the_examples_in_the_docs_run(
+    overrides: list[str], run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """With a model and data of the test, and in its folder."""
+    own = dict(override.split("=", 1) for override in overrides)
+    for name in ("plan", "run"):
+        call = getattr(alignment, name)
+        monkeypatch.setattr(alignment, name, lambda recipe, more, call=call: call(recipe, {**own, **more}))
+    page = (ROOT / "docs/python.md").read_text(encoding="utf-8")
+    exec("".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), {})
+    printed = capsys.readouterr().out
+    assert printed.startswith("RunPlan quickstart: 6 to run, 0 reused\n  sft: run (")
+    assert "done 1.0\n" in printed
+    assert "sft Interval(mean=0.5, low=0.4, high=0.6)\n" in printed
+    assert "stage:dpo stage:sft Interval(mean=0.08, low=0.02, high=0.14) better\n" in printed
 
 
 def test_overrides_may_be_a_mapping_and_are_not_one_text(overrides: list[str]) -> None:
