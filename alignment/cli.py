@@ -18,9 +18,10 @@ from rich.console import Console
 from alignment import __version__
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import AlignmentError, ConfigError
-from alignment.core.files import current_folder, explained
+from alignment.core.files import explained
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import Terminal, complain
+from alignment.core.working_folder import current_folder
 
 VERBS = {
     "run": "plan a recipe and run what has to run",

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from rich.console import Console
 
 from alignment.core.errors import PREEMPTED, Preempted
-from alignment.core.files import current_folder, explained
+from alignment.core.files import explained
 from alignment.core.terminal import Terminal
+from alignment.core.working_folder import current_folder
 from alignment.pipeline.execute.signals import INTERRUPTED
 
 Recipe = str | os.PathLike[str]

@@ -139,18 +139,6 @@ def explained(folder: Path) -> Iterator[None]:
         raise explanation from error
 
 
-def current_folder() -> Path:
-    """The current folder.
-
-    Raises:
-        ConfigError: it was removed.
-    """
-    try:
-        return Path.cwd()
-    except FileNotFoundError:
-        raise ConfigError("the current folder no longer exists", remedy="change to a folder that exists") from None
-
-
 def is_full(folder: Path, *, least: int = 1 << 16) -> bool:
     """Whether fewer than ``least`` bytes can still be written there."""
     return shutil.disk_usage(_existing(folder)).free < least
