@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _HOMES = {
-    "alignment.api.calls": ("plan", "run"),
+    "alignment.api.run_calls": ("plan", "run"),
     "alignment.api.loaded_run": ("Run", "RunStage", "load_run"),
     "alignment.api.loaded_sweep": ("Sweep", "load_sweep"),
     "alignment.api.run_plan": ("RunPlan", "StagePlan"),
@@ -52,9 +52,9 @@ _HOMES = {
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
-    from alignment.api.calls import plan, run
     from alignment.api.loaded_run import Run, RunStage, load_run
     from alignment.api.loaded_sweep import Sweep, load_sweep
+    from alignment.api.run_calls import plan, run
     from alignment.api.run_plan import RunPlan, StagePlan
     from alignment.api.stage_series import Series
     from alignment.api.sweep_call import sweep

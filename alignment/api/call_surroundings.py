@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -26,9 +27,12 @@ def errors_explained() -> Iterator[None]:
 
 
 def console_of(*, quiet: bool) -> Console:
-    """Standard output as it is at each line: a notebook and ``redirect_stdout`` replace it. Lines are plain text in a
-    notebook, too."""
-    return Terminal(soft_wrap=False, quiet=quiet, force_jupyter=False)
+    """Standard output: a live line on a terminal, else plain lines.
+
+    A kernel of Jupyter sets ``FORCE_COLOR``, so that rich would move the cursor in a notebook's output.
+    """
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return Terminal(soft_wrap=False, quiet=quiet, force_jupyter=False, force_terminal=is_terminal)
 
 
 def raise_if_stopped(code: int, name: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from alignment.api import run_tables
+from alignment.api import run_frames
 from alignment.api.stage_series import Series, series_of
 from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD, Manifest, read_manifest
 from alignment.core.errors import ArtifactError
@@ -97,7 +97,7 @@ class RunStage:
             ArtifactError: metrics.jsonl is damaged.
             ConfigError: pandas is not installed.
         """
-        return run_tables.of_steps(self.steps())
+        return run_frames.of_steps(self.steps())
 
     def __repr__(self) -> str:
         return f"RunStage({self.name!r}, {self.kind}, {self.state})"
@@ -162,7 +162,7 @@ class Run:
         Raises:
             ConfigError: pandas is not installed.
         """
-        return run_tables.of_stages([(stage.name, stage.entry, stage.usage) for stage in self.stages.values()])
+        return run_frames.of_stages([(stage.name, stage.entry, stage.usage) for stage in self.stages.values()])
 
     def arms_frame(self) -> pandas.DataFrame:
         """A row for each arm and metric: ``evaluation``, ``arm``, ``metric``, ``mean``, and the 95 % interval from
@@ -171,7 +171,7 @@ class Run:
         Raises:
             ConfigError: pandas is not installed.
         """
-        return run_tables.of_arms(self.evaluations)
+        return run_frames.of_arms(self.evaluations)
 
     def differences_frame(self) -> pandas.DataFrame:
         """A row for each comparison of two arms: ``evaluation``, ``arm``, ``against``, ``metric``, ``difference``
@@ -181,7 +181,7 @@ class Run:
         Raises:
             ConfigError: pandas is not installed.
         """
-        return run_tables.of_differences(self.evaluations)
+        return run_frames.of_differences(self.evaluations)
 
     def answers_frame(self, evaluation: str | None = None) -> pandas.DataFrame:
         """A row for each prompt and arm: ``id``, ``task``, ``prompt`` (its last message), ``arm``, ``answer``, and a
@@ -190,7 +190,7 @@ class Run:
         Raises:
             ConfigError: pandas is not installed.
         """
-        return run_tables.of_answers(self.answers(evaluation))
+        return run_frames.of_answers(self.answers(evaluation))
 
     def settings_frame(self) -> pandas.DataFrame:
         """A row for each setting: ``key``, as an override names it, and ``value``.
@@ -198,7 +198,7 @@ class Run:
         Raises:
             ConfigError: pandas is not installed.
         """
-        return run_tables.of_settings(self.settings)
+        return run_frames.of_settings(self.settings)
 
     def _evaluation_name(self) -> str | None:
         return next((name for name in evaluation_stages(self.record) if name in self.evaluations), None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.api import calls
+from alignment.api import run_calls
 from tests.unit.pipeline.conftest import each_set_of_files_is_composed_once, overrides, processor
 from tests.unit.pipeline.sweeps.conftest import runs, tiny_base
 from tests.unit.pipeline.test_run import fake
@@ -19,7 +19,7 @@ __all__ = ["FakeRun", "each_set_of_files_is_composed_once", "fake_run", "overrid
 @pytest.fixture
 def without_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """``run`` does all that it does, with real processes that train nothing."""
-    monkeypatch.setattr(calls, "run_plan", functools.partial(calls.run_plan, command_for=fake))
+    monkeypatch.setattr(run_calls, "run_plan", functools.partial(run_calls.run_plan, command_for=fake))
 
 
 @pytest.fixture

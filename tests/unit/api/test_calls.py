@@ -191,11 +191,16 @@ def test_a_program_that_uses_hydra_itself_finds_its_state_again(overrides: list[
 
 
 @pytest.mark.usefixtures("without_training")
-def test_what_is_printed_goes_to_standard_output_as_it_is_then(overrides: list[str]) -> None:
+def test_what_is_printed_goes_to_standard_output_as_it_is_then(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plain lines where that is no terminal, also in a kernel of Jupyter, which asks for colours."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
     screen = io.StringIO()
     with contextlib.redirect_stdout(screen):
         alignment.run("quickstart", overrides)
     assert "sft: starts" in screen.getvalue()
+    assert "\x1b" not in screen.getvalue()
 
 
 def test_a_plan_has_the_cost_that_was_estimated_before(overrides: list[str]) -> None:
