@@ -45,7 +45,7 @@ try:
         time.sleep(0.02)
     manager.interrupt_kernel()
     print(client.get_shell_msg(timeout=120)["content"].get("ename"))
-    reply = client.execute_interactive("1 + 1", timeout=60)
+    reply = client.execute_interactive("pass", timeout=60)
     print(reply["content"]["status"])
 finally:
     client.stop_channels()
