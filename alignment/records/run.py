@@ -20,7 +20,8 @@ _PROFILE = "profile="
 class StageEntry:
     """A stage: ``waiting``, ``running``, ``done``, ``reused`` or ``failed``, and ``reason`` in words.
 
-    ``artifact`` is a path, or a folder's name. ``inputs`` are references by the field that holds them, one or several.
+    ``artifact`` is a path, or a folder's name. ``started`` is when the last attempt at it began, in UTC, ISO 8601, and
+    ``seconds`` is how long that took. ``inputs`` are references by the field that holds them, one or several.
     """
 
     kind: Name = "unknown"
@@ -28,6 +29,7 @@ class StageEntry:
     reason: Annotated[str, Line(300)] = ""
     artifact: str = ""
     seconds: float | None = None
+    started: Name = ""
     inputs: dict[Name, Name | list[Name] | dict[Name, Name]] = field(default_factory=dict)
 
     @property

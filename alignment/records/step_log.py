@@ -9,6 +9,8 @@ from typing import Any
 from alignment.core.files import naming, write_text
 
 METRICS = "metrics.jsonl"
+TOKENS = "num_tokens"
+"""The metric that counts the tokens that a stage has processed since it began, as TRL's trainers name it."""
 
 
 class MetricsLog:

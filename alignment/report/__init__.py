@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from alignment.report.kit.render import build
+from alignment.report.kit.render import build, main_part
 from alignment.report.sweep_page.sweep_report import build_sweep
 
-__all__ = ["build", "build_sweep"]
+__all__ = ["build", "build_sweep", "main_part"]

@@ -318,7 +318,8 @@ class StageKind:
     data of the run's evaluations. ``scorers(config)``: its scorers, by field. ``faults(config, run,
     where)``: settings that cannot be right. ``completed(config, run)``: the settings, with values that follow from
     other stages filled in. ``as_read(config)``: the settings, with unused ones at their defaults. ``curves(settings)``:
-    its charts, given its settings as plain values. ``smoke``: values that ``profile=smoke`` sets, unless the profile's
+    its charts, given its settings as plain values. ``headline``: the metric of these charts that is shown while the
+    stage runs; without one, the first chart's. ``smoke``: values that ``profile=smoke`` sets, unless the profile's
     file sets others.
     """
 
@@ -336,6 +337,7 @@ class StageKind:
     completed: Callable[[Any, RunConfig], Any] = _unchanged
     as_read: Callable[[Any], Any] = _unchanged
     curves: Callable[[Mapping[str, Any]], Sequence[Curve]] = _nothing
+    headline: str = ""
     references: References = References()
     files: OtherFiles = OtherFiles()
     launch: LaunchShape = LaunchShape()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -152,6 +152,17 @@ def curves(kind_name: str, settings: Mapping[str, Any]) -> list[Curve]:
     """The charts of a stage of this kind with these plain settings; only the loss for an unknown kind."""
     row = registered().get(kind_name)
     return [LOSS] if row is None or row.kind is None else list(row.kind.curves(settings))
+
+
+def headline_curve(kind_name: str, settings: Mapping[str, Any]) -> Curve | None:
+    """The chart that is shown while a stage of this kind runs, with its metric as the only one; None without charts."""
+    charts = curves(kind_name, settings)
+    row = registered().get(kind_name)
+    metric = "" if row is None or row.kind is None else row.kind.headline
+    for chart in charts:
+        if metric in ("", *chart.keys):
+            return replace(chart, keys=(metric or chart.keys[0],), labels=("",))
+    return None
 
 
 def learns_from_preferences(kind_name: str) -> bool | None:

@@ -117,6 +117,16 @@ MUTATIONS = [
         "commands/judge/web_app.py",
         "unit/commands/judge/test_web_app.py",
         (
+            "control characters reach the page",
+            "answers=[prose(answer) for answer in standing.ballot.answers]",
+            "answers=list(standing.ballot.answers)",
+            "test_texts_are_escaped_and_their_control_characters_shown",
+        ),
+    ),
+    *in_file(
+        "commands/shared/guarded_app.py",
+        "unit/commands/judge/test_web_app.py",
+        (
             "any token opens the page",
             'if not secrets.compare_digest(first.encode("utf-8", "replace"), self._token):',
             "if not first:",
@@ -127,12 +137,6 @@ MUTATIONS = [
             "allowed_hosts=HOSTS",
             'allowed_hosts=["*"]',
             "test_another_host_name_is_refused_whatever_the_token",
-        ),
-        (
-            "control characters reach the page",
-            "answers=[prose(answer) for answer in standing.ballot.answers]",
-            "answers=list(standing.ballot.answers)",
-            "test_texts_are_escaped_and_their_control_characters_shown",
         ),
         (
             "pages may load anything",

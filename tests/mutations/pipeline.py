@@ -59,6 +59,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "pipeline/execute/change_lines.py",
+        "unit/pipeline/test_change_lines.py",
+        (
+            "a line is printed again and again",
+            "        if text not in self._printed:\n",
+            "        if text:\n",
+            "test_a_queue_that_changes_its_mind_is_heard_once",
+        ),
+    ),
+    *in_file(
         "pipeline/execute/run.py",
         RUN,
         (

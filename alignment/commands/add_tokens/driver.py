@@ -9,7 +9,7 @@ from rich.console import Console
 
 from alignment.core.files import new_folder
 from alignment.pipeline.backends import processes
-from alignment.pipeline.execute.display import display_for
+from alignment.pipeline.execute.display import announcer
 from alignment.pipeline.sources import model_sources
 
 ADVICE = """start from it by model.source=path:{}; an adapter learns the new rows only with
@@ -26,7 +26,7 @@ def add_tokens(console: Console, source: str, tokens: Sequence[str], *, to: str)
     target = new_folder(to)
     model = model_sources.resolve(source, where="MODEL")
     if not model.ready:
-        model = model_sources.fetch(model, announce=display_for(console).note)
+        model = model_sources.fetch(model, announce=announcer(console))
     argv = [
         sys.executable,
         "-m",

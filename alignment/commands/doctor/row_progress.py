@@ -13,7 +13,7 @@ from typing import TypeVar
 from rich.console import Console
 from rich.status import Status
 
-from alignment.pipeline.execute.display import duration
+from alignment.pipeline.execute.durations import duration
 
 QUIET_SECONDS = 3.0
 """A reading that takes less prints nothing."""

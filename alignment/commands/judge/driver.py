@@ -10,8 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from alignment.commands.judge.ballots import Ballots, annotator_name
-from alignment.commands.shared.libraries import refuse_without
+from alignment.commands.shared.libraries import PAGE_LIBRARIES, refuse_without
 from alignment.commands.shared.listening import listening
+from alignment.commands.shared.named_runs import run_folder
 from alignment.config.did_you_mean import suggestion
 from alignment.core.artifacts import verify
 from alignment.core.errors import ArtifactError, ConfigError, DataError
@@ -19,10 +20,7 @@ from alignment.core.locks import held
 from alignment.evaluation.answer_pairs import AnswerPair, pairs_of_samples
 from alignment.pipeline.execute.paired_differences import evaluations
 from alignment.records.evaluation import SAMPLES, Evaluation, read_samples
-from alignment.records.run import FILE as RUN_FILE
 from alignment.records.votes import FILE, cut_unfinished_line
-
-LIBRARIES = {"starlette": "starlette>=1,<2", "uvicorn": "uvicorn>=0.34,<1"}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -46,8 +44,9 @@ def judge(console: Console, run: str, arms: Sequence[str], *, options: Options, 
         ArtifactError: the evaluation is damaged.
         Busy: another server writes the same votes, or the port is taken.
     """
-    refuse_without(LIBRARIES, where="align judge", needs="the page needs")
-    from alignment.commands.judge import server
+    refuse_without(PAGE_LIBRARIES, where="align judge", needs="the page needs")
+    from alignment.commands.judge.web_app import application
+    from alignment.commands.shared.page_server import PageServer
 
     annotator = _annotator(options.annotator)
     stage, artifact = _evaluation(run, options.stage, output)
@@ -62,7 +61,7 @@ def judge(console: Console, run: str, arms: Sequence[str], *, options: Options, 
         if cut_unfinished_line(file):
             _print(console, f"{file}: half a vote at the end, which was never confirmed, was removed")
         ballots = Ballots(file, pairs, pair)
-        page = server.Page(ballots, listener, run=run, annotator=annotator)
+        page = PageServer(lambda token: application(ballots, token, run=run, annotator=annotator), listener)
         _introduce(console, ballots, file, pair)
         _print(console, f"judge at {page.address} (Ctrl-C ends)")
         if options.opens_browser:
@@ -81,10 +80,7 @@ def _annotator(name: str | None) -> str | None:
 
 def _evaluation(run: str, stage: str | None, output: Path) -> tuple[str, Path]:
     """The evaluation of a run: its stage and its artifact, whose content is what was made."""
-    runs = sorted(path.parent.name for path in (output / "runs").glob(f"*/{RUN_FILE}"))
-    if run not in runs:
-        raise ConfigError(f"no run {run!r} under {output / 'runs'}; {suggestion(run, runs)}", where="RUN")
-    artifacts = evaluations(output / "runs" / run)
+    artifacts = evaluations(run_folder(output, run))
     if not artifacts:
         raise ConfigError(
             f"the run {run!r} has no finished evaluation, so there are no answers to judge",

@@ -1,47 +1,26 @@
-"""The page on which people judge, as a web application: a pair at a time, a form for each vote.
-
-Only the address with the token is answered, under a host name of this machine: another page in the same browser knows
-neither (a page that points its own name at 127.0.0.1 is refused by that name). Every text is escaped, and a content
-security policy allows this application's own script and style alone.
-"""
+"""The page on which people judge, as a web application: a pair at a time, a form for each vote."""
 
 from __future__ import annotations
 
 import json
-import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
-from starlette.applications import Starlette
-from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from alignment.commands.judge.ballots import AlreadyJudged, Ballots, Choice, Refused, UnknownPair, annotator_name
+from alignment.commands.shared.guarded_app import guarded, script, style
 from alignment.core.errors import DataError
 from alignment.report.kit.pages import environment
 from alignment.report.kit.text import prose
 
-HOSTS = ("127.0.0.1", "localhost")
 MOST_BYTES = 4096
 """The longest form; one has a name, a hash and a digit."""
-HEADERS = {
-    "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src data:; form-action 'self'; "
-        "base-uri 'none'; frame-ancestors 'none'"
-    ),
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-    "cross-origin-opener-policy": "same-origin",
-    "cross-origin-resource-policy": "same-origin",
-    "cache-control": "no-store",
-}
 _STATUS: Mapping[type[Exception], int] = {UnknownPair: 404, AlreadyJudged: 409, Refused: 409}
 
 
@@ -64,46 +43,7 @@ def application(ballots: Ballots, token: str, *, run: str, annotator: str | None
         Route("/style.css", _style),
         Route("/keys.js", _script),
     ]
-    middleware = [
-        Middleware(_WithHeaders),
-        Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False),
-        Middleware(_WithToken, token=token),
-    ]
-    return Starlette(routes=routes, middleware=middleware)
-
-
-class _WithHeaders:
-    """Puts the headers on every response, refusals too."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                own = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
-                message["headers"] = [*message["headers"], *own]
-            await send(message)
-
-        await self._app(scope, receive, send_with_headers)
-
-
-class _WithToken:
-    """Takes the token off the beginning of the path, and refuses a request without it."""
-
-    def __init__(self, app: ASGIApp, token: str) -> None:
-        self._app = app
-        self._token = token.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        first, slash, rest = scope["path"].removeprefix("/").partition("/")
-        if not secrets.compare_digest(first.encode("utf-8", "replace"), self._token):
-            refusal = "Open the address that `align judge` printed, with its token.\n"
-            await PlainTextResponse(refusal, status_code=403)(scope, receive, send)
-        elif not slash:
-            await RedirectResponse(f"/{first}/")(scope, receive, send)
-        else:
-            await self._app({**scope, "path": f"/{rest}"}, receive, send)
+    return guarded(routes, token, command="align judge")
 
 
 class _Pages:
@@ -219,13 +159,8 @@ def _turns(messages: list[dict[str, Any]]) -> list[Turn]:
 
 async def _style(_: Request) -> Response:
     """The style of the reports, and what only this page has."""
-    texts = [_text("alignment.report", "style.css"), _text("alignment.commands.judge", "judge.css")]
-    return Response("\n".join(texts), media_type="text/css")
+    return style("alignment.commands.judge", "judge.css")
 
 
 async def _script(_: Request) -> Response:
-    return Response(_text("alignment.commands.judge", "keys.js"), media_type="text/javascript")
-
-
-def _text(package: str, name: str) -> str:
-    return resources.files(package).joinpath("templates", name).read_text(encoding="utf-8")
+    return script("alignment.commands.judge", "keys.js")

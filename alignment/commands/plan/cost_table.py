@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from alignment.pipeline.execute.display import duration
+from alignment.pipeline.execute.durations import duration
 from alignment.pipeline.execute.summary import print_whole
 from alignment.records.cost import RunCost, StageCost
 

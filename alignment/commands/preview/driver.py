@@ -14,7 +14,7 @@ from alignment.core.deadline import KILLED_BY, KILLED_SECONDS
 from alignment.core.errors import ConfigError, ModelError
 from alignment.pipeline.backends import processes
 from alignment.pipeline.execute import worker_protocol
-from alignment.pipeline.execute.display import display_for
+from alignment.pipeline.execute.display import announcer
 from alignment.pipeline.execute.run import with_models
 from alignment.pipeline.plan.plan import PlannedStage, make_plan
 from alignment.stages.registry import kind_of
@@ -31,7 +31,7 @@ def show_preview(
     if html is not None and (Path(html).is_dir() or not Path(html).absolute().parent.is_dir()):
         raise ConfigError(f"{html!r} cannot be a file", where="--html", remedy="name a file in a folder that exists")
     plan = make_plan(recipe, overrides)
-    plan = with_models(plan, display_for(console), stages=plan.stages)
+    plan = with_models(plan, announcer(console), stages=plan.stages)
     known = [planned for planned in plan.stages if kind_of(planned.config).trains]
     chosen = [planned for planned in known if stage in (None, planned.name)]
     if not chosen:

@@ -7,6 +7,9 @@ from collections.abc import Mapping
 
 from alignment.core.errors import ConfigError
 
+PAGE_LIBRARIES = {"starlette": "starlette>=1,<2", "uvicorn": "uvicorn>=0.34,<1"}
+"""What a page on this machine needs."""
+
 
 def refuse_without(libraries: Mapping[str, str], *, where: str, needs: str) -> None:
     """Checks that libraries are installed: the name of each package, and what pip is to install.

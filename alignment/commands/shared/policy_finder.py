@@ -11,7 +11,7 @@ from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.config.did_you_mean import suggestion
 from alignment.core.artifacts import MANIFEST, POLICY, Manifest, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
-from alignment.pipeline.execute.display import display_for
+from alignment.pipeline.execute.display import announcer
 from alignment.pipeline.execute.stored_results import artifact_of, base_of
 from alignment.pipeline.plan.references import BASE
 from alignment.pipeline.sources import model_sources
@@ -92,7 +92,7 @@ class PolicyFinder:
         model = self._record.config["model"]
         base = model_sources.resolve(model["source"], where="model.source")
         if not base.ready:
-            base = model_sources.fetch(base, announce=display_for(self._console).note)
+            base = model_sources.fetch(base, announce=announcer(self._console))
         return StoredPolicy(
             name=BASE,
             described=model["source"],

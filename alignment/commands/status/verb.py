@@ -12,12 +12,21 @@ from alignment.commands.shared.arguments import add_output, output_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One run, or all."""
     parser.add_argument("run", metavar="RUN", nargs="?", help="a run's name; without it, all runs are listed")
+    parser.add_argument(
+        "--follow", action="store_true", help="show RUN, or the current run, until it ends; Ctrl-C does not end the run"
+    )
     add_output(parser)
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Shows how they stand; returns the exit code."""
+    from alignment.commands.shared.named_runs import current_run, run_folder
     from alignment.commands.status.driver import show_status
+    from alignment.commands.status.follower import follow
 
-    show_status(console, output_of(arguments), arguments.run)
+    output = output_of(arguments)
+    if arguments.follow:
+        follow(console, current_run(output) if arguments.run is None else run_folder(output, arguments.run))
+        return 0
+    show_status(console, output, arguments.run)
     return 0

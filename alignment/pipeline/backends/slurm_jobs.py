@@ -13,10 +13,8 @@ from alignment.core.files import write_text
 from alignment.pipeline.backends import slurm, slurm_job_file
 from alignment.pipeline.backends.slurm import Job
 from alignment.pipeline.execute import worker_protocol
-from alignment.pipeline.execute.display import Display, duration
+from alignment.pipeline.execute.display import Display
 from alignment.pipeline.plan.plan import Plan, PlannedStage
-from alignment.records.run import RunRecord
-from alignment.records.worker import Progress
 
 FILE = "jobs.json"
 """In the run's folder: stage → id of its job. Only the call that submits writes it; jobs write ``run.json``."""
@@ -97,27 +95,15 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], jobs: Mapping[str, str], 
 
 
 def _follow_stage(plan: Plan, stage: PlannedStage, job_id: str, display: Display) -> None:
-    shown, running = "", False
-    try:
-        for job in _polled(job_id):
-            if running and job.state == "PENDING":
-                display.end(stage.name, "stopped", "queued again; it continues from its checkpoint")
-                running = False
-            if not running and job.state == "RUNNING":
-                display.begin(stage.name, f"job {job_id}")
-                running = True
-            elif not running and str(job) != shown:
-                display.note(f"{stage.name}: job {job_id} {job}")
-            shown = str(job)
-            progress = Progress.read(stage.work) if running else None
-            if progress is not None:
-                display.update(progress)
-        _refuse_failed(plan, stage, job_id, job)
-    except BaseException as stop:
-        display.end(stage.name, "stopped" if isinstance(stop, KeyboardInterrupt) else "failed", f"job {job_id}")
-        raise
-    seconds = RunRecord.read(plan.run_folder).stages[stage.name].seconds
-    display.end(stage.name, "done", f"{duration(seconds):<12} {stage.artifact.name}")
+    running = False
+    for job in _polled(job_id):
+        if running and job.state == "PENDING":
+            display.note(f"{stage.name}: job {job_id} is queued again; the stage continues from its checkpoint")
+        running = job.state == "RUNNING" or (running and job.state != "PENDING")
+        display.wait(stage.name, "" if running or job.ended else f"job {job_id} {job}")
+        display.poll()
+    _refuse_failed(plan, stage, job_id, job)
+    display.poll()
 
 
 def _polled(job_id: str) -> Iterator[Job]:

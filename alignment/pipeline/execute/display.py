@@ -1,222 +1,99 @@
-"""What a user sees while stages run: one live line on a terminal, a plain line now and then elsewhere."""
+"""What a user sees while stages run: a live view of all stages on a terminal, a line at each change elsewhere."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
-from rich.table import Column
-from rich.text import Text
+from rich.live import Live
 
-from alignment.records.worker import Progress as StageProgress
+from alignment.pipeline.execute.change_lines import ChangeLines
+from alignment.pipeline.execute.run_table import RunTable
+from alignment.pipeline.execute.run_view import RunReader, RunView
 
-_PLAIN_EVERY_SECONDS = 30.0
-_SHOWN_FIGURES = 3
-_MANY_A_SECOND = 100.0
-"""Steps a second from which their number is shown: rows that are tokenised, say, but not steps of training."""
-_BAR_WIDTHS = (20, 8)
-_NARROW = 110
-"""Width of a terminal, in columns, below which the bar is shorter, so that its line does not wrap."""
-
-Clock = Callable[[], float]
-"""Seconds that only go up."""
-_MARKS = {"done": "[green]✓[/]", "reused": "[cyan]=[/]", "failed": "[red]✗[/]", "stopped": "[yellow]–[/]"}
+Announce = Callable[[str], None]
 
 
-class Display(Protocol):
-    """Is notified of what happens, and decides what to print."""
+class Screen(Protocol):
+    """Where a run is shown."""
 
     def note(self, text: str) -> None:
-        """A step that is not a stage, such as a download."""
+        """Prints text that stays."""
 
-    def begin(self, stage: str, reason: str) -> None:
-        """A stage starts."""
+    def show(self, view: RunView) -> None:
+        """Shows the run as it is now."""
 
-    def update(self, progress: StageProgress) -> None:
-        """The running stage has made this progress."""
-
-    def end(self, stage: str, state: str, detail: str) -> None:
-        """A stage ended: ``done``, ``reused``, ``failed`` or ``stopped``."""
+    def end(self) -> None:
+        """Leaves what was shown last."""
 
 
-def display_for(console: Console, clock: Clock = time.monotonic) -> Display:
-    """A live bar on a terminal, plain lines elsewhere."""
-    return _Live(console, clock) if console.is_terminal else _Plain(console, clock)
+class Display:
+    """Shows the files of a run on a screen, and what is not in them."""
+
+    def __init__(self, reader: RunReader, screen: Screen) -> None:
+        self._reader = reader
+        self._screen = screen
+        self._blocked: dict[str, str] = {}
+
+    def note(self, text: str) -> None:
+        """Shows a warning, or a step that is not a stage, such as a download."""
+        self._screen.note(text)
+
+    def wait(self, stage: str, reason: str) -> None:
+        """From the next poll on, the stage waits for something that no file of the run tells; "" ends this."""
+        self._blocked[stage] = reason
+
+    def poll(self) -> RunView:
+        """Shows the run as it is now; returns what is shown.
+
+        Raises:
+            ArtifactError: there is no record of the run.
+        """
+        view = self._reader.look(self._blocked)
+        self._screen.show(view)
+        return view
 
 
-def duration(seconds: float | None) -> str:
-    """``41 s``, ``3 min 20 s`` or ``2 h 05 min``."""
-    if seconds is None:
-        return ""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+def announcer(console: Console) -> Announce:
+    """Prints messages about what happens beside a run, such as a download."""
+    indent = "  " if _is_live(console) else ""
+    return lambda text: console.print(f"{indent}{text}", markup=False, highlight=False, emoji=False, soft_wrap=True)
 
 
-def figures(progress: StageProgress) -> str:
-    """The first figures of a stage, ``loss 1.83  reward 0.41``."""
-    return "  ".join(f"{name} {value:.3g}" for name, value in list(progress.figures.items())[:_SHOWN_FIGURES])
+@contextmanager
+def showing(console: Console, reader: RunReader) -> Iterator[Display]:
+    """Shows a run while the block runs: a live view on a terminal, which stays as it is at the end; lines elsewhere."""
+    screen = _LiveScreen(console) if _is_live(console) else ChangeLines(announcer(console))
+    try:
+        yield Display(reader, screen)
+    finally:
+        screen.end()
 
 
-def steps(progress: StageProgress) -> str:
-    """``12/57``, ``12`` if the total is unknown, or nothing before the first step."""
-    if progress.total:
-        return f"{progress.step:,}/{progress.total:,}"
-    return f"{progress.step:,}" if progress.step else ""
+def _is_live(console: Console) -> bool:
+    return console.is_terminal and not console.is_dumb_terminal
 
 
-class _Pace:
-    """Estimates how long a stage's remaining steps take, from all steps since it was first seen.
+class _LiveScreen:
+    """Draws the run again at each look, below what was printed. No thread draws: a fork or a signal finds none."""
 
-    A window of seconds would not contain two steps of PPO, whose update and sampling take minutes. Phases that count
-    the same steps, such as sampling and training, share an estimate.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self._clock = clock
-        self._total: int | None = None
-        self._first = self._latest = 0
-        self._began = self._reached = 0.0
-
-    def see(self, progress: StageProgress) -> None:
-        """Records the stage's progress now."""
-        now = self._clock()
-        if progress.total != self._total or progress.step < self._latest:
-            self._total, self._first, self._began = progress.total, progress.step, now
-            self._latest, self._reached = progress.step, now
-        elif progress.step > self._latest:
-            self._latest, self._reached = progress.step, now
-
-    def left(self) -> float | None:
-        """Seconds, or None before a step has been timed."""
-        done = self._latest - self._first
-        if not self._total or not done:
-            return None
-        seconds = (self._total - self._latest) * (self._reached - self._began) / done
-        return max(0.0, seconds - (self._clock() - self._reached))
-
-    def shown(self) -> str:
-        """``, 7,546/s`` if there are many steps a second, else nothing."""
-        seconds = self._reached - self._began
-        pace = (self._latest - self._first) / seconds if seconds > 0 else 0.0
-        return f", {pace:,.0f}/s" if pace >= _MANY_A_SECOND else ""
-
-
-class _Times(ProgressColumn):
-    """``0:18 elapsed, 1:02 left``; it keeps counting while the stage writes no progress."""
-
-    def __init__(self, pace: _Pace) -> None:
-        super().__init__(table_column=Column(no_wrap=True))
-        self._pace = pace
-
-    def render(self, task: Task) -> Text:
-        """Called at each refresh."""
-        left = self._pace.left()
-        elapsed = f"{_clock_face(task.elapsed or 0.0)} elapsed{self._pace.shown()}"
-        return Text(elapsed if left is None else f"{elapsed}, {_clock_face(left)} left")
-
-
-def _clock_face(seconds: float) -> str:
-    """``1:02``, or ``1:01:02`` with hours."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-class _Live:
-    """One bar, replaced by a line when its stage ends."""
-
-    def __init__(self, console: Console, clock: Clock) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._clock = clock
-        self._bar: Progress | None = None
-        self._pace = _Pace(clock)
+        self._announce = announcer(console)
+        self._live = Live(console=console, auto_refresh=False)
+        self._view: RunView | None = None
 
     def note(self, text: str) -> None:
-        self._console.print(f"  {text}", markup=False, highlight=False, emoji=False, soft_wrap=True)
+        self._announce(text)
 
-    def begin(self, stage: str, reason: str) -> None:
-        self._pace = _Pace(self._clock)
-        self._bar = Progress(
-            TextColumn("  {task.description:<10}"),
-            TextColumn("{task.fields[phase]:<9}"),
-            BarColumn(bar_width=_BAR_WIDTHS[self._console.width < _NARROW]),
-            TextColumn("{task.fields[steps]}"),
-            _Times(self._pace),
-            TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
-            console=self._console,
-            transient=True,
-            refresh_per_second=4,
-            get_time=self._clock,
-        )
-        self._bar.add_task(stage, total=None, phase="starting", steps="", figures="")
-        self._bar.start()
+    def show(self, view: RunView) -> None:
+        self._view = view
+        self._live.start()
+        self._live.update(RunTable(view, rows=self._console.height - 1), refresh=True)
 
-    def update(self, progress: StageProgress) -> None:
-        assert self._bar is not None, "begin() comes first"
-        self._pace.see(progress)
-        task = self._bar.tasks[0]
-        self._bar.update(
-            task.id,
-            completed=progress.step,
-            total=progress.total,
-            phase=progress.phase,
-            steps=steps(progress),
-            figures=figures(progress) or task.fields["figures"],  # sampling has none; the last ones stay
-        )
-
-    def end(self, stage: str, state: str, detail: str) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-        self._console.print(f"{_MARKS[state]} {stage:<10} {state:<7} {escape(detail)}", highlight=False)
-
-
-class _Plain:
-    """Prints a line when a stage begins, enters a phase for the first time, and ends; in between at most one every half
-    minute, if the stage has progressed."""
-
-    def __init__(self, console: Console, clock: Clock) -> None:
-        self._console = console
-        self._clock = clock
-        self._stage = ""
-        self._pace = _Pace(clock)
-        self._phases: set[str] = set()
-        self._printed: tuple[int, int | None] | None = None
-        self._figures = ""
-        self._next = 0.0
-
-    def note(self, text: str) -> None:
-        self._print(text)
-
-    def begin(self, stage: str, reason: str) -> None:
-        self._stage, self._pace = stage, _Pace(self._clock)
-        self._phases, self._printed, self._figures, self._next = set(), None, "", 0.0
-        self._print(f"{stage}: starts ({reason})")
-
-    def update(self, progress: StageProgress) -> None:
-        self._pace.see(progress)
-        self._figures = figures(progress) or self._figures
-        position = (progress.step, progress.total)
-        if progress.phase in self._phases and (position == self._printed or self._clock() < self._next):
-            return
-        self._phases.add(progress.phase)
-        self._printed, self._next = position, self._clock() + _PLAIN_EVERY_SECONDS
-        left = self._pace.left()
-        remaining = self._pace.shown() + ("" if left is None else f", {duration(left)} left")
-        self._print(
-            f"{self._stage}: {progress.phase} {steps(progress)}".rstrip() + f"{remaining}  {self._figures}".rstrip()
-        )
-
-    def end(self, stage: str, state: str, detail: str) -> None:
-        self._print(f"{stage}: {state}  {detail}".rstrip())
-
-    def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, emoji=False, soft_wrap=True)
+    def end(self) -> None:
+        if self._view is not None:
+            self._live.update(RunTable(self._view))
+        self._live.stop()

@@ -45,7 +45,8 @@ class RunRecorder:
 
     def stage(self, name: str, state: str, *, seconds: float | None = None) -> None:
         """Records a stage's new state and how long it took."""
-        entry = replace(self.record.stages[name], state=state)
+        started = _now() if state == "running" else self.record.stages[name].started
+        entry = replace(self.record.stages[name], state=state, started=started)
         if seconds is not None:
             entry = replace(entry, seconds=round(seconds, 2))
         self._save(stages={**self.record.stages, name: entry})

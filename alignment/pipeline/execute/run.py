@@ -24,8 +24,9 @@ from alignment.pipeline.backends import command, feasibility, machines, processe
 from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.backends.slurm_job_file import HERE
 from alignment.pipeline.execute import estimates, gates, heartbeats, notes, rehearsal, worker_protocol
-from alignment.pipeline.execute.display import Display, display_for, duration
+from alignment.pipeline.execute.display import Announce, Display, announcer, showing
 from alignment.pipeline.execute.record import RunRecorder, recorded_seconds
+from alignment.pipeline.execute.run_view import RunReader
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
 from alignment.pipeline.execute.summary import REPORT, show_results
 from alignment.pipeline.execute.workers import Workers, workers_of
@@ -33,7 +34,7 @@ from alignment.pipeline.plan import references
 from alignment.pipeline.plan.plan import Action, Plan, PlannedStage, make_plan
 from alignment.pipeline.sources import data_sources, model_sources
 from alignment.records.run import RunRecord
-from alignment.records.worker import HEARTBEATS, PROGRESS, STATUS, Progress
+from alignment.records.worker import HEARTBEATS, PROGRESS, STATUS
 from alignment.report import doubts
 from alignment.stages.base import RunsOn
 from alignment.stages.registry import kind_of
@@ -73,7 +74,7 @@ def run_plan(
     if only is not None:
         refuse_missing_inputs(plan, only)
     for note in notes.of_plan(plan):
-        display_for(console).note(f"note: {note}")
+        announcer(console)(f"note: {note}")
     launch = plan.config.launch
     _refuse_what_cannot_start(plan, only)
     if slurm.submission(launch) is not None:
@@ -84,7 +85,7 @@ def run_plan(
     if only is None:
         slurm_jobs.refuse_queued(plan.run_folder)
     if launch.backend.machine_rank:
-        plan = _with_all(plan, display_for(console), only)
+        plan = _with_all(plan, announcer(console), only)
         return machines.follow(plan, _chosen(plan, only), console=console, command_for=command_for or command.here)
     return _execute(plan, only, console, command_for, wait=wait)
 
@@ -92,61 +93,82 @@ def run_plan(
 def _execute(plan: Plan, only: str | None, console: Console, command_for: CommandFor | None, *, wait: bool) -> int:
     with held(plan.run_folder / "lock", wait=wait):
         remove_leftovers(plan.run_folder, shared=True)  # a call that submits jobs writes jobs.json there
-        display = display_for(console)
-        plan = _with_all(plan, display, only)
+        plan = _with_all(plan, announcer(console), only)
         recorder = RunRecorder(plan, only=only)
-        try:
-            with termination_raises(), workers_of(plan, _not_reused(plan, only), command_for) as workers:
-                if command_for is None:  # only if this machine's own workers run the stages
-                    rehearsal.rehearse(plan, _chosen(plan, only), workers.server, announce=display.note)
-                for stage in _chosen(plan, only):
-                    _one_stage(plan, stage, recorder, display, workers, wait=wait)
-        except (KeyboardInterrupt, Terminated, Preempted) as stop:
-            code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED
-            with suppress(OSError):  # a full disk does not change why the run ended
-                recorder.finish("interrupted" if code == INTERRUPTED else "preempted")
+        with showing(console, RunReader(plan.run_folder)) as display:
+            code = _run_stages(plan, only, recorder, display, command_for, wait=wait)
+            is_done = not code and recorder.end()
+            if is_done and gates.not_met(plan.stages):
+                recorder.finish(gates.NOT_MET)
+            display.poll()
+        if code:
             console.print("stopped; the same command continues from here", highlight=False)
             return code
-        except BaseException as error:
-            if not isinstance(error, Busy):  # the stage goes on, so the run has not failed
-                with suppress(OSError):
-                    recorder.finish("failed")
-            raise
-        if recorder.end():
-            if gates.not_met(plan.stages):
-                recorder.finish(gates.NOT_MET)
+        if is_done:
             show_results(console, plan.run_folder, recorder.record)
     if HERE not in plan.overrides:  # in a job, the chain goes on; the call that waits for its end reports this
         gates.refuse(_chosen(plan, only), plan.config.stages)
     return 0
 
 
+def _run_stages(
+    plan: Plan,
+    only: str | None,
+    recorder: RunRecorder,
+    display: Display,
+    command_for: CommandFor | None,
+    *,
+    wait: bool,
+) -> int:
+    """Runs the chosen stages; returns 0, or the exit code of a stop."""
+    try:
+        with termination_raises(), workers_of(plan, _not_reused(plan, only), command_for) as workers:
+            display.poll()
+            if command_for is None:  # only if this machine's own workers run the stages
+                rehearsal.rehearse(plan, _chosen(plan, only), workers.server, announce=display.note)
+            for stage in _chosen(plan, only):
+                _one_stage(plan, stage, recorder, display, workers, wait=wait)
+    except (KeyboardInterrupt, Terminated, Preempted) as stop:
+        code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED
+        with suppress(OSError):  # a full disk does not change why the run ended
+            recorder.finish("interrupted" if code == INTERRUPTED else "preempted")
+        return code
+    except BaseException as error:
+        if not isinstance(error, Busy):  # the stage goes on, so the run has not failed
+            with suppress(OSError):
+                recorder.finish("failed")
+        display.poll()
+        raise
+    return 0
+
+
 def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> int:
     """Submits the stages that have to run to Slurm; if asked to, waits until they have ended."""
-    display = display_for(console)
-    with held(plan.run_folder / "submit.lock", wait=False):
-        slurm_jobs.refuse_queued(plan.run_folder)
-        with held(plan.run_folder / "lock", wait=False):  # released before the first job needs it
-            plan = _with_all(plan, display, only)
-            RunRecorder(plan, only=only).end()
-        waiting = []
-        for stage in _chosen(plan, only):
-            if stage.action is Action.reuse:
-                _reuse(plan, stage, display)
-            else:
-                waiting.append(stage)
-        submitted = slurm_jobs.submit(plan, waiting, wait=wait)
-    for name, job in submitted.items():
-        display.note(f"{name}: job {job}")
-    submission = slurm.submission(plan.config.launch)
-    if submitted and submission is not None and not submission.wait:
-        display.note(slurm_jobs.advice(plan.config.name, submitted))
-        return 0
-    try:
-        slurm_jobs.follow(plan, waiting, submitted, display)
-    except KeyboardInterrupt:
-        display.note(f"the jobs go on: {slurm_jobs.advice(plan.config.name, submitted)}")
-        return INTERRUPTED
+    with showing(console, RunReader(plan.run_folder)) as display:
+        with held(plan.run_folder / "submit.lock", wait=False):
+            slurm_jobs.refuse_queued(plan.run_folder)
+            with held(plan.run_folder / "lock", wait=False):  # released before the first job needs it
+                plan = _with_all(plan, display.note, only)
+                RunRecorder(plan, only=only).end()
+            display.poll()
+            waiting = []
+            for stage in _chosen(plan, only):
+                if stage.action is Action.reuse:
+                    _reuse(plan, stage, display.note)
+                else:
+                    waiting.append(stage)
+            submitted = slurm_jobs.submit(plan, waiting, wait=wait)
+        for name, job in submitted.items():
+            display.note(f"{name}: job {job}")
+        submission = slurm.submission(plan.config.launch)
+        if submitted and submission is not None and not submission.wait:
+            display.note(slurm_jobs.advice(plan.config.name, submitted))
+            return 0
+        try:
+            slurm_jobs.follow(plan, waiting, submitted, display)
+        except KeyboardInterrupt:
+            display.note(f"the jobs go on: {slurm_jobs.advice(plan.config.name, submitted)}")
+            return INTERRUPTED
     show_results(console, plan.run_folder, RunRecord.read(plan.run_folder))
     gates.refuse(_chosen(plan, only), plan.config.stages)
     return 0
@@ -157,9 +179,9 @@ def _refuse_what_cannot_start(plan: Plan, only: str | None) -> None:
     feasibility.refuse_what_cannot_start(launch, _chosen(plan, only), num_devices=feasibility.devices_for(launch))
 
 
-def _with_all(plan: Plan, display: Display, only: str | None) -> Plan:
+def _with_all(plan: Plan, announce: Announce, only: str | None) -> Plan:
     """The plan with all models and data of a hub that the chosen stages need, checked again with that data."""
-    complete = with_models(plan, display, stages=_not_reused(plan, only))
+    complete = with_models(plan, announce, stages=_not_reused(plan, only))
     if complete is not plan:
         _refuse_what_cannot_start(complete, only)
     return complete
@@ -213,7 +235,7 @@ def _not_reused(plan: Plan, only: str | None) -> list[PlannedStage]:
     return [stage for stage in waiting if kind_of(stage.config).launch.runs_on is not RunsOn.driver]
 
 
-def with_models(plan: Plan, display: Display, *, stages: Sequence[PlannedStage]) -> Plan:
+def with_models(plan: Plan, announce: Announce, *, stages: Sequence[PlannedStage]) -> Plan:
     """The plan with every model and all data that these stages need on this machine.
 
     Without stages, nothing is downloaded. A download pins a hub's source to a commit, and its rows have not been
@@ -224,9 +246,9 @@ def with_models(plan: Plan, display: Display, *, stages: Sequence[PlannedStage])
     if not stages or not (missing or data):
         return plan
     for model in missing:
-        model_sources.fetch(model, announce=display.note)
+        model_sources.fetch(model, announce=announce)
     for source in data.values():
-        data_sources.fetch(source, announce=display.note)
+        data_sources.fetch(source, announce=announce)
     return make_plan(plan.recipe, plan.overrides)
 
 
@@ -234,11 +256,10 @@ def _one_stage(
     plan: Plan, stage: PlannedStage, recorder: RunRecorder, display: Display, workers: Workers, *, wait: bool
 ) -> None:
     if stage.action is Action.reuse:
-        _reuse(plan, stage, display)
+        _reuse(plan, stage, display.note)
         return
     for function in stage.user_code:
         display.note(f"{stage.name} runs your code: {function}")
-    display.begin(stage.name, stage.reason)
     recorder.stage(stage.name, "running")
     started = time.monotonic()
     try:
@@ -253,29 +274,26 @@ def _one_stage(
                 recorder.stage(stage.name, "running")  # by that other process
             else:
                 recorder.stage(stage.name, "waiting" if interrupted else "failed", seconds=time.monotonic() - started)
-        display.end(stage.name, "failed" if not interrupted else "stopped", duration(time.monotonic() - started))
         raise
     if was_made:
         recorder.stage(stage.name, "done", seconds=time.monotonic() - started)
-        display.end(stage.name, "done", f"{duration(time.monotonic() - started):<12} {stage.artifact.name}")
     else:
         recorder.stage(stage.name, "reused", seconds=recorded_seconds(stage))
-        display.end(stage.name, "reused", stage.artifact.name)
-    _doubt(plan, stage, display)
+    display.poll()
+    _doubt(plan, stage, display.note)
 
 
-def _reuse(plan: Plan, stage: PlannedStage, display: Display) -> None:
+def _reuse(plan: Plan, stage: PlannedStage, announce: Announce) -> None:
     _clear(stage)
     _point_to_result(plan, stage)
-    display.end(stage.name, "reused", stage.artifact.name)
-    _doubt(plan, stage, display)
+    _doubt(plan, stage, announce)
 
 
-def _doubt(plan: Plan, stage: PlannedStage, display: Display) -> None:
+def _doubt(plan: Plan, stage: PlannedStage, announce: Announce) -> None:
     """Prints doubts about the stage's result before the next stage builds on it."""
     if not doubts.is_smoke(plan.profile):
         for doubt in notes.of_result(stage.config.kind, stage.artifact):
-            display.note(f"{stage.name}: {doubt}")
+            announce(f"{stage.name}: {doubt}")
 
 
 def _make(plan: Plan, stage: PlannedStage, display: Display, workers: Workers, *, wait: bool) -> bool:
@@ -284,8 +302,10 @@ def _make(plan: Plan, stage: PlannedStage, display: Display, workers: Workers, *
     Returns False if another process has made it in the meantime.
     """
     if wait and is_held(stage.work / "lock"):
-        display.note(f"{stage.name}: another process is working on it; waiting")
+        display.wait(stage.name, "another process is working on it; waiting")
+        display.poll()
     with held(stage.work / "lock", wait=wait) as lock:
+        display.wait(stage.name, "")
         if read_manifest(stage.artifact) is not None:
             _remove_work(stage)
             return False
@@ -322,11 +342,11 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, workers: Workers,
     (stage.work / PROGRESS).unlink(missing_ok=True)
     shutil.rmtree(stage.work / HEARTBEATS, ignore_errors=True)
     watch = heartbeats.Watch(stage.work)
+    display.poll()
 
     def on_poll() -> None:
         machines.show_life(plan.run_folder, plan.config.launch)
-        if (progress := Progress.read(stage.work)) is not None:
-            display.update(progress)
+        display.poll()
         if launch.hang_seconds:
             heartbeats.refuse_stuck(
                 watch.look(),

@@ -16,6 +16,7 @@ def state_of(run_folder: Path, record: RunRecord) -> str:
 
     On some file systems the lock of a job on another machine is invisible here.
     """
-    if record.state == "running" and not is_held(run_folder / "lock") and not slurm_jobs.live(run_folder):
-        return KILLED
-    return record.state
+    if record.state != "running" or is_held(run_folder / "lock") or slurm_jobs.live(run_folder):
+        return record.state
+    latest = RunRecord.read(run_folder).state  # it may have ended since the record was read
+    return KILLED if latest == "running" else latest

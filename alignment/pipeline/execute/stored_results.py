@@ -9,7 +9,7 @@ from rich.console import Console
 from alignment.config.did_you_mean import suggestion
 from alignment.core.artifacts import Manifest
 from alignment.core.errors import ConfigError, ModelError
-from alignment.pipeline.execute.display import display_for
+from alignment.pipeline.execute.display import announcer
 from alignment.pipeline.sources import model_sources
 from alignment.records.run import FILE, RunRecord
 
@@ -50,7 +50,7 @@ def base_of(manifest: Manifest, artifact: Path, console: Console) -> Path:
         raise ModelError("the base model of the result is missing", where=str(there), remedy="put it there again")
     model = model_sources.resolve(manifest.base["source"], where=str(artifact))
     if not model.ready:
-        model = model_sources.fetch(model, announce=display_for(console).note)
+        model = model_sources.fetch(model, announce=announcer(console))
     if model.identity != recorded or model.folder is None:
         raise ModelError(
             f"{manifest.base['source']} is no longer the base model of {artifact.name}: its content has changed",

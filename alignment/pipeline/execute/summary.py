@@ -14,7 +14,8 @@ from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD
 from alignment.evaluation.grade_conclusions import grade_conclusions
 from alignment.evaluation.labelled_pairs import labelled_conclusions
 from alignment.pipeline.execute import forgetting_gate, notes
-from alignment.pipeline.execute.display import duration, steps
+from alignment.pipeline.execute.durations import duration
+from alignment.pipeline.execute.run_table import steps
 from alignment.pipeline.plan.plan import Action, Plan
 from alignment.records.evaluation import FILE as EVALUATION_FILE
 from alignment.records.evaluation import ArmResult, Comparison, Evaluation, JudgedPair

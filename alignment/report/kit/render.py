@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from markupsafe import Markup
 
@@ -43,26 +44,40 @@ def build(run_folder: Path, output: Path, *, num_samples: int) -> None:
 
 def page(run: Run, *, num_samples: int) -> str:
     """The page as HTML."""
+    return template("report.html.j2").render(_drawn(run, num_samples))
+
+
+def main_part(run_folder: Path, *, num_samples: int) -> str:
+    """The element ``main`` of the report about a run, for a page with another frame.
+
+    Raises:
+        ArtifactError: run.json is missing or unreadable.
+    """
+    return template("report_main.html.j2").render(_drawn(read_run(run_folder), num_samples))
+
+
+def _drawn(run: Run, num_samples: int) -> dict[str, Any]:
+    """What the templates take."""
     chosen = choose(run.samples, num_samples)
-    return template("report.html.j2").render(
-        run=run,
-        facts=run_tables.facts(run),
-        verdict=judge(run),
-        chain=chain(run),
-        evaluation=run.evaluation,
-        evaluated=_evaluated(run.evaluation),
-        cards=[card_view(card) for card in run.cards],
-        sizes=size_curves(run),
-        learning=[(stage, charts(stage), _curve_notes(stage)) for stage in run.stages if _learns(stage)],
-        chosen=chosen,
-        num_open=NUM_OPEN_SAMPLES,
-        rule=rule(run.evaluation.primary if run.evaluation else None),
-        label=run.evaluation.label if run.evaluation else _label,
-        usage=run_tables.usage_rows(run),
-        lineage=[(stage, run_tables.lineage(stage)) for stage in run.stages],
-        settings=[(stage, run_tables.settings(stage)) for stage in run.stages],
-        command=run_tables.command(run),
-    )
+    return {
+        "run": run,
+        "facts": run_tables.facts(run),
+        "verdict": judge(run),
+        "chain": chain(run),
+        "evaluation": run.evaluation,
+        "evaluated": _evaluated(run.evaluation),
+        "cards": [card_view(card) for card in run.cards],
+        "sizes": size_curves(run),
+        "learning": [(stage, charts(stage), _curve_notes(stage)) for stage in run.stages if _learns(stage)],
+        "chosen": chosen,
+        "num_open": NUM_OPEN_SAMPLES,
+        "rule": rule(run.evaluation.primary if run.evaluation else None),
+        "label": run.evaluation.label if run.evaluation else _label,
+        "usage": run_tables.usage_rows(run),
+        "lineage": [(stage, run_tables.lineage(stage)) for stage in run.stages],
+        "settings": [(stage, run_tables.settings(stage)) for stage in run.stages],
+        "command": run_tables.command(run),
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

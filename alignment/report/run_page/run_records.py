@@ -162,6 +162,11 @@ class Run:
     tables: list[Tables] = field(default_factory=list)
 
     @property
+    def num_complete(self) -> int:
+        """How many stages have a result."""
+        return sum(stage.state in COMPLETE for stage in self.stages)
+
+    @property
     def unfinished(self) -> list[Stage]:
         """Stages without a usable artifact, except the report itself, which is still running while the page is made."""
         return [stage for stage in self.stages if produced_by(stage.kind) != REPORT and stage.state not in COMPLETE]

@@ -83,6 +83,7 @@ KIND = StageKind(
     run="alignment.stages.dpo.run:run",
     data=_data,
     curves=_curves,
+    headline="rewards/accuracies",
     faults=lambda config, _, where: loss_faults(config, where),
     learning=Learning(limits=limits_of_parts, from_preferences=True),
     outcome=Outcome(

@@ -121,6 +121,7 @@ KIND = StageKind(
     data=_data,
     faults=_faults,
     curves=_curves,
+    headline="rewards/margins",
     launch=LaunchShape(size_faults=_size_faults),
     learning=Learning(
         limits=limits_of_parts, label_faults=_label_faults, label_notes=_label_notes, from_preferences=True

@@ -254,6 +254,7 @@ KIND = StageKind(
     faults=_faults,
     as_read=_as_read,
     curves=_curves,
+    headline="objective/score",
     references=References(more=lambda config: reward_model_slots(in_use(config))),
     launch=LaunchShape(
         refusals=_refusals,

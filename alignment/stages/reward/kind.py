@@ -78,6 +78,7 @@ KIND = StageKind(
     run="alignment.stages.reward.run:run",
     data=_data,
     curves=_curves,
+    headline="accuracy",
     learning=Learning(limits=limits_of_parts, faults=_too_few_prompts),
     outcome=Outcome(metrics=_reported, why_missing=_why_missing, doubts=_doubts, lines=handed_on),
 )

@@ -193,18 +193,18 @@ class Screen:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.polls = 0
 
     def note(self, text: str) -> None:
         self.lines.append(text)
 
-    def begin(self, stage: str, reason: str) -> None:
-        self.lines.append(f"{stage} begins: {reason}")
+    def wait(self, stage: str, reason: str) -> None:
+        line = f"{stage}: {reason or 'waits no longer'}"
+        if line not in self.lines[-1:]:
+            self.lines.append(line)
 
-    def update(self, progress: object) -> None:
-        self.lines.append("progress")
-
-    def end(self, stage: str, state: str, detail: str) -> None:
-        self.lines.append(f"{stage} {state}: {detail.strip()}")
+    def poll(self) -> None:
+        self.polls += 1
 
 
 @pytest.fixture
@@ -220,6 +220,7 @@ def follow(plan: Plan) -> list[str]:
     """What is shown while job 11 is followed."""
     screen = Screen()
     slurm_jobs.follow(plan, plan.stages[:1], {"sft": "11"}, screen)
+    assert screen.polls > len(screen.lines)
     return screen.lines
 
 
@@ -238,11 +239,10 @@ def test_a_job_is_followed_through_the_queue_and_through_being_queued_again(sft:
     )
     assert follow(sft) == [
         "sft: job 11 PENDING (Resources)",
-        "sft begins: job 11",
-        "sft stopped: queued again; it continues from its checkpoint",
+        "sft: waits no longer",
+        "sft: job 11 is queued again; the stage continues from its checkpoint",
         "sft: job 11 PENDING (BeginTime)",
-        "sft begins: job 11",
-        f"sft done: {stage.artifact.name}",
+        "sft: waits no longer",
     ]
 
 

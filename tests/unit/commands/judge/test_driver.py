@@ -20,8 +20,8 @@ from urllib.parse import urlencode
 import pytest
 from rich.console import Console
 
-from alignment.commands.judge import server
 from alignment.commands.judge.driver import Options, judge
+from alignment.commands.shared.page_server import PageServer
 from alignment.core.artifacts import MANIFEST
 from alignment.core.errors import AlignmentError, Busy, DataError
 from alignment.core.locks import held
@@ -46,7 +46,7 @@ def output(tmp_path: Path) -> Path:
 @pytest.fixture
 def printed(output: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Calls the command, which serves nothing; returns what it printed."""
-    monkeypatch.setattr(server.Page, "serve", lambda page: None)
+    monkeypatch.setattr(PageServer, "serve", lambda page: None)
 
     def call(run: str = "mine", arms: Sequence[str] = PAIR, **options: Any) -> str:
         console = Console(width=300, record=True)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from alignment.commands.judge import server
 from alignment.commands.judge.ballots import Ballots
+from alignment.commands.judge.web_app import application
 from alignment.commands.shared.listening import listening
+from alignment.commands.shared.page_server import PageServer
 from alignment.evaluation.answer_pairs import queue, shown_first
 from alignment.records.votes import TIE, read_votes
 from tests.browser import browser
@@ -33,7 +34,8 @@ CUT = """
 def serving(file: Path) -> Iterator[str]:
     """The page on a free port until the block ends; yields its address."""
     with listening(0) as listener:
-        page = server.Page(Ballots(file, PAIRS, ARMS), listener, run="mine", annotator=None)
+        ballots = Ballots(file, PAIRS, ARMS)
+        page = PageServer(lambda token: application(ballots, token, run="mine", annotator=None), listener)
         thread = threading.Thread(target=page.serve, daemon=True)
         thread.start()
         try:

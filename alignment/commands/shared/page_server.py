@@ -1,28 +1,29 @@
-"""Serves the page on a port of 127.0.0.1, which no other machine reaches."""
+"""Serves a web application on a port of 127.0.0.1, which no other machine reaches."""
 
 from __future__ import annotations
 
 import secrets
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 
 import uvicorn
+from starlette.types import ASGIApp
 
-from alignment.commands.judge.ballots import Ballots
-from alignment.commands.judge.web_app import application
 from alignment.engines.server_process import HOST
 
 
-class Page:
-    """The page for one pair of arms, and the address at which it is served."""
+class PageServer:
+    """A server, and the address at which it is reached."""
 
-    def __init__(self, ballots: Ballots, listener: socket.socket, *, run: str, annotator: str | None) -> None:
+    def __init__(self, application: Callable[[str], ASGIApp], listener: socket.socket) -> None:
+        """``application`` makes the application that answers under a token."""
         token = secrets.token_urlsafe(32)
         self.address = f"http://{HOST}:{listener.getsockname()[1]}/{token}/"
         self._listener = listener
         self._server = uvicorn.Server(
             uvicorn.Config(
-                application(ballots, token, run=run, annotator=annotator),
+                application(token),
                 lifespan="off",
                 http="h11",
                 ws="none",

@@ -1,0 +1,56 @@
+"""``align status --follow``: the view of ``align run``, from the files of a run of another process."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from alignment.commands.shared.following import JobStates, messages_of, reader_of
+from alignment.commands.shared.named_runs import goes_on
+from alignment.pipeline.execute.display import Display, showing
+from alignment.pipeline.execute.run_view import RunView
+from alignment.pipeline.execute.summary import show_results
+from alignment.records.run import RunRecord
+
+POLL_SECONDS = 0.5
+
+
+def follow(console: Console, folder: Path) -> None:
+    """Shows the run until it has ended, and then its results. Ctrl-C ends this call and not the run.
+
+    Raises:
+        ArtifactError: the run's record cannot be read.
+    """
+    try:
+        with showing(console, reader_of(folder)) as display:
+            state = _to_the_end(display, folder)
+    except KeyboardInterrupt:
+        console.print(f"{folder.name} goes on; `align status {folder.name}` shows it", markup=False, highlight=False)
+        return
+    console.print(f"{folder.name}: {state}", markup=False, highlight=False)
+    show_results(console, folder, RunRecord.read(folder))
+
+
+def _to_the_end(display: Display, folder: Path) -> str:
+    """Shows the run until it has ended; returns its last state."""
+    jobs, ended = JobStates(folder), set[tuple[str, str]]()
+    while True:
+        view = display.poll()
+        _note_ends(display, folder, view, ended)
+        if not goes_on(folder, view.state):
+            return view.state
+        time.sleep(POLL_SECONDS)
+        states = jobs.look()
+        for stage in view.stages:
+            display.wait(stage.name, states.get(stage.name, "") if stage.state == "waiting" else "")
+
+
+def _note_ends(display: Display, folder: Path, view: RunView, noted: set[tuple[str, str]]) -> None:
+    """Prints once what stages that have ended say."""
+    for stage in view.stages:
+        if stage.state in ("done", "reused", "failed") and (stage.name, stage.state) not in noted:
+            noted.add((stage.name, stage.state))
+            for message in messages_of(folder, RunRecord.read(folder), stage):
+                display.note(message)

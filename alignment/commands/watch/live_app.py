@@ -1,0 +1,160 @@
+"""The page that follows a run, as a web application: where its stages are, and its report as far as it goes.
+
+It only reads. A script of its own asks every few seconds how the run is, and takes over a new report in place; without
+scripts the page loads itself again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from markupsafe import Markup
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from alignment.commands.shared.following import JobStates, reader_of
+from alignment.commands.shared.guarded_app import guarded, script, style
+from alignment.commands.shared.named_runs import goes_on
+from alignment.core.errors import AlignmentError
+from alignment.pipeline.execute.durations import clock_face, duration
+from alignment.pipeline.execute.run_table import figure, speed, steps
+from alignment.pipeline.execute.run_view import StageView, work_folder
+from alignment.pipeline.execute.sparkline import sparkline
+from alignment.records.run import FILE, RunRecord
+from alignment.records.step_log import METRICS
+from alignment.records.worker import STATUS
+from alignment.report import main_part
+from alignment.report.kit.pages import environment
+from alignment.report.kit.text import prose
+
+NUM_SAMPLES = 12
+REPORT_SECONDS = 10.0
+"""Least time between two drawings of the report: they take the processor from the run."""
+_CURVE_CELLS = 40
+_PACKAGE = "alignment.commands.watch"
+
+
+def application(folder: Path, token: str) -> ASGIApp:
+    """The application for the run in ``folder``."""
+    pages = _LivePages(folder)
+    routes = [
+        Route("/", pages.page),
+        Route("/status", pages.status),
+        Route("/style.css", _style),
+        Route("/watch.js", _script),
+    ]
+    return guarded(routes, token, command="align watch")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageRow:
+    """A stage as the page shows it; ``share`` is how much of its steps is done, from 0 to 1."""
+
+    name: str
+    state: str
+    words: str
+    share: float | None = None
+    figure: str = ""
+    curve: str = ""
+    speed: str = ""
+
+
+class _LivePages:
+    """What the addresses of the application answer. Requests are answered in threads, one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._reader = reader_of(folder)
+        self._jobs = JobStates(folder)
+        self._templates = environment(_PACKAGE)
+        self._lock = threading.Lock()
+        self._revision = ""
+        self._main = Markup("")
+        self._drawn = 0.0
+
+    def page(self, _: Request) -> Response:
+        """The whole page."""
+        with self._lock:
+            return self._answer("page.html.j2", with_report=True)
+
+    def status(self, _: Request) -> Response:
+        """Where the stages are, and the revision of the report."""
+        with self._lock:
+            return self._answer("status.html.j2", with_report=False)
+
+    def _answer(self, template: str, *, with_report: bool) -> Response:
+        try:
+            view = self._reader.look(self._jobs.look())
+            is_over = not goes_on(self._folder, view.state)
+            revision = self._revision_of_now(is_over=is_over)
+            if with_report and (revision != self._revision or not self._main):
+                # Safe: the report's own templates have escaped it.
+                self._main = Markup(main_part(self._folder, num_samples=NUM_SAMPLES))
+                self._revision, self._drawn = revision, time.monotonic()
+        except (AlignmentError, OSError) as error:
+            problem = self._templates.get_template("problem.html.j2").render(problem=prose(error))
+            return HTMLResponse(problem, status_code=503)
+        html = self._templates.get_template(template).render(
+            run=self._folder.name,
+            view=view,
+            rows=[_row(stage) for stage in view.stages],
+            revision=revision,
+            is_over=is_over,
+            main=self._main,
+        )
+        return HTMLResponse(html)
+
+    def _revision_of_now(self, *, is_over: bool) -> str:
+        """A name for what the report would be drawn from. It changes every few seconds at most while the run goes on."""
+        if self._revision and not is_over and time.monotonic() - self._drawn < REPORT_SECONDS:
+            return self._revision
+        record = RunRecord.read(self._folder)
+        files = [self._folder / FILE]
+        for name, entry in record.stages.items():
+            files += [self._folder / name / STATUS, work_folder(entry) / "content" / METRICS]
+        return hashlib.sha256(repr([is_over, *map(_stamp, files)]).encode()).hexdigest()[:16]
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    try:
+        status = file.stat()
+    except OSError:
+        return (0, 0)
+    return status.st_mtime_ns, status.st_size
+
+
+def _row(stage: StageView) -> StageRow:
+    progress = stage.progress
+    if progress is None:
+        waits = f"waits: {stage.blocked}" if stage.blocked else stage.waits_for
+        return StageRow(name=stage.name, state=stage.state, words=waits or duration(stage.seconds))
+    words = [progress.phase, steps(progress)]
+    if stage.seconds is not None:
+        words.append(f"{clock_face(stage.seconds)} elapsed")
+    if stage.seconds_left is not None:
+        words.append(f"{clock_face(stage.seconds_left)} left")
+    return StageRow(
+        name=stage.name,
+        state=stage.state,
+        words=" · ".join(filter(None, words)),
+        share=min(1.0, progress.step / progress.total) if progress.total else None,
+        figure=figure(stage),
+        curve="" if stage.curve is None else sparkline(stage.curve.values, _CURVE_CELLS),
+        speed=speed(stage),
+    )
+
+
+def _style(_: Request) -> Response:
+    """The style of the reports, and what only this page has."""
+    stacked = environment("alignment.report").get_template("stacked.css.j2").render()
+    return style(_PACKAGE, "watch.css", stacked)
+
+
+def _script(_: Request) -> Response:
+    return script(_PACKAGE, "watch.js")

@@ -1,0 +1,194 @@
+"""The state of a run as its files tell it: of each stage how far it is, its curve, and what it waits for.
+
+The driver of a run shows what it reads here, and so does ``align status --follow`` in another terminal.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+
+from alignment.core.errors import ArtifactError
+from alignment.pipeline.execute.pace import Clock, Pace
+from alignment.pipeline.execute.step_curves import CurveFile
+from alignment.records.run import RunRecord, StageEntry
+from alignment.records.step_log import METRICS
+from alignment.records.worker import Progress
+from alignment.stages.registry import headline_curve
+
+STOPPED = "stopped"
+"""The state of a stage that was running when it was asked to stop; run.json has it as waiting, with its seconds."""
+_GOES_ON = ("running", "waiting")
+"""States of a run whose waiting stages will be run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShownCurve:
+    """The metric that matters for a kind of stage: ``ShownCurve(title="accuracy", values=[0.5, 0.71])``, by step."""
+
+    title: str
+    values: list[float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageView:
+    """A stage: ``waiting``, ``running``, ``stopped``, ``done``, ``reused`` or ``failed``.
+
+    ``seconds`` is how long it took, or has taken so far. ``waits_for`` says which stages come before a waiting one;
+    ``blocked`` says what else it waits for, such as a job in a queue. Only a running stage has ``progress``,
+    ``seconds_left``, ``steps_per_second``, ``tokens_per_second`` and a ``curve``; each is None while it is unknown.
+    """
+
+    name: str
+    state: str
+    reason: str = ""
+    artifact: str = ""
+    seconds: float | None = None
+    waits_for: str = ""
+    blocked: str = ""
+    progress: Progress | None = None
+    seconds_left: float | None = None
+    steps_per_second: float | None = None
+    tokens_per_second: float | None = None
+    curve: ShownCurve | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunView:
+    """A run and its stages in their order; ``state`` is that of the run."""
+
+    name: str
+    state: str
+    stages: list[StageView] = field(default_factory=list)
+
+    @property
+    def num_complete(self) -> int:
+        """How many stages have a result."""
+        return sum(stage.state in ("done", "reused") for stage in self.stages)
+
+
+def _recorded_state(record: RunRecord) -> str:
+    return record.state
+
+
+class RunReader:
+    """Reads the files of a run again at each look.
+
+    ``state_of`` says more of a run than its record, such as that it was killed. ``now`` gives seconds since 1970,
+    ``clock`` seconds that only go up.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        state_of: Callable[[RunRecord], str] = _recorded_state,
+        clock: Clock = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self.folder = folder
+        self._state_of = state_of
+        self._clock = clock
+        self._now = now
+        self._record: RunRecord | None = None
+        self._running: dict[str, _RunningStage] = {}
+
+    def look(self, blocked: Mapping[str, str] | None = None) -> RunView:
+        """The run now. ``blocked`` says what stages wait for that no file of the run tells.
+
+        Raises:
+            ArtifactError: run.json is missing or cannot be read, and never could.
+        """
+        record = self._read()
+        record = replace(record, state=self._state_of(record))
+        stages = [self._stage(name, record, (blocked or {}).get(name, "")) for name in record.stages]
+        return RunView(name=record.name or self.folder.name, state=record.state, stages=stages)
+
+    def _read(self) -> RunRecord:
+        """The record of the run; the last one if it cannot be read for a moment (ESTALE)."""
+        try:
+            self._record = RunRecord.read(self.folder)
+        except ArtifactError:
+            if self._record is None:
+                raise
+        assert self._record is not None
+        return self._record
+
+    def _stage(self, name: str, record: RunRecord, blocked: str) -> StageView:
+        entry = record.stages[name]
+        view = StageView(
+            name=name,
+            state=STOPPED if entry.state == "waiting" and entry.seconds is not None else entry.state,
+            reason=entry.reason,
+            artifact=Path(entry.artifact).name,
+            seconds=entry.seconds,
+            blocked=blocked,
+            waits_for=_waits_for(entry, record),
+        )
+        if entry.state != "running":
+            self._running.pop(name, None)
+            return view
+        if name not in self._running:
+            self._running[name] = _RunningStage(entry, record.settings_of(name), self._clock)
+        return self._running[name].added_to(replace(view, seconds=self._elapsed(entry)))
+
+    def _elapsed(self, entry: StageEntry) -> float | None:
+        """Seconds since the stage was started; clocks of two machines may differ a little."""
+        try:
+            return max(0.0, self._now() - datetime.fromisoformat(entry.started).timestamp())
+        except ValueError:  # a record of an older version
+            return None
+
+
+def work_folder(entry: StageEntry) -> Path:
+    """Where a stage works until its artifact is complete."""
+    artifact = Path(entry.artifact)
+    return artifact.with_name(f"{artifact.name}.work")
+
+
+class _RunningStage:
+    """What is remembered of a running stage between two looks."""
+
+    def __init__(self, entry: StageEntry, settings: Mapping[str, object], clock: Clock) -> None:
+        self._work = work_folder(entry)
+        self._pace = Pace(clock)
+        chart = headline_curve(entry.kind, settings)
+        self._title = "" if chart is None else f"{chart.title[:1].lower()}{chart.title[1:].partition(',')[0]}"
+        self._file = CurveFile(self._work / "content" / METRICS, "" if chart is None else chart.keys[0])
+        self._figures: dict[str, float] = {}
+
+    def added_to(self, view: StageView) -> StageView:
+        """The view with what the stage has written."""
+        progress = Progress.read(self._work)
+        if progress is None:
+            return view
+        steps = self._file.look()
+        if steps.first is not None and steps.last is not None and steps.last[0] == progress.step:
+            self._pace.see(progress, first=steps.first[0], seconds=steps.last[1] - steps.first[1])
+        else:
+            self._pace.see(progress)
+        self._figures = progress.figures or self._figures  # sampling has none; the last ones stay
+        return replace(
+            view,
+            progress=replace(progress, figures=self._figures),
+            seconds_left=self._pace.left(),
+            steps_per_second=self._pace.per_second() or None,
+            tokens_per_second=steps.tokens_per_second(),
+            curve=ShownCurve(title=self._title, values=steps.values) if steps.values else None,
+        )
+
+
+def _waits_for(entry: StageEntry, record: RunRecord) -> str:
+    """``waits for sft``; empty for a stage that does not wait."""
+    if entry.state != "waiting":
+        return ""
+    sources = dict.fromkeys(ref.removeprefix("stage:") for _, ref in entry.references if ref.startswith("stage:"))
+    unfinished = [source for source in sources if source in record.stages and not record.stages[source].complete]
+    if failed := [source for source in unfinished if record.stages[source].state == "failed"]:
+        return f"needs {', '.join(failed)}, which failed"
+    if record.state not in _GOES_ON:
+        return "not started"
+    return f"waits for {', '.join(unfinished)}" if unfinished else "waits for its turn"

@@ -1,0 +1,75 @@
+"""The folder of a run that goes on, whose files a test changes as a driver and its workers do."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from alignment.core.artifacts import write_json
+from alignment.records.run import RunRecord, StageEntry
+from alignment.records.worker import Progress
+
+STAGES = {"sft": "base", "reward": "stage:sft", "dpo": "stage:sft", "ppo": "stage:reward"}
+"""Each stage, which is of the kind of its name, and what it takes."""
+
+
+class RunFolder:
+    """``runs/mine`` under a folder, whose stages all wait at first."""
+
+    def __init__(self, output: Path, name: str = "mine", **changes: Any) -> None:
+        self.output = output
+        self.folder = output / "runs" / name
+        self.folder.mkdir(parents=True)
+        stages = {
+            stage: StageEntry(
+                kind=stage,
+                reason="nothing made yet",
+                artifact=str(output / "artifacts" / f"{stage}-5f0e9b1c"),
+                inputs={"init": source},
+            )
+            for stage, source in STAGES.items()
+        }
+        self.record = RunRecord(name=name, state="running", stages=stages, started="2026-11-28T13:00:00+00:00")
+        self.run(**changes)
+
+    def run(self, **changes: Any) -> None:
+        """Changes the run's record."""
+        self.record = replace(self.record, **changes)
+        self.record.write(self.folder)
+
+    def stage(self, name: str, state: str, **changes: Any) -> None:
+        """Changes a stage's entry."""
+        entry = replace(self.record.stages[name], state=state, **changes)
+        self.run(stages={**self.record.stages, name: entry})
+
+    def work(self, stage: str) -> Path:
+        """The work folder of a stage, with a folder for its content."""
+        folder = self.output / "artifacts" / f"{stage}-5f0e9b1c.work"
+        (folder / "content").mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def progress(self, stage: str, phase: str, step: int = 0, total: int | None = None, **figures: float) -> None:
+        """What the worker says of its progress."""
+        Progress(phase=phase, step=step, total=total, figures=figures).write(self.work(stage))
+
+    def steps(self, stage: str, *rows: dict[str, Any]) -> None:
+        """Adds lines to the stage's metrics.jsonl."""
+        with (self.work(stage) / "content/metrics.jsonl").open("a") as stream:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def status(self, stage: str, **fields: Any) -> None:
+        """How the stage ended, as its worker says it."""
+        (self.folder / stage).mkdir(exist_ok=True)
+        write_json(self.folder / stage / "status.json", fields)
+
+
+class Clock:
+    """Seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
