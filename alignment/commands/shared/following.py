@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
+from alignment.commands.shared.named_runs import goes_on, state_of
 from alignment.core.errors import AlignmentError
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute import notes
-from alignment.pipeline.execute.run_state import state_of
 from alignment.pipeline.execute.run_view import RunReader, StageView
 from alignment.records.run import RunRecord
 from alignment.records.worker import Status
@@ -19,25 +19,33 @@ _JOBS_SECONDS = 5.0
 """Time between two questions to Slurm."""
 
 
-def reader_of(folder: Path) -> RunReader:
-    """Reads a run of another process, which may have been killed."""
-    return RunReader(folder, state_of=lambda record: state_of(folder, record))
-
-
-class JobStates:
-    """Why stages wait, as Slurm tells it."""
+class FollowedRun:
+    """A run of another process, which may have been killed. Slurm is asked about its jobs now and then."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
+        self.reader = RunReader(folder, state_of=lambda record: state_of(folder, record, self._jobs))
+        self._live: dict[str, str] = {}
         self._states: dict[str, str] = {}
         self._next = 0.0
 
-    def look(self) -> Mapping[str, str]:
-        """Stage → its job in words; asks Slurm now and then, if the run has jobs."""
-        if time.monotonic() >= self._next and slurm_jobs.read_jobs(self._folder):
-            self._states = slurm_jobs.states(self._folder)
+    def goes_on(self, state: str) -> bool:
+        """Whether the run does more in this state without another command."""
+        return goes_on(self.folder, state, self._jobs)
+
+    def reasons(self) -> dict[str, str]:
+        """Stage → its job in words, for jobs that wait."""
+        self._ask()
+        return {stage: job for stage, job in self._states.items() if " PENDING" in job}
+
+    def _jobs(self, _: Path) -> dict[str, str]:
+        self._ask()
+        return self._live
+
+    def _ask(self) -> None:
+        if time.monotonic() >= self._next and slurm_jobs.read_jobs(self.folder):
+            self._live, self._states = slurm_jobs.live(self.folder), slurm_jobs.states(self.folder)
             self._next = time.monotonic() + _JOBS_SECONDS
-        return self._states
 
 
 def messages_of(folder: Path, record: RunRecord, stage: StageView) -> Iterator[str]:

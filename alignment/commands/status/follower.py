@@ -7,8 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment.commands.shared.following import JobStates, messages_of, reader_of
-from alignment.commands.shared.named_runs import goes_on
+from alignment.commands.shared.following import FollowedRun, messages_of
 from alignment.pipeline.execute.display import Display, showing
 from alignment.pipeline.execute.run_view import RunView
 from alignment.pipeline.execute.summary import show_results
@@ -24,8 +23,9 @@ def follow(console: Console, folder: Path) -> None:
         ArtifactError: the run's record cannot be read.
     """
     try:
-        with showing(console, reader_of(folder)) as display:
-            state = _to_the_end(display, folder)
+        run = FollowedRun(folder)
+        with showing(console, run.reader) as display:
+            state = _to_the_end(display, run)
     except KeyboardInterrupt:
         console.print(f"{folder.name} goes on; `align status {folder.name}` shows it", markup=False, highlight=False)
         return
@@ -33,18 +33,18 @@ def follow(console: Console, folder: Path) -> None:
     show_results(console, folder, RunRecord.read(folder))
 
 
-def _to_the_end(display: Display, folder: Path) -> str:
+def _to_the_end(display: Display, run: FollowedRun) -> str:
     """Shows the run until it has ended; returns its last state."""
-    jobs, ended = JobStates(folder), set[tuple[str, str]]()
+    ended = set[tuple[str, str]]()
     while True:
         view = display.poll()
-        _note_ends(display, folder, view, ended)
-        if not goes_on(folder, view.state):
+        _note_ends(display, run.folder, view, ended)
+        if not run.goes_on(view.state):
             return view.state
         time.sleep(POLL_SECONDS)
-        states = jobs.look()
+        reasons = run.reasons()
         for stage in view.stages:
-            display.wait(stage.name, states.get(stage.name, "") if stage.state == "waiting" else "")
+            display.wait(stage.name, reasons.get(stage.name, ""))
 
 
 def _note_ends(display: Display, folder: Path, view: RunView, noted: set[tuple[str, str]]) -> None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import threading
 import webbrowser
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from alignment.commands.shared.following import FollowedRun
 from alignment.commands.shared.libraries import PAGE_LIBRARIES, refuse_without
 from alignment.commands.shared.listening import listening
-from alignment.commands.shared.named_runs import current_run, goes_on, run_folder
+from alignment.commands.shared.named_runs import current_run, run_folder, state_of
 from alignment.core.errors import ArtifactError
-from alignment.pipeline.execute.run_state import state_of
-from alignment.records.run import RunRecord
+from alignment.records.run import FILE, RunRecord
 
 if TYPE_CHECKING:
     from alignment.commands.shared.page_server import PageServer
@@ -67,15 +68,13 @@ def watch(console: Console, run: str | None, *, options: Options, output: Path) 
 
 def _stop_at_the_end(folder: Path, server: PageServer, ended: threading.Event) -> None:
     """Stops the server some seconds after the run has ended, or when its record is gone."""
+    run = FollowedRun(folder)
     while not ended.wait(POLL_SECONDS):
-        try:
-            is_over = not goes_on(folder, _state(folder))
-        except ArtifactError:
-            is_over = True
-        if is_over:
-            ended.wait(LINGER_SECONDS)
-            server.stop()
-            return
+        with suppress(ArtifactError):  # its record cannot be read for a moment (ESTALE)
+            if not (folder / FILE).is_file() or not run.goes_on(run.reader.look().state):
+                ended.wait(LINGER_SECONDS)
+                server.stop()
+                return
 
 
 def _state(folder: Path) -> str:

@@ -18,9 +18,8 @@ from starlette.responses import HTMLResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from alignment.commands.shared.following import JobStates, reader_of
+from alignment.commands.shared.following import FollowedRun
 from alignment.commands.shared.guarded_app import guarded, script, style
-from alignment.commands.shared.named_runs import goes_on
 from alignment.core.errors import AlignmentError
 from alignment.pipeline.execute.durations import clock_face, duration
 from alignment.pipeline.execute.run_table import figure, speed, steps
@@ -70,8 +69,7 @@ class _LivePages:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._reader = reader_of(folder)
-        self._jobs = JobStates(folder)
+        self._run = FollowedRun(folder)
         self._templates = environment(_PACKAGE)
         self._lock = threading.Lock()
         self._revision = ""
@@ -90,8 +88,8 @@ class _LivePages:
 
     def _answer(self, template: str, *, with_report: bool) -> Response:
         try:
-            view = self._reader.look(self._jobs.look())
-            is_over = not goes_on(self._folder, view.state)
+            view = self._run.reader.look(self._run.reasons())
+            is_over = not self._run.goes_on(view.state)
             revision = self._revision_of_now(is_over=is_over)
             if with_report and (revision != self._revision or not self._main):
                 # Safe: the report's own templates have escaped it.

@@ -73,7 +73,7 @@ def showing(console: Console, reader: RunReader) -> Iterator[Display]:
 
 
 def _is_live(console: Console) -> bool:
-    return console.is_terminal and not console.is_dumb_terminal
+    return console.is_terminal and console.is_interactive
 
 
 class _LiveScreen:

@@ -16,18 +16,12 @@ from alignment.commands.shared.page_server import PageServer
 from alignment.evaluation.answer_pairs import queue, shown_first
 from alignment.records.votes import TIE, read_votes
 from tests.browser import browser
-from tests.devtools import Page, opened_page
+from tests.devtools import CUT, Page, opened_page
 from tests.judged import ARMS, pair
 
 PAIRS = [pair(number, dpo=f"It is {number}. " * (1 + 40 * (number % 5 == 0))) for number in range(1, 21)]
 KEYS = "1202101220"
 READY = "document.readyState === 'complete'"
-CUT = """
-[...document.querySelectorAll("body *")].filter((element) => {
-  const box = element.getBoundingClientRect();
-  return box.width > 0 && (box.left < -1 || box.right > innerWidth + 1);
-}).map((element) => element.outerHTML.slice(0, 80))
-"""
 
 
 @contextmanager

@@ -99,7 +99,8 @@ def test_a_run_that_was_killed_is_not_followed_for_ever(tmp_path: Path, capsys: 
 
 def test_jobs_that_wait_say_why(run: RunFolder, followed: Follow, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following.slurm_jobs, "read_jobs", lambda _: {"dpo": "12"})
-    monkeypatch.setattr(following.slurm_jobs, "states", lambda _: {"dpo": "job 12 PENDING (Resources)"})
+    states = {"sft": "job 11 RUNNING", "dpo": "job 12 PENDING (Resources)"}
+    monkeypatch.setattr(following.slurm_jobs, "states", lambda _: states)
     assert followed(lambda: None, lambda: None, lambda: run.run(state="done"))[:2] == [
         "dpo: job 12 PENDING (Resources)",
         "mine: done",

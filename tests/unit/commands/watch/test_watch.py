@@ -26,6 +26,8 @@ from alignment.commands.watch.driver import Options, watch
 from alignment.commands.watch.live_app import application
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.core.locks import held
+from tests.browser import browser
+from tests.devtools import CUT, opened_page
 from tests.running import RunFolder
 
 ROOT = Path(__file__).parents[4]
@@ -161,6 +163,36 @@ def test_a_run_that_is_gone_is_an_error_and_not_an_empty_page(run: RunFolder, ad
     assert code == 503
     assert "The run cannot be read:" in page
     assert "no run is recorded here" in page
+
+
+def test_an_open_page_takes_over_a_new_report_and_stays_where_it_is(
+    run: RunFolder, address: str, tmp_path: Path
+) -> None:
+    if browser() is None:
+        pytest.skip("Chromium is not installed: the page cannot be opened")
+    run.run(config={"stages": {"dpo": {"beta": 0.1}}})
+    run.stage("dpo", "running")
+    run.progress("dpo", "training", 10, 40)
+    run.steps("dpo", *({"step": n, "seconds": 2.0 * n, "rewards/accuracies": 0.5, "num_tokens": n} for n in range(10)))
+    with opened_page() as page:
+        page.open(address)
+        page.evaluate("document.querySelector('#settings details').open = true")
+        page.evaluate("scrollTo({top: 300, behavior: 'instant'})")
+        page.evaluate("document.querySelector('main').mark = 'the first'")
+        run.progress("dpo", "training", 30, 40)
+        run.steps("dpo", {"step": 30, "seconds": 60.0, "rewards/accuracies": 0.9})
+        page.wait_for("document.querySelector('main').mark === undefined")
+        assert page.evaluate("document.querySelector('#status progress').value") == 0.75
+        assert "from 0.500 to 0.900" in page.evaluate("document.querySelector('#curves svg').ariaLabel")
+        assert page.evaluate("document.querySelector('#settings details').open")
+        assert page.evaluate("scrollY") == 300
+        for width in (390, 1280):
+            page.picture(tmp_path / f"{width}.png", width=width)
+            assert page.evaluate(CUT) == [], f"cut off at {width} pixels"
+        run.run(state="done")
+        page.wait_for("document.querySelector('#status').textContent.includes('the run has ended')")
+        assert page.evaluate("document.title") == "mine · done · align watch"
+        assert page.console == []
 
 
 def in_a_thread(call: Callable[[], object]) -> threading.Thread:
