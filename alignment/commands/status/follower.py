@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from alignment.commands.shared.following import FollowedRun, messages_of
+from alignment.commands.shared.named_runs import current_run, run_folder
 from alignment.pipeline.execute.display import Display, showing
 from alignment.pipeline.execute.run_view import RunView
 from alignment.pipeline.execute.summary import show_results
@@ -16,16 +17,18 @@ from alignment.records.run import RunRecord
 POLL_SECONDS = 0.5
 
 
-def follow(console: Console, folder: Path) -> None:
-    """Shows the run until it has ended, and then its results. Ctrl-C ends this call and not the run.
+def follow(console: Console, output: Path, run: str | None) -> None:
+    """Shows a run, or the one that goes on, until it has ended, and then its results. Ctrl-C does not end the run.
 
     Raises:
+        ConfigError: there is no such run.
         ArtifactError: the run's record cannot be read.
     """
+    folder = current_run(output) if run is None else run_folder(output, run)
+    followed = FollowedRun(folder)
     try:
-        run = FollowedRun(folder)
-        with showing(console, run.reader) as display:
-            state = _to_the_end(display, run)
+        with showing(console, followed.reader) as display:
+            state = _to_the_end(display, followed)
     except KeyboardInterrupt:
         console.print(f"{folder.name} goes on; `align status {folder.name}` shows it", markup=False, highlight=False)
         return

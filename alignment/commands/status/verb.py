@@ -20,13 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Shows how they stand; returns the exit code."""
-    from alignment.commands.shared.named_runs import current_run, run_folder
     from alignment.commands.status.driver import show_status
     from alignment.commands.status.follower import follow
 
     output = output_of(arguments)
     if arguments.follow:
-        follow(console, current_run(output) if arguments.run is None else run_folder(output, arguments.run))
+        follow(console, output, arguments.run)
         return 0
     show_status(console, output, arguments.run)
     return 0

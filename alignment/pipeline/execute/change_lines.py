@@ -12,6 +12,9 @@ from alignment.records.worker import Progress
 _PARTS = 10
 """Of the steps of a phase; a line is printed when another of these parts is done."""
 
+_ENDED_BEFORE = ("done", "failed", STOPPED)
+"""States in which an earlier call left a stage; a reused one was found by this call."""
+
 
 class ChangeLines:
     """Prints a line when a stage starts, enters a phase for the first time, has done another tenth of its steps, waits
@@ -30,7 +33,9 @@ class ChangeLines:
             self._print_line(text)
 
     def show(self, view: RunView) -> None:
-        """Prints what is new in this view."""
+        """Prints what is new in this view. In the first one, stages that ended before are not new."""
+        if not self._states:
+            self._states = {stage.name: stage.state for stage in view.stages if stage.state in _ENDED_BEFORE}
         for stage in view.stages:
             self._show_stage(stage)
 
@@ -86,7 +91,7 @@ def _beginning(stage: StageView) -> str:
 
 
 def _end(stage: StageView) -> str:
-    words = [duration(stage.seconds)]
+    words = [] if stage.state == "reused" else [duration(stage.seconds)]  # which another call took
     if stage.state not in (STOPPED, "failed", "waiting"):
         words.append(stage.artifact)
     state = STOPPED if stage.state == "waiting" else stage.state

@@ -256,6 +256,8 @@ def _one_stage(
     plan: Plan, stage: PlannedStage, recorder: RunRecorder, display: Display, workers: Workers, *, wait: bool
 ) -> None:
     if stage.action is Action.reuse:
+        if recorder.record.stages[stage.name].state != "reused":  # it was made by an earlier call for the same stage
+            display.note(f"{stage.name}: reused  {stage.artifact.name}")
         _reuse(plan, stage, display.note)
         return
     for function in stage.user_code:

@@ -95,6 +95,14 @@ def test_a_queue_that_changes_its_mind_is_heard_once() -> None:
     assert log.lines == ["dpo: job 12 PENDING (Priority)", "dpo: job 12 PENDING (Resources)"]
 
 
+def test_what_ended_before_the_first_look_is_no_change() -> None:
+    log = Log()
+    states = ("done", "failed", "stopped", "reused")
+    stages = [replace(RUNNING, name=f"of_{state}", state=state, seconds=12.0) for state in states]
+    log.printer.show(RunView(name="mine", state="running", stages=stages))
+    assert log.lines == ["of_reused: reused  dpo-5f0e9b1c"]
+
+
 def test_a_warning_is_printed_once() -> None:
     log = Log()
     for _ in range(3):

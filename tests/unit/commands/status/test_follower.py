@@ -35,7 +35,7 @@ def followed(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> Follow:
         coming = iter(happens)
         monkeypatch.setattr(follower.time, "sleep", lambda _: next(coming)())
         screen = StringIO()
-        follow(Console(file=screen, width=100), run.folder)
+        follow(Console(file=screen, width=100), run.output, None)
         assert next(coming, None) is None, "it ended before the run"
         return screen.getvalue().splitlines()
 
@@ -57,14 +57,9 @@ def test_a_run_is_followed_from_the_middle_to_its_end(run: RunFolder, followed: 
         lambda: run.progress("reward", "training", 25, 100, loss=0.6),
         ends,
     )
-    assert lines[:4] == [
-        "sft: done  41 s  sft-5f0e9b1c",
-        "reward: starts (nothing made yet)",
-        "reward: training 10/100  loss 0.7",
-        lines[3],
-    ]
-    assert lines[3].startswith("reward: training 25/100, ")
-    assert lines[4:7] == ["reward: done  1 min 02 s  reward-5f0e9b1c", "reward: TensorBoard failed", "mine: done"]
+    assert lines[:2] == ["reward: starts (nothing made yet)", "reward: training 10/100  loss 0.7"]
+    assert lines[2].startswith("reward: training 25/100, ")
+    assert lines[3:6] == ["reward: done  1 min 02 s  reward-5f0e9b1c", "reward: TensorBoard failed", "mine: done"]
 
 
 def test_a_stage_that_fails_is_shown_with_its_error(run: RunFolder, followed: Follow) -> None:
