@@ -93,7 +93,7 @@ class _LivePages:
             revision = self._revision_of_now(is_over=is_over)
             if with_report and (revision != self._revision or not self._main):
                 # Safe: the report's own templates have escaped it.
-                self._main = Markup(main_part(self._folder, num_samples=NUM_SAMPLES))
+                self._main = Markup(main_part(self._folder, num_samples=NUM_SAMPLES, state=view.state))
                 self._revision, self._drawn = revision, time.monotonic()
         except (AlignmentError, OSError) as error:
             problem = self._templates.get_template("problem.html.j2").render(problem=prose(error))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +47,17 @@ def page(run: Run, *, num_samples: int) -> str:
     return template("report.html.j2").render(_drawn(run, num_samples))
 
 
-def main_part(run_folder: Path, *, num_samples: int) -> str:
+def main_part(run_folder: Path, *, num_samples: int, state: str) -> str:
     """The element ``main`` of the report about a run, for a page with another frame.
+
+    ``state`` is that of the run: a run that was killed could not record it.
 
     Raises:
         ArtifactError: run.json is missing or unreadable.
     """
-    return template("report_main.html.j2").render(_drawn(read_run(run_folder), num_samples))
+    run = read_run(run_folder)
+    run = replace(run, record=replace(run.record, state=state))
+    return template("report_main.html.j2").render(_drawn(run, num_samples))
 
 
 def _drawn(run: Run, num_samples: int) -> dict[str, Any]:

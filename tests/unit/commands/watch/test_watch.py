@@ -19,6 +19,7 @@ import pytest
 from rich.console import Console
 
 from alignment import cli
+from alignment.commands.shared import named_runs
 from alignment.commands.shared.listening import listening
 from alignment.commands.shared.page_server import PageServer
 from alignment.commands.watch import driver, live_app
@@ -117,6 +118,16 @@ def test_the_page_follows_a_run_to_its_end(run: RunFolder, address: str) -> None
     assert "not finished" not in page
     assert "http-equiv" not in page
     assert 'data-over="yes"' in get(f"{address}status")
+
+
+def test_a_run_that_was_killed_is_not_shown_as_one_that_runs(
+    run: RunFolder, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.stage("sft", "running")
+    monkeypatch.setattr(named_runs, "is_held", lambda _: False)
+    page = words(get(address))
+    assert "mine killed, 0 of 4 stages done the run has ended" in page
+    assert "This run is not finished (killed)" in page
 
 
 def test_a_report_is_not_drawn_at_every_look(run: RunFolder, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
