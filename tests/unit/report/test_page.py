@@ -196,6 +196,12 @@ def test_an_arm_with_nothing_but_a_name_is_shown_with_dashes(fake_run):
     assert row.count("<td>–</td>") == 8, "nobody has a loss, a perplexity or refusals, so these have no column"
 
 
+def test_a_finished_run_is_not_called_unfinished(fake_run):
+    html = fake_run.html()
+    assert "<title>quickstart · alignment report</title>" in html
+    assert "not finished" not in html
+
+
 def test_an_interrupted_run_shows_what_there_is(fake_run):
     fake_run.run["stages"]["ppo"].update(state="failed", reason="exit code 6", seconds=None)
     fake_run.run["stages"]["evaluate"].update(state="waiting", artifact=None, seconds=None)
@@ -206,6 +212,8 @@ def test_an_interrupted_run_shows_what_there_is(fake_run):
     html = fake_run.html()
     page = Page(html).text
     assert "The run is not complete: ppo (failed) and evaluate (waiting)." in page
+    assert "This run is not finished (running): 3 of 6 stages have a result." in page
+    assert "<title>quickstart · unfinished run · alignment report</title>" in html
     assert "loss is NaN at update 7" in page
     assert 'aria-label="ppo, KL to the reference' in html  # the curves lie in the work folder
 
