@@ -6,10 +6,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from alignment.commands.shared.named_runs import goes_on, state_of
+from alignment.commands.shared.named_runs import goes_on
 from alignment.core.errors import AlignmentError
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute import notes
+from alignment.pipeline.execute.run_state import state_of
 from alignment.pipeline.execute.run_view import RunReader, StageView
 from alignment.records.run import RunRecord
 from alignment.records.worker import Status

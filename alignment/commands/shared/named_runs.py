@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ArtifactError, ConfigError
-from alignment.core.locks import is_held
 from alignment.pipeline.backends import slurm_jobs
+from alignment.pipeline.execute.run_state import LiveJobs, state_of
 from alignment.records.run import FILE, RunRecord
-
-LiveJobs = Callable[[Path], Mapping[str, str]]
-"""The jobs of a run that wait or run, by stage."""
 
 
 def run_names(output: Path) -> list[str]:
@@ -53,17 +49,6 @@ def current_run(output: Path) -> Path:
             remedy="start one: align run RECIPE; or name the folder that holds runs/ with --output",
         )
     return output / "runs" / max(candidates)[2]
-
-
-def state_of(folder: Path, record: RunRecord, live_jobs: LiveJobs = slurm_jobs.live) -> str:
-    """The recorded state, or ``killed`` if a running run has neither a locked lock file nor a Slurm job.
-
-    On some file systems the lock of a job on another machine is invisible here.
-    """
-    if record.state != "running" or is_held(folder / "lock") or live_jobs(folder):
-        return record.state
-    latest = RunRecord.read(folder).state  # it may have ended since the record was read
-    return "killed" if latest == "running" else latest
 
 
 def goes_on(folder: Path, state: str, live_jobs: LiveJobs = slurm_jobs.live) -> bool:

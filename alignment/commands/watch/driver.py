@@ -14,8 +14,9 @@ from rich.console import Console
 from alignment.commands.shared.following import FollowedRun
 from alignment.commands.shared.libraries import PAGE_LIBRARIES, refuse_without
 from alignment.commands.shared.listening import listening
-from alignment.commands.shared.named_runs import current_run, run_folder, state_of
+from alignment.commands.shared.named_runs import current_run, run_folder
 from alignment.core.errors import ArtifactError
+from alignment.pipeline.execute.run_state import state_of
 from alignment.records.run import FILE, RunRecord
 
 if TYPE_CHECKING:

@@ -109,7 +109,7 @@ class _LivePages:
         return HTMLResponse(html)
 
     def _revision_of_now(self, *, is_over: bool) -> str:
-        """A name for what the report would be drawn from. It changes every few seconds at most while the run goes on."""
+        """A name for what the report would be drawn from. It changes every few seconds at most while a run goes on."""
         if self._revision and not is_over and time.monotonic() - self._drawn < REPORT_SECONDS:
             return self._revision
         record = RunRecord.read(self._folder)

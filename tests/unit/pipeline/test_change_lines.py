@@ -35,7 +35,7 @@ def test_a_stage_has_a_line_when_it_starts_at_each_tenth_and_when_it_ends() -> N
     log.show(replace(RUNNING, state="waiting"))
     assert log.lines == [], "a stage that has not begun is no change"
     log.show(RUNNING)
-    assert log.steps("training", *range(0, 101)) == [
+    assert log.steps("training", *range(101)) == [
         "dpo: training 0/100",
         *(f"dpo: training {step}/100" for step in range(10, 101, 10)),
     ]
@@ -78,7 +78,7 @@ def test_phases_that_take_turns_count_their_steps_once() -> None:
 
 
 def test_without_a_total_a_line_comes_when_the_number_gets_another_digit() -> None:
-    assert Log().steps("tokenising", *range(0, 1001), total=None)[1:] == [
+    assert Log().steps("tokenising", *range(1001), total=None)[1:] == [
         "dpo: tokenising",
         "dpo: tokenising 1",
         "dpo: tokenising 10",
