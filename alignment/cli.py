@@ -34,6 +34,7 @@ VERBS = {
     "compare": "show what differs between runs",
     "doctor": "show what a data file holds, and what is wrong in it",
     "export": "write a result as a folder that transformers or PEFT reads",
+    "push": "upload an exported folder to a Hugging Face hub",
     "judge": "let people say which of two arms answers better",
     "chat": "talk to a stage's policy, or to two side by side",
     "serve": "serve policies behind an OpenAI-compatible endpoint",
@@ -47,7 +48,7 @@ _RIVAL = "alignment-handbook"
 _EXAMPLES = """\
 examples: align run quickstart (the whole chain), align run ./mine.yaml adapter=qlora (your own, another adapter)
 exit codes: 0 success, 1 a bug of ours, 2 configuration, 3 data, 4 model, 5 stage or full disk, 6 not finite,
-7 artifact, 8 busy, 9 a scorer that failed, 10 a gate is not met, 75 preempted, 130 interrupted
+7 artifact, 8 busy, 9 a failed scorer, 10 a gate is not met, 11 store or hub, 75 preempted, 130 interrupted
 """
 
 

@@ -86,6 +86,10 @@ TRACKING_URL = Rule(
     is_url,
     "http://HOST:PORT/PATH or https://…, without a user or a password in it (MLFLOW_TRACKING_USERNAME and "
     "MLFLOW_TRACKING_PASSWORD hold them)",
+)
+STORE = Rule(
+    lambda value: re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/@?#:]+(/[^\s/@?#:]+)*/?", value) is not None,
+    "s3://BUCKET/PREFIX, without a key or a password in it: the environment or ~/.aws has them",
     secret=True,
 )
 VARIABLE = Rule(

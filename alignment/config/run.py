@@ -7,7 +7,7 @@ from typing import Annotated
 
 from alignment.config.launch import LaunchConfig
 from alignment.config.model import ModelConfig
-from alignment.config.rules import FILLED, NAME, NOT_NEGATIVE
+from alignment.config.rules import FILLED, NAME, NOT_NEGATIVE, STORE
 from alignment.config.stage import StageConfig
 from alignment.config.tracking import TrackingConfig
 
@@ -17,13 +17,15 @@ class RunConfig:
     """A recipe after composition.
 
     ``stages`` maps a stage's name to its configuration; their order follows from their references. ``output`` is the
-    folder that holds ``runs/`` and ``artifacts/``.
+    folder that holds ``runs/`` and ``artifacts/``. ``artifacts`` is a store that several machines share, such as
+    ``s3://bucket/prefix``; the folder ``artifacts/`` is then a cache of it.
     """
 
     name: Annotated[str, NAME]
     summary: str = ""
     seed: Annotated[int, NOT_NEGATIVE] = 42
     output: Annotated[str, FILLED] = "."
+    artifacts: Annotated[str | None, STORE] = None
     model: ModelConfig = field(default_factory=ModelConfig)
     stages: Annotated[dict[str, StageConfig], FILLED] = field(default_factory=dict)
     launch: LaunchConfig = field(default_factory=LaunchConfig)

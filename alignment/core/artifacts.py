@@ -135,17 +135,29 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         if not path.is_file():
             raise ValueError("not a regular file")
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"unreadable: {error}", where=str(path), remedy=f"delete {folder} to remake it") from error
+    return parse_manifest(text, folder=str(folder))
+
+
+def parse_manifest(text: str, *, folder: str) -> Manifest:
+    """The manifest that a file of ``folder`` holds.
+
+    Raises:
+        ArtifactError: it is unreadable, has another schema, or a field of it has the wrong type.
+    """
+    where, remedy = f"{folder}/{MANIFEST}", f"delete {folder} to remake it"
+    try:
+        manifest = Manifest(**json.loads(text))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"unreadable: {error}", where=where, remedy=remedy) from error
     if manifest.schema != SCHEMA:
-        raise ArtifactError(f"schema {manifest.schema}, expected {SCHEMA}", where=str(path), remedy=f"delete {folder}")
+        raise ArtifactError(f"schema {manifest.schema}, expected {SCHEMA}", where=where, remedy=f"delete {folder}")
     for name, hint in get_type_hints(Manifest).items():
         if not fits(getattr(manifest, name), hint):
             raise ArtifactError(
-                f"unreadable: '{name}' has the wrong type: {getattr(manifest, name)!r:.60}",
-                where=str(path),
-                remedy=f"delete {folder} to remake it",
+                f"unreadable: '{name}' has the wrong type: {getattr(manifest, name)!r:.60}", where=where, remedy=remedy
             )
     return manifest
 

@@ -11,6 +11,7 @@
     ├── ArtifactError              7   an artifact or checkpoint that is damaged or belongs to something else
     ├── Busy                       8   another process works on the same run or artifact
     ├── GateNotMet                10   a finished run whose results do not meet what its recipe requires
+    ├── StoreError                11   a store of artifacts that cannot be reached, or refuses what is asked of it
     └── Preempted                 75   a run that stopped because it was asked to; start it again to continue
 
 Other codes: 0 success, 1 a bug of ours, 130 interrupted by the user (in Python a KeyboardInterrupt).
@@ -43,6 +44,7 @@ class AlignmentError(Exception):
     def labelled(self) -> str:
         """The error as a command prints it, with its kind first: ``model: base: no folder …``."""
         kinds = {2: "configuration", 3: "data", 4: "model", 7: "artifact", 8: "busy", 9: "scorer", 10: "gate"}
+        kinds[11] = "store"
         return f"{kinds.get(self.exit_code, 'error')}: {self}"
 
 
@@ -102,6 +104,12 @@ class GateNotMet(AlignmentError):
     """All stages are done, but the results do not meet a gate: a policy forgot too much, or did not improve enough."""
 
     exit_code = 10
+
+
+class StoreError(AlignmentError):
+    """A store of artifacts cannot be reached, does not exist, or refuses what is asked of it."""
+
+    exit_code = 11
 
 
 PREEMPTED = 75

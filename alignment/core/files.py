@@ -170,10 +170,10 @@ def _number(error: BaseException) -> int | None:
 def _room(number: int, where: Path) -> str:
     if number == errno.EFBIG:
         limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-        return "" if limit == resource.RLIM_INFINITY else f", {_bytes(limit)} (ulimit -f)"
+        return "" if limit == resource.RLIM_INFINITY else f", {in_units(limit)} (ulimit -f)"
     if number == errno.EROFS:
         return ""
-    return f"; {_bytes(shutil.disk_usage(_existing(where)).free)} are free"
+    return f"; {in_units(shutil.disk_usage(_existing(where)).free)} are free"
 
 
 def _remedy(number: int) -> str:
@@ -185,7 +185,7 @@ def _remedy(number: int) -> str:
     return f"free space {again}"
 
 
-def _bytes(number: int) -> str:
+def in_units(number: int) -> str:
     """``512 bytes``, ``1.5 MB``: decimal units, as disks are sold."""
     size, units = float(number), ["bytes", "kB", "MB", "GB", "TB"]
     while size >= 1000 and len(units) > 1:

@@ -25,12 +25,12 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/plan/plan.py",
+        "pipeline/plan/actions.py",
         PLAN,
         (
             "results are never reused",
-            "return Action.reuse, artifact.name",
-            "return Action.run, artifact.name",
+            "return Action.reuse, artifact.name +",
+            "return Action.run, artifact.name +",
             "test_everything_is_reused_once_it_is_made_and_the_run_s_name_is_only_the_report_s",
         ),
         (
@@ -45,12 +45,20 @@ MUTATIONS = [
             "content=False).fingerprint == '':",
             "test_a_result_whose_fingerprint_only_begins_alike_is_not_reused",
         ),
+    ),
+    *in_file(
+        "pipeline/remote/remote_checkpoints.py",
+        PLAN,
         (
             "the oldest checkpoint is planned to go on from",
-            "return max(complete, key",
-            "return min(complete, key",
+            "newest = max(sealed, key",
+            "newest = min(sealed, key",
             "test_an_interrupted_stage_goes_on_from_its_last_complete_checkpoint",
         ),
+    ),
+    *in_file(
+        "pipeline/plan/plan.py",
+        PLAN,
         (
             "any artifact fits any slot",
             "if manifest.kind not in slot.takes:",

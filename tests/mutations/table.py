@@ -30,6 +30,7 @@ from tests.mutations import (
     serving,
     sharded_loading,
     stages,
+    stores,
     templates,
     tracking,
     training,
@@ -69,4 +70,5 @@ MUTATIONS: list[Mutation] = [
     *serving.MUTATIONS,
     *devices.MUTATIONS,
     *sharded_loading.MUTATIONS,
+    *stores.MUTATIONS,
 ]

@@ -143,6 +143,12 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         },
     ),
     (
+        "push model --to me/mine --public --replace",
+        "alignment.commands.push.driver.push",
+        ("model",),
+        {"to": "me/mine", "public": True, "replace": True},
+    ),
+    (
         "add-tokens bundled:smollm2-135m '<|a|>' '<|b|>' --to there",
         "alignment.commands.add_tokens.driver.add_tokens",
         ("bundled:smollm2-135m", ["<|a|>", "<|b|>"]),
@@ -167,7 +173,7 @@ def test_a_verb_hands_its_arguments_to_what_does_it(
     monkeypatch.setattr(function, note)
     code = cli.main(shlex.split(line))
     assert calls == [(values, named)]
-    assert code == (0 if line.split()[0] in ("plan", "status", "compare") else 9)
+    assert code == (0 if line.split()[0] in ("plan", "status", "compare", "push") else 9)
 
 
 def test_every_verb_has_its_folder_and_every_folder_its_verb() -> None:
@@ -191,7 +197,7 @@ def test_help_lists_every_exit_code(capsys: Captured) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     listed = capsys.readouterr().out.partition("exit codes:")[2]
-    assert [int(number) for number in re.findall(r"\d+", listed)] == [*range(11), 75, 130]
+    assert [int(number) for number in re.findall(r"\d+", listed)] == [*range(12), 75, 130]
 
 
 def test_help_fits_a_screen(capsys: Captured) -> None:

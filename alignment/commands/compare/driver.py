@@ -28,7 +28,7 @@ from alignment.report.run_page.run_records import Difference
 from alignment.report.run_page.table_sections import side_by_side
 from alignment.stages.base import ResultTable
 
-NOT_SETTINGS = ("name", "output", "summary", "launch", "tracking")
+NOT_SETTINGS = ("name", "output", "artifacts", "summary", "launch", "tracking")
 """Settings of a run that change no result."""
 
 ABSENT = "–"

@@ -24,7 +24,7 @@ from alignment.stages.registry import tables_of
 
 _FOLDERS = re.compile(r"(?<![\w.])(?:~|\.\.?)?/(?:[^\s/'\",\]})]+/)*")
 """A path without its last part, anywhere in a text."""
-_NOT_MAKING = re.compile(r"output=|launch|tracking|[+~]*stages\.[^.=]+\.judge\b")
+_NOT_MAKING = re.compile(r"output=|artifacts=|launch|tracking|[+~]*stages\.[^.=]+\.judge\b")
 """Overrides that do not affect a model; a judge's may name an internal host."""
 
 

@@ -38,6 +38,8 @@ def _show_one(console: Console, folder: Path) -> None:
     record = RunRecord.read(folder)
     console.print(f"[bold]{escape(folder.name)}[/]  {state_of(folder, record)}", highlight=False)
     show_stages(console, record, slurm_jobs.states(folder))
+    if isinstance(store := record.config.get("artifacts"), str):
+        console.print(f"store: {store}", markup=False, highlight=False, soft_wrap=True)
     for name, stage in record.stages.items():
         if stage.state == "running":
             progress = Progress.read(work_folder(stage))

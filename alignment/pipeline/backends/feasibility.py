@@ -15,7 +15,7 @@ from alignment.core import hardware
 from alignment.core.errors import ConfigError
 from alignment.pipeline.backends import command, slurm
 from alignment.pipeline.plan import row_counts
-from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
+from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.pipeline.plan.scorer_groups import refuse_missing_keys
 from alignment.stages.base import RunsOn
 from alignment.stages.registry import as_trained, kind_of
@@ -61,7 +61,7 @@ def refuse_what_cannot_start(launch: LaunchConfig, stages: Sequence[PlannedStage
     """
     faults: list[Fault] = []
     for stage in stages:
-        if stage.action is Action.reuse or kind_of(stage.config).launch.runs_on is RunsOn.driver:
+        if not stage.has_to_run or kind_of(stage.config).launch.runs_on is RunsOn.driver:
             continue
         own = of_stage(launch, stage.config, num_devices=num_devices)
         _refuse_missing_package(own)
@@ -81,7 +81,7 @@ def refuse_sizes(plan: Plan) -> None:
         ConfigError: some stage that has to run cannot be split over its processes, or has too little data.
     """
     launch = plan.config.launch
-    waiting = [stage for stage in plan.stages if stage.action is not Action.reuse]
+    waiting = [stage for stage in plan.stages if stage.has_to_run]
     if launch.num_processes:  # otherwise the number depends on the machine
         refuse([fault for stage in waiting for fault in _size_faults(stage, launch.world_size)])
 

@@ -24,7 +24,8 @@ from alignment.pipeline.backends import feasibility, processes
 from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.execute.gates import NOT_MET
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
-from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
+from alignment.pipeline.plan.actions import Action
+from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.records.run import RunRecord
 from alignment.stages.registry import kind_of
 

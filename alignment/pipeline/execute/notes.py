@@ -18,7 +18,7 @@ from alignment.pipeline.backends import feasibility
 from alignment.pipeline.execute import automatic_sizes
 from alignment.pipeline.plan import validation_checks
 from alignment.pipeline.plan.frozen_rows import frozen_rows
-from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
+from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.pipeline.plan.row_counts import labels_of, rows_of
 from alignment.records.evaluation import Evaluation
 from alignment.report import doubts
@@ -40,7 +40,7 @@ def of_plan(plan: Plan) -> list[str]:
     weights = weights_size(plan.base.folder) if plan.base.folder and plan.base.ready else None
     for stage in plan.stages:
         of_launch = kind_of(stage.config).launch.notes(stage.config, weights)
-        notes += [] if stage.action is Action.reuse else [f"{stage.name}: {note}" for note in of_launch]
+        notes += [f"{stage.name}: {note}" for note in of_launch] if stage.has_to_run else []
         notes += [*_high_rates(stage), *_small_data(stage), *_labels(stage), *_left_out(stage), *_near_held_out(stage)]
     return [*notes, *cautions(plan)]
 
@@ -48,7 +48,7 @@ def of_plan(plan: Plan) -> list[str]:
 def of_stage(plan: Plan, stage: PlannedStage) -> list[str]:
     """What a stage that has to run will read, run and choose; each is the end of a sentence that begins with its
     name."""
-    if stage.action is Action.reuse:
+    if not stage.has_to_run:
         return []
     remarks = [
         f"reads {source.identity}{'' if source.path else ', which a run downloads'}" for source in stage.hub_data
@@ -103,7 +103,7 @@ def _scores_of(source: ScoreSourceConfig, config: StageConfig) -> tuple[Any, ...
 
 def _slow_format(plan: Plan) -> Iterator[str]:
     """A note if the run would be several times slower because this processor has no bfloat16."""
-    waits = any(stage.action is not Action.reuse and kind_of(stage.config).run for stage in plan.stages)
+    waits = any(stage.has_to_run and kind_of(stage.config).run for stage in plan.stages)
     on_cpu = not feasibility.devices_for(plan.config.launch)
     if waits and on_cpu and plan.config.model.dtype is Dtype.bfloat16 and not hardware.has_bfloat16():
         yield (

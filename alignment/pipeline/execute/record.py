@@ -12,7 +12,8 @@ from alignment.core.errors import ArtifactError
 from alignment.pipeline.backends.slurm_job_file import HERE
 from alignment.pipeline.execute.notes import cautions
 from alignment.pipeline.plan import references
-from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
+from alignment.pipeline.plan.actions import Action
+from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.records.run import RunRecord, StageEntry
 
 

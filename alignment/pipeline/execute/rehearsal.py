@@ -22,7 +22,7 @@ from alignment.pipeline.backends.command import Command
 from alignment.pipeline.backends.forking import ForkServer
 from alignment.pipeline.execute import rehearsed, worker_protocol
 from alignment.pipeline.plan import scorer_checks
-from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
+from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.stages.registry import as_trained, kind_of
 
 _FOLDER = ".rehearsal"
@@ -43,7 +43,7 @@ def rehearse(
         AlignmentError: the error that a stage would raise: rows that cannot be learned from, or a scorer that fails.
         StageError: no answer within ``launch.hang_seconds``.
     """
-    waiting = [stage for stage in stages if stage.action is not Action.reuse][1:]
+    waiting = [stage for stage in stages if stage.has_to_run][1:]
     waiting = [stage for stage in waiting if not stage.unmade]  # there is nothing to try yet
     rows = [stage for stage in waiting if _learns_by_own_tokenizer(stage.config, plan.config.stages)]
     scorers = [stage for stage in waiting if scorer_checks.functions(stage.config)]

@@ -23,7 +23,7 @@ from alignment.core.resources import CODE_ROOT
 from alignment.pipeline.backends import command, feasibility, machines, processes, slurm, slurm_jobs
 from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.backends.slurm_job_file import HERE
-from alignment.pipeline.execute import estimates, gates, heartbeats, notes, rehearsal, worker_protocol
+from alignment.pipeline.execute import estimates, exchange, gates, heartbeats, notes, rehearsal, worker_protocol
 from alignment.pipeline.execute.display import Announce, Display, announcer, showing
 from alignment.pipeline.execute.record import RunRecorder, recorded_seconds
 from alignment.pipeline.execute.run_view import RunReader
@@ -31,7 +31,8 @@ from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowle
 from alignment.pipeline.execute.summary import REPORT, show_results
 from alignment.pipeline.execute.workers import Workers, workers_of
 from alignment.pipeline.plan import references
-from alignment.pipeline.plan.plan import Action, Plan, PlannedStage, make_plan
+from alignment.pipeline.plan.actions import Action
+from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.pipeline.sources import data_sources, model_sources
 from alignment.records.run import RunRecord
 from alignment.records.worker import HEARTBEATS, PROGRESS, STATUS
@@ -77,6 +78,8 @@ def run_plan(
         announcer(console)(f"note: {note}")
     launch = plan.config.launch
     _refuse_what_cannot_start(plan, only)
+    if plan.store is not None:
+        plan.store.check_writable()
     if slurm.submission(launch) is not None:
         slurm.refuse_without_slurm()
         _make_writable(plan)
@@ -180,8 +183,9 @@ def _refuse_what_cannot_start(plan: Plan, only: str | None) -> None:
 
 
 def _with_all(plan: Plan, announce: Announce, only: str | None) -> Plan:
-    """The plan with all models and data of a hub that the chosen stages need, checked again with that data."""
-    complete = with_models(plan, announce, stages=_not_reused(plan, only))
+    """The plan with all results of the store, models and data of a hub that the chosen stages need, checked again."""
+    plan_with_results = exchange.with_results(plan, announce, stages=_needed(plan, only))
+    complete = with_models(plan_with_results, announce, stages=_not_reused(plan_with_results, only))
     if complete is not plan:
         _refuse_what_cannot_start(complete, only)
     return complete
@@ -195,7 +199,7 @@ def refuse_missing_inputs(plan: Plan, only: str) -> None:
     """
     if only not in plan.config.stages:
         raise ConfigError(f"no stage '{only}' in this recipe; {suggestion(only, plan.config.stages)}", where="--stage")
-    reused = {stage.name for stage in plan.stages if stage.action is Action.reuse}
+    reused = {stage.name for stage in plan.stages if not stage.has_to_run}
     missing = [name for name in references.inputs_of(only, plan.config.stages) if name not in {*reused, only}]
     if missing and only not in reused:
         raise ConfigError(
@@ -229,9 +233,15 @@ def _chosen(plan: Plan, only: str | None) -> list[PlannedStage]:
     return [stage for stage in plan.stages if only in (None, stage.name)]
 
 
+def _needed(plan: Plan, only: str | None) -> list[PlannedStage]:
+    """The chosen stages, and those whose results they take."""
+    inputs = [] if only is None else references.inputs_of(only, plan.config.stages)
+    return [stage for stage in plan.stages if only in (None, stage.name) or stage.name in inputs]
+
+
 def _not_reused(plan: Plan, only: str | None) -> list[PlannedStage]:
     """The chosen stages that have to run and need models or data."""
-    waiting = [stage for stage in _chosen(plan, only) if stage.action is not Action.reuse]
+    waiting = [stage for stage in _chosen(plan, only) if stage.has_to_run]
     return [stage for stage in waiting if kind_of(stage.config).launch.runs_on is not RunsOn.driver]
 
 
@@ -287,6 +297,7 @@ def _one_stage(
 
 def _reuse(plan: Plan, stage: PlannedStage, announce: Announce) -> None:
     _clear(stage)
+    exchange.upload(plan, stage, announce)
     _point_to_result(plan, stage)
     _doubt(plan, stage, announce)
 
@@ -311,12 +322,13 @@ def _make(plan: Plan, stage: PlannedStage, display: Display, workers: Workers, *
         if read_manifest(stage.artifact) is not None:
             _remove_work(stage)
             return False
-        if kind_of(stage.config).launch.runs_on is RunsOn.driver:
-            _make_report(plan, stage, cast(ReportSettings, stage.config))
-        else:
-            _launch(plan, stage, display, workers, lock)
+        with exchange.of_stage(plan, stage, display.note, wait=wait) as is_missing:
+            if is_missing and kind_of(stage.config).launch.runs_on is RunsOn.driver:
+                _make_report(plan, stage, cast(ReportSettings, stage.config))
+            elif is_missing:
+                _launch(plan, stage, display, workers, lock)
     _remove_work(stage)
-    return True
+    return is_missing
 
 
 def _clear(stage: PlannedStage) -> None:

@@ -16,7 +16,8 @@ from alignment.evaluation.labelled_pairs import labelled_conclusions
 from alignment.pipeline.execute import forgetting_gate, notes
 from alignment.pipeline.execute.durations import duration
 from alignment.pipeline.execute.run_table import steps
-from alignment.pipeline.plan.plan import Action, Plan
+from alignment.pipeline.plan.actions import Action
+from alignment.pipeline.plan.plan import Plan
 from alignment.records.evaluation import FILE as EVALUATION_FILE
 from alignment.records.evaluation import ArmResult, Comparison, Evaluation, JudgedPair
 from alignment.records.forgetting import Forgetting
@@ -38,16 +39,20 @@ def show_plan(console: Console, plan: Plan) -> None:
     console.print(f"[bold]{escape(plan.config.name)}[/]  {escape(plan.config.summary)}", highlight=False)
     table = _grid()
     for stage in plan.stages:
-        colour = "cyan" if stage.action is Action.reuse else "green"
+        colour = "green" if stage.has_to_run else "cyan"
         table.add_row(escape(stage.name), f"[{colour}]{stage.action.value}[/]", escape(stage.reason))
     console.print(table)
+    if plan.store is not None:
+        console.print(f"store: {plan.store.url}", markup=False, highlight=False, soft_wrap=True)
     for stage in plan.stages:
         for remark in notes.of_stage(plan, stage):
             console.print(f"{stage.name} {remark}", markup=False, highlight=False, emoji=False, soft_wrap=True)
     for note in notes.of_plan(plan):
         console.print(f"note: {note}", markup=False, highlight=False, emoji=False, soft_wrap=True)
-    to_run = sum(stage.action is not Action.reuse for stage in plan.stages)
-    console.print(f"{to_run} to run, {len(plan.stages) - to_run} reused", highlight=False)
+    to_run = sum(stage.has_to_run for stage in plan.stages)
+    fetched = sum(stage.action is Action.fetch for stage in plan.stages)
+    stored = f", {fetched} of them from the store" if fetched else ""
+    console.print(f"{to_run} to run, {len(plan.stages) - to_run} reused{stored}", highlight=False)
 
 
 def show_stages(console: Console, record: RunRecord, jobs: Mapping[str, str]) -> None:

@@ -6,7 +6,7 @@ import json
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import NEW_TOKENS
-from alignment.pipeline.plan.plan import Action, Plan
+from alignment.pipeline.plan.plan import Plan
 from alignment.pipeline.plan.references import BASE
 from alignment.stages.registry import as_trained
 
@@ -19,7 +19,7 @@ def frozen_rows(plan: Plan) -> str | None:
     tokens = ", ".join(json.loads(file.read_text(encoding="utf-8")))
     for stage in plan.stages:
         config = as_trained(stage.config)
-        if config is None or config.init != BASE or stage.action is Action.reuse:
+        if config is None or config.init != BASE or not stage.has_to_run:
             continue
         if not _trains_rows(config.adapter):
             return (

@@ -18,8 +18,8 @@ from hydra.errors import HydraException
 from alignment.config.faults import Fault
 from alignment.pipeline.plan.hostile import hostile
 
-_SECRET = ("api_key_env", "base_url")
-"""Settings whose values are not repeated, alone or inside a group: people put keys there by mistake."""
+_SECRET = ("api_key_env", "base_url", "://")
+"""Addresses, and settings whose values are not repeated, alone or inside a group: people put keys there by mistake."""
 _STAND_IN = re.compile(r"_x([0-9a-f]{6})x_")
 _PATH = "path:"
 _SHOWN_TEXT = 60
@@ -61,7 +61,7 @@ def _depth(text: str) -> int:
 
 
 def _shown(text: str) -> str:
-    """The override, without a value that may hold a key or a password."""
+    """The override, without a value that may hold a key or a password, as an address may."""
     key, _, _ = text.partition("=")
     return f"{key}=…" if any(secret in text for secret in _SECRET) else text
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,7 +13,7 @@ from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig
 from alignment.config.typed import convert
 from alignment.core.artifacts import ROWS_FILE, folder_name, read_manifest, verify
-from alignment.core.errors import ArtifactError, ModelError
+from alignment.core.errors import ModelError
 from alignment.core.fingerprint import digest
 from alignment.data.reading import read_records, start
 from alignment.job import StageInput
@@ -28,22 +27,18 @@ from alignment.pipeline.plan import (
     settings,
     unread,
 )
+from alignment.pipeline.plan.actions import Action, Actions
 from alignment.pipeline.plan.compose import compose
 from alignment.pipeline.plan.depths import Depths
 from alignment.pipeline.plan.made_rows import DATA, RowsOfStages
-from alignment.pipeline.plan.reasons import Made, made, reason_to_run
 from alignment.pipeline.plan.row_counts import Seen
+from alignment.pipeline.remote.object_store import ObjectStore, connected
 from alignment.pipeline.sources import data_sources
 from alignment.pipeline.sources.data_sources import DataSource
 from alignment.pipeline.sources.model_sources import ModelSource, refuse_policy, resolve
-from alignment.records.run import RunRecord
-from alignment.records.worker import PARTS
 from alignment.stages import registry
 from alignment.stages.base import DataSlot, Slot
 from alignment.stages.registry import kind_of
-
-CHECKPOINT_MANIFEST = "alignment_checkpoint.json"
-"""The last file that ``alignment.training.checkpoints`` writes into a checkpoint; without it, a folder is ignored."""
 
 CHECKED_ROWS = 20_000
 """Rows of a data file that are checked while planning, to keep planning fast; the stage checks all rows."""
@@ -54,14 +49,6 @@ class Find(Protocol):
 
     def __call__(self, source: str, *, where: str) -> ModelSource:
         """The model of a source, which the user wrote at ``where``."""
-
-
-class Action(str, Enum):
-    """What happens to a stage."""
-
-    run = "run"
-    resume = "resume"
-    reuse = "reuse"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +81,11 @@ class PlannedStage:
     unmade: tuple[str, ...] = ()
 
     @property
+    def has_to_run(self) -> bool:
+        """Whether there is no complete result yet, neither here nor in the store."""
+        return self.action in (Action.run, Action.resume)
+
+    @property
     def user_code(self) -> list[str]:
         """The functions that do not ship with the project."""
         return [function for function in self.code if not function.startswith("bundled:")]
@@ -102,7 +94,7 @@ class PlannedStage:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """All that ``run`` needs. ``sources`` are the models from outside the run, by the reference that the user wrote;
-    ``profile`` names the profile that was applied, if any."""
+    ``profile`` names the profile that was applied, if any. ``store`` holds artifacts for several machines, if set."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -112,6 +104,7 @@ class Plan:
     sources: dict[str, ModelSource]
     stages: tuple[PlannedStage, ...]
     profile: str = ""
+    store: ObjectStore | None = None
 
     @property
     def run_folder(self) -> Path:
@@ -127,6 +120,7 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) ->
         DataError: a data file is missing, or a row does not fit its stage.
         ModelError: a model folder is missing or is not a model.
         ArtifactError: a result that would be reused is damaged.
+        StoreError: the store of artifacts cannot be reached or refuses.
     """
     composition = compose(recipe, overrides)
     config, faults = convert(composition.tree, registry.config_classes())
@@ -150,7 +144,8 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) ->
     base = find(config.model.source, where="model.source")
     refuse([composition.placed(fault) for fault in settings.option_faults(config.model, base.folder)])
     output = Path(config.output).expanduser().absolute()
-    builder = _Builder(config, output=output, data=data, seen=seen, base=base, find=find)
+    store = None if config.artifacts is None else connected(config.artifacts)
+    builder = _Builder(config, output=output, data=data, seen=seen, base=base, find=find, store=store)
     stages = tuple(builder.stage(name) for name in references.in_order(config.stages))
     return Plan(
         recipe=recipe,
@@ -161,6 +156,7 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) ->
         sources=builder.sources,
         stages=stages,
         profile=composition.profile,
+        store=store,
     )
 
 
@@ -229,6 +225,7 @@ class _Builder:
         seen: dict[str, dict[str, Seen]],
         base: ModelSource,
         find: Find,
+        store: ObjectStore | None,
     ) -> None:
         self.base = base
         self._find = find
@@ -237,9 +234,8 @@ class _Builder:
         self._data = data
         self._seen = seen
         self._artifacts = output / "artifacts"
-        self._store: list[Made] = made(self._artifacts)
         self._run_folder = output / "runs" / config.name
-        self._own = _results_of(self._run_folder)
+        self._actions = Actions(self._artifacts, self._run_folder, store)
         self._planned: dict[str, PlannedStage] = {}
         self._depths = Depths(base)
 
@@ -260,7 +256,9 @@ class _Builder:
         paths = {field: source.path for field, source in self._data[name].items() if source.path is not None}
         rows = self._rows_of_stages(config)
         paths |= {**rows.paths, **files}
-        action, reason = self._action(name, fingerprint, artifact, work, described, refs)
+        action, reason = self._actions.decide(
+            name, fingerprint, artifact=artifact, work=work, described=described, refs=refs
+        )
         planned = PlannedStage(
             name=name,
             config=kind_of(config).files.located(scorer_checks.with_files(config)),
@@ -350,42 +348,3 @@ class _Builder:
 
     def _what_fits(self, slot: Slot) -> str:
         return references.what_fits(slot, self._config.stages)
-
-    def _action(
-        self,
-        name: str,
-        fingerprint: str,
-        artifact: Path,
-        work: Path,
-        described: dict[str, Any],
-        refs: dict[str, str],
-    ) -> tuple[Action, str]:
-        if read_manifest(artifact) is not None:
-            if verify(artifact, content=False).fingerprint != fingerprint:
-                raise ArtifactError(
-                    "holds another result whose fingerprint starts the same",
-                    where=str(artifact),
-                    remedy=f"move {artifact} away",
-                )
-            return Action.reuse, artifact.name
-        checkpoint = newest_checkpoint(work)
-        if checkpoint is not None:
-            return Action.resume, f"from {checkpoint.name}"
-        if parts := sum(1 for _ in (work / "checkpoints").glob(PARTS)):
-            return Action.resume, f"from {parts} stored parts"
-        return Action.run, reason_to_run(name, described, refs, self._store, own=self._own)
-
-
-def _results_of(run_folder: Path) -> frozenset[str]:
-    """Names of the artifacts in the run's record; empty if the record cannot be read."""
-    try:
-        stages = RunRecord.read(run_folder).stages
-    except ArtifactError:
-        return frozenset()
-    return frozenset(Path(stage.artifact).name for stage in stages.values())
-
-
-def newest_checkpoint(work: Path) -> Path | None:
-    """The last complete checkpoint of an unfinished stage. The worker verifies it before it continues from it."""
-    complete = [manifest.parent for manifest in (work / "checkpoints").glob(f"checkpoint-*/{CHECKPOINT_MANIFEST}")]
-    return max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)

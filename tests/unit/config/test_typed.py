@@ -64,7 +64,7 @@ FAULTS = [
     (
         {**with_stage(), "optim": {"lr": 1, "pace": 2}},
         "2 faults in the configuration:\n  optim.lr: unknown key; did you mean 'stages.sft.optim.lr'?\n"
-        "  optim.pace: unknown key; one of: name, summary, seed, output, model, stages, launch, tracking",
+        "  optim.pace: unknown key; one of: name, summary, seed, output, artifacts, model, stages, launch, tracking",
     ),
     (with_stage(packing=1), "stages.sft.packing: 1 is not allowed; it takes true or false"),
     (with_stage(max_length=True), "stages.sft.max_length: True is not allowed; it takes a whole number"),

@@ -194,7 +194,7 @@ FAULTY = [
     ("~profile", "~profile: write profile=NAME, once"),
     ("profile@stages=smoke", "profile@stages=smoke: write profile=NAME, once"),
     ("~stages.pppo", "~stages.pppo: nothing to remove; did you mean 'ppo'?"),
-    ("größe=1", "größe: unknown key; one of: name, summary, seed, output, model, stages, launch, tracking"),
+    ("größe=1", "größe: unknown key; one of: name, summary, seed, output, artifacts, model, stages, launch, tracking"),
     (
         "stages.sft.data.source=path:a'b\"c",
         "stages.sft.data.source=path:a'b\"c: not an override; write key=value, such as stages.dpo.beta=0.3",

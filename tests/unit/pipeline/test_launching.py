@@ -12,7 +12,7 @@ from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.optim import Moments, OptimConfig
 from alignment.core.errors import ConfigError
 from alignment.pipeline.backends import feasibility
-from alignment.pipeline.plan.plan import Action
+from alignment.pipeline.plan.actions import Action
 from alignment.stages.benchmark.config import BenchmarkConfig
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.forgetting.config import ForgettingConfig
@@ -23,7 +23,7 @@ from alignment.stages.sft.config import SftConfig
 
 
 def stage(config: Any, action: Action = Action.run) -> Any:
-    return SimpleNamespace(name="it", config=config, action=action, seen={})
+    return SimpleNamespace(name="it", config=config, has_to_run=action is not Action.reuse, seen={})
 
 
 def refuse(*stages: Any, num_devices: int = 0, **launch: Any) -> None:

@@ -21,7 +21,7 @@ from alignment.core.errors import ConfigError, StageError
 from alignment.pipeline.backends import machines
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute.signals import Terminated
-from alignment.pipeline.plan.plan import Action
+from alignment.pipeline.plan.actions import Action
 from alignment.stages.benchmark.config import BenchmarkConfig
 from alignment.stages.sft.config import SftConfig
 

@@ -19,7 +19,8 @@ from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.rehearsal import rehearse
 from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.execute.worker_protocol import write_stage_file
-from alignment.pipeline.plan.plan import Action, Plan, PlannedStage, make_plan
+from alignment.pipeline.plan.actions import Action
+from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.stages.stage_file import read_spec
 from alignment.worker import _refuse_changed_data
 from tests.sampled import asked

@@ -17,8 +17,10 @@ from alignment.core.errors import ArtifactError, ConfigError, DataError, ModelEr
 from alignment.job import memory_key
 from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.execute.worker_protocol import write_stage_file
+from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.frozen_rows import frozen_rows
-from alignment.pipeline.plan.plan import CHECKPOINT_MANIFEST, Action, Plan, make_plan
+from alignment.pipeline.plan.plan import Plan, make_plan
+from alignment.pipeline.remote.remote_checkpoints import CHECKPOINT_MANIFEST
 from alignment.records.chosen_sizes import ChosenSize, cache_file, remember
 from alignment.stages.stage_file import read_spec
 from tests.hub import COMMIT

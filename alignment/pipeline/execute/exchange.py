@@ -1,0 +1,93 @@
+"""What a run exchanges with its store of artifacts: results, and checkpoints of the stage that runs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from alignment.core.artifacts import read_manifest
+from alignment.core.locks import held
+from alignment.pipeline.execute.display import Announce
+from alignment.pipeline.plan.actions import Action
+from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
+from alignment.pipeline.remote.checkpoint_uploads import CheckpointUploads
+from alignment.pipeline.remote.lease import leased
+from alignment.pipeline.remote.object_store import ObjectStore
+from alignment.pipeline.remote.remote_checkpoints import RemoteCheckpoints
+from alignment.pipeline.remote.remote_results import download_result, manifest_in, size_of, upload_result
+
+
+def with_results(plan: Plan, announce: Announce, *, stages: Sequence[PlannedStage]) -> Plan:
+    """The plan with the results of these stages on this machine that the store has.
+
+    Raises:
+        ArtifactError: a result in the store is damaged.
+        DiskError: there is no room for it.
+        StoreError: the store cannot be reached or refuses.
+    """
+    waiting = [stage for stage in stages if stage.action is Action.fetch]
+    if plan.store is None or not waiting:
+        return plan
+    for stage in waiting:
+        stage.work.mkdir(parents=True, exist_ok=True)
+        with held(stage.work / "lock", wait=True):
+            if read_manifest(stage.artifact) is None:
+                _download(plan.store, stage, announce)
+        shutil.rmtree(stage.work, ignore_errors=True)
+    return make_plan(plan.recipe, plan.overrides)
+
+
+@contextmanager
+def of_stage(plan: Plan, stage: PlannedStage, announce: Announce, *, wait: bool) -> Iterator[bool]:
+    """Holds the lease of a stage while the block makes its result; yields whether it has to.
+
+    It has not if another machine has made it since the plan. Otherwise the work folder continues from the newest
+    checkpoint, those that the block makes are uploaded, and so is the result. The caller holds the lock of the stage.
+
+    Raises:
+        Busy: another machine works on the stage, and ``wait`` is False.
+        ArtifactError: a result in the store is damaged.
+        DiskError: there is no room for a download.
+        StoreError: the store cannot be reached or refuses.
+    """
+    store = plan.store
+    if store is None:
+        yield True
+        return
+
+    def announce_of_stage(text: str) -> None:
+        announce(f"{stage.name}: {text}")
+
+    checkpoints = RemoteCheckpoints(store, stage.fingerprint)
+    with leased(store, checkpoints.folder, work=stage.work, wait=wait, announce=announce_of_stage) as lease:
+        if _download(store, stage, announce):
+            yield False
+            return
+        checkpoints.download_newest(stage.work, announce=announce_of_stage)
+        with CheckpointUploads(checkpoints, stage.work, lease=lease, announce=announce_of_stage):
+            yield True
+        upload(plan, stage, announce)
+        if not lease.lost.is_set():
+            checkpoints.remove()
+
+
+def upload(plan: Plan, stage: PlannedStage, announce: Announce) -> None:
+    """Uploads a complete result if the store lacks it.
+
+    Raises:
+        ArtifactError: the result is damaged.
+        StoreError: the store cannot be reached or refuses; the result stays here, and the next call uploads it.
+    """
+    if plan.store is not None:
+        upload_result(plan.store, stage.artifact, announce=lambda text: announce(f"{stage.name}: {text}"))
+
+
+def _download(store: ObjectStore, stage: PlannedStage, announce: Announce) -> bool:
+    """Downloads the result if the store has it; returns whether it did."""
+    manifest = manifest_in(store, stage.artifact.name, fingerprint=stage.fingerprint)
+    if manifest is None:
+        return False
+    announce(f"{stage.name}: downloading {stage.artifact.name} ({size_of(manifest)}) from {store.url}")
+    download_result(store, manifest, stage.artifact, stage.work)
+    return True

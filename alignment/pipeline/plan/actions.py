@@ -1,0 +1,91 @@
+"""What happens to a stage: it runs, continues, or its result is reused, from this folder or from a store."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from alignment.core.artifacts import read_manifest, verify
+from alignment.core.errors import ArtifactError
+from alignment.pipeline.plan.reasons import Made, made, reason_to_run
+from alignment.pipeline.remote.object_store import ObjectStore
+from alignment.pipeline.remote.remote_checkpoints import RemoteCheckpoints, local_work
+from alignment.pipeline.remote.remote_results import manifest_in
+from alignment.records.run import RunRecord
+
+
+class Action(str, Enum):
+    """What happens to a stage."""
+
+    run = "run"
+    resume = "resume"
+    fetch = "fetch"
+    reuse = "reuse"
+
+
+class Actions:
+    """Decides for each stage of a run, by what is in the folder of artifacts and in the ``store``, if there is one."""
+
+    def __init__(self, artifacts: Path, run_folder: Path, store: ObjectStore | None) -> None:
+        self._made: list[Made] = made(artifacts)
+        self._own = _results_of(run_folder)
+        self._store = store
+
+    def decide(
+        self,
+        name: str,
+        fingerprint: str,
+        *,
+        artifact: Path,
+        work: Path,
+        described: dict[str, Any],
+        refs: dict[str, str],
+    ) -> tuple[Action, str]:
+        """The action, and its reason in words.
+
+        Raises:
+            ArtifactError: a result that would be reused is damaged, or is another one whose fingerprint starts the
+                same.
+            StoreError: the store cannot be reached or refuses.
+        """
+        stored = self._store is not None and manifest_in(self._store, artifact.name, fingerprint=fingerprint)
+        if read_manifest(artifact) is not None:
+            if verify(artifact, content=False).fingerprint != fingerprint:
+                raise ArtifactError(
+                    "holds another result whose fingerprint starts the same",
+                    where=str(artifact),
+                    remedy=f"move {artifact} away",
+                )
+            return Action.reuse, artifact.name + self._where(stored=bool(stored))
+        if stored:
+            return Action.fetch, f"{artifact.name} from the store"
+        return self._continued(fingerprint, work) or (
+            Action.run,
+            reason_to_run(name, described, refs, self._made, own=self._own),
+        )
+
+    def _where(self, *, stored: bool) -> str:
+        if self._store is None:
+            return ""
+        return ", here and in the store" if stored else ", here; a run uploads it"
+
+    def _continued(self, fingerprint: str, work: Path) -> tuple[Action, str] | None:
+        """From where an unfinished stage goes on, here or in the store."""
+        local = local_work(work)
+        if self._store is not None:
+            remote = next(iter(RemoteCheckpoints(self._store, fingerprint).complete()), None)
+            if remote is not None and remote.progress > local.progress:
+                return Action.resume, f"from {remote.label} in the store"
+        if local.newest is not None:
+            return Action.resume, f"from {local.newest.name}"
+        return (Action.resume, f"from {local.parts} stored parts") if local.parts else None
+
+
+def _results_of(run_folder: Path) -> frozenset[str]:
+    """Names of the artifacts in the run's record; empty if the record cannot be read."""
+    try:
+        stages = RunRecord.read(run_folder).stages
+    except ArtifactError:
+        return frozenset()
+    return frozenset(Path(stage.artifact).name for stage in stages.values())

@@ -1,0 +1,150 @@
+"""A run with a store: plans, results and refusals, with the worker of the tests of the driver."""
+
+from __future__ import annotations
+
+import shutil
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from alignment.commands.status.driver import show_status
+from alignment.core.errors import ArtifactError, ConfigError, DiskError
+from alignment.pipeline.execute.run import run
+from alignment.pipeline.plan.plan import Plan, make_plan
+from alignment.pipeline.remote.object_store import connected
+from tests.unit.pipeline.test_run import STAGES, fake
+
+
+class Machine:
+    """``align`` in a folder of its own, on a store."""
+
+    def __init__(self, overrides: list[str], output: Path, url: str) -> None:
+        self.output = output
+        self.overrides = [*overrides[1:], f"output={output}", f"artifacts={url}"]
+
+    def plan(self, *more: str) -> Plan:
+        return make_plan("quickstart", [*self.overrides, *more])
+
+    def actions(self, *more: str) -> dict[str, str]:
+        return {stage.name: stage.action.value for stage in self.plan(*more).stages}
+
+    def run(self, *more: str, only: str | None = None) -> str:
+        screen = StringIO()
+        console = Console(file=screen, width=200)
+        assert run("quickstart", [*self.overrides, *more], console=console, only=only, command_for=fake) == 0
+        return screen.getvalue()
+
+    def status(self) -> str:
+        screen = StringIO()
+        show_status(Console(file=screen, width=200), self.output, "quickstart")
+        return screen.getvalue()
+
+
+@pytest.fixture
+def machines(overrides: list[str], tmp_path: Path, url: str) -> tuple[Machine, Machine]:
+    return Machine(overrides, tmp_path / "first", url), Machine(overrides, tmp_path / "second", url)
+
+
+def test_a_second_machine_takes_what_the_first_has_made(machines: tuple[Machine, Machine], url: str) -> None:
+    first, second = machines
+    first.run()
+    assert sorted(key.split("/")[0] for key in connected(url).sizes("") if not key.startswith("artifacts/")) == []
+    assert first.actions() == dict.fromkeys(STAGES, "reuse")
+    assert second.actions() == dict.fromkeys(STAGES, "fetch")
+    assert all(stage.reason.endswith("from the store") for stage in second.plan().stages)
+    assert not second.output.exists()
+    printed = second.run()
+    assert "sft: downloading sft-" in printed
+    status = second.status()
+    assert status.count("reused") == len(STAGES)
+    assert f"store: {url}" in status
+    manifests = [sorted(machine.output.glob("artifacts/*/manifest.json")) for machine in machines]
+    for ours, copied in zip(*manifests, strict=True):
+        assert ours.read_bytes() == copied.read_bytes()
+    assert (second.output / "runs/quickstart/report.html").stat().st_size > 1000
+
+
+def test_one_stage_takes_its_inputs_from_the_store(machines: tuple[Machine, Machine]) -> None:
+    first, second = machines
+    first.run(only="sft")
+    second.run(only="dpo")
+    assert [folder.name.partition("-")[0] for folder in sorted((second.output / "artifacts").glob("*-*"))] == [
+        "dpo",
+        "sft",
+    ]
+    assert first.actions()["dpo"] == "fetch"
+
+
+def test_what_was_made_without_the_store_is_uploaded_later(machines: tuple[Machine, Machine], url: str) -> None:
+    first, second = machines
+    first.overrides.remove(f"artifacts={url}")
+    first.run()
+    first.overrides.append(f"artifacts={url}")
+    assert "here; a run uploads it" in first.plan().stages[0].reason
+    assert set(second.actions().values()) == {"run"}
+    first.run()
+    assert set(second.actions().values()) == {"fetch"}
+    assert "here and in the store" in first.plan().stages[0].reason
+
+
+def test_without_its_manifest_a_result_does_not_count(machines: tuple[Machine, Machine], url: str) -> None:
+    first, second = machines
+    first.run()
+    store = connected(url)
+    (manifest,) = (key for key in store.sizes("artifacts") if "sft-" in key and key.endswith("manifest.json"))
+    store.delete(manifest)
+    assert second.actions()["sft"] == "run"
+    assert second.actions()["dpo"] == "fetch"
+
+
+def test_a_damaged_result_is_refused_and_never_counts(machines: tuple[Machine, Machine], url: str) -> None:
+    first, second = machines
+    first.run()
+    store = connected(url)
+    file = next(key for key in store.sizes("artifacts") if "sft-" in key and "metrics.jsonl" in key)
+    content = store.read(file)
+    assert content is not None
+    store.write(file, content.replace(b"1.5", b"1.6"))
+    with pytest.raises(ArtifactError, match="its content differs from its list") as refused:
+        second.run()
+    assert file in str(refused.value)
+    assert not list(second.output.glob("artifacts/sft-????????"))
+    store.delete(file)
+    with pytest.raises(ArtifactError, match="missing in the store"):
+        second.run()
+    store.write(file, content)
+    (work,) = second.output.glob("artifacts/sft-*.work")
+    (work / "download" / ".metrics.jsonl.0123.tmp").write_text("half")
+    second.run()
+    (artifact,) = second.output.glob("artifacts/sft-????????")
+    assert {path.name for path in artifact.iterdir()} == {"manifest.json", "metrics.jsonl"}
+
+
+def test_a_result_that_does_not_fit_on_the_disk_is_refused_before_the_download(
+    machines: tuple[Machine, Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = machines
+    first.run()
+    usage = shutil.disk_usage(first.output)._replace(free=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(DiskError, match="are to be downloaded") as refused:
+        second.run()
+    assert refused.value.exit_code == 5
+    assert not list(second.output.glob("artifacts/*/manifest.json"))
+
+
+@pytest.mark.parametrize("url", ["s3://KEY:hunter2@bucket/x", "'s3://bucket/x?key=hunter2'", "bucket/hunter2", "s3://"])
+def test_an_address_with_credentials_or_without_a_scheme_is_refused(overrides: list[str], url: str) -> None:
+    with pytest.raises(ConfigError, match="s3://BUCKET/PREFIX, without a key or a password in it") as refused:
+        make_plan("quickstart", [*overrides, f"artifacts={url}"])
+    assert "hunter2" not in str(refused.value)
+
+
+def test_the_store_is_no_part_of_what_was_asked_for(machines: tuple[Machine, Machine], url: str) -> None:
+    with_store = machines[0].plan()
+    machines[0].overrides.remove(f"artifacts={url}")
+    assert [stage.fingerprint for stage in with_store.stages] == [
+        stage.fingerprint for stage in machines[0].plan().stages
+    ]

@@ -1,0 +1,157 @@
+"""Checkpoints in a store: what counts, what another machine gets, what is removed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from alignment.core.errors import StoreError
+from alignment.pipeline.remote import remote_checkpoints
+from alignment.pipeline.remote.file_transfer import nothing
+from alignment.pipeline.remote.object_store import ObjectStore
+from alignment.pipeline.remote.remote_checkpoints import RemoteCheckpoints, local_work
+from tests.unit.pipeline.remote.conftest import sealed
+
+FINGERPRINT = "91c0aa17" * 8
+
+
+@pytest.fixture
+def checkpoints(store: ObjectStore) -> RemoteCheckpoints:
+    return RemoteCheckpoints(store, FINGERPRINT)
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    folder = tmp_path / "sft-91c0aa17.work"
+    folder.mkdir()
+    for name in ("lock", "progress.json", "lease.json", "engine.log"):
+        (folder / name).write_text("of this machine alone")
+    (folder / "heartbeats").mkdir()
+    (folder / "heartbeats" / "0.json").write_text("{}")
+    return folder
+
+
+def download(checkpoints: RemoteCheckpoints, folder: Path) -> list[str]:
+    """Downloads to a new folder; returns what was announced."""
+    said: list[str] = []
+    folder.mkdir()
+    checkpoints.download_newest(folder, announce=said.append)
+    return said
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_another_machine_gets_all_that_it_needs_and_nothing_of_the_first(
+    checkpoints: RemoteCheckpoints, work: Path, tmp_path: Path
+) -> None:
+    sealed(work, 20)
+    sealed(work, 40)
+    (work / "micro_batch.json").write_text("{}")
+    (work / "checkpoints" / "part-answers-0.json").write_text("answers")
+    (work / "checkpoints" / "checkpoint-60").mkdir()  # not sealed
+    (work / "scorer_replies").mkdir()
+    (work / "scorer_replies" / "0.jsonl").write_text("replies")
+    (work / "content" / "model").mkdir()
+    (work / "content" / "model" / "weights").write_text("made at the end")
+    stored = checkpoints.upload_newest(work, on_bytes=nothing)
+    assert stored is not None
+    assert (stored.label, stored.progress) == ("checkpoint-40", (40, 1))
+
+    said = download(checkpoints, tmp_path / "other")
+    assert files(tmp_path / "other") == {
+        "checkpoints/checkpoint-40/weights": "weights 40",
+        "checkpoints/checkpoint-40/alignment_checkpoint.json": '{"step": 40}',
+        "checkpoints/part-answers-0.json": "answers",
+        "content/metrics.jsonl": (work / "content" / "metrics.jsonl").read_text(),
+        "micro_batch.json": "{}",
+        "scorer_replies/0.jsonl": "replies",
+    }
+    assert "checkpoint-40 was downloaded from memory://" in said[0]
+    assert not (work / "upload").exists()
+
+
+def test_half_an_upload_never_counts(
+    checkpoints: RemoteCheckpoints, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sealed(work, 20)
+    checkpoints.upload_newest(work, on_bytes=nothing)
+    sealed(work, 40)
+    upload = ObjectStore.upload
+
+    def ends(store: ObjectStore, file: Path, key: str, on_bytes: object) -> None:
+        if "checkpoint-40/weights" in key:
+            raise StoreError("gone", where=key)
+        upload(store, file, key, nothing)
+
+    monkeypatch.setattr(ObjectStore, "upload", ends)
+    with pytest.raises(StoreError):
+        checkpoints.upload_newest(work, on_bytes=nothing)
+    assert [stored.label for stored in checkpoints.complete()] == ["checkpoint-20"]
+    download(checkpoints, tmp_path / "other")
+    assert local_work(tmp_path / "other").step == 20
+
+
+def test_the_two_newest_are_kept_and_what_only_older_ones_name_is_removed(
+    checkpoints: RemoteCheckpoints, store: ObjectStore, work: Path
+) -> None:
+    for step in (20, 40, 60):
+        sealed(work, step, tokenizer="the same")
+        checkpoints.upload_newest(work, on_bytes=nothing)
+        shutil.rmtree(work / "checkpoints" / f"checkpoint-{step - 20}", ignore_errors=True)
+    assert [stored.label for stored in checkpoints.complete()] == ["checkpoint-60", "checkpoint-40"]
+    steps = {key.split("/")[3] for key in store.sizes(checkpoints.folder) if "/checkpoints/checkpoint-" in key}
+    assert steps == {"checkpoint-40", "checkpoint-60"}
+    logs = [key for key in store.sizes(checkpoints.folder) if "metrics.jsonl" in key]
+    assert len(logs) == 2
+    checkpoints.remove()
+    assert store.sizes(checkpoints.folder) == {}
+
+
+def test_what_is_further_here_is_not_replaced(checkpoints: RemoteCheckpoints, work: Path, tmp_path: Path) -> None:
+    sealed(work, 20)
+    checkpoints.upload_newest(work, on_bytes=nothing)
+    other = tmp_path / "other"
+    other.mkdir()
+    sealed(other, 40)
+    checkpoints.download_newest(other, announce=lambda _: None)
+    assert local_work(other).step == 40
+    assert not (other / "checkpoints" / "checkpoint-20").exists()
+    assert checkpoints.upload_newest(work, on_bytes=nothing) is None, "nothing new"
+
+
+def test_of_a_damaged_checkpoint_the_one_before_is_used_and_that_is_said(
+    checkpoints: RemoteCheckpoints, store: ObjectStore, work: Path, tmp_path: Path
+) -> None:
+    for step in (20, 40):
+        sealed(work, step)
+        checkpoints.upload_newest(work, on_bytes=nothing)
+    damaged = next(key for key in store.sizes(checkpoints.folder) if "checkpoint-40/weights" in key)
+    store.write(damaged, b"weights 4X")
+    said = download(checkpoints, tmp_path / "other")
+    assert local_work(tmp_path / "other").step == 20
+    assert "checkpoint-40 in memory://" in said[0]
+    assert "cannot be used" in said[0]
+    assert "checkpoint-20 was downloaded" in said[1]
+
+
+def test_a_list_of_another_stage_or_that_is_cut_off_does_not_count(
+    checkpoints: RemoteCheckpoints, store: ObjectStore, work: Path
+) -> None:
+    sealed(work, 20)
+    checkpoints.upload_newest(work, on_bytes=nothing)
+    (listed,) = (key for key in store.sizes(checkpoints.folder) if key.endswith("/00000020-000000.json"))
+    content = store.read(listed)
+    assert content is not None
+    store.write(f"{checkpoints.folder}/00000040-000000.json", content[:-20])
+    store.write(f"{checkpoints.folder}/00000060-000000.json", content.replace(b"91c0aa17", b"00000000"))
+    assert [stored.label for stored in checkpoints.complete()] == ["checkpoint-20"]
+
+
+def test_the_seal_is_the_one_that_training_writes() -> None:
+    from alignment.training import checkpoints
+
+    assert checkpoints.MANIFEST == remote_checkpoints.CHECKPOINT_MANIFEST
