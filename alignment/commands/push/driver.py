@@ -1,0 +1,112 @@
+"""An exported folder as one commit of a repository on a Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from alignment.core.errors import AlignmentError, ConfigError, StoreError
+from alignment.pipeline.remote.store_errors import scrubbed
+
+if TYPE_CHECKING:  # it takes a tenth of a second
+    from huggingface_hub import HfApi
+
+EXPORTED_FILES = ("README.md", "lineage.json")
+"""Files that every export has: its model card, and the settings of all stages on the way."""
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
+_OF_EVERY_REPOSITORY = frozenset({".gitattributes"})
+"""What the hub itself puts into a new repository."""
+
+
+def push(console: Console, folder: str, *, to: str, public: bool, replace: bool) -> None:
+    """Uploads all files of an exported folder; a reader sees all of them or none.
+
+    The token is that of the environment (``HF_TOKEN``) or of ``hf auth login``.
+
+    Raises:
+        ConfigError: ``folder`` was not exported, ``to`` is no repository's name, there is no token, the repository has
+            files and ``replace`` is False, or it is public and ``public`` is False.
+        StoreError: the hub cannot be reached or refuses.
+    """
+    exported = _exported(folder)
+    if _REPOSITORY.fullmatch(to) is None:
+        raise ConfigError(f"{to!r} is not a repository", where="--to", remedy="OWNER/NAME")
+    from huggingface_hub import HfApi, get_token
+
+    token = get_token()
+    if token is None:
+        raise ConfigError("no token for the hub", where="HF_TOKEN", remedy="set it, or log in: hf auth login")
+    api = HfApi(token=token)
+    with _explained(api.endpoint, token):
+        has_files = _prepared(api, to, public=public, replace=replace)
+        commit = api.upload_folder(
+            repo_id=to,
+            folder_path=exported,
+            commit_message=f"Upload {exported.name}",
+            delete_patterns="*" if has_files else None,
+        )
+    console.print(f"pushed: {commit.commit_url}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _exported(folder: str) -> Path:
+    path = Path(folder).expanduser().absolute()
+    missing = [name for name in EXPORTED_FILES if not (path / name).is_file()]
+    if missing:
+        raise ConfigError(
+            f"{folder!r} was not written by align export: {missing[0]} is missing",
+            where="FOLDER",
+            remedy="first: align export RUN/STAGE --to FOLDER",
+        )
+    return path
+
+
+def _prepared(api: HfApi, repository: str, *, public: bool, replace: bool) -> bool:
+    """Makes the repository if there is none; returns whether it has files."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        info = api.model_info(repository)
+    except RepositoryNotFoundError:
+        api.create_repo(repository, private=not public)
+        return False
+    files = {file.rfilename for file in info.siblings or []} - _OF_EVERY_REPOSITORY
+    if files and not replace:
+        raise ConfigError(
+            f"{repository} has {len(files)} files", where="--to", remedy="--replace replaces them, or name another"
+        )
+    if not info.private and not public:
+        raise ConfigError(
+            f"{repository} is public", where="--to", remedy="--public if everybody may read it, or name another"
+        )
+    return bool(files)
+
+
+@contextmanager
+def _explained(endpoint: str, token: str) -> Iterator[None]:
+    """Turns errors of the hub into errors for the user, without the token."""
+    from httpx2 import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        yield
+    except AlignmentError:
+        raise
+    except HfHubHTTPError as error:
+        raise StoreError(
+            f"the hub refuses: {_words(error, token)}",
+            where=endpoint,
+            remedy="check that the token may write to this repository",
+        ) from None
+    except (HTTPError, OSError) as error:
+        raise StoreError(
+            f"the hub cannot be reached: {_words(error, token)}", where=endpoint, remedy="check the network, try again"
+        ) from None
+
+
+def _words(error: Exception, token: str) -> str:
+    return scrubbed(str(error).replace(token, "…"))
