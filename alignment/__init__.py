@@ -37,7 +37,7 @@ _HOMES = {
         "RewardError",
         "StageError",
     ),
-    "alignment.pipeline.plan.plan": ("Action",),
+    "alignment.pipeline.plan.actions": ("Action",),
     "alignment.records.cost": ("PhaseCost", "RunCost", "StageCost"),
     "alignment.records.evaluation": ("ArmResult", "Comparison", "Evaluation", "Metric", "Sample", "SampleAnswer"),
     "alignment.records.forgetting": ("ArmForgetting", "Forgetting"),
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
         RewardError,
         StageError,
     )
-    from alignment.pipeline.plan.plan import Action
+    from alignment.pipeline.plan.actions import Action
     from alignment.records.cost import PhaseCost, RunCost, StageCost
     from alignment.records.evaluation import ArmResult, Comparison, Evaluation, Metric, Sample, SampleAnswer
     from alignment.records.forgetting import ArmForgetting, Forgetting

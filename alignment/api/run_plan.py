@@ -10,7 +10,8 @@ from alignment.config.typed import to_plain
 from alignment.core.data_frames import data_frame
 from alignment.pipeline.backends.feasibility import why_not_here
 from alignment.pipeline.execute import notes
-from alignment.pipeline.plan.plan import Action, Plan, PlannedStage
+from alignment.pipeline.plan.actions import Action
+from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.records.cost import RunCost
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class RunPlan:
     @property
     def to_run(self) -> tuple[StagePlan, ...]:
         """The stages that would run or continue; the others are reused."""
-        return tuple(stage for stage in self.stages.values() if stage.action is not Action.reuse)
+        return tuple(stage for stage in self.stages.values() if stage.action in (Action.run, Action.resume))
 
     def frame(self) -> pandas.DataFrame:
         """A row for each stage: ``stage``, ``kind``, ``action``, ``reason`` and ``artifact``.
