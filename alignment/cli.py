@@ -39,6 +39,7 @@ VERBS = {
     "chat": "talk to a stage's policy, or to two side by side",
     "serve": "serve policies behind an OpenAI-compatible endpoint",
     "add-tokens": "write a model with more special tokens",
+    "schema": "print the JSON Schema of recipes or sweeps, for editors",
     "recipes": "list the shipped recipes",
     "stages": "list the kinds of stage",
 }

@@ -19,7 +19,11 @@ class Automatic(str, Enum):
 
 MicroBatchTokens = Annotated[
     int | Automatic,
-    Rule(lambda value: value is Automatic.auto or value > 0, "a whole number above 0, or auto"),
+    Rule(
+        lambda value: value is Automatic.auto or value > 0,
+        "a whole number above 0, or auto",
+        keywords={"exclusiveMinimum": 0},
+    ),
 ]
 """The most tokens of a micro-batch."""
 

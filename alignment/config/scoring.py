@@ -17,6 +17,7 @@ _PASS = re.compile(r"pass@([1-9][0-9]{0,3})")
 AGGREGATE = Rule(
     lambda value: value in (MEAN, MAJORITY) or _PASS.fullmatch(value) is not None,
     f"{MEAN}, {MAJORITY}, or pass@K, such as pass@4",
+    keywords={"pattern": f"^({MEAN}|{MAJORITY}|{_PASS.pattern})$"},
 )
 
 

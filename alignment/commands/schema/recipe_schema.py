@@ -1,0 +1,133 @@
+"""JSON Schema of a recipe: the settings of a run, each kind of stage that is installed, and the files of ``conf/``.
+
+A stage's kind often stands only in ``defaults``, as ``stage@stages.best: sft``. A schema cannot take a stage's name
+from there. So it knows the names of kinds, of files of ``conf/stage`` and of stages in shipped recipes; any other stage
+without a ``kind`` may have the keys of all kinds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignment.config import yaml_file
+from alignment.config.class_schemas import DRAFT, ClassSchemas, Schema, described
+from alignment.config.rules import NAME
+from alignment.config.run import RunConfig
+from alignment.config.stage import StageConfig
+from alignment.config.store import GROUPS, SEVERAL, conf_folder, recipe_names, recipes_folder
+from alignment.stages.registry import config_classes
+
+_STAGE = "stage"
+_STAGE_KEY = re.compile(r"stage@stages\.([^.]+)")
+_ANY_STAGE = {"$ref": "#/definitions/stage"}
+
+
+def recipe_schema(folders: Sequence[Path] = ()) -> Schema:
+    """What ``align run`` reads; files of groups in ``folders`` may be chosen beside those of ``conf/``."""
+    schemas = ClassSchemas(interpolations=True, known={StageConfig: _ANY_STAGE})
+    classes = config_classes()
+    fields = schemas.fields(RunConfig)
+    known = _known_stages(folders)
+    fields["stages"] = _stages(fields["stages"], known)
+    schemas.definitions["stage"] = schemas.by_kind(classes)
+    of_kinds = {kind: schemas.of(cls) for kind, cls in classes.items()}
+    return {
+        "$schema": DRAFT,
+        "title": "a recipe of align",
+        "type": "object",
+        "description": described(RunConfig),
+        "properties": {"defaults": _defaults(folders), **fields},
+        "additionalProperties": False,
+        "allOf": [_stage_named(name, kinds, of_kinds) for name, kinds in known.items()],
+        "definitions": schemas.definitions,
+    }
+
+
+def _defaults(folders: Sequence[Path]) -> Schema:
+    """The list of files to start from; a name may also be that of a file beside the recipe."""
+    return {
+        "description": (
+            "Files to start from: base, then a file for each stage (stage@stages.NAME: FILE), and _self_ last. "
+            "'override /GROUP: FILE' replaces a choice of an earlier entry."
+        ),
+        "type": "array",
+        "items": {
+            "type": ["string", "object"],
+            "anyOf": [{"enum": ["base", "_self_", *recipe_names()]}, {"type": "string"}, {"type": "object"}],
+            "patternProperties": {_key_of(group): _choice(group, folders) for group in GROUPS},
+            "additionalProperties": False,
+            "maxProperties": 1,
+        },
+    }
+
+
+def _key_of(group: str) -> str:
+    """A pattern of ``adapter``, ``adapter@stages.sft.adapter`` and ``override /adapter@stages.sft.adapter``."""
+    return rf"^((override|optional) )?/?{re.escape(group)}(@[^@:\s]+)?$"
+
+
+def _choice(group: str, folders: Sequence[Path]) -> Schema:
+    file: Schema = {"enum": list(_files(group, folders))}
+    return {"anyOf": [file, {"type": "array", "items": file}]} if group in SEVERAL else file
+
+
+def _files(group: str, folders: Sequence[Path]) -> dict[str, Path]:
+    """The files of a group by name; one that lies beside the recipe goes before a shipped one."""
+    paths = [path for folder in (conf_folder(), *folders) for path in sorted((folder / group).glob("*.yaml"))]
+    return {path.stem: path for path in paths}
+
+
+def _stages(stages: Schema, known: Iterable[str]) -> Schema:
+    """Stages by name; those of ``known`` names are described elsewhere. None is required, because ``defaults`` may
+    have them from another recipe."""
+    needed = {key: value for key, value in stages.items() if key != "minProperties"}
+    return {**needed, "properties": {name: {} for name in known}, "propertyNames": dict(NAME.keywords)}
+
+
+def _known_stages(folders: Sequence[Path]) -> dict[str, dict[str, list[str]]]:
+    """For each known name of a stage: the kinds that it may have, and the files that make it of each kind."""
+    kind_of_file = {name: str(_content(path).get("kind", "")) for name, path in _files(_STAGE, folders).items()}
+    used = {(name, kind_of_file[name]) for name in kind_of_file}
+    for recipe in recipe_names():
+        used |= {
+            (name, kind_of_file[file])
+            for name, file in _stage_choices(_content(recipes_folder() / f"{recipe}.yaml"))
+            if file in kind_of_file
+        }
+    known: dict[str, dict[str, list[str]]] = {}
+    for name, kind in sorted(used):
+        known.setdefault(name, {})[kind] = [file for file, own in kind_of_file.items() if own == kind]
+    return known
+
+
+def _stage_choices(recipe: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Names of stages and the files that its ``defaults`` choose for them."""
+    for entry in recipe.get("defaults", []):
+        for key, file in entry.items() if isinstance(entry, dict) else ():
+            if match := _STAGE_KEY.fullmatch(key):
+                yield match[1], str(file)
+
+
+def _content(path: Path) -> Mapping[str, Any]:
+    content = yaml_file.read(path)
+    return content if isinstance(content, dict) else {}
+
+
+def _stage_named(name: str, kinds: Mapping[str, list[str]], of_kinds: Mapping[str, Schema]) -> Schema:
+    """The stage of this name has the kind of the file that ``defaults`` choose for it, else the one that it says."""
+    schema = _stage_is(name, _ANY_STAGE)
+    for kind, files in kinds.items():
+        if kind not in of_kinds:
+            continue
+        key = f"{_STAGE}@stages.{name}"
+        entry = {"type": "object", "required": [key], "properties": {key: {"enum": files}}}
+        chosen = {"required": ["defaults"], "properties": {"defaults": {"type": "array", "contains": entry}}}
+        schema = {"if": chosen, "then": _stage_is(name, of_kinds[kind]), "else": schema}
+    return schema
+
+
+def _stage_is(name: str, schema: Schema) -> Schema:
+    return {"properties": {"stages": {"properties": {name: schema}}}}
