@@ -41,7 +41,7 @@ class ClassSchemas:
 
     def __init__(self, *, interpolations: bool, known: Mapping[Any, Schema] | None = None) -> None:
         self._interpolations = interpolations
-        self._known = dict(known or {})
+        self._known: dict[Any, Schema] = dict(known or {})
         self._names: dict[type, str] = {}
         self.definitions: dict[str, Schema] = {}
         if interpolations:
@@ -121,7 +121,7 @@ class ClassSchemas:
             return self._known[hint]
         arguments, base = typing.get_args(hint), typing.get_origin(hint) or hint
         keywords = {} if rule is None else {key: rule.keywords[key] for key in rule.keywords if _is_for(base, key)}
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             return self.of(hint)
         if hint is Any:
             return {}
@@ -173,7 +173,7 @@ def _sentences_on(name: str, cls: type) -> Iterator[str]:
     """The sentences of a dataclass's docstring, and of those that it extends, which name a field."""
     mentioned = re.compile(rf"``(?:\w+\.)*{re.escape(name)}\b")
     for owner in cls.__mro__:
-        if dataclasses.is_dataclass(owner) and name in owner.__dataclass_fields__:
+        if dataclasses.is_dataclass(owner) and name in [field.name for field in dataclasses.fields(owner)]:
             text = " ".join(described(owner).split())
             yield from (sentence for sentence in _SENTENCE.split(text) if mentioned.search(sentence))
 
