@@ -3,48 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
 
-from alignment.commands.doctor.row_progress import RowProgress, stop_after_row
+from alignment.commands.shared.diagnoses import best_use, examined, path_of, progress_of
+from alignment.commands.shared.row_progress import RowProgress
 from alignment.config.data import SourceConfig
 from alignment.config.faults import refuse
 from alignment.core.errors import DataError
-from alignment.core.terminal import Terminal
-from alignment.data.bundled_files import locate
-from alignment.data.doctor import LISTED, NOUNS, Diagnosis, Use, examine
+from alignment.data.doctor import LISTED, NOUNS, Diagnosis, Use
 from alignment.data.hub_rows import snapshot_name
 from alignment.data.overlap import HeldOut, asked_in
 from alignment.data.reading import NAMED
-from alignment.data.records import (
-    Conversation,
-    HeldOutPrompt,
-    LabelledAnswer,
-    PlainText,
-    PreferencePair,
-    Prompt,
-    Record,
-)
-from alignment.data.row_count import count_rows
 from alignment.pipeline.execute.signals import INTERRUPTED
 from alignment.pipeline.plan import settings
-from alignment.pipeline.sources import data_sources
-from alignment.stages.registry import kinds
 
 _PAIRS = 5
 """Near duplicates that are listed."""
-_FIRST: tuple[type[Record], ...] = (
-    PreferencePair,
-    LabelledAnswer,
-    Conversation,
-    HeldOutPrompt,
-    Prompt,
-    PlainText,
-)
-"""Records for whose stages settings are printed, the one that needs most of a row first."""
 
 
 def show_diagnosis(console: Console, data: SourceConfig, *, against: str | None = None) -> int:
@@ -62,9 +40,9 @@ def show_diagnosis(console: Console, data: SourceConfig, *, against: str | None 
     def print_line(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
-    path = _path_of(data.source, where="DATA", announce=print_line)
-    other = None if against is None else _path_of(against, where="--against", announce=print_line)
-    diagnosis, is_whole = _examined(console, path, data)
+    path = path_of(data.source, where="DATA", announce=print_line)
+    other = None if against is None else path_of(against, where="--against", announce=print_line)
+    diagnosis, is_whole = examined(console, path, data)
     if not is_whole:
         print_line(f"interrupted; of the first {diagnosis.rows:,} rows:")
     for line in _lines(diagnosis, data):
@@ -72,47 +50,9 @@ def show_diagnosis(console: Console, data: SourceConfig, *, against: str | None 
     if not is_whole:
         return INTERRUPTED
     if against is not None and other is not None:
-        for line in _overlaps(path, data, against, other, _progress(console, path, data)):
+        for line in _overlaps(path, data, against, other, progress_of(console, path, data)):
             print_line(line)
     return DataError.exit_code if diagnosis.num_faults else 0
-
-
-def _examined(console: Console, path: Path, data: SourceConfig) -> tuple[Diagnosis, bool]:
-    """What the rows are, and whether all have been read."""
-    progress = _progress(console, path, data)
-    try:
-        with stop_after_row() as stop:
-
-            def on_row(diagnosis: Diagnosis) -> bool:
-                progress(diagnosis.rows)
-                return not stop
-
-            diagnosis = examine(path, data, records(), go_on=on_row)
-            return diagnosis, not stop
-    finally:
-        progress.end()
-
-
-def records() -> dict[str, type[Record]]:
-    """The record types that stages make of a row, by the names of the stages that share a type."""
-    names: dict[type[Record], list[str]] = {}
-    for kind in kinds().values():
-        for slot in kind.data(kind.config()):
-            if slot.record not in names or (kind.trains and slot.field == "data"):
-                names.setdefault(slot.record, []).append(kind.name)
-    return {", ".join(stages): record for record, stages in names.items()}
-
-
-def _path_of(source: str, *, where: str, announce: Callable[[str], None]) -> Path:
-    if not source.startswith("hub:"):
-        return locate(source if ":" in source else f"path:{source}", where=where)
-    path = data_sources.fetch(data_sources.resolve(source, where=where), announce=announce).path
-    assert path is not None, "fetched data has a path"
-    return path
-
-
-def _progress(console: Console, path: Path, data: SourceConfig) -> RowProgress:
-    return RowProgress(console if console.is_terminal else Terminal(stderr=True), lambda: count_rows(path, data))
 
 
 def _overlaps(path: Path, data: SourceConfig, against: str, other: Path, progress: RowProgress) -> list[str]:
@@ -191,10 +131,10 @@ def _near_duplicates(diagnosis: Diagnosis) -> Iterator[str]:
 
 
 def _settings(diagnosis: Diagnosis, data: SourceConfig) -> str:
-    meant_for = {diagnosis.uses[stages].record: stages for stages in diagnosis.meant_for}
-    stages = next((meant_for[record] for record in _FIRST if record in meant_for), None)
-    if stages is None:
+    use = best_use(diagnosis)
+    if use is None:
         return "no stage can use it"
+    stages, _ = use
     stage = stages.rpartition(", ")[2]
     share = math.ceil(100 * diagnosis.num_faults / diagnosis.rows) / 100
     skip = f" stages.{stage}.data.on_error=skip" if diagnosis.num_faults else ""

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from alignment.commands.doctor.driver import records
+from alignment.commands.shared.diagnoses import records
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.core.errors import DataError
 from alignment.data import near_duplicates, repeated_records

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alignment.commands.doctor.driver import records, show_diagnosis
+from alignment.commands.doctor.driver import show_diagnosis
+from alignment.commands.shared.diagnoses import records
 from alignment.config.data import SourceConfig
 from alignment.data import near_duplicates
 from alignment.data.doctor import examine

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from alignment.commands.doctor.driver import records
+from alignment.commands.shared.diagnoses import records
 from alignment.config.data import DataConfig, OnError
 from alignment.core.errors import DataError
 from alignment.data.doctor import examine

@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from alignment.commands.doctor import driver
-from alignment.commands.doctor.row_progress import RowProgress
+from alignment.commands.shared.row_progress import RowProgress
 from alignment.config.data import SourceConfig
 from alignment.data import doctor
 
