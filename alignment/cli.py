@@ -32,6 +32,7 @@ VERBS = {
     "watch": "serve the report of a run while it goes on",
     "track": "send a run to a tracker that lacks it",
     "compare": "show what differs between runs",
+    "new": "look at data files and write a recipe for them",
     "doctor": "show what a data file holds, and what is wrong in it",
     "export": "write a result as a folder that transformers or PEFT reads",
     "push": "upload an exported folder to a Hugging Face hub",
@@ -47,7 +48,7 @@ VERBS = {
 
 _RIVAL = "alignment-handbook"
 _EXAMPLES = """\
-examples: align run quickstart (the whole chain), align run ./mine.yaml adapter=qlora (your own, another adapter)
+examples: align run quickstart, align new pairs.jsonl, align run ./mine.yaml adapter=qlora
 exit codes: 0 success, 1 a bug of ours, 2 configuration, 3 data, 4 model, 5 stage or full disk, 6 not finite,
 7 artifact, 8 busy, 9 a failed scorer, 10 a gate is not met, 11 store or hub, 75 preempted, 130 interrupted
 """
@@ -99,9 +100,9 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
         prog="align",
         description="Align a language model: SFT, reward model, DPO and PPO as one planned run.",
         epilog=_EXAMPLES,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=16),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=18),
     )
-    parser.add_argument("--version", action="version", version=f"align {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"align {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     asked = next((word for word in words if not word.startswith("-")), None)
     if asked is not None and asked not in VERBS:

@@ -16,6 +16,7 @@ from alignment.config.data import DataConfig, MixedConfig
 from alignment.config.evaluating import GateConfig
 from alignment.config.faults import Fault
 from alignment.config.launch import LaunchConfig
+from alignment.config.new_recipe import Circumstances, NewStage, Question
 from alignment.config.run import RunConfig
 from alignment.config.scoring import MetricConfig, ScoreSourceConfig
 from alignment.data.records import Record
@@ -200,6 +201,10 @@ def _no_words(*_: Any) -> str:
     return ""
 
 
+def _no_stage(_: Circumstances) -> NewStage | None:
+    return None
+
+
 def whole_rows(config: Any) -> Limits:
     """Limits of a stage that only sets the maximum length of a whole row."""
     return Limits(row=config.max_length)
@@ -306,6 +311,19 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Proposals:
+    """What the kind contributes to a recipe that `align new` writes.
+
+    ``questions(circumstances)``: what only the user can decide. ``stage(circumstances)``: the stage with its settings,
+    or None if it does not fit the data and the answers. Kinds are asked in the order of the registry, and each is told
+    of the stages before it.
+    """
+
+    questions: Callable[[Circumstances], Iterable[Question]] = _nothing
+    stage: Callable[[Circumstances], NewStage | None] = _no_stage
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class StageKind:
     """One kind of stage.
 
@@ -343,6 +361,7 @@ class StageKind:
     launch: LaunchShape = LaunchShape()
     learning: Learning = Learning()
     outcome: Outcome = Outcome()
+    proposals: Proposals = Proposals()
     smoke: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -15,6 +15,7 @@ from rich.console import Console
 from alignment import __version__, cli
 from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.judge.driver import Options
+from alignment.commands.new.driver import Options as NewOptions
 from alignment.commands.serve.driver import Options as ServeOptions
 from alignment.commands.watch.driver import Options as WatchOptions
 from alignment.config.data import SourceConfig
@@ -105,6 +106,22 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         "alignment.commands.doctor.driver.show_diagnosis",
         (SourceConfig(source="rows.csv", format="prompt", split="test"),),
         {"against": "other.csv"},
+    ),
+    ("schema sweep --beside .", "alignment.commands.schema.driver.show_schema", ("sweep",), {"beside": "."}),
+    (
+        "new a.jsonl b.csv --model path:m --out r.yaml --heldout c.jsonl --from-pairs both --first skip "
+        "--scorer s.py:f --device h100",
+        "alignment.commands.new.driver.new_recipe",
+        (["a.jsonl", "b.csv"],),
+        {
+            "out": "r.yaml",
+            "options": NewOptions(
+                model="path:m",
+                heldout="c.jsonl",
+                device="h100",
+                answers={"from-pairs": "both", "first": "skip", "scorer": "s.py:f"},
+            ),
+        },
     ),
     (
         "export mine/dpo --to there --as adapter --max-gap 0.5",

@@ -11,6 +11,7 @@ from alignment.data.records import PlainText
 from alignment.data.tokens.row_kinds import TEXTS
 from alignment.stages.base import DataSlot, Learning, Outcome, StageKind
 from alignment.stages.cpt.config import CptConfig
+from alignment.stages.cpt.proposal import PROPOSALS
 from alignment.stages.shared.kind_answers import (
     handed_on,
     held_out_slot,
@@ -51,4 +52,5 @@ KIND = StageKind(
     outcome=Outcome(
         metrics=next_token_metrics, why_missing=why_not_validated, lines=handed_on, against_forgetting=replay_advice
     ),
+    proposals=PROPOSALS,
 )

@@ -10,6 +10,7 @@ from alignment.core.artifacts import POLICY
 from alignment.stages.base import LOSS, Curve, DataSlot, Learning, Outcome, Reported, StageKind
 from alignment.stages.dpo.config import DpoConfig, DpoLoss
 from alignment.stages.dpo.loss_settings import loss_faults
+from alignment.stages.dpo.proposal import PROPOSALS
 from alignment.stages.shared.kind_answers import (
     ROW_COUNTS,
     and_held_out,
@@ -93,4 +94,5 @@ KIND = StageKind(
         lines=handed_on,
         against_forgetting=hold_nearer_to_the_start,
     ),
+    proposals=PROPOSALS,
 )

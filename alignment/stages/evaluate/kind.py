@@ -30,6 +30,7 @@ from alignment.stages.evaluate import labelled_faults
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.grader_faults import grader_faults, is_graded
 from alignment.stages.evaluate.judge_faults import judge_faults
+from alignment.stages.evaluate.proposal import PROPOSALS
 from alignment.stages.evaluate.votes_file import single_answer_checks, votes_files
 from alignment.stages.shared.kind_answers import of_arms
 from alignment.stages.shared.sampling_checks import check_engine, sampling_faults
@@ -143,4 +144,5 @@ KIND = StageKind(
     references=References(more=lambda config: reward_model_slots(_scorers(config))),
     launch=LaunchShape(runs_on=RunsOn.replicas, check_machine=_check_machine),
     outcome=Outcome(metrics=_reported, gates=_gates, primary=_primary),
+    proposals=PROPOSALS,
 )

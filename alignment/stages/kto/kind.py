@@ -13,6 +13,7 @@ from alignment.data.records import LabelledAnswer
 from alignment.data.tokens.row_kinds import DESIRABLE, LABELLED_ANSWERS, UNDESIRABLE
 from alignment.stages.base import LOSS, Curve, DataSlot, LaunchShape, Learning, Outcome, Reported, StageKind
 from alignment.stages.kto.config import KtoConfig
+from alignment.stages.kto.proposal import PROPOSALS
 from alignment.stages.shared.kind_answers import (
     ROW_COUNTS,
     curve,
@@ -127,4 +128,5 @@ KIND = StageKind(
         limits=limits_of_parts, label_faults=_label_faults, label_notes=_label_notes, from_preferences=True
     ),
     outcome=Outcome(metrics=_reported, against_forgetting=hold_nearer_to_the_start),
+    proposals=PROPOSALS,
 )

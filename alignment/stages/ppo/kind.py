@@ -39,6 +39,7 @@ from alignment.stages.ppo.engine_checks import (
     engine_notes,
     reported_of_engine,
 )
+from alignment.stages.ppo.proposal import PROPOSALS
 from alignment.stages.ppo.scorers_in_use import GUARD, in_use
 from alignment.stages.shared.kind_answers import ROW_COUNTS, curve
 from alignment.stages.shared.sampling_checks import check_engine, sampling_refusals
@@ -271,4 +272,5 @@ KIND = StageKind(
     outcome=Outcome(
         metrics=_reported, why_missing=_why_missing, doubts=_doubts, against_forgetting=_against_forgetting
     ),
+    proposals=PROPOSALS,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from alignment.core.artifacts import REPORT
 from alignment.stages.base import LaunchShape, References, RunsOn, StageKind
 from alignment.stages.report.config import ReportConfig
+from alignment.stages.report.proposal import PROPOSALS
 
 KIND = StageKind(
     name="report",
@@ -14,4 +15,5 @@ KIND = StageKind(
     produces=REPORT,
     references=References(whole_run=True),
     launch=LaunchShape(runs_on=RunsOn.driver),
+    proposals=PROPOSALS,
 )

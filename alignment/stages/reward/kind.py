@@ -10,6 +10,7 @@ from alignment.config.faults import Fault
 from alignment.core.artifacts import REWARD_MODEL
 from alignment.stages.base import Curve, DataSlot, Learning, Outcome, Reported, StageKind
 from alignment.stages.reward.config import RewardConfig
+from alignment.stages.reward.proposal import PROPOSALS
 from alignment.stages.shared.kind_answers import (
     ROW_COUNTS,
     and_held_out,
@@ -81,4 +82,5 @@ KIND = StageKind(
     headline="accuracy",
     learning=Learning(limits=limits_of_parts, faults=_too_few_prompts),
     outcome=Outcome(metrics=_reported, why_missing=_why_missing, doubts=_doubts, lines=handed_on),
+    proposals=PROPOSALS,
 )

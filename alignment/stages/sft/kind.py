@@ -7,6 +7,7 @@ from alignment.data.records import Conversation
 from alignment.data.tokens.row_kinds import CONVERSATIONS
 from alignment.stages.base import DataSlot, Learning, Outcome, StageKind
 from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.proposal import PROPOSALS
 from alignment.stages.shared.kind_answers import (
     handed_on,
     held_out_slot,
@@ -41,4 +42,5 @@ KIND = StageKind(
     outcome=Outcome(
         metrics=next_token_metrics, why_missing=why_not_validated, lines=handed_on, against_forgetting=replay_advice
     ),
+    proposals=PROPOSALS,
 )

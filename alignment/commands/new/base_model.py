@@ -1,0 +1,127 @@
+"""What a new recipe has to know of the base model, read without its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment.config.adapter import AdapterKind
+from alignment.config.model import Dtype, ModelConfig
+from alignment.config.new_recipe import Reasoned
+from alignment.core import hardware
+from alignment.core.errors import ConfigError, ModelError
+from alignment.core.model_files import formats_of_weights, weights_size
+from alignment.costs.devices import DEVICES
+from alignment.data.template_options import own_template
+from alignment.pipeline.sources import model_sources
+
+_CHATML = "chatml"
+"""What ``model.chat_template`` takes for the template that most models use."""
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")
+_UNLIMITED = 1 << 20
+_BYTES_A_WEIGHT = {AdapterKind.lora: 2.0, AdapterKind.qlora: 0.6}
+_HALF, _FIXED = 1.5, 2e9
+"""The memory that an adapter's training is assumed to take: half as much again as the frozen weights, and 2 GB."""
+_FULL_BYTES = 16
+"""float32 weights, gradients and two moments of each weight."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BaseModel:
+    """``folder`` holds at least its configuration and tokenizer; ``weights`` is None if they are not on this machine.
+
+    ``positions`` is the longest sequence that it reads.
+    """
+
+    source: str
+    folder: Path
+    positions: int
+    has_template: bool
+    weights: int | None
+
+    @property
+    def template(self) -> str | None:
+        """The chat template to set, if it has none."""
+        return None if self.has_template else _CHATML
+
+
+def base_model(source: str | None, *, announce: Callable[[str], None]) -> BaseModel:
+    """The model of a source, or the default one. Of a hub's model the configuration and the tokenizer are downloaded.
+
+    Raises:
+        ModelError: there is no such model, or it cannot be fetched.
+    """
+    chosen = source or ModelConfig().source
+    model = model_sources.resolve_shapes(chosen, where="--model")
+    if not model.ready:
+        model = model_sources.fetch(model, announce=announce)
+    assert model.folder is not None, "a model that is ready has a folder"
+    return BaseModel(
+        source=chosen,
+        folder=model.folder,
+        positions=_positions(model.folder),
+        has_template=own_template(model.folder) is not None,
+        weights=_number_of_weights(model.folder),
+    )
+
+
+def _positions(folder: Path) -> int:
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"not JSON: {error}", where=str(file)) from error
+    if not isinstance(config, dict):
+        raise ModelError("not a JSON object", where=str(file))
+    groups = [config, config.get("text_config") or {}]
+    known = [group[name] for group in groups for name in _POSITIONS if isinstance(group.get(name), int)]
+    return known[0] if known else _UNLIMITED
+
+
+def _number_of_weights(folder: Path) -> int | None:
+    size = weights_size(folder)
+    wide = formats_of_weights(folder) == {"F32"}
+    return size // (4 if wide else 2) if size else None
+
+
+def free_bytes(device: str | None) -> tuple[float, str]:
+    """The memory to train in, and its name.
+
+    Raises:
+        ConfigError: there is no such device, or this machine has a GPU, whose memory is not looked at.
+    """
+    names = ", ".join(DEVICES)
+    if device is None and hardware.count_devices():
+        raise ConfigError("which GPU has this machine?", where="--device", remedy=f"one of {names}")
+    if device is None:
+        return hardware.free_memory(), "free on this machine"
+    if device not in DEVICES:
+        raise ConfigError(f"no device {device!r}", where="--device", remedy=f"one of {names}")
+    return DEVICES[device].memory, f"of a {device}"
+
+
+def adapter_for(model: BaseModel, memory: tuple[float, str]) -> Reasoned:
+    """LoRA, or QLoRA where the weights in 16 bits leave too little memory."""
+    free, whose = memory
+    if model.weights is None:
+        return Reasoned(
+            value=AdapterKind.lora.value, why="the weights are not here yet: align plan --cost says what fits"
+        )
+    needs = {kind: _HALF * size * model.weights + _FIXED for kind, size in _BYTES_A_WEIGHT.items()}
+    kind = AdapterKind.lora if needs[AdapterKind.lora] <= free else AdapterKind.qlora
+    why = (
+        f"{model.weights / 1e6:,.0f} million weights take about {needs[kind] / 1e9:.1f} GB with {kind.value} and "
+        f"{(_FULL_BYTES * model.weights + _FIXED) / 1e9:.1f} GB when all are trained; {free / 1e9:.1f} GB are {whose}"
+    )
+    if needs[kind] > free:
+        why += "; that is too little even so"
+    return Reasoned(value=kind.value, why=f"{why} (a rule of thumb; align plan --cost computes it)")
+
+
+def dtype_for(device: str | None) -> Reasoned | None:
+    """float32 where a processor would be slow in bfloat16; else the default."""
+    if device is not None or hardware.count_devices() or hardware.has_bfloat16():
+        return None
+    return Reasoned(value=Dtype.float32.value, why="this processor has no instructions for bfloat16")

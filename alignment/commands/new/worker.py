@@ -1,0 +1,118 @@
+"""Counts the tokens of the first records of data files: ``python -m alignment.commands.new.worker ASKED ANSWER``.
+
+``align new`` calls it with two JSON files. It loads the tokenizer, but no model.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from alignment.config.data import OnError, SourceConfig
+from alignment.config.model import TemplateChoice
+from alignment.config.new_recipe import Lengths
+from alignment.core.artifacts import write_json
+from alignment.core.errors import AlignmentError, DataError
+from alignment.core.streams import make_unfailing
+from alignment.data.reading import iterate
+from alignment.data.records import PlainText
+from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.row_kinds import (
+    CONVERSATIONS,
+    LABELLED_ANSWERS,
+    PAIRS,
+    PROMPTS,
+    TEXTS,
+    Kind,
+    Tokenized,
+    tokenized,
+)
+from alignment.data.tokens.template_losses import LOSSES, lost_words
+from alignment.data.tokens.tokenizer import load_tokenizer
+
+LOOKED_AT = 5_000
+"""Maximum number of records of a file whose tokens are counted."""
+_AT_ONCE = 500
+_LIMITS = Limits(row=sys.maxsize)
+_KINDS = {kind.record.__name__: kind for kind in (CONVERSATIONS, LABELLED_ANSWERS, PAIRS, PROMPTS, TEXTS)}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Answers one request; an error is a part of the answer. Returns exit code 0."""
+    asked, answer = map(Path, arguments)
+    transformers_logging.set_verbosity_error()
+    try:
+        lengths = measured(json.loads(asked.read_text(encoding="utf-8")))
+    except AlignmentError as error:
+        fault = {"message": error.message, "where": error.where, "remedy": error.remedy, "code": error.exit_code}
+        write_json(answer, {"error": fault})
+        return 0
+    write_json(answer, {"lengths": [asdict(of_file) for of_file in lengths]})
+    return 0
+
+
+def measured(asked: Mapping[str, Any]) -> list[Lengths]:
+    """The lengths of each file's records: ``asked`` has the ``folder`` of a model, a chat ``template`` or None, and
+    ``files`` with their ``path`` and ``record``.
+
+    Raises:
+        ModelError: there is no usable tokenizer.
+        DataError: no record of a file can be rendered.
+    """
+    tokenizer = load_tokenizer(Path(asked["folder"]), TemplateChoice(source=asked["template"]))
+    return [_lengths(tokenizer, Path(file["path"]), _KINDS[file["record"]]) for file in asked["files"]]
+
+
+def _lengths(tokenizer: Any, path: Path, kind: Kind) -> Lengths:
+    records = list(_tokenized(tokenizer, path, kind))
+    readable = [record for record in records if record.parts]
+    if not readable:
+        raise next((record.fault for record in records if record.fault), DataError("has no row", where=str(path)))
+    has_answers = kind.record is not PlainText
+    return Lengths(
+        rows=[record.tokens for record in readable],
+        prompts=[max(len(parts.prompt) for parts in record.parts) for record in readable],
+        answers=[_longest_answer(record) for record in readable] if has_answers else [],
+        remarks=_remarks(records),
+    )
+
+
+def _remarks(records: Sequence[Tokenized]) -> list[str]:
+    """Sentences on records that cannot be rendered, and on what the chat template leaves out of others."""
+    faults = [record.fault for record in records if record.fault is not None]
+    remarks = [lost_words(loss, count, len(records)) for loss in LOSSES if (count := _lose(loss, records))]
+    if faults:
+        such = f"such as {Path(faults[0].where).name}: {faults[0].message}"
+        remarks.append(f"{len(faults):,} of {len(records):,} records cannot be rendered, {such}")
+    return remarks
+
+
+def _lose(loss: str, records: Sequence[Tokenized]) -> int:
+    return sum(loss in record.lost for record in records)
+
+
+def _longest_answer(record: Tokenized) -> int:
+    return max((len(tokens) for parts in record.parts for tokens in parts.answers.values()), default=0)
+
+
+def _tokenized(tokenizer: Any, path: Path, kind: Kind) -> Iterator[Tokenized]:
+    lenient = replace(SourceConfig(), on_error=OnError.skip, max_skipped=1.0)
+    for records in _batches(islice(iterate(path, kind.record, lenient), LOOKED_AT)):
+        yield from tokenized(tokenizer, kind, records, _LIMITS)
+
+
+def _batches(records: Iterator[Any]) -> Iterator[list[Any]]:
+    while batch := list(islice(records, _AT_ONCE)):
+        yield batch
+
+
+if __name__ == "__main__":
+    make_unfailing()
+    sys.exit(main(sys.argv[1:]))
