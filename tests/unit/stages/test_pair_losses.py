@@ -179,6 +179,10 @@ def loss_and_gradient(trainer: dpo.PairTrainer, batch: dict[str, torch.Tensor]) 
     return float(loss.detach()), outputs[0].log_probs.grad
 
 
+def test_every_loss_has_a_case() -> None:
+    assert {case.settings["loss"] for case in CASES.values()} == set(DpoLoss)
+
+
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.needs_reference])
 def test_a_reference_that_is_not_the_start_stops_before_anything_is_learned(tmp_path: Path, name: str) -> None:
     trainer, _ = about_to_learn(tmp_path, CASES[name].settings)
