@@ -106,6 +106,7 @@ reference: $(STAMP)  ## write docs/reference from the code: settings, commands, 
 	$(BIN)/python -m book
 
 dist: $(STAMP)  ## build the wheel and the source archive into dist/
+	@test -z "$$(git status --porcelain -- alignment conf data docs launch recipes)" || { echo 'dist: commit or remove first what git status lists in these folders, since they are released whole'; exit 1; }
 	rm -rf dist
 	$(BIN)/python -m hatchling build -d dist
 

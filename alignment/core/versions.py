@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import sys
 
-PACKAGES = ("alignment-pipeline", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+TRAINING_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+"""What a stage imports and the driver does not."""
+PACKAGES = ("alignment-pipeline", *TRAINING_LIBRARIES)
 
 
 def versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from alignment.rewards.rules.all_rules import RULES
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
-ROW = re.compile(r"^\| [^|`]+ \| `([^`|]+)` \| `([^`|]+)` \| (?:`([^`|]+)`: `(\w+)`|–) \|$", re.MULTILINE)
+ROW = re.compile(r"^\| [^|]+ \| `([^`|]+)` \| `([^`|]+)` \| (?:`([^`|]+)`: `(\w+)`|–) \|$", re.MULTILINE)
 STEPS = ROW.findall(PAGE)
 PATH = re.compile(r"`((?:alignment|conf|docs|tests)/[\w/.]+)`")
 

@@ -69,7 +69,7 @@ def test_the_wheel_holds_the_package_what_ships_beside_it_and_the_licence(wheel:
     copies = {f"alignment/_shipped/{path}" for path in tracked(*SHIPPED)}
     with zipfile.ZipFile(wheel) as opened:
         assert set(opened.namelist()) == tracked("alignment") | copies | about
-    assert {"alignment/py.typed", "alignment/report/templates/run.html"} <= tracked("alignment")
+    assert {"alignment/py.typed", "alignment/report/templates/report.html.j2"} <= tracked("alignment")
 
 
 def test_the_archive_holds_sources_and_docs_and_neither_tests_nor_caches(archive: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_wheel_from_the_archive_is_the_wheel_from_the_clone(wheel: Path, archi
 
 def test_the_metadata_say_what_pyproject_says(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as opened:
-        metadata = email.message_from_bytes(opened.read(f"{NAME}.dist-info/METADATA"))
+        metadata = email.message_from_string(opened.read(f"{NAME}.dist-info/METADATA").decode())
         commands = opened.read(f"{NAME}.dist-info/entry_points.txt").decode()
     assert (metadata["Name"], metadata["Version"]) == ("alignment-pipeline", __version__)
     assert (metadata["License-Expression"], metadata["License-File"]) == ("Apache-2.0", "LICENSE")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import sys
 from collections.abc import Iterator, Sequence
 
 from alignment.config.backend import LocalBackend
@@ -13,6 +14,7 @@ from alignment.config.optim import Moments, OptimConfig
 from alignment.config.stage import StageConfig, TrainedConfig
 from alignment.core import hardware
 from alignment.core.errors import ConfigError
+from alignment.core.versions import TRAINING_LIBRARIES
 from alignment.pipeline.backends import command, slurm
 from alignment.pipeline.plan import row_counts
 from alignment.pipeline.plan.plan import Plan, PlannedStage
@@ -102,6 +104,12 @@ def _size_faults(stage: PlannedStage, processes: int) -> Iterator[Fault]:
 
 
 def _refuse_missing_package(launch: LaunchConfig) -> None:
+    if missing := [library for library in TRAINING_LIBRARIES if importlib.util.find_spec(library) is None]:
+        raise ConfigError(
+            f"stages need {', '.join(missing)}, not installed beside {sys.executable}",
+            where="launch",
+            remedy="install alignment-pipeline without --no-deps, or call align in the environment that has them",
+        )
     if launch.sharding.by_deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
             f"{launch.sharding.value} needs DeepSpeed, which is not installed",

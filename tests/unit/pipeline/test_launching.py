@@ -48,8 +48,14 @@ def test_a_batch_is_split_over_all_machines() -> None:
         refuse(stage(fits), stage(does_not), num_processes=2, backend=MachinesBackend())
 
 
+def test_libraries_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feasibility.importlib.util, "find_spec", lambda name: None if name in ("trl", "peft") else name)
+    with pytest.raises(ConfigError, match=r"launch: stages need trl, peft, not installed beside .*/python"):
+        refuse(stage(SftConfig()))
+
+
 def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feasibility.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(feasibility.importlib.util, "find_spec", lambda name: None if name == "deepspeed" else name)
     with pytest.raises(ConfigError, match="zero2 needs DeepSpeed, which is not installed") as caught:
         refuse(stage(SftConfig()), sharding=Sharding.zero2)
     assert "pip install 'deepspeed" in caught.value.remedy
