@@ -1,5 +1,5 @@
 # DEVICE_RUNNER: a command that runs Python with an accelerator, real or simulated.
-# Every target sets up what it needs; only Python 3.11 (the one version tried) and make have to be there.
+# Every target sets up what it needs; only Python (3.11 to 3.13 were tried, the whole suite with 3.11) and make have to be there.
 PYTHON ?= python3
 VENV ?= .venv
 RECIPE ?= quickstart

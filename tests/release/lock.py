@@ -23,7 +23,7 @@ from alignment import __version__
 ROOT = Path(__file__).parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
 LOCK = ROOT / "requirements.lock"
-PYTHONS = ("3.11",)
+PYTHONS = ("3.11", "3.12", "3.13")
 """Versions of Python that were tried, as in pyproject's classifiers."""
 PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in (34, 28, 27, 26, 24, 17, 12, 5)), "linux_x86_64")
 HEAD = """\
