@@ -19,7 +19,7 @@ STAMP := $(VENV)/.alignment-pipeline-installed
 # One more than there are cores, because a third of the time a test waits for a process or a server; at most 4.
 WORKERS := import os; print(min(4, (os.cpu_count() or 1) + 1))
 
-.PHONY: help align plan sweep preview status engine engine-llama trackers test test-processes test-device gpu-check test-slurm test-engines test-trackers test-stores mutations prove matrix model check docs reference format bench clean
+.PHONY: help align plan sweep preview status engine engine-llama trackers test test-processes test-device gpu-check test-slurm test-engines test-trackers test-stores mutations prove matrix model check docs reference dist check-dist lock format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)

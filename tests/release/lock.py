@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
 LOCK = ROOT / "requirements.lock"
 PYTHONS = ("3.11", "3.12", "3.13")
+_PATCH = 5
+"""The oldest releases of these that all packages take."""
 """Versions of Python that were tried, as in pyproject's classifiers."""
 PLATFORMS = (*(f"manylinux_2_{minor}_x86_64" for minor in (34, 28, 27, 26, 24, 17, 12, 5)), "linux_x86_64")
 HEAD = """\
@@ -69,7 +71,7 @@ def chosen_files(python: str) -> Mapping[str, tuple[str, str]]:
     with tempfile.TemporaryDirectory() as scratch:
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--dry-run"]
         command += ["--ignore-installed", "--no-deps", "--target", scratch, "--requirement", str(CONSTRAINTS)]
-        command += ["--implementation", "cp", "--python-version", python]
+        command += ["--implementation", "cp", "--python-version", f"{python}.{_PATCH}"]  # 3.11 alone means 3.11.0
         command += [part for platform in PLATFORMS for part in ("--platform", platform)]
         report = Path(scratch) / "report.json"
         subprocess.run([*command, "--report", str(report)], check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -215,7 +216,7 @@ def in_a_thread(call: Callable[[], object]) -> threading.Thread:
 def test_it_ends_with_the_run_if_it_was_asked_to(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "POLL_SECONDS", 0.05)
     monkeypatch.setattr(driver, "LINGER_SECONDS", 0.1)
-    console = Console(width=300, record=True, quiet=False, file=open(os.devnull, "w"))
+    console = Console(width=300, record=True, quiet=False, file=io.StringIO())
     thread = in_a_thread(lambda: watch(console, None, options=Options(until_done=True), output=run.output))
     deadline = time.monotonic() + 20
     while "http://127.0.0.1:" not in (printed := console.export_text(clear=False)) and time.monotonic() < deadline:
@@ -234,7 +235,7 @@ def test_what_cannot_be_watched_is_refused(tmp_path: Path, capsys: pytest.Captur
     with pytest.raises(ConfigError, match="no run that can be read under"):
         watch(console, None, options=Options(), output=tmp_path)
     run = RunFolder(tmp_path)
-    with pytest.raises(ConfigError, match="no run 'mien' under .*did you mean 'mine'"):
+    with pytest.raises(ConfigError, match=r"no run 'mien' under .*did you mean 'mine'"):
         watch(console, "mien", options=Options(), output=tmp_path)
     with pytest.raises(ConfigError, match="70000 is not a port"):
         watch(console, "mine", options=Options(port=70000), output=tmp_path)
