@@ -65,6 +65,8 @@ def check_command(block: Block, command: Command, captured: Captured) -> None:
 def check_align(block: Block, words: list[str]) -> None:
     """A call of ``align``: parsed; planned if it trains; carried out if it starts nothing and needs nothing."""
     arguments = cli.parse(words)
+    if "network" in block.needs and arguments.verb in ("run", "plan"):  # a plan would ask the store
+        arguments.overrides = [text for text in arguments.overrides if not text.startswith("artifacts=s3:")]
     with _absent_packages_skip():
         if arguments.verb == "run":
             _planned(arguments, only=arguments.stage)
@@ -146,7 +148,10 @@ def check_rows(block: Block, captured: Captured) -> None:
 
 
 def check_script(block: Block, _: Captured) -> None:
-    """A Python block runs to its end. A model that it loads is a tiny one."""
+    """A Python block runs to its end, or is compiled if it needs something. A model that it loads is a tiny one."""
+    if block.needs:
+        compile(block.text, block.id, "exec")
+        return
     if "from_pretrained" in block.text:
         tiny_model()
     Path("script.py").write_text(block.text, encoding="utf-8")

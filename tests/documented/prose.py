@@ -25,8 +25,10 @@ MATRIX_AXES = ("stage", "adapter", "launcher")
 OF_OTHERS = {"--speculative-config", "--chat-template-kwargs", "--jinja"}
 """Options of vLLM and llama-server."""
 NOT_SETTINGS = {"model.generate", "stage.sbatch"}
-KEYS_OF_OTHERS = {"do_sample", "task", "dataset_path", "dataset_kwargs.revision", "metadata"}
-"""Settings of transformers, of lm-evaluation-harness and of dataclasses."""
+KEYS_OF_OTHERS = {"do_sample", "task", "dataset_path", "dataset_kwargs.revision", "metadata"} | {
+    *("cost", "trade", "device", "stage", "wait", "at_once", "quiet"),
+}
+"""Settings of transformers, of lm-evaluation-harness and of dataclasses, and arguments of the functions in Python."""
 EXAMPLES = {"launch/backend=ours", "stages.dpo.bta=0.3"}
 """A file that the reader writes, and a misspelling that a plan refuses."""
 _FILES = ["md", "yaml", "json", "jsonl", "py", "html", "txt", "log", "svg", "png", "csv", "parquet"]
