@@ -197,6 +197,10 @@ def _no_rows(_: Any) -> MadeRows | None:
     return None
 
 
+def _no_tokens(*_: Any) -> float | None:
+    return None
+
+
 def _no_words(*_: Any) -> str:
     return ""
 
@@ -337,8 +341,9 @@ class StageKind:
     where)``: settings that cannot be right. ``completed(config, run)``: the settings, with values that follow from
     other stages filled in. ``as_read(config)``: the settings, with unused ones at their defaults. ``curves(settings)``:
     its charts, given its settings as plain values. ``headline``: the metric of these charts that is shown while the
-    stage runs; without one, the first chart's. ``smoke``: values that ``profile=smoke`` sets, unless the profile's
-    file sets others.
+    stage runs; without one, the first chart's. ``tokens(settings, line)``: the tokens of a line of metrics.jsonl that
+    has no ``num_tokens``, for the speed that is shown then; None if the line does not tell. ``smoke``: values that
+    ``profile=smoke`` sets, unless the profile's file sets others.
     """
 
     name: str
@@ -356,6 +361,7 @@ class StageKind:
     as_read: Callable[[Any], Any] = _unchanged
     curves: Callable[[Mapping[str, Any]], Sequence[Curve]] = _nothing
     headline: str = ""
+    tokens: Callable[[Mapping[str, Any], Mapping[str, Any]], float | None] = _no_tokens
     references: References = References()
     files: OtherFiles = OtherFiles()
     launch: LaunchShape = LaunchShape()

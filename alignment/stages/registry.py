@@ -165,6 +165,12 @@ def headline_curve(kind_name: str, settings: Mapping[str, Any]) -> Curve | None:
     return None
 
 
+def tokens_of(kind_name: str, settings: Mapping[str, Any], line: Mapping[str, Any]) -> float | None:
+    """The tokens of a line of metrics.jsonl that does not count them itself; None if that cannot be told."""
+    row = registered().get(kind_name)
+    return None if row is None or row.kind is None else row.kind.tokens(settings, line)
+
+
 def learns_from_preferences(kind_name: str) -> bool | None:
     """Whether a stage of this kind learns from preferences (True) or from demonstrations (False); else None."""
     row = registered().get(kind_name)

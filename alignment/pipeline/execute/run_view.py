@@ -5,6 +5,7 @@ The driver of a run shows what it reads here, and so does ``align status --follo
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,7 +18,7 @@ from alignment.pipeline.execute.step_curves import CurveFile
 from alignment.records.run import RunRecord, StageEntry
 from alignment.records.step_log import METRICS
 from alignment.records.worker import Progress
-from alignment.stages.registry import headline_curve
+from alignment.stages.registry import headline_curve, tokens_of
 
 STOPPED = "stopped"
 """The state of a stage that was running when it was asked to stop; run.json has it as waiting, with its seconds."""
@@ -157,7 +158,9 @@ class _RunningStage:
         self._pace = Pace(clock)
         chart = headline_curve(entry.kind, settings)
         self._title = "" if chart is None else f"{chart.title[:1].lower()}{chart.title[1:].partition(',')[0]}"
-        self._file = CurveFile(self._work / "content" / METRICS, "" if chart is None else chart.keys[0])
+        metric = "" if chart is None else chart.keys[0]
+        tokens_of_line = functools.partial(tokens_of, entry.kind, settings)
+        self._file = CurveFile(self._work / "content" / METRICS, metric, tokens_of_line)
         self._figures: dict[str, float] = {}
 
     def added_to(self, view: StageView) -> StageView:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,6 +13,7 @@ from typing import Any, BinaryIO
 from alignment.records.step_log import TOKENS
 from alignment.report.kit.text import finite
 
+TokensOfLine = Callable[[Mapping[str, Any]], float | None]
 _RECENT = 20
 """Lines over which tokens are counted, so that a stage's slow first step counts no longer than it has to."""
 
@@ -20,18 +22,22 @@ _RECENT = 20
 class StepCurve:
     """The values of one metric, step by step, and the time and tokens of these steps.
 
-    A line without the metric has no value. ``seconds`` and ``tokens`` are those of the stage since it began, of the
-    last lines alone; ``first`` and ``last`` are (step, seconds) of the first and the last line.
+    A line without the metric has no value. ``num_tokens`` is how many tokens the lines count. ``recent`` are (seconds,
+    tokens) since the stage began, of the last lines; ``first`` and ``last`` are (step, seconds) of the first and the
+    last line.
     """
 
     values: list[float] = field(default_factory=list)
+    num_tokens: float = 0.0
     recent: list[tuple[float, float]] = field(default_factory=list)
     first: tuple[int, float] | None = None
     last: tuple[int, float] | None = None
 
-    def add(self, row: dict[str, Any], metric: str) -> None:
-        """Adds a line."""
+    def add(self, row: dict[str, Any], metric: str, tokens_of_line: TokensOfLine) -> None:
+        """Adds a line; one that has no count of all tokens so far adds its own."""
         step, seconds, tokens = (finite(row.get(name)) for name in ("step", "seconds", TOKENS))
+        if tokens is None and (own := tokens_of_line(row)) is not None:
+            tokens = self.num_tokens + own
         if metric in row:
             value = finite(row[metric])
             self.values.append(math.nan if value is None else value)
@@ -39,6 +45,7 @@ class StepCurve:
             self.last = (int(step), seconds)
             self.first = self.first or self.last
         if seconds is not None and tokens is not None:
+            self.num_tokens = tokens
             self.recent = [*self.recent[1 - _RECENT :], (seconds, tokens)]
 
     def tokens_per_second(self) -> float | None:
@@ -52,9 +59,10 @@ class StepCurve:
 class CurveFile:
     """Reads the lines that are added to a file; one that was shortened or replaced is read again from its start."""
 
-    def __init__(self, path: Path, metric: str) -> None:
+    def __init__(self, path: Path, metric: str, tokens_of_line: TokensOfLine) -> None:
         self._path = path
         self._metric = metric
+        self._tokens_of_line = tokens_of_line
         self._read = 0
         self._inode = 0
         self._unfinished = b""
@@ -79,7 +87,7 @@ class CurveFile:
         *lines, self._unfinished = (self._unfinished + added).split(b"\n")
         for line in lines:
             if (row := _object(line)) is not None:
-                self.curve.add(row, self._metric)
+                self.curve.add(row, self._metric, self._tokens_of_line)
 
 
 def _object(line: bytes) -> dict[str, Any] | None:

@@ -212,6 +212,13 @@ def _curves(settings: Mapping[str, Any]) -> list[Curve]:
     return [chart for chart in _all_curves() if chart.keys[0] not in absent]
 
 
+def _sampled_tokens(settings: Mapping[str, Any], line: Mapping[str, Any]) -> float | None:
+    """Tokens of the answers of an update, which has one line."""
+    length, optim = line.get("response_length"), settings.get("optim")
+    episodes = optim.get("batch_size") if isinstance(optim, Mapping) else None
+    return length * episodes if isinstance(length, float) and isinstance(episodes, int) else None
+
+
 def _all_curves() -> list[Curve]:
     return [
         curve("Score", "what PPO maximises, mean of an update", "objective/score"),
@@ -256,6 +263,7 @@ KIND = StageKind(
     as_read=_as_read,
     curves=_curves,
     headline="objective/score",
+    tokens=_sampled_tokens,
     references=References(more=lambda config: reward_model_slots(in_use(config))),
     launch=LaunchShape(
         refusals=_refusals,

@@ -85,16 +85,16 @@ def test_a_low_terminal_shows_the_stages_around_the_running_one() -> None:
     stages += [DPO, *(replace(RUN.stages[4], name=f"waits{number}") for number in range(9))]
     lines = drawn(replace(RUN, stages=stages), 60, rows=9)
     assert len(lines) == 9
-    assert [line[:14].strip() for line in lines] == [
-        "mine  running,",
-        "… 7 stages bef",
-        "✓ done7    don",
-        "✓ done8    don",
-        "▶ dpo      tra",
-        "accu",
-        "· waits0   wai",
-        "· waits1   wai",
-        "… 7 stages aft",
+    assert [" ".join(line.split()[:3]) for line in lines] == [
+        "mine running, 9",
+        "… 7 stages",
+        "✓ done7 done",
+        "✓ done8 done",
+        "▶ dpo training",
+        "accuracy 0.795 ▁▁▂▂▃▃▄▄▅▅▆▆▇▇██",
+        "· waits0 waits",
+        "· waits1 waits",
+        "… 7 stages",
     ]
 
 
@@ -105,8 +105,7 @@ def test_a_terminal_without_blocks_gets_ascii() -> None:
     file.flush()
     lines = content.getvalue().decode("ascii").splitlines()
     assert lines[3].startswith("> dpo       training  ########------------  60/150")
-    assert lines[4] == "            accuracy 0.795  __.....----~~~~~====++++****####  1,234 tokens/s"[: len(lines[4])]
-    assert "#" in lines[4]
+    assert lines[4] == "            accuracy 0.795  _____....-----~~~~=====++++****#####  1,234 tokens/s"
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,18 @@ def test_a_running_stage_has_its_own_curve_its_tokens_and_its_times(
     assert stage_of(reader.look(), "dpo").seconds_left == pytest.approx(15 * 17 / 4 - 10)
 
 
+def test_a_stage_that_samples_counts_the_tokens_of_its_answers(run: RunFolder, reader: RunReader) -> None:
+    run.run(config={"stages": {"ppo": {"optim": {"batch_size": 16}}}})
+    run.stage("ppo", "running", started=STARTED)
+    run.progress("ppo", "rollouts", 2, 16)
+    run.steps(
+        "ppo", *({"step": n, "seconds": 8.0 * n, "response_length": 40.0, "objective/score": 0.1} for n in (1, 2))
+    )
+    view = stage_of(reader.look(), "ppo")
+    assert view.tokens_per_second == 40.0 * 16 / 8
+    assert view.curve == ShownCurve(title="score", values=[0.1, 0.1])
+
+
 def test_half_a_line_is_read_when_it_has_ended_and_a_shorter_file_from_its_start(
     run: RunFolder, reader: RunReader
 ) -> None:
