@@ -19,6 +19,7 @@ class Pace:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self._has_begun = False
         self._total: int | None = None
         self._first = self._latest = 0
         self._began = self._reached = 0.0
@@ -30,7 +31,8 @@ class Pace:
         one. It is used only where a new count of steps begins.
         """
         now = self._clock()
-        if progress.total != self._total or progress.step < self._latest:
+        if not self._has_begun or progress.total != self._total or progress.step < self._latest:
+            self._has_begun = True
             self._total, self._first, self._began = progress.total, progress.step, now
             if first is not None and first < progress.step:
                 self._first, self._began = first, now - seconds
@@ -39,9 +41,9 @@ class Pace:
             self._latest, self._reached = progress.step, now
 
     def left(self) -> float | None:
-        """Seconds, or None before a step has been timed."""
+        """Seconds, or None before a step has been timed and after the last one."""
         done = self._latest - self._first
-        if not self._total or not done:
+        if not self._total or not done or self._latest >= self._total:
             return None
         seconds = (self._total - self._latest) * (self._reached - self._began) / done
         return max(0.0, seconds - (self._clock() - self._reached))

@@ -82,6 +82,27 @@ def test_a_running_stage_has_its_own_curve_its_tokens_and_its_times(
     assert stage_of(reader.look(), "dpo").seconds_left == pytest.approx(15 * 17 / 4 - 10)
 
 
+def test_a_count_without_a_total_is_timed_from_when_it_was_first_seen(
+    run: RunFolder, reader: RunReader, clock: Clock
+) -> None:
+    run.stage("sft", "running", started=STARTED)
+    run.progress("sft", "tokenising", 8)
+    assert stage_of(reader.look(), "sft").steps_per_second is None
+    clock.now += 2.0
+    run.progress("sft", "tokenising", 508)
+    view = stage_of(reader.look(), "sft")
+    assert (view.steps_per_second, view.seconds_left) == (250.0, None)
+
+
+def test_after_the_last_step_no_time_is_left_to_be_told(run: RunFolder, reader: RunReader, clock: Clock) -> None:
+    run.stage("sft", "running", started=STARTED)
+    for step in (1, 2):
+        run.progress("sft", "training", step, 2)
+        view = stage_of(reader.look(), "sft")
+        clock.now += 1.0
+    assert (view.steps_per_second, view.seconds_left) == (1.0, None)
+
+
 def test_a_stage_that_samples_counts_the_tokens_of_its_answers(run: RunFolder, reader: RunReader) -> None:
     run.run(config={"stages": {"ppo": {"optim": {"batch_size": 16}}}})
     run.stage("ppo", "running", started=STARTED)
