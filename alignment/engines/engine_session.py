@@ -242,7 +242,7 @@ class EngineSession:
             raise ConfigError(
                 f"the server at {self.address[0]} has no model {BASE!r}, but {', '.join(map(repr, names))}",
                 where=f"{self._where}.url",
-                remedy=f"start it with --served-model-name {BASE}, as docs/engines.md says",
+                remedy=f"start it with --served-model-name {BASE}, as the documentation says (docs/engines.md)",
             )
 
     def _try(self, call: Callable[[], T]) -> T:

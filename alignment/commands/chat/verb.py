@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", choices=("own", "vllm"), default="own", help="what answers: this program (default), or vLLM"
     )
     parser.add_argument(
-        "--engine-python", metavar="PATH", help="the interpreter that has vLLM (default: make engine's)"
+        "--engine-python",
+        metavar="PATH",
+        help="the interpreter that has vLLM (default: ALIGNMENT_ENGINE_PYTHON, or ~/.cache/alignment/engines/vllm)",
     )
     add_output(parser)
 

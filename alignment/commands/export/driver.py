@@ -14,7 +14,7 @@ from alignment.commands.export.export_options import GGUF, ExportOptions
 from alignment.core.artifacts import POLICY, REWARD_MODEL, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.core.files import new_folder
-from alignment.engines.engine_environment import engines_folder
+from alignment.engines.engine_environment import build_command, engines_folder
 from alignment.pipeline.backends import processes
 from alignment.pipeline.execute.stored_results import artifact_of, base_of
 
@@ -64,6 +64,7 @@ def _with_llama_python(options: ExportOptions) -> ExportOptions:
         raise ConfigError(
             f"{named!r} is not a program",
             where="--llama-python" if options.llama_python else LLAMA_PYTHON,
-            remedy="name bin/python of an environment with llama-cpp-python (make engine-llama builds one), or none",
+            remedy="name bin/python of an environment with llama-cpp-python, or none; "
+            f"`{build_command('llama-cpp')}` builds one",
         )
     return replace(options, llama_python=None if path is None else str(Path(path).absolute()))

@@ -74,14 +74,16 @@ def add_form_arguments(parser: argparse.ArgumentParser) -> None:
         "0.01)",
     )
     parser.add_argument(
-        "--engine-python", metavar="PATH", help="the interpreter that has vLLM (default: make engine's)"
+        "--engine-python",
+        metavar="PATH",
+        help="the interpreter that has vLLM (default: ALIGNMENT_ENGINE_PYTHON, or ~/.cache/alignment/engines/vllm)",
     )
     parser.add_argument("--dtype", choices=GGUF_TYPES, help=f"type of a GGUF file's weights (default: {GGUF_TYPES[0]})")
     parser.add_argument(
         "--llama-python",
         metavar="PATH",
         help="an interpreter with llama-cpp-python, which reads the GGUF file too (default: the environment variable "
-        "ALIGNMENT_LLAMA_CPP_PYTHON, or what make engine-llama built, if anything)",
+        "ALIGNMENT_LLAMA_CPP_PYTHON, or ~/.cache/alignment/engines/llama-cpp, if it is there)",
     )
     parser.add_argument(
         "--no-modelfile",

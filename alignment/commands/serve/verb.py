@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="what serves (default: transformers)")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes any free one (default: 8000)")
     parser.add_argument(
-        "--engine-python", metavar="PATH", help="the interpreter of the environment that has vLLM (docs/serving.md)"
+        "--engine-python",
+        metavar="PATH",
+        help="the interpreter that has vLLM (default: ALIGNMENT_ENGINE_PYTHON, or ~/.cache/alignment/engines/vllm)",
     )
     parser.add_argument("--api-key-env", metavar="VARIABLE", help="holds the key that clients must send (vLLM)")
     parser.add_argument(

@@ -10,6 +10,7 @@ from alignment.costs.devices import DEVICES, THIS
 from alignment.pipeline.backends.feasibility import refuse_sizes
 from alignment.pipeline.execute import estimates
 from alignment.pipeline.plan.plan import Plan, make_plan
+from alignment.pipeline.sources import bundled_model
 from alignment.pipeline.sources.model_sources import resolve, resolve_shapes
 from alignment.records.cost import RunCost
 
@@ -46,7 +47,7 @@ def estimated(plan: Plan, *, device: str, trade: bool, announce: Callable[[str],
             raise ModelError(
                 f"{model.source} is not on this machine, and its configuration is needed",
                 where="--cost",
-                remedy="make model fetches the bundled one",
+                remedy=f"`{bundled_model.fetch_command()}` fetches the bundled one",
             )
     memory = hardware.free_memory() if device == THIS else DEVICES[device].memory
     return estimates.estimate(plan, device=device, memory=memory, trade=trade, announce=announce)

@@ -24,7 +24,7 @@ from alignment.core.errors import ModelError
 from alignment.core.files import disk_error
 from alignment.core.fingerprint import file_sha256
 from alignment.core.locks import held, is_held
-from alignment.core.resources import CODE_ROOT
+from alignment.core.resources import CODE_ROOT, command_for
 
 Announce = Callable[[str], None]
 
@@ -101,6 +101,11 @@ def folder(model: BundledModel) -> Path:
 def is_ready(model: BundledModel) -> bool:
     """Whether the converted model exists and is complete."""
     return (folder(model) / MARKER).is_file()
+
+
+def fetch_command() -> str:
+    """The command that fetches every bundled model."""
+    return command_for("model", "alignment.pipeline.sources.bundled_model")
 
 
 def ensure(model: BundledModel, *, announce: Announce) -> Path:

@@ -17,6 +17,7 @@ from alignment.core.errors import ConfigError, ModelError
 from alignment.data.tokens.rendering import prompt_text
 from alignment.data.tokens.tokenize import encode
 from alignment.data.turns import Message
+from alignment.engines.engine_environment import build_command
 
 SCRIPT = Path(__file__).with_name("llama_script.py")
 SECONDS = 1800
@@ -57,7 +58,7 @@ def ask(python: Path, model: Path, **request: Any) -> dict[str, Any]:
         raise ConfigError(
             "this interpreter has no llama-cpp-python",
             where=str(python),
-            remedy="name bin/python of an environment that has it; make engine-llama builds one",
+            remedy=f"name bin/python of an environment that has it; `{build_command('llama-cpp')}` builds one",
         )
     raise ModelError(f"llama.cpp cannot read the written file: {last}; nothing was exported", where=str(model))
 
