@@ -27,7 +27,7 @@ def test_the_workflow_has_the_steps_of_ci() -> None:
     commands = [step["run"] for step in job["steps"] if "run" in step]
     targets = [match[1] for line in steps if (match := re.match(r"make ([a-z-]+)", line)) and match[1] not in BEFORE]
     assert commands[-1] == "make ${{ matrix.target }}"
-    assert job["strategy"]["matrix"]["target"] == targets
+    assert [target for target in job["strategy"]["matrix"]["target"] if target in targets] == targets
     assert commands[0].startswith("make model || ")
     assert any(step.get("with", {}).get("python-version") == "3.11" for step in job["steps"])
 
