@@ -15,6 +15,7 @@ _SLURM_WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._,-]{0,127}")
 _SLURM_TIME = re.compile(r"(\d{1,3}-)?\d{1,4}:[0-5]\d:[0-5]\d", re.ASCII)
 _SLURM_MEMORY = re.compile(r"[1-9]\d{0,8}[KMGT]", re.ASCII)
 _URL = re.compile(r"(https?://[^\s/@?#]+(/[^\s@?#]*)?)?")
+_STORE = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/@?#:]+(/[^\s/@?#:]+)*/?")
 _VARIABLE = re.compile(r"[A-Z_][A-Z0-9_]{0,63}")
 
 
@@ -117,12 +118,14 @@ TRACKING_URL = Rule(
     is_url,
     "http://HOST:PORT/PATH or https://…, without a user or a password in it (MLFLOW_TRACKING_USERNAME and "
     "MLFLOW_TRACKING_PASSWORD hold them)",
+    secret=True,
     keywords={"pattern": f"^{_URL.pattern}$"},
 )
 STORE = Rule(
-    lambda value: re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/@?#:]+(/[^\s/@?#:]+)*/?", value) is not None,
+    lambda value: _STORE.fullmatch(value) is not None,
     "s3://BUCKET/PREFIX, without a key or a password in it: the environment or ~/.aws has them",
     secret=True,
+    keywords={"pattern": f"^{_STORE.pattern}$"},
 )
 VARIABLE = Rule(
     lambda value: _VARIABLE.fullmatch(value) is not None,

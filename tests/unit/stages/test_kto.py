@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 from trl import KTOConfig as TrlKtoConfig
 from trl import KTOTrainer
@@ -134,7 +135,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_paper(tmp_path: Path, loss: 
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     expected, expected_gradient, z0, ratios = by_hand(trainer, loss)
     close(got, expected, rtol=1e-4)
-    close(got_gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+    same_gradient(got_gradient, expected_gradient)
     assert (z0 > 0.1) is (loss is KtoLoss.kto and towards > 0)
     close(metrics["kl"], z0, rtol=1e-4, atol=1e-5)
     labels = trainer.train_dataset["label"]
@@ -145,6 +146,11 @@ def test_the_loss_and_its_gradient_are_those_of_the_paper(tmp_path: Path, loss: 
     close(metrics["rewards/chosen"], rewards[0], rtol=1e-4)
     close(metrics["rewards/rejected"], rewards[1], rtol=1e-4)
     close(metrics["rewards/margins"], rewards[0] - rewards[1], rtol=1e-4, atol=1e-5)
+
+
+def same_gradient(got: Tensor, expected: Tensor) -> None:
+    """Within .2 % of its length: in float32, .09 % were seen on an Intel CPU and less than .01 % on an AMD one."""
+    assert float((got - expected).norm()) <= 2e-3 * float(expected.norm()) + 1e-6
 
 
 def move(trainer: TokenizedKtoTrainer, towards: float) -> None:
@@ -177,7 +183,7 @@ def test_the_loss_and_its_gradient_are_those_of_the_paper_with_a_precomputed_ref
     expected, expected_gradient, z0, _ = by_hand(trainer, KtoLoss.kto)
     assert z0 > 0.1
     close(got, expected, rtol=1e-4)
-    close(got_gradient, expected_gradient, rtol=1e-4, atol=1e-6)
+    same_gradient(got_gradient, expected_gradient)
 
 
 @pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])

@@ -20,7 +20,6 @@ import pytest
 from rich.console import Console
 
 from alignment import cli
-from alignment.commands.shared import named_runs
 from alignment.commands.shared.listening import listening
 from alignment.commands.shared.page_server import PageServer
 from alignment.commands.watch import driver, live_app
@@ -28,6 +27,7 @@ from alignment.commands.watch.driver import Options, watch
 from alignment.commands.watch.live_app import application
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.core.locks import held
+from alignment.pipeline.execute import run_state
 from tests.browser import browser
 from tests.devtools import CUT, opened_page
 from tests.running import RunFolder
@@ -125,7 +125,7 @@ def test_a_run_that_was_killed_is_not_shown_as_one_that_runs(
     run: RunFolder, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run.stage("sft", "running")
-    monkeypatch.setattr(named_runs, "is_held", lambda _: False)
+    monkeypatch.setattr(run_state, "is_held", lambda _: False)
     page = words(get(address))
     assert "mine killed, 0 of 4 stages done the run has ended" in page
     assert "This run is not finished (killed)" in page
