@@ -62,8 +62,8 @@ BEFORE = (STARTING, "loading", "tokenising")
 ONCE = {TRYING, SAVING, *BEFORE}
 """Phases that a stage goes through once, however many rows it has."""
 BETWEEN_SECONDS = 1e-5
-"""Of Python and autograd for each operation on a CPU: what three stages took beyond their operations (docs/LOG.md,
-2026-11-28)."""
+"""Of Python and autograd for each operation on a CPU: chosen by what two stages took beyond their operations
+(docs/LOG.md, 2026-11-28)."""
 DIVIDED: dict[Sharding, tuple[str, ...]] = {
     Sharding.none: (),
     Sharding.zero1: (OPTIMIZER,),

@@ -22,7 +22,8 @@ _COLUMNS = ("stage", "kind", "action", "reason", "artifact")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StagePlan:
-    """What happens to a stage: ``action`` is ``run``, ``resume`` or ``reuse``, and ``reason`` says why in words.
+    """What happens to a stage: ``action`` is ``run``, ``resume``, ``reuse`` or ``fetch`` (the store has the
+    result), and ``reason`` says why in words.
 
     ``fingerprint`` identifies the result (64 hexadecimal digits), ``artifact`` is its folder. ``inputs`` are references
     by the field that holds them. ``remarks`` say what the stage would read, run and choose; each is the end of a
