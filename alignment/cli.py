@@ -24,22 +24,22 @@ from alignment.core.terminal import Terminal, complain
 from alignment.core.working_folder import current_folder
 
 VERBS = {
-    "run": "plan a recipe and run what has to run",
+    "run": "plan a recipe and run the stages that are not done yet",
     "plan": "show what would run, and why; start nothing",
-    "preview": "show rows as each stage would learn from them; train nothing",
-    "sweep": "run a recipe with many settings",
+    "preview": "show the rows that each stage would train on; train nothing",
+    "sweep": "run a recipe with many combinations of settings",
     "status": "show the state of runs, or follow one",
-    "watch": "serve the report of a run while it goes on",
-    "track": "send a run to a tracker that lacks it",
+    "watch": "serve the report of a run while it is running",
+    "track": "send a recorded run to a tracker",
     "compare": "show what differs between runs",
     "new": "look at data files and write a recipe for them",
-    "doctor": "show what a data file holds, and what is wrong in it",
-    "export": "write a result as a folder that transformers or PEFT reads",
+    "doctor": "show what a data file contains and what is wrong with it",
+    "export": "export a result to a folder that transformers or PEFT can load",
     "push": "upload an exported folder to a Hugging Face hub",
     "judge": "let people say which of two arms answers better",
     "chat": "talk to a stage's policy, or to two side by side",
     "serve": "serve policies behind an OpenAI-compatible endpoint",
-    "add-tokens": "write a model with more special tokens",
+    "add-tokens": "add special tokens to a copy of a model",
     "schema": "print the JSON Schema of recipes or sweeps, for editors",
     "recipes": "list the shipped recipes",
     "stages": "list the kinds of stage",
@@ -49,8 +49,9 @@ VERBS = {
 _RIVAL = "alignment-handbook"
 _EXAMPLES = """\
 examples: align run quickstart, align new pairs.jsonl, align run ./mine.yaml adapter=qlora
-exit codes: 0 success, 1 a bug of ours, 2 configuration, 3 data, 4 model, 5 stage or full disk, 6 not finite,
-7 artifact, 8 busy, 9 a failed scorer, 10 a gate is not met, 11 store or hub, 75 preempted, 130 interrupted
+exit codes: 0 success, 1 a bug in this project, 2 configuration, 3 data, 4 model, 5 stage or full disk,
+6 NaN or infinity, 7 artifact, 8 busy, 9 a failed scorer, 10 a gate not met, 11 store or hub, 75 preempted,
+130 interrupted
 """
 
 
@@ -132,7 +133,7 @@ def _refuse_other_package() -> None:
     except importlib.metadata.PackageNotFoundError:
         return
     raise ConfigError(
-        f"{_RIVAL} {version} is installed in this environment and brings a package 'alignment' too",
+        f"{_RIVAL} {version} is installed in this environment, and it also has a package named 'alignment'",
         where=sys.prefix,
         remedy="install alignment-pipeline in an environment of its own",
     )

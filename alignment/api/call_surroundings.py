@@ -45,4 +45,4 @@ def raise_if_stopped(code: int, name: str) -> None:
     if code == INTERRUPTED:
         raise KeyboardInterrupt
     if code == PREEMPTED:
-        raise Preempted("was asked to stop and has saved", where=name, remedy="the same call continues from there")
+        raise Preempted("was asked to stop and has saved", where=name, remedy="repeat the call to continue from there")

@@ -81,5 +81,5 @@ def load_sweep(folder: str | os.PathLike[str]) -> Sweep:
         return Sweep(folder=path, record=SweepRecord.read(path))
     except FileNotFoundError:
         raise ArtifactError(
-            "no trial of a sweep has ended here", where=str(path), remedy="start one: align sweep RECIPE SWEEP"
+            "no trial of a sweep has finished here", where=str(path), remedy="start one: align sweep RECIPE SWEEP"
         ) from None

@@ -22,11 +22,11 @@ def words(overrides: Overrides) -> list[str]:
     """Overrides as they are typed on the command line.
 
     Raises:
-        ConfigError: they are one text instead of several, or a value has no form in a configuration.
+        ConfigError: they are one text instead of several, or a value cannot be written in a configuration.
     """
     if isinstance(overrides, str):
         raise ConfigError(
-            f"{overrides!r} is one text", where="overrides", remedy=f"give a list [{overrides!r}], or a mapping"
+            f"{overrides!r} is a single string", where="overrides", remedy=f"give a list [{overrides!r}], or a mapping"
         )
     if isinstance(overrides, Mapping):
         return [f"{key}={_written(value, key)}" for key, value in overrides.items()]
@@ -51,9 +51,9 @@ def _written(value: object, key: str) -> str:
         case Sequence() if not isinstance(value, bytes):
             return "[" + ", ".join(_written(item, key) for item in value) + "]"
     raise ConfigError(
-        f"{type(value).__name__} has no form in a configuration",
+        f"{type(value).__name__} cannot be written in a configuration",
         where=key,
-        remedy="give None, a bool, a number, a text, a path, or a list or mapping of these",
+        remedy="give None, a bool, a number, a string, a path, or a list or mapping of these",
     )
 
 

@@ -12,8 +12,8 @@ from alignment.pipeline.backends import processes
 from alignment.pipeline.execute.display import announcer
 from alignment.pipeline.sources import model_sources
 
-ADVICE = """start from it by model.source=path:{}; an adapter learns the new rows only with
-stages.NAME.adapter.modules_to_save=[embed_tokens] (and lm_head, where that has weights of its own)"""
+ADVICE = """to start a run from it, set model.source=path:{}; an adapter trains the new embeddings only with
+stages.NAME.adapter.modules_to_save=[embed_tokens] (and lm_head, if it has its own weights)"""
 
 
 def add_tokens(console: Console, source: str, tokens: Sequence[str], *, to: str) -> int:

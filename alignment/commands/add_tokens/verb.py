@@ -10,10 +10,11 @@ from rich.console import Console
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A model, and its new tokens."""
     parser.description = (
-        "Writes a model with more special tokens, whose rows are the mean of all others, to start a run from."
+        "Writes a copy of a model with additional special tokens, from which a run can start. Their embeddings are "
+        "the mean of all others."
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="what model.source takes: bundled:NAME, path:FOLDER, hub:ORG/NAME"
+        "model", metavar="MODEL", help="a model, written as in model.source: bundled:NAME, path:FOLDER or hub:ORG/NAME"
     )
     parser.add_argument("tokens", metavar="TOKEN", nargs="+", help="such as '<|think|>'")
     parser.add_argument("--to", required=True, metavar="FOLDER", help="a folder that does not exist yet")

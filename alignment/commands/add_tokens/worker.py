@@ -72,7 +72,7 @@ def add_tokens(folder: Path, to: Path, tokens: Sequence[str]) -> str:
         partial.rename(to)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return f"new tokens: {len(tokens)}, from {before} on; the model has {rows} rows"
+    return f"new tokens: {len(tokens)}, with ids from {before}; the model has {rows} rows of embeddings"
 
 
 def _read(folder: Path) -> tuple[Any, Any]:
@@ -90,7 +90,7 @@ def _refuse_known(tokenizer: Any, tokens: Sequence[str]) -> None:
     known = tokenizer.get_vocab()
     for index, token in enumerate(tokens):
         if token in known or token in tokens[:index] or not token.strip():
-            why = "is a token already" if token in known else "is named twice" if token.strip() else "is empty"
+            why = "is already a token" if token in known else "is given twice" if token.strip() else "is empty"
             raise ConfigError(f"{token!r} {why}", where="TOKEN", remedy="name others")
 
 
@@ -105,7 +105,7 @@ def _refuse_lost(folder: Path, tokens: Sequence[str], rows: int) -> None:
     model, tokenizer = _read(folder)
     ids = [tokenizer(token, add_special_tokens=False)["input_ids"] for token in tokens]
     if any(len(token_ids) != 1 for token_ids in ids) or model.get_input_embeddings().weight.shape[0] != rows:
-        raise ModelError("the written model lacks its new tokens; nothing was kept", where=str(folder))
+        raise ModelError("the written model does not contain its new tokens and was deleted", where=str(folder))
 
 
 if __name__ == "__main__":

@@ -15,26 +15,35 @@ _GENERATION = ("system", "max_new_tokens", "temperature", "seed")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A run, its arms, and how they answer."""
     parser.description = (
-        "Talks to a policy of a run, line by line, from a terminal or a pipe: /reset begins anew, /exit or Ctrl-D ends."
+        "Chats with a policy of a run, line by line, from a terminal or a pipe. /reset starts a new conversation; "
+        "/exit or Ctrl-D ends the program."
     )
     add_policies(parser)
-    parser.add_argument("--system", default="", metavar="TEXT", help="what the system message says")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="longest answer (default: 256)")
+    parser.add_argument("--system", default="", metavar="TEXT", help="the text of the system message")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, metavar="N", help="most tokens in an answer (default: 256)"
+    )
     parser.add_argument(
         "--temperature",
         type=float,
         default=0.0,
         metavar="T",
-        help="0, the likeliest token each time (default), or more",
+        help="0 always takes the most likely token (default: 0)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of answers above temperature 0 (default: 0)")
     parser.add_argument(
-        "--engine", choices=("own", "vllm"), default="own", help="what answers: this program (default), or vLLM"
+        "--seed", type=int, default=0, metavar="N", help="random seed for a temperature above 0 (default: 0)"
+    )
+    parser.add_argument(
+        "--engine",
+        choices=("own", "vllm"),
+        default="own",
+        help="what generates the answers: this program (default) or vLLM",
     )
     parser.add_argument(
         "--engine-python",
         metavar="PATH",
-        help="the interpreter that has vLLM (default: ALIGNMENT_ENGINE_PYTHON, or ~/.cache/alignment/engines/vllm)",
+        help="Python of the environment that has vLLM (default: ALIGNMENT_ENGINE_PYTHON, or "
+        "~/.cache/alignment/engines/vllm)",
     )
     add_output(parser)
 

@@ -12,11 +12,13 @@ from alignment.commands.shared.arguments import add_output, output_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Two runs or more."""
     parser.description = (
-        "Settings that differ, arms side by side, and differences in the primary metric from the first run, "
-        "prompt by prompt."
+        "Shows the settings that differ, the arms side by side, and how far the primary metric differs from the "
+        "first run, paired by prompt."
     )
     parser.add_argument("runs", metavar="RUN", nargs="+", help="names of runs; the others are compared with the first")
-    parser.add_argument("--html", metavar="FILE", help="write a page with curves laid over each other and answers, too")
+    parser.add_argument(
+        "--html", metavar="FILE", help="also write a page with the curves in shared charts and with the answers"
+    )
     add_output(parser)
 
 

@@ -16,16 +16,20 @@ _SOURCE = ("format", "split", "subset")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A data file, how to read it, and another one to compare it with."""
     parser.description = (
-        "Says what a data file looks like, what each kind of stage can make of it, and what is wrong in which rows."
+        "Shows the format of a data file, which kinds of stage can use it, and which rows are faulty and why."
     )
     parser.add_argument(
         "data", metavar="DATA", help="a data file or a folder of them, bundled:NAME, or hub:ORG/NAME@REVISION"
     )
-    parser.add_argument("--format", choices=sorted(FORMATS), help="read it as this; else the columns tell")
-    parser.add_argument("--split", help="of a hub's data set (default: train)")
-    parser.add_argument("--subset", help="of a hub's data set, where it has several")
     parser.add_argument(
-        "--against", metavar="DATA", help="say which rows ask what this file asks: of an evaluation, say"
+        "--format", choices=sorted(FORMATS), help="read the rows in this format (default: the columns decide)"
+    )
+    parser.add_argument("--split", help="the split of a data set on a hub (default: train)")
+    parser.add_argument("--subset", help="the subset of a data set on a hub, if it has several")
+    parser.add_argument(
+        "--against",
+        metavar="DATA",
+        help="also list the rows whose prompts overlap with this file, such as the data of an evaluation",
     )
 
 

@@ -62,28 +62,29 @@ def add_form_arguments(parser: argparse.ArgumentParser) -> None:
         dest="form",
         choices=FORMS,
         default="model",
-        help="adapters merged into whole weights (default), the one adapter on its base, a GGUF file for llama.cpp and "
-        "Ollama, or whole weights that vLLM was seen to load",
+        help="model: all adapters merged into the weights (default); adapter: the only adapter, for PEFT; gguf: a "
+        "file for llama.cpp and Ollama; vllm: merged weights, after a test in vLLM",
     )
     parser.add_argument(
         "--max-gap",
         type=float,
         default=0.01,
         metavar="NATS",
-        help="mean KL a token that merging may cause by rounding, and the type of a GGUF file once more (default: "
-        "0.01)",
+        help="the largest mean KL per token that rounding may cause when adapters are merged, and again when a GGUF "
+        "file is written (default: 0.01)",
     )
     parser.add_argument(
         "--engine-python",
         metavar="PATH",
-        help="the interpreter that has vLLM (default: ALIGNMENT_ENGINE_PYTHON, or ~/.cache/alignment/engines/vllm)",
+        help="Python of the environment that has vLLM (default: ALIGNMENT_ENGINE_PYTHON, or "
+        "~/.cache/alignment/engines/vllm)",
     )
     parser.add_argument("--dtype", choices=GGUF_TYPES, help=f"type of a GGUF file's weights (default: {GGUF_TYPES[0]})")
     parser.add_argument(
         "--llama-python",
         metavar="PATH",
-        help="an interpreter with llama-cpp-python, which reads the GGUF file too (default: the environment variable "
-        "ALIGNMENT_LLAMA_CPP_PYTHON, or ~/.cache/alignment/engines/llama-cpp, if it is there)",
+        help="Python of an environment with llama-cpp-python, in which the GGUF file is tested (default: "
+        "ALIGNMENT_LLAMA_CPP_PYTHON, or ~/.cache/alignment/engines/llama-cpp if it exists)",
     )
     parser.add_argument(
         "--no-modelfile",

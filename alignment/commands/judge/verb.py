@@ -12,8 +12,8 @@ from alignment.commands.shared.arguments import add_output, output_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A run, two of its arms, and who judges."""
     parser.description = (
-        "Opens a page on this machine on which people compare two arms' answers without knowing whose they are. "
-        "Votes are stored at once; Ctrl-C ends, and the same command goes on."
+        "Serves a page on this machine where people compare the answers of two arms without knowing which arm gave "
+        "which. Every vote is stored at once. Ctrl-C ends the page, and the same command continues."
     )
     parser.add_argument("run", metavar="RUN", help="the name of a run with a finished evaluation")
     parser.add_argument(
@@ -22,14 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="ARM",
-        help="an arm of the evaluation, such as sft; give it twice (default: its arms, if it has just two)",
+        help="an arm of the evaluation, such as sft; give the option twice (default: the evaluation's arms, if it "
+        "has just two)",
     )
     parser.add_argument("--stage", metavar="NAME", help="the evaluation, if the run has several")
-    parser.add_argument("--annotator", metavar="NAME", help="who judges; without it, the page asks")
     parser.add_argument(
-        "--votes", metavar="FILE", help="where votes are stored (default: runs/RUN/STAGE/votes.jsonl of this folder)"
+        "--annotator", metavar="NAME", help="the name of the person who judges (default: the page asks)"
     )
-    parser.add_argument("--port", type=int, default=0, metavar="N", help="port of 127.0.0.1 (default: any free one)")
+    parser.add_argument(
+        "--votes", metavar="FILE", help="where votes are stored (default: runs/RUN/STAGE/votes.jsonl in this folder)"
+    )
+    parser.add_argument("--port", type=int, default=0, metavar="N", help="port on 127.0.0.1 (default: any free port)")
     parser.add_argument("--open", dest="opens_browser", action="store_true", help="open the page in a browser")
     add_output(parser)
 

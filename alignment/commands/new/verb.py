@@ -14,8 +14,8 @@ _DEFAULT_OUT = "recipe.yaml"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Data files, a model, and answers to what it would ask."""
     parser.description = (
-        "Looks at data files and writes a commented recipe for them. What it cannot know it asks on a terminal; "
-        "elsewhere an option has to say it."
+        "Looks at data files and writes a commented recipe for them. On a terminal it asks for what it cannot know; "
+        "elsewhere, options must answer these questions."
     )
     parser.add_argument(
         "files",
@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="a data file or a folder of them, bundled:NAME, or hub:ORG/NAME@REVISION",
     )
-    parser.add_argument("--model", metavar="SOURCE", help="what model.source takes (default: the bundled small model)")
+    parser.add_argument(
+        "--model", metavar="SOURCE", help="the model, written as in model.source (default: the bundled small model)"
+    )
     parser.add_argument(
         "--out", default=_DEFAULT_OUT, metavar="FILE", help=f"a file that does not exist yet (default: {_DEFAULT_OUT})"
     )
@@ -32,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for question in (FROM_PAIRS, FIRST):
         parser.add_argument(f"--{question.name}", choices=list(question.choices), help=_help(question))
-    parser.add_argument(f"--{SCORER.name}", metavar="SOURCE", help="what scores answers, for PPO and the evaluation")
+    parser.add_argument(f"--{SCORER.name}", metavar="SOURCE", help="the scorer of answers, for PPO and the evaluation")
     parser.add_argument("--device", metavar="GPU", help="the GPU to train on, such as h100 (default: this machine)")
 
 

@@ -12,9 +12,15 @@ from alignment.commands.shared.arguments import add_recipe, recipe_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A recipe with overrides."""
     add_recipe(parser)
-    parser.add_argument("--cost", action="store_true", help="also memory, FLOP and time of each stage, on shapes alone")
-    parser.add_argument("--device", default="this", help="for that cost: a GPU such as h100 (default: this machine)")
-    parser.add_argument("--trade", action="store_true", help="also the cost of each way of training each stage")
+    parser.add_argument(
+        "--cost",
+        action="store_true",
+        help="also estimate memory, FLOP and time of each stage, without loading any weights",
+    )
+    parser.add_argument("--device", default="this", help="estimate for this GPU, such as h100 (default: this machine)")
+    parser.add_argument(
+        "--trade", action="store_true", help="also estimate each stage with every training method (full, LoRA, …)"
+    )
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_recipe(parser)
     parser.add_argument("--stage", help="only this stage")
     parser.add_argument("--rows", type=int, default=2, help="rows of each stage (default: 2)")
-    parser.add_argument("--html", metavar="FILE", help="write the same as a page")
+    parser.add_argument("--html", metavar="FILE", help="write the rows to this HTML page as well")
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:

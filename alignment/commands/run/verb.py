@@ -12,8 +12,8 @@ from alignment.commands.shared.arguments import add_recipe, recipe_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A recipe with overrides, all of it or one stage."""
     add_recipe(parser)
-    parser.add_argument("--stage", help="only this stage, from results of earlier ones")
-    parser.add_argument("--wait", action="store_true", help="wait for a result that another process works on")
+    parser.add_argument("--stage", help="run only this stage, with existing results of earlier stages")
+    parser.add_argument("--wait", action="store_true", help="wait if another process is working on the same result")
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:

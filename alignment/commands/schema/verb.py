@@ -12,7 +12,7 @@ FILES = ("recipe", "sweep")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Which kind of file to describe."""
     parser.description = (
-        "Prints the JSON Schema of recipes or of sweeps, by which an editor completes and checks them as you type."
+        "Prints the JSON Schema of recipes or of sweeps, with which an editor completes and checks them as you type."
     )
     parser.add_argument(
         "file", metavar="FILE", nargs="?", choices=FILES, default=FILES[0], help="recipe (default) or sweep"
@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--beside",
         metavar="FOLDER",
-        help="the folder of your recipes: files in its adapter/, launch/, stage/ and so on may be chosen too",
+        help="the folder of your recipes; the schema then also allows the files in its adapter/, launch/, stage/ "
+        "and so on",
     )
 
 

@@ -14,20 +14,27 @@ ENGINES = ("transformers", "vllm")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A run, its arms, and what serves them."""
     parser.description = (
-        "Serves policies of a run on this machine (127.0.0.1) behind the API of OpenAI, each as a model of its own "
-        "name, until Ctrl-C."
+        "Serves policies of a run on this machine (127.0.0.1) with an OpenAI-compatible API, each under its own "
+        "model name, until Ctrl-C."
     )
     add_policies(parser)
-    parser.add_argument("--engine", choices=ENGINES, default=ENGINES[0], help="what serves (default: transformers)")
-    parser.add_argument("--port", type=int, default=8000, metavar="N", help="0 takes any free one (default: 8000)")
+    parser.add_argument(
+        "--engine", choices=ENGINES, default=ENGINES[0], help="the engine that serves (default: transformers)"
+    )
+    parser.add_argument(
+        "--port", type=int, default=8000, metavar="N", help="port; 0 takes any free port (default: 8000)"
+    )
     parser.add_argument(
         "--engine-python",
         metavar="PATH",
-        help="the interpreter that has vLLM (default: ALIGNMENT_ENGINE_PYTHON, or ~/.cache/alignment/engines/vllm)",
+        help="Python of the environment that has vLLM (default: ALIGNMENT_ENGINE_PYTHON, or "
+        "~/.cache/alignment/engines/vllm)",
     )
-    parser.add_argument("--api-key-env", metavar="VARIABLE", help="holds the key that clients must send (vLLM)")
     parser.add_argument(
-        "--tool-parser", metavar="NAME", help="how vLLM reads calls of tools in answers (default: hermes)"
+        "--api-key-env", metavar="VARIABLE", help="the environment variable with the key that clients must send (vLLM)"
+    )
+    parser.add_argument(
+        "--tool-parser", metavar="NAME", help="vLLM's parser for tool calls in answers (default: hermes)"
     )
     add_output(parser)
 

@@ -49,7 +49,7 @@ def add_policies(parser: argparse.ArgumentParser) -> None:
 def add_output(parser: argparse.ArgumentParser) -> None:
     """Adds the folder in which runs are."""
     parser.add_argument(
-        "--output", default=".", metavar="FOLDER", help="the folder that holds runs/ (default: this one)"
+        "--output", default=".", metavar="FOLDER", help="the folder that contains runs/ (default: the current folder)"
     )
 
 

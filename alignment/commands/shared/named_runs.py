@@ -46,7 +46,7 @@ def current_run(output: Path) -> Path:
         raise ConfigError(
             f"no run that can be read under {output / 'runs'}",
             where="RUN",
-            remedy="start one: align run RECIPE; or name the folder that holds runs/ with --output",
+            remedy="start one: align run RECIPE; or name the folder that contains runs/ with --output",
         )
     return output / "runs" / max(candidates)[2]
 

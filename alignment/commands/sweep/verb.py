@@ -10,17 +10,18 @@ from rich.console import Console
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A recipe, a sweep, and overrides for every trial."""
     parser.description = (
-        "Runs a recipe with many settings, each judged by its evaluation; called again, it makes what is missing."
+        "Runs a recipe once for each combination of settings and compares the results. Called again, it runs only "
+        "the trials that are missing."
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe's name, or the path of your own .yaml")
     parser.add_argument("sweep", metavar="SWEEP", help="a file's name in conf/sweep, or the path of your own .yaml")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="for every trial")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", default=[], help="overrides for every trial")
     parser.add_argument(
         "--at-once",
         type=int,
         default=1,
         metavar="N",
-        help="trials at the same time, each with its share of the machine",
+        help="number of trials to run at the same time, each with its share of the machine",
     )
 
 

@@ -13,7 +13,7 @@ from alignment.config.tracking import LABELS
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A run, and the tracker to send it to."""
     parser.description = (
-        "Sends curves, tables and results of a run to a tracker that lacks them. What it has already is not sent again."
+        "Sends the curves, tables and results of a run to a tracker. What the tracker already has is not sent again."
     )
     parser.add_argument("run", metavar="RUN", help="a run's name")
     parser.add_argument("--to", required=True, choices=LABELS, help="the tracker")

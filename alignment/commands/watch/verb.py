@@ -12,11 +12,11 @@ from alignment.commands.shared.arguments import add_output, output_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A run, and how long it is shown."""
     parser.description = (
-        "Serves the report of a run on this machine (127.0.0.1) while the run goes on. The page follows the run and "
-        "changes nothing. Ctrl-C ends the page and not the run."
+        "Serves the report of a run on this machine (127.0.0.1) while the run is in progress. The page follows the "
+        "run and changes nothing in it. Ctrl-C ends the page, not the run."
     )
-    parser.add_argument("run", metavar="RUN", nargs="?", help="a run's name (default: the one that goes on)")
-    parser.add_argument("--port", type=int, default=0, metavar="N", help="port of 127.0.0.1 (default: any free one)")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="a run's name (default: the run in progress)")
+    parser.add_argument("--port", type=int, default=0, metavar="N", help="port on 127.0.0.1 (default: any free port)")
     parser.add_argument("--open", dest="opens_browser", action="store_true", help="open the page in a browser")
     parser.add_argument("--until-done", action="store_true", help="end when the run has ended")
     add_output(parser)

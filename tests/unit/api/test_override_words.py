@@ -51,7 +51,7 @@ def test_numbers_of_other_libraries_and_paths_are_written_as_python_s() -> None:
 
 
 def test_a_value_without_a_form_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"^stages\.sft: set has no form in a configuration"):
+    with pytest.raises(ConfigError, match=r"^stages\.sft: set cannot be written in a configuration"):
         words({"stages.sft": {1}})  # type: ignore[dict-item]
     with pytest.raises(ConfigError, match=r"^stages\.sft: 'a b' cannot name a setting"):
         words({"stages.sft": {"a b": 1}})
