@@ -216,6 +216,6 @@ def new_folder(to: str) -> Path:
     """
     target = Path(to).expanduser().absolute()
     if target.exists() or not target.parent.is_dir():
-        why = "exists already" if target.exists() else "lies in a folder that does not exist"
+        why = "exists already" if target.exists() else "is in a folder that does not exist"
         raise ConfigError(f"{to!r} {why}", where="--to", remedy="name a new folder inside one that exists")
     return target

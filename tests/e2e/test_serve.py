@@ -115,4 +115,4 @@ def test_a_port_that_is_taken_is_named(run: ServedRun) -> None:
         taken.listen()
         code, printed = ended(run, "--port", str(taken.getsockname()[1]))
     assert code == 8
-    assert "busy: --port: another program listens on port" in printed
+    assert "busy: --port: another program already listens on port" in printed

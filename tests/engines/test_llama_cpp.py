@@ -52,7 +52,7 @@ def test_greedy_answers_are_equal(
     model, saved = trained_policy(tmp_path, base, adapter)
     options = ExportOptions(form="gguf", dtype=dtype, llama_python=str(llama_python))
     printed = export(saved.path, base.base, tmp_path / "out", options)
-    assert "cuts the fixed rows into the same tokens" in printed
+    assert "tokenizes the test texts in the same way" in printed
     prompts = [prompt_ids(tiny_tokenizer(), [Message(role="user", content=text)]) for text in QUESTIONS]
     expected = generate(_merged(model), prompts, max_new_tokens=16, end_ids=[2], batch_size=8)
     file = tmp_path / "out" / f"model-{dtype}.gguf"

@@ -281,10 +281,10 @@ def test_the_doctor_explains_a_file_and_its_faults_have_an_exit_code(capsys: Cap
     assert "pairs.jsonl:3: not JSON: " in printed
     assert "data.on_error=skip" in printed
     assert cli.main(["doctor", "bundled:quickstart/preferences", "--against", "bundled:quickstart/heldout"]) == 0
-    assert "overlap      none with bundled:quickstart/heldout" in capsys.readouterr().out
+    assert "overlap      no row resembles a prompt of bundled:quickstart/heldout" in capsys.readouterr().out
     heldout = "bundled:quickstart/heldout"
     assert cli.main(["doctor", heldout, "--against", heldout]) == 0
-    assert f"overlap      102 rows ask the same as {heldout}" in capsys.readouterr().out
+    assert f"overlap      102 rows resemble prompts of {heldout}" in capsys.readouterr().out
     assert cli.main(["doctor", str(tmp_path / "absent.jsonl")]) == 3
     assert "DATA: no file" in capsys.readouterr().err
 

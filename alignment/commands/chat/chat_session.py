@@ -93,7 +93,7 @@ class ChatSession:
             prompt = self._rendered([*left, asked])
         if len(prompt) >= positions:
             raise DataError(
-                f"that is {len(prompt)} tokens; {self.name} reads {positions}, including its answer",
+                f"that makes {len(prompt)} tokens, but {self.name} has room for {positions}, including its answer",
                 remedy="write less",
             )
         if dropped:

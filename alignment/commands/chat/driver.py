@@ -44,7 +44,9 @@ def chat(
     """
     _refuse_options(options)
     if len(arms) > MOST_ARMS:
-        raise ConfigError(f"{len(arms)} arms; two at most fit side by side", where="--arm", remedy="name one or two")
+        raise ConfigError(
+            f"{len(arms)} arms; at most two can be shown side by side", where="--arm", remedy="name one or two"
+        )
     policies = PolicyFinder(console, result, output).policies(arms)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "chat.json"

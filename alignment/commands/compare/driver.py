@@ -62,7 +62,7 @@ def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | 
 
 def _page(html: str, runs: Sequence[str]) -> Path:
     if len(runs) > MOST_RUNS:
-        raise ConfigError(f"a page holds {MOST_RUNS} runs at most", where="--html", remedy="name fewer")
+        raise ConfigError(f"a page shows at most {MOST_RUNS} runs", where="--html", remedy="name fewer")
     path = Path(html).expanduser().absolute()
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"{html!r} cannot be a file", where="--html", remedy="name a file in a folder that exists")
@@ -147,7 +147,7 @@ def _show_differences(
             continue
         label = f"{difference.arm.removeprefix('stage:')}: {runs[difference.run]} against {runs[0]}"
         if difference.interval is None:
-            line = f"{label}: judged on other prompts, which cannot be compared"
+            line = f"{label}: evaluated on different prompts, so the two cannot be compared"
         else:
             low, high = difference.interval.bounds or (difference.interval.mean, difference.interval.mean)
             verdict = (

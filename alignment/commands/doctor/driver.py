@@ -61,7 +61,12 @@ def _overlaps(path: Path, data: SourceConfig, against: str, other: Path, progres
     first = list(islice(overlaps, NAMED))
     more = sum(1 for _ in overlaps)
     count = len(first) + more
-    lines = [_line("overlap", f"{count:,} rows ask the same as {against}" if count else f"none with {against}")]
+    lines = [
+        _line(
+            "overlap",
+            f"{count:,} rows resemble prompts of {against}" if count else f"no row resembles a prompt of {against}",
+        )
+    ]
     lines += [
         _line("", f"{_short_location(row.learned)} has {row.share:.0%} of {_short_location(row.held_out)}")
         for row in first
@@ -119,11 +124,11 @@ def _set_aside(diagnosis: Diagnosis) -> Iterator[str]:
 
 def _near_duplicates(diagnosis: Diagnosis) -> Iterator[str]:
     duplicates = diagnosis.near_duplicates.pairs
-    summary = f"{len(duplicates):,} rows are nearly the same as an earlier row; keep one of each, or they count more"
+    summary = f"{len(duplicates):,} rows are nearly the same as an earlier row; keep one of each, or they weigh more"
     yield _line("duplicates", summary if duplicates else "no row")
     for duplicate in duplicates[:_PAIRS]:
         row, earlier = _short_location(duplicate.where), _short_location(duplicate.earlier)
-        yield _line("", f"{row} shares {duplicate.share:.0%} of its runs of words with {earlier}")
+        yield _line("", f"{row} shares {duplicate.share:.0%} of its word sequences with {earlier}")
     if len(duplicates) > _PAIRS:
         yield _line("", f"and {len(duplicates) - _PAIRS:,} more")
     if diagnosis.near_duplicates.passed_over:

@@ -43,7 +43,9 @@ def write_adapter(result: ExportedResult, folder: Path) -> list[str]:
     expected = stream_logprobs(original.get_base_model(), result.rows)
     again = PeftModel.from_pretrained(load_policy(lineage.weights, torch.float32), str(folder)).eval()
     refuse_differences(logprobs(again, result.rows), expected, folder)
-    notes = ["loaded by PEFT on its base, it gives the same outputs on the fixed rows"]
+    notes = ["loaded by PEFT on its base, it gives the same outputs on the test texts"]
     if lineage.adapters[0].nf4:
-        notes.append("it was trained on weights in four bits (NF4, double quantisation): load its base in the same way")
+        notes.append(
+            "it was trained on a base in four bits (NF4, double quantisation), so load the base in the same way"
+        )
     return notes

@@ -56,9 +56,9 @@ def write_gguf(result: ExportedResult, folder: Path, options: ExportOptions) -> 
     refuse_other_metadata(file, metadata)
     gap = gap_of_file(file, result.rows, expected, dtype=dtype, max_gap=options.max_gap)
     notes.append(
-        f"{dtype} costs {gap.mean_kl:.2g} nats of KL per token on the fixed rows, read by transformers in float32; the "
+        f"{dtype} costs {gap.mean_kl:.2g} nats of KL per token on the test texts, read by transformers in float32; the "
         f"largest change of a log-probability is {gap.largest:.3g}"
     )
     if options.llama_python is None:
-        return [*notes, "llama.cpp itself has not read it (--llama-python)"]
+        return [*notes, "it was not tested in llama.cpp (--llama-python)"]
     return notes + check_by_llama(Path(options.llama_python), file, result, expected, adds_bos=words.adds_bos)

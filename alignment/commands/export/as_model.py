@@ -27,7 +27,7 @@ def write_policy(result: ExportedResult, folder: Path, *, max_gap: float) -> lis
     merged.save_pretrained(str(folder))
     again = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True).eval()
     refuse_differences(logprobs(again, result.rows), expected, folder)
-    return [*notes, "loaded by transformers, it gives the same outputs on the fixed rows"]
+    return [*notes, "loaded by transformers, it gives the same outputs on the test texts"]
 
 
 def write_reward(result: ExportedResult, folder: Path) -> list[str]:
@@ -49,8 +49,8 @@ def write_reward(result: ExportedResult, folder: Path) -> list[str]:
     again.score.float()
     refuse_differences(_scores(again, result.rows), expected, folder)
     return [
-        f"its scores are those of training plus {offset:.4f}, the offset that makes chosen answers score 0",
-        "loaded by transformers, it gives the same outputs on the fixed rows, one row at a time",
+        f"its scores are the scores in training plus {offset:.4f}, the offset that makes chosen answers score 0",
+        "loaded by transformers, it gives the same outputs on the test texts, one row at a time",
     ]
 
 

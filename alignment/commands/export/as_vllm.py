@@ -34,7 +34,7 @@ def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions)
         StageError: vLLM does not load it.
     """
     if result.manifest.kind == REWARD_MODEL:
-        raise ModelError("vLLM is asked for answers, which a reward model does not give", remedy="export it as a model")
+        raise ModelError("vLLM generates answers, and a reward model gives none", remedy="export it as a model")
     interpreter(options.engine_python, package="vllm", where="--engine-python")
     notes = write_policy(result, folder, max_gap=options.max_gap)
     generation = Generation(max_new_tokens=TOKENS, temperature=0.0, end_ids=result.stops)
@@ -53,13 +53,13 @@ def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions)
         raise ModelError(
             f"vLLM's log-probabilities differ from ours by {gap:.2f} nats a token; nothing was exported",
             where=str(folder),
-            remedy="this version of vLLM computes the model differently; export it as a model, or as a GGUF file",
+            remedy="this version of vLLM computes the model differently; use --as model or --as gguf",
         )
     equal = sum(answer.ids == own for answer, own in zip(of_vllm, ours, strict=True))
     return [
         *notes,
-        f"loaded by vLLM, {equal} of {len(ours)} greedy answers to the fixed rows begin with the same {TOKENS} tokens "
-        f"as here, and its log-probabilities differ by {gap:.2g} nats a token in the mean",
+        f"loaded by vLLM, {equal} of {len(ours)} greedy answers to the test texts begin with the same {TOKENS} tokens "
+        f"as here, and its log-probabilities differ by {gap:.2g} nats per token on average",
     ]
 
 

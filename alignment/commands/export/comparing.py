@@ -71,6 +71,6 @@ def refuse_differences(actual: Tensor, expected: Tensor, folder: Path) -> None:
     worst = float((actual - expected).abs().max())
     if worst > RELOADED:
         raise ModelError(
-            f"the written model's outputs differ by {worst:.3g} from the expected ones; nothing was exported",
+            f"the outputs of the written model differ by {worst:.3g} from the expected ones; nothing was exported",
             where=str(folder),
         )

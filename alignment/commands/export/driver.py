@@ -38,7 +38,7 @@ def export(console: Console, result: str, *, to: str, options: ExportOptions, ou
         raise ArtifactError("no complete artifact here", where=str(folder), remedy="run the stage that makes it")
     if manifest.kind not in EXPORTED:
         raise ConfigError(
-            f"{folder.name} is of kind {manifest.kind}; a policy or a reward model can be exported", where=result
+            f"{folder.name} is of kind {manifest.kind}; only a policy or a reward model can be exported", where=result
         )
     target = new_folder(to)
     argv = [sys.executable, "-m", "alignment.commands.export.worker", str(folder), "--to", str(target)]
@@ -62,9 +62,9 @@ def _with_llama_python(options: ExportOptions) -> ExportOptions:
     path = shutil.which(Path(named).expanduser()) if named else shutil.which(built)
     if named and path is None:
         raise ConfigError(
-            f"{named!r} is not a program",
+            f"{named!r} is not a program that can be run",
             where="--llama-python" if options.llama_python else LLAMA_PYTHON,
-            remedy="name bin/python of an environment with llama-cpp-python, or none; "
+            remedy="name bin/python of an environment with llama-cpp-python, or leave the option out; "
             f"`{build_command('llama-cpp')}` builds one",
         )
     return replace(options, llama_python=None if path is None else str(Path(path).absolute()))

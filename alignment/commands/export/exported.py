@@ -93,7 +93,7 @@ def merged_policy(
         raise ModelError(
             f"{note}, more than {max_gap:g}",
             where=str(result.lineage.adapters[-1].path),
-            remedy="export it as an adapter, or allow more by --max-gap",
+            remedy="export it as an adapter, or allow more with --max-gap",
         )
     return merged, expected, [note]
 

@@ -40,7 +40,7 @@ def model_card(
         ["## What was measured", "", *_measured(manifest, origin)],
         ["## Intended use and limits", "", *_limits(manifest, origin)],
         ["## Where it comes from", "", *_chain(manifest, origin)],
-        ["## How to make it again", "", *_again(manifest, origin)],
+        ["## How to reproduce it", "", *_again(manifest, origin)],
     ]
     return "\n\n".join("\n".join(section) for section in sections if section) + "\n"
 
@@ -92,9 +92,9 @@ def _licence(manifest: Manifest) -> str:
     """The licence is known only for a bundled base."""
     scheme, _, name = str(manifest.base["source"]).partition(":")
     if scheme == "bundled" and name in bundled_model.MODELS:
-        base = f"that of the base ({bundled_model.MODELS[name].licence})"
-        return f"{base} and of the data applies; that of the data is not recorded here."
-    return "that of the base and of the data applies; neither is recorded here."
+        base = bundled_model.MODELS[name].licence
+        return f"{base} (the base). The licences of the training data apply too; they are not recorded here."
+    return "the licences of the base and of the training data apply; they are not recorded here."
 
 
 def _usage(manifest: Manifest, form: str, files: Sequence[str]) -> list[str]:

@@ -126,7 +126,7 @@ class Ballots:
         """
         own = self._own(annotator)
         if not own:
-            raise Refused(f"{annotator} has no vote to take back.")
+            raise Refused(f"{annotator} has no vote to undo.")
         remove_vote(self._file, own[-1])
         self._votes.remove(own[-1])
 
@@ -143,7 +143,7 @@ def annotator_name(text: str) -> str:
     """
     name = unicodedata.normalize("NFC", " ".join(text.split()))
     if not 0 < len(name) <= LONGEST_NAME or not name.isprintable():
-        raise ValueError(f"a name has 1 to {LONGEST_NAME} printable characters")
+        raise ValueError(f"a name must have 1 to {LONGEST_NAME} printable characters")
     return name
 
 

@@ -59,7 +59,7 @@ def judge(console: Console, run: str, arms: Sequence[str], *, options: Options, 
         listening(options.port) as listener,
     ):
         if cut_unfinished_line(file):
-            _print(console, f"{file}: half a vote at the end, which was never confirmed, was removed")
+            _print(console, f"{file}: an incomplete vote at the end was removed; it was never confirmed")
         ballots = Ballots(file, pairs, pair)
         page = PageServer(lambda token: application(ballots, token, run=run, annotator=annotator), listener)
         _introduce(console, ballots, file, pair)
@@ -108,7 +108,7 @@ def _two_arms(arms: Sequence[str], evaluation: Evaluation) -> tuple[str, str]:
     chosen = [named[arm] for arm in arms]
     if len(chosen) != 2:
         raise ConfigError(
-            f"{len(chosen)} arms are named, and two are compared",
+            f"{len(chosen)} arms were given, but exactly two are compared",
             where="--arm",
             remedy=f"its arms: {', '.join(labels)}",
         )
@@ -123,7 +123,7 @@ def _votes_file(votes: str | None, folder: Path) -> Path:
     file = Path(votes).expanduser().resolve()  # the lock is beside the file itself, whatever links lead there
     if file.suffix != ".jsonl" or (file.exists() and not file.is_file()) or not file.parent.is_dir():
         raise ConfigError(
-            f"{votes!r} cannot hold votes", where="--votes", remedy="name a file .jsonl in a folder that exists"
+            f"{votes!r} cannot store votes", where="--votes", remedy="name a .jsonl file in a folder that exists"
         )
     return file
 
@@ -137,22 +137,24 @@ def _pairs(artifact: Path, arms: tuple[str, str]) -> list[AnswerPair]:
         ) from error
     if any(sample.later_turns for sample in samples):
         raise DataError(
-            "has prompts of several turns, and people judge single answers",
+            "has prompts with several turns, but people judge single answers",
             where=str(artifact / SAMPLES),
-            remedy="judge an evaluation whose rows ask one turn",
+            remedy="judge an evaluation whose prompts have one turn",
         )
     pairs = pairs_of_samples(samples, arms)
     if not pairs:
-        raise ArtifactError("holds no answers of both arms", where=str(artifact / SAMPLES), remedy="run it again")
+        raise ArtifactError(
+            "has no prompt with answers of both arms", where=str(artifact / SAMPLES), remedy="run it again"
+        )
     return pairs
 
 
 def _introduce(console: Console, ballots: Ballots, file: Path, arms: tuple[str, str]) -> None:
     _print(console, f"{arms[0]} and {arms[1]}: {ballots.total} pairs of answers to judge")
     if ballots.num_same:
-        _print(console, f"{ballots.num_same} more have the same answer twice, and are ties without a vote")
+        _print(console, f"{ballots.num_same} more have two identical answers and count as ties without a vote")
     if ballots.num_stale:
-        _print(console, f"{ballots.num_stale} votes in the file are about other answers of these arms and do not count")
+        _print(console, f"{ballots.num_stale} votes in the file are for other answers of these arms and do not count")
     _print(console, f"votes: {file}")
 
 

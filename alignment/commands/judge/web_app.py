@@ -104,10 +104,10 @@ class _Pages:
         except (_Malformed, ValueError) as error:
             return self._refused(name, str(error), status=400)
         except OSError as error:
-            problem = f"The file of votes cannot be written to: {error.strerror}. Nothing else was changed."
+            problem = f"The votes file cannot be written: {error.strerror}. Nothing else was changed."
             return self._refused(name, problem, status=507)
         except DataError as error:
-            return self._refused(name, f"The file of votes was changed by somebody else: {error}", status=500)
+            return self._refused(name, f"The votes file was changed by somebody else: {error}", status=500)
         return _to_judge(name)
 
     def _refused(self, name: str | None, problem: str, *, status: int) -> Response:

@@ -94,7 +94,7 @@ def free_bytes(device: str | None) -> tuple[float, str]:
     """
     names = ", ".join(DEVICES)
     if device is None and hardware.count_devices():
-        raise ConfigError("which GPU has this machine?", where="--device", remedy=f"one of {names}")
+        raise ConfigError("what GPU does this machine have?", where="--device", remedy=f"one of {names}")
     if device is None:
         return hardware.free_memory(), "free on this machine"
     if device not in DEVICES:
@@ -107,7 +107,7 @@ def adapter_for(model: BaseModel, memory: tuple[float, str]) -> Reasoned:
     free, whose = memory
     if model.weights is None:
         return Reasoned(
-            value=AdapterKind.lora.value, why="the weights are not here yet: align plan --cost says what fits"
+            value=AdapterKind.lora.value, why="the weights are not downloaded yet; align plan --cost shows what fits"
         )
     needs = {kind: _HALF * size * model.weights + _FIXED for kind, size in _BYTES_A_WEIGHT.items()}
     kind = AdapterKind.lora if needs[AdapterKind.lora] <= free else AdapterKind.qlora
@@ -116,7 +116,7 @@ def adapter_for(model: BaseModel, memory: tuple[float, str]) -> Reasoned:
         f"{(_FULL_BYTES * model.weights + _FIXED) / 1e9:.1f} GB when all are trained; {free / 1e9:.1f} GB are {whose}"
     )
     if needs[kind] > free:
-        why += "; that is too little even so"
+        why += "; even that is not enough"
     return Reasoned(value=kind.value, why=f"{why} (a rule of thumb; align plan --cost computes it)")
 
 
@@ -124,4 +124,4 @@ def dtype_for(device: str | None) -> Reasoned | None:
     """float32 where a processor would be slow in bfloat16; else the default."""
     if device is not None or hardware.count_devices() or hardware.has_bfloat16():
         return None
-    return Reasoned(value=Dtype.float32.value, why="this processor has no instructions for bfloat16")
+    return Reasoned(value=Dtype.float32.value, why="this processor has no bfloat16 instructions")

@@ -104,7 +104,9 @@ def new_recipe(
 def _held_out_file(console: Console, source: str) -> DataFile:
     file = look_at(console, source, where="--heldout").counted()
     if not file.prompts:
-        raise DataError("no row asks anything", where="--heldout", remedy="name a file of prompts, or leave it out")
+        raise DataError(
+            "no row has a prompt", where="--heldout", remedy="name a file with prompts, or leave the option out"
+        )
     return file
 
 
@@ -114,7 +116,7 @@ def _new_file(out: str) -> Path:
         allowed = f"NAME{_SUFFIX}, where NAME is {NAME.allowed}"
         raise ConfigError(f"{out!r} cannot name a recipe; allowed: {allowed}", where="--out")
     if path.exists() or not path.absolute().parent.is_dir():
-        why = "exists already" if path.exists() else "lies in a folder that does not exist"
+        why = "exists already" if path.exists() else "is in a folder that does not exist"
         raise ConfigError(f"{out!r} {why}", where="--out", remedy="name a new file in a folder that exists")
     return path
 
@@ -139,7 +141,7 @@ def _split(console: Console, files: Sequence[DataFile], given: DataFile | None, 
         held_out, learned = split(files, keys, new)
         _say(console, f"{len(keys)} prompts are held out for an evaluation")
         return _Data(files=learned, held_out=held_out)
-    _say(console, f"no evaluation: that takes {FEWEST} different prompts, or --heldout FILE")
+    _say(console, f"no evaluation: it needs {FEWEST} different prompts, or --heldout FILE")
     return _Data(files=files)
 
 
@@ -187,8 +189,8 @@ def _lines(
     data: _Data,
 ) -> Iterator[str]:
     yield from comment_lines(
-        f"Written by `align new` for {', '.join(files)}. Each number is a beginning, chosen by the rule in its "
-        "comment, and none was tuned. Paths are relative to the folder that you call align from."
+        f"Written by `align new` for {', '.join(files)}. Each number is a starting value, chosen by the rule in its "
+        f"comment; none was tuned. Paths are relative to the folder from which you call align."
     )
     yield "defaults:"
     yield "  - base"
@@ -220,13 +222,13 @@ def _summary(stages: Mapping[str, NewStage], data: _Data) -> str:
 
 
 def _model_settings(model: BaseModel, options: Options) -> dict[str, Any]:
-    default = "the small model that ships with the project, because --model names no other"
+    default = "the small model that ships with the project, because --model was not given"
     source = Reasoned(value=model.source, why=default) if options.model is None else model.source
     settings: dict[str, Any] = {"source": source}
     if dtype := dtype_for(options.device):
         settings["dtype"] = dtype
     if model.template:
-        settings["chat_template"] = Reasoned(value=model.template, why="its tokenizer has no chat template of its own")
+        settings["chat_template"] = Reasoned(value=model.template, why="its tokenizer has no chat template")
     return settings
 
 

@@ -49,7 +49,7 @@ class NewFiles:
             stream = path.open("x", encoding="utf-8")
         except FileExistsError:
             raise ConfigError(
-                f"{path} exists already", where="--out", remedy="move it away, or take another name"
+                f"{path} exists already", where="--out", remedy="move it, or choose another name"
             ) from None
         self.written.append(path)
         with stream:
@@ -85,7 +85,7 @@ def split(files: Sequence[DataFile], keys: frozenset[int], new: NewFiles) -> tup
         ConfigError: a file to write exists already.
     """
     source = _asked_file(files)
-    assert source is not None, "the prompts are those of a file"
+    assert source is not None, "the prompts come from a file"
     path = new.beside("heldout")
     left = set(keys)
     with new.create(path) as stream:

@@ -47,7 +47,7 @@ def _in_process(asked: Mapping[str, Any]) -> list[Lengths]:
             raise StageError(
                 f"the process that counts tokens ended with {code}",
                 where="new",
-                remedy="its output is above; a chat template that never ends is killed",
+                remedy="its output is above; a chat template that runs forever is stopped",
             )
         content = json.loads(answer.read_text(encoding="utf-8"))
     if fault := content.get("error"):

@@ -24,7 +24,9 @@ def answered(questions: Sequence[Question], given: Mapping[str, str], *, ask: As
     missing = [question for name, question in by_name.items() if name not in given]
     if missing and ask is None:
         lines = "".join(f"\n  --{question.name}: {_described(question)}" for question in missing)
-        raise ConfigError(f"these files leave open:{lines}", remedy="add the options, or call this on a terminal")
+        raise ConfigError(
+            f"these files leave a choice open:{lines}", remedy="add the options, or run the command on a terminal"
+        )
     return {**given, **{question.name: _asked(question, ask) for question in missing if ask is not None}}
 
 
@@ -38,7 +40,7 @@ def refuse_unasked(questions: Sequence[Question], given: Mapping[str, str], know
     for question in known:
         if question.choices and question.name in given and question.name not in raised:
             raise ConfigError(
-                f"{given[question.name]!r} has no effect: these files do not raise the question",
+                f"{given[question.name]!r} has no effect: the question does not arise for these files",
                 where=f"--{question.name}",
                 remedy="leave it out",
             )

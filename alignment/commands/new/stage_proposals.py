@@ -33,7 +33,7 @@ def proposed_stages(circumstances: Circumstances) -> dict[str, NewStage]:
     scorer = circumstances.answer(SCORER)
     if scorer and not any(scorer in repr(stage.settings) for stage in stages.values()):
         raise ConfigError(
-            f"{scorer!r} has no effect: no stage has prompts to score answers to",
+            f"{scorer!r} has no effect: no stage scores answers",
             where=f"--{SCORER.name}",
             remedy="leave it out",
         )
@@ -41,7 +41,7 @@ def proposed_stages(circumstances: Circumstances) -> dict[str, NewStage]:
         raise ConfigError(
             f"no stage uses {files}",
             where="FILE",
-            remedy="leave it out; or choose stages that use it (--from-pairs, --scorer); or name it with --heldout",
+            remedy="leave it out, choose stages that use it (--from-pairs, --scorer), or name it with --heldout",
         )
     return stages
 

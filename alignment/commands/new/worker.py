@@ -74,7 +74,7 @@ def _lengths(tokenizer: Any, path: Path, kind: Kind) -> Lengths:
     records = list(_tokenized(tokenizer, path, kind))
     readable = [record for record in records if record.parts]
     if not readable:
-        raise next((record.fault for record in records if record.fault), DataError("has no row", where=str(path)))
+        raise next((record.fault for record in records if record.fault), DataError("has no rows", where=str(path)))
     has_answers = kind.record is not PlainText
     return Lengths(
         rows=[record.tokens for record in readable],

@@ -36,7 +36,7 @@ def _disk_line(cost: RunCost, free: float | None) -> str:
     line = f"disk: {_gb(cost.disk)} GB for results and for the checkpoints of a stage while it trains"
     if free is None or cost.disk <= free:
         return line
-    return f"{line}; only {_gb(free)} GB are free, so set output to a folder on a larger disk"
+    return f"{line}; only {_gb(free)} GB are free; set output to a folder on a larger disk"
 
 
 def show_trades(console: Console, recipe: str, cost: RunCost) -> None:
@@ -52,7 +52,7 @@ def show_trades(console: Console, recipe: str, cost: RunCost) -> None:
             escape(trade.error or " ".join(trade.remedy)),
         )
     print_whole(console, table)
-    console.print(f"a setting goes behind: align run {recipe}", markup=False, highlight=False)
+    console.print(f"to use one, append its settings to: align run {recipe}", markup=False, highlight=False)
 
 
 def _cells(stage: StageCost) -> list[str]:
@@ -78,7 +78,7 @@ def _cells(stage: StageCost) -> list[str]:
 def _remarks(stage: StageCost, cost: RunCost) -> list[str]:
     if stage.error:
         return [f"{stage.stage}: cannot be estimated: {stage.error}"]
-    rows = f"{stage.stage}: FLOP and time are those of the first {stage.first_rows:,} rows; others are not counted"
+    rows = f"{stage.stage}: FLOP and time cover only the first {stage.first_rows:,} rows"
     remarks = [rows] if stage.first_rows else []
     if stage.assumed_tokens:
         remarks.append(f"{stage.stage}: micro_batch_tokens=auto counts as {stage.assumed_tokens:,} tokens")
@@ -90,7 +90,9 @@ def _remarks(stage: StageCost, cost: RunCost) -> list[str]:
     lacks = f"{stage.stage}: {_gb(stage.peak)} GB do not fit into {_gb(cost.memory)} GB"
     return [
         *remarks,
-        f"{lacks}; {_gb(stage.remedy_peak)} GB with {fits}" if fits else f"{lacks}, with no setting that was tried",
+        f"{lacks}; {_gb(stage.remedy_peak)} GB with {fits}"
+        if fits
+        else f"{lacks}, even with the settings that were tried",
     ]
 
 

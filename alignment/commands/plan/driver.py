@@ -58,4 +58,4 @@ def _show_known(console: Console, plan: Plan) -> None:
     if (cost := planned_costs.known(plan)) is not None:
         show_cost(console, cost, free=estimates.free_disk(plan))
     else:
-        console.print("--cost says what memory and time it would take", highlight=False)
+        console.print("--cost shows how much memory and time it would take", highlight=False)

@@ -36,10 +36,10 @@ def show_preview(
     chosen = [planned for planned in known if stage in (None, planned.name)]
     if not chosen:
         names = ", ".join(planned.name for planned in known)
-        raise ConfigError(f"{stage!r} is not a stage that trains; one of: {names}", where="--stage")
+        raise ConfigError(f"{stage!r} is not a training stage; one of: {names}", where="--stage")
     for planned in (planned for planned in chosen if planned.unmade):
         makers = " and ".join(planned.unmade)
-        console.print(f"{planned.name}: its rows do not exist before {makers} has run", markup=False, highlight=False)
+        console.print(f"{planned.name}: its rows do not exist until {makers} has run", markup=False, highlight=False)
     shown = [planned for planned in chosen if not planned.unmade]
     if not shown:
         return 0
@@ -71,7 +71,7 @@ def _exit_code(code: int) -> int:
     """
     if code == -KILLED_BY:
         raise ModelError(
-            f"the chat template computes for more than {KILLED_SECONDS:g} s in one step",
+            f"the chat template ran for more than {KILLED_SECONDS:g} s in one step",
             where="preview",
             remedy="set model.chat_template=chatml, or path:FILE of another template",
         )

@@ -166,7 +166,7 @@ def _overlaps(records: Sequence[Any], held_out: HeldOut | None) -> list[str]:
         return []
     first = overlaps[0]
     return [
-        f"{len(overlaps):,} records ask the same as the evaluation, such as {first.learned}, "
+        f"{len(overlaps):,} records resemble prompts of the evaluation, such as {first.learned}, "
         f"which has {first.share:.0%} of {first.held_out}"
     ]
 

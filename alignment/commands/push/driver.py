@@ -58,7 +58,7 @@ def _exported(folder: str) -> Path:
     missing = [name for name in EXPORTED_FILES if not (path / name).is_file()]
     if missing:
         raise ConfigError(
-            f"{folder!r} was not written by align export: {missing[0]} is missing",
+            f"{folder!r} was not written by align export, because {missing[0]} is missing",
             where="FOLDER",
             remedy="first: align export RUN/STAGE --to FOLDER",
         )
@@ -77,11 +77,15 @@ def _prepared(api: HfApi, repository: str, *, public: bool, replace: bool) -> bo
     files = {file.rfilename for file in info.siblings or []} - _OF_EVERY_REPOSITORY
     if files and not replace:
         raise ConfigError(
-            f"{repository} has {len(files)} files", where="--to", remedy="--replace replaces them, or name another"
+            f"{repository} has {len(files)} files",
+            where="--to",
+            remedy="--replace replaces them; or name another repository",
         )
     if not info.private and not public:
         raise ConfigError(
-            f"{repository} is public", where="--to", remedy="--public if everybody may read it, or name another"
+            f"{repository} is public",
+            where="--to",
+            remedy="add --public if everybody may read it, or name another repository",
         )
     return bool(files)
 
@@ -98,13 +102,15 @@ def _explained(endpoint: str, token: str) -> Iterator[None]:
         raise
     except HfHubHTTPError as error:
         raise StoreError(
-            f"the hub refuses: {_words(error, token)}",
+            f"the hub refused: {_words(error, token)}",
             where=endpoint,
             remedy="check that the token may write to this repository",
         ) from None
     except (HTTPError, OSError) as error:
         raise StoreError(
-            f"the hub cannot be reached: {_words(error, token)}", where=endpoint, remedy="check the network, try again"
+            f"the hub cannot be reached: {_words(error, token)}",
+            where=endpoint,
+            remedy="check the network and try again",
         ) from None
 
 

@@ -21,7 +21,7 @@ def show_schema(console: Console, file: str, *, beside: str | None = None) -> in
     folders = []
     if beside is not None:
         if file != "recipe":
-            raise ConfigError("a sweep chooses no files", where="--beside", remedy="leave it out")
+            raise ConfigError("a sweep does not choose files", where="--beside", remedy="leave it out")
         if not Path(beside).expanduser().is_dir():
             raise ConfigError(f"no folder {beside}", where="--beside", remedy="name the folder of your recipes")
         folders = [Path(beside).expanduser()]

@@ -91,7 +91,7 @@ def _environment(options: Options) -> Path | None:
     for name in ("engine_python", "api_key_env", "tool_parser"):
         if getattr(options, name) is not None:
             raise ConfigError(
-                "only vLLM takes this option",
+                "only vLLM has this option",
                 where=f"--{name.replace('_', '-')}",
                 remedy="leave it out, or use --engine vllm",
             )
@@ -129,7 +129,7 @@ def _command(
         raise error
     if code != 0:
         raise StageError(f"the files for vLLM could not be written (exit code {code})", where=WHERE, remedy=_LOOK)
-    _print(console, "starting vLLM, which takes a minute or so …")
+    _print(console, "starting vLLM, which takes about a minute …")
     files = VllmFiles(folder=keeper.folder)
     return vllm_command(python, files, layout, dtype=policies[0].dtype, api_key=key, tool_parser=options.tool_parser)
 
@@ -165,7 +165,7 @@ def _introduce(
         _print(console, f"  {policy.name:<{width}}  {policy.described}")
     names = [policy.name for policy in policies]
     if layout is not None and layout.weights_name not in names:
-        _print(console, f"the weights below them answer too, as {layout.weights_name}")
+        _print(console, f"their shared base also answers, as {layout.weights_name}")
     _print(console, f"try:\n  {_curl(server.url, names[-1], options.api_key_env)}")
 
 

@@ -47,7 +47,7 @@ def _refuse_other_tokenizer(first: StoredPolicy, tokenizer: Any, policy: StoredP
     for name, differs in differing.items():
         if differs:
             raise ModelError(
-                f"{policy.name} has another {name} than {first.name}, and one vLLM server has one",
+                f"{policy.name} has a different {name} than {first.name}, and one vLLM server can have only one",
                 where="--arm",
                 remedy="use --engine transformers, or serve one arm at a time",
             )

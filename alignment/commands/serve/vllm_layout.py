@@ -91,9 +91,9 @@ def refuse_prefix(policy: StoredPolicy) -> None:
     """
     if policy.artifact is not None and any("num_virtual_tokens" in config for config in _configs(policy)):
         raise ModelError(
-            f"{policy.name} has a prefix, which cannot be merged into weights, and which no engine here serves",
+            f"{policy.name} has a prefix, which cannot be merged into weights and which no engine here can serve",
             where="--arm",
-            remedy="talk to it with `align chat`",
+            remedy="use `align chat` instead",
         )
 
 
@@ -118,31 +118,32 @@ def _arm(policy: StoredPolicy) -> VllmArm:
     if not ranks:
         _refuse(policy, "it has weights of its own")
     if sum(ranks) > RANKS[-1]:
-        _refuse(policy, f"its adapters have rank {sum(ranks)} together, and vLLM holds at most {RANKS[-1]}")
+        _refuse(policy, f"its adapters have rank {sum(ranks)} in total, and vLLM takes at most {RANKS[-1]}")
     return VllmArm(name=policy.name, folders=_folders(policy), rank=sum(ranks))
 
 
 def _refuse_other_weights(policy: StoredPolicy, first: StoredPolicy) -> None:
     if _weights(policy).resolve() != _weights(first).resolve():
-        _refuse(policy, f"its weights are not those below {first.name}")
+        _refuse(policy, f"it is not based on the same weights as {first.name}")
     if policy.dtype != first.dtype:
-        _refuse(policy, f"its weights are {policy.dtype}, those of {first.name} {first.dtype}")
+        _refuse(policy, f"its weights are {policy.dtype}, but {first.name} has {first.dtype}")
     if policy.artifact is None:
         return
     if policy.name == BASE:
-        raise ConfigError(f"{BASE!r} is the name of the weights below it", where="--arm", remedy="rename its folder")
+        raise ConfigError(f"{BASE!r} is the name of the base model", where="--arm", remedy="rename its folder")
     if any(applied.get("nf4") for applied in manifest_of(policy).adapters_stood.values()):
-        _refuse(policy, "its adapters stand on weights in four bits")
+        _refuse(policy, "its adapters were trained on weights in four bits")
     for config in _configs(policy):
         if config.get("use_dora"):
-            _refuse(policy, "it has a DoRA adapter, which vLLM does not hold beside weights")
+            _refuse(policy, "it has a DoRA adapter, which vLLM cannot serve as an adapter")
         if config.get("modules_to_save"):
-            _refuse(policy, f"it holds whole modules: {', '.join(config['modules_to_save'])}")
+            _refuse(policy, f"it contains whole modules: {', '.join(config['modules_to_save'])}")
 
 
 def _refuse(policy: StoredPolicy, reason: str) -> None:
     raise ConfigError(
-        f"vLLM serves several arms as LoRA adapters on one set of weights, and {policy.name} does not fit: {reason}",
+        f"vLLM serves several arms as LoRA adapters on one set of weights, and {policy.name} cannot be one of them: "
+        f"{reason}",
         where="--arm",
         remedy="use --engine transformers, or serve one arm at a time",
     )

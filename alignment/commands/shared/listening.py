@@ -22,7 +22,9 @@ def listening(port: int) -> Iterator[socket.socket]:
         Busy: another program listens there.
     """
     if not 0 <= port <= _LARGEST_PORT:
-        raise ConfigError(f"{port} is not a port", where="--port", remedy=f"give one from 1 to {_LARGEST_PORT}, or 0")
+        raise ConfigError(
+            f"{port} is not a port", where="--port", remedy=f"give a port from 1 to {_LARGEST_PORT}, or 0"
+        )
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -31,13 +33,13 @@ def listening(port: int) -> Iterator[socket.socket]:
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
                 raise Busy(
-                    f"another program listens on port {port}",
+                    f"another program already listens on port {port}",
                     where="--port",
-                    remedy="give another, or 0 for a free one",
+                    remedy="give another port, or 0 for any free port",
                 ) from None
             if error.errno == errno.EACCES:
                 raise ConfigError(
-                    f"this user may not listen on port {port}", where="--port", remedy="give one above 1023"
+                    f"you may not listen on port {port}", where="--port", remedy="give a port above 1023"
                 ) from None
             raise
         yield listener

@@ -44,7 +44,7 @@ def current_run(output: Path) -> Path:
         candidates.append((goes_on(folder, state_of(folder, record)), record.started, name))
     if not candidates:
         raise ConfigError(
-            f"no run that can be read under {output / 'runs'}",
+            f"no readable run under {output / 'runs'}",
             where="RUN",
             remedy="start one: align run RECIPE; or name the folder that contains runs/ with --output",
         )

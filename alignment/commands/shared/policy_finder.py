@@ -47,7 +47,9 @@ class PolicyFinder:
             if manifest is not None and manifest.kind == POLICY:
                 return str(name)
         raise ArtifactError(
-            "no stage of this run has made a policy yet", where=self._result, remedy="run it, or name --arm base"
+            "no stage of this run has produced a policy yet",
+            where=self._result,
+            remedy="run the recipe, or use --arm base",
         )
 
     def _policy(self, arm: str) -> StoredPolicy:
@@ -85,7 +87,7 @@ class PolicyFinder:
             manifest = _manifest_of_policy(folder)
             if manifest.base["source"] == "self":
                 raise ConfigError(
-                    f"{folder.name} holds whole weights and has no base", where="--arm", remedy="name another arm"
+                    f"{folder.name} contains whole weights and has no base", where="--arm", remedy="name another arm"
                 )
             where, source = base_of(manifest, folder, self._console), manifest.base["source"]
             return StoredPolicy(name=BASE, described=source, artifact=None, base=str(where), dtype=_dtype(manifest))
@@ -113,5 +115,5 @@ def _manifest_of_policy(folder: Path) -> Manifest:
     if manifest is None:
         raise ArtifactError("no complete artifact here", where=str(folder), remedy="run the stage that makes it")
     if manifest.kind != POLICY:
-        raise ConfigError(f"{folder.name} is of kind {manifest.kind}; only a policy can answer", where="--arm")
+        raise ConfigError(f"{folder.name} is of kind {manifest.kind}; only a policy can answer prompts", where="--arm")
     return manifest

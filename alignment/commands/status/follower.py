@@ -30,7 +30,9 @@ def follow(console: Console, output: Path, run: str | None) -> None:
         with showing(console, followed.reader) as display:
             state = _to_the_end(display, followed)
     except KeyboardInterrupt:
-        console.print(f"{folder.name} goes on; `align status {folder.name}` shows it", markup=False, highlight=False)
+        console.print(
+            f"{folder.name} continues; `align status {folder.name}` shows its progress", markup=False, highlight=False
+        )
         return
     console.print(f"{folder.name}: {state}", markup=False, highlight=False)
     show_results(console, folder, RunRecord.read(folder))

@@ -34,5 +34,5 @@ def track(console: Console, run: str, *, to: str, url: str, output: Path) -> int
     argv = [sys.executable, "-m", "alignment.commands.track.worker", str(folder), "--to", to]
     code = processes.call([*argv, "--url", url] if url else argv)
     if code == 0:
-        console.print(f"{LABELS[to]} has all of {run}", markup=False, highlight=False)
+        console.print(f"{LABELS[to]} already has everything from {run}", markup=False, highlight=False)
     return code

@@ -54,7 +54,9 @@ def watch(console: Console, run: str | None, *, options: Options, output: Path) 
     with listening(options.port) as listener:
         server = PageServer(lambda token: application(folder, token), listener)
         end = (
-            "Ctrl-C or the end of the run ends the page" if options.until_done else "Ctrl-C ends the page, not the run"
+            "Ctrl-C or the end of the run closes the page"
+            if options.until_done
+            else "Ctrl-C closes the page, not the run"
         )
         _print(console, f"watch {folder.name} at {server.address} ({end})")
         if options.opens_browser:

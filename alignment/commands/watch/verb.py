@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A run, and how long it is shown."""
     parser.description = (
         "Serves the report of a run on this machine (127.0.0.1) while the run is in progress. The page follows the "
-        "run and changes nothing in it. Ctrl-C ends the page, not the run."
+        "run and changes nothing in it. Ctrl-C closes the page, not the run."
     )
     parser.add_argument("run", metavar="RUN", nargs="?", help="a run's name (default: the run in progress)")
     parser.add_argument("--port", type=int, default=0, metavar="N", help="port on 127.0.0.1 (default: any free port)")

@@ -190,7 +190,7 @@ def _in_parallel(job: Job, chunks: Iterable[Sequence[Unparsed]], processes: int)
         pool.shutdown(cancel_futures=True)  # waits until all have ended
         if any(worker.exitcode == -KILLED_BY for worker in workers):
             raise ModelError(
-                f"the chat template computes for more than {KILLED_SECONDS:g} s in one step",
+                f"the chat template ran for more than {KILLED_SECONDS:g} s in one step",
                 remedy="set model.chat_template=chatml, or path:FILE of another template",
             ) from error
         raise StageError(

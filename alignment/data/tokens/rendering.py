@@ -38,7 +38,7 @@ LAST_STAND_IN = 0x10FFFD
 
 
 _ENDLESS = ModelError(
-    f"the chat template computes for more than {SECONDS:g} s for one rendering",
+    f"the chat template ran for more than {SECONDS:g} s for one rendering",
     remedy="look for loops in the template, or set model.chat_template=chatml, or path:FILE of another",
 )
 

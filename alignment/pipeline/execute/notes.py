@@ -107,7 +107,7 @@ def _slow_format(plan: Plan) -> Iterator[str]:
     on_cpu = not feasibility.devices_for(plan.config.launch)
     if waits and on_cpu and plan.config.model.dtype is Dtype.bfloat16 and not hardware.has_bfloat16():
         yield (
-            "this processor has no instructions for bfloat16, so products in it take about three times as long as in "
+            "this processor has no bfloat16 instructions, so products in it take about three times as long as in "
             "float32: model.dtype=float32 is faster here"
         )
 

@@ -116,7 +116,9 @@ def raise_for_status(folder: Path, *, code: int, stage: str, work: Path | None =
     if kind is not None:
         raise kind(f"{status.error}\n  log: {log}", where=status.where)
     raise AlignmentError(
-        f"{status.error}\n{tail(log)}", where=f"stage {stage}", remedy=f"this is a bug of ours; the log is {log}"
+        f"{status.error}\n{tail(log)}",
+        where=f"stage {stage}",
+        remedy=f"this is a bug in this project; the log is {log}",
     )
 
 

@@ -46,7 +46,7 @@ def test_a_template_that_does_not_end_stops_at_its_first_row(
     tokenizer.chat_template = template
     records = [Prompt(messages=ASKED, where=f"rows.jsonl:{number}") for number in (1, 2)]
     with pytest.raises(
-        ModelError, match=r"rows.jsonl:1: the chat template computes for more than 10 s for one rendering"
+        ModelError, match=r"rows.jsonl:1: the chat template ran for more than 10 s for one rendering"
     ) as caught:
         list(tokenized(tokenizer, PROMPTS, records, Limits(row=100)))
     assert "model.chat_template=chatml" in caught.value.remedy
@@ -70,7 +70,7 @@ def test_what_runs_in_c_and_hears_of_no_exception_ends_its_process() -> None:
 
 
 def test_a_preview_that_was_ended_so_says_why() -> None:
-    with pytest.raises(ModelError, match="preview: the chat template computes for more than 30 s in one step"):
+    with pytest.raises(ModelError, match="preview: the chat template ran for more than 30 s in one step"):
         preview._exit_code(-deadline.KILLED_BY)
     assert preview._exit_code(3) == 3
 

@@ -105,7 +105,7 @@ def test_the_doctor_names_near_repeats_and_leaves_exact_ones_to_their_own_count(
     printed = _diagnosis(file)
     assert "duplicates   1 rows are nearly the same as an earlier row; keep one of each" in printed
     assert (
-        f"rows.jsonl:12 shares {found.near_duplicates.pairs[0].share:.0%} of its runs of words with rows.jsonl:5"
+        f"rows.jsonl:12 shares {found.near_duplicates.pairs[0].share:.0%} of its word sequences with rows.jsonl:5"
         in printed
     )
     assert "only the first" not in printed

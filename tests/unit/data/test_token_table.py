@@ -366,7 +366,7 @@ def test_a_process_that_a_template_kept_too_long_is_not_taken_for_one_without_me
     kind: Kind = dataclasses.replace(CONVERSATIONS, sequences=_computes_without_end)
     reader = Reader(format=start(file, ALL).format, record=Conversation, data=ALL)
     job = Job(tokenizer=tokenizer, kind=kind, reader=reader, limits=WIDE)
-    with pytest.raises(ModelError, match="the chat template computes for more than 30 s in one step") as caught:
+    with pytest.raises(ModelError, match="the chat template ran for more than 30 s in one step") as caught:
         list(chunks.run(job, unparsed_rows_of(file), limit=None, processes=2))
     assert "model.chat_template=chatml" in caught.value.remedy
 

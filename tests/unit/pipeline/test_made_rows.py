@@ -252,7 +252,7 @@ def test_a_preview_says_that_the_rows_do_not_exist_yet(plan: MakePlan, tmp_path:
     with console.capture() as captured:
         code = show_preview(console, str(tmp_path / "rounds.yaml"), overrides[:2], stage="dpo", rows=1, html=None)
     assert code == 0
-    assert captured.get() == "dpo: its rows do not exist before sample has run\n"
+    assert captured.get() == "dpo: its rows do not exist until sample has run\n"
 
 
 def test_doctor_names_the_file_to_look_at(capsys: pytest.CaptureFixture[str]) -> None:

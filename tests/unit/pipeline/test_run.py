@@ -162,7 +162,7 @@ def test_what_a_stage_noted_on_its_way_reaches_the_user_once(align: Align, monke
         ),
         ("sft:template", StageError, 5, ["by SIGVTALRM", "a chat template did not finish"]),
         ("sft:torn", ArtifactError, 7, ["status.json: unreadable: state: 3 is not text", "log.txt"]),
-        ("sft:bug", AlignmentError, 1, ["KeyError: 'x'", "a bug of ours", "| working on sft"]),
+        ("sft:bug", AlignmentError, 1, ["KeyError: 'x'", "a bug in this project", "| working on sft"]),
     ],
 )
 def test_a_worker_that_ends_badly_is_shown_with_its_last_words(

@@ -60,10 +60,10 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     Raises:
         ModelError: the architecture, or one of its settings, is not supported.
     """
-    works = f"GGUF files are written of {', '.join(ARCHITECTURES)}"
+    works = f"GGUF export supports {', '.join(ARCHITECTURES)}"
     architecture = ARCHITECTURES.get(config.model_type)
     if architecture is None:
-        raise ModelError(f"the architecture {config.model_type} has no GGUF form here; {works}", remedy=_ELSEWHERE)
+        raise ModelError(f"the architecture {config.model_type} cannot be exported as GGUF; {works}", remedy=_ELSEWHERE)
     rope = config.rope_parameters
     faults = [f"{name}: {getattr(config, name)}" for name in architecture.without if getattr(config, name, False)]
     faults += [f"hidden_act: {config.hidden_act}"] if config.hidden_act != "silu" else []
@@ -73,7 +73,7 @@ def architecture_of(config: PreTrainedConfig) -> Architecture:
     faults += [f"head_dim: {head_dim(config)}"] if readable and head_dim(config) != readable(config) else []
     if faults:
         raise ModelError(
-            f"{config.model_type} with {', '.join(faults)} has no GGUF form here; {works} without such settings",
+            f"{config.model_type} with {', '.join(faults)} cannot be exported as GGUF; {works} without these settings",
             remedy=_ELSEWHERE,
         )
     return architecture
@@ -123,7 +123,7 @@ def tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
             continue
         in_gguf = names.get_name(name, try_suffixes=(".weight", ".bias"))
         if in_gguf is None:
-            raise ModelError(f"the weight {name} has no name in GGUF", remedy=_ELSEWHERE)
+            raise ModelError(f"GGUF has no name for the weight {name}", remedy=_ELSEWHERE)
         projection = name.split(".")[-2]
         if architecture.interleaved and projection in heads:
             weight = interleaved(weight, heads[projection])

@@ -107,7 +107,7 @@ def _around(tokenizer: Any, *roles: str, answering: bool = False) -> list[str]:
         texts.append(text)
     texts.append(rest)
     if any(turn.content in text for turn in turns for text in texts):
-        raise Inexpressible("a content is repeated, or stands at another place")
+        raise Inexpressible("the content of a turn is repeated or moved")
     return texts
 
 

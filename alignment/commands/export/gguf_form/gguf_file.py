@@ -86,7 +86,9 @@ def _quantized(name: str, weight: Tensor, wanted: gguf.GGMLQuantizationType) -> 
     values = weight.detach().float().contiguous().numpy()
     largest = float(np.abs(values).max())
     if wanted == gguf.GGMLQuantizationType.F16 and largest > _LARGEST_F16:
-        raise ModelError(f"{name} has a weight of {largest:.3g}, more than float16 can hold", remedy="add --dtype bf16")
+        raise ModelError(
+            f"{name} has a weight of {largest:.3g}, which is too large for float16", remedy="add --dtype bf16"
+        )
     return np.ascontiguousarray(gguf.quantize(values, wanted)).view(_Written)
 
 

@@ -75,15 +75,15 @@ def check_by_llama(python: Path, file: Path, result: ExportedResult, expected: T
     reply = ask(python, file, rows=result.rows, texts=texts)
     for text, ids in zip(texts, reply["ids"], strict=True):
         if ids != encode(result.tokenizer, text):
-            raise _differs(f"cuts {text!r} into other tokens", file)
+            raise _differs(f"tokenizes {text!r} differently", file)
     if reply["adds_bos"] != adds_bos:
         raise _differs(f"{'puts' if reply['adds_bos'] else 'does not put'} BOS in front of texts", file)
     share = _share_of_equal([token for row in reply["likeliest"] for token in row], expected.argmax(-1).tolist())
     if share < LEAST_SHARE:
         raise _differs(f"predicts the same token at only {share:.1%} of the positions", file)
     return [
-        f"llama.cpp (llama-cpp-python {reply['version']}) cuts the fixed rows into the same tokens, and finds the same "
-        f"token likeliest at {share:.1%} of {len(expected)} positions",
+        f"llama.cpp (llama-cpp-python {reply['version']}) tokenizes the test texts in the same way, and predicts "
+        f"the same token at {share:.1%} of {len(expected)} positions",
         *_about_ends(result, reply["ends"]),
     ]
 

@@ -84,7 +84,7 @@ def ollama_template(tokenizer: Any, *, bos: str) -> tuple[str, list[str]]:
             raise Inexpressible(f"a conversation of {', '.join(turn.role for turn in turns)} is {wanted!r}")
     notes = [] if has_system else ["the chat template has no system turn, so Ollama ignores system messages"]
     if _trims(tokenizer):
-        notes.append("the chat template removes blanks around contents, which Ollama does not")
+        notes.append("the chat template strips whitespace around contents; Ollama does not")
     if "tools" in tokenizer.chat_template:
         notes.append("tools work with llama-server, not with the Modelfile")
     return template, notes

@@ -28,7 +28,7 @@ def refuse_other_metadata(file: Path, metadata: Metadata) -> None:
     for key, value in metadata.items():
         expected = float(np.float32(value)) if isinstance(value, float) else value
         if key not in fields or fields[key].contents() != expected:
-            raise ModelError(f"the written file has another {key}; nothing was exported", where=str(file))
+            raise ModelError(f"the written file has a different {key}; nothing was exported", where=str(file))
 
 
 def gap_of_file(file: Path, rows: Sequence[list[int]], expected: Tensor, *, dtype: str, max_gap: float) -> Gap:
@@ -47,6 +47,6 @@ def gap_of_file(file: Path, rows: Sequence[list[int]], expected: Tensor, *, dtyp
         raise ModelError(
             f"{dtype} costs {gap.mean_kl:.2g} nats of KL per token, more than {max_gap:g}; nothing was exported",
             where=str(file),
-            remedy="choose a wider --dtype, or allow more by --max-gap",
+            remedy="choose a wider --dtype, or allow more with --max-gap",
         )
     return gap

@@ -60,7 +60,7 @@ def vocabulary(tokenizer: Any, size: int, stops: Sequence[int]) -> Vocabulary:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        raise ModelError("the tokenizer is not one of the library tokenizers", remedy=_UNKNOWN_REMEDY)
+        raise ModelError("the tokenizer does not come from the library tokenizers", remedy=_UNKNOWN_REMEDY)
     described = json.loads(backend.to_str())
     rule = pre_tokenizer(described)
     _refuse_other_forms(described)
@@ -82,7 +82,7 @@ def vocabulary(tokenizer: Any, size: int, stops: Sequence[int]) -> Vocabulary:
     if tokenizer.chat_template:
         metadata["tokenizer.chat_template"] = tokenizer.chat_template
     if described["normalizer"]:
-        notes.append("llama.cpp does not normalise texts (NFC), as this tokenizer does: send texts in that form")
+        notes.append("this tokenizer normalises texts (NFC) and llama.cpp does not, so send texts in NFC")
     return Vocabulary(metadata=metadata, stops=[texts[token] for token in stops], adds_bos=adds_bos, notes=notes)
 
 
@@ -103,8 +103,8 @@ def pre_tokenizer(described: Mapping[str, Any]) -> str:
         if steps == rule:
             return name
     raise ModelError(
-        f"the tokenizer cuts texts by {json.dumps(outer, ensure_ascii=False)}; of llama.cpp's rules, "
-        f"{', '.join(_RULES)} are known here",
+        f"the tokenizer splits texts by {json.dumps(outer, ensure_ascii=False)}; the export knows only these "
+        f"rules of llama.cpp: {', '.join(_RULES)}",
         remedy=_UNKNOWN_REMEDY,
     )
 
@@ -135,7 +135,7 @@ def _refuse_other_forms(described: Mapping[str, Any]) -> None:
         if token[name]
     ]
     if faults:
-        raise ModelError(f"llama.cpp would cut texts otherwise than the tokenizer: {faults[0]}", remedy=_UNKNOWN_REMEDY)
+        raise ModelError(f"llama.cpp would tokenize texts differently: {faults[0]}", remedy=_UNKNOWN_REMEDY)
 
 
 # ---- tokens ---------------------------------------------------------------------------------------------------------
@@ -168,7 +168,7 @@ def _ends(tokenizer: Any, stops: Sequence[int]) -> tuple[Metadata, list[str]]:
     if not others[1:]:
         return ends, []
     beyond = ", ".join(tokenizer.convert_ids_to_tokens(others[1:]))
-    return ends, [f"GGUF has fields for three tokens that end an answer; stop at {beyond} too"]
+    return ends, [f"GGUF has fields for only three tokens that end an answer; also stop at {beyond} too"]
 
 
 def _named(**ids: int | None) -> Metadata:
@@ -183,8 +183,8 @@ def _adds_bos(tokenizer: Any) -> bool:
     """
     if front(tokenizer) not in ((), (tokenizer.bos_token_id,)):
         raise ModelError(
-            f"the tokenizer puts {tokenizer.convert_ids_to_tokens(front(tokenizer))} in front of texts; "
-            "llama.cpp can put BOS there, or nothing"
+            f"the tokenizer puts {tokenizer.convert_ids_to_tokens(front(tokenizer))} in front of texts; llama.cpp "
+            f"can put only BOS there, or nothing"
         )
     return bool(front(tokenizer)) and all(text.startswith(tokenizer.bos_token) for text in _prompts(tokenizer))
 

@@ -33,7 +33,7 @@ async function look() {
     }
   } catch {
     const note = document.querySelector("#status .note");
-    if (note !== null) note.textContent = "align watch no longer answers; what is shown may be old";
+    if (note !== null) note.textContent = "align watch no longer answers, so this page may be out of date";
   }
   if (!over) setTimeout(look, EVERY);
 }

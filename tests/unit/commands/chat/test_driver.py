@@ -106,10 +106,10 @@ def test_arms_are_stages_the_base_or_other_results(runs: Runs, arms_of: Callable
     ("words", "said"),
     [
         (("a", "dpp"), "run 'a' has no stage 'dpp'; did you mean 'dpo'?"),
-        (("a", "reward"), "of kind reward; only a policy can answer"),
+        (("a", "reward"), "of kind reward; only a policy can answer prompts"),
         (("a", "ppo"), "no complete artifact here"),
         (("c",), "there is no run 'c'"),
-        (("a", "sft", "dpo", "base"), "3 arms; two at most fit side by side"),
+        (("a", "sft", "dpo", "base"), "3 arms; at most two can be shown side by side"),
     ],
 )
 def test_what_cannot_talk_is_named(runs: Runs, words: tuple[str, ...], said: str) -> None:
@@ -118,7 +118,7 @@ def test_what_cannot_talk_is_named(runs: Runs, words: tuple[str, ...], said: str
 
 def test_a_run_without_a_policy_and_limits_that_cannot_be_are_refused(runs: Runs) -> None:
     runs.add("young", sft=None)
-    assert "no stage of this run has made a policy yet" in runs.refused("young")
+    assert "no stage of this run has produced a policy yet" in runs.refused("young")
     assert "--max-new-tokens: 0 is not a valid length" in runs.refused("a", max_new_tokens=0)
     assert "--temperature: -1.0 is not a valid temperature" in runs.refused("a", temperature=-1.0)
     assert "nan is not a valid temperature" in runs.refused("a", temperature=float("nan"))

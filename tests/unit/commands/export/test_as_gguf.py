@@ -197,7 +197,7 @@ def test_too_wide_a_gap_of_a_type_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "gemma"}, "the architecture gemma has no GGUF form here; .* of llama, qwen2, qwen3\n"),
+        ({"architecture": "gemma"}, "the architecture gemma cannot be exported as GGUF; .* of llama, qwen2, qwen3\n"),
         ({"architecture": "gpt_neox"}, "the architecture gpt_neox has no GGUF form here"),
         ({"attention_bias": True}, "llama with attention_bias: True has no GGUF form here"),
         ({"mlp_bias": True}, "llama with mlp_bias: True"),
@@ -324,7 +324,7 @@ def test_the_card_says_how_to_run_the_file(tmp_path: Path) -> None:
     assert "library_name: gguf" in card
     assert "```console\n$ ollama create sft -f Modelfile\n$ ollama run sft\n" in card
     assert "$ llama-server --model model-f16.gguf --jinja\n```" in card
-    assert "llama.cpp itself has not read it (--llama-python)" in printed
+    assert "it was not tested in llama.cpp (--llama-python)" in printed
     assert "llama.cpp itself has not read it" in card
 
 

@@ -213,7 +213,7 @@ def test_what_was_written_wrong_is_not_exported(
     monkeypatch.setattr("alignment.commands.export.as_adapter.shutil.copytree", copy)
     told = "adapter" if form == "adapter" else "model"
     with pytest.raises(
-        ModelError, match=r"the written model's outputs differ by .* from the expected ones; nothing was exported"
+        ModelError, match=r"the outputs of the written model differ by .* from the expected ones; nothing was exported"
     ):
         export(saved.path, base.base, tmp_path / "out", ExportOptions(form=told, max_gap=0.01))
     assert not (tmp_path / "out").exists()

@@ -65,8 +65,8 @@ def test_it_says_what_is_judged_and_where_votes_are(printed: Any, output: Path) 
     told = printed()
     assert "stage:sft and stage:dpo: 3 pairs of answers to judge\n" in told
     assert "1 more have the same answer twice" in told
-    assert "1 votes in the file are about other answers of these arms and do not count" in told
-    assert "half a vote at the end, which was never confirmed, was removed" in told
+    assert "1 votes in the file are for other answers of these arms and do not count" in told
+    assert "an incomplete vote at the end was removed; it was never confirmed" in told
     assert f"judged: ada 1 of 3; votes: {file}" in told
     assert file.read_bytes().endswith(b"}\n")
 
@@ -87,12 +87,12 @@ def test_arms_are_named_by_label_or_in_full_and_need_no_naming_where_there_are_t
         ("mine", PAIR, {"stage": "evalaute"}, "no finished evaluation 'evalaute'; did you mean 'evaluate'?"),
         ("mine", ["sft", "dop"], {}, "--arm: no arm 'dop' in this evaluation; did you mean 'dpo'?"),
         ("mine", ["sft", "stage:sft"], {}, "--arm: 'sft' cannot be compared with itself"),
-        ("mine", ["sft"], {}, "1 arms are named, and two are compared"),
+        ("mine", ["sft"], {}, "1 arms were given, but exactly two are compared"),
         ("mine", [], {}, "its arms: base, sft, dpo"),
-        ("mine", PAIR, {"annotator": "a\x1b"}, "--annotator: 'a\\x1b': a name has 1 to 40 printable characters"),
+        ("mine", PAIR, {"annotator": "a\x1b"}, "--annotator: 'a\\x1b': a name must have 1 to 40 printable characters"),
         ("mine", PAIR, {"port": 70000}, "--port: 70000 is not a port"),
-        ("mine", PAIR, {"votes": "votes.txt"}, "--votes: 'votes.txt' cannot hold votes"),
-        ("mine", PAIR, {"votes": "nowhere/votes.jsonl"}, "name a file .jsonl in a folder that exists"),
+        ("mine", PAIR, {"votes": "votes.txt"}, "--votes: 'votes.txt' cannot store votes"),
+        ("mine", PAIR, {"votes": "nowhere/votes.jsonl"}, "name a .jsonl file in a folder that exists"),
     ],
 )
 def test_what_cannot_be_judged_is_refused(
@@ -106,7 +106,7 @@ def test_what_cannot_be_judged_is_refused(
 
 def test_prompts_of_several_turns_are_refused(printed: Any, output: Path) -> None:
     finished_run(output, [replace(sample(1), later_turns=["And then?"])], run="turns", stage="talk")
-    with pytest.raises(DataError, match="has prompts of several turns, and people judge single answers"):
+    with pytest.raises(DataError, match="has prompts with several turns, but people judge single answers"):
         printed("turns", arms=PAIR)
 
 
@@ -151,7 +151,7 @@ def test_a_missing_library_is_named_with_the_command_that_installs_it(
 
 def test_a_file_of_votes_must_be_a_file(printed: Any, output: Path) -> None:
     os.mkfifo(output / "pipe.jsonl")
-    with pytest.raises(AlignmentError, match="cannot hold votes"):
+    with pytest.raises(AlignmentError, match="cannot store votes"):
         printed(votes=str(output / "pipe.jsonl"))
 
 
@@ -165,7 +165,7 @@ def test_a_second_server_on_the_same_votes_or_port_is_refused(printed: Any, outp
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        with pytest.raises(Busy, match=f"another program listens on port {port}"):
+        with pytest.raises(Busy, match=f"another program already listens on port {port}"):
             printed(port=port)
     printed(port=port)
     assert not file.exists()

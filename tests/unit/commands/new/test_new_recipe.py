@@ -372,7 +372,7 @@ def test_a_file_that_no_stage_can_use_is_refused(new: Callable[..., Recipe]) -> 
         new(write("broken.jsonl", [{"prompt": ""}] * 3))
     with pytest.raises(DataError, match="no file"):
         new("absent.jsonl")
-    with pytest.raises(DataError, match="no row asks anything"):
+    with pytest.raises(DataError, match="no row has a prompt"):
         new(write("talk.jsonl", conversations(20)), heldout=write("texts.jsonl", [{"text": "The shop is closed."}] * 3))
 
 

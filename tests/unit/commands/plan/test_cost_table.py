@@ -70,14 +70,14 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
         "3.00 GB with stages.dpo.optim.micro_batch_tokens=512 adapter@stages.dpo.adapter=lora"
     ) in text
     alone = printed(show_cost, RunCost(device="this", memory=4.0 * GB, stages=[LEARNS]))
-    assert "dpo: 6.50 GB do not fit into 4.00 GB, with no setting that was tried" in alone
+    assert "dpo: 6.50 GB do not fit into 4.00 GB, even with the settings that were tried" in alone
 
 
 def test_on_a_gpu_the_host_needs_memory_too_and_uncounted_rows_are_named() -> None:
     stage = replace(LEARNS, host=16 * GB, first_rows=1000, assumed_tokens=2048)
     text = printed(show_cost, RunCost(device="h100", memory=80.0 * GB, stages=[stage]))
     assert "dpo: 16.00 GB of the host's memory while it loads" in text
-    assert "dpo: FLOP and time are those of the first 1,000 rows; others are not counted" in text
+    assert "dpo: FLOP and time cover only the first 1,000 rows" in text
     assert "dpo: micro_batch_tokens=auto counts as 2,048 tokens" in text
 
 
@@ -86,7 +86,7 @@ def test_results_stay_on_the_disk_and_checkpoints_of_one_stage_at_a_time() -> No
     expected = "disk: 11.00 GB for results and for the checkpoints of a stage while it trains"
     assert f"{expected}\n" in printed(show_cost, cost)
     assert f"{expected}\n" in printed(partial(show_cost, free=11.0 * GB), cost)
-    assert f"{expected}; only 10.00 GB are free, so set output to a folder on a larger disk" in printed(
+    assert f"{expected}; only 10.00 GB are free; set output to a folder on a larger disk" in printed(
         partial(show_cost, free=10.0 * GB), cost
     )
 

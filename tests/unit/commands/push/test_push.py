@@ -208,4 +208,4 @@ def test_without_a_token_or_with_a_wrong_one_it_is_refused(hub: Hub, exported: P
 def test_a_hub_that_is_not_there_and_a_folder_that_was_not_exported_are_refused(hub: Hub, exported: Path) -> None:
     assert "the hub cannot be reached" in push(hub, exported, code=11, HF_ENDPOINT="http://127.0.0.1:9")
     (exported / "lineage.json").unlink()
-    assert "was not written by align export: lineage.json is missing" in push(hub, exported, code=2)
+    assert "was not written by align export, because lineage.json is missing" in push(hub, exported, code=2)

@@ -244,4 +244,4 @@ def test_a_folder_that_is_missing_is_refused(capsys: pytest.CaptureFixture[str])
     assert cli.main(["schema", "--beside", "no-such-folder"]) == 2
     assert "--beside: no folder no-such-folder" in capsys.readouterr().err
     assert cli.main(["schema", "sweep", "--beside", "."]) == 2
-    assert "a sweep chooses no files" in capsys.readouterr().err
+    assert "a sweep does not choose files" in capsys.readouterr().err

@@ -48,7 +48,7 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
         (("mine", "dpp"), 2, "run 'mine' has no stage 'dpp'; did you mean 'dpo'?"),
         (("other",), 2, "there is no run 'other'"),
         (("mine", "sft", "sft"), 2, "2 arms are called sft"),
-        (("young",), 7, "no stage of this run has made a policy yet"),
+        (("young",), 7, "no stage of this run has produced a policy yet"),
         (("young", "sft"), 7, "no complete artifact here"),
     ],
 )
@@ -62,7 +62,7 @@ def test_arms_that_cannot_be_served_are_named(run: ServedRun, words: tuple[str, 
 def test_options_of_vllm_are_refused_for_transformers(run: ServedRun, option: str) -> None:
     error = refused(run, **{option: "x"})
     assert (error.where, error.exit_code) == (f"--{option.replace('_', '-')}", 2)
-    assert error.message == "only vLLM takes this option"
+    assert error.message == "only vLLM has this option"
 
 
 def test_missing_libraries_are_named_with_what_installs_them(run: ServedRun, monkeypatch: pytest.MonkeyPatch) -> None:

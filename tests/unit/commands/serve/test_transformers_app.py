@@ -140,7 +140,9 @@ def test_several_policies_share_one_tokenizer_and_one_set_of_ends(run: ServedRun
     other = type(base)(
         name="base", described="", artifact=None, base=base.base, dtype="float32", chat_template=f"path:{template}"
     )
-    with pytest.raises(ModelError, match="sft has another chat template than base, and one vLLM server has one"):
+    with pytest.raises(
+        ModelError, match="sft has a different chat template than base, and one vLLM server can have only one"
+    ):
         write_files([other, sft], VllmFiles(folder=tmp_path))
 
 

@@ -67,11 +67,11 @@ def test_a_single_policy_is_served_by_its_own_weights(run: ServedRun) -> None:
 @pytest.mark.parametrize(
     ("arms", "reason"),
     [
-        (("base", "dora"), "dora does not fit: it has a DoRA adapter, which vLLM does not hold beside weights"),
-        (("base", "full"), "full does not fit: its weights are not those below base"),
-        (("full", "sft"), "sft does not fit: its weights are not those below full"),
-        (("sft", "heads"), "heads does not fit: it holds whole modules: embed_tokens"),
-        (("sft", "wide"), "wide does not fit: its adapters have rank 514 together, and vLLM holds at most 512"),
+        (("base", "dora"), "dora cannot be one of them: it has a DoRA adapter, which vLLM cannot serve as an adapter"),
+        (("base", "full"), "full cannot be one of them: it is not based on the same weights as base"),
+        (("full", "sft"), "sft cannot be one of them: it is not based on the same weights as full"),
+        (("sft", "heads"), "heads cannot be one of them: it contains whole modules: embed_tokens"),
+        (("sft", "wide"), "wide cannot be one of them: its adapters have rank 514 in total, and vLLM takes at most 512"),
     ],
 )
 def test_what_does_not_fit_together_is_refused_with_what_works(
@@ -85,9 +85,9 @@ def test_what_does_not_fit_together_is_refused_with_what_works(
 
 def test_other_weights_below_the_adapters_are_refused(run: ServedRun) -> None:
     base, sft = policies(run, "base", "sft")
-    with pytest.raises(ConfigError, match="its weights are bfloat16, those of base float32"):
+    with pytest.raises(ConfigError, match="its weights are bfloat16, but base has float32"):
         vllm_layout([base, replace(sft, dtype="bfloat16")])
-    with pytest.raises(ConfigError, match="'base' is the name of the weights below it"):
+    with pytest.raises(ConfigError, match="'base' is the name of the base model"):
         vllm_layout([sft, replace(sft, name="base")])
     whole = policies(run, "full")[0]
     with pytest.raises(ConfigError, match="it has weights of its own"):
@@ -101,7 +101,7 @@ def test_adapters_on_four_bits_are_refused_together_and_merged_alone(run: Served
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     (tmp_path / "adapters").symlink_to(Path(sft.artifact or "") / "adapters")
     quantised = replace(sft, name="qlora", artifact=str(tmp_path))
-    with pytest.raises(ConfigError, match="qlora does not fit: its adapters stand on weights in four bits"):
+    with pytest.raises(ConfigError, match="qlora cannot be one of them: its adapters were trained on weights in four bits"):
         vllm_layout([sft, quantised])
     assert vllm_layout([quantised]).weights is None
 

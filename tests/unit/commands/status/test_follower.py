@@ -82,7 +82,7 @@ def test_ctrl_c_ends_the_view_and_not_the_run(run: RunFolder, followed: Follow) 
     def interrupt() -> None:
         raise KeyboardInterrupt
 
-    assert followed(interrupt) == ["mine goes on; `align status mine` shows it"]
+    assert followed(interrupt) == ["mine continues; `align status mine` shows its progress"]
 
 
 def test_a_run_that_was_killed_is_not_followed_for_ever(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,7 +106,7 @@ def test_without_a_name_the_run_that_goes_on_is_followed_and_without_any_run_non
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["status", "--follow", "--output", str(tmp_path)]) == 2
-    assert "configuration: RUN: no run that can be read under" in capsys.readouterr().err
+    assert "configuration: RUN: no readable run under" in capsys.readouterr().err
     RunFolder(tmp_path, "first", state="done", started="2026-11-28T10:00:00+00:00")
     RunFolder(tmp_path, "second", state="done", started="2026-11-28T12:00:00+00:00")
     (tmp_path / "runs/torn").mkdir()

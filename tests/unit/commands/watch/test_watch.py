@@ -232,7 +232,7 @@ def test_it_ends_with_the_run_if_it_was_asked_to(run: RunFolder, monkeypatch: py
 
 def test_what_cannot_be_watched_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     console = Console()
-    with pytest.raises(ConfigError, match="no run that can be read under"):
+    with pytest.raises(ConfigError, match="no readable run under"):
         watch(console, None, options=Options(), output=tmp_path)
     run = RunFolder(tmp_path)
     with pytest.raises(ConfigError, match=r"no run 'mien' under .*did you mean 'mine'"):
@@ -253,7 +253,7 @@ def test_the_command_ends_well_at_ctrl_c(run: RunFolder) -> None:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            assert "Ctrl-C ends the page, not the run" in line
+            assert "Ctrl-C closes the page, not the run" in line
             assert "mine" in get(re.findall(r"http://\S+", line)[0])
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 0

@@ -65,8 +65,8 @@ def test_a_file_that_is_read_alike_is_said_to_be(tmp_path: Path, case: Any) -> N
     result, expected, reply = case
     notes = check_by_llama(_replying(tmp_path, reply), tmp_path / "m.gguf", result, expected, adds_bos=False)
     assert notes == [
-        "llama.cpp (llama-cpp-python 0.3.36) cuts the fixed rows into the same tokens, and finds the same token "
-        f"likeliest at 100.0% of {len(expected)} positions"
+        "llama.cpp (llama-cpp-python 0.3.36) tokenizes the test texts in the same way, and predicts the same token "
+        f"at 100.0% of {len(expected)} positions"
     ]
     request = json.loads((tmp_path / "request.json").read_text())
     assert request["model"] == str(tmp_path / "m.gguf")
@@ -87,8 +87,8 @@ def test_ends_that_differ_are_notes(tmp_path: Path, case: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "adds_bos", "message"),
     [
-        (lambda reply: reply["ids"][0].pop(), False, r"cuts 'The shop is closed .* into other tokens"),
-        (lambda reply: reply["ids"][-1].pop(0), False, r"cuts '<\|im_start\|>system.* into other tokens"),
+        (lambda reply: reply["ids"][0].pop(), False, r"tokenizes 'The shop is closed .* differently"),
+        (lambda reply: reply["ids"][-1].pop(0), False, r"tokenizes '<\|im_start\|>system.* differently"),
         (lambda reply: reply.update(adds_bos=True), False, "puts BOS in front of texts"),
         (lambda reply: None, True, "does not put BOS in front of texts"),
     ],

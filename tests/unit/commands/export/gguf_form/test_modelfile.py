@@ -103,7 +103,7 @@ def test_bos_that_the_template_does_not_write_cannot_be_left_out() -> None:
         (
             "llama3",
             [
-                "the chat template removes blanks around contents, which Ollama does not",
+                "the chat template strips whitespace around contents; Ollama does not",
                 "tools work with llama-server, not with the Modelfile",
             ],
         ),
@@ -112,7 +112,7 @@ def test_bos_that_the_template_does_not_write_cannot_be_left_out() -> None:
             "gemma",
             [
                 "the chat template has no system turn, so Ollama ignores system messages",
-                "the chat template removes blanks around contents, which Ollama does not",
+                "the chat template strips whitespace around contents; Ollama does not",
             ],
         ),
     ],

@@ -108,7 +108,7 @@ def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_refused(
     tokenizer = _with(_bytes(), **changes)
     if change is not None:
         change(tokenizer)
-    with pytest.raises(ModelError, match=f"llama.cpp would cut texts otherwise than the tokenizer: {message}"):
+    with pytest.raises(ModelError, match=f"llama.cpp would tokenize texts differently: {message}"):
         vocabulary(tokenizer, 400, [2])
 
 
@@ -129,7 +129,7 @@ def test_a_normal_form_is_a_note() -> None:
     tokenizer = _with(_split(QWEN2))
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
     assert vocabulary(tokenizer, 400, [2]).notes == [
-        "llama.cpp does not normalise texts (NFC), as this tokenizer does: send texts in that form"
+        "this tokenizer normalises texts (NFC) and llama.cpp does not, so send texts in NFC"
     ]
 
 
@@ -182,7 +182,7 @@ def test_a_fourth_token_that_ends_an_answer_is_a_note() -> None:
     tokenizer = styled_tokenizer("gemma")
     turn_end, eos = tokenizer.convert_tokens_to_ids(["<end_of_turn>", "<eos>"])
     words = vocabulary(tokenizer, len(tokenizer), sorted({eos, turn_end, 0, 3}))
-    assert words.notes == ["GGUF has fields for three tokens that end an answer; stop at <unk> too"]
+    assert words.notes == ["GGUF has fields for only three tokens that end an answer; also stop at <unk> too"]
     assert "<unk>" in words.stops
 
 
