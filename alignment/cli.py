@@ -34,12 +34,12 @@ VERBS = {
     "compare": "show what differs between runs",
     "new": "look at data files and write a recipe for them",
     "doctor": "show what a data file contains and what is wrong with it",
-    "export": "export a result to a folder that transformers or PEFT can load",
+    "export": "write a result to a folder that transformers or PEFT can load",
     "push": "upload an exported folder to a Hugging Face hub",
     "judge": "let people say which of two arms answers better",
     "chat": "talk to a stage's policy, or to two side by side",
     "serve": "serve policies behind an OpenAI-compatible endpoint",
-    "add-tokens": "add special tokens to a copy of a model",
+    "add-tokens": "write a copy of a model with more special tokens",
     "schema": "print the JSON Schema of recipes or sweeps, for editors",
     "recipes": "list the shipped recipes",
     "stages": "list the kinds of stage",
@@ -50,8 +50,8 @@ _RIVAL = "alignment-handbook"
 _EXAMPLES = """\
 examples: align run quickstart, align new pairs.jsonl, align run ./mine.yaml adapter=qlora
 exit codes: 0 success, 1 a bug in this project, 2 configuration, 3 data, 4 model, 5 stage or full disk,
-6 NaN or infinity, 7 artifact, 8 busy, 9 a failed scorer, 10 a gate not met, 11 store or hub, 75 preempted,
-130 interrupted
+6 not finite (NaN or infinity), 7 artifact, 8 busy, 9 a failed scorer, 10 a gate not met, 11 store or hub,
+75 preempted, 130 interrupted
 """
 
 

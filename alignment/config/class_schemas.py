@@ -48,7 +48,8 @@ class ClassSchemas:
             self.definitions[INTERPOLATION] = {
                 "type": "string",
                 "pattern": _INTERPOLATED,
-                "description": "Another setting's value, ${other.key}, or ???, a value that the command line gives.",
+                "description": "A reference to another setting, ${other.key}, or ???, if the command line must give "
+                "the value.",
             }
 
     def of(self, cls: type) -> Schema:

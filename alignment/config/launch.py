@@ -63,7 +63,7 @@ class Offload(str, Enum):
 
 def _of_backend(kind: str, cls: type) -> dict[str, str]:
     return {
-        field.name: f"where stages run is a separate choice now; write launch/backend={kind} "
+        field.name: f"where stages run is now a separate choice; write launch/backend={kind} "
         f"launch.backend.{field.name}={{value}}"
         for field in fields(cls)
         if field.name != "kind"

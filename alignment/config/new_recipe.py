@@ -36,23 +36,23 @@ FROM_PAIRS = Question(
     choices={
         "directly": "it learns to prefer the better answer of each pair: one stage, the cheaper way",
         "reward-model": "a reward model learns the preferences, then the policy maximises its score: two stages",
-        "both": "both ways from the same start, to compare them",
+        "both": "both methods from the same start, to compare them",
     },
 )
 DIRECTLY, BY_REWARD_MODEL = ("directly", "both"), ("reward-model", "both")
 """Answers to ``FROM_PAIRS`` with which pairs are learned from directly, and with which a reward model learns."""
 FIRST = Question(
     name="first",
-    text="There are no conversations, but better answers. Should the model learn those first?",
+    text="The files have no conversations, but they have better answers. Should the model learn those first?",
     choices={
-        "learn": "yes, the model was not tuned on answers like these (Rafailov et al. 2023, section 4)",
-        "skip": "no, it answers well already",
+        "learn": "yes, the model was not trained on answers like these (Rafailov et al. 2023, section 4)",
+        "skip": "no, it already answers well",
     },
 )
 SCORER = Question(
     name="scorer",
     text="What scores the answers to prompts? FILE.py:FUNCTION, a rule such as exact_answer, or hub:REWARD_MODEL "
-    "(prompts that are for an evaluation alone: --heldout FILE)",
+    "(for prompts that are only for evaluation, use --heldout FILE)",
 )
 
 

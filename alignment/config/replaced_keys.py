@@ -7,7 +7,7 @@ from enum import Enum
 from alignment.config.evaluating import JudgeKind
 
 _INSTEAD_OF_CHOICES = {
-    ("launch", "slurm"): "where stages run is a separate choice now; write launch/backend=slurm",
+    ("launch", "slurm"): "where stages run is now a separate choice; write launch/backend=slurm",
 }
 _INSTEAD_OF_SOURCES: dict[str, str] = {
     "house_style": (

@@ -78,7 +78,7 @@ PENALTY = Rule(
     lambda value: 0 <= value <= LARGEST, f"from 0 to {LARGEST:g}", keywords={"minimum": 0, "maximum": LARGEST}
 )
 FRACTION = Rule(lambda value: 0 <= value <= 1, "from 0 to 1", keywords={"minimum": 0, "maximum": 1})
-PATTERN = Rule(lambda value: _compiles(value), "a regular expression as Python writes them")
+PATTERN = Rule(lambda value: _compiles(value), "a regular expression in Python syntax")
 BETWEEN = Rule(
     lambda value: 0 < value < 1, "above 0 and below 1", keywords={"exclusiveMinimum": 0, "exclusiveMaximum": 1}
 )

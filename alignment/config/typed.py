@@ -174,7 +174,7 @@ class _Conversion:
         if kinds := kinds_of(hint):
             return self._of_kind(kinds, value, where=where, default=default)
         item, rule = listed_dataclass(hint), rule_of(cls, name)
-        shown = "what was given (not shown)" if rule is not None and rule.secret else repr(value)
+        shown = "the given value (not shown)" if rule is not None and rule.secret else repr(value)
         try:
             converted = _scalar_or_list(hint, value) if item is None else self._instances(item, value, where=where)
         except _Wrong as wrong:
@@ -328,7 +328,7 @@ def _json(value: Any) -> Any:
         return [_json(item) for item in value]
     if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
-    raise _Wrong(f"{value!r:.60} in it is not JSON; write it as text, in quotes")
+    raise _Wrong(f"{value!r:.60} inside it is not JSON; write it as text, in quotes")
 
 
 def _number(value: Any) -> float:

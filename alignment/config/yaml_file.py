@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):
         node = super().get_single_node()
         if node is not None and _count(node, {}) > MOST_NODES:
             raise yaml.constructor.ConstructorError(
-                None, None, f"holds more than {MOST_NODES:,} values, counting an alias each time it is used"
+                None, None, f"contains more than {MOST_NODES:,} values, where each use of an alias counts"
             )
         return node
 

@@ -39,7 +39,7 @@ _OF_TORCH = re.compile("pytorchstreamwriter failed writing|inline_container.*une
 """How torch.save reports a write that failed, for whatever reason."""
 _PATHS = {
     errno.ENAMETOOLONG: "the path is longer than the file system allows",
-    errno.ELOOP: "the path leads in a circle of symbolic links",
+    errno.ELOOP: "the path is a loop of symbolic links",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
 }
@@ -117,7 +117,7 @@ def path_error(error: OSError) -> ConfigError | None:
         return None
     name = str(error.filename)
     label = name if len(name) <= _LABEL_CHARACTERS else f"{name[:_LABEL_CHARACTERS]}… ({len(name)} characters)"
-    return ConfigError(_PATHS[error.errno], where=label, remedy="name another path, or change who may use this one")
+    return ConfigError(_PATHS[error.errno], where=label, remedy="name another path, or change its permissions")
 
 
 @contextmanager

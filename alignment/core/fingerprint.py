@@ -34,7 +34,7 @@ def canonical(value: Any) -> Any:
         return value.value
     if isinstance(value, float):
         if not math.isfinite(value):
-            raise TypeError(f"{value} has no stable form; a fingerprint takes finite numbers")
+            raise TypeError(f"{value} has no stable form; a fingerprint needs finite numbers")
         return int(value) if value.is_integer() else value
     if value is None or isinstance(value, (bool, int, str)):
         return value

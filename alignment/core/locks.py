@@ -85,8 +85,8 @@ def _lock(descriptor: int, how: int, path: Path) -> bool:
         raise ConfigError(
             f"this file system does not support locks ({error.strerror}); without them two runs could write one result",
             where=str(path.parent),
-            remedy="use one that does: output=FOLDER for runs, ALIGNMENT_CACHE=FOLDER for models; "
-            "network file systems have an option for it (Lustre: mount with -o flock)",
+            remedy="use one that does, with output=FOLDER for runs or ALIGNMENT_CACHE=FOLDER for models; some "
+            "network file systems have an option for locks (Lustre: mount with -o flock)",
         ) from None
     return True
 
@@ -101,7 +101,7 @@ def _holder(descriptor: int, path: Path) -> str:
     heir = _heir(path)
     if heir is None:
         return f"process {taker}"
-    return f"process {heir}, which still runs although the process that started it, {taker}, is gone"
+    return f"process {heir}, which is still running although {taker}, the process that started it, has ended"
 
 
 def _is_running(pid: int) -> bool:

@@ -26,7 +26,7 @@ def refuse_weights_elsewhere(folder: Path, *, where: str = "") -> None:
                 raise ModelError(
                     f"{index.name} names a weights file outside the folder: {name!r:.80}",
                     where=where or str(folder),
-                    remedy="do not use this model; weights files must lie beside their index",
+                    remedy="do not use this model; weights files must be in the folder of their index",
                 )
 
 

@@ -22,7 +22,7 @@ def refuse_endless(path: Path) -> None:
         return
     if not stat.S_ISREG(mode):
         raise DataError(
-            "is not a regular file", where=str(path), remedy="copy its content to a file, and name that file"
+            "is not a regular file", where=str(path), remedy="copy its content to a regular file and name that one"
         )
 
 

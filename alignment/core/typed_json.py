@@ -122,7 +122,7 @@ def strict(raw: Any, kind: type[Record], *, where: str, remedy: str) -> Record:
         ArtifactError: it is not an object, or a field has another form; says which, with ``remedy`` behind it.
     """
     if not isinstance(raw, dict):
-        raise ArtifactError("unreadable: it holds no JSON object", where=where, remedy=remedy)
+        raise ArtifactError("unreadable: it contains no JSON object", where=where, remedy=remedy)
     _refuse_newer(raw, kind, where)
     reader = _Reader(AS_IT_IS)
     record: Record = reader.record(raw, kind, "")
@@ -166,7 +166,7 @@ def _content(path: Path, kind: type[Any], remedy: str) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"unreadable: {error}", where=str(path), remedy=remedy) from error
     if not isinstance(raw, dict):
-        raise ArtifactError("unreadable: it holds no JSON object", where=str(path), remedy=remedy)
+        raise ArtifactError("unreadable: it contains no JSON object", where=str(path), remedy=remedy)
     _refuse_newer(raw, kind, str(path))
     return raw
 
@@ -176,9 +176,9 @@ def _refuse_newer(raw: dict[str, Any], kind: type[Any], where: str) -> None:
     version = raw.get(VERSION, known)
     if isinstance(version, int) and isinstance(known, int) and version > known:
         raise NewerVersion(
-            f"has version {version} of its form, and this program reads versions up to {known}",
+            f"has format version {version}, but this program reads only versions up to {known}",
             where=where,
-            remedy="update the program, or read the file with the one that wrote it",
+            remedy="update this program, or use the version that wrote the file",
         )
 
 

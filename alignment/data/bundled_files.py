@@ -27,9 +27,9 @@ def locate(source: str, *, where: str = "") -> Path:
         return _bundled(rest, where=where)
     if scheme == "stage":
         raise DataError(
-            f"{source!r} is rows of a stage, which only a recipe with that stage can name",
+            f"{source!r} names the rows of a stage, so only a recipe with that stage can use it",
             where=where,
-            remedy="name the file in its result: path:artifacts/STAGE-FINGERPRINT/rows.jsonl",
+            remedy="name the file in the stage's result: path:artifacts/STAGE-FINGERPRINT/rows.jsonl",
         )
     is_file = bool(source) and Path(source).expanduser().exists()
     raise DataError(

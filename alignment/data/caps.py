@@ -25,7 +25,7 @@ ALWAYS_BYTES = 64 << 20
 LEVELS = 100
 """How deep lists and objects may be nested."""
 _BLOCK = 1 << 20
-_SPLIT = "write shorter rows: cut the text into several"
+_SPLIT = "write shorter rows; split the text into several"
 
 
 def opened(path: Path) -> BinaryIO:
@@ -58,9 +58,9 @@ class _Unpacked(io.RawIOBase):
         self._left -= count
         if self._left < 0:
             raise DataError(
-                f"unpacks to more than {RATIO} times its size, which rows of text never do",
+                f"unpacks to more than {RATIO} times its size, which is not plausible for text",
                 where=str(self._path),
-                remedy="check its content; if it is right, unpack it (gunzip) and give the unpacked file",
+                remedy="check its content; if it is correct, unpack it (gunzip) and give the unpacked file",
             )
         return count
 
@@ -110,9 +110,9 @@ def whole(stream: BinaryIO, path: Path) -> bytes:
         count += len(block)
         if count > WHOLE_BYTES:
             raise DataError(
-                f"is longer than {_mebibytes(WHOLE_BYTES)}, and a JSON list is read whole",
+                f"is longer than {_mebibytes(WHOLE_BYTES)}, and a JSON list must be read in one piece",
                 where=str(path),
-                remedy="write it as JSON Lines (.jsonl), which are read one by one",
+                remedy="write it as JSON Lines (.jsonl), which are read line by line",
             )
     return b"".join(blocks)
 

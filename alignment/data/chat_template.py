@@ -43,7 +43,7 @@ def set_template(tokenizer: Any, choice: TemplateChoice) -> None:
         return
     if not tokenizer.chat_template:
         raise DataError(
-            "the tokenizer has no chat template that could read options",
+            "the tokenizer has no chat template, so there are no template options",
             where="model.template_options",
             remedy="use a chat model, or set model.chat_template",
         )

@@ -28,7 +28,7 @@ class Fields:
         self.where = where
         self.example = example
         if not isinstance(row, Mapping):
-            raise DataError(f"a row must be a JSON object; it is {row!r:.60}", where=where, remedy=self._remedy())
+            raise DataError(f"a row must be a JSON object; this one is {row!r:.60}", where=where, remedy=self._remedy())
         self.row = row
         self._refuse_media()
 
@@ -110,9 +110,9 @@ class Fields:
         for name in MEDIA:
             if self.row.get(name):
                 raise DataError(
-                    f"'{name}' holds media, which no stage reads: models here read only text",
+                    f"'{name}' contains media, but models here read only text",
                     where=self.where,
-                    remedy=f"remove the row, or the column '{name}' if the text makes sense without it",
+                    remedy=f"remove the row; or remove the column '{name}', if the text makes sense without it",
                 )
 
     def _remedy(self) -> str:

@@ -111,5 +111,6 @@ _RAISED = (
 Not ``Exception``, because one subclass asks the stage to stop.
 """
 _REMEDY = (
-    "only JSON, CSV and Parquet files are read, never scripts; if it has such files, name their folder with path:FOLDER"
+    "only JSON, CSV and Parquet files are read, never scripts; if it has such files in a folder, download them and "
+    "give path:FOLDER"
 )

@@ -32,7 +32,7 @@ def mixed(own: int, sources: Sequence[tuple[MixedConfig, int]], generator: torch
         assert wanted is not None, "a plan refuses a source without share and count"
         if wanted > others:
             raise DataError(
-                f"has {others} rows, but {wanted} are wanted",
+                f"has {others} rows, but {wanted} are needed",
                 where=f"{where}.mix[{number}]",
                 remedy="lower its share or count, or give it more rows",
             )

@@ -30,5 +30,5 @@ def text_and_calls(fields: Fields, at: str, content: Any) -> tuple[Any, list[Any
             called = fields.parsed(f"{at}[{number}]", value)
             calls += called if isinstance(called, list) else [called]
         else:
-            fields.fail(at, f"must have parts of text, or of tool calls; it is {content!r:.60}")
+            fields.fail(at, f"must have parts that are text or tool calls; it is {content!r:.60}")
     return "".join(texts), calls

@@ -117,7 +117,9 @@ def start(path: Path, data: SourceConfig) -> Reading:
     if not rows:
         faults = [row for row in head if isinstance(row, DataError)]
         raise (
-            together(faults) if faults else DataError("holds no row", where=str(path), remedy="write at least one row")
+            together(faults)
+            if faults
+            else DataError("contains no rows", where=str(path), remedy="write at least one row")
         )
     return Reading(path=path, format=detect(rows, where=str(path)))
 
@@ -127,7 +129,7 @@ def _refuse_unknown_columns(rows: Sequence[Any], data: SourceConfig, *, where: s
     for column in data.columns.values():
         if known and column not in known:
             raise DataError(
-                f"data.columns names a column {column!r}, which no row has",
+                f"data.columns names the column {column!r}, which no row has",
                 where=where,
                 remedy=f"the columns are {', '.join(sorted(known))}",
             )
@@ -213,13 +215,13 @@ def refuse_faults(faults: Sequence[DataError], data: SourceConfig, *, count: int
         return
     error = together(faults, count)
     if data.on_error is OnError.fail:
-        looked = f"`align doctor {where}` looks at all rows; data.on_error=skip leaves faulty ones out"
+        looked = f"`align doctor {where}` checks all rows; data.on_error=skip leaves out the faulty ones"
         raise DataError(error.message, where=error.where, remedy=NEXT.join(filter(None, [error.remedy, looked])))
     if count > data.max_skipped * rows:
         raise DataError(
             f"more than {data.max_skipped:.0%} of {rows} rows are faulty; {error.message}",
             where=where,
-            remedy="mend the rows, or raise data.max_skipped",
+            remedy="fix the rows, or raise data.max_skipped",
         )
 
 
@@ -227,7 +229,7 @@ def nothing(set_aside: Iterable[str], *, rows: int, where: str) -> DataError:
     """The error for a source without a single record."""
     reasons = sorted(set(set_aside))
     why = f": all {rows} rows were set aside ({'; '.join(reasons)})" if reasons else ""
-    return DataError(f"holds no row that can be used{why}", where=where)
+    return DataError(f"contains no usable row{why}", where=where)
 
 
 def prepared(row: Any, data: SourceConfig) -> Any:

@@ -63,7 +63,7 @@ class Example:
     def refuse_text(self) -> None:
         """Raises DataError if the row is plain text."""
         if self.text:
-            self.fields.fail(self.field, "is plain text without a prompt and an answer")
+            self.fields.fail(self.field, "is plain text, without a prompt or an answer")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,14 +167,14 @@ class PreferencePair:
             raise DataError(
                 f"the row has no numbers in {' and '.join(map(repr, SCORE_COLUMNS))}, which 'margin' learns from",
                 where=self.where,
-                remedy=f"add them, name your columns (data.columns={{{SCORE_COLUMNS[0]}: YOURS}}), or set margin=0",
+                remedy=f"add them, map your columns (data.columns={{{SCORE_COLUMNS[0]}: YOURS}}), or set margin=0",
             )
         chosen, rejected = self.scores
         if chosen < rejected:
             raise DataError(
                 f"the chosen answer scores {chosen:g}, less than the rejected one with {rejected:g}",
                 where=self.where,
-                remedy="exchange the answers or remove the row; scores must agree with the preference",
+                remedy="swap the answers or remove the row; the scores must agree with the preference",
             )
         return chosen - rejected
 
@@ -230,7 +230,7 @@ def _labelled_answers(example: Example) -> list[tuple[str, bool]]:
     if example.good is not None:
         last = example.turns[-1] if example.turns else None
         if last is None or last.role != "assistant" or not last.content.strip():
-            fields.fail("completion", "is missing: the row has a label, but no answer that it is about")
+            fields.fail("completion", "is missing: the row has a label, but no answer that it applies to")
         return [(last.whole, example.good)]
     if len(answers) != 2:
         has = f"{len(answers)} answers of different rank" if answers else "no label"
@@ -239,7 +239,7 @@ def _labelled_answers(example: Example) -> list[tuple[str, bool]]:
     if better.rank == worse.rank:
         fields.set_aside("answers", "all have the same rank")
     if better.text.strip() == worse.text.strip():
-        fields.fail("rejected", "is the same as 'chosen', so it would be desirable and undesirable")
+        fields.fail("rejected", "is the same as 'chosen', so it would be both desirable and undesirable")
     return [(better.text, True), (worse.text, False)]
 
 
@@ -375,7 +375,7 @@ class Question:
             fields.fail("choices", f"contains {repeated!r:.60} twice; all must be different")
         ranks = [answer.rank for answer in example.answers]
         if ranks.count(max(ranks)) > 1:
-            fields.fail("choices", "has several best answers; it must have one")
+            fields.fail("choices", "has several best answers; it must have exactly one")
         yield cls(
             messages=messages,
             choices=tuple(texts),

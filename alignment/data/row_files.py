@@ -78,7 +78,7 @@ def files_of(path: Path) -> list[Path]:
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and _suffix(file) in _READERS)
         if not files:
-            raise DataError("holds no data file", where=str(path), remedy=_REMEDY)
+            raise DataError("contains no data file", where=str(path), remedy=_REMEDY)
         return files
     if _suffix(path) not in _READERS:
         raise DataError("has an unknown file type", where=str(path), remedy=_REMEDY)
@@ -120,11 +120,11 @@ def _parsed(text: bytes, where: str) -> RawRow | DataError:
         if b"\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
         if text.count(b"[") + text.count(b"{") > caps.LEVELS and caps.is_deep(value):
-            return DataError(f"nests lists and objects more than {caps.LEVELS} deep", where=where)
+            return DataError(f"nests lists and objects more than {caps.LEVELS} levels deep", where=where)
         return RawRow(where=where, value=value)
     except UnicodeEncodeError:
         return DataError(
-            "holds half of a surrogate pair, which is not a character", where=where, remedy="write both halves"
+            "contains half of a surrogate pair, which is not a character", where=where, remedy="write both halves"
         )
     except UnicodeDecodeError as error:
         return DataError(f"not UTF-8: {error.reason}", where=where, remedy="save the file as UTF-8")
@@ -167,7 +167,7 @@ def _csv(path: Path) -> Iterator[Unparsed]:
                 yield DataError(f"not CSV: {error}", where=where)
                 continue
             if None in row or None in row.values():
-                yield DataError(f"does not have the {len(names)} fields of the header", where=where)
+                yield DataError(f"does not have {len(names)} fields, as the header does", where=where)
             else:
                 yield RawRow(where=where, value={name: value or None for name, value in row.items()})
 
@@ -182,7 +182,7 @@ def _parquet(path: Path) -> Iterator[Unparsed]:
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
                 if batch.nbytes > caps.WHOLE_BYTES:
                     where = f"{path}: rows {number + 1} to {number + len(batch)}"
-                    raise DataError("hold more than fits into memory", where=where, remedy="write shorter rows")
+                    raise DataError("are too large for memory", where=where, remedy="write shorter rows")
                 for value in batch.to_pylist():
                     number += 1
                     yield RawRow(where=f"{path}: row {number}", value=value)

@@ -43,7 +43,7 @@ def value_faults(options: Mapping[str, Any]) -> Iterator[Fault]:
     """Values that are neither true or false, a number, a text, nor a list of these."""
     for name, value in options.items():
         if not all(_is_plain(item) for item in (value if isinstance(value, list) else [value])):
-            message = f"{value!r:.60} is not allowed; it takes true or false, a number, a text, or a list of these"
+            message = f"{value!r:.60} is not allowed; give true or false, a number, a text, or a list of these"
             if value is None:
                 message += f"; to leave the option out, remove it (~{WHERE}.{name})"
             yield Fault(where=f"{WHERE}.{name}", message=message)
@@ -60,8 +60,8 @@ def name_faults(templates: Templates, options: Mapping[str, Any]) -> Iterator[Fa
     read = sorted(options_of(templates))
     for name in options:
         if name not in read:
-            hint = suggestion(name, read) if read else "it reads none"
-            yield Fault(where=f"{WHERE}.{name}", message=f"the chat template reads no option of this name; {hint}")
+            hint = suggestion(name, read) if read else "the template has no options"
+            yield Fault(where=f"{WHERE}.{name}", message=f"the chat template has no option of this name; {hint}")
 
 
 def own_template(folder: Path) -> Templates | None:

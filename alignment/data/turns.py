@@ -166,7 +166,7 @@ def _learned(fields: Fields, at: str, turn: Mapping[str, Any], *, role: str) -> 
     if role != "assistant":
         if weights["loss_weight"]:
             fields.fail(
-                f"{at}.loss_weight", f"asks to learn a turn of the {role}; only turns of the assistant are learned"
+                f"{at}.loss_weight", f"marks a turn of the {role} to be learned; only assistant turns can be learned"
             )
         return True
     return all(weight is None or bool(weight) for weight in weights.values())

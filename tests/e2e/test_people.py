@@ -46,7 +46,7 @@ def test_votes_give_a_win_rate_and_train_a_reward_model(new_forked: Callable[[],
             assert ballot is not None
             ballots.vote(annotator, ballot.pair.key, Choice.tie if number % 4 == 0 else Choice.first)
     printed = align("run", *EVALUATION, f"stages.reward.data.source=path:{votes}")
-    assert "6 rows are left out: 'preferred' says that the answers tie" in printed
+    assert "6 rows are left out: 'preferred' says that the answers are tied" in printed
     assert "may learn from resemble prompts of evaluate" in printed
     second = align.artifact("evaluate")
     assert second != first, "votes are part of what was asked for"

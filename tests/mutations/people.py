@@ -156,7 +156,7 @@ MUTATIONS = [
         ),
         (
             "a tie is taken for a preference",
-            'fields.set_aside("preferred", "says that the answers tie")',
+            'fields.set_aside("preferred", "says that the answers are tied")',
             "preferred = next(iter(answers))",
             "test_votes_are_pairs_and_ties_are_set_aside",
         ),

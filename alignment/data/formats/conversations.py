@@ -37,7 +37,7 @@ MESSAGES = Format(
 
 SHAREGPT = Format(
     name="sharegpt",
-    summary="ShareGPT's conversations of from and value, with system and tools",
+    summary="ShareGPT's conversations, with from and value, system and tools",
     row='{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}',
     fits=lambda row: _has_turns(row, "conversations", "from") or _has_turns(row, "conversations", "role"),
     read=_conversation,

@@ -98,7 +98,7 @@ def answers_of_whole(
         if turns[-1].role != "assistant":
             fields.fail(name, f"must end with an assistant turn; the last one's role is {turns[-1].role!r}")
         if turns[-1].tool_calls:
-            fields.fail(name, "ends with a tool call; pairs are compared only by text")
+            fields.fail(name, "ends with a tool call, but pairs can only be compared by text")
     if chosen[:-1] != rejected[:-1]:
         reason = f"differs from '{names[0]}' before its last turn, so the two answer different prompts"
         fields.set_aside(names[1], reason)

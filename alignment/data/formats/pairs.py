@@ -103,7 +103,8 @@ WHOLE = Format(
 
 WHOLE_MESSAGES = Format(
     name="chosen_messages",
-    summary="two whole conversations in columns of these names, content in parts or as text (LLaMA-Factory)",
+    summary="two whole conversations in the columns chosen_messages and rejected_messages, with content in parts or "
+    "as text (LLaMA-Factory)",
     row=(
         '{"chosen_messages": [{"role": "user", "content": [{"type": "text", "value": "2 + 2?"}]}, '
         '{"role": "assistant", "content": [{"type": "text", "value": "4."}]}], '

@@ -116,7 +116,7 @@ PROMPT_COMPLETION = Format(
 
 ALPACA = Format(
     name="alpaca",
-    summary="an instruction, perhaps with an input, and the output; perhaps system and history",
+    summary="an instruction and its output, optionally with input, system and history",
     row='{"instruction": "Add the numbers.", "input": "2 and 2", "output": "4."}',
     fits=lambda row: holds(row, "instruction", "output"),
     read=_answered("output"),
@@ -140,7 +140,7 @@ QUESTIONS = Format(
 
 PROMPT = Format(
     name="prompt",
-    summary="a prompt alone",
+    summary="a prompt without an answer",
     row='{"prompt": "Summarise: the shop is closed on Monday."}',
     fits=lambda row: any(is_question(row.get(name)) for name in PROMPTS),
     read=_asked_only,

@@ -15,13 +15,13 @@ def _voted(fields: Fields) -> Example:
     turns, field = asked(fields)
     answers = fields.required("answers")
     if not isinstance(answers, Mapping) or len(answers) != 2:
-        fields.fail("answers", f"must hold the answers of two arms by their names; it is {answers!r:.60}")
+        fields.fail("answers", f"must map the names of two arms to their answers; it is {answers!r:.60}")
     for arm, text in answers.items():
         if not is_text(text):
             fields.set_aside(f"answers.{arm}", "is empty")
     preferred = fields.text("preferred")
     if preferred == TIE:
-        fields.set_aside("preferred", "says that the answers tie")
+        fields.set_aside("preferred", "says that the answers are tied")
     if preferred not in answers:
         fields.fail("preferred", f"must be one of {', '.join([*answers, TIE])}; it is {preferred!r:.60}")
     ranked = tuple(Answer(text=text, rank=float(arm == preferred)) for arm, text in answers.items())
@@ -36,7 +36,8 @@ def _is_vote(row: Mapping[str, Any]) -> bool:
 
 VOTES = Format(
     name="votes",
-    summary="two answers by the names of their arms, and the preferred one or a tie (align judge); ties are left out",
+    summary="two answers by the names of their arms, and which one was preferred (written by align judge); ties are "
+    "left out",
     row=(
         '{"messages": [{"role": "user", "content": "2 + 2?"}], "answers": {"dpo": "4.", "sft": "5."}, '
         '"preferred": "dpo"}'

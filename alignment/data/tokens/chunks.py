@@ -195,7 +195,7 @@ def _in_parallel(job: Job, chunks: Iterable[Sequence[Unparsed]], processes: int)
             ) from error
         raise StageError(
             "a process that tokenised rows died",
-            remedy="check whether memory ran out; the stage starts again when it is run again",
+            remedy="check whether memory ran out, then run the stage again",
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

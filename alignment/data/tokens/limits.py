@@ -73,13 +73,13 @@ def cut_to(parts: Parts, limits: Limits) -> Parts:
     room = limits.row - max(map(len, answers.values()), default=0)
     room = room if limits.prompt is None else min(room, limits.prompt)
     if room <= parts.head + parts.tail:
-        raise RowTooLong(f"{over}; cut, nothing would be left of the prompt")
+        raise RowTooLong(f"{over}; after a cut, nothing would be left of the prompt")
     prompt = _shortened(parts, room, limits.too_long.side)
     if answers and not any(any(part.learned) for part in (prompt, *answers.values())):
-        raise RowTooLong(f"{over}; cut, nothing would be left to learn")
+        raise RowTooLong(f"{over}; after a cut, nothing would be left to learn")
     ids = [tokens.ids for tokens in answers.values()]
     if len(ids) == 2 and ids[0] == ids[1]:
-        raise RowTooLong(f"{over}; cut, its answers would be the same")
+        raise RowTooLong(f"{over}; after a cut, its two answers would be the same")
     return replace(parts, prompt=prompt, answers=answers)
 
 

@@ -16,7 +16,7 @@ from alignment.data.trl_templates import trained_as
 
 _SHOWN = 40
 _KEEPS_TURNS = (
-    "set model.chat_template=chatml, which renders every turn as it is in the row (but does not support tools), or "
+    "set model.chat_template=chatml, which renders every turn unchanged (but does not support tools), or "
     "path:FILE of a template that does"
 )
 
@@ -30,7 +30,8 @@ def other_opening(templates: Templates, before: str, after: str, helps: Callable
     working = [setting for setting, candidate in _candidates(templates) if helps(candidate)]
     remedies = [f"set {setting}" for setting in working] or [_KEEPS_TURNS]
     return DataError(
-        "the chat template renders a prompt differently once an answer follows it: the prompt ends with "
+        "the chat template renders a prompt differently when an answer follows it: without the answer, the prompt "
+        "ends with "
         f"{before[-_SHOWN:]!r}, and with the answer there is {after[start : start + _SHOWN]!r}",
         remedy=", or ".join(remedies),
     )

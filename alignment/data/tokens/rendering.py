@@ -178,7 +178,7 @@ def _refuse_lost_tools(text: str, messages: Sequence[Message], tools: Tools) -> 
         if json.dumps(name, ensure_ascii=False)[1:-1] not in text and name not in text:
             raise DataError(
                 f"the chat template leaves out the tool '{name}'",
-                remedy="use a model whose template supports tools, or rows without them",
+                remedy="use a model whose template supports tools, or use rows without tools",
             )
 
 
@@ -196,7 +196,7 @@ def conversation_texts(tokenizer: Any, messages: Sequence[Message], tools: Tools
         if message.role != "assistant":
             continue
         if index == 0:
-            raise DataError("begins with a turn of the assistant, without a prompt before it")
+            raise DataError("begins with an assistant turn, without a prompt before it")
         before = render(tokenizer, messages[:index], answering=True, tools=tools)
         try:
             answer = _answer_behind(before, tokenizer, messages[:index], message, tools)

@@ -184,5 +184,5 @@ def _open(path: Path, folder: Path) -> TokenTable | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
-        log.warning("%s cannot be used and is made again: %s", folder, error)
+        log.warning("%s cannot be used and will be made again: %s", folder, error)
         return None

@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path, template: TemplateChoice | None = None, *, mode
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ModelError(f"no usable tokenizer: {error}", where=str(folder)) from error
+        raise ModelError(f"the tokenizer cannot be used: {error}", where=str(folder)) from error
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no EOS token, so an answer could never end", where=str(folder))
     if tokenizer.pad_token_id is None:
@@ -55,7 +55,7 @@ def stop_ids(folder: Path) -> frozenset[int]:
         raise ModelError(f"cannot be read: {error}", where=str(file)) from error
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(type(token) is int and token >= 0 for token in ids):
-        raise ModelError(f"eos_token_id is {ids}; it takes a token's number, or a list of them", where=str(file))
+        raise ModelError(f"eos_token_id is {ids}; it must be a token id or a list of them", where=str(file))
     return frozenset(ids)
 
 

@@ -173,7 +173,7 @@ FAULTS = [
     (with_ppo(guard={"scorer": {"sauce": "x"}}), "stages.ppo.guard.scorer.sauce: unknown key; did you mean 'source'?"),
     (
         with_ppo(guard={"scorer": {"pattern": "("}}),
-        "stages.ppo.guard.scorer.pattern: '(' is not allowed; a regular expression as Python writes them",
+        "stages.ppo.guard.scorer.pattern: '(' is not allowed; a regular expression in Python syntax",
     ),
     (
         {"name": "run", "stages": {"a\nb": {"kind": "sft"}}},
@@ -201,7 +201,7 @@ def test_what_may_be_a_key_is_not_repeated(field: str, value: Any, allowed: str)
     judge = {"kind": "endpoint", "endpoint": {field: value}}
     with pytest.raises(ConfigError) as caught:
         typed({"name": "run", "stages": {"evaluate": {"kind": "evaluate", "judge": judge}}}, config_classes())
-    assert f"judge.endpoint.{field}: what was given (not shown) is not allowed; {allowed}" in str(caught.value)
+    assert f"judge.endpoint.{field}: the given value (not shown) is not allowed; {allowed}" in str(caught.value)
     assert "secret" not in str(caught.value)
 
 

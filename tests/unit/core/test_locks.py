@@ -115,7 +115,7 @@ def test_the_process_that_goes_on_is_named_where_the_one_that_took_the_lock_is_g
         os.kill(heir, 9)
     expected = (
         f"in use by process {heir} (sleep 60), "
-        f"which still runs although the process that started it, {taker.pid}, is gone"
+        f"which is still running although {taker.pid}, the process that started it, has ended"
     )
     assert caught.value.message == expected
 

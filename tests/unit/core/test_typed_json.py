@@ -109,7 +109,7 @@ def test_a_newer_form_is_refused_whatever_else_the_file_holds(tmp_path: Path) ->
         lambda: read(tmp_path / "table.json", Table, remedy=""),
         lambda: read_parts(tmp_path / "table.json", Table, CLEANING),
     ):
-        with pytest.raises(NewerVersion, match="has version 3 of its form, and this program reads versions up to 2"):
+        with pytest.raises(NewerVersion, match="has format version 3, but this program reads only versions up to 2"):
             reading()
 
 

@@ -72,7 +72,11 @@ def test_a_line_that_is_too_long_is_a_faulty_row_and_the_others_are_read(
     [
         ("a.csv", "prompt,completion\na," + "x" * 200, ":2: is longer than 100 bytes"),
         ("a.csv", 'prompt,completion\na,"' + "line\n" * 50, ":2: not CSV: field larger than field limit (100)"),
-        ("a.json", f"[{ROW}, {ROW}]" + " " * 300, ": is longer than 300 bytes, and a JSON list is read whole"),
+        (
+            "a.json",
+            f"[{ROW}, {ROW}]" + " " * 300,
+            ": is longer than 300 bytes, and a JSON list must be read in one piece",
+        ),
     ],
 )
 def test_other_files_have_bounds_too(
@@ -95,7 +99,7 @@ def test_parquet_that_unpacks_to_more_than_memory_holds_is_refused(
     monkeypatch.setattr(caps, "WHOLE_BYTES", 1 << 20)
     parquet.write_table(pa.table({"text": ["x" * 10_000] * 1_000}), tmp_path / "a.parquet")
     assert (tmp_path / "a.parquet").stat().st_size < 100_000
-    with pytest.raises(DataError, match="rows 1 to 1000: hold more than fits into memory"):
+    with pytest.raises(DataError, match="rows 1 to 1000: are too large for memory"):
         list(rows_of(tmp_path / "a.parquet"))
 
 

@@ -92,7 +92,9 @@ def test_a_cut_that_leaves_nothing_to_learn_is_refused() -> None:
 
 def test_a_cut_that_makes_two_answers_the_same_is_refused() -> None:
     answers = {"chosen": _tokens(6, 7, learned=True), "rejected": _tokens(6, 8, learned=True)}
-    with pytest.raises(RowTooLong, match=r"'chosen' has 2 tokens of 1, .*; cut, its answers would be the same"):
+    with pytest.raises(
+        RowTooLong, match=r"'chosen' has 2 tokens of 1, .*; after a cut, its two answers would be the same"
+    ):
         cut_to(Parts(prompt=_tokens(1), answers=answers), Limits(row=9, answer=1, too_long=LEFT))
 
 

@@ -64,7 +64,7 @@ def test_lines_of_a_csv_are_counted_where_fields_have_breaks(tmp_path: Path) -> 
     rows = list(rows_of(file))
     assert isinstance(rows[0], RawRow)
     assert rows[0].value == {"prompt": "two\nlines", "completion": "yes"}
-    assert str(rows[1]) == f"{file}:4: does not have the 2 fields of the header"
+    assert str(rows[1]) == f"{file}:4: does not have 2 fields, as the header does"
     assert isinstance(rows[2], RawRow)
     assert rows[2].where == f"{file}:5"
 
@@ -95,7 +95,7 @@ def test_a_file_that_cannot_be_read_at_all_says_why(tmp_path: Path, name: str, c
 
 
 def test_an_empty_folder_holds_no_data(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no data file"):
+    with pytest.raises(DataError, match="contains no data file"):
         files_of(tmp_path)
 
 
@@ -104,10 +104,10 @@ GOOD = {"messages": [ASKED, {"role": "assistant", "content": "b"}]}
 PLANTED: list[tuple[Any, str]] = [
     (b'{"messages": [', "not JSON"),
     (b'{"messages": "\xff"}', "not UTF-8"),
-    (b"[1, 2]", "a row must be a JSON object; it is [1, 2]"),
-    (b"null", "a row must be a JSON object; it is None"),
+    (b"[1, 2]", "a row must be a JSON object; this one is [1, 2]"),
+    (b"null", "a row must be a JSON object; this one is None"),
     (b'"text"', "a row must be a JSON object"),
-    (b"NaN", "a row must be a JSON object; it is nan"),
+    (b"NaN", "a row must be a JSON object; this one is nan"),
     ({}, "'messages' is missing; the row has no fields"),
     ({"message": []}, "'messages' is missing; the row has 'message'"),
     ({"messages": None}, "'messages' is missing"),
@@ -181,7 +181,7 @@ def test_each_kind_of_fault_gets_its_advice_and_the_way_out(tmp_path: Path) -> N
     advice = [line.strip() for line in str(caught.value).splitlines() if "→" in line]
     assert advice[0].startswith("→ a row of the right form: ")
     assert advice[1] == "→ write one JSON object per line (JSON Lines)"
-    assert advice[2:] == [f"→ `align doctor {file}` looks at all rows; data.on_error=skip leaves faulty ones out"]
+    assert advice[2:] == [f"→ `align doctor {file}` checks all rows; data.on_error=skip leaves out the faulty ones"]
 
 
 def test_faulty_rows_may_be_skipped_up_to_a_share_and_are_listed(tmp_path: Path) -> None:
@@ -224,9 +224,7 @@ def test_a_file_of_which_all_rows_are_set_aside_says_why(tmp_path: Path) -> None
     file.write_text(_lines([{"prompt": "a", "completion": "b", "label": False}] * 2))
     with pytest.raises(DataError) as caught:
         read_records(file, Conversation, ALL)
-    assert "holds no row that can be used: all 2 rows were set aside ('label' says that the answer is bad" in str(
-        caught.value
-    )
+    assert "contains no usable row: all 2 rows were set aside ('label' says that the answer is bad" in str(caught.value)
 
 
 def test_a_limit_counts_records_and_faults_behind_it_are_not_looked_for(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_the_example_in_an_error_is_itself_a_right_row(record: Any) -> None:
 WRONG = [
     (Conversation, {}, "'messages' is missing; the row has no fields"),
     (Conversation, {"dialogue": []}, "'messages' is missing; the row has 'dialogue'"),
-    (Conversation, [], "a row must be a JSON object; it is []"),
+    (Conversation, [], "a row must be a JSON object; this one is []"),
     (Conversation, {"messages": []}, "'messages' must be a list of turns and not empty; it is []"),
     (Conversation, {"messages": [USER]}, "'messages' must end with an assistant turn; the last one's role is 'user'"),
     (
@@ -161,7 +161,7 @@ def test_a_labelled_answer_is_read_from_a_label_or_from_a_pair(
             {"prompt": "?", "completions": [{"text": "4.", "rank": 1}, {"text": "5.", "rank": 1}]},
             "'answers' all have the same rank",
         ),
-        ("text", {"text": "2 + 2 is 4."}, "is plain text without a prompt and an answer"),
+        ("text", {"text": "2 + 2 is 4."}, "is plain text, without a prompt or an answer"),
     ],
 )
 def test_a_row_that_does_not_label_an_answer_is_refused(form: str, row: dict[str, Any], message: str) -> None:
@@ -223,7 +223,7 @@ def test_pairs_of_graded_answers_have_their_scores_and_those_of_ranked_ones_none
 @pytest.mark.parametrize("answers", [None, ["4.", "5."], {"dpo": "4."}, {"dpo": "4.", "sft": "5.", "base": "6."}])
 def test_a_vote_that_is_not_on_two_answers_is_refused(answers: Any) -> None:
     row = {"prompt": "2 + 2?", "answers": answers, "preferred": "dpo"}
-    with pytest.raises(DataError, match="'answers' must hold the answers of two arms by their names; it is "):
+    with pytest.raises(DataError, match="'answers' must map the names of two arms to their answers; it is "):
         FORMATS["votes"].read(Fields(row, where="x:1", example=""))
 
 
@@ -241,7 +241,7 @@ def test_rows_are_read_in_order_up_to_the_limit_and_blank_lines_passed_over(tmp_
         (b'{"a": 1', "rows.jsonl:1: not JSON: "),
         (b'\n\n{"a": "\xff"}', "rows.jsonl:3: not UTF-8: "),
         (b"[" * 100_000, "rows.jsonl:1: not JSON: "),
-        (b"\n \n", "rows.jsonl: holds no row"),
+        (b"\n \n", "rows.jsonl: contains no rows"),
     ],
 )
 def test_a_file_that_does_not_parse_is_named_by_line(tmp_path: Path, content: bytes, message: str) -> None:
@@ -308,7 +308,7 @@ def test_a_question_that_cannot_be_asked_is_named_exactly(changes: dict[str, Any
 
 def test_a_question_with_two_best_answers_is_refused() -> None:
     told = [{"text": "4", "score": 9}, {"text": "four", "score": 9}]
-    with pytest.raises(DataError, match="'choices' has several best answers; it must have one"):
+    with pytest.raises(DataError, match="'choices' has several best answers; it must have exactly one"):
         _question({"prompt": "2 + 2?", "completions": told})
 
 

@@ -303,7 +303,7 @@ def test_an_answer_is_over_where_the_models_generation_config_says(tmp_path: Pat
     [
         ("{", "cannot be read: Expecting"),
         ("[]", "cannot be read: "),
-        ('{"eos_token_id": "</s>"}', r"eos_token_id is \['</s>'\]; it takes a token's number, or a list of them"),
+        ('{"eos_token_id": "</s>"}', r"eos_token_id is \['</s>'\]; it must be a token id or a list of them"),
         ('{"eos_token_id": [2, true]}', r"eos_token_id is \[2, True\]"),
         ('{"eos_token_id": -1}', r"eos_token_id is \[-1\]"),
     ],

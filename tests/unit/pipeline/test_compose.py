@@ -166,8 +166,8 @@ FAULTY = [
     ("launch=[]", "launch=[]: no launch '[]'; one of: ddp, fsdp, local, zero1, zero2, zero3"),
     (
         "launch=slurm",
-        "launch=slurm: no launch 'slurm'; one of: ddp, fsdp, local, zero1, zero2, zero3; where stages run is a "
-        "separate choice now; write launch/backend=slurm",
+        "launch=slurm: no launch 'slurm'; one of: ddp, fsdp, local, zero1, zero2, zero3; where stages run is now a "
+        "separate choice; write launch/backend=slurm",
     ),
     ("launch/backend=slrum", "launch/backend=slrum: no launch/backend 'slrum'; did you mean 'slurm'?"),
     ("launch/bakend=slurm", "launch/bakend=slurm: no group 'launch/bakend'; did you mean 'launch/backend'?"),
@@ -182,12 +182,12 @@ FAULTY = [
     ),
     (
         "launch.slurm.partition=gpu",
-        "launch.slurm.partition: unknown key; where stages run is a separate choice now; write launch/backend=slurm "
+        "launch.slurm.partition: unknown key; where stages run is now a separate choice; write launch/backend=slurm "
         "launch.backend.partition=gpu",
     ),
     (
         "launch.num_machines=4",
-        "launch.num_machines: unknown key; where stages run is a separate choice now; write launch/backend=machines "
+        "launch.num_machines: unknown key; where stages run is now a separate choice; write launch/backend=machines "
         "launch.backend.num_machines=4",
     ),
     ("profile=smok", "profile=smok: no profile 'smok'; did you mean 'smoke'?"),

@@ -79,7 +79,7 @@ def test_questions_are_checked_while_planning_and_part_of_the_result(gate: Gate,
 def test_no_texts_are_refused(gate: Gate, tmp_path: Path) -> None:
     file = tmp_path / "texts.jsonl"
     file.write_text("\n")
-    with pytest.raises(DataError, match="holds no row"):
+    with pytest.raises(DataError, match="contains no rows"):
         gate(_arms("stage:sft"), f"stages.forgetting.data.source=path:{file}")
 
 

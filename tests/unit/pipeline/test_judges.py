@@ -160,7 +160,7 @@ def test_a_model_from_outside_may_be_an_arm(plan: MakePlan, tmp_path: Path) -> N
 
 def test_an_empty_evaluation_set_is_refused(plan: MakePlan, tmp_path: Path) -> None:
     (tmp_path / "heldout.jsonl").write_text("")
-    with pytest.raises(DataError, match="holds no row"):
+    with pytest.raises(DataError, match="contains no rows"):
         plan()
 
 

@@ -140,8 +140,8 @@ def test_an_option_that_the_template_never_reads_is_a_fault_of_the_configuration
     if template not in (None, "chatml"):
         chosen = [_with_template(tmp_path, template)]
     (tmp_path / "model" / "chat_template.jinja").write_text("{{ messages }}")
-    hint = "did you mean 'mood'?" if template not in (None, "chatml") else "it reads none"
-    message = f"model.template_options.moo: the chat template reads no option of this name; {hint}"
+    hint = "did you mean 'mood'?" if template not in (None, "chatml") else "the template has no options"
+    message = f"model.template_options.moo: the chat template has no option of this name; {hint}"
     with pytest.raises(ConfigError, match=re.escape(message)):
         plan(*chosen, "model.template_options.moo=calm")
 

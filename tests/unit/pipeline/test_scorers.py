@@ -84,7 +84,7 @@ FAULTS = [
     ((scorers("source: reward", "source: regex, pattern: x, target: 3"),),
      "scorers[1].target: 3 has no effect; only 'length' uses it"),
     ((scorers("source: reward", "source: regex, pattern: '('"),),
-     "scorers[1].pattern: '(' is not allowed; a regular expression as Python writes them"),
+     "scorers[1].pattern: '(' is not allowed; a regular expression in Python syntax"),
     ((scorers("source: reward", "source: choice"),), "scorers[1].source: 'choice' asks a policy, and not its answers; "
      "only a metric of an evaluation can be that"),
     ((scorers("source: reward", "source: json_schema, schema: {type: text}"),), "scorers[1].schema: is not a JSON "

@@ -38,7 +38,7 @@ FAULTS = [
     (scorer("source: server"), f"{PPO}.server: missing; 'server' needs it"),
     (scorer("source: server, server: {}"), f"{PPO}.server.base_url: missing; set it to a URL"),
     (scorer("source: server, server: {}"), f"{PPO}.server.model: missing; set it to the endpoint's model name"),
-    (scorer("source: server, server: {base_url: localhost}"), f"{PPO}.server.base_url: what was given (not shown)"),
+    (scorer("source: server, server: {base_url: localhost}"), f"{PPO}.server.base_url: the given value (not shown)"),
     (server("api: vllm_poling"), f"{PPO}.server.api: 'vllm_poling' is not allowed; one of: scores, vllm_pooling, "),
     (server("api_key_env: sk-canary"), "the name of an environment variable, in capitals; never the key itself"),
     (server("timeout: 300"), f"{PPO}.server.timeout: 300 seconds, 3 times, are not less than launch.hang_seconds"),

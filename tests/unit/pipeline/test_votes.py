@@ -124,7 +124,7 @@ def noted(plan: MakePlan, path: Path) -> Sequence[str]:
 def test_the_plan_counts_ties_and_warns_of_prompts_that_are_evaluated_too(plan: MakePlan, tmp_path: Path) -> None:
     path = votes_in(tmp_path / "votes.jsonl", first_prompt=TURN["content"])
     told = noted(plan, path)
-    assert "stages.dpo.data: 3 rows are left out: 'preferred' says that the answers tie" in told
+    assert "stages.dpo.data: 3 rows are left out: 'preferred' says that the answers are tied" in told
     assert any(
         note.startswith("1 of the rows that reward and dpo may learn from resemble prompts of evaluate")
         for note in told
@@ -142,5 +142,5 @@ def test_doctor_says_what_votes_are_and_how_many_tie(tmp_path: Path) -> None:
     assert "reward, dpo" in printed
     assert "27 pairs" in printed
     assert "3 rows, in" in printed
-    assert "'preferred' says that the answers tie (votes.jsonl:1, votes.jsonl:2, votes.jsonl:3)" in printed
+    assert "'preferred' says that the answers are tied (votes.jsonl:1, votes.jsonl:2, votes.jsonl:3)" in printed
     assert f"stages.dpo.data.source=path:{path}" in printed

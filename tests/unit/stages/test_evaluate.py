@@ -467,7 +467,7 @@ def test_so_many_arms_answer_at_once_that_all_processes_have_as_much_to_do(
 def test_an_empty_evaluation_set_is_an_error(chain: Chained, tmp_path: Path) -> None:
     spec = replace(spec_of(chain, SMALL, "empty"), data_path=tmp_path / "empty.jsonl")
     spec.data_path.write_text("")
-    with pytest.raises(DataError, match="holds no row"):
+    with pytest.raises(DataError, match="contains no rows"):
         worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
 
 

@@ -234,7 +234,7 @@ def test_no_pairs_and_rows_that_are_none_are_refused_by_place(folder: Path, tmp_
     with pytest.raises(DataError, match=r"pairs\.jsonl:1: 'chosen' is missing"):
         run(spec_of(folder, tmp_path, RewardCardConfig()))
     write(tmp_path / "pairs.jsonl", [])
-    with pytest.raises(DataError, match="holds no row"):
+    with pytest.raises(DataError, match="contains no rows"):
         run(spec_of(folder, tmp_path, RewardCardConfig()))
 
 
