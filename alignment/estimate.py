@@ -88,8 +88,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m alignment.estimate", description=__doc__)
     parser.add_argument("folder", type=Path, help="where asked.json is, and cost.json and results of stages will be")
     parser.add_argument("--device", default=THIS, choices=[THIS, *DEVICES])
-    parser.add_argument("--memory", type=float, default=0.0, help="bytes; settings are sought with which stages fit")
-    parser.add_argument("--as-run", action="store_true", help="try the longest micro-batch only where the stage would")
+    parser.add_argument(
+        "--memory", type=float, default=0.0, help="bytes of memory; settings are searched with which the stages fit"
+    )
+    parser.add_argument(
+        "--as-run", action="store_true", help="try the longest micro-batch only for stages that would do so in a run"
+    )
     options = parser.parse_args()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -149,7 +153,7 @@ def _with_remedy(
 
 def _trade(cost: StageCost, way: Mapping[str, Any], timer: Timer, folder: Path) -> StageCost:
     if way["file"] is None:
-        tried = StageCost(stage=cost.stage, kind=cost.kind, error="refused with the other settings of the recipe")
+        tried = StageCost(stage=cost.stage, kind=cost.kind, error="not allowed with the other settings of the recipe")
     else:
         tried = cost_of(_within(folder, way["file"]), timer, publishes=False)
     return replace(tried, adapter=way["name"], remedy=list(way["overrides"]))
@@ -196,7 +200,7 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
     """What the stage would need; if it ``publishes``, its result is there for later stages."""
     described: dict[str, Any] = {"stage": spec.stage, "kind": spec.config.kind, "adapter": _adapter_of(spec)}
     if server := next(_servers(spec.config), None):
-        return StageCost(**described, error=f"it asks the server at {server}, which a plan does not do")
+        return StageCost(**described, error=f"it calls the server at {server}, and a plan makes no such calls")
     recorder = Recorder(for_gpu=timer.is_gpu, tries_longest=timer.tries_longest)
     function = function_of(kind_of(spec.config))
     try:

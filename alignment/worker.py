@@ -135,7 +135,7 @@ def _memory_remedy(context: StageContext) -> str:
     config = context.spec.config
     if (own := context.spec.work / chosen_sizes.OWN_FILE).exists():
         return (
-            f"more memory was free when the size of micro-batches was chosen: delete {own} and "
+            f"less memory is free now than when the size of micro-batches was chosen; delete {own} and "
             f"{chosen_sizes.cache_files(context.spec.artifact.parent)} to choose it again, or set a number"
         )
     optim = getattr(config, "optim", None)

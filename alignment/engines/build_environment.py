@@ -34,7 +34,7 @@ def build(engine: str, requirements: Path) -> Path:
     """
     if not requirements.is_file():
         allowed = ", ".join(sorted(path.stem for path in (shipped("launch") / "engines").glob("*.txt")))
-        raise ConfigError(f"no file {requirements}", where="--requirements", remedy=f"shipped are {allowed}")
+        raise ConfigError(f"no file {requirements}", where="--requirements", remedy=f"the shipped files are {allowed}")
     folder = engines_folder() / engine
     pip = [str(folder / "bin" / "python"), "-m", "pip"]
     _call([sys.executable, "-m", "venv", str(folder)])
@@ -50,7 +50,7 @@ def _call(argv: list[str]) -> None:
         raise ConfigError(
             f"failed with exit code {code}",
             where=" ".join(argv),
-            remedy="correct what it printed above, and start again",
+            remedy="fix the problem that it printed above, and start again",
         )
 
 
@@ -61,7 +61,10 @@ def main(words: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("engine", choices=sorted(ENGINES))
     parser.add_argument(
-        "--requirements", type=Path, metavar="FILE", help="a file instead of the one that suits this machine"
+        "--requirements",
+        type=Path,
+        metavar="FILE",
+        help="a requirements file to use instead of the one for this machine",
     )
     arguments = parser.parse_args(words)
     try:

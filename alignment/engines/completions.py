@@ -200,7 +200,7 @@ class EngineClient:
             ) as chunks:
                 for chunk in chunks:
                     if chunk["model"] != model:
-                        raise self._refused(WrongReply(f"was made by the weights {chunk['model']!r}, not by {model!r}"))
+                        raise self._refused(WrongReply(f"came from the weights {chunk['model']!r}, not {model!r}"))
                     for token in chunk["choices"][0]["token_ids"] or ():
                         on_token(int(token))
         except (OpenAIError, Refused, ValueError, LookupError, TypeError) as error:
@@ -232,8 +232,8 @@ class WrongReply(ValueError):
 
 
 _REMEDY = (
-    "nothing was learned from it; check that no other program uses this server, and that it was started as the "
-    "documentation says (docs/engines.md)"
+    "it was not used for training; check that no other program uses this server, and that it was started as "
+    "described in docs/engines.md"
 )
 
 
@@ -269,7 +269,7 @@ def checked(reply: Any, model: str, asked: Asked, generation: Generation) -> lis
     """
     try:
         if reply["model"] != model:
-            raise WrongReply(f"was made by the weights {reply['model']!r}, not by {model!r}")
+            raise WrongReply(f"came from the weights {reply['model']!r}, not {model!r}")
         choices = sorted(reply["choices"], key=lambda choice: choice["index"])
         if len(choices) != asked.answers:
             raise WrongReply(f"has {len(choices)} answers, not {asked.answers}")
@@ -279,7 +279,7 @@ def checked(reply: Any, model: str, asked: Asked, generation: Generation) -> lis
 
 
 def _lacking(error: Exception) -> str:
-    return f"lacks what a vLLM server gives ({type(error).__name__}: {error})"
+    return f"lacks what a vLLM server returns ({type(error).__name__}: {error})"
 
 
 def _answer(choice: Mapping[str, Any], asked: Asked, generation: Generation) -> EngineAnswer:
@@ -292,7 +292,7 @@ def _answer(choice: Mapping[str, Any], asked: Asked, generation: Generation) -> 
         raise WrongReply(f"has {len(ids)} tokens and {len(logprobs)} log-probabilities")
     ends = frozenset(generation.end_ids)
     if any(token in ends for token in ids[:-1]) or (len(ids) < generation.max_new_tokens and ids[-1] not in ends):
-        raise WrongReply("does not end where an answer ends")
+        raise WrongReply("does not end with an end token")
     if not all(isinstance(value, (int, float)) and math.isfinite(value) and value < 1e-3 for value in logprobs):
         raise WrongReply("has an invalid log-probability")
     return EngineAnswer(ids=list(ids), logprobs=[float(value) for value in logprobs])

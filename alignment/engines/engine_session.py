@@ -231,18 +231,18 @@ class EngineSession:
         version = self._asked().weights_version()
         if version != weights.name:
             raise StageError(
-                f"the engine answers with the weights {version!r}, not with {weights.name!r}",
+                f"the engine answers with the weights {version!r} instead of {weights.name!r}",
                 where=self._where,
-                remedy="nothing was learned from its answers; let no other program use this server",
+                remedy="its answers were not used for training; let no other program use this server",
             )
 
     def _refuse_other_server(self) -> None:
         names = self._try(lambda: self._asked().models())
         if BASE not in names:
             raise ConfigError(
-                f"the server at {self.address[0]} has no model {BASE!r}, but {', '.join(map(repr, names))}",
+                f"the server at {self.address[0]} has no model {BASE!r}; it has {', '.join(map(repr, names))}",
                 where=f"{self._where}.url",
-                remedy=f"start it with --served-model-name {BASE}, as the documentation says (docs/engines.md)",
+                remedy=f"start it with --served-model-name {BASE}, as described in docs/engines.md",
             )
 
     def _try(self, call: Callable[[], T]) -> T:
@@ -278,13 +278,13 @@ class EngineSession:
             f"a call to the engine at {self.address[0]} failed: {error}",
             where=self._where,
             remedy=f"check that it is up, and give it more time ({self._where}.timeout) if it is slow; {log_file}"
-            "then run again: the stage continues from its checkpoint",
+            "then run again; the stage continues from its checkpoint",
         )
 
     def _start_again(self) -> None:
         assert self._server is not None, "it was started"
         assert self._options is not None, "it was started"
-        log.warning("%s; it is started again.", self._server.failure().message)
+        log.warning("%s; it will be started again.", self._server.failure().message)
         self._restarts -= 1
         weights, options = self._weights, self._options
         self.start(options)

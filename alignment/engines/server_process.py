@@ -71,7 +71,7 @@ class Keeper:
         assert process.stdin is not None, "its standard input is a pipe"
         self._pipe = process.stdin
         if process.wait() != 0:  # it goes on in a process that is no child of this one
-            raise StageError("the process that would keep servers cannot be started", where=str(self.folder))
+            raise StageError("the process that supervises servers cannot be started", where=str(self.folder))
         self._pid = int(pid_file(self.folder).read_text())
 
     @property
@@ -89,7 +89,7 @@ class Keeper:
             StageError: somebody ended the keeper.
         """
         if not self.is_alive:
-            raise StageError("the process that keeps servers was ended", remedy="run again; the stage continues")
+            raise StageError("the process that supervises servers was killed", remedy="run again; the stage continues")
         self.servers += 1
         written = self.folder / "command.partial"
         written.touch(mode=0o600)  # it has the server's key
@@ -228,7 +228,7 @@ class ServerProcess:
                 return
             if time.monotonic() > deadline:
                 raise StageError(
-                    f"{self._command.name} did not answer within {seconds:g} s of its start",
+                    f"{self._command.name} did not answer within {seconds:g} s of starting",
                     where=self._where,
                     remedy=f"give it more time (start_timeout), or {self._look}",
                 )

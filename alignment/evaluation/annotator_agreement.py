@@ -31,7 +31,7 @@ def krippendorff_alpha(points_of_prompts: Sequence[Sequence[float]]) -> float | 
         import numpy as np
     except ImportError:
         raise ConfigError(
-            "the agreement of annotators needs the package krippendorff, which is not installed",
+            "the agreement between annotators needs the package krippendorff, which is not installed",
             where="judge.kind",
             remedy=f"pip install '{PACKAGE}'",
         ) from None

@@ -97,8 +97,8 @@ def fit(pairs: Sequence[Texts], groups: Sequence[str], *, seed: int) -> BagOfWor
     words = tuple(sorted(word for word, count in counts.items() if count >= FEWEST))
     if not words:
         raise DataError(
-            f"no word differs between the answers of at least {FEWEST} of the {len(pairs)} pairs that the bag of words "
-            "learns from",
+            f"the bag of words has nothing to learn from: no word differs between the answers of at least {FEWEST} "
+            f"of the {len(pairs)} pairs",
             remedy="give more pairs in 'learned'",
         )
     features = differences(pairs, {word: column for column, word in enumerate(words)})

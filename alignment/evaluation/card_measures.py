@@ -37,7 +37,7 @@ BARS = 20
 FEW = 10
 """With fewer prompts no interval is given: a bootstrap over so few says too little."""
 WORDS, LONGER = "bag of words", "longer answer"
-_JUDGES = {WORDS: "a bag of words", LONGER: "the rule that the longer answer is better"}
+_JUDGES = {WORDS: "a bag of words", LONGER: "the rule 'longer is better'"}
 """The simpler judges, as named in sentences."""
 _OUTLIERS = 0.99
 """Share of margins within the edges of the histogram; the outermost bars hold the rest."""
@@ -275,13 +275,13 @@ def warnings(card: RewardCard) -> list[str]:
     learned = card.learned
     if learned and learned.judged_too and not learned.left_out:
         sentences.append(
-            f"{learned.judged_too} of the {card.num_pairs} pairs overlap with what the model learned from, so it "
-            "may know the answer by heart."
+            f"{learned.judged_too} of the {card.num_pairs} pairs overlap with the model's training pairs, so it may "
+            f"have memorised the answer."
         )
     if learned and not learned.part_known:
         sentences.append(
-            "Which part of its file the model learned from is not known exactly, so every pair of the file counts as "
-            "learned."
+            "It is not known exactly on which part of its file the model was trained, so every pair of the file "
+            "counts as a training pair."
         )
     for baseline in card.baselines:
         judge, difference = _JUDGES[baseline.name], baseline.difference
@@ -291,7 +291,7 @@ def warnings(card: RewardCard) -> list[str]:
             sentences.append(f"It is right less often than {judge}.")
     if card.invariances and card.invariances.moved:
         changes = ", ".join(card.invariances.moved)
-        sentences.append(f"In float32 its scores change when they should not: {changes}.")
+        sentences.append(f"In float32 its scores change although they should not: {changes}.")
     return sentences
 
 

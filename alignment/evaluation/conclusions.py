@@ -30,7 +30,7 @@ def conclusions(
     have a score."""
     sentences = []
     if metric is None and judge is None:
-        sentences = [f"{num_prompts} prompts, neither a metric nor a judge: no arm is called better than another."]
+        sentences = [f"{num_prompts} prompts, but no metric and no judge, so no arm is called better than another."]
     if metric is not None and comparisons:
         sentences = [
             _differences(num_prompts, metric, comparisons, labels),
@@ -63,7 +63,7 @@ def _lost_by_correction(comparisons: Sequence[Comparison], labels: Mapping[str, 
     named = ", ".join(f"{labels[pair.arm]} and {labels[pair.against]}" for pair in pairs)
     alone = all(pair.p is not None and pair.p >= LEVEL for pair in pairs)
     judged = "by a randomisation test" if alone else f"among {len(comparisons)} comparisons"
-    return f"The interval of {named} excludes zero, but {judged} that may be chance."
+    return f"The interval of {named} excludes zero, but {judged} the difference may be due to chance."
 
 
 def _limit(metric: Metric, comparisons: Sequence[Comparison]) -> str:
@@ -75,8 +75,8 @@ def _limit(metric: Metric, comparisons: Sequence[Comparison]) -> str:
     low, high = f"{min(sizes):.2f}", f"{max(sizes):.2f}"
     size = low if low == high else f"{low} to {high} (by pair)"
     return (
-        f"A true difference in {metric.name} below about {size} would be missed more than one time in five at this "
-        "number of prompts."
+        f"A true difference in {metric.name} below about {size} would be missed more than one time in five with "
+        f"this number of prompts."
     )
 
 

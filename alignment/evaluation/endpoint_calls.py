@@ -107,8 +107,9 @@ class EndpointCalls:
 
     def _failure(self, failed: int, calls: int, error: str) -> StageError:
         return self._failure_type(
-            f"{failed} of {calls} calls to the {self._role} at {self._config.base_url} failed; the last error: {error}",
+            f"{failed} of {calls} calls to the {self._role} at {self._config.base_url} failed; the last error was: "
+            f"{error}",
             where=self._where,
             remedy=f"check that it is up, serves this model and answers in time ({self._where}.timeout), then run "
-            f"again: only missing replies are requested. {self._without}".rstrip(),
+            f"again: only the missing replies are requested. {self._without}".rstrip(),
         )

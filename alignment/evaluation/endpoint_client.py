@@ -32,7 +32,7 @@ def api_key(variable: str | None, *, where: str) -> str:
         raise ConfigError(
             f"the environment variable {variable} is not set",
             where=where,
-            remedy=f"export {variable}=…, or name none for a server without a key",
+            remedy=f"export {variable}=…, or set api_key_env to null for a server without a key",
         )
     return key
 
@@ -72,7 +72,10 @@ def _words(error: Exception) -> str:
     if response is not None and 300 <= response.status_code < 400:
         target = urlsplit(response.headers.get("location", ""))
         origin = f"{target.scheme}://{target.netloc}" if target.netloc else "another path"
-        return f"it redirects to {origin}; neither key nor prompts are sent there. If it is right, give it as base_url"
+        return (
+            f"it redirects to {origin}, and neither the key nor prompts are sent there. If that address is right, "
+            f"give it as base_url"
+        )
     return str(error) if isinstance(error, (Refused, NoReply)) else f"{type(error).__name__}: {error}"
 
 

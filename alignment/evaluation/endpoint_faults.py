@@ -20,8 +20,8 @@ def endpoint_faults(endpoint: ChatEndpointConfig | ServerConfig, path: str, *, h
     longest = endpoint.timeout * (1 + endpoint.retries)
     if 0 < hang_seconds <= longest:
         message = (
-            f"{endpoint.timeout:g} seconds, {1 + endpoint.retries} times, are not less than launch.hang_seconds "
-            f"({hang_seconds:g}), after which a stage is stopped as stuck; lower it, or raise launch.hang_seconds"
+            f"{endpoint.timeout:g} seconds times {1 + endpoint.retries} attempts is not less than launch.hang_seconds "
+            f"({hang_seconds:g}), after which a stage counts as stuck; lower it, or raise launch.hang_seconds"
         )
         yield Fault(where=f"{path}.timeout", message=message)
 

@@ -33,8 +33,8 @@ def draw_examples(
     free = [row for row in fitting if row.where not in near]
     if len(free) < count:
         raise DataError(
-            f"{count} examples are needed, but only {len(free)} of {len(conversations)} rows are one question with its "
-            "answer and repeat no held-out prompt",
+            f"{count} examples are needed, but only {len(free)} of {len(conversations)} rows have one question with "
+            f"its answer and repeat no held-out prompt",
             where=where,
             remedy="lower few_shot.count, or give few_shot.data more rows",
         )

@@ -117,7 +117,7 @@ def _chunks(tokenizer: Any, text: PlainText) -> list[tuple[list[int], list[int]]
     cut = [ids[start : start + CHUNK_TOKENS] for start in range(0, len(ids), CHUNK_TOKENS)]
     spans = [(begin, chunk) if begin else (chunk[:1], chunk[1:]) for chunk in cut]
     if not any(scored for _, scored in spans):
-        raise DataError("the text has a single token, so there is none to predict", remedy="give longer texts")
+        raise DataError("the text has only one token, so there is nothing to predict", remedy="give longer texts")
     return [(read, scored) for read, scored in spans if scored]
 
 

@@ -20,7 +20,7 @@ def grade_conclusions(gradings: Sequence[Grading], num_prompts: int, labels: Map
         counted = grading.num_prompts or 0
         if 0 < counted < num_prompts:
             sentences.append(
-                f"{grading.metric} is over {counted} of {num_prompts} prompts: on the others a reply of "
+                f"{grading.metric} covers {counted} of {num_prompts} prompts; on the others a reply of "
                 f"{grading.model} has no grade."
             )
     return sentences

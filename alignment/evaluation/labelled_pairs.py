@@ -50,9 +50,9 @@ def labelled_conclusions(judge: Judge | None) -> list[str]:
         f"{high:.0%}), ties counted as half"
     )
     if pair.verdict == TOO_FEW:
-        return [f"{agreement}, which are too few to tell it from chance."]
+        return [f"{agreement}, but these are too few to distinguish it from chance."]
     if pair.verdict == BETTER:
         return [f"{agreement}; chance gives 50%."]
     if pair.verdict == WORSE:
-        return [f"{agreement}, less often than chance: its win rates say nothing of what people prefer."]
-    return [f"{agreement}, which chance also gives: its win rates say nothing."]
+        return [f"{agreement}, less often than chance: its win rates say nothing about what people prefer."]
+    return [f"{agreement}, which cannot be distinguished from chance: its win rates say nothing."]

@@ -31,7 +31,7 @@ def faults(metrics: Sequence[MetricConfig], primary: str | None, answers: Answer
         if message := _wrong_aggregate(metric, answers.per_prompt):
             yield Fault(where=f"{where}.metrics[{number}].aggregate", message=message)
         elif metric.passing_score != MetricConfig().passing_score and pass_size(metric.aggregate) is None:
-            reader = f"only the aggregate pass@K uses it, and it is {metric.aggregate!r}"
+            reader = f"only the aggregate pass@K uses it, but aggregate is {metric.aggregate!r}"
             message = f"{metric.passing_score:g} has no effect; {reader}"
             yield Fault(where=f"{where}.metrics[{number}].passing_score", message=message)
     names = [metric.name for metric in metrics]
@@ -39,20 +39,20 @@ def faults(metrics: Sequence[MetricConfig], primary: str | None, answers: Answer
         if message := _wrong_name(name, names[:number]):
             yield Fault(where=f"{where}.metrics[{number}].name", message=message)
     if primary is not None and primary not in names:
-        known = suggestion(primary, names) if names else "there are no metrics; add one, or write null"
+        known = suggestion(primary, names) if names else "there are no metrics; add one, or set null"
         yield Fault(where=f"{where}.primary", message=f"no metric '{primary}'; {known}")
 
 
 def _wrong_aggregate(metric: MetricConfig, per_prompt: int) -> str:
     size = pass_size(metric.aggregate)
     if size is not None and size > per_prompt:
-        return f"{metric.aggregate!r} needs at least {size} answers to a prompt; set answers.per_prompt"
+        return f"{metric.aggregate!r} needs at least {size} answers per prompt; set answers.per_prompt"
     if size is not None and not metric.higher_is_better:
-        return f"{metric.aggregate!r} counts high scores as correct, and less of this metric is better; take 'mean'"
+        return f"{metric.aggregate!r} counts high scores as correct, but for this metric lower is better; use 'mean'"
     if metric.aggregate == MAJORITY and metric.source != "exact_answer":
-        return "'majority' compares final answers, which only the source exact_answer has; take 'mean'"
+        return "'majority' compares final answers, which only the source exact_answer has; use 'mean'"
     if metric.aggregate == MAJORITY and per_prompt == 1:
-        return "'majority' needs several answers to a prompt; set answers.per_prompt"
+        return "'majority' needs several answers per prompt; set answers.per_prompt"
     return ""
 
 

@@ -61,7 +61,7 @@ def choice_scores(
     if not all(map(math.isfinite, logprobs)):
         raise NonFiniteError(
             f"{name} gives log-probabilities that are not finite",
-            remedy="its training went wrong: lower its learning rate, or leave the arm out",
+            remedy="its training went wrong: lower its learning rate, or leave out the arm",
         )
     each = iter(logprobs)
     of_rows = [[next(each) for _ in letters] for letters in asked.letters]

@@ -49,4 +49,4 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
             record = json.loads(line)
             yield record["key"], record["value"]
         except (ValueError, KeyError, TypeError):
-            log.warning("a line of %s cannot be read; its reply is requested again", file)
+            log.warning("a line of %s cannot be read; its reply will be requested again", file)

@@ -57,7 +57,8 @@ def refuse_not_finite(name: str, arm: Answered, *, rewards: list[float] | None, 
         if bad:
             raise NonFiniteError(
                 f"the {metric} of {name} is {bad[0]} on {len(bad)} of {len(values)} answers",
-                remedy="its training or the reward model's went wrong: lower the learning rate, or leave the arm out",
+                remedy="its training or that of the reward model went wrong: lower the learning rate, or leave out "
+                "the arm",
             )
 
 

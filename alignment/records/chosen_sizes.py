@@ -74,7 +74,7 @@ def remembered(file: Path, key: str) -> list[ChosenSize]:
     except FileNotFoundError:
         return []
     except ArtifactError as error:
-        log.warning("a remembered size of micro-batches cannot be used, and is chosen again: %s", error)
+        log.warning("a stored size of micro-batches cannot be used, so it will be chosen again: %s", error)
         return []
     return [size for size in content.sizes if size.tokens > 0] if content.key == key else []
 

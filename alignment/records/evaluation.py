@@ -200,13 +200,13 @@ class JudgedPair:
         if self.people is None:
             return f"{self.invalid or 0:.0%} of the verdicts are invalid"
         judged = f"people judged {self.people.judged} of {self.prompts} prompts"
-        return f"{judged}, and {FEWEST_PROMPTS} are needed{self.stale_votes}"
+        return f"{judged}, but {FEWEST_PROMPTS} are needed{self.stale_votes}"
 
     @property
     def stale_votes(self) -> str:
-        """``; 3 votes are about other answers and do not count``, to put behind a sentence; empty if there are none."""
+        """``; 3 votes are for other answers and do not count``, to put behind a sentence; empty if there are none."""
         stale = 0 if self.people is None else self.people.stale
-        return f"; {stale} votes are about other answers and do not count" if stale else ""
+        return f"; {stale} votes are for other answers and do not count" if stale else ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

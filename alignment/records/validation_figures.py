@@ -29,10 +29,10 @@ def outcome(metrics: Mapping[str, float], *, patience: int | None) -> list[str]:
     sentences = []
     if step < last:
         sentences.append(
-            f"hands on step {step}, where the held-out loss was least: {metrics[LOSS]:.4g}, and "
-            f"{metrics[LAST_LOSS]:.4g} at step {last}; the rows that chose the step flatter it"
+            f"keeps step {step}, which had the lowest held-out loss: {metrics[LOSS]:.4g} ({metrics[LAST_LOSS]:.4g} "
+            f"at step {last}); that loss is optimistic, because the step was chosen by it"
         )
     if last < planned:
-        looks = "" if patience is None else f": no improvement in {patience} look{'' if patience == 1 else 's'}"
+        looks = "" if patience is None else f": no improvement in {patience} validation{'' if patience == 1 else 's'}"
         sentences.append(f"stopped at step {last} of {planned}{looks}")
     return sentences

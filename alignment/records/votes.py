@@ -23,7 +23,7 @@ from alignment.core.fingerprint import digest
 FILE = "votes.jsonl"
 TIE = "tie"
 """What ``preferred`` holds where neither answer is better; no arm has this name."""
-_REMEDY = "mend the line or remove it; `align judge` writes each vote as one line of JSON"
+_REMEDY = "fix the line or remove it; `align judge` writes each vote as one line of JSON"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +77,7 @@ def read_votes(path: Path) -> list[Vote]:
         earlier = first.setdefault(_owner(vote), number)
         if earlier != number:
             raise DataError(
-                f"{vote.annotator!r} votes a second time on the answers of line {earlier}",
+                f"{vote.annotator!r} voted a second time on the answers of line {earlier}",
                 where=f"{path}:{number}",
                 remedy="remove one of the two lines",
             )
@@ -176,11 +176,11 @@ def _parsed(line: str, *, where: str) -> Vote:
 def _problem(vote: Vote) -> str:
     """What contradicts itself in a vote; empty if nothing does."""
     if len(vote.answers) != 2:
-        return f"'answers' must hold the answers of two arms; it has {len(vote.answers)}"
+        return f"'answers' must have the answers of two arms; it has {len(vote.answers)}"
     if vote.preferred not in (*vote.answers, TIE):
         return f"'preferred' must be one of {', '.join([*vote.answers, TIE])}; it is {vote.preferred!r:.60}"
     if vote.shown_first not in vote.answers:
         return f"'shown_first' must be one of {', '.join(vote.answers)}; it is {vote.shown_first!r:.60}"
     if pair_key(vote.messages, vote.answers) != vote.pair:
-        return "the prompt or an answer is not what was voted on: 'pair' is the hash of others"
+        return "the prompt or an answer differs from what was voted on: 'pair' is the hash of other texts"
     return ""

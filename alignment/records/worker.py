@@ -117,7 +117,7 @@ def write_stopped_before_it_began(stage_file: Path) -> None:
     Status(
         state=PREEMPTED,
         exit_code=PREEMPTED_CODE,
-        error="stopped on request before it began",
+        error="stopped on request before it started",
         where=f"stage {stage_file.parent.name}",
         time=now(),
     ).write(stage_file.parent)

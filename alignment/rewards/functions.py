@@ -114,5 +114,5 @@ def _raised(error: BaseException, source: FunctionSource, when: str) -> RewardEr
     return RewardError(
         f"raised {type(error).__name__}{detail}{at}, {when}; none of its scores was used",
         where=str(source),
-        remedy="fix the function and run again; the stage then starts from its beginning, because its code has changed",
+        remedy="fix the function and run again; the stage then starts from the beginning, because its code has changed",
     )

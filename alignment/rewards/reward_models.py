@@ -172,9 +172,9 @@ def load_external(folder: Path, dtype: Dtype, *, source: str) -> tuple[PreTraine
     tokenizer = load_tokenizer(folder)
     if not tokenizer.chat_template:
         raise ModelError(
-            "its tokenizer has no chat template, so the format of its conversations is unknown",
+            "its tokenizer has no chat template, so its conversation format is unknown",
             where=source,
-            remedy="put the template that it was trained with into its folder (chat_template.jinja)",
+            remedy="put the template with which it was trained into its folder (chat_template.jinja)",
         )
     model, report = _read(folder, dtype, source=source)
     name = type(model).__name__

@@ -106,7 +106,7 @@ def _refuse_size(number: float, written: object = None, *, where: str, source: s
     if not math.isfinite(number):
         raise _refused(f"gave {shown!r:.80} for an answer to {where}, which is not finite", source)
     if abs(number) > LARGEST:
-        raise _refused(f"gave {shown!r:.80} for an answer to {where}, which is beyond ±{LARGEST:g}", source)
+        raise _refused(f"gave {shown!r:.80} for an answer to {where}, which is outside ±{LARGEST:g}", source)
 
 
 def _tensor(scores: Sequence[float]) -> Tensor:

@@ -120,8 +120,10 @@ class GradeScorer:
             raise RewardError(
                 f"gave no grade for an answer to {where}; its reply ends with {reply[-80:]!r}",
                 where=self._source,
-                remedy=f"take a model that ends with [[NUMBER]], give it more {self._where}.endpoint.max_tokens, or "
-                f"set {self._where}.ungraded to the score of such answers; the stage then starts from its beginning",
+                remedy=f"use a model that ends its reply with [[NUMBER]], give it more "
+                f"{self._where}.endpoint.max_tokens, or "
+                f"set {self._where}.ungraded to the score that such answers get; the stage then starts from the "
+                f"beginning",
             )
         return self._ungraded
 

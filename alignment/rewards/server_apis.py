@@ -119,13 +119,13 @@ def _of_label(config: ServerConfig, classes: list[Any]) -> Any:
     if config.label is None:
         return _only(list(scores.values()))
     if config.label not in scores:
-        raise NoReply(f"it has no class {config.label!r}, but {', '.join(map(repr, scores))}")
+        raise NoReply(f"it has no class {config.label!r}; it has {', '.join(map(repr, scores))}")
     return scores[config.label]
 
 
 def _text(label: Any) -> str:
     if not isinstance(label, str):
-        raise NoReply(f"its reply has another form: the label {_shown(label)} is not text")
+        raise NoReply(f"its reply has the wrong form: the label {_shown(label)} is not text")
     return label
 
 
@@ -134,13 +134,15 @@ def _one_of(config: ServerConfig, outputs: list[Any]) -> Any:
     if config.label is None:
         return _only(outputs)
     if int(config.label) >= len(outputs):
-        raise NoReply(f"it has no class {config.label}, but {len(outputs)} of them, from 0")
+        raise NoReply(f"it has no class {config.label}; it has {len(outputs)}, numbered from 0")
     return outputs[int(config.label)]
 
 
 def _only(outputs: list[Any]) -> Any:
     if len(outputs) != 1:
-        raise NoReply(f"it gives {len(outputs)} numbers for an answer, not one; a label chooses one of a classifier's")
+        raise NoReply(
+            f"it returns {len(outputs)} numbers for an answer instead of one; for a classifier, label selects one"
+        )
     return outputs[0]
 
 
@@ -149,25 +151,25 @@ def _in_order(entries: Any, count: int, key: str) -> list[Any]:
     counted = _counted(_listed(entries), count)
     order = [_get(entry, key) for entry in counted]
     if order != list(range(count)) or any(isinstance(number, bool) for number in order):
-        raise NoReply(f"it gives the scores in another order than the answers: '{key}' is {_shown(order)}")
+        raise NoReply(f"it returns the scores in a different order than the answers: '{key}' is {_shown(order)}")
     return counted
 
 
 def _counted(entries: list[Any], count: int) -> list[Any]:
     if len(entries) != count:
-        raise NoReply(f"it gives {len(entries)} scores for {count} answers")
+        raise NoReply(f"it returns {len(entries)} scores for {count} answers")
     return entries
 
 
 def _listed(value: Any) -> list[Any]:
     if not isinstance(value, list):
-        raise NoReply(f"its reply has another form: {_shown(value)} is not a list")
+        raise NoReply(f"its reply has the wrong form: {_shown(value)} is not a list")
     return value
 
 
 def _get(entry: Any, key: str) -> Any:
     if not isinstance(entry, Mapping) or key not in entry:
-        raise NoReply(f"its reply has another form: no '{key}' in {_shown(entry)}")
+        raise NoReply(f"its reply has the wrong form: no '{key}' in {_shown(entry)}")
     return entry[key]
 
 

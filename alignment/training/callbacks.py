@@ -115,9 +115,9 @@ class WeightsAreSharded(TrainerCallback):
         """Runs once the trainer has prepared the model."""
         if self._sharding.of_weights and not is_sharded(model):
             raise StageError(
-                f"each process holds whole weights, although the launch shards them ({self._sharding.value})",
+                f"each process has the whole weights, although the launch should shard them ({self._sharding.value})",
                 where="launch.sharding",
-                remedy="use another launch, and report this with the versions of accelerate and torch",
+                remedy="use a different launch, and report this with the versions of accelerate and torch",
             )
 
 

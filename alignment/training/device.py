@@ -25,16 +25,17 @@ def own_device() -> torch.device:
     kind = os.environ.get(DEVICE, "cuda" if count else "cpu")
     if kind == "cpu" and count:
         raise ConfigError(
-            f"PyTorch finds {_gpus(count)} where the launcher found none",
+            f"PyTorch finds {_gpus(count)}, but the launcher found none",
             where="device",
-            remedy="CUDA_VISIBLE_DEVICES=0 names the GPU to use; CUDA_VISIBLE_DEVICES= (empty) takes the CPU",
+            remedy="set CUDA_VISIBLE_DEVICES=0 to use a GPU, or CUDA_VISIBLE_DEVICES= (empty) to use the CPU",
         )
     if kind == "cuda" and count <= rank:
         raise ConfigError(
-            f"the launcher found a GPU for process {rank} of this machine, and PyTorch {torch.__version__} finds "
+            f"the launcher found a GPU for process {rank} of this machine, but PyTorch {torch.__version__} finds "
             + (_gpus(count) if count else "none that it can use"),
             where="device",
-            remedy="install the PyTorch build that fits the GPU's driver; CUDA_VISIBLE_DEVICES= (empty) takes the CPU",
+            remedy="install the PyTorch build that fits the GPU's driver; set CUDA_VISIBLE_DEVICES= (empty) to use "
+            "the CPU",
         )
     return torch.device("cuda", rank) if count else torch.device("cpu")
 

@@ -26,7 +26,7 @@ LAST_STEPS = 5
 """Number of logged steps at the end whose median loss is judged; the last third if the training is short."""
 MARGIN = 1.1
 """A loss has risen if it is higher by this factor."""
-_CHECKPOINT_STAYS = "the last checkpoint stays"
+_CHECKPOINT_STAYS = "the last checkpoint is kept"
 _LOWER_RATE = "lower the learning rate, or check the rows of this step"
 
 
@@ -72,7 +72,7 @@ class FiniteSteps(TrainerCallback):
             raise NonFiniteError(f"the loss is {loss} at step {step}", remedy=f"{_LOWER_RATE}; {_CHECKPOINT_STAYS}")
         if loss is not None and loss > LEARNED and norm == 0.0:
             raise StageError(
-                f"all gradients are zero at step {step} with a loss of {loss:.4g}: the training diverged earlier",
+                f"all gradients are zero at step {step} with a loss of {loss:.4g}: training diverged earlier",
                 remedy="lower the learning rate",
             )
 
@@ -112,8 +112,8 @@ def refuse_divergence(losses: Sequence[float], *, ceiling: float) -> None:
     bound = MARGIN * max(ceiling, losses[0])
     if final > bound:
         raise StageError(
-            f"the training diverged: its loss went from {losses[0]:.4g} to {final:.4g}, above the "
-            f"{bound:.4g} that this stage may reach",
+            f"training diverged: its loss went from {losses[0]:.4g} to {final:.4g}, above the limit of "
+            f"{bound:.4g} for this stage",
             remedy="lower the learning rate; no result was saved",
         )
 

@@ -147,14 +147,14 @@ class LongestBatch(TrainerCallback):
         number = int(tokens[list(rows)].sum())
         if len(rows) == 1:
             subject = f"the longest row, of {number} tokens ({self._trainer.row_origin(rows[0])}),"
-            remedy = "shorten the stage's limit of tokens a row, or leave the row out"
+            remedy = "lower the stage's limit of tokens per row, or leave the row out"
         else:
-            subject = f"the largest micro-batch that the rows can make, of {len(rows)} rows with {number} tokens,"
+            subject = f"the largest micro-batch that these rows can form, {len(rows)} rows with {number} tokens,"
             remedy = self._smaller(tokens, number, most, where)
         if not self._trainer.args.activation_checkpointing:
             remedy = f"set {where}.activation_checkpointing=true, or {remedy}"
         return StageError(
-            f"{subject} does not fit into memory, tried before the first step",
+            f"{subject} does not fit into memory (this was tried before the first step)",
             where=f"{where}.micro_batch_tokens",
             remedy=remedy,
         )
@@ -169,7 +169,8 @@ class LongestBatch(TrainerCallback):
             if self._fits(rows):
                 return f"set {where}.micro_batch_tokens={limit}, which fits"
             if len(rows) == 1:
-                return f"leave long rows out: even the longest alone ({self._trainer.row_origin(rows[0])}) does not fit"
+                origin = self._trainer.row_origin(rows[0])
+                return f"leave out long rows: even the longest on its own ({origin}) does not fit"
             limit = min(limit, int(tokens[rows].sum())) // 2
 
 

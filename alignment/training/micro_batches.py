@@ -108,7 +108,7 @@ class MicroBatches(ShardedTrainer):
     """
 
     micro_batch_tokens: int
-    row_origin: Callable[[int], str] = staticmethod(lambda row: f"row {row + 1} of those that it learns from")
+    row_origin: Callable[[int], str] = staticmethod(lambda row: f"row {row + 1} of its training rows")
     unit: Unit = Unit.tokens
     accuracy_metric: str = ""
     step_loss: Tensor | None = None

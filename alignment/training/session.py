@@ -153,9 +153,9 @@ def _refuse_other_layout(checkpoint: Path, context: StageContext) -> None:
     stored, expected = checkpoints.layout_of(checkpoint), layout(context)
     if stored != expected:
         raise ConfigError(
-            f"{checkpoint.name} holds {stored}, but this launch can only continue from {expected}",
+            f"{checkpoint.name} contains {stored}, but this launch can only continue from {expected}",
             where="launch",
-            remedy=f"launch it as before, or delete {checkpoint.parent} to train the stage again",
+            remedy=f"use the same launch as before, or delete {checkpoint.parent} to train the stage again",
         )
 
 

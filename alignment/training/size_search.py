@@ -101,11 +101,11 @@ class SizeSearch:
         fitting = [size for size in tried if size.fits]
         if not fitting:
             raise StageError(
-                f"auto has no size: not even the longest row, of {longest} tokens, fits into {SAFE_SHARE:.0%} of the "
+                f"auto found no size: not even the longest row, of {longest} tokens, fits into {SAFE_SHARE:.0%} of the "
                 "memory",
                 where=f"{self.where}.micro_batch_tokens",
-                remedy=f"set {self.where}.activation_checkpointing=true, shorten the stage's limit of tokens a row, or "
-                "train an adapter",
+                remedy=f"set {self.where}.activation_checkpointing=true, lower the stage's limit of tokens per row, "
+                f"or train an adapter",
             )
         return Choice(tokens=fitting[-2 if self._is_no_faster(fitting) else -1].limit, tried=tuple(tried))
 

@@ -208,7 +208,7 @@ def test_what_a_dead_server_did_not_get_is_named_and_sent_later_once(
     assert time.monotonic() - begun < 90
     (fault,) = context.trackers.faults
     assert fault.startswith(f"MLflow failed and is no longer used in this stage: MLflow at {server.url} lacks steps ")
-    assert fault.endswith("; to send the rest later: align track test --to mlflow")
+    assert fault.endswith("; to send the rest later, run: align track test --to mlflow")
     with pytest.raises(StageError, match="MLflow failed"):
         send(context.spec, "MLflow")
     server.start()

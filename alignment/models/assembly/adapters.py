@@ -281,9 +281,9 @@ def _refuse_other_shape(saved: Any, config: AdapterConfig, folder: Path) -> None
     for name, (wanted, saved_value) in wanted_and_saved.items():
         if wanted != saved_value:
             raise ConfigError(
-                f"the adapter to continue has {saved_value}, the stage asks for {wanted}",
+                f"the adapter to continue has {saved_value}, but the stage asks for {wanted}",
                 where=f"adapter.{name}",
-                remedy=f"use the values of the earlier stage ({folder.name}), or do not continue it",
+                remedy=f"use the values of the earlier stage ({folder.name}), or do not continue its adapter",
             )
 
 

@@ -61,7 +61,7 @@ def served_weights(policy: Lineage, *, highest_rank: int) -> ServedWeights:
         ModelError: the policy has a prefix.
     """
     if any(is_prefix(adapter.path) for adapter in policy.adapters):
-        raise ModelError("vLLM does not take prefixes of keys and values", remedy="use sampling.engine=own")
+        raise ModelError("vLLM does not support prefix adapters", remedy="use sampling.engine=own")
     if len(policy.beside) == 1 and not policy.beside[0].nf4:
         saved = saved_config(policy.beside[0].path)
         if not saved.use_dora and not saved.modules_to_save and saved.r <= highest_rank:

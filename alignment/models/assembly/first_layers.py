@@ -37,6 +37,7 @@ def _decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     ]
     if len(lists) != 1:
         raise ModelError(
-            f"{type(model).__name__} does not have its {number} layers in one list, so its first layers cannot be taken"
+            f"{type(model).__name__} does not keep its {number} layers in one list, so its first layers cannot be "
+            f"extracted"
         )
     return lists[0]

@@ -125,7 +125,7 @@ def _base_of(manifest: Manifest, spec: StageSpec, stage_input: StageInput) -> Pa
     raise ModelError(
         f"{stage_input.ref} was trained on {manifest.base['source']}, not on this run's base {spec.model.source}",
         where=f"stages.{spec.stage}",
-        remedy=f"set model.source to the base that the artifact was made from (it was at {elsewhere})",
+        remedy=f"set model.source to the base from which the artifact was made (it was at {elsewhere})",
     )
 
 
@@ -144,9 +144,9 @@ def refuse_other_tokenizer(spec: StageSpec, stage_input: StageInput, tokenizer: 
         hashes = {"tokenizer_sha256": manifest.tokenizer_sha256, "chat_template_sha256": manifest.chat_template_sha256}
     if hashes != tokenizer_hashes(tokenizer):
         raise ModelError(
-            f"{stage_input.ref} has another tokenizer or chat template than {spec.model.source}",
+            f"{stage_input.ref} has a different tokenizer or chat template than {spec.model.source}",
             where=f"stages.{spec.stage}",
-            remedy="use models of one family in a stage; their token ids are shared",
+            remedy="use models of the same family in one stage; they must have the same token ids",
         )
 
 

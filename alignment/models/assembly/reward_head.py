@@ -30,7 +30,7 @@ def load_reward_model(
     assert stage_input.path is not None, "the plan refuses 'base' in a reward slot"
     head = stage_input.path / "head.safetensors"
     if not head.exists():
-        raise ModelError("no scalar head (head.safetensors) here", where=str(stage_input.path))
+        raise ModelError("there is no scalar head (head.safetensors) here", where=str(stage_input.path))
     saved = lineage(spec, stage_input)
     full = not saved.adapters
     model = load_scalar(saved.weights, trained if full and trained is not None else DTYPES[spec.model.dtype])

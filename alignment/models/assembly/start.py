@@ -42,7 +42,8 @@ def load_start(
         raise ConfigError(
             "the stage starts from a prefix, which cannot be merged into weights",
             where="adapter",
-            remedy="continue it (adapter.kind=prefix, adapter.chain=continue), or train a low-rank adapter before",
+            remedy="continue it (adapter.kind=prefix, adapter.chain=continue), or train a low-rank adapter in the "
+            "earlier stage",
         )
     load = load_policy if task is TaskType.CAUSAL_LM else load_scalar
     dtype = weights_dtype(compute, adapter)
@@ -52,7 +53,7 @@ def load_start(
         raise ConfigError(
             "there is no adapter to continue: the stage starts from a whole model",
             where="adapter.chain",
-            remedy="set it to merge, or let init name a stage that trained an adapter",
+            remedy="set it to merge, or set init to a stage that trained an adapter",
         )
     below, beside = (start, ()) if adapter.chain is Chain.merge else (start.weights, start.beside)
     model = load(below, dtype)

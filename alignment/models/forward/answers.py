@@ -99,7 +99,7 @@ def statistics_of(
         raise ModelError(
             f"{type(model).__name__} scales its logits, or adds a bias to them",
             where="model.source",
-            remedy="PPO, evaluation and precompute_reference need a head without these; other stages work",
+            remedy="PPO, evaluation and precompute_reference do not support this; other stages do",
         )
     return label_statistics(model, states, batch.labels, temperature=temperature, entropy_gradient=entropy_gradient)
 

@@ -37,7 +37,8 @@ def install_causal(model: PreTrainedModel) -> None:
     """
     if scales_logits(model):
         log.warning(
-            "%s scales its logits or adds a bias to them, so TRL's own forward is used and padding is computed.",
+            "%s scales its logits or adds a bias to them, so TRL's own forward pass is used, which also computes "
+            "padding.",
             type(model).__name__,
         )
         return

@@ -70,12 +70,13 @@ def refuse_other_heads(student: PreTrainedModel, teacher: PreTrainedModel, *, wh
             raise ModelError(
                 f"the {name}, a {type(model).__name__}, scales or caps its logits, or adds a bias to them",
                 where=where,
-                remedy="take a model whose head does not; SFT on rows of a stage `sample` works with any",
+                remedy="use a model without these; or use SFT on rows from a `sample` stage, which works with any "
+                "model",
             )
     sizes = [model.get_output_embeddings().weight.shape[0] for model in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ModelError(
             f"the student's head has {sizes[0]} tokens and the teacher's {sizes[1]}",
             where=where,
-            remedy="take models of one family whose heads have the same size, or the teacher's first layers",
+            remedy="use models of the same family with heads of the same size, or use the teacher's first layers",
         )

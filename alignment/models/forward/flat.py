@@ -68,7 +68,10 @@ def use_flat_attention(model: PreTrainedModel) -> bool:
     """
     fuse_norms(model)
     if not can_run_flat(model):
-        log.warning("%s has attention that the flat path does not support; padding is computed.", type(model).__name__)
+        log.warning(
+            "%s has attention that the padding-free path does not support, so padding is computed too.",
+            type(model).__name__,
+        )
         return False
     model.set_attn_implementation(ATTENTION)
     fuse_blocks(model)
@@ -129,8 +132,8 @@ def refuse_prefix(trunk: PreTrainedModel) -> None:
     """
     if prefix_of(trunk) is not None:
         raise ModelError(
-            f"{type(trunk).__name__} has a sliding window, or attention that the flat path does not support; a prefix "
-            "needs full attention",
+            f"{type(trunk).__name__} has a sliding window, or attention that the padding-free path does not "
+            f"support; a prefix needs full attention",
             where="adapter.kind",
             remedy="use a low-rank adapter",
         )

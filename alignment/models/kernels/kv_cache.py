@@ -209,7 +209,7 @@ def decoding_attention(
     """
     is_one_step = _is_one_step(query.shape[2], query.device)
     if beginning is not None and not (is_one_step and softcap is None):
-        raise ValueError(f"{type(module).__name__} cannot attend to a common beginning in this way")
+        raise ValueError(f"{type(module).__name__} does not support rows that share a beginning")
     unusual = dropout or any(kwargs.get(name) is not None for name in ("position_bias", "s_aux"))
     if unusual or not (softcap is not None or is_one_step):
         if attention_mask is not None and attention_mask.is_floating_point() and query.device.type == "cpu":

@@ -52,7 +52,7 @@ class Instructions:
         if not isinstance(ids, list) or not ids:
             lacking(record, IDS, _EXAMPLE)
         if not isinstance(arguments, list) or len(arguments) != len(ids):
-            lacking(record, ARGUMENTS, f"it takes one group for each of the {len(ids)} instructions; {_EXAMPLE}")
+            lacking(record, ARGUMENTS, f"it needs one group for each of the {len(ids)} instructions; {_EXAMPLE}")
         for name, given in zip(ids, arguments, strict=True):
             if problem := _problem(name, given):
                 raise DataError(f"'{IDS}' {problem}", where=record.where, remedy=_EXAMPLE)
@@ -67,7 +67,7 @@ def _problem(name: Any, given: Any) -> str:
     """What is wrong with an instruction and its arguments; empty if nothing is."""
     known = _checks().instructions_registry.INSTRUCTION_DICT
     if not isinstance(name, str) or name not in known:
-        return f"has {name!r:.60}, which is no instruction; {suggestion(str(name), list(known))}"
+        return f"has {name!r:.60}, which is not an instruction; {suggestion(str(name), list(known))}"
     if not isinstance(given, Mapping):
         return f"has {name} with arguments {given!r:.60}, which are not a group"
     arguments = {key: value for key, value in given.items() if value}
@@ -76,7 +76,7 @@ def _problem(name: Any, given: Any) -> str:
         with _same_random_state():
             instruction.build_description(**arguments)
     except (TypeError, ValueError) as error:
-        return f"has {name} with arguments that it does not take: {error}"
+        return f"has {name} with arguments that it does not accept: {error}"
     drawn = sorted(set(instruction.get_instruction_args_keys()) - set(arguments) - {"prompt"})
     if drawn:
         return f"has {name} without its argument {drawn[0]!r}"

@@ -61,7 +61,7 @@ def schema_problem(schema: Mapping[str, Any]) -> str:
 
     draft = schema.get("$schema", "")
     if not isinstance(draft, str) or (draft and validator_for(schema, default=None) is None):
-        return f"has the $schema {draft!r:.80}, which is no draft of JSON schema; leave it out for the newest"
+        return f"has the $schema {draft!r:.80}, which is not a draft of JSON Schema; leave it out for the newest"
     cls: Any = validator_for(schema)
     try:
         cls.check_schema(schema)
@@ -70,9 +70,9 @@ def schema_problem(schema: Mapping[str, Any]) -> str:
     references = sorted(_references(schema, {**schema, "$schema": cls.META_SCHEMA["$schema"]}))
     outside = next((reference for reference, _ in references if not reference.startswith("#")), None)
     if outside is not None:
-        return f"refers to {outside!r:.80}, and nothing is fetched; write it under $defs"
+        return f"refers to {outside!r:.80}, but nothing is fetched from elsewhere; write it under $defs"
     missing = next((reference for reference, is_there in references if not is_there), None)
-    return "" if missing is None else f"refers to {missing!r:.80}, which it does not hold"
+    return "" if missing is None else f"refers to {missing!r:.80}, which it does not contain"
 
 
 def _validator(schema: Mapping[str, Any]) -> Any:

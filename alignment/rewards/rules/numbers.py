@@ -61,9 +61,9 @@ def expected_answer(row: Mapping[str, Any], *, where: str) -> Decimal:
         number = _NUMBER.search(after) if mark else _NUMBER.fullmatch(answer.strip().rstrip(".%"))
         if number:
             return _value(number)
-    missing = "is missing" if ANSWER not in row else f"holds no number to check against; it is {answer!r:.60}"
+    missing = "is missing" if ANSWER not in row else f"contains no number to check against; it is {answer!r:.60}"
     raise DataError(
-        f"'{ANSWER}' {missing}", where=where, remedy=f"exact_answer takes the number after {_MARK}: {_EXAMPLE}"
+        f"'{ANSWER}' {missing}", where=where, remedy=f"exact_answer uses the number after {_MARK}: {_EXAMPLE}"
     )
 
 

@@ -28,7 +28,7 @@ class OfOneTurn:
             raise DataError(
                 f"'{self.source}' compares every answer with the row's '{self.field}', but the row asks several turns",
                 where=record.where,
-                remedy="score such rows with a function, FILE.py:FUNCTION, which sees the conversation so far",
+                remedy="score such rows with a function, FILE.py:FUNCTION, which gets the conversation so far",
             )
         return self.rule.expected(record)
 

@@ -64,7 +64,7 @@ class RuleKind:
 def lacking(record: HasRow, field: str, remedy: str) -> NoReturn:
     """Raises DataError for a field that is missing in a row, or has another form."""
     value = record.row.get(field)
-    problem = "is missing" if value is None else f"has another form; it is {value!r:.60}"
+    problem = "is missing" if value is None else f"has the wrong form; it is {value!r:.60}"
     raise DataError(f"'{field}' {problem}", where=record.where, remedy=remedy)
 
 

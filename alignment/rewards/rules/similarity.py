@@ -10,7 +10,7 @@ from alignment.rewards.rules.rule_kind import Package, lacking, texts_in
 ROUGE = Package(modules=("rouge_score",), requirement="'rouge-score>=0.1.2,<0.2'")
 CHRF = Package(modules=("sacrebleu",), requirement="'sacrebleu>=2.5,<3'")
 REFERENCE = "reference"
-_EXAMPLE = f'it takes a text, or a list of them: {{"{REFERENCE}": "The shop is closed on Monday."}}'
+_EXAMPLE = f'it needs a text or a list of texts: {{"{REFERENCE}": "The shop is closed on Monday."}}'
 
 
 class RougeL:

@@ -12,7 +12,7 @@ from alignment.rewards.rules.rule_kind import lacking
 
 FACTS = "facts"
 _FACTS_EXAMPLE = (
-    'key_facts takes a list of texts, or of lists of wordings: {"facts": ["21 March", ["noon", "12 o\'clock"]]}'
+    'key_facts needs a list of texts, or of lists of wordings: {"facts": ["21 March", ["noon", "12 o\'clock"]]}'
 )
 
 

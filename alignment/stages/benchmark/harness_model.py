@@ -153,7 +153,7 @@ class HarnessModel(TemplateLM):
         if not all(math.isfinite(logprob) for logprob, _ in scored):
             raise NonFiniteError(
                 f"{self._where} gives log-probabilities that are not finite",
-                remedy="its training went wrong: lower its learning rate, or leave the arm out",
+                remedy="its training went wrong: lower its learning rate, or leave out the arm",
             )
         return scored
 

@@ -226,7 +226,7 @@ def _measurement(results: Mapping[str, Any], task: str, metric: TaskMetric, arm:
     if not math.isfinite(value):
         raise NonFiniteError(
             f"{metric.title} of {arm} in {task} is {value}",
-            remedy="its training went wrong: lower its learning rate, or leave the arm out",
+            remedy="its training went wrong: lower its learning rate, or leave out the arm",
         )
     stderr = of_task.get(f"{metric.name}_stderr,{of_filter}")
     has_stderr = _is_number(stderr) and math.isfinite(stderr)

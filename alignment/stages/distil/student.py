@@ -28,13 +28,13 @@ def student_of(config: DistilConfig, context: StageContext, tokenizer: Any) -> L
 
     Raises:
         ConfigError: ``init`` does not have more than ``layers`` layers.
-        ModelError: the student has another tokenizer or chat template than its teacher.
+        ModelError: the student has a different tokenizer or chat template than its teacher.
     """
     start, own = initial_policy(context)
     where = f"stages.{context.spec.stage}"
     if tokenizer_hashes(own) != tokenizer_hashes(tokenizer):
         raise ModelError(
-            f"{config.init} has another tokenizer or chat template than the teacher {config.teacher}",
+            f"{config.init} has a different tokenizer or chat template than the teacher {config.teacher}",
             where=f"{where}.init",
             remedy="take a student of the teacher's family; model.chat_template gives both the same template",
         )

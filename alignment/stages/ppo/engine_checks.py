@@ -22,8 +22,8 @@ WORRYING = 0.05
 """A mean difference in nats a token; rounding in bfloat16 made .039 on a model of 135 million parameters."""
 
 _UNSERVED = {
-    AdapterKind.dora: "vLLM does not take DoRA",
-    AdapterKind.prefix: "vLLM does not take prefixes of keys and values",
+    AdapterKind.dora: "vLLM does not support DoRA",
+    AdapterKind.prefix: "vLLM does not support prefix adapters",
 }
 
 

@@ -46,7 +46,7 @@ def tokenizer_of(context: StageContext, stage_input: StageInput, ours: Any) -> A
     """The run's tokenizer if the arm shares it and stops at the same tokens, else that of the external model.
 
     Raises:
-        ModelError: an artifact has another tokenizer or chat template than the run's base.
+        ModelError: an artifact has a different tokenizer or chat template than the run's base.
     """
     path = stage_input.path
     if path is None or read_manifest(path) is not None:
@@ -83,5 +83,5 @@ def refuse_without_template(
         raise ModelError(
             f"{stage_input.ref} has a tokenizer without a chat template, so prompts cannot be rendered for it",
             where=f"stages.{context.spec.stage}.{field}",
-            remedy="put the template that it was trained with into its folder (chat_template.jinja)",
+            remedy="put the template with which it was trained into its folder (chat_template.jinja)",
         )

@@ -97,7 +97,7 @@ class Trackers:
         self._open.pop(label, None)
         why = " ".join(str(error).split()) or type(error).__name__
         names = [name for name in LABELS if LABELS[name] == label]
-        later = "".join(f"; to send the rest later: align track {self._run} --to {name}" for name in names)
+        later = "".join(f"; to send the rest later, run: align track {self._run} --to {name}" for name in names)
         self._warn(f"{label} failed and is no longer used in this stage: {why}{later}")
 
     def _warn(self, message: str) -> None:

@@ -94,7 +94,7 @@ class Sender(Tracker):
             unsent = list(self._tasks)
         if unsent:
             why = self._failure or f"not sent within {self._end_seconds:g} seconds"
-            raise NotSentError(f"{self._server} lacks {_described(unsent)}: {why}") from self._failure
+            raise NotSentError(f"{self._server} is missing {_described(unsent)}: {why}") from self._failure
 
     def _add(self, *tasks: _Task) -> None:
         if self._failure is not None:
@@ -142,13 +142,14 @@ class Sender(Tracker):
                 self._tasks.popleft()
         if self._unreachable:
             self._unreachable = False
-            log.warning("%s answers again", self._server)
+            log.warning("%s is answering again", self._server)
 
     def _warn_once(self, error: Exception) -> None:
         if not self._unreachable:
             self._unreachable = True
             log.warning(
-                "%s cannot be reached; the stage goes on, its steps are in metrics.jsonl, and it tries again: %s",
+                "%s cannot be reached. The stage continues, its steps are in metrics.jsonl, and sending will be "
+                "retried: %s",
                 self._server,
                 error,
             )
@@ -156,4 +157,4 @@ class Sender(Tracker):
 
 def _described(tasks: Sequence[_Task]) -> str:
     steps = [task.row.step for task in tasks if task.row is not None]
-    return f"steps {steps[0]} to {steps[-1]} and what follows them" if steps else "the end of the stage"
+    return f"steps {steps[0]} to {steps[-1]} and everything after them" if steps else "the end of the stage"

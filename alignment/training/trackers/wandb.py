@@ -73,7 +73,7 @@ class WandbTracker(Tracker):
                 raise
             why = " ".join(str(error).split())
             warn(
-                f"Weights & Biases did not begin a run online, so this stage is tracked offline ({why}); send it later "
+                f"Weights & Biases did not start a run online, so this stage is tracked offline ({why}); send it later "
                 f"with: wandb sync {spec.run_folder}/wandb/offline-run-*"
             )
             self._wandb.teardown()  # its process still holds the id

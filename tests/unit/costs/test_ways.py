@@ -113,7 +113,7 @@ def test_a_stage_that_asks_a_server_is_not_estimated(tmp_path: Path, timer: Time
     judge = JudgeConfig(kind=JudgeKind.endpoint, endpoint=EndpointConfig(base_url="http://127.0.0.1:1/v1", model="one"))
     config = EvaluateConfig(data=DataConfig(source="path:rows.jsonl"), arms=["base"], judge=judge)
     cost = cost_of(tiny_spec(tmp_path, config), timer, publishes=False)
-    assert cost.error == "it asks the server at http://127.0.0.1:1/v1, which a plan does not do"
+    assert cost.error == "it calls the server at http://127.0.0.1:1/v1, and a plan makes no such calls"
     assert cost.phases == {}
 
 

@@ -66,13 +66,13 @@ def ids_of(ids: Any) -> Change:
 
 
 NO_LOGPROBS = "has an invalid log-probability"
-NO_END = "does not end where an answer ends"
+NO_END = "does not end with an end token"
 FAULTS: dict[str, tuple[Change, str]] = {
     "another version": (
         lambda reply: reply.update(model="policy-2"),
-        "was made by the weights 'policy-2', not by 'policy-3'",
+        "came from the weights 'policy-2', not 'policy-3'",
     ),
-    "the base": (lambda reply: reply.update(model="base"), "was made by the weights 'base', not by 'policy-3'"),
+    "the base": (lambda reply: reply.update(model="base"), "came from the weights 'base', not 'policy-3'"),
     "too few answers": (lambda reply: reply["choices"].pop(), "has 1 answers, not 2"),
     "too many answers": (lambda reply: reply["choices"].append(first(reply)), "has 3 answers, not 2"),
     "another prompt": (lambda reply: first(reply).update(prompt_token_ids=[5, 8]), "is for another prompt"),
@@ -85,9 +85,9 @@ FAULTS: dict[str, tuple[Change, str]] = {
     "a text for a number": (logprobs_of([-1.0, "-1", -0.5]), NO_LOGPROBS),
     "goes on after its end": (ids_of([4, 2, 8]), NO_END),
     "ends without an end": (ids_of([4, 7]), NO_END),
-    "no choices": (lambda reply: reply.pop("choices"), "lacks what a vLLM server gives (KeyError: 'choices')"),
-    "no token ids": (lambda reply: first(reply).pop("token_ids"), "lacks what a vLLM server gives"),
-    "no log-probabilities": (lambda reply: first(reply).update(logprobs=None), "lacks what a vLLM server gives"),
+    "no choices": (lambda reply: reply.pop("choices"), "lacks what a vLLM server returns (KeyError: 'choices')"),
+    "no token ids": (lambda reply: first(reply).pop("token_ids"), "lacks what a vLLM server returns"),
+    "no log-probabilities": (lambda reply: first(reply).update(logprobs=None), "lacks what a vLLM server returns"),
     "texts for tokens": (ids_of(["four", "seven", "eight"]), "has an invalid token"),
     "a negative token": (ids_of([4, -7, 8]), "has an invalid token"),
 }
@@ -105,7 +105,7 @@ def test_a_wrong_reply_is_refused(fault: str) -> None:
 
 @pytest.mark.parametrize("wrong", [None, "text", [], {}])
 def test_what_is_no_reply_at_all_is_refused(wrong: Any) -> None:
-    with pytest.raises(WrongReply, match="lacks what a vLLM server gives"):
+    with pytest.raises(WrongReply, match="lacks what a vLLM server returns"):
         checked(wrong, "policy-3", ASKED, GENERATION)
 
 
@@ -244,5 +244,5 @@ def test_a_server_of_another_kind_is_a_call_that_failed(base: Path, content: Any
     with asking(base) as (engine, client):
         engine.failing = lambda path, number: Failure(status=200, content=content)
         for call in (client.models, client.weights_version):
-            with pytest.raises(CallFailed, match="lacks what a vLLM server gives"):
+            with pytest.raises(CallFailed, match="lacks what a vLLM server returns"):
                 call()

@@ -194,7 +194,9 @@ def test_whole_weights_are_replaced_and_their_version_is_asked_for(base: Path, t
         assert session.answers(weights, ASKED, GENERATION) == expected
         assert {body["model"] for body in engine.paths(COMPLETIONS)} == {"base"}
         engine.version = "policy-6-abcd"  # somebody else replaced them
-        with pytest.raises(StageError, match="the engine answers with the weights 'policy-6-abcd', not with 'policy-7"):
+        with pytest.raises(
+            StageError, match="the engine answers with the weights 'policy-6-abcd' instead of 'policy-7"
+        ):
             session.answers(weights, ASKED, GENERATION)
 
 
@@ -216,7 +218,7 @@ def test_an_answer_under_another_name_is_refused(base: Path, tmp_path: Path, ada
     with at_url(base, tmp_path) as (engine, session):
         session.use(adapters[0])
         engine.edit = lambda reply: reply | {"model": "policy-9-abcd"}
-        with pytest.raises(StageError, match="was made by the weights 'policy-9-abcd', not by 'policy-0-abcd'"):
+        with pytest.raises(StageError, match="came from the weights 'policy-9-abcd', not 'policy-0-abcd'"):
             session.answers(adapters[0], ASKED, GENERATION)
 
 
@@ -226,7 +228,9 @@ def test_an_answer_under_another_name_is_refused(base: Path, tmp_path: Path, ada
 def test_a_server_with_another_model_is_refused(base: Path, tmp_path: Path) -> None:
     with engine_server(base) as engine, session_with(tmp_path, url=engine.url) as session:
         engine.failing = lambda path, number: Failure(status=200, content={"data": [{"id": "gpt-3"}]})
-        with pytest.raises(ConfigError, match=f"the server at {engine.url} has no model 'base', but 'gpt-3'") as raised:
+        with pytest.raises(
+            ConfigError, match=f"the server at {engine.url} has no model 'base'; it has 'gpt-3'"
+        ) as raised:
             session.start(options(base))
     assert raised.value.where == f"{WHERE}.url"
     assert "--served-model-name base" in raised.value.remedy

@@ -180,7 +180,7 @@ def test_a_chosen_port_that_is_taken_is_an_error(tmp_path: Path) -> None:
 
 
 def test_a_server_that_never_answers_is_named(tmp_path: Path) -> None:
-    with Keeper() as keeper, pytest.raises(StageError, match="did not answer within 1 s of its start"):
+    with Keeper() as keeper, pytest.raises(StageError, match="did not answer within 1 s of starting"):
         ServerProcess(
             keeper, program("import time; time.sleep(60)"), log=tmp_path / "log", where="sampling", start_timeout=1
         )
@@ -212,5 +212,5 @@ def test_a_keeper_that_was_killed_starts_nothing(tmp_path: Path) -> None:
     with Keeper() as keeper:
         psutil.Process(int((keeper.folder / "pid").read_text())).kill()
         until(lambda: not keeper.is_alive)
-        with pytest.raises(StageError, match="the process that keeps servers was ended"):
+        with pytest.raises(StageError, match="the process that supervises servers was killed"):
             started(keeper, tmp_path)

@@ -51,8 +51,8 @@ def test_arms_are_told_apart_or_not_and_the_size_that_would_be_missed_is_said() 
     )
     assert found == [
         "102 prompts, by brevity: sft is better than base; dpo and sft cannot be told apart.",
-        "A true difference in brevity below about 0.05 would be missed more than one time in five at this number of "
-        "prompts.",
+        "A true difference in brevity below about 0.05 would be missed more than one time in five with this number "
+        "of prompts.",
     ]
 
 
@@ -61,14 +61,15 @@ def test_a_pair_that_only_its_own_interval_tells_apart_is_named() -> None:
     sentences = conclusions(102, BREVITY, [pair, replace(pair, arm="stage:sft")], None, LABELS)
     assert sentences[:2] == [
         "102 prompts, by brevity: dpo and base, sft and base cannot be told apart.",
-        "The interval of dpo and base, sft and base excludes zero, but among 2 comparisons that may be chance.",
+        "The interval of dpo and base, sft and base excludes zero, but among 2 comparisons the difference may be due "
+        "to chance.",
     ]
 
 
 def test_a_randomisation_test_may_show_nothing_alone() -> None:
     pair = replace(comparison("stage:dpo", "base", 0.4, real=True, size=None), p=0.125, adjusted_p=0.125)
     assert conclusions(4, BREVITY, [pair], None, LABELS)[1] == (
-        "The interval of dpo and base excludes zero, but by a randomisation test that may be chance."
+        "The interval of dpo and base excludes zero, but by a randomisation test the difference may be due to chance."
     )
 
 
@@ -81,7 +82,7 @@ def test_less_of_a_metric_may_be_better() -> None:
 def test_one_prompt_or_one_arm_says_no_size() -> None:
     assert conclusions(5, BREVITY, [], None, LABELS) == []
     assert conclusions(5, None, [], None, LABELS) == [
-        "5 prompts, neither a metric nor a judge: no arm is called better than another."
+        "5 prompts, but no metric and no judge, so no arm is called better than another."
     ]
     (sentence,) = conclusions(1, BREVITY, [comparison("stage:dpo", "base", 0.0, real=False, size=None)], None, LABELS)
     assert "cannot be told apart" in sentence

@@ -108,4 +108,4 @@ def test_conclusions_name_arms_and_prompts_without_grades() -> None:
     assert grade_conclusions([grading()], 10, labels) == []
     left_out, fewer = grade_conclusions([grading(left_out=["base"], num_prompts=8)], 10, labels)
     assert left_out.startswith("By helpful, nothing can be concluded about base (35%): ")
-    assert fewer == "helpful is over 8 of 10 prompts: on the others a reply of m has no grade."
+    assert fewer == "helpful covers 8 of 10 prompts; on the others a reply of m has no grade."

@@ -39,8 +39,8 @@ BROKEN = {"wins": 2, "ties": 0, "losses": 0, "win_rate": None, "verdict": "nothi
     [
         (
             {},
-            "m agrees with people on 52% of 50 pairs (40% to 64%), ties counted as half, which chance also gives: its "
-            "win rates say nothing.",
+            "m agrees with people on 52% of 50 pairs (40% to 64%), ties counted as half, which cannot be "
+            "distinguished from chance: its win rates say nothing.",
             "chance may agree as often",
             False,
         ),
@@ -53,14 +53,14 @@ BROKEN = {"wins": 2, "ties": 0, "losses": 0, "win_rate": None, "verdict": "nothi
         (
             WORSE,
             "m agrees with people on 18% of 50 pairs (9% to 28%), ties counted as half, less often than chance: its "
-            "win rates say nothing of what people prefer.",
+            "win rates say nothing about what people prefer.",
             "contradicts people",
             False,
         ),
         (
             FEW,
-            "m agrees with people on 100% of 6 pairs (100% to 100%), ties counted as half, which are too few to tell "
-            "it from chance.",
+            "m agrees with people on 100% of 6 pairs (100% to 100%), ties counted as half, but these are too few to "
+            "distinguish it from chance.",
             TOO_FEW,
             False,
         ),

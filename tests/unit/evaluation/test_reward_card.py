@@ -156,8 +156,8 @@ def test_a_card_says_first_what_makes_its_figures_worthless() -> None:
     assert told[0].startswith("3 of the 20 pairs overlap with what the model learned from")
     assert told[1].startswith("Which part of its file the model learned from is not known exactly")
     assert told[2:] == [
-        "It is right less often than the rule that the longer answer is better.",
-        "In float32 its scores change when they should not: alone.",
+        "It is right less often than the rule 'longer is better'.",
+        "In float32 its scores change although they should not: alone.",
     ]
     even = card_of(many(*[1.0, -1.0] * 10), intervals=INTERVALS, num_worst=1)
     (doubt,) = warnings(even)

@@ -83,7 +83,7 @@ def test_votes_on_other_answers_are_stale_and_said_to_be() -> None:
     told = row(of(votes, newer))
     assert told.people is not None
     assert (told.people.judged, told.people.votes, told.people.stale) == (2, 2, 10)
-    assert told.why_nothing.endswith("; 10 votes are about other answers and do not count")
+    assert told.why_nothing.endswith("; 10 votes are for other answers and do not count")
     others = [vote(pair(1), annotator="x")]
     assert votes_on(others, DPO, "base", PAIRS).stale == 0, "those on other arms are not of this pair"
 

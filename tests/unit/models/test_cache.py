@@ -141,7 +141,7 @@ def test_a_common_beginning_counts_as_if_each_row_held_it(groups: int, dtype: to
 def test_attention_that_cannot_see_a_common_beginning_refuses_it(changed: dict[str, Any]) -> None:
     keys, values = _states(1, 7, seed=0)
     told = {"query": torch.zeros(1, HEADS, 1, WIDTH), "beginning": KeysValues(), **changed}
-    with pytest.raises(ValueError, match="Module cannot attend to a common beginning in this way"):
+    with pytest.raises(ValueError, match="Module does not support rows that share a beginning"):
         decoding_attention(nn.Module(), key=keys, value=values, attention_mask=None, **told)
 
 

@@ -55,7 +55,7 @@ def of(*metrics: str) -> str:
         (["stages.evaluate.primary=stile"], "stages.evaluate.primary: no metric 'stile'; did you mean 'style'?"),
         (
             [of(), "stages.evaluate.primary=style"],
-            "stages.evaluate.primary: no metric 'style'; there are no metrics; add one, or write null",
+            "stages.evaluate.primary: no metric 'style'; there are no metrics; add one, or set null",
         ),
         (
             ["stages.evaluate.answers={per_prompt: 4}"],
@@ -63,7 +63,7 @@ def of(*metrics: str) -> str:
         ),
         (
             [SAMPLED, of("{name: p, source: length, target: 9, aggregate: pass@8}")],
-            f"{METRICS}[0].aggregate: 'pass@8' needs at least 8 answers to a prompt; set answers.per_prompt",
+            f"{METRICS}[0].aggregate: 'pass@8' needs at least 8 answers per prompt; set answers.per_prompt",
         ),
         (
             [SAMPLED, of("{name: p, source: length, target: 9, aggregate: pass@2, higher_is_better: false}")],
@@ -75,7 +75,7 @@ def of(*metrics: str) -> str:
         ),
         (
             [of("{name: m, source: exact_answer, aggregate: majority}")],
-            f"{METRICS}[0].aggregate: 'majority' needs several answers to a prompt; set answers.per_prompt",
+            f"{METRICS}[0].aggregate: 'majority' needs several answers per prompt; set answers.per_prompt",
         ),
         (
             [of("{name: m, source: length, target: 9, aggregate: median}")],
@@ -83,7 +83,8 @@ def of(*metrics: str) -> str:
         ),
         (
             [of("{name: m, source: length, target: 9, passing_score: 0.5}")],
-            f"{METRICS}[0].passing_score: 0.5 has no effect; only the aggregate pass@K uses it, and it is 'mean'",
+            f"{METRICS}[0].passing_score: 0.5 has no effect; only the aggregate pass@K uses it, but aggregate is "
+            "'mean'",
         ),
         (
             ["stages.evaluate.system_prompt=null"],

@@ -41,7 +41,10 @@ FAULTS = [
     (scorer("source: server, server: {base_url: localhost}"), f"{PPO}.server.base_url: the given value (not shown)"),
     (server("api: vllm_poling"), f"{PPO}.server.api: 'vllm_poling' is not allowed; one of: scores, vllm_pooling, "),
     (server("api_key_env: sk-canary"), "the name of an environment variable, in capitals; never the key itself"),
-    (server("timeout: 300"), f"{PPO}.server.timeout: 300 seconds, 3 times, are not less than launch.hang_seconds"),
+    (
+        server("timeout: 300"),
+        f"{PPO}.server.timeout: 300 seconds times 3 attempts is not less than launch.hang_seconds",
+    ),
     (
         server("label: good"),
         f"{PPO}.server.label: has no effect; only 'vllm_pooling', 'vllm_classify', 'tei_predict' use it, and api is "

@@ -109,7 +109,7 @@ def test_a_vote_that_is_taken_back_leaves_every_other_line_as_it_is(file: Path) 
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"answers": {SFT: "a"}}, "'answers' must hold the answers of two arms; it has 1"),
+        ({"answers": {SFT: "a"}}, "'answers' must have the answers of two arms; it has 1"),
         ({"answers": [1]}, "answers: [1] is not an object"),
         ({"preferred": "dpo"}, "'preferred' must be one of stage:sft, stage:dpo, tie; it is 'dpo'"),
         ({"shown_first": "tie"}, "'shown_first' must be one of stage:sft, stage:dpo"),
@@ -129,7 +129,7 @@ def test_a_line_that_is_no_vote_and_a_second_vote_are_refused(file: Path) -> Non
     assert ":1: not JSON" in refused(file, "not a vote", FIRST.line)
     assert "holds no JSON object" in refused(file, "3")
     again = vote(pair(1), TIE)
-    assert ":2: 'ada' votes a second time on the answers of line 1" in refused(file, FIRST.line, again.line)
+    assert ":2: 'ada' voted a second time on the answers of line 1" in refused(file, FIRST.line, again.line)
     file.write_text(f"{FIRST.line}\n{vote(pair(1), annotator='bo').line}\n", encoding="utf-8")
     assert [one.annotator for one in read_votes(file)] == ["ada", "bo"]
 

@@ -211,8 +211,8 @@ def test_a_step_that_validation_chose_and_an_early_end_are_said(fake_run):
         "validation/planned_steps": 100.0,
     }
     html = fake_run.html()
-    assert "sft hands on step 20, where the held-out loss was least: 1.21, and 1.3 at step 40" in html
-    assert "sft stopped at step 40 of 100: no improvement in 2 looks." in html
+    assert "sft keeps step 20, which had the lowest held-out loss: 1.21 (1.3 at step 40)" in html
+    assert "sft stopped at step 40 of 100: no improvement in 2 validations." in html
 
 
 def test_the_guards_two_opinions_are_drawn_over_the_root_of_the_kl(fake_run):

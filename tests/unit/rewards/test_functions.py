@@ -78,8 +78,8 @@ BAD = [
     ("[1, float('nan')]", "gave nan for an answer to rows.jsonl:9, which is not finite"),
     ("[float('inf'), 1]", "gave inf for an answer to rows.jsonl:4, which is not finite"),
     ("[1, -float('inf')]", "gave -inf for an answer to rows.jsonl:9, which is not finite"),
-    ("[1e300, 1]", "gave 1e+300 for an answer to rows.jsonl:4, which is beyond ±1e+06"),
-    ("[1e6, -1e30]", "gave -1e+30 for an answer to rows.jsonl:9, which is beyond ±1e+06"),
+    ("[1e300, 1]", "gave 1e+300 for an answer to rows.jsonl:4, which is outside ±1e+06"),
+    ("[1e6, -1e30]", "gave -1e+30 for an answer to rows.jsonl:9, which is outside ±1e+06"),
     ("[1, numpy.float64('nan')]", "gave np.float64(nan) for an answer to rows.jsonl:9, which is not finite"),
     ("[10 ** 400, 1]", "for an answer to rows.jsonl:4, which is not finite"),
 ]

@@ -136,12 +136,15 @@ def test_a_row_s_number_stands_behind_the_mark_or_alone(answer: Any, expected: s
     ("row", "message"),
     [
         ({}, "rows.jsonl:7: 'answer' is missing"),
-        ({"answer": None}, "rows.jsonl:7: 'answer' holds no number to check against; it is None"),
-        ({"answer": "3 + 4 = 7"}, "rows.jsonl:7: 'answer' holds no number to check against; it is '3 + 4 = 7'"),
-        ({"answer": "7 #### seven"}, "rows.jsonl:7: 'answer' holds no number to check against; it is '7 #### seven'"),
-        ({"answer": True}, "rows.jsonl:7: 'answer' holds no number to check against; it is True"),
-        ({"answer": float("nan")}, "rows.jsonl:7: 'answer' holds no number to check against; it is 'nan'"),
-        ({"answer": ["18"]}, "rows.jsonl:7: 'answer' holds no number to check against; it is ['18']"),
+        ({"answer": None}, "rows.jsonl:7: 'answer' contains no number to check against; it is None"),
+        ({"answer": "3 + 4 = 7"}, "rows.jsonl:7: 'answer' contains no number to check against; it is '3 + 4 = 7'"),
+        (
+            {"answer": "7 #### seven"},
+            "rows.jsonl:7: 'answer' contains no number to check against; it is '7 #### seven'",
+        ),
+        ({"answer": True}, "rows.jsonl:7: 'answer' contains no number to check against; it is True"),
+        ({"answer": float("nan")}, "rows.jsonl:7: 'answer' contains no number to check against; it is 'nan'"),
+        ({"answer": ["18"]}, "rows.jsonl:7: 'answer' contains no number to check against; it is ['18']"),
     ],
 )
 def test_a_row_without_a_number_to_check_against_is_named(row: dict[str, Any], message: str) -> None:
@@ -314,8 +317,8 @@ def test_a_row_s_own_schema_comes_before_the_metric_s() -> None:
     ("schema", "message"),
     [
         (None, "'schema' is missing"),
-        ("{", "'schema' has another form; it is '{'"),
-        ([], "'schema' has another form; it is []"),
+        ("{", "'schema' has the wrong form; it is '{'"),
+        ([], "'schema' has the wrong form; it is []"),
         ({"type": "text"}, "'schema' is not a JSON schema: 'text' is not valid"),
         (
             {"$ref": "http://127.0.0.1:9/x.json"},
@@ -325,8 +328,8 @@ def test_a_row_s_own_schema_comes_before_the_metric_s() -> None:
             {"$dynamicRef": "http://127.0.0.1:9/x.json#a"},
             "'schema' refers to 'http://127.0.0.1:9/x.json#a', and nothing",
         ),
-        ({"$ref": "#/$defs/size"}, "'schema' refers to '#/$defs/size', which it does not hold"),
-        ({"properties": {"age": {"$ref": "#size"}}}, "'schema' refers to '#size', which it does not hold"),
+        ({"$ref": "#/$defs/size"}, "'schema' refers to '#/$defs/size', which it does not contain"),
+        ({"properties": {"age": {"$ref": "#size"}}}, "'schema' refers to '#size', which it does not contain"),
         ({"$schema": "http://127.0.0.1:9/draft"}, "'schema' has the $schema 'http://127.0.0.1:9/draft', which is no"),
     ],
 )
@@ -424,10 +427,10 @@ def test_the_loose_rule_forgives_a_first_line_and_asterisks() -> None:
     [
         ({}, "'instruction_id_list' is missing"),
         ({"instruction_id_list": ["punctuation:no_comma"]}, "'kwargs' is missing"),
-        ({"instruction_id_list": ["punctuation:no_comma"], "kwargs": []}, "'kwargs' has another form; it is []"),
+        ({"instruction_id_list": ["punctuation:no_comma"], "kwargs": []}, "'kwargs' has the wrong form; it is []"),
         (
             {"instruction_id_list": ["punctuation:no_coma"], "kwargs": [{}]},
-            "'instruction_id_list' has 'punctuation:no_coma', which is no instruction; did you mean "
+            "'instruction_id_list' has 'punctuation:no_coma', which is not an instruction; did you mean "
             "'punctuation:no_comma'?",
         ),
         (

@@ -145,7 +145,7 @@ def test_a_server_that_never_answers_is_given_up_at_the_timeout(tmp_path: Path) 
     [
         ("NaN", r"gave nan for an answer to rows\.jsonl:2, which is not finite"),
         ("Infinity", r"gave inf for an answer to rows\.jsonl:2, which is not finite"),
-        ("-2e6", r"gave -2000000.0 for an answer to rows\.jsonl:2, which is beyond ±1e\+06"),
+        ("-2e6", r"gave -2000000.0 for an answer to rows\.jsonl:2, which is outside ±1e\+06"),
         ("null", r"gave None \(NoneType\) for an answer to rows\.jsonl:2, which is not a number"),
         ("true", r"gave True \(bool\)"),
         ('"3"', r"gave '3' \(str\)"),
@@ -154,7 +154,7 @@ def test_a_server_that_never_answers_is_given_up_at_the_timeout(tmp_path: Path) 
 def test_what_is_no_score_is_refused_with_its_row_and_kept_nowhere(tmp_path: Path, score: str, words: str) -> None:
     reply = f'{{"scores": [{{"id": 0, "score": 1.0}}, {{"id": 1, "score": {score}}}]}}'
     error = failing(tmp_path, lambda *_: Response(body=reply))
-    assert re.match(rf"1 of 1 calls to the reward server at \S+ failed; the last error: {words}", error.message)
+    assert re.match(rf"1 of 1 calls to the reward server at \S+ failed; the last error was: {words}", error.message)
     assert not kept(tmp_path)
 
 

@@ -210,7 +210,7 @@ def test_a_policy_of_another_tokenizer_is_refused_by_name(chained: Chained) -> N
     file = chained.base / "chat_template.jinja"
     file.write_text(file.read_text() + " ")
     spec = chained.spec("dpo", LORA, init="sft")
-    with pytest.raises(ModelError, match="stage:sft has another tokenizer or chat template than path:tiny"):
+    with pytest.raises(ModelError, match="stage:sft has a different tokenizer or chat template than path:tiny"):
         worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
 
 

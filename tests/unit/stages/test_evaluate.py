@@ -260,7 +260,7 @@ def test_without_metrics_no_arm_is_better_and_the_other_figures_stand(chain: Cha
     assert (told["primary"], told["metrics"], told["comparisons"], told["tasks"]) == (None, [], [], {})
     assert [arm["metrics"] for arm in told["arms"]] == [{}, {}]
     assert all(arm["reward"]["low"] <= arm["reward"]["mean"] for arm in told["arms"])
-    assert told["conclusions"] == ["3 prompts, neither a metric nor a judge: no arm is called better than another."]
+    assert told["conclusions"] == ["3 prompts, but no metric and no judge, so no arm is called better than another."]
 
 
 def test_rows_that_lack_what_a_metric_looks_at_are_named(chain: Chained) -> None:

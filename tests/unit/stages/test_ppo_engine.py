@@ -87,14 +87,14 @@ def test_a_server_that_runs_already_is_not_started(name: str, value: Any, shown:
         (
             config_of(adapter=DORA),
             [
-                f"{FIELD}.engine: 'vllm', but vLLM does not take DoRA; use adapter=lora or adapter=full, or "
+                f"{FIELD}.engine: 'vllm', but vLLM does not support DoRA; use adapter=lora or adapter=full, or "
                 f"{FIELD}.engine=own"
             ],
         ),
         (
             config_of(adapter=PREFIX),
             [
-                f"{FIELD}.engine: 'vllm', but vLLM does not take prefixes of keys and values; use adapter=lora or "
+                f"{FIELD}.engine: 'vllm', but vLLM does not support prefix adapters; use adapter=lora or "
                 f"adapter=full, or {FIELD}.engine=own"
             ],
         ),

@@ -54,7 +54,7 @@ def test_the_step_with_the_least_held_out_loss_is_handed_on(tmp_path: Path, kind
     if kind != "reward":
         assert metrics["loss"] == line["loss"], "the figures are those of the step that is handed on"
     (sentence,) = lines_of(kind, spec.artifact)
-    assert sentence.startswith(f"{kind} hands on step {best}, where the held-out loss was least: {looks[best]:.4g}")
+    assert sentence.startswith(f"{kind} keeps step {best}, which had the lowest held-out loss: {looks[best]:.4g}")
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -165,7 +165,7 @@ def test_patience_ends_the_stage_and_the_sentence_says_where(tmp_path: Path) -> 
     written = json.loads(manifest_file.read_text())
     written["identity"] = {"config": {"validation": {"patience": 2}}}
     manifest_file.write_text(json.dumps(written))
-    assert lines_of("sft", spec.artifact)[1] == f"sft stopped at step {best + 4} of 40: no improvement in 2 looks"
+    assert lines_of("sft", spec.artifact)[1] == f"sft stopped at step {best + 4} of 40: no improvement in 2 validations"
 
 
 def test_a_row_that_is_learned_from_is_not_held_out(tmp_path: Path) -> None:

@@ -54,9 +54,9 @@ def test_each_process_has_a_gpu_of_its_own_or_the_cpu(
 @pytest.mark.parametrize(
     ("launcher", "gpus", "rank", "message"),
     [
-        ("cpu", 2, 0, "PyTorch finds 2 GPUs where the launcher found none"),
-        ("cuda", 0, 0, "the launcher found a GPU for process 0 of this machine, and PyTorch .* finds none"),
-        ("cuda", 1, 1, "the launcher found a GPU for process 1 of this machine, and PyTorch .* finds 1 GPU$"),
+        ("cpu", 2, 0, "PyTorch finds 2 GPUs, but the launcher found none"),
+        ("cuda", 0, 0, "the launcher found a GPU for process 0 of this machine, but PyTorch .* finds none"),
+        ("cuda", 1, 1, "the launcher found a GPU for process 1 of this machine, but PyTorch .* finds 1 GPU$"),
     ],
 )
 def test_a_device_that_the_launcher_did_not_find_is_refused(
@@ -65,7 +65,7 @@ def test_a_device_that_the_launcher_did_not_find_is_refused(
     machine(launcher, gpus, rank=rank)
     with pytest.raises(ConfigError, match="(?m)" + message) as caught:
         own_device()
-    assert "CUDA_VISIBLE_DEVICES= (empty) takes the CPU" in caught.value.remedy
+    assert "set CUDA_VISIBLE_DEVICES= (empty) to use the CPU" in caught.value.remedy
 
 
 def test_a_worker_ends_on_a_mismatch_before_anything_is_loaded(
@@ -78,4 +78,4 @@ def test_a_worker_ends_on_a_mismatch_before_anything_is_loaded(
     machine("cpu", 1)
     assert worker.main(tmp_path / "stage.yaml") == 2
     status = json.loads((spec.run_folder / "status.json").read_text())
-    assert "PyTorch finds 1 GPU where the launcher found none" in status["error"]
+    assert "PyTorch finds 1 GPU, but the launcher found none" in status["error"]

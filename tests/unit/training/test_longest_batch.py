@@ -180,7 +180,7 @@ def test_the_error_names_a_limit_that_was_seen_to_fit(tmp_path: Path, monkeypatc
         return len(attempts) == 3
 
     error = failure(tmp_path, monkeypatch, "sft", third)
-    assert f"of 4 rows with {attempts[0]} tokens, does not fit into memory, tried before the first step" in str(error)
+    assert f"4 rows with {attempts[0]} tokens, does not fit into memory (this was tried before" in str(error)
     assert error.where == "stages.sft.optim.micro_batch_tokens"
     assert "stages.sft.optim.activation_checkpointing=true" in error.remedy
     named = re.search(r"set stages\.sft\.optim\.micro_batch_tokens=(\d+), which fits", error.remedy)

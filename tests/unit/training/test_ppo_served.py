@@ -360,7 +360,7 @@ def test_answers_under_another_versions_name_end_the_stage_before_anything_is_le
     with staged(tmp_path, base, updates=2) as (engine, stage):
         before = [p.detach().clone() for p in stage.roles.policy.parameters()]
         engine.edit = lambda reply: reply | {"model": "policy-7-0000"}
-        with pytest.raises(StageError, match="was made by the weights 'policy-7-0000', not by 'policy-0-"):
+        with pytest.raises(StageError, match="came from the weights 'policy-7-0000', not 'policy-0-"):
             stage.train()
         assert all(torch.equal(p, old) for p, old in zip(stage.roles.policy.parameters(), before, strict=True))
 

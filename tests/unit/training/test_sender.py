@@ -85,7 +85,9 @@ def test_the_end_of_a_stage_waits_for_no_server_that_does_not_answer() -> None:
     sent = _sender(server, end_seconds=10)
     sent.log(_rows(4, 5, 6))
     begun = time.monotonic()
-    with pytest.raises(NotSentError, match=r"^MLflow at http://x lacks steps 4 to 6 and what follows them: no route$"):
+    with pytest.raises(
+        NotSentError, match=r"^MLflow at http://x is missing steps 4 to 6 and everything after them: no route$"
+    ):
         sent.close(done=True)
     assert time.monotonic() - begun < 5
 
@@ -97,7 +99,9 @@ def test_the_end_of_a_stage_waits_no_longer_than_its_time_for_a_server_that_hang
     begun = time.monotonic()
     sent.log(_rows(1))
     assert time.monotonic() - begun < 0.1, "a training does not wait at all"
-    with pytest.raises(NotSentError, match=r"lacks steps 1 to 1 and what follows them: not sent within 0.2 seconds$"):
+    with pytest.raises(
+        NotSentError, match=r"is missing steps 1 to 1 and everything after them: not sent within 0.2 seconds$"
+    ):
         sent.close(done=True)
     assert time.monotonic() - begun < 5
     server.open.set()

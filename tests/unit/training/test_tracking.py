@@ -367,7 +367,7 @@ def test_a_server_that_does_not_answer_makes_a_stage_offline_and_is_named(
         context.trackers.log(1, {"loss": 0.5})
     assert time.monotonic() - begun < 60
     (warning,) = context.trackers.faults
-    assert warning.startswith("Weights & Biases did not begin a run online, so this stage is tracked offline (")
+    assert warning.startswith("Weights & Biases did not start a run online, so this stage is tracked offline (")
     assert f"wandb sync {context.spec.run_folder}/wandb/offline-run-*" in warning
     assert "kkk" not in warning
     assert curves_of("wandb", context.spec) == {("loss", 1): [0.5]}
