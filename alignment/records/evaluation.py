@@ -51,7 +51,7 @@ class ArmResult:
     """One arm; a figure that was not measured is None.
 
     ``metrics`` are those of the recipe, by name. ``greedy_log_ratio`` is in nats a sequence, ``loss`` in nats a token;
-    ``kl`` estimates the KL divergence from the reference on sampled answers, in nats a sequence. ``refusals``,
+    ``kl`` estimates the KL divergence from the reference on sampled answers, in nats per sequence. ``refusals``,
     ``distinct`` and ``ended`` are shares of the answers, ``win_rate`` is a share of the points against the reference.
     ``seconds`` is the time that answering took. ``by_turn`` are the metrics of each turn, where prompts have several.
     """

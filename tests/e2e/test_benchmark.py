@@ -56,4 +56,4 @@ def test_a_run_measures_shows_and_reuses_benchmarks(align: Align, tmp_path: Path
     assert "benchmark: limit left out 44 of 50 rows, so its figures are worth nothing beside others" in limited
     task = folder / "capitals.yaml"
     task.write_text(task.read_text().replace("num_fewshot: 2", "num_fewshot: 1"))
-    assert re.search(r"benchmark +run .*task_folders\[0\] changes", align("plan", own))
+    assert re.search(r"benchmark +run .*task_folders\[0\] changed", align("plan", own))

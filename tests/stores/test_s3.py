@@ -183,7 +183,7 @@ def test_a_stop_uploads_the_last_checkpoint_before_the_command_ends(machines: Ma
         ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, f"s3://{BUCKET}/a", 11, "no credentials"),
         ({}, "s3://user:hunter2hunter2@models/a", 2, "without a key or a password in it"),
         ({"AWS_ENDPOINT_URL": "http://user:hunter2hunter2@127.0.0.1:1"}, f"s3://{BUCKET}/a", 2, "holds a user"),
-        ({}, "ftpx://models/a", 2, "there is no kind of store ftpx://"),
+        ({}, "ftpx://models/a", 2, "stores of the kind ftpx:// are not supported"),
     ],
     ids=["unreachable", "bucket", "secret", "key", "none", "user", "endpoint", "scheme"],
 )

@@ -207,7 +207,9 @@ def test_what_a_dead_server_did_not_get_is_named_and_sent_later_once(
         train_line(context, _At({3: _killer(server, context)}))
     assert time.monotonic() - begun < 90
     (fault,) = context.trackers.faults
-    assert fault.startswith(f"MLflow failed and is no longer used in this stage: MLflow at {server.url} lacks steps ")
+    assert fault.startswith(
+        f"MLflow failed and is no longer used in this stage: MLflow at {server.url} is missing steps "
+    )
     assert fault.endswith("; to send the rest later, run: align track test --to mlflow")
     with pytest.raises(StageError, match="MLflow failed"):
         send(context.spec, "MLflow")

@@ -84,9 +84,9 @@ def with_processes(launch: LaunchConfig, *, num_devices: int) -> LaunchConfig:
         return launch
     if num_devices == 0:
         raise ConfigError(
-            "0 starts one process for each GPU, and this machine has no GPU",
+            "0 starts one process for each GPU, but this machine has no GPU",
             where="launch.num_processes",
-            remedy="launch.num_processes=2 starts two processes on the CPU",
+            remedy="to start two processes on the CPU, set launch.num_processes=2",
         )
     return replace(launch, num_processes=num_devices)
 
@@ -120,13 +120,13 @@ def _refusal(launch: LaunchConfig, num_devices: int) -> str:
     if launch.kind is LauncherKind.torchrun:
         return ""
     if launch.backend.num_machines > 1:
-        return f"several machines are started by torchrun, not by {launch.kind.value}"
+        return f"several machines need torchrun instead of {launch.kind.value}"
     if launch.kind is LauncherKind.direct and launch.world_size > 1:
         return f"{launch.num_processes} processes need a launcher"
     if launch.sharding is not Sharding.none:
         return f"{launch.sharding.value} needs a process group, which {launch.kind.value} does not make for one process"
     if launch.num_processes > 1 and num_devices == 0:
-        return "accelerate starts one process on a machine without GPUs, whatever number it is given"
+        return "on a machine without GPUs, accelerate starts only one process, whatever num_processes is"
     return ""
 
 

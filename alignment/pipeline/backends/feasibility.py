@@ -106,9 +106,9 @@ def _size_faults(stage: PlannedStage, processes: int) -> Iterator[Fault]:
 def _refuse_missing_package(launch: LaunchConfig) -> None:
     if missing := [library for library in TRAINING_LIBRARIES if importlib.util.find_spec(library) is None]:
         raise ConfigError(
-            f"stages need {', '.join(missing)}, not installed beside {sys.executable}",
+            f"stages need {', '.join(missing)}, which are not installed for {sys.executable}",
             where="launch",
-            remedy="install alignment-pipeline without --no-deps, or call align in the environment that has them",
+            remedy="install alignment-pipeline without --no-deps, or run align in the environment that has them",
         )
     if launch.sharding.by_deepspeed and importlib.util.find_spec("deepspeed") is None:
         raise ConfigError(
@@ -121,4 +121,4 @@ def _refuse_missing_package(launch: LaunchConfig) -> None:
 def _page_faults(config: TrainedConfig, where: str, *, num_devices: int) -> Iterator[Fault]:
     # bitsandbytes itself would only log this and continue without paging.
     if config.optim.moments is Moments.paged_eight_bit and not num_devices:
-        yield Fault(where=f"{where}.moments", message="paging needs a GPU, and there is none; use eight_bit")
+        yield Fault(where=f"{where}.moments", message="paging needs a GPU, but there is none; use eight_bit")

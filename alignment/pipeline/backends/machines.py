@@ -70,7 +70,7 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, comm
             for stage in stages:
                 if stage.action is Action.reuse or not kind_of(stage.config).launch.runs_on.on_all:
                     continue
-                console.print(f"{stage.name}: {machine} waits for the first to start it", highlight=False)
+                console.print(f"{stage.name}: {machine} is waiting for the first machine to start it", highlight=False)
                 code = _Follower(plan, stage, command_for, console).follow()
                 if code:
                     return code
@@ -80,7 +80,7 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, comm
         # A job of Slurm is queued again if any machine ends with 75. If the first one has failed before it began,
         # its exit code must decide: the job would fail again, without an end.
         return PREEMPTED if _state(plan.run_folder) in ("running", *_STOPPED) else StageError.exit_code
-    console.print(f"{machine} has nothing more to do", highlight=False)
+    console.print(f"{machine} has nothing left to do", highlight=False)
     return 0
 
 
@@ -140,7 +140,7 @@ class _Follower:
             if life != self._life:
                 self._life, self._heard = life, time.monotonic()
         if limit and time.monotonic() - self._heard > limit:
-            raise self._failed(f"no sign of life from the first machine for {limit} seconds (launch.hang_seconds)")
+            raise self._failed(f"the first machine has not responded for {limit} seconds (launch.hang_seconds)")
 
     def _failed(self, message: str) -> StageError:
         own = f"log-{self._plan.config.launch.backend.machine_rank}.txt"
@@ -152,9 +152,9 @@ class _Follower:
 
     def _different_result(self) -> ConfigError:
         return ConfigError(
-            "the first machine makes a different result than this one would",
+            "the first machine produces a different result than this one would",
             where=f"stage {self._stage.name}",
-            remedy="start the same command on each, with the same code and data; only machine_rank differs",
+            remedy="start the same command on each machine, with the same code and data; only machine_rank may differ",
         )
 
 

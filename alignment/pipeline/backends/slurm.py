@@ -57,7 +57,7 @@ def refuse_without_slurm() -> None:
         raise ConfigError(
             "there is no sbatch on this machine",
             where="launch.backend",
-            remedy="call it on a login node of the cluster, load its slurm module, or use launch/backend=local",
+            remedy="run the command on a login node of the cluster, load its slurm module, or use launch/backend=local",
         )
 
 
@@ -72,7 +72,7 @@ def submit(file: Path, *, after: str | None) -> str:
         argv += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
     outcome = _call([*argv, str(file)], seconds=_SUBMIT_SECONDS)
     if outcome is None:
-        raise ConfigError(f"sbatch gave no answer in {_SUBMIT_SECONDS:.0f} seconds", where=str(file))
+        raise ConfigError(f"sbatch did not answer within {_SUBMIT_SECONDS:.0f} seconds", where=str(file))
     job = outcome.stdout.strip().partition(";")[0]  # the name of one of several clusters may follow
     if outcome.returncode != 0 or re.fullmatch(r"\d+", job, re.ASCII) is None:
         reason = outcome.stderr.strip() or outcome.stdout.strip() or "it gave no reason"

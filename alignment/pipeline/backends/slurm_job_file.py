@@ -112,6 +112,7 @@ def _checked(directive: str) -> str:
         raise ConfigError(
             f"{directive!r} is not allowed in a job file",
             where="launch.backend",
-            remedy="its names and folders may hold A-Z a-z 0-9 . _ / @ : = , + % -; output=FOLDER names another folder",
+            remedy="its names and folders may contain A-Z a-z 0-9 . _ / @ : = , + % -; output=FOLDER sets another "
+            "folder",
         )
     return directive

@@ -98,7 +98,7 @@ def _follow_stage(plan: Plan, stage: PlannedStage, job_id: str, display: Display
     running = False
     for job in _polled(job_id):
         if running and job.state == "PENDING":
-            display.note(f"{stage.name}: job {job_id} is queued again; the stage continues from its checkpoint")
+            display.note(f"{stage.name}: job {job_id} was queued again; the stage continues from its checkpoint")
         running = job.state == "RUNNING" or (running and job.state != "PENDING")
         display.wait(stage.name, "" if running or job.ended else f"job {job_id} {job}")
         display.poll()
@@ -133,7 +133,7 @@ def _refuse_failed(plan: Plan, stage: PlannedStage, job_id: str, job: Job) -> No
     if read_manifest(stage.artifact) is None:
         raise ConfigError(
             f"job {job_id} has ended, but its result {stage.artifact.name} is missing; "
-            "were the recipe, its data or the code changed in the meantime?",
+            "did the recipe, its data or the code change in the meantime?",
             where=f"stage {stage.name}",
             remedy=f"run it again; log: {log}",
         )

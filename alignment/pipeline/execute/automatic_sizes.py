@@ -17,4 +17,4 @@ def lines(plan: Plan, stage: PlannedStage) -> Iterator[str]:
     key = memory_key(stage.config, stage.identity, stage.inputs)
     sizes = chosen_sizes.remembered(chosen_sizes.cache_file(plan.output / "artifacts", key), key)
     chosen = [f"{size.tokens:,} tokens on {size.machine} ({size.launch})" for size in sizes]
-    yield f"chooses optim.micro_batch_tokens before its first step{': so far ' * bool(chosen)}{'; '.join(chosen)}"
+    yield f"will choose optim.micro_batch_tokens before its first step{': so far ' * bool(chosen)}{'; '.join(chosen)}"

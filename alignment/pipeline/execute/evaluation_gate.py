@@ -21,7 +21,7 @@ def not_met(stages: Sequence[PlannedStage]) -> list[str]:
 def remedies(stages: Sequence[PlannedStage]) -> list[str]:
     """Where the gates are set that are not met."""
     failed = [stage.name for stage in stages if any(_of_stage(stage))]
-    return [f"stages.{name}.gate sets what is required; more prompts make the intervals narrower" for name in failed]
+    return [f"stages.{name}.gate sets the requirement; more prompts make the intervals narrower" for name in failed]
 
 
 def _of_stage(stage: PlannedStage) -> Iterator[str]:
@@ -54,4 +54,4 @@ def _in_words(gain: Interval | None, required: float) -> str:
     if gain is None or gain.bounds is None:
         return f"samples.jsonl does not have the scores of both on {FEWEST_PROMPTS} different prompts"
     low, high = gain.bounds
-    return f"better by {gain.mean:+.3f} ({low:+.3f} to {high:+.3f}); the interval has to lie above {required:+.3f}"
+    return f"better by {gain.mean:+.3f} ({low:+.3f} to {high:+.3f}); the whole interval must be above {required:+.3f}"

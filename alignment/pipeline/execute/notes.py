@@ -51,9 +51,9 @@ def of_stage(plan: Plan, stage: PlannedStage) -> list[str]:
     if not stage.has_to_run:
         return []
     remarks = [
-        f"reads {source.identity}{'' if source.path else ', which a run downloads'}" for source in stage.hub_data
+        f"reads {source.identity}{'' if source.path else ', which the run will download'}" for source in stage.hub_data
     ]
-    remarks += [f"reads rows that {maker} has yet to make" for maker in stage.unmade]
+    remarks += [f"reads rows that {maker} has not made yet" for maker in stage.unmade]
     remarks += [f"runs your code: {function}" for function in stage.user_code]
     return [*remarks, *automatic_sizes.lines(plan, stage)]
 
@@ -77,8 +77,8 @@ def _learned_metrics(plan: Plan) -> Iterator[str]:
             ]
             if fields:
                 yield (
-                    f"{evaluation.name} judges by {metric.name}, which {stage.name} optimises ({fields[0]}): a better "
-                    "score may come from gaps in that measure, so look at another metric too"
+                    f"{evaluation.name} judges by {metric.name}, which {stage.name} optimises ({fields[0]}): a "
+                    f"better score may only exploit gaps in that metric, so check another metric too"
                 )
 
 
@@ -107,8 +107,8 @@ def _slow_format(plan: Plan) -> Iterator[str]:
     on_cpu = not feasibility.devices_for(plan.config.launch)
     if waits and on_cpu and plan.config.model.dtype is Dtype.bfloat16 and not hardware.has_bfloat16():
         yield (
-            "this processor has no bfloat16 instructions, so products in it take about three times as long as in "
-            "float32: model.dtype=float32 is faster here"
+            "this processor has no bfloat16 instructions, so matrix products take about three times as long as in "
+            "float32; model.dtype=float32 is faster here"
         )
 
 
@@ -120,7 +120,7 @@ def _high_rates(stage: PlannedStage) -> Iterator[str]:
     for name in ("lr", "critic_lr"):
         rate = getattr(optim, name, None)
         if rate is not None and rate > HIGH_RATE:
-            yield f"stages.{stage.name}.optim.{name} is {rate:g}: above {HIGH_RATE:g} nearly every model diverges"
+            yield f"stages.{stage.name}.optim.{name} is {rate:g}: above {HIGH_RATE:g}, nearly every model diverges"
 
 
 def _small_data(stage: PlannedStage) -> Iterator[str]:
@@ -130,8 +130,8 @@ def _small_data(stage: PlannedStage) -> Iterator[str]:
     rows = rows_of(config.data, stage.seen.get("data"))
     if rows is not None and rows < config.optim.batch_size:
         yield (
-            f"stages.{stage.name}.optim.batch_size is {config.optim.batch_size}, and there are {rows} rows: each step "
-            "learns from all of them"
+            f"stages.{stage.name}.optim.batch_size is {config.optim.batch_size}, but there are only {rows} rows, so "
+            "each step uses all of them"
         )
 
 
@@ -146,7 +146,7 @@ def _left_out(stage: PlannedStage) -> Iterator[str]:
     """Notes on rows that give the stage nothing, such as ties among votes."""
     for field, seen in stage.seen.items():
         for reason, count in seen.set_aside:
-            among = "" if seen.whole else " that a plan reads"
+            among = "" if seen.whole else " that the plan reads"
             yield f"stages.{stage.name}.{field}: {count} rows{among} are left out: {reason}"
 
 
@@ -158,9 +158,9 @@ def _near_held_out(stage: PlannedStage) -> Iterator[str]:
     both = list(HeldOut(held_out.texts).overlaps(learned.texts))
     if both:
         yield (
-            f"{len(both)} of the rows that {stage.name} may learn from resemble rows of its validation: "
+            f"{len(both)} of the possible training rows of {stage.name} resemble its validation rows: "
             f"{both[0].learned} has {both[0].share:.0%} of the eight-word sequences of {both[0].held_out}; its "
-            "held-out loss may be too low"
+            f"validation loss may be too low"
         )
 
 

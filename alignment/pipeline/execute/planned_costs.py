@@ -26,9 +26,9 @@ def checked_plan(recipe: str, overrides: Sequence[str], *, cost: bool, trade: bo
         raise ConfigError(f"no device '{device}'", where="--device", remedy=f"one of {', '.join((THIS, *DEVICES))}")
     if (cost or trade) and device == THIS and hardware.count_devices():
         raise ConfigError(
-            "this machine has a GPU, whose operations are not timed",
+            "this machine has a GPU, and no times are known for it",
             where="--cost" if cost else "--trade",
-            remedy=f"name it: --device {' | '.join(DEVICES)}",
+            remedy=f"name its type: --device {' | '.join(DEVICES)}",
         )
     plan = make_plan(recipe, overrides, find=resolve_shapes if cost or trade else resolve)
     refuse_sizes(plan)
@@ -45,7 +45,7 @@ def estimated(plan: Plan, *, device: str, trade: bool, announce: Callable[[str],
     for model in (plan.base, *plan.sources.values()):
         if not model.ready:
             raise ModelError(
-                f"{model.source} is not on this machine, and its configuration is needed",
+                f"{model.source} is not on this machine, but the estimate needs its configuration",
                 where="--cost",
                 remedy=f"`{bundled_model.fetch_command()}` fetches the bundled one",
             )

@@ -62,7 +62,7 @@ def rehearse(
 def _announcement(rows: Sequence[PlannedStage], scorers: Sequence[PlannedStage]) -> str:
     parts = [(rehearsed.ROWS, rows), (rehearsed.SCORERS, scorers)]
     named = " and ".join(f"{part} of {', '.join(stage.name for stage in stages)}" for part, stages in parts if stages)
-    return f"trying {named} before anything trains: ten seconds or more, once for these settings and data"
+    return f"trying {named} before training starts: ten seconds or more, once for these settings and data"
 
 
 def _try(
@@ -113,10 +113,10 @@ def _deadline(plan: Plan, scorers: Sequence[PlannedStage]) -> Callable[[], None]
         machines.show_life(plan.run_folder, plan.config.launch)
         if limit and time.monotonic() - started > limit:
             raise StageError(
-                f"rows{f' and {code}' if code else ''} were tried before anything trained, and there was no answer "
-                f"within {limit} seconds",
+                f"rows{f' and {code}' if code else ''} were tried before training, but did not finish within "
+                f"{limit} seconds",
                 where="launch.hang_seconds",
-                remedy="raise it, or set it to 0, if a scorer or a template needs that long",
+                remedy="raise it, or set it to 0, if a scorer or template needs more time",
             )
 
     return on_poll

@@ -105,7 +105,7 @@ def _execute(plan: Plan, only: str | None, console: Console, command_for: Comman
                 recorder.finish(gates.NOT_MET)
             display.poll()
         if code:
-            console.print("stopped; the same command continues from here", highlight=False)
+            console.print("stopped; run the same command to continue from here", highlight=False)
             return code
         if is_done:
             show_results(console, plan.run_folder, recorder.record)
@@ -170,7 +170,7 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
         try:
             slurm_jobs.follow(plan, waiting, submitted, display)
         except KeyboardInterrupt:
-            display.note(f"the jobs go on: {slurm_jobs.advice(plan.config.name, submitted)}")
+            display.note(f"the jobs continue: {slurm_jobs.advice(plan.config.name, submitted)}")
             return INTERRUPTED
     show_results(console, plan.run_folder, RunRecord.read(plan.run_folder))
     gates.refuse(_chosen(plan, only), plan.config.stages)
@@ -203,9 +203,9 @@ def refuse_missing_inputs(plan: Plan, only: str) -> None:
     missing = [name for name in references.inputs_of(only, plan.config.stages) if name not in {*reused, only}]
     if missing and only not in reused:
         raise ConfigError(
-            f"{only} needs the result of {', '.join(missing)}, which was not made with these settings yet",
+            f"{only} needs the result of {', '.join(missing)}, which does not exist for these settings yet",
             where="--stage",
-            remedy=f"first: {_command_of(plan, missing[0])}, or leave --stage out to run all",
+            remedy=f"first run: {_command_of(plan, missing[0])}; or leave out --stage to run all stages",
         )
 
 
@@ -225,7 +225,7 @@ def _make_writable(plan: Plan) -> None:
         (plan.output / "artifacts").mkdir(exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"cannot be written: {error.strerror}", where=f"output={plan.output}", remedy="output=FOLDER names another"
+            f"cannot be written: {error.strerror}", where=f"output={plan.output}", remedy="output=FOLDER sets another"
         ) from error
 
 

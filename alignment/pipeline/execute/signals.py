@@ -48,4 +48,4 @@ def termination_raises() -> Iterator[None]:
 def acknowledgement(stop: BaseException) -> str:
     """What to print at once after an interruption, because the current step may take long."""
     again = "; press Ctrl-C again to end it at once without saving" if isinstance(stop, KeyboardInterrupt) else ""
-    return f"stopping: the stage finishes its step, saves and ends{again}"
+    return f"stopping: the stage will finish its step, save and end{again}"

@@ -47,7 +47,7 @@ def base_of(manifest: Manifest, artifact: Path, console: Console) -> Path:
     if recorded is None:
         if (there / "config.json").is_file():
             return there
-        raise ModelError("the base model of the result is missing", where=str(there), remedy="put it there again")
+        raise ModelError("the base model of the result is missing", where=str(there), remedy="restore it")
     model = model_sources.resolve(manifest.base["source"], where=str(artifact))
     if not model.ready:
         model = model_sources.fetch(model, announce=announcer(console))
@@ -55,6 +55,6 @@ def base_of(manifest: Manifest, artifact: Path, console: Console) -> Path:
         raise ModelError(
             f"{manifest.base['source']} is no longer the base model of {artifact.name}: its content has changed",
             where=str(artifact),
-            remedy=f"restore the model with identity {recorded}",
+            remedy=f"restore the model with the identity {recorded}",
         )
     return model.folder

@@ -116,8 +116,8 @@ _COLUMNS: dict[str, Callable[[ArmResult], str]] = {
 }
 """The figures that every arm may have; one that no arm has is left out."""
 _UNITS = {
-    "log-ratio": "log-ratio of greedy answers to the reference, in nats a sequence",
-    "KL": "KL from the reference on sampled answers, in nats a sequence",
+    "log-ratio": "log-ratio of greedy answers to the reference, in nats per sequence",
+    "KL": "KL from the reference on sampled answers, in nats per sequence",
 }
 
 

@@ -125,8 +125,8 @@ def raise_for_status(folder: Path, *, code: int, stage: str, work: Path | None =
 def _without_room(folder: Path, stage: str) -> StageError:
     """The error of a stage that could not even write how it ended."""
     error = disk_error(OSError(errno.ENOSPC, "", str(folder)), folder=folder)
-    assert error is not None, "the number stands for a full disk"
-    return StageError(f"{error.message}; it could not write how it ended", where=f"stage {stage}", remedy=error.remedy)
+    assert error is not None, "the exit code means a full disk"
+    return StageError(f"{error.message}; it could not record how it ended", where=f"stage {stage}", remedy=error.remedy)
 
 
 def notes(folder: Path) -> list[str]:
@@ -168,7 +168,7 @@ def _who(printed: str) -> str:
 def _how(code: int, printed: str) -> str:
     """A launcher has its own exit code for a worker's signal, and names the signal in its output."""
     if code == -9 or "SIGKILL" in printed or "Signal 9" in printed:
-        return "by signal 9 (often: the machine ran out of memory; a smaller micro_batch_tokens helps)"
+        return "by signal 9 (often because the machine ran out of memory; a smaller micro_batch_tokens helps)"
     if code == -KILLED_BY or KILLED_BY.name in printed:
         return f"by {KILLED_BY.name} (a chat template did not finish; set model.chat_template)"
     return f"by signal {-code}" if code < 0 else f"with exit code {code}"

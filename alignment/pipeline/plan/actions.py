@@ -53,7 +53,7 @@ class Actions:
         if read_manifest(artifact) is not None:
             if verify(artifact, content=False).fingerprint != fingerprint:
                 raise ArtifactError(
-                    "holds another result whose fingerprint starts the same",
+                    "contains another result whose fingerprint starts with the same characters",
                     where=str(artifact),
                     remedy=f"move {artifact} away",
                 )
@@ -68,7 +68,7 @@ class Actions:
     def _where(self, *, stored: bool) -> str:
         if self._store is None:
             return ""
-        return ", here and in the store" if stored else ", here; a run uploads it"
+        return ", here and in the store" if stored else ", here; a run will upload it"
 
     def _continued(self, fingerprint: str, work: Path) -> tuple[Action, str] | None:
         """From where an unfinished stage goes on, here or in the store."""

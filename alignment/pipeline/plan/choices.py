@@ -96,7 +96,7 @@ def _expand(override: Override, keys: list[str], files: dict[str, list[str]]) ->
     if group not in GROUPS:
         return [], Fault(where=where, message=f"no group '{group}'; {suggestion(group, GROUPS)}")
     if override.is_delete():
-        return [], Fault(where=where, message="a group cannot be removed; choose another of its files")
+        return [], Fault(where=where, message="a group cannot be removed; choose a different file for it")
     names = choice if isinstance(choice, list) and group in SEVERAL else [choice]
     for name in names:
         if name not in files[group]:
@@ -106,7 +106,7 @@ def _expand(override: Override, keys: list[str], files: dict[str, list[str]]) ->
     wanted = override.get_key_element()
     matching = [key for key in keys if key == wanted or (override.package is None and key.split("@")[0] == group)]
     if not matching:
-        return [], Fault(where=where, message=f"the recipe does not choose that; {suggestion(wanted, keys)}")
+        return [], Fault(where=where, message=f"the recipe makes no such choice; {suggestion(wanted, keys)}")
     value = f"[{','.join(map(str, names))}]" if isinstance(choice, list) else choice
     return [f"{key}={value}" for key in matching], None
 

@@ -41,10 +41,10 @@ def _launch_faults(launch: LaunchConfig) -> Iterator[Fault]:
         yield Fault(where="launch.offload", message=message)
     rank, machines = launch.backend.machine_rank, launch.backend.num_machines
     if rank >= machines:
-        message = f"{rank} is not a rank of {machines} machines; ranks start at 0"
+        message = f"{rank} is not a valid rank for {machines} machines; ranks start at 0"
         yield Fault(where="launch.backend.machine_rank", message=message)
     if rank and getattr(launch.backend, "submit", False):
-        message = f"{rank}, but Slurm gives each machine of a job its rank; leave it out"
+        message = f"{rank}, but Slurm assigns ranks to machines; leave it out"
         yield Fault(where="launch.backend.machine_rank", message=message)
 
 

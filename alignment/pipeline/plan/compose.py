@@ -33,7 +33,7 @@ from alignment.pipeline.plan.hydra_files import composing
 from alignment.pipeline.plan.overrides import parse
 from alignment.pipeline.plan.profile import Profile
 
-_ENDLESS = ConfigError("its interpolations come to more than can be written down", where="recipe")
+_ENDLESS = ConfigError("its interpolations expand to more than can be written", where="recipe")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +144,7 @@ def find_recipe(recipe: str) -> Path:
         raise ConfigError(
             f"no recipe '{recipe}'; {suggestion(recipe, recipe_names())}",
             where="recipe",
-            remedy="`align recipes` lists them; name a file of your own by its path, ./mine.yaml",
+            remedy="`align recipes` lists them; give your own file by its path, such as ./mine.yaml",
         )
     return recipes_folder() / f"{recipe}.yaml"
 
@@ -153,7 +153,7 @@ def _check_recipe_text(path: Path) -> None:
     """Refuses what Hydra would act on while it composes, before the composed tree can be checked."""
     content = yaml_file.read(path)
     if not isinstance(content, dict):
-        raise ConfigError("a recipe is a group of settings", where=str(path), remedy="begin it with: defaults: [base]")
+        raise ConfigError("a recipe is a group of settings", where=str(path), remedy="start it with: defaults: [base]")
     faults = list(hostile(content, where=""))
     if "hydra" in content:
         faults.append(Fault(where="hydra", message="Hydra's own settings are not allowed"))

@@ -23,7 +23,7 @@ def frozen_rows(plan: Plan) -> str | None:
             continue
         if not _trains_rows(config.adapter):
             return (
-                f"{stage.name} does not train the rows of the new tokens {tokens}: they stay the mean of all other "
+                f"{stage.name} does not train the rows of the new tokens {tokens}: these stay the mean of all other "
                 f"rows; set stages.{stage.name}.adapter.modules_to_save=[embed_tokens] (or this model's name for it), "
                 "or adapter=full"
             )

@@ -18,7 +18,7 @@ def hostile(value: Any, *, where: str) -> Iterator[Fault]:
             path = f"{where}.{key}" if where else str(key)
             if str(key).split(".")[-1] == "_target_":
                 yield Fault(
-                    where=path, message="'_target_' is not allowed: a configuration is data and never runs code"
+                    where=path, message="'_target_' is not allowed: a configuration contains data and never runs code"
                 )
             if _has_resolver(str(key)):
                 yield _reads_outside(str(key), where)
@@ -31,7 +31,7 @@ def hostile(value: Any, *, where: str) -> Iterator[Fault]:
 
 
 def _reads_outside(text: str, where: str) -> Fault:
-    message = f"{text!r} is not allowed: a configuration reads only itself; use ${{other.key}} or the value"
+    message = f"{text!r} is not allowed: a configuration can only refer to itself; use ${{other.key}} or the value"
     return Fault(where=where, message=message)
 
 

@@ -103,7 +103,7 @@ def _advice(rows: MadeRows, slot: DataSlot) -> str:
     maker = slot.data.source.removeprefix(_STAGE)
     fitting = [setting for setting, row in rows.others.items() if not _problem(row, slot)]
     if not fitting:
-        return "no setting of that stage makes rows that fit; name a file, or another stage"
+        return "that stage cannot make suitable rows; name a file or another stage"
     return f"use {' or '.join(f'stages.{maker}.{setting}' for setting in fitting)}"
 
 

@@ -342,7 +342,7 @@ class _Builder:
         manifest = verify(folder, content=False)
         if manifest.kind not in slot.takes:
             raise ModelError(
-                f"{folder} holds an artifact of kind {manifest.kind}", where=where, remedy=self._what_fits(slot)
+                f"{folder} contains an artifact of kind {manifest.kind}", where=where, remedy=self._what_fits(slot)
             )
         return _Resolved(ref=slot.ref, path=folder, fingerprint=manifest.fingerprint)
 

@@ -51,7 +51,7 @@ def reason_to_run(
     newest_first = sorted(compared, key=lambda pair: pair[1].manifest.created, reverse=True)
     differences, nearest = min(newest_first, key=lambda pair: len(pair[0]))
     if not ours and len(differences) > _SHOWN:
-        return "nothing like it made yet"
+        return "nothing similar made yet"
     shown = ", ".join(differences[:_SHOWN])
     more = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
     return f"{shown}{more} (nearest: {nearest.folder.name})"
@@ -74,21 +74,21 @@ def _in_words(path: tuple[str, ...], old: Any, new: Any, refs: dict[str, str]) -
     if head == "config":
         return f"{rest} {_value(old)} → {_value(new)}"
     if head == "inputs":
-        return f"input {refs.get(rest, rest).removeprefix('stage:')} changes"
+        return f"input {refs.get(rest, rest).removeprefix('stage:')} changed"
     if head == "arms":
         if _ABSENT in (old, new):
             return f"arm {rest.removeprefix('stage:')} {'added' if old == _ABSENT else 'removed'}"
-        return f"input {rest.removeprefix('stage:')} changes"
+        return f"input {rest.removeprefix('stage:')} changed"
     if head == "base":
         return _of_base(rest, old, new)
     if head == "data":
-        return "data changes"
+        return "data changed"
     if head in ("extra_data", "files"):
-        return f"{rest} changes"
+        return f"{rest} changed"
     if head == "code":
-        return "the scoring code changes"
+        return "the scoring code changed"
     if head == "rule":
-        return "the scoring rule changes"
+        return "the scoring rule changed"
     if head == "revision":
         return "the stage itself was revised"
     return f"{'.'.join(path)} {_value(old)} → {_value(new)}"
@@ -97,7 +97,7 @@ def _in_words(path: tuple[str, ...], old: Any, new: Any, refs: dict[str, str]) -
 def _of_base(part: str, old: Any, new: Any) -> str:
     if part == "chat_template":
         return f"chat template {_template(old)} → {_template(new)}"
-    return "base model changes" if part == "content" else f"{part} {old} → {new}"
+    return "base model changed" if part == "content" else f"{part} {old} → {new}"
 
 
 def _template(digest: str) -> str:

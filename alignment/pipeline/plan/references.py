@@ -118,7 +118,8 @@ def _stage_faults(
             yield Fault(where=where, message=problem)
         elif is_base(slot) and slot.ref != BASE and not is_arm(slot):
             yield Fault(
-                where=where, message=f"{slot.ref!r} is an arm of an evaluation, not a model to start from; write 'base'"
+                where=where,
+                message=f"{slot.ref!r} can only be an arm of an evaluation, not a model to start from; write 'base'",
             )
         elif is_arm(slot) and slot.ref in seen:
             yield Fault(where=where, message=f"{slot.ref!r} is listed twice")
@@ -171,7 +172,7 @@ def what_fits(slot: Slot, stages: Mapping[str, StageConfig]) -> str:
     if fitting:
         advice = f"Use {' or '.join(repr(_STAGE + name) for name in fitting)}."
     elif slot.external:
-        advice += " From outside the run it takes a …ForSequenceClassification with one label, by path: or hub:."
+        advice += " A model from elsewhere, by path: or hub:, must be a …ForSequenceClassification with one label."
     return f"this slot takes {wanted}. {advice}"
 
 

@@ -149,5 +149,5 @@ def _warm_up_faults(optim: OptimConfig, rows: int | None, *, where: str) -> Iter
         if not optim.max_steps:
             source = f" for {rows} rows in batches of {optim.batch_size}"
             remedy = "use smaller batches, more rows or more epochs"
-        message = f"the warm-up takes all optimiser steps ({steps}{source}); set it to 0, or {remedy}"
+        message = f"the warm-up covers all optimiser steps ({steps}{source}); set it to 0, or {remedy}"
         yield Fault(where=f"{where}.warmup_ratio", message=message)

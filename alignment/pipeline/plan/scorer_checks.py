@@ -37,15 +37,15 @@ from alignment.rewards.scorer_sources import (
 from alignment.stages.registry import kind_of
 
 ALLOWED = (
-    f"it takes {REWARD}, a reward model (stage:NAME, path:FOLDER), FILE.py:FUNCTION, bundled:NAME.py:FUNCTION, or one "
+    f"allowed: {REWARD}, a reward model (stage:NAME, path:FOLDER), FILE.py:FUNCTION, bundled:NAME.py:FUNCTION, or one "
     f"of: {', '.join((*GROUPS, *RULES))}"
 )
 _NOT_HERE = {
-    GRADE: "is for scorers of a policy's answers, and for metrics of an evaluation; a server can score here",
-    ENSEMBLE: "is for scorers of a stage, and cannot be a metric, a rule or a member of another ensemble",
+    GRADE: "is only for scorers of a policy's answers and for metrics of an evaluation; use a server here",
+    ENSEMBLE: "is only for scorers of a stage; it cannot be a metric, a rule or a member of another ensemble",
 }
 """Why a source that is a group of settings is refused where there is no such group."""
-_CHOICES = f"{CHOICE} takes a question with texts to choose from: {Question.EXAMPLE}"
+_CHOICES = f"{CHOICE} needs a question with texts to choose from: {Question.EXAMPLE}"
 
 
 def faults(stages: Mapping[str, StageConfig], *, hang_seconds: float) -> list[Fault]:
@@ -132,7 +132,7 @@ def _has_choices(record: HasRow) -> None:
     if len(getattr(record, "choices", ())) > len(ascii_uppercase):
         raise DataError(f"'choices' has more than {len(ascii_uppercase)}", where=record.where, remedy=_CHOICES)
     if not getattr(record, "choices", ()):
-        raise DataError("'choices' is missing, or none of them is the best", where=record.where, remedy=_CHOICES)
+        raise DataError("'choices' is missing, or no choice is marked as the best", where=record.where, remedy=_CHOICES)
 
 
 def _scorer_faults(where: str, scorer: ScoreSourceConfig, hang_seconds: float) -> Iterator[Fault]:
@@ -179,11 +179,11 @@ def _source_problem(scorer: ScoreSourceConfig) -> str | None:
     if is_known(source):
         return None
     if source == CHOICE:
-        return f"{source!r} asks a policy, and not its answers; only a metric of an evaluation can be that"
+        return f"{source!r} scores a policy rather than answers, so it can only be a metric of an evaluation"
     if instead := instead_of_source(source):
         return instead
     if source.endswith(".py"):
-        return f"{source!r} names no function; write {source}:FUNCTION"
+        return f"{source!r} does not name a function; write {source}:FUNCTION"
     close = nearest(source, [REWARD, CHOICE, *GROUPS, *RULES])
     return f"{source!r} is not a scorer; {f'did you mean {close!r}? ' if close else ''}{ALLOWED}"
 
@@ -206,7 +206,7 @@ def _function_problem(function: FunctionSource) -> str | None:
     if node is None:
         return f"{function.file} defines no function '{function.name}'; {suggestion(function.name, defined)}"
     if isinstance(node, ast.AsyncFunctionDef):
-        return f"'{function.name}' is async; it must be an ordinary function"
+        return f"'{function.name}' is async, but it must be an ordinary function"
     if not node.decorator_list and not _takes_three(node.args):
         return f"'{function.name}' cannot be called as {function.name}(prompts, completions, rows)"
     return None

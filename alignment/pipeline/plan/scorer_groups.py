@@ -22,7 +22,7 @@ def group_faults(where: str, scorer: ScoreSourceConfig, *, hang_seconds: float) 
         if source == scorer.source and group is None:
             yield Fault(where=f"{where}.{name}", message=f"missing; '{source}' needs it")
         elif source != scorer.source and group is not None:
-            message = f"has no effect; only the source '{source}' uses it, and it is '{scorer.source}'"
+            message = f"has no effect; only the source '{source}' uses it, but source is '{scorer.source}'"
             yield Fault(where=f"{where}.{name}", message=message)
         elif group is not None:
             yield from _inside(f"{where}.{name}", scorer, hang_seconds)
@@ -59,12 +59,12 @@ def _server_faults(server: ServerConfig, path: str, hang_seconds: float) -> Iter
     api, name = APIS[server.api], server.api.value
     if server.label is not None and not api.labels:
         readers = ", ".join(f"'{other.value}'" for other in ServerApi if APIS[other].labels)
-        yield Fault(where=f"{path}.label", message=f"has no effect; only {readers} use it, and api is '{name}'")
+        yield Fault(where=f"{path}.label", message=f"has no effect; only {readers} use it, but api is '{name}'")
     elif server.label is not None and server.api in NUMBERED and not server.label.isdecimal():
         message = f"{server.label!r} is not the number of a class; '{name}' numbers them from 0, as in label: '1'"
         yield Fault(where=f"{path}.label", message=message)
     if api.single:
-        readers = "an api whose calls have several answers"
+        readers = "an api whose calls can have several answers"
         yield from unread_faults(server, ServerConfig(), ("batch_size",), path, readers)
 
 

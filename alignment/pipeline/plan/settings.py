@@ -25,8 +25,8 @@ from alignment.pipeline.plan import made_rows, scorer_checks, tracking_checks, v
 from alignment.stages.registry import as_trained, kind_of
 
 _NO_ROWS = (
-    "missing; name the rows: path:FILE, hub:ORG/NAME@REVISION, or what ships with the project: bundled:NAME; or "
-    "the rows that another stage makes: stage:NAME"
+    "missing; name the rows: path:FILE, hub:ORG/NAME@REVISION, bundled:NAME for data that ships with the project, "
+    "or stage:NAME for rows that another stage makes"
 )
 
 
@@ -87,20 +87,20 @@ def _slurm_faults(launch: LaunchConfig) -> Iterator[Fault]:
         return
     if submitted.signal_seconds <= launch.grace_seconds:
         message = (
-            f"a job is asked to save {submitted.signal_seconds} seconds before its end, but a stage may take "
-            f"launch.grace_seconds, {launch.grace_seconds}, to save; use more"
+            f"a job is asked to save {submitted.signal_seconds} seconds before its end, but a stage may need "
+            f"{launch.grace_seconds} seconds to save (launch.grace_seconds); use more"
         )
         yield Fault(where="launch.backend.signal_seconds", message=message)
     if submitted.time is not None and _seconds(submitted.time) <= submitted.signal_seconds:
-        message = f"{submitted.time!r} ends before a job would be asked to save, signal_seconds earlier; use more"
+        message = f"{submitted.time!r} is not longer than signal_seconds, so a job has no time to train; use more"
         yield Fault(where="launch.backend.time", message=message)
     if 0 < submitted.gpus < launch.num_processes:
         message = f"{submitted.gpus} for {launch.num_processes} processes; use one for each: {launch.num_processes}"
         yield Fault(where="launch.backend.gpus", message=message)
     if not (submitted.gpus or launch.num_processes):
         message = (
-            "0, and launch.num_processes is 0 (one process for each GPU), so nothing says how many GPUs a job gets; "
-            "set this"
+            "0, and launch.num_processes is 0 (one process for each GPU), so the number of GPUs of a job is "
+            "unknown; set this"
         )
         yield Fault(where="launch.backend.gpus", message=message)
 
@@ -192,7 +192,8 @@ def _data_faults(data: DataConfig, where: str, *, read_by_code: bool = False) ->
     shares = sum(part.share or 0.0 for part in data.mix)
     if shares >= 1.0:
         yield Fault(
-            where=f"{where}.mix", message=f"the shares add up to {shares:g} and leave no room for the stage's own rows"
+            where=f"{where}.mix",
+            message=f"the shares add up to {shares:g}, which leaves no room for the stage's own rows",
         )
 
 

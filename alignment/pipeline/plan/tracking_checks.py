@@ -40,18 +40,18 @@ def _mlflow_faults(url: str, variables: Mapping[str, str]) -> Iterator[Fault]:
         message = "no server is named; set tracking.mlflow_url or MLFLOW_TRACKING_URI, such as http://127.0.0.1:5000"
         yield Fault(where="tracking.mlflow_url", message=message)
     if not url and not TRACKING_URL.holds(named):  # its value may hold a password, so it is not shown
-        message = f"MLFLOW_TRACKING_URI is not an address of a server; allowed: {TRACKING_URL.allowed}"
+        message = f"MLFLOW_TRACKING_URI is not the address of a server; allowed: {TRACKING_URL.allowed}"
         yield Fault(where="tracking.mlflow", message=message)
     user, password = (variables.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD"))
     if variables.get("MLFLOW_TRACKING_TOKEN") and (user or password):
-        message = "MLFLOW_TRACKING_TOKEN and MLFLOW_TRACKING_USERNAME or _PASSWORD are set; unset one of the two ways"
+        message = "MLFLOW_TRACKING_TOKEN and MLFLOW_TRACKING_USERNAME or _PASSWORD are set; unset one of them"
         yield Fault(where="tracking.mlflow", message=message)
 
 
 def _trackio_faults(variables: Mapping[str, str]) -> Iterator[Fault]:
     for name in _ELSEWHERE:
         if variables.get(name):
-            message = f"{name} is set, but stages write to this machine; unset it, and use trackio sync after the run"
+            message = f"{name} is set, but stages write to this machine; unset it and use trackio sync after the run"
             yield Fault(where="tracking.trackio", message=message)
     if variables.get("TRACKIO_STORAGE_MODE", "").strip().lower() == "jsonl":
         message = "TRACKIO_STORAGE_MODE=jsonl cannot be read back when a stage is resumed; unset it, or use sqlite"

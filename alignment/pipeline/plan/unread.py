@@ -29,8 +29,8 @@ def _stage_faults(stage: StageConfig, where: str) -> Iterator[Fault]:
         drops = trained.adapter.kind in LOW_RANK and trained.adapter.dropout > 0.0
         if drops and not kind_of(stage).learning.may_drop:
             message = (
-                f"{trained.adapter.dropout:g} is not supported: {stage.kind} compares passes of one model, which must "
-                "not use dropout; use 0"
+                f"{trained.adapter.dropout:g} is not supported: {stage.kind} compares forward passes of one model, "
+                f"and dropout would change them; use 0"
             )
             yield Fault(where=f"{where}.adapter.dropout", message=message)
     too_long = getattr(stage, "too_long", None)

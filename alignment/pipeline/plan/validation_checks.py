@@ -25,12 +25,12 @@ def settings_faults(validation: ValidationConfig, where: str) -> Iterator[Fault]
     share, source = validation.share, validation.data.source
     if share is not None and source:
         message = (
-            f"{share:g} of the stage's own prompts, but {where}.data names rows of their own; remove one of the two"
+            f"{share:g} of the stage's own prompts, but {where}.data also names validation rows; remove one of the two"
         )
         yield Fault(where=f"{where}.share", message=message)
     if validation.on and share is None and not source:
         message = (
-            f"{validation.every}, but there are no rows to look at; set {where}.share=0.05, or {where}.data.source"
+            f"{validation.every}, but there are no validation rows; set {where}.share=0.05, or {where}.data.source"
         )
         yield Fault(where=f"{where}.every", message=message)
     if validation.on and share is not None and not source:
@@ -41,7 +41,7 @@ def settings_faults(validation: ValidationConfig, where: str) -> Iterator[Fault]
     unread = {"share": share, "data.source": source, "keep_best": validation.keep_best, "patience": validation.patience}
     for name, value in unread.items():
         if value:
-            message = f"{value} has no effect without a look; set {where}.every, such as {where}.every=10"
+            message = f"{value} has no effect without validation; set {where}.every, such as {where}.every=10"
             yield Fault(where=f"{where}.{name}", message=message)
 
 
@@ -54,8 +54,8 @@ def step_faults(validation: ValidationConfig, steps: int, where: str) -> Iterato
     looks = math.ceil(steps / validation.every)
     if validation.patience is not None and validation.patience >= looks:
         message = (
-            f"{validation.patience} has no effect: in {looks} look{'' if looks == 1 else 's'} at most {looks - 1} "
-            "follow the best one; choose less, or look more often"
+            f"{validation.patience} has no effect: of {looks} validation{'' if looks == 1 else 's'}, at most "
+            f"{looks - 1} can follow the best one; choose less, or validate more often"
         )
         yield Fault(where=f"{where}.patience", message=message)
 
@@ -75,7 +75,7 @@ def row_faults(
     if not 0 < held_out < prompts:
         message = (
             f"{prompts} prompts are too few to hold out a share of {validation.share:g}; choose another share, "
-            f"add rows, or give {where}.data rows of their own"
+            f"add rows, or name separate rows in {where}.data"
         )
         yield Fault(where=f"{where}.share", message=message)
     elif rows - held_out < batch_size:
@@ -99,7 +99,7 @@ def overlap_faults(
         return
     if shared := len(learned & held_out):
         message = (
-            f"{shared} of its {len(held_out)} different prompts are learned from too, so their loss says nothing of "
-            "new prompts; remove them from one of the two sources, or use validation.share"
+            f"{shared} of its {len(held_out)} different prompts are also training prompts, so their loss says "
+            f"nothing about new prompts; remove them from one of the two sources, or use validation.share"
         )
         yield Fault(where=f"{where}.data.source", message=message)

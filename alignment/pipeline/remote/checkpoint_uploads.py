@@ -50,7 +50,9 @@ class CheckpointUploads:
     def _upload_all(self) -> None:
         while not self._ends.wait(_LOOK_SECONDS):
             if self._lease.lost.is_set():
-                self._announce("another machine has taken the stage over; its checkpoints are no longer uploaded")
+                self._announce(
+                    "another machine has taken over the stage, so checkpoints from here are no longer uploaded"
+                )
                 return
             try:
                 if not self._upload(self._refuse_after_end):
@@ -69,7 +71,7 @@ class CheckpointUploads:
             return True
         except StoreError as fault:
             if fault.message != self._fault:
-                self._announce(f"a checkpoint could not be uploaded, which is tried again: {fault.message}")
+                self._announce(f"a checkpoint could not be uploaded; this will be tried again: {fault.message}")
             self._fault = fault.message
             return False
         self._fault = ""

@@ -67,7 +67,7 @@ def keys_of(base: str, files: Listed) -> set[str]:
 
 
 def _download(store: ObjectStore, key: str, file: Path, listed: Mapping[str, Any]) -> None:
-    remedy = f"delete the objects under {store.url}/{key.rpartition('/')[0]}, and what lists them, to make them again"
+    remedy = f"delete the objects under {store.url}/{key.rpartition('/')[0]}, and the list of them, to make them again"
     if not store.download(key, file):
         raise ArtifactError("missing in the store", where=f"{store.url}/{key}", remedy=remedy)
     if not _is_here(file, listed):
@@ -86,7 +86,7 @@ def _refuse_without_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DiskError(
-            f"{in_units(needed)} are to be downloaded, and {in_units(free)} are free",
+            f"{in_units(needed)} must be downloaded, but only {in_units(free)} are free",
             where=str(folder),
-            remedy="free space and run again: files that have arrived are not downloaded again",
+            remedy="free space and run again; files that are already here are not downloaded again",
         )

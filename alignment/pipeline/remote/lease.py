@@ -88,7 +88,7 @@ def leased(
             raise Busy(
                 f"in use by process {holder.process} on {holder.host}, which renewed its lease {age:.0f} s ago",
                 where=f"{store.url}/{key}",
-                remedy=f"wait for it with --wait; a lease that is {LEASE_SECONDS:.0f} s old is given up",
+                remedy=f"wait for it with --wait; a lease expires after {LEASE_SECONDS:.0f} s",
             )
         if not announced:
             announce(f"process {holder.process} on {holder.host} is working on it; waiting")

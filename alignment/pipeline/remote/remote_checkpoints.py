@@ -106,7 +106,9 @@ class RemoteCheckpoints:
             checkpoint = self._staged(work, here, staged)
             upload_files(self._store, self.folder, staged, as_listed(checkpoint.files), on_bytes=on_bytes)
         except FileNotFoundError as error:
-            raise ArtifactError("gone before it was uploaded", where=str(error.filename), remedy="") from error
+            raise ArtifactError(
+                "it disappeared before it was uploaded", where=str(error.filename), remedy=""
+            ) from error
         finally:
             shutil.rmtree(staged, ignore_errors=True)
         self._store.write(self._key(checkpoint), json.dumps(typed_json.to_json(checkpoint)).encode())

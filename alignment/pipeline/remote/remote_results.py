@@ -33,10 +33,14 @@ def manifest_in(store: ObjectStore, artifact: str, *, fingerprint: str) -> Manif
     manifest = parse_manifest(content.decode(errors="replace"), folder=folder)
     if manifest.fingerprint != fingerprint:
         raise ArtifactError(
-            "holds another result whose fingerprint starts the same", where=folder, remedy="use another prefix"
+            "contains another result whose fingerprint starts with the same characters",
+            where=folder,
+            remedy="use another prefix",
         )
     if not manifest.files or any({"size", "sha256"} - set(listed) for listed in manifest.files.values()):
-        raise ArtifactError("does not list its files, so it cannot be checked", where=folder, remedy=f"delete {folder}")
+        raise ArtifactError(
+            "does not list its files, so it cannot be verified", where=folder, remedy=f"delete {folder}"
+        )
     return manifest
 
 

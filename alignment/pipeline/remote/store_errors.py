@@ -57,15 +57,15 @@ def _explanation(error: Exception, url: str) -> StoreError | None:
     text = str(error)
     if names & _CREDENTIALS:
         return StoreError(
-            f"no credentials for it: {scrubbed(text)}",
+            f"no credentials for this store: {scrubbed(text)}",
             where=url,
             remedy="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE and ~/.aws",
         )
     if isinstance(error, PermissionError):
         return StoreError(
-            f"it refuses these credentials: {scrubbed(text)}",
+            f"it refused these credentials: {scrubbed(text)}",
             where=url,
-            remedy="check the credentials, and what they allow on this bucket: list, read, write and delete objects",
+            remedy="check the credentials and their permissions on this bucket: list, read, write and delete objects",
         )
     if isinstance(error, FileNotFoundError):
         return StoreError("there is no such bucket", where=url, remedy="create it, or correct artifacts=")
@@ -74,7 +74,7 @@ def _explanation(error: Exception, url: str) -> StoreError | None:
         named = f"the address in {endpoint}" if endpoint else "the network; AWS_ENDPOINT_URL names another server"
         return StoreError(f"cannot be reached: {scrubbed(text)}", where=url, remedy=f"check {named}, and try again")
     if isinstance(error, OSError | ValueError) or names & {"BotoCoreError", "ClientError"}:
-        return StoreError(f"it answers: {scrubbed(text) or type(error).__name__}", where=url, remedy="try again")
+        return StoreError(f"it answered: {scrubbed(text) or type(error).__name__}", where=url, remedy="try again")
     return None
 
 
@@ -101,7 +101,8 @@ def refuse_secret_endpoint() -> None:
     for name in ENDPOINTS:
         if "@" in os.environ.get(name, ""):
             raise ConfigError(
-                "the address holds a user or a password",
+                "the address contains a user name or a password",
                 where=name,
-                remedy="http://HOST:PORT alone; AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY have the credentials",
+                remedy="use only http://HOST:PORT; the credentials belong in AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY",
             )

@@ -62,14 +62,14 @@ def fetch(data: DataSource, *, announce: Callable[[str], None]) -> DataSource:
     announce(f"downloading the data set {data.source.removeprefix('hub:')} from its hub")
     fetched = _hub(data.source, where="data.source", download=True)
     if not fetched.complete:
-        announce(f"{fetched.identity}: its hub cannot be reached, so it is unknown whether all its files are here")
+        announce(f"{fetched.identity}: its hub cannot be reached, so some of its files may be missing here")
     return fetched
 
 
 def _hub(source: str, *, where: str, download: bool) -> DataSource:
     repository = hub.repository(source, kind="dataset")
     if repository is None:
-        raise DataError(f"{source!r} names no data set", where=where, remedy="write hub:ORG/NAME@REVISION")
+        raise DataError(f"{source!r} does not name a data set", where=where, remedy="write hub:ORG/NAME@REVISION")
     folder = hub.snapshot(repository, patterns=_PATTERNS, download=download, failure=DataError)
     if folder is None:
         return DataSource(source=source, identity=repository.named, path=None, complete=False)

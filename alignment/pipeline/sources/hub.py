@@ -92,7 +92,10 @@ def _failed(asked: Repository, error: Exception, failure: type[ModelError | Data
 
     messages: dict[type[Exception], tuple[str, str]] = {
         GatedRepoError: ("is gated", f"ask for access on its page, then {_LOG_IN}"),
-        RepositoryNotFoundError: ("does not exist, or is private", f"check ORG/NAME; for a private one {_LOG_IN}"),
+        RepositoryNotFoundError: (
+            "does not exist, or is private",
+            f"check ORG/NAME; for a private repository, {_LOG_IN}",
+        ),
         RevisionNotFoundError: (f"has no revision '{asked.revision}'", "name a branch, a tag or a commit"),
         HFValidationError: ("is not a valid name of a repository", "write hub:ORG/NAME@REVISION"),
         LocalEntryNotFoundError: ("is not on this machine, and its hub cannot be reached", "check the connection"),

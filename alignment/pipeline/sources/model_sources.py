@@ -111,7 +111,7 @@ def model_folder(path: str, *, where: str) -> Path:
     """
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
-        raise ModelError(f"no folder {folder}", where=where, remedy="give the folder of a model or of an artifact")
+        raise ModelError(f"no folder {folder}", where=where, remedy="give the folder of a model or an artifact")
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json", where=where, remedy="give the folder of a transformers model")
     if not any(folder.glob("*.safetensors")):
@@ -136,12 +136,12 @@ def refuse_policy(model: ModelSource, *, where: str, advice: str) -> None:
     architectures = config.get("architectures") or ["model of an unknown architecture"]
     if not any(str(name).endswith(_SCORER) for name in architectures):
         raise ModelError(
-            f"{model.folder} holds a {architectures[0]}, which gives no scores", where=where, remedy=advice
+            f"{model.folder} contains a {architectures[0]}, which does not give scores", where=where, remedy=advice
         )
     labels = len(config["id2label"]) if config.get("id2label") else config.get("num_labels", 2)
     if labels != 1:
         raise ModelError(
-            f"{model.folder} holds a classifier with {labels} labels; a reward model has one",
+            f"{model.folder} contains a classifier with {labels} labels; a reward model has one",
             where=where,
             remedy=advice,
         )

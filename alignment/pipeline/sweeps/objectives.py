@@ -78,7 +78,7 @@ class Objective:
             return ""
         evaluation = Evaluation.read(artifact)
         if any(grading.metric == self.metric and self.arm in grading.left_out for grading in evaluation.gradings):
-            return "too many replies of the grader have no grade"
+            return "too many of the grader's replies have no grade"
         pairs = evaluation.judge.pairs if evaluation.judge and self.metric == ArmMetric.win_rate.value else []
         return next((pair.why_nothing for pair in pairs if pair.arm == self.arm and pair.win_rate is None), "")
 
@@ -119,8 +119,8 @@ def faults(configs: Sequence[ObjectiveConfig], stages: Mapping[str, StageConfig]
 def cautions(objectives: Sequence[Objective], stages: Mapping[str, StageConfig]) -> tuple[str, ...]:
     """Warnings about the objectives for readers of the sweep's results."""
     return tuple(
-        f"{objective} is measured on the training rows, so the best trial may be the one that fits these closest; a "
-        "metric on held-out rows says more, such as one of an evaluation"
+        f"{objective} is measured on the training rows, so the best trial may be the one that overfits most; use a "
+        f"metric on held-out rows, such as one from an evaluation"
         for objective in objectives
         if not objective.arm and objective.metric in reported.of_stage(stages[objective.stage]).training
     )
@@ -128,7 +128,7 @@ def cautions(objectives: Sequence[Objective], stages: Mapping[str, StageConfig])
 
 def _fault(objective: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
     if bool(objective.arm) == bool(objective.stage):
-        return "write arm: … for a metric of the evaluation, or stage: … for one that a stage reports about itself"
+        return "write arm: … for a metric of the evaluation, or stage: … for a metric that a stage reports about itself"
     return _fault_of_stage(objective, stages) if objective.stage else _fault_of_arm(objective, stages)
 
 
@@ -156,7 +156,7 @@ def _fault_of_arm(objective: ObjectiveConfig, stages: Mapping[str, StageConfig])
     known = [*([PRIMARY] if metrics else []), *(metric.name for metric in metrics), *_ARM_METRICS]
     if objective.metric not in known:
         why = (
-            f"stages.{name}.metrics names none"
+            f"stages.{name}.metrics is empty"
             if objective.metric == PRIMARY
             else f"no evaluation reports {objective.metric!r}"
         )
@@ -184,17 +184,17 @@ def _never_reported(metric: str, arm: str, stage: Any, where: str) -> str:
     """Why the evaluation will not report this for an arm that it has, judged by its settings; else an empty text."""
     lacking = f"no stage reports the {metric} of {arm!r}; "
     if metric == ArmMetric.reward and stage.reward is None:
-        return f"{lacking}give {where}.reward a reward model"
+        return f"{lacking}set {where}.reward to a reward model"
     if metric == ArmMetric.greedy_log_ratio and stage.answers.temperature > 0.0:
         return f"{lacking}answers are sampled (temperature {stage.answers.temperature:g}); choose another metric"
     if metric == ArmMetric.kl and stage.answers.temperature != 1.0:
         return f"{lacking}set {where}.answers.temperature to 1"
     if metric in (ArmMetric.greedy_log_ratio, ArmMetric.kl) and arm in (PROMPTED, FEW_SHOT):
-        return f"{lacking}it gets other prompts than {where}.reference, so choose another arm or metric"
+        return f"{lacking}it has other prompts than {where}.reference, so choose another arm or metric"
     if metric != ArmMetric.win_rate:
         return ""
     if stage.judge.kind is JudgeKind.none:
-        return f"{lacking}give {where}.judge.kind a judge, such as metric"
+        return f"{lacking}set {where}.judge.kind to a judge, such as metric"
     if (arm, stage.reference) not in pairs_of(stage.judge, stage.arms, reference=stage.reference):
         return f"{lacking}{where}.judge.pairs must compare it with {where}.reference, {stage.reference!r}"
     return ""

@@ -52,7 +52,7 @@ class Curve:
         if rows and not comes_later and not any(self._config.metric in row for row in rows):
             names = sorted({name for row in rows for name in row} - {"step", "seconds"})
             raise ConfigError(
-                f"stage {self._config.stage} logs no {self._config.metric!r} while it trains; "
+                f"stage {self._config.stage} does not log {self._config.metric!r} while it trains; "
                 f"{suggestion(self._config.metric, names)}",
                 where="pruning.metric",
             )

@@ -152,7 +152,11 @@ def _verdict(
 ) -> str:
     done = [trial for trial in trials if trial.figures]
     if len(wanted.objectives) > 1:
-        return f"{_named(best)} the Pareto set by their means: every other is beaten by one of them" if best else ""
+        return (
+            f"{_named(best)} the Pareto set by their means: each of the others is beaten by one of these"
+            if best
+            else ""
+        )
     if len(done) < 2 or not (best_scores := by_prompt[done[0].number]):
         return ""
     differences = {
@@ -166,7 +170,7 @@ def _verdict(
     if None in differences.values() and not even:
         return ""  # judged on other prompts
     if not even:
-        return "every other trial is worse, prompt by prompt, by more than chance"
+        return "every other trial is worse, paired by prompt, by more than chance explains"
     which = f"trial {even[0]}" if len(even) == 1 else f"trials {', '.join(map(str, even))}"
     return f"{which} may be as good: the difference is within chance"
 

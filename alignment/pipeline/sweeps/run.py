@@ -178,7 +178,7 @@ def _in_parallel(study: Study, wanted: Sweep, shares_of_machine: Sequence[Share]
         stop_all([unfinished.process for unfinished in running], wanted.launch.grace_seconds)
         for unfinished in running:
             study.again(unfinished.trial)
-    console.print("stopped; the same command continues from here", highlight=False)
+    console.print("stopped; run the same command to continue from here", highlight=False)
     return code
 
 

@@ -70,9 +70,11 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
     path = Path(name) if name.endswith(".yaml") else conf_folder() / "sweep" / f"{name}.yaml"
     if not path.is_file():
         if "/" in name or name.endswith(".yaml"):
-            raise ConfigError(f"no file {name}", where="SWEEP", remedy="a sweep of your own is a file in .yaml")
+            raise ConfigError(f"no file {name}", where="SWEEP", remedy="your own sweep must be a .yaml file")
         known = sorted(file.stem for file in (conf_folder() / "sweep").glob("*.yaml"))
-        raise ConfigError(f"no sweep {name!r}; {suggestion(name, known)}", where="SWEEP", remedy="or give a .yaml file")
+        raise ConfigError(
+            f"no sweep {name!r}; {suggestion(name, known)}", where="SWEEP", remedy="or give the path of a .yaml file"
+        )
     if not is_name(path.stem):
         raise ConfigError(f"{path.stem!r} cannot name a sweep; allowed: {NAME.allowed}", where=str(path))
     config = sweep_from_plain(_plain(path), where=str(path))
@@ -203,7 +205,7 @@ def _unlogged(pruning: PruningConfig, stage: StageConfig) -> str:
         return f"stage {pruning.stage!r} reports {pruning.metric!r} only at its end; {known}"
     if pruning.minimize != reported.less_is_better(pruning.metric):
         direction, value = ("more", "false") if pruning.minimize else ("less", "true")
-        return f"the {direction} {pruning.metric} the better; set pruning.minimize: {value}"
+        return f"the {direction} {pruning.metric}, the better; set pruning.minimize: {value}"
     return ""
 
 
@@ -213,7 +215,9 @@ def _refuse_unwatched(launch: LaunchConfig, pruning: PruningConfig) -> None:
         return
     if not submission.wait:
         raise ConfigError(
-            "a sweep waits for its trials' jobs", where="launch.backend.wait", remedy="leave it true, the default"
+            "a sweep must wait for the jobs of its trials",
+            where="launch.backend.wait",
+            remedy="leave it true, the default",
         )
     if pruning.pruner is not Pruner.none:
         raise ConfigError(

@@ -41,7 +41,9 @@ def shares(number: int, launch: LaunchConfig) -> list[Share]:
     if number < 1:
         raise ConfigError(f"{number} is not allowed; 1 or more", where="--at-once")
     if number > 1 and launch.backend.num_machines > 1:
-        raise ConfigError("trials on several machines run one after another", where="--at-once", remedy="leave it out")
+        raise ConfigError(
+            "trials on several machines can only run one after another", where="--at-once", remedy="leave it out"
+        )
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     devices = [] if slurm.submission(launch) is not None else hardware.visible_devices()
     each = len(devices) // number
@@ -109,7 +111,7 @@ class Running:
         except FileNotFoundError:
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
             return TrialOutcome(
-                code=_BUG, error=f"its process ended {how} without an outcome\n{tail(self._log)}".rstrip()
+                code=_BUG, error=f"its process ended {how} without recording an outcome\n{tail(self._log)}".rstrip()
             )
 
     def ask_to_stop(self) -> None:

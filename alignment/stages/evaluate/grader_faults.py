@@ -24,7 +24,7 @@ def grader_faults(stage: EvaluateConfig, where: str, *, hang_seconds: float) -> 
     """
     for number, metric in enumerate(stage.metrics):
         if metric.rubric is not None and metric.source != GRADE:
-            message = f"has no effect; only the source '{GRADE}' uses it, and it is '{metric.source}'"
+            message = f"has no effect; only the source '{GRADE}' uses it, but source is '{metric.source}'"
             yield Fault(where=f"{where}.metrics[{number}].rubric", message=message)
         elif metric.source == GRADE and (message := client_missing(GRADE)):
             yield Fault(where=f"{where}.metrics[{number}].source", message=message)

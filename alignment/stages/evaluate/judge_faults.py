@@ -27,7 +27,7 @@ def judge_faults(stage: EvaluateConfig, where: str, *, hang_seconds: float) -> I
         yield from _pair_faults(stage, path)
     yield from people_faults(judge, path)
     if judge.kind is JudgeKind.metric and not stage.metrics:
-        message = f"'metric' judges by the primary metric, and {where}.metrics names none; name one"
+        message = f"'metric' judges by the primary metric, and {where}.metrics is empty; name one"
         yield Fault(where=f"{path}.kind", message=message)
     if judge.kind is JudgeKind.reward and stage.reward is None:
         yield Fault(where=f"{path}.kind", message=f"'reward' judges by {where}.reward, which is null; name a model")

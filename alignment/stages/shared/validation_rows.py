@@ -52,10 +52,10 @@ def hold_out(
         return rows, None
     if validation.share is None:
         held_out, _ = token_rows(context, kind, validation.data, limits, tokenizer, field="validation.data")
-        why = "that is learned from, so their loss says nothing of new prompts"
+        why = "that is also trained on, so their loss says nothing about new prompts"
         _refuse_shared_prompts(rows, held_out, why, where=f"{where}.data")
         if reported is not None:
-            why = "on which the stage reports its result, which validation must not see"
+            why = "on which the stage reports its result, and validation must not use these"
             _refuse_shared_prompts(reported, held_out, why, where=f"{where}.data")
         return rows, held_out.select_columns(list(kind.all_columns))
     learned, chosen = split_by_prompt(
@@ -63,7 +63,7 @@ def hold_out(
         validation.share,
         context.generator("validation"),
         where=f"{where}.share",
-        setting="validation.data to rows of their own",
+        setting="validation.data to separate rows",
     )
     if len(learned) < config.optim.batch_size:
         raise DataError(

@@ -30,7 +30,7 @@ OPTIM = OptimConfig(lr=1e-4, batch_size=8, warmup_ratio=0.1)
 LONGER = OptimConfig(lr=1e-4, batch_size=8, warmup_ratio=0.1, epochs=2)
 
 SHORT = OptimConfig(lr=1e-4, batch_size=8, warmup_ratio=0.6, max_steps=2)
-ALL_STEPS = "stages.s.optim.warmup_ratio: the warm-up takes all optimiser steps (2); set it to 0, or raise max_steps"
+ALL_STEPS = "stages.s.optim.warmup_ratio: the warm-up covers all optimiser steps (2); set it to 0, or raise max_steps"
 
 
 def told(config: StageConfig, *, rows: int = 8, prompts: int | None = None, whole: bool = True) -> list[str]:
@@ -60,7 +60,7 @@ def told(config: StageConfig, *, rows: int = 8, prompts: int | None = None, whol
         (
             SftConfig(optim=OPTIM),
             {"rows": 7},
-            "stages.s.optim.warmup_ratio: the warm-up takes all optimiser steps (1 for 7 rows in batches of 8); "
+            "stages.s.optim.warmup_ratio: the warm-up covers all optimiser steps (1 for 7 rows in batches of 8); "
             "set it to 0, or use smaller batches, more rows or more epochs",
         ),
         (

@@ -375,7 +375,7 @@ def test_a_data_set_of_a_hub_is_fetched_by_the_run_and_known_by_its_commit(
     screen = StringIO()
     plan = benchmark("stages.benchmark.tasks=[public]")
     show_plan(Console(file=screen, width=200), plan)
-    assert "benchmark reads hub:org/name@v1, which a run downloads" in screen.getvalue()
+    assert "benchmark reads hub:org/name@v1, which the run will download" in screen.getvalue()
     leave_data_set(tmp_path, {"data/test.jsonl": ROWS}, revision="v1")
     planned = stage(benchmark("stages.benchmark.tasks=[public]"))
     assert planned.identity["extra_data"] == {"hub:org/name@v1": f"hub:org/name@{COMMIT}"}

@@ -81,5 +81,5 @@ def test_an_offload_that_nothing_reads_is_refused(offload: str, sharding: str, e
 def test_a_machine_that_is_not_among_them_is_refused() -> None:
     assert found(SftConfig(), backend=MachinesBackend(machine_rank=1)) == []
     assert found(SftConfig(), backend=MachinesBackend(machine_rank=2)) == [
-        "launch.backend.machine_rank: 2 is not a rank of 2 machines; ranks start at 0"
+        "launch.backend.machine_rank: 2 is not a valid rank for 2 machines; ranks start at 0"
     ]

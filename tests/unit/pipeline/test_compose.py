@@ -156,7 +156,7 @@ FAULTY = [
     ("foo@bar=x", "foo@bar=x: no group 'foo'; one of: adapter, launch, launch/backend, model, stage, tracking"),
     (
         "adapter@stages.sfd.adapter=full",
-        "adapter@stages.sfd.adapter=full: the recipe does not choose that; did you mean 'adapter@stages.sft.adapter'?",
+        "adapter@stages.sfd.adapter=full: the recipe makes no such choice; did you mean 'adapter@stages.sft.adapter'?",
     ),
     (
         "tracking=[jsonl,wandbb]",

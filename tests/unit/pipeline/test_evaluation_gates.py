@@ -119,7 +119,7 @@ def test_a_run_ends_with_the_gates_that_are_not_met(plan: MakePlan) -> None:
         "the interval has to lie above +0.500",
         "  stages.evaluate.gate[2]: dpo against base in total: samples.jsonl does not have the scores of both on 10 "
         "different prompts",
-        "  → stages.evaluate.gate sets what is required; more prompts make the intervals narrower",
+        "  → stages.evaluate.gate sets the requirement; more prompts make the intervals narrower",
     ]
 
 

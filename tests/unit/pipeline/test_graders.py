@@ -45,7 +45,7 @@ def metric(**settings: object) -> str:
         ),
         (
             [f"{STAGE}.metrics=[{{name: a, source: refusal, rubric: x}}]", f"{STAGE}.primary=a"],
-            f"{STAGE}.metrics[0].rubric: has no effect; only the source 'grade' uses it, and it is 'refusal'",
+            f"{STAGE}.metrics[0].rubric: has no effect; only the source 'grade' uses it, but source is 'refusal'",
         ),
         (
             ["stages.ppo.scorers=[{source: grade}]"],

@@ -72,7 +72,7 @@ def test_what_is_not_here_is_planned_by_its_revision_and_nothing_is_downloaded(
     asked = answer(monkeypatch, AssertionError("a plan downloads nothing"))
     planned = plan(SOURCE)
     assert (sft(planned).data, sft(planned).identity["data"]) == (None, "hub:org/name@v1")
-    assert "sft reads hub:org/name@v1, which a run downloads\n" in shown(planned)
+    assert "sft reads hub:org/name@v1, which the run will download\n" in shown(planned)
     assert [(one["repository"], one["repo_type"], one["revision"]) for one in asked] == [("org/name", "dataset", "v1")]
     assert sft(plan("stages.sft.data.source=hub:org/name")).identity["data"] == "hub:org/name@main"
     mixed = plan("stages.sft.data.mix=[{source: 'hub:org/name', count: 1}]")
@@ -103,7 +103,7 @@ def test_split_and_subset_count_and_are_refused_where_nothing_reads_them(plan: M
             plan(f"stages.sft.data.{more}")
     with pytest.raises(ConfigError, match=r"stages\.sft\.data\.split: '' is not allowed"):
         plan(SOURCE, "stages.sft.data.split=''")
-    with pytest.raises(DataError, match=r"stages\.sft\.data\.source: 'hub:name' names no data set"):
+    with pytest.raises(DataError, match=r"stages\.sft\.data\.source: 'hub:name' does not name a data set"):
         plan("stages.sft.data.source=hub:name")
 
 
@@ -188,7 +188,7 @@ def test_a_snapshot_of_which_nobody_knows_whether_it_is_complete_is_completed_or
     answer(monkeypatch, lambda: folder)
     assert data_sources.fetch(found, announce=said.append) == found
     assert said[0] == "downloading the data set org/name from its hub"
-    assert said[1] == f"{NAME}: its hub cannot be reached, so it is unknown whether all its files are here"
+    assert said[1] == f"{NAME}: its hub cannot be reached, so some of its files may be missing here"
     answer(monkeypatch, lambda: leave_data_set(cache, FILES))
     assert data_sources.fetch(found, announce=said.append).complete
     assert len(said) == 3

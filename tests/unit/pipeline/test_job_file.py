@@ -132,7 +132,7 @@ def test_a_name_that_slurm_or_a_shell_would_read_gets_into_no_job_file(plan: Mak
 def test_a_folder_with_a_space_is_refused_with_the_remedy(plan: MakePlan, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         rendered(plan("launch/backend=slurm", f"output='{tmp_path}/two words'"))
-    assert "output=FOLDER names another folder" in str(caught.value)
+    assert "output=FOLDER sets another folder" in str(caught.value)
 
 
 def test_a_percent_sign_in_a_folder_is_no_pattern_of_slurm(plan: MakePlan, tmp_path: Path) -> None:

@@ -142,7 +142,7 @@ def test_without_slurm_the_command_says_so(
     assert cli.main(["run", "quickstart", *overrides, "launch/backend=slurm"]) == 2
     assert capsys.readouterr().err == (
         "configuration: launch.backend: there is no sbatch on this machine\n"
-        "  → call it on a login node of the cluster, load its slurm module, or use launch/backend=local\n"
+        "  → run the command on a login node of the cluster, load its slurm module, or use launch/backend=local\n"
     )
 
 
@@ -173,7 +173,7 @@ def test_a_run_whose_jobs_wait_is_not_started_twice(submit: Submit, fakes: Fakes
 
 def test_leaving_a_chain_leaves_its_jobs(submit: Submit, fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm_jobs, "follow", _interrupted)
-    assert "the jobs go on: `align status quickstart`" in submit("launch.backend.wait=true", code=130)
+    assert "the jobs continue: `align status quickstart`" in submit("launch.backend.wait=true", code=130)
     assert fakes.cancelled() == []
 
 
@@ -240,7 +240,7 @@ def test_a_job_is_followed_through_the_queue_and_through_being_queued_again(sft:
     assert follow(sft) == [
         "sft: job 11 PENDING (Resources)",
         "sft: waits no longer",
-        "sft: job 11 is queued again; the stage continues from its checkpoint",
+        "sft: job 11 was queued again; the stage continues from its checkpoint",
         "sft: job 11 PENDING (BeginTime)",
         "sft: waits no longer",
     ]

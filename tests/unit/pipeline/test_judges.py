@@ -40,7 +40,7 @@ PEOPLE = [f"{JUDGE}.kind=people"]
         ([f"{JUDGE}.kind=rule"], "endpoint, people; 'rule' is now 'metric': the evaluation's primary metric judges"),
         (
             [f"{JUDGE}.kind=metric", "stages.evaluate.metrics=[]"],
-            f"{JUDGE}.kind: 'metric' judges by the primary metric, and stages.evaluate.metrics names none; name one",
+            f"{JUDGE}.kind: 'metric' judges by the primary metric, and stages.evaluate.metrics is empty; name one",
         ),
         ([f"{JUDGE}.kind=endpoint"], f"{JUDGE}.endpoint.base_url: missing"),
         ([f"{JUDGE}.kind=endpoint"], f"{JUDGE}.endpoint.model: missing"),
@@ -220,10 +220,10 @@ def test_the_primary_metric_has_its_interval_and_says_which_way_is_better() -> N
 def test_the_terminal_says_what_log_ratios_and_divergences_are_of() -> None:
     greedy = shown(replace(EVALUATION, arms=[replace(ARM, greedy_log_ratio=Interval(mean=3.5))]))
     assert "3.50" in greedy
-    assert "more is better; log-ratio of greedy answers to the reference, in nats a sequence\n" in greedy
+    assert "more is better; log-ratio of greedy answers to the reference, in nats per sequence\n" in greedy
     sampled = shown(replace(EVALUATION, arms=[replace(ARM, kl=Interval(mean=2.25))]))
     assert "2.25" in sampled
-    assert "more is better; KL from the reference on sampled answers, in nats a sequence\n" in sampled
+    assert "more is better; KL from the reference on sampled answers, in nats per sequence\n" in sampled
 
 
 def test_no_figure_is_cut_where_the_terminal_is_narrow() -> None:

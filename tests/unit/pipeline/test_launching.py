@@ -50,7 +50,7 @@ def test_a_batch_is_split_over_all_machines() -> None:
 
 def test_libraries_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feasibility.importlib.util, "find_spec", lambda name: None if name in ("trl", "peft") else name)
-    with pytest.raises(ConfigError, match=r"launch: stages need trl, peft, not installed beside .*/python"):
+    with pytest.raises(ConfigError, match=r"launch: stages need trl, peft, which are not installed for .*/python"):
         refuse(stage(SftConfig()))
 
 

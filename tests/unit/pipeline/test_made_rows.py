@@ -117,7 +117,7 @@ def test_a_reason_names_the_stage_whose_rows_change(plan: MakePlan) -> None:
         leave_rows(stage, [PAIR]) if stage.name in ("sample", "again") else leave_artifact(stage)
     reasons = {stage.name: stage.reason for stage in plan("stages.again.min_margin=0.5").stages}
     assert reasons["again"].startswith("min_margin 0 → 0.5 (nearest: again-")
-    assert reasons["more"].startswith("input again changes (nearest: more-")
+    assert reasons["more"].startswith("input again changed (nearest: more-")
     assert reasons["dpo"].startswith("dpo-")
 
 
@@ -219,11 +219,11 @@ def printed(planned: Plan) -> str:
 
 
 def test_a_plan_says_which_rows_do_not_exist_yet(plan: MakePlan) -> None:
-    assert "more reads rows that again has yet to make" in printed(plan())
+    assert "more reads rows that again has not made yet" in printed(plan())
     leave_rows(named(plan())["sample"], [PAIR])
     shown = printed(plan())
     assert "dpo reads rows" not in shown
-    assert "more reads rows that again has yet to make" in shown
+    assert "more reads rows that again has not made yet" in shown
 
 
 def test_rows_that_exist_are_read_while_planning(plan: MakePlan) -> None:

@@ -41,7 +41,7 @@ def of(*metrics: str) -> str:
             f"{METRICS}[0].source: 'lenght' is not a scorer; did you mean 'length'?",
         ),
         ([of("{name: short, source: length}")], f"{METRICS}[0].target: missing; 'length' needs it"),
-        ([of("{name: short}")], f"{METRICS}[0].source: missing; it takes reward, a reward model"),
+        ([of("{name: short}")], f"{METRICS}[0].source: missing; allowed: reward, a reward model"),
         (
             [of("{name: style, source: house_style}")],
             f"{METRICS}[0].source: 'house_style' is no longer a rule of the package; write 'bundled:quickstart/house_s",

@@ -39,11 +39,11 @@ def test_an_ordinary_run_has_none(plan: MakePlan) -> None:
 @pytest.mark.parametrize(
     ("override", "note"),
     [
-        ("stages.dpo.optim.lr=0.02", "stages.dpo.optim.lr is 0.02: above 0.01 nearly every model diverges"),
-        ("stages.ppo.optim.critic_lr=1", "stages.ppo.optim.critic_lr is 1: above 0.01 nearly every model diverges"),
+        ("stages.dpo.optim.lr=0.02", "stages.dpo.optim.lr is 0.02: above 0.01, nearly every model diverges"),
+        ("stages.ppo.optim.critic_lr=1", "stages.ppo.optim.critic_lr is 1: above 0.01, nearly every model diverges"),
         (
             "stages.dpo.optim.batch_size=32",
-            "stages.dpo.optim.batch_size is 32, and there are 24 rows: each step learns from all of them",
+            "stages.dpo.optim.batch_size is 32, but there are only 24 rows, so each step uses all of them",
         ),
         (
             "profile=smoke",
@@ -139,8 +139,8 @@ def test_a_primary_metric_that_a_stage_optimises_is_named_and_recorded(plan: Mak
     metrics = "stages.evaluate.metrics=[{name: brevity, source: length, target: 20}, {name: liked, source: reward}]"
     scorers = "stages.ppo.scorers=[{source: reward}, {source: length, target: 20, weight: 0.5}]"
     said = (
-        "evaluate judges by brevity, which ppo optimises (scorers[1]): a better score may come from gaps in that "
-        "measure, so look at another metric too"
+        "evaluate judges by brevity, which ppo optimises (scorers[1]): a better score may only exploit gaps in that "
+        "metric, so check another metric too"
     )
     planned = plan(metrics, scorers)
     assert of_plan(planned) == [said]

@@ -181,14 +181,14 @@ def test_a_reason_says_what_differs_from_the_nearest_result(plan: MakePlan) -> N
     after = outcome(plan("stages.dpo.beta=0.3"))
     assert after["sft"] == f"reuse  sft-{near['sft']}"
     assert after["dpo"] == f"run  beta 0.1 → 0.3 (nearest: dpo-{near['dpo']})"
-    assert after["evaluate"] == f"run  input dpo changes (nearest: evaluate-{near['evaluate']})"
+    assert after["evaluate"] == f"run  input dpo changed (nearest: evaluate-{near['evaluate']})"
 
 
 def test_a_reason_names_data_seed_arms_and_inputs(plan: MakePlan, tmp_path: Path) -> None:
     leave_all(plan())
-    assert "data changes" in outcome(_with_other_data(plan, tmp_path))["sft"]
+    assert "data changed" in outcome(_with_other_data(plan, tmp_path))["sft"]
     assert "seed 42 → 1" in outcome(plan("seed=1"))["sft"]
-    assert "input sft changes" in outcome(plan("stages.sft.packing=true"))["dpo"]
+    assert "input sft changed" in outcome(plan("stages.sft.packing=true"))["dpo"]
     assert (
         "arm ppo removed"
         in outcome(plan("stages.evaluate.arms=[base,base+prompt,'stage:sft','stage:dpo']"))["evaluate"]
@@ -231,7 +231,7 @@ def test_a_result_of_this_run_comes_before_a_nearer_one_of_another(plan: MakePla
 def test_a_result_that_differs_in_much_is_no_reason(plan: MakePlan) -> None:
     smoke = plan("stages.sft.data.limit=8", "stages.sft.max_length=96", "stages.sft.optim.lr=1", "seed=7")
     leave_artifact(next(stage for stage in smoke.stages if stage.name == "sft"))
-    assert outcome(plan())["sft"] == "run  nothing like it made yet"
+    assert outcome(plan())["sft"] == "run  nothing similar made yet"
 
 
 def test_a_fault_in_a_file_of_the_user_s_names_the_file(tmp_path: Path, overrides: list[str]) -> None:
@@ -293,7 +293,9 @@ def test_a_damaged_result_is_not_reused(plan: MakePlan) -> None:
 def test_a_result_whose_fingerprint_only_begins_alike_is_not_reused(plan: MakePlan) -> None:
     sft = plan().stages[0]
     leave_artifact(replace(sft, fingerprint=sft.fingerprint[:8] + "0" * 56))
-    with pytest.raises(ArtifactError, match="holds another result whose fingerprint starts the same"):
+    with pytest.raises(
+        ArtifactError, match="contains another result whose fingerprint starts with the same characters"
+    ):
         plan()
 
 
@@ -476,7 +478,7 @@ def test_a_folder_of_pickles_is_no_model(plan: MakePlan, tmp_path: Path) -> None
 def test_a_size_that_stages_choose_themselves_is_shown_where_one_was_chosen(plan: MakePlan) -> None:
     planned = plan("stages.sft.optim.micro_batch_tokens=auto")
     (line,) = [line for line in shown(planned).splitlines() if "micro_batch_tokens" in line]
-    assert line == "sft chooses optim.micro_batch_tokens before its first step"
+    assert line == "sft will choose optim.micro_batch_tokens before its first step"
     sft = planned.stages[0]
     key = memory_key(sft.config, sft.identity, sft.inputs)
     size = ChosenSize(tokens=4096, machine="CPU, 2 cores, 25 GB", launch="1 process")

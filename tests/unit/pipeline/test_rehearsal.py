@@ -110,7 +110,7 @@ def test_what_is_tried_is_announced_by_name(plan: MakePlan, tried: Callable[...,
     rehearse(planned, planned.stages, announce=announced.append)
     rehearse(planned, planned.stages, announce=announced.append)
     assert announced == [
-        "trying rows of dpo before anything trains: ten seconds or more, once for these settings and data"
+        "trying rows of dpo before training starts: ten seconds or more, once for these settings and data"
     ]
 
 

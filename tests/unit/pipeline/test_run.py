@@ -518,7 +518,7 @@ def test_a_stage_whose_inputs_are_not_there_names_them(align: Align) -> None:
     with pytest.raises(ConfigError) as caught:
         align(only="ppo")
     told = str(caught.value)
-    assert told.startswith("--stage: ppo needs the result of reward, which was not made with these settings yet\n")
+    assert told.startswith("--stage: ppo needs the result of reward, which does not exist for these settings yet\n")
     assert "→ first: align run quickstart output=" in told, "with the settings of this call"
     assert told.endswith(" --stage reward, or leave --stage out to run all")
     with pytest.raises(ConfigError, match="--stage: no stage 'dop' in this recipe; did you mean 'dpo'"):

@@ -67,7 +67,7 @@ def fault(plan: MakePlan, *overrides: str) -> str:
 
 WATCHED = "stages.ppo.guard={every: 1, scorer: {source: 'bundled:quickstart/house_style.py:style'}}"
 ALLOWED = (
-    "it takes reward, a reward model (stage:NAME, path:FOLDER), FILE.py:FUNCTION, bundled:NAME.py:FUNCTION, or one of: "
+    "allowed: reward, a reward model (stage:NAME, path:FOLDER), FILE.py:FUNCTION, bundled:NAME.py:FUNCTION, or one of: "
     "server, grade, ensemble, exact_answer, regex, length, key_facts, refusal, json_schema, rouge_l, chrf, "
     "instructions_strict, instructions_loose"
 )
@@ -77,7 +77,7 @@ FAULTS = [
     ((scorers("source: lenght"),), f"scorers[0].source: 'lenght' is not a scorer; did you mean 'length'? {ALLOWED}"),
     ((scorers("source: xyz"),), f"scorers[0].source: 'xyz' is not a scorer; {ALLOWED}"),
     ((scorers("source: base"),), f"scorers[0].source: 'base' is not a scorer; {ALLOWED}"),
-    ((scorers("source: score.py"),), "scorers[0].source: 'score.py' names no function; write score.py:FUNCTION"),
+    ((scorers("source: score.py"),), "scorers[0].source: 'score.py' does not name a function; write score.py:FUNCTION"),
     ((scorers("source: reward", "source: regex"),), "scorers[1].pattern: missing; 'regex' needs it"),
     ((scorers("source: reward", "source: length"),), "scorers[1].target: missing; 'length' needs it"),
     ((scorers("source: reward, pattern: x"),), "scorers[0].pattern: 'x' has no effect; only 'regex' uses it"),
@@ -85,8 +85,8 @@ FAULTS = [
      "scorers[1].target: 3 has no effect; only 'length' uses it"),
     ((scorers("source: reward", "source: regex, pattern: '('"),),
      "scorers[1].pattern: '(' is not allowed; a regular expression in Python syntax"),
-    ((scorers("source: reward", "source: choice"),), "scorers[1].source: 'choice' asks a policy, and not its answers; "
-     "only a metric of an evaluation can be that"),
+    ((scorers("source: reward", "source: choice"),), "scorers[1].source: 'choice' scores a policy rather than "
+    "answers, so it can only be a metric of an evaluation"),
     ((scorers("source: reward", "source: json_schema, schema: {type: text}"),), "scorers[1].schema: is not a JSON "
      "schema: 'text' is not valid under any of the given schemas"),
     ((scorers("source: reward", "source: json_schema, schema: text"),), "scorers[1].schema: 'text' is not allowed; "
@@ -149,7 +149,7 @@ def test_without_a_reward_model_in_the_run_the_advice_is_what_fits_from_outside(
     said = fault(plan, "~stages.reward", "stages.evaluate.reward=null", "stages.ppo.reward='stage:sft'")
     assert said == (
         "stages.ppo.reward: 'stage:sft' is a policy; this slot takes a reward model. No stage of this run makes one. "
-        "From outside the run it takes a …ForSequenceClassification with one label, by path: or hub:."
+        "A model from elsewhere, by path: or hub:, must be a …ForSequenceClassification with one label."
     )
 
 
@@ -164,7 +164,7 @@ FUNCTIONS = [
     ("brevty", "{file} defines no function 'brevty'; did you mean 'brevity'?"),
     ("Scorer", "{file} defines no function 'Scorer'; one of: "),
     ("CONSTANT", "{file} defines no function 'CONSTANT'; "),
-    ("later", "'later' is async; it must be an ordinary function"),
+    ("later", "'later' is async, but it must be an ordinary function"),
     ("two", "'two' cannot be called as two(prompts, completions, rows)"),
     ("one_more", "'one_more' cannot be called as one_more(prompts, completions, rows)"),
     ("keyword", "'keyword' cannot be called as keyword(prompts, completions, rows)"),
@@ -240,8 +240,8 @@ def test_one_label_may_be_said_in_two_ways(plan: MakePlan, tmp_path: Path, confi
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, "holds a LlamaForCausalLM, which gives no scores"),
-        ({"architectures": None}, "holds a model of an unknown architecture, which gives no scores"),
+        ({"architectures": ["LlamaForCausalLM"]}, "contains a LlamaForCausalLM, which does not give scores"),
+        ({"architectures": None}, "contains a model of an unknown architecture, which does not give scores"),
         ({"id2label": {"0": "a", "1": "b"}}, "holds a classifier with 2 labels; a reward model has one"),
         ({"id2label": None}, "holds a classifier with 2 labels; a reward model has one"),
     ],
@@ -266,7 +266,7 @@ def test_an_artifact_of_a_policy_is_refused_with_what_would_fit(plan: MakePlan) 
     with pytest.raises(ModelError) as caught:
         plan(f"stages.ppo.reward=path:{artifacts['sft']}")
     assert str(caught.value) == (
-        f"stages.ppo.reward: {artifacts['sft']} holds an artifact of kind policy\n"
+        f"stages.ppo.reward: {artifacts['sft']} contains an artifact of kind policy\n"
         "  → this slot takes a reward model. Use 'stage:reward'."
     )
     again = ppo(plan(f"stages.ppo.reward=path:{artifacts['reward']}"))
@@ -344,7 +344,7 @@ def test_the_content_of_a_function_s_file_counts_and_its_place_does_not(
     function.write_text(function.read_text().replace("-len", "-2 * len"))
     after = planned(function)
     assert ppo(after).fingerprint != ppo(first).fingerprint
-    assert ppo(after).reason == f"the scoring code changes (nearest: {ppo(first).artifact.name})"
+    assert ppo(after).reason == f"the scoring code changed (nearest: {ppo(first).artifact.name})"
     assert {stage.name for stage, other in zip(after.stages, first.stages, strict=True)
             if stage.fingerprint != other.fingerprint} == {"ppo", "evaluate", "report"}  # fmt: skip
 

@@ -47,8 +47,8 @@ FAULTS = [
     ),
     (
         server("label: good"),
-        f"{PPO}.server.label: has no effect; only 'vllm_pooling', 'vllm_classify', 'tei_predict' use it, and api is "
-        "'scores'",
+        f"{PPO}.server.label: has no effect; only 'vllm_pooling', 'vllm_classify', 'tei_predict' use it, but api is "
+        f"'scores'",
     ),
     (server("api: vllm_classify, label: good"), f"{PPO}.server.label: 'good' is not the number of a class"),
     (server("api: vllm_pooling, batch_size: 4"), f"{PPO}.server.batch_size: 4 has no effect; an api whose calls have"),

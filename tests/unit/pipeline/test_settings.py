@@ -42,7 +42,7 @@ def test_adapters_that_can_are_not(plan: MakePlan) -> None:
             ["launch.backend.signal_seconds=120"],
             "launch.backend.signal_seconds: a job is asked to save 120 seconds before its end",
         ),
-        (["launch.backend.time=0:05:00"], "launch.backend.time: '0:05:00' ends before a job would be asked to save"),
+        (["launch.backend.time=0:05:00"], "launch.backend.time: '0:05:00' is not longer than signal_seconds"),
         (
             ["launch.backend.gpus=1", "launch.num_processes=2"],
             "launch.backend.gpus: 1 for 2 processes; use one for each: 2",

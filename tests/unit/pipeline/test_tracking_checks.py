@@ -52,7 +52,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_its_package_and_extra(
             "mlflow",
             {**SERVER, "MLFLOW_TRACKING_TOKEN": "s3cret", "MLFLOW_TRACKING_USERNAME": "me"},
             "tracking.mlflow",
-            "unset one of the two ways",
+            "unset one of them",
         ),
         ("trackio", {"TRACKIO_SPACE_ID": "s3cret/space"}, "tracking.trackio", f"TRACKIO_SPACE_ID is set, {ELSEWHERE}"),
         ("trackio", {"TRACKIO_SERVER_URL": "s3cret"}, "tracking.trackio", f"TRACKIO_SERVER_URL is set, {ELSEWHERE}"),

@@ -27,7 +27,7 @@ from alignment.training.looks import Looks
 from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan
 
 DPO, WHERE = "stages.dpo.validation", "stages.s.validation"
-UNREAD = f"has no effect without a look; set {WHERE}.every, such as {WHERE}.every=10"
+UNREAD = f"has no effect without validation; set {WHERE}.every, such as {WHERE}.every=10"
 
 
 OWN = DataConfig(source="path:own.jsonl")
@@ -38,12 +38,12 @@ OWN = DataConfig(source="path:own.jsonl")
     [
         (
             ValidationConfig(share=0.1, every=5, data=OWN),
-            f"{WHERE}.share: 0.1 of the stage's own prompts, but {WHERE}.data names rows of their own; remove one of "
-            "the two",
+            f"{WHERE}.share: 0.1 of the stage's own prompts, but {WHERE}.data also names validation rows; remove "
+            f"one of the two",
         ),
         (
             ValidationConfig(every=5),
-            f"{WHERE}.every: 5, but there are no rows to look at; set {WHERE}.share=0.05, or {WHERE}.data.source",
+            f"{WHERE}.every: 5, but there are no validation rows; set {WHERE}.share=0.05, or {WHERE}.data.source",
         ),
         (
             ValidationConfig(share=0.1, every=5, data=DataConfig(fraction=0.5)),
@@ -86,7 +86,7 @@ def told(validation: ValidationConfig, *, rows: int = 40, **optim: object) -> li
             ValidationConfig(share=0.01, every=1),
             {},
             f"{WHERE}.share: 40 prompts are too few to hold out a share of 0.01; choose another share, add rows, or "
-            f"give {WHERE}.data rows of their own",
+            f"name separate rows in {WHERE}.data",
         ),
         (
             ValidationConfig(share=0.85, every=1),
@@ -107,8 +107,8 @@ def told(validation: ValidationConfig, *, rows: int = 40, **optim: object) -> li
         (
             ValidationConfig(share=0.2, every=4, patience=3),
             {"max_steps": 10},
-            f"{WHERE}.patience: 3 has no effect: in 3 looks at most 2 follow the best one; choose less, or look "
-            "more often",
+            f"{WHERE}.patience: 3 has no effect: of 3 validations, at most 2 can follow the best one; choose less, "
+            f"or validate more often",
         ),
     ],
 )

@@ -33,7 +33,7 @@ def test_on_a_machine_with_a_gpu_the_gpu_is_to_be_named(
     asked: dict[str, bool], where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with pytest.raises(ConfigError, match=r"this machine has a GPU, whose operations are not timed") as refused:
+    with pytest.raises(ConfigError, match=r"this machine has a GPU, and no times are known for it") as refused:
         show(Console(file=io.StringIO()), "quickstart", [], **asked)
     assert where in str(refused.value)
     assert "--device h200" in str(refused.value)

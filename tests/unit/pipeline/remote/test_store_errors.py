@@ -22,7 +22,7 @@ class NoCredentialsError(Exception):
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
-        (PermissionError("denied"), "it refuses these credentials: denied"),
+        (PermissionError("denied"), "it refused these credentials: denied"),
         (NoCredentialsError("none"), "no credentials for it: none"),
         (FileNotFoundError("x"), "there is no such bucket"),
         (EndpointConnectionError("http://a"), "cannot be reached: http://a"),
@@ -52,10 +52,10 @@ def test_credentials_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "user" not in str(refused.value)
     assert refused.value.__cause__ is None
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:pass@host")
-    with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL: the address holds a user or a password"):
+    with pytest.raises(ConfigError, match="AWS_ENDPOINT_URL: the address contains a user name or a password"):
         refuse_secret_endpoint()
 
 
 def test_an_unknown_kind_of_store_is_refused() -> None:
-    with pytest.raises(AlignmentError, match="there is no kind of store ftpx://"):
+    with pytest.raises(AlignmentError, match="stores of the kind ftpx:// are not supported"):
         ObjectStore("ftpx://bucket/prefix")

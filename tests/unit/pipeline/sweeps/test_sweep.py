@@ -55,7 +55,7 @@ def test_a_study_that_is_gone_back_to_says_again_what_it_said(runs: Runs) -> Non
     assert go(runs)[0] == 0
     assert len(runs.asked) == 8, "nothing was tried again"
     assert json.loads(told.read_text()) == first
-    assert first["verdict"] == "every other trial is worse, prompt by prompt, by more than chance"
+    assert first["verdict"] == "every other trial is worse, paired by prompt, by more than chance explains"
     assert len({told["name"] for told in runs.asked}) == 8, "a page shows the trial that it is called after"
     assert all(trial["report"].startswith(f"../../runs/{trial['run']}/") for trial in first["trials"])
     shutil.rmtree(runs.output / "runs")
@@ -81,7 +81,7 @@ def test_a_trial_whose_arm_has_no_grades_fails_and_ends_no_sweep(runs: Runs, tmp
         ("done", ["stages.dpo.beta=0.1"]),
         ("failed", ["stages.dpo.beta=0.3"]),
     ]
-    assert "too many replies of the grader have no grade" in trials(runs, "mine")[1]["error"]
+    assert "too many of the grader's replies have no grade" in trials(runs, "mine")[1]["error"]
 
 
 def test_a_trial_of_which_the_judge_says_nothing_fails_and_ends_no_sweep(runs: Runs, tmp_path: Path) -> None:
@@ -278,8 +278,8 @@ def test_sampled_answers_report_a_divergence_and_greedy_ones_a_log_ratio(runs: R
         ("stage:dpo", "win_rate", "", "stages.evaluate.judge.kind a judge"),
         ("stage:sft", "win_rate", "metric", "stages.evaluate.judge.pairs must compare it with"),
         ("base", "win_rate", "metric", "with stages.evaluate.reference, 'stage:sft'"),
-        ("base+prompt", "greedy_log_ratio", "", "it gets other prompts than stages.evaluate.reference"),
-        ("base+few-shot", "greedy_log_ratio", "", "it gets other prompts than stages.evaluate.reference"),
+        ("base+prompt", "greedy_log_ratio", "", "it has other prompts than stages.evaluate.reference"),
+        ("base+few-shot", "greedy_log_ratio", "", "it has other prompts than stages.evaluate.reference"),
         ("stage:dpo", "win_rate", "metric", ""),
         ("stage:sft", "greedy_log_ratio", "", ""),
         ("base", "greedy_log_ratio", "", ""),
@@ -310,7 +310,7 @@ def test_what_an_evaluation_will_never_tell_of_an_arm_is_no_objective(
         (
             "[]",
             {"arm": "stage:dpo"},
-            "stages.evaluate.metrics names none; one of: reward, greedy_log_ratio, kl, win_rate",
+            "stages.evaluate.metrics is empty; one of: reward, greedy_log_ratio, kl, win_rate",
         ),
         ("[{name: gold, source: length, target: 9}]", {"arm": "stage:dpo"}, ""),
         ("[{name: gold, source: length, target: 9}]", {"arm": "stage:dpo", "metric": "gold"}, ""),

@@ -202,7 +202,7 @@ def test_trials_that_have_learned_nothing_yet_differ_by_rounding_and_are_not_pru
 def test_a_metric_that_the_stage_does_not_show_ends_the_sweep_at_its_first_step(
     processes: Processes, runs: Runs, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="stage dpo logs no 'los' while it trains; did you mean 'loss'"):
+    with pytest.raises(ConfigError, match="stage dpo does not log 'los' while it trains; did you mean 'loss'"):
         go(runs, median(runs, tmp_path, metric="los"))
     assert (runs.asked, len(processes.seen)) == ([], 1)
 

@@ -37,7 +37,7 @@ def test_one_that_was_killed_is_told_from_one_that_failed(tmp_path: Path) -> Non
     ]
     process.kill()
     one.wait(60)
-    assert one.ended() == TrialOutcome(code=1, error="its process ended by signal 9 without an outcome")
+    assert one.ended() == TrialOutcome(code=1, error="its process ended by signal 9 without recording an outcome")
     one.close()
 
 
