@@ -181,7 +181,7 @@ def test_the_command_runs_a_chain_with_an_engine(new_forked: Callable[[], Align]
     for printed in (align("plan", *settings, nowhere), align("run", *settings, nowhere, code=2)):
         assert "stages.ppo.sampling.python: /nowhere/python is not an interpreter that can be run" in printed
     python = f"stages.ppo.sampling.python={interpreter_of(programs)}"
-    assert "vLLM holds the frozen weights a second time" in align("plan", *settings, python)
+    assert "vLLM has its own copy of the frozen weights" in align("plan", *settings, python)
     align("run", *settings, python)
     nothing_is_left_of(programs)
     artifact = align.artifact("ppo")

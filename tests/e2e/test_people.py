@@ -57,7 +57,7 @@ def test_votes_give_a_win_rate_and_train_a_reward_model(new_forked: Callable[[],
     assert pair.people is not None
     assert (pair.people.judged, pair.people.votes, pair.people.annotators) == (12, 24, 2)
     assert pair.win_rate is not None
-    assert f"by the vote of people, base+few-shot wins {pair.win_rate.mean:.2f}" in printed
+    assert f"by the votes of people, base+few-shot wins {pair.win_rate.mean:.2f}" in printed
     preferences = [vote for vote in read_votes(votes) if vote.preferred in ARMS]
     manifest = json.loads((align.artifact("reward") / "manifest.json").read_text())
     assert manifest["metrics"]["rows"] == len(preferences) == 18

@@ -31,15 +31,15 @@ def answering(settings: Mapping[str, Any], *, default_tokens: int, where: str) -
     normal = normalize_gen_kwargs(dict(settings), default_tokens)
     if normal.get("do_sample") and normal.get("temperature", 0.0) > 0.0:
         raise DataError(
-            "a task samples its answers, and this stage answers greedily",
+            "a task samples its answers, but this stage decodes greedily",
             where=where,
             remedy="set do_sample: false in the task's generation_kwargs",
         )
     if others := [key for key in normal if key not in _WITHOUT_EFFECT]:
         raise DataError(
-            f"a task sets {', '.join(others)} in its generation_kwargs, which this stage does not do",
+            f"a task sets {', '.join(others)} in its generation_kwargs, which this stage does not support",
             where=where,
-            remedy="remove it; answers are greedy, with until and max_gen_toks",
+            remedy="remove it; only until and max_gen_toks are supported, with greedy decoding",
         )
     stops = handle_stop_sequences(normal.get("until"), eos=None)
     return Answering(max_new_tokens=normal["max_gen_toks"], stops=tuple(stop for stop in stops if stop))

@@ -55,7 +55,7 @@ def tables(artifact: Path) -> list[ResultTable]:
 
 def _values(record: Benchmark) -> ResultTable:
     template = "with the chat template" if record.chat_template else "without a chat template"
-    cut = " A limit left out rows, so the values are worth nothing beside others." if record.cut else ""
+    cut = " A limit left out rows, so these values cannot be compared with others." if record.cut else ""
     rows = [
         (
             task.key(metric),
@@ -100,8 +100,8 @@ def _differences(record: Benchmark) -> ResultTable:
     ]
     note = (
         "Differences are paired by row, with 95 % intervals (bootstrap over rows). A difference is real if the p value "
-        "of a randomisation test, corrected for the number of comparisons, is below 0.05. Those by the first metric of "
-        "each task are a family, the others another."
+        "of a randomisation test, corrected for the number of comparisons, is below 0.05. Comparisons by the first "
+        "metric of each task form one family, all others another."
     )
     columns = {"difference": "difference", "p": "p, corrected", "verdict": "verdict"}
     return ResultTable(title="Differences between arms", note=note, columns=columns, rows=rows)

@@ -120,8 +120,8 @@ class HarnessModel(TemplateLM):
             raise DataError(
                 f"the chat template refuses the turns of a task: {error}",
                 where=self._where,
-                remedy="a task's description is a system turn; use a template that has them (model.chat_template), or "
-                "set apply_chat_template=false",
+                remedy="a task's description becomes a system turn; use a template that supports system turns "
+                "(model.chat_template), or set apply_chat_template=false",
             ) from error
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
@@ -161,8 +161,8 @@ class HarnessModel(TemplateLM):
         """The request within the window; a context that does not fit loses its beginning."""
         if not 0 < len(continuation) <= self.max_length:
             raise DataError(
-                f"a task asks for the log-likelihood of a text of {len(continuation)} tokens; from 1 to "
-                f"{self.max_length} can be read",
+                f"a task asks for the log-likelihood of a text of {len(continuation)} tokens; the model reads from "
+                f"1 to {self.max_length}",
                 where=self._where,
                 remedy="correct the task's rows, or raise max_length",
             )
@@ -187,8 +187,8 @@ class HarnessModel(TemplateLM):
         room = self.max_length - how.max_new_tokens
         if room <= 0:
             raise DataError(
-                f"answers of {how.max_new_tokens} tokens leave no room for a prompt in the {self.max_length} tokens "
-                "that are read at once",
+                f"answers of {how.max_new_tokens} tokens leave no room for a prompt in max_length, "
+                f"{self.max_length} tokens",
                 where=self._where,
                 remedy="lower max_new_tokens, or max_gen_toks in the task's generation_kwargs",
             )

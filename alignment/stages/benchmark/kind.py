@@ -93,7 +93,9 @@ def _folder_faults(config: BenchmarkConfig, output: Path, where: str) -> Iterato
             yield Fault(where=path, message=f"no folder {folder}")
             continue
         if output.is_relative_to(folder):
-            message = f"{folder} also has this run's output, so its content changes; give tasks a folder of their own"
+            message = (
+                f"{folder} also contains this run's output, so its content changes; put tasks in a separate folder"
+            )
             yield Fault(where=path, message=message)
             continue
         try:
@@ -102,7 +104,7 @@ def _folder_faults(config: BenchmarkConfig, output: Path, where: str) -> Iterato
             yield Fault(where=path, message=str(error))
             continue
         if not tasks:
-            yield Fault(where=path, message=f"{folder} has no task: no *.yaml below it has task: NAME")
+            yield Fault(where=path, message=f"{folder} has no task: no *.yaml file in it has task: NAME")
 
 
 def _task_faults(config: BenchmarkConfig, folders: TaskFolders, where: str) -> Iterator[Fault]:
@@ -116,7 +118,9 @@ def _task_faults(config: BenchmarkConfig, folders: TaskFolders, where: str) -> I
             continue
         for task in tasks.values():
             if task.name in first:
-                message = f"{name!r} has the task {task.name!r}, and so has {first[task.name]!r}; ask for it once"
+                message = (
+                    f"{name!r} contains the task {task.name!r}, and so does {first[task.name]!r}; list it only once"
+                )
                 yield Fault(where=path, message=message)
             first[task.name] = name
             for problem in problems(task, num_fewshot=config.num_fewshot):
@@ -126,7 +130,10 @@ def _task_faults(config: BenchmarkConfig, folders: TaskFolders, where: str) -> I
 def _reference_faults(config: BenchmarkConfig, where: str) -> Iterator[Fault]:
     for number, arm in enumerate(config.arms):
         if arm in (PROMPTED, FEW_SHOT):
-            message = f"{arm!r} changes prompts, and these are the tasks' own; use 'base', and num_fewshot for examples"
+            message = (
+                f"{arm!r} changes prompts, but here the prompts belong to the tasks; use 'base', and "
+                f"num_fewshot for examples"
+            )
             yield Fault(where=f"{where}.arms[{number}]", message=message)
 
 
@@ -220,8 +227,8 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
         return []
     rows, left_out = metrics["rows"], metrics["rows_left_out"]
     return [
-        f"limit left out {left_out:.0f} of {rows + left_out:.0f} rows, so its figures are worth nothing beside others; "
-        "set limit to null"
+        f"limit left out {left_out:.0f} of {rows + left_out:.0f} rows, so its figures cannot be compared with "
+        f"others; set limit to null"
     ]
 
 

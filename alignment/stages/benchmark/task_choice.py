@@ -130,25 +130,25 @@ def problems(task: TaskFile, *, num_fewshot: int | None) -> Iterator[str]:
     if "class" in settings:
         yield "is written in Python (class), which is not supported; write it as YAML, with functions where needed"
     if settings.get("unsafe_code"):
-        yield "runs what a model writes as a program (unsafe_code), which this stage never does"
+        yield "runs programs that a model wrote (unsafe_code), which this stage never does"
     if media := [key for key in _MEDIA if settings.get(key)]:
-        yield f"shows a model more than text ({media[0]}), which this stage cannot do"
+        yield f"shows a model more than text ({media[0]}), which this stage does not support"
     if not (settings.get("test_split") or settings.get("validation_split")):
-        yield "names no rows to measure; set test_split or validation_split"
+        yield "does not say which rows to use; set test_split or validation_split"
     metrics = settings.get("metric_list") or []
     for metric in metrics if isinstance(metrics, list) else []:
         if isinstance(metric, Mapping) and metric.get("hf_evaluate"):
             yield (
-                f"loads the metric {metric.get('metric')!r} from a hub (hf_evaluate), and stages have no network; use "
+                f"loads the metric {metric.get('metric')!r} from a hub (hf_evaluate), but stages have no network; use "
                 "a metric of the harness, or !function"
             )
     answers = settings.get("generation_kwargs") or {}
     if answers.get("do_sample") and float(answers.get("temperature") or 0.0) > 0.0:
-        yield "samples its answers, and this stage answers greedily; set do_sample: false in its generation_kwargs"
+        yield "samples its answers, but this stage decodes greedily; set do_sample: false in its generation_kwargs"
     if num_fewshot and settings.get("num_fewshot") == 0:
         yield (
-            "sets num_fewshot: 0 in its file, which the harness never replaces; remove that line, or leave "
-            "num_fewshot of the stage at null"
+            "sets num_fewshot: 0 in its file, which the harness never overrides; remove that line, or leave the "
+            "stage's num_fewshot at null"
         )
     yield from _data_problems(task)
 
@@ -158,18 +158,18 @@ def _data_problems(task: TaskFile) -> Iterator[str]:
     if task.settings.get("custom_dataset") is not None:
         return
     if source is None:
-        yield "names no data; set dataset_path, such as json with data_files"
+        yield "does not name its data; set dataset_path, such as json with data_files"
     elif source in BUILDERS and not data_files(task):
-        yield f"reads {source} and names no file; set dataset_kwargs: {{data_files: …}}"
+        yield f"reads {source} but does not name a file; set dataset_kwargs: {{data_files: …}}"
     elif addresses := [name for name in _names_of_files(task) if ADDRESS in name]:
-        yield f"reads {addresses[0]}, and stages have no network; download the file and name it in data_files"
+        yield f"reads {addresses[0]}, but stages have no network; download the file and name it in data_files"
     elif hub_source(task) is not None and _names_of_files(task):
         yield (
-            f"chooses files of the hub's data set {source} (data_files, data_dir), which this stage cannot do; "
-            "download them, and set dataset_path to their format, such as csv"
+            f"chooses files of the hub's data set {source} (data_files, data_dir), which this stage does not "
+            f"support; download them, and set dataset_path to their format, such as csv"
         )
     elif source not in BUILDERS and not Path(str(source)).is_dir() and hub_source(task) is None:
         yield (
-            f"has dataset_path {source!r}, which is no folder beside its file; give a folder, one of "
+            f"has dataset_path {source!r}, which is not a folder relative to the task's file; give a folder, one of "
             f"{', '.join(BUILDERS)} with data_files, or ORG/NAME of a hub"
         )

@@ -29,7 +29,7 @@ def _data(config: CptConfig) -> list[DataSlot]:
 
 def _faults(config: CptConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     if config.validation.share is not None:
-        message = "a text becomes several rows, so a share would hold out parts of learned texts; use validation.data"
+        message = "a text becomes several rows, so a share would hold out parts of training texts; use validation.data"
         yield Fault(where=f"{where}.validation.share", message=message)
 
 

@@ -24,11 +24,11 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
     optim = {
         "lr": adapter_rate(1e-4, "chosen, not tuned"),
         "batch_size": Reasoned(value=batch_size(packed), why=why),
-        "epochs": Reasoned(value=1, why="chosen, not tuned: text that is seen often is learned by heart"),
+        "epochs": Reasoned(value=1, why="chosen, not tuned: text that is seen too often is memorised"),
     }
-    limit = Reasoned(value=length, why="texts are split into rows of so many tokens, and short ones are joined")
+    limit = Reasoned(value=length, why="texts are split into rows of this many tokens, and short ones are joined")
     settings = {**data_of(rows), "optim": optim, "max_length": limit}
-    return NewStage(why="Plain text first: the model learns to go on with it.", settings=settings, reads=rows)
+    return NewStage(why="First, the model learns to continue plain text.", settings=settings, reads=rows)
 
 
 PROPOSALS = Proposals(stage=_stage)

@@ -115,9 +115,9 @@ def timing(
         if context.spec.model.dtype is Dtype.float32 and max(gaps, default=0.0) > TIE:
             raise StageError(
                 f"{len(gaps)} of {len(prompts)} greedy answers with a draft differ from those without it, where the "
-                f"teacher's logits are up to {max(gaps):.3g} apart",
+                f"teacher's logits differ by up to {max(gaps):.3g}",
                 where=f"stages.{context.spec.stage}.timed_prompts",
-                remedy="report this with the versions of torch and transformers; timed_prompts=0 leaves it out",
+                remedy="report this with the versions of torch and transformers; timed_prompts=0 skips this",
             )
         assisted.append(
             Assisted(

@@ -23,7 +23,8 @@ def lines(artifact: Path) -> list[str]:
         timing = record.timing
         sentences.append(
             f"{artifact.name}: greedy answers are made {timing.speed_up(timing.before):.2f} times as fast with the "
-            f"draft before and {timing.speed_up(timing.after):.2f} times after it learned; {_differing(timing)}"
+            f"draft before training and {timing.speed_up(timing.after):.2f} times as fast after it; "
+            f"{_differing(timing)}"
         )
     return sentences
 
@@ -31,11 +32,11 @@ def lines(artifact: Path) -> list[str]:
 def _differing(timing: Timing) -> str:
     number = timing.before.differing + timing.after.differing
     if not number:
-        return f"all {timing.prompts} answers are those without a draft"
+        return f"all {timing.prompts} answers are the same as without a draft"
     gap = max(timing.before.widest_gap, timing.after.widest_gap)
     return (
-        f"{number} of {2 * timing.prompts} answers differ from those without a draft, from a token on at which the "
-        f"logits are at most {gap:.2g} apart"
+        f"{number} of {2 * timing.prompts} answers differ from those without a draft, first at a token where the "
+        f"logits differ by at most {gap:.2g}"
     )
 
 
@@ -45,8 +46,8 @@ def tables(artifact: Path) -> list[ResultTable]:
     timing = record.timing
     columns = {
         "acceptance": f"acceptance at temperature {record.temperature:g}",
-        "tokens": f"expected tokens a step, {record.gamma} drafted",
-        "same": "same likeliest token",
+        "tokens": f"expected tokens per step, {record.gamma} drafted",
+        "same": "same most likely token",
         "divergence": "divergence, nats a token",
     }
     if timing is not None:
@@ -59,7 +60,7 @@ def tables(artifact: Path) -> list[ResultTable]:
         ("before", _cells(record.before, timing, None if timing is None else timing.before)),
         ("after", _cells(record.after, timing, None if timing is None else timing.after)),
     ]
-    return [ResultTable(title="Beside its teacher", note=_note(record), columns=columns, rows=rows)]
+    return [ResultTable(title="Compared with its teacher", note=_note(record), columns=columns, rows=rows)]
 
 
 def _cells(figures: StudentFigures, timing: Timing | None, assisted: Assisted | None) -> list[Cell]:

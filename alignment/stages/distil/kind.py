@@ -37,12 +37,14 @@ def _faults(config: DistilConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     yield from sampling_faults(config.sampling, f"{where}.sampling")
     if config.layers is None and config.init == config.teacher:
         message = (
-            f"{config.init!r} is the teacher itself, which has nothing to learn from itself; set layers to take its "
-            "first layers (stage=draft), or name a smaller model with the same tokenizer"
+            f"{config.init!r} is the teacher itself, so there is nothing to learn; set layers to use its first "
+            f"layers (stage=draft), or name a smaller model with the same tokenizer"
         )
         yield Fault(where=f"{where}.init", message=message)
     if config.layers is not None and config.adapter.chain is CONTINUE and config.adapter.kind is not AdapterKind.full:
-        message = "the first layers are whole weights with all adapters merged, so there is none to continue; use merge"
+        message = (
+            "the first layers are whole weights with all adapters merged, so there is no adapter to continue; use merge"
+        )
         yield Fault(where=f"{where}.adapter.chain", message=message)
     if not config.method.needs_teacher:
         yield from unread_faults(config, usual, ("loss_temperature",), where, f"only method '{Method.tokens.value}'")
@@ -85,8 +87,8 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
     if before is None or after is None or after > before:
         return []
     return [
-        f"drafted tokens are accepted no more often after distillation ({after:.1%}) than before ({before:.1%}); train "
-        "longer or with another rate, or give it more prompts"
+        f"drafted tokens are not accepted more often after distillation ({after:.1%}) than before ({before:.1%}); "
+        f"train longer, change the learning rate, or add prompts"
     ]
 
 
@@ -99,7 +101,7 @@ def _curves(settings: Mapping[str, Any]) -> list[Curve]:
     return [
         curve("Divergence from the teacher", "nats a token", "loss"),
         curve("Acceptance", "of drafted tokens, at the temperature of the loss", "acceptance"),
-        curve("Same likeliest token", "share", "same_top"),
+        curve("Same most likely token", "share", "same_top"),
     ]
 
 

@@ -36,7 +36,7 @@ def student_of(config: DistilConfig, context: StageContext, tokenizer: Any) -> L
         raise ModelError(
             f"{config.init} has a different tokenizer or chat template than the teacher {config.teacher}",
             where=f"{where}.init",
-            remedy="take a student of the teacher's family; model.chat_template gives both the same template",
+            remedy="use a student of the teacher's family; model.chat_template gives both the same template",
         )
     if config.layers is None:
         return start

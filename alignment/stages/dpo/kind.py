@@ -45,8 +45,9 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
         return []
     return [
         "chosen and rejected answers both became less than half as likely: on the first batch, log p fell by "
-        f"{-chosen:.3g} nats for chosen and {-rejected:.3g} for rejected ones, so the policy gives other answers; "
-        "nll_weight=1 keeps chosen answers likely (Pang et al. 2024), and a smaller optim.lr or a larger beta may too"
+        f"{-chosen:.3g} nats for chosen and {-rejected:.3g} for rejected ones, so the policy now gives other "
+        f"answers; nll_weight=1 keeps chosen answers likely (Pang et al. 2024), and a smaller optim.lr or a larger "
+        f"beta may too"
     ]
 
 

@@ -19,9 +19,9 @@ _TAKEN_BY: dict[str, tuple[DpoLoss, ...]] = {
     "precompute_reference": tuple(loss for loss in DpoLoss if loss.needs_reference),
 }
 _WHY_NOT = {
-    ("nll_weight", DpoLoss.orpo): "orpo has this term already",
-    ("precompute_reference", DpoLoss.simpo): "simpo takes no reference",
-    ("precompute_reference", DpoLoss.orpo): "orpo takes no reference",
+    ("nll_weight", DpoLoss.orpo): "orpo already has this term",
+    ("precompute_reference", DpoLoss.simpo): "simpo has no reference",
+    ("precompute_reference", DpoLoss.orpo): "orpo has no reference",
 }
 
 
@@ -37,14 +37,12 @@ def loss_faults(config: DpoConfig, where: str) -> Iterator[Fault]:
             yield Fault(where=f"{where}.{name}", message=message)
     if config.loss is DpoLoss.simpo and config.target_margin is None:
         message = (
-            "is missing, and simpo needs it; Meng et al. (2024) use 0.3 to 1.6 with a beta of 2 to 2.5, and 0 is no "
-            "margin"
+            "is missing, and simpo needs it; Meng et al. (2024) use 0.3 to 1.6 with a beta of 2 to 2.5, and 0 means "
+            "no margin"
         )
         yield Fault(where=f"{where}.target_margin", message=message)
     if config.loss is DpoLoss.robust and not config.label_smoothing:
-        message = (
-            "0 makes robust the loss sigmoid; set the share of labels that are flipped, such as 0.1, or loss=sigmoid"
-        )
+        message = "with 0, robust is the same as sigmoid; set the share of flipped labels, such as 0.1, or loss=sigmoid"
         yield Fault(where=f"{where}.label_smoothing", message=message)
     if config.margin and config.label_smoothing and config.loss is DpoLoss.sigmoid:
         message = (

@@ -22,11 +22,13 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
     settings = {
         **from_start(circumstances, "stage:sft"),
         **data_of(rows),
-        "beta": Reasoned(value=0.1, why="Rafailov et al. 2023, appendix B; less lets the policy move further"),
+        "beta": Reasoned(
+            value=0.1, why="Rafailov et al. 2023, appendix B; a smaller value lets the policy move further"
+        ),
         **optimiser(
             rows,
             lr=adapter_rate(5e-5, "chosen, not tuned"),
-            epochs=Reasoned(value=1, why="chosen, not tuned: pairs are soon learned by heart"),
+            epochs=Reasoned(value=1, why="chosen, not tuned: pairs are soon memorised"),
         ),
         **row_limit(rows, circumstances),
         **validation(rows, epochs=1),

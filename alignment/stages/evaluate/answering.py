@@ -336,5 +336,5 @@ def _refuse_too_long(model: PreTrainedModel, request: _Request, max_new_tokens: 
             f"{request.arm.policy.source} has {positions} positions, but the longest prompt with its answer needs "
             f"{longest}{in_turn}",
             where=where,
-            remedy="lower max_new_tokens or few_shot.count, or leave out longer prompts",
+            remedy="lower max_new_tokens or few_shot.count, or leave out long prompts",
         )

@@ -44,7 +44,7 @@ def _passing_faults(grader: GraderConfig, metrics: list[MetricConfig], where: st
         splits = grader.lowest < metric.passing_score <= grader.highest
         if metric.source == GRADE and pass_size(metric.aggregate) is not None and not splits:
             message = (
-                f"{metric.passing_score:g} lets every grade pass or none, which go from {grader.lowest} to "
-                f"{grader.highest}; take one above {grader.lowest} and at most {grader.highest}"
+                f"{metric.passing_score:g} lets all grades pass or none, because grades go from {grader.lowest} to "
+                f"{grader.highest}; choose a value above {grader.lowest} and at most {grader.highest}"
             )
             yield Fault(where=f"{where}.metrics[{number}].passing_score", message=message)

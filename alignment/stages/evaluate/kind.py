@@ -76,7 +76,7 @@ def _faults(config: EvaluateConfig, run: RunConfig, where: str) -> Iterator[Faul
     yield from sampling_faults(config.sampling, f"{where}.sampling")
     for field, metric in _scorers(config).items():
         if metric.source == REWARD and config.reward is None:
-            message = f"'{REWARD}' is the model that {where}.reward names, which is null; name a model, or remove this"
+            message = f"'{REWARD}' needs the model in {where}.reward, which is null; name a model, or remove this"
             yield Fault(where=f"{where}.{source_field(field)}", message=message)
     if PROMPTED in config.arms and not config.system_prompt:
         message = f"missing, but the arm '{PROMPTED}' needs it; write a system prompt, or remove that arm"

@@ -36,14 +36,16 @@ def labelled_faults(stage: EvaluateConfig, where: str) -> Iterator[Fault]:
         return
     if judge.kind not in JUDGES:
         kinds = ", ".join(kind.value for kind in JUDGES)
-        message = f"unused: a judge of the kind {judge.kind.value!r} cannot judge pairs from a file; {kinds} can"
+        message = f"unused: a judge of the kind {judge.kind.value!r} cannot judge pairs from a file; only {kinds} can"
         yield Fault(where=path, message=message)
     elif not judge.labelled.data.source:
         message = "missing, so the other settings are unused; name preference pairs that people have labelled"
         yield Fault(where=f"{path}.data.source", message=message)
     metric = primary_metric(stage)
     if judge.kind is JudgeKind.metric and metric is not None and metric.source == CHOICE:
-        message = f"the primary metric has the source {CHOICE!r}, which scores no answers; take another judge.kind"
+        message = (
+            f"the primary metric has the source {CHOICE!r}, which does not score answers; choose another judge.kind"
+        )
         yield Fault(where=path, message=message)
 
 

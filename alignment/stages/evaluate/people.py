@@ -53,7 +53,7 @@ def by_people(
         lines += _lines(judged)
         keys = {vote.pair for vote in judged.votes}
         voted |= {row for row, pair in enumerate(judged.pairs) if pair.key in keys}
-    return Judge(kind="people", name="the vote of people", num_prompts=len(voted), pairs=table), lines
+    return Judge(kind="people", name="the votes of people", num_prompts=len(voted), pairs=table), lines
 
 
 def _votes(context: StageContext) -> list[Vote]:
@@ -64,7 +64,7 @@ def _votes(context: StageContext) -> list[Vote]:
         raise StageError(
             "the votes have changed since the run was planned",
             where=str(path),
-            remedy="run again, when nobody is judging: the answers are stored, so that takes little time",
+            remedy="run again when nobody is judging; the answers are stored, so this takes little time",
         )
     return read_votes(path)
 

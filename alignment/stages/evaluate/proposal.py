@@ -15,17 +15,17 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
     models, scorer = circumstances.made.get(REWARD_MODEL, ()), circumstances.answer(SCORER)
     reward = f"stage:{models[0]}" if models else None
     arms = ["base", *(f"stage:{name}" for name in policies)]
-    no_metric = "name what makes an answer good, or no arm is called better: docs/evaluation.md"
+    no_metric = "without a metric, no arm is called better; name what makes an answer good (docs/evaluation.md)"
     metric = Reasoned(value=[{"name": "score", "source": scorer}], why="also what is trained on: add another metric")
     settings = {
         **data_of(rows),
         "arms": Reasoned(value=arms, why="all answer the same prompts"),
-        "reference": Reasoned(value=circumstances.start, why="from which the KL of each arm is measured"),
+        "reference": Reasoned(value=circumstances.start, why="the KL of each arm is measured from this one"),
         "reward": Reasoned(value=reward, why="its scores are shown" if models else "there is no reward model"),
         "metrics": metric if scorer else Reasoned(value=[], why=no_metric),
         "max_new_tokens": new_tokens(rows_with_answers(circumstances), circumstances),
     }
-    return NewStage(why="Every policy answers prompts that none of them has learned.", settings=settings, reads=rows)
+    return NewStage(why="Every policy answers prompts on which none was trained.", settings=settings, reads=rows)
 
 
 PROPOSALS = Proposals(stage=_stage)

@@ -32,7 +32,7 @@ def votes_files(config: EvaluateConfig, folder: Path) -> Mapping[str, Path]:
         raise DataError(
             f"no file {path}",
             where=f"stages.{folder.name}.{FIELD}",
-            remedy="name a file of `align judge`, or leave it out to take the votes on this run",
+            remedy="name a file of `align judge`, or leave it out to use the votes on this run",
         )
     read_votes(path)
     return {FIELD: path}
@@ -46,7 +46,7 @@ def single_answer_checks(config: EvaluateConfig) -> tuple[Callable[[HeldOutPromp
 def _one_turn(row: HeldOutPrompt) -> None:
     if row.later_turns:
         raise DataError(
-            f"'turns' asks {row.num_turns} turns, and people judge single answers",
+            f"'turns' asks {row.num_turns} turns, but people judge single answers",
             where=row.where,
             remedy="choose another judge.kind, or leave out rows of several turns",
         )

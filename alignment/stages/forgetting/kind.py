@@ -35,7 +35,7 @@ def _reported(config: ForgettingConfig) -> Reported:
 
 KIND = StageKind(
     name="forgetting",
-    summary="what policies forgot of general text and questions, with a gate",
+    summary="how much policies forgot about general text and questions, with a gate",
     config=ForgettingConfig,
     revision=2,
     produces=FORGETTING,

@@ -24,7 +24,8 @@ from alignment.stages.shared.kind_answers import (
 FIGURES = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins")
 COUNTS = ("desirable_rows", "undesirable_rows", "desirable_weight", "undesirable_weight")
 ONE_LABEL_REMEDY = (
-    "add such rows, or use a stage that learns from one kind; for rows of a stage that samples, change its threshold"
+    "add such rows, or use a stage that learns from only one kind; if the rows come from a sample stage, change its "
+    "threshold"
 )
 _LABELS = ("desirable", "undesirable")
 
@@ -39,7 +40,7 @@ def one_label(labels: Mapping[str, int]) -> str:
     missing = next((label for label in (DESIRABLE, UNDESIRABLE) if not labels.get(label)), None)
     if missing is None:
         return ""
-    return f"none of the {sum(labels.values())} rows is {missing}, and KTO learns from the difference"
+    return f"none of the {sum(labels.values())} rows is {missing}, but KTO learns from the difference between both"
 
 
 def _data(config: KtoConfig) -> list[DataSlot]:
@@ -49,7 +50,7 @@ def _data(config: KtoConfig) -> list[DataSlot]:
 def _faults(config: KtoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     if config.loss.estimates_kl and config.optim.batch_size < 2:
         message = (
-            f"{config.optim.batch_size}, but the KL divergence is estimated from other answers of the same batch; use "
+            f"{config.optim.batch_size}, but the KL divergence is estimated from the other answers in the batch; use "
             "2 or more, or loss=apo_zero_unpaired"
         )
         yield Fault(where=f"{where}.optim.batch_size", message=message)
@@ -59,7 +60,7 @@ def _size_faults(config: KtoConfig, processes: int, where: str) -> Iterator[Faul
     size = config.optim.batch_size
     if config.loss.estimates_kl and processes > 1 and size % processes == 0 and size // processes < 2:
         message = (
-            f"{size} leaves one row for each of {processes} processes, and TRL's trainer needs two; use "
+            f"{size} leaves one row for each of {processes} processes, but TRL's trainer needs two; use "
             f"{2 * processes} or more, or fewer processes"
         )
         yield Fault(where=f"{where}.optim.batch_size", message=message)
@@ -79,10 +80,10 @@ def _label_notes(config: KtoConfig, labels: Mapping[str, int]) -> Iterator[str]:
     ratio = weights.ratio(*counts)
     note = (
         f"{counts[0]} desirable and {counts[1]} undesirable rows, with weights of {weights.desirable:.4g} and "
-        f"{weights.undesirable:.4g}: together the desirable ones count {ratio:.3g} times as much"
+        f"{weights.undesirable:.4g}: in total, the desirable ones count {ratio:.3g} times as much"
     )
     if not LEAST_RATIO - 1e-9 <= ratio <= GREATEST_RATIO + 1e-9:
-        yield f"{note}, and the paper recommends 1 to 4/3; set one of the weights to null"
+        yield f"{note}, but the paper recommends 1 to 4/3; set one of the weights to null"
     elif config.desirable_weight is None or config.undesirable_weight is None:
         yield note
 

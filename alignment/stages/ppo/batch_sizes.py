@@ -22,13 +22,14 @@ def size_faults(config: PpoConfig, processes: int, where: str) -> Iterator[Fault
     prompts, rest = divmod(episodes, group)
     if rest:
         message = (
-            f"{episodes} episodes do not divide by {group} completions a prompt; choose a divisor of optim.batch_size"
+            f"{episodes} episodes cannot be divided into groups of {group} completions; choose a divisor of "
+            f"optim.batch_size"
         )
         yield Fault(where=f"{where}.completions_per_prompt", message=message)
         return  # the number of prompts is not defined
     if prompts % processes:
         message = (
-            f"{prompts} prompts an update do not divide by {processes} processes; choose a multiple of "
+            f"{prompts} prompts per update cannot be divided among {processes} processes; choose a multiple of "
             f"{processes * group}"
         )
         yield Fault(where=f"{where}.optim.batch_size", message=message)

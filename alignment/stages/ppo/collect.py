@@ -98,9 +98,9 @@ def refuse_wrong_reference(kl: Tensor) -> None:
     worst = float(kl.sum(-1).abs().mean())
     if worst > START_KL_TOLERANCE:
         raise StageError(
-            f"at step 0 the KL to the reference is {worst:.4f} nats a sequence, not 0: the reference is not the "
-            "policy that the stage starts from",
-            remedy="nothing was trained; report this with the stage.yaml of the run",
+            f"at step 0 the KL to the reference is {worst:.4f} nats a sequence, not 0, so the reference is not the "
+            f"policy from which the stage started",
+            remedy="nothing was trained; please report this with the stage.yaml of the run",
         )
 
 

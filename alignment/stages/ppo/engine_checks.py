@@ -39,13 +39,18 @@ def engine_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
         message = f"'vllm', but {reason}; use adapter=lora or adapter=full, or {field}.engine=own"
         yield Fault(where=f"{field}.engine", message=message)
     if config.adapter.kind is not AdapterKind.full and config.adapter.modules_to_save:
-        message = f"'vllm', which does not take adapters with modules_to_save; leave them out, or {field}.engine=own"
+        message = (
+            f"'vllm', which does not support adapters with modules_to_save; leave that setting out, or use "
+            f"{field}.engine=own"
+        )
         yield Fault(where=f"{field}.engine", message=message)
     if config.adapter.kind is not AdapterKind.full and config.adapter.rank > RANKS[-1]:
-        message = f"{config.adapter.rank}, but vLLM takes at most {RANKS[-1]}; lower it, or {field}.engine=own"
+        message = f"{config.adapter.rank}, but vLLM supports at most {RANKS[-1]}; lower it, or use {field}.engine=own"
         yield Fault(where=f"{where}.adapter.rank", message=message)
     if sampling.max_staleness and sampling.importance_cap is None:
-        message = "1, so answers are those of an earlier policy, and nothing corrects that; set importance_cap, as 2.0"
+        message = (
+            "1, so answers come from an earlier policy, and nothing corrects for that; set importance_cap, such as 2.0"
+        )
         yield Fault(where=f"{field}.max_staleness", message=message)
 
 
@@ -63,13 +68,13 @@ def engine_notes(config: PpoConfig, weights: int | None) -> Iterator[str]:
     size = "" if weights is None else f", {weights / 1e9:.2g} GB"
     if config.adapter.kind is AdapterKind.full:
         yield (
-            f"vLLM holds the weights a second time, and after each of {config.updates} updates all of them{size} are "
-            "written to a file and read by it; with adapter=lora only the adapter is"
+            f"vLLM has its own copy of the weights, and after each of {config.updates} updates all of them{size} "
+            f"are written to a file for it; with adapter=lora, only the adapter is"
         )
     else:
-        yield f"vLLM holds the frozen weights a second time{size}"
+        yield f"vLLM has its own copy of the frozen weights{size}"
     if config.sampling.max_staleness:
-        yield "answers are sampled by the policy of the update before, while that update is learned from"
+        yield "answers are sampled by the previous policy while the current update is computed"
 
 
 def engine_doubts(metrics: Mapping[str, float]) -> list[str]:
@@ -78,8 +83,8 @@ def engine_doubts(metrics: Mapping[str, float]) -> list[str]:
         return []
     return [
         f"the engine that sampled gave log-probabilities that differ from the policy's by {metrics[GAP]:.3f} nats a "
-        f"token ({metrics.get(BEYOND, 0.0):.0%} beyond the bound), and nothing corrected for it: the policy learned "
-        "from answers of another one; set sampling.importance_cap, or sampling.engine=own"
+        f"token ({metrics.get(BEYOND, 0.0):.0%} beyond the bound), and nothing corrected for that: the policy "
+        f"learned from another policy's answers; set sampling.importance_cap, or sampling.engine=own"
     ]
 
 
@@ -88,7 +93,7 @@ def engine_curves() -> list[Curve]:
     return [
         Curve(
             title="Gap to the engine",
-            unit="nats a token: difference of log-probabilities, mean and largest",
+            unit="nats per token: difference of log-probabilities, mean and largest",
             keys=(GAP, LARGEST_GAP),
             labels=("mean", "largest"),
         ),

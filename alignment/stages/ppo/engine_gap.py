@@ -54,13 +54,13 @@ class EngineGap:
             raise StageError(
                 f"answers of update {update} were sampled by the policy of update {min(batch.rollout.versions)}",
                 where=self._where,
-                remedy="nothing was learned from them; report this with the stage.yaml of the run",
+                remedy="they were not used for training; please report this with the stage.yaml of the run",
             )
         if staleness == 0 and metrics.values[GAP] > OTHER_WEIGHTS:
             raise StageError(
                 f"the engine's log-probabilities differ from the policy's by {metrics.values[GAP]:.2f} nats a token, "
                 "so it has other weights",
                 where=self._where,
-                remedy="nothing was learned from its answers; check that the server has the model that the stage "
-                "starts from",
+                remedy="its answers were not used for training; check that the server has the model from which the "
+                "stage starts",
             )

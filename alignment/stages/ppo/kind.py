@@ -76,20 +76,23 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         reader = "only kl.control 'adaptive'"
         yield from unread_faults(config.kl, KlConfig(), ("target", "horizon"), f"{where}.kl", reader)
     elif config.kl.coefficient == 0.0:
-        message = "0, which kl.control 'adaptive' multiplies, so it stays 0; choose more, or kl.control=fixed"
+        message = (
+            "0, which kl.control 'adaptive' only multiplies, so it would stay 0; choose a larger value, or "
+            "kl.control=fixed"
+        )
         yield Fault(where=f"{where}.kl.coefficient", message=message)
     yield from _overlong_faults(config, f"{where}.overlong")
     steps = config.ppo_epochs * config.num_minibatches
     if config.max_approxkl is not None and steps < 3:
         message = (
-            f"{config.max_approxkl:g} has no effect: the first minibatch never exceeds it, the second could only skip "
-            f"later ones, and an update of ppo_epochs * num_minibatches = {steps} has none; use 3 or more, or null"
+            f"{config.max_approxkl:g} has no effect: the first minibatch never exceeds it, the second could only "
+            f"skip later ones, but an update of ppo_epochs * num_minibatches = {steps} has none; use 3 or more, or null"
         )
         yield Fault(where=f"{where}.max_approxkl", message=message)
     if config.critic_warmup >= config.updates:
         message = (
-            f"in {config.critic_warmup} of {config.updates} updates only the critic learns, so the policy learns "
-            "nothing; choose less than updates"
+            f"only the critic learns in the first {config.critic_warmup} of {config.updates} updates, so the policy "
+            f"never learns; choose a value below updates"
         )
         yield Fault(where=f"{where}.critic_warmup", message=message)
 
@@ -97,8 +100,8 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
 def _overlong_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
     if config.overlong.buffer > config.max_new_tokens:
         message = (
-            f"{config.overlong.buffer} tokens are more than an answer may have (max_new_tokens, "
-            f"{config.max_new_tokens}); choose at most that"
+            f"{config.overlong.buffer} tokens are more than the longest answer (max_new_tokens, "
+            f"{config.max_new_tokens}); choose at most that number"
         )
         yield Fault(where=f"{where}.buffer", message=message)
     if not config.overlong.buffer:
@@ -133,7 +136,7 @@ def _reads_no_reward(config: PpoConfig) -> bool:
 
 def _unread_reward(config: PpoConfig) -> str:
     why = {
-        Critic.separate: "a critic starts only from a reward model that a stage made",
+        Critic.separate: "a critic can start only from a reward model that a stage made",
         Critic.shared: "a shared critic starts at 0",
         Critic.none: "there is no critic that could start from it",
     }[config.critic]
@@ -151,7 +154,7 @@ def _is_external(ref: str) -> bool:
 def _refusals(config: PpoConfig, launch: LaunchConfig) -> Iterator[Refusal]:
     yield from sampling_refusals(config.sampling, launch)
     if launch.sharding.by_deepspeed and config.critic_warmup:
-        why = "DeepSpeed steps all weights, including the policy's"
+        why = "DeepSpeed updates all weights, including the policy's"
         yield Refusal(field="critic_warmup", why=why, instead="critic_warmup=0, or launch=ddp")
     if launch.sharding is Sharding.fsdp and config.critic_warmup:
         why = "PyTorch's sharded checkpoints need moments of all weights, and the policy has none yet"
@@ -188,13 +191,13 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
     doubts = []
     if metrics.get("eos_rate") == 0.0:
         doubts.append(
-            "none of the last update's answers ended within max_new_tokens, so all were cut off; raise it, or start "
-            "from a policy that ends its answers"
+            "none of the last update's answers ended within max_new_tokens, so all were cut off; raise "
+            "max_new_tokens, or start from a policy that ends its answers"
         )
     if metrics.get("objective/score_std") == 0.0 or metrics.get(TIED_SHARE) == 1.0:
         doubts.append(
             "all answers to each of the last update's prompts had the same score, so there was nothing to learn from; "
-            "take a scorer that distinguishes them"
+            "use a scorer that distinguishes them"
         )
     return [*doubts, *engine_doubts(metrics)]
 
@@ -221,7 +224,7 @@ def _sampled_tokens(settings: Mapping[str, Any], line: Mapping[str, Any]) -> flo
 
 def _all_curves() -> list[Curve]:
     return [
-        curve("Score", "what PPO maximises, mean of an update", "objective/score"),
+        curve("Score", "what PPO maximises, mean over an update", "objective/score"),
         curve("KL to the reference", "nats a sequence", "objective/kl"),
         Curve(
             title="Held-out answers, over √KL",
@@ -237,10 +240,12 @@ def _all_curves() -> list[Curve]:
         curve(
             "Explained variance", "of the value model; dotted: no better than a constant", "val/explained_variance", 0.0
         ),
-        curve("Prompts without a difference", "whose answers all score alike, in an update", "objective/tied_prompts"),
+        curve(
+            "Prompts without score differences", "whose answers all score alike, in an update", "objective/tied_prompts"
+        ),
         Curve(
             title="Penalties",
-            unit="subtracted from the score, mean of an update",
+            unit="subtracted from the score, mean over an update",
             keys=(LENGTH, OVERLONG),
             labels=("length", "overlong"),
         ),

@@ -45,14 +45,18 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
         **_scores(scorer, models[0] if models else ""),
         **_size(rows),
         "critic": Reasoned(
-            value="shared", why="one pass for policy and values; separate takes a second model's memory"
+            value="shared", why="one pass for policy and values; separate needs memory for a second model"
         ),
-        "prompt_baseline": Reasoned(value=True, why=f"scores of different prompts are not alike; {_QUICKSTART}"),
+        "prompt_baseline": Reasoned(value=True, why=f"scores of different prompts are not comparable; {_QUICKSTART}"),
         "gae_lambda": Reasoned(value=1.0, why=f"a shared critic starts at 0; {_QUICKSTART}"),
         "value_clip": Reasoned(value=10.0, why=_QUICKSTART),
         **row_limit(rows, left, "max_prompt_length", part="prompts"),
         "max_new_tokens": answers,
-        "kl": {"coefficient": Reasoned(value=0.05, why="Huang et al. 2024; more holds the policy to its start")},
+        "kl": {
+            "coefficient": Reasoned(
+                value=0.05, why="Huang et al. 2024; a larger value keeps the policy closer to its start"
+            )
+        },
     }
     return NewStage(why="Samples answers to the prompts and raises their scores.", settings=settings, reads=rows)
 
@@ -60,12 +64,12 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
 def _scores(scorer: str, model: str) -> dict[str, Any]:
     """What scores answers: the run's reward model, what the user named, or both."""
     reward = f"stage:{model}" if model else None
-    why = "trained on the pairs above" if model else "none; the scorers below take its place"
+    why = "trained on the pairs above" if model else "none; the scorers below are used instead"
     settings: dict[str, Any] = {"reward": Reasoned(value=reward, why=why)}
     if scorer:
         sources = [*(["reward"] if model else []), scorer]
         value = [{"source": source} for source in sources]
-        settings["scorers"] = Reasoned(value=value, why="their scores are added; give each a weight if need be")
+        settings["scorers"] = Reasoned(value=value, why="their scores are added; give each a weight if needed")
     return settings
 
 

@@ -54,8 +54,8 @@ from alignment.training.sharding import gathered, leave_frozen_out, prepare
 log = logging.getLogger(__name__)
 
 SAMPLES_DIFFER = (
-    "the stage continues from its checkpoint, but the engine's answers depend on what else it samples at the time: "
-    "from here on they need not equal those of a run that was never interrupted."
+    "the stage continues from its checkpoint, but the engine's answers depend on what else it samples at the time, "
+    "so from here on they may differ from those of an uninterrupted run."
 )
 
 
@@ -265,7 +265,7 @@ class PpoTrainer(ShardedTrainer):
         warn_of_equal_scores(scores)
         if self.over_budget:
             log.warning(
-                "the KL was above guard.max_kl twice in a row (now %.2f nats a sequence); the stage ends after %d "
+                "the KL was above guard.max_kl twice in a row (now %.2f nats per sequence); the stage ends after %d "
                 "updates.",
                 kl,
                 update,

@@ -57,7 +57,7 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
     held_out = "held-out pairs" if pairs is None else f"{pairs:.0f} held-out pairs"
     return [
         f"right on {accuracy:.0%} of {held_out}, no better than chance ({_CHANCE:.0%}): a policy trained on its "
-        "scores does not learn the preferences"
+        f"scores will not learn the preferences"
     ]
 
 

@@ -84,12 +84,13 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
     doubts = []
     if metrics.get("answers") and metrics.get("answers_repeated", 0.0) > metrics["answers"] / 2:
         doubts.append(
-            "more than half of the answers repeat another one to the same prompt, so there was little to choose from; "
+            "more than half of the answers repeat another answer to the same prompt, so there was little to choose "
+            "from; "
             "raise temperature"
         )
     if metrics.get("prompts") and metrics.get("prompts_tied") == metrics["prompts"]:
         doubts.append(
-            "all answers to each prompt had the same score, so the first was as good as any; take a scorer that "
+            "all answers to each prompt had the same score, so the first one was always chosen; use a scorer that "
             "distinguishes them"
         )
     return doubts
@@ -97,7 +98,7 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
 
 KIND = StageKind(
     name="sample",
-    summary="answers of a policy, scored, as rows for other stages",
+    summary="a policy's answers, scored and turned into rows for other stages",
     config=SampleConfig,
     revision=1,
     produces=ROWS,

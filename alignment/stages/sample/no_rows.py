@@ -40,8 +40,8 @@ def no_rows(
 def _of_reasons(reasons: Mapping[str, int]) -> str:
     """What to do about answers that were left out for these reasons."""
     if reasons.get(NO_END):
-        return "raise max_new_tokens, or set ended_only=false if answers without an end may be learned"
-    return "take a policy that answers these prompts, or another chat template; `align chat` shows what it says"
+        return "raise max_new_tokens, or set ended_only=false to use answers without an end"
+    return "use a policy that answers these prompts, or another chat template; `align chat` shows its answers"
 
 
 def _no_difference(config: SampleConfig, several: Sequence[Sequence[float]]) -> tuple[str, str]:
@@ -52,7 +52,7 @@ def _no_difference(config: SampleConfig, several: Sequence[Sequence[float]]) -> 
     margin = max(max(scores) - min(scores) for scores in several)
     if margin == 0.0:
         message = "the scorers gave all answers to a prompt the same score, so none is better than another"
-        return message, f"take scorers that distinguish the answers, or {more}"
+        return message, f"use scorers that distinguish the answers, or {more}"
     message = (
         f"no two answers to a prompt differ by min_margin, {config.min_margin:g}; the largest margin is {margin:g}"
     )

@@ -40,7 +40,7 @@ def tables(artifact: Path) -> list[ResultTable]:
     note = (
         f"Of {record.answers} answers to {record.prompts} prompts, {record.rows} rows were made ({record.select}). The "
         "KL divergence of the best of n from the policy is at most log n − (n − 1)/n (Beirami et al. 2024). Scores are "
-        "those that chose the rows, so a policy that learns from them is better judged by another metric."
+        "those that chose the rows, so judge a policy that learns from them by another metric."
     )
     columns = {"score": "mean score", "kl": "KL at most, nats"}
     return [ResultTable(title="Best of n", note=note, columns=columns, rows=rows)]

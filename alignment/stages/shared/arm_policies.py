@@ -81,7 +81,7 @@ def refuse_without_template(
     """
     if not tokenizer.chat_template:
         raise ModelError(
-            f"{stage_input.ref} has a tokenizer without a chat template, so prompts cannot be rendered for it",
+            f"{stage_input.ref} has a tokenizer without a chat template, so its prompts cannot be rendered",
             where=f"stages.{context.spec.stage}.{field}",
             remedy="put the template with which it was trained into its folder (chat_template.jinja)",
         )

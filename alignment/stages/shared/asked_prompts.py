@@ -50,14 +50,14 @@ def asked_prompts(
     ids = {row: tokenized.rows[0]["prompt"] for row, tokenized in by_row.items()}
     evaluated = _evaluated(config, context, {row: records[row] for row in ids})
     repeated = set(_repeated({row: prompt for row, prompt in ids.items() if row not in evaluated}))
-    reasons = {**evaluated, **dict.fromkeys(repeated, "its prompt is that of an earlier row")}
+    reasons = {**evaluated, **dict.fromkeys(repeated, "its prompt repeats an earlier row")}
     list_left_out(context, ({"where": records[row].where, "reason": reasons[row]} for row in sorted(reasons)))
     rows = [row for row in ids if row not in reasons]
     if not rows:
         raise DataError(
             f"no prompt is left of {len(records)}: {len(evaluated)} are also evaluated, {len(repeated)} are repeated",
             where=f"stages.{context.spec.stage}.data",
-            remedy="use prompts that no evaluation of the run has",
+            remedy="use prompts that no evaluation of the run uses",
         )
     return AskedPrompts(
         rows=rows,

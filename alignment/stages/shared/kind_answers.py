@@ -58,7 +58,10 @@ def held_out_slot(validation: ValidationConfig, own: DataSlot) -> DataSlot:
 
 def hold_nearer_to_the_start(name: str) -> str:
     """Advice against forgetting in the stage ``name``, which is held to its start by ``beta``."""
-    return f"raise stages.{name}.beta, lower its optim.lr or train fewer epochs; add replay only to the SFT before it"
+    return (
+        f"raise stages.{name}.beta, lower its optim.lr or train fewer epochs; add replay only to the SFT stage "
+        f"before it"
+    )
 
 
 def held_out_fault(fraction: float, num_prompts: int, rows: str, where: str) -> Iterator[Fault]:

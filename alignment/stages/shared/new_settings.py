@@ -28,7 +28,7 @@ def from_start(circumstances: Circumstances, usual: str) -> dict[str, Any]:
     """The setting ``init``, unless it is the ``usual`` one."""
     if circumstances.start == usual:
         return {}
-    why = "the base model: no stage before it learns answers" if circumstances.start == "base" else "the stage before"
+    why = "the base model: no earlier stage learns answers" if circumstances.start == "base" else "the earlier stage"
     return {"init": Reasoned(value=circumstances.start, why=why)}
 
 
@@ -62,7 +62,7 @@ def row_limit(
     settings: dict[str, Any] = {name: Reasoned(value=limit, why=_why_limit(rows, lengths, limit, dropped))}
     if dropped > _DROPPED:
         share = min(1.0, math.ceil(100 * dropped + 1) / 100)
-        why = f"no more than {circumstances.positions:,} tokens fit, and longer rows are left out"
+        why = f"no more than {circumstances.positions:,} tokens fit; longer rows are left out"
         settings["too_long"] = {"max_share": Reasoned(value=share, why=why)}
     return settings
 
@@ -80,7 +80,7 @@ def new_tokens(rows: Rows | None, circumstances: Circumstances) -> Reasoned:
     limit = _limit(common_length(rows.lengths.answers), most)
     share = 1 - share_above(rows.lengths.answers, limit)
     return Reasoned(
-        value=limit, why=f"{share:.0%} of the answers in {', '.join(rows.files)} have at most so many tokens"
+        value=limit, why=f"{share:.0%} of the answers in {', '.join(rows.files)} have at most this many tokens"
     )
 
 
@@ -93,15 +93,15 @@ def validation(rows: Rows, *, epochs: float) -> dict[str, Any]:
     return {
         "validation": {
             "share": Reasoned(value=share, why=f"of {rows.prompts:,} different prompts; {_UNTUNED}"),
-            "every": Reasoned(value=max(1, steps // _LOOKS), why=f"about {_LOOKS} looks in {steps:,} steps"),
-            "keep_best": Reasoned(value=True, why="hand on the step with the least held-out loss"),
+            "every": Reasoned(value=max(1, steps // _LOOKS), why=f"about {_LOOKS} validations in {steps:,} steps"),
+            "keep_best": Reasoned(value=True, why="keep the step with the lowest held-out loss"),
         }
     }
 
 
 def adapter_rate(value: float, source: str) -> Reasoned:
     """A learning rate for adapters."""
-    return Reasoned(value=value, why=f"{source}; all weights (adapter: full) want about a tenth")
+    return Reasoned(value=value, why=f"{source}; with all weights (adapter: full), use about a tenth")
 
 
 def _limit(tokens: int, positions: int) -> int:

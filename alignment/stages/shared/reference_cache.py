@@ -141,7 +141,7 @@ def _read(file: Path, answers: Sequence[str], *, rows: int) -> dict[str, Tensor]
     except FileNotFoundError:
         return None
     except (SafetensorError, OSError) as error:
-        log.warning("%s is damaged (%s); it will be computed again.", file, error)
+        log.warning("%s is damaged (%s) and will be computed again.", file, error)
         return None
     whole = columns.keys() == set(answers) and all(column.shape == (rows,) for column in columns.values())
     return columns if whole else None

@@ -28,7 +28,7 @@ def sampling_faults(sampling: SamplingConfig, where: str) -> Iterator[Fault]:
 def sampling_refusals(sampling: SamplingConfig, launch: LaunchConfig) -> Iterator[Refusal]:
     """The server listens on one machine."""
     if sampling.engine is Engine.vllm and launch.backend.num_machines > 1:
-        why = "the server listens on one machine only"
+        why = "the server listens only on one machine"
         yield Refusal(field="sampling.engine", why=why, instead="sampling.engine=own")
 
 

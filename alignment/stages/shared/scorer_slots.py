@@ -23,6 +23,6 @@ def missing_reward_faults(scorers: Mapping[str, ScoreSourceConfig], reward: str 
     for field, scorer in scorers.items():
         if scorer.source == REWARD and reward is None:
             message = (
-                f"'{REWARD}' is the model that {where}.reward names, which is null; name a model, or remove this scorer"
+                f"'{REWARD}' needs the model in {where}.reward, which is null; name a model, or remove this scorer"
             )
             yield Fault(where=f"{where}.{source_field(field)}", message=message)

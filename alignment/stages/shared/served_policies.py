@@ -70,9 +70,9 @@ class ServedPolicies:
         if needed.below.adapters or self._below not in (None, needed.below):
             names = " and ".join(adapter.path.name for adapter in needed.below.adapters) or needed.below.source
             raise ConfigError(
-                f"the server at a url has one set of weights, and this policy has others ({names} merged)",
+                f"the server at url has one set of weights, but this policy has different weights ({names} merged)",
                 where=f"stages.{self._context.spec.stage}.sampling.url",
-                remedy="leave it out: the stage then starts a server with the weights of each policy",
+                remedy="leave url out; the stage then starts a server with the weights of each policy",
             )
 
     def _used(self, adapter: Path | None) -> Weights:
@@ -113,7 +113,7 @@ class ServedPolicies:
                 f"the engine's log-probabilities differ from the policy's by {gap:.2f} nats a token, so it has other "
                 "weights",
                 where=f"stages.{self._context.spec.stage}.sampling",
-                remedy="check that the server has the model that the policy's adapter was trained on",
+                remedy="check that the server has the model on which the policy's adapter was trained",
             )
 
     def _start(self, needed: ServedWeights, longest: int) -> None:

@@ -41,8 +41,7 @@ def refuse_other_reference(own: Iterable[StartRow], precomputed: Reference | Non
     """Compares the answers of this process and of all others; every process must call this.
 
     Raises:
-        StageError: policy and reference differ on an answer, so the reference is not the policy that the stage starts
-            from.
+        StageError: policy and reference differ on an answer, so the stage does not start from the reference.
     """
     worst = max((row for rows in everyones(list(own)) for row in rows), key=lambda row: row.excess)
     if worst.excess > tolerance and not on_shadows():
@@ -55,7 +54,9 @@ def refuse_other_reference(own: Iterable[StartRow], precomputed: Reference | Non
 
 
 def _remedy(precomputed: Reference | None) -> str:
-    report = "report this with the stage.yaml of the run; if model.dtype=float32 avoids it, it is rounding"
+    report = (
+        "report this with the stage.yaml of the run; if model.dtype=float32 avoids the error, the cause is rounding"
+    )
     if precomputed is None or not precomputed.file.is_file():
         return report
     return f"delete {precomputed.file}, which holds the reference, and run again; if the error returns, {report}"

@@ -79,7 +79,7 @@ def add(folder: Path, name: str, text: str, *, base: str = "") -> None:
         ("tasks=[sumz]", "stages.benchmark.tasks[0]: no task 'sumz' in task_folders; did you mean 'sums'?"),
         (
             "tasks=[sums,sums]",
-            "stages.benchmark.tasks[1]: 'sums' has the task 'sums', and so has 'sums'; ask for it once",
+            "stages.benchmark.tasks[1]: 'sums' contains the task 'sums', and so does 'sums'; list it only once",
         ),
         ("task_folders=[nowhere]", "stages.benchmark.task_folders[0]: no folder "),
         ("task_folders=['harness:nowhere']", "stages.benchmark.task_folders[0]: no folder "),
@@ -103,9 +103,9 @@ def test_settings_that_cannot_be_right_are_named(benchmark: MakeBenchmark, overr
     ("change", "message"),
     [
         ("class: !function tasks.Mine", "is written in Python (class), which is not supported"),
-        ("unsafe_code: true", "runs what a model writes as a program (unsafe_code), which this stage never does"),
+        ("unsafe_code: true", "runs programs that a model wrote (unsafe_code), which this stage never does"),
         ("doc_to_image: picture", "shows a model more than text (doc_to_image)"),
-        ("test_split: null", "names no rows to measure; set test_split or validation_split"),
+        ("test_split: null", "does not say which rows to use; set test_split or validation_split"),
         (
             "metric_list: [{metric: bleurt, hf_evaluate: true}]",
             "loads the metric 'bleurt' from a hub (hf_evaluate), and ",
@@ -114,11 +114,11 @@ def test_settings_that_cannot_be_right_are_named(benchmark: MakeBenchmark, overr
             "generation_kwargs: {do_sample: true, temperature: 0.7}",
             "samples its answers, and this stage answers greedily",
         ),
-        ("dataset_path: null", "names no data; set dataset_path, such as json with data_files"),
-        ("dataset_kwargs: null", "reads json and names no file; set dataset_kwargs: {data_files: …}"),
+        ("dataset_path: null", "does not name its data; set dataset_path, such as json with data_files"),
+        ("dataset_kwargs: null", "reads json but does not name a file; set dataset_kwargs: {data_files: …}"),
         (
             "dataset_kwargs: {data_files: {test: hf://datasets/org/name/rows.jsonl}}",
-            "reads hf://datasets/org/name/rows.jsonl, and stages have no network; download the file and name it",
+            "reads hf://datasets/org/name/rows.jsonl, but stages have no network; download the file and name it",
         ),
         (
             "dataset_path: org/name\ndataset_kwargs: {data_files: {test: part/rows.csv}}",
@@ -250,7 +250,9 @@ def test_a_group_and_a_tag_stand_for_their_tasks(benchmark: MakeBenchmark, folde
         config = stage(plan).config
         assert reported.missing(config, "products/exact_match/sft", "benchmark") == ""
     assert "reports no 'sumz/exact_match/sft'" in reported.missing(config, "sumz/exact_match/sft", "benchmark")
-    with pytest.raises(ConfigError, match="'all' has the task 'differences', and so has 'hard'; ask for it once"):
+    with pytest.raises(
+        ConfigError, match="'all' contains the task 'differences', and so does 'hard'; list it only once"
+    ):
         benchmark("stages.benchmark.tasks=[hard,all]")
 
 

@@ -56,8 +56,8 @@ def test_a_plan_says_which_weights_follow_from_the_labels(
 ) -> None:
     write(file, [True] * labels[0] + [False] * labels[1])
     assert notes(overrides, file) == [
-        f"{labels[0]} desirable and {labels[1]} undesirable rows, with weights of {weights}: together the desirable "
-        f"ones count {ratio} times as much"
+        f"{labels[0]} desirable and {labels[1]} undesirable rows, with weights of {weights}: in total, the "
+        f"desirable ones count {ratio} times as much"
     ]
 
 
@@ -67,7 +67,7 @@ def test_a_plan_warns_of_weights_outside_of_the_paper_s_bounds(
 ) -> None:
     write(file, [True] * labels[0] + [False] * labels[1])
     told = notes(overrides, file, "stages.kto.desirable_weight=1", "stages.kto.undesirable_weight=1")
-    expected = f"count {ratio} times as much, and the paper recommends 1 to 4/3; set one of the weights to null"
+    expected = f"count {ratio} times as much, but the paper recommends 1 to 4/3; set one of the weights to null"
     assert [note.partition("ones ")[2] for note in told] == ([expected] if ratio else [])
 
 
@@ -76,7 +76,7 @@ def test_rows_of_one_label_are_refused_before_anything_is_trained(
     overrides: list[str], file: Path, label: bool, missing: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(file, [label] * 20)
-    message = f"stages.kto.data: none of the 20 rows is {missing}, and KTO learns from the difference"
+    message = f"stages.kto.data: none of the 20 rows is {missing}, but KTO learns from the difference between both"
     with pytest.raises(ConfigError) as caught:
         refuse_sizes(planned(overrides, file))
     assert message in str(caught.value)

@@ -49,34 +49,28 @@ def unused(name: str, value: str, loss: str, takers: str) -> list[str]:
         ({"loss": DpoLoss.orpo, "beta": 0.2}, unused("beta", "0.2", "orpo", NOT_ORPO)),
         (
             {"loss": DpoLoss.orpo, "nll_weight": 1.0},
-            [f"stages.dpo.nll_weight: 1.0 has no effect: orpo has this term already; {CHOOSE} {NOT_ORPO}"],
+            [f"stages.dpo.nll_weight: 1.0 has no effect: orpo already has this term; {CHOOSE} {NOT_ORPO}"],
         ),
         (
             {**SIMPO, "precompute_reference": True},
-            [
-                "stages.dpo.precompute_reference: True has no effect: simpo takes no reference; "
-                f"{CHOOSE} {WITH_REFERENCE}"
-            ],
+            [f"stages.dpo.precompute_reference: True has no effect: simpo has no reference; {CHOOSE} {WITH_REFERENCE}"],
         ),
         (
             {"loss": DpoLoss.orpo, "precompute_reference": True},
-            [
-                "stages.dpo.precompute_reference: True has no effect: orpo takes no reference; "
-                f"{CHOOSE} {WITH_REFERENCE}"
-            ],
+            [f"stages.dpo.precompute_reference: True has no effect: orpo has no reference; {CHOOSE} {WITH_REFERENCE}"],
         ),
         (
             {"loss": DpoLoss.simpo},
             [
                 "stages.dpo.target_margin: is missing, and simpo needs it; Meng et al. (2024) use 0.3 to 1.6 with a "
-                "beta of 2 to 2.5, and 0 is no margin"
+                "beta of 2 to 2.5, and 0 means no margin"
             ],
         ),
         (
             {"loss": DpoLoss.robust},
             [
-                "stages.dpo.label_smoothing: 0 makes robust the loss sigmoid; set the share of labels that are "
-                "flipped, such as 0.1, or loss=sigmoid"
+                "stages.dpo.label_smoothing: with 0, robust is the same as sigmoid; set the share of flipped "
+                "labels, such as 0.1, or loss=sigmoid"
             ],
         ),
         (

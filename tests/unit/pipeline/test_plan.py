@@ -306,7 +306,7 @@ def test_another_run_s_artifact_fits_a_slot_of_its_kind(plan: MakePlan) -> None:
     later = plan(f"stages.dpo.init=path:{sft}")
     assert changed(first, later) == set()
     assert later.stages[2].inputs["init"].path == sft
-    with pytest.raises(ModelError, match="holds an artifact of kind reward"):
+    with pytest.raises(ModelError, match="contains an artifact of kind reward"):
         plan(f"stages.dpo.init=path:{reward}")
 
 

@@ -72,8 +72,8 @@ ALLOWED = (
     "instructions_strict, instructions_loose"
 )
 FAULTS = [
-    ((NO_REWARD,), "scorers[0].source: 'reward' is the model that stages.ppo.reward names, which is null; name a "
-     "model, or remove this scorer"),
+    ((NO_REWARD,), "scorers[0].source: 'reward' needs the model in stages.ppo.reward, which is null; name a model, "
+    "or remove this scorer"),
     ((scorers("source: lenght"),), f"scorers[0].source: 'lenght' is not a scorer; did you mean 'length'? {ALLOWED}"),
     ((scorers("source: xyz"),), f"scorers[0].source: 'xyz' is not a scorer; {ALLOWED}"),
     ((scorers("source: base"),), f"scorers[0].source: 'base' is not a scorer; {ALLOWED}"),
@@ -242,8 +242,8 @@ def test_one_label_may_be_said_in_two_ways(plan: MakePlan, tmp_path: Path, confi
     [
         ({"architectures": ["LlamaForCausalLM"]}, "contains a LlamaForCausalLM, which does not give scores"),
         ({"architectures": None}, "contains a model of an unknown architecture, which does not give scores"),
-        ({"id2label": {"0": "a", "1": "b"}}, "holds a classifier with 2 labels; a reward model has one"),
-        ({"id2label": None}, "holds a classifier with 2 labels; a reward model has one"),
+        ({"id2label": {"0": "a", "1": "b"}}, "contains a classifier with 2 labels; a reward model has one"),
+        ({"id2label": None}, "contains a classifier with 2 labels; a reward model has one"),
     ],
 )
 def test_a_folder_that_gives_no_score_is_refused_with_what_would_fit(

@@ -75,7 +75,7 @@ def test_rows_of_several_turns_are_refused_where_people_judge(plan: MakePlan, tm
     rows.write_text('{"turns": ["One?"]}\n{"turns": ["One?", "Two?"]}\n')
     source = [f"stages.evaluate.data.source=path:{rows}", "stages.evaluate.metrics=[]"]
     plan(*source)
-    with pytest.raises(DataError, match=r"turns.jsonl:2: 'turns' asks 2 turns, and people judge single answers"):
+    with pytest.raises(DataError, match=r"turns.jsonl:2: 'turns' asks 2 turns, but people judge single answers"):
         plan(PEOPLE, *source)
 
 

@@ -37,7 +37,7 @@ def judged_by_people(run: FakeRun) -> None:
     assert run.evaluation is not None
     run.evaluation["judge"] = {
         "kind": "people",
-        "name": "the vote of people",
+        "name": "the votes of people",
         "num_prompts": 80,
         "pairs": [PAIR, NOBODY],
     }

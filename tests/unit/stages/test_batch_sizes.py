@@ -23,8 +23,8 @@ def faults(processes: int, batch_size: int = 32, **fields: Any) -> list[str]:
         (
             1,
             {"batch_size": 8, "completions_per_prompt": 3},
-            "stages.p.completions_per_prompt: 8 episodes do not divide by 3 completions a prompt; "
-            "choose a divisor of optim.batch_size",
+            "stages.p.completions_per_prompt: 8 episodes cannot be divided into groups of 3 completions; choose a "
+            "divisor of optim.batch_size",
         ),
         (
             1,
@@ -44,7 +44,8 @@ def faults(processes: int, batch_size: int = 32, **fields: Any) -> list[str]:
         (
             3,
             {"completions_per_prompt": 4},
-            "stages.p.optim.batch_size: 8 prompts an update do not divide by 3 processes; choose a multiple of 12",
+            "stages.p.optim.batch_size: 8 prompts per update cannot be divided among 3 processes; choose a multiple "
+            "of 12",
         ),
         (
             2,

@@ -203,7 +203,7 @@ def test_the_time_is_measured_for_both_students_and_shown(tmp_path: Path) -> Non
     assert times.prompts == 2
     first, second = lines_of("distil", artifact)
     assert "before and" in first
-    assert "all 2 answers are those without a draft" in second
+    assert "all 2 answers are the same as without a draft" in second
     (table,) = tables_of("distil", artifact)
     assert list(table.columns)[-1] == "measured"
     assert [label for label, _ in table.rows] == ["before", "after"]
@@ -236,8 +236,9 @@ def test_lines_and_table_name_before_and_after(tmp_path: Path) -> None:
         "prompts"
     )
     assert second.endswith(
-        "greedy answers are made 0.75 times as fast with the draft before and 1.50 times after it learned; 1 of 16 "
-        "answers differ from those without a draft, from a token on at which the logits are at most 0.062 apart"
+        "greedy answers are made 0.75 times as fast with the draft before training and 1.50 times as fast after it; "
+        "1 of 16 "
+        "answers differ from those without a draft, first at a token where the logits differ by at most 0.062"
     )
     (table,) = tables_of("distil", tmp_path)
     assert "The student, the first 8 layers, on 900 tokens" in table.note
@@ -303,5 +304,5 @@ def test_a_model_card_has_the_table_of_the_student(tmp_path: Path) -> None:
     manifest = replace(manifest, identity={"kind": "distil"})
     card = model_card(manifest, provenance(artifact, manifest), form="model", notes=[])
     acceptance = Distillation.read(artifact).after.acceptance.mean
-    assert "Beside its teacher: The student, the first layer, on 24 tokens of the teacher's answers" in card
+    assert "Compared with its teacher: The student, the first layer, on 24 tokens of the teacher's answers" in card
     assert f"| after | {acceptance:.3f} " in card

@@ -324,7 +324,9 @@ def test_a_figure_that_the_last_batch_lacks_is_reported_as_it_last_was(tmp_path:
 @pytest.mark.parametrize(("label", "missing"), [(True, "undesirable"), (False, "desirable")])
 def test_rows_of_one_label_are_refused(tmp_path: Path, label: bool, missing: str) -> None:
     chained = Chained(tmp_path)
-    with pytest.raises(DataError, match=f"none of the 3 rows is {missing}, and KTO learns from the difference"):
+    with pytest.raises(
+        DataError, match=f"none of the 3 rows is {missing}, but KTO learns from the difference between both"
+    ):
         chained.run("kto", LORA, data_path=labelled(tmp_path, [label] * 3))
 
 

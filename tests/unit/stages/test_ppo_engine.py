@@ -101,19 +101,20 @@ def test_a_server_that_runs_already_is_not_started(name: str, value: Any, shown:
         (
             config_of(adapter=AdapterConfig(modules_to_save=["lm_head"])),
             [
-                f"{FIELD}.engine: 'vllm', which does not take adapters with modules_to_save; leave them out, or "
+                f"{FIELD}.engine: 'vllm', which does not support adapters with modules_to_save; leave that setting "
+                f"out, or use "
                 f"{FIELD}.engine=own"
             ],
         ),
         (
             config_of(adapter=AdapterConfig(rank=513)),
-            [f"stages.ppo.adapter.rank: 513, but vLLM takes at most 512; lower it, or {FIELD}.engine=own"],
+            [f"stages.ppo.adapter.rank: 513, but vLLM supports at most 512; lower it, or use {FIELD}.engine=own"],
         ),
         (
             config_of(max_staleness=1),
             [
-                f"{FIELD}.max_staleness: 1, so answers are those of an earlier policy, and nothing corrects that; set "
-                "importance_cap, as 2.0"
+                f"{FIELD}.max_staleness: 1, so answers come from an earlier policy, and nothing corrects for that; "
+                f"set importance_cap, such as 2.0"
             ],
         ),
     ],
@@ -132,7 +133,7 @@ def test_several_machines_are_refused() -> None:
     (refusal,) = KIND.launch.refusals(config_of(), launch)
     assert (refusal.field, refusal.why, refusal.instead) == (
         "sampling.engine",
-        "the server listens on one machine only",
+        "the server listens only on one machine",
         "sampling.engine=own",
     )
     assert list(KIND.launch.refusals(config_of(), LaunchConfig())) == []
@@ -191,7 +192,7 @@ def test_a_gap_that_nothing_corrects_is_doubted(metrics: dict[str, float], doubt
         doubts
         == [
             "the engine that sampled gave log-probabilities that differ from the policy's by 0.051 nats a token (25% "
-            "beyond the bound), and nothing corrected for it: the policy learned from answers of another one; set "
+            "beyond the bound), and nothing corrected for that: the policy learned from another policy's answers; set "
             "sampling.importance_cap, or sampling.engine=own"
         ]
         * doubted

@@ -189,7 +189,7 @@ def test_prompts_that_are_evaluated_or_repeated_are_left_out_and_listed(tmp_path
     listed = {line["where"].rpartition(":")[2]: line["reason"] for line in lines(made / "left_out.jsonl")}
     assert listed == {
         "2": f"it has 100% of the eight-word sequences of {evaluated}:1",
-        "4": "its prompt is that of an earlier row",
+        "4": "its prompt repeats an earlier row",
     }
     assert read_records(evaluated, HeldOutPrompt, DataConfig())
 

@@ -78,7 +78,7 @@ def test_a_wrong_reference_stops_before_anything_is_learned(bench: Callable[...,
     with torch.no_grad():
         run.roles.frozen_reference.model.norm.weight.mul_(1.5)
     before = sha256(trained(run.roles))
-    with pytest.raises(StageError, match="the reference is not the policy that the stage starts from"):
+    with pytest.raises(StageError, match="so the reference is not the policy from which the stage started"):
         run.train()
     assert sha256(trained(run.roles)) == before
 
