@@ -53,7 +53,7 @@ def test_a_run_measures_shows_and_reuses_benchmarks(align: Align, tmp_path: Path
     assert "capitals/acc" in page.split('<section id="results">')[1].split("</section>")[0]
     assert "3 reused" in align("plan", own)
     limited = align("run", "--stage", "benchmark", own, "stages.benchmark.limit=2")
-    assert "benchmark: limit left out 44 of 50 rows, so its figures are worth nothing beside others" in limited
+    assert "benchmark: limit left out 44 of 50 rows, so its figures cannot be compared with others" in limited
     task = folder / "capitals.yaml"
     task.write_text(task.read_text().replace("num_fewshot: 2", "num_fewshot: 1"))
     assert re.search(r"benchmark +run .*task_folders\[0\] changed", align("plan", own))

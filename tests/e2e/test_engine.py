@@ -37,7 +37,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "PPO": {},
     "RLOO": {"advantage": Advantage.rloo, "critic": Critic.none, "completions_per_prompt": 2},
 }
-DIFFER = "need not equal those of a run that was never interrupted"
+DIFFER = "may differ from those of an uninterrupted run"
 
 
 def spec_of(folder: Path, method: str, **sampling: Any) -> StageSpec:

@@ -49,7 +49,7 @@ def test_two_machines_make_what_two_processes_make(tiny_model_folder: Path, tmp_
     machines = [start("two", *meeting, f"launch.backend.machine_rank={rank}") for rank in (1, 0)]
     codes, printed = zip(*map(ended, machines), strict=True)
     assert codes == (0, 0), printed
-    assert "machine 1 of 2 waits for the first to start it" in printed[0]
+    assert "machine 1 of 2 is waiting for the first machine to start it" in printed[0]
     assert "forgetting: machine 1 of 2 is waiting for the first machine to start it" in printed[0]
     assert weights(tmp_path / "one") == weights(tmp_path / "two")
     assert measured(tmp_path / "one") == measured(tmp_path / "two")

@@ -74,7 +74,7 @@ def test_two_machines_of_a_job_make_what_four_processes_make(
     assert pair.state(jobs(align)["sft"]) == "COMPLETED"
     assert align.weights() == undisturbed.weights()
     log = log_of(align)
-    assert "machine 1 of 2 waits for the first to start it" in log
+    assert "machine 1 of 2 is waiting for the first machine to start it" in log
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_a_kill_during_an_upload_leaves_nothing_that_counts(
     assert not [key for key in server.keys(first.prefix) if key.endswith("manifest.json")]
 
     planned = first("plan", *SHORT)
-    assert re.search(r"^sft +reuse .*here; a run uploads it", planned, re.MULTILINE), planned
+    assert re.search(r"^sft +reuse .*here; a run will upload it", planned, re.MULTILINE), planned
     first("run", *SHORT)
     assert states(first) == {"sft": "reused", "dpo": "done"}
     shutil.rmtree(first.output)

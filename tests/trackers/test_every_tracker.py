@@ -188,7 +188,7 @@ def test_a_server_that_is_killed_and_comes_back_gets_all_steps_and_holds_up_none
     assert context.trackers.faults == []
     first, second = [record.getMessage() for record in caplog.records]
     assert first.startswith(
-        f"MLflow at {server.url} cannot be reached; the stage goes on, its steps are in metrics.jsonl"
+        f"MLflow at {server.url} cannot be reached. The stage continues, its steps are in metrics.jsonl"
     )
     assert second == f"MLflow at {server.url} answers again"
     assert _steps_of(curves_of("mlflow", context.spec)) == dict.fromkeys(STEP_NUMBERS, 1)

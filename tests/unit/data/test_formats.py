@@ -280,7 +280,7 @@ def test_a_row_with_media_is_refused_and_says_what_to_do(name: str, column: str)
     assert _records(PlainText, {**row, column: []}, name) == _records(PlainText, row, name)
     with pytest.raises(DataError, match=f"rows.jsonl:7: '{column}' holds media") as caught:
         _records(PlainText, {**row, column: ["data/1.jpg"]}, name)
-    assert f"or the column '{column}'" in caught.value.remedy
+    assert f"or remove the column '{column}'" in caught.value.remedy
 
 
 FAULTS = [
@@ -301,14 +301,14 @@ FAULTS = [
     (
         "messages",
         {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
-        "must have parts of text, or of tool calls",
+        "must have parts that are text or tool calls",
     ),
     ("messages", {"messages": [{**ASKED, "weight": 2}]}, "'messages[0].weight' must be 0 or 1; it is 2"),
     ("messages", {"messages": [{**ANSWER, "loss_weight": 0.5}]}, "'messages[0].loss_weight' must be 0 or 1; it is 0.5"),
     (
         "messages",
         {"messages": [{**ASKED, "loss_weight": 1.0}, ANSWER]},
-        "'messages[0].loss_weight' asks to learn a turn of the user",
+        "'messages[0].loss_weight' marks a turn of the user to be learned",
     ),
     (
         "chosen_rejected",

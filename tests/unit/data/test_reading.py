@@ -122,7 +122,7 @@ PLANTED: list[tuple[Any, str]] = [
     ({"messages": [{**ASKED, "content": ""}]}, "'messages[0].content' must be text and not empty; it is ''"),
     ({"messages": [{**ASKED, "content": " \n"}]}, "'messages[0].content' must be text and not empty"),
     ({"messages": [{**ASKED, "content": 3}]}, "'messages[0].content' must be text and not empty; it is 3"),
-    ({"messages": [{**ASKED, "content": [3]}]}, "'messages[0].content' must have parts of text, or of tool calls"),
+    ({"messages": [{**ASKED, "content": [3]}]}, "'messages[0].content' must have parts that are text or tool calls"),
     ({"messages": [ASKED]}, "'messages' must end with an assistant turn; the last one's role is 'user'"),
     ({"messages": [*GOOD["messages"], ASKED]}, "'messages' must end with an assistant turn"),
     ({"messages": [ASKED, {**ASKED, "role": "system"}]}, "'messages[1].role' is 'system'; only the first turn may be"),
@@ -298,7 +298,7 @@ def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text(_lines([{"q": "Hi.", "a": "Hello."}]))
     data = DataConfig(source="", columns={"prompt": "q", "completion": "nosuch"})
-    with pytest.raises(DataError, match="names a column 'nosuch', which no row has") as caught:
+    with pytest.raises(DataError, match="names the column 'nosuch', which no row has") as caught:
         read_records(file, Conversation, data)
     assert caught.value.remedy == "the columns are a, q"
 

@@ -150,10 +150,10 @@ def test_the_fields_of_a_template_are_those_of_messages_and_no_variables() -> No
         (
             {"enable_thinkin": False},
             "enable_thinkin",
-            r"reads no option of this name; did you mean 'enable_thinking'\?",
+            r"has no option of this name; did you mean 'enable_thinking'\?",
         ),
-        ({"mood": 1}, "mood", "reads no option of this name; one of: enable_thinking"),
-        ({"messages": 1}, "messages", "reads no option of this name"),
+        ({"mood": 1}, "mood", "has no option of this name; one of: enable_thinking"),
+        ({"messages": 1}, "messages", "has no option of this name"),
         (
             {"enable_thinking": None},
             "enable_thinking",
@@ -162,9 +162,9 @@ def test_the_fields_of_a_template_are_those_of_messages_and_no_variables() -> No
         (
             {"enable_thinking": {"a": 1}},
             "enable_thinking",
-            "it takes true or false, a number, a text, or a list of these",
+            "give true or false, a number, a text, or a list of these",
         ),
-        ({"enable_thinking": [[1]]}, "enable_thinking", "it takes true or false, a number"),
+        ({"enable_thinking": [[1]]}, "enable_thinking", "give true or false, a number"),
     ],
 )
 def test_what_cannot_be_an_option_is_refused(options: dict[str, Any], where: str, words: str) -> None:
@@ -185,7 +185,7 @@ def test_a_template_that_is_no_jinja_is_refused_where_options_are_sought() -> No
 def test_options_without_a_template_are_refused() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
-    with pytest.raises(DataError, match="no chat template that could read options"):
+    with pytest.raises(DataError, match="no chat template, so there are no template options"):
         set_template(tokenizer, TemplateChoice(options={"mood": 1}))
 
 

@@ -212,5 +212,5 @@ def test_a_redirect_takes_neither_key_nor_prompts_elsewhere(
         response = Response(status=status, body="{}", headers={"Location": f"{other.url}/chat/completions?k=1"})
         message = failing(lambda *_: response, kept, prompts=1, api_key_env="JUDGE_KEY")
     assert not other.requests
-    assert f"it redirects to {other.url.removesuffix('/v1')}; neither key nor prompts are sent there" in message
+    assert f"it redirects to {other.url.removesuffix('/v1')}, and neither the key nor prompts are sent there" in message
     assert not kept.exists()

@@ -154,7 +154,7 @@ def test_a_card_says_first_what_makes_its_figures_worthless() -> None:
     learned = Learned(judged_too=3, left_out=False, part_known=False)
     told = warnings(replace(card, learned=learned, invariances=Invariances(moved=["alone"])))
     assert told[0].startswith("3 of the 20 pairs overlap with what the model learned from")
-    assert told[1].startswith("Which part of its file the model learned from is not known exactly")
+    assert told[1].startswith("It is not known exactly on which part of its file the model was trained")
     assert told[2:] == [
         "It is right less often than the rule 'longer is better'.",
         "In float32 its scores change although they should not: alone.",

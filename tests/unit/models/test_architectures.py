@@ -244,7 +244,7 @@ def test_sinks_take_the_padded_path_and_say_so(caplog: pytest.LogCaptureFixture)
     model = AutoModelForCausalLM.from_config(GptOssConfig(**sizes, **WINDOW, **BOTH)).eval()
     with caplog.at_level(logging.WARNING):
         assert not use_flat_attention(model)
-    assert "has attention that the flat path does not support" in caplog.text
+    assert "has attention that the padding-free path does not support" in caplog.text
 
 
 def test_a_prefix_needs_full_attention() -> None:

@@ -44,5 +44,5 @@ def test_what_a_configuration_lists_for_each_layer_is_cut_too() -> None:
 def test_a_model_whose_layers_are_not_one_list_is_refused() -> None:
     model = tiny_model()
     model.base_model.layers = torch.nn.ModuleDict({str(i): layer for i, layer in enumerate(model.base_model.layers)})
-    with pytest.raises(ModelError, match="LlamaForCausalLM does not have its 2 layers in one list"):
+    with pytest.raises(ModelError, match="LlamaForCausalLM does not keep its 2 layers in one list"):
         keep_first_layers(model, 1)

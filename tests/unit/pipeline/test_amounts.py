@@ -148,7 +148,7 @@ def test_a_plan_refuses_sizes_that_no_machine_can_run(
         "stages.ppo.guard.prompts",
     ]
     assert cli.main(["plan", "quickstart", *overrides, *wrong]) == 2
-    assert "32 episodes do not divide by 3 completions a prompt" in capsys.readouterr().err
+    assert "32 episodes cannot be divided into groups of 3 completions" in capsys.readouterr().err
 
 
 def test_a_plan_refuses_groups_of_one_answer(

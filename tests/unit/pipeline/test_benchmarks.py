@@ -85,7 +85,7 @@ def add(folder: Path, name: str, text: str, *, base: str = "") -> None:
         ("task_folders=['harness:nowhere']", "stages.benchmark.task_folders[0]: no folder "),
         (
             "arms=['base+prompt']",
-            "stages.benchmark.arms[0]: 'base+prompt' changes prompts, and these are the tasks' own",
+            "stages.benchmark.arms[0]: 'base+prompt' changes prompts, but here the prompts belong to the tasks",
         ),
         ("arms=['stage:sfd']", "stages.benchmark.arms[0]: no stage 'sfd' in this run; did you mean 'sft'?"),
         ("limit=0", "stages.benchmark.limit"),
@@ -108,11 +108,11 @@ def test_settings_that_cannot_be_right_are_named(benchmark: MakeBenchmark, overr
         ("test_split: null", "does not say which rows to use; set test_split or validation_split"),
         (
             "metric_list: [{metric: bleurt, hf_evaluate: true}]",
-            "loads the metric 'bleurt' from a hub (hf_evaluate), and ",
+            "loads the metric 'bleurt' from a hub (hf_evaluate), but ",
         ),
         (
             "generation_kwargs: {do_sample: true, temperature: 0.7}",
-            "samples its answers, and this stage answers greedily",
+            "samples its answers, but this stage decodes greedily",
         ),
         ("dataset_path: null", "does not name its data; set dataset_path, such as json with data_files"),
         ("dataset_kwargs: null", "reads json but does not name a file; set dataset_kwargs: {data_files: …}"),
@@ -122,9 +122,9 @@ def test_settings_that_cannot_be_right_are_named(benchmark: MakeBenchmark, overr
         ),
         (
             "dataset_path: org/name\ndataset_kwargs: {data_files: {test: part/rows.csv}}",
-            "chooses files of the hub's data set org/name (data_files, data_dir), which this stage cannot do; ",
+            "chooses files of the hub's data set org/name (data_files, data_dir), which this stage does not support; ",
         ),
-        ("dataset_path: ./rows", "has dataset_path './rows', which is no folder beside its file; give a folder"),
+        ("dataset_path: ./rows", "has dataset_path './rows', which is not a folder relative to the task's file; give"),
     ],
 )
 def test_what_a_stage_cannot_do_with_a_task_is_named_with_its_file(
@@ -145,13 +145,13 @@ def test_examples_that_the_harness_would_ignore_are_refused(benchmark: MakeBench
 
 def test_a_folder_without_tasks_is_refused(benchmark: MakeBenchmark, folder: Path) -> None:
     (folder / "sums.yaml").write_text("dataset_path: json\n")
-    with pytest.raises(ConfigError, match=r"has no task: no \*\.yaml below it has task: NAME"):
+    with pytest.raises(ConfigError, match=r"has no task: no \*\.yaml file in it has task: NAME"):
         benchmark()
 
 
 def test_tasks_have_a_folder_of_their_own(benchmark: MakeBenchmark, folder: Path) -> None:
     """All of a folder's content counts, so results in it would make every run a new one."""
-    with pytest.raises(ConfigError, match="also has this run's output, so its content changes; give tasks a folder of"):
+    with pytest.raises(ConfigError, match="also contains this run's output, so its content changes; put tasks in"):
         benchmark(f"stages.benchmark.task_folders=['{folder.parent}']")
 
 

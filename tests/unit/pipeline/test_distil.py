@@ -68,7 +68,7 @@ def test_a_choice_of_its_own_takes_the_first_layers_of_a_policy_in_full(plan: Ma
     [
         (
             ["stages.draft.layers=null"],
-            "stages.draft.init: 'stage:sft' is the teacher itself, which has nothing to learn from itself",
+            "stages.draft.init: 'stage:sft' is the teacher itself, so there is nothing to learn",
         ),
         (
             ["stages.draft.method=sequence", "stages.draft.loss_temperature=2"],

@@ -35,13 +35,16 @@ def metric(**settings: object) -> str:
         ([*GRADED, f"{GRADER}.highest=1"], f"{GRADER}.highest: must be above {GRADER}.lowest, which is 1; it is 1"),
         ([*GRADED, f"{GRADER}.rubric=''"], f"{GRADER}.rubric: '' is not allowed"),
         ([*GRADED, f"{GRADER}.max_invalid=1.5"], f"{GRADER}.max_invalid: 1.5 is not allowed"),
-        ([*GRADED, f"{GRADER}.endpoint.timeout=300"], f"{GRADER}.endpoint.timeout: 300 seconds, 3 times, are not"),
+        (
+            [*GRADED, f"{GRADER}.endpoint.timeout=300"],
+            f"{GRADER}.endpoint.timeout: 300 seconds times 3 attempts is not",
+        ),
         ([*GRADED, f"{GRADER}.endpoint.api_key_env=sk-123"], "the name of an environment variable"),
         ([*GRADED, f"{GRADER}.endpoint.criteria=x"], f"{GRADER}.endpoint.criteria: unknown key"),
         ([*GRADED, metric(pattern="x")], f"{STAGE}.metrics[0].pattern: 'x' has no effect; only 'regex' uses it"),
         (
             [*GRADED, metric(aggregate="pass@2"), f"{STAGE}.answers={{per_prompt: 2, temperature: 1}}"],
-            f"{STAGE}.metrics[0].passing_score: 1 lets every grade pass or none, which go from 1 to 10",
+            f"{STAGE}.metrics[0].passing_score: 1 lets all grades pass or none, because grades go from 1 to 10",
         ),
         (
             [f"{STAGE}.metrics=[{{name: a, source: refusal, rubric: x}}]", f"{STAGE}.primary=a"],

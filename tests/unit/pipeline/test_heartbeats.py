@@ -50,7 +50,7 @@ def test_who_has_not_started_is_waited_for() -> None:
         ([_sign(0, **WAITING)], "process 0 of 1 has been stuck for 60 seconds: training, here0"),
         (
             [_sign(0, **WAITING), _sign(1, **WAITING)],
-            "all processes wait for each other or their GPUs\n  process 0: training, here0",
+            "all processes are waiting for each other or for their GPUs\n  process 0: training, here0",
         ),
     ],
     ids=["alone", "others wait", "stopped", "alone with its GPU", "all wait"],

@@ -92,7 +92,7 @@ def test_interpolations_that_double_are_refused(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(deadline, "SECONDS", 0.2)
     doubled = "".join(f"a{n}: ${{a{n + 1}}}${{a{n + 1}}}\n" for n in range(40))
     path = _write(tmp_path / "mine.yaml", f"defaults: [quickstart, _self_]\nsummary: ${{a0}}\n{doubled}a40: z\n")
-    with pytest.raises(ConfigError, match="interpolations come to more than can be written down"):
+    with pytest.raises(ConfigError, match="interpolations expand to more than can be written"):
         compose(path, [])
 
 

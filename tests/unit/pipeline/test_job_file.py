@@ -191,7 +191,7 @@ def test_batches_are_planned_for_the_processes_of_all_machines(plan: MakePlan) -
 
 
 def test_a_rank_is_refused_where_slurm_gives_it(plan: MakePlan) -> None:
-    with pytest.raises(ConfigError, match="machine_rank: 1, but Slurm gives each machine of a job its rank"):
+    with pytest.raises(ConfigError, match="machine_rank: 1, but Slurm assigns ranks to machines"):
         plan(*SEVERAL, "launch.backend.machine_rank=1")
 
 

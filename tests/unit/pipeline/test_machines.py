@@ -151,12 +151,12 @@ def test_what_an_earlier_run_left_is_not_taken_for_the_end_of_this_one(
 
 def test_a_machine_that_would_make_something_else_is_refused(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
     other = machines.announced(shared.plan.run_folder / "sft", LAUNCH, "1" * 64)
-    with other, pytest.raises(ConfigError, match="makes a different result"):
+    with other, pytest.raises(ConfigError, match="produces a different result"):
         shared.follow()
     assert shared.starts() == 0
     told = iter(["running", "done"])
     monkeypatch.setattr(machines, "_state", lambda _: next(told))
-    with pytest.raises(ConfigError, match="makes a different result"):
+    with pytest.raises(ConfigError, match="produces a different result"):
         shared.follow()
 
 

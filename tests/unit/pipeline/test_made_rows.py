@@ -162,7 +162,7 @@ def test_rows_that_cannot_be_used_are_refused_while_planning(plan: MakePlan, ove
 def test_rows_that_lack_what_a_scorer_reads_are_refused(plan: MakePlan) -> None:
     told = refusal(plan, "stages.again.data.source=stage:sample", "stages.again.scorers=[{source: exact_answer}]")
     assert "stages.again.data.source: 'stage:sample' makes rows like" in told
-    assert "no setting of that stage makes rows that fit" in told
+    assert "that stage cannot make suitable rows" in told
 
 
 def test_data_of_a_validation_is_checked_like_the_stage_s_own(plan: MakePlan) -> None:

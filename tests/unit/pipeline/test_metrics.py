@@ -49,7 +49,7 @@ def of(*metrics: str) -> str:
         ([of("{name: s, source: 'nowhere.py:score'}")], "nowhere.py"),
         (
             [of("{name: r, source: reward}"), "stages.evaluate.reward=null"],
-            f"{METRICS}[0].source: 'reward' is the model that stages.evaluate.reward names, which is null; name",
+            f"{METRICS}[0].source: 'reward' needs the model in stages.evaluate.reward, which is null; name",
         ),
         ([of("{name: r, source: 'stage:sft'}")], "'stage:sft' is a policy; this slot takes a reward model"),
         (["stages.evaluate.primary=stile"], "stages.evaluate.primary: no metric 'stile'; did you mean 'style'?"),
@@ -67,7 +67,7 @@ def of(*metrics: str) -> str:
         ),
         (
             [SAMPLED, of("{name: p, source: length, target: 9, aggregate: pass@2, higher_is_better: false}")],
-            f"{METRICS}[0].aggregate: 'pass@2' counts high scores as correct, and less of this metric is better",
+            f"{METRICS}[0].aggregate: 'pass@2' counts high scores as correct, but for this metric lower is better",
         ),
         (
             [SAMPLED, of("{name: m, source: length, target: 9, aggregate: majority}")],

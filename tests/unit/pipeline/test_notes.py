@@ -60,7 +60,7 @@ def test_a_processor_without_bfloat16_is_named(plan: MakePlan, monkeypatch: pyte
     monkeypatch.setattr(hardware, "has_bfloat16", lambda: False)
     monkeypatch.setattr(hardware, "count_devices", lambda: 0)
     (note,) = of_plan(plan())
-    assert note.endswith("three times as long as in float32: model.dtype=float32 is faster here")
+    assert note.endswith("three times as long as in float32; model.dtype=float32 is faster here")
     assert of_plan(plan("model.dtype=float32")) == []
     monkeypatch.setattr(hardware, "count_devices", lambda: 1)
     assert of_plan(plan()) == []

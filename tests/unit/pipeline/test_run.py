@@ -185,7 +185,7 @@ def test_a_stage_that_could_not_write_how_it_ended_is_told_by_the_full_disk(
 ) -> None:
     monkeypatch.setenv("WORKER_FAULT", "sft:crash")
     monkeypatch.setattr("alignment.pipeline.execute.worker_protocol.is_full", lambda _: True)
-    with pytest.raises(StageError, match=r"no space left on the device; .* free; it could not write") as caught:
+    with pytest.raises(StageError, match=r"no space left on the device; .* free; it could not record") as caught:
         align()
     assert "free space and run again" in caught.value.remedy
 
@@ -242,7 +242,7 @@ def test_a_stage_that_was_preempted_ends_the_run_with_75(align: Align, monkeypat
     monkeypatch.setenv("WORKER_FAULT", "reward:preempt")
     code, printed = align()
     assert code == 75
-    assert "the same command continues from here" in printed
+    assert "stopped; run the same command to continue from here" in printed
     assert align.record()["state"] == "preempted"
     assert align.states()["reward"] == "waiting"
 
@@ -271,7 +271,10 @@ def test_a_signal_to_the_driver_is_acknowledged_and_lets_the_stage_save_first(
         for each, handler in before.items():
             signal.signal(each, handler)
     assert ended == code
-    acknowledged, stopped = printed.index("stopping: the stage finishes its step, saves"), printed.index("sft: stopped")
+    acknowledged, stopped = (
+        printed.index("stopping: the stage will finish its step, save"),
+        printed.index("sft: stopped"),
+    )
     assert acknowledged < stopped
     assert ("press Ctrl-C again" in printed) is again
     sender.join()
@@ -412,7 +415,7 @@ def test_one_that_waits_takes_what_the_other_run_made(align: Align) -> None:
 
 
 def test_more_processes_than_the_launcher_can_start_are_refused_before_anything_is_made(overrides: list[str]) -> None:
-    with pytest.raises(AlignmentError, match="accelerate starts one process"):
+    with pytest.raises(AlignmentError, match="accelerate starts only one process"):
         run(
             "quickstart",
             [*overrides, "launch.kind=accelerate", "launch.num_processes=2"],
@@ -520,6 +523,6 @@ def test_a_stage_whose_inputs_are_not_there_names_them(align: Align) -> None:
     told = str(caught.value)
     assert told.startswith("--stage: ppo needs the result of reward, which does not exist for these settings yet\n")
     assert "→ first: align run quickstart output=" in told, "with the settings of this call"
-    assert told.endswith(" --stage reward, or leave --stage out to run all")
+    assert told.endswith(" --stage reward; or leave out --stage to run all stages")
     with pytest.raises(ConfigError, match="--stage: no stage 'dop' in this recipe; did you mean 'dpo'"):
         align(only="dop")

@@ -408,7 +408,7 @@ def test_rows_are_held_against_what_the_rules_look_at_before_anything_starts(pla
     file.write_text(json.dumps({**row, "answer": "#### 21"}) + "\n" + json.dumps({**row, "answer": "soon"}) + "\n")
     plan()
     plan(override, "stages.ppo.data.limit=1")
-    with pytest.raises(DataError, match=rf"{file}:2: 'answer' holds no number"):
+    with pytest.raises(DataError, match=rf"{file}:2: 'answer' contains no number"):
         plan(override)
 
 

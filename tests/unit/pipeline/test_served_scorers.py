@@ -51,7 +51,10 @@ FAULTS = [
         f"'scores'",
     ),
     (server("api: vllm_classify, label: good"), f"{PPO}.server.label: 'good' is not the number of a class"),
-    (server("api: vllm_pooling, batch_size: 4"), f"{PPO}.server.batch_size: 4 has no effect; an api whose calls have"),
+    (
+        server("api: vllm_pooling, batch_size: 4"),
+        f"{PPO}.server.batch_size: 4 has no effect; an api whose calls can have",
+    ),
     (server("batch_size: 0"), f"{PPO}.server.batch_size: 0 is not allowed"),
     (scorer(f"source: reward, server: {{{URL}, model: rm}}"), f"{PPO}.server: has no effect; only the source 'server'"),
     (scorer("source: grade"), f"{PPO}.grader: missing; 'grade' needs it"),
@@ -66,7 +69,7 @@ FAULTS = [
     (ensemble(f"{MEMBERS}, std_weight: 2"), f"{PPO}.ensemble.std_weight: 2 has no effect; only combine 'mean_minus_"),
     (
         ensemble("members: [{source: reward}, {source: ensemble}]"),
-        f"{PPO}.ensemble.members[1].source: 'ensemble' is for scorers of a stage, and cannot be",
+        f"{PPO}.ensemble.members[1].source: 'ensemble' is only for scorers of a stage; it cannot be",
     ),
     (ensemble("members: [{source: reward}, {source: regex}]"), f"{PPO}.ensemble.members[1].pattern: missing; 'regex'"),
     (ensemble("members: [{source: reward}, {source: lenght}]"), "members[1].source: 'lenght' is not a scorer; did you"),
@@ -83,7 +86,7 @@ FAULTS = [
     ("stages.ppo.overlong.buffer=-1", "stages.ppo.overlong.buffer: -1 is not allowed"),
     (
         "stages.ppo.overlong.buffer=65",
-        "stages.ppo.overlong.buffer: 65 tokens are more than an answer may have (max_new_tokens, ",
+        "stages.ppo.overlong.buffer: 65 tokens are more than the longest answer (max_new_tokens, ",
     ),
     ("stages.ppo.overlong.weight=2", "stages.ppo.overlong.weight: 2 has no effect; a buffer above 0 uses it"),
     (
@@ -92,7 +95,7 @@ FAULTS = [
     ),
     (
         "stages.evaluate.metrics=[{name: a, source: ensemble}]",
-        "stages.evaluate.metrics[0].source: 'ensemble' is for scorers of a stage, and cannot be a metric",
+        "stages.evaluate.metrics[0].source: 'ensemble' is only for scorers of a stage; it cannot be a metric",
     ),
 ]
 

@@ -99,9 +99,9 @@ def test_a_run_is_drawn_in_place_and_ctrl_c_leaves_a_clean_terminal(overrides: l
         real.read_until(lambda: "evaluate" in line_of("report"))
         real.press(b"\x03")
         real.read_until(lambda: real.process.poll() is not None)
-        real.read_until(lambda: "stopped; the same" in "".join(shown.lines[-2:]))
+        real.read_until(lambda: "stopped; run the same" in "".join(shown.lines[-2:]))
         assert real.process.returncode == 130
-        assert any("stopping: the stage finishes its step" in line for line in shown.lines)
+        assert any("stopping: the stage will finish its step" in line for line in shown.lines)
         assert line_of("reward").startswith("– reward    stopped")
         assert shown.shows_cursor
         assert shown.cursor == (0, len(shown.lines))

@@ -14,7 +14,7 @@ from tests.unit.pipeline.conftest import MakePlan
 
 PROJECT = Path(__file__).parents[3] / "pyproject.toml"
 SERVER = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:5000"}
-ELSEWHERE = "but stages write to this machine; unset it, and use trackio sync after the run"
+ELSEWHERE = "but stages write to this machine; unset it and use trackio sync after the run"
 
 
 @pytest.fixture

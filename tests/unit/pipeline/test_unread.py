@@ -31,7 +31,7 @@ def test_dropout_is_refused_where_passes_of_one_model_are_compared(plan: MakePla
     where = f"stages.{stage}.adapter.dropout"
     with pytest.raises(ConfigError) as caught:
         plan(f"{where}=0.05")
-    assert str(caught.value).startswith(f"{where}: 0.05 is not supported: {stage} compares passes of one model")
+    assert str(caught.value).startswith(f"{where}: 0.05 is not supported: {stage} compares forward passes of one model")
     plan("stages.sft.adapter.dropout=0.05", f"{where}=0")
 
 
@@ -52,7 +52,7 @@ def test_dropout_is_refused_where_passes_of_one_model_are_compared(plan: MakePla
         ),
         (
             (f"{PPO}.critic_warmup=4", f"{PPO}.updates=4"),
-            f"{PPO}.critic_warmup: in 4 of 4 updates only the critic learns, so the policy learns nothing",
+            f"{PPO}.critic_warmup: only the critic learns in the first 4 of 4 updates, so the policy never learns",
         ),
         (
             (f"{PPO}.critic=none",),

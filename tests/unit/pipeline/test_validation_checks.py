@@ -143,11 +143,11 @@ def test_held_out_prompts_that_are_learned_from_are_refused_and_near_ones_are_na
     with pytest.raises(ConfigError) as caught:
         refuse_sizes(same)
     assert str(caught.value).startswith(
-        "stages.sft.validation.data.source: 1 of its 2 different prompts are learned from too"
+        "stages.sft.validation.data.source: 1 of its 2 different prompts are also training prompts"
     )
     near = plan(_own(tmp_path, "when is the training", "Where is it?"), *steps)
     refuse_sizes(near)
-    assert any("resemble rows of its validation" in note for note in of_plan(near))
+    assert any("resemble its validation rows" in note for note in of_plan(near))
     other = plan(_own(tmp_path, "Where is it?"), *steps)
     assert not any("its validation asks" in note for note in of_plan(other))
 

@@ -127,7 +127,7 @@ def test_a_line_that_was_changed_is_refused_by_number(file: Path, values: dict[s
 
 def test_a_line_that_is_no_vote_and_a_second_vote_are_refused(file: Path) -> None:
     assert ":1: not JSON" in refused(file, "not a vote", FIRST.line)
-    assert "holds no JSON object" in refused(file, "3")
+    assert "contains no JSON object" in refused(file, "3")
     again = vote(pair(1), TIE)
     assert ":2: 'ada' voted a second time on the answers of line 1" in refused(file, FIRST.line, again.line)
     file.write_text(f"{FIRST.line}\n{vote(pair(1), annotator='bo').line}\n", encoding="utf-8")

@@ -172,7 +172,7 @@ def test_the_other_calls_are_made_and_kept_beside_one_whose_score_is_refused(tmp
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ('{"scores": [{"id": 1, "score": 1.0}, {"id": 0, "score": 2.0}]}', "gives the scores in another order"),
+        ('{"scores": [{"id": 1, "score": 1.0}, {"id": 0, "score": 2.0}]}', "returns the scores in a different order"),
         ('{"scores": [{"id": 0, "score": 1.0}]}', "gives 1 scores for 2 answers"),
         ("<html>It works!</html>", "calls to the reward server"),
         ("{not json", "calls to the reward server"),

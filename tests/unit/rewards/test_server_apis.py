@@ -118,7 +118,7 @@ REFUSED: list[tuple[ServerApi, Any, str | None, str]] = [
         ServerApi.vllm_classify,
         {"data": [{"index": n, "probs": [0.5, 0.5]} for n in range(2)]},
         None,
-        "2 numbers for an answer, not one",
+        "2 numbers for an answer instead of one",
     ),
     (ServerApi.tei_predict, [[{"label": "a", "score": 1.0}]], None, "gives 1 scores for 2 answers"),
     (ServerApi.tei_predict, [[{"label": "a", "score": 1.0}]] * 2, "b", "no class 'b', but 'a'"),

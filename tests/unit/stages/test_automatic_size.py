@@ -236,7 +236,7 @@ def test_a_damaged_file_is_named_in_the_log_and_written_again(
         damaged.write_text(damage)
     search = Search()
     assert tokens_of(spec, search) == 640
-    assert f"cannot be used, and is chosen again: {file}" in caplog.text
+    assert f"cannot be used, so it will be chosen again: {file}" in caplog.text
     assert tokens_of(spec, search) == 640
     assert search.times == 1, "both files are whole again"
 

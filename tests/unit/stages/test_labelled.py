@@ -133,7 +133,10 @@ def test_a_judge_that_people_would_agree_with(chain: Chained) -> None:
 def test_a_judge_that_looks_at_the_position_alone_is_no_better_than_chance(chain: Chained) -> None:
     labelled, evaluation, _ = by_endpoint(chain, lambda *_: "[[A]]", "first")
     assert (labelled.ties, labelled.position_bias) == (NUMBER, 1.0)
-    assert any("which chance also gives: its win rates say nothing" in line for line in evaluation.conclusions)
+    assert any(
+        "which cannot be distinguished from chance: its win rates say nothing" in line
+        for line in evaluation.conclusions
+    )
 
 
 def test_a_judge_without_verdicts_is_not_judged(chain: Chained) -> None:

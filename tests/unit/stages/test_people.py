@@ -116,7 +116,7 @@ def test_votes_on_other_answers_do_not_count_and_are_named(tmp_path: Path) -> No
     result = judged(context(tmp_path, votes), dpo=answered([f"Now {number}." for number in NUMBERS]))
     assert result.table is not None
     assert (result.table.pairs[0].wins, result.table.pairs[0].win_rate) == (0, None)
-    assert "people judged 0 of 12 prompts, and 10 are needed; 12 votes are about other answers" in sentence(result)
+    assert "people judged 0 of 12 prompts, but 10 are needed; 12 votes are for other answers" in sentence(result)
 
 
 def test_of_several_answers_people_judged_the_first(tmp_path: Path) -> None:

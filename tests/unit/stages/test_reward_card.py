@@ -252,7 +252,7 @@ def test_a_model_that_is_not_invariant_is_found_out(
     write(tmp_path / "pairs.jsonl", [rewardbench_row(number) for number in range(6)])
     card = run(spec_of(folder, tmp_path, RewardCardConfig(bootstrap_samples=5)))
     assert card["invariances"]["moved"] == ["alone", "in another order", "padded on the left", "padded on the right"]
-    assert any("scores change when they should not: alone" in sentence for sentence in card["warnings"])
+    assert any("scores change although they should not: alone" in sentence for sentence in card["warnings"])
 
 
 def test_a_score_that_is_no_number_stops_the_stage(

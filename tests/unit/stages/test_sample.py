@@ -221,8 +221,8 @@ def test_answers_without_an_end_are_left_out_unless_they_may_be_learned(tmp_path
 @pytest.mark.parametrize(
     ("changes", "message", "remedy"),
     [
-        ({}, f"{TIED}, so none is better than another", "take scorers that distinguish the answers"),
-        ({"select": Select.labels}, TIED, "take scorers that distinguish the answers"),
+        ({}, f"{TIED}, so none is better than another", "use scorers that distinguish the answers"),
+        ({"select": Select.labels}, TIED, "use scorers that distinguish the answers"),
         (
             {"select": Select.best, "threshold": 0.75},
             r"no answer reaches the threshold 0\.75; the best one scores 0\.5",

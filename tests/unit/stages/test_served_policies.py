@@ -50,7 +50,7 @@ def test_an_adapter_on_the_base_is_answered_for_at_a_url(chained: Chained) -> No
 
 def test_merged_weights_are_refused_at_a_url(chained: Chained) -> None:
     with engine_server(chained.base) as engine, served(chained, engine.url) as policies:
-        with pytest.raises(ConfigError, match="one set of weights, and this policy has others") as raised:
+        with pytest.raises(ConfigError, match="one set of weights, but this policy has different weights") as raised:
             policies.prepare(policy_of(chained, "dpo"), 10)
         assert raised.value.where.endswith(".sampling.url")
         assert engine.names == ["base"]

@@ -148,5 +148,5 @@ def test_a_launch_that_shards_weights_ends_if_they_are_whole(
 ) -> None:
     spec = tiny_spec(tmp_path, config_of("sft", FULL), sharding=sharding)
     check = WeightsAreSharded(StageContext(spec=spec, rank=0, world_size=2))
-    with pytest.raises(StageError, match=rf"each process holds whole weights.*\({sharding.value}\)"):
+    with pytest.raises(StageError, match=rf"each process has the whole weights.*\({sharding.value}\)"):
         check.on_train_begin(arguments, _state(0), TrainerControl(), model=torch.nn.Linear(1, 1))

@@ -175,7 +175,7 @@ def test_a_shared_critic_learns_with_the_policy_in_one_pass(
 
 
 def test_episodes_that_do_not_divide_by_completions_are_refused(bench: Callable[..., Bench]) -> None:
-    with pytest.raises(ConfigError, match="8 episodes do not divide by 3 completions a prompt"):
+    with pytest.raises(ConfigError, match="8 episodes cannot be divided into groups of 3 completions"):
         bench(completions_per_prompt=3)
 
 

@@ -72,7 +72,8 @@ def test_what_failed_is_sent_again_in_order_and_an_outage_is_said_once(caplog: p
         sent.close(done=True)
     assert server.stored == [1, 2, 3, "samples", "done=True"]
     outage = (
-        "MLflow at http://x cannot be reached; the stage goes on, its steps are in metrics.jsonl, and it tries again: "
+        "MLflow at http://x cannot be reached. The stage continues, its steps are in metrics.jsonl, and sending will "
+        "be retried: "
     )
     assert [record.getMessage() for record in caplog.records] == [
         outage + "no route",

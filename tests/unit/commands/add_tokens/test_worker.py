@@ -83,8 +83,8 @@ def test_they_survive_training_by_adapter_and_export(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tokens", "why"),
     [
-        (["<|im_end|>"], "'<|im_end|>' is a token already"),
-        (["<|a|>", "<|a|>"], "'<|a|>' is named twice"),
+        (["<|im_end|>"], "'<|im_end|>' is already a token"),
+        (["<|a|>", "<|a|>"], "'<|a|>' is given twice"),
         ([" "], "' ' is empty"),
     ],
 )

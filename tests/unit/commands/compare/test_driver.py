@@ -136,7 +136,7 @@ def test_other_prompts_are_not_compared(runs: Runs) -> None:
     runs.add("a", {"stage:dpo": [0.1, 0.2]})
     runs.add("b", {"stage:dpo": [0.8, 0.9]}, prompts="q")
     printed = runs.compared("a", "b")
-    assert "dpo: b against a: judged on other prompts" in printed
+    assert "dpo: b against a: evaluated on different prompts" in printed
     assert "better" not in printed
 
 

@@ -79,7 +79,7 @@ def test_undo_takes_ones_own_last_vote_back_and_shows_that_pair_again(ballots: B
     assert [one.annotator for one in read_votes(tmp_path / "votes.jsonl")] == ["ada", "bo"]
     ballots.vote("ada", last, Choice.tie)
     ballots.undo("bo")
-    with pytest.raises(Refused, match="bo has no vote to take back"):
+    with pytest.raises(Refused, match="bo has no vote to undo"):
         ballots.undo("bo")
 
 

@@ -64,7 +64,7 @@ def test_it_says_what_is_judged_and_where_votes_are(printed: Any, output: Path) 
         stream.write(b'{"pair": "12')
     told = printed()
     assert "stage:sft and stage:dpo: 3 pairs of answers to judge\n" in told
-    assert "1 more have the same answer twice" in told
+    assert "1 more have two identical answers" in told
     assert "1 votes in the file are for other answers of these arms and do not count" in told
     assert "an incomplete vote at the end was removed; it was never confirmed" in told
     assert f"judged: ada 1 of 3; votes: {file}" in told

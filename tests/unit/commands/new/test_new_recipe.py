@@ -245,7 +245,7 @@ def test_few_prompts_are_all_learned(new: Callable[..., Recipe]) -> None:
     assert stages_of(recipe) == ["sft", "report"]
     assert recipe["stages"]["report"] == {"evaluation": None}
     assert "validation" not in recipe["stages"]["sft"]
-    assert "no evaluation: that takes 50 different prompts" in new.printed.getvalue()  # type: ignore[attr-defined]
+    assert "no evaluation: it needs 50 different prompts" in new.printed.getvalue()  # type: ignore[attr-defined]
 
 
 def test_faulty_rows_are_left_out_and_said(new: Callable[..., Recipe]) -> None:
@@ -290,7 +290,7 @@ def test_adapters_follow_from_the_memory(new: Callable[..., Recipe], monkeypatch
     assert "8.3 GB with qlora" in Path("small.yaml").read_text()
     assert "of a h100" in (new(file, out="gpu.yaml", device="h100"), Path("gpu.yaml").read_text())[1]
     monkeypatch.setattr(base_model.hardware, "count_devices", lambda: 1)
-    with pytest.raises(ConfigError, match="which GPU has this machine"):
+    with pytest.raises(ConfigError, match="what GPU does this machine have"):
         new(file, out="other.yaml")
 
 
@@ -298,7 +298,7 @@ def test_nothing_is_guessed_without_a_terminal(new: Callable[..., Recipe], here:
     file = write("pairs.jsonl", pairs(60))
     with pytest.raises(ConfigError) as refused:
         new(file)
-    assert "--first: There are no conversations" in str(refused.value)
+    assert "--first: The files have no conversations" in str(refused.value)
     assert "--from-pairs: How should the model learn from pairs?\n    directly: it learns" in str(refused.value)
     with pytest.raises(ConfigError, match="--scorer: What scores the answers"):
         new(write("prompts.jsonl", rows_like(FORMATS["prompt"].row, 60)))

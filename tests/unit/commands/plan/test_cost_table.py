@@ -92,8 +92,8 @@ def test_results_stay_on_the_disk_and_checkpoints_of_one_stage_at_a_time() -> No
 
 
 def test_a_stage_that_cannot_be_estimated_says_why() -> None:
-    stage = StageCost(stage="ppo", kind="ppo", adapter="lora", error="it asks the server at http://x")
-    assert "ppo: cannot be estimated: it asks the server at http://x" in printed(
+    stage = StageCost(stage="ppo", kind="ppo", adapter="lora", error="it calls the server at http://x")
+    assert "ppo: cannot be estimated: it calls the server at http://x" in printed(
         show_cost, RunCost(device="this", stages=[stage])
     )
 

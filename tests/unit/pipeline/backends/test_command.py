@@ -60,12 +60,12 @@ def test_the_launcher_suits_the_machine(told: dict[str, Any], devices: int, expe
 @pytest.mark.parametrize(
     ("kind", "told", "devices", "why"),
     [
-        ("accelerate", {"num_processes": 2}, 0, "accelerate starts one process"),
+        ("accelerate", {"num_processes": 2}, 0, "accelerate starts only one process"),
         ("accelerate", {"sharding": Sharding.zero2}, 1, "zero2 needs a process group"),
-        ("accelerate", {"backend": MachinesBackend()}, 1, "several machines are started by torchrun"),
+        ("accelerate", {"backend": MachinesBackend()}, 1, "several machines need torchrun"),
         ("direct", {"num_processes": 2}, 2, "2 processes need a launcher"),
         ("direct", {"sharding": Sharding.fsdp}, 1, "fsdp needs a process group"),
-        ("direct", {"backend": MachinesBackend()}, 1, "several machines are started by torchrun"),
+        ("direct", {"backend": MachinesBackend()}, 1, "several machines need torchrun"),
     ],
 )
 def test_what_a_launcher_does_not_start_is_refused(kind: str, told: dict[str, Any], devices: int, why: str) -> None:

@@ -23,7 +23,7 @@ class NoCredentialsError(Exception):
     ("error", "expected"),
     [
         (PermissionError("denied"), "it refused these credentials: denied"),
-        (NoCredentialsError("none"), "no credentials for it: none"),
+        (NoCredentialsError("none"), "no credentials for this store: none"),
         (FileNotFoundError("x"), "there is no such bucket"),
         (EndpointConnectionError("http://a"), "cannot be reached: http://a"),
         (OSError(errno.ECONNREFUSED, "refused"), "cannot be reached"),

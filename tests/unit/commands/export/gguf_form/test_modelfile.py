@@ -134,7 +134,7 @@ END = "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}
         ("{% for message in messages[-1:] %}" + TURN + END, "is left out"),
         (
             FOR + TURN + TURN + END,
-            "repeated, or stands at another place",
+            "repeated or moved",
         ),
         # only the last question counts as one, so that earlier turns read otherwise
         (

@@ -75,12 +75,14 @@ def test_a_rule_has_llama_cpps_name(step: Any, name: str) -> None:
     ],
 )
 def test_an_unknown_rule_is_refused(step: Any) -> None:
-    with pytest.raises(ModelError, match=r"the tokenizer cuts texts by .*gpt-2, smollm, llama-bpe, qwen2 are known"):
+    with pytest.raises(
+        ModelError, match=r"the tokenizer splits texts by .*these rules of llama.cpp: gpt-2, smollm, llama-bpe, qwen2"
+    ):
         _rule(step)
 
 
 def test_a_tokenizer_without_a_rule_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"cuts texts by .*nothing"):
+    with pytest.raises(ModelError, match=r"splits texts by .*nothing"):
         pre_tokenizer({"pre_tokenizer": None})
 
 
