@@ -56,7 +56,7 @@ def winners_that_repeat_themselves(evaluation: Evaluation) -> list[str]:
             beaten.setdefault(better, []).append(f"{other:.0%} of those of {evaluation.label(worse)}")
     return [
         f"only {shares[arm]:.0%} of the answers of {evaluation.label(arm)} are distinct, against "
-        f"{' and '.join(others)}: read them before you trust its score"
+        f"{' and '.join(others)}: read some before you trust its score"
         for arm, others in beaten.items()
     ]
 
@@ -69,7 +69,7 @@ def too_few_prompts(evaluation: Evaluation) -> str:
     counted = f"only {number} prompts were evaluated"
     if number != evaluation.num_prompts:
         counted = f"only {number} of {evaluation.num_prompts} prompts have a grade by {evaluation.primary} in every arm"
-    return f"{counted}, too few for a verdict; it takes at least {FEWEST_PROMPTS}"
+    return f"{counted}, too few for a verdict, which needs at least {FEWEST_PROMPTS}"
 
 
 def _mostly_cut(arm: ArmResult) -> bool:

@@ -125,7 +125,7 @@ def _lead(runs: Sequence[ListedRun], differences: Sequence[Difference], primary:
         )
     paired = [difference for difference in differences if difference.interval is not None]
     if not paired:
-        return f"The other runs were judged on other prompts than {runs[0].letter}, so differences are unknown."
+        return f"The other runs were evaluated on different prompts than {runs[0].letter}, so differences are unknown."
     real = [difference for difference in paired if difference.real]
     if not real:
         return f"No difference from {runs[0].letter} is shown: every interval includes zero."
@@ -137,13 +137,13 @@ def _sentence(runs: Sequence[ListedRun], difference: Difference) -> str:
     label, letter, first = _label(difference.arm), runs[difference.run].letter, runs[0].letter
     measured = difference.interval
     if measured is None:
-        return f"{label}: {letter} was judged on other prompts than {first}, which cannot be compared."
+        return f"{label}: {letter} was evaluated on different prompts than {first}, so the two cannot be compared."
     metric = difference.metric.name
     interval = f"{text.signed(measured.mean)} in {metric} (95\u202f% interval {_bounds(measured)}){difference.without}"
     if difference.none_at_all:
         return f"{label}: the same {metric} in {letter} and {first} on every prompt{difference.without}."
     if not difference.real:
-        return f"{label}: a difference between {letter} and {first} is not shown: {interval}."
+        return f"{label}: no difference between {letter} and {first} is shown: {interval}."
     return f"{label}: {letter} is really {difference.metric.verdict(measured)} than {first}: {interval}."
 
 
@@ -261,7 +261,8 @@ def _blocks(runs: Sequence[ListedRun], differences: Sequence[Difference], primar
 def _block(runs: Sequence[ListedRun], metric: str, differences: Sequence[Difference]) -> Block:
     known = [(difference, difference.interval) for difference in differences if difference.interval is not None]
     others = [
-        f"{_label(difference.arm)}: {runs[difference.run].letter} was judged on other prompts than {runs[0].letter}."
+        f"{_label(difference.arm)}: {runs[difference.run].letter} was evaluated on different prompts than "
+        f"{runs[0].letter}."
         for difference in differences
         if difference.interval is None
     ]
@@ -327,7 +328,7 @@ def _stage_curves(name: str, kind: str, stages: Sequence[tuple[ListedRun, Stage]
     for listed, stage in stages:
         if not stage.metrics:
             if stage.manifest is None and trains(kind):
-                notes.append(f"{listed.letter} has no curves of it yet ({stage.state}).")
+                notes.append(f"{listed.letter} has no curves for this stage yet ({stage.state}).")
         elif stage.artifact in drawn:
             notes.append(f"{listed.letter} has the same result as {drawn[stage.artifact][0]}, drawn once.")
         else:

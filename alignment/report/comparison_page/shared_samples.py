@@ -15,10 +15,10 @@ def rule(primary: str | None) -> str:
     """A description of how the shown prompts were chosen, if runs are compared by this metric."""
     others = "Arms that only one run has are left out; runs with the same answer are named together."
     if primary is None:
-        return f"They are in order of a hash of their id, taken from each task in turn. {others}"
+        return f"They are ordered by a hash of their id and taken from each task in turn. {others}"
     return (
         f"About half are the prompts on which one arm’s score by {primary} differs most between runs, taken from each "
-        "task in turn. The rest are in order of a hash of their id, alternating between the half that this arm "
+        "task in turn. The rest are ordered by a hash of their id, alternating between the half that this arm "
         f"answered better and the half it answered worse. {others}"
     )
 

@@ -130,7 +130,7 @@ def _curve_notes(stage: Stage) -> list[str]:
             "It left no metrics.jsonl, so there are no curves." if stage.state != "waiting" else "Not started."
         )
     elif not drawn:
-        notes.append("Its metrics.jsonl holds none of the metrics that are drawn for its kind.")
+        notes.append("Its metrics.jsonl contains none of the metrics that are drawn for this kind of stage.")
     if gaps := num_gaps(stage):
         notes.append(f"{gaps} value{'s were' if gaps > 1 else ' was'} not finite; the lines have gaps there.")
     return notes

@@ -81,8 +81,8 @@ def _drawn(points: list[Point], evaluation: Evaluation) -> SizeCurve:
     start = None if start_arm is None else evaluation.primary_of(start_arm)
     caption = "over rows trained on (log scale), with 95\u202f% intervals over prompts"
     if start is not None:
-        caption += f"; dotted: {evaluation.label(init)}, where each starts"
-    caption += "; one run a point, so what another seed or other rows would give is not shown"
+        caption += f"; dotted: {evaluation.label(init)}, where each run starts"
+    caption += "; each point is one run, so the variation between seeds or rows is not shown"
     if len({_optim(point.stage) for point in points}) > 1:
         caption += "; the optimiser’s settings differ too"
     svg = interval_curve(

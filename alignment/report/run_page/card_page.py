@@ -123,8 +123,8 @@ def _figures(card: RewardCard) -> Iterator[tuple[str, str]]:
     if card.learned:
         yield "learned from", _learned(card.learned)
         for words, heading in (
-            (card.learned.for_answer, "words for an answer (bag of words)"),
-            (card.learned.against, "words against an answer"),
+            (card.learned.for_answer, "words that favour an answer (bag of words)"),
+            (card.learned.against, "words that count against an answer"),
         ):
             if words:
                 yield heading, ", ".join(words[:FEW_WORDS])

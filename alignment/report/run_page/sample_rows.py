@@ -19,10 +19,11 @@ BY_HASH = "by hash"
 def rule(primary: str | None) -> str:
     """The rule by which prompts were chosen, in words; ``primary`` names the metric that arms are compared by."""
     if primary is None:
-        return "They are in order of a hash of their id, taken from each task in turn."
+        return "They are ordered by a hash of their id and taken from each task in turn."
     return (
         f"About half are the prompts on which the arms’ scores by {primary} differ most, taken from each task in turn. "
-        "The rest are in order of a hash of their id, again from each task in turn, alternating between the half of "
+        "The rest are ordered by a hash of their id, again taken from each task in turn, alternating between the "
+        "half of "
         "all prompts that the arms answered better and the half they answered worse."
     )
 

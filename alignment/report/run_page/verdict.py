@@ -71,7 +71,7 @@ def _by_metric(run: Run, evaluation: Evaluation) -> str:
     if evaluation.primary_metric is None:
         return _without_metric(evaluation)
     if not evaluation.comparisons:
-        return "The evaluation holds no comparisons, so no difference between arms is shown."
+        return "The evaluation contains no comparisons, so no difference between arms is shown."
     against_sft = _preference_against_sft(run, evaluation)
     if not against_sft:
         return _all_pairs_lead(evaluation)
@@ -252,7 +252,7 @@ def _handed_on(run: Run) -> list[str]:
         if best_update is not None and done is not None and best_update < done:
             best, last = headlines.get("guard/best_scorer"), headlines.get("guard/scorer")
             warnings.append(
-                f"{stage.name} hands on its policy after update {best_update:.0f} of {done:.0f}: the held-out scorer "
+                f"{stage.name} keeps its policy after update {best_update:.0f} of {done:.0f}: the held-out scorer "
                 f"gave {text.number(best, 3)} there and {text.number(last, 3)} at the end, "
                 "on the prompts that were used to select it."
             )

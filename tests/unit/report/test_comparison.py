@@ -93,7 +93,7 @@ def test_settings_arms_and_what_may_be_said_of_them(compared: Compared) -> None:
     assert '<th scope="row"><code>stages.dpo.beta</code></th><td><code>0.1</code></td><td><code>0.3</code></td>' in html
     assert "1 of 2 differences from A in quality is real." in page
     assert "dpo: B is really better than A: +0.090 in quality (95 % interval +0.040 to +0.140)." in page
-    assert "ppo: a difference between B and A is not shown: +0.010 in quality" in page
+    assert "ppo: no difference between B and A is shown: +0.010 in quality" in page
     assert re.search(r"A dpo ?0.71 0.66 to 0.76 B dpo ?0.71 0.66 to 0.76", page), "an arm's runs stand below each other"
 
 
@@ -152,7 +152,7 @@ def test_a_result_that_runs_share_is_drawn_once(compared: Compared) -> None:
 def test_curves_are_missed_of_stages_that_train_and_of_no_others(compared: Compared, kind: str) -> None:
     entry = {"kind": kind, "state": "failed", "inputs": {}, "seconds": None, "artifact": "odd-0"}
     compared.runs[0].run["stages"]["odd"] = entry
-    assert ("A has no curves of it yet (failed)." in Page(compared.html()).text) == trains(kind)
+    assert ("A has no curves for this stage yet (failed)." in Page(compared.html()).text) == trains(kind)
 
 
 def test_a_guide_that_holds_for_one_only_is_left_out(compared: Compared) -> None:
@@ -172,7 +172,7 @@ def test_what_a_run_lacks_is_said(compared: Compared) -> None:
     assert "No arm was scored by quality both in A and in another run" in page
     assert "The evaluation (evaluate) has no result yet." in page
     assert "The run is not complete: ppo (failed) and evaluate (waiting)." in page
-    assert "B has no curves of it yet (failed)." in page
+    assert "B has no curves for this stage yet (failed)." in page
     assert "No prompt was answered by an arm of the same name in two of these runs." in page
     first.evaluation = first.samples = None
     first.run["stages"]["evaluate"].update(state="waiting", artifact=None)
@@ -184,8 +184,8 @@ def test_runs_judged_on_other_prompts_are_not_compared(compared: Compared) -> No
     for row in compared.runs[1].samples:
         row["messages"] = [{"role": "user", "content": f"Another question. {row['id']}"}]
     page = Page(compared.html()).text
-    assert "The other runs were judged on other prompts than A, so differences are unknown." in page
-    assert "dpo: B was judged on other prompts than A." in page
+    assert "The other runs were evaluated on different prompts than A, so differences are unknown." in page
+    assert "dpo: B was evaluated on different prompts than A." in page
     assert "No prompt was answered by an arm of the same name in two of these runs." in page
 
 

@@ -59,7 +59,7 @@ def test_arms_most_of_whose_answers_were_cut_off_are_named_with_the_share() -> N
 
 def test_fewer_than_ten_prompts_are_too_few() -> None:
     (few,) = of_evaluation(Evaluation(num_prompts=9))
-    assert few == "only 9 prompts were evaluated, too few for a verdict; it takes at least 10"
+    assert few == "only 9 prompts were evaluated, too few for a verdict, which needs at least 10"
     assert of_evaluation(Evaluation(num_prompts=10)) == []
 
 
@@ -69,7 +69,7 @@ def test_prompts_without_a_grade_by_the_primary_metric_do_not_count() -> None:
     assert of_evaluation(evaluation) == []
     (few,) = of_evaluation(replace(evaluation, primary="polite"))
     assert few == (
-        "only 9 of 60 prompts have a grade by polite in every arm, too few for a verdict; it takes at least 10"
+        "only 9 of 60 prompts have a grade by polite in every arm, too few for a verdict, which needs at least 10"
     )
 
 
@@ -96,10 +96,10 @@ def _one_beats_the_other(distinct: float, other: float, difference: float) -> Ev
 
 def test_a_winner_that_says_the_same_to_everybody_is_named() -> None:
     assert of_evaluation(_one_beats_the_other(0.03, 0.86, 0.2)) == [
-        "only 3% of the answers of ppo are distinct, against 86% of those of sft: read them before you trust its score"
+        "only 3% of the answers of ppo are distinct, against 86% of those of sft: read some before you trust its score"
     ]
     assert of_evaluation(_one_beats_the_other(0.86, 0.03, -0.2)) == [
-        "only 3% of the answers of sft are distinct, against 86% of those of ppo: read them before you trust its score"
+        "only 3% of the answers of sft are distinct, against 86% of those of ppo: read some before you trust its score"
     ]
 
 

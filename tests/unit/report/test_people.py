@@ -50,7 +50,7 @@ def test_the_report_says_how_much_people_judged_and_whether_they_agree(fake_run:
     cells = dict(re.findall(r'data-label="([^"]*)">(.*?)</td>', rows[0]))
     assert cells["win rate"] == "0.62<small>0.53 to 0.71</small>"
     assert (cells["prompts judged"], cells["α"], cells["bias"]) == ("80 of 102", "0.61", "−0.12")
-    assert cells["votes, by how many"] == "190 by 3<small>7 on other answers</small>"
+    assert cells["votes, annotators"] == "190 by 3<small>7 on other answers</small>"
     assert "nothing can be concluded" in rows[1]
     assert "0 of 102" in rows[1]
     assert "without the arms' names" in section

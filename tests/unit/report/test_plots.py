@@ -96,7 +96,7 @@ def test_a_figure_that_is_never_finite_or_absent_gets_no_chart(fake_run):
         del row["mean_token_accuracy"]
     html = fake_run.html()
     assert 'aria-label="sft,' not in html
-    assert "Its metrics.jsonl holds none of the metrics that are drawn for its kind." in html
+    assert "Its metrics.jsonl contains none of the metrics that are drawn for this kind of stage." in html
 
 
 def test_a_single_step_and_a_constant_can_be_drawn(fake_run):

@@ -170,7 +170,7 @@ def test_one_arm_alone_has_nothing_to_be_compared_with(fake_run):
     fake_run.drop_arms(["stage:sft"])
     html = fake_run.html()
     assert lead_of(html) == "Only sft was evaluated, so there is nothing to compare it with."
-    assert "The evaluation holds no comparisons." in html
+    assert "The evaluation contains no comparisons." in html
 
 
 def test_an_earlier_policy_that_was_handed_on_is_named_with_both_opinions(fake_run):
@@ -181,7 +181,7 @@ def test_an_earlier_policy_that_was_handed_on_is_named_with_both_opinions(fake_r
         "guard/scorer": 0.55,
     }
     html = fake_run.html()
-    assert "ppo hands on its policy after update 12 of 20: the held-out scorer gave 0.612 there and" in html
+    assert "ppo keeps its policy after update 12 of 20: the held-out scorer gave 0.612 there and" in html
     assert "and 0.550 at the end, on the prompts that were used to select it." in html
 
 
@@ -292,7 +292,7 @@ def test_a_winner_that_says_the_same_to_everybody_is_doubted_in_the_headline(fak
         arm["distinct"] = 0.03 if arm["name"] == "stage:ppo" else 0.98
     html = fake_run.html()
     doubt = (
-        "only 3% of the answers of ppo are distinct, against 98% of those of sft: read them before you trust its score."
+        "only 3% of the answers of ppo are distinct, against 98% of those of sft: read some before you trust its score."
     )
     assert lead_of(html) == f"Preference training helped: ppo beats sft. But {doubt}"
     assert html.count(doubt) == 1
@@ -301,7 +301,7 @@ def test_a_winner_that_says_the_same_to_everybody_is_doubted_in_the_headline(fak
 def test_too_few_prompts_give_no_verdict(fake_run):
     fake_run.evaluation["num_prompts"] = 9
     html = fake_run.html()
-    assert lead_of(html) == "Only 9 prompts were evaluated, too few for a verdict; it takes at least 10."
+    assert lead_of(html) == "Only 9 prompts were evaluated, too few for a verdict, which needs at least 10."
     assert "really better" not in html
     fake_run.evaluation["num_prompts"] = 10
     assert "really better" in fake_run.html()
