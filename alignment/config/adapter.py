@@ -49,16 +49,16 @@ READ_BY = {
 
 @dataclass(kw_only=True, slots=True)
 class AdapterConfig:
-    """What an adapter consists of, and how it is combined with those of earlier stages.
+    """What an adapter consists of, and how it is combined with the adapters of earlier stages.
 
     ``rank``, ``alpha``, ``dropout``, ``rslora`` (scale by alpha/√rank instead of alpha/rank, Kalajdzievski 2023),
     ``target_modules`` and ``modules_to_save`` (trained in full, next to the factors) apply to low-rank adapters,
-    ``virtual_tokens`` to prefixes, ``chain`` to both, ``master_weights`` to full training. ``dropout`` is for CPT and
-    SFT: the other stages compare passes of one model, which must not use dropout, and refuse it.
+    ``virtual_tokens`` to prefixes, ``chain`` to both, and ``master_weights`` to full training. ``dropout`` is only for
+    CPT and SFT. The other stages compare forward passes of one model, which dropout would change, so they refuse it.
 
     ``target_modules`` is a list of module names, or the single word ``all-linear``. With ``master_weights`` the trained
-    weights, their gradients and Adam's moments are float32. Without, they have ``model.dtype``, which halves the memory
-    of each, and steps too small for it are rounded stochastically (docs/design/0005).
+    weights, their gradients and Adam's moments are float32. Without it they have ``model.dtype``, which halves their
+    memory; steps that are too small for that format are rounded stochastically (docs/design/0005).
     """
 
     kind: AdapterKind = AdapterKind.lora

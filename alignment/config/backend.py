@@ -37,14 +37,14 @@ class MachinesBackend:
 
 @dataclass(kw_only=True, slots=True)
 class SlurmBackend:
-    """One Slurm job for each stage that has to run; settings that are None are left to the cluster's defaults.
+    """One Slurm job for each stage that has to run; settings that are null are left to the cluster's defaults.
 
     A job gets ``num_machines`` machines, or one for a stage that does not run on all processes, and ``gpus``, ``cpus``
-    and ``memory`` (``64G``) of each. It may run for ``time`` (``"4:00:00"``, ``"2-12:00:00"``) and is asked to save
-    ``signal_seconds`` before that ends; it is then queued again and continues. ``wait``: the command waits until the
-    last job has ended and returns the run's exit code. ``submit`` is false inside a job, where the stage runs on the
-    job's machines; ``machine_rank``, ``main_address`` and ``main_port`` are then those of ``MachinesBackend``, and the
-    job sets them.
+    and ``memory`` (``64G``) on each. It may run for ``time`` (``"4:00:00"``, ``"2-12:00:00"``) and is asked to save
+    ``signal_seconds`` before its time is over; it is then queued again and continues. With ``wait`` the command waits
+    until the last job has ended and returns the run's exit code. ``submit`` is false inside a job, where the stage runs
+    on the job's machines. There the job sets ``machine_rank``, ``main_address`` and ``main_port``, which mean the same
+    as in ``MachinesBackend``.
     """
 
     kind: str = "slurm"

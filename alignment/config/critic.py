@@ -8,7 +8,7 @@ from enum import Enum
 class Critic(str, Enum):
     """``separate`` is a model of its own that starts from the reward model, ``shared`` a head on the policy's trunk.
 
-    ``none`` is no value model at all.
+    ``none``: there is no value model.
     """
 
     separate = "separate"

@@ -10,7 +10,7 @@ from alignment.config.rules import BETWEEN, FILLED, FRACTION, PART, POSITIVE
 
 
 class OnError(str, Enum):
-    """What happens at a faulty row: ``fail`` stops before anything is trained, ``skip`` leaves it out and notes it."""
+    """What to do with a faulty row: ``fail`` stops before training, ``skip`` leaves the row out and records it."""
 
     fail = "fail"
     skip = "skip"
@@ -49,10 +49,11 @@ class MixedConfig(SourceConfig):
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig(SourceConfig):
-    """A stage's own rows, and ``mix``, rows that are mixed in, such as general data against forgetting.
+    """The rows of a stage, and ``mix``, rows that are mixed in from other sources, such as general data against
+    forgetting.
 
-    ``fraction`` takes that part of the stage's own rows, drawn at random: the rows of .25 are among those of .5,
-    whatever the stage is called.
+    ``fraction`` is the share of the stage's own rows that is used, drawn at random. With .25 they are a subset of those
+    with .5, and they do not depend on the stage's name.
     """
 
     mix: list[MixedConfig] = field(default_factory=list)

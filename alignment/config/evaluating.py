@@ -32,7 +32,7 @@ class AnswersConfig:
 class FewShotConfig:
     """The arm ``base+few-shot``: ``count`` exchanges of ``data``, drawn once, precede every prompt.
 
-    An exchange is a row of one user turn and its answer. Rows whose prompt is similar to a held-out one are not used.
+    An exchange is a row with one user turn and its answer. Rows whose prompt is similar to a held-out one are not used.
     """
 
     count: Annotated[int, POSITIVE] = 3
@@ -62,8 +62,8 @@ class PairConfig:
 class GateConfig:
     """What a run requires of its evaluation: ``arm`` is better than ``against`` by more than ``min_difference``.
 
-    It is judged by the 95 % interval of the paired difference in ``metric``, by default the primary one: all of the
-    interval has to lie above ``min_difference``. Below 0, it says how much worse the arm may be.
+    It is judged by the 95 % interval of the paired difference in ``metric``, by default the primary one: the whole
+    interval must lie above ``min_difference``. A negative value says how much worse the arm may be.
     """
 
     arm: str = ""
@@ -94,8 +94,9 @@ class EndpointConfig(ChatEndpointConfig):
 
 @dataclass(kw_only=True, slots=True)
 class LabelledConfig:
-    """Pairs of answers of which people have chosen one, to hold the judge against them; without a source there are
-    none. At most ``max_prompts`` prompts are drawn, with one pair of each."""
+    """Pairs of answers from which people chose the better one, to compare the judge with people. Without a source there
+    are none. At most ``max_prompts`` prompts are drawn, with one pair each.
+    """
 
     data: DataConfig = field(default_factory=DataConfig)
     max_prompts: Annotated[int, POSITIVE] = 50
@@ -105,11 +106,11 @@ class LabelledConfig:
 class JudgeConfig:
     """Pairwise win rates on at most ``max_prompts`` held-out prompts.
 
-    Without ``pairs`` every trained arm is compared with the reference arm and ``base+prompt``. If more than a share of
-    ``max_invalid`` of a pair's verdicts is invalid, nothing is concluded about it. A failed call is not a verdict: the
-    stage ends, and repeats the call when it is started again. The judge also judges the pairs in ``labelled``. For
-    people, every prompt with a vote counts. Their ``votes`` are a file of ``align judge``, by default that of this run
-    and stage; its content counts.
+    Without ``pairs`` every trained arm is compared with the reference arm and ``base+prompt``. If more than the share
+    ``max_invalid`` of a pair's verdicts is invalid, nothing is concluded about the pair. A failed call is not a
+    verdict: the stage ends, and repeats the call when it is started again. The judge also judges the pairs in
+    ``labelled``. With people, every prompt with a vote counts. ``votes`` is a file written by ``align judge``, by
+    default the file of this run and stage; the fingerprint depends on its content.
     """
 
     kind: JudgeKind = JudgeKind.none

@@ -32,7 +32,7 @@ class GradingConfig:
 class GraderConfig(GradingConfig):
     """The model that grades answers for all metrics of the source ``grade``; a metric may have a rubric of its own.
 
-    An arm with more than a share of ``max_invalid`` of replies without a grade has no such metric.
+    An arm does not get the metric if more than the share ``max_invalid`` of its replies have no grade.
     """
 
     max_invalid: Annotated[float, FRACTION] = 0.2
@@ -40,8 +40,9 @@ class GraderConfig(GradingConfig):
 
 @dataclass(kw_only=True, slots=True)
 class ScorerEndpointConfig(ChatEndpointConfig):
-    """A chat endpoint whose address is no part of a result: the same model may answer elsewhere when a stage goes
-    on."""
+    """A chat endpoint whose address is not part of the fingerprint: a stage may continue with the same model at another
+    address.
+    """
 
     base_url: Annotated[str, URL] = field(default="", metadata={"identity": False})
 

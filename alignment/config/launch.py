@@ -74,8 +74,8 @@ def _of_backend(kind: str, cls: type) -> dict[str, str]:
 class LaunchConfig:
     """``num_processes`` workers run on each machine; 0 means one for each of its GPUs.
 
-    ``threads`` is the number of threads of a process; 0 divides the cores evenly. ``grace_seconds`` is how long a stage
-    that was asked to stop may take to save before it is killed. A stage in which no process does anything for
+    ``threads`` is the number of threads of a process; 0 divides the cores evenly. ``grace_seconds`` is the time that a
+    stage has to save after it was asked to stop; then it is killed. A stage in which no process does anything for
     ``hang_seconds`` is ended (0: never). ``backend`` is where the processes run.
     """
 

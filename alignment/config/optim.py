@@ -33,14 +33,14 @@ class Moments(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW. ``batch_size`` is global: it is split over processes, and does not depend on their number.
+    """AdamW. ``batch_size`` is global: it is divided among the processes and does not depend on their number.
 
-    A micro-batch holds at most ``micro_batch_tokens`` tokens; those that the rows of a pair share count once, and a
-    longer row is a micro-batch of its own. With ``auto`` the stage chooses a number that fits into memory.
+    A micro-batch has at most ``micro_batch_tokens`` tokens. Tokens that both rows of a pair share count once, and a row
+    that is longer forms its own micro-batch. With ``auto`` the stage chooses a number that fits into memory.
     ``activation_checkpointing`` stores only a layer's input, and computes the layer again in the backward pass. Both
-    change memory and time, not what is learned, apart from rounding: without ``master_weights`` the gradients of
-    micro-batches are added up in the model's dtype. ``max_steps``, if it is set, is the number of steps, whatever
-    ``epochs`` says.
+    settings change memory and time, but not what is learned, apart from rounding: without ``master_weights`` the
+    gradients of micro-batches are added up in the model's dtype. If ``max_steps`` is set, it is the number of steps,
+    and ``epochs`` has no effect.
     """
 
     lr: Annotated[float, POSITIVE]

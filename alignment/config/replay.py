@@ -13,8 +13,8 @@ from alignment.config.rules import NOT_NEGATIVE, POSITIVE
 class PtxConfig:
     """Ordinary language modelling alongside PPO, against forgetting (Ouyang et al. 2022, eq. 2).
 
-    ``coefficient`` is the weight of the token-mean loss on the assistant turns of ``batch_size`` conversations a step;
-    0 turns it off.
+    ``coefficient`` is the weight of the token-mean loss on the assistant turns of ``batch_size`` conversations per
+    step; 0 turns it off.
     """
 
     coefficient: Annotated[float, NOT_NEGATIVE] = 0.0

@@ -11,10 +11,10 @@ from alignment.config.rules import FILLED, POSITIVE, URL
 
 
 class ServerApi(str, Enum):
-    """What is sent to the server, and what it answers (docs/rewards.md).
+    """What is sent to the server, and what it replies (docs/rewards.md).
 
-    ``scores`` is a form of our own: ``POST /scores`` of conversations, a score for each. ``vllm_pooling``,
-    ``vllm_classify`` and ``vllm_score`` are those of vLLM, ``tei_predict`` that of text-embeddings-inference.
+    ``scores`` is this project's own API: ``POST /scores`` with conversations; the reply has a score for each.
+    ``vllm_pooling``, ``vllm_classify`` and ``vllm_score`` belong to vLLM, ``tei_predict`` to text-embeddings-inference.
     """
 
     scores = "scores"
@@ -28,9 +28,9 @@ class ServerApi(str, Enum):
 class ServerConfig(CallsConfig):
     """A server that scores answers: ``base_url`` ends where the path of its ``api`` begins.
 
-    ``model`` is the model's name. It is all that a fingerprint knows of the server, so it should change when what
-    scores changes. ``label`` names one class of a classifier, whose probability is the score; without it the model must
-    have one output, which is taken as it is. A call has ``batch_size`` answers.
+    ``model`` is the model's name. Of the model, a fingerprint includes only this name, so change the name when the
+    model behind it changes. ``label`` names one class of a classifier, whose probability is the score. Without it the
+    model must have one output, which is used as the score unchanged. Each call sends ``batch_size`` answers.
     """
 
     base_url: Annotated[str, URL] = field(default="", metadata={"identity": False})

@@ -17,7 +17,7 @@ class RunConfig:
     """A recipe after composition.
 
     ``stages`` maps a stage's name to its configuration; their order follows from their references. ``output`` is the
-    folder that holds ``runs/`` and ``artifacts/``. ``artifacts`` is a store that several machines share, such as
+    folder that contains ``runs/`` and ``artifacts/``. ``artifacts`` is a store that several machines share, such as
     ``s3://bucket/prefix``; the folder ``artifacts/`` is then a cache of it.
     """
 

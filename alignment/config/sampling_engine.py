@@ -21,16 +21,16 @@ class Engine(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class SamplingConfig:
-    """What samples.
+    """How answers are sampled.
 
-    The other settings are for ``engine: vllm``. The stage starts the server with the interpreter ``python`` of an
+    The other settings are for ``engine: vllm``. The stage starts a server with the interpreter ``python`` of an
     environment that has vLLM (default: the variable ALIGNMENT_ENGINE_PYTHON, else where ``make engine`` puts it), and
-    ends it. Or it uses a server that runs already on this machine at ``url``, whose key is in the variable
-    ``api_key_env``, and which was started as docs/engines.md says.
+    stops it at the end. With ``url`` it uses a server that already runs on this machine and was started as
+    docs/engines.md says. ``api_key_env`` names the variable with that server's key.
 
-    A server of the stage has ``cache_gb`` GiB for keys and values on a CPU, or ``gpu_share`` of a GPU's memory for
-    everything. It must answer within ``start_timeout`` seconds of its start. A call waits ``timeout`` seconds and is
-    retried ``retries`` times; ``concurrency`` calls run at once.
+    A server that the stage starts has ``cache_gb`` GiB for keys and values on a CPU, or ``gpu_share`` of a GPU's memory
+    for everything. It must answer within ``start_timeout`` seconds after it was started. A call waits ``timeout``
+    seconds and is retried ``retries`` times; ``concurrency`` calls run at once.
     """
 
     engine: Engine = Engine.own
@@ -47,12 +47,13 @@ class SamplingConfig:
 
 @dataclass(kw_only=True, slots=True)
 class RolloutSamplingConfig(SamplingConfig):
-    """What samples while a policy learns, and how a difference between engine and policy is treated.
+    """How answers are sampled while a policy learns, and what is done about differences between engine and policy.
 
-    The policy's log-probabilities are always computed by the forward pass that learns. A ratio to the engine's
-    multiplies the loss of each token if ``importance_cap`` is set, and is at most that (truncated importance sampling,
-    Yao et al. 2025). With ``max_staleness`` 1 the answers of an update are sampled while the one before is learned
-    from, by the policy before that. A log-probability that differs by more than ``gap_bound`` nats is counted.
+    The policy's log-probabilities always come from the forward pass that is used for training. If ``importance_cap`` is
+    set, the ratio of these probabilities to the engine's multiplies the loss of each token, up to that cap (truncated
+    importance sampling, Yao et al. 2025). With ``max_staleness`` 1 the answers for an update are sampled while the
+    previous update is still being learned from, so they come from the policy before that update. Log-probabilities that
+    differ by more than ``gap_bound`` nats are counted.
     """
 
     importance_cap: Annotated[float | None, AT_LEAST_ONE] = field(default=None, metadata=IF_SET)

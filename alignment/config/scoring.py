@@ -47,7 +47,7 @@ class ScoreSourceConfig:
 
 @dataclass(kw_only=True, slots=True)
 class MemberConfig(ScoreSourceConfig):
-    """A scorer without its weight, as a member of an ensemble is.
+    """A member of an ensemble: a scorer without a weight.
 
     ``source`` may also be ``grade``: a model at an endpoint grades each answer, as ``grader`` says. With ``normalize``
     the running mean is subtracted from scores, which are then divided by the running standard deviation; ``clip`` then
@@ -60,9 +60,9 @@ class MemberConfig(ScoreSourceConfig):
 
 
 class Combine(str, Enum):
-    """One score of those of several members.
+    """How the scores of several members become one.
 
-    ``mean``; ``min``, worst-case optimisation (Coste et al. 2024); ``mean_minus_std``, the mean less ``std_weight``
+    ``mean``; ``min``, worst-case optimisation (Coste et al. 2024); ``mean_minus_std``, the mean minus ``std_weight``
     times the members' standard deviation (Eisenstein et al. 2024).
     """
 
@@ -75,8 +75,8 @@ class Combine(str, Enum):
 class EnsembleConfig:
     """Several scorers whose scores become one, so that a policy gains little where they disagree.
 
-    ``normalize`` and ``clip`` of a member come before its score is combined. Bradley-Terry models fix scores only up to
-    a constant, so members that were trained apart should be normalised.
+    ``normalize`` and ``clip`` of a member are applied before its score is combined. Bradley-Terry models fix scores
+    only up to a constant, so members that were trained separately should be normalised.
     """
 
     members: list[MemberConfig] = field(default_factory=list)
@@ -101,12 +101,12 @@ class ScorerConfig(MemberConfig):
 class MetricConfig(ScoreSourceConfig):
     """A metric of an evaluation, shown under ``name``: the scores that ``source`` gives the answers.
 
-    Two sources are for metrics alone: ``choice``, and ``grade``, which asks the stage's ``grader``. A ``rubric`` is for
-    ``grade``, in place of the grader's own.
+    Two sources are only for metrics: ``choice``, and ``grade``, which asks the stage's ``grader``. A ``rubric`` is only
+    for ``grade`` and replaces the grader's own.
 
-    ``aggregate`` makes one score of those of several answers to a prompt (``answers.per_prompt``): their ``mean``;
-    ``pass@K``, the probability that one of K is correct, which is an answer of at least ``passing_score``; or
-    ``majority``, the score of the most frequent final answer, for ``exact_answer``.
+    ``aggregate`` combines the scores of several answers to a prompt (``answers.per_prompt``) into one: their ``mean``;
+    ``pass@K``, the probability that at least one of K answers is correct, which means a score of at least
+    ``passing_score``; or ``majority``, the score of the most frequent final answer, for ``exact_answer``.
     """
 
     name: Annotated[str, NAME] = ""

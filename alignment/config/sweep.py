@@ -10,7 +10,9 @@ from alignment.config.rules import FILLED, FINITE, NOT_NEGATIVE, POSITIVE
 
 
 class Search(str, Enum):
-    """``grid``: every combination of values, once. ``tpe``: near trials that did well (Bergstra et al. 2011)."""
+    """``grid``: every combination of values, once. ``tpe``: values near those of trials that did well (Bergstra et al.
+    2011).
+    """
 
     grid = "grid"
     tpe = "tpe"
@@ -21,7 +23,7 @@ PRIMARY = "primary"
 
 
 class ArmMetric(str, Enum):
-    """What an evaluation reports of an arm besides the recipe's metrics: a mean over held-out prompts.
+    """What an evaluation reports about an arm in addition to the recipe's metrics: a mean over held-out prompts.
 
     ``win_rate`` comes from the evaluation's judge.
     """
@@ -91,7 +93,9 @@ class ParameterConfig:
 
 @dataclass(kw_only=True, slots=True)
 class SweepConfig:
-    """``trials`` is the number that ``tpe`` runs; a grid runs all. A file may give one ``objective`` without a list."""
+    """``trials`` is the number of trials for ``tpe``; a grid runs every combination. A file may give one ``objective``
+    without a list.
+    """
 
     summary: str = ""
     search: Search = Search.grid

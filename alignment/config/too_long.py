@@ -26,9 +26,9 @@ class Side(str, Enum):
 @dataclass(kw_only=True, slots=True)
 class TooLongConfig:
     """With ``do: cut`` an answer longer than ``max_answer_length`` loses its end, including the token that ends the
-    turn. Then the prompt loses the tokens that are still too many at its ``side``, except BOS and what the template
-    adds after the last turn. A row of which nothing else would be left is dropped. At most a share of ``max_share`` of
-    a source's rows may be dropped or cut.
+    turn. If the row is still too long, the prompt loses tokens at its ``side``, except BOS and what the template adds
+    after the last turn. A row with nothing left is dropped. At most the share ``max_share`` of a source's rows may be
+    dropped or cut.
     """
 
     do: TooLong = TooLong.drop

@@ -15,9 +15,10 @@ LABELS = {"wandb": "Weights & Biases", "tensorboard": "TensorBoard", "mlflow": "
 class TrackingConfig:
     """Weights & Biases, TensorBoard, MLflow, trackio, several of them or none.
 
-    ``project`` is the project of W&B and trackio and the experiment of MLflow. ``group`` is what stages are shown under
-    (None: the run's name), ``tags`` are those besides recipe, adapter and sharding. ``entity`` is the owner of W&B's
-    project (None: the user's own default). ``mlflow_url`` is MLflow's server (empty: ``MLFLOW_TRACKING_URI``).
+    ``project`` is the project of W&B and trackio and the experiment of MLflow. ``group`` is the name under which stages
+    are grouped (null: the run's name). ``tags`` are added to the tags for recipe, adapter and sharding. ``entity`` is
+    the owner of W&B's project (null: the user's own default). ``mlflow_url`` is MLflow's server (empty:
+    ``MLFLOW_TRACKING_URI``).
     """
 
     wandb: bool = False

@@ -11,12 +11,12 @@ from alignment.config.rules import BETWEEN, NOT_NEGATIVE, POSITIVE
 
 @dataclass(kw_only=True, slots=True)
 class ValidationConfig:
-    """A look at held-out rows after every ``every`` optimiser steps (0: never), and after the last.
+    """Evaluation on held-out rows, the validation, after every ``every`` optimiser steps (0: never) and after the last.
 
-    The held-out rows are those of a ``share`` of the prompts, which are then not learned from, or all rows of a source
-    of their own, ``data``. A look computes the training objective on them, without dropout. With ``keep_best`` the
-    stage hands on the weights of the least held-out loss, not the last ones. ``patience`` ends the stage after that
-    many looks in a row without a new least loss.
+    The held-out rows are the rows of a ``share`` of the prompts, which are then not trained on, or all rows of a
+    separate source, ``data``. A validation computes the training objective on them, without dropout. With ``keep_best``
+    the stage keeps the weights with the lowest held-out loss, not the last ones. ``patience`` ends the stage after that
+    many validations in a row without a new lowest loss.
     """
 
     share: Annotated[float | None, BETWEEN] = None
@@ -27,5 +27,5 @@ class ValidationConfig:
 
     @property
     def on(self) -> bool:
-        """Whether there are any looks."""
+        """Whether there is any validation."""
         return self.every > 0

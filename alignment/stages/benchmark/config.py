@@ -14,14 +14,15 @@ class BenchmarkConfig:
     """Runs ``tasks`` of lm-evaluation-harness on every arm, and compares arms row by row.
 
     ``arms`` are ``base``, ``stage:NAME``, ``path:FOLDER`` and ``hub:ORG/NAME@REVISION``. ``tasks`` are names of tasks,
-    groups or tags in the YAML files of ``task_folders``. ``limit`` measures only the first rows of each task, which is
-    for trying a task: such figures cannot be compared with others. ``num_fewshot`` replaces each task's own number of
-    examples. With ``apply_chat_template`` prompts are turns of a conversation, otherwise plain text.
+    groups or tags in the YAML files of ``task_folders``. ``limit`` measures only the first rows of each task, to try a
+    task out; such figures cannot be compared with others. ``num_fewshot`` replaces each task's own number of examples.
+    With ``apply_chat_template`` prompts are turns of a conversation, otherwise plain text.
 
     ``max_length`` is the largest number of tokens that a model reads at once, by default all of its positions; longer
-    prompts lose their beginning. ``max_new_tokens`` is the length of answers for tasks that set none, 256 in the
-    harness too. ``micro_batch_tokens`` are scored at once, ``batch_size`` answers generated at once.
-    ``bootstrap_samples`` are those of the differences' intervals, and of standard errors that have no formula.
+    prompts lose their beginning. ``max_new_tokens`` limits the answers of tasks that set no limit themselves; its
+    default is also the harness's. ``micro_batch_tokens`` tokens are scored at once, and ``batch_size`` answers are
+    generated at once. ``bootstrap_samples`` is the number of resamples for the intervals of differences, and for
+    standard errors without a formula.
     """
 
     kind: str = "benchmark"

@@ -16,7 +16,7 @@ from alignment.core.fingerprint import IF_SET
 
 @dataclass(kw_only=True, slots=True)
 class CptConfig:
-    """Continued pretraining: every token of plain texts is learned; each text is split into rows of ``max_length``.
+    """Continued pretraining on plain texts: every token is learned, and each text is split into rows of ``max_length``.
 
     ``packing`` joins short rows, which do not attend to one another.
     """

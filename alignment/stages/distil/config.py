@@ -16,10 +16,10 @@ from alignment.config.too_long import TooLongConfig
 
 
 class Method(str, Enum):
-    """What the student learns of the teacher's answers.
+    """What the student learns from the teacher's answers.
 
-    ``tokens``: the teacher's whole distribution at each token of them, by the forward divergence (Hinton et al. 2015,
-    section 2). ``sequence``: the answers themselves (sequence-level distillation, Kim and Rush 2016, section 3.2).
+    ``tokens``: the teacher's whole distribution at each token, with the forward divergence (Hinton et al. 2015, section
+    2). ``sequence``: the answers themselves (sequence-level distillation, Kim and Rush 2016, section 3.2).
     """
 
     tokens = "tokens"
@@ -35,18 +35,19 @@ class Method(str, Enum):
 class DistilConfig:
     """A student learns the answers that a ``teacher`` samples to the prompts of ``data``.
 
-    The student is the policy ``init`` or, with ``layers``, a model of the first decoder layers of it, with its
-    embeddings, last norm and head: a draft for speculative decoding. Its weights are those of ``init`` with all
+    The student is the policy ``init``. With ``layers`` it is a model made of the first decoder layers of ``init``, with
+    its embeddings, last norm and head: a draft for speculative decoding. Its weights are those of ``init`` with all
     adapters merged. Student and teacher share a tokenizer.
 
-    ``sampling`` has the teacher sample ``completions_per_prompt`` answers at ``temperature``, ``batch_size`` at a time.
-    The logits of both are divided by ``loss_temperature`` in the loss of ``tokens``, and by ``temperature`` where they
-    are reported. A prompt is asked once, and none that overlaps with those of ``leave_out``; an empty list stands for
-    the data of the run's evaluations.
+    The teacher samples ``completions_per_prompt`` answers at ``temperature``, ``batch_size`` at a time, and
+    ``sampling`` says how. The loss of ``tokens`` divides the logits of both by ``loss_temperature``; the reported
+    figures divide them by ``temperature``. Each prompt is asked once, unless it overlaps with the prompts of
+    ``leave_out``. An empty ``leave_out`` stands for the data of the run's evaluations.
 
-    ``eval_fraction`` of the prompts is held out. On the teacher's answers to them the student is compared with the
-    teacher, before and after: how often speculative decoding with ``gamma`` drafted tokens a step would accept a token
-    (Leviathan et al. 2023). Greedy answers to ``timed_prompts`` of them are generated with and without the draft.
+    ``eval_fraction`` of the prompts is held out. On the teacher's answers to these, the student is compared with the
+    teacher before and after training: how often would speculative decoding with ``gamma`` drafted tokens per step
+    accept a token (Leviathan et al. 2023)? Greedy answers to ``timed_prompts`` of them are generated with and without
+    the draft.
     """
 
     kind: str = "distil"

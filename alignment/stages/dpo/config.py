@@ -17,7 +17,7 @@ from alignment.core.fingerprint import IF_SET
 
 
 class DpoLoss(str, Enum):
-    """Losses of a pair. h is β times Δ, the log-ratio to the reference of the chosen answer, less that of the rejected.
+    """Losses for a pair. Δ is the chosen answer's log-ratio to the reference minus the rejected answer's; h is β Δ.
 
     ``sigmoid``: −log σ(h), with log-ratios summed over an answer's tokens (Rafailov et al. 2023). ``sigmoid_norm``: the
     same with means over the tokens (Lambert et al. 2024); use a larger beta. ``hinge``: max(0, 1 − h) (Zhao et al.
@@ -55,12 +55,11 @@ class DpoConfig:
     off over several epochs, or several stages on the same pairs. Otherwise they are computed in every step. A loss
     without a reference computes none.
 
-    ``label_smoothing`` is the share of labels that are flipped: of ``sigmoid`` and ``sigmoid_norm`` it makes the
+    ``label_smoothing`` is the share of labels that are flipped. With ``sigmoid`` and ``sigmoid_norm`` it gives the
     conservative loss (Mitchell 2023), and ``robust`` needs it. ``nll_weight`` adds the negative log-likelihood of the
-    chosen answer, divided by its tokens (α of Pang et al. 2024). ``margin`` times the difference of a pair's
-    scores is subtracted from h (Amini et al. 2024, with their f the identity); then rows need scores. ``target_margin``
-    is γ of ``simpo``, which needs it. ``odds_weight`` is λ of ``orpo``; its default is that of Hong et al. for
-    Mistral 7B.
+    chosen answer, divided by its tokens (α of Pang et al. 2024). ``margin`` times the difference of a pair's scores is
+    subtracted from h (Amini et al. 2024, with their f the identity); rows then need scores. ``target_margin`` is γ of
+    ``simpo``, which needs it. ``odds_weight`` is λ of ``orpo``; its default is the value of Hong et al. for Mistral 7B.
     """
 
     kind: str = "dpo"

@@ -23,7 +23,7 @@ class EvaluateConfig:
     before the prompt), ``stage:NAME``, and external models (``path:FOLDER``, ``hub:ORG/NAME@REVISION``), which may have
     their own tokenizer and chat template. Without a reward model (``reward: null``) that column stays empty. Arms are
     compared by the metric that ``primary`` names, by default the first; without metrics, no arm is called better than
-    another. ``sampling`` is what answers.
+    another. ``sampling`` says what generates the answers.
     """
 
     kind: str = "evaluate"

@@ -29,7 +29,7 @@ class KlControl(str, Enum):
 
 
 class KlTerm(str, Enum):
-    """Where the KL is paid: as a part of the ``reward``, or in the ``loss``, with a gradient (Shao et al. 2024)."""
+    """Where the KL penalty applies: in the ``reward``, or in the ``loss`` with a gradient (Shao et al. 2024)."""
 
     reward = "reward"
     loss = "loss"
@@ -38,9 +38,9 @@ class KlTerm(str, Enum):
 class Advantage(str, Enum):
     """What an answer or its tokens are compared with.
 
-    ``gae`` is a value model (Schulman et al. 2016). The others compare whole answers to one prompt: with the mean of
-    the others (``rloo``, Ahmadian et al. 2024), in standard deviations from the mean of all (``grpo``, Shao et al.
-    2024), or with that mean alone (``dr_grpo``, Liu et al. 2025).
+    ``gae`` compares with a value model (Schulman et al. 2016). The others compare whole answers to one prompt: with the
+    mean of the other answers (``rloo``, Ahmadian et al. 2024), with the mean of all answers, in units of their standard
+    deviation (``grpo``, Shao et al. 2024), or with that mean, unscaled (``dr_grpo``, Liu et al. 2025).
     """
 
     gae = "gae"
@@ -64,11 +64,10 @@ class KlConfig:
 class PpoOptimConfig:
     """Adam without weight decay or warm-up; by default the learning rate falls linearly to zero.
 
-    ``batch_size`` is the number of episodes per update, over all processes.
-    ``micro_batch_tokens`` limits the tokens of a micro-batch in learning; a process samples its whole share at once.
-    With ``auto`` the stage chooses a number that fits into memory.
-    ``activation_checkpointing`` stores only a layer's input in learning, and computes the layer again in the backward
-    pass; it changes nothing that is learned.
+    ``batch_size`` is the number of episodes per update, over all processes. ``micro_batch_tokens`` limits the tokens of
+    a micro-batch during training; for sampling, a process handles its whole share at once. With ``auto`` the stage
+    chooses a number that fits into memory. ``activation_checkpointing`` stores only a layer's input during training,
+    and computes the layer again in the backward pass; it does not change what is learned.
     """
 
     lr: Annotated[float, POSITIVE] = 3e-5
@@ -107,18 +106,19 @@ class PpoConfig:
     ``value_clip`` limits how far values move in an update; null sets no limit.
 
     ``missing_eos_penalty`` is subtracted from the total score of an answer that has no end; it can only lower the
-    score. Its unit is that of the score, like that of ``kl.coefficient``: in units of the scores' deviation, the
+    score. Like ``kl.coefficient``, it is in units of the score. In units of the scores' standard deviation, the
     objective would change with every batch, and with equal scores there would be no penalty. ``length_penalty`` is
     subtracted for each token of an answer, and ``overlong`` for the last ones before ``max_new_tokens``.
 
     With ``prompt_baseline`` the mean score of the other completions of the prompt is subtracted, because Bradley-Terry
-    rewards cannot be compared across prompts. A minibatch whose ``policy/approxkl`` exceeds ``max_approxkl`` is the
-    update's last.
+    rewards cannot be compared across prompts. An update ends after a minibatch whose ``policy/approxkl`` exceeds
+    ``max_approxkl``.
 
-    Any ``advantage`` but ``gae`` needs no value model: ``critic`` is then ``none``, and ``completions_per_prompt`` is
-    the size of a group. ``clip_high`` limits how far a ratio may rise above 1; null is ``clip``. The mean entropy of
-    all answer tokens, times ``entropy_coefficient``, is added to the objective. With ``drop_ties`` an update learns
-    only from prompts whose answers do not all score alike. ``sampling`` is what samples.
+    Every ``advantage`` except ``gae`` works without a value model: ``critic`` is then ``none``, and
+    ``completions_per_prompt`` is the size of a group. ``clip_high`` limits how far a ratio may rise above 1; null means
+    the same as ``clip``. The mean entropy of all answer tokens, times ``entropy_coefficient``, is added to the
+    objective. With ``drop_ties`` an update learns only from prompts whose answers do not all have the same score.
+    ``sampling`` says how answers are sampled.
     """
 
     REPLACED: ClassVar[dict[str, str]] = {

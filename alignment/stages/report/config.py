@@ -11,7 +11,7 @@ from alignment.config.stage_fields import reference_to
 
 @dataclass(kw_only=True, slots=True)
 class ReportConfig:
-    """One self-contained HTML file about the run; the driver makes it from files alone."""
+    """One self-contained HTML file about the run; the driver makes it only from files."""
 
     kind: str = "report"
     evaluation: str | None = reference_to("stage:evaluate", "evaluation")

@@ -19,8 +19,8 @@ from alignment.core.fingerprint import IF_SET
 class RewardConfig:
     """A Bradley-Terry reward model: a scalar score at the last token of an answer (Stiennon et al. 2020, eq. 1).
 
-    ``margin`` times the difference of a pair's scores is subtracted from that of the rewards in the loss (Touvron et
-    al. 2023, eq. 2); then rows need scores.
+    ``margin`` times the difference of a pair's scores is subtracted from the difference of its rewards in the loss
+    (Touvron et al. 2023, eq. 2); rows then need scores.
 
     ``center_coefficient`` weighs (r_chosen + r_rejected)² in the loss (Eisenstein et al. 2023). ``eval_fraction`` of
     the prompts is held out for the accuracy, and for the offset that makes chosen answers score 0 on average.

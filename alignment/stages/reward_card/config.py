@@ -16,12 +16,12 @@ from alignment.config.too_long import TooLongConfig
 class RewardCardConfig:
     """Tests a reward model on pairs, and compares it with baselines that see only an answer's length or its words.
 
-    ``reward`` may also be a model that no stage made. ``learned`` are the pairs that it was trained on: a bag of words
-    learns from them, and with ``leave_out_learned`` pairs whose prompts they contain are not judged. By default these
-    are the pairs of the stage that made the model, without mixed-in rows; for a model from elsewhere they are unknown,
-    and there is no bag of words. ``rule`` scores both answers, and the card shows how often it agrees with the model.
-    ``invariance_pairs`` are scored again alone, padded, in another order and in float32; 0 turns this off. The card
-    lists ``num_worst`` pairs.
+    ``reward`` may also be a model that no stage made. ``learned`` names the pairs on which it was trained. A bag of
+    words is trained on the same pairs, and with ``leave_out_learned`` pairs whose prompts they contain are not judged.
+    By default these are the pairs of the stage that made the model, without mixed-in rows. For a model from elsewhere
+    they are unknown, and there is no bag of words. ``rule`` scores both answers, and the card shows how often it agrees
+    with the model. ``invariance_pairs`` are scored again alone, padded, in another order and in float32; 0 turns this
+    off. The card lists the ``num_worst`` worst pairs.
     """
 
     kind: str = "reward_card"

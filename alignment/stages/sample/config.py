@@ -16,7 +16,7 @@ from alignment.core.fingerprint import IF_SET
 
 
 class Select(str, Enum):
-    """The rows that are made of the answers to a prompt.
+    """The rows that are made from the answers to a prompt.
 
     ``best``: a conversation with the answer of the highest score (best of n, rejection sampling; RAFT, Dong et al.
     2023). ``best_worst``: a pair of the best and the worst answer. ``all_pairs``: every pair of answers. ``labels``:
@@ -39,14 +39,14 @@ class SampleConfig:
     """Samples ``completions_per_prompt`` answers of a ``policy`` to each prompt, scores them, and makes rows of them.
 
     An answer's score is the weighted sum of ``scorers``; a scorer with ``normalize`` is normalised over all answers of
-    the stage. ``select`` decides on the rows. Two answers are a pair if their scores differ, by at least
-    ``min_margin``. ``threshold`` is the score from which an answer is good: ``best`` leaves out a prompt whose best
-    answer is below it, and for ``labels`` null stands for the mean of the prompt's scores.
+    the stage. ``select`` says which rows are made. Two answers form a pair if their scores differ, by at least
+    ``min_margin``. ``threshold`` is the score from which an answer counts as good: ``best`` leaves out a prompt whose
+    best answer is below it, and for ``labels`` null means the mean of the prompt's scores.
 
-    Answers that repeat another one to the same prompt or are empty are left out, and with ``ended_only`` those that
-    reach ``max_new_tokens``, because a stage would learn to end its answers there. A prompt is asked once. Prompts
-    that overlap with those of ``leave_out`` are not asked; an empty list stands for the data of the run's evaluations.
-    ``sampling`` is what samples.
+    Answers that repeat another one to the same prompt or are empty are left out. With ``ended_only`` so are answers
+    that reach ``max_new_tokens``, because a stage would learn to stop where they were cut. Each prompt is asked once,
+    unless it overlaps with the prompts of ``leave_out``; an empty list stands for the data of the run's evaluations.
+    ``sampling`` says how answers are sampled.
     """
 
     kind: str = "sample"

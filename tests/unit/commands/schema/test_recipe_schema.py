@@ -211,9 +211,9 @@ def test_a_setting_carries_what_its_class_says_of_it() -> None:
     dpo = recipe_schema()["definitions"]["DpoConfig"]["properties"]
     assert dpo["margin"]["description"] == (
         "``margin`` times the difference of a pair's scores is subtracted from h (Amini et al. 2024, with their f the "
-        "identity); then rows need scores.\n\nAllowed: 0 or more."
+        "identity); rows then need scores.\n\nAllowed: 0 or more."
     )
-    assert dpo["loss"]["description"].startswith("Losses of a pair.")
+    assert dpo["loss"]["description"].startswith("Losses for a pair.")
     assert dpo["beta"]["default"] == 0.1
     assert dpo["kind"] == {"const": "dpo"}
 
