@@ -25,7 +25,8 @@ def page() -> str:
     return "\n\n".join(
         (
             "# Command line",
-            "`align --help` lists the verbs, `align VERB --help` the arguments of one, `align --version` the version.",
+            "`align --help` lists the verbs, `align VERB --help` the arguments of one verb, and `align --version` "
+            "the version.",
             "`KEY=VALUE` may stand anywhere after the recipe. [Configuration](configuration.md) lists the keys.",
             "Every command ends with one of the [exit codes](errors.md).",
             table(["command", "what it does"], rows),

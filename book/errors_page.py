@@ -67,7 +67,7 @@ Every error is one block of text. It says where the fault is, what is wrong, wha
 {_example()}
 ```
 
-A traceback is always a bug of this project (code 1). [Running](../running.md) says what happens after a stop.
+A traceback is always a bug in this project (code 1). [Running](../running.md) says what happens after a stop.
 
 ## Classes
 

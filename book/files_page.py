@@ -21,8 +21,8 @@ _INTRO = """\
 # File formats
 
 The first part lists the rows of data that a stage can read. The second part describes the files that a run writes.
-Programs may read these files: fields are added in later versions, and a form that older programs would misread has a
-higher `version` or `schema`.
+Programs may read these files. Later versions add fields; if older programs would misread a file, its `version` or
+`schema` is higher.
 
 Weights are in safetensors, settings in YAML, and the records below in JSON or JSON Lines."""
 
@@ -37,7 +37,7 @@ def page() -> str:
         _INTRO,
         "## Rows of data",
         "The columns of a row decide its format, or `data.format` names it. [Data](../data.md) says what each kind of "
-        f"stage makes of it. Of a file with more columns, these are read: {columns}.",
+        f"stage makes of it. If a file has more columns, only these are read: {columns}.",
         *formats,
         "## Files of a run",
         "A run is recorded in `runs/<run>/`. Each stage leaves one artifact, `artifacts/<stage>-<8 hex>/`.",

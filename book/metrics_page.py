@@ -18,8 +18,9 @@ from book.settings_pages import our_kinds
 _INTRO = """\
 # Metrics
 
-A *rule* scores an answer. An *arm* of an evaluation has the mean of such scores, and figures of its own. A *stage* that
-trains writes a line of figures for each step to `metrics.jsonl`, and the last ones into its `manifest.json`.
+A *rule* scores an answer. An *arm* of an evaluation, which is a model or prompt that is compared, has the mean of such
+scores and further figures. A *stage* that trains writes a line of figures for each step to `metrics.jsonl`, and the
+last figures into its `manifest.json`.
 
 [Evaluation](../evaluation.md) says how to read a difference, and [Rewards](../rewards.md) what each rule does."""
 
@@ -33,7 +34,7 @@ def page() -> str:
         table(["source", "setting", "column of the row", "package"], _rules()),
         "## Figures of an arm",
         own_docstring(ArmResult),
-        "Beside the recipe's own metrics, `evaluation.json` has these for every arm: "
+        "In addition to the recipe's own metrics, `evaluation.json` has these for every arm: "
         + ", ".join(f"`{name}`" for name in ARM_METRICS)
         + ". The objective of a sweep can also name "
         + ", ".join(f"`{member.value}`" for member in ArmMetric)
@@ -65,17 +66,17 @@ def _kind(kind: StageKind) -> str:
     curves = kind.curves(to_plain(config))
     manifest = [
         ("measured on held-out rows", reported.held_out),
-        ("measured on the rows that are learned from", reported.training),
+        ("measured on the training rows", reported.training),
         ("counts", reported.counts),
     ]
     rows = [(words, ", ".join(f"`{name}`" for name in names)) for words, names in manifest if names]
     parts = [f"## {kind.name}"]
     if rows:
         parts += [
-            "In the manifest, with default settings, and with validation if the kind has it:",
+            "In the manifest, with default settings, and with validation if the kind supports it:",
             table(["what", "names"], rows),
         ]
     if curves:
         charts = ((", ".join(f"`{key}`" for key in curve.keys), curve.title, curve.unit or "–") for curve in curves)
-        parts += ["At each step, as the report draws them:", table(["names", "chart", "unit"], charts)]
+        parts += ["At each step, as plotted in the report:", table(["names", "chart", "unit"], charts)]
     return "\n\n".join(parts) if len(parts) > 1 else ""

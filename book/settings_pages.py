@@ -27,8 +27,8 @@ A key is a path: `stages.dpo.optim.lr` is the setting `lr` in the group `optim` 
 A misspelt key or a value that is not allowed ends the command with exit code 2, and the message names what is allowed.
 [Recipes](../recipes.md) says how a recipe is written.
 
-In the tables, **°** marks a setting that is not part of a stage's fingerprint. A change of it alone makes no stage run
-again. What a path or a reference leads to still counts."""
+In the tables, **°** marks a setting that is not part of a stage's fingerprint: if only this setting changes, no stage
+runs again. The content behind a path or a reference still counts."""
 
 
 def our_kinds() -> dict[str, StageKind]:
@@ -105,12 +105,12 @@ def _top(layout: _Layout) -> str:
         "## Kinds of stage",
         table(["kind", "what it does", "makes"], rows),
         "Groups of settings that several kinds have, such as `data`, `adapter` and `optim`, are on "
-        "[a page of their own](configuration/groups.md).",
+        "[a separate page](configuration/groups.md).",
         *_sections(TOP, layout),
         "## Choices",
-        "`GROUP=NAME` on the command line, or `GROUP: NAME` in a recipe's `defaults`, takes a file of `conf/`. It sets "
-        "only what differs from the defaults above. `profile` and `sweep` are used as [Running](../running.md) and "
-        "[Sweeps](../sweeps.md) say.",
+        "`GROUP=NAME` on the command line, or `GROUP: NAME` in a recipe's `defaults`, selects a file in `conf/`. The "
+        "file sets only what differs from the defaults above. [Running](../running.md) explains `profile`, and "
+        "[Sweeps](../sweeps.md) explains `sweep`.",
         table(["choice", "what its file says"], _choices()),
     ]
     return "\n\n".join(parts)
@@ -120,8 +120,8 @@ def _kind(kind: StageKind, layout: _Layout) -> str:
     name, page = kind.name, kind_page(kind.name)
     intro = (
         f"# {name}\n\n{kind.summary[0].upper()}{kind.summary[1:]}. In a recipe: `stage@stages.NAME: {name}` among the "
-        f"`defaults`, and these settings under `stages.NAME`. [Stages](../../stages.md) says what it does, and "
-        "[Configuration](../configuration.md) how to read the tables."
+        f"`defaults`, and these settings under `stages.NAME`. [Stages](../../stages.md) explains what it "
+        "does, and [Configuration](../configuration.md) how to read the tables."
     )
     own = section(kind.config, heading="## Settings", link=lambda cls: layout.link(cls, page))
     return "\n\n".join([intro, own, *_sections(page, layout, without=(kind.config,))])
@@ -129,8 +129,8 @@ def _kind(kind: StageKind, layout: _Layout) -> str:
 
 def _groups(layout: _Layout) -> str:
     intro = (
-        "# Groups of settings\n\nSeveral kinds of stage have these groups. Where a kind has another default than the "
-        "one here, its page says so."
+        "# Groups of settings\n\nSeveral kinds of stage have these groups. If a kind has a different default than "
+        "here, its page says so."
     )
     return "\n\n".join([intro, *_sections(GROUPS, layout)])
 

@@ -23,8 +23,8 @@ from __future__ import annotations
 class AlignmentError(Exception):
     """Base of every error that is shown without a traceback.
 
-    ``where`` names the key, file or stage; ``remedy`` says what to do next. ``rank`` is that of the process that met
-    the error, where the others raise it too.
+    ``where`` names the key, file or stage; ``remedy`` says what to do next. ``rank`` is the rank of the process that
+    met the error, if the other processes raise it too.
     """
 
     exit_code = 1
@@ -107,7 +107,7 @@ class GateNotMet(AlignmentError):
 
 
 class StoreError(AlignmentError):
-    """A store of artifacts cannot be reached, does not exist, or refuses what is asked of it."""
+    """A store of artifacts cannot be reached, does not exist, or refuses a request."""
 
     exit_code = 11
 

@@ -36,11 +36,11 @@ class TaskMetric:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchmarkTask:
-    """A task: the rows that were measured, of so many that it has, and the examples before each (None if its tasks
-    differ in that).
+    """A task: how many of its rows were measured, and the number of examples before each (None if its tasks differ in
+    that).
 
-    ``version`` is the task's own. The first of ``metrics`` is the one that arms are compared by. A ``group`` has the
-    values of its tasks together, so its rows are theirs.
+    ``version`` is the task's own. Arms are compared by the first of ``metrics``. A ``group`` has the combined values of
+    its tasks, so its rows are theirs.
     """
 
     name: Name

@@ -36,7 +36,7 @@ class TriedSize:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ChosenSize:
-    """The chosen number of ``tokens`` on a ``machine``, and what was tried.
+    """The number of ``tokens`` that was chosen on a ``machine``, and the sizes that were tried.
 
     ``launch`` is how many processes share the work, and how. Example: ``ChosenSize(tokens=2048, machine="CPU, 2 cores,
     25 GB", launch="1 process")``.

@@ -14,12 +14,12 @@ FILE = "distillation.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StudentFigures:
-    """A student beside its teacher, over all tokens of the teacher's answers; intervals are over prompts.
+    """A student compared with its teacher, over all tokens of the teacher's answers; intervals are over prompts.
 
-    ``acceptance`` is the mean probability that speculative sampling accepts a drafted token, and ``same_top`` the share
-    of tokens at which both find the same one most likely, which is the acceptance of greedy decoding. ``divergence`` is
-    the forward divergence in nats a token. ``tokens_per_step`` are those that a pass of the teacher is expected to
-    yield, when sampling.
+    ``acceptance`` is the mean probability that speculative sampling accepts a drafted token. ``same_top`` is the share
+    of tokens for which both find the same token most likely, which is the acceptance of greedy decoding. ``divergence``
+    is the forward divergence in nats per token. ``tokens_per_step`` is the expected number of tokens from one pass of
+    the teacher, when sampling.
     """
 
     acceptance: Interval
@@ -30,11 +30,11 @@ class StudentFigures:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Assisted:
-    """Greedy answers of the teacher with a draft: the ``seconds`` of all.
+    """Greedy answers of the teacher with a draft; ``seconds`` is the time for all of them.
 
     ``expected`` is the speed-up that follows from the draft's ``same_top`` and the measured cost of a pass, and
-    ``expected_sampling`` from its ``acceptance``. ``differing`` answers are not those of the teacher alone; where they
-    first differ, the teacher's logits of the two tokens are at most ``widest_gap`` apart.
+    ``expected_sampling`` from its ``acceptance``. ``differing`` answers differ from those of the teacher alone; where
+    they first differ, the teacher's logits of the two tokens differ by at most ``widest_gap``.
     """
 
     seconds: float
@@ -46,10 +46,10 @@ class Assisted:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Timing:
-    """Greedy answers to a few held-out ``prompts``, of so many ``tokens`` together, one at a time.
+    """Greedy answers to a few held-out ``prompts``, one at a time, with ``tokens`` tokens in total.
 
-    ``seconds`` is the time of the teacher alone. ``cost_ratio`` is the time of a token of the draft alone divided by
-    that of the teacher.
+    ``seconds`` is the time of the teacher without a draft. ``cost_ratio`` is the time that the draft takes for a token,
+    divided by the time that the teacher takes.
     """
 
     prompts: int
@@ -66,10 +66,10 @@ class Timing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Distillation:
-    """The record of a stage; ``gamma`` tokens are drafted in a step, and ``temperature`` is that of sampling.
+    """The record of a stage; ``gamma`` tokens are drafted per step, and ``temperature`` is the temperature of sampling.
 
-    ``prompts`` were held out, with ``tokens`` in the teacher's answers to them. ``layers`` of the student are the first
-    of its ``init``; None: it is not a part of another model.
+    ``prompts`` counts the held-out prompts, and ``tokens`` the tokens of the teacher's answers to them. The student has
+    the first ``layers`` of its ``init``; None if it is not a part of another model.
     """
 
     method: Name

@@ -50,10 +50,10 @@ class Metric:
 class ArmResult:
     """One arm; a figure that was not measured is None.
 
-    ``metrics`` are those of the recipe, by name. ``greedy_log_ratio`` is in nats a sequence, ``loss`` in nats a token;
+    ``metrics`` are the recipe's, by name. ``greedy_log_ratio`` is in nats per sequence, ``loss`` in nats per token;
     ``kl`` estimates the KL divergence from the reference on sampled answers, in nats per sequence. ``refusals``,
     ``distinct`` and ``ended`` are shares of the answers, ``win_rate`` is a share of the points against the reference.
-    ``seconds`` is the time that answering took. ``by_turn`` are the metrics of each turn, where prompts have several.
+    ``seconds`` is the time that answering took. ``by_turn`` has the metrics of each turn, if prompts have several.
     """
 
     name: Name
@@ -106,8 +106,8 @@ def _names_of_older(arm: Any) -> list[str]:
 class Comparison:
     """``arm`` minus ``against`` in a metric, paired by prompt.
 
-    ``low`` and ``high`` bound the 95 % interval of this difference alone. ``p`` is that of a randomisation test, and
-    ``adjusted_p`` allows for the number of comparisons in the family (Holm 1979); older files have neither.
+    ``low`` and ``high`` bound the 95 % interval of this one difference. ``p`` is the p value of a randomisation test,
+    and ``adjusted_p`` allows for the number of comparisons in the family (Holm 1979); older files have neither.
     ``detectable`` is the true difference that four of five such evaluations would find. Example:
     ``Comparison(arm="stage:dpo", against="stage:sft", metric="brevity", difference=0.08, low=0.02, high=0.14)``.
     """
@@ -149,11 +149,11 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JudgedByPeople:
-    """How people judged two arms: ``judged`` prompts, with so many ``votes`` of so many ``annotators``.
+    """How people judged two arms: the number of prompts ``judged``, of ``votes`` and of ``annotators``.
 
-    ``same_answers`` counts prompts that both arms answered alike, which nobody is asked about. ``stale`` votes are
-    about other answers of the same arms and do not count. ``alpha`` is Krippendorff's α; None if no prompt has two
-    votes, or all such votes are the same.
+    ``same_answers`` counts prompts to which both arms gave the same answer, so nobody judges them. ``stale`` votes are
+    for other answers of the same arms and do not count. ``alpha`` is Krippendorff's α; None if no prompt has two votes,
+    or all such votes are the same.
     """
 
     judged: int = 0
@@ -213,8 +213,8 @@ class JudgedPair:
 class Judge:
     """The judge of pairs of arms, the number of prompts, and the results.
 
-    ``labelled`` is how it judged pairs of which people have chosen one answer: the chosen answers are the arm, so that
-    its win rate is the share of pairs on which the judge agrees with people, ties counted as half.
+    ``labelled`` has the judge's results for pairs from which people chose an answer. The chosen answers count as the
+    arm, so its win rate is the share of pairs on which the judge agrees with people, ties counted as half.
     """
 
     kind: Name = ""
@@ -228,8 +228,9 @@ class Judge:
 class Grading:
     """How a model graded the answers for a ``metric``, on a scale of whole numbers.
 
-    ``num_prompts`` have a grade for every answer of every arm that has the metric; the others do not count. ``invalid``
-    is the share of an arm's replies without a grade, ``left_out`` names the arms that have too many and so no metric.
+    ``num_prompts`` counts the prompts with a grade for every answer of every arm that has the metric; the others do not
+    count. ``invalid`` is the share of an arm's replies without a grade. ``left_out`` names the arms that have too many
+    of these and so do not get the metric.
     """
 
     metric: Name
@@ -245,10 +246,10 @@ class Grading:
 class Evaluation:
     """The results of all arms and their comparisons.
 
-    ``primary`` names the metric of ``comparisons``; without metrics there is none, and no comparison. The comparisons
-    by other metrics are a family of their own, and so are ``reward_comparisons``, by the scores of the reward model.
-    ``tasks`` maps a task to each arm's mean of it. ``gradings`` are about metrics that a model graded. ``conclusions``
-    say what an evaluation of this size can show.
+    ``primary`` names the metric of ``comparisons``; without metrics there are neither. The comparisons by other metrics
+    form a separate family, and so do ``reward_comparisons``, by the scores of the reward model. ``tasks`` maps a task
+    to each arm's mean. ``gradings`` are about metrics that a model graded. ``conclusions`` say what an evaluation of
+    this size can show.
     """
 
     num_prompts: int | None = None

@@ -14,7 +14,8 @@ FILE = "forgetting.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """The largest loss allowed: of perplexity as a share of the base's, of right answers as a share of questions.
+    """The largest losses allowed: the rise of perplexity as a share of the base's, and the drop of right answers as a
+    share of the questions.
 
     None means no limit.
     """
@@ -30,7 +31,8 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ArmForgetting:
-    """One arm; ``nats`` is the loss in nats a token, ``ability`` the share of right answers, ``tasks`` that by task.
+    """One arm; ``nats`` is the loss in nats per token, ``ability`` the share of right answers, and ``tasks`` that share
+    by task.
 
     ``rise`` is the rise of the perplexity as a share of the base's, ``drop`` the drop of the share of right answers;
     both are None for the base itself. ``reasons`` say in words which limits were exceeded.

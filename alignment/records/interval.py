@@ -1,4 +1,4 @@
-"""A mean with its 95 % interval, as all files of results hold it."""
+"""A mean with its 95 % interval, in the form that all result files use."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ _PROFILE = "profile="
 class StageEntry:
     """A stage: ``waiting``, ``running``, ``done``, ``reused`` or ``failed``, and ``reason`` in words.
 
-    ``artifact`` is a path, or a folder's name. ``started`` is when the last attempt at it began, in UTC, ISO 8601, and
-    ``seconds`` is how long that took. ``inputs`` are references by the field that holds them, one or several.
+    ``artifact`` is a path, or the name of a folder. ``started`` is when the last attempt at the stage began, in UTC,
+    ISO 8601, and ``seconds`` is how long it took. ``inputs`` are references by the field that has them, one or several.
     """
 
     kind: Name = "unknown"

@@ -38,9 +38,9 @@ class BestOf:
 class Sampling:
     """Counts of a stage that samples answers.
 
-    ``prompts`` were asked. Left out before that were ``rows_too_long``, prompts that are also evaluated, and prompts
-    that were asked already. ``rows`` were made of the answers, except of those that repeat another one, are empty or
-    have no end. A prompt is ``tied`` if all its answers that could be used have the same score, and there are several.
+    ``prompts`` counts the prompts that were asked. Prompts that are too long, that are also evaluated, or that were
+    asked already were left out before. ``rows`` were made of the answers, except answers that repeat another one, are
+    empty or have no end. A prompt is ``tied`` if it has several usable answers and all of them have the same score.
     """
 
     select: Name

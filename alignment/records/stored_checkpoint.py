@@ -18,7 +18,8 @@ class StoredFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredCheckpoint:
-    """A stage's work after ``step`` and with so many stored ``parts``; ``files`` by path in the work folder.
+    """A stage's work after ``step``, with the number of its stored ``parts``; ``files`` are listed by their paths in
+    the work folder.
 
     Example: ``StoredCheckpoint(fingerprint="91c0aa17…", step=40, parts=0, files={"checkpoints/checkpoint-40/…": …})``.
     """
@@ -43,7 +44,7 @@ class StoredCheckpoint:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LeaseRecord:
-    """Who works on a stage: ``owner`` is drawn at random, ``process`` runs on ``host``."""
+    """Who is working on a stage: ``owner`` is a random name, and ``process`` runs on ``host``."""
 
     owner: str
     host: Name = ""

@@ -38,7 +38,8 @@ class Parameter:
 class Trial:
     """A trial that ended: ``done`` with a value for each goal, ``failed`` or ``pruned`` with the reason in words.
 
-    ``words`` are its settings as overrides; ``report`` is the path of its run's page from the sweep's page, or empty.
+    ``words`` are its settings as overrides; ``report`` is the path from the sweep's page to the page of the trial's
+    run, or empty.
     """
 
     number: int

@@ -1,7 +1,9 @@
-"""``votes.jsonl``: what people preferred, a line a vote, each bound to the prompt and the two answers that were shown.
+"""``votes.jsonl``: what people preferred, one vote per line. Each vote is bound to the prompt and the two answers that
+were shown.
 
-A line holds the prompt and both answers, so it can be read without the evaluation, also as training data
-(``alignment/data/formats/voted_pairs.py``). A vote counts once its line has ended: a killed writer may leave a half.
+A line has the prompt and both answers, so it can be read without the evaluation, also as training data
+(``alignment/data/formats/voted_pairs.py``). A vote counts once its line is complete: a killed writer may leave an
+incomplete one.
 """
 
 from __future__ import annotations
