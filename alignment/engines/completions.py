@@ -21,7 +21,7 @@ SEEDS = 2**48
 TOKENS_A_REPLY = 8192
 """The most tokens of answers, each with its prompt, that are asked for in one call, unless one answer has more."""
 OTHER_WEIGHTS = 0.5
-"""A mean difference of log-probabilities, in nats a token, that no rounding explains."""
+"""A mean difference of log-probabilities, in nats per token, that no rounding explains."""
 _PATIENCE = 5.0
 """Seconds without a reply after which the stage reports that it waits; a call has a limit of its own."""
 

@@ -51,7 +51,7 @@ def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions)
     gap = sum(differences) / len(differences)
     if gap > OTHER_WEIGHTS:
         raise ModelError(
-            f"vLLM's log-probabilities differ from ours by {gap:.2f} nats a token; nothing was exported",
+            f"vLLM's log-probabilities differ from ours by {gap:.2f} nats per token; nothing was exported",
             where=str(folder),
             remedy="this version of vLLM computes the model differently; use --as model or --as gguf",
         )

@@ -48,7 +48,7 @@ def tables(artifact: Path) -> list[ResultTable]:
         "acceptance": f"acceptance at temperature {record.temperature:g}",
         "tokens": f"expected tokens per step, {record.gamma} drafted",
         "same": "same most likely token",
-        "divergence": "divergence, nats a token",
+        "divergence": "divergence, nats per token",
     }
     if timing is not None:
         columns |= {

@@ -95,11 +95,11 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
 def _curves(settings: Mapping[str, Any]) -> list[Curve]:
     if settings.get("method") == Method.sequence.value:
         return [
-            curve("Loss", "nats a token", "loss"),
+            curve("Loss", "nats per token", "loss"),
             curve("Next-token accuracy", "share", "mean_token_accuracy"),
         ]
     return [
-        curve("Divergence from the teacher", "nats a token", "loss"),
+        curve("Divergence from the teacher", "nats per token", "loss"),
         curve("Acceptance", "of drafted tokens, at the temperature of the loss", "acceptance"),
         curve("Same most likely token", "share", "same_top"),
     ]

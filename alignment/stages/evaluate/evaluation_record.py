@@ -26,7 +26,7 @@ from alignment.stages.evaluate.judging import Judged, ScoredArms
 class ScoredAnswers:
     """Every arm's answers to the held-out prompts and their scores, each by arm.
 
-    ``rewards`` and ``log_ratios`` (nats a sequence) have one value per answer, or None for an arm that has none.
+    ``rewards`` and ``log_ratios`` (nats per sequence) have one value per answer, or None for an arm that has none.
     ``turn_scores`` has one value per answer for each metric of an arm.
     """
 

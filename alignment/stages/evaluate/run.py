@@ -218,7 +218,7 @@ def _log_ratios(
     arms: Mapping[str, Answered],
     answers: Mapping[str, Answers],
 ) -> dict[str, list[float] | None]:
-    """Log π − log π_ref of each arm's own answers, nats a sequence; None for other prompts, tokens or temperatures.
+    """Log π − log π_ref of each arm's own answers, nats per sequence; None for other prompts, tokens or temperatures.
 
     An answer of a later turn follows the arm's own conversation, for the reference too, so that the sum over the turns
     is that of all that the arm wrote. Of greedy answers this is not the KL, an expectation over samples, which is

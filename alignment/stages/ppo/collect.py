@@ -20,7 +20,7 @@ from alignment.training.rl.step_metrics import UpdateMetrics
 log = logging.getLogger(__name__)
 
 START_KL_TOLERANCE = 0.02
-"""Largest KL, in nats a sequence, that rounding in bfloat16 can cause; with a wrong reference it is far larger."""
+"""Largest KL, in nats per sequence, that rounding in bfloat16 can cause; with a wrong reference it is far larger."""
 
 
 class Collector:
@@ -98,7 +98,7 @@ def refuse_wrong_reference(kl: Tensor) -> None:
     worst = float(kl.sum(-1).abs().mean())
     if worst > START_KL_TOLERANCE:
         raise StageError(
-            f"at step 0 the KL to the reference is {worst:.4f} nats a sequence, not 0, so the reference is not the "
+            f"at step 0 the KL to the reference is {worst:.4f} nats per sequence, not 0, so the reference is not the "
             f"policy from which the stage started",
             remedy="nothing was trained; please report this with the stage.yaml of the run",
         )

@@ -51,7 +51,7 @@ class Advantage(str, Enum):
 
 @dataclass(kw_only=True, slots=True)
 class KlConfig:
-    """``target`` (nats a sequence) and ``horizon`` (episodes) apply to adaptive control only."""
+    """``target`` (nats per sequence) and ``horizon`` (episodes) apply to adaptive control only."""
 
     control: KlControl = KlControl.fixed
     coefficient: Annotated[float, NOT_NEGATIVE] = 0.05

@@ -19,7 +19,7 @@ IMPORTANCE, CAPPED, STALENESS = "engine/importance", "engine/capped", "engine/st
 OF_ENGINE = (GAP, LARGEST_GAP, BEYOND, CAPPED)
 """Those of the last update that are reported; the last one only with a cap."""
 WORRYING = 0.05
-"""A mean difference in nats a token; rounding in bfloat16 made .039 on a model of 135 million parameters."""
+"""A mean difference in nats per token; rounding in bfloat16 made .039 on a model of 135 million parameters."""
 
 _UNSERVED = {
     AdapterKind.dora: "vLLM does not support DoRA",

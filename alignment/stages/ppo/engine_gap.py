@@ -58,7 +58,7 @@ class EngineGap:
             )
         if staleness == 0 and metrics.values[GAP] > OTHER_WEIGHTS:
             raise StageError(
-                f"the engine's log-probabilities differ from the policy's by {metrics.values[GAP]:.2f} nats a token, "
+                f"the engine's log-probabilities differ from the policy's by {metrics.values[GAP]:.2f} nats per token, "
                 "so it has other weights",
                 where=self._where,
                 remedy="its answers were not used for training; check that the server has the model from which the "

@@ -225,7 +225,7 @@ def _sampled_tokens(settings: Mapping[str, Any], line: Mapping[str, Any]) -> flo
 def _all_curves() -> list[Curve]:
     return [
         curve("Score", "what PPO maximises, mean over an update", "objective/score"),
-        curve("KL to the reference", "nats a sequence", "objective/kl"),
+        curve("KL to the reference", "nats per sequence", "objective/kl"),
         Curve(
             title="Held-out answers, over √KL",
             unit="mean score: what PPO maximises, and the guard's held-out scorer",

@@ -9,7 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class KlBudget:
-    """The budget is exceeded when two batches in a row have a KL above ``limit`` (nats a sequence).
+    """The budget is exceeded when two batches in a row have a KL above ``limit`` (nats per sequence).
 
     The KL of a single batch is too noisy. ``was_above`` is whether the last batch was above; checkpoints store it.
     """

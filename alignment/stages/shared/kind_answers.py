@@ -30,7 +30,7 @@ def curve(title: str, unit: str, key: str, guide: float | None = None) -> Curve:
 
 def next_token_curves(settings: Mapping[str, Any]) -> list[Curve]:
     """Charts of a stage that learns to predict tokens."""
-    charts = [curve("Loss", "nats a token", "loss"), curve("Next-token accuracy", "share", "mean_token_accuracy")]
+    charts = [curve("Loss", "nats per token", "loss"), curve("Next-token accuracy", "share", "mean_token_accuracy")]
     return beside_held_out(charts, settings, loss="loss", accuracy="mean_token_accuracy")
 
 

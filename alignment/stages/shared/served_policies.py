@@ -110,7 +110,7 @@ class ServedPolicies:
         gap = sum(abs(sum(answer.logprobs) - own) for answer, own in zip(answers, sums, strict=True)) / tokens
         if gap > OTHER_WEIGHTS:
             raise StageError(
-                f"the engine's log-probabilities differ from the policy's by {gap:.2f} nats a token, so it has other "
+                f"the engine's log-probabilities differ from the policy's by {gap:.2f} nats per token, so it has other "
                 "weights",
                 where=f"stages.{self._context.spec.stage}.sampling",
                 remedy="check that the server has the model on which the policy's adapter was trained",

@@ -76,7 +76,7 @@ class Guard:
         return updates % self._config.every == 0
 
     def evaluate(self, updates: int, rollouts: Rollouts) -> dict[str, float]:
-        """Means over the held-out prompts: ``guard/proxy``, ``guard/scorer``, ``guard/kl`` (nats a sequence).
+        """Means over the held-out prompts: ``guard/proxy``, ``guard/scorer``, ``guard/kl`` (nats per sequence).
 
         ``guard/best_update`` is the update of the best policy so far. Every process must call this. Evaluating the same
         policy again gives the same ``guard/scorer`` and ``guard/kl``.

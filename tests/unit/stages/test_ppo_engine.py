@@ -191,7 +191,7 @@ def test_a_gap_that_nothing_corrects_is_doubted(metrics: dict[str, float], doubt
     assert (
         doubts
         == [
-            "the engine that sampled gave log-probabilities that differ from the policy's by 0.051 nats a token (25% "
+            "the engine that sampled gave log-probabilities that differ from the policy's by 0.051 nats per token (25% "
             "beyond the bound), and nothing corrected for that: the policy learned from another policy's answers; set "
             "sampling.importance_cap, or sampling.engine=own"
         ]

@@ -66,5 +66,5 @@ def test_a_server_with_other_weights_is_found_by_their_log_probabilities(chained
         ]
         policies.refuse_other_weights(answers, [sum(answer.logprobs) for answer in answers])
         far = [EngineAnswer(ids=answer.ids, logprobs=[value - 1.0 for value in answer.logprobs]) for answer in answers]
-        with pytest.raises(StageError, match=r"differ from the policy's by 1\.00 nats a token"):
+        with pytest.raises(StageError, match=r"differ from the policy's by 1\.00 nats per token"):
             policies.refuse_other_weights(far, [sum(answer.logprobs) for answer in answers])

@@ -367,7 +367,7 @@ def test_answers_under_another_versions_name_end_the_stage_before_anything_is_le
 
 def test_another_model_at_the_url_is_noticed_by_its_log_probabilities(tmp_path: Path, base: Path) -> None:
     tiny_model(vocab_size=24, seed=9).save_pretrained(str(tmp_path / "other"))
-    why = r"differ from the policy's by \d\.\d\d nats a token, so it has other weights"
+    why = r"differ from the policy's by \d\.\d\d nats per token, so it has other weights"
     with staged(tmp_path, base, tmp_path / "other") as (_, stage), pytest.raises(StageError, match=why):
         stage.train()
 
@@ -451,7 +451,7 @@ def test_answers_that_are_too_old_or_too_new_are_refused(
 def test_a_gap_that_no_rounding_explains_is_other_weights_unless_the_policy_moved_on() -> None:
     """The mean over the four tokens is the gap."""
     measured(gap_of(), Batch(0.49, [3, 3]), 3)
-    with pytest.raises(StageError, match=r"differ from the policy's by 0\.51 nats a token, so it has other weights"):
+    with pytest.raises(StageError, match=r"differ from the policy's by 0\.51 nats per token, so it has other weights"):
         measured(gap_of(), Batch(0.51, [3, 3]), 3)
     measured(gap_of(max_staleness=1, importance_cap=2.0), Batch(0.51, [2, 2]), 3)
 
