@@ -55,7 +55,7 @@ def test_a_row_says_how_many_answers_differ_and_ended() -> None:
 
 
 def test_the_loss_is_a_mean_over_all_reference_tokens_and_its_interval_over_prompts() -> None:
-    """Answers of 2 and 6 tokens: (3 + 3) / 8 nats per token, not the mean of 1.5 and .5; rows without one do not count."""
+    """Answers of 2 and 6 tokens: (3 + 3) / 8 nats per token, not the mean of 1.5 and .5; no row without one counts."""
     sums = [TokenSum(logprob=-3.0, tokens=2), None, TokenSum(logprob=-3.0, tokens=6)]
     row = row_of(replace(answered(3), references=sums))
     assert row.loss is not None

@@ -116,7 +116,7 @@ def test_a_run_ends_with_the_gates_that_are_not_met(plan: MakePlan) -> None:
     assert caught.value.exit_code == 10
     assert str(caught.value).splitlines() == [
         "stages.evaluate.gate[1]: dpo against sft in total: better by +0.250 (+0.250 to +0.250); "
-        "the interval has to lie above +0.500",
+        "the whole interval must be above +0.500",
         "  stages.evaluate.gate[2]: dpo against base in total: samples.jsonl does not have the scores of both on 10 "
         "different prompts",
         "  → stages.evaluate.gate sets the requirement; more prompts make the intervals narrower",

@@ -121,7 +121,7 @@ def test_without_a_metric_nothing_is_said_of_which_run_is_better(compared: Compa
         run.evaluation.update(metrics=[], primary=None, comparisons=[], tasks={})
     page = Page(compared.html()).text
     assert "No evaluation of these runs has a metric, so it is unknown which is better." in page
-    assert "They are in order of a hash of their id" in page
+    assert "They are ordered by a hash of their id" in page
 
 
 def test_curves_of_a_stage_lie_over_each_other(compared: Compared) -> None:

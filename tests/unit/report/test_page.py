@@ -477,7 +477,7 @@ def test_a_judge_that_was_held_against_people_has_a_row_of_its_own(fake_run):
     row = page[page.index("chosen by people") :].split("By task")[0]
     for shown in ("rejected", "0.52", "0.40 to 0.64", "24 / 4 / 22", "+0.31", "chance may agree as often"):
         assert shown in row
-    assert "of which chance gives half" in page
+    assert "chance would give one half" in page
 
 
 def test_differences_have_their_p_values_and_those_of_other_metrics_a_table_of_their_own(fake_run):

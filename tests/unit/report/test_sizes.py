@@ -48,7 +48,7 @@ def test_parts_of_the_same_data_are_drawn_from_least_to_most(parts):
     assert f'{SPOKEN}0.41 at 75, 0.50 at 150, 0.62 at 300"' in html
     assert re.findall(r'text-anchor="middle">(.*?)</text>', drawing(html)) == ["75", "150", "300"]
     assert drawing(html).count('<path class="raw s0"') == 3, "an interval each"
-    assert "dotted: base, where each starts; one run a point, so what another seed" in html
+    assert "dotted: base, where each run starts; each point is one run, so the variation" in html
     assert "settings differ too" not in html
 
 
@@ -132,7 +132,7 @@ def test_without_bounds_and_without_the_base_there_are_dots_and_a_line(parts):
     assert drawing(html).count("<circle") == 3
     assert 'class="raw' not in drawing(html)
     assert 'class="guide"' not in drawing(html)
-    assert "where each starts" not in html
+    assert "where each run starts" not in html
 
 
 def test_the_same_amount_twice_gives_two_dots_and_one_number_below(parts):
