@@ -116,8 +116,8 @@ URL = Rule(
 )
 TRACKING_URL = Rule(
     is_url,
-    "http://HOST:PORT/PATH or https://…, without a user or a password in it (MLFLOW_TRACKING_USERNAME and "
-    "MLFLOW_TRACKING_PASSWORD hold them)",
+    "http://HOST:PORT/PATH or https://…, without a user or a password in it (these belong in "
+    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD)",
     secret=True,
     keywords={"pattern": f"^{_URL.pattern}$"},
 )

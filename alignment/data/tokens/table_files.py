@@ -74,7 +74,7 @@ def write(
         (folder / ROWS).write_bytes(schema.serialize())
         (folder / LEDGER).touch()
     else:
-        log.info("%s goes on after %d rows", folder, counts.read)
+        log.info("%s continues after %d rows", folder, counts.read)
         for name, size in zip((ROWS, LEDGER), sizes, strict=True):
             os.truncate(folder / name, size)
     saved = time.monotonic()

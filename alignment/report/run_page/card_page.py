@@ -112,7 +112,7 @@ def _judges(card: RewardCard) -> WhiskerPlot:
 def _figures(card: RewardCard) -> Iterator[tuple[str, str]]:
     for judge in card.baselines:
         if judge.difference is not None:
-            yield f"accuracy minus that of: {judge.name}", _difference(judge.difference)
+            yield f"accuracy minus the accuracy of: {judge.name}", _difference(judge.difference)
     yield from _of_calibration(card.calibration)
     yield from _of_length(card.length)
     if card.rule and card.rule.agreement and card.rule.accuracy:

@@ -29,7 +29,7 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
     why = "Learns the assistant's turns of the conversations."
     if rows is None and circumstances.answer(FIRST) != "skip":
         rows = _better_answers(circumstances)
-        why = "Learns the better answers, so that preferences are learned from a policy that gives such answers."
+        why = "Learns the better answers, so that the preference stage starts from a policy that gives such answers."
     if rows is None:
         return None
     sized = rows if rows is circumstances.rows.get(Conversation) else replace(rows, number=rows.prompts)

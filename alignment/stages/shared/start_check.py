@@ -59,4 +59,4 @@ def _remedy(precomputed: Reference | None) -> str:
     )
     if precomputed is None or not precomputed.file.is_file():
         return report
-    return f"delete {precomputed.file}, which holds the reference, and run again; if the error returns, {report}"
+    return f"delete {precomputed.file}, which contains the reference, and run again; if the error returns, {report}"

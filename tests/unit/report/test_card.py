@@ -72,7 +72,7 @@ def test_a_card_is_shown_with_all_that_it_measured(fake_run: Any) -> None:
         accuracy,
         "bag of words",
         "longer answer",
-        "accuracy minus that of: bag of words",
+        "accuracy minus the accuracy of: bag of words",
         "expected calibration error",
         "prefers the longer answer",
         "agrees with the rule",
