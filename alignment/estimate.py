@@ -40,7 +40,7 @@ from alignment.config.sampling_engine import Engine, RolloutSamplingConfig, Samp
 from alignment.core import unused_libraries
 from alignment.core.errors import AlignmentError
 from alignment.costs.devices import CODE_BYTES, CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
-from alignment.costs.op_times import seconds_of
+from alignment.costs.op_times import NEAR_BYTES, seconds_of
 from alignment.costs.recorder import GRADIENTS, OPTIMIZER, WEIGHTS, Operations, Phase, Recorder
 from alignment.costs.repeats import STEP_ROWS, Repeats, repeats_of
 from alignment.costs.shadows import Key, Operation
@@ -102,15 +102,21 @@ def main() -> int:
         function_of(kind_of(read_spec(Path(one_stage["file"])).config))  # imports what the stage needs
     unused_libraries.show()
     timer = Timer(options.device, tries_longest=not options.as_run)
+    startup = timer.startup
     stages, trades = [], []
     for one_stage in asked:
         timer.processes = one_stage["processes"]
+        timer.startup = startup if timer.processes > 1 else 0.0  # others find the libraries imported
         cost = cost_of(_within(options.folder, one_stage["file"]), timer, publishes=True)
         stages.append(_with_remedy(cost, one_stage["cheaper"], timer, options))
         trades += [_trade(cost, way, timer, options.folder) for way in one_stage["ways"]]
-        if one_stage["processes"] == 1:
-            timer.startup = 0.0  # a run imports the libraries once for all stages on one process
-    cost_of_run = RunCost(device=options.device, memory=options.memory, stages=stages, trades=trades)
+    cost_of_run = RunCost(
+        device=options.device,
+        memory=options.memory,
+        startup=startup if any(one_stage["processes"] == 1 for one_stage in asked) else 0.0,
+        stages=stages,
+        trades=trades,
+    )
     cost_of_run.write(options.folder / FILE)
     return 0
 
@@ -173,14 +179,15 @@ class Timer:
         self.between = 0.0 if self.is_gpu else BETWEEN_SECONDS
         self.startup = 0.0 if self.is_gpu else time.time() - psutil.Process().create_time()
         self._device = DEVICES.get(device)
-        self._seconds: dict[Key, float] = {}
+        self._seconds: dict[tuple[Key, bool], float] = {}
         self._seconds_a_byte: float | None = None
 
-    def seconds(self, key: Key, operation: Operation) -> float:
-        """Seconds of one run."""
-        if key not in self._seconds:
-            self._seconds[key] = self._measured(operation)
-        return self._seconds[key]
+    def seconds(self, key: Key, operation: Operation, *, bytes_between: float) -> float:
+        """Seconds of one run; ``bytes_between`` is what is read and written from one run of its function to the next."""
+        known = (key, bytes_between < NEAR_BYTES)
+        if known not in self._seconds:
+            self._seconds[known] = self._measured(operation, bytes_between)
+        return self._seconds[known]
 
     def seconds_to_store(self, size: float, folder: Path) -> float:
         """Seconds in which this machine stores so many bytes near ``folder``; 0 for a GPU, whose disk is unknown."""
@@ -190,10 +197,10 @@ class Timer:
             self._seconds_a_byte = seconds_a_byte(folder.parent)
         return size * self._seconds_a_byte
 
-    def _measured(self, operation: Operation) -> float:
+    def _measured(self, operation: Operation, bytes_between: float) -> float:
         if self._device is not None:
             return seconds_on(self._device, flop=flop_of(operation), moved=bytes_of(operation))
-        return seconds_of(operation) or 0.0
+        return seconds_of(operation, bytes_between=bytes_between) or 0.0
 
 
 def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
@@ -375,11 +382,16 @@ def _times(name: str, recorder: Recorder, repeats: Repeats, *, processes: int) -
 
 def _work(recorder: Recorder, timer: Timer, operations: Operations) -> tuple[float, float]:
     """FLOP and seconds."""
-    flop = seconds = 0.0
+    flop = seconds = moved = 0.0
+    runs: Counter[Any] = Counter()
+    for key, count in operations.items():
+        example = recorder.examples[key]
+        moved += count * bytes_of(example)
+        runs[example.func] += count
     for key, count in operations.items():
         example = recorder.examples[key]
         flop += count * flop_of(example)
-        seconds += count * (timer.seconds(key, example) + timer.between)
+        seconds += count * (timer.seconds(key, example, bytes_between=moved / runs[example.func]) + timer.between)
     return flop, seconds
 
 

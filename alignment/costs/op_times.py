@@ -2,7 +2,8 @@
 
 A stage reads what many operations before have written, and the next layer's weights. So other memory is written before
 each timed run. With inputs that are still in the processor's nearest caches, the operations of a step took two thirds
-of what they take in a stage (docs/LOG.md, 2026-11-28).
+of what they take in a stage. Where little is read and written from one run of an operation to the next, as in
+sampling, its code is still in these caches: it runs on other tensors first (docs/LOG.md, 2026-11-28).
 """
 
 from __future__ import annotations
@@ -22,22 +23,30 @@ ENOUGH_SECONDS = 0.05
 """After so long an operation is not run again."""
 SWEPT_BYTES = 64 << 20
 """Other memory that is written before a run; more than a core's own caches hold."""
+NEAR_BYTES = 4 << 20
+"""What the second-level caches of two cores hold: code that ran so few bytes ago is still there."""
 _NUMBER = torch.zeros(1)
 MOST_BYTES = 4 << 30
 """Tensors of one operation that are made; larger ones are not timed."""
 
 
 @torch.no_grad()
-def seconds_of(operation: Operation) -> float | None:
-    """Seconds of one run after a first one; None if it cannot be run here."""
+def seconds_of(operation: Operation, *, bytes_between: float) -> float | None:
+    """Seconds of one run after a first one; None if it cannot be run here.
+
+    ``bytes_between`` is what a stage reads and writes from one run of this function to the next.
+    """
     if sum(tensor.numel() * tensor.element_size() for tensor in _tensors(operation)) > MOST_BYTES:
         return None
     try:
         args, kwargs = tree_map(_real, (operation.args, operation.kwargs))
+        others = tree_map(_real, (operation.args, operation.kwargs)) if bytes_between < NEAR_BYTES else None
         swept = torch.empty(SWEPT_BYTES, dtype=torch.uint8)
         times: list[float] = []
         while len(times) <= RUNS and sum(times) < ENOUGH_SECONDS:
             swept.fill_(len(times))
+            if others is not None:
+                operation.func(*others[0], **others[1])
             _NUMBER.view(1)  # brings the code that calls operations back into the caches, where it is in a stage
             began = time.perf_counter()
             operation.func(*args, **kwargs)

@@ -72,10 +72,14 @@ class StageCost:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunCost:
-    """The stages of a run on a device with ``memory`` bytes, and each in every way of training it (``trades``)."""
+    """The stages of a run on a device with ``memory`` bytes, and each in every way of training it (``trades``).
+
+    ``startup`` are the seconds in which a run imports the libraries, once for all stages on one process.
+    """
 
     device: str
     memory: float = 0.0
+    startup: float = 0.0
     stages: list[StageCost] = field(default_factory=list)
     trades: list[StageCost] = field(default_factory=list)
     version: int = 1

@@ -28,7 +28,17 @@ def show_cost(console: Console, cost: RunCost, *, free: float | None = None) -> 
     for stage in cost.stages:
         for line in _remarks(stage, cost):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-    console.print(_disk_line(cost, free), markup=False, highlight=False, soft_wrap=True)
+    for line in (_time_line(cost), _disk_line(cost, free)):
+        if line:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _time_line(cost: RunCost) -> str:
+    """The time of all stages; empty if it is not known of each."""
+    if any(stage.error or stage.first_rows for stage in cost.stages):
+        return ""
+    imports = f", and {duration(cost.startup)} to import the libraries once" if cost.startup else ""
+    return f"time: {duration(sum(stage.seconds for stage in cost.stages))} for all stages{imports}"
 
 
 def _disk_line(cost: RunCost, free: float | None) -> str:

@@ -15,7 +15,8 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.data import DataConfig
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import OptimConfig
-from alignment.costs.devices import DEVICES
+from alignment.costs.devices import DEVICES, THIS
+from alignment.costs.shadows import Key, Operation
 from alignment.estimate import Timer, cost_of
 from alignment.records.cost import StageCost
 from alignment.stages.sft.config import SftConfig
@@ -44,7 +45,14 @@ Estimate = Callable[..., StageCost]
 def estimate(tmp_path: Path) -> Estimate:
     """The cost on an H100 of a stage that learns from two rows of some words."""
 
-    def cost(model: PreTrainedConfig, adapter: AdapterConfig, *, words: int, max_length: int = 1024) -> StageCost:
+    def cost(
+        model: PreTrainedConfig,
+        adapter: AdapterConfig,
+        *,
+        words: int,
+        max_length: int = 1024,
+        timer: Timer | None = None,
+    ) -> StageCost:
         base = tmp_path / "base"
         model.save_pretrained(base)
         tiny_tokenizer().save_pretrained(base)
@@ -62,9 +70,16 @@ def estimate(tmp_path: Path) -> Estimate:
             data_path=rows,
             model=ModelConfig(source=f"path:{base}", dtype=Dtype.bfloat16),
         )
-        return cost_of(spec, Timer("h100"), publishes=False)
+        return cost_of(spec, timer or Timer("h100"), publishes=False)
 
     return cost
+
+
+class FreeOperations(Timer):
+    """A device on which operations take no time."""
+
+    def seconds(self, key: Key, operation: Operation, *, bytes_between: float) -> float:
+        return 0.0
 
 
 def _row(words: int) -> dict[str, Any]:
@@ -94,3 +109,14 @@ def test_qlora_on_eight_billion_weights_fits_on_a_card_of_24_gb(estimate: Estima
     assert parts["weights"] == pytest.approx(linear * 4.127 / 8 + others * 2, rel=0.02)
     assert cost.host > 2 * WEIGHTS_OF_8B
     assert 7e9 < cost.peak < DEVICES["4090"].memory
+
+
+def test_python_between_operations_takes_time_on_a_cpu_only(estimate: Estimate) -> None:
+    """Two layers forward and backward are hundreds of operations, each with at least 10 microseconds of Python."""
+    full = AdapterConfig(kind=AdapterKind.full)
+    small = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    on_cpu = estimate(small, full, words=40, timer=FreeOperations(THIS))
+    on_gpu = estimate(small, full, words=40, timer=FreeOperations("h100"))
+    assert on_cpu.error == on_gpu.error == ""
+    assert 100e-5 < on_cpu.phases["training"].seconds / on_cpu.steps < 2000e-5
+    assert on_gpu.phases["training"].seconds == 0

@@ -110,3 +110,15 @@ def test_a_trade_says_what_to_write() -> None:
     line = next(line for line in text.splitlines() if line.startswith("dpo"))
     assert line.split() == ["dpo", "qlora", "6.50", "1", "min", "01", "s", "0.50%", "adapter@stages.dpo.adapter=qlora"]
     assert "align run quickstart" in text
+
+
+def test_the_time_of_all_stages_has_the_imports_apart() -> None:
+    stages = [LEARNS, replace(LEARNS, stage="kto")]
+    cost = RunCost(device="this", startup=5.0, stages=stages)
+    assert "\ntime: 2 min 02 s for all stages, and 5 s to import the libraries once\n" in printed(show_cost, cost)
+    assert "\ntime: 2 min 02 s for all stages\n" in printed(show_cost, replace(cost, startup=0.0))
+
+
+def test_a_time_that_leaves_something_out_is_not_shown() -> None:
+    for part in (replace(LEARNS, first_rows=1000), replace(LEARNS, error="it fails")):
+        assert "\ntime:" not in printed(show_cost, RunCost(device="this", stages=[LEARNS, part]))

@@ -1,0 +1,73 @@
+"""Operations are timed as they are in a stage, where other memory was used since their inputs were written."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from alignment.costs.op_times import MOST_BYTES, NEAR_BYTES, RUNS, seconds_of
+from alignment.costs.shadows import Operation
+
+CACHES_OF_A_CORE = 8 << 20
+"""Bytes; the second-level caches of the processors that are sold for servers have up to 2 MB, laptops' up to 4."""
+
+
+class Written(TorchDispatchMode):
+    """Notes, in order, the runs of ``torch.mm`` and the bytes that other operations write in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[int | str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default:
+            self.events.append("mm")
+        elif func is torch.ops.aten.fill_.Scalar:
+            self.events.append(args[0].nbytes)
+        return func(*args, **(kwargs or {}))
+
+
+def operation(func: Any, *shapes: tuple[int, ...]) -> Operation:
+    args = tuple(torch.empty(shape, device="meta") for shape in shapes)
+    return Operation(func=func, args=args, kwargs={}, results=())
+
+
+def test_more_than_the_caches_hold_is_written_before_each_timed_run() -> None:
+    with Written() as written:
+        seconds_of(operation(torch.ops.aten.mm.default, (4, 4), (4, 4)), bytes_between=NEAR_BYTES)
+    before_a_run = [before for before, event in zip(written.events, written.events[1:], strict=False) if event == "mm"]
+    assert len(before_a_run) == RUNS + 1
+    assert all(isinstance(size, int) and size > CACHES_OF_A_CORE for size in before_a_run)
+
+
+def test_code_that_ran_a_moment_ago_is_not_cold_but_its_tensors_are() -> None:
+    """As in sampling: a run on other tensors comes after the caches were emptied and before the one that is timed."""
+    seen: list[int] = []
+    with Written() as written:
+        seconds_of(operation(lambda x: seen.append(x.data_ptr()), (4, 4)), bytes_between=NEAR_BYTES - 1)
+    assert len(seen) == 2 * (RUNS + 1)
+    assert len(set(seen[::2])) == len(set(seen[1::2])) == 1
+    assert seen[0] != seen[1]
+    assert sum(isinstance(event, int) and event > CACHES_OF_A_CORE for event in written.events) == RUNS + 1
+
+
+def test_the_first_run_does_not_count() -> None:
+    """It allocates memory and compiles what later runs use."""
+    sleeps = iter([0.04, 0.002, 0.003, 0.003])
+    measured = seconds_of(operation(lambda *_: time.sleep(next(sleeps)), (4, 4)), bytes_between=NEAR_BYTES)
+    assert measured is not None
+    assert 0.002 <= measured < 0.04
+
+
+def test_an_operation_that_cannot_run_has_no_time() -> None:
+    assert seconds_of(operation(torch.ops.aten.mm.default, (4, 5), (4, 5)), bytes_between=NEAR_BYTES) is None
+
+
+def test_an_operation_on_more_memory_than_a_plan_may_take_is_not_run() -> None:
+    def run(*_: Any) -> None:
+        raise AssertionError("it was run")
+
+    assert seconds_of(operation(run, (MOST_BYTES // 4 + 1,)), bytes_between=NEAR_BYTES) is None
