@@ -104,20 +104,21 @@ def page(content: dict[str, Any]) -> str:
     lines = [
         "# Which stages, adapters and launches work together",
         "",
-        "Written by `make matrix`: 2 processes (1 for `local`), a tiny Llama in float32, each stage with its default "
-        "settings except for sizes. Row lengths differ strongly, so that processes split their shares of a batch into "
-        "different numbers of micro-batches.",
+        "`make matrix` writes this page. It runs each stage with 2 processes (1 for `local`), on a tiny Llama in "
+        "float32, with default settings except for sizes. Row lengths vary a lot, so that processes split their shares "
+        "of a batch into different numbers of micro-batches. The results come from:",
         "",
         *(f"- {_letter(number) if several else ''}{_described(run)}" for number, run in enumerate(runs)),
         "",
-        "*works*: the metrics of every step equal those of one process within "
-        f"{SAME:g} (same global batch). Plain transformers and PEFT read the result and give the same logits within "
-        f"{LOGITS:g}. No weight is empty. *refused*: it does not work, and is refused before anything starts, with the "
-        "reason below.",
+        "- *works*: with the same global batch, the metrics of every step equal those of one process within "
+        f"{SAME:g}. Plain transformers and PEFT read the result and give the same logits within {LOGITS:g}. No weight "
+        "is empty.",
+        "- *refused*: the combination does not work, and is refused before anything starts, for the reason below.",
+        "- *not tried*: this combination has not been run.",
         "",
-        "`grpo` is the kind `ppo` with `advantage=grpo`, `critic=none` and the KL in the loss. `draft` is the kind "
-        "`distil` on the first layer, as is `distil` here, which has `method=sequence`. The kinds that train nothing "
-        "are left out.",
+        "`grpo` is the kind `ppo` with `advantage=grpo`, `critic=none` and the KL divergence in the loss. `draft` and "
+        "`distil` are both the kind `distil` with the first layer as the student; `distil` here has "
+        "`method=sequence`. Kinds of stage that train nothing are left out.",
         "",
         "| adapter | stage | " + " | ".join(LAUNCHERS) + " |",
         "|---|---|" + "---|" * len(LAUNCHERS),
