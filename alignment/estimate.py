@@ -183,7 +183,7 @@ class Timer:
         self._seconds_a_byte: float | None = None
 
     def seconds(self, key: Key, operation: Operation, *, bytes_between: float) -> float:
-        """Seconds of one run; ``bytes_between`` is what is read and written from one run of its function to the next."""
+        """Seconds of one run; ``bytes_between`` is what the stage moves from one run of its function to the next."""
         known = (key, bytes_between < NEAR_BYTES)
         if known not in self._seconds:
             self._seconds[known] = self._measured(operation, bytes_between)

@@ -2,7 +2,7 @@
 
 ``python -m benchmarks.planned_costs`` takes the shipped model of 135 million weights, and rows of about equal length,
 so that a micro-batch of the run is as large as the largest one that is planned. It writes docs/costs.json and the table
-in docs/costs.md. ``--only full,lora`` chooses adapters.
+between two comments of docs/costs.md. ``--only full,lora`` chooses adapters.
 """
 
 from __future__ import annotations
