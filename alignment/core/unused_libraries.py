@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
-_BY_OTHERS = ("scipy", "mlflow", "trackio", "wandb")
+_BY_OTHERS = ("scipy", "mlflow", "trackio")
 """transformers imports scipy for a loss of object detection, and TRL imports trackers whether they are used or not."""
 _WITH_RANKS = "deepspeed"
 """accelerate imports it for every trainer, and it needs a process group."""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.core import unused_libraries
 from alignment.core.artifacts import EVALUATION, MANIFEST, Manifest, folder_name, read_manifest
 from alignment.job import StageSpec
 from alignment.training.trackers.curve_names import curve_name
@@ -40,7 +39,6 @@ class WandbTracker(Tracker):
 
     def __init__(self, spec: StageSpec, warn: Callable[[str], None]) -> None:
         folder = _own_folder(spec)
-        unused_libraries.show("wandb")
         import wandb  # reads the environment
 
         self._wandb = wandb
