@@ -27,6 +27,7 @@ from alignment.records.cost import StageCost
 ADAPTERS = ("full", "lora", "dora", "qlora", "prefix")
 RESULTS, PAGE = CODE_ROOT / "docs" / "costs.json", CODE_ROOT / "docs" / "costs.md"
 BEGIN, END = "<!-- planned beside measured -->", "<!-- end -->"
+WRITTEN = "`python -m benchmarks.planned_costs` wrote this table:"
 PEAK = "peak_rss_bytes/"
 _WORDS = ("the", "note", "says", "that", "keys", "are", "with", "caretaker", "in", "hall")
 _OPTIM = "optim: {batch_size: 4, micro_batch_tokens: 1024, lr: 1e-4, warmup_ratio: 0.0, max_steps: 3}"
@@ -169,7 +170,7 @@ def _write_page(cells: Sequence[Cell]) -> None:
     table = "\n".join([head, "|---|---|---|---|---|---|---|---|", *map(_line, cells)])
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    PAGE.write_text(f"{before}{BEGIN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{BEGIN}\n\n{WRITTEN}\n\n{table}\n\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":
