@@ -37,13 +37,16 @@ def write_adapter(result: ExportedResult, folder: Path) -> list[str]:
     shutil.copytree(lineage.adapters[0].path, folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     of_hub = lineage.source.partition(":")[2].partition("@")[0]
-    config["base_model_name_or_path"] = str(lineage.base) if lineage.source.startswith("path:") else of_hub
+    config["base_model_name_or_path"] = of_hub if lineage.source.startswith("hub:") else str(lineage.base)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     original = put_back(load_policy(lineage.weights, torch.float32), [lineage.adapters[0].path], trainable=False)
     expected = stream_logprobs(original.get_base_model(), result.rows)
     again = PeftModel.from_pretrained(load_policy(lineage.weights, torch.float32), str(folder)).eval()
     refuse_differences(logprobs(again, result.rows), expected, folder)
-    notes = ["loaded by PEFT on its base, it gives the same outputs on the test texts"]
+    notes = [
+        "loaded by PEFT on its base, it gives the same outputs on the test texts as the policy of this run",
+        f"whoever loads it needs the base: {lineage.base}",
+    ]
     if lineage.adapters[0].nf4:
         notes.append(
             "it was trained on a base in four bits (NF4, double quantisation), so load the base in the same way"

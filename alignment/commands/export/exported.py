@@ -91,11 +91,11 @@ def merged_policy(
     )
     if gap.mean_kl > max_gap:
         raise ModelError(
-            f"{note}, more than {max_gap:g}",
+            f"{note}; --max-gap allows {max_gap:g}",
             where=str(result.lineage.adapters[-1].path),
             remedy="export it as an adapter, or allow more with --max-gap",
         )
-    return merged, expected, [note]
+    return merged, expected, [f"{note} (--max-gap allows {max_gap:g})"]
 
 
 def _logprobs_as_trained(result: ExportedResult) -> torch.Tensor:

@@ -112,6 +112,12 @@ def _dtype(manifest: Manifest) -> str:
 
 def _manifest_of_policy(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
+    if manifest is None and (folder / "config.json").is_file():
+        raise ConfigError(
+            "is a folder with a model, not the result of a stage",
+            where=str(folder),
+            remedy="name a result as RUN/STAGE; exported folders are for other programs",
+        )
     if manifest is None:
         raise ArtifactError("no complete artifact here", where=str(folder), remedy="run the stage that makes it")
     if manifest.kind != POLICY:

@@ -162,12 +162,17 @@ class _RunningStage:
         tokens_of_line = functools.partial(tokens_of, entry.kind, settings)
         self._file = CurveFile(self._work / "content" / METRICS, metric, tokens_of_line)
         self._figures: dict[str, float] = {}
+        self._has_begun = False
 
     def added_to(self, view: StageView) -> StageView:
         """The view with what the stage has written."""
         progress = Progress.read(self._work)
         if progress is None:
             return view
+        self._has_begun = self._has_begun or progress.total is not None
+        if not self._has_begun:  # the files may still have the figures of an earlier attempt
+            self._pace.see(progress)
+            return replace(view, progress=replace(progress, figures={}), steps_per_second=self._pace.per_second() or None)
         steps = self._file.look()
         if steps.first is not None and steps.last is not None and steps.last[0] == progress.step:
             self._pace.see(progress, first=steps.first[0], seconds=steps.last[1] - steps.first[1])

@@ -82,6 +82,24 @@ def test_a_running_stage_has_its_own_curve_its_tokens_and_its_times(
     assert stage_of(reader.look(), "dpo").seconds_left == pytest.approx(15 * 17 / 4 - 10)
 
 
+def test_a_stage_that_starts_again_shows_no_figures_of_the_attempt_that_failed(
+    run: RunFolder, reader: RunReader, clock: Clock
+) -> None:
+    run.stage("dpo", "running", started=STARTED)
+    run.steps("dpo", *rows(1, 2, 3, seconds=4.0, tokens=1000))
+    run.progress("dpo", "loading", loss=2.78)
+    view = stage_of(reader.look(), "dpo")
+    assert view.progress is not None
+    assert view.progress.figures == {}
+    assert view.tokens_per_second is None
+    assert view.curve is None
+    run.progress("dpo", "training", 3, 20, loss=0.6)
+    view = stage_of(reader.look(), "dpo")
+    assert view.progress is not None
+    assert view.progress.figures == {"loss": 0.6}
+    assert view.curve is not None
+
+
 def test_a_count_without_a_total_is_timed_from_when_it_was_first_seen(
     run: RunFolder, reader: RunReader, clock: Clock
 ) -> None:

@@ -116,6 +116,13 @@ def test_what_cannot_talk_is_named(runs: Runs, words: tuple[str, ...], said: str
     assert said in runs.refused(*words)
 
 
+def test_a_folder_that_was_exported_is_not_taken_for_a_broken_result(runs: Runs, tmp_path: Path) -> None:
+    exported = tmp_path / "exported"
+    exported.mkdir()
+    (exported / "config.json").write_text("{}")
+    assert "is a folder with a model, not the result of a stage" in runs.refused(str(exported))
+
+
 def test_a_run_without_a_policy_and_limits_that_cannot_be_are_refused(runs: Runs) -> None:
     runs.add("young", sft=None)
     assert "no stage of this run has produced a policy yet" in runs.refused("young")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,15 @@ def test_an_adapter_stays_one(tmp_path: Path, base: Lineage) -> None:
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in (tmp_path / "out").iterdir())
 
 
+def test_an_adapter_names_the_folder_of_a_bundled_base_and_says_that_it_is_needed(tmp_path: Path, base: Lineage) -> None:
+    saved = replace(base, source="bundled:smollm2-135m")
+    _, policy = _trained(tmp_path, saved, AdapterKind.lora)
+    notes = export(policy.path, base.base, tmp_path / "out", ExportOptions(form="adapter", max_gap=0.01))
+    named = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == str(base.base), "no hub has a model of the bundled one's name"
+    assert f"whoever loads it needs the base: {base.base}" in notes
+
+
 def test_adapters_on_adapters_are_no_adapter_of_the_base(tmp_path: Path, base: Lineage) -> None:
     _, saved = _trained(tmp_path, base, AdapterKind.lora)
     found = lineage(tiny_spec(tmp_path, DpoConfig(), base_path=base.base), saved)
@@ -161,7 +171,7 @@ def test_a_prefix_is_an_adapter_and_no_model(tmp_path: Path, base: Lineage) -> N
 
 def test_too_wide_a_gap_is_refused(tmp_path: Path, base: Lineage) -> None:
     _, saved = _trained(tmp_path, base, AdapterKind.lora)
-    with pytest.raises(ModelError, match=r"more than -1\n.*--max-gap"):
+    with pytest.raises(ModelError, match=r"--max-gap allows -1\n.*--max-gap"):
         export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=-1.0))
     assert not (tmp_path / "out").exists()
 
