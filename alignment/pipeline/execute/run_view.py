@@ -172,7 +172,8 @@ class _RunningStage:
         self._has_begun = self._has_begun or progress.total is not None
         if not self._has_begun:  # the files may still have the figures of an earlier attempt
             self._pace.see(progress)
-            return replace(view, progress=replace(progress, figures={}), steps_per_second=self._pace.per_second() or None)
+            pace = self._pace.per_second() or None
+            return replace(view, progress=replace(progress, figures={}), steps_per_second=pace)
         steps = self._file.look()
         if steps.first is not None and steps.last is not None and steps.last[0] == progress.step:
             self._pace.see(progress, first=steps.first[0], seconds=steps.last[1] - steps.first[1])

@@ -106,7 +106,7 @@ def test_an_adapter_stays_one(tmp_path: Path, base: Lineage) -> None:
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in (tmp_path / "out").iterdir())
 
 
-def test_an_adapter_names_the_folder_of_a_bundled_base_and_says_that_it_is_needed(tmp_path: Path, base: Lineage) -> None:
+def test_an_adapter_names_the_folder_of_its_bundled_base_as_needed(tmp_path: Path, base: Lineage) -> None:
     saved = replace(base, source="bundled:smollm2-135m")
     _, policy = _trained(tmp_path, saved, AdapterKind.lora)
     notes = export(policy.path, base.base, tmp_path / "out", ExportOptions(form="adapter", max_gap=0.01))
