@@ -77,7 +77,9 @@ def submit(file: Path, *, after: str | None) -> str:
     if outcome.returncode != 0 or re.fullmatch(r"\d+", job, re.ASCII) is None:
         reason = outcome.stderr.strip() or outcome.stdout.strip() or "it gave no reason"
         raise ConfigError(
-            f"sbatch refused it: {reason}", where=str(file), remedy="see launch.backend.*, such as partition"
+            f"sbatch refused it: {reason}",
+            where=str(file),
+            remedy="see launch.backend.partition, account and the other settings of launch.backend",
         )
     return job
 

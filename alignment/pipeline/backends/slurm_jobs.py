@@ -75,12 +75,21 @@ def refuse_queued(run_folder: Path) -> None:
     """Refuses a run of which jobs wait or run; jobs that have ended are forgotten.
 
     Raises:
-        Busy: there are such jobs.
+        Busy: there are such jobs, or Slurm does not answer, so that there may be some.
     """
-    left = live(run_folder)
+    jobs = read_jobs(run_folder)
+    known = slurm.look(list(jobs.values()))
+    if known is None:
+        raise Busy(
+            f"Slurm does not answer, so the jobs of this run may still wait or run: {_named(jobs)}",
+            where=str(run_folder),
+            remedy=f"try again when squeue works here; if the jobs have ended, delete {run_folder / FILE}",
+        )
+    left = {stage: job for stage, job in jobs.items() if job in known and not known[job].ended}
     if left:
-        names = ", ".join(f"{stage} (job {job})" for stage, job in left.items())
-        raise Busy(f"Slurm has jobs of this run: {names}", where=str(run_folder), remedy=advice(run_folder.name, left))
+        raise Busy(
+            f"Slurm has jobs of this run: {_named(left)}", where=str(run_folder), remedy=advice(run_folder, left)
+        )
     (run_folder / FILE).unlink(missing_ok=True)
 
 
@@ -139,6 +148,12 @@ def _refuse_failed(plan: Plan, stage: PlannedStage, job_id: str, job: Job) -> No
         )
 
 
-def advice(run: str, jobs: Mapping[str, str]) -> str:
+def _named(jobs: Mapping[str, str]) -> str:
+    return ", ".join(f"{stage} (job {job})" for stage, job in jobs.items())
+
+
+def advice(run_folder: Path, jobs: Mapping[str, str]) -> str:
     """What a user can do about submitted jobs."""
-    return f"`align status {run}` shows them, `scancel {' '.join(jobs.values())}` ends them"
+    output = run_folder.parent.parent
+    elsewhere = "" if output.resolve() == Path.cwd() else f" --output {output}"
+    return f"`align status {run_folder.name}{elsewhere}` shows them, `scancel {' '.join(jobs.values())}` ends them"

@@ -165,12 +165,12 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
             display.note(f"{name}: job {job}")
         submission = slurm.submission(plan.config.launch)
         if submitted and submission is not None and not submission.wait:
-            display.note(slurm_jobs.advice(plan.config.name, submitted))
+            display.note(slurm_jobs.advice(plan.run_folder, submitted))
             return 0
         try:
             slurm_jobs.follow(plan, waiting, submitted, display)
         except KeyboardInterrupt:
-            display.note(f"the jobs continue: {slurm_jobs.advice(plan.config.name, submitted)}")
+            display.note(f"the jobs continue: {slurm_jobs.advice(plan.run_folder, submitted)}")
             return INTERRUPTED
     show_results(console, plan.run_folder, RunRecord.read(plan.run_folder))
     gates.refuse(_chosen(plan, only), plan.config.stages)

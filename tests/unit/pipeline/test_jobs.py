@@ -116,7 +116,8 @@ def test_each_job_waits_for_the_one_before(submit: Submit, fakes: Fakes, run_fol
     assert fakes.submitted() == expected
     assert slurm_jobs.read_jobs(run_folder) == {name: str(job) for job, name in enumerate(names, start=11)}
     assert "dpo: job 13" in printed
-    assert "`align status quickstart` shows them, `scancel 11 12 13 14 15 16` ends them" in printed
+    output = run_folder.parent.parent
+    assert f"`align status quickstart --output {output}` shows them, `scancel 11 12 13 14 15 16` ends them" in printed
     assert record(run_folder)["state"] == "waiting"
     assert {stage["state"] for stage in record(run_folder)["stages"].values()} == {"waiting"}
 
@@ -159,21 +160,43 @@ def test_a_refusal_of_slurm_is_shown_and_cancels_what_was_submitted(
 
 
 @pytest.mark.parametrize("submitted", ["true", "false"])
-def test_a_run_whose_jobs_wait_is_not_started_twice(submit: Submit, fakes: Fakes, submitted: str) -> None:
+def test_a_run_whose_jobs_wait_is_not_started_twice(
+    submit: Submit, fakes: Fakes, run_folder: Path, submitted: str
+) -> None:
     submit()
     fakes.answers(["11 COMPLETED 0:0 None", "12 PENDING 0:0 Priority"])
     with pytest.raises(Busy, match=r"Slurm has jobs of this run: reward \(job 12\)") as caught:
         submit(f"launch.backend.submit={submitted}")
-    assert caught.value.remedy == "`align status quickstart` shows them, `scancel 12` ends them"
+    assert caught.value.remedy == (
+        f"`align status quickstart --output {run_folder.parent.parent}` shows them, `scancel 12` ends them"
+    )
     assert len(fakes.submitted()) == 6
     fakes.answers(["11 COMPLETED 0:0 None", "12 CANCELLED 0:15 None"])
     submit()
     assert len(fakes.submitted()) == 12
 
 
+@pytest.mark.parametrize("submitted", ["true", "false"])
+@pytest.mark.parametrize("squeue", ['echo "Unable to contact slurm controller" >&2; exit 1', None])
+def test_nothing_is_submitted_while_it_is_unknown_whether_jobs_run(
+    submit: Submit, fakes: Fakes, run_folder: Path, squeue: str | None, submitted: str
+) -> None:
+    submit()
+    if squeue is None:
+        (fakes.folder / "bin/squeue").unlink()
+    else:
+        fakes.command("squeue", squeue)
+    with pytest.raises(Busy, match=r"Slurm does not answer.*sft \(job 11\), reward \(job 12\)") as caught:
+        submit(f"launch.backend.submit={submitted}")
+    assert caught.value.remedy == (
+        f"try again when squeue works here; if the jobs have ended, delete {run_folder / 'jobs.json'}"
+    )
+    assert len(fakes.submitted()) == 6
+
+
 def test_leaving_a_chain_leaves_its_jobs(submit: Submit, fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slurm_jobs, "follow", _interrupted)
-    assert "the jobs continue: `align status quickstart`" in submit("launch.backend.wait=true", code=130)
+    assert "the jobs continue: `align status quickstart --output " in submit("launch.backend.wait=true", code=130)
     assert fakes.cancelled() == []
 
 
