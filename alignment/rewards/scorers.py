@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,12 +87,12 @@ def scores_from(given: Any, answers: Answers, *, source: str) -> Tensor:
 
 
 def checked_number(value: Any, *, where: str, source: str) -> float:
-    """The score of an answer to the row at ``where``, as the scorer ``source`` gave it.
+    """The score of an answer to the row at ``where``, as the scorer ``source`` gave it; 1 for true and 0 for false.
 
     Raises:
         RewardError: it is not a number within ±``LARGEST``.
     """
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not isinstance(value, (Real, np.bool)):
         raise _refused(
             f"gave {value!r:.80} ({type(value).__name__}) for an answer to {where}, which is not a number", source
         )
@@ -113,7 +114,7 @@ def _tensor(scores: Sequence[float]) -> Tensor:
     return torch.tensor(scores, dtype=torch.float64)
 
 
-def _as_float(value: Real) -> float:
+def _as_float(value: Real | np.bool) -> float:
     try:
         return float(value)
     except OverflowError:  # an integer too large for a float

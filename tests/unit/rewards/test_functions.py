@@ -56,6 +56,8 @@ def test_what_a_function_changes_in_its_arguments_changes_nothing_else(tmp_path:
         ("(1, -2)", [1.0, -2.0]),
         ("[numpy.float32(0.5), numpy.int64(3)]", [0.5, 3.0]),
         ("[Fraction(1, 4), 0]", [0.25, 0.0]),
+        ("[True, False]", [1.0, 0.0]),
+        ("[numpy.bool_(False), numpy.bool_(True)]", [0.0, 1.0]),
     ],
 )
 def test_numbers_of_any_kind_are_scores(tmp_path: Path, values: str, expected: list[float]) -> None:
@@ -72,7 +74,6 @@ BAD = [
     ("numpy.ones(2)", "gave a ndarray: array([1., 1.])"),
     ("[1, None]", "gave None (NoneType) for an answer to rows.jsonl:9, which is not a number"),
     ("['1', 2]", "gave '1' (str) for an answer to rows.jsonl:4, which is not a number"),
-    ("[1, True]", "gave True (bool) for an answer to rows.jsonl:9, which is not a number"),
     ("[[1], 2]", "gave [1] (list) for an answer to rows.jsonl:4, which is not a number"),
     ("[1j, 2]", "gave 1j (complex) for an answer to rows.jsonl:4, which is not a number"),
     ("[1, float('nan')]", "gave nan for an answer to rows.jsonl:9, which is not finite"),

@@ -147,7 +147,6 @@ def test_a_server_that_never_answers_is_given_up_at_the_timeout(tmp_path: Path) 
         ("Infinity", r"gave inf for an answer to rows\.jsonl:2, which is not finite"),
         ("-2e6", r"gave -2000000.0 for an answer to rows\.jsonl:2, which is outside ±1e\+06"),
         ("null", r"gave None \(NoneType\) for an answer to rows\.jsonl:2, which is not a number"),
-        ("true", r"gave True \(bool\)"),
         ('"3"', r"gave '3' \(str\)"),
     ],
 )
@@ -156,6 +155,12 @@ def test_what_is_no_score_is_refused_with_its_row_and_kept_nowhere(tmp_path: Pat
     error = failing(tmp_path, lambda *_: Response(body=reply))
     assert re.match(rf"1 of 1 calls to the reward server at \S+ failed; the last error was: {words}", error.message)
     assert not kept(tmp_path)
+
+
+def test_true_and_false_are_scores(tmp_path: Path) -> None:
+    body = '{"scores": [{"id": 0, "score": true}, {"id": 1, "score": false}]}'
+    with listening(lambda *_: Response(body=body)) as served:
+        assert ask(tmp_path, served, ["a", "b"]) == [1.0, 0.0]
 
 
 def test_the_other_calls_are_made_and_kept_beside_one_whose_score_is_refused(tmp_path: Path) -> None:
@@ -173,7 +178,7 @@ def test_the_other_calls_are_made_and_kept_beside_one_whose_score_is_refused(tmp
     ("body", "words"),
     [
         ('{"scores": [{"id": 1, "score": 1.0}, {"id": 0, "score": 2.0}]}', "returns the scores in a different order"),
-        ('{"scores": [{"id": 0, "score": 1.0}]}', "gives 1 scores for 2 answers"),
+        ('{"scores": [{"id": 0, "score": 1.0}]}', "returns 1 scores for 2 answers"),
         ("<html>It works!</html>", "calls to the reward server"),
         ("{not json", "calls to the reward server"),
     ],
