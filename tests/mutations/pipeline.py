@@ -9,18 +9,18 @@ SWEEP, SWEEP_AT_ONCE = "unit/pipeline/sweeps/test_sweep.py", "unit/pipeline/swee
 
 MUTATIONS = [
     *in_file(
-        "pipeline/execute/evaluation_gate.py",
+        "evaluation/gate_outcomes.py",
         "unit/pipeline/test_evaluation_gates.py",
         (
             "a gate is met by the mean, however wide its interval",
-            "gain.bounds[0] <= gate.min_difference",
-            "gain.mean <= gate.min_difference",
+            "self.gain.bounds[0] > self.required",
+            "self.gain.mean > self.required",
             "test_the_whole_interval_has_to_lie_above_the_margin",
         ),
         (
             "more of any metric meets a gate",
-            "return difference(arm, against) if more_is_better else difference(against, arm)",
-            "return difference(arm, against)",
+            "gain = difference(arm, against) if higher_is_better else difference(against, arm)",
+            "gain = difference(arm, against)",
             "test_less_of_a_metric_may_be_better",
         ),
     ),
@@ -403,7 +403,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/execute/paired_differences.py",
+        "evaluation/paired_scores.py",
         "unit/commands/compare/test_driver.py",
         (
             "differences are taken of other prompts",

@@ -18,7 +18,7 @@ from alignment.core.artifacts import verify
 from alignment.core.errors import ArtifactError, ConfigError, DataError
 from alignment.core.locks import held
 from alignment.evaluation.answer_pairs import AnswerPair, pairs_of_samples
-from alignment.pipeline.execute.paired_differences import evaluations
+from alignment.pipeline.execute.finished_evaluations import evaluations
 from alignment.records.evaluation import SAMPLES, Evaluation, read_samples
 from alignment.records.votes import FILE, cut_unfinished_line
 

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment.pipeline.execute import paired_differences
+from alignment.evaluation import paired_scores
+from alignment.pipeline.execute.finished_evaluations import evaluations
 from alignment.records.evaluation import ArmResult, Evaluation, Metric
 from alignment.report.run_page.run_records import Difference
 
@@ -25,12 +26,12 @@ class JudgedArm:
 def judged_arms(folder: Path) -> dict[str, JudgedArm]:
     """The arms of all evaluations of a run, by name."""
     arms = {}
-    for artifact in paired_differences.evaluations(folder).values():
+    for artifact in evaluations(folder).values():
         evaluation = Evaluation.read(artifact)
         metrics = {metric.name: metric for metric in evaluation.metrics}
-        prompts = paired_differences.prompts(artifact)
+        prompts = paired_scores.prompts(artifact)
         for arm in evaluation.arms:
-            scores = paired_differences.scores(artifact, arm.name)
+            scores = paired_scores.scores(artifact, arm.name)
             arms[arm.name] = JudgedArm(
                 arm=arm, metrics=metrics, primary=evaluation.primary_metric, prompts=prompts, scores=scores
             )
@@ -50,11 +51,11 @@ def differences_from_first(judged: Sequence[Mapping[str, JudgedArm]]) -> Iterato
             for metric in [metric for metric in this.scores if metric in first.scores]:
                 scores, others, unscored = this.scores[metric], first.scores[metric], 0
                 if this.prompts == first.prompts:
-                    scores, others, unscored = paired_differences.in_both(scores, others)
+                    scores, others, unscored = paired_scores.in_both(scores, others)
                 yield Difference(
                     run=run,
                     arm=name,
                     metric=this.metrics.get(metric) or Metric(name=metric),
-                    interval=paired_differences.difference(scores, others),
+                    interval=paired_scores.difference(scores, others),
                     unscored=unscored,
                 )

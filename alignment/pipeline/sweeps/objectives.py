@@ -15,9 +15,9 @@ from alignment.config.stage import StageConfig
 from alignment.config.sweep import LESS_IS_BETTER, PRIMARY, ArmMetric, ObjectiveConfig
 from alignment.core.artifacts import EVALUATION, read_manifest
 from alignment.core.errors import ConfigError, NonFiniteError, StageError
+from alignment.evaluation import paired_scores
 from alignment.evaluation.metrics import primary_name, recorded
 from alignment.evaluation.pairwise import pairs_of
-from alignment.pipeline.execute import paired_differences
 from alignment.pipeline.sweeps import reported
 from alignment.records.evaluation import Evaluation
 from alignment.records.interval import Interval
@@ -66,7 +66,7 @@ class Objective:
 
     def by_prompt(self, artifact: Path) -> dict[str, float]:
         """The metric in a result by prompt; empty if it is not recorded by prompt."""
-        return paired_differences.scores(artifact, self.arm).get(self.metric, {}) if self.arm else {}
+        return paired_scores.scores(artifact, self.arm).get(self.metric, {}) if self.arm else {}
 
     def _wanting(self) -> str:
         setting = {"reward": "reward", "win_rate": "judge.kind"}.get(self.metric) if self.arm else None

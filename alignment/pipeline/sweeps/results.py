@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from alignment import report
-from alignment.pipeline.execute import paired_differences
+from alignment.evaluation import paired_scores
 from alignment.pipeline.execute.summary import REPORT
 from alignment.pipeline.sweeps.study import Study, number_of
 from alignment.pipeline.sweeps.sweep_file import Sweep
@@ -159,9 +159,7 @@ def _verdict(
         )
     if len(done) < 2 or not (best_scores := by_prompt[done[0].number]):
         return ""
-    differences = {
-        trial.number: paired_differences.difference(best_scores, by_prompt[trial.number]) for trial in done[1:]
-    }
+    differences = {trial.number: paired_scores.difference(best_scores, by_prompt[trial.number]) for trial in done[1:]}
     even = [
         number
         for number, difference in differences.items()

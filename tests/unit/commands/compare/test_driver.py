@@ -157,7 +157,7 @@ def test_prompts_without_ids_are_told_apart_by_what_they_say(runs: Runs) -> None
     runs.add("b", {"stage:dpo": [0.8, 0.9]}, ids=False)
     runs.add("c", {"stage:dpo": [0.8, 0.9]}, ids=False, prompts="q")
     assert "dpo: b against a: +0.700 (+0.700 to +0.700), better" in runs.compared("a", "b")
-    assert "judged on other prompts" in runs.compared("a", "c")
+    assert "evaluated on different prompts" in runs.compared("a", "c")
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])

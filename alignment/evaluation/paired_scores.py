@@ -4,26 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignment.core.artifacts import EVALUATION
 from alignment.evaluation.bootstrap import mean_interval
-from alignment.records.evaluation import FILE, read_samples
+from alignment.records.evaluation import read_samples
 from alignment.records.interval import Interval
-from alignment.records.run import RunRecord
-from alignment.stages.registry import produced_by
 
 SAMPLES = 2000
 SEED = 0
-
-
-def evaluations(run_folder: Path) -> dict[str, Path]:
-    """The artifacts of a run's finished evaluations, by stage.
-
-    Raises:
-        ArtifactError: there is no such run.
-    """
-    stages = RunRecord.read(run_folder).stages
-    artifacts = {name: Path(stage.artifact) for name, stage in stages.items() if produced_by(stage.kind) == EVALUATION}
-    return {name: artifact for name, artifact in artifacts.items() if (artifact / FILE).is_file()}
 
 
 def scores(artifact: Path, arm: str) -> dict[str, dict[str, float]]:

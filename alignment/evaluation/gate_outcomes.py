@@ -1,0 +1,98 @@
+"""Whether an evaluation meets its gates: by how much one arm has to be better than another, with confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from alignment.config.evaluating import GateConfig
+from alignment.evaluation.paired_scores import difference, scores
+from alignment.records.evaluation import FEWEST_PROMPTS, Evaluation
+from alignment.records.interval import Interval
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateOutcome:
+    """A gate and what was measured.
+
+    ``compared`` names the difference, such as ``dpo − sft in total``. ``gain`` is None if it is not known;
+    ``why_unknown`` then says why.
+    """
+
+    compared: str
+    required: float
+    gain: Interval | None
+    why_unknown: str = ""
+
+    @property
+    def met(self) -> bool:
+        """Whether the whole interval lies above what is required."""
+        return self.gain is not None and self.gain.bounds is not None and self.gain.bounds[0] > self.required
+
+    @property
+    def more_prompts_may_help(self) -> bool:
+        """Whether the gate is not met only because the interval is too wide."""
+        return not self.met and self.gain is not None and self.gain.mean > self.required
+
+    def in_words(self) -> str:
+        """``dpo − sft in total: −1.000 (−1.000 to −1.000), required: the whole interval above −0.01``."""
+        if self.gain is None or self.gain.bounds is None:
+            return f"{self.compared}: not known, because {self.why_unknown}"
+        low, high = (_signed(bound, ".3f") for bound in self.gain.bounds)
+        return f"{self.compared}: {_signed(self.gain.mean, '.3f')} ({low} to {high}), required: {above(self.required)}"
+
+
+def outcomes(gates: Sequence[GateConfig], evaluation: Evaluation, artifact: Path) -> list[GateOutcome]:
+    """The outcome of each gate, in order. ``artifact`` is the folder of the evaluation's result.
+
+    Raises:
+        ValueError: a line of its samples is not JSON.
+    """
+    return [_outcome(gate, evaluation, artifact) for gate in gates]
+
+
+def compared(arm: str, against: str, metric: str, *, higher_is_better: bool) -> str:
+    """The difference that a gate requires to be above a number: ``dpo − sft in total``.
+
+    ``arm`` and ``against`` are labels. If less of the metric is better, the sides change places.
+    """
+    first, second = (arm, against) if higher_is_better else (against, arm)
+    return f"{first} − {second} in {metric}{'' if higher_is_better else ' (less is better)'}"
+
+
+def above(required: float) -> str:
+    """What a gate requires of the interval, in words."""
+    return f"the whole interval above {_signed(required, 'g')}"
+
+
+def _outcome(gate: GateConfig, evaluation: Evaluation, artifact: Path) -> GateOutcome:
+    name = gate.metric or evaluation.primary or ""
+    higher_is_better = next((metric.higher_is_better for metric in evaluation.metrics if metric.name == name), True)
+    arm, against = (scores(artifact, side).get(name, {}) for side in (gate.arm, gate.against))
+    why_unknown, gain = _why_unknown(arm, against), None
+    if not why_unknown:
+        gain = difference(arm, against) if higher_is_better else difference(against, arm)
+    labels = evaluation.label(gate.arm), evaluation.label(gate.against)
+    return GateOutcome(
+        compared=compared(*labels, name, higher_is_better=higher_is_better),
+        required=gate.min_difference,
+        gain=gain,
+        why_unknown=why_unknown,
+    )
+
+
+def _why_unknown(arm: dict[str, float], against: dict[str, float]) -> str:
+    both = len(arm.keys() & against.keys())
+    if both < FEWEST_PROMPTS:
+        prompts = "1 prompt has a score" if both == 1 else f"{both or 'no'} different prompts have a score"
+        return f"{prompts} of both arms, and a gate needs at least {FEWEST_PROMPTS}"
+    if only_one := len(arm.keys() ^ against.keys()):
+        return f"{'1 prompt has' if only_one == 1 else f'{only_one} prompts have'} a score of only one of these arms"
+    return ""
+
+
+def _signed(value: float, form: str) -> str:
+    """A number with its sign; zero has none."""
+    text = format(value, form)
+    return text.replace("-", "−") if float(text) < 0 else f"+{text}" if float(text) > 0 else text.removeprefix("-")
