@@ -16,7 +16,7 @@ from alignment.core.model_files import weights_size
 from alignment.data.overlap import HeldOut, LocatedText, Overlap
 from alignment.pipeline.backends import feasibility
 from alignment.pipeline.execute import automatic_sizes
-from alignment.pipeline.plan import validation_checks
+from alignment.pipeline.plan import gate_checks, validation_checks
 from alignment.pipeline.plan.frozen_rows import frozen_rows
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.pipeline.plan.row_counts import labels_of, rows_of
@@ -34,6 +34,8 @@ HIGH_RATE = 1e-2
 def of_plan(plan: Plan) -> list[str]:
     """A sentence for each note on the plan."""
     notes = [f"this is {doubts.SMOKE}"] if doubts.is_smoke(plan.profile) else []
+    if plan.dropped_gates:
+        notes.append(f"profile={plan.profile} drops the gates of {text.listing(list(plan.dropped_gates))}")
     if warning := frozen_rows(plan):
         notes.append(warning)
     notes += _slow_format(plan)
@@ -46,16 +48,17 @@ def of_plan(plan: Plan) -> list[str]:
 
 
 def of_stage(plan: Plan, stage: PlannedStage) -> list[str]:
-    """What a stage that has to run will read, run and choose; each is the end of a sentence that begins with its
-    name."""
+    """What a stage that has to run will read, run and choose, and what the run requires of its result; each is the end
+    of a sentence that begins with its name."""
+    required = gate_checks.in_words(stage.config)
     if not stage.has_to_run:
-        return []
+        return required
     remarks = [
         f"reads {source.identity}{'' if source.path else ', which the run will download'}" for source in stage.hub_data
     ]
     remarks += [f"reads rows that {maker} has not made yet" for maker in stage.unmade]
     remarks += [f"runs your code: {function}" for function in stage.user_code]
-    return [*remarks, *automatic_sizes.lines(plan, stage)]
+    return [*remarks, *automatic_sizes.lines(plan, stage), *required]
 
 
 def cautions(plan: Plan) -> list[str]:

@@ -41,7 +41,7 @@ class Composition:
     """The tree that files and overrides compose to, not yet typed, and the ``faults`` found so far.
 
     ``written`` are the dotted keys that the user's recipe file sets and no override changes. ``profile`` is the name
-    of the profile that was applied, if any.
+    of the profile that was applied, if any, and ``dropped_gates`` are the stages whose gates it removed.
     """
 
     recipe: str
@@ -49,6 +49,7 @@ class Composition:
     faults: list[Fault]
     written: frozenset[str] = frozenset()
     profile: str = ""
+    dropped_gates: tuple[str, ...] = ()
 
     def placed(self, fault: Fault) -> Fault:
         """The fault, with the recipe's file in front if the user's recipe sets the faulty key."""
@@ -66,8 +67,10 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
     parsed, faults = parse(overrides)
     tree, profile, choice_faults = _files(path, parsed)
     values = [o for o in parsed if not choices.is_group(o) and not choices.is_profile(o)]
+    gated = []
     if profile is not None:
         written = _written(tree)
+        gated = _gated(written)
         tree = OmegaConf.create(profile.applied_to(written, processes=_processes(profile, values, written)))
     value_faults = [fault for o in values for fault in _apply(o, tree)]
     plain, plain_faults = _plain(tree)
@@ -80,6 +83,7 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
         faults=[*faults, *choice_faults, *value_faults, *plain_faults],
         written=frozenset() if recipe in recipe_names() else _keys_written(path) - {o.key_or_group for o in parsed},
         profile="" if profile is None else profile.name,
+        dropped_gates=tuple(name for name in gated if name not in _gated(plain)),
     )
 
 
@@ -199,6 +203,13 @@ def _written(tree: DictConfig) -> dict[str, Any]:
     written = OmegaConf.to_container(tree, resolve=False)
     assert isinstance(written, dict)
     return {str(key): value for key, value in written.items()}
+
+
+def _gated(tree: Mapping[str, Any]) -> list[str]:
+    """The stages with gates."""
+    stages = tree.get("stages")
+    named = stages.items() if isinstance(stages, Mapping) else ()
+    return [str(name) for name, stage in named if isinstance(stage, Mapping) and stage.get("gate")]
 
 
 def _plain(tree: DictConfig) -> tuple[dict[str, Any], list[Fault]]:

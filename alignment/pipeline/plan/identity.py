@@ -70,9 +70,11 @@ def _template(run: RunConfig) -> dict[str, Any]:
 
 
 def of_report(run: RunConfig, name: str, *, inputs: dict[str, str]) -> dict[str, Any]:
-    """A report shows the whole run, so ``inputs`` holds every other stage's fingerprint."""
+    """A report shows the whole run, so ``inputs`` holds every other stage's fingerprint, which lacks its gates."""
     stage = run.stages[name]
     kind = kind_of(stage)
+    gates = {other: canonical(kind_of(config).outcome.gates(config)) for other, config in run.stages.items()}
+    gated = {other: requirements for other, requirements in gates.items() if requirements}
     return {
         "stage": name,
         "kind": stage.kind,
@@ -80,4 +82,5 @@ def of_report(run: RunConfig, name: str, *, inputs: dict[str, str]) -> dict[str,
         "config": canonical(stage),
         "inputs": inputs,
         "run": {"name": run.name, "summary": run.summary},
+        **({"gates": gated} if gated else {}),  # left out if empty, as in reports that are older than this key
     }

@@ -19,6 +19,7 @@ from alignment.data.reading import read_records, start
 from alignment.job import StageInput
 from alignment.pipeline.plan import (
     compatibility,
+    gate_checks,
     identity,
     made_rows,
     references,
@@ -94,7 +95,8 @@ class PlannedStage:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """All that ``run`` needs. ``sources`` are the models from outside the run, by the reference that the user wrote;
-    ``profile`` names the profile that was applied, if any. ``store`` holds artifacts for several machines, if set."""
+    ``profile`` names the profile that was applied, if any, and ``dropped_gates`` the stages whose gates it removed.
+    ``store`` holds artifacts for several machines, if set."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -104,6 +106,7 @@ class Plan:
     sources: dict[str, ModelSource]
     stages: tuple[PlannedStage, ...]
     profile: str = ""
+    dropped_gates: tuple[str, ...] = ()
     store: ObjectStore | None = None
 
     @property
@@ -147,6 +150,12 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) ->
     store = None if config.artifacts is None else connected(config.artifacts)
     builder = _Builder(config, output=output, data=data, seen=seen, base=base, find=find, store=store)
     stages = tuple(builder.stage(name) for name in references.in_order(config.stages))
+    gate_faults = [
+        fault
+        for stage in stages
+        for fault in gate_checks.faults(stage.config, stage.seen, where=f"stages.{stage.name}")
+    ]
+    refuse([composition.placed(fault) for fault in gate_faults])
     return Plan(
         recipe=recipe,
         overrides=tuple(overrides),
@@ -156,6 +165,7 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) ->
         sources=builder.sources,
         stages=stages,
         profile=composition.profile,
+        dropped_gates=composition.dropped_gates,
         store=store,
     )
 

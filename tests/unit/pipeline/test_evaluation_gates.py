@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from alignment.core.errors import ConfigError, GateNotMet
-from alignment.pipeline.execute import gates
-from alignment.pipeline.plan.plan import Plan
+from alignment.pipeline.execute import gates, notes
+from alignment.pipeline.execute.summary import show_plan
+from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.records.evaluation import ArmResult, Evaluation, Metric, Sample, SampleAnswer, write_samples
 from tests.unit.pipeline.conftest import MakePlan, leave_artifact
 
@@ -19,8 +23,17 @@ METRICS = (
 SFT, DPO = "stage:sft", "stage:dpo"
 
 
-def gated(plan: MakePlan, *entries: str) -> Plan:
-    return plan(f"stages.evaluate.metrics={METRICS}", f"{GATE}=[{', '.join(entries)}]")
+def gated(plan: MakePlan, *entries: str, limit: int = 20) -> Plan:
+    """With gates, and as many held-out prompts as they need."""
+    return plan(
+        *settings(*entries),
+        "stages.evaluate.data.source=bundled:quickstart/heldout",
+        f"stages.evaluate.data.limit={limit}",
+    )
+
+
+def settings(*entries: str) -> list[str]:
+    return [f"stages.evaluate.metrics={METRICS}", f"{GATE}=[{', '.join(entries)}]"]
 
 
 def left(plan: Plan, totals: Sequence[float], errors: Sequence[float] = (0.0,)) -> Plan:
@@ -115,12 +128,78 @@ def test_a_run_ends_with_the_gates_that_are_not_met(plan: MakePlan) -> None:
         gates.refuse(made.stages, made.config.stages)
     assert caught.value.exit_code == 10
     assert str(caught.value).splitlines() == [
-        "stages.evaluate.gate[1]: dpo against sft in total: better by +0.250 (+0.250 to +0.250); "
-        "the whole interval must be above +0.500",
-        "  stages.evaluate.gate[2]: dpo against base in total: samples.jsonl does not have the scores of both on 10 "
-        "different prompts",
-        "  → stages.evaluate.gate sets the requirement; more prompts make the intervals narrower",
+        "stages.evaluate.gate[1]: dpo − sft in total: +0.250 (+0.250 to +0.250), required: the whole interval above "
+        "+0.5",
+        "  stages.evaluate.gate[2]: dpo − base in total: not known, because no different prompts have a score of both "
+        "arms, and a gate needs at least 10",
+        "  → stages.evaluate.gate sets the requirement",
     ]
+
+
+def test_a_worse_arm_and_a_metric_of_which_less_is_better_read_well(plan: MakePlan) -> None:
+    entries = [
+        "{arm: 'stage:dpo', against: 'stage:sft', min_difference: -0.01}",
+        "{arm: 'stage:sft', against: 'stage:dpo', metric: errors}",
+    ]
+    made = left(gated(plan, *entries), [-1.0] * 10, errors=[0.0])
+    assert gates.not_met(made.stages) == [
+        f"{GATE}[0]: dpo − sft in total: −1.000 (−1.000 to −1.000), required: the whole interval above −0.01",
+        f"{GATE}[1]: dpo − sft in errors (less is better): 0.000 (0.000 to 0.000), required: the whole interval above "
+        "0",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("totals", "advised"),
+    [([0.5, -0.4] * 5, True), ([0.0] * 10, False), ([-0.25] * 10, False), ([-0.5, 0.4] * 5, False)],
+)
+def test_more_prompts_are_advised_only_where_the_interval_is_too_wide(
+    plan: MakePlan, totals: Sequence[float], advised: bool
+) -> None:
+    made = left(gated(plan, "{arm: 'stage:dpo', against: 'stage:sft'}"), totals)
+    with pytest.raises(GateNotMet) as caught:
+        gates.refuse(made.stages, made.config.stages)
+    assert ("more prompts" in caught.value.remedy) is advised
+
+
+def test_a_gate_needs_as_many_held_out_prompts_as_there_are(plan: MakePlan) -> None:
+    entry = "{arm: 'stage:dpo', against: 'stage:sft'}"
+    with pytest.raises(ConfigError) as caught:
+        plan(*settings(entry))
+    words = f"{GATE}: a gate needs at least 10 different held-out prompts, and stages.evaluate.data has 1; add prompts"
+    assert words in str(caught.value)
+    with pytest.raises(ConfigError, match=r"stages\.evaluate\.data has 9; add prompts"):
+        gated(plan, entry, limit=9)
+    gated(plan, entry, limit=10)
+
+
+def test_a_plan_shows_its_gates(plan: MakePlan) -> None:
+    entries = [
+        "{arm: 'stage:dpo', against: base, min_difference: -0.01}",
+        "{arm: 'stage:dpo', against: 'stage:sft', metric: errors}",
+    ]
+    screen = io.StringIO()
+    show_plan(Console(file=screen, width=200), gated(plan, *entries))
+    shown = screen.getvalue().splitlines()
+    assert "evaluate requires dpo − base in total: the whole interval above −0.01" in shown
+    assert "evaluate requires sft − dpo in errors (less is better): the whole interval above 0" in shown
+
+
+def test_a_smoke_run_says_that_it_drops_gates(overrides: list[str], tmp_path: Path) -> None:
+    recipe, dropped = tmp_path / "mine.yaml", "profile=smoke drops the gates of evaluate"
+    rest = "defaults: [quickstart, _self_]\nsummary: mine\n"
+    recipe.write_text(f"{rest}stages: {{evaluate: {{gate: [{{arm: 'stage:dpo', against: base}}]}}}}\n")
+    assert dropped in notes.of_plan(make_plan(str(recipe), [*overrides, "profile=smoke"]))
+    recipe.write_text(rest)
+    assert dropped not in notes.of_plan(make_plan(str(recipe), [*overrides, "profile=smoke"]))
+
+
+def test_the_report_is_made_again_with_other_gates(plan: MakePlan) -> None:
+    def fingerprint(*entries: str) -> str:
+        return next(stage.fingerprint for stage in gated(plan, *entries).stages if stage.name == "report")
+
+    entry = "{arm: 'stage:dpo', against: 'stage:sft'}"
+    assert len({fingerprint(), fingerprint(entry), fingerprint(entry, entry)}) == 3
 
 
 def test_another_gate_makes_nothing_again(plan: MakePlan) -> None:
