@@ -20,6 +20,7 @@ from alignment.report.kit import text
 from alignment.report.kit.record_files import FOR_A_PAGE, shown
 from alignment.report.run_page.evaluation_section import read_evaluation, read_samples
 from alignment.report.run_page.forgetting_section import read_forgetting
+from alignment.report.run_page.gate_section import read_gates
 from alignment.report.run_page.run_layout import artifact_folder, evaluation_stages, steps_file
 from alignment.report.run_page.run_records import Card, Run, Sample, Stage
 from alignment.report.run_page.table_sections import read_tables
@@ -50,6 +51,7 @@ def read_run(run_folder: Path) -> Run:
             if produced_by(stage.kind) == FORGETTING
         ],
         tables=[tables for stage in stages if (tables := read_tables(stage, folders[stage.name])).shown],
+        gates=[gate for stage in stages for gate in read_gates(stage, folders[stage.name])],
     )
 
 

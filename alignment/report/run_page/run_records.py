@@ -148,6 +148,14 @@ class Tables:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Gate:
+    """Whether an evaluation meets a gate, and the figures in words."""
+
+    met: bool
+    sentence: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
     """Everything that the page shows. If ``evaluation`` is None, ``evaluation_note`` says why."""
 
@@ -160,6 +168,7 @@ class Run:
     cards: list[Card] = field(default_factory=list)
     forgetting: list[Forgetting] = field(default_factory=list)
     tables: list[Tables] = field(default_factory=list)
+    gates: list[Gate] = field(default_factory=list)
 
     @property
     def num_complete(self) -> int:

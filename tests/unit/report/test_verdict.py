@@ -312,3 +312,38 @@ def test_what_the_plan_said_against_the_evaluation_stands_first_among_the_warnin
     fake_run.headlines["ppo"] = {"eos_rate": 0.0}
     html = fake_run.html()
     assert html.index("3 of the rows that sft may learn from ask what evaluate asks.") < html.index("ended within")
+
+
+def gated(fake_run, *gates: dict[str, object]) -> str:
+    fake_run.run["config"]["stages"]["evaluate"]["gate"] = list(gates)
+    return fake_run.html()
+
+
+def test_the_page_begins_with_the_gates_that_are_met_and_that_are_not(fake_run):
+    wanted = {"arm": "stage:dpo", "against": "base", "metric": None, "min_difference": -0.01}
+    html = gated(fake_run, wanted, {**wanted, "min_difference": 0.9})
+    gates = html.split('<ul class="gates">')[1].split("</ul>")[0]
+    assert html.index('<ul class="gates">') < html.index('<p class="lead">')
+    met, missed = gates.split("</li>")[:2]
+    assert '<b class="verdict good">Gate met</b>' in met
+    assert re.search(r"dpo − base in quality: \+0\.\d{3} \(\+0\.\d{3} to \+0\.\d{3}\), required: .* above −0\.01$", met)
+    assert '<b class="verdict bad">Gate not met</b>' in missed
+    assert missed.endswith("required: the whole interval above +0.9")
+
+
+def test_a_page_without_gates_does_not_mention_them(fake_run):
+    assert 'class="gates"' not in fake_run.html()
+    assert 'class="gates"' not in gated(fake_run)
+
+
+@pytest.mark.parametrize("gate", ["words", 3, {"arm": 1}, {"arm": "stage:dpo", "against": [], "min_difference": "x"}])
+def test_a_gate_that_cannot_be_read_does_not_stop_the_page(fake_run, gate):
+    assert "Gate not met" not in gated(fake_run, gate)
+
+
+def test_gates_of_samples_that_cannot_be_read_are_not_met(fake_run):
+    fake_run.samples = None
+    wanted = {"arm": "stage:dpo", "against": "base", "metric": None, "min_difference": 0.0}
+    assert "dpo − base in quality: not known, because no different prompts have a score" in gated(fake_run, wanted)
+    (fake_run.artifact("evaluate") / "samples.jsonl").write_text("{")
+    assert "Gate not met" not in fake_run.html()
