@@ -210,7 +210,10 @@ class _Conversion:
     def _instances(self, cls: type, value: Any, *, where: str) -> list[Any]:
         """A list of groups of settings; a key that a group leaves out has the default of its class."""
         if not isinstance(value, (list, tuple)):
-            raise _Wrong(f"it takes a list of groups, each with some of the keys {', '.join(field_types(cls))}")
+            example = f"; write [{_in_braces(value)}]" if isinstance(value, Mapping) else ""
+            raise _Wrong(
+                f"it takes a list of groups, each with some of the keys {', '.join(field_types(cls))}{example}"
+            )
         return [
             self.instance(cls, item, where=f"{where}[{number}]", defaults=cls()) for number, item in enumerate(value)
         ]
@@ -363,6 +366,10 @@ def _without_kind(name: str, siblings: list[str], kinds: Iterable[str]) -> str:
 def _as_written(value: Any) -> str:
     """As YAML and the command line write it."""
     return str(value) if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def _in_braces(group: Mapping[Any, Any]) -> str:
+    return f"{{{', '.join(f'{key}: {_as_written(value)}' for key, value in group.items())}}}"
 
 
 def _join(where: str, key: Any) -> str:

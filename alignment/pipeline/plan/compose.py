@@ -17,7 +17,7 @@ import yaml
 from hydra import compose as hydra_compose
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config import yaml_file
@@ -32,7 +32,10 @@ from alignment.pipeline.plan.hostile import hostile
 from alignment.pipeline.plan.hydra_files import composing
 from alignment.pipeline.plan.overrides import parse
 from alignment.pipeline.plan.profile import Profile
+from alignment.pipeline.plan.wrong_shapes import wrong_shapes
+from alignment.stages import registry
 
+_CONFUSED = "Cannot merge DictConfig with ListConfig"
 _ENDLESS = ConfigError("its interpolations expand to more than can be written", where="recipe")
 
 
@@ -104,6 +107,9 @@ def _files(path: Path, overrides: Sequence[Override]) -> tuple[DictConfig, Profi
         except MissingConfigException as error:
             raise ConfigError(f"{_first_paragraph(error)}{choices.nearest_file(error)}", where=str(path)) from error
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            if _CONFUSED in str(error):
+                found = wrong_shapes(yaml_file.read(path), registry.config_classes())
+                refuse([replace(fault, where=f"{path}: {fault.where}") for fault in found])
             raise ConfigError(_first_paragraph(error), where=str(path)) from error
     OmegaConf.set_struct(tree, False)
     if backend is not None:
@@ -193,9 +199,19 @@ def _apply(override: Override, tree: DictConfig) -> Iterator[Fault]:
             del node[last]
         return
     try:
-        OmegaConf.update(tree, key, override.value(), merge=True, force_add=True)
+        value = override.value()
+        OmegaConf.update(tree, key, value, merge=_is_same_shape(OmegaConf.select(tree, key), value), force_add=True)
     except (OmegaConfBaseException, AssertionError, TypeError, ValueError) as error:
         yield Fault(where=str(override.input_line), message=_first_paragraph(error))
+
+
+def _is_same_shape(old: Any, new: Any) -> bool:
+    """False for a list instead of a group and the other way round: it replaces the value, and the typed check says what
+    is allowed."""
+    return not (
+        (isinstance(old, DictConfig) and isinstance(new, list))
+        or (isinstance(old, ListConfig) and isinstance(new, dict))
+    )
 
 
 def _written(tree: DictConfig) -> dict[str, Any]:

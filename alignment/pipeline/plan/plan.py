@@ -129,7 +129,8 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) ->
     config, faults = convert(composition.tree, registry.config_classes())
     faults = [*composition.faults, *faults]
     named = {fault.where for fault in faults}  # a faulty field holds its default, so more faults of it would mislead
-    unreadable = set(composition.tree.get("stages") or {}) - set(config.stages)
+    written = composition.tree.get("stages")
+    unreadable = set(written if isinstance(written, Mapping) else ()) - set(config.stages)
     in_references = references.faults(config.stages, unreadable=unreadable)
     faults += [fault for fault in in_references if fault.where.partition("[")[0] not in named]
     named |= {fault.where for fault in faults}

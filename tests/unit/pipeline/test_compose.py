@@ -16,6 +16,7 @@ from alignment.config.typed import convert, typed
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan import references, settings
 from alignment.pipeline.plan.compose import compose
+from alignment.pipeline.plan.plan import make_plan
 from alignment.stages.ppo.batch_sizes import size_faults
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.registry import config_classes, trains
@@ -152,6 +153,22 @@ def test_misspellings_are_all_found() -> None:
 
 
 FAULTY = [
+    (
+        "stages.evaluate.metrics={name: brevity}",
+        "stages.evaluate.metrics: {'name': 'brevity'} is not allowed; it takes a list of groups, each with some of the "
+        "keys source, pattern, target, schema, server, name, higher_is_better, aggregate, passing_score, rubric; write "
+        "[{name: brevity}]",
+    ),
+    (
+        "stages.evaluate.arms={name: base}",
+        "stages.evaluate.arms: {'name': 'base'} is not allowed; it takes a list, such as [a, b]",
+    ),
+    (
+        "stages.sft.optim=[1]",
+        "stages.sft.optim: [1] is not a group of settings; it takes the keys lr, batch_size, micro_batch_tokens, "
+        "activation_checkpointing, epochs, max_steps, schedule, warmup_ratio, weight_decay, adam_eps, moments, "
+        "max_grad_norm",
+    ),
     ("lauch=local", "lauch: unknown key; did you mean 'launch'?"),
     ("foo@bar=x", "foo@bar=x: no group 'foo'; one of: adapter, launch, launch/backend, model, stage, tracking"),
     (
@@ -534,3 +551,34 @@ def test_what_a_profile_cannot_choose_is_named(tmp_path: Path) -> None:
     assert faults("profile=mine", "profile=mine", recipe=str(recipe)) == [
         "profile=mine profile=mine: write profile=NAME, once"
     ]
+
+
+@pytest.mark.parametrize(
+    ("stages", "words"),
+    [
+        (
+            "stages: {evaluate: {gate: {arm: 'stage:dpo', against: base}}}",
+            "stages.evaluate.gate: {'arm': 'stage:dpo', 'against': 'base'} is not allowed; it takes a list of groups, "
+            "each with some of the keys arm, against, metric, min_difference; write [{arm: stage:dpo, against: base}]",
+        ),
+        (
+            "stages: {judged: {metrics: {name: brevity}}}",
+            "stages.judged.metrics: {'name': 'brevity'} is not allowed; it takes a list of groups",
+        ),
+        (
+            "stages: {evaluate: {arms: {name: base}}}",
+            "stages.evaluate.arms: {'name': 'base'} is not allowed; it takes a list",
+        ),
+        ("stages: {dpo: {optim: [1]}}", "stages.dpo.optim: [1] is not a group of settings; it takes the keys lr, "),
+        ("stages: {dpo: [1]}", "stages.dpo: [1] is not a stage; it takes settings, beginning with 'kind'"),
+        ("stages: [dpo]", "stages: ['dpo'] is not a group of stages"),
+        ("stages: [{dpo: 1}]", "stages: [{'dpo': 1}] is not a group of stages"),
+        ("launch: [1]", "launch: [1] is not a group of settings"),
+    ],
+)
+def test_a_list_and_a_group_that_are_confused_are_named(tmp_path: Path, stages: str, words: str) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(f"defaults: [quickstart, stage@stages.judged: evaluate, _self_]\nsummary: mine\n{stages}\n")
+    with pytest.raises(ConfigError) as caught:
+        make_plan(str(recipe), [])
+    assert f"{recipe}: {words}" in str(caught.value)
