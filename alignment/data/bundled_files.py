@@ -7,11 +7,14 @@ from pathlib import Path
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import DataError
 from alignment.core.resources import shipped
+from alignment.data.missing_files import next_to_recipe, similar_name
 from alignment.data.row_files import files_of
 
 
-def locate(source: str, *, where: str = "") -> Path:
+def locate(source: str, *, where: str = "", recipe_folder: Path | None = None) -> Path:
     """The file or folder behind ``bundled:quickstart/NAME`` or ``path:FILE``.
+
+    ``recipe_folder`` is where the recipe is that names the source; a relative path does not start there.
 
     Raises:
         DataError: the source has another form, or names a file that does not exist or has an unsupported type.
@@ -20,7 +23,9 @@ def locate(source: str, *, where: str = "") -> Path:
     if scheme == "path" and rest:
         path = Path(rest).expanduser().absolute()
         if not path.exists():
-            raise DataError(f"no file {path}", where=where, remedy="give a data file, or a folder of them")
+            advice = next_to_recipe(rest, recipe_folder, form="path:{file}") or similar_name(path)
+            remedy = advice or "give a data file, or a folder of them"
+            raise DataError(f"no file {path}", where=where, remedy=remedy)
         files_of(path)
         return path
     if scheme == "bundled" and rest:

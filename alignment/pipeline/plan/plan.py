@@ -29,7 +29,7 @@ from alignment.pipeline.plan import (
     unread,
 )
 from alignment.pipeline.plan.actions import Action, Actions
-from alignment.pipeline.plan.compose import compose
+from alignment.pipeline.plan.compose import compose, find_recipe
 from alignment.pipeline.plan.depths import Depths
 from alignment.pipeline.plan.made_rows import DATA, RowsOfStages
 from alignment.pipeline.plan.row_counts import Seen
@@ -125,7 +125,7 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) ->
         ArtifactError: a result that would be reused is damaged.
         StoreError: the store of artifacts cannot be reached or refuses.
     """
-    composition = compose(recipe, overrides)
+    composition, recipe_folder = compose(recipe, overrides), find_recipe(recipe).parent
     config, faults = convert(composition.tree, registry.config_classes())
     faults = [*composition.faults, *faults]
     named = {fault.where for fault in faults}  # a faulty field holds its default, so more faults of it would mislead
@@ -135,7 +135,7 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) ->
     faults += [fault for fault in in_references if fault.where.partition("[")[0] not in named]
     named |= {fault.where for fault in faults}
     later = [
-        *scorer_checks.faults(config.stages, hang_seconds=config.launch.hang_seconds),
+        *scorer_checks.faults(config.stages, hang_seconds=config.launch.hang_seconds, recipe_folder=recipe_folder),
         *settings.faults(config),
         *unread.faults(config),
     ]
@@ -144,7 +144,7 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) ->
     every_fault += made_rows.faults(config.stages) if not every_fault else []
     refuse([composition.placed(fault) for fault in every_fault])
     config = settings.completed(config)
-    data, seen = _checked_data(config)
+    data, seen = _checked_data(config, recipe_folder)
     base = find(config.model.source, where="model.source")
     refuse([composition.placed(fault) for fault in settings.option_faults(config.model, base.folder)])
     output = Path(config.output).expanduser().absolute()
@@ -171,7 +171,9 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) ->
     )
 
 
-def _checked_data(config: RunConfig) -> tuple[dict[str, dict[str, DataSource]], dict[str, dict[str, Seen]]]:
+def _checked_data(
+    config: RunConfig, recipe_folder: Path
+) -> tuple[dict[str, dict[str, DataSource]], dict[str, dict[str, Seen]]]:
     """Each stage's data sources by field, and a summary of the first rows of those that are on this machine."""
     located: dict[str, dict[str, DataSource]] = {}
     seen: dict[str, dict[str, Seen]] = {}
@@ -184,7 +186,9 @@ def _checked_data(config: RunConfig) -> tuple[dict[str, dict[str, DataSource]], 
             if made_rows.stage_named(file.data.source) is not None:
                 continue
             where = f"stages.{name}.{file.field}"
-            source = located[name][file.field] = data_sources.resolve(file.data.source, where=f"{where}.source")
+            source = located[name][file.field] = data_sources.resolve(
+                file.data.source, where=f"{where}.source", recipe_folder=recipe_folder
+            )
             if source.path is None:
                 continue
             asked = (source.path, digest(_first_rows(file.data)), file.data.on_error, file.data.max_skipped)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
@@ -19,6 +20,7 @@ from alignment.config.stage import StageConfig
 from alignment.core.errors import DataError
 from alignment.core.fingerprint import file_sha256
 from alignment.data.bundled_files import bundled_code
+from alignment.data.missing_files import next_to_recipe
 from alignment.data.records import HasRow, Question
 from alignment.pipeline.plan.scorer_groups import group_faults
 from alignment.rewards.rules.all_rules import RULES, rule_of
@@ -48,8 +50,8 @@ _NOT_HERE = {
 _CHOICES = f"{CHOICE} needs a question with texts to choose from: {Question.EXAMPLE}"
 
 
-def faults(stages: Mapping[str, StageConfig], *, hang_seconds: float) -> list[Fault]:
-    """Everything wrong with the scorers of a run.
+def faults(stages: Mapping[str, StageConfig], *, hang_seconds: float, recipe_folder: Path | None = None) -> list[Fault]:
+    """Everything wrong with the scorers of a run, whose recipe is in ``recipe_folder``.
 
     A stage that makes no progress for ``hang_seconds`` is stopped; 0 turns this off.
     """
@@ -57,7 +59,7 @@ def faults(stages: Mapping[str, StageConfig], *, hang_seconds: float) -> list[Fa
         fault
         for name, stage in stages.items()
         for field, scorer in kind_of(stage).scorers(stage).items()
-        for fault in _scorer_faults(f"stages.{name}.{field}", scorer, hang_seconds)
+        for fault in _scorer_faults(f"stages.{name}.{field}", scorer, hang_seconds, recipe_folder)
     ]
 
 
@@ -135,14 +137,16 @@ def _has_choices(record: HasRow) -> None:
         raise DataError("'choices' is missing, or no choice is marked as the best", where=record.where, remedy=_CHOICES)
 
 
-def _scorer_faults(where: str, scorer: ScoreSourceConfig, hang_seconds: float) -> Iterator[Fault]:
+def _scorer_faults(
+    where: str, scorer: ScoreSourceConfig, hang_seconds: float, recipe_folder: Path | None
+) -> Iterator[Fault]:
     if not scorer.source:
         yield Fault(where=f"{where}.source", message=f"missing; {ALLOWED}")
         return
     if scorer.source in (CHOICE, GRADE) and isinstance(scorer, MetricConfig):
         yield from _setting_faults(where, scorer)
         return
-    problem = _source_problem(scorer)
+    problem = _source_problem(scorer, recipe_folder)
     if problem:
         yield Fault(where=f"{where}.source", message=problem)
     if not is_known(scorer.source) or (problem and scorer.source in GROUPS):
@@ -169,10 +173,14 @@ def _setting_faults(where: str, scorer: ScoreSourceConfig) -> Iterator[Fault]:
             yield Fault(where=f"{where}.{rule.setting}", message=f"{value!r:.60} has no effect; only '{name}' uses it")
 
 
-def _source_problem(scorer: ScoreSourceConfig) -> str | None:
+def _source_problem(scorer: ScoreSourceConfig, recipe_folder: Path | None) -> str | None:
     source = scorer.source
     function = function_of(source)
     if function is not None:
+        if not function.bundled and not function.file.exists():
+            written = source.rpartition(":")[0]
+            advice = next_to_recipe(written, recipe_folder, form=f"{{file}}:{function.name}")
+            return f"no file {function.file}{f'; {advice}' if advice else ''}"
         return _function_problem(function)
     if source in GROUPS and not hasattr(scorer, GROUPS[source]):
         return f"{source!r} {_NOT_HERE[source]}"
@@ -193,8 +201,6 @@ def _function_problem(function: FunctionSource) -> str | None:
         return f"no bundled file '{function.bundled}'; {suggestion(function.bundled, known)}"
     try:
         tree = ast.parse(function.file.read_bytes(), filename=str(function.file))
-    except FileNotFoundError:
-        return f"no file {function.file}"
     except OSError as error:
         return f"{function.file} cannot be read: {error.strerror}"
     except SyntaxError as error:

@@ -1,4 +1,4 @@
-"""Finds lists and groups of settings that a recipe file confuses; Hydra refuses to merge them and does not say where."""
+"""Finds lists and groups of settings that a recipe file confuses: Hydra refuses to merge them, and names no setting."""
 
 from __future__ import annotations
 

@@ -39,15 +39,15 @@ class DataSource:
         return self.source.startswith("hub:")
 
 
-def resolve(source: str, *, where: str) -> DataSource:
-    """Looks data up without downloading anything.
+def resolve(source: str, *, where: str, recipe_folder: Path | None = None) -> DataSource:
+    """Looks data up without downloading anything. ``recipe_folder`` is where the recipe is that names the source.
 
     Raises:
         DataError: the source has an unknown form, or there is no readable file.
     """
     if source.startswith("hub:"):
         return _hub(source, where=where, download=False)
-    path = locate(source, where=where)
+    path = locate(source, where=where, recipe_folder=recipe_folder)
     return DataSource(source=source, identity=content_of(path, remembered_sha256), path=path)
 
 

@@ -168,7 +168,8 @@ FAULTS = [
     (
         with_ppo(scorers={"source": "reward"}),
         "stages.ppo.scorers: {'source': 'reward'} is not allowed; it takes a list of groups, each with some of the "
-        "keys source, pattern, target, schema, server, normalize, clip, grader, weight, ensemble; write [{source: reward}]",
+        "keys source, pattern, target, schema, server, normalize, clip, grader, weight, ensemble; write "
+        "[{source: reward}]",
     ),
     (with_ppo(guard={"scorer": {"sauce": "x"}}), "stages.ppo.guard.scorer.sauce: unknown key; did you mean 'source'?"),
     (

@@ -13,7 +13,7 @@ import yaml
 from rich.console import Console
 
 from alignment.config.model import NEW_TOKENS
-from alignment.core.errors import ArtifactError, ConfigError, DataError, ModelError
+from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, DataError, ModelError
 from alignment.job import memory_key
 from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.execute.worker_protocol import write_stage_file
@@ -371,6 +371,38 @@ def test_a_reference_that_cannot_be_is_named(
     with pytest.raises(error) as caught:
         plan(override)
     assert str(caught.value).startswith(message)
+
+
+def test_a_file_next_to_the_recipe_is_not_found_from_another_folder(
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, recipes = tmp_path / "here", tmp_path / "recipes"
+    here.mkdir()
+    recipes.mkdir()
+    monkeypatch.chdir(here)
+    recipe = recipes / "mine.yaml"
+    recipe.write_text("defaults: [quickstart, _self_]\nsummary: mine\n")
+    advice = "relative paths start at the folder in which the command runs, not at the recipe's; write "
+    for file, override, meant in (
+        ("score.py", "stages.evaluate.metrics=[{name: a, source: score.py:f}]", f"{recipes}/score.py:f"),
+        ("rows.jsonl", "stages.sft.data.source=path:rows.jsonl", f"path:{recipes}/rows.jsonl"),
+    ):
+        words = f"no file {here}/{file}"
+        with pytest.raises(AlignmentError) as caught:
+            make_plan(str(recipe), [*overrides, override])
+        assert words in str(caught.value)
+        assert "relative paths" not in str(caught.value)
+        (recipes / file).write_text("def f(a, b, c): ...")
+        with pytest.raises(AlignmentError) as caught:
+            make_plan(str(recipe), [*overrides, override])
+        assert words in str(caught.value)
+        assert f"{advice}{meant}" in str(caught.value)
+
+
+def test_a_data_file_with_a_similar_name_is_suggested(plan: MakePlan, tmp_path: Path) -> None:
+    (tmp_path / "birds.jsonl").write_text("")
+    with pytest.raises(DataError, match=rf"no file {tmp_path}/bird\.jsonl\n  → did you mean {tmp_path}/birds\.jsonl\?"):
+        plan(f"stages.sft.data.source=path:{tmp_path}/bird.jsonl")
 
 
 def test_a_row_that_does_not_fit_is_named_by_file_and_line(plan: MakePlan, tmp_path: Path) -> None:
