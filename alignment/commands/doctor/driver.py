@@ -64,7 +64,9 @@ def _overlaps(path: Path, data: SourceConfig, against: str, other: Path, progres
     lines = [
         _line(
             "overlap",
-            f"{count:,} rows resemble prompts of {against}" if count else f"no row resembles a prompt of {against}",
+            f"{count:,} rows resemble prompts of {against}"
+            if count > 1
+            else f"{'1' if count else 'no'} row resembles a prompt of {against}",
         )
     ]
     lines += [

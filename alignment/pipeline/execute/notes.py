@@ -150,7 +150,8 @@ def _left_out(stage: PlannedStage) -> Iterator[str]:
     for field, seen in stage.seen.items():
         for reason, count in seen.set_aside:
             among = "" if seen.whole else " that the plan reads"
-            yield f"stages.{stage.name}.{field}: {count} rows{among} are left out: {reason}"
+            rows, are = ("row", "is") if count == 1 else ("rows", "are")
+            yield f"stages.{stage.name}.{field}: {count} {rows}{among} {are} left out: {reason}"
 
 
 def _near_held_out(stage: PlannedStage) -> Iterator[str]:
@@ -161,7 +162,7 @@ def _near_held_out(stage: PlannedStage) -> Iterator[str]:
     both = list(HeldOut(held_out.texts).overlaps(learned.texts))
     if both:
         yield (
-            f"{len(both)} of the possible training rows of {stage.name} resemble its validation rows: "
+            f"{_resembling(len(both), 'possible training row', f'of {stage.name}')} its validation rows: "
             f"{both[0].learned} has {both[0].share:.0%} of the eight-word sequences of {both[0].held_out}; its "
             f"validation loss may be too low"
         )
@@ -185,9 +186,13 @@ def _shared_prompts(plan: Plan) -> Iterator[str]:
 
 def _resemble(which: str, both: Sequence[Overlap], evaluation: PlannedStage) -> str:
     return (
-        f"{len(both)} of the rows {which} resemble prompts of {evaluation.name}: {both[0].learned} has "
+        f"{_resembling(len(both), 'row', which)} prompts of {evaluation.name}: {both[0].learned} has "
         f"{both[0].share:.0%} of the eight-word sequences of {both[0].held_out}"
     )
+
+
+def _resembling(count: int, noun: str, which: str) -> str:
+    return f"1 {noun} {which} resembles" if count == 1 else f"{count} {noun}s {which} resemble"
 
 
 def _overlaps(plan: Plan, held_out: HeldOut) -> dict[tuple[Overlap, ...], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -69,10 +70,11 @@ def show_results(console: Console, run_folder: Path, record: RunRecord) -> None:
     """Every finished evaluation, reward card and measurement of forgetting; the paths of the results if the run has no
     evaluation; and the path of the report."""
     made = {name: stage for name, stage in record.stages.items() if stage.complete}
-    for stage in made.values():
+    for name, stage in made.items():
         artifact = Path(stage.artifact)
         if produced_by(stage.kind) == EVALUATION and (artifact / EVALUATION_FILE).is_file():
-            show_evaluation(console, Evaluation.read(artifact))
+            reference = record.settings_of(name).get("reference")
+            show_evaluation(console, Evaluation.read(artifact), reference=reference)
     for name, stage in made.items():
         _show_other(console, name, produced_by(stage.kind), Path(stage.artifact))
     if not any(produced_by(stage.kind) == EVALUATION for stage in record.stages.values()):
@@ -116,13 +118,16 @@ _COLUMNS: dict[str, Callable[[ArmResult], str]] = {
 }
 """The figures that every arm may have; one that no arm has is left out."""
 _UNITS = {
-    "log-ratio": "log-ratio of greedy answers to the reference, in nats per sequence",
-    "KL": "KL from the reference on sampled answers, in nats per sequence",
+    "log-ratio": "log-ratio of greedy answers to the reference{name}, in nats per sequence",
+    "KL": "KL from the reference{name} on sampled answers, in nats per sequence",
 }
 
 
-def show_evaluation(console: Console, evaluation: Evaluation) -> None:
-    """The arms side by side, then a line for each comparison that says whether the difference is real."""
+def show_evaluation(console: Console, evaluation: Evaluation, *, reference: Any = None) -> None:
+    """The arms side by side, then a line for each comparison that says whether the difference is real.
+
+    ``reference`` is the arm of the log-ratios, as a run's settings name it.
+    """
     others = [metric.name for metric in evaluation.metrics if metric.name != evaluation.primary]
     primary = [] if evaluation.primary is None else [escape(evaluation.primary), "95 %"]
     columns = {title: cell for title, cell in _COLUMNS.items() if any(cell(arm) != _NONE for arm in evaluation.arms)}
@@ -145,7 +150,9 @@ def show_evaluation(console: Console, evaluation: Evaluation) -> None:
         lines += labelled_conclusions(evaluation.judge)
     labels = {arm.name: arm.label for arm in evaluation.arms}
     lines += grade_conclusions(evaluation.gradings, evaluation.num_prompts or 0, labels)
-    for line in [*lines, _what_is_shown(evaluation, [_UNITS[title] for title in columns if title in _UNITS])]:
+    name = f" ({evaluation.label(reference)})" if isinstance(reference, str) else ""
+    units = [_UNITS[title].format(name=name) for title in columns if title in _UNITS]
+    for line in [*lines, _what_is_shown(evaluation, units)]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 

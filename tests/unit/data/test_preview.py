@@ -185,7 +185,7 @@ def test_odd_rows_are_counted_with_an_example(tmp_path: Path, capsys: pytest.Cap
     printed = capsys.readouterr().out
     assert f"1 records repeat an earlier one, such as {tmp_path}/data.jsonl:3" in printed
     assert "2 records have text that looks like a control token but is ordinary text, such as " in printed
-    assert "1 records resemble prompts of the evaluation, such as " in printed
+    assert "1 record resembles a prompt of the evaluation, such as " in printed
     assert "which has 100% of heldout.jsonl:7" in printed
 
 

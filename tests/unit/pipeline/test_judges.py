@@ -178,9 +178,9 @@ BREVITY = Metric(name="brevity")
 EVALUATION = Evaluation(num_prompts=3, metrics=[BREVITY, Metric(name="tone")], primary="brevity", arms=[ARM])
 
 
-def shown(evaluation: Evaluation, *, width: int = 200) -> str:
+def shown(evaluation: Evaluation, *, width: int = 200, reference: str | None = None) -> str:
     console = Console(width=width, record=True)
-    show_evaluation(console, evaluation)
+    show_evaluation(console, evaluation, reference=reference)
     return console.export_text()
 
 
@@ -204,7 +204,7 @@ def test_arms_and_prompts_without_grades_are_named() -> None:
     grading = Grading(metric="brevity", model="m", num_prompts=2, invalid={"stage:dpo": 0.4}, left_out=["stage:dpo"])
     printed = shown(replace(EVALUATION, gradings=[grading]))
     assert "By brevity, nothing can be concluded about dpo (40%): " in printed
-    assert "brevity is over 2 of 3 prompts: " in printed
+    assert "brevity covers 2 of 3 prompts; " in printed
 
 
 def test_the_primary_metric_has_its_interval_and_says_which_way_is_better() -> None:
@@ -221,9 +221,9 @@ def test_the_primary_metric_has_its_interval_and_says_which_way_is_better() -> N
 
 
 def test_the_terminal_says_what_log_ratios_and_divergences_are_of() -> None:
-    greedy = shown(replace(EVALUATION, arms=[replace(ARM, greedy_log_ratio=Interval(mean=3.5))]))
+    greedy = shown(replace(EVALUATION, arms=[replace(ARM, greedy_log_ratio=Interval(mean=3.5))]), reference="stage:sft")
     assert "3.50" in greedy
-    assert "more is better; log-ratio of greedy answers to the reference, in nats per sequence\n" in greedy
+    assert "more is better; log-ratio of greedy answers to the reference (sft), in nats per sequence\n" in greedy
     sampled = shown(replace(EVALUATION, arms=[replace(ARM, kl=Interval(mean=2.25))]))
     assert "2.25" in sampled
     assert "more is better; KL from the reference on sampled answers, in nats per sequence\n" in sampled

@@ -108,7 +108,7 @@ def test_prompts_that_are_learned_and_evaluated_are_named(plan: MakePlan, tmp_pa
     planned = plan()
     (note,) = of_plan(planned)
     assert note == (
-        f"1 of the rows that reward, dpo and ppo may learn from resemble prompts of evaluate: {pairs}:25 has "
+        f"1 row that reward, dpo and ppo may learn from resembles prompts of evaluate: {pairs}:25 has "
         f"100% of the eight-word sequences of {tmp_path}/heldout.jsonl:1"
     )
     screen = StringIO()
@@ -129,7 +129,7 @@ def test_rows_of_a_validation_are_not_learned_from_but_may_choose_a_step(plan: M
     assert of_plan(plan(steps, f"stages.sft.validation={{{looks}}}")) == []
     (note,) = of_plan(plan(steps, f"stages.sft.validation={{{looks}, keep_best: true}}"))
     assert note == (
-        f"1 of the rows by which sft chooses its step resemble prompts of evaluate: {own}:1 has 100% of the "
+        f"1 row by which sft chooses its step resembles prompts of evaluate: {own}:1 has 100% of the "
         f"eight-word sequences of {tmp_path}/heldout.jsonl:1"
     )
 

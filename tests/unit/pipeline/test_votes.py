@@ -58,7 +58,7 @@ def test_the_content_of_the_votes_counts_and_their_place_does_not(plan: MakePlan
 def test_the_plan_says_that_votes_are_why_the_stage_runs_again(plan: MakePlan, tmp_path: Path) -> None:
     leave_artifact(stage_of(plan(PEOPLE)))
     votes_in(tmp_path / "out" / "runs" / "quickstart" / "evaluate" / "votes.jsonl")
-    assert stage_of(plan(PEOPLE)).reason.startswith("judge.votes changes (nearest: evaluate-")
+    assert stage_of(plan(PEOPLE)).reason.startswith("judge.votes changed (nearest: evaluate-")
 
 
 def test_a_file_that_is_missing_or_damaged_stops_the_plan(plan: MakePlan, tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_file_that_is_missing_or_damaged_stops_the_plan(plan: MakePlan, tmp_pa
         plan(PEOPLE, "stages.evaluate.judge.votes=none.jsonl")
     own = votes_in(tmp_path / "out" / "runs" / "quickstart" / "evaluate" / "votes.jsonl")
     own.write_text(own.read_text().replace("It is 5 from dpo.", "It is 6 from dpo."))
-    with pytest.raises(DataError, match=r"votes\.jsonl:6: the prompt or an answer is not what was voted on"):
+    with pytest.raises(DataError, match=r"votes\.jsonl:6: the prompt or an answer differs from what was voted on"):
         plan(PEOPLE)
 
 
@@ -126,8 +126,7 @@ def test_the_plan_counts_ties_and_warns_of_prompts_that_are_evaluated_too(plan: 
     told = noted(plan, path)
     assert "stages.dpo.data: 3 rows are left out: 'preferred' says that the answers are tied" in told
     assert any(
-        note.startswith("1 of the rows that reward and dpo may learn from resemble prompts of evaluate")
-        for note in told
+        note.startswith("1 row that reward and dpo may learn from resembles prompts of evaluate") for note in told
     ), told
     others = noted(plan, votes_in(tmp_path / "others.jsonl", ties=0))
     assert not any("dpo" in note and ("left out" in note or "resemble" in note) for note in others)
