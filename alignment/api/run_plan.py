@@ -26,8 +26,8 @@ class StagePlan:
     result), and ``reason`` says why in words.
 
     ``fingerprint`` identifies the result (64 hexadecimal digits), ``artifact`` is its folder. ``inputs`` are references
-    by the field that holds them. ``remarks`` say what the stage would read, run and choose; each is the end of a
-    sentence that begins with its name. ``settings`` are plain data.
+    by the field that holds them. ``remarks`` say what the stage would read, run and choose, and what its gates
+    require; each is the end of a sentence that begins with its name. ``settings`` are plain data.
     """
 
     name: str

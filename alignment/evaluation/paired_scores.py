@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignment.evaluation.bootstrap import mean_interval
 from alignment.records.evaluation import read_samples
 from alignment.records.interval import Interval
 
@@ -38,4 +37,6 @@ def difference(scores: dict[str, float], other_scores: dict[str, float]) -> Inte
     """The mean of ``scores`` minus ``other_scores`` with its 95 % interval; None without scores on the same prompts."""
     if not scores or scores.keys() != other_scores.keys():
         return None
+    from alignment.evaluation.bootstrap import mean_interval  # NumPy, which a plan does without
+
     return mean_interval([scores[prompt] - other_scores[prompt] for prompt in scores], samples=SAMPLES, seed=SEED)
