@@ -108,8 +108,8 @@ def _files(path: Path, overrides: Sequence[Override]) -> tuple[DictConfig, Profi
             raise ConfigError(f"{_first_paragraph(error)}{choices.nearest_file(error)}", where=str(path)) from error
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             if _CONFUSED in str(error):
-                found = wrong_shapes(yaml_file.read(path), registry.config_classes())
-                refuse([replace(fault, where=f"{path}: {fault.where}") for fault in found])
+                shape_faults = wrong_shapes(yaml_file.read(path), registry.config_classes())
+                refuse([replace(fault, where=f"{path}: {fault.where}") for fault in shape_faults])
             raise ConfigError(_first_paragraph(error), where=str(path)) from error
     OmegaConf.set_struct(tree, False)
     if backend is not None:
