@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from alignment.costs.devices import THIS
 from alignment.pipeline.execute.durations import duration
 from alignment.pipeline.execute.summary import print_whole
 from alignment.records.cost import RunCost, StageCost
@@ -28,7 +29,7 @@ def show_cost(console: Console, cost: RunCost, *, free: float | None = None) -> 
     for stage in cost.stages:
         for line in _remarks(stage, cost):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for line in (_time_line(cost), _disk_line(cost, free)):
+    for line in (_fit_line(cost), _time_line(cost), _disk_line(cost, free)):
         if line:
             console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -37,8 +38,18 @@ def _time_line(cost: RunCost) -> str:
     """The time of all stages; empty if it is not known of each."""
     if any(stage.error or stage.first_rows for stage in cost.stages):
         return ""
-    imports = f", and {duration(cost.startup)} to import the libraries once" if cost.startup else ""
-    return f"time: {duration(sum(stage.seconds for stage in cost.stages))} for all stages{imports}"
+    line = f"time: {duration(sum(stage.seconds for stage in cost.stages))} for all stages"
+    if cost.device != THIS:
+        return f"{line}, without importing libraries and without downloading, reading and storing files"
+    return f"{line}, and {duration(cost.startup)} to import the libraries once" if cost.startup else line
+
+
+def _fit_line(cost: RunCost) -> str:
+    """That each stage fits into the memory; empty if one does not, or if that is not known."""
+    if not cost.memory or any(stage.error or stage.peak > cost.memory for stage in cost.stages):
+        return ""
+    largest = max((stage.peak for stage in cost.stages), default=0)
+    return f"memory: each stage fits into {_gb(cost.memory)} GB, with at least {_gb(cost.memory - largest)} GB to spare"
 
 
 def _disk_line(cost: RunCost, free: float | None) -> str:

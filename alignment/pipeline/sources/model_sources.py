@@ -118,7 +118,7 @@ def model_folder(path: str, *, where: str) -> Path:
         raise ModelError(
             f"{folder} has no *.safetensors file",
             where=where,
-            remedy="only safetensors weights are read, never pickles",
+            remedy="only safetensors weights are read, never pickles; align plan --cost needs no weights",
         )
     refuse_weights_elsewhere(folder, where=where)
     return folder

@@ -55,7 +55,7 @@ def test_a_line_says_memory_time_work_and_what_holds_the_memory() -> None:
         "s",
     ]
     assert "training: fixed 0.50, weights 2.00, activations 3.00, gaps 1.00" in line
-    assert "fit" not in text
+    assert "do not fit" not in text
 
 
 def test_what_does_not_fit_is_said_with_what_would() -> None:
@@ -122,3 +122,15 @@ def test_the_time_of_all_stages_has_the_imports_apart() -> None:
 def test_a_time_that_leaves_something_out_is_not_shown() -> None:
     for part in (replace(LEARNS, first_rows=1000), replace(LEARNS, error="it fails")):
         assert "\ntime:" not in printed(show_cost, RunCost(device="this", stages=[LEARNS, part]))
+
+
+def test_a_gpus_time_says_what_it_leaves_out() -> None:
+    expected = "without importing libraries and without downloading, reading and storing files"
+    assert expected in printed(show_cost, RunCost(device="h100", startup=5.0, stages=[LEARNS]))
+
+
+def test_stages_that_fit_are_said_to_and_how_much_is_left() -> None:
+    cost = RunCost(device="4090", memory=24.0 * GB, stages=[LEARNS, replace(LEARNS, stage="kto")])
+    assert "\nmemory: each stage fits into 24.00 GB, with at least 17.50 GB to spare\n" in printed(show_cost, cost)
+    assert "each stage fits" not in printed(show_cost, replace(cost, memory=6.0 * GB))
+    assert "each stage fits" not in printed(show_cost, replace(cost, memory=0.0))
