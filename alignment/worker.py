@@ -169,6 +169,7 @@ def _run(spec: StageSpec, context: StageContext) -> None:
         unused_libraries.show()
         context = with_chosen_size(context, run)
         result = run(context.spec.config, context)
+        _refuse_other_results(result, function=kind_of(spec.config).run)
         if context.is_main:
             context.trackers.result(publish_result(spec, context, result), spec.artifact)
     if torch.distributed.is_initialized():
@@ -181,6 +182,25 @@ def function_of(kind: StageKind) -> Callable[[StageConfig, StageContext], StageR
     module, _, name = kind.run.partition(":")
     function: Callable[[StageConfig, StageContext], StageResult] = getattr(importlib.import_module(module), name)
     return function
+
+
+def _refuse_other_results(result: object, *, function: str) -> None:
+    """Type checkers see the functions of the built-in kinds, but not those of other packages.
+
+    Raises:
+        StageError: what the stage's function returned does not fit the manifest.
+    """
+    if not isinstance(result, StageResult):
+        raise StageError(
+            f"the function {function} returned {result!r:.60}, not a StageResult",
+            remedy="return StageResult(metrics={…}), from alignment.stages.shared.result",
+        )
+    for name, value in result.metrics.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise StageError(
+                f"the metric {name!r} is {value!r:.60}, not a Python number",
+                remedy=f"let {function} return numbers, such as float(value)",
+            )
 
 
 @contextmanager

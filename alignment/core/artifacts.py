@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from alignment.core.errors import ArtifactError
+from alignment.core.errors import ArtifactError, StageError
 from alignment.core.files import flush, remove_leftovers, write_text
 from alignment.core.fingerprint import file_sha256
 from alignment.core.shapes import fits
@@ -102,6 +102,7 @@ def publish(content: Path, target: Path, manifest: Manifest) -> Manifest:
 
     Raises:
         ArtifactError: ``target`` is a complete artifact already.
+        StageError: ``content`` has no file; ``verify`` would reject the artifact.
     """
     if (target / MANIFEST).exists():
         raise ArtifactError("this artifact exists and is complete", where=str(target), remedy="delete it to remake it")
@@ -113,6 +114,11 @@ def publish(content: Path, target: Path, manifest: Manifest) -> Manifest:
     for path in sorted(p for p in content.rglob("*") if p.is_file()):
         flush(path)
         files[path.relative_to(content).as_posix()] = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+    if not files:
+        raise StageError(
+            "the stage wrote no file, so its result could never be checked",
+            remedy="write at least one file into context.content",
+        )
     complete = dataclasses.replace(manifest, files=files)
     write_json(content / MANIFEST, dataclasses.asdict(complete))
     flush(content)

@@ -9,21 +9,24 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from alignment import worker
 from alignment.config.model import ModelConfig
 from alignment.config.stage import StageConfig
-from alignment.core.errors import DataError, NonFiniteError
+from alignment.core.errors import DataError, NonFiniteError, StageError
 from alignment.core.fingerprint import content_sha256, digest
 from alignment.data.chat_template import template_text
 from alignment.stages.report.config import ReportConfig
 from alignment.stages.sample.config import SampleConfig
 from alignment.stages.sft.config import SftConfig
+from alignment.stages.shared.result import StageResult
 from alignment.training.context import StageContext
 from alignment.training.session import Preempted
 from alignment.worker import _refuse_changed_data
@@ -220,3 +223,45 @@ def test_a_template_that_changed_since_the_plan_is_refused(tmp_path: Path) -> No
     file.write_text("{{ tools }}")
     with pytest.raises(DataError, match=r"model\.chat_template: changed since the run was planned"):
         _refuse_changed_data(spec)
+
+
+RESULT = StageResult(metrics={"words": 3})
+
+
+@pytest.mark.parametrize(
+    ("result", "message", "remedy"),
+    [
+        (RESULT, "", ""),
+        (None, "the function alignment.stages.sample.run:run returned None, not a StageResult", "return StageResult("),
+        ({"words": 3.0}, "returned {'words': 3.0}, not a StageResult", "return StageResult("),
+        (
+            replace(RESULT, metrics={"words": "3"}),
+            "the metric 'words' is '3', not a Python number",
+            "such as float(value)",
+        ),
+        (
+            replace(RESULT, metrics={"words": np.float32(3)}),
+            "the metric 'words' is np.float32(3.0), not a",
+            "float(value)",
+        ),
+    ],
+    ids=repr,
+)
+def test_what_a_stage_returns_is_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, result: Any, message: str, remedy: str
+) -> None:
+    def run(_: object, context: StageContext) -> Any:
+        (context.content / "words.json").touch()
+        return result
+
+    monkeypatch.setattr(worker, "function_of", lambda _: run)
+    spec = tiny_spec(tmp_path, SampleConfig())
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    if message:
+        with pytest.raises(StageError) as caught:
+            worker._run(spec, context)
+        assert message in caught.value.message
+        assert remedy in caught.value.remedy
+    else:
+        worker._run(spec, context)
+    assert spec.artifact.exists() == (not message)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from alignment.core.artifacts import MANIFEST, Manifest, folder_name, publish, read_manifest, verify, write_json
-from alignment.core.errors import ArtifactError
+from alignment.core.errors import ArtifactError, StageError
 
 EMPTY = Manifest(stage="sft", kind="policy", fingerprint="5f0e9b1c" * 8, identity={})
 
@@ -45,6 +45,17 @@ def test_a_leftover_without_a_manifest_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "made/stale").touch()
     publish(content(tmp_path / "work"), tmp_path / "made", EMPTY)
     assert not (tmp_path / "made/stale").exists()
+
+
+@pytest.mark.parametrize("left", ["", MANIFEST, ".words.json.1234.tmp"])
+def test_a_folder_without_a_file_is_not_published(tmp_path: Path, left: str) -> None:
+    """``verify`` would reject the artifact in every later command."""
+    (tmp_path / "work/empty").mkdir(parents=True)
+    if left:
+        (tmp_path / "work" / left).touch()
+    with pytest.raises(StageError, match=r"wrote no file.*\n.*write at least one file into context\.content"):
+        publish(tmp_path / "work", tmp_path / "made", EMPTY)
+    assert not (tmp_path / "made").exists()
 
 
 def test_damage_is_found_by_size_and_by_content(tmp_path: Path) -> None:
