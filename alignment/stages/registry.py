@@ -19,6 +19,7 @@ from alignment.config.stage import StageClasses, StageConfig, TrainedConfig
 from alignment.core.errors import ConfigError
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import Kind as RowKind
+from alignment.stages import kind_problems
 from alignment.stages.base import LOSS, Curve, ResultTable, StageKind
 
 GROUP = "alignment.stages"
@@ -77,8 +78,10 @@ def _from_entry_point(point: metadata.EntryPoint) -> Registered:
         why = f"{type(error).__name__}: {error}"
         problem = f"cannot be loaded from {point.value} ({origin}): {why}; fix or uninstall that package"
         return Registered(name=point.name, origin=origin, problem=problem)
-    if not isinstance(kind, StageKind) or kind.name != point.name:
-        problem = f"cannot be used: {point.value} ({origin}) is not a StageKind of that name; fix its entry point"
+    is_kind = isinstance(kind, StageKind) and kind.name == point.name
+    problem = kind_problems.of_kind(kind) if is_kind else "is not a StageKind of that name; fix its entry point"
+    if problem:
+        problem = f"cannot be used: {point.value} ({origin}) {problem}"
         return Registered(name=point.name, origin=origin, problem=problem)
     return Registered(name=point.name, origin=origin, kind=kind)
 

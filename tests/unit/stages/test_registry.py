@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from alignment.cli import main
 from alignment.core.errors import ConfigError
-from alignment.stages import registry
+from alignment.stages import kind_problems, registry
 
 OUTSIDE = Path(__file__).parents[2] / "data" / "outside"
 Install = Callable[..., None]
@@ -27,6 +28,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         (info / "entry_points.txt").write_text(f"[alignment.stages]\n{entry_point}\n")
         (folder / f"{name}.py").write_text(code)
         monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.delitem(sys.modules, name, raising=False)  # another test's
         registry.registered.cache_clear()
 
     yield install_one
@@ -37,7 +39,26 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
 TOY = """\
 from dataclasses import dataclass, replace
 from alignment.stages.cpt.kind import KIND as CPT
-KIND = replace(CPT, name="{name}")
+@dataclass(kw_only=True, slots=True)
+class ToyConfig(CPT.config):
+    kind: str = "{name}"
+KIND = replace(CPT, name="{name}", config=ToyConfig)
+"""
+COUNT = """\
+from dataclasses import dataclass, field
+from alignment.config.data import DataConfig
+from alignment.data.records import PlainText
+from alignment.stages.base import DataSlot, LaunchShape, RunsOn, StageKind
+@dataclass(kw_only=True, slots=True)
+class CountConfig:
+    kind: str = "count"
+    data: DataConfig = field(default_factory=DataConfig)
+    shortest: int = 1
+KIND = StageKind(
+    name="count", summary="words", config=CountConfig, revision=1, produces="count", run="counting:run",
+    data=lambda config: [DataSlot(field="data", data=config.data, record=PlainText)],
+    launch=LaunchShape(runs_on=RunsOn.one_process),
+)
 """
 
 
@@ -76,6 +97,52 @@ def test_what_is_not_a_kind_of_that_name_is_refused(install: Install) -> None:
     install("other", "mine = other:KIND", TOY.format(name="yours"))
     with pytest.raises(ConfigError, match="is not a StageKind of that name"):
         registry.kind_named("mine")
+
+
+IN_ONE_PROCESS = "launch=LaunchShape(runs_on=RunsOn.one_process)"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("", "", ""),
+        ("@dataclass(kw_only=True, slots=True)", "", "has settings that are not a dataclass; put @dataclass(kw_only"),
+        ("shortest: int = 1", "shortest: int", "required keyword-only argument: 'shortest'; give every setting a def"),
+        (
+            "int = 1",
+            "'Int' = 1",
+            "has settings whose types cannot be read: NameError: name 'Int' is not defined; import",
+        ),
+        ('kind: str = "count"', "", "has settings without a kind; write kind: str = 'count' in CountConfig"),
+        ('"count"\n', '"words"\n', "has settings of the kind 'words'; write kind: str = 'count' in CountConfig"),
+        (f"    {IN_ONE_PROCESS},\n", "", "trains a model, but CountConfig lacks init, adapter, optim; add these set"),
+        (f"    {IN_ONE_PROCESS},\n", "", f"or, if it trains no model, set {IN_ONE_PROCESS}"),
+        ("one_process", "driver", f"runs inside the driver, which only built-in kinds can; set {IN_ONE_PROCESS}"),
+        ("counting:run", "counting.gone:run", "'counting.gone:run', but there is no module counting.gone; set run="),
+        ("counting:run", "gone.run:run", "has run='gone.run:run', but there is no module gone.run; set run='PACKA"),
+        ("counting:run", "counting", "has run='counting', but there is no function; set run='PACKAGE.MODULE:FUNCTION'"),
+        (', run="counting:run"', "", "has run='', but there is no function; set run="),
+        ("record=PlainText", "record=str", "reads 'data' as <class 'str'>, which is not a record; use a class of ali"),
+        ("=config.data", "=config.text", "has a data function that fails: data(CountConfig()) raises AttributeError:"),
+        ("[DataSlot", "1 + [DataSlot", "has a data function that fails: data(CountConfig()) raises TypeError: unsup"),
+    ],
+)
+def test_a_kind_that_would_fail_in_a_plan_or_a_worker_says_what_to_change(
+    install: Install, old: str, new: str, problem: str
+) -> None:
+    install("counting", "count = counting:KIND", COUNT.replace(old, new))
+    row = registry.registered()["count"]
+    if problem:
+        assert row.problem.startswith("cannot be used: counting:KIND (counting) ")
+        assert problem in row.problem
+    else:
+        assert row.kind is not None
+
+
+@pytest.mark.parametrize("name", sorted(registry.kinds()))
+def test_only_the_report_would_be_refused_from_another_package(name: str) -> None:
+    problem = kind_problems.of_kind(registry.kinds()[name])
+    assert problem.partition(",")[0] == ("runs inside the driver" if name == "report" else "")
 
 
 def test_a_recipe_with_a_broken_kind_is_refused_where_it_stands(

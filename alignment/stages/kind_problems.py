@@ -1,0 +1,82 @@
+"""Why a kind of stage from another package could not be planned or run. The built-in kinds have tests for this."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any, get_args, get_type_hints
+
+from alignment.data.records import Record
+from alignment.stages.base import RunsOn, StageKind
+
+_TRAINED = ("init", "adapter", "data", "optim")
+"""The settings of ``TrainedConfig``."""
+_IN_ONE_PROCESS = "set launch=LaunchShape(runs_on=RunsOn.one_process)"
+_RECORDS = get_args(Record)
+
+
+def of_kind(kind: StageKind) -> str:
+    """What is wrong with the kind and what to change, as the end of a sentence about it; "" if it can be used."""
+    settings = kind.config
+    if not (isinstance(settings, type) and dataclasses.is_dataclass(settings)):
+        return f"has settings that are not a dataclass; put @dataclass(kw_only=True, slots=True) above {settings!r}"
+    try:
+        config = settings()
+    except Exception as error:  # noqa: BLE001 - another package's code; the other kinds still work
+        return f"has settings without defaults: {_raised(error)}; give every setting a default"
+    try:
+        get_type_hints(settings)
+    except Exception as error:  # noqa: BLE001
+        return f"has settings whose types cannot be read: {_raised(error)}; import the types outside TYPE_CHECKING"
+    declared = getattr(config, "kind", None)
+    if declared != kind.name:
+        instead = "without a kind" if declared is None else f"of the kind {declared!r}"
+        return f"has settings {instead}; write kind: str = {kind.name!r} in {settings.__name__}"
+    return _launch_problem(kind) or _function_problem(kind) or _data_problem(kind, config)
+
+
+def _launch_problem(kind: StageKind) -> str:
+    if kind.launch.runs_on is RunsOn.driver:
+        return f"runs inside the driver, which only built-in kinds can; {_IN_ONE_PROCESS}"
+    has = {field.name for field in dataclasses.fields(kind.config)}
+    lacking = [name for name in _TRAINED if name not in has]
+    if kind.trains and lacking:
+        return (
+            f"trains a model, but {kind.config.__name__} lacks {', '.join(lacking)}; "
+            f"add these settings or, if it trains no model, {_IN_ONE_PROCESS}"
+        )
+    return ""
+
+
+def _function_problem(kind: StageKind) -> str:
+    """Only the module is looked up, not the function: importing it would import the training libraries."""
+    module, _, function = kind.run.partition(":")
+    missing = "no function" if not (module and function) else "" if _exists(module) else f"no module {module}"
+    return f"has run={kind.run!r}, but there is {missing}; set run='PACKAGE.MODULE:FUNCTION'" if missing else ""
+
+
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # a package above it is missing
+        return False
+
+
+def _data_problem(kind: StageKind, config: Any) -> str:
+    try:
+        slots = [(slot.field, slot.record, slot.rows) for slot in kind.data(config)]
+    except Exception as error:  # noqa: BLE001
+        return f"has a data function that fails: data({kind.config.__name__}()) raises {_raised(error)}; correct it"
+    for field, record, _ in slots:
+        if record not in _RECORDS:
+            names = ", ".join(known.__name__ for known in _RECORDS)
+            return (
+                f"reads {field!r} as {record!r}, which is not a record; use a class of alignment.data.records: {names}"
+            )
+    if kind.trains and not any(field == "data" and rows is not None for field, _, rows in slots):
+        return "trains a model, but data has no DataSlot(field='data', …, rows=…); add one, which says what it learns"
+    return ""
+
+
+def _raised(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
