@@ -12,7 +12,7 @@ from alignment.core.errors import AlignmentError, ConfigError
 from alignment.stages.registry import config_classes
 from book.markdown import own_docstring, table
 
-_OTHER = re.compile(r"^Other codes: (.*)$", re.MULTILINE)
+_OTHER = re.compile(r"^Other codes: (.*?)(?:\n\n|\Z)", re.MULTILINE | re.DOTALL)
 
 
 def classes() -> list[type[AlignmentError]]:
@@ -35,8 +35,10 @@ def other_codes() -> dict[int, str]:
     """
     listed = _OTHER.search(inspect.getdoc(errors) or "")
     if listed is None:
-        raise ValueError("alignment/core/errors.py has no line 'Other codes: …' any more, which the reference shows")
-    pairs = re.findall(r"(\d+) ([^,(]+(?:\([^)]*\))?)", listed[1])
+        raise ValueError(
+            "alignment/core/errors.py has no paragraph 'Other codes: …' any more, which the reference shows"
+        )
+    pairs = re.findall(r"(\d+) ([^,(]+(?:\([^)]*\))?)", " ".join(listed[1].split()))
     return {int(code): meaning.strip(" .") for code, meaning in pairs}
 
 
@@ -67,7 +69,8 @@ Every error is one block of text. It says where the fault is, what is wrong, wha
 {_example()}
 ```
 
-A traceback is always a bug in this project (code 1). [Running](../running.md) says what happens after a stop.
+A traceback is always a bug (code 1), in this project or in a package that adds a kind of stage.
+[Running](../running.md) says what happens after a stop.
 
 ## Classes
 

@@ -14,7 +14,8 @@
     ├── StoreError                11   a store of artifacts that cannot be reached, or refuses what is asked of it
     └── Preempted                 75   a run that stopped because it was asked to; start it again to continue
 
-Other codes: 0 success, 1 a bug in this project, 130 interrupted by the user (in Python a KeyboardInterrupt).
+Other codes: 0 success, 1 a bug in this project or in a package that adds a kind of stage, 130 interrupted by the user
+(in Python a KeyboardInterrupt).
 """
 
 from __future__ import annotations

@@ -120,6 +120,12 @@ def kind_of(config: StageConfig) -> StageKind:
     return kind_named(config.kind)
 
 
+def origin_of(kind_name: str) -> str:
+    """The package that the kind is from; this one for an unknown kind."""
+    row = registered().get(kind_name)
+    return OURS if row is None else row.origin
+
+
 def produced_by(kind_name: str) -> str:
     """The kind of artifact that stages of this kind make; "" for an unknown kind, as in an old record."""
     row = registered().get(kind_name)

@@ -81,7 +81,8 @@ def _try(
         grace_seconds=1.0,
         server=server,
     )
-    worker_protocol.raise_for_status(folder, code=code, stage="rehearsal")
+    kinds = [stage.config.kind for stage in (*rows, *scorers)]
+    worker_protocol.raise_for_status(folder, code=code, stage="rehearsal", kinds=kinds)
     notes = worker_protocol.notes(folder)
     shutil.rmtree(folder, ignore_errors=True)
     return notes

@@ -381,7 +381,7 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, workers: Workers,
         )
     for note in worker_protocol.notes(folder):
         display.note(f"{stage.name}: {note}")
-    worker_protocol.raise_for_status(folder, code=code, stage=stage.name, work=stage.work)
+    worker_protocol.raise_for_status(folder, code=code, stage=stage.name, kinds=[stage.config.kind], work=stage.work)
     manifest = read_manifest(stage.artifact)
     if manifest is None or manifest.fingerprint != stage.fingerprint:
         raise ArtifactError(

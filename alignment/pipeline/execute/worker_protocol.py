@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from alignment.data.chat_template import template_file
 from alignment.job import StageInput
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.records.worker import DONE, PREEMPTED, Progress, Status
+from alignment.stages.registry import OURS, origin_of
 
 ERRORS = {
     kind.exit_code: kind
@@ -87,9 +89,9 @@ def _model(config: ModelConfig) -> dict[str, Any]:
     return plain if file is None else plain | {"chat_template": f"path:{file}"}
 
 
-def raise_for_status(folder: Path, *, code: int, stage: str, work: Path | None = None) -> None:
+def raise_for_status(folder: Path, *, code: int, stage: str, kinds: Iterable[str], work: Path | None = None) -> None:
     """Returns if the stage in ``folder`` ended well; ``code`` is its launcher's exit code. ``work`` is where it wrote
-    what it was doing.
+    what it was doing. ``kinds`` are the kinds of stage whose code ran.
 
     Raises:
         Preempted: it saved and stopped on request.
@@ -118,8 +120,15 @@ def raise_for_status(folder: Path, *, code: int, stage: str, work: Path | None =
     raise AlignmentError(
         f"{status.error}\n{tail(log)}",
         where=f"stage {stage}",
-        remedy=f"this is a bug in this project; the log is {log}",
+        remedy=f"{_whose_bug(kinds)}; the log is {log}",
     )
+
+
+def _whose_bug(kinds: Iterable[str]) -> str:
+    others = sorted({origin for origin in map(origin_of, kinds) if origin != OURS})
+    if others:
+        return f"look for the bug in {' or '.join(others)}, which adds this kind of stage"
+    return "this is a bug in this project"
 
 
 def _without_room(folder: Path, stage: str) -> StageError:

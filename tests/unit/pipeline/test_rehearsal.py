@@ -18,10 +18,12 @@ from alignment.core.errors import AlignmentError, DataError, RewardError, StageE
 from alignment.data.tokens.rendering import LAST_STAND_IN
 from alignment.pipeline.backends import machines, processes
 from alignment.pipeline.backends.command import Command
+from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.rehearsal import rehearse
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan
 from alignment.records.run import RunRecord
+from alignment.records.worker import FAILED, Status
 from tests.tiny import tiny_tokenizer
 from tests.unit.pipeline.conftest import MakePlan, leave_artifact
 
@@ -168,6 +170,21 @@ def test_what_a_template_leaves_out_of_a_later_stage_is_announced(tried: Callabl
     assert notes == [
         f"dpo: {tmp_path}/pairs.jsonl: the chat template leaves out thoughts of earlier turns in 1 of 1 records"
     ]
+
+
+def test_a_bug_in_a_trial_is_looked_for_in_the_packages_of_the_stages(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def execute(_: Command, *, log: Path, **__: Any) -> int:
+        Status(state=FAILED, exit_code=1, error="KeyError: 'x'").write(log.parent)
+        return 1
+
+    monkeypatch.setattr(processes, "execute", execute)
+    monkeypatch.setattr(worker_protocol, "origin_of", lambda kind: "alignment" if kind == "ppo" else f"their-{kind}")
+    planned = plan()
+    with pytest.raises(AlignmentError, match="KeyError: 'x'") as caught:
+        rehearse(planned, planned.stages, announce=lambda _: None)
+    assert "in their-dpo or their-evaluate or their-reward, which adds" in caught.value.remedy
 
 
 def test_a_tokenizer_without_a_template_is_named(tried: Callable[..., Plan], tmp_path: Path) -> None:

@@ -180,6 +180,17 @@ def test_a_worker_that_ends_badly_is_shown_with_its_last_words(
     assert all(word in str(caught.value) for word in words)
 
 
+def test_a_bug_of_a_kind_from_another_package_is_looked_for_there(
+    align: Align, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORKER_FAULT", "sft:bug")
+    monkeypatch.setattr(worker_protocol, "origin_of", {"sft": "their-stage"}.__getitem__)
+    with pytest.raises(AlignmentError, match="KeyError: 'x'") as caught:
+        align()
+    assert caught.value.exit_code == 1
+    assert caught.value.remedy.startswith("look for the bug in their-stage, which adds this kind of stage; the log is ")
+
+
 def test_a_stage_that_could_not_write_how_it_ended_is_told_by_the_full_disk(
     align: Align, monkeypatch: pytest.MonkeyPatch
 ) -> None:

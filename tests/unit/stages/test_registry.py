@@ -66,6 +66,7 @@ def test_a_kind_of_another_package_has_its_origin(install: Install) -> None:
     install("brought", "mine = brought:KIND", TOY.format(name="mine"))
     row = registry.registered()["mine"]
     assert (row.origin, row.problem) == ("brought", "")
+    assert [registry.origin_of(kind) for kind in ("mine", "sft", "unknown")] == ["brought", "alignment", "alignment"]
     assert list(registry.kinds())[-1] == "mine"
 
 
