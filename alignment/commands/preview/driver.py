@@ -16,7 +16,7 @@ from alignment.pipeline.backends import processes
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.display import announcer
 from alignment.pipeline.execute.run import with_models
-from alignment.pipeline.plan.plan import PlannedStage, make_plan
+from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.stages.registry import kind_of
 
 
@@ -31,12 +31,9 @@ def show_preview(
     if html is not None and (Path(html).is_dir() or not Path(html).absolute().parent.is_dir()):
         raise ConfigError(f"{html!r} cannot be a file", where="--html", remedy="name a file in a folder that exists")
     plan = make_plan(recipe, overrides)
+    _refuse_without_rows(plan, stage)
     plan = with_models(plan, announcer(console), stages=plan.stages)
-    known = [planned for planned in plan.stages if kind_of(planned.config).trains]
-    chosen = [planned for planned in known if stage in (None, planned.name)]
-    if not chosen:
-        names = ", ".join(planned.name for planned in known)
-        raise ConfigError(f"{stage!r} is not a training stage; one of: {names}", where="--stage")
+    chosen = [planned for planned in _training(plan) if stage in (None, planned.name)]
     for planned in (planned for planned in chosen if planned.unmade):
         makers = " and ".join(planned.unmade)
         console.print(f"{planned.name}: its rows do not exist until {makers} has run", markup=False, highlight=False)
@@ -57,6 +54,27 @@ def show_preview(
         evaluation = next(filter(_is_known_evaluation, plan.stages), None)
         argv += ["--against", file_of(evaluation)] if evaluation else []
         return _exit_code(processes.call(argv))
+
+
+def _training(plan: Plan) -> list[PlannedStage]:
+    return [planned for planned in plan.stages if kind_of(planned.config).trains]
+
+
+def _refuse_without_rows(plan: Plan, stage: str | None) -> None:
+    """Before a model is downloaded.
+
+    Raises:
+        ConfigError: no stage trains, or not the one that was asked for.
+    """
+    names = [planned.name for planned in _training(plan)]
+    if not names:
+        raise ConfigError(
+            "no stage of this recipe trains on rows, so there is nothing to preview",
+            where="stages",
+            remedy="`align doctor FILE` checks the rows of a data file",
+        )
+    if stage is not None and stage not in names:
+        raise ConfigError(f"{stage!r} is not a training stage; one of: {', '.join(names)}", where="--stage")
 
 
 def _is_known_evaluation(planned: PlannedStage) -> bool:
