@@ -50,6 +50,10 @@ COLUMNS = sorted({*PROMPTS, *_BESIDE, *(name for form in _IN_ORDER for name in j
 """Every column that a format or a record reads."""
 
 
+class UnknownColumns(DataError):
+    """No format has the columns of any row."""
+
+
 def format_of(row: Any) -> Format | None:
     """The first format that the row's columns fit."""
     return next((form for form in _IN_ORDER if isinstance(row, Mapping) and form.fits(row)), None)
@@ -75,7 +79,7 @@ def detect(rows: Sequence[Any], *, where: str) -> Format:
     """The format that fits most of the rows; if none fits any, the format whose columns most of the rows have.
 
     Raises:
-        DataError: no format has the columns of any row; the error names the columns.
+        UnknownColumns: no format has the columns of any row; the error names the columns.
     """
     fitting = [format_of(row) for row in rows]
     present = {form.name for form in fitting if form is not None}
@@ -85,7 +89,7 @@ def detect(rows: Sequence[Any], *, where: str) -> Format:
         if counts:
             return FORMATS[counts.most_common(1)[0][0]]
     columns = sorted({name for row in rows if isinstance(row, Mapping) for name in row})
-    raise DataError(
+    raise UnknownColumns(
         f"no known format has the columns {', '.join(map(repr, columns)) or 'none'}",
         where=where,
         remedy=f"map your columns (data.columns={{prompt: YOURS}}) to a format: {', '.join(FORMATS)}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +14,9 @@ from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig
 from alignment.config.typed import convert
 from alignment.core.artifacts import ROWS_FILE, folder_name, read_manifest, verify
-from alignment.core.errors import ModelError
+from alignment.core.errors import DataError, ModelError
 from alignment.core.fingerprint import digest
+from alignment.data.formats import UnknownColumns
 from alignment.data.reading import read_records, start
 from alignment.job import StageInput
 from alignment.pipeline.plan import (
@@ -194,7 +196,7 @@ def _checked_data(
             asked = (source.path, digest(_first_rows(file.data)), file.data.on_error, file.data.max_skipped)
             key = (*asked, file.record, file.checks, file.label)
             if key not in read:
-                read[key] = _read(file, source.path)
+                read[key] = _read(file, source.path, where=where)
             seen[name][file.field] = read[key]
     return located, seen
 
@@ -203,10 +205,19 @@ def _first_rows(data: SourceConfig) -> SourceConfig:
     return replace(data, limit=min(data.limit or CHECKED_ROWS, CHECKED_ROWS))
 
 
-def _read(file: DataSlot, path: Path) -> Seen:
-    """Reads and checks the file's first rows."""
+def _read(file: DataSlot, path: Path, *, where: str) -> Seen:
+    """Reads and checks the file's first rows; ``where`` is the setting that names the file."""
     how = _first_rows(file.data)
-    reading = start(path, how)
+    try:
+        reading = start(path, how)
+    except UnknownColumns as error:
+        columns = ", ".join(f"{name}: YOURS" for name in json.loads(file.record.EXAMPLE))
+        raise DataError(
+            f"{error.message} of {path}",
+            where=where,
+            remedy=f"this stage needs rows like {file.record.EXAMPLE}, or another form of docs/data.md; "
+            f"rename the columns, or map them: {where}.columns={{{columns}}}",
+        ) from error
     records = read_records(path, file.record, how, reading=reading)
     for record in records:
         for check in file.checks:
@@ -269,7 +280,7 @@ class _Builder:
         work = artifact.with_name(f"{artifact.name}.work")
         refs = {field: resolved.ref for field, resolved in inputs.items()}
         paths = {field: source.path for field, source in self._data[name].items() if source.path is not None}
-        rows = self._rows_of_stages(config)
+        rows = self._rows_of_stages(name, config)
         paths |= {**rows.paths, **files}
         action, reason = self._actions.decide(
             name, fingerprint, artifact=artifact, work=work, described=described, refs=refs
@@ -319,7 +330,7 @@ class _Builder:
             files=files,
         )
 
-    def _rows_of_stages(self, config: StageConfig) -> RowsOfStages:
+    def _rows_of_stages(self, name: str, config: StageConfig) -> RowsOfStages:
         paths: dict[str, Path] = {}
         seen: dict[str, Seen] = {}
         unmade: dict[str, None] = {}
@@ -330,7 +341,7 @@ class _Builder:
             planned = self._planned[maker]
             path = paths[file.field] = planned.artifact / ROWS_FILE
             if planned.action is Action.reuse:
-                seen[file.field] = _read(file, path)
+                seen[file.field] = _read(file, path, where=f"stages.{name}.{file.field}")
             else:
                 unmade[maker] = None
         return RowsOfStages(paths=paths, seen=seen, unmade=tuple(unmade))

@@ -414,6 +414,18 @@ def test_a_row_that_does_not_fit_is_named_by_file_and_line(plan: MakePlan, tmp_p
         plan()
 
 
+def test_unknown_columns_name_the_stage_and_the_row_that_it_needs(plan: MakePlan, tmp_path: Path) -> None:
+    file = tmp_path / "notes.jsonl"
+    file.write_text('{"txt": "A robin sang."}\n')
+    with pytest.raises(DataError) as caught:
+        plan("+stage@stages.cpt=cpt", f"stages.cpt.data.source=path:{file}")
+    assert str(caught.value) == (
+        f"stages.cpt.data: no known format has the columns 'txt' of {file}\n"
+        '  → this stage needs rows like {"text": "The shop is closed on Monday."}, or another form of docs/data.md; '
+        "rename the columns, or map them: stages.cpt.data.columns={text: YOURS}"
+    )
+
+
 def test_faulty_rows_may_be_skipped_by_the_plan_too(plan: MakePlan, tmp_path: Path) -> None:
     file = tmp_path / "preferences.jsonl"
     before = plan()
