@@ -53,7 +53,7 @@ from alignment.models.kernels.sdpa_order import without_cudnn
 from alignment.records import chosen_sizes
 from alignment.records.worker import DONE, FAILED, PREEMPTED, STATUS, Status
 from alignment.stages.base import StageKind
-from alignment.stages.registry import kind_of
+from alignment.stages.registry import OURS, kind_of, origin_of
 from alignment.stages.shared.automatic_size import with_chosen_size
 from alignment.stages.shared.result import StageResult
 from alignment.stages.stage_file import read_spec
@@ -172,6 +172,7 @@ def _run(spec: StageSpec, context: StageContext) -> None:
         _refuse_other_results(result, function=kind_of(spec.config).run)
         if context.is_main:
             context.trackers.result(publish_result(spec, context, result), spec.artifact)
+            context.notes.extend(_unreported(spec.config, result))
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
@@ -201,6 +202,21 @@ def _refuse_other_results(result: object, *, function: str) -> None:
                 f"the metric {name!r} is {value!r:.60}, not a Python number",
                 remedy=f"let {function} return numbers, such as float(value)",
             )
+
+
+def _unreported(config: StageConfig, result: StageResult) -> Iterator[str]:
+    """A note on metrics that a kind from another package declares and did not report; the built-in kinds have tests.
+
+    It is no error, because the result is complete, and may have taken hours.
+    """
+    if origin_of(config.kind) == OURS:
+        return
+    missing = [name for name in kind_of(config).outcome.metrics(config).names if name not in result.metrics]
+    if missing:
+        yield (
+            f"it did not report {', '.join(missing)}, which Outcome.metrics of its kind declares, "
+            "so a sweep cannot use them"
+        )
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import importlib.util
 from typing import Any, get_args, get_type_hints
 
 from alignment.data.records import Record
-from alignment.stages.base import RunsOn, StageKind
+from alignment.stages.base import Reported, RunsOn, StageKind
 
 _TRAINED = ("init", "adapter", "data", "optim")
 """The settings of ``TrainedConfig``."""
@@ -32,7 +32,12 @@ def of_kind(kind: StageKind) -> str:
     if declared != kind.name:
         instead = "without a kind" if declared is None else f"of the kind {declared!r}"
         return f"has settings {instead}; write kind: str = {kind.name!r} in {settings.__name__}"
-    return _launch_problem(kind) or _function_problem(kind) or _data_problem(kind, config)
+    return (
+        _launch_problem(kind)
+        or _function_problem(kind)
+        or _data_problem(kind, config)
+        or _metrics_problem(kind, config)
+    )
 
 
 def _launch_problem(kind: StageKind) -> str:
@@ -76,6 +81,15 @@ def _data_problem(kind: StageKind, config: Any) -> str:
     if kind.trains and not any(field == "data" and rows is not None for field, _, rows in slots):
         return "trains a model, but data has no DataSlot(field='data', …, rows=…); add one, which says what it learns"
     return ""
+
+
+def _metrics_problem(kind: StageKind, config: Any) -> str:
+    called = f"Outcome.metrics({kind.config.__name__}())"
+    try:
+        declared = kind.outcome.metrics(config)
+    except Exception as error:  # noqa: BLE001
+        return f"cannot name its metrics: {called} raises {_raised(error)}; correct it"
+    return "" if isinstance(declared, Reported) else f"returns no Reported from {called}; return Reported(…)"
 
 
 def _raised(error: Exception) -> str:

@@ -23,6 +23,8 @@ from alignment.config.stage import StageConfig
 from alignment.core.errors import DataError, NonFiniteError, StageError
 from alignment.core.fingerprint import content_sha256, digest
 from alignment.data.chat_template import template_text
+from alignment.stages.base import Outcome, Reported
+from alignment.stages.registry import kind_of
 from alignment.stages.report.config import ReportConfig
 from alignment.stages.sample.config import SampleConfig
 from alignment.stages.sft.config import SftConfig
@@ -265,3 +267,32 @@ def test_what_a_stage_returns_is_checked(
     else:
         worker._run(spec, context)
     assert spec.artifact.exists() == (not message)
+
+
+@pytest.mark.parametrize(
+    ("origin", "declared", "notes"),
+    [
+        ("alignment", ("rows", "words"), []),
+        ("their-stage", ("words",), []),
+        (
+            "their-stage",
+            ("rows", "words", "letters"),
+            ["it did not report rows, letters, which Outcome.metrics of its kind declares, so a sweep cannot use them"],
+        ),
+    ],
+)
+def test_a_metric_that_an_outside_kind_declares_and_never_reports_is_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, origin: str, declared: tuple[str, ...], notes: list[str]
+) -> None:
+    def run(_: object, context: StageContext) -> StageResult:
+        (context.content / "words.json").touch()
+        return RESULT
+
+    outcome = Outcome(metrics=lambda _: Reported(counts=declared))
+    monkeypatch.setattr(worker, "kind_of", lambda config: replace(kind_of(config), outcome=outcome))
+    monkeypatch.setattr(worker, "origin_of", lambda _: origin)
+    monkeypatch.setattr(worker, "function_of", lambda _: run)
+    spec = tiny_spec(tmp_path, SampleConfig())
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    worker._run(spec, context)
+    assert context.notes == notes

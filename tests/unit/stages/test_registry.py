@@ -48,7 +48,7 @@ COUNT = """\
 from dataclasses import dataclass, field
 from alignment.config.data import DataConfig
 from alignment.data.records import PlainText
-from alignment.stages.base import DataSlot, LaunchShape, RunsOn, StageKind
+from alignment.stages.base import DataSlot, LaunchShape, Outcome, RunsOn, StageKind
 @dataclass(kw_only=True, slots=True)
 class CountConfig:
     kind: str = "count"
@@ -125,6 +125,12 @@ IN_ONE_PROCESS = "launch=LaunchShape(runs_on=RunsOn.one_process)"
         (', run="counting:run"', "", "has run='', but there is no function; set run="),
         ("record=PlainText", "record=str", "reads 'data' as <class 'str'>, which is not a record; use a class of ali"),
         ("=config.data", "=config.text", "has a data function that fails: data(CountConfig()) raises AttributeError:"),
+        (
+            IN_ONE_PROCESS,
+            f"{IN_ONE_PROCESS}, outcome=Outcome(metrics=lambda _: ('words',))",
+            "returns no Reported from",
+        ),
+        (IN_ONE_PROCESS, f"{IN_ONE_PROCESS}, outcome=Outcome(metrics=lambda c: c.x)", "raises AttributeError: 'CountC"),
         ("[DataSlot", "1 + [DataSlot", "has a data function that fails: data(CountConfig()) raises TypeError: unsup"),
     ],
 )
