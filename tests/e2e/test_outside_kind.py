@@ -7,14 +7,18 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 
+from tests.documented.blocks import ROOT, blocks
 from tests.e2e.conftest import environment
 from tests.e2e.test_sweep import wait_until
 
 OUTSIDE = Path(__file__).parents[1] / "data" / "outside"
+README = ROOT / "alignment/stages/README.md"
 RECIPE = """\
 defaults: [base, adapter@stages.backwards.adapter: lora, _self_]
 summary: a stage of somebody else's
@@ -97,6 +101,21 @@ def test_it_is_planned_killed_resumed_reported_and_shown(
 
 def test_it_is_swept(outside: Outside) -> None:
     assert "best: stages.backwards.optim.lr=" in outside("sweep", "./mine.yaml", "./rates.yaml")
+
+
+def test_the_readme_shows_these_files_and_a_recipe_that_can_be_planned(outside: Outside) -> None:
+    kind, run, project, recipe = blocks(README)
+    assert kind.text == (OUTSIDE / "toy_stage/kind.py").read_text(encoding="utf-8")
+    assert run.text == (OUTSIDE / "toy_stage/run.py").read_text(encoding="utf-8")
+    info = OUTSIDE / "toy_stage-1.0.dist-info"
+    shown = tomllib.loads(project.text)["project"]
+    assert metadata.PathDistribution(info).metadata["Name"] == shown["name"]
+    assert {point.name: point.value for point in metadata.PathDistribution(info).entry_points} == (
+        shown["entry-points"]["alignment.stages"]
+    )
+    (outside.folder / "readme.yaml").write_text(recipe.text, encoding="utf-8")
+    (outside.folder / "texts.jsonl").write_text('{"text": "The shop is closed on Monday."}\n', encoding="utf-8")
+    assert re.search(r"backwards +run ", outside("plan", "./readme.yaml", "profile=smoke"))
 
 
 def test_without_the_package_the_kind_is_unknown(outside: Outside) -> None:

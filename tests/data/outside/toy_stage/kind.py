@@ -25,8 +25,8 @@ class ToyConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-3))
     max_length: Annotated[int, POSITIVE] = 64
-    packing: bool = False
-    log_every: int = not_identity(1)
+    packing: bool = False  # read by `learn`, like the next two
+    log_every: int = not_identity(1)  # changes no result, so it is not part of the fingerprint
     save_every: int = not_identity(1)
 
 
