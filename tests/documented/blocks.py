@@ -8,7 +8,7 @@ A block is executed or checked as it stands, unless a comment directly before it
     <!-- with: stages.x.y=1 -->              settings on which the example relies, as on the command line
     <!-- file: score.py -->                  the reader saves the block under this name
     <!-- output differs -->                  a quoted output, of which numbers and paths are not compared
-    <!-- checked by: tests/unit/test_x.py -->  this file compares the block
+    <!-- checked by: tests/unit/test_x.py -->  this file compares or executes the block
     <!-- drawing -->                         no code
 
 ``settings:`` stands before a table (``tests/documented/tables.py``).

@@ -159,11 +159,17 @@ def check_script(block: Block, _: Captured) -> None:
 
 
 def check_none(block: Block, _: Captured) -> None:
-    """A block without a language is a drawing, or names the test that compares it."""
+    """A block without a language is a drawing."""
+    assert "drawing" in block.comments, f"{block.id}: say what it is: a language, 'drawing' or 'checked by: FILE'"
+
+
+def check(block: Block, captured: Captured) -> None:
+    """A block as its language says, unless a test of its own checks it; that test must name the page."""
     if test := block.comments.get("checked by"):
         assert Path(block.page).name in (ROOT / test).read_text(encoding="utf-8"), f"{test} does not name the page"
-    else:
-        assert "drawing" in block.comments, f"{block.id}: say what it is: a language, 'drawing' or 'checked by: FILE'"
+        return
+    assert block.language in CHECKS, f"nothing is known of the language {block.language!r}"
+    CHECKS[block.language](block, captured)
 
 
 CHECKS: Mapping[str, Callable[[Block, Captured], None]] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.documented.blocks import PAGES, Block, all_blocks, name_of, stray_comments
-from tests.documented.checks import CHECKS, Captured
+from tests.documented.checks import Captured, check
 from tests.documented.conftest import Enter
 
 BLOCKS = all_blocks()
@@ -32,9 +32,8 @@ come to it. Blocks that need only a run are executed by ``tests/e2e/test_documen
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.id)
 def test_a_block_is_as_the_page_says(block: Block, enter: Enter, capsys: Captured) -> None:
-    assert block.language in CHECKS, f"nothing is known of the language {block.language!r}"
     enter(block.page)
-    CHECKS[block.language](block, capsys)
+    check(block, capsys)
 
 
 def test_no_more_blocks_are_left_unexecuted_than_before() -> None:
