@@ -132,6 +132,12 @@ MUTATIONS = [
             "test_what_a_worker_says_of_its_failure_reaches_the_user",
         ),
         (
+            "a bug of another package's kind is taken for ours",
+            "if origin != OURS})",
+            "if origin == OURS})",
+            "test_a_bug_of_a_kind_from_another_package_is_looked_for_there",
+        ),
+        (
             "a stage that saved is taken for failed",
             "if status.state == PREEMPTED or status.exit_code == PREEMPTED_CODE:",
             'if status.state == "stopped":',
@@ -208,6 +214,18 @@ MUTATIONS = [
             "        if is_out_of_memory(error):\n",
             "        if error is None:\n",
             "test_running_out_of_memory_comes_with_advice_that_the_stage_can_take",
+        ),
+        (
+            "what a stage returns is not checked",
+            "if not isinstance(result, StageResult):",
+            "if result is Ellipsis:",
+            "test_what_a_stage_returns_is_checked",
+        ),
+        (
+            "a metric that a kind declares and does not report is not noted",
+            "if name not in result.metrics]",
+            "if name in result.metrics]",
+            "test_a_metric_that_an_outside_kind_declares_and_never_reports_is_noted",
         ),
         (
             "a worker's exit code is not its fault's",

@@ -128,6 +128,12 @@ MUTATIONS = [
             "test_damage_is_found_by_size_and_by_content",
         ),
         (
+            "an artifact without a file is published",
+            "    if not files:\n",
+            "    if files is None:\n",
+            "test_a_folder_without_a_file_is_not_published",
+        ),
+        (
             "a complete artifact is replaced",
             "if (target / MANIFEST).exists():",
             "if not target:",

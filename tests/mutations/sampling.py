@@ -248,7 +248,7 @@ MUTATIONS = [
         PLAN,
         (
             "rows that exist are not looked at",
-            "                seen[file.field] = _read(file, path)\n",
+            '                seen[file.field] = _read(file, path, where=f"stages.{name}.{file.field}")\n',
             "                pass\n",
             "test_rows_that_exist_are_read_while_planning",
         ),
