@@ -17,11 +17,12 @@ from rich.console import Console
 
 from alignment import __version__
 from alignment.config.did_you_mean import suggestion
-from alignment.core.errors import AlignmentError, ConfigError
+from alignment.core.errors import PREEMPTED, AlignmentError, ConfigError
 from alignment.core.files import explained
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import Terminal, complain
 from alignment.core.working_folder import current_folder
+from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, termination_raises
 
 VERBS = {
     "run": "plan a recipe and run the stages that are not done yet",
@@ -66,19 +67,26 @@ class Verb(Protocol):
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its exit code (alignment/core/errors.py)."""
+    """Runs one command; returns its exit code (alignment/core/errors.py).
+
+    A signal that would end this process at once raises an exception instead, so that every verb ends the processes that
+    it started and removes its temporary files.
+    """
     arguments = parse(sys.argv[1:] if words is None else words)
     console = Terminal(soft_wrap=False)
     try:
         _refuse_other_package()
-        with explained(current_folder()):
+        with termination_raises(), explained(current_folder()):
             return int(arguments.handle(console, arguments))
     except AlignmentError as error:
         complain(error)
         return error.exit_code
     except KeyboardInterrupt:
         Terminal(stderr=True).print("interrupted")
-        return 130
+        return INTERRUPTED
+    except Terminated:
+        Terminal(stderr=True).print("stopped by a signal")
+        return PREEMPTED
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:

@@ -8,9 +8,11 @@ from alignment.api.call_surroundings import Recipe, console_of, errors_explained
 from alignment.api.loaded_run import Run, load_run
 from alignment.api.override_words import Overrides, words
 from alignment.api.run_plan import RunPlan, described
+from alignment.core.errors import Preempted
 from alignment.costs.devices import THIS
 from alignment.pipeline.execute import planned_costs
 from alignment.pipeline.execute.run import run_plan
+from alignment.pipeline.execute.signals import Terminated, termination_raises
 from alignment.pipeline.plan.plan import make_plan
 
 
@@ -34,13 +36,18 @@ def plan(
         ConfigError, DataError, ModelError: a fault in the recipe, the overrides, a data file or a model.
         ArtifactError: a result that would be reused is damaged.
         StageError: the cost cannot be estimated.
+        Preempted: a signal asked for a stop while the cost was estimated.
     """
     with errors_explained():
         checked = planned_costs.checked_plan(os.fspath(recipe), words(overrides), cost=cost, trade=trade, device=device)
         if not (cost or trade):
             return described(checked, planned_costs.known(checked))
         console = console_of(quiet=quiet)
-        estimated = planned_costs.estimated(checked, device=device, trade=trade, announce=console.print)
+        try:
+            with termination_raises():
+                estimated = planned_costs.estimated(checked, device=device, trade=trade, announce=console.print)
+        except Terminated as stop:
+            raise Preempted("the estimate was asked to stop", where=checked.config.name) from stop
         return described(checked, estimated)
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 
@@ -350,3 +354,65 @@ def test_overrides_of_a_sweep_may_be_left_out(capsys: Captured) -> None:
 def test_a_page_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, capsys: Captured) -> None:
     assert cli.main(["preview", "quickstart", "--html", str(tmp_path / "nowhere/page.html")]) == 2
     assert "cannot be a file" in capsys.readouterr().err
+
+
+OF_A_VERB = """
+import pathlib, sys
+from types import SimpleNamespace
+from alignment import cli
+from alignment.pipeline.backends import processes
+from alignment.pipeline.backends.command import Command
+
+argv = (sys.executable, "-c", {child!r})
+
+def handle(*_):
+    {starts}
+
+cli.load = lambda _: SimpleNamespace(add_arguments=lambda _: None, handle=handle)
+sys.exit(cli.main(["plan"]))
+"""
+STARTS = {
+    "in the background": (
+        "return processes.execute(Command(argv=argv, environment={}), log=pathlib.Path('log.txt'), "
+        "on_poll=lambda: None, grace_seconds=1.0)"
+    ),
+    "on this terminal": "return processes.call(argv)",
+}
+CHILD = """
+import os, subprocess, sys, time
+own = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+time.sleep(0.1)
+with open("pids.new", "w") as file:
+    file.write(f"{os.getpid()} {own.pid}")
+os.replace("pids.new", "pids")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("starts", STARTS)
+def test_a_verb_that_is_asked_to_stop_ends_the_processes_that_it_started(
+    tmp_path: Path, starts: str, number: signal.Signals
+) -> None:
+    code = OF_A_VERB.format(child=CHILD, starts=STARTS[starts])
+    verb = subprocess.Popen(
+        [sys.executable, "-c", f"import signal\nsignal.signal({int(number)}, signal.SIG_DFL)\n{code}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    pids = tmp_path / "pids"
+    while not pids.exists():
+        assert verb.poll() is None, verb.communicate()
+        time.sleep(0.05)
+    time.sleep(0.7)  # the descendants of a process are looked for twice a second
+    children = [psutil.Process(int(pid)) for pid in pids.read_text().split()]
+    verb.send_signal(number)
+    _, errors = verb.communicate(timeout=30)
+    _, alive = psutil.wait_procs(children, timeout=10)
+    left = [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
+    for child in left:
+        child.kill()
+    assert not left
+    assert (verb.returncode, errors) == (75, "stopped by a signal\n")

@@ -24,13 +24,32 @@ from alignment.pipeline.backends.command import Command
 from alignment.pipeline.backends.forking import ForkedProcess, ForkServer
 
 _POLL_SECONDS = 0.5
+_CALL_GRACE_SECONDS = 2.0
 _NOT_FORKED = b"imports its libraries itself: the run's fork server has ended, hangs, or has another environment\n"
 
 
 def call(argv: Sequence[str]) -> int:
-    """Runs a program of the worker's side on this terminal, with all cores; returns its exit code."""
+    """Runs a program of the worker's side on this terminal, with all cores; returns its exit code.
+
+    No process of the program outlives this call. After an interruption it has ``_CALL_GRACE_SECONDS`` to end.
+    """
     variables = environment.of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
-    return subprocess.run(argv, env={**os.environ, **variables}, check=False).returncode
+    with _signals_deferred() as arrived:
+        program = psutil.Popen(argv, env={**os.environ, **variables})
+    tree = _ProcessTree(program, is_launcher=False)
+    try:
+        for number in arrived:
+            signal.raise_signal(number)
+        while (code := _exit_code(program)) is None:
+            tree.look()
+        return code
+    except BaseException as stop:
+        if not isinstance(stop, KeyboardInterrupt):  # the terminal has sent Ctrl-C to the program too
+            tree.ask_to_stop()
+        tree.wait(_CALL_GRACE_SECONDS)
+        raise
+    finally:
+        tree.kill()
 
 
 def _nothing(_: BaseException) -> None:

@@ -17,7 +17,8 @@ class Terminated(BaseException):
 
 @contextmanager
 def termination_raises() -> Iterator[None]:
-    """Turns SIGTERM, SIGUSR1 and SIGHUP into an exception, so that a stage is asked to save before this process ends.
+    """Turns SIGTERM, SIGUSR1 and SIGHUP into an exception, so that a stage is asked to save before this process ends,
+    and no process that it started outlives it.
 
     Python lets only the main thread handle signals; in another thread they keep their handlers. SIGHUP stays ignored if
     it was, as under nohup, and is ignored after the first one: shell and terminal both send it, and the second must not
