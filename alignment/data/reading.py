@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ NAMED = 20
 """Faults that an error lists; it counts the others."""
 NEXT = "\n  → "
 """Separator between remedies."""
+DATA = "data"
+"""The setting that errors name if the caller names no other."""
 REASONS = 1_000
 """Different reasons that are counted; a reason may quote a row, so there may be as many as rows."""
 
@@ -56,11 +59,14 @@ class LeftOut:
 @dataclass(kw_only=True)
 class Reading:
     """Progress of a reading: ``faults`` and ``set_aside`` grow while records are read. ``on_left_out`` receives the
-    error of every row that is left out."""
+    error of every row that is left out. ``setting`` is the setting that holds the source, ``stages.sft.data``, which
+    errors name. ``stopped`` says that ``limit`` ended the reading, so that later rows are unknown."""
 
     path: Path
     format: Format
     rows: int = 0
+    setting: str = DATA
+    stopped: bool = False
     faults: LeftOut = field(default_factory=LeftOut)
     set_aside: LeftOut = field(default_factory=LeftOut)
     on_left_out: Callable[[DataError], None] | None = None
@@ -86,7 +92,7 @@ def iterate(path: Path, record: type[R], data: SourceConfig, *, reading: Reading
 
     Raises:
         DataError: rows are faulty (one error names them together), unless ``data.on_error`` skips them and they are
-            few; or the source has no record.
+            few (see ``refuse_faults``); or the source has no record.
     """
     progress = start(path, data) if reading is None else reading
     taken = 0
@@ -94,25 +100,25 @@ def iterate(path: Path, record: type[R], data: SourceConfig, *, reading: Reading
         yield record_of_row
         taken += 1
         if taken == data.limit:
+            progress.stopped = True
             break
-    where = str(progress.path)
-    refuse_faults(progress.faults.first, data, count=progress.faults.count, rows=progress.rows, where=where)
+    refuse_faults_of(progress, data)
     if not taken:
-        raise nothing(progress.set_aside.reasons, rows=progress.rows, where=where)
+        raise nothing(progress.set_aside.reasons, rows=progress.rows, where=str(progress.path))
 
 
-def start(path: Path, data: SourceConfig) -> Reading:
-    """A new reading; the format is the configured one, or detected from the first rows.
+def start(path: Path, data: SourceConfig, *, setting: str = DATA) -> Reading:
+    """A new reading of the source in ``setting``; the format is the configured one, or detected from the first rows.
 
     Raises:
         DataError: the source has no rows, or no row has the columns of a known format.
     """
     if data.format is not None and not data.columns:
-        return Reading(path=path, format=FORMATS[data.format])
+        return Reading(path=path, format=FORMATS[data.format], setting=setting)
     head = list(islice(source_rows(path, data), LOOKED_AT))
     _refuse_unknown_columns([row.value for row in head if isinstance(row, RawRow)], data, where=str(path))
     if data.format is not None:
-        return Reading(path=path, format=FORMATS[data.format])
+        return Reading(path=path, format=FORMATS[data.format], setting=setting)
     rows = [_renamed(row.value, data) for row in head if isinstance(row, RawRow)]
     if not rows:
         faults = [row for row in head if isinstance(row, DataError)]
@@ -121,7 +127,7 @@ def start(path: Path, data: SourceConfig) -> Reading:
             if faults
             else DataError("contains no rows", where=str(path), remedy="write at least one row")
         )
-    return Reading(path=path, format=detect(rows, where=str(path)))
+    return Reading(path=path, format=detect(rows, where=str(path)), setting=setting)
 
 
 def _refuse_unknown_columns(rows: Sequence[Any], data: SourceConfig, *, where: str) -> None:
@@ -180,10 +186,11 @@ def right_form(form: Format, record: type[Any]) -> str:
     return form.row
 
 
-def together(faults: Sequence[DataError], count: int | None = None) -> DataError:
+def together(faults: Sequence[DataError], count: int | None = None, *, among: str = "", where: str = "") -> DataError:
     """One error for all faults; equal messages are listed once, with the location of the first.
 
-    ``count`` is the total number of faults if ``faults`` holds only the first ones.
+    ``count`` is the total number of faults if ``faults`` holds only the first ones. ``among`` says in which rows they
+    are, and ``where`` which setting names these rows.
     """
     count = len(faults) if count is None else count
     if count == 1:
@@ -193,7 +200,7 @@ def together(faults: Sequence[DataError], count: int | None = None) -> DataError
         alike.setdefault(fault.message, []).append(fault)
     lines = "".join(f"\n  {same[0].where}{_others(len(same) - 1)}: {message}" for message, same in alike.items())
     more = f"\n  and {count - NAMED} more" if count > NAMED else ""
-    return DataError(f"{count} faulty rows:{lines}{more}", remedy=_remedies(faults[:NAMED]))
+    return DataError(f"{count} faulty rows{among}:{lines}{more}", where=where, remedy=_remedies(faults[:NAMED]))
 
 
 def _others(number: int) -> str:
@@ -205,24 +212,66 @@ def _remedies(faults: Sequence[DataError]) -> str:
     return NEXT.join(dict.fromkeys(fault.remedy for fault in faults if fault.remedy))
 
 
-def refuse_faults(faults: Sequence[DataError], data: SourceConfig, *, count: int, rows: int, where: str) -> None:
-    """Accepts a reading without faults, or with few faults among the ``rows`` if ``data`` skips them.
+def refuse_faults_of(reading: Reading, data: SourceConfig) -> None:
+    """``refuse_faults`` for a reading that has ended."""
+    refuse_faults(
+        reading.faults.first,
+        data,
+        count=reading.faults.count,
+        rows=reading.rows,
+        path=reading.path,
+        setting=reading.setting,
+        stopped=reading.stopped,
+    )
+
+
+def refuse_faults(
+    faults: Sequence[DataError],
+    data: SourceConfig,
+    *,
+    count: int,
+    rows: int,
+    path: Path | None = None,
+    setting: str = DATA,
+    stopped: bool = False,
+) -> None:
+    """Accepts ``rows`` without faults, or with few faults if ``data`` skips them.
+
+    If the reading ``stopped`` at ``data.limit``, the share of faulty rows is not judged: many faults among the first
+    rows do not mean that there are many in the file.
 
     Raises:
-        DataError: otherwise. It lists ``faults``, the first of ``count``.
+        DataError: otherwise. It lists ``faults``, the first of ``count``, and names the ``setting`` that holds ``data``.
     """
     if not count:
         return
-    error = together(faults, count)
+    named = "" if setting == DATA else setting
+    error = together(faults, count, among=f" among the first {rows:,} rows" if stopped else "", where=named)
     if data.on_error is OnError.fail:
-        looked = f"`align doctor {where}` checks all rows; data.on_error=skip leaves out the faulty ones"
-        raise DataError(error.message, where=error.where, remedy=NEXT.join(filter(None, [error.remedy, looked])))
-    if count > data.max_skipped * rows:
+        check = "" if path is None else f"`align doctor {path}` checks all rows; "
+        way_out = f"{check}{_skipping(data, count=count, rows=rows, setting=setting, stopped=stopped)}"
+        raise DataError(error.message, where=error.where, remedy=NEXT.join(filter(None, [error.remedy, way_out])))
+    if not stopped and count > data.max_skipped * rows:
         raise DataError(
             f"more than {data.max_skipped:.0%} of {rows} rows are faulty; {error.message}",
-            where=where,
-            remedy="fix the rows, or raise data.max_skipped",
+            where=named or ("" if path is None else str(path)),
+            remedy=f"fix the rows, or set {setting}.max_skipped={_share(count, rows):g}",
         )
+
+
+def _skipping(data: SourceConfig, *, count: int, rows: int, setting: str, stopped: bool) -> str:
+    """Which settings leave the faulty rows out."""
+    skip, most = f"{setting}.on_error=skip", f"{setting}.max_skipped"
+    if stopped:
+        return f"{skip} leaves out the faulty ones, if they are at most {data.max_skipped:.0%} of the file ({most})"
+    if count <= data.max_skipped * rows:
+        return f"{skip} leaves out the faulty ones"
+    return f"{skip} {most}={_share(count, rows):g} leave out the faulty ones"
+
+
+def _share(count: int, rows: int) -> float:
+    """The smallest share in hundredths that allows ``count`` faulty ``rows``."""
+    return math.ceil(100 * count / rows) / 100
 
 
 def nothing(set_aside: Iterable[str], *, rows: int, where: str) -> DataError:

@@ -24,7 +24,7 @@ from alignment.core.errors import AlignmentError, DataError
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import Terminal, complain
 from alignment.data.overlap import HeldOut, asked, asked_in
-from alignment.data.reading import Reading, iterate, refuse_faults, start
+from alignment.data.reading import Reading, iterate, refuse_faults_of, start
 from alignment.data.repeated_records import record_key
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.tokens.row_kinds import Tokenized, tokenized
@@ -88,12 +88,14 @@ def show_stage(console: Console, spec: StageSpec, *, rows: int, held_out: HeldOu
     assert config is not None, "the driver passes only training stages"
     tokenizer = load_tokenizer(spec.base_path, spec.model.template)
     kind, limits = learned_data(config)
-    for data, path in spec.sources(config.data, "data"):
+    for number, (data, path) in enumerate(spec.sources(config.data, "data")):
+        setting = f"stages.{spec.stage}.data" + (f".mix[{number - 1}]" if number else "")
         lenient = replace(
             data, on_error=OnError.skip, max_skipped=1.0
         )  # faults are printed and do not stop the preview
-        reading = start(path, lenient)
+        reading = start(path, lenient, setting=setting)
         records = list(islice(iterate(path, kind.record, lenient, reading=reading), LOOKED_AT))
+        reading.stopped = reading.stopped or len(records) == LOOKED_AT
         tokenized_records = list(tokenized(tokenizer, kind, records, limits))
         readable = [record_spans(tokenizer, record) for record in tokenized_records if record.parts]
         faults = [
@@ -192,7 +194,7 @@ def _stops(records_of_source: Sequence[Tokenized], reading: Reading, data: Sourc
     )
     longest, where = max(record.tokens for record in records_of_source), str(reading.path)
     try:
-        refuse_faults(reading.faults.first, data, count=reading.faults.count, rows=reading.rows, where=where)
+        refuse_faults_of(reading, data)
         refuse_losses(limits, dropped=dropped, cut=cut, records=len(records_of_source), longest=longest, where=where)
     except DataError as error:
         return [f"the stage would stop: {error.message.splitlines()[0]} → {error.remedy}"]

@@ -29,7 +29,7 @@ from alignment.core.files import disk_error
 from alignment.core.fingerprint import digest
 from alignment.core.locks import held
 from alignment.data.hub_rows import content_of, snapshot_name, unparsed_source_rows
-from alignment.data.reading import Reader, nothing, refuse_faults, start
+from alignment.data.reading import DATA, Reader, nothing, refuse_faults, start
 from alignment.data.tokens.chunks import CUT, FAULT, LOST, SET_ASIDE, TOO_LONG, Chunk, Job, run
 from alignment.data.tokens.limits import Limits, refuse_losses
 from alignment.data.tokens.row_kinds import Kind
@@ -79,11 +79,12 @@ def token_table(
     *,
     cache: Path,
     processes: int,
+    setting: str = DATA,
     progress: Callable[[int], None] | None = None,
 ) -> TokenTable:
     """The source's table from the folder ``cache``; made there if it is missing.
 
-    ``progress`` is called with the number of rows read.
+    ``progress`` is called with the number of rows read, and errors name the ``setting`` that holds ``data``.
 
     Raises:
         DataError: the source cannot be read at all; rows are faulty and may not be skipped; too many are too long; or
@@ -104,7 +105,15 @@ def token_table(
         DataError(note["reason"], where=note["where"], remedy=note.get("remedy", ""))
         for note in table.first.get(FAULT, [])
     ]
-    refuse_faults(faults, data, count=table.count(FAULT), rows=table.read, where=str(path))
+    refuse_faults(
+        faults,
+        data,
+        count=table.count(FAULT),
+        rows=table.read,
+        path=path,
+        setting=setting,
+        stopped=table.records == data.limit,
+    )
     refuse_losses(
         limits,
         dropped=table.count(TOO_LONG),

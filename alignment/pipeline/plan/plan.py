@@ -209,7 +209,7 @@ def _read(file: DataSlot, path: Path, *, where: str) -> Seen:
     """Reads and checks the file's first rows; ``where`` is the setting that names the file."""
     how = _first_rows(file.data)
     try:
-        reading = start(path, how)
+        reading = start(path, how, setting=where)
     except UnknownColumns as error:
         columns = ", ".join(f"{name}: YOURS" for name in json.loads(file.record.EXAMPLE))
         raise DataError(

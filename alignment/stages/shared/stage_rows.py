@@ -43,7 +43,7 @@ def rows_of(context: StageContext, record: type[R], data: DataConfig, *, field: 
         DataError: rows are faulty and may not be skipped, no record is left, or too few are left to mix.
     """
     _remove_old_list(context, field)
-    sources = [_read(context, record, part, path) for part, path in context.spec.sources(data, field)]
+    sources = [_read(context, record, *source) for source in _sources(context, data, field)]
     rows = [row for source in sources for row in source]
     return [rows[index] for index in _indices(context, data, field, [len(source) for source in sources])]
 
@@ -74,9 +74,10 @@ def token_rows(
             tokenizer,
             cache=context.spec.artifact.parent / "cache",
             processes=count_cores(),
+            setting=setting,
             progress=_tokenising(context, path, part),
         )
-        for part, path in context.spec.sources(data, field)
+        for setting, part, path in _sources(context, data, field)
     ]
     for table in tables:
         _copy_ledger(context, table)
@@ -89,6 +90,14 @@ def token_rows(
         dropped=sum(table.count(TOO_LONG) for table in tables),
         cut=sum(table.count(CUT) for table in tables),
     )
+
+
+def _sources(context: StageContext, data: DataConfig, field: str) -> list[tuple[str, SourceConfig, Path]]:
+    """The stage's own source and those that are mixed in, each with the name of its setting."""
+    own = f"stages.{context.spec.stage}.{field}"
+    sources = context.spec.sources(data, field)
+    names = [own, *(f"{own}.mix[{number}]" for number in range(len(sources) - 1))]
+    return [(name, part, path) for name, (part, path) in zip(names, sources, strict=True)]
 
 
 def _tokenising(context: StageContext, path: Path, data: SourceConfig) -> Callable[[int], None]:
@@ -120,7 +129,7 @@ def fitting(
     faults = [row.fault for row in every if row.fault is not None and not isinstance(row.fault, RowTooLong)]
     dropped, cut = (sum(note.kind == kind for note in notes) for kind in (TOO_LONG, CUT))
     where = f"stages.{context.spec.stage}"
-    refuse_faults(faults, data, count=len(faults), rows=len(records), where=where)
+    refuse_faults(faults, data, count=len(faults), rows=len(records), setting=f"{where}.data")
     longest = max((row.tokens for row in every), default=0)
     refuse_losses(limits, dropped=dropped, cut=cut, records=len(records), longest=longest, where=where)
     list_left_out(context, [note.as_row() for note in notes])
@@ -151,9 +160,9 @@ def _indices(context: StageContext, data: DataConfig, field: str, counts: Sequen
     return [own[index] if index < len(own) else index - len(own) + counts[0] for index in indices]
 
 
-def _read(context: StageContext, record: type[R], data: SourceConfig, path: Path) -> list[R]:
+def _read(context: StageContext, record: type[R], setting: str, data: SourceConfig, path: Path) -> list[R]:
     left_out: list[dict[str, str]] = []
-    reading = start(path, data)
+    reading = start(path, data, setting=setting)
     reading.on_left_out = lambda error: left_out.append(note_of_error(error).as_row())
     records = list(iterate(path, record, data, reading=reading))
     list_left_out(context, left_out)

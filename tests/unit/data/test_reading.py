@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,8 @@ def test_each_kind_of_fault_gets_its_advice_and_the_way_out(tmp_path: Path) -> N
     advice = [line.strip() for line in str(caught.value).splitlines() if "→" in line]
     assert advice[0].startswith("→ a row of the right form: ")
     assert advice[1] == "→ write one JSON object per line (JSON Lines)"
-    assert advice[2:] == [f"→ `align doctor {file}` checks all rows; data.on_error=skip leaves out the faulty ones"]
+    way_out = "data.on_error=skip data.max_skipped=0.67 leave out the faulty ones"
+    assert advice[2:] == [f"→ `align doctor {file}` checks all rows; {way_out}"]
 
 
 def test_faulty_rows_may_be_skipped_up_to_a_share_and_are_listed(tmp_path: Path) -> None:
@@ -193,6 +195,39 @@ def test_faulty_rows_may_be_skipped_up_to_a_share_and_are_listed(tmp_path: Path)
     assert reading.faults.count == 30
     with pytest.raises(DataError, match=r"more than 5% of 63 rows are faulty; 30 faulty rows:"):
         read_records(file, Conversation, DataConfig(source="", on_error=OnError.skip))
+
+
+def test_a_share_that_holds_for_the_file_is_not_judged_by_its_first_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(_lines([*[{"messages": 3}] * 2, *[GOOD] * 6]))
+    few = DataConfig(source="", on_error=OnError.skip, max_skipped=0.25, limit=1)
+    assert len(read_records(file, Conversation, few)) == 1
+    assert len(read_records(file, Conversation, replace(few, limit=None))) == 6
+    with pytest.raises(DataError, match=r"more than 24% of 8 rows are faulty"):
+        read_records(file, Conversation, replace(few, limit=None, max_skipped=0.24))
+
+
+def test_faults_name_the_setting_and_the_rows_that_were_read(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(_lines([*[{"messages": 3}] * 2, *[GOOD] * 38]))
+
+    def refused(data: DataConfig) -> list[str]:
+        with pytest.raises(DataError) as caught:
+            read_records(file, Conversation, data, reading=start(file, data, setting="stages.sft.data"))
+        return str(caught.value).splitlines()
+
+    lines = refused(DataConfig(source="", limit=1))
+    assert lines[0] == "stages.sft.data: 2 faulty rows among the first 3 rows:"
+    assert lines[-1] == (
+        f"  → `align doctor {file}` checks all rows; stages.sft.data.on_error=skip leaves out the faulty ones, if they "
+        "are at most 5% of the file (stages.sft.data.max_skipped)"
+    )
+    lines = refused(DataConfig(source=""))
+    assert lines[0] == "stages.sft.data: 2 faulty rows:"
+    assert lines[-1].endswith("; stages.sft.data.on_error=skip leaves out the faulty ones")
+    lines = refused(DataConfig(source="", on_error=OnError.skip, max_skipped=0.01))
+    assert lines[0] == "stages.sft.data: more than 1% of 40 rows are faulty; 2 faulty rows:"
+    assert lines[-1] == "  → fix the rows, or set stages.sft.data.max_skipped=0.05"
 
 
 def test_columns_of_other_names_are_told(tmp_path: Path) -> None:
