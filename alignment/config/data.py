@@ -24,8 +24,9 @@ class SourceConfig:
     ``format`` names one of alignment/data/formats; without it, the columns decide. ``columns`` maps the format's
     columns to those of the file (``{prompt: my_question}``), ``placeholders`` maps each ``{{name}}`` in texts to its
     replacement. ``limit`` reads only the first records; None reads all. With ``on_error: skip`` at most a share of
-    ``max_skipped`` of the rows may be left out; this share is not checked if ``limit`` ends the reading. A result depends on what the file holds, not on where it is, so
-    ``source`` is not part of a fingerprint; the content's hash is.
+    ``max_skipped`` of the rows may be left out; this share is not checked if ``limit`` ends the reading. A result
+    depends on what the file holds, not on where it is, so ``source`` is not part of a fingerprint; the content's hash
+    is.
     """
 
     source: str = field(default="", metadata={"identity": False})

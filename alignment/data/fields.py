@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeGuard
 
+from alignment.config.did_you_mean import misspelt
 from alignment.core.errors import DataError
 
 MEDIA = ("images", "image", "audios", "audio", "videos", "video")
@@ -48,13 +49,16 @@ class Fields:
         """The first of these fields that is present and not null."""
         present = next((name for name in names if self.has(name)), None)
         if present is None:
-            self.fail(names[0], f"is missing; the row has {_listed(list(self.row))}")
+            null = next((name for name in names if name in self.row), None)
+            if null is not None:
+                self.fail(null, "is null")
+            self._fail_as_missing(*names)
         return present
 
     def required(self, field: str) -> Any:
         """The value of a field that must be present, whatever it is, even null."""
         if field not in self.row:
-            self.fail(field, f"is missing; the row has {_listed(list(self.row))}")
+            self._fail_as_missing(field)
         return self.row[field]
 
     def text(self, field: str) -> str:
@@ -104,6 +108,12 @@ class Fields:
             return json.loads(value)
         except (ValueError, RecursionError):
             self.fail(field, f"must be JSON; it is {value!r:.60}")
+
+    def _fail_as_missing(self, *names: str) -> NoReturn:
+        """Raises the fault of a row that has none of these fields, with the one that is probably misspelt."""
+        pairs = ((name, misspelt(name, map(str, self.row))) for name in names)
+        meant = next((f"; did you mean '{name}' by '{own}'?" for name, own in pairs if own is not None), "")
+        self.fail(names[0], f"is missing; the row has {_listed(list(self.row))}{meant}")
 
     def _refuse_media(self) -> None:
         """A text model would otherwise learn an answer to a picture that it never saw."""

@@ -14,11 +14,15 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from alignment.core.errors import DataError
 from alignment.core.small_files import refuse_endless
 from alignment.data import caps
+
+
+class NotUtf8(DataError):
+    """A line that is not UTF-8."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,6 +97,7 @@ def _suffix(path: Path) -> str:
 def _json_lines(path: Path) -> Iterator[Unparsed]:
     first = True
     with caps.opened(path) as stream:
+        _refuse_other_unicode(stream, path)
         for where, line in caps.lines(stream, path):
             if isinstance(line, DataError):
                 yield line
@@ -127,9 +132,46 @@ def _parsed(text: bytes, where: str) -> RawRow | DataError:
             "contains half of a surrogate pair, which is not a character", where=where, remedy="write both halves"
         )
     except UnicodeDecodeError as error:
-        return DataError(f"not UTF-8: {error.reason}", where=where, remedy="save the file as UTF-8")
+        return _not_utf8(error, where)
     except (ValueError, RecursionError) as error:
-        return DataError(f"not JSON: {error}", where=where, remedy="write one JSON object per line (JSON Lines)")
+        place, message = _place_of(error, where)
+        return DataError(f"not JSON: {message}", where=place, remedy="write one JSON object per line (JSON Lines)")
+
+
+def _place_of(error: Exception, where: str) -> tuple[str, str]:
+    """The location of a fault in JSON and its message, with the line of the file and no other number of a line."""
+    if not isinstance(error, json.JSONDecodeError):
+        return where, str(error)
+    text = error.doc.rstrip()
+    at = min(error.pos, len(text))
+    column = at - text.rfind("\n", 0, at)
+    is_document = "\n" in text  # a line of JSON Lines has its number already
+    return f"{where}:{text.count(chr(10), 0, at) + 1}" if is_document else where, f"{error.msg} at column {column}"
+
+
+def _not_utf8(error: UnicodeDecodeError, where: str) -> NotUtf8:
+    line = error.object[error.object.rfind(b"\n", 0, error.start) + 1 : error.start]
+    byte = error.object[error.start]
+    meant = bytes([byte]).decode("latin-1")
+    guess = f" ({meant!r} in Latin-1)" if meant.isprintable() else ""
+    return NotUtf8(
+        f"not UTF-8: byte 0x{byte:02x} at column {len(line.decode(errors='replace')) + 1}{guess}",
+        where=where,
+        remedy="save this line as UTF-8, or the whole file if it has another encoding",
+    )
+
+
+def _refuse_other_unicode(stream: BinaryIO, path: Path) -> None:
+    """Refuses a file whose first bytes mark it as UTF-16 or UTF-32.
+
+    Raises:
+        DataError: it is such a file.
+    """
+    head = cast("io.BufferedReader", stream).peek(4)[:4]
+    name = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
+    if name is not None:
+        remedy = f"convert it: iconv -f {name} -t UTF-8 {path} > NEW_FILE"
+        raise DataError(f"is {name}, not UTF-8", where=str(path), remedy=remedy)
 
 
 def _json(path: Path) -> Iterator[Unparsed]:
@@ -152,6 +194,7 @@ def _csv(path: Path) -> Iterator[Unparsed]:
     csv.field_size_limit(caps.LINE_BYTES)
     # Line breaks inside quotes are part of a field, so the reader gets them as they are.
     with caps.opened(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
+        _refuse_other_unicode(stream, path)
         reader = csv.DictReader(caps.text_lines(text, path), strict=True)
         while True:
             where = str(path)
@@ -162,7 +205,9 @@ def _csv(path: Path) -> Iterator[Unparsed]:
             except StopIteration:
                 return
             except UnicodeDecodeError as error:
-                raise DataError(f"not UTF-8: {error.reason}", where=where, remedy="save the file as UTF-8") from error
+                byte = error.object[error.start]
+                remedy = "save the file as UTF-8"
+                raise NotUtf8(f"not UTF-8: byte 0x{byte:02x} here or later", where=where, remedy=remedy) from error
             except csv.Error as error:
                 yield DataError(f"not CSV: {error}", where=where)
                 continue
@@ -191,6 +236,13 @@ def _parquet(path: Path) -> Iterator[Unparsed]:
 
 
 _ROWS_AT_ONCE = 1_000
+_MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+"""The first bytes of files in other encodings of Unicode (byte order marks)."""
 _READERS: dict[str, Callable[[Path], Iterator[Unparsed]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,

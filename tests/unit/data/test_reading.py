@@ -111,7 +111,7 @@ PLANTED: list[tuple[Any, str]] = [
     (b"NaN", "a row must be a JSON object; this one is nan"),
     ({}, "'messages' is missing; the row has no fields"),
     ({"message": []}, "'messages' is missing; the row has 'message'"),
-    ({"messages": None}, "'messages' is missing"),
+    ({"messages": None}, "'messages' is null"),
     ({"messages": []}, "'messages' must be a list of turns and not empty; it is []"),
     ({"messages": 7}, "'messages' must be text and not empty; it is 7"),
     ({"messages": {"role": "user"}}, "'messages' must be text and not empty; it is {'role': 'user'}"),

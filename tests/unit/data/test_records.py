@@ -15,6 +15,7 @@ from alignment.data.fields import Fields
 from alignment.data.formats import FORMATS
 from alignment.data.reading import read_records, right_form
 from alignment.data.records import Conversation, HeldOutPrompt, LabelledAnswer, PreferencePair, Prompt, Question
+from alignment.data.row_files import NotUtf8, RawRow, rows_of
 from alignment.data.turns import Message
 from alignment.stages.registry import kinds
 
@@ -250,6 +251,75 @@ def test_a_file_that_does_not_parse_is_named_by_line(tmp_path: Path, content: by
     with pytest.raises(DataError) as caught:
         read_records(file, Conversation, ALL)
     assert message in str(caught.value)
+
+
+def _lines_read(file: Path, content: bytes) -> list[RawRow | DataError]:
+    file.write_bytes(content)
+    return list(rows_of(file))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"a": 1\n', "not JSON: Expecting ',' delimiter at column 8"),
+        (b'{"a": 1', "not JSON: Expecting ',' delimiter at column 8"),
+        (b'{"a": 1, b}\r\n', "not JSON: Expecting property name enclosed in double quotes at column 10"),
+    ],
+)
+def test_a_line_that_is_not_json_has_one_line_number(tmp_path: Path, line: bytes, message: str) -> None:
+    file = tmp_path / "rows.jsonl"
+    *_, error = _lines_read(file, b"{}\n{}\n{}\n" + line)
+    assert isinstance(error, DataError)
+    assert (error.where, error.message) == (f"{file}:4", message)
+
+
+def test_a_json_document_names_the_line_of_its_fault(tmp_path: Path) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text('[\n{"a": 1},\n{"a": }\n]\n')
+    with pytest.raises(DataError) as caught:
+        list(rows_of(file))
+    assert str(caught.value).startswith(f"{file}:3: not JSON: Expecting value at column 7\n")
+
+
+def test_a_byte_that_is_not_utf_8_is_named_with_its_column(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    first, error = _lines_read(file, '{"a": "größer"}\n'.encode() + '{"a": "größer"}\n'.encode("latin-1"))
+    assert isinstance(first, RawRow)
+    assert isinstance(error, NotUtf8)
+    assert (error.where, error.message) == (f"{file}:2", "not UTF-8: byte 0xf6 at column 10 ('ö' in Latin-1)")
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_a_file_of_another_unicode_encoding_is_recognised(tmp_path: Path, name: str, encoding: str) -> None:
+    file = tmp_path / name
+    file.write_bytes('{"a": "b"}\n'.encode(encoding))
+    with pytest.raises(DataError) as caught:
+        list(rows_of(file))
+    name = encoding.upper()
+    assert str(caught.value) == (
+        f"{file}: is {name}, not UTF-8\n  → convert it: iconv -f {name} -t UTF-8 {file} > NEW_FILE"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": None, "chosen": "4.", "rejected": "5."}, "'prompt' is null"),
+        (
+            {"prompt": "2 + 2?", "choosen": "4.", "rejected": "5."},
+            "'chosen' is missing; the row has 'prompt', 'choosen', 'rejected'; did you mean 'chosen' by 'choosen'?",
+        ),
+        (
+            {"promt": "2 + 2?", "chosen": "4.", "rejected": "5."},
+            "'messages' is missing; the row has 'promt', 'chosen', 'rejected'; did you mean 'prompt' by 'promt'?",
+        ),
+    ],
+)
+def test_a_null_and_a_misspelt_column_are_named(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        FORMATS["preference"].read(Fields(row, where="x:1", example=""))
+    assert caught.value.message == message
 
 
 @pytest.mark.parametrize(
