@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.data import SourceConfig
+from alignment.config.did_you_mean import misspelt
 from alignment.core.errors import DataError
+from alignment.data.counted import counted
 from alignment.data.fields import Fields, SetAside
+from alignment.data.formats import COLUMNS
 from alignment.data.formats.form import Format
 from alignment.data.formats.plain import CHOICES, TEXT
 from alignment.data.hub_rows import source_rows
@@ -28,17 +31,17 @@ from alignment.data.records import (
     Question,
     Record,
 )
-from alignment.data.repeated_records import RepeatedRecords
-from alignment.data.row_files import RawRow
+from alignment.data.repeated_records import RepeatedRecords, RowRelations
+from alignment.data.row_files import NotUtf8, RawRow
 
-NOUNS: dict[type[Record], str] = {
-    PlainText: "texts",
-    Conversation: "conversations",
-    PreferencePair: "pairs",
-    LabelledAnswer: "labelled answers",
-    Prompt: "prompts",
-    HeldOutPrompt: "held-out prompts",
-    Question: "questions with choices",
+_NOUNS: dict[type[Record], tuple[str, str]] = {
+    PlainText: ("text", "texts"),
+    Conversation: ("conversation", "conversations"),
+    PreferencePair: ("pair", "pairs"),
+    LabelledAnswer: ("labelled answer", "labelled answers"),
+    Prompt: ("prompt", "prompts"),
+    HeldOutPrompt: ("held-out prompt", "held-out prompts"),
+    Question: ("question with choices", "questions with choices"),
 }
 _OF_ONE_FORMAT: dict[type[Record], Format] = {PlainText: TEXT, Question: CHOICES}
 """Records that are made of one format only, although others would do: every conversation could be a text."""
@@ -49,6 +52,11 @@ LISTED = 8
 NAMES = 1_000
 """Different columns, placeholders and reasons that are counted; there may be as many as rows."""
 _PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
+
+
+def counted_records(count: int, record: type[Record]) -> str:
+    """``1 pair`` or ``2,000 pairs``."""
+    return counted(count, *_NOUNS.get(record, (record.__name__, record.__name__)))
 
 
 @dataclass(kw_only=True)
@@ -64,10 +72,11 @@ class Use:
 class Diagnosis:
     """What ``examine`` learned about a file.
 
-    ``unreadable`` rows could not be parsed; the list holds the first ones. ``faulty`` rows are so for some stages, and
+    ``unreadable`` rows could not be parsed; the list holds the first ones with their numbers. ``num_not_utf8`` of them
+    are not UTF-8, and ``has_non_ascii`` says whether a readable row has characters beyond ASCII. ``faulty`` rows are so for some stages, and
     rows that are ``set_aside``, by reason, are of no use for some. ``columns`` counts the rows that have each column,
-    ``placeholders`` the rows that contain each ``{{name}}``. ``near_duplicates`` holds rows whose text is nearly the
-    same as an earlier one's; exact duplicates are not among them.
+    ``placeholders`` the rows that contain each ``{{name}}``. ``repeats`` holds rows that repeat or contradict an earlier
+    one, ``near_duplicates`` rows whose text is nearly the same as an earlier one's.
     """
 
     path: Path
@@ -76,10 +85,13 @@ class Diagnosis:
     columns: Counter[str] = field(default_factory=Counter)
     placeholders: Counter[str] = field(default_factory=Counter)
     num_unreadable: int = 0
-    unreadable: list[DataError] = field(default_factory=list)
+    num_not_utf8: int = 0
+    has_non_ascii: bool = False
+    unreadable: list[tuple[int, DataError]] = field(default_factory=list)
     uses: dict[str, Use] = field(default_factory=dict)
     faulty: Objections = field(default_factory=lambda: Objections(NAMED))
     set_aside: dict[str, Objections] = field(default_factory=dict)
+    repeats: RowRelations = field(default_factory=RowRelations)
     near_duplicates: NearDuplicates = field(default_factory=NearDuplicates)
 
     @property
@@ -97,8 +109,16 @@ class Diagnosis:
 
     @property
     def faults(self) -> list[DataError]:
-        """The first ``NAMED`` unreadable rows, then faulty ones."""
-        return [*self.unreadable, *self.faulty.first(self.meant_for)][:NAMED]
+        """The first ``NAMED`` rows that are unreadable or faulty, in the order of the file."""
+        faults = [*self.unreadable, *self.faulty.numbered(self.meant_for)]
+        return [error for _, error in sorted(faults, key=lambda fault: fault[0])][:NAMED]
+
+    @property
+    def misspelt_columns(self) -> dict[str, str]:
+        """Columns that no format reads, and the column that each is probably meant to be."""
+        unknown = [name for name in self.columns if name not in COLUMNS]
+        meant = {name: misspelt(name, COLUMNS) for name in unknown}
+        return {name: known for name, known in meant.items() if known is not None and known not in self.columns}
 
 
 def examine(
@@ -141,18 +161,21 @@ class _Examination:
         self._repeated = RepeatedRecords(
             {name: use.record for name, use in diagnosis.uses.items()}, diagnosis.near_duplicates
         )
+        diagnosis.repeats = self._repeated.related
 
     def add(self, row: RawRow | DataError) -> None:
         """The next row, which ``rows`` of the diagnosis counts already."""
         diagnosis = self._diagnosis
         if isinstance(row, DataError):
             diagnosis.num_unreadable += 1
-            diagnosis.unreadable += [row] if len(diagnosis.unreadable) < NAMED else []
+            diagnosis.num_not_utf8 += isinstance(row, NotUtf8)
+            diagnosis.unreadable += [(diagnosis.rows, row)] if len(diagnosis.unreadable) < NAMED else []
             return
         if isinstance(row.value, Mapping):
             _count(diagnosis.columns, row.value.keys())
         value = prepared(row.value, self._data)
         text = repr(value)
+        diagnosis.has_non_ascii = diagnosis.has_non_ascii or not text.isascii()
         if "{{" in text:
             _count(diagnosis.placeholders, set(_PLACEHOLDER.findall(text)))
         records, errors = _read(RawRow(where=row.where, value=value), diagnosis.format, diagnosis.uses)

@@ -50,9 +50,14 @@ class Objections:
 
         The first of ``stages`` that objects says what is wrong.
         """
+        return [error for _, error in self.numbered(stages)]
+
+    def numbered(self, stages: Sequence[str]) -> list[tuple[int, DataError]]:
+        """Like ``first``, with the number of each row."""
         in_order = merge(*(rows.first for rows in self._of(stages)), key=lambda row: row[0])
         return [
-            next(errors[stage] for stage in stages if stage in errors) for _, errors in islice(in_order, self._held)
+            (number, next(errors[stage] for stage in stages if stage in errors))
+            for number, errors in islice(in_order, self._held)
         ]
 
     def stages(self) -> set[str]:

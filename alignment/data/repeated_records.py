@@ -1,6 +1,7 @@
-"""Finds records that are equal to earlier ones, and rows that are nearly so, in one pass and little memory.
+"""Finds records that are equal to earlier ones, and rows that repeat or contradict an earlier row or are nearly equal to
+it, in one pass and little memory.
 
-Eight bytes of each record are kept. Rows wait until there are some thousands of them, because a batch of keys is looked
+Eight bytes of each record are kept, and the location of the first rows. Rows wait until there are some thousands of them, because a batch of keys is looked
 up much faster than its keys one by one.
 """
 
@@ -8,11 +9,14 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 import numpy as np
+from numpy.typing import NDArray
 
 from alignment.core.fingerprint import canonical
+from alignment.data import near_duplicates
 from alignment.data.key_set import KeySet
 from alignment.data.near_duplicates import NearDuplicates
 from alignment.data.overlap import LocatedText
@@ -22,6 +26,8 @@ BATCH = 4_096
 """Rows that wait."""
 BATCH_CHARACTERS = 1 << 24
 """Characters of waiting rows; a single row may have as many."""
+HELD = 20
+"""Rows of each kind that are named; the others are counted."""
 _FULLEST: tuple[type[Record], ...] = (PreferencePair, LabelledAnswer, Conversation, Prompt, PlainText)
 """Records, those that use most of a row first."""
 _TEXTS = ("text", "chosen", "rejected", "answer")
@@ -42,10 +48,52 @@ def record_key(record: Record) -> int:
     return int.from_bytes(blake2b(repr(content).encode(), digest_size=8).digest())
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RelatedRow:
+    """A row at ``where`` that repeats or contradicts the row at ``earlier``, which is empty if too many rows are between
+    them. ``record`` is the record of the stage that uses most of the row."""
+
+    where: str
+    earlier: str
+    record: type[Record]
+
+
+@dataclass(kw_only=True)
+class RowRelations:
+    """Rows that repeat an earlier row exactly, and rows that say the opposite of an earlier row: a pair whose chosen
+    answer the earlier row rejects, or the same answer with the other label. The lists hold the first ``HELD`` rows."""
+
+    num_exact: int = 0
+    exact: list[RelatedRow] = field(default_factory=list)
+    num_contradictions: int = 0
+    contradictions: list[RelatedRow] = field(default_factory=list)
+
+    def add_exact(self, row: RelatedRow) -> None:
+        """One more row that repeats an earlier one."""
+        self.num_exact += 1
+        self.exact += [row] if len(self.exact) < HELD else []
+
+    def add_contradiction(self, row: RelatedRow) -> None:
+        """One more row that contradicts an earlier one."""
+        self.num_contradictions += 1
+        self.contradictions += [row] if len(self.contradictions) < HELD else []
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Fullest:
+    """A row's records of the stage that uses most of it, by their keys, and the keys of records that contradict them."""
+
+    where: str
+    stage: str
+    keys: Sequence[int]
+    opposites: Sequence[int]
+
+
 class RepeatedRecords:
     """Counts repeated records by stage in ``counts``, and passes the text of rows with a new record to ``near``.
 
-    ``records`` names the record that each stage makes of a row.
+    ``records`` names the record that each stage makes of a row. ``related`` are the rows that repeat or contradict an
+    earlier one. Contradictions are looked for among the first ``near_duplicates.TEXTS`` different records.
     """
 
     def __init__(self, records: Mapping[str, type[Record]], near: NearDuplicates) -> None:
@@ -53,12 +101,16 @@ class RepeatedRecords:
         self._records = records
         self._near = near
         self._seen = {name: KeySet() for name in records}
+        self.related = RowRelations()
+        self._by_fullness = [name for record in _FULLEST for name, own in records.items() if own is record]
+        self._first: dict[int, str] = {}
         self._wait()
 
     def _wait(self) -> None:
         self._keys = {name: array("Q") for name in self._records}
         self._rows = {name: array("L") for name in self._records}
         self._waiting: list[tuple[str, Mapping[str, Keyed]] | None] = []
+        self._fullest: list[_Fullest | None] = []
         self._characters = 0
 
     def add(self, where: str, records: Mapping[str, Sequence[Record]], *, size: int) -> None:
@@ -68,6 +120,7 @@ class RepeatedRecords:
             self._keys[name].extend(of_stage)
             self._rows[name].extend([len(self._waiting)] * len(of_stage))
         self._waiting.append(None if self._near.is_full else (where, keyed))
+        self._fullest.append(self._fullest_of(where, keyed))
         self._characters += size
         if len(self._waiting) >= BATCH or self._characters >= BATCH_CHARACTERS:
             self.end()
@@ -76,15 +129,21 @@ class RepeatedRecords:
         """Looks at the rows that wait."""
         new: list[dict[str, list[int]]] = [{} for _ in self._waiting]
         with_new = np.zeros(len(self._waiting), dtype=np.bool_)
+        new_rows: dict[str, NDArray[np.bool_]] = {}
         for name, keys in self._keys.items():
             rows = np.array(self._rows[name], dtype=np.int64)
             is_new = self._seen[name].add(np.array(keys, dtype=np.uint64))
             self.counts[name] += int((~is_new).sum())
-            with_new[rows[is_new]] = True
+            new_rows[name] = np.zeros(len(self._waiting), dtype=np.bool_)
+            new_rows[name][rows[is_new]] = True
+            with_new |= new_rows[name]
             if not self._near.is_full:
                 for index in np.flatnonzero(is_new):
                     new[rows[index]].setdefault(name, []).append(keys[index])
-        for waiting, keys_of_row, has_new in zip(self._waiting, new, with_new.tolist(), strict=True):
+        contradicting = self._relate(new_rows)
+        for index, (waiting, keys_of_row, has_new) in enumerate(zip(self._waiting, new, with_new.tolist(), strict=True)):
+            if index in contradicting:
+                continue
             if waiting is None:
                 self._near.passed_over += has_new
             elif has_new:
@@ -92,6 +151,36 @@ class RepeatedRecords:
                 made = {name: [keyed[name][key] for key in keys] for name, keys in keys_of_row.items()}
                 self._near.add(LocatedText(where=where, text=self._text_of(made)))
         self._wait()
+
+    def _fullest_of(self, where: str, keyed: Mapping[str, Keyed]) -> _Fullest | None:
+        stage = next((name for name in self._by_fullness if keyed.get(name)), None)
+        if stage is None:
+            return None
+        opposites = () if self._is_full else [record_key(one) for one in map(_opposite, keyed[stage].values()) if one]
+        return _Fullest(where=where, stage=stage, keys=list(keyed[stage]), opposites=opposites)
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._first) >= near_duplicates.TEXTS
+
+    def _relate(self, new_rows: Mapping[str, NDArray[np.bool_]]) -> set[int]:
+        """Notes which of the waiting rows repeat or contradict an earlier row; returns the indices of the latter."""
+        contradicting = set()
+        for index, row in enumerate(self._fullest):
+            if row is None:
+                continue
+            record = self._records[row.stage]
+            if not new_rows[row.stage][index]:
+                earlier = self._first.get(row.keys[0], "")
+                self.related.add_exact(RelatedRow(where=row.where, earlier=earlier, record=record))
+                continue
+            opposite = next((self._first[key] for key in row.opposites if key in self._first), None)
+            if opposite is not None:
+                contradicting.add(index)
+                self.related.add_contradiction(RelatedRow(where=row.where, earlier=opposite, record=record))
+            for key in row.keys if not self._is_full else ():
+                self._first.setdefault(key, row.where)
+        return contradicting
 
     def _text_of(self, made: Mapping[str, Iterable[Record]]) -> str:
         """The text of a row's new records, read by the stage that uses most of the row.
@@ -106,3 +195,12 @@ class RepeatedRecords:
             texts += [getattr(record, name, "") for name in _TEXTS]
             texts += getattr(record, "later_turns", ())
         return "\n".join(dict.fromkeys(texts))
+
+
+def _opposite(record: Record) -> Record | None:
+    """The record that contradicts this one; None if this kind of record states no preference."""
+    if isinstance(record, PreferencePair):
+        return replace(record, chosen=record.rejected, rejected=record.chosen)
+    if isinstance(record, LabelledAnswer):
+        return replace(record, desirable=not record.desirable)
+    return None

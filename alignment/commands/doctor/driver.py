@@ -14,15 +14,19 @@ from alignment.commands.shared.row_progress import RowProgress
 from alignment.config.data import SourceConfig
 from alignment.config.faults import refuse
 from alignment.core.errors import DataError
-from alignment.data.doctor import LISTED, NOUNS, Diagnosis, Use
+from alignment.data.counted import counted
+from alignment.data.doctor import LISTED, Diagnosis, Use, counted_records
 from alignment.data.hub_rows import snapshot_name
 from alignment.data.overlap import HeldOut, asked_in
 from alignment.data.reading import NAMED
+from alignment.data.records import LabelledAnswer, PreferencePair
+from alignment.data.repeated_records import RelatedRow
 from alignment.pipeline.execute.signals import INTERRUPTED
 from alignment.pipeline.plan import settings
 
 _PAIRS = 5
-"""Near duplicates that are listed."""
+"""Rows that repeat, contradict or resemble an earlier row and are listed."""
+_CONTRADICTS = {PreferencePair: "prefers the answer that {} rejects", LabelledAnswer: "has the opposite label of {}"}
 
 
 def show_diagnosis(console: Console, data: SourceConfig, *, against: str | None = None) -> int:
@@ -64,9 +68,9 @@ def _overlaps(path: Path, data: SourceConfig, against: str, other: Path, progres
     lines = [
         _line(
             "overlap",
-            f"{count:,} rows resemble prompts of {against}"
-            if count > 1
-            else f"{'1' if count else 'no'} row resembles a prompt of {against}",
+            f"{counted(count, 'row resembles a prompt', 'rows resemble prompts')} of {against}"
+            if count
+            else f"no row resembles a prompt of {against}",
         )
     ]
     lines += [
@@ -81,22 +85,25 @@ def _lines(diagnosis: Diagnosis, data: SourceConfig) -> list[str]:
         name if count == diagnosis.rows else f"{name} ({count:,})" for name, count in diagnosis.columns.items()
     )
     lines = [
-        f"{snapshot_name(diagnosis.path) or diagnosis.path}: {diagnosis.rows:,} rows",
+        f"{snapshot_name(diagnosis.path) or diagnosis.path}: {counted(diagnosis.rows, 'row')}",
         _line("format", f"{diagnosis.format.name}: {diagnosis.format.summary}"),
         _line("columns", columns),
     ]
     lines += [_line(stages, _of_use(stages, use, diagnosis)) for stages, use in diagnosis.uses.items()]
     lines += _set_aside(diagnosis)
     if diagnosis.placeholders:
-        rows = ", ".join(f"{{{{{name}}}}} in {count:,} rows" for name, count in sorted(diagnosis.placeholders.items()))
+        rows = ", ".join(f"{{{{{name}}}}} in {counted(count, 'row')}" for name, count in sorted(diagnosis.placeholders.items()))
         names = ", ".join(f"{name}: TEXT" for name in sorted(diagnosis.placeholders))
         lines.append(_line("unfilled", f"{rows}; fill them with data.placeholders={{{names}}}"))
-    lines += _near_duplicates(diagnosis)
+    lines += _misspelt(diagnosis)
+    lines += [*_duplicates(diagnosis), *_contradictions(diagnosis)]
     faults, count = diagnosis.faults, diagnosis.num_faults
-    lines.append(_line("faulty", f"{count:,} rows" if count else "no row"))
+    lines.append(_line("faulty", counted(count, "row") if count else "no row"))
     lines += [_line("", f"{_short_location(fault.where)}: {fault.message}") for fault in faults]
     if count > len(faults):
         lines.append(_line("", f"and {count - len(faults):,} more"))
+    if diagnosis.num_not_utf8:
+        lines.append(_line("", _encoding(diagnosis)))
     return [*lines, _line("to use it", _settings(diagnosis, data))]
 
 
@@ -108,8 +115,8 @@ def _of_use(stages: str, use: Use, diagnosis: Diagnosis) -> str:
     if stages not in diagnosis.meant_for:
         faults = diagnosis.faulty.first([stages])
         return f"nothing: {faults[0].message}" if faults else "nothing"
-    records = NOUNS.get(use.record, use.record.__name__)
-    return f"{use.records:,} {records}" + (f", {use.repeated:,} of them repeated" if use.repeated else "")
+    repeated = f", {use.repeated:,} of them repeated" if use.repeated else ""
+    return counted_records(use.records, use.record) + repeated
 
 
 def _set_aside(diagnosis: Diagnosis) -> Iterator[str]:
@@ -121,20 +128,67 @@ def _set_aside(diagnosis: Diagnosis) -> Iterator[str]:
             continue
         first = ", ".join(_short_location(error.where) for error in rows.first(stages))
         more = f" and {count - LISTED:,} more" if count > LISTED else ""
-        yield _line("set aside", f"{count:,} rows, in {', '.join(stages)}: {reason} ({first}{more})")
+        yield _line("set aside", f"{counted(count, 'row')}, in {', '.join(stages)}: {reason} ({first}{more})")
 
 
-def _near_duplicates(diagnosis: Diagnosis) -> Iterator[str]:
-    duplicates = diagnosis.near_duplicates.pairs
-    summary = f"{len(duplicates):,} rows are nearly the same as an earlier row; keep one of each, or they weigh more"
-    yield _line("duplicates", summary if duplicates else "no row")
-    for duplicate in duplicates[:_PAIRS]:
-        row, earlier = _short_location(duplicate.where), _short_location(duplicate.earlier)
-        yield _line("", f"{row} shares {duplicate.share:.0%} of its word sequences with {earlier}")
-    if len(duplicates) > _PAIRS:
-        yield _line("", f"and {len(duplicates) - _PAIRS:,} more")
+def _misspelt(diagnosis: Diagnosis) -> Iterator[str]:
+    for column, known in diagnosis.misspelt_columns.items():
+        remedy = f"Then rename it, or set data.columns={{{known}: {column}}}"
+        yield _line("misspelt?", f"nothing reads the column '{column}'; did you mean '{known}'? {remedy}")
+
+
+def _duplicates(diagnosis: Diagnosis) -> Iterator[str]:
+    """Rows that repeat an earlier one, then rows that are nearly the same."""
+    exact, near = diagnosis.repeats.num_exact, diagnosis.near_duplicates.pairs
+    if exact:
+        yield _line("duplicates", f"{counted(exact, 'row repeats', 'rows repeat')} an earlier row exactly; {_weight(exact)}")
+    for row in diagnosis.repeats.exact[:_PAIRS]:
+        yield _line("", f"{_short_location(row.where)} repeats {_earlier(row)}")
+    yield from _more(exact)
+    if near:
+        are = counted(len(near), "row is", "rows are")
+        yield _line("duplicates", f"{are} nearly the same as an earlier row; {_weight(len(near))}")
+    for pair in near[:_PAIRS]:
+        row_name, earlier = _short_location(pair.where), _short_location(pair.earlier)
+        yield _line("", f"{row_name} shares {pair.share:.0%} of its word sequences with {earlier}")
+    yield from _more(len(near))
+    if not exact and not near:
+        yield _line("duplicates", "no row")
     if diagnosis.near_duplicates.passed_over:
         yield _line("", f"only the first {diagnosis.near_duplicates.looked_at:,} distinct rows were compared")
+
+
+def _weight(count: int) -> str:
+    return f"keep one of each, or {'it weighs' if count == 1 else 'they weigh'} more"
+
+
+def _contradictions(diagnosis: Diagnosis) -> Iterator[str]:
+    count = diagnosis.repeats.num_contradictions
+    if count:
+        says = counted(count, "row says", "rows say")
+        yield _line("contradict", f"{says} the opposite of an earlier row; correct it or remove one of the two")
+    for row in diagnosis.repeats.contradictions[:_PAIRS]:
+        yield _line("", f"{_short_location(row.where)} {_CONTRADICTS[row.record].format(_earlier(row))}")
+    yield from _more(count)
+
+
+def _earlier(row: RelatedRow) -> str:
+    return _short_location(row.earlier) if row.earlier else "an earlier row"
+
+
+def _more(count: int) -> Iterator[str]:
+    if count > _PAIRS:
+        yield _line("", f"and {count - _PAIRS:,} more")
+
+
+def _encoding(diagnosis: Diagnosis) -> str:
+    """What to do about lines that are not UTF-8: in a file with other special characters, only these are wrong."""
+    count = diagnosis.num_not_utf8
+    are = counted(count, "line is", "lines are")
+    if diagnosis.has_non_ascii:
+        return f"{are} not UTF-8, but other lines are: correct only {'this line' if count == 1 else 'these lines'}"
+    convert = f"iconv -f LATIN1 -t UTF-8 {diagnosis.path} > NEW_FILE"
+    return f"{are} not UTF-8, and the others have only ASCII characters; if the file is Latin-1, convert it: {convert}"
 
 
 def _settings(diagnosis: Diagnosis, data: SourceConfig) -> str:

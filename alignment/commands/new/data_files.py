@@ -16,7 +16,8 @@ from alignment.config.data import SourceConfig
 from alignment.config.new_recipe import Rows
 from alignment.core.errors import ConfigError, DataError
 from alignment.core.terminal import visible
-from alignment.data.doctor import NOUNS, Diagnosis
+from alignment.data.counted import counted
+from alignment.data.doctor import Diagnosis, counted_records
 from alignment.data.formats.form import Format
 from alignment.data.hub_rows import snapshot_name, source_rows
 from alignment.data.overlap import asked
@@ -125,9 +126,10 @@ def look_at(console: Console, source: str, *, where: str) -> DataFile:
         record=Prompt if record is HeldOutPrompt else record,
         faulty=faults / diagnosis.rows,
     )
-    noun = NOUNS.get(file.record, file.record.__name__)
-    more = f"; {faults:,} faulty rows are left out (align doctor {source} lists them)" if faults else ""
-    print_line(f"{file.name}: {diagnosis.uses[stages].records:,} {noun}, format {diagnosis.format.name}{more}")
+    left_out = counted(faults, "faulty row is", "faulty rows are")
+    more = f"; {left_out} left out (align doctor {source} lists {'it' if faults == 1 else 'them'})" if faults else ""
+    records = counted_records(diagnosis.uses[stages].records, file.record)
+    print_line(f"{file.name}: {records}, format {diagnosis.format.name}{more}")
     return file
 
 

@@ -23,6 +23,7 @@ from alignment.config.data import DataConfig, MixedConfig, OnError, SourceConfig
 from alignment.core.errors import AlignmentError, DataError
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import Terminal, complain
+from alignment.data.counted import counted
 from alignment.data.overlap import HeldOut, asked, asked_in
 from alignment.data.reading import Reading, iterate, refuse_faults_of, start
 from alignment.data.repeated_records import record_key
@@ -128,9 +129,9 @@ def _of_tokens(records: Sequence[Tokenized], readable: Sequence[RecordSpans], li
     too_long = sum(isinstance(record.fault, RowTooLong) for record in records)
     cut = sum(record.cut != "" for record in records)
     learned = sum(spans.learned for spans in readable)
-    counted = f"the first {len(records):,} records" if len(records) == LOOKED_AT else f"{len(records):,} records"
+    which = f"the first {len(records):,} records" if len(records) == LOOKED_AT else counted(len(records), "record")
     return [
-        f"{counted}, {sum(lengths):,} tokens"
+        f"{which}, {sum(lengths):,} tokens"
         + (f", {learned:,} learned" if learned else "")
         + f"; longest {max(lengths):,}, limit {limits.row:,}: {too_long:,} too long"
         + (f", {cut:,} cut" if limits.cuts else ""),
@@ -146,19 +147,23 @@ def _of_rows(records: Sequence[Tokenized], readable: Sequence[RecordSpans], read
     lookalikes = [spans.where for spans in readable if spans.has_lookalikes]
     split = [record.record.where for record in records if len(record.parts) > 1]
     oddities = [
-        ("repeat an earlier one", repeated),
-        ("have text that looks like a control token but is ordinary text", lookalikes),
-        ("become several rows, because the chat template changes earlier turns", split),
+        ("repeats", "repeat", "an earlier one", repeated),
+        ("has", "have", "text that looks like a control token but is ordinary text", lookalikes),
+        ("becomes", "become", "several rows, because the chat template changes earlier turns", split),
     ]
     oddities += [
-        (f"lose {loss} in the chat template", [record.record.where for record in records if loss in record.lost])
+        ("loses", "lose", f"{loss} in the chat template", [one.record.where for one in records if loss in one.lost])
         for loss in LOSSES
     ]
-    lines = [f"{len(rows):,} records {oddity}, such as {rows[0]}" for oddity, rows in oddities if rows]
+    lines = [
+        f"{counted(len(rows), f'record {verb}', f'records {plural}')} {rest}, such as {rows[0]}"
+        for verb, plural, rest, rows in oddities
+        if rows
+    ]
     for name, left_out in (("set aside", reading.set_aside), ("faulty", reading.faults)):
         for error in left_out.first[:1]:
             remedy = f" → {error.remedy}" if error.remedy else ""
-            lines.append(f"{left_out.count:,} rows {name}, such as {error.where}: {error.message}{remedy}")
+            lines.append(f"{counted(left_out.count, 'row')} {name}, such as {error.where}: {error.message}{remedy}")
     return lines
 
 

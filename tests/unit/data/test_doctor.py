@@ -5,13 +5,16 @@ from __future__ import annotations
 import gzip
 import json
 import tracemalloc
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from rich.console import Console
 
+from alignment.commands.doctor.driver import show_diagnosis
 from alignment.commands.shared.diagnoses import records
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.core.errors import DataError
@@ -137,3 +140,73 @@ def test_a_text_of_blanks_is_not_compared() -> None:
     near = near_duplicates.NearDuplicates()
     near.add(LocatedText(where="a:1", text=" \n"))
     assert near.looked_at == 0
+
+
+PAIR = {"prompt": "Which is right, 4 or 5?", "chosen": "It is 4.", "rejected": "It is 5."}
+SWAPPED = {**PAIR, "chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}
+
+
+def _printed(file: Path) -> str:
+    screen = StringIO()
+    show_diagnosis(Console(file=screen, width=200), SourceConfig(source=str(file)))
+    return screen.getvalue()
+
+
+@pytest.mark.parametrize("batch", [1, 4_096])
+def test_exact_duplicates_and_contradictions_are_named_by_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    monkeypatch.setattr(repeated_records, "BATCH", batch)
+    other = {"prompt": "Where?", "chosen": "Here.", "rejected": "There."}
+    file = _write(tmp_path / "a.jsonl", [PAIR, other, SWAPPED, PAIR, SWAPPED, other])
+    found = examine(file, ALL, records())
+    short = [(Path(one.where).name, Path(one.earlier).name) for one in found.repeats.exact]
+    assert short == [("a.jsonl:4", "a.jsonl:1"), ("a.jsonl:5", "a.jsonl:3"), ("a.jsonl:6", "a.jsonl:2")]
+    (contradiction,) = found.repeats.contradictions
+    assert (contradiction.where, contradiction.earlier) == (f"{file}:3", f"{file}:1")
+    assert found.near_duplicates.pairs == []
+    printed = _printed(file)
+    assert "  duplicates   3 rows repeat an earlier row exactly; keep one of each, or they weigh more\n" in printed
+    assert (
+        "  contradict   1 row says the opposite of an earlier row; correct it or remove one of the two\n"
+        "               a.jsonl:3 prefers the answer that a.jsonl:1 rejects\n"
+    ) in printed
+
+
+def test_an_answer_with_both_labels_is_a_contradiction(tmp_path: Path) -> None:
+    row = {"prompt": "2 + 2?", "completion": "4.", "label": True}
+    file = _write(tmp_path / "a.jsonl", [row, {**row, "label": False}])
+    assert "a.jsonl:2 has the opposite label of a.jsonl:1" in _printed(file)
+
+
+def test_faulty_rows_are_listed_in_the_order_of_the_file(tmp_path: Path) -> None:
+    rows = [json.dumps(PAIR), '{"prompt": "a", "chosen": "b", "rejected": 3}', "{", json.dumps({**PAIR, "chosen": 1})]
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join([*rows, "{"]))
+    found = examine(file, ALL, records())
+    assert [Path(fault.where).name for fault in found.faults] == [f"a.jsonl:{line}" for line in (2, 3, 4, 5)]
+    file.write_text("\n".join(rows[:2]))
+    assert "  faulty       1 row\n" in _printed(file)
+
+
+def test_a_misspelt_column_is_named_even_if_every_row_can_be_read(tmp_path: Path) -> None:
+    file = _write(tmp_path / "a.jsonl", [{"prompt": "a", "choosen": "b", "rejected": "c", "Zzz": 1}] * 2)
+    printed = _printed(file)
+    assert (
+        "  misspelt?    nothing reads the column 'choosen'; did you mean 'chosen'? Then rename it, or set "
+        "data.columns={chosen: choosen}\n"
+    ) in printed
+    assert "Zzz'" not in printed
+    assert "misspelt?" not in _printed(_write(tmp_path / "b.jsonl", [PAIR]))
+
+
+def test_the_doctor_says_whether_other_lines_are_utf_8(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    good, bad = (json.dumps({**PAIR, "chosen": "größer"}, ensure_ascii=False) for _ in range(2))
+    file.write_bytes(f"{good}\n".encode() + f"{bad}\n".encode("latin-1") + f"{good}\n".encode())
+    assert "1 line is not UTF-8, but other lines are: correct only this line" in _printed(file)
+    file.write_bytes(f"{json.dumps(PAIR)}\n{bad}\n{bad}\n".encode("latin-1"))
+    assert (
+        "2 lines are not UTF-8, and the others have only ASCII characters; if the file is Latin-1, convert it: "
+        f"iconv -f LATIN1 -t UTF-8 {file} > NEW_FILE\n"
+    ) in _printed(file)

@@ -103,7 +103,12 @@ def test_the_doctor_names_near_repeats_and_leaves_exact_ones_to_their_own_count(
     assert [(one.where, one.earlier) for one in found.near_duplicates.pairs] == [(f"{file}:12", f"{file}:5")]
     assert found.uses["sft"].repeated == 2
     printed = _diagnosis(file)
-    assert "duplicates   1 rows are nearly the same as an earlier row; keep one of each" in printed
+    assert (
+        "duplicates   2 rows repeat an earlier row exactly; keep one of each, or they weigh more\n"
+        "               rows.jsonl:11 repeats rows.jsonl:3\n"
+        "               rows.jsonl:13 repeats rows.jsonl:3\n"
+        "  duplicates   1 row is nearly the same as an earlier row; keep one of each, or it weighs more\n"
+    ) in printed
     assert (
         f"rows.jsonl:12 shares {found.near_duplicates.pairs[0].share:.0%} of its word sequences with rows.jsonl:5"
         in printed

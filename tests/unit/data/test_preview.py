@@ -118,7 +118,7 @@ def test_a_stage_shows_rows_counts_and_what_is_wrong(tmp_path: Path, capsys: pyt
     assert "⟦Hello.<|im_end|>⟧" in printed
     assert "2 records, " in printed
     assert "limit 100: 1 too long" in printed
-    assert "1 rows faulty, such as " in printed
+    assert "1 row faulty, such as " in printed
     assert "data.jsonl:2: 'completion' must be text and not empty; it is ''" in printed
 
 
@@ -133,8 +133,8 @@ def test_what_a_template_drops_and_changes_is_counted_with_an_example(
     ]
     spec = {"model": ModelConfig(source=BASE_SOURCE, chat_template="trl:qwen3")}
     printed = _printed(tmp_path, SftConfig(max_length=200), rows, capsys, **spec)
-    assert "1 records become several rows, because the chat template changes earlier turns, such as " in printed
-    assert "1 records lose thoughts of earlier turns in the chat template, such as " in printed
+    assert "1 record becomes several rows, because the chat template changes earlier turns, such as " in printed
+    assert "1 record loses thoughts of earlier turns in the chat template, such as " in printed
     assert printed.count("data.jsonl:2") == 2
     assert "⟦<think>\nTwo and two.\n</think>\n\nFour.<|im_end|>⟧" in printed
     unthinking = {"model": replace(spec["model"], template_options={"enable_thinking": False})}
@@ -183,7 +183,7 @@ def test_odd_rows_are_counted_with_an_example(tmp_path: Path, capsys: pytest.Cap
     held_out = HeldOut([LocatedText(where="heldout.jsonl:7", text=asked.upper())])
     show_stage(Console(width=300), tiny_spec(tmp_path, SftConfig(max_length=100)), rows=1, held_out=held_out)
     printed = capsys.readouterr().out
-    assert f"1 records repeat an earlier one, such as {tmp_path}/data.jsonl:3" in printed
+    assert f"1 record repeats an earlier one, such as {tmp_path}/data.jsonl:3" in printed
     assert "2 records have text that looks like a control token but is ordinary text, such as " in printed
     assert "1 record resembles a prompt of the evaluation, such as " in printed
     assert "which has 100% of heldout.jsonl:7" in printed
@@ -230,8 +230,8 @@ def test_the_page_shows_what_the_terminal_shows(
     report = (ROOT / "alignment/report/templates/macros.html.j2").read_text()
     (policy,) = [line for line in report.splitlines() if "Content-Security-Policy" in line]
     assert page.index("<head>") < page.index(policy) < page.index("<style>")
-    assert "1 records, " in page
-    assert "1 records, " in capsys.readouterr().out
+    assert "1 record, " in page
+    assert "1 record, " in capsys.readouterr().out
 
 
 FILES = {
@@ -283,7 +283,7 @@ def test_files_in_public_shapes_are_shown_as_they_are(
     spec = tiny_spec(tmp_path, kind(data=data), data_path=file)
     show_stage(Console(width=200), spec, rows=2)
     printed = capsys.readouterr().out
-    assert "records, " in printed
+    assert any(f"{noun}, " in printed for noun in ("record", "records"))
     assert "faulty" not in printed
     assert "{{" not in printed or file.name != "identity.json"
     if "toolcall" in file.name:

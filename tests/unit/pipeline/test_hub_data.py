@@ -198,7 +198,7 @@ def test_the_doctor_explains_a_split_of_a_data_set(cache: Path, capsys: pytest.C
     leave_data_set(cache, FILES)
     assert cli.main(["doctor", "hub:org/name", "--split", "test"]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith(f"{NAME}: 1 rows\n")
+    assert printed.startswith(f"{NAME}: 1 row\n")
     assert f"to use it    stages.sft.data.source={NAME} stages.sft.data.split=test\n" in printed
     assert cli.main(["doctor", "hub:org/name", "--subset", "x"]) == 3
     assert "has no subset 'x'; it has default" in capsys.readouterr().err
