@@ -8,6 +8,8 @@ from typing import Any
 
 COMMON = 0.99
 """The share of rows whose length counts, where a few are much longer (chosen, not tuned)."""
+_NOT_ALL = 20
+"""From so many rows, a single one that is much longer does not count either: less than 99 % of few rows is one row."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,16 +121,24 @@ class NewStage:
     reads: Rows | None = None
 
 
+def number_above(lengths: Sequence[int], limit: int) -> int:
+    """How many lengths are greater than a limit."""
+    return sum(length > limit for length in lengths)
+
+
 def share_above(lengths: Sequence[int], limit: int) -> float:
     """The share of lengths that are greater than a limit."""
-    return sum(length > limit for length in lengths) / max(1, len(lengths))
+    return number_above(lengths, limit) / max(1, len(lengths))
 
 
 def common_length(lengths: Sequence[int]) -> int:
-    """The length that all but one in a hundred do not exceed, or the greatest if it is at most twice that; 0 for no
-    lengths."""
+    """The length that all but one in a hundred do not exceed, and from 20 lengths on all but one; or the greatest if it
+    is at most twice that; 0 for no lengths."""
     ordered = sorted(lengths)
     if not ordered:
         return 0
-    common = ordered[max(0, int(COMMON * len(ordered) + 0.5) - 1)]
+    counting = int(COMMON * len(ordered) + 0.5)
+    if len(ordered) >= _NOT_ALL:
+        counting = min(counting, len(ordered) - 1)
+    common = ordered[max(0, counting - 1)]
     return ordered[-1] if ordered[-1] <= 2 * common else common

@@ -18,6 +18,7 @@ from alignment.core.errors import ConfigError, DataError
 from alignment.core.terminal import visible
 from alignment.data.counted import counted
 from alignment.data.doctor import Diagnosis, counted_records
+from alignment.data.fields import SetAside
 from alignment.data.formats.form import Format
 from alignment.data.hub_rows import snapshot_name, source_rows
 from alignment.data.overlap import asked
@@ -63,8 +64,13 @@ class DataFile:
         for row in source_rows(self.path, SourceConfig()):
             if isinstance(row, RawRow):
                 prompts = _records(of_prompt, row) if self.has_prompts else []
-                number = len(_records(own, row))
-                yield CountedRow(value=row.value, prompt=prompts[0] if prompts else None, number=number)
+                try:
+                    number, faulty = len(own.records(row)), False
+                except DataError as error:
+                    number, faulty = 0, not isinstance(error, SetAside)
+                yield CountedRow(
+                    value=row.value, prompt=prompts[0] if prompts else None, number=number, faulty=faulty
+                )
 
     def _reader(self, record: type[Record]) -> Reader:
         return Reader(format=self.format, record=record, data=SourceConfig())
@@ -83,11 +89,12 @@ class DataFile:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CountedRow:
     """A row's ``value``, the ``prompt`` in it if there is one, and the ``number`` of records that a stage makes of
-    it."""
+    it: none of a ``faulty`` one."""
 
     value: Any
     prompt: HeldOutPrompt | None
     number: int
+    faulty: bool
 
     @property
     def key(self) -> int | None:

@@ -108,7 +108,8 @@ def split(files: Sequence[DataFile], keys: frozenset[int], new: NewFiles) -> tup
 
 
 def without(files: Sequence[DataFile], held_out: DataFile, new: NewFiles) -> list[DataFile]:
-    """The files without the rows that ask a held-out prompt, or one that resembles it."""
+    """The files without the rows that ask a held-out prompt, or one that resembles it. A file that is written has no
+    faulty rows either."""
     texts = HeldOut(asked(row.prompt) for row in held_out.read() if row.prompt is not None)
     return [_without(file, held_out.prompts, texts, new) if file.has_prompts else file for file in files]
 
@@ -123,11 +124,13 @@ def _without(file: DataFile, keys: frozenset[int], texts: HeldOut, new: NewFiles
     number = 0
     with new.create(path) as stream:
         for row in file.read():
-            if row.key not in left_out:
+            if row.key not in left_out and not row.faulty:
                 _write(stream, row.value)
                 number += row.number
     prompts = frozenset(key for key in file.prompts if key not in left_out)
-    return replace(file, name=path.name, source=f"path:{path}", path=path.absolute(), number=number, prompts=prompts)
+    return replace(
+        file, name=path.name, source=f"path:{path}", path=path.absolute(), faulty=0.0, number=number, prompts=prompts
+    )
 
 
 def _asked_file(files: Sequence[DataFile]) -> DataFile | None:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from alignment.config.new_recipe import Circumstances, Reasoned, Rows, common_length, share_above
+from alignment.config.new_recipe import Circumstances, Reasoned, Rows, common_length, number_above, share_above
+from alignment.data.counted import counted
 
 _LARGEST_BATCH, _LEAST_STEPS = 32, 30
 _STEP = 16
@@ -79,8 +80,10 @@ def new_tokens(rows: Rows | None, circumstances: Circumstances) -> Reasoned:
         return Reasoned(value=min(256, most), why=f"{_UNTUNED}: the rows have no answers to measure")
     limit = _limit(common_length(rows.lengths.answers), most)
     share = 1 - share_above(rows.lengths.answers, limit)
+    longer = number_above(rows.lengths.answers, limit)
+    more = f"; {counted(longer, 'is', 'are')} longer" if longer else ""
     return Reasoned(
-        value=limit, why=f"{share:.0%} of the answers in {', '.join(rows.files)} have at most this many tokens"
+        value=limit, why=f"{share:.0%} of the answers in {', '.join(rows.files)} have at most this many tokens{more}"
     )
 
 
@@ -113,12 +116,13 @@ def _rounded(tokens: int) -> int:
 
 
 def _why_limit(rows: Rows, lengths: Sequence[int], limit: int, dropped: float) -> str:
-    counted = len(lengths)
-    which = f"the longest of {counted:,}" if counted >= rows.number else f"the longest of the first {counted:,}"
+    measured = len(lengths)
+    which = f"the longest of {measured:,}" if measured >= rows.number else f"the longest of the first {measured:,}"
     longest = max(lengths, default=0)
     if not dropped:
         return f"{which} has {longest:,} tokens"
-    return f"{which} has {longest:,} tokens; {dropped:.1%} are longer than this and left out"
+    longer = counted(number_above(lengths, limit), "row is", "rows are")
+    return f"{which} has {longest:,} tokens; {longer} longer than this and left out"
 
 
 def _described(rows: Rows) -> str:

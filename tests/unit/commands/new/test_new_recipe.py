@@ -255,6 +255,26 @@ def test_faulty_rows_are_left_out_and_said(new: Callable[..., Recipe]) -> None:
     assert "2 faulty rows are left out (align doctor talk.jsonl lists them)" in new.printed.getvalue()  # type: ignore[attr-defined]
 
 
+def test_faulty_rows_are_not_in_a_file_that_is_written(new: Callable[..., Recipe]) -> None:
+    faulty = {"prompt": "Which?", "chosen": "This.", "rejected": 3}
+    file = write("pairs.jsonl", [*pairs(60), faulty])
+    recipe = new(file, answers={"from-pairs": "directly", "first": "skip"})
+    train = "recipe-pairs-train.jsonl"
+    written = [json.loads(line) for line in Path(train).read_text().splitlines()]
+    assert len(written) == 54
+    assert faulty not in written
+    assert recipe["stages"]["dpo"]["data"] == {"source": f"path:{train}"}
+    assert "1 faulty row is left out (align doctor pairs.jsonl lists it)" in new.printed.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_single_long_row_of_a_small_file_is_counted_and_sets_no_limit(new: Callable[..., Recipe]) -> None:
+    rows = [*conversations(25), *conversations(1, answer="Yes, it is. " * 400)]
+    recipe = new(write("talk.jsonl", rows))
+    assert recipe["stages"]["sft"]["max_length"] < 200
+    text = Path("recipe.yaml").read_text()
+    assert "tokens; 1 row is longer than this and left out" in " ".join(text.replace("#", " ").split())
+
+
 def test_files_of_one_kind_are_learned_together(new: Callable[..., Recipe]) -> None:
     recipe = new(write("a.jsonl", conversations(20)), write("b.jsonl", rows_like(FORMATS["alpaca"].row, 10)))
     data = recipe["stages"]["sft"]["data"]
@@ -427,6 +447,7 @@ def test_a_comment_that_is_too_long_stands_above_its_value() -> None:
 
 @pytest.mark.parametrize(
     ("lengths", "length"), [([], 0), ([5], 5), ([10] * 99 + [20], 20), ([10] * 99 + [21], 10), ([10] * 9 + [90], 90)]
+    + [([10] * 25 + [9_000], 10), ([10] * 24 + [9_000] * 2, 9_000), ([10] * 19 + [20], 20), ([10] * 18 + [90], 90)],
 )
-def test_one_long_row_in_a_hundred_sets_no_limit(lengths: list[int], length: int) -> None:
+def test_one_long_row_in_a_hundred_or_in_a_small_file_sets_no_limit(lengths: list[int], length: int) -> None:
     assert common_length(lengths) == length
