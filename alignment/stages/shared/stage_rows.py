@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
@@ -15,6 +14,7 @@ from datasets import Dataset, concatenate_datasets
 
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.core.hardware import count_cores
+from alignment.data.counted import counted
 from alignment.data.mix import mixed, subset
 from alignment.data.reading import iterate, refuse_faults, start
 from alignment.data.records import Record
@@ -25,8 +25,6 @@ from alignment.data.tokens.row_kinds import Kind, Tokenized, tokenized
 from alignment.data.tokens.template_losses import lost_words
 from alignment.data.tokens.token_table import TokenTable, token_table
 from alignment.training.context import StageContext
-
-log = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=Record)
 
@@ -133,6 +131,8 @@ def fitting(
     longest = max((row.tokens for row in every), default=0)
     refuse_losses(limits, dropped=dropped, cut=cut, records=len(records), longest=longest, where=where)
     list_left_out(context, [note.as_row() for note in notes])
+    left_out = [note.as_row() for note in notes if not note.kind.startswith(LOST)]
+    _announce(context, counted(len(records), "record"), len(left_out), left_out)
     _note_losses(context, where, Counter(loss for row in every for loss in row.lost), len(records))
     fitting_rows = {index: row for index, row in enumerate(every) if row.fault is None}
     return fitting_rows, _counts(rows=len(fitting_rows), dropped=dropped, cut=cut)
@@ -166,7 +166,7 @@ def _read(context: StageContext, record: type[R], setting: str, data: SourceConf
     reading.on_left_out = lambda error: left_out.append(note_of_error(error).as_row())
     records = list(iterate(path, record, data, reading=reading))
     list_left_out(context, left_out)
-    _warn(context, path, reading.rows, left_out, len(left_out))
+    _announce(context, f"{counted(reading.rows, 'row')} of {path}", len(left_out), left_out)
     return records
 
 
@@ -175,7 +175,8 @@ def _copy_ledger(context: StageContext, table: TokenTable) -> None:
         _append(context, stream)
     first = [note for kind, notes in table.first.items() if not kind.startswith(LOST) for note in notes]
     losses = table.losses
-    _warn(context, table.path, table.read, first, sum(table.notes.values()) - sum(losses.values()))
+    count = sum(table.notes.values()) - sum(losses.values())
+    _announce(context, f"{counted(table.read, 'row')} of {table.path}", count, first)
     _note_losses(context, str(table.path), losses, table.records)
 
 
@@ -198,14 +199,12 @@ def _append(context: StageContext, lines: Iterable[str]) -> None:
             stream.writelines(chain([first], lines))
 
 
-def _warn(context: StageContext, path: Path, rows: int, entries: Sequence[Mapping[str, str]], count: int) -> None:
-    if entries and context.is_main:
-        log.warning(
-            "%d of %d rows of %s were left out or cut, for example %s: %s (all are listed in %s)",
-            count,
-            rows,
-            path,
-            entries[0]["where"],
-            entries[0]["reason"],
-            LEFT_OUT,
-        )
+def _announce(context: StageContext, what: str, count: int, entries: Sequence[Mapping[str, str]]) -> None:
+    """A note for the user on how many of ``what`` were left out or cut, with the first of them as an example."""
+    if not entries or not context.is_main:
+        return
+    example = f"{entries[0]['where']}: {entries[0]['reason']}"
+    context.notes.append(
+        f"{count:,} of {what} {'was' if count == 1 else 'were'} left out or cut, for example {example} "
+        f"({LEFT_OUT} in the result's folder lists all)"
+    )

@@ -117,6 +117,9 @@ def test_every_loss_is_in_the_list_beside_the_result(tmp_path: Path, tokenizer: 
             (f"{file}:41", "fault"),
             (f"{file}:42", "too long"),
         ]
+    (announced,) = set(context.notes)
+    assert announced.startswith(f"2 of 42 rows of {file} were left out or cut, for example {file}:41: 'completion' ")
+    assert announced.endswith(" (left_out.jsonl in the result's folder lists all)")
     assert counts == {"rows": 40.0, "rows_too_long": 1.0, "rows_cut": 0.0}
 
 
@@ -148,6 +151,7 @@ def test_prompts_that_are_too_long_are_dropped_or_cut_and_noted(
     (entry,) = _left_out(context)
     assert entry["where"] == f"{tmp_path}/data.jsonl:21"
     assert entry["kind"] == ("cut" if do is TooLong.cut else "too long")
+    assert context.notes[0].startswith(f"1 of 21 records was left out or cut, for example {entry['where']}: ")
 
 
 def test_prompts_that_cannot_be_rendered_are_skipped_where_faults_are(tmp_path: Path) -> None:
