@@ -73,10 +73,10 @@ class Diagnosis:
     """What ``examine`` learned about a file.
 
     ``unreadable`` rows could not be parsed; the list holds the first ones with their numbers. ``num_not_utf8`` of them
-    are not UTF-8, and ``has_non_ascii`` says whether a readable row has characters beyond ASCII. ``faulty`` rows are so for some stages, and
-    rows that are ``set_aside``, by reason, are of no use for some. ``columns`` counts the rows that have each column,
-    ``placeholders`` the rows that contain each ``{{name}}``. ``repeats`` holds rows that repeat or contradict an earlier
-    one, ``near_duplicates`` rows whose text is nearly the same as an earlier one's.
+    are not UTF-8, and ``has_non_ascii`` says whether a readable row has characters beyond ASCII. ``faulty`` rows are
+    so for some stages, and rows that are ``set_aside``, by reason, are of no use for some. ``columns`` counts the rows
+    that have each column, ``placeholders`` the rows that contain each ``{{name}}``. ``repeats`` holds rows that repeat
+    or contradict an earlier one, ``near_duplicates`` rows whose text is nearly the same as an earlier one's.
     """
 
     path: Path

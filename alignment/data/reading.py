@@ -241,7 +241,7 @@ def refuse_faults(
     rows do not mean that there are many in the file.
 
     Raises:
-        DataError: otherwise. It lists ``faults``, the first of ``count``, and names the ``setting`` that holds ``data``.
+        DataError: otherwise. It lists ``faults``, the first of ``count``, and names the ``setting``.
     """
     if not count:
         return

@@ -1,8 +1,7 @@
-"""Finds records that are equal to earlier ones, and rows that repeat or contradict an earlier row or are nearly equal to
-it, in one pass and little memory.
+"""Finds repeated records, and rows that repeat, contradict or resemble an earlier row, in one pass and little memory.
 
-Eight bytes of each record are kept, and the location of the first rows. Rows wait until there are some thousands of them, because a batch of keys is looked
-up much faster than its keys one by one.
+Eight bytes of each record are kept, and the location of the first rows. Rows wait until there are some thousands of
+them, because a batch of keys is looked up much faster than its keys one by one.
 """
 
 from __future__ import annotations
@@ -50,8 +49,8 @@ def record_key(record: Record) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RelatedRow:
-    """A row at ``where`` that repeats or contradicts the row at ``earlier``, which is empty if too many rows are between
-    them. ``record`` is the record of the stage that uses most of the row."""
+    """A row at ``where`` that repeats or contradicts the row at ``earlier``, which is empty if it is no longer known.
+    ``record`` is the record of the stage that uses most of the row."""
 
     where: str
     earlier: str
@@ -81,7 +80,7 @@ class RowRelations:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Fullest:
-    """A row's records of the stage that uses most of it, by their keys, and the keys of records that contradict them."""
+    """The keys of a row's records for the stage that uses most of it, and of the records that would contradict them."""
 
     where: str
     stage: str
@@ -138,10 +137,12 @@ class RepeatedRecords:
             new_rows[name][rows[is_new]] = True
             with_new |= new_rows[name]
             if not self._near.is_full:
-                for index in np.flatnonzero(is_new):
-                    new[rows[index]].setdefault(name, []).append(keys[index])
+                for at in np.flatnonzero(is_new):
+                    new[rows[at]].setdefault(name, []).append(keys[at])
         contradicting = self._relate(new_rows)
-        for index, (waiting, keys_of_row, has_new) in enumerate(zip(self._waiting, new, with_new.tolist(), strict=True)):
+        for index, (waiting, keys_of_row, has_new) in enumerate(
+            zip(self._waiting, new, with_new.tolist(), strict=True)
+        ):
             if index in contradicting:
                 continue
             if waiting is None:
@@ -156,7 +157,11 @@ class RepeatedRecords:
         stage = next((name for name in self._by_fullness if keyed.get(name)), None)
         if stage is None:
             return None
-        opposites = () if self._is_full else [record_key(one) for one in map(_opposite, keyed[stage].values()) if one]
+        opposites = (
+            ()
+            if self._is_full
+            else [record_key(opposite) for opposite in map(_opposite, keyed[stage].values()) if opposite]
+        )
         return _Fullest(where=where, stage=stage, keys=list(keyed[stage]), opposites=opposites)
 
     @property

@@ -134,11 +134,11 @@ def _parsed(text: bytes, where: str) -> RawRow | DataError:
     except UnicodeDecodeError as error:
         return _not_utf8(error, where)
     except (ValueError, RecursionError) as error:
-        place, message = _place_of(error, where)
-        return DataError(f"not JSON: {message}", where=place, remedy="write one JSON object per line (JSON Lines)")
+        line, message = _located(error, where)
+        return DataError(f"not JSON: {message}", where=line, remedy="write one JSON object per line (JSON Lines)")
 
 
-def _place_of(error: Exception, where: str) -> tuple[str, str]:
+def _located(error: Exception, where: str) -> tuple[str, str]:
     """The location of a fault in JSON and its message, with the line of the file and no other number of a line."""
     if not isinstance(error, json.JSONDecodeError):
         return where, str(error)

@@ -92,7 +92,9 @@ def _lines(diagnosis: Diagnosis, data: SourceConfig) -> list[str]:
     lines += [_line(stages, _of_use(stages, use, diagnosis)) for stages, use in diagnosis.uses.items()]
     lines += _set_aside(diagnosis)
     if diagnosis.placeholders:
-        rows = ", ".join(f"{{{{{name}}}}} in {counted(count, 'row')}" for name, count in sorted(diagnosis.placeholders.items()))
+        rows = ", ".join(
+            f"{{{{{name}}}}} in {counted(count, 'row')}" for name, count in sorted(diagnosis.placeholders.items())
+        )
         names = ", ".join(f"{name}: TEXT" for name in sorted(diagnosis.placeholders))
         lines.append(_line("unfilled", f"{rows}; fill them with data.placeholders={{{names}}}"))
     lines += _misspelt(diagnosis)
@@ -141,7 +143,9 @@ def _duplicates(diagnosis: Diagnosis) -> Iterator[str]:
     """Rows that repeat an earlier one, then rows that are nearly the same."""
     exact, near = diagnosis.repeats.num_exact, diagnosis.near_duplicates.pairs
     if exact:
-        yield _line("duplicates", f"{counted(exact, 'row repeats', 'rows repeat')} an earlier row exactly; {_weight(exact)}")
+        yield _line(
+            "duplicates", f"{counted(exact, 'row repeats', 'rows repeat')} an earlier row exactly; {_weight(exact)}"
+        )
     for row in diagnosis.repeats.exact[:_PAIRS]:
         yield _line("", f"{_short_location(row.where)} repeats {_earlier(row)}")
     yield from _more(exact)

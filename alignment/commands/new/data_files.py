@@ -68,9 +68,7 @@ class DataFile:
                     number, faulty = len(own.records(row)), False
                 except DataError as error:
                     number, faulty = 0, not isinstance(error, SetAside)
-                yield CountedRow(
-                    value=row.value, prompt=prompts[0] if prompts else None, number=number, faulty=faulty
-                )
+                yield CountedRow(value=row.value, prompt=prompts[0] if prompts else None, number=number, faulty=faulty)
 
     def _reader(self, record: type[Record]) -> Reader:
         return Reader(format=self.format, record=record, data=SourceConfig())

@@ -152,7 +152,12 @@ def _of_rows(records: Sequence[Tokenized], readable: Sequence[RecordSpans], read
         ("becomes", "become", "several rows, because the chat template changes earlier turns", split),
     ]
     oddities += [
-        ("loses", "lose", f"{loss} in the chat template", [one.record.where for one in records if loss in one.lost])
+        (
+            "loses",
+            "lose",
+            f"{loss} in the chat template",
+            [record.record.where for record in records if loss in record.lost],
+        )
         for loss in LOSSES
     ]
     lines = [

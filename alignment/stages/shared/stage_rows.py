@@ -199,12 +199,12 @@ def _append(context: StageContext, lines: Iterable[str]) -> None:
             stream.writelines(chain([first], lines))
 
 
-def _announce(context: StageContext, what: str, count: int, entries: Sequence[Mapping[str, str]]) -> None:
-    """A note for the user on how many of ``what`` were left out or cut, with the first of them as an example."""
+def _announce(context: StageContext, rows: str, count: int, entries: Sequence[Mapping[str, str]]) -> None:
+    """A note for the user on how many of ``rows`` were left out or cut, with the first of them as an example."""
     if not entries or not context.is_main:
         return
     example = f"{entries[0]['where']}: {entries[0]['reason']}"
     context.notes.append(
-        f"{count:,} of {what} {'was' if count == 1 else 'were'} left out or cut, for example {example} "
+        f"{count:,} of {rows} {'was' if count == 1 else 'were'} left out or cut, for example {example} "
         f"({LEFT_OUT} in the result's folder lists all)"
     )

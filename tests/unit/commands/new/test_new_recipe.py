@@ -446,8 +446,18 @@ def test_a_comment_that_is_too_long_stands_above_its_value() -> None:
 
 
 @pytest.mark.parametrize(
-    ("lengths", "length"), [([], 0), ([5], 5), ([10] * 99 + [20], 20), ([10] * 99 + [21], 10), ([10] * 9 + [90], 90)]
-    + [([10] * 25 + [9_000], 10), ([10] * 24 + [9_000] * 2, 9_000), ([10] * 19 + [20], 20), ([10] * 18 + [90], 90)],
+    ("lengths", "length"),
+    [
+        ([], 0),
+        ([5], 5),
+        ([10] * 99 + [20], 20),
+        ([10] * 99 + [21], 10),
+        ([10] * 9 + [90], 90),
+        ([10] * 25 + [9_000], 10),
+        ([10] * 24 + [9_000] * 2, 9_000),
+        ([10] * 19 + [20], 20),
+        ([10] * 18 + [90], 90),
+    ],
 )
 def test_one_long_row_in_a_hundred_or_in_a_small_file_sets_no_limit(lengths: list[int], length: int) -> None:
     assert common_length(lengths) == length
