@@ -93,7 +93,6 @@ def row_of(
     metric; both have an entry for each prompt. With fewer than ``FEWEST_PROMPTS`` judged prompts there is no win rate.
     """
     points = judged.points()
-    counted = [index for index, value in enumerate(points) if value is not None]
     voted = {vote.pair for vote in judged.votes}
     num_judged = sum(pair.key in voted for pair in judged.pairs)
     enough = num_judged >= FEWEST_PROMPTS
@@ -108,8 +107,7 @@ def row_of(
         max_invalid=1.0,  # prompts that nobody judged are not invalid
         intervals=intervals,
     )
-    both = [(side, by_metric[index]) for side, index in zip(sides, counted, strict=True)] if by_metric else []
-    compared = [(side, by_score) for side, by_score in both if by_score is not None]
+    compared = _compared(judged.pairs, points, by_metric) if by_metric else []
     by_votes, by_scores = [side for side, _ in compared], [by_score for _, by_score in compared]
     return replace(
         row,
@@ -120,6 +118,7 @@ def row_of(
         position_bias=judged.position_bias(),
         metric_agreement=same_share(by_votes, by_scores) if compared else None,
         metric_kappa=kappa(by_votes, by_scores) if compared else None,
+        metric_prompts=len(compared) or None,
         people=JudgedByPeople(
             judged=num_judged,
             same_answers=sum(pair.same for pair in judged.pairs),
@@ -129,6 +128,17 @@ def row_of(
             alpha=judged.alpha(),
         ),
     )
+
+
+def _compared(
+    pairs: Sequence[AnswerPair], points: Sequence[float | None], by_metric: Sequence[float | None]
+) -> list[tuple[float, float]]:
+    """Whom the votes and the metric prefer on each prompt with different answers that both judged."""
+    return [
+        (_side(value), by_score)
+        for pair, value, by_score in zip(pairs, points, by_metric, strict=True)
+        if not pair.same and value is not None and by_score is not None
+    ]
 
 
 def _side(points: float) -> float:

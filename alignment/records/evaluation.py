@@ -170,7 +170,8 @@ class JudgedPair:
 
     ``wins``, ``ties`` and ``losses`` count prompts, ``invalid`` is a share of verdicts. ``length_controlled`` is the
     win rate between answers of equal length; None where length and arm cannot be told apart. ``metric_agreement`` and
-    ``metric_kappa`` compare the judge with the primary metric. docs/evaluation.md explains the other figures.
+    ``metric_kappa`` compare the judge with the primary metric on the ``metric_prompts``: the prompts with different
+    answers that both judged. docs/evaluation.md explains the other figures.
     """
 
     arm: Name
@@ -187,6 +188,7 @@ class JudgedPair:
     position_bias: float | None = None
     metric_agreement: float | None = None
     metric_kappa: float | None = None
+    metric_prompts: int | None = None
     people: JudgedByPeople | None = None
 
     @property

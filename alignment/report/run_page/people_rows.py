@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from alignment.records.evaluation import Evaluation
+from alignment.records.evaluation import Evaluation, JudgedByPeople, JudgedPair
 from alignment.records.interval import Interval
 from alignment.report.kit import text
-from alignment.report.run_page.run_tables import TONES
+from alignment.report.run_page.run_tables import TONES, metric_agreement, metric_prompts
 
 PEOPLE = "people"
 """The kind of judge that this table is for."""
@@ -15,7 +15,10 @@ PEOPLE = "people"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeopleRow:
-    """Two arms that people compared; ``counts`` are wins, ties and losses, ``stale`` the votes on other answers."""
+    """Two arms that people compared; ``counts`` are wins, ties and losses, ``stale`` the votes on other answers.
+
+    ``averaged`` says over which prompts the win rate is, and ``compared`` on how many the metric was compared.
+    """
 
     arm: str
     against: str
@@ -23,11 +26,13 @@ class PeopleRow:
     at_equal_lengths: Interval | None
     counts: str
     judged: str
+    averaged: str
     votes: str
     stale: str
     alpha: str
     bias: str
     metric: str
+    compared: str
     verdict: str
     tone: str
 
@@ -48,13 +53,23 @@ def people_rows(evaluation: Evaluation) -> list[PeopleRow]:
                 at_equal_lengths=pair.length_controlled,
                 counts=f"{pair.wins} / {pair.ties} / {pair.losses}",
                 judged=f"{people.judged}" if pair.prompts is None else f"{people.judged} of {pair.prompts}",
+                averaged=_averaged(pair, people),
                 votes=f"{people.votes} by {people.annotators}",
                 stale=f"{people.stale} on other answers" if people.stale else "",
                 alpha=text.number(people.alpha),
                 bias="–" if pair.position_bias is None else text.signed(pair.position_bias, 2),
-                metric=text.share(pair.metric_agreement),
+                metric=metric_agreement(pair),
+                compared=metric_prompts(pair),
                 verdict=pair.verdict,
                 tone=TONES.get(pair.verdict, "open"),
             )
         )
     return rows
+
+
+def _averaged(pair: JudgedPair, people: JudgedByPeople) -> str:
+    """Over how many prompts the win rate is, if these are more than the judged ones."""
+    identical = pair.counted - people.judged
+    if pair.win_rate is None or identical <= 0:
+        return ""
+    return f"win rate over {pair.counted}, {identical} of them with identical answers"

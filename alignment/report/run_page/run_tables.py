@@ -182,6 +182,7 @@ class JudgedRow:
     agreement: str
     bias: str
     metric: str
+    compared: str
     verdict: str
     tone: str
 
@@ -207,10 +208,21 @@ def _judged_row(pair: JudgedPair, evaluation: Evaluation) -> JudgedRow:
         invalid=text.share(pair.invalid),
         agreement=text.share(pair.agreement),
         bias="–" if pair.position_bias is None else text.signed(pair.position_bias, 2),
-        metric=text.share(pair.metric_agreement) + _kappa(pair.metric_kappa),
+        metric=metric_agreement(pair),
+        compared=metric_prompts(pair),
         verdict=pair.verdict,
         tone=TONES.get(pair.verdict, "open"),
     )
+
+
+def metric_agreement(pair: JudgedPair) -> str:
+    """``70 % (κ 0.44)``: how often the judge prefers the same arm as the primary metric."""
+    return text.share(pair.metric_agreement) + _kappa(pair.metric_kappa)
+
+
+def metric_prompts(pair: JudgedPair) -> str:
+    """``on 76 prompts``: how many of them were compared; empty if none, or in older files."""
+    return "" if pair.metric_prompts is None else f"on {pair.metric_prompts} prompts"
 
 
 def _kappa(value: float | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from alignment.config.evaluating import JudgeConfig, JudgeKind
 from alignment.data.mix import some
 from alignment.data.records import HeldOutPrompt
-from alignment.evaluation.arms import Answer, Answered
+from alignment.evaluation.arms import Answer, Answered, grouped
 from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.endpoint import Endpoint
 from alignment.evaluation.grammar import Verdict, conversations_prompt, judge_prompt, verdict_of
@@ -144,10 +144,28 @@ def _row(
         pair.points,
         pair.both,
         extra_words=[count - other for count, other in zip(words, words_against, strict=True)],
-        by_metric=None if primary is None else primary.points(pair.arm, pair.against, indices),
+        by_metric=None if primary is None else _by_metric(pair, config, arms, primary, indices),
         max_invalid=config.max_invalid,
         intervals=intervals,
     )
+
+
+def _by_metric(
+    pair: _Pair, config: JudgeConfig, arms: Mapping[str, Answered], primary: ScoredArms, indices: Sequence[int]
+) -> list[float | None]:
+    """The metric's points on the judged prompts; None where the answers are identical, so nothing could disagree."""
+    texts, texts_against = (_texts(arms[name], config) for name in (pair.arm, pair.against))
+    points = primary.points(pair.arm, pair.against, indices)
+    return [
+        None if texts[index] == texts_against[index] else point for index, point in zip(indices, points, strict=True)
+    ]
+
+
+def _texts(arm: Answered, config: JudgeConfig) -> list[Sequence[Sequence[str]]]:
+    """The judged answers by prompt and turn: the first to each turn, or all, as in ``_words``."""
+    groups = grouped([answer.text.strip() for answer in arm.answers], arm.per_prompt)
+    of_first = config.kind is JudgeKind.endpoint
+    return arm.by_prompt([texts[:1] for texts in groups] if of_first else groups)
 
 
 def _words(arm: Answered, config: JudgeConfig, indices: Sequence[int]) -> list[float]:

@@ -67,13 +67,13 @@ def test_prompts_that_nobody_judged_are_no_ties() -> None:
     told = row(of([]))
     assert (told.wins, told.ties, told.losses, told.win_rate) == (0, 0, 0, None)
     assert told.verdict == "nothing can be concluded"
-    assert told.why_nothing == "people judged 0 of 20 prompts, and 10 are needed"
+    assert told.why_nothing == "people judged 0 of 20 prompts, but 10 are needed"
 
 
 def test_too_few_prompts_give_counts_and_no_verdict() -> None:
     nine, ten = (row(of([vote(about) for about in PAIRS[:number]])) for number in (9, 10))
     assert (nine.wins, nine.win_rate, nine.verdict) == (9, None, "nothing can be concluded")
-    assert nine.why_nothing == "people judged 9 of 20 prompts, and 10 are needed"
+    assert nine.why_nothing == "people judged 9 of 20 prompts, but 10 are needed"
     assert ten.verdict == "better"
 
 
@@ -117,6 +117,25 @@ def test_the_metric_is_compared_with_the_side_that_most_prefer() -> None:
     votes.append(vote(PAIRS[9], SFT, annotator="cy"))
     told = row(of(votes), by_metric=[1.0] * 8 + [0.5] * 12)
     assert told.metric_agreement == pytest.approx(8 / 10)
+    assert told.metric_prompts == 10
+
+
+def test_agreement_leaves_out_answers_that_are_identical() -> None:
+    """Ten of sixteen prompts have identical answers, on which nothing could disagree."""
+    mixed = [pair(number) if number <= 6 else pair(number, sft="same", dpo="same") for number in range(1, 17)]
+    votes = [vote(about) for about in mixed[:6]]
+    told = row(of(votes, mixed), by_metric=[1.0, *[0.0] * 5, *[0.5] * 10])
+    assert (told.wins, told.ties, told.metric_prompts) == (6, 10, 6)
+    assert told.metric_agreement == pytest.approx(1 / 6)
+    assert told.metric_kappa == pytest.approx(0.0), "whoever always prefers the same arm agrees by chance only"
+    nothing = row(of([], mixed), by_metric=[0.5] * 16)
+    assert (nothing.metric_agreement, nothing.metric_kappa, nothing.metric_prompts) == (None, None, None)
+
+
+def test_alpha_is_of_votes_and_so_leaves_out_answers_that_are_identical() -> None:
+    votes = [vote(about, choice, annotator=name) for about in PAIRS[:4] for name, choice in (("ada", DPO), ("bo", SFT))]
+    same = [pair(number, sft="same", dpo="same") for number in range(30, 60)]
+    assert of(votes, [*PAIRS, *same]).alpha() == of(votes).alpha()
 
 
 PUBLISHED = """

@@ -450,7 +450,7 @@ def test_an_evaluation_with_a_judge_shows_its_pairs_and_what_can_be_concluded(fa
     pair = {
         "arm": "stage:dpo", "against": "stage:sft", "wins": 50, "ties": 24, "losses": 26, "win_rate": rate,
         "verdict": "better", "invalid": 0.015, "agreement": 0.81, "position_bias": -0.12, "metric_agreement": 0.7,
-        "metric_kappa": 0.44, "length_controlled": {"mean": 0.55, "low": 0.47, "high": 0.63},
+        "metric_kappa": 0.44, "metric_prompts": 98, "length_controlled": {"mean": 0.55, "low": 0.47, "high": 0.63},
     }  # fmt: skip
     none = pair | {"against": "base+prompt", "win_rate": None, "verdict": "nothing can be concluded", "invalid": 1.0}
     fake_run.evaluation["judge"] = {"name": "a <b>judge</b>", "num_prompts": 100, "pairs": [pair, none, {"arm": "x"}]}

@@ -12,12 +12,14 @@ PAIR = {
     "against": "stage:sft",
     "prompts": 102,
     "wins": 50,
-    "ties": 10,
+    "ties": 9,
     "losses": 24,
     "win_rate": {"mean": 0.62, "low": 0.53, "high": 0.71},
     "verdict": "better",
     "position_bias": -0.12,
     "metric_agreement": 0.7,
+    "metric_kappa": 0.44,
+    "metric_prompts": 76,
     "people": PEOPLE,
 }
 NOBODY = {
@@ -49,7 +51,9 @@ def test_the_report_says_how_much_people_judged_and_whether_they_agree(fake_run:
     rows = re.findall(r'<tr><th scope="row"><bdi>dpo</bdi></th>(.*?)</tr>', section)
     cells = dict(re.findall(r'data-label="([^"]*)">(.*?)</td>', rows[0]))
     assert cells["win rate"] == "0.62<small>0.53 to 0.71</small>"
-    assert (cells["prompts judged"], cells["α"], cells["bias"]) == ("80 of 102", "0.61", "−0.12")
+    assert cells["prompts judged"] == "80 of 102<small>win rate over 83, 3 of them with identical answers</small>"
+    assert (cells["α"], cells["bias"]) == ("0.61", "−0.12")
+    assert cells["metric agrees"] == "70 % (κ 0.44)<small>on 76 prompts</small>".replace(" %", "\u202f%")
     assert cells["votes, annotators"] == "190 by 3<small>7 on other answers</small>"
     assert "nothing can be concluded" in rows[1]
     assert "0 of 102" in rows[1]

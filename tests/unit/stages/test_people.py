@@ -107,7 +107,7 @@ def test_without_votes_nothing_is_concluded(tmp_path: Path) -> None:
     assert result.win_rate(DPO, reference=SFT) is None
     assert sentence(result) == (
         "By the votes of people on 0 prompts, ties counted as half a win: nothing can be concluded about dpo and sft "
-        "(people judged 0 of 12 prompts, and 10 are needed)."
+        "(people judged 0 of 12 prompts, but 10 are needed)."
     )
 
 
@@ -117,6 +117,34 @@ def test_votes_on_other_answers_do_not_count_and_are_named(tmp_path: Path) -> No
     assert result.table is not None
     assert (result.table.pairs[0].wins, result.table.pairs[0].win_rate) == (0, None)
     assert "people judged 0 of 12 prompts, but 10 are needed; 12 votes are for other answers" in sentence(result)
+
+
+@pytest.mark.parametrize("per_prompt", [1, 2])
+def test_no_judge_is_compared_with_the_metric_where_the_answers_are_identical(tmp_path: Path, per_prompt: int) -> None:
+    """Ten of twelve prompts have identical answers, on which every judge agrees with every metric."""
+    texts = {arm: [pair(number).answers[arm] if number <= 2 else "same" for number in NUMBERS] for arm in ARMS}
+    arms = {
+        arm: answered([text for text in of_arm for _ in range(per_prompt)], per_prompt=per_prompt)
+        for arm, of_arm in texts.items()
+    }
+    scores = {SFT: [0.0] * len(ROWS), DPO: [1.0] + [0.0] * (len(ROWS) - 1)}
+    rewards = {arm: [score for score in [0.0, -1.0 if arm == DPO else 0.0, *[0.0] * 10] for _ in range(per_prompt)]
+               for arm in ARMS}  # fmt: skip
+    result = judge(
+        JudgeConfig(kind=JudgeKind.reward),
+        context(tmp_path, []),
+        ROWS,
+        arms,
+        rewards,
+        ScoredArms(metric=Metric(name="brevity"), by_arm=scores),
+        None,
+        reference=SFT,
+        intervals=Intervals(samples=200, seed=0),
+    )
+    assert result.table is not None
+    (row,) = result.table.pairs
+    assert (row.wins, row.ties, row.losses) == (0, 11, 1)
+    assert (row.metric_agreement, row.metric_prompts) == (0.0, 2)
 
 
 def test_of_several_answers_people_judged_the_first(tmp_path: Path) -> None:
