@@ -64,6 +64,7 @@ class Ballots:
         self._pairs = {pair.key: pair for pair in ordered if not pair.same}
         self._votes = read_votes(file)
         self.num_same = len(ordered) - len(self._pairs)
+        self.num_prompts = sum(not pair.same for pair in pairs)  # with different answers; a prompt may repeat
         about = [vote for vote in self._votes if set(vote.answers) == set(arms)]
         self.num_stale = sum(vote.pair not in self._pairs for vote in about)
 

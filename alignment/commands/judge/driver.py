@@ -19,8 +19,11 @@ from alignment.core.errors import ArtifactError, ConfigError, DataError
 from alignment.core.locks import held
 from alignment.evaluation.answer_pairs import AnswerPair, pairs_of_samples
 from alignment.pipeline.execute.finished_evaluations import evaluations
-from alignment.records.evaluation import SAMPLES, Evaluation, read_samples
+from alignment.records.evaluation import FEWEST_PROMPTS, SAMPLES, Evaluation, read_samples
 from alignment.records.votes import FILE, cut_unfinished_line
+
+
+_MORE_SAME = "have two identical answers and count as ties"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +56,7 @@ def judge(console: Console, run: str, arms: Sequence[str], *, options: Options, 
     pair = _two_arms(arms, Evaluation.read(artifact))
     file = _votes_file(options.votes, output / "runs" / run / stage)
     pairs = _pairs(artifact, pair)
+    judge_settings = "{kind: people}" if options.votes is None else f"{{kind: people, votes: {file}}}"
     file.parent.mkdir(parents=True, exist_ok=True)
     with (
         held(file.with_name(f"{file.name}.lock"), wait=False, remedy="judge on its page, or stop it"),
@@ -62,12 +66,12 @@ def judge(console: Console, run: str, arms: Sequence[str], *, options: Options, 
             _print(console, f"{file}: an incomplete vote at the end was removed; it was never confirmed")
         ballots = Ballots(file, pairs, pair)
         page = PageServer(lambda token: application(ballots, token, run=run, annotator=annotator), listener)
-        _introduce(console, ballots, file, pair)
+        _introduce(console, ballots, file, pair, stage=stage)
         _print(console, f"judge at {page.address} (Ctrl-C ends)")
         if options.opens_browser:
             webbrowser.open(page.address)
         page.serve()
-        _summarise(console, ballots, file)
+        _summarise(console, ballots, file, judge_settings, stage=stage)
     return 0
 
 
@@ -106,11 +110,16 @@ def _two_arms(arms: Sequence[str], evaluation: Evaluation) -> tuple[str, str]:
         if arm not in named:
             raise ConfigError(f"no arm {arm!r} in this evaluation; {suggestion(arm, labels)}", where="--arm")
     chosen = [named[arm] for arm in arms]
-    if len(chosen) != 2:
+    if not chosen:
         raise ConfigError(
-            f"{len(chosen)} arms were given, but exactly two are compared",
+            f"the evaluation has {len(labels)} arms, and two are compared",
             where="--arm",
-            remedy=f"its arms: {', '.join(labels)}",
+            remedy=f"name two of them, `--arm {' --arm '.join(labels[:2])}`; its arms: {', '.join(labels)}",
+        )
+    if len(chosen) != 2:
+        given = "one arm was" if len(chosen) == 1 else f"{len(chosen)} arms were"
+        raise ConfigError(
+            f"{given} given, but two are compared", where="--arm", remedy=f"its arms: {', '.join(labels)}"
         )
     if chosen[0] == chosen[1]:
         raise ConfigError(f"{arms[0]!r} cannot be compared with itself", where="--arm", remedy="name two arms")
@@ -149,18 +158,37 @@ def _pairs(artifact: Path, arms: tuple[str, str]) -> list[AnswerPair]:
     return pairs
 
 
-def _introduce(console: Console, ballots: Ballots, file: Path, arms: tuple[str, str]) -> None:
+def _introduce(console: Console, ballots: Ballots, file: Path, arms: tuple[str, str], *, stage: str) -> None:
     _print(console, f"{arms[0]} and {arms[1]}: {ballots.total} pairs of answers to judge")
     if ballots.num_same:
-        _print(console, f"{ballots.num_same} more have two identical answers and count as ties without a vote")
+        more = "has two identical answers and counts as a tie" if ballots.num_same == 1 else _MORE_SAME
+        _print(console, f"{ballots.num_same} more {more} without a vote")
     if ballots.num_stale:
-        _print(console, f"{ballots.num_stale} votes in the file are for other answers of these arms and do not count")
+        stale = "vote in the file is" if ballots.num_stale == 1 else "votes in the file are"
+        count = "does" if ballots.num_stale == 1 else "do"
+        _print(console, f"{ballots.num_stale} {stale} for other answers of these arms and {count} not count")
+    if ballots.num_prompts < FEWEST_PROMPTS:
+        plural = "" if ballots.num_prompts == 1 else "s"
+        _print(
+            console,
+            f"note: at most {ballots.num_prompts} prompt{plural} can be judged, but a win rate needs {FEWEST_PROMPTS}; "
+            f"evaluate on more held-out prompts (stages.{stage}.data), and judge those",
+        )
     _print(console, f"votes: {file}")
 
 
-def _summarise(console: Console, ballots: Ballots, file: Path) -> None:
-    judged = [f"{name} {count} of {ballots.total}" for name, count in ballots.judged().items()]
-    _print(console, f"judged: {', '.join(judged) or 'nothing yet'}; votes: {file}")
+def _summarise(console: Console, ballots: Ballots, file: Path, settings: str, *, stage: str) -> None:
+    judged = ballots.judged()
+    counts = ", ".join(f"{name} {count} of {ballots.total}" for name, count in judged.items())
+    finished = [name for name, count in judged.items() if count == ballots.total]
+    left = f", so nothing is left for {' and '.join(finished)}" if finished else ""
+    _print(console, f"judged: {counts or 'nothing yet'}{left}; votes: {file}")
+    if judged:
+        _print(
+            console,
+            f"to count them: put `judge: {settings}` into stages.{stage} of the recipe, and run it again; as an "
+            "override, the next run without it has no votes in its report",
+        )
 
 
 def _print(console: Console, line: str) -> None:

@@ -64,11 +64,40 @@ def test_it_says_what_is_judged_and_where_votes_are(printed: Any, output: Path) 
         stream.write(b'{"pair": "12')
     told = printed()
     assert "stage:sft and stage:dpo: 3 pairs of answers to judge\n" in told
-    assert "1 more have two identical answers" in told
-    assert "1 votes in the file are for other answers of these arms and do not count" in told
+    assert "1 more has two identical answers and counts as a tie without a vote" in told
+    assert "1 vote in the file is for other answers of these arms and does not count" in told
     assert "an incomplete vote at the end was removed; it was never confirmed" in told
     assert f"judged: ada 1 of 3; votes: {file}" in told
     assert file.read_bytes().endswith(b"}\n")
+
+
+def test_too_few_pairs_for_a_win_rate_are_known_before_anybody_votes(printed: Any, output: Path) -> None:
+    told = printed()
+    assert (
+        "note: at most 3 prompts can be judged, but a win rate needs 10; evaluate on more held-out prompts "
+        "(stages.evaluate.data), and judge those"
+    ) in told
+    finished_run(output, [sample(number) for number in range(1, 11)], run="ten", stage="many")
+    assert "note: " not in printed("ten")
+
+
+def test_the_closing_lines_say_what_is_left_and_how_votes_are_counted(printed: Any, output: Path) -> None:
+    other = output / "other.jsonl"
+    append_vote(other, vote(pair(1)))
+    told = printed(votes=str(other))
+    assert "nothing is left" not in told
+    assert f"to count them: put `judge: {{kind: people, votes: {other}}}` into stages.evaluate of the recipe" in told
+    file = output / "runs" / "mine" / "evaluate" / "votes.jsonl"
+    file.parent.mkdir()
+    assert "to count them" not in printed(), "there are none"
+    for number in (1, 2, 3):
+        append_vote(file, vote(pair(number)))
+    told = printed()
+    assert "judged: ada 3 of 3, so nothing is left for ada; votes:" in told
+    assert (
+        "to count them: put `judge: {kind: people}` into stages.evaluate of the recipe, and run it again; as an "
+        "override, the next run without it has no votes in its report"
+    ) in told
 
 
 def test_arms_are_named_by_label_or_in_full_and_need_no_naming_where_there_are_two(
@@ -87,8 +116,10 @@ def test_arms_are_named_by_label_or_in_full_and_need_no_naming_where_there_are_t
         ("mine", PAIR, {"stage": "evalaute"}, "no finished evaluation 'evalaute'; did you mean 'evaluate'?"),
         ("mine", ["sft", "dop"], {}, "--arm: no arm 'dop' in this evaluation; did you mean 'dpo'?"),
         ("mine", ["sft", "stage:sft"], {}, "--arm: 'sft' cannot be compared with itself"),
-        ("mine", ["sft"], {}, "1 arms were given, but exactly two are compared"),
-        ("mine", [], {}, "its arms: base, sft, dpo"),
+        ("mine", ["sft"], {}, "--arm: one arm was given, but two are compared"),
+        ("mine", [], {}, "--arm: the evaluation has 3 arms, and two are compared\n  → name two of them, `--arm base --arm sft`"),
+        ("mine", ["sft", "dpo", "base"], {}, "--arm: 3 arms were given, but two are compared"),
+        ("mine", ["sft"], {}, "its arms: base, sft, dpo"),
         ("mine", PAIR, {"annotator": "a\x1b"}, "--annotator: 'a\\x1b': a name must have 1 to 40 printable characters"),
         ("mine", PAIR, {"port": 70000}, "--port: 70000 is not a port"),
         ("mine", PAIR, {"votes": "votes.txt"}, "--votes: 'votes.txt' cannot store votes"),
