@@ -90,19 +90,36 @@ def _judged(judge: Judge, labels: Mapping[str, str]) -> str:
             low, high = pair.win_rate.bounds or (pair.win_rate.mean, pair.win_rate.mean)
             parts.append(
                 f"{arm} wins {pair.win_rate.mean:.2f} against {against} ({low:.2f} to {high:.2f}), {pair.verdict}"
-                f"{_because_of_length(pair)}{_by_people(pair)}"
+                f"{_because_of_length(pair)}{votes_in_words(pair)}"
             )
-    return f"By {judge.name} on {judge.num_prompts} prompts, ties counted as half a win: {'; '.join(parts)}."
+    # Of the votes of people, each pair says how many prompts it has.
+    on = "" if any(pair.people for pair in judge.pairs) else f" on {judge.num_prompts} prompts"
+    return f"By {judge.name}{on}, ties counted as half a win: {'; '.join(parts)}."
 
 
-def _by_people(pair: JudgedPair) -> str:
-    """How many people judged how much, and whether they agree."""
+def votes_in_words(pair: JudgedPair) -> str:
+    """Over which prompts a win rate of votes is, and whether people agree, in brackets; empty for another judge."""
     people = pair.people
     if people is None:
         return ""
+    over = f"over {pair.counted} of {pair.prompts} prompts"
+    if identical := pair.counted - people.judged:
+        over += f": {people.judged} judged, {identical} with identical answers;"
+    else:
+        over += ","
     agreement = "" if people.alpha is None else f", Krippendorff's α {people.alpha:.2f}"
-    judged = f"{people.judged} of {pair.prompts} prompts, {people.votes} votes, annotators: {people.annotators}"
-    return f" ({judged}{agreement}{pair.stale_votes})"
+    return f" ({over} {people.votes} votes, annotators: {people.annotators}{agreement}{pair.stale_votes})"
+
+
+def metric_in_words(pair: JudgedPair, metric: str) -> str:
+    """How often the metric prefers the same arm as the judge, to put behind a sentence; empty if unknown."""
+    if pair.metric_agreement is None or pair.metric_prompts is None:
+        return ""
+    chance = "" if pair.metric_kappa is None else f" (κ {pair.metric_kappa:.2f})"
+    return (
+        f"; {metric} prefers the same arm on {pair.metric_agreement:.0%} of {pair.metric_prompts} prompts with "
+        f"different answers{chance}"
+    )
 
 
 def _because_of_length(pair: JudgedPair) -> str:

@@ -137,8 +137,8 @@ class Comparison:
 
     @property
     def p_in_words(self) -> str:
-        """``, p 0.012``, corrected for the family, to put behind the interval; empty where it is not known."""
-        return "" if self.adjusted_p is None else f", p {self.adjusted_p:.2g}"
+        """``, adjusted p 0.012``, to put behind the interval; empty where it is not known."""
+        return "" if self.adjusted_p is None else f", adjusted p {self.adjusted_p:.2g}"
 
     def turned(self) -> Comparison:
         """The same difference, seen from the other arm."""
@@ -201,8 +201,23 @@ class JudgedPair:
         """Why nothing can be concluded, in words: too many invalid verdicts, or too few prompts that people judged."""
         if self.people is None:
             return f"{self.invalid or 0:.0%} of the verdicts are invalid"
-        judged = f"people judged {self.people.judged} of {self.prompts} prompts"
-        return f"{judged}, but {FEWEST_PROMPTS} are needed{self.stale_votes}"
+        judged, remedy = self.people.judged, "evaluate on more held-out prompts"
+        different = None if self.prompts is None else self.prompts - self.people.same_answers
+        if different is None or different >= FEWEST_PROMPTS:
+            why = f"people judged {judged} of {self.prompts} prompts, but {FEWEST_PROMPTS} are needed"
+        elif different == 0:
+            why = f"all {self.prompts} prompts have identical answers, so there is nothing to judge; {remedy}"
+        elif judged < different:
+            why = (
+                f"people judged {judged} of the {different} prompts with different answers, but {FEWEST_PROMPTS} are "
+                f"needed: {remedy}"
+            )
+        else:
+            why = (
+                f"people judged all {different} prompts with different answers, so nothing is left to judge, but "
+                f"{FEWEST_PROMPTS} are needed: {remedy}"
+            )
+        return why + self.stale_votes
 
     @property
     def stale_votes(self) -> str:

@@ -38,7 +38,7 @@ def _judge_without_a_verdict(evaluation: Evaluation) -> list[str]:
     judge = evaluation.judge
     if judge is None or not judge.pairs or any(pair.win_rate is not None for pair in judge.pairs):
         return []
-    return [f"{judge.name} as a judge says nothing about any pair of arms: {judge.pairs[0].why_nothing}"]
+    return [f"by {judge.name}, nothing can be concluded about any pair of arms: {judge.pairs[0].why_nothing}"]
 
 
 def winners_that_repeat_themselves(evaluation: Evaluation) -> list[str]:

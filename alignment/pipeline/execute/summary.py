@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD
+from alignment.evaluation.conclusions import metric_in_words, votes_in_words
 from alignment.evaluation.grade_conclusions import grade_conclusions
 from alignment.evaluation.labelled_pairs import labelled_conclusions
 from alignment.pipeline.execute import forgetting_gate, notes
@@ -234,7 +235,8 @@ def _judged_in_words(pair: JudgedPair, evaluation: Evaluation, *, by: str) -> st
         return f"by {by}, {arm} against {against}: {pair.verdict} ({pair.why_nothing})"
     low, high = pair.win_rate.bounds or (pair.win_rate.mean, pair.win_rate.mean)
     interval = f"{pair.win_rate.mean:.2f} ({low:.2f} to {high:.2f})"
-    return f"by {by}, {arm} wins {interval} against {against}: {pair.verdict}"
+    agreement = "" if evaluation.primary is None else metric_in_words(pair, evaluation.primary)
+    return f"by {by}, {arm} wins {interval} against {against}: {pair.verdict}{votes_in_words(pair)}{agreement}"
 
 
 def _mean(figure: Interval | None, digits: int = 2) -> str:

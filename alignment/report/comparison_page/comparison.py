@@ -12,7 +12,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from alignment.records.evaluation import Metric
+from alignment.records.evaluation import NO_DIFFERENCE, Metric
 from alignment.records.interval import Interval
 from alignment.report.comparison_page.shared_samples import rule, share
 from alignment.report.kit import text
@@ -278,7 +278,7 @@ def _block(runs: Sequence[ListedRun], metric: str, differences: Sequence[Differe
                 svg=whisker(interval, scale, tone=f"s{difference.run}", rule=0.0),
                 value=text.signed(interval.mean),
                 bounds=_bounds(interval),
-                verdict="real" if difference.real else "not shown",
+                verdict="real" if difference.real else NO_DIFFERENCE,
                 tone=run_tables.TONES[difference.metric.verdict(interval)],
             )
         )

@@ -144,7 +144,7 @@ def comparison_rows(evaluation: Evaluation, comparisons: Sequence[Comparison]) -
                 against=evaluation.label(item.against),
                 difference=text.signed(item.difference),
                 bounds=f"{text.signed(item.low)} to {text.signed(item.high)}",
-                verdict="real" if item.real else "not shown",
+                verdict="real" if item.real else NO_DIFFERENCE,
                 p="" if item.adjusted_p is None else f"p\u202f{text.probability(item.adjusted_p)}",
                 tone=tone,
                 svg=whisker(interval, scale, tone=tone, rule=0.0),

@@ -77,6 +77,23 @@ def test_too_few_prompts_give_counts_and_no_verdict() -> None:
     assert ten.verdict == "better"
 
 
+def test_where_identical_answers_leave_too_few_prompts_the_remedy_is_more_of_them() -> None:
+    mixed = [pair(number) if number <= 6 else pair(number, sft="same", dpo="same") for number in range(1, 17)]
+    few = row(of([vote(about) for about in mixed[:2]], mixed)).why_nothing
+    assert few == (
+        "people judged 2 of the 6 prompts with different answers, but 10 are needed: evaluate on more held-out prompts"
+    )
+    every = row(of([vote(about) for about in mixed[:6]], mixed)).why_nothing
+    assert every == (
+        "people judged all 6 prompts with different answers, so nothing is left to judge, but 10 are needed: evaluate "
+        "on more held-out prompts"
+    )
+    none = row(of([], mixed[6:])).why_nothing
+    assert none == (
+        "all 10 prompts have identical answers, so there is nothing to judge; evaluate on more held-out prompts"
+    )
+
+
 def test_votes_on_other_answers_are_stale_and_said_to_be() -> None:
     votes = [vote(about) for about in PAIRS[:12]]
     newer = [pair(number, dpo=f"Another {number}") for number in range(1, 11)] + PAIRS[10:]

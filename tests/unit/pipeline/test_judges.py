@@ -14,7 +14,16 @@ from alignment.core.errors import ConfigError, DataError
 from alignment.pipeline.backends.feasibility import why_not_here
 from alignment.pipeline.execute.summary import show_evaluation
 from alignment.pipeline.plan.plan import Plan
-from alignment.records.evaluation import ArmResult, Comparison, Evaluation, Grading, Judge, JudgedPair, Metric
+from alignment.records.evaluation import (
+    ArmResult,
+    Comparison,
+    Evaluation,
+    Grading,
+    Judge,
+    JudgedByPeople,
+    JudgedPair,
+    Metric,
+)
 from alignment.records.interval import Interval
 from tests.unit.pipeline.conftest import TURN, MakePlan
 from tests.unit.pipeline.worker import INTERVAL
@@ -198,6 +207,38 @@ def test_win_rates_stand_in_a_line_each_where_a_judge_was() -> None:
     printed = shown(replace(EVALUATION, judge=Judge(name="some-model", pairs=[pair, nothing])))
     assert "by some-model, dpo wins 0.62 (0.53 to 0.71) against sft: better" in printed
     assert "by some-model, dpo against sft: nothing can be concluded (40% of the verdicts are invalid)" in printed
+
+
+def test_the_terminal_says_what_a_win_rate_of_votes_is_over_and_whether_people_and_the_metric_agree() -> None:
+    """A win rate over sixteen prompts, of which people judged thirteen, names both numbers."""
+    pair = JudgedPair(
+        arm="stage:dpo",
+        against="stage:sft",
+        prompts=17,
+        wins=8,
+        ties=5,
+        losses=3,
+        win_rate=Interval(mean=0.66, low=0.52, high=0.79),
+        verdict="better",
+        metric_agreement=4 / 13,
+        metric_kappa=-0.2,
+        metric_prompts=13,
+        people=JudgedByPeople(judged=13, same_answers=3, annotators=2, votes=20, alpha=0.612),
+    )
+    judge = Judge(kind="people", name="the votes of people", num_prompts=13, pairs=[pair])
+    assert (
+        "by the votes of people, dpo wins 0.66 (0.52 to 0.79) against sft: better (over 16 of 17 prompts: 13 judged, "
+        "3 with identical answers; 20 votes, annotators: 2, Krippendorff's α 0.61); brevity prefers the same arm on "
+        "31% of 13 prompts with different answers (κ -0.20)\n"
+    ) in shown(replace(EVALUATION, judge=judge))
+    silent = replace(pair, metric_agreement=None, metric_kappa=None, metric_prompts=None, people=None)
+    assert "against sft: better\n" in shown(replace(EVALUATION, judge=replace(judge, pairs=[silent])))
+
+
+def test_the_terminal_says_that_p_is_adjusted() -> None:
+    less = Comparison(arm="stage:dpo", against="stage:sft", difference=-0.1, low=-0.2, high=-0.05, adjusted_p=0.38)
+    printed = shown(replace(EVALUATION, comparisons=[less]))
+    assert "dpo against sft: -0.100 (-0.200 to -0.050), adjusted p 0.38, no real difference" in printed
 
 
 def test_arms_and_prompts_without_grades_are_named() -> None:

@@ -129,5 +129,5 @@ def test_the_terminal_says_the_same(fake_run: FakeRun) -> None:
         "capitals/acc, 2-shot, 20 rows: base 0.350 ± 0.109, sft 0.550 ± 0.114",
         "capitals/exact_match,strict, 2-shot, 20 rows: base –, sft –",
         "all/acc, 5 of 40 rows: base 0.500, sft –",
-        "sft against base in capitals/acc: +0.200 (+0.050 to +0.350), p 0.02, better",
+        "sft against base in capitals/acc: +0.200 (+0.050 to +0.350), adjusted p 0.02, better",
     ]

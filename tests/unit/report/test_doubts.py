@@ -116,7 +116,7 @@ def test_a_judge_without_a_verdict_on_any_pair_is_named() -> None:
     silent = JudgedPair(arm="stage:dpo", against="stage:sft", prompts=20, wins=0, ties=0, losses=0, invalid=1.0)
     heard = replace(silent, win_rate=Interval(mean=0.5, low=0.4, high=0.6))
     assert of_evaluation(Evaluation(judge=Judge(name="a-model", pairs=[silent, silent]))) == [
-        "a-model as a judge says nothing about any pair of arms: 100% of the verdicts are invalid"
+        "by a-model, nothing can be concluded about any pair of arms: 100% of the verdicts are invalid"
     ]
     for pairs in ([], [silent, heard]):
         assert of_evaluation(Evaluation(judge=Judge(name="a-model", pairs=pairs))) == []

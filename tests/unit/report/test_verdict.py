@@ -52,7 +52,7 @@ def test_real_and_not_shown_differences_are_told_apart(fake_run):
     assert "dpo is really better than sft: +0.090 in quality (95\u202f% interval +0.035 to +0.145)." in html
     assert "ppo is really worse than dpo: −0.060 in quality" in html
     assert "Not shown, because the interval includes zero: a difference between ppo and sft." in html
-    assert html.count('<span class="verdict open" role="cell">not shown</span>') == 1
+    assert html.count('<span class="verdict open" role="cell">no real difference</span>') == 1
     assert html.count('role="cell">real</span>') == 5
 
 
@@ -73,7 +73,7 @@ def test_a_policy_that_moved_far_by_its_kl_is_named(fake_run):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "verdict"), [(0.0, 0.1, "not shown"), (-0.1, 0.0, "not shown"), (1e-4, 0.1, "real")]
+    ("low", "high", "verdict"), [(0.0, 0.1, "no real difference"), (-0.1, 0.0, "no real difference"), (1e-4, 0.1, "real")]
 )
 def test_an_interval_that_touches_zero_is_not_real_whatever_the_file_claims(fake_run, low, high, verdict):
     entry = {"arm": "stage:dpo", "against": "stage:sft", "difference": (low + high) / 2, "low": low, "high": high}

@@ -85,7 +85,7 @@ def test_votes_become_a_win_rate_with_their_agreement(tmp_path: Path) -> None:
     assert row.people is not None
     assert row.people.alpha is not None
     assert sentence(result).startswith(
-        "By the votes of people on 12 prompts, ties counted as half a win: dpo wins 0.96 against sft ("
+        "By the votes of people, ties counted as half a win: dpo wins 0.96 against sft ("
     )
     assert "12 of 12 prompts, 15 votes, annotators: 2, Krippendorff's α" in sentence(result)
     assert len(result.lines) == 15
@@ -106,7 +106,7 @@ def test_without_votes_nothing_is_concluded(tmp_path: Path) -> None:
     assert result.lines == []
     assert result.win_rate(DPO, reference=SFT) is None
     assert sentence(result) == (
-        "By the votes of people on 0 prompts, ties counted as half a win: nothing can be concluded about dpo and sft "
+        "By the votes of people, ties counted as half a win: nothing can be concluded about dpo and sft "
         "(people judged 0 of 12 prompts, but 10 are needed)."
     )
 
