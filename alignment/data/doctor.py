@@ -183,7 +183,8 @@ class _Examination:
             self._object(errors)
         for name, of_stage in records.items():
             diagnosis.uses[name].records += len(of_stage)
-        self._repeated.add(row.where, records, size=len(text))
+        author = str(value.get(diagnosis.format.author, "")) if isinstance(value, Mapping) else ""
+        self._repeated.add(row.where, records, size=len(text), author=author)
 
     def _object(self, errors: Mapping[str, DataError]) -> None:
         diagnosis = self._diagnosis

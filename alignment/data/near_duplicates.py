@@ -53,7 +53,7 @@ class NearDuplicates:
         self._comparisons = 0
         self._empty = MinHash(num_perm=BANDS * ROWS, seed=SEED, hashfunc=int)
         self._index = _Bands()
-        self._compared: list[tuple[str, NDArray[np.uint32]]] = []
+        self._compared: list[tuple[LocatedText, NDArray[np.uint32]]] = []
 
     @property
     def is_full(self) -> bool:
@@ -76,18 +76,18 @@ class NearDuplicates:
         sketch = self._empty.copy()
         sketch.update_batch(runs.tolist())
         bands = self._index.of(sketch.hashvalues)
-        nearest = self._nearest(runs, bands)
+        nearest = self._nearest(runs, bands, author=located.author)
         if nearest is not None and nearest[0] >= ALIKE:
             self.pairs.append(
-                NearDuplicate(where=located.where, earlier=self._compared[nearest[1]][0], share=nearest[0])
+                NearDuplicate(where=located.where, earlier=self._compared[nearest[1]][0].where, share=nearest[0])
             )
         else:
             self._index.add(bands)
-            self._compared.append((located.where, runs))
+            self._compared.append((located, runs))
 
-    def _nearest(self, runs: NDArray[np.uint32], bands: list[int]) -> tuple[float, int] | None:
-        """Similarity and number of the earlier text that is most similar to this one; the first among equals."""
-        candidates = self._index.candidates(bands)
+    def _nearest(self, runs: NDArray[np.uint32], bands: list[int], *, author: str) -> tuple[float, int] | None:
+        """Similarity and number of the same author's earlier text that is most similar; the first among equals."""
+        candidates = [number for number in self._index.candidates(bands) if self._compared[number][0].author == author]
         self._comparisons += len(candidates)
         shares = [(_share(runs, self._compared[number][1]), number) for number in candidates]
         return max(shares, key=lambda candidate: candidate[0], default=None)

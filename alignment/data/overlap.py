@@ -24,10 +24,11 @@ _WORD = re.compile(r"\w+")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocatedText:
-    """A text and the location of its row."""
+    """A text and the location of its row; ``author`` is the person whose opinion the row is, if it names one."""
 
     where: str
     text: str
+    author: str = ""
 
 
 def asked(record: Record) -> LocatedText:

@@ -108,18 +108,18 @@ class RepeatedRecords:
     def _wait(self) -> None:
         self._keys = {name: array("Q") for name in self._records}
         self._rows = {name: array("L") for name in self._records}
-        self._waiting: list[tuple[str, Mapping[str, Keyed]] | None] = []
+        self._waiting: list[tuple[str, str, Mapping[str, Keyed]] | None] = []
         self._fullest: list[_Fullest | None] = []
         self._characters = 0
 
-    def add(self, where: str, records: Mapping[str, Sequence[Record]], *, size: int) -> None:
-        """The records that stages made of the next row, which has ``size`` characters."""
+    def add(self, where: str, records: Mapping[str, Sequence[Record]], *, size: int, author: str = "") -> None:
+        """The records that stages made of the next row, which has ``size`` characters and perhaps an ``author``."""
         keyed = {name: {record_key(record): record for record in of_stage} for name, of_stage in records.items()}
         for name, of_stage in keyed.items():
             self._keys[name].extend(of_stage)
             self._rows[name].extend([len(self._waiting)] * len(of_stage))
-        self._waiting.append(None if self._near.is_full else (where, keyed))
-        self._fullest.append(self._fullest_of(where, keyed))
+        self._waiting.append(None if self._near.is_full else (where, author, keyed))
+        self._fullest.append(None if author else self._fullest_of(where, keyed))  # people may agree, or not
         self._characters += size
         if len(self._waiting) >= BATCH or self._characters >= BATCH_CHARACTERS:
             self.end()
@@ -148,9 +148,9 @@ class RepeatedRecords:
             if waiting is None:
                 self._near.passed_over += has_new
             elif has_new:
-                where, keyed = waiting
+                where, author, keyed = waiting
                 made = {name: [keyed[name][key] for key in keys] for name, keys in keys_of_row.items()}
-                self._near.add(LocatedText(where=where, text=self._text_of(made)))
+                self._near.add(LocatedText(where=where, text=self._text_of(made), author=author))
         self._wait()
 
     def _fullest_of(self, where: str, keyed: Mapping[str, Keyed]) -> _Fullest | None:

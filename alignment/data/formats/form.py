@@ -19,7 +19,8 @@ class Format:
     """A format of rows.
 
     ``fits`` checks the columns of a row and their types, but not all of its content. ``read`` turns the row into an
-    ``Example``, and raises errors for faults in it. ``row`` is an example row, as JSON.
+    ``Example``, and raises errors for faults in it. ``row`` is an example row, as JSON. ``author`` is the column that
+    names the person whose opinion a row is; rows of two people are never duplicates.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Format:
     row: str
     fits: Callable[[Mapping[str, Any]], bool]
     read: Callable[[Fields], Example]
+    author: str = ""
 
 
 def holds(row: Mapping[str, Any], *names: str) -> bool:

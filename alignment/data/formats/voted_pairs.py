@@ -44,4 +44,5 @@ VOTES = Format(
     ),
     fits=_is_vote,
     read=_voted,
+    author="annotator",
 )

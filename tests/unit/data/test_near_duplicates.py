@@ -117,6 +117,25 @@ def test_the_doctor_names_near_repeats_and_leaves_exact_ones_to_their_own_count(
     assert "duplicates   no row" in _diagnosis(_write(tmp_path / "other.jsonl", rows))
 
 
+def test_votes_of_several_people_on_a_pair_are_no_duplicates_to_remove(tmp_path: Path) -> None:
+    """Two people who disagree give two opposite pairs; both are to stay."""
+
+    def voted(annotator: str, preferred: str, text: str) -> dict[str, Any]:
+        answers = {"stage:sft": text, "stage:dpo": text[::-1]}
+        turns = [{"role": "user", "content": f"Go on from {text}"}]
+        return {"messages": turns, "answers": answers, "preferred": preferred, "annotator": annotator}
+
+    said = [_text(30) for _ in range(4)]
+    rows = [voted(name, arm, text) for text in said for name, arm in (("ada", "stage:sft"), ("bo", "stage:dpo"))]
+    printed = _diagnosis(_write(tmp_path / "votes.jsonl", rows))
+    assert "duplicates   no row" in printed
+    assert "keep one of each" not in printed
+    again = voted("ada", "stage:dpo", _changed(said[0], 12))
+    printed = _diagnosis(_write(tmp_path / "again.jsonl", [*rows, again]))
+    assert "duplicates   1 rows are nearly the same" in printed, "one person's votes on nearly the same answers"
+    assert "again.jsonl:9 shares" in printed
+
+
 def test_a_system_turn_that_all_rows_share_makes_none_of_them_alike(tmp_path: Path) -> None:
     system = {"role": "system", "content": _text(200)}
 
