@@ -34,7 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     for question in (FROM_PAIRS, FIRST):
         parser.add_argument(f"--{question.name}", choices=list(question.choices), help=_help(question))
-    parser.add_argument(f"--{SCORER.name}", metavar="SOURCE", help="the scorer of answers, for PPO and the evaluation")
+    parser.add_argument(
+        f"--{SCORER.name}",
+        metavar="SOURCE",
+        help="a scorer of answers: the evaluation's metric, and also PPO's reward if the recipe has PPO",
+    )
     parser.add_argument("--device", metavar="GPU", help="the GPU to train on, such as h100 (default: this machine)")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from alignment.config.new_recipe import SCORER, Circumstances, NewStage, Reasoned
 from alignment.core.artifacts import POLICY, REWARD_MODEL
 from alignment.stages.base import Proposals
-from alignment.stages.shared.new_settings import data_of, new_tokens, rows_with_answers
+from alignment.stages.shared.new_settings import data_of, maximises_scores, new_tokens, rows_with_answers
 
 
 def _stage(circumstances: Circumstances) -> NewStage | None:
@@ -16,7 +16,9 @@ def _stage(circumstances: Circumstances) -> NewStage | None:
     reward = f"stage:{models[0]}" if models else None
     arms = ["base", *(f"stage:{name}" for name in policies)]
     no_metric = "without a metric, no arm is called better; name what makes an answer good (docs/evaluation.md)"
-    metric = Reasoned(value=[{"name": "score", "source": scorer}], why="also what is trained on: add another metric")
+    trained_on = maximises_scores(circumstances)
+    why = "also what is trained on: add another metric" if trained_on else "the scorer that you named"
+    metric = Reasoned(value=[{"name": "score", "source": scorer}], why=why)
     settings = {
         **data_of(rows),
         "arms": Reasoned(value=arms, why="all answer the same prompts"),

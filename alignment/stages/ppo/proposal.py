@@ -15,6 +15,7 @@ from alignment.stages.shared.new_settings import (
     adapter_rate,
     data_of,
     from_start,
+    maximises_scores,
     new_tokens,
     row_limit,
     rows_with_answers,
@@ -35,7 +36,7 @@ def _questions(circumstances: Circumstances) -> Iterator[Question]:
 def _stage(circumstances: Circumstances) -> NewStage | None:
     scorer, models = circumstances.answer(SCORER), circumstances.made.get(REWARD_MODEL, ())
     rows = next((circumstances.rows[record] for record in _WITH_PROMPTS if record in circumstances.rows), None)
-    if rows is None or not (scorer or models):
+    if rows is None or not (scorer or models) or not maximises_scores(circumstances):
         return None
     answers = new_tokens(rows_with_answers(circumstances), circumstances)
     left = replace(circumstances, positions=circumstances.positions - answers.value)

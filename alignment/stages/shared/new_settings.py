@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from alignment.config.new_recipe import Circumstances, Reasoned, Rows, common_length, number_above, share_above
+from alignment.core.artifacts import REWARD_MODEL
 from alignment.data.counted import counted
+from alignment.data.records import Prompt
 
 _LARGEST_BATCH, _LEAST_STEPS = 32, 30
 _STEP = 16
@@ -31,6 +33,14 @@ def from_start(circumstances: Circumstances, usual: str) -> dict[str, Any]:
         return {}
     why = "the base model: no earlier stage learns answers" if circumstances.start == "base" else "the earlier stage"
     return {"init": Reasoned(value=circumstances.start, why=why)}
+
+
+def maximises_scores(circumstances: Circumstances) -> bool:
+    """Whether something asks for a stage that maximises scores: prompts without answers, or a reward model.
+
+    A scorer that the user names does not: it may be only the metric of the evaluation.
+    """
+    return Prompt in circumstances.rows or bool(circumstances.made.get(REWARD_MODEL))
 
 
 def optimiser(rows: Rows, *, lr: Reasoned, epochs: Reasoned) -> dict[str, Any]:

@@ -289,6 +289,21 @@ def test_a_scorer_is_used_beside_a_reward_model(new: Callable[..., Recipe]) -> N
     assert recipe["stages"]["reward"]["init"] == recipe["stages"]["ppo"]["init"] == "base"
 
 
+def test_a_scorer_is_only_a_metric_where_nothing_asks_for_ppo(new: Callable[..., Recipe]) -> None:
+    """Pairs that are learned from directly are for dpo alone, whatever scores the evaluation."""
+    file = write("pairs.jsonl", pairs(60))
+    recipe = new(file, answers={"from-pairs": "directly", "first": "skip", "scorer": SCORER})
+    assert stages_of(recipe) == ["dpo", "evaluate", "report"]
+    assert recipe["stages"]["evaluate"]["metrics"] == [{"name": "score", "source": SCORER}]
+    assert "also what is trained on" not in Path("recipe.yaml").read_text()
+    talk = new(write("talk.jsonl", conversations(60)), out="talk.yaml", answers={"scorer": SCORER})
+    assert stages_of(talk) == ["sft", "evaluate", "report"]
+    prompts = write("prompts.jsonl", rows_like(FORMATS["prompt"].row, 60))
+    asked = new(file, prompts, out="both.yaml", answers={"from-pairs": "directly", "first": "skip", "scorer": SCORER})
+    assert stages_of(asked) == ["dpo", "ppo", "evaluate", "report"], "the prompts without answers ask for it"
+    assert "also what is trained on" in Path("both.yaml").read_text()
+
+
 def test_a_model_without_a_template_gets_one_and_learns_answers_first(new: Callable[..., Recipe], here: Path) -> None:
     folder = save_tiny_model(here / "plain")
     config = json.loads((folder / "tokenizer_config.json").read_text())
@@ -421,7 +436,7 @@ def test_an_error_of_that_process_is_the_commands(
     shutil.copytree(model, here / "broken", ignore=lambda *_: ["tokenizer.json"])
     monkeypatch.setattr(processes, "call", lambda argv: worker.main(argv[3:]))
     assert cli.main(["new", file, "--model", "path:broken"]) == 4
-    assert "no usable tokenizer" in capsys.readouterr().err
+    assert "the tokenizer cannot be used" in capsys.readouterr().err
     monkeypatch.setattr(processes, "call", lambda argv: -9)
     assert cli.main(["new", file, "--model", f"path:{model}"]) == 5
     assert "the process that counts tokens ended with -9" in capsys.readouterr().err
