@@ -399,6 +399,10 @@ MUTATIONS = [
             "        weights_sha256(policy),",
             "test_longer_answers_are_not_taken_from_shorter_ones",
         ),
+    ),
+    *in_file(
+        "stages/evaluate/cache_file.py",
+        EVALUATE,
         (
             "kept answers that are damaged are taken",
             "if hashlib.sha256(content.encode()).hexdigest() != sha:",

@@ -55,6 +55,12 @@ MUTATIONS = [
             "test_votes_on_other_answers_are_stale_and_said_to_be",
         ),
         (
+            "identical answers count as agreement with the metric",
+            "if not pair.same and value is not None and by_score is not None",
+            "if value is not None and by_score is not None",
+            "test_agreement_leaves_out_answers_that_are_identical",
+        ),
+        (
             "all equal answers are ties as soon as anything is judged",
             "end = judged[-1] if open_pairs else len(ordered)",
             "end = len(ordered)",
@@ -85,6 +91,16 @@ MUTATIONS = [
             "{name: arms[name].exchanges[index][0].text for name in (arm, against)}",
             "{name: arms[name].answers[index].text for name in (arm, against)}",
             "test_of_several_answers_people_judged_the_first",
+        ),
+    ),
+    *in_file(
+        "stages/evaluate/judging.py",
+        "unit/stages/test_people.py",
+        (
+            "identical answers count as agreement of another judge with the metric",
+            "None if texts[index] == texts_against[index] else point",
+            "point",
+            "test_no_judge_is_compared_with_the_metric_where_the_answers_are_identical",
         ),
     ),
     *in_file(

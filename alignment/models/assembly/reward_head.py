@@ -13,6 +13,9 @@ from alignment.models.assembly.load import DTYPES, lineage, load_scalar, load_sc
 from alignment.models.forward.causal import install_scalar
 from alignment.models.kernels.nf4 import quantize_trunk
 
+HEAD = "head.safetensors"
+"""The file of a reward model's scalar head, in its artifact."""
+
 
 def load_reward_model(
     spec: StageSpec, stage_input: StageInput, *, device: torch.device, trained: torch.dtype | None = None
@@ -28,9 +31,9 @@ def load_reward_model(
         ModelError: the artifact has no scalar head.
     """
     assert stage_input.path is not None, "the plan refuses 'base' in a reward slot"
-    head = stage_input.path / "head.safetensors"
+    head = stage_input.path / HEAD
     if not head.exists():
-        raise ModelError("there is no scalar head (head.safetensors) here", where=str(stage_input.path))
+        raise ModelError(f"there is no scalar head ({HEAD}) here", where=str(stage_input.path))
     saved = lineage(spec, stage_input)
     full = not saved.adapters
     model = load_scalar(saved.weights, trained if full and trained is not None else DTYPES[spec.model.dtype])

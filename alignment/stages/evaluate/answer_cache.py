@@ -6,9 +6,6 @@ could change an answer: weights, prompts, number format and so on.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,14 +16,12 @@ import transformers
 
 from alignment.config.evaluating import AnswersConfig
 from alignment.config.sampling_engine import Engine
-from alignment.core.files import remove_leftovers, write_text
 from alignment.evaluation.arms import TokenSum
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.weights_hash import weights_sha256
+from alignment.stages.evaluate import cache_file
 from alignment.stages.evaluate.turn_prompts import TurnPrompts
 from alignment.training.context import StageContext
-
-log = logging.getLogger(__name__)
 
 VERSION = 3
 """Raised when the computation changes, so that older files are not used."""
@@ -72,8 +67,7 @@ def file_of(
         parts += [asked.rows] if asked.number else []  # random numbers are drawn by row; a first turn has all rows
     if engine is not Engine.own:
         parts += [engine.value]
-    key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-    return context.spec.artifact.parent / "cache" / f"answers-{key}.json"
+    return cache_file.path_of(context.spec.artifact, "answers", parts)
 
 
 def seed_of(asked: TurnPrompts) -> tuple[Any, ...]:
@@ -83,15 +77,8 @@ def seed_of(asked: TurnPrompts) -> tuple[Any, ...]:
 
 def read(file: Path, *, num_answers: int) -> CachedAnswers | None:
     """The cached answers, or None if the file is missing or damaged."""
-    try:
-        sha, _, content = file.read_text(encoding="utf-8").partition("\n")
-        if hashlib.sha256(content.encode()).hexdigest() != sha:
-            raise ValueError("its content differs from its hash")
-        fields: dict[str, Any] = json.loads(content)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        log.warning("%s cannot be used and will be made again: %s", file, error)
+    fields = cache_file.read(file)
+    if fields is None:
         return None
     assert len(fields["ids"]) == num_answers, "the file's name depends on its prompts"
     references = [None if total is None else TokenSum(**total) for total in fields.pop("references")]
@@ -99,8 +86,5 @@ def read(file: Path, *, num_answers: int) -> CachedAnswers | None:
 
 
 def write(file: Path, answers: CachedAnswers) -> None:
-    """Writes with one rename, so that no machine that shares the folder ever sees an incomplete file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    content = json.dumps(asdict(answers))
-    remove_leftovers(file.parent, shared=True)
-    write_text(file, f"{hashlib.sha256(content.encode()).hexdigest()}\n{content}")
+    """Writes the file."""
+    cache_file.write(file, asdict(answers))

@@ -20,7 +20,7 @@ from alignment.evaluation.metrics import primary_name, recorded
 from alignment.evaluation.multiple_choice import choice_scores, letter_rows
 from alignment.evaluation.tables import refuse_not_finite, samples
 from alignment.models.assembly.load import lineage, products_in, refuse_other_tokenizer
-from alignment.models.assembly.reward_head import load_reward_model
+from alignment.models.assembly.reward_head import HEAD, load_reward_model
 from alignment.models.forward.answers import micro_batches_of, unwrapped
 from alignment.models.kernels.layout import prepacked
 from alignment.records.evaluation import ArmResult, Evaluation, Sample, write_samples
@@ -42,6 +42,7 @@ from alignment.stages.evaluate.metric_scores import (
     scores_by_arm,
     scores_by_models,
 )
+from alignment.stages.evaluate.score_cache import cached_scores
 from alignment.stages.shared.arm_policies import Policies
 from alignment.stages.shared.policy_logprobs import PolicyRows, policy_logprobs
 from alignment.stages.shared.process_shares import in_shares, on_main
@@ -237,7 +238,14 @@ def _log_ratios(
     )
     reference = lineage(context.spec, context.spec.inputs["reference"])
     asked = {"reference": PolicyRows(policy=reference, prompts=prompts, answers=ids)}
-    under = policy_logprobs(context, "scoring", policies, asked)["reference"]
+    under = cached_scores(
+        context,
+        "log-probabilities",
+        reference,
+        prompts,
+        ids,
+        lambda: policy_logprobs(context, "scoring", policies, asked)["reference"],
+    )
     for index, (name, (_, own)) in enumerate(compared.items()):
         reference_logprobs = under[index :: len(compared)]
         ratios[name] = [score - other for score, other in zip(own, reference_logprobs, strict=True)]
@@ -263,7 +271,16 @@ def _rewards(context: StageContext, answers: Mapping[str, Answers]) -> dict[str,
                 scores += reward_scores(model, prompts[some], ids[some])
         return scores
 
-    scores = in_shares(context, micro_batches_of(zip(prompts, ids, strict=True), tokens=TOKENS), scores_of)
+    reward = context.spec.inputs["reward"]
+    scores = cached_scores(
+        context,
+        "rewards",
+        lineage(context.spec, reward),
+        prompts,
+        ids,
+        lambda: in_shares(context, micro_batches_of(zip(prompts, ids, strict=True), tokens=TOKENS), scores_of),
+        head=None if reward.path is None else reward.path / HEAD,
+    )
     return {name: scores[index :: len(answers)] for index, name in enumerate(answers)}
 
 

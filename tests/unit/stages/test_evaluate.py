@@ -413,6 +413,30 @@ def test_a_second_evaluation_answers_for_the_arm_that_changed_alone(
     assert told == before
 
 
+def test_what_a_judge_cannot_change_is_not_computed_again(
+    chain: Chained, evaluated: dict[str, Any], generated: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After new votes the answers, log-ratios and rewards are what they were; no model is loaded for them."""
+
+    def loaded(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model was loaded")
+
+    evaluate(chain, SMALL, "cached-first")  # the cache may have been emptied by another test
+    generated.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(arm_policies, "load_policy", loaded)
+        patch.setattr(stage, "load_reward_model", loaded)
+        again = evaluate(chain, SMALL, "cached-again")
+    assert generated == []
+    assert figures(again) == figures(evaluated)
+    for file in (chain.folder / "artifacts/cache").glob("scores-*.json"):
+        file.write_text(file.read_text().replace("[", "[9.0, ", 1))
+    assert figures(evaluate(chain, SMALL, "scores-damaged")) == figures(evaluated)
+    for file in (chain.folder / "artifacts/cache").glob("scores-*.json"):
+        file.unlink()
+    assert figures(evaluate(chain, SMALL, "scores-anew")) == figures(evaluated)
+
+
 def test_kept_answers_that_are_damaged_are_made_anew_with_a_word(
     chain: Chained, evaluated: dict[str, Any], generated: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -472,9 +496,12 @@ def test_an_empty_evaluation_set_is_an_error(chain: Chained, tmp_path: Path) -> 
 
 
 def test_a_reward_that_is_no_number_ends_the_evaluation(chain: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
+    for file in (chain.folder / "artifacts/cache").glob("scores-*.json"):
+        file.unlink()
     monkeypatch.setattr(stage, "reward_scores", lambda _, prompts, __: [math.nan] * len(prompts))
     with pytest.raises(NonFiniteError, match="the reward of base is nan on 3 of 3 answers"):
         evaluate(chain, SMALL, "nan")
+    assert all("NaN" not in file.read_text() for file in (chain.folder / "artifacts/cache").glob("scores-*.json"))
     assert not (chain.folder / "artifacts/evaluate-nan/manifest.json").exists()
 
 
@@ -670,9 +697,8 @@ def test_sampled_answers_come_out_the_same_again_and_are_kept(chain: Chained, ca
     loads: list[Lineage] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(arm_policies, "load_policy", lambda policy, dtype: loads.append(policy))
-        with pytest.raises(AttributeError):  # only the reference has to be loaded, to read the answers
-            evaluate(chain, SAMPLED, "sampled-again")
-    assert len(loads) == 1
+        evaluate(chain, SAMPLED, "sampled-again")
+    assert loads == [], "the answers and what the reference says of them are cached"
     for file in (chain.folder / "artifacts/cache").glob("answers-*.json"):
         file.unlink()
     assert figures(evaluate(chain, SAMPLED, "sampled-anew")) == figures(first)
