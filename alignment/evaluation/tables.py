@@ -145,7 +145,8 @@ def judged_pair(
 
     ``extra_words`` says by how many words the arm's answer is longer. ``both`` are the verdicts that gave the points,
     None for a judge that compares scores. ``by_metric`` are the points by the primary metric, to compare with the
-    judge's, None where it has no score or the answers are identical. If the share of invalid verdicts exceeds ``max_invalid``, there is no win rate.
+    judge's, None where it has no score or the answers are identical. If the share of invalid verdicts exceeds
+    ``max_invalid``, there is no win rate.
     """
     counted = [row for row, value in enumerate(points) if value is not None]
     valid = [value for value in points if value is not None]

@@ -22,7 +22,6 @@ from alignment.pipeline.execute.finished_evaluations import evaluations
 from alignment.records.evaluation import FEWEST_PROMPTS, SAMPLES, Evaluation, read_samples
 from alignment.records.votes import FILE, cut_unfinished_line
 
-
 _MORE_SAME = "have two identical answers and count as ties"
 
 

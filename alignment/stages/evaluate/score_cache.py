@@ -26,7 +26,7 @@ VERSION = 1
 
 def cached_scores(
     context: StageContext,
-    what: str,
+    computation: str,
     model: Lineage,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
@@ -36,7 +36,7 @@ def cached_scores(
 ) -> list[float]:
     """The cached scores of all answers, or those that ``compute`` gives, on every process; all must call this.
 
-    ``what`` names the computation; ``head`` is a file of weights that the model has besides its lineage. Scores that
+    ``computation`` is its name; ``head`` is a file of weights that the model has besides its lineage. Scores that
     are not finite are not cached, because they end the evaluation.
     """
     if on_shadows():
@@ -49,7 +49,7 @@ def cached_scores(
             transformers.__version__,
             context.device.type,
             context.spec.model.dtype.value,
-            what,
+            computation,
             weights_sha256(model),
             None if head is None else file_sha256(head),
             list(prompts),

@@ -492,7 +492,9 @@ def test_differences_have_their_p_values_and_those_of_other_metrics_a_table_of_t
     ]
     html = unlabelled(fake_run.html())
     assert 'role="cell">real <small>p\u202f0.049</small></span>' in html, "never as a value that is not below the level"
-    assert 'role="cell">no real difference <small>p\u202f0.120</small></span>' in html, "though its interval excludes zero"
+    assert 'role="cell">no real difference <small>p\u202f0.120</small></span>' in html, (
+        "though its interval excludes zero"
+    )
     rows = re.findall(r'<tr><th scope="row"><bdi>(tone|truth)</bdi></th>(.*?)</tr>', html)
     assert [metric for metric, _ in rows] == ["tone", "truth"], "what is real comes first"
     assert "<td>dpo − sft</td>" in rows[0][1]

@@ -73,7 +73,8 @@ def test_a_policy_that_moved_far_by_its_kl_is_named(fake_run):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "verdict"), [(0.0, 0.1, "no real difference"), (-0.1, 0.0, "no real difference"), (1e-4, 0.1, "real")]
+    ("low", "high", "verdict"),
+    [(0.0, 0.1, "no real difference"), (-0.1, 0.0, "no real difference"), (1e-4, 0.1, "real")],
 )
 def test_an_interval_that_touches_zero_is_not_real_whatever_the_file_claims(fake_run, low, high, verdict):
     entry = {"arm": "stage:dpo", "against": "stage:sft", "difference": (low + high) / 2, "low": low, "high": high}

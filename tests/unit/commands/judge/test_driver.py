@@ -117,7 +117,12 @@ def test_arms_are_named_by_label_or_in_full_and_need_no_naming_where_there_are_t
         ("mine", ["sft", "dop"], {}, "--arm: no arm 'dop' in this evaluation; did you mean 'dpo'?"),
         ("mine", ["sft", "stage:sft"], {}, "--arm: 'sft' cannot be compared with itself"),
         ("mine", ["sft"], {}, "--arm: one arm was given, but two are compared"),
-        ("mine", [], {}, "--arm: the evaluation has 3 arms, and two are compared\n  → name two of them, `--arm base --arm sft`"),
+        (
+            "mine",
+            [],
+            {},
+            "--arm: the evaluation has 3 arms, and two are compared\n  → name two of them, `--arm base --arm sft`",
+        ),
         ("mine", ["sft", "dpo", "base"], {}, "--arm: 3 arms were given, but two are compared"),
         ("mine", ["sft"], {}, "its arms: base, sft, dpo"),
         ("mine", PAIR, {"annotator": "a\x1b"}, "--annotator: 'a\\x1b': a name must have 1 to 40 printable characters"),
