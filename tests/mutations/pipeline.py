@@ -301,8 +301,8 @@ MUTATIONS = [
         "unit/pipeline/backends/test_processes.py",
         (
             "a signal that comes while a launcher starts is lost",
-            "            signal.raise_signal(number)\n",
-            "            pass\n",
+            "            signal.raise_signal(number)\n        while (code := _exit_code(leader))",
+            "            pass\n        while (code := _exit_code(leader))",
             "test_a_signal_that_comes_while_the_command_starts_lets_its_worker_save",
         ),
         (
@@ -319,8 +319,8 @@ MUTATIONS = [
         ),
         (
             "a worker that does not stop goes on",
-            "    finally:\n        tree.kill()\n",
-            "    finally:\n        pass\n",
+            "    finally:\n        tree.kill()\n        shorten(log)\n",
+            "    finally:\n        shorten(log)\n",
             "test_a_worker_that_does_not_stop_is_killed_after_the_grace",
         ),
     ),

@@ -22,8 +22,8 @@ MUTATIONS = [
         NEW_RECIPE,
         (
             "rows that ask a held-out prompt are learned",
-            "            if row.key not in left_out:\n",
-            "            if True:\n",
+            "            if row.key not in left_out and not row.faulty:\n",
+            "            if not row.faulty:\n",
             "test_held_out_prompts_are_learned_from_nowhere",
         ),
         (
