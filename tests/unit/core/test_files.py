@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[3]
 def _publish(folder: Path) -> None:
     content = folder / "content"
     content.mkdir(exist_ok=True)
+    (content / "weights").touch()
     publish(content, folder / "made", Manifest(stage="sft", kind="policy", fingerprint="5f" * 32, identity={}))
 
 

@@ -51,6 +51,7 @@ class Shared:
         (self.plan.run_folder / "run.json").write_text(json.dumps({"state": state}))
 
     def publish(self) -> None:
+        (self.content / "metrics.jsonl").touch()
         publish(
             self.content, self.stage.artifact, Manifest(stage="sft", kind="policy", fingerprint="0" * 64, identity={})
         )

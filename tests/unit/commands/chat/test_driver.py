@@ -47,6 +47,7 @@ class Runs:
     def publish(self, folder: Path, stage: str, kind: str) -> None:
         content = self.output / "content"
         content.mkdir()
+        (content / "metrics.jsonl").touch()
         base = {"source": f"path:{self.base}", "path": str(self.base), "content": None}
         identity = {"kind": stage, "base": {"dtype": "float32"}}
         publish(content, folder, Manifest(stage=stage, kind=kind, fingerprint="0" * 64, identity=identity, base=base))

@@ -19,10 +19,11 @@ from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, Mo
 
 @pytest.fixture
 def artifact(tmp_path: Path) -> Callable[..., Path]:
-    """Publishes a result with nothing in it."""
+    """Publishes a result with nothing in it but a file."""
 
     def make(**changes: Any) -> Path:
         (tmp_path / "content").mkdir()
+        (tmp_path / "content/metrics.jsonl").touch()
         told = {"stage": "sft", "kind": "policy", "fingerprint": "0" * 64, "identity": {}}
         publish(tmp_path / "content", tmp_path / "sft", Manifest(**{**told, **changes}))
         return tmp_path / "sft"

@@ -45,6 +45,7 @@ class Store:
     def publish(self, stage: str, *, kind: str, config: dict[str, Any], **changes: Any) -> Path:
         content = self.root / "content"
         content.mkdir(exist_ok=True)
+        (content / "metrics.jsonl").touch()
         told = {
             "stage": stage,
             "kind": kind,
