@@ -16,6 +16,8 @@ from alignment.evaluation import paired_scores
 from alignment.pipeline.execute.summary import REPORT
 from alignment.pipeline.sweeps.study import Study, number_of
 from alignment.pipeline.sweeps.sweep_file import Sweep
+from alignment.records.evaluation import FILE as EVALUATION_FILE
+from alignment.records.evaluation import Evaluation
 from alignment.records.interval import Interval
 from alignment.records.sweep_record import (
     FEWEST_FOR_IMPORTANCE,
@@ -25,6 +27,7 @@ from alignment.records.sweep_record import (
     SweepRecord,
     Trial,
 )
+from alignment.report.doubts import of_evaluation
 
 PAGE = "sweep.html"
 
@@ -100,8 +103,19 @@ def _record(study: Study, wanted: Sweep) -> SweepRecord:
         best=best,
         verdict=_verdict(trials, best, wanted, _by_prompt(study, wanted)),
         importance=_importance(study, wanted),
-        cautions=list(wanted.cautions),
+        cautions=[*wanted.cautions, *_doubts(study, best)],
     )
+
+
+def _doubts(study: Study, best: Sequence[int]) -> list[str]:
+    """Reasons not to trust the evaluations of the best trials, such as answers that were all cut off."""
+    doubts: dict[str, None] = {}
+    for trial in study.completed():
+        for artifact in dict.fromkeys(trial.user_attrs.get("artifacts") or [] if number_of(trial) in best else []):
+            if (Path(artifact) / EVALUATION_FILE).is_file():
+                of_trial = of_evaluation(Evaluation.read(Path(artifact)))
+                doubts |= dict.fromkeys(f"trial {number_of(trial)}: {doubt}" for doubt in of_trial)
+    return list(doubts)
 
 
 def _trial(ended: Any, wanted: Sweep) -> Trial:

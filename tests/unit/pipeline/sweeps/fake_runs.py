@@ -31,6 +31,7 @@ class Runs:
         self.asked: list[dict[str, str]] = []
         self.lost: dict[str, Any] = {}
         """More of ``evaluation.json``, where there is no figure."""
+        self.more_of_arm: dict[str, Any] = {}
         self.codes: dict[int, int] = {}
         self.faults: dict[int, Exception] = {}
 
@@ -50,7 +51,7 @@ class Runs:
         artifact.mkdir(parents=True, exist_ok=True)
         mean = self.figure(told)
         figure = None if mean is None else {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
-        arm = {"name": "stage:dpo", "metrics": {} if figure is None else {METRIC: figure}, "words": 21.5}
+        arm = {"name": "stage:dpo", "metrics": {} if figure is None else {METRIC: figure}, "words": 21.5, **self.more_of_arm}
         evaluation = {"metrics": [{"name": METRIC}], "primary": METRIC, "arms": [arm]}
         evaluation |= self.lost if mean is None else {}
         (artifact / "evaluation.json").write_text(json.dumps(evaluation))

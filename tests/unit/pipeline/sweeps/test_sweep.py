@@ -72,6 +72,16 @@ def test_others_that_may_be_as_good_are_named(runs: Runs) -> None:
     assert printed.count("best:") == 1
 
 
+def test_what_speaks_against_the_best_trial_is_on_the_page_and_in_the_terminal(runs: Runs) -> None:
+    runs.more_of_arm = {"ended": {"mean": 0.0}}
+    _, printed = go(runs)
+    best = trials(runs)[0]["number"]
+    caution = f"trial {best}: all answers of dpo were cut off at max_new_tokens"
+    assert f"caution: {caution}" in printed
+    assert caution.replace("trial", "Trial", 1) in (runs.output / "sweeps/quickstart.dpo_beta/sweep.html").read_text()
+    assert printed.count("were cut off") == 1, "only the best trial's evaluation is of interest"
+
+
 def test_a_trial_whose_arm_has_no_grades_fails_and_ends_no_sweep(runs: Runs, tmp_path: Path) -> None:
     runs.lost, figure = {"gradings": [{"metric": METRIC, "left_out": ["stage:dpo"]}]}, runs.figure
     runs.figure = lambda told: None if told["stages.dpo.beta"] == "0.3" else figure(told)
@@ -228,7 +238,7 @@ def test_held_out_figures_of_a_stage_can_be_an_objective(runs: Runs, tmp_path: P
         wanted = read(stage=stage, metric=metric, minimize=minimize)
         assert str(wanted.objectives[0]) == f"{metric} of {stage}"
         assert wanted.cautions == (), "it is not measured on the training rows"
-    with pytest.raises(ConfigError, match="the less validation/loss the better; set minimize: true"):
+    with pytest.raises(ConfigError, match="the less validation/loss, the better; set minimize: true"):
         read(stage="dpo", metric="validation/loss")
 
 
@@ -236,8 +246,8 @@ def test_held_out_figures_of_a_stage_can_be_an_objective(runs: Runs, tmp_path: P
     ("metric", "minimize", "words"),
     [
         ("validation/last_loss", True, "stage 'dpo' reports 'validation/last_loss' only at its end; "),
-        ("validation/accuracy", True, "the more validation/accuracy the better; set pruning.minimize: false"),
-        ("validation/loss", False, "the less validation/loss the better; set pruning.minimize: true"),
+        ("validation/accuracy", True, "the more validation/accuracy, the better; set pruning.minimize: false"),
+        ("validation/loss", False, "the less validation/loss, the better; set pruning.minimize: true"),
         ("validation/accuracy", False, ""),
         ("validation/loss", True, ""),
     ],
@@ -275,7 +285,7 @@ def test_sampled_answers_report_a_divergence_and_greedy_ones_a_log_ratio(runs: R
 @pytest.mark.parametrize(
     ("arm", "metric", "judge", "words"),
     [
-        ("stage:dpo", "win_rate", "", "stages.evaluate.judge.kind a judge"),
+        ("stage:dpo", "win_rate", "", "stages.evaluate.judge.kind to a judge"),
         ("stage:sft", "win_rate", "metric", "stages.evaluate.judge.pairs must compare it with"),
         ("base", "win_rate", "metric", "with stages.evaluate.reference, 'stage:sft'"),
         ("base+prompt", "greedy_log_ratio", "", "it has other prompts than stages.evaluate.reference"),
