@@ -51,7 +51,12 @@ class Runs:
         artifact.mkdir(parents=True, exist_ok=True)
         mean = self.figure(told)
         figure = None if mean is None else {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
-        arm = {"name": "stage:dpo", "metrics": {} if figure is None else {METRIC: figure}, "words": 21.5, **self.more_of_arm}
+        arm = {
+            "name": "stage:dpo",
+            "metrics": {} if figure is None else {METRIC: figure},
+            "words": 21.5,
+            **self.more_of_arm,
+        }
         evaluation = {"metrics": [{"name": METRIC}], "primary": METRIC, "arms": [arm]}
         evaluation |= self.lost if mean is None else {}
         (artifact / "evaluation.json").write_text(json.dumps(evaluation))

@@ -238,7 +238,7 @@ def test_held_out_figures_of_a_stage_can_be_an_objective(runs: Runs, tmp_path: P
         wanted = read(stage=stage, metric=metric, minimize=minimize)
         assert str(wanted.objectives[0]) == f"{metric} of {stage}"
         assert wanted.cautions == (), "it is not measured on the training rows"
-    with pytest.raises(ConfigError, match="the less validation/loss, the better; set minimize: true"):
+    with pytest.raises(ConfigError, match="the less validation/loss the better; set minimize: true"):
         read(stage="dpo", metric="validation/loss")
 
 
