@@ -278,7 +278,7 @@ def test_a_row_with_media_is_refused_and_says_what_to_do(name: str, column: str)
     row = json.loads(FORMATS[name].row)
     assert format_of({**row, column: []}) is FORMATS[name]
     assert _records(PlainText, {**row, column: []}, name) == _records(PlainText, row, name)
-    with pytest.raises(DataError, match=f"rows.jsonl:7: '{column}' holds media") as caught:
+    with pytest.raises(DataError, match=f"rows.jsonl:7: '{column}' contains media") as caught:
         _records(PlainText, {**row, column: ["data/1.jpg"]}, name)
     assert f"or remove the column '{column}'" in caught.value.remedy
 

@@ -179,7 +179,10 @@ def test_data_of_a_validation_is_checked_like_the_stage_s_own(plan: MakePlan) ->
         (["stages.sample.threshold=0.5"], "only select 'best' and 'labels'"),
         (["stages.sample.completions_per_prompt=1"], "1, but select 'best_worst' compares the answers to a prompt"),
         (["stages.sample.reward=base"], "'base' is a language model"),
-        (["stages.sample.scorers=[{source: reward}]"], "'reward' is the model that stages.sample.reward names"),
+        (
+            ["stages.sample.scorers=[{source: reward}]"],
+            "'reward' needs the model in stages.sample.reward",
+        ),
     ],
 )
 def test_settings_of_a_sampling_stage_that_contradict_each_other_are_refused(
@@ -231,7 +234,7 @@ def test_rows_that_exist_are_read_while_planning(plan: MakePlan) -> None:
     assert named(plan())["dpo"].seen == {}
     leave_rows(sample, [{**PAIR, "chosen": f"{number}."} for number in range(3)])
     assert named(plan())["dpo"].seen["data"].rows == 3
-    assert any("there are 3 rows" in note for note in of_plan(plan()))
+    assert any("there are only 3 rows" in note for note in of_plan(plan()))
 
 
 def test_rows_that_exist_and_are_faulty_stop_the_plan(plan: MakePlan) -> None:

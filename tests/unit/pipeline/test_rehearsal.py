@@ -205,7 +205,9 @@ def test_what_does_not_answer_in_time_is_ended(plan: MakePlan, monkeypatch: pyte
 
     monkeypatch.setattr(processes, "execute", execute)
     planned = plan("launch.hang_seconds=7")
-    with pytest.raises(StageError, match=r"launch\.hang_seconds: rows and .* were tried .* no answer within 7 seconds"):
+    with pytest.raises(
+        StageError, match=r"launch\.hang_seconds: rows and .* were tried .* not finish within 7 seconds"
+    ):
         rehearse(planned, planned.stages, announce=lambda _: None)
 
 

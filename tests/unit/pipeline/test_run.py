@@ -533,7 +533,7 @@ def test_a_stage_whose_inputs_are_not_there_names_them(align: Align) -> None:
         align(only="ppo")
     told = str(caught.value)
     assert told.startswith("--stage: ppo needs the result of reward, which does not exist for these settings yet\n")
-    assert "→ first: align run quickstart output=" in told, "with the settings of this call"
+    assert "→ first run: align run quickstart output=" in told, "with the settings of this call"
     assert told.endswith(" --stage reward; or leave out --stage to run all stages")
     with pytest.raises(ConfigError, match="--stage: no stage 'dop' in this recipe; did you mean 'dpo'"):
         align(only="dop")

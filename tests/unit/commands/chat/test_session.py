@@ -121,7 +121,7 @@ def test_the_oldest_exchanges_are_dropped_and_that_is_said(voice_with: Callable[
     assert len(voice.history) < 10
     assert voice.history[0].role == "user"
     before = list(voice.history)
-    with pytest.raises(DataError, match=r"tokens; base reads 180, including its answer\n.*write less"):
+    with pytest.raises(DataError, match=r"tokens, but base has room for 180, including its answer\n.*write less"):
         _say(voice, "word " * 300)
     assert voice.history == before, "nothing was said"
 

@@ -197,7 +197,10 @@ def test_too_wide_a_gap_of_a_type_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architecture": "gemma"}, "the architecture gemma cannot be exported as GGUF; .* of llama, qwen2, qwen3\n"),
+        (
+            {"architecture": "gemma"},
+            "the architecture gemma cannot be exported as GGUF; .* llama, qwen2, qwen3\n",
+        ),
         ({"architecture": "gpt_neox"}, "the architecture gpt_neox cannot be exported as GGUF"),
         ({"attention_bias": True}, "llama with attention_bias: True cannot be exported as GGUF"),
         ({"mlp_bias": True}, "llama with mlp_bias: True"),
@@ -265,8 +268,8 @@ def test_a_template_that_ollama_cannot_write_is_refused_unless_the_file_alone_is
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer.ggml.eos_token_id": 0}, r"another tokenizer\.ggml\.eos_token_id; nothing was exported"),
-        ({"llama.rope.freq_base": 5e3}, r"another llama\.rope\.freq_base"),
+        ({"tokenizer.ggml.eos_token_id": 0}, r"a different tokenizer\.ggml\.eos_token_id; nothing was exported"),
+        ({"llama.rope.freq_base": 5e3}, r"a different llama\.rope\.freq_base"),
     ],
 )
 def test_metadata_that_were_written_wrong_are_not_exported(

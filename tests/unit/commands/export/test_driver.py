@@ -87,7 +87,7 @@ def test_an_interpreter_that_is_not_there_is_refused(
 ) -> None:
     folder = artifact(base={"source": "self"})
     options = ExportOptions(form="gguf", llama_python=str(tmp_path / "none"))
-    with pytest.raises(ConfigError, match=r"--llama-python: .*is not a program\n.*make engine-llama"):
+    with pytest.raises(ConfigError, match=r"--llama-python: .*is not a program that can be run\n.*make engine-llama"):
         export(Console(), str(folder), to=str(tmp_path / "out"), options=options, output=tmp_path)
     monkeypatch.setenv("ALIGNMENT_LLAMA_CPP_PYTHON", str(tmp_path))
     with pytest.raises(ConfigError, match=r"ALIGNMENT_LLAMA_CPP_PYTHON: .*is not a program"):
