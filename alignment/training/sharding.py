@@ -99,9 +99,9 @@ def moves_shares_to_host(context: StageContext) -> bool:
 
 
 def layout(context: StageContext) -> str:
-    """The layout of weights and optimiser state in a checkpoint."""
+    """The layout of weights and optimiser state in a checkpoint, whose manifest has these words: they never change."""
     sharding = context.spec.sharding
-    return WHOLE if sharding is Sharding.none else f"the shards of {context.world_size} processes ({sharding.value})"
+    return WHOLE if sharding is Sharding.none else f"shares of {context.world_size} processes ({sharding.value})"
 
 
 def sharding_arguments(context: StageContext) -> dict[str, Any]:

@@ -233,7 +233,7 @@ def test_shares_of_another_launch_are_refused(tmp_path: Path) -> None:
     assert on_processes(other) == [2, 2], logs(other)
     told = json.loads((spec.run_folder / "status.json").read_text())["error"]
     assert (
-        "checkpoint-1 contains the shards of 2 processes (zero2), but this launch can only continue from whole weights"
+        "checkpoint-1 contains shares of 2 processes (zero2), but this launch can only continue from whole weights"
         in told
     )
 

@@ -17,7 +17,7 @@ NOT_EXECUTED = {
     "docs/costs.md": {"model": 1},
     "docs/engines.md": {"engine": 2},
     "docs/exporting.md": {"run, program": 1, "run, network": 1},
-    "docs/judging.md": {"run, person": 1},
+    "docs/judging.md": {"run, person": 1, "person": 1},
     "docs/new_recipe.md": {"model": 1},
     "docs/python.md": {"model": 2},
     "docs/results.md": {"person": 1},

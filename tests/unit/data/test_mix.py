@@ -59,7 +59,7 @@ def test_the_seed_decides_which_rows_and_in_which_order() -> None:
 def test_a_source_with_too_few_rows_is_named() -> None:
     with pytest.raises(DataError) as caught:
         mixed(80, [(MixedConfig(count=1), 1), (MixedConfig(share=0.2), 10)], _generator(), where="s.data")
-    assert str(caught.value).startswith("s.data.mix[1]: has 10 rows, but 20 are wanted\n")
+    assert str(caught.value).startswith("s.data.mix[1]: has 10 rows, but 20 are needed\n")
 
 
 FRACTIONS = (0.001, 0.07, 0.125, 0.25, 0.5, 0.9, 1.0)

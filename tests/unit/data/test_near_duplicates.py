@@ -132,7 +132,8 @@ def test_votes_of_several_people_on_a_pair_are_no_duplicates_to_remove(tmp_path:
     assert "keep one of each" not in printed
     again = voted("ada", "stage:dpo", _changed(said[0], 12))
     printed = _diagnosis(_write(tmp_path / "again.jsonl", [*rows, again]))
-    assert "duplicates   1 rows are nearly the same" in printed, "one person's votes on nearly the same answers"
+    near = "duplicates   1 row is nearly the same as an earlier row"
+    assert near in printed, "one person's votes on nearly the same answers"
     assert "again.jsonl:9 shares" in printed
 
 

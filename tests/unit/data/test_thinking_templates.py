@@ -97,7 +97,7 @@ def test_answers_without_thoughts_are_learned_exactly(case: Case, system: bool) 
         assert len(whole.rows) == (1 if case.keeps else 3)
         assert whole.lost == frozenset()
     else:
-        with pytest.raises(DataError, match="renders a prompt differently once an answer follows it"):
+        with pytest.raises(DataError, match="renders a prompt differently when an answer follows it"):
             _tokenized(_tokenizer(case), messages)
 
 
@@ -219,7 +219,7 @@ def test_a_template_that_fails_for_another_reason_is_refused_with_it() -> None:
 
 
 def _fault(tokenizer: Any, messages: list[Message]) -> DataError:
-    with pytest.raises(DataError, match="renders a prompt differently once an answer follows it") as caught:
+    with pytest.raises(DataError, match="renders a prompt differently when an answer follows it") as caught:
         _tokenized(tokenizer, messages)
     return caught.value
 

@@ -201,11 +201,11 @@ TEMPLATES = {
     "a template that opens a turn otherwise than it renders it": (
         "{% for message in messages %}" + TURN + "{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}{% endif %}",
-        "the chat template renders a prompt differently once an answer follows it",
+        "the chat template renders a prompt differently when an answer follows it",
     ),
     "a template that counts the turns": (
         "{{ messages | length }}{% for message in messages %}" + TURN + "{% endfor %}" + OPEN,
-        "the chat template renders a prompt differently once an answer follows it",
+        "the chat template renders a prompt differently when an answer follows it",
     ),
 }
 
@@ -223,7 +223,7 @@ def test_a_conversation_without_an_assistant_turn_is_an_error(tokenizer: Any) ->
 
 
 def test_a_conversation_that_begins_with_the_assistant_is_an_error(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="begins with a turn of the assistant"):
+    with pytest.raises(DataError, match="begins with an assistant turn, without a prompt before it"):
         tokenize_conversation(tokenizer, _messages([("assistant", "Hello."), ("user", "Hi."), ("assistant", "Yes.")]))
 
 

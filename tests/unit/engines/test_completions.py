@@ -197,10 +197,10 @@ def test_answers_stand_in_the_order_of_their_prompts_whenever_replies_come(base:
 def test_a_wrong_reply_is_an_error_of_the_setting(base: Path) -> None:
     with asking(base) as (engine, client):
         engine.edit = lambda reply: reply | {"model": "other"}
-        with pytest.raises(StageError, match="the engine's reply was made by the weights 'other', not by") as raised:
+        with pytest.raises(StageError, match="the engine's reply came from the weights 'other', not 'base'") as raised:
             told(client, ASKED)
     assert raised.value.where == WHERE
-    assert "nothing was learned from it" in raised.value.remedy
+    assert "it was not used for training" in raised.value.remedy
 
 
 @pytest.mark.parametrize(

@@ -284,7 +284,7 @@ def test_a_server_that_dies_is_started_again_with_the_weights_that_it_had(
     assert (tmp_path / "died").exists()
     assert given == answers_of(base, tmp_path, adapters[0])
     assert second == answers_of(base, tmp_path, adapters[1])
-    assert "vLLM ended with exit code 3; it is started again." in caplog.text
+    assert "vLLM ended with exit code 3; it will be started again." in caplog.text
     assert not folder.exists()
     assert servers_under(folder) == []
 

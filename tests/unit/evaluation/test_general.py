@@ -93,7 +93,7 @@ def test_a_choice_scores_its_likelihood_a_byte_as_the_assistants_answer() -> Non
 
 
 def test_a_text_of_a_single_token_is_refused_by_file_and_line() -> None:
-    with pytest.raises(DataError, match=r"rows\.jsonl:3: the text has a single token"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:3: the text has only one token"):
         material(tiny_tokenizer(), [PlainText(text="a", where="rows.jsonl:3")], QUESTIONS)
 
 

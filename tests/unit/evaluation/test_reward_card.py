@@ -153,7 +153,7 @@ def test_a_card_says_first_what_makes_its_figures_worthless() -> None:
     card = card_of(many(*[-1.0] * 20), intervals=INTERVALS, num_worst=1)
     learned = Learned(judged_too=3, left_out=False, part_known=False)
     told = warnings(replace(card, learned=learned, invariances=Invariances(moved=["alone"])))
-    assert told[0].startswith("3 of the 20 pairs overlap with what the model learned from")
+    assert told[0].startswith("3 of the 20 pairs overlap with the model's training pairs")
     assert told[1].startswith("It is not known exactly on which part of its file the model was trained")
     assert told[2:] == [
         "It is right less often than the rule 'longer is better'.",

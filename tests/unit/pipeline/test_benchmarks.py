@@ -139,7 +139,7 @@ def test_what_a_stage_cannot_do_with_a_task_is_named_with_its_file(
 def test_examples_that_the_harness_would_ignore_are_refused(benchmark: MakeBenchmark, folder: Path) -> None:
     add(folder, "without", "task: without\nnum_fewshot: 0\n", base="sums.yaml")
     benchmark("stages.benchmark.tasks=[without]")
-    with pytest.raises(ConfigError, match="sets num_fewshot: 0 in its file, which the harness never replaces"):
+    with pytest.raises(ConfigError, match="sets num_fewshot: 0 in its file, which the harness never overrides"):
         benchmark("stages.benchmark.tasks=[without]", "stages.benchmark.num_fewshot=3")
 
 

@@ -23,9 +23,9 @@ MERGED = "m0: &m0 {a: 1, b: 2}\n" + "".join(
     f"m{n}: &m{n} {{<<: [{NINE.replace('{}', f'm{n - 1}')}]}}\n" for n in range(1, 10)
 )
 BOMBS = {
-    "aliases": (ALIASES, "holds more than 10,000 values"),
-    "merged groups": (MERGED, "holds more than 10,000 values"),
-    "a list that holds itself": ("a: &a [*a]\n", "holds more than 10,000 values"),
+    "aliases": (ALIASES, "contains more than 10,000 values"),
+    "merged groups": (MERGED, "contains more than 10,000 values"),
+    "a list that holds itself": ("a: &a [*a]\n", "contains more than 10,000 values"),
     "a megabyte": (f"# {'x' * (1 << 20)}\n", "is longer than 1 MiB"),
     "bytes": ("a: \ud800\n", "not YAML"),
 }
@@ -67,7 +67,7 @@ def test_a_long_file_is_refused_by_what_it_holds_too(tmp_path: Path) -> None:
     brackets.write_text(f"a: {'[' * 1_000}{']' * 1_000}\n")
     with pytest.raises(ConfigError, match=r"brackets\.yaml: not YAML: groups and lists are nested too deeply"):
         yaml_file.read(brackets)
-    with pytest.raises(yaml.YAMLError, match="holds more than 10,000 values"):
+    with pytest.raises(yaml.YAMLError, match="contains more than 10,000 values"):
         yaml_file.load(f"[{', '.join('x' * 10_001)}]")
 
 

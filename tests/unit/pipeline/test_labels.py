@@ -105,7 +105,7 @@ def test_labels_that_only_the_stage_will_know_are_not_judged(overrides: list[str
     [
         (
             ["stages.kto.optim.batch_size=1"],
-            "1, but the KL divergence is estimated from other answers of the same batch",
+            "1, but the KL divergence is estimated from the other answers in the batch",
         ),
         (["stages.kto.optim.batch_size=2", "launch=ddp", "launch.num_processes=2"], "2 leaves one row for each of 2"),
     ],

@@ -46,7 +46,7 @@ def test_a_tracker_that_is_not_installed_is_refused_with_its_package_and_extra(
     ("tracker", "variables", "where", "words"),
     [
         ("mlflow", {}, "tracking.mlflow_url", "no server is named; set tracking.mlflow_url or MLFLOW_TRACKING_URI"),
-        ("mlflow", {"MLFLOW_TRACKING_URI": "sqlite:///s3cret.db"}, "tracking.mlflow", "is not an address of a server"),
+        ("mlflow", {"MLFLOW_TRACKING_URI": "sqlite:///s3cret.db"}, "tracking.mlflow", "is not the address of a server"),
         ("mlflow", {"MLFLOW_TRACKING_URI": "http://me:s3cret@x"}, "tracking.mlflow", "MLFLOW_TRACKING_PASSWORD)"),
         (
             "mlflow",

@@ -49,7 +49,7 @@ def test_references_stand_beside_their_fields() -> None:
         ("{", "unreadable"),
         ('{"stages": []}', r"unreadable: stages: \[\] is not an object"),
         ('{"stages": {"sft": 3}}', r"unreadable: stages\.sft: 3 is not an object"),
-        ('{"version": 2}', "has version 2 of its form"),
+        ('{"version": 2}', "has format version 2, but"),
     ],
 )
 def test_what_is_no_record_is_refused(tmp_path: Path, content: str | None, message: str) -> None:

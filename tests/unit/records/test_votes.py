@@ -114,9 +114,9 @@ def test_a_vote_that_is_taken_back_leaves_every_other_line_as_it_is(file: Path) 
         ({"preferred": "dpo"}, "'preferred' must be one of stage:sft, stage:dpo, tie; it is 'dpo'"),
         ({"shown_first": "tie"}, "'shown_first' must be one of stage:sft, stage:dpo"),
         ({"annotator": 3}, "annotator: 3 is not text"),
-        ({"answers": {SFT: "another", DPO: "It is 1 from dpo."}}, "is not what was voted on"),
-        ({"messages": []}, "is not what was voted on"),
-        ({"version": 2}, "has version 2 of its form"),
+        ({"answers": {SFT: "another", DPO: "It is 1 from dpo."}}, "differs from what was voted on"),
+        ({"messages": []}, "differs from what was voted on"),
+        ({"version": 2}, "has format version 2, but"),
     ],
 )
 def test_a_line_that_was_changed_is_refused_by_number(file: Path, values: dict[str, Any], words: str) -> None:

@@ -138,7 +138,7 @@ def test_a_reward_model_of_ours_with_another_tokenizer_is_refused(tmp_path: Path
     spec = tiny_spec(tmp_path, PpoConfig(), inputs={"reward": told})
     tokenizer = load_tokenizer(base.base)
     tokenizer.chat_template = "{{ messages }}"
-    with pytest.raises(ModelError, match="stage:reward has another tokenizer or chat template"):
+    with pytest.raises(ModelError, match="stage:reward has a different tokenizer or chat template"):
         build_rewards({"scorers[0]": ScorerConfig()}, spec, tokenizer, PROMPTS, None, RUN)
 
 

@@ -322,11 +322,11 @@ def test_a_row_s_own_schema_comes_before_the_metric_s() -> None:
         ({"type": "text"}, "'schema' is not a JSON schema: 'text' is not valid"),
         (
             {"$ref": "http://127.0.0.1:9/x.json"},
-            "'schema' refers to 'http://127.0.0.1:9/x.json', and nothing is fetched",
+            "'schema' refers to 'http://127.0.0.1:9/x.json', but nothing is fetched",
         ),
         (
             {"$dynamicRef": "http://127.0.0.1:9/x.json#a"},
-            "'schema' refers to 'http://127.0.0.1:9/x.json#a', and nothing",
+            "'schema' refers to 'http://127.0.0.1:9/x.json#a', but nothing",
         ),
         ({"$ref": "#/$defs/size"}, "'schema' refers to '#/$defs/size', which it does not contain"),
         ({"properties": {"age": {"$ref": "#size"}}}, "'schema' refers to '#size', which it does not contain"),
@@ -439,7 +439,7 @@ def test_the_loose_rule_forgives_a_first_line_and_asterisks() -> None:
         ),
         (
             {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"num_words": 3}]},
-            "'instruction_id_list' has punctuation:no_comma with arguments that it does not take",
+            "'instruction_id_list' has punctuation:no_comma with arguments that it does not accept",
         ),
     ],
 )

@@ -375,7 +375,7 @@ def test_an_answer_ends_before_a_stop_text_that_several_tokens_make(
     [
         ({"do_sample": True, "temperature": 0.7}, "samples its answers"),
         ({"num_beams": 4}, "sets num_beams in its generation_kwargs"),
-        ({"max_gen_toks": 5000}, "answers of 5000 tokens leave no room for a prompt in the 4096 tokens"),
+        ({"max_gen_toks": 5000}, "answers of 5000 tokens leave no room for a prompt in max_length, 4096 tokens"),
     ],
 )
 def test_answers_of_another_kind_are_refused(chain: Chained, settings: dict[str, Any], message: str) -> None:

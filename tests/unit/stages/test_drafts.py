@@ -252,7 +252,7 @@ def test_a_draft_that_is_no_better_than_before_is_doubted() -> None:
     assert doubts("distil", {"eval_acceptance_before": 0.3, "eval_acceptance": 0.6}) == []
     assert doubts("distil", {"loss": 1.0}) == []
     (doubt,) = doubts("distil", {"eval_acceptance_before": 0.31, "eval_acceptance": 0.3})
-    assert "no more often after distillation (30.0%) than before (31.0%)" in doubt
+    assert "not accepted more often after distillation (30.0%) than before (31.0%)" in doubt
 
 
 # ---- what does not fit -----------------------------------------------------------------------------------------------
@@ -271,7 +271,7 @@ def test_a_student_with_another_tokenizer_or_template_is_refused(tmp_path: Path)
     tokenizer.chat_template = "{{ messages }}"
     other = save_tiny_model(tmp_path / "other", tokenizer=tokenizer)
     inputs = {"init": StageInput(ref="path:other", path=other), "teacher": BASE}
-    with pytest.raises(ModelError, match="another tokenizer or chat template than the teacher") as caught:
+    with pytest.raises(ModelError, match="has a different tokenizer or chat template than the teacher") as caught:
         distilled(tmp_path, inputs=inputs, layers=None)
     assert caught.value.where == "stages.distil.init"
 

@@ -167,7 +167,7 @@ def test_pairs_that_were_learned_may_be_judged_and_are_then_counted(folder: Path
     config = RewardCardConfig(bootstrap_samples=5, invariance_pairs=0, leave_out_learned=False)
     card = run(spec_of(folder, tmp_path, config, extra_data={"learned": file}))
     assert (card["num_pairs"], card["learned"]["judged_too"]) == (12, 12)
-    assert card["warnings"][0].startswith("12 of the 12 pairs overlap with what the model learned from")
+    assert card["warnings"][0].startswith("12 of the 12 pairs overlap with the model's training pairs")
     with pytest.raises(DataError, match="all 12 pairs have prompts that the reward model was trained on"):
         run(spec_of(folder, tmp_path / "again", RewardCardConfig(), data_path=file, extra_data={"learned": file}))
 
@@ -188,7 +188,7 @@ def test_no_pair_is_judged_that_the_reward_stage_took(folder: Path, tmp_path: Pa
     assert not taken & {pair["chosen"] for pair in lines(spec)}
     assert card["num_pairs"] == (20 if too_long else 40), "all of the file is left out where its part is not known"
     assert card["learned"]["part_known"] is not too_long
-    assert any("every pair of the file counts as learned" in told for told in card["warnings"]) is too_long
+    assert any("every pair of the file counts as a training pair" in told for told in card["warnings"]) is too_long
 
 
 def made_from_half(folder: Path, work: Path, file: Path) -> tuple[set[str], Path]:

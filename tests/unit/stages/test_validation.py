@@ -171,7 +171,7 @@ def test_patience_ends_the_stage_and_the_sentence_says_where(tmp_path: Path) -> 
 def test_a_row_that_is_learned_from_is_not_held_out(tmp_path: Path) -> None:
     spec = own_data(tmp_path, "sft")
     write_rows(spec.extra_data["validation.data"], noise("sft", rows=4, first=15))
-    with pytest.raises(DataError, match="2 of 4 held-out rows have a prompt that is learned from"):
+    with pytest.raises(DataError, match="2 of 4 held-out rows have a prompt that is also trained on"):
         ran(spec)
 
 

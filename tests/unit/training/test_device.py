@@ -16,6 +16,8 @@ from alignment.training.device import own_device
 from tests.tiny import tiny_spec
 
 Machine = Callable[..., None]
+ON_CPU = "set CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
+ON_GPU_OR_CPU = "set CUDA_VISIBLE_DEVICES=0 to use a GPU, or CUDA_VISIBLE_DEVICES= (empty) to use the CPU"
 
 
 @pytest.fixture
@@ -52,20 +54,20 @@ def test_each_process_has_a_gpu_of_its_own_or_the_cpu(
 
 
 @pytest.mark.parametrize(
-    ("launcher", "gpus", "rank", "message"),
+    ("launcher", "gpus", "rank", "message", "remedy"),
     [
-        ("cpu", 2, 0, "PyTorch finds 2 GPUs, but the launcher found none"),
-        ("cuda", 0, 0, "the launcher found a GPU for process 0 of this machine, but PyTorch .* finds none"),
-        ("cuda", 1, 1, "the launcher found a GPU for process 1 of this machine, but PyTorch .* finds 1 GPU$"),
+        ("cpu", 2, 0, "PyTorch finds 2 GPUs, but the launcher found none", ON_GPU_OR_CPU),
+        ("cuda", 0, 0, "the launcher found a GPU for process 0 of this machine, but PyTorch .* finds none", ON_CPU),
+        ("cuda", 1, 1, "the launcher found a GPU for process 1 of this machine, but PyTorch .* finds 1 GPU$", ON_CPU),
     ],
 )
 def test_a_device_that_the_launcher_did_not_find_is_refused(
-    machine: Machine, launcher: str, gpus: int, rank: int, message: str
+    machine: Machine, launcher: str, gpus: int, rank: int, message: str, remedy: str
 ) -> None:
     machine(launcher, gpus, rank=rank)
     with pytest.raises(ConfigError, match="(?m)" + message) as caught:
         own_device()
-    assert "set CUDA_VISIBLE_DEVICES= (empty) to use the CPU" in caught.value.remedy
+    assert remedy in caught.value.remedy
 
 
 def test_a_worker_ends_on_a_mismatch_before_anything_is_loaded(

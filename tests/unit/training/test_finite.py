@@ -107,7 +107,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(arguments: TrainingArgu
 
 
 def test_a_model_that_has_no_gradient_left_stops_unless_nothing_is_left_to_learn(arguments: TrainingArguments) -> None:
-    with pytest.raises(StageError, match=r"all gradients are zero at step 8 with a loss of 5.8: the training diverged"):
+    message = r"all gradients are zero at step 8 with a loss of 5\.8: training diverged earlier"
+    with pytest.raises(StageError, match=message):
         before_step_8(arguments, trainer(0.0, step_loss=torch.tensor(5.8)))
     before_step_8(arguments, trainer(0.0, step_loss=torch.tensor(0.0)))
     before_step_8(arguments, trainer(0.0))  # PPO: every ratio may be clipped
@@ -151,7 +152,7 @@ def test_a_logged_figure_that_is_not_finite_is_written_and_stops(
     ids=str,
 )
 def test_a_loss_that_rose_above_a_guess_is_no_result(losses: list[float], diverged: bool) -> None:
-    with pytest.raises(StageError, match="the training diverged") if diverged else contextlib.nullcontext():
+    with pytest.raises(StageError, match="^training diverged: ") if diverged else contextlib.nullcontext():
         refuse_divergence(losses, ceiling=10.0)
 
 

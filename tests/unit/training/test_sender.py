@@ -77,7 +77,7 @@ def test_what_failed_is_sent_again_in_order_and_an_outage_is_said_once(caplog: p
     )
     assert [record.getMessage() for record in caplog.records] == [
         outage + "no route",
-        "MLflow at http://x answers again",
+        "MLflow at http://x is answering again",
     ]
 
 

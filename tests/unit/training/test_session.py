@@ -168,7 +168,7 @@ def test_shares_of_other_processes_are_not_gone_on_from(context: StageContext) -
     folder.mkdir()
     (folder / "rank0.pt").write_text("a share")
     checkpoints.seal(folder, fingerprint=context.spec.fingerprint, layout="shares of 2 processes (zero2)")
-    with pytest.raises(ConfigError, match=r"checkpoint-2 holds shares of 2 processes \(zero2\), but this launch"):
+    with pytest.raises(ConfigError, match=r"checkpoint-2 contains shares of 2 processes \(zero2\), but this launch"):
         train(_trainer(context), context, headline="loss")
     assert folder.is_dir(), "it is of use to a launch like the one before"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,12 +66,12 @@ class Runs:
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     found = Runs(tmp_path)
 
-    def hear(argv: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+    def hear(argv: list[str]) -> int:
         found.speakers = json.loads(Path(argv[-1]).read_text())["sessions"]
         found.ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        return subprocess.CompletedProcess(argv, 0)
+        return 0
 
-    monkeypatch.setattr("alignment.pipeline.backends.processes.subprocess.run", hear)
+    monkeypatch.setattr("alignment.pipeline.backends.processes.call", hear)
     found.add("a", sft="policy", reward="reward", dpo="policy", ppo=None)
     return found
 

@@ -200,7 +200,7 @@ def test_without_a_token_or_with_a_wrong_one_it_is_refused(hub: Hub, exported: P
     assert "no token for the hub" in push(hub, exported, code=2, HF_TOKEN="")
     assert hub.requests == []
     printed = push(hub, exported, code=11, HF_TOKEN="hf_wrongwrong")
-    assert "the hub refuses" in printed
+    assert "the hub refused: " in printed
     assert "hf_wrongwrong" not in printed
     assert hub.repositories == {}
 

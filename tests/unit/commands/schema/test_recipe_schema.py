@@ -78,7 +78,8 @@ def test_the_examples_of_the_docs_validate() -> None:
     parts = parts_of_docs()
     assert len(parts) >= 20
     wrong = [(page, faults(SWEEPS if "parameters" in tree else RECIPES, tree)) for page, tree in parts]
-    assert [part for part in wrong if part[1]] == []
+    added = f"stages.count.kind: 'wordcount' is not one of {list(kinds())}"  # by the package that this page describes
+    assert [part for part in wrong if part[1]] == [("own_stage.md", [added])]
 
 
 @pytest.mark.parametrize("kind", kinds().values(), ids=list(kinds()))

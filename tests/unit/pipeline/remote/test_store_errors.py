@@ -27,7 +27,7 @@ class NoCredentialsError(Exception):
         (FileNotFoundError("x"), "there is no such bucket"),
         (EndpointConnectionError("http://a"), "cannot be reached: http://a"),
         (OSError(errno.ECONNREFUSED, "refused"), "cannot be reached"),
-        (OSError(errno.EBUSY, "slow down"), "it answers: [Errno 16] slow down"),
+        (OSError(errno.EBUSY, "slow down"), "it answered: [Errno 16] slow down"),
     ],
 )
 def test_each_kind_has_its_words(error: Exception, expected: str) -> None:
