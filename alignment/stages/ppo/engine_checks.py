@@ -82,8 +82,8 @@ def engine_doubts(metrics: Mapping[str, float]) -> list[str]:
     if metrics.get(GAP, 0.0) <= WORRYING or CAPPED in metrics:
         return []
     return [
-        f"the engine that sampled gave log-probabilities that differ from the policy's by {metrics[GAP]:.3f} nats a "
-        f"token ({metrics.get(BEYOND, 0.0):.0%} beyond the bound), and nothing corrected for that: the policy "
+        f"the engine that sampled gave log-probabilities that differ from the policy's by {metrics[GAP]:.3f} nats "
+        f"per token ({metrics.get(BEYOND, 0.0):.0%} beyond the bound), and nothing corrected for that: the policy "
         f"learned from another policy's answers; set sampling.importance_cap, or sampling.engine=own"
     ]
 

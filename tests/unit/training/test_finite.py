@@ -152,7 +152,7 @@ def test_a_logged_figure_that_is_not_finite_is_written_and_stops(
     ids=str,
 )
 def test_a_loss_that_rose_above_a_guess_is_no_result(losses: list[float], diverged: bool) -> None:
-    with pytest.raises(StageError, match="^training diverged: ") if diverged else contextlib.nullcontext():
+    with pytest.raises(StageError, match=r"^training diverged: ") if diverged else contextlib.nullcontext():
         refuse_divergence(losses, ceiling=10.0)
 
 
