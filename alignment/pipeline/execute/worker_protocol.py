@@ -180,6 +180,8 @@ def _how(code: int, printed: str) -> str:
         return "by signal 9 (often because the machine ran out of memory; a smaller micro_batch_tokens helps)"
     if code == -KILLED_BY or KILLED_BY.name in printed:
         return f"by {KILLED_BY.name} (a chat template did not finish; set model.chat_template)"
+    if code == 1:  # also of a process whose end nobody saw (pipeline/backends/forking.py)
+        return "with exit code 1, or was killed together with the process that started it,"
     return f"by signal {-code}" if code < 0 else f"with exit code {code}"
 
 

@@ -160,6 +160,7 @@ def test_what_a_stage_noted_on_its_way_reaches_the_user_once(align: Align, monke
             5,
             ["by signal 9", "memory", "in the phase 'trying the longest batch'", "| working on sft"],
         ),
+        ("sft:silence", StageError, 5, ["with exit code 1, or was killed together with the process that started it"]),
         ("sft:template", StageError, 5, ["by SIGVTALRM", "a chat template did not finish"]),
         ("sft:torn", ArtifactError, 7, ["status.json: unreadable: state: 3 is not text", "log.txt"]),
         ("sft:bug", AlignmentError, 1, ["KeyError: 'x'", "a bug in this project", "| working on sft"]),

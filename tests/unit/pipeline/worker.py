@@ -60,6 +60,8 @@ def misbehave(spec: StageSpec, fault: str) -> None:
     if fault == "crash":
         Progress(phase="trying the longest batch").write(spec.work)
         os.kill(os.getpid(), signal.SIGKILL)
+    if fault == "silence":
+        os._exit(1)
     if fault == "template":
         os.kill(os.getpid(), KILLED_BY)
     if fault == "hang":
