@@ -38,7 +38,10 @@ def test_the_first_commands_work_without_torch_and_without_a_clone(driver: Insta
 def test_a_run_without_torch_says_what_is_missing(driver: Installed) -> None:
     done = driver.align("run", "quickstart")
     assert done.returncode == 2, done.stdout
-    assert "launch: stages need torch, transformers, trl, peft, accelerate, datasets, not installed" in done.stdout
+    assert (
+        "launch: stages need torch, transformers, trl, peft, accelerate, datasets, which are not installed for"
+        in done.stdout
+    )
     assert "Traceback" not in done.stdout
 
 
