@@ -80,9 +80,13 @@ class RowRelations:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Fullest:
-    """The keys of a row's records for the stage that uses most of it, and of the records that would contradict them."""
+    """The keys of a row's records for the stage that uses most of it, and of the records that would contradict them.
+
+    Rows of different authors are not compared, because people may agree or disagree.
+    """
 
     where: str
+    author: str
     stage: str
     keys: Sequence[int]
     opposites: Sequence[int]
@@ -102,7 +106,7 @@ class RepeatedRecords:
         self._seen = {name: KeySet() for name in records}
         self.related = RowRelations()
         self._by_fullness = [name for record in _FULLEST for name, own in records.items() if own is record]
-        self._first: dict[int, str] = {}
+        self._first: dict[tuple[str, int], str] = {}
         self._wait()
 
     def _wait(self) -> None:
@@ -119,7 +123,7 @@ class RepeatedRecords:
             self._keys[name].extend(of_stage)
             self._rows[name].extend([len(self._waiting)] * len(of_stage))
         self._waiting.append(None if self._near.is_full else (where, author, keyed))
-        self._fullest.append(None if author else self._fullest_of(where, keyed))  # people may agree, or not
+        self._fullest.append(self._fullest_of(where, author, keyed))
         self._characters += size
         if len(self._waiting) >= BATCH or self._characters >= BATCH_CHARACTERS:
             self.end()
@@ -153,7 +157,7 @@ class RepeatedRecords:
                 self._near.add(LocatedText(where=where, text=self._text_of(made), author=author))
         self._wait()
 
-    def _fullest_of(self, where: str, keyed: Mapping[str, Keyed]) -> _Fullest | None:
+    def _fullest_of(self, where: str, author: str, keyed: Mapping[str, Keyed]) -> _Fullest | None:
         stage = next((name for name in self._by_fullness if keyed.get(name)), None)
         if stage is None:
             return None
@@ -162,7 +166,7 @@ class RepeatedRecords:
             if self._is_full
             else [record_key(opposite) for opposite in map(_opposite, keyed[stage].values()) if opposite]
         )
-        return _Fullest(where=where, stage=stage, keys=list(keyed[stage]), opposites=opposites)
+        return _Fullest(where=where, author=author, stage=stage, keys=list(keyed[stage]), opposites=opposites)
 
     @property
     def _is_full(self) -> bool:
@@ -175,16 +179,16 @@ class RepeatedRecords:
             if row is None:
                 continue
             record = self._records[row.stage]
-            if not new_rows[row.stage][index]:
-                earlier = self._first.get(row.keys[0], "")
+            earlier = self._first.get((row.author, row.keys[0]), "")
+            if earlier or (not row.author and not new_rows[row.stage][index]):
                 self.related.add_exact(RelatedRow(where=row.where, earlier=earlier, record=record))
                 continue
-            opposite = next((self._first[key] for key in row.opposites if key in self._first), None)
+            opposite = next(filter(None, (self._first.get((row.author, key)) for key in row.opposites)), None)
             if opposite is not None:
                 contradicting.add(index)
                 self.related.add_contradiction(RelatedRow(where=row.where, earlier=opposite, record=record))
             for key in row.keys if not self._is_full else ():
-                self._first.setdefault(key, row.where)
+                self._first.setdefault((row.author, key), row.where)
         return contradicting
 
     def _text_of(self, made: Mapping[str, Iterable[Record]]) -> str:

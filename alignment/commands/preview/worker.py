@@ -178,13 +178,10 @@ def _overlaps(records: Sequence[Any], held_out: HeldOut | None) -> list[str]:
         return []
     first = overlaps[0]
     return [
-        f"{_resembling(len(overlaps))} the evaluation, such as {first.learned}, "
+        f"{counted(len(overlaps), 'record resembles a prompt', 'records resemble prompts')} of the evaluation, "
+        f"such as {first.learned}, "
         f"which has {first.share:.0%} of {first.held_out}"
     ]
-
-
-def _resembling(count: int) -> str:
-    return "1 record resembles a prompt of" if count == 1 else f"{count:,} records resemble prompts of"
 
 
 def _taken(data: SourceConfig, records: int) -> list[str]:

@@ -11,9 +11,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from alignment.config.evaluating import AnswersConfig
 from alignment.config.sampling_engine import Engine
 from alignment.evaluation.arms import TokenSum
@@ -51,10 +48,7 @@ def file_of(
     """The file that caches, or will cache, a policy's answers in one turn."""
     parts = [
         VERSION,
-        torch.__version__,
-        transformers.__version__,
-        context.device.type,
-        context.spec.model.dtype.value,
+        *cache_file.versions(context),
         weights_sha256(policy),
         max_new_tokens,
         list(ends),

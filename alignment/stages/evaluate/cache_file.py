@@ -8,9 +8,18 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
 from alignment.core.files import remove_leftovers, write_text
+from alignment.training.context import StageContext
 
 log = logging.getLogger(__name__)
+
+
+def versions(context: StageContext) -> list[str]:
+    """What every computed value depends on: the libraries, the kind of device and the number format."""
+    return [torch.__version__, transformers.__version__, context.device.type, context.spec.model.dtype.value]
 
 
 def path_of(artifact: Path, kind: str, parts: Any) -> Path:

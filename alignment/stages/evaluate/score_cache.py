@@ -9,9 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import torch
-import transformers
-
 from alignment.core.fingerprint import file_sha256
 from alignment.costs.recorder import on_shadows
 from alignment.models.assembly.load import Lineage
@@ -45,10 +42,7 @@ def cached_scores(
     def stored() -> tuple[Path, list[float] | None]:
         parts = [
             VERSION,
-            torch.__version__,
-            transformers.__version__,
-            context.device.type,
-            context.spec.model.dtype.value,
+            *cache_file.versions(context),
             computation,
             weights_sha256(model),
             None if head is None else file_sha256(head),

@@ -135,6 +135,10 @@ def test_votes_of_several_people_on_a_pair_are_no_duplicates_to_remove(tmp_path:
     near = "duplicates   1 row is nearly the same as an earlier row"
     assert near in printed, "one person's votes on nearly the same answers"
     assert "again.jsonl:9 shares" in printed
+    twice = [*rows, voted("ada", "stage:sft", said[0]), voted("ada", "stage:dpo", said[1])]
+    found = examine(_write(tmp_path / "twice.jsonl", twice), SourceConfig(), records()).repeats
+    assert [(one.where[-2:], one.earlier[-2:]) for one in found.exact] == [(":9", ":1")], "one person, the same vote"
+    assert [(one.where[-3:], one.earlier[-2:]) for one in found.contradictions] == [(":10", ":3")], "and the opposite"
 
 
 def test_a_system_turn_that_all_rows_share_makes_none_of_them_alike(tmp_path: Path) -> None:
