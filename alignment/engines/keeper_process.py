@@ -25,6 +25,8 @@ from pathlib import Path
 
 import psutil
 
+from alignment.core.files import write_text
+
 NOT_STARTED = 127
 """The exit code of a program that could not be started, as a shell gives it; the reason stands behind it."""
 GRACE_SECONDS = 5.0
@@ -77,9 +79,9 @@ def _keep(folder: Path) -> None:
             try:
                 server = _started(command_file(folder, number))
             except OSError as error:
-                exit_file(folder, number).write_text(f"{NOT_STARTED} {error}")
+                write_text(exit_file(folder, number), f"{NOT_STARTED} {error}")
         elif server is not None and server.poll() is not None:
-            exit_file(folder, number).write_text(str(server.returncode))
+            write_text(exit_file(folder, number), str(server.returncode))
             server = None
 
 

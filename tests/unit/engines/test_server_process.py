@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from alignment.core.errors import StageError
+from alignment.engines.keeper_process import NOT_STARTED, exit_file
 from alignment.engines.server_process import KEY, PORT, Keeper, ServerCommand, ServerProcess
 
 PARENT = """
@@ -121,6 +122,19 @@ def test_a_server_does_not_outlive_its_keeper(tmp_path: Path) -> None:
         os.kill(pids(tmp_path)[1], signal.SIGKILL)  # a server's own child ends only if it watches its parent
         assert not keeper.is_alive
     assert not keeper.folder.exists()
+
+
+@pytest.mark.parametrize("argv", [[sys.executable, "-c", "raise SystemExit(3)"], ["/nowhere/server"]])
+def test_an_exit_code_appears_whole(tmp_path: Path, argv: list[str]) -> None:
+    """The owner polls for the file, so it would read an empty one as soon as it is opened for writing."""
+    with Keeper() as keeper:
+        appears = exit_file(keeper.folder, 1)
+        appears.write_text("0")
+        os.link(appears, tmp_path / "first inode")
+        keeper.start({"argv": argv, "environment": {}, "log": str(tmp_path / "log")})
+        until(lambda: appears.read_text() != "0")
+        assert (tmp_path / "first inode").read_text() == "0", "the file was replaced, not written over"
+        assert keeper.exit_code(1) == (3 if argv[0] == sys.executable else NOT_STARTED)
 
 
 def test_a_second_server_replaces_the_first(tmp_path: Path) -> None:
