@@ -233,15 +233,30 @@ def _neighbour() -> Work:
 
 
 WORKS: dict[str, Work] = {
-    "sft_lora": _training(kind="sft", adapter="lora", stock="cross_entropy over all positions"),
-    "sft_full": _training(kind="sft", adapter="full", stock="cross_entropy over all positions"),
+    "sft_lora": _training(
+        kind="sft",
+        adapter="lora",
+        stock="cross_entropy over all positions",
+        variants={"ours_recomputed": _ours_recomputed(512)},
+    ),
+    "sft_full": _training(
+        kind="sft",
+        adapter="full",
+        stock="cross_entropy over all positions",
+        variants={"ours_recomputed": _ours_recomputed(512)},
+    ),
     "reward_lora": _training(
         kind="reward",
         adapter="lora",
         stock="-logsigmoid of the score difference",
         variants={"ours_recomputed": _ours_recomputed(768)},
     ),
-    "dpo_lora": _training(kind="dpo", adapter="lora", stock="log_softmax and gather, reference by disable_adapter"),
+    "dpo_lora": _training(
+        kind="dpo",
+        adapter="lora",
+        stock="log_softmax and gather, reference by disable_adapter",
+        variants={"ours_recomputed": _ours_recomputed(768)},
+    ),
     "kto_lora": _training(
         kind="kto",
         adapter="lora",

@@ -234,6 +234,7 @@ def test_a_table_takes_the_settings_that_the_search_chose(file: Path) -> None:
     work = with_choices(WORK, choices)
     assert list(work.contestants) == [
         "ours",
+        "ours_recomputed",
         "trl_default",
         "trl_as_it_comes",
         "trl_fastest",
@@ -243,6 +244,7 @@ def test_a_table_takes_the_settings_that_the_search_chose(file: Path) -> None:
     rows = {name: how.setting.get("micro_rows") for name, how in work.contestants.items()}
     assert rows == {
         "ours": None,
+        "ours_recomputed": None,
         "trl_default": 8,
         "trl_as_it_comes": 8,
         "trl_fastest": 2,
