@@ -18,7 +18,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 import traceback
 from collections import Counter
@@ -39,6 +38,7 @@ from alignment.config.optim import OptimConfig
 from alignment.config.sampling_engine import Engine, RolloutSamplingConfig, SamplingConfig
 from alignment.core import unused_libraries
 from alignment.core.errors import AlignmentError
+from alignment.core.process_end import end_process
 from alignment.costs.devices import CODE_BYTES, CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
 from alignment.costs.op_times import NEAR_BYTES, seconds_of
 from alignment.costs.recorder import GRADIENTS, OPTIMIZER, WEIGHTS, Operations, Phase, Recorder
@@ -396,4 +396,4 @@ def _work(recorder: Recorder, timer: Timer, operations: Operations) -> tuple[flo
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -8,7 +8,6 @@ and calls each of the user's functions once, with one answer. The outcome is wri
 from __future__ import annotations
 
 import argparse
-import sys
 import traceback
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from alignment.config.data import DataConfig, OnError, SourceConfig
 from alignment.config.validation import ValidationConfig
 from alignment.core.errors import AlignmentError
+from alignment.core.process_end import end_process
 from alignment.data.reading import iterate
 from alignment.data.records import Prompt
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
@@ -130,4 +130,4 @@ def try_functions(spec: StageSpec) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

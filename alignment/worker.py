@@ -44,6 +44,7 @@ from alignment.core.errors import AlignmentError, DataError, StageError
 from alignment.core.files import disk_error, path_error
 from alignment.core.fingerprint import digest
 from alignment.core.locks import held
+from alignment.core.process_end import end_process
 from alignment.core.streams import make_unfailing
 from alignment.core.versions import versions
 from alignment.data.chat_template import template_text
@@ -328,4 +329,4 @@ def _silence_libraries() -> None:
 
 if __name__ == "__main__":
     make_unfailing()
-    sys.exit(main(Path(sys.argv[1])))
+    end_process(main(Path(sys.argv[1])))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from alignment.core.artifacts import readable, write_json
 from alignment.core.errors import AlignmentError, ConfigError, ModelError
 from alignment.core.files import explained
 from alignment.core.model_files import refuse_weights_elsewhere
+from alignment.core.process_end import end_process
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import complain
 
@@ -110,4 +110,4 @@ def _refuse_lost(folder: Path, tokens: Sequence[str], rows: int) -> None:
 
 if __name__ == "__main__":
     make_unfailing()
-    sys.exit(main())
+    end_process(main())

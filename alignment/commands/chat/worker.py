@@ -24,6 +24,7 @@ from alignment.commands.chat.chat_session import ChatSession, GenerationOptions,
 from alignment.config.model import Dtype, TemplateChoice
 from alignment.config.sampling_engine import SamplingConfig
 from alignment.core.errors import AlignmentError, DataError, StageError
+from alignment.core.process_end import end_process
 from alignment.core.streams import Unfailing, make_unfailing
 from alignment.core.terminal import Terminal, complain, visible
 
@@ -184,4 +185,4 @@ class Screen:
 
 if __name__ == "__main__":
     make_unfailing()
-    sys.exit(main())
+    end_process(main())

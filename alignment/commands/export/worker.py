@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import json
 import shutil
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ from alignment.commands.export.provenance import provenance, without_folders
 from alignment.core.artifacts import REWARD_MODEL, Manifest, readable, verify
 from alignment.core.errors import AlignmentError
 from alignment.core.files import explained
+from alignment.core.process_end import end_process
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import complain
 
@@ -115,4 +115,4 @@ def _lineage(manifest: Manifest) -> dict[str, Any]:
 
 if __name__ == "__main__":
     make_unfailing()
-    sys.exit(main())
+    end_process(main())

@@ -20,6 +20,7 @@ from alignment.config.model import TemplateChoice
 from alignment.config.new_recipe import Lengths
 from alignment.core.artifacts import write_json
 from alignment.core.errors import AlignmentError, DataError
+from alignment.core.process_end import end_process
 from alignment.core.streams import make_unfailing
 from alignment.data.reading import iterate
 from alignment.data.records import PlainText
@@ -115,4 +116,4 @@ def _batches(records: Iterator[Any]) -> Iterator[list[Any]]:
 
 if __name__ == "__main__":
     make_unfailing()
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

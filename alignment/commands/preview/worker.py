@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby, islice
@@ -21,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from alignment.config.data import DataConfig, MixedConfig, OnError, SourceConfig
 from alignment.core.errors import AlignmentError, DataError
+from alignment.core.process_end import end_process
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import Terminal, complain
 from alignment.data.counted import counted
@@ -228,4 +228,4 @@ def _style(span: TokenSpan) -> str:
 
 if __name__ == "__main__":
     make_unfailing()
-    sys.exit(main())
+    end_process(main())

@@ -19,6 +19,7 @@ from alignment.commands.serve.vllm_layout import VllmFiles
 from alignment.commands.serve.worker_error import write_error
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core.errors import AlignmentError
+from alignment.core.process_end import end_process
 from alignment.core.terminal import complain
 
 
@@ -48,4 +49,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

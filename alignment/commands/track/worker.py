@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -15,6 +14,7 @@ from alignment.core.artifacts import read_manifest
 from alignment.core.errors import AlignmentError, StageError
 from alignment.core.files import explained
 from alignment.core.locks import held
+from alignment.core.process_end import end_process
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import complain
 from alignment.job import StageSpec
@@ -77,4 +77,4 @@ def _worker_lock(spec: StageSpec) -> AbstractContextManager[object]:
 
 if __name__ == "__main__":
     make_unfailing()
-    sys.exit(main())
+    end_process(main())

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+from alignment.core.process_end import end_process
+
 
 def convert(gguf: Path, folder: Path) -> None:
     """Writes model and tokenizer into ``folder``."""
@@ -28,3 +30,4 @@ def convert(gguf: Path, folder: Path) -> None:
 
 if __name__ == "__main__":
     convert(Path(sys.argv[1]), Path(sys.argv[2]))
+    end_process(0)
