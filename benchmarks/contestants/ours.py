@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment import worker
+from alignment.core.process_end import end_process
 from benchmarks.measure import matmul_peak, write_result
 from benchmarks.setting import PROMPTS, read_json
 
@@ -37,4 +38,4 @@ def main(task_file: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    end_process(main(Path(sys.argv[1])))
