@@ -17,10 +17,14 @@ FEWEST_FOR_IMPORTANCE = 10
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Goal:
-    """The objective of trials: ``Goal(label="brevity of stage:dpo", minimize=False)``."""
+    """The objective of trials: ``Goal(label="brevity of stage:dpo", minimize=False)``.
+
+    ``shared_arms`` has the same metric of the other arms that are the same in all trials, such as ``base``, by label.
+    """
 
     label: str
     minimize: bool
+    shared_arms: dict[str, Interval] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -35,12 +35,14 @@ def test_only_what_a_setting_reaches_is_made_for_each_value(new_forked: Callable
         "report": 2,
     }
     folder = align.output / "sweeps/quickstart.betas"
-    rows = json.loads((folder / "sweep.json").read_text())["trials"]
+    record = json.loads((folder / "sweep.json").read_text())
+    rows = record["trials"]
     assert {tuple(row["words"]) for row in rows} == {("stages.dpo.beta=0.1",), ("stages.dpo.beta=0.3",)}
     for row in rows:
         assert row["figures"][0]["low"] <= row["figures"][0]["mean"] <= row["figures"][0]["high"]
         assert (folder / row["report"]).is_file()
         assert row["report"] in (folder / "sweep.html").read_text()
+    assert list(record["goals"][0]["shared_arms"]) == ["base", "base+prompt", "sft", "ppo"]
 
 
 RECIPE = """\

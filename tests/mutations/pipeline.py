@@ -365,6 +365,12 @@ MUTATIONS = [
             "not grading for grading",
             "test_a_trial_whose_arm_has_no_grades_fails_and_ends_no_sweep",
         ),
+        (
+            "an arm that the sweep trains is taken for one that it does not",
+            "stage.input_fingerprints.get(arm) == first.input_fingerprints[arm] for",
+            "arm in stage.arms for",
+            "test_an_arm_that_the_settings_reach_is_not_shared_even_if_its_value_stays",
+        ),
     ),
     *in_file(
         "pipeline/sweeps/study.py",
@@ -402,6 +408,12 @@ MUTATIONS = [
             "if difference is not None and not difference.excludes_zero()",
             "if difference is None",
             "test_others_that_may_be_as_good_are_named",
+        ),
+        (
+            "an arm that differs between trials is shown with the first trial's value",
+            "if all(other.get(label) == value for other in measured)",
+            "if value is not None",
+            "test_arms_that_all_trials_share_are_shown_to_compare_with",
         ),
         (
             "the worst trial stands behind the best",

@@ -18,6 +18,7 @@ from alignment.core.errors import ConfigError, NonFiniteError, StageError
 from alignment.evaluation import paired_scores
 from alignment.evaluation.metrics import primary_name, recorded
 from alignment.evaluation.pairwise import pairs_of
+from alignment.pipeline.plan.plan import Plan
 from alignment.pipeline.sweeps import reported
 from alignment.records.evaluation import Evaluation
 from alignment.records.interval import Interval
@@ -29,12 +30,16 @@ _ARM_METRICS = [metric.value for metric in ArmMetric]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Objective:
-    """A metric in the result of ``stage``: of an evaluation's ``arm``, or without an arm of the stage's manifest."""
+    """A metric in the result of ``stage``: of an evaluation's ``arm``, or without an arm of the stage's manifest.
+
+    ``shared`` names the other arms of that evaluation that are the same policy in every trial.
+    """
 
     stage: str
     arm: str
     metric: str
     minimize: bool
+    shared: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"{self.metric} of {self.arm or self.stage}"
@@ -63,6 +68,12 @@ class Objective:
         if not math.isfinite(values[self.metric].mean):
             raise NonFiniteError(f"{self} is not a finite number", where=f"stage {self.stage}")
         return values[self.metric]
+
+    def of_shared(self, artifact: Path) -> dict[str, Interval]:
+        """The metric of the shared arms in a result, by their labels; an arm that lacks it is left out."""
+        arms = [arm for arm in Evaluation.read(artifact).arms if arm.name in self.shared]
+        values = {arm.label: arm.all_metrics.get(self.metric) for arm in arms}
+        return {label: value for label, value in values.items() if value is not None and math.isfinite(value.mean)}
 
     def by_prompt(self, artifact: Path) -> dict[str, float]:
         """The metric in a result by prompt; empty if it is not recorded by prompt."""
@@ -94,16 +105,38 @@ class Objective:
         return {name: value for name, value in arm.all_metrics.items() if name in arm.metrics or name in _ARM_METRICS}
 
 
-def resolve(configs: Sequence[ObjectiveConfig], stages: Mapping[str, StageConfig]) -> tuple[Objective, ...]:
-    """The objectives with the stages that report them; those with faults are left out."""
+def resolve(configs: Sequence[ObjectiveConfig], plans: Sequence[Plan]) -> tuple[Objective, ...]:
+    """The objectives with the stages that report them; those with faults are left out.
+
+    ``plans`` are of one recipe, with each value of the sweep's settings in at least one of them.
+    """
     resolved = []
+    stages = plans[0].config.stages
     for objective in configs:
         evaluations = _evaluations_of(objective, stages)
         stage = objective.stage or next(iter(evaluations), "")
         if stage:
             metric = objective.metric if objective.stage else _by_name(objective.metric, evaluations[stage])
-            resolved.append(Objective(stage=stage, arm=objective.arm, metric=metric, minimize=objective.minimize))
+            resolved.append(
+                Objective(
+                    stage=stage,
+                    arm=objective.arm,
+                    metric=metric,
+                    minimize=objective.minimize,
+                    shared=_shared_arms(stage, objective.arm, plans) if objective.arm else (),
+                )
+            )
     return tuple(resolved)
+
+
+def _shared_arms(evaluation: str, own: str, plans: Sequence[Plan]) -> tuple[str, ...]:
+    """The arms of an evaluation, apart from the objective's ``own``, that have one fingerprint in all plans."""
+    first, *others = (stage for plan in plans for stage in plan.stages if stage.name == evaluation)
+    return tuple(
+        arm
+        for arm in first.arms
+        if arm != own and all(stage.input_fingerprints.get(arm) == first.input_fingerprints[arm] for stage in others)
+    )
 
 
 def faults(configs: Sequence[ObjectiveConfig], stages: Mapping[str, StageConfig]) -> Iterator[Fault]:

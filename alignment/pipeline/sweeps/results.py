@@ -14,6 +14,7 @@ from rich.table import Table
 from alignment import report
 from alignment.evaluation import paired_scores
 from alignment.pipeline.execute.summary import REPORT
+from alignment.pipeline.sweeps.objectives import Objective
 from alignment.pipeline.sweeps.study import Study, number_of
 from alignment.pipeline.sweeps.sweep_file import Sweep
 from alignment.records.evaluation import FILE as EVALUATION_FILE
@@ -46,7 +47,7 @@ def write(study: Study, wanted: Sweep) -> SweepRecord:
 
 
 def show(console: Console, record: SweepRecord, wanted: Sweep) -> None:
-    """Prints every trial, the best first, and the best settings to paste."""
+    """Prints every trial, the best first, what to compare them with, and the best settings to paste."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("trial")
     for goal in record.goals:
@@ -60,6 +61,9 @@ def show(console: Console, record: SweepRecord, wanted: Sweep) -> None:
         table.add_row(str(trial.number), *(cells or blank), escape(" ".join(trial.words) + reason))
     console.print()
     console.print(table)
+    for goal in record.goals:
+        if arms := [f"{label} {_with_bounds(value)}" for label, value in goal.shared_arms.items()]:
+            _print(console, f"the same in all trials, to compare with {goal.label}: {', '.join(arms)}")
     for trial in record.trials:
         if trial.number in record.best:
             _print(console, f"best: {shlex.join(trial.words)}")
@@ -78,6 +82,10 @@ def _bounds(value: Interval) -> str:
     return "" if value.low is None or value.high is None else f"{value.low:.3f}–{value.high:.3f}"
 
 
+def _with_bounds(value: Interval) -> str:
+    return f"{value.mean:.3f}" + (f" ({bounds})" if (bounds := _bounds(value)) else "")
+
+
 def _record(study: Study, wanted: Sweep) -> SweepRecord:
     best = study.best()
     trials = sorted((_trial(trial, wanted) for trial in study.ended()), key=lambda trial: _rank(trial, best, wanted))
@@ -88,7 +96,10 @@ def _record(study: Study, wanted: Sweep) -> SweepRecord:
         summary=wanted.config.summary,
         search=wanted.config.search.value,
         number=wanted.number,
-        goals=[Goal(label=str(objective), minimize=objective.minimize) for objective in wanted.objectives],
+        goals=[
+            Goal(label=str(objective), minimize=objective.minimize, shared_arms=_shared_arms(study, objective, number))
+            for number, objective in enumerate(wanted.objectives)
+        ],
         parameters=[
             Parameter(
                 key=parameter.key,
@@ -105,6 +116,20 @@ def _record(study: Study, wanted: Sweep) -> SweepRecord:
         importance=_importance(study, wanted),
         cautions=[*wanted.cautions, *_doubts(study, best)],
     )
+
+
+def _shared_arms(study: Study, objective: Objective, number: int) -> dict[str, Interval]:
+    """The metric of the arms that all trials share, by label; an arm is left out if trials measured different values.
+
+    ``number`` is the objective's place among the sweep's.
+    """
+    if not objective.shared:
+        return {}
+    artifacts = [trial.user_attrs["artifacts"] for trial in study.completed() if trial.user_attrs.get("artifacts")]
+    folders = [Path(of_trial[number]) for of_trial in artifacts]
+    measured = [objective.of_shared(folder) for folder in folders if (folder / EVALUATION_FILE).is_file()]
+    first = measured[0] if measured else {}
+    return {label: value for label, value in first.items() if all(other.get(label) == value for other in measured)}
 
 
 def _doubts(study: Study, best: Sequence[int]) -> list[str]:

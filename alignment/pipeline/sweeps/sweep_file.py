@@ -79,13 +79,14 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
         raise ConfigError(f"{path.stem!r} cannot name a sweep; allowed: {NAME.allowed}", where=str(path))
     config = sweep_from_plain(_plain(path), where=str(path))
     refuse(_with_path(path, _faults(config)))
-    plan = _checked_plan(recipe, overrides, config.parameters, path)
+    plans = _checked_plans(recipe, overrides, config.parameters, path)
+    plan = plans[0]
     refuse(_with_path(path, _faults_beside(config, plan.config.stages)))
     _refuse_unwatched(plan.config.launch, config.pruning)
     feasibility.refuse_what_cannot_start(
         plan.config.launch, plan.stages, num_devices=feasibility.devices_for(plan.config.launch)
     )
-    resolved = objectives.resolve(config.objective, plan.config.stages)
+    resolved = objectives.resolve(config.objective, plans)
     # The fingerprint of a stage covers recipe, overrides and data; nothing else changes its metrics.
     judged = [stage.fingerprint for objective in resolved for stage in plan.stages if stage.name == objective.stage]
     return Sweep(
@@ -102,18 +103,17 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
     )
 
 
-def _checked_plan(recipe: str, overrides: Sequence[str], parameters: Sequence[ParameterConfig], path: Path) -> Plan:
-    """The plan for the first values. Every other value is planned with them, so that an invalid one is found now."""
+def _checked_plans(
+    recipe: str, overrides: Sequence[str], parameters: Sequence[ParameterConfig], path: Path
+) -> list[Plan]:
+    """The plan for the first values, then one for each other value, so that an invalid one is found now."""
     first = {parameter.key: _checked(parameter)[0] for parameter in parameters}
     others = [first | {parameter.key: value} for parameter in parameters for value in _checked(parameter)[1:]]
     try:
-        plan = make_plan(recipe, [*overrides, *_words(first)])
-        for values in others:
-            make_plan(recipe, [*overrides, *_words(values)])
+        return [make_plan(recipe, [*overrides, *_words(values)]) for values in (first, *others)]
     except AlignmentError as error:
         make_plan(recipe, overrides)  # a fault of the recipe itself is reported without the sweep's path
         raise type(error)(error.message, where=f"{path}: {error.where}".rstrip(": "), remedy=error.remedy) from error
-    return plan
 
 
 def _checked(parameter: ParameterConfig) -> list[str]:

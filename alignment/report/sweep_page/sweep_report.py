@@ -8,7 +8,8 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from alignment.records.sweep_record import FEWEST_FOR_IMPORTANCE, Setting, SweepRecord
+from alignment.records.interval import Interval
+from alignment.records.sweep_record import FEWEST_FOR_IMPORTANCE, Goal, Setting, SweepRecord
 from alignment.report.kit import text
 from alignment.report.kit.pages import template, write_page
 from alignment.report.kit.plots import interval_scatter
@@ -28,6 +29,7 @@ def sweep_page(record: SweepRecord) -> str:
         sweep=record,
         facts=_facts(record),
         lead=_lead(record),
+        shared=[_shared(goal) for goal in record.goals if goal.shared_arms],
         best=[trial for trial in record.trials if trial.number in record.best],
         paste=lambda trial: shlex.join(trial.words),
         command=lambda trial: shlex.join(["align", "run", record.recipe, *record.overrides, *trial.words]),
@@ -65,18 +67,28 @@ def _lead(record: SweepRecord) -> str:
     if len(record.goals) > 1:
         return f"{len(record.best)} of {len(record.done)} trials{so_far} are not beaten by another in every metric."
     best = record.trials[0]
-    figure = best.figures[0]
+    return f"Best {record.goals[0].label}{so_far}: {_with_bounds(best.figures[0])}, in trial {best.number}."
+
+
+def _shared(goal: Goal) -> str:
+    """The arms that all trials share, which did not need the sweep."""
+    arms = [f"{text.name(label, limit=48)} {_with_bounds(value)}" for label, value in goal.shared_arms.items()]
+    return f"The same in all trials, to compare with {goal.label}: {text.listing(arms)}."
+
+
+def _with_bounds(figure: Interval) -> str:
     bounds = "" if figure.low is None else f" ({text.number(figure.low, 3)} to {text.number(figure.high, 3)})"
-    return f"Best {record.goals[0].label}{so_far}: {text.number(figure.mean, 3)}{bounds}, in trial {best.number}."
+    return f"{text.number(figure.mean, 3)}{bounds}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slice:
-    """A plot of one metric over one setting."""
+    """A plot of one metric over one setting; ``dotted`` says which arm the dotted line is, if it is one."""
 
     title: str
     goal: str
     svg: Markup
+    dotted: str
 
 
 def _slices(record: SweepRecord) -> list[Slice]:
@@ -87,13 +99,28 @@ def _slices(record: SweepRecord) -> list[Slice]:
     marked = {index for index, trial in enumerate(done) if trial.number in record.best}
     slices = []
     for index, goal in enumerate(record.goals):
+        dotted, guide = _guide(goal, [trial.figures[index] for trial in done])
         for parameter in record.parameters:
             axis = of_parameter(parameter)
             points = [(axis.position(trial.settings[parameter.key]), trial.figures[index]) for trial in done]
             title = f"{goal.label} over {axis.title}"
-            svg = interval_scatter(points, axis.ticks, title=title, marked=marked, guide=_chance(goal.label))
-            slices.append(Slice(title=axis.title, goal=goal.label, svg=svg))
+            svg = interval_scatter(points, axis.ticks, title=title, marked=marked, guide=guide)
+            slices.append(Slice(title=axis.title, goal=goal.label, svg=svg, dotted=dotted))
     return slices
+
+
+def _guide(goal: Goal, figures: list[Interval]) -> tuple[str, float | None]:
+    """The best of the shared arms, with its label and value; without one, the value of chance, if it is known.
+
+    An arm far from the trials' ``figures`` is left out: they would have less than half of the plot.
+    """
+    ends = [end for figure in figures for end in (figure.mean, figure.low, figure.high) if end is not None]
+    reach = max(ends) - min(ends)
+    ranked = sorted(goal.shared_arms.items(), key=lambda arm: arm[1].mean, reverse=not goal.minimize)
+    for label, value in ranked[:1]:
+        if min(ends) - reach <= value.mean <= max(ends) + reach:
+            return f"{text.name(label, limit=48)} {text.number(value.mean, 3)}", value.mean
+    return "", _chance(goal.label)
 
 
 def _chance(goal: str) -> float | None:

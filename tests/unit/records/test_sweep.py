@@ -27,7 +27,9 @@ def test_settings_keep_their_types(tmp_path: Path) -> None:
         summary="",
         search="grid",
         number=1,
-        goals=[Goal(label="gold of stage:dpo", minimize=False)],
+        goals=[
+            Goal(label="gold of stage:dpo", minimize=False, shared_arms={"base": Interval(mean=0.1, low=0.0, high=0.2)})
+        ],
         parameters=[Parameter(key="stages.dpo.beta", values=[], low=0.01, high=1.0, log=True)],
         trials=[trial],
         best=[0],

@@ -48,7 +48,11 @@ def sweep_of_many_settings(folder: Path) -> Path:
         Parameter(key="stages.dpo.optim.batch_size", values=["4", "8"], low=None, high=None, log=False),
     ]
     chosen = {more[0].key: lists[1], more[1].key: "0.1", more[2].key: "8"}
-    goals = [Goal(label="quality of stage:sft", minimize=False), Goal(label="rewards/margins of dpo", minimize=False)]
+    arms = {"base": Interval(mean=0.1), "a-model-with-a-rather-long-name-of-48-characters": Interval(mean=0.5)}
+    goals = [
+        Goal(label="quality of stage:sft", minimize=False, shared_arms=arms),
+        Goal(label="rewards/margins of dpo", minimize=False),
+    ]
     trials = [
         replace(one, settings=one.settings | chosen, figures=[*one.figures, Interval(mean=1.25)] if one.figures else [])
         for one in record().trials

@@ -112,6 +112,36 @@ def test_chance_is_drawn_where_a_figure_has_one(label: str, *, is_drawn: bool) -
     assert ('class="guide"' in html.split('<div class="multiples">')[1]) is is_drawn
 
 
+def with_arms(**means: float) -> Goal:
+    """The goal, with arms that all trials share."""
+    arms = {label: Interval(mean=mean, low=mean - 0.02, high=mean + 0.02) for label, mean in means.items()}
+    return Goal(label="quality of stage:sft", minimize=False, shared_arms=arms)
+
+
+def test_arms_that_all_trials_share_are_named_and_the_best_of_them_is_a_dotted_line() -> None:
+    html = sweep_page(record(goals=[with_arms(base=0.101, prompted=0.45)]))
+    assert (
+        "The same in all trials, to compare with quality of stage:sft: "
+        "base 0.101 (0.081 to 0.121) and prompted 0.450 (0.430 to 0.470)."
+    ) in words(html)
+    plots = html.split('<div class="multiples">')[1]
+    assert plots.count('class="guide"') == 2, "one for each of two settings"
+    assert plots.count("quality of stage:sft; dotted: prompted 0.450") == 2
+    less = replace(with_arms(base=0.101, prompted=0.45), minimize=True)
+    assert sweep_page(record(goals=[less])).count("dotted: base 0.101") == 2
+
+
+def test_an_arm_far_below_the_trials_does_not_press_them_together() -> None:
+    html = sweep_page(record(goals=[with_arms(base=-1.0)]))
+    assert "base −1.000" in words(html)
+    assert 'class="guide"' not in html
+    assert "dotted: " not in html
+
+
+def test_without_shared_arms_the_page_names_none() -> None:
+    assert "The same in all trials" not in sweep_page(record())
+
+
 def test_a_section_that_will_never_hold_anything_is_left_out() -> None:
     one = replace(record(), parameters=[RANK], importance=[])
     assert "Which settings matter" not in sweep_page(one), "a single setting has nothing to be weighed against"
@@ -134,7 +164,7 @@ def test_text_from_outside_stays_text(hostile: str) -> None:
     rank = replace(RANK, key=hostile, values=[hostile])
     failed = replace(record().trials[-1], error=hostile, settings={RATE.key: 1e-4, hostile: hostile}, words=[hostile])
     done = [replace(one, settings={RATE.key: 1e-4, hostile: hostile}, words=[hostile]) for one in record().done]
-    goals = [Goal(label=hostile, minimize=False)]
+    goals = [Goal(label=hostile, minimize=False, shared_arms={hostile: Interval(mean=0.5)})]
     told = record(name=hostile, recipe=hostile, summary=hostile, goals=goals, verdict=hostile, overrides=[hostile])
     html = sweep_page(replace(told, parameters=[RATE, rank], trials=[*done, failed]))
     page = Page(html)

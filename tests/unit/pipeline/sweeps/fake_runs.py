@@ -31,6 +31,8 @@ class Runs:
         self.asked: list[dict[str, str]] = []
         self.lost: dict[str, Any] = {}
         """More of ``evaluation.json``, where there is no figure."""
+        self.other_arms: Callable[[dict[str, str]], list[dict[str, Any]]] = lambda told: []
+        """Arms of ``evaluation.json`` beside DPO's, as a function of the overrides."""
         self.more_of_arm: dict[str, Any] = {}
         self.codes: dict[int, int] = {}
         self.faults: dict[int, Exception] = {}
@@ -57,7 +59,7 @@ class Runs:
             "words": 21.5,
             **self.more_of_arm,
         }
-        evaluation = {"metrics": [{"name": METRIC}], "primary": METRIC, "arms": [arm]}
+        evaluation = {"metrics": [{"name": METRIC}], "primary": METRIC, "arms": [*self.other_arms(told), arm]}
         evaluation |= self.lost if mean is None else {}
         (artifact / "evaluation.json").write_text(json.dumps(evaluation))
         scores = [] if mean is None else [mean + noise for noise in (-0.02, 0.0, 0.02)]
@@ -92,6 +94,17 @@ def trials(runs: Runs, name: str = "dpo_beta") -> list[dict[str, Any]]:
         "trials"
     ]
     return found
+
+
+def arm(name: str, mean: float) -> dict[str, Any]:
+    """An arm as ``evaluation.json`` has it."""
+    return {"name": name, "metrics": {METRIC: {"mean": mean, "low": mean - 0.02, "high": mean + 0.02}}}
+
+
+def shared_arms(runs: Runs, name: str = "dpo_beta") -> list[dict[str, float]]:
+    """The means of the arms that all trials share, for each goal of the sweep's file."""
+    record = json.loads((runs.output / f"sweeps/quickstart.{name}/sweep.json").read_text())
+    return [{label: value["mean"] for label, value in goal["shared_arms"].items()} for goal in record["goals"]]
 
 
 def own(runs: Runs, tmp_path: Path, **changes: Any) -> str:

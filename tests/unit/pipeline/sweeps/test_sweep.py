@@ -12,7 +12,7 @@ import pytest
 from alignment.config.store import conf_folder
 from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.pipeline.sweeps import run as module
-from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs, go, own, trials
+from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs, arm, go, own, shared_arms, trials
 
 GRID = [{"key": "stages.dpo.beta", "values": [0.1, 0.3]}]
 
@@ -80,6 +80,39 @@ def test_what_speaks_against_the_best_trial_is_on_the_page_and_in_the_terminal(r
     assert f"caution: {caution}" in printed
     assert caution.replace("trial", "Trial", 1) in (runs.output / "sweeps/quickstart.dpo_beta/sweep.html").read_text()
     assert printed.count("were cut off") == 1, "only the best trial's evaluation is of interest"
+
+
+def test_arms_that_all_trials_share_are_shown_to_compare_with(runs: Runs) -> None:
+    """A sweep over DPO's beta does not train PPO either, but here the trials measured different values for it."""
+    runs.other_arms = lambda told: [
+        arm("base", 0.101),
+        arm("stage:sft", 0.528),
+        arm("stage:ppo", float(told["stages.dpo.beta"])),
+    ]
+    _, printed = go(runs)
+    assert shared_arms(runs) == [{"base": 0.101, "sft": 0.528}]
+    begins = "the same in all trials, to compare with style_and_facts of stage:dpo: base 0.101"
+    assert f"\n{begins} (0.081–0.121), sft 0.528 (0.508–0.548)\n" in printed
+    page = (runs.output / "sweeps/quickstart.dpo_beta/sweep.html").read_text()
+    assert f"{begins.capitalize()} (0.081 to 0.121) and sft 0.528 (0.508 to 0.548)." in page
+
+
+def test_an_arm_that_the_settings_reach_is_not_shared_even_if_its_value_stays(runs: Runs, tmp_path: Path) -> None:
+    runs.figure = lambda told: 0.5
+    runs.other_arms = lambda told: [arm("base", 0.101), arm("stage:sft", 0.528)]
+    rates = [{"key": "stages.sft.optim.lr", "values": [0.0001, 0.0002]}]
+    go(runs, own(runs, tmp_path, search="grid", parameters=rates))
+    assert shared_arms(runs, "mine") == [{"base": 0.101}]
+
+
+def test_a_metric_of_a_stage_or_of_an_arm_alone_has_no_shared_arms(runs: Runs, tmp_path: Path) -> None:
+    runs.other_arms = lambda told: [{"name": "base", "metrics": {}}]
+    assert "the same in all trials" not in go(runs)[1], "the base was not measured by this metric"
+    runs.other_arms = lambda told: [arm("base", 0.101)]
+    of_stage = {"stage": "evaluate", "metric": f"{METRIC}/dpo"}
+    _, printed = go(runs, own(runs, tmp_path, objective=of_stage, search="grid", parameters=GRID))
+    assert "the same in all trials" not in printed
+    assert shared_arms(runs, "mine") == [{}]
 
 
 def test_a_trial_whose_arm_has_no_grades_fails_and_ends_no_sweep(runs: Runs, tmp_path: Path) -> None:
