@@ -208,8 +208,8 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def new_folder(to: str) -> Path:
-    """The folder that a command writes, which does not exist yet.
+def new_folder(to: str, *, option: str = "--to") -> Path:
+    """The folder that a command writes, which does not exist yet; ``option`` names it on the command line.
 
     Raises:
         ConfigError: it exists already, or its parent folder does not.
@@ -217,5 +217,5 @@ def new_folder(to: str) -> Path:
     target = Path(to).expanduser().absolute()
     if target.exists() or not target.parent.is_dir():
         why = "exists already" if target.exists() else "is in a folder that does not exist"
-        raise ConfigError(f"{to!r} {why}", where="--to", remedy="name a new folder inside one that exists")
+        raise ConfigError(f"{to!r} {why}", where=option, remedy="name a new folder inside one that exists")
     return target

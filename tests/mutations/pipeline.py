@@ -357,6 +357,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "commands/plan/job_scripts.py",
+        "unit/pipeline/test_jobs.py",
+        (
+            "a plan writes jobs for stages that are done",
+            "if stage.has_to_run])",
+            "if stage])",
+            "test_a_plan_writes_the_bytes_that_a_run_submits_and_submits_nothing",
+        ),
+    ),
+    *in_file(
         "pipeline/sweeps/objectives.py",
         SWEEP,
         (

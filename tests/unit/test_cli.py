@@ -65,13 +65,13 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         "plan ./mine.yaml seed=1 name=x",
         "alignment.commands.plan.driver.show",
         ("./mine.yaml", ["seed=1", "name=x"]),
-        {"cost": False, "device": "this", "trade": False},
+        {"cost": False, "device": "this", "trade": False, "scripts": None},
     ),
     (
-        "plan ./mine.yaml --device h100 --trade",
+        "plan ./mine.yaml --device h100 --trade --scripts jobs",
         "alignment.commands.plan.driver.show",
         ("./mine.yaml", []),
-        {"cost": True, "device": "h100", "trade": True},
+        {"cost": True, "device": "h100", "trade": True, "scripts": "jobs"},
     ),
     (
         "preview quickstart --html page.html --rows 3",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rich.console import Console
 
 from alignment.commands.plan.cost_table import show_cost, show_trades
+from alignment.commands.plan.job_scripts import job_scripts, write_scripts
 from alignment.costs.devices import THIS
 from alignment.pipeline.backends.feasibility import why_not_here
 from alignment.pipeline.execute import estimates, planned_costs
@@ -22,16 +23,19 @@ def show(
     cost: bool = False,
     device: str = THIS,
     trade: bool = False,
+    scripts: str | None = None,
 ) -> None:
     """Prints the plan and trains nothing; with ``cost``, also what the stages would need on ``device``, and with
-    ``trade``, what every way of training them would need.
+    ``trade``, what every way of training them would need. The jobs that a run would submit to Slurm are written to the
+    new folder ``scripts``, if one is given.
 
     Raises:
         AlignmentError: a fault in the plan, or sizes that no machine can combine.
-        ConfigError: ``device`` is not known.
+        ConfigError: ``device`` is not known, or there can be no ``scripts``.
         ModelError: a model is not on this machine, so there is no configuration for its cost.
     """
     plan = planned_costs.checked_plan(recipe, overrides, cost=cost, trade=trade, device=device)
+    files = None if scripts is None else job_scripts(plan, scripts)
     show_plan(console, plan)
     if cost or trade:
         _show_cost(console, plan, device=device, trade=trade)
@@ -39,6 +43,8 @@ def show(
         _show_known(console, plan)
     if reason := why_not_here(plan):
         console.print(f"this machine cannot start it: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if files is not None:
+        write_scripts(console, files)
 
 
 def _show_cost(console: Console, plan: Plan, *, device: str, trade: bool) -> None:

@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trade", action="store_true", help="also estimate each stage with every training method (full, LoRA, …)"
     )
+    parser.add_argument(
+        "--scripts", metavar="FOLDER", help="write the jobs that a run would submit to Slurm to this new folder"
+    )
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
@@ -35,5 +38,6 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
         cost=arguments.cost or arguments.device != "this",
         device=arguments.device,
         trade=arguments.trade,
+        scripts=arguments.scripts,
     )
     return 0

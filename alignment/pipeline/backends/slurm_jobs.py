@@ -25,14 +25,23 @@ _SHOWN_LATE_SECONDS = 60.0
 _FORGOTTEN = Job(state="COMPLETED", reason="Slurm has forgotten it")
 
 
+def job_files(plan: Plan, stages: Sequence[PlannedStage], *, wait: bool = False) -> dict[str, str]:
+    """Stage → the content of its job file, if the run is submitted from the current folder.
+
+    Raises:
+        ConfigError: a value is not allowed in a job file.
+    """
+    folder = Path.cwd()
+    return {stage.name: slurm_job_file.render(plan, stage, folder=folder, wait=wait) for stage in stages}
+
+
 def submit(plan: Plan, stages: Sequence[PlannedStage], *, wait: bool) -> dict[str, str]:
     """Submits a job for each stage, in order, each to start when the one before has ended well; returns the ids.
 
     Raises:
         ConfigError: Slurm refuses one; those before it are cancelled.
     """
-    folder = Path.cwd()
-    files = {stage.name: slurm_job_file.render(plan, stage, folder=folder, wait=wait) for stage in stages}
+    files = job_files(plan, stages, wait=wait)
     jobs: dict[str, str] = {}
     try:
         for name, text in files.items():

@@ -136,6 +136,67 @@ def test_one_stage_is_submitted_alone(submit: Submit, fakes: Fakes) -> None:
     assert [Path(words[-1]).parent.name for words in fakes.submitted()] == ["sft"]
 
 
+def test_a_plan_writes_the_bytes_that_a_run_submits_and_submits_nothing(
+    submit: Submit,
+    fakes: Fakes,
+    overrides: list[str],
+    run_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The plan has no Slurm, and its files are compared with those that the run gives to ``sbatch``."""
+    stage = make_plan("quickstart", overrides).stages[0]
+    stage.work.mkdir(parents=True)
+    leave_artifact(stage)
+    told = ["launch/backend=slurm", "launch.backend.wait=false", "launch.backend.partition=gpu"]
+    with monkeypatch.context() as without_slurm:
+        without_slurm.setenv("PATH", str(tmp_path))
+        assert cli.main(["plan", "quickstart", *overrides, *told, "--scripts", str(tmp_path / "jobs")]) == 0
+    assert not run_folder.exists()
+    assert fakes.submitted() == []
+    names = ["reward", "dpo", "ppo", "evaluate", "report"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith("written: ")] == [
+        f"written: {tmp_path / 'jobs' / name}.sbatch" for name in names
+    ]
+    submit("launch.backend.partition=gpu")
+    files = [Path(words[-1]) for words in fakes.submitted()]
+    assert [file.parent.name for file in files] == names
+    written = {file.name: file.read_bytes() for file in (tmp_path / "jobs").iterdir()}
+    assert written == {f"{file.parent.name}.sbatch": file.read_bytes() for file in files}
+    assert b"#SBATCH --partition=gpu\n" in written["dpo.sbatch"]
+
+
+def test_job_scripts_are_refused_before_anything_is_written_if_there_can_be_none(
+    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = ["plan", "quickstart", *overrides]
+    folder = tmp_path / "jobs"
+    assert cli.main([*planned, "--scripts", str(folder)]) == 2
+    assert capsys.readouterr().err == (
+        "configuration: --scripts: this plan does not run on Slurm, so there are no job scripts\n"
+        "  → add launch/backend=slurm, or leave out --scripts\n"
+    )
+    assert not folder.exists()
+    folder.mkdir()
+    assert cli.main([*planned, "launch/backend=slurm", "--scripts", str(folder)]) == 2
+    assert f"--scripts: {str(folder)!r} exists already" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
+
+
+def test_if_nothing_has_to_run_there_are_no_job_scripts(
+    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage in make_plan("quickstart", overrides).stages:
+        stage.work.mkdir(parents=True)
+        leave_artifact(stage)
+    folder = tmp_path / "jobs"
+    assert cli.main(["plan", "quickstart", *overrides, "launch/backend=slurm", "--scripts", str(folder)]) == 0
+    assert "no job scripts, because nothing has to run" in capsys.readouterr().out
+    assert not folder.exists()
+
+
 def test_without_slurm_the_command_says_so(
     overrides: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
