@@ -95,7 +95,7 @@ MUTATIONS = [
     *in_file(
         "stages/shared/reference_cache.py",
         STAGE,
-        ("a search stores its reference", "is_final=context.search is None", "is_final=True", SAME),
+        ("a search stores its reference", "is_final = context.search is None and", "is_final =", SAME),
     ),
     *in_file(
         "stages/distil/run.py",
