@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before the imports below, as in a stage
     unused_libraries.hide()
 
 import argparse
+import copy
 import dataclasses
 import json
 import math
@@ -42,6 +43,7 @@ from alignment.core.process_end import end_process
 from alignment.costs.devices import CODE_BYTES, CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
 from alignment.costs.op_times import NEAR_BYTES, seconds_of
 from alignment.costs.recorder import GRADIENTS, OPTIMIZER, WEIGHTS, Operations, Phase, Recorder
+from alignment.costs.remedies import Way, with_remedy, with_settings
 from alignment.costs.repeats import STEP_ROWS, Repeats, repeats_of
 from alignment.costs.shadows import Key, Operation
 from alignment.costs.storing import seconds_a_byte
@@ -145,16 +147,16 @@ def _within(folder: Path, file: str) -> StageSpec:
 
 
 def _with_remedy(
-    cost: StageCost, variants: Sequence[Mapping[str, Any]], timer: Timer, options: argparse.Namespace
+    cost: StageCost, ways: Sequence[Mapping[str, Any]], timer: Timer, options: argparse.Namespace
 ) -> StageCost:
-    """The cost, with the first of the cheaper settings that fits if the stage itself does not."""
-    if not options.memory or cost.error or cost.peak <= options.memory:
-        return cost
-    for variant in variants:
-        tried = cost_of(_within(options.folder, variant["file"]), timer, publishes=False)
-        if not tried.error and tried.peak <= options.memory:
-            return replace(cost, remedy=list(variant["overrides"]), remedy_peak=tried.peak)
-    return cost
+    """The cost, with the settings that cost least of those with which the stage fits, if it does not by itself."""
+    untimed = timer.without_times()
+
+    def estimate(way: Way, settings: Mapping[str, Any]) -> StageCost:
+        spec = _within(options.folder, way.file)
+        return cost_of(replace(spec, config=with_settings(spec.config, settings)), untimed, publishes=False)
+
+    return with_remedy(cost, [Way.from_plain(way) for way in ways], options.memory or math.inf, estimate)
 
 
 def _trade(cost: StageCost, way: Mapping[str, Any], timer: Timer, folder: Path) -> StageCost:
@@ -181,9 +183,18 @@ class Timer:
         self._device = DEVICES.get(device)
         self._seconds: dict[tuple[Key, bool], float] = {}
         self._seconds_a_byte: float | None = None
+        self._counts_time = True
+
+    def without_times(self) -> Timer:
+        """The same device, on which nothing takes time: for memory alone no operation has to be timed."""
+        other = copy.copy(self)
+        other._counts_time = False
+        return other
 
     def seconds(self, key: Key, operation: Operation, *, bytes_between: float) -> float:
         """Seconds of one run; ``bytes_between`` is what the stage moves from one run of its function to the next."""
+        if not self._counts_time:
+            return 0.0
         known = (key, bytes_between < NEAR_BYTES)
         if known not in self._seconds:
             self._seconds[known] = self._measured(operation, bytes_between)
@@ -191,7 +202,7 @@ class Timer:
 
     def seconds_to_store(self, size: float, folder: Path) -> float:
         """Seconds in which this machine stores so many bytes near ``folder``; 0 for a GPU, whose disk is unknown."""
-        if self.is_gpu or not size:
+        if self.is_gpu or not size or not self._counts_time:
             return 0.0
         if self._seconds_a_byte is None:
             self._seconds_a_byte = seconds_a_byte(folder.parent)

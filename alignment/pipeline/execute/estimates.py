@@ -7,7 +7,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from alignment.core.artifacts import write_json
 from alignment.core.errors import AlignmentError, ArtifactError, StageError
 from alignment.core.fingerprint import digest
 from alignment.costs.devices import THIS
+from alignment.costs.remedies import Choice, Way
 from alignment.pipeline.backends import environment, feasibility, processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
-from alignment.pipeline.plan.variants import WAYS, cheaper, way_of_training
+from alignment.pipeline.plan.variants import WAYS, choices, way_of_training, ways_with_less
 from alignment.pipeline.sources.model_sources import resolve_shapes
 from alignment.records.cost import ASKED, FILE, RunCost, StageCost
 from alignment.stages.base import RunsOn
@@ -82,15 +83,33 @@ def _asked(plan: Plan, stage: PlannedStage, folder: Path, *, trade: bool, with_r
     trained = as_trained(stage.config)
     if trained is None:
         return asked
-    for overrides in cheaper(stage.name, trained) if with_remedies else ():
-        if (variant := _variant(plan, stage, overrides)) is not None:
-            asked["cheaper"].append({"overrides": overrides, "file": _stage_file(*variant, folder, *overrides)})
-    for way in WAYS if trade else ():
-        overrides = (way_of_training(stage.name, way),)
+    for overrides in ways_with_less(stage.name, trained) if with_remedies else ():
+        if (way := _way(plan, stage, overrides, folder)) is not None:
+            asked["cheaper"].append(asdict(way))
+    for name in WAYS if trade else ():
+        overrides = (way_of_training(stage.name, name),)
         variant = _variant(plan, stage, overrides)
         file = None if variant is None else _stage_file(*variant, folder, *overrides)
-        asked["ways"].append({"name": way, "overrides": overrides, "file": file})
+        asked["ways"].append({"name": name, "overrides": overrides, "file": file})
     return asked
+
+
+def _way(plan: Plan, stage: PlannedStage, overrides: tuple[str, ...], folder: Path) -> Way | None:
+    """A way of training a stage with the choices that a plan allows; None if the plan refuses the way."""
+    variant = _variant(plan, stage, overrides) if overrides else (plan, stage)
+    if variant is None:
+        return None
+    other, planned = variant
+    divides_weights = _launch_of(other, planned).sharding.of_weights
+    offered = list(choices(planned.config, divides_weights=divides_weights))
+
+    def allows(*taken: Choice) -> bool:
+        settings = [choice.override(stage.name, len(choice.values)) for choice in taken]
+        return _variant(other, planned, settings) is not None
+
+    if offered and not allows(*offered):
+        offered = [choice for choice in offered if allows(choice)]
+    return Way(overrides=overrides, file=_stage_file(other, planned, folder, *overrides), choices=tuple(offered))
 
 
 def _variant(plan: Plan, stage: PlannedStage, overrides: Sequence[str]) -> tuple[Plan, PlannedStage] | None:

@@ -1,4 +1,4 @@
-"""Other settings of a stage, as overrides: ones that need less memory, and every way of training it."""
+"""Other settings of a stage: those that need less memory, and every way of training it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from alignment.config.adapter import AdapterKind
 from alignment.config.micro_batch import expected_tokens
+from alignment.costs.remedies import Choice
 
 WAYS = {
     "full": "full",
@@ -23,26 +24,32 @@ SMALLEST_MICRO_BATCH = 512
 Overrides = tuple[str, ...]
 
 
-def cheaper(name: str, config: Any) -> Iterator[Overrides]:
-    """Settings of the stage ``name`` that need less and less memory: first those that change no result, then one that
-    takes time, then those that train other weights. A plan may refuse some of them."""
-    optim, kind = config.optim, config.adapter.kind
-    stage = f"stages.{name}"
-    beside: Overrides = ()
-    tokens = expected_tokens(optim.micro_batch_tokens) // 2
-    while tokens >= SMALLEST_MICRO_BATCH:
-        beside = (f"{stage}.optim.micro_batch_tokens={tokens}",)
-        yield beside
-        tokens //= 2
-    if not optim.activation_checkpointing:
-        beside = (*beside, f"{stage}.optim.activation_checkpointing=true")
-        yield beside
+def choices(config: Any, *, divides_weights: bool) -> Iterator[Choice]:
+    """Settings of a stage with which it needs less memory and trains the same weights, those that cost least first. A
+    plan may refuse some of them. ``divides_weights``: its processes hold a share of the weights each."""
+    halved = expected_tokens(config.optim.micro_batch_tokens) // 2
+    sizes = tuple(size for times in range(halved.bit_length()) if (size := halved >> times) >= SMALLEST_MICRO_BATCH)
+    if sizes:
+        yield Choice(field="optim.micro_batch_tokens", values=sizes)
+    if not getattr(config.optim, "activation_checkpointing", True):
+        yield Choice(field="optim.activation_checkpointing", values=(True,))
+    # An adapter's reference is its own base, and a policy in shares would be whole while it is its own reference.
+    has_copy = config.adapter.kind is AdapterKind.full and not divides_weights
+    if has_copy and not getattr(config, "precompute_reference", True):
+        yield Choice(field="precompute_reference", values=(True,), drops_copy=True)
+
+
+def ways_with_less(name: str, config: Any) -> Iterator[Overrides]:
+    """Ways of training the stage ``name`` that need less and less memory, beginning with its own. A plan may refuse
+    some of them."""
+    kind = config.adapter.kind
+    yield ()
     if kind is AdapterKind.full and config.adapter.master_weights:
-        yield (*beside, f"{stage}.adapter.master_weights=false")
+        yield (f"stages.{name}.adapter.master_weights=false",)
     if kind is AdapterKind.full:
-        yield (*beside, way_of_training(name, "lora"))
+        yield (way_of_training(name, "lora"),)
     if kind in (AdapterKind.full, AdapterKind.lora, AdapterKind.dora):
-        yield (*beside, way_of_training(name, "qlora"))
+        yield (way_of_training(name, "qlora"),)
 
 
 def way_of_training(name: str, way: str) -> str:

@@ -180,7 +180,7 @@ def test_processes_divide_what_their_launch_divides(tmp_path: Path) -> None:
 
 
 @contextmanager
-def _without_collections() -> Iterator[None]:
+def without_collections() -> Iterator[None]:
     gc.collect()
     gc.disable()
     try:
@@ -196,7 +196,7 @@ def test_moments_in_one_piece_find_no_room_between_others(tmp_path: Path, shardi
     for changed in (spec, replace(spec, sharding=sharding)):
         timer = Timer("l4", processes=4)
         timer.is_gpu = False
-        with _without_collections():  # which free tensors in cycles sooner or later
+        with without_collections():  # which free tensors in cycles sooner or later
             costs.append(cost_of(changed, timer, publishes=False))
     alone, shared = (cost.phases["training"] for cost in costs)
     moments = costs[0].checkpoints // 3 - 4 * costs[0].trained  # three checkpoints have the weights too

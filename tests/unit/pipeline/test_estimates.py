@@ -1,0 +1,56 @@
+"""What the process that estimates may try for a stage that does not fit: only what a plan allows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from alignment.costs.remedies import Way
+from alignment.pipeline.execute import estimates
+from alignment.stages.stage_file import read_spec
+from tests.unit.pipeline.conftest import MakePlan
+
+FULL = "adapter@stages.dpo.adapter=full"
+BOTH = ["optim.micro_batch_tokens", "optim.activation_checkpointing"]
+ALL = [*BOTH, "precompute_reference"]
+SIMPO = ("stages.dpo.loss=simpo", "stages.dpo.target_margin=1")
+SHARES = ("launch=zero3", "launch.num_processes=2")
+
+
+def ways_of_dpo(plan: MakePlan, folder: Path, *overrides: str) -> dict[str, Way]:
+    planned = plan(*overrides)
+    (stage,) = (stage for stage in planned.stages if stage.name == "dpo")
+    asked = estimates._asked(planned, stage, folder, trade=False, with_remedies=True)
+    ways = [Way.from_plain(way) for way in json.loads(json.dumps(asked["cheaper"]))]
+    return {" ".join(way.overrides).rpartition(".")[2]: way for way in ways}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fields"),
+    [
+        ((), {"": BOTH, "adapter=qlora": BOTH}),
+        ((FULL,), {"": ALL, "master_weights=false": ALL, "adapter=lora": BOTH, "adapter=qlora": BOTH}),
+        ((FULL, *SIMPO), {"": BOTH, "master_weights=false": BOTH, "adapter=lora": BOTH, "adapter=qlora": BOTH}),
+        ((FULL, *SHARES), {"": BOTH, "adapter=lora": BOTH, "adapter=qlora": BOTH}),
+    ],
+    ids=["lora", "full", "simpo", "zero3"],
+)
+def test_every_way_has_the_choices_that_a_plan_allows(
+    plan: MakePlan, tmp_path: Path, overrides: tuple[str, ...], fields: dict[str, list[str]]
+) -> None:
+    """A loss without a reference takes none that was computed beforehand, and sharding none without masters."""
+    ways = ways_of_dpo(plan, tmp_path / "stages", *overrides)
+    assert {name: [choice.field for choice in way.choices] for name, way in ways.items()} == fields
+
+
+def test_a_way_is_a_stage_file_whose_choices_are_still_the_users(plan: MakePlan, tmp_path: Path) -> None:
+    ways = ways_of_dpo(plan, tmp_path / "stages", FULL, "stages.dpo.optim.micro_batch_tokens=4096")
+    assert ways[""].choices[0].values == (2048, 1024, 512)
+    for name, way in ways.items():
+        config: Any = read_spec(Path(way.file)).config
+        assert (config.optim.micro_batch_tokens, config.precompute_reference) == (4096, False)
+        assert config.adapter.kind.value == (name.removeprefix("adapter=") if name.startswith("adapter") else "full")
+        assert config.adapter.master_weights == (name != "master_weights=false")
