@@ -52,6 +52,7 @@ from alignment.data.hub_rows import content_of
 from alignment.job import StageSpec
 from alignment.models.kernels.sdpa_order import without_cudnn
 from alignment.records import chosen_sizes
+from alignment.records.attempts import Attempts
 from alignment.records.worker import DONE, FAILED, PREEMPTED, STATUS, Status
 from alignment.stages.base import StageKind
 from alignment.stages.registry import OURS, kind_of, origin_of
@@ -268,6 +269,7 @@ def _stop_now(_: int, __: FrameType | None) -> None:
 
 def publish_result(spec: StageSpec, context: StageContext, result: StageResult) -> Manifest:
     context.progress("saving")
+    context.clock.earlier = max(context.clock.earlier, Attempts.read(spec.work).earlier_seconds)
     manifest = Manifest(
         stage=spec.stage,
         kind=kind_of(spec.config).produces,

@@ -21,7 +21,8 @@ class StageEntry:
     """A stage: ``waiting``, ``running``, ``done``, ``reused`` or ``failed``, and ``reason`` in words.
 
     ``artifact`` is a path, or the name of a folder. ``started`` is when the last attempt at the stage began, in UTC,
-    ISO 8601, and ``seconds`` is how long it took. ``inputs`` are references by the field that has them, one or several.
+    ISO 8601. ``seconds`` is how long all its ``attempts`` took together, ``earlier_seconds`` those before the last one.
+    ``inputs`` are references by the field that has them, one or several.
     """
 
     kind: Name = "unknown"
@@ -30,6 +31,8 @@ class StageEntry:
     artifact: str = ""
     seconds: float | None = None
     started: Name = ""
+    attempts: int = 1
+    earlier_seconds: float = 0.0
     inputs: dict[Name, Name | list[Name] | dict[Name, Name]] = field(default_factory=dict)
 
     @property

@@ -20,9 +20,11 @@ import torch
 from alignment import worker
 from alignment.config.model import ModelConfig
 from alignment.config.stage import StageConfig
+from alignment.core.artifacts import verify
 from alignment.core.errors import DataError, NonFiniteError, StageError
 from alignment.core.fingerprint import content_sha256, digest
 from alignment.data.chat_template import template_text
+from alignment.records.attempts import Attempts
 from alignment.stages.base import Outcome, Reported
 from alignment.stages.registry import kind_of
 from alignment.stages.report.config import ReportConfig
@@ -296,3 +298,15 @@ def test_a_metric_that_an_outside_kind_declares_and_never_reports_is_noted(
     context = StageContext(spec=spec, rank=0, world_size=1)
     worker._run(spec, context)
     assert context.notes == notes
+
+
+def test_a_result_took_the_time_of_all_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_: object, context: StageContext) -> StageResult:
+        (context.content / "words.json").touch()
+        return RESULT
+
+    monkeypatch.setattr(worker, "function_of", lambda _: run)
+    spec = tiny_spec(tmp_path, SampleConfig())
+    Attempts(number=3, earlier_seconds=1000.0, started=1.0).write(spec.work)
+    worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+    assert 1000.0 < verify(spec.artifact, content=True).usage["seconds"] < 1100.0

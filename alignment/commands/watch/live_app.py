@@ -21,7 +21,7 @@ from starlette.types import ASGIApp
 from alignment.commands.shared.following import FollowedRun
 from alignment.commands.shared.guarded_app import guarded, script, style
 from alignment.core.errors import AlignmentError
-from alignment.pipeline.execute.durations import clock_face, duration
+from alignment.pipeline.execute.durations import clock_face, time_taken
 from alignment.pipeline.execute.run_table import figure, speed, steps
 from alignment.pipeline.execute.run_view import StageView, work_folder
 from alignment.pipeline.execute.sparkline import sparkline
@@ -131,7 +131,7 @@ def _row(stage: StageView) -> StageRow:
     progress = stage.progress
     if progress is None:
         waits = f"waits: {stage.blocked}" if stage.blocked else stage.waits_for
-        return StageRow(name=stage.name, state=stage.state, words=waits or duration(stage.seconds))
+        return StageRow(name=stage.name, state=stage.state, words=waits or time_taken(stage.seconds, stage.attempts))
     words = [progress.phase, steps(progress)]
     if stage.seconds is not None:
         words.append(f"{clock_face(stage.seconds)} elapsed")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from alignment.pipeline.execute.durations import duration
+from alignment.pipeline.execute.durations import duration, time_taken
 from alignment.pipeline.execute.run_table import figure, speed, steps
 from alignment.pipeline.execute.run_view import STOPPED, RunView, StageView
 from alignment.records.worker import Progress
@@ -91,7 +91,7 @@ def _beginning(stage: StageView) -> str:
 
 
 def _end(stage: StageView) -> str:
-    words = [] if stage.state == "reused" else [duration(stage.seconds)]  # which another call took
+    words = [] if stage.state == "reused" else [time_taken(stage.seconds, stage.attempts)]  # another call's
     if stage.state not in (STOPPED, "failed", "waiting"):
         words.append(stage.artifact)
     state = STOPPED if stage.state == "waiting" else stage.state

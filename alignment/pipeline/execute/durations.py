@@ -15,6 +15,12 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def time_taken(seconds: float | None, attempts: int) -> str:
+    """``3 min 20 s``, or ``3 min 20 s in 2 attempts``."""
+    words = duration(seconds)
+    return f"{words} in {attempts} attempts" if words and attempts > 1 else words
+
+
 def clock_face(seconds: float) -> str:
     """``1:02``, or ``1:01:02`` with hours."""
     minutes, rest = divmod(round(seconds), 60)

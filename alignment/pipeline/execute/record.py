@@ -14,6 +14,7 @@ from alignment.pipeline.execute.notes import cautions
 from alignment.pipeline.plan import references
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, PlannedStage
+from alignment.records.attempts import Attempts
 from alignment.records.run import RunRecord, StageEntry
 
 
@@ -45,11 +46,17 @@ class RunRecorder:
         self._save()
 
     def stage(self, name: str, state: str, *, seconds: float | None = None) -> None:
-        """Records a stage's new state and how long it took."""
+        """Records a stage's new state and how long its last attempt took, to which the earlier ones are added."""
         started = _now() if state == "running" else self.record.stages[name].started
         entry = replace(self.record.stages[name], state=state, started=started)
         if seconds is not None:
-            entry = replace(entry, seconds=round(seconds, 2))
+            entry = replace(entry, seconds=round(entry.earlier_seconds + seconds, 2))
+        self._save(stages={**self.record.stages, name: entry})
+
+    def attempt(self, name: str, attempts: Attempts) -> None:
+        """Records the number of attempts at a stage, and how long the earlier ones took."""
+        earlier = round(attempts.earlier_seconds, 2)
+        entry = replace(self.record.stages[name], attempts=attempts.number, earlier_seconds=earlier)
         self._save(stages={**self.record.stages, name: entry})
 
     def end(self) -> bool:

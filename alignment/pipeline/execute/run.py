@@ -23,7 +23,16 @@ from alignment.core.resources import CODE_ROOT
 from alignment.pipeline.backends import command, feasibility, machines, processes, slurm, slurm_jobs
 from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.backends.slurm_job_file import HERE
-from alignment.pipeline.execute import estimates, exchange, gates, heartbeats, notes, rehearsal, worker_protocol
+from alignment.pipeline.execute import (
+    attempts,
+    estimates,
+    exchange,
+    gates,
+    heartbeats,
+    notes,
+    rehearsal,
+    worker_protocol,
+)
 from alignment.pipeline.execute.display import Announce, Display, announcer, showing
 from alignment.pipeline.execute.record import RunRecorder, recorded_seconds
 from alignment.pipeline.execute.run_view import RunReader
@@ -275,7 +284,7 @@ def _one_stage(
     recorder.stage(stage.name, "running")
     started = time.monotonic()
     try:
-        was_made = _make(plan, stage, display, workers, wait=wait)
+        was_made = _make(plan, stage, recorder, display, workers, wait=wait)
         verify(stage.artifact, content=False)
         _point_to_result(plan, stage)
     except BaseException as stop:
@@ -309,7 +318,9 @@ def _doubt(plan: Plan, stage: PlannedStage, announce: Announce) -> None:
             announce(f"{stage.name}: {doubt}")
 
 
-def _make(plan: Plan, stage: PlannedStage, display: Display, workers: Workers, *, wait: bool) -> bool:
+def _make(
+    plan: Plan, stage: PlannedStage, recorder: RunRecorder, display: Display, workers: Workers, *, wait: bool
+) -> bool:
     """Makes the artifact under a lock: meanwhile, another run that needs it is refused or waits.
 
     Returns False if another process has made it in the meantime.
@@ -323,10 +334,13 @@ def _make(plan: Plan, stage: PlannedStage, display: Display, workers: Workers, *
             _remove_work(stage)
             return False
         with exchange.of_stage(plan, stage, display.note, wait=wait) as is_missing:
-            if is_missing and kind_of(stage.config).launch.runs_on is RunsOn.driver:
-                _make_report(plan, stage, cast(ReportSettings, stage.config))
-            elif is_missing:
-                _launch(plan, stage, display, workers, lock)
+            if is_missing:
+                with attempts.counted(stage.work) as attempt:
+                    recorder.attempt(stage.name, attempt)
+                    if kind_of(stage.config).launch.runs_on is RunsOn.driver:
+                        _make_report(plan, stage, cast(ReportSettings, stage.config))
+                    else:
+                        _launch(plan, stage, display, workers, lock)
     _remove_work(stage)
     return is_missing
 

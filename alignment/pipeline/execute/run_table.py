@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 
-from alignment.pipeline.execute.durations import clock_face, duration
+from alignment.pipeline.execute.durations import clock_face, time_taken
 from alignment.pipeline.execute.run_view import RunView, StageView
 from alignment.pipeline.execute.sparkline import ASCII, BLOCKS, sparkline
 from alignment.records.worker import Progress
@@ -101,7 +101,7 @@ class _Drawing:
         if stage.state in ("running", "waiting"):
             words = f"waits: {stage.blocked}" if stage.blocked else stage.waits_for or "starting"
             return [_Part(words, 9, "dim" if stage.state == "waiting" else "")]
-        parts = [_Part(f"{stage.state:<7}", 9), _Part(duration(stage.seconds), 8)]
+        parts = [_Part(f"{stage.state:<7}", 9), _Part(time_taken(stage.seconds, stage.attempts), 8)]
         return [*parts, _Part(stage.artifact if stage.state in ("done", "reused") else "", 1, "dim")]
 
     def _progress(self, stage: StageView, progress: Progress) -> list[_Part]:

@@ -38,7 +38,7 @@ class ShownCurve:
 class StageView:
     """A stage: ``waiting``, ``running``, ``stopped``, ``done``, ``reused`` or ``failed``.
 
-    ``seconds`` is how long it took, or has taken so far. ``waits_for`` says which stages come before a waiting one;
+    ``seconds`` is how long its ``attempts`` took, or have taken so far. ``waits_for`` says which stages come before a waiting one;
     ``blocked`` says what else it waits for, such as a job in a queue. Only a running stage has ``progress``,
     ``seconds_left``, ``steps_per_second``, ``tokens_per_second`` and a ``curve``; each is None while it is unknown.
     """
@@ -48,6 +48,7 @@ class StageView:
     reason: str = ""
     artifact: str = ""
     seconds: float | None = None
+    attempts: int = 1
     waits_for: str = ""
     blocked: str = ""
     progress: Progress | None = None
@@ -126,6 +127,7 @@ class RunReader:
             reason=entry.reason,
             artifact=Path(entry.artifact).name,
             seconds=entry.seconds,
+            attempts=entry.attempts,
             blocked=blocked,
             waits_for=_waits_for(entry, record),
         )
@@ -137,9 +139,10 @@ class RunReader:
         return self._running[name].added_to(replace(view, seconds=self._elapsed(entry)))
 
     def _elapsed(self, entry: StageEntry) -> float | None:
-        """Seconds since the stage was started; clocks of two machines may differ a little."""
+        """Seconds since the stage was started, and those of earlier attempts; clocks of two machines may differ a
+        little."""
         try:
-            return max(0.0, self._now() - datetime.fromisoformat(entry.started).timestamp())
+            return entry.earlier_seconds + max(0.0, self._now() - datetime.fromisoformat(entry.started).timestamp())
         except ValueError:  # a record of an older version
             return None
 

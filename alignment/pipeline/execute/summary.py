@@ -16,7 +16,7 @@ from alignment.evaluation.conclusions import metric_in_words, votes_in_words
 from alignment.evaluation.grade_conclusions import grade_conclusions
 from alignment.evaluation.labelled_pairs import labelled_conclusions
 from alignment.pipeline.execute import forgetting_gate, notes
-from alignment.pipeline.execute.durations import duration
+from alignment.pipeline.execute.durations import time_taken
 from alignment.pipeline.execute.run_table import steps
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan
@@ -63,7 +63,8 @@ def show_stages(console: Console, record: RunRecord, jobs: Mapping[str, str]) ->
     for name, stage in record.stages.items():
         job = jobs.get(name, "") if stage.state in ("waiting", "running", "failed") else ""
         folder = Path(stage.artifact).name
-        table.add_row(escape(name), stage.state, duration(stage.seconds), escape(folder), escape(job))
+        words = time_taken(stage.seconds, stage.attempts)
+        table.add_row(escape(name), stage.state, words, escape(folder), escape(job))
     console.print(table)
 
 

@@ -79,6 +79,7 @@ def _read_stage(run_folder: Path, name: str, record: RunRecord, folder: Path | N
         reason=entry.reason,
         artifact=text.name(folder.name) if folder else "",
         seconds=then if entry.state == "reused" or entry.seconds is None else entry.seconds,
+        attempts=entry.attempts,
         inputs=entry.references,
         config=record.settings_of(name),
         manifest=manifest,

@@ -108,7 +108,7 @@ class Stage:
 
     ``inputs`` are (field, reference) pairs. ``metrics`` are the lines of metrics.jsonl. ``notes`` say in words what
     could not be read; ``error`` is the worker's message about a failure. ``planned`` is what ``align plan --cost`` said
-    before.
+    before. ``seconds`` is the time of all its ``attempts``.
     """
 
     name: str
@@ -117,6 +117,7 @@ class Stage:
     reason: str = ""
     artifact: str = ""
     seconds: float | None = None
+    attempts: int = 1
     inputs: list[tuple[str, str]] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     manifest: Manifest | None = None

@@ -350,7 +350,7 @@ def usage_rows(run: Run) -> list[UsageRow]:
             UsageRow(
                 name=stage.name,
                 state=stage.state,
-                seconds=text.duration(stage.seconds),
+                seconds=_time_taken(stage),
                 share=f"{100 * (stage.seconds or 0.0) / longest:.2f}%" if longest > 0 else "0%",
                 memory=text.memory(peak),
                 planned_seconds=text.duration(stage.planned.seconds) if stage.planned else "",
@@ -359,6 +359,12 @@ def usage_rows(run: Run) -> list[UsageRow]:
             )
         )
     return rows
+
+
+def _time_taken(stage: Stage) -> str:
+    """``3 min 20 s``, or ``3 min 20 s in 2 attempts``."""
+    several = f" in {stage.attempts} attempts" if stage.seconds is not None and stage.attempts > 1 else ""
+    return f"{text.duration(stage.seconds)}{several}"
 
 
 def _closing_figures(stage: Stage) -> list[tuple[str, str]]:

@@ -30,6 +30,7 @@ from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.execute.signals import Terminated, termination_raises
+from alignment.records.attempts import Attempts
 from alignment.stages.stage_file import read_spec
 
 ROOT = Path(__file__).parents[3]
@@ -257,6 +258,27 @@ def test_a_stage_that_was_preempted_ends_the_run_with_75(align: Align, monkeypat
     assert "stopped; run the same command to continue from here" in printed
     assert align.record()["state"] == "preempted"
     assert align.states()["reward"] == "waiting"
+
+
+def test_the_time_of_a_stage_that_is_continued_is_that_of_all_attempts(
+    align: Align, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORKER_FAULT", "sft:preempt")
+    align()
+    stopped = align.record()["stages"]["sft"]
+    work = Path(f"{stopped['artifact']}.work")
+    assert Attempts.read(work).earlier_seconds == pytest.approx(stopped["seconds"], abs=0.5)
+    Attempts(number=1, earlier_seconds=3600.0).write(work)  # as if it had taken an hour
+
+    monkeypatch.delenv("WORKER_FAULT")
+    _, printed = align()
+    assert "sft: done  1 h 00 min in 2 attempts  sft-" in printed
+    entry = align.record()["stages"]["sft"]
+    assert (entry["attempts"], entry["earlier_seconds"]) == (2, 3600.0)
+    assert 3600.0 < entry["seconds"] < 3700.0
+    assert "1 h 00 min in 2 attempts" in align.status()
+    assert "1\u202fh 00\u202fmin in 2 attempts" in (align.run_folder / "report.html").read_text()
+    assert align.record()["stages"]["dpo"]["attempts"] == 1
 
 
 @pytest.mark.parametrize(

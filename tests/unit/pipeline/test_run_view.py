@@ -82,6 +82,13 @@ def test_a_running_stage_has_its_own_curve_its_tokens_and_its_times(
     assert stage_of(reader.look(), "dpo").seconds_left == pytest.approx(15 * 17 / 4 - 10)
 
 
+def test_the_time_of_a_running_stage_counts_earlier_attempts(run: RunFolder, reader: RunReader, clock: Clock) -> None:
+    run.stage("dpo", "running", started=STARTED, attempts=2, earlier_seconds=100.0)
+    clock.now += 13.0
+    view = stage_of(reader.look(), "dpo")
+    assert (view.seconds, view.attempts) == (113.0, 2)
+
+
 def test_a_stage_that_starts_again_shows_no_figures_of_the_attempt_that_failed(
     run: RunFolder, reader: RunReader, clock: Clock
 ) -> None:
