@@ -29,7 +29,8 @@ def held(path: Path, *, wait: bool, remedy: str = "wait for it, or stop it") -> 
     A child process that inherits the descriptor holds the lock as long as it lives, even if this process is killed.
 
     Raises:
-        Busy: another process holds it and ``wait`` is False; the message names that process.
+        Busy: another process holds it and ``wait`` is False. The message names that process, and says after ``remedy``
+            how to see and stop it.
         ConfigError: the file system does not support locks.
         ArtifactError: ``path`` is something else, such as a link.
     """
@@ -37,7 +38,9 @@ def held(path: Path, *, wait: bool, remedy: str = "wait for it, or stop it") -> 
     descriptor = _open(path, os.O_RDWR | os.O_CREAT)
     try:
         if not (_lock(descriptor, fcntl.LOCK_EX, path) if wait else _had_at_once(descriptor, path)):
-            raise Busy(f"in use by {_holder(descriptor, path)}", where=str(path.parent), remedy=remedy)
+            holder, commands = _holder(descriptor, path)
+            advice = "; ".join(filter(None, (remedy, commands)))
+            raise Busy(f"in use by {holder}", where=str(path.parent), remedy=advice)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
         yield descriptor
@@ -91,17 +94,26 @@ def _lock(descriptor: int, how: int, path: Path) -> bool:
     return True
 
 
-def _holder(descriptor: int, path: Path) -> str:
-    """The process that holds the lock: the one that took it, or one that inherited its descriptor."""
+def _holder(descriptor: int, path: Path) -> tuple[str, str]:
+    """The process that holds the lock: the one that took it, or one that inherited its descriptor. Also the commands
+    that show and stop it; "" if its id is not known."""
     taker, _, host = os.pread(descriptor, 300, 0).decode(errors="replace").strip().partition(" ")
+    if not taker.isdigit():
+        return f"process {taker or 'unknown'}", ""
     if host and host != socket.gethostname():
-        return f"process {taker} on {host}"
-    if not taker.isdigit() or _is_running(int(taker)):
-        return f"process {taker or 'unknown'}"
+        return f"process {taker} on {host}", f"on {host}, {_commands(taker)}"
+    if _is_running(int(taker)):
+        return f"process {taker}", _commands(taker)
     heir = _heir(path)
     if heir is None:
-        return f"process {taker}"
-    return f"process {heir}, which is still running although {taker}, the process that started it, has ended"
+        return f"process {taker}", ""
+    pid, command = heir
+    ended = f"which is still running although {taker}, the process that started it, has ended"
+    return f"process {pid} ({command}), {ended}", _commands(pid)
+
+
+def _commands(pid: int | str) -> str:
+    return f"`ps -fp {pid}` shows it, `kill {pid}` stops it"
 
 
 def _is_running(pid: int) -> bool:
@@ -114,14 +126,14 @@ def _is_running(pid: int) -> bool:
     return True
 
 
-def _heir(path: Path) -> str | None:
+def _heir(path: Path) -> tuple[int, str] | None:
     """Id and command of another process that has the file open, as far as this user may see."""
     import psutil
 
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             if process.pid != os.getpid() and any(Path(file.path) == path for file in process.open_files()):
-                return f"{process.pid} ({shlex.join(process.cmdline())[:_COMMAND_CHARACTERS]})"
+                return process.pid, shlex.join(process.cmdline())[:_COMMAND_CHARACTERS]
     return None
 
 

@@ -49,6 +49,8 @@ from alignment.report import doubts
 from alignment.stages.base import RunsOn
 from alignment.stages.registry import kind_of
 
+_WAIT = "wait for it with --wait, or stop it"
+
 
 def run(
     recipe: str,
@@ -103,7 +105,7 @@ def run_plan(
 
 
 def _execute(plan: Plan, only: str | None, console: Console, command_for: CommandFor | None, *, wait: bool) -> int:
-    with held(plan.run_folder / "lock", wait=wait):
+    with held(plan.run_folder / "lock", wait=wait, remedy=_WAIT):
         remove_leftovers(plan.run_folder, shared=True)  # a call that submits jobs writes jobs.json there
         plan = _with_all(plan, announcer(console), only)
         recorder = RunRecorder(plan, only=only)
@@ -328,7 +330,7 @@ def _make(
     if wait and is_held(stage.work / "lock"):
         display.wait(stage.name, "another process is working on it; waiting")
         display.poll()
-    with held(stage.work / "lock", wait=wait) as lock:
+    with held(stage.work / "lock", wait=wait, remedy=_WAIT) as lock:
         display.wait(stage.name, "")
         if read_manifest(stage.artifact) is not None:
             _remove_work(stage)

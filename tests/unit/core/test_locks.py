@@ -22,8 +22,10 @@ def test_a_second_holder_is_told_who_has_it(tmp_path: Path) -> None:
     assert not is_held(lock)
     with held(lock, wait=False):
         assert is_held(lock)
-        with pytest.raises(Busy, match=f"in use by process {os.getpid()}"), held(lock, wait=False):
+        with pytest.raises(Busy, match=f"in use by process {os.getpid()}") as caught, held(lock, wait=False):
             pytest.fail("two hold one lock")
+        expected = f"wait for it, or stop it; `ps -fp {os.getpid()}` shows it, `kill {os.getpid()}` stops it"
+        assert caught.value.remedy == expected
     assert not is_held(lock)
 
 
@@ -118,14 +120,26 @@ def test_the_process_that_goes_on_is_named_where_the_one_that_took_the_lock_is_g
         f"which is still running although {taker.pid}, the process that started it, has ended"
     )
     assert caught.value.message == expected
+    assert caught.value.remedy.endswith(f"; `ps -fp {heir}` shows it, `kill {heir}` stops it")
 
 
 def test_a_holder_on_another_machine_is_named_with_it(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     with held(lock, wait=False):
         lock.write_text("12 node7")
-        with pytest.raises(Busy, match="in use by process 12 on node7"), held(lock, wait=False):
+        with pytest.raises(Busy, match="in use by process 12 on node7") as caught, held(lock, wait=False):
             pytest.fail("two hold one lock")
+        assert caught.value.remedy.endswith("; on node7, `ps -fp 12` shows it, `kill 12` stops it")
+
+
+@pytest.mark.parametrize("content", ["", "nonsense"])
+def test_a_holder_whose_id_is_not_known_comes_with_no_command(tmp_path: Path, content: str) -> None:
+    lock = tmp_path / "lock"
+    with held(lock, wait=False):
+        lock.write_text(content)
+        with pytest.raises(Busy, match=f"process {content or 'unknown'}") as caught, held(lock, wait=False):
+            pytest.fail("two hold one lock")
+        assert caught.value.remedy == "wait for it, or stop it"
 
 
 @pytest.mark.parametrize("kind", ["a link", "a link to nothing", "a folder", "a pipe"])

@@ -411,9 +411,15 @@ def test_an_output_that_cannot_be_written_says_so(align: Align) -> None:
         align("output=/proc/nowhere")
 
 
+BUSY_REMEDY = (
+    f"wait for it with --wait, or stop it; `ps -fp {os.getpid()}` shows it, `kill {os.getpid()}` stops it"
+)
+
+
 def test_a_run_in_use_is_left_alone(align: Align) -> None:
-    with held(align.run_folder / "lock", wait=False), pytest.raises(Busy, match=f"process {os.getpid()}"):
+    with held(align.run_folder / "lock", wait=False), pytest.raises(Busy, match=f"process {os.getpid()}") as caught:
         align()
+    assert caught.value.remedy == BUSY_REMEDY
     assert not (align.run_folder / "run.json").exists()
 
 
@@ -421,8 +427,9 @@ def test_a_result_that_another_run_works_on_is_left_alone(align: Align) -> None:
     align()
     artifact = Path(align.record()["stages"]["sft"]["artifact"])
     artifact.rename(artifact.with_name("gone"))
-    with held(artifact.with_name(f"{artifact.name}.work") / "lock", wait=False), pytest.raises(Busy):
+    with held(artifact.with_name(f"{artifact.name}.work") / "lock", wait=False), pytest.raises(Busy) as caught:
         align()
+    assert caught.value.remedy == BUSY_REMEDY
 
 
 def test_one_that_waits_takes_what_the_other_run_made(align: Align) -> None:
