@@ -14,7 +14,7 @@ from alignment.config.did_you_mean import misspelt
 from alignment.core.errors import DataError
 from alignment.data.counted import counted
 from alignment.data.fields import Fields, SetAside
-from alignment.data.formats import COLUMNS
+from alignment.data.formats import COLUMNS, format_of
 from alignment.data.formats.form import Format
 from alignment.data.formats.plain import CHOICES, TEXT
 from alignment.data.hub_rows import source_rows
@@ -77,6 +77,7 @@ class Diagnosis:
     so for some stages, and rows that are ``set_aside``, by reason, are of no use for some. ``columns`` counts the rows
     that have each column, ``placeholders`` the rows that contain each ``{{name}}``. ``repeats`` holds rows that repeat
     or contradict an earlier one, ``near_duplicates`` rows whose text is nearly the same as an earlier one's.
+    ``first_row`` is the first readable row, unless the settings name the format.
     """
 
     path: Path
@@ -93,6 +94,12 @@ class Diagnosis:
     set_aside: dict[str, Objections] = field(default_factory=dict)
     repeats: RowRelations = field(default_factory=RowRelations)
     near_duplicates: NearDuplicates = field(default_factory=NearDuplicates)
+    first_row: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_useless(self) -> bool:
+        """Whether no stage can make anything of any row."""
+        return not any(use.records for use in self.uses.values())
 
     @property
     def meant_for(self) -> list[str]:
@@ -119,6 +126,22 @@ class Diagnosis:
         unknown = [name for name in self.columns if name not in COLUMNS]
         meant = {name: misspelt(name, COLUMNS) for name in unknown}
         return {name: known for name, known in meant.items() if known is not None and known not in self.columns}
+
+    @property
+    def misspelt_format(self) -> Format | None:
+        """The format that the rows would have if the columns that are misspelt in every row had their right names; None
+        if it is the one that they have."""
+        readable = self.rows - self.num_unreadable
+        right = {name: known for name, known in self.misspelt_columns.items() if self.columns[name] == readable}
+        row = {right.get(name, name): value for name, value in self.first_row.items()}
+        form = format_of(row) if right else None
+        if form is None or form is self.format:
+            return None
+        try:
+            form.read(Fields(row, where="", example=form.row))
+        except DataError:
+            return None
+        return form
 
 
 def examine(
@@ -174,6 +197,8 @@ class _Examination:
         if isinstance(row.value, Mapping):
             _count(diagnosis.columns, row.value.keys())
         value = prepared(row.value, self._data)
+        if not diagnosis.first_row and self._data.format is None and isinstance(value, Mapping):
+            diagnosis.first_row = value
         text = repr(value)
         diagnosis.has_non_ascii = diagnosis.has_non_ascii or not text.isascii()
         if "{{" in text:

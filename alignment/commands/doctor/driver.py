@@ -30,7 +30,10 @@ _CONTRADICTS = {PreferencePair: "prefers the answer that {} rejects", LabelledAn
 
 
 def show_diagnosis(console: Console, data: SourceConfig, *, against: str | None = None) -> int:
-    """Prints what the file is, and which of its rows are also in ``against``; returns 0, or 3 if rows are faulty.
+    """Prints what the file is, and which of its rows are also in ``against``; returns 0 or 3.
+
+    It returns 3 if rows are faulty, if no stage can use the file, or if a column is misspelt in every row, so that the
+    file is read in a format that it is not meant for.
 
     A hub's data set that is not on this machine is downloaded. After Ctrl-C it prints what it knows of the rows so far,
     and returns 130.
@@ -56,7 +59,8 @@ def show_diagnosis(console: Console, data: SourceConfig, *, against: str | None 
     if against is not None and other is not None:
         for line in _overlaps(path, data, against, other, progress_of(console, path, data)):
             print_line(line)
-    return DataError.exit_code if diagnosis.num_faults else 0
+    is_bad = diagnosis.num_faults or diagnosis.is_useless or diagnosis.misspelt_format is not None
+    return DataError.exit_code if is_bad else 0
 
 
 def _overlaps(path: Path, data: SourceConfig, against: str, other: Path, progress: RowProgress) -> list[str]:
@@ -137,6 +141,10 @@ def _misspelt(diagnosis: Diagnosis) -> Iterator[str]:
     for column, known in diagnosis.misspelt_columns.items():
         remedy = f"Then rename it, or set data.columns={{{known}: {column}}}"
         yield _line("misspelt?", f"nothing reads the column '{column}'; did you mean '{known}'? {remedy}")
+    meant = diagnosis.misspelt_format
+    if meant is not None:
+        formats = f"{diagnosis.format.name}, not as {meant.name}: {meant.summary}"
+        yield _line("", f"until then, every row is read as {formats}")
 
 
 def _duplicates(diagnosis: Diagnosis) -> Iterator[str]:
@@ -197,7 +205,7 @@ def _encoding(diagnosis: Diagnosis) -> str:
 
 def _settings(diagnosis: Diagnosis, data: SourceConfig) -> str:
     use = best_use(diagnosis)
-    if use is None:
+    if use is None or diagnosis.is_useless:
         return "no stage can use it"
     stages, _ = use
     stage = stages.rpartition(", ")[2]

@@ -147,9 +147,14 @@ SWAPPED = {**PAIR, "chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}
 
 
 def _printed(file: Path) -> str:
+    return _diagnosed(file)[1]
+
+
+def _diagnosed(file: Path, form: str | None = None) -> tuple[int, str]:
+    """The exit code, and what is printed."""
     screen = StringIO()
-    show_diagnosis(Console(file=screen, width=200), SourceConfig(source=str(file)))
-    return screen.getvalue()
+    code = show_diagnosis(Console(file=screen, width=200), SourceConfig(source=str(file), format=form))
+    return code, screen.getvalue()
 
 
 @pytest.mark.parametrize("batch", [1, 4_096])
@@ -198,6 +203,43 @@ def test_a_misspelt_column_is_named_even_if_every_row_can_be_read(tmp_path: Path
     ) in printed
     assert "Zzz'" not in printed
     assert "misspelt?" not in _printed(_write(tmp_path / "b.jsonl", [PAIR]))
+
+
+@pytest.mark.parametrize(
+    ("row", "form", "code"),
+    [
+        ({"prompt": "a", "choosen": "b", "rejected": "c"}, "preference", 3),
+        ({"prompt": "a", "completon": "b"}, "prompt_completion", 3),
+        ({"question": "a", "anwser": "b"}, "question_answer", 3),
+        ({"prompt": "a", "completion": "b", "sytem": "c"}, "", 0),
+        ({"prompt": "a", "completon": 3}, "", 0),
+        ({"prompt": "a", "Zzz": "b"}, "", 0),
+    ],
+)
+def test_a_column_that_is_misspelt_in_every_row_counts_if_it_changes_the_format(
+    tmp_path: Path, row: dict[str, Any], form: str, code: int
+) -> None:
+    file = _write(tmp_path / "a.jsonl", [row] * 3)
+    found, printed = _diagnosed(file)
+    assert found == code
+    assert ("               until then, every row is read as prompt, not as " in printed) == bool(code)
+    assert f", not as {form}: " in printed or not form
+
+
+def test_a_misspelt_column_does_not_count_if_the_format_is_set(tmp_path: Path) -> None:
+    file = _write(tmp_path / "a.jsonl", [{"prompt": "a", "choosen": "b", "rejected": "c"}] * 2)
+    assert _diagnosed(file, "prompt")[0] == 0
+
+
+def test_a_file_of_which_every_row_is_set_aside_is_of_no_use(tmp_path: Path) -> None:
+    tie = {"messages": [{"role": "user", "content": "a"}], "answers": {"x": "b", "y": "c"}, "preferred": "tie"}
+    transcript = "\n\nHuman: {}\n\nAssistant: yes."
+    apart = {"chosen": transcript.format("a"), "rejected": transcript.format("b")}
+    for number, row in enumerate((tie, apart)):
+        code, printed = _diagnosed(_write(tmp_path / f"{number}.jsonl", [row]))
+        assert "  set aside    1 row, in " in printed
+        assert "  to use it    no stage can use it\n" in printed
+        assert code == 3
 
 
 def test_the_doctor_says_whether_other_lines_are_utf_8(tmp_path: Path) -> None:
