@@ -300,6 +300,7 @@ class Outcome:
     metric that it would report with other settings, or "". ``doubts(metrics)``: warnings against using the result.
     ``lines(artifact)``: what is printed of the result after a run and by ``align status``. ``tables(artifact)``: the
     tables that pages and model cards show of it; raises ArtifactError or FileNotFoundError if there is nothing to read.
+    If ``lines`` or ``tables`` of another package fails, the error and its line are shown in its place.
     ``against_forgetting(name)``: advice for stage ``name`` if its policy forgot too much. ``gates(config)``: what a run
     requires of an evaluation. ``primary(config)``: the metric by which it compares arms, if it does.
     """

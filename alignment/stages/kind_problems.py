@@ -1,18 +1,27 @@
-"""Why a kind of stage from another package could not be planned or run. The built-in kinds have tests for this."""
+"""Why a kind of stage from another package could not be planned, run or shown. The built-in kinds have tests for
+this."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from alignment.core.errors import AlignmentError
 from alignment.data.records import Record
-from alignment.stages.base import Reported, RunsOn, StageKind
+from alignment.stages.base import Cell, Reported, ResultTable, RunsOn, StageKind
 
 _TRAINED = ("init", "adapter", "data", "optim")
 """The settings of ``TrainedConfig``."""
 _IN_ONE_PROCESS = "set launch=LaunchShape(runs_on=RunsOn.one_process)"
 _RECORDS = get_args(Record)
+
+
+class KindError(AlignmentError):
+    """A function with which a kind of stage shows its results failed. The results themselves are complete."""
 
 
 def of_kind(kind: StageKind) -> str:
@@ -94,3 +103,59 @@ def _metrics_problem(kind: StageKind, config: Any) -> str:
 
 def _raised(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+def returned(
+    function: Callable[..., Iterable[Any]],
+    argument: object,
+    *,
+    name: str,
+    where: str,
+    expected: str,
+    is_expected: Callable[[Any], bool],
+    passes: tuple[type[Exception], ...] = (AlignmentError,),
+) -> list[Any]:
+    """The list that the function ``name`` of a kind returns. ``expected`` names in words what is in it.
+
+    Raises:
+        KindError: the function raised, or returned something else. ``where`` names the kind and its package.
+        Exception: those in ``passes``, as the function raised them.
+    """
+    try:
+        values = function(argument)
+        items = [] if isinstance(values, str) else list(values)
+        if isinstance(values, str) or not all(map(is_expected, items)):
+            raise TypeError(f"it returned {values!r:.60}, not a list of {expected}")
+    except passes:
+        raise
+    except Exception as error:
+        raise KindError(
+            f"{name} fails with {_raised(error)}\n  {_location(function, error)}",
+            where=where,
+            remedy="correct the function and run the same command again; the results are complete and are kept",
+        ) from error
+    return items
+
+
+def is_table(value: object) -> bool:
+    """Whether it is a table with a cell for each column in each row."""
+    if not isinstance(value, ResultTable):
+        return False
+    try:
+        return all(
+            len(cells) == len(value.columns) and all(isinstance(cell, Cell) for cell in cells)
+            for _, cells in value.rows
+        )
+    except (TypeError, ValueError):  # rows of another form
+        return False
+
+
+def _location(function: Callable[..., object], error: Exception) -> str:
+    """``FILE, line 12``: the innermost line of the kind's own code, or else where the function begins."""
+    frames = traceback.extract_tb(error.__traceback__)[1:]  # without ``returned``
+    if frames:
+        folder = Path(frames[0].filename).parent
+        frame = next(frame for frame in reversed(frames) if Path(frame.filename).is_relative_to(folder))
+        return f"{frame.filename}, line {frame.lineno}"
+    code = getattr(function, "__code__", None)
+    return repr(function) if code is None else f"{code.co_filename}, line {code.co_firstlineno}"

@@ -7,7 +7,7 @@ A kind that cannot be loaded is listed by ``problems()``; it stops only a run th
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
@@ -16,7 +16,8 @@ from typing import Any, cast
 
 from alignment.config.did_you_mean import suggestion
 from alignment.config.stage import StageClasses, StageConfig, TrainedConfig
-from alignment.core.errors import ConfigError
+from alignment.core.artifacts import read_manifest
+from alignment.core.errors import AlignmentError, ConfigError
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import Kind as RowKind
 from alignment.stages import kind_problems
@@ -151,10 +152,38 @@ def learned_data(config: StageConfig) -> tuple[RowKind, Limits]:
     return slot.rows, kind.learning.limits(config)
 
 
+def _of_package(row: Registered, name: str, function: Callable[[Any], Iterable[Any]], argument: object) -> list[Any]:
+    """What one of the kind's functions that return texts gives. Faults in another package's function name its line.
+
+    Raises:
+        KindError: a function of another package failed.
+    """
+    if row.origin == OURS:
+        return list(function(argument))
+    return kind_problems.returned(
+        function,
+        argument,
+        name=name,
+        where=_named(row),
+        expected="texts",
+        is_expected=lambda value: isinstance(value, str),
+    )
+
+
+def _named(row: Registered) -> str:
+    return f"kind of stage {row.name!r} ({row.origin})"
+
+
 def doubts(kind_name: str, metrics: Mapping[str, float]) -> list[str]:
-    """Warnings against using a result of this kind, given the metrics in its manifest."""
+    """Warnings against using a result of this kind, given the metrics in its manifest.
+
+    Raises:
+        KindError: a function of another package failed.
+    """
     row = registered().get(kind_name)
-    return [] if row is None or row.kind is None else list(row.kind.outcome.doubts(metrics))
+    if row is None or row.kind is None:
+        return []
+    return _of_package(row, "Outcome.doubts", row.kind.outcome.doubts, metrics)
 
 
 def curves(kind_name: str, settings: Mapping[str, Any]) -> list[Curve]:
@@ -187,9 +216,15 @@ def learns_from_preferences(kind_name: str) -> bool | None:
 
 
 def lines_of(kind_name: str, artifact: Path) -> list[str]:
-    """The lines printed about a result of this kind."""
+    """The lines printed about a result of this kind.
+
+    Raises:
+        KindError: a function of another package failed.
+    """
     row = registered().get(kind_name)
-    return [] if row is None or row.kind is None else list(row.kind.outcome.lines(artifact))
+    if row is None or row.kind is None:
+        return []
+    return _of_package(row, "Outcome.lines", row.kind.outcome.lines, artifact)
 
 
 def tables_of(kind_name: str, artifact: Path) -> list[ResultTable]:
@@ -198,6 +233,20 @@ def tables_of(kind_name: str, artifact: Path) -> list[ResultTable]:
     Raises:
         FileNotFoundError: the artifact lacks the file.
         ArtifactError: the file is damaged, or was written by a newer version.
+        KindError: a function of another package failed.
     """
     row = registered().get(kind_name)
-    return [] if row is None or row.kind is None else list(row.kind.outcome.tables(artifact))
+    if row is None or row.kind is None:
+        return []
+    if row.origin == OURS:
+        return list(row.kind.outcome.tables(artifact))
+    is_complete = read_manifest(artifact) is not None
+    return kind_problems.returned(
+        row.kind.outcome.tables,
+        artifact,
+        name="Outcome.tables",
+        where=_named(row),
+        expected="ResultTable with a Cell for each column",
+        is_expected=kind_problems.is_table,
+        passes=(AlignmentError,) if is_complete else (AlignmentError, FileNotFoundError),
+    )

@@ -112,6 +112,27 @@ def test_the_commands_of_the_page_do_what_it_says(reader: Reader) -> None:
     assert most_common in report
 
 
+def test_a_function_that_fails_to_show_a_result_is_named_with_its_line_and_the_rest_is_shown(reader: Reader) -> None:
+    reader.change("kind.py", "manifest.metrics['words']", "manifest.metrics['wrods']")
+    reader.change("kind.py", "text=str(count)", "text=count.text")
+    file = reader.folder / "wordcount_stage/kind.py"
+    code = file.read_text(encoding="utf-8").splitlines()
+    for printed in (reader.align("run", "./words.yaml"), reader.align("status", "words")):
+        for name, error, text in (
+            ("lines", "KeyError: 'wrods'", "wrods"),
+            ("tables", "AttributeError: 'int' object has no attribute 'text'", "count.text"),
+        ):
+            (line,) = [number for number, words in enumerate(code, 1) if text in words]
+            where = f"error: kind of stage 'wordcount' (wordcount-stage): Outcome.{name} fails with "
+            assert f"{where}{error}\n  {file}, line {line}\n" in printed
+        assert "Traceback" not in printed
+        assert f"report: {reader.folder}/runs/words/report.html" in printed
+    record = json.loads((reader.folder / "runs/words/run.json").read_text(encoding="utf-8"))
+    assert {stage["state"] for stage in record["stages"].values()} == {"done"}
+    report = (reader.folder / "runs/words/report.html").read_text(encoding="utf-8")
+    assert "The tables of count cannot be shown: kind of stage" in report
+
+
 def test_what_a_newcomer_gets_wrong_ends_with_what_to_do(reader: Reader) -> None:
     """A plan refuses a faulty kind; a run says what the stage did not do, and goes well once that is mended."""
     reader.change("kind.py", "    launch=LaunchShape(runs_on=RunsOn.one_process),\n", "")

@@ -15,11 +15,13 @@ from typing import Any
 
 from alignment.core.artifacts import MANIFEST, Manifest, read_manifest
 from alignment.core.errors import ArtifactError
+from alignment.core.terminal import complain
 from alignment.records.evaluation import ArmResult, Comparison, Evaluation, JudgedPair
 from alignment.records.forgetting import ArmForgetting, Forgetting, Limits
 from alignment.records.run import FILE as RUN_FILE
 from alignment.records.run import RunRecord
 from alignment.stages.base import ResultTable
+from alignment.stages.kind_problems import KindError
 from alignment.stages.registry import tables_of
 
 _FOLDERS = re.compile(r"(?<![\w.])(?:~|\.\.?)?/(?:[^\s/'\",\]})]+/)*")
@@ -229,9 +231,12 @@ def _others(manifest: Manifest, store: dict[str, Path], run: RunRecord | None) -
 
 
 def _tables(folder: Path, manifest: Manifest) -> list[ResultTable]:
-    """The tables that the kind of a result brings; none if its files cannot be read."""
+    """The tables that the kind of a result brings; none if its files cannot be read or the kind's function fails."""
     try:
         return tables_of(manifest.identity.get("kind", ""), folder)
+    except KindError as error:
+        complain(error)
+        return []
     except (ArtifactError, OSError):
         return []
 

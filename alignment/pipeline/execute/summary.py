@@ -12,6 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD
+from alignment.core.errors import ArtifactError
 from alignment.evaluation.conclusions import metric_in_words, votes_in_words
 from alignment.evaluation.grade_conclusions import grade_conclusions
 from alignment.evaluation.labelled_pairs import labelled_conclusions
@@ -26,10 +27,11 @@ from alignment.records.forgetting import Forgetting
 from alignment.records.interval import Interval
 from alignment.records.reward_card import FILE as CARD_FILE
 from alignment.records.reward_card import RewardCard
-from alignment.records.run import RunRecord
+from alignment.records.run import RunRecord, StageEntry
 from alignment.records.worker import Progress
 from alignment.report import doubts
-from alignment.stages.registry import lines_of, produced_by
+from alignment.stages.kind_problems import KindError
+from alignment.stages.registry import OURS, lines_of, origin_of, produced_by, tables_of
 
 REPORT = "report.html"
 _NONE = "–"
@@ -83,13 +85,34 @@ def show_results(console: Console, run_folder: Path, record: RunRecord) -> None:
         for name, stage in record.stages.items():
             console.print(f"{name}: {stage.artifact}", markup=False, highlight=False, soft_wrap=True)
     for stage in made.values():
-        for line in lines_of(stage.kind, Path(stage.artifact)):
+        for line in _lines(stage):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in _doubts(record):
         console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
     report = run_folder / REPORT
     if report.is_file():
         console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _lines(stage: StageEntry) -> list[str]:
+    """What the stage's kind prints of its result.
+
+    If a function of a kind from another package fails, the error is printed in its place. So is that of its tables,
+    which the report lacks.
+    """
+    artifact = Path(stage.artifact)
+    try:
+        lines = lines_of(stage.kind, artifact)
+    except KindError as error:
+        lines = [error.labelled]
+    if origin_of(stage.kind) != OURS:
+        try:
+            tables_of(stage.kind, artifact)
+        except KindError as error:
+            lines.append(error.labelled)
+        except (ArtifactError, FileNotFoundError):  # the report says so
+            pass
+    return lines
 
 
 def _show_other(console: Console, name: str, artifact_kind: str, artifact: Path) -> None:

@@ -10,6 +10,7 @@ from alignment.core.errors import ArtifactError
 from alignment.report.kit import text
 from alignment.report.run_page.run_records import Stage, Tables
 from alignment.stages.base import Cell, ResultTable
+from alignment.stages.kind_problems import KindError
 from alignment.stages.registry import tables_of
 
 
@@ -19,6 +20,8 @@ def read_tables(stage: Stage, folder: Path | None) -> Tables:
         return Tables(stage=stage.name)
     try:
         return Tables(stage=stage.name, tables=[_cleaned(table) for table in tables_of(stage.kind, folder)])
+    except KindError as error:
+        return Tables(stage=stage.name, note=text.prose(f"The tables of {stage.name} cannot be shown: {error}"))
     except FileNotFoundError:
         return Tables(stage=stage.name, note=f"{stage.name} has no result yet.")
     except ArtifactError:

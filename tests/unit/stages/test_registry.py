@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from alignment.cli import main
-from alignment.core.errors import ConfigError
+from alignment.core.artifacts import Manifest, publish
+from alignment.core.errors import ArtifactError, ConfigError
 from alignment.stages import kind_problems, registry
+from alignment.stages.kind_problems import KindError
 
 OUTSIDE = Path(__file__).parents[2] / "data" / "outside"
 Install = Callable[..., None]
@@ -144,6 +146,92 @@ def test_a_kind_that_would_fail_in_a_plan_or_a_worker_says_what_to_change(
         assert problem in row.problem
     else:
         assert row.kind is not None
+
+
+SHOWS = COUNT.replace(IN_ONE_PROCESS, f"{IN_ONE_PROCESS}, outcome=Outcome(lines=show, tables=show, doubts=show)")
+REMEDY = "correct the function and run the same command again; the results are complete and are kept"
+
+
+def shows(body: str) -> str:
+    """A package whose kind shows its results by a function in line 10, with this body."""
+    head, kind = SHOWS.split("KIND = ")
+    text = f"{head}def show(given):\n    {body}\nKIND = {kind}"
+    assert text.splitlines()[9] == "def show(given):"
+    return text
+
+
+@pytest.mark.parametrize(
+    ("body", "error", "line"),
+    [
+        ("return {}['words']", "KeyError: 'words'", 11),
+        ("yield {}['words']", "KeyError: 'words'", 11),
+        ("import json\n    return json.loads('{')", "JSONDecodeError: Expecting property name", 12),
+        ("return None", "TypeError: 'NoneType' object is not iterable", 10),
+        ("return 'words'", "TypeError: it returned 'words', not a list of ", 10),
+        ("return [3]", "TypeError: it returned [3], not a list of ", 10),
+    ],
+)
+def test_a_function_that_fails_to_show_a_result_is_named_with_its_line(
+    install: Install, tmp_path: Path, body: str, error: str, line: int
+) -> None:
+    install("counting", "count = counting:KIND", shows(body))
+    assert registry.registered()["count"].problem == ""
+    for name, called in (("lines", registry.lines_of), ("tables", registry.tables_of), ("doubts", registry.doubts)):
+        with pytest.raises(KindError) as caught:
+            called("count", tmp_path)  # type: ignore[arg-type]
+        assert caught.value.where == "kind of stage 'count' (counting)"
+        first, second = caught.value.message.splitlines()
+        assert first.startswith(f"Outcome.{name} fails with {error}")
+        assert second == f"  {tmp_path}/counting/counting.py, line {line}"
+        assert (caught.value.remedy, caught.value.exit_code) == (REMEDY, 1)
+
+
+def shows_table(table: str) -> str:
+    """A package whose kind returns a list with this table."""
+    return shows(f"from alignment.stages.base import Cell, ResultTable\n    return [{table}]")
+
+
+def table_of(rows: str) -> str:
+    """A table with one column and these rows."""
+    return f"ResultTable(title='t', note='', columns={{'n': 'n'}}, rows={rows})"
+
+
+@pytest.mark.parametrize(
+    "table",
+    ["'words'", "{}", *map(table_of, ("[('a', [])]", "[('a', ['3'])]", "['abc']", "3"))],
+)
+def test_a_table_of_another_form_is_refused(install: Install, tmp_path: Path, table: str) -> None:
+    install("counting", "count = counting:KIND", shows_table(table))
+    with pytest.raises(KindError, match="not a list of ResultTable with a Cell for each column"):
+        registry.tables_of("count", tmp_path)
+
+
+def test_a_table_of_the_right_form_is_shown(install: Install, tmp_path: Path) -> None:
+    install("counting", "count = counting:KIND", shows_table(table_of("[('a', [Cell(text='3')])]")))
+    (shown,) = registry.tables_of("count", tmp_path)
+    assert shown.title == "t"
+
+
+def test_a_missing_file_is_a_fault_of_the_function_only_if_the_result_is_complete(
+    install: Install, tmp_path: Path
+) -> None:
+    install("counting", "count = counting:KIND", shows("return [(given / 'wrods.json').read_text()]"))
+    artifact = tmp_path / "artifact"
+    with pytest.raises(FileNotFoundError):
+        registry.tables_of("count", artifact)
+    (tmp_path / "content").mkdir()
+    (tmp_path / "content/words.json").touch()
+    publish(tmp_path / "content", artifact, Manifest(stage="count", kind="count", fingerprint="01", identity={}))
+    with pytest.raises(KindError, match="Outcome.tables fails with FileNotFoundError"):
+        registry.tables_of("count", artifact)
+
+
+def test_an_error_that_the_function_words_itself_is_passed_on(install: Install, tmp_path: Path) -> None:
+    body = "from alignment.core.errors import ArtifactError\n    raise ArtifactError('is damaged')"
+    install("counting", "count = counting:KIND", shows(body))
+    for called in (registry.lines_of, registry.tables_of):
+        with pytest.raises(ArtifactError, match="is damaged"):
+            called("count", tmp_path)
 
 
 @pytest.mark.parametrize("name", sorted(registry.kinds()))
