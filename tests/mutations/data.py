@@ -100,6 +100,22 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "commands/doctor/driver.py",
+        "unit/data/test_doctor.py",
+        (
+            "a file whose every row is set aside is a good one",
+            "diagnosis.num_faults or diagnosis.is_useless or",
+            "diagnosis.num_faults or",
+            "test_a_file_of_which_every_row_is_set_aside_is_of_no_use",
+        ),
+        (
+            "pairs that are read as prompts are good ones",
+            " or diagnosis.misspelt_format is not None\n",
+            "\n",
+            "test_a_column_that_is_misspelt_in_every_row_counts_if_it_changes_the_format",
+        ),
+    ),
+    *in_file(
         "data/objections.py",
         "unit/data/test_doctor.py",
         (

@@ -153,6 +153,22 @@ MUTATIONS = [
             "done = all",
             "test_a_run_that_holds_results_of_other_settings_is_not_done",
         ),
+        (
+            "the time of a stage is that of its last attempt",
+            "round(entry.earlier_seconds + seconds, 2)",
+            "round(seconds, 2)",
+            "test_the_time_of_a_stage_that_is_continued_is_that_of_all_attempts",
+        ),
+    ),
+    *in_file(
+        "pipeline/execute/attempts.py",
+        "unit/pipeline/test_attempts.py",
+        (
+            "an attempt that was killed took no time",
+            "max(0.0, last - attempts.started)",
+            "0.0",
+            "test_an_attempt_that_was_killed_counts_until_the_last_sign_of_life",
+        ),
     ),
     *in_file(
         "pipeline/execute/heartbeats.py",
@@ -208,6 +224,12 @@ MUTATIONS = [
             "if template is not None and planned is not None and digest",
             "if template is None and planned is not None and digest",
             "test_a_template_that_changed_since_the_plan_is_refused",
+        ),
+        (
+            "a result took the time of the last attempt",
+            "max(context.clock.earlier, Attempts.read(spec.work).earlier_seconds)",
+            "context.clock.earlier",
+            "test_a_result_took_the_time_of_all_attempts",
         ),
         (
             "running out of memory is a bug of ours",
