@@ -411,9 +411,7 @@ def test_an_output_that_cannot_be_written_says_so(align: Align) -> None:
         align("output=/proc/nowhere")
 
 
-BUSY_REMEDY = (
-    f"wait for it with --wait, or stop it; `ps -fp {os.getpid()}` shows it, `kill {os.getpid()}` stops it"
-)
+BUSY_REMEDY = f"wait for it with --wait, or stop it; `ps -fp {os.getpid()}` shows it, `kill {os.getpid()}` stops it"
 
 
 def test_a_run_in_use_is_left_alone(align: Align) -> None:

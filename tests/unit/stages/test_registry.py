@@ -222,7 +222,7 @@ def test_a_missing_file_is_a_fault_of_the_function_only_if_the_result_is_complet
     (tmp_path / "content").mkdir()
     (tmp_path / "content/words.json").touch()
     publish(tmp_path / "content", artifact, Manifest(stage="count", kind="count", fingerprint="01", identity={}))
-    with pytest.raises(KindError, match="Outcome.tables fails with FileNotFoundError"):
+    with pytest.raises(KindError, match=r"Outcome\.tables fails with FileNotFoundError"):
         registry.tables_of("count", artifact)
 
 
