@@ -6,6 +6,7 @@ A name that is new in our source has to be added to the table; one that is gone 
 from __future__ import annotations
 
 import ast
+import atexit
 import importlib
 import importlib.metadata
 import importlib.util
@@ -44,6 +45,7 @@ PUBLIC_DUNDERS |= {
     "__future__",
     "__version__",
     "__func__",
+    "__code__",
     "__mro__",
     "__dict__",
 }
@@ -160,6 +162,7 @@ def _finalizers_are_listed() -> bool:
 CONTRACTS: dict[str, tuple[str, Callable[[], bool]]] = {
     # ---- Python
     "_exit": ("Python", lambda: has(os, "_exit")),
+    "_run_exitfuncs": ("Python", lambda: has(atexit, "_run_exitfuncs")),
     "_current_frames": ("Python", lambda: has(sys, "_current_frames")),
     # ---- torch
     "_apply": ("torch", lambda: has(torch.nn.Module, "_apply", "fn", "recurse")),

@@ -161,8 +161,8 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/execute/attempts.py",
-        "unit/pipeline/test_attempts.py",
+        "pipeline/execute/attempt_times.py",
+        "unit/pipeline/test_attempt_times.py",
         (
             "an attempt that was killed took no time",
             "max(0.0, last - attempts.started)",

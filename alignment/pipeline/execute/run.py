@@ -24,7 +24,7 @@ from alignment.pipeline.backends import command, feasibility, machines, processe
 from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.backends.slurm_job_file import HERE
 from alignment.pipeline.execute import (
-    attempts,
+    attempt_times,
     estimates,
     exchange,
     gates,
@@ -337,7 +337,7 @@ def _make(
             return False
         with exchange.of_stage(plan, stage, display.note, wait=wait) as is_missing:
             if is_missing:
-                with attempts.counted(stage.work) as attempt:
+                with attempt_times.counted(stage.work) as attempt:
                     recorder.attempt(stage.name, attempt)
                     if kind_of(stage.config).launch.runs_on is RunsOn.driver:
                         _make_report(plan, stage, cast(ReportSettings, stage.config))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from alignment.core.errors import Busy, StageError
-from alignment.pipeline.execute.attempts import counted
+from alignment.pipeline.execute.attempt_times import counted
 from alignment.records.attempts import Attempts
 from alignment.records.worker import Heartbeat, Progress, heartbeat_file
 
