@@ -193,13 +193,14 @@ def without_collections() -> Iterator[None]:
 def test_moments_in_one_piece_find_no_room_between_others(tmp_path: Path, sharding: Sharding, is_apart: bool) -> None:
     spec = as_adapter(spec_of(tmp_path, DpoConfig), AdapterConfig(kind=AdapterKind.full))
     costs = []
-    for changed in (spec, replace(spec, sharding=sharding)):
+    for changed in (spec, spec, replace(spec, sharding=sharding)):
         timer = Timer("l4", processes=4)
         timer.is_gpu = False
         with without_collections():  # which free tensors in cycles sooner or later
             costs.append(cost_of(changed, timer, publishes=False))
-    alone, shared = (cost.phases["training"] for cost in costs)
-    moments = costs[0].checkpoints // 3 - 4 * costs[0].trained  # three checkpoints have the weights too
+    # The first estimate of a process also makes what libraries keep, which lies between its tensors.
+    alone, shared = (cost.phases["training"] for cost in costs[1:])
+    moments = costs[1].checkpoints // 3 - 4 * costs[0].trained  # three checkpoints have the weights too
     change = sum(shared.parts.values()) - sum(alone.parts.values())
     assert shared.held - alone.held - change == (moments // 4 if is_apart else 0)
 
