@@ -118,7 +118,7 @@ def _python(manifest: Manifest, form: str) -> list[str]:
             "from peft import PeftModel",
             f"from transformers import {kind}, AutoTokenizer",
             "",
-            f'base = {kind}.from_pretrained("FOLDER_OF_THE_BASE")',
+            f'base = {kind}.from_pretrained("FOLDER_OF_THE_BASE", dtype="float32")  # as they were compared',
             'model = PeftModel.from_pretrained(base, "FOLDER")',
             'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
         ]

@@ -103,6 +103,8 @@ def test_an_adapter_stays_one(tmp_path: Path, base: Lineage) -> None:
         close(model(input_ids=IDS).logits, said, rtol=1e-5, atol=1e-5)
     named = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(base.base), "wherever it is read from"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'from_pretrained("FOLDER_OF_THE_BASE", dtype="float32")' in card, "as export compared them"
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in (tmp_path / "out").iterdir())
 
 
