@@ -182,7 +182,12 @@ def test_a_stop_uploads_the_last_checkpoint_before_the_command_ends(machines: Ma
         ({"AWS_ACCESS_KEY_ID": "AKIAUNKNOWN00000"}, f"s3://{BUCKET}/a", 11, "refused these credentials"),
         ({"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, f"s3://{BUCKET}/a", 11, "no credentials"),
         ({}, "s3://user:hunter2hunter2@models/a", 2, "without a key or a password in it"),
-        ({"AWS_ENDPOINT_URL": "http://user:hunter2hunter2@127.0.0.1:1"}, f"s3://{BUCKET}/a", 2, "contains a user name or a password"),
+        (
+            {"AWS_ENDPOINT_URL": "http://user:hunter2hunter2@127.0.0.1:1"},
+            f"s3://{BUCKET}/a",
+            2,
+            "contains a user name or a password",
+        ),
         ({}, "ftpx://models/a", 2, "stores of the kind ftpx:// are not supported"),
     ],
     ids=["unreachable", "bucket", "secret", "key", "none", "user", "endpoint", "scheme"],
