@@ -233,18 +233,15 @@ def _neighbour() -> Work:
 
 
 WORKS: dict[str, Work] = {
-    "sft_lora": _training(
-        kind="sft",
-        adapter="lora",
-        stock="cross_entropy over all positions",
-        variants={"ours_recomputed": _ours_recomputed(512)},
-    ),
-    "sft_full": _training(
-        kind="sft",
-        adapter="full",
-        stock="cross_entropy over all positions",
-        variants={"ours_recomputed": _ours_recomputed(512)},
-    ),
+    **{
+        f"sft_{adapter}": _training(
+            kind="sft",
+            adapter=adapter,
+            stock="cross_entropy over all positions",
+            variants={"ours_recomputed": _ours_recomputed(512)},
+        )
+        for adapter in ("lora", "full")
+    },
     "reward_lora": _training(
         kind="reward",
         adapter="lora",
