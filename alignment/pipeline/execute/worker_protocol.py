@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import re
+import signal
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -31,6 +31,7 @@ from alignment.core.errors import (
 from alignment.core.files import disk_error, is_full, write_text
 from alignment.data.chat_template import template_file
 from alignment.job import StageInput
+from alignment.pipeline.execute.launcher_report import ProcessFailure, first_failure
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.records.worker import DONE, PREEMPTED, Progress, Status
 from alignment.stages.registry import OURS, origin_of
@@ -41,11 +42,8 @@ ERRORS = {
 }
 """The kind of error that an exit code stands for."""
 _TAIL_LINES = 15
-_REPORT_LINES = 60
-"""The last lines of a log, among which a launcher reports on its processes."""
-_FIRST_FAILURE = re.compile(r"Root Cause.*?rank\s*:\s*(?P<rank>\d+)", re.DOTALL)
-_KILLED = re.compile(r"Root Cause.*?exitcode\s*:\s*-9\b", re.DOTALL)
-"""Parts of torchrun's report on its processes."""
+_REPORT_LINES = 200
+"""The last lines of a log, among which a launcher reports on its processes: eight lines a process."""
 _BUG = 1
 
 
@@ -101,12 +99,13 @@ def raise_for_status(folder: Path, *, code: int, stage: str, kinds: Iterable[str
     log = folder / "log.txt"
     status = Status.read(folder)
     printed = "\n".join(_last_lines(log, _REPORT_LINES)) if log.exists() else ""
-    # If a process was killed, the others only report that they lost their connection to it.
+    first = first_failure(printed)
     if status is None and is_full(folder):
         raise _without_room(folder, stage)
-    if status is None or (status.exit_code == _BUG and _KILLED.search(printed)):
+    # If a process was killed, the others only report that they lost their connection to it.
+    if status is None or (status.exit_code == _BUG and first is not None and first.is_killed):
         raise StageError(
-            f"{_who(printed)} ended {_how(code, printed)}{_phase(work)} without reporting an error\n{tail(log)}",
+            f"{_who(first)} ended {_how(code, first, printed)}{_phase(work)} without reporting an error\n{tail(log)}",
             where=f"stage {stage}",
             remedy=f"log: {log}",
         )
@@ -168,15 +167,15 @@ def _phase(work: Path | None) -> str:
     return "" if progress is None else f" in the phase '{progress.phase}'"
 
 
-def _who(printed: str) -> str:
-    """The process that failed first, as torchrun reports it."""
-    match = _FIRST_FAILURE.search(printed)
-    return "its process" if match is None else f"process {match['rank']}"
+def _who(first: ProcessFailure | None) -> str:
+    return "its process" if first is None else f"process {first.rank}"
 
 
-def _how(code: int, printed: str) -> str:
+def _how(code: int, first: ProcessFailure | None, printed: str) -> str:
     """A launcher has its own exit code for a worker's signal, and names the signal in its output."""
-    if code == -9 or "SIGKILL" in printed or "Signal 9" in printed:
+    if first is not None and first.is_killed:
+        code, printed = first.exit_code, ""
+    if code == -signal.SIGKILL or "SIGKILL" in printed or "Signal 9" in printed:
         return "by signal 9 (often because the machine ran out of memory; a smaller micro_batch_tokens helps)"
     if code == -KILLED_BY or KILLED_BY.name in printed:
         return f"by {KILLED_BY.name} (a chat template did not finish; set model.chat_template)"
