@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from alignment.config.typed import to_plain
 from alignment.core.errors import AlignmentError
 from alignment.data.records import Record
-from alignment.stages.base import Cell, Reported, ResultTable, RunsOn, StageKind
+from alignment.stages.base import Cell, Curve, Reported, ResultTable, RunsOn, StageKind
 
 _TRAINED = ("init", "adapter", "data", "optim")
 """The settings of ``TrainedConfig``."""
@@ -46,6 +47,7 @@ def of_kind(kind: StageKind) -> str:
         or _function_problem(kind)
         or _data_problem(kind, config)
         or _metrics_problem(kind, config)
+        or _charts_problem(kind, config)
     )
 
 
@@ -99,6 +101,22 @@ def _metrics_problem(kind: StageKind, config: Any) -> str:
     except Exception as error:  # noqa: BLE001
         return f"cannot name its metrics: {called} raises {_raised(error)}; correct it"
     return "" if isinstance(declared, Reported) else f"returns no Reported from {called}; return Reported(…)"
+
+
+def _charts_problem(kind: StageKind, config: Any) -> str:
+    """The live view of a run calls these two, where an error would end the run."""
+    settings = to_plain(config)
+    called = f"curves(settings of {kind.config.__name__}())"
+    try:
+        charts = list(kind.curves(settings))
+        called = "tokens(settings, {'step': 1})"
+        tokens = kind.tokens(settings, {"step": 1})
+    except Exception as error:  # noqa: BLE001
+        return f"cannot be shown while it runs: {called} raises {_raised(error)}; correct it"
+    if not all(isinstance(chart, Curve) for chart in charts):
+        return f"returns {charts!r:.60} from curves(settings); return a list of Curve(…)"
+    is_number = tokens is None or isinstance(tokens, int | float)
+    return "" if is_number else f"returns {tokens!r:.60} from tokens(settings, line); return a number, or None"
 
 
 def _raised(error: Exception) -> str:

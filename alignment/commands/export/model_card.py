@@ -31,12 +31,15 @@ _ELSEWHERE = ("kind", "adapter", "optim", "data")
 def model_card(
     manifest: Manifest, origin: Provenance, *, form: str, notes: Sequence[str], files: Sequence[str] = ()
 ) -> str:
-    """Markdown with a header for model hubs; ``notes`` are sentences about this export, ``files`` its files."""
+    """Markdown with a header for model hubs; ``notes`` are sentences about this export, ``files`` its files.
+
+    Folders of this machine are left out, because the card may be published.
+    """
     sections = [
         _header(manifest, origin, form),
         _opening(manifest, origin),
         _usage(manifest, form, files),
-        [f"- {note}" for note in notes],
+        [f"- {without_folders(note)}" for note in notes],
         ["## What was measured", "", *_measured(manifest, origin)],
         ["## Intended use and limits", "", *_limits(manifest, origin)],
         ["## Where it comes from", "", *_chain(manifest, origin)],

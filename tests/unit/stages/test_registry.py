@@ -133,6 +133,27 @@ IN_ONE_PROCESS = "launch=LaunchShape(runs_on=RunsOn.one_process)"
             "returns no Reported from",
         ),
         (IN_ONE_PROCESS, f"{IN_ONE_PROCESS}, outcome=Outcome(metrics=lambda c: c.x)", "raises AttributeError: 'CountC"),
+        (
+            IN_ONE_PROCESS,
+            f"{IN_ONE_PROCESS}, curves=lambda s: s['x']",
+            "curves(settings of CountConfig()) raises KeyErro",
+        ),
+        (
+            IN_ONE_PROCESS,
+            f"{IN_ONE_PROCESS}, curves=lambda s: ['loss']",
+            "returns ['loss'] from curves(settings); return a",
+        ),
+        (
+            IN_ONE_PROCESS,
+            f"{IN_ONE_PROCESS}, tokens=lambda s, line: line['words']",
+            "tokens(settings, {'step': 1}) raises",
+        ),
+        (
+            IN_ONE_PROCESS,
+            f"{IN_ONE_PROCESS}, tokens=lambda s, line: 'many'",
+            "returns 'many' from tokens(settings, line)",
+        ),
+        (IN_ONE_PROCESS, f"{IN_ONE_PROCESS}, curves=lambda s: [], tokens=lambda s, line: int(s['shortest'] == 1)", ""),
         ("[DataSlot", "1 + [DataSlot", "has a data function that fails: data(CountConfig()) raises TypeError: unsup"),
     ],
 )

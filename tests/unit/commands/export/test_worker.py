@@ -115,6 +115,9 @@ def test_an_adapter_names_the_folder_of_its_bundled_base_as_needed(tmp_path: Pat
     named = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(base.base), "no hub has a model of the bundled one's name"
     assert f"whoever loads it needs the base: {base.base}" in notes
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"- whoever loads it needs the base: {base.base.name}\n" in card
+    assert str(tmp_path) not in card, "a card may be published"
 
 
 def test_adapters_on_adapters_are_no_adapter_of_the_base(tmp_path: Path, base: Lineage) -> None:
