@@ -28,8 +28,8 @@ from alignment.pipeline.execute.sparkline import sparkline
 from alignment.records.run import FILE, RunRecord
 from alignment.records.step_log import METRICS
 from alignment.records.worker import STATUS
-from alignment.report import main_part
 from alignment.report.kit.pages import environment
+from alignment.report.kit.render import main_part
 from alignment.report.kit.text import prose
 
 NUM_SAMPLES = 12

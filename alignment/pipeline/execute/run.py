@@ -414,13 +414,13 @@ class ReportSettings(Protocol):
 
 def _make_report(plan: Plan, stage: PlannedStage, config: ReportSettings) -> None:
     """Runs in this process, because a report only reads files and draws."""
-    from alignment import report
+    from alignment.report.kit.render import build
 
     started = time.monotonic()
     content = stage.work / "content"
     shutil.rmtree(content, ignore_errors=True)
     content.mkdir(parents=True)
-    report.build(plan.run_folder, content / REPORT, num_samples=config.num_samples)
+    build(plan.run_folder, content / REPORT, num_samples=config.num_samples)
     manifest = Manifest(
         stage=stage.name,
         kind=kind_of(config).produces,

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from alignment import report
 from alignment.evaluation import paired_scores
 from alignment.pipeline.execute.summary import REPORT
 from alignment.pipeline.sweeps.objectives import Objective
@@ -29,6 +28,7 @@ from alignment.records.sweep_record import (
     Trial,
 )
 from alignment.report.doubts import of_evaluation
+from alignment.report.sweep_page.sweep_report import build_sweep
 
 PAGE = "sweep.html"
 
@@ -42,7 +42,7 @@ def write(study: Study, wanted: Sweep) -> SweepRecord:
     """Writes ``sweep.json`` and the page; returns their content."""
     record = _record(study, wanted)
     record.write(wanted.folder)
-    report.build_sweep(record, wanted.folder / PAGE)
+    build_sweep(record, wanted.folder / PAGE)
     return record
 
 

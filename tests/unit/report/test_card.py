@@ -14,7 +14,7 @@ from alignment.data.records import PreferencePair
 from alignment.data.turns import Message
 from alignment.evaluation.card_measures import Intervals, Judged, card_of, warnings
 from alignment.records.reward_card import Change, Invariances, Learned, Rescored
-from alignment.report import build
+from alignment.report.kit.render import build
 from tests.unit.report.test_page import HOSTILE, Page, assert_harmless
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from alignment.records.interval import Interval
 from alignment.records.sweep_record import Goal, Parameter
-from alignment.report import build_sweep
+from alignment.report.sweep_page.sweep_report import build_sweep
 from tests.browser import Layout, browser, laid_out
 from tests.unit.report.conftest import FakeRun
 from tests.unit.report.test_card import made_card, with_card

@@ -11,9 +11,8 @@ import pytest
 
 from alignment.records.interval import Interval
 from alignment.records.sweep_record import Goal, Parameter, SweepRecord, Trial
-from alignment.report import build_sweep
 from alignment.report.sweep_page.sweep_axes import log_ticks, of_parameter
-from alignment.report.sweep_page.sweep_report import sweep_page
+from alignment.report.sweep_page.sweep_report import build_sweep, sweep_page
 from tests.browser import browser, opened
 from tests.unit.report.test_page import HOSTILE, REQUESTS, TAGS, Page
 
