@@ -25,7 +25,7 @@ class RunFolder:
         stages = {
             stage: StageEntry(
                 kind=stage,
-                reason="nothing made yet",
+                reason="no result yet",
                 artifact=str(output / "artifacts" / f"{stage}-5f0e9b1c"),
                 inputs={"init": source},
             )

@@ -233,7 +233,7 @@ def test_a_plan_says_what_would_run(capsys: Captured, tmp_path: Path) -> None:
     assert cli.main(["plan", "quickstart", f"output={tmp_path}"]) == 0
     printed = capsys.readouterr().out
     assert "6 to run, 0 reused" in printed
-    assert printed.count("nothing made yet") == 6
+    assert printed.count("no result yet") == 6
     assert not list(tmp_path.iterdir())
 
 

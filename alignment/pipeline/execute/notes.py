@@ -56,7 +56,7 @@ def of_stage(plan: Plan, stage: PlannedStage) -> list[str]:
     remarks = [
         f"reads {source.identity}{'' if source.path else ', which the run will download'}" for source in stage.hub_data
     ]
-    remarks += [f"reads rows that {maker} has not made yet" for maker in stage.unmade]
+    remarks += [f"reads the rows of {maker}, which has no result yet" for maker in stage.unmade]
     remarks += [f"runs your code: {function}" for function in stage.user_code]
     return [*remarks, *automatic_sizes.lines(plan, stage), *required]
 

@@ -62,7 +62,7 @@ def rehearse(
 def _announcement(rows: Sequence[PlannedStage], scorers: Sequence[PlannedStage]) -> str:
     parts = [(rehearsed.ROWS, rows), (rehearsed.SCORERS, scorers)]
     named = " and ".join(f"{part} of {', '.join(stage.name for stage in stages)}" for part, stages in parts if stages)
-    return f"trying {named} before training starts: ten seconds or more, once for these settings and data"
+    return f"checking {named} before training (takes ten seconds or more, once for these settings and data)"
 
 
 def _try(
@@ -114,8 +114,7 @@ def _deadline(plan: Plan, scorers: Sequence[PlannedStage]) -> Callable[[], None]
         machines.show_life(plan.run_folder, plan.config.launch)
         if limit and time.monotonic() - started > limit:
             raise StageError(
-                f"rows{f' and {code}' if code else ''} were tried before training, but did not finish within "
-                f"{limit} seconds",
+                f"checking rows{f' and {code}' if code else ''} before training did not finish within {limit} seconds",
                 where="launch.hang_seconds",
                 remedy="raise it, or set it to 0, if a scorer or template needs more time",
             )

@@ -10,7 +10,7 @@ from typing import Any
 from alignment.core.artifacts import MANIFEST, Manifest, read_manifest
 
 _SHOWN = 3
-_ABSENT = "nothing"
+_ABSENT = "unset"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,7 @@ def made(artifacts: Path) -> list[Made]:
 def reason_to_run(
     stage: str, identity: dict[str, Any], refs: dict[str, str], store: list[Made], *, own: Set[str]
 ) -> str:
-    """``beta 0.1 → 0.3 (nearest: dpo-91c0aa17)``, or that nothing was made yet.
+    """``beta 0.1 → 0.3 (nearest: dpo-91c0aa17)``, or that there is no result yet.
 
     ``refs`` maps each slot to its reference, so that a changed input is named by its stage. ``own`` names the results
     of this run, which are preferred; a result of another run is named only if it differs in few settings.
@@ -42,7 +42,7 @@ def reason_to_run(
         if candidate.manifest.stage == stage and candidate.manifest.identity["kind"] == identity["kind"]
     ]
     if not candidates:
-        return "nothing made yet"
+        return "no result yet"
     ours = [candidate for candidate in candidates if candidate.folder.name in own]
     candidates = ours or candidates
     compared = [
@@ -51,7 +51,7 @@ def reason_to_run(
     newest_first = sorted(compared, key=lambda pair: pair[1].manifest.created, reverse=True)
     differences, nearest = min(newest_first, key=lambda pair: len(pair[0]))
     if not ours and len(differences) > _SHOWN:
-        return "nothing similar made yet"
+        return "no similar result yet"
     shown = ", ".join(differences[:_SHOWN])
     more = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
     return f"{shown}{more} (nearest: {nearest.folder.name})"

@@ -143,7 +143,7 @@ def test_a_log_and_a_terminal_that_cannot_move_its_cursor_get_lines(run: RunFold
         display.wait("dpo", "job 12 PENDING (Resources)")
         display.poll()
     assert screen.getvalue().splitlines() == [
-        "sft: starts (nothing made yet)",
+        "sft: starts (no result yet)",
         "sft: training 3/6  loss 0.5",
         "sft: failed  2 s",
         "dpo: job 12 PENDING (Resources)",

@@ -222,11 +222,11 @@ def printed(planned: Plan) -> str:
 
 
 def test_a_plan_says_which_rows_do_not_exist_yet(plan: MakePlan) -> None:
-    assert "more reads rows that again has not made yet" in printed(plan())
+    assert "more reads the rows of again, which has no result yet" in printed(plan())
     leave_rows(named(plan())["sample"], [PAIR])
     shown = printed(plan())
     assert "dpo reads rows" not in shown
-    assert "more reads rows that again has not made yet" in shown
+    assert "more reads the rows of again, which has no result yet" in shown
 
 
 def test_rows_that_exist_are_read_while_planning(plan: MakePlan) -> None:

@@ -128,7 +128,7 @@ def test_options_of_a_template_count_and_the_worker_gets_them(plan: MakePlan, tm
     file = write_stage_file(with_option, with_option.stages[0], with_option.config.launch, git_commit="")
     assert read_spec(file).model.template.options == {"mood": "calm"}
     leave_all(bare)
-    assert outcome(plan(template, TOLD))["sft"].startswith("run  template_options.mood nothing → calm (nearest: sft-")
+    assert outcome(plan(template, TOLD))["sft"].startswith("run  template_options.mood unset → calm (nearest: sft-")
 
 
 @pytest.mark.parametrize("template", ["{{ messages }}{{ mood }}", "chatml", None])
@@ -175,7 +175,7 @@ def test_everything_is_reused_once_it_is_made_and_the_run_s_name_is_only_the_rep
 
 def test_a_reason_says_what_differs_from_the_nearest_result(plan: MakePlan) -> None:
     first = plan()
-    assert set(outcome(first).values()) == {"run  nothing made yet"}
+    assert set(outcome(first).values()) == {"run  no result yet"}
     leave_all(first)
     near = {name: value[:8] for name, value in prints(first).items()}
     after = outcome(plan("stages.dpo.beta=0.3"))
@@ -231,7 +231,7 @@ def test_a_result_of_this_run_comes_before_a_nearer_one_of_another(plan: MakePla
 def test_a_result_that_differs_in_much_is_no_reason(plan: MakePlan) -> None:
     smoke = plan("stages.sft.data.limit=8", "stages.sft.max_length=96", "stages.sft.optim.lr=1", "seed=7")
     leave_artifact(next(stage for stage in smoke.stages if stage.name == "sft"))
-    assert outcome(plan())["sft"] == "run  nothing similar made yet"
+    assert outcome(plan())["sft"] == "run  no similar result yet"
 
 
 def test_a_fault_in_a_file_of_the_user_s_names_the_file(tmp_path: Path, overrides: list[str]) -> None:

@@ -112,7 +112,7 @@ def test_what_is_tried_is_announced_by_name(plan: MakePlan, tried: Callable[...,
     rehearse(planned, planned.stages, announce=announced.append)
     rehearse(planned, planned.stages, announce=announced.append)
     assert announced == [
-        "trying rows of dpo before training starts: ten seconds or more, once for these settings and data"
+        "checking rows of dpo before training (takes ten seconds or more, once for these settings and data)"
     ]
 
 
@@ -205,9 +205,8 @@ def test_what_does_not_answer_in_time_is_ended(plan: MakePlan, monkeypatch: pyte
 
     monkeypatch.setattr(processes, "execute", execute)
     planned = plan("launch.hang_seconds=7")
-    with pytest.raises(
-        StageError, match=r"launch\.hang_seconds: rows and .* were tried .* not finish within 7 seconds"
-    ):
+    asked = r"launch\.hang_seconds: checking rows and .* before training did not finish within 7 seconds"
+    with pytest.raises(StageError, match=asked):
         rehearse(planned, planned.stages, announce=lambda _: None)
 
 

@@ -57,7 +57,7 @@ def test_a_run_is_followed_from_the_middle_to_its_end(run: RunFolder, followed: 
         lambda: run.progress("reward", "training", 25, 100, loss=0.6),
         ends,
     )
-    assert lines[:2] == ["reward: starts (nothing made yet)", "reward: training 10/100  loss 0.7"]
+    assert lines[:2] == ["reward: starts (no result yet)", "reward: training 10/100  loss 0.7"]
     assert lines[2].startswith("reward: training 25/100, ")
     assert lines[3:6] == ["reward: done  1 min 02 s  reward-5f0e9b1c", "reward: TensorBoard failed", "mine: done"]
 
