@@ -11,7 +11,8 @@ from alignment.api import run_frames
 from alignment.api.stage_series import Series, series_of
 from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD, Manifest, read_manifest
 from alignment.core.errors import ArtifactError
-from alignment.pipeline.execute.run_state import state_of
+from alignment.pipeline.execute.run_state import as_it_is
+from alignment.pipeline.execute.run_view import KILLED, RUNNING
 from alignment.records import evaluation as evaluations
 from alignment.records import forgetting as forgetting_records
 from alignment.records import reward_card
@@ -35,8 +36,8 @@ class RunStage:
 
     ``entry`` is what the run recorded of it: its kind, state, reason and inputs. ``folder`` is the stage's folder of
     the run, with ``stage.yaml`` and ``log.txt``. ``artifact`` is the folder of its result and ``manifest`` what that
-    says of itself; both are None until the stage is done. ``progress`` is how far a running stage is, ``error`` how an
-    unfinished one ended. ``settings`` are plain data.
+    says of itself; both are None until the stage is done. ``progress`` is how far a stage got that is running or was
+    killed, ``error`` how an unfinished one ended. ``settings`` are plain data.
     """
 
     name: str
@@ -56,7 +57,7 @@ class RunStage:
 
     @property
     def state(self) -> str:
-        """``waiting``, ``running``, ``done``, ``reused`` or ``failed``."""
+        """``waiting``, ``running``, ``killed``, ``done``, ``reused`` or ``failed``."""
         return self.entry.state
 
     @property
@@ -106,7 +107,7 @@ class RunStage:
 @dataclass(frozen=True, kw_only=True, slots=True, repr=False)
 class Run:
     """A run: ``state`` is ``running``, ``done``, ``gate not met``, ``failed``, ``preempted``, ``interrupted``,
-    ``waiting`` or ``killed``.
+    ``waiting``, ``killed`` or ``unknown``.
 
     ``record`` is the content of run.json. ``evaluations``, ``reward_cards`` and ``forgetting`` are the results of the
     stages that have one, by stage.
@@ -218,11 +219,12 @@ def load_run(folder: str | os.PathLike[str]) -> Run:
     """
     path = Path(folder).expanduser().absolute()
     record = RunRecord.read(path)
-    stages = {name: _stage(path, name, record) for name in record.stages}
+    known = as_it_is(path, record)
+    stages = {name: _stage(path, name, known) for name in record.stages}
     made = [(stage.name, produced_by(stage.kind), stage.artifact) for stage in stages.values() if stage.artifact]
     return Run(
         folder=path,
-        state=state_of(path, record),
+        state=known.state,
         record=record,
         stages=stages,
         evaluations={
@@ -248,7 +250,7 @@ def _stage(run_folder: Path, name: str, record: RunRecord) -> RunStage:
     artifact = artifact_folder(run_folder, name, entry)
     manifest = None if artifact is None else read_manifest(artifact)
     status = None if entry.complete else Status.read(folder)
-    working = artifact if entry.state == "running" else None
+    working = artifact if entry.state in (RUNNING, KILLED) else None
     return RunStage(
         name=name,
         entry=entry,

@@ -64,6 +64,18 @@ def is_held(path: Path) -> bool:
         os.close(descriptor)
 
 
+def last_host(path: Path) -> str:
+    """The machine of the process that holds the lock or held it last; empty if it is not known."""
+    try:
+        descriptor = _open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return ""
+    try:
+        return _taker(descriptor)[1]
+    finally:
+        os.close(descriptor)
+
+
 def _had_at_once(descriptor: int, path: Path) -> bool:
     """Takes the lock if no other process holds it. A process that only looks at it shares it for a moment."""
     deadline = time.monotonic() + _LOOK_SECONDS
@@ -97,7 +109,7 @@ def _lock(descriptor: int, how: int, path: Path) -> bool:
 def _holder(descriptor: int, path: Path) -> tuple[str, str]:
     """The process that holds the lock: the one that took it, or one that inherited its descriptor. Also the commands
     that show and stop it; "" if its id is not known."""
-    taker, _, host = os.pread(descriptor, 300, 0).decode(errors="replace").strip().partition(" ")
+    taker, host = _taker(descriptor)
     if not taker.isdigit():
         return f"process {taker or 'unknown'}", ""
     if host and host != socket.gethostname():
@@ -110,6 +122,12 @@ def _holder(descriptor: int, path: Path) -> tuple[str, str]:
     pid, command = heir
     ended = f"which is still running although {taker}, the process that started it, has ended"
     return f"process {pid} ({command}), {ended}", _commands(pid)
+
+
+def _taker(descriptor: int) -> tuple[str, str]:
+    """The id and the machine of the process that took the lock last, as it wrote them."""
+    taker, _, host = os.pread(descriptor, 300, 0).decode(errors="replace").strip().partition(" ")
+    return taker, host
 
 
 def _commands(pid: int | str) -> str:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from alignment.commands.shared.named_runs import goes_on
 from alignment.core.errors import AlignmentError
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute import notes
-from alignment.pipeline.execute.run_state import state_of
-from alignment.pipeline.execute.run_view import RunReader, StageView
+from alignment.pipeline.execute.run_state import as_it_is, explanation
+from alignment.pipeline.execute.run_view import RunReader, RunView, StageView
 from alignment.records.run import RunRecord
 from alignment.records.worker import Status
 from alignment.report import doubts
@@ -25,8 +25,8 @@ class FollowedRun:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.reader = RunReader(folder, state_of=lambda record: state_of(folder, record, self._jobs))
-        self._live: dict[str, str] = {}
+        self.reader = RunReader(folder, as_it_is=lambda record: as_it_is(folder, record, self._jobs))
+        self._live: Mapping[str, str] | None = {}
         self._states: dict[str, str] = {}
         self._next = 0.0
 
@@ -39,7 +39,11 @@ class FollowedRun:
         self._ask()
         return {stage: job for stage, job in self._states.items() if " PENDING" in job}
 
-    def _jobs(self, _: Path) -> dict[str, str]:
+    def explanation(self, view: RunView) -> list[str]:
+        """What is known about a run that was killed, or that cannot be seen from here; empty for others."""
+        return explanation(self.folder, view.record, self._jobs)
+
+    def _jobs(self, _: Path) -> Mapping[str, str] | None:
         self._ask()
         return self._live
 

@@ -8,6 +8,7 @@ from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute.run_state import LiveJobs, state_of
+from alignment.pipeline.execute.run_view import RUNNING, UNKNOWN
 from alignment.records.run import FILE, RunRecord
 
 
@@ -41,7 +42,8 @@ def current_run(output: Path) -> Path:
             record = RunRecord.read(folder)
         except ArtifactError:  # another run may be readable
             continue
-        candidates.append((goes_on(folder, state_of(folder, record)), record.started, name))
+        state = state_of(folder, record)
+        candidates.append((state != UNKNOWN and goes_on(folder, state), record.started, name))
     if not candidates:
         raise ConfigError(
             f"no readable run under {output / 'runs'}",
@@ -52,5 +54,5 @@ def current_run(output: Path) -> Path:
 
 
 def goes_on(folder: Path, state: str, live_jobs: LiveJobs = slurm_jobs.live) -> bool:
-    """Whether a run in this state will do more without another command: it runs, or its Slurm jobs wait."""
-    return state == "running" or (state == "waiting" and bool(live_jobs(folder)))
+    """Whether a run in this state may do more without another command: it may be running, or its Slurm jobs wait."""
+    return state in (RUNNING, UNKNOWN) or (state == "waiting" and bool(live_jobs(folder)))

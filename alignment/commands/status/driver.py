@@ -9,8 +9,8 @@ from rich.markup import escape
 
 from alignment.commands.shared.named_runs import run_folder, run_names
 from alignment.pipeline.backends import slurm_jobs
-from alignment.pipeline.execute.run_state import state_of
-from alignment.pipeline.execute.run_view import work_folder
+from alignment.pipeline.execute.run_state import as_it_is, explanation, state_of
+from alignment.pipeline.execute.run_view import KILLED, RUNNING, work_folder
 from alignment.pipeline.execute.summary import progress_line, show_results, show_stages
 from alignment.records.run import RunRecord
 from alignment.records.worker import Progress
@@ -35,15 +35,18 @@ def show_status(console: Console, output: Path, run: str | None) -> None:
 
 
 def _show_one(console: Console, folder: Path) -> None:
-    record = RunRecord.read(folder)
-    console.print(f"[bold]{escape(folder.name)}[/]  {state_of(folder, record)}", highlight=False)
+    record = as_it_is(folder, RunRecord.read(folder))
+    console.print(f"[bold]{escape(folder.name)}[/]  {record.state}", highlight=False)
     show_stages(console, record, slurm_jobs.states(folder))
     if isinstance(store := record.config.get("artifacts"), str):
         console.print(f"store: {store}", markup=False, highlight=False, soft_wrap=True)
     for name, stage in record.stages.items():
-        if stage.state == "running":
-            progress = Progress.read(work_folder(stage))
-            console.print(f"{escape(name)}: {progress_line(progress)}", highlight=False)
+        if stage.state in (RUNNING, KILLED):
+            progress = progress_line(Progress.read(work_folder(stage)))
+            words = progress if stage.state == RUNNING else f"killed in the phase '{progress}'"
+            console.print(f"{name}: {words}", markup=False, highlight=False)
         if stage.state == "failed":
             console.print(f"log: {folder / name / 'log.txt'}", markup=False, highlight=False, soft_wrap=True)
+    for line in explanation(folder, record):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     show_results(console, folder, record)

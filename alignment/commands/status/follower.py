@@ -10,7 +10,7 @@ from rich.console import Console
 from alignment.commands.shared.following import FollowedRun, messages_of
 from alignment.commands.shared.named_runs import current_run, run_folder
 from alignment.pipeline.execute.display import Display, showing
-from alignment.pipeline.execute.run_view import RunView
+from alignment.pipeline.execute.run_view import UNKNOWN, RunView
 from alignment.pipeline.execute.summary import show_results
 from alignment.records.run import RunRecord
 
@@ -28,24 +28,33 @@ def follow(console: Console, output: Path, run: str | None) -> None:
     followed = FollowedRun(folder)
     try:
         with showing(console, followed.reader) as display:
-            state = _to_the_end(display, followed)
+            last = _to_the_end(display, followed)
     except KeyboardInterrupt:
         console.print(
             f"{folder.name} continues; `align status {folder.name}` shows its progress", markup=False, highlight=False
         )
         return
-    console.print(f"{folder.name}: {state}", markup=False, highlight=False)
+    for line in (f"{folder.name}: {last.state}", *followed.explanation(last)):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     show_results(console, folder, RunRecord.read(folder))
 
 
-def _to_the_end(display: Display, run: FollowedRun) -> str:
-    """Shows the run until it has ended; returns its last state."""
+def _to_the_end(display: Display, run: FollowedRun) -> RunView:
+    """Shows the run until it has ended; returns what was shown last.
+
+    If it cannot be seen whether the run has ended, this is said once, and the run is followed.
+    """
     ended = set[tuple[str, str]]()
+    was_known = True
     while True:
         view = display.poll()
         _note_ends(display, run.folder, view, ended)
         if not run.goes_on(view.state):
-            return view.state
+            return view
+        if view.state == UNKNOWN and was_known:
+            for line in run.explanation(view):
+                display.note(line)
+        was_known = view.state != UNKNOWN
         time.sleep(POLL_SECONDS)
         reasons = run.reasons()
         for stage in view.stages:

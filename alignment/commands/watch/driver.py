@@ -16,7 +16,7 @@ from alignment.commands.shared.libraries import PAGE_LIBRARIES, refuse_without
 from alignment.commands.shared.listening import listening
 from alignment.commands.shared.named_runs import current_run, run_folder
 from alignment.core.errors import ArtifactError
-from alignment.pipeline.execute.run_state import state_of
+from alignment.pipeline.execute.run_state import as_it_is, explanation
 from alignment.records.run import FILE, RunRecord
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def watch(console: Console, run: str | None, *, options: Options, output: Path) 
     from alignment.commands.watch.live_app import application
 
     folder = current_run(output) if run is None else run_folder(output, run)
-    _state(folder)  # a damaged record is refused before anything is served
+    RunRecord.read(folder)  # a damaged record is refused before anything is served
     ended = threading.Event()
     with listening(options.port) as listener:
         server = PageServer(lambda token: application(folder, token), listener)
@@ -65,7 +65,9 @@ def watch(console: Console, run: str | None, *, options: Options, output: Path) 
             threading.Thread(target=_stop_at_the_end, args=(folder, server, ended), daemon=True).start()
         server.serve()
         ended.set()
-    _print(console, f"{folder.name}: {_state(folder)}")
+    record = as_it_is(folder, RunRecord.read(folder))
+    for line in (f"{folder.name}: {record.state}", *explanation(folder, record)):
+        _print(console, line)
     return 0
 
 
@@ -78,10 +80,6 @@ def _stop_at_the_end(folder: Path, server: PageServer, ended: threading.Event) -
                 ended.wait(LINGER_SECONDS)
                 server.stop()
                 return
-
-
-def _state(folder: Path) -> str:
-    return state_of(folder, RunRecord.read(folder))
 
 
 def _print(console: Console, line: str) -> None:

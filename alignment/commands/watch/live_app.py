@@ -23,7 +23,7 @@ from alignment.commands.shared.guarded_app import guarded, script, style
 from alignment.core.errors import AlignmentError
 from alignment.pipeline.execute.durations import clock_face, time_taken
 from alignment.pipeline.execute.run_table import figure, speed, steps
-from alignment.pipeline.execute.run_view import StageView, work_folder
+from alignment.pipeline.execute.run_view import KILLED, StageView, work_folder
 from alignment.pipeline.execute.sparkline import sparkline
 from alignment.records.run import FILE, RunRecord
 from alignment.records.step_log import METRICS
@@ -93,7 +93,9 @@ class _LivePages:
             revision = self._revision_of_now(is_over=is_over)
             if with_report and (revision != self._revision or not self._main):
                 # Safe: the report's own templates have escaped it.
-                self._main = Markup(main_part(self._folder, num_samples=NUM_SAMPLES, state=view.state))
+                killed = [stage.name for stage in view.stages if stage.state == KILLED]
+                part = main_part(self._folder, num_samples=NUM_SAMPLES, state=view.state, killed=killed)
+                self._main = Markup(part)
                 self._revision, self._drawn = revision, time.monotonic()
         except (AlignmentError, OSError) as error:
             problem = self._templates.get_template("problem.html.j2").render(problem=prose(error))
@@ -101,6 +103,7 @@ class _LivePages:
         html = self._templates.get_template(template).render(
             run=self._folder.name,
             view=view,
+            explanation=self._run.explanation(view),
             rows=[_row(stage) for stage in view.stages],
             revision=revision,
             is_over=is_over,

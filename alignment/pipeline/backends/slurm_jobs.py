@@ -73,10 +73,12 @@ def states(run_folder: Path) -> dict[str, str]:
     return {stage: f"job {job} {known.get(job, '')}".rstrip() for stage, job in jobs.items()}
 
 
-def live(run_folder: Path) -> dict[str, str]:
-    """Stage → id of its job, for the jobs of the run that wait or run according to Slurm."""
+def live(run_folder: Path) -> dict[str, str] | None:
+    """Stage → id of its job, for the jobs of the run that wait or run; None if Slurm does not answer."""
     jobs = read_jobs(run_folder)
-    known = slurm.look(list(jobs.values())) or {}
+    known = slurm.look(list(jobs.values()))
+    if known is None:
+        return None
     return {stage: job for stage, job in jobs.items() if job in known and not known[job].ended}
 
 

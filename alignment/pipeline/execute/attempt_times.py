@@ -43,12 +43,12 @@ def _seconds_of(attempts: Attempts, work: Path) -> float:
     An attempt whose driver was killed counts until the last sign of life of its processes. If there is none, as on a
     machine that continues another one's stage, the time up to the last logged step counts.
     """
-    last = max(_signs_of_life(work), default=0.0) if attempts.started else 0.0
+    last = max(signs_of_life(work), default=0.0) if attempts.started else 0.0
     seconds = attempts.earlier_seconds + max(0.0, last - attempts.started)
     return max(seconds, _logged_seconds(work))
 
 
-def _signs_of_life(work: Path) -> Iterator[float]:
+def signs_of_life(work: Path) -> Iterator[float]:
     """When the processes of the last attempt wrote their progress and their heartbeats, in seconds since 1970."""
     for file in (work / PROGRESS, *(work / HEARTBEATS).glob("*.json")):
         try:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from alignment.pipeline.execute.durations import duration, time_taken
 from alignment.pipeline.execute.run_table import figure, speed, steps
-from alignment.pipeline.execute.run_view import STOPPED, RunView, StageView
+from alignment.pipeline.execute.run_view import KILLED, STOPPED, RunView, StageView
 from alignment.records.worker import Progress
 
 _PARTS = 10
@@ -92,7 +92,7 @@ def _beginning(stage: StageView) -> str:
 
 def _end(stage: StageView) -> str:
     words = [] if stage.state == "reused" else [time_taken(stage.seconds, stage.attempts)]  # another call's
-    if stage.state not in (STOPPED, "failed", "waiting"):
+    if stage.state not in (STOPPED, KILLED, "failed", "waiting"):
         words.append(stage.artifact)
     state = STOPPED if stage.state == "waiting" else stage.state
     return f"{stage.name}: {'  '.join([state, *filter(None, words)])}"

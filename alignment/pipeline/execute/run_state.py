@@ -1,25 +1,114 @@
-"""The state of a run, which a killed driver could not record."""
+"""The state of a run and its stages, which a killed driver could not record."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import socket
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
-from alignment.core.locks import is_held
+from alignment.core.locks import is_held, last_host
 from alignment.pipeline.backends import slurm_jobs
-from alignment.records.run import RunRecord
+from alignment.pipeline.execute.attempt_times import signs_of_life
+from alignment.pipeline.execute.durations import duration
+from alignment.pipeline.execute.run_view import KILLED, RUNNING, UNKNOWN, work_folder
+from alignment.records.run import FILE, RunRecord, StageEntry
 
-KILLED = "killed"
-LiveJobs = Callable[[Path], Mapping[str, str]]
-"""The jobs of a run that wait or run, by stage."""
+LiveJobs = Callable[[Path], Mapping[str, str] | None]
+"""The jobs of a run that wait or run, by stage; None if Slurm does not answer."""
 
 
 def state_of(run_folder: Path, record: RunRecord, live_jobs: LiveJobs = slurm_jobs.live) -> str:
-    """The recorded state, or ``killed`` if a running run has neither a locked lock file nor a Slurm job.
+    """The state of the run: the recorded one, ``killed`` or ``unknown`` (``as_it_is``)."""
+    return as_it_is(run_folder, record, live_jobs).state
 
-    On some file systems the lock of a job on another machine is invisible here.
+
+def as_it_is(run_folder: Path, record: RunRecord, live_jobs: LiveJobs = slurm_jobs.live) -> RunRecord:
+    """The record with the states that nobody could write.
+
+    A run that is recorded as running was ``killed`` if it has neither a locked lock file nor a Slurm job. So were its
+    running stages, unless another process works on them. The run is ``unknown`` if Slurm does not answer, or if it was
+    started on another machine: some file systems do not show the locks of other machines.
     """
-    if record.state != "running" or is_held(run_folder / "lock") or live_jobs(run_folder):
-        return record.state
-    latest = RunRecord.read(run_folder).state  # it may have ended since the record was read
-    return KILLED if latest == "running" else latest
+    if record.state != RUNNING or is_held(run_folder / "lock"):
+        return record
+    jobs = live_jobs(run_folder)
+    if jobs:
+        return record
+    record = RunRecord.read(run_folder)  # it may have ended since the record was read
+    if record.state != RUNNING:
+        return record
+    if jobs is None or (elsewhere(run_folder) and not slurm_jobs.read_jobs(run_folder)):
+        return replace(record, state=UNKNOWN)
+    return replace(record, state=KILLED, stages={name: _as_left(entry) for name, entry in record.stages.items()})
+
+
+def elsewhere(run_folder: Path) -> str:
+    """The machine on which the run was started, if it is not this one; empty if it is."""
+    host = last_host(run_folder / "lock")
+    return "" if host == socket.gethostname() else host
+
+
+def explanation(
+    run_folder: Path, record: RunRecord, live_jobs: LiveJobs = slurm_jobs.live, *, now: Callable[[], float] = time.time
+) -> list[str]:
+    """What is known about a run that is ``killed`` or ``unknown`` and what to do; empty for other states.
+
+    ``record`` is that of ``as_it_is``.
+    """
+    if record.state not in (KILLED, UNKNOWN):
+        return []
+    name = run_folder.name
+    ago = duration(max(0.0, now() - last_sign_of_life(run_folder, record)))
+    seen = f"the last sign of life was {ago} ago"
+    if record.state == UNKNOWN:
+        host = elsewhere(run_folder)
+        why = "Slurm does not answer" if live_jobs(run_folder) is None else f"it was started on {host}"
+        return [
+            f"{name} may still be running, which cannot be seen from here ({why}); {seen}",
+            "if it has ended, run the same command to continue",
+        ]
+    busy = [stage for stage, entry in record.stages.items() if entry.state == RUNNING]
+    if busy:
+        return [
+            f"{name} ended without recording how, but another process is still working on {', '.join(busy)}",
+            "run the same command with --wait to continue after that",
+        ]
+    return [f"{name} ended without recording how; {seen}", "run the same command to continue"]
+
+
+def last_sign_of_life(run_folder: Path, record: RunRecord) -> float:
+    """When the driver or a process of an unfinished stage last wrote a file, in seconds since 1970.
+
+    The clock is that of the file system, which may differ a little from this machine's.
+    """
+    unfinished = [entry for entry in record.stages.values() if entry.state in (RUNNING, KILLED)]
+    signs = [sign for entry in unfinished for sign in signs_of_life(work_folder(entry))]
+    return max([*signs, *_written(run_folder / FILE)], default=0.0)
+
+
+def _as_left(entry: StageEntry) -> StageEntry:
+    """The entry of a stage of a killed run. Its processes hold the stage's lock as long as they live."""
+    work = work_folder(entry)
+    if entry.state != RUNNING or is_held(work / "lock"):
+        return entry
+    return replace(entry, state=KILLED, seconds=_seconds(entry, work))
+
+
+def _seconds(entry: StageEntry, work: Path) -> float | None:
+    """How long a killed stage took, until its last sign of life; None if it left none."""
+    try:
+        started = datetime.fromisoformat(entry.started).timestamp()
+    except ValueError:  # a record of an older version
+        return None
+    last = max(signs_of_life(work), default=0.0)
+    return round(entry.earlier_seconds + last - started, 2) if last > started else None
+
+
+def _written(file: Path) -> Iterator[float]:
+    try:
+        yield file.stat().st_mtime
+    except OSError:
+        return

@@ -21,6 +21,7 @@ _MARKS = {
     "done": ("✓", "+", "green"),
     "reused": ("=", "=", "cyan"),
     "failed": ("✗", "x", "red"),
+    "killed": ("✗", "x", "red"),
     "stopped": ("–", "-", "yellow"),
     "running": ("▶", ">", "bold"),
 }

@@ -20,9 +20,14 @@ from alignment.records.step_log import METRICS
 from alignment.records.worker import Progress
 from alignment.stages.registry import headline_curve, tokens_of
 
+RUNNING = "running"
+KILLED = "killed"
+"""The state of a run whose driver ended without recording how, and of its stages that were running."""
+UNKNOWN = "unknown"
+"""The state of a run that was running when this could be seen last."""
 STOPPED = "stopped"
 """The state of a stage that was running when it was asked to stop; run.json has it as waiting, with its seconds."""
-_GOES_ON = ("running", "waiting")
+_GOES_ON = (RUNNING, "waiting", UNKNOWN)
 """States of a run whose waiting stages will be run."""
 
 
@@ -36,7 +41,7 @@ class ShownCurve:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageView:
-    """A stage: ``waiting``, ``running``, ``stopped``, ``done``, ``reused`` or ``failed``.
+    """A stage: ``waiting``, ``running``, ``stopped``, ``killed``, ``done``, ``reused`` or ``failed``.
 
     ``seconds`` is how long its ``attempts`` took, or have taken so far. ``waits_for`` says which stages come before a
     waiting one; ``blocked`` says what else it waits for, such as a job in a queue. Only a running stage has
@@ -61,11 +66,12 @@ class StageView:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunView:
-    """A run and its stages in their order; ``state`` is that of the run."""
+    """A run and its stages in their order; ``state`` is that of the run. ``record`` is what it was read from."""
 
     name: str
     state: str
     stages: list[StageView] = field(default_factory=list)
+    record: RunRecord = field(default_factory=RunRecord)
 
     @property
     def num_complete(self) -> int:
@@ -73,27 +79,27 @@ class RunView:
         return sum(stage.state in ("done", "reused") for stage in self.stages)
 
 
-def _recorded_state(record: RunRecord) -> str:
-    return record.state
+def _as_recorded(record: RunRecord) -> RunRecord:
+    return record
 
 
 class RunReader:
     """Reads the files of a run again at each look.
 
-    ``state_of`` says more of a run than its record, such as that it was killed. ``now`` gives seconds since 1970,
-    ``clock`` seconds that only go up.
+    ``as_it_is`` adds to a record what nobody could write, such as that the run was killed. ``now`` gives seconds since
+    1970, ``clock`` seconds that only go up.
     """
 
     def __init__(
         self,
         folder: Path,
         *,
-        state_of: Callable[[RunRecord], str] = _recorded_state,
+        as_it_is: Callable[[RunRecord], RunRecord] = _as_recorded,
         clock: Clock = time.monotonic,
         now: Callable[[], float] = time.time,
     ) -> None:
         self.folder = folder
-        self._state_of = state_of
+        self._as_it_is = as_it_is
         self._clock = clock
         self._now = now
         self._record: RunRecord | None = None
@@ -105,10 +111,9 @@ class RunReader:
         Raises:
             ArtifactError: run.json is missing or cannot be read, and never could.
         """
-        record = self._read()
-        record = replace(record, state=self._state_of(record))
+        record = self._as_it_is(self._read())
         stages = [self._stage(name, record, (blocked or {}).get(name, "")) for name in record.stages]
-        return RunView(name=record.name or self.folder.name, state=record.state, stages=stages)
+        return RunView(name=record.name or self.folder.name, state=record.state, stages=stages, record=record)
 
     def _read(self) -> RunRecord:
         """The record of the run; the last one if it cannot be read for a moment (ESTALE)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,16 +48,17 @@ def page(run: Run, *, num_samples: int) -> str:
     return template("report.html.j2").render(_drawn(run, num_samples))
 
 
-def main_part(run_folder: Path, *, num_samples: int, state: str) -> str:
+def main_part(run_folder: Path, *, num_samples: int, state: str, killed: Collection[str] = ()) -> str:
     """The element ``main`` of the report about a run, for a page with another frame.
 
-    ``state`` is that of the run: a run that was killed could not record it.
+    ``state`` is that of the run, and ``killed`` names its killed stages: a run that was killed could not record them.
 
     Raises:
         ArtifactError: run.json is missing or unreadable.
     """
     run = read_run(run_folder)
-    run = replace(run, record=replace(run.record, state=state))
+    stages = [replace(stage, state="killed") if stage.name in killed else stage for stage in run.stages]
+    run = replace(run, record=replace(run.record, state=state), stages=stages)
     return template("report_main.html.j2").render(_drawn(run, num_samples))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import pytest
 
 from alignment.core import locks
 from alignment.core.errors import ArtifactError, Busy, ConfigError
-from alignment.core.locks import held, is_held
+from alignment.core.locks import held, is_held, last_host
 
 
 def test_a_second_holder_is_told_who_has_it(tmp_path: Path) -> None:
@@ -27,6 +28,14 @@ def test_a_second_holder_is_told_who_has_it(tmp_path: Path) -> None:
         expected = f"wait for it, or stop it; `ps -fp {os.getpid()}` shows it, `kill {os.getpid()}` stops it"
         assert caught.value.remedy == expected
     assert not is_held(lock)
+
+
+def test_a_lock_says_on_which_machine_it_was_taken_last(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    assert last_host(lock) == ""
+    with held(lock, wait=False):
+        assert last_host(lock) == socket.gethostname()
+    assert last_host(lock) == socket.gethostname()
 
 
 def test_whoever_only_looks_keeps_nobody_out(tmp_path: Path) -> None:

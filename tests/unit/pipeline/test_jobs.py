@@ -404,3 +404,14 @@ def test_a_run_whose_lock_is_not_seen_here_but_whose_job_is_left_was_not_killed(
     assert status(run_folder).split()[:2] == ["quickstart", "running"]
     fakes.answers(["11 FAILED 1:0 NonZeroExitCode"])
     assert status(run_folder).split()[:2] == ["quickstart", "killed"]
+
+
+def test_a_run_is_not_called_killed_while_slurm_does_not_answer(
+    submit: Submit, run_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    submit()
+    (run_folder / "run.json").write_text(json.dumps({**record(run_folder), "state": "running"}))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    told = status(run_folder)
+    assert told.split()[:2] == ["quickstart", "unknown"]
+    assert "quickstart may still be running, which cannot be seen from here (Slurm does not answer); " in told

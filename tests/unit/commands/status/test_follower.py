@@ -14,6 +14,7 @@ from alignment.commands.shared import following
 from alignment.commands.status import follower
 from alignment.commands.status.follower import follow
 from alignment.core.locks import held
+from alignment.pipeline.execute import run_state
 from tests.running import RunFolder
 
 Follow = Callable[..., list[str]]
@@ -89,7 +90,22 @@ def test_a_run_that_was_killed_is_not_followed_for_ever(tmp_path: Path, capsys: 
     killed = RunFolder(tmp_path)
     killed.stage("sft", "running")
     assert cli.main(["status", "--follow", "--output", str(tmp_path)]) == 0
-    assert "mine: killed" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "sft: killed" in told
+    assert "mine: killed\nmine ended without recording how; the last sign of life was " in told
+    assert "\nrun the same command to continue\n" in told
+
+
+def test_a_run_of_another_machine_is_followed_although_its_lock_is_not_seen_here(
+    run: RunFolder, followed: Follow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run.stage("sft", "running")
+    monkeypatch.setattr(run_state, "is_held", lambda _: False)
+    monkeypatch.setattr(run_state, "last_host", lambda _: "node7")
+    lines = followed(lambda: None, lambda: run.run(state="done"))
+    assert lines[0] == "sft: starts (no result yet)"
+    assert lines[1].startswith("mine may still be running, which cannot be seen from here (it was started on node7); ")
+    assert lines[2:4] == ["if it has ended, run the same command to continue", "mine: done"]
 
 
 def test_jobs_that_wait_say_why(run: RunFolder, followed: Follow, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -127,7 +127,9 @@ def test_a_run_that_was_killed_is_not_shown_as_one_that_runs(
     run.stage("sft", "running")
     monkeypatch.setattr(run_state, "is_held", lambda _: False)
     page = words(get(address))
-    assert "mine killed, 0 of 4 stages done the run has ended" in page
+    assert "mine killed, 0 of 4 stages done the run has ended sft killed" in page
+    assert "mine ended without recording how; the last sign of life was " in page
+    assert "The run is not complete: sft (killed), reward (waiting)" in page
     assert "This run is not finished (killed)" in page
 
 
