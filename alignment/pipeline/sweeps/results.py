@@ -27,7 +27,7 @@ from alignment.records.sweep_record import (
     SweepRecord,
     Trial,
 )
-from alignment.report.doubts import of_evaluation
+from alignment.report.doubts import is_smoke, of_evaluation
 from alignment.report.sweep_page.sweep_report import build_sweep
 
 PAGE = "sweep.html"
@@ -114,7 +114,7 @@ def _record(study: Study, wanted: Sweep) -> SweepRecord:
         best=best,
         verdict=_verdict(trials, best, wanted, _by_prompt(study, wanted)),
         importance=_importance(study, wanted),
-        cautions=[*wanted.cautions, *_doubts(study, best)],
+        cautions=[*wanted.cautions, *([] if is_smoke(wanted.profile) else _doubts(study, best))],
     )
 
 

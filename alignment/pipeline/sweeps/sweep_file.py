@@ -25,6 +25,7 @@ from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.sweeps import objectives, reported
 from alignment.pipeline.sweeps.objectives import Objective
 from alignment.records import validation_figures
+from alignment.report import doubts
 from alignment.stages.registry import kind_of
 
 
@@ -32,8 +33,8 @@ from alignment.stages.registry import kind_of
 class Sweep:
     """A sweep over a recipe, checked.
 
-    ``identity`` covers everything that the trials' results depend on; ``cautions`` are warnings for readers of the
-    results.
+    ``identity`` covers everything that the trials' results depend on; ``profile`` is the name of the profile that was
+    applied, if any; ``cautions`` are warnings for readers of the results.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Sweep:
     objectives: tuple[Objective, ...]
     identity: str
     folder: Path
+    profile: str = ""
     cautions: tuple[str, ...] = ()
 
     @property
@@ -99,8 +101,13 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
         objectives=resolved,
         identity=digest([judged, config.search, config.seed, config.objective, config.parameters, config.pruning]),
         folder=plan.output / "sweeps" / f"{plan.config.name}.{path.stem}",
-        cautions=objectives.cautions(resolved, plan.config.stages),
+        profile=plan.profile,
+        cautions=(*_of_smoke(plan), *objectives.cautions(resolved, plan.config.stages)),
     )
+
+
+def _of_smoke(plan: Plan) -> list[str]:
+    return [f"every trial is {doubts.SMOKE}"] if doubts.is_smoke(plan.profile) else []
 
 
 def _checked_plans(

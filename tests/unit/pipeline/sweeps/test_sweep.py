@@ -82,6 +82,16 @@ def test_what_speaks_against_the_best_trial_is_on_the_page_and_in_the_terminal(r
     assert printed.count("were cut off") == 1, "only the best trial's evaluation is of interest"
 
 
+def test_a_sweep_of_smoke_runs_says_under_its_table_that_its_figures_mean_nothing(runs: Runs) -> None:
+    runs.more_of_arm = {"ended": {"mean": 0.0}}
+    _, printed = go(runs, "dpo_beta", "profile=smoke")
+    caution = "every trial is a smoke run: it shows only that the recipe runs; its numbers mean nothing"
+    assert printed.partition("best: ")[2].count(f"caution: {caution}\n") == 1
+    assert printed.count("caution: ") == 2, "before the first trial, and below the table; doubts about figures say less"
+    page = (runs.output / "sweeps/quickstart-smoke.dpo_beta/sweep.html").read_text()
+    assert f"{caution.replace('every', 'Every', 1)}." in page
+
+
 def test_arms_that_all_trials_share_are_shown_to_compare_with(runs: Runs) -> None:
     """A sweep over DPO's beta does not train PPO either, but here the trials measured different values for it."""
     runs.other_arms = lambda told: [
