@@ -21,6 +21,7 @@ from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.judge.driver import Options
 from alignment.commands.new.driver import Options as NewOptions
 from alignment.commands.serve.driver import Options as ServeOptions
+from alignment.commands.shared.arguments import run_of
 from alignment.commands.watch.driver import Options as WatchOptions
 from alignment.config.data import SourceConfig
 from alignment.config.store import recipe_names
@@ -183,7 +184,16 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
 def test_a_verb_hands_its_arguments_to_what_does_it(
     monkeypatch: pytest.MonkeyPatch, line: str, function: str, values: tuple[Any, ...], named: dict[str, Any]
 ) -> None:
-    calls = []
+    code, calls = called(monkeypatch, line, function)
+    assert calls == [(values, named)]
+    assert code == (0 if line.split()[0] in ("plan", "status", "compare", "push") else 9)
+
+
+def called(
+    monkeypatch: pytest.MonkeyPatch, line: str, function: str
+) -> tuple[int, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
+    """The exit code of a command, and the calls of a function that it makes, without their console."""
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def note(*arguments: Any, **options: Any) -> int:
         consoles = [value for value in (*arguments, options.pop("console", None)) if isinstance(value, Console)]
@@ -192,9 +202,73 @@ def test_a_verb_hands_its_arguments_to_what_does_it(
         return 9
 
     monkeypatch.setattr(function, note)
-    code = cli.main(shlex.split(line))
+    return cli.main(shlex.split(line)), calls
+
+
+OF_A_RUN: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
+    *(row for row in REACHED if row[0].split()[1].partition("/")[0] == "mine"),
+    (
+        "watch mine",
+        "alignment.commands.watch.driver.watch",
+        ("mine",),
+        {"options": WatchOptions(), "output": HERE},
+    ),
+    ("compare mine b", "alignment.commands.compare.driver.compare", (HERE, ["mine", "b"]), {"html": None}),
+]
+
+
+@pytest.mark.parametrize(("line", "function", "values", "named"), OF_A_RUN)
+def test_a_run_can_be_named_by_its_recipe(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    line: str,
+    function: str,
+    values: tuple[Any, ...],
+    named: dict[str, Any],
+) -> None:
+    recipe = tmp_path / "first.yaml"
+    recipe.write_text("defaults: [quickstart, _self_]\nname: mine\n")
+    _, calls = called(monkeypatch, line.replace(" mine", f" {recipe}", 1), function)
     assert calls == [(values, named)]
-    assert code == (0 if line.split()[0] in ("plan", "status", "compare", "push") else 9)
+
+
+def test_every_verb_that_takes_a_run_takes_its_recipe() -> None:
+    verbs = {"track", "status", "watch", "compare", "export", "chat", "serve", "judge"}
+    assert {row[0].split()[0] for row in OF_A_RUN} == verbs
+
+
+@pytest.mark.parametrize(
+    ("argument", "run"),
+    [
+        ("./mine.yaml", "mine"),
+        ("mine.yaml/dpo", "mine/dpo"),
+        ("heir.yaml", "family"),
+        ("absent.yaml", "absent.yaml"),
+        ("mine", "mine"),
+        ("mine.yaml.old", "mine.yaml.old"),
+    ],
+)
+def test_a_recipe_names_its_run_as_align_run_does(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, argument: str, run: str
+) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults: [quickstart, _self_]\n")
+    (tmp_path / "parent.yaml").write_text("defaults: [quickstart, _self_]\nname: family\n")
+    (tmp_path / "heir.yaml").write_text("defaults: [parent, _self_]\n")
+    monkeypatch.chdir(tmp_path)
+    assert run_of(argument) == run
+
+
+def test_a_recipe_that_was_not_run_is_refused_with_the_runs_that_exist(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text("defaults: [quickstart, _self_]\n")
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine-smoke", "other"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text("{}")
+    assert cli.main(["status", "./mine.yaml"]) == 2
+    told = f"configuration: RUN: no run 'mine' under {tmp_path / 'runs'}; one of: mine-smoke, other"
+    assert told in capsys.readouterr().err
 
 
 def test_every_verb_has_its_folder_and_every_folder_its_verb() -> None:

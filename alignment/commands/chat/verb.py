@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_output, add_policies, output_of
+from alignment.commands.shared.arguments import add_output, add_policies, output_of, run_of
 
 _GENERATION = ("system", "max_new_tokens", "temperature", "seed")
 """Options about how answers are made."""
@@ -54,7 +54,7 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
 
     return chat(
         console,
-        arguments.result,
+        run_of(arguments.result),
         arguments.arms,
         options={name: getattr(arguments, name) for name in _GENERATION},
         engine=None if arguments.engine == "own" else {"engine": "vllm", "python": arguments.engine_python},

@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_output, output_of
+from alignment.commands.shared.arguments import add_output, output_of, run_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Shows the settings that differ, the arms side by side, and how far the primary metric differs from the "
         "first run, paired by prompt."
     )
-    parser.add_argument("runs", metavar="RUN", nargs="+", help="names of runs; the others are compared with the first")
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="names of runs, or their recipes' paths; the others are compared with the first",
+    )
     parser.add_argument(
         "--html", metavar="FILE", help="also write a page with the curves in shared charts and with the answers"
     )
@@ -26,5 +31,5 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Compares them; returns the exit code."""
     from alignment.commands.compare.driver import compare
 
-    compare(console, output_of(arguments), arguments.runs, html=arguments.html)
+    compare(console, output_of(arguments), [run_of(run) for run in arguments.runs], html=arguments.html)
     return 0

@@ -7,7 +7,7 @@ import argparse
 from rich.console import Console
 
 from alignment.commands.export.export_options import add_form_arguments, options_of
-from alignment.commands.shared.arguments import add_output, output_of
+from alignment.commands.shared.arguments import add_output, output_of, run_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,5 +23,5 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
     from alignment.commands.export.driver import export
 
     return export(
-        console, arguments.result, to=arguments.to, options=options_of(arguments), output=output_of(arguments)
+        console, run_of(arguments.result), to=arguments.to, options=options_of(arguments), output=output_of(arguments)
     )

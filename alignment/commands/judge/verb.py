@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_output, output_of
+from alignment.commands.shared.arguments import add_output, output_of, run_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Serves a page on this machine where people compare the answers of two arms without knowing which arm gave "
         "which. Every vote is stored at once. Ctrl-C ends the page, and the same command continues."
     )
-    parser.add_argument("run", metavar="RUN", help="the name of a run with a finished evaluation")
+    parser.add_argument("run", metavar="RUN", help="the name or the recipe's path of a run with a finished evaluation")
     parser.add_argument(
         "--arm",
         dest="arms",
@@ -48,4 +48,4 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
         port=arguments.port,
         opens_browser=arguments.opens_browser,
     )
-    return judge(console, arguments.run, arguments.arms, options=options, output=output_of(arguments))
+    return judge(console, run_of(arguments.run), arguments.arms, options=options, output=output_of(arguments))

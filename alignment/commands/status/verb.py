@@ -6,12 +6,14 @@ import argparse
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_output, output_of
+from alignment.commands.shared.arguments import add_output, output_of, run_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One run, or all."""
-    parser.add_argument("run", metavar="RUN", nargs="?", help="a run's name; without it, all runs are listed")
+    parser.add_argument(
+        "run", metavar="RUN", nargs="?", help="a run's name or its recipe's path; without it, all runs are listed"
+    )
     parser.add_argument(
         "--follow", action="store_true", help="show RUN, or the current run, until it ends; Ctrl-C does not end the run"
     )
@@ -24,8 +26,9 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
     from alignment.commands.status.follower import follow
 
     output = output_of(arguments)
+    run = None if arguments.run is None else run_of(arguments.run)
     if arguments.follow:
-        follow(console, output, arguments.run)
+        follow(console, output, run)
         return 0
-    show_status(console, output, arguments.run)
+    show_status(console, output, run)
     return 0

@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_output, output_of
+from alignment.commands.shared.arguments import add_output, output_of, run_of
 from alignment.config.tracking import LABELS
 
 
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Sends the curves, tables and results of a run to a tracker. What the tracker already has is not sent again."
     )
-    parser.add_argument("run", metavar="RUN", help="a run's name")
+    parser.add_argument("run", metavar="RUN", help="a run's name or its recipe's path")
     parser.add_argument("--to", required=True, choices=LABELS, help="the tracker")
     parser.add_argument(
         "--url", default="", metavar="URL", help="MLflow's server (default: the run's, then MLFLOW_TRACKING_URI)"
@@ -27,4 +27,4 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Sends the run; returns the exit code."""
     from alignment.commands.track.driver import track
 
-    return track(console, arguments.run, to=arguments.to, url=arguments.url, output=output_of(arguments))
+    return track(console, run_of(arguments.run), to=arguments.to, url=arguments.url, output=output_of(arguments))

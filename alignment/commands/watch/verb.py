@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_output, output_of
+from alignment.commands.shared.arguments import add_output, output_of, run_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Serves the report of a run on this machine (127.0.0.1) while the run is in progress. The page follows the "
         "run and changes nothing in it. Ctrl-C closes the page, not the run."
     )
-    parser.add_argument("run", metavar="RUN", nargs="?", help="a run's name (default: the run in progress)")
+    parser.add_argument(
+        "run", metavar="RUN", nargs="?", help="a run's name or its recipe's path (default: the run in progress)"
+    )
     parser.add_argument("--port", type=int, default=0, metavar="N", help="port on 127.0.0.1 (default: any free port)")
     parser.add_argument("--open", dest="opens_browser", action="store_true", help="open the page in a browser")
     parser.add_argument("--until-done", action="store_true", help="end when the run has ended")
@@ -26,5 +28,6 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Serves the page until the user or the run ends it; returns the exit code."""
     from alignment.commands.watch.driver import Options, watch
 
+    run = None if arguments.run is None else run_of(arguments.run)
     options = Options(port=arguments.port, opens_browser=arguments.opens_browser, until_done=arguments.until_done)
-    return watch(console, arguments.run, options=options, output=output_of(arguments))
+    return watch(console, run, options=options, output=output_of(arguments))
