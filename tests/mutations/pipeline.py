@@ -491,6 +491,28 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "pipeline/execute/run_state.py",
+        "unit/pipeline/test_run_state.py",
+        (
+            "a stage of a killed run seems to be running",
+            "stages={name: _as_left(entry) for name, entry in record.stages.items()}",
+            "stages=record.stages",
+            "test_a_killed_run_says_so_with_its_last_sign_of_life_and_what_to_do",
+        ),
+        (
+            "a process that outlives its driver is overlooked",
+            'if entry.state != RUNNING or is_held(work / "lock"):',
+            "if entry.state != RUNNING:",
+            "test_a_process_that_outlives_its_driver_is_named",
+        ),
+        (
+            "a run of another machine is called killed",
+            "if jobs is None or (elsewhere(run_folder) and not slurm_jobs.read_jobs(run_folder)):",
+            "if jobs is None:",
+            "test_a_run_of_another_machine_is_not_called_killed",
+        ),
+    ),
+    *in_file(
         "core/logs.py",
         "unit/core/test_logs.py",
         (
