@@ -113,7 +113,7 @@ def _stage_faults(
     yield from kind_of(stage).references.faults(stage, f"stages.{name}")
     for slot in (slot for slot in slots(stage) if stage_of(slot) not in unreadable):
         where = f"stages.{name}.{slot.field}"
-        problem = _problem(slot, stages)
+        problem = _absent_default(slot, stage, stages, where) or _problem(slot, stages)
         if problem:
             yield Fault(where=where, message=problem)
         elif is_base(slot) and slot.ref != BASE and not is_arm(slot):
@@ -125,6 +125,25 @@ def _stage_faults(
             yield Fault(where=where, message=f"{slot.ref!r} is listed twice")
         if is_arm(slot):
             seen.add(slot.ref)
+
+
+def _absent_default(slot: Slot, config: StageConfig, stages: Mapping[str, StageConfig], where: str) -> str | None:
+    """What to write if the run lacks the stage that a setting names by default, and the base model may take its place.
+
+    The recipe may not contain this setting, so a message must say more than that the stage is missing.
+    """
+    absent = stage_of(slot)
+    if absent is None or absent in stages or POLICY not in slot.takes or slot.optional:
+        return None
+    if slot.ref != getattr(kind_of(config).config(), slot.field, None):
+        return None
+    others = [name for name, other in stages.items() if other is not config and kind_of(other).produces in slot.takes]
+    close = nearest(absent, others)
+    hint = f"Did you mean '{_STAGE}{close}'? Otherwise set" if close else "Set"
+    return (
+        f"no stage '{absent}' in this run, and '{slot.ref}' is the default of this setting. {hint} {where}=base to use "
+        f"the base model (in the recipe: {slot.field}: base)"
+    )
 
 
 def _problem(slot: Slot, stages: Mapping[str, StageConfig]) -> str | None:

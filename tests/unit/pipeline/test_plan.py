@@ -17,11 +17,13 @@ from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, Da
 from alignment.job import memory_key
 from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.execute.worker_protocol import write_stage_file
+from alignment.pipeline.plan import references
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.frozen_rows import frozen_rows
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.remote.remote_checkpoints import CHECKPOINT_MANIFEST
 from alignment.records.chosen_sizes import ChosenSize, cache_file, remember
+from alignment.stages.registry import kinds
 from alignment.stages.stage_file import read_spec
 from tests.hub import COMMIT
 from tests.unit.pipeline.conftest import NUM_PAIRS, MakePlan, leave_artifact
@@ -371,6 +373,55 @@ def test_a_reference_that_cannot_be_is_named(
     with pytest.raises(error) as caught:
         plan(override)
     assert str(caught.value).startswith(message)
+
+
+TAKES_A_POLICY = [
+    ("reward", "init"),
+    ("dpo", "init"),
+    ("kto", "init"),
+    ("ppo", "init"),
+    ("distil", "teacher"),
+    ("sample", "policy"),
+    ("evaluate", "reference"),
+]
+"""Kinds, and their setting that names the stage ``sft`` by default."""
+
+
+def test_every_setting_that_names_a_stage_by_default_is_tested() -> None:
+    named = [
+        (kind.name, slot.field)
+        for kind in kinds().values()
+        for slot in references.slots(kind.config())
+        if slot.ref == "stage:sft" and not references.is_arm(slot)
+    ]
+    assert sorted(named) == sorted(TAKES_A_POLICY)
+
+
+@pytest.mark.parametrize(("kind", "field"), TAKES_A_POLICY)
+def test_a_default_that_names_an_absent_stage_says_that_the_base_may_take_its_place(kind: str, field: str) -> None:
+    config = kinds()[kind].config
+    where = f"stages.mine.{field}"
+    messages = {fault.where: fault.message for fault in references.faults({"mine": config()})}
+    assert messages[where] == (
+        f"no stage 'sft' in this run, and 'stage:sft' is the default of this setting. Set {where}=base to use the base "
+        f"model (in the recipe: {field}: base)"
+    )
+    with_another = references.faults({"mine": config(), "sft_long": kinds()["sft"].config()})
+    messages = {fault.where: fault.message for fault in with_another}
+    assert "setting. Did you mean 'stage:sft_long'? Otherwise set stages.mine." in messages[where]
+    assert where not in {fault.where for fault in references.faults({"mine": config(**{field: "base"})})}
+
+
+def test_a_recipe_of_dpo_alone_plans_as_the_error_says(overrides: list[str], tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("defaults: [base, stage@stages.dpo: dpo, _self_]\n")
+    told = [*overrides[:2], next(word for word in overrides if word.startswith("stages.dpo."))]
+    with pytest.raises(ConfigError) as caught:
+        make_plan(str(recipe), told)
+    assert str(caught.value).startswith("stages.dpo.init: no stage 'sft' in this run, and 'stage:sft' is the default")
+    remedy = str(caught.value).split("Set ")[1].split()[0]
+    assert remedy == "stages.dpo.init=base"
+    assert [stage.name for stage in make_plan(str(recipe), [*told, remedy]).stages] == ["dpo"]
 
 
 def test_a_file_next_to_the_recipe_is_not_found_from_another_folder(
