@@ -1,4 +1,4 @@
-"""The gates of the evaluations of a run: which are not met, and what helps."""
+"""The gates of the evaluations of a run: which are met and which are not, and what helps."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ from alignment.stages.registry import kind_of
 def not_met(stages: Sequence[PlannedStage]) -> list[str]:
     """A sentence for each gate that is not met: the difference with its interval, and what is required."""
     return [sentence for stage in stages for sentence in _of_stage(stage)]
+
+
+def met(stages: Sequence[PlannedStage]) -> list[str]:
+    """A sentence for each gate that is met: the difference with its interval, and what is required."""
+    return [
+        f"stages.{stage.name}.gate[{number}] is met: {outcome.in_words()}"
+        for stage in stages
+        for number, outcome in enumerate(_outcomes(stage) or ())
+        if outcome.met
+    ]
 
 
 def remedies(stages: Sequence[PlannedStage]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The gate of a measurement of forgetting: which policies lost more than their limits allow, and what helps."""
+"""The gate of a measurement of forgetting: which policies are within the limits, which lost more, and what helps."""
 
 from __future__ import annotations
 
@@ -8,13 +8,25 @@ from pathlib import Path
 from alignment.config.stage import StageConfig
 from alignment.core.artifacts import FORGETTING, read_manifest
 from alignment.pipeline.plan.plan import PlannedStage
-from alignment.records.forgetting import Forgetting
+from alignment.records.forgetting import ArmForgetting, Forgetting, Limits
+from alignment.records.interval import Interval
 from alignment.stages.registry import kind_of
 
 
 def not_met(stages: Sequence[PlannedStage]) -> list[str]:
     """A sentence for each arm that lost too much."""
     return [sentence for stage, record in _failed(stages) for sentence in _sentences(stage.name, record)]
+
+
+def met(stages: Sequence[PlannedStage]) -> list[str]:
+    """A sentence for each trained arm that is within the limits; none if there are no limits."""
+    return [
+        f"stages.{stage.name}: {arm.label} is within the limits: {'; '.join(_within(arm, record.limits))}"
+        for stage, record in _measured(stages)
+        if record.judged
+        for arm in record.arms[1:]
+        if arm.passed
+    ]
 
 
 def remedies(stages: Sequence[PlannedStage], configs: Mapping[str, StageConfig]) -> list[str]:
@@ -37,10 +49,30 @@ def read_outcome(artifact: Path) -> Forgetting | None:
         return None
 
 
-def _failed(stages: Sequence[PlannedStage]) -> list[tuple[PlannedStage, Forgetting]]:
+def _measured(stages: Sequence[PlannedStage]) -> list[tuple[PlannedStage, Forgetting]]:
     measured = [stage for stage in stages if kind_of(stage.config).produces == FORGETTING]
     records = [(stage, read_outcome(stage.artifact)) for stage in measured if read_manifest(stage.artifact) is not None]
-    return [(stage, record) for stage, record in records if record is not None and not record.passed]
+    return [(stage, record) for stage, record in records if record is not None]
+
+
+def _failed(stages: Sequence[PlannedStage]) -> list[tuple[PlannedStage, Forgetting]]:
+    return [(stage, record) for stage, record in _measured(stages) if not record.passed]
+
+
+def _within(arm: ArmForgetting, limits: Limits) -> Iterator[str]:
+    """What the arm lost, and each limit."""
+    if arm.rise is not None and limits.perplexity_rise is not None:
+        rise = _percent(arm.rise)
+        yield f"perplexity of general text {rise}, required: a rise of at most {limits.perplexity_rise:.1%}"
+    if arm.drop is not None and limits.ability_drop is not None:
+        change = _percent(arm.drop.turned())
+        yield f"questions answered right {change}, required: a drop of at most {limits.ability_drop:.1%}"
+
+
+def _percent(change: Interval) -> str:
+    """``+2.0% (+1.5% to +2.5%)``, without bounds that are not known."""
+    bounds = "" if change.bounds is None else f" ({change.bounds[0]:+.1%} to {change.bounds[1]:+.1%})"
+    return f"{change.mean:+.1%}{bounds}"
 
 
 def _sentences(stage: str, record: Forgetting) -> Iterator[str]:

@@ -18,6 +18,11 @@ def not_met(stages: Sequence[PlannedStage]) -> list[str]:
     return [*forgetting_gate.not_met(stages), *evaluation_gate.not_met(stages)]
 
 
+def met(stages: Sequence[PlannedStage]) -> list[str]:
+    """A sentence for each gate that is met: what was measured, and what is required."""
+    return [*forgetting_gate.met(stages), *evaluation_gate.met(stages)]
+
+
 def refuse(stages: Sequence[PlannedStage], configs: Mapping[str, StageConfig]) -> None:
     """Refuses results that do not meet the gates of these stages. ``configs`` are all stages of the run.
 

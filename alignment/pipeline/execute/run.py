@@ -121,7 +121,7 @@ def _execute(plan: Plan, only: str | None, console: Console, command_for: Comman
         if is_done:
             show_results(console, plan.run_folder, recorder.record)
     if HERE not in plan.overrides:  # in a job, the chain goes on; the call that waits for its end reports this
-        gates.refuse(_chosen(plan, only), plan.config.stages)
+        _judge(plan, only, console)
     return 0
 
 
@@ -184,8 +184,20 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
             display.note(f"the jobs continue: {slurm_jobs.advice(plan.run_folder, submitted)}")
             return INTERRUPTED
     show_results(console, plan.run_folder, RunRecord.read(plan.run_folder))
-    gates.refuse(_chosen(plan, only), plan.config.stages)
+    _judge(plan, only, console)
     return 0
+
+
+def _judge(plan: Plan, only: str | None, console: Console) -> None:
+    """Prints each gate that the results meet.
+
+    Raises:
+        GateNotMet: they do not meet another.
+    """
+    stages = _chosen(plan, only)
+    for sentence in gates.met(stages):
+        console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+    gates.refuse(stages, plan.config.stages)
 
 
 def _refuse_what_cannot_start(plan: Plan, only: str | None) -> None:

@@ -1,4 +1,4 @@
-"""The gates of an evaluation: which are refused, which are met, and what is said of one that is not."""
+"""The gates of an evaluation: which are refused, which are met, and what a run prints of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.console import Console
 
 from alignment.core.errors import ConfigError, GateNotMet
 from alignment.pipeline.execute import gates, notes
+from alignment.pipeline.execute.run import run_plan
 from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.records.evaluation import ArmResult, Evaluation, Metric, Sample, SampleAnswer, write_samples
@@ -136,6 +137,23 @@ def test_a_run_ends_with_the_gates_that_are_not_met(plan: MakePlan) -> None:
     ]
 
 
+def test_a_run_of_reused_results_prints_the_gates_that_are_met(plan: MakePlan) -> None:
+    met = "{arm: 'stage:dpo', against: 'stage:sft', min_difference: 0.1}"
+    missed = "{arm: 'stage:dpo', against: 'stage:sft', min_difference: 0.5}"
+    without_report = ("~stages.report", "stages.evaluate.data.source=bundled:quickstart/heldout")
+    made = left(plan(*settings(met, missed, met), *without_report), [0.25] * 10)
+    for stage in made.stages:
+        if stage.name != "evaluate":
+            leave_artifact(stage)
+    screen = io.StringIO()
+    with pytest.raises(GateNotMet, match=r"evaluate\.gate\[1\]"):
+        run_plan(plan(*settings(met, missed, met), *without_report), console=Console(file=screen, width=80))
+    figures = "dpo − sft in total: +0.250 (+0.250 to +0.250), required: the whole interval above +0.1"
+    assert screen.getvalue().splitlines()[-2:] == [f"{GATE}[{number}] is met: {figures}" for number in (0, 2)]
+    assert run_plan(plan(*settings(met), *without_report), console=Console(file=screen, width=80)) == 0
+    assert screen.getvalue().splitlines()[-1] == f"{GATE}[0] is met: {figures}"
+
+
 def test_a_worse_arm_and_a_metric_of_which_less_is_better_read_well(plan: MakePlan) -> None:
     entries = [
         "{arm: 'stage:dpo', against: 'stage:sft', min_difference: -0.01}",
@@ -212,3 +230,4 @@ def test_another_gate_makes_nothing_again(plan: MakePlan) -> None:
 def test_before_there_is_a_result_no_gate_is_judged(plan: MakePlan) -> None:
     made = gated(plan, "{arm: 'stage:dpo', against: 'stage:sft', min_difference: 0.5}")
     gates.refuse(made.stages, made.config.stages)
+    assert gates.met(made.stages) == []

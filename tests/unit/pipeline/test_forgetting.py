@@ -14,7 +14,7 @@ from alignment.core.errors import ConfigError, DataError, GateNotMet
 from alignment.pipeline.execute import gates
 from alignment.pipeline.execute.summary import show_forgetting
 from alignment.pipeline.plan.plan import Plan, make_plan
-from alignment.records.forgetting import ArmForgetting, Forgetting
+from alignment.records.forgetting import ArmForgetting, Forgetting, Limits
 from alignment.records.interval import Interval
 from tests.unit.pipeline.conftest import leave_artifact
 
@@ -124,6 +124,26 @@ def test_a_run_ends_with_the_arms_that_forgot_and_what_helps_each(gate: Gate) ->
     assert "stages.sft.data.mix=[{source: 'bundled:general/conversations', share: 0.2}]" in lines[2]
     assert "stages.ppo.ptx.coefficient" in lines[3]
     assert lines[4] == "  → stages.forgetting.max_perplexity_rise and max_ability_drop set the limits"
+
+
+def test_arms_within_the_limits_are_named_with_their_figures_and_the_limits(gate: Gate) -> None:
+    plan = gate(_arms("stage:sft", "stage:ppo"))
+    stage = plan.stages[-1]
+    leave_artifact(stage)
+    base = ArmForgetting(name="base", passed=True)
+    rise, drop = Interval(mean=0.02, low=0.015, high=0.025), Interval(mean=-0.01, low=-0.03, high=0.02)
+    arm = replace(base, name="stage:sft", label="sft", rise=rise, drop=drop)
+    forgetful = replace(arm, name="stage:ppo", label="ppo", passed=False, reasons=["too dear"])
+    record = Forgetting(limits=Limits(perplexity_rise=0.2, ability_drop=0.05), arms=[base, arm, forgetful])
+    record.write(stage.artifact)
+    rise_in_words = "perplexity of general text +2.0% (+1.5% to +2.5%), required: a rise of at most 20.0%"
+    drop_in_words = "questions answered right +1.0% (-2.0% to +3.0%), required: a drop of at most 5.0%"
+    within = "stages.forgetting: sft is within the limits: "
+    assert gates.met(plan.stages) == [f"{within}{rise_in_words}; {drop_in_words}"]
+    replace(record, limits=Limits(perplexity_rise=0.2)).write(stage.artifact)
+    assert gates.met(plan.stages) == [f"{within}{rise_in_words}"]
+    replace(record, limits=Limits(), judged=False).write(stage.artifact)
+    assert gates.met(plan.stages) == []
 
 
 def test_the_remedy_that_is_named_is_one_that_plans(gate: Gate) -> None:
