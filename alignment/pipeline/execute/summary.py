@@ -30,6 +30,7 @@ from alignment.records.reward_card import RewardCard
 from alignment.records.run import RunRecord, StageEntry
 from alignment.records.worker import Progress
 from alignment.report import doubts
+from alignment.report.run_page.gate_section import only_for_gates
 from alignment.stages.kind_problems import KindError
 from alignment.stages.registry import OURS, lines_of, origin_of, produced_by, tables_of
 
@@ -77,8 +78,9 @@ def show_results(console: Console, run_folder: Path, record: RunRecord) -> None:
     for name, stage in made.items():
         artifact = Path(stage.artifact)
         if produced_by(stage.kind) == EVALUATION and (artifact / EVALUATION_FILE).is_file():
-            reference = record.settings_of(name).get("reference")
-            show_evaluation(console, Evaluation.read(artifact), reference=reference)
+            evaluation, settings = Evaluation.read(artifact), record.settings_of(name)
+            for_gates = only_for_gates(settings, evaluation, artifact)
+            show_evaluation(console, evaluation, reference=settings.get("reference"), for_gates=for_gates)
     for name, stage in made.items():
         _show_other(console, name, produced_by(stage.kind), Path(stage.artifact))
     if not any(produced_by(stage.kind) == EVALUATION for stage in record.stages.values()):
@@ -148,10 +150,13 @@ _UNITS = {
 }
 
 
-def show_evaluation(console: Console, evaluation: Evaluation, *, reference: Any = None) -> None:
+def show_evaluation(
+    console: Console, evaluation: Evaluation, *, reference: Any = None, for_gates: Sequence[Comparison] = ()
+) -> None:
     """The arms side by side, then a line for each comparison that says whether the difference is real.
 
-    ``reference`` is the arm of the log-ratios, as a run's settings name it.
+    ``reference`` is the arm of the log-ratios, as a run's settings name it. ``for_gates`` are further comparisons, which
+    only gates need.
     """
     others = [metric.name for metric in evaluation.metrics if metric.name != evaluation.primary]
     primary = [] if evaluation.primary is None else [escape(evaluation.primary), "95 %"]
@@ -170,6 +175,7 @@ def show_evaluation(console: Console, evaluation: Evaluation, *, reference: Any 
     console.print()
     print_whole(console, table)
     lines = [_in_words(comparison, evaluation) for comparison in evaluation.comparisons]
+    lines += [_in_words(comparison, evaluation, of_gate=True) for comparison in for_gates]
     if evaluation.judge is not None:
         lines += [_judged_in_words(pair, evaluation, by=evaluation.judge.name) for pair in evaluation.judge.pairs]
         lines += labelled_conclusions(evaluation.judge)
@@ -247,10 +253,12 @@ def progress_line(progress: Progress | None) -> str:
     return f"{progress.phase} {steps(progress)}".rstrip()
 
 
-def _in_words(comparison: Comparison, evaluation: Evaluation) -> str:
+def _in_words(comparison: Comparison, evaluation: Evaluation, *, of_gate: bool = False) -> str:
     arm, against = evaluation.label(comparison.arm), evaluation.label(comparison.against)
     interval = f"{comparison.difference:+.3f} ({comparison.low:+.3f} to {comparison.high:+.3f})"
-    return f"{arm} against {against}: {interval}{comparison.p_in_words}, {evaluation.verdict(comparison)}"
+    metric = f" in {comparison.metric}" if of_gate and comparison.metric != evaluation.primary else ""
+    note = " (compared for a gate, by the interval alone)" if of_gate else ""
+    return f"{arm} against {against}{metric}: {interval}{comparison.p_in_words}, {evaluation.verdict(comparison)}{note}"
 
 
 def _judged_in_words(pair: JudgedPair, evaluation: Evaluation, *, by: str) -> str:

@@ -1,4 +1,5 @@
-"""The gates of a run's evaluations, judged again from their files as the run judges them."""
+"""The gates of a run's evaluations, judged again from their files as the run judges them, and the differences that only
+gates compare."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ from typing import Any
 
 from alignment.config.evaluating import GateConfig
 from alignment.core.errors import ArtifactError
-from alignment.evaluation.gate_outcomes import outcomes
-from alignment.records.evaluation import FILE
+from alignment.evaluation.gate_outcomes import outcomes, unlisted
+from alignment.records.evaluation import FILE, Comparison, Evaluation
 from alignment.report.kit import text
 from alignment.report.run_page.evaluation_section import read_evaluation
 from alignment.report.run_page.run_records import Gate, Stage
@@ -17,7 +18,7 @@ from alignment.report.run_page.run_records import Gate, Stage
 
 def read_gates(stage: Stage, folder: Path | None) -> list[Gate]:
     """The gates of a stage that has a result; those that cannot be read are left out."""
-    gates = list(_gates(stage.config.get("gate")))
+    gates = _gates(stage.config)
     if not gates or folder is None or not (folder / FILE).is_file():
         return []
     evaluation, _ = read_evaluation(folder / FILE)
@@ -30,7 +31,22 @@ def read_gates(stage: Stage, folder: Path | None) -> list[Gate]:
     return [Gate(met=outcome.met, sentence=text.prose(outcome.in_words())) for outcome in judged]
 
 
-def _gates(listed: Any) -> Iterator[GateConfig]:
+def only_for_gates(settings: Mapping[str, Any], evaluation: Evaluation, folder: Path) -> list[Comparison]:
+    """The differences that only the gates in these settings of an evaluation compare; none if they cannot be read.
+
+    ``folder`` is that of the evaluation's result.
+    """
+    try:
+        return unlisted(_gates(settings), evaluation, folder)
+    except (ArtifactError, OSError, ValueError):
+        return []
+
+
+def _gates(settings: Mapping[str, Any]) -> list[GateConfig]:
+    return list(_readable(settings.get("gate")))
+
+
+def _readable(listed: Any) -> Iterator[GateConfig]:
     for gate in listed if isinstance(listed, list) else ():
         if not isinstance(gate, Mapping):
             continue

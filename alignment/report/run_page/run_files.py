@@ -20,7 +20,7 @@ from alignment.report.kit import text
 from alignment.report.kit.record_files import FOR_A_PAGE, shown
 from alignment.report.run_page.evaluation_section import read_evaluation, read_samples
 from alignment.report.run_page.forgetting_section import read_forgetting
-from alignment.report.run_page.gate_section import read_gates
+from alignment.report.run_page.gate_section import only_for_gates, read_gates
 from alignment.report.run_page.run_layout import artifact_folder, evaluation_stages, steps_file
 from alignment.report.run_page.run_records import Card, Run, Sample, Stage
 from alignment.report.run_page.table_sections import read_tables
@@ -36,7 +36,10 @@ def read_run(run_folder: Path) -> Run:
     record = _read_record(run_folder)
     folders = {name: artifact_folder(run_folder, name, entry) for name, entry in record.stages.items()}
     stages = [_read_stage(run_folder, name, record, folders[name]) for name in record.stages]
-    evaluation, evaluation_note, samples, samples_note = _read_evaluation_of(record, folders)
+    evaluated = _evaluated(record, folders)
+    evaluation, evaluation_note, samples, samples_note = _read_evaluation_of(record, folders, evaluated)
+    folder = folders.get(evaluated)
+    settings = record.settings_of(evaluated)
     return Run(
         record=record,
         stages=stages,
@@ -52,6 +55,7 @@ def read_run(run_folder: Path) -> Run:
         ],
         tables=[tables for stage in stages if (tables := read_tables(stage, folders[stage.name])).shown],
         gates=[gate for stage in stages for gate in read_gates(stage, folders[stage.name])],
+        only_for_gates=[] if evaluation is None or folder is None else only_for_gates(settings, evaluation, folder),
     )
 
 
@@ -122,15 +126,21 @@ def _error(path: Path) -> str:
     return "" if status is None else status.error[:4000]
 
 
+def _evaluated(record: RunRecord, folders: dict[str, Path | None]) -> str:
+    """The evaluation that the report stage names, or else the last one in the run that has a result; "" if there is
+    none."""
+    known = [(name, folder) for name in evaluation_stages(record) if (folder := folders[name]) is not None]
+    return next((name for name, folder in known if (folder / "evaluation.json").is_file()), "")
+
+
 def _read_evaluation_of(
-    record: RunRecord, folders: dict[str, Path | None]
+    record: RunRecord, folders: dict[str, Path | None], evaluated: str
 ) -> tuple[Evaluation | None, str, list[Sample], str]:
-    """The evaluation that the report stage names, or else the last one in the run that has a result."""
+    """The result of the stage ``evaluated``, or why there is none."""
     candidates = evaluation_stages(record)
     if not candidates:
         return None, "This run has no evaluate stage.", [], "Samples come from an evaluation; this run has none."
-    known = [folder for name in candidates if (folder := folders[name]) is not None]
-    evaluation_folder = next((folder for folder in known if (folder / "evaluation.json").is_file()), None)
+    evaluation_folder = folders.get(evaluated)
     if evaluation_folder is None:
         reason = f"The evaluation ({candidates[0]}) has no result yet."
         return None, reason, [], "Samples come from the evaluation, which has no result yet."

@@ -10,7 +10,7 @@ from typing import Any
 
 from alignment.core.artifacts import REPORT, Manifest
 from alignment.records.cost import StageCost
-from alignment.records.evaluation import Evaluation, Metric
+from alignment.records.evaluation import Comparison, Evaluation, Metric
 from alignment.records.forgetting import ArmForgetting
 from alignment.records.forgetting import Forgetting as ForgettingRecord
 from alignment.records.interval import Interval
@@ -158,7 +158,10 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """Everything that the page shows. If ``evaluation`` is None, ``evaluation_note`` says why."""
+    """Everything that the page shows. If ``evaluation`` is None, ``evaluation_note`` says why.
+
+    ``only_for_gates`` are differences that gates of this evaluation compare, but not the evaluation itself.
+    """
 
     record: RunRecord
     stages: list[Stage]
@@ -170,6 +173,7 @@ class Run:
     forgetting: list[Forgetting] = field(default_factory=list)
     tables: list[Tables] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
+    only_for_gates: list[Comparison] = field(default_factory=list)
 
     @property
     def num_complete(self) -> int:

@@ -129,8 +129,16 @@ def arm_table(evaluation: Evaluation) -> ArmTable:
     return ArmTable(headings=list(columns), rows=rows)
 
 
-def comparison_rows(evaluation: Evaluation, comparisons: Sequence[Comparison]) -> tuple[list[ComparisonRow], Markup]:
-    """Comparisons of an evaluation in their order, and the axis of their plot."""
+FOR_A_GATE = "for a gate"
+"""In place of a p value, where a gate compares two arms that the evaluation does not compare."""
+
+
+def comparison_rows(
+    evaluation: Evaluation, only_for_gates: Sequence[Comparison] = ()
+) -> tuple[list[ComparisonRow], Markup]:
+    """Comparisons of an evaluation by its primary metric, then those of gates, and the axis of their plot."""
+    of_gates = [comparison for comparison in only_for_gates if comparison.metric == evaluation.primary]
+    comparisons = [*evaluation.comparisons, *of_gates]
     if not comparisons:
         return [], Markup("")
     intervals = [comparison.interval for comparison in comparisons]
@@ -145,7 +153,7 @@ def comparison_rows(evaluation: Evaluation, comparisons: Sequence[Comparison]) -
                 difference=text.signed(item.difference),
                 bounds=f"{text.signed(item.low)} to {text.signed(item.high)}",
                 verdict="real" if item.real else NO_DIFFERENCE,
-                p="" if item.adjusted_p is None else f"p\u202f{text.probability(item.adjusted_p)}",
+                p=FOR_A_GATE if item in of_gates else _p(item),
                 tone=tone,
                 svg=whisker(interval, scale, tone=tone, rule=0.0),
             )
@@ -153,19 +161,30 @@ def comparison_rows(evaluation: Evaluation, comparisons: Sequence[Comparison]) -
     return rows, scale_axis(scale)
 
 
-def other_comparison_rows(evaluation: Evaluation) -> list[OtherComparisonRow]:
-    """The comparisons by other metrics, those that are real first."""
+def _p(item: Comparison) -> str:
+    return "" if item.adjusted_p is None else f"p\u202f{text.probability(item.adjusted_p)}"
+
+
+def _bare_p(item: Comparison) -> str:
+    return "–" if item.adjusted_p is None else text.probability(item.adjusted_p)
+
+
+def other_comparison_rows(
+    evaluation: Evaluation, only_for_gates: Sequence[Comparison] = ()
+) -> list[OtherComparisonRow]:
+    """The comparisons by other metrics, those that are real first, then those of gates."""
+    of_gates = [comparison for comparison in only_for_gates if comparison.metric != evaluation.primary]
     return [
         OtherComparisonRow(
             metric=item.metric,
             pair=f"{evaluation.label(item.arm)} − {evaluation.label(item.against)}",
             difference=text.signed(item.difference),
             bounds=f"{text.signed(item.low)} to {text.signed(item.high)}",
-            p="–" if item.adjusted_p is None else text.probability(item.adjusted_p),
+            p=FOR_A_GATE if item in of_gates else _bare_p(item),
             verdict=evaluation.verdict(item),
             tone=TONES[evaluation.verdict(item)],
         )
-        for item in sorted(evaluation.other_comparisons, key=lambda item: not item.real)
+        for item in [*sorted(evaluation.other_comparisons, key=lambda item: not item.real), *of_gates]
     ]
 
 

@@ -332,6 +332,29 @@ def test_the_page_begins_with_the_gates_that_are_met_and_that_are_not(fake_run):
     assert missed.endswith("required: the whole interval above +0.9")
 
 
+def differences_of(html: str) -> str:
+    return html.split("<h3>Differences</h3>")[1].split("<h2>")[0]
+
+
+def test_a_pair_that_only_a_gate_compares_is_among_the_differences(fake_run):
+    unlisted = {"arm": "stage:dpo", "against": "base", "metric": None, "min_difference": 0.9}
+    listed = {**unlisted, "against": "stage:sft"}
+    other = {**unlisted, "metric": "tone"}
+    before = differences_of(fake_run.html())
+    assert "for a gate" not in before
+    assert differences_of(gated(fake_run, listed)) == before
+    after = differences_of(gated(fake_run, listed, unlisted, {**unlisted, "min_difference": 0.0}, other))
+    table, others = after.split("Differences in the other metrics")
+    (row,) = [row for row in table.split('<div class="row"') if "<small>for a gate</small>" in row]
+    assert "<bdi>dpo</bdi> − <bdi>base</bdi>" in row
+    assert re.search(r"<b>\+0\.\d+</b> <small>\+0\.\d+ to \+0\.\d+</small>", row)
+    assert '<span class="verdict good" role="cell">real' in row
+    assert table.count('<div class="row" role="row">') == before.count('<div class="row" role="row">') + 1
+    assert "A row “for a gate” is not part of that family: its interval decides." in table
+    assert "for a gate" in others.split("<tbody>")[1].split("</tbody>")[0]
+    assert "dpo − base" in others
+
+
 def test_a_page_without_gates_does_not_mention_them(fake_run):
     assert 'class="gates"' not in fake_run.html()
     assert 'class="gates"' not in gated(fake_run)
