@@ -10,13 +10,13 @@ from alignment.config.model import Dtype
 from alignment.config.scoring import ScoreSourceConfig
 from alignment.config.stage import StageConfig
 from alignment.core import hardware
-from alignment.core.artifacts import EVALUATION, ROWS, read_manifest
+from alignment.core.artifacts import EVALUATION, REPORT, ROWS, read_manifest
 from alignment.core.errors import ArtifactError
 from alignment.core.model_files import weights_size
 from alignment.data.overlap import HeldOut, LocatedText, Overlap
 from alignment.pipeline.backends import feasibility
 from alignment.pipeline.execute import automatic_sizes
-from alignment.pipeline.plan import gate_checks, validation_checks
+from alignment.pipeline.plan import gate_checks, references, validation_checks
 from alignment.pipeline.plan.frozen_rows import frozen_rows
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.pipeline.plan.row_counts import labels_of, rows_of
@@ -45,6 +45,19 @@ def of_plan(plan: Plan) -> list[str]:
         notes += [f"{stage.name}: {note}" for note in of_launch] if stage.has_to_run else []
         notes += [*_high_rates(stage), *_small_data(stage), *_labels(stage), *_left_out(stage), *_near_held_out(stage)]
     return [*notes, *cautions(plan)]
+
+
+def advice(plan: Plan) -> list[str]:
+    """What the recipe lacks, as sentences for whoever plans or runs it; trials of a sweep do not repeat them."""
+    makes = {stage.name: kind_of(stage.config).produces for stage in plan.stages}
+    evaluations = [name for name, artifact in makes.items() if artifact == EVALUATION]
+    if not evaluations or REPORT in makes.values():
+        return []
+    report = next(kind for kind in registry.kinds().values() if kind.produces == REPORT)
+    shown = [references.stage_of(slot) for slot in references.slots(report.config())]
+    also = "" if set(shown) & set(evaluations) else f", and set stages.{report.name}.evaluation=stage:{evaluations[-1]}"
+    line = f"stage@stages.{report.name}: {report.name}"
+    return [f"no stage writes a report; to get one, add `{line}` to defaults{also}"]
 
 
 def of_stage(plan: Plan, stage: PlannedStage) -> list[str]:

@@ -63,7 +63,14 @@ def run(
 ) -> int:
     """Plans a recipe and runs the plan (``run_plan``); returns the exit code (alignment/core/errors.py)."""
     plan = make_plan(recipe, overrides)
+    for note in notes.advice(plan) if only is None else ():
+        announcer(console)(f"note: {note}")
     return run_plan(plan, console=console, only=only, wait=wait, command_for=command_for)
+
+
+def run_trial(recipe: str, overrides: Sequence[str], *, console: Console, wait: bool) -> int:
+    """``run`` for a trial of a sweep: without advice on the recipe, which every trial would repeat."""
+    return run_plan(make_plan(recipe, overrides), console=console, wait=wait)
 
 
 def run_plan(

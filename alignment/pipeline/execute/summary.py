@@ -40,7 +40,8 @@ _WIDEST = 10_000
 
 
 def show_plan(console: Console, plan: Plan) -> None:
-    """A line for each stage: what happens to it, and why; then the hub data and user code that a run would use."""
+    """A line for each stage: what happens to it, and why; then the hub data and user code that a run would use, and
+    notes."""
     console.print(f"[bold]{escape(plan.config.name)}[/]  {escape(plan.config.summary)}", highlight=False)
     table = _grid()
     for stage in plan.stages:
@@ -52,7 +53,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     for stage in plan.stages:
         for remark in notes.of_stage(plan, stage):
             console.print(f"{stage.name} {remark}", markup=False, highlight=False, emoji=False, soft_wrap=True)
-    for note in notes.of_plan(plan):
+    for note in [*notes.of_plan(plan), *notes.advice(plan)]:
         console.print(f"note: {note}", markup=False, highlight=False, emoji=False, soft_wrap=True)
     to_run = sum(stage.has_to_run for stage in plan.stages)
     fetched = sum(stage.action is Action.fetch for stage in plan.stages)

@@ -15,7 +15,7 @@ from rich.console import Console
 from alignment.config.sweep import Pruner
 from alignment.core.errors import PREEMPTED, AlignmentError, Busy, ConfigError
 from alignment.core.locks import held
-from alignment.pipeline.execute.run import run
+from alignment.pipeline.execute.run import run_trial
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, termination_raises
 from alignment.pipeline.sweeps import results
 from alignment.pipeline.sweeps.pruning import Curve
@@ -64,7 +64,9 @@ def _in_turn(study: Study, wanted: Sweep, console: Console) -> int:
     while (trial := study.next()) is not None:
         _print(console, f"[bold]trial {number_of(trial)}[/]  ", " ".join(results.words(trial.params)))
         try:
-            outcome = TrialOutcome(code=run(wanted.recipe, _overrides(wanted, trial), console=console, wait=True))
+            outcome = TrialOutcome(
+                code=run_trial(wanted.recipe, _overrides(wanted, trial), console=console, wait=True)
+            )
         except AlignmentError as error:
             outcome = TrialOutcome(code=error.exit_code, error=str(error))
         if code := _settle(study, trial, wanted, outcome, console):

@@ -16,7 +16,7 @@ from pathlib import Path
 from alignment.core.errors import AlignmentError
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import Terminal, visible
-from alignment.pipeline.execute.run import run
+from alignment.pipeline.execute.run import run_trial
 from alignment.records.sweep_record import TrialOutcome
 
 _WIDTH = 120
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> int:
     threading.Thread(target=_stop_with_the_sweep, daemon=True).start()
     code, error = 0, ""
     try:
-        code = run(recipe, overrides, console=Terminal(width=_WIDTH), wait=True)
+        code = run_trial(recipe, overrides, console=Terminal(width=_WIDTH), wait=True)
     except AlignmentError as fault:
         code, error = fault.exit_code, str(fault)
         print(visible(error), flush=True)

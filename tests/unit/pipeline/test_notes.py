@@ -10,9 +10,10 @@ import pytest
 from rich.console import Console
 
 from alignment.core import hardware
-from alignment.pipeline.execute.notes import of_plan, of_result
+from alignment.pipeline.execute.notes import advice, of_plan, of_result
 from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.summary import show_plan, show_results
+from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.report.run_page.run_files import read_run
 from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan
 
@@ -33,6 +34,40 @@ def apart(tmp_path: Path, overrides: list[str]) -> None:
 def test_an_ordinary_run_has_none(plan: MakePlan) -> None:
     assert of_plan(plan()) == []
     assert of_plan(plan("stages.dpo.optim.lr=0.01")) == []
+
+
+WITHOUT_REPORT = "no stage writes a report; to get one, add `stage@stages.report: report` to defaults"
+
+
+def screened(planned: Plan) -> list[str]:
+    """The lines of a plan on the screen."""
+    screen = StringIO()
+    show_plan(Console(file=screen, width=80), planned)
+    return screen.getvalue().splitlines()
+
+
+@pytest.mark.usefixtures("apart")
+def test_a_plan_of_an_evaluation_without_a_report_says_once_how_to_get_one(plan: MakePlan) -> None:
+    assert [line for line in screened(plan("~stages.report")) if "report" in line] == [f"note: {WITHOUT_REPORT}"]
+    assert not any("no stage writes" in line for line in screened(plan()))
+    assert advice(plan("~stages.report", "~stages.evaluate")) == []
+    assert of_plan(plan("~stages.report")) == [], "a sweep's trials and calls from Python do not repeat it"
+
+
+def test_what_the_note_says_to_add_plans(overrides: list[str], tmp_path: Path) -> None:
+    """An evaluation of another name is not the one that a report shows by default."""
+    recipe = tmp_path / "mine.yaml"
+    defaults = "base, stage@stages.sft: sft, stage@stages.measure: evaluate"
+    stages = (
+        "stages: {measure: {arms: [base, 'stage:sft'], reward: null, data: {source: 'path:%s'}}}"
+        % (tmp_path / "heldout.jsonl")
+    )
+    told = [word for word in overrides if not word.startswith("stages.") or word.startswith("stages.sft.")]
+    recipe.write_text(f"defaults: [{defaults}, _self_]\n{stages}\n")
+    setting = "stages.report.evaluation=stage:measure"
+    assert advice(make_plan(str(recipe), told)) == [f"{WITHOUT_REPORT}, and set {setting}"]
+    recipe.write_text(f"defaults: [{defaults}, stage@stages.report: report, _self_]\n{stages}\n")
+    assert advice(make_plan(str(recipe), [*told, setting])) == []
 
 
 @pytest.mark.usefixtures("apart")

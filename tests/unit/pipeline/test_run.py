@@ -28,7 +28,7 @@ from alignment.pipeline.backends import processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.record import RunRecorder
-from alignment.pipeline.execute.run import run
+from alignment.pipeline.execute.run import run, run_trial
 from alignment.pipeline.execute.signals import Terminated, termination_raises
 from alignment.records.attempts import Attempts
 from alignment.stages.stage_file import read_spec
@@ -100,6 +100,17 @@ def test_a_run_makes_every_stage_once_and_a_second_one_reuses_them(align: Align)
     assert "better" in again
     assert all(stage["seconds"] is not None for stage in align.record()["stages"].values())
     assert "reused" in align.status()
+
+
+def test_a_run_without_a_report_says_so_once_and_a_trial_of_a_sweep_does_not(align: Align) -> None:
+    without = "~stages.report"
+    _, printed = align(without)
+    assert printed.count("no stage writes a report") == 1
+    assert "no stage writes a report" not in align(without, only="sft")[1]
+    screen = StringIO()
+    assert run_trial("quickstart", [*align.overrides, without], console=Console(file=screen), wait=True) == 0
+    assert "evaluate: reused" in screen.getvalue()
+    assert "no stage writes a report" not in screen.getvalue()
 
 
 def test_a_changed_setting_re_runs_its_stage_and_what_follows(align: Align) -> None:
