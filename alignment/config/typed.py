@@ -16,6 +16,7 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
+from alignment.config.data import SourceConfig
 from alignment.config.did_you_mean import nearest, suggestion
 from alignment.config.faults import Fault, refuse
 from alignment.config.replaced_keys import instead_of_source, instead_of_value
@@ -72,6 +73,13 @@ def sweep_from_plain(plain: Any, *, where: str) -> SweepConfig:
     sweep: SweepConfig = conversion.instance(SweepConfig, plain, where="", defaults=SweepConfig())
     refuse([Fault(where=f"{where}: {fault.where}", message=fault.message) for fault in conversion.faults])
     return sweep
+
+
+def source_from_plain(plain: Mapping[str, Any], *, where: str) -> tuple[SourceConfig, list[Fault]]:
+    """The data source that these settings describe, and the faults in them; a faulty field holds its default."""
+    conversion = _Conversion(StageClasses())
+    source: SourceConfig = conversion.instance(SourceConfig, plain, where=where, defaults=SourceConfig())
+    return source, conversion.faults
 
 
 def to_plain(value: Any) -> Any:

@@ -76,7 +76,8 @@ class Diagnosis:
     are not UTF-8, and ``has_non_ascii`` says whether a readable row has characters beyond ASCII. ``faulty`` rows are
     so for some stages, and rows that are ``set_aside``, by reason, are of no use for some. ``columns`` counts the rows
     that have each column, ``placeholders`` the rows that contain each ``{{name}}``. ``repeats`` holds rows that repeat
-    or contradict an earlier one, ``near_duplicates`` rows whose text is nearly the same as an earlier one's.
+    or contradict an earlier one, ``near_duplicates`` rows whose text is nearly the same as an earlier one's. ``mapped``
+    are the settings' ``columns``, from a format's names to the file's.
     ``first_row`` is the first readable row, unless the settings name the format.
     """
 
@@ -95,6 +96,7 @@ class Diagnosis:
     repeats: RowRelations = field(default_factory=RowRelations)
     near_duplicates: NearDuplicates = field(default_factory=NearDuplicates)
     first_row: Mapping[str, Any] = field(default_factory=dict)
+    mapped: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def is_useless(self) -> bool:
@@ -123,9 +125,10 @@ class Diagnosis:
     @property
     def misspelt_columns(self) -> dict[str, str]:
         """Columns that no format reads, and the column that each is probably meant to be."""
-        unknown = [name for name in self.columns if name not in COLUMNS]
-        meant = {name: misspelt(name, COLUMNS) for name in unknown}
-        return {name: known for name, known in meant.items() if known is not None and known not in self.columns}
+        read = {*COLUMNS, *self.mapped.values()}
+        meant = {name: misspelt(name, COLUMNS) for name in self.columns if name not in read}
+        present = {*self.columns, *self.mapped}
+        return {name: known for name, known in meant.items() if known is not None and known not in present}
 
     @property
     def misspelt_format(self) -> Format | None:
@@ -159,7 +162,7 @@ def examine(
     Raises:
         DataError: the file cannot be read at all, or no known format has its columns.
     """
-    diagnosis = Diagnosis(path=path, format=start(path, data).format)
+    diagnosis = Diagnosis(path=path, format=start(path, data).format, mapped=data.columns)
     diagnosis.uses = {
         name: Use(record=record)
         for name, record in records.items()

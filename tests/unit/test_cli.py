@@ -107,9 +107,13 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         {"html": None},
     ),
     (
-        "doctor rows.csv --split test --format prompt --against other.csv",
+        "doctor rows.csv --split test columns={prompt:q} --format prompt --against other.csv placeholders.who=me",
         "alignment.commands.doctor.driver.show_diagnosis",
-        (SourceConfig(source="rows.csv", format="prompt", split="test"),),
+        (
+            SourceConfig(
+                source="rows.csv", format="prompt", split="test", columns={"prompt": "q"}, placeholders={"who": "me"}
+            ),
+        ),
         {"against": "other.csv"},
     ),
     ("schema sweep --beside .", "alignment.commands.schema.driver.show_schema", ("sweep",), {"beside": "."}),
@@ -411,7 +415,7 @@ def test_options_may_stand_before_between_and_behind_overrides() -> None:
     assert before.overrides == ["seed=1", "name=x"]
 
 
-@pytest.mark.parametrize("words", [["preview", "quickstart", "--rwos", "1"], ["doctor", "a.jsonl", "b.jsonl"]])
+@pytest.mark.parametrize("words", [["preview", "quickstart", "--rwos", "1"], ["status", "a", "b"]])
 def test_words_that_nobody_knows_are_refused(words: list[str], capsys: Captured) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(words)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 from rich.console import Console
 
+from alignment.commands.doctor.source_settings import written
 from alignment.commands.shared.diagnoses import best_use, examined, path_of, progress_of
 from alignment.commands.shared.row_progress import RowProgress
 from alignment.config.data import SourceConfig
@@ -16,6 +19,7 @@ from alignment.config.faults import refuse
 from alignment.core.errors import DataError
 from alignment.data.counted import counted
 from alignment.data.doctor import LISTED, Diagnosis, Use, counted_records
+from alignment.data.formats import FORMATS, UnknownColumns
 from alignment.data.hub_rows import snapshot_name
 from alignment.data.overlap import HeldOut, asked_in
 from alignment.data.reading import NAMED
@@ -42,14 +46,19 @@ def show_diagnosis(console: Console, data: SourceConfig, *, against: str | None 
         ConfigError: the settings are invalid.
         DataError: the file cannot be fetched or read at all.
     """
-    refuse(list(settings.source_faults(data, "DATA")))
+    refuse([*settings.source_faults(data, "DATA"), *settings.column_faults(data, "DATA")])
 
     def print_line(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     path = path_of(data.source, where="DATA", announce=print_line)
     other = None if against is None else path_of(against, where="--against", announce=print_line)
-    diagnosis, is_whole = examined(console, path, data)
+    try:
+        diagnosis, is_whole = examined(console, path, data)
+    except UnknownColumns as error:
+        command = _command(data, {"prompt": "YOURS"})
+        remedy = f"map your columns to those of a format, such as: {command}; formats: {', '.join(FORMATS)}"
+        raise DataError(error.message, where=error.where, remedy=remedy) from error
     if not is_whole:
         print_line(f"interrupted; of the first {diagnosis.rows:,} rows:")
     for line in _lines(diagnosis, data):
@@ -101,7 +110,7 @@ def _lines(diagnosis: Diagnosis, data: SourceConfig) -> list[str]:
         )
         names = ", ".join(f"{name}: TEXT" for name in sorted(diagnosis.placeholders))
         lines.append(_line("unfilled", f"{rows}; fill them with data.placeholders={{{names}}}"))
-    lines += _misspelt(diagnosis)
+    lines += _misspelt(diagnosis, data)
     lines += [*_duplicates(diagnosis), *_contradictions(diagnosis)]
     faults, count = diagnosis.faults, diagnosis.num_faults
     lines.append(_line("faulty", counted(count, "row") if count else "no row"))
@@ -137,10 +146,13 @@ def _set_aside(diagnosis: Diagnosis) -> Iterator[str]:
         yield _line("set aside", f"{counted(count, 'row')}, in {', '.join(stages)}: {reason} ({first}{more})")
 
 
-def _misspelt(diagnosis: Diagnosis) -> Iterator[str]:
+def _misspelt(diagnosis: Diagnosis, data: SourceConfig) -> Iterator[str]:
     for column, known in diagnosis.misspelt_columns.items():
         remedy = f"Then rename it, or set data.columns={{{known}: {column}}}"
         yield _line("misspelt?", f"nothing reads the column '{column}'; did you mean '{known}'? {remedy}")
+    if diagnosis.misspelt_columns:
+        columns = {known: column for column, known in diagnosis.misspelt_columns.items()}
+        yield _line("", f"to try these columns: {_command(data, columns)}")
     meant = diagnosis.misspelt_format
     if meant is not None:
         formats = f"{diagnosis.format.name}, not as {meant.name}: {meant.summary}"
@@ -213,9 +225,14 @@ def _settings(diagnosis: Diagnosis, data: SourceConfig) -> str:
     skip = f" stages.{stage}.data.on_error=skip" if diagnosis.num_faults else ""
     skip += f" stages.{stage}.data.max_skipped={share:g}" if share > data.max_skipped else ""
     source = snapshot_name(diagnosis.path) or f"path:{diagnosis.path}"
-    chosen = "" if data.split == SourceConfig().split else f" stages.{stage}.data.split={data.split}"
-    chosen += f" stages.{stage}.data.subset={data.subset}" if data.subset else ""
+    chosen = "".join(f" {shlex.quote(word)}" for word in written(data, f"stages.{stage}.data."))
     return f"stages.{stage}.data.source={source}{chosen}{skip}"
+
+
+def _command(data: SourceConfig, columns: Mapping[str, str]) -> str:
+    """The command that examines the same data with these columns mapped too."""
+    words = written(replace(data, columns={**data.columns, **columns}))
+    return shlex.join(["align", "doctor", data.source, *words])
 
 
 def _short_location(where: str) -> str:

@@ -6,7 +6,6 @@ import argparse
 
 from rich.console import Console
 
-from alignment.config.data import SourceConfig
 from alignment.data.formats import FORMATS
 
 _SOURCE = ("format", "split", "subset")
@@ -20,6 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "data", metavar="DATA", help="a data file or a folder of them, bundled:NAME, or hub:ORG/NAME@REVISION"
+    )
+    parser.add_argument(
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="a setting of the data, as in a recipe: columns='{prompt: my_question}' or placeholders='{name: Ada}'",
     )
     parser.add_argument(
         "--format", choices=sorted(FORMATS), help="read the rows in this format (default: the columns decide)"
@@ -36,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Explains the file; returns the exit code."""
     from alignment.commands.doctor.driver import show_diagnosis
+    from alignment.commands.doctor.source_settings import source_of
 
     chosen = {name: getattr(arguments, name) for name in _SOURCE if getattr(arguments, name)}
-    return show_diagnosis(console, SourceConfig(source=arguments.data, **chosen), against=arguments.against)
+    return show_diagnosis(console, source_of(arguments.data, chosen, arguments.overrides), against=arguments.against)

@@ -90,6 +90,18 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
     )
 
 
+def tree_of(overrides: Sequence[str], *, example: str) -> tuple[dict[str, Any], list[Fault]]:
+    """The tree that these overrides make without any file, not yet typed, and the faults in them.
+
+    ``example`` is an override that is allowed.
+    """
+    parsed, faults = parse(overrides, example=example)
+    tree = OmegaConf.create({})
+    value_faults = [fault for override in parsed for fault in _apply(override, tree)]
+    plain, plain_faults = _plain(tree)
+    return plain, [*faults, *value_faults, *plain_faults]
+
+
 def _files(path: Path, overrides: Sequence[Override]) -> tuple[DictConfig, Profile | None, list[Fault]]:
     """The recipe's files merged with the chosen ones, the profile, and the faults in the choices.
 

@@ -27,8 +27,10 @@ _DEEPEST = 30
 """Levels of nested brackets; Hydra and OmegaConf recurse into them, and Python limits recursion."""
 
 
-def parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
-    """The valid overrides, and the faults in the others."""
+def parse(
+    overrides: Sequence[str], *, example: str = "stages.dpo.beta=0.3"
+) -> tuple[list[Override], list[Fault]]:
+    """The valid overrides, and the faults in the others, which show an ``example``."""
     parsed, faults = [], []
     for text in overrides:
         if (depth := _depth(text)) > _DEEPEST:
@@ -38,11 +40,11 @@ def parse(overrides: Sequence[str]) -> tuple[list[Override], list[Fault]]:
         try:
             override = parse_override(text)
         except HydraException:
-            faults.append(_malformed(text))
+            faults.append(_malformed(text, example))
             continue
         outside = list(hostile({override.key_or_group: text}, where=""))
         if not override.key_or_group:
-            faults.append(_malformed(text))
+            faults.append(_malformed(text, example))
         elif outside:
             faults.extend(outside)
         elif override.is_sweep_override():
@@ -66,8 +68,8 @@ def _shown(text: str) -> str:
     return f"{key}=…" if any(secret in text for secret in _SECRET) else text
 
 
-def _malformed(text: str) -> Fault:
-    return Fault(where=_shown(text), message="not an override; write key=value, such as stages.dpo.beta=0.3")
+def _malformed(text: str, example: str) -> Fault:
+    return Fault(where=_shown(text), message=f"not an override; write key=value, such as {example}")
 
 
 def parse_override(text: str) -> Override:

@@ -184,7 +184,7 @@ def _data_faults(data: DataConfig, where: str, *, read_by_code: bool = False) ->
     for source, path in [(data, where), *((part, f"{where}.mix[{n}]") for n, part in enumerate(data.mix))]:
         yield from source_faults(source, path)
         if not read_by_code:
-            yield from _column_faults(source, path)
+            yield from column_faults(source, path)
     for number, part in enumerate(data.mix):
         path = f"{where}.mix[{number}]"
         if (part.share is None) == (part.count is None):
@@ -197,7 +197,8 @@ def _data_faults(data: DataConfig, where: str, *, read_by_code: bool = False) ->
         )
 
 
-def _column_faults(data: SourceConfig, where: str) -> Iterator[Fault]:
+def column_faults(data: SourceConfig, where: str) -> Iterator[Fault]:
+    """Faults in the names of columns that a source maps; none of them is a column of the file."""
     for column in data.columns:
         if column not in COLUMNS:
             message = f"no format has a column of this name; {suggestion(column, COLUMNS)}"
