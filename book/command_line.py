@@ -27,7 +27,8 @@ def page() -> str:
             "# Command line",
             "`align --help` lists the verbs, `align VERB --help` the arguments of one verb, and `align --version` "
             "the version.",
-            "`KEY=VALUE` may stand anywhere after the recipe. [Configuration](configuration.md) lists the keys.",
+            "`KEY=VALUE` may stand anywhere after the recipe. [Configuration](configuration.md) lists the keys. "
+            "`align doctor` takes settings of a [data source](configuration/groups.md#data) after the data.",
             "Every command ends with one of the [exit codes](errors.md).",
             table(["command", "what it does"], rows),
             *(_section(verb) for verb in VERBS),

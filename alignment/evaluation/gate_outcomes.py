@@ -65,8 +65,8 @@ def unlisted(gates: Sequence[GateConfig], evaluation: Evaluation, artifact: Path
     Raises:
         ValueError: a line of the samples is not JSON.
     """
-    named = {(pair.metric or evaluation.primary, frozenset((pair.arm, pair.against))) for pair in evaluation.comparisons}
-    named |= {(pair.metric, frozenset((pair.arm, pair.against))) for pair in evaluation.other_comparisons}
+    listed = [*evaluation.comparisons, *evaluation.other_comparisons]
+    named = {(pair.metric or evaluation.primary, frozenset((pair.arm, pair.against))) for pair in listed}
     differences = []
     for gate in gates:
         metric, pair = gate.metric or evaluation.primary or "", frozenset((gate.arm, gate.against))

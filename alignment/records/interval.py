@@ -32,11 +32,6 @@ class Interval:
         """Whether a difference of this size is unlikely to be chance; False if the bounds are not known."""
         return self.bounds is not None and (self.bounds[0] > 0.0 or self.bounds[1] < 0.0)
 
-    def turned(self) -> Interval:
-        """The interval of the figure with the opposite sign."""
-        low, high = self.bounds or (None, None)
-        return Interval(mean=-self.mean, low=None if high is None else -high, high=None if low is None else -low)
-
     def through(self, function: Callable[[float], float]) -> Interval:
         """The interval of an increasing function of the figure."""
         bounds = (None, None) if self.bounds is None else tuple(map(function, self.bounds))

@@ -28,7 +28,7 @@ def source_of(source: str, options: Mapping[str, str], overrides: Sequence[str])
         ConfigError: lists every fault.
     """
     given, faults = tree_of(overrides, example=EXAMPLE)
-    faults += _out_of_place(given, options)
+    faults += _unusable(given, options)
     data, wrong = source_from_plain({**given, **options}, where="DATA")
     refuse([*faults, *wrong])
     return replace(data, source=source)
@@ -41,7 +41,7 @@ def written(data: SourceConfig, prefix: str = "") -> list[str]:
     return [f"{prefix}{name}={_as_typed(value)}" for name, value in chosen.items()]
 
 
-def _out_of_place(given: Mapping[str, Any], options: Mapping[str, str]) -> Iterator[Fault]:
+def _unusable(given: Mapping[str, Any], options: Mapping[str, str]) -> Iterator[Fault]:
     for name in given:
         if name == "source":
             yield Fault(where="DATA.source", message="DATA is the source already; leave this out")

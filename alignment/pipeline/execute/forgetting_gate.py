@@ -65,7 +65,9 @@ def _within(arm: ArmForgetting, limits: Limits) -> Iterator[str]:
         rise = _percent(arm.rise)
         yield f"perplexity of general text {rise}, required: a rise of at most {limits.perplexity_rise:.1%}"
     if arm.drop is not None and limits.ability_drop is not None:
-        change = _percent(arm.drop.turned())
+        low, high = arm.drop.bounds or (None, None)
+        turned = Interval(mean=-arm.drop.mean, low=None if high is None else -high, high=None if low is None else -low)
+        change = _percent(turned)
         yield f"questions answered right {change}, required: a drop of at most {limits.ability_drop:.1%}"
 
 

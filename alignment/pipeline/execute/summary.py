@@ -156,7 +156,7 @@ def show_evaluation(
 ) -> None:
     """The arms side by side, then a line for each comparison that says whether the difference is real.
 
-    ``reference`` is the arm of the log-ratios, as a run's settings name it. ``for_gates`` are further comparisons, which
+    ``reference`` is the arm of the log-ratios, as a run's settings name it. ``for_gates`` are further comparisons that
     only gates need.
     """
     others = [metric.name for metric in evaluation.metrics if metric.name != evaluation.primary]

@@ -27,9 +27,7 @@ _DEEPEST = 30
 """Levels of nested brackets; Hydra and OmegaConf recurse into them, and Python limits recursion."""
 
 
-def parse(
-    overrides: Sequence[str], *, example: str = "stages.dpo.beta=0.3"
-) -> tuple[list[Override], list[Fault]]:
+def parse(overrides: Sequence[str], *, example: str = "stages.dpo.beta=0.3") -> tuple[list[Override], list[Fault]]:
     """The valid overrides, and the faults in the others, which show an ``example``."""
     parsed, faults = [], []
     for text in overrides:

@@ -64,9 +64,7 @@ def _in_turn(study: Study, wanted: Sweep, console: Console) -> int:
     while (trial := study.next()) is not None:
         _print(console, f"[bold]trial {number_of(trial)}[/]  ", " ".join(results.words(trial.params)))
         try:
-            outcome = TrialOutcome(
-                code=run_trial(wanted.recipe, _overrides(wanted, trial), console=console, wait=True)
-            )
+            outcome = TrialOutcome(code=run_trial(wanted.recipe, _overrides(wanted, trial), console=console, wait=True))
         except AlignmentError as error:
             outcome = TrialOutcome(code=error.exit_code, error=str(error))
         if code := _settle(study, trial, wanted, outcome, console):

@@ -58,9 +58,8 @@ def test_what_the_note_says_to_add_plans(overrides: list[str], tmp_path: Path) -
     """An evaluation of another name is not the one that a report shows by default."""
     recipe = tmp_path / "mine.yaml"
     defaults = "base, stage@stages.sft: sft, stage@stages.measure: evaluate"
-    stages = (
-        "stages: {measure: {arms: [base, 'stage:sft'], reward: null, data: {source: 'path:%s'}}}"
-        % (tmp_path / "heldout.jsonl")
+    stages = "stages: {measure: {arms: [base, 'stage:sft'], reward: null, data: {source: 'path:%s'}}}" % (
+        tmp_path / "heldout.jsonl"
     )
     told = [word for word in overrides if not word.startswith("stages.") or word.startswith("stages.sft.")]
     recipe.write_text(f"defaults: [{defaults}, _self_]\n{stages}\n")

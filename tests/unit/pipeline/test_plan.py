@@ -406,9 +406,9 @@ def test_a_default_that_names_an_absent_stage_says_that_the_base_may_take_its_pl
         f"no stage 'sft' in this run, and 'stage:sft' is the default of this setting. Set {where}=base to use the base "
         f"model (in the recipe: {field}: base)"
     )
-    with_another = references.faults({"mine": config(), "sft_long": kinds()["sft"].config()})
+    with_another = references.faults({"mine": config(), "sft_2": kinds()["sft"].config()})
     messages = {fault.where: fault.message for fault in with_another}
-    assert "setting. Did you mean 'stage:sft_long'? Otherwise set stages.mine." in messages[where]
+    assert "setting. Did you mean 'stage:sft_2'? Otherwise set stages.mine." in messages[where]
     assert where not in {fault.where for fault in references.faults({"mine": config(**{field: "base"})})}
 
 
