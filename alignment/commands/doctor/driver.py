@@ -150,13 +150,13 @@ def _misspelt(diagnosis: Diagnosis, data: SourceConfig) -> Iterator[str]:
     for column, known in diagnosis.misspelt_columns.items():
         remedy = f"Then rename it, or set data.columns={{{known}: {column}}}"
         yield _line("misspelt?", f"nothing reads the column '{column}'; did you mean '{known}'? {remedy}")
-    if diagnosis.misspelt_columns:
-        columns = {known: column for column, known in diagnosis.misspelt_columns.items()}
-        yield _line("", f"to try these columns: {_command(data, columns)}")
     meant = diagnosis.misspelt_format
     if meant is not None:
         formats = f"{diagnosis.format.name}, not as {meant.name}: {meant.summary}"
         yield _line("", f"until then, every row is read as {formats}")
+    if diagnosis.misspelt_columns:
+        columns = {known: column for column, known in diagnosis.misspelt_columns.items()}
+        yield _line("", f"to try these columns: {_command(data, columns)}")
 
 
 def _duplicates(diagnosis: Diagnosis) -> Iterator[str]:

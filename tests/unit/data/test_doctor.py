@@ -200,8 +200,8 @@ def test_a_misspelt_column_is_named_even_if_every_row_can_be_read(tmp_path: Path
     assert (
         "  misspelt?    nothing reads the column 'choosen'; did you mean 'chosen'? Then rename it, or set "
         "data.columns={chosen: choosen}\n"
-        f"               to try these columns: align doctor {file} 'columns={{chosen: choosen}}'\n"
     ) in printed
+    assert f"               to try these columns: align doctor {file} 'columns={{chosen: choosen}}'\n" in printed
     assert "Zzz'" not in printed
     assert "misspelt?" not in _printed(_write(tmp_path / "b.jsonl", [PAIR]))
 
