@@ -30,7 +30,7 @@ from alignment.data.records import (
     Prompt,
     Record,
 )
-from alignment.pipeline.execute.summary import show_plan
+from alignment.pipeline.execute.plan_table import show_plan
 from alignment.pipeline.plan.plan import make_plan
 from alignment.stages.registry import kind_named
 

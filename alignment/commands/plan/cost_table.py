@@ -6,9 +6,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from alignment.core.screen_tables import print_whole
 from alignment.costs.devices import THIS
 from alignment.pipeline.execute.durations import duration
-from alignment.pipeline.execute.summary import print_whole
 from alignment.records.cost import RunCost, StageCost
 
 _GB = 1e9

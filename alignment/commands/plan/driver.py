@@ -11,7 +11,7 @@ from alignment.commands.plan.job_scripts import job_scripts, write_scripts
 from alignment.costs.devices import THIS
 from alignment.pipeline.backends.feasibility import why_not_here
 from alignment.pipeline.execute import estimates, planned_costs
-from alignment.pipeline.execute.summary import show_plan
+from alignment.pipeline.execute.plan_table import show_plan
 from alignment.pipeline.plan.plan import Plan
 
 

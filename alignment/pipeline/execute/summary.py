@@ -1,4 +1,4 @@
-"""Tables for the screen: a plan, a run's stages, and the arms of an evaluation."""
+"""Tables for the screen: a run's stages, and the arms of an evaluation."""
 
 from __future__ import annotations
 
@@ -8,19 +8,17 @@ from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.table import Table
 
 from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD
 from alignment.core.errors import ArtifactError
+from alignment.core.screen_tables import grid, print_whole
 from alignment.evaluation.conclusions import metric_in_words, votes_in_words
 from alignment.evaluation.grade_conclusions import grade_conclusions
 from alignment.evaluation.labelled_pairs import labelled_conclusions
 from alignment.pipeline.execute import forgetting_gate, notes
 from alignment.pipeline.execute.durations import time_taken
 from alignment.pipeline.execute.run_table import steps
-from alignment.pipeline.plan.actions import Action
-from alignment.pipeline.plan.plan import Plan
 from alignment.records.evaluation import FILE as EVALUATION_FILE
 from alignment.records.evaluation import ArmResult, Comparison, Evaluation, JudgedPair
 from alignment.records.forgetting import Forgetting
@@ -36,34 +34,11 @@ from alignment.stages.registry import OURS, lines_of, origin_of, produced_by, ta
 
 REPORT = "report.html"
 _NONE = "–"
-_WIDEST = 10_000
-
-
-def show_plan(console: Console, plan: Plan) -> None:
-    """A line for each stage: what happens to it, and why; then the hub data and user code that a run would use, and
-    notes."""
-    console.print(f"[bold]{escape(plan.config.name)}[/]  {escape(plan.config.summary)}", highlight=False)
-    table = _grid()
-    for stage in plan.stages:
-        colour = "green" if stage.has_to_run else "cyan"
-        table.add_row(escape(stage.name), f"[{colour}]{stage.action.value}[/]", escape(stage.reason))
-    console.print(table)
-    if plan.store is not None:
-        console.print(f"store: {plan.store.url}", markup=False, highlight=False, soft_wrap=True)
-    for stage in plan.stages:
-        for remark in notes.of_stage(plan, stage):
-            console.print(f"{stage.name} {remark}", markup=False, highlight=False, emoji=False, soft_wrap=True)
-    for note in [*notes.of_plan(plan), *notes.advice(plan)]:
-        console.print(f"note: {note}", markup=False, highlight=False, emoji=False, soft_wrap=True)
-    to_run = sum(stage.has_to_run for stage in plan.stages)
-    fetched = sum(stage.action is Action.fetch for stage in plan.stages)
-    stored = f", {fetched} of them from the store" if fetched else ""
-    console.print(f"{to_run} to run, {len(plan.stages) - to_run} reused{stored}", highlight=False)
 
 
 def show_stages(console: Console, record: RunRecord, jobs: Mapping[str, str]) -> None:
     """A line for each stage: its state, duration and result's folder, and its Slurm job if it is unfinished."""
-    table = _grid()
+    table = grid()
     for name, stage in record.stages.items():
         job = jobs.get(name, "") if stage.state in ("waiting", "running", "failed") else ""
         folder = Path(stage.artifact).name
@@ -188,16 +163,6 @@ def show_evaluation(
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def print_whole(console: Console, table: Table) -> None:
-    """Prints a table whose figures are not cut, however narrow the terminal: a long line is better."""
-    width = console.width
-    console.width = max(width, Measurement.get(console, console.options.update(max_width=_WIDEST), table).maximum)
-    try:
-        console.print(table, crop=False, soft_wrap=True)
-    finally:
-        console.width = width
-
-
 def _what_is_shown(evaluation: Evaluation, units: Sequence[str]) -> str:
     metric = evaluation.primary_metric
     compared = "no metric, so no arm is called better"
@@ -279,9 +244,3 @@ def _mean(figure: Interval | None, digits: int = 2) -> str:
 
 def _bounds(figure: Interval | None) -> str:
     return "" if figure is None or figure.bounds is None else f"{figure.bounds[0]:.3f}–{figure.bounds[1]:.3f}"
-
-
-def _grid() -> Table:
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True, min_width=10)
-    return table

@@ -15,7 +15,7 @@ from rich.console import Console
 from alignment.config.model import NEW_TOKENS
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, DataError, ModelError
 from alignment.job import memory_key
-from alignment.pipeline.execute.summary import show_plan
+from alignment.pipeline.execute.plan_table import show_plan
 from alignment.pipeline.execute.worker_protocol import write_stage_file
 from alignment.pipeline.plan import references
 from alignment.pipeline.plan.actions import Action
