@@ -196,7 +196,7 @@ def what_fits(slot: Slot, stages: Mapping[str, StageConfig]) -> str:
 
 
 def _cycle(stages: Mapping[str, StageConfig]) -> list[str]:
-    """The first cycle, with its first name repeated at the end; empty if there is none."""
+    """The first cycle, with its first name repeated at the end; empty if there is none. Unreadable stages are absent."""
     finished: set[str] = set()
 
     def visit(name: str, trail: list[str]) -> list[str]:
@@ -204,7 +204,7 @@ def _cycle(stages: Mapping[str, StageConfig]) -> list[str]:
             return [*trail[trail.index(name) :], name]
         if name not in finished:
             for other in inputs_of(name, stages):
-                if cycle := visit(other, [*trail, name]):
+                if other in stages and (cycle := visit(other, [*trail, name])):
                     return cycle
             finished.add(name)
         return []

@@ -587,3 +587,12 @@ def shown(plan: Plan) -> str:
     screen = StringIO()
     show_plan(Console(file=screen, width=200), plan)
     return screen.getvalue()
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo", "evaluate"])
+def test_an_unknown_kind_is_refused_whoever_needs_the_stage(overrides: list[str], stage: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make_plan("quickstart", [*overrides, f"stages.{stage}.kind=mine"])
+    first, *others = str(caught.value).splitlines()
+    assert first.startswith(f"stages.{stage}.kind: 'mine' is not a kind of stage")
+    assert others == []
