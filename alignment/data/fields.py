@@ -113,7 +113,8 @@ class Fields:
         """Raises the fault of a row that has none of these fields, with the one that is probably misspelt."""
         pairs = ((name, misspelt(name, map(str, self.row))) for name in names)
         meant = next((f"; did you mean '{name}' by '{own}'?" for name, own in pairs if own is not None), "")
-        self.fail(names[0], f"is missing; the row has {_listed(list(self.row))}{meant}")
+        others = f", and so are {_listed(names[1:])}" if names[1:] else ""
+        self.fail(names[0], f"is missing{others}; the row has {_listed(list(self.row))}{meant}")
 
     def _refuse_media(self) -> None:
         """A text model would otherwise learn an answer to a picture that it never saw."""

@@ -105,7 +105,7 @@ def _json_lines(path: Path) -> Iterator[Unparsed]:
                 if first and _begins_array(line):
                     raise DataError("is one JSON array, not JSON Lines", where=str(path), remedy=_ARRAY_REMEDY)
                 first = False
-                yield JsonLine(where=where, text=line)
+                yield JsonLine(where=where, text=line.rstrip(b"\r\n"))
 
 
 def _begins_array(line: bytes) -> bool:
@@ -144,9 +144,9 @@ def _located(error: Exception, where: str) -> tuple[str, str]:
         return where, str(error)
     text = error.doc.rstrip()
     at = min(error.pos, len(text))
-    column = at - text.rfind("\n", 0, at)
+    message = f"{error.msg.removesuffix(' at')} at column {at - text.rfind(chr(10), 0, at)}"
     is_document = "\n" in text  # a line of JSON Lines has its number already
-    return f"{where}:{text.count(chr(10), 0, at) + 1}" if is_document else where, f"{error.msg} at column {column}"
+    return f"{where}:{text.count(chr(10), 0, at) + 1}" if is_document else where, message
 
 
 def _not_utf8(error: UnicodeDecodeError, where: str) -> NotUtf8:

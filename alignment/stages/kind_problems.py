@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from alignment.config.typed import to_plain
+from alignment.core.artifacts import ROWS
 from alignment.core.errors import AlignmentError
 from alignment.data.records import Record
-from alignment.stages.base import Cell, Curve, Reported, ResultTable, RunsOn, StageKind
+from alignment.stages.base import Cell, Curve, MadeRows, Reported, ResultTable, RunsOn, StageKind
 
 _TRAINED = ("init", "adapter", "data", "optim")
 """The settings of ``TrainedConfig``."""
@@ -46,6 +47,7 @@ def of_kind(kind: StageKind) -> str:
         _launch_problem(kind)
         or _function_problem(kind)
         or _data_problem(kind, config)
+        or _rows_problem(kind, config)
         or _metrics_problem(kind, config)
         or _charts_problem(kind, config)
     )
@@ -91,6 +93,17 @@ def _data_problem(kind: StageKind, config: Any) -> str:
             )
     if kind.trains and not any(field == "data" and rows is not None for field, _, rows in slots):
         return "trains a model, but data has no DataSlot(field='data', …, rows=…); add one, which says what it learns"
+    return ""
+
+
+def _rows_problem(kind: StageKind, config: Any) -> str:
+    """A plan checks the stages that read the rows by the row that the kind shows."""
+    try:
+        shown = kind.rows(config)
+    except Exception as error:  # noqa: BLE001
+        return f"cannot show its rows: rows({kind.config.__name__}()) raises {_raised(error)}; correct it"
+    if kind.produces == ROWS and not isinstance(shown, MadeRows):
+        return "makes rows, but shows none; add rows=lambda config: MadeRows(example='{…}', others={})"
     return ""
 
 

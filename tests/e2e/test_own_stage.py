@@ -2,46 +2,51 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
+import typing
 from pathlib import Path
 
 import pytest
 
-from tests.documented.blocks import ROOT, Block, blocks
+from alignment.data import records
+from tests.documented.blocks import ROOT, Block, blocks, tables
 from tests.documented.commands import commands
 from tests.e2e.conftest import environment
 
 PAGE = ROOT / "docs/own_stage.md"
+ROWS_PAGE = ROOT / "docs/own_rows.md"
 MOST_WORDS = 450
 INSTALL = ["pip", "install", "-e", "."]
 
 
-def block_of(language: str, containing: str = "") -> Block:
+def block_of(language: str, containing: str = "", *, page: Path = PAGE) -> Block:
     """The page's only block of the language with this text."""
-    (block,) = [one for one in blocks(PAGE) if one.language == language and containing in one.text]
+    (block,) = [one for one in blocks(page) if one.language == language and containing in one.text]
     return block
 
 
 class Reader:
     """Somebody who has made the page's files in a folder, and has installed them."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
-        self.folder, self.model = folder, model
-        for name, block in (
-            ("wordcount_stage/__init__.py", None),
-            ("wordcount_stage/kind.py", block_of("python", "KIND =")),
-            ("wordcount_stage/run.py", block_of("python", "def run(")),
-            ("pyproject.toml", block_of("toml")),
-            ("words.yaml", block_of("yaml")),
+    def __init__(self, folder: Path, model: Path, *, page: Path, name: str, recipe: str) -> None:
+        self.folder, self.model, self.package = folder, model, f"{name}_stage"
+        project = block_of("toml").text.replace("wordcount", name)
+        for path, text in (
+            (f"{self.package}/kind.py", block_of("python", "KIND =", page=page).text),
+            (f"{self.package}/run.py", block_of("python", "def run(", page=page).text),
+            (recipe, block_of("yaml", page=page).text),
         ):
-            (folder / name).parent.mkdir(exist_ok=True)
-            (folder / name).write_text(block.text if block else "", encoding="utf-8")
-            assert name.rpartition("/")[2] == "__init__.py" or f"`{name}`" in PAGE.read_text(encoding="utf-8")
+            assert f"`{path}`" in page.read_text(encoding="utf-8")
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_text(text, encoding="utf-8")
+        (folder / self.package / "__init__.py").touch()
+        (folder / "pyproject.toml").write_text(project, encoding="utf-8")
 
     def install(self) -> None:
         """Writes what pip writes for an editable installation; pip itself would need a network."""
@@ -55,7 +60,7 @@ class Reader:
         (info / "entry_points.txt").write_text(f"[alignment.stages]\n{lines}", encoding="utf-8")
 
     def align(self, *words: str, code: int = 0) -> str:
-        """What a command prints. The model is a tiny one; no stage of the page loads it."""
+        """What a command prints. The model is a tiny one."""
         more = [f"model.source=path:{self.model}"] if words[0] in ("plan", "run") else []
         path = os.pathsep.join(part for part in (str(self.folder), os.environ.get("PYTHONPATH", "")) if part)
         done = subprocess.run(
@@ -71,7 +76,7 @@ class Reader:
 
     def change(self, name: str, old: str, new: str) -> None:
         """Replaces a text in a file of the package."""
-        file = self.folder / "wordcount_stage" / name
+        file = self.folder / self.package / name
         text = file.read_text(encoding="utf-8")
         assert text.count(old) == 1
         file.write_text(text.replace(old, new), encoding="utf-8")
@@ -79,7 +84,7 @@ class Reader:
 
 @pytest.fixture
 def reader(tiny_model_folder: Path, tmp_path: Path) -> Reader:
-    reader = Reader(tmp_path, tiny_model_folder)
+    reader = Reader(tmp_path, tiny_model_folder, page=PAGE, name="wordcount", recipe="words.yaml")
     reader.install()
     return reader
 
@@ -149,3 +154,39 @@ def test_what_a_newcomer_gets_wrong_ends_with_what_to_do(reader: Reader) -> None
     reader.change("run.py", "words.most_common()", writes)
     reader.change("kind.py", '("rows", "words")', '("rows", "word")')
     assert "count: it did not report word, which Outcome.metrics" in reader.align("run", "./words.yaml")
+
+
+def test_rows_of_a_stage_in_another_package_are_learned_and_its_settings_checked(
+    tiny_model_folder: Path, tmp_path: Path
+) -> None:
+    reader = Reader(tmp_path, tiny_model_folder, page=ROWS_PAGE, name="shorten", recipe="short.yaml")
+    reader.install()
+    refused = reader.align("plan", "./short.yaml", "stages.shorten.min_words=31", code=2)
+    assert "stages.shorten.min_words: 31 is above max_words, 30" in refused
+    assert "stages.shorten.max_words: 0 is not allowed; a number above 0" in reader.align(
+        "plan", "./short.yaml", "stages.shorten.max_words=0", code=2
+    )
+    reader.align("run", "./short.yaml", "profile=smoke")
+    (folder,) = tmp_path.glob("artifacts/shorten-????????")
+    metrics = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["metrics"]
+    kept = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert metrics["kept"] == len(kept) > 0
+    assert all(len(row["messages"][-1]["content"].split()) <= 30 for row in kept)
+    assert list(tmp_path.glob("artifacts/sft-????????/manifest.json"))
+
+    reader.change(
+        "kind.py",
+        """    rows=lambda config: MadeRows(example='{"prompt": "Hi", "completion": "Hello."}', others={}),\n""",
+        "",
+    )
+    assert "makes rows, but shows none" in reader.align("plan", "./short.yaml", code=2)
+
+
+def test_the_fields_of_records_are_there() -> None:
+    (rows,) = [table.rows for table in tables(ROWS_PAGE) if table.head[0] == "record"]
+    for name, _, fields in rows:
+        record = getattr(records, name.strip("`"))
+        has = {field.name for field in dataclasses.fields(record)}
+        assert {*re.findall(r"`(\w+)`", fields), "id", "where"} <= has
+    shown = {name.strip("`") for name, *_ in rows}
+    assert shown == {record.__name__ for record in typing.get_args(records.Record)} - {"HeldOutPrompt", "Question"}

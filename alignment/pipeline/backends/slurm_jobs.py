@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from alignment.core.artifacts import read_manifest, write_json
-from alignment.core.errors import Busy, ConfigError, StageError
+from alignment.core.errors import PREEMPTED, Busy, ConfigError, StageError
 from alignment.core.files import write_text
 from alignment.pipeline.backends import slurm, slurm_job_file
 from alignment.pipeline.backends.slurm import Job
@@ -21,6 +21,7 @@ FILE = "jobs.json"
 
 _POLL_SECONDS = 5.0
 _SHOWN_LATE_SECONDS = 60.0
+_CONTINUES = "it saved before it ended, so run the same command to continue; "
 """Time within which a shared file system shows here what another machine has written."""
 _FORGOTTEN = Job(state="COMPLETED", reason="Slurm has forgotten it")
 
@@ -145,7 +146,7 @@ def _refuse_failed(plan: Plan, stage: PlannedStage, job_id: str, job: Job) -> No
         raise kind(
             f"job {job_id} ended as {job} with exit code {job.exit_code}\n{worker_protocol.tail(log)}".rstrip(),
             where=f"stage {stage.name}",
-            remedy=f"log: {log}",
+            remedy=f"{_CONTINUES}log: {log}" if job.exit_code == PREEMPTED else f"log: {log}",
         )
     deadline = time.monotonic() + _SHOWN_LATE_SECONDS
     while read_manifest(stage.artifact) is None and time.monotonic() < deadline:

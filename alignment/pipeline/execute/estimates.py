@@ -56,7 +56,7 @@ def estimate(
     _clear(_folder(plan))
     folder.mkdir(parents=True)
     names = ", ".join(stage.name for stage in stages)
-    announce(f"estimating {names}: half a minute or more each; nothing is trained")
+    announce(f"estimating {names}: half a minute or more for each stage; nothing is trained")
     try:
         asked = [_asked(plan, stage, folder, trade=trade, with_remedies=memory > 0) for stage in stages]
         write_json(folder / ASKED, asked)

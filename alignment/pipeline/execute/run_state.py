@@ -16,6 +16,8 @@ from alignment.pipeline.execute.durations import duration
 from alignment.pipeline.execute.run_view import KILLED, RUNNING, UNKNOWN, work_folder
 from alignment.records.run import FILE, RunRecord, StageEntry
 
+_SAVED = ("interrupted", "preempted")
+"""The states of a run that was asked to stop."""
 LiveJobs = Callable[[Path], Mapping[str, str] | None]
 """The jobs of a run that wait or run, by stage; None if Slurm does not answer."""
 
@@ -54,10 +56,12 @@ def elsewhere(run_folder: Path) -> str:
 def explanation(
     run_folder: Path, record: RunRecord, live_jobs: LiveJobs = slurm_jobs.live, *, now: Callable[[], float] = time.time
 ) -> list[str]:
-    """What is known about a run that is ``killed`` or ``unknown`` and what to do; empty for other states.
+    """What is known about a run that stopped before its end, or may have, and what to do; empty for other states.
 
     ``record`` is that of ``as_it_is``.
     """
+    if record.state in _SAVED:
+        return ["it was stopped; run the same command to continue"]
     if record.state not in (KILLED, UNKNOWN):
         return []
     name = run_folder.name

@@ -51,7 +51,7 @@ def reason_to_run(
     newest_first = sorted(compared, key=lambda pair: pair[1].manifest.created, reverse=True)
     differences, nearest = min(newest_first, key=lambda pair: len(pair[0]))
     if not ours and len(differences) > _SHOWN:
-        return "no similar result yet"
+        return "no result yet with similar settings"
     shown = ", ".join(differences[:_SHOWN])
     more = f" and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
     return f"{shown}{more} (nearest: {nearest.folder.name})"
@@ -120,4 +120,7 @@ def _own_settings_first(path: tuple[str, ...]) -> tuple[bool, tuple[str, ...]]:
 
 
 def _value(value: Any) -> str:
+    """A setting's value as a recipe has it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
     return f"{value:g}" if isinstance(value, float) else str(value)

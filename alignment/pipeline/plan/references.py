@@ -196,7 +196,7 @@ def what_fits(slot: Slot, stages: Mapping[str, StageConfig]) -> str:
 
 
 def _cycle(stages: Mapping[str, StageConfig]) -> list[str]:
-    """The first cycle, with its first name repeated at the end; empty if there is none. Unreadable stages are absent."""
+    """The first cycle, with its first name repeated at the end; empty if there is none. ``stages`` may lack some."""
     finished: set[str] = set()
 
     def visit(name: str, trail: list[str]) -> list[str]:

@@ -206,5 +206,5 @@ def _announce(context: StageContext, rows: str, count: int, entries: Sequence[Ma
     example = f"{entries[0]['where']}: {entries[0]['reason']}"
     context.notes.append(
         f"{count:,} of {rows} {'was' if count == 1 else 'were'} left out or cut, for example {example} "
-        f"({LEFT_OUT} in the result's folder lists all)"
+        f"(all are in {context.spec.artifact / LEFT_OUT})"
     )

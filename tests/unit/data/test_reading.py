@@ -109,8 +109,14 @@ PLANTED: list[tuple[Any, str]] = [
     (b"null", "a row must be a JSON object; this one is None"),
     (b'"text"', "a row must be a JSON object"),
     (b"NaN", "a row must be a JSON object; this one is nan"),
-    ({}, "'messages' is missing; the row has no fields"),
-    ({"message": []}, "'messages' is missing; the row has 'message'"),
+    (
+        {},
+        "'messages' is missing, and so are 'prompt', 'conversations', 'instruction', 'question'; the row has no fields",
+    ),
+    (
+        {"message": []},
+        "'messages' is missing, and so are 'prompt', 'conversations', 'instruction', 'question'; the row has 'message'",
+    ),
     ({"messages": None}, "'messages' is null"),
     ({"messages": []}, "'messages' must be a list of turns and not empty; it is []"),
     ({"messages": 7}, "'messages' must be text and not empty; it is 7"),

@@ -37,8 +37,17 @@ def test_the_example_in_an_error_is_itself_a_right_row(record: Any) -> None:
 
 
 WRONG = [
-    (Conversation, {}, "'messages' is missing; the row has no fields"),
-    (Conversation, {"dialogue": []}, "'messages' is missing; the row has 'dialogue'"),
+    (
+        Conversation,
+        {},
+        "'messages' is missing, and so are 'prompt', 'conversations', 'instruction', 'question'; the row has no fields",
+    ),
+    (
+        Conversation,
+        {"dialogue": []},
+        "'messages' is missing, and so are 'prompt', 'conversations', 'instruction', 'question'; "
+        "the row has 'dialogue'",
+    ),
     (Conversation, [], "a row must be a JSON object; this one is []"),
     (Conversation, {"messages": []}, "'messages' must be a list of turns and not empty; it is []"),
     (Conversation, {"messages": [USER]}, "'messages' must end with an assistant turn; the last one's role is 'user'"),
@@ -240,6 +249,8 @@ def test_rows_are_read_in_order_up_to_the_limit_and_blank_lines_passed_over(tmp_
     ("content", "message"),
     [
         (b'{"a": 1', "rows.jsonl:1: not JSON: "),
+        (b'{"a": "1\n', "rows.jsonl:1: not JSON: Unterminated string starting at column 7"),
+        (b'{"a": "1\t"}', "rows.jsonl:1: not JSON: Invalid control character at column 9"),
         (b'\n\n{"a": "\xff"}', "rows.jsonl:3: not UTF-8: "),
         (b"[" * 100_000, "rows.jsonl:1: not JSON: "),
         (b"\n \n", "rows.jsonl: contains no rows"),
@@ -312,7 +323,8 @@ def test_a_file_of_another_unicode_encoding_is_recognised(tmp_path: Path, name: 
         ),
         (
             {"promt": "2 + 2?", "chosen": "4.", "rejected": "5."},
-            "'messages' is missing; the row has 'promt', 'chosen', 'rejected'; did you mean 'prompt' by 'promt'?",
+            "'messages' is missing, and so are 'prompt', 'conversations', 'instruction', 'question'; "
+            "the row has 'promt', 'chosen', 'rejected'; did you mean 'prompt' by 'promt'?",
         ),
     ],
 )

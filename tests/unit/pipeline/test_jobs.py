@@ -335,6 +335,7 @@ def test_a_job_is_followed_through_the_queue_and_through_being_queued_again(sft:
     [
         ("11 FAILED 6:0 NonZeroExitCode", NonFiniteError, 6),
         ("11 CANCELLED 0:15 None", StageError, 5),
+        ("11 CANCELLED 75:0 None", StageError, 5),
         ("11 TIMEOUT 0:0 TimeLimit", StageError, 5),
         ("11 COMPLETED 0:0 None", ConfigError, 2),
     ],
@@ -351,6 +352,7 @@ def test_a_job_that_did_not_end_well_ends_the_run_as_its_driver_did(
     assert caught.value.exit_code == code
     assert caught.value.where == "stage sft"
     assert f"log: {log}" in str(caught.value)
+    assert ("run the same command to continue; log" in str(caught.value)) == ("75:0" in answer), "it has saved"
     assert "the loss is NaN" in str(caught.value) or code == 2
 
 

@@ -233,7 +233,7 @@ def test_a_result_of_this_run_comes_before_a_nearer_one_of_another(plan: MakePla
 def test_a_result_that_differs_in_much_is_no_reason(plan: MakePlan) -> None:
     smoke = plan("stages.sft.data.limit=8", "stages.sft.max_length=96", "stages.sft.optim.lr=1", "seed=7")
     leave_artifact(next(stage for stage in smoke.stages if stage.name == "sft"))
-    assert outcome(plan())["sft"] == "run  no similar result yet"
+    assert outcome(plan())["sft"] == "run  no result yet with similar settings"
 
 
 def test_a_fault_in_a_file_of_the_user_s_names_the_file(tmp_path: Path, overrides: list[str]) -> None:

@@ -67,6 +67,14 @@ def test_a_killed_run_says_so_with_its_last_sign_of_life_and_what_to_do(killed: 
     assert status(killed, None)[0].startswith("mine killed ")
 
 
+@pytest.mark.parametrize("state", ["interrupted", "preempted"])
+def test_a_run_that_was_asked_to_stop_says_how_it_goes_on(tmp_path: Path, state: str) -> None:
+    run = RunFolder(tmp_path, state=state)
+    assert "it was stopped; run the same command to continue" in status(run)
+    run.run(state="done")
+    assert "it was stopped; run the same command to continue" not in status(run)
+
+
 def test_a_process_that_outlives_its_driver_is_named(killed: RunFolder) -> None:
     with held(killed.work("dpo") / "lock", wait=False):
         lines = status(killed)

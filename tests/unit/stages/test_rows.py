@@ -119,7 +119,7 @@ def test_every_loss_is_in_the_list_beside_the_result(tmp_path: Path, tokenizer: 
         ]
     (announced,) = set(context.notes)
     assert announced.startswith(f"2 of 42 rows of {file} were left out or cut, for example {file}:41: 'completion' ")
-    assert announced.endswith(" (left_out.jsonl in the result's folder lists all)")
+    assert announced.endswith(f" (all are in {context.spec.artifact}/left_out.jsonl)")
     assert counts == {"rows": 40.0, "rows_too_long": 1.0, "rows_cut": 0.0}
 
 
