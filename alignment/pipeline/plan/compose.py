@@ -27,6 +27,7 @@ from alignment.config.faults import Fault, refuse
 from alignment.config.store import conf_folder, recipe_names, recipes_folder
 from alignment.core.deadline import Bounded
 from alignment.core.errors import ConfigError
+from alignment.data.missing_files import similar_name
 from alignment.pipeline.plan import choices
 from alignment.pipeline.plan.hostile import hostile
 from alignment.pipeline.plan.hydra_files import composing
@@ -158,7 +159,8 @@ def find_recipe(recipe: str) -> Path:
     if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
         path = Path(recipe).expanduser().absolute()
         if not path.is_file():
-            raise ConfigError(f"no file {path}", where="recipe", remedy=f"shipped recipes: {', '.join(recipe_names())}")
+            shipped = f"shipped recipes: {', '.join(recipe_names())}"
+            raise ConfigError(f"no file {path}", where="recipe", remedy=similar_name(path) or shipped)
         if path.suffix != ".yaml":
             raise ConfigError(f"{path.name} does not end in .yaml", where="recipe", remedy="rename it")
         return path

@@ -89,6 +89,11 @@ def _with_bounds(value: Interval) -> str:
 def _record(study: Study, wanted: Sweep) -> SweepRecord:
     best = study.best()
     trials = sorted((_trial(trial, wanted) for trial in study.ended()), key=lambda trial: _rank(trial, best, wanted))
+    goals = [
+        Goal(label=str(objective), minimize=objective.minimize, shared_arms=_shared_arms(study, objective, number))
+        for number, objective in enumerate(wanted.objectives)
+    ]
+    doubts = [] if is_smoke(wanted.profile) else [*_no_gain(goals, trials), *_doubts(study, best)]
     return SweepRecord(
         name=wanted.folder.name,
         recipe=wanted.recipe,
@@ -96,10 +101,7 @@ def _record(study: Study, wanted: Sweep) -> SweepRecord:
         summary=wanted.config.summary,
         search=wanted.config.search.value,
         number=wanted.number,
-        goals=[
-            Goal(label=str(objective), minimize=objective.minimize, shared_arms=_shared_arms(study, objective, number))
-            for number, objective in enumerate(wanted.objectives)
-        ],
+        goals=goals,
         parameters=[
             Parameter(
                 key=parameter.key,
@@ -114,8 +116,19 @@ def _record(study: Study, wanted: Sweep) -> SweepRecord:
         best=best,
         verdict=_verdict(trials, best, wanted, _by_prompt(study, wanted)),
         importance=_importance(study, wanted),
-        cautions=[*wanted.cautions, *([] if is_smoke(wanted.profile) else _doubts(study, best))],
+        cautions=[*wanted.cautions, *doubts],
     )
+
+
+def _no_gain(goals: Sequence[Goal], trials: Sequence[Trial]) -> list[str]:
+    """The arm that the sweep does not train and no trial surpasses, if there is one. The best trial comes first."""
+    if len(goals) > 1 or not trials or not trials[0].figures or not goals[0].shared_arms:
+        return []
+    sign = -1 if goals[0].minimize else 1
+    label, value = max(goals[0].shared_arms.items(), key=lambda arm: sign * arm[1].mean)
+    if sign * trials[0].figures[0].mean > sign * value.mean:
+        return []
+    return [f"no trial does better than {label}, {value.mean:.3f}, which is the same in all of them"]
 
 
 def _shared_arms(study: Study, objective: Objective, number: int) -> dict[str, Interval]:

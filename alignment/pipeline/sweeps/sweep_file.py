@@ -20,6 +20,7 @@ from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Searc
 from alignment.config.typed import sweep_from_plain
 from alignment.core.errors import AlignmentError, ConfigError
 from alignment.core.fingerprint import digest
+from alignment.data.missing_files import similar_name
 from alignment.pipeline.backends import feasibility, slurm
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.sweeps import objectives, reported
@@ -72,7 +73,8 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
     path = Path(name) if name.endswith(".yaml") else conf_folder() / "sweep" / f"{name}.yaml"
     if not path.is_file():
         if "/" in name or name.endswith(".yaml"):
-            raise ConfigError(f"no file {name}", where="SWEEP", remedy="your own sweep must be a .yaml file")
+            remedy = similar_name(path) or "give the path of a .yaml file, or the name of a shipped sweep"
+            raise ConfigError(f"no file {name}", where="SWEEP", remedy=remedy)
         known = sorted(file.stem for file in (conf_folder() / "sweep").glob("*.yaml"))
         raise ConfigError(
             f"no sweep {name!r}; {suggestion(name, known)}", where="SWEEP", remedy="or give the path of a .yaml file"

@@ -15,8 +15,9 @@ from alignment.config.store import GROUPS, conf_folder, recipe_names, recipes_fo
 from alignment.config.typed import convert, typed
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan import references, settings
-from alignment.pipeline.plan.compose import compose
+from alignment.pipeline.plan.compose import compose, find_recipe
 from alignment.pipeline.plan.plan import make_plan
+from alignment.pipeline.sweeps.sweep_file import read_sweep
 from alignment.stages.ppo.batch_sizes import size_faults
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.registry import config_classes, trains
@@ -582,3 +583,13 @@ def test_a_list_and_a_group_that_are_confused_are_named(tmp_path: Path, stages: 
     with pytest.raises(ConfigError) as caught:
         make_plan(str(recipe), [])
     assert f"{recipe}: {words}" in str(caught.value)
+
+
+def test_a_misspelt_file_of_a_recipe_or_sweep_is_named(tmp_path: Path) -> None:
+    (tmp_path / "measures.yaml").touch()
+    with pytest.raises(ConfigError, match=r"no file .*/mesures\.yaml\n  → did you mean .*/measures\.yaml\?"):
+        find_recipe(str(tmp_path / "mesures.yaml"))
+    with pytest.raises(ConfigError, match="→ shipped recipes: "):
+        find_recipe(str(tmp_path / "birds.yaml"))
+    with pytest.raises(ConfigError, match=r"no file .*/mesures\.yaml\n  → did you mean .*/measures\.yaml\?"):
+        read_sweep("quickstart", str(tmp_path / "mesures.yaml"), [])

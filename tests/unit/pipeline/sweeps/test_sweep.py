@@ -107,6 +107,28 @@ def test_arms_that_all_trials_share_are_shown_to_compare_with(runs: Runs) -> Non
     assert f"{begins.capitalize()} (0.081 to 0.121) and sft 0.528 (0.508 to 0.548)." in page
 
 
+@pytest.mark.parametrize(("sft", "warned"), [(0.5, True), (0.499, False)])
+def test_a_sweep_whose_best_trial_gains_nothing_says_so(runs: Runs, sft: float, warned: bool) -> None:
+    runs.figure = lambda told: 0.5 if told["stages.dpo.beta"] == "0.3" else 0.4
+    runs.other_arms = lambda told: [arm("base", 0.101), arm("stage:sft", sft)]
+    _, printed = go(runs)
+    caution = "no trial does better than sft, 0.500, which is the same in all of them"
+    assert (f"caution: {caution}\n" in printed) == warned
+    page = (runs.output / "sweeps/quickstart.dpo_beta/sweep.html").read_text()
+    assert (f"{caution.capitalize()}." in page) == warned
+
+
+@pytest.mark.parametrize(("base", "warned"), [(0.4, True), (0.6, False)])
+def test_a_sweep_towards_small_figures_gains_by_smaller_ones(
+    runs: Runs, tmp_path: Path, base: float, warned: bool
+) -> None:
+    runs.figure = lambda told: 0.5
+    runs.other_arms = lambda told: [arm("base", base)]
+    objective = {"arm": "stage:dpo", "metric": METRIC, "minimize": True}
+    _, printed = go(runs, own(runs, tmp_path, objective=objective, search="grid", parameters=GRID))
+    assert ("no trial does better than base, 0.400" in printed) == warned
+
+
 def test_an_arm_that_the_settings_reach_is_not_shared_even_if_its_value_stays(runs: Runs, tmp_path: Path) -> None:
     runs.figure = lambda told: 0.5
     runs.other_arms = lambda told: [arm("base", 0.101), arm("stage:sft", 0.528)]
