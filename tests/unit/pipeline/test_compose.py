@@ -590,6 +590,6 @@ def test_a_misspelt_file_of_a_recipe_or_sweep_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no file .*/mesures\.yaml\n  → did you mean .*/measures\.yaml\?"):
         find_recipe(str(tmp_path / "mesures.yaml"))
     with pytest.raises(ConfigError, match="→ shipped recipes: "):
-        find_recipe(str(tmp_path / "birds.yaml"))
+        find_recipe(str(tmp_path / "quite-another.yaml"))
     with pytest.raises(ConfigError, match=r"no file .*/mesures\.yaml\n  → did you mean .*/measures\.yaml\?"):
         read_sweep("quickstart", str(tmp_path / "mesures.yaml"), [])
