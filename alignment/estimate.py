@@ -49,7 +49,7 @@ from alignment.costs.shadows import Key, Operation
 from alignment.costs.storing import seconds_a_byte
 from alignment.costs.work import bytes_of, flop_of
 from alignment.job import StageSpec
-from alignment.records.cost import ASKED, FILE, PhaseCost, RunCost, StageCost
+from alignment.records.cost import ASKED, FILE, PROGRESS, PhaseCost, RunCost, StageCost
 from alignment.stages.registry import kind_of
 from alignment.stages.stage_file import read_spec
 from alignment.training.checkpoints import NUM_STORED
@@ -109,7 +109,9 @@ def main() -> int:
     for one_stage in asked:
         timer.processes = one_stage["processes"]
         timer.startup = startup if timer.processes > 1 else 0.0  # others find the libraries imported
-        cost = cost_of(_within(options.folder, one_stage["file"]), timer, publishes=True)
+        spec = _within(options.folder, one_stage["file"])
+        _announce(options.folder, f"estimating {spec.stage}")
+        cost = cost_of(spec, timer, publishes=True)
         stages.append(_with_remedy(cost, one_stage["cheaper"], timer, options))
         trades += [_trade(cost, way, timer, options.folder) for way in one_stage["ways"]]
     cost_of_run = RunCost(
@@ -154,9 +156,17 @@ def _with_remedy(
 
     def estimate(way: Way, settings: Mapping[str, Any]) -> StageCost:
         spec = _within(options.folder, way.file)
+        tried = [f"stages.{spec.stage}.{field}={json.dumps(value)}" for field, value in settings.items()]
+        _announce(options.folder, f"{spec.stage} does not fit; trying {' '.join([*way.overrides, *tried])}")
         return cost_of(replace(spec, config=with_settings(spec.config, settings)), untimed, publishes=False)
 
     return with_remedy(cost, [Way.from_plain(way) for way in ways], options.memory or math.inf, estimate)
+
+
+def _announce(folder: Path, line: str) -> None:
+    """Tells the driver what is being done."""
+    with (folder / PROGRESS).open("a", encoding="utf-8") as stream:
+        stream.write(f"{line}\n")
 
 
 def _trade(cost: StageCost, way: Mapping[str, Any], timer: Timer, folder: Path) -> StageCost:

@@ -111,6 +111,17 @@ class Shadow(torch.Tensor):
         shadow.meta = meta
         return shadow
 
+    @property
+    def data(self) -> Tensor:
+        """The tensor without its history."""
+        return torch.Tensor.data.__get__(self)  # type: ignore[attr-defined,no-any-return]
+
+    @data.setter
+    def data(self, new: Tensor) -> None:
+        """Takes over the memory of another shadow, too, which the assignment alone would leave out."""
+        torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
+        self.meta = new.meta  # type: ignore[attr-defined]
+
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Shadow({tuple(self.shape)}, {self.dtype})"
 

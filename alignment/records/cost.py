@@ -10,6 +10,8 @@ from alignment.core import typed_json
 FILE = "cost.json"
 ASKED = "asked.json"
 """In the folder that ``python -m alignment.estimate`` gets: stage files, and those of their variants."""
+PROGRESS = "progress.txt"
+"""Lines for the user, which it writes to that folder while it works."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,7 @@ def test_a_plan_says_what_its_stages_would_need_and_the_next_one_remembers(new_a
     printed = align("plan", "--cost", *trained)
     lines = {line.split()[0]: line for line in printed.splitlines() if " GB " in line and "stages." not in line}
     assert set(lines) >= {"sft", "dpo"}
+    assert "estimating sft\nestimating dpo\n" in printed, "it says how far it is"
     assert "cannot be estimated" not in printed
     assert not (align.output / "runs").exists()
     assert [path.name for path in (align.output / "artifacts").iterdir()] == [".cost"]

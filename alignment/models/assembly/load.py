@@ -268,9 +268,10 @@ def frozen_copy(model: PreTrainedModel, products: torch.dtype) -> PreTrainedMode
 
     Autocast rounds the original's weights to the same numbers at each use, so both models give exactly the same output.
     """
-    copied = copy.deepcopy(model, same_file(model)).requires_grad_(False)
-    tied = copied.get_input_embeddings().weight
-    for module in copied.modules():
-        if type(module) is torch.nn.Linear and module.weight is not tied:
-            convert(module, products)
+    with memory_for(WEIGHTS):
+        copied = copy.deepcopy(model, same_file(model)).requires_grad_(False)
+        tied = copied.get_input_embeddings().weight
+        for module in copied.modules():
+            if type(module) is torch.nn.Linear and module.weight is not tied:
+                convert(module, products)
     return copied

@@ -28,7 +28,7 @@ from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.pipeline.plan.variants import WAYS, choices, way_of_training, ways_with_less
 from alignment.pipeline.sources.model_sources import resolve_shapes
-from alignment.records.cost import ASKED, FILE, RunCost, StageCost
+from alignment.records.cost import ASKED, FILE, PROGRESS, RunCost, StageCost
 from alignment.stages.base import RunsOn
 from alignment.stages.registry import as_trained, kind_of
 
@@ -56,11 +56,12 @@ def estimate(
     _clear(_folder(plan))
     folder.mkdir(parents=True)
     names = ", ".join(stage.name for stage in stages)
-    announce(f"estimating {names}: half a minute or more for each stage; nothing is trained")
+    announce(f"{names}: half a minute or more for each stage and each way that is tried; nothing is trained")
     try:
         asked = [_asked(plan, stage, folder, trade=trade, with_remedies=memory > 0) for stage in stages]
         write_json(folder / ASKED, asked)
-        cost = _in_process(folder, ["--device", device, "--memory", str(memory), *["--as-run"] * as_run])
+        options = ["--device", device, "--memory", str(memory), *["--as-run"] * as_run]
+        cost = _in_process(folder, options, announce=announce)
         for stage, own in zip(stages, cost.stages, strict=True):
             if not own.error and not as_run:
                 RunCost(device=device, memory=memory, stages=[own]).write(_file(plan, stage, device))
@@ -156,14 +157,21 @@ def free_disk(plan: Plan) -> float:
     return float(shutil.disk_usage(folder).free)
 
 
-def _in_process(folder: Path, options: Sequence[str]) -> RunCost:
+def _in_process(folder: Path, options: Sequence[str], *, announce: Callable[[str], None]) -> RunCost:
     argv = [sys.executable, "-m", "alignment.estimate", str(folder), *options]
     variables = environment.of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
     variables |= {DEVICE: "cpu", **dict.fromkeys(hardware.VISIBLE, "")}  # shapes need no GPU
-    log = folder / "log.txt"
-    code = processes.execute(
-        Command(argv=tuple(argv), environment=variables), log=log, on_poll=lambda: None, grace_seconds=1.0
-    )
+    log, progress = folder / "log.txt", folder / PROGRESS
+    progress.touch()
+    with progress.open(encoding="utf-8") as stream:
+
+        def show_progress() -> None:
+            for line in stream:
+                announce(line.rstrip("\n"))
+
+        code = processes.execute(
+            Command(argv=tuple(argv), environment=variables), log=log, on_poll=show_progress, grace_seconds=1.0
+        )
     if code:
         last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
         raise StageError(f"the cost cannot be estimated: {' '.join(last)}", remedy="report this with the recipe")

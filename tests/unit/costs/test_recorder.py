@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from alignment.costs.recorder import CACHE, GRADIENTS, LOGITS, WEIGHTS, Recorder, memory_for
+from alignment.costs.recorder import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, WEIGHTS, Recorder, memory_for
 from alignment.costs.work import bytes_of, flop_of
+from alignment.models.assembly.load import frozen_copy
 
 WIDTH = 64
 SQUARE = WIDTH * WIDTH * 4
@@ -47,6 +49,46 @@ def test_memory_has_the_name_of_what_it_is_for() -> None:
     assert parts[WEIGHTS] == SQUARE
     assert parts[CACHE] == SQUARE
     assert parts[LOGITS] == logits.numel() * 4
+
+
+def test_a_weight_whose_data_are_replaced_has_the_size_of_the_new_ones() -> None:
+    recorder = Recorder()
+    with recorder.recording():
+        with memory_for(WEIGHTS):
+            layer = nn.Linear(WIDTH, WIDTH, bias=False)
+            layer.weight.data = layer.weight.data.to(torch.bfloat16)
+        assert recorder.memory.now == {WEIGHTS: SQUARE // 2}
+        assert isinstance(layer.weight, nn.Parameter)
+        assert layer.weight.dtype is torch.bfloat16
+        assert layer(torch.empty(WIDTH, WIDTH, dtype=torch.bfloat16)).dtype is torch.bfloat16
+
+
+def test_a_frozen_copy_is_weights_in_the_dtype_of_products() -> None:
+    """Two linear layers in bfloat16 beside the embeddings, which are tied to the head and stay as they are."""
+    recorder = Recorder()
+    with recorder.recording():
+        with memory_for(WEIGHTS):
+            model = LlamaForCausalLM(
+                LlamaConfig(
+                    hidden_size=WIDTH,
+                    intermediate_size=128,
+                    num_hidden_layers=1,
+                    vocab_size=256,
+                    tie_word_embeddings=True,
+                )
+            )
+        own = recorder.memory.now[WEIGHTS]
+        tied = model.get_input_embeddings().weight
+        linear = sum(
+            module.weight.nbytes
+            for module in model.modules()
+            if type(module) is nn.Linear and module.weight is not tied
+        )
+        copied = frozen_copy(model, torch.bfloat16)
+        assert recorder.memory.now[WEIGHTS] == 2 * own - linear // 2
+        assert recorder.memory.now[ACTIVATIONS] == 0
+        del copied
+        assert recorder.memory.now[WEIGHTS] == own
 
 
 def test_adam_takes_sixteen_bytes_a_weight() -> None:
