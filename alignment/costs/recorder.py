@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,10 @@ WEIGHTS, GRADIENTS, OPTIMIZER, CACHE, LOGITS, ACTIVATIONS = (
 )
 """What memory is for. All that is none of the others counts as activations."""
 
+
+_MOST_BATCHES = 8
+"""Batches of equal work that are run on shadows."""
+_Batch = TypeVar("_Batch")
 
 Operations = Counter[Key]
 """How often each operation ran."""
@@ -50,7 +55,8 @@ class Recorder:
     ``period`` optimiser steps of ``all_steps`` were run last; ``step_operations`` are theirs, by phase, and
     ``tokens_of_period`` the tokens that they read, where ``mean_tokens`` a step are expected. ``trained`` and
     ``weights`` count numbers, ``trained_bytes`` those of the first. Held-out rows are read every ``look_every``
-    steps, and were read ``looks_taken`` times. ``moments`` are the bytes of the optimiser.
+    steps, and were read ``looks_taken`` times. ``moments`` are the bytes of the optimiser. An operation counts
+    ``times`` times.
     """
 
     def __init__(self, *, for_gpu: bool = False, tries_longest: bool = True) -> None:
@@ -73,6 +79,7 @@ class Recorder:
         self.moments = 0
         self.vocabulary = 0
         self.name = "starting"
+        self.times = 1
         self._compiled = 0
         self._before: dict[str, Operations] = {}
         self._before_steps: dict[str, Operations] = {}
@@ -151,7 +158,7 @@ class Recorder:
         if key not in self.examples:
             self.examples[key] = operation()
             self._compiled += is_compiled(self.examples[key])
-        self.phases[self.name].operations[key] += 1
+        self.phases[self.name].operations[key] += self.times
 
     def _label_of(self, results: Sequence[Tensor]) -> str:
         """Logits are known by their width; other memory has the label of the ``with`` block that it is taken in."""
@@ -172,6 +179,24 @@ def recorder() -> Recorder | None:
 def on_shadows() -> bool:
     """Whether a stage runs on shadows, so that what it computes means nothing and is not to be judged."""
     return _current is not None
+
+
+def some_of(batches: Sequence[_Batch], size: Callable[[_Batch], int]) -> Iterator[_Batch]:
+    """All batches; on shadows only the largest and a few others, whose operations count for those left out.
+
+    So the time of a plan does not grow with the number of rows.
+    """
+    if _current is None or len(batches) <= _MOST_BATCHES:
+        yield from batches
+        return
+    largest = max(range(len(batches)), key=lambda place: size(batches[place]))
+    places = sorted({largest, *range(0, len(batches), -(-len(batches) // _MOST_BATCHES))})
+    for place, after in zip(places, [*places[1:], len(batches)], strict=True):
+        _current.times = after - place
+        try:
+            yield batches[place]
+        finally:
+            _current.times = 1
 
 
 def memory_for(label: str) -> AbstractContextManager[None]:

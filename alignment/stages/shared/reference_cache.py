@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.core.files import remove_leftovers, replacing
-from alignment.costs.recorder import on_shadows
+from alignment.costs.recorder import on_shadows, some_of
 from alignment.models.assembly.load import Lineage, products_in
 from alignment.models.assembly.weight_file import write_weights
 from alignment.models.assembly.weights_hash import weights_sha256
@@ -102,12 +102,19 @@ def _interleaved(shares: Sequence[Tensor]) -> Tensor:
 @torch.no_grad()
 def _sums(policy: PreTrainedModel, rows: Dataset, answer: str, *, tokens: int) -> Tensor:
     """``[rows]`` log-probabilities of the answers in the column ``answer``."""
+
+    def size(micro_batch: range) -> int:
+        texts = rows[micro_batch.start : micro_batch.stop]
+        return sum(map(len, [*texts["prompt"], *texts[answer]]))
+
     sums: list[Tensor] = []
-    for micro_batch in micro_batches_of(rows_of(rows, "prompt", answer), tokens=tokens):
+    for micro_batch in some_of(micro_batches_of(rows_of(rows, "prompt", answer), tokens=tokens), size):
         texts = rows[micro_batch.start : micro_batch.stop]
         part = answer_stream(texts["prompt"], texts[answer], policy.device)
         logprobs = answer_statistics(policy, part).logprobs
         sums += [row.sum() for row in logprobs.split(list(part.lengths))]
+    if len(sums) < len(rows):
+        return torch.ones(len(rows))  # on shadows, where no number means anything
     return torch.stack(sums).cpu() if sums else torch.empty(0)
 
 

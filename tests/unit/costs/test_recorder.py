@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import pytest
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from alignment.costs.recorder import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, WEIGHTS, Recorder, memory_for
+from alignment.costs.recorder import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, WEIGHTS, Recorder, memory_for, some_of
 from alignment.costs.work import bytes_of, flop_of
 from alignment.models.assembly.load import frozen_copy
+from alignment.models.forward.flat import use_flat_attention
+from alignment.stages.shared import reference_cache
 
 WIDTH = 64
 SQUARE = WIDTH * WIDTH * 4
@@ -198,3 +204,40 @@ def test_what_is_done_before_and_after_the_steps_is_known_apart() -> None:
     outside = recorder.operations_outside_steps("training")
     names = [recorder.examples[key].func.__name__.split(".")[0] for key in outside.elements()]
     assert sorted(name for name in names if name != "empty") == ["cos", "exp", "exp"]
+
+
+def test_a_few_batches_stand_for_many_and_the_largest_is_among_them() -> None:
+    sizes = [64] * 100 + [256] + [64] * 60
+    recorder = Recorder()
+    weight = torch.ones(WIDTH, WIDTH)
+    with recorder.recording():
+        run = 0
+        for size in some_of(sizes, int):
+            torch.empty(size, WIDTH) @ weight
+            run += 1
+    assert run <= 9
+    products = Counter(
+        {key[1]: count for key, count in recorder.phases["starting"].operations.items() if "mm" in str(key[0])}
+    )
+    assert products.total() == len(sizes)
+    assert len(products) == 2, "of both sizes"
+    assert list(some_of(sizes, int)) == sizes, "outside of an estimate all of them run"
+
+
+def test_the_reference_of_many_rows_is_planned_on_few() -> None:
+    """As many operations as there would be, on a number of micro-batches that does not grow with the rows."""
+    counts, memory = [], []
+    for rows in (16, 160):
+        recorder = Recorder()
+        with recorder.recording():
+            model = LlamaForCausalLM(LlamaConfig(hidden_size=WIDTH, intermediate_size=128, num_hidden_layers=1))
+            use_flat_attention(model.eval())
+            pairs = Dataset.from_dict({"prompt": [[5] * 20] * rows, "chosen": [[6] * 12] * rows})
+            sums = reference_cache._sums(model, pairs, "chosen", tokens=64)
+        assert sums.shape == (rows,)
+        phase = recorder.phases["starting"]
+        products = [count for key, count in phase.operations.items() if "addmm" in str(key[0]) or ".mm." in str(key[0])]
+        counts.append(sum(products))
+        memory.append(phase.peak)
+    assert counts[1] == pytest.approx(10 * counts[0], rel=0.1), "but for what only a first pass does"
+    assert memory[1] == memory[0]
