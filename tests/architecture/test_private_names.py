@@ -214,6 +214,8 @@ CONTRACTS: dict[str, tuple[str, Callable[[], bool]]] = {
     "_registry": ("Python", _finalizers_are_listed),
     "_C": ("torch", lambda: callable(torch._C._disabled_torch_function_impl)),
     "_disabled_torch_function_impl": ("torch", lambda: callable(torch._C._disabled_torch_function_impl)),
+    "__get__": ("torch", lambda: hasattr(torch.Tensor.data, "__get__")),
+    "__set__": ("torch", lambda: hasattr(torch.Tensor.data, "__set__")),
     "_make_wrapper_subclass": ("torch", lambda: callable(torch.Tensor._make_wrapper_subclass)),
     "_cdata": ("torch", lambda: isinstance(torch.empty(1).untyped_storage()._cdata, int)),
     "_python_dispatch": ("torch", lambda: has(torch.utils._python_dispatch, "TorchDispatchMode")),
@@ -255,6 +257,7 @@ UNDOCUMENTED: dict[str, tuple[str, Callable[[], bool]]] = {
     "add_hooks": ("trl", lambda: says("trl", "models/utils.py", "def add_hooks(model")),
     "remove_hooks": ("trl", lambda: says("trl", "models/utils.py", "def remove_hooks(model")),
     "adapter_state_dict_load_map": ("peft", lambda: modules_to_save_has("adapter_state_dict_load_map")),
+    "hash_module": ("trl", lambda: says("trl", "trainer/dpo_trainer.py", "hash_module(self.ref_model or self.model)")),
     "is_user_created": ("wandb", lambda: says("wandb", "sdk/wandb_run.py", "is_user_created: bool = False")),
     "use_after_commit": ("wandb", lambda: says("wandb", "sdk/wandb_run.py", "use_after_commit: bool = False")),
 }

@@ -6,8 +6,10 @@ frozen copy of the model.
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -35,6 +37,8 @@ from alignment.training.micro_batches import Batch, MicroBatches
 from alignment.training.sharding import prepare, read_in_calls
 from alignment.training.trainer_arguments import optimizer_arguments
 
+_HASH = "hash_module"
+
 
 class AgainstStart(MicroBatches):
     """A mix-in for TRL's trainers that compare the policy with ``ref_model``, on rows that are tokenised already.
@@ -51,7 +55,8 @@ class AgainstStart(MicroBatches):
         with warnings.catch_warnings():
             # PEFT warns that loading may confuse TRL's copy, ref, with a prefix; the copy is dropped (make_ready).
             warnings.filterwarnings("ignore", message="Adapter name 'ref' should not be contained in the prefix")
-            super().__init__(*args, **kwargs)
+            with _without_hash(type(self)):
+                super().__init__(*args, **kwargs)
 
     def _precompute_ref_logps(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
         return dataset  # it already has them (reference_cache), or needs none
@@ -69,6 +74,24 @@ class AgainstStart(MicroBatches):
 
         loss: Tensor = super()._compute_loss(forward, inputs, *args, **kwargs)
         return loss
+
+
+@contextmanager
+def _without_hash(trainer: type) -> Iterator[None]:
+    """TRL's trainers without the hash of all weights, which names a cache of TRL that is not used here.
+
+    For eight billion weights it takes a minute, also where no loss needs a reference.
+    """
+    modules = [sys.modules[base.__module__] for base in trainer.__mro__]
+    hashing = {id(module): module for module in modules if hasattr(module, _HASH)}
+    own = {key: getattr(module, _HASH) for key, module in hashing.items()}
+    for module in hashing.values():
+        setattr(module, _HASH, lambda *_: "")
+    try:
+        yield
+    finally:
+        for key, module in hashing.items():
+            setattr(module, _HASH, own[key])
 
 
 def copy_of_start(policy: PreTrainedModel | PeftModel, context: StageContext) -> PreTrainedModel | None:

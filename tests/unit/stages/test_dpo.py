@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from trl.trainer import dpo_trainer
 
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.core.errors import StageError
@@ -43,6 +44,19 @@ def test_a_precomputed_reference_is_what_the_starting_policy_says_of_every_row(t
     for side in ("chosen", "rejected"):
         plain = [plain_logprob(policy, pair.prompt, getattr(pair, side)) for pair in as_pairs(pairs)]
         close(trainer.train_dataset[f"ref_{side}_logps"], plain, rtol=1e-4)
+
+
+def _must_not_hash(*_: object) -> str:
+    raise AssertionError("all weights would be read once more")
+
+
+def test_a_precomputed_reference_reads_the_weights_no_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dpo_trainer, "hash_module", _must_not_hash)
+    chained = Chained(tmp_path)
+    chained.run("dpo", LORA, config=config_of("dpo", LORA, precompute_reference=True))
+    assert dpo_trainer.hash_module is _must_not_hash, "it is put back"
 
 
 def test_a_reference_stands_beside_its_own_pair_where_rows_are_drawn() -> None:

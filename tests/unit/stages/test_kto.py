@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from trl import KTOConfig as TrlKtoConfig
 from trl import KTOTrainer
+from trl.trainer import kto_trainer
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.optim import OptimConfig, Schedule
@@ -173,6 +174,16 @@ def test_the_first_loss_is_half_the_mean_weight(tmp_path: Path, adapter: Adapter
     loss, _ = step(trainer)
     assert loss == pytest.approx(0.5 * (4 * 1.5 + 2 * 0.6) / 6, rel=1e-5)
     assert trainer._metrics["train"]["kl"] == pytest.approx([0.0], abs=1e-4)
+
+
+def test_a_precomputed_reference_reads_the_weights_no_second_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> str:
+        raise AssertionError("all weights would be read once more")
+
+    monkeypatch.setattr(kto_trainer, "hash_module", refuse)
+    made(tmp_path, precompute_reference=True)
 
 
 def test_the_loss_and_its_gradient_are_those_of_the_paper_with_a_precomputed_reference(tmp_path: Path) -> None:
