@@ -66,11 +66,16 @@ class HeldOut:
                 self._locations[run].add(located.where)
 
     def overlaps(self, texts: Iterable[LocatedText]) -> Iterator[Overlap]:
-        """Yields, for each text, the held-out text with the largest overlap, if that is at least ``LIKELY``."""
+        """Yields, for each text, the held-out text with the largest overlap, if that is at least ``LIKELY``.
+
+        Of several with equal overlaps it is the one whose location comes first as text, so that every call names the
+        same one.
+        """
         for located in texts:
-            shares = self.shares(located.text)
-            if shares and (best := max(shares.items(), key=lambda item: item[1]))[1] >= LIKELY:
-                yield Overlap(learned=located.where, held_out=best[0], share=best[1])
+            if shares := self.shares(located.text):
+                where, share = min(shares.items(), key=lambda item: (-item[1], item[0]))
+                if share >= LIKELY:
+                    yield Overlap(learned=located.where, held_out=where, share=share)
 
     def shares(self, text: str) -> dict[str, float]:
         """Per location of a held-out text, the share of its runs that are in ``text``; texts without any are left

@@ -36,6 +36,12 @@ def test_a_text_of_a_few_words_counts_as_a_whole() -> None:
     assert _found("Two plus three", "two plus two?") == []
 
 
+def test_of_equal_overlaps_every_call_names_the_same() -> None:
+    held_out = HeldOut(LocatedText(where=f"eval:{number}", text=TEXT) for number in range(100, 140))
+    (overlap,) = held_out.overlaps([LocatedText(where="train:1", text=TEXT)])
+    assert overlap.held_out == "eval:100"
+
+
 def test_nothing_is_like_nothing() -> None:
     assert _found("", "") == []
     assert _found("?", "!") == []
