@@ -27,7 +27,7 @@ WEIGHTS, GRADIENTS, OPTIMIZER, CACHE, LOGITS, ACTIVATIONS = (
 
 
 _MOST_BATCHES = 8
-"""Batches of equal work that are run on shadows."""
+"""Batches that are run on shadows beside the largest."""
 _Batch = TypeVar("_Batch")
 
 Operations = Counter[Key]
@@ -190,11 +190,13 @@ def some_of(batches: Sequence[_Batch], size: Callable[[_Batch], int]) -> Iterato
         yield from batches
         return
     largest = max(range(len(batches)), key=lambda place: size(batches[place]))
-    places = sorted({largest, *range(0, len(batches), -(-len(batches) // _MOST_BATCHES))})
-    for place, after in zip(places, [*places[1:], len(batches)], strict=True):
-        _current.times = after - place
+    yield batches[largest]
+    others = [batch for place, batch in enumerate(batches) if place != largest]
+    step = -(-len(others) // _MOST_BATCHES)
+    for place in range(0, len(others), step):
+        _current.times = min(step, len(others) - place)
         try:
-            yield batches[place]
+            yield others[place]
         finally:
             _current.times = 1
 

@@ -120,7 +120,7 @@ class Shadow(torch.Tensor):
     def data(self, new: Tensor) -> None:
         """Takes over the memory of another shadow, too, which the assignment alone would leave out."""
         torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
-        self.meta = new.meta  # type: ignore[attr-defined]
+        self.meta = new.meta if isinstance(new, Shadow) else shape_of(new)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Shadow({tuple(self.shape)}, {self.dtype})"

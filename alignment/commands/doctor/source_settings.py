@@ -55,4 +55,4 @@ def _as_typed(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"{{{', '.join(f'{key}: {_as_typed(item)}' for key, item in value.items())}}}"
     text = str(value)
-    return text if _PLAIN.fullmatch(text) else '"' + text.replace('"', '\\"') + '"'
+    return text if _PLAIN.fullmatch(text) else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

@@ -41,7 +41,7 @@ class FollowedRun:
 
     def explanation(self, view: RunView) -> list[str]:
         """What is known about a run that was killed, or that cannot be seen from here; empty for others."""
-        return explanation(self.folder, view.record, self._jobs)
+        return explanation(self.folder, view.record)
 
     def _jobs(self, _: Path) -> Mapping[str, str] | None:
         self._ask()

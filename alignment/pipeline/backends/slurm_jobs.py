@@ -21,8 +21,8 @@ FILE = "jobs.json"
 
 _POLL_SECONDS = 5.0
 _SHOWN_LATE_SECONDS = 60.0
-_CONTINUES = "it saved before it ended, so run the same command to continue; "
 """Time within which a shared file system shows here what another machine has written."""
+_CONTINUES = "it saved before it ended, so run the same command to continue; "
 _FORGOTTEN = Job(state="COMPLETED", reason="Slurm has forgotten it")
 
 

@@ -173,7 +173,8 @@ def _in_process(folder: Path, options: Sequence[str], *, announce: Callable[[str
             Command(argv=tuple(argv), environment=variables), log=log, on_poll=show_progress, grace_seconds=1.0
         )
     if code < 0:
-        raise StageError(f"the process that estimates the cost was ended by signal {-code}")
+        ended = f"the process that estimates the cost was ended by signal {-code}"
+        raise StageError(ended, remedy="run it again; signal 9 often means that the machine ran out of memory")
     if code:
         last = log.read_text(encoding="utf-8", errors="replace").splitlines()[-1:]
         raise StageError(f"the cost cannot be estimated: {' '.join(last)}", remedy="report this with the recipe")

@@ -73,8 +73,8 @@ def _within(arm: ArmForgetting, limits: Limits) -> Iterator[str]:
 
 def _percent(change: Interval) -> str:
     """``+2.0% (+1.5% to +2.5%)``, without bounds that are not known."""
-    bounds = "" if change.bounds is None else f" ({change.bounds[0]:+.1%} to {change.bounds[1]:+.1%})"
-    return f"{change.mean:+.1%}{bounds}"
+    bounds = "" if change.bounds is None else f" ({change.bounds[0]:+z.1%} to {change.bounds[1]:+z.1%})"
+    return f"{change.mean:+z.1%}{bounds}"
 
 
 def _sentences(stage: str, record: Forgetting) -> Iterator[str]:

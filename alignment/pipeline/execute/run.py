@@ -404,10 +404,12 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, workers: Workers,
                 stage=stage.name,
             )
 
+    log = folder / "log.txt"
+    logged = log.stat().st_size if log.exists() else 0
     with machines.announced(folder, launch, stage.fingerprint):
         code = processes.execute(
             workers.command_for(launch, stage_file),
-            log=folder / "log.txt",
+            log=log,
             on_poll=on_poll,
             on_stop=lambda stop: display.note(acknowledgement(stop)),
             grace_seconds=launch.grace_seconds,
@@ -416,7 +418,9 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, workers: Workers,
         )
     for note in worker_protocol.notes(folder):
         display.note(f"{stage.name}: {note}")
-    worker_protocol.raise_for_status(folder, code=code, stage=stage.name, kinds=[stage.config.kind], work=stage.work)
+    worker_protocol.raise_for_status(
+        folder, code=code, stage=stage.name, kinds=[stage.config.kind], work=stage.work, since=logged
+    )
     manifest = read_manifest(stage.artifact)
     if manifest is None or manifest.fingerprint != stage.fingerprint:
         raise ArtifactError(

@@ -16,7 +16,7 @@ from alignment.pipeline.execute.durations import duration
 from alignment.pipeline.execute.run_view import KILLED, RUNNING, UNKNOWN, work_folder
 from alignment.records.run import FILE, RunRecord, StageEntry
 
-_SAVED = ("interrupted", "preempted")
+_ASKED_TO_STOP = ("interrupted", "preempted")
 """The states of a run that was asked to stop."""
 LiveJobs = Callable[[Path], Mapping[str, str] | None]
 """The jobs of a run that wait or run, by stage; None if Slurm does not answer."""
@@ -53,14 +53,12 @@ def elsewhere(run_folder: Path) -> str:
     return "" if host == socket.gethostname() else host
 
 
-def explanation(
-    run_folder: Path, record: RunRecord, live_jobs: LiveJobs = slurm_jobs.live, *, now: Callable[[], float] = time.time
-) -> list[str]:
+def explanation(run_folder: Path, record: RunRecord, *, now: Callable[[], float] = time.time) -> list[str]:
     """What is known about a run that stopped before its end, or may have, and what to do; empty for other states.
 
     ``record`` is that of ``as_it_is``.
     """
-    if record.state in _SAVED:
+    if record.state in _ASKED_TO_STOP:
         return ["it was stopped; run the same command to continue"]
     if record.state not in (KILLED, UNKNOWN):
         return []
@@ -69,7 +67,7 @@ def explanation(
     seen = f"the last sign of life was {ago} ago"
     if record.state == UNKNOWN:
         host = elsewhere(run_folder)
-        why = "Slurm does not answer" if live_jobs(run_folder) is None else f"it was started on {host}"
+        why = f"it was started on {host}" if host else "Slurm does not answer"
         return [
             f"{name} may still be running, which cannot be seen from here ({why}); {seen}",
             "if it has ended, run the same command to continue",
@@ -94,9 +92,11 @@ def last_sign_of_life(run_folder: Path, record: RunRecord) -> float:
 
 
 def _as_left(entry: StageEntry) -> StageEntry:
-    """The entry of a stage of a killed run. Its processes hold the stage's lock as long as they live."""
+    """The entry of a stage of a killed run. Its processes hold one of two locks as long as they live."""
+    if entry.state != RUNNING:
+        return entry
     work = work_folder(entry)
-    if entry.state != RUNNING or is_held(work / "lock"):
+    if is_held(work / "lock") or is_held(work / "worker.lock"):
         return entry
     return replace(entry, state=KILLED, seconds=_seconds(entry, work))
 

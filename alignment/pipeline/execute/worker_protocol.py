@@ -87,9 +87,12 @@ def _model(config: ModelConfig) -> dict[str, Any]:
     return plain if file is None else plain | {"chat_template": f"path:{file}"}
 
 
-def raise_for_status(folder: Path, *, code: int, stage: str, kinds: Iterable[str], work: Path | None = None) -> None:
+def raise_for_status(
+    folder: Path, *, code: int, stage: str, kinds: Iterable[str], work: Path | None = None, since: int = 0
+) -> None:
     """Returns if the stage in ``folder`` ended well; ``code`` is its launcher's exit code. ``work`` is where it wrote
-    what it was doing. ``kinds`` are the kinds of stage whose code ran.
+    what it was doing. ``kinds`` are the kinds of stage whose code ran. ``since`` are the bytes of its log that earlier
+    attempts wrote.
 
     Raises:
         Preempted: it saved and stopped on request.
@@ -98,7 +101,7 @@ def raise_for_status(folder: Path, *, code: int, stage: str, kinds: Iterable[str
     """
     log = folder / "log.txt"
     status = Status.read(folder)
-    printed = "\n".join(_last_lines(log, _REPORT_LINES)) if log.exists() else ""
+    printed = "\n".join(_last_lines(log, _REPORT_LINES, since=since)) if log.exists() else ""
     first = first_failure(printed)
     if status is None and is_full(folder):
         raise _without_room(folder, stage)
@@ -150,8 +153,8 @@ def tail(log: Path) -> str:
     return "\n".join(f"  | {line}" for line in _last_lines(log, _TAIL_LINES))
 
 
-def _last_lines(log: Path, number: int) -> list[str]:
-    return log.read_text(encoding="utf-8", errors="replace").splitlines()[-number:]
+def _last_lines(log: Path, number: int, *, since: int = 0) -> list[str]:
+    return log.read_bytes()[since:].decode(errors="replace").splitlines()[-number:]
 
 
 def commit_of_checkout(root: Path) -> str:
@@ -173,7 +176,7 @@ def _who(first: ProcessFailure | None) -> str:
 
 def _how(code: int, first: ProcessFailure | None, printed: str) -> str:
     """A launcher has its own exit code for a worker's signal, and names the signal in its output."""
-    if first is not None and first.is_killed:
+    if first is not None:
         code, printed = first.exit_code, ""
     if code == -signal.SIGKILL or "SIGKILL" in printed or "Signal 9" in printed:
         return "by signal 9 (often because the machine ran out of memory; a smaller micro_batch_tokens helps)"

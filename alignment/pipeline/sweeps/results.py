@@ -128,7 +128,7 @@ def _no_gain(goals: Sequence[Goal], trials: Sequence[Trial]) -> list[str]:
     label, value = max(goals[0].shared_arms.items(), key=lambda arm: sign * arm[1].mean)
     if sign * trials[0].figures[0].mean > sign * value.mean:
         return []
-    return [f"no trial does better than {label}, {value.mean:.3f}, which is the same in all of them"]
+    return [f"no trial does better than {label} ({value.mean:.3f}), which the sweep does not change"]
 
 
 def _shared_arms(study: Study, objective: Objective, number: int) -> dict[str, Interval]:

@@ -19,6 +19,8 @@ from alignment.stages.registry import produced_by
 BASE = "base model"
 """The node of the run's base model; no stage can have a name with a space."""
 BOX_WIDTH, BOX_HEIGHT = 138, 64
+_CLASSES = {state: state for state in ("base", "done", "reused", "failed", "running")} | {"killed": "failed"}
+"""Classes of the style sheet by the state of a stage; any other waits."""
 COLUMN, ROW_GAP, LANE = 171, 14, 12
 
 
@@ -163,7 +165,7 @@ def _arrow(x: float, y: float) -> Markup:
 def _box(node: Node, centre: tuple[float, float], width: float, letters: int) -> Markup:
     x, middle = centre
     y = middle - BOX_HEIGHT / 2
-    state = node.state if node.state in ("base", "done", "reused", "failed", "running", "waiting") else "waiting"
+    state = _CLASSES.get(node.state, "waiting")
     y_name = y + (21 if node.artifact else 28)
     spoken = " · ".join(part for part in (node.name, node.detail, node.artifact) if part)
     return Markup(

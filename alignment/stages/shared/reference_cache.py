@@ -113,8 +113,8 @@ def _sums(policy: PreTrainedModel, rows: Dataset, answer: str, *, tokens: int) -
         part = answer_stream(texts["prompt"], texts[answer], policy.device)
         logprobs = answer_statistics(policy, part).logprobs
         sums += [row.sum() for row in logprobs.split(list(part.lengths))]
-    if len(sums) < len(rows):
-        return torch.ones(len(rows))  # on shadows, where no number means anything
+    if on_shadows():  # where no number means anything, and not all rows were read
+        return torch.ones(len(rows))
     return torch.stack(sums).cpu() if sums else torch.empty(0)
 
 

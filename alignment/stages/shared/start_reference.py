@@ -82,16 +82,15 @@ def _without_hash(trainer: type) -> Iterator[None]:
 
     For eight billion weights it takes a minute, also where no loss needs a reference.
     """
-    modules = [sys.modules[base.__module__] for base in trainer.__mro__]
-    hashing = {id(module): module for module in modules if hasattr(module, _HASH)}
-    own = {key: getattr(module, _HASH) for key, module in hashing.items()}
-    for module in hashing.values():
+    modules = {sys.modules[base.__module__] for base in trainer.__mro__}
+    functions = {module: getattr(module, _HASH) for module in modules if hasattr(module, _HASH)}
+    for module in functions:
         setattr(module, _HASH, lambda *_: "")
     try:
         yield
     finally:
-        for key, module in hashing.items():
-            setattr(module, _HASH, own[key])
+        for module, function in functions.items():
+            setattr(module, _HASH, function)
 
 
 def copy_of_start(policy: PreTrainedModel | PeftModel, context: StageContext) -> PreTrainedModel | None:

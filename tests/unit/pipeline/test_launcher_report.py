@@ -74,6 +74,20 @@ def test_a_killed_process_is_named_and_not_the_connection_that_the_first_one_los
     assert expected in str(caught.value)
 
 
+def test_a_report_of_an_earlier_attempt_says_nothing_about_this_one(tmp_path: Path) -> None:
+    Status(state=FAILED, exit_code=1, error="KeyError: 'x'").write(tmp_path)
+    earlier = _report((0, 1, 0), (1, -9, 0))
+    (tmp_path / "log.txt").write_text(earlier + _report((0, 1, 900), (1, -15, 900)))
+    with pytest.raises(AlignmentError, match="KeyError: 'x'"):
+        raise_for_status(tmp_path, code=1, stage="sft", kinds=["sft"], since=len(earlier.encode()))
+
+
+def test_a_process_that_torchrun_killed_is_not_taken_for_the_cause(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").write_text(_report((0, -6, 0), (1, -9, 31)))
+    with pytest.raises(StageError, match="process 0 ended by signal 6 without reporting an error"):
+        raise_for_status(tmp_path, code=1, stage="sft", kinds=["sft"])
+
+
 def test_a_bug_of_the_first_process_stays_one_when_torchrun_ends_the_others(tmp_path: Path) -> None:
     Status(state=FAILED, exit_code=1, error="KeyError: 'x'").write(tmp_path)
     (tmp_path / "log.txt").write_text(_report((0, 1, 0), (1, -15, 0), (2, -9, 31)))

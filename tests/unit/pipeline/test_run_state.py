@@ -87,6 +87,12 @@ def test_a_process_that_outlives_its_driver_is_named(killed: RunFolder) -> None:
     ]
 
 
+def test_a_worker_that_outlives_its_launcher_is_not_called_killed(killed: RunFolder) -> None:
+    with held(killed.work("dpo") / "worker.lock", wait=False):
+        assert as_it_is(killed.folder, killed.record).stages["dpo"].state == "running"
+    assert as_it_is(killed.folder, killed.record).stages["dpo"].state == "killed"
+
+
 def test_a_run_of_another_machine_is_not_called_killed(killed: RunFolder) -> None:
     (killed.folder / "lock").write_text("4711 node7")
     lines = status(killed)

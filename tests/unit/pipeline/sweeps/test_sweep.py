@@ -112,7 +112,7 @@ def test_a_sweep_whose_best_trial_gains_nothing_says_so(runs: Runs, sft: float, 
     runs.figure = lambda told: 0.5 if told["stages.dpo.beta"] == "0.3" else 0.4
     runs.other_arms = lambda told: [arm("base", 0.101), arm("stage:sft", sft)]
     _, printed = go(runs)
-    caution = "no trial does better than sft, 0.500, which is the same in all of them"
+    caution = "no trial does better than sft (0.500), which the sweep does not change"
     assert (f"caution: {caution}\n" in printed) == warned
     page = (runs.output / "sweeps/quickstart.dpo_beta/sweep.html").read_text()
     assert (f"{caution.capitalize()}." in page) == warned
@@ -126,7 +126,7 @@ def test_a_sweep_towards_small_figures_gains_by_smaller_ones(
     runs.other_arms = lambda told: [arm("base", base)]
     objective = {"arm": "stage:dpo", "metric": METRIC, "minimize": True}
     _, printed = go(runs, own(runs, tmp_path, objective=objective, search="grid", parameters=GRID))
-    assert ("no trial does better than base, 0.400" in printed) == warned
+    assert ("no trial does better than base (0.400)" in printed) == warned
 
 
 def test_an_arm_that_the_settings_reach_is_not_shared_even_if_its_value_stays(runs: Runs, tmp_path: Path) -> None:
