@@ -189,14 +189,14 @@ def some_of(batches: Sequence[_Batch], size: Callable[[_Batch], int]) -> Iterato
     if _current is None or len(batches) <= _MOST_BATCHES:
         yield from batches
         return
-    largest = max(range(len(batches)), key=lambda place: size(batches[place]))
+    largest = max(range(len(batches)), key=lambda index: size(batches[index]))
     yield batches[largest]
-    others = [batch for place, batch in enumerate(batches) if place != largest]
+    others = [batch for index, batch in enumerate(batches) if index != largest]
     step = -(-len(others) // _MOST_BATCHES)
-    for place in range(0, len(others), step):
-        _current.times = min(step, len(others) - place)
+    for index in range(0, len(others), step):
+        _current.times = min(step, len(others) - index)
         try:
-            yield others[place]
+            yield others[index]
         finally:
             _current.times = 1
 
