@@ -501,9 +501,15 @@ MUTATIONS = [
         ),
         (
             "a process that outlives its driver is overlooked",
-            'if entry.state != RUNNING or is_held(work / "lock"):',
-            "if entry.state != RUNNING:",
+            'if is_held(work / "lock") or is_held(work / "worker.lock"):',
+            'if is_held(work / "worker.lock"):',
             "test_a_process_that_outlives_its_driver_is_named",
+        ),
+        (
+            "a worker that outlives its launcher is overlooked",
+            'is_held(work / "lock") or is_held(work / "worker.lock"):',
+            'is_held(work / "lock"):',
+            "test_a_worker_that_outlives_its_launcher_is_not_called_killed",
         ),
         (
             "a run of another machine is called killed",
