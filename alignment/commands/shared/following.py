@@ -40,7 +40,7 @@ class FollowedRun:
         return {stage: job for stage, job in self._states.items() if " PENDING" in job}
 
     def explanation(self, view: RunView) -> list[str]:
-        """What is known about a run that was killed, or that cannot be seen from here; empty for others."""
+        """What is known about a run that was stopped or killed, or cannot be seen from here; empty for others."""
         return explanation(self.folder, view.record)
 
     def _jobs(self, _: Path) -> Mapping[str, str] | None:
