@@ -36,6 +36,7 @@ from tests.mutations import (
     templates,
     tracking,
     training,
+    two_threads,
     validation,
 )
 from tests.mutations.mutation import Mutation
@@ -67,6 +68,7 @@ MUTATIONS: list[Mutation] = [
     *gguf_files.MUTATIONS,
     *sampling.MUTATIONS,
     *decoding.MUTATIONS,
+    *two_threads.MUTATIONS,
     *engines.MUTATIONS,
     *scorers.MUTATIONS,
     *pipeline.MUTATIONS,

@@ -6,7 +6,9 @@ attention cannot be restricted to rows run on the padded batch, with one warning
 
 from __future__ import annotations
 
+import functools
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from alignment.models.assembly.precision import products_dtype
 from alignment.models.assembly.prefix import prefix_of, refuse_too_long
 from alignment.models.forward.attention import ATTENTION, SLIDING, KeysValues
 from alignment.models.forward.rows import FlatRows
+from alignment.models.forward.side_by_side import side_by_side
 from alignment.models.kernels.blocks import fuse_blocks
 from alignment.models.kernels.norms import fuse_norms
 
@@ -100,9 +103,22 @@ def trunk_states(
         if keys_values is not None or earlier is not None:
             raise ValueError(f"{type(trunk).__name__} has attention that cannot return the keys and values of a stream")
         return _padded_states(trunk, rows)
+    if prefix is None and keys_values is None and earlier is None:
+        divided_states = side_by_side(trunk, functools.partial(_flat_states, trunk), rows)
+        if divided_states is not None:
+            return divided_states
+    optional = {"prefix": None if prefix is None else prefix.states(), "keys_values": keys_values, "earlier": earlier}
+    given = {name: value for name, value in optional.items() if value is not None}
+    states = _flat_states(trunk, rows, ahead=ahead, **given)
+    if keys_values is not None:
+        keys_values.cut(len(rows.input_ids))
+    return states
+
+
+def _flat_states(trunk: PreTrainedModel, rows: FlatRows, *, ahead: int = 0, **of_attention: Any) -> Tensor:
+    """``[tokens, width]``; positions begin after ``ahead``, and attention gets the other arguments."""
     tokens = len(rows.input_ids)
     rows = rows.filled_up(_multiple(trunk))
-    optional = {"prefix": None if prefix is None else prefix.states(), "keys_values": keys_values, "earlier": earlier}
     # The model passes a four-dimensional mask on, instead of building a mask that would never be read.
     unread = torch.empty(1, 1, 1, 1, device=rows.input_ids.device)
     output = trunk(
@@ -111,11 +127,10 @@ def trunk_states(
         attention_mask=unread,
         use_cache=False,
         segments=rows.segments,
-        **{name: value for name, value in optional.items() if value is not None},
+        **of_attention,
     )
-    if keys_values is not None:
-        keys_values.cut(tokens)
-    return output.last_hidden_state[0, :tokens]
+    states: Tensor = output.last_hidden_state[0, :tokens]
+    return states
 
 
 def _multiple(trunk: PreTrainedModel) -> int:

@@ -7,7 +7,7 @@ in float32. The gradient of log softmax is exact and is computed chunk by chunk 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from alignment.models.assembly.precision import products_dtype
 from alignment.models.forward.flat import trunk_states
 from alignment.models.forward.head_chunks import ChunkMemory, chunks_of
 from alignment.models.forward.rows import FlatRows
+from alignment.models.forward.two_threads import has_two_threads, in_two_threads
 
 HeadFunction = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 """Computes tensors from hidden states ``[tokens, width]`` and a head's weight ``[vocabulary, width]``."""
@@ -149,22 +150,30 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
         ctx.recomputes = want_weight or entropy_gradient
         slopes = torch.empty_like(hidden) if want_hidden and not ctx.recomputes else None
         statistics = _Statistics(hidden.shape[0], hidden.device)
-        memory = ChunkMemory(hidden, weight)
-        for chunk in chunks_of(hidden.shape[0]):
-            products = memory.project(hidden[chunk], weight)
-            for rows, chunk_products in memory.parts(chunk):
-                _score(
-                    memory,
-                    statistics,
-                    rows,
-                    chunk_products,
-                    labels[rows],
-                    temperature=temperature,
-                    cap=cap,
-                    slope=slopes is not None,
-                )
-            if slopes is not None:
-                slopes[chunk] = memory.project_back(len(products), weight)
+
+        def score(chunks: Sequence[slice]) -> None:
+            memory = ChunkMemory(hidden, weight)
+            for chunk in chunks:
+                products = memory.project(hidden[chunk], weight)
+                for rows, chunk_products in memory.parts(chunk):
+                    _score(
+                        memory,
+                        statistics,
+                        rows,
+                        chunk_products,
+                        labels[rows],
+                        temperature=temperature,
+                        cap=cap,
+                        slope=slopes is not None,
+                    )
+                if slopes is not None:
+                    slopes[chunk] = memory.project_back(len(products), weight)
+
+        chunks = list(chunks_of(hidden.shape[0]))
+        if len(chunks) > 1 and has_two_threads(hidden):
+            in_two_threads(score, (chunks[::2], chunks[1::2]))
+        else:
+            score(chunks)
         if ctx.recomputes:
             ctx.save_for_backward(hidden, weight, labels, statistics.log_norm, statistics.entropy)
         elif slopes is not None:

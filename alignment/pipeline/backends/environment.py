@@ -17,11 +17,13 @@ CPU_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
+    "MALLOC_ARENA_MAX": "1",
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
     "LRU_CACHE_CAPACITY": "16",
 }
 """Makes a process reuse the memory of freed tensors. glibc would return it to the system and fetch fresh pages for the
-next tensor, which took as long as the arithmetic on it. By default oneDNN caches code for 1,024 shapes of products, and
+next tensor, which took as long as the arithmetic on it. One heap serves all threads; with a heap each, none would get
+what another has freed. By default oneDNN caches code for 1,024 shapes of products, and
 nearly every batch has new shapes: gigabytes after a few dozen steps (docs/LOG.md, 2026-11-25). PyTorch holds what it
 used for 1,024 shapes as well, which saves no time: .3 GB (docs/LOG.md, 2026-11-28). Variables that the user has set
 stay."""

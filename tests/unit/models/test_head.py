@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
@@ -48,6 +50,32 @@ def test_statistics_equal_the_slow_loops(
     close(found.mean_logits, [sum(row) / len(row) / temperature for row, _ in pairs], atol=1e-6)
     assert found.is_top1.tolist() == [oracle.is_likeliest(row, label) for row, label in pairs]
     assert found.is_top1[0]
+
+
+def test_chunks_on_two_threads_give_the_same_statistics_and_gradients(
+    monkeypatch: pytest.MonkeyPatch, figures: tuple[torch.Tensor, ...]
+) -> None:
+    monkeypatch.setattr(head_chunks, "CHUNK", 2)
+    hidden, weight, labels = figures
+    names: list[str] = []
+    project = head_chunks.ChunkMemory.project
+
+    def watched(self: head_chunks.ChunkMemory, *arguments: torch.Tensor) -> torch.Tensor:
+        names.append(threading.current_thread().name.split("_")[0])
+        return project(self, *arguments)
+
+    monkeypatch.setattr(head_chunks.ChunkMemory, "project", watched)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        states = hidden.clone().requires_grad_()
+        statistics = token_statistics(states, weight, labels)
+        (statistics.logprobs * torch.arange(7)).sum().backward()
+        hits = statistics.is_top1.float()
+        results.append((statistics.logprobs, statistics.entropy, statistics.mean_logits, hits, states.grad))
+    assert names == ["MainThread"] * 4 + ["part"] * 4
+    for alone, shared in zip(*results, strict=True):
+        close(shared, alone, atol=1e-6)
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
