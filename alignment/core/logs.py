@@ -1,4 +1,4 @@
-"""Keeps the log of a stage small however much the stage writes: only its beginning and its end stay.
+"""Separates the attempts in the log of a stage, and keeps the log small: only its beginning and its end stay.
 
 The process that writes the log has it open for appending, so another process can cut it: the next line goes to the new
 end. The log is checked twice a second; it may grow without a limit in between.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 
 LIMIT = 16 << 20
@@ -15,6 +16,19 @@ LIMIT = 16 << 20
 HEAD, TAIL = 1 << 20, 4 << 20
 """Bytes of the beginning and of the end that stay."""
 CUT = b"\n[... the middle of this log was left out: it was longer than it may be ...]\n"
+
+
+def begin_attempt(log: Path, attempt: str) -> None:
+    """Appends a line that says which attempt writes what follows; a log that cannot be written stays as it is.
+
+    Example: ``=== 2026-11-29T03:22:59+00:00  attempt 2 at dpo-91c0aa17 ===``.
+    """
+    line = f"=== {datetime.now(UTC).isoformat(timespec='seconds')}  {attempt} ===\n"
+    with suppress(OSError), log.open("a+b") as file:
+        if size := file.tell():
+            file.seek(size - 1)
+            line = line if file.read() == b"\n" else f"\n{line}"  # a process that was killed may end in half a line
+        file.write(line.encode())
 
 
 def shorten(log: Path) -> None:

@@ -20,6 +20,7 @@ from alignment.config.launch import LaunchConfig
 from alignment.core import hardware
 from alignment.core.artifacts import read_manifest, write_json
 from alignment.core.errors import PREEMPTED, ArtifactError, ConfigError, StageError
+from alignment.core.logs import begin_attempt
 from alignment.pipeline.backends import feasibility, processes
 from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.execute.gates import NOT_MET
@@ -124,9 +125,11 @@ class _Follower:
         launch = feasibility.of_stage(
             self._plan.config.launch, self._stage.config, num_devices=hardware.count_devices()
         )
+        log = self._folder / f"log-{launch.backend.machine_rank}.txt"
+        begin_attempt(log, f"attempt at {self._stage.artifact.name}")
         processes.execute(
             self._command_for(launch, self._folder / "stage.yaml"),
-            log=self._folder / f"log-{launch.backend.machine_rank}.txt",
+            log=log,
             on_poll=_nothing,
             on_stop=lambda stop: self._console.print(acknowledgement(stop), highlight=False),
             grace_seconds=launch.grace_seconds,

@@ -19,6 +19,7 @@ from alignment.core.artifacts import Manifest, publish, read_manifest, verify
 from alignment.core.errors import PREEMPTED, ArtifactError, Busy, ConfigError, Preempted
 from alignment.core.files import remove_leftovers, replacing
 from alignment.core.locks import held, is_held
+from alignment.core.logs import begin_attempt
 from alignment.core.resources import CODE_ROOT
 from alignment.pipeline.backends import command, feasibility, machines, processes, slurm, slurm_jobs
 from alignment.pipeline.backends.command import CommandFor
@@ -361,7 +362,7 @@ def _make(
                     if kind_of(stage.config).launch.runs_on is RunsOn.driver:
                         _make_report(plan, stage, cast(ReportSettings, stage.config))
                     else:
-                        _launch(plan, stage, display, workers, lock)
+                        _launch(plan, stage, display, workers, lock, attempt=attempt.number)
     _remove_work(stage)
     return is_missing
 
@@ -379,7 +380,7 @@ def _remove_work(stage: PlannedStage) -> None:
     shutil.rmtree(stage.work, ignore_errors=True)
 
 
-def _launch(plan: Plan, stage: PlannedStage, display: Display, workers: Workers, lock: int) -> None:
+def _launch(plan: Plan, stage: PlannedStage, display: Display, workers: Workers, lock: int, *, attempt: int) -> None:
     commit = worker_protocol.commit_of_checkout(CODE_ROOT)
     launch = feasibility.of_stage(plan.config.launch, stage.config, num_devices=hardware.count_devices())
     stage_file = worker_protocol.write_stage_file(plan, stage, launch, git_commit=commit)
@@ -405,6 +406,7 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, workers: Workers,
             )
 
     log = folder / "log.txt"
+    begin_attempt(log, f"attempt {attempt} at {stage.artifact.name}")
     logged = log.stat().st_size if log.exists() else 0
     with machines.announced(folder, launch, stage.fingerprint):
         code = processes.execute(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from alignment.core import logs
-from alignment.core.logs import shorten
+from alignment.core.logs import begin_attempt, shorten
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.backends.processes import execute
 
@@ -76,6 +76,18 @@ def test_the_end_of_a_log_of_one_endless_line_stays(tmp_path: Path) -> None:
     log.write_bytes(b"begun\n" + b"".join(b"\rstep %d" % number for number in range(400)))
     shorten(log)
     assert log.read_bytes().endswith(b"\rstep 398\rstep 399")
+
+
+def test_an_attempt_whose_log_cannot_be_written_goes_on_all_the_same(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    log.write_bytes(b"x" * 60)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60, limits[1]))
+    try:
+        begin_attempt(log, "attempt 2 at dpo-91c0aa17")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert log.read_bytes() == b"x" * 60
 
 
 def test_a_command_is_not_stopped_because_its_log_cannot_be_shortened(

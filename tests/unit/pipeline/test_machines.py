@@ -96,7 +96,8 @@ def test_an_attempt_is_answered_once_and_another_one_again(shared: Shared) -> No
     follower.join(30)
     assert codes == [0]
     assert shared.starts() == 2
-    assert (folder / "log-1.txt").exists()
+    begun = (folder / "log-1.txt").read_text().splitlines()
+    assert [line.partition("  ")[2] for line in begun] == ["attempt at sft-01234567 ==="] * 2
     assert not (folder / machines.ATTEMPT).exists()
 
 

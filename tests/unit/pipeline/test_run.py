@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -34,6 +35,7 @@ from alignment.records.attempts import Attempts
 from alignment.stages.stage_file import read_spec
 
 ROOT = Path(__file__).parents[3]
+TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
 STAGES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
 
 
@@ -137,7 +139,7 @@ def test_the_worker_is_told_everything_in_plain_values(align: Align) -> None:
     assert told["arms"]["base+prompt"] == {"ref": "base+prompt", "path": None}
     assert told["arms"]["stage:dpo"]["path"] == align.record()["stages"]["dpo"]["artifact"]
     assert Path(told["base_path"]).is_absolute()
-    assert (align.run_folder / "dpo/log.txt").read_text() == "working on dpo\n"
+    assert (align.run_folder / "dpo/log.txt").read_text().splitlines()[1:] == ["working on dpo"]
 
 
 def test_what_a_worker_says_of_its_failure_reaches_the_user(align: Align, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,6 +292,24 @@ def test_the_time_of_a_stage_that_is_continued_is_that_of_all_attempts(
     assert "1 h 00 min in 2 attempts" in align.status()
     assert "1\u202fh 00\u202fmin in 2 attempts" in (align.run_folder / "report.html").read_text()
     assert align.record()["stages"]["dpo"]["attempts"] == 1
+
+
+def test_the_log_of_a_stage_says_where_each_attempt_begins(align: Align, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_FAULT", "sft:preempt")
+    align()
+    log = align.run_folder / "sft/log.txt"
+    log.write_text(f"{log.read_text()}killed in half a li")
+    monkeypatch.delenv("WORKER_FAULT")
+    align(only="sft")
+    artifact = Path(align.record()["stages"]["sft"]["artifact"]).name
+    lines = [TIME.sub("TIME", line) for line in log.read_text().splitlines()]
+    assert lines == [
+        f"=== TIME  attempt 1 at {artifact} ===",
+        "working on sft",
+        "killed in half a li",
+        f"=== TIME  attempt 2 at {artifact} ===",
+        "working on sft",
+    ]
 
 
 @pytest.mark.parametrize(
