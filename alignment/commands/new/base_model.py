@@ -51,9 +51,12 @@ def base_model(source: str | None, *, announce: Callable[[str], None]) -> BaseMo
     """The model of a source, or the default one. Of a hub's model the configuration and the tokenizer are downloaded.
 
     Raises:
-        ModelError: there is no such model, or it cannot be fetched.
+        ModelError: there is no such model, a folder has no weights, or it cannot be fetched.
     """
     chosen = source or ModelConfig().source
+    scheme, _, rest = chosen.partition(":")
+    if scheme == "path" and rest:  # nobody downloads its weights later, so the recipe could not be planned
+        model_sources.model_folder(rest, where="--model")
     model = model_sources.resolve_shapes(chosen, where="--model")
     if not model.ready:
         model = model_sources.fetch(model, announce=announce)

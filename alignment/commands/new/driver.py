@@ -74,7 +74,8 @@ def new_recipe(
     Raises:
         ConfigError: ``out`` cannot be written, an answer is missing, or no stage uses a file.
         DataError: a file cannot be read, or no stage can use it.
-        ModelError: there is no such model, or no usable tokenizer.
+        ModelError: there is no such model, its folder has no weights, or it has no usable tokenizer.
+        AlignmentError: the plan of the recipe is refused.
     """
     path = _new_file(out)
     refuse_repeated([*files, *([options.heldout] if options.heldout else [])])
@@ -91,12 +92,13 @@ def new_recipe(
         text = "\n".join(_lines(files, stages, model, adapter_for(model, memory), options, data)) + "\n"
         with new.create(path) as stream:
             stream.write(text)
+        plan = make_plan(_as_argument(path), [])
     except BaseException:
         new.remove()
         raise
     for written in new.written:
         _say(console, f"wrote {written}")
-    show_plan(console, make_plan(_as_argument(path), []))
+    show_plan(console, plan)
     _say(console, f"next: align preview {_as_argument(path)}, and align plan {_as_argument(path)} --cost")
     return 0
 

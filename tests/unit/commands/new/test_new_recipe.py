@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from alignment import cli
-from alignment.commands.new import base_model, worker
+from alignment.commands.new import base_model, driver, worker
 from alignment.commands.new.driver import Options, new_recipe
 from alignment.commands.new.recipe_text import comment_lines, flow, group_lines
 from alignment.commands.new.worker import measured
@@ -441,6 +441,32 @@ def test_an_error_of_that_process_is_the_commands(
     assert cli.main(["new", file, "--model", f"path:{model}"]) == 5
     assert "the process that counts tokens ended with -9" in capsys.readouterr().err
     assert sorted(path.name for path in here.iterdir()) == ["broken", "talk.jsonl"]
+
+
+def test_a_folder_without_weights_is_refused_before_anything_is_written(
+    model: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(model, here / "shapes", ignore=lambda *_: ["model.safetensors"])
+    assert cli.main(["new", write("talk.jsonl", conversations(60)), "--model", "path:shapes"]) == 4
+    shown = capsys.readouterr()
+    assert f"--model: {here / 'shapes'} has no *.safetensors file" in shown.err
+    assert "wrote" not in shown.out
+    assert sorted(path.name for path in here.iterdir()) == ["shapes", "talk.jsonl"]
+
+
+def test_a_recipe_whose_plan_is_refused_leaves_no_file(
+    new: Callable[..., Recipe], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(recipe: str, overrides: Sequence[str]) -> None:
+        assert Path(recipe).is_file()
+        assert Path("recipe-heldout.jsonl").is_file()
+        raise ConfigError("not allowed", where="launch")
+
+    monkeypatch.setattr(driver, "make_plan", refused)
+    with pytest.raises(ConfigError, match="launch: not allowed"):
+        new(write("talk.jsonl", conversations(60)))
+    assert sorted(path.name for path in here.iterdir()) == ["talk.jsonl"]
+    assert "wrote" not in new.printed.getvalue()  # type: ignore[attr-defined]
 
 
 def test_values_are_written_as_people_write_them() -> None:
