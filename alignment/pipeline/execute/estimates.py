@@ -172,6 +172,7 @@ def _in_process(folder: Path, options: Sequence[str], *, announce: Callable[[str
         code = processes.execute(
             Command(argv=tuple(argv), environment=variables), log=log, on_poll=show_progress, grace_seconds=1.0
         )
+        show_progress()  # what it wrote after the last poll
     if code < 0:
         ended = f"the process that estimates the cost was ended by signal {-code}"
         raise StageError(ended, remedy="run it again; signal 9 often means that the machine ran out of memory")

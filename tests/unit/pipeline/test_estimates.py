@@ -10,6 +10,7 @@ import pytest
 
 from alignment.costs.remedies import Way
 from alignment.pipeline.execute import estimates
+from alignment.records.cost import FILE, PROGRESS, RunCost
 from alignment.stages.stage_file import read_spec
 from tests.unit.pipeline.conftest import MakePlan
 
@@ -54,3 +55,17 @@ def test_a_way_is_a_stage_file_whose_choices_are_still_the_users(plan: MakePlan,
         assert (config.optim.micro_batch_tokens, config.precompute_reference) == (4096, False)
         assert config.adapter.kind.value == (name.removeprefix("adapter=") if name.startswith("adapter") else "full")
         assert config.adapter.master_weights == (name != "master_weights=false")
+
+
+def test_what_the_process_says_just_before_it_ends_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends before it is looked at for the first time."""
+    RunCost(device="this", memory=0.0, stages=[]).write(tmp_path / FILE)
+    program = tmp_path / "program"
+    program.write_text(
+        f"#!/bin/sh\necho 'sft: as it is' >> \"$3/{PROGRESS}\"\necho 'sft: with lora' >> \"$3/{PROGRESS}\"\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(estimates.sys, "executable", str(program))
+    said: list[str] = []
+    assert estimates._in_process(tmp_path, [], announce=said.append).stages == []
+    assert said == ["sft: as it is", "sft: with lora"]
