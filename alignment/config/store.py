@@ -43,3 +43,8 @@ def recipes_folder() -> Path:
 def recipe_names() -> list[str]:
     """The shipped recipes, by name."""
     return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+def sweep_names() -> list[str]:
+    """The shipped sweeps, by name."""
+    return sorted(path.stem for path in (conf_folder() / "sweep").glob("*.yaml"))

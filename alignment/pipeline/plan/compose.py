@@ -24,7 +24,7 @@ from alignment.config import yaml_file
 from alignment.config.backend import MachinesBackend, SlurmBackend
 from alignment.config.did_you_mean import suggestion
 from alignment.config.faults import Fault, refuse
-from alignment.config.store import conf_folder, recipe_names, recipes_folder
+from alignment.config.store import conf_folder, recipe_names, recipes_folder, sweep_names
 from alignment.core.deadline import Bounded
 from alignment.core.errors import ConfigError
 from alignment.data.missing_files import similar_name
@@ -154,7 +154,7 @@ def find_recipe(recipe: str) -> Path:
     """The file of a recipe.
 
     Raises:
-        ConfigError: there is no such name or file; the error lists the shipped recipes.
+        ConfigError: there is no such name or file, or it is that of a sweep; the error lists the shipped recipes.
     """
     if recipe.endswith((".yaml", ".yml")) or "/" in recipe:
         path = Path(recipe).expanduser().absolute()
@@ -165,6 +165,8 @@ def find_recipe(recipe: str) -> Path:
             raise ConfigError(f"{path.name} does not end in .yaml", where="recipe", remedy="rename it")
         return path
     if recipe not in recipe_names():
+        if recipe in sweep_names():
+            raise _sweep(recipe, where="recipe")
         raise ConfigError(
             f"no recipe '{recipe}'; {suggestion(recipe, recipe_names())}",
             where="recipe",
@@ -178,6 +180,8 @@ def _check_recipe_text(path: Path) -> None:
     content = yaml_file.read(path)
     if not isinstance(content, dict):
         raise ConfigError("a recipe is a group of settings", where=str(path), remedy="start it with: defaults: [base]")
+    if "parameters" in content and not {"defaults", "stages"} & content.keys():
+        raise _sweep(str(path), where=str(path))
     faults = list(hostile(content, where=""))
     if "hydra" in content:
         faults.append(Fault(where="hydra", message="Hydra's own settings are not allowed"))
@@ -185,6 +189,16 @@ def _check_recipe_text(path: Path) -> None:
     if isinstance(defaults, list) and "_self_" in defaults[:-1]:
         faults.append(Fault(where="defaults", message="'_self_' must come last, or the recipe's own values are lost"))
     refuse(faults)
+
+
+def _sweep(sweep: str, *, where: str) -> ConfigError:
+    """The error of a sweep in the place of a recipe."""
+    return ConfigError(
+        f"{Path(sweep).stem!r} is a sweep, which tries settings on a recipe; it is not a recipe",
+        where=where,
+        remedy=f"name its recipe: `align plan RECIPE` plans a single run, and `align sweep RECIPE {sweep}` plans every "
+        f"value before it runs the trials",
+    )
 
 
 def _processes(profile: Profile, overrides: list[Override], tree: Mapping[str, Any]) -> int:

@@ -15,7 +15,7 @@ from alignment.config.faults import Fault, refuse
 from alignment.config.launch import LaunchConfig
 from alignment.config.rules import NAME, is_name
 from alignment.config.stage import StageConfig
-from alignment.config.store import conf_folder
+from alignment.config.store import conf_folder, sweep_names
 from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Search, SweepConfig
 from alignment.config.typed import sweep_from_plain
 from alignment.core.errors import AlignmentError, ConfigError
@@ -75,9 +75,10 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
         if "/" in name or name.endswith(".yaml"):
             remedy = similar_name(path) or "give the path of a .yaml file, or the name of a shipped sweep"
             raise ConfigError(f"no file {name}", where="SWEEP", remedy=remedy)
-        known = sorted(file.stem for file in (conf_folder() / "sweep").glob("*.yaml"))
         raise ConfigError(
-            f"no sweep {name!r}; {suggestion(name, known)}", where="SWEEP", remedy="or give the path of a .yaml file"
+            f"no sweep {name!r}; {suggestion(name, sweep_names())}",
+            where="SWEEP",
+            remedy="or give the path of a .yaml file",
         )
     if not is_name(path.stem):
         raise ConfigError(f"{path.stem!r} cannot name a sweep; allowed: {NAME.allowed}", where=str(path))

@@ -11,7 +11,7 @@ from alignment.config.backend import Backend, LocalBackend, MachinesBackend, Slu
 from alignment.config.faults import Fault
 from alignment.config.run import RunConfig
 from alignment.config.scoring import ScorerConfig
-from alignment.config.store import GROUPS, conf_folder, recipe_names, recipes_folder
+from alignment.config.store import GROUPS, conf_folder, recipe_names, recipes_folder, sweep_names
 from alignment.config.typed import convert, typed
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan import references, settings
@@ -314,6 +314,20 @@ def test_a_recipe_that_is_none_says_so(tmp_path: Path, text: str, message: str) 
     path.write_text(text)
     with pytest.raises(ConfigError, match=message):
         compose(str(path), [])
+
+
+@pytest.mark.parametrize("name", sweep_names())
+def test_a_sweep_in_the_place_of_a_recipe_is_named_with_the_command_that_plans_it(tmp_path: Path, name: str) -> None:
+    own = tmp_path / "mine.yaml"
+    own.write_text((conf_folder() / "sweep" / f"{name}.yaml").read_text())
+    for recipe, stem, where in ((name, name, "recipe"), (str(own), "mine", str(own))):
+        with pytest.raises(ConfigError) as caught:
+            compose(recipe, [])
+        assert str(caught.value) == (
+            f"{where}: '{stem}' is a sweep, which tries settings on a recipe; it is not a recipe\n"
+            f"  → name its recipe: `align plan RECIPE` plans a single run, and `align sweep RECIPE {recipe}` plans "
+            f"every value before it runs the trials"
+        )
 
 
 @pytest.mark.parametrize(
