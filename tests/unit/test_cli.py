@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.judge.driver import Options
 from alignment.commands.new.driver import Options as NewOptions
 from alignment.commands.serve.driver import Options as ServeOptions
-from alignment.commands.shared.arguments import run_of
+from alignment.commands.shared.arguments import runs_of
 from alignment.commands.watch.driver import Options as WatchOptions
 from alignment.config.data import SourceConfig
 from alignment.config.store import recipe_names
@@ -259,7 +260,43 @@ def test_a_recipe_names_its_run_as_align_run_does(
     (tmp_path / "parent.yaml").write_text("defaults: [quickstart, _self_]\nname: family\n")
     (tmp_path / "heir.yaml").write_text("defaults: [parent, _self_]\n")
     monkeypatch.chdir(tmp_path)
-    assert run_of(argument) == run
+    assert runs_of(Namespace(output=None), argument) == (tmp_path, [run])
+
+
+@pytest.mark.parametrize(
+    ("line", "folder", "runs"),
+    [
+        ("compare mine.yaml other", "elsewhere", ["mine", "other"]),
+        ("compare mine.yaml/dpo too.yaml", "elsewhere", ["mine/dpo", "too"]),
+        ("compare mine.yaml other --output given", "given", ["mine", "other"]),
+        ("compare mine.yaml third.yaml --output given", "given", ["mine", "third"]),
+        ("compare here.yaml other", ".", ["here", "other"]),
+    ],
+)
+def test_a_run_is_looked_for_where_its_recipe_puts_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, folder: str, runs: list[str]
+) -> None:
+    recipes_with_outputs(monkeypatch, tmp_path)
+    _, calls = called(monkeypatch, line, "alignment.commands.compare.driver.compare")
+    assert calls == [(((tmp_path / folder).absolute(), runs), {"html": None})]
+
+
+def test_recipes_that_put_their_runs_in_different_folders_are_refused(
+    capsys: Captured, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    recipes_with_outputs(monkeypatch, tmp_path)
+    assert cli.main(["compare", "mine.yaml", "third.yaml"]) == 2
+    told = f"RUN: the recipes have different output folders: {tmp_path / 'elsewhere'}, {tmp_path / 'third'}"
+    assert told in capsys.readouterr().err
+    assert cli.main(["compare", "mine.yaml", "here.yaml"]) == 2
+    assert f"RUN: the recipes have different output folders: {tmp_path}, " in capsys.readouterr().err
+
+
+def recipes_with_outputs(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    for name, output in (("mine", "elsewhere"), ("too", folder / "elsewhere"), ("third", "third")):
+        (folder / f"{name}.yaml").write_text(f"defaults: [quickstart, _self_]\noutput: {output}\n")
+    (folder / "here.yaml").write_text("defaults: [quickstart, _self_]\n")
+    monkeypatch.chdir(folder)
 
 
 def test_a_recipe_that_was_not_run_is_refused_with_the_runs_that_exist(

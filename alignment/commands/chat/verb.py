@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_output, add_policies, output_of, run_of
+from alignment.commands.shared.arguments import add_output, add_policies, runs_of
 
 _GENERATION = ("system", "max_new_tokens", "temperature", "seed")
 """Options about how answers are made."""
@@ -52,11 +52,12 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Talks until the user ends it; returns the exit code."""
     from alignment.commands.chat.driver import chat
 
+    output, (result,) = runs_of(arguments, arguments.result)
     return chat(
         console,
-        run_of(arguments.result),
+        result,
         arguments.arms,
         options={name: getattr(arguments, name) for name in _GENERATION},
         engine=None if arguments.engine == "own" else {"engine": "vllm", "python": arguments.engine_python},
-        output=output_of(arguments),
+        output=output,
     )

@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_output, output_of, run_of
+from alignment.commands.shared.arguments import add_output, runs_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,5 +31,6 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Compares them; returns the exit code."""
     from alignment.commands.compare.driver import compare
 
-    compare(console, output_of(arguments), [run_of(run) for run in arguments.runs], html=arguments.html)
+    output, runs = runs_of(arguments, *arguments.runs)
+    compare(console, output, runs, html=arguments.html)
     return 0

@@ -7,7 +7,7 @@ import argparse
 from rich.console import Console
 
 from alignment.commands.export.export_options import add_form_arguments, options_of
-from alignment.commands.shared.arguments import add_output, output_of, run_of
+from alignment.commands.shared.arguments import add_output, runs_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +22,5 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Writes the folder; returns the exit code."""
     from alignment.commands.export.driver import export
 
-    return export(
-        console, run_of(arguments.result), to=arguments.to, options=options_of(arguments), output=output_of(arguments)
-    )
+    output, (result,) = runs_of(arguments, arguments.result)
+    return export(console, result, to=arguments.to, options=options_of(arguments), output=output)

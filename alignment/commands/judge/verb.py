@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_output, output_of, run_of
+from alignment.commands.shared.arguments import add_output, runs_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,4 +48,5 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
         port=arguments.port,
         opens_browser=arguments.opens_browser,
     )
-    return judge(console, run_of(arguments.run), arguments.arms, options=options, output=output_of(arguments))
+    output, (run,) = runs_of(arguments, arguments.run)
+    return judge(console, run, arguments.arms, options=options, output=output)

@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_output, add_policies, output_of, run_of
+from alignment.commands.shared.arguments import add_output, add_policies, runs_of
 
 ENGINES = ("transformers", "vllm")
 
@@ -50,4 +50,5 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
         api_key_env=arguments.api_key_env,
         tool_parser=arguments.tool_parser,
     )
-    return serve(console, run_of(arguments.result), arguments.arms, options=options, output=output_of(arguments))
+    output, (result,) = runs_of(arguments, arguments.result)
+    return serve(console, result, arguments.arms, options=options, output=output)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from alignment.config.run import RunConfig
 from alignment.config.store import recipe_names
 from alignment.core.errors import ConfigError
 
 _RECIPE = ".yaml"
+_DEFAULT = RunConfig(name="default")
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -50,30 +52,50 @@ def add_policies(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_of(argument: str) -> str:
-    """The run that an argument names: by its name, or by the path of the recipe from which ``align run`` named it.
+def runs_of(arguments: argparse.Namespace, *named: str) -> tuple[Path, list[str]]:
+    """The folder that contains ``runs/``, and the names of runs that are given by name, or by the path of the recipe
+    from which ``align run`` named them.
 
-    ``./mine.yaml`` becomes ``mine``, ``./mine.yaml/dpo`` becomes ``mine/dpo``; anything else stays as it is.
+    ``./mine.yaml`` becomes ``mine``, ``./mine.yaml/dpo`` becomes ``mine/dpo``; anything else stays as it is. The folder
+    is ``--output``, else the ``output`` of the recipe, else the current one.
 
     Raises:
-        ConfigError: the recipe does not compose.
+        ConfigError: a recipe does not compose, or the recipes have different folders.
     """
+    located = [_run_of(argument) for argument in named]
+    runs = [run for run, _ in located]
+    if arguments.output is not None:
+        return _absolute(arguments.output), runs
+    folders = sorted({folder for _, folder in located if folder is not None})
+    if len(folders) > 1:
+        raise ConfigError(
+            f"the recipes have different output folders: {', '.join(map(str, folders))}",
+            where="RUN",
+            remedy="name the folder that contains all of the runs with --output",
+        )
+    return (folders[0] if folders else Path.cwd()), runs
+
+
+def _run_of(argument: str) -> tuple[str, Path | None]:
+    """The run that an argument names, and the folder that contains ``runs/`` if the argument is a recipe."""
     stem, suffix, stage = argument.rpartition(_RECIPE)
     recipe = f"{stem}{suffix}"
     if not suffix or stage[:1] not in ("", "/") or not Path(recipe).expanduser().is_file():
-        return argument
+        return argument, None
     from alignment.pipeline.plan.compose import compose
 
-    return f"{compose(str(Path(recipe).expanduser().absolute()), []).tree['name']}{stage}"
+    tree = compose(str(Path(recipe).expanduser().absolute()), []).tree
+    return f"{tree['name']}{stage}", _absolute(str(tree.get("output", _DEFAULT.output)))
+
+
+def _absolute(folder: str) -> Path:
+    return Path(folder).expanduser().absolute()
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
-    """Adds the folder in which runs are."""
+    """Adds the folder in which runs are; ``runs_of`` reads it."""
     parser.add_argument(
-        "--output", default=".", metavar="FOLDER", help="the folder that contains runs/ (default: the current folder)"
+        "--output",
+        metavar="FOLDER",
+        help="the folder that contains runs/ (default: the recipe's output, if RUN is a recipe, or the current folder)",
     )
-
-
-def output_of(arguments: argparse.Namespace) -> Path:
-    """The output folder as an absolute path."""
-    return Path(arguments.output).expanduser().absolute()

@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_output, output_of, run_of
+from alignment.commands.shared.arguments import add_output, runs_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,8 +25,8 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
     from alignment.commands.status.driver import show_status
     from alignment.commands.status.follower import follow
 
-    output = output_of(arguments)
-    run = None if arguments.run is None else run_of(arguments.run)
+    output, runs = runs_of(arguments, *filter(None, [arguments.run]))
+    run = runs[0] if runs else None
     if arguments.follow:
         follow(console, output, run)
         return 0

@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_output, output_of, run_of
+from alignment.commands.shared.arguments import add_output, runs_of
 from alignment.config.tracking import LABELS
 
 
@@ -27,4 +27,5 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Sends the run; returns the exit code."""
     from alignment.commands.track.driver import track
 
-    return track(console, run_of(arguments.run), to=arguments.to, url=arguments.url, output=output_of(arguments))
+    output, (run,) = runs_of(arguments, arguments.run)
+    return track(console, run, to=arguments.to, url=arguments.url, output=output)

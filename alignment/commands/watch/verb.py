@@ -6,7 +6,7 @@ import argparse
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_output, output_of, run_of
+from alignment.commands.shared.arguments import add_output, runs_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +28,6 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Serves the page until the user or the run ends it; returns the exit code."""
     from alignment.commands.watch.driver import Options, watch
 
-    run = None if arguments.run is None else run_of(arguments.run)
+    output, runs = runs_of(arguments, *filter(None, [arguments.run]))
     options = Options(port=arguments.port, opens_browser=arguments.opens_browser, until_done=arguments.until_done)
-    return watch(console, run, options=options, output=output_of(arguments))
+    return watch(console, runs[0] if runs else None, options=options, output=output)
