@@ -237,7 +237,8 @@ class OtherFiles:
     ``content(config, where)``: what a fingerprint covers of the files, such as the SHA-256 of each, by a name that does
     not depend on where they are; raises DataError if a file is missing. ``code(config)``: the user's code in them that
     the stage runs, for announcements. ``hub_data(config)``: the data sets of a hub that they name,
-    ``hub:ORG/NAME@REVISION``; the worker finds each under its name in ``StageSpec.extra_data``.
+    ``hub:ORG/NAME@REVISION``; the worker finds each under its name in ``StageSpec.extra_data``. ``notes(config,
+    folder)``: what the result will lack because files are not there yet, as sentences.
     """
 
     paths: Callable[[Any, Path], Mapping[str, Path]] = _no_paths
@@ -245,6 +246,7 @@ class OtherFiles:
     content: Callable[[Any, str], Mapping[str, str]] = _no_files
     code: Callable[[Any], Sequence[str]] = _nothing
     hub_data: Callable[[Any], Sequence[str]] = _nothing
+    notes: Callable[[Any, Path], Iterable[str]] = _nothing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -43,6 +43,8 @@ def of_plan(plan: Plan) -> list[str]:
     for stage in plan.stages:
         of_launch = kind_of(stage.config).launch.notes(stage.config, weights)
         notes += [f"{stage.name}: {note}" for note in of_launch] if stage.has_to_run else []
+        of_files = kind_of(stage.config).files.notes(stage.config, plan.run_folder / stage.name)
+        notes += [f"{stage.name}: {note}" for note in of_files]
         notes += [*_high_rates(stage), *_small_data(stage), *_labels(stage), *_left_out(stage), *_near_held_out(stage)]
     return [*notes, *cautions(plan)]
 

@@ -31,7 +31,7 @@ from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.grader_faults import grader_faults, is_graded
 from alignment.stages.evaluate.judge_faults import judge_faults
 from alignment.stages.evaluate.proposal import PROPOSALS
-from alignment.stages.evaluate.votes_file import single_answer_checks, votes_files
+from alignment.stages.evaluate.votes_file import single_answer_checks, vote_notes, votes_files
 from alignment.stages.shared.kind_answers import of_arms
 from alignment.stages.shared.sampling_checks import check_engine, sampling_faults
 from alignment.stages.shared.scorer_slots import reward_model_slots
@@ -137,7 +137,7 @@ KIND = StageKind(
     produces=EVALUATION,
     run="alignment.stages.evaluate.run:run",
     data=_data,
-    files=OtherFiles(paths=votes_files),
+    files=OtherFiles(paths=votes_files, notes=vote_notes),
     scorers=_scorers,
     faults=_faults,
     as_read=_as_read,

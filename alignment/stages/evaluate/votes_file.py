@@ -1,8 +1,12 @@
-"""Where the votes of an evaluation are, and whether they can be read. Torch-free: the plan asks."""
+"""Where the votes of an evaluation are, whether they can be read, and which command collects them.
+
+Torch-free: the plan asks.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import shlex
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -36,6 +40,29 @@ def votes_files(config: EvaluateConfig, folder: Path) -> Mapping[str, Path]:
         )
     read_votes(path)
     return {FIELD: path}
+
+
+def vote_notes(config: EvaluateConfig, folder: Path) -> Iterator[str]:
+    """A note if people judge and nobody has voted yet, with the command that collects votes."""
+    if config.judge.kind is not JudgeKind.people or any(map(read_votes, votes_files(config, folder).values())):
+        return
+    yield (
+        "nobody has voted yet, so there is no win rate; after the run, collect votes with "
+        f"`{_command(config, folder)}`, and run the recipe again to count them"
+    )
+
+
+def _command(config: EvaluateConfig, folder: Path) -> str:
+    """``align judge`` for the stage whose folder of the run is ``OUTPUT/runs/RUN/STAGE``."""
+    run, output = folder.parent, folder.parents[2]
+    words = ["align", "judge", run.name, "--stage", folder.name]
+    if pairs := config.judge.pairs:
+        words += ["--arm", pairs[0].arm, "--arm", pairs[0].against]
+    elif len(config.arms) != 2:
+        words += ["--arm", "ARM", "--arm", "ARM"]
+    if config.judge.votes is not None:
+        words += ["--votes", config.judge.votes]
+    return shlex.join([*words, *([] if output == Path.cwd() else ["--output", str(output)])])
 
 
 def single_answer_checks(config: EvaluateConfig) -> tuple[Callable[[HeldOutPrompt], object], ...]:

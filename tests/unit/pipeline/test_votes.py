@@ -55,6 +55,34 @@ def test_the_content_of_the_votes_counts_and_their_place_does_not(plan: MakePlan
     assert stage_of(plan()).fingerprint == stage_of(plan("name=other")).fingerprint, "who judges by nobody reads none"
 
 
+def test_the_plan_names_the_command_that_collects_votes_until_there_are_some(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    command = "align judge quickstart --stage evaluate"
+
+    def told(*more: str) -> list[str]:
+        return [note for note in notes.of_plan(plan(*more)) if "voted" in note]
+
+    assert told(PEOPLE) == [
+        f"evaluate: nobody has voted yet, so there is no win rate; after the run, collect votes with `{command} "
+        "--arm ARM --arm ARM`, and run the recipe again to count them"
+    ]
+    pairs = "stages.evaluate.judge.pairs=[{arm: 'stage:dpo', against: 'stage:sft'}]"
+    assert f"`{command} --arm stage:dpo --arm stage:sft`" in told(PEOPLE, pairs)[0]
+    (tmp_path / "none yet.jsonl").touch()
+    elsewhere = f"stages.evaluate.judge.votes='{tmp_path}/none yet.jsonl'"
+    assert f"--votes '{tmp_path}/none yet.jsonl'`" in told(PEOPLE, elsewhere)[0]
+    monkeypatch.chdir(tmp_path)
+    two = ("stages.evaluate.arms=[base,stage:sft]", "stages.evaluate.reference=base")
+    assert f"`{command} --output {tmp_path}/out`" in told(PEOPLE, *two)[0]
+    leave_artifact(stage_of(plan(PEOPLE)))
+    assert told(PEOPLE), "a result that is reused has no win rate either"
+    votes_in(tmp_path / "out" / "runs" / "quickstart" / "evaluate" / "votes.jsonl")
+    assert told(PEOPLE) == told() == []
+
+
 def test_the_plan_says_that_votes_are_why_the_stage_runs_again(plan: MakePlan, tmp_path: Path) -> None:
     leave_artifact(stage_of(plan(PEOPLE)))
     votes_in(tmp_path / "out" / "runs" / "quickstart" / "evaluate" / "votes.jsonl")
