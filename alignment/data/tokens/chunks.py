@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import chain, islice
 from multiprocessing import active_children, get_context
 from multiprocessing.process import BaseProcess
@@ -27,33 +27,14 @@ from alignment.data.reading import Reader
 from alignment.data.row_files import JsonLine, Unparsed, parsed
 from alignment.data.tokens.limits import Limits, RowTooLong
 from alignment.data.tokens.row_kinds import Kind, Tokenized, tokenized
+from alignment.records.left_out import CUT, FAULT, LOST, SET_ASIDE, TOO_LONG, Note
 
 CHUNK = 1_000
 """Rows that a process receives at once."""
 FEW = 8
 """With fewer chunks it is not worth starting processes."""
 
-FAULT, SET_ASIDE, TOO_LONG, CUT, LOST = "fault", "set aside", "too long", "cut", "lost"
-
-
 _BY_TEMPLATE = "the chat template leaves it out"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Note:
-    """Why a row was left out, what was cut from it, or what the chat template left out of it.
-
-    ``kind`` is one of the five above; what is lost has a kind for each loss, ``lost: thoughts of earlier turns``.
-    """
-
-    where: str
-    kind: str
-    reason: str
-    remedy: str = ""
-
-    def as_row(self) -> dict[str, str]:
-        """The note as a row of the ledger, without empty fields."""
-        return {name: value for name, value in asdict(self).items() if value}
 
 
 @dataclass(frozen=True, kw_only=True)

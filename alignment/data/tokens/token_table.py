@@ -30,11 +30,12 @@ from alignment.core.fingerprint import digest
 from alignment.core.locks import held
 from alignment.data.hub_rows import content_of, snapshot_name, unparsed_source_rows
 from alignment.data.reading import DATA, Reader, nothing, refuse_faults, start
-from alignment.data.tokens.chunks import CUT, FAULT, LOST, SET_ASIDE, TOO_LONG, Chunk, Job, run
+from alignment.data.tokens.chunks import Chunk, Job, run
 from alignment.data.tokens.limits import Limits, refuse_losses
 from alignment.data.tokens.row_kinds import Kind
 from alignment.data.tokens.table_files import COUNTS, LEDGER, ROWS, Counts, file_sizes, write
 from alignment.data.tokens.tokenizer import tokenizer_hashes
+from alignment.records.left_out import CUT, FAULT, LOST, SET_ASIDE, TOO_LONG
 
 VERSION = 3
 """Raised when the rows change, so that older tables are not used."""

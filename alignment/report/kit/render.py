@@ -75,6 +75,7 @@ def _drawn(run: Run, num_samples: int) -> dict[str, Any]:
         "cards": [card_view(card) for card in run.cards],
         "sizes": size_curves(run),
         "learning": [(stage, charts(stage), _curve_notes(stage)) for stage in run.stages if _learns(stage)],
+        "left_out": [stage for stage in run.stages if stage.left_out],
         "chosen": chosen,
         "num_open": NUM_OPEN_SAMPLES,
         "rule": rule(run.evaluation.primary if run.evaluation else None),

@@ -21,6 +21,7 @@ from alignment.report.kit.record_files import FOR_A_PAGE, shown
 from alignment.report.run_page.evaluation_section import read_evaluation, read_samples
 from alignment.report.run_page.forgetting_section import read_forgetting
 from alignment.report.run_page.gate_section import only_for_gates, read_gates
+from alignment.report.run_page.left_out_rows import read_left_out
 from alignment.report.run_page.run_layout import artifact_folder, evaluation_stages, steps_file
 from alignment.report.run_page.run_records import Card, Run, Sample, Stage
 from alignment.report.run_page.table_sections import read_tables
@@ -91,6 +92,7 @@ def _read_stage(run_folder: Path, name: str, record: RunRecord, folder: Path | N
         notes=notes,
         error="" if entry.complete else _error(run_folder / name / STATUS),
         planned=_planned(run_folder / name / COST),
+        left_out=read_left_out(folder),
     )
 
 

@@ -103,12 +103,21 @@ class Card:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LeftOutRows:
+    """Rows that a stage left out or cut for the same reason, and the ``first`` of them in words."""
+
+    why: str
+    count: int
+    first: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Stage:
     """A stage and its state in the run.
 
     ``inputs`` are (field, reference) pairs. ``metrics`` are the lines of metrics.jsonl. ``notes`` say in words what
     could not be read; ``error`` is the worker's message about a failure. ``planned`` is what ``align plan --cost`` said
-    before. ``seconds`` is the time of all its ``attempts``.
+    before. ``seconds`` is the time of all its ``attempts``. ``left_out`` are the rows of its data that it did not use.
     """
 
     name: str
@@ -125,6 +134,7 @@ class Stage:
     notes: list[str] = field(default_factory=list)
     error: str = ""
     planned: StageCost | None = None
+    left_out: list[LeftOutRows] = field(default_factory=list)
 
     @property
     def headlines(self) -> dict[str, float]:

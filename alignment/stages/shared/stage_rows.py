@@ -19,16 +19,17 @@ from alignment.data.mix import mixed, subset
 from alignment.data.reading import iterate, refuse_faults, start
 from alignment.data.records import Record
 from alignment.data.row_count import count_rows
-from alignment.data.tokens.chunks import CHUNK, CUT, LOST, TOO_LONG, note_of_error, notes_of
+from alignment.data.tokens.chunks import CHUNK, note_of_error, notes_of
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.tokens.row_kinds import Kind, Tokenized, tokenized
 from alignment.data.tokens.template_losses import lost_words
 from alignment.data.tokens.token_table import TokenTable, token_table
+from alignment.records.left_out import CUT, LOST, TOO_LONG
+from alignment.records.left_out import FILE as LEFT_OUT
 from alignment.training.context import StageContext
 
 R = TypeVar("R", bound=Record)
 
-LEFT_OUT = "left_out.jsonl"
 WHERE = "where"
 DRAWN_AS = {"learned": "data"}
 """A fraction of the pairs that another stage learned from is drawn just as that stage drew it."""

@@ -14,8 +14,10 @@ from html.parser import HTMLParser
 import pytest
 
 from alignment.core.errors import ArtifactError, ConfigError
+from alignment.records.left_out import CUT, FAULT, FILE, LOST, SET_ASIDE, TOO_LONG, Note
 from alignment.report.kit.render import build
 from tests.browser import browser, opened
+from tests.unit.report.conftest import write_lines
 
 HOSTILE = [
     "<script>alert(1)</script>",
@@ -246,6 +248,51 @@ def test_missing_and_torn_metrics_are_said(fake_run):
     page = Page((fake_run.root / "report.html").read_text(encoding="utf-8")).text
     assert "It left no metrics.jsonl, so there are no curves." in page
     assert "1 line of its metrics.jsonl cannot be read and is left out." in page
+
+
+def test_rows_that_a_stage_left_out_or_cut_are_counted_by_reason(fake_run):
+    fake_run.write()
+    too_long = [
+        Note(where=f"/data/pairs.jsonl:{row}", kind=TOO_LONG, reason=f"the row has {row} tokens") for row in (9, 4)
+    ]
+    cut = Note(where="/data/pairs.jsonl:5", kind=CUT, reason="the prompt has 600 tokens of 512")
+    lost = Note(
+        where="pairs.jsonl:6", kind=f"{LOST}: thoughts of earlier turns", reason="the chat template leaves it out"
+    )
+    ties = [Note(where=f"pairs.jsonl:{row}", kind=SET_ASIDE, reason="the answers are tied") for row in range(1500)]
+    fault = Note(where="pairs.jsonl:8", kind=FAULT, reason="<b>'chosen'</b> is missing", remedy="add it")
+    asked = Note(where="prompts.jsonl:2", reason="its prompt repeats an earlier row")
+    rows = [note.as_row() for note in (*too_long, *ties, cut, lost, fault)]
+    write_lines(fake_run.artifact("dpo") / FILE, rows)
+    (fake_run.artifact("ppo") / FILE).write_text(f'{json.dumps(asked.as_row())}\n{{"where": "prom')
+    build(fake_run.folder, fake_run.root / "report.html", num_samples=12)
+    html = (fake_run.root / "report.html").read_text(encoding="utf-8")
+    assert_harmless(html)
+    assert left_out_cells(html) == [
+        *("dpo", "1 500", "the answers are tied", "pairs.jsonl:0: the answers are tied"),
+        *("dpo", "2", "too long", "pairs.jsonl:9: the row has 9 tokens"),
+        *("dpo", "1", "cut, because it was too long", "pairs.jsonl:5: the prompt has 600 tokens of 512"),
+        *("dpo", "1", "faulty", "pairs.jsonl:8: <b>'chosen'</b> is missing"),
+        *("dpo", "1", "the chat template leaves out thoughts of earlier turns"),
+        "pairs.jsonl:6: the chat template leaves it out",
+        *("ppo", "1", "a line of left_out.jsonl that cannot be read", "–"),
+        *("ppo", "1", "its prompt repeats an earlier row", "prompts.jsonl:2: its prompt repeats an earlier row"),
+    ]
+
+
+def test_many_reasons_are_added_up_and_no_list_is_no_section(fake_run):
+    assert "left-out" not in fake_run.html()
+    notes = [Note(where=f"p.jsonl:{row}", reason=f"resembles row {row:02}") for row in range(20)]
+    write_lines(fake_run.artifact("ppo") / FILE, [note.as_row() for note in notes])
+    build(fake_run.folder, fake_run.root / "report.html", num_samples=12)
+    cells = left_out_cells((fake_run.root / "report.html").read_text(encoding="utf-8"))
+    assert [cell for cell in cells if cell.startswith("resembles")] == [f"resembles row {row:02}" for row in range(7)]
+    assert cells[-4:] == ["ppo", "13", "other reasons", "p.jsonl:7: resembles row 07"]
+
+
+def left_out_cells(html: str) -> list[str]:
+    body = html.partition('<section id="left-out">')[2].partition("<tbody>")[2].partition("</tbody>")[0]
+    return [" ".join(word.split()) for word in Page(body).words if word.strip()]
 
 
 def test_a_damaged_manifest_is_said(fake_run):

@@ -16,9 +16,10 @@ from alignment.data.records import Conversation, Prompt
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
 from alignment.data.turns import Message
+from alignment.records.left_out import FILE as LEFT_OUT
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.sft.config import SftConfig
-from alignment.stages.shared.stage_rows import LEFT_OUT, fitting, rows_of, token_rows
+from alignment.stages.shared.stage_rows import fitting, rows_of, token_rows
 from alignment.training.context import StageContext
 from tests.real_templates import QWEN, dressed, text_of
 from tests.tiny import tiny_spec, tiny_tokenizer
