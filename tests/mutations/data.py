@@ -204,8 +204,8 @@ MUTATIONS = [
         "unit/data/test_mix.py",
         (
             "a mixed source gives its first rows",
-            "torch.randperm(others, generator=generator)[:wanted].tolist()",
-            "range(wanted)",
+            "first + _drawn(others, wanted, generator)",
+            "first + np.arange(wanted)",
             "test_the_seed_decides_which_rows_and_in_which_order",
         ),
         (

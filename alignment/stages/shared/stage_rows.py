@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,12 +11,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import pyarrow as pa
 from datasets import Dataset, concatenate_datasets
 
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.core.hardware import count_cores
 from alignment.data.counted import counted
-from alignment.data.mix import mixed, subset
+from alignment.data.mix import Indices, mixed, subset
 from alignment.data.reading import iterate, refuse_faults, start
 from alignment.data.records import Record
 from alignment.data.row_count import count_rows
@@ -83,7 +86,7 @@ def token_rows(
     indices = _indices(context, data, field, [len(table.rows) for table in tables])
     columns = [*kind.all_columns, WHERE]
     rows = concatenate_datasets([table.rows.select_columns(columns) for table in tables])
-    rows = rows if indices == range(len(rows)) else rows.select(indices)
+    rows = rows if isinstance(indices, range) else selected(rows, indices)
     return rows, _counts(
         rows=len(rows),
         dropped=sum(table.count(TOO_LONG) for table in tables),
@@ -149,16 +152,40 @@ def _remove_old_list(context: StageContext, field: str) -> None:
         (context.content / LEFT_OUT).unlink(missing_ok=True)
 
 
-def _indices(context: StageContext, data: DataConfig, field: str, counts: Sequence[int]) -> Sequence[int]:
-    """Indices of the rows that the stage takes, in order; they count through the sources one after another."""
-    own: Sequence[int] = range(counts[0])
+def selected(rows: Dataset, indices: Indices) -> Dataset:
+    """``rows.select``, which would make a Python integer of each index and hash them all twice.
+
+    ``rows`` are not themselves selected from other rows.
+    """
+    content = hashlib.sha256(rows._fingerprint.encode())
+    content.update(indices.data)
+    return Dataset(
+        rows.data,
+        info=rows.info,
+        split=rows.split,
+        indices_table=pa.table({"indices": indices.astype(np.uint64)}),
+        fingerprint=content.hexdigest()[:16],
+    )
+
+
+def _indices(context: StageContext, data: DataConfig, field: str, counts: Sequence[int]) -> range | Indices:
+    """Indices of the rows that the stage takes, in order; they count through the sources one after another.
+
+    A range stands for all rows of the only source.
+    """
+    own: range | Indices = range(counts[0])
     if data.fraction < 1.0:
         own = subset(counts[0], data.fraction, context.run_generator(f"{DRAWN_AS.get(field, field)}.fraction"))
     if not data.mix:
         return own
     parts = list(zip(data.mix, counts[1:], strict=True))
     indices = mixed(len(own), parts, context.generator(f"{field}.mix"), where=f"stages.{context.spec.stage}.{field}")
-    return [own[index] if index < len(own) else index - len(own) + counts[0] for index in indices]
+    if isinstance(own, range):
+        return indices
+    is_own = indices < len(own)
+    indices[~is_own] += counts[0] - len(own)
+    indices[is_own] = own[indices[is_own]]
+    return indices
 
 
 def _read(context: StageContext, record: type[R], setting: str, data: SourceConfig, path: Path) -> list[R]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -67,7 +69,7 @@ FRACTIONS = (0.001, 0.07, 0.125, 0.25, 0.5, 0.9, 1.0)
 
 @pytest.mark.parametrize("count", [1, 7, 100, 300])
 def test_a_smaller_part_lies_within_a_larger_one(count: int) -> None:
-    found = [subset(count, fraction, _generator()) for fraction in FRACTIONS]
+    found = [subset(count, fraction, _generator()).tolist() for fraction in FRACTIONS]
     for small, large in itertools.pairwise(found):
         assert set(small) <= set(large)
     assert found[-1] == list(range(count)), "all of it is all rows, in their order"
@@ -84,7 +86,36 @@ def test_a_part_is_as_large_as_written_rounded_up(count: int, fraction: float, s
 
 
 def test_the_seed_decides_which_rows_a_part_has() -> None:
-    first = subset(1000, 0.25, _generator())
-    assert subset(1000, 0.25, _generator()) == first
-    assert subset(1000, 0.25, _generator(1)) != first
+    first, again, other = (subset(1000, 0.25, _generator(seed)).tolist() for seed in (0, 0, 1))
+    assert again == first
+    assert other != first
     assert first != list(range(250)), "not just the beginning"
+
+
+def test_a_seed_draws_what_it_always_drew() -> None:
+    parts = [(MixedConfig(count=2), 4), (MixedConfig(share=0.3), 6)]
+    assert mixed(5, parts, _generator(), where="data").tolist() == [9, 1, 0, 3, 4, 14, 13, 5, 6, 2]
+    assert subset(12, 0.4, _generator()).tolist() == [0, 5, 7, 8, 9]
+
+
+def _mixed_with_half(count: int) -> Any:
+    return mixed(count, [(MixedConfig(count=count // 2), count)], _generator(), where="data")
+
+
+def _half(count: int) -> Any:
+    return subset(count, 0.5, _generator())
+
+
+@pytest.mark.parametrize(("draw", "bytes_a_row"), [(_half, 8), (_mixed_with_half, 48)])
+def test_an_index_is_no_python_integer(draw: Callable[[int], Any], bytes_a_row: int) -> None:
+    """Ten million Python integers and a list of them take 400 MB."""
+
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        draw(count)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    peak(100)  # imports, and caches
+    assert (peak(40_000) - peak(20_000)) / 20_000 <= bytes_a_row

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from datasets import Dataset
 
 from alignment.config.data import DataConfig, MixedConfig, OnError
 from alignment.config.too_long import TooLong, TooLongConfig
@@ -19,7 +22,7 @@ from alignment.data.turns import Message
 from alignment.records.left_out import FILE as LEFT_OUT
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.sft.config import SftConfig
-from alignment.stages.shared.stage_rows import fitting, rows_of, token_rows
+from alignment.stages.shared.stage_rows import fitting, rows_of, selected, token_rows
 from alignment.training.context import StageContext
 from tests.real_templates import QWEN, dressed, text_of
 from tests.tiny import tiny_spec, tiny_tokenizer
@@ -104,6 +107,34 @@ def test_records_are_mixed_as_token_rows_are(tmp_path: Path, tokenizer: Any) -> 
     records = rows_of(context, Conversation, data)
     rows, _ = token_rows(context, CONVERSATIONS, data, WIDE, tokenizer)
     assert [f"{one.messages[-1].content}<|im_end|>" for one in records] == _answers(tokenizer, rows)
+
+
+def test_selected_rows_are_those_that_select_gives() -> None:
+    rows = Dataset.from_dict({"n": list(range(10)), "ids": [[n] * n for n in range(10)]})
+    every: list[Sequence[int]] = [[3, 1, 4], range(10), [9], range(2, 5), [0, 9, 5, 7]]
+    for indices in every:
+        ours, theirs = selected(rows, np.array(indices)), rows.select(list(indices))
+        assert ours.to_list() == theirs.to_list()
+        assert ours.features == theirs.features
+        again = [len(ours) - 1, 0]
+        assert ours.select(again).to_list() == theirs.select(again).to_list(), "selected once more"
+    assert len({selected(rows, np.array(indices))._fingerprint for indices in every}) == len(every)
+
+
+def test_selecting_rows_makes_no_python_integers() -> None:
+    """``select`` makes one for each row, and a list of them."""
+
+    def peak(count: int) -> int:
+        rows = Dataset.from_dict({"n": np.zeros(count)})
+        indices = np.random.default_rng(0).permutation(count)
+        tracemalloc.start()
+        selected(rows, indices)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    peak(100)  # imports, and caches
+    assert (peak(40_000) - peak(20_000)) / 20_000 <= 16
 
 
 def test_every_loss_is_in_the_list_beside_the_result(tmp_path: Path, tokenizer: Any) -> None:
