@@ -94,8 +94,8 @@ MUTATIONS = [
         "unit/data/test_key_set.py",
         (
             "only the last keys are known",
-            "unknown &= run[at] != distinct",
-            "unknown = run[at] != distinct",
+            "unknown &= run[at] != keys",
+            "unknown = run[at] != keys",
             "test_keys_are_new_once_whatever_the_batches",
         ),
     ),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
+import tracemalloc
 
 import numpy as np
+from numpy.typing import NDArray
 
 from alignment.data.key_set import KeySet
 
@@ -25,11 +27,28 @@ def test_keys_are_new_once_whatever_the_batches() -> None:
     assert len(seen) > 1_000
 
 
+def _keys(start: int, end: int) -> NDArray[np.uint64]:
+    """Different keys, spread over all of the numbers."""
+    return np.arange(start, end, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+
+
 def test_a_key_takes_eight_bytes_and_few_arrays_hold_them() -> None:
     keys = KeySet()
     for start in range(0, 64_000, 500):
-        keys.add(np.arange(start, start + 500, dtype=np.uint64) * np.uint64(2**40 + 1))
-    assert sum(run.nbytes for run in keys._runs) == 8 * 64_000
-    assert len(keys._runs) <= 8
-    lengths = [len(run) for run in keys._runs]
-    assert all(longer >= 2 * shorter for longer, shorter in itertools.pairwise(lengths))
+        keys.add(_keys(start, start + 500))
+    assert sum(run.nbytes for runs in keys._parts for run in runs) == 8 * 64_000
+    for runs in keys._parts:
+        assert len(runs) <= 8
+        assert all(len(longer) >= 2 * len(shorter) for longer, shorter in itertools.pairwise(runs))
+
+
+def test_merging_arrays_never_holds_all_keys_twice() -> None:
+    """With 128 batches of equal size, all of the arrays are merged at the end."""
+    keys = KeySet()
+    tracemalloc.start()
+    for start in range(0, 128_000, 1_000):
+        keys.add(_keys(start, start + 1_000))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(keys) == 128_000
+    assert peak < 1.25 * 8 * 128_000
