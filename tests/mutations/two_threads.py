@@ -7,7 +7,9 @@ from tests.mutations.mutation import in_file
 PASSES = "unit/models/test_side_by_side.py"
 ROWS = "unit/models/test_divided_rows.py"
 GRADIENTS = "test_values_and_gradients_are_those_of_the_plain_forward"
-SETTINGS = "test_this_process_keeps_its_settings"
+SETTINGS = "test_threads_that_start_later_compute_as_this_one_does"
+MODES = "test_parts_have_the_modes_of_the_caller"
+THREADS = "unit/models/test_two_threads.py"
 
 MUTATIONS = [
     *in_file(
@@ -22,15 +24,39 @@ MUTATIONS = [
         ("gradients of the second part are lost", "return first + second", "return first", GRADIENTS),
         (
             "models with dropout are divided",
-            "isinstance(module, nn.Dropout) and module.p",
-            "isinstance(module, nn.Dropout) and False",
+            "isinstance(module, nn.Dropout) and module.p > 0",
+            "False",
             "test_some_models_are_never_divided",
         ),
         (
-            "processes that share weights divide rows",
-            "torch.distributed.get_world_size() > 1",
-            "torch.distributed.get_world_size() > 2",
-            "test_several_processes_do_not_divide",
+            "dropout without a module is overlooked",
+            "name.endswith(_RANDOM)",
+            "False",
+            "test_some_models_are_never_divided",
+        ),
+        (
+            "frequencies are chosen by each part",
+            '"longrope" in',
+            '"unknown" in',
+            "test_frequencies_that_a_pass_chooses_are_not_divided",
+        ),
+        (
+            "weights that exist for a call are used by two",
+            "module._forward_pre_hooks or ",
+            "",
+            "test_some_models_are_never_divided",
+        ),
+        (
+            "each part converts all weights",
+            " or products_dtype(weight) is not weight.dtype",
+            "",
+            "test_weights_that_each_part_would_convert_are_not_divided",
+        ),
+        (
+            "everything trained is held twice",
+            "trained <= FEW * weights",
+            "trained <= weights",
+            "test_some_models_are_never_divided",
         ),
     ),
     *in_file(
@@ -40,7 +66,7 @@ MUTATIONS = [
             "autocast is forgotten in the parts",
             'torch.autocast("cpu", dtype, enabled=is_cast)',
             'torch.autocast("cpu", dtype, enabled=False)',
-            "test_autocast_holds_in_both_parts",
+            MODES,
         ),
         (
             "threads that start later compute alone",
@@ -49,10 +75,22 @@ MUTATIONS = [
             SETTINGS,
         ),
         (
-            "Python goes on switching threads often",
-            "        sys.setswitchinterval(before)\n",
-            "        pass\n",
-            SETTINGS,
+            "Python switches threads as rarely as before",
+            "    sys.setswitchinterval(_SWITCH_SECONDS)\n",
+            "",
+            MODES,
+        ),
+        (
+            "processes that share weights divide rows",
+            "is_alone = not torch.distributed.is_initialized()",
+            "is_alone = True",
+            "test_several_processes_do_not_divide",
+        ),
+        (
+            "gradients are recorded where the caller wants none",
+            "torch.set_grad_enabled(has_grad)",
+            "torch.set_grad_enabled(True)",
+            MODES,
         ),
     ),
     *in_file(
@@ -75,6 +113,56 @@ MUTATIONS = [
             "(0, *sorted(set(shared) - {0}))",
             "(0,)",
             "test_a_turn_that_all_rows_share_is_computed_in_both_parts",
+        ),
+    ),
+    *in_file(
+        "models/forward/two_threads.py",
+        THREADS,
+        (
+            "parts share every operation as before",
+            "        torch.get_num_threads()  # else",
+            "        # else",
+            "test_a_part_computes_alone_and_is_not_divided_again",
+        ),
+        (
+            "results come in the order of the threads",
+            "[of_index[index] for index in range(len(inputs))]",
+            "list(of_index.values())",
+            "test_results_come_in_order_from_two_threads",
+        ),
+        (
+            "one thread has most of the work",
+            "> LARGEST * sum(costs)",
+            "> sum(costs)",
+            "test_most_of_the_work_is_not_given_to_one_thread",
+        ),
+        (
+            "a signal leaves the parts computing",
+            "            wait(futures)\n            raise\n",
+            "            raise\n",
+            "test_a_signal_waits_for_both_parts",
+        ),
+        (
+            "what a failed part held stays",
+            "        del futures  # a future that failed, its error and this frame would hold each other\n",
+            "        pass\n",
+            "test_what_a_failed_part_held_is_free_at_once",
+        ),
+        (
+            "a fork waits for threads that it does not have",
+            "_pool(os.getpid())",
+            "_pool(0)",
+            "test_a_forked_process_has_threads_of_its_own",
+        ),
+    ),
+    *in_file(
+        "models/forward/shared_prompts.py",
+        "unit/models/test_reading.py",
+        (
+            "one thread reads all prompts",
+            "    if not can_divide(model.base_model):\n",
+            "    if True:\n",
+            "test_two_threads_read_and_score_about_half_of_the_tokens_each",
         ),
     ),
 ]

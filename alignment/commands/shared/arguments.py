@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from alignment.config.run import RunConfig
 from alignment.config.store import recipe_names
 from alignment.core.errors import ConfigError
 
 _RECIPE = ".yaml"
-_DEFAULT = RunConfig(name="default")
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -82,10 +80,11 @@ def _run_of(argument: str) -> tuple[str, Path | None]:
     recipe = f"{stem}{suffix}"
     if not suffix or stage[:1] not in ("", "/") or not Path(recipe).expanduser().is_file():
         return argument, None
+    from alignment.config.run import RunConfig
     from alignment.pipeline.plan.compose import compose
 
     tree = compose(str(Path(recipe).expanduser().absolute()), []).tree
-    return f"{tree['name']}{stage}", _absolute(str(tree.get("output", _DEFAULT.output)))
+    return f"{tree['name']}{stage}", _absolute(str(tree.get("output", RunConfig(name=stem).output)))
 
 
 def _absolute(folder: str) -> Path:

@@ -8,13 +8,11 @@ import torch
 from torch import Tensor
 
 from alignment.models.forward.rows import FlatRows, Segment, stream
+from alignment.models.forward.two_threads import LARGEST, balanced
 
 TOKEN = 768
 """What a token costs apart from attention, as the length of a row in which its attention takes as long: SmolLM2-135M
 with LoRA on two Intel cores (docs/LOG.md, 2026-11-29)."""
-
-LARGEST = 0.6
-"""The largest part's share of the whole stream's work. Above it, there is little or nothing to gain."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,24 +51,16 @@ def _costs(rows: FlatRows) -> list[int]:
 
 
 def _assigned(rows: FlatRows, shared: list[int], longest_twice: int) -> tuple[list[int], list[int]]:
-    """Numbers of the rows in each part if common beginnings of up to ``longest_twice`` tokens are computed in both.
-
-    Largest first, families of rows go to the part with less work (Graham 1969).
-    """
+    """Numbers of the rows in each part if common beginnings of up to ``longest_twice`` tokens are computed in both."""
     twice = [tokens <= longest_twice for tokens in shared]
     costs = [
         cost + (tokens * (TOKEN + length) if again else 0)
         for cost, tokens, length, again in zip(_costs(rows), shared, rows.lengths, twice, strict=True)
     ]
     families = _families(rows.segments, twice)
-    families.sort(key=lambda family: -sum(costs[row] for row in family))
-    parts: tuple[list[int], list[int]] = ([], [])
-    work = [0, 0]
-    for family in families:
-        emptier = int(work[1] < work[0])
-        parts[emptier].extend(family)
-        work[emptier] += sum(costs[row] for row in family)
-    return sorted(parts[0]), sorted(parts[1])
+    shares = balanced([sum(costs[row] for row in family) for family in families])
+    first, second = (sorted(row for index in share for row in families[index]) for share in shares)
+    return first, second
 
 
 def _families(segments: tuple[Segment, ...], twice: list[bool]) -> list[list[int]]:

@@ -7,7 +7,7 @@ in float32. The gradient of log softmax is exact and is computed chunk by chunk 
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,9 +151,9 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
         slopes = torch.empty_like(hidden) if want_hidden and not ctx.recomputes else None
         statistics = _Statistics(hidden.shape[0], hidden.device)
 
-        def score(chunks: Sequence[slice]) -> None:
+        def score(tokens: range) -> None:
             memory = ChunkMemory(hidden, weight)
-            for chunk in chunks:
+            for chunk in chunks_of(tokens.stop, start=tokens.start):
                 products = memory.project(hidden[chunk], weight)
                 for rows, chunk_products in memory.parts(chunk):
                     _score(
@@ -169,11 +169,11 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
                 if slopes is not None:
                     slopes[chunk] = memory.project_back(len(products), weight)
 
-        chunks = list(chunks_of(hidden.shape[0]))
-        if len(chunks) > 1 and has_two_threads(hidden):
-            in_two_threads(score, (chunks[::2], chunks[1::2]))
+        count = hidden.shape[0]
+        if len(list(chunks_of(count))) > 1 and has_two_threads(hidden):
+            in_two_threads(score, (range(count // 2), range(count // 2, count)))
         else:
-            score(chunks)
+            score(range(count))
         if ctx.recomputes:
             ctx.save_for_backward(hidden, weight, labels, statistics.log_norm, statistics.entropy)
         elif slopes is not None:

@@ -56,9 +56,9 @@ def _whole(count: int) -> int:
     return next_multiple(count, MULTIPLE)
 
 
-def chunks_of(count: int) -> Iterator[slice]:
-    """Yields the tokens that are projected at once."""
-    return _slices(0, count, CHUNK)
+def chunks_of(stop: int, *, start: int = 0) -> Iterator[slice]:
+    """Yields the tokens from ``start`` to one before ``stop`` that are projected at once."""
+    return _slices(start, stop, CHUNK)
 
 
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:

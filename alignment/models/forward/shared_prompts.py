@@ -6,9 +6,10 @@ streams continue them as an earlier stream (models/forward/rows.py).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +19,15 @@ from alignment.models.forward.attention import ATTENTION, KeysValues
 from alignment.models.forward.flat import trunk_states
 from alignment.models.forward.head import capped, label_statistics, logit_cap, scales_logits
 from alignment.models.forward.rows import FlatRows, behind, behind_one, by_tokens, stream
+from alignment.models.forward.side_by_side import can_divide
 from alignment.models.forward.transfer import on_device, on_host
+from alignment.models.forward.two_threads import THREADS, each_of
 from alignment.models.kernels.kv_cache import RowsCache
 
 READ_TOKENS = 2048
-"""Tokens that are read or scored at once."""
+"""Tokens that are read or scored at once, by all threads."""
+
+_Output = TypeVar("_Output")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,8 +111,8 @@ def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, beginning:
         ModelError: a prompt is longer than the model's positions.
     """
     different = [(prompt, len(list(equal))) for prompt, equal in groupby(prompts, key=tuple)]
-    batches = []
-    for span in by_tokens([len(prompt) for prompt, _ in different], READ_TOKENS):
+
+    def read_batch(span: range) -> PromptBatch:
         batch = different[span.start : span.stop]
         rows, keys_values = stream([prompt for prompt, _ in batch], model.device), KeysValues()
         if beginning is None:
@@ -117,8 +122,17 @@ def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, beginning:
             states = trunk_states(model.base_model, continued, keys_values=keys_values, earlier=beginning.keys_values)
             ends = states[rows.ends]
         asked = torch.arange(len(batch)).repeat_interleave(torch.tensor([count for _, count in batch]))
-        batches.append(PromptBatch(rows=rows, keys_values=keys_values, ends=ends, asked=on_device(asked, model.device)))
-    return Reading(batches=tuple(batches))
+        return PromptBatch(rows=rows, keys_values=keys_values, ends=ends, asked=on_device(asked, model.device))
+
+    return Reading(batches=tuple(_by_span([len(prompt) for prompt, _ in different], model, read_batch)))
+
+
+def _by_span(lengths: Sequence[int], model: PreTrainedModel, function: Callable[[range], _Output]) -> list[_Output]:
+    """The function of each range of texts that are read or scored at once, in order."""
+    if not can_divide(model.base_model):
+        return [function(span) for span in by_tokens(lengths, READ_TOKENS)]
+    spans = by_tokens(lengths, READ_TOKENS // THREADS)
+    return each_of(spans, function, [sum(lengths[text] for text in span) for span in spans])
 
 
 def _right_aligned(rows: FlatRows) -> Tensor:
@@ -130,8 +144,8 @@ def _right_aligned(rows: FlatRows) -> Tensor:
 
 def _logprobs(model: PreTrainedModel, batch: PromptBatch, which: list[int], texts: list[Sequence[int]]) -> list[float]:
     """Sums of log-probabilities of texts that continue the rows ``which`` of a batch."""
-    sums: list[float] = []
-    for span in by_tokens([len(text) for text in texts], READ_TOKENS):
+
+    def sums_of(span: range) -> list[float]:
         span_texts, after = texts[span.start : span.stop], which[span.start : span.stop]
         rows = behind(batch.rows, after, span_texts)
         states = trunk_states(model.base_model, rows, earlier=batch.keys_values)
@@ -139,5 +153,6 @@ def _logprobs(model: PreTrainedModel, batch: PromptBatch, which: list[int], text
         predicting = states.roll(1, 0)
         predicting[rows.index[:, 0]] = batch.ends[on_device(torch.tensor(after), batch.ends.device)]
         logprobs = label_statistics(model, predicting, rows.input_ids).logprobs
-        sums += torch.stack([own.sum() for own in logprobs.split([len(text) for text in span_texts])]).tolist()
-    return sums
+        return torch.stack([own.sum() for own in logprobs.split([len(text) for text in span_texts])]).tolist()
+
+    return list(chain.from_iterable(_by_span([len(text) for text in texts], model, sums_of)))

@@ -1,6 +1,6 @@
 """A stream's states in two parts side by side (two_threads.py): with two cores a pass takes less time.
 
-The results do not depend on which thread is faster: gradients are added in the order of the parts.
+The results do not depend on which thread is faster: the sum of each part's gradients is complete before they are added.
 """
 
 from __future__ import annotations
@@ -13,15 +13,22 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from alignment.models.assembly.precision import products_dtype
 from alignment.models.forward.divided_rows import DividedRows, divided
 from alignment.models.forward.rows import FlatRows
 from alignment.models.forward.two_threads import has_two_threads, in_two_threads
+from alignment.models.kernels.nf4 import Nf4Linear
 
 WORTH_DIVIDING = 2**30
-"""Tokens times weights of a layer from which two parts are faster; below it Python takes most of the time."""
+"""Tokens times weights per layer from which two parts are faster; below it Python takes most of the time
+(SmolLM2-135M, docs/LOG.md, 2026-11-29)."""
 
 FEW = 0.2
-"""The share of weights up to which trained ones are few. Each part has gradients of all of them."""
+"""The share of weights up to which trained ones are few. Each part has gradients of all of them, before they are
+added."""
+
+_RANDOM = ("dropout", "layerdrop", "jitter_noise")
+"""Endings of the names of rates with which modules of transformers draw random numbers in training."""
 
 States = Callable[[FlatRows], Tensor]
 """Computes ``[tokens, width]`` states of a stream."""
@@ -30,11 +37,10 @@ States = Callable[[FlatRows], Tensor]
 def side_by_side(trunk: PreTrainedModel, states_of: States, rows: FlatRows) -> Tensor | None:
     """``states_of(rows)``, computed in two parts; None if the rows had better be computed at once.
 
-    That is: on another device than the CPU, with another number of threads than two, with little to compute, with most
-    weights trained, with weights that are sharded or dropout, whose random numbers depend on the order, or with rows
+    That is: if ``can_divide`` says so, with little to compute, if more than a few weights are trained, or with rows
     that cannot be divided into two parts of about equal work.
     """
-    if not _can_divide(trunk, rows) or (division := divided(rows)) is None:
+    if not can_divide(trunk) or not _is_worth_it(trunk, len(rows.input_ids)) or (division := divided(rows)) is None:
         return None
     trained = [parameter for parameter in trunk.parameters() if parameter.requires_grad]
     if not torch.is_grad_enabled() or not trained:
@@ -44,20 +50,44 @@ def side_by_side(trunk: PreTrainedModel, states_of: States, rows: FlatRows) -> T
     return joined
 
 
-def _can_divide(trunk: PreTrainedModel, rows: FlatRows) -> bool:
-    if not has_two_threads(rows.input_ids):
+def can_divide(trunk: PreTrainedModel) -> bool:
+    """Whether two threads may run passes of the model at once, and gain by it.
+
+    They may not if modules draw random numbers, whose order would depend on the threads; if frequencies of positions
+    are chosen anew by each pass (LongRoPE, Ding et al. 2024); or if hooks make weights for a call and drop them
+    afterwards. They gain nothing if each would convert all weights for itself.
+    """
+    weight: Tensor = trunk.get_input_embeddings().weight
+    if not has_two_threads(weight) or products_dtype(weight) is not weight.dtype:
         return False
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
+    return not any(
+        module._forward_pre_hooks or isinstance(module, Nf4Linear) or _draws(module) or _chooses_frequencies(module)
+        for module in trunk.modules()
+    )
+
+
+def _draws(module: nn.Module) -> bool:
+    if not module.training:
         return False
-    if any(isinstance(module, nn.Dropout) and module.p and module.training for module in trunk.modules()):
-        return False
+    is_dropout = isinstance(module, nn.Dropout) and module.p > 0
+    return is_dropout or any(
+        name.endswith(_RANDOM) and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items()
+    )
+
+
+def _chooses_frequencies(module: nn.Module) -> bool:
+    types = getattr(module, "rope_type", None)
+    return "longrope" in (types.values() if isinstance(types, dict) else (types,))
+
+
+def _is_worth_it(trunk: PreTrainedModel, tokens: int) -> bool:
     weights = trained = 0
     for parameter in trunk.parameters():
         weights += parameter.numel()
         trained += parameter.numel() if parameter.requires_grad else 0
     layers: int = trunk.config.get_text_config().num_hidden_layers
-    is_much = len(rows.input_ids) * weights >= WORTH_DIVIDING * layers
-    return is_much and (not torch.is_grad_enabled() or trained <= FEW * weights)
+    has_few = not torch.is_grad_enabled() or trained <= FEW * weights
+    return has_few and tokens * weights >= WORTH_DIVIDING * layers
 
 
 class _SideBySide(torch.autograd.Function):
@@ -81,10 +111,14 @@ class _SideBySide(torch.autograd.Function):
 
         def gradients(inputs_of_part: tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
             states, own_grad = inputs_of_part
+            if not states.requires_grad:  # what is trained has no part in them, such as adapters that are switched off
+                return (None,) * len(ctx.trained)
             return torch.autograd.grad(states, ctx.trained, own_grad, allow_unused=True)
 
-        first, second = in_two_threads(gradients, inputs)
-        return None, None, *(_sum(*both) for both in zip(first, second, strict=True))
+        first, second = (list(of_part) for of_part in in_two_threads(gradients, inputs))
+        for index, gradient in enumerate(second):
+            first[index], second[index] = _sum(first[index], gradient), None
+        return None, None, *first
 
 
 def _sum(first: Tensor | None, second: Tensor | None) -> Tensor | None:

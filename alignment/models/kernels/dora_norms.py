@@ -6,6 +6,7 @@ takes a matrix as large as the weight, so it is computed once while neither weig
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from alignment.models.kernels.nf4 import Nf4Linear, frozen_weight
 
+_LOCK = threading.Lock()
 _NORMS = "alignment_norms"
 
 
@@ -54,11 +56,13 @@ def change_of_magnitude(layer: LoraLinear, adapter: str) -> Tensor | None:
         return None
     magnitude = layer.lora_magnitude_vector[adapter]
     reused: dict[str, Tensor] | None = vars(magnitude).get(_NORMS)
-    norms = None if reused is None else reused.get(adapter)
-    if norms is None:
+    if reused is None:
         norms = _norms(layer, adapter)
-        if reused is not None:
-            reused[adapter] = norms
+    else:
+        with _LOCK:  # two threads may need them at once
+            if adapter not in reused:
+                reused[adapter] = _norms(layer, adapter)
+            norms = reused[adapter]
     change: Tensor = magnitude.weight.float() / norms - 1
     return change
 

@@ -23,10 +23,9 @@ CPU_MEMORY = {
 }
 """Makes a process reuse the memory of freed tensors. glibc would return it to the system and fetch fresh pages for the
 next tensor, which took as long as the arithmetic on it. One heap serves all threads; with a heap each, none would get
-what another has freed. By default oneDNN caches code for 1,024 shapes of products, and
-nearly every batch has new shapes: gigabytes after a few dozen steps (docs/LOG.md, 2026-11-25). PyTorch holds what it
-used for 1,024 shapes as well, which saves no time: .3 GB (docs/LOG.md, 2026-11-28). Variables that the user has set
-stay."""
+what another has freed. By default oneDNN caches code for 1,024 shapes of products, and nearly every batch has new
+shapes: gigabytes after a few dozen steps (docs/LOG.md, 2026-11-25). PyTorch holds what it used for 1,024 shapes as
+well, which saves no time: .3 GB (docs/LOG.md, 2026-11-28). Variables that the user has set stay."""
 
 WAITING_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """If the user has set one of these, the way in which OpenMP's threads wait is left alone."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
-from alignment.models.forward import flat
+from alignment.models.forward import flat, two_threads
 from alignment.models.forward import shared_prompts as reading_module
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import Sampling, answer_batch, generate, reading_order
@@ -29,12 +30,15 @@ def _readable(architecture: str = "llama") -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize(("tokens", "multiple"), [(1, 1), (23, 1), (1000, 1), (23, 16), (1000, 64)])
+@pytest.mark.parametrize(
+    ("tokens", "multiple", "threads"), [(1, 1, 1), (23, 1, 1), (1000, 1, 1), (23, 16, 1), (1000, 64, 1), (46, 1, 2)]
+)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_texts_are_worth_what_the_whole_row_says(
-    architecture: str, tokens: int, multiple: int, monkeypatch: pytest.MonkeyPatch
+    architecture: str, tokens: int, multiple: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One prompt or text at a time, some, and all at once, with or without filling."""
+    """One prompt or text at a time, some, and all at once, with or without filling, and on two threads."""
+    torch.set_num_threads(threads)
     monkeypatch.setattr(reading_module, "READ_TOKENS", tokens)
     monkeypatch.setattr(flat, "_multiple", lambda _: multiple)
     plain, model = tiny_model(architecture), _readable(architecture)
@@ -61,6 +65,27 @@ def test_answers_are_the_same_as_without_a_reading(tokens: int, multiple: int, m
     told = {"max_new_tokens": 9, "end_ids": [2], "uniforms": uniforms}
     assert answer_batch(model, prompts, **told, reading=read(model, prompts)) == plain
     assert len({tuple(answer) for answer in plain}) > 2
+
+
+def test_two_threads_read_and_score_about_half_of_the_tokens_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 46 tokens at once, each thread reads 23, which is one of these prompts, or one of the texts."""
+    monkeypatch.setattr(reading_module, "READ_TOKENS", 46)
+    torch.set_num_threads(2)
+    shares: list[list[list[int]]] = []
+    run = two_threads.in_two_threads
+
+    def watched(function: Any, inputs: Any) -> Any:
+        shares.append([list(share) for share in inputs])
+        return run(function, inputs)
+
+    monkeypatch.setattr(two_threads, "in_two_threads", watched)
+    model = _readable()
+    lengths = (20, 13, 19, 12)
+    reading = read(model, [[number] * length for number, length in enumerate(lengths, start=3)])
+    assert [batch.rows.input_ids[0].item() for batch in reading.batches] == [3, 4, 5, 6]
+    reading.logprobs(model, [[[7] * 20, [8] * 21], [], [], []])
+    read(model, [[3] * 40, [4] * 10])  # one thread would have most of it
+    assert shares == [[[0, 3], [1, 2]], [[1], [0]]]
 
 
 def test_nothing_is_kept_of_a_stream_where_attention_is_not_flat() -> None:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from typing import Any
 
 import pytest
 import torch
 from peft import TaskType
+from peft.tuners.lora.layer import LoraLayer
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.costs.recorder import Recorder
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.recomputing import checkpoint_activations
-from alignment.models.forward import flat, side_by_side
+from alignment.models.forward import flat, side_by_side, two_threads
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.rows import FlatRows, stream
+from alignment.models.kernels.nf4 import quantize_trunk
 from tests.tiny import liven, tiny_model
 from tests.unit.models.conftest import ROWS, gradients, padded, plain, relative, twin
 
@@ -101,28 +104,66 @@ def test_states_without_gradients_are_in_the_order_of_the_whole_stream(passes: l
     assert relative(apart, whole) < 1e-6
 
 
-def test_the_same_batch_gives_the_same_bytes_whichever_thread_is_faster(passes: list[tuple[str, int]]) -> None:
+def test_the_same_batch_gives_the_same_bytes_whichever_thread_is_faster(
+    passes: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gradients that are there already, so that each part on its own would be rounded in another order."""
+    monkeypatch.setattr(side_by_side, "FEW", 1.0)
     model = unwrapped(_lora())
     use_flat_attention(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    compute, late = torch.autograd.grad, [0]
 
-    def once() -> tuple[torch.Tensor, ...]:
-        states = trunk_states(model.base_model, _rows(SIX))
-        return states.detach(), *torch.autograd.grad(states.square().sum(), trained)
+    def delayed(states: torch.Tensor, *others: Any, **options: Any) -> Any:
+        if threading.current_thread().name.endswith(str(late[0])):
+            time.sleep(0.05)
+        return compute(states, *others, **options)
 
-    first = once()
-    for _ in range(5):
-        assert all(torch.equal(left, right) for left, right in zip(first, once(), strict=True))
+    monkeypatch.setattr(torch.autograd, "grad", delayed)
+    results = []
+    for late[0] in (0, 1):
+        for index, parameter in enumerate(trained):
+            parameter.grad = torch.full_like(parameter, 0.1 * (index + 1))
+        trunk_states(model.base_model, _rows(SIX)).square().sum().backward()
+        results.append({name: gradient.clone() for name, gradient in gradients(model).items()})
+    assert all(torch.equal(gradient, results[1][name]) for name, gradient in results[0].items())
 
 
-def test_autocast_holds_in_both_parts(passes: list[tuple[str, int]]) -> None:
-    model = tiny_model()
+def test_what_only_one_part_trains_has_its_gradient() -> None:
+    gradient = torch.ones(2)
+    assert side_by_side._sum(None, gradient) is gradient
+    assert side_by_side._sum(gradient, None) is gradient
+    assert side_by_side._sum(None, None) is None
+
+
+def test_adapters_that_are_switched_off_get_no_gradients(
+    passes: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_by_side, "FEW", 1.0)
+    wrapped = _lora()
+    model = unwrapped(wrapped)
     use_flat_attention(model)
-    seen = []
-    model.base_model.layers[0].mlp.down_proj.register_forward_hook(lambda _module, _inputs, out: seen.append(out.dtype))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module._disable_adapters = True
+    trunk_states(model.base_model, _rows(SIX)).sum().backward()
+    assert [name for name, _ in passes] == ["part", "part"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("is_cast", [True, False])
+def test_parts_have_the_modes_of_the_caller(is_cast: bool, passes: list[tuple[str, int]]) -> None:
+    model = tiny_model().to(torch.bfloat16)
+    use_flat_attention(model)
+    modes = []
+
+    def watch(*_: Any) -> None:
+        modes.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), sys.getswitchinterval()))
+
+    model.base_model.layers[0].mlp.down_proj.register_forward_hook(watch)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
         trunk_states(model.base_model, _rows(SIX))
-    assert seen == [torch.bfloat16, torch.bfloat16]
+    assert modes == [(is_cast, False, 0.0005)] * 2
 
 
 def test_recomputed_activations_give_the_same_gradients(
@@ -154,15 +195,14 @@ def test_an_error_in_one_part_is_raised_and_later_batches_are_computed(passes: l
     assert [name for name, _ in passes] == ["part"] * 4
 
 
-def test_this_process_keeps_its_settings(passes: list[tuple[str, int]]) -> None:
+def test_threads_that_start_later_compute_as_this_one_does(passes: list[tuple[str, int]]) -> None:
+    two_threads._pool.cache_clear()
     model = tiny_model()
     use_flat_attention(model)
-    interval = sys.getswitchinterval()
     with torch.no_grad():
         trunk_states(model.base_model, _rows(SIX))
     assert [name for name, _ in passes] == ["part", "part"]
     assert torch.get_num_threads() == 2
-    assert sys.getswitchinterval() == interval
     counts = []
     later = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
     later.start()
@@ -170,21 +210,76 @@ def test_this_process_keeps_its_settings(passes: list[tuple[str, int]]) -> None:
     assert counts == [2]
 
 
-def _with_dropout() -> Any:
+def _dropout_in_adapters() -> Any:
     config = AdapterConfig(kind=AdapterKind.lora, rank=4, alpha=8.0, dropout=0.5)
     return add_adapter(tiny_model(), config, TaskType.CAUSAL_LM).train()
+
+
+def _dropout_without_a_module() -> Any:
+    model = tiny_model().requires_grad_(False).train()
+    model.base_model.layers[0].mlp.residual_dropout = 0.1  # as Starcoder 2 and OPT have it
+    return model
 
 
 def _all_trained() -> Any:
     return tiny_model()
 
 
-@pytest.mark.parametrize("make", [_with_dropout, _all_trained])
+def _weights_made_for_a_call() -> Any:
+    model = tiny_model().requires_grad_(False)
+    model.base_model.layers[1].register_forward_pre_hook(lambda _module, _inputs: None)
+    return model
+
+
+def _four_bits() -> Any:
+    model = tiny_model().requires_grad_(False)
+    quantize_trunk(model, CPU)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        _dropout_in_adapters,
+        _dropout_without_a_module,
+        _all_trained,
+        _weights_made_for_a_call,
+        _four_bits,
+    ],
+)
 def test_some_models_are_never_divided(make: Any, passes: list[tuple[str, int]]) -> None:
     model = unwrapped(make())
     use_flat_attention(model)
     trunk_states(model.base_model, _rows(SIX))
     assert passes == [("MainThread", 6)]
+
+
+@pytest.mark.parametrize("types", ["longrope", {"full_attention": "default", "sliding_attention": "longrope"}])
+def test_frequencies_that_a_pass_chooses_are_not_divided(types: Any) -> None:
+    model = tiny_model()
+    assert side_by_side.can_divide(model.base_model)
+    model.base_model.rotary_emb.rope_type = types
+    assert not side_by_side.can_divide(model.base_model)
+
+
+def test_weights_that_each_part_would_convert_are_not_divided(passes: list[tuple[str, int]]) -> None:
+    model = tiny_model()
+    use_flat_attention(model)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        trunk_states(model.base_model, _rows(SIX))
+    assert passes == [("MainThread", 6)]
+
+
+@pytest.mark.parametrize("place", ["dropout in evaluation", "no rate"])
+def test_models_that_draw_nothing_are_divided(place: str, passes: list[tuple[str, int]]) -> None:
+    model = _dropout_without_a_module()
+    if place == "dropout in evaluation":
+        model.eval()
+    else:
+        model.base_model.layers[0].mlp.residual_dropout = 0.0
+    use_flat_attention(model)
+    trunk_states(model.base_model, _rows(SIX))
+    assert [name for name, _ in passes] == ["part", "part"]
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -212,7 +307,6 @@ def test_little_work_is_not_divided(passes: list[tuple[str, int]], monkeypatch: 
 
 def test_several_processes_do_not_divide(passes: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     model = tiny_model()
     use_flat_attention(model)
     with torch.no_grad():

@@ -18,6 +18,7 @@ def test_what_the_user_has_set_for_the_allocator_stays(monkeypatch: pytest.Monke
     assert "MALLOC_TOP_PAD_" not in variables
     kept = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"}
     assert kept <= set(variables)
+    assert variables["MALLOC_ARENA_MAX"] == "1"
 
 
 @pytest.mark.parametrize("chosen", [None, *WAITING])
