@@ -150,8 +150,8 @@ MUTATIONS = [
         ),
         (
             "a fork waits for threads that it does not have",
-            "_pool(os.getpid())",
-            "_pool(0)",
+            "_part_threads(os.getpid())",
+            "_part_threads(0)",
             "test_a_forked_process_has_threads_of_its_own",
         ),
     ),

@@ -63,7 +63,7 @@ def in_two_threads(function: Callable[[_Input], _Output], inputs: Sequence[_Inpu
     An error is raised when both have ended, so nobody computes with what the caller then puts back. If both fail, it is
     that of the first.
     """
-    futures = [_pool(os.getpid()).submit(_in_same_mode(function), argument) for argument in inputs]
+    futures = [_part_threads(os.getpid()).submit(_in_same_mode(function), argument) for argument in inputs]
     try:
         try:
             wait(futures)
@@ -114,7 +114,7 @@ def _in_same_mode(function: Callable[[_Input], _Output]) -> Callable[[_Input], _
 
 
 @functools.lru_cache(maxsize=1)
-def _pool(process: int) -> ThreadPoolExecutor:
+def _part_threads(process: int) -> ThreadPoolExecutor:
     """Two threads that compute alone; ``process`` is this process's number, since a fork has none of the threads."""
     threads = torch.get_num_threads()
     ready = threading.Barrier(THREADS + 1)

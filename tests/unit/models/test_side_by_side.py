@@ -196,7 +196,7 @@ def test_an_error_in_one_part_is_raised_and_later_batches_are_computed(passes: l
 
 
 def test_threads_that_start_later_compute_as_this_one_does(passes: list[tuple[str, int]]) -> None:
-    two_threads._pool.cache_clear()
+    two_threads._part_threads.cache_clear()
     model = tiny_model()
     use_flat_attention(model)
     with torch.no_grad():
