@@ -37,8 +37,8 @@ States = Callable[[FlatRows], Tensor]
 def side_by_side(trunk: PreTrainedModel, states_of: States, rows: FlatRows) -> Tensor | None:
     """``states_of(rows)``, computed in two parts; None if the rows had better be computed at once.
 
-    That is: if ``can_divide`` says so, with little to compute, if more than a few weights are trained, or with rows
-    that cannot be divided into two parts of about equal work.
+    That is: for models that ``can_divide`` refuses, with little to compute, if more than a few weights are trained, or
+    with rows that cannot be divided into two parts of about equal work.
     """
     if not can_divide(trunk) or not _is_worth_it(trunk, len(rows.input_ids)) or (division := divided(rows)) is None:
         return None
