@@ -19,14 +19,20 @@ _OTHER = "other reasons"
 _UNREADABLE = f"a line of {FILE} that cannot be read"
 
 
-def read_left_out(folder: Path | None) -> list[LeftOutRows]:
-    """The rows of an artifact's list by reason, the most frequent first; empty without a list."""
+def read_left_out(folder: Path | None, notes: list[str]) -> list[LeftOutRows]:
+    """The rows of an artifact's list by reason, the most frequent first; empty without a list.
+
+    If there is one and it cannot be read, ``notes`` gets a sentence that says so.
+    """
     if folder is None:
         return []
     try:
         state = (folder / FILE).stat()
         return list(_counted(folder / FILE, state.st_mtime_ns, state.st_size))
-    except OSError:
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        notes.append(f"Its {FILE} cannot be read ({type(error).__name__}), so rows that it left out are not shown.")
         return []
 
 

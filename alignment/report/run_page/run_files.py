@@ -75,6 +75,7 @@ def _read_stage(run_folder: Path, name: str, record: RunRecord, folder: Path | N
     notes: list[str] = []
     manifest = _read_manifest(folder, notes)
     metrics = _read_metrics(folder, notes)
+    left_out = read_left_out(folder, notes)
     entry = record.stages[name]
     then = text.finite(manifest.usage.get("seconds")) if manifest else None
     return Stage(
@@ -92,7 +93,7 @@ def _read_stage(run_folder: Path, name: str, record: RunRecord, folder: Path | N
         notes=notes,
         error="" if entry.complete else _error(run_folder / name / STATUS),
         planned=_planned(run_folder / name / COST),
-        left_out=read_left_out(folder),
+        left_out=left_out,
     )
 
 

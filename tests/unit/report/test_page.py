@@ -290,6 +290,14 @@ def test_many_reasons_are_added_up_and_no_list_is_no_section(fake_run):
     assert cells[-4:] == ["ppo", "13", "other reasons", "p.jsonl:7: resembles row 07"]
 
 
+def test_a_list_of_left_out_rows_that_cannot_be_read_is_said(fake_run):
+    fake_run.write()
+    (fake_run.artifact("dpo") / FILE).mkdir()
+    build(fake_run.folder, fake_run.root / "report.html", num_samples=12)
+    page = Page((fake_run.root / "report.html").read_text(encoding="utf-8")).text
+    assert "Its left_out.jsonl cannot be read (IsADirectoryError), so rows that it left out are not shown." in page
+
+
 def left_out_cells(html: str) -> list[str]:
     body = html.partition('<section id="left-out">')[2].partition("<tbody>")[2].partition("</tbody>")[0]
     return [" ".join(word.split()) for word in Page(body).words if word.strip()]
