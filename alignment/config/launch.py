@@ -13,6 +13,9 @@ DEVICE = "ALIGNMENT_DEVICE"
 """The environment variable that gives a worker its device, ``cpu`` or ``cuda``; unset in a process that no launcher
 started."""
 
+DIVIDE_ROWS = "ALIGNMENT_DIVIDE_ROWS"
+"""The environment variable that gives a worker ``launch.divide_rows``, as 0 or 1; unset means 1."""
+
 
 class LauncherKind(str, Enum):
     """How worker processes are started.
@@ -74,9 +77,11 @@ def _of_backend(kind: str, cls: type) -> dict[str, str]:
 class LaunchConfig:
     """``num_processes`` workers run on each machine; 0 means one for each of its GPUs.
 
-    ``threads`` is the number of threads of a process; 0 divides the cores evenly. ``grace_seconds`` is the time that a
-    stage has to save after it was asked to stop; then it is killed. A stage in which no process does anything for
-    ``hang_seconds`` is ended (0: never). ``backend`` is where the processes run.
+    ``threads`` is the number of threads of a process; 0 divides the cores evenly. With ``divide_rows``, two threads of
+    a CPU compute rows of their own. Without it they share every operation, which is better beside another process that
+    needs a core. ``grace_seconds`` is the time that a stage has to save after it was asked to stop; then it is killed.
+    A stage in which no process does anything for ``hang_seconds`` is ended (0: never). ``backend`` is where the
+    processes run.
     """
 
     REPLACED: ClassVar[dict[str, str]] = {
@@ -89,6 +94,7 @@ class LaunchConfig:
     offload: Offload = Offload.none
     num_processes: Annotated[int, NOT_NEGATIVE] = 1
     threads: Annotated[int, NOT_NEGATIVE] = 0
+    divide_rows: bool = True
     grace_seconds: Annotated[int, POSITIVE] = 120
     hang_seconds: Annotated[int, NOT_NEGATIVE] = 600
     backend: Backend = field(default_factory=LocalBackend)

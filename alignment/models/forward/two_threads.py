@@ -18,13 +18,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from alignment.config.launch import DIVIDE_ROWS
 from alignment.core.errors import ConfigError
 from alignment.costs.recorder import on_shadows
 
 THREADS = 2
-
-VARIABLE = "ALIGNMENT_DIVIDE_ROWS"
-"""With 0, threads share every operation, which is better beside another process that needs a core."""
 
 LARGEST = 0.6
 """The larger share of the work from which two threads are no faster than before: a pass takes a fifth less time if the
@@ -43,7 +41,7 @@ def has_two_threads(tensor: Tensor) -> bool:
     In a part it is false, since its thread computes alone. So nothing is divided twice.
 
     Raises:
-        ConfigError: the variable with which users say whether they want this is neither 0 nor 1.
+        ConfigError: the variable of ``launch.divide_rows`` is neither 0 nor 1.
     """
     is_alone = not torch.distributed.is_initialized()  # else weights may be gathered for each module, in an order
     is_on_two = tensor.device.type == "cpu" and torch.get_num_threads() == THREADS
@@ -51,9 +49,9 @@ def has_two_threads(tensor: Tensor) -> bool:
 
 
 def _is_wanted() -> bool:
-    value = os.environ.get(VARIABLE, "1")
+    value = os.environ.get(DIVIDE_ROWS, "1")
     if value not in ("0", "1"):
-        raise ConfigError(f"{value!r} is not allowed; allowed: 0, 1", where=VARIABLE, remedy="correct or unset it")
+        raise ConfigError(f"{value!r} is not allowed; allowed: 0, 1", where=DIVIDE_ROWS, remedy="correct or unset it")
     return value == "1"
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignment.config.backend import LocalBackend
-from alignment.config.launch import DEVICE, LaunchConfig, LauncherKind, Sharding
+from alignment.config.launch import DEVICE, DIVIDE_ROWS, LaunchConfig, LauncherKind, Sharding
 from alignment.core import hardware
 from alignment.core.errors import ConfigError
 from alignment.core.resources import shipped
@@ -46,8 +46,8 @@ def of_stage(
     kind = chosen_launcher(launch, num_devices=len(devices))
     argv = (sys.executable, *_LAUNCHERS[kind](launch, len(devices)), "-m", "alignment.worker", str(stage_file))
     threads = launch.threads or max(1, num_cores // launch.num_processes)
-    own_devices = _devices_of_processes(devices, launch.num_processes)
-    return Command(argv=argv, environment=environment.of_worker(threads, pythonpath) | own_devices)
+    own = {DIVIDE_ROWS: str(int(launch.divide_rows)), **_devices_of_processes(devices, launch.num_processes)}
+    return Command(argv=argv, environment=environment.of_worker(threads, pythonpath) | own)
 
 
 def here(launch: LaunchConfig, stage_file: Path) -> Command:

@@ -15,13 +15,13 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-from alignment.config.launch import DEVICE
+from alignment.config.launch import DEVICE, DIVIDE_ROWS
 from alignment.core import hardware
 from alignment.core.stop_requests import sigusr1_blocked
 from alignment.fork_server import LONGEST_REQUEST, Request
 from alignment.pipeline.backends.command import Command
 
-LATER = {DEVICE, "RANK", "LOCAL_RANK", "WORLD_SIZE"}
+LATER = {DEVICE, DIVIDE_ROWS, "RANK", "LOCAL_RANK", "WORLD_SIZE"}
 """Variables that are read after the libraries are imported, so that they may differ from the server's."""
 _PATIENCE = 5.0
 """Seconds in which a server reports the end of a child, or removes what its libraries have left."""

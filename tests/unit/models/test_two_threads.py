@@ -11,8 +11,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from alignment.config.launch import DIVIDE_ROWS
 from alignment.core.errors import ConfigError
-from alignment.models.forward.two_threads import VARIABLE, balanced, each_of, has_two_threads, in_two_threads
+from alignment.models.forward.two_threads import balanced, each_of, has_two_threads, in_two_threads
 
 
 @pytest.fixture(autouse=True)
@@ -60,12 +61,12 @@ def test_a_part_computes_alone_and_is_not_divided_again() -> None:
 
 @pytest.mark.parametrize(("value", "divides"), [("0", False), ("1", True)])
 def test_users_can_have_operations_shared(value: str, divides: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, value)
+    monkeypatch.setenv(DIVIDE_ROWS, value)
     assert has_two_threads(torch.zeros(1)) is divides
 
 
 def test_another_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, "false")
+    monkeypatch.setenv(DIVIDE_ROWS, "false")
     with pytest.raises(ConfigError, match="ALIGNMENT_DIVIDE_ROWS: 'false' is not allowed; allowed: 0, 1"):
         has_two_threads(torch.zeros(1))
 

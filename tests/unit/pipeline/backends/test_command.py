@@ -95,6 +95,15 @@ def test_threads_are_shared_out_evenly_unless_told(processes: int, threads: int,
     assert made.environment["OMP_NUM_THREADS"] == expected
 
 
+@pytest.mark.parametrize(("divides", "expected"), [(True, "1"), (False, "0")])
+def test_a_worker_is_told_whether_threads_have_rows_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, divides: bool, expected: str
+) -> None:
+    monkeypatch.setenv("ALIGNMENT_DIVIDE_ROWS", "of an earlier shell")
+    made = command.of_stage(LaunchConfig(divide_rows=divides), STAGE_FILE, devices=(), num_cores=2)
+    assert made.environment["ALIGNMENT_DIVIDE_ROWS"] == expected
+
+
 @pytest.mark.parametrize(
     ("chosen", "processes", "expected"),
     [

@@ -79,7 +79,7 @@ def printed(folder: Path, command: Command, server: ForkServer | None) -> dict[s
 
 
 def test_a_forked_command_is_what_an_executed_one_is(folder: Path) -> None:
-    command = probe("", RANK="0", ALIGNMENT_DEVICE="cpu")
+    command = probe("", RANK="0", ALIGNMENT_DEVICE="cpu", ALIGNMENT_DIVIDE_ROWS="0")
     executed = printed(folder, command, None)
     with serving() as server:
         forked = printed(folder, command, server)
