@@ -29,6 +29,8 @@ PROMPTS = 32
 MAX_PROMPT_LENGTH = 96
 PPO_NEW_TOKENS = 48
 PPO_EPOCHS = 4
+PPO_MEASURED = 1
+"""Updates after the warm-up: one of TRL's takes minutes on two cores, and five repetitions have other rows each."""
 PPO_MICRO_BATCH = 8
 """Rows, by TRL's default."""
 PPO_MICRO_BATCH_TOKENS = {"lora": 2048, "full": 1024}

@@ -10,7 +10,7 @@ from benchmarks import grid
 from benchmarks.figures import Sharing
 from benchmarks.grid import LAUNCHER_MEMORY, start_of
 from benchmarks.growth import POINTS
-from benchmarks.setting import MICRO_BATCH_TOKENS, PPO_MICRO_BATCH_TOKENS, STEPS
+from benchmarks.setting import MICRO_BATCH_TOKENS, PPO_MEASURED, PPO_MICRO_BATCH_TOKENS, STEPS
 from benchmarks.work import (
     OURS,
     OURS_FLOAT32,
@@ -26,16 +26,16 @@ _TRL = "TRL's trainer, fused AdamW"
 _STOCK = "transformers and PEFT in a plain loop, {}, fused AdamW"
 
 
-def _ours(tokens: int = MICRO_BATCH_TOKENS) -> Contestant:
-    return Contestant(module="ours", allowed=_STAGE.format(tokens), against=None)
+def _ours() -> Contestant:
+    return Contestant(module="ours", allowed=_STAGE.format(MICRO_BATCH_TOKENS), against=None)
 
 
-def _ours_recomputed(tokens: int) -> Contestant:
-    return Contestant(
-        module="ours",
-        allowed=f"activations computed again, as by TRL's defaults; {_STAGE.format(tokens)}",
-        against=None,
-        optim_changes={"activation_checkpointing": True, "micro_batch_tokens": tokens},
+def _ours_recomputed() -> Contestant:
+    ours = _ours()
+    return replace(
+        ours,
+        allowed=f"activations computed again, as by TRL's defaults; {ours.allowed}",
+        optim_changes={"activation_checkpointing": True},
     )
 
 
@@ -77,6 +77,7 @@ def _ppo(adapter: str) -> Work:
         template=Contestant(
             module="trl_ppo",
             allowed=f"TRL 1.12.0 experimental.ppo, num_mini_batches=1, all base weights bf16{critic}",
+            measured=PPO_MEASURED,
             environment="trl-1.12",
             library="trl",
         ),
@@ -108,7 +109,7 @@ def _ppo(adapter: str) -> Work:
         },
         rivals={"trl": rival},
         quantity="seconds_per_update",
-        batches=STEPS,
+        batches=1 + PPO_MEASURED,
     )
 
 
@@ -118,6 +119,7 @@ def _our_ppo(
     return Contestant(
         module="ours",
         allowed=_STAGE.format(micro_batch_tokens),
+        measured=PPO_MEASURED,
         against=None,
         sharing=sharing or Sharing(),
         master_weights=master_weights,
@@ -238,7 +240,7 @@ WORKS: dict[str, Work] = {
             kind="sft",
             adapter=adapter,
             stock="cross_entropy over all positions",
-            variants={"ours_recomputed": _ours_recomputed(512)},
+            variants={"ours_recomputed": _ours_recomputed()},
         )
         for adapter in ("lora", "full")
     },
@@ -246,13 +248,13 @@ WORKS: dict[str, Work] = {
         kind="reward",
         adapter="lora",
         stock="-logsigmoid of the score difference",
-        variants={"ours_recomputed": _ours_recomputed(768)},
+        variants={"ours_recomputed": _ours_recomputed()},
     ),
     "dpo_lora": _training(
         kind="dpo",
         adapter="lora",
         stock="log_softmax and gather, reference by disable_adapter",
-        variants={"ours_recomputed": _ours_recomputed(768)},
+        variants={"ours_recomputed": _ours_recomputed()},
     ),
     "kto_lora": _training(
         kind="kto",

@@ -25,7 +25,6 @@ from alignment.models.kernels.nf4 import quantize_trunk
 from tests.tiny import liven, tiny_model
 from tests.unit.models.conftest import ROWS, gradients, padded, plain, relative, twin
 
-LORA = AdapterConfig(kind=AdapterKind.lora, rank=4, alpha=8.0)
 CPU = torch.device("cpu")
 SIX = [(list(range(5 + row, 15 + row)), [9, 8, 7 + row, 2]) for row in range(6)]
 """Six rows of equal length without a beginning in common."""
@@ -52,8 +51,8 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     return seen
 
 
-def _lora(**changes: Any) -> Any:
-    model = add_adapter(tiny_model(**changes), LORA, TaskType.CAUSAL_LM)
+def _lora(kind: AdapterKind = AdapterKind.lora, **changes: Any) -> Any:
+    model = add_adapter(tiny_model(**changes), AdapterConfig(kind=kind, rank=4, alpha=8.0), TaskType.CAUSAL_LM)
     liven(model)
     return model
 
@@ -62,12 +61,14 @@ def _rows(batch: list[tuple[list[int], list[int]]]) -> FlatRows:
     return stream([[*prompt, *answer] for prompt, answer in batch], CPU)
 
 
-@pytest.mark.parametrize("rows", BATCHES)
+@pytest.mark.parametrize(
+    ("rows", "kind"), [*((rows, AdapterKind.lora) for rows in BATCHES), ("equal rows", AdapterKind.dora)]
+)
 def test_values_and_gradients_are_those_of_the_plain_forward(
-    rows: str, passes: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+    rows: str, kind: AdapterKind, passes: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(side_by_side, "FEW", 1.0)
-    model = _lora()
+    model = _lora(kind)
     reference = twin(model)
     install_causal(unwrapped(model))
     batch = padded(BATCHES[rows])
