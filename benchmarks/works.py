@@ -10,7 +10,13 @@ from benchmarks import grid
 from benchmarks.figures import Sharing
 from benchmarks.grid import LAUNCHER_MEMORY, start_of
 from benchmarks.growth import POINTS
-from benchmarks.setting import MICRO_BATCH_TOKENS, PPO_MEASURED, PPO_MICRO_BATCH_TOKENS, STEPS
+from benchmarks.setting import (
+    MICRO_BATCH_TOKENS,
+    PPO_MEASURED,
+    PPO_MICRO_BATCH_TOKENS,
+    RECOMPUTED_MICRO_BATCH_TOKENS,
+    STEPS,
+)
 from benchmarks.work import (
     OURS,
     OURS_FLOAT32,
@@ -31,11 +37,10 @@ def _ours() -> Contestant:
 
 
 def _ours_recomputed() -> Contestant:
-    ours = _ours()
     return replace(
-        ours,
-        allowed=f"activations computed again, as by TRL's defaults; {ours.allowed}",
-        optim_changes={"activation_checkpointing": True},
+        _ours(),
+        allowed=f"activations computed again, as by TRL's defaults; {_STAGE.format(RECOMPUTED_MICRO_BATCH_TOKENS)}",
+        optim_changes={"activation_checkpointing": True, "micro_batch_tokens": RECOMPUTED_MICRO_BATCH_TOKENS},
     )
 
 
