@@ -12,8 +12,8 @@ STEPS = 3
 """Steps of a training contestant: the first is the warm-up, the second and third are measured."""
 MICRO_BATCH_TOKENS = 2048
 """The default of our stages, which count micro-batches in tokens; rivals count them in rows."""
-RECOMPUTED_MICRO_BATCH_TOKENS = 4096
-"""The same with activation checkpointing, which leaves room for more tokens (docs/LOG.md, 2026-11-29)."""
+LARGER_MICRO_BATCH_TOKENS = 4096
+"""For pairs, of which a step has more tokens, where memory is plentiful, and with activation checkpointing."""
 MAX_LENGTH = 512
 """Tokens of the longest row, or of the longer sequence of a pair."""
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
