@@ -19,7 +19,7 @@ from alignment.models.kernels.layout import prepacked
 
 T = TypeVar("T")
 
-TOKENS = 4096
+TOKENS = 8192
 """Tokens that are scored at once."""
 
 

@@ -164,5 +164,11 @@ MUTATIONS = [
             "    if True:\n",
             "test_two_threads_read_and_score_about_half_of_the_tokens_each",
         ),
+        (
+            "few tokens are read by one thread",
+            "THREADS * math.ceil(sum(lengths) / READ_TOKENS)",
+            "math.ceil(sum(lengths) / READ_TOKENS * THREADS)",
+            "test_few_tokens_are_divided_between_two_threads_too",
+        ),
     ),
 ]

@@ -165,11 +165,23 @@ def by_tokens(lengths: Sequence[int], limit: int, *, behind: Sequence[int] | Non
     tokens if the row before is in the same range, where that differs. Examples: lengths ``[3, 3, 9, 1]`` with limit 6
     give rows 0-1, 2, 3; lengths ``[2, 2, 2, 2]`` with limit 6 give rows 0-1, 2-3.
     """
-    fewest = len(_filled(lengths, limit, behind))
+    return _most_even(lengths, len(_filled(lengths, limit, behind)), limit, behind)
+
+
+def evenly(lengths: Sequence[int], count: int) -> list[range]:
+    """At most ``count`` ranges of consecutive rows, the largest of them with as few tokens as possible.
+
+    Example: lengths ``[3, 3, 9, 1]`` in two ranges are rows 0-1 and 2-3.
+    """
+    return _most_even(lengths, count, sum(lengths), None)
+
+
+def _most_even(lengths: Sequence[int], count: int, limit: int, behind: Sequence[int] | None) -> list[range]:
+    """At most ``count`` ranges, which the ``limit`` allows, with the smallest limit that does."""
     low, high = 0, limit
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_filled(lengths, middle, behind)) == fewest else (middle + 1, high)
+        low, high = (low, middle) if len(_filled(lengths, middle, behind)) <= count else (middle + 1, high)
     return _filled(lengths, high, behind)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -86,6 +87,21 @@ def test_two_threads_read_and_score_about_half_of_the_tokens_each(monkeypatch: p
     reading.logprobs(model, [[[7] * 20, [8] * 21], [], [], []])
     read(model, [[3] * 40, [4] * 10])  # one thread would have most of it
     assert shares == [[[0, 3], [1, 2]], [[1], [0]]]
+
+
+def test_few_tokens_are_divided_between_two_threads_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(2)
+    threads: list[str] = []
+    compute = reading_module.trunk_states
+
+    def watched(*inputs: Any, **options: Any) -> torch.Tensor:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return compute(*inputs, **options)
+
+    monkeypatch.setattr(reading_module, "trunk_states", watched)
+    reading = read(_readable(), [[number] * 6 for number in range(3, 8)])
+    assert [len(batch.rows.lengths) for batch in reading.batches] == [3, 2]
+    assert threads == ["part", "part"]
 
 
 def test_nothing_is_kept_of_a_stream_where_attention_is_not_flat() -> None:

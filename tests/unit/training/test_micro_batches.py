@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import OptimConfig, Schedule
-from alignment.models.forward.rows import by_tokens, stream
+from alignment.models.forward.rows import by_tokens, evenly, stream
 from alignment.records.step_log import MetricsLog
 from alignment.stages.dpo import run as dpo
 from alignment.stages.dpo.config import DpoConfig
@@ -71,6 +71,22 @@ def test_rows_are_cut_into_few_pieces_of_like_size(
     lengths: list[int], limit: int, expected: list[tuple[int, int]]
 ) -> None:
     assert [(piece.start, piece.stop) for piece in by_tokens(lengths, limit)] == expected
+
+
+@pytest.mark.parametrize(
+    ("lengths", "count", "expected"),
+    [
+        ([3, 3, 9, 1], 2, [(0, 2), (2, 4)]),
+        ([3, 3, 9, 1], 3, [(0, 2), (2, 3), (3, 4)]),
+        ([4, 4, 4, 4, 4], 2, [(0, 3), (3, 5)]),
+        ([7], 2, [(0, 1)]),
+        ([2, 2], 5, [(0, 1), (1, 2)]),
+    ],
+)
+def test_rows_are_divided_evenly_among_so_many_pieces(
+    lengths: list[int], count: int, expected: list[tuple[int, int]]
+) -> None:
+    assert [(piece.start, piece.stop) for piece in evenly(lengths, count)] == expected
 
 
 def test_a_row_that_shares_counts_in_full_where_it_opens_a_piece() -> None:
