@@ -34,14 +34,6 @@ def tokens_of(size: int | Automatic) -> int:
     return size
 
 
-def tokens_without_gradients(size: int) -> int:
-    """The most tokens of a pass in which nothing is learned, in a stage with micro-batches of ``size`` tokens.
-
-    Such a pass stores no activations, so it needs less memory than a micro-batch even with four times its tokens.
-    """
-    return 4 * size
-
-
 def expected_tokens(size: int | Automatic) -> int:
     """The number of tokens, or the default in place of a number that is not chosen yet."""
     return DEFAULT_TOKENS if isinstance(size, Automatic) else size

@@ -132,8 +132,8 @@ MUTATIONS = [
         ),
         (
             "one thread has most of the work",
-            "> LARGEST * sum(costs)",
-            "> sum(costs)",
+            "<= LARGEST * sum(costs)",
+            "<= sum(costs)",
             "test_most_of_the_work_is_not_given_to_one_thread",
         ),
         (
@@ -160,15 +160,27 @@ MUTATIONS = [
         "unit/models/test_reading.py",
         (
             "one thread reads all prompts",
-            "    if not can_divide(model.base_model):\n",
-            "    if True:\n",
+            "    if can_divide(model.base_model):\n",
+            "    if False:\n",
             "test_two_threads_read_and_score_about_half_of_the_tokens_each",
         ),
         (
             "few tokens are read by one thread",
-            "THREADS * math.ceil(sum(lengths) / READ_TOKENS)",
-            "math.ceil(sum(lengths) / READ_TOKENS * THREADS)",
+            "next_multiple(count, THREADS)",
+            "count",
             "test_few_tokens_are_divided_between_two_threads_too",
+        ),
+        (
+            "a thread reads more at once than its share of the limit",
+            "READ_TOKENS // THREADS",
+            "READ_TOKENS",
+            "test_two_threads_together_read_no_more_than_the_limit_at_once",
+        ),
+        (
+            "uneven prompts are read in two passes by all threads",
+            "return [function(span) for span in by_tokens(lengths, READ_TOKENS)]",
+            "return [function(span) for span in by_tokens(lengths, READ_TOKENS // THREADS)]",
+            "test_what_cannot_be_divided_evenly_is_read_in_one_pass",
         ),
     ),
 ]

@@ -6,7 +6,6 @@ streams continue them as an earlier stream (models/forward/rows.py).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain, groupby
@@ -19,15 +18,15 @@ from transformers import PreTrainedModel
 from alignment.models.forward.attention import ATTENTION, KeysValues
 from alignment.models.forward.flat import trunk_states
 from alignment.models.forward.head import capped, label_statistics, logit_cap, scales_logits
-from alignment.models.forward.rows import FlatRows, behind, behind_one, by_tokens, evenly, stream
+from alignment.models.forward.rows import FlatRows, behind, behind_one, by_tokens, evenly, next_multiple, stream
 from alignment.models.forward.side_by_side import can_divide
 from alignment.models.forward.transfer import on_device, on_host
-from alignment.models.forward.two_threads import THREADS, each_of
+from alignment.models.forward.two_threads import THREADS, can_share, each_of
 from alignment.models.kernels.kv_cache import RowsCache
 
 READ_TOKENS = 8192
-"""Tokens that are read or scored at once, by all threads. A pass takes a quarter of a second whatever it computes
-(SmolLM2-135M, two cores), and without gradients a token needs little memory (docs/LOG.md, 2026-11-29)."""
+"""Tokens that are read or scored at once, by all threads; a longer text is read alone. Each pass has a cost of its own
+beside that of its tokens, and without gradients a token needs little memory (docs/LOG.md, 2026-11-29)."""
 
 _Output = TypeVar("_Output")
 
@@ -131,10 +130,13 @@ def read(model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, beginning:
 
 def _by_span(lengths: Sequence[int], model: PreTrainedModel, function: Callable[[range], _Output]) -> list[_Output]:
     """The function of each range of texts that are read or scored at once, in order."""
-    if not can_divide(model.base_model):
-        return [function(span) for span in by_tokens(lengths, READ_TOKENS)]
-    spans = evenly(lengths, THREADS * math.ceil(sum(lengths) / READ_TOKENS))
-    return each_of(spans, function, [sum(lengths[text] for text in span) for span in spans])
+    if can_divide(model.base_model):
+        count = len(by_tokens(lengths, READ_TOKENS // THREADS))
+        spans = evenly(lengths, next_multiple(count, THREADS))
+        costs = [sum(lengths[text] for text in span) for span in spans]
+        if can_share(costs):
+            return each_of(spans, function, costs)
+    return [function(span) for span in by_tokens(lengths, READ_TOKENS)]
 
 
 def _right_aligned(rows: FlatRows) -> Tensor:

@@ -84,11 +84,17 @@ def balanced(costs: Sequence[int]) -> tuple[list[int], list[int]]:
     return sorted(shares[0]), sorted(shares[1])
 
 
+def can_share(costs: Sequence[int]) -> bool:
+    """Whether none of two threads would have most of the work, so that they gain by sharing it."""
+    largest = max(sum(costs[index] for index in share) for share in balanced(costs))
+    return len(costs) >= THREADS and largest <= LARGEST * sum(costs)
+
+
 def each_of(inputs: Sequence[_Input], function: Callable[[_Input], _Output], costs: Sequence[int]) -> list[_Output]:
     """The function of each input, in order, on two threads unless one of them would have most of the work."""
-    shares = balanced(costs)
-    if len(inputs) < THREADS or max(sum(costs[index] for index in share) for share in shares) > LARGEST * sum(costs):
+    if not can_share(costs):
         return [function(argument) for argument in inputs]
+    shares = balanced(costs)
     outputs = in_two_threads(lambda share: [function(inputs[index]) for index in share], shares)
     of_index = {
         index: output

@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import TaskType
 from trl import DPOConfig as TrlDpoConfig
 
-from alignment.config.micro_batch import tokens_of, tokens_without_gradients
+from alignment.config.micro_batch import tokens_of
 from alignment.data.tokens.row_kinds import MARGIN
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.mapped import copied_in_calls
@@ -86,7 +86,7 @@ def _trainer(
     reference = precomputed = precomputed_held_out = None
 
     def computed(rows: Dataset) -> Reference:
-        tokens = tokens_without_gradients(tokens_of(config.optim.micro_batch_tokens))
+        tokens = tokens_of(config.optim.micro_batch_tokens)
         return precomputed_reference(policy, start, rows, context, answers=ANSWERS, tokens=tokens)
 
     if config.precompute_reference:

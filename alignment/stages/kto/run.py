@@ -15,7 +15,7 @@ from peft import TaskType
 from trl import KTOConfig as TrlKtoConfig
 
 from alignment.algos.label_weights import LabelWeights, label_weights
-from alignment.config.micro_batch import tokens_of, tokens_without_gradients
+from alignment.config.micro_batch import tokens_of
 from alignment.core.errors import DataError
 from alignment.data.tokens.row_kinds import DESIRABLE, LABELLED_ANSWERS, UNDESIRABLE
 from alignment.models.assembly.load import Lineage
@@ -100,7 +100,7 @@ def _trainer(
     names = {ANSWER: REFERENCE, MISMATCHED: OTHER_REFERENCE} if mismatch else {ANSWER: REFERENCE}
     reference = precomputed = None
     if config.precompute_reference:
-        tokens = tokens_without_gradients(tokens_of(config.optim.micro_batch_tokens))
+        tokens = tokens_of(config.optim.micro_batch_tokens)
         precomputed = precomputed_reference(policy, start, rows, context, answers=tuple(names), tokens=tokens)
     else:
         reference = copy_of_start(policy, context)

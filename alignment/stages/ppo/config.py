@@ -65,10 +65,9 @@ class PpoOptimConfig:
     """Adam without weight decay or warm-up; by default the learning rate falls linearly to zero.
 
     ``batch_size`` is the number of episodes per update, over all processes. ``micro_batch_tokens`` limits the tokens of
-    a micro-batch during training. Passes in which nothing is learned have up to four times as many, and a process
-    samples its whole share at once. With ``auto`` the stage chooses a number that fits into memory.
-    ``activation_checkpointing`` stores only a layer's input during training, and computes the layer again in the
-    backward pass; it does not change what is learned.
+    a micro-batch during training; for sampling, a process handles its whole share at once. With ``auto`` the stage
+    chooses a number that fits into memory. ``activation_checkpointing`` stores only a layer's input during training,
+    and computes the layer again in the backward pass; it does not change what is learned.
     """
 
     lr: Annotated[float, POSITIVE] = 3e-5

@@ -7,7 +7,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from alignment.config.micro_batch import tokens_of, tokens_without_gradients
+from alignment.config.micro_batch import tokens_of
 from alignment.core.artifacts import read_manifest
 from alignment.data.records import Prompt
 from alignment.data.tokens.limits import Limits
@@ -65,9 +65,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
     context.phase("loading")
     roles = roles_of(config, context, start, reward)
     computation = Computation(
-        device=context.device,
-        dtype=spec.model.dtype,
-        tokens=tokens_without_gradients(tokens_of(config.optim.micro_batch_tokens)),
+        device=context.device, dtype=spec.model.dtype, tokens=tokens_of(config.optim.micro_batch_tokens)
     )
     from_stage = (spec, tokenizer, rows, roles.reward, computation, asking_of(context))
     ends = end_ids(tokenizer)

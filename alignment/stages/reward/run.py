@@ -21,7 +21,7 @@ from peft import PeftModel, TaskType
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
-from alignment.config.micro_batch import tokens_of, tokens_without_gradients
+from alignment.config.micro_batch import tokens_of
 from alignment.data.tokens.row_kinds import MARGIN
 from alignment.models.assembly.load import products_in
 from alignment.models.assembly.weight_file import write_weights
@@ -193,8 +193,7 @@ def scores(
 ) -> torch.Tensor:
     """``[rows]`` scores; every process computes all of them."""
     with torch.no_grad(), products_in(context.spec.model.dtype, context.device):
-        tokens = tokens_without_gradients(trainer.micro_batch_tokens)
-        parts = batches(prompts, answers, tokens=tokens, device=trainer.args.device)
+        parts = batches(prompts, answers, tokens=trainer.micro_batch_tokens, device=trainer.args.device)
         return torch.cat([scalar_scores(trainer.model, part.rows) for part in parts]).cpu()
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from alignment.config.micro_batch import tokens_without_gradients
 from alignment.models.assembly.load import products_in
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import AnswerStream, answer_statistics, batches
@@ -42,8 +41,8 @@ class Episodes:
 
     An answer ends at one of ``end_ids``, or after ``max_new_tokens``. ``group`` answers are sampled for each prompt;
     they are in adjacent rows, so that their prompt is computed once. Log-probabilities are taken at ``temperature``.
-    ``micro_batch_tokens`` limits the tokens of a micro-batch. Passes in which nothing is learned have up to four times
-    as many, and a process samples its whole share at once.
+    ``micro_batch_tokens`` limits the tokens of a micro-batch, except in sampling: a process samples its whole share at
+    once.
     """
 
     prompts: Prompts
@@ -207,5 +206,4 @@ class Rollouts:
         return torch.cat(logprobs)
 
     def _micro_batches(self, prompts: list[list[int]], answers: list[list[int]]) -> Iterator[AnswerStream]:
-        tokens = tokens_without_gradients(self._episodes.micro_batch_tokens)
-        return batches(prompts, answers, tokens=tokens, device=self._context.device)
+        return batches(prompts, answers, tokens=self._episodes.micro_batch_tokens, device=self._context.device)

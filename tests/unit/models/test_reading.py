@@ -89,6 +89,20 @@ def test_two_threads_read_and_score_about_half_of_the_tokens_each(monkeypatch: p
     assert shares == [[[0, 3], [1, 2]], [[1], [0]]]
 
 
+def test_two_threads_together_read_no_more_than_the_limit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_module, "READ_TOKENS", 40)
+    torch.set_num_threads(2)
+    reading = read(_readable(), [[number] * 12 for number in range(3, 11)])
+    assert [batch.rows.lengths for batch in reading.batches] == [(12,)] * 8
+
+
+def test_what_cannot_be_divided_evenly_is_read_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_module, "READ_TOKENS", 40)
+    torch.set_num_threads(2)
+    reading = read(_readable(), [[3] * 10, [4] * 10, [5] * 10])
+    assert [len(batch.rows.lengths) for batch in reading.batches] == [3]
+
+
 def test_few_tokens_are_divided_between_two_threads_too(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.set_num_threads(2)
     threads: list[str] = []
