@@ -28,6 +28,7 @@ from alignment.models.assembly.start import load_start
 from alignment.models.forward.generate import generate
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.sft.config import SftConfig
+from tests.living import descendants_of, is_living
 from tests.templates import styled_tokenizer
 from tests.tiny import BASE_SOURCE, liven, publish_tiny, tiny_model, tiny_spec
 
@@ -153,12 +154,12 @@ class Serving:
             for process in psutil.process_iter(["cmdline"])
             if any(str(self.temporary) in word for word in process.info["cmdline"] or ())
         ]
-        descendants = [child for process in named for child in process.children(recursive=True)]
+        descendants = [child for process in named for child in descendants_of(process)]
         return list({process.pid: process for process in (*named, *descendants)}.values())
 
     def has_left_nothing(self, processes: Sequence[psutil.Process]) -> bool:
         """Whether these processes, the folder and the port are gone."""
-        living = [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        living = [process for process in processes if is_living(process)]
         port = int(self.url.rpartition(":")[2].partition("/")[0])
         listeners = [one for one in psutil.net_connections() if one.laddr and one.laddr.port == port]
         return (

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -27,6 +25,7 @@ from alignment.records.step_log import METRICS, MetricsLog
 from alignment.stages.stage_file import read_spec
 from tests.e2e.conftest import Align, environment
 from tests.e2e.forked import Forked
+from tests.living import kill_each
 from tests.unit.training.read_back import curves_of
 
 STAGES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
@@ -203,8 +202,7 @@ def _kill_during(align: Align, stage: str) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for one in everyone:
-        os.kill(one.pid, signal.SIGKILL)
+    kill_each(everyone)
     process.wait()
     psutil.wait_procs(everyone, timeout=30)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from alignment.engines.server_process import is_free
+from tests.living import is_living
 
 MARK = "LEFTOVERS_MARK"
 """A variable that all descendants of the command inherit."""
@@ -64,13 +65,7 @@ class Watched:
         return [process for process in self._living() if "vllm" in " ".join(_words(process)).lower()]
 
     def _living(self) -> list[psutil.Process]:
-        living = []
-        for (pid, created), process in list(self.processes.items()):
-            with suppress(psutil.Error):
-                same = psutil.pid_exists(pid) and process.create_time() == created
-                if same and process.status() != psutil.STATUS_ZOMBIE:
-                    living.append(process)
-        return living
+        return [process for process in list(self.processes.values()) if is_living(process)]
 
     def left(self) -> list[str]:
         """Processes, ports and files that are still there."""

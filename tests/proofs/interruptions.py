@@ -20,6 +20,7 @@ import psutil
 
 from alignment.core.locks import is_held
 from alignment.training.checkpoints import MANIFEST as SEAL
+from tests.living import is_living
 from tests.proofs.common import Claim
 from tests.proofs.driven import Driver
 from tests.tiny import save_tiny_model
@@ -101,7 +102,7 @@ class Stage:
         """The process that is at the stage, by its sign of life."""
         with suppress(OSError, ValueError, TypeError, psutil.Error):
             process = psutil.Process(json.loads((self.work / "heartbeats/0.json").read_text())["pid"])  # type: ignore[operator]
-            return process if process.status() != psutil.STATUS_ZOMBIE else None
+            return process if is_living(process) else None
         return None
 
     def files(self) -> dict[str, str]:
@@ -181,8 +182,7 @@ def _kill_driver(stage: Stage, driver: Driver, worker: psutil.Process) -> None:
     driver.signal(signal.SIGKILL)
     driver.wait(PATIENCE)
     code = stage.start().wait(PATIENCE)
-    there = worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE
-    if there and (code != 8 or f"in use by process {worker.pid} " not in stage.printed()):
+    if is_living(worker) and (code != 8 or f"in use by process {worker.pid} " not in stage.printed()):
         stage.wrong.append(f"exit code {code} beside an orphan")
     with suppress(psutil.Error):
         worker.kill()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
 import subprocess
 import time
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ import psutil
 from alignment.core.artifacts import verify
 from alignment.records.worker import PARTS
 from tests.e2e.conftest import Align, environment
+from tests.living import kill_each
 from tests.proofs.common import Claim
 from tests.tiny import save_tiny_model
 
@@ -159,8 +158,7 @@ def _killed_after(align: Align, target: Target, steps: int, seconds: float) -> i
     time.sleep(seconds)
     _check_runs(process, align)
     everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for one in everyone:
-        os.kill(one.pid, signal.SIGKILL)
+    kill_each(everyone)
     process.wait()
     psutil.wait_procs(everyone, timeout=30)
     return before - lowest

@@ -11,11 +11,12 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+
+from tests.living import kill_each
 
 _PATIENCE = 120.0
 _CONFIG = """\
@@ -92,9 +93,7 @@ class Cluster:
     def lose(self, node: str) -> None:
         """Kills all that runs on a node, as a power cut does, and lets the controller know."""
         daemon = psutil.Process(self._daemons[node].pid)
-        for process in [daemon, *daemon.children(recursive=True)]:
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill_each([daemon, *daemon.children(recursive=True)])
         self._daemons[node].wait()
         self.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
 

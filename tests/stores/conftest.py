@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import itertools
-import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import Align
+from tests.living import kill_each
 from tests.stores.server import BUCKET, S3Server, program
 from tests.tiny import save_tiny_model
 
@@ -81,10 +81,10 @@ def until(condition: Callable[[], object], process: subprocess.Popen[str]) -> No
 def kill_all(process: subprocess.Popen[str]) -> None:
     """SIGKILL to a command and to all its processes at once, as when a machine is lost."""
     family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for each in family:
-        os.kill(each.pid, signal.SIGSTOP)
-    for each in family:
-        os.kill(each.pid, signal.SIGKILL)
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.suspend()
+    kill_each(family)
     process.communicate()
 
 

@@ -27,6 +27,7 @@ from alignment.commands.watch.driver import Options as WatchOptions
 from alignment.config.data import SourceConfig
 from alignment.config.store import recipe_names
 from alignment.stages.registry import config_classes
+from tests.living import is_living, kill_each
 
 STAGES = config_classes()
 
@@ -526,8 +527,7 @@ def test_a_verb_that_is_asked_to_stop_ends_the_processes_that_it_started(
     verb.send_signal(number)
     _, errors = verb.communicate(timeout=30)
     _, alive = psutil.wait_procs(children, timeout=10)
-    left = [child for child in alive if child.status() != psutil.STATUS_ZOMBIE]
-    for child in left:
-        child.kill()
+    left = [child for child in alive if is_living(child)]
+    kill_each(left)
     assert not left
     assert (verb.returncode, errors) == (75, "stopped by a signal\n")

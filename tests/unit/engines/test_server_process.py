@@ -18,6 +18,7 @@ import pytest
 from alignment.core.errors import StageError
 from alignment.engines.keeper_process import NOT_STARTED, exit_file
 from alignment.engines.server_process import KEY, PORT, Keeper, ServerCommand, ServerProcess
+from tests.living import is_living
 
 PARENT = """
 import http.server, os, subprocess, sys
@@ -77,9 +78,7 @@ def pids(folder: Path) -> list[int]:
 
 def gone(folder: Path) -> bool:
     """Whether both have ended."""
-    return not any(
-        psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids(folder)
-    )
+    return not any(is_living(pid) for pid in pids(folder))
 
 
 def test_a_server_answers_with_its_key_and_leaves_nothing_when_it_is_closed(tmp_path: Path) -> None:
@@ -118,7 +117,7 @@ def test_a_server_does_not_outlive_its_keeper(tmp_path: Path) -> None:
         parent = server.parent()
         assert parent is not None
         parent.kill()
-        until(lambda: not psutil.pid_exists(server.pid) or server.status() == psutil.STATUS_ZOMBIE)
+        until(lambda: not is_living(server))
         os.kill(pids(tmp_path)[1], signal.SIGKILL)  # a server's own child ends only if it watches its parent
         assert not keeper.is_alive
     assert not keeper.folder.exists()

@@ -21,6 +21,7 @@ from alignment.pipeline.backends import forking
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.backends.forking import ForkedProcess, ForkServer, fork_server
 from alignment.pipeline.backends.processes import execute
+from tests.living import is_living
 
 PROBE = """
 import json, os, signal, sys, time
@@ -115,7 +116,7 @@ def test_children_run_side_by_side_and_outlive_the_server(folder: Path) -> None:
         server._process.kill()
         assert slow.is_running()
         assert slow.wait() == 1, "nobody knows its exit code"
-        assert not slow.is_running() or slow.status() == psutil.STATUS_ZOMBIE
+        assert not is_living(slow)
     os.close(descriptor)
 
 

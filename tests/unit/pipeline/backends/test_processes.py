@@ -18,6 +18,7 @@ import pytest
 from alignment.core.locks import held, is_held
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.backends.processes import call, execute
+from tests.living import is_living
 
 
 def python(code: str) -> Command:
@@ -168,7 +169,7 @@ def test_a_worker_that_does_not_stop_is_killed_after_the_grace(tmp_path: Path) -
     pid = int((tmp_path / "ready").read_text())
     with contextlib.suppress(psutil.NoSuchProcess):  # the signal was sent; the kernel may take a moment
         psutil.Process(pid).wait(timeout=10)
-    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    assert not is_living(pid)
 
 
 def test_a_command_can_keep_a_lock_after_the_one_who_took_it_let_go(tmp_path: Path) -> None:
