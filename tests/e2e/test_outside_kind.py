@@ -31,7 +31,7 @@ stages:
 """
 SWEEP = """\
 objective: {stage: backwards, metric: loss, minimize: true}
-parameters: [{key: stages.backwards.optim.lr, values: [1e-3, 3e-3]}]
+parameters: [{key: stages.backwards.optim.lr, values: [3e-3]}]
 """
 
 

@@ -1,4 +1,4 @@
-"""Stages as the worker runs them, small enough that all kinds and adapters are tried on the device in a minute.
+"""Stages as the worker runs them, small enough that all kinds and adapters are tried on a device in a minute.
 
 Nothing is imported at the top that imports torch, because tests name cells without it.
 """
@@ -19,6 +19,8 @@ TRAINED = ("cpt", "sft", "reward", "dpo", "kto", "ppo", "grpo", "distil")
 """Each is tried with each adapter."""
 ADAPTERS = ("full", "lora", "dora", "qlora", "prefix")
 VARIANTS = ("ppo_shared", "ppo_guarded", "dpo_precomputed", "sft_validated", "distil_tokens")
+ADAPTED = ("sft", "dpo", "ppo")
+"""Those that ``make test`` tries with each adapter, one for each way to learn; the others share their models' code."""
 MEASURED = ("sample", "evaluate", "forgetting", "reward_card")
 """These train nothing; their policy is an SFT with LoRA."""
 KINDS = ("cpt", "sft", "reward", "dpo", "kto", "ppo", "distil", *MEASURED)
@@ -299,6 +301,11 @@ _SPECS: dict[str, Callable[[Chained, Cell], StageSpec]] = {
     "forgetting": _forgotten,
     "reward_card": _carded,
 }
+
+
+def usual_cells() -> list[Cell]:
+    """Those of ``make test``: every kind of stage with LoRA, and some with every other adapter."""
+    return [cell for cell in all_cells() if cell.adapter == "lora" or cell.stage in ADAPTED]
 
 
 def all_cells() -> list[Cell]:

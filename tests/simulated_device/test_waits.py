@@ -13,7 +13,7 @@ import pytest
 from tests.simulated_device.conftest import Stages
 from tests.simulated_device.events import Event
 from tests.simulated_device.outcomes import Outcome, listing, waits
-from tests.simulated_device.stages import ADAPTERS, Cell
+from tests.simulated_device.stages import ADAPTED, ADAPTERS, Cell
 
 pytestmark = pytest.mark.xdist_group("simulated device")
 
@@ -80,7 +80,7 @@ def test_decoding_waits_once_for_a_token(stages: Stages, stage: str) -> None:
     assert waits(decoding, own=True) == DECODING * outcome.decoded, listing(decoding)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+@pytest.mark.parametrize("stage", ADAPTED)
 @pytest.mark.parametrize("adapter", [adapter for adapter in ADAPTERS if adapter != "lora"])
 def test_no_adapter_costs_a_wait(stages: Stages, stage: str, adapter: str) -> None:
     plain, other = (_split(stages.outcome(Cell(stage=stage, adapter=kind))) for kind in ("lora", adapter))
