@@ -13,7 +13,7 @@ import torch
 
 from alignment.config.launch import DIVIDE_ROWS
 from alignment.core.errors import ConfigError
-from alignment.models.forward.two_threads import balanced, each_of, has_two_threads, in_two_threads
+from alignment.models.forward.two_threads import balanced, can_share, each_of, has_two_threads, in_two_threads
 
 
 @pytest.fixture(autouse=True)
@@ -47,10 +47,11 @@ def test_results_come_in_order_from_two_threads() -> None:
     assert threads[3] == threads[4]
 
 
-@pytest.mark.parametrize("costs", [[10], [70, 30]])
-def test_most_of_the_work_is_not_given_to_one_thread(costs: list[int]) -> None:
-    names = each_of(costs, lambda _: threading.current_thread().name, costs)
-    assert names == [threading.main_thread().name] * len(costs)
+@pytest.mark.parametrize(
+    ("costs", "shares"), [([10], False), ([70, 30], False), ([61, 39], False), ([60, 40], True), ([9, 8, 7, 6], True)]
+)
+def test_work_is_shared_unless_one_thread_would_have_most_of_it(costs: list[int], shares: bool) -> None:
+    assert can_share(costs) is shares
 
 
 def test_a_part_computes_alone_and_is_not_divided_again() -> None:
