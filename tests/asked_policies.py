@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import signal
-import time
 from typing import Any
 
 import openai
 import pytest
 
+from tests.patience import wait_until
 from tests.served import ARMS, END, EOS, TOOL, OwnAnswer, ServedRun, Serving, client
 
 QUESTIONS = ("Hi.", "When is the shop open?", "Where are the keys?", "Say only what the text says.", "Why?")
@@ -109,7 +109,4 @@ def nothing_is_left_after(serving: Serving, number: signal.Signals) -> None:
     assert not serving.has_left_nothing(processes)
     serving.process.send_signal(number)
     assert serving.process.wait(timeout=60) == (0 if number is signal.SIGINT else -number)
-    deadline = time.monotonic() + 30
-    while not serving.has_left_nothing(processes):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: serving.has_left_nothing(processes))

@@ -25,6 +25,14 @@ def descendants_of(process: psutil.Process | int) -> list[psutil.Process]:
     return []
 
 
+def words_of(process: psutil.Process) -> list[str]:
+    """Its command line; empty if it has ended, or is another user's."""
+    try:
+        return list(process.cmdline())
+    except psutil.Error:
+        return []
+
+
 def kill_each(processes: Iterable[psutil.Process]) -> None:
     """SIGKILL to those that still run."""
     for process in processes:

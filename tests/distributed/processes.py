@@ -66,11 +66,14 @@ def on_processes(
     group = [context.Process(target=_process, args=(spec, rank, *told)) for rank in range(world_size)]
     for one in group:
         one.start()
-    for one in group:
+    late = []
+    for rank, one in enumerate(group):
         one.join(SECONDS)
         if one.exitcode is None:
+            late.append(rank)
             one.kill()
             one.join()
+    assert not late, f"processes {late} did not end within {SECONDS} s"  # their code would be that of a wanted SIGKILL
     return [int(one.exitcode or 0) for one in group]
 
 

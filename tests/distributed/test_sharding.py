@@ -133,6 +133,7 @@ def test_it_trains_what_one_process_trains(
     if kind == "ppo" and sharding in (NONE, FSDP) and adapter is not FULL:
         manifest = verify(spec.artifact, content=False)
         assert manifest.metrics["memory/base_copies"] < 1.1, "each process has the base once"
+    assert bool(minibatches) is (kind == "ppo")
     assert all(one != other for one, other in minibatches), "processes should differ in their micro-batches"
     (alone, theirs), (together, ours) = found
     close(together, alone, atol=1e-4, rtol=1e-4)

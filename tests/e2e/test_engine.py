@@ -9,7 +9,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -31,6 +30,7 @@ from tests.distributed.test_critic_free import scorer_in
 from tests.distributed.test_sharding import logs
 from tests.e2e.conftest import Align
 from tests.engine_server import COMPLETIONS, SCRATCH, Failure, Planted, engine_server, interpreter_of
+from tests.patience import wait_until
 
 UPDATES = 3
 METHODS: dict[str, dict[str, Any]] = {
@@ -84,15 +84,8 @@ def left_of(programs: Path) -> list[str]:
     return left + [folder for folder in sorted(folders) if Path(folder).exists()]
 
 
-def until(condition: Callable[[], bool], what: str, seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.05)
-
-
 def nothing_is_left_of(programs: Path) -> None:
-    until(lambda: not left_of(programs), f"left: {left_of(programs)}", 20.0)
+    wait_until(lambda: not left_of(programs), error=lambda: f"left: {left_of(programs)}")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -132,7 +125,7 @@ def test_a_stage_that_is_killed_takes_its_own_engine_with_it_and_goes_on_with_an
     codes: list[int] = []
     stage = threading.Thread(target=lambda: codes.extend(on_processes(spec, world_size=1)))
     stage.start()
-    until(lambda: any(spec.work.glob(f"checkpoints/*/{MANIFEST}")), logs(spec))
+    wait_until(lambda: any(spec.work.glob(f"checkpoints/*/{MANIFEST}")), error=lambda: logs(spec))
     assert len(lines_of(spec.work / "content")) == 1
     assert left_of(programs), "it samples for the second update"
     kill(spec)
@@ -188,4 +181,5 @@ def test_the_command_runs_a_chain_with_an_engine(new_forked: Callable[[], Align]
     metrics = json.loads((artifact / "manifest.json").read_text())["metrics"]
     assert metrics["engine/gap"] < 1e-4
     assert {name for name in metrics if name.startswith("engine/")} == {"engine/gap", "engine/gap_max", "engine/beyond"}
-    assert "Reusing" in align("run", *settings, python) or align.artifact("ppo") == artifact
+    assert "ppo: reused" in align("run", *settings, python)
+    assert align.artifact("ppo") == artifact

@@ -22,6 +22,8 @@ from tests.asked_policies import (
 )
 from tests.documented.blocks import blocks
 from tests.documented.quoted import same_output
+from tests.living import words_of
+from tests.patience import wait_until
 from tests.served import ARMS, ServedRun, Serving, command, served_run, serving
 from tests.tiny import BASE_SOURCE
 
@@ -84,13 +86,13 @@ def test_nothing_is_left(run: ServedRun, number: signal.Signals) -> None:
 def test_the_end_of_the_server_ends_the_command_and_is_named(run: ServedRun) -> None:
     with serving(run) as process:
         processes = process.processes()
-        (server,) = [one for one in processes if "alignment.commands.serve.worker" in one.cmdline()]
+        (server,) = [one for one in processes if "alignment.commands.serve.worker" in words_of(one)]
         server.kill()
         printed, _ = process.process.communicate(timeout=60)
         assert process.process.returncode == 5
         assert "transformers serve ended with exit code -9" in printed
         assert "the end of its log is above" in printed
-        assert process.has_left_nothing(processes)
+        wait_until(lambda: process.has_left_nothing(processes))
 
 
 def ended(run: ServedRun, *arguments: str) -> tuple[int, str]:

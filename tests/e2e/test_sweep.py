@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from alignment.core.locks import is_held
 from tests.e2e.conftest import SMALL, Align, environment
+from tests.patience import wait_until
 
 
 def test_only_what_a_setting_reaches_is_made_for_each_value(new_forked: Callable[[], Align], tmp_path: Path) -> None:
@@ -86,11 +86,3 @@ def test_two_at_once_share_a_stage_survive_a_kill_of_the_sweep_and_go_on(
         assert record["state"] == "done"
         assert {stage["state"] for stage in record["stages"].values()} <= {"done", "reused"}
     assert list(tmp_path.glob("artifacts/*.work")) == []
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    """Looks until it is so."""
-    deadline = time.monotonic() + 120
-    while not holds():
-        assert time.monotonic() < deadline, "it never was so"
-        time.sleep(0.05)

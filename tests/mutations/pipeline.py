@@ -322,6 +322,12 @@ MUTATIONS = [
         "pipeline/backends/processes.py",
         "unit/pipeline/backends/test_processes.py",
         (
+            "a command does not get the locks that it is to keep",
+            "pass_fds=keep_open,",
+            "pass_fds=(),",
+            "test_a_command_can_keep_a_lock_after_the_one_who_took_it_let_go",
+        ),
+        (
             "a signal that comes while a launcher starts is lost",
             "            signal.raise_signal(number)\n        while (code := _exit_code(leader))",
             "            pass\n        while (code := _exit_code(leader))",

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,10 +50,18 @@ def test_a_program_that_does_not_end_is_stopped_with_all_that_it_started() -> No
     assert time.monotonic() - started < 30, "its child holds the pipe open while it lives"
 
 
-def test_every_check_runs_and_none_begins_after_the_budget() -> None:
+def test_every_check_runs_and_none_begins_after_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    several = [check("raise SystemExit(3)", name="first"), check("import time; time.sleep(1)", name="second")]
-    outcomes = checks.run_all([*several, check("", name="third")], budget=1.0, say=said.append)
+    now = [0.0]
+    monkeypatch.setattr(checks, "time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def say(line: str) -> None:
+        said.append(line)
+        if line.startswith("second: "):
+            now[0] = 601.0
+
+    several = [check("raise SystemExit(3)", name="first"), check("", name="second"), check("", name="third")]
+    outcomes = checks.run_all(several, budget=600.0, say=say)
     assert [outcome.check.name for outcome in outcomes] == ["first", "second", "third"]
     assert outcomes[0].faults == ["exit code 3"]
     assert outcomes[2].faults == ["not run: the earlier checks took all the time"]

@@ -103,9 +103,13 @@ def test_the_line_break_after_a_turn_is_never_learned(tokenizer: Any) -> None:
     row = tokenize_conversation(tokenizer, _messages(CONVERSATIONS["three turns"]))
     assert row.labels[-1] == tokenizer.eos_token_id
     break_id = encode(tokenizer, "\n")[0]
-    for place, token in enumerate(row.input_ids[1:], start=1):
-        if token == break_id and row.input_ids[place - 1] == tokenizer.eos_token_id:
-            assert row.labels[place] == IGNORED
+    breaks = [
+        place
+        for place, token in enumerate(row.input_ids[1:], start=1)
+        if token == break_id and row.input_ids[place - 1] == tokenizer.eos_token_id
+    ]
+    assert breaks
+    assert {row.labels[place] for place in breaks} == {IGNORED}
 
 
 def test_pad_equal_to_eos_hides_no_end_of_a_turn(tokenizer: Any) -> None:

@@ -7,9 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -19,6 +17,7 @@ from alignment.core.errors import StageError
 from alignment.engines.keeper_process import NOT_STARTED, exit_file
 from alignment.engines.server_process import KEY, PORT, Keeper, ServerCommand, ServerProcess
 from tests.living import is_living
+from tests.patience import wait_until
 
 PARENT = """
 import http.server, os, subprocess, sys
@@ -63,14 +62,6 @@ def program(text: str) -> ServerCommand:
     return ServerCommand(name="the server", argv=[sys.executable, "-c", text], smaller="lower sampling.cache_gb")
 
 
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
-    """Waits for a condition."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def pids(folder: Path) -> list[int]:
     """The server's process and its child's."""
     return [int(pid) for pid in (folder / "pids").read_text().split()]
@@ -100,14 +91,14 @@ def test_a_server_answers_with_its_key_and_leaves_nothing_when_it_is_closed(tmp_
 def test_nothing_is_left_when_the_owner_is_killed(tmp_path: Path, number: signal.Signals) -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)])
     try:
-        until(lambda: (tmp_path / "scratch").exists() and (tmp_path / "scratch").read_text() != "")
+        wait_until(lambda: (tmp_path / "scratch").exists() and (tmp_path / "scratch").read_text() != "")
         scratch = Path((tmp_path / "scratch").read_text())
         assert scratch.exists()
         assert not gone(tmp_path)
     finally:
         owner.send_signal(number)
         owner.wait()
-    until(lambda: gone(tmp_path) and not scratch.exists())
+    wait_until(lambda: gone(tmp_path) and not scratch.exists())
 
 
 def test_a_server_does_not_outlive_its_keeper(tmp_path: Path) -> None:
@@ -117,7 +108,7 @@ def test_a_server_does_not_outlive_its_keeper(tmp_path: Path) -> None:
         parent = server.parent()
         assert parent is not None
         parent.kill()
-        until(lambda: not is_living(server))
+        wait_until(lambda: not is_living(server))
         os.kill(pids(tmp_path)[1], signal.SIGKILL)  # a server's own child ends only if it watches its parent
         assert not keeper.is_alive
     assert not keeper.folder.exists()
@@ -131,7 +122,7 @@ def test_an_exit_code_appears_whole(tmp_path: Path, argv: list[str]) -> None:
         appears.write_text("0")
         os.link(appears, tmp_path / "first inode")
         keeper.start({"argv": argv, "environment": {}, "log": str(tmp_path / "log")})
-        until(lambda: appears.read_text() != "0")
+        wait_until(lambda: appears.read_text() != "0")
         assert (tmp_path / "first inode").read_text() == "0", "the file was replaced, not written over"
         assert keeper.exit_code(1) == (3 if argv[0] == sys.executable else NOT_STARTED)
 
@@ -203,7 +194,7 @@ def test_the_end_of_a_server_is_noticed_later_too(tmp_path: Path) -> None:
     with Keeper() as keeper:
         server = started(keeper, tmp_path)
         os.kill(pids(tmp_path)[0], signal.SIGKILL)
-        until(lambda: server.has_ended)
+        wait_until(lambda: server.has_ended)
         assert "exit code -9" in server.failure().message
 
 
@@ -224,6 +215,6 @@ def test_a_proxy_is_not_asked_for_a_server_of_this_machine(tmp_path: Path, monke
 def test_a_keeper_that_was_killed_starts_nothing(tmp_path: Path) -> None:
     with Keeper() as keeper:
         psutil.Process(int((keeper.folder / "pid").read_text())).kill()
-        until(lambda: not keeper.is_alive)
+        wait_until(lambda: not keeper.is_alive)
         with pytest.raises(StageError, match="the process that supervises servers was killed"):
             started(keeper, tmp_path)

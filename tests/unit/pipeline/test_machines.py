@@ -24,6 +24,7 @@ from alignment.pipeline.execute.signals import Terminated
 from alignment.pipeline.plan.actions import Action
 from alignment.stages.benchmark.config import BenchmarkConfig
 from alignment.stages.sft.config import SftConfig
+from tests.patience import wait_until
 
 LAUNCH = LaunchConfig(backend=MachinesBackend(machine_rank=1))
 
@@ -74,16 +75,6 @@ def shared(tmp_path: Path) -> Shared:
     return Shared(tmp_path)
 
 
-def until(condition: Any) -> None:
-    """Waits for what another thread does."""
-    done = threading.Event()
-    for _ in range(600):
-        if condition():
-            return
-        done.wait(0.05)
-    raise AssertionError("it never came")
-
-
 def test_an_attempt_is_answered_once_and_another_one_again(shared: Shared) -> None:
     folder = shared.plan.run_folder / "sft"
     codes: list[int] = []
@@ -91,7 +82,7 @@ def test_an_attempt_is_answered_once_and_another_one_again(shared: Shared) -> No
     follower.start()
     for attempt in (1, 2):
         with machines.announced(folder, LAUNCH, "0" * 64):
-            until(lambda attempt=attempt: shared.starts() == attempt)
+            wait_until(lambda attempt=attempt: shared.starts() == attempt)
     shared.publish()
     follower.join(30)
     assert codes == [0]

@@ -91,9 +91,13 @@ def test_a_run_is_drawn_in_place_and_ctrl_c_leaves_a_clean_terminal(overrides: l
             assert len(lines) < 2, "the view is drawn in place"
             return lines[0] if lines else ""
 
-        real.read_until(lambda: line_of("reward").startswith("▶"))
-        assert line_of("sft").startswith("✓ sft       done")
-        assert line_of("ppo") == "· ppo       waits for reward"
+        real.read_until(
+            lambda: (
+                line_of("reward").startswith("▶")
+                and line_of("sft").startswith("✓ sft       done")
+                and line_of("ppo") == "· ppo       waits for reward"
+            )
+        )
         assert not shown.shows_cursor
         real.resize(50)
         real.read_until(lambda: "evaluate" in line_of("report"))

@@ -242,6 +242,7 @@ def test_several_answers_to_a_prompt_are_sampled_and_learned_from_together(
     collected = _collected(monkeypatch)
     run = bench(completions_per_prompt=4, temperature=3.0)
     run.train()
+    assert len(collected) == 2
     for experience in collected:
         groups = [experience.prompts[start : start + 4] for start in (0, 4)]
         assert all(len({tuple(prompt) for prompt in group}) == 1 for group in groups)

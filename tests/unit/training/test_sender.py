@@ -96,12 +96,12 @@ def test_the_end_of_a_stage_waits_for_no_server_that_does_not_answer() -> None:
 def test_the_end_of_a_stage_waits_no_longer_than_its_time_for_a_server_that_hangs() -> None:
     server = _Server()
     server.open.clear()
-    sent = _sender(server, end_seconds=0.2)
+    sent = _sender(server, end_seconds=1.0)
     begun = time.monotonic()
     sent.log(_rows(1))
-    assert time.monotonic() - begun < 0.1, "a training does not wait at all"
+    assert time.monotonic() - begun < 0.5, "a training does not wait at all"
     with pytest.raises(
-        NotSentError, match=r"is missing steps 1 to 1 and everything after them: not sent within 0.2 seconds$"
+        NotSentError, match=r"is missing steps 1 to 1 and everything after them: not sent within 1 seconds$"
     ):
         sent.close(done=True)
     assert time.monotonic() - begun < 5

@@ -110,8 +110,7 @@ def test_a_size_that_takes_more_than_its_share_is_not_tried(monkeypatch: pytest.
 
 def test_the_memory_of_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = chosen(Rows(mb=20.0), monkeypatch).tried
-    assert tried[0].bytes > 400 * MB
-    assert tried[-1].bytes > 1400 * MB
+    assert tried[-1].bytes - tried[0].bytes > 900 * MB
 
 
 def test_trials_take_place_on_weights_that_are_cut_as_in_the_training(
@@ -167,8 +166,14 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(monkeypatch: pytest.Mon
 
 def test_on_a_cpu_a_larger_size_must_be_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """400 and 667 tokens a second, then 583."""
-    seconds = {10: 0.0, 20: 0.05, 40: 0.06, 70: 0.12}
-    rows = Rows(seconds=seconds.__getitem__)
+    seconds, now = {10: 0.0, 20: 0.05, 40: 0.06, 70: 0.12}, [0.0]
+
+    def passing(tokens: int) -> float:
+        now[0] += seconds[tokens]
+        return 0.0  # a real sleep would take longer on a busy machine
+
+    monkeypatch.setattr(size_search, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    rows = Rows(seconds=passing)
     choice = chosen(rows, monkeypatch, faster=1.05)
     assert (choice.tokens, rows.limits) == (40, [20, 40, 70])
     assert choice.tried[2].fits

@@ -105,16 +105,22 @@ def test_exit_codes_arrive(folder: Path, code: str, expected: int) -> None:
     assert ("ValueError" in log.read_text()) == (code == "raise ValueError")
 
 
+def waits_for(file: Path) -> Probe:
+    """A child that ends once there is such a file."""
+    return probe(f"while not os.path.exists({str(file)!r}): time.sleep(0.01)")
+
+
 def test_children_run_side_by_side_and_outlive_the_server(folder: Path) -> None:
     descriptor = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT)
     with serving() as server:
-        slow = begun(server, probe("time.sleep(1.5)"), descriptor, [])
+        slow = begun(server, waits_for(folder / "done"), descriptor, [])
         quick = begun(server, probe("sys.exit(4)"), descriptor, [])
         assert quick.wait() == 4
         with pytest.raises(psutil.TimeoutExpired):
             slow.wait(0)
         server._process.kill()
         assert slow.is_running()
+        (folder / "done").touch()
         assert slow.wait() == 1, "nobody knows its exit code"
         assert not is_living(slow)
     os.close(descriptor)
@@ -194,8 +200,9 @@ def test_the_wait_for_a_library_that_hangs_is_given_up(folder: Path) -> None:
 def test_the_end_of_a_child_is_seen_though_the_server_hangs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(forking, "_PATIENCE", 0.2)
     with serving() as server, (folder / "log.txt").open("wb") as log:
-        child = begun(server, probe("time.sleep(1)"), log.fileno(), [])
+        child = begun(server, waits_for(folder / "done"), log.fileno(), [])
         server._process.send_signal(signal.SIGSTOP)
+        (folder / "done").touch()
         assert child.wait() == 1
 
 

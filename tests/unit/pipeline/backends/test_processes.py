@@ -18,7 +18,7 @@ import pytest
 from alignment.core.locks import held, is_held
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.backends.processes import call, execute
-from tests.living import is_living
+from tests.living import descendants_of, is_living, words_of
 
 
 def python(code: str) -> Command:
@@ -111,8 +111,9 @@ def test_a_signal_to_the_launcher_alone_lets_its_worker_save(tmp_path: Path, num
     def on_poll() -> None:
         if ready.exists() and not sent:
             # Other tests of this process may have left helpers of their own.
-            children = psutil.Process().children(recursive=True)
-            launcher, worker = [child for child in children if str(ready) in " ".join(child.cmdline())]
+            launcher, worker = [
+                child for child in descendants_of(os.getpid()) if str(ready) in " ".join(words_of(child))
+            ]
             sent.append(launcher.send_signal(number))
             if number == signal.SIGUSR1:
                 worker.terminate()
@@ -173,18 +174,18 @@ def test_a_worker_that_does_not_stop_is_killed_after_the_grace(tmp_path: Path) -
 
 
 def test_a_command_can_keep_a_lock_after_the_one_who_took_it_let_go(tmp_path: Path) -> None:
-    lock = tmp_path / "lock"
+    lock, release = tmp_path / "lock", tmp_path / "release"
     seen = []
     with held(lock, wait=False) as descriptor:
         inherited = os.dup(descriptor)
-    execute(
-        python("import time; time.sleep(0.8)"),
-        log=tmp_path / "log.txt",
-        on_poll=lambda: seen.append(is_held(lock)),
-        grace_seconds=1,
-        keep_open=[inherited],
-    )
-    os.close(inherited)
-    assert seen
-    assert all(seen)
+
+    def let_go() -> None:
+        if not seen:
+            os.close(inherited)
+            seen.append(is_held(lock))
+            release.touch()
+
+    waits = f"import pathlib, time\nwhile not pathlib.Path({str(release)!r}).exists(): time.sleep(0.01)"
+    execute(python(waits), log=tmp_path / "log.txt", on_poll=let_go, grace_seconds=1, keep_open=[inherited])
+    assert seen == [True]
     assert not is_held(lock)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -32,10 +33,11 @@ def machines(tmp_path: Path) -> tuple[Path, Path]:
     return tmp_path / "first", tmp_path / "second"
 
 
-def take(store: ObjectStore, work: Path, *, wait: bool = False, said: list[str] | None = None) -> ExitStack:
+def take(
+    store: ObjectStore, work: Path, *, wait: bool = False, announce: Callable[[str], None] = lambda text: None
+) -> ExitStack:
     """Holds the lease until the stack is closed."""
     stack = ExitStack()
-    announce = [].append if said is None else said.append
     stack.enter_context(leased(store, "checkpoints/abc", work=work, wait=wait, announce=announce))
     return stack
 
@@ -61,8 +63,12 @@ def test_a_second_machine_is_refused_while_the_first_renews(store: ObjectStore, 
 
 def test_one_that_waits_gets_the_lease_when_it_is_free(store: ObjectStore, machines: tuple[Path, Path]) -> None:
     first, said = take(store, machines[0]), list[str]()
-    threading.Timer(0.3, first.close).start()
-    with take(store, machines[1], wait=True, said=said):
+
+    def announce(text: str) -> None:
+        said.append(text)
+        first.close()  # it is free only once somebody waits for it
+
+    with take(store, machines[1], wait=True, announce=announce):
         pass
     assert len(said) == 1
     assert "is working on it; waiting" in said[0]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import psutil
-
 from alignment.core.locks import held
 from alignment.pipeline.sweeps.trials import Running, Share
 from alignment.records.sweep_record import TrialOutcome
+from tests.living import descendants_of, words_of
 
 ALL = Share(cores=frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset())
 
@@ -33,7 +32,7 @@ def test_what_it_said_of_its_fault_is_known(tmp_path: Path) -> None:
 def test_one_that_was_killed_is_told_from_one_that_failed(tmp_path: Path) -> None:
     one = started(tmp_path, "quickstart", f"output={tmp_path}")
     (process,) = [
-        other for other in psutil.Process().children() if "alignment.pipeline.sweeps.trial" in other.cmdline()
+        other for other in descendants_of(os.getpid()) if "alignment.pipeline.sweeps.trial" in words_of(other)
     ]
     process.kill()
     one.wait(60)
