@@ -104,14 +104,17 @@ def activity(stack: list[CodeLocation], used: ProcessorTime, *, on_gpu: bool) ->
 
 
 def processor_seconds(process: psutil.Process) -> ProcessorTime:
-    """Processor seconds of the process and of its living children."""
-    return ProcessorTime(own=_seconds([process]), started=_seconds(process.children(recursive=True)))
+    """Processor seconds of the process and of its living children, as far as they can be seen."""
+    children: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):  # /proc may be hidden from us
+        children = process.children(recursive=True)
+    return ProcessorTime(own=_seconds([process]), started=_seconds(children))
 
 
 def _seconds(processes: list[psutil.Process]) -> float:
     total = 0.0
     for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
+        with contextlib.suppress(psutil.Error):
             times = process.cpu_times()
             total += times.user + times.system
     return total

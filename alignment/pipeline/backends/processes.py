@@ -158,7 +158,7 @@ class _ProcessTree:
 
     def look(self) -> None:
         """Remembers the processes that exist now."""
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.Error):  # /proc may be hidden from us
             for process in self._leader.children(recursive=True):
                 self._known.setdefault(process.pid, process)
 
@@ -172,7 +172,7 @@ class _ProcessTree:
     def _workers(self) -> list[psutil.Process]:
         if not self._is_launcher:
             return [self._leader]
-        with suppress(psutil.NoSuchProcess):
+        with suppress(psutil.Error):
             if children := self._leader.children():
                 return list(children)
         return list(self._known.values()) or [self._leader]

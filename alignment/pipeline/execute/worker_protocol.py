@@ -41,6 +41,7 @@ ERRORS = {
     for kind in (ConfigError, DataError, ModelError, StageError, NonFiniteError, RewardError, ArtifactError, Busy)
 }
 """The kind of error that an exit code stands for."""
+_GIT_SECONDS = 30.0
 _TAIL_LINES = 15
 _REPORT_LINES = 200
 """The last lines of a log, among which a launcher reports on its processes: eight lines a process."""
@@ -158,10 +159,14 @@ def _last_lines(log: Path, number: int, *, since: int = 0) -> list[str]:
 
 
 def commit_of_checkout(root: Path) -> str:
-    """The git commit of the running code, or an empty string if it was installed without its history."""
+    """The git commit of the running code, or an empty string without its history or without git."""
     if not (root / ".git").exists():
         return ""
-    outcome = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    asked = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        outcome = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=_GIT_SECONDS)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
     return outcome.stdout.strip() if outcome.returncode == 0 else ""
 
 

@@ -31,6 +31,7 @@ from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.run import run, run_trial
 from alignment.pipeline.execute.signals import Terminated, termination_raises
+from alignment.pipeline.execute.worker_protocol import commit_of_checkout
 from alignment.records.attempts import Attempts
 from alignment.stages.stage_file import read_spec
 
@@ -606,3 +607,9 @@ def test_a_stage_whose_inputs_are_not_there_names_them(align: Align) -> None:
     assert told.endswith(" --stage reward; or leave out --stage to run all stages")
     with pytest.raises(ConfigError, match="--stage: no stage 'dop' in this recipe; did you mean 'dpo'"):
         align(only="dop")
+
+
+def test_a_checkout_on_a_machine_without_git_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert commit_of_checkout(tmp_path) == ""

@@ -189,3 +189,14 @@ def test_a_command_can_keep_a_lock_after_the_one_who_took_it_let_go(tmp_path: Pa
     execute(python(waits), log=tmp_path / "log.txt", on_poll=let_go, grace_seconds=1, keep_open=[inherited])
     assert seen == [True]
     assert not is_held(lock)
+
+
+def test_a_command_runs_where_processes_of_others_are_hidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with /proc mounted with hidepid=1, where psutil cannot list children."""
+
+    def hidden(*_: object, **__: object) -> list[psutil.Process]:
+        raise psutil.AccessDenied(1)
+
+    monkeypatch.setattr(psutil.Process, "children", hidden)
+    log = tmp_path / "log.txt"
+    assert execute(python("import time; time.sleep(0.5)"), log=log, on_poll=never, grace_seconds=1) == 0
