@@ -199,6 +199,20 @@ def _existing(path: Path) -> Path:
     return next((candidate for candidate in (path, *path.parents) if candidate.exists()), Path("/"))
 
 
+def cut_unfinished_line(path: Path) -> bool:
+    """Removes half a line that a killed writer or a full disk left at the end. Returns whether there was one.
+
+    Raises:
+        OSError: the file cannot be written to.
+    """
+    content = path.read_bytes() if path.exists() else b""
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+        flush(path)
+    return len(whole) < len(content)
+
+
 def flush(path: Path) -> None:
     """Forces the bytes of a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

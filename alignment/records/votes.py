@@ -144,20 +144,6 @@ def remove_vote(path: Path, vote: Vote) -> None:
     flush(path.parent)
 
 
-def cut_unfinished_line(path: Path) -> bool:
-    """Removes half a line that a killed writer left at the end. Its vote was never confirmed. Returns whether it did.
-
-    Raises:
-        OSError: the file cannot be written to.
-    """
-    content = path.read_bytes() if path.exists() else b""
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-        flush(path)
-    return len(whole) < len(content)
-
-
 def _owner(vote: Vote) -> tuple[str, str]:
     """What no two votes of a file share."""
     return vote.annotator, vote.pair

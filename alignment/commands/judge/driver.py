@@ -16,11 +16,12 @@ from alignment.commands.shared.named_runs import run_folder
 from alignment.config.did_you_mean import suggestion
 from alignment.core.artifacts import verify
 from alignment.core.errors import ArtifactError, ConfigError, DataError
+from alignment.core.files import cut_unfinished_line
 from alignment.core.locks import held
 from alignment.evaluation.answer_pairs import AnswerPair, pairs_of_samples
 from alignment.pipeline.execute.finished_evaluations import evaluations
 from alignment.records.evaluation import FEWEST_PROMPTS, SAMPLES, Evaluation, read_samples
-from alignment.records.votes import FILE, cut_unfinished_line
+from alignment.records.votes import FILE
 
 _MORE_SAME = "have two identical answers and count as ties"
 

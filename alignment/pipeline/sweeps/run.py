@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from alignment.config.sweep import Pruner
-from alignment.core.errors import PREEMPTED, AlignmentError, Busy, ConfigError
+from alignment.core.errors import PREEMPTED, AlignmentError, Busy, ConfigError, StoreError
 from alignment.core.locks import held
 from alignment.pipeline.execute.run import run_trial
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, termination_raises
@@ -43,10 +43,11 @@ def run_sweep(wanted: Sweep, *, console: Console, at_once: int = 1) -> int:
     Raises:
         ConfigError: the sweep does not fit the machine, no stage reports its objective, or optuna is not installed.
         Busy: another process works on it, or Slurm has jobs of a trial.
+        StoreError: the store of artifacts cannot be reached or refuses; the trial is tried again by the next call.
     """
     shares_of_machine = shares(at_once, wanted.launch)
-    study = Study(wanted)
     with held(wanted.folder / "lock", wait=False):
+        study = Study(wanted)
         study.retry_cut_off()
         console.print(f"{wanted.name}: {wanted.number} trials of {wanted.run_name}", highlight=False)
         for caution in wanted.cautions:
@@ -56,7 +57,7 @@ def run_sweep(wanted: Sweep, *, console: Console, at_once: int = 1) -> int:
         if code:
             return code
         results.show(console, results.write(study, wanted), wanted)
-    return 0 if study.completed() else 5
+        return 0 if study.completed() else 5
 
 
 def _in_turn(study: Study, wanted: Sweep, console: Console) -> int:
@@ -85,14 +86,16 @@ def _settle(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, cons
     Raises:
         ConfigError: the trial is done but lacks the objective, as all trials would.
         Busy: Slurm has jobs of the trial.
+        StoreError: the store of artifacts cannot be reached or refuses.
     """
     run_folder = wanted.output / "runs" / trial.user_attrs["run"]
     if outcome.code in (INTERRUPTED, PREEMPTED):
         study.again(trial)  # its finished stages will be reused
         return outcome.code
-    if outcome.code == Busy.exit_code:
-        study.again(trial)
-        raise Busy(outcome.error)
+    for fault_of_none in (Busy, StoreError):  # no trial's settings are at fault, so all that follow would end alike
+        if outcome.code == fault_of_none.exit_code:
+            study.again(trial)
+            raise fault_of_none(outcome.error)
     error = outcome.error
     if not outcome.code:
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Search
 from alignment.core.errors import ConfigError
+from alignment.core.files import cut_unfinished_line
 from alignment.pipeline.sweeps.sweep_file import Sweep
 from alignment.records.interval import Interval
 
@@ -24,7 +25,7 @@ class Study:
     A trial is optuna's. Its ``user_attrs`` hold its ``run`` and, after its end, its ``error``, the step at which it was
     pruned (``pruned_at``), or its ``intervals`` and the ``artifacts`` with its metrics. An interrupted trial is
     recorded as failed without an ``error``. It does not count, and is tried again under the same run name, so that its
-    stages continue from their checkpoints.
+    stages continue from their checkpoints. The caller holds the sweep's lock.
     """
 
     def __init__(self, wanted: Sweep) -> None:
@@ -35,6 +36,7 @@ class Study:
             raise ConfigError("sweeps need optuna", where="align sweep", remedy="pip install 'optuna>=4,<5'") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         wanted.folder.mkdir(parents=True, exist_ok=True)
+        cut_unfinished_line(wanted.folder / JOURNAL)  # optuna would write behind it, and could then read neither line
         self._wanted = wanted
         self._states = optuna.trial.TrialState
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(wanted.folder / JOURNAL)))

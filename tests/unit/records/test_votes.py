@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from alignment.core.errors import DataError
+from alignment.core.files import cut_unfinished_line
 from alignment.records import votes as file_of_votes
-from alignment.records.votes import TIE, Vote, append_vote, cut_unfinished_line, pair_key, read_votes, remove_vote
+from alignment.records.votes import TIE, Vote, append_vote, pair_key, read_votes, remove_vote
 from tests.judged import DPO, SFT, pair, vote
 
 FIRST, SECOND = vote(pair(1)), vote(pair(2), TIE)

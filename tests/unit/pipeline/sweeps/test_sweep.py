@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from alignment.config.store import conf_folder
-from alignment.core.errors import ConfigError, NonFiniteError
+from alignment.core.errors import ConfigError, NonFiniteError, StoreError
 from alignment.pipeline.sweeps import run as module
+from alignment.pipeline.sweeps.study import JOURNAL
 from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs, arm, go, own, shared_arms, trials
 
 GRID = [{"key": "stages.dpo.beta", "values": [0.1, 0.3]}]
@@ -207,6 +208,28 @@ def test_a_trial_that_fails_is_listed_with_what_it_said_and_ends_no_sweep(runs: 
     assert {told["stages.dpo.optim.batch_size"] for told in runs.asked} <= {"4", "8"}
     assert go(runs, own(runs, tmp_path, trials=9))[0] == 0
     assert len(runs.asked) == 9, "the study is kept"
+
+
+def test_a_store_that_cannot_be_reached_fails_no_trial_and_ends_the_sweep(runs: Runs) -> None:
+    runs.faults[1] = StoreError("cannot be reached", where="s3://models")
+    with pytest.raises(StoreError, match="s3://models: cannot be reached"):
+        go(runs)
+    assert len(runs.asked) == 2
+    assert go(runs)[0] == 0
+    assert [row["state"] for row in trials(runs)] == ["done"] * 4
+    assert [told["stages.dpo.beta"] for told in runs.asked[2:]] == BETAS[1:]
+
+
+def test_a_journal_that_ends_in_half_a_line_goes_on(runs: Runs) -> None:
+    """As after a disk that was full."""
+    runs.codes[2] = 75
+    go(runs)
+    (journal,) = runs.output.rglob(JOURNAL)
+    with journal.open("a") as file:
+        file.write('{"op_code": 9, "worker_id": "4f')
+    for _ in range(2):
+        assert go(runs)[0] == 0
+    assert [row["state"] for row in trials(runs)] == ["done"] * 4
 
 
 def test_where_every_trial_fails_the_exit_code_says_so(runs: Runs) -> None:
