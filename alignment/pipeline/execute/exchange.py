@@ -62,25 +62,28 @@ def of_stage(plan: Plan, stage: PlannedStage, announce: Announce, *, wait: bool)
     checkpoints = RemoteCheckpoints(store, stage.fingerprint)
     with leased(store, checkpoints.folder, work=stage.work, wait=wait, announce=announce_of_stage) as lease:
         if _download(store, stage, announce):
+            checkpoints.remove()
             yield False
             return
         checkpoints.download_newest(stage.work, announce=announce_of_stage)
         with CheckpointUploads(checkpoints, stage.work, lease=lease, announce=announce_of_stage):
             yield True
-        upload(plan, stage, announce)
+        upload_result(store, stage.artifact, announce=announce_of_stage)
         if not lease.lost.is_set():
             checkpoints.remove()
 
 
 def upload(plan: Plan, stage: PlannedStage, announce: Announce) -> None:
-    """Uploads a complete result if the store lacks it.
+    """Uploads a complete result if the store lacks it; its checkpoints, left by a call that was cut off, are removed.
 
     Raises:
         ArtifactError: the result is damaged.
         StoreError: the store cannot be reached or refuses; the result stays here, and the next call uploads it.
     """
-    if plan.store is not None:
-        upload_result(plan.store, stage.artifact, announce=lambda text: announce(f"{stage.name}: {text}"))
+    if plan.store is None:
+        return
+    if upload_result(plan.store, stage.artifact, announce=lambda text: announce(f"{stage.name}: {text}")):
+        RemoteCheckpoints(plan.store, stage.fingerprint).remove()
 
 
 def _download(store: ObjectStore, stage: PlannedStage, announce: Announce) -> bool:

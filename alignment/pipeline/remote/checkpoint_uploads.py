@@ -61,7 +61,7 @@ class CheckpointUploads:
                 return
 
     def _upload(self, on_bytes: Callable[[int], None]) -> bool:
-        """Uploads how far the stage is, if that is new; returns False after a fault of the store."""
+        """Uploads how far the stage is, if that is new; returns False after a fault of the store or the disk."""
         if local_work(self._work).progress <= self._uploaded:
             return True
         started = time.monotonic()
@@ -69,10 +69,11 @@ class CheckpointUploads:
             checkpoint = self._checkpoints.upload_newest(self._work, on_bytes=on_bytes)
         except ArtifactError:  # the stage has removed it, so there is a newer one or the result
             return True
-        except StoreError as fault:
-            if fault.message != self._fault:
-                self._announce(f"a checkpoint could not be uploaded; this will be tried again: {fault.message}")
-            self._fault = fault.message
+        except (StoreError, OSError) as fault:
+            reason = fault.message if isinstance(fault, StoreError) else str(fault)
+            if reason != self._fault:
+                self._announce(f"a checkpoint could not be uploaded; this will be tried again: {reason}")
+            self._fault = reason
             return False
         self._fault = ""
         if checkpoint is not None:

@@ -61,7 +61,7 @@ class Lease:
                     self.lost.set()
                     return
                 self._store.write(self._key, _content(self._record))
-            except StoreError:
+            except (StoreError, OSError):
                 continue  # the next one is due soon
 
 

@@ -136,7 +136,7 @@ class RemoteCheckpoints:
             target = staged / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if here.newest is not None and (work / name).is_relative_to(here.newest):
-                os.link(work / name, target)  # a sealed file does not change
+                _link(work / name, target)  # a sealed file does not change
             else:
                 shutil.copyfile(work / name, target)
             files[name] = StoredFile(size=target.stat().st_size, sha256=file_sha256(target))
@@ -179,3 +179,13 @@ def _sealed_last(checkpoint: StoredCheckpoint) -> dict[str, dict[str, object]]:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file; a copy on a file system that has none."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)

@@ -89,6 +89,20 @@ def test_what_was_made_without_the_store_is_uploaded_later(machines: tuple[Machi
     assert "here and in the store" in first.plan().stages[0].reason
 
 
+def test_checkpoints_of_a_call_that_was_cut_off_are_removed_with_the_late_upload(
+    machines: tuple[Machine, Machine], url: str
+) -> None:
+    """It had made the result here, and the store was away when it was to be uploaded."""
+    first, _ = machines
+    first.overrides.remove(f"artifacts={url}")
+    first.run()
+    first.overrides.append(f"artifacts={url}")
+    store, (sft, *_) = connected(url), first.plan().stages
+    store.write(f"checkpoints/{sft.fingerprint}/00000020-000000.json", b"{}")
+    first.run()
+    assert [key for key in store.sizes("") if not key.startswith("artifacts/")] == []
+
+
 def test_without_its_manifest_a_result_does_not_count(machines: tuple[Machine, Machine], url: str) -> None:
     first, second = machines
     first.run()

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from alignment.core.errors import StoreError
 from alignment.pipeline.remote import remote_checkpoints
+from alignment.pipeline.remote.checkpoint_uploads import CheckpointUploads
 from alignment.pipeline.remote.file_transfer import nothing
 from alignment.pipeline.remote.object_store import ObjectStore
 from alignment.pipeline.remote.remote_checkpoints import RemoteCheckpoints, local_work
@@ -155,3 +160,35 @@ def test_the_seal_is_the_one_that_training_writes() -> None:
     from alignment.training import checkpoints
 
     assert checkpoints.MANIFEST == remote_checkpoints.CHECKPOINT_MANIFEST
+
+
+def test_a_file_system_without_second_names_for_a_file_is_no_obstacle(
+    checkpoints: RemoteCheckpoints, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    sealed(work, 20)
+    checkpoints.upload_newest(work, on_bytes=nothing)
+    download(checkpoints, tmp_path / "other")
+    assert (tmp_path / "other/checkpoints/checkpoint-20/weights").read_text() == "weights 20"
+
+
+def test_a_fault_of_the_disk_is_said_once_and_neither_ends_the_uploads_nor_hides_a_stop(
+    checkpoints: RemoteCheckpoints, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NotLost:
+        lost = threading.Event()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(remote_checkpoints, "file_sha256", full)
+    said: list[str] = []
+    sealed(work, 20)
+    uploads: Any = CheckpointUploads(checkpoints, work, lease=NotLost(), announce=said.append)  # type: ignore[arg-type]
+    uploads.__enter__()
+    assert not uploads._upload(nothing)
+    uploads.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)  # uploads what is left, and raises nothing
+    assert said == ["a checkpoint could not be uploaded; this will be tried again: [Errno 28] No space left on device"]
