@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
+import secrets
 import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 from alignment import __version__
 from alignment.config.launch import DEVICE, LaunchConfig
@@ -20,6 +19,7 @@ from alignment.core import hardware
 from alignment.core.artifacts import write_json
 from alignment.core.errors import AlignmentError, ArtifactError, StageError
 from alignment.core.fingerprint import digest
+from alignment.core.locks import held, is_held
 from alignment.costs.devices import THIS
 from alignment.costs.remedies import Choice, Way
 from alignment.pipeline.backends import environment, feasibility, processes
@@ -33,6 +33,8 @@ from alignment.stages.base import RunsOn
 from alignment.stages.registry import as_trained, kind_of
 
 _FOLDER = ".cost"
+_LOCK = "lock"
+"""In the folder of a call, which holds it."""
 
 
 def estimate(
@@ -52,16 +54,17 @@ def estimate(
         StageError: the process failed.
     """
     stages = [stage for stage in plan.stages if kind_of(stage.config).launch.runs_on is not RunsOn.driver]
-    folder = _folder(plan) / f"{os.getpid()}"
     _clear(_folder(plan))
+    folder = _folder(plan) / f"{os.getpid()}-{secrets.token_hex(4)}"
     folder.mkdir(parents=True)
     names = ", ".join(stage.name for stage in stages)
     announce(f"{names}: half a minute or more for each stage and each way that is tried; nothing is trained")
     try:
-        asked = [_asked(plan, stage, folder, trade=trade, with_remedies=memory > 0) for stage in stages]
-        write_json(folder / ASKED, asked)
-        options = ["--device", device, "--memory", str(memory), *["--as-run"] * as_run]
-        cost = _in_process(folder, options, announce=announce)
+        with held(folder / _LOCK, wait=False):
+            asked = [_asked(plan, stage, folder, trade=trade, with_remedies=memory > 0) for stage in stages]
+            write_json(folder / ASKED, asked)
+            options = ["--device", device, "--memory", str(memory), *["--as-run"] * as_run]
+            cost = _in_process(folder, options, announce=announce)
         for stage, own in zip(stages, cost.stages, strict=True):
             if not own.error and not as_run:
                 RunCost(device=device, memory=memory, stages=[own]).write(_file(plan, stage, device))
@@ -71,9 +74,9 @@ def estimate(
 
 
 def _clear(folder: Path) -> None:
-    """Removes what calls left that were killed."""
-    for left in folder.glob("[0-9]*"):
-        if left.is_dir() and (left.name == str(os.getpid()) or not psutil.pid_exists(int(left.name))):
+    """Removes what calls left that were killed. Their ids say nothing: they may be of another machine or container."""
+    for left in folder.glob("[0-9]*-*"):
+        if (left / _LOCK).exists() and not is_held(left / _LOCK):
             shutil.rmtree(left, ignore_errors=True)
 
 

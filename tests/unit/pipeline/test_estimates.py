@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from alignment.core.locks import held
 from alignment.costs.remedies import Way
 from alignment.pipeline.execute import estimates
 from alignment.records.cost import FILE, PROGRESS, RunCost
@@ -69,3 +71,14 @@ def test_what_the_process_says_just_before_it_ends_is_shown(tmp_path: Path, monk
     said: list[str] = []
     assert estimates._in_process(tmp_path, [], announce=said.append).stages == []
     assert said == ["sft: as it is", "sft: with lora"]
+
+
+def test_of_earlier_calls_only_those_that_were_killed_are_cleared(tmp_path: Path) -> None:
+    """The other may be of another machine or container, where the same ids are other processes."""
+    killed, living = tmp_path / "12-0a1b2c3d", tmp_path / f"{os.getpid()}-4e5f6a7b"
+    for folder in (killed, living):
+        folder.mkdir()
+        (folder / "lock").touch()
+    with held(living / "lock", wait=False):
+        estimates._clear(tmp_path)
+        assert list(tmp_path.iterdir()) == [living]
