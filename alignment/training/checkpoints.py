@@ -7,6 +7,7 @@ removed. A folder whose files differ from its manifest is renamed to ``quarantin
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from alignment.core.artifacts import inside, write_json
 from alignment.core.errors import ArtifactError
 from alignment.core.fingerprint import file_sha256
 from alignment.core.shapes import fits
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "alignment_checkpoint.json"
 NUM_STORED = 2
@@ -39,7 +42,11 @@ def layout_of(checkpoint: Path) -> str:
 
 
 def newest(folder: Path, *, fingerprint: str) -> Path | None:
-    """The newest checkpoint of this stage that verifies, or None; damaged ones are renamed."""
+    """The newest checkpoint of this stage that verifies, or None; damaged ones are renamed, which is logged.
+
+    Raises:
+        OSError: a checkpoint cannot be read now, which says nothing of its content.
+    """
     discard_unfinished(folder)
     for checkpoint in _by_step(folder):
         if _verifies(checkpoint, fingerprint):
@@ -47,6 +54,7 @@ def newest(folder: Path, *, fingerprint: str) -> Path | None:
         aside = checkpoint.with_name(f"quarantine-{checkpoint.name}")
         shutil.rmtree(aside, ignore_errors=True)
         checkpoint.rename(aside)
+        log.warning("%s is damaged or of another stage; it was set aside as %s", checkpoint.name, aside.name)
     return None
 
 
@@ -78,7 +86,7 @@ def _verifies(checkpoint: Path, fingerprint: str) -> bool:
     try:
         manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         owner, files = manifest["fingerprint"], manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
         return False
     if owner != fingerprint or not files or not fits(files, dict[str, dict[str, Any]]):
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -82,6 +83,26 @@ def test_a_checkpoint_that_cannot_be_trusted_is_set_aside_and_the_older_one_take
     DAMAGES[damage](_checkpoint(tmp_path, 8))
     assert newest(tmp_path, fingerprint=MINE) == older
     assert _names(tmp_path) == ["checkpoint-4", "quarantine-checkpoint-8"]
+
+
+def test_a_checkpoint_that_was_set_aside_is_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _flip_a_bit(_checkpoint(tmp_path, 8))
+    newest(tmp_path, fingerprint=MINE)
+    (line,) = caplog.messages
+    assert line == "checkpoint-8 is damaged or of another stage; it was set aside as quarantine-checkpoint-8"
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(*_: object, **__: object) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    _checkpoint(tmp_path, 8)
+    monkeypatch.setattr(Path, "read_text", stale)
+    with pytest.raises(OSError, match="Stale file handle"):
+        newest(tmp_path, fingerprint=MINE)
+    assert _names(tmp_path) == ["checkpoint-8"]
 
 
 def test_when_all_are_damaged_training_starts_afresh_and_nothing_is_lost(tmp_path: Path) -> None:
