@@ -84,10 +84,10 @@ def submit(file: Path, *, after: str | None) -> str:
     return job
 
 
-def cancel(jobs: Sequence[str]) -> None:
-    """Cancels those of the jobs that Slurm knows."""
-    if jobs:
-        _call(["scancel", *jobs], seconds=_ASK_SECONDS)
+def cancel(jobs: Sequence[str]) -> bool:
+    """Cancels those of the jobs that Slurm knows; returns whether it answered that it did."""
+    outcome = _call(["scancel", *jobs], seconds=_ASK_SECONDS) if jobs else None
+    return not jobs or (outcome is not None and outcome.returncode == 0)
 
 
 def look(jobs: Sequence[str]) -> dict[str, Job] | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from alignment.core.artifacts import read_manifest, write_json
-from alignment.core.errors import PREEMPTED, Busy, ConfigError, StageError
+from alignment.core.errors import PREEMPTED, AlignmentError, Busy, ConfigError, StageError
 from alignment.core.files import write_text
 from alignment.pipeline.backends import slurm, slurm_job_file
 from alignment.pipeline.backends.slurm import Job
@@ -40,7 +40,7 @@ def submit(plan: Plan, stages: Sequence[PlannedStage], *, wait: bool) -> dict[st
     """Submits a job for each stage, in order, each to start when the one before has ended well; returns the ids.
 
     Raises:
-        ConfigError: Slurm refuses one; those before it are cancelled.
+        ConfigError: Slurm refuses one; those before it are cancelled, or named and remembered if that fails.
     """
     files = job_files(plan, stages, wait=wait)
     jobs: dict[str, str] = {}
@@ -51,9 +51,12 @@ def submit(plan: Plan, stages: Sequence[PlannedStage], *, wait: bool) -> dict[st
             write_text(file, text)
             jobs[name] = slurm.submit(file, after=next(reversed(jobs.values()), None))
             write_json(plan.run_folder / FILE, jobs)
-    except BaseException:
-        slurm.cancel(list(jobs.values()))
-        (plan.run_folder / FILE).unlink(missing_ok=True)
+    except BaseException as error:
+        if slurm.cancel(list(jobs.values())):
+            (plan.run_folder / FILE).unlink(missing_ok=True)
+        elif isinstance(error, AlignmentError):
+            left = f"jobs {', '.join(jobs.values())} could not be cancelled and may still run; cancel them with scancel"
+            error.remedy = f"{error.remedy}; {left}" if error.remedy else left
         raise
     return jobs
 

@@ -220,6 +220,17 @@ def test_a_refusal_of_slurm_is_shown_and_cancels_what_was_submitted(
     assert slurm_jobs.read_jobs(run_folder) == {}
 
 
+def test_jobs_that_could_not_be_cancelled_are_not_forgotten(
+    submit: Submit, fakes: Fakes, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REFUSED", "13")
+    fakes.command("scancel", "exit 1")
+    with pytest.raises(ConfigError) as caught:
+        submit("launch.backend.partition=gpu")
+    assert "jobs 11, 12 could not be cancelled and may still run; cancel them with scancel" in caught.value.remedy
+    assert list(slurm_jobs.read_jobs(run_folder).values()) == ["11", "12"]
+
+
 @pytest.mark.parametrize("submitted", ["true", "false"])
 def test_a_run_whose_jobs_wait_is_not_started_twice(
     submit: Submit, fakes: Fakes, run_folder: Path, submitted: str
