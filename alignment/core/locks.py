@@ -9,7 +9,7 @@ import shlex
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -18,14 +18,18 @@ from alignment.core.errors import ArtifactError, Busy, ConfigError
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS})
 """Errors of file systems without locks: some network file systems, Lustre without ``flock``."""
 _COMMAND_CHARACTERS = 200
+_POLL_SECONDS = 0.5
 _LOOK_SECONDS = 1.0
 """How long to wait for a process that only looks at a lock (``is_held``), which takes microseconds."""
 
 
 @contextmanager
-def held(path: Path, *, wait: bool, remedy: str = "wait for it, or stop it") -> Iterator[int]:
+def held(
+    path: Path, *, wait: bool, waiting: Callable[[], None] | None = None, remedy: str = "wait for it, or stop it"
+) -> Iterator[int]:
     """Holds the lock file ``path`` while the block runs; yields its descriptor.
 
+    While another process holds it, ``waiting`` is called twice a second, so that a wait is not taken for a hang.
     A child process that inherits the descriptor holds the lock as long as it lives, even if this process is killed.
 
     Raises:
@@ -37,6 +41,9 @@ def held(path: Path, *, wait: bool, remedy: str = "wait for it, or stop it") -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _open(path, os.O_RDWR | os.O_CREAT)
     try:
+        while wait and waiting is not None and not _had_at_once(descriptor, path):
+            waiting()
+            time.sleep(_POLL_SECONDS)
         if not (_lock(descriptor, fcntl.LOCK_EX, path) if wait else _had_at_once(descriptor, path)):
             holder, commands = _holder(descriptor, path)
             advice = "; ".join(filter(None, (remedy, commands)))

@@ -85,7 +85,8 @@ def token_table(
 ) -> TokenTable:
     """The source's table from the folder ``cache``; made there if it is missing.
 
-    ``progress`` is called with the number of rows read, and errors name the ``setting`` that holds ``data``.
+    ``progress`` is called with the number of rows read, which is 0 while another process makes the table. Errors name
+    the ``setting`` that holds ``data``.
 
     Raises:
         DataError: the source cannot be read at all; rows are faulty and may not be skipped; too many are too long; or
@@ -95,7 +96,8 @@ def token_table(
     form = start(path, data).format
     job = Job(tokenizer=tokenizer, kind=kind, reader=Reader(format=form, record=kind.record, data=data), limits=limits)
     folder = cache / f"tokens-{_key(path, data, job)}"
-    with held(cache / f".{folder.name}.lock", wait=True):
+    waiting = None if progress is None else functools.partial(progress, 0)
+    with held(cache / f".{folder.name}.lock", wait=True, waiting=waiting):
         table = _open(path, folder)
         if table is None:
             _make(folder, job.schema, functools.partial(_chunks, path, data, job, processes), progress)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,22 @@ def test_a_look_that_does_not_end_is_not_waited_for(tmp_path: Path, monkeypatch:
         fcntl.flock(looker, fcntl.LOCK_SH)
         with pytest.raises(Busy), held(lock, wait=False):
             pytest.fail("another process has it")
+
+
+def test_a_wait_for_a_lock_shows_that_it_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_POLL_SECONDS", 0.01)
+    calls: list[int] = []
+    with ExitStack() as other:
+        other.enter_context(held(tmp_path / "lock", wait=False))
+
+        def waiting() -> None:
+            calls.append(len(calls))
+            if len(calls) == 3:
+                other.close()
+
+        with held(tmp_path / "lock", wait=True, waiting=waiting):
+            assert is_held(tmp_path / "lock")
+    assert calls == [0, 1, 2]
 
 
 def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from alignment.config.data import DataConfig, OnError
 from alignment.config.too_long import TooLong, TooLongConfig
 from alignment.core.deadline import KILLED_BY
 from alignment.core.errors import DataError, ModelError, StageError
+from alignment.core.locks import held
 from alignment.data.reading import Reader, read_records, start
 from alignment.data.records import Conversation
 from alignment.data.row_files import unparsed_rows_of
@@ -341,6 +343,23 @@ def test_of_two_that_want_a_table_one_makes_it_and_the_other_waits(
         found = list(pool.map(lambda _: len(_table(file, tokenizer).rows), range(2)))
     assert found == [9, 9]
     assert made == [1]
+
+
+def test_a_wait_for_another_process_that_makes_the_table_is_reported(tmp_path: Path, tokenizer: Any) -> None:
+    """Else the stage would be stopped as one that is stuck."""
+    file = _rows(tmp_path, [_talk(number) for number in range(9)])
+    _table(file, tokenizer)
+    (lock,) = tmp_path.rglob(".tokens-*.lock")
+    reported: list[int] = []
+    with ExitStack() as other:
+        other.enter_context(held(lock, wait=False))
+
+        def progress(rows: int) -> None:
+            reported.append(rows)
+            other.close()
+
+        assert len(_table(file, tokenizer, progress=progress).rows) == 9
+    assert reported == [0]
 
 
 def _dies(*_: Any) -> Any:
