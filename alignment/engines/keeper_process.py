@@ -3,7 +3,8 @@
 The owner starts it with a pipe as its standard input. When that closes, because the owner closed it or ended in any
 way, even by SIGKILL, the keeper ends the server with all its descendants and removes ``FOLDER``. It detaches from the
 owner's process tree first, so that what ends the owner leaves it the time to clean up. A server cannot outlive the
-keeper: the kernel kills it.
+keeper: the kernel kills it. While the keeper lives it holds ``FOLDER/keeper.lock``, so a folder that it could not
+remove, because it was killed too, is recognised by the next owner.
 
 ``FOLDER/command-1.json`` has the first server's ``argv``, ``environment`` and ``log``. A ``command-2.json`` replaces
 that server by a second one, and so on. When server N ends by itself, its exit code is in ``FOLDER/exit-N``.
@@ -20,12 +21,14 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
 
+from alignment.core.errors import AlignmentError
 from alignment.core.files import write_text
+from alignment.core.locks import held
 
 NOT_STARTED = 127
 """The exit code of a program that could not be started, as a shell gives it; the reason stands behind it."""
@@ -39,6 +42,11 @@ _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 def pid_file(folder: Path) -> Path:
     """The file with the keeper's own process number."""
     return folder / "pid"
+
+
+def lock_file(folder: Path) -> Path:
+    """The file that the keeper holds a lock on for as long as it lives."""
+    return folder / "keeper.lock"
 
 
 def command_file(folder: Path, number: int) -> Path:
@@ -62,11 +70,14 @@ def main(folder: Path) -> None:
         signal.signal(number, signal.SIG_IGN)
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     os.dup2(1, 2)
-    try:
-        _keep(folder)
-    finally:
-        _end_descendants()
-        shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as lock:
+        with suppress(AlignmentError):  # without locks nobody can tell a living keeper, so nobody removes its folder
+            lock.enter_context(held(lock_file(folder), wait=False))
+        try:
+            _keep(folder)
+        finally:
+            _end_descendants()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _keep(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 import shutil
@@ -21,12 +22,16 @@ from types import TracebackType
 
 import psutil
 
-from alignment.core.errors import StageError
-from alignment.engines.keeper_process import GRACE_SECONDS, NOT_STARTED, command_file, exit_file, pid_file
+from alignment.core.errors import AlignmentError, StageError
+from alignment.core.locks import is_held
+from alignment.engines.keeper_process import GRACE_SECONDS, NOT_STARTED, command_file, exit_file, lock_file, pid_file
 
 HOST = "127.0.0.1"
 PORT, KEY = "{port}", "{key}"
 """Stand for the port and the key in a command."""
+_PREFIX = "alignment-server-"
+_LEFTOVER_SECONDS = 3600.0
+"""A folder this old has long been locked by its keeper, if that lives."""
 _TRIES = 3
 _POLL_SECONDS = 0.2
 _TAIL = 100_000
@@ -63,7 +68,8 @@ class Keeper:
     """
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="alignment-server-"))
+        _remove_leftovers(Path(tempfile.gettempdir()))
+        self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX))
         self.servers = 0
         process = subprocess.Popen(
             [sys.executable, "-m", "alignment.engines.keeper_process", str(self.folder)], stdin=subprocess.PIPE
@@ -272,3 +278,13 @@ def _filled(text: str, values: Mapping[str, str]) -> str:
     for name, value in values.items():
         text = text.replace(name, value)
     return text
+
+
+def _remove_leftovers(temporary: Path) -> None:
+    """Removes folders of keepers that were killed together with their owners. They may hold copies of all weights."""
+    for folder in temporary.glob(f"{_PREFIX}*"):
+        with suppress(OSError, AlignmentError):  # somebody else may remove it now, or the file system has no locks
+            status, lock = folder.stat(), lock_file(folder)
+            is_old = time.time() - status.st_mtime > _LEFTOVER_SECONDS
+            if is_old and status.st_uid == os.getuid() and lock.exists() and not is_held(lock):
+                shutil.rmtree(folder, ignore_errors=True)

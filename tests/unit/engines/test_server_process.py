@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from pathlib import Path
 
@@ -99,6 +100,22 @@ def test_nothing_is_left_when_the_owner_is_killed(tmp_path: Path, number: signal
         owner.send_signal(number)
         owner.wait()
     wait_until(lambda: gone(tmp_path) and not scratch.exists())
+
+
+def test_what_a_killed_keeper_left_is_removed_by_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with Keeper() as killed, Keeper() as living:
+        psutil.Process(int((killed.folder / "pid").read_text())).kill()
+        wait_until(lambda: not killed.is_alive)
+        recent, foreign = tmp_path / "alignment-server-recent", tmp_path / "alignment-server-foreign"
+        recent.mkdir()
+        foreign.mkdir()  # without a lock, whoever made it
+        (recent / "keeper.lock").touch()
+        for folder in (killed.folder, living.folder, foreign):
+            os.utime(folder, (0, 0))
+        with Keeper() as third:
+            left = {folder.name for folder in tmp_path.iterdir()}
+            assert left == {folder.name for folder in (living.folder, recent, foreign, third.folder)}
 
 
 def test_a_server_does_not_outlive_its_keeper(tmp_path: Path) -> None:
