@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from alignment.commands.shared.named_runs import run_folder, run_names
+from alignment.core.errors import ArtifactError
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute.run_state import as_it_is, explanation, state_of
 from alignment.pipeline.execute.run_view import KILLED, RUNNING, work_folder
@@ -28,8 +29,12 @@ def show_status(console: Console, output: Path, run: str | None) -> None:
             console.print(f"no runs under {output / 'runs'}", markup=False, highlight=False, soft_wrap=True)
         for name in names:
             folder = output / "runs" / name
-            record = RunRecord.read(folder)
-            console.print(f"{escape(name):<20} {state_of(folder, record):<12} {record.started}", highlight=False)
+            try:
+                record = RunRecord.read(folder)
+                words = f"{state_of(folder, record):<12} {record.started}"
+            except ArtifactError as fault:  # the others are shown
+                words = f"{'unreadable':<12} {escape(f'{fault.where}: {fault.message}')}"
+            console.print(f"{escape(name):<20} {words}", highlight=False, soft_wrap=True)
         return
     _show_one(console, run_folder(output, run))
 

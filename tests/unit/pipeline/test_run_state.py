@@ -129,3 +129,12 @@ def test_a_killed_stage_is_read_as_killed_from_python(killed: RunFolder) -> None
     assert (run.state, run.stages["dpo"].state, run.stages["reward"].state) == ("killed", "killed", "waiting")
     assert run.stages["dpo"].progress is not None
     assert run.record.stages["dpo"].state == "running", "what was recorded"
+
+
+def test_a_run_that_cannot_be_read_hides_no_other_from_the_list(killed: RunFolder) -> None:
+    """As one that a newer version wrote."""
+    (killed.output / "runs/broken").mkdir()
+    (killed.output / "runs/broken/run.json").write_text("[]")
+    lines = status(killed, None)
+    assert [line.split()[:2] for line in lines] == [["broken", "unreadable"], [killed.folder.name, "killed"]]
+    assert str(killed.output / "runs/broken/run.json") in lines[0]
