@@ -96,14 +96,17 @@ class _Follower:
         self._folder = plan.run_folder / stage.name
         self._answered = ""
         self._seen_running = False
-        self._life = 0
+        self._life: int | None = None
+        self._lives = False
         self._heard = time.monotonic()
 
     def follow(self) -> int:
         """0, or the exit code of a run that was stopped."""
+        earlier = _read(self._folder / ATTEMPT).get("attempt", "")  # may be of a first machine that was killed
         while read_manifest(self._stage.artifact) is None:
             attempt = _read(self._folder / ATTEMPT)
-            if attempt.get("attempt", self._answered) != self._answered:
+            is_new = attempt.get("attempt", self._answered) != self._answered
+            if is_new and (attempt["attempt"] != earlier or self._lives):
                 self._answer(attempt)
                 continue
             state = _state(self._plan.run_folder)
@@ -141,6 +144,7 @@ class _Follower:
         with suppress(OSError):  # not there yet, or not for a moment (ESTALE)
             life = (self._plan.run_folder / LIFE).stat().st_mtime_ns
             if life != self._life:
+                self._lives = self._life is not None
                 self._life, self._heard = life, time.monotonic()
         if limit and time.monotonic() - self._heard > limit:
             raise self._failed(f"the first machine has not responded for {limit} seconds (launch.hang_seconds)")

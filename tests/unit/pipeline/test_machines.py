@@ -6,6 +6,9 @@ import json
 import os
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,6 +95,53 @@ def test_an_attempt_is_answered_once_and_another_one_again(shared: Shared) -> No
     assert not (folder / machines.ATTEMPT).exists()
 
 
+def test_an_attempt_of_a_first_machine_that_was_killed_is_not_answered(shared: Shared) -> None:
+    """It had other settings, and the first machine does not live until it announces an attempt of its own."""
+    folder, codes = shared.plan.run_folder / "sft", list[int]()
+    machines.show_life(shared.plan.run_folder, LAUNCH)
+    with machines.announced(folder, LAUNCH, "1" * 64):
+        killed = (folder / machines.ATTEMPT).read_text()
+    (folder / machines.ATTEMPT).write_text(killed)
+    follower = threading.Thread(target=lambda: codes.append(_follow_in_thread(shared)))
+    follower.start()
+    time.sleep(3 * machines._POLL_SECONDS)
+    assert follower.is_alive()
+    with machines.announced(folder, LAUNCH, "0" * 64):
+        wait_until(lambda: shared.starts() == 1)
+    shared.publish()
+    follower.join(30)
+    assert codes == [0]
+
+
+def test_an_attempt_that_began_earlier_is_answered_if_the_first_machine_lives(shared: Shared) -> None:
+    folder, codes = shared.plan.run_folder / "sft", list[int]()
+    with machines.announced(folder, LAUNCH, "0" * 64), _alive(shared):
+        follower = threading.Thread(target=lambda: codes.append(_follow_in_thread(shared)))
+        follower.start()
+        wait_until(lambda: shared.starts() == 1)
+    shared.publish()
+    follower.join(30)
+    assert codes == [0]
+
+
+@contextmanager
+def _alive(shared: Shared) -> Iterator[None]:
+    """The first machine shows signs of life while the block runs."""
+    over = threading.Event()
+
+    def show() -> None:
+        while not over.wait(0.05):
+            machines.show_life(shared.plan.run_folder, LAUNCH)
+
+    thread = threading.Thread(target=show)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
 def _follow_in_thread(shared: Shared) -> int:
     """Signals belong to the main thread, so the stages are followed without them."""
     return machines._Follower(shared.plan, shared.stage, shared.command, Console()).follow()
@@ -144,7 +194,7 @@ def test_what_an_earlier_run_left_is_not_taken_for_the_end_of_this_one(
 
 def test_a_machine_that_would_make_something_else_is_refused(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
     other = machines.announced(shared.plan.run_folder / "sft", LAUNCH, "1" * 64)
-    with other, pytest.raises(ConfigError, match="produces a different result"):
+    with other, _alive(shared), pytest.raises(ConfigError, match="produces a different result"):
         shared.follow()
     assert shared.starts() == 0
     told = iter(["running", "done"])
