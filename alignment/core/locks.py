@@ -29,7 +29,8 @@ def held(
 ) -> Iterator[int]:
     """Holds the lock file ``path`` while the block runs; yields its descriptor.
 
-    While another process holds it, ``waiting`` is called twice a second, so that a wait is not taken for a hang.
+    With ``wait``, ``waiting`` is called twice a second while another process holds it, so that a wait is not taken for
+    a hang.
     A child process that inherits the descriptor holds the lock as long as it lives, even if this process is killed.
 
     Raises:

@@ -26,6 +26,7 @@ from pathlib import Path
 
 import psutil
 
+from alignment.core.child_processes import children_of
 from alignment.core.errors import AlignmentError
 from alignment.core.files import write_text
 from alignment.core.locks import held
@@ -71,7 +72,7 @@ def main(folder: Path) -> None:
     os.dup2(os.open(os.devnull, os.O_RDWR), 1)
     os.dup2(1, 2)
     with ExitStack() as lock:
-        with suppress(AlignmentError):  # without locks nobody can tell a living keeper, so nobody removes its folder
+        with suppress(AlignmentError, OSError):  # nobody removes the folder of a keeper that has no lock
             lock.enter_context(held(lock_file(folder), wait=False))
         try:
             _keep(folder)
@@ -139,7 +140,7 @@ def _end_descendants() -> None:
 def _living() -> list[psutil.Process]:
     """The descendants that still run; ended ones are collected."""
     living = []
-    for process in psutil.Process().children(recursive=True):
+    for process in children_of(psutil.Process(), recursive=True):
         with suppress(psutil.NoSuchProcess):
             if process.status() != psutil.STATUS_ZOMBIE:
                 living.append(process)

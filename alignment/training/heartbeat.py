@@ -19,6 +19,7 @@ from types import FrameType
 
 import psutil
 
+from alignment.core.child_processes import children_of
 from alignment.records.worker import Heartbeat, heartbeat_file
 
 PERIOD = 1.0
@@ -104,11 +105,8 @@ def activity(stack: list[CodeLocation], used: ProcessorTime, *, on_gpu: bool) ->
 
 
 def processor_seconds(process: psutil.Process) -> ProcessorTime:
-    """Processor seconds of the process and of its living children, as far as they can be seen."""
-    children: list[psutil.Process] = []
-    with contextlib.suppress(psutil.Error):  # /proc may be hidden from us
-        children = process.children(recursive=True)
-    return ProcessorTime(own=_seconds([process]), started=_seconds(children))
+    """Processor seconds of the process and of its living children."""
+    return ProcessorTime(own=_seconds([process]), started=_seconds(children_of(process, recursive=True)))
 
 
 def _seconds(processes: list[psutil.Process]) -> float:

@@ -15,12 +15,6 @@ MUTATIONS = [
             "test_a_line_that_was_changed_is_refused_by_number",
         ),
         (
-            "half a line stays in front of the next vote",
-            "os.truncate(path, len(whole))",
-            "pass",
-            "test_half_a_line_does_not_count_and_is_cut_before_the_next_vote",
-        ),
-        (
             "a failed write leaves half a vote",
             "os.ftruncate(descriptor, before)",
             "pass",

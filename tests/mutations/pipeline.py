@@ -379,8 +379,8 @@ MUTATIONS = [
         ),
         (
             "a refused chain leaves its first jobs",
-            "        slurm.cancel(list(jobs.values()))\n",
-            "",
+            "if slurm.cancel(list(jobs.values())):",
+            "if True:",
             "test_a_refusal_of_slurm_is_shown_and_cancels_what_was_submitted",
         ),
     ),

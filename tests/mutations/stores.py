@@ -75,5 +75,11 @@ MUTATIONS = [
             "    if False:\n        upload_result",
             "test_what_was_made_without_the_store_is_uploaded_later",
         ),
+        (
+            "checkpoints of a call that was cut off stay in the store",
+            "        RemoteCheckpoints(plan.store, stage.fingerprint).remove()\n",
+            "",
+            "test_checkpoints_of_a_call_that_was_cut_off_are_removed_with_the_late_upload",
+        ),
     ),
 ]

@@ -33,6 +33,7 @@ from tests.mutations import (
     sharded_loading,
     stages,
     stores,
+    surroundings,
     templates,
     tracking,
     training,
@@ -77,4 +78,5 @@ MUTATIONS: list[Mutation] = [
     *devices.MUTATIONS,
     *sharded_loading.MUTATIONS,
     *stores.MUTATIONS,
+    *surroundings.MUTATIONS,
 ]

@@ -134,7 +134,7 @@ MUTATIONS = [
             "one thread has most of the work",
             "<= LARGEST * sum(costs)",
             "<= sum(costs)",
-            "test_most_of_the_work_is_not_given_to_one_thread",
+            "test_work_is_shared_unless_one_thread_would_have_most_of_it",
         ),
         (
             "a signal leaves the parts computing",

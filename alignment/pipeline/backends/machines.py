@@ -50,6 +50,12 @@ def announced(folder: Path, launch: LaunchConfig, fingerprint: str) -> Iterator[
         file.unlink(missing_ok=True)
 
 
+def forget_attempts(plan: Plan) -> None:
+    """Removes what a first machine that was killed had announced. The caller holds the run's lock."""
+    for stage in plan.stages:
+        (plan.run_folder / stage.name / ATTEMPT).unlink(missing_ok=True)
+
+
 def show_life(run_folder: Path, launch: LaunchConfig) -> None:
     """Renews the first machine's sign of life, if there are other machines."""
     if launch.backend.num_machines > 1:

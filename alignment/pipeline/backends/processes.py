@@ -16,6 +16,7 @@ from typing import BinaryIO
 import psutil
 
 from alignment.core import hardware
+from alignment.core.child_processes import children_of
 from alignment.core.errors import AlignmentError
 from alignment.core.logs import shorten
 from alignment.core.stop_requests import SIGNALS, sigusr1_blocked
@@ -158,9 +159,8 @@ class _ProcessTree:
 
     def look(self) -> None:
         """Remembers the processes that exist now."""
-        with suppress(psutil.Error):  # /proc may be hidden from us
-            for process in self._leader.children(recursive=True):
-                self._known.setdefault(process.pid, process)
+        for process in children_of(self._leader, recursive=True):
+            self._known.setdefault(process.pid, process)
 
     def ask_to_stop(self) -> None:
         """SIGTERM to the workers alone: a launcher that got it would end, or give its workers little time to save."""
@@ -172,10 +172,7 @@ class _ProcessTree:
     def _workers(self) -> list[psutil.Process]:
         if not self._is_launcher:
             return [self._leader]
-        with suppress(psutil.Error):
-            if children := self._leader.children():
-                return list(children)
-        return list(self._known.values()) or [self._leader]
+        return children_of(self._leader) or list(self._known.values()) or [self._leader]
 
     def wait(self, seconds: float) -> None:
         """Returns when all have ended, or after ``seconds``; a second interruption ends the wait."""

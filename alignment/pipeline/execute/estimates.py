@@ -8,6 +8,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from alignment.config.launch import DEVICE, LaunchConfig
 from alignment.config.typed import to_plain
 from alignment.core import hardware
 from alignment.core.artifacts import write_json
-from alignment.core.errors import AlignmentError, ArtifactError, StageError
+from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, StageError
 from alignment.core.fingerprint import digest
 from alignment.core.locks import held, is_held
 from alignment.costs.devices import THIS
@@ -60,7 +61,9 @@ def estimate(
     names = ", ".join(stage.name for stage in stages)
     announce(f"{names}: half a minute or more for each stage and each way that is tried; nothing is trained")
     try:
-        with held(folder / _LOCK, wait=False):
+        with ExitStack() as lock:
+            with suppress(ConfigError):  # without locks nobody can tell, so nobody clears this folder
+                lock.enter_context(held(folder / _LOCK, wait=False))
             asked = [_asked(plan, stage, folder, trade=trade, with_remedies=memory > 0) for stage in stages]
             write_json(folder / ASKED, asked)
             options = ["--device", device, "--memory", str(memory), *["--as-run"] * as_run]
@@ -76,8 +79,9 @@ def estimate(
 def _clear(folder: Path) -> None:
     """Removes what calls left that were killed. Their ids say nothing: they may be of another machine or container."""
     for left in folder.glob("[0-9]*-*"):
-        if (left / _LOCK).exists() and not is_held(left / _LOCK):
-            shutil.rmtree(left, ignore_errors=True)
+        with suppress(ConfigError):
+            if (left / _LOCK).exists() and not is_held(left / _LOCK):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _asked(plan: Plan, stage: PlannedStage, folder: Path, *, trade: bool, with_remedies: bool) -> dict[str, Any]:

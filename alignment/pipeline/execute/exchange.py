@@ -74,15 +74,14 @@ def of_stage(plan: Plan, stage: PlannedStage, announce: Announce, *, wait: bool)
 
 
 def upload(plan: Plan, stage: PlannedStage, announce: Announce) -> None:
-    """Uploads a complete result if the store lacks it; its checkpoints, left by a call that was cut off, are removed.
+    """Uploads a complete result if the store lacks it, and removes checkpoints that a call left which was cut off.
 
     Raises:
         ArtifactError: the result is damaged.
         StoreError: the store cannot be reached or refuses; the result stays here, and the next call uploads it.
     """
-    if plan.store is None:
-        return
-    if upload_result(plan.store, stage.artifact, announce=lambda text: announce(f"{stage.name}: {text}")):
+    if plan.store is not None:
+        upload_result(plan.store, stage.artifact, announce=lambda text: announce(f"{stage.name}: {text}"))
         RemoteCheckpoints(plan.store, stage.fingerprint).remove()
 
 

@@ -115,6 +115,7 @@ def run_plan(
 def _execute(plan: Plan, only: str | None, console: Console, command_for: CommandFor | None, *, wait: bool) -> int:
     with held(plan.run_folder / "lock", wait=wait, remedy=_WAIT):
         remove_leftovers(plan.run_folder, shared=True)  # a call that submits jobs writes jobs.json there
+        machines.forget_attempts(plan)
         plan = _with_all(plan, announcer(console), only)
         recorder = RunRecorder(plan, only=only)
         with showing(console, RunReader(plan.run_folder)) as display:

@@ -61,7 +61,7 @@ class Lease:
                     self.lost.set()
                     return
                 self._store.write(self._key, _content(self._record))
-            except (StoreError, OSError):
+            except StoreError:
                 continue  # the next one is due soon
 
 

@@ -62,10 +62,8 @@ def download_result(store: ObjectStore, manifest: Manifest, artifact: Path, work
     flush(artifact.parent)
 
 
-def upload_result(store: ObjectStore, artifact: Path, *, announce: Callable[[str], None]) -> bool:
-    """Uploads a complete result unless the store has it; returns whether it did.
-
-    If another machine completes it first, that one stays.
+def upload_result(store: ObjectStore, artifact: Path, *, announce: Callable[[str], None]) -> None:
+    """Uploads a complete result unless the store has it. If another machine completes it first, that one stays.
 
     Raises:
         ArtifactError: the result is not complete, or damaged.
@@ -73,12 +71,11 @@ def upload_result(store: ObjectStore, artifact: Path, *, announce: Callable[[str
     """
     written = read_manifest(artifact)
     if written is not None and manifest_in(store, artifact.name, fingerprint=written.fingerprint) is not None:
-        return False
+        return
     manifest = verify(artifact, content=True)
     announce(f"uploading {artifact.name} ({size_of(manifest)}) to {store.url}")
     upload_files(store, _base(artifact.name), artifact, manifest.files)
     store.create(f"{_base(artifact.name)}/{MANIFEST}", _text(manifest).encode())
-    return True
 
 
 def size_of(manifest: Manifest) -> str:

@@ -32,7 +32,7 @@ def sweep(recipe: str, name: str, overrides: Sequence[str], *, console: Console,
 
     Raises:
         ConfigError: as ``read_sweep`` and ``run_sweep``.
-        Busy: as ``run_sweep``.
+        Busy, StoreError: as ``run_sweep``.
     """
     return run_sweep(read_sweep(recipe, name, overrides), console=console, at_once=at_once)
 
@@ -92,10 +92,10 @@ def _settle(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, cons
     if outcome.code in (INTERRUPTED, PREEMPTED):
         study.again(trial)  # its finished stages will be reused
         return outcome.code
-    for fault_of_none in (Busy, StoreError):  # no trial's settings are at fault, so all that follow would end alike
-        if outcome.code == fault_of_none.exit_code:
+    for error_class in (Busy, StoreError):  # the trial's settings are not at fault, so all that follow would end alike
+        if outcome.code == error_class.exit_code:
             study.again(trial)
-            raise fault_of_none(outcome.error)
+            raise error_class(outcome.error)
     error = outcome.error
     if not outcome.code:
         try:

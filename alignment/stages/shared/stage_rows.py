@@ -103,7 +103,7 @@ def _sources(context: StageContext, data: DataConfig, field: str) -> list[tuple[
 
 
 def _tokenising(context: StageContext, path: Path, data: SourceConfig) -> Callable[[int], None]:
-    """Reports how many rows have been read, of how many; they are only counted if a table has to be made."""
+    """Reports how many rows have been read, of how many; they are only counted if a table is missing."""
     total = functools.cache(lambda: count_rows(path, data))
     return lambda rows: context.progress("tokenising", rows, total())
 

@@ -15,7 +15,8 @@ import psutil
 import pytest
 
 from alignment.core.errors import StageError
-from alignment.engines.keeper_process import NOT_STARTED, exit_file
+from alignment.core.locks import is_held
+from alignment.engines.keeper_process import NOT_STARTED, exit_file, lock_file
 from alignment.engines.server_process import KEY, PORT, Keeper, ServerCommand, ServerProcess
 from tests.living import is_living
 from tests.patience import wait_until
@@ -105,6 +106,8 @@ def test_nothing_is_left_when_the_owner_is_killed(tmp_path: Path, number: signal
 def test_what_a_killed_keeper_left_is_removed_by_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with Keeper() as killed, Keeper() as living:
+        for keeper in (killed, living):
+            wait_until(lambda keeper=keeper: is_held(lock_file(keeper.folder)))
         psutil.Process(int((killed.folder / "pid").read_text())).kill()
         wait_until(lambda: not killed.is_alive)
         recent, foreign = tmp_path / "alignment-server-recent", tmp_path / "alignment-server-foreign"

@@ -25,7 +25,7 @@ from alignment.config.launch import LaunchConfig
 from alignment.core.errors import AlignmentError, ArtifactError, Busy, ConfigError, NonFiniteError, StageError
 from alignment.core.locks import held
 from alignment.core.streams import Unfailing
-from alignment.pipeline.backends import processes
+from alignment.pipeline.backends import machines, processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.record import RunRecorder
@@ -613,3 +613,12 @@ def test_a_checkout_on_a_machine_without_git_has_no_commit(tmp_path: Path, monke
     (tmp_path / ".git").mkdir()
     monkeypatch.setenv("PATH", "/nowhere")
     assert commit_of_checkout(tmp_path) == ""
+
+
+def test_an_attempt_that_a_killed_driver_announced_is_forgotten(align: Align) -> None:
+    """Another machine would answer it while this run is still checking rows."""
+    attempt = align.run_folder / "ppo" / machines.ATTEMPT
+    attempt.parent.mkdir(parents=True)
+    attempt.write_text('{"attempt": "8e1f", "fingerprint": ""}')
+    align("~stages.evaluate", "~stages.report")
+    assert not attempt.exists()

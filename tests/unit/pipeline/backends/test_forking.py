@@ -106,8 +106,9 @@ def test_exit_codes_arrive(folder: Path, code: str, expected: int) -> None:
 
 
 def waits_for(file: Path) -> Probe:
-    """A child that ends once there is such a file."""
-    return probe(f"while not os.path.exists({str(file)!r}): time.sleep(0.01)")
+    """A child that ends once there is such a file, or after a minute."""
+    looks = f"while not os.path.exists({str(file)!r}) and time.monotonic() < end: time.sleep(0.01)"
+    return probe(f"end = time.monotonic() + 60\n{looks}")
 
 
 def test_children_run_side_by_side_and_outlive_the_server(folder: Path) -> None:
