@@ -97,10 +97,10 @@ MUTATIONS = [
         "pipeline/remote/remote_checkpoints.py",
         f"{PIPELINE}/remote/test_remote_checkpoints.py",
         (
-            "no checkpoint is uploaded without second names for files",
+            "no checkpoint is uploaded without hard links",
             "_link(work / name, target)  # a sealed file",
             "os.link(work / name, target)  # a sealed file",
-            "test_a_file_system_without_second_names_for_a_file_is_no_obstacle",
+            "test_a_file_system_without_hard_links_is_no_obstacle",
         ),
     ),
     *in_file(

@@ -86,8 +86,10 @@ def submit(file: Path, *, after: str | None) -> str:
 
 def cancel(jobs: Sequence[str]) -> bool:
     """Cancels those of the jobs that Slurm knows; returns whether it answered that it did."""
-    outcome = _call(["scancel", *jobs], seconds=_ASK_SECONDS) if jobs else None
-    return not jobs or (outcome is not None and outcome.returncode == 0)
+    if not jobs:
+        return True
+    outcome = _call(["scancel", *jobs], seconds=_ASK_SECONDS)
+    return outcome is not None and outcome.returncode == 0
 
 
 def look(jobs: Sequence[str]) -> dict[str, Job] | None:

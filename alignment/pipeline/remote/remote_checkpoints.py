@@ -182,7 +182,7 @@ def _step(checkpoint: Path) -> int:
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for a file; a copy on a file system that has none."""
+    """Makes a hard link, or a copy where the file system has no hard links."""
     try:
         os.link(source, target)
     except FileNotFoundError:

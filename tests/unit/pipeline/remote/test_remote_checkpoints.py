@@ -162,7 +162,7 @@ def test_the_seal_is_the_one_that_training_writes() -> None:
     assert checkpoints.MANIFEST == remote_checkpoints.CHECKPOINT_MANIFEST
 
 
-def test_a_file_system_without_second_names_for_a_file_is_no_obstacle(
+def test_a_file_system_without_hard_links_is_no_obstacle(
     checkpoints: RemoteCheckpoints, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(*_: object) -> None:
