@@ -11,6 +11,7 @@ from rich.console import Console
 
 from alignment.commands.status.driver import show_status
 from alignment.core.errors import ArtifactError, ConfigError, DiskError
+from alignment.pipeline.execute import exchange
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.remote.object_store import connected
@@ -100,6 +101,21 @@ def test_checkpoints_of_a_call_that_was_cut_off_are_removed_with_the_late_upload
     store, (sft, *_) = connected(url), first.plan().stages
     store.write(f"checkpoints/{sft.fingerprint}/00000020-000000.json", b"{}")
     first.run()
+    assert [key for key in store.sizes("") if not key.startswith("artifacts/")] == []
+
+
+def test_checkpoints_beside_a_result_of_another_machine_are_removed_with_its_download(
+    machines: tuple[Machine, Machine], url: str
+) -> None:
+    """That machine was cut off between the upload of its result and the end of its checkpoints."""
+    first, second = machines
+    plan = second.plan()
+    first.run()
+    store, sft = connected(url), plan.stages[0]
+    sft.work.mkdir(parents=True)  # as by the caller, who holds the lock in it
+    store.write(f"checkpoints/{sft.fingerprint}/00000020-000000.json", b"{}")
+    with exchange.of_stage(plan, sft, lambda text: None, wait=False) as makes_it:
+        assert not makes_it
     assert [key for key in store.sizes("") if not key.startswith("artifacts/")] == []
 
 
