@@ -9,6 +9,7 @@ import json
 import os
 import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -176,8 +177,9 @@ def remembered_sha256(path: Path) -> str:
         return known
     sha256 = file_sha256(path)
     if _state(path.stat()) == _state(before) and time.time_ns() - before.st_ctime_ns > _SETTLED_NS:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        write_json(memo, {"file": str(path), "sha256": sha256})
+        with suppress(OSError):  # a cache that cannot be written costs only the time to read the file again
+            memo.parent.mkdir(parents=True, exist_ok=True)
+            write_json(memo, {"file": str(path), "sha256": sha256})
     return sha256
 
 

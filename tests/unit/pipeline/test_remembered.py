@@ -90,3 +90,13 @@ def test_a_damaged_memory_is_read_anew(text: str, tmp_path: Path, cache: Path) -
     memo.write_bytes(text.encode(errors="surrogateescape"))
     assert remembered_sha256(tmp_path / "a") == sha
     assert json.loads(memo.read_text())["sha256"] == sha
+
+
+def test_where_the_cache_cannot_be_written_a_file_is_read_every_time(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = _count_reads(monkeypatch)
+    cache.parent.write_text("a file, where a folder would have to be made")
+    (tmp_path / "a").write_bytes(b"01234567")
+    assert [remembered_sha256(tmp_path / "a") for _ in range(2)] == [_sha(b"01234567")] * 2
+    assert len(read) == 2
