@@ -32,7 +32,7 @@ LOCAL, DDP = (str(shipped("launch") / "accelerate" / name) for name in ("local.y
 
 
 @pytest.mark.parametrize(
-    ("told", "devices", "expected"),
+    ("settings", "devices", "expected"),
     [
         ({}, 0, WORKER),
         ({"kind": LauncherKind.accelerate}, 0, f"{ACCELERATE.format(LOCAL, 1)} --cpu {WORKER}"),
@@ -53,12 +53,12 @@ LOCAL, DDP = (str(shipped("launch") / "accelerate" / name) for name in ("local.y
         ),
     ],
 )
-def test_the_launcher_suits_the_machine(told: dict[str, Any], devices: int, expected: str) -> None:
-    assert argv(LaunchConfig(**told), num_devices=devices) == expected
+def test_the_launcher_suits_the_machine(settings: dict[str, Any], devices: int, expected: str) -> None:
+    assert argv(LaunchConfig(**settings), num_devices=devices) == expected
 
 
 @pytest.mark.parametrize(
-    ("kind", "told", "devices", "why"),
+    ("kind", "settings", "devices", "why"),
     [
         ("accelerate", {"num_processes": 2}, 0, "accelerate starts only one process"),
         ("accelerate", {"sharding": Sharding.zero2}, 1, "zero2 needs a process group"),
@@ -68,9 +68,9 @@ def test_the_launcher_suits_the_machine(told: dict[str, Any], devices: int, expe
         ("direct", {"backend": MachinesBackend()}, 1, "several machines need torchrun"),
     ],
 )
-def test_what_a_launcher_does_not_start_is_refused(kind: str, told: dict[str, Any], devices: int, why: str) -> None:
+def test_what_a_launcher_does_not_start_is_refused(kind: str, settings: dict[str, Any], devices: int, why: str) -> None:
     with pytest.raises(ConfigError, match=why) as caught:
-        argv(LaunchConfig(kind=LauncherKind(kind), **told), num_devices=devices)
+        argv(LaunchConfig(kind=LauncherKind(kind), **settings), num_devices=devices)
     assert "launch.kind=torchrun" in caught.value.remedy
 
 

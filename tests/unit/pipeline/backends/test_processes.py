@@ -160,8 +160,8 @@ def test_a_worker_hears_what_its_launcher_does_not(tmp_path: Path) -> None:
         "os.kill(os.getpid(), signal.SIGUSR1)\n"
         f"stop_while_importing(lambda: write_stopped_before_it_began(pathlib.Path({str(stage / 'stage.yaml')!r})))\n"
     )
-    told = Command(argv=(sys.executable, "-c", code), environment={"PYTHONPATH": str(Path(__file__).parents[4])})
-    assert execute(told, log=tmp_path / "log.txt", on_poll=never, grace_seconds=1) == 75
+    command = Command(argv=(sys.executable, "-c", code), environment={"PYTHONPATH": str(Path(__file__).parents[4])})
+    assert execute(command, log=tmp_path / "log.txt", on_poll=never, grace_seconds=1) == 75
     assert json.loads((stage / "status.json").read_text())["state"] == "preempted"
 
 
