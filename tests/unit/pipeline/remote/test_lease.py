@@ -62,16 +62,16 @@ def test_a_second_machine_is_refused_while_the_first_renews(store: ObjectStore, 
 
 
 def test_one_that_waits_gets_the_lease_when_it_is_free(store: ObjectStore, machines: tuple[Path, Path]) -> None:
-    first, said = take(store, machines[0]), list[str]()
+    first, announcements = take(store, machines[0]), list[str]()
 
     def announce(text: str) -> None:
-        said.append(text)
+        announcements.append(text)
         first.close()  # it is free only once somebody waits for it
 
     with take(store, machines[1], wait=True, announce=announce):
         pass
-    assert len(said) == 1
-    assert "is working on it; waiting" in said[0]
+    assert len(announcements) == 1
+    assert "is working on it; waiting" in announcements[0]
 
 
 def test_a_lost_machine_s_lease_is_taken_once_it_is_old(store: ObjectStore, machines: tuple[Path, Path]) -> None:

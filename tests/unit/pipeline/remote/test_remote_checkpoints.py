@@ -40,10 +40,10 @@ def work(tmp_path: Path) -> Path:
 
 def download(checkpoints: RemoteCheckpoints, folder: Path) -> list[str]:
     """Downloads to a new folder; returns what was announced."""
-    said: list[str] = []
+    announcements: list[str] = []
     folder.mkdir()
-    checkpoints.download_newest(folder, announce=said.append)
-    return said
+    checkpoints.download_newest(folder, announce=announcements.append)
+    return announcements
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -66,7 +66,7 @@ def test_another_machine_gets_all_that_it_needs_and_nothing_of_the_first(
     assert stored is not None
     assert (stored.label, stored.progress) == ("checkpoint-40", (40, 1))
 
-    said = download(checkpoints, tmp_path / "other")
+    announcements = download(checkpoints, tmp_path / "other")
     assert files(tmp_path / "other") == {
         "checkpoints/checkpoint-40/weights": "weights 40",
         "checkpoints/checkpoint-40/alignment_checkpoint.json": '{"step": 40}',
@@ -75,7 +75,7 @@ def test_another_machine_gets_all_that_it_needs_and_nothing_of_the_first(
         "micro_batch.json": "{}",
         "scorer_replies/0.jsonl": "replies",
     }
-    assert "checkpoint-40 was downloaded from memory://" in said[0]
+    assert "checkpoint-40 was downloaded from memory://" in announcements[0]
     assert not (work / "upload").exists()
 
 
@@ -136,11 +136,11 @@ def test_of_a_damaged_checkpoint_the_one_before_is_used_and_that_is_said(
         checkpoints.upload_newest(work, on_bytes=nothing)
     damaged = next(key for key in store.sizes(checkpoints.folder) if "checkpoint-40/weights" in key)
     store.write(damaged, b"weights 4X")
-    said = download(checkpoints, tmp_path / "other")
+    announcements = download(checkpoints, tmp_path / "other")
     assert local_work(tmp_path / "other").step == 20
-    assert "checkpoint-40 in memory://" in said[0]
-    assert "cannot be used" in said[0]
-    assert "checkpoint-20 was downloaded" in said[1]
+    assert "checkpoint-40 in memory://" in announcements[0]
+    assert "cannot be used" in announcements[0]
+    assert "checkpoint-20 was downloaded" in announcements[1]
 
 
 def test_a_list_of_another_stage_or_that_is_cut_off_does_not_count(
@@ -185,10 +185,12 @@ def test_a_fault_of_the_disk_is_said_once_and_neither_ends_the_uploads_nor_hides
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(remote_checkpoints, "file_sha256", full)
-    said: list[str] = []
+    announcements: list[str] = []
     sealed(work, 20)
-    uploads: Any = CheckpointUploads(checkpoints, work, lease=NotLost(), announce=said.append)  # type: ignore[arg-type]
+    uploads: Any = CheckpointUploads(checkpoints, work, lease=NotLost(), announce=announcements.append)  # type: ignore[arg-type]
     uploads.__enter__()
     assert not uploads._upload(nothing)
     uploads.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)  # uploads what is left, and raises nothing
-    assert said == ["a checkpoint could not be uploaded; this will be tried again: [Errno 28] No space left on device"]
+    assert announcements == [
+        "a checkpoint could not be uploaded; this will be tried again: [Errno 28] No space left on device"
+    ]
