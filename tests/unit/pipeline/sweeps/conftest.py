@@ -12,7 +12,7 @@ from tests.unit.pipeline.sweeps.fake_runs import Runs
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_base: Path) -> Runs:
-    fake = Runs(tmp_path, lambda told: 0.9 - abs(float(told["stages.dpo.beta"]) - 0.3))
+    fake = Runs(tmp_path, lambda settings: 0.9 - abs(float(settings["stages.dpo.beta"]) - 0.3))
     monkeypatch.setattr(module, "run_trial", fake)
     return fake
 

@@ -27,11 +27,11 @@ class Runs:
     def __init__(self, output: Path, figure: Callable[[dict[str, str]], float | None]) -> None:
         self.output = output
         self.figure = figure
-        self.words: Callable[[dict[str, str]], float] = lambda told: 21.5
+        self.words: Callable[[dict[str, str]], float] = lambda settings: 21.5
         self.asked: list[dict[str, str]] = []
         self.lost: dict[str, Any] = {}
         """More of ``evaluation.json``, where there is no figure."""
-        self.other_arms: Callable[[dict[str, str]], list[dict[str, Any]]] = lambda told: []
+        self.other_arms: Callable[[dict[str, str]], list[dict[str, Any]]] = lambda settings: []
         """Arms of ``evaluation.json`` beside DPO's, as a function of the overrides."""
         self.more_of_arm: dict[str, Any] = {}
         self.codes: dict[int, int] = {}
@@ -39,19 +39,19 @@ class Runs:
 
     def __call__(self, recipe: str, overrides: Sequence[str], *, console: Console, wait: bool) -> int:
         assert wait, "another process may be at work on what the trial needs"
-        told = dict(one.split("=", 1) for one in overrides)
+        settings = dict(override.split("=", 1) for override in overrides)
         number = len(self.asked)
-        self.asked.append(told)
+        self.asked.append(settings)
         if number in self.faults:
             raise self.faults[number]
         if number in self.codes:
             return self.codes[number]
-        run = self.output / "runs" / told["name"]
+        run = self.output / "runs" / settings["name"]
         run.mkdir(parents=True, exist_ok=True)
-        told_apart = repr([one for one in overrides if one.startswith(("stages.", "seed="))])
-        artifact = self.output / "results" / f"evaluate-{zlib.crc32(told_apart.encode()):08x}"
+        identity = repr([override for override in overrides if override.startswith(("stages.", "seed="))])
+        artifact = self.output / "results" / f"evaluate-{zlib.crc32(identity.encode()):08x}"
         artifact.mkdir(parents=True, exist_ok=True)
-        mean = self.figure(told)
+        mean = self.figure(settings)
         figure = None if mean is None else {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
         arm = {
             "name": "stage:dpo",
@@ -59,16 +59,20 @@ class Runs:
             "words": 21.5,
             **self.more_of_arm,
         }
-        evaluation = {"metrics": [{"name": METRIC}], "primary": METRIC, "arms": [*self.other_arms(told), arm]}
+        evaluation = {"metrics": [{"name": METRIC}], "primary": METRIC, "arms": [*self.other_arms(settings), arm]}
         evaluation |= self.lost if mean is None else {}
         (artifact / "evaluation.json").write_text(json.dumps(evaluation))
         scores = [] if mean is None else [mean + noise for noise in (-0.02, 0.0, 0.02)]
         lines = [
-            {"id": str(place), "answers": {"stage:dpo": {"text": "", "scores": {METRIC: one}}}}
-            for place, one in enumerate(scores)
+            {"id": str(index), "answers": {"stage:dpo": {"text": "", "scores": {METRIC: score}}}}
+            for index, score in enumerate(scores)
         ]
         (artifact / "samples.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-        metrics = {"loss/dpo": self.words(told), f"{METRIC}/dpo": self.words(told), "rewards/margins": self.words(told)}
+        metrics = {
+            "loss/dpo": self.words(settings),
+            f"{METRIC}/dpo": self.words(settings),
+            "rewards/margins": self.words(settings),
+        }
         (artifact / MANIFEST).write_text(
             json.dumps(
                 asdict(Manifest(stage="evaluate", kind="evaluation", fingerprint="", identity={}, metrics=metrics))
@@ -82,18 +86,18 @@ class Runs:
 
 def go(runs: Runs, name: str = "dpo_beta", *more: str, at_once: int = 1) -> tuple[int, str]:
     console = Console(width=200, record=True, quiet=False)
-    told = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", *more]
+    overrides = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", *more]
     with console.capture() as captured:
-        code = sweep("quickstart", name, told, console=console, at_once=at_once)
+        code = sweep("quickstart", name, overrides, console=console, at_once=at_once)
     return code, captured.get()
 
 
 def trials(runs: Runs, name: str = "dpo_beta") -> list[dict[str, Any]]:
     """What the sweep's file says of each, in its order."""
-    found: list[dict[str, Any]] = json.loads((runs.output / f"sweeps/quickstart.{name}/sweep.json").read_text())[
+    rows: list[dict[str, Any]] = json.loads((runs.output / f"sweeps/quickstart.{name}/sweep.json").read_text())[
         "trials"
     ]
-    return found
+    return rows
 
 
 def arm(name: str, mean: float) -> dict[str, Any]:
@@ -108,7 +112,7 @@ def shared_arms(runs: Runs, name: str = "dpo_beta") -> list[dict[str, float]]:
 
 
 def own(runs: Runs, tmp_path: Path, **changes: Any) -> str:
-    told = {
+    defaults = {
         "search": "tpe",
         "trials": None if changes.get("search") == "grid" else 8,
         "objective": {"arm": "stage:dpo"},
@@ -118,5 +122,5 @@ def own(runs: Runs, tmp_path: Path, **changes: Any) -> str:
         ],
     }
     file = tmp_path / "mine.yaml"
-    file.write_text(json.dumps({**told, **changes}))
+    file.write_text(json.dumps({**defaults, **changes}))
     return str(file)

@@ -49,7 +49,7 @@ GOOD = [0.7, 0.6, 0.5, 0.4, 0.4, 0.4]
 )
 def test_a_trial_is_pruned_where_it_stands_worse_than_the_median(curve: list[float], *, is_pruned: bool) -> None:
     assert pruned(curve, [GOOD, GOOD, GOOD]) is is_pruned
-    upside_down = [[-value for value in one] for one in (curve, GOOD)]
+    upside_down = [[-value for value in losses] for losses in (curve, GOOD)]
     assert pruned(upside_down[0], [upside_down[1]] * 3, direction="maximize") is is_pruned
 
 

@@ -21,10 +21,10 @@ GRID = [{"key": "stages.dpo.beta", "values": [0.1, 0.3]}]
 def test_a_grid_tries_every_value_once_and_names_the_best(runs: Runs) -> None:
     code, printed = go(runs, "dpo_beta", "seed=7")
     assert code == 0
-    assert [told["stages.dpo.beta"] for told in runs.asked] == BETAS
-    assert len({told["name"] for told in runs.asked}) == 4
-    assert all(told["seed"] == "7" for told in runs.asked)
-    assert {told["tracking.group"] for told in runs.asked} == {"quickstart.dpo_beta"}
+    assert [settings["stages.dpo.beta"] for settings in runs.asked] == BETAS
+    assert len({settings["name"] for settings in runs.asked}) == 4
+    assert all(settings["seed"] == "7" for settings in runs.asked)
+    assert {settings["tracking.group"] for settings in runs.asked} == {"quickstart.dpo_beta"}
     assert "best: stages.dpo.beta=0.3" in printed
     assert "may be as good" not in printed
     rows = trials(runs)
@@ -47,26 +47,26 @@ def test_what_was_found_under_other_settings_is_not_told_as_these(runs: Runs, tm
 
 
 def test_a_study_that_is_gone_back_to_says_again_what_it_said(runs: Runs) -> None:
-    runs.figure = lambda told: 0.5 if "seed" in told else 0.9 - abs(float(told["stages.dpo.beta"]) - 0.3)
-    told = runs.output / "sweeps/quickstart.dpo_beta/sweep.json"
+    runs.figure = lambda settings: 0.5 if "seed" in settings else 0.9 - abs(float(settings["stages.dpo.beta"]) - 0.3)
+    sweep_file = runs.output / "sweeps/quickstart.dpo_beta/sweep.json"
     go(runs)
-    first = json.loads(told.read_text())
+    first = json.loads(sweep_file.read_text())
     go(runs, "dpo_beta", "seed=7")
-    assert "may be as good" in json.loads(told.read_text())["verdict"]
+    assert "may be as good" in json.loads(sweep_file.read_text())["verdict"]
     assert go(runs)[0] == 0
     assert len(runs.asked) == 8, "nothing was tried again"
-    assert json.loads(told.read_text()) == first
+    assert json.loads(sweep_file.read_text()) == first
     assert first["verdict"] == "every other trial is worse, paired by prompt, by more than chance explains"
-    assert len({told["name"] for told in runs.asked}) == 8, "a page shows the trial that it is called after"
+    assert len({settings["name"] for settings in runs.asked}) == 8, "a page shows the trial that it is called after"
     assert all(trial["report"].startswith(f"../../runs/{trial['run']}/") for trial in first["trials"])
     shutil.rmtree(runs.output / "runs")
     assert go(runs)[0] == 0
-    assert json.loads(told.read_text())["verdict"] == first["verdict"], "read from the artifacts"
+    assert json.loads(sweep_file.read_text())["verdict"] == first["verdict"], "read from the artifacts"
 
 
 def test_others_that_may_be_as_good_are_named(runs: Runs) -> None:
     """Prompts of one run are those of another, so a constant gain on each of them is no chance."""
-    runs.figure = lambda told: 0.5 if float(told["stages.dpo.beta"]) < 0.4 else 0.4
+    runs.figure = lambda settings: 0.5 if float(settings["stages.dpo.beta"]) < 0.4 else 0.4
     _, printed = go(runs)
     assert "best: stages.dpo.beta=0.05" in printed
     assert "trials 1, 2 may be as good" in printed
@@ -95,10 +95,10 @@ def test_a_sweep_of_smoke_runs_says_under_its_table_that_its_figures_mean_nothin
 
 def test_arms_that_all_trials_share_are_shown_to_compare_with(runs: Runs) -> None:
     """A sweep over DPO's beta does not train PPO either, but here the trials measured different values for it."""
-    runs.other_arms = lambda told: [
+    runs.other_arms = lambda settings: [
         arm("base", 0.101),
         arm("stage:sft", 0.528),
-        arm("stage:ppo", float(told["stages.dpo.beta"])),
+        arm("stage:ppo", float(settings["stages.dpo.beta"])),
     ]
     _, printed = go(runs)
     assert shared_arms(runs) == [{"base": 0.101, "sft": 0.528}]
@@ -110,8 +110,8 @@ def test_arms_that_all_trials_share_are_shown_to_compare_with(runs: Runs) -> Non
 
 @pytest.mark.parametrize(("sft", "warned"), [(0.5, True), (0.499, False)])
 def test_a_sweep_whose_best_trial_gains_nothing_says_so(runs: Runs, sft: float, warned: bool) -> None:
-    runs.figure = lambda told: 0.5 if told["stages.dpo.beta"] == "0.3" else 0.4
-    runs.other_arms = lambda told: [arm("base", 0.101), arm("stage:sft", sft)]
+    runs.figure = lambda settings: 0.5 if settings["stages.dpo.beta"] == "0.3" else 0.4
+    runs.other_arms = lambda settings: [arm("base", 0.101), arm("stage:sft", sft)]
     _, printed = go(runs)
     caution = "no trial does better than sft (0.500), which the sweep does not change"
     assert (f"caution: {caution}\n" in printed) == warned
@@ -123,25 +123,25 @@ def test_a_sweep_whose_best_trial_gains_nothing_says_so(runs: Runs, sft: float, 
 def test_a_sweep_towards_small_figures_gains_by_smaller_ones(
     runs: Runs, tmp_path: Path, base: float, warned: bool
 ) -> None:
-    runs.figure = lambda told: 0.5
-    runs.other_arms = lambda told: [arm("base", base)]
+    runs.figure = lambda settings: 0.5
+    runs.other_arms = lambda settings: [arm("base", base)]
     objective = {"arm": "stage:dpo", "metric": METRIC, "minimize": True}
     _, printed = go(runs, own(runs, tmp_path, objective=objective, search="grid", parameters=GRID))
     assert ("no trial does better than base (0.400)" in printed) == warned
 
 
 def test_an_arm_that_the_settings_reach_is_not_shared_even_if_its_value_stays(runs: Runs, tmp_path: Path) -> None:
-    runs.figure = lambda told: 0.5
-    runs.other_arms = lambda told: [arm("base", 0.101), arm("stage:sft", 0.528)]
+    runs.figure = lambda settings: 0.5
+    runs.other_arms = lambda settings: [arm("base", 0.101), arm("stage:sft", 0.528)]
     rates = [{"key": "stages.sft.optim.lr", "values": [0.0001, 0.0002]}]
     go(runs, own(runs, tmp_path, search="grid", parameters=rates))
     assert shared_arms(runs, "mine") == [{"base": 0.101}]
 
 
 def test_a_metric_of_a_stage_or_of_an_arm_alone_has_no_shared_arms(runs: Runs, tmp_path: Path) -> None:
-    runs.other_arms = lambda told: [{"name": "base", "metrics": {}}]
+    runs.other_arms = lambda settings: [{"name": "base", "metrics": {}}]
     assert "the same in all trials" not in go(runs)[1], "the base was not measured by this metric"
-    runs.other_arms = lambda told: [arm("base", 0.101)]
+    runs.other_arms = lambda settings: [arm("base", 0.101)]
     of_stage = {"stage": "evaluate", "metric": f"{METRIC}/dpo"}
     _, printed = go(runs, own(runs, tmp_path, objective=of_stage, search="grid", parameters=GRID))
     assert "the same in all trials" not in printed
@@ -150,7 +150,7 @@ def test_a_metric_of_a_stage_or_of_an_arm_alone_has_no_shared_arms(runs: Runs, t
 
 def test_a_trial_whose_arm_has_no_grades_fails_and_ends_no_sweep(runs: Runs, tmp_path: Path) -> None:
     runs.lost, figure = {"gradings": [{"metric": METRIC, "left_out": ["stage:dpo"]}]}, runs.figure
-    runs.figure = lambda told: None if told["stages.dpo.beta"] == "0.3" else figure(told)
+    runs.figure = lambda settings: None if settings["stages.dpo.beta"] == "0.3" else figure(settings)
     code, _ = go(runs, own(runs, tmp_path, search="grid", parameters=GRID))
     assert code == 0
     assert [(row["state"], row["words"]) for row in trials(runs, "mine")] == [
@@ -162,7 +162,7 @@ def test_a_trial_whose_arm_has_no_grades_fails_and_ends_no_sweep(runs: Runs, tmp
 
 def test_a_trial_of_which_the_judge_says_nothing_fails_and_ends_no_sweep(runs: Runs, tmp_path: Path) -> None:
     pair = {"arm": "stage:dpo", "against": "stage:sft", "wins": 0, "ties": 0, "losses": 0, "invalid": 0.5}
-    runs.lost, runs.figure = {"judge": {"pairs": [pair]}}, lambda told: None
+    runs.lost, runs.figure = {"judge": {"pairs": [pair]}}, lambda settings: None
     file = own(runs, tmp_path, objective={"arm": "stage:dpo", "metric": "win_rate"}, search="grid", parameters=GRID)
     assert go(runs, file, "stages.evaluate.judge.kind=reward")[0] == 5
     assert [row["state"] for row in trials(runs, "mine")] == ["failed"] * 2
@@ -175,9 +175,9 @@ def test_stopped_in_a_trial_it_goes_on_with_that_one(runs: Runs, code: int) -> N
     ended, printed = go(runs)
     assert ended == code
     assert "stopped" not in printed, "the run has said so"
-    assert [told["stages.dpo.beta"] for told in runs.asked] == BETAS[:3]
+    assert [settings["stages.dpo.beta"] for settings in runs.asked] == BETAS[:3]
     assert go(runs)[0] == 0
-    assert [told["stages.dpo.beta"] for told in runs.asked[3:]] == BETAS[2:]
+    assert [settings["stages.dpo.beta"] for settings in runs.asked[3:]] == BETAS[2:]
     assert runs.asked[3]["name"] == runs.asked[2]["name"], "its stages are found again"
     assert all(row["run"].endswith(f".{row['number']}") for row in trials(runs))
     assert [row["state"] for row in trials(runs)] == ["done"] * 4, "a stop is no failure"
@@ -191,7 +191,7 @@ def test_a_trial_whose_process_was_killed_is_tried_again(runs: Runs) -> None:
     with pytest.raises(Killed):
         go(runs)
     assert go(runs)[0] == 0
-    assert [told["stages.dpo.beta"] for told in runs.asked] == [BETAS[0], *BETAS[1:2], *BETAS[1:]]
+    assert [settings["stages.dpo.beta"] for settings in runs.asked] == [BETAS[0], *BETAS[1:2], *BETAS[1:]]
 
 
 def test_a_trial_that_fails_is_listed_with_what_it_said_and_ends_no_sweep(runs: Runs, tmp_path: Path) -> None:
@@ -202,10 +202,10 @@ def test_a_trial_that_fails_is_listed_with_what_it_said_and_ends_no_sweep(runs: 
     assert [row["state"] for row in rows] == [*["done"] * 7, "failed"]
     assert rows[-1]["error"] == "stage dpo: a gradient is not finite at step 4"
     assert "a gradient is not finite" in printed
-    betas = [float(told["stages.dpo.beta"]) for told in runs.asked]
+    betas = [float(settings["stages.dpo.beta"]) for settings in runs.asked]
     assert all(0.01 <= beta <= 1.0 for beta in betas)
     assert len(set(betas)) == 8
-    assert {told["stages.dpo.optim.batch_size"] for told in runs.asked} <= {"4", "8"}
+    assert {settings["stages.dpo.optim.batch_size"] for settings in runs.asked} <= {"4", "8"}
     assert go(runs, own(runs, tmp_path, trials=9))[0] == 0
     assert len(runs.asked) == 9, "the study is kept"
 
@@ -217,7 +217,7 @@ def test_a_store_that_cannot_be_reached_fails_no_trial_and_ends_the_sweep(runs: 
     assert len(runs.asked) == 2
     assert go(runs)[0] == 0
     assert [row["state"] for row in trials(runs)] == ["done"] * 4
-    assert [told["stages.dpo.beta"] for told in runs.asked[2:]] == BETAS[1:]
+    assert [settings["stages.dpo.beta"] for settings in runs.asked[2:]] == BETAS[1:]
 
 
 def test_a_journal_that_ends_in_half_a_line_goes_on(runs: Runs) -> None:
@@ -238,13 +238,13 @@ def test_where_every_trial_fails_the_exit_code_says_so(runs: Runs) -> None:
 
 
 def test_less_may_be_better(runs: Runs, tmp_path: Path) -> None:
-    told = {"objective": {"arm": "stage:dpo", "minimize": True}, "search": "grid"}
-    file = own(runs, tmp_path, **told, parameters=[{"key": "stages.dpo.beta", "values": [0.3, 0.5, 0.9]}])
+    changes = {"objective": {"arm": "stage:dpo", "minimize": True}, "search": "grid"}
+    file = own(runs, tmp_path, **changes, parameters=[{"key": "stages.dpo.beta", "values": [0.3, 0.5, 0.9]}])
     assert "best: stages.dpo.beta=0.9" in go(runs, file)[1]
 
 
 def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs: Runs) -> None:
-    runs.figure = lambda told: None
+    runs.figure = lambda settings: None
     with pytest.raises(ConfigError, match="no stage reports style_and_facts of stage:dpo; it reports no metrics"):
         go(runs)
     assert len(runs.asked) == 1
@@ -391,13 +391,13 @@ def test_what_an_evaluation_will_never_tell_of_an_arm_is_no_objective(
         runs, tmp_path, objective={"arm": arm, "metric": metric, "minimize": metric in ("greedy_log_ratio", "loss")}
     )
     arms = "stages.evaluate.arms=[base,base+prompt,base+few-shot,'stage:sft','stage:dpo']"
-    told = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", arms]
-    told += [f"stages.evaluate.judge.kind={judge}"] if judge else []
+    overrides = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", arms]
+    overrides += [f"stages.evaluate.judge.kind={judge}"] if judge else []
     if not words:
-        assert module.read_sweep("quickstart", file, told).objectives
+        assert module.read_sweep("quickstart", file, overrides).objectives
         return
     with pytest.raises(ConfigError) as caught:
-        module.read_sweep("quickstart", file, told)
+        module.read_sweep("quickstart", file, overrides)
     assert f"no stage reports the {metric} of {arm!r}; " in str(caught.value)
     assert words in str(caught.value)
 
@@ -427,13 +427,19 @@ def test_what_an_evaluation_will_never_tell_of_an_arm_is_no_objective(
 def test_an_objective_is_a_metric_of_the_recipe_s_own(
     runs: Runs, tmp_path: Path, metrics: str, objective: dict[str, Any], words: str
 ) -> None:
-    told = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", f"stages.evaluate.metrics={metrics}"]
+    overrides = [
+        f"output={runs.output}",
+        f"model.source=path:{runs.output / 'base'}",
+        f"stages.evaluate.metrics={metrics}",
+    ]
     file = own(runs, tmp_path, objective=objective)
     if not words:
-        assert [str(one) for one in module.read_sweep("quickstart", file, told).objectives] == ["gold of stage:dpo"]
+        assert [str(goal) for goal in module.read_sweep("quickstart", file, overrides).objectives] == [
+            "gold of stage:dpo"
+        ]
         return
     with pytest.raises(ConfigError) as caught:
-        module.read_sweep("quickstart", file, told)
+        module.read_sweep("quickstart", file, overrides)
     assert words in str(caught.value)
 
 
@@ -483,26 +489,26 @@ def test_an_unknown_sweep_gets_the_nearest(runs: Runs) -> None:
 
 def test_two_objectives_give_the_trials_that_none_beats_in_both(runs: Runs, tmp_path: Path) -> None:
     """Beta .3 has the best score, .5 the fewest words; .1 loses to both, .05 to .1 as well."""
-    runs.words = lambda told: 30.0 - 20.0 * float(told["stages.dpo.beta"])
+    runs.words = lambda settings: 30.0 - 20.0 * float(settings["stages.dpo.beta"])
     both = [{"arm": "stage:dpo"}, {"stage": "evaluate", "metric": "loss/dpo", "minimize": True}]
     grid = {"search": "grid", "parameters": [{"key": "stages.dpo.beta", "values": [float(beta) for beta in BETAS]}]}
     code, printed = go(runs, own(runs, tmp_path, objective=both, **grid))
     assert code == 0
     assert "trials 2, 3 are the Pareto set" in printed
-    told = json.loads((runs.output / "sweeps/quickstart.mine/sweep.json").read_text())
-    assert [goal["label"] for goal in told["goals"]] == ["style_and_facts of stage:dpo", "loss/dpo of evaluate"]
-    assert told["best"] == [2, 3]
-    assert [row["number"] for row in told["trials"]] == [2, 3, 1, 0]
-    assert told["trials"][0]["figures"][1] == {"mean": 24.0, "low": None, "high": None}
+    record = json.loads((runs.output / "sweeps/quickstart.mine/sweep.json").read_text())
+    assert [goal["label"] for goal in record["goals"]] == ["style_and_facts of stage:dpo", "loss/dpo of evaluate"]
+    assert record["best"] == [2, 3]
+    assert [row["number"] for row in record["trials"]] == [2, 3, 1, 0]
+    assert record["trials"][0]["figures"][1] == {"mean": 24.0, "low": None, "high": None}
 
 
 def test_a_recipe_without_an_evaluation_is_judged_by_what_a_stage_says_of_itself(runs: Runs, tmp_path: Path) -> None:
-    runs.words = lambda told: float(told["stages.dpo.beta"])
+    runs.words = lambda settings: float(settings["stages.dpo.beta"])
     file = own(
         runs, tmp_path, objective={"stage": "evaluate", "metric": "style_and_facts/dpo"}, search="grid", parameters=GRID
     )
     assert "best: stages.dpo.beta=0.3" in go(runs, file)[1]
-    runs.words = lambda told: float("nan")
+    runs.words = lambda settings: float("nan")
     code, printed = go(runs, file, "seed=7")
     assert (code, "style_and_facts/dpo of evaluate is not a finite number" in printed) == (5, True)
 
@@ -510,10 +516,10 @@ def test_a_recipe_without_an_evaluation_is_judged_by_what_a_stage_says_of_itself
 def test_a_figure_of_the_training_itself_is_told_as_such(runs: Runs, tmp_path: Path) -> None:
     file = own(runs, tmp_path, objective={"stage": "dpo", "metric": "rewards/margins"}, search="grid", parameters=GRID)
     _, printed = go(runs, file)
-    told = "rewards/margins of dpo is measured on the training rows"
-    assert printed.count(f"caution: {told}") == 2, "before the first trial, and below the table"
+    caution = "rewards/margins of dpo is measured on the training rows"
+    assert printed.count(f"caution: {caution}") == 2, "before the first trial, and below the table"
     page = (runs.output / "sweeps/quickstart.mine/sweep.html").read_text()
-    assert f"{told[0].upper()}{told[1:]}" in page
+    assert f"{caution[0].upper()}{caution[1:]}" in page
     held_out = own(runs, tmp_path, search="grid", parameters=GRID)
     assert "caution" not in go(runs, held_out)[1]
 
@@ -524,7 +530,10 @@ def test_what_is_drawn_does_not_depend_on_stops_in_between(runs: Runs, tmp_path:
         shutil.rmtree(runs.output / "sweeps", ignore_errors=True)
         runs.asked.clear()
         assert [go(runs, file)[0] for _ in codes] == list(codes)
-        return {told["name"]: [told[one] for one in told if one.startswith("stages.")] for told in runs.asked}
+        return {
+            settings["name"]: [settings[key] for key in settings if key.startswith("stages.")]
+            for settings in runs.asked
+        }
 
     straight = drawn(own(runs, tmp_path), 0)
     assert len({beta for beta, _ in straight.values()}) == 8

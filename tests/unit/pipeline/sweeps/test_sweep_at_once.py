@@ -83,9 +83,9 @@ class Process:
         if (outcome := self.all.outcomes.get(self.beta)) is not None:
             return outcome
         self.all.runs(self.argv[0], self.argv[1:], console=None, wait=True)  # type: ignore[arg-type]
-        told = json.loads((self.folder / "run.json").read_text())
-        told["stages"]["dpo"] = {"kind": "dpo", "state": "done", "artifact": str(self.folder / "dpo")}
-        (self.folder / "run.json").write_text(json.dumps(told))
+        record = json.loads((self.folder / "run.json").read_text())
+        record["stages"]["dpo"] = {"kind": "dpo", "state": "done", "artifact": str(self.folder / "dpo")}
+        (self.folder / "run.json").write_text(json.dumps(record))
         return TrialOutcome(code=0)
 
     def ask_to_stop(self) -> None:
@@ -111,7 +111,7 @@ def test_as_many_trials_run_at_once_as_are_asked_for_and_each_value_is_tried_onc
 ) -> None:
     code, printed = go(runs, at_once=2)
     assert code == 0
-    assert sorted(told["stages.dpo.beta"] for told in runs.asked) == BETAS
+    assert sorted(settings["stages.dpo.beta"] for settings in runs.asked) == BETAS
     assert {len(together) for together in processes.seen} <= {1, 2}
     assert ("0.05", "0.1") in processes.seen
     assert "best: stages.dpo.beta=0.3" in printed
@@ -133,7 +133,7 @@ def test_interrupted_it_stops_all_and_goes_on_with_those(processes: Processes, r
     assert (code, runs.asked, processes.alive) == (130, [], [])
     assert printed.count("stopped") == 1
     assert go(runs, at_once=2)[0] == 0
-    assert sorted(told["stages.dpo.beta"] for told in runs.asked) == BETAS
+    assert sorted(settings["stages.dpo.beta"] for settings in runs.asked) == BETAS
     assert {row["number"] for row in trials(runs)} == {0, 1, 2, 3}
 
 
@@ -149,9 +149,9 @@ def test_jobs_of_a_trial_that_slurm_still_has_end_the_sweep_until_they_are_over(
 
 
 def median(runs: Runs, tmp_path: Path, **more: Any) -> str:
-    told = {"pruner": "median", "stage": "dpo", "startup_trials": 2, **more}
+    pruning = {"pruner": "median", "stage": "dpo", "startup_trials": 2, **more}
     parameters = [{"key": "stages.dpo.beta", "values": [0.1, 0.3, 0.5]}]
-    return own(runs, tmp_path, search="grid", trials=None, parameters=parameters, pruning=told)
+    return own(runs, tmp_path, search="grid", trials=None, parameters=parameters, pruning=pruning)
 
 
 def test_a_trial_whose_curve_is_hopeless_is_pruned_and_listed_with_its_step(
@@ -229,14 +229,14 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_machine_is_shared_out_in_equal_parts(machine: Any) -> None:
     machine(5, [])
-    assert [sorted(one.cores) for one in shares(2, LaunchConfig())] == [[0, 1], [2, 3]]
+    assert [sorted(share.cores) for share in shares(2, LaunchConfig())] == [[0, 1], [2, 3]]
     assert shares(1, LaunchConfig())[0].devices is None
     machine(2, ["4", "5", "6", "7"])
     parts = shares(2, LaunchConfig(num_processes=2))
-    assert [one.devices for one in parts] == [("4", "5"), ("6", "7")]
-    assert [sorted(one.cores) for one in shares(3, LaunchConfig())] == [[0], [1], [0]]
+    assert [share.devices for share in parts] == [("4", "5"), ("6", "7")]
+    assert [sorted(share.cores) for share in shares(3, LaunchConfig())] == [[0], [1], [0]]
     jobs = LaunchConfig(backend=SlurmBackend())
-    assert [one.devices for one in shares(8, jobs)] == [None] * 8, "jobs have their own"
+    assert [share.devices for share in shares(8, jobs)] == [None] * 8, "jobs have their own"
 
 
 @pytest.mark.parametrize(

@@ -18,33 +18,33 @@ def started(tmp_path: Path, *argv: str) -> Running:
 
 
 def test_what_it_said_of_its_fault_is_known(tmp_path: Path) -> None:
-    one = started(tmp_path, "quickstrat")
-    one.wait(60)
-    outcome = one.ended()
-    one.close()
+    trial = started(tmp_path, "quickstrat")
+    trial.wait(60)
+    outcome = trial.ended()
+    trial.close()
     assert outcome is not None
     assert outcome.code == 2
     assert "did you mean 'quickstart'" in outcome.error
     assert outcome.error in (tmp_path / "trial-0.log").read_text()
-    assert one.stage() == ""
+    assert trial.stage() == ""
 
 
 def test_one_that_was_killed_is_told_from_one_that_failed(tmp_path: Path) -> None:
-    one = started(tmp_path, "quickstart", f"output={tmp_path}")
+    trial = started(tmp_path, "quickstart", f"output={tmp_path}")
     (process,) = [
         other for other in descendants_of(os.getpid()) if "alignment.pipeline.sweeps.trial" in words_of(other)
     ]
     process.kill()
-    one.wait(60)
-    assert one.ended() == TrialOutcome(code=1, error="its process ended by signal 9 without recording an outcome")
-    one.close()
+    trial.wait(60)
+    assert trial.ended() == TrialOutcome(code=1, error="its process ended by signal 9 without recording an outcome")
+    trial.close()
 
 
 def test_it_ends_when_the_sweep_lets_go_of_it(tmp_path: Path) -> None:
     with held(tmp_path / "runs/quickstart/lock", wait=False):  # which it waits for, as long as the sweep is there
-        one = started(tmp_path, "quickstart", f"output={tmp_path}")
-        one.close()
-        one.wait(60)
-    outcome = one.ended()
+        trial = started(tmp_path, "quickstart", f"output={tmp_path}")
+        trial.close()
+        trial.wait(60)
+    outcome = trial.ended()
     assert outcome is not None
     assert "by signal 15" in outcome.error
