@@ -49,7 +49,9 @@ def each_set_of_files_is_composed_once(request: pytest.FixtureRequest, monkeypat
     files = composing._files
 
     def once(path: Path, overrides: list[Any]) -> Any:
-        chosen = [one.input_line for one in overrides if choices.is_group(one) or choices.is_profile(one)]
+        chosen = [
+            override.input_line for override in overrides if choices.is_group(override) or choices.is_profile(override)
+        ]
         read = sorted((file, file.stat().st_mtime_ns, file.stat().st_size) for file in path.parent.rglob("*.yaml"))
         key = (path, str(conf_folder()), *chosen, *read)
         if key not in _composed:

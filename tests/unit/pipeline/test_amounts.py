@@ -33,7 +33,7 @@ SHORT = OptimConfig(lr=1e-4, batch_size=8, warmup_ratio=0.6, max_steps=2)
 ALL_STEPS = "stages.s.optim.warmup_ratio: the warm-up covers all optimiser steps (2); set it to 0, or raise max_steps"
 
 
-def told(config: StageConfig, *, rows: int = 8, prompts: int | None = None, whole: bool = True) -> list[str]:
+def fault_messages(config: StageConfig, *, rows: int = 8, prompts: int | None = None, whole: bool = True) -> list[str]:
     seen = Seen(rows=rows, prompts=rows if prompts is None else prompts, whole=whole)
     return [str(fault) for fault in faults(config, {"data": seen}, where="stages.s")]
 
@@ -75,7 +75,7 @@ def told(config: StageConfig, *, rows: int = 8, prompts: int | None = None, whol
     ],
 )
 def test_data_that_is_too_little_is_named_exactly(config: StageConfig, amount: dict[str, Any], message: str) -> None:
-    assert told(config, **amount) == [message]
+    assert fault_messages(config, **amount) == [message]
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_data_that_is_too_little_is_named_exactly(config: StageConfig, amount: d
 def test_enough_data_and_an_amount_that_nobody_knows_are_not_refused(
     config: StageConfig, amount: dict[str, Any]
 ) -> None:
-    assert told(config, **amount) == []
+    assert fault_messages(config, **amount) == []
 
 
 def test_a_plan_counts_rows_and_different_prompts(plan: MakePlan, tmp_path: Path) -> None:
@@ -127,9 +127,9 @@ def test_no_more_text_is_held_against_the_evaluation_s_than_takes_half_a_second(
     """500 evaluated and 2,000 learned texts of 3,000 words took 5 seconds, and a plan is promised to take a second."""
     long = Message(role="user", content="word " * 60_000)
     short = Message(role="user", content="Add them.")
-    records = [Prompt(messages=(one,)) for one in (short, short, long, long, long, long, short)]
+    records = [Prompt(messages=(message,)) for message in (short, short, long, long, long, long, short)]
     counted = amounts_of(records, whole=True)
-    assert [len(one.text) for one in counted.texts] == [9, 9, 300_000, 300_000, 300_000]
+    assert [len(text.text) for text in counted.texts] == [9, 9, 300_000, 300_000, 300_000]
     assert (counted.rows, counted.prompts) == (7, 2)
 
 
@@ -155,9 +155,9 @@ def test_a_plan_refuses_groups_of_one_answer(
     plan: MakePlan, overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     settings = ("advantage=rloo", "critic=none", "prompt_baseline=false", "gae_lambda=0.95", "value_clip=0.2")
-    told = [f"stages.ppo.{each}" for each in (*settings, "optim.critic_lr=null")]
-    refuse_sizes(plan(*told))
-    assert cli.main(["plan", "quickstart", *overrides, *told, "stages.ppo.completions_per_prompt=1"]) == 2
+    rloo = [f"stages.ppo.{each}" for each in (*settings, "optim.critic_lr=null")]
+    refuse_sizes(plan(*rloo))
+    assert cli.main(["plan", "quickstart", *overrides, *rloo, "stages.ppo.completions_per_prompt=1"]) == 2
     assert (
         "stages.ppo.completions_per_prompt: 1, but advantage 'rloo' compares the answers to a prompt; choose 2 or more"
         in " ".join(capsys.readouterr().err.split())

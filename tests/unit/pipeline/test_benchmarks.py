@@ -54,9 +54,9 @@ def benchmark(tmp_path: Path, overrides: list[str], folder: Path) -> MakeBenchma
     """Plans the recipe above with the folder's task and more overrides."""
     recipe = tmp_path / "benchmark.yaml"
     recipe.write_text(RECIPE)
-    told = [text for text in overrides if text.startswith(("output", "model", "stages.sft"))]
-    told += ["stages.benchmark.tasks=[sums]", f"stages.benchmark.task_folders=['{folder}']"]
-    return lambda *more: make_plan(str(recipe), [*told, *more])
+    common_overrides = [text for text in overrides if text.startswith(("output", "model", "stages.sft"))]
+    common_overrides += ["stages.benchmark.tasks=[sums]", f"stages.benchmark.task_folders=['{folder}']"]
+    return lambda *more: make_plan(str(recipe), [*common_overrides, *more])
 
 
 def stage(plan: Plan) -> PlannedStage:
@@ -230,7 +230,7 @@ def test_a_sweep_may_ask_for_the_metric_of_a_task(
     benchmark: MakeBenchmark, metric: str, minimize: bool, fault: str
 ) -> None:
     asked = ObjectiveConfig(stage="benchmark", metric=metric, minimize=minimize)
-    faults = [found.message for found in objectives.faults([asked], benchmark().config.stages)]
+    faults = [problem.message for problem in objectives.faults([asked], benchmark().config.stages)]
     assert faults == ([fault] if fault else [])
 
 

@@ -20,7 +20,7 @@ from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.sft.config import SftConfig
 
 
-def found(stage: StageConfig, **launch: Any) -> list[str]:
+def fault_messages(stage: StageConfig, **launch: Any) -> list[str]:
     return [str(fault) for fault in faults(RunConfig(name="r", stages={"s": stage}, launch=LaunchConfig(**launch)))]
 
 
@@ -50,18 +50,18 @@ def adapter(kind: str, **more: Any) -> AdapterConfig:
     ],
 )
 def test_a_stage_that_cannot_be_launched_so_is_refused(stage: StageConfig, launch: str, where: str, why: str) -> None:
-    told = found(stage, sharding=Sharding(launch))
-    assert len(told) == 1
-    assert told[0].startswith(f"stages.s.{where}: does not work with launch={launch}: {why}")
-    assert "; use " in told[0]
-    assert found(stage) == []
+    messages = fault_messages(stage, sharding=Sharding(launch))
+    assert len(messages) == 1
+    assert messages[0].startswith(f"stages.s.{where}: does not work with launch={launch}: {why}")
+    assert "; use " in messages[0]
+    assert fault_messages(stage) == []
 
 
 @pytest.mark.parametrize("kind", list(AdapterKind))
 @pytest.mark.parametrize("sharding", list(Sharding))
 def test_every_adapter_is_launched_in_every_way(kind: AdapterKind, sharding: Sharding) -> None:
     for stage in (SftConfig, DpoConfig, KtoConfig, PpoConfig):
-        assert found(stage(adapter=AdapterConfig(kind=kind)), sharding=sharding) == []
+        assert fault_messages(stage(adapter=AdapterConfig(kind=kind)), sharding=sharding) == []
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_every_adapter_is_launched_in_every_way(kind: AdapterKind, sharding: Sha
     ],
 )
 def test_an_offload_that_nothing_reads_is_refused(offload: str, sharding: str, expected: str) -> None:
-    told = found(SftConfig(), sharding=Sharding(sharding), offload=Offload(offload))
-    assert len(told) == 1
-    assert told[0].startswith(expected)
+    messages = fault_messages(SftConfig(), sharding=Sharding(sharding), offload=Offload(offload))
+    assert len(messages) == 1
+    assert messages[0].startswith(expected)
 
 
 def test_a_machine_that_is_not_among_them_is_refused() -> None:
-    assert found(SftConfig(), backend=MachinesBackend(machine_rank=1)) == []
-    assert found(SftConfig(), backend=MachinesBackend(machine_rank=2)) == [
+    assert fault_messages(SftConfig(), backend=MachinesBackend(machine_rank=1)) == []
+    assert fault_messages(SftConfig(), backend=MachinesBackend(machine_rank=2)) == [
         "launch.backend.machine_rank: 2 is not a valid rank for 2 machines; ranks start at 0"
     ]

@@ -40,8 +40,8 @@ def composed(recipe: str, *overrides: str) -> RunConfig:
 
 def faults(*overrides: str, recipe: str = "quickstart") -> list[str]:
     composition = compose(recipe, overrides)
-    found: list[Fault] = [*composition.faults, *convert(composition.tree, config_classes())[1]]
-    return [str(fault) for fault in found]
+    all_faults: list[Fault] = [*composition.faults, *convert(composition.tree, config_classes())[1]]
+    return [str(fault) for fault in all_faults]
 
 
 def test_the_recipes_and_choices_tested_here_are_those_on_disk() -> None:
@@ -87,7 +87,7 @@ def test_a_choice_for_one_stage_leaves_the_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "wandb", "tensorboard"),
+    ("trackers", "wandb", "tensorboard"),
     [
         ("jsonl", False, False),
         ("wandb", True, False),
@@ -97,12 +97,14 @@ def test_a_choice_for_one_stage_leaves_the_others() -> None:
         ("[]", False, False),
     ],
 )
-def test_trackers_are_chosen_by_name_one_or_several(tmp_path: Path, told: str, wandb: bool, tensorboard: bool) -> None:
+def test_trackers_are_chosen_by_name_one_or_several(
+    tmp_path: Path, trackers: str, wandb: bool, tensorboard: bool
+) -> None:
     recipe = tmp_path / "tracked.yaml"
-    recipe.write_text(f"defaults: [quickstart, {{override tracking: {told}}}, _self_]\n")
-    for config in (composed("quickstart", f"tracking={told}"), composed(str(recipe))):
+    recipe.write_text(f"defaults: [quickstart, {{override tracking: {trackers}}}, _self_]\n")
+    for config in (composed("quickstart", f"tracking={trackers}"), composed(str(recipe))):
         assert (config.tracking.wandb, config.tracking.tensorboard) == (wandb, tensorboard)
-    tracking = composed("quickstart", f"tracking={told}", "tracking.project=mine", "tracking.tags=[a, b]").tracking
+    tracking = composed("quickstart", f"tracking={trackers}", "tracking.project=mine", "tracking.tags=[a, b]").tracking
     assert (tracking.wandb, tracking.project, tracking.tags) == (wandb, "mine", ["a", "b"])
 
 
@@ -143,8 +145,8 @@ def test_letters_of_every_language_need_no_quotes(override: str, value: object) 
 
 
 def test_misspellings_are_all_found() -> None:
-    found = faults("stages.sft.pakcing=true", "stages.dpo.bata=0.1", "stages.dop.beta=1", "launch=zeroo2", "sed=1")
-    assert set(found) == {
+    messages = faults("stages.sft.pakcing=true", "stages.dpo.bata=0.1", "stages.dop.beta=1", "launch=zeroo2", "sed=1")
+    assert set(messages) == {
         "launch=zeroo2: no launch 'zeroo2'; did you mean 'zero2'?",
         "sed: unknown key; did you mean 'seed'?",
         "stages.sft.pakcing: unknown key; did you mean 'packing'?",
@@ -436,10 +438,10 @@ def test_every_recipe_is_scaled_down_to_this_machine(recipe: str) -> None:
 
 
 def test_the_smoke_profile_has_values_for_every_kind_of_stage() -> None:
-    told = yaml.safe_load((conf_folder() / "profile/smoke.yaml").read_text())
-    assert told["stages"].keys() == STAGES.keys()
+    profile = yaml.safe_load((conf_folder() / "profile/smoke.yaml").read_text())
+    assert profile["stages"].keys() == STAGES.keys()
     others = {"evaluate.few_shot.data", "forgetting.questions"}
-    assert told["instead_of_hub"].keys() == {"model", *STAGES, *others} - {"report", "benchmark"}
+    assert profile["instead_of_hub"].keys() == {"model", *STAGES, *others} - {"report", "benchmark"}
 
 
 @pytest.mark.parametrize("recipe", ["quickstart", "tldr_1b_ppo"])
@@ -460,8 +462,8 @@ def test_a_smoke_run_of_several_processes_has_something_for_each(recipe: str, pr
 
 
 def test_the_command_line_has_the_last_word_over_a_profile() -> None:
-    told = ("launch=ddp", "launch.num_processes=3", "stages.dpo.optim.batch_size=6", "name=mine")
-    config = composed("quickstart", "profile=smoke", *told)
+    overrides = ("launch=ddp", "launch.num_processes=3", "stages.dpo.optim.batch_size=6", "name=mine")
+    config = composed("quickstart", "profile=smoke", *overrides)
     assert (config.launch.num_processes, config.stages["dpo"].optim.batch_size) == (3, 6)  # type: ignore[union-attr]
     assert config.name == "mine-smoke"
     for name in ("a-smoke", "a-smoke.dpo_beta.3"):
@@ -560,9 +562,9 @@ def test_what_a_profile_cannot_choose_is_named(tmp_path: Path) -> None:
     (tmp_path / "profile/mine.yaml").write_text("choices: {launch: lokal}\nvalues: {summary: '${oc.env:HOME}'}\n")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("defaults: [quickstart, _self_]\n")
-    found = faults("profile=mine", recipe=str(recipe))
-    assert "launch=lokal: no launch 'lokal'; did you mean 'local'?" in found
-    assert any(fault.startswith("summary: ") and "is not allowed" in fault for fault in found)
+    messages = faults("profile=mine", recipe=str(recipe))
+    assert "launch=lokal: no launch 'lokal'; did you mean 'local'?" in messages
+    assert any(fault.startswith("summary: ") and "is not allowed" in fault for fault in messages)
     assert faults("profile=mine", "profile=mine", recipe=str(recipe)) == [
         "profile=mine profile=mine: write profile=NAME, once"
     ]

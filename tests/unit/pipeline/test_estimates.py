@@ -68,9 +68,9 @@ def test_what_the_process_says_just_before_it_ends_is_shown(tmp_path: Path, monk
     )
     program.chmod(0o755)
     monkeypatch.setattr(estimates.sys, "executable", str(program))
-    said: list[str] = []
-    assert estimates._in_process(tmp_path, [], announce=said.append).stages == []
-    assert said == ["sft: as it is", "sft: with lora"]
+    announcements: list[str] = []
+    assert estimates._in_process(tmp_path, [], announce=announcements.append).stages == []
+    assert announcements == ["sft: as it is", "sft: with lora"]
 
 
 def test_of_earlier_calls_only_those_that_were_killed_are_cleared(tmp_path: Path) -> None:

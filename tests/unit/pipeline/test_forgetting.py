@@ -37,8 +37,10 @@ def gate(tmp_path: Path, overrides: list[str]) -> Gate:
     """Plans the recipe above with more overrides."""
     recipe = tmp_path / "gate.yaml"
     recipe.write_text(RECIPE)
-    told = [one for one in overrides if not one.startswith(("stages.dpo", "stages.evaluate"))]
-    return lambda *more: make_plan(str(recipe), [*told, *more])
+    common_overrides = [
+        override for override in overrides if not override.startswith(("stages.dpo", "stages.evaluate"))
+    ]
+    return lambda *more: make_plan(str(recipe), [*common_overrides, *more])
 
 
 def _arms(*names: str) -> str:
@@ -57,23 +59,23 @@ def _arms(*names: str) -> str:
     ],
 )
 def test_arms_are_policies_that_were_trained(gate: Gate, arms: Sequence[str], message: str) -> None:
-    told = [_arms(*arms)] if arms else []
+    overrides = [_arms(*arms)] if arms else []
     with pytest.raises(ConfigError) as caught:
-        gate(*told)
+        gate(*overrides)
     assert message in str(caught.value)
 
 
 def test_questions_are_checked_while_planning_and_part_of_the_result(gate: Gate, tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text('{"question": "2 + 2?", "choices": ["3", "4"], "answer": "5"}\n')
-    told = (_arms("stage:sft"), f"stages.forgetting.questions.source=path:{file}")
+    overrides = (_arms("stage:sft"), f"stages.forgetting.questions.source=path:{file}")
     with pytest.raises(DataError, match=r"mine\.jsonl:1: 'answer' is '5', which is not one of the choices: '3', '4'"):
-        gate(*told)
+        gate(*overrides)
     file.write_text('{"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}\n')
-    before = gate(*told).stages[-1]
+    before = gate(*overrides).stages[-1]
     assert before.extra_data["questions"] == file
     file.write_text('{"question": "2 + 2?", "choices": ["3", "4"], "answer": 0}\n')
-    assert gate(*told).stages[-1].fingerprint != before.fingerprint
+    assert gate(*overrides).stages[-1].fingerprint != before.fingerprint
 
 
 def test_no_texts_are_refused(gate: Gate, tmp_path: Path) -> None:
@@ -89,14 +91,14 @@ def test_limits_are_shares(gate: Gate, setting: str) -> None:
         gate(_arms("stage:sft"), f"stages.forgetting.{setting}")
 
 
-@pytest.mark.parametrize(("judged", "said"), [(True, "sft passed: "), (False, "sft not judged: ")])
+@pytest.mark.parametrize(("judged", "verdict"), [(True, "sft passed: "), (False, "sft not judged: ")])
 def test_without_limits_the_terminal_does_not_say_passed(
-    judged: bool, said: str, capsys: pytest.CaptureFixture[str]
+    judged: bool, verdict: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = ArmForgetting(name="base", perplexity=28.6, ability=0.6)
     arm = replace(base, name="stage:sft", label="sft", perplexity=497.0, rise=Interval(mean=16.39), passed=True)
     show_forgetting(Console(), "forgetting", Forgetting(judged=judged, arms=[base, arm]))
-    assert said in capsys.readouterr().out
+    assert verdict in capsys.readouterr().out
 
 
 def _left(plan: Plan, *forgetful: str) -> None:
@@ -107,13 +109,13 @@ def _left(plan: Plan, *forgetful: str) -> None:
         for name in ("base", *stage.arms)
     ]
     leave_artifact(stage)
-    told = {"arms": arms, "passed": not forgetful}
-    (stage.artifact / "forgetting.json").write_text(json.dumps(told))
+    forgetting = {"arms": arms, "passed": not forgetful}
+    (stage.artifact / "forgetting.json").write_text(json.dumps(forgetting))
 
 
 def test_a_run_ends_with_the_arms_that_forgot_and_what_helps_each(gate: Gate) -> None:
-    told = _arms("stage:sft", "stage:ppo")
-    plan = gate(told)
+    arms = _arms("stage:sft", "stage:ppo")
+    plan = gate(arms)
     _left(plan, "stage:ppo", "stage:sft")
     with pytest.raises(GateNotMet) as caught:
         gates.refuse(plan.stages, plan.config.stages)

@@ -44,9 +44,9 @@ def answer(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> list[dict[str, Any]
     """Has the client's download do ``outcome``, or raise it; what it was asked for is listed."""
     asked: list[dict[str, Any]] = []
 
-    def snapshot_download(repository: str, **told: Any) -> str:
-        asked.append({"repository": repository, **told})
-        if told["local_files_only"]:
+    def snapshot_download(repository: str, **options: Any) -> str:
+        asked.append({"repository": repository, **options})
+        if options["local_files_only"]:
             raise LocalEntryNotFoundError("not here")
         if isinstance(outcome, Exception):
             raise outcome
@@ -73,7 +73,9 @@ def test_what_is_not_here_is_planned_by_its_revision_and_nothing_is_downloaded(
     planned = plan(SOURCE)
     assert (sft(planned).data, sft(planned).identity["data"]) == (None, "hub:org/name@v1")
     assert "sft reads hub:org/name@v1, which the run will download\n" in shown(planned)
-    assert [(one["repository"], one["repo_type"], one["revision"]) for one in asked] == [("org/name", "dataset", "v1")]
+    assert [(call["repository"], call["repo_type"], call["revision"]) for call in asked] == [
+        ("org/name", "dataset", "v1")
+    ]
     assert sft(plan("stages.sft.data.source=hub:org/name")).identity["data"] == "hub:org/name@main"
     mixed = plan("stages.sft.data.mix=[{source: 'hub:org/name', count: 1}]")
     assert sft(mixed).extra_data == {}
@@ -98,8 +100,8 @@ def test_split_and_subset_count_and_are_refused_where_nothing_reads_them(plan: M
     fingerprints = [sft(plan(SOURCE, *more)).fingerprint for more in ((), ("stages.sft.data.split=test",))]
     assert fingerprints[0] != fingerprints[1]
     assert sft(plan(SOURCE, "stages.sft.data.subset=default")).fingerprint not in fingerprints
-    for more, said in (("split=test", "split: 'test'"), ("subset=a", "subset: 'a'")):
-        with pytest.raises(ConfigError, match=rf"stages\.sft\.data\.{said} has no effect; only a hub's data set"):
+    for more, setting in (("split=test", "split: 'test'"), ("subset=a", "subset: 'a'")):
+        with pytest.raises(ConfigError, match=rf"stages\.sft\.data\.{setting} has no effect; only a hub's data set"):
             plan(f"stages.sft.data.{more}")
     with pytest.raises(ConfigError, match=r"stages\.sft\.data\.split: '' is not allowed"):
         plan(SOURCE, "stages.sft.data.split=''")
@@ -118,8 +120,8 @@ def test_a_run_says_that_it_downloads_and_tells_the_worker_where_the_snapshot_is
 
         answer(patched, download)
         screen = StringIO()
-        told = [*overrides, SOURCE, "stages.sft.data.split=test"]
-        assert run("quickstart", told, console=Console(file=screen, width=200), command_for=fake) == 0
+        arguments = [*overrides, SOURCE, "stages.sft.data.split=test"]
+        assert run("quickstart", arguments, console=Console(file=screen, width=200), command_for=fake) == 0
     assert "downloading the data set org/name@v1 from its hub" in screen.getvalue()
     stage = yaml.safe_load((cache / "out/runs/quickstart/sft/stage.yaml").read_text())
     assert stage["data_path"].endswith(f"datasets--org--name/snapshots/{COMMIT}")
@@ -127,7 +129,7 @@ def test_a_run_says_that_it_downloads_and_tells_the_worker_where_the_snapshot_is
     assert (stage["config"]["data"]["split"], stage["config"]["data"]["subset"]) == ("test", None)
 
     again = StringIO()
-    assert run("quickstart", told, console=Console(file=again, width=200), command_for=fake) == 0
+    assert run("quickstart", arguments, console=Console(file=again, width=200), command_for=fake) == 0
     assert "downloading" not in again.getvalue()
 
 
@@ -182,16 +184,16 @@ def test_a_snapshot_of_which_nobody_knows_whether_it_is_complete_is_completed_or
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = leave_data_set(cache, FILES, listed=None)
-    found = data_sources.resolve("hub:org/name", where="x")
-    assert found == DataSource(source="hub:org/name", identity=NAME, path=folder, complete=False)
-    said: list[str] = []
+    source = data_sources.resolve("hub:org/name", where="x")
+    assert source == DataSource(source="hub:org/name", identity=NAME, path=folder, complete=False)
+    announcements: list[str] = []
     answer(monkeypatch, lambda: folder)
-    assert data_sources.fetch(found, announce=said.append) == found
-    assert said[0] == "downloading the data set org/name from its hub"
-    assert said[1] == f"{NAME}: its hub cannot be reached, so some of its files may be missing here"
+    assert data_sources.fetch(source, announce=announcements.append) == source
+    assert announcements[0] == "downloading the data set org/name from its hub"
+    assert announcements[1] == f"{NAME}: its hub cannot be reached, so some of its files may be missing here"
     answer(monkeypatch, lambda: leave_data_set(cache, FILES))
-    assert data_sources.fetch(found, announce=said.append).complete
-    assert len(said) == 3
+    assert data_sources.fetch(source, announce=announcements.append).complete
+    assert len(announcements) == 3
 
 
 def test_the_doctor_explains_a_split_of_a_data_set(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

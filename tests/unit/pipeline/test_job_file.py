@@ -106,14 +106,14 @@ def test_a_job_of_sharded_processes_asks_for_their_gpus_and_starts_them_itself(p
 
 
 def test_what_was_not_asked_for_is_left_to_the_cluster(plan: MakePlan) -> None:
-    names = [one.partition("=")[0] for one in directives(rendered(plan("launch/backend=slurm")))]
+    names = [directive.partition("=")[0] for directive in directives(rendered(plan("launch/backend=slurm")))]
     assert names == ["--job-name", "--output", "--open-mode", "--requeue", "--signal", "--nodes", "--ntasks"]
 
 
 @pytest.mark.parametrize(("stage", "gpus"), [("sft", ["2"]), ("evaluate", ["2"]), ("report", [])])
 def test_a_stage_asks_for_the_gpus_that_it_uses(plan: MakePlan, stage: str, gpus: list[str]) -> None:
     asked = directives(rendered(plan(*ASKED), stage))
-    assert [one.partition("=")[2] for one in asked if one.startswith("--gpus-per-node")] == gpus
+    assert [directive.partition("=")[2] for directive in asked if directive.startswith("--gpus-per-node")] == gpus
 
 
 def test_launch_settings_change_no_result(plan: MakePlan) -> None:
@@ -230,8 +230,10 @@ esac"""
 def test_only_a_job_that_saved_and_was_not_ended_by_slurm_queues_itself_again(
     plan: MakePlan, tmp_path: Path, code: int, ended: bool, requeued: bool
 ) -> None:
-    found, scontrol = execute(rendered(plan("launch/backend=slurm"), folder=tmp_path), tmp_path, code=code, ended=ended)
-    assert found == code
+    exit_code, scontrol = execute(
+        rendered(plan("launch/backend=slurm"), folder=tmp_path), tmp_path, code=code, ended=ended
+    )
+    assert exit_code == code
     assert scontrol.exists() == requeued
     assert not requeued or scontrol.read_text() == "requeue 12\n"
 

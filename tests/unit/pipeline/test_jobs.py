@@ -88,8 +88,8 @@ def submit(fakes: Fakes, overrides: list[str]) -> Submit:
 
     def call(*more: str, only: str | None = None, code: int = 0) -> str:
         screen = StringIO()
-        told = [*overrides, "launch/backend=slurm", "launch.backend.wait=false", *more]
-        assert run("quickstart", told, console=Console(file=screen, width=120), only=only) == code
+        arguments = [*overrides, "launch/backend=slurm", "launch.backend.wait=false", *more]
+        assert run("quickstart", arguments, console=Console(file=screen, width=120), only=only) == code
         return screen.getvalue()
 
     return call
@@ -103,8 +103,8 @@ def run_folder(overrides: list[str]) -> Path:
 
 def record(run_folder: Path) -> dict[str, Any]:
     """The content of run.json."""
-    found: dict[str, Any] = json.loads((run_folder / "run.json").read_text())
-    return found
+    content: dict[str, Any] = json.loads((run_folder / "run.json").read_text())
+    return content
 
 
 def test_each_job_waits_for_the_one_before(submit: Submit, fakes: Fakes, run_folder: Path) -> None:
@@ -149,10 +149,10 @@ def test_a_plan_writes_the_bytes_that_a_run_submits_and_submits_nothing(
     stage = make_plan("quickstart", overrides).stages[0]
     stage.work.mkdir(parents=True)
     leave_artifact(stage)
-    told = ["launch/backend=slurm", "launch.backend.wait=false", "launch.backend.partition=gpu"]
+    slurm_settings = ["launch/backend=slurm", "launch.backend.wait=false", "launch.backend.partition=gpu"]
     with monkeypatch.context() as without_slurm:
         without_slurm.setenv("PATH", str(tmp_path))
-        assert cli.main(["plan", "quickstart", *overrides, *told, "--scripts", str(tmp_path / "jobs")]) == 0
+        assert cli.main(["plan", "quickstart", *overrides, *slurm_settings, "--scripts", str(tmp_path / "jobs")]) == 0
     assert not run_folder.exists()
     assert fakes.submitted() == []
     names = ["reward", "dpo", "ppo", "evaluate", "report"]
@@ -425,6 +425,6 @@ def test_a_run_is_not_called_killed_while_slurm_does_not_answer(
     submit()
     (run_folder / "run.json").write_text(json.dumps({**record(run_folder), "state": "running"}))
     monkeypatch.setenv("PATH", str(tmp_path))
-    told = status(run_folder)
-    assert told.split()[:2] == ["quickstart", "unknown"]
-    assert "quickstart may still be running, which cannot be seen from here (Slurm does not answer); " in told
+    printed = status(run_folder)
+    assert printed.split()[:2] == ["quickstart", "unknown"]
+    assert "quickstart may still be running, which cannot be seen from here (Slurm does not answer); " in printed

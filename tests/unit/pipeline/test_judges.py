@@ -40,7 +40,7 @@ PEOPLE = [f"{JUDGE}.kind=people"]
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("settings", "words"),
     [
         (
             [f"{JUDGE}.kind=rules"],
@@ -103,9 +103,9 @@ PEOPLE = [f"{JUDGE}.kind=people"]
         (["stages.sft.init=base+few-shot"], "'base+few-shot' can only be an arm of an evaluation"),
     ],
 )
-def test_a_judge_that_cannot_judge_is_refused(plan: MakePlan, told: list[str], words: str) -> None:
+def test_a_judge_that_cannot_judge_is_refused(plan: MakePlan, settings: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        plan(*told)
+        plan(*settings)
     assert words in str(caught.value)
 
 
@@ -135,10 +135,10 @@ def evaluation(plan: Plan) -> str:
 
 def test_how_an_endpoint_is_asked_changes_no_result_and_whom_and_what_does(plan: MakePlan) -> None:
     before = evaluation(plan(*ENDPOINT))
-    for told in ("timeout=3", "retries=0", "concurrency=9", "api_key_env=PATH"):
-        assert evaluation(plan(*ENDPOINT, f"{JUDGE}.endpoint.{told}")) == before
-    for told in ("model=other", "criteria=Shorter.", "base_url='http://localhost:1/v1'"):
-        assert evaluation(plan(*ENDPOINT, f"{JUDGE}.endpoint.{told}")) != before
+    for setting in ("timeout=3", "retries=0", "concurrency=9", "api_key_env=PATH"):
+        assert evaluation(plan(*ENDPOINT, f"{JUDGE}.endpoint.{setting}")) == before
+    for setting in ("model=other", "criteria=Shorter.", "base_url='http://localhost:1/v1'"):
+        assert evaluation(plan(*ENDPOINT, f"{JUDGE}.endpoint.{setting}")) != before
 
 
 ARMS = "stages.evaluate.arms=[base,base+few-shot]"
@@ -146,7 +146,7 @@ ARMS = "stages.evaluate.arms=[base,base+few-shot]"
 
 def test_examples_count_where_there_is_an_arm_for_them(plan: MakePlan, tmp_path: Path) -> None:
     source = f"stages.evaluate.few_shot.data.source=path:{tmp_path}/conversations.jsonl"
-    (stage,) = [one for one in plan(ARMS, source).stages if one.name == "evaluate"]
+    (stage,) = [candidate for candidate in plan(ARMS, source).stages if candidate.name == "evaluate"]
     assert stage.extra_data == {"few_shot.data": tmp_path / "conversations.jsonl"}
     before, without = evaluation(plan(ARMS, source)), evaluation(plan(source))
     answer = {"role": "assistant", "content": "On 22 March."}
@@ -165,7 +165,7 @@ def test_a_model_from_outside_may_be_an_arm(plan: MakePlan, tmp_path: Path) -> N
     (other / "config.json").write_text("{}")
     (other / "model.safetensors").write_bytes(b"others")
     planned = plan(f"stages.evaluate.arms=['path:{other}','hub:org/name@main']")
-    (stage,) = [one for one in planned.stages if one.name == "evaluate"]
+    (stage,) = [candidate for candidate in planned.stages if candidate.name == "evaluate"]
     assert stage.arms[f"path:{other}"].path == other
     assert not planned.sources["hub:org/name@main"].ready, "a run downloads it"
 

@@ -66,9 +66,9 @@ def test_a_plan_warns_of_weights_outside_of_the_paper_s_bounds(
     overrides: list[str], file: Path, labels: tuple[int, int], ratio: str
 ) -> None:
     write(file, [True] * labels[0] + [False] * labels[1])
-    told = notes(overrides, file, "stages.kto.desirable_weight=1", "stages.kto.undesirable_weight=1")
+    cautions = notes(overrides, file, "stages.kto.desirable_weight=1", "stages.kto.undesirable_weight=1")
     expected = f"count {ratio} times as much, but the paper recommends 1 to 4/3; set one of the weights to null"
-    assert [note.partition("ones ")[2] for note in told] == ([expected] if ratio else [])
+    assert [note.partition("ones ")[2] for note in cautions] == ([expected] if ratio else [])
 
 
 @pytest.mark.parametrize(("label", "missing"), [(True, "undesirable"), (False, "desirable")])

@@ -90,5 +90,9 @@ def test_a_benchmark_and_a_report_want_one_process_or_none() -> None:
 
 def test_a_job_finds_the_gpus_that_it_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feasibility.hardware, "count_devices", lambda: 1)
-    for backend, found in ((SlurmBackend(gpus=8), 8), (SlurmBackend(gpus=8, submit=False), 1), (MachinesBackend(), 1)):
-        assert feasibility.devices_for(LaunchConfig(backend=backend)) == found
+    for backend, devices in (
+        (SlurmBackend(gpus=8), 8),
+        (SlurmBackend(gpus=8, submit=False), 1),
+        (MachinesBackend(), 1),
+    ):
+        assert feasibility.devices_for(LaunchConfig(backend=backend)) == devices

@@ -33,10 +33,10 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakePlan:
     (model / "model.safetensors").write_bytes(b"weights")
     for name in ("learned", "judged", "others"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({**PAIR, "id": name}) + "\n")
-    told = [f"output={tmp_path / 'out'}", f"model.source=path:{model}"]
-    told += [f"stages.reward.data.source=path:{tmp_path}/learned.jsonl"]
-    told += [f"stages.card.data.source=path:{tmp_path}/judged.jsonl"]
-    return lambda *more: make_plan("reward_card", [*told, *more])
+    common_overrides = [f"output={tmp_path / 'out'}", f"model.source=path:{model}"]
+    common_overrides += [f"stages.reward.data.source=path:{tmp_path}/learned.jsonl"]
+    common_overrides += [f"stages.card.data.source=path:{tmp_path}/judged.jsonl"]
+    return lambda *more: make_plan("reward_card", [*common_overrides, *more])
 
 
 def card_in(plan: Plan) -> PlannedStage:

@@ -163,8 +163,8 @@ def test_what_is_there_already_starts_nothing(shared: Shared) -> None:
 def test_it_ends_as_the_first_machine_does(
     shared: Shared, state: str, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = iter(["running", state])
-    monkeypatch.setattr(machines, "_state", lambda _: next(told))
+    states = iter(["running", state])
+    monkeypatch.setattr(machines, "_state", lambda _: next(states))
     assert shared.follow() == code
 
 
@@ -185,11 +185,11 @@ def test_asked_to_stop_it_is_queued_again_only_with_a_run_at_work(
 def test_what_an_earlier_run_left_is_not_taken_for_the_end_of_this_one(
     shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = iter(["failed", "failed", "running", "failed"])
-    monkeypatch.setattr(machines, "_state", lambda _: next(told))
+    states = iter(["failed", "failed", "running", "failed"])
+    monkeypatch.setattr(machines, "_state", lambda _: next(states))
     with pytest.raises(StageError, match="failed on the first machine"):
         shared.follow()
-    assert next(told, None) is None
+    assert next(states, None) is None
 
 
 def test_a_machine_that_would_make_something_else_is_refused(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,8 +197,8 @@ def test_a_machine_that_would_make_something_else_is_refused(shared: Shared, mon
     with other, _alive(shared), pytest.raises(ConfigError, match="produces a different result"):
         shared.follow()
     assert shared.starts() == 0
-    told = iter(["running", "done"])
-    monkeypatch.setattr(machines, "_state", lambda _: next(told))
+    states = iter(["running", "done"])
+    monkeypatch.setattr(machines, "_state", lambda _: next(states))
     with pytest.raises(ConfigError, match="produces a different result"):
         shared.follow()
 

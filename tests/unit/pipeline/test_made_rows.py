@@ -160,16 +160,16 @@ def test_rows_that_cannot_be_used_are_refused_while_planning(plan: MakePlan, ove
 
 
 def test_rows_that_lack_what_a_scorer_reads_are_refused(plan: MakePlan) -> None:
-    told = refusal(plan, "stages.again.data.source=stage:sample", "stages.again.scorers=[{source: exact_answer}]")
-    assert "stages.again.data.source: 'stage:sample' makes rows like" in told
-    assert "that stage cannot make suitable rows" in told
+    message = refusal(plan, "stages.again.data.source=stage:sample", "stages.again.scorers=[{source: exact_answer}]")
+    assert "stages.again.data.source: 'stage:sample' makes rows like" in message
+    assert "that stage cannot make suitable rows" in message
 
 
 def test_data_of_a_validation_is_checked_like_the_stage_s_own(plan: MakePlan) -> None:
     validation = "{every: 1, data: {source: 'stage:sample'}}"
-    told = refusal(plan, f"stages.more.validation={validation}", "stages.sample.select=labels")
-    assert "stages.dpo.data.source: 'stage:sample' makes rows like" in told
-    assert "stages.more.validation.data.source: 'stage:sample' makes rows like" in told
+    message = refusal(plan, f"stages.more.validation={validation}", "stages.sample.select=labels")
+    assert "stages.dpo.data.source: 'stage:sample' makes rows like" in message
+    assert "stages.more.validation.data.source: 'stage:sample' makes rows like" in message
 
 
 @pytest.mark.parametrize(
@@ -192,8 +192,8 @@ def test_settings_of_a_sampling_stage_that_contradict_each_other_are_refused(
 
 
 def test_a_reward_model_that_scores_nothing_is_refused(plan: MakePlan, tmp_path: Path) -> None:
-    told = refusal(plan, f"stages.sample.reward=path:{tmp_path}/model")
-    assert "is unused: no scorer is 'reward'; write null, or add the scorer" in told
+    message = refusal(plan, f"stages.sample.reward=path:{tmp_path}/model")
+    assert "is unused: no scorer is 'reward'; write null, or add the scorer" in message
 
 
 def test_the_evaluation_s_prompts_are_left_out_unless_others_are_named(plan: MakePlan, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ STYLE = "{name: style, source: 'bundled:quickstart/house_style.py:style'}"
 SAMPLED = "stages.evaluate.answers={per_prompt: 4, temperature: 0.7}"
 
 
-def evaluation(plan: MakePlan, *told: str) -> PlannedStage:
-    return next(stage for stage in plan(*told).stages if stage.name == "evaluate")
+def evaluation(plan: MakePlan, *settings: str) -> PlannedStage:
+    return next(stage for stage in plan(*settings).stages if stage.name == "evaluate")
 
 
 def of(*metrics: str) -> str:
@@ -29,7 +29,7 @@ def of(*metrics: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("settings", "words"),
     [
         ([of("{source: length, target: 9}")], f"{METRICS}[0].name: missing; write a name"),
         ([of("{name: a b, source: length, target: 9}")], f"{METRICS}[0].name: 'a b' is not allowed"),
@@ -93,9 +93,9 @@ def of(*metrics: str) -> str:
         (["stages.evaluate.system_prompt=''"], "stages.evaluate.system_prompt: missing, but the arm 'base+prompt'"),
     ],
 )
-def test_a_metric_that_cannot_be_is_refused(plan: MakePlan, told: list[str], words: str) -> None:
+def test_a_metric_that_cannot_be_is_refused(plan: MakePlan, settings: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        plan(*told)
+        plan(*settings)
     assert words in str(caught.value)
 
 
@@ -126,9 +126,11 @@ def test_what_counts_of_metrics_and_of_a_system_prompt(plan: MakePlan) -> None:
     before = evaluation(plan, *bare).fingerprint
     same = (["stages.evaluate.primary=style_and_facts"], ["stages.evaluate.system_prompt=Be brief."])
     other = (["stages.evaluate.primary=style"], [f"{METRICS}.1.higher_is_better=false"], [f"{METRICS}.1.name=manner"])
-    assert {evaluation(plan, *bare, *told).fingerprint for told in same} == {before}
-    assert len({before, *(evaluation(plan, *bare, *told).fingerprint for told in other)}) == 4
-    prompted = [evaluation(plan, *told).fingerprint for told in ([], ["stages.evaluate.system_prompt=Be brief."])]
+    assert {evaluation(plan, *bare, *settings).fingerprint for settings in same} == {before}
+    assert len({before, *(evaluation(plan, *bare, *settings).fingerprint for settings in other)}) == 4
+    prompted = [
+        evaluation(plan, *settings).fingerprint for settings in ([], ["stages.evaluate.system_prompt=Be brief."])
+    ]
     assert prompted[0] != prompted[1]
 
 

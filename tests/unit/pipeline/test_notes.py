@@ -62,12 +62,12 @@ def test_what_the_note_says_to_add_plans(overrides: list[str], tmp_path: Path) -
     stages = "stages: {measure: {arms: [base, 'stage:sft'], reward: null, data: {source: 'path:%s'}}}" % (
         tmp_path / "heldout.jsonl"
     )
-    told = [word for word in overrides if not word.startswith("stages.") or word.startswith("stages.sft.")]
+    sft_overrides = [word for word in overrides if not word.startswith("stages.") or word.startswith("stages.sft.")]
     recipe.write_text(f"defaults: [{defaults}, _self_]\n{stages}\n")
     setting = "stages.report.evaluation=stage:measure"
-    assert advice(make_plan(str(recipe), told)) == [f"{WITHOUT_REPORT}, and set {setting}"]
+    assert advice(make_plan(str(recipe), sft_overrides)) == [f"{WITHOUT_REPORT}, and set {setting}"]
     recipe.write_text(f"defaults: [{defaults}, stage@stages.report: report, _self_]\n{stages}\n")
-    assert advice(make_plan(str(recipe), [*told, setting])) == []
+    assert advice(make_plan(str(recipe), [*sft_overrides, setting])) == []
 
 
 @pytest.mark.usefixtures("apart")
@@ -173,22 +173,22 @@ def test_rows_of_a_validation_are_not_learned_from_but_may_choose_a_step(plan: M
 def test_a_primary_metric_that_a_stage_optimises_is_named_and_recorded(plan: MakePlan) -> None:
     metrics = "stages.evaluate.metrics=[{name: brevity, source: length, target: 20}, {name: liked, source: reward}]"
     scorers = "stages.ppo.scorers=[{source: reward}, {source: length, target: 20, weight: 0.5}]"
-    said = (
+    caution = (
         "evaluate judges by brevity, which ppo optimises (scorers[1]): a better score may only exploit gaps in that "
         "metric, so check another metric too"
     )
     planned = plan(metrics, scorers)
-    assert of_plan(planned) == [said]
+    assert of_plan(planned) == [caution]
     planned.run_folder.mkdir(parents=True)
     RunRecorder(planned)
-    assert read_run(planned.run_folder).record.cautions == [said]
+    assert read_run(planned.run_folder).record.cautions == [caution]
     assert of_plan(plan(metrics, scorers.replace("target: 20", "target: 30"))) == []
     liked = plan(metrics, "stages.evaluate.primary=liked")
-    assert of_plan(liked) == [said.replace("brevity", "liked").replace("scorers[1]", "scorers[0]")]
+    assert of_plan(liked) == [caution.replace("brevity", "liked").replace("scorers[1]", "scorers[0]")]
     assert of_plan(plan(metrics, "stages.evaluate.primary=liked", "stages.ppo.scorers=[{source: length, target: 20}]",
                         "stages.ppo.reward=null")) == []  # fmt: skip
     guarded = ["stages.ppo.guard.every=1", "stages.ppo.guard.scorer={source: length, target: 20}"]
-    assert of_plan(plan(metrics, *guarded)) == [said.replace("scorers[1]", "guard.scorer")]
+    assert of_plan(plan(metrics, *guarded)) == [caution.replace("scorers[1]", "guard.scorer")]
 
 
 def test_a_result_that_is_not_there_or_damaged_says_nothing_of_itself(tmp_path: Path) -> None:

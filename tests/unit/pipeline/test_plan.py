@@ -100,8 +100,8 @@ def test_a_template_counts_by_its_content_and_the_worker_is_told_its_whole_path(
     file.write_text("{{ messages[0]['content'] }}")
     monkeypatch.chdir(tmp_path)
     before = plan("model.chat_template=path:mine.jinja")
-    told = yaml.safe_load(write_stage_file(before, before.stages[0], before.config.launch, git_commit="").read_text())
-    assert told["model"]["chat_template"] == f"path:{file}"
+    spec = yaml.safe_load(write_stage_file(before, before.stages[0], before.config.launch, git_commit="").read_text())
+    assert spec["model"]["chat_template"] == f"path:{file}"
     assert changed(before, plan(f"model.chat_template=path:{file}")) == set()
     file.write_text("{{ messages[1]['content'] }}")
     assert "sft" in changed(before, plan("model.chat_template=path:mine.jinja"))
@@ -113,7 +113,7 @@ def test_a_template_that_is_none_is_a_fault_of_the_configuration(plan: MakePlan,
         plan(f"model.chat_template={source}")
 
 
-TOLD = "model.template_options.mood=calm"
+CALM = "model.template_options.mood=calm"
 
 
 def _with_template(tmp_path: Path, text: str = "{{ messages[0]['content'] }}{{ mood }}") -> str:
@@ -124,13 +124,13 @@ def _with_template(tmp_path: Path, text: str = "{{ messages[0]['content'] }}{{ m
 
 def test_options_of_a_template_count_and_the_worker_gets_them(plan: MakePlan, tmp_path: Path) -> None:
     template = _with_template(tmp_path)
-    bare, with_option = plan(template), plan(template, TOLD)
+    bare, with_option = plan(template), plan(template, CALM)
     assert changed(bare, with_option) == changed(bare, plan(template, "model.template_options.mood=tense"))
     assert {"sft", "dpo", "ppo", "evaluate"} <= changed(bare, with_option)
     file = write_stage_file(with_option, with_option.stages[0], with_option.config.launch, git_commit="")
     assert read_spec(file).model.template.options == {"mood": "calm"}
     leave_all(bare)
-    assert outcome(plan(template, TOLD))["sft"].startswith("run  template_options.mood unset → calm (nearest: sft-")
+    assert outcome(plan(template, CALM))["sft"].startswith("run  template_options.mood unset → calm (nearest: sft-")
 
 
 @pytest.mark.parametrize("template", ["{{ messages }}{{ mood }}", "chatml", None])
@@ -158,13 +158,13 @@ def test_the_content_of_the_base_model_counts_and_its_place_does_not(plan: MakeP
     before = plan()
     (tmp_path / "model").rename(tmp_path / "moved")
     assert changed(before, plan(f"model.source=path:{tmp_path / 'moved'}")) == set()
-    told = f"model.source=path:{tmp_path / 'moved'}"
+    moved = f"model.source=path:{tmp_path / 'moved'}"
     leave_artifact(before.stages[0])
     from_elsewhere = f"stages.dpo.init=path:{before.stages[0].artifact}"
-    dpo = plan(told, from_elsewhere)
+    dpo = plan(moved, from_elsewhere)
     (tmp_path / "moved/model.safetensors").write_bytes(b"others")
-    assert "sft" in changed(before, plan(told))
-    assert "dpo" in changed(dpo, plan(told, from_elsewhere)), "its adapter would stand on another base"
+    assert "sft" in changed(before, plan(moved))
+    assert "dpo" in changed(dpo, plan(moved, from_elsewhere)), "its adapter would stand on another base"
 
 
 def test_everything_is_reused_once_it_is_made_and_the_run_s_name_is_only_the_report_s(plan: MakePlan) -> None:
@@ -221,8 +221,8 @@ def test_the_nearest_result_is_the_one_with_fewest_differences(plan: MakePlan) -
 
 def test_a_result_of_this_run_comes_before_a_nearer_one_of_another(plan: MakePlan) -> None:
     own, other = plan("stages.dpo.beta=0.2", "stages.dpo.loss=ipo"), plan("stages.dpo.beta=0.2")
-    for one in (own, other):
-        leave_artifact(next(stage for stage in one.stages if stage.name == "dpo"))
+    for planned in (own, other):
+        leave_artifact(next(stage for stage in planned.stages if stage.name == "dpo"))
     own.run_folder.mkdir(parents=True)
     record = {"stages": {stage.name: {"artifact": str(stage.artifact)} for stage in own.stages}}
     (own.run_folder / "run.json").write_text(json.dumps(record))
@@ -241,19 +241,19 @@ def test_a_fault_in_a_file_of_the_user_s_names_the_file(tmp_path: Path, override
     recipe.write_text("defaults: [base, stage@stages.dpo: dpo, _self_]\nstages: {dpo: {bata: 0.1, beta: -1}}\n")
     with pytest.raises(ConfigError) as caught:
         make_plan(str(recipe), [overrides[0], "stages.dpo.losss=ipo", "stages.dpo.beta=0"])
-    told = str(caught.value)
-    assert f"{recipe}: stages.dpo.bata: unknown key; did you mean 'beta'?" in told
-    assert "\n  stages.dpo.losss: unknown key" in told, "this one was given on the command line"
-    assert "\n  stages.dpo.beta: " in told, "and this one over the file's"
+    message = str(caught.value)
+    assert f"{recipe}: stages.dpo.bata: unknown key; did you mean 'beta'?" in message
+    assert "\n  stages.dpo.losss: unknown key" in message, "this one was given on the command line"
+    assert "\n  stages.dpo.beta: " in message, "and this one over the file's"
 
 
 def test_frozen_rows_of_new_tokens_are_said_once(plan: MakePlan, tmp_path: Path) -> None:
     assert frozen_rows(plan()) is None
     (tmp_path / "model" / NEW_TOKENS).write_text('["<|think|>"]')
-    said = frozen_rows(plan())
-    assert said is not None
-    assert said.startswith("sft does not train the rows of the new tokens <|think|>")
-    assert "stages.sft.adapter.modules_to_save=[embed_tokens]" in said
+    note = frozen_rows(plan())
+    assert note is not None
+    assert note.startswith("sft does not train the rows of the new tokens <|think|>")
+    assert "stages.sft.adapter.modules_to_save=[embed_tokens]" in note
     console = Console(width=200)
     with console.capture() as captured:
         show_plan(console, plan())
@@ -415,13 +415,13 @@ def test_a_default_that_names_an_absent_stage_says_that_the_base_may_take_its_pl
 def test_a_recipe_of_dpo_alone_plans_as_the_error_says(overrides: list[str], tmp_path: Path) -> None:
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("defaults: [base, stage@stages.dpo: dpo, _self_]\n")
-    told = [*overrides[:2], next(word for word in overrides if word.startswith("stages.dpo."))]
+    dpo_overrides = [*overrides[:2], next(word for word in overrides if word.startswith("stages.dpo."))]
     with pytest.raises(ConfigError) as caught:
-        make_plan(str(recipe), told)
+        make_plan(str(recipe), dpo_overrides)
     assert str(caught.value).startswith("stages.dpo.init: no stage 'sft' in this run, and 'stage:sft' is the default")
     remedy = str(caught.value).split("Set ")[1].split()[0]
     assert remedy == "stages.dpo.init=base"
-    assert [stage.name for stage in make_plan(str(recipe), [*told, remedy]).stages] == ["dpo"]
+    assert [stage.name for stage in make_plan(str(recipe), [*dpo_overrides, remedy]).stages] == ["dpo"]
 
 
 def test_a_file_next_to_the_recipe_is_not_found_from_another_folder(
@@ -510,28 +510,28 @@ def test_a_folder_of_files_counts_by_what_is_in_it(plan: MakePlan, tmp_path: Pat
     folder = tmp_path / "pairs"
     folder.mkdir()
     (folder / "a.jsonl").write_bytes((tmp_path / "preferences.jsonl").read_bytes())
-    told = f"stages.dpo.data.source=path:{folder}"
-    before = plan(told)
-    assert changed(before, plan(told)) == set()
+    source = f"stages.dpo.data.source=path:{folder}"
+    before = plan(source)
+    assert changed(before, plan(source)) == set()
     (folder / "b.jsonl").write_bytes((tmp_path / "preferences.jsonl").read_bytes())
-    assert changed(before, plan(told)) == {"dpo", "evaluate", "report"}
+    assert changed(before, plan(source)) == {"dpo", "evaluate", "report"}
 
 
 def test_what_is_mixed_in_counts_by_its_content_and_its_share(plan: MakePlan, tmp_path: Path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_bytes((tmp_path / "preferences.jsonl").read_bytes())
 
-    def told(**part: object) -> str:
+    def mix(**part: object) -> str:
         settings = ", ".join(f"{key}: {value}" for key, value in {"source": f"path:{other}", **part}.items())
         return f"stages.dpo.data.mix=[{{{settings}}}]"
 
-    before = plan(told(share=0.2))
+    before = plan(mix(share=0.2))
     dpo = next(stage for stage in before.stages if stage.name == "dpo")
     assert dpo.extra_data == {"data.mix[0]": other}
     assert changed(plan(), before) == {"dpo", "evaluate", "report"}
-    assert changed(before, plan(told(share=0.3))) == {"dpo", "evaluate", "report"}
+    assert changed(before, plan(mix(share=0.3))) == {"dpo", "evaluate", "report"}
     other.write_text(other.read_text() * 2)
-    assert changed(before, plan(told(share=0.2))) == {"dpo", "evaluate", "report"}
+    assert changed(before, plan(mix(share=0.2))) == {"dpo", "evaluate", "report"}
     for part, message in (
         ({}, r"stages\.dpo\.data\.mix\[0\]: set either share or count"),
         ({"share": 0.2, "count": 3}, r"stages\.dpo\.data\.mix\[0\]: set either share or count"),
@@ -539,7 +539,7 @@ def test_what_is_mixed_in_counts_by_its_content_and_its_share(plan: MakePlan, tm
         ({"share": 0.2, "limit": 0}, r"stages\.dpo\.data\.mix\[0\]\.limit: 0 is not allowed; a number above 0"),
     ):
         with pytest.raises(ConfigError, match=message):
-            plan(told(**part))
+            plan(mix(**part))
 
 
 def test_a_hub_model_that_is_not_here_is_planned_by_its_name(plan: MakePlan) -> None:
@@ -554,8 +554,8 @@ def test_a_hub_model_that_is_here_is_planned_by_its_commit(
     snapshot = (tmp_path / "model").rename(tmp_path / COMMIT)
     asked: list[object] = []
 
-    def snapshot_download(repository: str, **told: object) -> str:
-        asked.append((repository, told["revision"], told["local_files_only"]))
+    def snapshot_download(repository: str, **options: object) -> str:
+        asked.append((repository, options["revision"], options["local_files_only"]))
         return str(snapshot)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)

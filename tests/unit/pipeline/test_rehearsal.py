@@ -221,17 +221,17 @@ def test_what_does_not_answer_in_time_is_ended(plan: MakePlan, monkeypatch: pyte
 def test_a_scorer_finds_the_variables_that_its_launcher_sets(
     plan: MakePlan, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], ranks: tuple[str | None, ...]
 ) -> None:
-    found: list[dict[str, str]] = []
+    environments: list[dict[str, str]] = []
 
     def execute(command: Command, *, log: Path, **_: Any) -> int:
-        found.append(command.environment)
+        environments.append(command.environment)
         return worker._write_status(log.parent, 0, "", "")
 
     monkeypatch.setattr(processes, "execute", execute)
     monkeypatch.setattr(hardware, "count_devices", lambda: 0)
     planned = plan(*settings)
     rehearse(planned, planned.stages, announce=lambda _: None)
-    assert tuple(map(found[0].get, ("RANK", "LOCAL_RANK", "WORLD_SIZE"))) == ranks
+    assert tuple(map(environments[0].get, ("RANK", "LOCAL_RANK", "WORLD_SIZE"))) == ranks
 
 
 def test_other_machines_see_that_the_first_one_lives_while_it_tries(

@@ -69,8 +69,8 @@ class Align:
 
     def record(self) -> dict[str, Any]:
         """The content of run.json."""
-        found: dict[str, Any] = json.loads((self.run_folder / "run.json").read_text())
-        return found
+        content: dict[str, Any] = json.loads((self.run_folder / "run.json").read_text())
+        return content
 
     def states(self) -> dict[str, str]:
         """Stage → state."""
@@ -137,13 +137,13 @@ def test_a_changed_setting_re_runs_its_stage_and_what_follows(align: Align) -> N
 
 def test_the_worker_is_told_everything_in_plain_values(align: Align) -> None:
     align()
-    told = yaml.safe_load((align.run_folder / "evaluate/stage.yaml").read_text())
-    assert told["config"]["kind"] == "evaluate"
-    assert told["inputs"]["reward"]["ref"] == "stage:reward"
-    assert list(told["arms"]) == ["base", "base+prompt", "stage:sft", "stage:dpo", "stage:ppo"]
-    assert told["arms"]["base+prompt"] == {"ref": "base+prompt", "path": None}
-    assert told["arms"]["stage:dpo"]["path"] == align.record()["stages"]["dpo"]["artifact"]
-    assert Path(told["base_path"]).is_absolute()
+    spec = yaml.safe_load((align.run_folder / "evaluate/stage.yaml").read_text())
+    assert spec["config"]["kind"] == "evaluate"
+    assert spec["inputs"]["reward"]["ref"] == "stage:reward"
+    assert list(spec["arms"]) == ["base", "base+prompt", "stage:sft", "stage:dpo", "stage:ppo"]
+    assert spec["arms"]["base+prompt"] == {"ref": "base+prompt", "path": None}
+    assert spec["arms"]["stage:dpo"]["path"] == align.record()["stages"]["dpo"]["artifact"]
+    assert Path(spec["base_path"]).is_absolute()
     assert (align.run_folder / "dpo/log.txt").read_text().splitlines()[1:] == ["working on dpo"]
 
 
@@ -259,10 +259,10 @@ def test_a_stage_holds_its_lock_itself(align: Align, monkeypatch: pytest.MonkeyP
     held_open: list[bool] = []
     execute = processes.execute
 
-    def noted(command: Command, *, log: Path, keep_open: Sequence[int], **told: Any) -> int:
+    def noted(command: Command, *, log: Path, keep_open: Sequence[int], **options: Any) -> int:
         work = read_spec(log.with_name("stage.yaml")).work
         held_open.append([os.fstat(number).st_ino for number in keep_open] == [(work / "lock").stat().st_ino])
-        return execute(command, log=log, keep_open=keep_open, **told)
+        return execute(command, log=log, keep_open=keep_open, **options)
 
     monkeypatch.setattr(processes, "execute", noted)
     align()
@@ -330,7 +330,7 @@ def test_a_signal_to_the_driver_is_acknowledged_and_lets_the_stage_save_first(
     align: Align, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int, state: str, *, again: bool
 ) -> None:
     # A shell starts its background jobs with SIGINT ignored, and Python then leaves it so.
-    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGHUP)}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGHUP)}
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     monkeypatch.setenv("WORKER_FAULT", "sft:hang")
@@ -601,10 +601,10 @@ def test_a_stage_whose_inputs_are_not_there_names_them(align: Align) -> None:
     align(only="sft")
     with pytest.raises(ConfigError) as caught:
         align(only="ppo")
-    told = str(caught.value)
-    assert told.startswith("--stage: ppo needs the result of reward, which does not exist for these settings yet\n")
-    assert "→ first run: align run quickstart output=" in told, "with the settings of this call"
-    assert told.endswith(" --stage reward; or leave out --stage to run all stages")
+    message = str(caught.value)
+    assert message.startswith("--stage: ppo needs the result of reward, which does not exist for these settings yet\n")
+    assert "→ first run: align run quickstart output=" in message, "with the settings of this call"
+    assert message.endswith(" --stage reward; or leave out --stage to run all stages")
     with pytest.raises(ConfigError, match="--stage: no stage 'dop' in this recipe; did you mean 'dpo'"):
         align(only="dop")
 

@@ -50,7 +50,7 @@ def function(tmp_path: Path) -> Path:
 
 
 def scorers(*given: str) -> str:
-    return f"stages.ppo.scorers=[{', '.join('{' + one + '}' for one in given)}]"
+    return f"stages.ppo.scorers=[{', '.join('{' + scorer + '}' for scorer in given)}]"
 
 
 def ppo(plan: Plan) -> PlannedStage:
@@ -146,16 +146,16 @@ def test_a_rule_whose_library_is_missing_says_how_to_install_it(
 
 
 def test_without_a_reward_model_in_the_run_the_advice_is_what_fits_from_outside(plan: MakePlan) -> None:
-    said = fault(plan, "~stages.reward", "stages.evaluate.reward=null", "stages.ppo.reward='stage:sft'")
-    assert said == (
+    refusal = fault(plan, "~stages.reward", "stages.evaluate.reward=null", "stages.ppo.reward='stage:sft'")
+    assert refusal == (
         "stages.ppo.reward: 'stage:sft' is a policy; this slot takes a reward model. No stage of this run makes one. "
         "A model from elsewhere, by path: or hub:, must be a …ForSequenceClassification with one label."
     )
 
 
 def test_all_faults_are_reported_together(plan: MakePlan) -> None:
-    said = fault(plan, NO_REWARD, scorers("source: reward", "source: regex", "source: nowhere.py:f", "weigth: 2"))
-    lines = [line.strip().partition(": ")[0] for line in said.splitlines()[1:]]
+    refusal = fault(plan, NO_REWARD, scorers("source: reward", "source: regex", "source: nowhere.py:f", "weigth: 2"))
+    lines = [line.strip().partition(": ")[0] for line in refusal.splitlines()[1:]]
     fields = ["0].source", "1].pattern", "2].source", "3].source", "3].weigth"]
     assert sorted(lines) == [f"stages.ppo.scorers[{field}" for field in fields]
 
@@ -175,8 +175,8 @@ FUNCTIONS = [
 def test_a_function_that_cannot_be_called_is_named_without_importing_its_file(
     plan: MakePlan, function: Path, name: str, message: str
 ) -> None:
-    said = fault(plan, scorers("source: reward", f"source: '{function}:{name}'"))
-    assert said.startswith(f"stages.ppo.scorers[1].source: {message.format(file=function)}")
+    refusal = fault(plan, scorers("source: reward", f"source: '{function}:{name}'"))
+    assert refusal.startswith(f"stages.ppo.scorers[1].source: {message.format(file=function)}")
     assert not (function.parent / "imported").exists()
 
 
@@ -213,8 +213,8 @@ def test_a_guard_that_is_off_asks_for_nothing(plan: MakePlan) -> None:
 
 def judge(folder: Path, **config: Any) -> Path:
     folder.mkdir()
-    told = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}, **config}
-    (folder / "config.json").write_text(json.dumps(told))
+    model_config = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}, **config}
+    (folder / "config.json").write_text(json.dumps(model_config))
     (folder / "model.safetensors").write_bytes(b"weights")
     return folder
 
@@ -291,13 +291,13 @@ def test_a_reward_model_of_a_hub_is_planned_by_its_name_and_fetched_with_the_oth
 def test_a_critic_starts_from_a_reward_model_of_ours_alone(plan: MakePlan, tmp_path: Path) -> None:
     plan(SEPARATE, scorers(STYLE))  # the critic reads it
     for ref in ("hub:org/judge", f"path:{judge(tmp_path / 'judge')}"):
-        said = fault(plan, SEPARATE, scorers(STYLE), f"stages.ppo.reward='{ref}'")
-        assert said.startswith(f"stages.ppo.reward: '{ref}' is unused: no scorer is 'reward', and a critic ")
+        refusal = fault(plan, SEPARATE, scorers(STYLE), f"stages.ppo.reward='{ref}'")
+        assert refusal.startswith(f"stages.ppo.reward: '{ref}' is unused: no scorer is 'reward', and a critic ")
 
 
 def test_without_a_critic_only_a_scorer_reads_the_reward_model(plan: MakePlan) -> None:
-    told = ("prompt_baseline=false", "gae_lambda=0.95", "value_clip=0.2", "optim.critic_lr=null", "advantage=rloo")
-    without = ("stages.ppo.critic=none", *(f"stages.ppo.{each}" for each in told))
+    settings = ("prompt_baseline=false", "gae_lambda=0.95", "value_clip=0.2", "optim.critic_lr=null", "advantage=rloo")
+    without = ("stages.ppo.critic=none", *(f"stages.ppo.{each}" for each in settings))
     plan(*without)
     assert fault(plan, *without, scorers(STYLE)) == (
         "stages.ppo.reward: 'stage:reward' is unused: no scorer is 'reward', and there is no critic that could start "
@@ -375,23 +375,23 @@ def test_pretraining_text_counts_only_where_it_is_learned(plan: MakePlan, tmp_pa
     file = tmp_path / "ptx.jsonl"
     row = json.loads((tmp_path / "conversations.jsonl").read_text())
     file.write_text(json.dumps(row) + "\n")
-    told = f"stages.ppo.ptx.data.source=path:{file}"
+    source = f"stages.ppo.ptx.data.source=path:{file}"
     on = "stages.ppo.ptx.coefficient=0.5"
-    assert ppo(plan(told)).extra_data == {}
-    first = ppo(plan(told, on))
+    assert ppo(plan(source)).extra_data == {}
+    first = ppo(plan(source, on))
     assert first.extra_data == {"ptx.data": file}
     assert set(first.identity["extra_data"]) == {"ptx.data"}
-    off = ppo(plan(told)).fingerprint
+    off = ppo(plan(source)).fingerprint
     file.write_text(json.dumps({**row, "id": "other"}) + "\n")
-    assert ppo(plan(told, on)).fingerprint != first.fingerprint
-    assert ppo(plan(told)).fingerprint == off
+    assert ppo(plan(source, on)).fingerprint != first.fingerprint
+    assert ppo(plan(source)).fingerprint == off
     file.write_text('{"messages": []}\n')
     with pytest.raises(DataError, match=r"ptx\.jsonl:1: 'messages' must be a list"):
-        plan(told, on)
+        plan(source, on)
     file.unlink()
     with pytest.raises(DataError, match=r"stages\.ppo\.ptx\.data\.source: no file"):
-        plan(told, on)
-    plan(told)
+        plan(source, on)
+    plan(source)
 
 
 def test_results_of_stages_without_any_of_this_are_found_again(plan: MakePlan) -> None:
@@ -440,13 +440,13 @@ def test_the_worker_is_told_where_code_and_text_lie_wherever_it_runs(
     more.append("stages.ppo.ptx.data.source=path:conversations.jsonl")
     code = run("quickstart", [*overrides, *more], console=Console(file=screen, width=200), command_for=fake)
     assert code == 0
-    told = yaml.safe_load((function.parent / "out/runs/quickstart/ppo/stage.yaml").read_text())
-    source = told["config"]["scorers"][1]["source"]
+    spec = yaml.safe_load((function.parent / "out/runs/quickstart/ppo/stage.yaml").read_text())
+    source = spec["config"]["scorers"][1]["source"]
     assert source.endswith("score.py:brevity")
     assert os.path.samefile(source.rpartition(":")[0], function)
     assert Path(source).is_absolute()
-    assert told["extra_data"] == {"ptx.data": str(function.parent / "conversations.jsonl")}
-    assert list(told["identity"]["code"]) == ["scorers[1].source"]
+    assert spec["extra_data"] == {"ptx.data": str(function.parent / "conversations.jsonl")}
+    assert list(spec["identity"]["code"]) == ["scorers[1].source"]
     assert f"ppo runs your code: {source}" in screen.getvalue()
     assert not (function.parent / "imported").exists()
 

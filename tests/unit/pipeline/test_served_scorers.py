@@ -31,7 +31,7 @@ def ensemble(settings: str, more: str = "weight: 1") -> str:
 
 
 def fingerprint(plan: MakePlan, *overrides: str, stage: str = "ppo") -> str:
-    return next(one.fingerprint for one in plan(*overrides).stages if one.name == stage)
+    return next(planned.fingerprint for planned in plan(*overrides).stages if planned.name == stage)
 
 
 FAULTS = [
@@ -124,11 +124,15 @@ def test_rubric_scale_api_label_and_members_count(plan: MakePlan) -> None:
     others = [GRADE.replace("grader: {", f"grader: {{{more}, ") for more in graders]
     others += [f"source: server, server: {{{URL}, model: rm, {more}}}"
                for more in ("api: vllm_classify", "api: vllm_classify, label: '1'", "api: vllm_score")]  # fmt: skip
-    told = [scorer(text) for text in (GRADE, SERVER, *others)]
-    told += [ensemble(MEMBERS), ensemble(f"{MEMBERS}, combine: min"), ensemble(f"{MEMBERS}, combine: mean_minus_std")]
-    told += [ensemble(f"{MEMBERS}, combine: mean_minus_std, std_weight: 2"), ensemble(MEMBERS, "normalize: true")]
-    told += [ensemble("members: [{source: 'stage:reward'}, {source: length, target: 8}]")]
-    assert len({fingerprint(plan, one) for one in told}) == len(told)
+    variants = [scorer(text) for text in (GRADE, SERVER, *others)]
+    variants += [
+        ensemble(MEMBERS),
+        ensemble(f"{MEMBERS}, combine: min"),
+        ensemble(f"{MEMBERS}, combine: mean_minus_std"),
+    ]
+    variants += [ensemble(f"{MEMBERS}, combine: mean_minus_std, std_weight: 2"), ensemble(MEMBERS, "normalize: true")]
+    variants += [ensemble("members: [{source: 'stage:reward'}, {source: length, target: 8}]")]
+    assert len({fingerprint(plan, variant) for variant in variants}) == len(variants)
 
 
 def test_an_ensembles_reward_models_are_inputs_of_the_stage(plan: MakePlan) -> None:
@@ -159,13 +163,13 @@ def test_a_missing_key_and_a_missing_client_are_named(plan: MakePlan, monkeypatc
 
 def test_an_evaluation_by_the_grader_that_ppo_optimises_is_pointed_out(plan: MakePlan) -> None:
     def noted(model: str) -> bool:
-        told = plan(
+        planned = plan(
             scorer(GRADE),
             "stages.evaluate.metrics=[{name: helpful, source: grade}]",
             "stages.evaluate.primary=helpful",
             f"stages.evaluate.grader.endpoint={{{URL}, model: {model}}}",
         )
-        return any("judges by helpful, which ppo optimises (scorers[1])" in note for note in cautions(told))
+        return any("judges by helpful, which ppo optimises (scorers[1])" in note for note in cautions(planned))
 
     assert noted("m")
     assert not noted("another")

@@ -13,7 +13,7 @@ DPO = "stages.dpo.adapter"
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("settings", "words"),
     [
         (["adapter@stages.sft.adapter=full", f"{DPO}.chain=continue"], f"{DPO}.chain: stage:sft has no adapter"),
         (["stages.dpo.init=base", f"{DPO}.chain=continue"], f"{DPO}.chain: base has no adapter to continue"),
@@ -25,9 +25,9 @@ DPO = "stages.dpo.adapter"
         (["adapter@stages.sft.adapter=prefix"], "stages.reward.adapter: stage:sft trained a prefix"),
     ],
 )
-def test_adapters_that_cannot_stand_on_one_another_are_refused(plan: MakePlan, told: list[str], words: str) -> None:
+def test_adapters_that_cannot_stand_on_one_another_are_refused(plan: MakePlan, settings: list[str], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        plan(*told)
+        plan(*settings)
     assert words in str(caught.value)
 
 
@@ -36,7 +36,7 @@ def test_adapters_that_can_are_not(plan: MakePlan) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("settings", "words"),
     [
         (
             ["launch.backend.signal_seconds=120"],
@@ -50,10 +50,10 @@ def test_adapters_that_can_are_not(plan: MakePlan) -> None:
         (["launch.num_processes=0"], "launch.backend.gpus: 0, and launch.num_processes is 0"),
     ],
 )
-def test_a_job_that_would_fail_after_it_has_waited_is_refused(plan: MakePlan, told: list[str], words: str) -> None:
+def test_a_job_that_would_fail_after_it_has_waited_is_refused(plan: MakePlan, settings: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        plan("launch/backend=slurm", *told)
-    plan("launch/backend=slurm", *told, "launch.backend.submit=false")  # as in the job, whose limits count no more
+        plan("launch/backend=slurm", *settings)
+    plan("launch/backend=slurm", *settings, "launch.backend.submit=false")  # as in the job, whose limits count no more
 
 
 def test_a_column_that_no_format_has_is_named_with_the_nearest(plan: MakePlan, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_a_share_of_texts_is_refused() -> None:
     assert str(fault).startswith("stages.cpt.validation.share: a text becomes several rows")
 
 
-def told(validation: ValidationConfig, *, rows: int = 40, **optim: object) -> list[str]:
+def fault_messages(validation: ValidationConfig, *, rows: int = 40, **optim: object) -> list[str]:
     """The faults of DPO on so many rows, each with a prompt of its own."""
     config = DpoConfig(validation=validation, optim=OptimConfig(**{"lr": 1e-4, "batch_size": 8, **optim}))  # type: ignore[arg-type]
     seen = Seen(rows=rows, prompts=rows, whole=True, openings=frozenset(range(rows)))
@@ -115,12 +115,12 @@ def told(validation: ValidationConfig, *, rows: int = 40, **optim: object) -> li
 def test_too_few_rows_or_steps_are_named_exactly(
     validation: ValidationConfig, settings: dict[str, object], message: str
 ) -> None:
-    assert told(validation, **settings) == [message]
+    assert fault_messages(validation, **settings) == [message]
 
 
 def test_enough_rows_and_steps_are_not_refused() -> None:
-    assert told(ValidationConfig(share=0.2, every=4)) == []
-    assert told(ValidationConfig(share=0.2, every=4, patience=2), max_steps=10) == []
+    assert fault_messages(ValidationConfig(share=0.2, every=4)) == []
+    assert fault_messages(ValidationConfig(share=0.2, every=4, patience=2), max_steps=10) == []
 
 
 def _own(tmp_path: Path, *questions: str) -> str:
@@ -158,9 +158,9 @@ def _fingerprint(plan: MakePlan, *overrides: str) -> str:
 
 def test_held_out_rows_of_their_own_count_by_their_content(plan: MakePlan, tmp_path: Path) -> None:
     base = _fingerprint(plan)
-    one = _fingerprint(plan, _own(tmp_path, "Where is it?"))
+    held_out = _fingerprint(plan, _own(tmp_path, "Where is it?"))
     other = _fingerprint(plan, _own(tmp_path, "Who is it?"))
-    assert len({base, one, other}) == 3
+    assert len({base, held_out, other}) == 3
 
 
 def test_settings_at_their_defaults_are_no_part_of_a_fingerprint() -> None:

@@ -62,25 +62,25 @@ def test_the_plan_names_the_command_that_collects_votes_until_there_are_some(
     monkeypatch.chdir(tmp_path / "out")
     command = "align judge quickstart --stage evaluate"
 
-    def told(*more: str) -> list[str]:
+    def vote_notes(*more: str) -> list[str]:
         return [note for note in notes.of_plan(plan(*more)) if "voted" in note]
 
-    assert told(PEOPLE) == [
+    assert vote_notes(PEOPLE) == [
         f"evaluate: nobody has voted yet, so there is no win rate; after the run, collect votes with `{command} "
         "--arm ARM --arm ARM`, and run the recipe again to count them"
     ]
     pairs = "stages.evaluate.judge.pairs=[{arm: 'stage:dpo', against: 'stage:sft'}]"
-    assert f"`{command} --arm stage:dpo --arm stage:sft`" in told(PEOPLE, pairs)[0]
+    assert f"`{command} --arm stage:dpo --arm stage:sft`" in vote_notes(PEOPLE, pairs)[0]
     (tmp_path / "none yet.jsonl").touch()
     elsewhere = f"stages.evaluate.judge.votes='{tmp_path}/none yet.jsonl'"
-    assert f"--votes '{tmp_path}/none yet.jsonl'`" in told(PEOPLE, elsewhere)[0]
+    assert f"--votes '{tmp_path}/none yet.jsonl'`" in vote_notes(PEOPLE, elsewhere)[0]
     monkeypatch.chdir(tmp_path)
     two = ("stages.evaluate.arms=[base,stage:sft]", "stages.evaluate.reference=base")
-    assert f"`{command} --output {tmp_path}/out`" in told(PEOPLE, *two)[0]
+    assert f"`{command} --output {tmp_path}/out`" in vote_notes(PEOPLE, *two)[0]
     leave_artifact(stage_of(plan(PEOPLE)))
-    assert told(PEOPLE), "a result that is reused has no win rate either"
+    assert vote_notes(PEOPLE), "a result that is reused has no win rate either"
     votes_in(tmp_path / "out" / "runs" / "quickstart" / "evaluate" / "votes.jsonl")
-    assert told(PEOPLE) == told() == []
+    assert vote_notes(PEOPLE) == vote_notes() == []
 
 
 def test_the_plan_says_that_votes_are_why_the_stage_runs_again(plan: MakePlan, tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_votes_are_pairs_and_ties_are_set_aside(tmp_path: Path) -> None:
     assert reading.format.name == "votes"
     assert (len(pairs), reading.set_aside.count) == (30 - TIES, TIES)
     about = pair(4)
-    read = next(one for one in pairs if one.id == "p4")
+    read = next(preference for preference in pairs if preference.id == "p4")
     assert (read.chosen, read.rejected) == (about.answers[SFT], about.answers[DPO])
     assert [turn.as_dict() for turn in read.messages] == about.messages
     assert read.task == "counting"
@@ -151,11 +151,11 @@ def noted(plan: MakePlan, path: Path) -> Sequence[str]:
 
 def test_the_plan_counts_ties_and_warns_of_prompts_that_are_evaluated_too(plan: MakePlan, tmp_path: Path) -> None:
     path = votes_in(tmp_path / "votes.jsonl", first_prompt=TURN["content"])
-    told = noted(plan, path)
-    assert "stages.dpo.data: 3 rows are left out: 'preferred' says that the answers are tied" in told
+    plan_notes = noted(plan, path)
+    assert "stages.dpo.data: 3 rows are left out: 'preferred' says that the answers are tied" in plan_notes
     assert any(
-        note.startswith("1 row that reward and dpo may learn from resembles prompts of evaluate") for note in told
-    ), told
+        note.startswith("1 row that reward and dpo may learn from resembles prompts of evaluate") for note in plan_notes
+    ), plan_notes
     others = noted(plan, votes_in(tmp_path / "others.jsonl", ties=0))
     assert not any("dpo" in note and ("left out" in note or "resemble" in note) for note in others)
 

@@ -102,8 +102,8 @@ def evaluation(spec: StageSpec) -> dict[str, Any]:
         {"arm": "base", "against": "stage:sft", "difference": -0.01, "low": -0.05, "high": 0.03, "real": False},
     ]
     metrics = [{"name": "style_and_facts"}, {"name": "style"}]
-    told = {"metrics": metrics, "primary": "style_and_facts", "arms": arms, "comparisons": comparisons}
-    return {"num_prompts": 1, **told, "tasks": {}, "version": 2}
+    measurements = {"metrics": metrics, "primary": "style_and_facts", "arms": arms, "comparisons": comparisons}
+    return {"num_prompts": 1, **measurements, "tasks": {}, "version": 2}
 
 
 def say(spec: StageSpec, state: str, code: int, error: str, *, notes: Sequence[str] = ()) -> int:
