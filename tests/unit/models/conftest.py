@@ -101,9 +101,9 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
     """Every gradient by name; at least one."""
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert found
-    return found
+    by_name = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert by_name
+    return by_name
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:

@@ -29,9 +29,11 @@ CRITICS = pytest.mark.parametrize("critic", [Critic.separate, Critic.shared])
 def _actor_critic(folder: Path, adapter: AdapterConfig, critic: Critic) -> ActorCritic:
     base = Lineage(source=BASE_SOURCE, base=save_tiny_model(folder / "base"), adapters=())
     reward = tiny_reward(folder, adapter, found=base)
-    found = build_roles(tiny_spec(folder, PpoConfig()), base, reward, adapter, device=CPU, critic=critic).actor_critic
-    liven(found)
-    return found
+    actor_critic = build_roles(
+        tiny_spec(folder, PpoConfig()), base, reward, adapter, device=CPU, critic=critic
+    ).actor_critic
+    liven(actor_critic)
+    return actor_critic
 
 
 def _gradients(model: ActorCritic) -> dict[str, Tensor]:
@@ -51,11 +53,11 @@ def test_gradients_are_those_of_the_sum_of_both_losses(tmp_path: Path, adapter: 
     (2.0 * (statistics.logprobs.sum() + loss)).backward()
     statistics, values = twin.look(PART, 1.0)
     (2.0 * (statistics.logprobs.sum() + _squares(values))).backward()
-    found, expected = _gradients(model), _gradients(twin)
-    assert found.keys() == expected.keys()
-    assert any("value." in name for name in found)
+    gradients, expected = _gradients(model), _gradients(twin)
+    assert gradients.keys() == expected.keys()
+    assert any("value." in name for name in gradients)
     for name, gradient in expected.items():
-        assert torch.allclose(found[name], gradient, rtol=1e-6, atol=1e-8), name
+        assert torch.allclose(gradients[name], gradient, rtol=1e-6, atol=1e-8), name
 
 
 @KINDS
@@ -77,10 +79,10 @@ def test_a_critic_of_its_own_begins_when_the_policys_gradients_are_there(
 
 def test_the_later_pass_computes_in_the_format_of_the_first(tmp_path: Path) -> None:
     model = _actor_critic(tmp_path, AdapterConfig(kind=AdapterKind.full), Critic.separate)
-    told: list[Tensor] = []
+    noted_values: list[Tensor] = []
 
     def noted(values: Tensor) -> Tensor:
-        told.append(values.detach())
+        noted_values.append(values.detach())
         return _squares(values)
 
     with torch.autocast("cpu", torch.bfloat16):
@@ -88,7 +90,7 @@ def test_the_later_pass_computes_in_the_format_of_the_first(tmp_path: Path) -> N
         statistics, loss = model(PART, 1.0, noted)
     (statistics.logprobs.sum() + loss).backward()
     assert not torch.equal(expected, model.look(PART, 1.0)[1])
-    assert torch.equal(told[0], expected)
+    assert torch.equal(noted_values[0], expected)
 
 
 def test_a_critic_on_the_trunk_teaches_it_only_with_the_policy(tmp_path: Path) -> None:

@@ -109,8 +109,8 @@ def test_a_saved_adapter_names_its_modules_in_one_order(tmp_path: Path, order: i
     wrapped = add_adapter(tiny_model(), AdapterConfig(target_modules=["v_proj", "q_proj"]), TaskType.CAUSAL_LM)
     wrapped.save_pretrained(str(tmp_path))
     file = tmp_path / "adapter_config.json"
-    told = json.loads(file.read_text())
-    file.write_text(json.dumps(told | {"target_modules": ["q_proj", "v_proj"][::order]}, indent=2, sort_keys=True))
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"target_modules": ["q_proj", "v_proj"][::order]}, indent=2, sort_keys=True))
     put_in_order(tmp_path)
-    assert json.loads(file.read_text()) == told | {"target_modules": ["q_proj", "v_proj"]}
+    assert json.loads(file.read_text()) == settings | {"target_modules": ["q_proj", "v_proj"]}
     assert file.read_text() == json.dumps(json.loads(file.read_text()), indent=2, sort_keys=True)

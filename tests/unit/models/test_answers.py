@@ -38,11 +38,11 @@ def test_statistics_of_answers_equal_the_plain_forward(architecture: str, temper
     model = tiny_model(architecture)
     reference = twin(model)
     use_flat_attention(model)
-    found = answer_statistics(model, answer_stream(PROMPTS, ANSWERS, CPU), temperature=temperature)
+    statistics = answer_statistics(model, answer_stream(PROMPTS, ANSWERS, CPU), temperature=temperature)
     expected = plain(reference, padded(list(zip(PROMPTS, ANSWERS, strict=True))), temperature=temperature)
     for name in ("logprobs", "entropy", "mean_logits"):
-        assert relative(getattr(found, name), getattr(expected, name)) < 1e-5
-    assert torch.equal(found.is_top1, expected.is_top1)
+        assert relative(getattr(statistics, name), getattr(expected, name)) < 1e-5
+    assert torch.equal(statistics.is_top1, expected.is_top1)
 
 
 @pytest.mark.parametrize("tokens", [1, 12, 100])

@@ -29,7 +29,7 @@ def _learned(model: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize("adapter", [None, AdapterConfig(rank=4), AdapterConfig(rank=4, dropout=0.5)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_blocks_equal_the_models_own(architecture: str, adapter: AdapterConfig | None) -> None:
-    found = []
+    passes = []
     for fused in (True, False):
         model = tiny_model(architecture)
         if adapter is not None:
@@ -38,11 +38,11 @@ def test_blocks_equal_the_models_own(architecture: str, adapter: AdapterConfig |
         if fused:
             assert fuse_blocks(model) == 2 * model.config.num_hidden_layers
         torch.manual_seed(0)
-        found.append(_learned(model.train()))
-    assert relative(found[0][0], found[1][0]) < 1e-6
-    assert found[0][1].keys() == found[1][1].keys()
-    for name, gradient in found[0][1].items():
-        assert relative(gradient, found[1][1][name]) < 1e-5, name
+        passes.append(_learned(model.train()))
+    assert relative(passes[0][0], passes[1][0]) < 1e-6
+    assert passes[0][1].keys() == passes[1][1].keys()
+    for name, gradient in passes[0][1].items():
+        assert relative(gradient, passes[1][1][name]) < 1e-5, name
 
 
 def test_layers_of_one_input_have_biases_too() -> None:
@@ -100,7 +100,7 @@ def test_with_a_cache_blocks_equal_the_models_own(implementation: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blocks_on_four_bits_are_understood_and_compute_the_same(dtype: torch.dtype) -> None:
-    found = []
+    logits = []
     for fused in (True, False):
         model = tiny_model().to(dtype)
         quantize_trunk(model, torch.device("cpu"))
@@ -109,5 +109,5 @@ def test_blocks_on_four_bits_are_understood_and_compute_the_same(dtype: torch.dt
         if fused:
             assert fuse_blocks(model) == 2 * model.config.num_hidden_layers
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-            found.append(model(input_ids=IDS).logits.detach())
-    assert relative(*found) < (1e-6 if dtype is torch.float32 else 2e-2)
+            logits.append(model(input_ids=IDS).logits.detach())
+    assert relative(*logits) < (1e-6 if dtype is torch.float32 else 2e-2)

@@ -26,31 +26,31 @@ def _states(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Ten
 
 @pytest.mark.parametrize("room", [0, 1, 3, 64])
 def test_columns_are_kept_in_order_whatever_the_room(room: int) -> None:
-    ours, theirs = RowsCache(tiny_config("llama"), room=room), DynamicCache(config=tiny_config("llama"))
+    rows_cache, dynamic_cache = RowsCache(tiny_config("llama"), room=room), DynamicCache(config=tiny_config("llama"))
     for step, new in enumerate([5, 1, 1, 1, 2, 1]):
-        assert ours.get_seq_length() == theirs.get_seq_length()
+        assert rows_cache.get_seq_length() == dynamic_cache.get_seq_length()
         for layer in range(2):
             states = _states(3, new, seed=10 * step + layer)
-            expected_columns, _ = ours.get_mask_sizes(new, layer)
-            found, expected = ours.update(*states, layer), theirs.update(*states, layer)
-            for mine, other in zip(found, expected, strict=True):
-                assert mine.shape[2] == expected_columns >= other.shape[2]
-                assert mine.shape[2] - other.shape[2] <= room
-                assert torch.equal(mine[:, :, : other.shape[2]], other)
-                assert not mine[:, :, other.shape[2] :].any()
+            expected_columns, _ = rows_cache.get_mask_sizes(new, layer)
+            updated, expected = rows_cache.update(*states, layer), dynamic_cache.update(*states, layer)
+            for tensor, reference in zip(updated, expected, strict=True):
+                assert tensor.shape[2] == expected_columns >= reference.shape[2]
+                assert tensor.shape[2] - reference.shape[2] <= room
+                assert torch.equal(tensor[:, :, : reference.shape[2]], reference)
+                assert not tensor[:, :, reference.shape[2] :].any()
 
 
 def test_selected_rows_keep_their_columns_and_go_on() -> None:
-    ours, theirs = RowsCache(tiny_config("llama"), room=4), DynamicCache(config=tiny_config("llama"))
-    kept = torch.tensor([0, 3])
-    for cache in (ours, theirs):
+    rows_cache, dynamic_cache = RowsCache(tiny_config("llama"), room=4), DynamicCache(config=tiny_config("llama"))
+    rows = torch.tensor([0, 3])
+    for cache in (rows_cache, dynamic_cache):
         for layer in range(2):
             cache.update(*_states(4, 6, seed=layer), layer)
-    ours.select(kept)
-    theirs.batch_select_indices(kept)
+    rows_cache.select(rows)
+    dynamic_cache.batch_select_indices(rows)
     new = _states(2, 1, seed=9)
-    for mine, other in zip(ours.update(*new, 1), theirs.update(*new, 1), strict=True):
-        assert torch.equal(mine[:, :, :7], other)
+    for tensor, reference in zip(rows_cache.update(*new, 1), dynamic_cache.update(*new, 1), strict=True):
+        assert torch.equal(tensor[:, :, :7], reference)
 
 
 def test_placed_rows_end_at_the_same_column_and_may_repeat() -> None:
@@ -77,9 +77,9 @@ def test_dropped_columns_are_gone_and_the_others_move_up(columns: int, after: in
     cache.drop(columns, after=after)
     assert cache.get_seq_length() == 7 - columns
     new = _states(3, 1, seed=9)
-    for found, kept, own in zip(cache.update(*new, 1), expected, new, strict=True):
-        assert found.shape[2] == 9, "no memory is allocated"
-        assert torch.equal(found[:, :, : 8 - columns], torch.cat([kept, own], 2))
+    for updated, remaining, own in zip(cache.update(*new, 1), expected, new, strict=True):
+        assert updated.shape[2] == 9, "no memory is allocated"
+        assert torch.equal(updated[:, :, : 8 - columns], torch.cat([remaining, own], 2))
 
 
 def test_a_layer_with_another_kind_of_state_is_refused() -> None:
@@ -101,15 +101,15 @@ def test_attention_of_one_new_token_equals_the_formula_in_float64(
     seen[0, ..., :2] = False
     seen[1, ..., -3:] = False
     mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-    found, _ = decoding_attention(nn.Module(), query, keys, values, mask, scaling=scaling)
-    assert found.shape == (rows, 1, HEADS * groups, WIDTH)
+    attended, _ = decoding_attention(nn.Module(), query, keys, values, mask, scaling=scaling)
+    assert attended.shape == (rows, 1, HEADS * groups, WIDTH)
     for row in range(rows):
         for head in range(HEADS * groups):
             visible = seen[row, 0, 0]
             k, v = (states[row, head // groups][visible].double() for states in (keys, values))
             scores = k @ query[row, head, 0].double() * (WIDTH**-0.5 if scaling is None else scaling)
             expected = torch.softmax(scores, 0) @ v
-            torch.testing.assert_close(found[row, 0, head].double(), expected, rtol=tolerance, atol=tolerance / 2)
+            torch.testing.assert_close(attended[row, 0, head].double(), expected, rtol=tolerance, atol=tolerance / 2)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -123,9 +123,9 @@ def test_a_common_beginning_counts_as_if_each_row_held_it(groups: int, dtype: to
     mask[0, ..., :2] = mask[1, ..., -3:] = float("-inf")
     layer = nn.Module()
     layer.layer_idx = 1
-    told = {"scaling": 0.7, "beginning": KeysValues(layers={1: common})}
-    found, _ = decoding_attention(layer, query, keys, values, mask, **told)
-    assert found.shape == (rows, 1, HEADS * groups, WIDTH)
+    options = {"scaling": 0.7, "beginning": KeysValues(layers={1: common})}
+    attended, _ = decoding_attention(layer, query, keys, values, mask, **options)
+    assert attended.shape == (rows, 1, HEADS * groups, WIDTH)
     for row in range(rows):
         for head in range(HEADS * groups):
             visible = mask[row, 0, 0] == 0
@@ -134,15 +134,15 @@ def test_a_common_beginning_counts_as_if_each_row_held_it(groups: int, dtype: to
                 for shared, states in zip(common, (keys, values), strict=True)
             )
             expected = torch.softmax(k @ query[row, head, 0].double() * 0.7, 0) @ v
-            torch.testing.assert_close(found[row, 0, head].double(), expected, rtol=tolerance, atol=tolerance / 2)
+            torch.testing.assert_close(attended[row, 0, head].double(), expected, rtol=tolerance, atol=tolerance / 2)
 
 
 @pytest.mark.parametrize("changed", [{"softcap": 1.0}, {"query": torch.zeros(1, HEADS, 2, WIDTH)}])
 def test_attention_that_cannot_see_a_common_beginning_refuses_it(changed: dict[str, Any]) -> None:
     keys, values = _states(1, 7, seed=0)
-    told = {"query": torch.zeros(1, HEADS, 1, WIDTH), "beginning": KeysValues(), **changed}
+    arguments = {"query": torch.zeros(1, HEADS, 1, WIDTH), "beginning": KeysValues(), **changed}
     with pytest.raises(ValueError, match="Module does not support rows that share a beginning"):
-        decoding_attention(nn.Module(), key=keys, value=values, attention_mask=None, **told)
+        decoding_attention(nn.Module(), key=keys, value=values, attention_mask=None, **arguments)
 
 
 def test_the_mask_of_one_step_is_a_summand_and_that_of_a_prompt_is_not() -> None:

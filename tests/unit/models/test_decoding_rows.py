@@ -122,8 +122,8 @@ def test_sampled_tokens_and_logprobs_are_those_of_a_padded_forward(
         assert answer == (cumulative <= uniforms[index, : len(answer), None]).sum(-1).tolist()
         assert all((token in ENDS) == (step == len(answer) - 1) for step, token in enumerate(answer[: LIMIT - 1]))
         expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
-        found = torch.tensor(steps.logprobs[number][: len(answer)], dtype=torch.float64)
-        torch.testing.assert_close(found, expected, rtol=0.0, atol=1e-5)
+        logprobs = torch.tensor(steps.logprobs[number][: len(answer)], dtype=torch.float64)
+        torch.testing.assert_close(logprobs, expected, rtol=0.0, atol=1e-5)
 
 
 def test_many_prompts_take_a_bounded_number_of_rows_and_columns(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:

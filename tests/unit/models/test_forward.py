@@ -38,17 +38,17 @@ def _with_adapter(model: Any, adapter: AdapterConfig, task: TaskType = TaskType.
 def _assert_same_statistics(output: Any, expected: Any) -> None:
     mask = output.label_mask
     for name in ("logprobs", "entropy", "mean_logits"):
-        found = getattr(output, "log_probs" if name == "logprobs" else name)
-        assert relative(found[mask], getattr(expected, name)) < 1e-5, name
-        assert found[~mask].abs().sum() == 0, name
+        statistic = getattr(output, "log_probs" if name == "logprobs" else name)
+        assert relative(statistic[mask], getattr(expected, name)) < 1e-5, name
+        assert statistic[~mask].abs().sum() == 0, name
     assert torch.equal(output.is_top1[mask], expected.is_top1)
     assert relative(output.loss, expected.loss) < 1e-5
 
 
 def _assert_same_gradients(model: torch.nn.Module, other: torch.nn.Module) -> None:
-    found, expected = gradients(model), gradients(other)
-    assert found.keys() == expected.keys()
-    for name, gradient in found.items():
+    model_gradients, expected = gradients(model), gradients(other)
+    assert model_gradients.keys() == expected.keys()
+    for name, gradient in model_gradients.items():
         assert relative(gradient, expected[name]) < 1e-5, name
 
 
@@ -219,10 +219,10 @@ def test_filling_of_the_stream_changes_nothing(monkeypatch: pytest.MonkeyPatch, 
     seen: list[int] = []
     model.model.layers[0].mlp.register_forward_hook(lambda _, given, __: seen.append(given[0].shape[1]))
     batch = padded(ROWS[rows])
-    found, expected = model(**batch.arguments(), fused_lm_head=True).loss, plain(reference, batch).loss
-    found.backward()
+    loss, expected = model(**batch.arguments(), fused_lm_head=True).loss, plain(reference, batch).loss
+    loss.backward()
     expected.backward()
-    assert relative(found, expected) < 1e-6
+    assert relative(loss, expected) < 1e-6
     _assert_same_gradients(model, reference)
     assert seen[0] % multiple == 0
 
@@ -288,9 +288,9 @@ def test_other_calls_of_the_model_are_unchanged() -> None:
     reference = twin(model)
     install_causal(model)
     batch = padded(ROWS["ragged"])
-    told = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    kept = batch.attention_mask.bool()
-    assert relative(model(**told).logits[kept], reference(**told).logits[kept]) < 1e-5
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    is_real = batch.attention_mask.bool()
+    assert relative(model(**inputs).logits[is_real], reference(**inputs).logits[is_real]) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -368,10 +368,10 @@ def test_the_offset_is_subtracted_from_every_score() -> None:
     model = tiny_scorer()
     install_scalar(model)
     batch = padded(ROWS["ragged"])
-    told = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    before = model(**told).logits
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    before = model(**inputs).logits
     model.score_offset.fill_(0.75)
-    close(model(**told).logits, before - 0.75, atol=1e-6)
+    close(model(**inputs).logits, before - 0.75, atol=1e-6)
 
 
 def test_a_stream_and_a_padded_batch_get_the_same_scores() -> None:
@@ -389,11 +389,11 @@ def test_pad_ids_at_the_end_of_a_row_count_as_the_mask_says() -> None:
     model = tiny_scorer()
     install_scalar(model)
     with_end, without = torch.tensor([[5, 6, PAD]]), torch.tensor([[5, 6, 9]])
-    ones = torch.ones(1, 3)
-    score = model(input_ids=with_end, attention_mask=ones).logits
+    mask = torch.ones(1, 3)
+    score = model(input_ids=with_end, attention_mask=mask).logits
     expected = _plain_score(twin(tiny_scorer()), [5, 6, PAD])
     assert relative(score[0, 0], expected) < 1e-5
-    assert not torch.equal(score, model(input_ids=without, attention_mask=ones).logits)
+    assert not torch.equal(score, model(input_ids=without, attention_mask=mask).logits)
 
 
 @pytest.mark.parametrize("adapter", [FULL, LORA], ids=["full", "lora"])
@@ -412,7 +412,10 @@ def test_under_autocast_gradients_stay_close_to_those_of_the_plain_forward(
     expected = plain(reference, batch).loss
     expected.backward()
     assert relative(loss, expected) < 0.02
-    found, wanted = gradients(model), gradients(reference)
+    model_gradients, reference_gradients = gradients(model), gradients(reference)
     for name in ("q_proj", "v_proj", "down_proj"):
-        mine, theirs = (torch.cat([g.flatten() for n, g in told.items() if name in n]) for told in (found, wanted))
-        assert relative(mine, theirs) < 0.15, name
+        of_model, of_reference = (
+            torch.cat([g.flatten() for n, g in by_name.items() if name in n])
+            for by_name in (model_gradients, reference_gradients)
+        )
+        assert relative(of_model, of_reference) < 0.15, name

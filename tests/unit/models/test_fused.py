@@ -34,8 +34,8 @@ def test_a_fused_norm_equals_the_models_own(kind: Any) -> None:
     fused = copy.deepcopy(own)
     assert fuse_norms(fused) == 1
     x, upstream = torch.randn(2, 3, 16, generator=rng), torch.randn(2, 3, 16, generator=rng)
-    for found, expected in zip(_grads(fused, x, upstream), _grads(own, x, upstream), strict=True):
-        assert relative(found, expected) < 1e-6
+    for tensor, expected in zip(_grads(fused, x, upstream), _grads(own, x, upstream), strict=True):
+        assert relative(tensor, expected) < 1e-6
 
 
 @pytest.mark.parametrize("tokens", [(5,), (2, 600)], ids=["few numbers", "many numbers"])
@@ -48,11 +48,11 @@ def test_a_fused_norm_rounds_as_the_models_own(kind: Any, weights: torch.dtype, 
     fused = copy.deepcopy(own)
     assert fuse_norms(fused) == 1
     x, upstream = (torch.randn(*tokens, 64, generator=rng).bfloat16() for _ in range(2))
-    (found, slope, _), (expected, own_slope, _) = (_grads(norm, x * 7, upstream) for norm in (fused, own))
-    assert found.dtype == expected.dtype
+    (output, slope, _), (expected, own_slope, _) = (_grads(norm, x * 7, upstream) for norm in (fused, own))
+    assert output.dtype == expected.dtype
     assert relative(slope, own_slope) < 1e-2
-    assert relative(found, expected) < 1e-3
-    assert float((found != expected).float().mean()) < 0.02, "another order of summing may round a few otherwise"
+    assert relative(output, expected) < 1e-3
+    assert float((output != expected).float().mean()) < 0.02, "another order of summing may round a few otherwise"
 
 
 class OddRMSNorm(LlamaRMSNorm):
@@ -76,8 +76,13 @@ def test_a_norm_is_fused_once() -> None:
 
 
 def _with_lora(*, fused: bool, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
-    told: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": TaskType.CAUSAL_LM}
-    model = get_peft_model(tiny_model("qwen2", attention_bias=True).to(dtype), LoraConfig(**told | changes))
+    settings: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": "all-linear",
+        "task_type": TaskType.CAUSAL_LM,
+    }
+    model = get_peft_model(tiny_model("qwen2", attention_bias=True).to(dtype), LoraConfig(**settings | changes))
     liven(model)
     if fused:
         fuse_adapters(model)
@@ -99,18 +104,18 @@ IDS = torch.tensor([[5, 9, 2, 7, 11, 12, 2]])
 )
 def test_a_fused_layer_equals_pefts(changes: dict[str, Any]) -> None:
     """What the function does not serve (dropout at work, biases that are learned) goes PEFT's way."""
-    outputs, found = [], []
+    outputs, grads = [], []
     for fused in (True, False):
         model = _with_lora(fused=fused, **changes).train()
         torch.manual_seed(0)
         logits = model(input_ids=IDS).logits
         logits.square().sum().backward()
         outputs.append(logits)
-        found.append(gradients(model))
+        grads.append(gradients(model))
     assert relative(*outputs) < 1e-6
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        assert relative(gradient, found[1][name]) < 1e-5, name
+    assert grads[0].keys() == grads[1].keys()
+    for name, gradient in grads[0].items():
+        assert relative(gradient, grads[1][name]) < 1e-5, name
 
 
 def test_rows_with_adapters_of_their_own_count_as_in_peft() -> None:

@@ -54,7 +54,7 @@ OTHERS: dict[str, PreTrainedConfig] = {
 def _own_greedy(model: torch.nn.Module, prompt: list[int], *, ends: list[int], limit: int) -> list[int]:
     """transformers' generate on one row by itself."""
     ids = torch.tensor([prompt])
-    found = model.generate(
+    generated = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         do_sample=False,
@@ -62,7 +62,7 @@ def _own_greedy(model: torch.nn.Module, prompt: list[int], *, ends: list[int], l
         eos_token_id=ends,
         pad_token_id=0,
     )
-    return found[0, len(prompt) :].tolist()
+    return generated[0, len(prompt) :].tolist()
 
 
 def _other_model(name: str) -> torch.nn.Module:
@@ -82,8 +82,8 @@ Maker = Callable[..., Any]
 def made(request: pytest.FixtureRequest) -> Maker:
     """Makes tiny models whose prompts are read in one stream, as in the stages, or padded."""
 
-    def make(*args: Any, **told: Any) -> Any:
-        model = tiny_model(*args, **told)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        model = tiny_model(*args, **kwargs)
         if request.param == "flat":
             use_flat_attention(model)
         return model
@@ -102,29 +102,29 @@ def test_greedy_answers_equal_those_of_transformers_row_by_row(architecture: str
     use_flat_attention(model)
     free = [_own_greedy(reference, prompt, ends=[], limit=12) for prompt in PROMPTS]
     ends = [free[0][2], free[2][5]]
-    found = generate(model, PROMPTS, max_new_tokens=12, end_ids=ends, batch_size=batch_size)
-    assert found == [_own_greedy(reference, prompt, ends=ends, limit=12) for prompt in PROMPTS]
-    assert len({len(answer) for answer in found}) > 1, "rows should finish at different steps"
+    answers = generate(model, PROMPTS, max_new_tokens=12, end_ids=ends, batch_size=batch_size)
+    assert answers == [_own_greedy(reference, prompt, ends=ends, limit=12) for prompt in PROMPTS]
+    assert len({len(answer) for answer in answers}) > 1, "rows should finish at different steps"
 
 
 def test_a_model_with_a_sliding_window_answers_as_transformers_does() -> None:
     model, reference = (tiny_model("mistral", sliding_window=3) for _ in range(2))
-    found = generate(model, PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
-    assert found == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
+    answers = generate(model, PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
+    assert answers == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("batch_size", [2, 5])
 @pytest.mark.parametrize("name", OTHERS)
 def test_windows_capped_scores_and_normalised_heads_are_those_of_the_model(name: str, batch_size: int) -> None:
     model, reference = _other_model(name), _other_model(name)
-    found = generate(model, PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=batch_size)
-    assert found == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
+    answers = generate(model, PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=batch_size)
+    assert answers == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
 
 
 def test_a_model_with_learned_positions_answers_as_transformers_does() -> None:
     model, reference = tiny_model("gpt2"), tiny_model("gpt2")
-    found = generate(model, PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=2)
-    assert found == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
+    answers = generate(model, PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=2)
+    assert answers == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
@@ -138,9 +138,9 @@ def test_answers_never_depend_on_the_room_of_the_cache_or_on_when_rows_leave(
     monkeypatch.setattr(cache_module if name == "ROOM" else generate_module, name, value)
     free = [_own_greedy(reference, prompt, ends=[], limit=40) for prompt in PROMPTS]
     ends = [free[0][9], free[3][20]]
-    found = generate(model, PROMPTS, max_new_tokens=40, end_ids=ends, batch_size=5)
-    assert found == [_own_greedy(reference, prompt, ends=ends, limit=40) for prompt in PROMPTS]
-    assert len({len(answer) for answer in found}) > 1, "rows should finish at different steps"
+    answers = generate(model, PROMPTS, max_new_tokens=40, end_ids=ends, batch_size=5)
+    assert answers == [_own_greedy(reference, prompt, ends=ends, limit=40) for prompt in PROMPTS]
+    assert len({len(answer) for answer in answers}) > 1, "rows should finish at different steps"
 
 
 @pytest.mark.parametrize("tokens", [1, 9, 20, 10_000])
@@ -161,14 +161,14 @@ def test_the_order_of_prompts_never_changes_an_answer(made: Maker, seed: int) ->
     uniforms = _uniforms(len(prompts), 16)
     order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
 
-    def answers(places: list[int]) -> list[list[int]]:
+    def answers(indices: list[int]) -> list[list[int]]:
         return generate(
             model,
-            [prompts[i] for i in places],
+            [prompts[i] for i in indices],
             max_new_tokens=16,
             end_ids=[END],
             batch_size=4,
-            sampling=Sampling(temperature=1.0, uniforms=uniforms[places]),
+            sampling=Sampling(temperature=1.0, uniforms=uniforms[indices]),
         )
 
     straight = answers(list(range(len(prompts))))
@@ -199,9 +199,9 @@ def test_an_adapter_that_is_active_counts(made: Maker) -> None:
     merged = add_adapter(tiny_model(), AdapterConfig(rank=4), TaskType.CAUSAL_LM).eval()
     liven(merged)
     reference = merged.merge_and_unload()
-    found = generate(unwrapped(adapted), PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
-    assert found == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
-    assert found != generate(made(), PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
+    answers = generate(unwrapped(adapted), PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
+    assert answers == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
+    assert answers != generate(made(), PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -263,8 +263,8 @@ def test_rows_that_finish_early_leave_the_others_unchanged(made: Maker) -> None:
     prompts = [[5, 6, 7], [4], [5, 5], [6, 4, 4, 5]]
     never = generate(model, prompts, max_new_tokens=12, end_ids=[], batch_size=4, sampling=sampling)
     for end in range(8):
-        found = generate(model, prompts, max_new_tokens=12, end_ids=[end], batch_size=4, sampling=sampling)
-        for answer, endless in zip(found, never, strict=True):
+        answers = generate(model, prompts, max_new_tokens=12, end_ids=[end], batch_size=4, sampling=sampling)
+        for answer, endless in zip(answers, never, strict=True):
             cut = endless.index(end) + 1 if end in endless else len(endless)
             assert answer == endless[:cut]
 
@@ -321,10 +321,10 @@ def test_random_uniforms_pass_a_chi_square_test_on_two_steps(made: Maker) -> Non
     seen = Counter(map(tuple, answers))
     statistic = 0.0
     for first in range(4):
-        one = oracle.log_softmax(model(torch.tensor([[1, 3]])).logits[0, -1].tolist(), temperature=2.0)[first]
+        first_logprob = oracle.log_softmax(model(torch.tensor([[1, 3]])).logits[0, -1].tolist(), temperature=2.0)[first]
         after = model(torch.tensor([[1, 3, first]])).logits[0, -1].tolist()
-        for second, two in enumerate(oracle.log_softmax(after, temperature=2.0)):
-            expected = count * float(torch.tensor(one + two).exp())
+        for second, second_logprob in enumerate(oracle.log_softmax(after, temperature=2.0)):
+            expected = count * float(torch.tensor(first_logprob + second_logprob).exp())
             statistic += (seen[first, second] - expected) ** 2 / expected
     assert 2.0 < statistic < 37.7
 
@@ -341,9 +341,9 @@ def test_sampling_inverts_the_cumulative_distribution(vocabulary: int, temperatu
     probabilities = torch.tensor(oracle.log_softmax(finite, temperature=temperature), dtype=torch.float64).exp()
     cumulative = list(itertools.accumulate(probabilities.tolist()))
     uniforms = _uniforms(2_000, 1)[:, 0]
-    found = sampled_tokens(logits.expand(2_000, -1), uniforms, temperature)
+    tokens = sampled_tokens(logits.expand(2_000, -1), uniforms, temperature)
     checked = 0
-    for uniform, token in zip(uniforms.tolist(), found.tolist(), strict=True):
+    for uniform, token in zip(uniforms.tolist(), tokens.tolist(), strict=True):
         if min(abs(uniform - step) for step in cumulative) > 1e-6:
             assert token == bisect.bisect_right(cumulative, uniform)
             checked += 1
@@ -380,19 +380,19 @@ def test_the_ends_of_the_unit_interval_give_tokens_of_the_vocabulary(uniform: fl
 
 
 def test_progress_counts_the_prompts_that_are_done(made: Maker) -> None:
-    told: list[int] = []
-    generate(made(), PROMPTS, max_new_tokens=2, end_ids=[], batch_size=2, progress=told.append)
-    assert told == [2, 4, 5]
+    counts: list[int] = []
+    generate(made(), PROMPTS, max_new_tokens=2, end_ids=[], batch_size=2, progress=counts.append)
+    assert counts == [2, 4, 5]
 
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_an_answer_that_may_outgrow_the_models_positions_is_refused(window: int | None) -> None:
     model = tiny_model("mistral", sliding_window=window, max_position_embeddings=8)
     use_flat_attention(model)
-    told: dict[str, Any] = {"end_ids": [], "batch_size": 2}
-    assert [len(answer) for answer in generate(model, [[5], [5, 6, 7]], max_new_tokens=5, **told)] == [5, 5]
+    options: dict[str, Any] = {"end_ids": [], "batch_size": 2}
+    assert [len(answer) for answer in generate(model, [[5], [5, 6, 7]], max_new_tokens=5, **options)] == [5, 5]
     with pytest.raises(ModelError, match="a row of 9 tokens is longer than the model's 8 positions"):
-        generate(model, [[5], [5, 6, 7]], max_new_tokens=6, **told)
+        generate(model, [[5], [5, 6, 7]], max_new_tokens=6, **options)
 
 
 def test_an_empty_prompt_is_refused() -> None:

@@ -43,13 +43,17 @@ def test_statistics_equal_the_slow_loops(
     monkeypatch.setattr(head_chunks, "IN_CACHE", at_once * 11)
     hidden, weight, labels = figures
     logits = bounded(hidden.double() @ weight.double().T, cap).tolist()
-    found = token_statistics(hidden, weight, labels, temperature=temperature, cap=cap)
+    statistics = token_statistics(hidden, weight, labels, temperature=temperature, cap=cap)
     pairs = list(zip(logits, labels.tolist(), strict=True))
-    close(found.logprobs, [oracle.log_softmax(row, temperature=temperature)[label] for row, label in pairs], atol=1e-6)
-    close(found.entropy, [oracle.entropy(row, temperature=temperature) for row, _ in pairs], atol=1e-6)
-    close(found.mean_logits, [sum(row) / len(row) / temperature for row, _ in pairs], atol=1e-6)
-    assert found.is_top1.tolist() == [oracle.is_likeliest(row, label) for row, label in pairs]
-    assert found.is_top1[0]
+    close(
+        statistics.logprobs,
+        [oracle.log_softmax(row, temperature=temperature)[label] for row, label in pairs],
+        atol=1e-6,
+    )
+    close(statistics.entropy, [oracle.entropy(row, temperature=temperature) for row, _ in pairs], atol=1e-6)
+    close(statistics.mean_logits, [sum(row) / len(row) / temperature for row, _ in pairs], atol=1e-6)
+    assert statistics.is_top1.tolist() == [oracle.is_likeliest(row, label) for row, label in pairs]
+    assert statistics.is_top1[0]
 
 
 def test_chunks_on_two_threads_give_the_same_statistics_and_gradients(
@@ -92,15 +96,15 @@ def test_gradients_equal_those_of_log_softmax(
     monkeypatch.setattr(head_chunks, "IN_CACHE", 2 * 11)
     hidden, weight, labels = figures
     upstream = torch.randn(7, generator=torch.Generator().manual_seed(1))
-    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)]
-    theirs = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
-    (token_statistics(*ours, labels, temperature=temperature, cap=cap).logprobs * upstream).sum().backward()
-    logits = bounded(theirs[0] @ theirs[1].T, cap)
+    inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)]
+    exact_inputs = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    (token_statistics(*inputs, labels, temperature=temperature, cap=cap).logprobs * upstream).sum().backward()
+    logits = bounded(exact_inputs[0] @ exact_inputs[1].T, cap)
     plain = (logits / temperature).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
     (plain * upstream).sum().backward()
-    for mine, other in zip(ours, theirs, strict=True):
-        if mine.requires_grad:
-            close(mine.grad, other.grad, atol=1e-5)
+    for tensor, exact in zip(inputs, exact_inputs, strict=True):
+        if tensor.requires_grad:
+            close(tensor.grad, exact.grad, atol=1e-5)
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
@@ -118,17 +122,17 @@ def test_an_entropy_has_the_gradient_of_the_whole_distributions_entropy(
     monkeypatch.setattr(head_chunks, "IN_CACHE", 2 * 11)
     hidden, weight, labels = figures
     upstream = torch.randn(2, 7, generator=torch.Generator().manual_seed(1))
-    ours = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)]
-    theirs = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
-    found = token_statistics(*ours, labels, temperature=temperature, entropy_gradient=True, cap=cap)
-    (found.logprobs * upstream[0] + found.entropy * upstream[1]).sum().backward()
-    plain = (bounded(theirs[0] @ theirs[1].T, cap) / temperature).log_softmax(-1)
+    inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)]
+    exact_inputs = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
+    statistics = token_statistics(*inputs, labels, temperature=temperature, entropy_gradient=True, cap=cap)
+    (statistics.logprobs * upstream[0] + statistics.entropy * upstream[1]).sum().backward()
+    plain = (bounded(exact_inputs[0] @ exact_inputs[1].T, cap) / temperature).log_softmax(-1)
     entropy = -(plain.exp() * plain).sum(-1)
     (plain.gather(-1, labels[:, None]).squeeze(-1) * upstream[0] + entropy * upstream[1]).sum().backward()
-    close(found.entropy.detach(), entropy.detach(), atol=1e-6)
-    for mine, other in zip(ours, theirs, strict=True):
-        if mine.requires_grad:
-            close(mine.grad, other.grad, atol=1e-5)
+    close(statistics.entropy.detach(), entropy.detach(), atol=1e-6)
+    for tensor, exact in zip(inputs, exact_inputs, strict=True):
+        if tensor.requires_grad:
+            close(tensor.grad, exact.grad, atol=1e-5)
 
 
 def test_a_frozen_head_gets_no_gradient(figures: tuple[torch.Tensor, ...]) -> None:
@@ -141,13 +145,13 @@ def test_a_frozen_head_gets_no_gradient(figures: tuple[torch.Tensor, ...]) -> No
 
 def test_statistics_other_than_logprobs_carry_no_gradient(figures: tuple[torch.Tensor, ...]) -> None:
     hidden, weight, labels = figures
-    found = token_statistics(hidden.clone().requires_grad_(), weight, labels)
-    assert found.logprobs.requires_grad
-    assert not found.entropy.requires_grad
-    assert not found.mean_logits.requires_grad
+    statistics = token_statistics(hidden.clone().requires_grad_(), weight, labels)
+    assert statistics.logprobs.requires_grad
+    assert not statistics.entropy.requires_grad
+    assert not statistics.mean_logits.requires_grad
 
 
 def test_huge_logits_stay_finite() -> None:
-    found = token_statistics(torch.tensor([[1e4], [-1e4]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 0]))
-    close(found.logprobs, [0.0, -2e4])
-    close(found.entropy, [0.0, 0.0])
+    statistics = token_statistics(torch.tensor([[1e4], [-1e4]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 0]))
+    close(statistics.logprobs, [0.0, -2e4])
+    close(statistics.entropy, [0.0, 0.0])

@@ -23,7 +23,7 @@ from tests.unit.models.conftest import relative
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
-def test_weights_laid_out_give_the_same_products(bias: bool, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prepacked_weights_give_the_same_products(bias: bool, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed by oneDNN where the processor has bfloat16 products, and converted once where it has none."""
     if not packed:
         monkeypatch.setattr(layout, "_has_layout", lambda _: False)
@@ -34,9 +34,9 @@ def test_weights_laid_out_give_the_same_products(bias: bool, packed: bool, monke
         expected = layer(states)
         with prepacked(layer, 6):
             assert "forward" in vars(layer[0])
-            found = layer(states)
-    assert found.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=2**-7)
+            output = layer(states)
+    assert output.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(output.float(), expected.float(), rtol=2**-7, atol=2**-7)
 
 
 def test_layers_that_have_a_forward_or_weights_of_another_kind_are_left_alone() -> None:
@@ -60,17 +60,17 @@ def _changed(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
     return before
 
 
-def test_an_adapter_counts_while_weights_are_laid_out() -> None:
+def test_an_adapter_counts_while_weights_are_prepacked() -> None:
     model = add_adapter(tiny_model().to(torch.bfloat16), AdapterConfig(rank=4), TaskType.CAUSAL_LM).eval()
     liven(model)
     ids = torch.tensor([[5, 6, 7]])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(ids).logits.float()
         with prepacked(model.get_base_model(), 1):
-            found = model(ids).logits.float()
+            logits = model(ids).logits.float()
         with model.disable_adapter():
             without = model(ids).logits.float()
-    assert (found - expected).abs().max() < 0.1 * (without - expected).abs().max()
+    assert (logits - expected).abs().max() < 0.1 * (without - expected).abs().max()
 
 
 def _adapted(architecture: str, adapter: AdapterConfig | None) -> Any:
@@ -114,18 +114,18 @@ def test_layers_of_one_input_are_one_product_and_give_the_same(
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = model(ids).logits.float()
         with prepacked(model, 8):
-            found = model(ids).logits.float()
+            logits = model(ids).logits.float()
             for part in (model, model.base_model):  # as evaluation does around sampling and scoring
                 with prepacked(part, 8):
-                    assert torch.equal(model(ids).logits.float(), found)
+                    assert torch.equal(model(ids).logits.float(), logits)
             joined = [name for name, module in model.named_modules() if JOINT in vars(module)]
             assert len(joined) == 2 * model.config.num_hidden_layers or not (on_device or _has_own_layout())
-            assert torch.equal(model(ids).logits.float(), found)
+            assert torch.equal(model(ids).logits.float(), logits)
         exact = copy.deepcopy(model).float()
         with torch.autocast("cpu", enabled=False):
             truth = exact(ids).logits
     bound = 0.03 if adapter is not None and adapter.kind is AdapterKind.dora else 0.02  # it rounds once more
-    assert relative(found, truth) < bound
+    assert relative(logits, truth) < bound
     assert relative(expected, truth) < bound
 
 
@@ -146,10 +146,10 @@ def test_on_a_device_only_small_models_and_few_rows_are_copied(monkeypatch: pyte
 
 
 @pytest.mark.parametrize("active", [["default"], ["default", "second"]])
-def test_adapters_of_unlike_ranks_and_scales_count_while_weights_are_laid_out(active: list[str]) -> None:
-    told = LoraConfig(r=3, target_modules="all-linear", rank_pattern={"k_proj": 7, "up_proj": 1}, use_rslora=True)
+def test_adapters_of_unlike_ranks_and_scales_count_while_weights_are_prepacked(active: list[str]) -> None:
+    config = LoraConfig(r=3, target_modules="all-linear", rank_pattern={"k_proj": 7, "up_proj": 1}, use_rslora=True)
     torch.manual_seed(0)
-    model = get_peft_model(tiny_model().to(torch.bfloat16), told)
+    model = get_peft_model(tiny_model().to(torch.bfloat16), config)
     model.add_adapter("second", LoraConfig(r=5, lora_alpha=20, target_modules=["v_proj", "up_proj", "o_proj"]))
     model.base_model.set_adapter(active)
     liven(model)
@@ -159,10 +159,10 @@ def test_adapters_of_unlike_ranks_and_scales_count_while_weights_are_laid_out(ac
     with torch.no_grad():
         truth = copy.deepcopy(model).float()(ids).logits
         with torch.autocast("cpu", dtype=torch.bfloat16), prepacked(model.get_base_model(), 8):
-            found = model(ids).logits.float()
+            logits = model(ids).logits.float()
         model.base_model.set_adapter("default" if len(active) == 2 else "second")
         other = model(ids).logits.float()
-    assert relative(found, truth) < 0.02 < 0.1 < relative(other, truth)
+    assert relative(logits, truth) < 0.02 < 0.1 < relative(other, truth)
 
 
 def _has_own_layout() -> bool:
@@ -200,7 +200,7 @@ def test_a_layout_that_is_interrupted_leaves_nothing_behind(monkeypatch: pytest.
     assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
 
 
-def test_what_was_laid_out_is_gone_afterwards() -> None:
+def test_what_was_prepacked_is_gone_afterwards() -> None:
     model = _adapted("llama", AdapterConfig(rank=4))
 
     def held() -> dict[str, dict[str, Any]]:

@@ -58,9 +58,9 @@ def base(tmp_path: Path) -> Lineage:
     return Lineage(source=BASE_SOURCE, base=save_tiny_model(tmp_path / "base"), adapters=())
 
 
-def _trained(found: Lineage, adapter: AdapterConfig) -> torch.nn.Module:
+def _trained(start: Lineage, adapter: AdapterConfig) -> torch.nn.Module:
     """A policy that differs from what it started from."""
-    model = add_adapter(load_policy(found, torch.float32), adapter, TaskType.CAUSAL_LM)
+    model = add_adapter(load_policy(start, torch.float32), adapter, TaskType.CAUSAL_LM)
     liven(model)
     if adapter.kind is AdapterKind.full:
         model.model.norm.weight.data.mul_(1.5)
@@ -79,12 +79,12 @@ def test_a_policy_trained_in_two_stages_is_found_again(
     sft = _trained(base, first)
     sft_input = publish_tiny(sft_spec, sft, base)
     dpo_spec = tiny_spec(tmp_path, DpoConfig(adapter=second), inputs={"init": sft_input})
-    found = lineage(dpo_spec, sft_input)
-    close(load_policy(found, torch.float32)(IDS).logits, sft(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
-    dpo = _trained(found, second)
-    dpo_input = publish_tiny(dpo_spec, dpo, found)
-    found = lineage(dpo_spec, dpo_input)
-    again = load_policy(found, torch.float32)(IDS).logits
+    restored = lineage(dpo_spec, sft_input)
+    close(load_policy(restored, torch.float32)(IDS).logits, sft(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+    dpo = _trained(restored, second)
+    dpo_input = publish_tiny(dpo_spec, dpo, restored)
+    restored = lineage(dpo_spec, dpo_input)
+    again = load_policy(restored, torch.float32)(IDS).logits
     close(again, dpo(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
     assert relative(again, sft(input_ids=IDS).logits) > 1e-3, "the second stage should matter"
 
@@ -103,9 +103,9 @@ def test_an_artifact_never_needs_the_one_it_was_made_from(tmp_path: Path, base: 
         folder = tmp_path / adapter.kind.value
         sft_input = publish_tiny(tiny_spec(folder, SftConfig(), base_path=base.base), _trained(base, adapter), base)
         spec = tiny_spec(folder, DpoConfig(), base_path=base.base, inputs={"init": sft_input})
-        found = lineage(spec, sft_input)
-        dpo = _trained(found, LORA)
-        dpo_input = publish_tiny(spec, dpo, found)
+        sft_lineage = lineage(spec, sft_input)
+        dpo = _trained(sft_lineage, LORA)
+        dpo_input = publish_tiny(spec, dpo, sft_lineage)
         sft_input.path.rename(folder / "elsewhere")
         assert not sft_input.path.exists()
         close(
@@ -120,8 +120,8 @@ def test_base_and_plain_folders_are_lineages_without_adapters(tmp_path: Path, ba
     spec = tiny_spec(tmp_path, SftConfig())
     assert lineage(spec, StageInput(ref="base", path=None)) == base
     other = save_tiny_model(tmp_path / "other", seed=3)
-    found = lineage(spec, StageInput(ref=f"path:{other}", path=other))
-    assert found == Lineage(source=f"path:{other}", base=other, adapters=())
+    plain = lineage(spec, StageInput(ref=f"path:{other}", path=other))
+    assert plain == Lineage(source=f"path:{other}", base=other, adapters=())
 
 
 def test_an_artifact_of_another_base_is_refused(tmp_path: Path, base: Lineage) -> None:
@@ -142,9 +142,9 @@ def test_the_same_base_under_another_name_is_the_same_base(tmp_path: Path, base:
 
 def test_a_stage_that_started_from_another_folder_is_found_there(tmp_path: Path, base: Lineage) -> None:
     other = save_tiny_model(tmp_path / "other", seed=3)
-    found = Lineage(source=f"path:{other}", base=other, adapters=())
+    start = Lineage(source=f"path:{other}", base=other, adapters=())
     made_on = {"base": {"content": "one"}}
-    sft_input = publish_tiny(tiny_spec(tmp_path, SftConfig(), identity=made_on), _trained(found, LORA), found)
+    sft_input = publish_tiny(tiny_spec(tmp_path, SftConfig(), identity=made_on), _trained(start, LORA), start)
     spec = tiny_spec(tmp_path, DpoConfig(), identity=made_on)
     assert lineage(spec, sft_input).base == other
 
@@ -247,8 +247,8 @@ def test_a_fresh_head_is_drawn_with_the_published_width(base: Lineage) -> None:
 
 def test_the_trunk_of_a_reward_model_is_the_policys(tmp_path: Path, base: Lineage) -> None:
     sft_input = publish_tiny(tiny_spec(tmp_path, SftConfig()), _trained(base, LORA), base)
-    found = lineage(tiny_spec(tmp_path, PpoConfig()), sft_input)
-    policy, scorer = load_policy(found, torch.float32), load_scalar(found, torch.float32)
+    sft_lineage = lineage(tiny_spec(tmp_path, PpoConfig()), sft_input)
+    policy, scorer = load_policy(sft_lineage, torch.float32), load_scalar(sft_lineage, torch.float32)
     states = policy.base_model(IDS).last_hidden_state
     assert torch.equal(scorer.base_model(IDS).last_hidden_state, states)
 

@@ -32,12 +32,12 @@ def _layer(dtype: torch.dtype = torch.float32, *, bias: bool = False) -> nn.Line
 def test_a_weight_becomes_the_nearest_level_times_the_scale_of_its_block() -> None:
     """Scales are themselves rounded to eight bits, to within a few thousandths."""
     layer = _layer()
-    found = Nf4Linear(layer).dense()
+    dense = Nf4Linear(layer).dense()
     blocks = layer.weight.detach().view(-1, 64)
     scale = blocks.abs().amax(-1, keepdim=True)
     levels = torch.tensor(LEVELS)
     nearest = (blocks[..., None] / scale[..., None] - levels).abs().argmin(-1)
-    assert relative(found, (levels[nearest] * scale).view_as(found)) < 0.01
+    assert relative(dense, (levels[nearest] * scale).view_as(dense)) < 0.01
 
 
 def test_a_weight_takes_little_more_than_four_bits() -> None:
@@ -54,15 +54,15 @@ def test_products_and_gradients_are_those_of_the_weight_written_out(dtype: torch
     plain = _layer(dtype, bias=bias)
     plain.weight.data.copy_(held.dense())
     x = torch.randn(5, 128, dtype=dtype)
-    found = []
+    passes = []
     for layer in (held, plain):
         inputs = x.clone().requires_grad_()
         out = layer(inputs)
         out.float().square().sum().backward()
-        found.append((out, inputs.grad))
+        passes.append((out, inputs.grad))
     tolerance = 1e-6 if dtype is torch.float32 else 1e-2
-    assert relative(found[0][0].float(), found[1][0].float()) < tolerance
-    assert relative(found[0][1].float(), found[1][1].float()) < tolerance
+    assert relative(passes[0][0].float(), passes[1][0].float()) < tolerance
+    assert relative(passes[0][1].float(), passes[1][1].float()) < tolerance
 
 
 def test_under_autocast_products_are_made_in_its_format() -> None:

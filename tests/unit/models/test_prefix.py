@@ -55,23 +55,23 @@ def _ours(wrapped: Any) -> list[torch.Tensor]:
 def _pefts(wrapped: Any) -> list[torch.Tensor]:
     """By the forward of PEFT's class, one row at a time, with a cache in front."""
     wrapped.get_base_model().set_attn_implementation("eager")
-    found = [PeftModelForCausalLM.forward(wrapped, input_ids=torch.tensor([row])).logits[0] for row in ROWS]
+    logits = [PeftModelForCausalLM.forward(wrapped, input_ids=torch.tensor([row])).logits[0] for row in ROWS]
     wrapped.get_base_model().set_attn_implementation(ATTENTION)
-    return found
+    return logits
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_logits_and_gradients_are_pefts(architecture: str) -> None:
-    found = []
+    passes = []
     for compute in (_ours, _pefts):
         wrapped = _wrapped(architecture)
         logits = torch.cat(compute(wrapped))
         logits.square().mean().backward()
         trained = [p for p in wrapped.parameters() if p.requires_grad]
         assert len(trained) == 1, "the prefix alone is trained"
-        found.append((logits.detach(), trained[0].grad))
-    assert relative(found[0][0], found[1][0]) < 1e-5
-    assert relative(found[0][1], found[1][1]) < 1e-4
+        passes.append((logits.detach(), trained[0].grad))
+    assert relative(passes[0][0], passes[1][0]) < 1e-5
+    assert relative(passes[0][1], passes[1][1]) < 1e-4
 
 
 def test_the_prefix_counts() -> None:
@@ -104,8 +104,8 @@ def test_answers_follow_the_prefix(architecture: str, batch_size: int, monkeypat
     wrapped = _wrapped(architecture)
     base = wrapped.get_base_model()
     prompts = [[5, 6, 7], [9, 4, 4, 8, 8, 8, 1], [5, 6, 7], [3]]
-    found = generate(base, prompts, max_new_tokens=6, end_ids=[2], batch_size=batch_size)
-    for prompt, answer in zip(prompts, found, strict=True):
+    answers = generate(base, prompts, max_new_tokens=6, end_ids=[2], batch_size=batch_size)
+    for prompt, answer in zip(prompts, answers, strict=True):
         row = list(prompt)
         with torch.no_grad():
             for token in answer:
@@ -137,8 +137,8 @@ def test_texts_behind_prompts_that_were_read_follow_the_prefix() -> None:
     base = wrapped.get_base_model()
     use_flat_attention(base)
     prompts, texts = [[9, 4, 4, 8], [5, 6, 7]], [[[6, 2], [3, 3, 2]], [[2]]]
-    found = read(base, prompts).logprobs(base, texts)
-    for prompt, of_prompt, sums in zip(prompts, texts, found, strict=True):
+    logprobs = read(base, prompts).logprobs(base, texts)
+    for prompt, of_prompt, sums in zip(prompts, texts, logprobs, strict=True):
         for text, total in zip(of_prompt, sums, strict=True):
             with torch.no_grad():
                 whole = answer_statistics(base, answer_stream([prompt], [text], CPU)).logprobs
@@ -158,8 +158,8 @@ def base(tmp_path: Path) -> Lineage:
     return Lineage(source=BASE_SOURCE, base=save_tiny_model(tmp_path / "base"), adapters=())
 
 
-def _start(found: Lineage, adapter: AdapterConfig) -> Any:
-    model = load_start(found, adapter, Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU).eval()
+def _start(start: Lineage, adapter: AdapterConfig) -> Any:
+    model = load_start(start, adapter, Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU).eval()
     use_flat_attention(model.get_base_model())
     return model
 
@@ -168,37 +168,37 @@ def _saved(folder: Path, base: Lineage) -> tuple[list[torch.Tensor], Lineage]:
     model = _start(base, PREFIX)
     model.prompt_encoder["default"].embedding.weight.data.normal_(std=0.5)
     spec = tiny_spec(folder, SftConfig(adapter=PREFIX))
-    found = lineage(spec, publish_tiny(spec, model, base))
+    saved = lineage(spec, publish_tiny(spec, model, base))
     with torch.no_grad():
-        return _ours(model), found
+        return _ours(model), saved
 
 
 def test_it_is_found_again_by_us_and_by_peft(tmp_path: Path, base: Lineage) -> None:
-    said, found = _saved(tmp_path, base)
-    again = load_policy(found, torch.float32)
+    expected, saved = _saved(tmp_path, base)
+    again = load_policy(saved, torch.float32)
     use_flat_attention(again)
     rows = stream(ROWS[:1], CPU)
     with torch.no_grad():
-        close(again.lm_head(trunk_states(again.base_model, rows)), said[0], rtol=1e-5, atol=1e-5)
-        plain = PeftModel.from_pretrained(load_policy(base, torch.float32), str(found.adapters[0].path))
-        close(plain(input_ids=torch.tensor(ROWS[:1])).logits[0], said[0], rtol=1e-4, atol=1e-4)
+        close(again.lm_head(trunk_states(again.base_model, rows)), expected[0], rtol=1e-5, atol=1e-5)
+        plain = PeftModel.from_pretrained(load_policy(base, torch.float32), str(saved.adapters[0].path))
+        close(plain(input_ids=torch.tensor(ROWS[:1])).logits[0], expected[0], rtol=1e-4, atol=1e-4)
 
 
 def test_it_is_continued_and_nothing_is_put_on_it(tmp_path: Path, base: Lineage) -> None:
-    said, found = _saved(tmp_path, base)
+    expected, saved = _saved(tmp_path, base)
     continued = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=5, chain=CONTINUE)
-    model = _start(found, continued)
+    model = _start(saved, continued)
     with torch.no_grad():
-        close(torch.cat(_ours(model)), torch.cat(said), rtol=1e-5, atol=1e-5)
+        close(torch.cat(_ours(model)), torch.cat(expected), rtol=1e-5, atol=1e-5)
     assert [p.shape for p in model.parameters() if p.requires_grad] == [
         model.prompt_encoder["default"].embedding.weight.shape
     ]
     for other in (AdapterConfig(rank=4), AdapterConfig(rank=4, chain=Chain.stack), PREFIX):
         with pytest.raises(ConfigError, match="starts from a prefix"):
-            _start(found, other)
+            _start(saved, other)
     longer = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=6, chain=CONTINUE)
     with pytest.raises(ConfigError, match=r"adapter\.virtual_tokens: the adapter to continue has 5"):
-        _start(found, longer)
+        _start(saved, longer)
 
 
 def test_it_stands_on_merged_factors(tmp_path: Path, base: Lineage) -> None:
@@ -207,15 +207,15 @@ def test_it_stands_on_merged_factors(tmp_path: Path, base: Lineage) -> None:
         if "lora_B" in name:
             parameter.data.normal_(std=0.1)
     spec = tiny_spec(tmp_path, SftConfig(adapter=AdapterConfig(rank=4)))
-    found = lineage(spec, publish_tiny(spec, first, base))
-    model = _start(found, PREFIX)
+    saved = lineage(spec, publish_tiny(spec, first, base))
+    model = _start(saved, PREFIX)
     model.prompt_encoder["default"].embedding.weight.data.normal_(std=0.5)
     spec = tiny_spec(tmp_path, DpoConfig(adapter=PREFIX))
-    again = load_policy(lineage(spec, publish_tiny(spec, model, found)), torch.float32)
+    again = load_policy(lineage(spec, publish_tiny(spec, model, saved)), torch.float32)
     use_flat_attention(again)
     rows = stream(ROWS, CPU)
     with torch.no_grad():
-        states = [trunk_states(one.base_model, rows) for one in (again, model.get_base_model())]
+        states = [trunk_states(policy.base_model, rows) for policy in (again, model.get_base_model())]
     close(*states, rtol=1e-4, atol=1e-4)
 
 

@@ -43,9 +43,9 @@ def test_texts_are_worth_what_the_whole_row_says(
     monkeypatch.setattr(reading_module, "READ_TOKENS", tokens)
     monkeypatch.setattr(flat, "_multiple", lambda _: multiple)
     plain, model = tiny_model(architecture), _readable(architecture)
-    found = read(model, PROMPTS).logprobs(model, TEXTS)
-    assert [len(of_prompt) for of_prompt in found] == [len(of_prompt) for of_prompt in TEXTS]
-    for prompt, texts, sums in zip(PROMPTS, TEXTS, found, strict=True):
+    logprobs = read(model, PROMPTS).logprobs(model, TEXTS)
+    assert [len(of_prompt) for of_prompt in logprobs] == [len(of_prompt) for of_prompt in TEXTS]
+    for prompt, texts, sums in zip(PROMPTS, TEXTS, logprobs, strict=True):
         for text, total in zip(texts, sums, strict=True):
             with torch.no_grad():
                 logits = plain(torch.tensor([[*prompt, *text]])).logits[0, len(prompt) - 1 : -1].tolist()
@@ -63,8 +63,8 @@ def test_answers_are_the_same_as_without_a_reading(tokens: int, multiple: int, m
     sampling = Sampling(temperature=1.0, uniforms=uniforms)
     # Padded, since its attention is transformers' own.
     plain = generate(tiny_model(), prompts, max_new_tokens=9, end_ids=[2], batch_size=5, sampling=sampling)
-    told = {"max_new_tokens": 9, "end_ids": [2], "uniforms": uniforms}
-    assert answer_batch(model, prompts, **told, reading=read(model, prompts)) == plain
+    options = {"max_new_tokens": 9, "end_ids": [2], "uniforms": uniforms}
+    assert answer_batch(model, prompts, **options, reading=read(model, prompts)) == plain
     assert len({tuple(answer) for answer in plain}) > 2
 
 

@@ -37,12 +37,12 @@ def _roles(folder: Path, base: Lineage, adapter: AdapterConfig, reward_adapter: 
     return build_roles(tiny_spec(folder, PpoConfig()), base, reward, adapter, device=CPU)
 
 
-def _places(model: torch.nn.Module) -> set[int]:
+def _addresses(model: torch.nn.Module) -> set[int]:
     return {parameter.data_ptr() for parameter in model.parameters()}
 
 
 def _unshared_bytes(model: torch.nn.Module, owner: torch.nn.Module) -> int:
-    owned = _places(owner)
+    owned = _addresses(owner)
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.data_ptr() not in owned)
 
 
@@ -70,8 +70,8 @@ def test_moving_to_the_same_device_keeps_the_memory_shared(tmp_path: Path, base:
 def test_in_full_training_every_role_has_weights_of_its_own(tmp_path: Path, base: Lineage) -> None:
     roles = _roles(tmp_path, base, FULL)
     models = (roles.policy, roles.actor_critic.value, roles.reward, roles.frozen_reference)
-    places = [_places(model) for model in models]
-    assert sum(map(len, places)) == len(set.union(*places))
+    addresses = [_addresses(model) for model in models]
+    assert sum(map(len, addresses)) == len(set.union(*addresses))
 
 
 def test_sharing_takes_equal_frozen_weights_only() -> None:
@@ -122,9 +122,9 @@ def test_the_reference_is_the_policy_at_the_start_whatever_is_learned(
             if parameter.requires_grad:
                 parameter.add_(0.1)
     with torch.no_grad(), roles.reference() as reference:
-        found = answer_statistics(reference, PART).logprobs
+        of_reference = answer_statistics(reference, PART).logprobs
     now = answer_statistics(unwrapped(roles.policy), PART).logprobs.detach()
-    close(found, start, rtol=1e-4, atol=1e-5)
+    close(of_reference, start, rtol=1e-4, atol=1e-5)
     assert float((now - start).abs().max()) > 0.1
 
 

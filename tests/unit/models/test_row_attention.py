@@ -37,16 +37,16 @@ def _by_loops(
     parts = query.shape[0] // key.shape[0]
     out = []
     for head in range(query.shape[0]):
-        found = {}
+        attended = {}
         for row in rows:
-            places = [place for start, end in row.keys for place in range(start, end)]
+            indices = [index for start, end in row.keys for index in range(start, end)]
             for number, token in enumerate(range(*row.own)):
-                seen = places[: len(places) - row.queries + number + 1]
+                seen = indices[: len(indices) - row.queries + number + 1]
                 seen = seen if how.window is None else seen[-how.window :]
-                scores = torch.stack([query[head, token] @ key[head // parts, place] for place in seen]) * how.scale
+                scores = torch.stack([query[head, token] @ key[head // parts, index] for index in seen]) * how.scale
                 scores = scores if how.cap is None else how.cap * torch.tanh(scores / how.cap)
-                found[token] = torch.softmax(scores, 0) @ value[head // parts, seen]
-        out.append(torch.stack([found[token] for token in sorted(found)]))
+                attended[token] = torch.softmax(scores, 0) @ value[head // parts, seen]
+        out.append(torch.stack([attended[token] for token in sorted(attended)]))
     return torch.stack(out)
 
 
@@ -65,18 +65,18 @@ def test_values_and_gradients_are_those_of_the_definition(
     rng = torch.Generator().manual_seed(0)
     keys = max(end for row in rows for _, end in row.keys)
     shapes = (heads[0], 10, 8), (heads[1], keys, 8), (heads[1], keys, 5)
-    ours = [torch.randn(*shape, generator=rng).requires_grad_() for shape in shapes]
-    theirs = [states.detach().double().requires_grad_() for states in ours]
+    inputs = [torch.randn(*shape, generator=rng).requires_grad_() for shape in shapes]
+    exact_inputs = [states.detach().double().requires_grad_() for states in inputs]
     upstream = torch.randn(heads[0], 10, 5, generator=rng)
-    found, expected = attend(*ours, rows, how), _by_loops(*theirs, rows, how)  # type: ignore[call-arg]
+    attended, expected = attend(*inputs, rows, how), _by_loops(*exact_inputs, rows, how)  # type: ignore[call-arg]
     row_attention._plan.cache_clear()
-    torch.testing.assert_close(found, expected.float(), atol=1e-5, rtol=1e-5)
-    for mine, other in zip(
-        torch.autograd.grad(found, ours, upstream),
-        torch.autograd.grad(expected, theirs, upstream.double()),
+    torch.testing.assert_close(attended, expected.float(), atol=1e-5, rtol=1e-5)
+    for gradient, exact in zip(
+        torch.autograd.grad(attended, inputs, upstream),
+        torch.autograd.grad(expected, exact_inputs, upstream.double()),
         strict=True,
     ):
-        torch.testing.assert_close(mine, other.float(), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(gradient, exact.float(), atol=1e-5, rtol=1e-5)
 
 
 def test_short_rows_share_a_product_and_long_ones_stand_alone() -> None:
@@ -107,9 +107,9 @@ def test_no_product_has_more_scores_than_it_may() -> None:
 def test_what_is_no_number_stays_in_its_row() -> None:
     states = [torch.ones(2, 10, 8) for _ in range(3)]
     states[1][:, 0] = states[2][:, 0] = math.nan
-    found = attend(*states, (Row((0, 3), ((0, 3),)), Row((3, 10), ((3, 10),))), PLAIN)  # type: ignore[call-arg]
-    assert found[:, :3].isnan().all()
-    torch.testing.assert_close(found[:, 3:], torch.ones(2, 7, 8))
+    attended = attend(*states, (Row((0, 3), ((0, 3),)), Row((3, 10), ((3, 10),))), PLAIN)  # type: ignore[call-arg]
+    assert attended[:, :3].isnan().all()
+    torch.testing.assert_close(attended[:, 3:], torch.ones(2, 7, 8))
 
 
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
@@ -117,6 +117,6 @@ def test_in_bfloat16_values_stay_close(how: Scores) -> None:
     rng = torch.Generator().manual_seed(0)
     rows = SHAPES["a shared beginning"]
     states = [torch.randn(heads, 10, 16, generator=rng) for heads in (6, 2, 2)]
-    found = attend(*(part.bfloat16() for part in states), rows, how)  # type: ignore[call-arg]
+    attended = attend(*(part.bfloat16() for part in states), rows, how)  # type: ignore[call-arg]
     expected = _by_loops(*states, rows, how)  # type: ignore[call-arg]
-    assert float((found.float() - expected).norm() / expected.norm()) < 2e-2
+    assert float((attended.float() - expected).norm() / expected.norm()) < 2e-2

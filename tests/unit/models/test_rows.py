@@ -52,13 +52,13 @@ def test_a_short_beginning_is_not_shared() -> None:
 def test_every_token_is_found_where_it_is_said_to_stand(name: str, side: str, share: bool) -> None:
     batch = padded(ROWS[name], side=side, extra=1)
     rows = flatten(batch.input_ids, batch.attention_mask, share=share)
-    kept = batch.attention_mask.bool()
-    assert torch.equal(rows.input_ids[rows.index[kept]], batch.input_ids[kept])
-    assert torch.equal(rows.position_ids[rows.index[kept]], (kept.cumsum(-1) - 1)[kept])
+    is_real = batch.attention_mask.bool()
+    assert torch.equal(rows.input_ids[rows.index[is_real]], batch.input_ids[is_real])
+    assert torch.equal(rows.position_ids[rows.index[is_real]], (is_real.cumsum(-1) - 1)[is_real])
     assert rows.input_ids[rows.ends].tolist() == [(prompt + answer)[-1] for prompt, answer in ROWS[name]]
     for row, segment in enumerate(rows.segments):
         seen = torch.cat([torch.arange(*part) for part in segment.keys])
-        assert torch.equal(seen, rows.index[row][kept[row]])
+        assert torch.equal(seen, rows.index[row][is_real[row]])
 
 
 def test_an_empty_row_is_refused() -> None:

@@ -271,10 +271,10 @@ def test_weights_that_each_part_would_convert_are_not_divided(passes: list[tuple
     assert passes == [("MainThread", 6)]
 
 
-@pytest.mark.parametrize("place", ["dropout in evaluation", "no rate"])
-def test_models_that_draw_nothing_are_divided(place: str, passes: list[tuple[str, int]]) -> None:
+@pytest.mark.parametrize("reason", ["dropout in evaluation", "no rate"])
+def test_models_that_draw_nothing_are_divided(reason: str, passes: list[tuple[str, int]]) -> None:
     model = _dropout_without_a_module()
-    if place == "dropout in evaluation":
+    if reason == "dropout in evaluation":
         model.eval()
     else:
         model.base_model.layers[0].mlp.residual_dropout = 0.0

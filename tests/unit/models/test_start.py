@@ -43,9 +43,9 @@ def _adapter(kind: AdapterKind, chain: Chain = Chain.merge) -> AdapterConfig:
     return AdapterConfig(kind=kind, chain=chain, rank=4)
 
 
-def _start(found: Lineage, adapter: AdapterConfig, task: TaskType = TaskType.CAUSAL_LM) -> Any:
+def _start(start: Lineage, adapter: AdapterConfig, task: TaskType = TaskType.CAUSAL_LM) -> Any:
     torch.manual_seed(3)
-    return load_start(found, adapter, Dtype.float32, task=task, device=CPU).eval()
+    return load_start(start, adapter, Dtype.float32, task=task, device=CPU).eval()
 
 
 def _logits(model: Any) -> torch.Tensor:
@@ -64,8 +64,8 @@ def _first_stage(folder: Path, base: Lineage, adapter: AdapterConfig) -> tuple[t
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_saved_policy_says_what_it_said_in_training(tmp_path: Path, base: Lineage, kind: AdapterKind) -> None:
-    said, found = _first_stage(tmp_path, base, _adapter(kind))
-    close(_logits(load_policy(found, torch.float32)), said, rtol=1e-4, atol=1e-4)
+    expected, saved = _first_stage(tmp_path, base, _adapter(kind))
+    close(_logits(load_policy(saved, torch.float32)), expected, rtol=1e-4, atol=1e-4)
 
 
 @CHAINS
@@ -73,23 +73,23 @@ def test_a_second_stage_starts_where_the_first_ended(
     tmp_path: Path, base: Lineage, kind: AdapterKind, chain: Chain
 ) -> None:
     """Only merging into four bits rounds anew; the policy then starts a little elsewhere, and says so of itself."""
-    said, found = _first_stage(tmp_path, base, _adapter(kind))
-    start = _start(found, _adapter(kind, chain))
+    expected, saved = _first_stage(tmp_path, base, _adapter(kind))
+    start = _start(saved, _adapter(kind, chain))
     if kind is AdapterKind.qlora and chain is Chain.merge:
-        merged = load_policy(found, torch.float32)
+        merged = load_policy(saved, torch.float32)
         round_trunk(merged)
         close(_logits(start), _logits(merged), rtol=1e-4, atol=1e-4)
-        assert 1e-3 < relative(_logits(start), said) < 1.0
+        assert 1e-3 < relative(_logits(start), expected) < 1.0
     else:
-        close(_logits(start), said, rtol=1e-4, atol=1e-4)
+        close(_logits(start), expected, rtol=1e-4, atol=1e-4)
 
 
 @CHAINS
 def test_the_reference_stays_where_the_stage_began(
     tmp_path: Path, base: Lineage, kind: AdapterKind, chain: Chain
 ) -> None:
-    _, found = _first_stage(tmp_path, base, _adapter(kind))
-    model = _start(found, _adapter(kind, chain))
+    _, saved = _first_stage(tmp_path, base, _adapter(kind))
+    model = _start(saved, _adapter(kind, chain))
     began = _logits(model)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trained, "something is trained"
@@ -109,26 +109,26 @@ def test_the_reference_stays_where_the_stage_began(
 @CHAINS
 def test_a_chain_of_three_is_found_again(tmp_path: Path, base: Lineage, kind: AdapterKind, chain: Chain) -> None:
     """The third stage stacks on what the second left, so that folders of all kinds of standing lie in one artifact."""
-    _, found = _first_stage(tmp_path, base, _adapter(kind))
+    _, saved = _first_stage(tmp_path, base, _adapter(kind))
     third = AdapterKind.lora if kind is AdapterKind.dora else kind
     for number, adapter in enumerate((_adapter(kind, chain), _adapter(third, Chain.stack))):
         spec = tiny_spec(tmp_path / str(number), DpoConfig(adapter=adapter), base_path=base.base)
-        model = _start(found, adapter)
+        model = _start(saved, adapter)
         liven(model)
-        found = lineage(spec, publish_tiny(spec, model, found))
-        close(_logits(load_policy(found, torch.float32)), _logits(model), rtol=1e-4, atol=1e-4)
-    assert len(found.adapters) == (2 if chain is CONTINUE else 3)
+        saved = lineage(spec, publish_tiny(spec, model, saved))
+        close(_logits(load_policy(saved, torch.float32)), _logits(model), rtol=1e-4, atol=1e-4)
+    assert len(saved.adapters) == (2 if chain is CONTINUE else 3)
 
 
 def test_what_was_stacked_loads_in_peft_alone(tmp_path: Path, base: Lineage) -> None:
-    said, found = _first_stage(tmp_path, base, _adapter(AdapterKind.lora))
-    model = _start(found, _adapter(AdapterKind.lora, Chain.stack))
+    expected, saved = _first_stage(tmp_path, base, _adapter(AdapterKind.lora))
+    model = _start(saved, _adapter(AdapterKind.lora, Chain.stack))
     liven(model)
     spec = tiny_spec(tmp_path, DpoConfig(adapter=_adapter(AdapterKind.lora, Chain.stack)))
-    found = lineage(spec, publish_tiny(spec, model, found))
-    plain = PeftModel.from_pretrained(load_policy(base, torch.float32), str(found.adapters[0].path))
-    close(_logits(plain), said, rtol=1e-5, atol=1e-5)
-    plain.load_adapter(str(found.adapters[1].path), "dpo")
+    saved = lineage(spec, publish_tiny(spec, model, saved))
+    plain = PeftModel.from_pretrained(load_policy(base, torch.float32), str(saved.adapters[0].path))
+    close(_logits(plain), expected, rtol=1e-5, atol=1e-5)
+    plain.load_adapter(str(saved.adapters[1].path), "dpo")
     plain.base_model.set_adapter(["default", "dpo"])
     close(_logits(plain), _logits(model), rtol=1e-5, atol=1e-5)
 
@@ -137,8 +137,8 @@ def test_what_was_stacked_loads_in_peft_alone(tmp_path: Path, base: Lineage) -> 
 def test_under_a_scalar_head_the_trunk_is_the_policys(
     tmp_path: Path, base: Lineage, kind: AdapterKind, chain: Chain
 ) -> None:
-    _, found = _first_stage(tmp_path, base, _adapter(kind))
-    policy, scorer = (_start(found, _adapter(kind, chain), task) for task in (TaskType.CAUSAL_LM, TaskType.SEQ_CLS))
+    _, saved = _first_stage(tmp_path, base, _adapter(kind))
+    policy, scorer = (_start(saved, _adapter(kind, chain), task) for task in (TaskType.CAUSAL_LM, TaskType.SEQ_CLS))
     states = [model.get_base_model().base_model(IDS).last_hidden_state for model in (policy, scorer)]
     close(*states, rtol=1e-5, atol=1e-5)
     trained = [name for name, parameter in scorer.named_parameters() if parameter.requires_grad]
@@ -167,8 +167,8 @@ def test_modules_trained_whole_are_saved_and_found_again(tmp_path: Path, base: L
     embeddings = model.get_base_model().model.embed_tokens
     embeddings.modules_to_save["default"].weight.data.mul_(1.1)
     spec = tiny_spec(tmp_path, SftConfig(adapter=adapter))
-    found = lineage(spec, publish_tiny(spec, model, base))
-    close(_logits(load_policy(found, torch.float32)), _logits(model), rtol=1e-4, atol=1e-4)
+    saved = lineage(spec, publish_tiny(spec, model, base))
+    close(_logits(load_policy(saved, torch.float32)), _logits(model), rtol=1e-4, atol=1e-4)
 
 
 def test_without_an_adapter_there_is_nothing_to_continue(base: Lineage) -> None:
@@ -183,18 +183,18 @@ def test_without_an_adapter_there_is_nothing_to_continue(base: Lineage) -> None:
 def test_an_adapter_keeps_its_shape_when_it_is_continued(
     tmp_path: Path, base: Lineage, changes: dict[str, Any], where: str
 ) -> None:
-    _, found = _first_stage(tmp_path, base, _adapter(AdapterKind.lora))
+    _, saved = _first_stage(tmp_path, base, _adapter(AdapterKind.lora))
     with pytest.raises(ConfigError, match=rf"adapter\.{where}: the adapter to continue has"):
-        _start(found, AdapterConfig(**{"chain": CONTINUE, **changes}))
+        _start(saved, AdapterConfig(**{"chain": CONTINUE, **changes}))
 
 
 @pytest.mark.parametrize("chain", [Chain.stack, CONTINUE], ids=lambda chain: chain.value)
 def test_only_what_is_trained_drops_anything_and_as_this_stage_says(
     tmp_path: Path, base: Lineage, chain: Chain
 ) -> None:
-    _, found = _first_stage(tmp_path, base, AdapterConfig(rank=4, dropout=0.5))
+    _, saved = _first_stage(tmp_path, base, AdapterConfig(rank=4, dropout=0.5))
     model = load_start(
-        found, AdapterConfig(rank=4, dropout=0.25, chain=chain), Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU
+        saved, AdapterConfig(rank=4, dropout=0.25, chain=chain), Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU
     )
     rates: dict[str, set[float]] = {}
     for module in model.modules():
@@ -210,13 +210,13 @@ def test_dropout_that_is_turned_off_stays_off_in_training_mode(base: Lineage) ->
     adapter = AdapterConfig(rank=4, dropout=0.5)
     model = load_start(base, adapter, Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU)
     attentive = tiny_model(attention_dropout=0.5)
-    for one in (model, attentive):
-        liven(one)
-        one.train()
-        assert relative(_logits(one), _logits(one)) > 1e-3, "it drops"
-        turn_off_dropout(one)
-        one.train()
-        assert torch.equal(_logits(one), _logits(one))
+    for policy in (model, attentive):
+        liven(policy)
+        policy.train()
+        assert relative(_logits(policy), _logits(policy)) > 1e-3, "it drops"
+        turn_off_dropout(policy)
+        policy.train()
+        assert torch.equal(_logits(policy), _logits(policy))
 
 
 def test_dropout_is_turned_off_under_every_name_that_models_give_it() -> None:

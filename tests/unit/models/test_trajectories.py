@@ -46,8 +46,8 @@ def _unshared(model: PreTrainedModel, rows: Rows) -> torch.Tensor:
     part = answer_stream(prompts, answers, torch.device("cpu"))
     together = [[*prompt, *answer] for prompt, answer in rows]
     alone = stream(together, torch.device("cpu"), share=False)
-    places = [alone.index[row, len(prompt) - 1 : len(together[row]) - 1] for row, prompt in enumerate(prompts)]
-    part = type(part)(rows=alone, indices=torch.cat(places), labels=part.labels, lengths=part.lengths)
+    indices = [alone.index[row, len(prompt) - 1 : len(together[row]) - 1] for row, prompt in enumerate(prompts)]
+    part = type(part)(rows=alone, indices=torch.cat(indices), labels=part.labels, lengths=part.lengths)
     return -answer_statistics(model, part).logprobs.mean()
 
 

@@ -41,15 +41,15 @@ def _slow_varlen(
     assert enable_gqa
     assert starts.dtype == key_starts.dtype == torch.int32
     out = torch.empty_like(query)
-    bounds = [told.tolist() for told in (starts[:-1], starts[1:], key_starts[:-1], key_starts[1:])]
+    bounds = [offsets.tolist() for offsets in (starts[:-1], starts[1:], key_starts[:-1], key_starts[1:])]
     for start, end, key_start, key_end in zip(*bounds, strict=True):
-        for place in range(start, end):
-            own = key_end - (end - 1 - place)  # one past the query's own key
+        for token in range(start, end):
+            own = key_end - (end - 1 - token)  # one past the query's own key
             seen = slice(key_start if left < 0 else max(key_start, own - 1 - left), own)
             for head in range(query.shape[1]):
-                mine = head * key.shape[1] // query.shape[1]
-                weights = (key[seen, mine] @ query[place, head] * scale).softmax(-1)
-                out[place, head] = weights @ value[seen, mine]
+                key_head = head * key.shape[1] // query.shape[1]
+                weights = (key[seen, key_head] @ query[token, head] * scale).softmax(-1)
+                out[token, head] = weights @ value[seen, key_head]
     return out
 
 
@@ -105,8 +105,8 @@ def test_the_kernel_gets_the_rows_and_their_shared_beginnings(
     asked: dict[str, Any] = {"segments": rows.segments, "sliding_window": window}
     expected, _ = flat_attention(layer, query, key, value, None, **asked)
     monkeypatch.setattr(attention, "_has_kernel", lambda *_: True)
-    found, _ = flat_attention(layer, query, key, value, None, **asked)
-    assert relative(found, expected) < 1e-5
+    attended, _ = flat_attention(layer, query, key, value, None, **asked)
+    assert relative(attended, expected) < 1e-5
 
 
 @pytest.mark.parametrize("virtual", [0, 3])
@@ -123,11 +123,11 @@ def test_the_kernel_gets_what_was_read_earlier(virtual: int, monkeypatch: pytest
     prefix = torch.randn(2, KEY_HEADS, virtual, key.shape[-1]) if virtual else None
     flat_attention(layer, query, key, value, None, segments=read.segments, keys_values=earlier)
     query, key, value = _states(rows, "cpu", torch.float32)
-    told: dict[str, Any] = {"segments": rows.segments, "earlier": earlier}
-    expected, _ = flat_attention(layer, query, key, value, None, **told, prefix=prefix)
+    options: dict[str, Any] = {"segments": rows.segments, "earlier": earlier}
+    expected, _ = flat_attention(layer, query, key, value, None, **options, prefix=prefix)
     monkeypatch.setattr(attention, "_has_kernel", lambda *_: True)
-    found, _ = flat_attention(layer, query, key, value, None, **told, prefix=prefix)
-    assert relative(found, expected) < 1e-5
+    attended, _ = flat_attention(layer, query, key, value, None, **options, prefix=prefix)
+    assert relative(attended, expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -140,8 +140,8 @@ def test_the_kernel_gets_a_prefix_in_front_of_every_row(name: str, monkeypatch: 
     layer.layer_idx = 0
     expected, _ = flat_attention(layer, query, key, value, None, segments=rows.segments, prefix=prefix)
     keys, values = torch.cat([prefix[0], key[0]], dim=1), torch.cat([prefix[1], value[0]], dim=1)
-    found = attention._varlen(query[0], keys, values, rows.segments, WIDTH**-0.5, attention._Ahead(prefix=3))
-    assert relative(found, expected[0]) < 1e-5
+    attended = attention._varlen(query[0], keys, values, rows.segments, WIDTH**-0.5, attention._Ahead(prefix=3))
+    assert relative(attended, expected[0]) < 1e-5
     without, _ = flat_attention(layer, query, key, value, None, segments=rows.segments)
     assert relative(without, expected) > 1e-2
 
@@ -150,23 +150,23 @@ def test_values_may_have_another_width_than_keys() -> None:
     rows = _rows("pairs of one prompt", "cpu")
     query, key, _ = _states(rows, "cpu", torch.float32)
     value = torch.randn(1, KEY_HEADS, len(rows.input_ids), 5).requires_grad_()
-    found, _ = flat_attention(torch.nn.Identity(), query, key, value, None, segments=rows.segments)
-    found.square().sum().backward()
-    mine = [found, query.grad, key.grad, value.grad]
+    attended, _ = flat_attention(torch.nn.Identity(), query, key, value, None, segments=rows.segments)
+    attended.square().sum().backward()
+    with_gradients = [attended, query.grad, key.grad, value.grad]
     for state in (query, key, value):
         state.grad = None
     expected = []
     for row, segment in enumerate(rows.segments):
-        places = rows.index[row][rows.is_real[row]]
-        states = [state[:, :, places].repeat_interleave(HEADS // state.shape[1], 1) for state in (query, key, value)]
-        later = torch.ones(len(places), len(places)).triu(1).bool()
+        indices = rows.index[row][rows.is_real[row]]
+        states = [state[:, :, indices].repeat_interleave(HEADS // state.shape[1], 1) for state in (query, key, value)]
+        later = torch.ones(len(indices), len(indices)).triu(1).bool()
         scores = (states[0] @ states[1].transpose(-1, -2) * WIDTH**-0.5).masked_fill(later, float("-inf"))
-        shared = len(places) - (segment.own[1] - segment.own[0])
+        shared = len(indices) - (segment.own[1] - segment.own[0])
         expected.append((scores.softmax(-1) @ states[2])[0, :, shared:])
     whole = torch.cat(expected, dim=1).transpose(0, 1)[None]
     whole.square().sum().backward()
-    for one, other in zip(mine, [whole, query.grad, key.grad, value.grad], strict=True):
-        assert relative(one, other) < 1e-5
+    for tensor, other in zip(with_gradients, [whole, query.grad, key.grad, value.grad], strict=True):
+        assert relative(tensor, other) < 1e-5
 
 
 @pytest.mark.parametrize("asked", [{"s_aux": torch.zeros(4)}, {"dropout": 0.1}])
@@ -183,12 +183,12 @@ def test_what_a_flat_stream_lacks_is_refused(asked: dict[str, Any]) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ROWS)
 def test_on_a_gpu_attention_and_its_gradients_are_those_of_the_cpu(name: str) -> None:
-    found: list[Any] = []
+    passes: list[Any] = []
     for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
         rows = _rows(name, device)
         states = _states(rows, device, dtype)
         out, _ = flat_attention(torch.nn.Identity(), *states, None, segments=rows.segments)
         out.float().square().sum().backward()
-        found.append([out.float().cpu(), *(state.grad.float().cpu() for state in states)])
-    for mine, theirs in zip(*found, strict=True):
-        assert relative(mine, theirs) < 0.02
+        passes.append([out.float().cpu(), *(state.grad.float().cpu() for state in states)])
+    for on_gpu, on_cpu in zip(*passes, strict=True):
+        assert relative(on_gpu, on_cpu) < 0.02
