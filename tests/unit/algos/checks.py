@@ -66,16 +66,16 @@ def advantages_and_returns(batch: Batch) -> None:
         advantages, returns = gae.advantages_and_returns(
             rewards, batch.values, batch.mask, gamma=gamma, gae_lambda=gae_lambda
         )
-        told = (rewards.tolist(), batch.values.tolist(), batch.lengths)
-        close(advantages, gae_oracle.advantages(*told, gamma=gamma, gae_lambda=gae_lambda))
-        close(returns, gae_oracle.returns(*told, gamma=gamma, gae_lambda=gae_lambda))
+        arguments = (rewards.tolist(), batch.values.tolist(), batch.lengths)
+        close(advantages, gae_oracle.advantages(*arguments, gamma=gamma, gae_lambda=gae_lambda))
+        close(returns, gae_oracle.returns(*arguments, gamma=gamma, gae_lambda=gae_lambda))
 
 
 def clipped_policy_loss(batch: Batch) -> None:
     change = ppo.log_ratio(batch.logprobs, batch.old_logprobs)
     loss = ppo.clipped_policy_loss(change.exp(), batch.advantages, batch.mask, clip=0.2)
-    told = (batch.logprobs, batch.old_logprobs, batch.advantages, batch.mask)
-    close(loss, ppo_oracle.policy_loss(*(t.tolist() for t in told), clip=0.2))
+    arguments = (batch.logprobs, batch.old_logprobs, batch.advantages, batch.mask)
+    close(loss, ppo_oracle.policy_loss(*(t.tolist() for t in arguments), clip=0.2))
 
 
 def asymmetric_policy_loss(batch: Batch) -> None:
@@ -124,20 +124,20 @@ def _counted(batch: Batch, *figures: torch.Tensor) -> list[list[list[float]]]:
 
 
 def clipped_value_loss(batch: Batch) -> None:
-    told = (batch.values, batch.old_values, batch.returns, batch.mask)
-    expected = ppo_oracle.value_loss(*(t.tolist() for t in told), clip=0.2)
-    close(ppo.clipped_value_loss(*told, clip=0.2), expected)
+    arguments = (batch.values, batch.old_values, batch.returns, batch.mask)
+    expected = ppo_oracle.value_loss(*(t.tolist() for t in arguments), clip=0.2)
+    close(ppo.clipped_value_loss(*arguments, clip=0.2), expected)
 
 
 def unclipped_value_loss(batch: Batch) -> None:
-    told = (batch.values, batch.old_values, batch.returns, batch.mask)
-    expected = ppo_oracle.value_loss(*(t.tolist() for t in told), clip=math.inf)
-    close(ppo.clipped_value_loss(*told, clip=None), expected)
+    arguments = (batch.values, batch.old_values, batch.returns, batch.mask)
+    expected = ppo_oracle.value_loss(*(t.tolist() for t in arguments), clip=math.inf)
+    close(ppo.clipped_value_loss(*arguments, clip=None), expected)
 
 
 def explained_variance(batch: Batch) -> None:
-    told = (batch.values, batch.returns, batch.mask)
-    close(ppo.explained_variance(*told), ppo_oracle.explained_variance(*(t.tolist() for t in told)))
+    arguments = (batch.values, batch.returns, batch.mask)
+    close(ppo.explained_variance(*arguments), ppo_oracle.explained_variance(*(t.tolist() for t in arguments)))
 
 
 def whole_update(batch: Batch) -> None:
@@ -161,9 +161,9 @@ def _expected_update(batch: Batch) -> tuple[float, float]:
         for rows in zip(batch.old_logprobs.tolist(), batch.reference.tolist(), strict=True)
     ]
     rewards = gae_oracle.token_rewards(batch.scores.tolist(), costs, batch.lengths, kl_coefficient=0.05)
-    told = (rewards, batch.old_values.tolist(), batch.lengths)
-    raw = gae_oracle.advantages(*told, gamma=1.0, gae_lambda=0.95)
-    returns = gae_oracle.returns(*told, gamma=1.0, gae_lambda=0.95)
+    arguments = (rewards, batch.old_values.tolist(), batch.lengths)
+    raw = gae_oracle.advantages(*arguments, gamma=1.0, gae_lambda=0.95)
+    returns = gae_oracle.returns(*arguments, gamma=1.0, gae_lambda=0.95)
     advantages = masked_oracle.whitened(raw, mask)
     policy = ppo_oracle.policy_loss(batch.logprobs.tolist(), batch.old_logprobs.tolist(), advantages, mask, clip=0.2)
     value = ppo_oracle.value_loss(batch.values.tolist(), batch.old_values.tolist(), returns, mask, clip=0.2)
@@ -172,9 +172,9 @@ def _expected_update(batch: Batch) -> tuple[float, float]:
 
 def _each(oracle: Callable[[float, float], float], batch: Batch) -> list[list[float]]:
     pairs = torch.stack([batch.logprobs, batch.reference], dim=-1).tolist()
-    found = [[oracle(*pair) for pair in row] for row in pairs]
-    assert all(math.isfinite(number) for row in found for number in row)
-    return found
+    expected = [[oracle(*pair) for pair in row] for row in pairs]
+    assert all(math.isfinite(number) for row in expected for number in row)
+    return expected
 
 
 CHECKS: dict[str, Callable[[Batch], None]] = {

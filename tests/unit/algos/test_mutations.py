@@ -64,10 +64,10 @@ def _longer(mask: Tensor) -> Tensor:
     return mask | (torch.arange(mask.shape[1]) == mask.sum(-1, keepdim=True))
 
 
-def _score_at(place: Callable[[Tensor], Tensor]) -> Any:
+def _score_at(position_of: Callable[[Tensor], Tensor]) -> Any:
     def wrong(scores: Tensor, costs: Tensor, response_mask: Tensor, *, kl_coefficient: float) -> Tensor:
         rewards = -kl_coefficient * costs * response_mask
-        return rewards.scatter_add(-1, place(response_mask)[:, None], scores[:, None])
+        return rewards.scatter_add(-1, position_of(response_mask)[:, None], scores[:, None])
 
     return wrong
 

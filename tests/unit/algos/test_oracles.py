@@ -43,21 +43,21 @@ def test_keeping_the_mean_while_scaling_gives_the_published_table() -> None:
     close(scale_only(values, torch.ones_like(values)), expected, rtol=1e-4, atol=5e-5)
 
 
-def test_twice_the_target_kl_raises_the_price_by_the_published_factor() -> None:
+def test_twice_the_target_kl_raises_the_coefficient_by_the_published_factor() -> None:
     after = AdaptiveKl(coefficient=1.0, target=6.0, horizon=10_000).after(12.0, 256)
     close(after.coefficient, 1.00512)
     assert (after.target, after.horizon) == (6.0, 10_000)
 
 
-def test_the_adaptive_price_stands_still_at_the_target_and_falls_below_it() -> None:
-    price = AdaptiveKl(coefficient=0.15, target=6.0, horizon=10_000)
-    assert price.after(6.0, 512).coefficient == 0.15
-    assert price.after(5.9, 512).coefficient < 0.15
+def test_the_adaptive_coefficient_stands_still_at_the_target_and_falls_below_it() -> None:
+    controller = AdaptiveKl(coefficient=0.15, target=6.0, horizon=10_000)
+    assert controller.after(6.0, 512).coefficient == 0.15
+    assert controller.after(5.9, 512).coefficient < 0.15
 
 
-def test_the_fixed_price_ignores_the_kl() -> None:
-    price = FixedKl(coefficient=0.05)
-    assert price.after(1e6, 512) is price
+def test_the_fixed_coefficient_ignores_the_kl() -> None:
+    controller = FixedKl(coefficient=0.05)
+    assert controller.after(1e6, 512) is controller
 
 
 def test_lambda_and_gamma_one_give_reward_to_go(batch: Batch) -> None:
@@ -82,8 +82,8 @@ def test_everything_is_zero_outside_the_mask(batch: Batch) -> None:
     rewards = token_rewards(batch.scores, costs, batch.mask, kl_coefficient=0.05)
     advantages, returns = advantages_and_returns(rewards, batch.values, batch.mask, gamma=1.0, gae_lambda=0.95)
     whitened, scaled = center_and_scale(advantages, batch.mask), scale_only(rewards, batch.mask)
-    for found in (rewards, advantages, returns, whitened, scaled):
-        assert found[outside].abs().sum() == 0
+    for tensor in (rewards, advantages, returns, whitened, scaled):
+        assert tensor[outside].abs().sum() == 0
 
 
 def test_what_stands_outside_the_mask_changes_nothing() -> None:
@@ -227,8 +227,8 @@ def test_dr_grpo_shrinks_the_gradient_because_a_group_mean_contains_the_answer(
         pair = [first, second]
         chance = policy.exp()[pair].prod().detach()
         total = total + chance * (compare(rewards[pair], 2) * policy[pair]).mean()
-    (found,) = torch.autograd.grad(total, logits)
-    close(found, share * exact, atol=1e-12)
+    (mean_gradient,) = torch.autograd.grad(total, logits)
+    close(mean_gradient, share * exact, atol=1e-12)
 
 
 def test_a_value_clipped_away_from_its_return_gets_no_gradient() -> None:
