@@ -121,10 +121,10 @@ def test_a_metric_that_cannot_be_appended_names_its_file(tmp_path: Path, monkeyp
 def test_every_way_in_which_a_library_reports_a_full_disk_is_understood(
     tmp_path: Path, error: Exception, words: str
 ) -> None:
-    told = disk_error(error, folder=tmp_path)
-    assert told is not None
-    assert words in told.message
-    assert (told.exit_code, told.where) == (5, str(tmp_path))
+    fault = disk_error(error, folder=tmp_path)
+    assert fault is not None
+    assert words in fault.message
+    assert (fault.exit_code, fault.where) == (5, str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -157,9 +157,9 @@ def test_the_disk_is_seen_behind_the_error_that_it_led_to(tmp_path: Path) -> Non
         except OSError as error:
             raise RuntimeError("saving failed") from error
     except RuntimeError as error:
-        told = disk_error(error, folder=tmp_path)
-    assert told is not None
-    assert told.where == "/data/weights"
+        fault = disk_error(error, folder=tmp_path)
+    assert fault is not None
+    assert fault.where == "/data/weights"
     assert disk_error(ValueError("no disk is full here"), folder=tmp_path) is None
     assert disk_error(OSError(errno.ENOENT, "No such file", "x"), folder=tmp_path) is None
 

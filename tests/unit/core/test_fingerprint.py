@@ -40,17 +40,17 @@ def test_what_has_no_stable_form_is_refused(value: Any) -> None:
 
 
 def test_fields_that_change_no_result_are_left_out() -> None:
-    kept = canonical(SftConfig())
-    assert not {"init", "log_every", "save_every"} & set(kept)
-    assert "micro_batch_tokens" not in kept["optim"]
-    assert "source" not in kept["data"]
+    form = canonical(SftConfig())
+    assert not {"init", "log_every", "save_every"} & set(form)
+    assert "micro_batch_tokens" not in form["optim"]
+    assert "source" not in form["data"]
     assert canonical(DpoConfig(beta=0.1)) != canonical(DpoConfig(beta=0.2))
 
 
 def test_entries_of_a_list_of_groups_count_one_by_one_and_in_order() -> None:
-    one, other = ScorerConfig(weight=2.0), ScorerConfig(source="length", target=20)
-    kept = canonical(PpoConfig(scorers=[one, other]))["scorers"]
-    assert kept[0] == {
+    by_reward, by_length = ScorerConfig(weight=2.0), ScorerConfig(source="length", target=20)
+    entries = canonical(PpoConfig(scorers=[by_reward, by_length]))["scorers"]
+    assert entries[0] == {
         "source": "reward",
         "weight": 2,
         "normalize": False,
@@ -58,8 +58,8 @@ def test_entries_of_a_list_of_groups_count_one_by_one_and_in_order() -> None:
         "pattern": None,
         "target": None,
     }
-    assert canonical(PpoConfig(scorers=[other, one]))["scorers"] == kept[::-1]
-    assert digest(PpoConfig(scorers=[one])) != digest(PpoConfig(scorers=[ScorerConfig(weight=2.5)]))
+    assert canonical(PpoConfig(scorers=[by_length, by_reward]))["scorers"] == entries[::-1]
+    assert digest(PpoConfig(scorers=[by_reward])) != digest(PpoConfig(scorers=[ScorerConfig(weight=2.5)]))
 
 
 @dataclass(kw_only=True)

@@ -35,9 +35,9 @@ def _unread(argv: Sequence[str]) -> tuple[int, str]:
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()
-    told = process.stderr.read()
+    errors = process.stderr.read()
     process.stderr.close()
-    return process.wait(), told
+    return process.wait(), errors
 
 
 def test_a_stream_that_works_is_left_as_it_is(tmp_path: Path) -> None:
