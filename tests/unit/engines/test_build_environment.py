@@ -43,8 +43,8 @@ def test_an_environment_has_its_engine_and_not_what_does_not_fit(cache: Path, tm
 
 def test_a_file_that_is_not_there_is_refused(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert build_environment.main(["vllm", "--requirements", "none.txt"]) == 2
-    told = capsys.readouterr().err
-    assert "--requirements: no file none.txt\n  → the shipped files are llama-cpp, vllm, vllm-cpu" in told
+    error = capsys.readouterr().err
+    assert "--requirements: no file none.txt\n  → the shipped files are llama-cpp, vllm, vllm-cpu" in error
     assert not (cache / "alignment").exists()
 
 

@@ -125,13 +125,13 @@ def asking(base: Path, *, key: str = "", **changes: Any) -> Iterator[tuple[FakeE
             yield engine, client
 
 
-def told(client: EngineClient, *asked: Asked, generation: Generation = GENERATION) -> list[list[EngineAnswer]]:
+def answers_of(client: EngineClient, *asked: Asked, generation: Generation = GENERATION) -> list[list[EngineAnswer]]:
     return client.answers("base", asked, generation)
 
 
 def test_a_call_asks_for_tokens_as_they_were_sampled(base: Path) -> None:
     with asking(base, key="secret") as (engine, client):
-        told(client, ASKED, generation=replace(GENERATION, temperature=0.7))
+        answers_of(client, ASKED, generation=replace(GENERATION, temperature=0.7))
         (body,) = engine.paths(COMPLETIONS)
     assert body == {
         "model": "base",
@@ -154,7 +154,7 @@ def test_log_probabilities_are_the_models_at_the_temperature(base: Path) -> None
 
     model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32).eval()
     with asking(base) as (_, client):
-        ((answer, _),) = told(client, ASKED, generation=replace(GENERATION, temperature=0.7))
+        ((answer, _),) = answers_of(client, ASKED, generation=replace(GENERATION, temperature=0.7))
     logits = model(torch.tensor([[5, 9, *answer.ids]])).logits[0, 1:-1].double() / 0.7
     expected = [row.log_softmax(-1)[token].item() for row, token in zip(logits, answer.ids, strict=True)]
     assert answer.logprobs == pytest.approx(expected, abs=1e-5)
@@ -163,13 +163,13 @@ def test_log_probabilities_are_the_models_at_the_temperature(base: Path) -> None
 def test_long_groups_are_cut_in_calls_whose_seeds_go_on(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [Asked(prompt=[5, 9], answers=7, seed=100), Asked(prompt=[8], answers=1, seed=50)]
     with asking(base) as (engine, client):
-        whole = told(client, *asked)
+        whole = answers_of(client, *asked)
         assert sorted(body["n"] for body in engine.paths(COMPLETIONS)) == [1, 7]
         engine.calls.clear()
         monkeypatch.setattr(
             completions, "TOKENS_A_REPLY", 15
         )  # three answers of three tokens, each behind a prompt of two
-        assert told(client, *asked) == whole
+        assert answers_of(client, *asked) == whole
         calls = sorted((body["prompt"], body["seed"], body["n"]) for body in engine.paths(COMPLETIONS))
     assert calls == [([5, 9], 100, 3), ([5, 9], 103, 3), ([5, 9], 106, 1), ([8], 50, 1)]
 
@@ -179,14 +179,14 @@ def test_an_answer_longer_than_a_reply_may_be_has_a_call_of_its_own(
 ) -> None:
     monkeypatch.setattr(completions, "TOKENS_A_REPLY", 2)
     with asking(base) as (engine, client):
-        assert [len(of_prompt) for of_prompt in told(client, replace(ASKED, answers=3))] == [3]
+        assert [len(of_prompt) for of_prompt in answers_of(client, replace(ASKED, answers=3))] == [3]
         assert [body["n"] for body in engine.paths(COMPLETIONS)] == [1, 1, 1]
 
 
 def test_answers_stand_in_the_order_of_their_prompts_whenever_replies_come(base: Path) -> None:
     asked = [Asked(prompt=[token], answers=2, seed=token) for token in range(3, 15)]
     with asking(base, concurrency=1) as (_, client):
-        expected = told(client, *asked)
+        expected = answers_of(client, *asked)
     with asking(base, concurrency=12) as (engine, client):
         engine.failing = lambda path, number: engine.over.wait(0.1 if number < 6 else 0) or None
         seen: list[int] = []
@@ -198,7 +198,7 @@ def test_a_wrong_reply_is_an_error_of_the_setting(base: Path) -> None:
     with asking(base) as (engine, client):
         engine.edit = lambda reply: reply | {"model": "other"}
         with pytest.raises(StageError, match="the engine's reply came from the weights 'other', not 'base'") as raised:
-            told(client, ASKED)
+            answers_of(client, ASKED)
     assert raised.value.where == WHERE
     assert "it was not used for training" in raised.value.remedy
 
@@ -215,7 +215,7 @@ def test_a_call_that_fails_says_why(base: Path, failure: Failure, words: str) ->
     with asking(base, timeout=1.0) as (engine, client):
         engine.failing = lambda path, number: failure
         with pytest.raises(CallFailed, match=f"{COMPLETIONS}: .*{words}"):
-            told(client, ASKED)
+            answers_of(client, ASKED)
         assert len(engine.calls) == 1, "without retries"
 
 
@@ -223,7 +223,7 @@ def test_a_call_that_fails_says_why(base: Path, failure: Failure, words: str) ->
 def test_a_failure_that_passes_is_tried_again(base: Path, failure: Failure) -> None:
     with asking(base, retries=2) as (engine, client):
         engine.failing = lambda path, number: failure if number < 2 else None
-        assert len(told(client, ASKED)[0]) == 2
+        assert len(answers_of(client, ASKED)[0]) == 2
         assert len(engine.calls) == 3
 
 

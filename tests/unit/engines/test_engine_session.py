@@ -56,24 +56,26 @@ def options(base: Path, **changes: Any) -> VllmOptions:
 
 
 @contextmanager
-def session_with(folder: Path, *, waiting: Callable[[], None] = lambda: None, **told: Any) -> Iterator[EngineSession]:
-    config = SamplingConfig(engine=Engine.vllm, **{"timeout": 20.0, "retries": 0, **told})
+def session_with(
+    folder: Path, *, waiting: Callable[[], None] = lambda: None, **settings: Any
+) -> Iterator[EngineSession]:
+    config = SamplingConfig(engine=Engine.vllm, **{"timeout": 20.0, "retries": 0, **settings})
     with EngineSession(config, where=WHERE, log=folder / "engine.log", waiting=waiting) as session:
         yield session
 
 
 @contextmanager
-def at_url(base: Path, folder: Path, **told: Any) -> Iterator[tuple[FakeEngine, EngineSession]]:
+def at_url(base: Path, folder: Path, **settings: Any) -> Iterator[tuple[FakeEngine, EngineSession]]:
     """A session with a server that runs already."""
-    with engine_server(base) as engine, session_with(folder, url=f"{engine.url}/v1/", **told) as session:
+    with engine_server(base) as engine, session_with(folder, url=f"{engine.url}/v1/", **settings) as session:
         session.start(options(base))
         yield engine, session
 
 
 @contextmanager
-def started(base: Path, folder: Path, planted: Planted, **told: Any) -> Iterator[EngineSession]:
+def started(base: Path, folder: Path, planted: Planted, **settings: Any) -> Iterator[EngineSession]:
     """A session with a server of its own."""
-    with session_with(folder, python=str(interpreter_of(folder, planted)), **told) as session:
+    with session_with(folder, python=str(interpreter_of(folder, planted)), **settings) as session:
         session.start(options(base))
         yield session
 
