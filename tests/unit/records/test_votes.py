@@ -104,7 +104,11 @@ def test_a_vote_that_is_taken_back_leaves_every_other_line_as_it_is(file: Path) 
     lines = file.read_text(encoding="utf-8").split("\n")
     remove_vote(file, FIRST)
     assert file.read_text(encoding="utf-8").split("\n") == lines[1:]
-    assert [(one.annotator, one.id) for one in read_votes(file)] == [("ada", "p2"), ("ada", "p3"), ("bo", "p1")]
+    assert [(stored_vote.annotator, stored_vote.id) for stored_vote in read_votes(file)] == [
+        ("ada", "p2"),
+        ("ada", "p3"),
+        ("bo", "p1"),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -132,7 +136,7 @@ def test_a_line_that_is_no_vote_and_a_second_vote_are_refused(file: Path) -> Non
     again = vote(pair(1), TIE)
     assert ":2: 'ada' voted a second time on the answers of line 1" in refused(file, FIRST.line, again.line)
     file.write_text(f"{FIRST.line}\n{vote(pair(1), annotator='bo').line}\n", encoding="utf-8")
-    assert [one.annotator for one in read_votes(file)] == ["ada", "bo"]
+    assert [stored_vote.annotator for stored_vote in read_votes(file)] == ["ada", "bo"]
 
 
 WRITER = """
@@ -159,4 +163,4 @@ def test_a_killed_writer_loses_no_vote_that_it_confirmed(tmp_path: Path) -> None
     cut_unfinished_line(file)
     stored: list[Vote] = read_votes(file)
     assert len(stored) in (confirmed, confirmed + 1), "the last one may be written and not yet confirmed"
-    assert [one.id for one in stored] == [f"p{number}" for number in range(1, len(stored) + 1)]
+    assert [stored_vote.id for stored_vote in stored] == [f"p{number}" for number in range(1, len(stored) + 1)]
