@@ -15,21 +15,21 @@ METHODS = ("rloo", "grpo", "dr_grpo")
 
 def advantages(method: str, rewards: list[float], group: int) -> list[float]:
     """Of each answer; those to one prompt stand together."""
-    found = []
+    estimates = []
     for start in range(0, len(rewards), group):
-        mine = rewards[start : start + group]
-        mean = math.fsum(mine) / group
-        deviation = math.sqrt(math.fsum((r - mean) ** 2 for r in mine) / (group - 1))
-        for at, reward in enumerate(mine):
-            others = [r for number, r in enumerate(mine) if number != at]
-            found.append(
+        group_rewards = rewards[start : start + group]
+        mean = math.fsum(group_rewards) / group
+        deviation = math.sqrt(math.fsum((r - mean) ** 2 for r in group_rewards) / (group - 1))
+        for at, reward in enumerate(group_rewards):
+            others = [r for number, r in enumerate(group_rewards) if number != at]
+            estimates.append(
                 {
                     "rloo": reward - math.fsum(others) / len(others),
                     "grpo": (reward - mean) / (deviation + 1e-4),
                     "dr_grpo": reward - mean,
                 }[method]
             )
-    return found
+    return estimates
 
 
 def tied(scores: list[float], group: int) -> list[bool]:

@@ -36,8 +36,8 @@ def advantages(rewards: Rows, values: Rows, lengths: list[int], *, gamma: float,
 
 def returns(rewards: Rows, values: Rows, lengths: list[int], *, gamma: float, gae_lambda: float) -> Rows:
     """G_t = A_t + V_t for t < length, 0 beyond."""
-    found = advantages(rewards, values, lengths, gamma=gamma, gae_lambda=gae_lambda)
+    estimates = advantages(rewards, values, lengths, gamma=gamma, gae_lambda=gae_lambda)
     return [
         [a + v if t < length else 0.0 for t, (a, v) in enumerate(zip(row, value, strict=True))]
-        for row, value, length in zip(found, values, lengths, strict=True)
+        for row, value, length in zip(estimates, values, lengths, strict=True)
     ]

@@ -15,15 +15,15 @@ def counted(values: Rows, mask: Mask) -> list[float]:
 
 def mean(values: Rows, mask: Mask) -> float:
     """Arithmetic mean of what counts."""
-    found = counted(values, mask)
-    return math.fsum(found) / len(found)
+    elements = counted(values, mask)
+    return math.fsum(elements) / len(elements)
 
 
 def variance(values: Rows, mask: Mask) -> float:
     """Biased variance of what counts."""
     centre = mean(values, mask)
-    found = counted(values, mask)
-    return math.fsum((v - centre) ** 2 for v in found) / len(found)
+    elements = counted(values, mask)
+    return math.fsum((v - centre) ** 2 for v in elements) / len(elements)
 
 
 def whitened(values: Rows, mask: Mask) -> Rows:
