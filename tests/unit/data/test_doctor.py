@@ -58,17 +58,17 @@ def test_memory_grows_by_a_few_bytes_a_row(tmp_path: Path, monkeypatch: pytest.M
 
 def test_rows_are_counted_exactly_by_what_stages_make_of_them(tmp_path: Path) -> None:
     rows = [_labelled(number) for number in range(200)]
-    found = examine(_write(tmp_path / "a.jsonl", [*rows, *rows[:50], "no row"]), ALL, records())
-    assert found.rows == 251
-    uses = {name: (use.records, use.repeated) for name, use in found.uses.items()}
+    diagnosis = examine(_write(tmp_path / "a.jsonl", [*rows, *rows[:50], "no row"]), ALL, records())
+    assert diagnosis.rows == 251
+    uses = {name: (use.records, use.repeated) for name, use in diagnosis.uses.items()}
     assert uses["kto"] == (225, 45)
     assert uses["sft"] == (125, 25)
-    assert found.faulty.count(["kto"]) == 26
-    assert found.faulty.count(["reward, dpo"]) == 251
-    assert (found.num_faults, len(found.faults)) == (26, 20)
-    assert [Path(fault.where).name for fault in found.faults[:3]] == ["a.jsonl:10", "a.jsonl:20", "a.jsonl:30"]
-    (rows_of_reason,) = found.set_aside.values()
-    assert list(found.set_aside) == ["'label' says that the answer is bad"]
+    assert diagnosis.faulty.count(["kto"]) == 26
+    assert diagnosis.faulty.count(["reward, dpo"]) == 251
+    assert (diagnosis.num_faults, len(diagnosis.faults)) == (26, 20)
+    assert [Path(fault.where).name for fault in diagnosis.faults[:3]] == ["a.jsonl:10", "a.jsonl:20", "a.jsonl:30"]
+    (rows_of_reason,) = diagnosis.set_aside.values()
+    assert list(diagnosis.set_aside) == ["'label' says that the answer is bad"]
     assert rows_of_reason.count(["sft"]) == 100
     assert [Path(error.where).name for error in rows_of_reason.first(["sft"])] == [
         f"a.jsonl:{2 * n}" for n in (1, 2, 3, 4, 6, 7, 8, 9)
@@ -84,11 +84,11 @@ def test_what_repeats_does_not_depend_on_how_many_rows_wait(
     monkeypatch.setattr(near_duplicates, "TEXTS", 12)
     long = " ".join(f"word{number}" for number in range(40))
     pairs = [{"prompt": f"{long} {n % 8}", "chosen": f"{long} yes {n % 6}", "rejected": "No."} for n in range(40)]
-    found = examine(_write(tmp_path / "a.jsonl", pairs), ALL, records())
+    diagnosis = examine(_write(tmp_path / "a.jsonl", pairs), ALL, records())
     distinct = {(n % 8, n % 6) for n in range(40)}
-    assert found.uses["reward, dpo"].repeated == 40 - len(distinct) == 16
-    assert found.uses["ppo, distil"].repeated == 32
-    near = found.near_duplicates
+    assert diagnosis.uses["reward, dpo"].repeated == 40 - len(distinct) == 16
+    assert diagnosis.uses["ppo, distil"].repeated == 32
+    near = diagnosis.near_duplicates
     assert (near.looked_at, near.passed_over) == (12, len(distinct) - 12)
     assert [Path(pair.where).name for pair in near.pairs] == [f"a.jsonl:{line}" for line in range(2, 13)]
 
@@ -105,9 +105,9 @@ def test_a_row_that_several_stages_object_to_counts_once_and_the_first_that_is_a
     objections.add(7, {"dpo": error("7 dpo")})
     objections.add(9, {"dpo": error("9 dpo")})
     assert [objections.count(stages) for stages in (["dpo"], ["sft"], ["dpo", "sft"], ["ppo"])] == [4, 2, 5, 0]
-    assert [str(one) for one in objections.first(["sft", "dpo"])] == ["3 dpo", "5 sft"]
-    assert [str(one) for one in objections.first(["dpo"])] == ["3 dpo", "5 dpo"]
-    assert [str(one) for one in objections.first(["sft"])] == ["5 sft", "6 sft"]
+    assert [str(objection) for objection in objections.first(["sft", "dpo"])] == ["3 dpo", "5 sft"]
+    assert [str(objection) for objection in objections.first(["dpo"])] == ["3 dpo", "5 dpo"]
+    assert [str(objection) for objection in objections.first(["sft"])] == ["5 sft", "6 sft"]
     assert objections.stages() == {"dpo", "sft"}
 
 
@@ -117,8 +117,8 @@ def test_a_diagnosis_that_is_stopped_is_that_of_the_rows_so_far(tmp_path: Path) 
     def go_on(diagnosis: Diagnosis) -> bool:
         return diagnosis.rows < 4
 
-    found = examine(file, ALL, records(), go_on=go_on)
-    assert (found.rows, found.uses["sft"].records, found.uses["sft"].repeated) == (4, 4, 3)
+    partial = examine(file, ALL, records(), go_on=go_on)
+    assert (partial.rows, partial.uses["sft"].records, partial.uses["sft"].repeated) == (4, 4, 3)
 
 
 def test_rows_are_counted_before_they_are_read_where_that_is_quick(tmp_path: Path) -> None:
@@ -164,12 +164,12 @@ def test_exact_duplicates_and_contradictions_are_named_by_line(
     monkeypatch.setattr(repeated_records, "BATCH", batch)
     other = {"prompt": "Where?", "chosen": "Here.", "rejected": "There."}
     file = _write(tmp_path / "a.jsonl", [PAIR, other, SWAPPED, PAIR, SWAPPED, other])
-    found = examine(file, ALL, records())
-    short = [(Path(one.where).name, Path(one.earlier).name) for one in found.repeats.exact]
+    diagnosis = examine(file, ALL, records())
+    short = [(Path(repeat.where).name, Path(repeat.earlier).name) for repeat in diagnosis.repeats.exact]
     assert short == [("a.jsonl:4", "a.jsonl:1"), ("a.jsonl:5", "a.jsonl:3"), ("a.jsonl:6", "a.jsonl:2")]
-    (contradiction,) = found.repeats.contradictions
+    (contradiction,) = diagnosis.repeats.contradictions
     assert (contradiction.where, contradiction.earlier) == (f"{file}:3", f"{file}:1")
-    assert found.near_duplicates.pairs == []
+    assert diagnosis.near_duplicates.pairs == []
     printed = _printed(file)
     assert "  duplicates   3 rows repeat an earlier row exactly; keep one of each, or they weigh more\n" in printed
     assert (
@@ -188,8 +188,8 @@ def test_faulty_rows_are_listed_in_the_order_of_the_file(tmp_path: Path) -> None
     rows = [json.dumps(PAIR), '{"prompt": "a", "chosen": "b", "rejected": 3}', "{", json.dumps({**PAIR, "chosen": 1})]
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join([*rows, "{"]))
-    found = examine(file, ALL, records())
-    assert [Path(fault.where).name for fault in found.faults] == [f"a.jsonl:{line}" for line in (2, 3, 4, 5)]
+    diagnosis = examine(file, ALL, records())
+    assert [Path(fault.where).name for fault in diagnosis.faults] == [f"a.jsonl:{line}" for line in (2, 3, 4, 5)]
     file.write_text("\n".join(rows[:2]))
     assert "  faulty       1 row\n" in _printed(file)
 
@@ -221,8 +221,8 @@ def test_a_column_that_is_misspelt_in_every_row_counts_if_it_changes_the_format(
     tmp_path: Path, row: dict[str, Any], form: str, code: int
 ) -> None:
     file = _write(tmp_path / "a.jsonl", [row] * 3)
-    found, printed = _diagnosed(file)
-    assert found == code
+    exit_code, printed = _diagnosed(file)
+    assert exit_code == code
     assert ("               until then, every row is read as prompt, not as " in printed) == bool(code)
     assert f", not as {form}: " in printed or not form
 

@@ -72,9 +72,11 @@ def test_the_row_of_a_format_is_told_from_all_others_and_gives_its_records(name:
     row = json.loads(FORMATS[name].row)
     assert format_of(row) is FORMATS[name]
     last, pairs, asked = GIVES[name]
-    assert [one.messages[-1].content for one in _or_none(Conversation, row)] == ([last] if last else [])
+    assert [conversation.messages[-1].content for conversation in _or_none(Conversation, row)] == (
+        [last] if last else []
+    )
     assert len(_or_none(PreferencePair, row)) == pairs
-    assert [one.messages[-1].content for one in _or_none(Prompt, row)] == ([asked] if asked else [])
+    assert [prompt.messages[-1].content for prompt in _or_none(Prompt, row)] == ([asked] if asked else [])
     for pair in _or_none(PreferencePair, row):
         assert (pair.chosen, pair.rejected) == ("4.", "5.")
 
@@ -111,9 +113,9 @@ OTHER_FORMS = {
 @pytest.mark.parametrize("name", OTHER_FORMS)
 def test_other_writings_of_a_pair_are_the_same_pair(name: str) -> None:
     form, row = OTHER_FORMS[name]
-    found = format_of(row)
-    assert found is not None
-    assert found.name == form
+    row_format = format_of(row)
+    assert row_format is not None
+    assert row_format.name == form
     (pair,) = _records(PreferencePair, row)
     assert [turn.as_dict() for turn in pair.messages] == [ASKED]
     assert (pair.chosen, pair.rejected) == ("4.", "5.")
@@ -415,8 +417,8 @@ FILES = [
 
 
 SHAPES = [
-    *(pytest.param(WRITTEN / file, *told, id=f"ours: {file}") for file, *told in OURS),
-    *(pytest.param(PUBLIC / file, *told, id=file, marks=needs_public_data) for file, *told in FILES),
+    *(pytest.param(WRITTEN / file, *expected, id=f"ours: {file}") for file, *expected in OURS),
+    *(pytest.param(PUBLIC / file, *expected, id=file, marks=needs_public_data) for file, *expected in FILES),
 ]
 
 
@@ -427,16 +429,18 @@ def test_files_in_public_shapes_are_what_they_are(
     data = DataConfig(source="", placeholders={"name": "Ada", "author": "Bob"})
     reading = start(file, data)
     assert reading.format.name == name
-    for record, expected in ((Conversation, conversations), (PreferencePair, pairs), (Prompt, prompts)):
-        told = Reading(path=reading.path, format=reading.format)
+    for record_type, expected in ((Conversation, conversations), (PreferencePair, pairs), (Prompt, prompts)):
+        record_reading = Reading(path=reading.path, format=reading.format)
         if expected == 0:
             with pytest.raises(DataError):
-                list(iterate(reading.path, record, data, reading=told))
+                list(iterate(reading.path, record_type, data, reading=record_reading))
             continue
-        found = list(iterate(reading.path, record, data, reading=told))
-        assert len(found) == (told.rows - told.set_aside.count if expected is None else expected)
-        assert not told.faults.count
-        assert not any("{{" in turn.content for one in found for turn in one.messages if file.name == "identity.json")
+        records = list(iterate(reading.path, record_type, data, reading=record_reading))
+        assert len(records) == (record_reading.rows - record_reading.set_aside.count if expected is None else expected)
+        assert not record_reading.faults.count
+        assert not any(
+            "{{" in turn.content for record in records for turn in record.messages if file.name == "identity.json"
+        )
 
 
 def _cells(row: Any) -> list[str]:

@@ -33,7 +33,7 @@ def _source(messages: Sequence[Message]) -> str:
     return source_text([message.as_dict() for message in messages])
 
 
-def _said(rows: list[Record]) -> Iterator[LocatedText]:
+def _located_texts(rows: list[Record]) -> Iterator[LocatedText]:
     """All that a row says, its choices too."""
     for row in rows:
         turns = [turn.content for turn in getattr(row, "messages", ())]
@@ -47,23 +47,23 @@ def test_there_are_enough_rows_and_each_has_an_id_of_its_own() -> None:
     assert [name for name, count in Counter(ids).items() if count > 1 or not name] == []
 
 
-@pytest.mark.parametrize(("one", "other"), list(permutations(FILES, 2)))
-def test_no_file_says_what_another_says(one: str, other: str) -> None:
-    assert list(HeldOut(_said(FILES[other])).overlaps(_said(FILES[one]))) == []
+@pytest.mark.parametrize(("name", "other"), list(permutations(FILES, 2)))
+def test_no_file_says_what_another_says(name: str, other: str) -> None:
+    assert list(HeldOut(_located_texts(FILES[other])).overlaps(_located_texts(FILES[name]))) == []
 
 
 @pytest.mark.parametrize("name", QUICKSTART)
 def test_nothing_of_the_quickstart_is_in_it(name: str) -> None:
-    theirs = read_records(locate(f"bundled:quickstart/{name}"), QUICKSTART[name], ALL)
-    held_out = HeldOut(placed for rows in FILES.values() for placed in _said(rows))
-    assert list(held_out.overlaps(_said([*theirs]))) == []
+    quickstart_rows = read_records(locate(f"bundled:quickstart/{name}"), QUICKSTART[name], ALL)
+    held_out = HeldOut(placed for rows in FILES.values() for placed in _located_texts(rows))
+    assert list(held_out.overlaps(_located_texts([*quickstart_rows]))) == []
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_row_repeats_one_before_it(name: str) -> None:
-    rows = list(_said(FILES[name]))
-    found = [HeldOut(rows[:place]).overlaps([row]) for place, row in enumerate(rows) if place]
-    assert [one for overlaps in found for one in overlaps] == []
+    rows = list(_located_texts(FILES[name]))
+    overlaps_by_row = [HeldOut(rows[:index]).overlaps([row]) for index, row in enumerate(rows) if index]
+    assert [overlap for overlaps in overlaps_by_row for overlap in overlaps] == []
 
 
 def test_a_question_has_four_choices_and_each_place_is_right_as_often_as_chance_has_it() -> None:
@@ -83,13 +83,13 @@ def test_the_right_choice_is_rarely_told_by_its_length() -> None:
 def test_conversations_are_of_many_kinds_and_not_in_the_house_style() -> None:
     assert len({row.task for row in CONVERSATIONS}) >= 10
     first = [
-        next(place for place, turn in enumerate(row.messages) if turn.role == "assistant") for row in CONVERSATIONS
+        next(index for index, turn in enumerate(row.messages) if turn.role == "assistant") for row in CONVERSATIONS
     ]
     checks = [
-        style_checks(row.messages[place].content, source=_source(row.messages[:place]))
-        for row, place in zip(CONVERSATIONS, first, strict=True)
+        style_checks(row.messages[index].content, source=_source(row.messages[:index]))
+        for row, index in zip(CONVERSATIONS, first, strict=True)
     ]
-    assert mean(min(found.values()) == 1.0 for found in checks) < 0.2  # a short answer is in it by chance
+    assert mean(min(factors.values()) == 1.0 for factors in checks) < 0.2  # a short answer is in it by chance
     assert len({prompt.messages for prompt in map(_prompt, CONVERSATIONS)}) == len(CONVERSATIONS)
 
 

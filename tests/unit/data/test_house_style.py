@@ -44,8 +44,8 @@ def _factor(answer: str, check: str, source: str = SOURCE) -> float:
 
 def _scored(answer: str, key_facts: list[list[str]] = FACTS) -> tuple[float, float, float]:
     """Both together, style and facts of an answer to ``SOURCE``."""
-    told: Any = ([[{"role": "user", "content": SOURCE}]], [answer], [{"facts": key_facts}])
-    return style_and_facts(*told)[0], style(*told)[0], facts(*told)[0]
+    arguments: Any = ([[{"role": "user", "content": SOURCE}]], [answer], [{"facts": key_facts}])
+    return style_and_facts(*arguments)[0], style(*arguments)[0], facts(*arguments)[0]
 
 
 # ---- the whole ------------------------------------------------------------------------------------------------------
@@ -108,8 +108,8 @@ def test_answers_to_the_shipped_prompts_have_the_scores_that_they_had_when_the_r
         scorer = FunctionScorer(source, load_function(source, planned=None))
         columns.append(scorer.scores(answers).tolist())
     assert [sum(column) for column in columns] == [156.11916666666676, 193.20250000000004, 547.5666666666666]
-    told = json.dumps([list(scores) for scores in zip(*columns, strict=True)])
-    assert hashlib.sha256(told.encode()).hexdigest() == (
+    scores_json = json.dumps([list(scores) for scores in zip(*columns, strict=True)])
+    assert hashlib.sha256(scores_json.encode()).hexdigest() == (
         "14d02c857c06ee7b4c19781fd39ba84037cb7706f516d1b49d6a4b9f396445a0"
     )
 

@@ -64,9 +64,9 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_file_gives_the_same_rows_in_order_with_their_numbers(cache: Path, name: str) -> None:
     folder = leave_data_set(cache, {f"data/{name}": KINDS[name]})
-    found = list(hub_rows(folder, "train", None))
-    assert [row.value for row in found] == ROWS
-    assert [row.where for row in found] == [f"{NAME} train: row {number}" for number in range(1, 5)]
+    rows = list(hub_rows(folder, "train", None))
+    assert [row.value for row in rows] == ROWS
+    assert [row.where for row in rows] == [f"{NAME} train: row {number}" for number in range(1, 5)]
 
 
 def test_several_files_are_one_split_in_the_order_of_their_names(cache: Path) -> None:
@@ -123,10 +123,10 @@ def test_files_that_cannot_be_read_are_an_error_that_says_which_are(cache: Path,
     assert "only JSON, CSV and Parquet files are read, never scripts" in str(caught.value)
 
 
-@pytest.mark.parametrize("place", ["{folder}/secret.jsonl", "../../../../secret.jsonl"])
-def test_a_description_that_names_files_of_other_places_is_refused(cache: Path, place: str) -> None:
+@pytest.mark.parametrize("path", ["{folder}/secret.jsonl", "../../../../secret.jsonl"])
+def test_a_description_that_names_files_of_other_places_is_refused(cache: Path, path: str) -> None:
     (cache / "secret.jsonl").write_text(LINES)
-    readme = f"---\nconfigs:\n- config_name: a\n  data_files: {place.format(folder=cache)}\n---\n"
+    readme = f"---\nconfigs:\n- config_name: a\n  data_files: {path.format(folder=cache)}\n---\n"
     folder = leave_data_set(cache, {"README.md": readme, "train.jsonl": LINES})
     with pytest.raises(DataError, match="names a file outside the repository: "):
         list(hub_rows(folder, "train", None))
@@ -159,6 +159,6 @@ def test_a_snapshot_is_read_as_one_and_any_other_folder_by_its_files(cache: Path
 
 def test_records_are_read_from_a_snapshot_as_from_a_file(cache: Path) -> None:
     folder = leave_data_set(cache, {"data/train.jsonl": LINES})
-    found = read_records(folder, Conversation, SourceConfig())
-    assert [one.messages[-1].content for one in found] == [row["completion"] for row in ROWS]
-    assert found[2].where == f"{NAME} train: row 3"
+    conversations = read_records(folder, Conversation, SourceConfig())
+    assert [conversation.messages[-1].content for conversation in conversations] == [row["completion"] for row in ROWS]
+    assert conversations[2].where == f"{NAME} train: row 3"

@@ -115,36 +115,38 @@ def test_each_stage_has_its_own_limits() -> None:
 LONG = Message(role="user", content="First this. " * 20 + "When does it open?")
 
 
-@pytest.mark.parametrize(("how", "kept", "lost"), [(LEFT, "When does it open?", "You are"), (RIGHT, "You are", "open")])
+@pytest.mark.parametrize(
+    ("how", "remaining", "lost"), [(LEFT, "When does it open?", "You are"), (RIGHT, "You are", "open")]
+)
 def test_a_prompt_that_is_cut_still_opens_the_assistants_turn(
-    tokenizer: Any, how: TooLongConfig, kept: str, lost: str
+    tokenizer: Any, how: TooLongConfig, remaining: str, lost: str
 ) -> None:
-    (one,) = tokenized(tokenizer, PROMPTS, [Prompt(messages=(LONG,), where="x:1")], Limits(row=60, too_long=how))
-    ids = one.rows[0]["prompt"]
+    (prompt,) = tokenized(tokenizer, PROMPTS, [Prompt(messages=(LONG,), where="x:1")], Limits(row=60, too_long=how))
+    ids = prompt.rows[0]["prompt"]
     text = tokenizer.decode(ids)
     assert len(ids) == 60
-    assert one.tokens == len(prompt_ids(tokenizer, [LONG])) > 60
+    assert prompt.tokens == len(prompt_ids(tokenizer, [LONG])) > 60
     assert text.endswith(HEADER)
-    assert kept in text
+    assert remaining in text
     assert lost not in text.removesuffix(HEADER)
-    assert one.cut == f"the row has {one.tokens} tokens of 60"
+    assert prompt.cut == f"the row has {prompt.tokens} tokens of 60"
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("said", ["a", "id", "assistant", "end"])
+@pytest.mark.parametrize("word", ["a", "id", "assistant", "end"])
 @pytest.mark.parametrize("how", [LEFT, RIGHT])
-def test_any_family_s_prompt_keeps_its_beginning_and_its_end(style: str, said: str, how: TooLongConfig) -> None:
+def test_any_family_s_prompt_keeps_its_beginning_and_its_end(style: str, word: str, how: TooLongConfig) -> None:
     """A last turn that reads like a part of the template is not taken for it."""
     tokenizer = styled_tokenizer(style)
     turns = (
         Message(role="user", content="First this. " * 20),
         Message(role="assistant", content="Yes."),
-        Message(role="user", content=f"{said} " * 30 + said),
+        Message(role="user", content=f"{word} " * 30 + word),
     )
     whole = prompt_ids(tokenizer, turns)
     header = encode(tokenizer, prompt_text(tokenizer, [Message(role="user", content="xyz")]).partition("xyz")[2])
-    (one,) = tokenized(tokenizer, PROMPTS, [Prompt(messages=turns, where="x:1")], Limits(row=50, too_long=how))
-    ids = one.rows[0]["prompt"]
+    (prompt,) = tokenized(tokenizer, PROMPTS, [Prompt(messages=turns, where="x:1")], Limits(row=50, too_long=how))
+    ids = prompt.rows[0]["prompt"]
     assert len(ids) == 50 < len(whole)
     assert ids[-len(header) :] == header == whole[-len(header) :]
     if STYLES[style].bos:
@@ -154,28 +156,28 @@ def test_any_family_s_prompt_keeps_its_beginning_and_its_end(style: str, said: s
 
 
 def test_rows_within_limits_are_the_same_whether_others_are_cut_or_not(tokenizer: Any) -> None:
-    records = [Prompt(messages=(Message(role="user", content=said),), where="x:1") for said in ("a", "is", "Hi there.")]
-    found = [
-        [one.rows for one in tokenized(tokenizer, PROMPTS, records, Limits(row=200, too_long=how))]
+    records = [Prompt(messages=(Message(role="user", content=text),), where="x:1") for text in ("a", "is", "Hi there.")]
+    rows_by_limits = [
+        [prompt.rows for prompt in tokenized(tokenizer, PROMPTS, records, Limits(row=200, too_long=how))]
         for how in (TooLongConfig(), LEFT, RIGHT)
     ]
-    assert found[0] == found[1] == found[2]
+    assert rows_by_limits[0] == rows_by_limits[1] == rows_by_limits[2]
 
 
 def test_a_prompt_whose_end_cannot_be_told_is_dropped(tokenizer: Any) -> None:
     """This template says the last turn twice, so what stands behind it is not known."""
     odd = tiny_tokenizer()
     odd.chat_template = odd.chat_template + "{{ messages[-1]['content'] }}"
-    (one,) = tokenized(odd, PROMPTS, [Prompt(messages=(LONG,), where="x:1")], Limits(row=60, too_long=RIGHT))
-    assert one.fault is not None
-    assert one.fault.message.endswith("so it cannot be cut")
+    (prompt,) = tokenized(odd, PROMPTS, [Prompt(messages=(LONG,), where="x:1")], Limits(row=60, too_long=RIGHT))
+    assert prompt.fault is not None
+    assert prompt.fault.message.endswith("so it cannot be cut")
 
 
 def test_an_answer_that_is_cut_does_not_end(tokenizer: Any) -> None:
     messages = (Message(role="user", content="Hi."), Message(role="assistant", content="Hello there. " * 9))
     limits = Limits(row=200, answer=5, too_long=LEFT)
-    (one,) = tokenized(tokenizer, CONVERSATIONS, [Conversation(messages=messages, where="x:1")], limits)
-    learned = [label for label in one.rows[0]["labels"] if label != -100]
+    (conversation,) = tokenized(tokenizer, CONVERSATIONS, [Conversation(messages=messages, where="x:1")], limits)
+    learned = [label for label in conversation.rows[0]["labels"] if label != -100]
     assert len(learned) == 5
     assert tokenizer.eos_token_id not in learned
 
@@ -184,11 +186,11 @@ def test_a_pair_is_dropped_by_its_longer_answer(tokenizer: Any) -> None:
     pair = PreferencePair(
         messages=(Message(role="user", content="Hi."),), chosen="A.", rejected="No. " * 9, where="x:3"
     )
-    (one,) = tokenized(tokenizer, PAIRS, [pair], Limits(row=200, answer=5))
-    assert isinstance(one.fault, RowTooLong)
-    assert one.fault.where == "x:3"
-    assert one.fault.message.startswith("'rejected' has ")
-    assert one.rows == ()
+    (tokenized_pair,) = tokenized(tokenizer, PAIRS, [pair], Limits(row=200, answer=5))
+    assert isinstance(tokenized_pair.fault, RowTooLong)
+    assert tokenized_pair.fault.where == "x:3"
+    assert tokenized_pair.fault.message.startswith("'rejected' has ")
+    assert tokenized_pair.rows == ()
 
 
 # ---- how many may be lost -------------------------------------------------------------------------------------------

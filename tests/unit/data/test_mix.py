@@ -20,10 +20,10 @@ def _generator(seed: int = 0) -> torch.Generator:
 
 
 def _mixed(own: list[Any], parts: list[tuple[MixedConfig, list[Any]]], *, seed: int = 0) -> list[Any]:
-    """The rows at the places that are chosen."""
+    """The rows at the indices that are chosen."""
     rows = [*own, *(row for _, others in parts for row in others)]
     sizes = [(part, len(others)) for part, others in parts]
-    return [rows[place] for place in mixed(len(own), sizes, _generator(seed), where="data")]
+    return [rows[index] for index in mixed(len(own), sizes, _generator(seed), where="data")]
 
 
 def test_shares_are_of_the_whole_and_every_own_row_is_there_once() -> None:
@@ -69,12 +69,12 @@ FRACTIONS = (0.001, 0.07, 0.125, 0.25, 0.5, 0.9, 1.0)
 
 @pytest.mark.parametrize("count", [1, 7, 100, 300])
 def test_a_smaller_part_lies_within_a_larger_one(count: int) -> None:
-    found = [subset(count, fraction, _generator()).tolist() for fraction in FRACTIONS]
-    for small, large in itertools.pairwise(found):
+    subsets = [subset(count, fraction, _generator()).tolist() for fraction in FRACTIONS]
+    for small, large in itertools.pairwise(subsets):
         assert set(small) <= set(large)
-    assert found[-1] == list(range(count)), "all of it is all rows, in their order"
-    for places in found:
-        assert places == sorted(set(places))
+    assert subsets[-1] == list(range(count)), "all of it is all rows, in their order"
+    for indices in subsets:
+        assert indices == sorted(set(indices))
 
 
 @pytest.mark.parametrize(

@@ -27,14 +27,14 @@ def _text(count: int) -> str:
     return " ".join(RNG.choices(WORDS, k=count))
 
 
-def _changed(text: str, *places: int) -> str:
+def _changed(text: str, *positions: int) -> str:
     words = text.split()
-    for place in places:
-        words[place] = "altogether"
+    for position in positions:
+        words[position] = "altogether"
     return " ".join(words)
 
 
-def _found(*texts: str) -> list[NearDuplicate]:
+def _near_repeats(*texts: str) -> list[NearDuplicate]:
     repeats = NearDuplicates()
     for number, text in enumerate(texts, start=1):
         repeats.add(LocatedText(where=f"a.jsonl:{number}", text=text))
@@ -54,54 +54,57 @@ def _diagnosis(file: Path) -> str:
 
 def test_one_word_changed_in_thirty_is_found_wherever_it_stands() -> None:
     text = _text(30)
-    for place in (0, 7, 15, 29):
-        (one,) = _found(_text(30), text, _text(30), _changed(text, place))
-        assert (one.where, one.earlier) == ("a.jsonl:4", "a.jsonl:2")
-        assert one.share == pytest.approx(28 / 30 if place in (0, 29) else 27 / 31)
+    for position in (0, 7, 15, 29):
+        (pair,) = _near_repeats(_text(30), text, _text(30), _changed(text, position))
+        assert (pair.where, pair.earlier) == ("a.jsonl:4", "a.jsonl:2")
+        assert pair.share == pytest.approx(28 / 30 if position in (0, 29) else 27 / 31)
 
 
 def test_unrelated_and_half_alike_texts_are_not_near_repeats() -> None:
     text = _text(30)
-    assert _found(*(_text(30) for _ in range(300))) == []
-    assert _found(text, _changed(text, *range(0, 30, 3)), " ".join(reversed(text.split()))) == []
+    assert _near_repeats(*(_text(30) for _ in range(300))) == []
+    assert _near_repeats(text, _changed(text, *range(0, 30, 3)), " ".join(reversed(text.split()))) == []
 
 
 def test_nearly_all_planted_near_repeats_are_found_and_nothing_else() -> None:
     texts = [_text(40) for _ in range(400)]
     planted = [_changed(text, 20) for text in texts[:100]]
-    found = {(one.earlier, one.where) for one in _found(*texts, *planted)}
+    pairs = {(pair.earlier, pair.where) for pair in _near_repeats(*texts, *planted)}
     expected = {(f"a.jsonl:{number}", f"a.jsonl:{400 + number}") for number in range(1, 101)}
-    assert found <= expected
-    assert len(found) >= 98
+    assert pairs <= expected
+    assert len(pairs) >= 98
 
 
 def test_short_texts_must_be_the_same_but_for_case_and_spaces() -> None:
-    assert _found("What is 2 + 2?", "What is 2 + 3?", "Yes", "No", "Yes.") == []
-    assert [one.where for one in _found("Good  morning", "good morning", "Yes", "yes")] == ["a.jsonl:2", "a.jsonl:4"]
-    assert _found("", " ", "\n") == []
-    assert _found("\ud800 lone", "\ud800 LONE")[0].share == 1.0
+    assert _near_repeats("What is 2 + 2?", "What is 2 + 3?", "Yes", "No", "Yes.") == []
+    assert [pair.where for pair in _near_repeats("Good  morning", "good morning", "Yes", "yes")] == [
+        "a.jsonl:2",
+        "a.jsonl:4",
+    ]
+    assert _near_repeats("", " ", "\n") == []
+    assert _near_repeats("\ud800 lone", "\ud800 LONE")[0].share == 1.0
 
 
 def test_of_several_that_are_alike_each_later_one_is_named_with_the_first() -> None:
     text = _text(60)
-    found = _found(text, _changed(text, 10), _changed(text, 50), _changed(text, 30))
-    assert [(one.where, one.earlier) for one in found] == [(f"a.jsonl:{line}", "a.jsonl:1") for line in (2, 3, 4)]
+    pairs = _near_repeats(text, _changed(text, 10), _changed(text, 50), _changed(text, 30))
+    assert [(pair.where, pair.earlier) for pair in pairs] == [(f"a.jsonl:{line}", "a.jsonl:1") for line in (2, 3, 4)]
 
 
 def test_the_same_texts_give_the_same_answer() -> None:
     texts = [_text(30) for _ in range(100)]
     texts += [_changed(text, 3, 20) for text in texts]
-    assert _found(*texts) == _found(*texts)
+    assert _near_repeats(*texts) == _near_repeats(*texts)
 
 
 def test_the_doctor_names_near_repeats_and_leaves_exact_ones_to_their_own_count(tmp_path: Path) -> None:
-    said = [_text(30) for _ in range(10)]
-    rows = [{"prompt": f"Go on from {text}", "completion": text[::-1]} for text in said]
+    texts = [_text(30) for _ in range(10)]
+    rows = [{"prompt": f"Go on from {text}", "completion": text[::-1]} for text in texts]
     near_one = {**rows[4], "prompt": _changed(rows[4]["prompt"], 12)}
     file = _write(tmp_path / "rows.jsonl", [*rows, rows[2], near_one, rows[2]])
-    found = examine(file, SourceConfig(), records())
-    assert [(one.where, one.earlier) for one in found.near_duplicates.pairs] == [(f"{file}:12", f"{file}:5")]
-    assert found.uses["sft"].repeated == 2
+    diagnosis = examine(file, SourceConfig(), records())
+    assert [(pair.where, pair.earlier) for pair in diagnosis.near_duplicates.pairs] == [(f"{file}:12", f"{file}:5")]
+    assert diagnosis.uses["sft"].repeated == 2
     printed = _diagnosis(file)
     assert (
         "duplicates   2 rows repeat an earlier row exactly; keep one of each, or they weigh more\n"
@@ -110,7 +113,7 @@ def test_the_doctor_names_near_repeats_and_leaves_exact_ones_to_their_own_count(
         "  duplicates   1 row is nearly the same as an earlier row; keep one of each, or it weighs more\n"
     ) in printed
     assert (
-        f"rows.jsonl:12 shares {found.near_duplicates.pairs[0].share:.0%} of its word sequences with rows.jsonl:5"
+        f"rows.jsonl:12 shares {diagnosis.near_duplicates.pairs[0].share:.0%} of its word sequences with rows.jsonl:5"
         in printed
     )
     assert "only the first" not in printed
@@ -125,20 +128,20 @@ def test_votes_of_several_people_on_a_pair_are_no_duplicates_to_remove(tmp_path:
         turns = [{"role": "user", "content": f"Go on from {text}"}]
         return {"messages": turns, "answers": answers, "preferred": preferred, "annotator": annotator}
 
-    said = [_text(30) for _ in range(4)]
-    rows = [voted(name, arm, text) for text in said for name, arm in (("ada", "stage:sft"), ("bo", "stage:dpo"))]
+    texts = [_text(30) for _ in range(4)]
+    rows = [voted(name, arm, text) for text in texts for name, arm in (("ada", "stage:sft"), ("bo", "stage:dpo"))]
     printed = _diagnosis(_write(tmp_path / "votes.jsonl", rows))
     assert "duplicates   no row" in printed
     assert "keep one of each" not in printed
-    again = voted("ada", "stage:dpo", _changed(said[0], 12))
+    again = voted("ada", "stage:dpo", _changed(texts[0], 12))
     printed = _diagnosis(_write(tmp_path / "again.jsonl", [*rows, again]))
     near = "duplicates   1 row is nearly the same as an earlier row"
     assert near in printed, "one person's votes on nearly the same answers"
     assert "again.jsonl:9 shares" in printed
-    twice = [*rows, voted("ada", "stage:sft", said[0]), voted("ada", "stage:dpo", said[1])]
-    found = examine(_write(tmp_path / "twice.jsonl", twice), SourceConfig(), records()).repeats
-    assert [(one.where[-2:], one.earlier[-2:]) for one in found.exact] == [(":9", ":1")], "one person, the same vote"
-    assert [(one.where[-3:], one.earlier[-2:]) for one in found.contradictions] == [(":10", ":3")], "and the opposite"
+    twice = [*rows, voted("ada", "stage:sft", texts[0]), voted("ada", "stage:dpo", texts[1])]
+    repeats = examine(_write(tmp_path / "twice.jsonl", twice), SourceConfig(), records()).repeats
+    assert [(row.where[-2:], row.earlier[-2:]) for row in repeats.exact] == [(":9", ":1")], "one person, the same vote"
+    assert [(row.where[-3:], row.earlier[-2:]) for row in repeats.contradictions] == [(":10", ":3")], "and the opposite"
 
 
 def test_a_system_turn_that_all_rows_share_makes_none_of_them_alike(tmp_path: Path) -> None:
@@ -169,9 +172,9 @@ def test_rows_behind_the_limit_are_not_compared_and_the_doctor_says_so(
     rows = [{"text": text} for text in [*texts[:3], _changed(texts[0], 9), *texts[3:], _changed(texts[1], 9)]]
     file = _write(tmp_path / "a.jsonl", rows)
     monkeypatch.setattr(near_duplicates, "TEXTS", 5)
-    found = examine(file, SourceConfig(), records()).near_duplicates
-    assert [(one.where, one.earlier) for one in found.pairs] == [(f"{file}:4", f"{file}:1")]
-    assert (found.looked_at, found.passed_over) == (5, 3)
+    near = examine(file, SourceConfig(), records()).near_duplicates
+    assert [(pair.where, pair.earlier) for pair in near.pairs] == [(f"{file}:4", f"{file}:1")]
+    assert (near.looked_at, near.passed_over) == (5, 3)
     assert "only the first 5 distinct rows were compared" in _diagnosis(file)
 
 

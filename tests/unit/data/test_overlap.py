@@ -13,27 +13,27 @@ from alignment.data.turns import Message
 TEXT = "The library in Mill Lane opens at nine on weekdays and stays closed on Sundays until the end of March."
 
 
-def _found(learned: str, held_out: str) -> list[tuple[str, str, float]]:
+def _overlaps(learned: str, held_out: str) -> list[tuple[str, str, float]]:
     overlaps = HeldOut([LocatedText(where="eval:1", text=held_out), LocatedText(where="eval:2", text="Something else")])
-    found = overlaps.overlaps(
+    matches = overlaps.overlaps(
         [LocatedText(where="train:7", text=learned), LocatedText(where="train:8", text="Quite another")]
     )
-    return [(one.learned, one.held_out, round(one.share, 2)) for one in found]
+    return [(overlap.learned, overlap.held_out, round(overlap.share, 2)) for overlap in matches]
 
 
 def test_the_same_text_is_found_whatever_its_case_and_punctuation() -> None:
-    assert _found(f"Please note: {TEXT.upper()}!", TEXT) == [("train:7", "eval:1", 1.0)]
+    assert _overlaps(f"Please note: {TEXT.upper()}!", TEXT) == [("train:7", "eval:1", 1.0)]
 
 
 def test_half_of_a_text_is_enough_and_a_phrase_is_not() -> None:
     words = TEXT.split()
-    assert _found(" ".join(words[:16]), TEXT)[0][2] >= 0.5
-    assert _found(" ".join(words[:9]) + " and more follows here", TEXT) == []
+    assert _overlaps(" ".join(words[:16]), TEXT)[0][2] >= 0.5
+    assert _overlaps(" ".join(words[:9]) + " and more follows here", TEXT) == []
 
 
 def test_a_text_of_a_few_words_counts_as_a_whole() -> None:
-    assert _found("Two plus two", "two plus two?") == [("train:7", "eval:1", 1.0)]
-    assert _found("Two plus three", "two plus two?") == []
+    assert _overlaps("Two plus two", "two plus two?") == [("train:7", "eval:1", 1.0)]
+    assert _overlaps("Two plus three", "two plus two?") == []
 
 
 def test_of_equal_overlaps_every_call_names_the_same() -> None:
@@ -43,8 +43,8 @@ def test_of_equal_overlaps_every_call_names_the_same() -> None:
 
 
 def test_nothing_is_like_nothing() -> None:
-    assert _found("", "") == []
-    assert _found("?", "!") == []
+    assert _overlaps("", "") == []
+    assert _overlaps("?", "!") == []
 
 
 def _asking(*texts: str) -> list[Prompt]:

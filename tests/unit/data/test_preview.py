@@ -43,51 +43,51 @@ def tokenizer() -> Any:
 
 
 def _shown(tokenizer: Any, kind: Kind, record: Any) -> RecordSpans:
-    (one,) = tokenized(tokenizer, kind, [record], Limits(row=100))
-    return record_spans(tokenizer, one)
+    (tokenized_record,) = tokenized(tokenizer, kind, [record], Limits(row=100))
+    return record_spans(tokenizer, tokenized_record)
 
 
-def _told(one: RecordSpans) -> dict[str, list[tuple[str, bool]]]:
+def _learned_runs(spans: RecordSpans) -> dict[str, list[tuple[str, bool]]]:
     """Runs of learned and unlearned tokens as text, by sequence."""
     return {
         name: [
             ("".join(run.text for run in group), learned)
             for learned, group in itertools.groupby(runs, key=lambda run: run.learned)
         ]
-        for name, runs in one.sequences.items()
+        for name, runs in spans.sequences.items()
     }
 
 
 def test_a_conversation_shows_which_tokens_are_learned(tokenizer: Any) -> None:
     record = Conversation(messages=(*ASKED, Message(role="assistant", content="Hello.")), where="x:1")
-    one = _shown(tokenizer, CONVERSATIONS, record)
-    assert [run.text for run in one.sequences[""] if run.control and run.learned] == ["<|im_end|>"]
-    assert _told(one) == {"": [(OPENED, False), ("Hello.<|im_end|>", True)]}
-    assert one.tokens > one.learned > 0
+    spans = _shown(tokenizer, CONVERSATIONS, record)
+    assert [run.text for run in spans.sequences[""] if run.control and run.learned] == ["<|im_end|>"]
+    assert _learned_runs(spans) == {"": [(OPENED, False), ("Hello.<|im_end|>", True)]}
+    assert spans.tokens > spans.learned > 0
 
 
 def test_a_pair_shows_both_answers_and_a_prompt_none(tokenizer: Any) -> None:
     record = PreferencePair(messages=ASKED, chosen="Hello.", rejected="Go.", where="x:1")
-    one = _shown(tokenizer, PAIRS, record)
-    assert _told(one) == {
+    spans = _shown(tokenizer, PAIRS, record)
+    assert _learned_runs(spans) == {
         "prompt": [(OPENED, False)],
         "chosen": [("Hello.<|im_end|>", True)],
         "rejected": [("Go.<|im_end|>", True)],
     }
     prompt = _shown(tokenizer, PROMPTS, Prompt(messages=ASKED, where="x:1"))
-    assert _told(prompt) == {"prompt": [(OPENED, False)]}
+    assert _learned_runs(prompt) == {"prompt": [(OPENED, False)]}
     assert prompt.learned == 0
-    assert one.tokens == prompt.tokens + len(tokenizer("Hello.<|im_end|>")["input_ids"])
+    assert spans.tokens == prompt.tokens + len(tokenizer("Hello.<|im_end|>")["input_ids"])
 
 
 def test_what_two_answers_do_not_share_is_marked(tokenizer: Any) -> None:
     record = PreferencePair(messages=ASKED, chosen="We open at nine.", rejected="We open at six.", where="x:1")
-    one = _shown(tokenizer, PAIRS, record)
+    spans = _shown(tokenizer, PAIRS, record)
     for name, word in (("chosen", "nine"), ("rejected", "six")):
-        marked = "".join(run.text for run in one.sequences[name] if run.differs)
+        marked = "".join(run.text for run in spans.sequences[name] if run.differs)
         assert marked.strip()
         assert marked.strip() in word
-    assert not any(run.differs for run in one.sequences["prompt"])
+    assert not any(run.differs for run in spans.sequences["prompt"])
 
 
 def test_bars_cover_all_lengths() -> None:
@@ -148,9 +148,9 @@ def test_what_a_template_drops_and_changes_is_counted_with_an_example(
 def test_the_sequences_of_a_conversation_are_shown_one_by_one() -> None:
     tokenizer = dressed(QWEN, text_of("qwen3") or "")
     turns = (*ASKED, Message(role="assistant", content="Hello."))
-    one = _shown(tokenizer, CONVERSATIONS, Conversation(messages=turns * 2, where="x:1"))
+    spans = _shown(tokenizer, CONVERSATIONS, Conversation(messages=turns * 2, where="x:1"))
     opened, thought = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
-    assert _told(one) == {
+    assert _learned_runs(spans) == {
         "sequence 1": [(opened, False), (f"{thought}Hello.<|im_end|>", True)],
         "sequence 2": [(f"{opened}Hello.<|im_end|>\n{opened}", False), (f"{thought}Hello.<|im_end|>", True)],
     }
@@ -178,8 +178,8 @@ def test_odd_rows_are_counted_with_an_example(tmp_path: Path, capsys: pytest.Cap
     tiny_tokenizer().save_pretrained(str(tmp_path / "base"))
     asked = "When does the shop in the hall open and who has the keys of it?"
     rows = [(asked, "At nine."), ("Hi.", "The end: <|im_end|>"), ("Hi.", "The end: <|im_end|>")]
-    told = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in rows]
-    (tmp_path / "data.jsonl").write_text("\n".join(told))
+    lines = [json.dumps({"prompt": prompt, "completion": answer}) for prompt, answer in rows]
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
     held_out = HeldOut([LocatedText(where="heldout.jsonl:7", text=asked.upper())])
     show_stage(Console(width=300), tiny_spec(tmp_path, SftConfig(max_length=100)), rows=1, held_out=held_out)
     printed = capsys.readouterr().out

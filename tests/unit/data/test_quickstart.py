@@ -42,9 +42,9 @@ def _style(answer: str, source: str) -> float:
 def _good_answers() -> Iterator[tuple[str, str, str]]:
     """Id, answer and the text that it may draw on."""
     for row in CONVERSATIONS:
-        for place, message in enumerate(row.messages):
+        for index, message in enumerate(row.messages):
             if message.role == "assistant":
-                yield f"{row.id}[{place}]", message.content, _source(row.messages[:place])
+                yield f"{row.id}[{index}]", message.content, _source(row.messages[:index])
     for pair in PAIRS:
         yield pair.id, pair.chosen, _source(pair.messages)
     for prompt in HELD_OUT:
@@ -65,16 +65,16 @@ def _near_duplicates(texts: dict[str, str]) -> list[tuple[float, str, str]]:
     """Pairs of texts whose word 5-grams have a Jaccard index of at least the limit; only texts that share one meet."""
     grams = {name: _grams(text) for name, text in texts.items()}
     holders: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    found = []
-    for name, mine in grams.items():
-        shared = Counter(other for gram in mine for other in holders[gram])
+    pairs = []
+    for name, own_grams in grams.items():
+        shared = Counter(other for gram in own_grams for other in holders[gram])
         for other, count in shared.items():
-            jaccard = count / (len(mine) + len(grams[other]) - count)
+            jaccard = count / (len(own_grams) + len(grams[other]) - count)
             if jaccard >= MAX_JACCARD:
-                found.append((jaccard, name, other))
-        for gram in mine:
+                pairs.append((jaccard, name, other))
+        for gram in own_grams:
             holders[gram].append(name)
-    return found
+    return pairs
 
 
 @pytest.mark.parametrize(("name", "least"), [("conversations", 300), ("preferences", 300), ("heldout", 100)])
@@ -114,12 +114,12 @@ def test_a_held_out_prompt_asks_for_more_than_one_fact() -> None:
 
 def test_facts_stand_in_the_prompt_unless_they_are_put_in_other_words() -> None:
     """At least one wording of nearly every fact is in the text; the others are paraphrases."""
-    found = [
+    verbatim = [
         any(f" {normalise(wording)} " in f" {normalise(_source(row.messages))} " for wording in fact)
         for row in HELD_OUT
         for fact in row.row["facts"]
     ]
-    assert mean(found) > 0.9
+    assert mean(verbatim) > 0.9
 
 
 def test_rejected_answers_are_clearly_worse_in_style() -> None:
@@ -175,8 +175,8 @@ def test_no_two_rejected_answers_are_the_same_or_nearly_so() -> None:
 def test_the_search_for_duplicates_finds_them() -> None:
     text = "the quick brown fox jumps over the lazy dog and runs away from the hounds"
     near = text.replace("hounds", "dogs")
-    found = _near_duplicates({"a": text, "b": near, "c": text, "d": "something else altogether, with words of its own"})
-    assert {(one, other) for _, one, other in found} == {("b", "a"), ("c", "a"), ("c", "b")}
+    pairs = _near_duplicates({"a": text, "b": near, "c": text, "d": "something else altogether, with words of its own"})
+    assert {(name, other) for _, name, other in pairs} == {("b", "a"), ("c", "a"), ("c", "b")}
 
 
 @pytest.mark.parametrize("name", ["prompts", "good answers", "rejected answers"])

@@ -46,9 +46,9 @@ def _write(path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.jsonl", "a.ndjson", "list.json", "lines.json", "a.csv", "a.parquet", "a.jsonl.gz"])
 def test_every_kind_of_file_gives_the_same_records(tmp_path: Path, name: str) -> None:
     _write(tmp_path / name)
-    found = read_records(tmp_path / name, Conversation, ALL)
-    assert [one.messages[-1].content for one in found] == [row["output"] for row in ROWS]
-    assert all(one.where.startswith(str(tmp_path / name)) for one in found)
+    conversations = read_records(tmp_path / name, Conversation, ALL)
+    assert [conversation.messages[-1].content for conversation in conversations] == [row["output"] for row in ROWS]
+    assert all(conversation.where.startswith(str(tmp_path / name)) for conversation in conversations)
 
 
 def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> None:
@@ -56,7 +56,10 @@ def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> No
         (tmp_path / name).write_text(json.dumps([row]) if name.endswith(".json") else json.dumps(row))
     (tmp_path / "README.md").write_text("not data")
     assert [path.name for path in files_of(tmp_path)] == ["a.json", "b.jsonl"]
-    assert [one.messages[-1].content for one in read_records(tmp_path, Conversation, ALL)] == ["It is 0.", "It is 1."]
+    assert [conversation.messages[-1].content for conversation in read_records(tmp_path, Conversation, ALL)] == [
+        "It is 0.",
+        "It is 1.",
+    ]
 
 
 def test_lines_of_a_csv_are_counted_where_fields_have_breaks(tmp_path: Path) -> None:
@@ -252,8 +255,8 @@ def test_placeholders_are_filled_everywhere_and_others_left(tmp_path: Path) -> N
     file.write_text(
         _lines([{"messages": [{**ASKED, "content": "{{name}}?"}, *GOOD["messages"][1:]], "n": "{{other}}"}])
     )
-    found = examine(file, ALL, records())
-    assert dict(found.placeholders) == {"name": 1, "other": 1}
+    diagnosis = examine(file, ALL, records())
+    assert dict(diagnosis.placeholders) == {"name": 1, "other": 1}
     data = DataConfig(source="", placeholders={"name": "Ada"})
     (conversation,) = read_records(file, Conversation, data)
     assert conversation.messages[0].content == "Ada?"
@@ -281,10 +284,10 @@ def test_the_doctor_says_what_each_stage_can_make_of_a_file(tmp_path: Path) -> N
     file = tmp_path / "pairs.jsonl"
     pair = {"prompt": "2 + 2?", "chosen": "4.", "rejected": "5."}
     file.write_text(_lines([pair, pair, {**pair, "rejected": "4."}, {**pair, "prompt": ""}]))
-    found = examine(file, ALL, records())
-    assert found.format.name == "preference"
-    assert found.meant_for == ["sft", "reward, dpo", "kto", "ppo, distil", "evaluate"]
-    uses = {name: (use.records, use.repeated, found.faulty.count([name])) for name, use in found.uses.items()}
+    diagnosis = examine(file, ALL, records())
+    assert diagnosis.format.name == "preference"
+    assert diagnosis.meant_for == ["sft", "reward, dpo", "kto", "ppo, distil", "evaluate"]
+    uses = {name: (use.records, use.repeated, diagnosis.faulty.count([name])) for name, use in diagnosis.uses.items()}
     assert uses == {
         "sft": (3, 2, 1),
         "reward, dpo": (2, 1, 2),
@@ -292,7 +295,7 @@ def test_the_doctor_says_what_each_stage_can_make_of_a_file(tmp_path: Path) -> N
         "ppo, distil": (3, 2, 1),
         "evaluate": (3, 2, 1),
     }
-    assert sorted(fault.where for fault in found.faults) == [f"{file}:3", f"{file}:4"]
+    assert sorted(fault.where for fault in diagnosis.faults) == [f"{file}:3", f"{file}:4"]
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(_lines([{"prompt": "a"}, {"prompt": "b"}]))
     assert examine(prompts, ALL, records()).meant_for == ["ppo, distil", "evaluate"]
@@ -311,10 +314,10 @@ def test_the_doctor_knows_what_measuring_stages_refuse(
 ) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(_lines([good, good | bad, good]))
-    found = examine(file, ALL, records())
-    assert stage in found.meant_for
-    assert found.uses[stage].records == 2
-    assert [fault.where for fault in found.faults] == [f"{file}:2"]
+    diagnosis = examine(file, ALL, records())
+    assert stage in diagnosis.meant_for
+    assert diagnosis.uses[stage].records == 2
+    assert [fault.where for fault in diagnosis.faults] == [f"{file}:2"]
 
 
 def test_half_a_surrogate_pair_is_a_fault_of_its_row(tmp_path: Path) -> None:
@@ -355,6 +358,6 @@ def test_rows_are_faulty_however_many_they_are(tmp_path: Path, faulty: dict[str,
     file = tmp_path / "a.jsonl"
     rows = [PAIR | {"prompt": f"{number}?"} | (faulty if number < count else {}) for number in range(12)]
     file.write_text(_lines(rows))
-    found = examine(file, DataConfig(source="", format="preference" if count == 12 else None), records())
-    assert found.format.name == "preference"
-    assert [fault.where for fault in found.faults] == [f"{file}:{line}" for line in range(1, count + 1)]
+    diagnosis = examine(file, DataConfig(source="", format="preference" if count == 12 else None), records())
+    assert diagnosis.format.name == "preference"
+    assert [fault.where for fault in diagnosis.faults] == [f"{file}:{line}" for line in range(1, count + 1)]

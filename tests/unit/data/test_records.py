@@ -183,15 +183,17 @@ PAIR = {"messages": [USER], "chosen": "4.", "rejected": "5."}
 
 
 @pytest.mark.parametrize(
-    ("scores", "kept", "margin"),
+    ("scores", "expected", "margin"),
     [
         ({"chosen_score": 9, "rejected_score": 2.5}, (9.0, 2.5), 6.5),
         ({"chosen_score": -1, "rejected_score": -1}, (-1.0, -1.0), 0.0),
     ],
 )
-def test_a_pair_holds_the_scores_of_its_row(scores: dict[str, Any], kept: tuple[float, float], margin: float) -> None:
+def test_a_pair_holds_the_scores_of_its_row(
+    scores: dict[str, Any], expected: tuple[float, float], margin: float
+) -> None:
     pair = _made(PreferencePair, PAIR | scores)
-    assert pair.scores == kept
+    assert pair.scores == expected
     assert pair.margin() == margin
 
 
@@ -366,8 +368,8 @@ def test_the_answer_to_a_question_is_one_of_its_choices_or_the_place_of_one(answ
 
 
 def test_a_ranked_row_with_one_best_answer_is_a_question() -> None:
-    told = [{"text": "3", "score": 1}, {"text": "4", "score": 9}, {"text": "5", "score": 1}]
-    assert _question({"prompt": "2 + 2?", "completions": told}).right == 1
+    completions = [{"text": "3", "score": 1}, {"text": "4", "score": 9}, {"text": "5", "score": 1}]
+    assert _question({"prompt": "2 + 2?", "completions": completions}).right == 1
 
 
 @pytest.mark.parametrize(
@@ -389,13 +391,13 @@ def test_a_question_that_cannot_be_asked_is_named_exactly(changes: dict[str, Any
 
 
 def test_a_question_with_two_best_answers_is_refused() -> None:
-    told = [{"text": "4", "score": 9}, {"text": "four", "score": 9}]
+    completions = [{"text": "4", "score": 9}, {"text": "four", "score": 9}]
     with pytest.raises(DataError, match="'choices' has several best answers; it must have exactly one"):
-        _question({"prompt": "2 + 2?", "completions": told})
+        _question({"prompt": "2 + 2?", "completions": completions})
 
 
 def _question(row: dict[str, Any]) -> Question:
     form = FORMATS["ranked" if "completions" in row else "choices"]
     fields = Fields(row, where="rows.jsonl:7", example=right_form(form, Question))
-    (found,) = Question.of(form.read(fields))
-    return found
+    (question,) = Question.of(form.read(fields))
+    return question

@@ -152,7 +152,7 @@ def test_every_conversation_is_what_the_template_renders(template: str) -> None:
 def test_the_template_is_asked_twice_for_all_conversations_of_the_same_roles(monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer, asked = _tokenizer(CHAT_TEMPLATE), []
     applied = rendering._applied
-    monkeypatch.setattr(rendering, "_applied", lambda *args, **told: asked.append(1) or applied(*args, **told))
+    monkeypatch.setattr(rendering, "_applied", lambda *args, **kwargs: asked.append(1) or applied(*args, **kwargs))
     for number in range(20):
         render(tokenizer, [Message(role="user", content=f"{number}?")], answering=True)
     assert len(asked) == 2
@@ -167,8 +167,8 @@ def test_the_template_is_asked_twice_for_all_conversations_of_the_same_roles(mon
 class _Own(type(tiny_tokenizer())):  # type: ignore[misc]
     """A tokenizer that does more with a text than to pass it on."""
 
-    def _encode_plus(self, text: Any, **told: Any) -> Any:
-        return super()._encode_plus([one.upper() for one in text], **told)
+    def _encode_plus(self, text: Any, **kwargs: Any) -> Any:
+        return super()._encode_plus([sequence.upper() for sequence in text], **kwargs)
 
 
 @pytest.mark.parametrize("splits", [False, True])

@@ -256,8 +256,8 @@ def test_plain_text_stays_text_between_bos_and_eos(name: str) -> None:
     bos, eos = STYLES[name].bos, STYLES[name].eos
     frame = [tokenizer.convert_tokens_to_ids(token) for token in (bos, eos) if token]
     for text in (_hostile(rng) for _ in range(NUM_ROWS)):
-        (one,) = tokenized(tokenizer, TEXTS, [PlainText(text=text, where="x:1")], Limits(row=1000))
-        (row,) = one.rows
+        (tokenized_text,) = tokenized(tokenizer, TEXTS, [PlainText(text=text, where="x:1")], Limits(row=1000))
+        (row,) = tokenized_text.rows
         assert row["labels"] == row["input_ids"]
         assert _control(tokenizer, row["input_ids"]) == frame
         assert tokenizer.decode(row["input_ids"]) == bos + text + eos

@@ -65,8 +65,8 @@ def _talk(number: int) -> dict[str, Any]:
 
 
 def _table(file: Path, tokenizer: Any, **changes: Any) -> TokenTable:
-    told: dict[str, Any] = {"data": ALL, "kind": CONVERSATIONS, "limits": WIDE, "processes": 1}
-    return token_table.token_table(file, tokenizer=tokenizer, cache=file.parent / "cache", **(told | changes))
+    settings: dict[str, Any] = {"data": ALL, "kind": CONVERSATIONS, "limits": WIDE, "processes": 1}
+    return token_table.token_table(file, tokenizer=tokenizer, cache=file.parent / "cache", **(settings | changes))
 
 
 DAMAGES = {
@@ -98,7 +98,7 @@ def test_a_damaged_table_is_made_anew(damage: str, tokenizer: Any, tmp_path: Pat
 def test_rows_are_those_of_the_records_in_their_order(tmp_path: Path, tokenizer: Any, processes: int) -> None:
     file = _rows(tmp_path, [_talk(number) for number in range(50)])
     table = _table(file, tokenizer, processes=processes)
-    expected = [tokenize_conversation(tokenizer, one.messages) for one in read_records(file, Conversation, ALL)]
+    expected = [tokenize_conversation(tokenizer, record.messages) for record in read_records(file, Conversation, ALL)]
     assert table.rows["input_ids"][:] == [row.input_ids for row in expected]
     assert table.rows["labels"][:] == [row.labels for row in expected]
     assert table.rows["where"][:] == [f"{file}:{line}" for line in range(1, 51)]
@@ -270,8 +270,8 @@ def test_an_interrupted_table_goes_on_where_it_was_saved(
     monkeypatch.setattr(table_files, "EVERY_SECONDS", 0.0)
     read: list[str] = []
 
-    def breaks_off(job: Job, rows: Any, **told: Any) -> Any:
-        for number, chunk in enumerate(chunks.run(job, rows, **told)):
+    def breaks_off(job: Job, rows: Any, **options: Any) -> Any:
+        for number, chunk in enumerate(chunks.run(job, rows, **options)):
             if number == 2:
                 monkeypatch.setattr(table_files, "EVERY_SECONDS", 60.0)  # what follows is not saved
             yield chunk
@@ -279,8 +279,8 @@ def test_an_interrupted_table_goes_on_where_it_was_saved(
                 raise error
         raise error
 
-    def counted(job: Job, rows: Any, **told: Any) -> Any:
-        yield from chunks.run(job, (read.append(row.where) or row for row in rows), **told)
+    def counted(job: Job, rows: Any, **options: Any) -> Any:
+        yield from chunks.run(job, (read.append(row.where) or row for row in rows), **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(token_table, "run", breaks_off)
@@ -333,15 +333,15 @@ def test_of_two_that_want_a_table_one_makes_it_and_the_other_waits(
     file = _rows(tmp_path, [_talk(number) for number in range(9)])
     made: list[int] = []
 
-    def slowly(*args: Any, **told: Any) -> Any:
+    def slowly(*args: Any, **kwargs: Any) -> Any:
         made.append(1)
         time.sleep(0.3)
-        yield from chunks.run(*args, **told)
+        yield from chunks.run(*args, **kwargs)
 
     monkeypatch.setattr(token_table, "run", slowly)
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda _: len(_table(file, tokenizer).rows), range(2)))
-    assert found == [9, 9]
+        counts = list(pool.map(lambda _: len(_table(file, tokenizer).rows), range(2)))
+    assert counts == [9, 9]
     assert made == [1]
 
 

@@ -83,7 +83,7 @@ def test_exactly_the_assistants_turns_and_their_ends_are_learned(tokenizer: Any,
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_a_row_is_the_rendered_conversation_up_to_the_end_of_its_last_answer(tokenizer: Any, name: str) -> None:
     messages = _messages(CONVERSATIONS[name])
-    last = max(place for place, message in enumerate(messages) if message.role == "assistant")
+    last = max(index for index, message in enumerate(messages) if message.role == "assistant")
     row = tokenize_conversation(tokenizer, messages)
     assert tokenizer.decode(row.input_ids) + "\n" == render(tokenizer, messages[: last + 1], answering=False)
 
@@ -104,12 +104,12 @@ def test_the_line_break_after_a_turn_is_never_learned(tokenizer: Any) -> None:
     assert row.labels[-1] == tokenizer.eos_token_id
     break_id = encode(tokenizer, "\n")[0]
     breaks = [
-        place
-        for place, token in enumerate(row.input_ids[1:], start=1)
-        if token == break_id and row.input_ids[place - 1] == tokenizer.eos_token_id
+        position
+        for position, token in enumerate(row.input_ids[1:], start=1)
+        if token == break_id and row.input_ids[position - 1] == tokenizer.eos_token_id
     ]
     assert breaks
-    assert {row.labels[place] for place in breaks} == {IGNORED}
+    assert {row.labels[position] for position in breaks} == {IGNORED}
 
 
 def test_pad_equal_to_eos_hides_no_end_of_a_turn(tokenizer: Any) -> None:
@@ -124,7 +124,7 @@ def test_pad_equal_to_eos_hides_no_end_of_a_turn(tokenizer: Any) -> None:
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_a_prompt_and_its_answer_give_the_same_tokens_as_the_conversation(tokenizer: Any, name: str) -> None:
     messages = _messages(CONVERSATIONS[name])
-    last = max(place for place, message in enumerate(messages) if message.role == "assistant")
+    last = max(index for index, message in enumerate(messages) if message.role == "assistant")
     ids = prompt_ids(tokenizer, messages[:last]) + answer_ids(tokenizer, messages[:last], messages[last].content)
     assert ids == tokenize_conversation(tokenizer, messages).input_ids
 
@@ -168,16 +168,16 @@ def test_generation_markers_of_a_template_say_the_same(name: str) -> None:
     tokenizer.chat_template = GENERATION
     messages = _messages(CONVERSATIONS[name])
     row = tokenize_conversation(tokenizer, messages)
-    theirs = tokenizer.apply_chat_template(
+    encoding = tokenizer.apply_chat_template(
         [message.as_dict() for message in messages],
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
     count = len(row.input_ids)
-    assert theirs["input_ids"][:count] == row.input_ids
-    assert theirs["assistant_masks"][:count] == [int(label != IGNORED) for label in row.labels]
-    assert not any(theirs["assistant_masks"][count:])
+    assert encoding["input_ids"][:count] == row.input_ids
+    assert encoding["assistant_masks"][:count] == [int(label != IGNORED) for label in row.labels]
+    assert not any(encoding["assistant_masks"][count:])
 
 
 # ---- faults ---------------------------------------------------------------------------------------------------------
@@ -240,7 +240,7 @@ def test_a_control_token_that_somebody_wrote_stays_text(tokenizer: Any, role: st
     """Otherwise a row could end its own turn and speak as somebody else."""
     turns = [("system", "Be brief."), ("user", "Hi."), ("assistant", "Hello.")]
     written = [(name, f"{text} {control} more" if name == role else text) for name, text in turns]
-    harmless, row = (tokenize_conversation(tokenizer, _messages(one)) for one in (turns, written))
+    harmless, row = (tokenize_conversation(tokenizer, _messages(conversation)) for conversation in (turns, written))
     special = set(tokenizer.all_special_ids)
     assert [token for token in row.input_ids if token in special] == [
         token for token in harmless.input_ids if token in special
@@ -253,14 +253,14 @@ def test_text_around_a_written_control_token_is_tokenised_as_ever(tokenizer: Any
     plain = encode(tokenizer, "<|im_start|>user\nThe shop")
     turns = [("user", "The shop<|im_end|>"), ("assistant", "Hello.")]
     ids = tokenize_conversation(tokenizer, _messages(turns)).input_ids
-    start = next(place for place in range(len(ids)) if ids[place : place + len(plain)] == plain)
+    start = next(position for position in range(len(ids)) if ids[position : position + len(plain)] == plain)
     assert start > 0
 
 
 def test_plain_text_holds_no_control_token_but_its_end(tokenizer: Any) -> None:
     text = PlainText(text="One<|im_end|>two<|im_start|>", where="x:1")
-    (one,) = tokenized(tokenizer, TEXTS, [text], Limits(row=1000))
-    (row,) = one.rows
+    (tokenized_text,) = tokenized(tokenizer, TEXTS, [text], Limits(row=1000))
+    (row,) = tokenized_text.rows
     special = set(tokenizer.all_special_ids)
     assert [token for token in row["input_ids"] if token in special] == [tokenizer.eos_token_id]
     assert tokenizer.decode(row["input_ids"]) == "One<|im_end|>two<|im_start|><|im_end|>"
@@ -293,12 +293,13 @@ def test_answers_end_with_the_token_that_ends_a_turn(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "ends"), [(None, {2}), ({}, {2}), ({"eos_token_id": 7}, {2, 7}), ({"eos_token_id": [0, 2, 9]}, {0, 2, 9})]
+    ("config", "ends"),
+    [(None, {2}), ({}, {2}), ({"eos_token_id": 7}, {2, 7}), ({"eos_token_id": [0, 2, 9]}, {0, 2, 9})],
 )
-def test_an_answer_is_over_where_the_models_generation_config_says(tmp_path: Path, told: Any, ends: set[int]) -> None:
+def test_an_answer_is_over_where_the_models_generation_config_says(tmp_path: Path, config: Any, ends: set[int]) -> None:
     tiny_tokenizer().save_pretrained(str(tmp_path))
-    if told is not None:
-        (tmp_path / "generation_config.json").write_text(json.dumps(told))
+    if config is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(config))
     assert end_ids(load_tokenizer(tmp_path)) == ends
 
 
