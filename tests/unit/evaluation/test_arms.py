@@ -47,8 +47,8 @@ def test_the_log_probability_of_an_answer_is_the_sum_over_its_tokens(
     expected = []
     for prompt, answer in zip(PROMPTS, ANSWERS, strict=True):
         total = 0.0
-        for place, token in enumerate(answer):
-            logits = model(torch.tensor([[*prompt, *answer[:place]]])).logits[0, -1].tolist()
+        for position, token in enumerate(answer):
+            logits = model(torch.tensor([[*prompt, *answer[:position]]])).logits[0, -1].tolist()
             total += oracle.log_softmax(logits)[token]
         expected.append(total)
     close(sequence_logprobs(model, PROMPTS, ANSWERS), expected)
@@ -61,8 +61,8 @@ def test_answers_and_scores_come_in_the_order_of_the_prompts(architecture: str, 
     changes = {} if architecture == "llama" else {"sliding_window": 4}
     model = tiny_model("llama" if architecture == "llama" else "mistral", **changes)
     use_flat_attention(model)
-    others = [[answer] * (place % 3) for place, answer in enumerate(ANSWERS)]
-    told: list[int] = []
+    others = [[answer] * (index % 3) for index, answer in enumerate(ANSWERS)]
+    reported: list[int] = []
     answers, scores = answer_and_score(
         model,
         PROMPTS,
@@ -71,12 +71,12 @@ def test_answers_and_scores_come_in_the_order_of_the_prompts(architecture: str, 
         end_ids=[2],
         batch_size=batch_size,
         with_own=True,
-        progress=told.append,
+        progress=reported.append,
     )
-    assert told == [min(3, done) for done in range(batch_size, 3 + batch_size, batch_size)]
-    for prompt, texts, answer, found in zip(PROMPTS, others, answers, scores, strict=True):
+    assert reported == [min(3, done) for done in range(batch_size, 3 + batch_size, batch_size)]
+    for prompt, texts, answer, logprobs in zip(PROMPTS, others, answers, scores, strict=True):
         assert answer == generate(model, [prompt], max_new_tokens=4, end_ids=[2], batch_size=1)[0]
-        close(found, sequence_logprobs(model, [prompt] * (1 + len(texts)), [answer, *texts]))
+        close(logprobs, sequence_logprobs(model, [prompt] * (1 + len(texts)), [answer, *texts]))
 
 
 def test_prompts_are_read_once_for_answers_and_scores() -> None:
@@ -86,8 +86,8 @@ def test_prompts_are_read_once_for_answers_and_scores() -> None:
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    told = {"max_new_tokens": 1, "end_ids": [2], "batch_size": 3, "with_own": True, "progress": lambda _: None}
-    answer_and_score(model, PROMPTS, [[answer] for answer in ANSWERS], **told)
+    options = {"max_new_tokens": 1, "end_ids": [2], "batch_size": 3, "with_own": True, "progress": lambda _: None}
+    answer_and_score(model, PROMPTS, [[answer] for answer in ANSWERS], **options)
     own, others = len(PROMPTS), sum(map(len, ANSWERS))
     assert read == [sum(map(len, PROMPTS)), own + others]
 
@@ -102,10 +102,10 @@ def test_rewards_are_rounded_no_more_under_autocast_than_by_the_trunk() -> None:
             model.base_model(torch.tensor([[*prompt, *answer]])).last_hidden_state[0, -1]
             for prompt, answer in zip(PROMPTS, ANSWERS, strict=True)
         ]
-        found = reward_scores(model, PROMPTS, ANSWERS)
+        rewards = reward_scores(model, PROMPTS, ANSWERS)
     expected = [float(state.float() @ model.score.weight[0].detach()) for state in states]
-    assert max(abs(a - b) for a, b in zip(found, expected, strict=True)) < 0.05
-    assert all(score != float(torch.tensor(score).bfloat16()) for score in found)
+    assert max(abs(a - b) for a, b in zip(rewards, expected, strict=True)) < 0.05
+    assert all(score != float(torch.tensor(score).bfloat16()) for score in rewards)
 
 
 @pytest.mark.parametrize("tokens", [1, 12, 1000])
@@ -123,7 +123,7 @@ def test_rewards_stand_at_the_last_token_whatever_the_batch(monkeypatch: pytest.
 
 def test_answers_are_decoded_and_know_whether_they_ended() -> None:
     tokenizer = tiny_tokenizer()
-    said = tokenizer("The shop is open.")["input_ids"]
-    whole, cut = read_answers(tokenizer, [[*said, tokenizer.eos_token_id], said])
+    ids = tokenizer("The shop is open.")["input_ids"]
+    whole, cut = read_answers(tokenizer, [[*ids, tokenizer.eos_token_id], ids])
     assert (whole.text, cut.text) == ("The shop is open.", "The shop is open.")
     assert (whole.ended, cut.ended) == (True, False)

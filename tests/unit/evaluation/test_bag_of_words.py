@@ -41,21 +41,21 @@ def test_words_count_whatever_their_case_and_apostrophe() -> None:
 @pytest.mark.parametrize("penalty", [0.3, 10.0])
 def test_the_fit_lies_where_no_small_change_lowers_the_loss(penalty: float) -> None:
     pairs = random_pairs(60)
-    vocabulary = {word: place for place, word in enumerate(WORDS)}
+    vocabulary = {word: index for index, word in enumerate(WORDS)}
     features = differences(pairs, vocabulary)
     weights = fitted(features, penalty)
     lowest = slow_objective(pairs, dict(zip(WORDS, weights, strict=True)), penalty)
     assert lowest == pytest.approx(60 * loss(features, weights) + penalty / 2 * float(weights @ weights), rel=1e-12)
-    for place in range(len(WORDS)):
+    for index in range(len(WORDS)):
         for step in (-1e-3, 1e-3):
             moved = weights.copy()
-            moved[place] += step
+            moved[index] += step
             assert slow_objective(pairs, dict(zip(WORDS, moved, strict=True)), penalty) > lowest
     assert np.abs(slope(features, weights, penalty)).max() < 1e-6
 
 
 def test_a_word_that_tells_all_is_found_and_a_swapped_pair_has_the_opposite_margin() -> None:
-    pairs = [(f"good {one}", other) for one, other in random_pairs(40)]
+    pairs = [(f"good {chosen}", rejected) for chosen, rejected in random_pairs(40)]
     groups = [str(number) for number in range(40)]
     bag = fit(pairs, groups, seed=0)
     assert bag.heaviest(3)[0][0] == "good"
@@ -83,11 +83,11 @@ def test_pairs_whose_words_decide_by_chance_are_told_apart_as_well_as_chance_let
     rng = random.Random(5)
     true = {word: rng.gauss(0.0, 1.5) for word in WORDS}
     pairs, sure = [], []
-    for one, other in random_pairs(1200):
-        counts = [[np.log1p(text.split().count(word)) for word in WORDS] for text in (one, other)]
+    for first, second in random_pairs(1200):
+        counts = [[np.log1p(text.split().count(word)) for word in WORDS] for text in (first, second)]
         margin = float((np.array(counts[0]) - np.array(counts[1])) @ np.array(list(true.values())))
         wins = 1.0 / (1.0 + np.exp(-margin))
-        pairs.append((one, other) if rng.random() < wins else (other, one))
+        pairs.append((first, second) if rng.random() < wins else (second, first))
         sure.append(max(wins, 1.0 - wins))
     bag = fit(pairs[:600], [str(number) for number in range(600)], seed=0)
     right = float((np.array(bag.margins(pairs[600:])) > 0).mean())

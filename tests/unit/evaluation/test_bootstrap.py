@@ -68,8 +68,8 @@ def test_zero_on_the_edge_is_not_excluded(low: float, high: float, excludes: boo
 
 def test_groups_are_drawn_whole() -> None:
     values = [1.0, 1.0, 1.0, 0.0]
-    found = grouped_interval(values, ["a", "a", "a", "b"], samples=500, seed=0)
-    assert (found.mean, found.low, found.high) == (0.75, 0.0, 1.0)
+    interval = grouped_interval(values, ["a", "a", "a", "b"], samples=500, seed=0)
+    assert (interval.mean, interval.low, interval.high) == (0.75, 0.0, 1.0)
     by_itself = grouped_interval(values, ["a", "b", "c", "d"], samples=500, seed=0)
     assert by_itself.low > 0.0
     with pytest.raises(ValueError, match="at least one value"):
@@ -78,8 +78,8 @@ def test_groups_are_drawn_whole() -> None:
 
 def test_a_ratio_of_equal_sizes_is_a_mean() -> None:
     values = np.random.default_rng(4).normal(3.0, 1.0, size=50).tolist()
-    one, other = ratio_interval(values, [1] * 50, samples=500, seed=7), mean_interval(values, samples=500, seed=7)
-    close([one.mean, one.low, one.high], [other.mean, other.low, other.high])
+    ratio, mean = ratio_interval(values, [1] * 50, samples=500, seed=7), mean_interval(values, samples=500, seed=7)
+    close([ratio.mean, ratio.low, ratio.high], [mean.mean, mean.low, mean.high])
 
 
 def test_in_a_ratio_a_value_counts_by_its_size() -> None:

@@ -39,7 +39,7 @@ def test_nothing_is_detectable_on_so_few_prompts_that_no_test_could_show_it() ->
 
 
 def test_arms_are_told_apart_or_not_and_the_size_that_would_be_missed_is_said() -> None:
-    found = conclusions(
+    sentences = conclusions(
         102,
         BREVITY,
         [
@@ -49,7 +49,7 @@ def test_arms_are_told_apart_or_not_and_the_size_that_would_be_missed_is_said() 
         None,
         LABELS,
     )
-    assert found == [
+    assert sentences == [
         "102 prompts, by brevity: sft is better than base; dpo and sft cannot be told apart.",
         "A true difference in brevity below about 0.05 would be missed more than one time in five with this number "
         "of prompts.",

@@ -24,33 +24,33 @@ VARIABLES = ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJ
 """What the client reads by itself."""
 
 
-def ask(config: EndpointConfig, kept: Path, prompts: list[str]) -> list[str]:
-    endpoint = Endpoint(config, SavedReplies(kept), where="stages.evaluate.judge")
+def ask(config: EndpointConfig, replies_file: Path, prompts: list[str]) -> list[str]:
+    endpoint = Endpoint(config, SavedReplies(replies_file), where="stages.evaluate.judge")
     return endpoint.ask(prompts, lambda done: None)
 
 
 @pytest.fixture
-def kept(tmp_path: Path) -> Path:
+def replies_file(tmp_path: Path) -> Path:
     return tmp_path / "work" / "judgements.work.jsonl"
 
 
-def failing(judge: Judge, kept: Path, *, prompts: int = 2, **changes: Any) -> str:
+def failing(judge: Judge, replies_file: Path, *, prompts: int = 2, **changes: Any) -> str:
     """What is said of an endpoint that fails."""
     with serving(judge) as served, pytest.raises(StageError) as caught:
-        ask(served.config(**changes), kept, [f"prompt {number}" for number in range(prompts)])
+        ask(served.config(**changes), replies_file, [f"prompt {number}" for number in range(prompts)])
     assert "stages.evaluate.judge.endpoint" in str(caught.value)
     assert "run again" in str(caught.value)
     return caught.value.message
 
 
-def test_every_prompt_is_one_greedy_call_with_a_user_turn(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_prompt_is_one_greedy_call_with_a_user_turn(replies_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     others = {name: f"somebody-elses-{name}" for name in VARIABLES}
     others["OPENAI_CUSTOM_HEADERS"] = "X-Team: somebody-elses-team\nAuthorization: Bearer somebody-elses-bearer"
     for name, value in others.items():
         monkeypatch.setenv(name, value)
     done: list[int] = []
     with serving(lambda prompt, _: Response(text=f"so much for {prompt}")) as served:
-        endpoint = Endpoint(served.config(concurrency=3, max_tokens=7), SavedReplies(kept), where="")
+        endpoint = Endpoint(served.config(concurrency=3, max_tokens=7), SavedReplies(replies_file), where="")
         replies = endpoint.ask(["a", "b", "c", "b"], done.append)
     assert replies == [f"so much for {prompt}" for prompt in "abcb"]
     assert sorted(done) == [1, 2, 3]
@@ -65,35 +65,39 @@ def test_every_prompt_is_one_greedy_call_with_a_user_turn(kept: Path, monkeypatc
     assert {name: os.environ[name] for name in others} == others, "other code still finds them"
 
 
-def test_a_key_comes_from_its_variable_and_stands_nowhere_else(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_comes_from_its_variable_and_stands_nowhere_else(
+    replies_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("JUDGE_KEY", "sk-canary-123")
     with serving(lambda prompt, number: Response(text="fine")) as served:
-        ask(served.config(api_key_env="JUDGE_KEY"), kept, ["a"])
+        ask(served.config(api_key_env="JUDGE_KEY"), replies_file, ["a"])
     assert served.keys == ["Bearer sk-canary-123"]
     assert served.headers[0].count("canary") == 1
-    assert "canary" not in kept.read_text()
+    assert "canary" not in replies_file.read_text()
     refused = Response(status=401, body='{"error": {"message": "wrong key: sk-canary-123"}}')
-    message = failing(lambda *_: refused, kept, api_key_env="JUDGE_KEY")
+    message = failing(lambda *_: refused, replies_file, api_key_env="JUDGE_KEY")
     assert "canary" not in message
     assert "wrong key: ***" in message
 
 
-def test_a_key_that_is_not_there_is_named_before_anything_is_asked(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_that_is_not_there_is_named_before_anything_is_asked(
+    replies_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("JUDGE_KEY", raising=False)
     with pytest.raises(ConfigError, match="variable JUDGE_KEY is not set"):
-        ask(EndpointConfig(base_url="http://localhost:1/v1", model="m", api_key_env="JUDGE_KEY"), kept, ["a"])
+        ask(EndpointConfig(base_url="http://localhost:1/v1", model="m", api_key_env="JUDGE_KEY"), replies_file, ["a"])
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-def test_what_passes_is_tried_again(kept: Path, status: int) -> None:
+def test_what_passes_is_tried_again(replies_file: Path, status: int) -> None:
     with serving(
         lambda _, number: Response(status=status, body="{}") if number == 0 else Response(text="ok")
     ) as served:
-        assert ask(served.config(retries=2), kept, ["a"]) == ["ok"]
+        assert ask(served.config(retries=2), replies_file, ["a"]) == ["ok"]
     assert len(served.requests) == 2
 
 
-def test_one_call_that_fails_after_its_retries_ends_the_stage_and_is_asked_again(kept: Path) -> None:
+def test_one_call_that_fails_after_its_retries_ends_the_stage_and_is_asked_again(replies_file: Path) -> None:
     prompts, up = [f"prompt {number}" for number in range(20)], False
 
     def judge(prompt: str, _: int) -> Response:
@@ -101,24 +105,24 @@ def test_one_call_that_fails_after_its_retries_ends_the_stage_and_is_asked_again
 
     with serving(judge) as served:
         with pytest.raises(StageError, match=r"1 of 20 calls.*InternalServerError"):
-            ask(served.config(), kept, prompts)
+            ask(served.config(), replies_file, prompts)
         assert len(served.requests) == 21, "the others are asked all the same"
         up = True
-        assert ask(served.config(), kept, prompts) == [f"of {prompt}" for prompt in prompts]
+        assert ask(served.config(), replies_file, prompts) == [f"of {prompt}" for prompt in prompts]
         assert len(served.requests) == 22
 
 
-def test_an_endpoint_that_never_answers_is_a_clear_error(kept: Path) -> None:
-    message = failing(lambda *_: None, kept, timeout=0.1, retries=0)
+def test_an_endpoint_that_never_answers_is_a_clear_error(replies_file: Path) -> None:
+    message = failing(lambda *_: None, replies_file, timeout=0.1, retries=0)
     assert "2 of 2 calls" in message
     assert "timed out" in message.lower()
 
 
-def test_an_endpoint_that_is_down_is_a_clear_error(kept: Path) -> None:
+def test_an_endpoint_that_is_down_is_a_clear_error(replies_file: Path) -> None:
     with serving(lambda *_: Response()) as served:
         config = served.config(retries=0)
     with pytest.raises(StageError, match=r"1 of 1 calls.*APIConnectionError"):
-        ask(config, kept, ["a"])
+        ask(config, replies_file, ["a"])
 
 
 @pytest.mark.parametrize(
@@ -133,24 +137,24 @@ def test_an_endpoint_that_is_down_is_a_clear_error(kept: Path) -> None:
         Response(status=404, body='{"error": {"message": "no such model"}}'),
     ],
 )
-def test_what_is_no_chat_completion_is_a_failure_and_never_a_verdict(kept: Path, response: Response) -> None:
-    assert "2 of 2 calls" in failing(lambda *_: response, kept)
-    assert not kept.exists()
+def test_what_is_no_chat_completion_is_a_failure_and_never_a_verdict(replies_file: Path, response: Response) -> None:
+    assert "2 of 2 calls" in failing(lambda *_: response, replies_file)
+    assert not replies_file.exists()
 
 
-def test_words_without_a_verdict_are_a_reply_like_any_other(kept: Path) -> None:
+def test_words_without_a_verdict_are_a_reply_like_any_other(replies_file: Path) -> None:
     with serving(lambda *_: Response(body=None, text="")) as served:
-        assert ask(served.config(), kept, ["a"]) == [""]
+        assert ask(served.config(), replies_file, ["a"]) == [""]
 
 
-def test_after_some_failures_in_a_row_nothing_more_is_asked(kept: Path) -> None:
+def test_after_some_failures_in_a_row_nothing_more_is_asked(replies_file: Path) -> None:
     with serving(lambda *_: Response(status=400, body="{}")) as served, pytest.raises(StageError) as caught:
-        ask(served.config(), kept, [f"prompt {number}" for number in range(100)])
+        ask(served.config(), replies_file, [f"prompt {number}" for number in range(100)])
     assert f"{GIVE_UP} of {GIVE_UP} calls" in caught.value.message
     assert len(served.requests) < 2 * GIVE_UP
 
 
-def test_what_was_answered_is_kept_by_who_was_asked(kept: Path) -> None:
+def test_what_was_answered_is_kept_by_who_was_asked(replies_file: Path) -> None:
     prompts = list("abcd")
 
     def judge(prompt: str, _: int) -> Response:
@@ -158,15 +162,15 @@ def test_what_was_answered_is_kept_by_who_was_asked(kept: Path) -> None:
 
     with serving(judge) as served:
         with pytest.raises(StageError, match="1 of 4 calls"):
-            ask(served.config(), kept, prompts)
-        with kept.open("a") as stream:
+            ask(served.config(), replies_file, prompts)
+        with replies_file.open("a") as stream:
             stream.write('\n{"key": "cut o')
     with serving(lambda prompt, _: Response(text=f"now of {prompt}")) as again:
         config = served.config(base_url=served.url)
-        assert ask(config, kept, list("acd")) == ["of a", "of c", "of d"], "nobody is asked"
-        replies = ask(again.config(), kept, prompts)
-        ask(again.config(model="another"), kept, ["a"])
-        ask(again.config(), kept, ["a"])
+        assert ask(config, replies_file, list("acd")) == ["of a", "of c", "of d"], "nobody is asked"
+        replies = ask(again.config(), replies_file, prompts)
+        ask(again.config(model="another"), replies_file, ["a"])
+        ask(again.config(), replies_file, ["a"])
     assert replies == [f"now of {prompt}" for prompt in prompts], "another endpoint is asked"
     assert len(again.requests) == 5, "and so is another model, once"
 
@@ -175,14 +179,14 @@ STATUS = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 
 @pytest.mark.parametrize("begin", [STATUS, STATUS + b"\r\n"], ids=["headers", "the body"])
-def test_a_server_that_sends_a_byte_now_and_then_is_given_up_at_the_timeout(kept: Path, begin: bytes) -> None:
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up_at_the_timeout(replies_file: Path, begin: bytes) -> None:
     """A client's own timeout begins again with each of them; these would go on for hours."""
     response = Response(raw=chain([begin], repeat(b"x", 10_000)), pause=0.05)
-    message = failing(lambda *_: response, kept, prompts=1, timeout=0.4, retries=0)
+    message = failing(lambda *_: response, replies_file, prompts=1, timeout=0.4, retries=0)
     assert "timed out: the whole answer did not arrive within 0.4 s" in message or "APITimeoutError" in message
 
 
-def test_an_answer_without_end_is_not_read_to_its_end(kept: Path) -> None:
+def test_an_answer_without_end_is_not_read_to_its_end(replies_file: Path) -> None:
     sent: list[int] = []
 
     def megabytes() -> Iterator[bytes]:
@@ -191,26 +195,26 @@ def test_an_answer_without_end_is_not_read_to_its_end(kept: Path) -> None:
             sent.append(number)
             yield b" " * (1 << 20)
 
-    message = failing(lambda *_: Response(raw=megabytes()), kept, prompts=1, timeout=30.0, retries=0)
+    message = failing(lambda *_: Response(raw=megabytes()), replies_file, prompts=1, timeout=30.0, retries=0)
     assert "its answer is longer than 4 MiB" in message
     assert len(sent) < 40
 
 
-def test_an_answer_that_unpacks_to_more_is_refused(kept: Path) -> None:
+def test_an_answer_that_unpacks_to_more_is_refused(replies_file: Path) -> None:
     packed = gzip.compress(b" " * (8 << 20))
     head = STATUS + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed)
-    message = failing(lambda *_: Response(raw=[head, packed]), kept, prompts=1, retries=0)
+    message = failing(lambda *_: Response(raw=[head, packed]), replies_file, prompts=1, retries=0)
     assert "its answer is compressed (gzip)" in message
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_takes_neither_key_nor_prompts_elsewhere(
-    kept: Path, status: int, monkeypatch: pytest.MonkeyPatch
+    replies_file: Path, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JUDGE_KEY", "sk-canary-123")
     with serving(lambda *_: Response(text="[[A]]")) as other:
         response = Response(status=status, body="{}", headers={"Location": f"{other.url}/chat/completions?k=1"})
-        message = failing(lambda *_: response, kept, prompts=1, api_key_env="JUDGE_KEY")
+        message = failing(lambda *_: response, replies_file, prompts=1, api_key_env="JUDGE_KEY")
     assert not other.requests
     assert f"it redirects to {other.url.removesuffix('/v1')}, and neither the key nor prompts are sent there" in message
-    assert not kept.exists()
+    assert not replies_file.exists()

@@ -135,12 +135,12 @@ def test_the_interval_of_the_loss_draws_whole_rows() -> None:
 
 def test_a_sample_holds_the_whole_exchange() -> None:
     rows = [row("a1", "a2", references=("second",)), row("b1")]
-    kept = samples(rows, {"base": answered("x", "y", "z", turns=[2, 1])}, {"base": {"right": [1.0, 0.0, 0.5]}})
-    first, second = kept[0].answers["base"], kept[1].answers["base"]
+    stored = samples(rows, {"base": answered("x", "y", "z", turns=[2, 1])}, {"base": {"right": [1.0, 0.0, 0.5]}})
+    first, second = stored[0].answers["base"], stored[1].answers["base"]
     assert (first.text, first.scores) == ("x", {"right": 0.5})
     assert first.turns == [TurnAnswer(text="x", scores={"right": 1.0}), TurnAnswer(text="y", scores={"right": 0.0})]
-    assert (kept[0].later_turns, kept[0].later_references) == (["a2"], ["second"])
-    assert (second.text, second.turns, kept[1].later_turns) == ("z", [], [])
+    assert (stored[0].later_turns, stored[0].later_references) == (["a2"], ["second"])
+    assert (second.text, second.turns, stored[1].later_turns) == ("z", [], [])
 
 
 def test_prompts_that_go_on_in_another_way_are_not_the_same() -> None:

@@ -15,7 +15,7 @@ from tests.tiny import tiny_tokenizer
 
 def turns(*contents: str) -> tuple[Message, ...]:
     roles = ("user", "assistant")
-    return tuple(Message(role=roles[place % 2], content=content) for place, content in enumerate(contents))
+    return tuple(Message(role=roles[index % 2], content=content) for index, content in enumerate(contents))
 
 
 def conversation(number: int, *contents: str) -> Conversation:
@@ -48,11 +48,11 @@ def test_the_prompt_reads_system_then_examples_then_the_question() -> None:
 
 def test_examples_are_drawn_by_the_generator_without_repeats() -> None:
     rows = [conversation(number, f"Question {number}?", f"Answer {number}.") for number in range(30)]
-    one, again, other = draw(rows, 3), draw(rows, 3), draw(rows, 3, seed=1)
-    assert one == again
-    assert one != other
-    assert len({turn.content for turn in one}) == 6
-    assert [turn.role for turn in one] == ["user", "assistant"] * 3
+    first, again, other = draw(rows, 3), draw(rows, 3), draw(rows, 3, seed=1)
+    assert first == again
+    assert first != other
+    assert len({turn.content for turn in first}) == 6
+    assert [turn.role for turn in first] == ["user", "assistant"] * 3
 
 
 def test_no_example_gives_a_held_out_answer_away() -> None:

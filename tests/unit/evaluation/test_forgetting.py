@@ -32,18 +32,18 @@ ASKED = Asked(
 
 def _measured(nats: list[float], right: int) -> Measured:
     """So many questions right, the first ones."""
-    return Measured(nats=nats, scores=[[0.0, -1.0] if place < right else [-1.0, 0.0] for place in range(10)])
+    return Measured(nats=nats, scores=[[0.0, -1.0] if index < right else [-1.0, 0.0] for index in range(10)])
 
 
-def _told(after: Measured, *, rise: float | None = 0.2, drop: float | None = 0.1) -> Forgetting:
+def _forgetting(after: Measured, *, rise: float | None = 0.2, drop: float | None = 0.1) -> Forgetting:
     arms = {"base": _measured([20.0, 60.0], 6), "stage:sft": after}
     return table(arms, ASKED, limits=Limits(perplexity_rise=rise, ability_drop=drop), intervals=INTERVALS)
 
 
 def test_perplexity_is_that_of_all_tokens_together_and_ability_a_share_of_questions() -> None:
-    told = _told(_measured([25.0, 61.0], 5))
-    base, arm = told.arms
-    assert (told.num_texts, told.num_tokens, told.num_questions) == (2, 40, 10)
+    forgetting = _forgetting(_measured([25.0, 61.0], 5))
+    base, arm = forgetting.arms
+    assert (forgetting.num_texts, forgetting.num_tokens, forgetting.num_questions) == (2, 40, 10)
     close([base.nats, base.perplexity, base.ability], [2.0, math.exp(2.0), 0.6])
     close([arm.nats, arm.perplexity, arm.ability], [86 / 40, math.exp(86 / 40), 0.5])
     close([arm.rise.mean, arm.drop.mean], [math.exp(86 / 40) / math.exp(2.0) - 1, 0.1])
@@ -52,7 +52,7 @@ def test_perplexity_is_that_of_all_tokens_together_and_ability_a_share_of_questi
     assert base.tasks == {"even": 0.6, "odd": 0.6}
     assert arm.tasks == {"even": 0.6, "odd": 0.4}
     assert base.rise is base.drop is None
-    assert headlines(told) == {
+    assert headlines(forgetting) == {
         "passed": 1.0,
         "perplexity/base": base.perplexity,
         "ability/base": 0.6,
@@ -64,34 +64,36 @@ def test_perplexity_is_that_of_all_tokens_together_and_ability_a_share_of_questi
 @pytest.mark.parametrize(("share", "passes"), [(0.199, True), (0.201, False), (-0.5, True)])
 def test_a_rise_trips_beyond_its_limit_only(share: float, passes: bool) -> None:
     more = math.log(1 + share)
-    told = _told(_measured([20.0 + 10 * more, 60.0 + 30 * more], 6))
-    assert told.passed is told.arms[1].passed is passes
-    assert bool(told.arms[1].reasons) is not passes
+    forgetting = _forgetting(_measured([20.0 + 10 * more, 60.0 + 30 * more], 6))
+    assert forgetting.passed is forgetting.arms[1].passed is passes
+    assert bool(forgetting.arms[1].reasons) is not passes
     if not passes:
-        assert told.arms[1].reasons == ["perplexity of general text is 20.1% higher (20.1% to 20.1%); 20.0% is allowed"]
-        assert headlines(told)["passed"] == 0.0
+        assert forgetting.arms[1].reasons == [
+            "perplexity of general text is 20.1% higher (20.1% to 20.1%); 20.0% is allowed"
+        ]
+        assert headlines(forgetting)["passed"] == 0.0
 
 
 @pytest.mark.parametrize(("right", "passes"), [(5, True), (4, False), (10, True)])
 def test_a_drop_trips_beyond_its_limit_only(right: int, passes: bool) -> None:
-    told = _told(_measured([20.0, 60.0], right))
-    assert told.passed is passes
+    forgetting = _forgetting(_measured([20.0, 60.0], right))
+    assert forgetting.passed is passes
     if not passes:
-        (reason,) = told.arms[1].reasons
+        (reason,) = forgetting.arms[1].reasons
         assert reason.startswith("20.0% fewer questions are answered right (")
         assert reason.endswith("); 10.0% is allowed")
 
 
 def test_a_limit_of_nothing_lets_an_unchanged_policy_pass() -> None:
-    assert _told(_measured([20.0, 60.0], 6), rise=0.0, drop=0.0).passed is True
+    assert _forgetting(_measured([20.0, 60.0], 6), rise=0.0, drop=0.0).passed is True
 
 
 def test_without_limits_nothing_is_judged() -> None:
-    told = _told(_measured([2e5, 6e5], 0), rise=None, drop=None)
-    assert (told.judged, told.passed) == (False, True)
-    assert "passed" not in headlines(told)
-    told = _told(_measured([2e5, 6e5], 0), rise=None)
-    assert (told.judged, len(told.arms[1].reasons)) == (True, 1), "the other limit still counts"
+    forgetting = _forgetting(_measured([2e5, 6e5], 0), rise=None, drop=None)
+    assert (forgetting.judged, forgetting.passed) == (False, True)
+    assert "passed" not in headlines(forgetting)
+    forgetting = _forgetting(_measured([2e5, 6e5], 0), rise=None)
+    assert (forgetting.judged, len(forgetting.arms[1].reasons)) == (True, 1), "the other limit still counts"
 
 
 def test_who_finds_all_choices_alike_knows_nothing() -> None:
@@ -102,9 +104,9 @@ def test_who_finds_all_choices_alike_knows_nothing() -> None:
 
 
 def test_a_ruined_policy_has_figures_that_json_holds() -> None:
-    told = _told(_measured([2e5, 6e5], 0))
-    assert told.passed is False
-    assert "Infinity" not in json.dumps(to_json(told))
+    forgetting = _forgetting(_measured([2e5, 6e5], 0))
+    assert forgetting.passed is False
+    assert "Infinity" not in json.dumps(to_json(forgetting))
 
 
 def test_texts_and_questions_are_told_one_by_one() -> None:

@@ -30,9 +30,9 @@ QUESTIONS = [
 ]
 
 
-def measure(model: PreTrainedModel, told: Material, *, name: str) -> Measured:
-    chunks, choices = (sequence_logprobs(model, *rows) for rows in (told.chunk_rows, told.choice_rows))
-    return measured(told, chunks, choices, name=name)
+def measure(model: PreTrainedModel, tokenized: Material, *, name: str) -> Measured:
+    chunks, choices = (sequence_logprobs(model, *rows) for rows in (tokenized.chunk_rows, tokenized.choice_rows))
+    return measured(tokenized, chunks, choices, name=name)
 
 
 def _slow(model: PreTrainedModel, read: Sequence[int], scored: Sequence[int]) -> float:
@@ -56,9 +56,9 @@ def test_a_text_costs_the_nats_of_its_tokens_piece_by_piece(monkeypatch: pytest.
         expected.append(-sum(_slow(model, part[:1], part[1:]) for part in cut))
         counts.append(sum(len(part) - 1 for part in cut))
     use_flat_attention(model)
-    told = material(tokenizer, TEXTS, QUESTIONS)
-    assert told.tokens == counts
-    close(measure(model, told, name="base").nats, expected)
+    tokenized = material(tokenizer, TEXTS, QUESTIONS)
+    assert tokenized.tokens == counts
+    close(measure(model, tokenized, name="base").nats, expected)
 
 
 def test_what_a_tokenizer_puts_in_front_of_texts_is_read_and_the_first_token_then_counts() -> None:
@@ -88,8 +88,8 @@ def test_a_choice_scores_its_likelihood_a_byte_as_the_assistants_answer() -> Non
             expected.append(_slow(model, prompt, ids) / len(choice.encode()))
     use_flat_attention(model)
     scores = measure(model, material(tokenizer, TEXTS, QUESTIONS), name="base").scores
-    assert [len(one) for one in scores] == [3, 2]
-    close([score for one in scores for score in one], expected)
+    assert [len(of_question) for of_question in scores] == [3, 2]
+    close([score for of_question in scores for score in of_question], expected)
 
 
 def test_a_text_of_a_single_token_is_refused_by_file_and_line() -> None:
@@ -100,9 +100,9 @@ def test_a_text_of_a_single_token_is_refused_by_file_and_line() -> None:
 def test_a_ruined_policy_is_named_and_never_passes() -> None:
     tokenizer = tiny_tokenizer()
     model = tiny_model(vocab_size=len(tokenizer))
-    told = material(tokenizer, TEXTS, QUESTIONS)
+    tokenized = material(tokenizer, TEXTS, QUESTIONS)
     with torch.no_grad():
         model.base_model.norm.weight.fill_(float("nan"))
     use_flat_attention(model)
     with pytest.raises(NonFiniteError, match="stage:sft gives log-probabilities that are not finite"):
-        measure(model, told, name="stage:sft")
+        measure(model, tokenized, name="stage:sft")

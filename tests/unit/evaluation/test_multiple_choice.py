@@ -22,11 +22,11 @@ CHOICES = (("On Monday", "On Sunday", "Never"), ("Yes", "No"), ("The hall", "The
 
 def rows(right: list[int]) -> list[HeldOutPrompt]:
     read = FORMATS["choices"].read
-    told = [
+    questions = [
         {"question": f"Question {number}?", "choices": list(choices), "answer": answer}
         for number, (choices, answer) in enumerate(zip(CHOICES, right, strict=True))
     ]
-    return [record for row in told for record in HeldOutPrompt.of(read(Fields(row, where="x:1", example="")))]
+    return [record for row in questions for record in HeldOutPrompt.of(read(Fields(row, where="x:1", example="")))]
 
 
 def scores(model: Any, right: list[int], *, name: str = "base") -> list[float]:

@@ -47,11 +47,11 @@ def both(arm_first: Verdict, arm_second: Verdict) -> BothOrders:
     ],
 )
 def test_a_win_needs_both_orders(arm_first: Verdict, arm_second: Verdict, points: float, lean: float) -> None:
-    one = both(arm_first, arm_second)
-    assert one.points == points
+    orders = both(arm_first, arm_second)
+    assert orders.points == points
     if points is not None:
-        assert one.lean == lean
-        assert one.agree == ((arm_first, arm_second) in [(A, B), (B, A), (TIE, TIE)])
+        assert orders.lean == lean
+        assert orders.agree == ((arm_first, arm_second) in [(A, B), (B, A), (TIE, TIE)])
 
 
 JUDGED = [both(A, B), both(A, B), both(B, A), both(TIE, TIE), both(A, A), both(A, TIE), both(B, B), both(A, A),
@@ -92,14 +92,14 @@ def test_agreement_bias_and_invalid_shares_by_hand() -> None:
 
 
 def test_a_row_counts_wins_ties_and_losses_and_ties_are_half_a_win() -> None:
-    found = row(JUDGED)
-    assert (found.prompts, found.wins, found.ties, found.losses) == (10, 2, 5, 1)
-    assert found.win_rate is not None
-    assert found.win_rate.bounds is not None
-    assert found.win_rate.mean == pytest.approx((2 + 5 / 2) / 8)
-    assert found.win_rate.bounds[0] < 0.5 < found.win_rate.bounds[1]
-    assert found.verdict == "fewer than 10 prompts", "two of the ten prompts are invalid"
-    assert found.metric_agreement is None
+    pair = row(JUDGED)
+    assert (pair.prompts, pair.wins, pair.ties, pair.losses) == (10, 2, 5, 1)
+    assert pair.win_rate is not None
+    assert pair.win_rate.bounds is not None
+    assert pair.win_rate.mean == pytest.approx((2 + 5 / 2) / 8)
+    assert pair.win_rate.bounds[0] < 0.5 < pair.win_rate.bounds[1]
+    assert pair.verdict == "fewer than 10 prompts", "two of the ten prompts are invalid"
+    assert pair.metric_agreement is None
 
 
 def test_ten_valid_prompts_are_the_fewest_for_a_verdict() -> None:
@@ -110,11 +110,11 @@ def test_ten_valid_prompts_are_the_fewest_for_a_verdict() -> None:
 
 
 def test_a_judge_that_always_names_the_first_place_tells_nothing_apart() -> None:
-    found = row([both(A, A)] * 20)
-    assert found.win_rate == Interval(mean=0.5, low=0.5, high=0.5)
-    assert found.position_bias == 1.0
-    assert found.agreement == 0.0
-    assert found.verdict == "no real difference"
+    pair = row([both(A, A)] * 20)
+    assert pair.win_rate == Interval(mean=0.5, low=0.5, high=0.5)
+    assert pair.position_bias == 1.0
+    assert pair.agreement == 0.0
+    assert pair.verdict == "no real difference"
 
 
 def test_consistent_verdicts_are_called_better_and_worse() -> None:
@@ -124,18 +124,18 @@ def test_consistent_verdicts_are_called_better_and_worse() -> None:
 
 @pytest.mark.parametrize(("max_invalid", "concludes"), [(0.1, False), (0.15, True), (1.0, True)])
 def test_too_many_invalid_verdicts_conclude_nothing(max_invalid: float, concludes: bool) -> None:
-    found = row(JUDGED, max_invalid=max_invalid)
-    assert (found.win_rate is not None) == concludes
-    assert (found.verdict != NOTHING) == concludes
-    assert found.wins == 2, "what was valid is still told"
+    pair = row(JUDGED, max_invalid=max_invalid)
+    assert (pair.win_rate is not None) == concludes
+    assert (pair.verdict != NOTHING) == concludes
+    assert pair.wins == 2, "what was valid is still told"
 
 
 def test_without_one_valid_verdict_nothing_is_concluded_at_any_bound() -> None:
-    found = row([both(BAD, BAD)] * 4, max_invalid=1.0, by_metric=[1.0] * 4)
-    assert found.win_rate is None
-    assert found.verdict == NOTHING
-    assert found.agreement is None
-    assert found.metric_kappa is None
+    pair = row([both(BAD, BAD)] * 4, max_invalid=1.0, by_metric=[1.0] * 4)
+    assert pair.win_rate is None
+    assert pair.verdict == NOTHING
+    assert pair.agreement is None
+    assert pair.metric_kappa is None
 
 
 def test_scores_are_compared_and_equal_ones_tie() -> None:
@@ -146,19 +146,19 @@ def test_scores_are_compared_and_equal_ones_tie() -> None:
 def test_agreement_with_the_metric_leaves_invalid_prompts_out() -> None:
     """Judge: win win loss tie tie tie tie tie; the metric the same on the first four and wins after."""
     by_metric = [1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
-    found = row(JUDGED, by_metric=by_metric)
-    assert found.metric_agreement == pytest.approx(4 / 8)
+    pair = row(JUDGED, by_metric=by_metric)
+    assert pair.metric_agreement == pytest.approx(4 / 8)
     # Chance: wins 2/8 · 6/8, ties 5/8 · 1/8, losses 1/8 · 1/8.
     chance = (2 * 6 + 5 * 1 + 1 * 1) / 64
-    assert found.metric_kappa == pytest.approx((0.5 - chance) / (1 - chance))
+    assert pair.metric_kappa == pytest.approx((0.5 - chance) / (1 - chance))
 
 
 def test_kappa_by_a_table_worked_by_hand() -> None:
     """20 both win, 5 win/lose, 10 lose/win, 15 both lose: .7 observed, .5 by chance, so κ = .4."""
-    one = [1.0] * 25 + [0.0] * 25
-    other = [1.0] * 20 + [0.0] * 5 + [1.0] * 10 + [0.0] * 15
-    assert kappa(one, other) == pytest.approx(0.4)
-    assert kappa(one, one) == pytest.approx(1.0)
+    first = [1.0] * 25 + [0.0] * 25
+    second = [1.0] * 20 + [0.0] * 5 + [1.0] * 10 + [0.0] * 15
+    assert kappa(first, second) == pytest.approx(0.4)
+    assert kappa(first, first) == pytest.approx(1.0)
     assert kappa([1.0, 1.0], [1.0, 1.0]) is None
 
 

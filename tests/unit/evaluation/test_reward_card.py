@@ -55,41 +55,41 @@ def test_a_tie_is_half_right() -> None:
 
 def test_an_interval_lies_around_the_mean_and_is_the_same_every_time() -> None:
     pairs = many(*([1.0, 2.0, -1.0] * 20))
-    found = INTERVALS.of(right([pair.margin for pair in pairs]), pairs)
-    assert found.mean == pytest.approx(2 / 3)
-    assert 0.5 < found.low < 2 / 3 < found.high < 0.8  # type: ignore[operator]
-    assert INTERVALS.of(right([pair.margin for pair in pairs]), pairs) == found
+    interval = INTERVALS.of(right([pair.margin for pair in pairs]), pairs)
+    assert interval.mean == pytest.approx(2 / 3)
+    assert 0.5 < interval.low < 2 / 3 < interval.high < 0.8  # type: ignore[operator]
+    assert INTERVALS.of(right([pair.margin for pair in pairs]), pairs) == interval
 
 
 def test_pairs_of_one_prompt_are_no_independent_evidence() -> None:
     alone = many(*([1.0] * 30 + [-1.0] * 30))
     in_tens = [judged(pair.margin, prompt=number // 5) for number, pair in enumerate(alone)]
     values = right([pair.margin for pair in alone])
-    one, other = INTERVALS.of(values, alone), INTERVALS.of(values, in_tens)
-    assert other.high - other.low > 1.5 * (one.high - one.low)  # type: ignore[operator]
+    independent, grouped = INTERVALS.of(values, alone), INTERVALS.of(values, in_tens)
+    assert grouped.high - grouped.low > 1.5 * (independent.high - independent.low)  # type: ignore[operator]
 
 
 def test_calibration_by_hand() -> None:
     # σ(ln 3) = .75 and σ(ln 9) = .9: four pairs at .75 of which three are right, one at .9 that is right.
-    found = calibration([math.log(3)] * 3 + [-math.log(3), math.log(9)])
-    assert [(one.num_pairs, one.share) for one in found.bins] == [(4, 0.75), (1, 1.0)]
-    assert [one.confidence for one in found.bins] == pytest.approx([0.75, 0.9])
-    assert [(one.start, one.end) for one in found.bins] == [(0.7, 0.8), pytest.approx((0.9, 1.0))]
-    assert found.ece == pytest.approx((4 * 0.0 + 1 * 0.1) / 5)
-    assert found.brier == pytest.approx((3 * 0.25**2 + 0.75**2 + 0.1**2) / 5)
-    assert found.log_loss == pytest.approx(-(3 * math.log(0.75) + math.log(0.25) + math.log(0.9)) / 5)
+    figures = calibration([math.log(3)] * 3 + [-math.log(3), math.log(9)])
+    assert [(bin_.num_pairs, bin_.share) for bin_ in figures.bins] == [(4, 0.75), (1, 1.0)]
+    assert [bin_.confidence for bin_ in figures.bins] == pytest.approx([0.75, 0.9])
+    assert [(bin_.start, bin_.end) for bin_ in figures.bins] == [(0.7, 0.8), pytest.approx((0.9, 1.0))]
+    assert figures.ece == pytest.approx((4 * 0.0 + 1 * 0.1) / 5)
+    assert figures.brier == pytest.approx((3 * 0.25**2 + 0.75**2 + 0.1**2) / 5)
+    assert figures.log_loss == pytest.approx(-(3 * math.log(0.75) + math.log(0.25) + math.log(0.9)) / 5)
 
 
 def test_a_model_that_knows_nothing_has_the_scores_of_chance() -> None:
-    found = calibration([0.0] * 8)
-    assert (found.ece, found.brier) == (0.0, 0.25)
-    assert found.log_loss == pytest.approx(math.log(2))
+    figures = calibration([0.0] * 8)
+    assert (figures.ece, figures.brier) == (0.0, 0.25)
+    assert figures.log_loss == pytest.approx(math.log(2))
 
 
 def test_sureness_beyond_all_numbers_stays_finite() -> None:
-    found = calibration([1e4, -1e4])
-    assert found.log_loss == pytest.approx(5e3)
-    assert found.bins[0].confidence == 1.0
+    figures = calibration([1e4, -1e4])
+    assert figures.log_loss == pytest.approx(5e3)
+    assert figures.bins[0].confidence == 1.0
 
 
 def test_the_interval_of_a_share_is_wilson_s() -> None:
@@ -98,10 +98,10 @@ def test_the_interval_of_a_share_is_wilson_s() -> None:
 
 
 def test_a_histogram_has_an_edge_at_zero_and_holds_every_pair() -> None:
-    found = histogram([-0.4, 0.1, 0.2, 0.3, 50.0])
-    assert 0.0 in [round(edge, 12) for edge in found.edges]
-    assert sum(found.counts) == 5
-    assert sum(found.counts[: BARS // 2]) == 1
+    bars = histogram([-0.4, 0.1, 0.2, 0.3, 50.0])
+    assert 0.0 in [round(edge, 12) for edge in bars.edges]
+    assert sum(bars.counts) == 5
+    assert sum(bars.counts[: BARS // 2]) == 1
     assert sum(histogram([0.0, 0.0]).counts) == 2
 
 
@@ -111,7 +111,7 @@ def test_simpler_judges_stand_beside_the_model_pair_by_pair() -> None:
     assert (words.name, words.accuracy.mean, words.difference.mean) == ("bag of words", 0.75, 0.25)
     assert (longer.name, longer.accuracy.mean) == ("longer answer", 0.5)
     assert 0 < longer.difference.low < 0.5 < longer.difference.high
-    assert [one.name for one in baselines(many(1.0), INTERVALS)] == ["longer answer"]
+    assert [baseline.name for baseline in baselines(many(1.0), INTERVALS)] == ["longer answer"]
 
 
 def test_subsets_are_told_apart_and_one_pair_has_no_interval() -> None:
@@ -124,10 +124,10 @@ def test_subsets_are_told_apart_and_one_pair_has_no_interval() -> None:
 
 def test_a_model_that_goes_by_length_is_seen_to() -> None:
     pairs = [judged(float(longer), longer=longer) for longer in (3, 2, -1, -2, 0)]
-    found = length_bias(pairs)
-    assert found.correlation == pytest.approx(1.0)
-    assert (found.prefers_longer, found.longer_is_chosen) == (1.0, 0.5)
-    assert (found.accuracy_where_longer, found.accuracy_where_shorter) == (1.0, 0.0)
+    bias = length_bias(pairs)
+    assert bias.correlation == pytest.approx(1.0)
+    assert (bias.prefers_longer, bias.longer_is_chosen) == (1.0, 0.5)
+    assert (bias.accuracy_where_longer, bias.accuracy_where_shorter) == (1.0, 0.0)
     assert length_bias([judged(1.0, longer=0)]) == Length()
 
 
@@ -138,9 +138,9 @@ def test_agreement_with_a_rule_counts_where_the_rule_sees_a_difference() -> None
         judged(-1.0, rule=(0.2, 0.5)),  # both are wrong
         judged(1.0, rule=(0.5, 0.5)),  # the rule sees no difference
     ]
-    found = rule_agreement(pairs, INTERVALS)
-    assert found is not None
-    assert (found.num_pairs, found.agreement.mean, found.accuracy.mean) == (3, 2 / 3, 2 / 3)
+    agreement = rule_agreement(pairs, INTERVALS)
+    assert agreement is not None
+    assert (agreement.num_pairs, agreement.agreement.mean, agreement.accuracy.mean) == (3, 2 / 3, 2 / 3)
     assert rule_agreement(pairs[3:], INTERVALS) == RuleAgreement()
     assert rule_agreement(many(1.0), INTERVALS) is None
 
@@ -152,10 +152,10 @@ def test_the_worst_pairs_are_the_surest_mistakes() -> None:
 def test_a_card_says_first_what_makes_its_figures_worthless() -> None:
     card = card_of(many(*[-1.0] * 20), intervals=INTERVALS, num_worst=1)
     learned = Learned(judged_too=3, left_out=False, part_known=False)
-    told = warnings(replace(card, learned=learned, invariances=Invariances(moved=["alone"])))
-    assert told[0].startswith("3 of the 20 pairs overlap with the model's training pairs")
-    assert told[1].startswith("It is not known exactly on which part of its file the model was trained")
-    assert told[2:] == [
+    sentences = warnings(replace(card, learned=learned, invariances=Invariances(moved=["alone"])))
+    assert sentences[0].startswith("3 of the 20 pairs overlap with the model's training pairs")
+    assert sentences[1].startswith("It is not known exactly on which part of its file the model was trained")
+    assert sentences[2:] == [
         "It is right less often than the rule 'longer is better'.",
         "In float32 its scores change although they should not: alone.",
     ]

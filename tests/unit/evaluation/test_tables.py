@@ -22,7 +22,7 @@ INTERVALS = Intervals(samples=500, seed=3)
 
 
 def answered(number: int, *, ended: bool = True) -> Answered:
-    answers = [Answer(ids=[place, 2], text=f"answer {place}", ended=ended) for place in range(number)]
+    answers = [Answer(ids=[index, 2], text=f"answer {index}", ended=ended) for index in range(number)]
     return Answered(answers=answers, logprobs=[-1.0] * number, references=[None] * number, seconds=2.0)
 
 
@@ -76,9 +76,9 @@ def test_tasks_are_averaged_by_themselves_and_every_answer_is_kept() -> None:
     ]
     scores = [0.0, 0.5, 1.0]
     assert by_task(rows, {"base": scores}) == {"answer": {"base": 0.5}, "extract": {"base": 0.5}}
-    kept = samples(rows, {"base": answered(3)}, {"base": {"brevity": scores}})
-    assert [sample.answers["base"].scores for sample in kept] == [{"brevity": score} for score in scores]
-    assert kept[1].messages == [{"role": "user", "content": "extract"}]
+    stored = samples(rows, {"base": answered(3)}, {"base": {"brevity": scores}})
+    assert [sample.answers["base"].scores for sample in stored] == [{"brevity": score} for score in scores]
+    assert stored[1].messages == [{"role": "user", "content": "extract"}]
 
 
 @pytest.mark.parametrize(

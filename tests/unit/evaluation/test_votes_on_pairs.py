@@ -40,15 +40,15 @@ def test_a_prompt_counts_once_with_the_mean_of_its_votes() -> None:
 def test_the_row_has_the_rate_of_the_prompts_that_were_judged() -> None:
     preferred = [DPO] * 7 + [TIE] * 2 + [SFT] * 3
     votes = [vote(about, choice) for about, choice in zip(PAIRS, preferred, strict=False)]
-    told = row(of(votes))
-    assert (told.wins, told.ties, told.losses, told.prompts) == (7, 2, 3, 20)
-    assert told.win_rate is not None
-    assert told.win_rate.bounds is not None
-    assert told.win_rate.mean == pytest.approx((7 + 1) / 12)
-    assert told.win_rate.bounds[0] < 8 / 12 < told.win_rate.bounds[1]
-    assert told.people is not None
-    assert (told.people.judged, told.people.votes, told.people.annotators) == (12, 12, 1)
-    assert told.verdict == "no real difference"
+    judged_pair = row(of(votes))
+    assert (judged_pair.wins, judged_pair.ties, judged_pair.losses, judged_pair.prompts) == (7, 2, 3, 20)
+    assert judged_pair.win_rate is not None
+    assert judged_pair.win_rate.bounds is not None
+    assert judged_pair.win_rate.mean == pytest.approx((7 + 1) / 12)
+    assert judged_pair.win_rate.bounds[0] < 8 / 12 < judged_pair.win_rate.bounds[1]
+    assert judged_pair.people is not None
+    assert (judged_pair.people.judged, judged_pair.people.votes, judged_pair.people.annotators) == (12, 12, 1)
+    assert judged_pair.verdict == "no real difference"
     assert row(of([vote(about) for about in PAIRS])).verdict == "better"
 
 
@@ -64,10 +64,10 @@ def test_the_interval_is_over_prompts_and_not_over_votes() -> None:
 
 
 def test_prompts_that_nobody_judged_are_no_ties() -> None:
-    told = row(of([]))
-    assert (told.wins, told.ties, told.losses, told.win_rate) == (0, 0, 0, None)
-    assert told.verdict == "nothing can be concluded"
-    assert told.why_nothing == "people judged 0 of 20 prompts, but 10 are needed"
+    judged_pair = row(of([]))
+    assert (judged_pair.wins, judged_pair.ties, judged_pair.losses, judged_pair.win_rate) == (0, 0, 0, None)
+    assert judged_pair.verdict == "nothing can be concluded"
+    assert judged_pair.why_nothing == "people judged 0 of 20 prompts, but 10 are needed"
 
 
 def test_too_few_prompts_give_counts_and_no_verdict() -> None:
@@ -97,10 +97,10 @@ def test_where_identical_answers_leave_too_few_prompts_the_remedy_is_more_of_the
 def test_votes_on_other_answers_are_stale_and_said_to_be() -> None:
     votes = [vote(about) for about in PAIRS[:12]]
     newer = [pair(number, dpo=f"Another {number}") for number in range(1, 11)] + PAIRS[10:]
-    told = row(of(votes, newer))
-    assert told.people is not None
-    assert (told.people.judged, told.people.votes, told.people.stale) == (2, 2, 10)
-    assert told.why_nothing.endswith("; 10 votes are for other answers and do not count")
+    judged_pair = row(of(votes, newer))
+    assert judged_pair.people is not None
+    assert (judged_pair.people.judged, judged_pair.people.votes, judged_pair.people.stale) == (2, 2, 10)
+    assert judged_pair.why_nothing.endswith("; 10 votes are for other answers and do not count")
     others = [vote(pair(1), annotator="x")]
     assert votes_on(others, DPO, "base", PAIRS).stale == 0, "those on other arms are not of this pair"
 
@@ -132,19 +132,19 @@ def test_the_position_bias_is_that_of_the_votes() -> None:
 def test_the_metric_is_compared_with_the_side_that_most_prefer() -> None:
     votes = [vote(about) for about in PAIRS[:9]] + [vote(PAIRS[9], annotator=name) for name in ("ada", "bo")]
     votes.append(vote(PAIRS[9], SFT, annotator="cy"))
-    told = row(of(votes), by_metric=[1.0] * 8 + [0.5] * 12)
-    assert told.metric_agreement == pytest.approx(8 / 10)
-    assert told.metric_prompts == 10
+    judged_pair = row(of(votes), by_metric=[1.0] * 8 + [0.5] * 12)
+    assert judged_pair.metric_agreement == pytest.approx(8 / 10)
+    assert judged_pair.metric_prompts == 10
 
 
 def test_agreement_leaves_out_answers_that_are_identical() -> None:
     """Ten of sixteen prompts have identical answers, on which nothing could disagree."""
     mixed = [pair(number) if number <= 6 else pair(number, sft="same", dpo="same") for number in range(1, 17)]
     votes = [vote(about) for about in mixed[:6]]
-    told = row(of(votes, mixed), by_metric=[1.0, *[0.0] * 5, *[0.5] * 10])
-    assert (told.wins, told.ties, told.metric_prompts) == (6, 10, 6)
-    assert told.metric_agreement == pytest.approx(1 / 6)
-    assert told.metric_kappa == pytest.approx(0.0), "whoever always prefers the same arm agrees by chance only"
+    judged_pair = row(of(votes, mixed), by_metric=[1.0, *[0.0] * 5, *[0.5] * 10])
+    assert (judged_pair.wins, judged_pair.ties, judged_pair.metric_prompts) == (6, 10, 6)
+    assert judged_pair.metric_agreement == pytest.approx(1 / 6)
+    assert judged_pair.metric_kappa == pytest.approx(0.0), "whoever always prefers the same arm agrees by chance only"
     nothing = row(of([], mixed), by_metric=[0.5] * 16)
     assert (nothing.metric_agreement, nothing.metric_kappa, nothing.metric_prompts) == (None, None, None)
 
