@@ -169,11 +169,11 @@ def test_figures_and_log_likelihoods_are_those_of_the_harness_itself(
             row = measured.row(task, sample["doc_id"])
             answer = row.answers["stage:sft"]
             assert row.prompt == sample["arguments"][0][0]
-            theirs = [resps[0] for resps in sample["resps"]]
-            if isinstance(theirs[0], str):
-                assert answer.text == theirs[0]
+            responses = [resps[0] for resps in sample["resps"]]
+            if isinstance(responses[0], str):
+                assert answer.text == responses[0]
             else:
-                sums = [value[0] if isinstance(value, tuple) else value for value in theirs]
+                sums = [value[0] if isinstance(value, tuple) else value for value in responses]
                 close(answer.logprobs, sums, rtol=0.0, atol=1e-4)
 
 
@@ -295,10 +295,10 @@ def test_contexts_are_cut_and_begun_as_by_the_harness(
         plain.bos_token = None
         folder = save_tiny_model(tmp_path / "model", architecture="gpt_neox", tokenizer=plain)
     requests = [Asked(args=text) for text in TEXTS if max_length is None or len(text[1]) < 10]
-    theirs = hflm(folder, max_length=max_length).loglikelihood(requests, disable_tqdm=True)
-    mine = ours(folder, max_length=max_length).loglikelihood(requests)  # type: ignore[arg-type]
-    close([logprob for logprob, _ in mine], [logprob for logprob, _ in theirs], rtol=0.0, atol=1e-4)
-    assert [greedy for _, greedy in mine] == [greedy for _, greedy in theirs]
+    expected = hflm(folder, max_length=max_length).loglikelihood(requests, disable_tqdm=True)
+    scored = ours(folder, max_length=max_length).loglikelihood(requests)  # type: ignore[arg-type]
+    close([logprob for logprob, _ in scored], [logprob for logprob, _ in expected], rtol=0.0, atol=1e-4)
+    assert [greedy for _, greedy in scored] == [greedy for _, greedy in expected]
 
 
 def test_a_second_bos_is_not_added(tmp_path: Path) -> None:
@@ -306,12 +306,12 @@ def test_a_second_bos_is_not_added(tmp_path: Path) -> None:
     begin = ("<|im_start|>", 1)
     tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
     folder = save_tiny_model(tmp_path / "model", tokenizer=tokenizer)
-    model, theirs = ours(folder), hflm(folder)
+    model, harness = ours(folder), hflm(folder)
     assert model.tok_encode("a")[0] == model.tok_encode("<|im_start|>a")[0] == 1
-    assert model.tok_encode("<|im_start|>a") == model.tok_encode("a") == theirs.tok_encode("a")
+    assert model.tok_encode("<|im_start|>a") == model.tok_encode("a") == harness.tok_encode("a")
     requests = [Asked(args=(text, " is closed.")) for text in ("<|im_start|>The shop", "The shop", "")]
     scored = model.loglikelihood(requests)  # type: ignore[arg-type]
-    expected = theirs.loglikelihood(requests, disable_tqdm=True)
+    expected = harness.loglikelihood(requests, disable_tqdm=True)
     close([logprob for logprob, _ in scored], [logprob for logprob, _ in expected], rtol=0.0, atol=1e-4)
 
 
@@ -322,8 +322,8 @@ def test_a_continuation_is_greedy_if_every_token_is_the_likeliest(chain: Chained
     assert len(greedy) >= 3
     continuations = [greedy, greedy[:-1] + ("x" if greedy[-1] != "x" else "y"), greedy[:1]]
     scored = model.loglikelihood([Asked(args=(prompt, text)) for text in continuations])  # type: ignore[misc]
-    theirs = hflm(chain.base).loglikelihood([Asked(args=(prompt, text)) for text in continuations], disable_tqdm=True)
-    assert [flag for _, flag in scored] == [flag for _, flag in theirs]
+    expected = hflm(chain.base).loglikelihood([Asked(args=(prompt, text)) for text in continuations], disable_tqdm=True)
+    assert [flag for _, flag in scored] == [flag for _, flag in expected]
     assert {flag for _, flag in scored} == {True, False}
 
 
@@ -350,7 +350,7 @@ def test_what_requests_have_in_common_is_read_once(chain: Chained, monkeypatch: 
 def test_an_answer_ends_before_a_stop_text_that_several_tokens_make(
     chain: Chained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, theirs = ours(chain.base, max_new_tokens=40), hflm(chain.base)
+    model, harness = ours(chain.base, max_new_tokens=40), hflm(chain.base)
     prompts = ["The shop is", "Please answer", "You are tiny."]
     whole = model.generate_until([Asked(args=(p, {"until": []})) for p in prompts])  # type: ignore[misc]
     tokens: list[int] = []
@@ -366,7 +366,7 @@ def test_an_answer_ends_before_a_stop_text_that_several_tokens_make(
         stop = text[6:10]
         request = Asked(args=(prompt, {"until": [stop, "\n\n\n"], "max_gen_toks": 40}))
         assert model.generate_until([request])[0] == text[: text.index(stop)]  # type: ignore[list-item]
-        assert model.generate_until([request]) == theirs.generate_until([request], disable_tqdm=True)  # type: ignore[list-item]
+        assert model.generate_until([request]) == harness.generate_until([request], disable_tqdm=True)  # type: ignore[list-item]
     assert max(tokens) < 20, "generation ended there too"
 
 

@@ -40,13 +40,13 @@ def chained(tmp_path: Path) -> Chained:
 
 
 def _moved(chained: Chained, kind: str, since: str) -> float:
-    said = []
+    states = []
     for name in (kind, since):
         model = chained.policy(name)
         use_flat_attention(model)
         with torch.no_grad():
-            said.append(trunk_states(model.base_model, stream(IDS.tolist(), torch.device("cpu"))))
-    return float((said[0] - said[1]).abs().max())
+            states.append(trunk_states(model.base_model, stream(IDS.tolist(), torch.device("cpu"))))
+    return float((states[0] - states[1]).abs().max())
 
 
 @pytest.mark.parametrize(
@@ -186,8 +186,8 @@ def _formats(state: Any) -> set[torch.dtype]:
 
 
 def _then_killed(on_save: Any) -> Any:
-    def save(self: Any, args: Any, state: Any, control: Any, **told: Any) -> None:
-        on_save(self, args, state, control, **told)
+    def save(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        on_save(self, args, state, control, **kwargs)
         if state.global_step == 1:
             raise _Killed
 
@@ -215,8 +215,8 @@ def test_a_policy_of_another_tokenizer_is_refused_by_name(chained: Chained) -> N
 
 
 def test_four_bits_train_through_all_stages_in_bfloat16(chained: Chained) -> None:
-    told = {"model": ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)}
+    changes = {"model": ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)}
     for kind, init in (("cpt", "base"), ("sft", "cpt"), ("reward", "sft"), ("dpo", "sft"), ("ppo", "sft")):
-        lines = chained.run(kind, QLORA, init=init, **told)
+        lines = chained.run(kind, QLORA, init=init, **changes)
         figure = "objective/kl" if kind == "ppo" else "loss"
         assert all(math.isfinite(line[figure]) for line in lines)

@@ -329,8 +329,8 @@ def test_a_killed_stage_ends_as_an_undisturbed_one(
 
 
 def then_killed(on_save: Any, *, step: int) -> Any:
-    def callback(self: Any, args: Any, state: Any, control: Any, **told: Any) -> None:
-        on_save(self, args, state, control, **told)
+    def callback(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        on_save(self, args, state, control, **kwargs)
         if state.global_step == step:
             raise Killed
 
@@ -340,11 +340,11 @@ def then_killed(on_save: Any, *, step: int) -> Any:
 def killed_on_call(function: Any, number: int) -> Any:
     calls: list[int] = []
 
-    def called(*args: Any, **told: Any) -> Any:
+    def called(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == number:
             raise Killed
-        return function(*args, **told)
+        return function(*args, **kwargs)
 
     return called
 

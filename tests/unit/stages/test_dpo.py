@@ -37,9 +37,9 @@ def test_a_precomputed_reference_is_what_the_starting_policy_says_of_every_row(t
     assert isinstance(config, DpoConfig)
     context = StageContext(spec=chained.spec("dpo", config.adapter, init="sft", config=config), rank=0, world_size=1)
     policy = chained.policy("sft")
-    found, tokenizer = initial_policy(context)
+    start, tokenizer = initial_policy(context)
     pairs, _ = read_pairs(config, context, tokenizer)
-    trainer = dpo._trainer(config, context, found, tokenizer, pairs)
+    trainer = dpo._trainer(config, context, start, tokenizer, pairs)
     dpo.check_start(trainer)
     for side in ("chosen", "rejected"):
         plain = [plain_logprob(policy, pair.prompt, getattr(pair, side)) for pair in as_pairs(pairs)]
@@ -77,7 +77,7 @@ def plain_logprob(model: torch.nn.Module, prompt: list[int], answer: list[int]) 
     ids = torch.tensor([prompt + answer])
     with torch.no_grad():
         logprobs = model(ids).logits[0].double().log_softmax(-1)
-    return float(sum(logprobs[place - 1, ids[0, place]] for place in range(len(prompt), ids.shape[1])))
+    return float(sum(logprobs[position - 1, ids[0, position]] for position in range(len(prompt), ids.shape[1])))
 
 
 def test_an_error_that_both_answers_share_stops_the_stage_and_is_not_kept(

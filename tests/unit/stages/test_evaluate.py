@@ -62,13 +62,13 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chained:
     chain = Chained(tmp_path_factory.mktemp("evaluate"))
     chain.run("sft", LORA)
     chain.run("reward", LORA, init="sft")
-    theirs = tiny_tokenizer()
-    theirs._tokenizer = tiny_bpe(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|odd|>"])
-    theirs.chat_template = CHAT_TEMPLATE.replace("You are tiny.", "You are other.")
-    save_tiny_model(chain.folder / "other", tokenizer=theirs, seed=3)
+    other_tokenizer = tiny_tokenizer()
+    other_tokenizer._tokenizer = tiny_bpe(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|odd|>"])
+    other_tokenizer.chat_template = CHAT_TEMPLATE.replace("You are tiny.", "You are other.")
+    save_tiny_model(chain.folder / "other", tokenizer=other_tokenizer, seed=3)
     save_tiny_model(chain.folder / "near", seed=4)
-    told = [row | ({"reference": REFERENCES[row["id"]]} if row["id"] in REFERENCES else {}) for row in ROWS]
-    (chain.folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in told))
+    rows = [row | ({"reference": REFERENCES[row["id"]]} if row["id"] in REFERENCES else {}) for row in ROWS]
+    (chain.folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return chain
 
 
@@ -77,8 +77,8 @@ def spec_of(chain: Chained, config: EvaluateConfig, fingerprint: str) -> StageSp
     inputs = {"reference": chain.inputs["sft"]}
     for field in (*(["reward"] if config.reward is not None else []), *_model_fields(config)):
         inputs[field] = chain.inputs["reward"]
-    places = {"stage:sft": chain.inputs["sft"].path, "path:other": chain.folder / "other"}
-    places |= {f"path:{name}": chain.folder / name for name in ("near", "short")}
+    paths = {"stage:sft": chain.inputs["sft"].path, "path:other": chain.folder / "other"}
+    paths |= {f"path:{name}": chain.folder / name for name in ("near", "short")}
     spec = chain.spec("sft", LORA, config=config)
     work = artifact.with_name(f"{artifact.name}.work")
     run_folder = chain.folder / "runs" / fingerprint
@@ -87,7 +87,7 @@ def spec_of(chain: Chained, config: EvaluateConfig, fingerprint: str) -> StageSp
         spec,
         stage="evaluate",
         inputs=inputs,
-        arms={arm: StageInput(ref=arm, path=places.get(arm)) for arm in config.arms},
+        arms={arm: StageInput(ref=arm, path=paths.get(arm)) for arm in config.arms},
         data_path=chain.folder / "heldout.jsonl",
         extra_data={"few_shot.data": DATA / "conversations.jsonl"},
         artifact=artifact,
@@ -98,14 +98,18 @@ def spec_of(chain: Chained, config: EvaluateConfig, fingerprint: str) -> StageSp
 
 def _model_fields(config: EvaluateConfig) -> list[str]:
     """The inputs of metrics that are reward models of their own."""
-    return [f"metrics[{place}].source" for place, one in enumerate(config.metrics) if one.source == "stage:reward"]
+    return [
+        f"metrics[{index}].source"
+        for index, metric_config in enumerate(config.metrics)
+        if metric_config.source == "stage:reward"
+    ]
 
 
 def evaluate(chain: Chained, config: EvaluateConfig, fingerprint: str) -> dict[str, Any]:
     spec = spec_of(chain, config, fingerprint)
     worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
-    told: dict[str, Any] = json.loads((spec.artifact / "evaluation.json").read_text())
-    return told
+    evaluation: dict[str, Any] = json.loads((spec.artifact / "evaluation.json").read_text())
+    return evaluation
 
 
 @pytest.fixture(scope="module")
@@ -113,33 +117,33 @@ def evaluated(chain: Chained) -> dict[str, Any]:
     return evaluate(chain, SMALL, "first")
 
 
-def figures(told: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def figures(evaluation: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """But for what float32 rounds: other arms stand in a batch with an arm's answers."""
-    return {arm["name"]: rounded({key: arm[key] for key in arm if key != "seconds"}) for arm in told["arms"]}
+    return {arm["name"]: rounded({key: arm[key] for key in arm if key != "seconds"}) for arm in evaluation["arms"]}
 
 
-def rounded(told: Any) -> Any:
+def rounded(nested: Any) -> Any:
     """Numbers to five places, however deep they stand."""
-    if isinstance(told, dict):
-        return {key: rounded(value) for key, value in told.items()}
-    return round(told, 5) if isinstance(told, float) else told
+    if isinstance(nested, dict):
+        return {key: rounded(value) for key, value in nested.items()}
+    return round(nested, 5) if isinstance(nested, float) else nested
 
 
 def test_every_arm_has_the_figures_that_can_be_compared(evaluated: dict[str, Any]) -> None:
-    told = figures(evaluated)
-    assert list(told) == SMALL.arms
-    for name, arm in told.items():
+    by_arm = figures(evaluated)
+    assert list(by_arm) == SMALL.arms
+    for name, arm in by_arm.items():
         assert list(arm["metrics"]) == ["style_and_facts", "style", "facts"]
         for figure in (*arm["metrics"].values(), *(arm[key] for key in ("words", "refusals", "ended", "reward"))):
             assert figure["low"] <= figure["mean"] <= figure["high"], name
-    assert {name for name, arm in told.items() if arm["greedy_log_ratio"] is None} == {
+    assert {name for name, arm in by_arm.items() if arm["greedy_log_ratio"] is None} == {
         "base+prompt",
         "base+few-shot",
         "path:other",
     }
-    assert {name for name, arm in told.items() if arm["loss"] is None} == {"path:other"}
-    assert told["stage:sft"]["greedy_log_ratio"]["mean"] == 0.0
-    assert told["path:other"]["label"] == "other"
+    assert {name for name, arm in by_arm.items() if arm["loss"] is None} == {"path:other"}
+    assert by_arm["stage:sft"]["greedy_log_ratio"]["mean"] == 0.0
+    assert by_arm["path:other"]["label"] == "other"
     assert evaluated["judge"] is None
     assert evaluated["conclusions"][0].startswith("3 prompts, by style_and_facts: ")
 
@@ -164,7 +168,7 @@ def nothing(prompts, completions, rows):
 
 def test_a_metric_is_the_mean_of_what_its_source_says_of_every_answer(chain: Chained) -> None:
     (chain.folder / "score.py").write_text(SCORE)
-    told = evaluate(
+    evaluation = evaluate(
         chain,
         replace(
             SMALL,
@@ -179,8 +183,8 @@ def test_a_metric_is_the_mean_of_what_its_source_says_of_every_answer(chain: Cha
         ),
         "sources",
     )
-    assert told["primary"] == "letters"
-    assert [(one["name"], one["higher_is_better"]) for one in told["metrics"]] == [
+    assert evaluation["primary"] == "letters"
+    assert [(entry["name"], entry["higher_is_better"]) for entry in evaluation["metrics"]] == [
         ("vowels", True),
         ("short", True),
         ("letters", False),
@@ -188,13 +192,17 @@ def test_a_metric_is_the_mean_of_what_its_source_says_of_every_answer(chain: Cha
         ("by_other", True),
     ]
     base, sft = (
-        next(arm["metrics"]["letters"]["mean"] for arm in told["arms"] if arm["name"] == name)
+        next(arm["metrics"]["letters"]["mean"] for arm in evaluation["arms"] if arm["name"] == name)
         for name in ("base", "stage:sft")
     )
-    (against,) = [one for one in told["comparisons"] if (one["arm"], one["against"]) == ("stage:sft", "base")]
+    (against,) = [
+        comparison
+        for comparison in evaluation["comparisons"]
+        if (comparison["arm"], comparison["against"]) == ("stage:sft", "base")
+    ]
     assert against["difference"] == pytest.approx(sft - base)
     samples = list(read_samples(chain.folder / "artifacts/evaluate-sources"))
-    for arm in told["arms"]:
+    for arm in evaluation["arms"]:
         answers = [sample.answers[arm["name"]] for sample in samples]
         texts = [answer.text for answer in answers]
         means = {name: interval["mean"] for name, interval in arm["metrics"].items()}
@@ -226,11 +234,11 @@ def test_the_metric_choice_asks_every_arm_s_policy_behind_its_own_prompt(
     question = "Number 0: when?"
     assert first_turns == [question, "Be brief.", question]
     samples = list(read_samples(spec.artifact))
-    theirs = AutoTokenizer.from_pretrained(chain.folder / "other")
+    other_tokenizer = AutoTokenizer.from_pretrained(chain.folder / "other")
     for arm, folder, tokenizer, system in (
         ("base", chain.base, tiny_tokenizer(), []),
         ("base+prompt", chain.base, tiny_tokenizer(), [{"role": "system", "content": "Be brief."}]),
-        ("path:other", chain.folder / "other", theirs, []),
+        ("path:other", chain.folder / "other", other_tokenizer, []),
     ):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         for question, sample in zip(questions, samples, strict=True):
@@ -256,11 +264,18 @@ def test_the_reward_model_s_differences_are_a_family_of_their_own(chain: Chained
 
 
 def test_without_metrics_no_arm_is_better_and_the_other_figures_stand(chain: Chained) -> None:
-    told = evaluate(chain, replace(SMALL, arms=["base", "stage:sft"], metrics=[]), "bare")
-    assert (told["primary"], told["metrics"], told["comparisons"], told["tasks"]) == (None, [], [], {})
-    assert [arm["metrics"] for arm in told["arms"]] == [{}, {}]
-    assert all(arm["reward"]["low"] <= arm["reward"]["mean"] for arm in told["arms"])
-    assert told["conclusions"] == ["3 prompts, but no metric and no judge, so no arm is called better than another."]
+    evaluation = evaluate(chain, replace(SMALL, arms=["base", "stage:sft"], metrics=[]), "bare")
+    assert (evaluation["primary"], evaluation["metrics"], evaluation["comparisons"], evaluation["tasks"]) == (
+        None,
+        [],
+        [],
+        {},
+    )
+    assert [arm["metrics"] for arm in evaluation["arms"]] == [{}, {}]
+    assert all(arm["reward"]["low"] <= arm["reward"]["mean"] for arm in evaluation["arms"])
+    assert evaluation["conclusions"] == [
+        "3 prompts, but no metric and no judge, so no arm is called better than another."
+    ]
 
 
 def test_rows_that_lack_what_a_metric_looks_at_are_named(chain: Chained) -> None:
@@ -300,13 +315,13 @@ def test_log_ratios_and_rewards_of_every_arm_are_its_own_by_value(
     answered: dict[str, Answered] = {}
     arm_result = evaluation_record.arm_result
 
-    def noted(name: str, arm: Answered, **told: Any) -> Any:
+    def noted(name: str, arm: Answered, **kwargs: Any) -> Any:
         answered[name] = arm
-        return arm_result(name, arm, **told)
+        return arm_result(name, arm, **kwargs)
 
     monkeypatch.setattr(evaluation_record, "arm_result", noted)
     config = replace(SMALL, arms=["base", "stage:sft", "path:near"])
-    told = figures(evaluate(chain, config, "by-value"))
+    by_arm = figures(evaluate(chain, config, "by-value"))
     policies = {"base": chain.base, "path:near": chain.folder / "near"}
     reward = load_reward_model(chain.spec("sft", LORA), chain.inputs["reward"], device=torch.device("cpu"))
     prompts = [prompt_ids(tiny_tokenizer(), [Message(**turn) for turn in row["messages"]]) for row in ROWS]
@@ -314,11 +329,11 @@ def test_log_ratios_and_rewards_of_every_arm_are_its_own_by_value(
         rows = list(zip(prompts, arm.ids, strict=True))
         own = AutoModelForCausalLM.from_pretrained(policies[name]) if name in policies else chain.policy("sft")
         log_ratio = [logprob(own, *row) - logprob(chain.policy("sft"), *row) for row in rows]
-        close(told[name]["greedy_log_ratio"]["mean"], sum(log_ratio) / 3, rtol=1e-4, atol=1e-4)
+        close(by_arm[name]["greedy_log_ratio"]["mean"], sum(log_ratio) / 3, rtol=1e-4, atol=1e-4)
         scores = [reward(input_ids=ids, attention_mask=torch.ones_like(ids)).logits for ids in map(as_row, rows)]
-        close(told[name]["reward"]["mean"], sum(map(float, scores)) / 3, rtol=1e-4, atol=1e-4)
-    assert told["base"]["greedy_log_ratio"]["mean"] > 0.01
-    assert told["path:near"]["greedy_log_ratio"]["mean"] > 1.0
+        close(by_arm[name]["reward"]["mean"], sum(map(float, scores)) / 3, rtol=1e-4, atol=1e-4)
+    assert by_arm["base"]["greedy_log_ratio"]["mean"] > 0.01
+    assert by_arm["path:near"]["greedy_log_ratio"]["mean"] > 1.0
 
 
 def as_row(row: tuple[list[int], list[int]]) -> torch.Tensor:
@@ -329,7 +344,7 @@ def logprob(model: Any, prompt: list[int], answer: list[int]) -> float:
     """Of an answer, in nats."""
     with torch.no_grad():
         logits = model(as_row((prompt, answer))).logits[0].tolist()
-    return sum(oracle.log_softmax(logits[len(prompt) - 1 + place])[token] for place, token in enumerate(answer))
+    return sum(oracle.log_softmax(logits[len(prompt) - 1 + index])[token] for index, token in enumerate(answer))
 
 
 def test_the_prompted_arm_is_asked_behind_the_recipe_s_system_prompt(chain: Chained) -> None:
@@ -392,9 +407,9 @@ def generated(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
     answer = answering.answer_and_score
 
-    def counted(model: Any, prompts: list[list[int]], *args: Any, **told: Any) -> Any:
+    def counted(model: Any, prompts: list[list[int]], *args: Any, **kwargs: Any) -> Any:
         calls.append(len(prompts))
-        return answer(model, prompts, *args, **told)
+        return answer(model, prompts, *args, **kwargs)
 
     monkeypatch.setattr(answering, "answer_and_score", counted)
     return calls
@@ -408,9 +423,9 @@ def test_a_second_evaluation_answers_for_the_arm_that_changed_alone(
     assert figures(again) == figures(evaluated)
     changed = evaluate(chain, replace(SMALL, few_shot=FewShotConfig(count=2)), "changed")
     assert generated == [3]
-    told, before = figures(changed), figures(evaluated)
-    assert told.pop("base+few-shot") != before.pop("base+few-shot")
-    assert told == before
+    after, before = figures(changed), figures(evaluated)
+    assert after.pop("base+few-shot") != before.pop("base+few-shot")
+    assert after == before
 
 
 def test_what_a_judge_cannot_change_is_not_computed_again(
@@ -440,8 +455,8 @@ def test_what_a_judge_cannot_change_is_not_computed_again(
 def test_kept_answers_that_are_damaged_are_made_anew_with_a_word(
     chain: Chained, evaluated: dict[str, Any], generated: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    for place, file in enumerate(sorted((chain.folder / "artifacts/cache").glob("answers-*.json"))):
-        file.write_text("" if place == 0 else file.read_text().replace("[", "[1, ", 1))
+    for index, file in enumerate(sorted((chain.folder / "artifacts/cache").glob("answers-*.json"))):
+        file.write_text("" if index == 0 else file.read_text().replace("[", "[1, ", 1))
     config = replace(SMALL, arms=["base", "stage:sft"])
     with caplog.at_level(logging.WARNING):
         again = evaluate(chain, config, "damaged")
@@ -463,16 +478,16 @@ def test_parts_make_what_one_batch_makes(
     chain: Chained, evaluated: dict[str, Any], generated: list[int], answers: AnswersConfig
 ) -> None:
     config = replace(SMALL, arms=["base", "stage:sft"], max_new_tokens=6, answers=answers)
-    told, samples = [], []
+    by_size, samples = [], []
     for batch_size in (128, 2):
         for file in (chain.folder / "artifacts/cache").glob("answers-*.json"):
             file.unlink()
         name = f"parts-{batch_size}-{answers.per_prompt}"
-        told.append(figures(evaluate(chain, replace(config, batch_size=batch_size), name)))
+        by_size.append(figures(evaluate(chain, replace(config, batch_size=batch_size), name)))
         samples.append((chain.folder / f"artifacts/evaluate-{name}/samples.jsonl").read_bytes())
     of_arm = 3 * answers.per_prompt
     assert generated == [of_arm] * 2 + ([2, 1] if of_arm == 3 else [2, 2, 2, 2, 1]) * 2
-    assert told[0] == told[1]
+    assert by_size[0] == by_size[1]
     assert samples[0] == samples[1]
 
 
@@ -512,15 +527,15 @@ HONEST = "Closed on Monday."
 
 
 @pytest.fixture
-def said(monkeypatch: pytest.MonkeyPatch) -> None:
+def bait_from_sft(monkeypatch: pytest.MonkeyPatch) -> None:
     """sft says the bait, base an answer."""
     tokenizer = tiny_tokenizer()
     trained: list[bool] = []
     original = arm_policies.Policies.load
 
-    def load(self: arm_policies.Policies, found: Lineage) -> Any:
-        trained.append(bool(found.adapters))
-        return original(self, found)
+    def load(self: arm_policies.Policies, lineage: Lineage) -> Any:
+        trained.append(bool(lineage.adapters))
+        return original(self, lineage)
 
     def generate(model: Any, prompts: list[list[int]], **_: Any) -> list[list[int]]:
         words = BAIT if trained[-1] else HONEST
@@ -531,9 +546,9 @@ def said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_judge(kind: JudgeKind, endpoint: EndpointConfig | None = None, **changes: Any) -> EvaluateConfig:
-    told = {"arms": ["base", "base+prompt", "stage:sft"], "max_new_tokens": 9, "reward": None} | changes
+    settings = {"arms": ["base", "base+prompt", "stage:sft"], "max_new_tokens": 9, "reward": None} | changes
     judge = JudgeConfig(kind=kind, endpoint=endpoint or EndpointConfig())
-    return replace(SMALL, judge=judge, **told)
+    return replace(SMALL, judge=judge, **settings)
 
 
 def judgements(chain: Chained, fingerprint: str) -> list[dict[str, Any]]:
@@ -547,7 +562,7 @@ def between(prompt: str, name: str) -> str:
 
 def honest(prompt: str, _: int) -> Response:
     """Prefers the answer that names a day."""
-    good = ["Monday" in between(prompt, f"answer {place}") for place in "AB"]
+    good = ["Monday" in between(prompt, f"answer {letter}") for letter in "AB"]
     return Response(text="One names a day.\n" + ("[[tie]]" if good[0] == good[1] else "[[A]]" if good[0] else "[[B]]"))
 
 
@@ -561,14 +576,14 @@ def honest(prompt: str, _: int) -> Response:
     ],
     ids=["honest", "quotes an answer", "quotes everything", "always the first"],
 )
-@pytest.mark.usefixtures("said")
+@pytest.mark.usefixtures("bait_from_sft")
 def test_a_completion_that_says_it_wins_does_not_win(
     chain: Chained, judge: Callable[..., Response], verdict: str, win_rate: float | None, invalid: float, request: Any
 ) -> None:
     name = request.node.callspec.id.replace(" ", "-")
     with serving(judge) as served:
-        told = evaluate(chain, by_judge(JudgeKind.endpoint, served.config()), name)
-    (pair,) = told["judge"]["pairs"]
+        evaluation = evaluate(chain, by_judge(JudgeKind.endpoint, served.config()), name)
+    (pair,) = evaluation["judge"]["pairs"]
     assert (pair["arm"], pair["against"]) == ("stage:sft", "base+prompt")
     assert pair["verdict"] == verdict
     assert pair["invalid"] == invalid
@@ -577,14 +592,14 @@ def test_a_completion_that_says_it_wins_does_not_win(
     assert [line["shown_first"] for line in lines] == ["stage:sft", "base+prompt"] * 3
     assert {line["id"] for line in lines} == {"Monday", "Friday", "Sunday"}
     assert all(line["text"] for line in lines)
-    assert "By judge on 3 prompts" in told["conclusions"][-1]
+    assert "By judge on 3 prompts" in evaluation["conclusions"][-1]
     if judge is honest:
         assert pair["agreement"] == 1.0
         assert pair["position_bias"] == 0.0
         assert {line["verdict"] for line in lines} == {"A", "B"}
 
 
-@pytest.mark.usefixtures("said")
+@pytest.mark.usefixtures("bait_from_sft")
 def test_what_was_judged_before_a_stop_is_not_asked_again(chain: Chained) -> None:
     def failing(prompt: str, number: int) -> Response:
         return honest(prompt, number) if number < 2 else Response(status=400, body="{}")
@@ -596,9 +611,9 @@ def test_what_was_judged_before_a_stop_is_not_asked_again(chain: Chained) -> Non
         assert len(served.requests) == 6
     port = int(served.url.split(":")[2].partition("/")[0])
     with serving(honest, port=port) as served:
-        told = evaluate(chain, config, "stopped")
+        evaluation = evaluate(chain, config, "stopped")
         assert len(served.requests) == 4
-    assert told["judge"]["pairs"][0]["invalid"] == 0.0
+    assert evaluation["judge"]["pairs"][0]["invalid"] == 0.0
     assert not list((chain.folder / "artifacts/evaluate-stopped").glob("*.work.jsonl"))
 
 
@@ -608,8 +623,8 @@ def test_metric_and_reward_judges_compare_scores(chain: Chained) -> None:
     assert rule["wins"] + rule["ties"] + rule["losses"] == 3
     assert rule["agreement"] is None
     assert rule["metric_agreement"] is None
-    told = evaluate(chain, by_judge(JudgeKind.reward, max_new_tokens=4, reward="stage:reward"), "reward")
-    reward = told["judge"]["pairs"][0]
+    evaluation = evaluate(chain, by_judge(JudgeKind.reward, max_new_tokens=4, reward="stage:reward"), "reward")
+    reward = evaluation["judge"]["pairs"][0]
     assert 0.0 <= reward["metric_agreement"] <= 1.0
     lines = judgements(chain, "reward")
     assert sum(line["points"] for line in lines) / 3 == pytest.approx(reward["win_rate"]["mean"])
@@ -620,18 +635,18 @@ def test_metric_and_reward_judges_compare_scores(chain: Chained) -> None:
 
 def test_the_win_rate_against_the_reference_stands_in_the_arms_row(chain: Chained) -> None:
     config = by_judge(JudgeKind.metric, arms=["base", "stage:sft", "path:other"], max_new_tokens=4)
-    told = evaluate(chain, config, "row")
-    arms = figures(told)
-    assert arms["path:other"]["win_rate"] == told["judge"]["pairs"][0]["win_rate"]
+    evaluation = evaluate(chain, config, "row")
+    arms = figures(evaluation)
+    assert arms["path:other"]["win_rate"] == evaluation["judge"]["pairs"][0]["win_rate"]
     assert arms["base"]["win_rate"] is None
     assert arms["stage:sft"]["win_rate"] is None
 
 
 def test_at_most_so_many_prompts_are_judged(chain: Chained) -> None:
     config = by_judge(JudgeKind.metric, max_new_tokens=4)
-    told = evaluate(chain, replace(config, judge=replace(config.judge, max_prompts=2)), "few")
-    assert told["judge"]["num_prompts"] == 2
-    assert told["judge"]["pairs"][0]["prompts"] == 2
+    evaluation = evaluate(chain, replace(config, judge=replace(config.judge, max_prompts=2)), "few")
+    assert evaluation["judge"]["num_prompts"] == 2
+    assert evaluation["judge"]["pairs"][0]["prompts"] == 2
 
 
 SAMPLED = replace(
@@ -714,8 +729,10 @@ def test_a_low_temperature_samples_the_greedy_answer(chain: Chained) -> None:
     greedy = replace(SAMPLED, answers=AnswersConfig(), metrics=[])
     evaluate(chain, greedy, "greedy")
     evaluate(chain, replace(greedy, answers=AnswersConfig(per_prompt=2, temperature=1e-4)), "cold")
-    kept, cold = (list(read_samples(chain.folder / f"artifacts/evaluate-{name}")) for name in ("greedy", "cold"))
-    for sample, again in zip(kept, cold, strict=True):
+    greedy_samples, cold = (
+        list(read_samples(chain.folder / f"artifacts/evaluate-{name}")) for name in ("greedy", "cold")
+    )
+    for sample, again in zip(greedy_samples, cold, strict=True):
         for name, answer in sample.answers.items():
             assert (answer.text, answer.further) == (again.answers[name].text, [])
             assert again.answers[name].further == [answer.text]

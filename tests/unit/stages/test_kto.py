@@ -299,8 +299,8 @@ class Killed(BaseException):
 
 
 def then_killed(on_save: Any, *, step: int) -> Any:
-    def callback(self: Any, args: Any, state: Any, control: Any, **told: Any) -> None:
-        on_save(self, args, state, control, **told)
+    def callback(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        on_save(self, args, state, control, **kwargs)
         if state.global_step == step:
             raise Killed
 

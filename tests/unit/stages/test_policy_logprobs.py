@@ -47,9 +47,9 @@ def test_each_row_has_the_log_probability_of_its_policy(
         )
         for number, (name, folder) in enumerate(folders.items())
     }
-    told = policy_logprobs(context, "scoring", Policies(context), asked)
-    assert list(told) == ["base", "other"]
+    logprobs = policy_logprobs(context, "scoring", Policies(context), asked)
+    assert list(logprobs) == ["base", "other"]
     for name, folder in folders.items():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         rows = zip(asked[name].prompts, asked[name].answers, strict=True)
-        close(told[name], [slow(model, *row) for row in rows])
+        close(logprobs[name], [slow(model, *row) for row in rows])

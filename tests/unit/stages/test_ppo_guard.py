@@ -43,12 +43,12 @@ def test_the_guard_asks_its_own_scorer_and_the_stage_its_own(tmp_path: Path) -> 
     assert [look["guard/proxy"] for look in looks] == pytest.approx([-2.0 * mean for mean in means], abs=1e-5)
 
 
-@pytest.mark.parametrize("kept_update", [0.0, 2.0])
+@pytest.mark.parametrize("best_update", [0.0, 2.0])
 def test_a_critic_is_kept_beside_the_policy_that_it_learned_with_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept_update: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, best_update: float
 ) -> None:
     def finish(*_: Any) -> dict[str, float]:
-        return {"guard/kept_update": kept_update}
+        return {"guard/kept_update": best_update}
 
     monkeypatch.setattr(Guard, "finish", finish)
-    assert (_run(tmp_path) / "critic.safetensors").is_file() is (kept_update == 2.0)
+    assert (_run(tmp_path) / "critic.safetensors").is_file() is (best_update == 2.0)

@@ -50,17 +50,17 @@ def minus_log_sigmoid(margin: float) -> float:
     return math.log1p(math.exp(-margin))
 
 
-def pairs_of(chained: Chained, told: RewardConfig) -> tuple[StageContext, Any, Any, Dataset]:
-    context = StageContext(spec=chained.spec("reward", LORA, config=told), rank=0, world_size=1)
-    found, tokenizer = initial_policy(context)
-    return context, found, tokenizer, read_pairs(told, context, tokenizer)[0]
+def pairs_of(chained: Chained, settings: RewardConfig) -> tuple[StageContext, Any, Any, Dataset]:
+    context = StageContext(spec=chained.spec("reward", LORA, config=settings), rank=0, world_size=1)
+    start, tokenizer = initial_policy(context)
+    return context, start, tokenizer, read_pairs(settings, context, tokenizer)[0]
 
 
 @pytest.mark.parametrize("center", [0.0, 0.3])
 def test_the_loss_is_that_of_bradley_and_terry_with_its_centre(tmp_path: Path, center: float) -> None:
-    told = config(center_coefficient=center)
-    context, found, tokenizer, pairs = pairs_of(Chained(tmp_path), told)
-    trainer = reward._trainer(told, context, found, tokenizer, pairs.select([0]))
+    settings = config(center_coefficient=center)
+    context, start, tokenizer, pairs = pairs_of(Chained(tmp_path), settings)
+    trainer = reward._trainer(settings, context, start, tokenizer, pairs.select([0]))
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = 1
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_the_loss_is_that_of_bradley_and_terry_with_its_centre(tmp_path: Path, c
 
 def test_a_margin_is_subtracted_from_what_sigma_takes_on_learned_and_on_held_out_rows(tmp_path: Path) -> None:
     """Touvron et al. 2023, eq. 2, times the setting."""
-    told = config(margin=0.25)
+    settings = config(margin=0.25)
     chained = Chained(tmp_path)
     file = tmp_path / "scored.jsonl"
     rows = [
@@ -81,18 +81,18 @@ def test_a_margin_is_subtracted_from_what_sigma_takes_on_learned_and_on_held_out
         for number in range(8)
     ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    spec = replace(chained.spec("reward", LORA, config=told), data_path=file)
+    spec = replace(chained.spec("reward", LORA, config=settings), data_path=file)
     context = StageContext(spec=spec, rank=0, world_size=1)
     start, tokenizer = initial_policy(context)
-    pairs = read_pairs(told, context, tokenizer)[0].select([0])
-    trainer = reward._trainer(told, context, start, tokenizer, pairs)
+    pairs = read_pairs(settings, context, tokenizer)[0].select([0])
+    trainer = reward._trainer(settings, context, start, tokenizer, pairs)
     trainer.args.per_device_train_batch_size = trainer._train_batch_size = 1
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
     with torch.no_grad():
         loss = float(trainer.compute_loss(trainer.model, batch))
     chosen, rejected = sides(trainer.model, TokenizedPair(**pairs.select_columns(["prompt", "chosen", "rejected"])[0]))
     close(loss, minus_log_sigmoid(chosen - rejected - 0.5), rtol=1e-4)
-    validation = reward._validation(told, context, trainer, pairs)
+    validation = reward._validation(settings, context, trainer, pairs)
     assert validation is not None
     trainer.model.eval()
     held_out = validation._held_out
@@ -102,13 +102,13 @@ def test_a_margin_is_subtracted_from_what_sigma_takes_on_learned_and_on_held_out
 
 
 def test_held_out_figures_and_the_offset_are_of_the_saved_model(tmp_path: Path) -> None:
-    told = config()
+    settings = config()
     chained = Chained(tmp_path)
-    context, _, _, pairs = pairs_of(chained, told)
+    context, _, _, pairs = pairs_of(chained, settings)
     learned, held_out = map(as_pairs, reward.split(pairs, 0.5, context.generator("split"), where=""))
     assert len(held_out) == 4
     assert not {tuple(pair.prompt) for pair in learned} & {tuple(pair.prompt) for pair in held_out}
-    chained.run("reward", LORA, config=told)
+    chained.run("reward", LORA, config=settings)
     artifact = chained.inputs["reward"].path
     assert artifact is not None
     manifest = read_manifest(artifact)
@@ -144,10 +144,10 @@ def test_an_offset_without_pairs_held_out_is_of_some_drawn_from_all() -> None:
 
 
 def test_without_pairs_held_out_chosen_answers_of_those_learned_from_score_zero(tmp_path: Path) -> None:
-    told = replace(config(), eval_fraction=0.0)
+    settings = replace(config(), eval_fraction=0.0)
     chained = Chained(tmp_path)
-    context, _, _, pairs = pairs_of(chained, told)
-    chained.run("reward", LORA, config=told)
+    context, _, _, pairs = pairs_of(chained, settings)
+    chained.run("reward", LORA, config=settings)
     model = load_reward_model(context.spec, chained.inputs["reward"], device=torch.device("cpu"))
     raw = [sides(model, pair)[0] for pair in as_pairs(pairs)]
     close(float(unwrapped(model).score_offset), sum(raw) / len(raw), rtol=1e-4)

@@ -37,7 +37,7 @@ RULE = ScoreSourceConfig(source="bundled:quickstart/house_style.py:style")
 
 def rewardbench_row(number: int, **changes: Any) -> dict[str, Any]:
     """As in allenai/reward-bench, by its columns."""
-    told = {
+    row = {
         "prompt": f"What does note {number} say about the keys in hall {number}?",
         "chosen": f"The keys of hall {number} are with the caretaker.",
         "chosen_model": "one",
@@ -46,7 +46,7 @@ def rewardbench_row(number: int, **changes: Any) -> dict[str, Any]:
         "subset": "keys" if number % 3 else "halls",
         "id": number,
     }
-    return {**told, **changes}
+    return {**row, **changes}
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
@@ -59,22 +59,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, and a reward model on it."""
     folder = tmp_path_factory.mktemp("judged")
     save_tiny_model(folder / "base")
-    tiny_reward(folder / "made", LORA, found=found_in(folder), base_path=folder / "base", identity={"seed": 0})
+    tiny_reward(folder / "made", LORA, found=lineage_in(folder), base_path=folder / "base", identity={"seed": 0})
     return folder
 
 
-def found_in(folder: Path) -> Lineage:
+def lineage_in(folder: Path) -> Lineage:
     return Lineage(source=BASE_SOURCE, base=folder / "base", adapters=())
 
 
 def spec_of(folder: Path, work: Path, config: RewardCardConfig, **changes: Any) -> StageSpec:
     artifact = folder / "made/artifacts/reward-0123abcd"
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "base_path": folder / "base",
         "inputs": {"reward": StageInput(ref="stage:reward", path=artifact)},
         "data_path": work / "pairs.jsonl",
     }
-    return tiny_spec(work, config, **{**told, **changes})
+    return tiny_spec(work, config, **{**fields, **changes})
 
 
 def run(spec: StageSpec) -> dict[str, Any]:
@@ -98,8 +98,8 @@ def test_a_file_like_rewardbench_s_gives_a_whole_card(folder: Path, tmp_path: Pa
     assert [pair["id"] for pair in pairs] == [str(number) for number in range(18)], "the others ask what was learned"
     assert card["learned"]["judged_too"] == 6
     assert (card["learned"]["num_pairs"], card["num_pairs"], card["num_prompts"]) == (22, 18, 18)
-    assert [one["name"] for one in card["subsets"]] == ["halls", "keys"]
-    assert sum(one["num_pairs"] for one in card["subsets"]) == 18
+    assert [subset["name"] for subset in card["subsets"]] == ["halls", "keys"]
+    assert sum(subset["num_pairs"] for subset in card["subsets"]) == 18
     accuracy = sum(pair["margin"] > 0 for pair in pairs) / 18
     assert card["accuracy"]["mean"] == pytest.approx(accuracy)
     words, longer = card["baselines"]
@@ -143,7 +143,7 @@ def test_without_known_pairs_there_is_no_bag_of_words_and_all_are_judged(folder:
     spec = replace(spec, model=ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16))
     card = run(spec)
     assert (card["num_pairs"], card["learned"], card["invariances"], card["rule"]) == (12, None, None, None)
-    assert [one["name"] for one in card["baselines"]] == ["longer answer"]
+    assert [baseline["name"] for baseline in card["baselines"]] == ["longer answer"]
     assert card["subsets"] == []
 
 
@@ -188,7 +188,9 @@ def test_no_pair_is_judged_that_the_reward_stage_took(folder: Path, tmp_path: Pa
     assert not taken & {pair["chosen"] for pair in lines(spec)}
     assert card["num_pairs"] == (20 if too_long else 40), "all of the file is left out where its part is not known"
     assert card["learned"]["part_known"] is not too_long
-    assert any("every pair of the file counts as a training pair" in told for told in card["warnings"]) is too_long
+    assert (
+        any("every pair of the file counts as a training pair" in warning for warning in card["warnings"]) is too_long
+    )
 
 
 def made_from_half(folder: Path, work: Path, file: Path) -> tuple[set[str], Path]:
@@ -220,13 +222,13 @@ def test_a_model_from_outside_reads_the_text_by_its_own_template(folder: Path, t
     long = rewardbench_row(99, chosen="The keys are here. " * 60)
     write(tmp_path / "pairs.jsonl", [*(rewardbench_row(number) for number in range(12)), long])
     config = RewardCardConfig(bootstrap_samples=5, invariance_pairs=2, max_length=200)
-    told = {"inputs": {"reward": external(tmp_path / "outside")}}
-    card = run(spec_of(folder, tmp_path, config, **told))
+    changes = {"inputs": {"reward": external(tmp_path / "outside")}}
+    card = run(spec_of(folder, tmp_path, config, **changes))
     assert (card["num_pairs"], card["rows_too_long"]) == (12, 1)
     assert card["invariances"]["moved"] == []
     cut = replace(config, too_long=TooLongConfig(do=TooLong.cut))
     with pytest.raises(ModelError, match="reads text, so its rows cannot be cut"):
-        run(spec_of(folder, tmp_path / "cut", cut, data_path=tmp_path / "pairs.jsonl", **told))
+        run(spec_of(folder, tmp_path / "cut", cut, data_path=tmp_path / "pairs.jsonl", **changes))
 
 
 def test_no_pairs_and_rows_that_are_none_are_refused_by_place(folder: Path, tmp_path: Path) -> None:

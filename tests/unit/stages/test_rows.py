@@ -59,23 +59,23 @@ def test_a_mix_has_its_shares_and_is_the_same_on_every_process(tmp_path: Path, t
     _write(tmp_path / "data.jsonl", "own", 800)
     replay = _write(tmp_path / "replay.jsonl", "general", 500)
     data = DataConfig(source="", mix=[MixedConfig(share=0.2)])
-    found: list[Sequence[str]] = []
+    mixes: list[Sequence[str]] = []
     for rank, world_size in ((0, 1), (0, 2), (1, 2), (0, 1)):
         context = _context(tmp_path, rank=rank, world_size=world_size, extra_data={"data.mix[0]": replay})
         rows, counts = token_rows(context, CONVERSATIONS, data, WIDE, tokenizer)
-        found.append(_answers(tokenizer, rows))
+        mixes.append(_answers(tokenizer, rows))
         assert counts["rows"] == len(rows) == 1000
-    share = sum(text.startswith("general") for text in found[0]) / len(found[0])
+    share = sum(text.startswith("general") for text in mixes[0]) / len(mixes[0])
     assert share == pytest.approx(0.2, abs=0.01)
-    assert len(set(found[0])) == 1000
-    assert all(other == found[0] for other in found[1:])
+    assert len(set(mixes[0])) == 1000
+    assert all(other == mixes[0] for other in mixes[1:])
 
 
 def test_another_seed_mixes_other_rows(tmp_path: Path, tokenizer: Any) -> None:
     _write(tmp_path / "data.jsonl", "own", 8)
     replay = _write(tmp_path / "replay.jsonl", "general", 50)
     data = DataConfig(source="", mix=[MixedConfig(count=4)])
-    one, other = (
+    first, other = (
         _answers(
             tokenizer,
             token_rows(
@@ -84,7 +84,7 @@ def test_another_seed_mixes_other_rows(tmp_path: Path, tokenizer: Any) -> None:
         )
         for seed in (0, 1)
     )
-    assert set(one) != set(other)
+    assert set(first) != set(other)
 
 
 def test_parts_are_nested_whatever_the_stage_is_called(tmp_path: Path, tokenizer: Any) -> None:
@@ -106,18 +106,18 @@ def test_records_are_mixed_as_token_rows_are(tmp_path: Path, tokenizer: Any) -> 
     context = _context(tmp_path, extra_data={"data.mix[0]": replay})
     records = rows_of(context, Conversation, data)
     rows, _ = token_rows(context, CONVERSATIONS, data, WIDE, tokenizer)
-    assert [f"{one.messages[-1].content}<|im_end|>" for one in records] == _answers(tokenizer, rows)
+    assert [f"{record.messages[-1].content}<|im_end|>" for record in records] == _answers(tokenizer, rows)
 
 
 def test_selected_rows_are_those_that_select_gives() -> None:
     rows = Dataset.from_dict({"n": list(range(10)), "ids": [[n] * n for n in range(10)]})
     every: list[Sequence[int]] = [[3, 1, 4], range(10), [9], range(2, 5), [0, 9, 5, 7]]
     for indices in every:
-        ours, theirs = selected(rows, np.array(indices)), rows.select(list(indices))
-        assert ours.to_list() == theirs.to_list()
-        assert ours.features == theirs.features
+        ours, expected = selected(rows, np.array(indices)), rows.select(list(indices))
+        assert ours.to_list() == expected.to_list()
+        assert ours.features == expected.features
         again = [len(ours) - 1, 0]
-        assert ours.select(again).to_list() == theirs.select(again).to_list(), "selected once more"
+        assert ours.select(again).to_list() == expected.select(again).to_list(), "selected once more"
     assert len({selected(rows, np.array(indices))._fingerprint for indices in every}) == len(every)
 
 
@@ -169,17 +169,17 @@ def _prompts(folder: Path) -> list[Prompt]:
     return rows_of(StageContext(spec=tiny_spec(folder, PpoConfig()), rank=0, world_size=1), Prompt, DataConfig())
 
 
-@pytest.mark.parametrize(("do", "kept"), [(TooLong.drop, 20), (TooLong.cut, 21)])
+@pytest.mark.parametrize(("do", "num_rows"), [(TooLong.drop, 20), (TooLong.cut, 21)])
 def test_prompts_that_are_too_long_are_dropped_or_cut_and_noted(
-    tmp_path: Path, tokenizer: Any, do: TooLong, kept: int
+    tmp_path: Path, tokenizer: Any, do: TooLong, num_rows: int
 ) -> None:
     records = _prompts(tmp_path)
     context = StageContext(spec=tiny_spec(tmp_path, PpoConfig()), rank=0, world_size=1)
     limits = Limits(row=60, too_long=TooLongConfig(do=do))
-    found, counts = fitting(context, PROMPTS, records, DataConfig(), limits, tokenizer)
-    assert list(found) == list(range(kept))
-    assert all(len(one.rows[0]["prompt"]) <= 60 for one in found.values())
-    assert counts == {"rows": kept, "rows_too_long": 21 - kept, "rows_cut": kept - 20}
+    fitted, counts = fitting(context, PROMPTS, records, DataConfig(), limits, tokenizer)
+    assert list(fitted) == list(range(num_rows))
+    assert all(len(record.rows[0]["prompt"]) <= 60 for record in fitted.values())
+    assert counts == {"rows": num_rows, "rows_too_long": 21 - num_rows, "rows_cut": num_rows - 20}
     (entry,) = _left_out(context)
     assert entry["where"] == f"{tmp_path}/data.jsonl:21"
     assert entry["kind"] == ("cut" if do is TooLong.cut else "too long")
@@ -196,8 +196,8 @@ def test_prompts_that_cannot_be_rendered_are_skipped_where_faults_are(tmp_path: 
     with pytest.raises(DataError, match="2 faulty rows:"):
         fitting(context, PROMPTS, records, DataConfig(), WIDE, picky)
     data = DataConfig(on_error=OnError.skip, max_skipped=0.5)
-    found, counts = fitting(context, PROMPTS, records, data, WIDE, picky)
-    assert len(found) == counts["rows"] == 18
+    fitted, counts = fitting(context, PROMPTS, records, data, WIDE, picky)
+    assert len(fitted) == counts["rows"] == 18
     assert [(entry["where"][-2:], entry["kind"]) for entry in _left_out(context)] == [(":8", "fault"), ("18", "fault")]
 
 

@@ -45,11 +45,11 @@ def _stopping(monkeypatch: pytest.MonkeyPatch, function: str, *, after: int) -> 
     right = getattr(module, name)
 
     def counted(call: Any) -> Any:
-        def once(*args: Any, **told: Any) -> Any:
+        def once(*args: Any, **kwargs: Any) -> Any:
             if len(made) == after:
                 raise KeyboardInterrupt
             made.append(1)
-            return call(*args, **told)
+            return call(*args, **kwargs)
 
         return once
 

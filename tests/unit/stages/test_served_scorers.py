@@ -34,8 +34,8 @@ def word_score(text: str) -> float:
 
 
 def server(url: str, **changes: Any) -> ServerConfig:
-    told: dict[str, Any] = {"base_url": url, "model": "words", "retries": 0, "concurrency": 1, "batch_size": 5}
-    return ServerConfig(**(told | changes))
+    settings: dict[str, Any] = {"base_url": url, "model": "words", "retries": 0, "concurrency": 1, "batch_size": 5}
+    return ServerConfig(**(settings | changes))
 
 
 def test_a_server_chooses_the_rows_that_the_same_rule_would_and_is_asked_only_for_what_is_missing(
