@@ -107,7 +107,7 @@ def bench_in(folder: Path) -> Callable[..., Bench]:
     base = folder / "base"
     tiny_model(vocab_size=24).save_pretrained(str(base))
     tiny_tokenizer().save_pretrained(str(base))  # asked for its hashes only
-    found = Lineage(source=BASE_SOURCE, base=base, adapters=())
+    lineage = Lineage(source=BASE_SOURCE, base=base, adapters=())
     made = {}
 
     def make(
@@ -122,16 +122,16 @@ def bench_in(folder: Path) -> Callable[..., Bench]:
         **changes: Any,
     ) -> Bench:
         if adapter.kind not in made:
-            made[adapter.kind] = tiny_reward(folder / f"reward-{adapter.kind.value}", adapter, found=found)
+            made[adapter.kind] = tiny_reward(folder / f"reward-{adapter.kind.value}", adapter, found=lineage)
         settings = {"updates": 2, "ppo_epochs": 2, "num_minibatches": 2, "max_new_tokens": 6, "optim": optim()}
         config = PpoConfig(adapter=adapter, **{**settings, **changes})
         model = ModelConfig(source=BASE_SOURCE, dtype=dtype)
         spec = tiny_spec(folder / name, config, base_path=base, model=model, seed=seed)
         context = StageContext(spec=spec, rank=0, world_size=1)
         torch.manual_seed(context.seed("worker") % 2**32)  # as the worker does: a fresh adapter is drawn from it
-        roles = roles_of(config, context, found, made[adapter.kind] if reward else None)
-        told = Prompts(ids=prompts, rows=range(len(prompts)))
-        trainer = build_trainer(config, context, roles, told, frozenset({END}), rewards or OwnReward(roles))
+        roles = roles_of(config, context, lineage, made[adapter.kind] if reward else None)
+        stage_prompts = Prompts(ids=prompts, rows=range(len(prompts)))
+        trainer = build_trainer(config, context, roles, stage_prompts, frozenset({END}), rewards or OwnReward(roles))
         return Bench(context=context, config=config, roles=roles, trainer=trainer)
 
     return make

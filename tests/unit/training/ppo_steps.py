@@ -27,25 +27,25 @@ class Taken:
 
 
 def taken(run: Bench, monkeypatch: pytest.MonkeyPatch) -> Taken:
-    found = Taken(before=[], gradients=[], rows=[])
+    trace = Taken(before=[], gradients=[], rows=[])
     step, collect = torch.optim.AdamW.step, PpoTrainer._collect
     named = dict(run.roles.actor_critic.named_parameters())
 
     def noted_step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        found.before.append({name: p.detach().double() for name, p in named.items()})
-        found.gradients.append({name: p.grad.double() for name, p in named.items() if p.grad is not None})
+        trace.before.append({name: p.detach().double() for name, p in named.items()})
+        trace.gradients.append({name: p.grad.double() for name, p in named.items() if p.grad is not None})
         return step(self, *args, **kwargs)
 
     def noted_collect(self: PpoTrainer, update: int) -> Any:
         experience = collect(self, update)
         pairs = zip(experience.prompts, experience.answers, strict=True)
-        found.rows.append([(list(prompt), list(answer)) for prompt, answer in pairs])
+        trace.rows.append([(list(prompt), list(answer)) for prompt, answer in pairs])
         return experience
 
     monkeypatch.setattr(torch.optim.AdamW, "step", noted_step)
     monkeypatch.setattr(PpoTrainer, "_collect", noted_collect)
     run.train()
-    return found
+    return trace
 
 
 class Plain:
@@ -61,26 +61,26 @@ class Plain:
 
     def distributions(self, rows: Rows, temperature: float = 1.0) -> list[Tensor]:
         """``[answer tokens, vocabulary]`` log-probabilities before each token of an answer."""
-        found = []
+        distributions = []
         for prompt, answer in rows:
             logits = self.policy(torch.tensor([prompt + answer])).logits[0]
-            found.append((logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1))
-            assert len(found[-1]) == len(answer)
-        return found
+            distributions.append((logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1))
+            assert len(distributions[-1]) == len(answer)
+        return distributions
 
     def logprobs(self, rows: Rows, temperature: float = 1.0) -> list[Tensor]:
         """Log-probabilities of answer tokens."""
-        told = zip(rows, self.distributions(rows, temperature), strict=True)
-        return [each.gather(-1, torch.tensor(answer)[:, None])[:, 0] for (_, answer), each in told]
+        pairs = zip(rows, self.distributions(rows, temperature), strict=True)
+        return [each.gather(-1, torch.tensor(answer)[:, None])[:, 0] for (_, answer), each in pairs]
 
     def values(self, rows: Rows) -> list[Tensor]:
         """Values before answer tokens."""
-        found = []
+        values = []
         for prompt, answer in rows:
             at = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
             states = self.value.model(torch.tensor([prompt + answer])).last_hidden_state[0, at]
-            found.append((states @ self.value.score.weight.T)[:, 0])
-        return found
+            values.append((states @ self.value.score.weight.T)[:, 0])
+        return values
 
     def says(self, rows: Rows) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probabilities of answer tokens, and values before them."""

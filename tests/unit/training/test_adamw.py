@@ -33,26 +33,26 @@ def _weight(dtype: torch.dtype = torch.bfloat16, count: int = 64) -> nn.Paramete
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_float32_weights_take_torchs_own_steps(decay: float) -> None:
-    found, expected = _weight(torch.float32), _weight(torch.float32)
-    told: dict[str, Any] = {"lr": 0.01, "eps": 1e-5, "weight_decay": decay}
-    _steps(RandomlyRoundedAdamW([found], **told, seed=3), found, 50)
-    _steps(torch.optim.AdamW([expected], **told), expected, 50)
-    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-6)
+    weight, expected = _weight(torch.float32), _weight(torch.float32)
+    settings: dict[str, Any] = {"lr": 0.01, "eps": 1e-5, "weight_decay": decay}
+    _steps(RandomlyRoundedAdamW([weight], **settings, seed=3), weight, 50)
+    _steps(torch.optim.AdamW([expected], **settings), expected, 50)
+    assert torch.allclose(weight, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_steps_below_the_spacing_of_bfloat16_add_up() -> None:
     """At 1 bfloat16 numbers are 1/128 or 1/256 apart; 500 steps of 1/10,000 are lost one by one when rounded."""
-    found, lost = _weight(count=4096), _weight(count=4096)
+    rounded, lost = _weight(count=4096), _weight(count=4096)
     exact = _weight(torch.float32, count=4096)
     for weight, optimizer in (
-        (found, RandomlyRoundedAdamW([found], lr=1e-4, seed=3)),
+        (rounded, RandomlyRoundedAdamW([rounded], lr=1e-4, seed=3)),
         (lost, torch.optim.AdamW([lost], lr=1e-4, weight_decay=0.0)),
         (exact, torch.optim.AdamW([exact], lr=1e-4, weight_decay=0.0)),
     ):
         _steps(optimizer, weight, 500)
     start = torch.linspace(-1, 1, 4096)
     far = start < -0.5  # where a step is below half of the spacing, and the gradient always has the same sign
-    moved = {name: float((w.detach().float() - start)[far].mean()) for name, w in (("f", found), ("l", lost))}
+    moved = {name: float((w.detach().float() - start)[far].mean()) for name, w in (("f", rounded), ("l", lost))}
     expected = float((exact.detach() - start)[far].mean())
     assert moved["f"] == pytest.approx(expected, rel=0.05)
     assert abs(moved["l"]) < 0.1 * expected
@@ -72,13 +72,13 @@ def test_the_second_moment_of_bfloat16_weights_follows_the_gradient() -> None:
 def test_rounding_is_right_on_average_and_goes_to_a_neighbour() -> None:
     values = torch.tensor([1.0, 1.0 + 2**-9, -1.0 - 2**-9, 3e-5, 1e-30, 2.0 - 2**-20]).repeat(20_000, 1)
     bits = torch.randint(0, 2**16, values.shape, dtype=torch.int32, generator=torch.Generator().manual_seed(1))
-    found = rounded_at_random(values.clone(), bits)
-    assert torch.equal(found, found.bfloat16().float())
+    rounded = rounded_at_random(values.clone(), bits)
+    assert torch.equal(rounded, rounded.bfloat16().float())
     spacing = values.abs() * 2**-7
-    assert bool(((found - values).abs() <= spacing).all())
-    assert torch.allclose(found.double().mean(0), values[0].double(), rtol=1e-4, atol=0.0)
-    assert torch.equal(found[:, 0], values[:, 0])
-    assert set(found[:, 5].tolist()) <= {2.0, 2.0 - 2**-7}, "a carry goes into the exponent"
+    assert bool(((rounded - values).abs() <= spacing).all())
+    assert torch.allclose(rounded.double().mean(0), values[0].double(), rtol=1e-4, atol=0.0)
+    assert torch.equal(rounded[:, 0], values[:, 0])
+    assert set(rounded[:, 5].tolist()) <= {2.0, 2.0 - 2**-7}, "a carry goes into the exponent"
     infinite = torch.tensor([float("inf"), float("-inf")])
     assert torch.equal(rounded_at_random(infinite.clone(), torch.full((2,), 2**16 - 1, dtype=torch.int32)), infinite)
 
@@ -110,11 +110,11 @@ def test_a_closure_may_learn() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_bfloat16_weights_follow_those_with_masters(decay: float) -> None:
-    found, expected = _weight(count=4096), _weight(torch.float32, count=4096)
-    _steps(RandomlyRoundedAdamW([found], lr=0.01, weight_decay=decay, seed=3), found, 100)
+    weight, expected = _weight(count=4096), _weight(torch.float32, count=4096)
+    _steps(RandomlyRoundedAdamW([weight], lr=0.01, weight_decay=decay, seed=3), weight, 100)
     _steps(torch.optim.AdamW([expected], lr=0.01, weight_decay=decay), expected, 100)
-    assert float((found.detach().float() - expected.detach()).abs().mean()) < 0.02
-    assert abs(float((found.detach().float() - expected.detach()).mean())) < 0.002
+    assert float((weight.detach().float() - expected.detach()).abs().mean()) < 0.02
+    assert abs(float((weight.detach().float() - expected.detach()).mean())) < 0.002
 
 
 def test_another_seed_or_parameter_rounds_otherwise() -> None:
@@ -149,16 +149,16 @@ def test_master_weights_decide_which_optimiser_it_is(tmp_path: Path) -> None:
 def test_moments_in_eight_bits_take_nearly_adamws_steps_in_a_quarter_of_the_memory(tmp_path: Path, eps: float) -> None:
     context = StageContext(spec=tiny_spec(tmp_path, SftConfig()), rank=0, world_size=1)
     kind, arguments = adamw(AdapterConfig(), context, lr=1e-2, eps=eps, moments=Moments.eight_bit)
-    found, exact = _weight(torch.float32, count=8192), _weight(torch.float32, count=8192)
-    optimizer = kind([found], **arguments, weight_decay=0.0)
-    _steps(optimizer, found, 100)
+    weight, exact = _weight(torch.float32, count=8192), _weight(torch.float32, count=8192)
+    optimizer = kind([weight], **arguments, weight_decay=0.0)
+    _steps(optimizer, weight, 100)
     _steps(torch.optim.AdamW([exact], lr=1e-2, eps=eps, weight_decay=0.0), exact, 100)
     moved = (exact - _weight(torch.float32, count=8192)).abs().mean()
-    assert ((found - exact).abs().mean() / moved).item() < 0.05
-    state = optimizer.state[found]
+    assert ((weight - exact).abs().mean() / moved).item() < 0.05
+    state = optimizer.state[weight]
     held = sum(value.nbytes for name, value in state.items() if name.startswith(("state", "absmax")))
     assert state["state1"].dtype is torch.uint8
-    assert held < 0.27 * 2 * found.nbytes
+    assert held < 0.27 * 2 * weight.nbytes
 
 
 def test_few_moments_stay_in_float32(tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ def run_of(bench: Callable[..., Bench], method: str) -> Bench:
     )
 
 
-def theirs(folder: Path, base: Path, method: str, rows: Rows) -> Any:
+def trl_trainer(folder: Path, base: Path, method: str, rows: Rows) -> Any:
     """TRL's trainer, whose sampling gives our answers and whose reward is our score."""
     kind, config, changes = TRAINERS[method]
     answers = [answer for _, answer in rows]
@@ -111,13 +111,13 @@ def test_loss_and_gradient_are_those_of_trl(
 ) -> None:
     """Both epochs of the second update: at first all ratios are 1, then policy, old policy and reference are three."""
     run = run_of(bench, method)
-    found = taken(run, monkeypatch)
-    rows = found.rows[1]
-    trainer = theirs(tmp_path / "trl", run.context.spec.base_path, method, rows)
-    load(trainer, found.before[2])
+    trace = taken(run, monkeypatch)
+    rows = trace.rows[1]
+    trainer = trl_trainer(tmp_path / "trl", run.context.spec.base_path, method, rows)
+    load(trainer, trace.before[2])
     trainer.model.train()
     inputs = trainer._generate_and_score_completions([{"prompt": "unused"}] * len(rows))
-    losses, gradients = zip(*(loss_at(trainer, found.before[step], inputs) for step in (2, 3)), strict=True)
+    losses, gradients = zip(*(loss_at(trainer, trace.before[step], inputs) for step in (2, 3)), strict=True)
     figures = run.metrics()[1]
     ours = figures["loss/policy"]
     if method != "rloo":
@@ -126,6 +126,6 @@ def test_loss_and_gradient_are_those_of_trl(
     assert len({len(answer) for _, answer in rows}) > 1
     assert figures["policy/clipfrac"] > 0.05
     for step, gradient in zip((2, 3), gradients, strict=True):
-        assert found.gradients[step].keys() == gradient.keys()
+        assert trace.gradients[step].keys() == gradient.keys()
         for name, expected in gradient.items():
-            assert float((found.gradients[step][name] - expected).norm() / expected.norm()) < 1e-3, name
+            assert float((trace.gradients[step][name] - expected).norm() / expected.norm()) < 1e-3, name

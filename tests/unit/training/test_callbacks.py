@@ -138,8 +138,8 @@ def test_a_saved_checkpoint_is_sealed_and_the_oldest_removed(
         (folder / "weights").write_text("x")
         Checkpoints(context).on_save(arguments, _state(step), TrainerControl(), model=torch.nn.Linear(1, 1))
     assert sorted(path.name for path in context.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3"]
-    found = newest(context.checkpoints, fingerprint=context.spec.fingerprint)
-    assert found == context.checkpoints / "checkpoint-3"
+    checkpoint = newest(context.checkpoints, fingerprint=context.spec.fingerprint)
+    assert checkpoint == context.checkpoints / "checkpoint-3"
 
 
 @pytest.mark.parametrize("sharding", [Sharding.zero3, Sharding.fsdp])

@@ -12,10 +12,10 @@ import pytest
 
 from alignment.training.checkpoints import MANIFEST, newest, rotate, seal, step_of
 
-MINE, FOREIGN = "a" * 64, "b" * 64
+OWN, FOREIGN = "a" * 64, "b" * 64
 
 
-def _checkpoint(folder: Path, step: int, *, sealed: bool = True, fingerprint: str = MINE) -> Path:
+def _checkpoint(folder: Path, step: int, *, sealed: bool = True, fingerprint: str = OWN) -> Path:
     checkpoint = folder / f"checkpoint-{step}"
     (checkpoint / "optimizer").mkdir(parents=True)
     (checkpoint / "model.safetensors").write_bytes(bytes(range(200)))
@@ -32,9 +32,9 @@ def _names(folder: Path) -> list[str]:
 def test_the_newest_sealed_checkpoint_is_taken_by_number_not_by_name(tmp_path: Path) -> None:
     for step in (9, 10, 2):
         _checkpoint(tmp_path, step)
-    found = newest(tmp_path, fingerprint=MINE)
-    assert found == tmp_path / "checkpoint-10"
-    assert step_of(found) == 10
+    checkpoint = newest(tmp_path, fingerprint=OWN)
+    assert checkpoint == tmp_path / "checkpoint-10"
+    assert step_of(checkpoint) == 10
 
 
 @pytest.mark.parametrize("exists", [True, False])
@@ -43,7 +43,7 @@ def test_without_checkpoints_there_is_none(tmp_path: Path, exists: bool) -> None
     if exists:
         (folder / "runs").mkdir(parents=True)
         (folder / "checkpoint-best").mkdir()
-    assert newest(folder, fingerprint=MINE) is None
+    assert newest(folder, fingerprint=OWN) is None
 
 
 def _flip_a_bit(checkpoint: Path) -> None:
@@ -55,7 +55,7 @@ def _flip_a_bit(checkpoint: Path) -> None:
 
 def _list(checkpoint: Path, files: Any) -> None:
     """A manifest of this stage's with another list."""
-    (checkpoint / MANIFEST).write_text(json.dumps({"fingerprint": MINE, "files": files}))
+    (checkpoint / MANIFEST).write_text(json.dumps({"fingerprint": OWN, "files": files}))
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -81,13 +81,13 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 def test_a_checkpoint_that_cannot_be_trusted_is_set_aside_and_the_older_one_taken(tmp_path: Path, damage: str) -> None:
     older = _checkpoint(tmp_path, 4)
     DAMAGES[damage](_checkpoint(tmp_path, 8))
-    assert newest(tmp_path, fingerprint=MINE) == older
+    assert newest(tmp_path, fingerprint=OWN) == older
     assert _names(tmp_path) == ["checkpoint-4", "quarantine-checkpoint-8"]
 
 
 def test_a_checkpoint_that_was_set_aside_is_named_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _flip_a_bit(_checkpoint(tmp_path, 8))
-    newest(tmp_path, fingerprint=MINE)
+    newest(tmp_path, fingerprint=OWN)
     (line,) = caplog.messages
     assert line == "checkpoint-8 is damaged or of another stage; it was set aside as quarantine-checkpoint-8"
 
@@ -101,42 +101,42 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_damaged(
     _checkpoint(tmp_path, 8)
     monkeypatch.setattr(Path, "read_text", stale)
     with pytest.raises(OSError, match="Stale file handle"):
-        newest(tmp_path, fingerprint=MINE)
+        newest(tmp_path, fingerprint=OWN)
     assert _names(tmp_path) == ["checkpoint-8"]
 
 
 def test_when_all_are_damaged_training_starts_afresh_and_nothing_is_lost(tmp_path: Path) -> None:
     for step in (4, 8):
         _flip_a_bit(_checkpoint(tmp_path, step))
-    assert newest(tmp_path, fingerprint=MINE) is None
+    assert newest(tmp_path, fingerprint=OWN) is None
     assert _names(tmp_path) == ["quarantine-checkpoint-4", "quarantine-checkpoint-8"]
 
 
 def test_a_checkpoint_that_was_never_finished_is_removed(tmp_path: Path) -> None:
     older = _checkpoint(tmp_path, 4)
     _checkpoint(tmp_path, 8, sealed=False)
-    assert newest(tmp_path, fingerprint=MINE) == older
+    assert newest(tmp_path, fingerprint=OWN) == older
     assert _names(tmp_path) == ["checkpoint-4"]
 
 
 def test_a_step_can_be_set_aside_twice(tmp_path: Path) -> None:
     for _ in range(2):
         _flip_a_bit(_checkpoint(tmp_path, 8))
-        assert newest(tmp_path, fingerprint=MINE) is None
+        assert newest(tmp_path, fingerprint=OWN) is None
     assert _names(tmp_path) == ["quarantine-checkpoint-8"]
 
 
 def test_a_damaged_checkpoint_older_than_a_good_one_is_not_touched(tmp_path: Path) -> None:
     _flip_a_bit(_checkpoint(tmp_path, 4))
     _checkpoint(tmp_path, 8)
-    assert newest(tmp_path, fingerprint=MINE) == tmp_path / "checkpoint-8"
+    assert newest(tmp_path, fingerprint=OWN) == tmp_path / "checkpoint-8"
     assert _names(tmp_path) == ["checkpoint-4", "checkpoint-8"]
 
 
 def test_a_seal_lists_every_file_but_itself(tmp_path: Path) -> None:
     checkpoint = _checkpoint(tmp_path, 4)
     listed = json.loads((checkpoint / MANIFEST).read_text())
-    assert listed["fingerprint"] == MINE
+    assert listed["fingerprint"] == OWN
     assert sorted(listed["files"]) == ["model.safetensors", "optimizer/rank0.pt"]
 
 
@@ -144,8 +144,8 @@ def test_a_checkpoint_sealed_twice_still_verifies(tmp_path: Path) -> None:
     """The trainer may save the same step again: at a signal and at the end."""
     checkpoint = _checkpoint(tmp_path, 4)
     (checkpoint / "model.safetensors").write_bytes(b"written again")
-    seal(checkpoint, fingerprint=MINE)
-    assert newest(tmp_path, fingerprint=MINE) == checkpoint
+    seal(checkpoint, fingerprint=OWN)
+    assert newest(tmp_path, fingerprint=OWN) == checkpoint
 
 
 def test_rotation_keeps_the_two_newest(tmp_path: Path) -> None:

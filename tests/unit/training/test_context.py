@@ -82,7 +82,7 @@ def test_every_setting_of_the_optimiser_reaches_the_trainer(tmp_path: Path) -> N
         max_grad_norm=0.5,
         activation_checkpointing=True,
     )
-    found = common_arguments(optim, context, log_every=3, save_every=9)
+    arguments = common_arguments(optim, context, log_every=3, save_every=9)
     expected = {
         "per_device_train_batch_size": 12,
         "num_train_epochs": 2.5,
@@ -97,10 +97,10 @@ def test_every_setting_of_the_optimiser_reaches_the_trainer(tmp_path: Path) -> N
         "bf16": True,
         "warmup_steps": 0.25,
     }
-    assert {name: found[name] for name in expected} == expected
+    assert {name: arguments[name] for name in expected} == expected
 
 
 def test_no_limit_of_steps_is_told_as_the_trainer_wants_it(tmp_path: Path) -> None:
-    found = common_arguments(OptimConfig(lr=1e-4), _context(tmp_path), log_every=1, save_every=1)
-    assert found["max_steps"] == -1
-    assert found["bf16"] is False
+    arguments = common_arguments(OptimConfig(lr=1e-4), _context(tmp_path), log_every=1, save_every=1)
+    assert arguments["max_steps"] == -1
+    assert arguments["bf16"] is False

@@ -63,11 +63,11 @@ class Step:
     capped: list[float]
 
 
-def step_of(found: Taken, number: int, method: str, apply_to: KlTerm, *, entropy: float, drop: bool) -> Step:
+def step_of(trace: Taken, number: int, method: str, apply_to: KlTerm, *, entropy: float, drop: bool) -> Step:
     """The step ``number`` of the second update."""
-    rows = found.rows[1]
+    rows = trace.rows[1]
     scores = [score(*row) for row in rows]
-    reference, old, new = (Plain(found.before[at]) for at in (0, 2, number))
+    reference, old, new = (Plain(trace.before[at]) for at in (0, 2, number))
     with torch.no_grad():
         start, before = (model.logprobs(rows, TEMPERATURE) for model in (reference, old))
     paid = BETA if apply_to is KlTerm.reward else 0.0
@@ -75,12 +75,12 @@ def step_of(found: Taken, number: int, method: str, apply_to: KlTerm, *, entropy
     rewards = [reward - paid * cost for reward, cost in zip(scores, costs, strict=True)]
     given = oracle.advantages(method, rewards, GROUP)
     tied = oracle.tied(scores, GROUP)
-    kept = [row for row in range(len(rows)) if not (drop and tied[row // GROUP])]
-    distributions = new.distributions([rows[row] for row in kept], TEMPERATURE)
-    logprobs = [each[range(len(each)), rows[row][1]] for each, row in zip(distributions, kept, strict=True)]
-    olds, starts = [before[row] for row in kept], [start[row] for row in kept]
+    learned = [row for row in range(len(rows)) if not (drop and tied[row // GROUP])]
+    distributions = new.distributions([rows[row] for row in learned], TEMPERATURE)
+    logprobs = [each[range(len(each)), rows[row][1]] for each, row in zip(distributions, learned, strict=True)]
+    olds, starts = [before[row] for row in learned], [start[row] for row in learned]
     policy = oracle.policy_loss(
-        method, logprobs, olds, [given[row] for row in kept], low=CLIP, high=CLIP_HIGH, longest=NEW, exp=torch.exp
+        method, logprobs, olds, [given[row] for row in learned], low=CLIP, high=CLIP_HIGH, longest=NEW, exp=torch.exp
     )
     kl = oracle.kl_loss(method, logprobs, starts, longest=NEW, exp=torch.exp)
     every = torch.cat(distributions)
@@ -112,11 +112,11 @@ def test_a_step_without_a_critic_is_what_the_papers_say(
 ) -> None:
     """The second epoch of the second update: policy, old policy and reference are three, and both clips bind."""
     run = run_of(bench, method, apply_to)
-    found = taken(run, monkeypatch)
-    first, last = (step_of(found, number, method, apply_to, entropy=ENTROPY, drop=True) for number in (2, 3))
+    trace = taken(run, monkeypatch)
+    first, last = (step_of(trace, number, method, apply_to, entropy=ENTROPY, drop=True) for number in (2, 3))
     assert all(0.05 < share < 0.95 for share in last.capped), f"both clips should bind somewhere: {last.capped}"
     assert last.norm > 1.2 * MAX_NORM, "the gradient should be clipped"
-    assert {len(answer) for _, answer in found.rows[1]} > {NEW}, "answers should differ in length"
+    assert {len(answer) for _, answer in trace.rows[1]} > {NEW}, "answers should differ in length"
     figures = run.metrics()[1]
     assert figures["objective/tied_prompts"] == len(UNDECIDED)
     assert figures["loss/policy"] == pytest.approx((first.policy + last.policy) / 2, rel=1e-3, abs=1e-5)
@@ -125,7 +125,7 @@ def test_a_step_without_a_critic_is_what_the_papers_say(
         assert figures["loss/kl"] == pytest.approx((first.kl + last.kl) / 2, rel=1e-3)
     assert ("loss/kl" in figures) is (apply_to is KlTerm.loss)
     for number, expected in ((2, first), (3, last)):
-        same_gradients(found.gradients[number], expected.gradients)
+        same_gradients(trace.gradients[number], expected.gradients)
 
 
 @pytest.mark.parametrize("method", oracle.METHODS)
@@ -133,9 +133,9 @@ def test_with_ties_and_without_an_entropy_bonus_every_prompt_counts(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     run = run_of(bench, method, KlTerm.loss, drop_ties=False, entropy_coefficient=0.0)
-    found = taken(run, monkeypatch)
-    expected = step_of(found, 3, method, KlTerm.loss, entropy=0.0, drop=False)
-    same_gradients(found.gradients[3], expected.gradients)
+    trace = taken(run, monkeypatch)
+    expected = step_of(trace, 3, method, KlTerm.loss, entropy=0.0, drop=False)
+    same_gradients(trace.gradients[3], expected.gradients)
     assert run.metrics()[1]["objective/tied_prompts"] == len(UNDECIDED)
 
 
@@ -202,10 +202,10 @@ def test_minibatches_that_ties_leave_empty_are_passed_over(
     """One prompt of eight is left for two minibatches."""
     rewards = TokenRewards(lambda prompt, answer: float(sum(answer)) if list(prompt) == PROMPTS[2] else 0.0)
     run = run_of(bench, "dr_grpo", KlTerm.loss, rewards=rewards, num_minibatches=2, updates=1, ppo_epochs=1)
-    found = taken(run, monkeypatch)
-    assert [bool(gradients) for gradients in found.gradients] == [True, False]
+    trace = taken(run, monkeypatch)
+    assert [bool(gradients) for gradients in trace.gradients] == [True, False]
     assert run.metrics()[0]["policy/steps"] == 1.0
-    assert all(torch.isfinite(gradient).all() for gradient in found.gradients[0].values())
+    assert all(torch.isfinite(gradient).all() for gradient in trace.gradients[0].values())
 
 
 def test_a_tie_is_of_what_is_maximised(bench: Callable[..., Bench]) -> None:

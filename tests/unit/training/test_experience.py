@@ -45,9 +45,9 @@ def test_a_mask_follows_lengths_and_never_token_ids() -> None:
 
 def test_a_stream_is_spread_over_rows_and_is_zero_beside_them() -> None:
     mask = response_mask([[7, 8], [9], [4, 5, 6]])
-    found = spread(torch.arange(1.0, 7.0), mask)
-    assert found.tolist() == [[1.0, 2.0, 0.0], [3.0, 0.0, 0.0], [4.0, 5.0, 6.0]]
-    assert torch.equal(found[mask], torch.arange(1.0, 7.0))
+    by_row = spread(torch.arange(1.0, 7.0), mask)
+    assert by_row.tolist() == [[1.0, 2.0, 0.0], [3.0, 0.0, 0.0], [4.0, 5.0, 6.0]]
+    assert torch.equal(by_row[mask], torch.arange(1.0, 7.0))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])

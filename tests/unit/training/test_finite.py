@@ -39,8 +39,8 @@ def at_step(step: int) -> TrainerState:
     return state
 
 
-def trainer(norm: Any = None, **told: Any) -> Any:
-    return SimpleNamespace(_get_grad_norm=lambda model, grad_norm=None: norm, **told)
+def trainer(norm: Any = None, **attributes: Any) -> Any:
+    return SimpleNamespace(_get_grad_norm=lambda model, grad_norm=None: norm, **attributes)
 
 
 def before_step_8(arguments: TrainingArguments, trainer: Any, model: Any = None) -> None:

@@ -31,11 +31,11 @@ def watched(tmp_path: Path) -> Iterator[Callable[[Callable[[HeartbeatWriter, thr
     threads = []
 
     def watch(work: Callable[[HeartbeatWriter, threading.Event], None]) -> Any:
-        one = HeartbeatWriter(phase="training")
+        writer = HeartbeatWriter(phase="training")
 
         def run() -> None:
-            one.start(tmp_path, 3)
-            work(one, over)
+            writer.start(tmp_path, 3)
+            work(writer, over)
 
         threads.append(threading.Thread(target=run))
         threads[0].start()
@@ -65,8 +65,8 @@ def test_a_processor_that_is_busy_is_work_unless_a_gpu_may_be_waited_for(
     monkeypatch.setattr(heartbeat, "call_stack", lambda frame: [("trainer.py", 7, "step")])
     monkeypatch.setattr(heartbeat, "processor_seconds", lambda process: ProcessorTime(own=0.2 * next(looks)))
 
-    def compute(one: HeartbeatWriter, over: threading.Event) -> None:
-        one.on_gpu = on_gpu
+    def compute(writer: HeartbeatWriter, over: threading.Event) -> None:
+        writer.on_gpu = on_gpu
         over.wait()
 
     sign = watched(compute)
@@ -87,7 +87,7 @@ SOMEWHERE, COLLECTIVE = [("trainer.py", 7, "step")], [("/site-packages/torch/dis
 
 
 @pytest.mark.parametrize(
-    ("places", "used", "on_gpu", "works", "waits"),
+    ("stack", "used", "on_gpu", "works", "waits"),
     [
         (SOMEWHERE, ProcessorTime(own=0.25), False, True, False),
         (SOMEWHERE, ProcessorTime(own=0.25), True, False, True),
@@ -98,16 +98,16 @@ SOMEWHERE, COLLECTIVE = [("trainer.py", 7, "step")], [("/site-packages/torch/dis
     ],
 )
 def test_the_processor_says_nothing_of_who_may_spin(
-    places: Any, used: ProcessorTime, on_gpu: bool, works: bool, waits: bool
+    stack: Any, used: ProcessorTime, on_gpu: bool, works: bool, waits: bool
 ) -> None:
-    assert activity(places, used, on_gpu=on_gpu) == (works, waits)
+    assert activity(stack, used, on_gpu=on_gpu) == (works, waits)
 
 
 def test_progress_that_is_told_is_work(watched: Any) -> None:
-    def tell(one: HeartbeatWriter, over: threading.Event) -> None:
+    def tell(writer: HeartbeatWriter, over: threading.Event) -> None:
         def count() -> None:
             while not over.wait(0.2):
-                one.reports += 1
+                writer.reports += 1
 
         threading.Thread(target=count).start()
         over.wait()

@@ -40,11 +40,13 @@ def test_numbers_that_are_not_finite_stay_visible(tmp_path: Path) -> None:
     assert log.last()["grad_norm"] == math.inf
 
 
-@pytest.mark.parametrize(("through", "kept"), [(0, []), (3, [1, 2, 3]), (5, [1, 2, 3, 4, 5]), (9, [1, 2, 3, 4, 5])])
-def test_a_resume_drops_the_lines_after_its_checkpoint(tmp_path: Path, through: int, kept: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("through", "remaining"), [(0, []), (3, [1, 2, 3]), (5, [1, 2, 3, 4, 5]), (9, [1, 2, 3, 4, 5])]
+)
+def test_a_resume_drops_the_lines_after_its_checkpoint(tmp_path: Path, through: int, remaining: list[int]) -> None:
     path = tmp_path / "metrics.jsonl"
     _filled(path, 5).keep_through(through)
-    assert _steps(path) == kept
+    assert _steps(path) == remaining
 
 
 @pytest.mark.parametrize(
@@ -156,9 +158,9 @@ def test_the_approximate_kl_of_the_first_step_is_kept_apart() -> None:
     for kl in (0.125, 0.5, 0.125):
         figures.add_share({"policy/approxkl": torch.tensor(kl)})
         figures.step_done()
-    found = figures.result()
-    assert found["policy/approxkl_first"] == 0.25, "of all processes"
-    close(found["policy/approxkl"], 0.5)
+    averages = figures.result()
+    assert averages["policy/approxkl_first"] == 0.25, "of all processes"
+    close(averages["policy/approxkl"], 0.5)
 
 
 def test_maxima_and_seconds_gather_over_an_update_and_end_with_it() -> None:

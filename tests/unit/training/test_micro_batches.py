@@ -144,9 +144,9 @@ def test_pairs_are_cut_alike_on_all_processes(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(torch.distributed, "all_reduce", maximum)
     accelerator: Any = SimpleNamespace(num_processes=2, device=torch.device("cpu"))
-    found = [cut_alike(share, 100, accelerator) for share in shares]
-    assert found[0] == found[1] == [range(2), range(2, 3), range(3, 4)]
-    assert [int(shares[rank][piece.start : piece.stop].sum()) for rank in range(2) for piece in found[rank]] == [
+    pieces = [cut_alike(share, 100, accelerator) for share in shares]
+    assert pieces[0] == pieces[1] == [range(2), range(2, 3), range(3, 4)]
+    assert [int(shares[rank][piece.start : piece.stop].sum()) for rank in range(2) for piece in pieces[rank]] == [
         *(90, 30, 90),
         *(60, 60, 20),
     ]
@@ -176,17 +176,19 @@ def test_what_saves_memory_changes_neither_weights_nor_figures(tmp_path: Path, k
         folder.mkdir()
         save_tiny_model(folder / "base")
         write_rows(folder / "data.jsonl", pairs=kind in PAIRS)
-        told = replace(config, optim=replace(OPTIM, micro_batch_tokens=limit, activation_checkpointing=checkpointing))
-        context = StageContext(spec=tiny_spec(folder, told), rank=0, world_size=1)
+        stage_config = replace(
+            config, optim=replace(OPTIM, micro_batch_tokens=limit, activation_checkpointing=checkpointing)
+        )
+        context = StageContext(spec=tiny_spec(folder, stage_config), rank=0, world_size=1)
         torch.manual_seed(0)
-        run(told, context)
+        run(stage_config, context)
         weights.append(trained_weights(context.content))
         figures.append(MetricsLog(context.content / "metrics.jsonl").last())
-    for other, told in zip(weights[1:], figures[1:], strict=True):
+    for other, metrics in zip(weights[1:], figures[1:], strict=True):
         assert float((other - weights[0]).norm() / weights[0].norm()) < 1e-5
-        assert told.keys() == figures[0].keys()
-        for name in told.keys() - (NOT_EXACT if kind in PAIRS else {"seconds"}):
-            assert told[name] == pytest.approx(figures[0][name], rel=1e-4, abs=1e-5), name
+        assert metrics.keys() == figures[0].keys()
+        for name in metrics.keys() - (NOT_EXACT if kind in PAIRS else {"seconds"}):
+            assert metrics[name] == pytest.approx(figures[0][name], rel=1e-4, abs=1e-5), name
 
 
 @pytest.mark.parametrize("kind", STAGES)
@@ -204,10 +206,10 @@ def test_without_masters_a_stage_keeps_and_saves_bfloat16_and_learns(
     monkeypatch.setattr(RandomlyRoundedAdamW, "step", noted)
     save_tiny_model(tmp_path / "base")
     write_rows(tmp_path / "data.jsonl", pairs=kind in PAIRS)
-    told = replace(config, adapter=AdapterConfig(kind=AdapterKind.full, master_weights=False))
+    stage_config = replace(config, adapter=AdapterConfig(kind=AdapterKind.full, master_weights=False))
     model = ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)
-    context = StageContext(spec=tiny_spec(tmp_path, told, model=model), rank=0, world_size=1)
-    run(told, context)
+    context = StageContext(spec=tiny_spec(tmp_path, stage_config, model=model), rank=0, world_size=1)
+    run(stage_config, context)
     assert steps == [{torch.bfloat16}] * 3
     (file,) = context.content.glob("model/*.safetensors")
     saved, before = load_file(file), load_file(next((tmp_path / "base").glob("*.safetensors")))

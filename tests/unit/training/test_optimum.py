@@ -19,6 +19,6 @@ def test_ppo_finds_the_optimum_of_one_token_answers(tmp_path: Path) -> None:
 
 def test_ppo_finds_out_which_of_five_tokens_earned_the_score(tmp_path: Path) -> None:
     policy, _ = count.learned(tmp_path, FULL, updates=40, seed=0)
-    found = count.judged(policy)
-    assert 0.97 < found.gain <= 1.0 + 1e-9
-    assert found.outside < count.OUTSIDE
+    judgement = count.judged(policy)
+    assert 0.97 < judgement.gain <= 1.0 + 1e-9
+    assert judgement.outside < count.OUTSIDE

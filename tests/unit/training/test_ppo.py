@@ -35,15 +35,15 @@ from tests.unit.training.ppo_bench import END, FULL, KINDS, LORA, PROMPTS, Bench
 
 def _collected(monkeypatch: pytest.MonkeyPatch) -> list[Experience]:
     """Every rollout batch that is made from now on."""
-    found: list[Experience] = []
+    experiences: list[Experience] = []
     collect = PpoTrainer._collect
 
     def noted(self: PpoTrainer, update: int) -> Experience:
-        found.append(collect(self, update))
-        return found[-1]
+        experiences.append(collect(self, update))
+        return experiences[-1]
 
     monkeypatch.setattr(PpoTrainer, "_collect", noted)
-    return found
+    return experiences
 
 
 # ---- the first step -------------------------------------------------------------------------------------------------
@@ -231,7 +231,7 @@ def test_the_critic_starts_at_the_reward_models_scores_where_returns_are_these_a
         scores = [
             float(run.roles.reward(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
             for prompt, answer in zip(prompts, answers, strict=True)
-            for ids in (torch.tensor([[*prompt, *answer[:place]]]) for place in range(len(answer)))
+            for ids in (torch.tensor([[*prompt, *answer[:length]]]) for length in range(len(answer)))
         ]
     close(values, scores, rtol=1e-4)
 
@@ -275,9 +275,9 @@ def test_an_experience_is_what_the_papers_say_of_its_own_figures(
     rollout = Rollouts.of_update
 
     def noted(self: Rollouts, update: int, metrics: UpdateMetrics) -> Rollout:
-        found = rollout(self, update, metrics)
-        references.append(torch.nn.utils.rnn.pad_sequence(found.reference_logprobs, batch_first=True))
-        return found
+        batch = rollout(self, update, metrics)
+        references.append(torch.nn.utils.rnn.pad_sequence(batch.reference_logprobs, batch_first=True))
+        return batch
 
     monkeypatch.setattr(Rollouts, "of_update", noted)
     run.train()
@@ -285,11 +285,11 @@ def test_an_experience_is_what_the_papers_say_of_its_own_figures(
         lengths = [len(answer) for answer in experience.answers]
         costs = (experience.logprobs.cpu() - reference.cpu()).tolist()
         rewards = gae_oracle.token_rewards(experience.scores.tolist(), costs, lengths, kl_coefficient=0.3)
-        told = (rewards, experience.values.tolist(), lengths)
-        advantages = gae_oracle.advantages(*told, gamma=0.98, gae_lambda=0.9)
+        gae_inputs = (rewards, experience.values.tolist(), lengths)
+        advantages = gae_oracle.advantages(*gae_inputs, gamma=0.98, gae_lambda=0.9)
         mask = experience.response_mask.tolist()
-        assert mask == [[place < length for place in range(max(lengths))] for length in lengths]
-        close(experience.returns, gae_oracle.returns(*told, gamma=0.98, gae_lambda=0.9), rtol=1e-4, atol=1e-5)
+        assert mask == [[position < length for position in range(max(lengths))] for length in lengths]
+        close(experience.returns, gae_oracle.returns(*gae_inputs, gamma=0.98, gae_lambda=0.9), rtol=1e-4, atol=1e-5)
         close(experience.advantages, masked_oracle.whitened(advantages, mask), rtol=1e-4, atol=1e-4)
     moved = rollouts[1].logprobs.cpu() - references[1].cpu()
     assert float(moved.abs().max()) > 1e-4, "the second update should see a KL"
@@ -395,12 +395,12 @@ def test_computing_activations_again_changes_no_weight(
 def test_the_same_seed_gives_the_same_weights_and_another_one_does_not(
     bench: Callable[..., Bench], adapter: AdapterConfig
 ) -> None:
-    found = []
+    hashes = []
     for number in range(3):
         run = bench(f"run-{number}", adapter=adapter, seed=int(number == 2))
         run.train()
-        found.append(sha256(run.roles.policy.parameters()))
-    assert found[0] == found[1] != found[2]
+        hashes.append(sha256(run.roles.policy.parameters()))
+    assert hashes[0] == hashes[1] != hashes[2]
 
 
 # ---- resuming -------------------------------------------------------------------------------------------------------
@@ -449,9 +449,9 @@ def _equals_when_resumed(bench: Callable[..., Bench], **settings: Any) -> None:
     assert sha256(trained(resumed.roles)) == sha256(trained(straight.roles))
     assert resumed.trainer.kl_controller == straight.trainer.kl_controller
     assert [line["step"] for line in resumed.metrics()] == [4, 8, 12]
-    for mine, other in zip(resumed.metrics(), straight.metrics(), strict=True):
-        timed = {name for name in mine if name.startswith("time/") or name == "seconds"}
-        assert {k: v for k, v in mine.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+    for row, other in zip(resumed.metrics(), straight.metrics(), strict=True):
+        timed = {name for name in row if name.startswith("time/") or name == "seconds"}
+        assert {k: v for k, v in row.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
 
 
 def test_the_adaptive_coefficient_follows_the_kl(bench: Callable[..., Bench]) -> None:

@@ -28,8 +28,8 @@ def _logprobs(model: Any, prompt: list[int], answer: list[int], temperature: flo
     with torch.no_grad():
         logits = model(torch.tensor([[*prompt, *answer]])).logits[0].tolist()
     return [
-        oracle.log_softmax(logits[len(prompt) - 1 + place], temperature=temperature)[token]
-        for place, token in enumerate(answer)
+        oracle.log_softmax(logits[len(prompt) - 1 + position], temperature=temperature)[token]
+        for position, token in enumerate(answer)
     ]
 
 
@@ -42,13 +42,13 @@ def test_the_kl_is_that_of_the_sampled_answers_by_value(
     of_update = Rollouts.of_update
 
     def noted(self: Rollouts, update: int, metrics: UpdateMetrics) -> Rollout:
-        found = of_update(self, update, metrics)
+        rollout = of_update(self, update, metrics)
         total = 0.0
-        for prompt, answer in zip(found.prompts, found.answers, strict=True):
+        for prompt, answer in zip(rollout.prompts, rollout.answers, strict=True):
             policy = _logprobs(unwrapped(run.roles.policy), prompt, answer, 0.7)
             total += sum(policy) - sum(_logprobs(run.roles.frozen_reference, prompt, answer, 0.7))
-        expected.append(total / len(found.answers))
-        return found
+        expected.append(total / len(rollout.answers))
+        return rollout
 
     monkeypatch.setattr(Rollouts, "of_update", noted)
     run.train()
@@ -65,11 +65,11 @@ def test_updates_go_on_with_the_prompts_that_come_next(bench: Callable[..., Benc
 def test_answers_are_drawn_at_the_stages_temperature(bench: Callable[..., Bench]) -> None:
     """Near zero they are the likeliest ones."""
     run = bench(temperature=1e-4)
-    found = run.trainer.rollouts.of_update(0, run.trainer.metrics)
+    rollout = run.trainer.rollouts.of_update(0, run.trainer.metrics)
     greedy = generate(
-        unwrapped(run.roles.policy), found.prompts, max_new_tokens=6, end_ids=[END], batch_size=len(found.prompts)
+        unwrapped(run.roles.policy), rollout.prompts, max_new_tokens=6, end_ids=[END], batch_size=len(rollout.prompts)
     )
-    assert found.answers == greedy
+    assert rollout.answers == greedy
     warm = bench("warm", temperature=1.0)
     assert warm.trainer.rollouts.of_update(0, warm.trainer.metrics).answers != greedy
 

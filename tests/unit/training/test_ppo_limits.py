@@ -116,10 +116,10 @@ def test_the_limit_is_held_against_each_minibatch_alone(
 def test_minibatches_that_are_passed_over_change_nothing(bench: Callable[..., Bench]) -> None:
     held = bench("held", updates=1, ppo_epochs=4, max_approxkl=1e-9, optim=optim(schedule=Schedule.constant))
     held.train()
-    one = bench("one", updates=1, ppo_epochs=1, optim=optim(schedule=Schedule.constant))
-    one.train()
-    assert _policy(held) == _policy(one)
-    assert _critic(held) == _critic(one)
+    one_epoch = bench("one", updates=1, ppo_epochs=1, optim=optim(schedule=Schedule.constant))
+    one_epoch.train()
+    assert _policy(held) == _policy(one_epoch)
+    assert _critic(held) == _critic(one_epoch)
 
 
 @pytest.mark.parametrize("minibatches", [1, 2])
@@ -295,8 +295,8 @@ def test_held_out_prompts_are_never_learned_from(bench: Callable[..., Bench]) ->
     assert len(held_out) == 3
     assert not {tuple(ids) for ids in learned.ids} & {tuple(ids) for ids in held_out.ids}
     assert {tuple(ids) for ids in [*learned.ids, *held_out.ids]} == {tuple(ids) for ids in PROMPTS}
-    for one in (learned, held_out):
-        assert all(prompts.ids[row - 40] == ids for row, ids in zip(one.rows, one.ids, strict=True))
+    for part in (learned, held_out):
+        assert all(prompts.ids[row - 40] == ids for row, ids in zip(part.rows, part.ids, strict=True))
     with pytest.raises(ConfigError, match="8 prompts cannot be held out of 8 with"):
         hold_out(prompts, replace(config, guard=GuardConfig(every=1, prompts=8)), run.context)
 
@@ -328,8 +328,8 @@ def test_ptx_adds_the_token_mean_of_its_conversations(bench: Callable[..., Bench
     weights = [p for p in run.roles.policy.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(0.3 * loss, weights)
     ptx = Ptx(CONVERSATIONS, run.context, coefficient=0.3, batch_size=3)
-    found = ptx.add_gradients(unwrapped(run.roles.policy), 0, run.trainer.accelerator, tokens=tokens)
-    assert float(found) == pytest.approx(expected, rel=1e-5)
+    reported_loss = ptx.add_gradients(unwrapped(run.roles.policy), 0, run.trainer.accelerator, tokens=tokens)
+    assert float(reported_loss) == pytest.approx(expected, rel=1e-5)
     for parameter, gradient in zip(weights, gradients, strict=True):
         assert float((parameter.grad - gradient).norm()) <= 1e-5 * max(1.0, float(gradient.norm()))
 

@@ -63,7 +63,7 @@ def staged(
     with engine_server(served or base, planted=planted or Planted()) as engine:
         sampling = {"engine": Engine.vllm, "url": engine.url, "retries": 0, "timeout": 20.0}
         sampling |= changes.pop("sampling", {})
-        told: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "reward": None,
             "adapter": LORA,
             "updates": 3,
@@ -74,7 +74,7 @@ def staged(
             "sampling": RolloutSamplingConfig(**sampling),
             "optim": PpoOptimConfig(lr=3e-3, batch_size=len(PROMPTS), micro_batch_tokens=1000),
         }
-        config = PpoConfig(**(told | changes))
+        config = PpoConfig(**(settings | changes))
         torch.manual_seed(0)
         stage = ppo_stage(
             folder,
@@ -133,13 +133,13 @@ def test_an_engine_that_is_off_changes_neither_the_ratio_nor_the_kl_at_step_0(tm
 # ---- what is learned ------------------------------------------------------------------------------------------------
 
 
-def expected_step(found: Taken, number: int, method: str, *, cap: float | None) -> tuple[float, dict[str, Tensor]]:
+def expected_step(trace: Taken, number: int, method: str, *, cap: float | None) -> tuple[float, dict[str, Tensor]]:
     """The loss of a step of the second update and its gradients, by the oracle; the engine samples from q ∝ p^POWER."""
-    rows = found.rows[1]
-    old, new = (Plain(found.before[at]) for at in (2, number))
+    rows = trace.rows[1]
+    old, new = (Plain(trace.before[at]) for at in (2, number))
     with torch.no_grad():
         before = old.distributions(rows)
-        start = Plain(found.before[0]).logprobs(rows)
+        start = Plain(trace.before[0]).logprobs(rows)
     answers = [answer for _, answer in rows]
     olds = [each_[range(len(a)), a].tolist() for each_, a in zip(before, answers, strict=True)]
     drawn = [
@@ -186,11 +186,11 @@ def test_a_step_on_an_engines_answers_is_what_the_paper_says(
         ),
     }
     with staged(tmp_path, base, untied, planted=Planted(power=POWER), **changes) as (_, stage):
-        found = taken(stage, monkeypatch)  # type: ignore[arg-type]
+        trace = taken(stage, monkeypatch)  # type: ignore[arg-type]
     for number in (2, 3):
-        _, gradients = expected_step(found, number, method, cap=cap)
+        _, gradients = expected_step(trace, number, method, cap=cap)
         for name, gradient in gradients.items():
-            actual = found.gradients[number][name]
+            actual = trace.gradients[number][name]
             assert float((actual - gradient).norm() / gradient.norm()) < 1e-3, name
 
 
@@ -202,9 +202,9 @@ def test_weights_follow_after_each_update_and_old_ones_are_removed(
 ) -> None:
     with staged(tmp_path, base) as (engine, stage):
         folder = stage.trainer.rollouts._engine.session.folder  # type: ignore[attr-defined]
-        kept: list[set[str]] = []
+        on_disk: list[set[str]] = []
         engine.failing = lambda path, number: (
-            kept.append({p.name for p in folder.glob("policy-*")}) if path == COMPLETIONS else None
+            on_disk.append({p.name for p in folder.glob("policy-*")}) if path == COMPLETIONS else None
         )
         stage.train()
         changes = [(path, body["lora_name"]) for path, body in engine.calls if path in (LOAD, UNLOAD)]
@@ -213,7 +213,7 @@ def test_weights_follow_after_each_update_and_old_ones_are_removed(
         assert [path for path, _ in changes] == [LOAD, LOAD, UNLOAD, LOAD, UNLOAD, UNLOAD], "the last one at the end"
         assert len({name.rpartition("-")[2] for _, name in changes}) == 1
         assert engine.names == ["base"]
-    assert [len(names) for names in kept] == [1] * len(kept), "one version is on the disk while it answers"
+    assert [len(names) for names in on_disk] == [1] * len(on_disk), "one version is on the disk while it answers"
     assert not folder.exists()
 
 
@@ -323,14 +323,14 @@ def test_answers_are_sampled_while_the_policy_learns(
     with staged(tmp_path, base, sampling=sampling) as (engine, stage):
         learn, sampled = stage.trainer.learner.learn, []
 
-        def watched(*args: Any, **told: Any) -> Any:
-            if told["update"] == 0 and told["step"] == 0:
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if kwargs["update"] == 0 and kwargs["step"] == 0:
                 for _ in range(200):
                     if len(engine.paths(COMPLETIONS)) == 2 * len(PROMPTS):
                         break
                     engine.over.wait(0.05)
                 sampled.append(len(engine.paths(COMPLETIONS)))
-            return learn(*args, **told)
+            return learn(*args, **kwargs)
 
         monkeypatch.setattr(stage.trainer.learner, "learn", watched)
         stage.train()

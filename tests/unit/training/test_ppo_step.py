@@ -76,15 +76,15 @@ def targets(
 ) -> tuple[Tensor, Tensor]:
     """Whitened advantages and returns of all tokens, one answer after another."""
     lengths = [len(answer) for _, answer in rows]
-    mask = [[place < length for place in range(max(lengths))] for length in lengths]
+    mask = [[position < length for position in range(max(lengths))] for length in lengths]
     scores = [score(answer) - (0.0 if answer[-1] == END else PENALTY) for _, answer in rows]
     costs = padded([now - start for now, start in zip(before, at_start, strict=True)])
     rewards = gae_oracle.token_rewards(scores, costs, lengths, kl_coefficient=BETA)
     if whiten:
         rewards = masked_oracle.scaled(rewards, mask)
-    told = (rewards, padded(values), lengths)
-    raw = gae_oracle.advantages(*told, gamma=GAMMA, gae_lambda=LAMBDA)
-    returns = gae_oracle.returns(*told, gamma=GAMMA, gae_lambda=LAMBDA)
+    gae_inputs = (rewards, padded(values), lengths)
+    raw = gae_oracle.advantages(*gae_inputs, gamma=GAMMA, gae_lambda=LAMBDA)
+    returns = gae_oracle.returns(*gae_inputs, gamma=GAMMA, gae_lambda=LAMBDA)
     whitened = masked_oracle.whitened(raw, mask)
     return flat(whitened, mask), flat(returns, mask)
 
@@ -120,20 +120,20 @@ def test_a_step_is_what_the_papers_say(
     )
     offset = run.roles.actor_critic.value.score_offset
     offset.zero_()  # a constant beside every value, which transformers' own model does not have
-    found = taken(run, monkeypatch)
-    plain = [Plain(weights) for weights in found.before]
+    trace = taken(run, monkeypatch)
+    plain = [Plain(weights) for weights in trace.before]
     first, last = (
-        oracle(plain[0], Plain(found.before[2]), plain[step], found.rows[1], whiten=whiten) for step in (2, 3)
+        oracle(plain[0], Plain(trace.before[2]), plain[step], trace.rows[1], whiten=whiten) for step in (2, 3)
     )
     assert all(0.05 < share < 0.95 for share in last.bound.values()), f"clips should bind somewhere: {last.bound}"
     assert last.norm > 1.2 * MAX_NORM, "the gradient should be clipped"
-    assert {answer[-1] == END for _, answer in found.rows[1]} == {True, False}
+    assert {answer[-1] == END for _, answer in trace.rows[1]} == {True, False}
     figures = run.metrics()[1]
     assert figures["loss/policy"] == pytest.approx((first.policy + last.policy) / 2, rel=1e-3, abs=1e-5)
     assert figures["loss/value"] == pytest.approx((first.value + last.value) / 2, rel=1e-3)
     assert figures["grad_norm"] == pytest.approx(last.norm, rel=1e-3)
     for step, expected in ((2, first), (3, last)):
-        assert found.gradients[step].keys() == expected.gradients.keys()
+        assert trace.gradients[step].keys() == expected.gradients.keys()
         for name, gradient in expected.gradients.items():
-            error = (found.gradients[step][name] - gradient).norm() / gradient.norm()
+            error = (trace.gradients[step][name] - gradient).norm() / gradient.norm()
             assert float(error) < 1e-3, name

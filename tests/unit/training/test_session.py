@@ -134,8 +134,8 @@ def test_a_gradient_that_is_not_finite_stops_with_the_last_good_checkpoint(conte
     with pytest.raises(NonFiniteError, match=r"a gradient is not finite at step 4 \(their norm is nan\)"):
         train(_trainer(context, model=model), context, headline="loss")
     assert bool(torch.isfinite(model.weight).all())
-    found = checkpoints.newest(context.checkpoints, fingerprint=context.spec.fingerprint)
-    assert found == context.checkpoints / "checkpoint-2"
+    checkpoint = checkpoints.newest(context.checkpoints, fingerprint=context.spec.fingerprint)
+    assert checkpoint == context.checkpoints / "checkpoint-2"
 
 
 @pytest.fixture
@@ -174,9 +174,9 @@ def test_shares_of_other_processes_are_not_gone_on_from(context: StageContext) -
 
 
 def test_usage_counts_seconds_and_bytes(context: StageContext) -> None:
-    found = usage(context)
-    assert 0.0 < found["seconds"] < 600.0
-    assert 50e6 < found["peak_rss_bytes"] < 1e12
+    measured = usage(context)
+    assert 0.0 < measured["seconds"] < 600.0
+    assert 50e6 < measured["peak_rss_bytes"] < 1e12
 
 
 def test_a_fresh_folder_is_empty_whatever_an_earlier_attempt_left(context: StageContext) -> None:
@@ -190,7 +190,7 @@ def test_a_fresh_folder_is_empty_whatever_an_earlier_attempt_left(context: Stage
 def test_usage_has_the_peak_of_each_phase(context: StageContext) -> None:
     context.progress("loading")
     context.progress("training")
-    found = usage(context)
-    by_phase = {name: value for name, value in found.items() if name.startswith("peak_rss_bytes/")}
+    measured = usage(context)
+    by_phase = {name: value for name, value in measured.items() if name.startswith("peak_rss_bytes/")}
     assert [name.partition("/")[2] for name in by_phase] == ["starting", "loading", "training"]
-    assert found["peak_rss_bytes"] >= max(by_phase.values())
+    assert measured["peak_rss_bytes"] >= max(by_phase.values())

@@ -75,8 +75,8 @@ def unused_port() -> int:
 def history(folder: Path) -> list[dict[str, Any]]:
     """All that W&B's files hold by step, of all attempts in order."""
     files = sorted(folder.rglob("*.wandb"))
-    found = [record.history for file in files for record in records(file) if record.HasField("history")]
-    return [{"/".join(one.nested_key): json.loads(one.value_json) for one in line.item} for line in found]
+    lines = [record.history for file in files for record in records(file) if record.HasField("history")]
+    return [{"/".join(entry.nested_key): json.loads(entry.value_json) for entry in line.item} for line in lines]
 
 
 def recorded(folder: Path, kind: str) -> list[Any]:
@@ -99,11 +99,11 @@ class _Fake(Tracker):
     """Counts what it is told, and raises if it is broken."""
 
     def __init__(self, *, broken: bool = False) -> None:
-        self.told: list[str] = []
+        self.calls: list[str] = []
         self._broken = broken
 
     def _note(self, name: str) -> None:
-        self.told.append(name)
+        self.calls.append(name)
         if self._broken:
             raise ConnectionError("no route to host")
 
@@ -128,8 +128,8 @@ def test_a_tracker_that_fails_is_said_once_and_the_others_go_on(caplog: pytest.L
         trackers.log(3, {"loss": 1.0})
         trackers.table("nothing", [])
         trackers.close(done=True)
-    assert broken.told == ["steps 1 2"]
-    assert sound.told == ["steps 1 2", "steps 3", "closed, done=True"]
+    assert broken.calls == ["steps 1 2"]
+    assert sound.calls == ["steps 1 2", "steps 3", "closed, done=True"]
     assert [record.getMessage() for record in caplog.records] == trackers.faults
     assert trackers.faults == ["Broken failed and is no longer used in this stage: no route to host"]
 
@@ -153,7 +153,7 @@ def test_trackers_are_told_whether_the_stage_came_to_its_end(
                 raise raised
     except KeyboardInterrupt:
         pass
-    assert fake.told == [f"closed, done={raised is None}"]
+    assert fake.calls == [f"closed, done={raised is None}"]
 
 
 def test_what_lies_in_groups_becomes_columns() -> None:
@@ -170,9 +170,9 @@ def test_what_lies_in_groups_becomes_columns() -> None:
 @pytest.mark.parametrize("kind", sorted(set(STAGES) - {"report"}))
 def test_settings_are_the_stage_s_and_what_stands_beside_hides_none(tmp_path: Path, kind: str) -> None:
     config = STAGES[kind]()
-    told = settings(tiny_spec(tmp_path, config))
-    assert told == told | to_plain(config)
-    assert told["fingerprint"] == "0123abcd" * 8
+    logged = settings(tiny_spec(tmp_path, config))
+    assert logged == logged | to_plain(config)
+    assert logged["fingerprint"] == "0123abcd" * 8
 
 
 def test_a_curve_has_one_name_in_all_trackers_whatever_one_of_them_reserves_or_refuses() -> None:
@@ -211,10 +211,10 @@ def test_with_folders_that_cannot_be_written_training_goes_on_and_says_so_once(
         train_line(context)
     lines = (context.content / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, STEPS + 1))
-    said = [record.getMessage() for record in caplog.records]
-    assert said == context.trackers.faults
-    assert [line.partition(" failed")[0] for line in said] == ["Weights & Biases", "TensorBoard"]
-    for name, line in zip(("wandb", "tensorboard"), said, strict=True):
+    messages = [record.getMessage() for record in caplog.records]
+    assert messages == context.trackers.faults
+    assert [line.partition(" failed")[0] for line in messages] == ["Weights & Biases", "TensorBoard"]
+    for name, line in zip(("wandb", "tensorboard"), messages, strict=True):
         assert str(context.spec.run_folder / name) in line
 
 
@@ -239,12 +239,12 @@ def test_a_stage_killed_twice_has_the_curves_of_one_that_was_not_in_every_tracke
 
 def test_the_id_is_the_same_for_a_stage_that_goes_on_in_its_folder_and_no_other(tmp_path: Path) -> None:
     """Two people may run the same recipe and track it in the same project."""
-    mine, theirs = (tiny_spec(tmp_path / name, DpoConfig()) for name in ("mine", "theirs"))
-    first = stable_id(mine)
-    assert first == stable_id(replace(mine)), "a resume finds it"
+    spec, other = (tiny_spec(tmp_path / name, DpoConfig()) for name in ("mine", "theirs"))
+    first = stable_id(spec)
+    assert first == stable_id(replace(spec)), "a resume finds it"
     assert len(first) == 16
-    assert len({first, stable_id(theirs), stable_id(replace(mine, fingerprint="b" * 64))}) == 3
-    assert all(mine.work not in file.parents for file in tmp_path.rglob(TOKEN)), "no artifact takes it along"
+    assert len({first, stable_id(other), stable_id(replace(spec, fingerprint="b" * 64))}) == 3
+    assert all(spec.work not in file.parents for file in tmp_path.rglob(TOKEN)), "no artifact takes it along"
 
 
 @pytest.mark.usefixtures("offline")
@@ -298,32 +298,34 @@ def test_an_offline_run_holds_metrics_settings_group_job_type_and_samples(tmp_pa
     (run,) = recorded(folder, "run")
     assert (run.project, run.run_group, run.job_type, run.display_name) == ("tests", "test", "dpo", "test/dpo")
     assert list(run.tags) == ["tiny", "lora", "mine"]
-    told = {one.key: json.loads(one.value_json) for one in run.config.update}
-    assert (told["beta"], told["adapter"]["rank"], told["seed"], told["stage"]) == (0.3, 4, 0, "dpo")
-    assert told["launch"] == {"sharding": "none", "offload": "none"}
-    assert told["fingerprint"] == "0123abcd" * 8
-    assert {"python", "torch"} <= set(told["versions"])
+    logged = {entry.key: json.loads(entry.value_json) for entry in run.config.update}
+    assert (logged["beta"], logged["adapter"]["rank"], logged["seed"], logged["stage"]) == (0.3, 4, 0, "dpo")
+    assert logged["launch"] == {"sharding": "none", "offload": "none"}
+    assert logged["fingerprint"] == "0123abcd" * 8
+    assert {"python", "torch"} <= set(logged["versions"])
     steps = history(folder)
     assert [(line["step"], line["loss"], line["rewards/margin"]) for line in steps[:2]] == [(1, 1, 0.5), (2, 0.5, 0.5)]
-    assert [one.step_metric for one in recorded(folder, "metric")] == ["step"]
+    assert [entry.step_metric for entry in recorded(folder, "metric")] == ["step"]
     (table,) = folder.rglob("*.table.json")
     assert json.loads(table.read_text()) == {"columns": ["answer", "scorers/reward"], "data": [["yes", 0.5]]}
     assert steps[2]["samples/nrows"] == 1
     assert "loss" not in steps[2]
-    summary = {one.key: one.value_json for line in recorded(folder, "summary") for one in line.update}
+    summary = {entry.key: entry.value_json for line in recorded(folder, "summary") for entry in line.update}
     assert json.loads(summary["loss"]) == 0.25
 
 
 @pytest.mark.usefixtures("offline")
 def test_an_offline_run_holds_the_lineage_of_our_manifests_and_no_weights(tmp_path: Path) -> None:
     folder = _tracked_dpo(tmp_path).spec.run_folder
-    used, made = [one for one in recorded(folder, "artifact") if one.user_created or one.type == "policy"]
+    used, made = [
+        artifact for artifact in recorded(folder, "artifact") if artifact.user_created or artifact.type == "policy"
+    ]
     assert (used.name, used.type, used.use_after_commit) == ("sft-5f5f5f5f", "policy", True)
     assert (made.name, made.type, made.use_after_commit) == ("dpo-0123abcd", "policy", False)
-    for one in (used, made):
-        (file,) = one.manifest.contents
+    for artifact in (used, made):
+        (file,) = artifact.manifest.contents
         assert file.path == "manifest.json"
-        assert file.local_path == str(tmp_path / "artifacts" / one.name / "manifest.json")
+        assert file.local_path == str(tmp_path / "artifacts" / artifact.name / "manifest.json")
     assert json.loads(made.metadata)["inputs"] == {"init": json.loads(used.metadata)["fingerprint"]}
 
 
@@ -349,7 +351,9 @@ def test_under_a_sweep_s_agent_the_evaluation_is_the_agent_s_run_and_no_other_st
     expected = ("tr1al", "5weep") if isinstance(config, EvaluateConfig) else (own, "")
     assert (run.run_id, run.sweep_id) == expected
     assert run.run_group == "5weep"
-    summary = {one.key: one.value_json for line in recorded(context.spec.run_folder, "summary") for one in line.update}
+    summary = {
+        entry.key: entry.value_json for line in recorded(context.spec.run_folder, "summary") for entry in line.update
+    }
     assert json.loads(summary["brevity/dpo"]) == 0.5
 
 
