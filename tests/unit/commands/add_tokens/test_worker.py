@@ -44,9 +44,9 @@ def test_a_new_token_is_one_id_and_old_ones_keep_their_logits(tmp_path: Path, ma
     assert TOKENS[0] not in tokenizer.decode(tokenizer(TEXT)["input_ids"], skip_special_tokens=True)
     old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (base, tmp_path / "more"))
     with torch.no_grad():
-        said, expected = new(IDS).logits, old(IDS).logits
-    close(said[..., :before], expected[..., :before])
-    close(said[..., before], expected[..., :before].mean(-1), atol=1e-5)
+        logits, expected = new(IDS).logits, old(IDS).logits
+    close(logits[..., :before], expected[..., :before])
+    close(logits[..., before], expected[..., :before].mean(-1), atol=1e-5)
     close(new.get_input_embeddings().weight[before], old.get_input_embeddings().weight[:before].mean(0), atol=1e-6)
     assert new.get_input_embeddings().weight.shape[0] >= before + 2
     assert json.loads((tmp_path / "more" / NEW_TOKENS).read_text()) == TOKENS, "for who trains them"
@@ -57,8 +57,8 @@ def test_they_survive_training_by_adapter_and_export(tmp_path: Path) -> None:
     base = tmp_path / "more"
     add_tokens(chained.base, base, TOKENS)
     adapter = AdapterConfig(rank=4, modules_to_save=["embed_tokens"])
-    told = {"base_path": base, "identity": {"kind": "sft", "base": {"dtype": "float32"}}}
-    chained.run("sft", adapter, **told)
+    changes = {"base_path": base, "identity": {"kind": "sft", "base": {"dtype": "float32"}}}
+    chained.run("sft", adapter, **changes)
     artifact = chained.inputs["sft"].path
     assert artifact is not None
     tokenizer = AutoTokenizer.from_pretrained(artifact / "tokenizer")
@@ -74,7 +74,7 @@ def test_they_survive_training_by_adapter_and_export(tmp_path: Path) -> None:
         close(plain(asked).logits, trained(asked).logits, atol=1e-4)
         started = AutoModelForCausalLM.from_pretrained(base)(asked).logits
         assert float((plain(asked).logits - started).abs().max()) > 1e-2
-    chained.run("dpo", AdapterConfig(rank=4), init="sft", **told)
+    chained.run("dpo", AdapterConfig(rank=4), init="sft", **changes)
     later = chained.inputs["dpo"].path
     assert later is not None
     assert AutoTokenizer.from_pretrained(later / "tokenizer").get_vocab() == tokenizer.get_vocab()

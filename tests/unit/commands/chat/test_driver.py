@@ -15,7 +15,7 @@ from alignment.commands.chat.driver import chat
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError
 
-MANNER = {"system": "", "max_new_tokens": 8, "temperature": 0.0, "seed": 0}
+OPTIONS = {"system": "", "max_new_tokens": 8, "temperature": 0.0, "seed": 0}
 
 
 class Runs:
@@ -51,38 +51,38 @@ class Runs:
         identity = {"kind": stage, "base": {"dtype": "float32"}}
         publish(content, folder, Manifest(stage=stage, kind=kind, fingerprint="0" * 64, identity=identity, base=base))
 
-    def talk(self, result: str, *arms: str, **manner: Any) -> list[str]:
+    def talk(self, result: str, *arms: str, **options: Any) -> list[str]:
         """The names of those who would speak."""
-        chat(Console(), result, arms, options={**MANNER, **manner}, engine=None, output=self.output)
-        return [one["name"] for one in self.speakers]
+        chat(Console(), result, arms, options={**OPTIONS, **options}, engine=None, output=self.output)
+        return [speaker["name"] for speaker in self.speakers]
 
-    def refused(self, result: str, *arms: str, **manner: Any) -> str:
+    def refused(self, result: str, *arms: str, **options: Any) -> str:
         with pytest.raises(AlignmentError) as caught:
-            self.talk(result, *arms, **manner)
+            self.talk(result, *arms, **options)
         return str(caught.value)
 
 
 @pytest.fixture
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
-    found = Runs(tmp_path)
+    run_folders = Runs(tmp_path)
 
     def hear(argv: list[str]) -> int:
-        found.speakers = json.loads(Path(argv[-1]).read_text())["sessions"]
-        found.ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        run_folders.speakers = json.loads(Path(argv[-1]).read_text())["sessions"]
+        run_folders.ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         return 0
 
     monkeypatch.setattr("alignment.pipeline.backends.processes.call", hear)
-    found.add("a", sft="policy", reward="reward", dpo="policy", ppo=None)
-    return found
+    run_folders.add("a", sft="policy", reward="reward", dpo="policy", ppo=None)
+    return run_folders
 
 
 def test_without_an_arm_the_last_policy_that_is_done_speaks(runs: Runs) -> None:
     before = signal.getsignal(signal.SIGINT)
     assert runs.talk("a") == ["dpo"]
-    (one,) = runs.speakers
-    assert one["artifact"] == str(runs.artifact("a", "dpo"))
-    assert one["base"] == str(runs.base)
-    assert one["dtype"] == "float32"
+    (speaker,) = runs.speakers
+    assert speaker["artifact"] == str(runs.artifact("a", "dpo"))
+    assert speaker["base"] == str(runs.base)
+    assert speaker["dtype"] == "float32"
     assert runs.ignored, "Ctrl-C is the other process's"
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -103,7 +103,7 @@ def test_arms_are_stages_the_base_or_other_results(runs: Runs, arms_of: Callable
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         (("a", "dpp"), "run 'a' has no stage 'dpp'; did you mean 'dpo'?"),
         (("a", "reward"), "of kind reward; only a policy can answer prompts"),
@@ -112,8 +112,8 @@ def test_arms_are_stages_the_base_or_other_results(runs: Runs, arms_of: Callable
         (("a", "sft", "dpo", "base"), "3 arms; at most two can be shown side by side"),
     ],
 )
-def test_what_cannot_talk_is_named(runs: Runs, words: tuple[str, ...], said: str) -> None:
-    assert said in runs.refused(*words)
+def test_what_cannot_talk_is_named(runs: Runs, words: tuple[str, ...], message: str) -> None:
+    assert message in runs.refused(*words)
 
 
 def test_a_folder_that_was_exported_is_not_taken_for_a_broken_result(runs: Runs, tmp_path: Path) -> None:

@@ -36,38 +36,38 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def voice_with(base: Path) -> Callable[..., ChatSession]:
-    def make(**manner: object) -> ChatSession:
-        told = GenerationOptions(**{"max_new_tokens": 12, **manner})
-        return load_session("base", None, base, Dtype.float32, options=told, template=TemplateChoice(), engine=None)
+def session_with(base: Path) -> Callable[..., ChatSession]:
+    def make(**changes: object) -> ChatSession:
+        options = GenerationOptions(**{"max_new_tokens": 12, **changes})
+        return load_session("base", None, base, Dtype.float32, options=options, template=TemplateChoice(), engine=None)
 
     return make
 
 
-def _say(voice: ChatSession, words: str) -> tuple[str, list[str]]:
+def _say(session: ChatSession, words: str) -> tuple[str, list[str]]:
     pieces: list[str] = []
     notes: list[str] = []
-    voice.answer(words, on_text=pieces.append, note=notes.append)
+    session.answer(words, on_text=pieces.append, note=notes.append)
     return "".join(pieces), notes
 
 
-def test_it_hears_the_conversation_so_far(voice_with: Callable[..., ChatSession], base: Path) -> None:
-    voice = voice_with(system="You are brief.")
-    first, _ = _say(voice, "The shop?")
-    second, _ = _say(voice, "And the keys?")
+def test_it_hears_the_conversation_so_far(session_with: Callable[..., ChatSession], base: Path) -> None:
+    session = session_with(system="You are brief.")
+    first, _ = _say(session, "The shop?")
+    second, _ = _say(session, "And the keys?")
     turns = [Message(role="system", content="You are brief."), Message(role="user", content="The shop?")]
     turns += [Message(role="assistant", content=first), Message(role="user", content="And the keys?")]
     tokenizer = load_tokenizer(base)
     (ids,) = generate(
-        voice.answerer.model,
+        session.answerer.model,
         [prompt_ids(tokenizer, turns)],
         max_new_tokens=12,
-        end_ids=sorted(voice.ends),
+        end_ids=sorted(session.ends),
         batch_size=1,
     )
     assert second == tokenizer.decode(ids, skip_special_tokens=True).lstrip()
-    voice.forget()
-    assert _say(voice, "The shop?")[0] == first, "a new conversation"
+    session.forget()
+    assert _say(session, "The shop?")[0] == first, "a new conversation"
 
 
 @pytest.mark.parametrize("trained", [False, True])
@@ -76,15 +76,15 @@ def test_an_answer_ends_where_the_models_own_generation_config_says(tmp_path: Pa
     base = save_tiny_model(tmp_path / "base")
     artifact = None
     if trained:
-        found = Lineage(source=BASE_SOURCE, base=base, adapters=())
+        lineage = Lineage(source=BASE_SOURCE, base=base, adapters=())
         adapter = AdapterConfig(rank=4)
-        model = load_start(found, adapter, Dtype.float32, task=TaskType.CAUSAL_LM, device=torch.device("cpu"))
+        model = load_start(lineage, adapter, Dtype.float32, task=TaskType.CAUSAL_LM, device=torch.device("cpu"))
         identity = {"kind": "sft", "base": {"content": None, "dtype": "float32"}}
         spec = tiny_spec(tmp_path, SftConfig(adapter=adapter), base_path=base, identity=identity)
-        artifact = publish_tiny(spec, model, found).path
+        artifact = publish_tiny(spec, model, lineage).path
 
     def answer() -> list[int]:
-        voice = load_session(
+        session = load_session(
             "x",
             artifact,
             base,
@@ -93,8 +93,10 @@ def test_an_answer_ends_where_the_models_own_generation_config_says(tmp_path: Pa
             template=TemplateChoice(),
             engine=None,
         )
-        prompt = prompt_ids(voice.tokenizer, [Message(role="user", content="The shop?")])
-        return generate(voice.answerer.model, [prompt], max_new_tokens=12, end_ids=sorted(voice.ends), batch_size=1)[0]
+        prompt = prompt_ids(session.tokenizer, [Message(role="user", content="The shop?")])
+        return generate(
+            session.answerer.model, [prompt], max_new_tokens=12, end_ids=sorted(session.ends), batch_size=1
+        )[0]
 
     before = answer()
     stop = next(token for token in before[1:] if token not in (before[0], 2))
@@ -103,31 +105,33 @@ def test_an_answer_ends_where_the_models_own_generation_config_says(tmp_path: Pa
     assert answer() == before[: before.index(stop) + 1]
 
 
-def test_draws_come_from_the_seed(voice_with: Callable[..., ChatSession]) -> None:
-    once, again, other = (voice_with(temperature=1.0, seed=seed) for seed in (0, 0, 1))
-    said = [[_say(voice, "Hi.")[0] for _ in range(2)] for voice in (once, again, other)]
-    assert said[0] == said[1]
-    assert said[0] != said[2]
+def test_draws_come_from_the_seed(session_with: Callable[..., ChatSession]) -> None:
+    once, again, other = (session_with(temperature=1.0, seed=seed) for seed in (0, 0, 1))
+    answers = [[_say(session, "Hi.")[0] for _ in range(2)] for session in (once, again, other)]
+    assert answers[0] == answers[1]
+    assert answers[0] != answers[2]
 
 
-def test_the_oldest_exchanges_are_dropped_and_that_is_said(voice_with: Callable[..., ChatSession]) -> None:
-    voice = voice_with()
-    voice.answerer.model.config.max_position_embeddings = 180
-    notes = [_say(voice, f"The note says that the shop is closed, {place}.")[1] for place in range(5)]
+def test_the_oldest_exchanges_are_dropped_and_that_is_said(session_with: Callable[..., ChatSession]) -> None:
+    session = session_with()
+    session.answerer.model.config.max_position_embeddings = 180
+    notes = [_say(session, f"The note says that the shop is closed, {number}.")[1] for number in range(5)]
     assert notes[0] == []
     assert any(
-        "the oldest exchange was dropped, because the model reads at most 180 tokens" in n for one in notes for n in one
+        "the oldest exchange was dropped, because the model reads at most 180 tokens" in n
+        for turn_notes in notes
+        for n in turn_notes
     )
-    assert len(voice.history) < 10
-    assert voice.history[0].role == "user"
-    before = list(voice.history)
+    assert len(session.history) < 10
+    assert session.history[0].role == "user"
+    before = list(session.history)
     with pytest.raises(DataError, match=r"tokens, but base has room for 180, including its answer\n.*write less"):
-        _say(voice, "word " * 300)
-    assert voice.history == before, "nothing was said"
+        _say(session, "word " * 300)
+    assert session.history == before, "nothing was said"
 
 
-def test_an_answer_that_is_stopped_stays_as_far_as_it_came(voice_with: Callable[..., ChatSession]) -> None:
-    voice = voice_with(max_new_tokens=200)
+def test_an_answer_that_is_stopped_stays_as_far_as_it_came(session_with: Callable[..., ChatSession]) -> None:
+    session = session_with(max_new_tokens=200)
     pieces: list[str] = []
 
     def stop(text: str) -> None:
@@ -136,15 +140,15 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_came(voice_with: Callable[
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        voice.answer("Hi.", on_text=stop, note=pieces.append)
-    assert [turn.content for turn in voice.history] == ["Hi.", "".join(pieces)]
+        session.answer("Hi.", on_text=stop, note=pieces.append)
+    assert [turn.content for turn in session.history] == ["Hi.", "".join(pieces)]
 
 
-def test_a_model_without_a_template_is_refused_at_once(voice_with: Callable[..., ChatSession]) -> None:
-    voice = voice_with()
-    voice.tokenizer.chat_template = None
+def test_a_model_without_a_template_is_refused_at_once(session_with: Callable[..., ChatSession]) -> None:
+    session = session_with()
+    session.tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
-        ChatSession(name="bare", answerer=voice.answerer, tokenizer=voice.tokenizer, options=GenerationOptions())
+        ChatSession(name="bare", answerer=session.answerer, tokenizer=session.tokenizer, options=GenerationOptions())
 
 
 class _Echo:
@@ -168,48 +172,50 @@ class _Echo:
 
 @pytest.fixture
 def piped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    def talk(voices: list[_Echo], lines: str, *, wide: bool = False) -> str:
+    def talk(sessions: list[_Echo], lines: str, *, wide: bool = False) -> str:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
         monkeypatch.setattr(Screen, "is_wide", wide)
-        converse(voices, Screen())
+        converse(sessions, Screen())
         return capsys.readouterr().out
 
     return talk
 
 
 def test_a_pipe_is_a_conversation(piped: Callable[..., str]) -> None:
-    voices = [_Echo("sft"), _Echo("dpo")]
-    said = piped(voices, "one\n\nstop\nlong\n/reset\ntwo\n/exit\nthree\n").splitlines()
-    assert said[:2] == ["sft: one \\x1b[2J", "dpo: one \\x1b[2J"]
-    assert said[2:4] == ["sft: stop \\x1b[2J [stopped]", "dpo: stop \\x1b[2J [stopped]"], "the other one still speaks"
-    assert said[4] == "sft: long \\x1b[2J[too long]"
-    assert said[6:] == ["a new conversation", "sft: two \\x1b[2J", "dpo: two \\x1b[2J"]
-    assert voices[0].heard == ["two"]
+    sessions = [_Echo("sft"), _Echo("dpo")]
+    lines = piped(sessions, "one\n\nstop\nlong\n/reset\ntwo\n/exit\nthree\n").splitlines()
+    assert lines[:2] == ["sft: one \\x1b[2J", "dpo: one \\x1b[2J"]
+    assert lines[2:4] == ["sft: stop \\x1b[2J [stopped]", "dpo: stop \\x1b[2J [stopped]"], "the other one still speaks"
+    assert lines[4] == "sft: long \\x1b[2J[too long]"
+    assert lines[6:] == ["a new conversation", "sft: two \\x1b[2J", "dpo: two \\x1b[2J"]
+    assert sessions[0].heard == ["two"]
 
 
 def test_nobody_is_answered_who_has_gone(piped: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     """An endless pipe in, and ``head`` behind it."""
-    voices = [_Echo("sft")]
-    monkeypatch.setattr(Screen, "is_gone", property(lambda _: bool(voices[0].heard)))
-    piped(voices, "one\ntwo\nthree\n")
-    assert voices[0].heard == ["one"]
+    sessions = [_Echo("sft")]
+    monkeypatch.setattr(Screen, "is_gone", property(lambda _: bool(sessions[0].heard)))
+    piped(sessions, "one\ntwo\nthree\n")
+    assert sessions[0].heard == ["one"]
 
 
 def test_two_stand_beside_each_other_where_there_is_room(piped: Callable[..., str]) -> None:
-    said = piped([_Echo("sft"), _Echo("dpo")], "one [bold]\n", wide=True)
-    (line,) = [line for line in said.splitlines() if "one" in line]
+    printed = piped([_Echo("sft"), _Echo("dpo")], "one [bold]\n", wide=True)
+    (line,) = [line for line in printed.splitlines() if "one" in line]
     assert line.count("one [bold] \\x1b[2J") == 2
-    assert "sft is thinking" in said
+    assert "sft is thinking" in printed
 
 
 def test_the_command_talks_to_a_stage_and_to_its_base(tmp_path: Path, base: Path) -> None:
     """From the command line to the answer, through a pipe."""
-    found = Lineage(source=BASE_SOURCE, base=base, adapters=())
-    model = load_start(found, AdapterConfig(rank=4), Dtype.float32, task=TaskType.CAUSAL_LM, device=torch.device("cpu"))
+    lineage = Lineage(source=BASE_SOURCE, base=base, adapters=())
+    model = load_start(
+        lineage, AdapterConfig(rank=4), Dtype.float32, task=TaskType.CAUSAL_LM, device=torch.device("cpu")
+    )
     liven(model)
     identity = {"kind": "sft", "base": {"content": None, "dtype": "float32"}}
     spec = tiny_spec(tmp_path, SftConfig(adapter=AdapterConfig(rank=4)), base_path=base, identity=identity)
-    saved = publish_tiny(spec, model, found)
+    saved = publish_tiny(spec, model, lineage)
     record = {
         "config": {"model": {"source": f"path:{base}", "dtype": "float32"}},
         "stages": {"sft": {"kind": "sft", "artifact": str(saved.path)}},
@@ -228,9 +234,9 @@ def test_a_fault_while_loading_has_its_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
-    one = {"name": "x", "described": "x", "artifact": str(tmp_path), "base": None, "dtype": "float32"}
+    policy = {"name": "x", "described": "x", "artifact": str(tmp_path), "base": None, "dtype": "float32"}
     file = tmp_path / "chat.json"
-    session = {**one, "chat_template": None, "template_options": {}}
+    session = {**policy, "chat_template": None, "template_options": {}}
     file.write_text(json.dumps({"sessions": [session], "options": {}, "engine": None}))
     assert chat.main([str(file)]) == 7
     assert "no complete artifact here" in capsys.readouterr().err

@@ -47,22 +47,22 @@ class Runs:
                     "name": arm,
                     "metrics": {METRIC: {"mean": sum(known) / len(known), "low": min(known), "high": max(known)}},
                 }
-                for arm, told in scores.items()
-                if (known := [score for score in told if score is not None])
+                for arm, of_arm in scores.items()
+                if (known := [score for score in of_arm if score is not None])
             ]
             metrics = [{"name": METRIC, "higher_is_better": higher_is_better}]
             (run / "evaluation.json").write_text(json.dumps({"metrics": metrics, "primary": METRIC, "arms": arms}))
             number = len(next(iter(scores.values())))
             lines = [
                 {
-                    "id": f"{prompts}{place}" if ids else "",
-                    "messages": [{"role": "user", "content": f"{prompts}{place}"}],
+                    "id": f"{prompts}{index}" if ids else "",
+                    "messages": [{"role": "user", "content": f"{prompts}{index}"}],
                     "answers": {
-                        arm: {"text": "", "scores": {} if told[place] is None else {METRIC: told[place]}}
-                        for arm, told in scores.items()
+                        arm: {"text": "", "scores": {} if of_arm[index] is None else {METRIC: of_arm[index]}}
+                        for arm, of_arm in scores.items()
                     },
                 }
-                for place in range(number)
+                for index in range(number)
             ]
             (run / "samples.jsonl").write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
         (run / "run.json").write_text(json.dumps({"config": config, "stages": stages}))
@@ -183,9 +183,9 @@ def test_a_page_is_written_where_asked_for(runs: Runs, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert f"page: {page}" in runs.compared("a", "b", html=str(page))
     assert "dpo: B is really worse than A: −0.100 in brevity" in page.read_text()
-    for place, words in ((str(tmp_path), "cannot be a file"), (str(tmp_path / "no" / "page.html"), "cannot be a file")):
+    for path, words in ((str(tmp_path), "cannot be a file"), (str(tmp_path / "no" / "page.html"), "cannot be a file")):
         with pytest.raises(ConfigError, match=words):
-            runs.compared("a", "b", html=place)
+            runs.compared("a", "b", html=path)
 
 
 def test_runs_without_evaluation_still_show_their_settings(runs: Runs) -> None:

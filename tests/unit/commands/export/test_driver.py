@@ -24,8 +24,8 @@ def artifact(tmp_path: Path) -> Callable[..., Path]:
     def make(**changes: Any) -> Path:
         (tmp_path / "content").mkdir()
         (tmp_path / "content/metrics.jsonl").touch()
-        told = {"stage": "sft", "kind": "policy", "fingerprint": "0" * 64, "identity": {}}
-        publish(tmp_path / "content", tmp_path / "sft", Manifest(**{**told, **changes}))
+        fields = {"stage": "sft", "kind": "policy", "fingerprint": "0" * 64, "identity": {}}
+        publish(tmp_path / "content", tmp_path / "sft", Manifest(**{**fields, **changes}))
         return tmp_path / "sft"
 
     return make
@@ -46,9 +46,9 @@ def test_what_is_no_result_is_named(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_is_no_model(tmp_path: Path, artifact: Callable[..., Path]) -> None:
-    found = _refused(artifact(kind="evaluation"), tmp_path)
-    assert isinstance(found, ConfigError)
-    assert "of kind evaluation" in str(found)
+    fault = _refused(artifact(kind="evaluation"), tmp_path)
+    assert isinstance(fault, ConfigError)
+    assert "of kind evaluation" in str(fault)
 
 
 def test_a_folder_that_exists_is_not_written_over(tmp_path: Path, artifact: Callable[..., Path]) -> None:

@@ -46,7 +46,7 @@ class Store:
         content = self.root / "content"
         content.mkdir(exist_ok=True)
         (content / "metrics.jsonl").touch()
-        told = {
+        fields = {
             "stage": stage,
             "kind": kind,
             "fingerprint": _fingerprint(stage),
@@ -59,7 +59,7 @@ class Store:
             "git_commit": "4f2c9d1e0b7a",
         }
         folder = self.root / "artifacts" / stage
-        publish(content, folder, Manifest(**{**told, **changes}))
+        publish(content, folder, Manifest(**{**fields, **changes}))
         return folder
 
     def evaluate(self, name: str, *, brevity: float, arm: str = "stage:ppo", of: str = "ppo") -> Path:
@@ -72,14 +72,17 @@ class Store:
         verdict |= {"wins": 7, "ties": 0, "losses": 3}
         row["win_rate"] = verdict["win_rate"]
         judge = {"name": "the metric", "pairs": [verdict, verdict | {"arm": "base"}]}
-        told = {"metrics": [{"name": "brevity"}, {"name": "errors", "higher_is_better": False}], "primary": "brevity"}
-        told |= {"num_prompts": 102, "arms": [row], "comparisons": [pair], "judge": judge}
-        (content / "evaluation.json").write_text(json.dumps(told))
+        evaluation = {
+            "metrics": [{"name": "brevity"}, {"name": "errors", "higher_is_better": False}],
+            "primary": "brevity",
+        }
+        evaluation |= {"num_prompts": 102, "arms": [row], "comparisons": [pair], "judge": judge}
+        (content / "evaluation.json").write_text(json.dumps(evaluation))
         identity = {"arms": {arm: _fingerprint(of)}}
         inputs = {arm: _fingerprint(of)}
         return self.publish(name, kind="evaluation", config={"kind": "evaluate"}, identity=identity, inputs=inputs)
 
-    def forget(self, **told: Any) -> None:
+    def forget(self, **changes: Any) -> None:
         """A measurement of the PPO policy."""
         content = self.root / "content"
         content.mkdir()
@@ -90,7 +93,7 @@ class Store:
             "reasons": ["perplexity is higher"],
         }
         limits = {"perplexity_rise": 0.2, "ability_drop": None}
-        (content / "forgetting.json").write_text(json.dumps({"limits": limits, "arms": [row], **told}))
+        (content / "forgetting.json").write_text(json.dumps({"limits": limits, "arms": [row], **changes}))
         identity, inputs = {"arms": {"stage:ppo": ""}}, {"stage:ppo": _fingerprint("ppo")}
         config = {"kind": "forgetting"}
         self.publish("forgetting", kind="forgetting", config=config, identity=identity, inputs=inputs)
@@ -107,8 +110,8 @@ class Store:
             "stages.evaluate.judge.kind=endpoint",
             "++stages.evaluate.judge.endpoint={base_url: 'http://judge.example:8000/v1', model: m}",
         ]
-        told = {"recipe": f"{self.root}/mine.yaml", "overrides": overrides, "config": config, "stages": stages}
-        (folder / "run.json").write_text(json.dumps({**told, "started": run}))
+        run_record = {"recipe": f"{self.root}/mine.yaml", "overrides": overrides, "config": config, "stages": stages}
+        (folder / "run.json").write_text(json.dumps({**run_record, "started": run}))
 
     def card(self, stage: str = "ppo", *, run: str | None = None, form: str = "model") -> str:
         folder = self.root / "artifacts" / stage
@@ -163,8 +166,8 @@ def test_the_tables_of_a_benchmark_have_the_column_of_this_policy(store: Store) 
     values = {"capitals/acc": {"value": 0.55, "stderr": 0.114}}
     task = {"name": "capitals", "num_fewshot": 2, "num_rows": 20, "all_rows": 20, "metrics": [{"name": "acc"}]}
     arms = [{"name": "base", "values": {"capitals/acc": {"value": 0.25}}}, {"name": "stage:ppo", "values": values}]
-    told = {"harness": "0.4.13", "tasks": [task], "arms": arms}
-    (content / "benchmark.json").write_text(json.dumps(told))
+    benchmark = {"harness": "0.4.13", "tasks": [task], "arms": arms}
+    (content / "benchmark.json").write_text(json.dumps(benchmark))
     identity = {"kind": "benchmark", "arms": {"stage:ppo": _fingerprint("ppo")}}
     inputs = {"stage:ppo": _fingerprint("ppo")}
     store.publish("asked", kind="benchmark", config={"kind": "benchmark"}, identity=identity, inputs=inputs)
@@ -178,9 +181,9 @@ def test_the_tables_of_a_benchmark_have_the_column_of_this_policy(store: Store) 
 def test_a_smoke_run_is_said_to_be_one(store: Store) -> None:
     assert "smoke" not in store.card()
     path = store.root / "runs" / "mine" / "run.json"
-    told = json.loads(path.read_text())
+    run_record = json.loads(path.read_text())
     for profile, sentence in (("smoke", "It comes from a smoke run"), ("mine", "under the profile `mine`")):
-        path.write_text(json.dumps({**told, "profile": profile}))
+        path.write_text(json.dumps({**run_record, "profile": profile}))
         assert sentence in store.card()
 
 

@@ -44,29 +44,29 @@ def base(tmp_path: Path) -> Lineage:
 
 
 def _trained(
-    folder: Path, found: Lineage, kind: AdapterKind, chain: Chain = Chain.merge
+    folder: Path, start: Lineage, kind: AdapterKind, chain: Chain = Chain.merge
 ) -> tuple[torch.Tensor, StageInput]:
     """What a trained policy says, and its artifact."""
     adapter = AdapterConfig(kind=kind, rank=4, chain=chain)
-    model = load_start(found, adapter, Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU)
+    model = load_start(start, adapter, Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU)
     liven(model)
     if kind is AdapterKind.full:
         model.model.norm.weight.data.mul_(1.5)
-    config = SftConfig(adapter=adapter) if not found.adapters else DpoConfig(adapter=adapter)
-    spec = tiny_spec(folder, config, base_path=found.base, identity=IDENTITY)
+    config = SftConfig(adapter=adapter) if not start.adapters else DpoConfig(adapter=adapter)
+    spec = tiny_spec(folder, config, base_path=start.base, identity=IDENTITY)
     with torch.no_grad():
-        said = model(input_ids=IDS).logits
-    return said, publish_tiny(spec, model, found)
+        logits = model(input_ids=IDS).logits
+    return logits, publish_tiny(spec, model, start)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_policy_becomes_a_plain_model(tmp_path: Path, base: Lineage, kind: AdapterKind) -> None:
-    said, saved = _trained(tmp_path, base, kind)
-    told = export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
+    expected, saved = _trained(tmp_path, base, kind)
+    notes = export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=IDS).logits
-    close(again, said, rtol=1e-4, atol=1e-4)
-    assert ("merging changed" in told) == (kind is not AdapterKind.full)
+    close(again, expected, rtol=1e-4, atol=1e-4)
+    assert ("merging changed" in notes) == (kind is not AdapterKind.full)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.chat_template == AutoTokenizer.from_pretrained(base.base).chat_template
     card = (tmp_path / "out" / "README.md").read_text()
@@ -87,20 +87,20 @@ def test_an_exported_model_stops_where_it_stopped_here(tmp_path: Path, base: Lin
 
 def test_stacked_adapters_become_one_model(tmp_path: Path, base: Lineage) -> None:
     _, saved = _trained(tmp_path, base, AdapterKind.qlora)
-    found = lineage(tiny_spec(tmp_path, DpoConfig(), base_path=base.base), saved)
-    said, saved = _trained(tmp_path, found, AdapterKind.qlora, Chain.stack)
+    sft_lineage = lineage(tiny_spec(tmp_path, DpoConfig(), base_path=base.base), saved)
+    expected, saved = _trained(tmp_path, sft_lineage, AdapterKind.qlora, Chain.stack)
     export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
     with torch.no_grad():
         again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(input_ids=IDS).logits
-    close(again, said, rtol=1e-4, atol=1e-4)
+    close(again, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_adapter_stays_one(tmp_path: Path, base: Lineage) -> None:
-    said, saved = _trained(tmp_path, base, AdapterKind.lora)
+    expected, saved = _trained(tmp_path, base, AdapterKind.lora)
     export(saved.path, base.base, tmp_path / "out", ExportOptions(form="adapter", max_gap=0.01))
     with torch.no_grad():
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.base), tmp_path / "out")
-        close(model(input_ids=IDS).logits, said, rtol=1e-5, atol=1e-5)
+        close(model(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-5)
     named = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == str(base.base), "wherever it is read from"
     card = (tmp_path / "out" / "README.md").read_text()
@@ -122,8 +122,8 @@ def test_an_adapter_names_the_folder_of_its_bundled_base_as_needed(tmp_path: Pat
 
 def test_adapters_on_adapters_are_no_adapter_of_the_base(tmp_path: Path, base: Lineage) -> None:
     _, saved = _trained(tmp_path, base, AdapterKind.lora)
-    found = lineage(tiny_spec(tmp_path, DpoConfig(), base_path=base.base), saved)
-    _, saved = _trained(tmp_path, found, AdapterKind.lora)
+    sft_lineage = lineage(tiny_spec(tmp_path, DpoConfig(), base_path=base.base), saved)
+    _, saved = _trained(tmp_path, sft_lineage, AdapterKind.lora)
     with pytest.raises(ModelError, match=r"1-dpo on 0-sft on path:tiny.*\n.*export it as a model"):
         export(saved.path, base.base, tmp_path / "out", ExportOptions(form="adapter", max_gap=0.01))
     assert not (tmp_path / "out").exists()
@@ -133,14 +133,14 @@ def test_adapters_on_adapters_are_no_adapter_of_the_base(tmp_path: Path, base: L
 @pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.lora])
 def test_a_reward_model_becomes_a_sequence_classifier(tmp_path: Path, base: Lineage, kind: AdapterKind) -> None:
     saved = tiny_reward(tmp_path, AdapterConfig(kind=kind, rank=4), found=base, identity=IDENTITY)
-    told = export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
+    notes = export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
     spec = tiny_spec(tmp_path, DpoConfig(), base_path=base.base)
     with torch.no_grad():
         ours = scalar_scores(load_reward_model(spec, saved, device=CPU), stream([IDS[0].tolist()], CPU))
         plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-        theirs = plain.score(plain.model(IDS).last_hidden_state[:, -1]).squeeze(-1)
-    close(theirs - 0.5, ours, rtol=1e-4, atol=1e-4)
-    assert "plus 0.5000" in told
+        exported_scores = plain.score(plain.model(IDS).last_hidden_state[:, -1]).squeeze(-1)
+    close(exported_scores - 0.5, ours, rtol=1e-4, atol=1e-4)
+    assert "plus 0.5000" in notes
 
 
 def test_a_reward_model_is_no_adapter(tmp_path: Path, base: Lineage) -> None:
@@ -155,9 +155,9 @@ def test_a_reward_model_is_no_adapter(tmp_path: Path, base: Lineage) -> None:
 
 def test_a_fault_is_printed_with_its_kind(tmp_path: Path, base: Lineage, capsys: pytest.CaptureFixture[str]) -> None:
     saved = tiny_reward(tmp_path, AdapterConfig(rank=4), found=base, identity=IDENTITY)
-    told = [str(saved.path), "--base", str(base.base), "--to", str(tmp_path / "out"), "--as", "adapter"]
+    arguments = [str(saved.path), "--base", str(base.base), "--to", str(tmp_path / "out"), "--as", "adapter"]
     capsys.readouterr()
-    assert main([*told, "--max-gap", "0.01"]) == 4
+    assert main([*arguments, "--max-gap", "0.01"]) == 4
     assert capsys.readouterr().err.startswith("model: an adapter cannot hold the head of a reward model")
 
 
@@ -170,8 +170,8 @@ def test_a_prefix_is_an_adapter_and_no_model(tmp_path: Path, base: Lineage) -> N
     with pytest.raises(ModelError, match="a prefix cannot be merged"):
         export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
     with pytest.warns(FutureWarning, match="past_key_values"):  # PEFT names it so
-        told = export(saved.path, base.base, tmp_path / "out", ExportOptions(form="adapter", max_gap=0.01))
-    assert "loaded by PEFT" in told
+        notes = export(saved.path, base.base, tmp_path / "out", ExportOptions(form="adapter", max_gap=0.01))
+    assert "loaded by PEFT" in notes
 
 
 def test_too_wide_a_gap_is_refused(tmp_path: Path, base: Lineage) -> None:
@@ -216,8 +216,8 @@ def test_what_was_written_wrong_is_not_exported(
         _, saved = _trained(tmp_path, base, kind)
     save_pretrained, copytree = PreTrainedModel.save_pretrained, shutil.copytree
 
-    def save(model: PreTrainedModel, folder: str, **told: Any) -> None:
-        save_pretrained(model, folder, **told)
+    def save(model: PreTrainedModel, folder: str, **kwargs: Any) -> None:
+        save_pretrained(model, folder, **kwargs)
         _damage(Path(folder) / "model.safetensors", "score" if form == "reward" else "layers.1.mlp.up_proj")
 
     def copy(source: Path, folder: Path) -> None:
@@ -226,11 +226,11 @@ def test_what_was_written_wrong_is_not_exported(
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
     monkeypatch.setattr("alignment.commands.export.as_adapter.shutil.copytree", copy)
-    told = "adapter" if form == "adapter" else "model"
+    export_form = "adapter" if form == "adapter" else "model"
     with pytest.raises(
         ModelError, match=r"the outputs of the written model differ by .* from the expected ones; nothing was exported"
     ):
-        export(saved.path, base.base, tmp_path / "out", ExportOptions(form=told, max_gap=0.01))
+        export(saved.path, base.base, tmp_path / "out", ExportOptions(form=export_form, max_gap=0.01))
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
 

@@ -50,11 +50,11 @@ def test_a_key_stands_for_the_answer_that_was_shown_there(ballots: Ballots, tmp_
         ballots.vote("ada", ballot.pair.key, choice)
         expected[ballot.pair.key] = {Choice.first: first, Choice.second: second, Choice.tie: TIE}[choice]
     stored = read_votes(tmp_path / "votes.jsonl")
-    assert {one.pair: one.preferred for one in stored} == expected
+    assert {entry.pair: entry.preferred for entry in stored} == expected
     assert all(
-        one.shown_first == shown_first(about, "ada") for one in stored for about in PAIRS if about.key == one.pair
+        entry.shown_first == shown_first(about, "ada") for entry in stored for about in PAIRS if about.key == entry.pair
     )
-    assert len({one.shown_first for one in stored}) == 2, "no arm is always first"
+    assert len({entry.shown_first for entry in stored}) == 2, "no arm is always first"
 
 
 def test_a_second_vote_and_an_unknown_pair_are_refused_and_nothing_is_written(ballots: Ballots, tmp_path: Path) -> None:
@@ -76,7 +76,7 @@ def test_undo_takes_ones_own_last_vote_back_and_shows_that_pair_again(ballots: B
     standing = ballots.standing("ada")
     assert standing.ballot is not None
     assert (standing.judged, standing.ballot.pair.key) == (1, last)
-    assert [one.annotator for one in read_votes(tmp_path / "votes.jsonl")] == ["ada", "bo"]
+    assert [entry.annotator for entry in read_votes(tmp_path / "votes.jsonl")] == ["ada", "bo"]
     ballots.vote("ada", last, Choice.tie)
     ballots.undo("bo")
     with pytest.raises(Refused, match="bo has no vote to undo"):
@@ -93,7 +93,9 @@ def test_equal_answers_and_votes_on_other_answers_are_counted_apart(tmp_path: Pa
     ballots.undo("ada")
     with pytest.raises(Refused):
         ballots.undo("ada")
-    assert [one.answers[DPO] for one in read_votes(file)] == ["An earlier answer."], "old votes are nobody's to undo"
+    assert [entry.answers[DPO] for entry in read_votes(file)] == ["An earlier answer."], (
+        "old votes are nobody's to undo"
+    )
 
 
 @pytest.mark.parametrize(("text", "name"), [("  Ada   Lovelace ", "Ada Lovelace"), ("Zoe\u0308", "Zoë"), ("李", "李")])

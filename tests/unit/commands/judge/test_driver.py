@@ -62,21 +62,21 @@ def test_it_says_what_is_judged_and_where_votes_are(printed: Any, output: Path) 
     append_vote(file, vote(pair(2)))
     with file.open("ab") as stream:
         stream.write(b'{"pair": "12')
-    told = printed()
-    assert "stage:sft and stage:dpo: 3 pairs of answers to judge\n" in told
-    assert "1 more has two identical answers and counts as a tie without a vote" in told
-    assert "1 vote in the file is for other answers of these arms and does not count" in told
-    assert "an incomplete vote at the end was removed; it was never confirmed" in told
-    assert f"judged: ada 1 of 3; votes: {file}" in told
+    text = printed()
+    assert "stage:sft and stage:dpo: 3 pairs of answers to judge\n" in text
+    assert "1 more has two identical answers and counts as a tie without a vote" in text
+    assert "1 vote in the file is for other answers of these arms and does not count" in text
+    assert "an incomplete vote at the end was removed; it was never confirmed" in text
+    assert f"judged: ada 1 of 3; votes: {file}" in text
     assert file.read_bytes().endswith(b"}\n")
 
 
 def test_too_few_pairs_for_a_win_rate_are_known_before_anybody_votes(printed: Any, output: Path) -> None:
-    told = printed()
+    text = printed()
     assert (
         "note: at most 3 prompts can be judged, but a win rate needs 10; evaluate on more held-out prompts "
         "(stages.evaluate.data), and judge those"
-    ) in told
+    ) in text
     finished_run(output, [sample(number) for number in range(1, 11)], run="ten", stage="many")
     assert "note: " not in printed("ten")
 
@@ -84,20 +84,20 @@ def test_too_few_pairs_for_a_win_rate_are_known_before_anybody_votes(printed: An
 def test_the_closing_lines_say_what_is_left_and_how_votes_are_counted(printed: Any, output: Path) -> None:
     other = output / "other.jsonl"
     append_vote(other, vote(pair(1)))
-    told = printed(votes=str(other))
-    assert "nothing is left" not in told
-    assert f"to count them: put `judge: {{kind: people, votes: {other}}}` into stages.evaluate of the recipe" in told
+    text = printed(votes=str(other))
+    assert "nothing is left" not in text
+    assert f"to count them: put `judge: {{kind: people, votes: {other}}}` into stages.evaluate of the recipe" in text
     file = output / "runs" / "mine" / "evaluate" / "votes.jsonl"
     file.parent.mkdir()
     assert "to count them" not in printed(), "there are none"
     for number in (1, 2, 3):
         append_vote(file, vote(pair(number)))
-    told = printed()
-    assert "judged: ada 3 of 3, so nothing is left for ada; votes:" in told
+    text = printed()
+    assert "judged: ada 3 of 3, so nothing is left for ada; votes:" in text
     assert (
         "to count them: put `judge: {kind: people}` into stages.evaluate of the recipe, and run it again; as an "
         "override, the next run without it has no votes in its report"
-    ) in told
+    ) in text
 
 
 def test_arms_are_named_by_label_or_in_full_and_need_no_naming_where_there_are_two(
@@ -259,4 +259,4 @@ def test_a_served_page_stores_votes_and_ends_well_at_ctrl_c(output: Path) -> Non
         process.wait(20)
     with served(output) as (_, address):
         assert vote_for(address, pair(3).key) == 200
-    assert [one.id for one in read_votes(file)] == ["p1", "p2", "p3"]
+    assert [entry.id for entry in read_votes(file)] == ["p1", "p2", "p3"]

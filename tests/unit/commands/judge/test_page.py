@@ -94,6 +94,8 @@ def test_people_judge_by_keyboard_stop_and_go_on(tmp_path: Path) -> None:
             judge(page, KEYS[::-1], judged=0)
             assert page.console == []
     votes = read_votes(file)
-    of_ada, of_bo = ([(one.pair, one.preferred) for one in votes if one.annotator == name] for name in ("ada", "bo"))
+    of_ada, of_bo = (
+        [(vote.pair, vote.preferred) for vote in votes if vote.annotator == name] for name in ("ada", "bo")
+    )
     assert of_ada == expected("ada", KEYS + "1" + KEYS[1:])
     assert of_bo == expected("bo", KEYS[::-1])

@@ -170,14 +170,14 @@ def test_held_out_prompts_are_learned_from_nowhere(new: Callable[..., Recipe]) -
     asked = [f"What is {n} + 1?" for n in range(60)]
     talk = [{"prompt": text.upper(), "completion": "A number."} for text in asked]
     new(write("talk.jsonl", talk), write("pairs.jsonl", [*pairs(60), *pairs(60)]), answers={"from-pairs": "directly"})
-    held_out, learned, said = (
+    held_out, learned, talk_prompts = (
         [json.loads(line)["prompt"].lower() for line in Path(f"recipe-{name}.jsonl").read_text().splitlines()]
         for name in ("heldout", "pairs-train", "talk-train")
     )
     assert len(held_out) == len(set(held_out)) == 6
     assert len(learned) == 2 * 54
-    assert len(said) == 54
-    assert not set(held_out) & {*learned, *said}
+    assert len(talk_prompts) == 54
+    assert not set(held_out) & {*learned, *talk_prompts}
     assert {*held_out, *learned} == {text.lower() for text in asked}
 
 

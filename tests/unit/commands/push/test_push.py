@@ -71,8 +71,8 @@ class Handler(BaseHTTPRequestHandler):
         elif "/preupload/" in self.path:
             files = json.loads(body)["files"]
             modes = {file["path"]: "lfs" if file["path"].endswith(".safetensors") else "regular" for file in files}
-            told = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
-            self._answer(200, {"files": told})
+            file_modes = [{"path": path, "uploadMode": mode, "shouldIgnore": False} for path, mode in modes.items()]
+            self._answer(200, {"files": file_modes})
         elif self.path.endswith("/info/lfs/objects/batch"):
             objects = json.loads(body)["objects"]
             links = [

@@ -36,8 +36,8 @@ BESIDE_DEFAULTS = ("stages", "model", "launch", "tracking", "summary")
 
 def faults(validator: Any, tree: Any) -> list[str]:
     """``stages.dpo: Additional properties …`` for each fault."""
-    found = validator.iter_errors(tree)
-    return [f"{'.'.join(map(str, fault.absolute_path))}: {fault.message}" for fault in found]
+    errors = validator.iter_errors(tree)
+    return [f"{'.'.join(map(str, fault.absolute_path))}: {fault.message}" for fault in errors]
 
 
 def parts_of_docs() -> list[tuple[str, Any]]:

@@ -90,10 +90,10 @@ def test_a_run_that_was_killed_is_not_followed_for_ever(tmp_path: Path, capsys: 
     killed = RunFolder(tmp_path)
     killed.stage("sft", "running")
     assert cli.main(["status", "--follow", "--output", str(tmp_path)]) == 0
-    told = capsys.readouterr().out
-    assert "sft: killed" in told
-    assert "mine: killed\nmine ended without recording how; the last sign of life was " in told
-    assert "\nrun the same command to continue\n" in told
+    printed = capsys.readouterr().out
+    assert "sft: killed" in printed
+    assert "mine: killed\nmine ended without recording how; the last sign of life was " in printed
+    assert "\nrun the same command to continue\n" in printed
 
 
 def test_a_run_of_another_machine_is_followed_although_its_lock_is_not_seen_here(
