@@ -95,8 +95,8 @@ def _plain(node: Any) -> Any:
     if isinstance(node, ast.Raise):
         return ["Raise", _plain(node.exc.func if isinstance(node.exc, ast.Call) else node.exc)]
     if isinstance(node, ast.AST):
-        kept = ((name, _body(node) if name == "body" else value) for name, value in ast.iter_fields(node))
-        return [type(node).__name__, *([name, _plain(value)] for name, value in kept if value not in (None, []))]
+        fields = ((name, _body(node) if name == "body" else value) for name, value in ast.iter_fields(node))
+        return [type(node).__name__, *([name, _plain(value)] for name, value in fields if value not in (None, []))]
     return repr(node)
 
 
@@ -138,9 +138,9 @@ def main() -> int:
     """Records, or says which stages want a decision first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--same-numbers", action="store_true", help="the numbers of these stages are the same")
-    told = parser.parse_args()
+    options = parser.parse_args()
     open_stages = undecided(recorded()) if RECORD.exists() else {}
-    if open_stages and not told.same_numbers:
+    if open_stages and not options.same_numbers:
         for kind, files in open_stages.items():
             print(f"{kind} (revision {kinds()[kind].revision}): {', '.join(files)}")
         print("Raise the revision of those whose numbers change; then, or if none do, --same-numbers.")

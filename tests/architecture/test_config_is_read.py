@@ -44,16 +44,16 @@ Reads = set[tuple[str, str]]
 
 def classes() -> list[type]:
     """Every configuration dataclass, found from the run and its stages."""
-    found: list[type] = []
+    configs: list[type] = []
     todo: list[Any] = [RunConfig, ModelConfig, LaunchConfig, TrackingConfig, SweepConfig, *STAGES.values()]
     while todo:
         cls = todo.pop(0)
-        if cls not in found:
-            found.append(cls)
+        if cls not in configs:
+            configs.append(cls)
             for hint in field_types(cls).values():
                 inner = (hint, listed_dataclass(hint), *kinds_of(hint).values())
                 todo += [group for group in inner if dataclasses.is_dataclass(group)]
-    return found
+    return configs
 
 
 def attributes_read(sources: list[BuildSource]) -> Reads:
@@ -67,9 +67,9 @@ def attributes_read(sources: list[BuildSource]) -> Reads:
     options.config_file = str(PACKAGE.parent / "pyproject.toml")  # where mypy says that the plugin is named
     build.build(sources, options)
     noted = sys.modules[PLUGIN.stem].READS
-    found = {(owner, name) for owner, name, file in noted if "config" not in Path(file).with_suffix("").parts}
+    reads = {(owner, name) for owner, name, file in noted if "config" not in Path(file).with_suffix("").parts}
     noted.clear()
-    return found
+    return reads
 
 
 def source(path: Path, text: str | None = None) -> BuildSource:
@@ -113,8 +113,8 @@ def test_a_field_of_another_class_does_not_count() -> None:
     others = [source(path) for path in (*PACKAGE.glob("config/*.py"), PACKAGE / "stages/ppo/config.py", rewards)]
     clips = [("alignment.stages.ppo.config.PpoConfig", "clip"), ("alignment.config.scoring.ScorerConfig", "clip")]
     for changed, expected in ((text, [True, True]), (re.sub(r"config\.clip\b", "0.2", text), [False, True])):
-        found = attributes_read([*others, source(stage, changed)])
-        assert [clip in found for clip in clips] == expected
+        reads = attributes_read([*others, source(stage, changed)])
+        assert [clip in reads for clip in clips] == expected
 
 
 def readers(cls: type) -> list[Path]:

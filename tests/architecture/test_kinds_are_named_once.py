@@ -61,14 +61,14 @@ def compared_with_a_kind(tree: ast.AST) -> Iterator[str]:
 @pytest.mark.parametrize("kind", kinds())
 def test_nothing_else_names_a_kind(kind: str) -> None:
     config = kinds()[kind].config.__name__
-    found = []
+    files = []
     for path in outside(kind):
         tree = parsed(path)
         named = config in names_of_classes(tree)
         asked = kind in (compared_with_a_kind(tree) if kind in ALSO_WORDS else words(tree))
         if named or asked:
-            found.append(path.relative_to(PACKAGE).as_posix())
-    assert found == []
+            files.append(path.relative_to(PACKAGE).as_posix())
+    assert files == []
 
 
 def test_no_module_asks_for_a_class_of_settings() -> None:

@@ -28,8 +28,8 @@ def values(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 @pytest.mark.parametrize("file", FILES, ids=lambda path: path.name)
 def test_no_number_stands_there_that_a_stage_owns(file: Path) -> None:
-    told = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML
-    for path, value in values(told):
+    settings = yaml.safe_load(file.read_text(encoding="utf-8"))  # JSON is YAML
+    for path, value in values(settings):
         name = path.rpartition(".")[2]
         if any(part in name for part in OWNED) and not name.startswith("zero_"):
             assert value == "auto", path
@@ -45,5 +45,5 @@ def test_every_sharding_has_a_file_and_a_choice() -> None:
             choice = yaml.safe_load((shipped("conf") / "launch" / f"{sharding.value}.yaml").read_text(encoding="utf-8"))
             assert choice == {"sharding": sharding.value, "num_processes": 0}
     for sharding in (s for s in Sharding if s.by_deepspeed):
-        told = json.loads((shipped("launch") / "deepspeed" / f"{sharding.value}.json").read_text(encoding="utf-8"))
-        assert f"zero{told['zero_optimization']['stage']}" == sharding.value
+        config = json.loads((shipped("launch") / "deepspeed" / f"{sharding.value}.json").read_text(encoding="utf-8"))
+        assert f"zero{config['zero_optimization']['stage']}" == sharding.value

@@ -39,7 +39,7 @@ def settings_taken(tree: ast.AST, classes: set[str]) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith((OF_ANY_STAGE, "alignment.stages")):
             yield f"line {node.lineno}: imports from {node.module}"
-        if isinstance(node, ast.Import) and any(one.name.startswith("alignment.stages") for one in node.names):
+        if isinstance(node, ast.Import) and any(alias.name.startswith("alignment.stages") for alias in node.names):
             yield f"line {node.lineno}: {ast.unparse(node)}"
         if isinstance(node, ast.Name | ast.Attribute) and _last_name(node) in classes:
             yield f"line {node.lineno}: names {_last_name(node)}"
@@ -71,12 +71,12 @@ def _is_settings(node: ast.expr) -> bool:
 @pytest.mark.parametrize("room", BELOW)
 def test_no_module_below_the_stages_takes_a_stages_settings(room: str) -> None:
     classes = classes_of_settings()
-    found = [
-        f"{path.relative_to(PACKAGE)}: {place}"
+    uses = [
+        f"{path.relative_to(PACKAGE)}: {use}"
         for path in sorted((PACKAGE / room).rglob("*.py"))
-        for place in settings_taken(ast.parse(path.read_text(encoding="utf-8")), classes)
+        for use in settings_taken(ast.parse(path.read_text(encoding="utf-8")), classes)
     ]
-    assert found == []
+    assert uses == []
 
 
 @pytest.mark.parametrize(

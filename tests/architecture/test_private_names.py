@@ -61,15 +61,15 @@ def is_private(name: str) -> bool:
 
 def ours(trees: list[ast.Module]) -> set[str]:
     """Names that our own source gives to functions, classes, fields and variables."""
-    found: set[str] = set()
+    names: set[str] = set()
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found.add(node.name)
+            names.add(node.name)
         elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
-            found.add(node.attr)
+            names.add(node.attr)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
-    return found
+            names.add(node.id)
+    return names
 
 
 def used(tree: ast.Module) -> Iterator[str]:
@@ -88,8 +88,8 @@ def used(tree: ast.Module) -> Iterator[str]:
 def overridden() -> Iterator[str]:
     """Private methods of another library's class that one of ours replaces."""
     for module in pkgutil.walk_packages([str(PACKAGE)], "alignment."):
-        found = importlib.import_module(module.name)
-        for cls in vars(found).values():
+        imported = importlib.import_module(module.name)
+        for cls in vars(imported).values():
             if isinstance(cls, type) and cls.__module__.startswith("alignment."):
                 foreign = [base for base in cls.__mro__ if base.__module__.partition(".")[0] not in KNOWN]
                 own = [base for base in cls.__mro__ if base.__module__.startswith("alignment.")]  # mixins as well
@@ -110,8 +110,10 @@ def private_names() -> set[str]:
 
 def has(owner: Any, name: str, *parameters: str) -> bool:
     """Whether it is there, and takes these parameters if any are named."""
-    found = getattr(owner, name, None)
-    return found is not None and set(parameters) <= set(inspect.signature(found).parameters if parameters else ())
+    attribute = getattr(owner, name, None)
+    return attribute is not None and set(parameters) <= set(
+        inspect.signature(attribute).parameters if parameters else ()
+    )
 
 
 def sets(cls: type, name: str) -> bool:
