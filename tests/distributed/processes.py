@@ -62,25 +62,25 @@ def on_processes(
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    told = (world_size, _free_port(), stop_after, nan_at, kill_after, killed_when, tries_longest, watches_memory)
-    group = [context.Process(target=_process, args=(spec, rank, *told)) for rank in range(world_size)]
-    for one in group:
-        one.start()
+    arguments = (world_size, _free_port(), stop_after, nan_at, kill_after, killed_when, tries_longest, watches_memory)
+    group = [context.Process(target=_process, args=(spec, rank, *arguments)) for rank in range(world_size)]
+    for process in group:
+        process.start()
     late = []
-    for rank, one in enumerate(group):
-        one.join(SECONDS)
-        if one.exitcode is None:
+    for rank, process in enumerate(group):
+        process.join(SECONDS)
+        if process.exitcode is None:
             late.append(rank)
-            one.kill()
-            one.join()
+            process.kill()
+            process.join()
     assert not late, f"processes {late} did not end within {SECONDS} s"  # their code would be that of a wanted SIGKILL
-    return [int(one.exitcode or 0) for one in group]
+    return [int(process.exitcode or 0) for process in group]
 
 
 def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
 def _process(
@@ -99,12 +99,12 @@ def _process(
         _try_longest()
     if watches_memory:
         watch(spec.run_folder, rank, spec.base_path)
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-    told |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     devices = visible_devices()[:world_size]
     if devices:  # as the launcher has it: a GPU for each process, or none
-        told["CUDA_VISIBLE_DEVICES"] = ",".join(devices) if len(devices) == world_size else ""
-    os.environ.update({name: str(value) for name, value in told.items()})
+        variables["CUDA_VISIBLE_DEVICES"] = ",".join(devices) if len(devices) == world_size else ""
+    os.environ.update({name: str(value) for name, value in variables.items()})
     with (spec.run_folder / f"log-{rank}.txt").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -150,10 +150,10 @@ def _stop_after(steps: int) -> None:
 
     otherwise = StopOnSignal.on_step_end
 
-    def on_step_end(self: Any, args: Any, state: Any, control: Any, **told: Any) -> None:
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == steps:
             os.kill(os.getpid(), signal.SIGTERM)
-        otherwise(self, args, state, control, **told)
+        otherwise(self, args, state, control, **kwargs)
 
     StopOnSignal.on_step_end = on_step_end
 
@@ -164,8 +164,8 @@ def _kill_after(step: int, when: str) -> None:
     cls, name = {"logged": (StepLog, "on_log"), "sealed": (Checkpoints, "on_save")}[when]
     otherwise = getattr(cls, name)
 
-    def callback(self: Any, args: Any, state: Any, control: Any, **told: Any) -> None:
-        otherwise(self, args, state, control, **told)
+    def callback(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        otherwise(self, args, state, control, **kwargs)
         if state.global_step == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -176,10 +176,10 @@ def _kill_at_part(part: int, module: str, name: str) -> None:
     makes = importlib.import_module(module)
     otherwise, parts = getattr(makes, name), itertools.count(1)
 
-    def make(*args: Any, **told: Any) -> Any:
+    def make(*args: Any, **kwargs: Any) -> Any:
         if next(parts) == part:
             os.kill(os.getpid(), signal.SIGKILL)
-        return otherwise(*args, **told)
+        return otherwise(*args, **kwargs)
 
     setattr(makes, name, make)
 

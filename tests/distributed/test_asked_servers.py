@@ -33,8 +33,8 @@ Reply = Callable[[dict[str, Any], int], Response | None]
 def stage(folder: Path, url: str, **changes: Any) -> StageSpec:
     """Two updates of eight answers, scored by a server in calls of two answers, and watched by another scorer of it."""
     chained = Chained(folder)
-    told: dict[str, Any] = {"base_url": url, "model": "rm", "timeout": 20.0, "retries": 0, "concurrency": 2}
-    server = ServerConfig(**(told | {"batch_size": 2} | changes))
+    settings: dict[str, Any] = {"base_url": url, "model": "rm", "timeout": 20.0, "retries": 0, "concurrency": 2}
+    server = ServerConfig(**(settings | {"batch_size": 2} | changes))
     config = config_of(
         "ppo",
         LORA,

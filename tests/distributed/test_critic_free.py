@@ -29,7 +29,7 @@ PROMPTS = 4
 
 def config_with(adapter: AdapterConfig, advantage: Advantage, scorer: Path, **changes: Any) -> PpoConfig:
     """Four prompts an update, two answers each, and micro-batches of about one answer."""
-    told = {
+    settings = {
         "advantage": advantage,
         "critic": Critic.none,
         "reward": None,
@@ -42,7 +42,7 @@ def config_with(adapter: AdapterConfig, advantage: Advantage, scorer: Path, **ch
         "missing_eos_penalty": 0.0,
         "optim": PpoOptimConfig(lr=1e-2, batch_size=2 * PROMPTS, adam_eps=1e-2, micro_batch_tokens=400),
     }
-    config: Any = config_of("ppo", adapter, **(told | changes))
+    config: Any = config_of("ppo", adapter, **(settings | changes))
     return config
 
 

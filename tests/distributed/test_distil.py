@@ -50,10 +50,10 @@ def test_two_processes_train_the_student_of_one(tmp_path: Path, adapter: Adapter
     together = spec_in(tmp_path / "together", adapter, sharding)
     assert on_processes(together) == [0, 0], logs(together)
     close(figures(together.artifact), figures(alone.artifact), atol=1e-4, rtol=1e-4)
-    one, two = weights(alone.artifact), weights(together.artifact)
-    assert one.keys() == two.keys()
-    for name, held in two.items():
-        close(held, one[name], atol=1e-5)
+    expected, trained = weights(alone.artifact), weights(together.artifact)
+    assert expected.keys() == trained.keys()
+    for name, held in trained.items():
+        close(held, expected[name], atol=1e-5)
     metrics = [verify(spec.artifact, content=True).metrics for spec in (alone, together)]
     assert metrics[0].keys() == metrics[1].keys()
     close(list(metrics[1].values()), list(metrics[0].values()), atol=1e-4, rtol=1e-4)

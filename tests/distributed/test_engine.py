@@ -41,8 +41,8 @@ def run(
 ) -> StageSpec:
     """The stage in ``folder`` on so many processes."""
     chained = Chained(folder)
-    told = RolloutSamplingConfig(engine=Engine.vllm, url=engine.url, retries=0, **sampling)
-    spec = chained.spec("ppo", config.adapter, config=replace(config, sampling=told))
+    sampling_config = RolloutSamplingConfig(engine=Engine.vllm, url=engine.url, retries=0, **sampling)
+    spec = chained.spec("ppo", config.adapter, config=replace(config, sampling=sampling_config))
     spec = replace(spec, sharding=sharding if world_size > 1 else Sharding.none)
     assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
     return spec

@@ -47,12 +47,12 @@ def model(seed: int) -> LlamaModel:
     return LlamaModel(config)
 
 
-def share(one: LlamaModel, other: LlamaModel) -> None:
+def share(first: LlamaModel, second: LlamaModel) -> None:
     """Freezes the first projection of each layer and the embeddings, and lets both models hold the same."""
-    for module in (one.embed_tokens, *(layer.self_attn.q_proj for layer in one.layers)):
+    for module in (first.embed_tokens, *(layer.self_attn.q_proj for layer in first.layers)):
         module.weight.requires_grad_(False)
-    other.embed_tokens.weight = one.embed_tokens.weight
-    for layer, own in zip(one.layers, other.layers, strict=True):
+    second.embed_tokens.weight = first.embed_tokens.weight
+    for layer, own in zip(first.layers, second.layers, strict=True):
         own.self_attn.q_proj.weight = layer.self_attn.q_proj.weight
 
 
@@ -142,7 +142,7 @@ def test_its_state_is_what_is_trained_and_can_be_loaded_again() -> None:
 
 
 def test_an_optimiser_gets_its_sharded_weights_back() -> None:
-    one, other = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.ones(1))
-    optimizer = torch.optim.SGD([one])
-    put_sharded(optimizer, [{"params": [other]}])
-    assert [group["params"] for group in optimizer.param_groups] == [[other]]
+    whole, shard = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([whole])
+    put_sharded(optimizer, [{"params": [shard]}])
+    assert [group["params"] for group in optimizer.param_groups] == [[shard]]

@@ -62,15 +62,15 @@ def ragged(config: Any) -> StageConfig:
 
 def cuts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """Of each minibatch from now on: the micro-batches that two processes would cut, were there two."""
-    found: list[list[int]] = []
+    counts: list[list[int]] = []
     backward = Learner._backward
 
     def noted(self: Learner, model: Any, experience: Experience, prompts: list[int], **how: Any) -> None:
-        found.append([len(self._cut(experience, prompts[rank::2])) for rank in range(2)])
+        counts.append([len(self._cut(experience, prompts[rank::2])) for rank in range(2)])
         backward(self, model, experience, prompts, **how)
 
     monkeypatch.setattr(Learner, "_backward", noted)
-    return found
+    return counts
 
 
 def logs(spec: StageSpec) -> str:
@@ -83,10 +83,10 @@ def figures(artifact: Path, kind: str) -> torch.Tensor:
 
 
 def weights(artifact: Path) -> dict[str, torch.Tensor]:
-    found = {}
+    tensors = {}
     for file in artifact.rglob("*.safetensors"):
-        found |= {f"{file.relative_to(artifact)}/{name}": held for name, held in load_file(file).items()}
-    return found
+        tensors |= {f"{file.relative_to(artifact)}/{name}": held for name, held in load_file(file).items()}
+    return tensors
 
 
 @needs_deepspeed
@@ -116,7 +116,7 @@ def weights(artifact: Path) -> dict[str, torch.Tensor]:
 def test_it_trains_what_one_process_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, adapter: AdapterConfig, sharding: Sharding
 ) -> None:
-    found = []
+    runs = []
     minibatches = cuts(monkeypatch)
     config = ragged(steadied(kind, adapter))
     for shared in (False, True):
@@ -129,18 +129,18 @@ def test_it_trains_what_one_process_trains(
         else:
             chained.run(kind, adapter, config=config)
             spec = chained.spec(kind, adapter)
-        found.append((figures(spec.artifact, kind), weights(spec.artifact)))
+        runs.append((figures(spec.artifact, kind), weights(spec.artifact)))
     if kind == "ppo" and sharding in (NONE, FSDP) and adapter is not FULL:
         manifest = verify(spec.artifact, content=False)
         assert manifest.metrics["memory/base_copies"] < 1.1, "each process has the base once"
     assert bool(minibatches) is (kind == "ppo")
-    assert all(one != other for one, other in minibatches), "processes should differ in their micro-batches"
-    (alone, theirs), (together, ours) = found
+    assert all(first != second for first, second in minibatches), "processes should differ in their micro-batches"
+    (alone, alone_weights), (together, shared_weights) = runs
     close(together, alone, atol=1e-4, rtol=1e-4)
-    assert ours.keys() == theirs.keys()
-    for name, held in ours.items():
-        assert held.shape == theirs[name].shape
-        close(held, theirs[name], atol=1e-5)
+    assert shared_weights.keys() == alone_weights.keys()
+    for name, held in shared_weights.items():
+        assert held.shape == alone_weights[name].shape
+        close(held, alone_weights[name], atol=1e-5)
 
 
 @needs_deepspeed
@@ -232,23 +232,23 @@ def test_shares_of_another_launch_are_refused(tmp_path: Path) -> None:
     (spec.run_folder / "status.json").unlink()
     other = replace(spec, sharding=Sharding.none)
     assert on_processes(other) == [2, 2], logs(other)
-    told = json.loads((spec.run_folder / "status.json").read_text())["error"]
+    error = json.loads((spec.run_folder / "status.json").read_text())["error"]
     assert (
         "checkpoint-1 contains shares of 2 processes (zero2), but this launch can only continue from whole weights"
-        in told
+        in error
     )
 
 
 @needs_deepspeed
 @pytest.mark.parametrize("sharding", [ZERO3, FSDP], ids=lambda sharding: sharding.value)
-def test_a_stopped_ppo_keeps_price_means_and_best_policy(tmp_path: Path, sharding: Sharding) -> None:
+def test_a_stopped_ppo_keeps_coefficient_means_and_best_policy(tmp_path: Path, sharding: Sharding) -> None:
     config = ppo(
         updates=3,
         kl=KlConfig(control=KlControl.adaptive, target=0.01, horizon=8),
         scorers=[ScorerConfig(normalize=True)],
         guard=GuardConfig(every=1, prompts=2, scorer=ScorerConfig(source="length", target=4)),
     )
-    found = []
+    runs = []
     for stopped in (False, True):
         chained = Chained(tmp_path / str(stopped))
         chained.run("reward", LORA)
@@ -260,15 +260,15 @@ def test_a_stopped_ppo_keeps_price_means_and_best_policy(tmp_path: Path, shardin
             assert names
             assert all(any(part in name for part in TRAINED) for name in names), sorted(names)
         assert on_processes(spec) == [0, 0], logs(spec)
-        told = [json.loads(line) for line in (spec.artifact / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (spec.artifact / "metrics.jsonl").read_text().splitlines()]
         looks = (spec.artifact / "guard.jsonl").read_text()
-        found.append(
-            ([(line["objective/kl_coef"], line["loss/policy"]) for line in told], looks, weights(spec.artifact))
+        runs.append(
+            ([(line["objective/kl_coef"], line["loss/policy"]) for line in rows], looks, weights(spec.artifact))
         )
-    assert found[0][:2] == found[1][:2]
-    assert len({coefficient for coefficient, _ in found[0][0]}) == 3
-    for name, held in found[0][2].items():
-        assert torch.equal(held, found[1][2][name]), name
+    assert runs[0][:2] == runs[1][:2]
+    assert len({coefficient for coefficient, _ in runs[0][0]}) == 3
+    for name, held in runs[0][2].items():
+        assert torch.equal(held, runs[1][2][name]), name
 
 
 @needs_deepspeed
@@ -295,17 +295,17 @@ def ppo(**changes: Any) -> StageConfig:
 @pytest.mark.parametrize("sharding", [Sharding.none, ZERO3], ids=lambda sharding: sharding.value)
 def test_the_reference_is_computed_once_by_all_processes(tmp_path: Path, sharding: Sharding) -> None:
     config: Any = replace(steadied("dpo", LORA), precompute_reference=True)
-    found = []
+    runs = []
     for world_size in (1, 2):
         chained = Chained(tmp_path / str(world_size))
         spec = shared_out(chained, "dpo", LORA, sharding if world_size > 1 else Sharding.none, config=config)
         assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
-        (kept,) = spec.artifact.parent.glob("cache/reference-*.safetensors")
-        found.append((load_file(kept), figures(spec.artifact, "dpo")))
+        (cached,) = spec.artifact.parent.glob("cache/reference-*.safetensors")
+        runs.append((load_file(cached), figures(spec.artifact, "dpo")))
     for side in ("chosen", "rejected"):
-        assert len(found[0][0][side]) == 8
-        close(found[1][0][side], found[0][0][side], rtol=1e-5)
-    close(found[1][1], found[0][1], atol=1e-4, rtol=1e-4)
+        assert len(runs[0][0][side]) == 8
+        close(runs[1][0][side], runs[0][0][side], rtol=1e-5)
+    close(runs[1][1], runs[0][1], atol=1e-4, rtol=1e-4)
 
 
 @needs_deepspeed
@@ -317,16 +317,16 @@ def test_in_low_precision_policy_and_reference_still_agree_and_learn_the_same(
     model = ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)
     config: Any = steadied(kind, adapter)
     config = replace(config, beta=1.0) if kind == "dpo" else config
-    found = []
+    losses = []
     for world_size, sharding in ((1, Sharding.none), (2, ZERO3)):
         chained = Chained(tmp_path / str(world_size))
         spec = shared_out(chained, kind, adapter, sharding, config=config, model=model)
         assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
         assert {held.dtype for held in weights(spec.artifact).values()} == {torch.float32}
-        found.append(figures(spec.artifact, kind)[:, 0].tolist())
-    assert found[1] == pytest.approx(found[0], rel=5e-3)
+        losses.append(figures(spec.artifact, kind)[:, 0].tolist())
+    assert losses[1] == pytest.approx(losses[0], rel=5e-3)
     if kind == "dpo":
-        assert found[1][0] == pytest.approx(math.log(2), abs=1e-3)
+        assert losses[1][0] == pytest.approx(math.log(2), abs=1e-3)
 
 
 @needs_deepspeed
@@ -342,7 +342,7 @@ def test_a_loss_that_is_no_number_on_one_process_stops_all_and_keeps_nothing(
 
 
 @pytest.mark.parametrize(
-    ("sharding", "offload", "told"),
+    ("sharding", "offload", "expected"),
     [
         (ZERO2, Offload.optimizer, {"offload_optimizer"}),
         (ZERO3, Offload.optimizer, {"offload_optimizer"}),
@@ -351,11 +351,11 @@ def test_a_loss_that_is_no_number_on_one_process_stops_all_and_keeps_nothing(
     ],
 )
 def test_deepspeed_is_told_what_to_offload(
-    tmp_path: Path, sharding: Sharding, offload: Offload, told: set[str]
+    tmp_path: Path, sharding: Sharding, offload: Offload, expected: set[str]
 ) -> None:
     spec = replace(shared_out(Chained(tmp_path), "sft", LORA, sharding), offload=offload)
     zero = sharding_arguments(StageContext(spec=spec, rank=0, world_size=2))["deepspeed"]["zero_optimization"]
-    assert {name for name in zero if name.startswith("offload")} == told
+    assert {name for name in zero if name.startswith("offload")} == expected
 
 
 @needs_deepspeed
@@ -363,7 +363,7 @@ def test_deepspeed_is_told_what_to_offload(
 def test_what_lies_in_the_machines_memory_learns_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharding: Sharding
 ) -> None:
-    found = []
+    trained = []
     for where in (Offload.none, Offload.weights):
         chained = Chained(tmp_path / where.value)
         spec = replace(shared_out(chained, "sft", LORA, sharding, config=steadied("sft", LORA)), offload=where)
@@ -373,9 +373,9 @@ def test_what_lies_in_the_machines_memory_learns_the_same(
                 settings = sharding_arguments(StageContext(spec=spec, rank=0, world_size=2))["fsdp_config"]
                 assert settings["cpu_offload"] == (where is Offload.weights and device == "cuda")
         assert on_processes(spec) == [0, 0], logs(spec)
-        found.append(weights(spec.artifact))
-    for name, held in found[0].items():
-        close(found[1][name], held, atol=1e-6)
+        trained.append(weights(spec.artifact))
+    for name, held in trained[0].items():
+        close(trained[1][name], held, atol=1e-6)
 
 
 @needs_deepspeed
@@ -385,7 +385,7 @@ def test_what_lies_in_the_machines_memory_learns_the_same(
 def test_activations_may_be_computed_again(
     tmp_path: Path, kind: str, adapter: AdapterConfig, sharding: Sharding
 ) -> None:
-    found = []
+    trained = []
     for again in (False, True):
         chained = Chained(tmp_path / str(again))
         if kind == "ppo":
@@ -394,9 +394,9 @@ def test_activations_may_be_computed_again(
         config = replace(config, optim=replace(config.optim, activation_checkpointing=again))
         spec = shared_out(chained, kind, adapter, sharding, config=config)
         assert on_processes(spec) == [0, 0], logs(spec)
-        found.append(weights(spec.artifact))
-    for name, held in found[0].items():
-        close(held, found[1][name], atol=1e-6)
+        trained.append(weights(spec.artifact))
+    for name, held in trained[0].items():
+        close(held, trained[1][name], atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -408,14 +408,14 @@ def test_activations_may_be_computed_again(
 )
 def test_all_gpus_train_what_one_trains(tmp_path: Path, kind: str, adapter: AdapterConfig, sharding: Sharding) -> None:
     """Not yet run: two or more GPUs whose number divides 4, or one, whose shares are the whole."""
-    found = []
+    logged = []
     for world_size, how in ((1, Sharding.none), (torch.cuda.device_count(), sharding)):
-        chained = Chained(tmp_path / str(len(found)))
+        chained = Chained(tmp_path / str(len(logged)))
         if kind == "ppo":
             reward = chained.spec("reward", adapter)
             assert on_processes(reward, world_size=1) == [0], logs(reward)
             chained.inputs["reward"] = StageInput(ref="stage:reward", path=reward.artifact)
         spec = shared_out(chained, kind, adapter, how, config=steadied(kind, adapter))
         assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
-        found.append(figures(spec.artifact, kind))
-    close(found[1], found[0], atol=1e-4, rtol=1e-4)
+        logged.append(figures(spec.artifact, kind))
+    close(logged[1], logged[0], atol=1e-4, rtol=1e-4)
