@@ -118,7 +118,7 @@ def blocks(page: Path, text: str | None = None) -> list[Block]:
         BadComment: a comment before a block says nothing that is known.
     """
     lines = (page.read_text(encoding="utf-8") if text is None else text).splitlines()
-    found = []
+    page_blocks = []
     for first, last, indent, language in _fences(lines):
         inner = [line.removeprefix(indent) for line in lines[first + 1 : last]]
         block = Block(
@@ -130,14 +130,16 @@ def blocks(page: Path, text: str | None = None) -> list[Block]:
         )
         if unknown := set(block.needs) - set(NEEDS):
             raise BadComment(f"{block.id} needs {', '.join(sorted(unknown))}; known: {', '.join(NEEDS)}")
-        found.append(block)
-    return found
+        page_blocks.append(block)
+    return page_blocks
 
 
 def all_blocks() -> list[Block]:
     """Those of all pages, and the commands of design pages."""
     of_design = [block for page in sorted((ROOT / "docs/design").glob("*.md")) for block in blocks(page)]
-    return [block for page in PAGES for block in blocks(page)] + [one for one in of_design if one.language == "bash"]
+    return [block for page in PAGES for block in blocks(page)] + [
+        block for block in of_design if block.language == "bash"
+    ]
 
 
 def spans(page: Path) -> Iterator[Span]:
@@ -151,7 +153,7 @@ def tables(page: Path) -> list[Table]:
     """The tables of a page."""
     numbered = prose(page)
     lines = dict(numbered)
-    found, taken = [], set[int]()
+    page_tables, taken = [], set[int]()
     for number, line in numbered:
         if number in taken or not line.startswith("|") or not re.match(r"\|[ :|-]+\|$", lines.get(number + 1, "")):
             continue
@@ -162,10 +164,10 @@ def tables(page: Path) -> list[Table]:
         taken.update(range(number, last))
         above = list(page.read_text(encoding="utf-8").splitlines())
         comments = dict(_comments_above(above, number - 1, page))
-        found.append(
+        page_tables.append(
             Table(page=name_of(page), line=number, head=_cells(line), rows=rows, settings=comments.get("settings"))
         )
-    return found
+    return page_tables
 
 
 def stray_comments(page: Path) -> list[str]:

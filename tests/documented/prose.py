@@ -154,7 +154,7 @@ def _setting_faults(text: str) -> Iterator[str]:
         known = ending_in(path)
         if not known and path not in KEYS_OF_OTHERS:
             yield f"no setting {path}"
-        allowed = [choices().get(one, [value]) for one in known]
+        allowed = [choices().get(setting, [value]) for setting in known]
         if known and not any(value in some for some in allowed) and not _PLACEHOLDER.search(str(value)):
             yield f"{path} cannot be {value}"
 

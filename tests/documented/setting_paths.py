@@ -23,10 +23,10 @@ def defaults() -> dict[str, list[Any]]:
 
     Stages are called by their kinds: ``stages.dpo.beta``. Settings inside lists follow the list: ``scorers.weight``.
     """
-    found: dict[str, list[Any]] = {}
+    by_path: dict[str, list[Any]] = {}
     for path, _, default in _every():
-        found.setdefault(path, []).append(default)
-    return found
+        by_path.setdefault(path, []).append(default)
+    return by_path
 
 
 @cache

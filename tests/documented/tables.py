@@ -96,13 +96,13 @@ def _quoted_defaults(table: Table, row: list[str]) -> list[str]:
 
 def _literals(text: str) -> list[str]:
     """The literals that a list begins with; only the first must stand alone."""
-    found: list[str] = []
+    literals: list[str] = []
     for part in re.split(r"[,;:] ", text):
         match = _LITERAL.match(part)
-        if match is None or (not found and match.end() != len(part)):
+        if match is None or (not literals and match.end() != len(part)):
             break
-        found.append(next(group for group in match.groups() if group is not None))
-    return found
+        literals.append(next(group for group in match.groups() if group is not None))
+    return literals
 
 
 def _is(default: Any, literal: str) -> bool:

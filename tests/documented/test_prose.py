@@ -38,8 +38,8 @@ def test_a_table_has_settings_that_exist_with_their_defaults_and_every_choice(ta
 
 
 def test_every_table_of_settings_says_whose_they_are() -> None:
-    found = [table.id for page in PAGES for table in tables_of(page)]
-    assert len(found) > len(TABLES)
+    ids = [table.id for page in PAGES for table in tables_of(page)]
+    assert len(ids) > len(TABLES)
     unmarked = [table for page in PAGES for table in tables_of(page) if not table.settings]
     assert [table.id for table in unmarked if tables.is_about_settings(table)] == []
 
@@ -79,8 +79,8 @@ def test_what_pip_is_told_to_install_is_what_the_package_asks_for() -> None:
     extras = PROJECT["optional-dependencies"]
     asked = {requirement for extra in extras.values() for requirement in extra} | set(PROJECT["dependencies"])
     texts = [block.text for block in all_blocks()] + [span.text for page in PAGES for span in spans(page)]
-    told = {match for text in texts for match in re.findall(r"pip install '([^']+)'", text)}
-    assert len(told) > 3
-    for requirement in told:
+    installed = {match for text in texts for match in re.findall(r"pip install '([^']+)'", text)}
+    assert len(installed) > 3
+    for requirement in installed:
         name, _, extra = requirement.rstrip("]").partition("[")
         assert extra in extras if name == PROJECT["name"] else requirement in asked, requirement

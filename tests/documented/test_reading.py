@@ -38,7 +38,7 @@ def test_a_block_has_its_line_its_comments_and_its_commands(tmp_path: Path) -> N
     console, drawing = blocks(read(tmp_path, PAGE))
     assert (console.id, console.language, console.needs) == ("page.md:5", "console", ["run"])
     assert "output differs" in console.comments
-    assert [(one.line, one.words, one.output) for one in commands(console)] == [
+    assert [(command.line, command.words, command.output) for command in commands(console)] == [
         (6, ["align", "status", "mine"], "sft  done"),
         (8, ["align", "recipes"], ""),
     ]

@@ -29,8 +29,8 @@ def _words(page: Path, anchor: str) -> int:
     if anchor:
         headings = [(number, _HEADING.fullmatch(line)) for number, line in prose_of(page)]
         starts = [(number, _anchor(match[1])) for number, match in headings if match] + [(len(lines) + 1, "")]
-        (place,) = [index for index, (_, name) in enumerate(starts) if name == anchor]
-        lines = lines[starts[place][0] - 1 : starts[place + 1][0] - 1]
+        (position,) = [index for index, (_, name) in enumerate(starts) if name == anchor]
+        lines = lines[starts[position][0] - 1 : starts[position + 1][0] - 1]
     return sum(len(line.split()) for line in lines)
 
 
