@@ -104,10 +104,10 @@ class Align:
 
     def stages(self) -> dict[str, dict[str, Any]]:
         """What ``run.json`` says of each stage."""
-        found: dict[str, dict[str, Any]] = json.loads((self.output / f"runs/{self.recipe}/run.json").read_text())[
+        recorded: dict[str, dict[str, Any]] = json.loads((self.output / f"runs/{self.recipe}/run.json").read_text())[
             "stages"
         ]
-        return found
+        return recorded
 
     def artifact(self, stage: str) -> Path:
         """The folder of a stage's result in the last run."""
@@ -125,8 +125,8 @@ class Align:
 
 def environment() -> dict[str, str]:
     """Ours, without anything of the caller's that would change a run."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
-    return {**kept, "NETRC": os.devnull}
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
+    return {**variables, "NETRC": os.devnull}
 
 
 @pytest.fixture(scope="session")
@@ -144,9 +144,9 @@ def new_align(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def forked() -> Iterator[Forked]:
     """The process from which drivers and stages are forked."""
-    one = Forked(environment())
-    yield one
-    one.close()
+    parent = Forked(environment())
+    yield parent
+    parent.close()
 
 
 @pytest.fixture(scope="session")

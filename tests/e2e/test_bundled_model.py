@@ -32,8 +32,8 @@ def test_the_bundled_model_learns_in_bfloat16(new_forked: Callable[[], Align], t
     align = replace(new_forked(), recipe="quickstart")
     others = [f"~stages.{stage}" for stage in ("reward", "dpo", "ppo", "evaluate", "report")]
     optim = "{batch_size: 1, max_steps: 3, lr: 2e-3, schedule: constant, warmup_ratio: 0.0, micro_batch_tokens: 512}"
-    told = (f"model.source=bundled:{MODEL.name}", "model.dtype=bfloat16", f"stages.sft.optim={optim}")
-    align("run", *others, *told, f"stages.sft.data.source=path:{rows}")
+    overrides = (f"model.source=bundled:{MODEL.name}", "model.dtype=bfloat16", f"stages.sft.optim={optim}")
+    align("run", *others, *overrides, f"stages.sft.data.source=path:{rows}")
     artifact = align.artifact("sft")
     manifest = verify(artifact, content=True)
     assert manifest.identity["base"] == {"content": f"gguf-sha256:{MODEL.sha256}", "dtype": "bfloat16"}

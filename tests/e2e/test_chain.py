@@ -139,9 +139,9 @@ def test_a_second_run_reuses_everything_and_prints_the_arms(finished: Align) -> 
 
 def test_a_changed_beta_runs_dpo_evaluation_and_report_only(finished: Align) -> None:
     finished("run", "stages.dpo.beta=0.3")
-    found = states(finished)
-    assert {name for name, state in found.items() if state == "done"} == {"dpo", "evaluate", "report"}
-    assert {name for name, state in found.items() if state == "reused"} == {"sft", "reward", "ppo"}
+    stage_states = states(finished)
+    assert {name for name, state in stage_states.items() if state == "done"} == {"dpo", "evaluate", "report"}
+    assert {name for name, state in stage_states.items() if state == "reused"} == {"sft", "reward", "ppo"}
     finished("run")  # back to what the other tests look at
     assert set(states(finished).values()) == {"reused"}
 

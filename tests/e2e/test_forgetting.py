@@ -22,12 +22,12 @@ class Gated:
 
     align: Align
     ruined: str
-    told: tuple[str, ...]
+    overrides: tuple[str, ...]
     printed: str
 
     def __call__(self, *more: str, code: int = 0) -> str:
         """The run with more overrides."""
-        return self.align("run", *self.told, *more, code=code)
+        return self.align("run", *self.overrides, *more, code=code)
 
 
 @pytest.fixture(scope="module")
@@ -39,13 +39,13 @@ def gated(new_forked: Callable[[], Align], tmp_path_factory: pytest.TempPathFact
     weights["model.embed_tokens.weight"] *= 3.0
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     ruined = f"path:{folder}"
-    told = (
+    overrides = (
         "stages.sft.data.mix=[]",
         "stages.forgetting.data.limit=6",
         "stages.forgetting.bootstrap_samples=100",
         f"stages.forgetting.arms=['stage:sft','{ruined}']",
     )
-    return Gated(align=align, ruined=ruined, told=told, printed=align("run", *told, code=10))
+    return Gated(align=align, ruined=ruined, overrides=overrides, printed=align("run", *overrides, code=10))
 
 
 def test_the_rest_of_the_run_is_made_and_says_what_was_forgotten(gated: Gated) -> None:
@@ -63,25 +63,25 @@ def test_the_rest_of_the_run_is_made_and_says_what_was_forgotten(gated: Gated) -
 def test_the_artifact_has_every_figure(gated: Gated) -> None:
     folder = gated.align.artifact("forgetting")
     manifest = verify(folder, content=True)
-    told = json.loads((folder / "forgetting.json").read_text())
-    assert (manifest.kind, manifest.metrics["passed"], told["passed"]) == ("forgetting", 0.0, False)
-    assert [(arm["name"], arm["passed"]) for arm in told["arms"]] == [
+    record = json.loads((folder / "forgetting.json").read_text())
+    assert (manifest.kind, manifest.metrics["passed"], record["passed"]) == ("forgetting", 0.0, False)
+    assert [(arm["name"], arm["passed"]) for arm in record["arms"]] == [
         ("base", True),
         ("stage:sft", True),
         (gated.ruined, False),
     ]
-    assert manifest.metrics["perplexity/sft"] == told["arms"][1]["perplexity"]
+    assert manifest.metrics["perplexity/sft"] == record["arms"][1]["perplexity"]
     config = ForgettingConfig(arms=["stage:sft", gated.ruined])
     assert [name for name in manifest.metrics if name not in of_stage(config)] == [], "a sweep may ask for it"
     texts, questions = (
         [json.loads(line) for line in (folder / name).read_text().splitlines()]
         for name in ("texts.jsonl", "questions.jsonl")
     )
-    assert (len(texts), len(questions)) == (told["num_texts"], told["num_questions"]) == (6, 110)
+    assert (len(texts), len(questions)) == (record["num_texts"], record["num_questions"]) == (6, 110)
     base = sum(text["nats"]["base"] for text in texts) / sum(text["tokens"] for text in texts)
-    assert base == pytest.approx(told["arms"][0]["nats"])
+    assert base == pytest.approx(record["arms"][0]["nats"])
     right = [question["right"]["stage:sft"] for question in questions]
-    assert sum(right) / len(right) == pytest.approx(told["arms"][1]["ability"])
+    assert sum(right) / len(right) == pytest.approx(record["arms"][1]["ability"])
 
 
 def test_a_reused_result_trips_again_and_so_does_the_stage_alone(gated: Gated) -> None:

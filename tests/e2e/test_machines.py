@@ -26,9 +26,9 @@ SMALL = (
 
 
 def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
 
 
 def test_two_machines_make_what_two_processes_make(tiny_model_folder: Path, tmp_path: Path) -> None:
@@ -36,9 +36,14 @@ def test_two_machines_make_what_two_processes_make(tiny_model_folder: Path, tmp_
     recipe.write_text(RECIPE)
 
     def start(output: str, *launch: str) -> subprocess.Popen[str]:
-        told = [f"output={tmp_path / output}", f"model.source=path:{tiny_model_folder}", "model.dtype=float32"]
-        told += ["launch.threads=1", *launch, "stages.sft.init=base", *(f"stages.sft.{setting}" for setting in SMALL)]
-        argv = [sys.executable, "-m", "alignment.cli", "run", str(recipe), *told]
+        overrides = [f"output={tmp_path / output}", f"model.source=path:{tiny_model_folder}", "model.dtype=float32"]
+        overrides += [
+            "launch.threads=1",
+            *launch,
+            "stages.sft.init=base",
+            *(f"stages.sft.{setting}" for setting in SMALL),
+        ]
+        argv = [sys.executable, "-m", "alignment.cli", "run", str(recipe), *overrides]
         return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
 
     together = start("one", "launch.num_processes=2")
@@ -70,6 +75,6 @@ def measured(output: Path) -> list[bytes]:
 
 
 def weights(output: Path) -> list[str]:
-    found = [path.read_bytes() for path in sorted(output.glob("artifacts/*/**/*.safetensors"))]
-    assert found
-    return [hashlib.sha256(content).hexdigest() for content in found]
+    contents = [path.read_bytes() for path in sorted(output.glob("artifacts/*/**/*.safetensors"))]
+    assert contents
+    return [hashlib.sha256(content).hexdigest() for content in contents]

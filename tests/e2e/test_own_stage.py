@@ -27,7 +27,9 @@ INSTALL = ["pip", "install", "-e", "."]
 
 def block_of(language: str, containing: str = "", *, page: Path = PAGE) -> Block:
     """The page's only block of the language with this text."""
-    (block,) = [one for one in blocks(page) if one.language == language and containing in one.text]
+    (block,) = [
+        candidate for candidate in blocks(page) if candidate.language == language and containing in candidate.text
+    ]
     return block
 
 
@@ -169,9 +171,9 @@ def test_rows_of_a_stage_in_another_package_are_learned_and_its_settings_checked
     reader.align("run", "./short.yaml", "profile=smoke")
     (folder,) = tmp_path.glob("artifacts/shorten-????????")
     metrics = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["metrics"]
-    kept = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert metrics["kept"] == len(kept) > 0
-    assert all(len(row["messages"][-1]["content"].split()) <= 30 for row in kept)
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert metrics["kept"] == len(rows) > 0
+    assert all(len(row["messages"][-1]["content"].split()) <= 30 for row in rows)
     assert list(tmp_path.glob("artifacts/sft-????????/manifest.json"))
 
     reader.change(

@@ -25,5 +25,5 @@ def test_a_plan_says_what_its_stages_would_need_and_the_next_one_remembers(new_a
     assert [path.name for path in (align.output / "artifacts").iterdir()] == [".cost"]
     again = align("plan", *trained)
     assert lines["dpo"] in again
-    kept = {path.suffix for path in (align.output / "artifacts" / ".cost").iterdir()}
-    assert kept == {".json"}
+    suffixes = {path.suffix for path in (align.output / "artifacts" / ".cost").iterdir()}
+    assert suffixes == {".json"}

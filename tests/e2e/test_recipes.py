@@ -23,9 +23,9 @@ def _tulu_row(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """As in allenai/tulu-3-sft-mixture and allenai/llama-3.1-tulu-3-8b-preference-mixture."""
     asks = {"role": "user", "content": f"Write a constraint-following poem about the number {number}. " * 3}
     good, bad = ({"role": "assistant", "content": f"{word} {number}, in rows of {number}."} for word in ("Number", "I"))
-    told = {"id": f"row_{number}", "source": "ai2-adapt-dev/personas"}
+    origin = {"id": f"row_{number}", "source": "ai2-adapt-dev/personas"}
     pair = {"prompt": asks["content"], "chosen": [asks, good], "rejected": [asks, bad]}
-    return {**told, "messages": [asks, good]}, {**told, **pair}
+    return {**origin, "messages": [asks, good]}, {**origin, **pair}
 
 
 def _tldr_row(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -42,21 +42,21 @@ PUBLIC = {
 """The recipe's architecture, its two data sets row by row, and which of them each stage reads."""
 
 
-def _told(recipe: str, folder: Path) -> list[str]:
+def _overrides(recipe: str, folder: Path) -> list[str]:
     """What a smoke run of a recipe is told: a model as tiny as can be, and rows like those that it was made for."""
     architecture, row, reads = PUBLIC.get(recipe, ("llama", None, {}))
     model = folder / architecture
     if not model.exists():
         tokenizer = pythia_tokenizer() if architecture == "gpt_neox" else None
         save_tiny_model(model, architecture=architecture, tokenizer=tokenizer)
-    told = [f"output={folder / recipe}", f"model.source=path:{model}"]
+    overrides = [f"output={folder / recipe}", f"model.source=path:{model}"]
     if recipe == "draft":
-        told.append("stages.draft.layers=1")  # the model has two
+        overrides.append("stages.draft.layers=1")  # the model has two
     for stage, which in reads.items():
         file = folder / f"{recipe}-{stage}.jsonl"
         file.write_text("".join(f"{json.dumps(row(number)[which])}\n" for number in range(1, 11)))
-        told.append(f"stages.{stage}.data.source=path:{file}")
-    return told
+        overrides.append(f"stages.{stage}.data.source=path:{file}")
+    return overrides
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +64,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory, forked: Forked) -> Path:
     """A folder in which recipes ran under the smoke profile, each below its own name."""
     folder = tmp_path_factory.mktemp("smoke")
     for recipe in SMOKED:
-        code, printed = forked.run(["run", recipe, "profile=smoke", *_told(recipe, folder)])
+        code, printed = forked.run(["run", recipe, "profile=smoke", *_overrides(recipe, folder)])
         assert code == 0, printed
     return folder
 
@@ -93,16 +93,23 @@ def test_all_weights_learn_from_rows_like_the_public_ones(smoke: Path, recipe: s
 def test_adapters_on_four_bits_are_stacked(smoke: Path, recipe: str) -> None:
     for name, stage in json.loads((smoke / recipe / f"runs/{recipe}-smoke/run.json").read_text())["stages"].items():
         stood = verify(Path(stage["artifact"]), content=True).adapters_stood
-        assert all(one["nf4"] for one in stood.values()), name
-        assert [one["merged"] for one in stood.values()] == [True, *[False] * (len(stood) - 1)]
+        assert all(application["nf4"] for application in stood.values()), name
+        assert [application["merged"] for application in stood.values()] == [True, *[False] * (len(stood) - 1)]
 
 
 def test_a_changed_second_round_runs_again_alone_and_learns_from_the_first_one_s_answers(
     smoke: Path, forked: Forked
 ) -> None:
     recipe = "iterative_dpo"
-    told = ["run", recipe, "profile=smoke", "name=changed", "stages.sample_2.temperature=0.7", *_told(recipe, smoke)]
-    code, printed = forked.run(told)
+    arguments = [
+        "run",
+        recipe,
+        "profile=smoke",
+        "name=changed",
+        "stages.sample_2.temperature=0.7",
+        *_overrides(recipe, smoke),
+    ]
+    code, printed = forked.run(arguments)
     assert code == 0, printed
     before, after = (
         json.loads((smoke / recipe / f"runs/{name}-smoke/run.json").read_text())["stages"]

@@ -30,7 +30,7 @@ def test_a_function_scores_a_rule_joins_it_and_a_guard_watches(finished: Align, 
         "def brevity(prompts, completions, rows):\n    return [-float(len(text)) for text in completions]\n"
     )
     scorers = f"{{source: '{file}:brevity', weight: 0.1}}, {{source: length, target: 4, normalize: true}}"
-    told = (
+    overrides = (
         "name=scored",
         *ALONE,
         f"stages.ppo.scorers=[{scorers}]",
@@ -39,8 +39,8 @@ def test_a_function_scores_a_rule_joins_it_and_a_guard_watches(finished: Align, 
         "data: {source: 'bundled:quickstart/conversations', limit: 4}}",
         "stages.ppo.critic_warmup=1",
     )
-    assert f"runs your code: {file}:brevity" in align("plan", *told)
-    align("run", *told)
+    assert f"runs your code: {file}:brevity" in align("plan", *overrides)
+    align("run", *overrides)
     folder = _ppo(align, "scored")
     manifest = verify(folder, content=True)
     lines = _lines(folder / "metrics.jsonl")

@@ -86,7 +86,7 @@ def test_nothing_is_left(run: ServedRun, number: signal.Signals) -> None:
 def test_the_end_of_the_server_ends_the_command_and_is_named(run: ServedRun) -> None:
     with serving(run) as process:
         processes = process.processes()
-        (server,) = [one for one in processes if "alignment.commands.serve.worker" in words_of(one)]
+        (server,) = [child for child in processes if "alignment.commands.serve.worker" in words_of(child)]
         server.kill()
         printed, _ = process.process.communicate(timeout=60)
         assert process.process.returncode == 5

@@ -43,17 +43,17 @@ def test_a_served_model_judges_in_both_orders(
         "stages.evaluate.judge.pairs=[{arm: base+few-shot, against: base}]",
         f"stages.evaluate.judge.endpoint={{base_url: '{url}', model: '{model}', max_tokens: 24}}",
     )
-    told = json.loads((align.artifact("evaluate") / "evaluation.json").read_text())
+    evaluation = json.loads((align.artifact("evaluate") / "evaluation.json").read_text())
     lines = (align.artifact("evaluate") / "judgements.jsonl").read_text().splitlines()
     calls = [json.loads(line) for line in lines]
     assert [call["shown_first"] for call in calls] == ["base+few-shot", "base"] * 2
     for call in calls:
         assert call["text"], "it answered"
         assert call["verdict"] == verdict_of(call["text"]).value
-    (pair,) = told["judge"]["pairs"]
+    (pair,) = evaluation["judge"]["pairs"]
     assert pair["invalid"] == sum(call["verdict"] == "invalid" for call in calls) / len(calls)
     assert pair["verdict"] in printed
-    assert [arm["name"] for arm in told["arms"]] == ["base", "base+prompt", "base+few-shot"]
+    assert [arm["name"] for arm in evaluation["arms"]] == ["base", "base+prompt", "base+few-shot"]
 
 
 @pytest.mark.slow

@@ -64,8 +64,8 @@ def test_two_at_once_share_a_stage_survive_a_kill_of_the_sweep_and_go_on(
     for name, text in (("two.yaml", RECIPE), ("betas.yaml", BY_ITS_OWN_FIGURE)):
         (tmp_path / name).write_text(text, encoding="utf-8")
     small = [setting for setting in SMALL if setting.startswith(("launch.", "model.", "stages.sft", "stages.dpo"))]
-    told = [f"output={tmp_path}", f"model.source=path:{tiny_model_folder}", *small]
-    argv = [sys.executable, "-m", "alignment.cli", "sweep", "./two.yaml", "./betas.yaml", "--at-once", "2", *told]
+    overrides = [f"output={tmp_path}", f"model.source=path:{tiny_model_folder}", *small]
+    argv = [sys.executable, "-m", "alignment.cli", "sweep", "./two.yaml", "./betas.yaml", "--at-once", "2", *overrides]
 
     killed = subprocess.Popen(argv, cwd=tmp_path, env=environment(), stdout=subprocess.DEVNULL)
     wait_until(lambda: any(tmp_path.glob("artifacts/sft-*.work/progress.json")))

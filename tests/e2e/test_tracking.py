@@ -43,10 +43,10 @@ FEW = (
 def _agent_s_command(params: dict[str, Any]) -> list[str]:
     """What W&B's agent makes of our sweep file for one trial (wandb/wandb_agent.py)."""
     utils = pytest.importorskip("wandb.sdk.launch.sweeps.utils")
-    told = yaml.safe_load((shipped("launch") / "wandb" / "dpo_beta.yaml").read_text(encoding="utf-8"))
+    sweep_file = yaml.safe_load((shipped("launch") / "wandb" / "dpo_beta.yaml").read_text(encoding="utf-8"))
     filled = utils.create_sweep_command_args({"args": {name: {"value": value} for name, value in params.items()}})
     command: list[str] = []
-    for part in utils.create_sweep_command(told["command"]):
+    for part in utils.create_sweep_command(sweep_file["command"]):
         is_variable = part.startswith("${") and part.endswith("}")
         command += filled[part[2:-1]] if is_variable else [part]
     return command
@@ -75,7 +75,9 @@ def _trial(align: Align, folder: Path) -> str:
     variables["PATH"] = f"{_program(folder / 'bin').parent}{os.pathsep}{os.environ['PATH']}"
     variables["PYTHONPATH"] = str(Path(__file__).parents[2])
     argv = align.argv("run", "tracking=[jsonl,wandb,tensorboard]", *FEW)
-    overrides = [one for one in argv[argv.index("quickstart") + 1 :] if not one.startswith(OF_THE_OTHERS)]
+    overrides = [
+        argument for argument in argv[argv.index("quickstart") + 1 :] if not argument.startswith(OF_THE_OTHERS)
+    ]
     done = subprocess.run(
         [*_agent_s_command({"stages.dpo.beta": 0.3}), *overrides],
         cwd=_repository(folder / "mine"),
@@ -96,14 +98,21 @@ def test_an_agent_s_trial_is_tracked_whole_and_tells_no_secret(new_align: Callab
     dpo = verify(next(align.output.glob("artifacts/dpo-*")), content=False)
     assert dpo.identity["config"]["beta"] == 0.3
 
-    found = {name: _records(run_folder / name) for name in ("dpo", "evaluate")}
-    runs = {name: next(one.run for one in told if one.HasField("run")) for name, told in found.items()}
+    by_stage = {name: _records(run_folder / name) for name in ("dpo", "evaluate")}
+    runs = {
+        name: next(record.run for record in of_stage if record.HasField("run")) for name, of_stage in by_stage.items()
+    }
     assert runs["dpo"].run_id == stable_id(read_spec(run_folder / "dpo/stage.yaml"))
     assert (runs["evaluate"].run_id, runs["evaluate"].sweep_id) == ("tr1al", "5weep")
     assert {run.run_group for run in runs.values()} == {"5weep"}
-    summary = [line for one in found["evaluate"] for line in one.summary.update if line.key == "style_and_facts/dpo"]
+    summary = [
+        line for record in by_stage["evaluate"] for line in record.summary.update if line.key == "style_and_facts/dpo"
+    ]
     assert [json.loads(line.value_json) for line in summary] == [_primary_of_dpo(align.output)]
-    made, used = ({one.artifact.name for one in told if one.artifact.type == "policy"} for told in found.values())
+    made, used = (
+        {record.artifact.name for record in of_stage if record.artifact.type == "policy"}
+        for of_stage in by_stage.values()
+    )
     assert made == used == {f"dpo-{dpo.fingerprint[:8]}"}
     for name in ("dpo", "evaluate"):
         assert list((run_folder / name / "tensorboard").glob("events.*"))
