@@ -55,40 +55,44 @@ class Difference:
     others: float
 
     def __str__(self) -> str:
-        ours, theirs = self.tokens
+        here, there = self.tokens
         return (
-            f"prompt {self.prompt}, token {self.position}: {ours!r} here, {theirs!r} there; their logits differ by "
+            f"prompt {self.prompt}, token {self.position}: {here!r} here, {there!r} there; their logits differ by "
             f"{self.gap:.1e}, and the likeliest token is ahead of them by {self.others:.1e}"
         )
 
 
 def differences(
-    model: Any, tokenizer: Any, prompts: Sequence[Ids], ours: Sequence[Ids], theirs: Sequence[Ids]
+    model: Any, tokenizer: Any, prompts: Sequence[Ids], ours: Sequence[Ids], of_engine: Sequence[Ids]
 ) -> list[Difference]:
     """One for each prompt whose answers differ; ``model`` becomes float64 for the time of this call."""
-    found = []
+    differing = []
     dtype = model.dtype
     model.double()
-    for number, (prompt, mine, other) in enumerate(zip(prompts, ours, theirs, strict=True)):
-        if mine == other:
+    for number, (prompt, own, other) in enumerate(zip(prompts, ours, of_engine, strict=True)):
+        if own == other:
             continue
-        position = next(at for at, (one, two) in enumerate(zip(mine, other, strict=False)) if one != two)
+        position = next(at for at, (own_id, other_id) in enumerate(zip(own, other, strict=False)) if own_id != other_id)
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([prompt + mine[:position]], device=model.device)).logits[0, -1]
-        of_both = logits[[mine[position], other[position]]]
-        found.append(
+            logits = model(input_ids=torch.tensor([prompt + own[:position]], device=model.device)).logits[0, -1]
+        of_both = logits[[own[position], other[position]]]
+        differing.append(
             Difference(
                 prompt=number,
                 position=position,
-                tokens=tuple(tokenizer.convert_ids_to_tokens([mine[position], other[position]])),
+                tokens=tuple(tokenizer.convert_ids_to_tokens([own[position], other[position]])),
                 gap=float((of_both[0] - of_both[1]).abs()),
                 others=float(logits.max() - of_both.max()),
             )
         )
     model.to(dtype)
-    return found
+    return differing
 
 
-def report(engine: str, found: Sequence[Difference]) -> None:
+def report(engine: str, differing: Sequence[Difference]) -> None:
     """Prints how many answers are equal, and each that is not."""
-    print(f"\n{engine}: {PROMPTS - len(found)} of {PROMPTS} answers of {TOKENS} tokens are equal", *found, sep="\n")
+    print(
+        f"\n{engine}: {PROMPTS - len(differing)} of {PROMPTS} answers of {TOKENS} tokens are equal",
+        *differing,
+        sep="\n",
+    )

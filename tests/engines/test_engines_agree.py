@@ -38,11 +38,13 @@ def _of_generate(model: Any, prompts: list[Ids], stops: Ids) -> list[Ids]:
     return [answer[: end[0] + 1] if end else answer for answer, end in zip(answers, ends, strict=True)]
 
 
-def _agree(engine: str, smollm: Smollm, prompts: list[Ids], ours: list[Ids], theirs: list[Ids]) -> None:
-    found = differences(*smollm, prompts, ours, theirs)
-    report(engine, found)
-    assert len(found) <= (1 - SHARE) * PROMPTS
-    assert all(one.gap < GAP and one.others < GAP for one in found), "a difference that rounding does not explain"
+def _agree(engine: str, smollm: Smollm, prompts: list[Ids], ours: list[Ids], of_engine: list[Ids]) -> None:
+    differing = differences(*smollm, prompts, ours, of_engine)
+    report(engine, differing)
+    assert len(differing) <= (1 - SHARE) * PROMPTS
+    assert all(difference.gap < GAP and difference.others < GAP for difference in differing), (
+        "a difference that rounding does not explain"
+    )
 
 
 def test_ours_are_those_of_transformers(smollm: Smollm, prompts: list[Ids], ours: list[Ids]) -> None:
@@ -103,10 +105,10 @@ def test_ours_are_those_of_transformers_serve(
             client.completions.create(model=name, prompt=question, max_tokens=TOKENS, temperature=0).choices[0].text
             for question in questions
         ]
-    mine = [tokenizer.decode(answer, skip_special_tokens=True) for answer in ours]
-    assert all(mine), "an empty text would say nothing"
+    own_texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in ours]
+    assert all(own_texts), "an empty text would say nothing"
     served = [
         own if text == own_text else [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
-        for text, own, own_text in zip(texts, ours, mine, strict=True)
+        for text, own, own_text in zip(texts, ours, own_texts, strict=True)
     ]
     _agree("transformers serve", smollm, prompts, ours, served)

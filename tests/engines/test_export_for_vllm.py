@@ -25,9 +25,9 @@ def test_the_written_folder_is_served(tmp_path: Path, run: ServedRun, vllm_pytho
     artifact = policy.adapters[-1].path.parent.parent
     options = ExportOptions(form="vllm", engine_python=str(vllm_python))
     notes = export(artifact, run.base, tmp_path / "out", options)
-    found = re.search(r"loaded by vLLM, (\d+) of 8 greedy answers .* differ by (\S+) nats", notes)
-    assert found is not None, notes
-    assert int(found[1]) == 8
-    assert float(found[2]) < 1e-4
+    match = re.search(r"loaded by vLLM, (\d+) of 8 greedy answers .* differ by (\S+) nats", notes)
+    assert match is not None, notes
+    assert int(match[1]) == 8
+    assert float(match[2]) < 1e-4
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert "vllm serve ." in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")

@@ -72,7 +72,7 @@ class Difference:
 def _difference(
     index: int, prompt: list[int], answer: list[int], other: list[int], margins: list[list[float]], model: Any
 ) -> Difference:
-    at = next(at for at, (ours, theirs) in enumerate(zip(answer, other, strict=False)) if ours != theirs)
+    at = next(at for at, (own_id, other_id) in enumerate(zip(answer, other, strict=False)) if own_id != other_id)
     with torch.no_grad():
         logits = model[0](input_ids=torch.tensor([prompt + answer[:at]])).logits[0, -1]
     ahead_here = float(logits[answer[at]] - logits[other[at]])

@@ -58,9 +58,9 @@ def test_greedy_answers_are_equal(
     file = tmp_path / "out" / f"model-{dtype}.gguf"
     reply = ask(llama_python, file, prompts=prompts, max_new_tokens=16, stops=[2])
     narrow = [
-        (ours, theirs, min(gap for _, gap in margins))
-        for ours, theirs, margins in zip(expected, reply["answers"], reply["margins"], strict=True)
-        if ours != theirs
+        (own, answer, min(gap for _, gap in margins))
+        for own, answer, margins in zip(expected, reply["answers"], reply["margins"], strict=True)
+        if own != answer
     ]
     assert not narrow if dtype == "f32" else all(gap < 0.05 for *_, gap in narrow)
 
