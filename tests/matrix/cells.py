@@ -147,17 +147,17 @@ class Bench:
 
     def _overrides(self, cell: Cell) -> list[str]:
         stage = f"stages.{cell.stage}"
-        told = [f"output={self._output(cell)}", f"model.source=path:{self.model}", f"model.dtype={self.dtype}"]
-        told += [f"launch={cell.launcher}", "launch.threads=1"]
-        told += [] if cell.launcher == "local" else ["launch.num_processes=2"]
-        told += [f"adapter@{stage}.adapter={cell.adapter}"]
-        told += [f"{stage}.adapter.{setting}" for setting in _ADAPTERS.get(cell.adapter, _FACTORS)]
-        told += [f"{stage}.data.source=path:{self.folder / _ROWS.get(cell.stage, PAIRS)}"]
-        told += [f"{stage}.init=base", *(f"{stage}.{setting}" for setting in _SETTINGS[cell.stage])]
+        overrides = [f"output={self._output(cell)}", f"model.source=path:{self.model}", f"model.dtype={self.dtype}"]
+        overrides += [f"launch={cell.launcher}", "launch.threads=1"]
+        overrides += [] if cell.launcher == "local" else ["launch.num_processes=2"]
+        overrides += [f"adapter@{stage}.adapter={cell.adapter}"]
+        overrides += [f"{stage}.adapter.{setting}" for setting in _ADAPTERS.get(cell.adapter, _FACTORS)]
+        overrides += [f"{stage}.data.source=path:{self.folder / _ROWS.get(cell.stage, PAIRS)}"]
+        overrides += [f"{stage}.init=base", *(f"{stage}.{setting}" for setting in _SETTINGS[cell.stage])]
         if cell.kind == "ppo":
             reward = Cell(stage="reward", adapter=cell.adapter, launcher="local")
-            told.append(f"{stage}.reward=path:{self.artifact(reward)}")
-        return told
+            overrides.append(f"{stage}.reward=path:{self.artifact(reward)}")
+        return overrides
 
     def _output(self, cell: Cell) -> Path:
         return self.folder / cell.launcher / cell.adapter
@@ -170,14 +170,14 @@ class Bench:
     @staticmethod
     def _reason(cell: Cell, printed: str) -> str:
         """Why the driver says that the stage does not work so, or nothing."""
-        found = re.search(r"does not work with (?:any launch|launch=\S+): (.*)", printed)
-        return "" if found is None else found[1]
+        match = re.search(r"does not work with (?:any launch|launch=\S+): (.*)", printed)
+        return "" if match is None else match[1]
 
     def _compared(self, cell: Cell) -> dict[str, float]:
         alone = self.artifact(Cell(stage=cell.stage, adapter=cell.adapter, launcher="local"))
         own = self.artifact(cell)
         figures = {
-            "figures": _furthest(_told(own, cell.stage), _told(alone, cell.stage)),
+            "figures": _furthest(_logged(own, cell.stage), _logged(alone, cell.stage)),
             "logits": _reread(self.model, own, cell.stage, against=alone),
         }
         for name, limit in (("figures", SAME), ("logits", LOGITS)):
@@ -186,15 +186,15 @@ class Bench:
         return figures
 
 
-def _told(artifact: Path, stage: str) -> list[float]:
+def _logged(artifact: Path, stage: str) -> list[float]:
     lines = (artifact / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [float(json.loads(line)[name]) for line in lines for name in FIGURES.get(stage, LOSS)]
 
 
-def _furthest(one: list[float], other: list[float]) -> float:
-    if len(one) != len(other) or not one:
-        raise CellFailed(f"{len(one)} steps were logged, {len(other)} by one process")
-    return max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(one, other, strict=True))
+def _furthest(own: list[float], alone: list[float]) -> float:
+    if len(own) != len(alone) or not own:
+        raise CellFailed(f"{len(own)} steps were logged, {len(alone)} by one process")
+    return max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(own, alone, strict=True))
 
 
 def _reread(base: Path, own: Path, stage: str, *, against: Path) -> float:

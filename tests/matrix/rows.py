@@ -32,7 +32,7 @@ def write_rows(folder: Path) -> None:
 
 
 def _words(number: int) -> str:
-    return " ".join(_TEXT[(number + place) % len(_TEXT)] for place in range(number))
+    return " ".join(_TEXT[(number + offset) % len(_TEXT)] for offset in range(number))
 
 
 def _write(path: Path, rows: list[dict[str, object]]) -> None:

@@ -57,10 +57,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="how many at once")
     parser.add_argument("--record", type=Path, help="a JSON file for the outcome")
     options = parser.parse_args(argv)
-    chosen = [one for one in MUTATIONS if options.only in one.name or options.only in one.file]
+    chosen = [mutation for mutation in MUTATIONS if options.only in mutation.name or options.only in mutation.file]
     if not chosen or options.jobs < 1:
         parser.error(f"nothing to do with --only {options.only!r} --jobs {options.jobs}")
-    stale = [f"{one.name}: {fault}" for one in chosen if (fault := one.fault(ROOT))]
+    stale = [f"{mutation.name}: {fault}" for mutation in chosen if (fault := mutation.fault(ROOT))]
     for line in stale:
         print(f"STALE {line}")
     if stale:
@@ -87,18 +87,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def red_without_a_fault(chosen: Sequence[Mutation], trees: Sequence[Path]) -> list[str]:
     """Tests of the table that do not pass in the tree as it is, or do not run."""
-    tests = sorted({one.test for one in chosen})
-    shares = {tree: tests[place :: len(trees)] for place, tree in enumerate(trees) if tests[place:]}
+    tests = sorted({mutation.test for mutation in chosen})
+    shares = {tree: tests[index :: len(trees)] for index, tree in enumerate(trees) if tests[index:]}
     for process in [start(tree, share, stop_at_failure=False) for tree, share in shares.items()]:
         process.join()
     red = []
     for tree, share in shares.items():
         code, states = outcome(tree)
-        found = [f"{test}: {state}" for test, state in states.items() if state != "passed"]
-        found += [f"{test}: did not run" for test in share if not any(one.startswith(test) for one in states)]
-        if code != 0 or found:
+        failed = [f"{test}: {state}" for test, state in states.items() if state != "passed"]
+        failed += [f"{test}: did not run" for test in share if not any(ran.startswith(test) for ran in states)]
+        if code != 0 or failed:
             print(log_of(tree).read_text(encoding="utf-8")[-4000:])
-            red += found or [f"pytest ended with {code}"]
+            red += failed or [f"pytest ended with {code}"]
     return red
 
 
@@ -111,7 +111,11 @@ def run_all(chosen: Sequence[Mutation], trees: Sequence[Path]) -> dict[str, str]
         while todo and free:
             running.append(_begun(todo.pop(0), free.pop()))
         wait([trial.process.sentinel for trial in running], timeout=1.0)
-        for trial in [one for one in running if not one.process.is_alive() or time.monotonic() >= one.deadline]:
+        for trial in [
+            candidate
+            for candidate in running
+            if not candidate.process.is_alive() or time.monotonic() >= candidate.deadline
+        ]:
             running.remove(trial)
             verdicts[trial.mutation.name] = verdict = _ended(trial)
             free.append(trial.tree)

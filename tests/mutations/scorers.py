@@ -18,7 +18,7 @@ FAILS = "test_a_call_that_fails_on_one_process_ends_both_and_none_waits"
 COLUMNS = "test_members_have_columns_of_their_own_and_enter_the_total_as_one"
 IN_TURN = "test_what_is_combined_is_normalised_and_clipped_in_its_turn"
 FORM = "test_a_reply_of_another_form_is_no_score"
-KEPT = "test_what_was_scored_is_asked_again_only_if_what_counts_has_changed"
+ASKED_AGAIN = "test_what_was_scored_is_asked_again_only_if_what_counts_has_changed"
 REFUSED = "test_what_cannot_score_is_refused"
 
 MUTATIONS = [
@@ -95,9 +95,9 @@ MUTATIONS = [
         ("what is no number is a score", "checked_number(score, where=item.prompt.where, source=self._source)", "score",
          "test_what_is_no_score_is_refused_with_its_row_and_kept_nowhere"),
         ("an answer's score is kept for all answers", "digest([self._config, json.dumps(body, sort_keys=True)])",
-         "digest([self._config])", KEPT),
+         "digest([self._config])", ASKED_AGAIN),
         ("another model's scores are taken", "digest([self._config, json.dumps(body, sort_keys=True)])",
-         'digest([json.dumps({**body, "model": ""}, sort_keys=True)])', KEPT),
+         'digest([json.dumps({**body, "model": ""}, sort_keys=True)])', ASKED_AGAIN),
         ("a reply without a grade has the score 0", "if self._ungraded is None:", "if False:",
          "test_a_reply_without_a_grade_ends_the_stage_unless_its_score_is_set"),
         ("calls have one answer each", "1 if self._api.single else self._config.batch_size", "1",

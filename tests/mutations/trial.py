@@ -67,10 +67,10 @@ def start(tree: Path, tests: Sequence[str], *, stop_at_failure: bool) -> BasePro
 def outcome(tree: Path) -> tuple[int | None, dict[str, str]]:
     """pytest's exit code and the state of each test; no code where the process ended without a word."""
     try:
-        found: dict[str, Any] = json.loads(_outcome_file(tree).read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(_outcome_file(tree).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None, {}
-    return found["code"], found["states"]
+    return record["code"], record["states"]
 
 
 def log_of(tree: Path) -> Path:

@@ -9,9 +9,9 @@ from tests.mutations.trial import ROOT
 
 
 def test_every_fault_can_still_be_put_where_it_belongs() -> None:
-    assert [f"{one.name}: {fault}" for one in MUTATIONS if (fault := one.fault(ROOT))] == []
-    assert [one.name for one in MUTATIONS if one.old == one.new] == []
+    assert [f"{mutation.name}: {fault}" for mutation in MUTATIONS if (fault := mutation.fault(ROOT))] == []
+    assert [mutation.name for mutation in MUTATIONS if mutation.old == mutation.new] == []
 
 
 def test_names_are_used_once() -> None:
-    assert [name for name, count in Counter(one.name for one in MUTATIONS).items() if count > 1] == []
+    assert [name for name, count in Counter(mutation.name for mutation in MUTATIONS).items() if count > 1] == []
