@@ -167,8 +167,8 @@ def ppo_stage(
 @torch.no_grad()
 def logprobs_after(model: Any, rows: Sequence[Sequence[int]]) -> Tensor:
     """``[rows, tokens, vocabulary]``: log p(next | prefix) at every place of rows of one length, float64 on the CPU."""
-    one = unwrapped(model)
-    return one(torch.tensor(rows, device=one.device)).logits.double().cpu().log_softmax(-1)
+    base = unwrapped(model)
+    return base(torch.tensor(rows, device=base.device)).logits.double().cpu().log_softmax(-1)
 
 
 def each(score: Callable[[Tokens, Tokens], float]) -> ScoreFunction:

@@ -64,17 +64,17 @@ def iid_policy(seed: int) -> PreTrainedModel:
     """
     model = tiny_model(seed=seed, vocab_size=4, num_hidden_layers=1, tie_word_embeddings=False)
     layer, table, head = model.model.layers[0], model.model.embed_tokens.weight, model.lm_head.weight
-    told = 1 + _FREE
+    end = 1 + _FREE
     with torch.no_grad():
         layer.self_attn.o_proj.weight.zero_()
         layer.mlp.down_proj.weight.zero_()
         table[:, 0] = _CONSTANT
-        table[:, 1:told] = 0.0
+        table[:, 1:end] = 0.0
         # All states have mean square 1, so the last norm leaves them as they are.
-        table[:, told:] *= math.sqrt(table.shape[1] - _CONSTANT**2) / table[:, told:].norm(dim=-1, keepdim=True)
+        table[:, end:] *= math.sqrt(table.shape[1] - _CONSTANT**2) / table[:, end:].norm(dim=-1, keepdim=True)
         head[:, 0] = torch.tensor([math.log(P), math.log(1 - P), -200.0, -200.0]) / _CONSTANT
         head[[END, START], 1:] = 0.0
-        head[:, told:] = 0.0
+        head[:, end:] = 0.0
     return model
 
 
@@ -139,12 +139,16 @@ def run(folder: Path) -> list[Claim]:
 
 def _mode_claims(folder: Path, mode: Mode) -> list[Claim]:
     runs = [learned(folder / f"{mode.name}-{seed}", mode, updates=UPDATES, seed=seed) for seed in SEEDS]
-    found, clipped = [judged(policy) for policy, _ in runs], tuple(share for _, share in runs)
+    judgements, clipped = [judged(policy) for policy, _ in runs], tuple(share for _, share in runs)
     name = mode.name
     return [
-        Claim(figure=f"{name}: (J(π) − J(ref)) / (J* − J(ref))", values=tuple(f.gain for f in found), at_least=GAIN),
-        Claim(figure=f"{name}: J(π) / J*", values=tuple(f.worth / BEST for f in found), at_least=GAIN),
-        Claim(figure=f"{name}: largest |π(A) − π*(A)|", values=tuple(f.error for f in found), at_most=ERROR),
-        Claim(figure=f"{name}: probability of other tokens", values=tuple(f.outside for f in found), at_most=OUTSIDE),
+        Claim(
+            figure=f"{name}: (J(π) − J(ref)) / (J* − J(ref))", values=tuple(f.gain for f in judgements), at_least=GAIN
+        ),
+        Claim(figure=f"{name}: J(π) / J*", values=tuple(f.worth / BEST for f in judgements), at_least=GAIN),
+        Claim(figure=f"{name}: largest |π(A) − π*(A)|", values=tuple(f.error for f in judgements), at_most=ERROR),
+        Claim(
+            figure=f"{name}: probability of other tokens", values=tuple(f.outside for f in judgements), at_most=OUTSIDE
+        ),
         Claim(figure=f"{name}: clipped values in the update with the most", values=clipped, at_least=CLIPPED),
     ]

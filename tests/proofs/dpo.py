@@ -66,8 +66,8 @@ def learned(
         save_every=STEPS,
     )
     context = StageContext(spec=tiny_spec(folder, config, base_path=bandit.base, seed=seed), rank=0, world_size=1)
-    found = Lineage(source=BASE_SOURCE, base=bandit.base, adapters=())
-    trainer = dpo._trainer(config, context, found, tiny_tokenizer(), as_table(pairs))
+    start = Lineage(source=BASE_SOURCE, base=bandit.base, adapters=())
+    trainer = dpo._trainer(config, context, start, tiny_tokenizer(), as_table(pairs))
     dpo.check_start(trainer)
     train(trainer, context, headline="loss")
     return bandit.policy_of(trainer.model)

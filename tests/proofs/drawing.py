@@ -78,7 +78,7 @@ def draw_intervals(file: Path, panels: dict[str, tuple[list[Row], float]], *, be
     for title, (rows, limit) in panels.items():
         scale = scale_of([row.interval for row in rows], within=None, include=limit)
         parts.append(_title(title, top))
-        parts += [_interval_row(row, scale, top + _TITLE + place * _ROW) for place, row in enumerate(rows)]
+        parts += [_interval_row(row, scale, top + _TITLE + index * _ROW) for index, row in enumerate(rows)]
         bottom = top + _TITLE + len(rows) * _ROW
         dotted = Markup('<line class="guide" x1="{0}" x2="{0}" y1="0" y2="100%"/>').format(scale.percent(limit))
         parts += [_plot(dotted, top + _TITLE, len(rows) * _ROW), _plot(scale_axis(scale), bottom, 20)]
@@ -117,7 +117,7 @@ def draw_card(card: Path, file: Path) -> None:
     """How sure a reward model is and how right, and its margins."""
     titles = ("Share right, over how sure it is", "Pairs, over the margin of their scores")
     figures = plots(typed_json.read(card, RewardCard, remedy=""))
-    stack(file, dict(zip(titles, (one.svg for one in figures), strict=True)), below="left of 0 it is wrong")
+    stack(file, dict(zip(titles, (figure.svg for figure in figures), strict=True)), below="left of 0 it is wrong")
 
 
 if __name__ == "__main__":

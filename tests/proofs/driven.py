@@ -76,7 +76,7 @@ def _drive(arguments: list[str], printed: str, clock: str | None) -> NoReturn:
     from alignment.pipeline.backends import processes
 
     real = time.time
-    processes.psutil.Popen = lambda *told, **more: _forked(*told, **more, clock=real)
+    processes.psutil.Popen = lambda *args, **more: _forked(*args, **more, clock=real)
     if clock is not None:
         processes._POLL_SECONDS = _OFTEN
         time.time = lambda: real() + float(Path(clock).read_text(encoding="utf-8") or 0)

@@ -23,17 +23,17 @@ WAYS = {"none": ("stages.sft.data.mix=[]",), "replay": ()}
 """The recipe without what is mixed in, and as it is."""
 NAMES = {"none": "without replay", "replay": "a fifth of replay"}
 ALONE = ("~stages.evaluate", "~stages.report", "launch.threads=1")
-Found = Mapping[tuple[str, int], Forgetting]
+Outcomes = Mapping[tuple[str, int], Forgetting]
 """Way and seed → what was measured."""
 
 
 def run(folder: Path) -> list[Claim]:
     """Both ways, from each seed."""
     codes = {(way, seed): _align(folder, way, seed) for way in WAYS for seed in SEEDS}
-    found = {one: outcome_of(folder, *one) for one in codes}
-    figure(found)
-    limit = found["none", SEEDS[0]].limits.perplexity_rise
-    without, replayed = ([found[way, seed].arms[1] for seed in SEEDS] for way in WAYS)
+    outcomes = {key: outcome_of(folder, *key) for key in codes}
+    figure(outcomes)
+    limit = outcomes["none", SEEDS[0]].limits.perplexity_rise
+    without, replayed = ([outcomes[way, seed].arms[1] for seed in SEEDS] for way in WAYS)
     return [
         Claim(figure="exit code without replay", values=_codes(codes, "none"), at_least=10, at_most=10),
         Claim(figure="exit code with a fifth of replay", values=_codes(codes, "replay"), at_most=0),
@@ -48,18 +48,18 @@ def outcome_of(folder: Path, way: str, seed: int) -> Forgetting:
     return Forgetting.read(Path(stages["forgetting"].artifact))
 
 
-def figure(found: Found) -> None:
+def figure(outcomes: Outcomes) -> None:
     """Both figures of each run beside their limits."""
-    limits = next(iter(found.values())).limits
+    limits = next(iter(outcomes.values())).limits
     draw_intervals(
         FIGURE,
         {
             "Rise of the perplexity of general text, share of the base's": (
-                _rows({one: record.arms[1].rise for one, record in found.items()}),
+                _rows({key: record.arms[1].rise for key, record in outcomes.items()}),
                 limits.perplexity_rise,
             ),
             "Drop of right answers, share of the questions": (
-                _rows({one: record.arms[1].drop for one, record in found.items()}),
+                _rows({key: record.arms[1].drop for key, record in outcomes.items()}),
                 limits.ability_drop,
             ),
         },

@@ -330,5 +330,5 @@ def _claims(straight: Stage, stages: list[Stage]) -> list[Claim]:
     ]
 
 
-def _differing(one: dict[str, str], other: dict[str, str]) -> int:
-    return sum(one.get(name) != other.get(name) for name in one.keys() | other.keys())
+def _differing(expected: dict[str, str], actual: dict[str, str]) -> int:
+    return sum(expected.get(name) != actual.get(name) for name in expected.keys() | actual.keys())

@@ -115,7 +115,7 @@ def _claims(folder: Path, model: Path, *, name: str, target: Target) -> list[Cla
     killed("run", *target.overrides)
     expected, rows = (_rows(align, target) for align in (straight, killed))
     logged = [row["step"] for row in rows if "step" in row]
-    differing = sum(one != other for one, other in zip(expected, rows, strict=False)) + abs(len(expected) - len(rows))
+    differing = sum(wanted != row for wanted, row in zip(expected, rows, strict=False)) + abs(len(expected) - len(rows))
     return [
         Claim(figure=f"{name}: kills after new steps", values=(float(len(repeated)),), at_least=target.kills),
         Claim(figure=f"{name}: most steps made again", values=(float(max(repeated)),), at_most=target.again),
@@ -178,8 +178,8 @@ def _check_runs(process: subprocess.Popen[bytes], align: Align) -> None:
 
 
 def _differing(straight: Align, killed: Align) -> float:
-    mine, theirs = killed.weights(), straight.weights()
-    return float(sum(mine.get(name) != theirs.get(name) for name in mine.keys() | theirs.keys()))
+    of_killed, of_straight = killed.weights(), straight.weights()
+    return float(sum(of_killed.get(name) != of_straight.get(name) for name in of_killed.keys() | of_straight.keys()))
 
 
 def _rows(align: Align, target: Target) -> list[dict[str, Any]]:

@@ -21,10 +21,12 @@ def run(folder: Path) -> list[Claim]:
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     if not record.is_file():
         raise AssertionError(f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    told = json.loads(record.read_text(encoding="utf-8"))
-    for name in told["survived"]:
+    outcome = json.loads(record.read_text(encoding="utf-8"))
+    for name in outcome["survived"]:
         print(f"  survived: {name}", file=sys.stderr)
     return [
-        Claim(figure="faults in the wiring", values=(float(told["mutations"]),), at_least=FEWEST),
-        Claim(figure="share of them that a test notices", values=(told["caught"] / told["mutations"],), at_least=1.0),
+        Claim(figure="faults in the wiring", values=(float(outcome["mutations"]),), at_least=FEWEST),
+        Claim(
+            figure="share of them that a test notices", values=(outcome["caught"] / outcome["mutations"],), at_least=1.0
+        ),
     ]

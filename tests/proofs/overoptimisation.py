@@ -121,43 +121,45 @@ def run(folder: Path) -> list[Claim]:
     _draw(seen[0])
 
     def of_each(figure: Callable[[_Seen], float]) -> tuple[float, ...]:
-        return tuple(figure(one) for one in seen)
+        return tuple(figure(of_seed) for of_seed in seen)
 
-    def rise(one: _Seen) -> float:
-        return max(one.free_gold) - one.free_gold[0]
+    def rise(of_seed: _Seen) -> float:
+        return max(of_seed.free_gold) - of_seed.free_gold[0]
 
     return [
         Claim(
             figure="the reward model's accuracy without wrong labels",
-            values=of_each(lambda one: one.accuracy),
+            values=of_each(lambda of_seed: of_seed.accuracy),
             at_least=ACCURACY,
         ),
         Claim(
             figure="correlation of the guard's grader with gold on the untrained model's answers",
-            values=of_each(lambda one: one.correlation),
+            values=of_each(lambda of_seed: of_seed.correlation),
             at_most=GRADER_CORRELATION,
         ),
         Claim(figure="unguarded: gold from start to peak", values=of_each(rise), at_least=RISE),
         Claim(
             figure="unguarded: its fall from the peak to the end, as a share of that",
-            values=of_each(lambda one: (max(one.free_gold) - one.free_gold[-1]) / rise(one)),
+            values=of_each(lambda of_seed: (max(of_seed.free_gold) - of_seed.free_gold[-1]) / rise(of_seed)),
             at_least=FALL,
         ),
         Claim(
             figure="unguarded: rise of the proxy at the end, as a share of its highest",
             values=of_each(
-                lambda one: (one.free.proxy[-1] - one.free.proxy[0]) / (max(one.free.proxy) - one.free.proxy[0])
+                lambda of_seed: (
+                    (of_seed.free.proxy[-1] - of_seed.free.proxy[0]) / (max(of_seed.free.proxy) - of_seed.free.proxy[0])
+                )
             ),
             at_least=LATE,
         ),
         Claim(
             figure="guarded: gold of what is handed on, as a share of the peak",
-            values=of_each(lambda one: one.handed_on / max(one.guarded_gold)),
+            values=of_each(lambda of_seed: of_seed.handed_on / max(of_seed.guarded_gold)),
             at_least=NEAR_PEAK,
         ),
         Claim(
             figure="guarded: updates from the peak of what is handed on to the end",
-            values=of_each(lambda one: float(UPDATES - one.best_updates)),
+            values=of_each(lambda of_seed: float(UPDATES - of_seed.best_updates)),
             at_least=2 * EVERY,
         ),
     ]
@@ -183,12 +185,12 @@ def _see(folder: Path, stories: Stories, seed: int) -> _Seen:
 
     prompts = stories.prompts() * MEASURED
 
-    def watched(one: PpoStage) -> _OnTheWay:
+    def watched(trained: PpoStage) -> _OnTheWay:
         def measured() -> float:
-            return _mean(gold(prompts, _answers(one.roles.policy, stories, prompts, seed=seed + 1)))
+            return _mean(gold(prompts, _answers(trained.roles.policy, stories, prompts, seed=seed + 1)))
 
-        way = _OnTheWay(measured, every=EVERY * one.trainer.steps_per_update)
-        one.trainer.add_callback(way)
+        way = _OnTheWay(measured, every=EVERY * trained.trainer.steps_per_update)
+        trained.trainer.add_callback(way)
         return way
 
     free = stage("free", GuardConfig())
@@ -245,9 +247,9 @@ def _config(guard: GuardConfig) -> PpoConfig:
 
 def _reward_model(folder: Path, stories: Stories, seed: int) -> tuple[Scores, float]:
     """What a reward model that has learned says, and its accuracy on fresh pairs that the gold rule labelled."""
-    found = Lineage(source=BASE_SOURCE, base=stories.folder, adapters=())
+    start = Lineage(source=BASE_SOURCE, base=stories.folder, adapters=())
     rng = torch.Generator().manual_seed(seed)
-    pairs = _pairs(stories, load_policy(found, torch.float32), PAIRS + HELD_OUT)
+    pairs = _pairs(stories, load_policy(start, torch.float32), PAIRS + HELD_OUT)
     wrong = torch.rand(PAIRS, generator=rng) < WRONG
     learned = [_flipped(pair) if flip else pair for pair, flip in zip(pairs, wrong.tolist(), strict=False)]
     config = RewardConfig(
@@ -256,7 +258,7 @@ def _reward_model(folder: Path, stories: Stories, seed: int) -> tuple[Scores, fl
         save_every=1000,
     )
     context = StageContext(spec=tiny_spec(folder, config, base_path=stories.folder, seed=seed), rank=0, world_size=1)
-    trainer = reward._trainer(config, context, found, stories.tokenizer, as_table(learned))
+    trainer = reward._trainer(config, context, start, stories.tokenizer, as_table(learned))
     train(trainer, context, headline="loss")
     trainer.model.eval()
 
@@ -269,7 +271,7 @@ def _reward_model(folder: Path, stories: Stories, seed: int) -> tuple[Scores, fl
         says(prompts, [pair.chosen for pair in held_out]),
         says(prompts, [pair.rejected for pair in held_out]),
     )
-    return says, _mean([float(one > other) for one, other in zip(better, worse, strict=True)])
+    return says, _mean([float(chosen > rejected) for chosen, rejected in zip(better, worse, strict=True)])
 
 
 def _pairs(stories: Stories, policy: PreTrainedModel, number: int) -> list[TokenizedPair]:
@@ -279,9 +281,9 @@ def _pairs(stories: Stories, policy: PreTrainedModel, number: int) -> list[Token
     for turn in range(100):
         sides = [_answers(policy, stories, prompts, seed=1000 + 2 * turn + side) for side in (0, 1)]
         for prompt, *answers in zip(prompts, *sides, strict=True):
-            one, other = sorted(answers, key=lambda answer: -gold_of(stories.text(answer)))
-            if gold_of(stories.text(one)) > gold_of(stories.text(other)):
-                pairs.append(TokenizedPair(prompt=prompt, chosen=one, rejected=other))
+            chosen, rejected = sorted(answers, key=lambda answer: -gold_of(stories.text(answer)))
+            if gold_of(stories.text(chosen)) > gold_of(stories.text(rejected)):
+                pairs.append(TokenizedPair(prompt=prompt, chosen=chosen, rejected=rejected))
         if len(pairs) >= number:
             break
     return pairs[:number]

@@ -71,4 +71,4 @@ def run(folder: Path) -> list[Claim]:
 
 
 def _differing(some: list[str], others: list[str]) -> float:
-    return float(sum(one != other for one, other in zip(some, others, strict=True)))
+    return float(sum(text != other_text for text, other_text in zip(some, others, strict=True)))

@@ -166,7 +166,9 @@ def _made(folder: Path, model: Path, url: str, name: str, *, kills: Sequence[int
 def _recipe(folder: Path, model: Path, url: str, name: str) -> Path:
     (folder / "template.jinja").write_text(TEMPLATE, encoding="utf-8")
     for file, openings in (("openings.jsonl", OPENINGS[:64]), ("heldout.jsonl", OPENINGS[-PROMPTS:])):
-        (folder / file).write_text("".join(f"{json.dumps({'prompt': one})}\n" for one in openings), encoding="utf-8")
+        (folder / file).write_text(
+            "".join(f"{json.dumps({'prompt': opening})}\n" for opening in openings), encoding="utf-8"
+        )
     endpoint = f'{{base_url: "{url}", model: "{name}", max_tokens: 12, timeout: 60, concurrency: 2}}'
     settings = {"model": model, "folder": folder, "output": folder / "out", "endpoint": endpoint}
     file = folder / "mine.yaml"
@@ -203,5 +205,5 @@ def _files(folder: Path) -> dict[str, str]:
     }
 
 
-def _differing(one: dict[str, str], other: dict[str, str]) -> int:
-    return sum(one.get(name) != other.get(name) for name in one.keys() | other.keys())
+def _differing(expected: dict[str, str], actual: dict[str, str]) -> int:
+    return sum(expected.get(name) != actual.get(name) for name in expected.keys() | actual.keys())
