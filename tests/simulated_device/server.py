@@ -106,13 +106,15 @@ def _of_several(spec: StageSpec, folder: Path, world_size: int) -> Outcome:
     for rank, answer in enumerate(answers):
         variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
         variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        children.append(_begun(lambda rank=rank, told=variables: _of_rank(spec, rank, world_size, told), answer))
+        children.append(
+            _begun(lambda rank=rank, variables=variables: _of_rank(spec, rank, world_size, variables), answer)
+        )
     for child in children:
         os.waitpid(child, 0)
     outcomes = [_read(answer) for answer in answers]
     return Outcome(
-        error="\n".join(f"process {rank}: {one.error}" for rank, one in enumerate(outcomes) if one.error),
-        events=sum((Counter(one.events) for one in outcomes), Counter()),
+        error="\n".join(f"process {rank}: {outcome.error}" for rank, outcome in enumerate(outcomes) if outcome.error),
+        events=sum((Counter(outcome.events) for outcome in outcomes), Counter()),
     )
 
 

@@ -125,11 +125,11 @@ class Cluster:
         """
         self.call("scontrol", "update", f"JobId={job}", "StartTime=now+5")
 
-    def wait_for(self, ready: Callable[[], object], what: str) -> None:
+    def wait_for(self, ready: Callable[[], object], awaited: str) -> None:
         """Returns when it is so; fails after two minutes, with the last words of the daemons."""
         deadline = time.monotonic() + _PATIENCE
         while not ready():
-            assert time.monotonic() < deadline, f"no {what} in {_PATIENCE:.0f} s\n{self.logs()}"
+            assert time.monotonic() < deadline, f"no {awaited} in {_PATIENCE:.0f} s\n{self.logs()}"
             time.sleep(0.05)
 
     def logs(self) -> str:

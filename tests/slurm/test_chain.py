@@ -33,8 +33,8 @@ def undisturbed(new_align: Callable[[], Align]) -> Align:
 
 def jobs(align: Align) -> dict[str, str]:
     """Stage → job of the last submission."""
-    found: dict[str, str] = json.loads((align.output / "runs/sft_dpo/jobs.json").read_text())
-    return found
+    submitted: dict[str, str] = json.loads((align.output / "runs/sft_dpo/jobs.json").read_text())
+    return submitted
 
 
 def test_a_chain_of_two_jobs_ends_well(undisturbed: Align, cluster: Cluster) -> None:

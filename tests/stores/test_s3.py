@@ -56,11 +56,11 @@ def test_another_machine_reuses_what_the_first_has_made(
     first, second = machines(), machines()
     first("run", *SHORT)
     assert first.align.weights() == undisturbed.weights()
-    kept = {path.parent.name: path.read_bytes() for path in first.output.glob("artifacts/*/manifest.json")}
+    manifests = {path.parent.name: path.read_bytes() for path in first.output.glob("artifacts/*/manifest.json")}
     shutil.rmtree(first.output)
 
     planned = second("plan", *SHORT)
-    for name in kept:
+    for name in manifests:
         assert f"{name} from the store" in planned
     assert f"store: s3://{BUCKET}/{second.prefix}" in planned
     assert re.search(r"^sft +fetch ", planned, re.MULTILINE)
@@ -70,7 +70,9 @@ def test_another_machine_reuses_what_the_first_has_made(
     second("run", *SHORT)
     assert states(second) == {"sft": "reused", "dpo": "reused"}
     assert second.align.weights() == undisturbed.weights()
-    assert {path.parent.name: path.read_bytes() for path in second.output.glob("artifacts/*/manifest.json")} == kept
+    assert {
+        path.parent.name: path.read_bytes() for path in second.output.glob("artifacts/*/manifest.json")
+    } == manifests
     assert f"store: s3://{BUCKET}/{second.prefix}" in second.align_status()
     assert not [key for key in server.keys(second.prefix) if not key.startswith("artifacts/")], "nothing is left over"
     assert "here and in the store" in second("plan", *SHORT)
@@ -151,9 +153,9 @@ def test_a_kill_during_the_upload_of_a_checkpoint_leaves_nothing_that_counts(
 
 def test_two_machines_at_once_make_a_stage_once(machines: MakeMachine, undisturbed: Align) -> None:
     first, second = machines(), machines()
-    one, other = first.start(*SHORT, "--wait"), second.start(*SHORT, "--wait")
-    printed = [process.communicate(timeout=300)[0] for process in (one, other)]
-    assert [one.returncode, other.returncode] == [0, 0], printed
+    of_first, of_second = first.start(*SHORT, "--wait"), second.start(*SHORT, "--wait")
+    printed = [process.communicate(timeout=300)[0] for process in (of_first, of_second)]
+    assert [of_first.returncode, of_second.returncode] == [0, 0], printed
     for stage in ("sft", "dpo"):
         assert sorted(states(machine)[stage] for machine in (first, second)) == ["done", "reused"], printed
     for machine in (first, second):
