@@ -51,6 +51,6 @@ def versions_in(python: str) -> dict[str, str]:
 def _call(command: list[str]) -> None:
     outcome = subprocess.run(command, capture_output=True, text=True, check=False)
     if outcome.returncode != 0:
-        said = [line.strip() for line in (outcome.stdout + outcome.stderr).splitlines() if line.strip()]
-        errors = [line for line in said if line.startswith("ERROR")] or said or ["no reason was given"]
+        lines = [line.strip() for line in (outcome.stdout + outcome.stderr).splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no reason was given"]
         raise CannotBuild(scrubbed(errors[-1]))

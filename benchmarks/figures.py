@@ -131,18 +131,18 @@ def figures_of(
 
 def _phases(updates: Sequence[Mapping[str, float]], floors: Mapping[str, float]) -> Figures:
     """``updates`` are what was logged; a rival's does not tell its phases apart."""
-    found: Figures = {}
+    figures: Figures = {}
     for logged, name in PHASES.items():
         seconds = [update[f"time/{logged}"] for update in updates if f"time/{logged}" in update]
         if seconds:
-            found |= {f"{name}_seconds": median(seconds), f"{name}_floor": floors[name]}
+            figures |= {f"{name}_seconds": median(seconds), f"{name}_floor": floors[name]}
     copies = [update["memory/base_copies"] for update in updates if "memory/base_copies" in update]
-    return found | ({"base_copies": max(copies)} if copies else {})
+    return figures | ({"base_copies": max(copies)} if copies else {})
 
 
 def medians(measured: Sequence[Figures]) -> Figures:
     """Each figure's median over repetitions."""
-    return {name: median(one[name] for one in measured) for name in measured[0]}
+    return {name: median(repetition[name] for repetition in measured) for name in measured[0]}
 
 
 def ratios(ours: Mapping[int, Figures], rival: Mapping[int, Figures], quantity: str) -> dict[str, float | list[float]]:

@@ -63,8 +63,8 @@ def _micro_rows(step: int, *counts: int) -> Axis:
     return Axis(name="micro_rows", values={rows: _parts(step // rows, "micro-batch", rows) for rows in counts})
 
 
-def _parts(number: int, what: str, size: int) -> str:
-    return f"{number} {what}{'' if number == 1 else 'es'} of {size}"
+def _parts(number: int, noun: str, size: int) -> str:
+    return f"{number} {noun}{'' if number == 1 else 'es'} of {size}"
 
 
 def _checkpointing(*, starts: bool) -> Axis:

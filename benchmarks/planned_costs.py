@@ -151,7 +151,7 @@ def _write_rows(folder: Path) -> None:
 
 
 def _words(number: int) -> str:
-    return " ".join(_WORDS[place % len(_WORDS)] for place in range(number))
+    return " ".join(_WORDS[index % len(_WORDS)] for index in range(number))
 
 
 def _line(cell: Cell) -> str:

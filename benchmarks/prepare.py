@@ -132,22 +132,22 @@ def _fitting(
     """
     tokenize: Callable[[Any, dict[str, Any]], Any]
     if kind == "sft":
-        found, tokenize, limit = rows.conversations(data), _conversation, MAX_LENGTH
+        candidates, tokenize, limit = rows.conversations(data), _conversation, MAX_LENGTH
     elif kind in ("reward", "dpo"):
-        found, tokenize, limit = rows.pairs(data), _pair, MAX_LENGTH
+        candidates, tokenize, limit = rows.pairs(data), _pair, MAX_LENGTH
     elif kind == "kto":
-        found, tokenize, limit = rows.answers(data), _labelled, MAX_LENGTH
+        candidates, tokenize, limit = rows.answers(data), _labelled, MAX_LENGTH
     else:
-        found, tokenize, limit = rows.prompts(data), _prompt, prompt_tokens
+        candidates, tokenize, limit = rows.prompts(data), _prompt, prompt_tokens
     fitting = []
-    for row in found:
+    for row in candidates:
         try:
             tokens = tokenize(tokenizer, row)
         except DataError:
             continue
         if _longest(tokens) <= limit:
             fitting.append((row, tokens))
-    return fitting, len(found) - len(fitting)
+    return fitting, len(candidates) - len(fitting)
 
 
 def _longest(tokens: Any) -> int:
@@ -163,8 +163,8 @@ def _messages(row: dict[str, Any]) -> list[Message]:
 
 
 def _conversation(tokenizer: Any, row: dict[str, Any]) -> Tokens:
-    found = tokenize_conversation(tokenizer, _messages(row))
-    return {"input_ids": found.input_ids, "labels": found.labels}
+    tokenized = tokenize_conversation(tokenizer, _messages(row))
+    return {"input_ids": tokenized.input_ids, "labels": tokenized.labels}
 
 
 def _pair(tokenizer: Any, row: dict[str, Any]) -> Tokens:
@@ -220,8 +220,8 @@ def _growth(folder: Path, tokenizer: Any, data: Path | None, repetitions: int) -
         points = {}
         for name, point in POINTS.items():
             made = []
-            for place in range(point.rows):
-                start = (repetition * point.rows + place) * point.length % len(words)
+            for index in range(point.rows):
+                start = (repetition * point.rows + index) * point.length % len(words)
                 own = words[start:] + words[:start]
                 asked = words[: point.length // 2] if point.one_question else own[: point.length // 16]
                 made.append(row_of_length(tokenizer, asked, own[len(asked) :], point.length))
@@ -242,17 +242,17 @@ def row_of_length(tokenizer: Any, asked: list[str], words: list[str], length: in
         turns = [{"role": "user", "content": " ".join(asked)}, {"role": "assistant", "content": answer}]
         return {"messages": turns}
 
-    def size(found: dict[str, Any]) -> int:
-        return len(_conversation(tokenizer, found)["input_ids"])
+    def size(conversation: dict[str, Any]) -> int:
+        return len(_conversation(tokenizer, conversation)["input_ids"])
 
     low, high = 1, length
     while low < high:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if size(row(middle)) <= length else (low, middle - 1)
-    found = row(low, length - size(row(low)))
-    if size(found) != length:
-        raise ValueError(f"a row of {size(found)} tokens was made where {length} are wanted")
-    return found
+    filled = row(low, length - size(row(low)))
+    if size(filled) != length:
+        raise ValueError(f"a row of {size(filled)} tokens was made where {length} are wanted")
+    return filled
 
 
 def _random_model(folder: Path, base: Path, name: str) -> Path:
@@ -292,7 +292,7 @@ def _reward_model(folder: Path, base: Path, tokenizer: Any, data: Path | None, a
     """One step of the real stage, as an artifact for ours and as a plain transformers folder for TRL."""
     fitting, _ = _fitting("reward", tokenizer, data)
     part = rows.taken(fitting, 0, ROWS)
-    files = _write(folder, "reward", [row for row, _ in part], [found for _, found in part])
+    files = _write(folder, "reward", [row for row, _ in part], [tokens for _, tokens in part])
     source = Path(files["rows"])
     config = stage_config("reward", adapter, source, steps=1, rows=ROWS)
     stage = folder / "reward"

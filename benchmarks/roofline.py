@@ -50,8 +50,12 @@ def reached(name: str, folder: Path) -> tuple[float, float, float] | None:
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if (other := content["conditions"]["processor"]) != processor():
         raise ValueError(f"{name} was measured on {other['model']}; measure it here first: make bench WORK={name}")
-    mine = [one["result"] for one in content["measurements"] if one["contestant"] == "ours" and "result" in one]
-    peak = median(one["matmul_peak"] for one in mine)
+    results = [
+        measurement["result"]
+        for measurement in content["measurements"]
+        if measurement["contestant"] == "ours" and "result" in measurement
+    ]
+    peak = median(result["matmul_peak"] for result in results)
     speed = content["ours"]["mfu"] * peak
     weights = sum(content["parameters"]["base"].values()) * BYTES_PER_WEIGHT
     if name == "sampling":  # a step reads all weights and makes one token a row
@@ -109,14 +113,14 @@ def main() -> None:
     """Writes the figure from the results that there are."""
     works = ("sft_lora", "sft_full", "reward_lora", "dpo_lora", "sampling")
     try:
-        found = {name: reached(name, RESULTS) for name in works}
+        points = {name: reached(name, RESULTS) for name in works}
     except ValueError as error:
         raise SystemExit(str(error)) from None
-    known = {name.replace("_", " "): one for name, one in found.items() if one is not None}
+    known = {name.replace("_", " "): point for name, point in points.items() if point is not None}
     if not known:
         raise SystemExit("no results yet; run 'make bench' first")
-    peak = median(one[2] for one in known.values())
-    figure = drawing({name: one[:2] for name, one in known.items()}, peak=peak, bytes_per_second=bandwidth())
+    peak = median(point[2] for point in known.values())
+    figure = drawing({name: point[:2] for name, point in known.items()}, peak=peak, bytes_per_second=bandwidth())
     (ROOT / "docs" / "roofline.svg").write_text(figure, encoding="utf-8")
     print(f"docs/roofline.svg: {', '.join(known)}; {ROWS} rows a step")
 

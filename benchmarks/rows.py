@@ -28,7 +28,7 @@ def taken(rows: Sequence[Row], repetition: int, count: int) -> list[Row]:
     """
     if len(rows) < count:
         raise ValueError(f"{len(rows)} rows fit, but a repetition needs {count}")
-    return [rows[(repetition * count + place) % len(rows)] for place in range(count)]
+    return [rows[(repetition * count + offset) % len(rows)] for offset in range(count)]
 
 
 def conversations(folder: Path | None) -> list[dict[str, Any]]:
@@ -82,10 +82,10 @@ def source(kind: str, folder: Path | None) -> Path:
     """
     if folder is None:
         return Path(__file__).resolve().parents[1] / "data" / "quickstart" / _SHIPPED[kind]
-    found = sorted(folder.rglob(_FOREIGN[kind]))
-    if not found:
+    files = sorted(folder.rglob(_FOREIGN[kind]))
+    if not files:
         raise FileNotFoundError(f"no {_FOREIGN[kind]} below the folder of --data")
-    return found[0]
+    return files[0]
 
 
 def described(kind: str, folder: Path | None) -> dict[str, str]:

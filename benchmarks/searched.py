@@ -57,9 +57,9 @@ def choices_of(
         raise NoSearch(f"{path.name} is missing; {remedy}")
     searched = read_json(path)
     differing = [
-        _difference(what, searched["conditions"][what], conditions[what])
-        for what in ("processor", "threads", "amx", "data", "base", "compiler")
-        if searched["conditions"][what] != conditions[what]
+        _difference(condition, searched["conditions"][condition], conditions[condition])
+        for condition in ("processor", "threads", "amx", "data", "base", "compiler")
+        if searched["conditions"][condition] != conditions[condition]
     ]
     for library, installed in versions.items():
         before = searched["versions"].get(library, {})
@@ -76,7 +76,7 @@ def choices_of(
     return chosen
 
 
-def _difference(what: str, before: Any, now: Any) -> str:
-    if what == "processor" and before["model"] != now["model"]:
+def _difference(condition: str, before: Any, now: Any) -> str:
+    if condition == "processor" and before["model"] != now["model"]:
         before, now = before["model"], now["model"]
-    return f"{what}: {json.dumps(before)} then, {json.dumps(now)} now"
+    return f"{condition}: {json.dumps(before)} then, {json.dumps(now)} now"

@@ -154,7 +154,7 @@ def write_stage(folder: Path, config: StageConfig, *, base: Path, data: Path, re
     inputs: dict[str, dict[str, str | None]] = {"init": {"ref": "base", "path": None}}
     if reward is not None:
         inputs["reward"] = {"ref": "stage:reward", "path": str(reward)}
-    told = {
+    fields = {
         "run": "benchmark",
         "recipe": "benchmark",
         "stage": config.kind,
@@ -176,5 +176,5 @@ def write_stage(folder: Path, config: StageConfig, *, base: Path, data: Path, re
         "git_commit": "",
     }
     path = folder / "stage.yaml"
-    path.write_text(yaml.safe_dump(told, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.safe_dump(fields, sort_keys=False, allow_unicode=True), encoding="utf-8")
     return path

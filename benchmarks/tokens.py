@@ -44,8 +44,11 @@ def write_rows(path: Path, rows: int) -> None:
     rng, words = random.Random(SEED), _TEXT.split()
     with path.open("w", encoding="utf-8") as stream:
         for number in range(rows):
-            asked, said = (" ".join(rng.choices(words, k=rng.randint(4, 24))) for _ in range(2))
-            turns = [{"role": "user", "content": f"{number}: {asked}?"}, {"role": "assistant", "content": f"{said}."}]
+            question, answer = (" ".join(rng.choices(words, k=rng.randint(4, 24))) for _ in range(2))
+            turns = [
+                {"role": "user", "content": f"{number}: {question}?"},
+                {"role": "assistant", "content": f"{answer}."},
+            ]
             stream.write(json.dumps({"messages": turns}) + "\n")
 
 
@@ -80,8 +83,8 @@ def datasets_map(file: Path, folder: Path, model: Path, *, batched: bool = False
     cores = len(os.sched_getaffinity(0))
 
     def tokenize(row: dict[str, Any]) -> dict[str, Any]:
-        found = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True)
-        return {"input_ids": found["input_ids"]}
+        encoded = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True)
+        return {"input_ids": encoded["input_ids"]}
 
     return _tokens(rows.map(tokenize, batched=batched, num_proc=cores, remove_columns=rows.column_names))
 
@@ -113,9 +116,9 @@ def measure(contestant: str, file: Path, folder: Path, model: Path) -> dict[str,
 
 def _memory(process: psutil.Popen) -> int:
     total = 0
-    for one in (process, *process.children(recursive=True)):
+    for member in (process, *process.children(recursive=True)):
         try:
-            total += one.memory_full_info().pss
+            total += member.memory_full_info().pss
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
     return total
@@ -125,20 +128,20 @@ def run(rows: int, repetitions: int) -> dict[str, Any]:
     """All measurements, in turn, and their medians."""
     name = "smollm2-135m"
     model = bundled_model.ensure(bundled_model.lookup(name, where="benchmarks"), announce=print)
-    found: dict[str, list[dict[str, float]]] = {contestant: [] for contestant in CONTESTANTS}
+    measurements: dict[str, list[dict[str, float]]] = {contestant: [] for contestant in CONTESTANTS}
     with tempfile.TemporaryDirectory() as temporary:
         file = Path(temporary) / "rows.jsonl"
         write_rows(file, rows)
         for repetition in range(repetitions):
-            for contestant, measured in found.items():
+            for contestant, measured in measurements.items():
                 folder = Path(temporary) / contestant.removesuffix("_again")
                 if not contestant.endswith("_again"):
                     shutil.rmtree(folder, ignore_errors=True)
                 measured.append(measure(contestant, file, folder, model))
                 print(f"{repetition} {contestant:<14} {measured[-1]['seconds']:.1f} s", flush=True)
     medians = {
-        contestant: {key: statistics.median(one[key] for one in measured) for key in measured[0]}
-        for contestant, measured in found.items()
+        contestant: {key: statistics.median(measurement[key] for measurement in measured) for key in measured[0]}
+        for contestant, measured in measurements.items()
     }
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -147,7 +150,7 @@ def run(rows: int, repetitions: int) -> dict[str, Any]:
         "repetitions": repetitions,
         "medians": medians,
         **{f"rows_per_second_over_{rival}": medians[rival]["seconds"] / medians["ours"]["seconds"] for rival in RIVALS},
-        "measurements": found,
+        "measurements": measurements,
     }
 
 
@@ -161,9 +164,9 @@ def table(result: dict[str, Any]) -> str:
         "| contestant | seconds | rows/s | peak memory (PSS) | what |",
         "|---|---|---|---|---|",
     ]
-    for name, one in result["medians"].items():
-        speed, memory = result["rows"] / one["seconds"], one["peak_memory"] / 1e9
-        lines.append(f"| {name} | {one['seconds']:.1f} | {speed:,.0f} | {memory:.2f} GB | {CONTESTANTS[name]} |")
+    for name, figures in result["medians"].items():
+        speed, memory = result["rows"] / figures["seconds"], figures["peak_memory"] / 1e9
+        lines.append(f"| {name} | {figures['seconds']:.1f} | {speed:,.0f} | {memory:.2f} GB | {CONTESTANTS[name]} |")
     ratios = [f"{result[f'rows_per_second_over_{rival}']:.2f} times as fast as {rival}" for rival in RIVALS]
     lines += ["", f"Ours is {' and '.join(ratios)}."]
     return "\n".join(lines) + "\n"
@@ -177,13 +180,13 @@ def main() -> None:
     parser.add_argument("--contestant", choices=["ours", *RIVALS], help=argparse.SUPPRESS)
     for name in ("--file", "--folder", "--model"):
         parser.add_argument(name, type=Path, help=argparse.SUPPRESS)
-    told = parser.parse_args()
-    if told.contestant:
+    options = parser.parse_args()
+    if options.contestant:
         works = {"ours": ours, "datasets_map": datasets_map, "datasets_map_batched": datasets_map_batched}
-        print(works[told.contestant](told.file, told.folder, told.model))
+        print(works[options.contestant](options.file, options.folder, options.model))
         return
-    result = run(told.rows, told.repetitions)
-    whole = told.rows == ROWS and told.repetitions >= REPETITIONS
+    result = run(options.rows, options.repetitions)
+    whole = options.rows == ROWS and options.repetitions >= REPETITIONS
     name = "tokens" if whole else "tokens-partial"
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (RESULTS / f"{name}.md").write_text(table(result), encoding="utf-8")

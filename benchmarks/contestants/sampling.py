@@ -44,7 +44,7 @@ def main(task_file: Path) -> None:
         answer = in_batches(
             prompts,
             task["setting"]["batch"],
-            lambda part: _theirs(model, part, end, common=common, cache=task["setting"].get("cache", "dynamic")),
+            lambda part: _by_generate(model, part, end, common=common, cache=task["setting"].get("cache", "dynamic")),
         )
     seconds, lengths = measured(answer, task["size"], end)
     write_result(Path(task["result"]), peak=peak, seconds=seconds, losses=[], lengths=lengths)
@@ -103,7 +103,7 @@ def in_batches(prompts: list[list[int]], size: int, answer_of: Callable[[list[li
     return answer
 
 
-def _theirs(model: Any, prompts: list[list[int]], end: int, *, common: int, cache: str = "dynamic") -> Answer:
+def _by_generate(model: Any, prompts: list[list[int]], end: int, *, common: int, cache: str = "dynamic") -> Answer:
     """``common`` tokens with which all prompts begin are read once; padding stands behind them."""
     longest = max(len(prompt) for prompt in prompts)
     padding = [longest - len(prompt) for prompt in prompts]

@@ -58,9 +58,9 @@ def _count_answers() -> list[int]:
     cut = ppo_trainer.truncate_response
 
     def truncate_response(stop_token_id: int, pad_token_id: int, responses: torch.Tensor) -> Any:
-        kept = cut(stop_token_id, pad_token_id, responses)
-        counted.append(int((kept != pad_token_id).sum()))
-        return kept
+        truncated = cut(stop_token_id, pad_token_id, responses)
+        counted.append(int((truncated != pad_token_id).sum()))
+        return truncated
 
     ppo_trainer.truncate_response = truncate_response
     return counted

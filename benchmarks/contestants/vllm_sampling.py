@@ -65,7 +65,7 @@ def main(task_file: Path) -> None:
 def memory_below(process: int) -> Memory:
     """The sum of the highest resident sets of a process's descendants so far. Pages that they share count in each."""
     living = psutil.Process(process).children(recursive=True)
-    return sum(highest_resident(Path(f"/proc/{one.pid}/status").read_text()) for one in living), "sum of VmHWM"
+    return sum(highest_resident(Path(f"/proc/{child.pid}/status").read_text()) for child in living), "sum of VmHWM"
 
 
 def highest_resident(status: str) -> int:
@@ -88,8 +88,8 @@ def _asking(client: EngineClient, prompts: list[list[int]], end: int) -> Answer:
 def _versions() -> dict[str, Any]:
     """Of the server's environment."""
     python = interpreter(None, package="vllm", where=VARIABLE)
-    said = subprocess.run([str(python), "-c", _VERSIONS], check=True, capture_output=True, text=True)
-    versions: dict[str, Any] = json.loads(said.stdout)
+    completed = subprocess.run([str(python), "-c", _VERSIONS], check=True, capture_output=True, text=True)
+    versions: dict[str, Any] = json.loads(completed.stdout)
     return versions
 
 

@@ -85,8 +85,8 @@ def test_the_roofline_refuses_what_another_machine_measured(tmp_path: Path) -> N
 
 def test_tables_stand_between_the_markers_of_their_folder() -> None:
     page = "a\n<!-- tables:begin -->\nold\n<!-- tables:end -->\nb\n<!-- amx:begin -->\n<!-- amx:end -->\nc\n"
-    found = filled(filled(page, "tables", ["one", "two"]), "amx", ["three"])
-    assert found.split("\n") == [
+    updated = filled(filled(page, "tables", ["one", "two"]), "amx", ["three"])
+    assert updated.split("\n") == [
         *("a", "<!-- tables:begin -->", "one", "", "two", "<!-- tables:end -->", "b"),
         *("<!-- amx:begin -->", "three", "<!-- amx:end -->", "c", ""),
     ]
@@ -398,6 +398,6 @@ def test_reasons_name_no_folder_and_no_address() -> None:
 def test_the_processor_is_read_with_its_bf16_instructions(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text("model name\t: Fast CPU\nflags\t\t: fpu avx2 amx_bf16\n")
-    found = processor(cpuinfo)
-    assert found["model"] == "Fast CPU"
-    assert [found["isa"][flag] for flag in ("avx2", "amx_bf16", "avx512_bf16")] == [True, True, False]
+    cpu = processor(cpuinfo)
+    assert cpu["model"] == "Fast CPU"
+    assert [cpu["isa"][flag] for flag in ("avx2", "amx_bf16", "avx512_bf16")] == [True, True, False]

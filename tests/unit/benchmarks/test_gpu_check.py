@@ -51,12 +51,12 @@ def test_a_program_that_does_not_end_is_stopped_with_all_that_it_started() -> No
 
 
 def test_every_check_runs_and_none_begins_after_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
-    said: list[str] = []
+    printed: list[str] = []
     now = [0.0]
     monkeypatch.setattr(checks, "time", SimpleNamespace(monotonic=lambda: now[0]))
 
     def say(line: str) -> None:
-        said.append(line)
+        printed.append(line)
         if line.startswith("second: "):
             now[0] = 601.0
 
@@ -65,7 +65,7 @@ def test_every_check_runs_and_none_begins_after_the_budget(monkeypatch: pytest.M
     assert [outcome.check.name for outcome in outcomes] == ["first", "second", "third"]
     assert outcomes[0].faults == ["exit code 3"]
     assert outcomes[2].faults == ["not run: the earlier checks took all the time"]
-    assert any(line.startswith("first: FAILED after") for line in said)
+    assert any(line.startswith("first: FAILED after") for line in printed)
 
 
 def test_figures_that_are_missing_are_a_fault() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from alignment.engines.completions import Asked, EngineAnswer, Generation
 from benchmarks import harness
-from benchmarks.contestants.sampling import _ours, _theirs, common_length, in_batches, measured
+from benchmarks.contestants.sampling import _by_generate, _ours, common_length, in_batches, measured
 from benchmarks.contestants.vllm_sampling import _asking, highest_resident, memory_below
 from benchmarks.prepare import _select, system_text
 from benchmarks.setting import read_json
@@ -36,14 +36,14 @@ def test_prompts_have_in_common_what_leaves_each_a_token_of_its_own() -> None:
 
 
 def test_a_beginning_that_generate_reads_once_changes_no_answer(model: Any) -> None:
-    whole, shared = (_theirs(model, PROMPTS, 2, common=common) for common in (0, 3))
+    whole, shared = (_by_generate(model, PROMPTS, 2, common=common) for common in (0, 3))
     assert whole(7, 12) == shared(7, 12)
     assert shared(7, 12) == shared(7, 12), "the beginning that was read is as before"
     assert shared(7, 12) != shared(8, 12)
 
 
 def test_a_static_cache_changes_no_answer(model: Any) -> None:
-    dynamic, static = (_theirs(model, PROMPTS, 2, common=0, cache=cache) for cache in ("dynamic", "static"))
+    dynamic, static = (_by_generate(model, PROMPTS, 2, common=0, cache=cache) for cache in ("dynamic", "static"))
     assert static(7, 12) == dynamic(7, 12)
 
 
@@ -56,7 +56,7 @@ def test_batches_answer_each_prompt_once_and_draw_different_numbers() -> None:
 
 
 def test_ours_and_generate_answer_all_prompts_within_the_limit(model: Any) -> None:
-    for answer in (_ours(model, PROMPTS, 2), _theirs(model, PROMPTS, 2, common=0)):
+    for answer in (_ours(model, PROMPTS, 2), _by_generate(model, PROMPTS, 2, common=0)):
         assert [0 < len(row) <= 12 for row in answer(0, 12)] == [True] * 3
 
 
@@ -78,8 +78,8 @@ def test_an_engine_is_asked_each_prompt_once_with_a_seed_of_its_own() -> None:
     class Client:
         def answers(self, model: str, asked: list[Asked], generation: Generation) -> list[list[EngineAnswer]]:
             assert (model, generation) == ("base", Generation(max_new_tokens=9, temperature=1.0, end_ids=[2]))
-            assert [one.answers for one in asked] == [1, 1, 1]
-            return [[EngineAnswer(ids=[*one.prompt, one.seed], logprobs=[])] for one in asked]
+            assert [request.answers for request in asked] == [1, 1, 1]
+            return [[EngineAnswer(ids=[*request.prompt, request.seed], logprobs=[])] for request in asked]
 
     answer = _asking(Client(), PROMPTS, 2)  # type: ignore[arg-type]
     assert answer(0, 9) == [[*PROMPTS[0], 0], [*PROMPTS[1], 1], [*PROMPTS[2], 2]]

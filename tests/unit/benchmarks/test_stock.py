@@ -65,9 +65,9 @@ def test_the_loss_is_the_mean_over_all_labels_of_the_step() -> None:
     for row in ROWS[:8]:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
-        for place, label in enumerate(row["labels"][1:]):
+        for position, label in enumerate(row["labels"][1:]):
             if label != -100:
-                logprobs.append(float(logits[place].log_softmax(-1)[label]))
+                logprobs.append(float(logits[position].log_softmax(-1)[label]))
     torch.manual_seed(0)
     steps = Steps(0)
     setting = {**PLAIN, "micro_rows": 4}
