@@ -55,8 +55,8 @@ def _sentence(text: str) -> str:
 def _modules() -> Iterator[ModuleType]:
     """The modules that describe files, those of the chain itself first."""
     yield from (artifacts, job)
-    for found in pkgutil.iter_modules(records.__path__, f"{records.__name__}."):
-        module = importlib.import_module(found.name)
+    for module_info in pkgutil.iter_modules(records.__path__, f"{records.__name__}."):
+        module = importlib.import_module(module_info.name)
         if list(_dataclasses(module)) or (module.__doc__ or "").startswith("``"):
             yield module
 
