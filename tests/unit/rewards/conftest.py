@@ -24,7 +24,7 @@ def answers_to(prompts: Sequence[Prompt], texts: Sequence[str]) -> Answers:
     """One answer to each prompt, as a scorer sees it."""
     tokenizer = tiny_tokenizer()
     return Answers(
-        prompt_ids=[tokenizer(one.messages[-1].content)["input_ids"] for one in prompts],
+        prompt_ids=[tokenizer(question.messages[-1].content)["input_ids"] for question in prompts],
         answer_ids=[[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts],
         texts=texts,
         prompts=prompts,

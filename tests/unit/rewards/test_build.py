@@ -68,7 +68,7 @@ def raw(mix: RewardMix, base: Lineage) -> dict[str, list[float]]:
 
 def rows(base: Lineage) -> tuple[list[list[int]], list[list[int]]]:
     tokenizer = load_tokenizer(base.base)
-    prompts = [tokenizer(one.messages[-1].content)["input_ids"] for one in PROMPTS]
+    prompts = [tokenizer(question.messages[-1].content)["input_ids"] for question in PROMPTS]
     return prompts, [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in TEXTS]
 
 
@@ -98,35 +98,37 @@ def test_every_rule_and_a_function_stand_side_by_side(tmp_path: Path, base: Line
 def test_a_reward_model_of_ours_scores_token_ids_loaded_before_or_not(
     tmp_path: Path, base: Lineage, kind: AdapterKind
 ) -> None:
-    told = tiny_reward(tmp_path / "reward", AdapterConfig(kind=kind, rank=4), found=base)
-    spec = tiny_spec(tmp_path, PpoConfig(), inputs={"reward": told})
-    model = load_reward_model(spec, told, device=CPU)
+    reward = tiny_reward(tmp_path / "reward", AdapterConfig(kind=kind, rank=4), found=base)
+    spec = tiny_spec(tmp_path, PpoConfig(), inputs={"reward": reward})
+    model = load_reward_model(spec, reward, device=CPU)
     prompts, answers = rows(base)
     with torch.no_grad():
         alone = [scalar_scores(model, stream([p + a], CPU)).item() for p, a in zip(prompts, answers, strict=True)]
     for loaded in (None, model):
-        mix = slot(tmp_path, REWARD, loaded, inputs={"reward": told})
+        mix = slot(tmp_path, REWARD, loaded, inputs={"reward": reward})
         assert raw(mix, base) == {"reward": pytest.approx(alone, rel=1e-5)}
 
 
 def test_a_loaded_reward_model_is_not_loaded_again(tmp_path: Path, base: Lineage) -> None:
-    told = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=base)
-    model = load_reward_model(tiny_spec(tmp_path, PpoConfig()), told, device=CPU)
+    reward = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=base)
+    model = load_reward_model(tiny_spec(tmp_path, PpoConfig()), reward, device=CPU)
     gone = StageInput(ref="stage:reward", path=tmp_path / "gone")
     assert set(raw(slot(tmp_path, REWARD, model, inputs={"reward": gone}), base)) == {"reward"}
 
 
 def test_a_reward_model_from_outside_scores_text(tmp_path: Path, base: Lineage) -> None:
     folder = external(tmp_path / "judge")
-    told = StageInput(ref="hub:org/judge", path=folder)
-    found = raw(slot(tmp_path, REWARD, inputs={"reward": told}), base)
-    assert found["reward"] == pytest.approx(scorer(folder, prompts=PROMPTS).scores(answers_to(PROMPTS, TEXTS)).tolist())
+    reward = StageInput(ref="hub:org/judge", path=folder)
+    scores = raw(slot(tmp_path, REWARD, inputs={"reward": reward}), base)
+    assert scores["reward"] == pytest.approx(
+        scorer(folder, prompts=PROMPTS).scores(answers_to(PROMPTS, TEXTS)).tolist()
+    )
 
 
 def test_the_guard_has_a_slot_of_its_own_with_a_model_of_its_own(tmp_path: Path, base: Lineage) -> None:
-    told = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=base)
+    reward = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=base)
     judge = StageInput(ref="path:judge", path=external(tmp_path / "judge"))
-    inputs = {"reward": told, "guard.scorer.source": judge}
+    inputs = {"reward": reward, "guard.scorer.source": judge}
     assert slot(tmp_path, REWARD, inputs=inputs).names == ["reward"]
     second = slot(tmp_path, [ScorerConfig(source="path:judge")], fields=["guard.scorer"], inputs=inputs)
     assert second.names == ["judge"]
@@ -134,8 +136,8 @@ def test_the_guard_has_a_slot_of_its_own_with_a_model_of_its_own(tmp_path: Path,
 
 
 def test_a_reward_model_of_ours_with_another_tokenizer_is_refused(tmp_path: Path, base: Lineage) -> None:
-    told = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=base)
-    spec = tiny_spec(tmp_path, PpoConfig(), inputs={"reward": told})
+    reward = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=base)
+    spec = tiny_spec(tmp_path, PpoConfig(), inputs={"reward": reward})
     tokenizer = load_tokenizer(base.base)
     tokenizer.chat_template = "{{ messages }}"
     with pytest.raises(ModelError, match="stage:reward has a different tokenizer or chat template"):

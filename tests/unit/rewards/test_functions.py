@@ -27,8 +27,8 @@ def score(folder: Path, body: str, *, preamble: str = "", answers: Answers = ANS
     file.write_text(f"{preamble}\ndef brevity(prompts, completions, rows):\n    {body}\n")
     source = FunctionSource(file=file, name="brevity")
     scorer = FunctionScorer(source, load_function(source, planned=file_sha256(file)))
-    found: list[float] = scorer.scores(answers).tolist()
-    return found
+    scores: list[float] = scorer.scores(answers).tolist()
+    return scores
 
 
 def test_a_function_sees_messages_text_and_the_whole_row(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_what_a_function_changes_in_its_arguments_changes_nothing_else(tmp_path:
     completions.clear(); prompts[0][0]["content"] = ""; prompts.clear()
     return [1, 2]"""
     assert score(tmp_path, body) == [1.0, 2.0]
-    assert [one.row["weight"] for one in PROMPTS] == [2.5, 0.5]
+    assert [question.row["weight"] for question in PROMPTS] == [2.5, 0.5]
     assert PROMPTS[0].row["messages"][0]["content"] == PROMPTS[0].messages[0].content == "Hi?"
     assert list(ANSWERS.texts) == ["Hello there.", "No."]
 
@@ -165,9 +165,9 @@ def test_two_functions_of_a_file_share_its_module_and_a_changed_file_is_another(
     file.write_text(
         "seen = []\ndef one(p, c, r):\n    seen.extend(c)\n    return [0, 0]\ndef two(p, c, r): return seen\n"
     )
-    one, two = (load_function(FunctionSource(file=file, name=name), planned=None) for name in ("one", "two"))
-    one([], ["a", "b"], [])
-    assert two([], [], []) == ["a", "b"]
+    note, noted = (load_function(FunctionSource(file=file, name=name), planned=None) for name in ("one", "two"))
+    note([], ["a", "b"], [])
+    assert noted([], [], []) == ["a", "b"]
     file.write_text("def one(p, c, r): return 'new'\n")
     assert load_function(FunctionSource(file=file, name="one"), planned=None)([], [], []) == "new"
 

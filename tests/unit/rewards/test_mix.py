@@ -26,7 +26,7 @@ TOKENIZER = tiny_tokenizer()
 PROMPTS = [prompt(line=number + 1) for number in range(4)]
 
 
-class Told:
+class FixedScorer:
     """Gives what it was told to give, and remembers what it was asked."""
 
     def __init__(self, scores: Sequence[float] = ()) -> None:
@@ -48,8 +48,8 @@ def mix(*parts: Part | Ensemble) -> RewardMix:
 
 
 def ids(text: str) -> list[int]:
-    found: list[int] = TOKENIZER(text)["input_ids"]
-    return [*found, TOKENIZER.eos_token_id]
+    token_ids: list[int] = TOKENIZER(text)["input_ids"]
+    return [*token_ids, TOKENIZER.eos_token_id]
 
 
 def batches(count: int, size: int) -> list[list[float]]:
@@ -70,34 +70,34 @@ def learned(slot: RewardMix, scores: Scores) -> torch.Tensor:
 def test_a_second_scorer_of_the_same_name_gets_a_number() -> None:
     sources = ["exact_answer", "regex", "reward", "regex", "/a/score.py:brevity", "/b/score.py:brevity", "stage:judge"]
     sources += ["path:/models/judge/", "hub:org/judge@v1/x"]
-    slot = mix(*(Part(source=source, scorer=Told()) for source in sources))
+    slot = mix(*(Part(source=source, scorer=FixedScorer()) for source in sources))
     assert slot.names == [
         "exact_answer", "regex", "reward", "regex#2", "brevity", "brevity#2", "judge", "judge#2", "judge#3",
     ]  # fmt: skip
 
 
 def test_a_scorer_sees_text_without_special_tokens_and_the_row_of_each_prompt() -> None:
-    told = Told([1.0, 2.0])
+    scorer = FixedScorer([1.0, 2.0])
     answers = [[*ids(" It is  closed .\n")[:-1], 1, TOKENIZER.eos_token_id], ids("Yes.")]
-    assert mix(Part(source="x", scorer=told)).scores([[5], [6]], answers, [3, 0]).values.tolist() == [[1.0, 2.0]]
-    (asked,) = told.asked
+    assert mix(Part(source="x", scorer=scorer)).scores([[5], [6]], answers, [3, 0]).values.tolist() == [[1.0, 2.0]]
+    (asked,) = scorer.asked
     assert list(asked.texts) == [" It is  closed .\n", "Yes."]
     assert list(asked.prompts) == [PROMPTS[3], PROMPTS[0]]
-    assert [one.where for one in asked.prompts] == ["rows.jsonl:4", "rows.jsonl:1"]
+    assert [shown.where for shown in asked.prompts] == ["rows.jsonl:4", "rows.jsonl:1"]
     assert (asked.prompt_ids, asked.answer_ids, asked.rows) == ([[5], [6]], answers, [3, 0])
 
 
 def test_a_batch_without_answers_asks_nobody() -> None:
-    told = Told()
-    assert mix(Part(source="x", scorer=told)).scores([], [], []).values.shape == (1, 0)
-    assert not told.asked
+    scorer = FixedScorer()
+    assert mix(Part(source="x", scorer=scorer)).scores([], [], []).values.shape == (1, 0)
+    assert not scorer.asked
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -2e6])
 def test_what_is_no_score_is_refused_whoever_gave_it(bad: float) -> None:
     slot = mix(
         Part(source="regex", scorer=ruled(Regex(".")), weight=0.0),
-        Part(source="reward", scorer=Told([0.5, bad])),
+        Part(source="reward", scorer=FixedScorer([0.5, bad])),
     )
     with pytest.raises(RewardError, match=r"^reward: gave (nan|inf|-2000000.0) for an answer to rows\.jsonl:3"):
         slot.scores([[5], [6]], [ids("a"), ids("b")], [0, 2])
@@ -114,7 +114,9 @@ def test_the_total_is_the_weighted_sum_of_clipped_scores() -> None:
 
 
 def test_scores_are_normalised_by_all_scores_so_far() -> None:
-    slot = mix(Part(source="a", scorer=Told(), normalize=True), Part(source="b", scorer=Told(), weight=0.0))
+    slot = mix(
+        Part(source="a", scorer=FixedScorer(), normalize=True), Part(source="b", scorer=FixedScorer(), weight=0.0)
+    )
     seen: list[float] = []
     for batch in batches(6, 5):
         rounded = torch.tensor(batch).tolist()  # the scores as float32 has them
@@ -125,7 +127,7 @@ def test_scores_are_normalised_by_all_scores_so_far() -> None:
 
 
 def test_looking_without_learning_changes_nothing() -> None:
-    slot = mix(Part(source="a", scorer=Told(), normalize=True))
+    slot = mix(Part(source="a", scorer=FixedScorer(), normalize=True))
     first = scores_of(a=[1.0, 3.0])
     assert slot.total(first).tolist() == [1.0, 3.0], "nothing is known yet"
     assert learned(slot, first).tolist() == [-1.0, 1.0]
@@ -135,13 +137,13 @@ def test_looking_without_learning_changes_nothing() -> None:
 
 
 def test_clipping_comes_after_normalising() -> None:
-    slot = mix(Part(source="a", scorer=Told(), weight=10.0, normalize=True, clip=0.5))
+    slot = mix(Part(source="a", scorer=FixedScorer(), weight=10.0, normalize=True, clip=0.5))
     assert learned(slot, scores_of(a=[100.0, 300.0, 200.0])).tolist() == [-5.0, 5.0, 0.0]
 
 
 @pytest.mark.parametrize("constant", [0.1, -3.7, 1e6, 0.0])
 def test_scores_that_are_all_the_same_become_zero_and_never_rounding_noise(constant: float) -> None:
-    slot = mix(Part(source="a", scorer=Told(), normalize=True))
+    slot = mix(Part(source="a", scorer=FixedScorer(), normalize=True))
     for size in (3, 7, 1, 5):
         assert learned(slot, scores_of(a=[constant] * size)).abs().max() < 1e-6
     apart = float(slot.total(scores_of(a=[constant + 1.0])))
@@ -149,10 +151,10 @@ def test_scores_that_are_all_the_same_become_zero_and_never_rounding_noise(const
 
 
 def test_rounding_in_the_last_place_is_no_difference_and_a_small_scale_is_one() -> None:
-    slot = mix(Part(source="a", scorer=Told(), normalize=True))
+    slot = mix(Part(source="a", scorer=FixedScorer(), normalize=True))
     nearly = [0.1, float(torch.nextafter(torch.tensor(0.1), torch.tensor(1.0)))]
     assert learned(slot, scores_of(a=nearly * 4)).abs().max() < 1e-6
-    slot = mix(Part(source="a", scorer=Told(), normalize=True))
+    slot = mix(Part(source="a", scorer=FixedScorer(), normalize=True))
     assert learned(slot, scores_of(a=[1e-9, 3e-9])).tolist() == pytest.approx([-1.0, 1.0])
 
 
@@ -161,7 +163,7 @@ def test_how_scores_are_cut_into_batches_does_not_count_in_the_end() -> None:
     probe = scores_of(a=[990.0, 1000.0, 1010.0])
     totals = []
     for size in (1, 4, 24):
-        slot = mix(Part(source="a", scorer=Told(), normalize=True))
+        slot = mix(Part(source="a", scorer=FixedScorer(), normalize=True))
         for start in range(0, len(values), size):
             learned(slot, scores_of(a=values[start : start + size]))
         totals.append(slot.total(probe))
@@ -171,15 +173,19 @@ def test_how_scores_are_cut_into_batches_does_not_count_in_the_end() -> None:
 
 def test_a_restored_slot_goes_on_as_the_straight_one() -> None:
     def fresh() -> RewardMix:
-        return mix(*(Part(source="regex", scorer=Told(), normalize=normalize) for normalize in (True, False, True)))
+        return mix(
+            *(Part(source="regex", scorer=FixedScorer(), normalize=normalize) for normalize in (True, False, True))
+        )
 
-    told = [scores_of(**{"regex": one, "regex#2": one, "regex#3": [x * x for x in one]}) for one in batches(5, 4)]
+    raw_scores = [
+        scores_of(**{"regex": batch, "regex#2": batch, "regex#3": [x * x for x in batch]}) for batch in batches(5, 4)
+    ]
     straight, first, resumed = fresh(), fresh(), fresh()
-    expected = [learned(straight, raw).tolist() for raw in told]
-    found = [learned(first, raw).tolist() for raw in told[:3]]
+    expected = [learned(straight, raw).tolist() for raw in raw_scores]
+    actual = [learned(first, raw).tolist() for raw in raw_scores[:3]]
     resumed.restore(json.loads(json.dumps(first.state())))
-    found += [learned(resumed, raw).tolist() for raw in told[3:]]
-    assert found == expected
+    actual += [learned(resumed, raw).tolist() for raw in raw_scores[3:]]
+    assert actual == expected
     assert resumed.state() == straight.state()
 
 
@@ -189,12 +195,12 @@ def test_a_restored_slot_goes_on_as_the_straight_one() -> None:
 def cautious(**changes: float | bool) -> RewardMix:
     """A rule, and twice the lower bound of two members, of which the first is normalised and the second clipped."""
     members = [
-        Part(source="stage:first", scorer=Told([5.0, 7.0]), normalize=True),
-        Part(source="stage:second", scorer=Told([-9.0, 1.0]), clip=2.0, weight=100.0),
+        Part(source="stage:first", scorer=FixedScorer([5.0, 7.0]), normalize=True),
+        Part(source="stage:second", scorer=FixedScorer([-9.0, 1.0]), clip=2.0, weight=100.0),
     ]
     combine = partial(ensembles.mean_minus_std, weight=0.5)
     ensemble = Ensemble(source="ensemble", members=members, combine=combine, **{"weight": 2.0, **changes})
-    return mix(Part(source="rule", scorer=Told([1.0, 0.0])), ensemble)
+    return mix(Part(source="rule", scorer=FixedScorer([1.0, 0.0])), ensemble)
 
 
 def lower_bound(first: Sequence[float], seen: Sequence[float], second: Sequence[float]) -> list[float]:
@@ -220,31 +226,31 @@ def test_an_ensemble_says_what_it_gave_and_how_far_its_members_were_apart() -> N
     assert shown["ensemble"].tolist() == pytest.approx(lower_bound([5.0, 7.0], [5.0, 7.0], [-9.0, 1.0]), rel=1e-6)
     apart = [ensembles_oracle.deviation(pair) for pair in ([-1.0, -2.0], [1.0, 1.0])]
     assert shown["ensemble_std"].tolist() == pytest.approx(apart, abs=1e-6)
-    assert mix(Part(source="a", scorer=Told())).of_ensembles(scores_of(a=[1.0])) == {}
+    assert mix(Part(source="a", scorer=FixedScorer())).of_ensembles(scores_of(a=[1.0])) == {}
 
 
 def test_what_is_combined_is_normalised_and_clipped_in_its_turn() -> None:
     slot = cautious(normalize=True, clip=0.5)
     first, second, bounds = [], [], []
-    for one, other in zip(batches(3, 4), [[float(n), -1.0, 0.5, 1.0] for n in range(3)], strict=True):
-        one = torch.tensor(one).tolist()
-        first, second = first + one, second + other
-        bounds += lower_bound(one, first, other)
-        scores = scores_of(**{"rule": [0.0] * 4, "ensemble/first": one, "ensemble/second": other})
+    for of_first, of_second in zip(batches(3, 4), [[float(n), -1.0, 0.5, 1.0] for n in range(3)], strict=True):
+        of_first = torch.tensor(of_first).tolist()
+        first, second = first + of_first, second + of_second
+        bounds += lower_bound(of_first, first, of_second)
+        scores = scores_of(**{"rule": [0.0] * 4, "ensemble/first": of_first, "ensemble/second": of_second})
         expected = [2.0 * max(-0.5, min(0.5, s)) for s in ensembles_oracle.standardised(bounds[-4:], bounds)]
         assert learned(slot, scores).tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
 def test_a_restored_ensemble_goes_on_as_the_straight_one() -> None:
-    told = [
-        scores_of(**{"rule": one, "ensemble/first": one, "ensemble/second": [x / 1e3 for x in one]})
-        for one in batches(5, 4)
+    raw_scores = [
+        scores_of(**{"rule": batch, "ensemble/first": batch, "ensemble/second": [x / 1e3 for x in batch]})
+        for batch in batches(5, 4)
     ]
     straight, first, resumed = (cautious(normalize=True) for _ in range(3))
-    expected = [learned(straight, raw).tolist() for raw in told]
-    given = [learned(first, raw).tolist() for raw in told[:3]]
+    expected = [learned(straight, raw).tolist() for raw in raw_scores]
+    given = [learned(first, raw).tolist() for raw in raw_scores[:3]]
     resumed.restore(json.loads(json.dumps(first.state())))
-    given += [learned(resumed, raw).tolist() for raw in told[3:]]
+    given += [learned(resumed, raw).tolist() for raw in raw_scores[3:]]
     assert given == expected
     assert sorted(straight.state()) == ["ensemble", "ensemble/first"]
     assert resumed.state() == straight.state()

@@ -57,27 +57,27 @@ def scorer(folder: Path, *, tokens: int = 1000, prompts: Sequence[Prompt] = PROM
     return TextScorer(model, tokenizer, prompts, run, source="path:judge")
 
 
-def conversation(one: Prompt, answer: str) -> str:
+def conversation(question: Prompt, answer: str) -> str:
     """What the template says, written by hand."""
-    return f"[user] {one.messages[-1].content} {END}[assistant] {answer} {END}"
+    return f"[user] {question.messages[-1].content} {END}[assistant] {answer} {END}"
 
 
 @torch.no_grad()
-def expected(folder: Path, one: Prompt, answer: str) -> float:
+def expected(folder: Path, question: Prompt, answer: str) -> float:
     """The score of the last token, by the plain model on this row alone."""
     model = AutoModelForSequenceClassification.from_pretrained(str(folder), attn_implementation="eager")
-    ids = torch.tensor([load_tokenizer(folder)(conversation(one, answer), add_special_tokens=False)["input_ids"]])
+    ids = torch.tensor([load_tokenizer(folder)(conversation(question, answer), add_special_tokens=False)["input_ids"]])
     return float(model.score(model.base_model(input_ids=ids).last_hidden_state)[0, -1])
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma", "gpt2"])
 def test_an_answer_is_rendered_anew_and_scored_at_its_last_token(tmp_path: Path, architecture: str) -> None:
     folder = external(tmp_path, architecture)
-    found = scorer(folder).scores(answers_to(PROMPTS, TEXTS)).tolist()
-    assert found == pytest.approx(
-        [expected(folder, one, text) for one, text in zip(PROMPTS, TEXTS, strict=True)], rel=1e-4, abs=1e-5
+    scores = scorer(folder).scores(answers_to(PROMPTS, TEXTS)).tolist()
+    assert scores == pytest.approx(
+        [expected(folder, question, text) for question, text in zip(PROMPTS, TEXTS, strict=True)], rel=1e-4, abs=1e-5
     )
-    assert len({round(score, 4) for score in found}) == 3
+    assert len({round(score, 4) for score in scores}) == 3
 
 
 @torch.no_grad()
@@ -88,9 +88,9 @@ def test_the_score_is_not_looked_for_by_the_pad_token(tmp_path: Path) -> None:
     assert tokenizer.pad_token == END
     ids = torch.tensor([tokenizer(conversation(PROMPTS[0], TEXTS[0]), add_special_tokens=False)["input_ids"]])
     plain = float(AutoModelForSequenceClassification.from_pretrained(str(folder))(input_ids=ids).logits)
-    (found,) = scorer(folder).scores(answers_to(PROMPTS[:1], TEXTS[:1])).tolist()
-    assert abs(found - plain) > 1e-3
-    assert found == pytest.approx(expected(folder, PROMPTS[0], TEXTS[0]), rel=1e-4)
+    (score,) = scorer(folder).scores(answers_to(PROMPTS[:1], TEXTS[:1])).tolist()
+    assert abs(score - plain) > 1e-3
+    assert score == pytest.approx(expected(folder, PROMPTS[0], TEXTS[0]), rel=1e-4)
 
 
 def test_the_policy_s_own_tokens_are_not_looked_at(tmp_path: Path) -> None:
@@ -107,7 +107,8 @@ def test_scores_do_not_depend_on_what_else_is_in_the_batch(tmp_path: Path) -> No
     in_pieces = scorer(folder, tokens=40).scores(answers_to(prompts, texts)).tolist()
     turned = scorer(folder).scores(answers_to(prompts[::-1], texts[::-1])).tolist()[::-1]
     alone = [
-        scorer(folder).scores(answers_to([one], [text])).tolist()[0] for one, text in zip(prompts, texts, strict=True)
+        scorer(folder).scores(answers_to([question], [text])).tolist()[0]
+        for question, text in zip(prompts, texts, strict=True)
     ]
     for other in (in_pieces, turned, alone):
         assert other == pytest.approx(together, rel=1e-5, abs=1e-5)

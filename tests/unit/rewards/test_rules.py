@@ -358,9 +358,9 @@ def test_chrf_is_the_f2_of_character_n_grams() -> None:
     def by_hand(answer: str, reference: str) -> float:
         scores = []
         for size in range(1, 7):
-            ours, theirs = grams(answer, size), grams(reference, size)
-            common = (ours & theirs).total()
-            precision, recall = common / ours.total(), common / theirs.total()
+            of_answer, of_reference = grams(answer, size), grams(reference, size)
+            common = (of_answer & of_reference).total()
+            precision, recall = common / of_answer.total(), common / of_reference.total()
             scores.append((precision, recall))
         precision = sum(first for first, _ in scores) / 6
         recall = sum(second for _, second in scores) / 6

@@ -39,8 +39,8 @@ def asking(folder: Path, *, rank: int = 0, progress: Callable[[], None] = lambda
 
 
 def settings(url: str, **changes: Any) -> ServerConfig:
-    told = {"base_url": url, "model": "rm", "timeout": 5.0, "retries": 1, "concurrency": 1, "batch_size": 4}
-    return ServerConfig(**(told | changes))
+    defaults = {"base_url": url, "model": "rm", "timeout": 5.0, "retries": 1, "concurrency": 1, "batch_size": 4}
+    return ServerConfig(**(defaults | changes))
 
 
 def answers(texts: Sequence[str], start: int = 0) -> Answers:
@@ -59,7 +59,7 @@ def failing(folder: Path, answering: Answering, texts: Sequence[str] = ("a", "b"
     return caught.value
 
 
-def kept(folder: Path) -> str:
+def saved(folder: Path) -> str:
     return "".join(file.read_text() for file in sorted((folder / "replies").glob("*.jsonl")))
 
 
@@ -90,11 +90,11 @@ def test_answers_are_scored_in_batches_at_once_and_in_order(tmp_path: Path) -> N
 
 
 def test_equal_answers_to_equal_prompts_are_asked_once(tmp_path: Path) -> None:
-    one, other = prompt("Same?"), prompt("Other?")
+    same, other = prompt("Same?"), prompt("Other?")
     with listening(length_scores) as served:
         scorer = ServerScorer(settings(served.url), FIELD, asking(tmp_path))
-        assert scorer.scores(answers_to([one, one, other], ["aa", "aa", "aa"])).tolist() == [1.0] * 3
-        scorer.scores(answers_to([other, one], ["aa", "aa"]))
+        assert scorer.scores(answers_to([same, same, other], ["aa", "aa", "aa"])).tolist() == [1.0] * 3
+        scorer.scores(answers_to([other, same], ["aa", "aa"]))
     assert [len(request["items"]) for request in served.requests] == [2]
 
 
@@ -132,7 +132,7 @@ def test_a_server_that_is_down_is_named_after_some_calls(tmp_path: Path) -> None
     scorer = ServerScorer(settings(url, retries=0, batch_size=1), FIELD, asking(tmp_path))
     with pytest.raises(RewardError, match=rf"{GIVE_UP} of {GIVE_UP} calls.*APIConnectionError"):
         scorer.scores(answers([f"text {n}" for n in range(50)]))
-    assert not kept(tmp_path)
+    assert not saved(tmp_path)
 
 
 def test_a_server_that_never_answers_is_given_up_at_the_timeout(tmp_path: Path) -> None:
@@ -154,7 +154,7 @@ def test_what_is_no_score_is_refused_with_its_row_and_kept_nowhere(tmp_path: Pat
     reply = f'{{"scores": [{{"id": 0, "score": 1.0}}, {{"id": 1, "score": {score}}}]}}'
     error = failing(tmp_path, lambda *_: Response(body=reply))
     assert re.match(rf"1 of 1 calls to the reward server at \S+ failed; the last error was: {words}", error.message)
-    assert not kept(tmp_path)
+    assert not saved(tmp_path)
 
 
 def test_true_and_false_are_scores(tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_the_other_calls_are_made_and_kept_beside_one_whose_score_is_refused(tmp
 )
 def test_a_reply_of_another_form_is_a_failure_and_never_a_score(tmp_path: Path, body: str, words: str) -> None:
     assert words in failing(tmp_path, lambda *_: Response(body=body)).message
-    assert not kept(tmp_path)
+    assert not saved(tmp_path)
 
 
 def test_the_key_comes_from_its_variable_and_stands_nowhere_else(
@@ -195,7 +195,7 @@ def test_the_key_comes_from_its_variable_and_stands_nowhere_else(
     with listening(length_scores) as served:
         ask(tmp_path, served, ["a"], api_key_env="SCORER_KEY")
     assert served.keys == ["Bearer sk-canary-123"]
-    assert "canary" not in kept(tmp_path)
+    assert "canary" not in saved(tmp_path)
     refused = Response(status=401, body='{"error": {"message": "wrong key: sk-canary-123"}}')
     message = failing(tmp_path, lambda *_: refused, ["b"], api_key_env="SCORER_KEY").message
     assert "wrong key: ***" in message
