@@ -40,7 +40,7 @@ _CONSOLE = re.compile(r"^\[[^\]]*CONSOLE[^\]]*\]\s*(?P<message>.*)$", re.MULTILI
 
 def browser() -> str | None:
     """The program, or None where it is not installed."""
-    return next((found for name in _NAMES if (found := shutil.which(name))), None)
+    return next((path for name in _NAMES if (path := shutil.which(name))), None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +61,7 @@ def opened(page: Path, picture: Path, *, width: int = WIDTH, height: int = HEIGH
             [program, *_FLAGS, *own, page.resolve().as_uri()], capture_output=True, text=True, timeout=120, check=True
         )
     assert picture.is_file(), done.stderr
-    return Opened(console=[found["message"] for found in _CONSOLE.finditer(done.stderr)], dom=done.stdout)
+    return Opened(console=[match["message"] for match in _CONSOLE.finditer(done.stderr)], dom=done.stdout)
 
 
 _POLICY = re.compile(r'<meta http-equiv="Content-Security-Policy"[^>]*>')
@@ -109,7 +109,7 @@ class Layout:
     cut: list[str]
 
 
-def laid_out(pages: Sequence[Path], *, widths: Sequence[int]) -> list[list[Layout]]:
+def layouts_of(pages: Sequence[Path], *, widths: Sequence[int]) -> list[list[Layout]]:
     """Each page at each width, measured in frames, since a window of Chromium's is never narrower than 500 pixels.
 
     A page's own policy, which lets no script run, is left out of the copy that is measured.
@@ -125,8 +125,8 @@ def laid_out(pages: Sequence[Path], *, widths: Sequence[int]) -> list[list[Layou
         text = f"<!doctype html><meta charset=utf-8><body>{''.join(frames)}<script>{_MEASURE}</script>"
         together.write_text(text, encoding="utf-8")
         dom = opened(together, Path(folder, "picture.png"), width=max(widths) + 100, height=500).dom
-    found = re.findall(r'<pre id="measured">(.*?)</pre>', dom, flags=re.DOTALL)[-1]
-    layouts = [Layout(**one) for one in json.loads(html.unescape(found))]
+    measurements = re.findall(r'<pre id="measured">(.*?)</pre>', dom, flags=re.DOTALL)[-1]
+    layouts = [Layout(**fields) for fields in json.loads(html.unescape(measurements))]
     return [layouts[first : first + len(widths)] for first in range(0, len(layouts), len(widths))]
 
 
@@ -140,9 +140,9 @@ def main() -> int:
     options = parser.parse_args()
     if browser() is None:
         sys.exit(f"none of {', '.join(_NAMES)} is installed")
-    said = opened(options.page, options.picture, width=options.width, height=options.height).console
-    print(f"{options.picture}: {options.picture.stat().st_size / 1000:.0f} kB", *said, sep="\n")
-    return 1 if said else 0
+    messages = opened(options.page, options.picture, width=options.width, height=options.height).console
+    print(f"{options.picture}: {options.picture.stat().st_size / 1000:.0f} kB", *messages, sep="\n")
+    return 1 if messages else 0
 
 
 if __name__ == "__main__":

@@ -43,19 +43,19 @@ SAME_PREFIX = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=4, chain=CON
 def config_of(kind: str, adapter: AdapterConfig, **changes: Any) -> StageConfig:
     """Two optimiser steps on eight rows."""
     optim = OptimConfig(lr=1e-2, batch_size=4, warmup_ratio=0.0)
-    told: dict[str, Any] = {"adapter": adapter, "data": DataConfig(source=str(DATA), limit=8), **changes}
+    settings: dict[str, Any] = {"adapter": adapter, "data": DataConfig(source=str(DATA), limit=8), **changes}
     if kind == "cpt":
-        return CptConfig(optim=optim, max_length=64, **told)
+        return CptConfig(optim=optim, max_length=64, **settings)
     if kind == "sft":
-        return SftConfig(optim=optim, max_length=4096, **told)
+        return SftConfig(optim=optim, max_length=4096, **settings)
     if kind == "reward":
-        return RewardConfig(optim=optim, max_length=4096, eval_fraction=0.0, **told)
+        return RewardConfig(optim=optim, max_length=4096, eval_fraction=0.0, **settings)
     if kind == "dpo":
-        return DpoConfig(optim=optim, max_length=4096, save_every=1, **told)
+        return DpoConfig(optim=optim, max_length=4096, save_every=1, **settings)
     if kind == "kto":
-        return KtoConfig(optim=optim, max_length=4096, save_every=1, **told)
+        return KtoConfig(optim=optim, max_length=4096, save_every=1, **settings)
     sizes = {"updates": 2, "ppo_epochs": 2, "max_prompt_length": 4096, "max_new_tokens": 6}
-    return PpoConfig(**{"optim": PpoOptimConfig(lr=1e-2, batch_size=4), **sizes, **told})
+    return PpoConfig(**{"optim": PpoOptimConfig(lr=1e-2, batch_size=4), **sizes, **settings})
 
 
 class Chained:

@@ -146,14 +146,14 @@ def opened_page() -> Iterator[Page]:
     """A new Chromium with one page; it ends with the block."""
     program = browser()
     assert program is not None, "no Chromium here; ask browser() first"
-    theirs_in, ours_out = os.pipe()
-    ours_in, theirs_out = os.pipe()
-    given = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10) for descriptor in (theirs_in, theirs_out)]
+    chromium_in, ours_out = os.pipe()
+    ours_in, chromium_out = os.pipe()
+    given = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, 10) for descriptor in (chromium_in, chromium_out)]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         argv = [sys.executable, "-c", _LAUNCH, *map(str, given), program, *_FLAGS, f"--user-data-dir={profile}"]
         process = subprocess.Popen(argv, pass_fds=given, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            for descriptor in (theirs_in, theirs_out, *given):
+            for descriptor in (chromium_in, chromium_out, *given):
                 os.close(descriptor)
             yield Page(ours_out, ours_in)
         finally:

@@ -43,8 +43,8 @@ def distil_spec(folder: Path, *, inputs: dict[str, StageInput] | None = None, **
         "save_every": 1,
     }
     config = DistilConfig(**{**settings, **changes})
-    told = inputs or {"init": BASE, "teacher": BASE}
-    return tiny_spec(folder, config, data_path=DATA / "preferences.jsonl", inputs=told)
+    stage_inputs = inputs or {"init": BASE, "teacher": BASE}
+    return tiny_spec(folder, config, data_path=DATA / "preferences.jsonl", inputs=stage_inputs)
 
 
 def distilled(folder: Path, **changes: Any) -> Path:

@@ -285,9 +285,9 @@ def _listening(engine: FakeEngine, port: int) -> _Server:
 
 
 @contextmanager
-def engine_server(base: Path, **told: Any) -> Iterator[FakeEngine]:
+def engine_server(base: Path, **settings: Any) -> Iterator[FakeEngine]:
     """A server with the weights in ``base``, until the block ends; what hangs is then let go."""
-    engine = FakeEngine(base=base, **told)
+    engine = FakeEngine(base=base, **settings)
     server = _listening(engine, 0)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
     thread.start()
@@ -323,12 +323,12 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--port", type=int, required=True)
-    told, _ = parser.parse_known_args(argv)
+    options, _ = parser.parse_known_args(argv)
     engine = FakeEngine(
-        base=told.model, key=os.environ["VLLM_API_KEY"], planted=Planted(**json.loads(os.environ[PLANTED]))
+        base=options.model, key=os.environ["VLLM_API_KEY"], planted=Planted(**json.loads(os.environ[PLANTED]))
     )
     started = time.monotonic()
-    with _listening(engine, told.port) as server:
+    with _listening(engine, options.port) as server:
         print(f"listening after {time.monotonic() - started:.1f} s", flush=True)
         server.serve_forever()
 

@@ -49,8 +49,14 @@ class Served:
 
     def config(self, **changes: Any) -> EndpointConfig:
         """How to ask it, one call at a time."""
-        told: dict[str, Any] = {"base_url": self.url, "model": "judge", "timeout": 5.0, "retries": 1, "concurrency": 1}
-        return EndpointConfig(**(told | changes))
+        settings: dict[str, Any] = {
+            "base_url": self.url,
+            "model": "judge",
+            "timeout": 5.0,
+            "retries": 1,
+            "concurrency": 1,
+        }
+        return EndpointConfig(**(settings | changes))
 
 
 def serving(judge: Judge, *, port: int = 0) -> AbstractContextManager[Served]:
@@ -67,14 +73,14 @@ def listening(answering: Answering, *, port: int = 0) -> Iterator[Served]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            told = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
                 number = len(served.requests)
-                served.requests.append(told)
+                served.requests.append(request)
                 served.paths.append(self.path)
                 served.headers.append(str(self.headers))
                 served.keys.append(self.headers.get("Authorization"))
-            response = answering(told, number)
+            response = answering(request, number)
             if response is None:
                 over.wait(30)
                 self.close_connection = True

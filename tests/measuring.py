@@ -40,8 +40,8 @@ class Measuring:
     def spec(self, name: str, config: StageConfig, data: Path, **changes: Any) -> StageSpec:
         """A stage in the folder ``name``."""
         arms = {arm: StageInput(ref=arm, path=self.policies.get(arm)) for arm in getattr(config, "arms", ())}
-        told = {"base_path": self.base, "data_path": data, "arms": arms, **changes}
-        return tiny_spec(self.folder / name, config, **told)
+        fields = {"base_path": self.base, "data_path": data, "arms": arms, **changes}
+        return tiny_spec(self.folder / name, config, **fields)
 
     def evaluate(self, name: str, rows: int, **changes: Any) -> StageSpec:
         """Three arms before a rule and two reward models, by default in parts of four answers."""

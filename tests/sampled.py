@@ -43,8 +43,8 @@ def sample_spec(folder: Path, *, prompts: Sequence[dict[str, Any]] | None = None
         "batch_size": 12,
     }
     of_spec = {name: changes.pop(name) for name in ("inputs", "extra_data", "seed") if name in changes}
-    told = {"inputs": {"policy": StageInput(ref="base", path=None)}, "input_fingerprints": {"policy": FINGERPRINT}}
-    return tiny_spec(folder, SampleConfig(**{**settings, **changes}), data_path=file, **{**told, **of_spec})
+    defaults = {"inputs": {"policy": StageInput(ref="base", path=None)}, "input_fingerprints": {"policy": FINGERPRINT}}
+    return tiny_spec(folder, SampleConfig(**{**settings, **changes}), data_path=file, **{**defaults, **of_spec})
 
 
 def sampled(folder: Path, **changes: Any) -> Path:

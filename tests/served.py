@@ -161,9 +161,13 @@ class Serving:
         """Whether these processes, the folder and the port are gone."""
         living = [process for process in processes if is_living(process)]
         port = int(self.url.rpartition(":")[2].partition("/")[0])
-        listeners = [one for one in psutil.net_connections() if one.laddr and one.laddr.port == port]
+        listeners = [
+            connection for connection in psutil.net_connections() if connection.laddr and connection.laddr.port == port
+        ]
         return (
-            not living and not list(self.temporary.iterdir()) and not any(one.status == "LISTEN" for one in listeners)
+            not living
+            and not list(self.temporary.iterdir())
+            and not any(connection.status == "LISTEN" for connection in listeners)
         )
 
 

@@ -173,7 +173,7 @@ def tiny_spec(folder: Path, config: StageConfig, **changes: Any) -> StageSpec:
     run_folder = folder / "runs" / "test" / config.kind
     for path in (work / "content", work / "checkpoints", run_folder):
         path.mkdir(parents=True, exist_ok=True)
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "run": "test",
         "recipe": "tiny",
         "stage": config.kind,
@@ -194,18 +194,18 @@ def tiny_spec(folder: Path, config: StageConfig, **changes: Any) -> StageSpec:
         "git_commit": "",
         "produces": kind_of(config).produces,
     }
-    return StageSpec(**{**told, **changes})
+    return StageSpec(**{**fields, **changes})
 
 
 def publish_tiny(
-    spec: StageSpec, model: Any, found: Lineage, *, head: dict[str, torch.Tensor] | None = None
+    spec: StageSpec, model: Any, start: Lineage, *, head: dict[str, torch.Tensor] | None = None
 ) -> StageInput:
     """Publishes ``model`` as the artifact of ``spec``, as the worker does after a stage; returns a reference to it.
 
     ``head`` is what ``head.safetensors`` of a reward model holds.
     """
     context = StageContext(spec=spec, rank=0, world_size=1)
-    result = save_model(model, load_tokenizer(found.base), context, found, {})
+    result = save_model(model, load_tokenizer(start.base), context, start, {})
     if head is not None:
         save_file(head, context.content / "head.safetensors")
     manifest = Manifest(

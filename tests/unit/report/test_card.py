@@ -67,7 +67,7 @@ def test_a_card_is_shown_with_all_that_it_measured(fake_run: Any) -> None:
     assert judges.count('class="guide"') == 3, "chance, behind each of the judges"
     page = Page(html).text
     accuracy = f"{card['accuracy']['mean']:.3f}"
-    for told in (
+    for text in (
         "The reward model",
         accuracy,
         "bag of words",
@@ -83,7 +83,7 @@ def test_a_card_is_shown_with_all_that_it_measured(fake_run: Any) -> None:
         "1 flipped",
         "rejected, preferred by the model",
     ):
-        assert told in page, told
+        assert text in page, text
     assert "log_loss" not in page, "the card says it, so the table of costs does not"
     assert f"card: the reward model is right on {card['accuracy']['mean']:.2f} of 40 pairs" in page
     assert 'aria-label="Calibration: ' in html

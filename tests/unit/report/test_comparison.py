@@ -26,11 +26,11 @@ class Compared:
 
     def __init__(self, root: Path, count: int = 2) -> None:
         self.root = root
-        self.runs = [FakeRun(root / str(place)) for place in range(count)]
-        for place, run in enumerate(self.runs):
-            run.run["name"] = f"run {place}"
+        self.runs = [FakeRun(root / str(index)) for index in range(count)]
+        for index, run in enumerate(self.runs):
+            run.run["name"] = f"run {index}"
             for stage, entry in run.run["stages"].items():
-                entry["artifact"] = f"{stage}-{place}"
+                entry["artifact"] = f"{stage}-{index}"
         self.settings = {"stages.dpo.beta": ["0.1", "0.3"][:count] + ["0.5"] * (count - 2)}
         self.primary: Metric | None = QUALITY
         self.differences = [_difference("stage:dpo", 0.09, 0.05), _difference("stage:ppo", 0.01, 0.05)]

@@ -20,7 +20,7 @@ ARMS = [
     },
 ]
 LIMITS = {"perplexity_rise": 0.2, "ability_drop": 0.1}
-TOLD = {"num_texts": 48, "num_tokens": 4326, "num_questions": 110, "limits": LIMITS, "arms": ARMS, "passed": False}
+RECORD = {"num_texts": 48, "num_tokens": 4326, "num_questions": 110, "limits": LIMITS, "arms": ARMS, "passed": False}
 
 
 def page(fake_run, content: str) -> str:
@@ -33,7 +33,7 @@ def page(fake_run, content: str) -> str:
 
 
 def test_arms_stand_before_and_after_with_intervals_and_whether_they_passed(fake_run):
-    html = page(fake_run, json.dumps(TOLD))
+    html = page(fake_run, json.dumps(RECORD))
     section = html.split('<section id="forgotten">')[1].split("</section>")[0]
     assert '<a href="#forgotten">' in html
     for shown in ("28.60", "53.66", "0.877", "0.734 to 1.042", "0.136", "0.050 to 0.220", "before", "48 general texts"):
@@ -49,7 +49,7 @@ def test_arms_stand_before_and_after_with_intervals_and_whether_they_passed(fake
 
 def test_an_arm_within_its_limits_passed_and_nothing_is_warned_of(fake_run):
     passed = [ARMS[0], ARMS[1] | {"passed": True, "reasons": []}]
-    html = page(fake_run, json.dumps(TOLD | {"arms": passed, "passed": True}))
+    html = page(fake_run, json.dumps(RECORD | {"arms": passed, "passed": True}))
     assert '<span class="verdict good">passed</span>' in html
     assert "forgot too much" not in html
 
@@ -57,7 +57,7 @@ def test_an_arm_within_its_limits_passed_and_nothing_is_warned_of(fake_run):
 def test_without_limits_no_arm_is_said_to_have_passed(fake_run):
     limits = {"perplexity_rise": None, "ability_drop": None}
     passed = [ARMS[0], ARMS[1] | {"passed": True, "reasons": []}]
-    html = page(fake_run, json.dumps(TOLD | {"arms": passed, "passed": True, "judged": False, "limits": limits}))
+    html = page(fake_run, json.dumps(RECORD | {"arms": passed, "passed": True, "judged": False, "limits": limits}))
     section = html.split('<section id="forgotten">')[1].split("</section>")[0]
     assert '<td data-label="limits">not judged</td>' in section
     assert "passed" not in section

@@ -12,7 +12,7 @@ import pytest
 from alignment.records.interval import Interval
 from alignment.records.sweep_record import Goal, Parameter
 from alignment.report.sweep_page.sweep_report import build_sweep
-from tests.browser import Layout, browser, laid_out
+from tests.browser import Layout, browser, layouts_of
 from tests.unit.report.conftest import FakeRun
 from tests.unit.report.test_card import made_card, with_card
 from tests.unit.report.test_comparison import Compared
@@ -54,11 +54,15 @@ def sweep_of_many_settings(folder: Path) -> Path:
         Goal(label="rewards/margins of dpo", minimize=False),
     ]
     trials = [
-        replace(one, settings=one.settings | chosen, figures=[*one.figures, Interval(mean=1.25)] if one.figures else [])
-        for one in record().trials
+        replace(
+            trial,
+            settings=trial.settings | chosen,
+            figures=[*trial.figures, Interval(mean=1.25)] if trial.figures else [],
+        )
+        for trial in record().trials
     ]
-    told = record(parameters=[RATE, RANK, *more], goals=goals, trials=trials, importance=[])
-    build_sweep(told, folder / "sweep.html")
+    sweep = record(parameters=[RATE, RANK, *more], goals=goals, trials=trials, importance=[])
+    build_sweep(sweep, folder / "sweep.html")
     return folder / "sweep.html"
 
 
@@ -66,7 +70,7 @@ def comparison_of_three(folder: Path) -> Path:
     """Runs whose settings differ in a list."""
     compared = Compared(folder, 3)
     modules = ["all-linear", "q_proj", "k_proj", "v_proj", "o_proj"]
-    compared.settings["stages.sft.adapter.target_modules"] = [json.dumps(modules[: place + 1]) for place in range(3)]
+    compared.settings["stages.sft.adapter.target_modules"] = [json.dumps(modules[: index + 1]) for index in range(3)]
     compared.html()
     return folder / "page.html"
 
@@ -100,7 +104,7 @@ def layouts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Layout]]
     if browser() is None:
         pytest.skip("no Chromium: nothing was laid out")
     pages = [make(tmp_path_factory.mktemp(name)) for name, make in PAGES.items()]
-    return dict(zip(PAGES, laid_out(pages, widths=WIDTHS), strict=True))
+    return dict(zip(PAGES, layouts_of(pages, widths=WIDTHS), strict=True))
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -117,4 +121,4 @@ def test_what_is_cut_off_is_seen(tmp_path: Path) -> None:
     page.write_text(
         "<div style='overflow-x: auto; white-space: nowrap'>short <b style='margin-left: 50rem'>far</b></div>"
     )
-    assert laid_out([page], widths=[390]) == [[Layout(page=390, cut=["far"])]]
+    assert layouts_of([page], widths=[390]) == [[Layout(page=390, cut=["far"])]]

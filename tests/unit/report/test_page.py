@@ -460,11 +460,11 @@ def test_a_browser_opens_it_without_a_word(fake_run, tmp_path):
     for row in fake_run.samples:
         row["messages"][0]["content"] = HOSTILE[2] + HOSTILE[4]
     fake_run.html()
-    told = opened(fake_run.root / "report.html", tmp_path / "picture.png")
-    assert told.console == []
-    assert "<script" not in told.dom
-    assert "<img" not in told.dom
-    assert "Run it again" in told.dom
+    shown = opened(fake_run.root / "report.html", tmp_path / "picture.png")
+    assert shown.console == []
+    assert "<script" not in shown.dom
+    assert "<img" not in shown.dom
+    assert "Run it again" in shown.dom
 
 
 JUNK = [None, True, -1, 1e308, float("nan"), "", "x", [], [None], {}, {"mean": "x"}, [[{}]]]

@@ -57,11 +57,11 @@ def test_a_loss_that_is_constant_but_for_rounding_is_drawn_as_one():
 def test_thinning_keeps_spikes_gaps_and_order():
     points = [(float(i), 1.0) for i in range(5000)]
     points[1234], points[4000] = (1234.0, 99.0), (4000.0, None)
-    kept = thinned(points, 420)
-    assert len(kept) <= 430
-    assert (1234.0, 99.0) in kept
-    assert (4000.0, None) in kept
-    assert kept == sorted(kept, key=lambda point: point[0])
+    drawn = thinned(points, 420)
+    assert len(drawn) <= 430
+    assert (1234.0, 99.0) in drawn
+    assert (4000.0, None) in drawn
+    assert drawn == sorted(drawn, key=lambda point: point[0])
 
 
 def test_smoothing_keeps_a_constant_and_a_gap_and_follows_without_lag():

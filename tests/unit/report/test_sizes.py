@@ -39,8 +39,8 @@ def parts(fake_run):
 
 def drawing(html: str) -> str:
     """The inside of the only figure of this kind."""
-    (found,) = re.findall(SPOKEN + r".*?</svg>", html, re.DOTALL)
-    return found
+    (figure,) = re.findall(SPOKEN + r".*?</svg>", html, re.DOTALL)
+    return figure
 
 
 def test_parts_of_the_same_data_are_drawn_from_least_to_most(parts):
@@ -137,9 +137,9 @@ def test_without_bounds_and_without_the_base_there_are_dots_and_a_line(parts):
 
 def test_the_same_amount_twice_gives_two_dots_and_one_number_below(parts):
     parts.headlines["sft_50"] = {"rows": 75.0}
-    found = drawing(parts.html())
-    assert found.count("<circle") == 3
-    assert re.findall(r'text-anchor="middle">(.*?)</text>', found) == ["75", "300"]
+    figure = drawing(parts.html())
+    assert figure.count("<circle") == 3
+    assert re.findall(r'text-anchor="middle">(.*?)</text>', figure) == ["75", "300"]
 
 
 def test_numbers_below_never_run_into_each_other(parts):

@@ -24,16 +24,16 @@ def trial(number: int, lr: float, rank: str, mean: float | None, **more: object)
     figures = [] if mean is None else [Interval(mean=mean, low=mean - 0.05, high=mean + 0.05)]
     words = [f"stages.sft.optim.lr={lr:.6g}", f"stages.sft.adapter.rank={rank}"]
     settings = {RATE.key: lr, RANK.key: rank}
-    told = {"state": "done", "figures": figures, "run": f"quickstart.mine.{number}", **more}
-    return Trial(number=number, settings=settings, words=words, **told)  # type: ignore[arg-type]
+    fields = {"state": "done", "figures": figures, "run": f"quickstart.mine.{number}", **more}
+    return Trial(number=number, settings=settings, words=words, **fields)  # type: ignore[arg-type]
 
 
 def record(**changes: object) -> SweepRecord:
     done = [trial(n, 1e-5 * 1.7**n, ["4", "16", "64"][n % 3], round(0.6 - 0.01 * (n - 6) ** 2, 3)) for n in range(10)]
-    ranked = sorted(done, key=lambda one: -one.figures[0].mean)
+    ranked = sorted(done, key=lambda finished: -finished.figures[0].mean)
     failed = trial(10, 1.9e-3, "64", None, state="failed", error="stage sft: a gradient is not finite\n  → lower it")
     pruned = trial(11, 1.1e-5, "4", None, state="pruned", error="loss of sft was worse than the median at step 9")
-    told = SweepRecord(
+    sweep = SweepRecord(
         name="quickstart.mine",
         recipe="quickstart",
         overrides=["seed=7"],
@@ -47,7 +47,7 @@ def record(**changes: object) -> SweepRecord:
         verdict="trials 5, 7 may be as good: the difference is within chance",
         importance=[{RATE.key: 0.8, RANK.key: 0.2}],
     )
-    return replace(told, **changes)  # type: ignore[arg-type]
+    return replace(sweep, **changes)  # type: ignore[arg-type]
 
 
 def words(html: str) -> str:
@@ -56,14 +56,14 @@ def words(html: str) -> str:
 
 def test_the_best_stands_first_with_its_interval_and_words_to_paste() -> None:
     html = sweep_page(record())
-    said = words(html)
-    assert "Best quality of stage:sft: 0.600 (0.550 to 0.650), in trial 6." in said
-    assert "Trials 5, 7 may be as good" in said
+    text = words(html)
+    assert "Best quality of stage:sft: 0.600 (0.550 to 0.650), in trial 6." in text
+    assert "Trials 5, 7 may be as good" in text
     assert '<pre class="command">stages.sft.optim.lr=0.000241376 stages.sft.adapter.rank=4</pre>' in html
-    assert "align run quickstart seed=7 stages.sft.optim.lr=0.000241376 stages.sft.adapter.rank=4" in said
-    assert "10 done, 1 failed, 1 pruned of 12" in said
-    assert "a gradient is not finite" in said
-    assert "worse than the median at step 9" in said
+    assert "align run quickstart seed=7 stages.sft.optim.lr=0.000241376 stages.sft.adapter.rank=4" in text
+    assert "10 done, 1 failed, 1 pruned of 12" in text
+    assert "a gradient is not finite" in text
+    assert "worse than the median at step 9" in text
 
 
 def test_every_trial_is_a_line_and_every_figure_a_dot() -> None:
@@ -94,12 +94,12 @@ def test_axes_are_logarithmic_for_ranges_that_are_and_even_for_listed_values() -
 
 def test_several_figures_name_the_trials_that_none_beats() -> None:
     goals = [Goal(label="quality of stage:sft", minimize=False), Goal(label="kl of stage:sft", minimize=True)]
-    trials = [replace(one, figures=[*one.figures, Interval(mean=2.0)]) for one in record().done[:3]]
+    trials = [replace(finished, figures=[*finished.figures, Interval(mean=2.0)]) for finished in record().done[:3]]
     html = sweep_page(record(goals=goals, trials=trials, best=[6, 7], importance=[]))
-    said = words(html)
-    assert "2 of 3 trials so far are not beaten by another in every metric." in said
+    text = words(html)
+    assert "2 of 3 trials so far are not beaten by another in every metric." in text
     assert html.count('<pre class="command">') == 4
-    assert "Drawn once 10 trials have finished." in said
+    assert "Drawn once 10 trials have finished." in text
 
 
 @pytest.mark.parametrize(
@@ -142,8 +142,8 @@ def test_without_shared_arms_the_page_names_none() -> None:
 
 
 def test_a_section_that_will_never_hold_anything_is_left_out() -> None:
-    one = replace(record(), parameters=[RANK], importance=[])
-    assert "Which settings matter" not in sweep_page(one), "a single setting has nothing to be weighed against"
+    single = replace(record(), parameters=[RANK], importance=[])
+    assert "Which settings matter" not in sweep_page(single), "a single setting has nothing to be weighed against"
     failed = record(trials=record().trials[-2:], number=2, best=[], verdict="", importance=[])
     html = sweep_page(failed)
     for heading in ("Settings and results", "Which settings matter", "Run the best again"):
@@ -152,20 +152,22 @@ def test_a_section_that_will_never_hold_anything_is_left_out() -> None:
 
 @pytest.mark.parametrize("trials", [0, 1])
 def test_a_sweep_that_has_just_begun_says_what_is_missing(trials: int) -> None:
-    told = record(trials=record().trials[:trials], best=[6][:trials], verdict="", importance=[])
-    said = words(sweep_page(told))
-    assert "Drawn once 2 trials have finished" in said
-    assert ("No trial has ended yet." in said) == (trials == 0)
+    sweep = record(trials=record().trials[:trials], best=[6][:trials], verdict="", importance=[])
+    text = words(sweep_page(sweep))
+    assert "Drawn once 2 trials have finished" in text
+    assert ("No trial has ended yet." in text) == (trials == 0)
 
 
 @pytest.mark.parametrize("hostile", HOSTILE)
 def test_text_from_outside_stays_text(hostile: str) -> None:
     rank = replace(RANK, key=hostile, values=[hostile])
     failed = replace(record().trials[-1], error=hostile, settings={RATE.key: 1e-4, hostile: hostile}, words=[hostile])
-    done = [replace(one, settings={RATE.key: 1e-4, hostile: hostile}, words=[hostile]) for one in record().done]
+    done = [
+        replace(finished, settings={RATE.key: 1e-4, hostile: hostile}, words=[hostile]) for finished in record().done
+    ]
     goals = [Goal(label=hostile, minimize=False, shared_arms={hostile: Interval(mean=0.5)})]
-    told = record(name=hostile, recipe=hostile, summary=hostile, goals=goals, verdict=hostile, overrides=[hostile])
-    html = sweep_page(replace(told, parameters=[RATE, rank], trials=[*done, failed]))
+    sweep = record(name=hostile, recipe=hostile, summary=hostile, goals=goals, verdict=hostile, overrides=[hostile])
+    html = sweep_page(replace(sweep, parameters=[RATE, rank], trials=[*done, failed]))
     page = Page(html)
     assert {tag for tag, _ in page.tags} <= TAGS
     assert not {name for _, attributes in page.tags for name in attributes} & REQUESTS
@@ -176,8 +178,8 @@ def test_a_browser_has_nothing_to_complain_of(tmp_path: Path) -> None:
     if browser() is None:
         pytest.skip("Chromium is not installed")
     build_sweep(record(), tmp_path / "sweep.html")
-    told = opened(tmp_path / "sweep.html", tmp_path / "picture.png")
-    assert told.console == []
-    assert "Run the best again" in told.dom
+    shown = opened(tmp_path / "sweep.html", tmp_path / "picture.png")
+    assert shown.console == []
+    assert "Run the best again" in shown.dom
     (tmp_path / "bad.html").write_text("<script>console.error('no')</script>")
     assert any("no" in line for line in opened(tmp_path / "bad.html", tmp_path / "bad.png").console)

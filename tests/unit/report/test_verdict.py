@@ -102,8 +102,8 @@ def test_stages_whose_own_figures_speak_against_them_are_named(fake_run):
     html = fake_run.html()
     assert "reward: right on 50% of 30 held-out pairs, no better than chance (50%)" in html
     assert "ppo: none of the last update&#39;s answers ended within max_new_tokens" in html
-    (said,) = of_evaluation(Evaluation.read(fake_run.artifact("evaluate")))
-    assert f"A{said.removeprefix('a')}." in html, "the page says what the driver said"
+    (sentence,) = of_evaluation(Evaluation.read(fake_run.artifact("evaluate")))
+    assert f"A{sentence.removeprefix('a')}." in html, "the page says what the driver said"
     assert "Some answers never ended" not in html
 
 
