@@ -287,8 +287,8 @@ def test_recipes_that_put_their_runs_in_different_folders_are_refused(
 ) -> None:
     recipes_with_outputs(monkeypatch, tmp_path)
     assert cli.main(["compare", "mine.yaml", "third.yaml"]) == 2
-    told = f"RUN: the recipes have different output folders: {tmp_path / 'elsewhere'}, {tmp_path / 'third'}"
-    assert told in capsys.readouterr().err
+    message = f"RUN: the recipes have different output folders: {tmp_path / 'elsewhere'}, {tmp_path / 'third'}"
+    assert message in capsys.readouterr().err
     assert cli.main(["compare", "mine.yaml", "here.yaml"]) == 2
     assert f"RUN: the recipes have different output folders: {tmp_path}, " in capsys.readouterr().err
 
@@ -309,8 +309,8 @@ def test_a_recipe_that_was_not_run_is_refused_with_the_runs_that_exist(
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "run.json").write_text("{}")
     assert cli.main(["status", "./mine.yaml"]) == 2
-    told = f"configuration: RUN: no run 'mine' under {tmp_path / 'runs'}; one of: mine-smoke, other"
-    assert told in capsys.readouterr().err
+    message = f"configuration: RUN: no run 'mine' under {tmp_path / 'runs'}; one of: mine-smoke, other"
+    assert message in capsys.readouterr().err
 
 
 def test_every_verb_has_its_folder_and_every_folder_its_verb() -> None:

@@ -126,8 +126,8 @@ def test_a_signal_while_torch_is_imported_stops_the_stage_before_it_began(tmp_pa
     (tmp_path / "path/torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGUSR1)\n")
     (tmp_path / "sft").mkdir()
     argv = [sys.executable, "-m", "alignment.worker", str(tmp_path / "sft/stage.yaml")]
-    told = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "path"), str(Path(__file__).parents[2])])}
-    done = subprocess.run(argv, env=told, cwd=tmp_path, capture_output=True, text=True, check=False)
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path / "path"), str(Path(__file__).parents[2])])}
+    done = subprocess.run(argv, env=variables, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 75, done.stderr
     status = json.loads((tmp_path / "sft/status.json").read_text())
     assert (status["state"], status["where"]) == ("preempted", "stage sft")
