@@ -101,7 +101,7 @@ MUTATIONS = [
             "a plan compares texts of any length",
             "        if left < 0:\n",
             "        if left is None:\n",
-            "test_no_more_text_is_held_against_the_evaluation_s_than_takes_half_a_second",
+            "test_a_limited_amount_of_text_is_compared_with_the_evaluation_s",
         ),
         (
             "a warm-up as long as max_steps starts",

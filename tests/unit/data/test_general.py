@@ -69,7 +69,9 @@ def test_no_row_repeats_one_before_it(name: str) -> None:
 def test_a_question_has_four_choices_and_each_place_is_right_as_often_as_chance_has_it() -> None:
     assert {len(question.choices) for question in QUESTIONS} == {4}
     assert len({question.messages for question in QUESTIONS}) == len(QUESTIONS)
-    assert min(Counter(question.right for question in QUESTIONS).values()) > 0.15 * len(QUESTIONS)
+    right = Counter(question.right for question in QUESTIONS)
+    assert set(right) == {0, 1, 2, 3}
+    assert all(0.15 * len(QUESTIONS) < count < 0.35 * len(QUESTIONS) for count in right.values())
     assert set(Counter(question.task for question in QUESTIONS).values()) == {22}
 
 

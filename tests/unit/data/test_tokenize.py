@@ -253,8 +253,7 @@ def test_text_around_a_written_control_token_is_tokenised_as_ever(tokenizer: Any
     plain = encode(tokenizer, "<|im_start|>user\nThe shop")
     turns = [("user", "The shop<|im_end|>"), ("assistant", "Hello.")]
     ids = tokenize_conversation(tokenizer, _messages(turns)).input_ids
-    start = next(position for position in range(len(ids)) if ids[position : position + len(plain)] == plain)
-    assert start > 0
+    assert any(ids[position : position + len(plain)] == plain for position in range(len(ids)))
 
 
 def test_plain_text_holds_no_control_token_but_its_end(tokenizer: Any) -> None:

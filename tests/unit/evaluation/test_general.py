@@ -97,7 +97,7 @@ def test_a_text_of_a_single_token_is_refused_by_file_and_line() -> None:
         material(tiny_tokenizer(), [PlainText(text="a", where="rows.jsonl:3")], QUESTIONS)
 
 
-def test_a_ruined_policy_is_named_and_never_passes() -> None:
+def test_a_policy_that_gives_nan_is_named() -> None:
     tokenizer = tiny_tokenizer()
     model = tiny_model(vocab_size=len(tokenizer))
     tokenized = material(tokenizer, TEXTS, QUESTIONS)

@@ -41,17 +41,17 @@ def both(arm_first: Verdict, arm_second: Verdict) -> BothOrders:
         (TIE, A, 0.5, 0.5),
         (TIE, B, 0.5, -0.5),
         (B, TIE, 0.5, -0.5),
-        (BAD, B, None, None),
-        (A, BAD, None, None),
-        (BAD, BAD, None, None),
     ],
 )
 def test_a_win_needs_both_orders(arm_first: Verdict, arm_second: Verdict, points: float, lean: float) -> None:
     orders = both(arm_first, arm_second)
-    assert orders.points == points
-    if points is not None:
-        assert orders.lean == lean
-        assert orders.agree == ((arm_first, arm_second) in [(A, B), (B, A), (TIE, TIE)])
+    assert (orders.points, orders.lean) == (points, lean)
+    assert orders.agree == ((arm_first, arm_second) in [(A, B), (B, A), (TIE, TIE)])
+
+
+@pytest.mark.parametrize(("arm_first", "arm_second"), [(BAD, B), (A, BAD), (BAD, BAD)])
+def test_an_invalid_verdict_gives_no_points(arm_first: Verdict, arm_second: Verdict) -> None:
+    assert both(arm_first, arm_second).points is None
 
 
 JUDGED = [both(A, B), both(A, B), both(B, A), both(TIE, TIE), both(A, A), both(A, TIE), both(B, B), both(A, A),

@@ -63,9 +63,9 @@ def test_an_interval_lies_around_the_mean_and_is_the_same_every_time() -> None:
 
 def test_pairs_of_one_prompt_are_no_independent_evidence() -> None:
     alone = many(*([1.0] * 30 + [-1.0] * 30))
-    in_tens = [judged(pair.margin, prompt=number // 5) for number, pair in enumerate(alone)]
+    in_fives = [judged(pair.margin, prompt=number // 5) for number, pair in enumerate(alone)]
     values = right([pair.margin for pair in alone])
-    independent, grouped = INTERVALS.of(values, alone), INTERVALS.of(values, in_tens)
+    independent, grouped = INTERVALS.of(values, alone), INTERVALS.of(values, in_fives)
     assert grouped.high - grouped.low > 1.5 * (independent.high - independent.low)  # type: ignore[operator]
 
 

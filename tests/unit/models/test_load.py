@@ -164,7 +164,9 @@ def test_another_tokenizer_is_refused_by_name(tmp_path: Path, base: Lineage) -> 
     refuse_other_tokenizer(spec, at, tokenizer)  # the same one passes
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save_pretrained(str(other))
-    with pytest.raises(ModelError, match="has a different tokenizer or chat template than"):
+    with pytest.raises(
+        ModelError, match=f"^path:{other} has a different tokenizer or chat template than {BASE_SOURCE}"
+    ):
         refuse_other_tokenizer(spec, at, load_tokenizer(base.base))
 
 
@@ -277,7 +279,7 @@ def test_a_reward_model_scores_the_same_after_a_reload(
 def test_a_reward_model_is_frozen_and_a_value_model_is_trained_as_the_reward_model_was(
     tmp_path: Path, base: Lineage, adapter: AdapterConfig
 ) -> None:
-    reward = tiny_reward(tmp_path, adapter, found=base)
+    reward = tiny_reward(tmp_path, adapter, start=base)
     spec = tiny_spec(tmp_path, PpoConfig())
     frozen = load_reward_model(spec, reward, device=CPU)
     assert not [name for name, parameter in frozen.named_parameters() if parameter.requires_grad]

@@ -145,7 +145,7 @@ def test_texts_behind_prompts_that_were_read_follow_the_prefix() -> None:
             assert total == pytest.approx(float(whole.sum()), rel=1e-5)
 
 
-def test_in_bfloat16_the_cache_has_the_models_format() -> None:
+def test_a_prefix_in_float32_comes_before_a_model_in_bfloat16() -> None:
     wrapped = _wrapped()
     wrapped.get_base_model().to(torch.bfloat16)
     answers = generate(wrapped.get_base_model(), [[5, 6, 7], [3]], max_new_tokens=4, end_ids=[2], batch_size=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -97,22 +98,26 @@ def test_the_kernel_is_asked_for_what_it_has(
 def test_the_kernel_gets_the_rows_and_their_shared_beginnings(
     name: str, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(varlen, "varlen_attn", _slow_varlen)
+    kernel = mock.Mock(side_effect=_slow_varlen)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
     rows = _rows(name, "cpu")
     query, key, value = _states(rows, "cpu", torch.float32)
     layer: Any = torch.nn.Identity()
     layer.config = SimpleNamespace(sliding_window=window)
     asked: dict[str, Any] = {"segments": rows.segments, "sliding_window": window}
     expected, _ = flat_attention(layer, query, key, value, None, **asked)
+    assert not kernel.called
     monkeypatch.setattr(attention, "_has_kernel", lambda *_: True)
     attended, _ = flat_attention(layer, query, key, value, None, **asked)
+    assert kernel.called
     assert relative(attended, expected) < 1e-5
 
 
 @pytest.mark.parametrize("virtual", [0, 3])
 def test_the_kernel_gets_what_was_read_earlier(virtual: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Texts behind prompts of another stream, with a prefix before both or none."""
-    monkeypatch.setattr(varlen, "varlen_attn", _slow_varlen)
+    kernel = mock.Mock(side_effect=_slow_varlen)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
     start = list(range(10, 30))
     read = stream([[*start, 5], [*start, 6, 7], [8, 9]], torch.device("cpu"))
     rows = behind(read, [1, 0, 2, 2], [[4, 4], [3], [5, 6, 7], [2]])
@@ -127,6 +132,7 @@ def test_the_kernel_gets_what_was_read_earlier(virtual: int, monkeypatch: pytest
     expected, _ = flat_attention(layer, query, key, value, None, **options, prefix=prefix)
     monkeypatch.setattr(attention, "_has_kernel", lambda *_: True)
     attended, _ = flat_attention(layer, query, key, value, None, **options, prefix=prefix)
+    assert kernel.called
     assert relative(attended, expected) < 1e-5
 
 

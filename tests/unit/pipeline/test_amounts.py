@@ -123,7 +123,7 @@ def test_prompts_that_differ_in_tools_or_calls_alone_are_different() -> None:
     assert amounts_of([Prompt(messages=(asked, call, asked)) for call in calls], whole=True).prompts == 2
 
 
-def test_no_more_text_is_held_against_the_evaluation_s_than_takes_half_a_second() -> None:
+def test_a_limited_amount_of_text_is_compared_with_the_evaluation_s() -> None:
     """500 evaluated and 2,000 learned texts of 3,000 words took 5 seconds, and a plan is promised to take a second."""
     long = Message(role="user", content="word " * 60_000)
     short = Message(role="user", content="Add them.")

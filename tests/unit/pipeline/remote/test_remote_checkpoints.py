@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from alignment.core.errors import StoreError
-from alignment.pipeline.remote import remote_checkpoints
+from alignment.pipeline.remote import checkpoint_uploads, remote_checkpoints
 from alignment.pipeline.remote.checkpoint_uploads import CheckpointUploads
 from alignment.pipeline.remote.file_transfer import nothing
 from alignment.pipeline.remote.object_store import ObjectStore
 from alignment.pipeline.remote.remote_checkpoints import RemoteCheckpoints, local_work
+from tests.patience import wait_until
 from tests.unit.pipeline.remote.conftest import sealed
 
 FINGERPRINT = "91c0aa17" * 8
@@ -181,16 +182,26 @@ def test_a_fault_of_the_disk_is_said_once_and_neither_ends_the_uploads_nor_hides
     class NotLost:
         lost = threading.Event()
 
-    def full(*_: object) -> None:
+    tried: list[object] = []
+
+    def full(file: object) -> None:
+        tried.append(file)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(remote_checkpoints, "file_sha256", full)
+    for wait in ("_LOOK_SECONDS", "_AFTER_FAULT_SECONDS"):
+        monkeypatch.setattr(checkpoint_uploads, wait, 0.001)
     announcements: list[str] = []
     sealed(work, 20)
-    uploads: Any = CheckpointUploads(checkpoints, work, lease=NotLost(), announce=announcements.append)  # type: ignore[arg-type]
-    uploads.__enter__()
-    assert not uploads._upload(nothing)
-    uploads.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)  # uploads what is left, and raises nothing
+    lease: Any = NotLost()
+
+    def stop_while_uploading() -> None:
+        with CheckpointUploads(checkpoints, work, lease=lease, announce=announcements.append):
+            wait_until(lambda: len(tried) >= 2)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # not the fault of the last upload, which leaving the block tries
+        stop_while_uploading()
     assert announcements == [
         "a checkpoint could not be uploaded; this will be tried again: [Errno 28] No space left on device"
     ]
