@@ -34,7 +34,7 @@ class Measuring:
         self.policies = {f"path:{name}": save_tiny_model(folder / name, seed=seed) for name, seed in SEEDS.items()}
         lineage = Lineage(source=BASE_SOURCE, base=self.base, adapters=())
         self.reward = tiny_reward(
-            folder / "made", AdapterConfig(rank=4), found=lineage, base_path=self.base, identity={"seed": 0}
+            folder / "made", AdapterConfig(rank=4), start=lineage, base_path=self.base, identity={"seed": 0}
         )
 
     def spec(self, name: str, config: StageConfig, data: Path, **changes: Any) -> StageSpec:

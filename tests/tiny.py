@@ -223,21 +223,21 @@ def publish_tiny(
 
 
 def tiny_reward(
-    folder: Path, adapter: AdapterConfig, *, found: Lineage, offset: float = 0.5, **changes: Any
+    folder: Path, adapter: AdapterConfig, *, start: Lineage, offset: float = 0.5, **changes: Any
 ) -> StageInput:
-    """A published reward model on ``found`` whose adapter and head say something; its spec lies in ``folder``.
+    """A published reward model on ``start`` whose adapter and head say something; its spec lies in ``folder``.
 
     ``changes`` replace fields of the spec.
     """
     spec = tiny_spec(folder, RewardConfig(adapter=adapter), **changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        model = load_start(found, adapter, Dtype.float32, task=TaskType.SEQ_CLS, device=torch.device("cpu"))
+        model = load_start(start, adapter, Dtype.float32, task=TaskType.SEQ_CLS, device=torch.device("cpu"))
         liven(model)
     base = unwrapped(model)
     score = base.score.modules_to_save["default"] if model is not base else base.score
     head = {"weight": score.weight.detach().clone(), "offset": torch.tensor(offset)}
-    return publish_tiny(spec, model, found, head=head)
+    return publish_tiny(spec, model, start, head=head)
 
 
 def liven(model: torch.nn.Module) -> None:

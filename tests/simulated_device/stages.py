@@ -109,7 +109,7 @@ def _rl(chained: Chained, cell: Cell, *, extra_data: dict[str, Path] | None = No
 
     adapter = _adapter(cell.adapter)
     chained.inputs["reward"] = tiny_reward(
-        chained.folder / "made", adapter, found=_base(chained), base_path=chained.base, **_changes(cell)
+        chained.folder / "made", adapter, start=_base(chained), base_path=chained.base, **_changes(cell)
     )
     config = _config("ppo", adapter, **settings)
     return chained.spec("ppo", adapter, config=config, extra_data=extra_data or {}, **_changes(cell))
@@ -279,7 +279,7 @@ def _carded(chained: Chained, cell: Cell) -> StageSpec:
     from tests.tiny import tiny_reward, tiny_spec
 
     changes = _changes(cell)
-    reward = tiny_reward(chained.folder / "made", LORA, found=_base(chained), base_path=chained.base, **changes)
+    reward = tiny_reward(chained.folder / "made", LORA, start=_base(chained), base_path=chained.base, **changes)
     config = RewardCardConfig(
         data=DataConfig(source=str(DATA), limit=8), max_length=4096, bootstrap_samples=50, invariance_pairs=2
     )

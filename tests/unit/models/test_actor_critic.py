@@ -28,7 +28,7 @@ CRITICS = pytest.mark.parametrize("critic", [Critic.separate, Critic.shared])
 
 def _actor_critic(folder: Path, adapter: AdapterConfig, critic: Critic) -> ActorCritic:
     base = Lineage(source=BASE_SOURCE, base=save_tiny_model(folder / "base"), adapters=())
-    reward = tiny_reward(folder, adapter, found=base)
+    reward = tiny_reward(folder, adapter, start=base)
     actor_critic = build_roles(
         tiny_spec(folder, PpoConfig()), base, reward, adapter, device=CPU, critic=critic
     ).actor_critic

@@ -98,7 +98,7 @@ def test_every_rule_and_a_function_stand_side_by_side(tmp_path: Path, base: Line
 def test_a_reward_model_of_ours_scores_token_ids_loaded_before_or_not(
     tmp_path: Path, base: Lineage, kind: AdapterKind
 ) -> None:
-    reward = tiny_reward(tmp_path / "reward", AdapterConfig(kind=kind, rank=4), found=base)
+    reward = tiny_reward(tmp_path / "reward", AdapterConfig(kind=kind, rank=4), start=base)
     spec = tiny_spec(tmp_path, PpoConfig(), inputs={"reward": reward})
     model = load_reward_model(spec, reward, device=CPU)
     prompts, answers = rows(base)
@@ -110,7 +110,7 @@ def test_a_reward_model_of_ours_scores_token_ids_loaded_before_or_not(
 
 
 def test_a_loaded_reward_model_is_not_loaded_again(tmp_path: Path, base: Lineage) -> None:
-    reward = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=base)
+    reward = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), start=base)
     model = load_reward_model(tiny_spec(tmp_path, PpoConfig()), reward, device=CPU)
     gone = StageInput(ref="stage:reward", path=tmp_path / "gone")
     assert set(raw(slot(tmp_path, REWARD, model, inputs={"reward": gone}), base)) == {"reward"}
@@ -126,7 +126,7 @@ def test_a_reward_model_from_outside_scores_text(tmp_path: Path, base: Lineage) 
 
 
 def test_the_guard_has_a_slot_of_its_own_with_a_model_of_its_own(tmp_path: Path, base: Lineage) -> None:
-    reward = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=base)
+    reward = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), start=base)
     judge = StageInput(ref="path:judge", path=external(tmp_path / "judge"))
     inputs = {"reward": reward, "guard.scorer.source": judge}
     assert slot(tmp_path, REWARD, inputs=inputs).names == ["reward"]
@@ -136,7 +136,7 @@ def test_the_guard_has_a_slot_of_its_own_with_a_model_of_its_own(tmp_path: Path,
 
 
 def test_a_reward_model_of_ours_with_another_tokenizer_is_refused(tmp_path: Path, base: Lineage) -> None:
-    reward = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=base)
+    reward = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), start=base)
     spec = tiny_spec(tmp_path, PpoConfig(), inputs={"reward": reward})
     tokenizer = load_tokenizer(base.base)
     tokenizer.chat_template = "{{ messages }}"

@@ -59,7 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, and a reward model on it."""
     folder = tmp_path_factory.mktemp("judged")
     save_tiny_model(folder / "base")
-    tiny_reward(folder / "made", LORA, found=lineage_in(folder), base_path=folder / "base", identity={"seed": 0})
+    tiny_reward(folder / "made", LORA, start=lineage_in(folder), base_path=folder / "base", identity={"seed": 0})
     return folder
 
 

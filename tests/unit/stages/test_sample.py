@@ -265,7 +265,7 @@ def test_a_total_is_the_weighted_sum_over_scorers_normalised_over_all_answers(tm
 def test_a_reward_model_of_the_run_chooses_the_best_answer_and_sft_learns_it(tmp_path: Path) -> None:
     spec = sample_spec(tmp_path)
     lineage = Lineage(source=BASE_SOURCE, base=tmp_path / "base", adapters=())
-    reward = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=lineage, base_path=tmp_path / "base")
+    reward = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), start=lineage, base_path=tmp_path / "base")
     made = sampled(
         tmp_path,
         reward="stage:reward",
@@ -286,7 +286,7 @@ def test_a_reward_model_scores_an_answer_after_its_own_prompt(tmp_path: Path) ->
     """Beside transformers and PEFT alone, for answers of one token whose text no other token has."""
     spec = sample_spec(tmp_path)
     lineage = Lineage(source=BASE_SOURCE, base=tmp_path / "base", adapters=())
-    reward = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), found=lineage, base_path=tmp_path / "base")
+    reward = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), start=lineage, base_path=tmp_path / "base")
     settings = {"reward": "stage:reward", "scorers": [ScorerConfig()], "inputs": {**spec.inputs, "reward": reward}}
     made = sampled(tmp_path, max_new_tokens=1, **settings)
     assert reward.path is not None

@@ -122,7 +122,7 @@ def bench_in(folder: Path) -> Callable[..., Bench]:
         **changes: Any,
     ) -> Bench:
         if adapter.kind not in made:
-            made[adapter.kind] = tiny_reward(folder / f"reward-{adapter.kind.value}", adapter, found=lineage)
+            made[adapter.kind] = tiny_reward(folder / f"reward-{adapter.kind.value}", adapter, start=lineage)
         settings = {"updates": 2, "ppo_epochs": 2, "num_minibatches": 2, "max_new_tokens": 6, "optim": optim()}
         config = PpoConfig(adapter=adapter, **{**settings, **changes})
         model = ModelConfig(source=BASE_SOURCE, dtype=dtype)

@@ -224,7 +224,7 @@ def test_an_architecture_that_was_not_tested_is_refused(tmp_path: Path, changes:
 
 def test_a_reward_model_is_no_gguf_file(tmp_path: Path) -> None:
     base = tiny_base(tmp_path)
-    saved = tiny_reward(tmp_path, LORA, found=base, identity=IDENTITY)
+    saved = tiny_reward(tmp_path, LORA, start=base, identity=IDENTITY)
     with pytest.raises(ModelError, match=r"no field for the head of a reward model and its offset\n.*as a model"):
         export(saved.path, base.base, tmp_path / "out", F32)
 

@@ -132,7 +132,7 @@ def test_adapters_on_adapters_are_no_adapter_of_the_base(tmp_path: Path, base: L
 
 @pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.lora])
 def test_a_reward_model_becomes_a_sequence_classifier(tmp_path: Path, base: Lineage, kind: AdapterKind) -> None:
-    saved = tiny_reward(tmp_path, AdapterConfig(kind=kind, rank=4), found=base, identity=IDENTITY)
+    saved = tiny_reward(tmp_path, AdapterConfig(kind=kind, rank=4), start=base, identity=IDENTITY)
     notes = export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
     spec = tiny_spec(tmp_path, DpoConfig(), base_path=base.base)
     with torch.no_grad():
@@ -145,7 +145,7 @@ def test_a_reward_model_becomes_a_sequence_classifier(tmp_path: Path, base: Line
 
 def test_a_reward_model_is_no_adapter(tmp_path: Path, base: Lineage) -> None:
     """Its head and its offset would be lost."""
-    saved = tiny_reward(tmp_path, AdapterConfig(rank=4), found=base, identity=IDENTITY)
+    saved = tiny_reward(tmp_path, AdapterConfig(rank=4), start=base, identity=IDENTITY)
     with pytest.raises(
         ModelError, match=r"an adapter cannot hold the head of a reward model and its offset\n.*export it as a model"
     ):
@@ -154,7 +154,7 @@ def test_a_reward_model_is_no_adapter(tmp_path: Path, base: Lineage) -> None:
 
 
 def test_a_fault_is_printed_with_its_kind(tmp_path: Path, base: Lineage, capsys: pytest.CaptureFixture[str]) -> None:
-    saved = tiny_reward(tmp_path, AdapterConfig(rank=4), found=base, identity=IDENTITY)
+    saved = tiny_reward(tmp_path, AdapterConfig(rank=4), start=base, identity=IDENTITY)
     arguments = [str(saved.path), "--base", str(base.base), "--to", str(tmp_path / "out"), "--as", "adapter"]
     capsys.readouterr()
     assert main([*arguments, "--max-gap", "0.01"]) == 4
@@ -211,7 +211,7 @@ def test_what_was_written_wrong_is_not_exported(
 ) -> None:
     """A disk, a library or a bug of ours has changed a weight on its way into the file."""
     if form == "reward":
-        saved = tiny_reward(tmp_path, AdapterConfig(kind=kind, rank=4), found=base, identity=IDENTITY)
+        saved = tiny_reward(tmp_path, AdapterConfig(kind=kind, rank=4), start=base, identity=IDENTITY)
     else:
         _, saved = _trained(tmp_path, base, kind)
     save_pretrained, copytree = PreTrainedModel.save_pretrained, shutil.copytree
