@@ -86,6 +86,7 @@ def weights(artifact: Path) -> dict[str, torch.Tensor]:
     tensors = {}
     for file in artifact.rglob("*.safetensors"):
         tensors |= {f"{file.relative_to(artifact)}/{name}": held for name, held in load_file(file).items()}
+    assert tensors, f"no weights in {artifact}"
     return tensors
 
 
@@ -267,6 +268,7 @@ def test_a_stopped_ppo_keeps_coefficient_means_and_best_policy(tmp_path: Path, s
         )
     assert runs[0][:2] == runs[1][:2]
     assert len({coefficient for coefficient, _ in runs[0][0]}) == 3
+    assert runs[0][2].keys() == runs[1][2].keys()
     for name, held in runs[0][2].items():
         assert torch.equal(held, runs[1][2][name]), name
 
@@ -374,6 +376,7 @@ def test_what_lies_in_the_machines_memory_learns_the_same(
                 assert settings["cpu_offload"] == (where is Offload.weights and device == "cuda")
         assert on_processes(spec) == [0, 0], logs(spec)
         trained.append(weights(spec.artifact))
+    assert trained[0].keys() == trained[1].keys()
     for name, held in trained[0].items():
         close(trained[1][name], held, atol=1e-6)
 
@@ -395,6 +398,7 @@ def test_activations_may_be_computed_again(
         spec = shared_out(chained, kind, adapter, sharding, config=config)
         assert on_processes(spec) == [0, 0], logs(spec)
         trained.append(weights(spec.artifact))
+    assert trained[0].keys() == trained[1].keys()
     for name, held in trained[0].items():
         close(held, trained[1][name], atol=1e-6)
 

@@ -169,6 +169,7 @@ def test_text_from_outside_stays_text(hostile: str) -> None:
     sweep = record(name=hostile, recipe=hostile, summary=hostile, goals=goals, verdict=hostile, overrides=[hostile])
     html = sweep_page(replace(sweep, parameters=[RATE, rank], trials=[*done, failed]))
     page = Page(html)
+    assert page.text.count(" ".join(hostile.split())) >= len(done)
     assert {tag for tag, _ in page.tags} <= TAGS
     assert not {name for _, attributes in page.tags for name in attributes} & REQUESTS
     assert "default-src 'none'" in html
