@@ -165,7 +165,7 @@ def test_another_tokenizer_is_refused_by_name(tmp_path: Path, base: Lineage) -> 
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save_pretrained(str(other))
     with pytest.raises(
-        ModelError, match=f"^path:{other} has a different tokenizer or chat template than {BASE_SOURCE}"
+        ModelError, match=f"^stages.dpo: path:{other} has a different tokenizer or chat template than {BASE_SOURCE}"
     ):
         refuse_other_tokenizer(spec, at, load_tokenizer(base.base))
 
