@@ -27,12 +27,18 @@ def sample(number: int, **answers: str) -> Sample:
     )
 
 
-def finished_run(output: Path, samples: Sequence[Sample], *, run: str = "mine", stage: str = "evaluate") -> Path:
+def finished_run(
+    output: Path,
+    samples: Sequence[Sample],
+    *,
+    run: str = "mine",
+    stage: str = "evaluate",
+    arms: Sequence[str] = ("base", *ARMS),
+) -> Path:
     """Records a run with this evaluation in ``output``; returns the evaluation's artifact."""
     content, artifact = output / "content", output / "artifacts" / f"{stage}-00000000"
     content.mkdir(parents=True)
-    arms = [ArmResult(name=name) for name in ("base", *ARMS)]
-    Evaluation(num_prompts=len(samples), arms=arms).write(content)
+    Evaluation(num_prompts=len(samples), arms=[ArmResult(name=name) for name in arms]).write(content)
     write_samples(content, list(samples))
     publish(content, artifact, Manifest(stage=stage, kind="evaluation", fingerprint="0" * 64, identity={}))
     folder = output / "runs" / run

@@ -1,4 +1,4 @@
-"""Faults of what surrounds a run: a store that is away, a full disk, a killed process, a machine without git."""
+"""Faults of what surrounds a run: a store that is away, a full disk, a killed process, what a process is told."""
 
 from __future__ import annotations
 
@@ -147,6 +147,146 @@ MUTATIONS = [
             " and not is_held(lock)",
             "",
             "test_what_a_killed_keeper_left_is_removed_by_the_next_one",
+        ),
+    ),
+    *in_file(
+        "pipeline/backends/slurm.py",
+        f"{PIPELINE}/test_jobs.py",
+        (
+            "a job that ran out of memory is waited for for ever",
+            '"NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", ',
+            "",
+            "test_states_of_a_job_mean_what_slurm_documents",
+        ),
+    ),
+    *in_file(
+        "pipeline/execute/rehearsed.py",
+        f"{PIPELINE}/test_rehearsal.py",
+        (
+            "an edited scorer counts as tried",
+            'SCORERS: ("data", "code")}',
+            'SCORERS: ("data",)}',
+            "test_an_edited_function_is_tried_again",
+        ),
+        (
+            "another limit counts as tried",
+            '"max_prompt_length", "max_answer_length", "too_long", "validation"',
+            '"too_long"',
+            "test_a_setting_that_decides_which_rows_fit_is_tried_again",
+        ),
+    ),
+    *in_file(
+        "pipeline/execute/exchange.py",
+        f"{PIPELINE}/remote/test_exchange.py",
+        (
+            "checkpoints of the machine that took over are removed",
+            "if not lease.lost.is_set():",
+            "if True:",
+            "test_a_machine_that_has_lost_its_lease_leaves_what_the_other_machine_has",
+        ),
+    ),
+    *in_file(
+        "pipeline/remote/checkpoint_uploads.py",
+        f"{PIPELINE}/remote/test_remote_checkpoints.py",
+        (
+            "without its lease a machine uploads at its end",
+            " and not self._lease.lost.is_set()",
+            "",
+            "test_a_machine_that_has_lost_its_lease_uploads_nothing",
+        ),
+        (
+            "without its lease a machine goes on uploading",
+            "            if self._lease.lost.is_set():",
+            "            if False:",
+            "test_a_machine_that_has_lost_its_lease_uploads_nothing",
+        ),
+    ),
+    *in_file(
+        "pipeline/sweeps/trials.py",
+        f"{PIPELINE}/sweeps/test_trials.py",
+        (
+            "a trial has all cores",
+            "os.sched_setaffinity(self._process.pid, share.cores)",
+            "pass",
+            "test_it_gets_its_share_of_the_machine",
+        ),
+        (
+            "a trial has all devices",
+            "{} if share.devices is None else {",
+            "{} if True else {",
+            "test_it_gets_its_share_of_the_machine",
+        ),
+    ),
+    *in_file(
+        "pipeline/backends/environment.py",
+        f"{PIPELINE}/backends/test_environment.py",
+        (
+            "a file of the user's hides our package",
+            '"PYTHONSAFEPATH": "1", ',
+            "",
+            "test_files_in_the_working_folder_hide_no_module_of_ours",
+        ),
+    ),
+    *in_file(
+        "pipeline/execute/run.py",
+        f"{PIPELINE}/test_run.py",
+        (
+            "a stage has two minutes to save, whatever is set",
+            "grace_seconds=launch.grace_seconds,",
+            "grace_seconds=120,",
+            "test_a_stage_holds_its_lock_itself",
+        ),
+    ),
+    *in_file(
+        "pipeline/sources/model_sources.py",
+        f"{PIPELINE}/test_plan.py",
+        (
+            "another chat template reuses results",
+            '".json", ".safetensors", ".jinja", ',
+            '".json", ".safetensors", ',
+            "test_every_file_that_a_model_is_read_from_counts",
+        ),
+    ),
+    *in_file(
+        "commands/judge/driver.py",
+        "unit/commands/judge/test_driver.py",
+        (
+            "two arms have to be named",
+            "if not arms and len(labels) == 2:",
+            "if False:",
+            "test_arms_are_named_by_label_or_in_full_and_need_no_naming_where_there_are_two",
+        ),
+    ),
+    *in_file(
+        "pipeline/plan/gate_checks.py",
+        f"{PIPELINE}/test_evaluation_gates.py",
+        (
+            "copies of a prompt count for a gate",
+            "min(rows, seen.prompts)",
+            "rows",
+            "test_prompts_of_a_gate_are_different_and_are_used",
+        ),
+        (
+            "prompts that are not drawn count for a gate",
+            "min(rows, seen.prompts)",
+            "seen.prompts",
+            "test_prompts_of_a_gate_are_different_and_are_used",
+        ),
+    ),
+    *in_file(
+        "commands/chat/driver.py",
+        "unit/commands/chat/test_driver.py",
+        (
+            "options of a chat are dropped",
+            '"options": dict(options)',
+            '"options": {**options, "system": "", "seed": 0}',
+            "test_options_and_the_engine_arrive_at_the_worker",
+        ),
+        (
+            "the engine of a chat is dropped",
+            '"engine": engine}',
+            '"engine": None}',
+            "test_options_and_the_engine_arrive_at_the_worker",
         ),
     ),
 ]

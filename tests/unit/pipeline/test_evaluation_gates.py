@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -230,6 +231,23 @@ def test_a_gate_needs_as_many_held_out_prompts_as_there_are(plan: MakePlan) -> N
     with pytest.raises(ConfigError, match=r"stages\.evaluate\.data has 9; add prompts"):
         gated(plan, entry, limit=9)
     gated(plan, entry, limit=10)
+
+
+def test_prompts_of_a_gate_are_different_and_are_used(plan: MakePlan, tmp_path: Path) -> None:
+    entry = "{arm: 'stage:dpo', against: 'stage:sft'}"
+    file = tmp_path / "many.jsonl"
+
+    def held_out(prompts: Sequence[str], *more: str) -> Plan:
+        rows = [{"messages": [{"role": "user", "content": prompt}]} for prompt in prompts]
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        return plan(*settings(entry), f"stages.evaluate.data.source=path:{file}", *more)
+
+    different = [f"What is {number} and {number}?" for number in range(20)]
+    with pytest.raises(ConfigError, match=r"stages\.evaluate\.data has 1; add prompts"):
+        held_out(["What is 1 and 1?"] * 12)
+    with pytest.raises(ConfigError, match=r"stages\.evaluate\.data has 8; add prompts"):
+        held_out(different, "stages.evaluate.data.fraction=0.4")
+    held_out(different, "stages.evaluate.data.fraction=0.5")
 
 
 def test_a_plan_shows_its_gates(plan: MakePlan) -> None:

@@ -348,6 +348,7 @@ def test_a_job_is_followed_through_the_queue_and_through_being_queued_again(sft:
         ("11 CANCELLED 0:15 None", StageError, 5),
         ("11 CANCELLED 75:0 None", StageError, 5),
         ("11 TIMEOUT 0:0 TimeLimit", StageError, 5),
+        ("11 OUT_OF_MEMORY 0:125 OutOfMemory", StageError, 5),
         ("11 COMPLETED 0:0 None", ConfigError, 2),
     ],
 )
@@ -365,6 +366,18 @@ def test_a_job_that_did_not_end_well_ends_the_run_as_its_driver_did(
     assert f"log: {log}" in str(caught.value)
     assert ("run the same command to continue; log" in str(caught.value)) == ("75:0" in answer), "it has saved"
     assert "the loss is NaN" in str(caught.value) or code == 2
+
+
+@pytest.mark.parametrize(
+    ("states", "ended"),
+    [
+        ("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED TIMEOUT", True),
+        ("PENDING CONFIGURING RUNNING SUSPENDED STOPPED REQUEUED RESIZING SIGNALING STAGE_OUT COMPLETING", False),
+    ],
+)
+def test_states_of_a_job_mean_what_slurm_documents(states: str, ended: bool) -> None:
+    """The states of https://slurm.schedmd.com/job_state_codes.html."""
+    assert {state: slurm.Job(state=state).ended for state in states.split()} == dict.fromkeys(states.split(), ended)
 
 
 def test_a_job_that_the_queue_has_forgotten_is_looked_up_in_the_accounts(fakes: Fakes) -> None:

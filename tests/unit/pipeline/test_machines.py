@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 from rich.console import Console
@@ -21,7 +22,7 @@ from alignment.config.backend import MachinesBackend
 from alignment.config.launch import LaunchConfig
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import ConfigError, StageError
-from alignment.pipeline.backends import machines
+from alignment.pipeline.backends import machines, processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute.signals import Terminated
 from alignment.pipeline.plan.actions import Action
@@ -29,7 +30,7 @@ from alignment.stages.benchmark.config import BenchmarkConfig
 from alignment.stages.sft.config import SftConfig
 from tests.patience import wait_until
 
-LAUNCH = LaunchConfig(backend=MachinesBackend(machine_rank=1))
+LAUNCH = LaunchConfig(backend=MachinesBackend(machine_rank=1), grace_seconds=7)
 
 
 class Shared:
@@ -78,9 +79,11 @@ def shared(tmp_path: Path) -> Shared:
     return Shared(tmp_path)
 
 
-def test_an_attempt_is_answered_once_and_another_one_again(shared: Shared) -> None:
+def test_an_attempt_is_answered_once_and_another_one_again(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = shared.plan.run_folder / "sft"
     codes: list[int] = []
+    execute = mock.Mock(side_effect=processes.execute)
+    monkeypatch.setattr(processes, "execute", execute)
     follower = threading.Thread(target=lambda: codes.append(_follow_in_thread(shared)))
     follower.start()
     for attempt in (1, 2):
@@ -90,6 +93,7 @@ def test_an_attempt_is_answered_once_and_another_one_again(shared: Shared) -> No
     follower.join(30)
     assert codes == [0]
     assert shared.starts() == 2
+    assert [call.kwargs["grace_seconds"] for call in execute.call_args_list] == [7, 7]
     begun = (folder / "log-1.txt").read_text().splitlines()
     assert [line.partition("  ")[2] for line in begun] == ["attempt at sft-01234567 ==="] * 2
     assert not (folder / machines.ATTEMPT).exists()

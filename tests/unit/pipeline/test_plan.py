@@ -167,6 +167,16 @@ def test_the_content_of_the_base_model_counts_and_its_place_does_not(plan: MakeP
     assert "dpo" in changed(dpo, plan(moved, from_elsewhere)), "its adapter would stand on another base"
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "chat_template.jinja", "tokenizer.json", "tokenizer.model", "merges.txt"]
+)
+def test_every_file_that_a_model_is_read_from_counts(plan: MakePlan, tmp_path: Path, name: str) -> None:
+    (tmp_path / "model" / name).write_text("{}")
+    before = plan()
+    (tmp_path / "model" / name).write_text("{ }")
+    assert "sft" in changed(before, plan())
+
+
 def test_everything_is_reused_once_it_is_made_and_the_run_s_name_is_only_the_report_s(plan: MakePlan) -> None:
     leave_all(plan())
     assert {stage.action for stage in plan().stages} == {Action.reuse}

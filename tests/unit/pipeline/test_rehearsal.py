@@ -97,6 +97,40 @@ def test_what_went_well_is_not_tried_again(tried: Callable[..., Plan], started: 
     assert stages_in(started[3]) == ["--rows", "--scorers", "ppo"]
 
 
+@pytest.mark.parametrize(
+    ("setting", "stage"),
+    [
+        ("stages.dpo.too_long.do=cut", "dpo"),
+        ("stages.dpo.max_answer_length=200", "dpo"),
+        ("stages.dpo.validation={every: 1, share: 0.5}", "dpo"),
+        ("stages.ppo.max_prompt_length=100", "ppo"),
+    ],
+)
+def test_a_setting_that_decides_which_rows_fit_is_tried_again(
+    tried: Callable[..., Plan], started: Commands, setting: str, stage: str
+) -> None:
+    tried()
+    tried(setting)
+    assert [stages_in(command) for command in started[1:]] == [["--rows", stage, "--scorers"]]
+
+
+def test_an_edited_function_is_tried_again(tried: Callable[..., Plan], started: Commands, tmp_path: Path) -> None:
+    tried()
+    (tmp_path / "score.py").write_text(SCORER.replace("0.5 for", "0.25 for"))
+    tried()
+    assert [stages_in(command) for command in started[1:]] == [["--rows", "--scorers", "ppo"]]
+
+
+def test_rows_are_tried_again_with_another_tokenizer(
+    tried: Callable[..., Plan], started: Commands, tmp_path: Path
+) -> None:
+    tried()
+    template = tmp_path / "model/chat_template.jinja"
+    template.write_text(template.read_text() + "{# edited #}")
+    tried()
+    assert [stages_in(command) for command in started[1:]] == [["--rows", "reward", "dpo", "ppo", "--scorers"]]
+
+
 def test_what_failed_is_tried_again(tried: Callable[..., Plan], started: Commands) -> None:
     tried()
     for _ in range(2):

@@ -257,16 +257,19 @@ def test_a_stage_that_says_it_is_done_and_left_nothing_is_a_fault(
 def test_a_stage_holds_its_lock_itself(align: Align, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its driver may be killed while it works on, and nobody else may begin then."""
     held_open: list[bool] = []
+    graces: list[float] = []
     execute = processes.execute
 
     def noted(command: Command, *, log: Path, keep_open: Sequence[int], **options: Any) -> int:
         work = read_spec(log.with_name("stage.yaml")).work
         held_open.append([os.fstat(number).st_ino for number in keep_open] == [(work / "lock").stat().st_ino])
+        graces.append(options["grace_seconds"])
         return execute(command, log=log, keep_open=keep_open, **options)
 
     monkeypatch.setattr(processes, "execute", noted)
-    align()
+    align("launch.grace_seconds=7")
     assert held_open == [True] * 5
+    assert graces == [7] * 5
 
 
 def test_a_stage_that_was_preempted_ends_the_run_with_75(align: Align, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ class Runs:
         self.base.mkdir()
         (self.base / "config.json").write_text("{}")
         (self.base / "model.safetensors").write_bytes(b"weights")
+        self.request: dict[str, Any] = {}
         self.speakers: list[dict[str, Any]] = []
         self.ignored = False
 
@@ -67,7 +68,8 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
     run_folders = Runs(tmp_path)
 
     def hear(argv: list[str]) -> int:
-        run_folders.speakers = json.loads(Path(argv[-1]).read_text())["sessions"]
+        run_folders.request = json.loads(Path(argv[-1]).read_text())
+        run_folders.speakers = run_folders.request["sessions"]
         run_folders.ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         return 0
 
@@ -85,6 +87,14 @@ def test_without_an_arm_the_last_policy_that_is_done_speaks(runs: Runs) -> None:
     assert speaker["dtype"] == "float32"
     assert runs.ignored, "Ctrl-C is the other process's"
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_options_and_the_engine_arrive_at_the_worker(runs: Runs) -> None:
+    options = {**OPTIONS, "system": "Be brief.", "seed": 7, "temperature": 0.5, "max_new_tokens": 9}
+    engine = {"engine": "vllm", "python": "/opt/vllm/bin/python"}
+    chat(Console(), "a", (), options=options, engine=engine, output=runs.output)
+    assert runs.request["options"] == options
+    assert runs.request["engine"] == engine
 
 
 @pytest.fixture

@@ -105,6 +105,8 @@ def test_arms_are_named_by_label_or_in_full_and_need_no_naming_where_there_are_t
 ) -> None:
     assert "stage:dpo and base: 4 pairs" in printed(arms=["stage:dpo", "base"])
     assert "votes: " + str(tmp_path / "mine.jsonl") in printed(votes=str(tmp_path / "mine.jsonl"))
+    finished_run(output, [sample(1), sample(2)], run="two", stage="of_two", arms=("base", "stage:sft"))
+    assert "base and stage:sft: 2 pairs" in printed("two", arms=[])
 
 
 @pytest.mark.parametrize(

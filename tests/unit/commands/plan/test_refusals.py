@@ -21,7 +21,7 @@ def test_an_unknown_device_is_refused_with_those_that_are_known() -> None:
 def test_a_model_that_is_not_here_is_refused_with_what_fetches_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "empty"))
     with pytest.raises(ModelError, match=r"bundled:smollm2-135m is not on this machine") as refused:
         show(Console(file=io.StringIO()), "quickstart", [f"output={tmp_path}"], cost=True)
     assert "make model" in str(refused.value)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,4 +62,14 @@ def test_how_soon_idle_threads_sleep_is_what_was_measured_for_the_processor(
 def test_the_worker_is_offline_and_finds_our_package_first() -> None:
     variables = environment.of_worker(1, "/theirs")
     assert variables["HF_HUB_OFFLINE"] == variables["TRANSFORMERS_OFFLINE"] == variables["HF_DATASETS_OFFLINE"] == "1"
+    assert variables["HF_HUB_DISABLE_TELEMETRY"] == variables["DO_NOT_TRACK"] == "1"
     assert variables["PYTHONPATH"] == f"{Path(__file__).parents[4]}:/theirs"
+
+
+def test_files_in_the_working_folder_hide_no_module_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "alignment").mkdir()
+    (tmp_path / "alignment/__init__.py").write_text("raise SystemExit('this is the user's own file')")
+    command = [sys.executable, "-m", "alignment.core.errors"]
+    variables = {**os.environ, **environment.of_worker(1, "")}
+    ended = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "")

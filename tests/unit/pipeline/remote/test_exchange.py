@@ -14,7 +14,10 @@ from alignment.core.errors import ArtifactError, ConfigError, DiskError
 from alignment.pipeline.execute import exchange
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan, make_plan
+from alignment.pipeline.remote import checkpoint_uploads, lease
 from alignment.pipeline.remote.object_store import connected
+from tests.patience import wait_until
+from tests.unit.pipeline.conftest import leave_artifact
 from tests.unit.pipeline.test_run import STAGES, fake
 
 
@@ -102,6 +105,29 @@ def test_checkpoints_of_a_call_that_was_cut_off_are_removed_with_the_late_upload
     store.write(f"checkpoints/{sft.fingerprint}/00000020-000000.json", b"{}")
     first.run()
     assert [key for key in store.sizes("") if not key.startswith("artifacts/")] == []
+
+
+def test_a_machine_that_has_lost_its_lease_leaves_what_the_other_machine_has(
+    machines: tuple[Machine, Machine], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.02)
+    monkeypatch.setattr(checkpoint_uploads, "_LOOK_SECONDS", 0.02)
+    plan = machines[0].plan()
+    store, sft, announcements = connected(url), plan.stages[0], list[str]()
+    leave_artifact(sft)
+    sft.work.mkdir()  # as by the caller, who holds the lock in it
+    folder = f"checkpoints/{sft.fingerprint}"
+    of_the_other = {
+        f"{folder}/lease.json": b'{"owner": "another", "host": "b", "process": 7}',
+        f"{folder}/00000020-000000.json": b"{}",
+    }
+    with exchange.of_stage(plan, sft, announcements.append, wait=False) as makes_it:
+        assert makes_it
+        for key, content in of_the_other.items():
+            store.write(key, content)
+        wait_until(lambda: announcements)
+    assert announcements[0].startswith("sft: another machine has taken over the stage")
+    assert {key: store.read(key) for key in of_the_other} == of_the_other
 
 
 def test_checkpoints_beside_a_result_of_another_machine_are_removed_with_its_download(

@@ -6,7 +6,9 @@ import errno
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -176,12 +178,38 @@ def test_a_file_system_without_hard_links_is_no_obstacle(
     assert (tmp_path / "other/checkpoints/checkpoint-20/weights").read_text() == "weights 20"
 
 
+def uploads(
+    checkpoints: RemoteCheckpoints, work: Path, announcements: list[str], *, lost: bool = False
+) -> CheckpointUploads:
+    """Uploads under a lease that is ``lost``, or held."""
+    lease: Any = SimpleNamespace(lost=threading.Event())
+    if lost:
+        lease.lost.set()
+    return CheckpointUploads(checkpoints, work, lease=lease, announce=announcements.append)
+
+
+def interrupt_once(condition: Callable[[], object]) -> None:
+    wait_until(condition)
+    raise KeyboardInterrupt
+
+
+def test_a_machine_that_has_lost_its_lease_uploads_nothing(
+    checkpoints: RemoteCheckpoints, store: ObjectStore, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_uploads, "_LOOK_SECONDS", 0.001)
+    announcements: list[str] = []
+    sealed(work, 20)
+    with pytest.raises(KeyboardInterrupt), uploads(checkpoints, work, announcements, lost=True):
+        interrupt_once(lambda: announcements)
+    assert announcements == [
+        "another machine has taken over the stage, so checkpoints from here are no longer uploaded"
+    ]
+    assert store.sizes("") == {}
+
+
 def test_a_fault_of_the_disk_is_said_once_and_neither_ends_the_uploads_nor_hides_a_stop(
     checkpoints: RemoteCheckpoints, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class NotLost:
-        lost = threading.Event()
-
     tried: list[object] = []
 
     def full(file: object) -> None:
@@ -193,15 +221,9 @@ def test_a_fault_of_the_disk_is_said_once_and_neither_ends_the_uploads_nor_hides
         monkeypatch.setattr(checkpoint_uploads, wait, 0.001)
     announcements: list[str] = []
     sealed(work, 20)
-    lease: Any = NotLost()
-
-    def stop_while_uploading() -> None:
-        with CheckpointUploads(checkpoints, work, lease=lease, announce=announcements.append):
-            wait_until(lambda: len(tried) >= 2)
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):  # not the fault of the last upload, which leaving the block tries
-        stop_while_uploading()
+    # it is not hidden by the fault of the last upload, which leaving the block tries
+    with pytest.raises(KeyboardInterrupt), uploads(checkpoints, work, announcements):
+        interrupt_once(lambda: len(tried) >= 2)
     assert announcements == [
         "a checkpoint could not be uploaded; this will be tried again: [Errno 28] No space left on device"
     ]

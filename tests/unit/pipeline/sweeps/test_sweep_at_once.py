@@ -36,6 +36,7 @@ class Processes:
         self.losses: dict[str, float | list[float]] = {}
         self.outcomes: dict[str, TrialOutcome] = {}
         self.interrupt_at: int | None = None
+        self.waits: list[float] = []
 
     def start(self, run_folder: Path, argv: Sequence[str], *, log: Path, share: Share) -> Process:
         """In place of ``Running``."""
@@ -93,6 +94,7 @@ class Process:
 
     def wait(self, seconds: float) -> None:
         assert self.asked
+        self.all.waits.append(seconds)
 
     def close(self) -> None:
         self.all.alive.remove(self.beta)
@@ -129,10 +131,12 @@ def test_a_trial_that_fails_leaves_the_others_alone(processes: Processes, runs: 
 
 def test_interrupted_it_stops_all_and_goes_on_with_those(processes: Processes, runs: Runs) -> None:
     processes.interrupt_at = 3
-    code, printed = go(runs, at_once=2)
+    code, printed = go(runs, "dpo_beta", "launch.grace_seconds=500", at_once=2)
     assert (code, runs.asked, processes.alive) == (130, [], [])
     assert printed.count("stopped") == 1
-    assert go(runs, at_once=2)[0] == 0
+    assert len(processes.waits) == 2
+    assert all(500 < seconds <= 500 + shared._SAVED_LATE_SECONDS for seconds in processes.waits)
+    assert go(runs, "dpo_beta", "launch.grace_seconds=500", at_once=2)[0] == 0
     assert sorted(settings["stages.dpo.beta"] for settings in runs.asked) == BETAS
     assert {row["number"] for row in trials(runs)} == {0, 1, 2, 3}
 

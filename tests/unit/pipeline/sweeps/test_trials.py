@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
+import pytest
+
 from alignment.core.locks import held
 from alignment.pipeline.sweeps.trials import Running, Share
 from alignment.records.sweep_record import TrialOutcome
@@ -13,8 +16,16 @@ from tests.living import descendants_of, words_of
 ALL = Share(cores=frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset())
 
 
-def started(tmp_path: Path, *argv: str) -> Running:
-    return Running(tmp_path / "runs/one", argv, log=tmp_path / "trial-0.log", share=ALL)
+def started(tmp_path: Path, *argv: str, share: Share = ALL) -> Running:
+    return Running(tmp_path / "runs/one", argv, log=tmp_path / "trial-0.log", share=share)
+
+
+def trial_process() -> psutil.Process:
+    """The process of the one trial that was started."""
+    (process,) = [
+        other for other in descendants_of(os.getpid()) if "alignment.pipeline.sweeps.trial" in words_of(other)
+    ]
+    return process
 
 
 def test_what_it_said_of_its_fault_is_known(tmp_path: Path) -> None:
@@ -31,13 +42,23 @@ def test_what_it_said_of_its_fault_is_known(tmp_path: Path) -> None:
 
 def test_one_that_was_killed_is_told_from_one_that_failed(tmp_path: Path) -> None:
     trial = started(tmp_path, "quickstart", f"output={tmp_path}")
-    (process,) = [
-        other for other in descendants_of(os.getpid()) if "alignment.pipeline.sweeps.trial" in words_of(other)
-    ]
-    process.kill()
+    trial_process().kill()
     trial.wait(60)
     assert trial.ended() == TrialOutcome(code=1, error="its process ended by signal 9 without recording an outcome")
     trial.close()
+
+
+@pytest.mark.skipif(not ALL.cores, reason="this system cannot bind a process to cores")
+def test_it_gets_its_share_of_the_machine(tmp_path: Path) -> None:
+    core = min(ALL.cores)
+    share = Share(cores=frozenset({core}), devices=("GPU-7", "GPU-9"))
+    with held(tmp_path / "runs/quickstart/lock", wait=False):  # which it waits for, as long as the sweep is there
+        trial = started(tmp_path, "quickstart", f"output={tmp_path}", share=share)
+        process = trial_process()
+        assert process.cpu_affinity() == [core]
+        assert process.environ()["CUDA_VISIBLE_DEVICES"] == "GPU-7,GPU-9"
+        trial.close()
+        trial.wait(60)
 
 
 def test_it_ends_when_the_sweep_lets_go_of_it(tmp_path: Path) -> None:
