@@ -7,6 +7,7 @@ from tests.mutations.mutation import in_file
 BY_TEMPLATE = "test_every_conversation_is_what_the_template_renders"
 LOOKS_INSIDE = "test_a_template_that_may_look_inside_a_content_is_left_to_itself"
 GOES_ON = "test_an_interrupted_table_goes_on_where_it_was_saved"
+SPLITS = "test_every_split_and_subset_of_a_hub_data_set_has_a_table_of_its_own"
 FEW_FAULTS = "test_faulty_rows_may_be_skipped_up_to_a_share_and_are_listed"
 
 MUTATIONS = [
@@ -88,6 +89,18 @@ MUTATIONS = [
         "unit/data/test_token_table.py",
         ("rows that were read are read again", "before.read, None)", "0, None)", GOES_ON),
         ("a limit counts what is left alone", "data.limit - before.records", "data.limit", GOES_ON),
+        (
+            "splits of a data set share a table",
+            "[str(path), data.split, data.subset]",
+            "[str(path), data.subset]",
+            SPLITS,
+        ),
+        (
+            "subsets of a data set share a table",
+            "[str(path), data.split, data.subset]",
+            "[str(path), data.split]",
+            SPLITS,
+        ),
     ),
     *in_file(
         "data/key_set.py",

@@ -35,8 +35,10 @@ from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, SCORE
 from alignment.data.tokens.token_table import TokenTable
 from alignment.data.tokens.tokenize import tokenize_conversation
 from alignment.training.session import Preempted
+from tests.hub import leave_data_set, use_cache
 from tests.living import is_living
 from tests.tiny import tiny_tokenizer
+from tests.unit.data.test_hub import DESCRIBED
 
 ALL = DataConfig(source="")
 WIDE = Limits(row=500)
@@ -66,7 +68,8 @@ def _talk(number: int) -> dict[str, Any]:
 
 def _table(file: Path, tokenizer: Any, **changes: Any) -> TokenTable:
     settings: dict[str, Any] = {"data": ALL, "kind": CONVERSATIONS, "limits": WIDE, "processes": 1}
-    return token_table.token_table(file, tokenizer=tokenizer, cache=file.parent / "cache", **(settings | changes))
+    settings["cache"] = file.parent / "cache"
+    return token_table.token_table(file, tokenizer=tokenizer, **(settings | changes))
 
 
 DAMAGES = {
@@ -182,6 +185,19 @@ def test_shares_that_may_be_lost_are_no_part_of_a_table(tmp_path: Path, tokenize
 def test_a_file_with_other_rows_gives_another_table(tmp_path: Path, tokenizer: Any) -> None:
     assert len(_table(_rows(tmp_path, [_talk(1)]), tokenizer).rows) == 1
     assert len(_table(_rows(tmp_path, [_talk(1), _talk(2)]), tokenizer).rows) == 2
+
+
+def test_every_split_and_subset_of_a_hub_data_set_has_a_table_of_its_own(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_cache(monkeypatch, tmp_path)
+    snapshot, cache = leave_data_set(tmp_path, DESCRIBED), tmp_path / "cache"
+    parts = [
+        DataConfig(source="", subset=subset, split=split)
+        for subset, split in (("short", "train"), ("short", "test"), ("long", "train"))
+    ]
+    assert [len(_table(snapshot, tokenizer, data=part, cache=cache).rows) for part in parts] == [4, 1, 8]
+    assert len(list(cache.glob("tokens-*"))) == 3
 
 
 def test_how_faults_are_taken_needs_no_new_table(tmp_path: Path, tokenizer: Any) -> None:
