@@ -9,6 +9,7 @@ EVALUATE = "unit/stages/test_evaluate.py"
 TURNS = "unit/stages/test_evaluate_turns.py"
 GRADING = "unit/stages/test_grading.py"
 LABELLED = "unit/stages/test_labelled.py"
+ENDPOINT = "unit/evaluation/test_endpoint.py"
 
 MUTATIONS = [
     *in_file(
@@ -85,6 +86,22 @@ MUTATIONS = [
             "match = _GRADE.fullmatch(",
             "match = _GRADE.search(",
             "test_a_grade_is_the_last_line_and_nothing_else",
+        ),
+    ),
+    *in_file(
+        "evaluation/bounded_client.py",
+        ENDPOINT,
+        (
+            "an encrypted answer has no limits",
+            "return _Stream(self._stream.start_tls(ssl_context, server_hostname, timeout=within), self._allowance)",
+            "return self._stream.start_tls(ssl_context, server_hostname, timeout=within)",
+            "test_an_encrypted_connection_is_limited_in_bytes_and_in_time",
+        ),
+        (
+            "an answer through a proxy has no limits",
+            "in (client._transport, *client._mounts.values()):",
+            "in (client._transport,):",
+            "test_a_proxy_that_sends_a_byte_now_and_then_is_given_up_at_the_timeout",
         ),
     ),
     *in_file(

@@ -13,6 +13,7 @@ import pytest
 
 from alignment.config.evaluating import EndpointConfig
 from alignment.core.errors import ConfigError, StageError
+from alignment.evaluation.bounded_client import Refused, _Allowance, _Stream
 from alignment.evaluation.endpoint import Endpoint
 from alignment.evaluation.endpoint_calls import GIVE_UP
 from alignment.evaluation.saved_replies import SavedReplies
@@ -178,12 +179,57 @@ def test_what_was_answered_is_kept_by_who_was_asked(replies_file: Path) -> None:
 STATUS = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 
+def is_given_up_at_the_timeout(message: str, seconds: float) -> bool:
+    """Whether an error says that the limit of a whole answer ended it, or of the last read, whichever came first."""
+    whole = f"timed out: the whole answer did not arrive within {seconds:g} s"
+    return whole in message or "APITimeoutError" in message
+
+
 @pytest.mark.parametrize("begin", [STATUS, STATUS + b"\r\n"], ids=["headers", "the body"])
 def test_a_server_that_sends_a_byte_now_and_then_is_given_up_at_the_timeout(replies_file: Path, begin: bytes) -> None:
     """A client's own timeout begins again with each of them; these would go on for hours."""
     response = Response(raw=chain([begin], repeat(b"x", 10_000)), pause=0.05)
     message = failing(lambda *_: response, replies_file, prompts=1, timeout=0.4, retries=0)
-    assert "timed out: the whole answer did not arrive within 0.4 s" in message or "APITimeoutError" in message
+    assert is_given_up_at_the_timeout(message, 0.4)
+
+
+def test_a_proxy_that_sends_a_byte_now_and_then_is_given_up_at_the_timeout(
+    replies_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    response = Response(raw=chain([STATUS + b"\r\n"], repeat(b"x", 60)), pause=0.05)
+    with serving(lambda *_: response) as proxy:
+        monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
+        config = proxy.config(base_url="http://judge.invalid/v1", timeout=0.4, retries=0)
+        with pytest.raises(StageError) as caught:
+            ask(config, replies_file, ["a"])
+    assert proxy.paths == ["http://judge.invalid/v1/chat/completions"]
+    assert is_given_up_at_the_timeout(caught.value.message, 0.4)
+
+
+class Encrypting:
+    """A connection of the HTTP library that gives as many bytes as are asked for."""
+
+    def start_tls(self, *_: Any, **__: Any) -> Encrypting:
+        """The same connection, encrypted."""
+        return self
+
+    def read(self, max_bytes: int, **_: Any) -> bytes:
+        """Blanks."""
+        return b" " * max_bytes
+
+
+def test_an_encrypted_connection_is_limited_in_bytes_and_in_time() -> None:
+    allowance = _Allowance()
+    allowance.begin(30.0)
+    encrypted = _Stream(Encrypting(), allowance).start_tls(None)
+    assert [len(encrypted.read(1 << 20)) for _ in range(4)] == [1 << 20] * 4
+    with pytest.raises(Refused, match="its answer is longer than 4 MiB"):
+        encrypted.read(1)
+    allowance.begin(0.0)
+    with pytest.raises(Refused, match="timed out: the whole answer did not arrive within 0 s"):
+        encrypted.read(1)
 
 
 def test_an_answer_without_end_is_not_read_to_its_end(replies_file: Path) -> None:
