@@ -10,6 +10,8 @@ TURNS = "unit/stages/test_evaluate_turns.py"
 GRADING = "unit/stages/test_grading.py"
 LABELLED = "unit/stages/test_labelled.py"
 ENDPOINT = "unit/evaluation/test_endpoint.py"
+PAGE = "unit/report/test_page.py"
+SHOWN = "test_shown_samples_have_the_widest_gaps_of_their_tasks_and_stand_in_the_right_half"
 
 MUTATIONS = [
     *in_file(
@@ -601,6 +603,27 @@ MUTATIONS = [
             "if verdict == BETTER else (item.against, item.arm)",
             "if verdict else (item.against, item.arm)",
             "test_few_distinct_answers_alone_are_no_reason",
+        ),
+    ),
+    *in_file(
+        "report/run_page/sample_rows.py",
+        PAGE,
+        (
+            "samples on which arms agree are shown as those on which they differ",
+            "key=lambda s: -gap(s)",
+            "key=gap",
+            SHOWN,
+        ),
+        ("the worse half is called the better one", "if mean > middle else", "if mean < middle else", SHOWN),
+    ),
+    *in_file(
+        "report/run_page/evaluation_section.py",
+        PAGE,
+        (
+            "more of any metric is better where samples are chosen",
+            "merit=-score if score is not None and less_is_better else score,",
+            "merit=score,",
+            SHOWN,
         ),
     ),
     *in_file(

@@ -344,6 +344,36 @@ def test_samples_spread_over_tasks_and_outcomes_whatever_their_order(fake_run):
     assert "8 of 40 held-out prompts." in first
 
 
+def qualities(sample) -> list[float]:
+    """The score of each arm's answer by the primary metric."""
+    return [answer["scores"]["quality"] for answer in sample["answers"].values()]
+
+
+def gap(sample) -> float:
+    """How far the arms' answers are apart."""
+    return max(qualities(sample)) - min(qualities(sample))
+
+
+@pytest.mark.parametrize(("higher_is_better", "sign"), [(True, 1), (False, -1)])
+def test_shown_samples_have_the_widest_gaps_of_their_tasks_and_stand_in_the_right_half(
+    fake_run, higher_is_better, sign
+):
+    fake_run.evaluation["metrics"][0]["higher_is_better"] = higher_is_better
+    by_id = {sample["id"]: sample for sample in fake_run.samples}
+    shown = {"arms differ most": [], "by hash, better half": [], "by hash, worse half": []}
+    for block in fake_run.html(num_samples=12).split('<details class="sample"')[1:]:
+        why, name = (re.search(pattern, block)[1] for pattern in (r"<small>(.*?)</small>", r'"id"><code>(.*?)</code>'))
+        shown[why].append(by_id[name])
+    widest, better, worse = shown.values()
+    assert {len(widest), len(better) + len(worse)} == {6}
+    for task in ("summarise", "answer", "rewrite", "extract"):
+        gaps = sorted((gap(sample) for sample in fake_run.samples if sample["task"] == task), reverse=True)
+        of_task = [gap(sample) for sample in widest if sample["task"] == task]
+        assert of_task == gaps[: len(of_task)]
+    means = [[sign * sum(qualities(sample)) / len(qualities(sample)) for sample in half] for half in (better, worse)]
+    assert min(means[0]) > max(means[1])
+
+
 def test_prompts_without_a_score_are_in_neither_half(fake_run):
     for sample in fake_run.samples[:20]:
         sample["answers"] = {arm: {"text": answer["text"]} for arm, answer in sample["answers"].items()}
