@@ -10,6 +10,7 @@ SHAPING, SERVED, APIS = (
     "unit/rewards/test_server_apis.py",
 )
 MIX, PENALTIES = "unit/rewards/test_mix.py", "unit/training/test_ppo_penalties.py"
+BUILD = "unit/rewards/test_build.py"
 PLAN, ASKED = "unit/pipeline/test_served_scorers.py", "distributed/test_asked_servers.py"
 PAPER, DAPO = "test_an_ensemble_gives_what_its_paper_says", "test_an_overlong_answer_loses_what_dapo_says"
 SUBTRACTED = "test_length_is_subtracted_from_the_score_and_logged_by_itself"
@@ -17,6 +18,8 @@ KILLED = "test_a_stage_that_is_killed_in_a_batch_asks_nothing_twice_and_ends_ali
 FAILS = "test_a_call_that_fails_on_one_process_ends_both_and_none_waits"
 COLUMNS = "test_members_have_columns_of_their_own_and_enter_the_total_as_one"
 IN_TURN = "test_what_is_combined_is_normalised_and_clipped_in_its_turn"
+COMBINES = "test_an_ensemble_combines_its_members_as_the_configuration_says"
+RESCALED = "test_what_an_ensemble_combines_is_normalised_and_clipped_by_the_configuration"
 FORM = "test_a_reply_of_another_form_is_no_score"
 ASKED_AGAIN = "test_what_was_scored_is_asked_again_only_if_what_counts_has_changed"
 REFUSED = "test_what_cannot_score_is_refused"
@@ -72,6 +75,18 @@ MUTATIONS = [
          "test_a_restored_ensemble_goes_on_as_the_straight_one"),
     ),
     *in_file(
+        "rewards/build.py",
+        BUILD,
+        ("the worst member is the mean", "Combine.min: worst,", "Combine.min: mean,", COMBINES),
+        ("the configured weight of the deviation is ignored", "weight=config.std_weight", "weight=1.0", COMBINES),
+        ("what is combined is not normalised as configured",
+         "            weight=scorer.weight,\n            normalize=scorer.normalize,\n",
+         "            weight=scorer.weight,\n", RESCALED),
+        ("what is combined is not clipped as configured",
+         "            weight=scorer.weight,\n            normalize=scorer.normalize,\n            clip=scorer.clip,\n",
+         "            weight=scorer.weight,\n            normalize=scorer.normalize,\n", RESCALED),
+    ),
+    *in_file(
         "rewards/server_apis.py",
         APIS,
         ("scores may come in any order", "order != list(range(count))", "sorted(order) != list(range(count))", FORM),
@@ -102,6 +117,9 @@ MUTATIONS = [
          "test_a_reply_without_a_grade_ends_the_stage_unless_its_score_is_set"),
         ("calls have one answer each", "1 if self._api.single else self._config.batch_size", "1",
          "test_answers_are_scored_in_batches_at_once_and_in_order"),
+        ("a stage that waits for grades looks stuck",
+         "ask(prompts, lambda _: self._asking.progress())", "ask(prompts, lambda _: None)",
+         "test_a_grade_is_the_score_and_is_asked_for_with_rubric_and_reference"),
         ("a failed call to a grader is no scorer's error", 'without="", failure=RewardError', 'without=""',
          "test_a_failed_call_to_a_grader_is_a_scorers_error"),
     ),

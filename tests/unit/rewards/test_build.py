@@ -11,7 +11,7 @@ import torch
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype
-from alignment.config.scoring import ScorerConfig
+from alignment.config.scoring import Combine, EnsembleConfig, MemberConfig, ScorerConfig
 from alignment.core.errors import DataError, ModelError
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput
@@ -24,6 +24,7 @@ from alignment.rewards.reward_models import Computation
 from alignment.rewards.scores import Scores
 from alignment.rewards.weighted_sum import RewardMix
 from alignment.stages.ppo.config import PpoConfig
+from tests.oracles.ensembles import combined
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_reward, tiny_spec
 from tests.unit.rewards.conftest import answers_to, prompt
 from tests.unit.rewards.test_models import external, scorer
@@ -34,6 +35,8 @@ REWARD = [ScorerConfig()]
 FIELDS = [f"scorers[{number}]" for number in range(5)]
 PROMPTS = [prompt(line=1, answer="#### 3"), prompt("Where are the keys?", line=2, answer="#### 4", facts=[["hall"]])]
 TEXTS = ["In the hall, at 3.", "They are in the hall."]
+MEMBERS = [MemberConfig(source="length", target=4), MemberConfig(source="regex", pattern="^They")]
+"""Of an ensemble."""
 
 
 @pytest.fixture
@@ -160,3 +163,28 @@ def test_normalising_and_clipping_are_the_configuration_s(tmp_path: Path, base: 
     mix.observe(scores)
     assert mix.total(scores).tolist() == [-1.5, 1.5]
     assert mix.state()["regex"]["count"] == 2
+
+
+@pytest.mark.parametrize("combine", list(Combine))
+def test_an_ensemble_combines_its_members_as_the_configuration_says(
+    tmp_path: Path, base: Lineage, combine: Combine
+) -> None:
+    ensemble = EnsembleConfig(members=MEMBERS, combine=combine, std_weight=0.5)
+    mix = slot(tmp_path, [ScorerConfig(source="ensemble", ensemble=ensemble)])
+    scores = scored(mix, base)
+    of_members = {name: values.tolist() for name, values in scores.by_name().items()}
+    assert of_members == {"ensemble/length": [0.75, 0.75], "ensemble/regex": [0.0, 1.0]}
+    expected = combined(list(of_members.values()), combine.value, weight=0.5)
+    assert mix.total(scores).tolist() == pytest.approx(expected)
+
+
+def test_what_an_ensemble_combines_is_normalised_and_clipped_by_the_configuration(
+    tmp_path: Path, base: Lineage
+) -> None:
+    ensemble = EnsembleConfig(members=MEMBERS)
+    mix = slot(tmp_path, [ScorerConfig(source="ensemble", ensemble=ensemble, normalize=True, clip=0.5, weight=2.0)])
+    scores = scored(mix, base)
+    assert mix.total(scores).tolist() == [0.75, 1.0], "means of 0.375 and 0.875, and nothing is known yet"
+    mix.observe(scores)
+    assert mix.total(scores).tolist() == [-1.0, 1.0]
+    assert mix.state()["ensemble"]["count"] == 2

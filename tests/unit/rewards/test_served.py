@@ -257,16 +257,17 @@ def grader(url: str, **changes: Any) -> ScorerGraderConfig:
 
 def test_a_grade_is_the_score_and_is_asked_for_with_rubric_and_reference(tmp_path: Path) -> None:
     prompts = [prompt("Who?", line=1, reference="Ada."), prompt("Where?", line=2)]
+    progress: list[int] = []
     with serving(lambda text, _: Response(text="Good.\n[[4]]" if "Ada did" in text else "Bad.\n[[1]]")) as served:
         config = grader(served.url, rubric="Be right.", lowest=1, highest=5, show_reference=True)
-        scorer = GradeScorer(config, FIELD, asking(tmp_path))
+        scorer = GradeScorer(config, FIELD, asking(tmp_path, progress=lambda: progress.append(1)))
         assert scorer.scores(answers_to(prompts, ["Ada did.", "Here."])).tolist() == [4.0, 1.0]
         texts = sorted(request["messages"][0]["content"] for request in served.requests)
         again = GradeScorer(
             grader("http://127.0.0.1:9/v1", rubric="Be right.", highest=5, show_reference=True), FIELD, asking(tmp_path)
         )
         assert again.scores(answers_to(prompts, ["Ada did.", "Here."])).tolist() == [4.0, 1.0], "at another address"
-    assert len(texts) == 2
+    assert len(texts) == len(progress) == 2
     assert all("Be right." in text for text in texts)
     assert sum("Ada." in text for text in texts) == 1
 
