@@ -53,13 +53,14 @@ class Planted:
 @dataclass(frozen=True, kw_only=True)
 class Failure:
     """What comes in place of a reply: a status with a text, or with JSON ``content``; or the connection is dropped, or
-    nothing ever comes."""
+    nothing ever comes. With ``after`` the server does what was asked first, so that only its reply is lost."""
 
     status: int = 500
     text: str = ""
     content: Any = None
     drops: bool = False
     hangs: bool = False
+    after: bool = False
 
 
 class Refused(Exception):
@@ -233,6 +234,8 @@ class _Handler(BaseHTTPRequestHandler):
                 return
         failure = engine.failing(path, number)
         if failure is not None:
+            if failure.after:
+                engine.reply(path, body)
             self._fail(failure)
             return
         try:

@@ -298,6 +298,28 @@ MUTATIONS = [
         ("the rest of a group is too long", "answers=min(size, whole.answers - first)", "answers=size", CUT),
         ("a model's own end is an end", '"ignore_eos": True,', '"ignore_eos": False,', ASKED),
         ("log-probabilities are not asked for", '"logprobs": 0,', '"logprobs": None,', ASKED),
+        (
+            "an engine is called once at a time",
+            "ThreadPoolExecutor(self._concurrency)",
+            "ThreadPoolExecutor(1)",
+            "test_as_many_calls_are_under_way_at_once_as_the_setting_says",
+        ),
+        (
+            "an engine is asked through a proxy",
+            "where=where, direct=True)",
+            "where=where)",
+            "test_a_proxy_of_the_environment_is_not_asked",
+        ),
+    ),
+    *in_file(
+        "engines/completions.py",
+        SESSION,
+        (
+            "what was computed with other weights is used again",
+            "        self.reset_prefix_cache()\n",
+            "",
+            WHOLE,
+        ),
     ),
     *in_file(
         "engines/engine_session.py",
@@ -307,6 +329,12 @@ MUTATIONS = [
             "            self._try(lambda: self._forget(before))\n",
             "            pass\n",
             "test_answers_are_those_of_the_weights_that_were_loaded_last_and_others_are_forgotten",
+        ),
+        (
+            "an adapter whose reply was lost ends the stage",
+            "if weights.name not in self._asked().models():",
+            "if True:",
+            "test_an_adapter_that_was_loaded_although_the_reply_was_lost_is_used",
         ),
         (
             "an adapter is forgotten that a new server never had",

@@ -134,6 +134,22 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "engines/keeper_process.py",
+        "unit/engines/test_server_process.py",
+        (
+            "the child of a server that was killed stays",
+            "_prctl(_PR_SET_CHILD_SUBREAPER, 1)",
+            "pass",
+            "test_the_end_of_a_server_is_noticed_later_too_and_its_child_ends_with_the_keeper",
+        ),
+        (
+            "a server that ignores a request to end stays",
+            "process.kill()",
+            "pass",
+            "test_a_server_that_does_not_end_when_it_is_asked_to_is_killed",
+        ),
+    ),
+    *in_file(
         "engines/server_process.py",
         "unit/engines/test_server_process.py",
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -192,6 +193,26 @@ def test_answers_stand_in_the_order_of_their_prompts_whenever_replies_come(base:
         seen: list[int] = []
         assert client.answers("base", asked, GENERATION, seen.append) == expected
     assert seen == [2] * len(asked), "of each reply, its answers"
+
+
+def test_as_many_calls_are_under_way_at_once_as_the_setting_says(base: Path) -> None:
+    together = threading.Barrier(3)
+
+    def waits(path: str, number: int) -> None:
+        together.wait(5)
+
+    with asking(base, concurrency=3) as (engine, client):
+        engine.failing = waits
+        assert len(answers_of(client, *(replace(ASKED, prompt=[token]) for token in range(3, 6)))) == 3
+
+
+def test_a_proxy_of_the_environment_is_not_asked(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    with asking(base) as (_, client):
+        assert client.models() == ["base"]
 
 
 def test_a_wrong_reply_is_an_error_of_the_setting(base: Path) -> None:

@@ -30,6 +30,8 @@ ASKED = [Asked(prompt=[5, 9], answers=3, seed=11), Asked(prompt=[8], answers=1, 
 GENERATION = Generation(max_new_tokens=4, temperature=1.0, end_ids=[2])
 WHERE = "stages.ppo.sampling"
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
+REPLACING = ["/collective_rpc", "/reset_prefix_cache", "/update_weight_version"]
+"""Calls that replace all weights, in order."""
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +129,17 @@ def test_a_new_adapter_is_loaded_before_the_old_one_is_forgotten(
     assert changes == [(LOAD, first), (LOAD, second), (UNLOAD, first)]
 
 
+def test_an_adapter_that_was_loaded_although_the_reply_was_lost_is_used(
+    base: Path, tmp_path: Path, adapters: list[Weights]
+) -> None:
+    with at_url(base, tmp_path, retries=1) as (engine, session):
+        lost = Failure(drops=True, after=True)
+        engine.failing = lambda path, number: lost if (path, number) == (LOAD, 0) else None
+        session.use(adapters[0])
+        assert len(engine.paths(LOAD)) == 2, "the second call was refused"
+        assert session.answers(adapters[0], ASKED, GENERATION) == answers_of(base, tmp_path, adapters[0])
+
+
 def test_a_server_of_the_user_has_no_adapter_of_ours_left(base: Path, tmp_path: Path, adapters: list[Weights]) -> None:
     with engine_server(base) as engine:
         with session_with(tmp_path, url=engine.url) as session:
@@ -194,7 +207,9 @@ def test_whole_weights_are_replaced_and_their_version_is_asked_for(base: Path, t
     model.save_pretrained(str(tmp_path / "other"))
     expected = answers_of(tmp_path / "other", tmp_path, Weights())
     with at_url(untied, tmp_path) as (engine, session):
+        calls = len(engine.calls)
         session.use(weights)
+        assert [path for path, _ in engine.calls[calls:]] == REPLACING
         assert session.answers(weights, ASKED, GENERATION) == expected
         assert {body["model"] for body in engine.paths(COMPLETIONS)} == {"base"}
         engine.version = "policy-6-abcd"  # somebody else replaced them

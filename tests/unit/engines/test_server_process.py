@@ -10,6 +10,8 @@ import sys
 import tempfile
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -47,6 +49,21 @@ server = started(keeper, folder)
 (folder / "scratch").write_text(str(keeper.folder))
 time.sleep(600)
 """
+STUBBORN = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+open(sys.argv[1], "w").write(str(os.getpid()))
+time.sleep(60)
+"""
+"""A server that ignores a request to end; its pid is in a file."""
+IMPATIENT = """
+import sys
+from pathlib import Path
+from alignment.engines import keeper_process
+keeper_process.GRACE_SECONDS = 0.2
+keeper_process.main(Path(sys.argv[1]))
+"""
+"""The keeper's program, with little time for a server to end by itself."""
 
 
 def command(folder: Path) -> ServerCommand:
@@ -210,12 +227,32 @@ def test_a_server_that_never_answers_is_named(tmp_path: Path) -> None:
         )
 
 
-def test_the_end_of_a_server_is_noticed_later_too(tmp_path: Path) -> None:
+def test_the_end_of_a_server_is_noticed_later_too_and_its_child_ends_with_the_keeper(tmp_path: Path) -> None:
     with Keeper() as keeper:
         server = started(keeper, tmp_path)
         os.kill(pids(tmp_path)[0], signal.SIGKILL)
         wait_until(lambda: server.has_ended)
         assert "exit code -9" in server.failure().message
+        assert is_living(pids(tmp_path)[1])
+    wait_until(lambda: gone(tmp_path), seconds=10)
+
+
+def test_a_server_that_does_not_end_when_it_is_asked_to_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def impatient(argv: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", IMPATIENT, argv[-1]], **options)
+
+    starting = SimpleNamespace(Popen=impatient, PIPE=subprocess.PIPE)
+    monkeypatch.setattr("alignment.engines.server_process.subprocess", starting)
+    started_as = tmp_path / "pid"
+    argv = [sys.executable, "-c", STUBBORN, str(started_as)]
+    with Keeper() as keeper:
+        keeper.start({"argv": argv, "environment": {}, "log": str(tmp_path / "log")})
+        wait_until(lambda: started_as.exists() and started_as.read_text() != "")
+        server = psutil.Process(int(started_as.read_text()))
+    assert not is_living(server)
+    assert not keeper.folder.exists()
 
 
 def test_a_program_that_cannot_be_started_is_named(tmp_path: Path) -> None:
