@@ -9,6 +9,26 @@ PROPOSALS = "unit/costs/test_proposals.py"
 
 MUTATIONS = [
     *in_file(
+        "costs/storing.py",
+        "unit/costs/test_ways.py",
+        (
+            "a disk is as fast as for a part of what is written",
+            "/ (PIECE_BYTES * PIECES)",
+            "/ PIECE_BYTES",
+            "test_the_seconds_of_a_byte_are_those_in_which_a_file_is_written_and_read_again",
+        ),
+    ),
+    *in_file(
+        "costs/devices.py",
+        "unit/costs/test_devices.py",
+        (
+            "the faster of products and memory counts",
+            "return max(flop",
+            "return min(flop",
+            "test_an_operation_takes_as_long_as_the_slower_of_its_products_and_its_memory",
+        ),
+    ),
+    *in_file(
         "costs/remedies.py",
         REMEDIES,
         (

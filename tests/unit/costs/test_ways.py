@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
 from alignment.config.launch import Sharding
 from alignment.config.optim import OptimConfig
 from alignment.config.validation import ValidationConfig
-from alignment.costs.storing import seconds_a_byte
+from alignment.core.fingerprint import file_sha256
+from alignment.costs import storing
 from alignment.estimate import Timer, cost_of
 from alignment.job import StageSpec
 from alignment.records.cost import StageCost
@@ -221,6 +223,20 @@ def test_what_is_stored_takes_time(
     assert seconds == pytest.approx(4 * cost.trained + checkpoints * 12 * cost.trained, rel=0.2)
 
 
-def test_the_seconds_of_a_byte_are_measured_on_the_disk(tmp_path: Path) -> None:
-    assert 1e-12 < seconds_a_byte(tmp_path) < 1e-6
+def test_the_seconds_of_a_byte_are_those_in_which_a_file_is_written_and_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([3.0, 10.0])
+    sizes: list[int] = []
+
+    def hashed(path: Path) -> str:
+        sizes.append(path.stat().st_size)
+        return file_sha256(path)
+
+    monkeypatch.setattr(storing, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(storing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(storing, "file_sha256", hashed)
+    seconds = storing.seconds_a_byte(tmp_path)
+    assert sizes == [1000 * storing.PIECES]
+    assert seconds == 7.0 / sizes[0]
     assert not list(tmp_path.iterdir())
