@@ -32,6 +32,12 @@ MUTATIONS = [
         ("a slope is that of tokens", "(tokens - last.tokens)", "tokens", LINE),
         ("the line falls", "max(0.0, slope)", "slope", LINE),
         (
+            "each process takes the free memory of its machine for its own",
+            "hardware.free_memory() / sharing",
+            "hardware.free_memory()",
+            "test_processes_on_a_machine_share_its_free_memory",
+        ),
+        (
             "every error is a lack of memory",
             "            if not is_out_of_memory(error):\n                raise\n",
             "",

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from tests.mutations.mutation import in_file
 
+FINITE = "unit/training/test_finite.py"
+CEILING = "test_a_stage_has_diverged_above_the_loss_of_a_guess"
+OPTIMISER = "test_every_setting_of_the_optimiser_reaches_the_trainer"
+
 MUTATIONS = [
     *in_file(
         "training/micro_batches.py",
@@ -23,7 +27,7 @@ MUTATIONS = [
     ),
     *in_file(
         "training/finite.py",
-        "unit/training/test_finite.py",
+        FINITE,
         (
             "gradients that are not finite are stepped on",
             "if norm is None or not math.isfinite(norm):",
@@ -59,6 +63,62 @@ MUTATIONS = [
             '    if name is not None:\n        raise NonFiniteError(\n            f"a weight',
             '    if name == 0:\n        raise NonFiniteError(\n            f"a weight',
             "test_weights_that_are_not_finite_are_not_saved",
+        ),
+    ),
+    *in_file(
+        "stages/reward/run.py",
+        FINITE,
+        (
+            "a reward model whose scores are not finite is a result",
+            "    refuse_results(metrics)\n",
+            "",
+            "test_scores_that_are_not_finite_end_a_reward_stage",
+        ),
+        (
+            "no loss of a reward model is too high",
+            "        ceiling=DIVERGED * math.log(2),\n",
+            "",
+            f"{CEILING}[reward]",
+        ),
+    ),
+    *in_file(
+        "stages/ppo/run.py",
+        FINITE,
+        (
+            "a critic that is not finite is saved",
+            "    refuse_weights((name, weight) for name, weight in value.named_parameters() if weight.requires_grad)\n",
+            "",
+            "test_a_critic_that_is_not_finite_is_not_saved",
+        ),
+    ),
+    *in_file(
+        "stages/dpo/run.py",
+        FINITE,
+        (
+            "no loss of DPO is too high",
+            "        ceiling=DIVERGED * start_loss(config, first.start),\n",
+            "",
+            f"{CEILING}[dpo]",
+        ),
+    ),
+    *in_file(
+        "stages/shared/language_model.py",
+        FINITE,
+        (
+            "no loss of a language model is too high",
+            "ceiling=ceiling, validation=validation",
+            "validation=validation",
+            f"{CEILING}[sft]",
+        ),
+    ),
+    *in_file(
+        "stages/distil/run.py",
+        FINITE,
+        (
+            "no loss of a student is too high",
+            'headline="loss", ceiling=ceiling)',
+            'headline="loss")',
+            f"{CEILING}[distil]",
         ),
     ),
     *in_file(
@@ -126,6 +186,18 @@ MUTATIONS = [
             'if expected == "":',
             "test_shares_of_other_processes_are_not_gone_on_from",
         ),
+        (
+            "losses are not compared with their ceiling",
+            '        refuse_divergence([row["loss"] for row in rows if "loss" in row], ceiling=ceiling)\n',
+            "        pass\n",
+            "test_a_loss_that_rises_above_its_ceiling_is_no_result",
+        ),
+        (
+            "the time of earlier attempts does not count",
+            '        context.clock.earlier = float(log.last().get("seconds", 0.0))\n',
+            "",
+            "test_a_killed_stage_goes_on_from_its_newest_good_checkpoint_and_ends_where_it_would_have",
+        ),
     ),
     *in_file(
         "training/trainer_arguments.py",
@@ -134,13 +206,22 @@ MUTATIONS = [
             "the bound of the gradients is a billion times as large",
             '"max_grad_norm": optim.max_grad_norm',
             '"max_grad_norm": 1e9 * optim.max_grad_norm',
-            "test_every_setting_of_the_optimiser_reaches_the_trainer",
+            OPTIMISER,
         ),
         (
             "weight decay is ignored",
             '"weight_decay": optim.weight_decay',
             '"weight_decay": 0.0',
-            "test_every_setting_of_the_optimiser_reaches_the_trainer",
+            OPTIMISER,
+        ),
+        ("a cosine is a line", 'Schedule.cosine: "cosine"', 'Schedule.cosine: "linear"', OPTIMISER),
+        ("a constant rate has no warm-up", '"constant_with_warmup"', '"constant"', OPTIMISER),
+        ("Adam's epsilon is the default", "eps=optim.adam_eps", "eps=1e-8", OPTIMISER),
+        (
+            "all runs have the same seed in their trainers",
+            '"seed": context.seed("trainer") % 2**32',
+            '"seed": 42',
+            "test_the_seed_of_the_trainer_is_that_of_the_run",
         ),
     ),
     *in_file(

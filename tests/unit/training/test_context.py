@@ -15,8 +15,15 @@ from alignment.core.errors import ConfigError
 from alignment.records.worker import Progress
 from alignment.stages.sft.config import SftConfig
 from alignment.training.context import StageContext
-from alignment.training.trainer_arguments import common_arguments, share_of
+from alignment.training.trainer_arguments import common_arguments, optimizer_arguments, quiet_arguments, share_of
 from tests.tiny import tiny_spec
+
+NAMES_OF_SCHEDULES = {
+    Schedule.constant: "constant_with_warmup",
+    Schedule.linear: "linear",
+    Schedule.cosine: "cosine",
+}
+"""As transformers knows them."""
 
 
 def _context(folder: Path, *, rank: int = 0, world_size: int = 1, **changes: object) -> StageContext:
@@ -68,14 +75,15 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_an_error() -> None:
     )
 
 
-def test_every_setting_of_the_optimiser_reaches_the_trainer(tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", Schedule)
+def test_every_setting_of_the_optimiser_reaches_the_trainer(tmp_path: Path, schedule: Schedule) -> None:
     context = _context(tmp_path, model=ModelConfig(source="path:tiny", dtype=Dtype.bfloat16))
     optim = OptimConfig(
         lr=3e-4,
         batch_size=12,
         epochs=2.5,
         max_steps=7,
-        schedule=Schedule.linear,
+        schedule=schedule,
         warmup_ratio=0.25,
         weight_decay=0.125,
         adam_eps=1e-6,
@@ -88,7 +96,7 @@ def test_every_setting_of_the_optimiser_reaches_the_trainer(tmp_path: Path) -> N
         "num_train_epochs": 2.5,
         "max_steps": 7,
         "learning_rate": 3e-4,
-        "lr_scheduler_type": "linear",
+        "lr_scheduler_type": NAMES_OF_SCHEDULES[schedule],
         "weight_decay": 0.125,
         "max_grad_norm": 0.5,
         "activation_checkpointing": True,
@@ -98,6 +106,13 @@ def test_every_setting_of_the_optimiser_reaches_the_trainer(tmp_path: Path) -> N
         "warmup_steps": 0.25,
     }
     assert {name: arguments[name] for name in expected} == expected
+    of_optimiser = optimizer_arguments(optim, context)[1]
+    assert (of_optimiser["lr"], of_optimiser["eps"]) == (3e-4, 1e-6)
+
+
+def test_the_seed_of_the_trainer_is_that_of_the_run(tmp_path: Path) -> None:
+    first, second, again = (quiet_arguments(_context(tmp_path, seed=seed))["seed"] for seed in (0, 1, 0))
+    assert first == again != second
 
 
 def test_no_limit_of_steps_is_told_as_the_trainer_wants_it(tmp_path: Path) -> None:

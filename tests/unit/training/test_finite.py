@@ -6,22 +6,28 @@ import contextlib
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, NoReturn
 
 import pytest
 import torch
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from alignment import worker
 from alignment.core.errors import NonFiniteError, StageError
 from alignment.records.step_log import MetricsLog
+from alignment.stages.distil import run as distil
+from alignment.stages.dpo import run as dpo
+from alignment.stages.ppo.run import _save_critic
 from alignment.stages.reward import run as reward
+from alignment.stages.shared import language_model
 from alignment.stages.shared.result import save_model
 from alignment.training.callbacks import Checkpoints, StepLog
 from alignment.training.checkpoints import newest
 from alignment.training.context import StageContext
 from alignment.training.finite import FiniteSteps, refuse_divergence, refuse_results, refuse_weights
 from tests.chained import FULL, LORA, Chained, config_of
+from tests.distilled import distil_spec
 from tests.tiny import tiny_model
 
 NOT_FINITE = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -167,6 +173,15 @@ def test_weights_that_are_not_finite_are_not_saved(context: StageContext, value:
 
 
 @NOT_FINITE
+def test_a_critic_that_is_not_finite_is_not_saved(context: StageContext, value: float) -> None:
+    critic = torch.nn.Linear(2, 1)
+    critic.weight.data[0, 1] = value
+    with pytest.raises(NonFiniteError, match=r"a weight is not finite \(weight\)"):
+        _save_critic(critic, context)
+    assert not list(context.content.iterdir())
+
+
+@NOT_FINITE
 def test_a_checkpoint_with_a_weight_that_is_not_finite_never_counts(
     context: StageContext, arguments: TrainingArguments, value: float
 ) -> None:
@@ -223,3 +238,48 @@ def test_an_infinite_loss_of_finite_slope_ends_a_stage(tmp_path: Path, monkeypat
     monkeypatch.setattr(reward, "MicroBatchedRewardTrainer", Broken)
     with pytest.raises(NonFiniteError, match="the loss is inf at step 1"):
         Chained(tmp_path).run("reward", FULL)
+
+
+def test_scores_that_are_not_finite_end_a_reward_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its weights are finite, and so are its losses."""
+
+    def scores(trainer: Any, context: StageContext, prompts: Any, answers: Any) -> torch.Tensor:
+        return torch.full((len(answers),), math.nan)
+
+    monkeypatch.setattr(reward, "scores", scores)
+    with pytest.raises(NonFiniteError, match="score_offset is nan after the last step"):
+        Chained(tmp_path).run("reward", LORA)
+    assert not list(tmp_path.glob("artifacts/*/manifest.json"))
+
+
+class _Begun(Exception):
+    """A stage is ready to train, and calls a loss above ``ceiling`` a divergence."""
+
+    def __init__(self, ceiling: float) -> None:
+        super().__init__()
+        self.ceiling = ceiling
+
+
+@pytest.mark.parametrize(
+    ("kind", "module", "ceiling"),
+    [
+        ("sft", language_model, math.log(330)),
+        ("distil", distil, math.log(330)),
+        ("reward", reward, 10 * math.log(2)),
+        ("dpo", dpo, 10 * math.log(2)),
+    ],
+    ids=["sft", "distil", "reward", "dpo"],
+)
+def test_a_stage_has_diverged_above_the_loss_of_a_guess(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, module: ModuleType, ceiling: float
+) -> None:
+    """Among the 330 tokens of the tiny model; between two answers, above ten times that of a guess."""
+
+    def train(*_: Any, ceiling: float = math.inf, **__: Any) -> NoReturn:
+        raise _Begun(ceiling)
+
+    monkeypatch.setattr(module, "train", train)
+    spec = distil_spec(tmp_path, eval_fraction=0.0) if kind == "distil" else Chained(tmp_path).spec(kind, LORA)
+    with pytest.raises(_Begun) as begun:
+        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+    assert begun.value.ceiling == pytest.approx(ceiling)

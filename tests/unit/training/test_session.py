@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from alignment.core.errors import ConfigError, NonFiniteError
+from alignment.core.errors import ConfigError, NonFiniteError, StageError
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.session import fresh_folder, train, usage
@@ -45,8 +45,12 @@ def _trainer(context: StageContext, *, steps: int = 6, model: torch.nn.Module | 
     return Trainer(model=_Line() if model is None else model, args=arguments, train_dataset=rows)
 
 
+def _lines(context: StageContext) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (context.content / "metrics.jsonl").read_text().splitlines()]
+
+
 def _steps(context: StageContext) -> list[int]:
-    return [json.loads(line)["step"] for line in (context.content / "metrics.jsonl").read_text().splitlines()]
+    return [line["step"] for line in _lines(context)]
 
 
 def test_a_stage_logs_every_step_and_keeps_two_sealed_checkpoints(context: StageContext) -> None:
@@ -97,6 +101,8 @@ def test_a_killed_stage_goes_on_from_its_newest_good_checkpoint_and_ends_where_i
         train(trainer, context, headline="loss")
     if damaged is not None:
         (context.checkpoints / f"checkpoint-{damaged}" / "optimizer.pt").write_bytes(b"")
+    slow = [{**line, "seconds": 1000.0 * line["step"]} for line in _lines(context)]
+    (context.content / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in slow))
     resumed = _trainer(context)
     begun: list[int] = []
 
@@ -108,6 +114,7 @@ def test_a_killed_stage_goes_on_from_its_newest_good_checkpoint_and_ends_where_i
     train(resumed, context, headline="loss")
     assert begun == list(range(from_step, 6))
     assert _steps(context) == [1, 2, 3, 4, 5, 6]
+    assert {line["seconds"] // 1000.0 for line in _lines(context)[from_step:]} == {from_step}, "those before count too"
     assert torch.equal(resumed.model.weight, expected.model.weight)
 
 
@@ -136,6 +143,20 @@ def test_a_gradient_that_is_not_finite_stops_with_the_last_good_checkpoint(conte
     assert bool(torch.isfinite(model.weight).all())
     checkpoint = checkpoints.newest(context.checkpoints, fingerprint=context.spec.fingerprint)
     assert checkpoint == context.checkpoints / "checkpoint-2"
+
+
+def test_a_loss_that_rises_above_its_ceiling_is_no_result(context: StageContext) -> None:
+    class Rising(_Line):
+        calls = 0
+
+        def forward(self, x: torch.Tensor, scale: float = 1.0) -> dict[str, torch.Tensor]:
+            self.calls += 1
+            return super().forward(x, 10.0**self.calls)
+
+    with pytest.raises(StageError, match=r"^training diverged: its loss went from"):
+        train(_trainer(context, model=Rising()), context, headline="loss", ceiling=0.1)
+    last = train(_trainer(context, model=Rising()), context, headline="loss", ceiling=1e9)
+    assert last["loss"] > 1e5, "all steps were done before, and the same losses are judged"
 
 
 @pytest.fixture

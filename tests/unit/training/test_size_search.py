@@ -14,6 +14,7 @@ import torch
 from datasets import Dataset
 
 from alignment.config.critic import Critic
+from alignment.core import hardware
 from alignment.core.errors import StageError
 from alignment.stages.ppo import learn
 from alignment.stages.ppo.answer_trials import AnswerTrials
@@ -23,7 +24,7 @@ from alignment.training.callbacks import WeightsAreSharded
 from alignment.training.context import StageContext
 from alignment.training.phase_peaks import PhasePeaks
 from alignment.training.row_trials import RowTrials
-from alignment.training.size_search import Choice, Outcome, SizeChosen, SizeSearch, expected, sizes
+from alignment.training.size_search import Choice, Outcome, SizeChosen, SizeSearch, attainable, expected, sizes
 from tests.unit.training.ppo_bench import Bench
 
 CPU = torch.device("cpu")
@@ -193,6 +194,20 @@ def test_what_a_size_will_take_lies_on_a_line(outcomes: Any, tokens: int, bytes_
     points = [Outcome(tokens=number, bytes=size) for number, size in outcomes]
     assert expected(points, tokens) == pytest.approx(bytes_)
     assert expected([None, *points], tokens) == pytest.approx(bytes_)
+
+
+@pytest.mark.parametrize(("processes", "share"), [(None, 8e9), ("1", 8e9), ("4", 2e9)])
+def test_processes_on_a_machine_share_its_free_memory(
+    monkeypatch: pytest.MonkeyPatch, processes: str | None, share: float
+) -> None:
+    """Each also has what it holds already, here 1 GB."""
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=1e9))
+    monkeypatch.setattr(size_search, "psutil", SimpleNamespace(Process=lambda: process))
+    monkeypatch.setattr(hardware, "free_memory", lambda: 8e9)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert attainable(CPU) == 1e9 + share
 
 
 # ---- the rows that are tried ----------------------------------------------------------------------------------------
