@@ -218,6 +218,12 @@ MUTATIONS = [
             "",
             "test_a_draft_is_a_policy_of_its_own_that_others_start_from",
         ),
+        (
+            "a draft is made without the cache of its keys and values",
+            "    model.config.use_cache = True  # it is off during training, but generation needs it\n",
+            "",
+            "test_a_draft_is_a_policy_of_its_own_that_others_start_from[lora]",
+        ),
     ),
     *in_file(
         "stages/distil/student.py",

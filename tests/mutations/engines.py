@@ -488,4 +488,14 @@ MUTATIONS = [
             "test_an_environment_that_is_missing_is_named",
         ),
     ),
+    *in_file(
+        "stages/shared/served_policies.py",
+        "unit/stages/test_served_policies.py",
+        (
+            "an engine is asked for more positions than its model has",
+            "            if longest > positions:\n",
+            "            if False:\n",
+            "test_more_positions_than_the_model_has_are_refused_before_a_server_is_used",
+        ),
+    ),
 ]

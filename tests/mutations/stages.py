@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from tests.mutations.mutation import in_file
 
+TOKENIZERS = "unit/stages/test_other_tokenizers.py"
+OTHER = "test_a_model_of_another_chat_template_is_refused_before_anything_is_computed"
+
 MUTATIONS = [
     *in_file(
         "stages/shared/reference_cache.py",
@@ -123,6 +126,72 @@ MUTATIONS = [
             'shutil.copytree(adapter.path, context.content / "adapters" / adapter.path.name, dirs_exist_ok=True)',
             "pass",
             "test_an_artifact_never_needs_the_one_it_was_made_from",
+        ),
+    ),
+    *in_file(
+        "stages/shared/result.py",
+        "unit/stages/test_distil.py",
+        (
+            "a model is saved without the cache of its keys and values",
+            "        model.config.use_cache = True  # it is off during training, but generation needs it\n",
+            "",
+            "test_a_draft_is_a_policy_of_its_own_that_others_start_from[full]",
+        ),
+    ),
+    *in_file(
+        "stages/ppo/run.py",
+        TOKENIZERS,
+        (
+            "the reward model of PPO may have another tokenizer",
+            "        refuse_other_tokenizer(spec, reward, tokenizer)",
+            "        pass",
+            f"{OTHER}[ppo-reward]",
+        ),
+    ),
+    *in_file(
+        "stages/evaluate/run.py",
+        TOKENIZERS,
+        (
+            "the reference of an evaluation may have another tokenizer",
+            'for field in ("reference", "reward"):',
+            'for field in ("reward",):',
+            f"{OTHER}[evaluate-reference]",
+        ),
+        (
+            "the reward model of an evaluation may have another tokenizer",
+            'for field in ("reference", "reward"):',
+            'for field in ("reference",):',
+            f"{OTHER}[evaluate-reward]",
+        ),
+    ),
+    *in_file(
+        "stages/shared/arm_policies.py",
+        TOKENIZERS,
+        (
+            "an arm that a stage made may have another tokenizer",
+            "        refuse_other_tokenizer(context.spec, stage_input, ours)\n",
+            "",
+            f"{OTHER}[evaluate-arm]",
+        ),
+    ),
+    *in_file(
+        "stages/forgetting/run.py",
+        TOKENIZERS,
+        (
+            "forgetting is measured on policies of another tokenizer",
+            "        refuse_other_tokenizer(spec, arm, tokenizer)",
+            "        pass",
+            f"{OTHER}[forgetting-arm]",
+        ),
+    ),
+    *in_file(
+        "stages/reward_card/run.py",
+        TOKENIZERS,
+        (
+            "a card is made of a reward model of another tokenizer",
+            "    refuse_other_tokenizer(context.spec, reward, tokenizer)\n",
+            "",
+            f"{OTHER}[reward_card-reward]",
         ),
     ),
     *in_file(

@@ -359,6 +359,8 @@ def test_a_draft_is_a_policy_of_its_own_that_others_start_from(tmp_path: Path, a
     manifest = verify(spec.artifact, content=True)
     assert manifest.base["source"] == "self"
     assert not spec.work.exists()
+    own = json.loads((spec.artifact / "model/config.json").read_text())
+    assert own["use_cache"] is True, "whoever generates with it would else compute every token again"
     if adapter is LORA:
         (config,) = spec.artifact.glob("adapters/*/adapter_config.json")
         assert json.loads(config.read_text())["base_model_name_or_path"] == str(spec.artifact / "model")

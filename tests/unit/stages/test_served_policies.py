@@ -6,7 +6,7 @@ import pytest
 
 from alignment.config.adapter import AdapterConfig, Chain
 from alignment.config.sampling_engine import Engine, SamplingConfig
-from alignment.core.errors import ConfigError, StageError
+from alignment.core.errors import ConfigError, ModelError, StageError
 from alignment.engines.completions import Asked, EngineAnswer, Generation
 from alignment.models.assembly.load import Lineage, lineage
 from alignment.stages.shared.served_policies import ServedPolicies
@@ -54,6 +54,16 @@ def test_merged_weights_are_refused_at_a_url(chained: Chained) -> None:
             policies.prepare(policy_of(chained, "dpo"), 10)
         assert raised.value.where.endswith(".sampling.url")
         assert engine.names == ["base"]
+
+
+def test_more_positions_than_the_model_has_are_refused_before_a_server_is_used(chained: Chained) -> None:
+    with engine_server(chained.base) as engine, served(chained, engine.url) as policies:
+        with pytest.raises(
+            ModelError, match="the model has 4096 positions; a prompt with its answer may need 5000"
+        ) as raised:
+            policies.prepare(policy_of(chained, "sft"), 5000)
+        assert raised.value.where == str(chained.base)
+        assert engine.calls == []
 
 
 def test_a_server_with_other_weights_is_found_by_their_log_probabilities(chained: Chained) -> None:
