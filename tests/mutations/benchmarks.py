@@ -76,6 +76,18 @@ MUTATIONS = [
             '"rows_left_out": 0.0',
             "test_a_limit_makes_its_figures_worthless_and_says_so",
         ),
+        (
+            "trackers get no values of benchmarks",
+            '    context.trackers.table("benchmarks", _table(record))\n',
+            "",
+            "test_trackers_get_a_row_for_each_value",
+        ),
+        (
+            "trackers get no answers to benchmarks",
+            '    context.trackers.table("samples", [to_json(row) for row in rows])\n',
+            "",
+            "test_trackers_get_a_row_for_each_value",
+        ),
     ),
     *in_file(
         "stages/benchmark/kind.py",

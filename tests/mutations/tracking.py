@@ -41,4 +41,24 @@ MUTATIONS = [
             "test_settings_that_contradict_are_refused",
         ),
     ),
+    *in_file(
+        "training/session.py",
+        "unit/training/test_ppo_limits.py",
+        (
+            "trackers get no answers of PPO",
+            '        context.trackers.table("samples", MetricsLog(context.content / "samples.jsonl").rows())\n',
+            "        pass\n",
+            "test_a_few_answers_of_every_update_can_be_read",
+        ),
+    ),
+    *in_file(
+        "stages/sample/run.py",
+        "unit/stages/test_sample.py",
+        (
+            "trackers get no sampled answers",
+            '        context.trackers.table("samples", samples)\n',
+            "",
+            "test_trackers_get_every_answer",
+        ),
+    ),
 ]

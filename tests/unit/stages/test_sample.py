@@ -28,6 +28,7 @@ from alignment.models.assembly.load import Lineage
 from alignment.records.sampling import Sampling
 from alignment.stages import registry
 from alignment.stages.sample.config import Select
+from alignment.training.trackers.all_trackers import Trackers
 from tests.oracles import best_of_n as oracle
 from tests.sampled import FINGERPRINT, LENGTH, asked, lines, sample_spec, sampled
 from tests.tiny import BASE_SOURCE, tiny_reward
@@ -66,6 +67,14 @@ def test_every_answer_is_kept_with_its_score_its_seed_and_its_policy(artifact: P
     assert {line["policy"] for line in samples} == {FINGERPRINT}
     assert len({line["seed"] for line in samples}) == 9
     assert len({line["answer"] for line in samples}) > 30
+
+
+def test_trackers_get_every_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: dict[str, Any] = {}
+    monkeypatch.setattr(Trackers, "table", lambda self, name, rows: sent.update({name: rows}))
+    made = sampled(tmp_path, data=DataConfig(source="path:prompts", limit=2))
+    assert len(sent["samples"]) == 8
+    assert sent == {"samples": lines(made / "samples.jsonl")}
 
 
 def test_pairs_are_the_best_and_the_worst_answer_to_a_prompt_and_dpo_reads_them(artifact: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -28,6 +27,7 @@ from alignment.training.rl.ptx import Ptx
 from alignment.training.rl.rollouts import Prompts
 from alignment.training.rl.samples import Samples
 from alignment.training.rl.step_metrics import UpdateMetrics
+from alignment.training.trackers.all_trackers import Trackers
 from tests.tiny import tiny_tokenizer
 from tests.unit.training.ppo_bench import END, FULL, KINDS, LORA, PROMPTS, Bench, TokenRewards, optim, sha256
 
@@ -419,7 +419,12 @@ def test_copies_of_the_base_are_counted(
     assert run.metrics()[0]["memory/base_copies"] == pytest.approx(copies, abs=0.02)
 
 
-def test_a_few_answers_of_every_update_can_be_read(bench: Callable[..., Bench]) -> None:
+def test_a_few_answers_of_every_update_can_be_read(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file, and in trackers."""
+    sent: dict[str, Any] = {}
+    monkeypatch.setattr(Trackers, "table", lambda self, name, rows: sent.update({name: rows}))
     run = bench(completions_per_prompt=2, rewards=SHORT, missing_eos_penalty=0.0)
     run.trainer.samples = Samples(run.context, tiny_tokenizer(), group=2, number=3)
     run.train()
@@ -430,4 +435,4 @@ def test_a_few_answers_of_every_update_can_be_read(bench: Callable[..., Bench]) 
         assert line["scorers"] == {"rule": line["score"]}
         assert math.isfinite(line["kl"])
     assert len({line["row"] for line in lines[:3]}) == 3
-    assert json.dumps(lines)
+    assert sent == {"samples": lines}
