@@ -44,19 +44,22 @@ def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | 
     folders = _folders(output, runs)
     differing = dict(_differing([_settings(RunRecord.read(folder).config) for folder in folders]))
     judged = [judged_arms(folder) for folder in folders]
-    primary = primary_of(judged)
     differences = list(differences_from_first(judged))
     _show_settings(console, runs, differing)
     results = side_by_side([read_run(folder).tables for folder in folders])
-    if any(judged):
-        _show_arms(console, runs, judged, primary)
-        _show_differences(console, runs, differences, primary)
-    elif not results:
+    for evaluation in dict.fromkeys(name for evaluated in judged for name in evaluated):
+        arms = [evaluated.get(evaluation, {}) for evaluated in judged]
+        of_evaluation = [difference for difference in differences if difference.evaluation == evaluation]
+        _show_arms(console, runs, evaluation, arms)
+        _show_differences(console, runs, of_evaluation, primary_of(arms))
+    if not any(judged) and not results:
         console.print("\nnone of these runs was evaluated; add an evaluate stage", highlight=False)
     for stage, result in results:
         _show_result(console, runs, stage, result)
     if page is not None:
-        build_comparison(folders, page, settings=differing, differences=differences, primary=primary)
+        shown_by_reports = [difference for difference in differences if not difference.evaluation]
+        primary = primary_of([evaluated.get("", {}) for evaluated in judged])
+        build_comparison(folders, page, settings=differing, differences=shown_by_reports, primary=primary)
         console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -120,12 +123,16 @@ def _show_settings(console: Console, runs: Sequence[str], differing: dict[str, l
 
 
 def _show_arms(
-    console: Console, runs: Sequence[str], judged: Sequence[dict[str, JudgedArm]], primary: Metric | None
+    console: Console, runs: Sequence[str], evaluation: str, judged: Sequence[Mapping[str, JudgedArm]]
 ) -> None:
+    """``evaluation`` is the stage, or empty for the one that the reports show."""
+    primary = primary_of(judged)
     if primary is None:
-        console.print("\nno evaluation of these runs has a metric, so no arm is compared", highlight=False)
+        subject = f"{escape(evaluation)}: no run" if evaluation else "no evaluation of these runs"
+        console.print(f"\n{subject} has a metric, so no arm is compared", highlight=False)
         return
-    table = _table(f"{escape(primary.name)}, 95 %", *runs)
+    stage = f"{evaluation}: " if evaluation else ""
+    table = _table(f"{escape(stage + primary.name)}, 95 %", *runs)
     for name in dict.fromkeys(name for arms in judged for name in arms):
         means = [arms[name].arm.metrics.get(primary.name) if name in arms else None for arms in judged]
         table.add_row(escape(name.removeprefix("stage:")), *map(_mean_and_bounds, means))
@@ -145,7 +152,8 @@ def _show_differences(
     for difference in differences:
         if primary is None or difference.metric.name != primary.name:
             continue
-        label = f"{difference.arm.removeprefix('stage:')}: {runs[difference.run]} against {runs[0]}"
+        stage = f" in {difference.evaluation}" if difference.evaluation else ""
+        label = f"{difference.arm.removeprefix('stage:')}{stage}: {runs[difference.run]} against {runs[0]}"
         if difference.interval is None:
             line = f"{label}: evaluated on different prompts, so the two cannot be compared"
         else:

@@ -26,7 +26,8 @@ class Difference:
     """The run number ``run`` minus the first one, in a metric of an arm's answers, paired by prompt.
 
     ``interval`` is None if the runs were evaluated on different prompts. ``unscored`` prompts lack a score in one of
-    the runs, such as a grade, and do not count.
+    the runs, such as a grade, and do not count. ``evaluation`` is the stage that has the answers, or empty for the
+    evaluation that the report of each run shows.
     """
 
     run: int
@@ -34,6 +35,7 @@ class Difference:
     metric: Metric
     interval: Interval | None
     unscored: int = 0
+    evaluation: str = ""
 
     @property
     def real(self) -> bool:

@@ -31,6 +31,7 @@ class Runs:
         higher_is_better: bool = True,
         **settings: Any,
     ) -> None:
+        """A run; with ``scores`` of its arms, it has an evaluation."""
         run = self.output / "runs" / name
         run.mkdir(parents=True)
         config = {
@@ -42,30 +43,55 @@ class Runs:
         stages = {"dpo": {"kind": "dpo", "artifact": str(run / "none")}}
         if scores is not None:
             stages["judge"] = {"kind": "evaluate", "artifact": str(run)}
-            arms = [
-                {
-                    "name": arm,
-                    "metrics": {METRIC: {"mean": sum(known) / len(known), "low": min(known), "high": max(known)}},
-                }
-                for arm, of_arm in scores.items()
-                if (known := [score for score in of_arm if score is not None])
-            ]
-            metrics = [{"name": METRIC, "higher_is_better": higher_is_better}]
-            (run / "evaluation.json").write_text(json.dumps({"metrics": metrics, "primary": METRIC, "arms": arms}))
-            number = len(next(iter(scores.values())))
-            lines = [
-                {
-                    "id": f"{prompts}{index}" if ids else "",
-                    "messages": [{"role": "user", "content": f"{prompts}{index}"}],
-                    "answers": {
-                        arm: {"text": "", "scores": {} if of_arm[index] is None else {METRIC: of_arm[index]}}
-                        for arm, of_arm in scores.items()
-                    },
-                }
-                for index in range(number)
-            ]
-            (run / "samples.jsonl").write_text("".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines))
+            self.evaluate(run, scores, prompts=prompts, ids=ids, higher_is_better=higher_is_better)
         (run / "run.json").write_text(json.dumps({"config": config, "stages": stages}))
+
+    def evaluate_again(self, name: str, scores: dict[str, list[float | None]], *, metric: str) -> None:
+        """Adds the evaluation ``ood``; the report shows the first one."""
+        run = self.output / "runs" / name
+        record = json.loads((run / "run.json").read_text())
+        record["stages"] |= {
+            "ood": {"kind": "evaluate", "artifact": str(run / "ood")},
+            "report": {"kind": "report", "inputs": {"evaluation": "stage:judge"}},
+        }
+        (run / "run.json").write_text(json.dumps(record))
+        (run / "ood").mkdir()
+        self.evaluate(run / "ood", scores, prompts="o", metric=metric)
+
+    def evaluate(
+        self,
+        folder: Path,
+        scores: dict[str, list[float | None]],
+        *,
+        prompts: str = "p",
+        ids: bool = True,
+        higher_is_better: bool = True,
+        metric: str = METRIC,
+    ) -> None:
+        arms = [
+            {
+                "name": arm,
+                "metrics": {metric: {"mean": sum(known) / len(known), "low": min(known), "high": max(known)}},
+            }
+            for arm, of_arm in scores.items()
+            if (known := [score for score in of_arm if score is not None])
+        ]
+        metrics = [{"name": metric, "higher_is_better": higher_is_better}]
+        (folder / "evaluation.json").write_text(json.dumps({"metrics": metrics, "primary": metric, "arms": arms}))
+        number = len(next(iter(scores.values())))
+        lines = [
+            {
+                "id": f"{prompts}{index}" if ids else "",
+                "messages": [{"role": "user", "content": f"{prompts}{index}"}],
+                "answers": {
+                    arm: {"text": "", "scores": {} if of_arm[index] is None else {metric: of_arm[index]}}
+                    for arm, of_arm in scores.items()
+                },
+            }
+            for index in range(number)
+        ]
+        text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
+        (folder / "samples.jsonl").write_text(text)
 
     def compared(self, *names: str, html: str | None = None) -> str:
         console = Console(width=160)
@@ -89,6 +115,22 @@ def test_what_differs_is_shown_and_nothing_else(runs: Runs) -> None:
     assert "0.600 (0.500–0.700)" in printed
     assert "dpo: bb against a: +0.100 (+0.100 to +0.100), better" in printed
     assert "base: bb against a: +0.000 (+0.000 to +0.000), the same on every prompt" in printed
+
+
+def test_evaluations_of_one_run_are_compared_each_with_its_own(runs: Runs, tmp_path: Path) -> None:
+    for name, score in (("a", 0.1), ("b", 0.6)):
+        runs.add(name, {"stage:dpo": [score, score]})
+        runs.evaluate_again(name, {"stage:dpo": [0.2, 0.2]}, metric="tone")
+    page = tmp_path / "page.html"
+    printed = runs.compared("a", "b", html=str(page))
+    assert "dpo: b against a: +0.500 (+0.500 to +0.500), better" in printed
+    assert "dpo in ood: b against a: +0.000 (+0.000 to +0.000), the same on every prompt" in printed
+    assert [line.split()[:-2] for line in printed.splitlines() if "95 %" in line] == [
+        ["brevity,", "95", "%"],
+        ["ood:", "tone,", "95", "%"],
+    ]
+    assert "dpo: B is really better than A: +0.500 in brevity" in page.read_text()
+    assert "tone" not in page.read_text()
 
 
 def test_tables_of_a_stage_have_the_arms_of_all_runs_as_columns(runs: Runs) -> None:
