@@ -143,8 +143,8 @@ MUTATIONS = [
         ),
         (
             "equal scores are a pair",
-            "if 0.0 < scores[high] - scores[low] >= min_margin",
-            "if scores[high] - scores[low] >= min_margin",
+            "if scores[high] > scores[low] and _reaches(",
+            "if _reaches(",
             "test_equal_scores_are_no_pair_and_have_no_label",
         ),
         (
@@ -155,7 +155,7 @@ MUTATIONS = [
         ),
         (
             "an answer at the threshold is bad",
-            "return {index: score >= threshold for",
+            "return {index: _reaches(score, threshold) for",
             "return {index: score > threshold for",
             "test_labels_are_above_the_threshold_or_the_mean",
         ),
@@ -271,6 +271,16 @@ MUTATIONS = [
             "        verify(made_by.path, content=True)\n",
             "        pass\n",
             "test_the_worker_refuses_rows_that_changed_since_they_were_made",
+        ),
+    ),
+    *in_file(
+        "stages/sample/selection.py",
+        "unit/stages/test_selection.py",
+        (
+            "a rounded score does not reach its threshold",
+            "_ROUNDING = 1e-6",
+            "_ROUNDING = 0.0",
+            "test_a_score_on_the_threshold_reaches_it_whatever_it_was_rounded_to",
         ),
     ),
 ]

@@ -8,6 +8,8 @@ from itertools import combinations
 
 EMPTY, NO_END, REPEATED = "empty", "no end", "repeated"
 """Why an answer is left out."""
+_ROUNDING = 1e-6
+"""Relative to the larger number; a sum of a few numbers in float32 is off by less."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,7 +45,7 @@ def is_tied(scores: Mapping[int, float]) -> bool:
 def best(scores: Mapping[int, float], threshold: float | None) -> int | None:
     """The index of the highest score, the first of equal ones; None if there is none, or it is below ``threshold``."""
     index = max(scores, key=lambda index: (scores[index], -index), default=None)
-    return None if index is None or (threshold is not None and scores[index] < threshold) else index
+    return None if index is None or (threshold is not None and not _reaches(scores[index], threshold)) else index
 
 
 def pairs(scores: Mapping[int, float], *, every: bool, min_margin: float) -> list[tuple[int, int]]:
@@ -53,7 +55,11 @@ def pairs(scores: Mapping[int, float], *, every: bool, min_margin: float) -> lis
     """
     order = sorted(scores, key=lambda index: (-scores[index], index))
     possible = combinations(order, 2) if every else [(order[0], order[-1])] if len(order) > 1 else []
-    return [(high, low) for high, low in possible if 0.0 < scores[high] - scores[low] >= min_margin]
+    return [
+        (high, low)
+        for high, low in possible
+        if scores[high] > scores[low] and _reaches(scores[high], scores[low] + min_margin)
+    ]
 
 
 def labels(scores: Mapping[int, float], threshold: float | None) -> dict[int, bool]:
@@ -62,8 +68,13 @@ def labels(scores: Mapping[int, float], threshold: float | None) -> dict[int, bo
     Without a threshold, a score equal to the mean has no label, and so none if all are the same.
     """
     if threshold is not None:
-        return {index: score >= threshold for index, score in scores.items()}
+        return {index: _reaches(score, threshold) for index, score in scores.items()}
     if not scores or is_tied(scores):  # a mean of equal numbers may be rounded to another one
         return {}
     mean = sum(scores.values()) / len(scores)
     return {index: score > mean for index, score in scores.items() if score != mean}
+
+
+def _reaches(score: float, limit: float) -> bool:
+    """Whether a score, rounded to float32, is at least ``limit``: 0.7 becomes 0.69999999, and reaches 0.7."""
+    return score >= limit - _ROUNDING * max(abs(score), abs(limit))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import pytest
 
 from alignment.data.records import Prompt
@@ -64,6 +66,27 @@ def test_labels_are_above_the_threshold_or_the_mean() -> None:
     assert labels({0: 1.0, 1: 2.0, 2: 3.0}, None) == {0: False, 2: True}
     assert labels({0: 1.0, 1: 2.0, 2: 3.0}, 2.0) == {0: False, 1: True, 2: True}
     assert labels({0: 1.0, 1: 1.0}, 1.0) == {0: True, 1: True}
+
+
+def float32(value: float) -> float:
+    """As scores come from tensors."""
+    rounded: float = struct.unpack("f", struct.pack("f", value))[0]
+    return rounded
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.1, 0.35, 0.7, 0.9, 0.95, 0.99, 2.5, -0.3, 1234.567])
+def test_a_score_on_the_threshold_reaches_it_whatever_it_was_rounded_to(threshold: float) -> None:
+    scores = {0: float32(threshold), 1: float32(threshold - 0.01)}
+    assert labels(scores, threshold) == {0: True, 1: False}
+    assert best({0: scores[0]}, threshold) == 0
+    assert best({1: scores[1]}, threshold) is None
+
+
+@pytest.mark.parametrize("better", [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+def test_scores_that_differ_by_the_margin_are_a_pair_whatever_they_were_rounded_to(better: float) -> None:
+    scores = {0: float32(better), 1: float32(better - 0.1)}
+    assert pairs(scores, every=True, min_margin=0.1) == [(0, 1)]
+    assert pairs(scores, every=True, min_margin=0.101) == []
 
 
 def test_empty_unended_and_repeated_answers_are_left_out() -> None:
