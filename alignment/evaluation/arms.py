@@ -181,10 +181,10 @@ def logprobs_after_each(
 
 
 def sequence_logprobs(
-    model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]
+    model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]], *, temperature: float = 1.0
 ) -> list[float]:
     """Sum of log p(token | prefix) over each answer, in nats."""
-    sums = [row.sum() for row in _logprob_rows(model, prompts, answers)]
+    sums = [row.sum() for row in _logprob_rows(model, prompts, answers, temperature)]
     return torch.stack(sums).tolist() if sums else []
 
 
@@ -192,18 +192,18 @@ def token_logprobs(
     model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]
 ) -> list[list[float]]:
     """log p(token | prefix) of each token of each answer, in nats."""
-    return [row.tolist() for row in _logprob_rows(model, prompts, answers)]
+    return [row.tolist() for row in _logprob_rows(model, prompts, answers, 1.0)]
 
 
 @torch.no_grad()
 def _logprob_rows(
-    model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]
+    model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]], temperature: float
 ) -> list[torch.Tensor]:
     """``[tokens]`` of each answer."""
     rows: list[torch.Tensor] = []
     with prepacked(model.base_model, TOKENS):
         for part in batches(prompts, answers, tokens=TOKENS, device=model.device):
-            rows += answer_statistics(model, part).logprobs.split(list(part.lengths))
+            rows += answer_statistics(model, part, temperature=temperature).logprobs.split(list(part.lengths))
     return rows
 
 

@@ -498,4 +498,14 @@ MUTATIONS = [
             "test_more_positions_than_the_model_has_are_refused_before_a_server_is_used",
         ),
     ),
+    *in_file(
+        "stages/shared/served_policies.py",
+        "unit/stages/test_served_policies.py",
+        (
+            "an engine's log-probabilities count as those at temperature 1",
+            "if generation.temperature not in (0.0, 1.0):",
+            "if False:",
+            "test_answers_at_any_temperature_are_known_as_the_policys_own",
+        ),
+    ),
 ]

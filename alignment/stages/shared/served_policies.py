@@ -15,7 +15,7 @@ from alignment.core.errors import ConfigError, ModelError, StageError
 from alignment.engines.completions import OTHER_WEIGHTS, SEEDS, Asked, EngineAnswer, Generation, asked_once
 from alignment.engines.engine_session import Weights
 from alignment.engines.vllm_server import RANKS, VllmOptions
-from alignment.evaluation.arms import logprobs_after_each
+from alignment.evaluation.arms import logprobs_after_each, sequence_logprobs
 from alignment.models.assembly.engine_weights import ServedWeights, served_weights, write_merged
 from alignment.models.assembly.load import DTYPES, Lineage
 from alignment.models.forward.generate import Sampling
@@ -23,6 +23,8 @@ from alignment.stages.shared.stage_engine import session_of, start_engine
 from alignment.training.context import StageContext
 from alignment.training.sharding import shared
 
+_CHECKED = 32
+"""Answers whose log-probabilities are computed once more, at the temperature: enough to notice other weights."""
 _LENGTHS = 1024
 """The length that a server is prepared for is a multiple of this, so that a longer turn rarely needs another server."""
 
@@ -185,7 +187,11 @@ def served_answer_and_score(
     answers = [answer for of_prompt in replies for answer in of_prompt]
     texts = [[answer.ids, *after] for answer, after in zip(answers, others, strict=True)]
     sums = logprobs_after_each(model, prompts, texts)
-    served.refuse_other_weights(answers, [of_answer[0] for of_answer in sums])
+    own = [of_answer[0] for of_answer in sums]
+    if generation.temperature not in (0.0, 1.0):  # the engine's log-probabilities are those at the temperature
+        ids = [answer.ids for answer in answers[:_CHECKED]]
+        own = sequence_logprobs(model, prompts[:_CHECKED], ids, temperature=generation.temperature)
+    served.refuse_other_weights(answers[: len(own)], own)
     return [answer.ids for answer in answers], [of_answer[0 if with_own else 1 :] for of_answer in sums]
 
 

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from alignment.config.adapter import AdapterConfig, Chain
 from alignment.config.sampling_engine import Engine, SamplingConfig
 from alignment.core.errors import ConfigError, ModelError, StageError
 from alignment.engines.completions import Asked, EngineAnswer, Generation
-from alignment.models.assembly.load import Lineage, lineage
-from alignment.stages.shared.served_policies import ServedPolicies
+from alignment.evaluation.arms import sequence_logprobs
+from alignment.models.assembly.load import Lineage, lineage, load_policy
+from alignment.models.forward.flat import use_flat_attention
+from alignment.models.forward.generate import Sampling
+from alignment.stages.shared import served_policies
+from alignment.stages.shared.served_policies import ServedPolicies, served_answer_and_score
 from alignment.training.context import StageContext
 from tests.chained import LORA, Chained
 from tests.engine_server import engine_server
@@ -64,6 +69,32 @@ def test_more_positions_than_the_model_has_are_refused_before_a_server_is_used(c
             policies.prepare(policy_of(chained, "sft"), 5000)
         assert raised.value.where == str(chained.base)
         assert engine.calls == []
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+def test_answers_at_any_temperature_are_known_as_the_policys_own(
+    chained: Chained, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    """The engine's log-probabilities are those at the temperature; the ones that are reported are not."""
+    monkeypatch.setattr(served_policies, "OTHER_WEIGHTS", 1e-3)
+    policy = policy_of(chained, "sft")
+    model = load_policy(policy, torch.float32)
+    use_flat_attention(model)
+    sampling = Sampling(temperature=temperature, uniforms=torch.tensor([[0.1], [0.6]], dtype=torch.float64))
+    with engine_server(chained.base) as engine, served(chained, engine.url) as policies:
+        policies.prepare(policy, 10)
+        answers, sums = served_answer_and_score(
+            policies,
+            model,
+            PROMPTS,
+            [[], []],
+            max_new_tokens=4,
+            end_ids=[2],
+            with_own=True,
+            progress=lambda _: None,
+            sampling=sampling,
+        )
+    assert [own for (own,) in sums] == pytest.approx(sequence_logprobs(model, PROMPTS, answers), abs=1e-5)
 
 
 def test_a_server_with_other_weights_is_found_by_their_log_probabilities(chained: Chained) -> None:
