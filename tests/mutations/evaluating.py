@@ -660,4 +660,24 @@ MUTATIONS = [
             "test_an_earlier_policy_that_was_handed_on_is_named_with_both_opinions",
         ),
     ),
+    *in_file(
+        "stages/evaluate/labelled.py",
+        "unit/stages/test_labelled.py",
+        (
+            "a server cannot judge labelled pairs",
+            ", run, asking_of(context))",
+            ", run)",
+            "test_a_server_judges_labelled_pairs",
+        ),
+    ),
+    *in_file(
+        "pipeline/execute/run_differences.py",
+        "unit/commands/compare/test_driver.py",
+        (
+            "the last evaluation is compared as the report's",
+            '{"" if name == names[0] else name: ',
+            '{"": ',
+            "test_evaluations_of_one_run_are_compared_each_with_its_own",
+        ),
+    ),
 ]

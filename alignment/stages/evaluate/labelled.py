@@ -27,6 +27,7 @@ from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.labelled_faults import DATA, labels_pairs, primary_metric
 from alignment.stages.shared.answer_scores import scores_of
+from alignment.stages.shared.asking_servers import asking_of
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 
@@ -142,7 +143,7 @@ def _scores(
         return [None if grade is None else float(grade) for grade in grades]
     name = f"metrics[{config.metrics.index(metric)}]" if metric in config.metrics else REWARD
     run = Computation(device=context.device, dtype=context.spec.model.dtype, tokens=TOKENS)
-    scorer = build_scorer(name, metric, context.spec, tokenizer, answers.prompts, run)
+    scorer = build_scorer(name, metric, context.spec, tokenizer, answers.prompts, run, asking_of(context))
     done = 0
 
     def progress(number: int) -> None:

@@ -14,6 +14,7 @@ from alignment import worker
 from alignment.config.data import DataConfig
 from alignment.config.evaluating import ChatEndpointConfig, JudgeConfig, JudgeKind, LabelledConfig, PairConfig
 from alignment.config.grader import GraderConfig
+from alignment.config.reward_server import ServerConfig
 from alignment.config.scoring import MetricConfig
 from alignment.core.errors import DataError
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids
@@ -24,7 +25,7 @@ from alignment.records.evaluation import Evaluation, JudgedPair
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.training.context import StageContext
 from tests.chained import LORA, Chained
-from tests.judge_server import Response, serving
+from tests.judge_server import Response, listening, serving
 from tests.tiny import tiny_tokenizer
 
 NUMBER = 12
@@ -173,6 +174,19 @@ def test_a_grader_judges_labelled_pairs_and_a_missing_grade_is_no_verdict(chain:
         labelled, _ = evaluate(chain, config, "graded")
     assert (labelled.wins, labelled.ties, labelled.losses) == (NUMBER - 1, 0, 0)
     assert labelled.invalid == pytest.approx(1 / NUMBER)
+
+
+def test_a_server_judges_labelled_pairs(chain: Chained) -> None:
+    def by_length(body: dict[str, Any], _: int) -> Response:
+        scores = [{"id": item["id"], "score": -float(len(item["answer"]))} for item in body["items"]]
+        return Response(body=json.dumps({"scores": scores}))
+
+    with listening(by_length) as served:
+        server = ServerConfig(base_url=served.url, model="length", retries=0, concurrency=1)
+        metrics = [MetricConfig(name="brief", source="server", server=server)]
+        labelled, _ = evaluate(chain, config_of(JudgeConfig(kind=JudgeKind.metric), metrics=metrics), "server")
+    assert (labelled.wins, labelled.losses) == (NUMBER, 0)
+    assert [line["chosen_score"] for line in lines(chain, "server")] == [-len(row["chosen"]) for row in PAIRS]
 
 
 def test_a_reward_model_judges_labelled_pairs_by_its_scores(chain: Chained) -> None:
