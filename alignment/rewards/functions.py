@@ -15,6 +15,7 @@ from torch import Tensor
 from alignment.core.errors import DataError, RewardError
 from alignment.core.files import disk_error
 from alignment.core.fingerprint import digest, file_sha256
+from alignment.rewards.modules_beside import importable, with_modules_beside
 from alignment.rewards.scorer_sources import FunctionSource
 from alignment.rewards.scorers import Answers, locations_of, scores_from
 
@@ -53,7 +54,8 @@ class FunctionScorer:
 def load_function(source: FunctionSource, *, planned: str | None) -> Function:
     """The function; its file is imported once per process. ``planned`` is the file's SHA-256 when the run was planned.
 
-    The file can import modules in its own folder; installed modules come first.
+    The file can import modules in its own folder; installed modules come first. The function of another folder's file
+    finds its own, whatever their names.
 
     Raises:
         DataError: the file has changed since then.
@@ -67,7 +69,7 @@ def load_function(source: FunctionSource, *, planned: str | None) -> Function:
     function = getattr(_module(source, sha256), source.name, None)
     if not callable(function):
         raise RewardError(f"defines no function '{source.name}'", where=str(source.file))
-    checked: Function = function
+    checked: Function = with_modules_beside(source.file.parent, function)
     return checked
 
 
@@ -80,10 +82,9 @@ def _module(source: FunctionSource, sha256: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickles in the file look it up there
-    if (folder := str(source.file.parent)) not in sys.path:
-        sys.path.append(folder)
     try:
-        spec.loader.exec_module(module)
+        with importable(source.file.parent):
+            spec.loader.exec_module(module)
     except BaseException as error:
         del sys.modules[name]
         if _is_ours(error):

@@ -182,4 +182,20 @@ MUTATIONS = [
         ("a stage forgets the replies of its attempts", 'folder = context.spec.work / REPLIES',
          'folder = context.spec.work / str(__import__("os").getpid())', KILLED),
     ),
+    *in_file(
+        "rewards/modules_beside.py",
+        "unit/rewards/test_functions.py",
+        (
+            "a second file uses the modules of the first",
+            "            sys.modules.pop(name, None)",
+            "            pass",
+            "test_files_of_different_folders_may_have_modules_of_the_same_name",
+        ),
+        (
+            "a module is imported at every call",
+            "    sys.modules.update(modules)\n",
+            "",
+            "test_a_module_beside_a_file_is_imported_once",
+        ),
+    ),
 ]  # fmt: skip

@@ -64,6 +64,38 @@ def test_numbers_of_any_kind_are_scores(tmp_path: Path, values: str, expected: l
     assert score(tmp_path, f"return {values}", preamble="import numpy\nfrom fractions import Fraction") == expected
 
 
+@pytest.mark.parametrize("lazily", [False, True], ids=["at the top of the file", "in the function"])
+def test_files_of_different_folders_may_have_modules_of_the_same_name(tmp_path: Path, lazily: bool) -> None:
+    def scorer_of(folder: str, value: float) -> FunctionScorer:
+        (tmp_path / folder / "package").mkdir(parents=True)
+        (tmp_path / folder / "package/__init__.py").write_text("from package.constants import VALUE\n")
+        (tmp_path / folder / "package/constants.py").write_text(f"VALUE = {value}\n")
+        (tmp_path / folder / "helper.py").write_text("from package import VALUE\n")
+        file = tmp_path / folder / "score.py"
+        imports = "from helper import VALUE"
+        top, inside = ("", f"{imports}; ") if lazily else (imports, "")
+        file.write_text(f"{top}\ndef constant(prompts, completions, rows):\n    {inside}return [VALUE, VALUE]\n")
+        source = FunctionSource(file=file, name="constant")
+        return FunctionScorer(source, load_function(source, planned=None))
+
+    path, modules = list(sys.path), set(sys.modules)
+    first, second = scorer_of("first", 1.0), scorer_of("second", 2.0)
+    for _ in range(2):
+        assert first.scores(ANSWERS).tolist() == [1.0, 1.0]
+        assert second.scores(ANSWERS).tolist() == [2.0, 2.0]
+    assert sys.path == path
+    assert {name for name in set(sys.modules) - modules if not name.startswith("_reward_")} == set()
+
+
+def test_a_module_beside_a_file_is_imported_once(tmp_path: Path) -> None:
+    (tmp_path / "counting.py").write_text("calls = []\n")
+    body = "import counting; counting.calls.append(1); return [len(counting.calls), 0]"
+    (tmp_path / "score.py").write_text(f"def count(prompts, completions, rows):\n    {body}\n")
+    source = FunctionSource(file=tmp_path / "score.py", name="count")
+    scorer = FunctionScorer(source, load_function(source, planned=None))
+    assert [scorer.scores(ANSWERS).tolist()[0] for _ in range(3)] == [1.0, 2.0, 3.0]
+
+
 BAD = [
     ("[1.0]", "gave 1 scores for 2 answers to rows.jsonl:4, rows.jsonl:9"),
     ("[1, 2, 3]", "gave 3 scores for 2 answers to rows.jsonl:4, rows.jsonl:9"),
