@@ -42,7 +42,8 @@ class SourceConfig:
 
 @dataclass(kw_only=True, slots=True)
 class MixedConfig(SourceConfig):
-    """Rows drawn at random from another source: enough to be a ``share`` of all rows, or ``count`` rows."""
+    """Rows of another source: all of them, or some drawn at random, so many that they are a ``share`` of all rows, or
+    ``count`` rows."""
 
     share: Annotated[float | None, BETWEEN] = None
     count: Annotated[int | None, POSITIVE] = None

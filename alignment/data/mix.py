@@ -23,20 +23,19 @@ def mixed(own: int, sources: Sequence[tuple[MixedConfig, int]], generator: torch
     """The indices of all ``own`` rows and of the rows that each source contributes, in random order.
 
     ``sources`` holds each source's configuration and number of rows. Indices count through the own rows and then
-    through the sources. Rows are drawn without replacement. A share is of the whole, rounded to a row. Example: 80 own
-    rows and a share of .2 give 20 others.
+    through the sources. Rows are drawn without replacement. A source without a share or a count contributes all its
+    rows. A share is of the whole, rounded to a row. Example: 80 own rows and a share of .2 give 20 others.
 
     Raises:
         DataError: a source has fewer rows than its configuration asks for.
     """
-    counts = [source.count for source, _ in sources if source.count is not None]
+    counts = [source.count or others for source, others in sources if source.share is None]
     rest = 1.0 - sum(source.share for source, _ in sources if source.share is not None)
     total = (own + sum(counts)) / rest
     parts = [np.arange(own)]
     first = own
     for number, (source, others) in enumerate(sources):
-        wanted = source.count if source.share is None else round(source.share * total)
-        assert wanted is not None, "a plan refuses a source without share and count"
+        wanted = (source.count or others) if source.share is None else round(source.share * total)
         if wanted > others:
             raise DataError(
                 f"has {others} rows, but {wanted} are needed",

@@ -144,7 +144,7 @@ def joined(files: Sequence[DataFile]) -> Rows:
     first, *others = files
     settings = first.settings
     if others:
-        settings["mix"] = [{**file.settings, "count": file.number} for file in others]
+        settings["mix"] = [file.settings for file in others]
     return Rows(
         files=[file.name for file in files],
         settings=settings,

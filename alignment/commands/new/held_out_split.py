@@ -93,7 +93,7 @@ def split(files: Sequence[DataFile], keys: frozenset[int], new: NewFiles) -> tup
             if row.key is not None and row.key in left:
                 left.remove(row.key)
                 _write(stream, _held_out_row(source, row))
-    form = format_of(json.loads(path.read_text(encoding="utf-8").splitlines()[0]))
+    form = format_of(json.loads(path.read_text(encoding="utf-8").partition("\n")[0]))
     held_out = replace(
         source,
         name=path.name,

@@ -187,7 +187,8 @@ def _overlaps(records: Sequence[Any], held_out: HeldOut | None) -> list[str]:
 def _taken(data: SourceConfig, records: int) -> list[str]:
     """A line on how many of these records the stage uses, unless it uses all."""
     if isinstance(data, MixedConfig):
-        return [f"mixed in: {f'{data.count:,} of these' if data.share is None else f'{data.share:.0%} of all rows'}"]
+        drawn = "all of these" if data.count is None else f"{data.count:,} of these"
+        return [f"mixed in: {drawn if data.share is None else f'{data.share:.0%} of all rows'}"]
     if isinstance(data, DataConfig) and data.fraction < 1.0:
         return [f"data.fraction={data.fraction:g}: about {math.ceil(data.fraction * records):,} of these are used"]
     return []

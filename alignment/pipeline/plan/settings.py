@@ -187,8 +187,8 @@ def _data_faults(data: DataConfig, where: str, *, read_by_code: bool = False) ->
             yield from column_faults(source, path)
     for number, part in enumerate(data.mix):
         path = f"{where}.mix[{number}]"
-        if (part.share is None) == (part.count is None):
-            yield Fault(where=path, message="set either share or count, such as share: 0.2")
+        if part.share is not None and part.count is not None:
+            yield Fault(where=path, message="set share or count, not both; without either, all rows are mixed in")
     shares = sum(part.share or 0.0 for part in data.mix)
     if shares >= 1.0:
         yield Fault(

@@ -47,6 +47,13 @@ def test_counts_and_shares_go_together() -> None:
     ]
 
 
+def test_a_source_without_share_and_count_is_mixed_in_whole() -> None:
+    own, others = list(range(60)), list(range(100, 140))
+    assert sorted(_mixed(own, [(MixedConfig(), others)])) == [*own, *others]
+    rows = _mixed(own, [(MixedConfig(), others), (MixedConfig(share=0.2), list(range(1000, 2000)))])
+    assert [sum(low <= row < high for row in rows) for low, high in ((0, 60), (100, 140), (1000, 2000))] == [60, 40, 25]
+
+
 def test_the_seed_decides_which_rows_and_in_which_order() -> None:
     parts = [(MixedConfig(count=5), list(range(100, 200)))]
     own = list(range(20))

@@ -540,11 +540,11 @@ def test_what_is_mixed_in_counts_by_its_content_and_its_share(plan: MakePlan, tm
     assert dpo.extra_data == {"data.mix[0]": other}
     assert changed(plan(), before) == {"dpo", "evaluate", "report"}
     assert changed(before, plan(mix(share=0.3))) == {"dpo", "evaluate", "report"}
+    assert changed(before, plan(mix())) == {"dpo", "evaluate", "report"}
     other.write_text(other.read_text() * 2)
     assert changed(before, plan(mix(share=0.2))) == {"dpo", "evaluate", "report"}
     for part, message in (
-        ({}, r"stages\.dpo\.data\.mix\[0\]: set either share or count"),
-        ({"share": 0.2, "count": 3}, r"stages\.dpo\.data\.mix\[0\]: set either share or count"),
+        ({"share": 0.2, "count": 3}, r"stages\.dpo\.data\.mix\[0\]: set share or count, not both"),
         ({"share": 1.0}, r"stages\.dpo\.data\.mix\[0\]\.share: 1.0 is not allowed; above 0 and below 1"),
         ({"share": 0.2, "limit": 0}, r"stages\.dpo\.data\.mix\[0\]\.limit: 0 is not allowed; a number above 0"),
     ):

@@ -181,6 +181,16 @@ def test_held_out_prompts_are_learned_from_nowhere(new: Callable[..., Recipe]) -
     assert {*held_out, *learned} == {text.lower() for text in asked}
 
 
+def test_a_held_out_row_may_have_a_line_separator_of_unicode(new: Callable[..., Recipe]) -> None:
+    """JSON does not escape it, and Python would end a line there."""
+    turns = [("user", "Is it {}?\u2028Really?"), ("assistant", "Yes.")]
+    rows = [{"messages": [{"role": role, "content": text.format(n)} for role, text in turns]} for n in range(60)]
+    recipe = new(write("talk.jsonl", rows))
+    assert recipe["stages"]["evaluate"]["data"]["source"] == "path:recipe-heldout.jsonl"
+    lines = Path("recipe-heldout.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    assert all("\u2028" in json.loads(line)["messages"][0]["content"] for line in lines)
+
+
 def test_the_same_prompts_are_held_out_whatever_the_order(new: Callable[..., Recipe]) -> None:
     new(write("a.jsonl", conversations(80)), out="a.yaml")
     new(write("b.jsonl", conversations(80)[::-1]), out="b.yaml")
@@ -278,7 +288,7 @@ def test_a_single_long_row_of_a_small_file_is_counted_and_sets_no_limit(new: Cal
 def test_files_of_one_kind_are_learned_together(new: Callable[..., Recipe]) -> None:
     recipe = new(write("a.jsonl", conversations(20)), write("b.jsonl", rows_like(FORMATS["alpaca"].row, 10)))
     data = recipe["stages"]["sft"]["data"]
-    assert data == {"source": "path:a.jsonl", "mix": [{"source": "path:b.jsonl", "count": 10}]}
+    assert data == {"source": "path:a.jsonl", "mix": [{"source": "path:b.jsonl"}]}
 
 
 def test_a_scorer_is_used_beside_a_reward_model(new: Callable[..., Recipe]) -> None:
