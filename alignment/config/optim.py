@@ -7,7 +7,7 @@ from enum import Enum
 from typing import Annotated
 
 from alignment.config.micro_batch import DEFAULT_TOKENS, MicroBatchTokens
-from alignment.config.rules import FRACTION, NOT_NEGATIVE, POSITIVE
+from alignment.config.rules import BELOW_ONE, NOT_NEGATIVE, POSITIVE
 
 
 class Schedule(str, Enum):
@@ -50,7 +50,7 @@ class OptimConfig:
     epochs: Annotated[float, POSITIVE] = 1.0
     max_steps: Annotated[int | None, POSITIVE] = None
     schedule: Schedule = Schedule.cosine
-    warmup_ratio: Annotated[float, FRACTION] = 0.05
+    warmup_ratio: Annotated[float, BELOW_ONE] = 0.05
     weight_decay: Annotated[float, NOT_NEGATIVE] = 0.0
     adam_eps: Annotated[float, POSITIVE] = 1e-8
     moments: Moments = Moments.full

@@ -81,6 +81,13 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
             "kl.control=fixed"
         )
         yield Fault(where=f"{where}.kl.coefficient", message=message)
+    elif config.kl.horizon * 5 <= config.optim.batch_size:
+        # An update multiplies the coefficient by at least 1 - .2 * episodes / horizon (algos/kl.py).
+        message = (
+            f"{config.kl.horizon} episodes, of which one update has {config.optim.batch_size}, so that an update with "
+            f"little KL would make the coefficient zero or negative; choose more than {config.optim.batch_size // 5}"
+        )
+        yield Fault(where=f"{where}.kl.horizon", message=message)
     yield from _overlong_faults(config, f"{where}.overlong")
     steps = config.ppo_epochs * config.num_minibatches
     if config.max_approxkl is not None and steps < 3:
@@ -259,7 +266,7 @@ KIND = StageKind(
     name="ppo",
     summary="proximal policy optimisation against the reward model",
     config=PpoConfig,
-    revision=7,
+    revision=8,
     produces=POLICY,
     run="alignment.stages.ppo.run:run",
     data=_data,

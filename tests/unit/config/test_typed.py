@@ -100,7 +100,7 @@ FAULTS = [
         with_stage(optim={"micro_batch_tokens": None}),
         "stages.sft.optim.micro_batch_tokens: None is not allowed; it takes a whole number, or one of: auto",
     ),
-    (with_stage(optim={"warmup_ratio": 1.5}), "stages.sft.optim.warmup_ratio: 1.5 is not allowed; from 0 to 1"),
+    (with_stage(optim={"warmup_ratio": 1.5}), "stages.sft.optim.warmup_ratio: 1.5 is not allowed; from 0 to below 1"),
     (
         with_stage(optim={"schedule": "cosin"}),
         "stages.sft.optim.schedule: 'cosin' is not allowed; one of: constant, linear, cosine; did you mean 'cosine'?",

@@ -43,6 +43,11 @@ def test_dropout_is_refused_where_passes_of_one_model_are_compared(plan: MakePla
         (("stages.sft.adapter={kind: full, dropout: 0.1}",), f"stages.sft.adapter.dropout: 0.1 {ONLY_LOW_RANK}"),
         (("stages.sft.adapter={kind: lora, virtual_tokens: 8}",), "stages.sft.adapter.virtual_tokens: 8 has no effect"),
         (("stages.reward.adapter={kind: prefix, alpha: 8}",), f"stages.reward.adapter.alpha: 8 {ONLY_LOW_RANK}"),
+        (
+            (f"{PPO}.kl.control=adaptive", f"{PPO}.kl.horizon=2", f"{PPO}.optim.batch_size=12"),
+            f"{PPO}.kl.horizon: 2 episodes, of which one update has 12, so that an update with little KL would make "
+            "the coefficient zero or negative; choose more than 2",
+        ),
         ((f"{PPO}.kl.control=adaptive", f"{PPO}.kl.coefficient=0"), f"{PPO}.kl.coefficient: 0, which kl.control"),
         ((f"{PPO}.kl.target=3",), f"{PPO}.kl.target: 3 has no effect; only kl.control 'adaptive' uses it"),
         ((f"{PPO}.kl.horizon=50",), f"{PPO}.kl.horizon: 50 has no effect"),
