@@ -80,6 +80,15 @@ class Fields:
         value = self.row.get(field)
         return str(value) if isinstance(value, (str, int)) else ""
 
+    def answer(self, field: str) -> str:
+        """An answer that is text or a number, as text; empty if the field is absent or null."""
+        value = self.row.get(field)
+        if value is None or isinstance(value, str):
+            return value or ""
+        if not is_number(value) or not math.isfinite(value):
+            self.fail(field, f"must be text or a number; it is {value!r:.60}")
+        return str(int(value)) if value == int(value) else str(value)
+
     def number(self, field: str) -> float | None:
         """A finite number; None if the field is absent or something else."""
         value = self.row.get(field)

@@ -104,7 +104,7 @@ def _refuse_files_elsewhere(files: Iterable[str], folder: Path, *, where: str) -
 
 _RAISED = (
     *(OSError, EOFError, ValueError, TypeError, LookupError, AttributeError, ImportError, RuntimeError),
-    *(zlib.error, YAMLError),
+    *(ArithmeticError, zlib.error, YAMLError),
 )
 """Exceptions of ``datasets`` and its readers for files and descriptions that they cannot use, beside their own types.
 

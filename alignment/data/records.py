@@ -337,7 +337,7 @@ def _references(example: Example) -> list[str]:
     fields, num_turns = example.fields, 1 + len(example.later_turns)
     value = fields.row.get("reference")
     if example.field != "turns" or not isinstance(value, list):
-        return [fields.label("reference"), *[""] * (num_turns - 1)]
+        return [fields.answer("reference"), *[""] * (num_turns - 1)]
     if value and len(value) != num_turns:
         fields.fail("reference", f"must have an entry for each of the {num_turns} turns; it has {len(value)}")
     for number, text in enumerate(value):

@@ -14,11 +14,14 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from alignment.core.errors import DataError
 from alignment.core.small_files import refuse_endless
 from alignment.data import caps
+
+if TYPE_CHECKING:
+    from pyarrow import RecordBatch
 
 
 class NotUtf8(DataError):
@@ -121,7 +124,7 @@ def _begins_array(line: bytes) -> bool:
 
 def _parsed(text: bytes, where: str) -> RawRow | DataError:
     try:
-        value = json.loads(text)
+        value = json.loads(text.decode(json.detect_encoding(text)))  # of bytes, json.loads accepts surrogates
         if b"\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
         if text.count(b"[") + text.count(b"{") > caps.LEVELS and caps.is_deep(value):
@@ -154,6 +157,8 @@ def _not_utf8(error: UnicodeDecodeError, where: str) -> NotUtf8:
     byte = error.object[error.start]
     meant = bytes([byte]).decode("latin-1")
     guess = f" ({meant!r} in Latin-1)" if meant.isprintable() else ""
+    if byte == _SURROGATE and error.object[error.start + 1 : error.start + 2] >= b"\xa0":
+        guess = " (half of a surrogate pair, as in CESU-8)"
     return NotUtf8(
         f"not UTF-8: byte 0x{byte:02x} at column {len(line.decode(errors='replace')) + 1}{guess}",
         where=where,
@@ -228,14 +233,38 @@ def _parquet(path: Path) -> Iterator[Unparsed]:
                 if batch.nbytes > caps.WHOLE_BYTES:
                     where = f"{path}: rows {number + 1} to {number + len(batch)}"
                     raise DataError("are too large for memory", where=where, remedy="write shorter rows")
-                for value in batch.to_pylist():
+                for value in _python_rows(batch):
                     number += 1
-                    yield RawRow(where=f"{path}: row {number}", value=value)
+                    where = f"{path}: row {number}"
+                    yield DataError(value, where=where) if isinstance(value, str) else RawRow(where=where, value=value)
     except (ArrowException, OSError) as error:
         raise DataError(f"not Parquet: {error}", where=str(path)) from error
 
 
+def _python_rows(batch: RecordBatch) -> Iterator[dict[str, Any] | str]:
+    """The rows of a batch; for a row with a value that Python cannot hold, a text that says which."""
+    try:
+        rows = batch.to_pylist()
+    except _UNUSABLE:
+        rows = [_python_row(batch, number) for number in range(len(batch))]
+    yield from rows
+
+
+def _python_row(batch: RecordBatch, number: int) -> dict[str, Any] | str:
+    row: dict[str, Any] = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[number].as_py()
+        except _UNUSABLE as error:
+            return f"has a value in column {name!r} that cannot be read: {error}"
+    return row
+
+
 _ROWS_AT_ONCE = 1_000
+_UNUSABLE = (ValueError, OverflowError)
+"""Text that is not UTF-8, which Arrow does not check, and times that are out of Python's range."""
+_SURROGATE = 0xED
+"""The first byte of a surrogate, if it is encoded like a character; the second is then at least 0xA0."""
 _MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",  # before UTF-16, whose mark it begins with
     codecs.BOM_UTF32_BE: "UTF-32",

@@ -408,4 +408,70 @@ MUTATIONS = [
             "test_the_guard_asks_its_own_scorer_and_the_stage_its_own",
         ),
     ),
+    *in_file(
+        "data/formats/plain.py",
+        "unit/data/test_formats.py",
+        (
+            "NaN is a score",
+            "if not math.isfinite(value):",
+            "if False:",
+            "test_a_fault_is_named_by_the_column_of_the_format",
+        ),
+    ),
+    *in_file(
+        "data/formats/pairs.py",
+        "unit/data/test_formats.py",
+        (
+            "what comes before two conversations is dropped",
+            "turns = (*_before(fields, chosen[0]), *turns)",
+            "pass",
+            "test_what_comes_before_two_conversations_is_part_of_their_prompt",
+        ),
+    ),
+    *in_file(
+        "data/row_files.py",
+        "unit/data/test_reading.py",
+        (
+            "encoded surrogates are read",
+            "json.loads(text.decode(json.detect_encoding(text)))",
+            "json.loads(text)",
+            "test_surrogates_that_are_encoded_like_characters_are_not_utf8",
+        ),
+        (
+            "one value of Parquet ends the reading",
+            "_UNUSABLE = (ValueError, OverflowError)",
+            "_UNUSABLE = (KeyError,)",
+            "test_values_of_parquet_that_python_cannot_hold_are_faults_of_their_rows",
+        ),
+    ),
+    *in_file(
+        "data/records.py",
+        "unit/data/test_records.py",
+        (
+            "a reference of 4.5 is dropped",
+            'fields.answer("reference")',
+            'fields.label("reference")',
+            "test_a_held_out_prompt_may_have_a_reference_in_a_column_or_as_its_last_turn",
+        ),
+    ),
+    *in_file(
+        "data/mix.py",
+        "unit/data/test_mix.py",
+        (
+            "a source without share and count gives one row",
+            "wanted = (source.count or others) if",
+            "wanted = (source.count or 1) if",
+            "test_a_source_without_share_and_count_is_mixed_in_whole",
+        ),
+    ),
+    *in_file(
+        "commands/new/held_out_split.py",
+        "unit/commands/new/test_new_recipe.py",
+        (
+            "U+2028 ends a line",
+            '.partition("\\n")[0]',
+            ".splitlines()[0]",
+            "test_a_held_out_row_may_have_a_line_separator_of_unicode",
+        ),
+    ),
 ]

@@ -54,15 +54,32 @@ def asked(fields: Fields) -> tuple[tuple[Message, ...], str]:
         DataError: no column holds a prompt, or its content is neither text nor turns.
     """
     field = fields.first_of(*PROMPTS)
+    turns = question_turns(fields, field)
+    return with_system(fields, (*_history(fields), *turns) if field == "instruction" else turns), field
+
+
+def question_turns(fields: Fields, field: str) -> tuple[Message, ...]:
+    """The turns of a column that holds a prompt, or its text as a turn of the user.
+
+    Raises:
+        DataError: the content is neither text nor turns.
+    """
     if isinstance(fields.row[field], list):
-        turns = turns_of(fields, field)
-    else:
-        turns = (Message(role="user", content=_question(fields, field)),)
-    earlier = [*_history(fields), *turns] if field == "instruction" else list(turns)
+        return turns_of(fields, field)
+    return (Message(role="user", content=_question(fields, field)),)
+
+
+def with_system(fields: Fields, turns: tuple[Message, ...], *, before: Message | None = None) -> tuple[Message, ...]:
+    """The turns after the system turn of the column ``system``, unless they, or ``before`` without any, begin with one.
+
+    Raises:
+        DataError: the column holds something else than text.
+    """
     system = fields.optional_text("system")
-    if system.strip() and earlier[0].role != "system":
-        earlier.insert(0, Message(role="system", content=system))
-    return tuple(earlier), field
+    first = turns[0] if turns else before
+    if not system.strip() or (first is not None and first.role == "system"):
+        return turns
+    return (Message(role="system", content=system), *turns)
 
 
 def answer_text(fields: Fields, field: str) -> str:

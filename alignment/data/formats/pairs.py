@@ -16,7 +16,9 @@ from alignment.data.formats.form import (
     holds,
     is_question,
     preferred,
+    question_turns,
     starts_with_turn,
+    with_system,
 )
 from alignment.data.records import Example
 from alignment.data.turns import Message, tools_of, turns_of
@@ -43,9 +45,18 @@ def _whole(names: tuple[str, str]) -> Callable[[Fields], Example]:
     def read(fields: Fields) -> Example:
         chosen, rejected = (turns_of(fields, name) for name in names)
         turns, answers = answers_of_whole(fields, chosen, rejected, names=names)
+        turns = (*_before(fields, chosen[0]), *turns)
         return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field=names[0])
 
     return read
+
+
+def _before(fields: Fields, first: Message) -> tuple[Message, ...]:
+    """What comes before a conversation: the column ``prompt``, if the conversation continues it with an answer, and the
+    column ``system``, if there is no system turn."""
+    continues = first.role == "assistant" and is_question(fields.row.get("prompt"))
+    turns = question_turns(fields, "prompt") if continues else ()
+    return with_system(fields, turns, before=first)
 
 
 def _has_whole(row: Mapping[str, Any], names: tuple[str, str]) -> bool:
@@ -79,7 +90,7 @@ def _is_transcripts(row: Mapping[str, Any]) -> bool:
 def _paired(fields: Fields) -> Example:
     turns, field = asked(fields)
     answers = preferred(fields.text("response_j"), fields.text("response_k"))
-    return Example(fields=fields, turns=turns, answers=answers, field=field)
+    return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field=field)
 
 
 PREFERENCE = Format(

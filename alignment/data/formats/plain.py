@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ def _ranked(fields: Fields) -> Example:
     answers = tuple(
         _answer(fields, number, completion) for number, completion in enumerate(fields.items("completions"))
     )
-    return Example(fields=fields, turns=turns, answers=answers, field=field)
+    return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field=field)
 
 
 def _answer(fields: Fields, number: int, completion: Any) -> Answer:
@@ -45,6 +46,8 @@ def _answer(fields: Fields, number: int, completion: Any) -> Answer:
     if not named:
         fields.fail(at, f"has no number under any of {', '.join(_SCORES)}")
     name, value = next(iter(named.items()))
+    if not math.isfinite(value):
+        fields.fail(f"{at}.{name}", f"must be a finite number; it is {value}")
     return Answer(text=text, rank=-value) if name == "rank" else Answer(text=text, rank=value, score=value)
 
 
@@ -56,7 +59,7 @@ def _chosen(fields: Fields) -> Example:
             fields.fail(f"choices[{number}]", f"must be text and not empty; it is {choice!r:.60}")
     right = _right_index(fields, [choice.strip() for choice in choices])
     answers = tuple(Answer(text=choice, rank=float(number == right)) for number, choice in enumerate(choices))
-    return Example(fields=fields, turns=turns, answers=answers, field=field)
+    return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field=field)
 
 
 def _right_index(fields: Fields, choices: list[str]) -> int:

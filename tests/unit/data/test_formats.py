@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,45 @@ def test_other_writings_of_a_pair_are_the_same_pair(name: str) -> None:
     (pair,) = _records(PreferencePair, row)
     assert [turn.as_dict() for turn in pair.messages] == [ASKED]
     assert (pair.chosen, pair.rejected) == ("4.", "5.")
+
+
+WHOLE_PAIR = {"chosen": [ASKED, ANSWER], "rejected": [ASKED, {**ANSWER, "content": "5."}]}
+BRIEF = {"role": "system", "content": "Be brief."}
+CALCULATOR = {"name": "calculator", "parameters": {"type": "object", "properties": {}}}
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({**WHOLE_PAIR, "system": "Be brief."}, [BRIEF, ASKED]),
+        ({**WHOLE_PAIR, "system": ""}, [ASKED]),
+        ({name: [BRIEF, *turns] for name, turns in WHOLE_PAIR.items()} | {"system": "Be long."}, [BRIEF, ASKED]),
+        ({**WHOLE_PAIR, "prompt": [BRIEF, ASKED]}, [ASKED]),  # the whole conversation says what its prompt was
+        (
+            {"prompt": [ASKED]} | {name: [ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
+            [ASKED, ANSWER, ASKED],
+        ),
+        (
+            {"prompt": "2 + 2?", "system": "Be brief."}
+            | {name: [ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
+            [BRIEF, ASKED, ANSWER, ASKED],
+        ),
+    ],
+)
+def test_what_comes_before_two_conversations_is_part_of_their_prompt(
+    row: dict[str, Any], expected: list[dict[str, Any]]
+) -> None:
+    (pair,) = _records(PreferencePair, row)
+    assert [turn.as_dict() for turn in pair.messages] == expected
+    assert (pair.chosen, pair.rejected) == ("4.", "5.")
+
+
+@pytest.mark.parametrize("name", ["ranked", "stack_exchange", "preference", "chosen_rejected", "choices"])
+def test_every_format_of_answers_keeps_the_tools_of_its_rows(name: str) -> None:
+    example = FORMATS[name].read(
+        Fields({**json.loads(FORMATS[name].row), "tools": [CALCULATOR]}, where="x:1", example="")
+    )
+    assert [tool["function"]["name"] for tool in example.tools] == ["calculator"]
 
 
 def test_a_ranked_list_gives_every_pair_of_different_rank_and_its_best_answer() -> None:
@@ -292,6 +332,11 @@ FAULTS = [
     ("kto", {"prompt": "a", "completion": "b", "label": "maybe"}, "'label' must be true or false; it is 'maybe'"),
     ("hh", {"chosen": "Hello", "rejected": "x"}, "'chosen' must be a transcript that begins with 'Human:'"),
     ("ranked", {"prompt": "a", "completions": [{"text": "b"}]}, "'completions[0]' has no number under any of score"),
+    (
+        "ranked",
+        {"prompt": "a", "completions": [{"text": "b", "score": 1}, {"text": "c", "score": math.nan, "rank": 1}]},
+        "'completions[1].score' must be a finite number; it is nan",
+    ),
     ("ranked", {"prompt": "a", "completions": [{"score": 1}]}, "'completions[0]' has no text under any of text"),
     ("ranked", {"prompt": "a", "completions": "b"}, "'completions' must be a list and not empty; it is 'b'"),
     ("sharegpt", {"conversations": [{"from": "bot", "value": "x"}]}, "'conversations[0].from' must be one of system"),

@@ -330,6 +330,35 @@ def test_half_a_surrogate_pair_is_a_fault_of_its_row(tmp_path: Path) -> None:
     assert second.value["prompt"] == "\U0001f600"
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_surrogates_that_are_encoded_like_characters_are_not_utf8(tmp_path: Path, name: str) -> None:
+    """As Java and Oracle write emoji (CESU-8). Tokenizers refuse such text, long after the row was read."""
+    file = tmp_path / name
+    row = b'{"prompt": "a \xed\xa0\xbd\xed\xb8\x80", "completion": "c"}\n'
+    file.write_bytes(row + b'{"prompt": "b", "completion": "d"}\n')
+    first, second = rows_of(file)
+    assert isinstance(first, DataError)
+    assert first.where == f"{file}:1"
+    assert first.message == "not UTF-8: byte 0xed at column 15 (half of a surrogate pair, as in CESU-8)"
+    assert isinstance(second, RawRow)
+
+
+def test_values_of_parquet_that_python_cannot_hold_are_faults_of_their_rows(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    latin = pa.Array.from_buffers(pa.string(), 2, pa.array([b"caf\xe9", b"tea"]).buffers())
+    late = pa.array([0, 300_000 * 366 * 86_400], pa.timestamp("s"))
+    columns = {"prompt": ["a", "b", "c", "d"], "completion": pa.concat_arrays([latin, pa.array(["x", "y"])])}
+    parquet.write_table(pa.table({**columns, "seen": pa.concat_arrays([late.take([0, 0]), late])}), file)
+    rows = list(rows_of(file))
+    assert [type(row) for row in rows] == [DataError, RawRow, RawRow, DataError]
+    faults = [row for row in rows if isinstance(row, DataError)]
+    assert [fault.where for fault in faults] == [f"{file}: row 1", f"{file}: row 4"]
+    assert [fault.message.partition(": ")[0] for fault in faults] == [
+        "has a value in column 'completion' that cannot be read",
+        "has a value in column 'seen' that cannot be read",
+    ]
+
+
 def test_the_first_row_of_a_csv_stands_in_its_second_line(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text("prompt,chosen,rejected\nHi.,,No.\nHi.,Yes.,No.\n")
