@@ -152,9 +152,10 @@ class Run:
         Raises:
             ArtifactError: a result of one of the runs is damaged.
         """
-        from alignment.pipeline.execute.run_differences import differences_from_first, judged_arms  # needs numpy
+        from alignment.pipeline.execute import run_differences  # needs numpy
 
-        return list(differences_from_first([judged_arms(first.folder), judged_arms(self.folder)]))
+        runs = [run_differences.judged_run(run.folder) for run in (first, self)]
+        return list(run_differences.differences_from_first(run_differences.compared_evaluations(runs)))
 
     def stages_frame(self) -> pandas.DataFrame:
         """A row for each stage: ``stage``, ``kind``, ``state``, ``reason``, ``artifact``, and a column for each figure

@@ -675,9 +675,15 @@ MUTATIONS = [
         "unit/commands/compare/test_driver.py",
         (
             "the last evaluation is compared as the report's",
-            '{"" if name == names[0] else name: ',
-            '{"": ',
+            "shown and name == first.shown",
+            "True",
             "test_evaluations_of_one_run_are_compared_each_with_its_own",
+        ),
+        (
+            "evaluations of two names are compared as the reports show them",
+            " and first.shown not in run.evaluations and run.shown not in first.evaluations:",
+            ":",
+            "test_evaluations_are_compared_by_name_whatever_the_reports_show",
         ),
     ),
 ]

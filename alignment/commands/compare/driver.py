@@ -13,10 +13,10 @@ from rich.table import Table
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError
 from alignment.pipeline.execute.run_differences import (
-    JudgedArm,
+    ComparedEvaluation,
+    compared_evaluations,
     differences_from_first,
-    judged_arms,
-    primary_of,
+    judged_run,
 )
 from alignment.records.evaluation import Metric
 from alignment.records.interval import Interval
@@ -43,22 +43,25 @@ def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | 
     page = None if html is None else _page(html, runs)
     folders = _folders(output, runs)
     differing = dict(_differing([_settings(RunRecord.read(folder).config) for folder in folders]))
-    judged = [judged_arms(folder) for folder in folders]
-    differences = list(differences_from_first(judged))
+    compared = compared_evaluations([judged_run(folder) for folder in folders])
+    differences = list(differences_from_first(compared))
     _show_settings(console, runs, differing)
     results = side_by_side([read_run(folder).tables for folder in folders])
-    for evaluation in dict.fromkeys(name for evaluated in judged for name in evaluated):
-        arms = [evaluated.get(evaluation, {}) for evaluated in judged]
-        of_evaluation = [difference for difference in differences if difference.evaluation == evaluation]
-        _show_arms(console, runs, evaluation, arms)
-        _show_differences(console, runs, of_evaluation, primary_of(arms))
-    if not any(judged) and not results:
+    for evaluation in compared:
+        if evaluation.primary is None:
+            name = escape(evaluation.name or "the evaluation of these runs")
+            console.print(f"\n{name} has no metric, so no arm is compared", highlight=False)
+            continue
+        of_evaluation = [difference for difference in differences if difference.evaluation == evaluation.name]
+        _show_arms(console, runs, evaluation, evaluation.primary)
+        _show_differences(console, runs, of_evaluation, evaluation.primary)
+    if not compared and not results:
         console.print("\nnone of these runs was evaluated; add an evaluate stage", highlight=False)
     for stage, result in results:
         _show_result(console, runs, stage, result)
     if page is not None:
         shown_by_reports = [difference for difference in differences if not difference.evaluation]
-        primary = primary_of([evaluated.get("", {}) for evaluated in judged])
+        primary = next((evaluation.primary for evaluation in compared if not evaluation.name), None)
         build_comparison(folders, page, settings=differing, differences=shown_by_reports, primary=primary)
         console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
 
@@ -122,19 +125,11 @@ def _show_settings(console: Console, runs: Sequence[str], differing: dict[str, l
     console.print(table)
 
 
-def _show_arms(
-    console: Console, runs: Sequence[str], evaluation: str, judged: Sequence[Mapping[str, JudgedArm]]
-) -> None:
-    """``evaluation`` is the stage, or empty for the one that the reports show."""
-    primary = primary_of(judged)
-    if primary is None:
-        subject = f"{escape(evaluation)}: no run" if evaluation else "no evaluation of these runs"
-        console.print(f"\n{subject} has a metric, so no arm is compared", highlight=False)
-        return
-    stage = f"{evaluation}: " if evaluation else ""
+def _show_arms(console: Console, runs: Sequence[str], evaluation: ComparedEvaluation, primary: Metric) -> None:
+    stage = f"{evaluation.name}: " if evaluation.name else ""
     table = _table(f"{escape(stage + primary.name)}, 95 %", *runs)
-    for name in dict.fromkeys(name for arms in judged for name in arms):
-        means = [arms[name].arm.metrics.get(primary.name) if name in arms else None for arms in judged]
+    for name in dict.fromkeys(name for arms in evaluation.arms for name in arms):
+        means = [arms[name].arm.metrics.get(primary.name) if name in arms else None for arms in evaluation.arms]
         table.add_row(escape(name.removeprefix("stage:")), *map(_mean_and_bounds, means))
     console.print()
     console.print(table)
@@ -147,10 +142,10 @@ def _mean_and_bounds(value: Interval | None) -> str:
 
 
 def _show_differences(
-    console: Console, runs: Sequence[str], differences: Sequence[Difference], primary: Metric | None
+    console: Console, runs: Sequence[str], differences: Sequence[Difference], primary: Metric
 ) -> None:
     for difference in differences:
-        if primary is None or difference.metric.name != primary.name:
+        if difference.metric.name != primary.name:
             continue
         stage = f" in {difference.evaluation}" if difference.evaluation else ""
         label = f"{difference.arm.removeprefix('stage:')}{stage}: {runs[difference.run]} against {runs[0]}"

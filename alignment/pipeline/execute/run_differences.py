@@ -25,15 +25,60 @@ class JudgedArm:
     scores: dict[str, dict[str, float]]
 
 
-def judged_arms(folder: Path) -> dict[str, dict[str, JudgedArm]]:
-    """The arms of each evaluation of a run that has a result, by name.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgedRun:
+    """The arms of each evaluation of a run that has a result, by stage and name; ``shown`` is the evaluation that the
+    run's report shows, or empty without any."""
 
-    The evaluation that the report shows comes first, under an empty name, because it may be named otherwise in another
-    run; the others come under the names of their stages.
-    """
+    shown: str
+    evaluations: dict[str, dict[str, JudgedArm]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ComparedEvaluation:
+    """An evaluation of several runs: its arms in each run, none where a run lacks it. ``name`` is its stage, or empty
+    if it is the evaluation that the report of each run shows."""
+
+    name: str
+    arms: list[Mapping[str, JudgedArm]]
+
+    @property
+    def primary(self) -> Metric | None:
+        """The metric by which runs are compared: the primary metric of the first run that has one."""
+        return next((arm.primary for arms in self.arms for arm in arms.values() if arm.primary is not None), None)
+
+
+def judged_run(folder: Path) -> JudgedRun:
+    """The evaluations of a run."""
     finished = evaluations(folder)
     names = [name for name in evaluation_stages(RunRecord.read(folder)) if name in finished]
-    return {"" if name == names[0] else name: _arms(finished[name]) for name in names}
+    return JudgedRun(shown=names[0] if names else "", evaluations={name: _arms(finished[name]) for name in names})
+
+
+def compared_evaluations(runs: Sequence[JudgedRun]) -> list[ComparedEvaluation]:
+    """The evaluations of several runs, each with those of the same name.
+
+    The evaluations that two reports show are compared also under different names, if neither run has the other's.
+    """
+    first, compared = runs[0], dict[str, list[Mapping[str, JudgedArm]]]()
+    own_names = [_names(run, first) for run in runs]
+    for name in dict.fromkeys(name for names in own_names for name in names):
+        compared[name] = [
+            run.evaluations.get(names.get(name, ""), {}) for run, names in zip(runs, own_names, strict=True)
+        ]
+    shown = all(names.get(first.shown, run.shown) == run.shown for run, names in zip(runs, own_names, strict=True))
+    return [
+        ComparedEvaluation(name="" if shown and name == first.shown else name, arms=arms)
+        for name, arms in compared.items()
+    ]
+
+
+def _names(run: JudgedRun, first: JudgedRun) -> dict[str, str]:
+    """A run's evaluations by the names under which they are compared."""
+    names = {name: name for name in run.evaluations}
+    if run.shown and first.shown and first.shown not in run.evaluations and run.shown not in first.evaluations:
+        names = {first.shown: names.pop(run.shown), **names}
+    return names
 
 
 def _arms(artifact: Path) -> dict[str, JudgedArm]:
@@ -52,16 +97,11 @@ def _arms(artifact: Path) -> dict[str, JudgedArm]:
     }
 
 
-def primary_of(judged: Sequence[Mapping[str, JudgedArm]]) -> Metric | None:
-    """The metric by which one evaluation of all runs is compared: the primary metric of the first run that has one."""
-    return next((arm.primary for arms in judged for arm in arms.values() if arm.primary is not None), None)
-
-
-def differences_from_first(judged: Sequence[Mapping[str, Mapping[str, JudgedArm]]]) -> Iterator[Difference]:
+def differences_from_first(compared: Sequence[ComparedEvaluation]) -> Iterator[Difference]:
     """Yields the differences of each other run minus the first, in every metric of an arm that an evaluation of both
     has."""
-    for evaluation in dict.fromkeys(name for arms in judged for name in arms):
-        yield from _differences(evaluation, [arms.get(evaluation, {}) for arms in judged])
+    for evaluation in compared:
+        yield from _differences(evaluation.name, evaluation.arms)
 
 
 def _differences(evaluation: str, judged: Sequence[Mapping[str, JudgedArm]]) -> Iterator[Difference]:

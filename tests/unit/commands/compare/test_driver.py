@@ -46,13 +46,15 @@ class Runs:
             self.evaluate(run, scores, prompts=prompts, ids=ids, higher_is_better=higher_is_better)
         (run / "run.json").write_text(json.dumps({"config": config, "stages": stages}))
 
-    def evaluate_again(self, name: str, scores: dict[str, list[float | None]], *, metric: str) -> None:
-        """Adds the evaluation ``ood``; the report shows the first one."""
+    def evaluate_again(
+        self, name: str, scores: dict[str, list[float | None]], *, metric: str, shown: str = "judge"
+    ) -> None:
+        """Adds the evaluation ``ood``, and a report that shows ``shown``."""
         run = self.output / "runs" / name
         record = json.loads((run / "run.json").read_text())
         record["stages"] |= {
             "ood": {"kind": "evaluate", "artifact": str(run / "ood")},
-            "report": {"kind": "report", "inputs": {"evaluation": "stage:judge"}},
+            "report": {"kind": "report", "inputs": {"evaluation": f"stage:{shown}"}},
         }
         (run / "run.json").write_text(json.dumps(record))
         (run / "ood").mkdir()
@@ -131,6 +133,25 @@ def test_evaluations_of_one_run_are_compared_each_with_its_own(runs: Runs, tmp_p
     ]
     assert "dpo: B is really better than A: +0.500 in brevity" in page.read_text()
     assert "tone" not in page.read_text()
+
+
+def test_evaluations_are_compared_by_name_whatever_the_reports_show(runs: Runs, tmp_path: Path) -> None:
+    runs.add("a", {"stage:dpo": [0.1, 0.1]})
+    runs.add("b", {"stage:dpo": [0.6, 0.6]})
+    runs.evaluate_again("b", {"stage:dpo": [0.9, 0.9]}, metric="tone", shown="ood")
+    page = tmp_path / "page.html"
+    printed = runs.compared("a", "b", html=str(page))
+    assert "dpo in judge: b against a: +0.500 (+0.500 to +0.500), better" in printed
+    assert "in ood" not in printed, "the first run lacks it"
+    assert "+0.500" not in page.read_text(), "the page shows another evaluation of b"
+
+
+def test_evaluations_that_the_reports_show_are_compared_under_different_names(runs: Runs) -> None:
+    for name, score in (("a", 0.1), ("b", 0.6)):
+        runs.add(name, {"stage:dpo": [score, score]})
+    record = (runs.output / "runs/b/run.json").read_text()
+    (runs.output / "runs/b/run.json").write_text(record.replace('"judge"', '"grade"'))
+    assert "dpo: b against a: +0.500 (+0.500 to +0.500), better" in runs.compared("a", "b")
 
 
 def test_tables_of_a_stage_have_the_arms_of_all_runs_as_columns(runs: Runs) -> None:
