@@ -46,7 +46,7 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
     A new prefix does change them: its keys and values are zero, but take a share of the attention.
 
     Raises:
-        ModelError: the target modules do not exist in this model.
+        ModelError: the target modules do not exist in this model, or are its head or its embeddings.
     """
     if config.kind is AdapterKind.full:
         return model
@@ -54,6 +54,7 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
         prefix = PrefixTuningConfig(num_virtual_tokens=config.virtual_tokens, init_weights="zero", task_type=task)
         return put_prefix(get_peft_model(model, prefix))
     targets: str | list[str] = list(config.target_modules)
+    _refuse_embeddings(model, targets)
     if config.target_modules == ["all-linear"]:
         targets = "all-linear"
     lora = LoraConfig(
@@ -77,6 +78,24 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
         ) from error
     start_at_norms(adapted)
     return adapted
+
+
+def _refuse_embeddings(model: PreTrainedModel, targets: Sequence[str]) -> None:
+    """Refuses factors on the head, which the fast forward would leave out, and on the embeddings, which would change a
+    tied head too when they are merged.
+
+    Raises:
+        ModelError: a target is one of these modules.
+    """
+    for module in (model.get_output_embeddings(), model.get_input_embeddings()):
+        path = next((path for path, other in model.named_modules() if other is module), "")
+        name = path.rpartition(".")[2]
+        if any(f".{path}".endswith(f".{target}") for target in targets):
+            raise ModelError(
+                f"factors on {name} are not supported",
+                where="adapter.target_modules",
+                remedy=f"leave it out, or train it whole: adapter.modules_to_save=[{name}]",
+            )
 
 
 def train_on(model: PreTrainedModel, folder: Path, config: AdapterConfig, task: TaskType) -> PeftModel:

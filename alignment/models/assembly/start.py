@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from peft import PeftModel, TaskType
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.core.errors import ConfigError
-from alignment.models.assembly.adapters import add_adapter, add_frozen, is_prefix, train_on
+from alignment.models.assembly.adapters import add_adapter, add_frozen, is_prefix, saved_config, train_on
 from alignment.models.assembly.load import Lineage, SavedAdapter, load_policy, load_scalar, weights_dtype
 from alignment.models.kernels.nf4 import quantize_trunk
 
@@ -56,6 +58,7 @@ def load_start(
             remedy="set it to merge, or set init to a stage that trained an adapter",
         )
     below, beside = (start, ()) if adapter.chain is Chain.merge else (start.weights, start.beside)
+    _refuse_whole_modules(beside, adapter)
     model = load(below, dtype)
     if adapter.kind is AdapterKind.qlora:
         quantize_trunk(model, device)
@@ -63,6 +66,23 @@ def load_start(
     trained = train_on(model, continued[0].path, adapter, task) if continued else add_adapter(model, adapter, task)
     frozen = beside[: len(beside) - len(continued)]
     return add_frozen(trained, [saved.path for saved in frozen]) if frozen else trained
+
+
+def _refuse_whole_modules(beside: Sequence[SavedAdapter], adapter: AdapterConfig) -> None:
+    """Beside the weights, PEFT would leave out modules that were trained whole, except the head of a reward model.
+
+    Raises:
+        ConfigError: an adapter has such modules.
+    """
+    for saved in beside:
+        names = {name.rpartition(".")[2] for name in saved_config(saved.path).modules_to_save or ()}
+        if modules := names.difference(SEQ_CLS_HEAD_NAMES):
+            raise ConfigError(
+                f"{saved.path.name} has trained {', '.join(sorted(modules))} whole, which can only be merged, but "
+                f"adapter.chain is {adapter.chain.value!r}",
+                where="adapter.chain",
+                remedy="set it to merge",
+            )
 
 
 def turn_off_dropout(model: nn.Module) -> None:

@@ -31,6 +31,6 @@ def frozen_rows(plan: Plan) -> str | None:
 
 
 def _trains_rows(adapter: AdapterConfig) -> bool:
-    """Whether the embeddings are trained: with all weights, or as a module that the adapter names."""
-    named = [*adapter.modules_to_save, *adapter.target_modules]
-    return adapter.kind is AdapterKind.full or any("embed" in name or name.endswith("wte") for name in named)
+    """Whether the embeddings are trained: with all weights, or as a module beside the adapter."""
+    names = adapter.modules_to_save
+    return adapter.kind is AdapterKind.full or any("embed" in name or name.endswith("wte") for name in names)

@@ -127,6 +127,9 @@ def _chain_faults(stage: TrainedConfig, config: RunConfig, where: str) -> Iterat
         return
     if adapter.modules_to_save:
         yield Fault(where=f"{where}.chain", message=f"modules_to_save needs chain 'merge', not {adapter.chain.value!r}")
+    if before is not None and before.adapter.kind is not AdapterKind.full and before.adapter.modules_to_save:
+        message = f"{stage.init} trains modules_to_save, which can only be merged; use 'merge'"
+        yield Fault(where=f"{where}.chain", message=message)
     if adapter.kind is AdapterKind.prefix and adapter.chain is Chain.stack:
         message = "a prefix cannot be stacked on other adapters; use chain 'merge', or 'continue' for a prefix"
         yield Fault(where=f"{where}.chain", message=message)

@@ -47,6 +47,13 @@ def test_named_modules_get_an_adapter_and_no_others() -> None:
     assert {name.split(".lora_")[0].rsplit(".", 1)[1] for name in _trained_names(wrapped)} == {"q_proj", "v_proj"}
 
 
+@pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
+def test_factors_on_the_head_or_the_embeddings_are_refused(name: str) -> None:
+    """The fast forward multiplies by the head's own weight, and merged factors would change a tied head."""
+    with pytest.raises(ModelError, match=rf"factors on {name} are not supported[\s\S]*modules_to_save=\[{name}\]"):
+        add_adapter(tiny_model(), AdapterConfig(target_modules=["q_proj", name]), TaskType.CAUSAL_LM)
+
+
 def test_rank_alpha_and_dropout_arrive() -> None:
     config = AdapterConfig(rank=3, alpha=12.0, dropout=0.25, target_modules=["q_proj"])
     wrapped = add_adapter(tiny_model(), config, TaskType.CAUSAL_LM)

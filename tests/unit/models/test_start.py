@@ -171,6 +171,16 @@ def test_modules_trained_whole_are_saved_and_found_again(tmp_path: Path, base: L
     close(_logits(load_policy(saved, torch.float32)), _logits(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("chain", [Chain.stack, CONTINUE])
+def test_modules_trained_whole_are_only_merged(tmp_path: Path, base: Lineage, chain: Chain) -> None:
+    adapter = AdapterConfig(rank=4, modules_to_save=["embed_tokens"])
+    spec = tiny_spec(tmp_path, SftConfig(adapter=adapter))
+    saved = lineage(spec, publish_tiny(spec, _start(base, adapter), base))
+    with pytest.raises(ConfigError, match=rf"has trained embed_tokens whole.* adapter\.chain is '{chain.value}'"):
+        _start(saved, AdapterConfig(rank=4, chain=chain))
+    _start(saved, AdapterConfig(rank=4))
+
+
 def test_without_an_adapter_there_is_nothing_to_continue(base: Lineage) -> None:
     with pytest.raises(ConfigError, match=r"adapter\.chain: there is no adapter to continue"):
         _start(base, _adapter(AdapterKind.lora, CONTINUE))

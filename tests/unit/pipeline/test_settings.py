@@ -21,6 +21,10 @@ DPO = "stages.dpo.adapter"
         ([f"{DPO}.chain=continue", f"{DPO}.kind=dora"], f"{DPO}.kind: dora cannot continue what stage:sft trained"),
         ([f"{DPO}.chain=stack", f"{DPO}.kind=dora"], f"{DPO}.chain: DoRA rescales the weights"),
         ([f"{DPO}.chain=stack", f"{DPO}.modules_to_save=[embed_tokens]"], f"{DPO}.chain: modules_to_save needs"),
+        (
+            ["stages.sft.adapter.modules_to_save=[embed_tokens]", f"{DPO}.chain=stack"],
+            f"{DPO}.chain: stage:sft trains modules_to_save, which can only be merged",
+        ),
         (["stages.reward.adapter={kind: prefix, chain: stack}"], "stages.reward.adapter.chain: a prefix cannot"),
         (["adapter@stages.sft.adapter=prefix"], "stages.reward.adapter: stage:sft trained a prefix"),
     ],
