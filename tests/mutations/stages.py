@@ -248,4 +248,34 @@ MUTATIONS = [
             "test_under_an_adapter_policy_value_and_reward_hold_their_base_once",
         ),
     ),
+    *in_file(
+        "models/assembly/start.py",
+        "unit/models/test_start.py",
+        (
+            "modules trained whole are left out of a stack",
+            "    _refuse_whole_modules(beside, adapter)\n",
+            "",
+            "test_modules_trained_whole_are_only_merged",
+        ),
+    ),
+    *in_file(
+        "models/assembly/adapters.py",
+        "unit/models/test_adapters.py",
+        (
+            "factors on the head never learn",
+            "    _refuse_embeddings(model, targets)\n",
+            "",
+            "test_factors_on_the_head_or_the_embeddings_are_refused",
+        ),
+    ),
+    *in_file(
+        "models/assembly/load.py",
+        "unit/models/test_load.py",
+        (
+            "settings of generation that were published cannot be written",
+            "        _make_writable(model.generation_config)",
+            "        pass",
+            "test_published_settings_of_generation_can_be_written_again",
+        ),
+    ),
 ]

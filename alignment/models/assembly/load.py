@@ -13,7 +13,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
@@ -201,11 +207,36 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     if (estimate := recorder()) is not None:
         return _from_shapes(folder, dtype, estimate)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             str(folder), dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"the model cannot be loaded: {error}", where=str(folder)) from error
+    if model.generation_config is not None:
+        _make_writable(model.generation_config)
+    return model
+
+
+def _make_writable(settings: GenerationConfig) -> None:
+    """Corrects settings that transformers reads from a published file, but refuses to write once a token has changed.
+
+    Sampling settings without ``do_sample``, as in Llama 2 chat models, are meant for sampling. Settings of a beam
+    search without beams have no effect.
+    """
+    if _is_valid(settings):
+        return
+    if settings.num_beams in (None, 1):
+        settings.early_stopping = settings.length_penalty = None
+    if settings.do_sample is not True and not _is_valid(settings):
+        settings.do_sample = True
+
+
+def _is_valid(settings: GenerationConfig) -> bool:
+    try:
+        settings.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _mapped_from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
