@@ -10,7 +10,7 @@ from rich.console import Console
 from alignment.config.did_you_mean import suggestion
 from alignment.config.faults import refuse
 from alignment.config.rules import TRACKING_URL
-from alignment.config.tracking import LABELS, TrackingConfig, with_only
+from alignment.config.tracking import TrackingConfig, with_only
 from alignment.core.errors import ConfigError
 from alignment.pipeline.backends import processes
 from alignment.pipeline.plan import tracking_checks
@@ -32,7 +32,4 @@ def track(console: Console, run: str, *, to: str, url: str, output: Path) -> int
     url = url or RunRecord.read(folder).config.get("tracking", {}).get("mlflow_url", "")
     refuse(list(tracking_checks.faults(with_only(TrackingConfig(), to, mlflow_url=url))))
     argv = [sys.executable, "-m", "alignment.commands.track.worker", str(folder), "--to", to]
-    code = processes.call([*argv, "--url", url] if url else argv)
-    if code == 0:
-        console.print(f"{LABELS[to]} already has everything from {run}", markup=False, highlight=False)
-    return code
+    return processes.call([*argv, "--url", url] if url else argv)

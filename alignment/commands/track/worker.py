@@ -20,6 +20,7 @@ from alignment.core.terminal import complain
 from alignment.job import StageSpec
 from alignment.records.run import RunRecord
 from alignment.records.step_log import METRICS, readable_rows
+from alignment.stages.registry import kinds
 from alignment.stages.stage_file import read_spec
 from alignment.training.trackers.all_trackers import Trackers
 from alignment.training.trackers.tracked_tables import stored_tables
@@ -35,15 +36,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.ERROR)  # what a tracker warns of is in the error
     try:
         with explained(options.folder):
-            for stage in RunRecord.read(options.folder).stages:
-                if (file := options.folder / stage / "stage.yaml").is_file():
-                    spec = read_spec(file)
-                    tracking = with_only(spec.tracking, options.to, mlflow_url=options.url)
-                    print(send(replace(spec, tracking=tracking), LABELS[options.to]))
+            send_run(options.folder, options.to, options.url)
     except AlignmentError as error:
         complain(error)
         return error.exit_code
     return 0
+
+
+def send_run(folder: Path, tracker: str, url: str) -> None:
+    """Sends all stages of a run that were made by it, and prints a line about each.
+
+    Raises:
+        Busy: a stage is running, and sends its steps itself.
+        StageError: the tracker did not take everything.
+    """
+    label, has_all = LABELS[tracker], True
+    for name, entry in RunRecord.read(folder).stages.items():
+        file = folder / name / "stage.yaml"
+        spec = read_spec(file) if file.is_file() else None
+        if spec is not None and spec.artifact.name == Path(entry.artifact).name:
+            tracking = with_only(spec.tracking, tracker, mlflow_url=url)
+            print(send(replace(spec, tracking=tracking), label))
+        elif entry.complete and entry.kind in kinds() and kinds()[entry.kind].run:
+            has_all = False
+            print(f"{name}: not sent, because this run only reuses {Path(entry.artifact).name}")
+    if has_all:
+        print(f"{label} already has everything from {folder.name}")
 
 
 def send(spec: StageSpec, label: str) -> str:

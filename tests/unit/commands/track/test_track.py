@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from alignment.commands.track import worker
 from alignment.commands.track.driver import track
-from alignment.commands.track.worker import send
+from alignment.commands.track.worker import send, send_run
 from alignment.config.tracking import TrackingConfig
 from alignment.core.errors import Busy, ConfigError
 from alignment.core.locks import held
-from alignment.records.run import RunRecord
+from alignment.records.run import RunRecord, StageEntry
 from alignment.records.step_log import METRICS, MetricsLog
 from alignment.stages.sft.config import SftConfig
 from tests.tiny import tiny_spec
@@ -36,6 +37,36 @@ def test_what_cannot_be_sent_is_refused(
     with pytest.raises(ConfigError, match=words) as caught:
         track(Console(), run, to=to, url=url, output=tmp_path)
     assert "s3cret" not in str(caught.value)
+
+
+def test_a_result_of_another_run_is_not_sent_as_this_run_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, sent = tmp_path / "runs/mine", list[Path]()
+    monkeypatch.setattr(worker, "send", lambda spec, label: (sent.append(spec.artifact), f"{spec.stage}: sent")[1])
+    spec = tiny_spec(tmp_path, SftConfig())
+    (folder / "sft").mkdir(parents=True)
+    (folder / "sft/stage.yaml").touch()
+    monkeypatch.setattr(worker, "read_spec", lambda file: spec)
+    entries = {
+        "sft": StageEntry(kind="sft", state="reused", artifact=str(spec.artifact)),
+        "report": StageEntry(kind="report", state="done", artifact="report-1"),
+    }
+    RunRecord(name="mine", stages=entries).write(folder)
+    send_run(folder, "tensorboard", "")
+    assert capsys.readouterr().out.splitlines() == ["sft: sent", "TensorBoard already has everything from mine"]
+    assert sent == [spec.artifact]
+    entries |= {
+        "sft": StageEntry(kind="sft", state="reused", artifact="artifacts/sft-another"),
+        "dpo": StageEntry(kind="dpo", state="reused", artifact="artifacts/dpo-another"),
+        "ppo": StageEntry(kind="ppo", state="waiting", artifact="artifacts/ppo-later"),
+    }
+    RunRecord(name="mine", stages=entries).write(folder)
+    send_run(folder, "tensorboard", "")
+    assert capsys.readouterr().out.splitlines() == [
+        f"{stage}: not sent, because this run only reuses {stage}-another" for stage in ("sft", "dpo")
+    ]
+    assert sent == [spec.artifact]
 
 
 def test_a_stage_that_was_stopped_is_sent_and_one_that_is_running_is_not(tmp_path: Path) -> None:
