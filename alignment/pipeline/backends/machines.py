@@ -21,7 +21,7 @@ from alignment.core import hardware
 from alignment.core.artifacts import read_manifest, write_json
 from alignment.core.errors import PREEMPTED, ArtifactError, ConfigError, StageError
 from alignment.core.logs import begin_attempt
-from alignment.pipeline.backends import feasibility, processes
+from alignment.pipeline.backends import feasibility, late_results, processes
 from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.execute.gates import NOT_MET
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
@@ -121,7 +121,7 @@ class _Follower:
                 return _STOPPED[state]
             if self._seen_running and state == "failed":
                 raise self._failed("the run failed on the first machine")
-            if self._seen_running and state in ("done", NOT_MET) and read_manifest(self._stage.artifact) is None:
+            if self._seen_running and state in ("done", NOT_MET) and not late_results.is_shown(self._stage.artifact):
                 raise self._different_result()
             self._refuse_silence()
             time.sleep(_POLL_SECONDS)

@@ -7,10 +7,10 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from alignment.core.artifacts import read_manifest, write_json
+from alignment.core.artifacts import write_json
 from alignment.core.errors import PREEMPTED, AlignmentError, Busy, ConfigError, StageError
 from alignment.core.files import write_text
-from alignment.pipeline.backends import slurm, slurm_job_file
+from alignment.pipeline.backends import late_results, slurm, slurm_job_file
 from alignment.pipeline.backends.slurm import Job
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.display import Display
@@ -20,8 +20,6 @@ FILE = "jobs.json"
 """In the run's folder: stage → id of its job. Only the call that submits writes it; jobs write ``run.json``."""
 
 _POLL_SECONDS = 5.0
-_SHOWN_LATE_SECONDS = 60.0
-"""Time within which a shared file system shows here what another machine has written."""
 _CONTINUES = "it saved before it ended, so run the same command to continue; "
 _FORGOTTEN = Job(state="COMPLETED", reason="Slurm has forgotten it")
 
@@ -151,10 +149,7 @@ def _refuse_failed(plan: Plan, stage: PlannedStage, job_id: str, job: Job) -> No
             where=f"stage {stage.name}",
             remedy=f"{_CONTINUES}log: {log}" if job.exit_code == PREEMPTED else f"log: {log}",
         )
-    deadline = time.monotonic() + _SHOWN_LATE_SECONDS
-    while read_manifest(stage.artifact) is None and time.monotonic() < deadline:
-        time.sleep(_POLL_SECONDS)
-    if read_manifest(stage.artifact) is None:
+    if not late_results.is_shown(stage.artifact):
         raise ConfigError(
             f"job {job_id} has ended, but its result {stage.artifact.name} is missing; "
             "did the recipe, its data or the code change in the meantime?",

@@ -15,7 +15,7 @@ from rich.console import Console
 from alignment import cli
 from alignment.commands.status.driver import show_status
 from alignment.core.errors import AlignmentError, Busy, ConfigError, NonFiniteError, StageError
-from alignment.pipeline.backends import slurm, slurm_jobs
+from alignment.pipeline.backends import late_results, slurm, slurm_jobs
 from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan, make_plan
@@ -75,7 +75,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
     monkeypatch.setenv("PATH", f"{made.folder / 'bin'}:/usr/bin:/bin")
     monkeypatch.setenv("FAKES", str(made.folder))
     monkeypatch.setattr(slurm_jobs, "_POLL_SECONDS", 0.0)
-    monkeypatch.setattr(slurm_jobs, "_SHOWN_LATE_SECONDS", 0.0)
+    monkeypatch.setattr(late_results, "_SHOWN_LATE_SECONDS", 0.0)
     return made
 
 

@@ -22,7 +22,7 @@ from alignment.config.backend import MachinesBackend
 from alignment.config.launch import LaunchConfig
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import ConfigError, StageError
-from alignment.pipeline.backends import machines, processes
+from alignment.pipeline.backends import late_results, machines, processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute.signals import Terminated
 from alignment.pipeline.plan.actions import Action
@@ -75,7 +75,9 @@ class Shared:
 
 
 @pytest.fixture
-def shared(tmp_path: Path) -> Shared:
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shared:
+    monkeypatch.setattr(late_results, "_SHOWN_LATE_SECONDS", 0.2)
+    monkeypatch.setattr(late_results, "_POLL_SECONDS", 0.01)
     return Shared(tmp_path)
 
 
@@ -184,6 +186,18 @@ def test_asked_to_stop_it_is_queued_again_only_with_a_run_at_work(
     shared.says(state)
     monkeypatch.setattr(machines._Follower, "follow", stopped)
     assert shared.follow() == code
+
+
+def test_a_result_that_the_file_system_shows_late_is_waited_for(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(late_results, "_SHOWN_LATE_SECONDS", 30.0)
+    states = iter(["running", "done", "done"])
+    monkeypatch.setattr(machines, "_state", lambda _: next(states))
+    shown = threading.Timer(0.3, shared.publish)
+    shown.start()
+    assert shared.follow() == 0
+    shown.join()
 
 
 def test_what_an_earlier_run_left_is_not_taken_for_the_end_of_this_one(
