@@ -127,7 +127,7 @@ def _file_system_error(error: BaseException, context: StageContext) -> Alignment
 
 def _out_of_memory(error: BaseException, context: StageContext) -> StageError:
     return StageError(
-        f"out of memory while {context.heartbeat.phase}: {str(error).splitlines()[0]}",
+        f"out of memory while {context.heartbeat.phase}: {next(iter(str(error).splitlines()), type(error).__name__)}",
         remedy=_memory_remedy(context),
     )
 

@@ -305,4 +305,34 @@ MUTATIONS = [
             "test_options_and_the_engine_arrive_at_the_worker",
         ),
     ),
+    *in_file(
+        "pipeline/backends/machines.py",
+        "unit/pipeline/test_machines.py",
+        (
+            "a result that is shown late is another one",
+            "not late_results.is_shown(self._stage.artifact)",
+            "read_manifest(self._stage.artifact) is None",
+            "test_a_result_that_the_file_system_shows_late_is_waited_for",
+        ),
+    ),
+    *in_file(
+        "commands/track/worker.py",
+        "unit/commands/track/test_track.py",
+        (
+            "another run's result is tracked as this run's",
+            " and spec.artifact.name == Path(entry.artifact).name",
+            "",
+            "test_a_result_of_another_run_is_not_sent_as_this_run_s",
+        ),
+    ),
+    *in_file(
+        "commands/push/driver.py",
+        "unit/commands/push/test_push.py",
+        (
+            "a private repository stays private without a word",
+            "if info.private and public:",
+            "if False:",
+            "test_it_is_public_only_on_request",
+        ),
+    ),
 ]

@@ -182,6 +182,7 @@ def test_the_first_process_that_fails_has_the_word(tmp_path: Path, monkeypatch: 
         ),
         (SftConfig(), RuntimeError("can't allocate memory: 9 GB"), "optim.micro_batch_tokens"),
         (SampleConfig(), MemoryError("9 GB"), "lower batch_size"),
+        (SampleConfig(), MemoryError(), "lower batch_size"),
         (ReportConfig(), MemoryError("9 GB"), "a machine with more memory"),
     ],
 )

@@ -81,6 +81,12 @@ def _prepared(api: HfApi, repository: str, *, public: bool, replace: bool) -> bo
             where="--to",
             remedy="--replace replaces them; or name another repository",
         )
+    if info.private and public:
+        raise ConfigError(
+            f"{repository} is private",
+            where="--public",
+            remedy="make it public in its settings on the hub, or leave out --public",
+        )
     if not info.private and not public:
         raise ConfigError(
             f"{repository} is public",

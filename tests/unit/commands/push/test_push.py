@@ -194,6 +194,8 @@ def test_it_is_public_only_on_request(hub: Hub, exported: Path) -> None:
     hub.repositories.clear()
     push(hub, exported, "--public")
     assert hub.repositories["my/model"] == {"private": False, "files": FILES}
+    hub.repositories["my/model"]["private"] = True
+    assert "my/model is private" in push(hub, exported, "--public", "--replace", code=2)
 
 
 def test_without_a_token_or_with_a_wrong_one_it_is_refused(hub: Hub, exported: Path) -> None:
