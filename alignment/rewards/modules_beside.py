@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import ParamSpec, TypeVar
@@ -20,18 +20,21 @@ _imported: dict[Path, dict[str, ModuleType]] = {}
 def importable(folder: Path) -> Iterator[None]:
     """While the block runs, modules in ``folder`` can be imported, each once per process; installed modules come first.
 
-    Afterwards nobody finds them, so that the next folder's modules may have the same names.
+    Modules in the folders of other files cannot be imported meanwhile, nor those in ``folder`` afterwards. Folders that
+    the block itself puts on the path stay there.
     """
+    folder, path = folder.resolve(), list(sys.path)
     modules = _imported.setdefault(folder, {})
     known = {_package(name) for name in sys.modules}
     sys.modules.update(modules)
     before = set(sys.modules)
-    sys.path.append(str(folder))
+    sys.path[:] = [*(entry for entry in path if Path(entry or ".").resolve() not in _imported), str(folder)]
+    visible = set(sys.path)
     try:
         yield
     finally:
-        with suppress(ValueError):  # the user's code has removed it
-            sys.path.remove(str(folder))
+        added = [entry for entry in sys.path if entry not in visible and Path(entry).resolve() != folder]
+        sys.path[:] = [*path, *added]
         imported = {name: module for name, module in sys.modules.items() if name not in before}
         packages = _packages_of(folder, imported) - known
         modules |= {name: module for name, module in imported.items() if _package(name) in packages}

@@ -198,4 +198,14 @@ MUTATIONS = [
             "test_a_module_beside_a_file_is_imported_once",
         ),
     ),
+    *in_file(
+        "rewards/modules_beside.py",
+        "unit/rewards/test_functions.py",
+        (
+            "folders of other files stay on the path",
+            "if Path(entry or \".\").resolve() not in _imported",
+            "",
+            "test_files_of_different_folders_may_have_modules_of_the_same_name",
+        ),
+    ),
 ]  # fmt: skip

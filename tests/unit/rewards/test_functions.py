@@ -64,15 +64,25 @@ def test_numbers_of_any_kind_are_scores(tmp_path: Path, values: str, expected: l
     assert score(tmp_path, f"return {values}", preamble="import numpy\nfrom fractions import Fraction") == expected
 
 
+IN_FRONT = "import os, sys; sys.path.insert(0, os.path.dirname(__file__)); "
+
+
+@pytest.mark.parametrize("on_path", [False, True], ids=["", "on the path of Python"])
+@pytest.mark.parametrize("before", ["", IN_FRONT], ids=["", "puts itself on the path"])
 @pytest.mark.parametrize("lazily", [False, True], ids=["at the top of the file", "in the function"])
-def test_files_of_different_folders_may_have_modules_of_the_same_name(tmp_path: Path, lazily: bool) -> None:
+def test_files_of_different_folders_may_have_modules_of_the_same_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazily: bool, before: str, on_path: bool
+) -> None:
+    if on_path:
+        monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), *sys.path])
+
     def scorer_of(folder: str, value: float) -> FunctionScorer:
         (tmp_path / folder / "package").mkdir(parents=True)
         (tmp_path / folder / "package/__init__.py").write_text("from package.constants import VALUE\n")
         (tmp_path / folder / "package/constants.py").write_text(f"VALUE = {value}\n")
         (tmp_path / folder / "helper.py").write_text("from package import VALUE\n")
         file = tmp_path / folder / "score.py"
-        imports = "from helper import VALUE"
+        imports = f"{before}from helper import VALUE"
         top, inside = ("", f"{imports}; ") if lazily else (imports, "")
         file.write_text(f"{top}\ndef constant(prompts, completions, rows):\n    {inside}return [VALUE, VALUE]\n")
         source = FunctionSource(file=file, name="constant")
