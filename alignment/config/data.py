@@ -42,8 +42,8 @@ class SourceConfig:
 
 @dataclass(kw_only=True, slots=True)
 class MixedConfig(SourceConfig):
-    """Rows of another source: all of them, or some drawn at random, so many that they are a ``share`` of all rows, or
-    ``count`` rows."""
+    """Rows of another source: all of them, or a random sample: a ``share`` of all rows of the stage, or ``count``
+    rows."""
 
     share: Annotated[float | None, BETWEEN] = None
     count: Annotated[int | None, POSITIVE] = None

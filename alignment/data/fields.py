@@ -10,6 +10,8 @@ from typing import Any, NoReturn, TypeGuard
 from alignment.config.did_you_mean import misspelt
 from alignment.core.errors import DataError
 
+_WRITTEN_OUT = 1e15
+"""Whole numbers from here on are written with an exponent."""
 MEDIA = ("images", "image", "audios", "audio", "videos", "video")
 """Columns in which public files hold pictures and sound."""
 
@@ -81,18 +83,16 @@ class Fields:
         return str(value) if isinstance(value, (str, int)) else ""
 
     def answer(self, field: str) -> str:
-        """An answer that is text or a number, as text; empty if the field is absent or null."""
+        """An answer as text, which may be a number; empty if the field is absent or something else."""
         value = self.row.get(field)
-        if value is None or isinstance(value, str):
-            return value or ""
-        if not is_number(value) or not math.isfinite(value):
-            self.fail(field, f"must be text or a number; it is {value!r:.60}")
-        return str(int(value)) if value == int(value) else str(value)
+        if isinstance(value, float) and math.isfinite(value):
+            return f"{value:.0f}" if value.is_integer() and abs(value) < _WRITTEN_OUT else str(value)
+        return self.label(field)
 
     def number(self, field: str) -> float | None:
         """A finite number; None if the field is absent or something else."""
         value = self.row.get(field)
-        return float(value) if is_number(value) and math.isfinite(value) else None
+        return finite(value) if is_number(value) else None
 
     def flag(self, field: str) -> bool:
         """True or false, also as files without booleans write them: 1, 0, "true", "false"."""
@@ -147,6 +147,15 @@ def is_text(value: Any) -> bool:
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether ``value`` is a number, and not true or false."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def finite(value: float) -> float | None:
+    """``value`` as a float; None if it is NaN, or too large for one."""
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _listed(names: Sequence[str]) -> str:

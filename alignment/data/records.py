@@ -60,6 +60,13 @@ class Example:
             self.fields.fail(self.field, f"must end with a user turn; the last one's role is {last}")
         return turns
 
+    def compared(self) -> tuple[Answer, ...]:
+        """The answers, each of which has a finite score or rank."""
+        for number, answer in enumerate(self.answers):
+            if not math.isfinite(answer.rank):
+                self.fields.fail(f"completions[{number}]", "has a score or rank that is not a finite number")
+        return self.answers
+
     def refuse_text(self) -> None:
         """Raises DataError if the row is plain text."""
         if self.text:
@@ -93,7 +100,7 @@ class Conversation:
         if example.good is False:
             fields.set_aside("label", "says that the answer is bad")
         if example.answers:
-            best = max(example.answers, key=lambda answer: answer.rank)
+            best = max(example.compared(), key=lambda answer: answer.rank)
             messages = (*example.prompt(), Message(role="assistant", content=best.text))
         if not messages or messages[-1].role != "assistant":
             last = repr(messages[-1].role) if messages else "missing"
@@ -139,7 +146,7 @@ class PreferencePair:
         labels = {name: fields.label(name) for name in ("id", "task", "flaw", "subset")}
         shared: dict[str, Any] = labels | {"row": fields.row, "where": fields.where}
         num_pairs = 0
-        for first, second in combinations(example.answers, 2):
+        for first, second in combinations(example.compared(), 2):
             better, worse = (first, second) if first.rank > second.rank else (second, first)
             if better.rank == worse.rank:
                 continue
@@ -226,7 +233,7 @@ class LabelledAnswer:
 
 def _labelled_answers(example: Example) -> list[tuple[str, bool]]:
     """The answers of a row, and whether each is desirable."""
-    fields, answers = example.fields, example.answers
+    fields, answers = example.fields, example.compared()
     if example.good is not None:
         last = example.turns[-1] if example.turns else None
         if last is None or last.role != "assistant" or not last.content.strip():
@@ -373,7 +380,7 @@ class Question:
             fields.fail("choices", "is missing: the row does not have two answers to choose from")
         if repeated := next((text for index, text in enumerate(texts) if text in texts[:index]), None):
             fields.fail("choices", f"contains {repeated!r:.60} twice; all must be different")
-        ranks = [answer.rank for answer in example.answers]
+        ranks = [answer.rank for answer in example.compared()]
         if ranks.count(max(ranks)) > 1:
             fields.fail("choices", "has several best answers; it must have exactly one")
         yield cls(

@@ -261,8 +261,8 @@ def _python_row(batch: RecordBatch, number: int) -> dict[str, Any] | str:
 
 
 _ROWS_AT_ONCE = 1_000
-_UNUSABLE = (ValueError, OverflowError)
-"""Text that is not UTF-8, which Arrow does not check, and times that are out of Python's range."""
+_UNUSABLE = (ValueError, OverflowError, LookupError)
+"""Text that is not UTF-8, which Arrow does not check; times that are out of Python's range or in an unknown zone."""
 _SURROGATE = 0xED
 """The first byte of a surrogate, if it is encoded like a character; the second is then at least 0xA0."""
 _MARKS = {

@@ -278,7 +278,7 @@ MUTATIONS = [
         "unit/stages/test_selection.py",
         (
             "a rounded score does not reach its threshold",
-            "_ROUNDING = 1e-6",
+            "_ROUNDING = 2.0**-22",
             "_ROUNDING = 0.0",
             "test_a_score_on_the_threshold_reaches_it_whatever_it_was_rounded_to",
         ),

@@ -186,9 +186,10 @@ def _overlaps(records: Sequence[Any], held_out: HeldOut | None) -> list[str]:
 
 def _taken(data: SourceConfig, records: int) -> list[str]:
     """A line on how many of these records the stage uses, unless it uses all."""
+    if isinstance(data, MixedConfig) and data.share is not None:
+        return [f"mixed in: {data.share:.0%} of all rows"]
     if isinstance(data, MixedConfig):
-        drawn = "all of these" if data.count is None else f"{data.count:,} of these"
-        return [f"mixed in: {drawn if data.share is None else f'{data.share:.0%} of all rows'}"]
+        return ["mixed in: all of these" if data.count is None else f"mixed in: {data.count:,} of these"]
     if isinstance(data, DataConfig) and data.fraction < 1.0:
         return [f"data.fraction={data.fraction:g}: about {math.ceil(data.fraction * records):,} of these are used"]
     return []

@@ -69,15 +69,14 @@ def question_turns(fields: Fields, field: str) -> tuple[Message, ...]:
     return (Message(role="user", content=_question(fields, field)),)
 
 
-def with_system(fields: Fields, turns: tuple[Message, ...], *, before: Message | None = None) -> tuple[Message, ...]:
-    """The turns after the system turn of the column ``system``, unless they, or ``before`` without any, begin with one.
+def with_system(fields: Fields, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns after the text of the column ``system``, unless they begin with a system turn.
 
     Raises:
         DataError: the column holds something else than text.
     """
     system = fields.optional_text("system")
-    first = turns[0] if turns else before
-    if not system.strip() or (first is not None and first.role == "system"):
+    if not system.strip() or turns[0].role == "system":
         return turns
     return (Message(role="system", content=system), *turns)
 

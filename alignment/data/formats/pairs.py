@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from alignment.data.fields import Fields
+from alignment.data.fields import Fields, is_text
 from alignment.data.formats.form import (
     PROMPTS,
     Format,
@@ -45,18 +45,27 @@ def _whole(names: tuple[str, str]) -> Callable[[Fields], Example]:
     def read(fields: Fields) -> Example:
         chosen, rejected = (turns_of(fields, name) for name in names)
         turns, answers = answers_of_whole(fields, chosen, rejected, names=names)
-        turns = (*_before(fields, chosen[0]), *turns)
+        turns = _with_prompt(fields, turns)
         return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field=names[0])
 
     return read
 
 
-def _before(fields: Fields, first: Message) -> tuple[Message, ...]:
-    """What comes before a conversation: the column ``prompt``, if the conversation continues it with an answer, and the
-    column ``system``, if there is no system turn."""
-    continues = first.role == "assistant" and is_question(fields.row.get("prompt"))
-    turns = question_turns(fields, "prompt") if continues else ()
-    return with_system(fields, turns, before=first)
+def _with_prompt(fields: Fields, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The turns before the answers, with a system text and a prompt that stand in columns of their own.
+
+    A prompt is added to conversations that continue it with an answer; others have it as their first turn.
+    """
+    system, rest = (turns[:1], turns[1:]) if turns[0].role == "system" else ((), turns)
+    column = next(
+        (name for name in PROMPTS if is_text(fields.row.get(name)) or starts_with_turn(fields.row.get(name))), ""
+    )
+    if column and (not rest or rest[0].role == "assistant"):
+        prompt = question_turns(fields, column)
+        if prompt[-1].role == "assistant":
+            fields.fail(column, "ends with an assistant turn, and the two conversations begin with one")
+        rest = (*(prompt[1:] if system and prompt[0].role == "system" else prompt), *rest)
+    return with_system(fields, (*system, *rest))
 
 
 def _has_whole(row: Mapping[str, Any], names: tuple[str, str]) -> bool:
@@ -66,7 +75,8 @@ def _has_whole(row: Mapping[str, Any], names: tuple[str, str]) -> bool:
 def _transcripts(fields: Fields) -> Example:
     chosen, rejected = (_turns_in(fields, name) for name in _PAIR)
     turns, answers = answers_of_whole(fields, chosen, rejected, names=_PAIR)
-    return Example(fields=fields, turns=turns, answers=answers, field="chosen")
+    turns = with_system(fields, turns)
+    return Example(fields=fields, turns=turns, answers=answers, tools=tools_of(fields), field="chosen")
 
 
 def _turns_in(fields: Fields, field: str) -> tuple[Message, ...]:

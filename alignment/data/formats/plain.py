@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from alignment.data.fields import Fields, is_number, is_text
-from alignment.data.formats.form import PROMPTS, Format, answer_text, asked, holds, is_question
+from alignment.data.fields import Fields, finite, is_number, is_text
+from alignment.data.formats.form import PROMPTS, Format, answer_text, asked, holds, is_question, with_system
 from alignment.data.records import Answer, Example
 from alignment.data.turns import Message, tools_of
 
@@ -46,9 +46,10 @@ def _answer(fields: Fields, number: int, completion: Any) -> Answer:
     if not named:
         fields.fail(at, f"has no number under any of {', '.join(_SCORES)}")
     name, value = next(iter(named.items()))
-    if not math.isfinite(value):
-        fields.fail(f"{at}.{name}", f"must be a finite number; it is {value}")
-    return Answer(text=text, rank=-value) if name == "rank" else Answer(text=text, rank=value, score=value)
+    score = finite(value)
+    if score is None:  # a fault only where answers are compared
+        return Answer(text=text, rank=math.nan)
+    return Answer(text=text, rank=-score) if name == "rank" else Answer(text=text, rank=score, score=score)
 
 
 def _chosen(fields: Fields) -> Example:
@@ -86,7 +87,8 @@ def _questions(fields: Fields) -> Example:
         if not is_text(question):
             fields.fail(f"turns[{number}]", f"must be text and not empty; it is {question!r:.60}")
     first, *later = questions
-    return Example(fields=fields, turns=(Message(role="user", content=first),), later_turns=tuple(later), field="turns")
+    turns = with_system(fields, (Message(role="user", content=first),))
+    return Example(fields=fields, turns=turns, later_turns=tuple(later), tools=tools_of(fields), field="turns")
 
 
 RANKED = Format(

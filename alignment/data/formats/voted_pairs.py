@@ -8,6 +8,7 @@ from typing import Any
 from alignment.data.fields import Fields, is_text
 from alignment.data.formats.form import PROMPTS, Format, asked, holds, is_question
 from alignment.data.records import Answer, Example
+from alignment.data.turns import tools_of
 from alignment.records.votes import TIE
 
 
@@ -25,7 +26,7 @@ def _voted(fields: Fields) -> Example:
     if preferred not in answers:
         fields.fail("preferred", f"must be one of {', '.join([*answers, TIE])}; it is {preferred!r:.60}")
     ranked = tuple(Answer(text=text, rank=float(arm == preferred)) for arm, text in answers.items())
-    return Example(fields=fields, turns=turns, answers=ranked, field=field)
+    return Example(fields=fields, turns=turns, answers=ranked, tools=tools_of(fields), field=field)
 
 
 def _is_vote(row: Mapping[str, Any]) -> bool:

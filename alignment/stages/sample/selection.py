@@ -8,8 +8,9 @@ from itertools import combinations
 
 EMPTY, NO_END, REPEATED = "empty", "no end", "repeated"
 """Why an answer is left out."""
-_ROUNDING = 1e-6
-"""Relative to the larger number; a sum of a few numbers in float32 is off by less."""
+_ROUNDING = 2.0**-22
+"""By which a score may miss a limit: four times the rounding of a float32 number. It is relative to the larger of the
+two, or to 1, because a small sum may have larger summands."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,4 +78,4 @@ def labels(scores: Mapping[int, float], threshold: float | None) -> dict[int, bo
 
 def _reaches(score: float, limit: float) -> bool:
     """Whether a score, rounded to float32, is at least ``limit``: 0.7 becomes 0.69999999, and reaches 0.7."""
-    return score >= limit - _ROUNDING * max(abs(score), abs(limit))
+    return score >= limit - _ROUNDING * max(abs(score), abs(limit), 1.0)

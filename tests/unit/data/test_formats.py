@@ -23,6 +23,7 @@ from alignment.data.records import (
     PlainText,
     PreferencePair,
     Prompt,
+    Question,
     Record,
 )
 from tests.public import PUBLIC, WRITTEN, needs_public_data
@@ -143,6 +144,14 @@ CALCULATOR = {"name": "calculator", "parameters": {"type": "object", "properties
             | {name: [ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
             [BRIEF, ASKED, ANSWER, ASKED],
         ),
+        (
+            {"question": "2 + 2?"} | {name: [BRIEF, ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
+            [BRIEF, ASKED, ANSWER, ASKED],
+        ),
+        (
+            {"prompt": " "} | {name: [ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
+            [ANSWER, ASKED],
+        ),
     ],
 )
 def test_what_comes_before_two_conversations_is_part_of_their_prompt(
@@ -153,12 +162,24 @@ def test_what_comes_before_two_conversations_is_part_of_their_prompt(
     assert (pair.chosen, pair.rejected) == ("4.", "5.")
 
 
-@pytest.mark.parametrize("name", ["ranked", "stack_exchange", "preference", "chosen_rejected", "choices"])
-def test_every_format_of_answers_keeps_the_tools_of_its_rows(name: str) -> None:
-    example = FORMATS[name].read(
-        Fields({**json.loads(FORMATS[name].row), "tools": [CALCULATOR]}, where="x:1", example="")
-    )
+@pytest.mark.parametrize("score", [math.nan, math.inf, 10**400], ids=["NaN", "infinite", "too large"])
+@pytest.mark.parametrize("record", [PreferencePair, Conversation, LabelledAnswer, Question])
+def test_answers_are_not_compared_by_what_is_no_finite_number(record: Any, score: float) -> None:
+    """Any comparison with NaN is false, so either answer would be the better one."""
+    row = {"prompt": "?", "completions": [{"text": "a", "score": 1.0}, {"text": "b", "score": score, "rank": 1}]}
+    with pytest.raises(DataError, match=r"'completions\[1\]' has a score or rank that is not a finite number"):
+        _records(record, row, "ranked")
+    (prompt,) = _records(Prompt, row, "ranked")
+    assert prompt.messages[0].content == "?"
+
+
+@pytest.mark.parametrize("name", sorted(set(FORMATS) - {"text"}))
+def test_every_format_keeps_the_tools_and_the_system_text_of_its_rows(name: str) -> None:
+    row = {**json.loads(FORMATS[name].row), "tools": [CALCULATOR], "system": "Be brief."}
+    example = FORMATS[name].read(Fields(row, where="x:1", example=""))
     assert [tool["function"]["name"] for tool in example.tools] == ["calculator"]
+    assert example.turns[0].as_dict() == BRIEF
+    assert [turn.role for turn in example.turns].count("system") == 1
 
 
 def test_a_ranked_list_gives_every_pair_of_different_rank_and_its_best_answer() -> None:
@@ -326,17 +347,17 @@ def test_a_row_with_media_is_refused_and_says_what_to_do(name: str, column: str)
 
 
 FAULTS = [
+    (
+        "chosen_rejected",
+        {"prompt": [ASKED, ANSWER]} | {name: [ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
+        "'prompt' ends with an assistant turn, and the two conversations begin with one",
+    ),
     ("alpaca", {"instruction": "Add.", "output": ""}, "'output' must be text and not empty; it is ''"),
     ("alpaca", {"instruction": "a", "input": 3, "output": "b"}, "'input' must be text; it is 3"),
     ("alpaca", {"instruction": "a", "output": "b", "history": ["x"]}, "'history[0]' must be a question and an answer"),
     ("kto", {"prompt": "a", "completion": "b", "label": "maybe"}, "'label' must be true or false; it is 'maybe'"),
     ("hh", {"chosen": "Hello", "rejected": "x"}, "'chosen' must be a transcript that begins with 'Human:'"),
     ("ranked", {"prompt": "a", "completions": [{"text": "b"}]}, "'completions[0]' has no number under any of score"),
-    (
-        "ranked",
-        {"prompt": "a", "completions": [{"text": "b", "score": 1}, {"text": "c", "score": math.nan, "rank": 1}]},
-        "'completions[1].score' must be a finite number; it is nan",
-    ),
     ("ranked", {"prompt": "a", "completions": [{"score": 1}]}, "'completions[0]' has no text under any of text"),
     ("ranked", {"prompt": "a", "completions": "b"}, "'completions' must be a list and not empty; it is 'b'"),
     ("sharegpt", {"conversations": [{"from": "bot", "value": "x"}]}, "'conversations[0].from' must be one of system"),

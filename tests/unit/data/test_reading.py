@@ -346,7 +346,7 @@ def test_surrogates_that_are_encoded_like_characters_are_not_utf8(tmp_path: Path
 def test_values_of_parquet_that_python_cannot_hold_are_faults_of_their_rows(tmp_path: Path) -> None:
     file = tmp_path / "a.parquet"
     latin = pa.Array.from_buffers(pa.string(), 2, pa.array([b"caf\xe9", b"tea"]).buffers())
-    late = pa.array([0, 300_000 * 366 * 86_400], pa.timestamp("s"))
+    late = pa.array([0, 300_000 * 366 * 86_400], pa.timestamp("s"))  # in the year 300,000
     columns = {"prompt": ["a", "b", "c", "d"], "completion": pa.concat_arrays([latin, pa.array(["x", "y"])])}
     parquet.write_table(pa.table({**columns, "seen": pa.concat_arrays([late.take([0, 0]), late])}), file)
     rows = list(rows_of(file))
@@ -357,6 +357,15 @@ def test_values_of_parquet_that_python_cannot_hold_are_faults_of_their_rows(tmp_
         "has a value in column 'completion' that cannot be read",
         "has a value in column 'seen' that cannot be read",
     ]
+
+
+def test_an_unknown_time_zone_of_parquet_is_a_fault_of_its_rows(tmp_path: Path) -> None:
+    file = tmp_path / "a.parquet"
+    seen = pa.array([0], pa.timestamp("us", tz="Mars/Phobos"))
+    parquet.write_table(pa.table({"prompt": ["a"], "seen": seen}), file)
+    (fault,) = rows_of(file)
+    assert isinstance(fault, DataError)
+    assert fault.message.startswith("has a value in column 'seen' that cannot be read: ")
 
 
 def test_the_first_row_of_a_csv_stands_in_its_second_line(tmp_path: Path) -> None:

@@ -101,12 +101,6 @@ def test_a_prompt_drops_the_answer_that_a_row_ends_with() -> None:
     assert prompt.messages == (Message(role="user", content="2 + 2?"),)
 
 
-@pytest.mark.parametrize("reference", [math.nan, True, ["4."], {"answer": "4."}])
-def test_a_reference_that_is_neither_text_nor_a_number_is_refused(reference: Any) -> None:
-    with pytest.raises(DataError, match="'reference' must be text or a number; it is "):
-        _made(HeldOutPrompt, {"messages": [USER], "reference": reference})
-
-
 @pytest.mark.parametrize(
     ("row", "reference"),
     [
@@ -116,7 +110,11 @@ def test_a_reference_that_is_neither_text_nor_a_number_is_refused(reference: Any
         ({"messages": [USER], "reference": 4}, "4"),
         ({"messages": [USER], "reference": 4.0}, "4"),
         ({"messages": [USER], "reference": 4.5}, "4.5"),
+        ({"messages": [USER], "reference": 1e300}, "1e+300"),
+        ({"messages": [USER], "reference": 10**400}, str(10**400)),
         ({"messages": [USER], "reference": None}, ""),
+        ({"messages": [USER], "reference": math.nan}, ""),  # as pandas writes an absent text
+        ({"messages": [USER], "reference": ["4.", "Four."]}, ""),  # for metrics that take the best of several
         ({"messages": [USER]}, ""),
     ],
 )

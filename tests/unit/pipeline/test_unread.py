@@ -44,9 +44,9 @@ def test_dropout_is_refused_where_passes_of_one_model_are_compared(plan: MakePla
         (("stages.sft.adapter={kind: lora, virtual_tokens: 8}",), "stages.sft.adapter.virtual_tokens: 8 has no effect"),
         (("stages.reward.adapter={kind: prefix, alpha: 8}",), f"stages.reward.adapter.alpha: 8 {ONLY_LOW_RANK}"),
         (
-            (f"{PPO}.kl.control=adaptive", f"{PPO}.kl.horizon=2", f"{PPO}.optim.batch_size=12"),
-            f"{PPO}.kl.horizon: 2 episodes, of which one update has 12, so that an update with little KL would make "
-            "the coefficient zero or negative; choose more than 2",
+            (f"{PPO}.kl.control=adaptive", f"{PPO}.kl.horizon=4", f"{PPO}.optim.batch_size=20"),
+            f"{PPO}.kl.horizon: 4 episodes, of which one update has 20, so that an update with little KL would make "
+            "the coefficient zero or negative; choose more than 4",
         ),
         ((f"{PPO}.kl.control=adaptive", f"{PPO}.kl.coefficient=0"), f"{PPO}.kl.coefficient: 0, which kl.control"),
         ((f"{PPO}.kl.target=3",), f"{PPO}.kl.target: 3 has no effect; only kl.control 'adaptive' uses it"),
@@ -99,6 +99,7 @@ def test_what_the_other_settings_leave_without_a_reader_is_refused(
 
 def test_the_same_settings_are_taken_where_they_are_read(plan: MakePlan) -> None:
     plan(f"{PPO}.kl={{control: adaptive, target: 3, horizon: 50}}", f"{DPO}.too_long={{do: cut, side: right}}")
+    plan(f"{PPO}.kl={{control: adaptive, horizon: 5}}", f"{PPO}.optim.batch_size=24")
     plan(f"{PPO}.max_approxkl=0.1", f"{PPO}.ppo_epochs=1", f"{PPO}.num_minibatches=3")
     plan(f"{PPO}.critic_warmup=3", f"{PPO}.updates=4")
     plan(*WITHOUT, f"{PPO}.drop_ties=true", f"{PPO}.clip_high=0.3", f"{PPO}.entropy_coefficient=0.01")

@@ -89,6 +89,11 @@ def test_scores_that_differ_by_the_margin_are_a_pair_whatever_they_were_rounded_
     assert pairs(scores, every=True, min_margin=0.101) == []
 
 
+def test_the_tolerance_is_that_of_rounding_and_no_more() -> None:
+    assert labels({0: float32(0.9) + float32(-0.8) + float32(-0.1)}, 0.0) == {0: True}
+    assert pairs({0: float32(1000.0001), 1: 1000.0}, every=True, min_margin=0.001) == []
+
+
 def test_empty_unended_and_repeated_answers_are_left_out() -> None:
     answers = [candidate(text) for text in ("Yes.", " ", "Yes. ", "No.")] + [candidate("No.", ended=False)]
     assert left_out(answers, ended_only=True) == {1: EMPTY, 2: REPEATED, 4: NO_END}

@@ -97,6 +97,32 @@ def test_answers_at_any_temperature_are_known_as_the_policys_own(
     assert [own for (own,) in sums] == pytest.approx(sequence_logprobs(model, PROMPTS, answers), abs=1e-5)
 
 
+def test_other_weights_are_noticed_by_a_part_of_the_answers_at_their_temperature(
+    chained: Chained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served_policies, "OTHER_WEIGHTS", 1e-3)
+    monkeypatch.setattr(served_policies, "_CHECKED", 1)
+    model = load_policy(policy_of(chained, "sft"), torch.float32)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(3.0)
+    use_flat_attention(model)
+    sampling = Sampling(temperature=0.3, uniforms=torch.tensor([[0.1], [0.6]], dtype=torch.float64))
+    with engine_server(chained.base) as engine, served(chained, engine.url) as policies:
+        policies.prepare(policy_of(chained, "sft"), 10)
+        with pytest.raises(StageError, match="so it has other weights"):
+            served_answer_and_score(
+                policies,
+                model,
+                PROMPTS,
+                [[], []],
+                max_new_tokens=4,
+                end_ids=[2],
+                with_own=True,
+                progress=lambda _: None,
+                sampling=sampling,
+            )
+
+
 def test_a_server_with_other_weights_is_found_by_their_log_probabilities(chained: Chained) -> None:
     policy = policy_of(chained, "sft")
     with engine_server(chained.base) as engine, served(chained, engine.url) as policies:
