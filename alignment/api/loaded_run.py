@@ -155,7 +155,10 @@ class Run:
         from alignment.pipeline.execute import run_differences  # needs numpy
 
         runs = [run_differences.judged_run(run.folder) for run in (first, self)]
-        return list(run_differences.differences_from_first(run_differences.compared_evaluations(runs)))
+        compared = run_differences.compared_evaluations(runs)
+        return [
+            difference for evaluation in compared for difference in run_differences.differences_from_first(evaluation)
+        ]
 
     def stages_frame(self) -> pandas.DataFrame:
         """A row for each stage: ``stage``, ``kind``, ``state``, ``reason``, ``artifact``, and a column for each figure

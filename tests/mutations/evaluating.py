@@ -675,8 +675,8 @@ MUTATIONS = [
         "unit/commands/compare/test_driver.py",
         (
             "the last evaluation is compared as the report's",
-            "shown and name == first.shown",
-            "True",
+            "shown=[own.get(stage) == run.shown for",
+            "shown=[True for",
             "test_evaluations_of_one_run_are_compared_each_with_its_own",
         ),
         (

@@ -24,7 +24,6 @@ from alignment.records.run import FILE, RunRecord
 from alignment.report.comparison_page.comparison import MOST_RUNS, build_comparison
 from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.run_page.run_files import read_run
-from alignment.report.run_page.run_records import Difference
 from alignment.report.run_page.table_sections import side_by_side
 from alignment.stages.base import ResultTable
 
@@ -44,7 +43,6 @@ def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | 
     folders = _folders(output, runs)
     differing = dict(_differing([_settings(RunRecord.read(folder).config) for folder in folders]))
     compared = compared_evaluations([judged_run(folder) for folder in folders])
-    differences = list(differences_from_first(compared))
     _show_settings(console, runs, differing)
     results = side_by_side([read_run(folder).tables for folder in folders])
     for evaluation in compared:
@@ -52,17 +50,20 @@ def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | 
             name = escape(evaluation.name or "the evaluation of these runs")
             console.print(f"\n{name} has no metric, so no arm is compared", highlight=False)
             continue
-        of_evaluation = [difference for difference in differences if difference.evaluation == evaluation.name]
         _show_arms(console, runs, evaluation, evaluation.primary)
-        _show_differences(console, runs, of_evaluation, evaluation.primary)
+        _show_differences(console, runs, evaluation, evaluation.primary)
     if not compared and not results:
         console.print("\nnone of these runs was evaluated; add an evaluate stage", highlight=False)
     for stage, result in results:
         _show_result(console, runs, stage, result)
     if page is not None:
-        shown_by_reports = [difference for difference in differences if not difference.evaluation]
-        primary = next((evaluation.primary for evaluation in compared if not evaluation.name), None)
-        build_comparison(folders, page, settings=differing, differences=shown_by_reports, primary=primary)
+        differences = [difference for evaluation in compared for difference in differences_from_first(evaluation)]
+        of_reports = [difference for difference in differences if not difference.evaluation]
+        primaries = [
+            evaluation.primary for evaluation in sorted(compared, key=lambda evaluation: -sum(evaluation.shown))
+        ]
+        primary = next((metric for metric in primaries if metric is not None), None)
+        build_comparison(folders, page, settings=differing, differences=of_reports, primary=primary)
         console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -141,13 +142,11 @@ def _mean_and_bounds(value: Interval | None) -> str:
     return f"{value.mean:.3f}" + (f" ({value.bounds[0]:.3f}–{value.bounds[1]:.3f})" if value.bounds else "")
 
 
-def _show_differences(
-    console: Console, runs: Sequence[str], differences: Sequence[Difference], primary: Metric
-) -> None:
-    for difference in differences:
+def _show_differences(console: Console, runs: Sequence[str], evaluation: ComparedEvaluation, primary: Metric) -> None:
+    for difference in differences_from_first(evaluation):
         if difference.metric.name != primary.name:
             continue
-        stage = f" in {difference.evaluation}" if difference.evaluation else ""
+        stage = f" in {evaluation.name}" if evaluation.name else ""
         label = f"{difference.arm.removeprefix('stage:')}{stage}: {runs[difference.run]} against {runs[0]}"
         if difference.interval is None:
             line = f"{label}: evaluated on different prompts, so the two cannot be compared"

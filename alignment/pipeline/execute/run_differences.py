@@ -36,11 +36,17 @@ class JudgedRun:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ComparedEvaluation:
-    """An evaluation of several runs: its arms in each run, none where a run lacks it. ``name`` is its stage, or empty
-    if it is the evaluation that the report of each run shows."""
+    """An evaluation of several runs: its ``stage``, its arms in each run, none where a run lacks it, and whether it is
+    the one that the run's report shows."""
 
-    name: str
+    stage: str
     arms: list[Mapping[str, JudgedArm]]
+    shown: list[bool]
+
+    @property
+    def name(self) -> str:
+        """The stage, or empty if the reports of all runs that have it show it."""
+        return "" if all(shown for arms, shown in zip(self.arms, self.shown, strict=True) if arms) else self.stage
 
     @property
     def primary(self) -> Metric | None:
@@ -60,25 +66,23 @@ def compared_evaluations(runs: Sequence[JudgedRun]) -> list[ComparedEvaluation]:
 
     The evaluations that two reports show are compared also under different names, if neither run has the other's.
     """
-    first, compared = runs[0], dict[str, list[Mapping[str, JudgedArm]]]()
-    own_names = [_names(run, first) for run in runs]
-    for name in dict.fromkeys(name for names in own_names for name in names):
-        compared[name] = [
-            run.evaluations.get(names.get(name, ""), {}) for run, names in zip(runs, own_names, strict=True)
-        ]
-    shown = all(names.get(first.shown, run.shown) == run.shown for run, names in zip(runs, own_names, strict=True))
+    own_stages = [_own_stages(run, runs[0]) for run in runs]
     return [
-        ComparedEvaluation(name="" if shown and name == first.shown else name, arms=arms)
-        for name, arms in compared.items()
+        ComparedEvaluation(
+            stage=stage,
+            arms=[run.evaluations.get(own.get(stage, ""), {}) for run, own in zip(runs, own_stages, strict=True)],
+            shown=[own.get(stage) == run.shown for run, own in zip(runs, own_stages, strict=True)],
+        )
+        for stage in dict.fromkeys(stage for own in own_stages for stage in own)
     ]
 
 
-def _names(run: JudgedRun, first: JudgedRun) -> dict[str, str]:
-    """A run's evaluations by the names under which they are compared."""
-    names = {name: name for name in run.evaluations}
+def _own_stages(run: JudgedRun, first: JudgedRun) -> dict[str, str]:
+    """A run's evaluations by the stages of the first run that they are compared with."""
+    own = {stage: stage for stage in run.evaluations}
     if run.shown and first.shown and first.shown not in run.evaluations and run.shown not in first.evaluations:
-        names = {first.shown: names.pop(run.shown), **names}
-    return names
+        own = {first.shown: own.pop(run.shown), **own}
+    return own
 
 
 def _arms(artifact: Path) -> dict[str, JudgedArm]:
@@ -97,14 +101,9 @@ def _arms(artifact: Path) -> dict[str, JudgedArm]:
     }
 
 
-def differences_from_first(compared: Sequence[ComparedEvaluation]) -> Iterator[Difference]:
-    """Yields the differences of each other run minus the first, in every metric of an arm that an evaluation of both
-    has."""
-    for evaluation in compared:
-        yield from _differences(evaluation.name, evaluation.arms)
-
-
-def _differences(evaluation: str, judged: Sequence[Mapping[str, JudgedArm]]) -> Iterator[Difference]:
+def differences_from_first(evaluation: ComparedEvaluation) -> Iterator[Difference]:
+    """Yields the differences of each other run minus the first, in every metric of an arm that both have."""
+    judged, shown = evaluation.arms, evaluation.shown
     for run, arms in enumerate(judged[1:], start=1):
         for name in [name for name in arms if name in judged[0]]:
             this, first = arms[name], judged[0][name]
@@ -114,7 +113,7 @@ def _differences(evaluation: str, judged: Sequence[Mapping[str, JudgedArm]]) -> 
                     scores, others, unscored = paired_scores.in_both(scores, others)
                 yield Difference(
                     run=run,
-                    evaluation=evaluation,
+                    evaluation="" if shown[0] and shown[run] else evaluation.stage,
                     arm=name,
                     metric=this.metrics.get(metric) or Metric(name=metric),
                     interval=paired_scores.difference(scores, others),

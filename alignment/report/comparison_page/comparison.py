@@ -121,7 +121,8 @@ def _lead(runs: Sequence[ListedRun], differences: Sequence[Difference], primary:
         return "No evaluation of these runs has a metric, so it is unknown which is better."
     if not differences:
         return (
-            f"No arm was scored by {primary.name} both in {runs[0].letter} and in another run, so none can be compared."
+            f"No arm was scored by {primary.name} both in {runs[0].letter} and in another run, in evaluations that the "
+            "reports show, so none can be compared."
         )
     paired = [difference for difference in differences if difference.interval is not None]
     if not paired:
