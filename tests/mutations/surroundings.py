@@ -320,7 +320,7 @@ MUTATIONS = [
         "unit/commands/track/test_track.py",
         (
             "another run's result is tracked as this run's",
-            " and spec.artifact.name == Path(entry.artifact).name",
+            " and spec.artifact.name == artifact.name",
             "",
             "test_a_result_of_another_run_is_not_sent_as_this_run_s",
         ),

@@ -20,6 +20,7 @@ from alignment.core.terminal import complain
 from alignment.job import StageSpec
 from alignment.records.run import RunRecord
 from alignment.records.step_log import METRICS, readable_rows
+from alignment.report.run_page.run_layout import artifact_folder, work_folder
 from alignment.stages.registry import kinds
 from alignment.stages.stage_file import read_spec
 from alignment.training.trackers.all_trackers import Trackers
@@ -50,17 +51,19 @@ def send_run(folder: Path, tracker: str, url: str) -> None:
         Busy: a stage is running, and sends its steps itself.
         StageError: the tracker did not take everything.
     """
-    label, has_all = LABELS[tracker], True
+    label, num_sent, left_out = LABELS[tracker], 0, list[str]()
     for name, entry in RunRecord.read(folder).stages.items():
-        file = folder / name / "stage.yaml"
+        file, artifact = folder / name / "stage.yaml", artifact_folder(folder, name, entry)
         spec = read_spec(file) if file.is_file() else None
-        if spec is not None and spec.artifact.name == Path(entry.artifact).name:
+        if spec is not None and artifact is not None and spec.artifact.name == artifact.name:
             tracking = with_only(spec.tracking, tracker, mlflow_url=url)
-            print(send(replace(spec, tracking=tracking), label))
+            work = work_folder(artifact)
+            print(send(replace(spec, artifact=artifact, work=work, run_folder=folder / name, tracking=tracking), label))
+            num_sent += 1
         elif entry.complete and entry.kind in kinds() and kinds()[entry.kind].run:
-            has_all = False
-            print(f"{name}: not sent, because this run only reuses {Path(entry.artifact).name}")
-    if has_all:
+            left_out.append(name)
+            print(f"{name}: not sent, because its result was not made with the settings in {file}")
+    if num_sent and not left_out:
         print(f"{label} already has everything from {folder.name}")
 
 

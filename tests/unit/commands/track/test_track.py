@@ -64,9 +64,19 @@ def test_a_result_of_another_run_is_not_sent_as_this_run_s(
     RunRecord(name="mine", stages=entries).write(folder)
     send_run(folder, "tensorboard", "")
     assert capsys.readouterr().out.splitlines() == [
-        f"{stage}: not sent, because this run only reuses {stage}-another" for stage in ("sft", "dpo")
+        f"{stage}: not sent, because its result was not made with the settings in {folder / stage / 'stage.yaml'}"
+        for stage in ("sft", "dpo")
     ]
     assert sent == [spec.artifact]
+    spec.artifact.mkdir(parents=True)
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for part in ("runs", "artifacts"):
+        (tmp_path / part).rename(moved / part)
+    entries = {"sft": StageEntry(kind="sft", state="done", artifact=str(spec.artifact))}
+    RunRecord(name="mine", stages=entries).write(moved / "runs/mine")
+    send_run(moved / "runs/mine", "tensorboard", "")
+    assert sent[1:] == [moved / "artifacts" / spec.artifact.name]
 
 
 def test_a_stage_that_was_stopped_is_sent_and_one_that_is_running_is_not(tmp_path: Path) -> None:
