@@ -10,8 +10,8 @@ from typing import Any, NoReturn, TypeGuard
 from alignment.config.did_you_mean import misspelt
 from alignment.core.errors import DataError
 
-_WRITTEN_OUT = 1e15
-"""Whole numbers from here on are written with an exponent."""
+_WRITTEN_OUT = 1e16
+"""Whole floats from here on are written with an exponent, as Python writes them."""
 MEDIA = ("images", "image", "audios", "audio", "videos", "video")
 """Columns in which public files hold pictures and sound."""
 
@@ -86,7 +86,7 @@ class Fields:
         """An answer as text, which may be a number; empty if the field is absent or something else."""
         value = self.row.get(field)
         if isinstance(value, float) and math.isfinite(value):
-            return f"{value:.0f}" if value.is_integer() and abs(value) < _WRITTEN_OUT else str(value)
+            return str(int(value)) if value.is_integer() and abs(value) < _WRITTEN_OUT else str(value)
         return self.label(field)
 
     def number(self, field: str) -> float | None:

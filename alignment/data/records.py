@@ -61,8 +61,8 @@ class Example:
         return turns
 
     def compared(self) -> tuple[Answer, ...]:
-        """The answers, each of which has a finite score or rank."""
-        for number, answer in enumerate(self.answers):
+        """The answers. Raises DataError if there are several and a score or rank is not finite."""
+        for number, answer in enumerate(self.answers if len(self.answers) > 1 else ()):
             if not math.isfinite(answer.rank):
                 self.fields.fail(f"completions[{number}]", "has a score or rank that is not a finite number")
         return self.answers

@@ -76,7 +76,7 @@ def with_system(fields: Fields, turns: tuple[Message, ...]) -> tuple[Message, ..
         DataError: the column holds something else than text.
     """
     system = fields.optional_text("system")
-    if not system.strip() or turns[0].role == "system":
+    if not system.strip() or not turns or turns[0].role == "system":
         return turns
     return (Message(role="system", content=system), *turns)
 

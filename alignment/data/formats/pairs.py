@@ -54,17 +54,14 @@ def _whole(names: tuple[str, str]) -> Callable[[Fields], Example]:
 def _with_prompt(fields: Fields, turns: tuple[Message, ...]) -> tuple[Message, ...]:
     """The turns before the answers, with a system text and a prompt that stand in columns of their own.
 
-    A prompt is added to conversations that continue it with an answer; others have it as their first turn.
+    The prompt is added if the conversations continue it with an answer; others have it as their first turn.
     """
-    system, rest = (turns[:1], turns[1:]) if turns[0].role == "system" else ((), turns)
-    column = next(
-        (name for name in PROMPTS if is_text(fields.row.get(name)) or starts_with_turn(fields.row.get(name))), ""
-    )
-    if column and (not rest or rest[0].role == "assistant"):
-        prompt = question_turns(fields, column)
-        if prompt[-1].role == "assistant":
-            fields.fail(column, "ends with an assistant turn, and the two conversations begin with one")
-        rest = (*(prompt[1:] if system and prompt[0].role == "system" else prompt), *rest)
+    system, rest = (turns[:1], turns[1:]) if turns and turns[0].role == "system" else ((), turns)
+    value = fields.row.get("prompt")
+    if (not rest or rest[0].role == "assistant") and (is_text(value) or starts_with_turn(value)):
+        prompt = question_turns(fields, "prompt")
+        if prompt[-1].role != "assistant":
+            rest = (*(prompt[1:] if system and prompt[0].role == "system" else prompt), *rest)
     return with_system(fields, (*system, *rest))
 
 

@@ -145,8 +145,12 @@ CALCULATOR = {"name": "calculator", "parameters": {"type": "object", "properties
             [BRIEF, ASKED, ANSWER, ASKED],
         ),
         (
-            {"question": "2 + 2?"} | {name: [BRIEF, ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
+            {"prompt": "2 + 2?"} | {name: [BRIEF, ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
             [BRIEF, ASKED, ANSWER, ASKED],
+        ),
+        (
+            {"prompt": [ASKED, ANSWER]} | {name: [ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
+            [ANSWER, ASKED],
         ),
         (
             {"prompt": " "} | {name: [ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
@@ -160,6 +164,18 @@ def test_what_comes_before_two_conversations_is_part_of_their_prompt(
     (pair,) = _records(PreferencePair, row)
     assert [turn.as_dict() for turn in pair.messages] == expected
     assert (pair.chosen, pair.rejected) == ("4.", "5.")
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+@pytest.mark.parametrize("name", ["chosen_rejected", "hh"])
+def test_two_answers_without_a_prompt_are_a_fault_of_their_row(name: str, system: str) -> None:
+    answers = ("Assistant: 4.", "Assistant: 5.") if name == "hh" else ([ANSWER], [{**ANSWER, "content": "5."}])
+    row = {"chosen": answers[0], "rejected": answers[1], "system": system}
+    with pytest.raises(DataError, match="must end with a user turn; the last one's role is missing"):
+        _records(PreferencePair, row, name)
+    if name == "chosen_rejected":
+        (pair,) = _records(PreferencePair, {**row, "prompt": "2 + 2?"}, name)
+        assert [turn.as_dict() for turn in pair.messages] == [*([BRIEF] if system else []), ASKED]
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, 10**400], ids=["NaN", "infinite", "too large"])
@@ -347,11 +363,6 @@ def test_a_row_with_media_is_refused_and_says_what_to_do(name: str, column: str)
 
 
 FAULTS = [
-    (
-        "chosen_rejected",
-        {"prompt": [ASKED, ANSWER]} | {name: [ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
-        "'prompt' ends with an assistant turn, and the two conversations begin with one",
-    ),
     ("alpaca", {"instruction": "Add.", "output": ""}, "'output' must be text and not empty; it is ''"),
     ("alpaca", {"instruction": "a", "input": 3, "output": "b"}, "'input' must be text; it is 3"),
     ("alpaca", {"instruction": "a", "output": "b", "history": ["x"]}, "'history[0]' must be a question and an answer"),

@@ -110,7 +110,9 @@ def test_a_prompt_drops_the_answer_that_a_row_ends_with() -> None:
         ({"messages": [USER], "reference": 4}, "4"),
         ({"messages": [USER], "reference": 4.0}, "4"),
         ({"messages": [USER], "reference": 4.5}, "4.5"),
-        ({"messages": [USER], "reference": 1e300}, "1e+300"),
+        ({"messages": [USER], "reference": 1234567890123456.0}, "1234567890123456"),
+        ({"messages": [USER], "reference": -0.0}, "0"),
+        ({"messages": [USER], "reference": 1e16}, "1e+16"),
         ({"messages": [USER], "reference": 10**400}, str(10**400)),
         ({"messages": [USER], "reference": None}, ""),
         ({"messages": [USER], "reference": math.nan}, ""),  # as pandas writes an absent text
