@@ -20,21 +20,23 @@ _imported: dict[Path, dict[str, ModuleType]] = {}
 def importable(folder: Path) -> Iterator[None]:
     """While the block runs, modules in ``folder`` can be imported, each once per process; installed modules come first.
 
-    Modules in the folders of other files cannot be imported meanwhile, nor those in ``folder`` afterwards. Folders that
-    the block itself puts on the path stay there.
+    Modules beside other files come after these, if their folder is on the path anyway. Afterwards nobody finds those in
+    ``folder``. Other folders that the block puts on the path stay there.
     """
     folder, path = folder.resolve(), list(sys.path)
     modules = _imported.setdefault(folder, {})
+    beside_files = [entry for entry in path if _resolved(entry) in _imported]
     known = {_package(name) for name in sys.modules}
     sys.modules.update(modules)
     before = set(sys.modules)
-    sys.path[:] = [*(entry for entry in path if Path(entry or ".").resolve() not in _imported), str(folder)]
-    visible = set(sys.path)
+    sys.path[:] = [*(entry for entry in path if entry not in beside_files), str(folder), *beside_files]
     try:
         yield
     finally:
-        added = [entry for entry in sys.path if entry not in visible and Path(entry).resolve() != folder]
-        sys.path[:] = [*path, *added]
+        sys.path[:] = [entry for entry in sys.path if _resolved(entry) not in _imported]
+        for index, entry in enumerate(path):
+            if entry in beside_files:
+                sys.path.insert(index, entry)
         imported = {name: module for name, module in sys.modules.items() if name not in before}
         packages = _packages_of(folder, imported) - known
         modules |= {name: module for name, module in imported.items() if _package(name) in packages}
@@ -58,7 +60,10 @@ def _packages_of(folder: Path, imported: Mapping[str, ModuleType]) -> set[str]:
     packages = set()
     for name, module in imported.items():
         package, file = _package(name), getattr(module, "__file__", None)
-        if file and (Path(file).with_suffix("") == folder / package or folder / package in Path(file).parents):
+        if file is None:
+            continue
+        file = _resolved(file)
+        if file.with_suffix("") == folder / package or folder / package in file.parents:
             packages.add(package)
     return packages
 
@@ -66,3 +71,8 @@ def _packages_of(folder: Path, imported: Mapping[str, ModuleType]) -> set[str]:
 def _package(name: str) -> str:
     """``"helpers.text"`` → ``"helpers"``."""
     return name.partition(".")[0]
+
+
+def _resolved(path: str | Path) -> Path:
+    """Without symlinks; an empty entry of the path of Python is the working folder."""
+    return Path(path or ".").resolve()

@@ -203,8 +203,8 @@ MUTATIONS = [
         "unit/rewards/test_functions.py",
         (
             "folders of other files stay on the path",
-            "if Path(entry or \".\").resolve() not in _imported",
-            "",
+            "if entry not in beside_files), str(folder), *beside_files]",
+            "), str(folder)]",
             "test_files_of_different_folders_may_have_modules_of_the_same_name",
         ),
     ),

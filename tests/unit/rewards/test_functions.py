@@ -67,34 +67,58 @@ def test_numbers_of_any_kind_are_scores(tmp_path: Path, values: str, expected: l
 IN_FRONT = "import os, sys; sys.path.insert(0, os.path.dirname(__file__)); "
 
 
+def constant_of(folder: Path, value: float, *, imports: str = "from helper import VALUE", lazily: bool = False) -> Any:
+    """A scorer that gives every answer the ``value`` in a package beside its file."""
+    (folder / "package").mkdir(parents=True)
+    (folder / "package/__init__.py").write_text("from package.constants import VALUE\n")
+    (folder / "package/constants.py").write_text(f"VALUE = {value}\n")
+    (folder / "helper.py").write_text("from package import VALUE\n")
+    top, inside = ("", f"{imports}; ") if lazily else (imports, "")
+    body = f"{inside}return [VALUE, VALUE]"
+    (folder / "score.py").write_text(f"{top}\ndef constant(prompts, completions, rows):\n    {body}\n")
+    source = FunctionSource(file=folder / "score.py", name="constant")
+    return FunctionScorer(source, load_function(source, planned=None))
+
+
 @pytest.mark.parametrize("on_path", [False, True], ids=["", "on the path of Python"])
 @pytest.mark.parametrize("before", ["", IN_FRONT], ids=["", "puts itself on the path"])
 @pytest.mark.parametrize("lazily", [False, True], ids=["at the top of the file", "in the function"])
 def test_files_of_different_folders_may_have_modules_of_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazily: bool, before: str, on_path: bool
 ) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "first").symlink_to(tmp_path / "real")
     if on_path:
         monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), *sys.path])
-
-    def scorer_of(folder: str, value: float) -> FunctionScorer:
-        (tmp_path / folder / "package").mkdir(parents=True)
-        (tmp_path / folder / "package/__init__.py").write_text("from package.constants import VALUE\n")
-        (tmp_path / folder / "package/constants.py").write_text(f"VALUE = {value}\n")
-        (tmp_path / folder / "helper.py").write_text("from package import VALUE\n")
-        file = tmp_path / folder / "score.py"
-        imports = f"{before}from helper import VALUE"
-        top, inside = ("", f"{imports}; ") if lazily else (imports, "")
-        file.write_text(f"{top}\ndef constant(prompts, completions, rows):\n    {inside}return [VALUE, VALUE]\n")
-        source = FunctionSource(file=file, name="constant")
-        return FunctionScorer(source, load_function(source, planned=None))
-
+    imports = f"{before}from helper import VALUE"
     path, modules = list(sys.path), set(sys.modules)
-    first, second = scorer_of("first", 1.0), scorer_of("second", 2.0)
+    first, second = (
+        constant_of(tmp_path / folder, value, imports=imports, lazily=lazily)
+        for folder, value in (("first", 1.0), ("second", 2.0))
+    )
     for _ in range(2):
         assert first.scores(ANSWERS).tolist() == [1.0, 1.0]
         assert second.scores(ANSWERS).tolist() == [2.0, 2.0]
     assert sys.path == path
     assert {name for name in set(sys.modules) - modules if not name.startswith("_reward_")} == set()
+
+
+def test_folders_that_the_user_puts_on_the_path_stay_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared, front = tmp_path / "shared", tmp_path / "front"
+    for folder, module, value in ((shared, "reward_shared", 3.0), (front, "reward_front", 4.0)):
+        folder.mkdir()
+        (folder / f"{module}.py").write_text(f"VALUE = {value}\n")
+    monkeypatch.setattr(sys, "path", [str(shared), *sys.path])
+    in_shared = FunctionSource(file=shared / "score.py", name="constant")
+    in_shared.file.write_text("def constant(prompts, completions, rows): return [0, 0]\n")
+    load_function(in_shared, planned=None)
+    user = constant_of(tmp_path / "user", 2.0, imports="from reward_shared import VALUE", lazily=True)
+    assert user.scores(ANSWERS).tolist() == [3.0, 3.0]
+    top = f"import sys; sys.path.insert(0, {str(front)!r})\nfrom reward_front import VALUE"
+    assert constant_of(tmp_path / "vendor", 2.0, imports=top).scores(ANSWERS).tolist() == [4.0, 4.0]
+    assert set(sys.path[:2]) == {str(front), str(shared)}
 
 
 def test_a_module_beside_a_file_is_imported_once(tmp_path: Path) -> None:
