@@ -80,9 +80,15 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
     return adapted
 
 
+def _named_targets(saved: Any) -> list[str]:
+    """The modules that a saved adapter names; none for a prefix, or a pattern."""
+    targets = getattr(saved, "target_modules", None) or ()
+    return [] if isinstance(targets, str) else sorted(targets)
+
+
 def _refuse_embeddings(model: PreTrainedModel, targets: Sequence[str]) -> None:
-    """Refuses factors on the head, which the fast forward would leave out, and on the embeddings, which would change a
-    tied head too when they are merged.
+    """Refuses factors on the head, which the fast forward would leave out, and on the embeddings, which lack attributes
+    that stages read, and which would change a tied head too when they are merged.
 
     Raises:
         ModelError: a target is one of these modules.
@@ -107,6 +113,7 @@ def train_on(model: PreTrainedModel, folder: Path, config: AdapterConfig, task: 
     """
     saved = saved_config(folder)
     _refuse_other_shape(saved, config, folder)
+    _refuse_embeddings(model, _named_targets(saved))
     saved.task_type, saved.inference_mode = task, False
     if not saved.is_prompt_learning:
         saved.lora_dropout = config.dropout  # how it is trained, which this stage decides; not part of its shape
@@ -313,6 +320,7 @@ def _with_frozen(model: PeftModel, folder: Path, name: str) -> PeftModel:
     """
     saved = saved_config(folder)
     saved.lora_dropout = 0.0
+    _refuse_embeddings(model.get_base_model(), _named_targets(saved))
     PeftModel.add_adapter(model, name, saved)
     _load(model, folder, name)
     for parameter_name, parameter in model.named_parameters():

@@ -217,18 +217,28 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
+_OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
+
 def _make_writable(settings: GenerationConfig) -> None:
     """Corrects settings that transformers reads from a published file, but refuses to write once a token has changed.
 
-    Sampling settings without ``do_sample``, as in Llama 2 chat models, are meant for sampling. Settings of a beam
-    search without beams have no effect.
+    Sampling settings without ``do_sample``, as in Llama 2 chat models, are meant for sampling. Other settings that have
+    no effect are removed: those of sampling if ``do_sample`` is false, of a beam search without beams, and a negative
+    padding token.
     """
     if _is_valid(settings):
         return
     if settings.num_beams in (None, 1):
         settings.early_stopping = settings.length_penalty = None
-    if settings.do_sample is not True and not _is_valid(settings):
+    if settings.pad_token_id is not None and settings.pad_token_id < 0:
+        settings.pad_token_id = None
+    if settings.do_sample is None and not _is_valid(settings):
         settings.do_sample = True
+        settings.do_sample = True if _is_valid(settings) else None
+    elif settings.do_sample is False:
+        for name in _OF_SAMPLING:
+            setattr(settings, name, None)
 
 
 def _is_valid(settings: GenerationConfig) -> bool:
