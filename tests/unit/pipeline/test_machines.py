@@ -191,13 +191,12 @@ def test_asked_to_stop_it_is_queued_again_only_with_a_run_at_work(
 def test_a_result_that_the_file_system_shows_late_is_waited_for(
     shared: Shared, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(late_results, "_SHOWN_LATE_SECONDS", 30.0)
-    states = iter(["running", "done", "done"])
+    states = iter(["running", "done"])
     monkeypatch.setattr(machines, "_state", lambda _: next(states))
-    shown = threading.Timer(0.3, shared.publish)
-    shown.start()
+    later = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: shared.publish())
+    monkeypatch.setattr(late_results, "time", later)
     assert shared.follow() == 0
-    shown.join()
+    assert next(states, None) is None
 
 
 def test_what_an_earlier_run_left_is_not_taken_for_the_end_of_this_one(
