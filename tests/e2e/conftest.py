@@ -124,9 +124,9 @@ class Align:
 
 
 def environment() -> dict[str, str]:
-    """Ours, without anything of the caller's that would change a run."""
+    """Ours, without anything of the caller's that would change a run, such as vLLM, which refuses the tiny model."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "ACCELERATE_"))}
-    return {**variables, "NETRC": os.devnull}
+    return {**variables, "NETRC": os.devnull, "ALIGNMENT_ENGINE_PYTHON": "/nowhere/bin/python"}
 
 
 @pytest.fixture(scope="session")

@@ -545,6 +545,10 @@ def test_what_is_mixed_in_counts_by_its_content_and_its_share(plan: MakePlan, tm
     assert changed(before, plan(mix(share=0.2))) == {"dpo", "evaluate", "report"}
     for part, message in (
         ({"share": 0.2, "count": 3}, r"stages\.dpo\.data\.mix\[0\]: set share or count, not both"),
+        (
+            {"share": f"0.5}}, {{source: 'path:{other}', share: 0.5"},
+            r"stages\.dpo\.data\.mix: the shares add up to 1, which leaves no room",
+        ),
         ({"share": 1.0}, r"stages\.dpo\.data\.mix\[0\]\.share: 1.0 is not allowed; above 0 and below 1"),
         ({"share": 0.2, "limit": 0}, r"stages\.dpo\.data\.mix\[0\]\.limit: 0 is not allowed; a number above 0"),
     ):

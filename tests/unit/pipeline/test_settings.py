@@ -60,6 +60,10 @@ def test_a_job_that_would_fail_after_it_has_waited_is_refused(plan: MakePlan, se
     plan("launch/backend=slurm", *settings, "launch.backend.submit=false")  # as in the job, whose limits count no more
 
 
+def test_a_day_of_a_job_has_24_hours(plan: MakePlan) -> None:
+    plan("launch/backend=slurm", "launch.backend.time=1-00:00:00")
+
+
 def test_a_column_that_no_format_has_is_named_with_the_nearest(plan: MakePlan, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         plan("stages.sft.data.columns={promt: x}", "stages.dpo.data.columns={zzz: x}")

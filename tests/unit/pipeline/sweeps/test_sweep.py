@@ -454,6 +454,11 @@ def test_stages_that_measure_learn_nothing_to_prune_by(runs: Runs, tmp_path: Pat
         )
 
 
+def test_jobs_of_slurm_have_to_be_waited_for(runs: Runs) -> None:
+    with pytest.raises(ConfigError, match=r"launch\.backend\.wait: a sweep must wait for the jobs of its trials"):
+        go(runs, "dpo_beta", "launch/backend=slurm", "launch.backend.wait=false")
+
+
 def test_jobs_of_slurm_are_not_pruned(runs: Runs, tmp_path: Path) -> None:
     file = own(runs, tmp_path, pruning={"pruner": "median", "stage": "dpo"})
     with pytest.raises(ConfigError, match="stages are Slurm jobs cannot be pruned"):
