@@ -32,7 +32,9 @@ MAX_PROMPT_LENGTH = 96
 PPO_NEW_TOKENS = 48
 PPO_EPOCHS = 4
 PPO_MEASURED = 1
-"""Updates after the warm-up: one of TRL's takes minutes on two cores, and five repetitions have other rows each."""
+"""Updates after the warm-up: one of TRL's takes minutes on two cores. Each repetition has other rows."""
+PPO_REPETITIONS = 3
+"""Fewer than others have: a repetition takes half an hour or more on two cores."""
 PPO_MICRO_BATCH = 8
 """Rows, by TRL's default."""
 PPO_MICRO_BATCH_TOKENS = {"lora": 2048, "full": 1024}

@@ -15,6 +15,7 @@ from benchmarks.setting import (
     MICRO_BATCH_TOKENS,
     PPO_MEASURED,
     PPO_MICRO_BATCH_TOKENS,
+    PPO_REPETITIONS,
     STEPS,
 )
 from benchmarks.work import (
@@ -125,6 +126,7 @@ def _ppo(adapter: str) -> Work:
         rivals={"trl": rival},
         quantity="seconds_per_update",
         batches=1 + PPO_MEASURED,
+        repetitions=PPO_REPETITIONS,
     )
 
 
