@@ -54,13 +54,13 @@ def _whole(names: tuple[str, str]) -> Callable[[Fields], Example]:
 def _with_prompt(fields: Fields, turns: tuple[Message, ...]) -> tuple[Message, ...]:
     """The turns before the answers, with a system text and a prompt that stand in columns of their own.
 
-    The prompt is added if the conversations continue it with an answer; others have it as their first turn.
+    The prompt is added if the conversations continue it with an answer, and do not have it as a turn.
     """
     system, rest = (turns[:1], turns[1:]) if turns and turns[0].role == "system" else ((), turns)
     value = fields.row.get("prompt")
     if (not rest or rest[0].role == "assistant") and (is_text(value) or starts_with_turn(value)):
         prompt = question_turns(fields, "prompt")
-        if prompt[-1].role != "assistant":
+        if prompt[-1].role != "assistant" and prompt[-1] not in rest:
             rest = (*(prompt[1:] if system and prompt[0].role == "system" else prompt), *rest)
     return with_system(fields, (*system, *rest))
 

@@ -125,6 +125,7 @@ def test_other_writings_of_a_pair_are_the_same_pair(name: str) -> None:
 
 WHOLE_PAIR = {"chosen": [ASKED, ANSWER], "rejected": [ASKED, {**ANSWER, "content": "5."}]}
 BRIEF = {"role": "system", "content": "Be brief."}
+EARLIER = {"role": "user", "content": "Hi."}
 CALCULATOR = {"name": "calculator", "parameters": {"type": "object", "properties": {}}}
 
 
@@ -136,20 +137,27 @@ CALCULATOR = {"name": "calculator", "parameters": {"type": "object", "properties
         ({name: [BRIEF, *turns] for name, turns in WHOLE_PAIR.items()} | {"system": "Be long."}, [BRIEF, ASKED]),
         ({**WHOLE_PAIR, "prompt": [BRIEF, ASKED]}, [ASKED]),  # the whole conversation says what its prompt was
         (
-            {"prompt": [ASKED]} | {name: [ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
-            [ASKED, ANSWER, ASKED],
+            {"prompt": [EARLIER]} | {name: [ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
+            [EARLIER, ANSWER, ASKED],
         ),
         (
-            {"prompt": "2 + 2?", "system": "Be brief."}
-            | {name: [ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
-            [BRIEF, ASKED, ANSWER, ASKED],
+            {"prompt": "Hi.", "system": "Be brief."} | {name: [ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
+            [BRIEF, EARLIER, ANSWER, ASKED],
+        ),
+        (
+            {"prompt": "Hi."} | {name: [BRIEF, ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
+            [BRIEF, EARLIER, ANSWER, ASKED],
+        ),
+        (
+            {"prompt": [ANSWER, ASKED]} | {name: [ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
+            [ANSWER, ASKED],  # the conversations have the prompt already
         ),
         (
             {"prompt": "2 + 2?"} | {name: [BRIEF, ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
-            [BRIEF, ASKED, ANSWER, ASKED],
+            [BRIEF, ANSWER, ASKED],
         ),
         (
-            {"prompt": [ASKED, ANSWER]} | {name: [ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
+            {"prompt": [EARLIER, ANSWER]} | {name: [ANSWER, *turns] for name, turns in WHOLE_PAIR.items()},
             [ANSWER, ASKED],
         ),
         (
