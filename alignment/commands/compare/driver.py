@@ -59,10 +59,8 @@ def compare(console: Console, output: Path, runs: Sequence[str], *, html: str | 
     if page is not None:
         differences = [difference for evaluation in compared for difference in differences_from_first(evaluation)]
         of_reports = [difference for difference in differences if not difference.evaluation]
-        primaries = [
-            evaluation.primary for evaluation in sorted(compared, key=lambda evaluation: -sum(evaluation.shown))
-        ]
-        primary = next((metric for metric in primaries if metric is not None), None)
+        by_report = sorted(compared, key=lambda evaluation: not evaluation.shown[0])  # the page shows that one
+        primary = next((evaluation.primary for evaluation in by_report if evaluation.primary is not None), None)
         build_comparison(folders, page, settings=differing, differences=of_reports, primary=primary)
         console.print(f"page: {page}", markup=False, highlight=False, soft_wrap=True)
 

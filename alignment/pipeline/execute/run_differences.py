@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +46,9 @@ class ComparedEvaluation:
 
     @property
     def name(self) -> str:
-        """The stage, or empty if the reports of all runs that have it show it."""
-        return "" if all(shown for arms, shown in zip(self.arms, self.shown, strict=True) if arms) else self.stage
+        """The stage, or empty if the first run's report shows it, and those of all others that have it."""
+        shown = [shown for arms, shown in zip(self.arms, self.shown, strict=True) if arms]
+        return "" if self.shown[0] and all(shown) else self.stage
 
     @property
     def primary(self) -> Metric | None:
@@ -64,9 +66,11 @@ def judged_run(folder: Path) -> JudgedRun:
 def compared_evaluations(runs: Sequence[JudgedRun]) -> list[ComparedEvaluation]:
     """The evaluations of several runs, each with those of the same name.
 
-    The evaluations that two reports show are compared also under different names, if neither run has the other's.
+    An evaluation that a run's report shows, and that no other run has, is compared with the one that the first run's
+    report shows, if the run lacks that.
     """
-    own_stages = [_own_stages(run, runs[0]) for run in runs]
+    number_of_runs = Counter(stage for run in runs for stage in run.evaluations)
+    own_stages = [_own_stages(run, runs[0], number_of_runs) for run in runs]
     return [
         ComparedEvaluation(
             stage=stage,
@@ -77,10 +81,10 @@ def compared_evaluations(runs: Sequence[JudgedRun]) -> list[ComparedEvaluation]:
     ]
 
 
-def _own_stages(run: JudgedRun, first: JudgedRun) -> dict[str, str]:
+def _own_stages(run: JudgedRun, first: JudgedRun, number_of_runs: Mapping[str, int]) -> dict[str, str]:
     """A run's evaluations by the stages of the first run that they are compared with."""
     own = {stage: stage for stage in run.evaluations}
-    if run.shown and first.shown and first.shown not in run.evaluations and run.shown not in first.evaluations:
+    if first.shown and first.shown not in run.evaluations and number_of_runs.get(run.shown) == 1:
         own = {first.shown: own.pop(run.shown), **own}
     return own
 

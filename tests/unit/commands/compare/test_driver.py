@@ -154,6 +154,18 @@ def test_evaluations_that_the_reports_show_are_compared_under_different_names(ru
     assert "dpo: b against a: +0.500 (+0.500 to +0.500), better" in runs.compared("a", "b")
 
 
+def test_three_runs_are_compared_by_the_names_of_their_evaluations(runs: Runs) -> None:
+    for name in "abc":
+        runs.add(name, {"stage:dpo": [0.1, 0.1]})
+    runs.evaluate_again("b", {"stage:dpo": [0.2, 0.2]}, metric="tone", shown="ood")
+    record = (runs.output / "runs/c/run.json").read_text()
+    (runs.output / "runs/c/run.json").write_text(record.replace('"judge"', '"ood"'))
+    printed = runs.compared("a", "b", "c")
+    assert "dpo in judge: b against a" in printed
+    assert "c against a" not in printed, "the evaluation of c is the second one of b"
+    assert [line for line in printed.splitlines() if "95 %" in line][1].split()[:3] == ["ood:", "tone,", "95"]
+
+
 def test_tables_of_a_stage_have_the_arms_of_all_runs_as_columns(runs: Runs) -> None:
     for name, value in (("a", 0.25), ("b", 0.75)):
         runs.add(name, None)
