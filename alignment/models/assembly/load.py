@@ -213,32 +213,31 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"the model cannot be loaded: {error}", where=str(folder)) from error
     if model.generation_config is not None:
-        _make_writable(model.generation_config)
+        model.generation_config = _writable(model.generation_config)
     return model
 
 
 _OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
-def _make_writable(settings: GenerationConfig) -> None:
-    """Corrects settings that transformers reads from a published file, but refuses to write once a token has changed.
+def _writable(settings: GenerationConfig) -> GenerationConfig:
+    """The settings in a form that transformers writes also after a token has changed, if there is one.
 
-    Sampling settings without ``do_sample``, as in Llama 2 chat models, are meant for sampling. Other settings that have
-    no effect are removed: those of sampling if ``do_sample`` is false, of a beam search without beams, and a negative
-    padding token.
+    Sampling settings without ``do_sample``, as in Llama 2 chat models, are meant for sampling. Settings that have no
+    effect in transformers are removed: those of sampling if ``do_sample`` is false, of a beam search without beams, and
+    a negative padding token.
     """
-    if _is_valid(settings):
-        return
-    if settings.num_beams in (None, 1):
-        settings.early_stopping = settings.length_penalty = None
-    if settings.pad_token_id is not None and settings.pad_token_id < 0:
-        settings.pad_token_id = None
-    if settings.do_sample is None and not _is_valid(settings):
-        settings.do_sample = True
-        settings.do_sample = True if _is_valid(settings) else None
-    elif settings.do_sample is False:
+    corrected = copy.deepcopy(settings)
+    if corrected.num_beams in (None, 1):
+        corrected.early_stopping = corrected.length_penalty = None
+    if corrected.pad_token_id is not None and corrected.pad_token_id < 0:
+        corrected.pad_token_id = None
+    if corrected.do_sample is None and not _is_valid(corrected):
+        corrected.do_sample = True
+    elif corrected.do_sample is False:
         for name in _OF_SAMPLING:
-            setattr(settings, name, None)
+            setattr(corrected, name, None)
+    return corrected if not _is_valid(settings) and _is_valid(corrected) else settings
 
 
 def _is_valid(settings: GenerationConfig) -> bool:

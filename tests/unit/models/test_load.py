@@ -185,6 +185,14 @@ def test_published_settings_of_generation_can_be_written_again(
     assert {name: value for name, value in settings_written.items() if value not in (None, False)} == written
 
 
+def test_settings_of_generation_that_cannot_be_corrected_are_left_alone(tmp_path: Path, base: Lineage) -> None:
+    """Untouched, transformers writes them."""
+    settings = {"do_sample": False, "temperature": 0.7, "output_hidden_states": True}
+    (base.base / "generation_config.json").write_text(json.dumps(settings))
+    load_policy(base, torch.float32).save_pretrained(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/generation_config.json").read_text())["temperature"] == 0.7
+
+
 def test_another_tokenizer_is_refused_by_name(tmp_path: Path, base: Lineage) -> None:
     other = save_tiny_model(tmp_path / "other", seed=3)
     tokenizer = load_tokenizer(other)
