@@ -7,7 +7,7 @@ a copy of it as it was when the stage began.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -54,7 +54,12 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
         prefix = PrefixTuningConfig(num_virtual_tokens=config.virtual_tokens, init_weights="zero", task_type=task)
         return put_prefix(get_peft_model(model, prefix))
     targets: str | list[str] = list(config.target_modules)
-    _refuse_embeddings(model, targets)
+    if name := on_embeddings(model, targets):
+        raise ModelError(
+            f"factors on {name} are not supported",
+            where="adapter.target_modules",
+            remedy=f"leave it out, or train it whole: adapter.modules_to_save=[{name}]",
+        )
     if config.target_modules == ["all-linear"]:
         targets = "all-linear"
     lora = LoraConfig(
@@ -80,28 +85,18 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
     return adapted
 
 
-def _named_targets(saved: Any) -> list[str]:
-    """The modules that a saved adapter names; none for a prefix, or a pattern."""
-    targets = getattr(saved, "target_modules", None) or ()
-    return [] if isinstance(targets, str) else sorted(targets)
+def on_embeddings(model: PreTrainedModel, targets: Iterable[str]) -> str:
+    """The target that is the model's head or its embeddings; empty without one.
 
-
-def _refuse_embeddings(model: PreTrainedModel, targets: Sequence[str]) -> None:
-    """Refuses factors on the head, which the fast forward would leave out, and on the embeddings, which lack attributes
-    that stages read, and which would change a tied head too when they are merged.
-
-    Raises:
-        ModelError: a target is one of these modules.
+    The fast forward leaves out factors on the head. Embeddings with factors lack attributes that stages read, and
+    change a tied head too when they are merged.
     """
+    targets = list(targets)
     for module in (model.get_output_embeddings(), model.get_input_embeddings()):
         path = next((path for path, other in model.named_modules() if other is module), "")
-        name = path.rpartition(".")[2]
         if any(f".{path}".endswith(f".{target}") for target in targets):
-            raise ModelError(
-                f"factors on {name} are not supported",
-                where="adapter.target_modules",
-                remedy=f"leave it out, or train it whole: adapter.modules_to_save=[{name}]",
-            )
+            return path.rpartition(".")[2]
+    return ""
 
 
 def train_on(model: PreTrainedModel, folder: Path, config: AdapterConfig, task: TaskType) -> PeftModel:
@@ -113,7 +108,6 @@ def train_on(model: PreTrainedModel, folder: Path, config: AdapterConfig, task: 
     """
     saved = saved_config(folder)
     _refuse_other_shape(saved, config, folder)
-    _refuse_embeddings(model, _named_targets(saved))
     saved.task_type, saved.inference_mode = task, False
     if not saved.is_prompt_learning:
         saved.lora_dropout = config.dropout  # how it is trained, which this stage decides; not part of its shape
@@ -320,7 +314,6 @@ def _with_frozen(model: PeftModel, folder: Path, name: str) -> PeftModel:
     """
     saved = saved_config(folder)
     saved.lora_dropout = 0.0
-    _refuse_embeddings(model.get_base_model(), _named_targets(saved))
     PeftModel.add_adapter(model, name, saved)
     _load(model, folder, name)
     for parameter_name, parameter in model.named_parameters():

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.core.errors import ConfigError
-from alignment.models.assembly.adapters import add_adapter, add_frozen, is_prefix, saved_config, train_on
+from alignment.models.assembly.adapters import add_adapter, add_frozen, is_prefix, on_embeddings, saved_config, train_on
 from alignment.models.assembly.load import Lineage, SavedAdapter, load_policy, load_scalar, weights_dtype
 from alignment.models.kernels.nf4 import quantize_trunk
 
@@ -58,8 +58,8 @@ def load_start(
             remedy="set it to merge, or set init to a stage that trained an adapter",
         )
     below, beside = (start, ()) if adapter.chain is Chain.merge else (start.weights, start.beside)
-    _refuse_whole_modules(beside, adapter)
     model = load(below, dtype)
+    _refuse_unmerged(model, beside, adapter)
     if adapter.kind is AdapterKind.qlora:
         quantize_trunk(model, device)
     continued = beside[-1:] if adapter.chain is CONTINUE else ()
@@ -68,18 +68,22 @@ def load_start(
     return add_frozen(trained, [saved.path for saved in frozen]) if frozen else trained
 
 
-def _refuse_whole_modules(beside: Sequence[SavedAdapter], adapter: AdapterConfig) -> None:
-    """Beside the weights, PEFT would leave out modules that were trained whole, except the head of a reward model.
+def _refuse_unmerged(model: PreTrainedModel, beside: Sequence[SavedAdapter], adapter: AdapterConfig) -> None:
+    """Refuses adapters that stay beside the weights, but have parts that would be left out there: modules that were
+    trained whole, except the head of a reward model, and factors on the head or the embeddings.
 
     Raises:
-        ConfigError: an adapter has such modules.
+        ConfigError: there is such an adapter.
     """
     for saved in beside:
-        names = {name.rpartition(".")[2] for name in saved_config(saved.path).modules_to_save or ()}
-        if modules := names.difference(SEQ_CLS_HEAD_NAMES):
+        config = saved_config(saved.path)
+        whole = {name.rpartition(".")[2] for name in config.modules_to_save or ()}.difference(SEQ_CLS_HEAD_NAMES)
+        targets = getattr(config, "target_modules", None) or ()
+        factors = "" if isinstance(targets, str) else on_embeddings(model, targets)
+        if names := ", ".join(sorted(whole)) or factors:
             raise ConfigError(
-                f"{saved.path.name} has trained {', '.join(sorted(modules))} whole, which can only be merged, but "
-                f"adapter.chain is {adapter.chain.value!r}",
+                f"{saved.path.name} has trained {names}, which can only be merged, but adapter.chain is "
+                f"{adapter.chain.value!r}",
                 where="adapter.chain",
                 remedy="set it to merge",
             )

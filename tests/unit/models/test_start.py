@@ -176,7 +176,7 @@ def test_modules_trained_whole_are_only_merged(tmp_path: Path, base: Lineage, ch
     adapter = AdapterConfig(rank=4, modules_to_save=["embed_tokens"])
     spec = tiny_spec(tmp_path, SftConfig(adapter=adapter))
     saved = lineage(spec, publish_tiny(spec, _start(base, adapter), base))
-    with pytest.raises(ConfigError, match=rf"has trained embed_tokens whole.* adapter\.chain is '{chain.value}'"):
+    with pytest.raises(ConfigError, match=f"has trained embed_tokens, .* adapter.chain is '{chain.value}'"):
         _start(saved, AdapterConfig(rank=4, chain=chain))
     _start(saved, AdapterConfig(rank=4))
 
