@@ -51,7 +51,7 @@ def send_run(folder: Path, tracker: str, url: str) -> None:
         Busy: a stage is running, and sends its steps itself.
         StageError: the tracker did not take everything.
     """
-    label, num_sent, left_out = LABELS[tracker], 0, list[str]()
+    label, num_sent, num_left_out = LABELS[tracker], 0, 0
     for name, entry in RunRecord.read(folder).stages.items():
         file, artifact = folder / name / "stage.yaml", artifact_folder(folder, name, entry)
         spec = read_spec(file) if file.is_file() else None
@@ -61,10 +61,13 @@ def send_run(folder: Path, tracker: str, url: str) -> None:
             print(send(replace(spec, artifact=artifact, work=work, run_folder=folder / name, tracking=tracking), label))
             num_sent += 1
         elif entry.complete and entry.kind in kinds() and kinds()[entry.kind].run:
-            left_out.append(name)
-            print(f"{name}: not sent, because its result was not made with the settings in {file}")
-    if num_sent and not left_out:
+            num_left_out += 1
+            reason = "another run made its result" if spec is None else f"{file} has other settings than its result"
+            print(f"{name}: not sent, because {reason}")
+    if num_sent and not num_left_out:
         print(f"{label} already has everything from {folder.name}")
+    elif not num_sent and not num_left_out:
+        print(f"{folder.name} has nothing to send yet")
 
 
 def send(spec: StageSpec, label: str) -> str:
