@@ -203,8 +203,8 @@ MUTATIONS = [
         "unit/rewards/test_functions.py",
         (
             "folders of other files stay on the path",
-            "if entry not in beside_files), str(folder), *beside_files]",
-            "), str(folder)]",
+            "[*(entry for entry in path if entry not in others), own, *others]",
+            "[*path, own]",
             "test_files_of_different_folders_may_have_modules_of_the_same_name",
         ),
     ),
