@@ -683,7 +683,7 @@ MUTATIONS = [
             "evaluations of two names are compared as the reports show them",
             " and first.shown not in run.evaluations and number_of_runs.get(run.shown) == 1:",
             " and run.shown:",
-            "test_evaluations_are_compared_by_name_whatever_the_reports_show",
+            "test_three_runs_are_compared_by_the_names_of_their_evaluations",
         ),
     ),
 ]
