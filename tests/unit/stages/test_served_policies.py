@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from alignment.config.adapter import AdapterConfig, Chain
 from alignment.config.sampling_engine import Engine, SamplingConfig
@@ -71,6 +72,23 @@ def test_more_positions_than_the_model_has_are_refused_before_a_server_is_used(c
         assert engine.calls == []
 
 
+def answers_and_sums(
+    policies: ServedPolicies, model: PreTrainedModel, temperature: float
+) -> tuple[list[list[int]], list[list[float]]]:
+    """The engine's answers to the prompts, and the sums of the model's own log-probabilities of them."""
+    return served_answer_and_score(
+        policies,
+        model,
+        PROMPTS,
+        [[], []],
+        max_new_tokens=4,
+        end_ids=[2],
+        with_own=True,
+        progress=lambda _: None,
+        sampling=Sampling(temperature=temperature, uniforms=torch.tensor([[0.1], [0.6]], dtype=torch.float64)),
+    )
+
+
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
 def test_answers_at_any_temperature_are_known_as_the_policys_own(
     chained: Chained, monkeypatch: pytest.MonkeyPatch, temperature: float
@@ -80,20 +98,9 @@ def test_answers_at_any_temperature_are_known_as_the_policys_own(
     policy = policy_of(chained, "sft")
     model = load_policy(policy, torch.float32)
     use_flat_attention(model)
-    sampling = Sampling(temperature=temperature, uniforms=torch.tensor([[0.1], [0.6]], dtype=torch.float64))
     with engine_server(chained.base) as engine, served(chained, engine.url) as policies:
         policies.prepare(policy, 10)
-        answers, sums = served_answer_and_score(
-            policies,
-            model,
-            PROMPTS,
-            [[], []],
-            max_new_tokens=4,
-            end_ids=[2],
-            with_own=True,
-            progress=lambda _: None,
-            sampling=sampling,
-        )
+        answers, sums = answers_and_sums(policies, model, temperature)
     assert [own for (own,) in sums] == pytest.approx(sequence_logprobs(model, PROMPTS, answers), abs=1e-5)
 
 
@@ -106,21 +113,10 @@ def test_other_weights_are_noticed_by_a_part_of_the_answers_at_their_temperature
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(3.0)
     use_flat_attention(model)
-    sampling = Sampling(temperature=0.3, uniforms=torch.tensor([[0.1], [0.6]], dtype=torch.float64))
     with engine_server(chained.base) as engine, served(chained, engine.url) as policies:
         policies.prepare(policy_of(chained, "sft"), 10)
         with pytest.raises(StageError, match="so it has other weights"):
-            served_answer_and_score(
-                policies,
-                model,
-                PROMPTS,
-                [[], []],
-                max_new_tokens=4,
-                end_ids=[2],
-                with_own=True,
-                progress=lambda _: None,
-                sampling=sampling,
-            )
+            answers_and_sums(policies, model, 0.3)
 
 
 def test_a_server_with_other_weights_is_found_by_their_log_probabilities(chained: Chained) -> None:
