@@ -148,7 +148,7 @@ def _set_aside(diagnosis: Diagnosis) -> Iterator[str]:
 
 def _misspelt(diagnosis: Diagnosis, data: SourceConfig) -> Iterator[str]:
     for column, known in diagnosis.misspelt_columns.items():
-        remedy = f"Then rename it, or set data.columns={{{known}: {column}}}"
+        remedy = f"If so, rename it, or set data.columns={{{known}: {column}}}"
         yield _line("misspelt?", f"nothing reads the column '{column}'; did you mean '{known}'? {remedy}")
     meant = diagnosis.misspelt_format
     if meant is not None:

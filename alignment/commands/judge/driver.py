@@ -186,8 +186,8 @@ def _summarise(console: Console, ballots: Ballots, file: Path, settings: str, *,
     if judged:
         _print(
             console,
-            f"to count them: put `judge: {settings}` into stages.{stage} of the recipe, and run it again; as an "
-            "override, the next run without it has no votes in its report",
+            f"to count them: put `judge: {settings}` into stages.{stage} of the recipe, and run it again; "
+            "if you only give it as an override, a later run without it leaves the votes out of its report",
         )
 
 

@@ -78,7 +78,7 @@ _FROM_LN2 = (DpoLoss.sigmoid.value, DpoLoss.sigmoid_norm.value, DpoLoss.robust.v
 
 KIND = StageKind(
     name="dpo",
-    summary="direct preference optimisation on the same pairs",
+    summary="direct preference optimisation on preference pairs",
     config=DpoConfig,
     revision=7,
     produces=POLICY,

@@ -264,7 +264,7 @@ def _all_curves() -> list[Curve]:
 
 KIND = StageKind(
     name="ppo",
-    summary="proximal policy optimisation against the reward model",
+    summary="PPO, RLOO or GRPO on scores of the policy's own answers",
     config=PpoConfig,
     revision=8,
     produces=POLICY,

@@ -198,7 +198,7 @@ def test_a_misspelt_column_is_named_even_if_every_row_can_be_read(tmp_path: Path
     file = _write(tmp_path / "a.jsonl", [{"prompt": "a", "choosen": "b", "rejected": "c", "Zzz": 1}] * 2)
     printed = _printed(file)
     assert (
-        "  misspelt?    nothing reads the column 'choosen'; did you mean 'chosen'? Then rename it, or set "
+        "  misspelt?    nothing reads the column 'choosen'; did you mean 'chosen'? If so, rename it, or set "
         "data.columns={chosen: choosen}\n"
     ) in printed
     assert f"               to try these columns: align doctor {file} 'columns={{chosen: choosen}}'\n" in printed
