@@ -58,7 +58,8 @@ class AdapterConfig:
 
     ``target_modules`` is a list of module names, or the single word ``all-linear``. With ``master_weights`` the trained
     weights, their gradients and Adam's moments are float32. Without it they have ``model.dtype``, which halves their
-    memory; steps that are too small for that format are rounded stochastically (docs/design/0005).
+    memory; steps that are too small for that format are rounded stochastically (docs/design/0005). So they are in
+    ``modules_to_save``, which always have ``model.dtype``.
     """
 
     kind: AdapterKind = AdapterKind.lora
@@ -71,3 +72,8 @@ class AdapterConfig:
     virtual_tokens: Annotated[int, POSITIVE] = 16
     chain: Chain = Chain.merge
     master_weights: bool = True
+
+    @property
+    def trains_modules(self) -> bool:
+        """Whether modules are trained in full next to the factors, in the format of the frozen weights."""
+        return self.kind in LOW_RANK and bool(self.modules_to_save)

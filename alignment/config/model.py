@@ -14,8 +14,8 @@ NEW_TOKENS = "new_tokens.json"
 
 
 class Dtype(str, Enum):
-    """Number format of matrix products and of frozen weights. Trained weights and optimiser states are float32, unless
-    a stage sets ``adapter.master_weights`` to false."""
+    """Number format of matrix products and of frozen weights. Trained weights and optimiser states are float32, except
+    ``adapter.modules_to_save``, and unless a stage sets ``adapter.master_weights`` to false."""
 
     bfloat16 = "bfloat16"
     float32 = "float32"

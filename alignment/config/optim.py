@@ -38,9 +38,9 @@ class OptimConfig:
     A micro-batch has at most ``micro_batch_tokens`` tokens. Tokens that both rows of a pair share count once, and a row
     that is longer forms its own micro-batch. With ``auto`` the stage chooses a number that fits into memory.
     ``activation_checkpointing`` stores only a layer's input, and computes the layer again in the backward pass. Both
-    settings change memory and time, but not what is learned, apart from rounding: without ``master_weights`` the
-    gradients of micro-batches are added up in the model's dtype. If ``max_steps`` is set, it is the number of steps,
-    and ``epochs`` has no effect.
+    settings change memory and time, but not what is learned, apart from rounding: without ``master_weights``, and for
+    ``modules_to_save``, the gradients of micro-batches are added up in the model's dtype. If ``max_steps`` is set, it
+    is the number of steps, and ``epochs`` has no effect.
     """
 
     lr: Annotated[float, POSITIVE]

@@ -1,4 +1,5 @@
-"""AdamW (Loshchilov and Hutter 2019), also with moments in eight bits, and for weights without a float32 master copy.
+"""AdamW (Loshchilov and Hutter 2019), also with moments in eight bits, and for weights without a float32 master copy:
+those of full training without masters, and of modules that are trained whole beside an adapter.
 
 In bfloat16, rounding to the nearest number loses a step of less than about 1/256 of a weight, and Adam's second moment,
 which changes by a thousandth per step, never changes at all. Stochastic rounding, up or down in proportion to the
@@ -9,14 +10,15 @@ the nearest number: a tenth of it is new in each step, so its error stays within
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.launch import Sharding
 from alignment.config.optim import Moments
+from alignment.core.errors import ConfigError
 from alignment.costs.recorder import is_on_cpu
 from alignment.training.context import StageContext
 
@@ -30,11 +32,23 @@ CUT = 16
 
 
 def adamw(
-    adapter: AdapterConfig, context: StageContext, *, lr: float, eps: float, moments: Moments
+    weights: Iterable[Tensor], context: StageContext, *, lr: float, eps: float, moments: Moments
 ) -> tuple[type[Any], dict[str, Any]]:
-    """The optimiser's class and its keyword arguments, without weight decay, which each parameter group has."""
+    """The optimiser's class and its keyword arguments, without weight decay, which each parameter group has.
+
+    ``weights`` are those of the models that are trained, also the frozen ones.
+
+    Raises:
+        ConfigError: moments in eight bits, for weights that are trained in bfloat16.
+    """
     kwargs = {"lr": lr, "betas": BETAS, "eps": eps}
-    if adapter.kind is AdapterKind.full and not adapter.master_weights:
+    if context.spec.sharding is Sharding.none and _any_in_bfloat16(weights):
+        if moments is not Moments.full:
+            raise ConfigError(
+                f"{moments.value!r} needs float32 weights, but some are trained in bfloat16",
+                where="optim.moments",
+                remedy="set it to full, or model.dtype to float32",
+            )
         return RandomlyRoundedAdamW, {**kwargs, "seed": context.seed("rounding")}
     if moments is not Moments.full:
         import bitsandbytes
@@ -42,6 +56,10 @@ def adamw(
         kind = "AdamW8bit" if moments is Moments.eight_bit else "PagedAdamW8bit"
         return getattr(bitsandbytes.optim, kind), kwargs
     return torch.optim.AdamW, {**kwargs, "fused": True}
+
+
+def _any_in_bfloat16(weights: Iterable[Tensor]) -> bool:
+    return any(weight.requires_grad and weight.dtype is torch.bfloat16 for weight in weights)
 
 
 class RandomlyRoundedAdamW(torch.optim.Optimizer):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from alignment.config.launch import Sharding
 from alignment.config.model import Dtype
 from alignment.config.optim import OptimConfig, Schedule
@@ -41,9 +43,12 @@ def common_arguments(optim: OptimConfig, context: StageContext, *, log_every: in
     }
 
 
-def optimizer_arguments(optim: OptimConfig, context: StageContext) -> tuple[type[Any], dict[str, Any]]:
-    """The optimiser's class and keyword arguments, as such a trainer takes them in ``optimizer_cls_and_kwargs``."""
-    return adamw(context.adapter, context, lr=optim.lr, eps=optim.adam_eps, moments=optim.moments)
+def optimizer_arguments(
+    optim: OptimConfig, context: StageContext, model: nn.Module
+) -> tuple[type[Any], dict[str, Any]]:
+    """The optimiser's class and keyword arguments for the trained ``model``, as such a trainer takes them in
+    ``optimizer_cls_and_kwargs``."""
+    return adamw(model.parameters(), context, lr=optim.lr, eps=optim.adam_eps, moments=optim.moments)
 
 
 def quiet_arguments(context: StageContext) -> dict[str, Any]:

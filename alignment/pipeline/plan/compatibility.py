@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from alignment.config.faults import Fault
 from alignment.config.launch import LaunchConfig, Offload, Sharding
+from alignment.config.model import Dtype
 from alignment.config.optim import Moments
 from alignment.config.run import RunConfig
 from alignment.config.stage import TrainedConfig
@@ -22,7 +23,7 @@ def faults(config: RunConfig) -> list[Fault]:
     for name, stage in config.stages.items():
         refusals = [*kind_of(stage).launch.refusals(stage, config.launch)]
         trained = as_trained(stage)
-        refusals += [] if trained is None else _adapter_refusals(trained, config.launch)
+        refusals += [] if trained is None else _adapter_refusals(trained, config.launch, config.model.dtype)
         every_fault += [Fault(where=f"stages.{name}.{r.field}", message=_message(config.launch, r)) for r in refusals]
     return every_fault
 
@@ -48,12 +49,15 @@ def _launch_faults(launch: LaunchConfig) -> Iterator[Fault]:
         yield Fault(where="launch.backend.machine_rank", message=message)
 
 
-def _adapter_refusals(stage: TrainedConfig, launch: LaunchConfig) -> Iterator[Refusal]:
+def _adapter_refusals(stage: TrainedConfig, launch: LaunchConfig, dtype: Dtype) -> Iterator[Refusal]:
     """Settings that no kind of stage supports under this launch."""
+    rounding = "stochastic rounding would depend on how the weights are sharded"
     if launch.sharding is not Sharding.none and not stage.adapter.master_weights:
-        why = "stochastic rounding would depend on how the weights are sharded"
         instead = "adapter=full: the master weights are sharded too"
-        yield Refusal(field="adapter.master_weights", why=why, instead=instead)
+        yield Refusal(field="adapter.master_weights", why=rounding, instead=instead)
+    if launch.sharding is not Sharding.none and stage.adapter.trains_modules and dtype is Dtype.bfloat16:
+        instead = "model.dtype=float32, in which nothing is rounded, or adapter=full"
+        yield Refusal(field="adapter.modules_to_save", why=rounding, instead=instead)
     if launch.sharding is not Sharding.none and stage.optim.moments is not Moments.full:
         why = "eight-bit moments are stored in blocks, which sharding would split"
         yield Refusal(field="optim.moments", why=why, instead="optim.moments=full: they are sharded")

@@ -157,6 +157,12 @@ def _shape_faults(adapter: AdapterConfig, before: AdapterConfig, init: str, wher
 
 def _master_faults(stage: TrainedConfig, dtype: Dtype, path: str) -> Iterator[Fault]:
     adapter, where = stage.adapter, f"{path}.adapter.master_weights"
+    if adapter.trains_modules and dtype is Dtype.bfloat16 and stage.optim.moments is not Moments.full:
+        message = (
+            f"{stage.optim.moments.value!r} needs float32 weights, but adapter.modules_to_save are trained in "
+            f"bfloat16; use full, or model.dtype: float32"
+        )
+        yield Fault(where=f"{path}.optim.moments", message=message)
     if adapter.master_weights:
         return
     if stage.optim.moments is not Moments.full:

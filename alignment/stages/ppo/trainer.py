@@ -168,10 +168,10 @@ class PpoTrainer(ShardedTrainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """Adam without weight decay; the critic may have its own learning rate."""
         optim = self.config.optim
-        kind, arguments = adamw(
-            self.config.adapter, self.context, lr=optim.lr, eps=optim.adam_eps, moments=optim.moments
-        )
-        self.optimizer: torch.optim.Optimizer = kind(self._trained_groups(), **arguments, weight_decay=0.0)
+        groups = self._trained_groups()
+        weights = [weight for group in groups for weight in group["params"]]
+        kind, arguments = adamw(weights, self.context, lr=optim.lr, eps=optim.adam_eps, moments=optim.moments)
+        self.optimizer: torch.optim.Optimizer = kind(groups, **arguments, weight_decay=0.0)
         return self.optimizer
 
     def _trained_groups(self) -> list[dict[str, Any]]:

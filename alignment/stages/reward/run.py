@@ -127,7 +127,7 @@ def _trainer(
     )
     trainer.row_origin = origin_of
     trainer.micro_batch_tokens = tokens_of(config.optim.micro_batch_tokens)
-    trainer.optimizer_cls_and_kwargs = optimizer_arguments(config.optim, context)
+    trainer.optimizer_cls_and_kwargs = optimizer_arguments(config.optim, context, model)
     install_scalar(unwrapped(model))
     prepare(model, context)
     return trainer

@@ -82,7 +82,7 @@ def next_token_trainer(
         processing_class=tokenizer,
     )
     made.micro_batch_tokens = tokens_of(config.optim.micro_batch_tokens)
-    made.optimizer_cls_and_kwargs = optimizer_arguments(config.optim, context)
+    made.optimizer_cls_and_kwargs = optimizer_arguments(config.optim, context, policy)
     return made
 
 

@@ -117,7 +117,7 @@ def make_ready(
     if precomputed is not None and context.spec.model.dtype is Dtype.bfloat16:
         trainer.start_tolerance = BFLOAT16_TOLERANCE
     trainer.micro_batch_tokens = tokens_of(optim.micro_batch_tokens)
-    trainer.optimizer_cls_and_kwargs = optimizer_arguments(optim, context)
+    trainer.optimizer_cls_and_kwargs = optimizer_arguments(optim, context, policy)
     install_causal(unwrapped(policy))
     prepare(policy, context)
     if reference is not None:

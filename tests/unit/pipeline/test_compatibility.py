@@ -9,6 +9,7 @@ import pytest
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.backend import MachinesBackend
 from alignment.config.launch import LaunchConfig, Offload, Sharding
+from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import Moments, OptimConfig
 from alignment.config.replay import PtxConfig
 from alignment.config.run import RunConfig
@@ -38,6 +39,12 @@ def adapter(kind: str, **more: Any) -> AdapterConfig:
             "stochastic rounding",
         ),
         (
+            SftConfig(adapter=adapter("dora", modules_to_save=["embed_tokens"])),
+            "fsdp",
+            "adapter.modules_to_save",
+            "stochastic rounding",
+        ),
+        (
             SftConfig(optim=OptimConfig(lr=1e-4, moments=Moments.eight_bit)),
             "zero2",
             "optim.moments",
@@ -55,6 +62,12 @@ def test_a_stage_that_cannot_be_launched_so_is_refused(stage: StageConfig, launc
     assert messages[0].startswith(f"stages.s.{where}: does not work with launch={launch}: {why}")
     assert "; use " in messages[0]
     assert fault_messages(stage) == []
+
+
+def test_modules_trained_whole_are_sharded_in_float32() -> None:
+    stage = SftConfig(adapter=adapter("lora", modules_to_save=["embed_tokens"]))
+    model, launch = ModelConfig(dtype=Dtype.float32), LaunchConfig(sharding=Sharding.zero2)
+    assert faults(RunConfig(name="r", model=model, stages={"s": stage}, launch=launch)) == []
 
 
 @pytest.mark.parametrize("kind", list(AdapterKind))

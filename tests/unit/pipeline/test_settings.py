@@ -35,6 +35,14 @@ def test_adapters_that_cannot_stand_on_one_another_are_refused(plan: MakePlan, s
     assert words in str(caught.value)
 
 
+def test_moments_in_eight_bits_need_modules_in_float32(plan: MakePlan) -> None:
+    settings = (f"{DPO}.modules_to_save=[embed_tokens]", "stages.dpo.optim.moments=eight_bit")
+    words = r"stages\.dpo\.optim\.moments: 'eight_bit' needs float32 weights, but adapter\.modules_to_save are"
+    with pytest.raises(ConfigError, match=words):
+        plan(*settings)
+    plan(*settings, "model.dtype=float32")
+
+
 def test_adapters_that_can_are_not(plan: MakePlan) -> None:
     plan(f"{DPO}.chain=continue", "stages.reward.adapter.chain=stack", "stages.ppo.adapter={kind: qlora, chain: stack}")
 

@@ -7,17 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+from peft import TaskType
 from torch import Tensor, nn
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.optim import Moments
+from alignment.config.adapter import AdapterConfig
+from alignment.config.model import Dtype
+from alignment.config.optim import Moments, OptimConfig
+from alignment.core.errors import ConfigError
+from alignment.models.assembly.load import Lineage
+from alignment.models.assembly.start import load_start
 from alignment.stages.sft.config import SftConfig
 from alignment.training import adamw as module
 from alignment.training.adamw import RandomlyRoundedAdamW, adamw, rounded_at_random
 from alignment.training.context import StageContext
-from tests.tiny import tiny_spec
-
-BARE = AdapterConfig(kind=AdapterKind.full, master_weights=False)
+from alignment.training.trainer_arguments import optimizer_arguments
+from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec
 
 
 def _steps(optimizer: torch.optim.Optimizer, weight: nn.Parameter, count: int, start: int = 0) -> None:
@@ -132,23 +136,43 @@ def test_another_seed_or_parameter_rounds_otherwise() -> None:
     assert torch.equal(first[0], after(1)[0])
 
 
-def test_master_weights_decide_which_optimiser_it_is(tmp_path: Path) -> None:
+def test_trained_weights_decide_which_optimiser_it_is(tmp_path: Path) -> None:
     context = StageContext(spec=tiny_spec(tmp_path, SftConfig()), rank=0, world_size=1)
 
-    def optimizer(adapter: AdapterConfig) -> tuple[type[Any], dict[str, Any]]:
-        return adamw(adapter, context, lr=1e-3, eps=1e-7, moments=Moments.full)
+    def optimizer(*weights: Tensor, moments: Moments = Moments.full) -> tuple[type[Any], dict[str, Any]]:
+        return adamw(weights, context, lr=1e-3, eps=1e-7, moments=moments)
 
-    assert optimizer(BARE)[0] is RandomlyRoundedAdamW
-    for adapter in (AdapterConfig(), AdapterConfig(master_weights=False), AdapterConfig(kind=AdapterKind.full)):
-        kind, arguments = optimizer(adapter)
-        assert kind is torch.optim.AdamW
-        assert arguments == {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-7, "fused": True}
+    assert optimizer(_weight(torch.float32), _weight())[0] is RandomlyRoundedAdamW
+    kind, arguments = optimizer(_weight(torch.float32), _weight().requires_grad_(False))
+    assert kind is torch.optim.AdamW
+    assert arguments == {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-7, "fused": True}
+    with pytest.raises(
+        ConfigError, match=r"optim\.moments: 'eight_bit' needs float32 weights, but some are trained in"
+    ):
+        optimizer(_weight(), moments=Moments.eight_bit)
+
+
+def test_small_steps_of_modules_trained_whole_add_up(tmp_path: Path) -> None:
+    """Such modules have the bfloat16 of the base, although the factors beside them are float32."""
+    base = Lineage(source=BASE_SOURCE, base=save_tiny_model(tmp_path / "base"), adapters=())
+    adapter = AdapterConfig(rank=4, modules_to_save=["embed_tokens"])
+    model = load_start(base, adapter, Dtype.bfloat16, task=TaskType.CAUSAL_LM, device=torch.device("cpu"))
+    (rows,) = (weight for name, weight in model.named_parameters() if "embed_tokens.modules_to_save" in name)
+    start = rows.detach().float()
+    context = StageContext(spec=tiny_spec(tmp_path, SftConfig(adapter=adapter)), rank=0, world_size=1)
+    kind, arguments = optimizer_arguments(OptimConfig(lr=1e-4), context, model)
+    optimizer = kind([rows], **arguments, weight_decay=0.0)
+    for _ in range(100):
+        rows.grad = torch.ones_like(rows)
+        optimizer.step()
+    assert rows.dtype is torch.bfloat16
+    assert float((rows.detach().float() - start).mean()) == pytest.approx(-100 * 1e-4, rel=0.05)
 
 
 @pytest.mark.parametrize("eps", [1e-8, 1e-5])
 def test_moments_in_eight_bits_take_nearly_adamws_steps_in_a_quarter_of_the_memory(tmp_path: Path, eps: float) -> None:
     context = StageContext(spec=tiny_spec(tmp_path, SftConfig()), rank=0, world_size=1)
-    kind, arguments = adamw(AdapterConfig(), context, lr=1e-2, eps=eps, moments=Moments.eight_bit)
+    kind, arguments = adamw([], context, lr=1e-2, eps=eps, moments=Moments.eight_bit)
     weight, exact = _weight(torch.float32, count=8192), _weight(torch.float32, count=8192)
     optimizer = kind([weight], **arguments, weight_decay=0.0)
     _steps(optimizer, weight, 100)
@@ -163,7 +187,7 @@ def test_moments_in_eight_bits_take_nearly_adamws_steps_in_a_quarter_of_the_memo
 
 def test_few_moments_stay_in_float32(tmp_path: Path) -> None:
     context = StageContext(spec=tiny_spec(tmp_path, SftConfig()), rank=0, world_size=1)
-    kind, arguments = adamw(AdapterConfig(), context, lr=1e-2, eps=1e-8, moments=Moments.eight_bit)
+    kind, arguments = adamw([], context, lr=1e-2, eps=1e-8, moments=Moments.eight_bit)
     weight = _weight(torch.float32, count=1024)
     optimizer = kind([weight], **arguments)
     _steps(optimizer, weight, 1)

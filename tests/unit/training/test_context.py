@@ -106,7 +106,7 @@ def test_every_setting_of_the_optimiser_reaches_the_trainer(tmp_path: Path, sche
         "warmup_steps": 0.25,
     }
     assert {name: arguments[name] for name in expected} == expected
-    of_optimiser = optimizer_arguments(optim, context)[1]
+    of_optimiser = optimizer_arguments(optim, context, torch.nn.Linear(2, 2))[1]
     assert (of_optimiser["lr"], of_optimiser["eps"]) == (3e-4, 1e-6)
 
 
