@@ -257,6 +257,12 @@ MUTATIONS = [
             "",
             "test_modules_trained_whole_are_only_merged",
         ),
+        (
+            "weights in four bits are below DoRA",
+            "    _refuse_dora_in_four_bits(beside, adapter)\n",
+            "",
+            "test_dora_does_not_stay_beside_weights_in_four_bits",
+        ),
     ),
     *in_file(
         "models/assembly/adapters.py",

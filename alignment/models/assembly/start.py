@@ -60,6 +60,7 @@ def load_start(
     below, beside = (start, ()) if adapter.chain is Chain.merge else (start.weights, start.beside)
     model = load(below, dtype)
     _refuse_unmerged(model, beside, adapter)
+    _refuse_dora_in_four_bits(beside, adapter)
     if adapter.kind is AdapterKind.qlora:
         quantize_trunk(model, device)
     continued = beside[-1:] if adapter.chain is CONTINUE else ()
@@ -84,6 +85,24 @@ def _refuse_unmerged(model: PreTrainedModel, beside: Sequence[SavedAdapter], ada
             raise ConfigError(
                 f"{saved.path.name} has trained {names}, which can only be merged, but adapter.chain is "
                 f"{adapter.chain.value!r}",
+                where="adapter.chain",
+                remedy="set it to merge",
+            )
+
+
+def _refuse_dora_in_four_bits(beside: Sequence[SavedAdapter], adapter: AdapterConfig) -> None:
+    """Refuses DoRA beside weights in four bits, from whose packed bytes PEFT would compute its norms.
+
+    Raises:
+        ConfigError: there is such an adapter.
+    """
+    if adapter.kind is not AdapterKind.qlora:
+        return
+    for saved in beside:
+        if getattr(saved_config(saved.path), "use_dora", False):
+            raise ConfigError(
+                f"{saved.path.name} is a DoRA adapter, which needs weights that are not in four bits, but "
+                f"adapter.chain is {adapter.chain.value!r}",
                 where="adapter.chain",
                 remedy="set it to merge",
             )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from alignment.config.adapter import CONTINUE, PREFIX_SHAPE, SHAPE, AdapterConfig, AdapterKind, Chain
+from alignment.config.adapter import AdapterKind
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.config.did_you_mean import suggestion
 from alignment.config.faults import Fault
@@ -21,7 +21,7 @@ from alignment.data.chat_template import CHATML, template_text
 from alignment.data.formats import COLUMNS, FORMATS
 from alignment.data.template_options import name_faults, own_template, value_faults
 from alignment.pipeline.backends import slurm
-from alignment.pipeline.plan import made_rows, scorer_checks, tracking_checks, validation_checks
+from alignment.pipeline.plan import chain_checks, made_rows, scorer_checks, tracking_checks, validation_checks
 from alignment.stages.registry import as_trained, kind_of
 
 _NO_ROWS = (
@@ -38,7 +38,7 @@ def faults(config: RunConfig) -> list[Fault]:
         where, kind, trained = f"stages.{name}", kind_of(stage), as_trained(stage)
         if trained is not None:
             every_fault += _master_faults(trained, config.model.dtype, where)
-            every_fault += _chain_faults(trained, config, f"{where}.adapter")
+            every_fault += chain_checks.faults(trained, config, f"{where}.adapter")
         read_by_code = bool(scorer_checks.functions(stage))
         for slot in kind.data(stage):
             if slot.in_use and not slot.data.source:
@@ -110,49 +110,6 @@ def _seconds(time: str) -> int:
     days, _, clock = time.rpartition("-")
     hours, minutes, seconds = map(int, clock.split(":"))
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def _chain_faults(stage: TrainedConfig, config: RunConfig, where: str) -> Iterator[Fault]:
-    """Faults in ``chain``, and conflicts with the stage that this one starts from, if the run has it."""
-    adapter = stage.adapter
-    named = config.stages.get(stage.init.removeprefix("stage:"))
-    before = None if named is None else as_trained(named)
-    continues = adapter.kind is AdapterKind.prefix and adapter.chain is CONTINUE
-    if before is not None and before.adapter.kind is AdapterKind.prefix and not continues:
-        message = (
-            f"{stage.init} trained a prefix, which cannot be merged; continue it, or train a low-rank adapter there"
-        )
-        yield Fault(where=where, message=message)
-    if adapter.kind is AdapterKind.full or adapter.chain is Chain.merge:
-        return
-    if adapter.modules_to_save:
-        yield Fault(where=f"{where}.chain", message=f"modules_to_save needs chain 'merge', not {adapter.chain.value!r}")
-    if before is not None and before.adapter.kind is not AdapterKind.full and before.adapter.modules_to_save:
-        message = f"{stage.init} trains modules_to_save, which can only be merged; use 'merge'"
-        yield Fault(where=f"{where}.chain", message=message)
-    if adapter.kind is AdapterKind.prefix and adapter.chain is Chain.stack:
-        message = "a prefix cannot be stacked on other adapters; use chain 'merge', or 'continue' for a prefix"
-        yield Fault(where=f"{where}.chain", message=message)
-    if adapter.kind is AdapterKind.dora and adapter.chain is Chain.stack:
-        message = "DoRA rescales the weights that it adapts and cannot be stacked on other adapters; use chain 'merge'"
-        yield Fault(where=f"{where}.chain", message=message)
-    if adapter.chain is not CONTINUE:
-        return
-    if stage.init == "base" or (before is not None and before.adapter.kind is AdapterKind.full):
-        yield Fault(where=f"{where}.chain", message=f"{stage.init} has no adapter to continue; set it to merge")
-    elif before is not None:
-        yield from _shape_faults(adapter, before.adapter, stage.init, where)
-
-
-def _shape_faults(adapter: AdapterConfig, before: AdapterConfig, init: str, where: str) -> Iterator[Fault]:
-    for name in PREFIX_SHAPE if adapter.kind is AdapterKind.prefix else SHAPE:
-        wanted, has = getattr(adapter, name), getattr(before, name)
-        if wanted != has:
-            message = f"{wanted!r} cannot continue an adapter with {has!r}; use the value of {init}"
-            yield Fault(where=f"{where}.{name}", message=message)
-    if any((adapter.kind is kind) != (before.kind is kind) for kind in (AdapterKind.dora, AdapterKind.prefix)):
-        message = f"{adapter.kind.value} cannot continue what {init} trained with {before.kind.value}"
-        yield Fault(where=f"{where}.kind", message=message)
 
 
 def _master_faults(stage: TrainedConfig, dtype: Dtype, path: str) -> Iterator[Fault]:

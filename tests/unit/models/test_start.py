@@ -181,6 +181,21 @@ def test_modules_trained_whole_are_only_merged(tmp_path: Path, base: Lineage, ch
     _start(saved, AdapterConfig(rank=4))
 
 
+@pytest.mark.parametrize("below", [AdapterKind.lora, AdapterKind.dora])
+def test_dora_does_not_stay_beside_weights_in_four_bits(tmp_path: Path, base: Lineage, below: AdapterKind) -> None:
+    _, saved = _first_stage(tmp_path, base, _adapter(AdapterKind.dora))
+    if below is AdapterKind.lora:
+        spec = tiny_spec(tmp_path / "dpo", DpoConfig(adapter=_adapter(below, Chain.stack)), base_path=base.base)
+        model = _start(saved, _adapter(below, Chain.stack))
+        saved = lineage(spec, publish_tiny(spec, model, saved))
+    for chain in (Chain.stack, CONTINUE):
+        with pytest.raises(
+            ConfigError, match=rf"is a DoRA adapter, .* adapter.chain is '{chain.value}'\n  → set it to m"
+        ):
+            _start(saved, _adapter(AdapterKind.qlora, chain))
+    _start(saved, _adapter(AdapterKind.qlora))
+
+
 def test_without_an_adapter_there_is_nothing_to_continue(base: Lineage) -> None:
     with pytest.raises(ConfigError, match=r"adapter\.chain: there is no adapter to continue"):
         _start(base, _adapter(AdapterKind.lora, CONTINUE))

@@ -25,6 +25,19 @@ DPO = "stages.dpo.adapter"
             ["stages.sft.adapter.modules_to_save=[embed_tokens]", f"{DPO}.chain=stack"],
             f"{DPO}.chain: stage:sft trains modules_to_save, which can only be merged",
         ),
+        (
+            ["adapter@stages.sft.adapter=dora", f"{DPO}.kind=qlora", f"{DPO}.chain=stack"],
+            f"{DPO}.chain: stage:sft trained DoRA, which needs weights that are not in four bits; use chain 'merge'",
+        ),
+        (
+            [
+                "adapter@stages.sft.adapter=dora",
+                f"{DPO}.chain=stack",
+                "stages.ppo.init=stage:dpo",
+                "stages.ppo.adapter={kind: qlora, chain: stack}",
+            ],
+            "stages.ppo.adapter.chain: stage:sft trained DoRA",
+        ),
         (["stages.reward.adapter={kind: prefix, chain: stack}"], "stages.reward.adapter.chain: a prefix cannot"),
         (["adapter@stages.sft.adapter=prefix"], "stages.reward.adapter: stage:sft trained a prefix"),
     ],

@@ -1,0 +1,76 @@
+"""Refuses adapters that cannot be combined with those of earlier stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from alignment.config.adapter import CONTINUE, PREFIX_SHAPE, SHAPE, AdapterConfig, AdapterKind, Chain
+from alignment.config.faults import Fault
+from alignment.config.run import RunConfig
+from alignment.config.stage import TrainedConfig
+from alignment.stages.registry import as_trained
+
+
+def faults(stage: TrainedConfig, config: RunConfig, where: str) -> Iterator[Fault]:
+    """Faults in ``chain``, and conflicts with the stage that this one starts from, if the run has it."""
+    adapter = stage.adapter
+    before = _stage_before(stage, config)
+    continues = adapter.kind is AdapterKind.prefix and adapter.chain is CONTINUE
+    if before is not None and before.adapter.kind is AdapterKind.prefix and not continues:
+        message = (
+            f"{stage.init} trained a prefix, which cannot be merged; continue it, or train a low-rank adapter there"
+        )
+        yield Fault(where=where, message=message)
+    if adapter.kind is AdapterKind.full or adapter.chain is Chain.merge:
+        return
+    if adapter.modules_to_save:
+        yield Fault(where=f"{where}.chain", message=f"modules_to_save needs chain 'merge', not {adapter.chain.value!r}")
+    if before is not None and before.adapter.kind is not AdapterKind.full and before.adapter.modules_to_save:
+        message = f"{stage.init} trains modules_to_save, which can only be merged; use 'merge'"
+        yield Fault(where=f"{where}.chain", message=message)
+    if adapter.kind is AdapterKind.prefix and adapter.chain is Chain.stack:
+        message = "a prefix cannot be stacked on other adapters; use chain 'merge', or 'continue' for a prefix"
+        yield Fault(where=f"{where}.chain", message=message)
+    if adapter.kind is AdapterKind.dora and adapter.chain is Chain.stack:
+        message = "DoRA rescales the weights that it adapts and cannot be stacked on other adapters; use chain 'merge'"
+        yield Fault(where=f"{where}.chain", message=message)
+    if adapter.kind is AdapterKind.qlora and (dora := _dora_beside(stage, config)):
+        message = f"{dora} trained DoRA, which needs weights that are not in four bits; use chain 'merge'"
+        yield Fault(where=f"{where}.chain", message=message)
+    if adapter.chain is not CONTINUE:
+        return
+    if stage.init == "base" or (before is not None and before.adapter.kind is AdapterKind.full):
+        yield Fault(where=f"{where}.chain", message=f"{stage.init} has no adapter to continue; set it to merge")
+    elif before is not None:
+        yield from _shape_faults(adapter, before.adapter, stage.init, where)
+
+
+def _stage_before(stage: TrainedConfig, config: RunConfig) -> TrainedConfig | None:
+    """The stage of the run from which this one starts, if that trains a policy."""
+    named = config.stages.get(stage.init.removeprefix("stage:"))
+    return None if named is None else as_trained(named)
+
+
+def _dora_beside(stage: TrainedConfig, config: RunConfig) -> str:
+    """The reference of the stage whose DoRA adapter stays beside the weights of this one; empty without one."""
+    passed: set[str] = set()  # stages that start from each other are refused elsewhere
+    while stage.adapter.chain is not Chain.merge and stage.init not in passed:
+        passed.add(stage.init)
+        before = _stage_before(stage, config)
+        if before is None or before.adapter.kind is AdapterKind.full:
+            return ""
+        if before.adapter.kind is AdapterKind.dora:
+            return stage.init
+        stage = before
+    return ""
+
+
+def _shape_faults(adapter: AdapterConfig, before: AdapterConfig, init: str, where: str) -> Iterator[Fault]:
+    for name in PREFIX_SHAPE if adapter.kind is AdapterKind.prefix else SHAPE:
+        wanted, has = getattr(adapter, name), getattr(before, name)
+        if wanted != has:
+            message = f"{wanted!r} cannot continue an adapter with {has!r}; use the value of {init}"
+            yield Fault(where=f"{where}.{name}", message=message)
+    if any((adapter.kind is kind) != (before.kind is kind) for kind in (AdapterKind.dora, AdapterKind.prefix)):
+        message = f"{adapter.kind.value} cannot continue what {init} trained with {before.kind.value}"
+        yield Fault(where=f"{where}.kind", message=message)
