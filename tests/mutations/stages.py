@@ -273,6 +273,12 @@ MUTATIONS = [
             'if name := "":',
             "test_factors_on_the_head_or_the_embeddings_are_refused",
         ),
+        (
+            "misspelt modules are not trained",
+            "if not any(path.endswith(name) for path in paths):",
+            "if not paths:",
+            "test_unknown_modules_to_save_are_an_error_that_names_the_setting",
+        ),
     ),
     *in_file(
         "models/assembly/load.py",

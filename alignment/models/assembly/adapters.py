@@ -27,6 +27,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError, ModelError
 from alignment.core.files import write_text
 from alignment.models.assembly.prefix import prefix_of, put_prefix
@@ -46,7 +47,8 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
     A new prefix does change them: its keys and values are zero, but take a share of the attention.
 
     Raises:
-        ModelError: the target modules do not exist in this model, or are its head or its embeddings.
+        ModelError: the target modules or the modules to save do not exist in this model, or the target modules are its
+            head or its embeddings.
     """
     if config.kind is AdapterKind.full:
         return model
@@ -62,6 +64,8 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
         )
     if config.target_modules == ["all-linear"]:
         targets = "all-linear"
+    if task is TaskType.CAUSAL_LM:  # under a scalar head there is no lm_head
+        _refuse_unknown(model, config.modules_to_save)
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -83,6 +87,23 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
         ) from error
     start_at_norms(adapted)
     return adapted
+
+
+def _refuse_unknown(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Refuses modules that the model lacks, which PEFT would leave out.
+
+    Raises:
+        ModelError: no module of the model has such a name.
+    """
+    paths = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    known = dict.fromkeys(own for path in paths if (own := path.rpartition(".")[2]) and not own.isdigit())
+    for name in names:
+        if not any(path.endswith(name) for path in paths):
+            raise ModelError(
+                f"no module of this model is called {name!r}",
+                where="adapter.modules_to_save",
+                remedy=suggestion(name.rpartition(".")[2], known),
+            )
 
 
 def on_embeddings(model: PreTrainedModel, targets: Iterable[str]) -> str:

@@ -82,6 +82,17 @@ def test_unknown_target_modules_are_an_error_that_names_the_setting() -> None:
     assert "['all-linear']" in str(caught.value)
 
 
+def test_unknown_modules_to_save_are_an_error_that_names_the_setting() -> None:
+    """PEFT leaves them out without a word."""
+    with pytest.raises(
+        ModelError, match=r"adapter\.modules_to_save: no module of this model is called 'embed_token"
+    ) as (caught):
+        add_adapter(tiny_model("gpt2"), AdapterConfig(modules_to_save=["lm_head", "embed_tokens"]), TaskType.CAUSAL_LM)
+    assert "→ one of: transformer, wte, wpe" in str(caught.value)
+    with pytest.raises(ModelError, match="did you mean 'embed_tokens'"):
+        add_adapter(tiny_model(), AdapterConfig(modules_to_save=["embed_token"]), TaskType.CAUSAL_LM)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_merged_adapter_says_what_it_said_unmerged(tmp_path: Path, architecture: str) -> None:
     model = tiny_model(architecture)
