@@ -281,6 +281,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "models/assembly/adapters.py",
+        "unit/models/test_start.py",
+        (
+            "a tied head stays as it was beside trained embeddings",
+            'for name in names) else [*names, "lm_head"]',
+            "for name in names) else names",
+            "test_a_tied_head_is_trained_with_its_embeddings",
+        ),
+    ),
+    *in_file(
         "models/assembly/load.py",
         "unit/models/test_load.py",
         (

@@ -24,6 +24,8 @@ from peft import (
 )
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
+from torch import nn
 from transformers import PreTrainedModel
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
@@ -66,6 +68,7 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
         targets = "all-linear"
     if task is TaskType.CAUSAL_LM:  # under a scalar head there is no lm_head
         _refuse_unknown(model, config.modules_to_save)
+    is_tied = _are_tied(model, config.modules_to_save)
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -73,8 +76,8 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
         use_rslora=config.rslora,
         use_dora=config.kind is AdapterKind.dora,
         target_modules=targets,
-        modules_to_save=list(config.modules_to_save) or None,
-        ensure_weight_tying=bool(config.modules_to_save) and bool(model.config.tie_word_embeddings),
+        modules_to_save=_recognised(config.modules_to_save) if is_tied else list(config.modules_to_save) or None,
+        ensure_weight_tying=is_tied,
         task_type=task,
     )
     try:
@@ -85,6 +88,8 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
             where="adapter.target_modules",
             remedy="name linear modules of this model, or use ['all-linear']",
         ) from error
+    if is_tied:  # PEFT has taken out the head's name, but may need it again when the adapter is loaded
+        lora.modules_to_save = _recognised(lora.modules_to_save)
     start_at_norms(adapted)
     return adapted
 
@@ -106,6 +111,28 @@ def _refuse_unknown(model: PreTrainedModel, names: Iterable[str]) -> None:
             )
 
 
+def _are_tied(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Whether the embeddings or the head are among these modules, and share their weights."""
+    head = model.get_output_embeddings()
+    if head is None or not model.config.tie_word_embeddings:
+        return False
+    paths = [_path_of(module, model) for module in (model.get_input_embeddings(), head)]
+    return any(path.endswith(name) for name in names for path in paths)
+
+
+def _recognised(names: Iterable[str]) -> list[str]:
+    """The names of modules with tied weights, which PEFT ties only if one of them is ``embed_tokens`` or ``lm_head``.
+
+    Other models may lack that module; PEFT finds the head by its weights.
+    """
+    names = list(names)
+    return names if any(name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES for name in names) else [*names, "lm_head"]
+
+
+def _path_of(module: nn.Module | None, model: PreTrainedModel) -> str:
+    return next((path for path, other in model.named_modules() if other is module), "")
+
+
 def on_embeddings(model: PreTrainedModel, targets: Iterable[str]) -> str:
     """The target that is the model's head or its embeddings; empty without one.
 
@@ -114,7 +141,7 @@ def on_embeddings(model: PreTrainedModel, targets: Iterable[str]) -> str:
     """
     targets = list(targets)
     for module in (model.get_output_embeddings(), model.get_input_embeddings()):
-        path = next((path for path, other in model.named_modules() if other is module), "")
+        path = _path_of(module, model)
         if any(f".{path}".endswith(f".{target}") for target in targets):
             return path.rpartition(".")[2]
     return ""

@@ -181,6 +181,28 @@ def test_modules_trained_whole_are_only_merged(tmp_path: Path, base: Lineage, ch
     _start(saved, AdapterConfig(rank=4))
 
 
+@pytest.mark.parametrize(
+    ("architecture", "module"),
+    [("llama", "embed_tokens"), ("gpt2", "wte"), ("gpt2", "lm_head"), ("gpt_neox", "embed_in")],
+)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_a_tied_head_is_trained_with_its_embeddings(tmp_path: Path, architecture: str, module: str) -> None:
+    folder = save_tiny_model(tmp_path / "base", architecture=architecture, tie_word_embeddings=True)
+    start = Lineage(source=BASE_SOURCE, base=folder, adapters=())
+    adapter = AdapterConfig(rank=4, modules_to_save=[module])
+    model = _start(start, adapter)
+    (rows,) = {p for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
+    model(input_ids=IDS).logits.square().mean().backward()
+    assert rows.grad is not None
+    assert float(rows.grad[100].abs().sum()) > 0.0, "a token that is only in the head's output"
+    with torch.no_grad():
+        rows.mul_(1.1)
+    spec = tiny_spec(tmp_path, SftConfig(adapter=adapter))
+    merged = load_policy(lineage(spec, publish_tiny(spec, model, start)), torch.float32)
+    close(_logits(merged), _logits(model), rtol=1e-4, atol=1e-4)
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+
+
 @pytest.mark.parametrize("below", [AdapterKind.lora, AdapterKind.dora])
 def test_dora_does_not_stay_beside_weights_in_four_bits(tmp_path: Path, base: Lineage, below: AdapterKind) -> None:
     _, saved = _first_stage(tmp_path, base, _adapter(AdapterKind.dora))
