@@ -681,8 +681,8 @@ MUTATIONS = [
         ),
         (
             "evaluations of two names are compared as the reports show them",
-            " and first.shown not in run.evaluations and number_of_runs.get(run.shown) == 1:",
-            " and run.shown:",
+            " and all(other.shown == run.shown and first not in other.evaluations for other in same):",
+            ":",
             "test_three_runs_are_compared_by_the_names_of_their_evaluations",
         ),
     ),

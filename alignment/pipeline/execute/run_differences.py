@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,11 +65,10 @@ def judged_run(folder: Path) -> JudgedRun:
 def compared_evaluations(runs: Sequence[JudgedRun]) -> list[ComparedEvaluation]:
     """The evaluations of several runs, each with those of the same name.
 
-    An evaluation that a run's report shows, and that no other run has, is compared with the one that the first run's
-    report shows, if the run lacks that.
+    An evaluation that is shown by the reports of all runs that have it is compared with the one that the first run's
+    report shows, if none of these runs has that.
     """
-    number_of_runs = Counter(stage for run in runs for stage in run.evaluations)
-    own_stages = [_own_stages(run, runs[0], number_of_runs) for run in runs]
+    own_stages = [_own_stages(run, runs) for run in runs]
     return [
         ComparedEvaluation(
             stage=stage,
@@ -81,11 +79,13 @@ def compared_evaluations(runs: Sequence[JudgedRun]) -> list[ComparedEvaluation]:
     ]
 
 
-def _own_stages(run: JudgedRun, first: JudgedRun, number_of_runs: Mapping[str, int]) -> dict[str, str]:
+def _own_stages(run: JudgedRun, runs: Sequence[JudgedRun]) -> dict[str, str]:
     """A run's evaluations by the stages of the first run that they are compared with."""
     own = {stage: stage for stage in run.evaluations}
-    if first.shown and first.shown not in run.evaluations and number_of_runs.get(run.shown) == 1:
-        own = {first.shown: own.pop(run.shown), **own}
+    first = runs[0].shown
+    same = [other for other in runs if run.shown in other.evaluations]
+    if first and same and all(other.shown == run.shown and first not in other.evaluations for other in same):
+        own = {first: own.pop(run.shown), **own}
     return own
 
 

@@ -166,6 +166,17 @@ def test_three_runs_are_compared_by_the_names_of_their_evaluations(runs: Runs) -
     assert [line for line in printed.splitlines() if "95 %" in line][1].split()[:3] == ["ood:", "tone,", "95"]
 
 
+def test_two_runs_are_compared_with_a_first_one_of_another_name(runs: Runs) -> None:
+    for name, score in (("a", 0.1), ("b", 0.6), ("c", 0.9)):
+        runs.add(name, {"stage:dpo": [score, score]})
+    for name in "bc":
+        record = (runs.output / f"runs/{name}/run.json").read_text()
+        (runs.output / f"runs/{name}/run.json").write_text(record.replace('"judge"', '"grade"'))
+    printed = runs.compared("a", "b", "c")
+    assert "dpo: b against a: +0.500 (+0.500 to +0.500), better" in printed
+    assert "dpo: c against a: +0.800 (+0.800 to +0.800), better" in printed
+
+
 def test_tables_of_a_stage_have_the_arms_of_all_runs_as_columns(runs: Runs) -> None:
     for name, value in (("a", 0.25), ("b", 0.75)):
         runs.add(name, None)
