@@ -26,8 +26,9 @@ class Item:
 
     @property
     def row(self) -> dict[str, Any]:
-        """The prompt's row, with texts in place of values that JSON does not have, such as dates."""
-        row: dict[str, Any] = json.loads(json.dumps(dict(self.prompt.row), default=str))
+        """The prompt's row, with texts in place of values that JSON does not have, such as dates and NaN."""
+        text = json.dumps(dict(self.prompt.row), default=str)
+        row: dict[str, Any] = json.loads(text, parse_constant=str)
         return row
 
     @property

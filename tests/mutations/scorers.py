@@ -96,6 +96,7 @@ MUTATIONS = [
          "test_vllm_classifies_answers_and_a_label_is_the_number_of_a_class"),
         ("prompts and answers are exchanged", '"text_1": [item.asked for', '"text_1": [item.answer for',
          "test_vllm_scores_pairs_of_a_prompt_and_an_answer"),
+        ("NaN of a row is sent", ", parse_constant=str)", ")", "test_values_that_json_lacks_are_sent_as_texts"),
         ("a reward is squashed", '{"use_activation": config.label is not None}', '{"use_activation": True}',
          "test_vllm_pools_one_conversation_by_its_own_template"),
         ("text-embeddings-inference squashes rewards", '"raw_scores": config.label is None', '"raw_scores": False',

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,14 @@ def test_our_own_form_has_conversations_answers_and_rows() -> None:
         ],
     }
     assert read(ServerApi.scores, {"scores": [{"id": 0, "score": 1.5}, {"id": 1, "score": -2}]}) == [1.5, -2]
+
+
+def test_values_that_json_lacks_are_sent_as_texts() -> None:
+    """NaN is no JSON, and OpenAI's client refuses it."""
+    row = {"id": 1, "score": math.nan, "day": date(2026, 11, 29), "limits": [-math.inf, math.inf, 0.5]}
+    sent = Item(prompt=replace(TURNS, row=row), answer="Hello.").row
+    assert sent == {"id": 1, "score": "NaN", "day": "2026-11-29", "limits": ["-Infinity", "Infinity", 0.5]}
+    json.dumps(sent, allow_nan=False)
 
 
 def test_the_request_in_the_documentation_is_what_is_sent() -> None:
