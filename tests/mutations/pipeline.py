@@ -501,8 +501,8 @@ MUTATIONS = [
         "unit/pipeline/test_run_state.py",
         (
             "a stage of a killed run seems to be running",
-            "stages={name: _as_left(entry) for name, entry in record.stages.items()}",
-            "stages=record.stages",
+            "replace(record, state=KILLED, stages=stages)",
+            "replace(record, state=KILLED)",
             "test_a_killed_run_says_so_with_its_last_sign_of_life_and_what_to_do",
         ),
         (

@@ -15,6 +15,7 @@ from alignment.pipeline.execute.run_view import RunReader, RunView, StageView
 from alignment.records.run import RunRecord
 from alignment.records.worker import Status
 from alignment.report import doubts
+from alignment.report.run_page.run_layout import artifact_folder
 
 _JOBS_SECONDS = 5.0
 """Time between two questions to Slurm."""
@@ -62,8 +63,10 @@ def messages_of(folder: Path, record: RunRecord, stage: StageView) -> Iterator[s
         yield from (f"{stage.name}: {note}" for note in status.notes)
     if stage.state in ("done", "reused") and not doubts.is_smoke(record.profile):
         entry = record.stages[stage.name]
+        artifact = artifact_folder(folder, stage.name, entry)
         try:
-            yield from (f"{stage.name}: {doubt}" for doubt in notes.of_result(entry.kind, Path(entry.artifact)))
+            if artifact is not None:
+                yield from (f"{stage.name}: {doubt}" for doubt in notes.of_result(entry.kind, artifact))
         except AlignmentError as error:  # whoever uses the result is refused; this only looks on
             yield f"{stage.name}: {error}"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -12,10 +12,11 @@ from alignment.config.did_you_mean import suggestion
 from alignment.core.artifacts import MANIFEST, POLICY, Manifest, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.pipeline.execute.display import announcer
-from alignment.pipeline.execute.stored_results import artifact_of, base_of
+from alignment.pipeline.execute.stored_results import artifact_of, base_of, result_of
 from alignment.pipeline.plan.references import BASE
 from alignment.pipeline.sources import model_sources
 from alignment.records.run import FILE, RunRecord
+from alignment.report.run_page.run_layout import artifact_folder
 
 
 class PolicyFinder:
@@ -26,8 +27,9 @@ class PolicyFinder:
         self._result = result
         self._output = output
         is_artifact = (Path(result).expanduser() / MANIFEST).is_file()
-        is_run = (output / "runs" / result / FILE).is_file() and not is_artifact
-        self._record = RunRecord.read(output / "runs" / result) if is_run else None
+        self._run_folder = output / "runs" / result
+        is_run = (self._run_folder / FILE).is_file() and not is_artifact
+        self._record = RunRecord.read(self._run_folder) if is_run else None
 
     def policies(self, arms: Sequence[str]) -> list[StoredPolicy]:
         """The policies that ``arms`` name, or without any the last finished one of the run, or the result itself.
@@ -42,10 +44,9 @@ class PolicyFinder:
     def _default(self) -> str:
         if self._record is None:
             return self._result
-        for name, stage in reversed(self._record.stages.items()):
-            manifest = read_manifest(Path(stage.artifact))
-            if manifest is not None and manifest.kind == POLICY:
-                return str(name)
+        for name, manifest in self._last_manifests(self._record):
+            if manifest.kind == POLICY:
+                return name
         raise ArtifactError(
             "no stage of this run has produced a policy yet",
             where=self._result,
@@ -58,7 +59,7 @@ class PolicyFinder:
         stages = {} if self._record is None else self._record.stages
         name = arm.removeprefix("stage:")
         if name in stages:
-            return self._of(Path(stages[name].artifact), name)
+            return self._of(result_of(self._run_folder, name, stages[name]), name)
         if self._record is not None and "/" not in arm:
             raise ConfigError(
                 f"run {self._result!r} has no stage {arm!r}; {suggestion(name, [*stages, BASE])}",
@@ -104,6 +105,14 @@ class PolicyFinder:
             chat_template=model.get("chat_template"),
             template_options=model.get("template_options", {}),
         )
+
+    def _last_manifests(self, record: RunRecord) -> Iterator[tuple[str, Manifest]]:
+        """Those of the run's finished stages, by name, the last one first."""
+        for name, stage in reversed(record.stages.items()):
+            folder = artifact_folder(self._run_folder, name, stage)
+            manifest = None if folder is None else read_manifest(folder)
+            if manifest is not None:
+                yield name, manifest
 
 
 def _dtype(manifest: Manifest) -> str:

@@ -47,7 +47,7 @@ def _show_one(console: Console, folder: Path) -> None:
         console.print(f"store: {store}", markup=False, highlight=False, soft_wrap=True)
     for name, stage in record.stages.items():
         if stage.state in (RUNNING, KILLED):
-            progress = progress_line(Progress.read(work_folder(stage)))
+            progress = progress_line(Progress.read(work_folder(folder, name, stage)))
             words = progress if stage.state == RUNNING else f"killed in the phase '{progress}'"
             console.print(f"{name}: {words}", markup=False, highlight=False)
         if stage.state == "failed":

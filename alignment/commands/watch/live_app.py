@@ -118,7 +118,8 @@ class _LivePages:
         record = RunRecord.read(self._folder)
         files = [self._folder / FILE]
         for name, entry in record.stages.items():
-            files += [self._folder / name / STATUS, work_folder(entry) / "content" / METRICS]
+            work = work_folder(self._folder, name, entry)
+            files += [self._folder / name / STATUS, work / "content" / METRICS]
         return hashlib.sha256(repr([is_over, *map(_stamp, files)]).encode()).hexdigest()[:16]
 
 

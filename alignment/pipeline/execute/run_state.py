@@ -44,7 +44,8 @@ def as_it_is(run_folder: Path, record: RunRecord, live_jobs: LiveJobs = slurm_jo
         return record
     if jobs is None or (elsewhere(run_folder) and not slurm_jobs.read_jobs(run_folder)):
         return replace(record, state=UNKNOWN)
-    return replace(record, state=KILLED, stages={name: _as_left(entry) for name, entry in record.stages.items()})
+    stages = {name: _as_left(entry, work_folder(run_folder, name, entry)) for name, entry in record.stages.items()}
+    return replace(record, state=KILLED, stages=stages)
 
 
 def elsewhere(run_folder: Path) -> str:
@@ -86,16 +87,16 @@ def last_sign_of_life(run_folder: Path, record: RunRecord) -> float:
 
     The clock is that of the file system, which may differ a little from this machine's.
     """
-    unfinished = [entry for entry in record.stages.values() if entry.state in (RUNNING, KILLED)]
-    signs = [sign for entry in unfinished for sign in signs_of_life(work_folder(entry))]
+    unfinished = {name: entry for name, entry in record.stages.items() if entry.state in (RUNNING, KILLED)}
+    works = [work_folder(run_folder, name, entry) for name, entry in unfinished.items()]
+    signs = [sign for work in works for sign in signs_of_life(work)]
     return max([*signs, *_written(run_folder / FILE)], default=0.0)
 
 
-def _as_left(entry: StageEntry) -> StageEntry:
+def _as_left(entry: StageEntry, work: Path) -> StageEntry:
     """The entry of a stage of a killed run. Its processes hold one of two locks as long as they live."""
     if entry.state != RUNNING:
         return entry
-    work = work_folder(entry)
     if is_held(work / "lock") or is_held(work / "worker.lock"):
         return entry
     return replace(entry, state=KILLED, seconds=_seconds(entry, work))

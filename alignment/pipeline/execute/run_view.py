@@ -18,6 +18,7 @@ from alignment.pipeline.execute.step_curves import CurveFile
 from alignment.records.run import RunRecord, StageEntry
 from alignment.records.step_log import METRICS
 from alignment.records.worker import Progress
+from alignment.report.run_page import run_layout
 from alignment.stages.registry import headline_curve, tokens_of
 
 RUNNING = "running"
@@ -141,7 +142,8 @@ class RunReader:
             self._running.pop(name, None)
             return view
         if name not in self._running:
-            self._running[name] = _RunningStage(entry, record.settings_of(name), self._clock)
+            work = work_folder(self.folder, name, entry)
+            self._running[name] = _RunningStage(entry, work, record.settings_of(name), self._clock)
         return self._running[name].added_to(replace(view, seconds=self._elapsed(entry)))
 
     def _elapsed(self, entry: StageEntry) -> float | None:
@@ -153,17 +155,17 @@ class RunReader:
             return None
 
 
-def work_folder(entry: StageEntry) -> Path:
+def work_folder(run_folder: Path, stage: str, entry: StageEntry) -> Path:
     """Where a stage works until its artifact is complete."""
-    artifact = Path(entry.artifact)
-    return artifact.with_name(f"{artifact.name}.work")
+    artifact = run_layout.artifact_folder(run_folder, stage, entry)
+    return run_layout.work_folder(run_folder / stage if artifact is None else artifact)
 
 
 class _RunningStage:
     """What is remembered of a running stage between two looks."""
 
-    def __init__(self, entry: StageEntry, settings: Mapping[str, object], clock: Clock) -> None:
-        self._work = work_folder(entry)
+    def __init__(self, entry: StageEntry, work: Path, settings: Mapping[str, object], clock: Clock) -> None:
+        self._work = work
         self._pace = Pace(clock)
         chart = headline_curve(entry.kind, settings)
         self._title = "" if chart is None else f"{chart.title[:1].lower()}{chart.title[1:].partition(',')[0]}"

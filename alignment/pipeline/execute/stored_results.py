@@ -8,10 +8,11 @@ from rich.console import Console
 
 from alignment.config.did_you_mean import suggestion
 from alignment.core.artifacts import Manifest
-from alignment.core.errors import ConfigError, ModelError
+from alignment.core.errors import ArtifactError, ConfigError, ModelError
 from alignment.pipeline.execute.display import announcer
 from alignment.pipeline.sources import model_sources
-from alignment.records.run import FILE, RunRecord
+from alignment.records.run import FILE, RunRecord, StageEntry
+from alignment.report.run_page.run_layout import artifact_folder
 
 
 def artifact_of(result: str, output: Path) -> Path:
@@ -19,6 +20,7 @@ def artifact_of(result: str, output: Path) -> Path:
 
     Raises:
         ConfigError: there is no such folder, run or stage.
+        ArtifactError: the stage has no result yet.
     """
     folder = Path(result).expanduser()
     if folder.is_dir():
@@ -31,10 +33,23 @@ def artifact_of(result: str, output: Path) -> Path:
             where="RESULT",
             remedy="name an artifact's folder, or RUN/STAGE",
         )
-    stages = RunRecord.read(output / "runs" / run).stages
+    run_folder = output / "runs" / run
+    stages = RunRecord.read(run_folder).stages
     if stage not in stages:
         raise ConfigError(f"run {run!r} has no stage {stage!r}; {suggestion(stage, stages)}", where="RESULT")
-    return Path(stages[stage].artifact)
+    return result_of(run_folder, stage, stages[stage])
+
+
+def result_of(run_folder: Path, stage: str, entry: StageEntry) -> Path:
+    """The folder of a stage's result, also if the run was moved together with its artifacts.
+
+    Raises:
+        ArtifactError: it has none yet.
+    """
+    folder = artifact_folder(run_folder, stage, entry)
+    if folder is None:
+        raise ArtifactError("no result yet", where=str(run_folder / stage), remedy="run the stage that makes it")
+    return folder
 
 
 def base_of(manifest: Manifest, artifact: Path, console: Console) -> Path:

@@ -25,10 +25,11 @@ from alignment.records.forgetting import Forgetting
 from alignment.records.interval import Interval
 from alignment.records.reward_card import FILE as CARD_FILE
 from alignment.records.reward_card import RewardCard
-from alignment.records.run import RunRecord, StageEntry
+from alignment.records.run import RunRecord
 from alignment.records.worker import Progress
 from alignment.report import doubts
 from alignment.report.run_page.gate_section import only_for_gates
+from alignment.report.run_page.run_layout import artifact_folder
 from alignment.stages.kind_problems import KindError
 from alignment.stages.registry import OURS, lines_of, origin_of, produced_by, tables_of
 
@@ -50,42 +51,41 @@ def show_stages(console: Console, record: RunRecord, jobs: Mapping[str, str]) ->
 def show_results(console: Console, run_folder: Path, record: RunRecord) -> None:
     """Every finished evaluation, reward card and measurement of forgetting; the paths of the results if the run has no
     evaluation; and the path of the report."""
-    made = {name: stage for name, stage in record.stages.items() if stage.complete}
-    for name, stage in made.items():
-        artifact = Path(stage.artifact)
-        if produced_by(stage.kind) == EVALUATION and (artifact / EVALUATION_FILE).is_file():
+    folders = {name: artifact_folder(run_folder, name, stage) for name, stage in record.stages.items()}
+    made = {name: folder for name, folder in folders.items() if folder is not None and record.stages[name].complete}
+    for name, artifact in made.items():
+        if produced_by(record.stages[name].kind) == EVALUATION and (artifact / EVALUATION_FILE).is_file():
             evaluation, settings = Evaluation.read(artifact), record.settings_of(name)
             for_gates = only_for_gates(settings, evaluation, artifact)
             show_evaluation(console, evaluation, reference=settings.get("reference"), for_gates=for_gates)
-    for name, stage in made.items():
-        _show_other(console, name, produced_by(stage.kind), Path(stage.artifact))
+    for name, artifact in made.items():
+        _show_other(console, name, produced_by(record.stages[name].kind), artifact)
     if not any(produced_by(stage.kind) == EVALUATION for stage in record.stages.values()):
-        for name, stage in record.stages.items():
-            console.print(f"{name}: {stage.artifact}", markup=False, highlight=False, soft_wrap=True)
-    for stage in made.values():
-        for line in _lines(stage):
+        for name, folder in folders.items():
+            console.print(f"{name}: {folder or ''}", markup=False, highlight=False, soft_wrap=True)
+    for name, artifact in made.items():
+        for line in _lines(record.stages[name].kind, artifact):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for line in _doubts(record):
+    for line in _doubts(record, made):
         console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
     report = run_folder / REPORT
     if report.is_file():
         console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _lines(stage: StageEntry) -> list[str]:
+def _lines(kind: str, artifact: Path) -> list[str]:
     """What the stage's kind prints of its result.
 
     If a function of a kind from another package fails, the error is printed in its place. So is that of its tables,
     which the report lacks.
     """
-    artifact = Path(stage.artifact)
     try:
-        lines = lines_of(stage.kind, artifact)
+        lines = lines_of(kind, artifact)
     except KindError as error:
         lines = [error.labelled]
-    if origin_of(stage.kind) != OURS:
+    if origin_of(kind) != OURS:
         try:
-            tables_of(stage.kind, artifact)
+            tables_of(kind, artifact)
         except KindError as error:
             lines.append(error.labelled)
         except (ArtifactError, FileNotFoundError):  # the report says so
@@ -100,15 +100,14 @@ def _show_other(console: Console, name: str, artifact_kind: str, artifact: Path)
         show_forgetting(console, name, outcome)
 
 
-def _doubts(record: RunRecord) -> list[str]:
-    """Doubts about the results of a run; for a smoke run only that it is one."""
+def _doubts(record: RunRecord, made: Mapping[str, Path]) -> list[str]:
+    """Doubts about the results of a run, which are in the folders ``made``; for a smoke run only that it is one."""
     if doubts.is_smoke(record.profile):
         return [f"this is {doubts.SMOKE}"]
     return [
         f"{name}: {doubt}"
-        for name, stage in record.stages.items()
-        if stage.complete
-        for doubt in notes.of_result(stage.kind, Path(stage.artifact))
+        for name, artifact in made.items()
+        for doubt in notes.of_result(record.stages[name].kind, artifact)
     ]
 
 

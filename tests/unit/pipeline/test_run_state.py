@@ -19,6 +19,7 @@ from alignment.commands.status.driver import show_status
 from alignment.core.locks import held
 from alignment.pipeline.execute import run_state
 from alignment.pipeline.execute.run_state import as_it_is, explanation
+from alignment.records.run import StageEntry
 from alignment.records.worker import PROGRESS
 from tests.running import RunFolder
 
@@ -65,6 +66,24 @@ def test_a_killed_run_says_so_with_its_last_sign_of_life_and_what_to_do(killed: 
     assert lines[6].startswith("mine ended without recording how; the last sign of life was 3 min 2")
     assert lines[7] == "run the same command to continue"
     assert status(killed, None)[0].startswith("mine killed ")
+
+
+def test_a_run_that_was_moved_shows_its_progress_and_its_results(killed: RunFolder, tmp_path: Path) -> None:
+    judged = killed.output / "artifacts/judge-5f0e9b1c"
+    judged.mkdir()
+    (judged / "evaluation.json").write_text('{"arms": [{"name": "stage:sft", "words": {"mean": 7.5}}]}')
+    (judged / "samples.jsonl").touch()
+    entry = StageEntry(kind="evaluate", state="done", artifact=str(judged))
+    seen = (killed.folder / "run.json").stat().st_mtime
+    killed.run(stages={**killed.record.stages, "judge": entry})
+    os.utime(killed.folder / "run.json", (seen, seen))
+    before = status(killed)
+    killed.output = tmp_path / "moved"
+    killed.output.mkdir()
+    for part in ("runs", "artifacts"):
+        (tmp_path / part).rename(killed.output / part)
+    assert [line for line in before if line.startswith("sft 7.5")]
+    assert status(killed) == before
 
 
 @pytest.mark.parametrize("state", ["interrupted", "preempted"])

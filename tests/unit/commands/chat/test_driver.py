@@ -112,6 +112,17 @@ def test_arms_are_stages_the_base_or_other_results(runs: Runs, arms_of: Callable
     assert arms_of(str(runs.artifact("a", "sft")), "base") == ["base"]
 
 
+def test_results_of_a_run_that_was_moved_are_found(runs: Runs, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for part in ("runs", "artifacts"):
+        (runs.output / part).rename(moved / part)
+    runs.output = moved
+    for words in (("a",), ("a", "stage:dpo"), ("a/dpo",)):
+        runs.talk(*words)
+        assert [speaker["artifact"] for speaker in runs.speakers] == [str(moved / "artifacts/dpo-a")]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
