@@ -12,7 +12,7 @@ from alignment.config.did_you_mean import suggestion
 from alignment.core.artifacts import MANIFEST, POLICY, Manifest, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.pipeline.execute.display import announcer
-from alignment.pipeline.execute.stored_results import artifact_of, base_of, result_of
+from alignment.pipeline.execute.stored_results import artifact_of, base_of, recorded_base, result_of
 from alignment.pipeline.plan.references import BASE
 from alignment.pipeline.sources import model_sources
 from alignment.records.run import FILE, RunRecord
@@ -93,14 +93,11 @@ class PolicyFinder:
             where, source = base_of(manifest, folder, self._console), manifest.base["source"]
             return StoredPolicy(name=BASE, described=source, artifact=None, base=str(where), dtype=_dtype(manifest))
         model = self._record.config["model"]
-        base = model_sources.resolve(model["source"], where="model.source")
-        if not base.ready:
-            base = model_sources.fetch(base, announce=announcer(self._console))
         return StoredPolicy(
             name=BASE,
             described=model["source"],
             artifact=None,
-            base=str(base.folder),
+            base=str(self._base_of_run(self._record, model["source"])),
             dtype=model["dtype"],
             chat_template=model.get("chat_template"),
             template_options=model.get("template_options", {}),
@@ -113,6 +110,14 @@ class PolicyFinder:
             manifest = None if folder is None else read_manifest(folder)
             if manifest is not None:
                 yield name, manifest
+
+    def _base_of_run(self, record: RunRecord, source: str) -> Path | None:
+        """The folder of the run's base model, if possible the one from which its stages started."""
+        for _, manifest in self._last_manifests(record):
+            if (folder := recorded_base(manifest)) is not None:
+                return folder
+        base = model_sources.resolve(source, where="model.source")
+        return base.folder if base.ready else model_sources.fetch(base, announce=announcer(self._console)).folder
 
 
 def _dtype(manifest: Manifest) -> str:

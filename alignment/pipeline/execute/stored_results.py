@@ -52,6 +52,14 @@ def result_of(run_folder: Path, stage: str, entry: StageEntry) -> Path:
     return folder
 
 
+def recorded_base(manifest: Manifest) -> Path | None:
+    """The folder in which the base model was, if the manifest recorded its content and it is still there."""
+    base = manifest.base
+    if base.get("content") is None:
+        return None
+    return model_sources.unchanged(base["source"], Path(base["path"]), identity=base["content"])
+
+
 def base_of(manifest: Manifest, artifact: Path, console: Console) -> Path:
     """The folder of the base model, whose content is checked if the manifest recorded it.
 
@@ -63,6 +71,8 @@ def base_of(manifest: Manifest, artifact: Path, console: Console) -> Path:
         if (there / "config.json").is_file():
             return there
         raise ModelError("the base model of the result is missing", where=str(there), remedy="restore it")
+    if (folder := recorded_base(manifest)) is not None:
+        return folder
     model = model_sources.resolve(manifest.base["source"], where=str(artifact))
     if not model.ready:
         model = model_sources.fetch(model, announce=announcer(console))

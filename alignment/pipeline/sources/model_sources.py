@@ -87,6 +87,26 @@ def resolve_shapes(source: str, *, where: str) -> ModelSource:
     return replace(model, identity=f"hub:{repository.id}@{snapshot.name}", folder=snapshot, ready=True)
 
 
+def unchanged(source: str, folder: Path, *, identity: str) -> Path | None:
+    """The ``folder`` in which a model from ``source`` was, if it still has this identity; otherwise None, and for
+    models from elsewhere.
+
+    The source may say less: a relative path begins at another folder now, and a branch of a hub moves on.
+    """
+    repository = hub.repository(source, kind="model")
+    try:
+        if repository is not None:
+            now, there = f"hub:{repository.id}@{folder.name}", model_folder(str(folder), where=source)
+        elif source.startswith("path:"):
+            model = resolve(f"path:{folder}", where=source)
+            now, there = model.identity, folder
+        else:
+            return None
+    except ModelError:
+        return None
+    return there if now == identity else None
+
+
 def fetch(model: ModelSource, *, announce: bundled_model.Announce) -> ModelSource:
     """The same model, on this machine.
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from alignment.commands.chat.driver import chat
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError
+from alignment.pipeline.sources import model_sources
 
 OPTIONS = {"system": "", "max_new_tokens": 8, "temperature": 0.0, "seed": 0}
 
@@ -44,11 +45,11 @@ class Runs:
     def artifact(self, run: str, stage: str) -> Path:
         return self.output / "artifacts" / f"{stage}-{run}"
 
-    def publish(self, folder: Path, stage: str, kind: str) -> None:
+    def publish(self, folder: Path, stage: str, kind: str, **base_record: Any) -> None:
         content = self.output / "content"
         content.mkdir()
         (content / "metrics.jsonl").touch()
-        base = {"source": f"path:{self.base}", "path": str(self.base), "content": None}
+        base = {"source": f"path:{self.base}", "path": str(self.base), "content": None, **base_record}
         identity = {"kind": stage, "base": {"dtype": "float32"}}
         publish(content, folder, Manifest(stage=stage, kind=kind, fingerprint="0" * 64, identity=identity, base=base))
 
@@ -121,6 +122,19 @@ def test_results_of_a_run_that_was_moved_are_found(runs: Runs, tmp_path: Path) -
     for words in (("a",), ("a", "stage:dpo"), ("a/dpo",)):
         runs.talk(*words)
         assert [speaker["artifact"] for speaker in runs.speakers] == [str(moved / "artifacts/dpo-a")]
+
+
+def test_a_base_is_looked_for_where_it_was(runs: Runs) -> None:
+    """A relative path begins at the folder of the command, which is another one now."""
+    identity = model_sources.resolve(f"path:{runs.base}", where="base").identity
+    runs.add("b", sft=None)
+    runs.publish(runs.artifact("b", "sft"), "sft", "policy", source="path:base", content=identity)
+    file = runs.output / "runs/b/run.json"
+    file.write_text(file.read_text().replace(f"path:{runs.base}", "path:base"))
+    assert runs.talk("b", "sft", "base") == ["sft", "base"]
+    assert [speaker["base"] for speaker in runs.speakers] == [str(runs.base), str(runs.base)]
+    (runs.base / "model.safetensors").write_bytes(b"others")
+    assert "no folder" in runs.refused("b", "sft")
 
 
 @pytest.mark.parametrize(
