@@ -13,6 +13,7 @@ from alignment.commands.export.comparing import gap_between, logprobs
 from alignment.config.model import Dtype
 from alignment.core.artifacts import Manifest
 from alignment.core.errors import ModelError
+from alignment.data.tokens.rendering import turn_end_token
 from alignment.data.tokens.tokenize import STOPS, end_ids
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.models.assembly.adapters import is_prefix, put_back
@@ -47,6 +48,11 @@ class ExportedResult:
     def dtype(self) -> Dtype:
         """The dtype in which the result was computed."""
         return Dtype(self.manifest.identity["base"]["dtype"])
+
+    @property
+    def turn_end(self) -> str | None:
+        """The token that ends a turn; None without a chat template."""
+        return turn_end_token(self.tokenizer) if self.tokenizer.chat_template else None
 
     @property
     def stops(self) -> list[int]:

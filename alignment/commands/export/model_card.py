@@ -9,6 +9,7 @@ from typing import Any
 
 from alignment.commands.export.export_options import GGUF, VLLM
 from alignment.commands.export.provenance import Judged, Provenance, Remembered, Step, Tabled, without_folders
+from alignment.commands.export.usage_lines import usage_lines
 from alignment.core.artifacts import POLICY, REWARD_MODEL, Manifest
 from alignment.pipeline.sources import bundled_model
 from alignment.records.evaluation import Comparison, Evaluation
@@ -16,7 +17,6 @@ from alignment.records.interval import Interval
 from alignment.stages.base import ResultTable
 
 _LIBRARY = {"model": "transformers", "adapter": "peft", GGUF: "gguf", VLLM: "vllm"}
-_CLASS = {POLICY: "AutoModelForCausalLM", REWARD_MODEL: "AutoModelForSequenceClassification"}
 _TASK = {POLICY: "text-generation", REWARD_MODEL: "text-classification"}
 _OF_OPTIM = ("lr", "batch_size", "epochs", "max_steps", "schedule", "warmup_ratio", "weight_decay", "max_grad_norm")
 _OF_ADAPTER = {
@@ -29,16 +29,24 @@ _ELSEWHERE = ("kind", "adapter", "optim", "data")
 
 
 def model_card(
-    manifest: Manifest, origin: Provenance, *, form: str, notes: Sequence[str], files: Sequence[str] = ()
+    manifest: Manifest,
+    origin: Provenance,
+    *,
+    form: str,
+    turn_end: str | None,
+    notes: Sequence[str],
+    files: Sequence[str] = (),
 ) -> str:
     """Markdown with a header for model hubs; ``notes`` are sentences about this export, ``files`` its files.
+
+    ``turn_end`` is the token that ends a turn; None without a chat template.
 
     Folders of this machine are left out, because the card may be published.
     """
     sections = [
         _header(manifest, origin, form),
         _opening(manifest, origin),
-        _usage(manifest, form, files),
+        usage_lines(manifest, form, files, turn_end),
         [f"- {without_folders(note)}" for note in notes],
         ["## What was measured", "", *_measured(manifest, origin)],
         ["## Intended use and limits", "", *_limits(manifest, origin)],
@@ -98,48 +106,6 @@ def _licence(manifest: Manifest) -> str:
         base = bundled_model.MODELS[name].licence
         return f"{base} (the base). The licences of the training data apply too; they are not recorded here."
     return "the licences of the base and of the training data apply; they are not recorded here."
-
-
-def _usage(manifest: Manifest, form: str, files: Sequence[str]) -> list[str]:
-    if form == GGUF:
-        return ["```console", *_programs(manifest, files), "```"]
-    served = ["```bash", "vllm serve .  # in this folder", "```", ""] if form == VLLM else []
-    return [*served, "```python", *_python(manifest, form), "```"]
-
-
-def _programs(manifest: Manifest, files: Sequence[str]) -> list[str]:
-    """Commands for a folder with a GGUF file."""
-    (file,) = (name for name in files if name.endswith(".gguf"))
-    ollama = [f"$ ollama create {manifest.stage} -f Modelfile", f"$ ollama run {manifest.stage}"]
-    return [*(ollama if "Modelfile" in files else []), f"$ llama-server --model {file} --jinja"]
-
-
-def _python(manifest: Manifest, form: str) -> list[str]:
-    kind = _CLASS[manifest.kind]
-    if form == "adapter":
-        return [
-            "from peft import PeftModel",
-            f"from transformers import {kind}, AutoTokenizer",
-            "",
-            f'base = {kind}.from_pretrained("FOLDER_OF_THE_BASE", dtype="float32")  # as they were compared',
-            'model = PeftModel.from_pretrained(base, "FOLDER")',
-            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-        ]
-    loaded = [
-        f"from transformers import {kind}, AutoTokenizer",
-        "",
-        f'model = {kind}.from_pretrained("FOLDER")',
-        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
-    ]
-    if manifest.kind != "policy":
-        return loaded
-    return [
-        *loaded,
-        'turns = [{"role": "user", "content": "…"}]',
-        "prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)",
-        'ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**ids, max_new_tokens=256)[0]))",
-    ]
 
 
 # ---- what was measured ----------------------------------------------------------------------------------------------

@@ -302,7 +302,7 @@ def test_a_model_card_has_the_table_of_the_student(tmp_path: Path) -> None:
     artifact = distilled(tmp_path)
     manifest = verify(artifact, content=True)
     manifest = replace(manifest, identity={"kind": "distil"})
-    card = model_card(manifest, provenance(artifact, manifest), form="model", notes=[])
+    card = model_card(manifest, provenance(artifact, manifest), form="model", turn_end=None, notes=[])
     acceptance = Distillation.read(artifact).after.acceptance.mean
     assert "Compared with its teacher: The student, the first layer, on 24 tokens of the teacher's answers" in card
     assert f"| after | {acceptance:.3f} " in card

@@ -117,7 +117,7 @@ class Store:
         folder = self.root / "artifacts" / stage
         manifest = read_manifest(folder)
         assert manifest is not None
-        return model_card(manifest, provenance(folder, manifest, run), form=form, notes=["a note"])
+        return model_card(manifest, provenance(folder, manifest, run), form=form, turn_end=None, notes=["a note"])
 
 
 @pytest.fixture

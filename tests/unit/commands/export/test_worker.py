@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 from dataclasses import replace
@@ -29,7 +31,7 @@ from alignment.models.forward.rows import stream
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.sft.config import SftConfig
 from tests.oracles.close import close
-from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_reward, tiny_spec
+from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_reward, tiny_spec, tiny_tokenizer
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8, 2]])
@@ -83,6 +85,27 @@ def test_an_exported_model_stops_where_it_stopped_here(tmp_path: Path, base: Lin
     _, saved = _trained(tmp_path, base, kind)
     export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [0, 2, 9]
+
+
+def _output_of_card(folder: Path) -> str:
+    """What the lines of Python in the exported folder's card print."""
+    card = (folder / "README.md").read_text()
+    code = card.split("```python\n")[1].split("```")[0].replace('"FOLDER"', repr(str(folder)))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code, {})
+    return printed.getvalue()
+
+
+@pytest.mark.parametrize("has_template", [True, False])
+def test_the_lines_of_a_card_answer(tmp_path: Path, *, has_template: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    if not has_template:
+        tokenizer.chat_template = None
+    base = Lineage(source=BASE_SOURCE, base=save_tiny_model(tmp_path / "base", tokenizer=tokenizer), adapters=())
+    _, saved = _trained(tmp_path, base, AdapterKind.lora)
+    export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
+    assert _output_of_card(tmp_path / "out").startswith("<|im_start|>" if has_template else "…")
 
 
 def test_stacked_adapters_become_one_model(tmp_path: Path, base: Lineage) -> None:

@@ -1,0 +1,60 @@
+"""The lines of a model card that use what was exported."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from alignment.commands.export.export_options import GGUF, VLLM
+from alignment.core.artifacts import POLICY, REWARD_MODEL, Manifest
+
+_CLASS = {POLICY: "AutoModelForCausalLM", REWARD_MODEL: "AutoModelForSequenceClassification"}
+
+
+def usage_lines(manifest: Manifest, form: str, files: Sequence[str], turn_end: str | None) -> list[str]:
+    """Markdown with commands or Python; ``turn_end`` is the token that ends a turn, None without a chat template."""
+    if form == GGUF:
+        return ["```console", *_programs(manifest, files), "```"]
+    served = ["```bash", "vllm serve .  # in this folder", "```", ""] if form == VLLM else []
+    return [*served, "```python", *_python(manifest, form, turn_end), "```"]
+
+
+def _programs(manifest: Manifest, files: Sequence[str]) -> list[str]:
+    """Commands for a folder with a GGUF file."""
+    (file,) = (name for name in files if name.endswith(".gguf"))
+    ollama = [f"$ ollama create {manifest.stage} -f Modelfile", f"$ ollama run {manifest.stage}"]
+    return [*(ollama if "Modelfile" in files else []), f"$ llama-server --model {file} --jinja"]
+
+
+def _python(manifest: Manifest, form: str, turn_end: str | None) -> list[str]:
+    kind = _CLASS[manifest.kind]
+    if form == "adapter":
+        return [
+            "from peft import PeftModel",
+            f"from transformers import {kind}, AutoTokenizer",
+            "",
+            f'base = {kind}.from_pretrained("FOLDER_OF_THE_BASE", dtype="float32")  # as they were compared',
+            'model = PeftModel.from_pretrained(base, "FOLDER")',
+            'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+        ]
+    loaded = [
+        f"from transformers import {kind}, AutoTokenizer",
+        "",
+        f'model = {kind}.from_pretrained("FOLDER")',
+        'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
+    ]
+    return [*loaded, *([] if manifest.kind == REWARD_MODEL else _answer(turn_end))]
+
+
+def _answer(turn_end: str | None) -> list[str]:
+    if turn_end is None:
+        ids = ['ids = tokenizer("…", return_tensors="pt")']
+    else:
+        ids = [
+            'turns = [{"role": "user", "content": "…"}]',
+            "prompt = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)",
+            'ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")',
+        ]
+    return [
+        *ids,
+        "print(tokenizer.decode(model.generate(**ids, max_new_tokens=256)[0]))",
+    ]
