@@ -177,6 +177,12 @@ MUTATIONS = [
             "",
             "test_what_was_written_wrong_is_not_exported",
         ),
+        (
+            "an exported policy keeps the base's own ways of sampling",
+            "merged.generation_config = generation_settings(result.stops, result.tokenizer.pad_token_id)",
+            "merged.generation_config.eos_token_id = result.stops",
+            "test_the_base_s_ways_of_sampling_do_not_change_an_exported_policy",
+        ),
     ),
     *in_file(
         "commands/export/as_adapter.py",

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from alignment.commands.export.comparing import logprobs, refuse_differences
 from alignment.commands.export.exported import ExportedResult, merged_policy, refuse_prefix
+from alignment.commands.shared.generation_settings import generation_settings
 from alignment.models.assembly.load import DTYPES, load_scalar, load_scalar_head
 
 
@@ -23,7 +24,8 @@ def write_policy(result: ExportedResult, folder: Path, *, max_gap: float) -> lis
     dtype = DTYPES[result.dtype]
     merged, expected, notes = merged_policy(result, dtype, max_gap=max_gap)
     merged.config.use_cache = True
-    merged.generation_config.eos_token_id = result.stops  # so that `generate` stops where it stopped here
+    # So that `generate` stops where it stopped here, and the base's own settings change no answer.
+    merged.generation_config = generation_settings(result.stops, result.tokenizer.pad_token_id)
     merged.save_pretrained(str(folder))
     again = AutoModelForCausalLM.from_pretrained(str(folder), dtype=dtype, use_safetensors=True).eval()
     refuse_differences(logprobs(again, result.rows), expected, folder)

@@ -46,6 +46,7 @@ def _python(manifest: Manifest, form: str, turn_end: str | None) -> list[str]:
 
 
 def _answer(turn_end: str | None) -> list[str]:
+    """Generates as evaluations do unless their settings say otherwise: the most likely tokens."""
     if turn_end is None:
         ids = ['ids = tokenizer("…", return_tensors="pt")']
     else:
@@ -56,5 +57,6 @@ def _answer(turn_end: str | None) -> list[str]:
         ]
     return [
         *ids,
-        "print(tokenizer.decode(model.generate(**ids, max_new_tokens=256)[0]))",
+        "answer = model.generate(**ids, max_new_tokens=256, do_sample=False)  # without it: sampled at temperature 1",
+        "print(tokenizer.decode(answer[0]))",
     ]

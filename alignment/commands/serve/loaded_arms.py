@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from alignment.commands.shared.generation_settings import generation_settings
 from alignment.commands.shared.loaded_policies import parts_of
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.config.model import Dtype, TemplateChoice
@@ -72,13 +73,5 @@ def merged(lineage: Lineage, tokenizer: Any, dtype: str) -> PreTrainedModel:
 
 
 def generation_config(tokenizer: Any) -> GenerationConfig:
-    """Ends answers at every token that ends one in training, and samples from the whole distribution at temperature 1,
-    as training did, unless a client says otherwise."""
-    return GenerationConfig(
-        eos_token_id=sorted(end_ids(tokenizer)),
-        pad_token_id=tokenizer.pad_token_id,
-        do_sample=True,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=0,
-    )
+    """Ends answers at every token that ends one in training; see ``generation_settings``."""
+    return generation_settings(end_ids(tokenizer), tokenizer.pad_token_id)

@@ -87,6 +87,24 @@ def test_an_exported_model_stops_where_it_stopped_here(tmp_path: Path, base: Lin
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [0, 2, 9]
 
 
+def test_the_base_s_ways_of_sampling_do_not_change_an_exported_policy(tmp_path: Path, base: Lineage) -> None:
+    """A repetition penalty changes even the most likely tokens, and evaluations have none."""
+    file = base.base / "generation_config.json"
+    ways = {"do_sample": True, "repetition_penalty": 5.0, "temperature": 0.7, "top_k": 20}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **ways}))
+    _, saved = _trained(tmp_path, base, AdapterKind.lora)
+    export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
+    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert "repetition_penalty" not in settings
+    assert (settings["do_sample"], settings["temperature"], settings["top_k"]) == (True, 1.0, 0)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    answer, expected = again.generate(IDS, do_sample=False, max_new_tokens=12), IDS
+    with torch.no_grad():
+        while expected.shape[1] < answer.shape[1]:
+            expected = torch.cat([expected, again(input_ids=expected).logits[:, -1:].argmax(-1)], dim=1)
+    assert answer.tolist() == expected.tolist()
+
+
 def _output_of_card(folder: Path) -> str:
     """What the lines of Python in the exported folder's card print."""
     card = (folder / "README.md").read_text()
