@@ -1,7 +1,8 @@
 """Reward models as scorers: a model that a stage made reads the policy's tokens, any other model reads text.
 
 An external model has its own tokenizer and chat template. So the answer is decoded, put after its prompt, rendered
-with that model's template, and scored at the last real token, which is found by length and never by a pad id.
+with that model's template, and scored at the last real token, which is found by length and never by a pad id. A reward
+model that was exported here is scored at the end of the turn, as in its training.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from alignment.core.errors import DataError, ModelError, RewardError
 from alignment.core.model_files import refuse_weights_elsewhere
 from alignment.costs.recorder import WEIGHTS, memory_for, on_shadows
 from alignment.data.records import Prompt
-from alignment.data.tokens.rendering import render
-from alignment.data.tokens.tokenize import encode
+from alignment.data.tokens.rendering import prompt_and_answers, render
+from alignment.data.tokens.tokenize import encode_all
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.models.assembly.load import DTYPES, products_in
 from alignment.models.assembly.prefix import positions_of
+from alignment.models.assembly.reward_head import AT_TURN_END
 from alignment.models.forward.answers import batches, scalar_scores
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.rows import by_tokens, stream
@@ -78,7 +80,7 @@ class TextScorer:
         self._control = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
         for prompt in prompts:
             try:
-                self._text(prompt, _ANY_ANSWER)
+                self._parts(prompt, _ANY_ANSWER)
             except DataError as error:
                 raise DataError(
                     f"cannot be scored by {source}: {error.message}", where=prompt.where, remedy=error.remedy
@@ -106,16 +108,22 @@ class TextScorer:
             RewardError: the model's template refuses the conversation.
         """
         try:
-            return encode(self._tokenizer, self._text(prompt, text))
+            parts = encode_all(self._tokenizer, self._parts(prompt, text))
+            return [token for part in parts for token in part]
         except DataError as error:
             raise RewardError(
                 f"cannot score an answer to {prompt.where}: {error.message}", where=self._source
             ) from error
 
-    def _text(self, prompt: Prompt, answer: str) -> str:
-        """Prompt and answer, rendered with the model's own chat template."""
+    def _parts(self, prompt: Prompt, answer: str) -> list[str]:
+        """Prompt and answer, rendered with the model's own chat template.
+
+        For a reward model that was exported here, they are two parts that end with the turn, as in its training.
+        """
         turn = Message(role="assistant", content=_without(self._control, answer))
-        return render(self._tokenizer, [*prompt.messages, turn], answering=False)
+        if getattr(self._model.config, AT_TURN_END, False):
+            return prompt_and_answers(self._tokenizer, prompt.messages, [turn])
+        return [render(self._tokenizer, [*prompt.messages, turn], answering=False)]
 
     def _refuse_too_long(self, rows: Sequence[Sequence[int]], answers: Answers) -> None:
         positions, lengths = positions_of(self._model.base_model), [len(row) for row in rows]

@@ -173,9 +173,21 @@ MUTATIONS = [
         ),
         (
             "an exported reward model is not read back",
-            "    refuse_differences(_scores(again, result.rows), expected, folder)\n",
+            "    refuse_differences(_scores(again, rows), expected, folder)\n",
             "",
             "test_what_was_written_wrong_is_not_exported",
+        ),
+        (
+            "an exported reward model's padding is the token that ends answers",
+            "if token not in result.stops and token < size]",
+            "if token < size]",
+            "test_a_reward_model_becomes_a_sequence_classifier",
+        ),
+        (
+            "the head is expected as it is where a reader rounds it",
+            "    model.score.to(dtype)\n",
+            "",
+            "test_a_reward_model_in_bfloat16_is_exported_and_keeps_its_head",
         ),
         (
             "an exported policy keeps the base's own ways of sampling",

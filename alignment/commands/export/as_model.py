@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from alignment.commands.export.comparing import logprobs, refuse_differences
 from alignment.commands.export.exported import ExportedResult, merged_policy, refuse_prefix
 from alignment.commands.shared.generation_settings import generation_settings
+from alignment.config.model import Dtype
+from alignment.data.tokens.tokenize import turn_end_id
 from alignment.models.assembly.load import DTYPES, load_scalar, load_scalar_head
+from alignment.models.assembly.reward_head import AT_TURN_END, HEAD
 
 
 def write_policy(result: ExportedResult, folder: Path, *, max_gap: float) -> list[str]:
@@ -35,30 +38,67 @@ def write_policy(result: ExportedResult, folder: Path, *, max_gap: float) -> lis
 def write_reward(result: ExportedResult, folder: Path) -> list[str]:
     """Writes a sequence classifier, whose score lacks our offset, because it has no field for it.
 
+    The file keeps the head in float32. A reader in bfloat16 rounds it, so the expected scores are rounded alike.
+
     Raises:
         ModelError: an adapter is a prefix, or the classifier gives other scores when it is loaded.
     """
     refuse_prefix(result.lineage)
     dtype = DTYPES[result.dtype]
     model = load_scalar(result.lineage, dtype)
-    load_scalar_head(model, result.artifact / "head.safetensors")
-    offset = float(model.score_offset)
-    model.config.pad_token_id = result.tokenizer.pad_token_id
+    load_scalar_head(model, result.artifact / HEAD)
+    padding = _set_padding(model, result)
+    setattr(model.config, AT_TURN_END, True)
     model.config.use_cache = True
-    expected = _scores(model, result.rows)
     model.save_pretrained(str(folder))
+    rows = [[*row, turn_end_id(result.tokenizer)] for row in result.rows]
+    exact = _scores_at_ends(model, rows)
+    model.score.to(dtype)
+    expected = _scores_at_ends(model, rows)
     again = AutoModelForSequenceClassification.from_pretrained(str(folder), dtype=dtype, use_safetensors=True).eval()
-    again.score.float()
-    refuse_differences(_scores(again, result.rows), expected, folder)
+    refuse_differences(_scores(again, rows), expected, folder)
     return [
-        f"its scores are the scores in training plus {offset:.4f}, the offset that makes chosen answers score 0",
-        "loaded by transformers, it gives the same outputs on the test texts, one row at a time",
+        f"its scores are the scores in training plus {float(model.score_offset):.4f}, the offset that makes chosen "
+        "answers score 0",
+        *_rounding(result.dtype, float((expected - exact).abs().max())),
+        padding,
+        "loaded by transformers, it gives the same scores at the end of the test texts as before it was saved",
+    ]
+
+
+def _set_padding(model: PreTrainedModel, result: ExportedResult) -> str:
+    """Chooses a padding token that ends no answer; returns a note about it.
+
+    transformers scores the last token that is not padding. In training, padding is often EOS, which ends answers.
+    """
+    tokenizer, size = result.tokenizer, model.get_input_embeddings().num_embeddings
+    control = [token for token, content in sorted(tokenizer.added_tokens_decoder.items()) if content.special]
+    known = [token for token in (tokenizer.pad_token_id, tokenizer.unk_token_id, *control) if token is not None]
+    usable = [token for token in known if token not in result.stops and token < size]
+    model.config.get_text_config().pad_token_id = usable[0] if usable else None
+    if not usable:
+        return "every special token ends answers, so none can be padding: score one conversation at a time"
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(usable[0])
+    return f"its padding token is {tokenizer.pad_token}, because one that ends answers would hide their ends"
+
+
+def _rounding(dtype: Dtype, change: float) -> list[str]:
+    if dtype is Dtype.float32:
+        return []
+    return [
+        f"loaded in {dtype.value}, its head and scores are rounded, which changed scores by at most {change:.2g} on "
+        'the test texts; loaded with dtype="float32", they are not'
     ]
 
 
 @torch.no_grad()
 def _scores(model: PreTrainedModel, rows: Sequence[list[int]]) -> Tensor:
-    """``[rows]``; row by row, because transformers finds a row's end by its pad id, which may be a real token here."""
-    states = [model.base_model(torch.tensor([row])).last_hidden_state[0, -1] for row in rows]
-    scores: Tensor = model.score(torch.stack(states).to(model.score.weight.dtype))
-    return scores.float().squeeze(-1)
+    """``[rows]``, where transformers finds the ends of the rows."""
+    return torch.cat([model(input_ids=torch.tensor([row])).logits[0] for row in rows]).float()
+
+
+@torch.no_grad()
+def _scores_at_ends(model: PreTrainedModel, rows: Sequence[list[int]]) -> Tensor:
+    """``[rows]`` at the last token of each, as in training."""
+    states = [model.base_model(torch.tensor([row])).last_hidden_state for row in rows]
+    return torch.cat([model.score(of_row.to(model.score.weight.dtype))[0, -1] for of_row in states]).float()

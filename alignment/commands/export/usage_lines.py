@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from alignment.commands.export.export_options import GGUF, VLLM
@@ -36,13 +37,14 @@ def _python(manifest: Manifest, form: str, turn_end: str | None) -> list[str]:
             'model = PeftModel.from_pretrained(base, "FOLDER")',
             'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
         ]
+    whole = ', dtype="float32")  # which does not round its head' if manifest.kind == REWARD_MODEL else ")"
     loaded = [
         f"from transformers import {kind}, AutoTokenizer",
         "",
-        f'model = {kind}.from_pretrained("FOLDER")',
+        f'model = {kind}.from_pretrained("FOLDER"{whole}',
         'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
     ]
-    return [*loaded, *([] if manifest.kind == REWARD_MODEL else _answer(turn_end))]
+    return [*loaded, *(_score(turn_end) if manifest.kind == REWARD_MODEL else _answer(turn_end))]
 
 
 def _answer(turn_end: str | None) -> list[str]:
@@ -59,4 +61,18 @@ def _answer(turn_end: str | None) -> list[str]:
         *ids,
         "answer = model.generate(**ids, max_new_tokens=256, do_sample=False)  # without it: sampled at temperature 1",
         "print(tokenizer.decode(answer[0]))",
+    ]
+
+
+def _score(turn_end: str | None) -> list[str]:
+    """Scores a conversation at the end of its last turn; the template may add a line break, which was not trained."""
+    if turn_end is None:
+        return []
+    end = json.dumps(turn_end, ensure_ascii=False)
+    return [
+        'turns = [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]',
+        "text = tokenizer.apply_chat_template(turns, tokenize=False)",
+        f"text = text[: text.rindex({end}) + {len(turn_end)}]  # the score is that of {end}, which ends the answer",
+        'ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")',
+        "print(model(**ids).logits[0, 0])",
     ]

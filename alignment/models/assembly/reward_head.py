@@ -15,6 +15,8 @@ from alignment.models.kernels.nf4 import quantize_trunk
 
 HEAD = "head.safetensors"
 """The file of a reward model's scalar head, in its artifact."""
+AT_TURN_END = "scored_at_turn_end"
+"""The key in an exported reward model's config.json that says: the score is that of the token that ends the turn."""
 
 
 def load_reward_model(

@@ -22,20 +22,24 @@ from alignment.commands.export.worker import export, main
 from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.core.errors import ArtifactError, ModelError
+from alignment.data.tokens.tokenize import answer_ids, prompt_ids
 from alignment.job import StageInput
 from alignment.models.assembly.load import Lineage, lineage
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.assembly.start import load_start
 from alignment.models.forward.answers import scalar_scores
 from alignment.models.forward.rows import stream
+from alignment.rewards.reward_models import Computation, TextScorer, load_external
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.sft.config import SftConfig
 from tests.oracles.close import close
 from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_reward, tiny_spec, tiny_tokenizer
+from tests.unit.rewards.conftest import answers_to, prompt
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8, 2]])
 IDENTITY = {"kind": "sft", "base": {"content": None, "dtype": "float32"}}
+PROMPT = prompt("…", line=1)
 KINDS = [AdapterKind.full, AdapterKind.lora, AdapterKind.dora, AdapterKind.qlora]
 
 
@@ -176,12 +180,37 @@ def test_a_reward_model_becomes_a_sequence_classifier(tmp_path: Path, base: Line
     saved = tiny_reward(tmp_path, AdapterConfig(kind=kind, rank=4), start=base, identity=IDENTITY)
     notes = export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
     spec = tiny_spec(tmp_path, DpoConfig(), base_path=base.base)
+    ids = prompt_ids(tiny_tokenizer(), PROMPT.messages) + answer_ids(tiny_tokenizer(), PROMPT.messages, "…")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
     with torch.no_grad():
-        ours = scalar_scores(load_reward_model(spec, saved, device=CPU), stream([IDS[0].tolist()], CPU))
-        plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out")
-        exported_scores = plain.score(plain.model(IDS).last_hidden_state[:, -1]).squeeze(-1)
+        ours = scalar_scores(load_reward_model(spec, saved, device=CPU), stream([ids, ids[:9]], CPU))
+        batch = tokenizer.pad({"input_ids": [ids, ids[:9]]}, return_tensors="pt")
+        exported_scores = plain(**batch).logits.squeeze(-1)
+    assert ids[-1] == tokenizer.eos_token_id
     close(exported_scores - 0.5, ours, rtol=1e-4, atol=1e-4)
     assert "plus 0.5000" in notes
+    assert tokenizer.pad_token_id not in ids
+    assert float(_output_of_card(tmp_path / "out").split("(")[1].split(",")[0].rstrip(")\n")) == pytest.approx(
+        float(exported_scores[0]), abs=1e-3
+    )
+    model, own_tokenizer = load_external(tmp_path / "out", Dtype.float32, source="path:out")
+    run = Computation(device=CPU, dtype=Dtype.float32, tokens=1000)
+    scorer = TextScorer(model, own_tokenizer, [PROMPT], run, source="path:out")
+    close(scorer.scores(answers_to([PROMPT], ["…"])), exported_scores[:1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.lora])
+def test_a_reward_model_in_bfloat16_is_exported_and_keeps_its_head(
+    tmp_path: Path, base: Lineage, kind: AdapterKind
+) -> None:
+    identity = {"kind": "reward", "base": {"content": None, "dtype": "bfloat16"}}
+    saved = tiny_reward(tmp_path, AdapterConfig(kind=kind, rank=4), start=base, identity=identity)
+    notes = export(saved.path, base.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
+    assert "loaded in bfloat16, its head and scores are rounded, which changed scores by at most 0." in notes
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert torch.equal(plain.score.weight, load_file(saved.path / "head.safetensors")["weight"])
+    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
 def test_a_reward_model_is_no_adapter(tmp_path: Path, base: Lineage) -> None:
