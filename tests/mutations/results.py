@@ -205,6 +205,12 @@ MUTATIONS = [
             "",
             "test_what_was_written_wrong_is_not_exported",
         ),
+        (
+            "an exported adapter names a branch that moves",
+            "str(content or source)",
+            "str(source)",
+            "test_an_adapter_names_the_commit_of_its_base_on_the_hub",
+        ),
     ),
     *in_file(
         "commands/export/exported.py",

@@ -36,8 +36,7 @@ def write_adapter(result: ExportedResult, folder: Path) -> list[str]:
         )
     shutil.copytree(lineage.adapters[0].path, folder)
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    of_hub = lineage.source.partition(":")[2].partition("@")[0]
-    config["base_model_name_or_path"] = of_hub if lineage.source.startswith("hub:") else str(lineage.base)
+    config["base_model_name_or_path"], config["revision"] = _base_for_peft(result)
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     original = put_back(load_policy(lineage.weights, torch.float32), [lineage.adapters[0].path], trainable=False)
     expected = stream_logprobs(original.get_base_model(), result.rows)
@@ -52,3 +51,12 @@ def write_adapter(result: ExportedResult, folder: Path) -> list[str]:
             "it was trained on a base in four bits (NF4, double quantisation), so load the base in the same way"
         )
     return notes
+
+
+def _base_for_peft(result: ExportedResult) -> tuple[str, str | None]:
+    """The base's name on the hub and its commit, or its folder; the revision in the recipe may be a branch."""
+    source, content = result.lineage.source, result.manifest.base["content"]
+    if not source.startswith("hub:"):
+        return str(result.lineage.base), None
+    name, _, revision = str(content or source).removeprefix("hub:").partition("@")
+    return name, revision or None

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,11 @@ def base(tmp_path: Path) -> Lineage:
 
 
 def _trained(
-    folder: Path, start: Lineage, kind: AdapterKind, chain: Chain = Chain.merge
+    folder: Path,
+    start: Lineage,
+    kind: AdapterKind,
+    chain: Chain = Chain.merge,
+    identity: Mapping[str, Any] = IDENTITY,
 ) -> tuple[torch.Tensor, StageInput]:
     """What a trained policy says, and its artifact."""
     adapter = AdapterConfig(kind=kind, rank=4, chain=chain)
@@ -59,7 +64,7 @@ def _trained(
     if kind is AdapterKind.full:
         model.model.norm.weight.data.mul_(1.5)
     config = SftConfig(adapter=adapter) if not start.adapters else DpoConfig(adapter=adapter)
-    spec = tiny_spec(folder, config, base_path=start.base, identity=IDENTITY)
+    spec = tiny_spec(folder, config, base_path=start.base, identity=dict(identity))
     with torch.no_grad():
         logits = model(input_ids=IDS).logits
     return logits, publish_tiny(spec, model, start)
@@ -163,6 +168,15 @@ def test_an_adapter_names_the_folder_of_its_bundled_base_as_needed(tmp_path: Pat
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"- whoever loads it needs the base: {base.base.name}\n" in card
     assert str(tmp_path) not in card, "a card may be published"
+
+
+def test_an_adapter_names_the_commit_of_its_base_on_the_hub(tmp_path: Path, base: Lineage) -> None:
+    """A branch moves; an adapter on other weights says something else."""
+    identity = {"kind": "sft", "base": {"content": "hub:org/name@0123abcd", "dtype": "float32"}}
+    _, policy = _trained(tmp_path, replace(base, source="hub:org/name@main"), AdapterKind.lora, identity=identity)
+    export(policy.path, base.base, tmp_path / "out", ExportOptions(form="adapter", max_gap=0.01))
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/name", "0123abcd")
 
 
 def test_adapters_on_adapters_are_no_adapter_of_the_base(tmp_path: Path, base: Lineage) -> None:
