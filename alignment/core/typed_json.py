@@ -47,13 +47,18 @@ _WORDS = {str: "text", int: "a whole number", float: "a number", bool: "true or 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """Marks text that is one line, of which a page shows so many characters: ``Annotated[str, Line(80)]``."""
+    """Marks text that is one line, of which a page shows so many characters: ``Annotated[str, Line(80)]``.
+
+    Of a name that is longer, a page shows the end, in which paths differ.
+    """
 
     limit: int
+    is_name: bool = False
 
 
-Name = Annotated[str, Line(80)]
-Label = Annotated[str, Line(48)]
+Name = Annotated[str, Line(200, is_name=True)]
+"""Names are keys too, so few are ever cut; a page draws them shorter where there is little room."""
+Label = Annotated[str, Line(48, is_name=True)]
 
 
 @runtime_checkable
@@ -71,10 +76,13 @@ class Cleaning:
 
     prose: Callable[[str], str]
     line: Callable[[str, int], str]
+    name: Callable[[str, int], str]
     number: Callable[[float], float | None]
 
 
-AS_IT_IS = Cleaning(prose=lambda text: text, line=lambda text, _: text, number=lambda number: number)
+AS_IT_IS = Cleaning(
+    prose=lambda text: text, line=lambda text, _: text, name=lambda text, _: text, number=lambda number: number
+)
 
 
 class NewerVersion(ArtifactError):
@@ -249,11 +257,15 @@ class _Reader:
         if not _is_a(raw, kind):
             return self._misfit(raw, _WORDS[kind], where)
         if kind is str:
-            return self._cleaning.prose(raw) if line is None else self._cleaning.line(raw, line.limit)
+            return self._cleaning.prose(raw) if line is None else self._one_line(raw, line)
         if kind is bool:
             return raw
         number = self._cleaning.number(float(raw) if kind is float else raw)
         return _ABSENT if number is None else number
+
+    def _one_line(self, raw: str, line: Line) -> str:
+        clean = self._cleaning.name if line.is_name else self._cleaning.line
+        return clean(raw, line.limit)
 
     def _misfit(self, raw: Any, expected: str, where: str) -> Any:
         self.faults.append(f"{where}: {raw!r:.60} is not {expected}" if where else f"{raw!r:.60} is not {expected}")

@@ -149,7 +149,7 @@ def _sentence(runs: Sequence[ListedRun], difference: Difference) -> str:
 
 
 def _label(arm: str) -> str:
-    return text.name(arm.removeprefix("stage:"), limit=48)
+    return text.path_end(arm.removeprefix("stage:"), limit=48)
 
 
 def _bounds(item: Interval) -> str:

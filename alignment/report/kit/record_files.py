@@ -14,7 +14,7 @@ def _drawable(number: float) -> float | None:
     return None if text.finite(number) is None else number
 
 
-FOR_A_PAGE = Cleaning(prose=text.prose, line=text.name, number=_drawable)
+FOR_A_PAGE = Cleaning(prose=text.prose, line=text.name, name=text.path_end, number=_drawable)
 
 
 def shown(path: Path, kind: type[Record]) -> tuple[Record | None, str]:

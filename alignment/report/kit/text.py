@@ -82,9 +82,19 @@ def memory(size: float | None) -> str:
 
 def name(value: Any, limit: int = 80) -> str:
     """A name on one line, without control and direction-changing characters, which could affect the text around it."""
-    visible = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in str(value))
-    line = " ".join(visible.split())
+    line = _visible(value)
     return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+def path_end(value: Any, limit: int = 80) -> str:
+    """Like ``name``, but of a long one the end is kept: paths to several models often begin alike."""
+    line = _visible(value)
+    return line if len(line) <= limit else "…" + line[1 - limit :]
+
+
+def _visible(value: Any) -> str:
+    visible = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in str(value))
+    return " ".join(visible.split())
 
 
 def prose(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,14 @@ def read_evaluation(path: Path) -> tuple[Evaluation | None, str]:
     record, note = shown(path, Evaluation)
     if record is not None and not record.arms:
         return None, f"The file {path.name} names no arms."
-    return record, note
+    return None if record is None else _with_labels_of_their_own(record), note
+
+
+def _with_labels_of_their_own(evaluation: Evaluation) -> Evaluation:
+    """The evaluation, with an arm's whole name where its label, as the page cuts it, is that of another arm too."""
+    taken = Counter(arm.label for arm in evaluation.arms)
+    arms = [replace(arm, label=arm.name) if taken[arm.label] > 1 else arm for arm in evaluation.arms]
+    return replace(evaluation, arms=arms)
 
 
 def read_samples(rows: list[dict[str, Any]], primary: Metric | None) -> tuple[list[Sample], int]:

@@ -72,7 +72,7 @@ def _lead(record: SweepRecord) -> str:
 
 def _shared(goal: Goal) -> str:
     """The arms that all trials share, which did not need the sweep."""
-    arms = [f"{text.name(label, limit=48)} {_with_bounds(value)}" for label, value in goal.shared_arms.items()]
+    arms = [f"{text.path_end(label, limit=48)} {_with_bounds(value)}" for label, value in goal.shared_arms.items()]
     return f"The same in all trials, to compare with {goal.label}: {text.listing(arms)}."
 
 
@@ -119,7 +119,7 @@ def _guide(goal: Goal, figures: list[Interval]) -> tuple[str, float | None]:
     ranked = sorted(goal.shared_arms.items(), key=lambda arm: arm[1].mean, reverse=not goal.minimize)
     for label, value in ranked[:1]:
         if min(ends) - reach <= value.mean <= max(ends) + reach:
-            return f"{text.name(label, limit=48)} {text.number(value.mean, 3)}", value.mean
+            return f"{text.path_end(label, limit=48)} {text.number(value.mean, 3)}", value.mean
     return "", _chance(goal.label)
 
 

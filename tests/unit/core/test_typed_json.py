@@ -116,6 +116,7 @@ def test_a_newer_form_is_refused_whatever_else_the_file_holds(tmp_path: Path) ->
 CLEANING = Cleaning(
     prose=str.upper,
     line=lambda line, limit: line[: limit // 16],
+    name=lambda name, limit: name[-(limit // 16) :],
     number=lambda number: number if math.isfinite(number) else None,
 )
 
@@ -135,7 +136,7 @@ def test_a_page_gets_what_has_its_form_and_can_be_shown() -> None:
     assert parts(raw, Table, CLEANING) == Table(
         rows=3,
         arms=[
-            Arm(name="sta", gold=Interval(mean=0.5)),
+            Arm(name="sft", gold=Interval(mean=0.5)),
             Arm(name="dpo", figures={"A": Interval(mean=1.0)}),
         ],
         setting="TEXT",

@@ -161,6 +161,14 @@ def test_a_guide_that_holds_for_one_only_is_left_out(compared: Compared) -> None
     assert 'class="guide"' not in drawn
 
 
+def test_arms_at_long_paths_are_named_by_their_ends(compared: Compared) -> None:
+    arms = [f"path:/scratch/{'experiments/' * 8}exp{number}/checkpoint-500" for number in (1, 2)]
+    compared.differences = [_difference(arm, 0.09, 0.05) for arm in arms]
+    text = Page(compared.html()).text
+    for number in (1, 2):
+        assert f"exp{number}/checkpoint-500: B is really better than A" in text
+
+
 def test_what_a_run_lacks_is_said(compared: Compared) -> None:
     first, second = compared.runs
     second.evaluation = second.samples = None

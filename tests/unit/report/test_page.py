@@ -198,6 +198,18 @@ def test_an_arm_with_nothing_but_a_name_is_shown_with_dashes(fake_run):
     assert row.count("<td>–</td>") == 8, "nobody has a loss, a perplexity or refusals, so these have no column"
 
 
+def test_arms_at_long_paths_that_end_alike_have_labels_of_their_own(fake_run):
+    paths = {arm: f"path:/scratch/{arm}/{'experiments/' * 8}checkpoint-500" for arm in ("base", "base+prompt")}
+    for arm, path in paths.items():
+        for part in ("evaluation", "samples"):
+            written = json.dumps(getattr(fake_run, part)).replace(json.dumps(arm), json.dumps(path))
+            setattr(fake_run, part, json.loads(written))
+    html = fake_run.html(num_samples=1)
+    for path in paths.values():
+        assert f'<th scope="row"><bdi>{path}</bdi></th>' in html
+    assert Page(html).text.count("checkpoint-500") > 4
+
+
 def test_a_finished_run_is_not_called_unfinished(fake_run):
     html = fake_run.html()
     assert "<title>quickstart · alignment report</title>" in html
