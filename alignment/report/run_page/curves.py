@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
@@ -44,21 +44,50 @@ def charts(stage: Stage) -> list[Chart]:
 def overlaid(stages: Sequence[tuple[str, int, Stage]]) -> list[Chart]:
     """One stage of several runs, each ``(tag, look, stage)``: a chart for each figure, a line for each run that has it.
 
-    A guide line is drawn only if it holds for all of them.
+    A run has a line only in charts that its own settings give it: a figure may have another title or unit in another
+    run. A guide line is drawn only if it holds for all lines.
     """
     drawn = []
-    choices = min((_choices(stage) for _, _, stage in stages), key=lambda some: sum(c.guide is not None for c in some))
-    for choice in choices:
-        for key, label in zip(choice.keys, choice.labels, strict=True):
-            lines = [
-                Line(tag=tag, look=look, points=points)
-                for tag, look, stage in stages
-                if (points := points_of(stage.metrics, key, choice.over))
-            ]
-            title = f"{choice.title}, {label}" if label else choice.title
-            if chart := _chart(choice, (key,), lines, title=title, of=stages[0][2].name):
-                drawn.append(chart)
+    runs = [(tag, look, stage, _figures(stage)) for tag, look, stage in stages]
+    for figure in dict.fromkeys(figure for *_, figures in runs for figure in figures):
+        known = [(tag, look, stage, figures[figure]) for tag, look, stage, figures in runs if figure in figures]
+        lines = [
+            Line(tag=tag, look=look, points=points)
+            for tag, look, stage, _ in known
+            if (points := points_of(stage.metrics, figure.key, figure.over))
+        ]
+        choices = [choice for *_, (choice, _) in known]
+        shared = choices[0]
+        if len({choice.guide for choice in choices}) > 1:
+            shared = replace(shared, guide=None, unit=figure.unit)
+        label = next((label for *_, (_, label) in known if label), "")
+        title = f"{figure.title}, {label}" if label else figure.title
+        if chart := _chart(shared, (figure.key,), lines, title=title, of=stages[0][2].name):
+            drawn.append(chart)
     return drawn
+
+
+class _Figure(NamedTuple):
+    """What a line shows; two runs have it in one chart if all of this is equal. ``unit`` says nothing of a guide."""
+
+    title: str
+    unit: str
+    key: str
+    over: str
+
+
+def _figures(stage: Stage) -> dict[_Figure, tuple[Curve, str]]:
+    """The figures that a stage's charts show, each with its chart and its label there."""
+    return {
+        _Figure(choice.title, _without_guide(choice.unit), key, choice.over): (choice, label)
+        for choice in _choices(stage)
+        for key, label in zip(choice.keys, choice.labels, strict=True)
+    }
+
+
+def _without_guide(unit: str) -> str:
+    """``share of pairs; dotted: chance`` without what it says of the dotted line."""
+    return unit.partition("dotted:")[0].rstrip("; ")
 
 
 def _chart(choice: Curve, keys: tuple[str, ...], lines: list[Line], *, title: str, of: str) -> Chart | None:

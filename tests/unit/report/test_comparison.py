@@ -159,6 +159,29 @@ def test_a_guide_that_holds_for_one_only_is_left_out(compared: Compared) -> None
     compared.runs[1].run["config"]["stages"]["dpo"]["loss"] = "ipo"
     drawn = re.search(r'aria-label="dpo, Loss: .*?</svg>', compared.html())[0]
     assert 'class="guide"' not in drawn
+    assert "dotted: ln 2" not in compared.html()
+
+
+def test_figures_of_different_units_have_charts_of_their_own(compared: Compared) -> None:
+    compared.runs[1].run["config"]["stages"]["dpo"]["loss"] = "orpo"
+    charts = re.findall(r'aria-label="dpo, Margin: ([AB] from[^"]*)"', compared.html())
+    assert [chart[0] for chart in charts] == ["A", "B"]
+    assert not [chart for chart in charts if "A from" in chart and "B from" in chart]
+
+
+def test_a_curve_that_one_run_alone_has_is_drawn_beside_those_that_both_have(compared: Compared) -> None:
+    first, second = compared.runs
+    second.run["config"]["stages"]["dpo"]["validation"] = {"every": 10}
+    for row in second.metrics["dpo"]:
+        row["validation/loss"] = row["loss"] + 0.1
+    html = compared.html()
+    assert re.search(r'aria-label="dpo, Loss, training: A from[^"]*, B from', html)
+    assert re.search(r'aria-label="dpo, Loss, held-out: B from', html)
+    first.run, second.run = second.run, first.run
+    first.metrics, second.metrics = second.metrics, first.metrics
+    html = compared.html()
+    assert re.search(r'aria-label="dpo, Loss, training: A from[^"]*, B from', html)
+    assert re.search(r'aria-label="dpo, Loss, held-out: A from', html)
 
 
 def test_arms_at_long_paths_are_named_by_their_ends(compared: Compared) -> None:
