@@ -36,6 +36,7 @@ _HOMES = {
         "Preempted",
         "RewardError",
         "StageError",
+        "StoreError",
     ),
     "alignment.pipeline.plan.actions": ("Action",),
     "alignment.records.cost": ("PhaseCost", "RunCost", "StageCost"),
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
         Preempted,
         RewardError,
         StageError,
+        StoreError,
     )
     from alignment.pipeline.plan.actions import Action
     from alignment.records.cost import PhaseCost, RunCost, StageCost
@@ -133,6 +135,7 @@ __all__ = [
     "StageEntry",
     "StageError",
     "StagePlan",
+    "StoreError",
     "Sweep",
     "SweepRecord",
     "Trial",

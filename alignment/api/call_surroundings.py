@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from alignment.core.errors import PREEMPTED, Preempted
+from alignment.core.errors import PREEMPTED, AlignmentError, Preempted
 from alignment.core.files import explained
 from alignment.core.terminal import Terminal
 from alignment.core.working_folder import current_folder
@@ -21,9 +21,15 @@ Recipe = str | os.PathLike[str]
 
 @contextmanager
 def errors_explained() -> Iterator[None]:
-    """Turns errors of the file system into public errors, as the command does."""
-    with explained(current_folder()):
-        yield
+    """Turns errors of the file system into public errors, as the command does, and names arguments as Python does:
+    ``at_once`` and not ``--at-once``."""
+    try:
+        with explained(current_folder()):
+            yield
+    except AlignmentError as error:
+        if error.where.startswith("--"):
+            error.where = error.where.removeprefix("--").replace("-", "_")
+        raise
 
 
 def console_of(*, quiet: bool) -> Console:

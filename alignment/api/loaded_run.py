@@ -141,6 +141,9 @@ class Run:
         """The held-out prompts of an evaluation with every arm's answers and scores.
 
         ``evaluation`` names its stage; without it, the one of the report. Empty if it has no result.
+
+        Raises:
+            ArtifactError: the file of the answers is damaged.
         """
         name = evaluation or self._evaluation_name()
         stage = self.stages.get(name) if name is not None else None
@@ -193,6 +196,7 @@ class Run:
         column for each score.
 
         Raises:
+            ArtifactError: the file of the answers is damaged.
             ConfigError: pandas is not installed.
         """
         return run_frames.of_answers(self.answers(evaluation))

@@ -10,6 +10,7 @@ from typing import Any
 
 from alignment.core import typed_json
 from alignment.core.artifacts import write_lines
+from alignment.core.errors import ArtifactError
 from alignment.core.typed_json import LEFT_OUT_IF_EMPTY, Label, Name
 from alignment.records.interval import Interval
 
@@ -394,6 +395,12 @@ def read_samples(artifact: Path) -> Iterator[Sample]:
     """The samples of an artifact; empty if it has none.
 
     Raises:
-        ValueError: a line is not JSON.
+        ArtifactError: a line is not JSON.
     """
-    return typed_json.lines(artifact / SAMPLES, Sample)
+    file = artifact / SAMPLES
+    try:
+        yield from typed_json.lines(file, Sample)
+    except ValueError as error:
+        raise ArtifactError(
+            f"unreadable: {error}", where=str(file), remedy=f"delete {artifact} to remake it"
+        ) from error

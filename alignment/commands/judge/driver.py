@@ -138,12 +138,7 @@ def _votes_file(votes: str | None, folder: Path) -> Path:
 
 
 def _pairs(artifact: Path, arms: tuple[str, str]) -> list[AnswerPair]:
-    try:
-        samples = list(read_samples(artifact))
-    except ValueError as error:
-        raise ArtifactError(
-            f"unreadable: {error}", where=str(artifact / SAMPLES), remedy=f"delete {artifact} to remake it"
-        ) from error
+    samples = list(read_samples(artifact))
     if any(sample.later_turns for sample in samples):
         raise DataError(
             "has prompts with several turns, but people judge single answers",

@@ -88,8 +88,9 @@ def test_one_stage_runs_alone(overrides: list[str]) -> None:
     run = alignment.run("quickstart", overrides, stage="sft", quiet=True)
     assert [name for name, stage in run.stages.items() if stage.artifact is not None] == ["sft"]
     assert (run.state, run.stages["dpo"].state, run.stages["dpo"].steps()) == ("waiting", "waiting", [])
-    with pytest.raises(alignment.ConfigError, match="no stage 'dop'"):
+    with pytest.raises(alignment.ConfigError, match="no stage 'dop'") as caught:
         alignment.run("quickstart", overrides, stage="dop", quiet=True)
+    assert caught.value.where == "stage", "the argument, and not the command's option"
 
 
 @pytest.mark.usefixtures("without_training")

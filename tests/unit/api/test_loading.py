@@ -98,6 +98,18 @@ def test_a_run_against_itself_differs_in_nothing(fake_run: FakeRun) -> None:
     assert all(difference.none_at_all for difference in differences)
 
 
+def test_a_damaged_file_of_answers_is_an_error_that_names_it(fake_run: FakeRun) -> None:
+    fake_run.run["stages"]["evaluate"]["artifact"] = str(fake_run.artifact("evaluate"))
+    fake_run.write()
+    file = fake_run.artifact("evaluate") / "samples.jsonl"
+    file.write_text(file.read_text()[:-20])
+    run = alignment.load_run(fake_run.folder)
+    for read in (run.answers, run.answers_frame, lambda: run.against(run)):
+        with pytest.raises(alignment.ArtifactError, match="unreadable") as caught:
+            read()
+        assert caught.value.where == str(file)
+
+
 def test_a_run_that_is_not_done_says_how_far_it_is(fake_run: FakeRun) -> None:
     fake_run.run["stages"]["dpo"]["state"] = "running"
     fake_run.run["stages"]["ppo"]["state"] = "failed"
