@@ -20,11 +20,13 @@ class Goal:
     """The objective of trials: ``Goal(label="brevity of stage:dpo", minimize=False)``.
 
     ``shared_arms`` has the same metric of the other arms that are the same in all trials, such as ``base``, by label.
+    ``chance`` is the value that the metric has by chance, if that is known.
     """
 
     label: str
     minimize: bool
     shared_arms: dict[str, Interval] = field(default_factory=dict)
+    chance: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -147,7 +147,8 @@ class Reported:
     """Names of the metrics in a stage's manifest.
 
     ``training`` metrics are measured on the rows that the stage learns from; ``families`` are prefixes of names. Of
-    metrics whose names begin with one of ``less_is_better``, less is better.
+    metrics whose names begin with one of ``less_is_better``, less is better; those whose names begin with one of
+    ``half_by_chance`` are 0.5 by chance, because they are shares of pairs.
     """
 
     held_out: tuple[str, ...] = ()
@@ -155,6 +156,7 @@ class Reported:
     counts: tuple[str, ...] = ()
     families: tuple[str, ...] = ()
     less_is_better: tuple[str, ...] = ()
+    half_by_chance: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -32,7 +32,8 @@ _ARM_METRICS = [metric.value for metric in ArmMetric]
 class Objective:
     """A metric in the result of ``stage``: of an evaluation's ``arm``, or without an arm of the stage's manifest.
 
-    ``shared`` names the other arms of that evaluation that are the same policy in every trial.
+    ``shared`` names the other arms of that evaluation that are the same policy in every trial. ``chance`` is the
+    metric's value by chance, if that is known.
     """
 
     stage: str
@@ -40,6 +41,7 @@ class Objective:
     metric: str
     minimize: bool
     shared: tuple[str, ...] = ()
+    chance: float | None = None
 
     def __str__(self) -> str:
         return f"{self.metric} of {self.arm or self.stage}"
@@ -124,9 +126,16 @@ def resolve(configs: Sequence[ObjectiveConfig], plans: Sequence[Plan]) -> tuple[
                     metric=metric,
                     minimize=objective.minimize,
                     shared=_shared_arms(stage, objective.arm, plans) if objective.arm else (),
+                    chance=_chance(metric, stages[stage], of_arm=bool(objective.arm)),
                 )
             )
     return tuple(resolved)
+
+
+def _chance(metric: str, stage: StageConfig, *, of_arm: bool) -> float | None:
+    """The metric's value by chance, if it is known: that of a stage's shares of pairs, or of an arm's win rate."""
+    is_half = metric == ArmMetric.win_rate if of_arm else metric.startswith(reported.of_stage(stage).half_by_chance)
+    return 0.5 if is_half else None
 
 
 def _shared_arms(evaluation: str, own: str, plans: Sequence[Plan]) -> tuple[str, ...]:

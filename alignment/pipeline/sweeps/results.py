@@ -90,7 +90,12 @@ def _record(study: Study, wanted: Sweep) -> SweepRecord:
     best = study.best()
     trials = sorted((_trial(trial, wanted) for trial in study.ended()), key=lambda trial: _rank(trial, best, wanted))
     goals = [
-        Goal(label=str(objective), minimize=objective.minimize, shared_arms=_shared_arms(study, objective, number))
+        Goal(
+            label=str(objective),
+            minimize=objective.minimize,
+            shared_arms=_shared_arms(study, objective, number),
+            chance=objective.chance,
+        )
         for number, objective in enumerate(wanted.objectives)
     ]
     doubts = [] if is_smoke(wanted.profile) else [*_no_gain(goals, trials), *_doubts(study, best)]

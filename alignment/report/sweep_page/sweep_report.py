@@ -13,7 +13,6 @@ from alignment.records.sweep_record import FEWEST_FOR_IMPORTANCE, Goal, Setting,
 from alignment.report.kit import text
 from alignment.report.kit.pages import template, write_page
 from alignment.report.kit.plots import interval_scatter
-from alignment.report.run_page.card_page import CHANCE
 from alignment.report.sweep_page.parallel import parallel
 from alignment.report.sweep_page.sweep_axes import of_parameter, short
 
@@ -83,7 +82,7 @@ def _with_bounds(figure: Interval) -> str:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slice:
-    """A plot of one metric over one setting; ``dotted`` says which arm the dotted line is, if it is one."""
+    """A plot of one metric over one setting; ``dotted`` says what the dotted line is, if there is one."""
 
     title: str
     goal: str
@@ -110,7 +109,7 @@ def _slices(record: SweepRecord) -> list[Slice]:
 
 
 def _guide(goal: Goal, figures: list[Interval]) -> tuple[str, float | None]:
-    """The best of the shared arms, with its label and value; without one, the value of chance, if it is known.
+    """The best of the shared arms, with its label and value; without one, chance, if its value is known.
 
     An arm far from the trials' ``figures`` is left out: they would have less than half of the plot.
     """
@@ -120,13 +119,7 @@ def _guide(goal: Goal, figures: list[Interval]) -> tuple[str, float | None]:
     for label, value in ranked[:1]:
         if min(ends) - reach <= value.mean <= max(ends) + reach:
             return f"{text.path_end(label, limit=48)} {text.number(value.mean, 3)}", value.mean
-    return "", _chance(goal.label)
-
-
-def _chance(goal: str) -> float | None:
-    """The value of a metric by chance, if it is known."""
-    metric = goal.partition(" of ")[0]
-    return CHANCE if "accurac" in metric or metric.startswith("win_rate") else None
+    return ("", None) if goal.chance is None else (f"chance {goal.chance:g}", goal.chance)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

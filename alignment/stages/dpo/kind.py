@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignment.core.artifacts import POLICY
+from alignment.records.validation_figures import ACCURACY
 from alignment.stages.base import LOSS, Curve, DataSlot, Learning, Outcome, Reported, StageKind
 from alignment.stages.dpo.config import DpoConfig, DpoLoss
 from alignment.stages.dpo.loss_settings import loss_faults
@@ -35,7 +36,11 @@ def _data(config: DpoConfig) -> list[DataSlot]:
 
 
 def _reported(config: DpoConfig) -> Reported:
-    own = Reported(training=("loss", "rewards/accuracies", "rewards/margins", *CHANGES), counts=ROW_COUNTS)
+    own = Reported(
+        training=("loss", "rewards/accuracies", "rewards/margins", *CHANGES),
+        counts=ROW_COUNTS,
+        half_by_chance=("rewards/accuracies", ACCURACY),
+    )
     return and_held_out(own, config.validation)
 
 

@@ -126,7 +126,7 @@ def _check_machine(config: EvaluateConfig, where: str) -> None:
 
 def _reported(config: EvaluateConfig) -> Reported:
     names = tuple(metric.name for metric in config.metrics)
-    return Reported(held_out=of_arms((*names, "loss", "win_rate"), config.arms))
+    return Reported(held_out=of_arms((*names, "loss", "win_rate"), config.arms), half_by_chance=("win_rate/",))
 
 
 KIND = StageKind(

@@ -8,6 +8,7 @@ from typing import Any
 
 from alignment.config.faults import Fault
 from alignment.core.artifacts import REWARD_MODEL
+from alignment.records.validation_figures import ACCURACY
 from alignment.stages.base import Curve, DataSlot, Learning, Outcome, Reported, StageKind
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.reward.proposal import PROPOSALS
@@ -40,8 +41,9 @@ def _reported(config: RewardConfig) -> Reported:
     held_out = ("eval_accuracy", "eval_loss", "eval_margin", "eval_length_rule_accuracy")
     counts = (*ROW_COUNTS, "score_offset")
     if not config.eval_fraction:
-        return and_held_out(Reported(counts=counts), config.validation)
-    return and_held_out(Reported(held_out=held_out, counts=(*counts, "eval_rows")), config.validation)
+        return and_held_out(Reported(counts=counts, half_by_chance=(ACCURACY,)), config.validation)
+    own = Reported(held_out=held_out, counts=(*counts, "eval_rows"), half_by_chance=("eval_accuracy", ACCURACY))
+    return and_held_out(own, config.validation)
 
 
 def _why_missing(config: RewardConfig, metric: str, stage: str) -> str:

@@ -63,7 +63,7 @@ def with_learned(config: RewardCardConfig, run: RunConfig) -> RewardCardConfig:
 
 def _reported(_: RewardCardConfig) -> Reported:
     named = ("accuracy", "ece", "brier", "log_loss")
-    return Reported(held_out=named, counts=("pairs",), families=("accuracy/",))
+    return Reported(held_out=named, counts=("pairs",), families=("accuracy/",), half_by_chance=("accuracy",))
 
 
 KIND = StageKind(

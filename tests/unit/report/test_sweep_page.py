@@ -103,12 +103,12 @@ def test_several_figures_name_the_trials_that_none_beats() -> None:
 
 
 @pytest.mark.parametrize(
-    ("label", "is_drawn"),
-    [("eval_accuracy of reward", True), ("win_rate of stage:dpo", True), ("quality of stage:sft", False)],
+    ("label", "chance"), [("eval_accuracy of reward", 0.5), ("fields_accuracy of stage:sft", None)]
 )
-def test_chance_is_drawn_where_a_figure_has_one(label: str, *, is_drawn: bool) -> None:
-    html = sweep_page(record(goals=[Goal(label=label, minimize=False)]))
-    assert ('class="guide"' in html.split('<div class="multiples">')[1]) is is_drawn
+def test_chance_is_drawn_and_named_where_a_figure_has_one(label: str, chance: float | None) -> None:
+    html = sweep_page(record(goals=[Goal(label=label, minimize=False, chance=chance)]))
+    plots = html.split('<div class="multiples">')[1]
+    assert ('class="guide"' in plots) == (f"{label}; dotted: chance 0.5" in plots) == (chance is not None)
 
 
 def with_arms(**means: float) -> Goal:

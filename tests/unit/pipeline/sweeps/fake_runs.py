@@ -72,6 +72,7 @@ class Runs:
             "loss/dpo": self.words(settings),
             f"{METRIC}/dpo": self.words(settings),
             "rewards/margins": self.words(settings),
+            "rewards/accuracies": self.words(settings),
         }
         (artifact / MANIFEST).write_text(
             json.dumps(

@@ -34,6 +34,15 @@ def test_a_grid_tries_every_value_once_and_names_the_best(runs: Runs) -> None:
     assert (code, len(runs.asked)) == (0, 4), "all are there, and a launch changes no figure"
 
 
+@pytest.mark.parametrize(("metric", "chance"), [("rewards/accuracies", 0.5), ("rewards/margins", None)])
+def test_a_share_of_pairs_is_half_by_chance(runs: Runs, tmp_path: Path, metric: str, chance: float | None) -> None:
+    objective = {"stage": "dpo", "metric": metric}
+    assert go(runs, own(runs, tmp_path, search="grid", parameters=GRID, objective=objective))[0] == 0
+    (sweep_file,) = runs.output.glob("sweeps/*/sweep.json")
+    (goal,) = json.loads(sweep_file.read_text())["goals"]
+    assert goal["chance"] == chance
+
+
 def test_what_was_found_under_other_settings_is_not_told_as_these(runs: Runs, tmp_path: Path) -> None:
     grid = {"search": "grid", "parameters": [{"key": "stages.dpo.beta", "values": [0.1, 0.3]}]}
     go(runs, own(runs, tmp_path, **grid))
