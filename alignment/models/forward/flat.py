@@ -40,8 +40,8 @@ _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 def can_run_flat(model: PreTrainedModel) -> bool:
-    """Whether attention can be restricted to rows: causal, without dropout and sinks, called through the interface, and
-    full, or in ``WINDOWED`` architectures also with a sliding window or capped scores."""
+    """Whether attention can be restricted to rows: causal, without dropout, sinks and masks of its own, called through
+    the interface, and full, or in ``WINDOWED`` architectures also with a sliding window or capped scores."""
     config = model.config.get_text_config()
     layer_types = set(getattr(config, "layer_types", None) or [_FULL])
     return (
@@ -53,7 +53,13 @@ def can_run_flat(model: PreTrainedModel) -> bool:
         and not getattr(config, "use_bidirectional_attention", None)
         and not any(getattr(config, name, 0.0) for name in _DROPOUTS)
         and not any(hasattr(module, "sinks") for module in model.modules())
+        and not has_own_mask(model)
     )
+
+
+def has_own_mask(model: PreTrainedModel) -> bool:
+    """Whether layers choose what a token sees by the values of all tokens, as in Doge (Shi et al. 2025)."""
+    return any(hasattr(module, "prepare_dynamic_mask") for module in model.modules())
 
 
 def has_window(model: PreTrainedModel) -> bool:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 PAD = 2
 """Equal to EOS, and a common token inside prompts as well."""
@@ -17,6 +18,22 @@ IGNORED = -100
 
 _LONG = [3, 9, 2, 7, 5, 5, 2, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 2]
 _OTHER = [4, 9, 2, 7, 5, 5, 2, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51]
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": PAD,
+    "bos_token_id": 1,
+    "eos_token_id": PAD,
+}
+"""Arguments of configurations of transformers that most architectures have in common."""
+
+PROMPTS = [[5, 9, 2, 7], [8], [3, 2, 2, 6, 4, 9, 2, 11], [40, 41], [17, 18, 19, 20, 21]]
 
 ROWS: dict[str, list[tuple[list[int], list[int]]]] = {
     "ragged": [([5, 9, 2, 7], [11, 12, 2]), ([8], [13, 2]), ([3, 2, 2, 6, 4, 9, 2], [14, 15, 16, 17, 2])],
@@ -97,6 +114,27 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
     inner = other.get_base_model() if hasattr(other, "get_base_model") else other
     inner.set_attn_implementation("eager")
     return other
+
+
+def random_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal language model with weights large enough that every part of it matters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=0.25)
+    return model.eval()
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, prompt: list[int], *, limit: int, ends: Collection[int] = (PAD,)) -> list[int]:
+    """The likeliest token, one after another, each from a whole forward pass."""
+    answer: list[int] = []
+    while len(answer) < limit and (not answer or answer[-1] not in ends):
+        logits = model(input_ids=torch.tensor([[*prompt, *answer]]), use_cache=False).logits
+        answer.append(int(logits[0, -1].argmax()))
+    return answer
 
 
 def gradients(model: torch.nn.Module) -> dict[str, Tensor]:

@@ -42,20 +42,20 @@ from alignment.models.forward.causal import install_causal
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import Sampling, generate
 from alignment.models.kernels import row_attention
-from tests.unit.models.conftest import IGNORED, ROWS, gradients, padded, plain, relative, twin
+from tests.unit.models.conftest import (
+    IGNORED,
+    PROMPTS,
+    ROWS,
+    SIZES,
+    gradients,
+    greedy,
+    padded,
+    plain,
+    random_model,
+    relative,
+    twin,
+)
 
-SIZES: dict[str, Any] = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    "pad_token_id": 2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 WINDOW = {"sliding_window": 4}
 BOTH = {"layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -88,14 +88,8 @@ SCALED = {"cohere2"}
 
 
 def model_of(name: str) -> PreTrainedModel:
-    """Random weights, large enough that windows, caps and experts matter."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.25)
-    return model.eval()
+    """A model of random weights, large enough that windows, caps and experts matter."""
+    return random_model(CONFIGS[name]())
 
 
 def assert_equal(model: PreTrainedModel, reference: PreTrainedModel, output: Any, expected: Any) -> None:
@@ -162,23 +156,12 @@ def test_long_rows_are_computed_span_by_span(name: str, monkeypatch: pytest.Monk
     row_attention._plan.cache_clear()
 
 
-PROMPTS = [[5, 9, 2, 7], [8], [3, 2, 2, 6, 4, 9, 2, 11], [40, 41], [17, 18, 19, 20, 21]]
-
-
 @pytest.mark.parametrize("name", sorted(CONFIGS.keys()))
 def test_greedy_answers_equal_those_of_transformers(name: str) -> None:
     model, reference = model_of(name), twin(model_of(name))
     use_flat_attention(model)
     answers = generate(model, PROMPTS, max_new_tokens=10, end_ids=[2], batch_size=5)
-    assert answers == [greedy(reference, prompt) for prompt in PROMPTS]
-
-
-def greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    """The likeliest token, one after another, each from a whole forward pass."""
-    answer: list[int] = []
-    while len(answer) < 10 and 2 not in answer:
-        answer.append(int(model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, -1].argmax()))
-    return answer
+    assert answers == [greedy(reference, prompt, limit=10) for prompt in PROMPTS]
 
 
 @torch.no_grad()

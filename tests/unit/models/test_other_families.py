@@ -1,0 +1,45 @@
+"""Architectures that cache, window, mask or cap in ways of their own: what is read, sampled and scored is theirs.
+
+Rows have more tokens than windows have; answers are long enough for rows to be refilled and for columns to be dropped.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import (
+    DogeConfig,
+    PreTrainedModel,
+)
+
+from alignment.models.forward.answers import answer_statistics, answer_stream
+from alignment.models.forward.flat import use_flat_attention
+from alignment.models.forward.generate import generate
+from tests.unit.models.conftest import PROMPTS, SIZES, greedy, padded, plain, random_model, relative, twin
+
+CPU = torch.device("cpu")
+
+
+def assert_answers_are_those_of_transformers(model: PreTrainedModel, reference: PreTrainedModel) -> None:
+    """For prompts that take over rows at different steps."""
+    free = [greedy(reference, prompt, limit=40, ends=()) for prompt in PROMPTS]
+    ends = [free[0][9], free[3][20]]
+    answers = generate(model, PROMPTS, max_new_tokens=40, end_ids=ends, batch_size=2)
+    assert answers == [greedy(reference, prompt, limit=40, ends=ends) for prompt in PROMPTS]
+
+
+def assert_scores_are_those_of_transformers(model: PreTrainedModel, reference: PreTrainedModel) -> None:
+    answers = [[7, 3], [9, 9, 4], [5], [11, 12, 13, 2], [6, 2]]
+    own = answer_statistics(model, answer_stream(PROMPTS, answers, CPU))
+    expected = plain(reference, padded(list(zip(PROMPTS, answers, strict=True))))
+    for name in ("logprobs", "entropy", "mean_logits"):
+        assert relative(getattr(own, name), getattr(expected, name)) < 1e-5, name
+
+
+def test_a_mask_that_depends_on_the_values_takes_the_padded_path() -> None:
+    model = random_model(DogeConfig(**SIZES))
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.A)
+    reference = twin(model)
+    assert not use_flat_attention(model)
+    assert_answers_are_those_of_transformers(model, reference)
+    assert_scores_are_those_of_transformers(model, reference)
