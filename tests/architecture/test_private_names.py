@@ -181,6 +181,7 @@ CONTRACTS: dict[str, tuple[str, Callable[[], bool]]] = {
     "_fused_rms_norm": ("torch", lambda: fused_norm_is_right()),
     "_version": ("torch", lambda: torch.zeros(1).add_(1)._version == 1),
     # ---- transformers
+    "_can_set_attn_implementation": ("transformers", lambda: LLAMA._can_set_attn_implementation() is True),
     "_attn_implementation": ("transformers", lambda: CONFIG._attn_implementation is not False),
     "_name_or_path": ("transformers", lambda: CONFIG._name_or_path == ""),
     "_supports_attention_backend": ("transformers", lambda: LLAMA._supports_attention_backend is True),

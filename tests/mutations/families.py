@@ -8,6 +8,26 @@ FAMILIES = "unit/models/test_other_families.py"
 
 MUTATIONS = [
     *in_file(
+        "models/forward/decoding.py",
+        FAMILIES,
+        (
+            "models that count columns get empty ones",
+            '== "eager" and _calls_the_interface(model)',
+            '== "eager"',
+            "test_models_that_count_columns_get_no_empty_ones",
+        ),
+    ),
+    *in_file(
+        "models/kernels/kv_cache.py",
+        "unit/models/test_cache.py",
+        (
+            "without room, dropped columns leave others behind",
+            "return allocated if self.room and needed <= allocated",
+            "return allocated if needed <= allocated",
+            "test_without_room_spare_columns_are_hidden_even_after_others_were_dropped",
+        ),
+    ),
+    *in_file(
         "models/forward/flat.py",
         FAMILIES,
         (

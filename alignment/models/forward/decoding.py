@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from alignment.models.forward.attention import ATTENTION as FLAT_ATTENTION
 from alignment.models.forward.attention import KeysValues
+from alignment.models.forward.flat import has_own_mask
 from alignment.models.kernels import kv_cache
 from alignment.models.kernels.kv_cache import ATTENTION, RowsCache
 from alignment.models.kernels.sdpa_order import without_cudnn
@@ -19,7 +20,7 @@ from alignment.models.kernels.sdpa_order import without_cudnn
 def decoding(model: PreTrainedModel) -> Iterator[None]:
     """Prepares the model for steps of one token per row, and undoes that."""
     implementation = model.config._attn_implementation
-    ours = _gets_ours(implementation)
+    ours = _gets_ours(model)
     try:
         if ours:
             model.set_attn_implementation(ATTENTION)
@@ -33,8 +34,8 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
 def room_of(model: PreTrainedModel) -> int:
     """Columns that the model's ``RowsCache`` may allocate ahead, outside of ``decoding``."""
     # Other attention functions may mistake allocated columns for filled ones.
-    implementation = model.config._attn_implementation
-    return kv_cache.ROOM if _gets_ours(implementation) or implementation == "eager" else 0
+    is_eager = model.config._attn_implementation == "eager" and _calls_the_interface(model)
+    return kv_cache.ROOM if is_eager or _gets_ours(model) else 0
 
 
 def next_logits(
@@ -64,5 +65,14 @@ def next_logits(
     return logits
 
 
-def _gets_ours(implementation: str) -> bool:
-    return implementation in ("sdpa", FLAT_ATTENTION)
+def _gets_ours(model: PreTrainedModel) -> bool:
+    return model.config._attn_implementation in ("sdpa", FLAT_ATTENTION) and _calls_the_interface(model)
+
+
+def _calls_the_interface(model: PreTrainedModel) -> bool:
+    """Whether the model's layers call attention functions by name, with a mask, and leave scores and windows to them.
+
+    GPT-Neo places its window by the number of columns; Bloom and Falcon have a bias (ALiBi, Press et al. 2022) with as
+    many columns as were filled. Doge adds to the mask what it computes from the values.
+    """
+    return model._can_set_attn_implementation() and not has_own_mask(model)

@@ -37,7 +37,8 @@ class RowsLayer(CacheLayerMixin):
     """``[rows, key heads, columns, width]`` keys and values of one layer; the first ``length`` columns are filled.
 
     ``room`` columns are allocated ahead. ``update`` returns them too, because the model's mask hides them, like columns
-    outside a sliding window. Keys and values have the dtype of the products, which is autocast's if it is enabled.
+    outside a sliding window. Without room it returns only filled ones, also if dropped columns have left others behind
+    them. Keys and values have the dtype of the products, which is autocast's if it is enabled.
     """
 
     is_sliding = False
@@ -54,7 +55,7 @@ class RowsLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes new columns; returns all that are allocated."""
+        """Writes new columns; returns all that are allocated, or without ``room`` all that are filled."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, columns = self.length, self._columns_after(key_states.shape[2])
@@ -63,10 +64,10 @@ class RowsLayer(CacheLayerMixin):
             self.keys, self.values = _widened(self.keys, columns), _widened(self.values, columns)
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
-        return self.keys, self.values
+        return self.keys[:, :, :columns], self.values[:, :, :columns]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Number of columns allocated after the next update, and the index of the first of them."""
+        """Number of columns that the next update returns, and the index of the first of them."""
         return self._columns_after(query_length), 0
 
     def get_seq_length(self) -> int:
@@ -108,7 +109,7 @@ class RowsLayer(CacheLayerMixin):
     def _columns_after(self, new: int) -> int:
         allocated = self.keys.shape[2] if self.is_initialized else 0
         needed = self.length + new
-        return allocated if needed <= allocated else needed + self.room
+        return allocated if self.room and needed <= allocated else needed + self.room
 
 
 class RowsCache(Cache):

@@ -82,6 +82,17 @@ def test_dropped_columns_are_gone_and_the_others_move_up(columns: int, after: in
         assert torch.equal(updated[:, :, : 8 - columns], torch.cat([remaining, own], 2))
 
 
+def test_without_room_spare_columns_are_hidden_even_after_others_were_dropped() -> None:
+    cache = RowsCache(tiny_config("llama"), room=0)
+    before = [cache.update(*_states(3, 7, seed=layer), layer) for layer in range(2)][1]
+    remaining = [torch.cat([states[:, :, :1], states[:, :, 4:]], 2) for states in before]
+    cache.drop(3, after=1)
+    assert cache.get_mask_sizes(1, 1) == (5, 0)
+    new = _states(3, 1, seed=9)
+    for updated, earlier, own in zip(cache.update(*new, 1), remaining, new, strict=True):
+        assert torch.equal(updated, torch.cat([earlier, own], 2))
+
+
 def test_a_layer_with_another_kind_of_state_is_refused() -> None:
     config = LlamaConfig(num_hidden_layers=2, layer_types=["full_attention", "linear_attention"])
     with pytest.raises(ModelError, match="does not support layers that cache a LinearAttentionLayer"):

@@ -5,18 +5,44 @@ Rows have more tokens than windows have; answers are long enough for rows to be 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from transformers import (
+    BloomConfig,
     DogeConfig,
+    FalconConfig,
+    GPTNeoConfig,
+    MptConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
 from alignment.models.forward.answers import answer_statistics, answer_stream
+from alignment.models.forward.decoding import room_of
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import generate
 from tests.unit.models.conftest import PROMPTS, SIZES, greedy, padded, plain, random_model, relative, twin
 
 CPU = torch.device("cpu")
+TOKENS = {name: SIZES[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+WITHOUT_INTERFACE: dict[str, Callable[[], PreTrainedConfig]] = {
+    "gpt_neo": lambda: GPTNeoConfig(
+        **TOKENS,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["local", "global"], 1]],
+        window_size=4,
+        max_position_embeddings=512,
+    ),
+    "bloom": lambda: BloomConfig(**TOKENS, hidden_size=32, n_layer=2, n_head=4),
+    "falcon with alibi": lambda: FalconConfig(
+        **TOKENS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
+    ),
+    "mpt": lambda: MptConfig(**TOKENS, d_model=32, n_layers=2, n_heads=4, max_seq_len=512),
+}
 
 
 def assert_answers_are_those_of_transformers(model: PreTrainedModel, reference: PreTrainedModel) -> None:
@@ -33,6 +59,15 @@ def assert_scores_are_those_of_transformers(model: PreTrainedModel, reference: P
     expected = plain(reference, padded(list(zip(PROMPTS, answers, strict=True))))
     for name in ("logprobs", "entropy", "mean_logits"):
         assert relative(getattr(own, name), getattr(expected, name)) < 1e-5, name
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_INTERFACE))
+def test_models_that_count_columns_get_no_empty_ones(name: str) -> None:
+    model = random_model(WITHOUT_INTERFACE[name]())
+    reference = twin(model)
+    assert not use_flat_attention(model)
+    assert room_of(model) == 0
+    assert_answers_are_those_of_transformers(model, reference)
 
 
 def test_a_mask_that_depends_on_the_values_takes_the_padded_path() -> None:
