@@ -28,6 +28,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "models/forward/shared_prompts.py",
+        FAMILIES,
+        (
+            "prompts are read although the cache holds something else",
+            " and _caches_what_it_sees(model)",
+            "",
+            "test_prompts_are_read_padded_where_the_cache_holds_something_else_than_attention_sees",
+        ),
+    ),
+    *in_file(
         "models/forward/flat.py",
         FAMILIES,
         (

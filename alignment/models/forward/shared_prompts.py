@@ -28,6 +28,10 @@ READ_TOKENS = 8192
 """Tokens that are read or scored at once, by all threads; a longer text is read alone. Each pass has a cost of its own
 beside that of its tokens, and without gradients a token needs little memory (docs/LOG.md, 2026-11-29)."""
 
+_CACHES_OTHERWISE = {"diffllama", "dory", "hrm_text", "jetmoe"}
+"""Architectures that repeat heads after the cache, call attention twice with halves of the values, or run their layers
+several times, with a cache for each time."""
+
 _Output = TypeVar("_Output")
 
 
@@ -90,8 +94,18 @@ class Reading:
 
 
 def can_read(model: PreTrainedModel) -> bool:
-    """Whether the model has flat attention and a head that neither scales nor has a bias; ``model`` has no wrapper."""
-    return model.config._attn_implementation == ATTENTION and not scales_logits(model)
+    """Whether the model has flat attention, which sees what its cache holds, and a head that neither scales nor has a
+    bias; ``model`` has no wrapper."""
+    return model.config._attn_implementation == ATTENTION and _caches_what_it_sees(model) and not scales_logits(model)
+
+
+def _caches_what_it_sees(model: PreTrainedModel) -> bool:
+    """Whether each layer calls attention once, with the keys and values that it caches under its own number.
+
+    Latent attention (DeepSeek-AI 2024) caches what keys and values are computed from.
+    """
+    config = model.config.get_text_config()
+    return getattr(config, "kv_lora_rank", None) is None and config.model_type not in _CACHES_OTHERWISE
 
 
 @torch.no_grad()

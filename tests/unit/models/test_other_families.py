@@ -11,9 +11,13 @@ import pytest
 import torch
 from transformers import (
     BloomConfig,
+    DeepseekV3Config,
+    DiffLlamaConfig,
     DogeConfig,
     FalconConfig,
     GPTNeoConfig,
+    HrmTextConfig,
+    JetMoeConfig,
     MptConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -23,6 +27,7 @@ from alignment.models.forward.answers import answer_statistics, answer_stream
 from alignment.models.forward.decoding import room_of
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import generate
+from alignment.models.forward.shared_prompts import can_read
 from tests.unit.models.conftest import PROMPTS, SIZES, greedy, padded, plain, random_model, relative, twin
 
 CPU = torch.device("cpu")
@@ -42,6 +47,35 @@ WITHOUT_INTERFACE: dict[str, Callable[[], PreTrainedConfig]] = {
         **TOKENS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
     ),
     "mpt": lambda: MptConfig(**TOKENS, d_model=32, n_layers=2, n_heads=4, max_seq_len=512),
+}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
+CACHING_OTHERWISE: dict[str, Callable[[], PreTrainedConfig]] = {
+    "deepseek_v3": lambda: DeepseekV3Config(
+        **SIZES | {"num_key_value_heads": 4},
+        **LATENT,
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        first_k_dense_replace=1,
+    ),
+    "diffllama": lambda: DiffLlamaConfig(**SIZES),
+    "hrm_text": lambda: HrmTextConfig(
+        **{name: size for name, size in SIZES.items() if name != "num_key_value_heads"},
+        head_dim=8,
+        H_cycles=1,
+        L_cycles=2,
+    ),
+    "jetmoe": lambda: JetMoeConfig(
+        **TOKENS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_key_value_heads=2,
+        kv_channels=8,
+        num_local_experts=4,
+    ),
 }
 
 
@@ -68,6 +102,16 @@ def test_models_that_count_columns_get_no_empty_ones(name: str) -> None:
     assert not use_flat_attention(model)
     assert room_of(model) == 0
     assert_answers_are_those_of_transformers(model, reference)
+
+
+@pytest.mark.parametrize("name", sorted(CACHING_OTHERWISE))
+def test_prompts_are_read_padded_where_the_cache_holds_something_else_than_attention_sees(name: str) -> None:
+    model = random_model(CACHING_OTHERWISE[name]())
+    reference = twin(model)
+    assert use_flat_attention(model)
+    assert not can_read(model)
+    assert_answers_are_those_of_transformers(model, reference)
+    assert_scores_are_those_of_transformers(model, reference)
 
 
 def test_a_mask_that_depends_on_the_values_takes_the_padded_path() -> None:
