@@ -38,6 +38,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "models/forward/head.py",
+        FAMILIES,
+        (
+            "only Gemma's caps are known",
+            "getattr(config, name, None) for name in _CAPS]",
+            "getattr(config, name, None) for name in _CAPS[:1]]",
+            "test_logits_are_capped_under_the_name_of_recurrent_gemma",
+        ),
+    ),
+    *in_file(
         "models/forward/flat.py",
         FAMILIES,
         (

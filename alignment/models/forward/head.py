@@ -101,12 +101,17 @@ def _forward(self: nn.Linear, hidden: Tensor, function: HeadFunction | None = No
 
 _CALLED = "is_read_in_calls_only"
 _FIELDS = ("logprobs", "entropy", "mean_logits", "is_top1")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""Names in configurations for the bound of logits: of Gemma, RecurrentGemma and xLSTM."""
+_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "logits_mup_width_multiplier")
+"""Names in configurations for factors of logits, or of the states that they are computed from."""
 
 
 def logit_cap(model: PreTrainedModel) -> float | None:
     """The bound of the model's logits (Gemma Team 2024, section 2), if they have one."""
-    cap: float | None = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-    return cap
+    config = model.config.get_text_config()
+    caps: list[float | None] = [getattr(config, name, None) for name in _CAPS]
+    return next((cap for cap in caps if cap is not None), None)
 
 
 def scales_logits(model: PreTrainedModel) -> bool:
@@ -114,8 +119,7 @@ def scales_logits(model: PreTrainedModel) -> bool:
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         return True
     config = model.config.get_text_config()
-    names = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
-    return any(getattr(config, name, None) is not None for name in names)
+    return any(getattr(config, name, None) is not None for name in _SCALES)
 
 
 def scalar_at(model: PreTrainedModel, rows: FlatRows, indices: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from transformers import (
+    AutoModelForCausalLM,
     BloomConfig,
     DeepseekV3Config,
     DiffLlamaConfig,
@@ -21,13 +22,17 @@ from transformers import (
     MptConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    RecurrentGemmaConfig,
+    xLSTMConfig,
 )
 
 from alignment.models.forward.answers import answer_statistics, answer_stream
 from alignment.models.forward.decoding import room_of
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import generate
+from alignment.models.forward.head import logit_cap, scales_logits
 from alignment.models.forward.shared_prompts import can_read
+from tests.tiny import tiny_model
 from tests.unit.models.conftest import PROMPTS, SIZES, greedy, padded, plain, random_model, relative, twin
 
 CPU = torch.device("cpu")
@@ -122,3 +127,30 @@ def test_a_mask_that_depends_on_the_values_takes_the_padded_path() -> None:
     assert not use_flat_attention(model)
     assert_answers_are_those_of_transformers(model, reference)
     assert_scores_are_those_of_transformers(model, reference)
+
+
+def test_logits_are_capped_under_the_name_of_recurrent_gemma() -> None:
+    config = RecurrentGemmaConfig(
+        **TOKENS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        attention_window_size=8,
+        logits_soft_cap=1.5,
+    )
+    model = random_model(config)
+    assert_scores_are_those_of_transformers(model, twin(model))
+
+
+def test_logits_are_capped_under_the_name_of_xlstm() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(xLSTMConfig(**TOKENS, hidden_size=64, num_hidden_layers=1))
+    assert logit_cap(model) == 30.0
+
+
+def test_states_that_are_scaled_before_the_head_are_known() -> None:
+    model = tiny_model()
+    assert not scales_logits(model)
+    model.config.logits_mup_width_multiplier = 24.0  # as in Inkling
+    assert scales_logits(model)
