@@ -48,6 +48,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "models/assembly/prefix.py",
+        FAMILIES,
+        (
+            "a row may change the frequencies of its neighbours",
+            ", *_before_longer_frequencies(config)])",
+            "])",
+            "test_rows_that_would_change_the_frequencies_of_their_neighbours_are_refused",
+        ),
+    ),
+    *in_file(
         "models/forward/flat.py",
         FAMILIES,
         (

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from alignment.core.errors import ModelError
 
@@ -72,11 +72,22 @@ def prefix_of(trunk: PreTrainedModel) -> Prefix | None:
 def positions_of(trunk: PreTrainedModel) -> int:
     """The maximum number of tokens in a row: the model's positions minus those of its prefix.
 
+    With LongRoPE (Ding et al. 2024) they are those of the first training. A single longer row would change the
+    frequencies of positions for all rows of its pass, so that results would depend on how rows are put together.
     Without a limit it is more than any row has.
     """
     prefix = prefix_of(trunk)
-    positions = getattr(trunk.config.get_text_config(), "max_position_embeddings", None)
-    return (_NO_LIMIT if positions is None else positions) - (0 if prefix is None else prefix.tokens)
+    config = trunk.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    limit = min([_NO_LIMIT if positions is None else positions, *_before_longer_frequencies(config)])
+    return limit - (0 if prefix is None else prefix.tokens)
+
+
+def _before_longer_frequencies(config: PreTrainedConfig) -> list[int]:
+    """The positions up to which LongRoPE has its short frequencies; empty for other models."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    of_layers = [parameters, *(own for own in parameters.values() if isinstance(own, dict))]  # all, or by their type
+    return [own["original_max_position_embeddings"] for own in of_layers if own.get("rope_type") == "longrope"]
 
 
 def refuse_too_long(trunk: PreTrainedModel, tokens: int) -> None:
@@ -86,8 +97,13 @@ def refuse_too_long(trunk: PreTrainedModel, tokens: int) -> None:
         ModelError: it does not.
     """
     if tokens > (positions := positions_of(trunk)):
+        why = (
+            " before LongRoPE changes its frequencies"
+            if _before_longer_frequencies(trunk.config.get_text_config())
+            else ""
+        )
         raise ModelError(
-            f"a row of {tokens} tokens is longer than the model's {positions} positions",
+            f"a row of {tokens} tokens is longer than the model's {positions} positions{why}",
             remedy="lower max_length (or max_prompt_length and max_new_tokens)",
         )
 

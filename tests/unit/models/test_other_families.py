@@ -6,6 +6,7 @@ Rows have more tokens than windows have; answers are long enough for rows to be 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -20,17 +21,21 @@ from transformers import (
     HrmTextConfig,
     JetMoeConfig,
     MptConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     RecurrentGemmaConfig,
     xLSTMConfig,
 )
 
+from alignment.core.errors import ModelError
+from alignment.models.assembly.prefix import positions_of
 from alignment.models.forward.answers import answer_statistics, answer_stream
 from alignment.models.forward.decoding import room_of
-from alignment.models.forward.flat import use_flat_attention
+from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.generate import generate
 from alignment.models.forward.head import logit_cap, scales_logits
+from alignment.models.forward.rows import stream
 from alignment.models.forward.shared_prompts import can_read
 from tests.tiny import tiny_model
 from tests.unit.models.conftest import PROMPTS, SIZES, greedy, padded, plain, random_model, relative, twin
@@ -154,3 +159,19 @@ def test_states_that_are_scaled_before_the_head_are_known() -> None:
     assert not scales_logits(model)
     model.config.logits_mup_width_multiplier = 24.0  # as in Inkling
     assert scales_logits(model)
+
+
+def _long_rope() -> PreTrainedModel:
+    factors: dict[str, Any] = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    parameters = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    return random_model(Phi3Config(**SIZES, rope_parameters=parameters, original_max_position_embeddings=16))
+
+
+def test_rows_that_would_change_the_frequencies_of_their_neighbours_are_refused() -> None:
+    model = _long_rope()
+    assert positions_of(model.base_model) == 16
+    trunk_states(model.base_model, stream([[3] * 16, [5, 6, 7]], CPU))
+    with pytest.raises(ModelError, match="a row of 17 tokens is longer than the model's 16 positions before LongRoPE"):
+        trunk_states(model.base_model, stream([[3] * 17, [5, 6, 7]], CPU))
+    with pytest.raises(ModelError, match="a row of 17 tokens"):
+        generate(model, [[5, 6, 7]], max_new_tokens=14, end_ids=[], batch_size=1)
