@@ -67,4 +67,14 @@ MUTATIONS = [
             "test_a_mask_that_depends_on_the_values_takes_the_padded_path",
         ),
     ),
+    *in_file(
+        "models/assembly/load.py",
+        FAMILIES,
+        (
+            "a text model's trunk is the whole model",
+            '        model.base_model_prefix = "model"\n',
+            "        pass\n",
+            "test_a_text_model_of_llama_4_has_a_trunk",
+        ),
+    ),
 ]

@@ -214,6 +214,17 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise ModelError(f"the model cannot be loaded: {error}", where=str(folder)) from error
     if model.generation_config is not None:
         model.generation_config = _writable(model.generation_config)
+    return name_trunk(model)
+
+
+def name_trunk(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its part without the head as ``base_model``.
+
+    Text models of Llama 4 and Llama 3.2 Vision name an attribute for it that only their model for images has, and so
+    ``base_model`` would be the whole model.
+    """
+    if model.base_model is model and isinstance(getattr(model, "model", None), PreTrainedModel):
+        model.base_model_prefix = "model"
     return model
 
 
@@ -271,7 +282,7 @@ def _from_shapes(folder: Path, dtype: torch.dtype, estimate: Recorder) -> PreTra
     estimate.has_model(model.get_input_embeddings().num_embeddings)
     if is_converted:
         estimate.memory.read_file(model.num_parameters() * stored.itemsize)
-    return model
+    return name_trunk(model)
 
 
 def weights_dtype(compute: Dtype, adapter: AdapterConfig) -> torch.dtype:

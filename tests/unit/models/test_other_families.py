@@ -6,6 +6,7 @@ Rows have more tokens than windows have; answers are long enough for rows to be 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +21,8 @@ from transformers import (
     GPTNeoConfig,
     HrmTextConfig,
     JetMoeConfig,
+    Llama4TextConfig,
+    MllamaForCausalLM,
     MptConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -27,10 +30,13 @@ from transformers import (
     RecurrentGemmaConfig,
     xLSTMConfig,
 )
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from alignment.core.errors import ModelError
+from alignment.models.assembly.load import Lineage, load_policy, name_trunk
 from alignment.models.assembly.prefix import positions_of
 from alignment.models.forward.answers import answer_statistics, answer_stream
+from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.decoding import room_of
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.generate import generate
@@ -175,3 +181,32 @@ def test_rows_that_would_change_the_frequencies_of_their_neighbours_are_refused(
         trunk_states(model.base_model, stream([[3] * 17, [5, 6, 7]], CPU))
     with pytest.raises(ModelError, match="a row of 17 tokens"):
         generate(model, [[5, 6, 7]], max_new_tokens=14, end_ids=[], batch_size=1)
+
+
+def test_a_text_model_of_llama_4_has_a_trunk(tmp_path: Path) -> None:
+    config = Llama4TextConfig(
+        **SIZES,
+        head_dim=8,
+        intermediate_size_mlp=48,
+        num_local_experts=2,
+        attention_chunk_size=512,
+    )
+    random_model(config).save_pretrained(tmp_path)
+    model = load_policy(Lineage(source="path:llama4", base=tmp_path, adapters=()), torch.float32)
+    reference = twin(model)
+    assert model.base_model is model.model
+    use_flat_attention(model)
+    assert_scores_are_those_of_transformers(model, reference)
+
+
+def test_a_text_model_of_llama_with_images_has_a_trunk() -> None:
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    config = MllamaTextConfig(**SIZES, cross_attention_layers=[1], rope_parameters=rope)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = name_trunk(MllamaForCausalLM(config).eval())
+    reference = twin(model)
+    assert model.base_model is model.model
+    assert use_flat_attention(model)
+    assert model.config._attn_implementation == ATTENTION
+    assert_scores_are_those_of_transformers(model, reference)
