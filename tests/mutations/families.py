@@ -76,5 +76,11 @@ MUTATIONS = [
             "        pass\n",
             "test_a_text_model_of_llama_4_has_a_trunk",
         ),
+        (
+            "what only images pass through is trained",
+            "    freeze_beside_text(model)\n",
+            "",
+            "test_all_that_is_trained_of_a_model_with_images_gets_gradients",
+        ),
     ),
 ]

@@ -32,6 +32,7 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError, ModelError
 from alignment.core.files import write_text
+from alignment.models.assembly.beside_text import pattern_beside_text
 from alignment.models.assembly.prefix import prefix_of, put_prefix
 from alignment.models.kernels.dora_norms import start_at_norms
 from alignment.models.kernels.products import fuse_adapters
@@ -76,6 +77,7 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
         use_rslora=config.rslora,
         use_dora=config.kind is AdapterKind.dora,
         target_modules=targets,
+        exclude_modules=pattern_beside_text(model),
         modules_to_save=_recognised(config.modules_to_save) if is_tied else list(config.modules_to_save) or None,
         ensure_weight_tying=is_tied,
         task_type=task,

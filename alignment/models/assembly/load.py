@@ -31,6 +31,7 @@ from alignment.costs.recorder import WEIGHTS, Recorder, memory_for, recorder
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.adapters import merge_adapter
+from alignment.models.assembly.beside_text import freeze_beside_text
 from alignment.models.assembly.mapped import convert, keep_mapped, same_file
 from alignment.models.kernels.nf4 import round_trunk
 
@@ -157,7 +158,8 @@ def refuse_other_tokenizer(spec: StageSpec, stage_input: StageInput, tokenizer: 
 
 
 def load_policy(lineage: Lineage, dtype: torch.dtype, *, mapped: bool = False) -> PreTrainedModel:
-    """A causal language model with all adapters merged, in evaluation mode; every weight is trainable.
+    """A causal language model with all adapters merged, in evaluation mode; every weight is trainable, except in parts
+    for images or sounds.
 
     An adapter that was trained on weights in four bits is merged into the dequantised weights. With ``mapped``, weights
     stay in their file until they are copied (mapped.py), unless adapters are merged into them.
@@ -171,7 +173,9 @@ def load_policy(lineage: Lineage, dtype: torch.dtype, *, mapped: bool = False) -
     for adapter in lineage.beside:
         model = merge_adapter(model, adapter.path)
     model.config.use_cache = False
-    return model.requires_grad_(True).eval()  # PEFT leaves merged weights frozen
+    model.requires_grad_(True)  # PEFT leaves merged weights frozen
+    freeze_beside_text(model)
+    return model.eval()
 
 
 def load_scalar(lineage: Lineage, dtype: torch.dtype, *, mapped: bool = False) -> PreTrainedModel:
