@@ -15,6 +15,9 @@ import psutil
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
 """Variables that name the GPUs to use; the second is ROCm's own. ROCm reads the first too."""
 
+_ROCR = "ROCR_VISIBLE_DEVICES"
+"""Names the GPUs that a ROCm process has at all; the variables above then count among these."""
+
 
 def visible_devices(environment: Mapping[str, str] = os.environ, root: Path = Path("/")) -> list[str]:
     """GPUs that this machine lets us use, as ``CUDA_VISIBLE_DEVICES`` names them.
@@ -23,21 +26,36 @@ def visible_devices(environment: Mapping[str, str] = os.environ, root: Path = Pa
     """
     for name in VISIBLE:
         if name in environment:
-            names = (part.strip() for part in environment[name].split(","))
-            return list(itertools.takewhile(lambda part: part not in ("", "-1"), names))
-    return [str(number) for number in range(_num_nvidia(root) or _num_amd(root) or _num_wsl(root))]
+            return _names(environment[name])
+    return [str(number) for number in range(_num_nvidia(root) or _num_amd(environment, root) or _num_wsl(root))]
+
+
+def _names(listed: str) -> list[str]:
+    names = (part.strip() for part in listed.split(","))
+    return list(itertools.takewhile(lambda part: part not in ("", "-1"), names))
 
 
 def _num_nvidia(root: Path) -> int:
     return sum(1 for path in (root / "dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", path.name))
 
 
-def _num_amd(root: Path) -> int:
-    """The kernel lists processors in this folder too; entries without SIMD units are not GPUs."""
+def _num_amd(environment: Mapping[str, str], root: Path) -> int:
+    """The kernel lists the GPUs of the whole machine; ``ROCR_VISIBLE_DEVICES`` leaves some, which are counted anew."""
     if not (root / "dev" / "kfd").exists():
         return 0
     nodes = (root / "sys" / "class" / "kfd" / "kfd" / "topology" / "nodes").glob("*/properties")
-    return sum(1 for node in nodes if re.search(r"^simd_count [1-9]", node.read_text(encoding="utf-8"), re.MULTILINE))
+    ours = sum(1 for node in nodes if _is_our_gpu(node))
+    return min(ours, len(_names(environment[_ROCR]))) if _ROCR in environment else ours
+
+
+def _is_our_gpu(node: Path) -> bool:
+    """Processors have nodes too, without SIMD units. The kernel lets nobody read that of a GPU outside of its control
+    group."""
+    try:
+        properties = node.read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return re.search(r"^simd_count [1-9]", properties, re.MULTILINE) is not None
 
 
 def _num_wsl(root: Path) -> int:

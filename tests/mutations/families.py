@@ -83,4 +83,14 @@ MUTATIONS = [
             "test_all_that_is_trained_of_a_model_with_images_gets_gradients",
         ),
     ),
+    *in_file(
+        "core/hardware.py",
+        "unit/core/test_hardware.py",
+        (
+            "all GPUs of the machine are a job's",
+            "min(ours, len(_names(environment[_ROCR])))",
+            "ours",
+            "test_gpus_of_amd_are_those_that_a_job_may_use",
+        ),
+    ),
 ]

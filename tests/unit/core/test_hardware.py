@@ -32,6 +32,29 @@ def test_gpus_of_amd_are_counted_without_the_processors_beside_them(tmp_path: Pa
     assert visible_devices({}, tmp_path) == ["0", "1"]
 
 
+@pytest.mark.parametrize(
+    ("environment", "visible"),
+    [
+        ({}, ["0", "1", "2"]),
+        ({"ROCR_VISIBLE_DEVICES": "1,GPU-4f2b"}, ["0", "1"]),
+        ({"ROCR_VISIBLE_DEVICES": ""}, []),
+        ({"ROCR_VISIBLE_DEVICES": "0,1", "HIP_VISIBLE_DEVICES": "1"}, ["1"]),
+        ({"ROCR_VISIBLE_DEVICES": "0,1,2,3,4"}, ["0", "1", "2"]),
+    ],
+)
+def test_gpus_of_amd_are_those_that_a_job_may_use(
+    tmp_path: Path, environment: dict[str, str], visible: list[str]
+) -> None:
+    nodes = tmp_path / "sys/class/kfd/kfd/topology/nodes"
+    for number in range(3):
+        (nodes / str(number)).mkdir(parents=True)
+        (nodes / str(number) / "properties").write_text("simd_count 256\n")
+    (nodes / "3/properties").mkdir(parents=True)  # it cannot be read, like that of a GPU of another job
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/kfd").touch()
+    assert visible_devices(environment, tmp_path) == visible
+
+
 def test_gpus_under_windows_are_those_that_nvidias_tool_lists(tmp_path: Path) -> None:
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/dxg").touch()
