@@ -40,12 +40,14 @@ def letter_rows(
     Raises:
         DataError: the chat template refuses a row.
     """
-    return LetterRows(
-        prompts=tokenize_rows(rows, lambda row: prompt_ids(tokenizer, with_choices(turns(row), row.choices))),
-        letters=tokenize_rows(
-            rows, lambda row: _letters(tokenizer, with_choices(turns(row), row.choices), row.choices)
-        ),
-    )
+
+    def prompt(row: HeldOutPrompt) -> list[int]:
+        return prompt_ids(tokenizer, with_choices(turns(row), row.choices), row.tools)
+
+    def letters(row: HeldOutPrompt) -> list[list[int]]:
+        return _letters(tokenizer, with_choices(turns(row), row.choices), row)
+
+    return LetterRows(prompts=tokenize_rows(rows, prompt), letters=tokenize_rows(rows, letters))
 
 
 def choice_scores(
@@ -76,8 +78,8 @@ def with_choices(messages: Sequence[Message], choices: Sequence[str]) -> list[Me
     return [*before, Message(role=question.role, content=content)]
 
 
-def _letters(tokenizer: Any, messages: Sequence[Message], choices: Sequence[str]) -> list[list[int]]:
-    texts = answer_texts(tokenizer, messages, list(ascii_uppercase[: len(choices)]))
+def _letters(tokenizer: Any, messages: Sequence[Message], row: HeldOutPrompt) -> list[list[int]]:
+    texts = answer_texts(tokenizer, messages, list(ascii_uppercase[: len(row.choices)]), row.tools)
     return [ids[:-1] for ids in encode_all(tokenizer, texts)]
 
 

@@ -122,8 +122,8 @@ class TextScorer:
         """
         turn = Message(role="assistant", content=_without(self._control, answer))
         if getattr(self._model.config, AT_TURN_END, False):
-            return prompt_and_answers(self._tokenizer, prompt.messages, [turn])
-        return [render(self._tokenizer, [*prompt.messages, turn], answering=False)]
+            return prompt_and_answers(self._tokenizer, prompt.messages, [turn], prompt.tools)
+        return [render(self._tokenizer, [*prompt.messages, turn], answering=False, tools=prompt.tools)]
 
     def _refuse_too_long(self, rows: Sequence[Sequence[int]], answers: Answers) -> None:
         positions, lengths = positions_of(self._model.base_model), [len(row) for row in rows]

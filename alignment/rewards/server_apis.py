@@ -25,6 +25,11 @@ class Item:
         return [turn.as_dict() for turn in self.prompt.messages]
 
     @property
+    def tools(self) -> dict[str, Any]:
+        """The tools of the prompt as a field of a request, which a prompt without tools does not have."""
+        return {"tools": list(self.prompt.tools)} if self.prompt.tools else {}
+
+    @property
     def row(self) -> dict[str, Any]:
         """The prompt's row, with texts in place of values that JSON does not have, such as dates and NaN."""
         text = json.dumps(dict(self.prompt.row), default=str)
@@ -56,7 +61,7 @@ def _scores_body(config: ServerConfig, items: Sequence[Item]) -> dict[str, Any]:
     return {
         "model": config.model,
         "items": [
-            {"id": number, "messages": item.messages, "answer": item.answer, "row": item.row}
+            {"id": number, "messages": item.messages, **item.tools, "answer": item.answer, "row": item.row}
             for number, item in enumerate(items)
         ],
     }
@@ -65,9 +70,12 @@ def _scores_body(config: ServerConfig, items: Sequence[Item]) -> dict[str, Any]:
 def _pooling_body(config: ServerConfig, items: Sequence[Item]) -> dict[str, Any]:
     (item,) = items
     conversation = [*item.messages, {"role": "assistant", "content": item.answer}]
+    # The request has no field for tools; vLLM passes these arguments on to the chat template.
+    for_template = {"chat_template_kwargs": item.tools} if item.tools else {}
     return {
         "model": config.model,
         "messages": conversation,
+        **for_template,
         "add_generation_prompt": False,
         "encoding_format": "float",
         **_activation(config),

@@ -15,6 +15,16 @@ SHOWN = "test_shown_samples_have_the_widest_gaps_of_their_tasks_and_stand_in_the
 
 MUTATIONS = [
     *in_file(
+        "stages/evaluate/turn_prompts.py",
+        "unit/stages/test_evaluate_tools.py",
+        (
+            "a first question is asked without its tools",
+            "prompt_ids(tokenizer, shown(row), row.tools)",
+            "prompt_ids(tokenizer, shown(row))",
+            "test_every_turn_is_asked_with_the_tools_of_its_row",
+        ),
+    ),
+    *in_file(
         "stages/evaluate/labelled.py",
         LABELLED,
         (
@@ -140,7 +150,7 @@ MUTATIONS = [
         ),
         (
             "a later turn of base+prompt has no system prompt",
-            "prompts=tokenize_rows(prompts, lambda prompt: prompt_ids(tokenizer, shown(prompt))),",
+            "prompts=tokenize_rows(prompts, lambda prompt: prompt_ids(tokenizer, shown(prompt), prompt.tools)),",
             "prompts=tokenize_rows(prompts, lambda prompt: prompt_ids(tokenizer, prompt.messages)),",
             "test_the_second_question_is_asked_after_the_arms_own_first_answer",
         ),

@@ -163,9 +163,13 @@ def _answers(tokenizer: Any, pairs: Sequence[PreferencePair]) -> Answers:
         for _ in (CHOSEN, REJECTED)
     ]
     answered = iter(texts)
+
+    def ids_of_answer(prompt: HeldOutPrompt) -> list[int]:
+        return answer_ids(tokenizer, prompt.messages, next(answered), prompt.tools)
+
     return Answers(
-        prompt_ids=tokenize_rows(prompts, lambda prompt: prompt_ids(tokenizer, prompt.messages)),
-        answer_ids=tokenize_rows(prompts, lambda prompt: answer_ids(tokenizer, prompt.messages, next(answered))),
+        prompt_ids=tokenize_rows(prompts, lambda prompt: prompt_ids(tokenizer, prompt.messages, prompt.tools)),
+        answer_ids=tokenize_rows(prompts, ids_of_answer),
         texts=texts,
         prompts=prompts,
         rows=range(len(texts)),

@@ -51,14 +51,14 @@ def answers_to_score(
 
     The prompt of a later turn is the conversation before it, so it has the arm's own answers.
     """
-    first = tokenize_rows(rows, lambda row: prompt_ids(tokenizer, row.messages))
+    first = tokenize_rows(rows, lambda row: prompt_ids(tokenizer, row.messages, row.tools))
     scored = {}
     for name, arm in arms.items():
         turn_of_answer = [turn for turn in asked_turns(rows) for _ in range(arm.per_prompt)]
         texts = [answer.text for answer in arm.answers]
         asked = prompts_of_answers(rows, texts, per_prompt=arm.per_prompt)
         continued = [prompt for prompt, turn in zip(asked, turn_of_answer, strict=True) if turn.turn > 0]
-        later = iter(tokenize_rows(continued, lambda prompt: prompt_ids(tokenizer, prompt.messages)))
+        later = iter(tokenize_rows(continued, lambda prompt: prompt_ids(tokenizer, prompt.messages, prompt.tools)))
         scored[name] = Answers(
             prompt_ids=[next(later) if turn.turn > 0 else first[turn.row] for turn in turn_of_answer],
             answer_ids=_in_our_tokens(tokenizer, asked, arm) if arm_prompts[name].own_tokens else arm.ids,
@@ -73,7 +73,7 @@ def _in_our_tokens(tokenizer: Any, prompts: Sequence[HeldOutPrompt], arm: Answer
     """Answers of a model with another tokenizer, in the run's tokens."""
     rows_of_ids = []
     for row, answer in zip(prompts, arm.answers, strict=True):
-        ids = answer_ids(tokenizer, row.messages, answer.text)
+        ids = answer_ids(tokenizer, row.messages, answer.text, row.tools)
         rows_of_ids.append(ids if answer.ended or len(ids) == 1 else ids[:-1])
     return rows_of_ids
 

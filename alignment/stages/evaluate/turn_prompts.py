@@ -52,12 +52,14 @@ def first_turn(tokenizer: Any, rows: Sequence[HeldOutPrompt], shown: Shown, *, w
     """
 
     def reference(row: HeldOutPrompt) -> Reference | None:
-        return Reference(ids=answer_ids(tokenizer, shown(row), row.reference)) if row.reference else None
+        if not row.reference:
+            return None
+        return Reference(ids=answer_ids(tokenizer, shown(row), row.reference, row.tools))
 
     return TurnPrompts(
         number=0,
         rows=list(range(len(rows))),
-        prompts=tokenize_rows(rows, lambda row: prompt_ids(tokenizer, shown(row))),
+        prompts=tokenize_rows(rows, lambda row: prompt_ids(tokenizer, shown(row), row.tools)),
         references=tokenize_rows(rows, reference) if with_references else [None] * len(rows),
     )
 
@@ -85,13 +87,16 @@ def later_turn(
         if not (last and all(before)):
             return None
         messages = shown(continued(row, before))
-        return Reference(ids=answer_ids(tokenizer, messages, last), prompt=prompt_ids(tokenizer, messages))
+        return Reference(
+            ids=answer_ids(tokenizer, messages, last, row.tools),
+            prompt=prompt_ids(tokenizer, messages, row.tools),
+        )
 
     prompts = [continued(rows[index], answers) for index in asked for answers in earlier[index]]
     return TurnPrompts(
         number=number,
         rows=asked,
-        prompts=tokenize_rows(prompts, lambda prompt: prompt_ids(tokenizer, shown(prompt))),
+        prompts=tokenize_rows(prompts, lambda prompt: prompt_ids(tokenizer, shown(prompt), prompt.tools)),
         references=tokenize_rows([rows[index] for index in asked], reference)
         if with_references
         else [None] * len(asked),

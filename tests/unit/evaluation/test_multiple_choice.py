@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from alignment.evaluation.arms import sequence_logprobs
 from alignment.evaluation.multiple_choice import choice_scores, letter_rows
 from alignment.models.forward.flat import use_flat_attention
 from tests.oracles import logprobs as oracle
+from tests.templates import styled_tokenizer
 from tests.tiny import tiny_model, tiny_tokenizer
 
 CHOICES = (("On Monday", "On Sunday", "Never"), ("Yes", "No"), ("The hall", "The sea", "Nowhere", "Here"))
@@ -61,6 +63,17 @@ def test_a_row_counts_if_its_right_letter_is_the_likeliest(seed: int) -> None:
     others = [(letter + 1) % len(choices) for letter, choices in zip(best, CHOICES, strict=True)]
     for right, expected in ((best, [1.0, 1.0, 1.0]), (others, [0.0, 0.0, 0.0]), ([best[0], *others[1:]], [1.0, 0, 0])):
         assert scores(model, right) == expected
+
+
+def test_choices_stand_behind_the_tools_of_their_row() -> None:
+    tokenizer = styled_tokenizer("qwen")
+    tool = {"type": "function", "function": {"name": "calendar", "parameters": {"type": "object"}}}
+    (row, *_) = rows([0, 0, 0])
+    asked = letter_rows(tokenizer, [replace(row, tools=(tool,))], lambda row: row.messages)
+    turns = [{"role": "user", "content": "Question 0?\nA. On Monday\nB. On Sunday\nC. Never\nAnswer:"}]
+    text = tokenizer.apply_chat_template(turns, tools=[tool], tokenize=False, add_generation_prompt=True)
+    assert asked.prompts == [tokenizer(text, add_special_tokens=False)["input_ids"]]
+    assert asked.letters == [[tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "ABC"]]
 
 
 def test_multiple_choice_that_are_equally_likely_count_as_wrong() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,20 @@ def test_a_prompt_that_the_template_refuses_is_named_before_anything_is_scored(t
     tokenizer.save_pretrained(str(folder))
     with pytest.raises(DataError, match=r"rows\.jsonl:7: cannot be scored by path:judge: .*no secrets"):
         scorer(folder, prompts=[*PROMPTS, prompt("Say the secret.", line=7)])
+
+
+def test_a_conversation_is_read_with_the_tools_of_its_prompt(tmp_path: Path) -> None:
+    folder = external(tmp_path)
+    with_tool = replace(PROMPTS[0], tools=({"type": "function", "function": {"name": "calendar"}},))
+    with pytest.raises(DataError, match=r"rows\.jsonl:1: cannot be scored by path:judge: .* the tool 'calendar'"):
+        scorer(folder, prompts=[with_tool])
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ '(' + tool.function.name + ')' }}{% endfor %}" + TEMPLATE
+    tokenizer.save_pretrained(str(folder))
+    judge = scorer(folder, prompts=[with_tool])
+    expected = tokenizer(f"(calendar){conversation(PROMPTS[0], TEXTS[0])}", add_special_tokens=False)["input_ids"]
+    assert judge.ids(with_tool, TEXTS[0]) == expected
+    assert judge.ids(PROMPTS[0], TEXTS[0]) != expected
 
 
 def test_an_answer_that_the_template_refuses_is_named(tmp_path: Path) -> None:

@@ -86,6 +86,17 @@ def test_vllm_pools_one_conversation_by_its_own_template() -> None:
     assert read(ServerApi.vllm_pooling, reply, 1) == [0.25]
 
 
+def test_the_tools_of_a_prompt_are_sent_where_a_server_reads_conversations() -> None:
+    tool = {"type": "function", "function": {"name": "calendar"}}
+    with_tool = Item(prompt=replace(TURNS, tools=(tool,)), answer="Hello.")
+    ours = APIS[ServerApi.scores].body(config(ServerApi.scores), [with_tool, ITEMS[1]])["items"]
+    assert ours[0]["tools"] == [tool]
+    assert "tools" not in ours[1]
+    pooled = APIS[ServerApi.vllm_pooling].body(config(ServerApi.vllm_pooling), [with_tool])
+    assert pooled["chat_template_kwargs"] == {"tools": [tool]}
+    assert "chat_template_kwargs" not in body(ServerApi.vllm_pooling, 1)
+
+
 def test_vllm_classifies_answers_and_a_label_is_the_number_of_a_class() -> None:
     assert body(ServerApi.vllm_classify) == {"model": "judge-7b", "input": ["Hello.", "4."], "use_activation": False}
     assert body(ServerApi.vllm_classify, label="1")["use_activation"] is True

@@ -206,6 +206,16 @@ def test_a_reward_model_judges_labelled_pairs_by_its_scores(chain: Chained) -> N
     assert labelled.wins == wins
 
 
+def test_labelled_pairs_are_scored_with_their_tools(chain: Chained, tmp_path: Path) -> None:
+    """The tiny template leaves them out, which is refused."""
+    rows = [row | {"tools": [{"name": "opening_hours"}]} for row in PAIRS]
+    (tmp_path / "tools.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = config_of(JudgeConfig(kind=JudgeKind.reward), reward="stage:reward")
+    spec = replace(spec_of(chain, config, "tools"), extra_data={"judge.labelled.data": tmp_path / "tools.jsonl"})
+    with pytest.raises(DataError, match=r"tools\.jsonl:\d+: the chat template leaves out the tool 'opening_hours'"):
+        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+
+
 def test_at_most_so_many_prompts_are_drawn_and_other_rows_are_refused(chain: Chained, tmp_path: Path) -> None:
     config = config_of(JudgeConfig(kind=JudgeKind.metric))
     few = replace(config, judge=replace(config.judge, labelled=replace(SETTINGS, max_prompts=5)))
