@@ -18,6 +18,7 @@ from alignment.data.fields import Fields, SetAside
 from alignment.data.formats import FORMATS, detect
 from alignment.data.formats.form import Format
 from alignment.data.hub_rows import source_rows
+from alignment.data.list_texts import with_lists
 from alignment.data.objections import bare
 from alignment.data.records import Record
 from alignment.data.row_files import RawRow
@@ -119,7 +120,7 @@ def start(path: Path, data: SourceConfig, *, setting: str = DATA) -> Reading:
     _refuse_unknown_columns([row.value for row in head if isinstance(row, RawRow)], data, where=str(path))
     if data.format is not None:
         return Reading(path=path, format=FORMATS[data.format], setting=setting)
-    rows = [_renamed(row.value, data) for row in head if isinstance(row, RawRow)]
+    rows = [prepared(row.value, data) for row in head if isinstance(row, RawRow)]
     if not rows:
         faults = [row for row in head if isinstance(row, DataError)]
         raise (
@@ -282,8 +283,8 @@ def nothing(set_aside: Iterable[str], *, rows: int, where: str) -> DataError:
 
 
 def prepared(row: Any, data: SourceConfig) -> Any:
-    """The row with columns renamed and placeholders filled as configured."""
-    return _filled(_renamed(row, data), data.placeholders)
+    """The row with columns renamed and placeholders filled as configured, and with lists in place of their JSON."""
+    return _filled(with_lists(_renamed(row, data)), data.placeholders)
 
 
 def _renamed(row: Any, data: SourceConfig) -> Any:

@@ -409,6 +409,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "data/reading.py",
+        "unit/data/test_reading.py",
+        (
+            "JSON of turns is what a user says",
+            "_filled(with_lists(_renamed(row, data)), data.placeholders)",
+            "_filled(_renamed(row, data), data.placeholders)",
+            "test_a_list_may_be_the_text_of_its_json",
+        ),
+    ),
+    *in_file(
         "data/formats/plain.py",
         "unit/data/test_formats.py",
         (

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from alignment.commands.new.data_files import CountedRow, DataFile
+from alignment.config.data import SourceConfig
 from alignment.core.errors import ConfigError
 from alignment.data.formats import format_of
 from alignment.data.overlap import HeldOut, asked
+from alignment.data.reading import prepared
 from alignment.data.records import Conversation, LabelledAnswer, PreferencePair, Prompt
 
 _LAST_LEARNED = (Prompt, PreferencePair, LabelledAnswer, Conversation)
@@ -93,7 +95,8 @@ def split(files: Sequence[DataFile], keys: frozenset[int], new: NewFiles) -> tup
             if row.key is not None and row.key in left:
                 left.remove(row.key)
                 _write(stream, _held_out_row(source, row))
-    form = format_of(json.loads(path.read_text(encoding="utf-8").partition("\n")[0]))
+    first = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
+    form = format_of(prepared(first, SourceConfig()))
     held_out = replace(
         source,
         name=path.name,

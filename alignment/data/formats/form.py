@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.data.fields import Fields, is_text
+from alignment.data.list_texts import TURNS, begins_turns
 from alignment.data.records import Answer, Example
 from alignment.data.turns import Message, turn_of, turns_of
 
@@ -64,8 +65,11 @@ def question_turns(fields: Fields, field: str) -> tuple[Message, ...]:
     Raises:
         DataError: the content is neither text nor turns.
     """
-    if isinstance(fields.row[field], list):
+    value = fields.row[field]
+    if isinstance(value, list):
         return turns_of(fields, field)
+    if field in TURNS and begins_turns(value):
+        fields.fail(field, f"must be a list of turns, or JSON of one, and not its text in Python; it is {value!r:.60}")
     return (Message(role="user", content=_question(fields, field)),)
 
 

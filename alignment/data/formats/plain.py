@@ -8,6 +8,7 @@ from typing import Any
 
 from alignment.data.fields import Fields, finite, is_number, is_text
 from alignment.data.formats.form import PROMPTS, Format, answer_text, asked, holds, is_question, with_system
+from alignment.data.list_texts import begins_list
 from alignment.data.records import Answer, Example
 from alignment.data.turns import Message, tools_of
 
@@ -104,7 +105,7 @@ CHOICES = Format(
     summary="a question, answers to choose from, and the right one or its index from 0 (MMLU)",
     row='{"question": "2 + 2?", "choices": ["5.", "4."], "answer": "4."}',
     fits=lambda row: (
-        isinstance(row.get("choices"), list)
+        (isinstance(row.get("choices"), list) or begins_list(row.get("choices")))
         and holds(row, "answer")
         and any(is_question(row.get(name)) for name in PROMPTS)
     ),

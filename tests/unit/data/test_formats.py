@@ -206,6 +206,12 @@ def test_every_format_keeps_the_tools_and_the_system_text_of_its_rows(name: str)
     assert [turn.role for turn in example.turns].count("system") == 1
 
 
+def test_choices_in_another_notation_are_refused_and_not_left_out() -> None:
+    """Otherwise the row would be a question without choices, whose answer is their index."""
+    with pytest.raises(DataError, match="'choices' must be a list and not empty"):
+        _records(Conversation, {"question": "2 + 2?", "choices": "['3', '4']", "answer": "1"})
+
+
 def test_a_ranked_list_gives_every_pair_of_different_rank_and_its_best_answer() -> None:
     scored = [{"text": text, "score": score} for text, score in (("b", 5), ("a", 9), ("c", 5), ("d", 1))]
     row = {"prompt": "?", "completions": scored}
@@ -408,6 +414,12 @@ FAULTS = [
         "'messages[1].thinking' must be text; it is ['x']",
     ),
     ("messages", {"messages": [ASKED], "tools": [3]}, "'tools[0]' must be an object with a 'name'; it is 3"),
+    ("messages", {"messages": str([ASKED, ANSWER])}, "'messages' must be a list of turns, or JSON of one"),
+    (
+        "sharegpt",
+        {"conversations": str([{"from": "human"}])},
+        "'conversations' must be a list of turns, or JSON of one",
+    ),
     ("turns", {"turns": [""]}, "'turns[0]' must be text and not empty; it is ''"),
     ("turns", {"turns": ["Hi", " "]}, "'turns[1]' must be text and not empty; it is ' '"),
 ]

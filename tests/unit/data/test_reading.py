@@ -18,7 +18,7 @@ from alignment.config.data import DataConfig, OnError
 from alignment.core.errors import DataError
 from alignment.data.doctor import examine
 from alignment.data.reading import Reading, iterate, read_records, start
-from alignment.data.records import Conversation, PreferencePair
+from alignment.data.records import Conversation, PreferencePair, Prompt
 from alignment.data.row_files import RawRow, files_of, rows_of
 
 ROWS = [{"instruction": f"Add {number}.", "input": "", "output": f"It is {number}."} for number in range(5)]
@@ -49,6 +49,51 @@ def test_every_kind_of_file_gives_the_same_records(tmp_path: Path, name: str) ->
     conversations = read_records(tmp_path / name, Conversation, ALL)
     assert [conversation.messages[-1].content for conversation in conversations] == [row["output"] for row in ROWS]
     assert all(conversation.where.startswith(str(tmp_path / name)) for conversation in conversations)
+
+
+QUESTION, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "{{four}}"}
+SHARED = [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "{{four}}"}]
+LISTS: dict[str, dict[str, Any]] = {
+    "messages": {"messages": [QUESTION, ANSWER]},
+    "sharegpt": {"conversations": SHARED},
+    "chosen_messages": {
+        "chosen_messages": [QUESTION, ANSWER],
+        "rejected_messages": [QUESTION, ANSWER | {"content": "5"}],
+    },
+    "ranked": {"prompt": "2 + 2?", "completions": [{"text": "{{four}}", "score": 2}, {"text": "5", "score": 1}]},
+    "choices": {"question": "2 + 2?", "choices": ["5", "{{four}}"], "answer": "{{four}}"},
+    "turns": {"turns": ["2 + 2?", "Times 3?"]},
+    "alpaca": {"history": [["Hi", "Hello"]], "instruction": "2 + 2?", "output": "{{four}}"},
+}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_may_be_the_text_of_its_json(tmp_path: Path, name: str, suffix: str) -> None:
+    """As every list of a CSV is; a prompt of JSON would otherwise be asked as it stands."""
+    row, record = LISTS[name], Prompt if name == "turns" else Conversation
+    texts = {column: json.dumps(value) if isinstance(value, list) else value for column, value in row.items()}
+    files = [tmp_path / "lists.jsonl", tmp_path / f"texts{suffix}"]
+    files[0].write_text(_lines([row]))
+    if suffix == ".csv":
+        with files[1].open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(texts))
+            writer.writeheader()
+            writer.writerow(texts)
+    else:
+        parquet.write_table(pa.Table.from_pylist([texts]), files[1])
+    settings = replace(ALL, placeholders={"four": 'a "4"'})
+    as_lists, as_texts = (read_records(file, record, settings) for file in files)
+    assert [start(file, ALL).format.name for file in files] == [name, name]
+    assert as_texts == as_lists
+    assert len(as_lists) == 1
+
+
+def test_half_a_character_in_a_list_of_a_csv_is_a_fault_of_its_row(tmp_path: Path) -> None:
+    with (tmp_path / "texts.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["messages"], ['[{"role": "user", "content": "\\ud83d"}]']])
+    with pytest.raises(DataError, match=r"texts\.csv:2: 'messages' must be a list of turns, or JSON of one"):
+        read_records(tmp_path / "texts.csv", Prompt, ALL)
 
 
 def test_a_folder_is_its_files_in_the_order_of_their_names(tmp_path: Path) -> None:
