@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignment.data.fields import Fields
-from alignment.data.formats.form import Format, asked, holds, starts_with_turn
+from alignment.data.formats.form import Format, answer_text, asked, holds, starts_with_turn
 from alignment.data.records import Example
 from alignment.data.turns import Message, tools_of
 
@@ -23,7 +23,7 @@ def _has_turns(row: Mapping[str, Any], field: str, key: str) -> bool:
 def _labelled(fields: Fields) -> Example:
     turns, field = asked(fields)
     if fields.has("completion"):
-        turns = (*turns, Message(role="assistant", content=fields.text("completion")))
+        turns = (*turns, Message(role="assistant", content=answer_text(fields, "completion")))
     return Example(fields=fields, turns=turns, good=fields.flag("label"), tools=tools_of(fields), field=field)
 
 

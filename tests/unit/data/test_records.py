@@ -148,6 +148,8 @@ def test_answers_that_people_ranked_are_no_choices(form: str, row: dict[str, Any
         ("kto", {"prompt": "2 + 2?", "completion": "4.", "label": True}, [("4.", True)]),
         ("kto", {"prompt": "2 + 2?", "completion": "5.", "label": False}, [("5.", False)]),
         ("kto", {"messages": [USER, ANSWER], "label": "false"}, [("4.", False)]),
+        ("kto", {"prompt": [USER], "completion": [ANSWER], "label": True}, [("4.", True)]),  # TRL's conversations
+        ("kto", {"prompt": "2 + 2?", "completion": ANSWER, "label": False}, [("4.", False)]),
         ("kto", {"messages": [USER], "completion": "4.", "label": 1}, [("4.", True)]),
         ("preference", {"messages": [USER], "chosen": "4.", "rejected": "5."}, [("4.", True), ("5.", False)]),
         (
