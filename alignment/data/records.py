@@ -8,7 +8,7 @@ record's ``FILE:LINE``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, ClassVar, Protocol, Self
@@ -67,6 +67,11 @@ class Example:
                 self.fields.fail(f"completions[{number}]", "has a score or rank that is not a finite number")
         return self.answers
 
+    def refuse_bad(self) -> None:
+        """Raises SetAside if a label says that the answer is bad."""
+        if self.good is False:
+            self.fields.set_aside("label", "says that the answer is bad")
+
     def refuse_text(self) -> None:
         """Raises DataError if the row is plain text."""
         if self.text:
@@ -97,8 +102,7 @@ class Conversation:
         """Raises DataError unless the last turn is the assistant's; SetAside if it is labelled as bad."""
         example.refuse_text()
         fields, messages = example.fields, example.turns
-        if example.good is False:
-            fields.set_aside("label", "says that the answer is bad")
+        example.refuse_bad()
         if example.answers:
             best = max(example.compared(), key=lambda answer: answer.rank)
             messages = (*example.prompt(), Message(role="assistant", content=best.text))
@@ -285,8 +289,8 @@ class Prompt:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HeldOutPrompt(Prompt):
     """A prompt that arms of an evaluation answer, and a ``reference`` answer where the row has one: its column of that
-    name, or a trailing assistant turn. A row with answers to choose from has ``choices``, of which ``right`` is the
-    index of the best one.
+    name, or a trailing assistant turn that no label calls bad. A row with answers to choose from has ``choices``, of
+    which ``right`` is the index of the best one.
 
     ``later_turns`` are what the user says next, each after the arm's answer to the turn before; ``later_references``
     are the reference answers to them, "" for a turn without one.
@@ -322,7 +326,6 @@ class HeldOutPrompt(Prompt):
         # Other rows with several answers have the better one first, so the letter alone would give it away.
         has_choices = isinstance(fields.row.get("choices"), list) and len(ranks) > 1 and ranks.count(max(ranks)) == 1
         messages = example.prompt(drop_answer=True)
-        dropped = "".join(turn.content for turn in example.turns[len(messages) :])
         reference, *later_references = _references(example)
         yield cls(
             messages=messages,
@@ -331,12 +334,19 @@ class HeldOutPrompt(Prompt):
             task=fields.label("task"),
             row=fields.row,
             where=fields.where,
-            reference=reference or dropped,
+            reference=reference or _last_answer(example, messages),
             choices=tuple(answer.text for answer in example.answers) if has_choices else (),
             right=ranks.index(max(ranks)) if has_choices else None,
             later_turns=example.later_turns,
             later_references=tuple(later_references),
         )
+
+
+def _last_answer(example: Example, messages: Sequence[Message]) -> str:
+    """The answer that ends the turns, behind ``messages``; empty without one, and for one that is labelled as bad."""
+    if example.good is False:
+        return ""
+    return "".join(turn.content for turn in example.turns[len(messages) :])
 
 
 def _references(example: Example) -> list[str]:
@@ -395,7 +405,8 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlainText:
-    """Text to learn as it is. The text of a conversation is that of its turns and of its best answer.
+    """Text to learn as it is. The text of a conversation is that of its turns and of its best answer; labelled answers
+    are learned if they are good.
 
     Example row: ``{"text": "The shop is closed on Monday."}``
     """
@@ -408,7 +419,8 @@ class PlainText:
 
     @classmethod
     def of(cls, example: Example) -> Iterator[Self]:
-        """Raises DataError if the text is empty."""
+        """Raises DataError if the text is empty; SetAside if it ends with an answer that is labelled as bad."""
+        example.refuse_bad()
         best = sorted(example.answers, key=lambda answer: -answer.rank)[:1]
         turns = [*(turn.whole for turn in example.turns), *(answer.text for answer in best)]
         text = example.text or "\n\n".join(filter(None, turns))

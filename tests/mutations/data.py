@@ -12,6 +12,16 @@ FEW_FAULTS = "test_faulty_rows_may_be_skipped_up_to_a_share_and_are_listed"
 
 MUTATIONS = [
     *in_file(
+        "data/records.py",
+        "unit/data/test_records.py",
+        (
+            "a bad answer is a reference",
+            'if example.good is False:\n        return ""',
+            'if example.good is None:\n        return ""',
+            "test_an_answer_that_is_labelled_as_bad_is_no_reference",
+        ),
+    ),
+    *in_file(
         "data/tokens/tokenize.py",
         "unit/data/test_tokenize.py",
         (

@@ -223,12 +223,14 @@ def test_a_ranked_list_gives_every_pair_of_different_rank_and_its_best_answer() 
         _records(PreferencePair, {"prompt": "?", "completions": [scored[0], scored[2]]})
 
 
-def test_a_bad_answer_is_set_aside_in_sft_and_still_a_prompt() -> None:
+def test_a_bad_answer_is_set_aside_where_it_would_be_learned_and_still_a_prompt() -> None:
     row = {"messages": [ASKED, ANSWER], "label": False}
-    with pytest.raises(SetAside, match="'label' says that the answer is bad"):
-        _records(Conversation, row)
+    for record in (Conversation, PlainText):
+        with pytest.raises(SetAside, match="'label' says that the answer is bad"):
+            _records(record, row)
     (prompt,) = _records(Prompt, row)
     assert [turn.as_dict() for turn in prompt.messages] == [ASKED]
+    assert _records(PlainText, row | {"label": True}) == [PlainText(text="2 + 2?\n\n4.")]
     assert _records(Conversation, {"prompt": "?", "completion": "4.", "label": "True"})
 
 

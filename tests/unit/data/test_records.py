@@ -143,6 +143,17 @@ def test_answers_that_people_ranked_are_no_choices(form: str, row: dict[str, Any
 
 
 @pytest.mark.parametrize(
+    ("changes", "reference"),
+    [({"label": True}, "4."), ({"label": False}, ""), ({"label": False, "reference": "Four."}, "Four.")],
+)
+def test_an_answer_that_is_labelled_as_bad_is_no_reference(changes: dict[str, Any], reference: str) -> None:
+    row = {"messages": [USER, ANSWER], **changes}
+    (prompt,) = HeldOutPrompt.of(FORMATS["kto"].read(Fields(row, where="x:1", example="")))
+    assert prompt.reference == reference
+    assert prompt.messages == (Message(role="user", content="2 + 2?"),)
+
+
+@pytest.mark.parametrize(
     ("form", "row", "expected"),
     [
         ("kto", {"prompt": "2 + 2?", "completion": "4.", "label": True}, [("4.", True)]),
