@@ -343,10 +343,11 @@ class HeldOutPrompt(Prompt):
 
 
 def _last_answer(example: Example, messages: Sequence[Message]) -> str:
-    """The answer that ends the turns, behind ``messages``; empty without one, and for one that is labelled as bad."""
+    """The answer that ends the turns, behind ``messages``, with its thought; empty without one, for a call alone, and
+    for one that is labelled as bad."""
     if example.good is False:
         return ""
-    return "".join(turn.content for turn in example.turns[len(messages) :])
+    return "".join(turn.whole for turn in example.turns[len(messages) :] if turn.content.strip())
 
 
 def _references(example: Example) -> list[str]:

@@ -23,6 +23,7 @@ from alignment.stages.registry import kinds
 USER = {"role": "user", "content": "2 + 2?"}
 ANSWER = {"role": "assistant", "content": "4."}
 ALL = DataConfig(source="")
+THOUGHT_AND_ANSWER = "<think>\n2 and 2.\n</think>\n\n4."
 RECORD_TYPES = [Conversation, PreferencePair, Prompt, HeldOutPrompt]
 
 
@@ -105,6 +106,9 @@ def test_a_prompt_drops_the_answer_that_a_row_ends_with() -> None:
     ("row", "reference"),
     [
         ({"messages": [USER, ANSWER]}, "4."),
+        ({"messages": [USER, ANSWER | {"reasoning_content": "2 and 2."}]}, THOUGHT_AND_ANSWER),
+        ({"messages": [USER, ANSWER | {"content": THOUGHT_AND_ANSWER}]}, THOUGHT_AND_ANSWER),
+        ({"messages": [USER, {**ANSWER, "content": "", "thinking": "Add.", "tool_calls": [{"name": "add"}]}]}, ""),
         ({"messages": [USER, ANSWER], "reference": "Four."}, "Four."),
         ({"messages": [USER], "reference": "Four."}, "Four."),
         ({"messages": [USER], "reference": 4}, "4"),
