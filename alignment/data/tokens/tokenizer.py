@@ -65,12 +65,13 @@ def stops_alike(first: Any, second: Any) -> bool:
 
 
 def tokenizer_hashes(tokenizer: Any) -> dict[str, str]:
-    """SHA-256 of the vocabulary with its special tokens, and of the chat template."""
+    """SHA-256 of the vocabulary with its special tokens, and of the chat template, or of several with their names."""
     vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.all_special_tokens])
-    template = tokenizer.chat_template or ""
+    templates = tokenizer.chat_template or ""
+    text = templates if isinstance(templates, str) else json.dumps(dict(templates), sort_keys=True)
     return {
         "tokenizer_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),
-        "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+        "chat_template_sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
 
 

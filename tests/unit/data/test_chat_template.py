@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from alignment.data.tokens.tokenize import tokenize_conversation, turn_end_id
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.data.turns import Message
 from tests.templates import styled_tokenizer
-from tests.tiny import tiny_tokenizer
+from tests.tiny import CHAT_TEMPLATE, tiny_tokenizer
 
 TALK = [Message(role="user", content="Hi."), Message(role="assistant", content="Hello.")]
 
@@ -58,6 +59,24 @@ def test_the_template_is_saved_with_the_tokenizer(tmp_path: Path) -> None:
     again = load_tokenizer(tmp_path / "artifact")
     assert tokenizer_hashes(again) == tokenizer_hashes(tokenizer)
     assert _learned(again) == "Hello.<eos>"
+
+
+def test_several_named_templates_are_saved_and_hashed(tmp_path: Path) -> None:
+    """As Cohere's and Hermes' tokenizers have them: one for tools, and one for everything else."""
+    tokenizer = tiny_tokenizer()
+    plain = tokenizer_hashes(tokenizer)
+    assert plain["chat_template_sha256"] == hashlib.sha256(tokenizer.chat_template.encode()).hexdigest()
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": "{{ tools | tojson }}" + CHAT_TEMPLATE}
+    tokenizer.save_pretrained(str(tmp_path))
+    again = load_tokenizer(tmp_path)
+    hashes = tokenizer_hashes(again)
+    assert hashes == tokenizer_hashes(tokenizer)
+    assert hashes["chat_template_sha256"] != plain["chat_template_sha256"]
+    again.chat_template = dict(reversed(again.chat_template.items()))
+    assert tokenizer_hashes(again) == hashes
+    tool = {"type": "function", "function": {"name": "add"}}
+    assert render(again, TALK, answering=False) == render(tiny_tokenizer(), TALK, answering=False)
+    assert render(again, TALK, answering=False, tools=[tool]).startswith('[{"type": "function"')
 
 
 def test_a_template_of_the_users_is_read_from_its_file(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 from alignment.commands.export.gguf_form.chat_parts import Inexpressible, chat_parts, conversation
 from alignment.commands.export.gguf_form.go_template import evaluated, template_of
 from alignment.core.errors import DataError, ModelError
+from alignment.data.template_syntax import each
 from alignment.data.tokens.rendering import render
 from alignment.data.turns import Message
 
@@ -85,7 +86,7 @@ def ollama_template(tokenizer: Any, *, bos: str) -> tuple[str, list[str]]:
     notes = [] if has_system else ["the chat template has no system turn, so Ollama ignores system messages"]
     if _trims(tokenizer):
         notes.append("the chat template strips whitespace around contents; Ollama does not")
-    if "tools" in tokenizer.chat_template:
+    if any("tools" in text for text in each(tokenizer.chat_template)):
         notes.append("tools work with llama-server, not with the Modelfile")
     return template, notes
 

@@ -13,7 +13,7 @@ from alignment.commands.export.gguf_form.modelfile import modelfile, ollama_temp
 from alignment.core.errors import ModelError
 from alignment.data.tokens.rendering import render
 from alignment.data.turns import Message
-from tests.templates import styled_tokenizer
+from tests.templates import CHATML, styled_tokenizer
 from tests.tiny import pythia_tokenizer
 
 TINY = """\
@@ -120,6 +120,12 @@ def test_bos_that_the_template_does_not_write_cannot_be_left_out() -> None:
 def test_what_a_template_leaves_out_is_a_note(style: str, notes: list[str]) -> None:
     tokenizer = styled_tokenizer(style)
     assert ollama_template(tokenizer, bos="")[1] == notes
+
+
+def test_a_template_of_several_that_reads_tools_is_a_note() -> None:
+    tokenizer = styled_tokenizer("qwen")
+    tokenizer.chat_template = {"default": CHATML, "tool_use": tokenizer.chat_template}
+    assert ollama_template(tokenizer, bos="")[1] == ["tools work with llama-server, not with the Modelfile"]
 
 
 TURN = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

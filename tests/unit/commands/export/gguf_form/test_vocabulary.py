@@ -127,6 +127,17 @@ def test_llama3s_rule_takes_whole_words_before_merges() -> None:
         vocabulary(_with(_split(LLAMA3)), 400, [2])
 
 
+def test_named_templates_are_written_as_llama_cpp_reads_them() -> None:
+    tokenizer = tiny_tokenizer()
+    template = tokenizer.chat_template
+    assert vocabulary(tokenizer, 400, [2]).metadata["tokenizer.chat_template"] == template
+    tokenizer.chat_template = {"default": template, "tool_use": "{{ tools }}" + template}
+    metadata = vocabulary(tokenizer, 400, [2]).metadata
+    assert metadata["tokenizer.chat_template"] == template
+    assert metadata["tokenizer.chat_templates"] == ["tool_use"]
+    assert metadata["tokenizer.chat_template.tool_use"] == "{{ tools }}" + template
+
+
 def test_a_normal_form_is_a_note() -> None:
     tokenizer = _with(_split(QWEN2))
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
