@@ -17,6 +17,7 @@ from yaml import YAMLError
 from alignment.config.data import SourceConfig
 from alignment.core.errors import DataError
 from alignment.core.fingerprint import content_sha256
+from alignment.data.filled_fields import without_filled
 from alignment.data.row_files import RawRow, Unparsed, parsed, unparsed_rows_of
 
 _FOLDER = "datasets--"
@@ -66,7 +67,7 @@ def hub_rows(folder: Path, split: str, subset: str | None) -> Iterator[RawRow]:
     number = 0
     try:
         for number, row in enumerate(_rows_of_split(folder, split, subset, where=name), start=1):
-            yield RawRow(where=f"{location}: row {number}", value=dict(row))
+            yield RawRow(where=f"{location}: row {number}", value=without_filled(dict(row)))
     except (*_RAISED, ArrowException, DatasetsError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         where = f"{location}, after row {number}" if number else location

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 from alignment.core.errors import DataError
 from alignment.core.small_files import refuse_endless
 from alignment.data import caps
+from alignment.data.filled_fields import without_filled
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -247,7 +248,7 @@ def _python_rows(batch: RecordBatch) -> Iterator[dict[str, Any] | str]:
         rows = batch.to_pylist()
     except _UNUSABLE:
         rows = [_python_row(batch, number) for number in range(len(batch))]
-    yield from rows
+    yield from map(without_filled, rows)
 
 
 def _python_row(batch: RecordBatch, number: int) -> dict[str, Any] | str:

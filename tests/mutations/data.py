@@ -12,6 +12,22 @@ FEW_FAULTS = "test_faulty_rows_may_be_skipped_up_to_a_share_and_are_listed"
 
 MUTATIONS = [
     *in_file(
+        "data/filled_fields.py",
+        "unit/data/test_reading.py",
+        (
+            "tools have the parameters of all others",
+            "for name, item in value.items() if item is not None}",
+            "for name, item in value.items()}",
+            "test_tools_and_calls_have_the_fields_that_they_were_written_with",
+        ),
+        (
+            "columns for scorers lose their nulls",
+            'if "name" in value and ("parameters" in value or "arguments" in value):',
+            'if "name" in value:',
+            "test_tools_and_calls_have_the_fields_that_they_were_written_with",
+        ),
+    ),
+    *in_file(
         "data/records.py",
         "unit/data/test_records.py",
         (

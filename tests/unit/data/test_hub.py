@@ -69,6 +69,22 @@ def test_every_kind_of_file_gives_the_same_rows_in_order_with_their_numbers(cach
     assert [row.where for row in rows] == [f"{NAME} train: row {number}" for number in range(1, 5)]
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_tools_have_the_parameters_that_they_were_written_with(cache: Path, suffix: str) -> None:
+    """``datasets`` reads Parquet into Arrow, where each tool has the parameters of all; columns of JSON may stay."""
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": {"properties": {name: {"type": "string"}}}}}
+        for name in ("place", "time")
+    ]
+    row = {"prompt": "Where?", "completion": "Here.", "tools": tools}
+    sink = BytesIO()
+    parquet.write_table(pa.Table.from_pylist([row]), sink)
+    content = json.dumps(row) + "\n" if suffix == "jsonl" else sink.getvalue()
+    folder = leave_data_set(cache, {f"data/train.{suffix}": content})
+    (conversation,) = read_records(folder, Conversation, SourceConfig())
+    assert list(conversation.tools) == tools
+
+
 def test_several_files_are_one_split_in_the_order_of_their_names(cache: Path) -> None:
     folder = leave_data_set(cache, {"data/train-00001.jsonl": LINES, "data/train-00000.jsonl": FIRST})
     assert [row.value for row in hub_rows(folder, "train", None)] == [ROWS[0], *ROWS]

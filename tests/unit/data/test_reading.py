@@ -89,6 +89,50 @@ def test_a_list_may_be_the_text_of_its_json(tmp_path: Path, name: str, suffix: s
     assert len(as_lists) == 1
 
 
+CALLS = {
+    "messages": [
+        QUESTION,
+        {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"numbers": [2, 2]}}}]},
+        {"role": "tool", "content": "4"},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "show", "arguments": {"text": "4"}}}]},
+    ],
+    "tools": [
+        {"type": "function", "function": {"name": "add", "parameters": {"properties": {"numbers": {"type": "array"}}}}},
+        {"type": "function", "function": {"name": "show", "parameters": {"properties": {"text": {"minLength": 1}}}}},
+        {"type": "function", "function": {"name": "clear", "description": "Clears the screen."}},
+    ],
+    "checked": [{"name": "a", "limit": None}, {"name": None, "limit": 3}],
+}
+
+
+def test_tools_and_calls_have_the_fields_that_they_were_written_with(tmp_path: Path) -> None:
+    """Parquet gives each tool the parameters of all others, as null, and each call their arguments."""
+    (tmp_path / "calls.jsonl").write_text(_lines([CALLS]))
+    parquet.write_table(pa.Table.from_pylist([CALLS]), tmp_path / "calls.parquet")
+    (written,) = read_records(tmp_path / "calls.jsonl", Conversation, ALL)
+    (stored,) = read_records(tmp_path / "calls.parquet", Conversation, ALL)
+    assert stored == written
+    assert list(stored.tools) == CALLS["tools"]
+    assert [call["function"]["arguments"] for turn in stored.messages for call in turn.tool_calls] == [
+        {"numbers": [2, 2]},
+        {"text": "4"},
+    ]
+    (row,) = rows_of(tmp_path / "calls.parquet")
+    assert isinstance(row, RawRow)
+    assert row.value["checked"] == CALLS["checked"], "a column that a scorer may read stays as it is"
+
+
+def test_a_null_that_somebody_wrote_stays(tmp_path: Path) -> None:
+    parameters = {"properties": {"unit": {"enum": ["km", None], "default": None}}}
+    tools = [{"type": "function", "function": {"name": "far", "parameters": parameters}}]
+    row = {"messages": [QUESTION], "tools": tools}
+    (tmp_path / "nulls.jsonl").write_text(_lines([row]))
+    parquet.write_table(pa.Table.from_pylist([row | {"tools": json.dumps(tools)}]), tmp_path / "text.parquet")
+    for name in ("nulls.jsonl", "text.parquet"):
+        (prompt,) = read_records(tmp_path / name, Prompt, ALL)
+        assert list(prompt.tools) == tools
+
+
 def test_half_a_character_in_a_list_of_a_csv_is_a_fault_of_its_row(tmp_path: Path) -> None:
     with (tmp_path / "texts.csv").open("w", newline="") as stream:
         csv.writer(stream).writerows([["messages"], ['[{"role": "user", "content": "\\ud83d"}]']])
