@@ -8,12 +8,13 @@ markers is escaped and a grade is read only from the last line, so an answer can
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from alignment.config.grader import GradingConfig
 from alignment.data.turns import Message
-from alignment.evaluation.grammar import between
+from alignment.evaluation.grammar import between, shown_tools, turn_text
 
 _GRADE = re.compile(r"\[\[(0|[1-9][0-9]{0,8})\]\]")
 
@@ -40,13 +41,16 @@ class Rubric:
     highest: int
     show_reference: bool
 
-    def prompt(self, messages: Sequence[Message], answer: str, *, reference: str) -> str:
+    def prompt(
+        self, messages: Sequence[Message], answer: str, *, reference: str, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> str:
         """The grader's prompt about an answer to the last of ``messages``, one user turn.
 
-        Each turn has markers of its own, because earlier answers of a conversation are a model's text too.
+        Each turn has markers of its own, because earlier answers of a conversation are a model's text too. ``tools``
+        are those that the assistant could call.
         """
         shown = reference if self.show_reference else ""
-        parts = [between(turn.role, turn.content) for turn in messages]
+        parts = [*shown_tools(tools), *(between(turn.role, turn_text(turn)) for turn in messages)]
         parts += [between("reference", shown)] if shown else []
         parts.append(between("answer", answer))
         return _TASK.format(

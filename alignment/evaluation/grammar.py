@@ -6,9 +6,11 @@ in them looks like a marker or a verdict, and a verdict is read only from the la
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
+from typing import Any
 
 from alignment.data.turns import Message
 
@@ -57,9 +59,12 @@ def verdict_of(reply: str) -> Verdict:
     return _LINES.get(last, Verdict.invalid)
 
 
-def judge_prompt(request: Sequence[Message], first: str, second: str, *, criteria: str) -> str:
-    """The judge's prompt, one user turn; ``first`` is shown as A."""
-    parts = [between("request", text_of(request)), between("answer A", first), between("answer B", second)]
+def judge_prompt(
+    request: Sequence[Message], first: str, second: str, *, criteria: str, tools: Sequence[Mapping[str, Any]] = ()
+) -> str:
+    """The judge's prompt, one user turn; ``first`` is shown as A. Both assistants could call the ``tools``."""
+    answers = [between("answer A", first), between("answer B", second)]
+    parts = [*shown_tools(tools), between("request", text_of(request)), *answers]
     return _TASK.format(criteria=criteria, material="\n\n".join(parts))
 
 
@@ -70,13 +75,14 @@ def conversations_prompt(
     second: Sequence[str],
     *,
     criteria: str,
+    tools: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The judge's prompt about two conversations of several turns (as in MT-Bench, Zheng et al. 2023, section 3.5).
 
     ``first`` and ``second`` are the answers to the request and to each of the user's ``later_turns``; ``first`` is
     shown as A. Both conversations are shown in full, one after the other.
     """
-    parts = [between("request", text_of(request))]
+    parts = [*shown_tools(tools), between("request", text_of(request))]
     for name, answers in (("A", first), ("B", second)):
         for number, answer in enumerate(answers, start=1):
             if number > 1:
@@ -87,7 +93,22 @@ def conversations_prompt(
 
 def text_of(turns: Sequence[Message]) -> str:
     """Turns as text, each behind its role."""
-    return "\n\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+    return "\n\n".join(f"{turn.role}: {turn_text(turn)}" for turn in turns)
+
+
+def turn_text(turn: Message) -> str:
+    """The content of a turn, and below it each of its calls as JSON."""
+    calls = [f"calls {_function_json(call)}" for call in turn.tool_calls]
+    return "\n".join([turn.content, *calls] if turn.content else calls)
+
+
+def shown_tools(tools: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The tools as JSON between their markers; nothing without tools."""
+    return [between("tools that could be called", "\n".join(map(_function_json, tools)))] if tools else []
+
+
+def _function_json(tool: Mapping[str, Any]) -> str:
+    return json.dumps(tool["function"], ensure_ascii=False, default=str)
 
 
 def between(name: str, text: str) -> str:

@@ -103,7 +103,7 @@ class GradeScorer:
             RewardError: a call failed, or a reply has no grade and ``ungraded`` is not set.
         """
         prompts = [
-            self._rubric.prompt(prompt.messages, text, reference=_reference(prompt))
+            self._rubric.prompt(prompt.messages, text, reference=_reference(prompt), tools=prompt.tools)
             for prompt, text in zip(answers.prompts, answers.texts, strict=True)
         ]
         replies = self._endpoint.ask(prompts, lambda _: self._asking.progress())

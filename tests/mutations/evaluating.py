@@ -15,6 +15,16 @@ SHOWN = "test_shown_samples_have_the_widest_gaps_of_their_tasks_and_stand_in_the
 
 MUTATIONS = [
     *in_file(
+        "evaluation/grammar.py",
+        "unit/evaluation/test_grammar.py",
+        (
+            "a judge does not see the calls of a request",
+            'return "\\n".join([turn.content, *calls] if turn.content else calls)',
+            "return turn.content",
+            "test_a_judge_sees_the_tools_and_the_calls_of_a_request",
+        ),
+    ),
+    *in_file(
         "stages/evaluate/turn_prompts.py",
         "unit/stages/test_evaluate_tools.py",
         (

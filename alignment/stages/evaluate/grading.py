@@ -87,7 +87,7 @@ def _grade(
     """Adds a metric's part to ``grades``."""
     rubric = rubric_of(config, metric.rubric)
     prompts = [
-        rubric.prompt(prompt.messages, text, reference=getattr(prompt, "reference", ""))
+        rubric.prompt(prompt.messages, text, reference=getattr(prompt, "reference", ""), tools=prompt.tools)
         for of_arm in answers.values()
         for prompt, text in zip(of_arm.prompts, of_arm.texts, strict=True)
     ]

@@ -233,8 +233,10 @@ def _prompt(row: HeldOutPrompt, first: Sequence[Answer], second: Sequence[Answer
     """The judge's prompt; a row of several turns is judged by the whole conversation."""
     first_texts, second_texts = ([answer.text for answer in exchange] for exchange in (first, second))
     if row.num_turns == 1:
-        return judge_prompt(row.messages, *first_texts, *second_texts, criteria=criteria)
-    return conversations_prompt(row.messages, row.later_turns, first_texts, second_texts, criteria=criteria)
+        return judge_prompt(row.messages, *first_texts, *second_texts, criteria=criteria, tools=row.tools)
+    return conversations_prompt(
+        row.messages, row.later_turns, first_texts, second_texts, criteria=criteria, tools=row.tools
+    )
 
 
 def _line(rows: Sequence[HeldOutPrompt], index: int, arm: str, against: str) -> dict[str, Any]:

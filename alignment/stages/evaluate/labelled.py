@@ -89,7 +89,7 @@ def _by_endpoint(
     """Asks about every pair in both orders."""
     criteria = config.judge.endpoint.criteria
     prompts = [
-        judge_prompt(pair.messages, *answers, criteria=criteria)
+        judge_prompt(pair.messages, *answers, criteria=criteria, tools=pair.tools)
         for pair in pairs
         for answers in ((pair.chosen, pair.rejected), (pair.rejected, pair.chosen))
     ]
@@ -135,7 +135,7 @@ def _scores(
         assert grader is not None, "a metric of this source opens the grader"
         rubric = rubric_of(config.grader, metric.rubric)
         prompts = [
-            rubric.prompt(prompt.messages, text, reference="")
+            rubric.prompt(prompt.messages, text, reference="", tools=prompt.tools)
             for prompt, text in zip(answers.prompts, answers.texts, strict=True)
         ]
         replies = grader.ask(prompts, lambda done: context.progress(_PHASE, done, len(prompts)))

@@ -72,6 +72,18 @@ def test_the_grader_sees_rubric_turns_reference_and_answer_between_markers() -> 
     assert RUBRIC.grade(prompt) is None
 
 
+def test_the_grader_sees_the_tools_and_the_calls_of_a_conversation() -> None:
+    function = {"name": "calendar", "arguments": {"day": "today"}}
+    call = Message(role="assistant", content="Let me see.", tool_calls=({"type": "function", "function": function},))
+    tool = {"type": "function", "function": {"name": "calendar"}}
+    prompt = RUBRIC.prompt([*REQUEST, call], "On Monday.", reference="", tools=[tool])
+    assert (
+        '<<<tools that could be called>>>\n{"name": "calendar"}\n<<<end of tools that could be called>>>\n\n<<<user>>>'
+    ) in prompt
+    shown = '{"name": "calendar", "arguments": {"day": "today"}}'
+    assert f"<<<assistant>>>\nLet me see.\ncalls {shown}\n<<<end of assistant>>>" in prompt
+
+
 def test_without_a_reference_or_where_it_is_not_to_be_shown_nothing_is_said_of_it() -> None:
     hidden = Rubric(text="x", lowest=1, highest=10, show_reference=False)
     for prompt in (RUBRIC.prompt(REQUEST, "a", reference=""), hidden.prompt(REQUEST, "a", reference="On Monday.")):

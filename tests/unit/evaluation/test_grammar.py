@@ -8,6 +8,17 @@ from alignment.data.turns import Message
 from alignment.evaluation.grammar import Verdict, conversations_prompt, disarmed, judge_prompt, verdict_of
 
 REQUEST = [Message(role="user", content="When is the shop open?")]
+TOOL = {"type": "function", "function": {"name": "calendar", "parameters": {"enum": [["Öffnung"]]}}}
+CALLED = [
+    *REQUEST,
+    Message(role="assistant", content="", tool_calls=({"type": "function", "function": {"name": "calendar"}},)),
+    Message(role="tool", content="Monday"),
+]
+TOOLS_SHOWN = (
+    "<<<tools that could be called>>>\n"
+    '{"name": "calendar", "parameters": {"enum": [ ["Öffnung"] ]}}\n'
+    "<<<end of tools that could be called>>>"
+)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +87,18 @@ def test_the_prompt_shows_request_and_answers_between_markers_and_asks_for_the_l
     assert "<<<answer B>>>\nNever.\n<<<end of answer B>>>" in prompt
     assert "Prefer the true one." in prompt
     assert verdict_of(prompt) is Verdict.invalid
+
+
+def test_a_judge_sees_the_tools_and_the_calls_of_a_request() -> None:
+    one_turn = judge_prompt(CALLED, "a", "b", criteria="", tools=[TOOL])
+    several = conversations_prompt(CALLED, ["And?"], ["a", "b"], ["c", "d"], criteria="", tools=[TOOL])
+    for prompt in (one_turn, several):
+        assert TOOLS_SHOWN in prompt
+        assert (
+            "<<<request>>>\nuser: When is the shop open?\n\n"
+            'assistant: calls {"name": "calendar"}\n\ntool: Monday\n<<<end of request>>>'
+        ) in prompt
+    assert "tools" not in judge_prompt(REQUEST, "a", "b", criteria="")
 
 
 def test_of_several_turns_both_conversations_are_shown_in_full_one_after_the_other() -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,15 @@ def test_a_grade_is_the_score_and_is_asked_for_with_rubric_and_reference(tmp_pat
     assert len(texts) == len(progress) == 2
     assert all("Be right." in text for text in texts)
     assert sum("Ada." in text for text in texts) == 1
+
+
+def test_a_grader_sees_the_tools_of_a_prompt(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "calendar"}}
+    with serving(lambda *_: Response(text="[[4]]")) as served:
+        scorer = GradeScorer(grader(served.url), FIELD, asking(tmp_path))
+        scorer.scores(answers_to([replace(prompt("When?"), tools=(tool,))], ["On Monday."]))
+        (request,) = served.requests
+    assert '{"name": "calendar"}' in request["messages"][0]["content"]
 
 
 def test_a_reply_without_a_grade_ends_the_stage_unless_its_score_is_set(tmp_path: Path) -> None:

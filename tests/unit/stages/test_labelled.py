@@ -131,6 +131,18 @@ def test_a_judge_that_people_would_agree_with(chain: Chained) -> None:
     assert [pair.arm for pair in evaluation.judge.pairs] == ["stage:sft"]
 
 
+def test_a_judge_sees_the_tools_of_labelled_pairs(chain: Chained, tmp_path: Path) -> None:
+    rows = [row | {"tools": [{"name": "opening_hours"}]} for row in PAIRS]
+    (tmp_path / "tools.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with serving(lambda *_: Response(text="[[A]]")) as served:
+        config = config_of(JudgeConfig(kind=JudgeKind.endpoint, endpoint=served.config()))
+        spec = replace(spec_of(chain, config, "shown"), extra_data={"judge.labelled.data": tmp_path / "tools.jsonl"})
+        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+        prompts = [request["messages"][0]["content"] for request in served.requests]
+    shown = ['{"name": "opening_hours"}' in prompt for prompt in prompts if "Room" in prompt]
+    assert shown == [True] * 2 * NUMBER
+
+
 def test_a_judge_that_looks_at_the_position_alone_is_no_better_than_chance(chain: Chained) -> None:
     labelled, evaluation, _ = by_endpoint(chain, lambda *_: "[[A]]", "first")
     assert (labelled.ties, labelled.position_bias) == (NUMBER, 1.0)
