@@ -19,13 +19,12 @@ from alignment.config.grader import ScorerGraderConfig
 from alignment.config.reward_server import ServerConfig
 from alignment.core.errors import RewardError
 from alignment.core.fingerprint import digest
-from alignment.data.records import Prompt
 from alignment.evaluation.endpoint import Endpoint
 from alignment.evaluation.endpoint_calls import Call, EndpointCalls
 from alignment.evaluation.endpoint_client import NoReply
 from alignment.evaluation.grades import rubric_of
 from alignment.rewards.asking import Asking
-from alignment.rewards.rules.rule_kind import texts_in
+from alignment.rewards.rules.similarity import first_reference
 from alignment.rewards.scorer_sources import GRADE, SERVER
 from alignment.rewards.scorers import Answers, checked_number
 from alignment.rewards.server_apis import APIS, Item
@@ -103,7 +102,7 @@ class GradeScorer:
             RewardError: a call failed, or a reply has no grade and ``ungraded`` is not set.
         """
         prompts = [
-            self._rubric.prompt(prompt.messages, text, reference=_reference(prompt), tools=prompt.tools)
+            self._rubric.prompt(prompt.messages, text, reference=first_reference(prompt), tools=prompt.tools)
             for prompt, text in zip(answers.prompts, answers.texts, strict=True)
         ]
         replies = self._endpoint.ask(prompts, lambda _: self._asking.progress())
@@ -126,9 +125,3 @@ class GradeScorer:
                 f"beginning",
             )
         return self._ungraded
-
-
-def _reference(prompt: Prompt) -> str:
-    """The reference answer of the prompt's row; empty without one."""
-    held_out = getattr(prompt, "reference", "")
-    return str(held_out) if held_out else (texts_in(prompt.row, "reference") or [""])[0]

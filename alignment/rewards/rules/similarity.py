@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from alignment.data.records import HasRow
+from alignment.data.records import HasRow, Prompt
 from alignment.rewards.rules.rule_kind import Package, lacking, texts_in
 
 ROUGE = Package(modules=("rouge_score",), requirement="'rouge-score>=0.1.2,<0.2'")
@@ -53,6 +53,17 @@ class ChrF:
     def score(self, text: str, expected: list[str]) -> float:
         """From 0 to 1."""
         return float(self._scorer.sentence_score(text, expected).score) / 100.0
+
+
+def first_reference(prompt: Prompt) -> str:
+    """The reference answer to a prompt, of several the first; empty without one.
+
+    Each turn of a row that asks several has its own, so the column of such a row is not looked at.
+    """
+    own = str(getattr(prompt, REFERENCE, ""))
+    if getattr(prompt, "later_turns", ()) or own:
+        return own
+    return (texts_in(prompt.row, REFERENCE) or [""])[0]
 
 
 def references_of(record: HasRow) -> list[str]:

@@ -13,6 +13,7 @@ from alignment.evaluation.exchanges import AskedTurn
 from alignment.evaluation.grades import rubric_of
 from alignment.evaluation.saved_replies import SavedReplies
 from alignment.records.evaluation import Grading
+from alignment.rewards.rules.similarity import first_reference
 from alignment.rewards.scorer_sources import GRADE
 from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate.config import EvaluateConfig
@@ -87,7 +88,7 @@ def _grade(
     """Adds a metric's part to ``grades``."""
     rubric = rubric_of(config, metric.rubric)
     prompts = [
-        rubric.prompt(prompt.messages, text, reference=getattr(prompt, "reference", ""), tools=prompt.tools)
+        rubric.prompt(prompt.messages, text, reference=first_reference(prompt), tools=prompt.tools)
         for of_arm in answers.values()
         for prompt, text in zip(of_arm.prompts, of_arm.texts, strict=True)
     ]

@@ -17,11 +17,13 @@ from alignment.config.scoring import MetricConfig
 from alignment.core.errors import DataError
 from alignment.data.fields import Fields
 from alignment.data.formats import FORMATS
-from alignment.data.records import HeldOutPrompt
+from alignment.data.records import HeldOutPrompt, Prompt
+from alignment.evaluation.exchanges import continued
 from alignment.rewards.rules import numbers
 from alignment.rewards.rules.all_rules import rule_of
 from alignment.rewards.rules.numbers import ExactAnswer
 from alignment.rewards.rules.rule_kind import Rule
+from alignment.rewards.rules.similarity import first_reference
 from alignment.rewards.scorers import RuleScorer
 from tests.public import PUBLIC, WRITTEN, needs_public_data
 from tests.unit.rewards.conftest import answers_to, prompt
@@ -382,6 +384,29 @@ def test_a_reference_is_the_row_s_column_or_the_answer_that_ends_its_conversatio
     assert compared.score("On Monday.", compared.expected(record)) == pytest.approx(1.0)
     for reference in (None, "", " ", [], ["a", ""], 3):
         assert refused(compared, reference=reference).startswith("rows.jsonl:7: 'reference' ")
+
+
+@pytest.mark.parametrize(
+    ("row", "reference"),
+    [
+        ({"prompt": "?", "reference": "Yes."}, "Yes."),
+        ({"prompt": "?", "reference": ["Yes.", "It is."]}, "Yes."),
+        ({"prompt": "?"}, ""),
+        ({"turns": ["?", "Really?"], "reference": ["Yes.", ""]}, "Yes."),
+    ],
+)
+def test_what_is_shown_of_several_references_is_the_first(row: dict[str, Any], reference: str) -> None:
+    (record,) = HeldOutPrompt.of(
+        FORMATS["turns" if "turns" in row else "prompt"].read(Fields(row, where="", example=""))
+    )
+    assert first_reference(record) == reference
+    assert first_reference(Prompt(messages=record.messages, row=row)) == ("" if "turns" in row else reference)
+
+
+def test_a_later_turn_is_not_shown_the_reference_of_the_first() -> None:
+    row = {"turns": ["?", "Really?"], "reference": "Yes."}
+    (record,) = HeldOutPrompt.of(FORMATS["turns"].read(Fields(row, where="", example="")))
+    assert first_reference(continued(record, ["Yes."])) == ""
 
 
 # ---- IFEval's instructions ------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,6 +136,19 @@ def test_grades_are_a_metric_like_any_other(chain: Chained) -> None:
         ("lift", 0, 1, "base", 2),
     ]
     assert all(line["text"] for line in lines(chain, "fair"))
+
+
+def test_of_several_references_the_grader_sees_the_first(chain: Chained, tmp_path: Path) -> None:
+    (tmp_path / "listed.jsonl").write_text(
+        json.dumps({"prompt": "Is it open?", "reference": ["Yes.", "It is."]}) + "\n"
+    )
+    with serving(fair) as served:
+        config = replace(CONFIG, grader=graded_by(served, show_reference=True))
+        spec = replace(spec_of(chain, config, "listed"), data_path=tmp_path / "listed.jsonl")
+        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+        prompts = [request["messages"][0]["content"] for request in served.requests]
+    assert len(prompts) == len(CONFIG.arms)
+    assert all("<<<reference>>>\nYes.\n<<<end of reference>>>" in prompt for prompt in prompts)
 
 
 def test_an_answer_that_names_its_grade_does_not_get_it(chain: Chained) -> None:
