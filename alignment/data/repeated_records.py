@@ -6,15 +6,16 @@ them, because a batch of keys is looked up much faster than its keys one by one.
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from alignment.core.fingerprint import canonical
 from alignment.data import near_duplicates
 from alignment.data.key_set import KeySet
 from alignment.data.near_duplicates import NearDuplicates
@@ -31,6 +32,8 @@ _FULLEST: tuple[type[Record], ...] = (PreferencePair, LabelledAnswer, Conversati
 """Records, those that use most of a row first."""
 _TEXTS = ("text", "chosen", "rejected", "answer")
 """Fields of records that hold a text beside their turns."""
+_OTHERS = ("desirable", "later_turns", "choices", "right")
+"""Further fields by which records differ."""
 
 Keyed = Mapping[int, Record]
 """Records by their keys."""
@@ -39,12 +42,17 @@ Keyed = Mapping[int, Record]
 def record_key(record: Record) -> int:
     """64 bits that are equal for records with equal content."""
     turns = [
-        (turn.role, turn.content, turn.thought, canonical(list(turn.tool_calls)) if turn.tool_calls else ())
+        (turn.role, turn.content, turn.thought, turn.learned, _canonical(turn.tool_calls))
         for turn in getattr(record, "messages", ())
     ]
     texts = [getattr(record, name, "") for name in _TEXTS]
-    content = (turns, texts, getattr(record, "desirable", None), getattr(record, "later_turns", ()))
+    others = [getattr(record, name, None) for name in _OTHERS]
+    content = (turns, texts, others, _canonical(getattr(record, "tools", ())))
     return int.from_bytes(blake2b(repr(content).encode(), digest_size=8).digest())
+
+
+def _canonical(tools: Sequence[Mapping[str, Any]]) -> str:
+    return json.dumps(tools, sort_keys=True, default=str) if tools else ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,9 +187,10 @@ class RepeatedRecords:
             if row is None:
                 continue
             record = self._records[row.stage]
-            earlier = self._first.get((row.author, row.keys[0]), "")
-            if earlier or (not row.author and not new_rows[row.stage][index]):
-                self.related.add_exact(RelatedRow(where=row.where, earlier=earlier, record=record))
+            earlier = [self._first.get((row.author, key), "") for key in row.keys]
+            if all(earlier) or (not row.author and not new_rows[row.stage][index]):
+                most = max(earlier, key=earlier.count)  # the row with most of this row's records
+                self.related.add_exact(RelatedRow(where=row.where, earlier=most, record=record))
                 continue
             opposite = next(filter(None, (self._first.get((row.author, key)) for key in row.opposites)), None)
             if opposite is not None:

@@ -12,6 +12,16 @@ FEW_FAULTS = "test_faulty_rows_may_be_skipped_up_to_a_share_and_are_listed"
 
 MUTATIONS = [
     *in_file(
+        "data/repeated_records.py",
+        "unit/data/test_doctor.py",
+        (
+            "a row repeats an earlier one if any of its pairs does",
+            "if all(earlier) or",
+            "if any(earlier) or",
+            "test_a_row_of_several_pairs_repeats_an_earlier_one_only_with_all_of_them",
+        ),
+    ),
+    *in_file(
         "data/filled_fields.py",
         "unit/data/test_reading.py",
         (

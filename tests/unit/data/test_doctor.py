@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import tracemalloc
 from io import StringIO
 from pathlib import Path
@@ -22,6 +23,7 @@ from alignment.data import near_duplicates, repeated_records
 from alignment.data.doctor import Diagnosis, examine
 from alignment.data.objections import Objections
 from alignment.data.overlap import LocatedText
+from alignment.data.records import Conversation, HeldOutPrompt, Question
 from alignment.data.row_count import count_rows
 
 ALL = SourceConfig()
@@ -176,6 +178,47 @@ def test_exact_duplicates_and_contradictions_are_named_by_line(
         "  contradict   1 row says the opposite of an earlier row; correct it or remove one of the two\n"
         "               a.jsonl:3 prefers the answer that a.jsonl:1 rejects\n"
     ) in printed
+
+
+ASKED = {"messages": [{"role": "user", "content": "2 + 2?"}]}
+WEIGHTED = [
+    {"role": "assistant", "content": "4.", "weight": 0},
+    *ASKED["messages"],
+    {"role": "assistant", "content": "4"},
+]
+DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tools": (ASKED | {"tools": [{"name": "add"}]}, ASKED | {"tools": [{"name": "add", "default": math.nan}]}),
+    "choices": (
+        {"question": "2 + 2?", "choices": ["4", "5"], "answer": "4"},
+        {"question": "2 + 2?", "choices": ["4", "5", "6"], "answer": "4"},
+    ),
+    "what is learned": (
+        {"messages": [*ASKED["messages"], *WEIGHTED]},
+        {"messages": [*ASKED["messages"], WEIGHTED[0] | {"weight": 1}, *WEIGHTED[1:]]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_rows_that_differ_in_one_respect_are_no_repeats(tmp_path: Path, name: str) -> None:
+    first, second = DIFFERENT[name]
+    diagnosis = examine(_write(tmp_path / "a.jsonl", [first, second, first]), ALL, records())
+    assert [(Path(row.where).name, Path(row.earlier).name) for row in diagnosis.repeats.exact] == [
+        ("a.jsonl:3", "a.jsonl:1")
+    ]
+    uses = {use.record: use for use in diagnosis.uses.values()}
+    record = {"tools": HeldOutPrompt, "choices": Question, "what is learned": Conversation}[name]
+    assert (uses[record].records, uses[record].repeated) == (3, 1)
+
+
+def test_a_row_of_several_pairs_repeats_an_earlier_one_only_with_all_of_them(tmp_path: Path) -> None:
+    answers = [{"text": text, "score": score} for text, score in (("a", 3), ("b", 2), ("c", 1))]
+    short, long = ({"prompt": "?", "completions": answers[:number]} for number in (2, 3))
+    diagnosis = examine(_write(tmp_path / "a.jsonl", [short, long, long, short]), ALL, records())
+    assert [(Path(row.where).name, Path(row.earlier).name) for row in diagnosis.repeats.exact] == [
+        ("a.jsonl:3", "a.jsonl:2"),
+        ("a.jsonl:4", "a.jsonl:1"),
+    ]
 
 
 def test_an_answer_with_both_labels_is_a_contradiction(tmp_path: Path) -> None:
