@@ -12,6 +12,16 @@ FEW_FAULTS = "test_faulty_rows_may_be_skipped_up_to_a_share_and_are_listed"
 
 MUTATIONS = [
     *in_file(
+        "rewards/rules/similarity.py",
+        "unit/rewards/test_rules.py",
+        (
+            "other scripts than Latin have no words",
+            'RougeScorer(["rougeL"], tokenizer=_Words())',
+            'RougeScorer(["rougeL"])',
+            "test_rouge_l_knows_the_letters_of_every_script",
+        ),
+    ),
+    *in_file(
         "data/repeated_records.py",
         "unit/data/test_doctor.py",
         (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from typing import Any
 
 from alignment.data.records import HasRow, Prompt
@@ -13,17 +15,35 @@ REFERENCE = "reference"
 _EXAMPLE = f'it needs a text or a list of texts: {{"{REFERENCE}": "The shop is closed on Monday."}}'
 
 
+_WITHOUT_SPACES = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao and Tibetan; Burmese; Khmer
+    "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9d"  # Japanese
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese
+)
+_WORD = re.compile(rf"[{_WITHOUT_SPACES}]|[^\s{_WITHOUT_SPACES}]+")
+
+
+class _Words:
+    """Cuts a text into words of letters, their marks, and digits. In scripts without spaces each character is one."""
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words in lower case."""
+        lower = unicodedata.normalize("NFC", text.lower())
+        return _WORD.findall("".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in lower))
+
+
 class RougeL:
     """ROUGE-L's F1: the longest common subsequence of words, against the reference (Lin 2004).
 
-    It is that of ``rouge-score``, without a stemmer: lower case, letters and digits only. Of several references the
-    best counts. A metric is its mean over prompts.
+    It is that of ``rouge-score``, without a stemmer: lower case, letters and digits only. That library knows only the
+    letters a to z, so texts are cut into words here; for ASCII these are the library's. Of several references the best
+    counts. A metric is its mean over prompts.
     """
 
     def __init__(self) -> None:
         from rouge_score.rouge_scorer import RougeScorer
 
-        self._scorer: Any = RougeScorer(["rougeL"], use_stemmer=False)
+        self._scorer: Any = RougeScorer(["rougeL"], tokenizer=_Words())
 
     def expected(self, record: HasRow) -> list[str]:
         """The row's references; raises DataError if it has none."""

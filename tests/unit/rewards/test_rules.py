@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rouge_score.rouge_scorer import RougeScorer
 
 from alignment.config.scoring import MetricConfig
 from alignment.core.errors import DataError
@@ -348,6 +349,32 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
     assert scored(rouge, "the gunman", reference=reference) == pytest.approx(2 * 1.0 * 0.5 / 1.5)
     assert scored(rouge, "", reference=reference) == 0.0
     assert scored(rouge, "the gunman", reference=[reference, "the gunman"]) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "score"),
+    [
+        ("Магазин закрыт в понедельник.", "магазин закрыт в субботу", 3 / 4),
+        ("商店星期一关门。", "商店星期六关门", 6 / 7),
+        ("ร้านปิด", "ร้านปิด!", 1.0),
+        ("दुकान बंद है।", "दुकान खुली है", 2 / 3),
+        ("Das Café ist geöffnet.", "das cafe\u0301 ist zu", 3 / 4),
+        ("المتجر مغلق اليوم", "المتجر مفتوح اليوم", 2 / 3),
+        ("GPU显卡 16GB", "gpu显卡 8gb", 3 / 4),
+    ],
+)
+def test_rouge_l_knows_the_letters_of_every_script(answer: str, reference: str, score: float) -> None:
+    """In scripts without spaces each character is a word."""
+    assert scored(rule("rouge_l"), answer, reference=reference) == pytest.approx(score)
+
+
+def test_rouge_l_of_ascii_is_that_of_rouge_score() -> None:
+    scorer, drawn = RougeScorer(["rougeL"], use_stemmer=False), random.Random(0)
+    letters = [chr(code) for code in range(128)]
+    for _ in range(200):
+        answer, reference = ("".join(drawn.choices([*letters, *"aab b "], k=40)) for _ in range(2))
+        expected = scorer.score(reference, answer)["rougeL"].fmeasure
+        assert scored(rule("rouge_l"), answer, reference=reference or "a") == expected
 
 
 def test_chrf_is_the_f2_of_character_n_grams() -> None:
