@@ -51,9 +51,9 @@ VERBS = {
 _RIVAL = "alignment-handbook"
 _EXAMPLES = """\
 examples: align run quickstart, align new pairs.jsonl, align run ./mine.yaml adapter=qlora
-exit codes: 0 success, 1 a bug, 2 configuration, 3 data, 4 model, 5 stage or full disk,
-6 not finite (NaN or infinity), 7 artifact, 8 busy, 9 a failed scorer, 10 a gate not met, 11 store or hub,
-75 preempted, 130 interrupted
+exit codes: 0 success, 1 a bug, 2 configuration, 3 data, 4 model, 5 stage, 6 not finite (NaN or infinity),
+7 artifact, 8 busy, 9 a failed scorer, 10 a gate not met, 11 store or hub, 12 full disk, 75 preempted,
+130 interrupted
 """
 _GC_THRESHOLD = 50_000
 """New objects between two searches for garbage (Python: 700). Imports and plans make many objects and no garbage; with

@@ -5,7 +5,7 @@
     ├── DataError                  3   a data file or row that cannot be used
     ├── ModelError                 4   a model, tokenizer or adapter that is missing or does not fit
     ├── StageError                 5   a stage that failed while it ran
-    │   ├── DiskError              5   a file system that cannot be written to: full, over a quota or limit, read-only
+    │   ├── DiskError             12   a file system that cannot be written to: full, over a quota or limit, read-only
     │   ├── NonFiniteError         6   NaN or infinity in a loss, gradient or metric; the last good checkpoint stays
     │   └── RewardError            9   a scorer that raised, or returned too few, too many or non-finite scores
     ├── ArtifactError              7   an artifact or checkpoint that is damaged or belongs to something else
@@ -75,6 +75,8 @@ class StageError(AlignmentError):
 
 class DiskError(StageError):
     """A file system that cannot be written to: it is full, over a quota or a limit on file sizes, or read-only."""
+
+    exit_code = 12
 
 
 class NonFiniteError(StageError):

@@ -38,9 +38,9 @@ MUTATIONS = [
         f"{PIPELINE}/sweeps/test_sweep.py",
         (
             "each trial fails for good while a store is away",
-            "(Busy, StoreError)",
-            "(Busy,)",
-            "test_a_store_that_cannot_be_reached_fails_no_trial_and_ends_the_sweep",
+            "(Busy, StoreError, DiskError)",
+            "(Busy, DiskError)",
+            "test_what_hinders_every_trial_fails_none_and_ends_the_sweep",
         ),
     ),
     *in_file(

@@ -219,7 +219,7 @@ KINDS = {
     "Ctrl-C": Kind(strike=_to_driver(signal.SIGINT), codes=frozenset({130})),
     "terminal closed": Kind(strike=_to_driver(signal.SIGHUP, signal.SIGHUP), codes=frozenset({75})),
     "SIGUSR1 to the worker": Kind(strike=_to_worker, codes=frozenset({75})),
-    "no room for files": Kind(strike=_no_room, codes=frozenset({5})),
+    "no room for files": Kind(strike=_no_room, codes=frozenset({12})),
 }
 
 

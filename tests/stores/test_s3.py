@@ -234,7 +234,7 @@ def test_a_full_disk_while_downloading_is_said_and_nothing_counts(machines: Make
         check=False,
     )
     printed = done.stdout + done.stderr
-    assert done.returncode == 5, printed
+    assert done.returncode == 12, printed
     assert "limit on file sizes" in printed
     assert not list(second.output.glob("artifacts/*/manifest.json"))
     second("run", *SHORT)

@@ -58,9 +58,9 @@ def test_a_full_disk_is_told_as_such_and_makes_room_to_say_so(tmp_path: Path, mo
     monkeypatch.setattr(worker, "read_spec", lambda path: spec)
     monkeypatch.setattr(worker, "_run", run)
     monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
-    assert worker.main(tmp_path / "stage.yaml") == 5
+    assert worker.main(tmp_path / "stage.yaml") == 12
     status = json.loads((spec.run_folder / "status.json").read_text())
-    assert status["exit_code"] == 5
+    assert status["exit_code"] == 12
     assert "no space left on the device; " in status["error"]
     assert "free space and run again: nothing is lost" in status["error"]
     assert not list((spec.work / "checkpoints").iterdir()), "half a checkpoint only takes room"

@@ -5,10 +5,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, DataError, ModelError, StageError
+from alignment.core.errors import (
+    AlignmentError,
+    ArtifactError,
+    ConfigError,
+    DataError,
+    DiskError,
+    ModelError,
+    StageError,
+)
 
 _FILE = "error.json"
-_KINDS = {kind.exit_code: kind for kind in (ConfigError, DataError, ModelError, StageError, ArtifactError)}
+_KINDS = {kind.exit_code: kind for kind in (ConfigError, DataError, ModelError, StageError, DiskError, ArtifactError)}
 
 
 def write_error(folder: Path, error: AlignmentError) -> None:

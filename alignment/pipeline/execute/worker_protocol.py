@@ -22,6 +22,7 @@ from alignment.core.errors import (
     Busy,
     ConfigError,
     DataError,
+    DiskError,
     ModelError,
     NonFiniteError,
     Preempted,
@@ -38,7 +39,17 @@ from alignment.stages.registry import OURS, origin_of
 
 ERRORS = {
     kind.exit_code: kind
-    for kind in (ConfigError, DataError, ModelError, StageError, NonFiniteError, RewardError, ArtifactError, Busy)
+    for kind in (
+        ConfigError,
+        DataError,
+        ModelError,
+        StageError,
+        DiskError,
+        NonFiniteError,
+        RewardError,
+        ArtifactError,
+        Busy,
+    )
 }
 """The kind of error that an exit code stands for."""
 _GIT_SECONDS = 30.0
@@ -134,11 +145,11 @@ def _whose_bug(kinds: Iterable[str]) -> str:
     return "this is a bug in this project"
 
 
-def _without_room(folder: Path, stage: str) -> StageError:
+def _without_room(folder: Path, stage: str) -> DiskError:
     """The error of a stage that could not even write how it ended."""
     error = disk_error(OSError(errno.ENOSPC, "", str(folder)), folder=folder)
     assert error is not None, "the exit code means a full disk"
-    return StageError(f"{error.message}; it could not record how it ended", where=f"stage {stage}", remedy=error.remedy)
+    return DiskError(f"{error.message}; it could not record how it ended", where=f"stage {stage}", remedy=error.remedy)
 
 
 def notes(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from alignment.config.sweep import Pruner
-from alignment.core.errors import PREEMPTED, AlignmentError, Busy, ConfigError, StoreError
+from alignment.core.errors import PREEMPTED, AlignmentError, Busy, ConfigError, DiskError, StoreError
 from alignment.core.locks import held
 from alignment.pipeline.execute.run import run_trial
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, termination_raises
@@ -32,7 +32,7 @@ def sweep(recipe: str, name: str, overrides: Sequence[str], *, console: Console,
 
     Raises:
         ConfigError: as ``read_sweep`` and ``run_sweep``.
-        Busy, StoreError: as ``run_sweep``.
+        Busy, StoreError, DiskError: as ``run_sweep``.
     """
     return run_sweep(read_sweep(recipe, name, overrides), console=console, at_once=at_once)
 
@@ -44,6 +44,7 @@ def run_sweep(wanted: Sweep, *, console: Console, at_once: int = 1) -> int:
         ConfigError: the sweep does not fit the machine, no stage reports its objective, or optuna is not installed.
         Busy: another process works on it, or Slurm has jobs of a trial.
         StoreError: the store of artifacts cannot be reached or refuses; the trial is tried again by the next call.
+        DiskError: the disk is full or cannot be written to; the trial is tried again by the next call.
     """
     shares_of_machine = shares(at_once, wanted.launch)
     with held(wanted.folder / "lock", wait=False):
@@ -87,12 +88,14 @@ def _settle(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, cons
         ConfigError: the trial is done but lacks the objective, as all trials would.
         Busy: Slurm has jobs of the trial.
         StoreError: the store of artifacts cannot be reached or refuses.
+        DiskError: the disk is full or cannot be written to.
     """
     run_folder = wanted.output / "runs" / trial.user_attrs["run"]
     if outcome.code in (INTERRUPTED, PREEMPTED):
         study.again(trial)  # its finished stages will be reused
         return outcome.code
-    for error_class in (Busy, StoreError):  # the trial's settings are not at fault, so all that follow would end alike
+    # The trial's settings are not at fault, so all that follow would end alike.
+    for error_class in (Busy, StoreError, DiskError):
         if outcome.code == error_class.exit_code:
             study.again(trial)
             raise error_class(outcome.error)

@@ -11,11 +11,14 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from alignment.core.errors import AlignmentError
+from alignment.core.files import explained
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import Terminal, visible
+from alignment.core.working_folder import current_folder
 from alignment.pipeline.execute.run import run_trial
 from alignment.records.sweep_record import TrialOutcome
 
@@ -28,11 +31,13 @@ def main(arguments: Sequence[str]) -> int:
     threading.Thread(target=_stop_with_the_sweep, daemon=True).start()
     code, error = 0, ""
     try:
-        code = run_trial(recipe, overrides, console=Terminal(width=_WIDTH), wait=True)
+        with explained(current_folder()):
+            code = run_trial(recipe, overrides, console=Terminal(width=_WIDTH), wait=True)
     except AlignmentError as fault:
         code, error = fault.exit_code, str(fault)
         print(visible(error), flush=True)
-    TrialOutcome(code=code, error=error).write(Path(outcome))
+    with suppress(OSError):  # on a full disk, the sweep has to be content with the exit code
+        TrialOutcome(code=code, error=error).write(Path(outcome))
     return code
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from alignment.config.launch import LaunchConfig
 from alignment.core import hardware
-from alignment.core.errors import ArtifactError, ConfigError
+from alignment.core.errors import ArtifactError, ConfigError, DiskError
 from alignment.pipeline.backends import environment, slurm
 from alignment.pipeline.execute.worker_protocol import tail
 from alignment.records.run import RunRecord
@@ -109,10 +109,19 @@ class Running:
         try:
             return TrialOutcome.read(self._outcome)
         except FileNotFoundError:
+            if code == DiskError.exit_code:
+                return TrialOutcome(code=code, error=str(self._without_room()))
             how = f"by signal {-code}" if code < 0 else f"with exit code {code}"
             return TrialOutcome(
                 code=_BUG, error=f"its process ended {how} without recording an outcome\n{tail(self._log)}".rstrip()
             )
+
+    def _without_room(self) -> DiskError:
+        return DiskError(
+            f"its files cannot be written, not even the one about its end\n{tail(self._log)}".rstrip(),
+            where=f"run {self._run_folder.name}",
+            remedy="free space and run again: nothing is lost",
+        )
 
     def ask_to_stop(self) -> None:
         """Asks the trial to stop and returns at once; the running stage saves first."""

@@ -124,7 +124,7 @@ def test_every_way_in_which_a_library_reports_a_full_disk_is_understood(
     fault = disk_error(error, folder=tmp_path)
     assert fault is not None
     assert words in fault.message
-    assert (fault.exit_code, fault.where) == (5, str(tmp_path))
+    assert (fault.exit_code, fault.where) == (12, str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,15 @@ from rich.console import Console
 
 from alignment.commands.status.driver import show_status
 from alignment.config.launch import LaunchConfig
-from alignment.core.errors import AlignmentError, ArtifactError, Busy, ConfigError, NonFiniteError, StageError
+from alignment.core.errors import (
+    AlignmentError,
+    ArtifactError,
+    Busy,
+    ConfigError,
+    DiskError,
+    NonFiniteError,
+    StageError,
+)
 from alignment.core.locks import held
 from alignment.core.streams import Unfailing
 from alignment.pipeline.backends import machines, processes
@@ -181,6 +189,7 @@ def test_what_a_stage_noted_on_its_way_reaches_the_user_once(align: Align, monke
         ),
         ("sft:silence", StageError, 5, ["with exit code 1, or was killed together with the process that started it"]),
         ("sft:template", StageError, 5, ["by SIGVTALRM", "a chat template did not finish"]),
+        ("sft:disk", DiskError, 12, ["no space left on the device; 4 kB are free", "log.txt"]),
         ("sft:torn", ArtifactError, 7, ["status.json: unreadable: state: 3 is not text", "log.txt"]),
         ("sft:bug", AlignmentError, 1, ["KeyError: 'x'", "a bug in this project", "| working on sft"]),
     ],
@@ -216,7 +225,7 @@ def test_a_stage_that_could_not_write_how_it_ended_is_told_by_the_full_disk(
 ) -> None:
     monkeypatch.setenv("WORKER_FAULT", "sft:crash")
     monkeypatch.setattr("alignment.pipeline.execute.worker_protocol.is_full", lambda _: True)
-    with pytest.raises(StageError, match=r"no space left on the device; .* free; it could not record") as caught:
+    with pytest.raises(DiskError, match=r"no space left on the device; .* free; it could not record") as caught:
         align()
     assert "free space and run again" in caught.value.remedy
 

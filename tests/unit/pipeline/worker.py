@@ -1,8 +1,8 @@
 """A worker without a model: reads ``stage.yaml`` and does what the contract asks of a worker, in a process of its own.
 
-``WORKER_FAULT=stage:what`` makes that stage ``fail``, ``reward``, ``crash``, ``template``, ``bug``, ``preempt``,
-``hang`` or ``lie`` (say that it is done and leave nothing), or come to its end with a ``note`` or with metrics by
-``chance``.
+``WORKER_FAULT=stage:what`` makes that stage ``fail``, ``reward``, ``disk``, ``crash``, ``template``, ``bug``,
+``preempt``, ``hang`` or ``lie`` (say that it is done and leave nothing), or come to its end with a ``note`` or with
+metrics by ``chance``.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def misbehave(spec: StageSpec, fault: str) -> None:
     states = {
         "fail": ("failed", 6, "the loss is NaN at step 3\n  → lower the learning rate"),
         "reward": ("failed", 9, "score.py:brevity: gave nan"),
+        "disk": ("failed", 12, "no space left on the device; 4 kB are free"),
         "bug": ("failed", 1, "KeyError: 'x'"),
         "preempt": ("preempted", 75, "stopped on request"),
         "lie": ("done", 0, ""),

@@ -13,7 +13,7 @@ from alignment import cli
 from alignment.commands.serve import driver
 from alignment.commands.serve.driver import Options, serve
 from alignment.commands.serve.worker_error import write_error, written_error
-from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, DataError, ModelError
+from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, DataError, DiskError, ModelError
 from alignment.records.run import RunRecord, StageEntry
 from tests.served import ServedRun, served_run
 
@@ -107,7 +107,7 @@ def test_the_printed_command_is_quoted_for_a_shell() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", [ConfigError, DataError, ModelError, ArtifactError])
+@pytest.mark.parametrize("kind", [ConfigError, DataError, ModelError, DiskError, ArtifactError])
 def test_an_error_of_the_worker_reaches_the_driver_as_it_is(tmp_path: Path, kind: type[AlignmentError]) -> None:
     assert written_error(tmp_path) is None
     write_error(tmp_path, kind("it is damaged", where="there", remedy="mend it"))

@@ -187,7 +187,7 @@ def test_a_result_that_does_not_fit_on_the_disk_is_refused_before_the_download(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(DiskError, match="must be downloaded, but only 10 bytes are free") as refused:
         second.run()
-    assert refused.value.exit_code == 5
+    assert refused.value.exit_code == 12
     assert not list(second.output.glob("artifacts/*/manifest.json"))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from alignment.config.store import conf_folder
-from alignment.core.errors import ConfigError, NonFiniteError, StoreError
+from alignment.core.errors import AlignmentError, ConfigError, DiskError, NonFiniteError, StoreError
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps.study import JOURNAL
 from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs, arm, go, own, shared_arms, trials
@@ -219,9 +219,14 @@ def test_a_trial_that_fails_is_listed_with_what_it_said_and_ends_no_sweep(runs: 
     assert len(runs.asked) == 9, "the study is kept"
 
 
-def test_a_store_that_cannot_be_reached_fails_no_trial_and_ends_the_sweep(runs: Runs) -> None:
-    runs.faults[1] = StoreError("cannot be reached", where="s3://models")
-    with pytest.raises(StoreError, match="s3://models: cannot be reached"):
+@pytest.mark.parametrize(
+    "fault",
+    [StoreError("cannot be reached", where="s3://models"), DiskError("no space left on the device", where="out")],
+    ids=["store", "disk"],
+)
+def test_what_hinders_every_trial_fails_none_and_ends_the_sweep(runs: Runs, fault: AlignmentError) -> None:
+    runs.faults[1] = fault
+    with pytest.raises(type(fault), match=f"{fault.where}: {fault.message}"):
         go(runs)
     assert len(runs.asked) == 2
     assert go(runs)[0] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import psutil
@@ -46,6 +47,24 @@ def test_one_that_was_killed_is_told_from_one_that_failed(tmp_path: Path) -> Non
     trial.wait(60)
     assert trial.ended() == TrialOutcome(code=1, error="its process ended by signal 9 without recording an outcome")
     trial.close()
+
+
+def test_a_disk_on_which_it_can_write_nothing_is_told_from_a_fault_of_its_own(tmp_path: Path) -> None:
+    """The kernel refuses whatever makes a file longer than a few bytes, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (tmp_path / "trial-0.log").write_text("an earlier attempt\n")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
+    try:
+        trial = started(tmp_path, "quickstart", f"output={tmp_path / 'out'}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    trial.wait(60)
+    outcome = trial.ended()
+    trial.close()
+    assert outcome is not None
+    assert outcome.code == 12
+    assert outcome.error.startswith("run one: its files cannot be written")
+    assert outcome.error.endswith("→ free space and run again: nothing is lost")
 
 
 @pytest.mark.skipif(not ALL.cores, reason="this system cannot bind a process to cores")
