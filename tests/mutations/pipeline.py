@@ -383,6 +383,12 @@ MUTATIONS = [
             "if True:",
             "test_a_refusal_of_slurm_is_shown_and_cancels_what_was_submitted",
         ),
+        (
+            "a job that was cancelled has failed",
+            "Preempted if was_stopped else",
+            "StageError if was_stopped else",
+            "test_a_job_that_did_not_end_well_ends_the_run_as_its_driver_did",
+        ),
     ),
     *in_file(
         "commands/plan/job_scripts.py",

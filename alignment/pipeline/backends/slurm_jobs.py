@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from alignment.core.artifacts import write_json
-from alignment.core.errors import PREEMPTED, AlignmentError, Busy, ConfigError, StageError
+from alignment.core.errors import PREEMPTED, AlignmentError, Busy, ConfigError, Preempted, StageError
 from alignment.core.files import write_text
 from alignment.pipeline.backends import late_results, slurm, slurm_job_file
 from alignment.pipeline.backends.slurm import Job
@@ -20,7 +20,8 @@ FILE = "jobs.json"
 """In the run's folder: stage → id of its job. Only the call that submits writes it; jobs write ``run.json``."""
 
 _POLL_SECONDS = 5.0
-_CONTINUES = "it saved before it ended, so run the same command to continue; "
+_CANCELLED = "CANCELLED"
+_CONTINUES = "run the same command to continue; "
 _FORGOTTEN = Job(state="COMPLETED", reason="Slurm has forgotten it")
 
 
@@ -143,11 +144,12 @@ def _polled(job_id: str) -> Iterator[Job]:
 def _refuse_failed(plan: Plan, stage: PlannedStage, job_id: str, job: Job) -> None:
     log = plan.run_folder / stage.name / f"slurm-{job_id}.log"
     if job.state != "COMPLETED":
-        kind = worker_protocol.ERRORS.get(job.exit_code, StageError)
+        was_stopped = _was_stopped(job)
+        kind = Preempted if was_stopped else worker_protocol.ERRORS.get(job.exit_code, StageError)
         raise kind(
             f"job {job_id} ended as {job} with exit code {job.exit_code}\n{worker_protocol.tail(log)}".rstrip(),
             where=f"stage {stage.name}",
-            remedy=f"{_CONTINUES}log: {log}" if job.exit_code == PREEMPTED else f"log: {log}",
+            remedy=f"{_CONTINUES if was_stopped else ''}log: {log}",
         )
     if not late_results.is_shown(stage.artifact):
         raise ConfigError(
@@ -156,6 +158,11 @@ def _refuse_failed(plan: Plan, stage: PlannedStage, job_id: str, job: Job) -> No
             where=f"stage {stage.name}",
             remedy=f"run it again; log: {log}",
         )
+
+
+def _was_stopped(job: Job) -> bool:
+    """Whether it was asked to stop: it saved before it ended, or it was cancelled before its driver could tell."""
+    return job.exit_code == PREEMPTED or (job.state == _CANCELLED and not job.exit_code)
 
 
 def _named(jobs: Mapping[str, str]) -> str:

@@ -28,6 +28,7 @@ from alignment.core.errors import (
     Preempted,
     RewardError,
     StageError,
+    StoreError,
 )
 from alignment.core.files import disk_error, is_full, write_text
 from alignment.data.chat_template import template_file
@@ -49,6 +50,7 @@ ERRORS = {
         RewardError,
         ArtifactError,
         Busy,
+        StoreError,
     )
 }
 """The kind of error that an exit code stands for."""

@@ -93,6 +93,8 @@ def _settle(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, cons
     run_folder = wanted.output / "runs" / trial.user_attrs["run"]
     if outcome.code in (INTERRUPTED, PREEMPTED):
         study.again(trial)  # its finished stages will be reused
+        if outcome.error:  # a job of Slurm was stopped; a run that is stopped here says so itself
+            _print(console, f"trial {number_of(trial)} was stopped: ", outcome.error)
         return outcome.code
     # The trial's settings are not at fault, so all that follow would end alike.
     for error_class in (Busy, StoreError, DiskError):

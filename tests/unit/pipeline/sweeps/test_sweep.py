@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from alignment.config.store import conf_folder
-from alignment.core.errors import AlignmentError, ConfigError, DiskError, NonFiniteError, StoreError
+from alignment.core.errors import AlignmentError, ConfigError, DiskError, NonFiniteError, Preempted, StoreError
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps.study import JOURNAL
 from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs, arm, go, own, shared_arms, trials
@@ -190,6 +190,16 @@ def test_stopped_in_a_trial_it_goes_on_with_that_one(runs: Runs, code: int) -> N
     assert runs.asked[3]["name"] == runs.asked[2]["name"], "its stages are found again"
     assert all(row["run"].endswith(f".{row['number']}") for row in trials(runs))
     assert [row["state"] for row in trials(runs)] == ["done"] * 4, "a stop is no failure"
+
+
+def test_a_trial_whose_job_was_cancelled_is_shown_and_tried_again(runs: Runs) -> None:
+    runs.faults[1] = Preempted("job 11 ended as CANCELLED with exit code 75", where="stage sft")
+    code, printed = go(runs)
+    assert code == 75
+    assert "trial 1 was stopped: stage sft: job 11 ended as CANCELLED with exit code 75" in printed
+    assert go(runs)[0] == 0
+    assert [row["state"] for row in trials(runs)] == ["done"] * 4
+    assert runs.asked[2]["name"] == runs.asked[1]["name"]
 
 
 def test_a_trial_whose_process_was_killed_is_tried_again(runs: Runs) -> None:
