@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 NAME = f"hub:org/name@{COMMIT}"
@@ -49,3 +50,19 @@ def refusal(kind: type[HfHubHTTPError]) -> HfHubHTTPError:
     """What the client raises where the hub refuses."""
     response = SimpleNamespace(headers={}, request=None)
     return kind("403 Client Error.\n\nmore about it", response=response)  # type: ignore[arg-type]
+
+
+def answer(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> list[dict[str, Any]]:
+    """Has the client's download do ``outcome``, or raise it; what it was asked for is listed."""
+    asked: list[dict[str, Any]] = []
+
+    def snapshot_download(repository: str, **options: Any) -> str:
+        asked.append({"repository": repository, **options})
+        if options["local_files_only"]:
+            raise LocalEntryNotFoundError("not here")
+        if isinstance(outcome, Exception):
+            raise outcome
+        return str(outcome())
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return asked

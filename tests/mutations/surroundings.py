@@ -44,6 +44,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "pipeline/sweeps/run.py",
+        f"{PIPELINE}/sweeps/test_sweep_sources.py",
+        (
+            "the first download begins another study",
+            "return read_sweep(wanted.recipe, str(wanted.file), wanted.overrides)",
+            "return wanted",
+            "test_the_first_download_begins_no_second_study",
+        ),
+    ),
+    *in_file(
         "pipeline/sweeps/study.py",
         f"{PIPELINE}/sweeps/test_sweep.py",
         (

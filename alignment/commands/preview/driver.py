@@ -15,7 +15,7 @@ from alignment.core.errors import ConfigError, ModelError
 from alignment.pipeline.backends import processes
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.display import announcer
-from alignment.pipeline.execute.run import with_models
+from alignment.pipeline.execute.needed_sources import with_models
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.stages.registry import kind_of
 

@@ -35,6 +35,7 @@ from alignment.pipeline.execute import (
     worker_protocol,
 )
 from alignment.pipeline.execute.display import Announce, Display, announcer, showing
+from alignment.pipeline.execute.needed_sources import not_reused, with_models
 from alignment.pipeline.execute.record import RunRecorder, recorded_seconds
 from alignment.pipeline.execute.run_view import RunReader
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
@@ -43,7 +44,6 @@ from alignment.pipeline.execute.workers import Workers, workers_of
 from alignment.pipeline.plan import references
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
-from alignment.pipeline.sources import data_sources, model_sources
 from alignment.records.run import RunRecord
 from alignment.records.worker import HEARTBEATS, PROGRESS, STATUS
 from alignment.report import doubts
@@ -145,7 +145,7 @@ def _run_stages(
 ) -> int:
     """Runs the chosen stages; returns 0, or the exit code of a stop."""
     try:
-        with termination_raises(), workers_of(plan, _not_reused(plan, only), command_for) as workers:
+        with termination_raises(), workers_of(plan, not_reused(_chosen(plan, only)), command_for) as workers:
             display.poll()
             if command_for is None:  # only if this machine's own workers run the stages
                 rehearsal.rehearse(plan, _chosen(plan, only), workers.server, announce=display.note)
@@ -217,7 +217,7 @@ def _refuse_what_cannot_start(plan: Plan, only: str | None) -> None:
 def _with_all(plan: Plan, announce: Announce, only: str | None) -> Plan:
     """The plan with all results of the store, models and data of a hub that the chosen stages need, checked again."""
     plan_with_results = exchange.with_results(plan, announce, stages=_needed(plan, only))
-    complete = with_models(plan_with_results, announce, stages=_not_reused(plan_with_results, only))
+    complete = with_models(plan_with_results, announce, stages=not_reused(_chosen(plan_with_results, only)))
     if complete is not plan:
         _refuse_what_cannot_start(complete, only)
     return complete
@@ -269,29 +269,6 @@ def _needed(plan: Plan, only: str | None) -> list[PlannedStage]:
     """The chosen stages, and those whose results they take."""
     inputs = [] if only is None else references.inputs_of(only, plan.config.stages)
     return [stage for stage in plan.stages if only in (None, stage.name) or stage.name in inputs]
-
-
-def _not_reused(plan: Plan, only: str | None) -> list[PlannedStage]:
-    """The chosen stages that have to run and need models or data."""
-    waiting = [stage for stage in _chosen(plan, only) if stage.has_to_run]
-    return [stage for stage in waiting if kind_of(stage.config).launch.runs_on is not RunsOn.driver]
-
-
-def with_models(plan: Plan, announce: Announce, *, stages: Sequence[PlannedStage]) -> Plan:
-    """The plan with every model and all data that these stages need on this machine.
-
-    Without stages, nothing is downloaded. A download pins a hub's source to a commit, and its rows have not been
-    checked yet, so the plan is made again.
-    """
-    missing = [model for model in [plan.base, *plan.sources.values()] if not model.ready]
-    data = {source.source: source for stage in stages for source in stage.hub_data if not source.complete}
-    if not stages or not (missing or data):
-        return plan
-    for model in missing:
-        model_sources.fetch(model, announce=announce)
-    for source in data.values():
-        data_sources.fetch(source, announce=announce)
-    return make_plan(plan.recipe, plan.overrides)
 
 
 def _one_stage(

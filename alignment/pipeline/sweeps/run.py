@@ -15,6 +15,8 @@ from rich.console import Console
 from alignment.config.sweep import Pruner
 from alignment.core.errors import PREEMPTED, AlignmentError, Busy, ConfigError, DiskError, StoreError
 from alignment.core.locks import held
+from alignment.pipeline.execute.display import announcer
+from alignment.pipeline.execute.needed_sources import fetch_missing, not_reused
 from alignment.pipeline.execute.run import run_trial
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, termination_raises
 from alignment.pipeline.sweeps import results
@@ -32,7 +34,7 @@ def sweep(recipe: str, name: str, overrides: Sequence[str], *, console: Console,
 
     Raises:
         ConfigError: as ``read_sweep`` and ``run_sweep``.
-        Busy, StoreError, DiskError: as ``run_sweep``.
+        ModelError, DataError, Busy, StoreError, DiskError: as ``run_sweep``.
     """
     return run_sweep(read_sweep(recipe, name, overrides), console=console, at_once=at_once)
 
@@ -42,12 +44,14 @@ def run_sweep(wanted: Sweep, *, console: Console, at_once: int = 1) -> int:
 
     Raises:
         ConfigError: the sweep does not fit the machine, no stage reports its objective, or optuna is not installed.
+        ModelError, DataError: a model or data set cannot be fetched; no trial has begun.
         Busy: another process works on it, or Slurm has jobs of a trial.
         StoreError: the store of artifacts cannot be reached or refuses; the trial is tried again by the next call.
         DiskError: the disk is full or cannot be written to; the trial is tried again by the next call.
     """
     shares_of_machine = shares(at_once, wanted.launch)
     with held(wanted.folder / "lock", wait=False):
+        wanted = _with_sources(wanted, console)
         study = Study(wanted)
         study.retry_cut_off()
         console.print(f"{wanted.name}: {wanted.number} trials of {wanted.run_name}", highlight=False)
@@ -59,6 +63,18 @@ def run_sweep(wanted: Sweep, *, console: Console, at_once: int = 1) -> int:
             return code
         results.show(console, results.write(study, wanted), wanted)
         return 0 if study.completed() else 5
+
+
+def _with_sources(wanted: Sweep, console: Console) -> Sweep:
+    """The sweep with all models and data of its trials on this machine.
+
+    If a trial fetched them, a hub that is away would fail that trial for good. A download also pins them to a commit,
+    and with it the sweep's identity, so the sweep is read again.
+    """
+    needed = [(plan, not_reused(plan.stages)) for plan in wanted.plans]
+    if not fetch_missing(needed, announcer(console)):
+        return wanted
+    return read_sweep(wanted.recipe, str(wanted.file), wanted.overrides)
 
 
 def _in_turn(study: Study, wanted: Sweep, console: Console) -> int:

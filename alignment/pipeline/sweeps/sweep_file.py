@@ -34,12 +34,15 @@ from alignment.stages.registry import kind_of
 class Sweep:
     """A sweep over a recipe, checked.
 
-    ``identity`` covers everything that the trials' results depend on; ``profile`` is the name of the profile that was
-    applied, if any; ``cautions`` are warnings for readers of the results.
+    ``plans`` has each value of the sweep's settings at least once. ``identity`` covers everything that the trials'
+    results depend on; ``profile`` is the name of the profile that was applied, if any; ``cautions`` are warnings for
+    readers of the results.
     """
 
     name: str
+    file: Path
     config: SweepConfig
+    plans: tuple[Plan, ...]
     recipe: str
     overrides: tuple[str, ...]
     run_name: str
@@ -96,7 +99,9 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
     judged = [stage.fingerprint for objective in resolved for stage in plan.stages if stage.name == objective.stage]
     return Sweep(
         name=path.stem,
+        file=path,
         config=config,
+        plans=tuple(plans),
         recipe=recipe,
         overrides=tuple(overrides),
         run_name=plan.config.name,

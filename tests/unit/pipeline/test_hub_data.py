@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from io import StringIO
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -24,7 +23,7 @@ from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.pipeline.sources import data_sources, model_sources
 from alignment.pipeline.sources.data_sources import DataSource
-from tests.hub import COMMIT, NAME, leave_data_set, refusal, use_cache
+from tests.hub import COMMIT, NAME, answer, leave_data_set, refusal, use_cache
 from tests.unit.pipeline.conftest import ROWS, MakePlan
 from tests.unit.pipeline.test_run import fake
 
@@ -38,22 +37,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder below which a hub's cache lies."""
     use_cache(monkeypatch, tmp_path)
     return tmp_path
-
-
-def answer(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> list[dict[str, Any]]:
-    """Has the client's download do ``outcome``, or raise it; what it was asked for is listed."""
-    asked: list[dict[str, Any]] = []
-
-    def snapshot_download(repository: str, **options: Any) -> str:
-        asked.append({"repository": repository, **options})
-        if options["local_files_only"]:
-            raise LocalEntryNotFoundError("not here")
-        if isinstance(outcome, Exception):
-            raise outcome
-        return str(outcome())
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    return asked
 
 
 def sft(plan: Plan) -> PlannedStage:

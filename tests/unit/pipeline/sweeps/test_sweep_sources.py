@@ -1,0 +1,54 @@
+"""Sweeps over data of a hub: it is fetched before the first trial, so that no trial and no study is lost by it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from alignment.core.errors import DataError
+from tests.hub import answer, leave_data_set, use_cache
+from tests.unit.pipeline.conftest import ROWS
+from tests.unit.pipeline.sweeps.fake_runs import Runs, go, trials
+
+SOURCE = "stages.sft.data.source=hub:org/name@v1"
+FILES = {"data/train.jsonl": (json.dumps(ROWS["conversations"]) + "\n") * 2}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder below which a hub's cache lies."""
+    use_cache(monkeypatch, tmp_path)
+    return tmp_path
+
+
+def test_a_hub_that_is_away_fails_no_trial(runs: Runs, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        answer(patched, TimeoutError("timed out"))
+        with pytest.raises(DataError, match=r"hub:org/name@v1: cannot be downloaded: timed out\n  → try again"):
+            go(runs, "dpo_beta", SOURCE)
+    assert runs.asked == []
+    leave_data_set(cache, FILES, revision="v1")
+    assert go(runs, "dpo_beta", SOURCE)[0] == 0
+    assert [row["state"] for row in trials(runs)] == ["done"] * 4
+
+
+def test_the_first_download_begins_no_second_study(runs: Runs, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+
+        def download() -> Path:
+            patched.undo()  # asked again, the client itself finds what the download has left
+            return leave_data_set(cache, FILES, revision="v1")
+
+        def figure(settings: dict[str, str]) -> float:
+            download()  # a run would do so as well
+            return float(settings["stages.dpo.beta"])
+
+        answer(patched, download)
+        runs.figure = figure
+        _, printed = go(runs, "dpo_beta", SOURCE)
+    assert printed.count("downloading the data set org/name@v1 from its hub") == 1
+    assert len(runs.asked) == 4
+    assert go(runs, "dpo_beta", SOURCE)[0] == 0
+    assert len(runs.asked) == 4, "its trials are found again"
