@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from alignment.core import typed_json
+from alignment.core.errors import GateNotMet
 from alignment.records.interval import Interval
 
 FILE = "sweep.json"
@@ -44,8 +45,8 @@ class Parameter:
 class Trial:
     """A trial that ended: ``done`` with a value for each goal, ``failed`` or ``pruned`` with the reason in words.
 
-    ``words`` are its settings as overrides; ``report`` is the path from the sweep's page to the page of the trial's
-    run, or empty.
+    A trial that is done has an ``error`` if its results do not meet a gate. ``words`` are its settings as overrides;
+    ``report`` is the path from the sweep's page to the page of the trial's run, or empty.
     """
 
     number: int
@@ -109,6 +110,11 @@ class TrialOutcome:
     code: int
     error: str = ""
     version: int = 1
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all stages are done, also if their results do not meet a gate."""
+        return self.code in (0, GateNotMet.exit_code)
 
     def write(self, file: Path) -> None:
         """Writes the file, which the sweep that started the trial reads."""

@@ -42,6 +42,12 @@ MUTATIONS = [
             "(Busy, DiskError)",
             "test_what_hinders_every_trial_fails_none_and_ends_the_sweep",
         ),
+        (
+            "a trial that does not meet a gate has failed",
+            "if outcome.is_done else outcome.error",
+            "if not outcome.code else outcome.error",
+            "test_a_trial_that_misses_a_gate_counts_and_the_gate_is_named",
+        ),
     ),
     *in_file(
         "pipeline/sweeps/run.py",

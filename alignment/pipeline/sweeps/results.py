@@ -151,9 +151,11 @@ def _shared_arms(study: Study, objective: Objective, number: int) -> dict[str, I
 
 
 def _doubts(study: Study, best: Sequence[int]) -> list[str]:
-    """Reasons not to trust the evaluations of the best trials, such as answers that were all cut off."""
+    """Reasons not to rely on the best trials: gates that they do not meet, or answers that were all cut off."""
     doubts: dict[str, None] = {}
     for trial in study.completed():
+        if number_of(trial) in best and (unmet := trial.user_attrs.get("unmet")):
+            doubts[f"trial {number_of(trial)} does not meet a gate: {unmet.splitlines()[0]}"] = None
         for artifact in dict.fromkeys(trial.user_attrs.get("artifacts") or [] if number_of(trial) in best else []):
             if (Path(artifact) / EVALUATION_FILE).is_file():
                 of_trial = of_evaluation(Evaluation.read(Path(artifact)))
@@ -164,7 +166,7 @@ def _doubts(study: Study, best: Sequence[int]) -> list[str]:
 def _trial(ended: Any, wanted: Sweep) -> Trial:
     run = ended.user_attrs["run"]
     link = f"../../runs/{run}/{REPORT}"
-    error = ended.user_attrs.get("error", "")
+    error = ended.user_attrs.get("error") or ended.user_attrs.get("unmet", "")
     if "pruned_at" in ended.user_attrs:
         pruning = wanted.config.pruning
         error = f"{pruning.metric} of {pruning.stage} was worse than the median at step {ended.user_attrs['pruned_at']}"

@@ -106,7 +106,6 @@ def _settle(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, cons
         StoreError: the store of artifacts cannot be reached or refuses.
         DiskError: the disk is full or cannot be written to.
     """
-    run_folder = wanted.output / "runs" / trial.user_attrs["run"]
     if outcome.code in (INTERRUPTED, PREEMPTED):
         study.again(trial)  # its finished stages will be reused
         if outcome.error:  # a job of Slurm was stopped; a run that is stopped here says so itself
@@ -117,28 +116,35 @@ def _settle(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, cons
         if outcome.code == error_class.exit_code:
             study.again(trial)
             raise error_class(outcome.error)
-    error = outcome.error
-    if not outcome.code:
-        try:
-            artifacts = [objective.artifact(run_folder) for objective in wanted.objectives]
-            intervals = [
-                objective.read(artifact) for objective, artifact in zip(wanted.objectives, artifacts, strict=True)
-            ]
-            study.complete(trial, intervals, artifacts)
-            values = [
-                f"{name} {interval.mean:.3f}" for name, interval in zip(wanted.objectives, intervals, strict=True)
-            ]
-            _print(console, f"trial {number_of(trial)}: ", ", ".join(values))
-        except ConfigError:
-            study.again(trial)
-            raise
-        except AlignmentError as fault:
-            error = str(fault)
+    error = _complete(study, trial, wanted, outcome, console) if outcome.is_done else outcome.error
     if error:
         study.fail(trial, error)
         _print(console, f"trial {number_of(trial)} failed: ", error)
     results.write(study, wanted)
     return 0
+
+
+def _complete(study: Study, trial: Any, wanted: Sweep, outcome: TrialOutcome, console: Console) -> str:
+    """Records the values of a trial that is done; returns why it has none, or an empty text.
+
+    Raises:
+        ConfigError: it lacks the objective, as all trials would.
+    """
+    run_folder = wanted.output / "runs" / trial.user_attrs["run"]
+    try:
+        artifacts = [objective.artifact(run_folder) for objective in wanted.objectives]
+        intervals = [objective.read(artifact) for objective, artifact in zip(wanted.objectives, artifacts, strict=True)]
+    except ConfigError:
+        study.again(trial)
+        raise
+    except AlignmentError as error:
+        return str(error)
+    study.complete(trial, intervals, artifacts, unmet=outcome.error)
+    values = [f"{name} {interval.mean:.3f}" for name, interval in zip(wanted.objectives, intervals, strict=True)]
+    _print(console, f"trial {number_of(trial)}: ", ", ".join(values))
+    if outcome.error:
+        _print(console, f"trial {number_of(trial)} does not meet a gate: ", outcome.error)
+    return ""
 
 
 def _print(console: Console, words: str, more: str) -> None:
@@ -175,7 +181,7 @@ class _SeparateTrial:
         outcome = self.process.ended()
         if outcome is None:
             self._watch()
-        elif not outcome.code:
+        elif outcome.is_done:
             self._curve.hopeless_at()  # reports the steps since the last check, and those of a reused stage
         return outcome
 
@@ -220,7 +226,7 @@ def _to_the_end(study: Study, wanted: Sweep, free: list[Share], running: list[_S
             running_trial.process.close()
             running.remove(running_trial)
             free.append(running_trial.share)
-            if outcome.code and running_trial.pruned_at is not None:
+            if not outcome.is_done and running_trial.pruned_at is not None:
                 study.prune(running_trial.trial, running_trial.pruned_at)
                 console.print(
                     f"trial {number_of(running_trial.trial)} pruned at step {running_trial.pruned_at}", highlight=False

@@ -23,7 +23,8 @@ class Study:
     """The study with this identity in the sweep's folder, or a new one.
 
     A trial is optuna's. Its ``user_attrs`` hold its ``run`` and, after its end, its ``error``, the step at which it was
-    pruned (``pruned_at``), or its ``intervals`` and the ``artifacts`` with its metrics. An interrupted trial is
+    pruned (``pruned_at``), or its ``intervals``, the ``artifacts`` with its metrics and the gates that they do not meet
+    (``unmet``, in words). An interrupted trial is
     recorded as failed without an ``error``. It does not count, and is tried again under the same run name, so that its
     stages continue from their checkpoints. The caller holds the sweep's lock.
     """
@@ -83,8 +84,9 @@ class Study:
         if "run" in trial.user_attrs:  # otherwise it was interrupted before it had a name and settings
             self._study.enqueue_trial(trial.params, user_attrs={"run": trial.user_attrs["run"]})
 
-    def complete(self, trial: Any, values: Sequence[Interval], artifacts: Sequence[Path]) -> None:
-        """Records a finished trial, with a value and its artifact for each objective."""
+    def complete(self, trial: Any, values: Sequence[Interval], artifacts: Sequence[Path], *, unmet: str) -> None:
+        """Records a finished trial: a value and its artifact for each objective, and the gates that are not met."""
+        trial.set_user_attr("unmet", unmet)
         trial.set_user_attr("artifacts", [str(artifact) for artifact in artifacts])
         trial.set_user_attr("intervals", [[value.low, value.high] for value in values])
         self._study.tell(trial, [value.mean for value in values])

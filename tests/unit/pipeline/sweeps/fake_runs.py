@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from alignment.core.artifacts import MANIFEST, Manifest
+from alignment.core.errors import GateNotMet
 from alignment.pipeline.execute.summary import REPORT
 from alignment.pipeline.sweeps.run import sweep
 
@@ -36,6 +37,8 @@ class Runs:
         self.more_of_arm: dict[str, Any] = {}
         self.codes: dict[int, int] = {}
         self.faults: dict[int, Exception] = {}
+        self.unmet: dict[str, GateNotMet] = {}
+        """By beta: what a run says that is done and does not meet a gate."""
 
     def __call__(self, recipe: str, overrides: Sequence[str], *, console: Console, wait: bool) -> int:
         assert wait, "another process may be at work on what the trial needs"
@@ -82,6 +85,8 @@ class Runs:
         stages = {name: {"kind": name, "artifact": str(artifact)} for name in ("evaluate", "dpo")}
         (run / "run.json").write_text(json.dumps({"stages": stages}))
         (run / REPORT).touch()
+        if (unmet := self.unmet.get(settings.get("stages.dpo.beta", ""))) is not None:
+            raise unmet
         return 0
 
 

@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 
 from alignment.config.store import conf_folder
-from alignment.core.errors import AlignmentError, ConfigError, DiskError, NonFiniteError, Preempted, StoreError
+from alignment.core.errors import (
+    AlignmentError,
+    ConfigError,
+    DiskError,
+    GateNotMet,
+    NonFiniteError,
+    Preempted,
+    StoreError,
+)
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps.study import JOURNAL
 from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs, arm, go, own, shared_arms, trials
@@ -242,6 +250,25 @@ def test_what_hinders_every_trial_fails_none_and_ends_the_sweep(runs: Runs, faul
     assert go(runs)[0] == 0
     assert [row["state"] for row in trials(runs)] == ["done"] * 4
     assert [settings["stages.dpo.beta"] for settings in runs.asked[2:]] == BETAS[1:]
+
+
+GATE = "stages.evaluate.gate[0]: facts of dpo less those of sft: -0.1; above 0 is required"
+
+
+def test_a_trial_that_misses_a_gate_counts_and_the_gate_is_named(runs: Runs) -> None:
+    runs.unmet["0.3"] = GateNotMet(GATE, remedy="stages.evaluate.gate sets the requirement")
+    code, printed = go(runs)
+    assert code == 0
+    assert f"trial 2 does not meet a gate: {GATE}\n  → stages.evaluate.gate sets the requirement\n" in printed
+    assert "best: stages.dpo.beta=0.3" in printed
+    assert f"caution: trial 2 does not meet a gate: {GATE}\n" in printed
+    best = trials(runs)[0]
+    assert (best["number"], best["state"], best["figures"][0]["mean"]) == (2, "done", 0.9)
+    assert best["error"].startswith(GATE)
+    assert [row["error"] for row in trials(runs)[1:]] == [""] * 3
+    assert GATE in (runs.output / "sweeps/quickstart.dpo_beta/sweep.html").read_text()
+    runs.unmet["0.1"] = runs.unmet.pop("0.3")
+    assert "caution: " not in go(runs, "dpo_beta", "seed=7")[1], "it is not the best trial"
 
 
 def test_a_journal_that_ends_in_half_a_line_goes_on(runs: Runs) -> None:

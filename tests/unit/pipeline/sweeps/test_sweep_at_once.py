@@ -12,7 +12,7 @@ import pytest
 
 from alignment.config.backend import MachinesBackend, SlurmBackend
 from alignment.config.launch import LaunchConfig
-from alignment.core.errors import Busy, ConfigError
+from alignment.core.errors import Busy, ConfigError, GateNotMet
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps import trials as shared
 from alignment.pipeline.sweeps.trials import Share, shares
@@ -83,11 +83,15 @@ class Process:
             return None
         if (outcome := self.all.outcomes.get(self.beta)) is not None:
             return outcome
-        self.all.runs(self.argv[0], self.argv[1:], console=None, wait=True)  # type: ignore[arg-type]
+        outcome = TrialOutcome(code=0)
+        try:
+            self.all.runs(self.argv[0], self.argv[1:], console=None, wait=True)  # type: ignore[arg-type]
+        except GateNotMet as unmet:
+            outcome = TrialOutcome(code=10, error=str(unmet))
         record = json.loads((self.folder / "run.json").read_text())
         record["stages"]["dpo"] = {"kind": "dpo", "state": "done", "artifact": str(self.folder / "dpo")}
         (self.folder / "run.json").write_text(json.dumps(record))
-        return TrialOutcome(code=0)
+        return outcome
 
     def ask_to_stop(self) -> None:
         self.asked = True
@@ -127,6 +131,15 @@ def test_a_trial_that_fails_leaves_the_others_alone(processes: Processes, runs: 
     rows = trials(runs)
     assert [row["state"] for row in rows] == ["done", "done", "done", "failed"]
     assert rows[-1]["error"].startswith("stage dpo: a gradient is not finite")
+
+
+def test_a_trial_that_misses_a_gate_counts(processes: Processes, runs: Runs, tmp_path: Path) -> None:
+    runs.unmet["0.1"] = GateNotMet("stages.evaluate.gate[0]: too little")
+    processes.losses = {"0.5": 3.0}
+    _, printed = go(runs, median(runs, tmp_path, warmup_steps=2))
+    assert "trial 0 does not meet a gate: stages.evaluate.gate[0]: too little" in printed
+    rows = {row["number"]: row["state"] for row in trials(runs, "mine")}
+    assert rows == {0: "done", 1: "done", 2: "pruned"}, "its curve counts too"
 
 
 def test_interrupted_it_stops_all_and_goes_on_with_those(processes: Processes, runs: Runs) -> None:
