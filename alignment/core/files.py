@@ -222,6 +222,11 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def partial_folder(target: Path) -> Path:
+    """Where a command writes a new folder, which is renamed when it is complete."""
+    return target.with_name(f".{target.name}.partial")
+
+
 def new_folder(to: str, *, option: str = "--to") -> Path:
     """The folder that a command writes, which does not exist yet; ``option`` names it on the command line.
 

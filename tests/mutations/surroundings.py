@@ -50,6 +50,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "commands/shared/worker_process.py",
+        "unit/commands/shared/test_worker_process.py",
+        (
+            "an export that is killed leaves a hidden folder",
+            "shutil.rmtree(partial_folder(target), ignore_errors=True)",
+            "pass",
+            "test_a_command_whose_process_is_killed_says_so",
+        ),
+    ),
+    *in_file(
         "pipeline/sweeps/run.py",
         f"{PIPELINE}/sweeps/test_sweep_sources.py",
         (

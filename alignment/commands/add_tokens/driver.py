@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
+from alignment.commands.shared.worker_process import write_folder
 from alignment.core.files import new_folder
-from alignment.pipeline.backends import processes
 from alignment.pipeline.execute.display import announcer
 from alignment.pipeline.sources import model_sources
 
@@ -22,6 +22,7 @@ def add_tokens(console: Console, source: str, tokens: Sequence[str], *, to: str)
     Raises:
         ConfigError: ``to`` exists already.
         ModelError: there is no such model.
+        StageError: the process was killed.
     """
     target = new_folder(to)
     model = model_sources.resolve(source, where="MODEL")
@@ -37,7 +38,7 @@ def add_tokens(console: Console, source: str, tokens: Sequence[str], *, to: str)
         "--",
         *tokens,
     ]
-    code = processes.call(argv)
+    code = write_folder(argv, target, verb="add-tokens")
     if code == 0:
         console.print(f"written: {target}\n{ADVICE.format(target)}", markup=False, highlight=False, soft_wrap=True)
     return code

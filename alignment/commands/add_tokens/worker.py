@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from alignment.config.model import NEW_TOKENS
 from alignment.core.artifacts import readable, write_json
 from alignment.core.errors import AlignmentError, ConfigError, ModelError
-from alignment.core.files import explained
+from alignment.core.files import explained, partial_folder
 from alignment.core.model_files import refuse_weights_elsewhere
 from alignment.core.process_end import end_process
 from alignment.core.streams import make_unfailing
@@ -53,7 +53,7 @@ def add_tokens(folder: Path, to: Path, tokens: Sequence[str]) -> str:
         ConfigError: a token exists already, or is given twice.
         ModelError: the model cannot be read, or lacks its new tokens when it is read again.
     """
-    partial = to.with_name(f".{to.name}.partial")
+    partial = partial_folder(to)
     shutil.rmtree(partial, ignore_errors=True)
     model, tokenizer = _read(folder)
     _refuse_known(tokenizer, tokens)

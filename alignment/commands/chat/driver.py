@@ -14,9 +14,9 @@ from typing import Any
 from rich.console import Console
 
 from alignment.commands.shared.policy_finder import PolicyFinder
+from alignment.commands.shared.worker_process import run_worker
 from alignment.core.errors import ConfigError
 from alignment.core.files import write_text
-from alignment.pipeline.backends import processes
 
 MOST_ARMS = 2
 
@@ -40,7 +40,8 @@ def chat(
         ConfigError: there is no such run, stage or result; a result is not a policy; there are more than two arms; or
             an option is invalid.
         ArtifactError: a stage has no result yet.
-        ModelError: a base is missing on this machine.
+        ModelError: a base is missing on this machine, or a chat template did not end.
+        StageError: the process was killed.
     """
     _refuse_options(options)
     if len(arms) > MOST_ARMS:
@@ -56,7 +57,7 @@ def chat(
         argv = [sys.executable, "-m", "alignment.commands.chat.worker", str(file)]
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops an answer, which the worker handles
         try:
-            return processes.call(argv)
+            return run_worker(argv, verb="chat")
         finally:
             signal.signal(signal.SIGINT, before)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from rich.console import Console
 
 from alignment.commands.export.export_options import GGUF, ExportOptions
+from alignment.commands.shared.worker_process import write_folder
 from alignment.core.artifacts import POLICY, REWARD_MODEL, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.core.files import new_folder
 from alignment.engines.engine_environment import build_command, engines_folder
-from alignment.pipeline.backends import processes
 from alignment.pipeline.execute.stored_results import artifact_of, base_of
 
 EXPORTED = (POLICY, REWARD_MODEL)
@@ -31,6 +31,7 @@ def export(console: Console, result: str, *, to: str, options: ExportOptions, ou
     Raises:
         ConfigError: there is no such result, ``to`` exists already, or there is no interpreter where one was named.
         ModelError: the base of the result is missing on this machine.
+        StageError: the process was killed.
     """
     folder = artifact_of(result, output)
     manifest = read_manifest(folder)
@@ -47,7 +48,7 @@ def export(console: Console, result: str, *, to: str, options: ExportOptions, ou
         argv += ["--base", str(base_of(manifest, folder, console))]
     if not Path(result).expanduser().is_dir():
         argv += ["--run", result.partition("/")[0]]
-    code = processes.call(argv)
+    code = write_folder(argv, target, verb="export")
     if code == 0:
         console.print(f"written: {target}", markup=False, highlight=False, soft_wrap=True)
     return code

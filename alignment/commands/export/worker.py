@@ -28,7 +28,7 @@ from alignment.commands.export.model_card import model_card
 from alignment.commands.export.provenance import provenance, without_folders
 from alignment.core.artifacts import REWARD_MODEL, Manifest, readable, verify
 from alignment.core.errors import AlignmentError
-from alignment.core.files import explained
+from alignment.core.files import explained, partial_folder
 from alignment.core.process_end import end_process
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import complain
@@ -65,7 +65,7 @@ def export(artifact: Path, base: Path | None, to: Path, options: ExportOptions, 
             written model gives other outputs when it is loaded.
     """
     result = exported_result(artifact, verify(artifact, content=True), base)
-    partial = to.with_name(f".{to.name}.partial")
+    partial = partial_folder(to)
     shutil.rmtree(partial, ignore_errors=True)
     try:
         notes = _write(result, partial, options)

@@ -9,10 +9,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from alignment.commands.shared.worker_process import run_worker
 from alignment.core.artifacts import EVALUATION
-from alignment.core.deadline import KILLED_BY, KILLED_SECONDS
-from alignment.core.errors import ConfigError, ModelError
-from alignment.pipeline.backends import processes
+from alignment.core.errors import ConfigError
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.display import announcer
 from alignment.pipeline.execute.needed_sources import with_models
@@ -53,7 +52,7 @@ def show_preview(
         argv += ["--html", html] if html else []
         evaluation = next(filter(_is_known_evaluation, plan.stages), None)
         argv += ["--against", file_of(evaluation)] if evaluation else []
-        return _exit_code(processes.call(argv))
+        return run_worker(argv, verb="preview")
 
 
 def _training(plan: Plan) -> list[PlannedStage]:
@@ -79,18 +78,3 @@ def _refuse_without_rows(plan: Plan, stage: str | None) -> None:
 
 def _is_known_evaluation(planned: PlannedStage) -> bool:
     return kind_of(planned.config).produces == EVALUATION and not planned.unmade
-
-
-def _exit_code(code: int) -> int:
-    """The exit code of the process, unless it was killed.
-
-    Raises:
-        ModelError: a chat template did not terminate.
-    """
-    if code == -KILLED_BY:
-        raise ModelError(
-            f"the chat template ran for more than {KILLED_SECONDS:g} s in one step",
-            where="preview",
-            remedy="set model.chat_template=chatml, or path:FILE of another template",
-        )
-    return code

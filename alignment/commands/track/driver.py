@@ -7,12 +7,12 @@ from pathlib import Path
 
 from rich.console import Console
 
+from alignment.commands.shared.worker_process import run_worker
 from alignment.config.did_you_mean import suggestion
 from alignment.config.faults import refuse
 from alignment.config.rules import TRACKING_URL
 from alignment.config.tracking import TrackingConfig, with_only
 from alignment.core.errors import ConfigError
-from alignment.pipeline.backends import processes
 from alignment.pipeline.plan import tracking_checks
 from alignment.records.run import FILE, RunRecord
 
@@ -22,6 +22,7 @@ def track(console: Console, run: str, *, to: str, url: str, output: Path) -> int
 
     Raises:
         ConfigError: there is no such run, or the tracker cannot be used here.
+        StageError: the process was killed.
     """
     runs = sorted(path.parent.name for path in (output / "runs").glob(f"*/{FILE}"))
     if run not in runs:
@@ -32,4 +33,4 @@ def track(console: Console, run: str, *, to: str, url: str, output: Path) -> int
     url = url or RunRecord.read(folder).config.get("tracking", {}).get("mlflow_url", "")
     refuse(list(tracking_checks.faults(with_only(TrackingConfig(), to, mlflow_url=url))))
     argv = [sys.executable, "-m", "alignment.commands.track.worker", str(folder), "--to", to]
-    return processes.call([*argv, "--url", url] if url else argv)
+    return run_worker([*argv, "--url", url] if url else argv, verb="track")

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from alignment.commands.preview import driver as preview
 from alignment.core import deadline
 from alignment.core.errors import ModelError
 from alignment.data.records import Prompt
@@ -72,12 +71,6 @@ def test_what_runs_in_c_and_hears_of_no_exception_ends_its_process() -> None:
         "with deadline.Bounded(ValueError()): sum(range(10**12))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -deadline.KILLED_BY
-
-
-def test_a_preview_that_was_ended_so_says_why() -> None:
-    with pytest.raises(ModelError, match="preview: the chat template ran for more than 30 s in one step"):
-        preview._exit_code(-deadline.KILLED_BY)
-    assert preview._exit_code(3) == 3
 
 
 def test_a_profiler_of_a_c_library_is_no_fault(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

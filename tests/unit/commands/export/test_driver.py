@@ -77,7 +77,7 @@ def test_a_base_of_another_content_is_refused(tmp_path: Path, artifact: Callable
 def _argv(options: ExportOptions, artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The worker's command line."""
     commands: list[list[str]] = []
-    monkeypatch.setattr("alignment.commands.export.driver.processes.call", lambda argv: commands.append(argv) or 1)
+    monkeypatch.setattr("alignment.pipeline.backends.processes.call", lambda argv: commands.append(argv) or 1)
     assert export(Console(), str(artifact), to=str(tmp_path / "out"), options=options, output=tmp_path) == 1
     return commands[0]
 
