@@ -319,6 +319,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "pipeline/backends/environment.py",
+        "unit/pipeline/backends/test_processes.py",
+        (
+            "a worker waits for the caller's group",
+            " if name not in RANKS}",
+            "}",
+            "test_a_process_is_not_taken_for_one_of_the_caller_s_group",
+        ),
+    ),
+    *in_file(
         "pipeline/backends/processes.py",
         "unit/pipeline/backends/test_processes.py",
         (

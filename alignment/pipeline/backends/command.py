@@ -18,7 +18,10 @@ from alignment.pipeline.backends import environment
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Command:
-    """``argv`` to execute, and ``environment``: variables that are added to the caller's or replace them."""
+    """``argv`` to execute, and ``environment``: variables that are added to the caller's or replace them.
+
+    ``environment.complete`` says which of the caller's it does not get.
+    """
 
     argv: tuple[str, ...]
     environment: dict[str, str]

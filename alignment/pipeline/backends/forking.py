@@ -20,6 +20,7 @@ from alignment.core import hardware
 from alignment.core.stop_requests import sigusr1_blocked
 from alignment.fork_server import LONGEST_REQUEST, Request
 from alignment.pipeline.backends.command import Command
+from alignment.pipeline.backends.environment import complete
 
 LATER = {DEVICE, DIVIDE_ROWS, "RANK", "LOCAL_RANK", "WORLD_SIZE"}
 """Variables that are read after the libraries are imported, so that they may differ from the server's."""
@@ -86,7 +87,7 @@ class ForkServer:
         None if it must be executed: it is not one module in one process, its environment differs where libraries read
         it while they are imported, the server has ended, or the caller ``gives_up`` the wait for it.
         """
-        environment = {**os.environ, **command.environment}
+        environment = complete(command.environment)
         if not command.module or _early(environment) != _early(self._environment):
             return None
         request = Request(module=command.module, arguments=[*command.argv[3:]], environment=environment).encode()
@@ -120,18 +121,18 @@ def fork_server(modules: Sequence[str], environment: Mapping[str, str]) -> Itera
         yield None
         return
     own_end, server_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    complete = {**os.environ, **environment}
+    variables = complete(environment)
     with server_end, sigusr1_blocked():
         process = subprocess.Popen(
             [sys.executable, "-m", "alignment.fork_server", str(server_end.fileno()), *modules],
-            env=complete,
+            env=variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             pass_fds=[server_end.fileno()],
             start_new_session=True,
         )
-    server = ForkServer(process, own_end, complete)
+    server = ForkServer(process, own_end, variables)
     try:
         yield server
     finally:

@@ -36,7 +36,7 @@ def call(argv: Sequence[str]) -> int:
     """
     variables = environment.of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
     with _signals_deferred() as arrived:
-        program = psutil.Popen(argv, env={**os.environ, **variables})
+        program = psutil.Popen(argv, env=environment.complete(variables))
     tree = _ProcessTree(program, is_launcher=False)
     try:
         for number in arrived:
@@ -115,7 +115,7 @@ def _executed(command: Command, sink: BinaryIO, keep_open: Sequence[int]) -> psu
     with sigusr1_blocked():
         return psutil.Popen(
             command.argv,
-            env={**os.environ, **command.environment},
+            env=environment.complete(command.environment),
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,

@@ -19,6 +19,7 @@ from alignment.core import hardware
 from alignment.core.locks import held, is_held
 from alignment.pipeline.backends import forking
 from alignment.pipeline.backends.command import Command
+from alignment.pipeline.backends.environment import RANKS
 from alignment.pipeline.backends.forking import ForkedProcess, ForkServer, fork_server
 from alignment.pipeline.backends.processes import execute
 from tests.living import is_living
@@ -93,6 +94,17 @@ def test_a_forked_command_is_what_an_executed_one_is(folder: Path) -> None:
     assert executed["leads"]
     assert signal.SIGUSR1 in executed["blocked"]
     assert forked == executed
+
+
+def test_a_forked_command_is_not_taken_for_one_of_the_caller_s_group(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in RANKS:
+        monkeypatch.setenv(name, "1")
+    with serving() as server:
+        shown = printed(folder, probe("", RANK="0"), server)
+    assert {name: shown["environment"][name] for name in RANKS if name in shown["environment"]} == {"RANK": "0"}
+    assert shown["notes"] == []
 
 
 @pytest.mark.parametrize(

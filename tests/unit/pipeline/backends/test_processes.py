@@ -17,6 +17,7 @@ import pytest
 
 from alignment.core.locks import held, is_held
 from alignment.pipeline.backends.command import Command
+from alignment.pipeline.backends.environment import RANKS
 from alignment.pipeline.backends.processes import call, execute
 from tests.living import descendants_of, is_living, words_of
 
@@ -39,6 +40,24 @@ def test_output_is_appended_to_the_log_and_the_exit_code_returned(tmp_path: Path
 
 def test_a_program_on_this_terminal_has_a_worker_s_environment() -> None:
     assert call([sys.executable, "-c", "import os, sys; sys.exit(40 + int(os.environ['HF_HUB_OFFLINE']))"]) == 41
+
+
+PRINTS_RANKS = f"import os; print(sorted(name for name in {RANKS} if name in os.environ))"
+
+
+def test_a_process_is_not_taken_for_one_of_the_caller_s_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As in a container of a cluster that starts one for each machine."""
+    for name in RANKS:
+        monkeypatch.setenv(name, "1")
+    log = tmp_path / "log.txt"
+    assert execute(python(PRINTS_RANKS), log=log, on_poll=never, grace_seconds=1) == 0
+    ranked = Command(argv=python(PRINTS_RANKS).argv, environment={"RANK": "0"})
+    assert execute(ranked, log=log, on_poll=never, grace_seconds=1) == 0
+    assert log.read_text() == "[]\n['RANK']\n"
+    assert call([sys.executable, "-c", PRINTS_RANKS]) == 0
+    assert capfd.readouterr().out == "[]\n"
 
 
 # A launcher that dies at SIGTERM, and a worker in a session of its own that takes a moment to save.
