@@ -316,6 +316,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "pipeline/execute/run.py",
+        f"{PIPELINE}/test_evaluation_gates.py",
+        (
+            "a run on Slurm that does not meet a gate is recorded as done",
+            "_end(plan, RunRecorder(plan, only=only))",
+            "RunRecorder(plan, only=only).end()",
+            "test_a_run_of_reused_results_is_recorded_with_the_gate_that_it_misses",
+        ),
+    ),
+    *in_file(
         "commands/chat/driver.py",
         "unit/commands/chat/test_driver.py",
         (

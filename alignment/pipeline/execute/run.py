@@ -120,9 +120,7 @@ def _execute(plan: Plan, only: str | None, console: Console, command_for: Comman
         recorder = RunRecorder(plan, only=only)
         with showing(console, RunReader(plan.run_folder)) as display:
             code = _run_stages(plan, only, recorder, display, command_for, wait=wait)
-            is_done = not code and recorder.end()
-            if is_done and gates.not_met(plan.stages):
-                recorder.finish(gates.NOT_MET)
+            is_done = not code and _end(plan, recorder)
             display.poll()
         if code:
             console.print("stopped; run the same command to continue from here", highlight=False)
@@ -132,6 +130,14 @@ def _execute(plan: Plan, only: str | None, console: Console, command_for: Comman
     if HERE not in plan.overrides:  # in a job, the chain goes on; the call that waits for its end reports this
         _judge(plan, only, console)
     return 0
+
+
+def _end(plan: Plan, recorder: RunRecorder) -> bool:
+    """Records the end of this call; returns whether all stages are done, also if their results do not meet a gate."""
+    is_done = recorder.end()
+    if is_done and gates.not_met(plan.stages):
+        recorder.finish(gates.NOT_MET)
+    return is_done
 
 
 def _run_stages(
@@ -172,7 +178,7 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
             slurm_jobs.refuse_queued(plan.run_folder)
             with held(plan.run_folder / "lock", wait=False):  # released before the first job needs it
                 plan = _with_all(plan, display.note, only)
-                RunRecorder(plan, only=only).end()
+                _end(plan, RunRecorder(plan, only=only))
             display.poll()
             waiting = []
             for stage in _chosen(plan, only):

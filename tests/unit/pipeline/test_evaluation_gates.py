@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from alignment.records.evaluation import (
     SampleAnswer,
     write_samples,
 )
+from alignment.records.run import RunRecord
 from tests.unit.pipeline.conftest import MakePlan, leave_artifact
 
 GATE = "stages.evaluate.gate"
@@ -164,6 +166,25 @@ def test_a_run_of_reused_results_prints_the_gates_that_are_met(plan: MakePlan) -
     assert screen.getvalue().splitlines()[-2:] == [f"{GATE}[{number}] is met: {figures}" for number in (0, 2)]
     assert run_plan(plan(*settings(met), *without_report), console=Console(file=screen, width=80)) == 0
     assert screen.getvalue().splitlines()[-1] == f"{GATE}[0] is met: {figures}"
+
+
+@pytest.mark.parametrize("backend", ["local", "slurm"])
+def test_a_run_of_reused_results_is_recorded_with_the_gate_that_it_misses(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    sbatch = tmp_path / "bin/sbatch"
+    sbatch.parent.mkdir()
+    sbatch.touch(0o755)  # it has nothing to submit
+    monkeypatch.setenv("PATH", str(sbatch.parent), prepend=os.pathsep)
+    gate = settings("{arm: 'stage:dpo', against: 'stage:sft', min_difference: 0.5}")
+    more = (*gate, "~stages.report", "stages.evaluate.data.source=bundled:quickstart/heldout")
+    made = left(plan(*more), [0.25] * 10)
+    for stage in made.stages:
+        if stage.name != "evaluate":
+            leave_artifact(stage)
+    with pytest.raises(GateNotMet):
+        run_plan(plan(*more, f"launch/backend={backend}"), console=Console(file=io.StringIO()))
+    assert RunRecord.read(made.run_folder).state == "gate not met"
 
 
 def test_a_pair_that_only_a_gate_compares_is_among_the_differences_that_are_printed(plan: MakePlan) -> None:
