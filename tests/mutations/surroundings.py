@@ -317,6 +317,16 @@ MUTATIONS = [
     ),
     *in_file(
         "pipeline/execute/run.py",
+        f"{PIPELINE}/test_jobs.py",
+        (
+            "a stage is started here while its job waits",
+            "if only is None or HERE not in plan.overrides:",
+            "if only is None:",
+            "test_a_stage_whose_job_waits_is_started_by_that_job_alone",
+        ),
+    ),
+    *in_file(
+        "pipeline/execute/run.py",
         f"{PIPELINE}/test_evaluation_gates.py",
         (
             "a run on Slurm that does not meet a gate is recorded as done",

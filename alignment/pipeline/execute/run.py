@@ -104,7 +104,7 @@ def run_plan(
         _make_writable(plan)
         return _submit(plan, only, console, wait=wait)
     _make_writable(plan)
-    if only is None:
+    if only is None or HERE not in plan.overrides:  # a job makes one stage while others of its chain wait
         slurm_jobs.refuse_queued(plan.run_folder)
     if launch.backend.machine_rank:
         plan = _with_all(plan, announcer(console), only)

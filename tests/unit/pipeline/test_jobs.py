@@ -29,6 +29,7 @@ from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan, make_plan
 from tests.unit.pipeline.conftest import leave_artifact
+from tests.unit.pipeline.test_run import fake
 
 SBATCH = """
 number=$(($(ls "$FAKES"/submitted.* 2>/dev/null | wc -l) + 11))
@@ -255,6 +256,18 @@ def test_a_run_whose_jobs_wait_is_not_started_twice(
     fakes.answers(["11 COMPLETED 0:0 None", "12 CANCELLED 0:15 None"])
     submit()
     assert len(fakes.submitted()) == 12
+
+
+def test_a_stage_whose_job_waits_is_started_by_that_job_alone(
+    submit: Submit, fakes: Fakes, overrides: list[str]
+) -> None:
+    submit()
+    fakes.answers(["11 RUNNING 0:0 None", "12 PENDING 0:0 Dependency"])
+    console = Console(file=StringIO())
+    with pytest.raises(Busy, match=r"Slurm has jobs of this run: sft \(job 11\), reward \(job 12\)"):
+        run("quickstart", overrides, console=console, only="sft", command_for=fake)
+    of_job = [*overrides, "launch/backend=slurm", "launch.backend.submit=false"]
+    assert run("quickstart", of_job, console=console, only="sft", command_for=fake) == 0
 
 
 @pytest.mark.parametrize("submitted", ["true", "false"])
