@@ -436,6 +436,12 @@ MUTATIONS = [
             "test_less_may_be_better",
         ),
         (
+            "names of later trials are too long",
+            "{self._runs}.{wanted.number - 1}",
+            "{self._runs}.0",
+            "test_names_that_become_too_long_for_later_trials_start_none",
+        ),
+        (
             "a trial that was cut off counts as failed",
             'trial.state is self._states.FAIL and "error" not in trial.user_attrs',
             "False",

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignment.config.rules import NAME, is_name
 from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Search
 from alignment.core.errors import ConfigError
 from alignment.core.files import cut_unfinished_line
@@ -24,9 +25,12 @@ class Study:
 
     A trial is optuna's. Its ``user_attrs`` hold its ``run`` and, after its end, its ``error``, the step at which it was
     pruned (``pruned_at``), or its ``intervals``, the ``artifacts`` with its metrics and the gates that they do not meet
-    (``unmet``, in words). An interrupted trial is
-    recorded as failed without an ``error``. It does not count, and is tried again under the same run name, so that its
-    stages continue from their checkpoints. The caller holds the sweep's lock.
+    (``unmet``, in words). An interrupted trial is recorded as failed without an ``error``. It does not count, and is
+    tried again under the same run name, so that its stages continue from their checkpoints. The caller holds the
+    sweep's lock.
+
+    Raises:
+        ConfigError: the names of its runs would be too long, or optuna is not installed.
     """
 
     def __init__(self, wanted: Sweep) -> None:
@@ -51,6 +55,7 @@ class Study:
         is_first = optuna.get_all_study_names(storage)[0] == self._study.study_name
         # Runs of later studies have other names, so that studies do not share runs.
         self._runs = f"{wanted.run_name}.{wanted.name}" + ("" if is_first else f".{wanted.identity[:8]}")
+        _refuse_long_names(f"{self._runs}.{wanted.number - 1}")
 
     def retry_cut_off(self) -> None:
         """Queues the trials of a process that is gone again; call it while no trial runs."""
@@ -138,6 +143,16 @@ class Study:
 def number_of(trial: Any) -> int:
     """The number in the run's name, which stays the same when the trial is tried again."""
     return int(trial.user_attrs["run"].rpartition(".")[2])
+
+
+def _refuse_long_names(longest: str) -> None:
+    """Before the first trial, because only the later ones may have such a name."""
+    if not is_name(longest):
+        raise ConfigError(
+            f"a trial's run would be called {longest!r} ({len(longest)} characters); allowed: {NAME.allowed}",
+            where="name",
+            remedy="set a shorter name=…, or give the sweep's file a shorter name",
+        )
 
 
 def _pruner(config: PruningConfig) -> Any:

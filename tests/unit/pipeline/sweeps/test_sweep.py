@@ -606,6 +606,18 @@ def test_a_name_that_cannot_be_a_runs_is_refused(runs: Runs, tmp_path: Path) -> 
         go(runs, str(file))
 
 
+def test_names_that_become_too_long_for_later_trials_start_none(runs: Runs, tmp_path: Path) -> None:
+    """A run's name has up to 64 characters, and the eighth trial's is RUN.mine.7."""
+    name = f"name={'a' * 57}"
+    assert go(runs, own(runs, tmp_path, trials=8), name)[0] == 0
+    assert len(runs.asked[-1]["name"]) == 64
+    with pytest.raises(ConfigError, match=r"name: a trial's run would be called 'a{57}\.mine\.10' \(65 characters\); "):
+        go(runs, own(runs, tmp_path, trials=11), name)
+    with pytest.raises(ConfigError, match=r"\(73 characters\); .*\n  → set a shorter name=…, or give the sweep's file"):
+        go(runs, own(runs, tmp_path, trials=8), name, "seed=7")
+    assert len(runs.asked) == 8
+
+
 SHIPPED = sorted(path.stem for path in (conf_folder() / "sweep").glob("*.yaml"))
 
 
