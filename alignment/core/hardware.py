@@ -7,7 +7,7 @@ import itertools
 import os
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -33,6 +33,12 @@ def visible_devices(environment: Mapping[str, str] = os.environ, root: Path = Pa
 def _names(listed: str) -> list[str]:
     names = (part.strip() for part in listed.split(","))
     return list(itertools.takewhile(lambda part: part not in ("", "-1"), names))
+
+
+def only_visible(devices: Sequence[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The variable that lets a process see only these GPUs; the one that names them here, if there is one."""
+    variable = next((name for name in VISIBLE if name in environment), VISIBLE[0])
+    return {variable: ",".join(devices)}
 
 
 def _num_nvidia(root: Path) -> int:

@@ -254,8 +254,8 @@ MUTATIONS = [
         ),
         (
             "a trial has all devices",
-            "{} if share.devices is None else {",
-            "{} if True else {",
+            "{} if share.devices is None else",
+            "{} if True else",
             "test_it_gets_its_share_of_the_machine",
         ),
     ),

@@ -73,8 +73,7 @@ def _devices_of_processes(devices: Sequence[str], num_processes: int) -> dict[st
     sees several GPUs would spread every batch over all of them (transformers' DataParallel)."""
     if not devices:
         return {DEVICE: "cpu"}
-    variable = next((name for name in hardware.VISIBLE if name in os.environ), hardware.VISIBLE[0])
-    return {DEVICE: "cuda", variable: ",".join(devices[:num_processes])}
+    return {DEVICE: "cuda", **hardware.only_visible(devices[:num_processes])}
 
 
 def with_processes(launch: LaunchConfig, *, num_devices: int) -> LaunchConfig:

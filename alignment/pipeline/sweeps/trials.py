@@ -78,7 +78,7 @@ class Running:
         self._log = log
         self._outcome = log.with_suffix(".json")
         self._outcome.unlink(missing_ok=True)
-        devices = {} if share.devices is None else {"CUDA_VISIBLE_DEVICES": ",".join(share.devices)}
+        devices = {} if share.devices is None else hardware.only_visible(share.devices)
         with log.open("ab") as sink:
             # It has its own session, so Ctrl-C reaches only the sweep, which then asks its trials to stop.
             self._process = subprocess.Popen(

@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from alignment.core.hardware import VISIBLE
 from alignment.core.locks import held
 from alignment.pipeline.sweeps.trials import Running, Share
 from alignment.records.sweep_record import TrialOutcome
@@ -68,14 +69,20 @@ def test_a_disk_on_which_it_can_write_nothing_is_told_from_a_fault_of_its_own(tm
 
 
 @pytest.mark.skipif(not ALL.cores, reason="this system cannot bind a process to cores")
-def test_it_gets_its_share_of_the_machine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("variable", VISIBLE)
+def test_it_gets_its_share_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    for name in VISIBLE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "GPU-7,GPU-8,GPU-9")
     core = min(ALL.cores)
     share = Share(cores=frozenset({core}), devices=("GPU-7", "GPU-9"))
     with held(tmp_path / "runs/quickstart/lock", wait=False):  # which it waits for, as long as the sweep is there
         trial = started(tmp_path, "quickstart", f"output={tmp_path}", share=share)
         process = trial_process()
         assert process.cpu_affinity() == [core]
-        assert process.environ()["CUDA_VISIBLE_DEVICES"] == "GPU-7,GPU-9"
+        assert {name: process.environ().get(name) for name in VISIBLE} == dict.fromkeys(VISIBLE) | {
+            variable: "GPU-7,GPU-9"
+        }
         trial.close()
         trial.wait(60)
 
