@@ -8,6 +8,7 @@ WORK ?= all
 SWEEP ?= dpo_beta
 DATA ?=
 ENGINE ?=
+ENGINES ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/alignment/engines
 DEVICE_RUNNER ?= $(BIN)/python
 DEVICE_TESTS ?= tests/unit/models tests/unit/stages tests/unit/training
 

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
+
+from alignment.engines.engine_environment import engines_folder
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -54,6 +57,24 @@ def test_the_indexes_have_every_page() -> None:
     assert {page for page in pages if not page.startswith(INDEXED_ELSEWHERE)} | {"design/README.md"} <= indexed
     designs = {link for link in relative_links(DOCS / "design/README.md") if link.endswith(".md")}
     assert designs == {page.name for page in (DOCS / "design").glob("*.md")} - {"README.md"}
+
+
+def test_every_variable_of_the_makefile_has_a_value() -> None:
+    """One that has none is empty, and ``$(FOLDER)/name`` is then a folder of the root."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    used = set(re.findall(r"\$\(([A-Z_]+)\)", text))
+    assert used - set(re.findall(r"^([A-Z_]+) [?:]?=", text, re.MULTILINE)) == {
+        "HOME",
+        "XDG_CACHE_HOME",
+        "MAKEFILE_LIST",
+    }
+
+
+def test_make_brings_the_trackers_to_where_their_tests_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("ENGINES", raising=False)
+    planned = subprocess.run(["make", "--dry-run", "trackers"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert f"-m venv {engines_folder()}/mlflow\n" in planned.stdout
 
 
 def test_every_make_target_exists() -> None:
