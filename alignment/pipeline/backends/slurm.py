@@ -11,11 +11,13 @@ from pathlib import Path
 
 from alignment.config.backend import SlurmBackend
 from alignment.config.launch import LaunchConfig
-from alignment.core.errors import ConfigError
+from alignment.core.errors import Busy, ConfigError
 
 _ASK_SECONDS = 15.0
 _SUBMIT_SECONDS = 120.0
 _UNKNOWN_JOB = "Invalid job id"
+_AWAY = re.compile("contact slurm controller|timed out", re.IGNORECASE)
+"""What ``sbatch`` says if the controller cannot be reached, or is too busy to answer."""
 _ENDED = frozenset(
     {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "TIMEOUT"}
 )
@@ -65,14 +67,18 @@ def submit(file: Path, *, after: str | None) -> str:
     """Submits a job file, to start when the job ``after`` has ended well; returns the job's id.
 
     Raises:
-        ConfigError: Slurm refuses it, with the reason that Slurm gives, or does not answer in time.
+        ConfigError: Slurm refuses it, with the reason that Slurm gives.
+        Busy: Slurm does not answer now.
     """
     argv = ["sbatch", "--parsable"]
     if after is not None:
         argv += [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"]
     outcome = _call([*argv, str(file)], seconds=_SUBMIT_SECONDS)
-    if outcome is None:
-        raise ConfigError(f"sbatch did not answer within {_SUBMIT_SECONDS:.0f} seconds", where=str(file))
+    if outcome is None or _AWAY.search(outcome.stderr):
+        reason = (
+            f"sbatch gave no answer in {_SUBMIT_SECONDS:.0f} seconds" if outcome is None else outcome.stderr.strip()
+        )
+        raise Busy(f"Slurm does not answer: {reason}", where=str(file), remedy="try again when squeue works here")
     job = outcome.stdout.strip().partition(";")[0]  # the name of one of several clusters may follow
     if outcome.returncode != 0 or re.fullmatch(r"\d+", job, re.ASCII) is None:
         reason = outcome.stderr.strip() or outcome.stdout.strip() or "it gave no reason"

@@ -39,7 +39,8 @@ def submit(plan: Plan, stages: Sequence[PlannedStage], *, wait: bool) -> dict[st
     """Submits a job for each stage, in order, each to start when the one before has ended well; returns the ids.
 
     Raises:
-        ConfigError: Slurm refuses one; those before it are cancelled, or named and remembered if that fails.
+        ConfigError, Busy: Slurm refuses one or does not answer; those before it are cancelled, or named and remembered
+            if that fails.
     """
     files = job_files(plan, stages, wait=wait)
     jobs: dict[str, str] = {}

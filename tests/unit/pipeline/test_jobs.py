@@ -230,6 +230,26 @@ def test_a_refusal_of_slurm_is_shown_and_cancels_what_was_submitted(
     assert slurm_jobs.read_jobs(run_folder) == {}
 
 
+AWAY = "sbatch: error: Batch job submission failed: Unable to contact slurm controller (connect failure)"
+
+
+@pytest.mark.parametrize(
+    ("sbatch", "reason"),
+    [(f"echo '{AWAY}' >&2; exit 1", AWAY), ("exec sleep 60", "sbatch gave no answer in 0 seconds")],
+    ids=["away", "hangs"],
+)
+def test_a_controller_that_is_away_is_no_fault_of_the_settings(
+    submit: Submit, fakes: Fakes, run_folder: Path, monkeypatch: pytest.MonkeyPatch, sbatch: str, reason: str
+) -> None:
+    """A sweep records faults of settings for good."""
+    monkeypatch.setattr(slurm, "_SUBMIT_SECONDS", 0.2)
+    fakes.command("sbatch", sbatch)
+    with pytest.raises(Busy) as caught:
+        submit()
+    assert caught.value.message == f"Slurm does not answer: {reason}"
+    assert caught.value.where == str(run_folder / "sft/stage.sbatch")
+
+
 def test_jobs_that_could_not_be_cancelled_are_not_forgotten(
     submit: Submit, fakes: Fakes, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
