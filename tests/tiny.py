@@ -19,8 +19,11 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteMoeConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
+    OlmoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -75,6 +78,9 @@ _CONFIGS: Mapping[str, type[PreTrainedConfig]] = {
     "gemma": GemmaConfig,
     "gpt2": GPT2Config,
     "gpt_neox": GPTNeoXConfig,
+    "mixtral": MixtralConfig,
+    "olmoe": OlmoeConfig,
+    "granitemoe": GraniteMoeConfig,
 }
 _EXTRAS: Mapping[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True},
@@ -84,10 +90,14 @@ _EXTRAS: Mapping[str, dict[str, Any]] = {
     "gemma": {"head_dim": 8},
     "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
     "gpt_neox": {"tie_word_embeddings": False},
+    "mixtral": {"sliding_window": None, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2, "logits_scaling": 2.0},
 }
 ARCHITECTURES = ("llama", "qwen2", "mistral", "gemma")
 """Rotary positions, grouped-query attention. ``gpt2`` has neither and learns its positions; ``gpt_neox`` turns a part
-of each head, and its attention and feed-forward stand side by side."""
+of each head, and its attention and feed-forward stand side by side. ``mixtral``, ``olmoe`` and ``granitemoe`` have
+experts; the last scales its logits."""
 
 
 def tiny_bpe(control: Sequence[str]) -> Tokenizer:

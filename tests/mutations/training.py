@@ -36,6 +36,22 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "training/router_loss.py",
+        "unit/training/test_experts.py",
+        (
+            "experts are balanced by a loss that depends on the size of micro-batches",
+            '{"router_aux_loss_coef": 0.0}',
+            '{"router_aux_loss_coef": None}',
+            "test_a_model_with_experts_learns_the_same_in_micro_batches_of_any_size",
+        ),
+        (
+            "a model with experts loses its coefficient",
+            "        setattr(config, name, value)",
+            "        assert name, value",
+            "test_a_model_with_experts_keeps_the_settings_of_its_routers",
+        ),
+    ),
+    *in_file(
         "training/finite.py",
         FINITE,
         (

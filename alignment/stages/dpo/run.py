@@ -34,6 +34,7 @@ from alignment.stages.shared.validation_rows import hold_out
 from alignment.training.context import StageContext
 from alignment.training.held_out import HeldOutRows
 from alignment.training.looks import Validation, of_handed_on
+from alignment.training.router_loss import WITHOUT_ROUTER_LOSS
 from alignment.training.session import train
 from alignment.training.trainer_arguments import common_arguments
 
@@ -99,6 +100,7 @@ def _trainer(
         ref_model=reference,
         args=TrlDpoConfig(
             **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
+            **WITHOUT_ROUTER_LOSS,
             beta=config.beta,
             loss_type=config.loss.value if config.loss.needs_reference else _REPLACED,
             label_smoothing=config.label_smoothing if config.loss is DpoLoss.robust else 0.0,

@@ -33,6 +33,7 @@ from alignment.stages.shared.stage_rows import split_origins, token_rows
 from alignment.stages.shared.start_check import refuse_other_reference
 from alignment.stages.shared.start_reference import copy_of_start, make_ready, precomputed_reference, with_reference
 from alignment.training.context import StageContext
+from alignment.training.router_loss import WITHOUT_ROUTER_LOSS
 from alignment.training.session import train
 from alignment.training.trainer_arguments import common_arguments
 
@@ -110,6 +111,7 @@ def _trainer(
         ref_model=reference,
         args=TrlKtoConfig(
             **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
+            **WITHOUT_ROUTER_LOSS,
             beta=config.beta,
             loss_type=config.loss.value,
             desirable_weight=weights.desirable,

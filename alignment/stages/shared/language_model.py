@@ -26,6 +26,7 @@ from alignment.training.context import StageContext
 from alignment.training.held_out import HeldOutRows
 from alignment.training.looks import Validation, of_handed_on
 from alignment.training.micro_batches import MicroBatches
+from alignment.training.router_loss import WITHOUT_ROUTER_LOSS, own_router_settings
 from alignment.training.session import train
 from alignment.training.sharding import prepare
 from alignment.training.trainer_arguments import common_arguments, optimizer_arguments
@@ -70,17 +71,19 @@ def next_token_trainer(
 
     ``arguments`` are further ones of TRL's configuration. The caller installs a forward pass and calls ``prepare``.
     """
-    made = trainer(
-        model=policy,
-        args=TrlSftConfig(
-            **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
-            # Without packing there is nothing to prepare, and TRL would write a copy of all rows.
-            dataset_kwargs={"skip_prepare_dataset": not arguments.get("packing", False)},
-            **arguments,
-        ),
-        train_dataset=rows,
-        processing_class=tokenizer,
-    )
+    with own_router_settings(policy):
+        made = trainer(
+            model=policy,
+            args=TrlSftConfig(
+                **common_arguments(config.optim, context, log_every=config.log_every, save_every=config.save_every),
+                **WITHOUT_ROUTER_LOSS,
+                # Without packing there is nothing to prepare, and TRL would write a copy of all rows.
+                dataset_kwargs={"skip_prepare_dataset": not arguments.get("packing", False)},
+                **arguments,
+            ),
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
     made.micro_batch_tokens = tokens_of(config.optim.micro_batch_tokens)
     made.optimizer_cls_and_kwargs = optimizer_arguments(config.optim, context, policy)
     return made
