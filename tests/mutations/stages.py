@@ -17,6 +17,12 @@ MUTATIONS = [
             "*made_by, nf4",
             "test_the_reference_is_computed_once_and_again_when_something_changed",
         ),
+        (
+            "a prefix has the reference of a policy without one",
+            "content, nf4, stacked, prefix]",
+            "content, nf4, stacked]",
+            "test_each_length_of_a_prefix_has_a_reference_of_its_own",
+        ),
     ),
     *in_file(
         "stages/shared/by_prompt.py",

@@ -34,7 +34,7 @@ from alignment.training.sharding import everyones
 
 log = logging.getLogger(__name__)
 
-VERSION = 5
+VERSION = 6
 """Raised when the computation changes, so that older files are not used."""
 
 
@@ -132,7 +132,8 @@ def _key(
     stacked = keeps_adapters and bool(start.adapters)
     made_by = [torch.__version__, _device_name(device)]
     content = "" if on_shadows() else weights_sha256(start)  # an estimate reads no weights
-    shaped_by = [VERSION, dtype.value, str(weights), *made_by, content, nf4, stacked]
+    prefix = adapter.virtual_tokens if adapter.kind is AdapterKind.prefix else 0  # a new one takes a share of attention
+    shaped_by = [VERSION, dtype.value, str(weights), *made_by, content, nf4, stacked, prefix]
     sha = hashlib.sha256(json.dumps(shaped_by).encode())
     for row in rows:
         sha.update(json.dumps(row).encode())

@@ -18,17 +18,18 @@ from alignment.stages.dpo import run as dpo
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.shared import reference_cache
 from alignment.training.context import StageContext
+from tests.chained import PREFIX
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec
 from tests.unit.training.test_micro_batches import ADAPTER, OPTIM, trained_weights, write_rows
 
 FULL = AdapterConfig(kind=AdapterKind.full)
 
 
-def _train(folder: Path, config: DpoConfig, **changes: Any) -> torch.Tensor:
+def _train(folder: Path, config: DpoConfig, *, below: float = 0.69, **changes: Any) -> torch.Tensor:
     context = StageContext(spec=tiny_spec(folder, config, **changes), rank=0, world_size=1)
     torch.manual_seed(0)
     dpo.run(config, context)
-    assert MetricsLog(context.content / "metrics.jsonl").last()["loss"] < 0.69
+    assert MetricsLog(context.content / "metrics.jsonl").last()["loss"] < below
     weights = trained_weights(context.content)
     for part in (context.content, context.checkpoints):
         for file in sorted(part.rglob("*"), reverse=True):
@@ -95,6 +96,13 @@ def test_weights_in_another_format_have_a_reference_of_their_own(folder: Path) -
         config = DpoConfig(optim=OPTIM, adapter=adapter, precompute_reference=True)
         _train(folder, config, model=half)
     assert len(list((folder / "artifacts/cache").glob("reference-*"))) == 2, "frozen and bare weights are both bfloat16"
+
+
+def test_each_length_of_a_prefix_has_a_reference_of_its_own(folder: Path) -> None:
+    """A new prefix changes the policy at once, because its keys take a share of the attention."""
+    for adapter in (ADAPTER, PREFIX, replace(PREFIX, virtual_tokens=8)):
+        _train(folder, DpoConfig(optim=OPTIM, adapter=adapter, precompute_reference=True), below=0.7)
+    assert len(list((folder / "artifacts/cache").glob("reference-*"))) == 3
 
 
 @pytest.mark.parametrize("damage", [b"", b"\x08", None], ids=["empty", "cut", "too short"])
