@@ -215,7 +215,10 @@ class MicroBatches(ShardedTrainer):
         return float(loss), accuracy, float(num_pairs if self.unit is Unit.pairs else num_tokens)
 
     def _micro_batches(self, inputs: Batch) -> list[tuple[Batch, float]]:
-        """Micro-batches on the device, with their shares of the pairs or rows, or of the learned tokens."""
+        """Micro-batches on the device, with their shares of the pairs or rows, or of all processes' learned tokens.
+
+        Every process must call this.
+        """
         return [(sent(micro_batch, self.args.device), share) for micro_batch, share in self._divided(inputs)]
 
     def _divided(self, inputs: Batch) -> list[tuple[Batch, float]]:
@@ -230,11 +233,18 @@ class MicroBatches(ShardedTrainer):
                 return [(_rows_of(inputs, span, len(lengths)), len(span) / len(lengths)) for span in ranges]
             ranges = same_number_everywhere(by_tokens(lengths.tolist(), self.micro_batch_tokens), self.accelerator)
             micro_batches = [_rows_of(inputs, span, len(lengths)) for span in ranges]
-        learned = [int((micro_batch["labels"] != IGNORED).sum()) for micro_batch in micro_batches]
+        own = [int((micro_batch["labels"] != IGNORED).sum()) for micro_batch in micro_batches]
+        learned = self.on_all_processes(torch.tensor(own)).tolist()  # TRL's figures of a micro-batch are of all of them
         return [
             (micro_batch, count / max(1, sum(learned)))
             for micro_batch, count in zip(micro_batches, learned, strict=True)
         ]
+
+    def on_all_processes(self, counts: Tensor) -> Tensor:
+        """The sums of these counts over all processes, which must all call this."""
+        if self.accelerator.num_processes == 1:
+            return counts
+        return self.accelerator.reduce(counts.to(self.args.device), reduction="sum")
 
     def _micro_batches_of_pairs(self, inputs: Batch) -> list[tuple[Batch, float]]:
         """As ``_divided``, with both rows of a pair in one micro-batch."""

@@ -36,6 +36,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "training/micro_batches.py",
+        "distributed/test_token_figures.py",
+        (
+            "figures of several processes are weighted by the tokens of one",
+            "self.on_all_processes(torch.tensor(own)).tolist()",
+            "own",
+            "test_figures_of_tokens_are_those_of_one_process",
+        ),
+    ),
+    *in_file(
         "training/router_loss.py",
         "unit/training/test_experts.py",
         (

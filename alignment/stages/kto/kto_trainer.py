@@ -78,9 +78,7 @@ class TokenizedKtoTrainer(AgainstStart, KTOTrainer):
         """The rows of each label in each micro-batch, of all processes; those of no row are left out."""
         labels = [on_host(part[LABEL])[0].bool() for part, _ in self._micro_batches(batch)]
         counts = torch.tensor([[int(own.sum()), int((~own).sum())] for own in labels])
-        if self.accelerator.num_processes > 1:
-            counts = self.accelerator.reduce(counts.to(self.args.device), reduction="sum")
-        chosen, rejected = counts.T.tolist()
+        chosen, rejected = self.on_all_processes(counts).T.tolist()
         return {"chosen": list(filter(None, chosen)), "rejected": list(filter(None, rejected))}
 
     def _metric_weights(self, name: str, shares: Sequence[float]) -> Sequence[float]:
