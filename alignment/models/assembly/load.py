@@ -33,6 +33,7 @@ from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.adapters import merge_adapter
 from alignment.models.assembly.beside_text import freeze_beside_text
 from alignment.models.assembly.mapped import convert, keep_mapped, same_file
+from alignment.models.assembly.scalar_architectures import refuse_without_scores
 from alignment.models.kernels.nf4 import round_trunk
 
 DTYPES = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
@@ -183,8 +184,12 @@ def load_scalar(lineage: Lineage, dtype: torch.dtype, *, mapped: bool = False) -
 
     The head is float32; ``score_offset`` is subtracted from its output, and is zero until set. Adapters are merged
     while the trunk is still part of the language model that they were trained on.
+
+    Raises:
+        ModelError: transformers has no scalar head for this architecture.
     """
     policy = load_policy(lineage, dtype, mapped=mapped)
+    refuse_without_scores(policy.config.model_type, where=lineage.source)
     config = copy.deepcopy(policy.config)
     config.num_labels = 1
     with torch.device("meta"):  # its randomly drawn weights are not used

@@ -283,6 +283,15 @@ def test_a_fresh_head_is_drawn_with_the_published_width(base: Lineage) -> None:
     assert abs(float(drawn.detach().std()) / 33**-0.5 - 1.0) < 0.1
 
 
+@pytest.mark.parametrize("architecture", ["olmoe", "granitemoe"])
+def test_an_architecture_without_scores_is_named_with_what_works_instead(tmp_path: Path, architecture: str) -> None:
+    folder = save_tiny_model(tmp_path / "experts", architecture=architecture)
+    with pytest.raises(ModelError, match=rf"^path:experts: .* the architecture '{architecture}', which") as caught:
+        load_scalar(Lineage(source="path:experts", base=folder, adapters=()), torch.float32)
+    assert "a base of another family" in caught.value.remedy
+    assert "critic=shared or none" in caught.value.remedy
+
+
 def test_the_trunk_of_a_reward_model_is_the_policys(tmp_path: Path, base: Lineage) -> None:
     sft_input = publish_tiny(tiny_spec(tmp_path, SftConfig()), _trained(base, LORA), base)
     sft_lineage = lineage(tiny_spec(tmp_path, PpoConfig()), sft_input)
