@@ -26,6 +26,11 @@ class StageInput:
     ref: str
     path: Path | None
 
+    @property
+    def is_of_run(self) -> bool:
+        """Whether it is the run's base model, or the result of one of its stages."""
+        return self.path is None or self.ref.startswith("stage:")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageSpec:

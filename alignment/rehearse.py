@@ -1,13 +1,15 @@
 """Checks that need a tokenizer, or that run the user's code: ``python -m alignment.rehearse``.
 
 The driver starts it before the first stage of a run, so that faults that would stop a later stage are reported before
-any training: no chat template, rows that are all too long, a scorer that fails. It reads the first rows of each source
-and calls each of the user's functions once, with one answer. The outcome is written to ``status.json`` next to the log.
+any training: no chat template, rows that are all too long, a scorer that fails, a base model that does not fit. It
+reads the first rows of each source to learn from and calls each of the user's functions once, with one answer. The
+outcome is written to ``status.json`` next to the log.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import traceback
 from collections import Counter
 from collections.abc import Sequence
@@ -34,6 +36,7 @@ from alignment.rewards.scorer_sources import function_of, source_field
 from alignment.rewards.scorers import Answers
 from alignment.stages.registry import as_trained, kind_of, learned_data
 from alignment.stages.stage_file import read_spec
+from alignment.training.context import StageContext
 
 NUM_RECORDS = 500
 """How many records of each source are tokenised."""
@@ -47,11 +50,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where status.json is written")
     parser.add_argument("--rows", nargs="*", type=Path, default=[], help="stage files whose data rows are checked")
     parser.add_argument("--scorers", nargs="*", type=Path, default=[], help="stage files whose functions are called")
+    parser.add_argument("--model", nargs="*", type=Path, default=[], help="stage files that the base model must fit")
     options = parser.parse_args(arguments)
     transformers_logging.set_verbosity_error()
     where, notes = "", []
+    checks = ((check_rows, options.rows), (try_functions, options.scorers), (check_model, options.model))
     try:
-        for check, files in ((check_rows, options.rows), (try_functions, options.scorers)):
+        for check, files in checks:
             for file in files:
                 spec = read_spec(file)
                 where = f"stage {spec.stage}, checked before any training"
@@ -126,6 +131,18 @@ def try_functions(spec: StageSpec) -> list[str]:
         if source is not None:
             planned = spec.identity.get("code", {}).get(source_field(field))
             FunctionScorer(source, load_function(source, planned=planned)).scores(answers)
+    return []
+
+
+def check_model(spec: StageSpec) -> list[str]:
+    """No notes, if the run's base model fits the stage, as its kind says (``StageKind.rehearse``).
+
+    Raises:
+        AlignmentError: it does not.
+    """
+    module, _, name = kind_of(spec.config).rehearse.partition(":")
+    # The second of two processes, because only the first one writes files.
+    getattr(importlib.import_module(module), name)(spec.config, StageContext(spec=spec, rank=1, world_size=2))
     return []
 
 

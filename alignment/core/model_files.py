@@ -1,4 +1,4 @@
-"""Checks of the files in a model's folder before transformers reads them.
+"""Reads and checks the files in a model's folder before transformers does.
 
 Weights in several files come with an index that names them. A name outside the folder would load weights that its
 fingerprint does not cover.
@@ -28,6 +28,42 @@ def refuse_weights_elsewhere(folder: Path, *, where: str = "") -> None:
                     where=where or str(folder),
                     remedy="do not use this model; weights files must be in the folder of their index",
                 )
+
+
+_POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")
+"""Names in configurations for the longest sequence that a model reads."""
+
+
+def positions_in(folder: Path) -> int | None:
+    """The longest sequence that the model in a folder reads; None if its configuration does not say.
+
+    Raises:
+        ModelError: the configuration cannot be read.
+    """
+    sizes = [group.get(name) for group in _configurations(folder) for name in _POSITIONS]
+    return next((size for size in sizes if isinstance(size, int)), None)
+
+
+def architecture_in(folder: Path) -> str:
+    """The architecture of the model in a folder, as transformers names it; "" if its configuration does not say.
+
+    Raises:
+        ModelError: the configuration cannot be read.
+    """
+    return str(_configurations(folder)[0].get("model_type") or "")
+
+
+def _configurations(folder: Path) -> list[dict[str, Any]]:
+    """The model's configuration, and that of its language model if it has one of its own."""
+    file = folder / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"not JSON: {error}", where=str(file)) from error
+    if not isinstance(config, dict):
+        raise ModelError("not a JSON object", where=str(file))
+    text = config.get("text_config")
+    return [config, text] if isinstance(text, dict) else [config]
 
 
 def weights_size(folder: Path) -> int:

@@ -11,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from alignment.data.tokens.tokenize import end_ids
-from alignment.data.turns import Message
 from alignment.models.forward.answers import answer_statistics, batches, scalar_scores, unwrapped
 from alignment.models.forward.generate import Sampling, answer_batch, reading_order
 from alignment.models.forward.shared_prompts import can_read, read
@@ -95,13 +94,6 @@ class Answered:
 def grouped(values: Sequence[T], size: int) -> list[Sequence[T]]:
     """Consecutive groups of ``size`` values."""
     return [values[start : start + size] for start in range(0, len(values), size)]
-
-
-def with_system_prompt(messages: Sequence[Message], system_prompt: str) -> list[Message]:
-    """The turns with the prompt appended to their system message, or as a new one."""
-    system = [m.content for m in messages if m.role == "system"]
-    turns = [m for m in messages if m.role != "system"]
-    return [Message(role="system", content="\n".join([*system, system_prompt])), *turns]
 
 
 def read_answers(tokenizer: Any, rows: Sequence[list[int]]) -> list[Answer]:

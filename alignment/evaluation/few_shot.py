@@ -1,4 +1,5 @@
-"""Examples for the arm ``base+few-shot``: exchanges of the training conversations, put before every prompt."""
+"""What untrained arms are asked behind: examples, which are exchanges of the training conversations, or a system
+prompt."""
 
 from __future__ import annotations
 
@@ -46,3 +47,10 @@ def with_examples(messages: Sequence[Message], examples: Sequence[Message]) -> l
     """The turns with the examples inserted after the leading system messages."""
     first = next((index for index, turn in enumerate(messages) if turn.role != "system"), len(messages))
     return [*messages[:first], *examples, *messages[first:]]
+
+
+def with_system_prompt(messages: Sequence[Message], system_prompt: str) -> list[Message]:
+    """The turns with the prompt appended to their system message, or as a new one."""
+    system = [m.content for m in messages if m.role == "system"]
+    turns = [m for m in messages if m.role != "system"]
+    return [Message(role="system", content="\n".join([*system, system_prompt])), *turns]

@@ -68,9 +68,12 @@ def _launch_problem(kind: StageKind) -> str:
 
 def _function_problem(kind: StageKind) -> str:
     """Only the module is looked up, not the function: importing it would import the training libraries."""
-    module, _, function = kind.run.partition(":")
-    missing = "no function" if not (module and function) else "" if _exists(module) else f"no module {module}"
-    return f"has run={kind.run!r}, but there is {missing}; set run='PACKAGE.MODULE:FUNCTION'" if missing else ""
+    for field, named in (("run", kind.run), ("rehearse", kind.rehearse)):
+        module, _, function = named.partition(":")
+        missing = "no function" if not (module and function) else "" if _exists(module) else f"no module {module}"
+        if missing and (named or field == "run"):
+            return f"has {field}={named!r}, but there is {missing}; set {field}='PACKAGE.MODULE:FUNCTION'"
+    return ""
 
 
 def _exists(module: str) -> bool:

@@ -69,6 +69,26 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "stages/evaluate/prompt_lengths.py",
+        "unit/pipeline/test_rehearsed_models.py",
+        (
+            "held-out prompts are measured without their answers",
+            "if tokens[longest] + config.max_new_tokens <= positions:",
+            "if tokens[longest] <= positions:",
+            "test_held_out_prompts_that_are_too_long_are_refused_with_the_longest",
+        ),
+    ),
+    *in_file(
+        "stages/shared/scalar_check.py",
+        "unit/pipeline/test_rehearsed_models.py",
+        (
+            "a shared critic needs a model with scores",
+            'getattr(config, "critic", Critic.separate) is Critic.separate',
+            "True",
+            "test_a_base_without_scores_is_refused_only_with_a_critic_of_its_own",
+        ),
+    ),
+    *in_file(
         "pipeline/execute/rehearsed.py",
         REHEARSAL,
         (

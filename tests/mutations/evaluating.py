@@ -410,7 +410,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/evaluate/arm_prompts.py",
+        "stages/evaluate/shown_prompts.py",
         EVALUATE,
         (
             "base+prompt is asked as base is",

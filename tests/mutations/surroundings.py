@@ -206,8 +206,8 @@ MUTATIONS = [
         f"{PIPELINE}/test_rehearsal.py",
         (
             "an edited scorer counts as tried",
-            'SCORERS: ("data", "code")}',
-            'SCORERS: ("data",)}',
+            'SCORERS: ("data", "code"),',
+            'SCORERS: ("data",),  # which is all',
             "test_an_edited_function_is_tried_again",
         ),
         (

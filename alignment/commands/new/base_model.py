@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +10,14 @@ from alignment.config.adapter import AdapterKind
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.new_recipe import Reasoned
 from alignment.core import hardware
-from alignment.core.errors import ConfigError, ModelError
-from alignment.core.model_files import formats_of_weights, weights_size
+from alignment.core.errors import ConfigError
+from alignment.core.model_files import formats_of_weights, positions_in, weights_size
 from alignment.costs.devices import DEVICES
 from alignment.data.template_options import own_template
 from alignment.pipeline.sources import model_sources
 
 _CHATML = "chatml"
 """What ``model.chat_template`` takes for the template that most models use."""
-_POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 _UNLIMITED = 1 << 20
 _BYTES_A_WEIGHT = {AdapterKind.lora: 2.0, AdapterKind.qlora: 0.6}
 _HALF, _FIXED = 1.5, 2e9
@@ -64,23 +62,10 @@ def base_model(source: str | None, *, announce: Callable[[str], None]) -> BaseMo
     return BaseModel(
         source=chosen,
         folder=model.folder,
-        positions=_positions(model.folder),
+        positions=_UNLIMITED if (positions := positions_in(model.folder)) is None else positions,
         has_template=own_template(model.folder) is not None,
         weights=_number_of_weights(model.folder),
     )
-
-
-def _positions(folder: Path) -> int:
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"not JSON: {error}", where=str(file)) from error
-    if not isinstance(config, dict):
-        raise ModelError("not a JSON object", where=str(file))
-    groups = [config, config.get("text_config") or {}]
-    known = [group[name] for group in groups for name in _POSITIONS if isinstance(group.get(name), int)]
-    return known[0] if known else _UNLIMITED
 
 
 def _number_of_weights(folder: Path) -> int | None:

@@ -10,22 +10,30 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from alignment.config.evaluating import UNTRAINED_ARMS
 from alignment.config.launch import LauncherKind
 from alignment.config.stage import StageConfig
 from alignment.core import hardware
+from alignment.core.artifacts import POLICY
 from alignment.core.errors import StageError
 from alignment.pipeline.backends import command, environment, machines, processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.backends.forking import ForkServer
 from alignment.pipeline.execute import rehearsed, worker_protocol
-from alignment.pipeline.plan import scorer_checks
+from alignment.pipeline.plan import references, scorer_checks
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.stages.registry import as_trained, kind_of
 
 _FOLDER = ".rehearsal"
+_CHECKED = {
+    rehearsed.ROWS: "rows of",
+    rehearsed.SCORERS: "scorers of",
+    rehearsed.MODEL: "the base model for",
+}
+"""What is announced of the stages with each part."""
 _RANKS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 """The trial is one process, so it must not wait for others."""
 
@@ -40,48 +48,54 @@ def rehearse(
     """Tries the stages that run after the first one, in a process that the ``server`` forks, if there is one.
 
     Raises:
-        AlignmentError: the error that a stage would raise: rows that cannot be learned from, or a scorer that fails.
+        AlignmentError: the error that a stage would raise: rows that cannot be learned from, a scorer that fails, or a
+            base model that does not fit.
         StageError: no answer within ``launch.hang_seconds``.
     """
     waiting = [stage for stage in stages if stage.has_to_run][1:]
     waiting = [stage for stage in waiting if not stage.unmade]  # there is nothing to try yet
-    rows = [stage for stage in waiting if _learns_by_own_tokenizer(stage.config, plan.config.stages)]
-    scorers = [stage for stage in waiting if scorer_checks.functions(stage.config)]
-    rows = [stage for stage in rows if not rehearsed.is_known(plan, stage, part=rehearsed.ROWS)]
-    scorers = [stage for stage in scorers if not rehearsed.is_known(plan, stage, part=rehearsed.SCORERS)]
-    if not (rows or scorers):
+    has_part: dict[str, Callable[[StageConfig], object]] = {
+        rehearsed.ROWS: lambda config: _learns_by_own_tokenizer(config, plan.config.stages),
+        rehearsed.SCORERS: scorer_checks.functions,
+        rehearsed.MODEL: lambda config: _has_model_check(config, plan.config.stages),
+    }
+    parts = {
+        part: [stage for stage in waiting if has(stage.config) and not rehearsed.is_known(plan, stage, part=part)]
+        for part, has in has_part.items()
+    }
+    if not any(parts.values()):
         return
-    announce(_announcement(rows, scorers))
-    for note in _try(plan, rows, scorers, server):
+    announce(_announcement(parts))
+    for note in _try(plan, parts, server):
         announce(note)
-    for part, stages_of_part in ((rehearsed.ROWS, rows), (rehearsed.SCORERS, scorers)):
+    for part, stages_of_part in parts.items():
         for stage in stages_of_part:
             rehearsed.remember(plan, stage, part=part)
 
 
-def _announcement(rows: Sequence[PlannedStage], scorers: Sequence[PlannedStage]) -> str:
-    parts = [(rehearsed.ROWS, rows), (rehearsed.SCORERS, scorers)]
-    named = " and ".join(f"{part} of {', '.join(stage.name for stage in stages)}" for part, stages in parts if stages)
+def _announcement(parts: Mapping[str, Sequence[PlannedStage]]) -> str:
+    named = " and ".join(
+        f"{_CHECKED[part]} {', '.join(stage.name for stage in stages)}" for part, stages in parts.items() if stages
+    )
     return f"checking {named} before training (takes ten seconds or more, once for these settings and data)"
 
 
-def _try(
-    plan: Plan, rows: Sequence[PlannedStage], scorers: Sequence[PlannedStage], server: ForkServer | None
-) -> list[str]:
+def _try(plan: Plan, parts: Mapping[str, Sequence[PlannedStage]], server: ForkServer | None) -> list[str]:
     """What was noted; an error is raised."""
     folder = plan.run_folder / _FOLDER
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     argv = [sys.executable, "-m", "alignment.rehearse", str(folder)]
-    argv += ["--rows", *_files(plan, rows, folder), "--scorers", *_files(plan, scorers, folder)]
+    for part, stages in parts.items():
+        argv += [f"--{part}", *_files(plan, stages, folder)]
     code = processes.execute(
         Command(argv=tuple(argv), environment=_environment(plan)),
         log=folder / "log.txt",
-        on_poll=_deadline(plan, scorers),
+        on_poll=_deadline(plan, parts[rehearsed.SCORERS]),
         grace_seconds=1.0,
         server=server,
     )
-    kinds = [stage.config.kind for stage in (*rows, *scorers)]
+    kinds = [stage.config.kind for stages in parts.values() for stage in stages]
     worker_protocol.raise_for_status(folder, code=code, stage="rehearsal", kinds=kinds)
     notes = worker_protocol.notes(folder)
     shutil.rmtree(folder, ignore_errors=True)
@@ -125,11 +139,22 @@ def _deadline(plan: Plan, scorers: Sequence[PlannedStage]) -> Callable[[], None]
 def _learns_by_own_tokenizer(config: StageConfig, stages: dict[str, StageConfig]) -> bool:
     """Whether the stage tokenises with the run's base model, and does not start from a policy from outside the run."""
     trained = as_trained(config)
-    if trained is None or not kind_of(config).learning.rehearsed:
-        return False
-    while (name := trained.init.removeprefix("stage:")) in stages:
-        before = as_trained(stages[name])
-        if before is None:
-            break
-        trained = before
-    return name == "base"
+    return trained is not None and kind_of(config).learning.rehearsed and _is_of_base(trained.init, stages)
+
+
+def _has_model_check(config: StageConfig, stages: dict[str, StageConfig]) -> bool:
+    """Whether the kind can say if the run's base model fits, and the stage has no policy that a stage of this run made
+    from another model."""
+    policies = [slot for slot in references.slots(config) if POLICY in slot.takes]
+    of_stages = [slot.ref for slot in policies if references.stage_of(slot) is not None]
+    return bool(kind_of(config).rehearse) and all(_is_of_base(ref, stages) for ref in of_stages)
+
+
+def _is_of_base(ref: str, stages: dict[str, StageConfig]) -> bool:
+    """Whether a policy is the run's base model, or began as that."""
+    while (name := ref.removeprefix("stage:")) in stages:
+        trained = as_trained(stages[name])
+        if trained is None:
+            return False
+        ref = trained.init
+    return ref in UNTRAINED_ARMS

@@ -17,18 +17,24 @@ from alignment.core.fingerprint import digest
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 
 FOLDER = ".tried"
-ROWS, SCORERS = "rows", "scorers"
+ROWS, SCORERS, MODEL = "rows", "scorers", "model"
 _SETTINGS = {
     ROWS: ("data", "max_length", "max_prompt_length", "max_answer_length", "too_long", "validation"),
     SCORERS: ("data",),
+    # The seed counts for nothing: the examples of an arm that it draws differ little in length.
+    MODEL: ("arms", "critic", "data", "few_shot", "init", "max_new_tokens", "system_prompt"),
 }
 """The settings of a stage that a rehearsal of each part reads."""
-_CONTENT = {ROWS: ("kind", "revision", "base", "data", "extra_data"), SCORERS: ("data", "code")}
+_CONTENT = {
+    ROWS: ("kind", "revision", "base", "data", "extra_data"),
+    SCORERS: ("data", "code"),
+    MODEL: ("kind", "revision", "base", "data", "extra_data"),
+}
 """The entries of an identity that cover the content that it reads."""
 
 
 def is_known(plan: Plan, stage: PlannedStage, *, part: str) -> bool:
-    """Whether this ``part`` of the stage, ``ROWS`` or ``SCORERS``, was rehearsed with success."""
+    """Whether this ``part`` of the stage, ``ROWS``, ``SCORERS`` or ``MODEL``, was rehearsed with success."""
     return _file(plan, stage, part).is_file()
 
 

@@ -136,6 +136,7 @@ KIND = StageKind(
     revision=15,
     produces=EVALUATION,
     run="alignment.stages.evaluate.run:run",
+    rehearse="alignment.stages.evaluate.prompt_lengths:refuse_long_prompts",
     data=_data,
     files=OtherFiles(paths=votes_files, notes=vote_notes),
     scorers=_scorers,

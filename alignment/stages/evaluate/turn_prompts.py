@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
-from alignment.data.turns import Message
 from alignment.evaluation.arms import Answer, Answered, TokenSum
 from alignment.evaluation.exchanges import asked_turns, continued
-
-Shown = Callable[[HeldOutPrompt], Sequence[Message]]
-"""The messages that an arm is asked with, such as the row's behind a system prompt."""
+from alignment.stages.evaluate.shown_prompts import Shown
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

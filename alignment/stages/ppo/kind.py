@@ -269,6 +269,7 @@ KIND = StageKind(
     revision=9,
     produces=POLICY,
     run="alignment.stages.ppo.run:run",
+    rehearse="alignment.stages.shared.scalar_check:refuse_base_without_scores",
     data=_data,
     scorers=in_use,
     faults=_faults,

@@ -79,6 +79,7 @@ KIND = StageKind(
     revision=8,
     produces=REWARD_MODEL,
     run="alignment.stages.reward.run:run",
+    rehearse="alignment.stages.shared.scalar_check:refuse_base_without_scores",
     data=_data,
     curves=_curves,
     headline="accuracy",

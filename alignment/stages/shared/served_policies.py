@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from transformers import PreTrainedModel
 
 from alignment.config.sampling_engine import Engine, SamplingConfig
 from alignment.core.errors import ConfigError, ModelError, StageError
+from alignment.core.model_files import positions_in
 from alignment.engines.completions import OTHER_WEIGHTS, SEEDS, Asked, EngineAnswer, Generation, asked_once
 from alignment.engines.engine_session import Weights
 from alignment.engines.vllm_server import RANKS, VllmOptions
@@ -121,7 +121,7 @@ class ServedPolicies:
     def _start(self, needed: ServedWeights, longest: int) -> None:
         self._rank = needed.rank if needed.below != self._below else max(self._rank, needed.rank)
         self._longest = -(-longest // _LENGTHS) * _LENGTHS
-        if (positions := _positions_of(needed.below.base)) is not None:
+        if (positions := positions_in(needed.below.base)) is not None:
             if longest > positions:
                 raise ModelError(
                     f"the model has {positions} positions; a prompt with its answer may need {longest}",
@@ -193,9 +193,3 @@ def served_answer_and_score(
         own = sequence_logprobs(model, prompts[:_CHECKED], ids, temperature=generation.temperature)
     served.refuse_other_weights(answers[: len(own)], own)
     return [answer.ids for answer in answers], [of_answer[0 if with_own else 1 :] for of_answer in sums]
-
-
-def _positions_of(model: Path) -> int | None:
-    """The positions of a model's folder, if its configuration says."""
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    return config.get("max_position_embeddings") or config.get("n_positions")

@@ -12,8 +12,8 @@ from alignment.evaluation.arms import (
     read_answers,
     reward_scores,
     sequence_logprobs,
-    with_system_prompt,
 )
+from alignment.evaluation.few_shot import with_system_prompt
 from alignment.models.forward.causal import install_scalar
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import generate

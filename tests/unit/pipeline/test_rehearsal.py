@@ -76,7 +76,7 @@ def test_later_stages_are_tried_and_nothing_is_left(
     tried: Callable[..., Plan], started: Commands, tmp_path: Path
 ) -> None:
     planned = tried()
-    names = ["--rows", "reward", "dpo", "ppo", "--scorers", "ppo", "evaluate"]
+    names = ["--rows", "reward", "dpo", "ppo", "--scorers", "ppo", "evaluate", "--model", "reward", "ppo", "evaluate"]
     assert [stages_in(command) for command in started] == [names]
     asked = (tmp_path / "asked.txt").read_text()
     assert asked == "([[{'role': 'user', 'content': 'When is the training?'}]], ['Yes.'], 'On 21 March.')"
@@ -90,11 +90,11 @@ def test_what_went_well_is_not_tried_again(tried: Callable[..., Plan], started: 
     tried("seed=7", "stages.dpo.beta=0.3", "stages.sft.optim.lr=1e-3", "name=trial.2")
     assert len(started) == 1
     tried("stages.dpo.max_length=300")
-    assert stages_in(started[1]) == ["--rows", "dpo", "--scorers"]
+    assert stages_in(started[1]) == ["--rows", "dpo", "--scorers", "--model"]
     tried("stages.dpo.data.on_error=skip")
-    assert stages_in(started[2]) == ["--rows", "dpo", "--scorers"]
+    assert stages_in(started[2]) == ["--rows", "dpo", "--scorers", "--model"]
     tried(function="fine2")
-    assert stages_in(started[3]) == ["--rows", "--scorers", "ppo"]
+    assert stages_in(started[3]) == ["--rows", "--scorers", "ppo", "--model"]
 
 
 @pytest.mark.parametrize(
@@ -111,14 +111,14 @@ def test_a_setting_that_decides_which_rows_fit_is_tried_again(
 ) -> None:
     tried()
     tried(setting)
-    assert [stages_in(command) for command in started[1:]] == [["--rows", stage, "--scorers"]]
+    assert [stages_in(command) for command in started[1:]] == [["--rows", stage, "--scorers", "--model"]]
 
 
 def test_an_edited_function_is_tried_again(tried: Callable[..., Plan], started: Commands, tmp_path: Path) -> None:
     tried()
     (tmp_path / "score.py").write_text(SCORER.replace("0.5 for", "0.25 for"))
     tried()
-    assert [stages_in(command) for command in started[1:]] == [["--rows", "--scorers", "ppo"]]
+    assert [stages_in(command) for command in started[1:]] == [["--rows", "--scorers", "ppo", "--model"]]
 
 
 def test_rows_are_tried_again_with_another_tokenizer(
@@ -128,7 +128,8 @@ def test_rows_are_tried_again_with_another_tokenizer(
     template = tmp_path / "model/chat_template.jinja"
     template.write_text(template.read_text() + "{# edited #}")
     tried()
-    assert [stages_in(command) for command in started[1:]] == [["--rows", "reward", "dpo", "ppo", "--scorers"]]
+    names = ["--rows", "reward", "dpo", "ppo", "--scorers", "--model", "reward", "ppo", "evaluate"]
+    assert [stages_in(command) for command in started[1:]] == [names]
 
 
 def test_what_failed_is_tried_again(tried: Callable[..., Plan], started: Commands) -> None:
@@ -136,7 +137,7 @@ def test_what_failed_is_tried_again(tried: Callable[..., Plan], started: Command
     for _ in range(2):
         with pytest.raises(RewardError):
             tried(function="two")
-    assert [stages_in(command) for command in started[1:]] == [["--rows", "--scorers", "ppo"]] * 2
+    assert [stages_in(command) for command in started[1:]] == [["--rows", "--scorers", "ppo", "--model"]] * 2
 
 
 def test_what_is_tried_is_announced_by_name(plan: MakePlan, tried: Callable[..., Plan]) -> None:
@@ -145,8 +146,11 @@ def test_what_is_tried_is_announced_by_name(plan: MakePlan, tried: Callable[...,
     planned = plan("stages.dpo.max_length=300")
     rehearse(planned, planned.stages, announce=announced.append)
     rehearse(planned, planned.stages, announce=announced.append)
+    planned = plan("stages.evaluate.max_new_tokens=100")
+    rehearse(planned, planned.stages, announce=announced.append)
     assert announced == [
-        "checking rows of dpo before training (takes ten seconds or more, once for these settings and data)"
+        f"checking {checked} before training (takes ten seconds or more, once for these settings and data)"
+        for checked in ("rows of dpo", "the base model for evaluate")
     ]
 
 
@@ -157,7 +161,7 @@ def test_a_stage_that_runs_first_finds_out_by_itself(
     for stage in plan(scorers).stages[:3]:
         leave_artifact(stage)
     tried("stages.evaluate.metrics=[]", function="raises")
-    assert started == []
+    assert [stages_in(command) for command in started] == [["--rows", "--scorers", "--model", "evaluate"]]
 
 
 def test_metrics_are_tried_before_anything_trains(tried: Callable[..., Plan], tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ from alignment.stages.evaluate import answering, arm_prompts, evaluation_record
 from alignment.stages.evaluate import run as stage
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.shared import arm_policies
+from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 from tests.chained import DATA, LORA, Chained
 from tests.judge_server import Response, serving
@@ -350,7 +351,7 @@ def logprob(model: Any, prompt: list[int], answer: list[int]) -> float:
 def test_the_prompted_arm_is_asked_behind_the_recipe_s_system_prompt(chain: Chained) -> None:
     spec = spec_of(chain, SMALL, "prompted")
     context = StageContext(spec=spec, rank=0, world_size=1)
-    rows = arm_prompts.rows_of(context, HeldOutPrompt, SMALL.data)
+    rows = rows_of(context, HeldOutPrompt, SMALL.data)
     asked = arm_prompts.prompts_of_arms(SMALL, context, tiny_tokenizer(), rows)
     shown = {name: tiny_tokenizer().decode(asked[name].first.prompts[0]) for name in ("base", "base+prompt")}
     assert shown["base+prompt"] == shown["base"].replace("You are tiny.", "Be brief.")
@@ -366,7 +367,7 @@ def test_an_arm_whose_positions_do_not_suffice_is_refused(chain: Chained) -> Non
 def test_a_model_from_outside_is_asked_in_its_own_words(chain: Chained) -> None:
     spec = spec_of(chain, SMALL, "asked")
     context = StageContext(spec=spec, rank=0, world_size=1)
-    rows = arm_prompts.rows_of(context, HeldOutPrompt, SMALL.data)
+    rows = rows_of(context, HeldOutPrompt, SMALL.data)
     asked = arm_prompts.prompts_of_arms(SMALL, context, tiny_tokenizer(), rows)
     shown = asked["path:other"].tokenizer.decode(asked["path:other"].first.prompts[0])
     assert shown == (
@@ -385,7 +386,7 @@ def test_a_model_with_our_tokens_and_ends_of_its_own_is_compared_and_stops_there
     config = replace(SMALL, arms=["base", "path:twin"])
     spec = replace(spec_of(chain, config, "twin"), arms={"path:twin": StageInput(ref="path:twin", path=twin)})
     context = StageContext(spec=spec, rank=0, world_size=1)
-    rows = arm_prompts.rows_of(context, HeldOutPrompt, config.data)
+    rows = rows_of(context, HeldOutPrompt, config.data)
     asked = arm_prompts._arm_prompts(context, spec.arms["path:twin"], load_tokenizer(chain.base), rows, None)
     assert not asked.own_tokens
     assert end_ids(asked.tokenizer) == {2, 9}

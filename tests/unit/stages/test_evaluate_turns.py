@@ -21,7 +21,8 @@ from alignment.data.reading import iterate
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids
 from alignment.data.turns import Message
-from alignment.evaluation.arms import Answered, with_system_prompt
+from alignment.evaluation.arms import Answered
+from alignment.evaluation.few_shot import with_system_prompt
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import lineage
 from alignment.models.assembly.reward_head import load_reward_model

@@ -125,6 +125,11 @@ IN_ONE_PROCESS = "launch=LaunchShape(runs_on=RunsOn.one_process)"
         ("counting:run", "gone.run:run", "has run='gone.run:run', but there is no module gone.run; set run='PACKA"),
         ("counting:run", "counting", "has run='counting', but there is no function; set run='PACKAGE.MODULE:FUNCTION'"),
         (', run="counting:run"', "", "has run='', but there is no function; set run="),
+        (
+            IN_ONE_PROCESS,
+            f"{IN_ONE_PROCESS}, rehearse='gone:check'",
+            "has rehearse='gone:check', but there is no modul",
+        ),
         ("record=PlainText", "record=str", "reads 'data' as <class 'str'>, which is not a record; use a class of ali"),
         ("=config.data", "=config.text", "has a data function that fails: data(CountConfig()) raises AttributeError:"),
         (

@@ -1,0 +1,89 @@
+"""Before the first stage it is tried whether the base model fits the later ones: its positions and its architecture."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from alignment.core.errors import ModelError
+from alignment.pipeline.plan.plan import Plan
+from tests.unit.pipeline.conftest import MakePlan, leave_artifact
+from tests.unit.pipeline.test_rehearsal import Commands, stages_in, started, tried
+
+__all__ = ["started", "tried"]
+CHECKED = "checked before any training: "
+LONG = "z" * 2100
+"""Not shorter in tokens."""
+
+
+def write_config(folder: Path, **settings: object) -> None:
+    (folder / "model/config.json").write_text(json.dumps(settings))
+
+
+def write_rows(file: Path, *questions: str, answer: str = "") -> None:
+    answers = [{"role": "assistant", "content": answer}] if answer else []
+    rows = [{"messages": [{"role": "user", "content": question}, *answers]} for question in questions]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_held_out_prompts_that_are_too_long_are_refused_with_the_longest(
+    tried: Callable[..., Plan], tmp_path: Path
+) -> None:
+    write_config(tmp_path, max_position_embeddings=2048)
+    write_rows(tmp_path / "heldout.jsonl", "When?", f"When {LONG}?", f"When, when {LONG}?", "Where?")
+    with pytest.raises(ModelError) as caught:
+        tried("stages.evaluate.metrics=[]")
+    assert str(caught.value).startswith(f"stage evaluate, {CHECKED}{tmp_path}/heldout.jsonl:3: ")
+    assert "needs more than the 2048 positions of path:" in str(caught.value)
+    assert "; 2 of 4 rows are too long\n" in str(caught.value)
+    assert "leave out rows that are too long, or lower stages.evaluate.max_new_tokens" in str(caught.value)
+    write_config(tmp_path, max_position_embeddings=4096)
+    tried("stages.evaluate.metrics=[]")
+    with pytest.raises(ModelError, match="an answer of up to 2000 tokens"):
+        tried("stages.evaluate.metrics=[]", "stages.evaluate.max_new_tokens=2000")
+
+
+def test_the_examples_before_a_prompt_count(tried: Callable[..., Plan], tmp_path: Path) -> None:
+    write_config(tmp_path, max_position_embeddings=2048)
+    write_rows(tmp_path / "examples.jsonl", "Why?", answer=LONG)
+    tried("stages.evaluate.arms=[base, 'stage:sft']", "stages.evaluate.metrics=[]")
+    with pytest.raises(ModelError, match=r"the arm 'base\+few-shot' needs more than the 2048 positions") as caught:
+        tried(
+            "stages.evaluate.arms=[base, base+few-shot, 'stage:sft']",
+            "stages.evaluate.metrics=[]",
+            "stages.evaluate.few_shot.count=1",
+            f"stages.evaluate.few_shot.data.source=path:{tmp_path}/examples.jsonl",
+        )
+    assert "or lower stages.evaluate.max_new_tokens or stages.evaluate.few_shot.count" in str(caught.value)
+
+
+def test_a_base_without_scores_is_refused_where_a_reward_model_is_trained(
+    tried: Callable[..., Plan], tmp_path: Path
+) -> None:
+    write_config(tmp_path, model_type="olmoe")
+    with pytest.raises(ModelError, match=rf"^stage reward, {CHECKED}path:.* no model with a score .* 'olmoe'"):
+        tried()
+
+
+def test_a_base_without_scores_is_refused_only_with_a_critic_of_its_own(
+    plan: MakePlan, tried: Callable[..., Plan], tmp_path: Path
+) -> None:
+    write_config(tmp_path, model_type="olmoe")
+    for stage in plan().stages[:2]:
+        leave_artifact(stage)
+    tried("stages.ppo.critic=shared")
+    with pytest.raises(ModelError, match=rf"^stage ppo, {CHECKED}path:.*\n.* PPO has critic=shared or none"):
+        tried("stages.ppo.critic=separate")
+
+
+def test_policies_that_began_as_another_model_are_not_measured_by_the_base(
+    tried: Callable[..., Plan], started: Commands, tmp_path: Path
+) -> None:
+    write_config(tmp_path, model_type="olmoe", max_position_embeddings=4)
+    shutil.copytree(tmp_path / "model", tmp_path / "other")
+    tried(f"stages.sft.init=path:{tmp_path}/other")
+    assert [stages_in(command) for command in started] == [["--rows", "--scorers", "ppo", "evaluate", "--model"]]
