@@ -19,12 +19,12 @@ MUTATIONS = [
         ("a sum keeps rslora", '"use_rslora": False', '"use_rslora": True', SUM),
     ),
     *in_file(
-        "commands/serve/loaded_arms.py",
+        "commands/shared/generation_settings.py",
         APP,
         (
             "served answers end at EOS alone",
-            "eos_token_id=sorted(end_ids(tokenizer))",
-            "eos_token_id=[tokenizer.eos_token_id]",
+            "eos_token_id=sorted(end_ids)",
+            "eos_token_id=[pad_id]",
             "test_answers_end_where_training_ended_them_and_are_drawn_from_the_whole_distribution",
         ),
         (
