@@ -399,6 +399,12 @@ MUTATIONS = [
             "StageError if was_stopped else",
             "test_a_job_that_did_not_end_well_ends_the_run_as_its_driver_did",
         ),
+        (
+            "a job that was cancelled before its driver began has failed",
+            "_ASKED_TO_STOP = (PREEMPTED, 143)",
+            "_ASKED_TO_STOP = (PREEMPTED,)",
+            "test_a_job_that_did_not_end_well_ends_the_run_as_its_driver_did",
+        ),
     ),
     *in_file(
         "commands/plan/job_scripts.py",

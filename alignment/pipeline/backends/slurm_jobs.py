@@ -20,7 +20,9 @@ FILE = "jobs.json"
 """In the run's folder: stage → id of its job. Only the call that submits writes it; jobs write ``run.json``."""
 
 _POLL_SECONDS = 5.0
-_CANCELLED = "CANCELLED"
+_ASKED_TO_STOP = (PREEMPTED, 143)
+"""Exit codes of a driver that was asked to stop; 143 if that was before it had begun (launch/slurm/stage.sbatch)."""
+_ENDED_BY_SLURM = ("CANCELLED", "PREEMPTED")
 _CONTINUES = "run the same command to continue; "
 _FORGOTTEN = Job(state="COMPLETED", reason="Slurm has forgotten it")
 
@@ -162,8 +164,8 @@ def _refuse_failed(plan: Plan, stage: PlannedStage, job_id: str, job: Job) -> No
 
 
 def _was_stopped(job: Job) -> bool:
-    """Whether it was asked to stop: it saved before it ended, or it was cancelled before its driver could tell."""
-    return job.exit_code == PREEMPTED or (job.state == _CANCELLED and not job.exit_code)
+    """Whether it was asked to stop, as its exit code says, or its state if it ended before it had a driver."""
+    return job.exit_code in _ASKED_TO_STOP or (job.state in _ENDED_BY_SLURM and not job.exit_code)
 
 
 def _named(jobs: Mapping[str, str]) -> str:
