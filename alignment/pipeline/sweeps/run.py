@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from rich.console import Console
 from alignment.config.sweep import Pruner
 from alignment.core.errors import PREEMPTED, AlignmentError, Busy, ConfigError, DiskError, StoreError
 from alignment.core.locks import held
+from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute.display import announcer
 from alignment.pipeline.execute.needed_sources import fetch_missing, not_reused
 from alignment.pipeline.execute.run import run_trial
@@ -167,10 +169,11 @@ class _SeparateTrial:
         self._console = console
         self._curve = Curve(wanted, trial)
         self._stage = ""
+        self.run_folder = wanted.output / "runs" / trial.user_attrs["run"]
         log = wanted.folder / f"trial-{number_of(trial)}.log"
         _print(console, f"[bold]{self._name}[/]  ", f"{' '.join(results.words(trial.params))}  (log: {log})")
         argv = [wanted.recipe, *_overrides(wanted, trial)]
-        self.process = Running(wanted.output / "runs" / trial.user_attrs["run"], argv, log=log, share=share)
+        self.process = Running(self.run_folder, argv, log=log, share=share)
 
     def ended(self) -> TrialOutcome | None:
         """The outcome of the trial, or None while it runs: it then prints a new stage, and stops a hopeless trial.
@@ -208,8 +211,17 @@ def _in_parallel(study: Study, wanted: Sweep, shares_of_machine: Sequence[Share]
         stop_all([unfinished.process for unfinished in running], wanted.launch.grace_seconds)
         for unfinished in running:
             study.again(unfinished.trial)
+        _name_remaining_jobs([unfinished.run_folder for unfinished in running], console)
     console.print("stopped; run the same command to continue from here", highlight=False)
     return code
+
+
+def _name_remaining_jobs(run_folders: Sequence[Path], console: Console) -> None:
+    """Names trials whose jobs Slurm keeps: the processes that ended here only waited for them."""
+    names = [folder.name for folder in run_folders if slurm_jobs.read_jobs(folder)]
+    if names:
+        advice = "`align status` shows them; run the same command once they have ended"
+        _print(console, "jobs continue in Slurm: ", f"{', '.join(names)}; {advice}")
 
 
 def _to_the_end(study: Study, wanted: Sweep, free: list[Share], running: list[_SeparateTrial], console: Console) -> int:

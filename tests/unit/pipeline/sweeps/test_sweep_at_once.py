@@ -165,6 +165,25 @@ def test_jobs_of_a_trial_that_slurm_still_has_end_the_sweep_until_they_are_over(
     assert len(trials(runs)) == 4
 
 
+def test_jobs_that_a_sweep_no_longer_waits_for_are_named(processes: Processes, runs: Runs) -> None:
+    """Each process that it ends only followed the jobs of its trial."""
+    for number, job in enumerate(("3", "4")):
+        folder = runs.output / f"runs/quickstart.dpo_beta.{number}"
+        folder.mkdir(parents=True)
+        (folder / "jobs.json").write_text(json.dumps({"sft": job}))
+    processes.outcomes["0.05"] = TrialOutcome(code=75, error="stage sft: job 3 ended as CANCELLED with exit code 0")
+    code, printed = go(runs, "dpo_beta", "launch/backend=slurm", at_once=2)
+    assert code == 75
+    assert "trial 0 was stopped: stage sft: job 3 ended as CANCELLED" in printed
+    assert (
+        "jobs continue in Slurm: quickstart.dpo_beta.1; `align status` shows them; "
+        "run the same command once they have ended\n"
+    ) in printed
+    processes.outcomes.clear()
+    assert go(runs, "dpo_beta", "launch/backend=slurm", at_once=2)[0] == 0
+    assert len(trials(runs)) == 4
+
+
 def median(runs: Runs, tmp_path: Path, **more: Any) -> str:
     pruning = {"pruner": "median", "stage": "dpo", "startup_trials": 2, **more}
     parameters = [{"key": "stages.dpo.beta", "values": [0.1, 0.3, 0.5]}]
