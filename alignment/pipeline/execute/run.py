@@ -17,7 +17,7 @@ from alignment.config.did_you_mean import suggestion
 from alignment.core import hardware
 from alignment.core.artifacts import Manifest, publish, read_manifest, verify
 from alignment.core.errors import PREEMPTED, ArtifactError, Busy, ConfigError, Preempted
-from alignment.core.files import remove_leftovers, replacing
+from alignment.core.files import disk_error, remove_leftovers, replacing
 from alignment.core.locks import held, is_held
 from alignment.core.logs import begin_attempt
 from alignment.core.resources import CODE_ROOT
@@ -256,13 +256,14 @@ def _make_writable(plan: Plan) -> None:
     """Makes the folders of the run.
 
     Raises:
-        ConfigError: they cannot be made.
+        DiskError: the disk is full or cannot be written to.
+        ConfigError: they cannot be made for another reason.
     """
     try:
         plan.run_folder.mkdir(parents=True, exist_ok=True)
         (plan.output / "artifacts").mkdir(exist_ok=True)
     except OSError as error:
-        raise ConfigError(
+        raise disk_error(error, folder=plan.output) or ConfigError(
             f"cannot be written: {error.strerror}", where=f"output={plan.output}", remedy="output=FOLDER sets another"
         ) from error
 

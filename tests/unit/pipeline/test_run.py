@@ -463,6 +463,24 @@ def test_an_output_that_cannot_be_written_says_so(align: Align) -> None:
         align("output=/proc/nowhere")
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+def test_a_disk_without_room_for_a_folder_is_no_fault_of_the_settings(
+    align: Align, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A sweep records faults of settings for good."""
+    make_folder = os.mkdir
+
+    def mkdir(path: Path, mode: int = 0o777) -> None:
+        if Path(path).is_relative_to(align.run_folder):
+            raise OSError(number, os.strerror(number), str(path))
+        make_folder(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with pytest.raises(DiskError) as caught:
+        align()
+    assert caught.value.where == str(align.run_folder)
+
+
 BUSY_REMEDY = f"wait for it with --wait, or stop it; `ps -fp {os.getpid()}` shows it, `kill {os.getpid()}` stops it"
 
 
