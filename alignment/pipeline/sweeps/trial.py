@@ -11,10 +11,9 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
-from alignment.core.errors import AlignmentError
+from alignment.core.errors import AlignmentError, DiskError
 from alignment.core.files import explained
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import Terminal, visible
@@ -36,8 +35,10 @@ def main(arguments: Sequence[str]) -> int:
     except AlignmentError as fault:
         code, error = fault.exit_code, str(fault)
         print(visible(error), flush=True)
-    with suppress(OSError):  # on a full disk, the sweep has to be content with the exit code
+    try:
         TrialOutcome(code=code, error=error).write(Path(outcome))
+    except OSError:  # without the file the sweep knows only the exit code, with which it tries the trial again
+        return DiskError.exit_code
     return code
 
 

@@ -68,6 +68,19 @@ def test_a_disk_on_which_it_can_write_nothing_is_told_from_a_fault_of_its_own(tm
     assert outcome.error.endswith("→ free space and run again: nothing is lost")
 
 
+def test_an_outcome_that_cannot_be_written_fails_no_trial(tmp_path: Path) -> None:
+    """Whatever the trial ended with; here, its file cannot replace a folder."""
+    trial = started(tmp_path, "quickstrat")
+    (tmp_path / "trial-0.json").mkdir()
+    trial.wait(60)
+    (tmp_path / "trial-0.json").rmdir()
+    outcome = trial.ended()
+    trial.close()
+    assert outcome is not None
+    assert outcome.code == 12
+    assert "did you mean 'quickstart'" in outcome.error
+
+
 @pytest.mark.skipif(not ALL.cores, reason="this system cannot bind a process to cores")
 @pytest.mark.parametrize("variable", VISIBLE)
 def test_it_gets_its_share_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
