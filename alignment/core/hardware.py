@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
-"""Variables that name the GPUs to use; the second is ROCm's own. ROCm reads the first too."""
+"""Variables that name the GPUs to use; the second is ROCm's own, and ROCm reads the first only without it."""
 
 _ROCR = "ROCR_VISIBLE_DEVICES"
 """Names the GPUs that a ROCm process has at all; the variables above then count among these."""
@@ -36,9 +36,9 @@ def _names(listed: str) -> list[str]:
 
 
 def only_visible(devices: Sequence[str], environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The variable that lets a process see only these GPUs; the one that names them here, if there is one."""
-    variable = next((name for name in VISIBLE if name in environment), VISIBLE[0])
-    return {variable: ",".join(devices)}
+    """The variables that let a process see only these GPUs: all that name some here, or the first if none does."""
+    variables = [name for name in VISIBLE if name in environment] or [VISIBLE[0]]
+    return dict.fromkeys(variables, ",".join(devices))
 
 
 def _num_nvidia(root: Path) -> int:

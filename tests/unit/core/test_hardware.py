@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from alignment.core.hardware import free_memory, visible_devices
+from alignment.core.hardware import free_memory, only_visible, visible_devices
 
 
 def test_gpus_are_those_that_the_user_names_or_else_all(tmp_path: Path) -> None:
@@ -19,6 +19,23 @@ def test_gpus_are_those_that_the_user_names_or_else_all(tmp_path: Path) -> None:
     assert visible_devices({"CUDA_VISIBLE_DEVICES": "3, GPU-a,-1,2"}, tmp_path) == ["3", "GPU-a"]
     assert visible_devices({"HIP_VISIBLE_DEVICES": "2,3"}, tmp_path) == ["2", "3"]
     assert visible_devices({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("variables", "rewritten"),
+    [
+        ([], ["CUDA_VISIBLE_DEVICES"]),
+        (["CUDA_VISIBLE_DEVICES"], ["CUDA_VISIBLE_DEVICES"]),
+        (["HIP_VISIBLE_DEVICES"], ["HIP_VISIBLE_DEVICES"]),
+        (["HIP_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES"], ["CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"]),
+    ],
+)
+def test_a_share_of_the_gpus_is_named_by_every_variable_that_names_gpus(
+    variables: list[str], rewritten: list[str]
+) -> None:
+    """One that is left as it is would win: ROCm prefers its own."""
+    environment = dict.fromkeys(variables, "4,5,6")
+    assert only_visible(["4", "6"], environment) == dict.fromkeys(rewritten, "4,6")
 
 
 def test_gpus_of_amd_are_counted_without_the_processors_beside_them(tmp_path: Path) -> None:
