@@ -443,8 +443,8 @@ MUTATIONS = [
         ),
         (
             "names of later trials are too long",
-            "{self._runs}.{wanted.number - 1}",
-            "{self._runs}.0",
+            "{runs}.{wanted.number - 1}",
+            "{runs}.0",
             "test_names_that_become_too_long_for_later_trials_start_none",
         ),
         (
@@ -455,8 +455,8 @@ MUTATIONS = [
         ),
         (
             "other questions are told by the same study",
-            'study_name=f"{wanted.name}-{wanted.identity[:16]}"',
-            "study_name=wanted.name",
+            'study_name = f"{wanted.name}-{wanted.identity[:16]}"',
+            "study_name = wanted.name",
             "test_what_was_found_under_other_settings_is_not_told_as_these",
         ),
         (

@@ -23,7 +23,7 @@ from alignment.pipeline.execute.run import run_trial
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, termination_raises
 from alignment.pipeline.sweeps import results
 from alignment.pipeline.sweeps.pruning import Curve
-from alignment.pipeline.sweeps.study import Study, number_of
+from alignment.pipeline.sweeps.study import Study, number_of, refuse_what_cannot_begin
 from alignment.pipeline.sweeps.sweep_file import Sweep, read_sweep
 from alignment.pipeline.sweeps.trials import Running, Share, shares, stop_all
 from alignment.records.sweep_record import TrialOutcome
@@ -52,6 +52,7 @@ def run_sweep(wanted: Sweep, *, console: Console, at_once: int = 1) -> int:
         DiskError: the disk is full or cannot be written to; the trial is tried again by the next call.
     """
     shares_of_machine = shares(at_once, wanted.launch)
+    refuse_what_cannot_begin(wanted)
     with held(wanted.folder / "lock", wait=False):
         wanted = _with_sources(wanted, console)
         study = Study(wanted)

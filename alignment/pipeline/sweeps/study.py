@@ -34,28 +34,28 @@ class Study:
     """
 
     def __init__(self, wanted: Sweep) -> None:
-        try:
-            import optuna
-            from optuna.storages.journal import JournalFileBackend
-        except ImportError:
-            raise ConfigError("sweeps need optuna", where="align sweep", remedy="pip install 'optuna>=4,<5'") from None
+        optuna = _optuna()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         wanted.folder.mkdir(parents=True, exist_ok=True)
         cut_unfinished_line(wanted.folder / JOURNAL)  # optuna would write behind it, and could then read neither line
         self._wanted = wanted
         self._states = optuna.trial.TrialState
-        storage = optuna.storages.JournalStorage(JournalFileBackend(str(wanted.folder / JOURNAL)))
+        storage = optuna.storages.JournalStorage(
+            optuna.storages.journal.JournalFileBackend(str(wanted.folder / JOURNAL))
+        )
+        study_name = f"{wanted.name}-{wanted.identity[:16]}"
+        # Runs of later studies have other names, so that studies do not share runs.
+        study_names = optuna.get_all_study_names(storage)
+        is_first = not study_names or study_names[0] == study_name
+        self._runs = _first_runs(wanted) + ("" if is_first else f".{wanted.identity[:8]}")
+        _refuse_long_names(wanted, self._runs)
         self._study = optuna.create_study(
-            study_name=f"{wanted.name}-{wanted.identity[:16]}",
+            study_name=study_name,
             storage=storage,
             directions=["minimize" if objective.minimize else "maximize" for objective in wanted.objectives],
             pruner=_pruner(wanted.config.pruning),
             load_if_exists=True,
         )
-        is_first = optuna.get_all_study_names(storage)[0] == self._study.study_name
-        # Runs of later studies have other names, so that studies do not share runs.
-        self._runs = f"{wanted.run_name}.{wanted.name}" + ("" if is_first else f".{wanted.identity[:8]}")
-        _refuse_long_names(f"{self._runs}.{wanted.number - 1}")
 
     def retry_cut_off(self) -> None:
         """Queues the trials of a process that is gone again; call it while no trial runs."""
@@ -145,8 +145,33 @@ def number_of(trial: Any) -> int:
     return int(trial.user_attrs["run"].rpartition(".")[2])
 
 
-def _refuse_long_names(longest: str) -> None:
+def refuse_what_cannot_begin(wanted: Sweep) -> None:
+    """Refuses what ``Study`` would, as far as it is known before models and data are downloaded.
+
+    Raises:
+        ConfigError: as ``Study``.
+    """
+    _optuna()
+    _refuse_long_names(wanted, _first_runs(wanted))
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+        import optuna.storages.journal
+    except ImportError:
+        raise ConfigError("sweeps need optuna", where="align sweep", remedy="pip install 'optuna>=4,<5'") from None
+    return optuna
+
+
+def _first_runs(wanted: Sweep) -> str:
+    """The name of the runs of a folder's first study, without their numbers."""
+    return f"{wanted.run_name}.{wanted.name}"
+
+
+def _refuse_long_names(wanted: Sweep, runs: str) -> None:
     """Before the first trial, because only the later ones may have such a name."""
+    longest = f"{runs}.{wanted.number - 1}"
     if not is_name(longest):
         raise ConfigError(
             f"a trial's run would be called {longest!r} ({len(longest)} characters); allowed: {NAME.allowed}",

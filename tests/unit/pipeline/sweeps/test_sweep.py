@@ -611,11 +611,14 @@ def test_names_that_become_too_long_for_later_trials_start_none(runs: Runs, tmp_
     name = f"name={'a' * 57}"
     assert go(runs, own(runs, tmp_path, trials=8), name)[0] == 0
     assert len(runs.asked[-1]["name"]) == 64
+    (journal,) = runs.output.rglob(JOURNAL)
+    before = journal.read_bytes()
     with pytest.raises(ConfigError, match=r"name: a trial's run would be called 'a{57}\.mine\.10' \(65 characters\); "):
         go(runs, own(runs, tmp_path, trials=11), name)
     with pytest.raises(ConfigError, match=r"\(73 characters\); .*\n  → set a shorter name=…, or give the sweep's file"):
         go(runs, own(runs, tmp_path, trials=8), name, "seed=7")
     assert len(runs.asked) == 8
+    assert journal.read_bytes() == before, "a sweep that is refused leaves no study"
 
 
 SHIPPED = sorted(path.stem for path in (conf_folder() / "sweep").glob("*.yaml"))

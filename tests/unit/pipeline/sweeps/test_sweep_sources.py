@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
-from alignment.core.errors import DataError
+from alignment.core.errors import ConfigError, DataError
 from tests.hub import answer, leave_data_set, use_cache
 from tests.unit.pipeline.conftest import ROWS
 from tests.unit.pipeline.sweeps.fake_runs import Runs, go, trials
@@ -32,6 +33,15 @@ def test_a_hub_that_is_away_fails_no_trial(runs: Runs, cache: Path, monkeypatch:
     leave_data_set(cache, FILES, revision="v1")
     assert go(runs, "dpo_beta", SOURCE)[0] == 0
     assert [row["state"] for row in trials(runs)] == ["done"] * 4
+
+
+def test_nothing_is_downloaded_for_a_sweep_that_cannot_begin(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, TimeoutError("it was asked for the data set"))
+    with pytest.raises(ConfigError, match=r"name: a trial's run would be called 'a{60}\.dpo_beta\.3'"):
+        go(runs, "dpo_beta", SOURCE, f"name={'a' * 60}")
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match="sweeps need optuna"):
+        go(runs, "dpo_beta", SOURCE)
 
 
 def test_the_first_download_begins_no_second_study(runs: Runs, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
