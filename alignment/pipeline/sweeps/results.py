@@ -57,7 +57,7 @@ def show(console: Console, record: SweepRecord, wanted: Sweep) -> None:
     for trial in record.trials:
         cells = [cell for value in trial.figures for cell in (f"{value.mean:.3f}", _bounds(value))]
         blank = [trial.state, *[""] * (2 * len(record.goals) - 1)]
-        reason = f": {trial.error.splitlines()[0]}" if trial.error else ""
+        reason = f": {_in_a_line(trial)}" if trial.error else ""
         table.add_row(str(trial.number), *(cells or blank), escape(" ".join(trial.words) + reason))
     console.print()
     console.print(table)
@@ -72,6 +72,17 @@ def show(console: Console, record: SweepRecord, wanted: Sweep) -> None:
     for caution in record.cautions:
         _print(console, f"caution: {caution}")
     _print(console, f"report: {wanted.folder / PAGE}")
+
+
+def _in_a_line(trial: Trial) -> str:
+    """The gates that it does not meet, or the first line of its error; lines of its log may follow that."""
+    return _unmet(trial.error) if trial.state == "done" else trial.error.splitlines()[0]
+
+
+def _unmet(error: str) -> str:
+    """The gates that an error names, in one line and without the remedies."""
+    lines = [line.strip() for line in error.splitlines()]
+    return "; ".join(line for line in lines if not line.startswith("→"))
 
 
 def _print(console: Console, line: str) -> None:
@@ -155,7 +166,7 @@ def _doubts(study: Study, best: Sequence[int]) -> list[str]:
     doubts: dict[str, None] = {}
     for trial in study.completed():
         if number_of(trial) in best and (unmet := trial.user_attrs.get("unmet")):
-            doubts[f"trial {number_of(trial)} does not meet a gate: {unmet.splitlines()[0]}"] = None
+            doubts[f"trial {number_of(trial)} does not meet a gate: {_unmet(unmet)}"] = None
         for artifact in dict.fromkeys(trial.user_attrs.get("artifacts") or [] if number_of(trial) in best else []):
             if (Path(artifact) / EVALUATION_FILE).is_file():
                 of_trial = of_evaluation(Evaluation.read(Path(artifact)))

@@ -271,6 +271,14 @@ def test_a_trial_that_misses_a_gate_counts_and_the_gate_is_named(runs: Runs) -> 
     assert "caution: " not in go(runs, "dpo_beta", "seed=7")[1], "it is not the best trial"
 
 
+def test_all_gates_that_a_trial_misses_are_named_in_a_line(runs: Runs) -> None:
+    second = "stages.evaluate.gate[1]: too little"
+    runs.unmet["0.3"] = GateNotMet(f"{GATE}\n  {second}", remedy="train longer\n  → use more prompts")
+    _, printed = go(runs)
+    assert f"caution: trial 2 does not meet a gate: {GATE}; {second}\n" in printed
+    assert f"stages.dpo.beta=0.3: {GATE}; {second}" in " ".join(printed.split())
+
+
 def test_a_journal_that_ends_in_half_a_line_goes_on(runs: Runs) -> None:
     """As after a disk that was full."""
     runs.codes[2] = 75
