@@ -691,6 +691,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "stages/evaluate/turn_prompts.py",
+        "unit/stages/test_evaluate_turns.py",
+        (
+            "a thought that cannot follow its prompt ends the evaluation",
+            'if answer in ("", reference):',
+            "if answer:",
+            "test_a_reference_has_its_thought_only_where_it_can_follow_the_prompt",
+        ),
+    ),
+    *in_file(
         "pipeline/execute/run_differences.py",
         "unit/commands/compare/test_driver.py",
         (

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from alignment.core.errors import DataError
 from alignment.data.records import HeldOutPrompt
+from alignment.data.tokens.rendering import Tools
+from alignment.data.tokens.thoughts import without_thought
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
 from alignment.evaluation.arms import Answer, Answered, TokenSum
 from alignment.evaluation.exchanges import asked_turns, continued
@@ -51,7 +54,7 @@ def first_turn(tokenizer: Any, rows: Sequence[HeldOutPrompt], shown: Shown, *, w
     def reference(row: HeldOutPrompt) -> Reference | None:
         if not row.reference:
             return None
-        return Reference(ids=answer_ids(tokenizer, shown(row), row.reference, row.tools))
+        return Reference(ids=_reference_ids(tokenizer, shown(row), row.reference, row.tools))
 
     return TurnPrompts(
         number=0,
@@ -85,7 +88,7 @@ def later_turn(
             return None
         messages = shown(continued(row, before))
         return Reference(
-            ids=answer_ids(tokenizer, messages, last, row.tools),
+            ids=_reference_ids(tokenizer, messages, last, row.tools),
             prompt=prompt_ids(tokenizer, messages, row.tools),
         )
 
@@ -98,6 +101,21 @@ def later_turn(
         if with_references
         else [None] * len(asked),
     )
+
+
+def _reference_ids(tokenizer: Any, messages: Sequence[Message], reference: str, tools: Tools) -> list[int]:
+    """A reference in tokens: without its thought if that cannot follow the prompt, as with ``enable_thinking: false``.
+
+    Raises:
+        DataError: the reference cannot be rendered either way.
+    """
+    try:
+        return answer_ids(tokenizer, messages, reference, tools)
+    except DataError:
+        answer = without_thought(Message(role="assistant", content=reference)).content
+        if answer in ("", reference):
+            raise
+        return answer_ids(tokenizer, messages, answer, tools)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,7 +20,7 @@ from alignment.core.errors import DataError, ModelError
 from alignment.data.reading import iterate
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids
-from alignment.data.turns import Message
+from alignment.data.turns import Message, tagged
 from alignment.evaluation.arms import Answered
 from alignment.evaluation.few_shot import with_system_prompt
 from alignment.job import StageInput, StageSpec
@@ -30,12 +30,13 @@ from alignment.pipeline.plan.scorer_checks import row_checks
 from alignment.records.evaluation import ArmResult, Evaluation, Sample, read_samples
 from alignment.stages.evaluate import answer_cache, answering, metric_scores
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.turn_prompts import TurnPrompts
+from alignment.stages.evaluate.turn_prompts import TurnPrompts, first_turn, later_turn
 from alignment.training.context import StageContext
 from tests.chained import DATA, LORA, Chained
 from tests.judge_server import Response, serving
 from tests.oracles import logprobs as oracle
 from tests.oracles.close import close
+from tests.real_templates import QWEN, dressed, text_of
 from tests.tiny import CHAT_TEMPLATE, save_tiny_model, tiny_bpe, tiny_model, tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [
@@ -336,6 +337,27 @@ def test_samples_of_a_later_turn_are_cached_with_the_rows_whose_random_numbers_t
     assert file(asked[0], 1.0) != file(asked[1], 1.0)
     assert file(asked[0], 0.0) == file(asked[1], 0.0)
     assert file(asked[0], 0.0) != file(asked[0], 0.0, Engine.vllm)
+
+
+@pytest.mark.parametrize("thinks", [True, False])
+def test_a_reference_has_its_thought_only_where_it_can_follow_the_prompt(thinks: bool) -> None:
+    """With ``enable_thinking: false`` the prompt of Qwen3's template ends the thought, so the answer follows alone."""
+    template = text_of("qwen3")
+    assert template is not None
+    tokenizer = dressed(QWEN, template, {"enable_thinking": thinks})
+    references = [tagged("Two and two.", "4."), tagged("Four, three times.", "12.")]
+    row = HeldOutPrompt(
+        messages=(Message(role="user", content="2 + 2?"),),
+        reference=references[0],
+        later_turns=("Times 3?",),
+        later_references=(references[1],),
+    )
+    first = first_turn(tokenizer, [row], lambda row: row.messages, with_references=True)
+    later = later_turn(tokenizer, [row], lambda row: row.messages, [[["4."]]], number=1, with_references=True)
+    rendered = [f"{text}<|im_end|>" for text in (references if thinks else ["4.", "12."])]
+    assert [reference and reference.ids for reference in (*first.references, *later.references)] == [
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in rendered
+    ]
 
 
 def test_a_judge_sees_both_whole_conversations(chain: Chained) -> None:
