@@ -20,6 +20,12 @@ MUTATIONS = [
             'RougeScorer(["rougeL"])',
             "test_rouge_l_knows_the_letters_of_every_script",
         ),
+        (
+            "a grader sees the last answer instead of the references",
+            'if getattr(prompt, "later_turns", ()):',
+            'if getattr(prompt, "later_turns", ()) or own:',
+            "test_what_is_shown_of_several_references_is_the_first",
+        ),
     ),
     *in_file(
         "data/repeated_records.py",

@@ -78,12 +78,13 @@ class ChrF:
 def first_reference(prompt: Prompt) -> str:
     """The reference answer to a prompt, of several the first; empty without one.
 
-    Each turn of a row that asks several has its own, so the column of such a row is not looked at.
+    A column of references comes before an answer that ends the conversation, as in ``references_of``. Each turn of a
+    row that asks several has its own, so the column of such a row is not looked at.
     """
     own = str(getattr(prompt, REFERENCE, ""))
-    if getattr(prompt, "later_turns", ()) or own:
+    if getattr(prompt, "later_turns", ()):
         return own
-    return (texts_in(prompt.row, REFERENCE) or [""])[0]
+    return (texts_in(prompt.row, REFERENCE) or [own])[0]
 
 
 def references_of(record: HasRow) -> list[str]:

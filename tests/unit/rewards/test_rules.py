@@ -413,6 +413,9 @@ def test_a_reference_is_the_row_s_column_or_the_answer_that_ends_its_conversatio
         assert refused(compared, reference=reference).startswith("rows.jsonl:7: 'reference' ")
 
 
+ENDED = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "No."}]
+
+
 @pytest.mark.parametrize(
     ("row", "reference"),
     [
@@ -420,12 +423,11 @@ def test_a_reference_is_the_row_s_column_or_the_answer_that_ends_its_conversatio
         ({"prompt": "?", "reference": ["Yes.", "It is."]}, "Yes."),
         ({"prompt": "?"}, ""),
         ({"turns": ["?", "Really?"], "reference": ["Yes.", ""]}, "Yes."),
+        ({"messages": ENDED, "reference": ["Yes.", "It is."]}, "Yes."),
     ],
 )
 def test_what_is_shown_of_several_references_is_the_first(row: dict[str, Any], reference: str) -> None:
-    (record,) = HeldOutPrompt.of(
-        FORMATS["turns" if "turns" in row else "prompt"].read(Fields(row, where="", example=""))
-    )
+    (record,) = HeldOutPrompt.of(FORMATS[next(iter(row))].read(Fields(row, where="", example="")))
     assert first_reference(record) == reference
     assert first_reference(Prompt(messages=record.messages, row=row)) == ("" if "turns" in row else reference)
 
