@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.data.fields import Fields, finite, is_number, is_text
 from alignment.data.formats.form import PROMPTS, Format, answer_text, asked, holds, is_question, with_system
-from alignment.data.list_texts import begins_list
+from alignment.data.list_texts import begins_texts
 from alignment.data.records import Answer, Example
 from alignment.data.turns import Message, tools_of
 
@@ -55,6 +55,8 @@ def _answer(fields: Fields, number: int, completion: Any) -> Answer:
 
 def _chosen(fields: Fields) -> Example:
     turns, field = asked(fields)
+    if isinstance(value := fields.required("choices"), str):
+        fields.fail("choices", f"must be a list, or JSON of one; it is {value!r:.60}")
     choices = fields.items("choices")
     for number, choice in enumerate(choices):
         if not is_text(choice):
@@ -105,7 +107,7 @@ CHOICES = Format(
     summary="a question, answers to choose from, and the right one or its index from 0 (MMLU)",
     row='{"question": "2 + 2?", "choices": ["5.", "4."], "answer": "4."}',
     fits=lambda row: (
-        (isinstance(row.get("choices"), list) or begins_list(row.get("choices")))
+        (isinstance(row.get("choices"), list) or begins_texts(row.get("choices")))
         and holds(row, "answer")
         and any(is_question(row.get(name)) for name in PROMPTS)
     ),

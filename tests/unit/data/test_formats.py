@@ -208,8 +208,14 @@ def test_every_format_keeps_the_tools_and_the_system_text_of_its_rows(name: str)
 
 def test_choices_in_another_notation_are_refused_and_not_left_out() -> None:
     """Otherwise the row would be a question without choices, whose answer is their index."""
-    with pytest.raises(DataError, match="'choices' must be a list and not empty"):
+    with pytest.raises(DataError, match="'choices' must be a list, or JSON of one; it is "):
         _records(Conversation, {"question": "2 + 2?", "choices": "['3', '4']", "answer": "1"})
+
+
+def test_free_text_that_begins_with_a_bracket_is_no_list_of_choices() -> None:
+    row = {"question": "2 + 2?", "choices": "[A] 3 [B] 4", "answer": "B"}
+    (conversation,) = _records(Conversation, row)
+    assert conversation.messages[-1].content == "B"
 
 
 def test_a_ranked_list_gives_every_pair_of_different_rank_and_its_best_answer() -> None:
