@@ -479,6 +479,12 @@ MUTATIONS = [
             "if False:",
             "test_answers_are_not_compared_by_what_is_no_finite_number",
         ),
+        (
+            "an index in a CSV is none",
+            "texts = choices if text in choices else [str(index) for index in range(len(choices))]",
+            "texts = choices",
+            "test_the_index_of_a_choice_may_be_text_that_is_no_choice_itself",
+        ),
     ),
     *in_file(
         "data/formats/pairs.py",

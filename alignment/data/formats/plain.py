@@ -67,16 +67,17 @@ def _chosen(fields: Fields) -> Example:
 
 
 def _right_index(fields: Fields, choices: list[str]) -> int:
-    """The index of the right choice; the answer is its text or its index, from 0."""
+    """The index of the right choice; the answer is its text or its index, from 0, which is text in a CSV."""
     answer = fields.required("answer")
     if isinstance(answer, int) and not isinstance(answer, bool):
         if not 0 <= answer < len(choices):
             fields.fail("answer", f"is {answer}, but the indices of {len(choices)} choices are 0 to {len(choices) - 1}")
         return answer
     text = fields.text("answer").strip()
-    if text not in choices:
+    texts = choices if text in choices else [str(index) for index in range(len(choices))]
+    if text not in texts:
         fields.fail("answer", f"is {text!r:.60}, which is not one of the choices: {', '.join(map(repr, choices)):.200}")
-    return choices.index(text)
+    return texts.index(text)
 
 
 def _asked_only(fields: Fields) -> Example:

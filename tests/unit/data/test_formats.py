@@ -218,6 +218,19 @@ def test_free_text_that_begins_with_a_bracket_is_no_list_of_choices() -> None:
     assert conversation.messages[-1].content == "B"
 
 
+@pytest.mark.parametrize(("answer", "right"), [("1", 1), (" 1 ", 1), ("3", 0), (1, 1)])
+def test_the_index_of_a_choice_may_be_text_that_is_no_choice_itself(answer: Any, right: int) -> None:
+    """As every index of a CSV is."""
+    (question,) = _records(Question, {"question": "2 + 2?", "choices": ["3", "4"], "answer": answer})
+    assert question.right == right
+
+
+@pytest.mark.parametrize(("answer", "problem"), [("2", "not one of the choices"), (2, "indices"), (-1, "indices")])
+def test_an_index_without_a_choice_is_a_fault(answer: Any, problem: str) -> None:
+    with pytest.raises(DataError, match=f"'answer' is '?{answer}'?, .*{problem}"):
+        _records(Question, {"question": "2 + 2?", "choices": ["3", "4"], "answer": answer})
+
+
 def test_a_ranked_list_gives_every_pair_of_different_rank_and_its_best_answer() -> None:
     scored = [{"text": text, "score": score} for text, score in (("b", 5), ("a", 9), ("c", 5), ("d", 1))]
     row = {"prompt": "?", "completions": scored}
