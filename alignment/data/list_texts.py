@@ -19,6 +19,8 @@ def with_lists(row: Any) -> Any:
     if not isinstance(row, Mapping):
         return row
     lists = _lists_in(row, _LISTS)
+    if "turns" in lists:  # then the references to them are text too, which elsewhere is one reference
+        lists |= _lists_in(row, ("reference",))
     return {**row, **lists} if lists else row
 
 

@@ -54,6 +54,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "data/list_texts.py",
+        "unit/data/test_reading.py",
+        (
+            "all references of a CSV are the first turn's",
+            'if "turns" in lists:',
+            "if not lists:",
+            "test_references_to_the_turns_of_a_csv_are_a_list_like_them",
+        ),
+    ),
+    *in_file(
         "data/records.py",
         "unit/data/test_records.py",
         (

@@ -18,7 +18,7 @@ from alignment.config.data import DataConfig, OnError
 from alignment.core.errors import DataError
 from alignment.data.doctor import examine
 from alignment.data.reading import Reading, iterate, read_records, start
-from alignment.data.records import Conversation, PreferencePair, Prompt
+from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair, Prompt
 from alignment.data.row_files import RawRow, files_of, rows_of
 
 ROWS = [{"instruction": f"Add {number}.", "input": "", "output": f"It is {number}."} for number in range(5)]
@@ -87,6 +87,22 @@ def test_a_list_may_be_the_text_of_its_json(tmp_path: Path, name: str, suffix: s
     assert [start(file, ALL).format.name for file in files] == [name, name]
     assert as_texts == as_lists
     assert len(as_lists) == 1
+
+
+def test_references_to_the_turns_of_a_csv_are_a_list_like_them(tmp_path: Path) -> None:
+    row = {"turns": ["2 + 2?", "Times 3?"], "reference": ["4", "12"]}
+    with (tmp_path / "turns.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([row.keys(), map(json.dumps, row.values())])
+    (prompt,) = read_records(tmp_path / "turns.csv", HeldOutPrompt, ALL)
+    assert prompt.references == ("4", "12")
+    assert prompt.row == row, "scorers read lists, too"
+
+
+@pytest.mark.parametrize("asked", [{"prompt": "Which?"}, {"turns": ["Which?", "Why?"]}])
+def test_a_reference_that_is_json_itself_stays_text(tmp_path: Path, asked: dict[str, Any]) -> None:
+    (tmp_path / "rows.jsonl").write_text(_lines([asked | {"reference": "[2, 3]"}]))
+    (prompt,) = read_records(tmp_path / "rows.jsonl", HeldOutPrompt, ALL)
+    assert prompt.reference == "[2, 3]"
 
 
 CALLS = {
