@@ -8,21 +8,29 @@ JSON Lines, and in tools that are JSON text, every null is the author's and stay
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+_OF_FUNCTIONS = frozenset({"parameters", "arguments"})
+"""A function has a name and one of these: the schema of a tool, or the arguments of a call."""
 
-def without_filled(value: Any) -> Any:
-    """``value`` without the null fields of the functions in it: objects with a name, and parameters or arguments.
 
-    Other columns, which a scorer may read, stay as they are.
+def without_filled(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row without the null fields of the functions in its columns.
+
+    Other columns, which a scorer may read, stay as they are. So does the row itself, whatever its columns are called.
     """
+    return {column: _without_filled(value) for column, value in row.items()}
+
+
+def _without_filled(value: Any) -> Any:
     if isinstance(value, list):
-        return [without_filled(item) for item in value]
+        return [_without_filled(item) for item in value]
     if not isinstance(value, dict):
         return value
-    if "name" in value and ("parameters" in value or "arguments" in value):
+    if "name" in value and not _OF_FUNCTIONS.isdisjoint(value):
         return _without_nulls(value)
-    return {name: without_filled(item) for name, item in value.items()}
+    return {name: _without_filled(item) for name, item in value.items()}
 
 
 def _without_nulls(value: Any) -> Any:

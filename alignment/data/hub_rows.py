@@ -67,7 +67,7 @@ def hub_rows(folder: Path, split: str, subset: str | None) -> Iterator[RawRow]:
     number = 0
     try:
         for number, row in enumerate(_rows_of_split(folder, split, subset, where=name), start=1):
-            yield RawRow(where=f"{location}: row {number}", value=without_filled(dict(row)))
+            yield RawRow(where=f"{location}: row {number}", value=without_filled(row))
     except (*_RAISED, ArrowException, DatasetsError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         where = f"{location}, after row {number}" if number else location

@@ -248,7 +248,7 @@ def _python_rows(batch: RecordBatch) -> Iterator[dict[str, Any] | str]:
         rows = batch.to_pylist()
     except _UNUSABLE:
         rows = [_python_row(batch, number) for number in range(len(batch))]
-    yield from map(without_filled, rows)
+    yield from (row if isinstance(row, str) else without_filled(row) for row in rows)
 
 
 def _python_row(batch: RecordBatch, number: int) -> dict[str, Any] | str:

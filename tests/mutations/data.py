@@ -48,9 +48,15 @@ MUTATIONS = [
         ),
         (
             "columns for scorers lose their nulls",
-            'if "name" in value and ("parameters" in value or "arguments" in value):',
+            'if "name" in value and not _OF_FUNCTIONS.isdisjoint(value):',
             'if "name" in value:',
             "test_tools_and_calls_have_the_fields_that_they_were_written_with",
+        ),
+        (
+            "a row with a name is a function",
+            "return {column: _without_filled(value) for column, value in row.items()}",
+            "return _without_filled(dict(row))",
+            "test_columns_that_are_called_like_the_fields_of_a_function_keep_their_nulls",
         ),
     ),
     *in_file(

@@ -85,6 +85,12 @@ def test_tools_have_the_parameters_that_they_were_written_with(cache: Path, suff
     assert list(conversation.tools) == tools
 
 
+def test_columns_that_are_called_like_the_fields_of_a_call_keep_their_nulls(cache: Path) -> None:
+    rows = [{"prompt": "?", "name": "a", "arguments": None}, {"prompt": "!", "name": None, "arguments": "x"}]
+    folder = leave_data_set(cache, {"data/train.jsonl": "".join(json.dumps(row) + "\n" for row in rows)})
+    assert [row.value for row in hub_rows(folder, "train", None)] == rows
+
+
 def test_several_files_are_one_split_in_the_order_of_their_names(cache: Path) -> None:
     folder = leave_data_set(cache, {"data/train-00001.jsonl": LINES, "data/train-00000.jsonl": FIRST})
     assert [row.value for row in hub_rows(folder, "train", None)] == [ROWS[0], *ROWS]

@@ -138,6 +138,12 @@ def test_tools_and_calls_have_the_fields_that_they_were_written_with(tmp_path: P
     assert row.value["checked"] == CALLS["checked"], "a column that a scorer may read stays as it is"
 
 
+def test_columns_that_are_called_like_the_fields_of_a_function_keep_their_nulls(tmp_path: Path) -> None:
+    rows = [{"prompt": "?", "name": "a", "parameters": None}, {"prompt": None, "name": "b", "parameters": "x"}]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    assert [row.value for row in rows_of(tmp_path / "rows.parquet") if isinstance(row, RawRow)] == rows
+
+
 def test_a_null_that_somebody_wrote_stays(tmp_path: Path) -> None:
     parameters = {"properties": {"unit": {"enum": ["km", None], "default": None}}}
     tools = [{"type": "function", "function": {"name": "far", "parameters": parameters}}]
