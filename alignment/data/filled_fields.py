@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-_OF_FUNCTIONS = frozenset({"parameters", "arguments"})
-"""A function has a name and one of these: the schema of a tool, or the arguments of a call."""
+_OF_FUNCTIONS = frozenset({"parameters", "input_schema", "arguments"})
+"""A function has a name and one of these: OpenAI's and Anthropic's schema of a tool, or a call's arguments."""
 
 
 def without_filled(row: Mapping[str, Any]) -> dict[str, Any]:

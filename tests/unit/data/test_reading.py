@@ -138,6 +138,13 @@ def test_tools_and_calls_have_the_fields_that_they_were_written_with(tmp_path: P
     assert row.value["checked"] == CALLS["checked"], "a column that a scorer may read stays as it is"
 
 
+def test_a_schema_of_anthropic_has_the_fields_that_it_was_written_with(tmp_path: Path) -> None:
+    tools = [{"name": name, "input_schema": {"properties": {name: {"type": "string"}}}} for name in ("place", "time")]
+    parquet.write_table(pa.Table.from_pylist([{"messages": [QUESTION], "tools": tools}]), tmp_path / "tools.parquet")
+    (prompt,) = read_records(tmp_path / "tools.parquet", Prompt, ALL)
+    assert [tool["function"] for tool in prompt.tools] == tools
+
+
 def test_columns_that_are_called_like_the_fields_of_a_function_keep_their_nulls(tmp_path: Path) -> None:
     rows = [{"prompt": "?", "name": "a", "parameters": None}, {"prompt": None, "name": "b", "parameters": "x"}]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
