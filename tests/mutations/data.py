@@ -70,6 +70,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "data/tokens/tokenizer.py",
+        "unit/data/test_chat_template.py",
+        (
+            "a saved template has another hash",
+            'and list(templates) == ["default"]:',
+            "and not templates:",
+            "test_a_default_template_without_others_is_hashed_like_its_text",
+        ),
+    ),
+    *in_file(
         "data/records.py",
         "unit/data/test_records.py",
         (

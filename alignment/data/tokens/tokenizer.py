@@ -65,9 +65,14 @@ def stops_alike(first: Any, second: Any) -> bool:
 
 
 def tokenizer_hashes(tokenizer: Any) -> dict[str, str]:
-    """SHA-256 of the vocabulary with its special tokens, and of the chat template, or of several with their names."""
+    """SHA-256 of the vocabulary with its special tokens, and of the chat template, or of several with their names.
+
+    A template that is alone is hashed as its text also if it has the name ``default``, which saving it drops.
+    """
     vocabulary = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.all_special_tokens])
     templates = tokenizer.chat_template or ""
+    if not isinstance(templates, str) and list(templates) == ["default"]:
+        templates = templates["default"]
     text = templates if isinstance(templates, str) else json.dumps(dict(templates), sort_keys=True)
     return {
         "tokenizer_sha256": hashlib.sha256(vocabulary.encode()).hexdigest(),

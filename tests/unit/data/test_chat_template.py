@@ -79,6 +79,18 @@ def test_several_named_templates_are_saved_and_hashed(tmp_path: Path) -> None:
     assert render(again, TALK, answering=False, tools=[tool]).startswith('[{"type": "function"')
 
 
+def test_a_default_template_without_others_is_hashed_like_its_text(tmp_path: Path) -> None:
+    """A saved tokenizer has only the text."""
+    tokenizer = tiny_tokenizer()
+    plain = tokenizer_hashes(tokenizer)
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE}
+    assert tokenizer_hashes(tokenizer) == plain
+    tokenizer.save_pretrained(str(tmp_path))
+    assert tokenizer_hashes(load_tokenizer(tmp_path)) == plain
+    tokenizer.chat_template = {"tool_use": CHAT_TEMPLATE}
+    assert tokenizer_hashes(tokenizer) != plain
+
+
 def test_a_template_of_the_users_is_read_from_its_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.jinja"
     file.write_text("{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}")
