@@ -22,13 +22,15 @@ Recipe = str | os.PathLike[str]
 @contextmanager
 def errors_explained() -> Iterator[None]:
     """Turns errors of the file system into public errors, as the command does, and names arguments as Python does:
-    ``at_once`` and not ``--at-once``."""
+    ``at_once`` and not ``--at-once``, ``sweep`` and not ``SWEEP``."""
     try:
         with explained(current_folder()):
             yield
     except AlignmentError as error:
         if error.where.startswith("--"):
             error.where = error.where.removeprefix("--").replace("-", "_")
+        elif error.where == "SWEEP":
+            error.where = "sweep"
         raise
 
 

@@ -179,8 +179,8 @@ MUTATIONS = [
         ),
         (
             "an exported reward model's padding is the token that ends answers",
-            "if token not in result.stops and token < size]",
-            "if token < size]",
+            "if token is not None and token != turn_end and token < size]",
+            "if token is not None and token < size]",
             "test_a_reward_model_becomes_a_sequence_classifier",
         ),
         (

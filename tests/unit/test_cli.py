@@ -334,7 +334,7 @@ def test_help_lists_every_exit_code(capsys: Captured) -> None:
     with pytest.raises(SystemExit, match="0"):
         cli.main(["--help"])
     listed = capsys.readouterr().out.partition("exit codes:")[2]
-    assert [int(number) for number in re.findall(r"\d+", listed)] == [*range(12), 75, 130]
+    assert [int(number) for number in re.findall(r"\d+", listed)] == [*range(13), 75, 130]
 
 
 def test_help_fits_a_screen(capsys: Captured) -> None:

@@ -67,19 +67,22 @@ def write_reward(result: ExportedResult, folder: Path) -> list[str]:
 
 
 def _set_padding(model: PreTrainedModel, result: ExportedResult) -> str:
-    """Chooses a padding token that ends no answer; returns a note about it.
+    """Keeps the padding token, or chooses another if it ends turns; returns a note about it.
 
-    transformers scores the last token that is not padding. In training, padding is often EOS, which ends answers.
+    transformers scores the last token that is not padding. In training, padding is often EOS, which often ends turns.
     """
     tokenizer, size = result.tokenizer, model.get_input_embeddings().num_embeddings
+    turn_end, before = turn_end_id(tokenizer), tokenizer.pad_token
     control = [token for token, content in sorted(tokenizer.added_tokens_decoder.items()) if content.special]
-    known = [token for token in (tokenizer.pad_token_id, tokenizer.unk_token_id, *control) if token is not None]
-    usable = [token for token in known if token not in result.stops and token < size]
+    known = [tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.eos_token_id, *control]
+    usable = [token for token in known if token is not None and token != turn_end and token < size]
     model.config.get_text_config().pad_token_id = usable[0] if usable else None
     if not usable:
-        return "every special token ends answers, so none can be padding: score one conversation at a time"
+        return "its only special token ends turns, so it cannot be padding: score one conversation at a time"
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(usable[0])
-    return f"its padding token is {tokenizer.pad_token}, because one that ends answers would hide their ends"
+    if tokenizer.pad_token == before:
+        return f"its padding token is {before}"
+    return f"its padding token is {tokenizer.pad_token}, because {before} ends turns, and padding would hide their ends"
 
 
 def _rounding(dtype: Dtype, change: float) -> list[str]:

@@ -95,7 +95,8 @@ def _describe(result: ExportedResult, folder: Path, *, form: str, notes: Sequenc
     """Writes the card and the manifests of all stages on the way, without folders of this machine."""
     origin = provenance(result.artifact, result.manifest, run)
     files = sorted(file.name for file in folder.iterdir())
-    card = model_card(result.manifest, origin, form=form, turn_end=result.turn_end, notes=notes, files=files)
+    turn_end = None if form in ("adapter", GGUF) else result.turn_end  # their lines render no conversation
+    card = model_card(result.manifest, origin, form=form, turn_end=turn_end, notes=notes, files=files)
     (folder / "README.md").write_text(card, encoding="utf-8")
     steps = [_lineage(step.manifest) for step in origin.steps]
     (folder / "lineage.json").write_text(

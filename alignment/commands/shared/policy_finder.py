@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -113,9 +114,10 @@ class PolicyFinder:
 
     def _base_of_run(self, record: RunRecord, source: str) -> Path | None:
         """The folder of the run's base model, if possible the one from which its stages started."""
-        for _, manifest in self._last_manifests(record):
-            if (folder := recorded_base(manifest)) is not None:
-                return folder
+        with suppress(ArtifactError):  # a damaged result has nothing to do with the base
+            for _, manifest in self._last_manifests(record):
+                if (folder := recorded_base(manifest)) is not None:
+                    return folder
         base = model_sources.resolve(source, where="model.source")
         return base.folder if base.ready else model_sources.fetch(base, announce=announcer(self._console)).folder
 

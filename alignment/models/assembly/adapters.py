@@ -42,6 +42,8 @@ WEIGHTS = "adapter_model.safetensors"
 START = "start"
 _BELOW = "below"
 _PREFIX_WEIGHTS = "prompt_embeddings"
+_HEADS = ("lm_head", "embed_out")
+"""Names of language models' heads, which a model with a scalar head lacks."""
 
 
 def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -> PreTrainedModel | PeftModel:
@@ -67,8 +69,8 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
         )
     if config.target_modules == ["all-linear"]:
         targets = "all-linear"
-    if task is TaskType.CAUSAL_LM:  # under a scalar head there is no lm_head
-        _refuse_unknown(model, config.modules_to_save)
+    is_head_gone = task is not TaskType.CAUSAL_LM
+    _refuse_unknown(model, [name for name in config.modules_to_save if not (is_head_gone and _ends_in_head(name))])
     is_tied = _are_tied(model, config.modules_to_save)
     lora = LoraConfig(
         r=config.rank,
@@ -94,6 +96,10 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
         lora.modules_to_save = _recognised(lora.modules_to_save)
     start_at_norms(adapted)
     return adapted
+
+
+def _ends_in_head(name: str) -> bool:
+    return name.rpartition(".")[2] in _HEADS
 
 
 def _refuse_unknown(model: PreTrainedModel, names: Iterable[str]) -> None:

@@ -102,7 +102,7 @@ def unchanged(source: str, folder: Path, *, identity: str) -> Path | None:
             now, there = model.identity, folder
         else:
             return None
-    except ModelError:
+    except (ModelError, OSError):  # such as a folder of another user
         return None
     return there if now == identity else None
 

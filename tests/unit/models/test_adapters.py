@@ -92,6 +92,8 @@ def test_unknown_modules_to_save_are_an_error_that_names_the_setting() -> None:
     with pytest.raises(ModelError, match="did you mean 'embed_tokens'"):
         add_adapter(tiny_model(), AdapterConfig(modules_to_save=["embed_token"]), TaskType.CAUSAL_LM)
     add_adapter(tiny_scorer(), AdapterConfig(modules_to_save=["embed_tokens", "lm_head"]), TaskType.SEQ_CLS)
+    with pytest.raises(ModelError, match="did you mean 'embed_tokens'"):
+        add_adapter(tiny_scorer(), AdapterConfig(modules_to_save=["embed_tokenz"]), TaskType.SEQ_CLS)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

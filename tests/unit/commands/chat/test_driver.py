@@ -137,6 +137,11 @@ def test_a_base_is_looked_for_where_it_was(runs: Runs) -> None:
     assert "no folder" in runs.refused("b", "sft")
 
 
+def test_the_base_of_a_run_answers_beside_a_damaged_result(runs: Runs) -> None:
+    (runs.artifact("a", "dpo") / "manifest.json").write_text("{")
+    assert runs.talk("a", "base") == ["base"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -158,6 +158,16 @@ def test_an_adapter_stays_one(tmp_path: Path, base: Lineage) -> None:
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in (tmp_path / "out").iterdir())
 
 
+def test_an_adapter_is_exported_if_its_template_ends_no_turn(tmp_path: Path) -> None:
+    """Continued pretraining learns no turns, so its base may have any template."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.role }}: {{ turn.content }}\n{% endfor %}"
+    base = Lineage(source=BASE_SOURCE, base=save_tiny_model(tmp_path / "base", tokenizer=tokenizer), adapters=())
+    _, saved = _trained(tmp_path, base, AdapterKind.lora)
+    notes = export(saved.path, base.base, tmp_path / "out", ExportOptions(form="adapter", max_gap=0.01))
+    assert "loaded by PEFT" in notes
+
+
 def test_an_adapter_names_the_folder_of_its_bundled_base_as_needed(tmp_path: Path, base: Lineage) -> None:
     saved = replace(base, source="bundled:smollm2-135m")
     _, policy = _trained(tmp_path, saved, AdapterKind.lora)
@@ -212,6 +222,20 @@ def test_a_reward_model_becomes_a_sequence_classifier(tmp_path: Path, base: Line
     run = Computation(device=CPU, dtype=Dtype.float32, tokens=1000)
     scorer = TextScorer(model, own_tokenizer, [PROMPT], run, source="path:out")
     close(scorer.scores(answers_to([PROMPT], ["…"])), exported_scores[:1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("pad", "exported"), [("<|endoftext|>", "<|endoftext|>"), ("<|im_end|>", "<|im_start|>")])
+def test_only_padding_that_ends_turns_is_replaced(tmp_path: Path, pad: str, exported: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.unk_token, tokenizer.pad_token = "<|im_start|>", pad
+    folder = save_tiny_model(tmp_path / "base", tokenizer=tokenizer)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [2, 0]}')
+    base = Lineage(source=BASE_SOURCE, base=folder, adapters=())
+    saved = tiny_reward(tmp_path, AdapterConfig(rank=4), start=base, identity=IDENTITY)
+    notes = export(saved.path, folder, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
+    again = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert again.pad_token == exported
+    assert (f"its padding token is {pad}" in notes) == (pad == exported)
 
 
 @pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.lora])

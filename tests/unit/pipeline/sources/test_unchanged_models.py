@@ -36,5 +36,15 @@ def test_a_snapshot_of_a_hub_counts_by_its_commit(folder: Path) -> None:
     assert unchanged("hub:org/name", folder, identity=f"hub:org/name@{COMMIT}") is None
 
 
+def test_a_folder_that_cannot_be_read_is_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the home of another user, who made a run that is shared."""
+
+    def refuse(_: str, *, where: str) -> Path:
+        raise PermissionError(13, "Permission denied", where)
+
+    monkeypatch.setattr("alignment.pipeline.sources.model_sources.model_folder", refuse)
+    assert unchanged("hub:org/name", folder, identity=f"hub:org/name@{COMMIT}") is None
+
+
 def test_the_cache_has_bundled_models(folder: Path) -> None:
     assert unchanged("bundled:smollm2-135m", folder, identity="gguf-sha256:0") is None
