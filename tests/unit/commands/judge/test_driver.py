@@ -95,8 +95,8 @@ def test_the_closing_lines_say_what_is_left_and_how_votes_are_counted(printed: A
     text = printed()
     assert "judged: ada 3 of 3, so nothing is left for ada; votes:" in text
     assert (
-        "to count them: put `judge: {kind: people}` into stages.evaluate of the recipe, and run it again; as an "
-        "override, the next run without it has no votes in its report"
+        "to count them: put `judge: {kind: people}` into stages.evaluate of the recipe, and run it again; if you only "
+        "give it as an override, a later run without it leaves the votes out of its report"
     ) in text
 
 
