@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.mutations.mutation import in_file
 
 FAMILIES = "unit/models/test_other_families.py"
+BESIDE_TEXT = "unit/models/test_beside_text.py"
 
 MUTATIONS = [
     *in_file(
@@ -76,10 +77,24 @@ MUTATIONS = [
             "        pass\n",
             "test_a_text_model_of_llama_4_has_a_trunk",
         ),
+    ),
+    *in_file(
+        "models/assembly/load.py",
+        BESIDE_TEXT,
         (
             "what only images pass through is trained",
             "    freeze_beside_text(model)\n",
             "",
+            "test_all_that_is_trained_of_a_model_with_images_gets_gradients",
+        ),
+    ),
+    *in_file(
+        "models/assembly/beside_text.py",
+        BESIDE_TEXT,
+        (
+            "layers that text skips are trained",
+            """{"embed_tokens_extend", *(f"layers.{number}" for number in skipped)}""",
+            """{"embed_tokens_extend"}""",
             "test_all_that_is_trained_of_a_model_with_images_gets_gradients",
         ),
     ),

@@ -11,15 +11,26 @@ from transformers import PreTrainedModel
 
 
 def parts_beside_text(model: PreTrainedModel) -> list[str]:
-    """Paths of the modules beside the text model and its head; none in models of text alone."""
+    """Paths of the modules that text does not pass through; none in models of text alone."""
+    names = [*_beside_text_model(model), *_within_text_model(model)]
+    return [f"{model.base_model_prefix}.{name}" for name in names]
+
+
+def _beside_text_model(model: PreTrainedModel) -> list[str]:
+    """The trunk's modules beside its text model, if this is a part of its own."""
     if model.config.get_text_config() is model.config:
         return []
     text = model.base_model.get_decoder()
     return [
-        f"{model.base_model_prefix}.{name}"
-        for name, part in model.base_model.named_children()
-        if all(module is not text for module in part.modules())
+        name for name, part in model.base_model.named_children() if all(module is not text for module in part.modules())
     ]
+
+
+def _within_text_model(model: PreTrainedModel) -> list[str]:
+    """The modules in a text model itself: layers that text skips (Llama 3.2 Vision), encoders (Phi-4-multimodal)."""
+    skipped = getattr(model.config.get_text_config(), "cross_attention_layers", None) or []
+    names = {"embed_tokens_extend", *(f"layers.{number}" for number in skipped)}
+    return [name for name, _ in model.base_model.named_modules() if name in names]
 
 
 def freeze_beside_text(model: PreTrainedModel) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import TaskType
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -19,7 +18,6 @@ from transformers import (
     DiffLlamaConfig,
     DogeConfig,
     FalconConfig,
-    Gemma3Config,
     GPTNeoConfig,
     HrmTextConfig,
     JetMoeConfig,
@@ -34,26 +32,21 @@ from transformers import (
 )
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.core.errors import ModelError
-from alignment.models.assembly.adapters import add_adapter
-from alignment.models.assembly.beside_text import parts_beside_text
 from alignment.models.assembly.load import Lineage, load_policy, name_trunk
 from alignment.models.assembly.prefix import positions_of
-from alignment.models.forward.answers import answer_statistics, answer_stream, unwrapped
+from alignment.models.forward.answers import answer_statistics, answer_stream
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.decoding import room_of
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.generate import generate
-from alignment.models.forward.head import label_statistics, logit_cap, scales_logits
+from alignment.models.forward.head import logit_cap, scales_logits
 from alignment.models.forward.rows import stream
 from alignment.models.forward.shared_prompts import can_read
 from tests.tiny import tiny_model
 from tests.unit.models.conftest import PROMPTS, SIZES, greedy, padded, plain, random_model, relative, twin
 
 CPU = torch.device("cpu")
-FULL = AdapterConfig(kind=AdapterKind.full)
-LORA, ALL_LINEAR = AdapterConfig(rank=4), AdapterConfig(rank=4, target_modules=["all-linear"])
 TOKENS = {name: SIZES[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
 WITHOUT_INTERFACE: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt_neo": lambda: GPTNeoConfig(
@@ -204,40 +197,6 @@ def test_a_text_model_of_llama_4_has_a_trunk(tmp_path: Path) -> None:
     assert model.base_model is model.model
     use_flat_attention(model)
     assert_scores_are_those_of_transformers(model, reference)
-
-
-@pytest.fixture
-def with_images(tmp_path: Path) -> Lineage:
-    """The folder of a Gemma 3 as it is from 4B on."""
-    text = {**SIZES, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 4}
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma3Config(
-        text_config=text,
-        vision_config={**vision, "model_type": "siglip_vision_model", "image_size": 28, "patch_size": 14},
-        mm_tokens_per_image=4,
-        **{name: SIZES[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
-    )
-    random_model(config).save_pretrained(tmp_path / "base")
-    return Lineage(source="path:gemma3", base=tmp_path / "base", adapters=())
-
-
-@pytest.mark.parametrize("adapter", [FULL, LORA, ALL_LINEAR], ids=["full", "lora", "all linear modules"])
-def test_all_that_is_trained_of_a_model_with_images_gets_gradients(
-    with_images: Lineage, adapter: AdapterConfig
-) -> None:
-    """Distributed training waits for a gradient of each trained weight."""
-    model = load_policy(with_images, torch.float32)
-    use_flat_attention(model)
-    adapted = add_adapter(model, adapter, TaskType.CAUSAL_LM)
-    states = trunk_states(unwrapped(adapted).base_model, stream(PROMPTS, CPU))
-    label_statistics(unwrapped(adapted), states, torch.tensor([3] * len(states))).logprobs.sum().backward()
-    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
-    assert any("language_model" in name for name in trained)
-    assert [name for name, parameter in trained.items() if parameter.grad is None] == []
-
-
-def test_nothing_is_left_out_of_a_model_of_text_alone() -> None:
-    assert parts_beside_text(tiny_model()) == []
 
 
 def test_a_text_model_of_llama_with_images_has_a_trunk() -> None:
