@@ -89,6 +89,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "models/assembly/reward_head.py",
+        BESIDE_TEXT,
+        (
+            "what only images pass through is trained in a critic",
+            "        freeze_beside_text(model)\n",
+            "",
+            "test_all_that_is_trained_of_a_full_critic_gets_gradients",
+        ),
+    ),
+    *in_file(
         "models/assembly/beside_text.py",
         BESIDE_TEXT,
         (

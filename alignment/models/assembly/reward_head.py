@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from alignment.core.errors import ModelError
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.adapters import put_back
+from alignment.models.assembly.beside_text import freeze_beside_text
 from alignment.models.assembly.load import DTYPES, lineage, load_scalar, load_scalar_head
 from alignment.models.forward.causal import install_scalar
 from alignment.models.kernels.nf4 import quantize_trunk
@@ -42,7 +43,9 @@ def load_reward_model(
     load_scalar_head(model, head)
     install_scalar(model)
     if full:
-        return model.requires_grad_(trained is not None)
+        model.requires_grad_(trained is not None)
+        freeze_beside_text(model)
+        return model
     if saved.adapters[-1].nf4:
         quantize_trunk(model, device)
     return put_back(model, [adapter.path for adapter in saved.beside], trainable=trained is not None)

@@ -22,11 +22,13 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.beside_text import parts_beside_text
 from alignment.models.assembly.load import Lineage, load_policy
+from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.head import label_statistics
 from alignment.models.forward.rows import stream
-from tests.tiny import tiny_model, tiny_tokenizer
+from alignment.stages.reward.config import RewardConfig
+from tests.tiny import tiny_model, tiny_reward, tiny_spec, tiny_tokenizer
 from tests.unit.models.conftest import PROMPTS, SIZES, random_model
 
 CPU = torch.device("cpu")
@@ -104,6 +106,14 @@ def test_all_that_is_trained_of_a_model_with_images_gets_gradients(
     states = trunk_states(unwrapped(adapted).base_model, stream(PROMPTS, CPU))
     label_statistics(unwrapped(adapted), states, torch.tensor([3] * len(states))).logprobs.sum().backward()
     assert trained_without_gradient(adapted) == []
+
+
+def test_all_that_is_trained_of_a_full_critic_gets_gradients(tmp_path: Path) -> None:
+    reward = tiny_reward(tmp_path, FULL, start=gemma3(tmp_path / "base"))
+    spec = tiny_spec(tmp_path, RewardConfig(adapter=FULL))
+    critic = load_reward_model(spec, reward, device=CPU, trained=torch.float32)
+    critic.score(trunk_states(critic.base_model, stream(PROMPTS, CPU))).sum().backward()
+    assert trained_without_gradient(critic) == []
 
 
 def test_nothing_is_left_out_of_a_model_of_text_alone() -> None:
