@@ -12,19 +12,19 @@ from contextlib import contextmanager
 from peft import PeftModel
 from transformers import PreTrainedModel
 
-WITHOUT_ROUTER_LOSS = {"router_aux_loss_coef": 0.0}
+_COEFFICIENT = "router_aux_loss_coef"
+WITHOUT_ROUTER_LOSS = {_COEFFICIENT: 0.0}
 """Arguments of TRL's configurations."""
-_SETTINGS = ("output_router_logits", "router_aux_loss_coef")
 
 
 @contextmanager
-def own_router_settings(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Puts the settings of the model's routers back after a ``with`` block.
+def own_coefficient(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Puts the coefficient in the model's configuration back after a ``with`` block.
 
-    TRL's SFT trainer writes its coefficient into the configuration, with which the model would be saved.
+    TRL's SFT trainer writes its own there, with which the model would be saved.
     """
     config = model.config.get_text_config()
-    before = {name: getattr(config, name) for name in _SETTINGS if hasattr(config, name)}
+    before = getattr(config, _COEFFICIENT, None)
     yield
-    for name, value in before.items():
-        setattr(config, name, value)
+    if before is not None:
+        setattr(config, _COEFFICIENT, before)

@@ -50,15 +50,25 @@ MUTATIONS = [
         "unit/training/test_experts.py",
         (
             "experts are balanced by a loss that depends on the size of micro-batches",
-            '{"router_aux_loss_coef": 0.0}',
-            '{"router_aux_loss_coef": None}',
+            "{_COEFFICIENT: 0.0}",
+            "{_COEFFICIENT: None}",
             "test_a_model_with_experts_learns_the_same_in_micro_batches_of_any_size",
         ),
         (
             "a model with experts loses its coefficient",
-            "        setattr(config, name, value)",
-            "        assert name, value",
-            "test_a_model_with_experts_keeps_the_settings_of_its_routers",
+            "        setattr(config, _COEFFICIENT, before)",
+            "        assert before",
+            "test_a_model_with_experts_keeps_its_coefficient",
+        ),
+    ),
+    *in_file(
+        "models/assembly/load.py",
+        "unit/training/test_experts.py",
+        (
+            "a base that asks for an auxiliary loss gets one",
+            "        setattr(config, _ROUTER_LOGITS, False)",
+            "        assert config",
+            "test_a_base_that_asks_for_an_auxiliary_loss_answers_as_without_it",
         ),
     ),
     *in_file(

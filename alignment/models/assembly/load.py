@@ -223,7 +223,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise ModelError(f"the model cannot be loaded: {error}", where=str(folder)) from error
     if model.generation_config is not None:
         model.generation_config = _writable(model.generation_config)
-    return name_trunk(model)
+    return name_trunk(_without_router_logits(model))
 
 
 def name_trunk(model: PreTrainedModel) -> PreTrainedModel:
@@ -237,6 +237,16 @@ def name_trunk(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _without_router_logits(model: PreTrainedModel) -> PreTrainedModel:
+    """The model, which computes no auxiliary loss of its experts (docs/design/0003) even if its configuration asks for
+    it; that loss fails when one token per row is decoded."""
+    config = model.config.get_text_config()
+    if hasattr(config, _ROUTER_LOGITS):
+        setattr(config, _ROUTER_LOGITS, False)
+    return model
+
+
+_ROUTER_LOGITS = "output_router_logits"
 _OF_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
@@ -291,7 +301,7 @@ def _from_shapes(folder: Path, dtype: torch.dtype, estimate: Recorder) -> PreTra
     estimate.has_model(model.get_input_embeddings().num_embeddings)
     if is_converted:
         estimate.memory.read_file(model.num_parameters() * stored.itemsize)
-    return name_trunk(model)
+    return name_trunk(_without_router_logits(model))
 
 
 def weights_dtype(compute: Dtype, adapter: AdapterConfig) -> torch.dtype:

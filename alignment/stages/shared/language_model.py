@@ -26,7 +26,7 @@ from alignment.training.context import StageContext
 from alignment.training.held_out import HeldOutRows
 from alignment.training.looks import Validation, of_handed_on
 from alignment.training.micro_batches import MicroBatches
-from alignment.training.router_loss import WITHOUT_ROUTER_LOSS, own_router_settings
+from alignment.training.router_loss import WITHOUT_ROUTER_LOSS, own_coefficient
 from alignment.training.session import train
 from alignment.training.sharding import prepare
 from alignment.training.trainer_arguments import common_arguments, optimizer_arguments
@@ -71,7 +71,7 @@ def next_token_trainer(
 
     ``arguments`` are further ones of TRL's configuration. The caller installs a forward pass and calls ``prepare``.
     """
-    with own_router_settings(policy):
+    with own_coefficient(policy):
         made = trainer(
             model=policy,
             args=TrlSftConfig(
