@@ -12,20 +12,30 @@ MUTATIONS = [
         "models/forward/decoding.py",
         FAMILIES,
         (
-            "models that count columns get empty ones",
+            "models that count columns see empty ones",
             '== "eager" and _calls_the_interface(model)',
             '== "eager"',
-            "test_models_that_count_columns_get_no_empty_ones",
+            "test_models_that_count_columns_see_no_empty_ones",
         ),
     ),
     *in_file(
         "models/kernels/kv_cache.py",
         "unit/models/test_cache.py",
         (
-            "without room, dropped columns leave others behind",
-            "return allocated if self.room and needed <= allocated",
-            "return allocated if needed <= allocated",
-            "test_without_room_spare_columns_are_hidden_even_after_others_were_dropped",
+            "hidden columns are seen",
+            "return self._columns_after(new) if self.shows_room else",
+            "return self._columns_after(new) if self.room else",
+            "test_columns_allocated_ahead_can_be_hidden_even_after_others_were_dropped",
+        ),
+    ),
+    *in_file(
+        "models/forward/decoding_rows.py",
+        FAMILIES,
+        (
+            "models that count columns copy all of them at every step",
+            "room=kv_cache.ROOM, ",
+            "room=kv_cache.ROOM if may_see_room(model) else 0, ",
+            "test_a_step_of_models_that_count_columns_copies_no_earlier_ones",
         ),
     ),
     *in_file(

@@ -11,7 +11,6 @@ from transformers import PreTrainedModel
 from alignment.models.forward.attention import ATTENTION as FLAT_ATTENTION
 from alignment.models.forward.attention import KeysValues
 from alignment.models.forward.flat import has_own_mask
-from alignment.models.kernels import kv_cache
 from alignment.models.kernels.kv_cache import ATTENTION, RowsCache
 from alignment.models.kernels.sdpa_order import without_cudnn
 
@@ -31,11 +30,11 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
             model.set_attn_implementation(implementation)
 
 
-def room_of(model: PreTrainedModel) -> int:
-    """Columns that the model's ``RowsCache`` may allocate ahead, outside of ``decoding``."""
+def may_see_room(model: PreTrainedModel) -> bool:
+    """Whether the model may see the columns that its ``RowsCache`` allocates ahead, outside of ``decoding``."""
     # Other attention functions may mistake allocated columns for filled ones.
     is_eager = model.config._attn_implementation == "eager" and _calls_the_interface(model)
-    return kv_cache.ROOM if is_eager or _gets_ours(model) else 0
+    return is_eager or _gets_ours(model)
 
 
 def next_logits(

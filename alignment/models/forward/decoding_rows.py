@@ -16,12 +16,13 @@ from transformers import PreTrainedModel
 
 from alignment.models.assembly.prefix import prefix_of
 from alignment.models.forward.answers import unwrapped
-from alignment.models.forward.decoding import next_logits, room_of
+from alignment.models.forward.decoding import may_see_room, next_logits
 from alignment.models.forward.entering_prompts import write_prompts
 from alignment.models.forward.shared_prompts import Beginning
 from alignment.models.forward.token_choice import sampled_tokens
 from alignment.models.forward.transfer import on_device
 from alignment.models.forward.waiting_prompts import Entrants
+from alignment.models.kernels import kv_cache
 from alignment.models.kernels.kv_cache import RowsCache
 
 DROPPED = 32
@@ -61,7 +62,7 @@ class DecodingRows:
         prefix = prefix_of(unwrapped(model).base_model)
         ahead = 0 if prefix is None else prefix.tokens
         filled, rows, device = ahead + len(entrants.prompts[0]), len(entrants.prompts), model.device
-        cache = RowsCache(model.config, room=room_of(model))
+        cache = RowsCache(model.config, room=kv_cache.ROOM, shows_room=may_see_room(model))
         at = on_device(torch.arange(rows), device)
         logits = write_prompts(
             model,

@@ -36,16 +36,17 @@ more often, and writing to new memory is slow."""
 class RowsLayer(CacheLayerMixin):
     """``[rows, key heads, columns, width]`` keys and values of one layer; the first ``length`` columns are filled.
 
-    ``room`` columns are allocated ahead. ``update`` returns them too, because the model's mask hides them, like columns
-    outside a sliding window. Without room it returns only filled ones, also if dropped columns have left others behind
-    them. Keys and values have the dtype of the products, which is autocast's if it is enabled.
+    ``room`` columns are allocated ahead. With ``shows_room``, ``update`` returns them too, because the model's mask
+    hides them, like columns outside a sliding window. Keys and values have the dtype of the products, which is
+    autocast's if it is enabled.
     """
 
     is_sliding = False
 
-    def __init__(self, room: int) -> None:
+    def __init__(self, room: int, *, shows_room: bool) -> None:
         super().__init__()
         self.room = room
+        self.shows_room = shows_room
         self.length = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -55,20 +56,21 @@ class RowsLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes new columns; returns all that are allocated, or without ``room`` all that are filled."""
+        """Writes new columns; returns all that are filled, or with ``shows_room`` all that are allocated."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        start, columns = self.length, self._columns_after(key_states.shape[2])
-        self.length += key_states.shape[2]
+        new = key_states.shape[2]
+        start, columns, returned = self.length, self._columns_after(new), self._returned_after(new)
+        self.length += new
         if columns > self.keys.shape[2]:
             self.keys, self.values = _widened(self.keys, columns), _widened(self.values, columns)
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, :columns], self.values[:, :, :columns]
+        return self.keys[:, :, :returned], self.values[:, :, :returned]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Number of columns that the next update returns, and the index of the first of them."""
-        return self._columns_after(query_length), 0
+        return self._returned_after(query_length), 0
 
     def get_seq_length(self) -> int:
         """Number of filled columns."""
@@ -109,7 +111,10 @@ class RowsLayer(CacheLayerMixin):
     def _columns_after(self, new: int) -> int:
         allocated = self.keys.shape[2] if self.is_initialized else 0
         needed = self.length + new
-        return allocated if self.room and needed <= allocated else needed + self.room
+        return allocated if needed <= allocated else needed + self.room
+
+    def _returned_after(self, new: int) -> int:
+        return self._columns_after(new) if self.shows_room else self.length + new
 
 
 class RowsCache(Cache):
@@ -119,8 +124,9 @@ class RowsCache(Cache):
         ModelError: a layer caches something else, such as the state of a recurrence.
     """
 
-    def __init__(self, config: PreTrainedConfig, *, room: int) -> None:
-        super().__init__(layers=[_layer_like(layer, room) for layer in DynamicCache(config=config).layers])
+    def __init__(self, config: PreTrainedConfig, *, room: int, shows_room: bool = True) -> None:
+        layers = DynamicCache(config=config).layers
+        super().__init__(layers=[_layer_like(layer, room, shows_room=shows_room) for layer in layers])
 
     def write(self, source: RowsCache, rows_of_source: Tensor, *, at: Tensor, rows: int, length: int) -> None:
         """Writes the rows ``rows_of_source`` of another cache as the rows ``at [some rows]``.
@@ -158,9 +164,9 @@ class RowsCache(Cache):
                 layer.select(rows)
 
 
-def _layer_like(layer: Any, room: int) -> Any:
+def _layer_like(layer: Any, room: int, *, shows_room: bool) -> Any:
     if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer):
-        return RowsLayer(room)
+        return RowsLayer(room, shows_room=shows_room)
     if isinstance(layer, DummyLayer):
         return layer
     raise ModelError(

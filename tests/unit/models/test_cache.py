@@ -11,8 +11,8 @@ from transformers import DynamicCache, LlamaConfig
 
 from alignment.core.errors import ModelError
 from alignment.models.forward.attention import KeysValues
-from alignment.models.forward.decoding import decoding, room_of
-from alignment.models.kernels.kv_cache import ATTENTION, ROOM, RowsCache, decoding_attention, decoding_mask
+from alignment.models.forward.decoding import decoding, may_see_room
+from alignment.models.kernels.kv_cache import ATTENTION, RowsCache, decoding_attention, decoding_mask
 from tests.tiny import tiny_config, tiny_model
 
 HEADS, WIDTH = 2, 8
@@ -24,9 +24,11 @@ def _states(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Ten
     return keys, values
 
 
+@pytest.mark.parametrize("shows_room", [True, False])
 @pytest.mark.parametrize("room", [0, 1, 3, 64])
-def test_columns_are_kept_in_order_whatever_the_room(room: int) -> None:
-    rows_cache, dynamic_cache = RowsCache(tiny_config("llama"), room=room), DynamicCache(config=tiny_config("llama"))
+def test_columns_are_kept_in_order_whatever_the_room(room: int, shows_room: bool) -> None:
+    rows_cache = RowsCache(tiny_config("llama"), room=room, shows_room=shows_room)
+    dynamic_cache = DynamicCache(config=tiny_config("llama"))
     for step, new in enumerate([5, 1, 1, 1, 2, 1]):
         assert rows_cache.get_seq_length() == dynamic_cache.get_seq_length()
         for layer in range(2):
@@ -35,7 +37,7 @@ def test_columns_are_kept_in_order_whatever_the_room(room: int) -> None:
             updated, expected = rows_cache.update(*states, layer), dynamic_cache.update(*states, layer)
             for tensor, reference in zip(updated, expected, strict=True):
                 assert tensor.shape[2] == expected_columns >= reference.shape[2]
-                assert tensor.shape[2] - reference.shape[2] <= room
+                assert tensor.shape[2] - reference.shape[2] <= (room if shows_room else 0)
                 assert torch.equal(tensor[:, :, : reference.shape[2]], reference)
                 assert not tensor[:, :, reference.shape[2] :].any()
 
@@ -82,8 +84,8 @@ def test_dropped_columns_are_gone_and_the_others_move_up(columns: int, after: in
         assert torch.equal(updated[:, :, : 8 - columns], torch.cat([remaining, own], 2))
 
 
-def test_without_room_spare_columns_are_hidden_even_after_others_were_dropped() -> None:
-    cache = RowsCache(tiny_config("llama"), room=0)
+def test_columns_allocated_ahead_can_be_hidden_even_after_others_were_dropped() -> None:
+    cache = RowsCache(tiny_config("llama"), room=4, shows_room=False)
     before = [cache.update(*_states(3, 7, seed=layer), layer) for layer in range(2)][1]
     remaining = [torch.cat([states[:, :, :1], states[:, :, 4:]], 2) for states in before]
     cache.drop(3, after=1)
@@ -91,6 +93,15 @@ def test_without_room_spare_columns_are_hidden_even_after_others_were_dropped() 
     new = _states(3, 1, seed=9)
     for updated, earlier, own in zip(cache.update(*new, 1), remaining, new, strict=True):
         assert torch.equal(updated, torch.cat([earlier, own], 2))
+
+
+def test_hidden_columns_are_filled_without_allocating_others() -> None:
+    cache = RowsCache(tiny_config("llama"), room=4, shows_room=False)
+    before, _ = cache.update(*_states(3, 7, seed=0), 0)
+    for filled in range(8, 12):
+        keys, _ = cache.update(*_states(3, 1, seed=filled), 0)
+        assert keys.shape[2] == filled
+        assert keys.data_ptr() == before.data_ptr()
 
 
 def test_a_layer_with_another_kind_of_state_is_refused() -> None:
@@ -199,7 +210,7 @@ def test_a_model_is_left_as_it_was_even_after_an_error(implementation: str) -> N
     before = {name: vars(module).get("forward") for name, module in model.named_modules()}
 
     def fail() -> None:
-        assert room_of(model) == ROOM
+        assert may_see_room(model)
         with decoding(model):
             assert model.config._attn_implementation == (ATTENTION if implementation == "sdpa" else "eager")
             raise KeyboardInterrupt

@@ -37,12 +37,14 @@ from alignment.models.assembly.load import Lineage, load_policy, name_trunk
 from alignment.models.assembly.prefix import positions_of
 from alignment.models.forward.answers import answer_statistics, answer_stream
 from alignment.models.forward.attention import ATTENTION
-from alignment.models.forward.decoding import room_of
+from alignment.models.forward.decoding import decoding, may_see_room
+from alignment.models.forward.decoding_rows import DecodingRows
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.generate import generate
 from alignment.models.forward.head import logit_cap, scales_logits
 from alignment.models.forward.rows import stream
 from alignment.models.forward.shared_prompts import can_read
+from alignment.models.forward.waiting_prompts import Entrants
 from tests.tiny import tiny_model
 from tests.unit.models.conftest import PROMPTS, SIZES, greedy, padded, plain, random_model, relative, twin
 
@@ -62,6 +64,7 @@ WITHOUT_INTERFACE: dict[str, Callable[[], PreTrainedConfig]] = {
     "falcon with alibi": lambda: FalconConfig(
         **TOKENS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
     ),
+    "falcon": lambda: FalconConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
     "mpt": lambda: MptConfig(**TOKENS, d_model=32, n_layers=2, n_heads=4, max_seq_len=512),
 }
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
@@ -112,12 +115,24 @@ def assert_scores_are_those_of_transformers(model: PreTrainedModel, reference: P
 
 
 @pytest.mark.parametrize("name", sorted(WITHOUT_INTERFACE))
-def test_models_that_count_columns_get_no_empty_ones(name: str) -> None:
+def test_models_that_count_columns_see_no_empty_ones(name: str) -> None:
     model = random_model(WITHOUT_INTERFACE[name]())
     reference = twin(model)
     assert not use_flat_attention(model)
-    assert room_of(model) == 0
+    assert not may_see_room(model)
     assert_answers_are_those_of_transformers(model, reference)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(WITHOUT_INTERFACE))
+def test_a_step_of_models_that_count_columns_copies_no_earlier_ones(name: str) -> None:
+    model = random_model(WITHOUT_INTERFACE[name]())
+    rows = DecodingRows.begin(model, Entrants(numbers=[0], prompts=PROMPTS[:1], uniforms=None), max_new_tokens=4)
+    memory = [layer.keys.data_ptr() for layer in rows.cache.layers]
+    with decoding(model):
+        rows.step(rows.next_tokens(1.0))
+    assert rows.cache.get_seq_length() == len(PROMPTS[0]) + 1
+    assert [layer.keys.data_ptr() for layer in rows.cache.layers] == memory
 
 
 @pytest.mark.parametrize("name", sorted(CACHING_OTHERWISE))
