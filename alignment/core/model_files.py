@@ -7,6 +7,7 @@ fingerprint does not cover.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,45 @@ def refuse_weights_elsewhere(folder: Path, *, where: str = "") -> None:
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 """Names in configurations for the longest sequence that a model reads."""
+_FIRST_POSITIONS = "original_max_position_embeddings"
+BEFORE_LONGER = " before LongRoPE changes its frequencies"
+"""What errors say after the number of positions of a model with LongRoPE."""
 
 
 def positions_in(folder: Path) -> int | None:
     """The longest sequence that the model in a folder reads; None if its configuration does not say.
 
+    With LongRoPE they are those before its frequencies change, as of a loaded model (models/assembly/prefix.py).
+
     Raises:
         ModelError: the configuration cannot be read.
     """
-    sizes = [group.get(name) for group in _configurations(folder) for name in _POSITIONS]
-    return next((size for size in sizes if isinstance(size, int)), None)
+    groups = _configurations(folder)
+    sizes = [group.get(name) for group in groups for name in _POSITIONS]
+    longest = [size for size in sizes if isinstance(size, int)][:1]
+    return min([*longest, *_before_longer_frequencies(groups)], default=None)
+
+
+def reason_of_positions(folder: Path) -> str:
+    """What an error says after ``positions_in``: ``BEFORE_LONGER``, or nothing.
+
+    Raises:
+        ModelError: the configuration cannot be read.
+    """
+    return BEFORE_LONGER if _before_longer_frequencies(_configurations(folder)) else ""
+
+
+def _before_longer_frequencies(groups: Sequence[dict[str, Any]]) -> list[int]:
+    """The positions up to which LongRoPE has its short frequencies; empty for other models."""
+    sizes = [group.get(_FIRST_POSITIONS, rope.get(_FIRST_POSITIONS)) for group in groups for rope in _long_ropes(group)]
+    return [size for size in sizes if isinstance(size, int)]
+
+
+def _long_ropes(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The settings of LongRoPE in a configuration, of all layers or by their type."""
+    ropes = [group[name] for name in ("rope_parameters", "rope_scaling") if isinstance(group.get(name), dict)]
+    of_layers = [*ropes, *(own for rope in ropes for own in rope.values() if isinstance(own, dict))]
+    return [rope for rope in of_layers if any(rope.get(name) in ("longrope", "su") for name in ("rope_type", "type"))]
 
 
 def architecture_in(folder: Path) -> str:

@@ -69,6 +69,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "core/model_files.py",
+        "unit/core/test_model_files.py",
+        (
+            "the positions of LongRoPE are those after its frequencies change",
+            "[*longest, *_before_longer_frequencies(groups)]",
+            "longest",
+            "test_a_model_with_longrope_reads_no_more_than_before_its_frequencies_change",
+        ),
+    ),
+    *in_file(
         "models/forward/flat.py",
         FAMILIES,
         (

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from alignment.config.model import Dtype
 from alignment.config.sampling_engine import SamplingConfig
+from alignment.core.model_files import positions_in
 from alignment.engines.completions import Asked, Generation
 from alignment.engines.engine_environment import interpreter
 from alignment.engines.engine_session import EngineSession, Weights
@@ -107,7 +108,7 @@ def served_answerer(policy: Lineage, dtype: Dtype, config: SamplingConfig) -> Se
     interpreter(config.python, package="vllm", where="--engine-python")
     session = EngineSession(config, where="--engine")
     needed = served_weights(policy, highest_rank=RANKS[-1])
-    positions = min(MOST_TOKENS, int(AutoConfig.from_pretrained(str(needed.below.base)).max_position_embeddings))
+    positions = min(MOST_TOKENS, positions_in(needed.below.base) or MOST_TOKENS)
     model = write_merged(needed.below, DTYPES[dtype], session.folder / "base")
     session.start(
         VllmOptions(

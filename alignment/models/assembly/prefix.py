@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from alignment.core.errors import ModelError
+from alignment.core.model_files import BEFORE_LONGER
 
 _NAME = "alignment_prefix"
 _NO_LIMIT = 1 << 30
@@ -97,11 +98,7 @@ def refuse_too_long(trunk: PreTrainedModel, tokens: int) -> None:
         ModelError: it does not.
     """
     if tokens > (positions := positions_of(trunk)):
-        why = (
-            " before LongRoPE changes its frequencies"
-            if _before_longer_frequencies(trunk.config.get_text_config())
-            else ""
-        )
+        why = BEFORE_LONGER if _before_longer_frequencies(trunk.config.get_text_config()) else ""
         raise ModelError(
             f"a row of {tokens} tokens is longer than the model's {positions} positions{why}",
             remedy="lower max_length (or max_prompt_length and max_new_tokens)",

@@ -7,7 +7,7 @@ from typing import Any
 
 from alignment.config.evaluating import FEW_SHOT
 from alignment.core.errors import ModelError
-from alignment.core.model_files import positions_in
+from alignment.core.model_files import positions_in, reason_of_positions
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import prompt_ids, tokenize_rows
 from alignment.data.tokens.tokenizer import load_tokenizer
@@ -60,8 +60,8 @@ def _refuse(
     lower = f"{where}.max_new_tokens" + (f" or {where}.few_shot.count" if arm == FEW_SHOT else "")
     raise ModelError(
         f"with its prompt of {tokens[longest]} tokens and an answer of up to {config.max_new_tokens} tokens, the arm "
-        f"{arm!r} needs more than the {positions} positions of {context.spec.model.source}; "
-        f"{number} of {len(rows)} rows are too long",
+        f"{arm!r} needs more than the {positions} positions of {context.spec.model.source}"
+        f"{reason_of_positions(context.spec.base_path)}; {number} of {len(rows)} rows are too long",
         where=rows[longest].where,
         remedy=f"leave out rows that are too long, or lower {lower}",
     )

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from alignment.config.sampling_engine import Engine, SamplingConfig
 from alignment.core.errors import ConfigError, ModelError, StageError
-from alignment.core.model_files import positions_in
+from alignment.core.model_files import positions_in, reason_of_positions
 from alignment.engines.completions import OTHER_WEIGHTS, SEEDS, Asked, EngineAnswer, Generation, asked_once
 from alignment.engines.engine_session import Weights
 from alignment.engines.vllm_server import RANKS, VllmOptions
@@ -124,7 +124,8 @@ class ServedPolicies:
         if (positions := positions_in(needed.below.base)) is not None:
             if longest > positions:
                 raise ModelError(
-                    f"the model has {positions} positions; a prompt with its answer may need {longest}",
+                    f"the model has {positions} positions{reason_of_positions(needed.below.base)}; a prompt with its "
+                    f"answer may need {longest}",
                     where=str(needed.below.base),
                     remedy="lower max_new_tokens, or leave out longer prompts",
                 )

@@ -1,4 +1,4 @@
-"""A model's index cannot have weights read that lie elsewhere."""
+"""A model's index cannot have weights read that lie elsewhere; its configuration says how long rows may be."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from alignment.commands.add_tokens.worker import _read
 from alignment.config.model import Dtype
 from alignment.core.errors import ModelError
-from alignment.core.model_files import formats_of_weights
+from alignment.core.model_files import formats_of_weights, positions_in
 from alignment.models.assembly.load import Lineage, load_policy
 from alignment.pipeline.sources.model_sources import resolve
 from alignment.rewards.reward_models import load_external
@@ -74,6 +74,32 @@ def test_the_formats_of_weights_are_read_from_the_headers_of_all_files(tmp_path:
     save_file({"a": torch.zeros(2, dtype=torch.bfloat16), "b": torch.zeros(1)}, tmp_path / "1.safetensors")
     save_file({"c": torch.zeros(1, dtype=torch.float16)}, tmp_path / "2.safetensors", metadata={"format": "pt"})
     assert formats_of_weights(tmp_path) == {"BF16", "F32", "F16"}
+
+
+LONG = {"max_position_embeddings": 131072}
+FIRST = {"original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("settings", "positions"),
+    [
+        ({}, None),
+        ({"n_positions": 1024}, 1024),
+        ({"text_config": LONG}, 131072),
+        ({**LONG, **FIRST, "rope_scaling": {"type": "longrope"}}, 4096),
+        ({**LONG, **FIRST, "rope_scaling": {"type": "su"}}, 4096),
+        ({**LONG, "rope_parameters": {"rope_type": "longrope", **FIRST}}, 4096),
+        ({"text_config": {**LONG, "rope_parameters": {"full_attention": {"rope_type": "longrope", **FIRST}}}}, 4096),
+        ({**LONG, "rope_scaling": {"rope_type": "yarn", **FIRST}}, 131072),
+        ({**LONG, "rope_scaling": {"rope_type": "longrope"}}, 131072),
+        ({**LONG, **FIRST, "rope_scaling": None}, 131072),
+    ],
+)
+def test_a_model_with_longrope_reads_no_more_than_before_its_frequencies_change(
+    tmp_path: Path, settings: dict[str, Any], positions: int | None
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert positions_in(tmp_path) == positions
 
 
 @pytest.mark.parametrize("header", [b"", b"\xff" * 8, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{]"])

@@ -33,6 +33,7 @@ from transformers import (
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 from alignment.core.errors import ModelError
+from alignment.core.model_files import positions_in
 from alignment.models.assembly.load import Lineage, load_policy, name_trunk
 from alignment.models.assembly.prefix import positions_of
 from alignment.models.forward.answers import answer_statistics, answer_stream
@@ -196,6 +197,12 @@ def test_rows_that_would_change_the_frequencies_of_their_neighbours_are_refused(
         trunk_states(model.base_model, stream([[3] * 17, [5, 6, 7]], CPU))
     with pytest.raises(ModelError, match="a row of 17 tokens"):
         generate(model, [[5, 6, 7]], max_new_tokens=14, end_ids=[], batch_size=1)
+
+
+def test_a_folder_has_the_positions_of_the_model_in_it(tmp_path: Path) -> None:
+    model = _long_rope()
+    model.save_pretrained(tmp_path)
+    assert positions_in(tmp_path) == positions_of(model.base_model) == 16
 
 
 def test_a_text_model_of_llama_4_has_a_trunk(tmp_path: Path) -> None:

@@ -47,6 +47,17 @@ def test_held_out_prompts_that_are_too_long_are_refused_with_the_longest(
         tried("stages.evaluate.metrics=[]", "stages.evaluate.max_new_tokens=2000")
 
 
+def test_held_out_prompts_are_refused_that_are_longer_than_before_longrope_changes_its_frequencies(
+    tried: Callable[..., Plan], tmp_path: Path
+) -> None:
+    factors = {"short_factor": [1.0] * 64, "long_factor": [4.0] * 64}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 2048, **factors}
+    write_config(tmp_path, model_type="llama", max_position_embeddings=131072, rope_parameters=rope)
+    write_rows(tmp_path / "heldout.jsonl", f"When {LONG}?")
+    with pytest.raises(ModelError, match=r"2048 positions of path:\S+ before LongRoPE changes its frequencies; 1 of 1"):
+        tried("stages.evaluate.metrics=[]")
+
+
 def test_the_examples_before_a_prompt_count(tried: Callable[..., Plan], tmp_path: Path) -> None:
     write_config(tmp_path, max_position_embeddings=2048)
     write_rows(tmp_path / "examples.jsonl", "Why?", answer=LONG)
