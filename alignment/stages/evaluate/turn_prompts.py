@@ -11,6 +11,7 @@ from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.rendering import Tools
 from alignment.data.tokens.thoughts import without_thought
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
+from alignment.data.turns import Message
 from alignment.evaluation.arms import Answer, Answered, TokenSum
 from alignment.evaluation.exchanges import asked_turns, continued
 from alignment.stages.evaluate.shown_prompts import Shown
