@@ -24,7 +24,8 @@ def visible_devices(environment: Mapping[str, str] = os.environ, root: Path = Pa
 
     An invalid name ends the list, as it does for CUDA.
     """
-    for name in VISIBLE:
+    is_rocm = (root / "dev" / "kfd").exists() and not _num_nvidia(root)
+    for name in reversed(VISIBLE) if is_rocm else VISIBLE:
         if name in environment:
             return _names(environment[name])
     return [str(number) for number in range(_num_nvidia(root) or _num_amd(environment, root) or _num_wsl(root))]

@@ -18,9 +18,11 @@ def with_lists(row: Any) -> Any:
     """The row with lists in place of their JSON; text that is no JSON of a list stays, for a format to refuse."""
     if not isinstance(row, Mapping):
         return row
-    lists = _lists_in(row, _LISTS)
+    lists = {name: listed for name in _LISTS if (listed := _listed(row.get(name))) is not None}
     if "turns" in lists:  # then the references to them are text too, which elsewhere is one reference
-        lists |= _lists_in(row, ("reference",))
+        references = _listed(row.get("reference"))
+        if references is not None and _are_texts(references) and len(references) == len(lists["turns"]):
+            lists["reference"] = references
     return {**row, **lists} if lists else row
 
 
@@ -34,8 +36,8 @@ def begins_texts(value: Any) -> bool:
     return isinstance(value, str) and _TEXTS.match(value) is not None
 
 
-def _lists_in(row: Mapping[str, Any], columns: Iterable[str]) -> dict[str, list[Any]]:
-    return {name: listed for name in columns if (listed := _listed(row.get(name))) is not None}
+def _are_texts(values: Iterable[Any]) -> bool:
+    return all(value is None or isinstance(value, str) for value in values)
 
 
 def _listed(value: Any) -> list[Any] | None:

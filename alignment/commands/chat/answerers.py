@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from alignment.config.model import Dtype
 from alignment.config.sampling_engine import SamplingConfig
@@ -108,7 +109,7 @@ def served_answerer(policy: Lineage, dtype: Dtype, config: SamplingConfig) -> Se
     interpreter(config.python, package="vllm", where="--engine-python")
     session = EngineSession(config, where="--engine")
     needed = served_weights(policy, highest_rank=RANKS[-1])
-    positions = min(MOST_TOKENS, positions_in(needed.below.base) or MOST_TOKENS)
+    positions = min(MOST_TOKENS, positions_in(needed.below.base) or _positions_by_default(needed.below.base))
     model = write_merged(needed.below, DTYPES[dtype], session.folder / "base")
     session.start(
         VllmOptions(
@@ -122,6 +123,12 @@ def served_answerer(policy: Lineage, dtype: Dtype, config: SamplingConfig) -> Se
     weights = Weights() if needed.adapter is None else Weights(name="policy", folder=needed.adapter)
     session.use(weights)
     return ServedAnswerer(session=session, weights=weights, positions=positions)
+
+
+def _positions_by_default(model: Path) -> int:
+    """Those of a configuration that leaves them to its class."""
+    config = AutoConfig.from_pretrained(str(model)).get_text_config()
+    return getattr(config, "max_position_embeddings", None) or MOST_TOKENS
 
 
 def _sampling(generation: Generation, seed: int) -> Sampling | None:

@@ -42,7 +42,7 @@ WEIGHTS = "adapter_model.safetensors"
 START = "start"
 _BELOW = "below"
 _PREFIX_WEIGHTS = "prompt_embeddings"
-_HEADS = ("lm_head", "embed_out")
+_HEADS = ("lm_head", "embed_out", "output_projection")
 """Names of language models' heads, which a model with a scalar head lacks."""
 
 

@@ -19,6 +19,12 @@ def test_gpus_are_those_that_the_user_names_or_else_all(tmp_path: Path) -> None:
     assert visible_devices({"CUDA_VISIBLE_DEVICES": "3, GPU-a,-1,2"}, tmp_path) == ["3", "GPU-a"]
     assert visible_devices({"HIP_VISIBLE_DEVICES": "2,3"}, tmp_path) == ["2", "3"]
     assert visible_devices({"CUDA_VISIBLE_DEVICES": ""}, tmp_path) == []
+    both = {"CUDA_VISIBLE_DEVICES": "0,1,2,3", "HIP_VISIBLE_DEVICES": "2,3"}
+    assert visible_devices(both, tmp_path) == ["0", "1", "2", "3"]
+    rocm = tmp_path / "rocm"
+    (rocm / "dev").mkdir(parents=True)
+    (rocm / "dev" / "kfd").touch()
+    assert visible_devices(both, rocm) == ["2", "3"], "which ROCm reads first"
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,14 @@ def test_references_to_the_turns_of_a_csv_are_a_list_like_them(tmp_path: Path) -
     assert prompt.row == row, "scorers read lists, too"
 
 
+@pytest.mark.parametrize("reference", ["[2, 3, 5]", '["2", "3", "5"]'])
+def test_a_reference_that_is_no_list_for_the_turns_of_a_csv_stays_text(tmp_path: Path, reference: str) -> None:
+    with (tmp_path / "turns.csv").open("w", newline="") as stream:
+        csv.writer(stream).writerows([["turns", "reference"], ['["The first three primes?"]', reference]])
+    (prompt,) = read_records(tmp_path / "turns.csv", HeldOutPrompt, ALL)
+    assert prompt.reference == reference
+
+
 @pytest.mark.parametrize("asked", [{"prompt": "Which?"}, {"turns": ["Which?", "Why?"]}])
 def test_a_reference_that_is_json_itself_stays_text(tmp_path: Path, asked: dict[str, Any]) -> None:
     (tmp_path / "rows.jsonl").write_text(_lines([asked | {"reference": "[2, 3]"}]))
