@@ -14,6 +14,10 @@ from alignment.models.forward.flat import has_own_mask
 from alignment.models.kernels.kv_cache import ATTENTION, RowsCache
 from alignment.models.kernels.sdpa_order import without_cudnn
 
+MASKED = {"falcon", "gpt_neox_japanese", "xglm"}
+"""Architectures that do not call attention functions by name, but are seen to hide by their mask what is not filled
+(tests/unit/models/test_other_families.py); Falcon only without ALiBi."""
+
 
 @contextmanager
 def decoding(model: PreTrainedModel) -> Iterator[None]:
@@ -33,8 +37,8 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
 def may_see_room(model: PreTrainedModel) -> bool:
     """Whether the model may see the columns that its ``RowsCache`` allocates ahead, outside of ``decoding``."""
     # Other attention functions may mistake allocated columns for filled ones.
-    is_eager = model.config._attn_implementation == "eager" and _calls_the_interface(model)
-    return is_eager or _gets_ours(model)
+    hides = _calls_the_interface(model) or _hides_by_its_mask(model)
+    return _gets_ours(model) or (model.config._attn_implementation in ("eager", "sdpa") and hides)
 
 
 def next_logits(
@@ -75,3 +79,7 @@ def _calls_the_interface(model: PreTrainedModel) -> bool:
     many columns as were filled. Doge adds to the mask what it computes from the values.
     """
     return model._can_set_attn_implementation() and not has_own_mask(model)
+
+
+def _hides_by_its_mask(model: PreTrainedModel) -> bool:
+    return model.config.model_type in MASKED and not getattr(model.config, "alibi", False)

@@ -19,6 +19,7 @@ from transformers import (
     DogeConfig,
     FalconConfig,
     GPTNeoConfig,
+    GPTNeoXJapaneseConfig,
     HrmTextConfig,
     JetMoeConfig,
     Llama4TextConfig,
@@ -28,6 +29,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     RecurrentGemmaConfig,
+    XGLMConfig,
     xLSTMConfig,
 )
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
@@ -65,8 +67,14 @@ WITHOUT_INTERFACE: dict[str, Callable[[], PreTrainedConfig]] = {
     "falcon with alibi": lambda: FalconConfig(
         **TOKENS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
     ),
-    "falcon": lambda: FalconConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
     "mpt": lambda: MptConfig(**TOKENS, d_model=32, n_layers=2, n_heads=4, max_seq_len=512),
+}
+HIDING_BY_A_MASK: dict[str, Callable[[], PreTrainedConfig]] = {
+    "falcon": lambda: FalconConfig(**TOKENS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
+    "gpt_neox_japanese": lambda: GPTNeoXJapaneseConfig(
+        **TOKENS, hidden_size=32, intermediate_multiple_size=2, num_hidden_layers=2, num_attention_heads=4
+    ),
+    "xglm": lambda: XGLMConfig(**TOKENS, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4),
 }
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
 CACHING_OTHERWISE: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -121,6 +129,15 @@ def test_models_that_count_columns_see_no_empty_ones(name: str) -> None:
     reference = twin(model)
     assert not use_flat_attention(model)
     assert not may_see_room(model)
+    assert_answers_are_those_of_transformers(model, reference)
+
+
+@pytest.mark.parametrize("name", sorted(HIDING_BY_A_MASK))
+def test_empty_columns_stay_hidden_from_models_that_mask_them_themselves(name: str) -> None:
+    model = random_model(HIDING_BY_A_MASK[name]())
+    reference = twin(model)
+    assert not use_flat_attention(model)
+    assert may_see_room(model)
     assert_answers_are_those_of_transformers(model, reference)
 
 
