@@ -74,7 +74,7 @@ MUTATIONS = [
         "the tokens of pairs are counted on two devices",
         "training/micro_batches.py",
         "tokens -= shared_tokens(ids, mask)",
-        'tokens -= shared_tokens(ids, mask).to(inputs["input_ids"])',
+        "tokens -= shared_tokens(ids, mask).to(self.args.device)",
         "dpo-lora",
     ),
     _on_the_wrong_device(

@@ -222,9 +222,10 @@ def test_padding_of_a_capped_batch_never_reaches_a_row() -> None:
     assert relative(model(**arguments).logits[real], reference(**arguments).logits[real]) < 1e-5
 
 
-def test_sinks_take_the_padded_path_and_say_so(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("windows", [{**WINDOW, **BOTH}, {"layer_types": ["full_attention"] * 2}])
+def test_sinks_take_the_padded_path_and_say_so(caplog: pytest.LogCaptureFixture, windows: dict[str, Any]) -> None:
     sizes = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
-    model = AutoModelForCausalLM.from_config(GptOssConfig(**sizes, **WINDOW, **BOTH)).eval()
+    model = AutoModelForCausalLM.from_config(GptOssConfig(**sizes, **windows)).eval()
     with caplog.at_level(logging.WARNING):
         assert not use_flat_attention(model)
     assert "has attention that the padding-free path does not support" in caplog.text
