@@ -77,6 +77,12 @@ MUTATIONS = [
             "if tokens[longest] <= positions:",
             "test_held_out_prompts_that_are_too_long_are_refused_with_the_longest",
         ),
+        (
+            "held-out prompts are tried without their tools",
+            "prompt_ids(tokenizer, shown(row), row.tools)",
+            "prompt_ids(tokenizer, shown(row))",
+            "test_held_out_prompts_are_tried_with_their_tools",
+        ),
     ),
     *in_file(
         "stages/shared/scalar_check.py",

@@ -50,7 +50,7 @@ def _refuse(
     arm: str,
     positions: int,
 ) -> None:
-    lengths = tokenize_rows(rows, lambda row: [len(prompt_ids(tokenizer, shown(row)))])
+    lengths = tokenize_rows(rows, lambda row: [len(prompt_ids(tokenizer, shown(row), row.tools))])
     tokens = [length for (length,) in lengths]
     longest = max(range(len(rows)), key=tokens.__getitem__)
     if tokens[longest] + config.max_new_tokens <= positions:

@@ -28,19 +28,10 @@ from alignment.models.forward.token_choice import sampled_tokens
 from alignment.models.kernels import kv_cache as cache_module
 from tests.oracles import logprobs as oracle
 from tests.tiny import ARCHITECTURES, liven, tiny_model
+from tests.unit.models.conftest import PROMPTS, SIZES
 
 END = 2
-PROMPTS = [[5, 9, 2, 7], [8], [3, 2, 2, 6, 4, 9, 2, 11], [40, 41], [17, 18, 19, 20, 21]]
-_SIZES = {
-    "vocab_size": 128,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 512,
-}
+_SIZES = {**SIZES, "head_dim": 8}
 OTHERS: dict[str, PreTrainedConfig] = {
     "qwen3": Qwen3Config(**_SIZES),
     # Capped attention scores, which only the eager function has, capped logits, and every second layer with a window.

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.core.errors import ModelError
+from alignment.core.errors import DataError, ModelError
 from alignment.pipeline.plan.plan import Plan
 from tests.unit.pipeline.conftest import MakePlan, leave_artifact
 from tests.unit.pipeline.test_rehearsal import Commands, stages_in, started, tried
@@ -45,6 +45,16 @@ def test_held_out_prompts_that_are_too_long_are_refused_with_the_longest(
     tried("stages.evaluate.metrics=[]")
     with pytest.raises(ModelError, match="an answer of up to 2000 tokens"):
         tried("stages.evaluate.metrics=[]", "stages.evaluate.max_new_tokens=2000")
+
+
+def test_held_out_prompts_are_tried_with_their_tools(tried: Callable[..., Plan], tmp_path: Path) -> None:
+    """They count as tokens, and a template that leaves them out would end the evaluation."""
+    write_config(tmp_path, max_position_embeddings=2048)
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    row = {"messages": [{"role": "user", "content": "2 + 2?"}], "tools": [tool]}
+    (tmp_path / "heldout.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(DataError, match="the chat template leaves out"):
+        tried("stages.evaluate.metrics=[]")
 
 
 def test_held_out_prompts_are_refused_that_are_longer_than_before_longrope_changes_its_frequencies(
