@@ -140,6 +140,7 @@ def task_of(measurement: Measurement, folder: Path) -> dict[str, Any]:
         "adapter": measurement.work.adapter,
         "contestant": measurement.name,
         "setting": dict(measurement.how.setting),
+        "dtype": measurement.how.dtype,
         "warm_up": measurement.warm_up,
         "steps": measurement.steps,
         "size": asdict(measurement.work.size),

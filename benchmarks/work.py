@@ -22,6 +22,7 @@ class Contestant:
     file in ``environments/``, or None for the project's own. ``engine`` is the package of an engine that the contestant
     asks, whose environment `make engine` builds. ``sharing`` is about PPO, ``master_weights`` about full training of
     ours, ``optim_changes`` are settings of its optimiser that a variant of ours changes (none of PPO).
+    ``dtype`` is the number format in which answers are sampled; training does not read it.
     ``differs`` says in the table's line how its work differs from that of ours.
 
     ``library`` names the searched rival that it belongs to, ``setting`` the values of that rival's axes. Where there is
@@ -39,6 +40,7 @@ class Contestant:
     sharing: Sharing = field(default_factory=Sharing)
     master_weights: bool = True
     optim_changes: dict[str, Any] = field(default_factory=dict)
+    dtype: str = "bfloat16"
     differs: str = ""
     library: str | None = None
     goal: str | None = None

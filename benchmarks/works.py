@@ -180,8 +180,9 @@ def _generates(size: SamplingSize, dtype: str, *, against: str = OURS) -> Rival:
         template=Contestant(
             module="sampling",
             allowed=f"{_STOCK_SAMPLES}{begins}, {dtype}",
-            library="generate" if dtype == "bf16" else f"generate_{dtype}",
+            library="generate" if dtype == "bfloat16" else f"generate_{dtype}",
             against=against,
+            dtype=dtype,
         ),
         axes=grid.sampling_axes(size.prompts, common=common),
     )
@@ -189,15 +190,15 @@ def _generates(size: SamplingSize, dtype: str, *, against: str = OURS) -> Rival:
 
 def _sampling() -> Work:
     size = SamplingSize()
-    rival, exact = _generates(size, "bf16"), _generates(size, "float32", against=OURS_FLOAT32)
+    rival, exact = _generates(size, "bfloat16"), _generates(size, "float32", against=OURS_FLOAT32)
     return Work(
         kind="sampling",
         adapter="none",
         contestants={
-            OURS: _samples(_OURS_SAMPLES, "bf16", against=None),
+            OURS: _samples(_OURS_SAMPLES, "bfloat16", against=None),
             "generate": rival.contestant(start_of(rival.axes)),
             **searched_contestants("generate", rival),
-            "vllm": _samples(_VLLM_SAMPLES, "bf16", engine="vllm"),
+            "vllm": _samples(_VLLM_SAMPLES, "bfloat16", engine="vllm"),
             OURS_FLOAT32: _samples(_OURS_SAMPLES, "float32", against=None),
             "generate_float32": exact.contestant(start_of(exact.axes)),
             **searched_contestants("generate_float32", exact),
@@ -211,15 +212,15 @@ def _sampling() -> Work:
 def _sampling_many(*, system_tokens: int = 0) -> Work:
     """Many long answers; with ``system_tokens`` after a beginning that the prompts have in common."""
     size = SamplingSize(prompts=128, prompt_tokens=128, new_tokens=128, seeds=(0,), system_tokens=system_tokens)
-    rival = _generates(size, "bf16")
+    rival = _generates(size, "bfloat16")
     return Work(
         kind="sampling",
         adapter="none",
         contestants={
-            OURS: _samples(_OURS_SAMPLES, "bf16", against=None),
+            OURS: _samples(_OURS_SAMPLES, "bfloat16", against=None),
             "generate": rival.contestant(start_of(rival.axes)),
             **searched_contestants("generate", rival),
-            "vllm": _samples(_VLLM_SAMPLES, "bf16", engine="vllm"),
+            "vllm": _samples(_VLLM_SAMPLES, "bfloat16", engine="vllm"),
         },
         rivals={"generate": rival},
         size=size,
@@ -229,7 +230,7 @@ def _sampling_many(*, system_tokens: int = 0) -> Work:
 
 def _samples(how: str, dtype: str, *, engine: str | None = None, against: str | None = OURS) -> Contestant:
     module = "sampling" if engine is None else f"{engine}_sampling"
-    return Contestant(module=module, allowed=f"{how}, {dtype}", engine=engine, against=against)
+    return Contestant(module=module, allowed=f"{how}, {dtype}", engine=engine, against=against, dtype=dtype)
 
 
 # ---- ours alone --------------------------------------------------------------------------------------------------

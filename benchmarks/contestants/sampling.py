@@ -29,15 +29,14 @@ WARM_UP_TOKENS = 4
 def main(task_file: Path) -> None:
     """Samples once a seed and writes the result."""
     task = read_json(task_file)
-    ours, exact = task["contestant"].startswith("ours"), task["contestant"].endswith("float32")
-    dtype = torch.float32 if exact else torch.bfloat16
+    dtype = getattr(torch, task["dtype"])
     peak = matmul_peak(dtype)
     end = AutoTokenizer.from_pretrained(task["base"]).eos_token_id
     attention = task["setting"].get("attention", "sdpa")
     model = AutoModelForCausalLM.from_pretrained(task["base"], dtype=dtype, attn_implementation=attention)
     model = model.to(device()).eval()
     prompts: list[list[int]] = read_json(Path(task["tokens"]))
-    if ours:
+    if task["contestant"].startswith("ours"):
         answer = _ours(model, prompts, end)
     else:
         common = common_length(prompts) if task["size"]["system_tokens"] else 0

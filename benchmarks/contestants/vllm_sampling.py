@@ -32,14 +32,14 @@ _VERSIONS = (
 def main(task_file: Path) -> None:
     """Starts the server, samples once a seed and writes the result."""
     task = read_json(task_file)
-    dtype = torch.float32 if task["contestant"].endswith("float32") else torch.bfloat16
+    dtype = getattr(torch, task["dtype"])
     peak = matmul_peak(dtype)
     end = AutoTokenizer.from_pretrained(task["base"]).eos_token_id
     prompts: list[list[int]] = read_json(Path(task["tokens"]))
     config = SamplingConfig(engine=Engine.vllm, concurrency=len(prompts))
     options = VllmOptions(
         model=Path(task["base"]),
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=task["dtype"],
         max_length=max(map(len, prompts)) + task["size"]["new_tokens"],
         replaceable=True,  # which lets it forget prompts
         on_gpu=torch.cuda.is_available(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from alignment.engines.completions import Asked, EngineAnswer, Generation
 from benchmarks import harness
+from benchmarks.contestants import sampling
 from benchmarks.contestants.sampling import _by_generate, _ours, common_length, in_batches, measured
 from benchmarks.contestants.vllm_sampling import _asking, highest_resident, memory_below
 from benchmarks.prepare import _select, system_text
 from benchmarks.setting import read_json
+from benchmarks.work import with_choices
 from benchmarks.works import WORKS, SamplingSize, works_named
 from tests.patience import wait_until
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
 PROMPTS = [[5, 6, 7, 8, 9], [5, 6, 7, 30], [5, 6, 7, 8, 40, 41, 42]]
 
@@ -58,6 +62,58 @@ def test_batches_answer_each_prompt_once_and_draw_different_numbers() -> None:
 def test_ours_and_generate_answer_all_prompts_within_the_limit(model: Any) -> None:
     for answer in (_ours(model, PROMPTS, 2), _by_generate(model, PROMPTS, 2, common=0)):
         assert [0 < len(row) <= 12 for row in answer(0, 12)] == [True] * 3
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("contestant", ["ours_float32", "generate", "generate_float32_fastest", "generate_float32-3"])
+def test_answers_are_sampled_in_the_number_format_of_the_task_whatever_its_contestant_is_called(
+    contestant: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formats: list[torch.dtype] = []
+
+    def peak(dtype: torch.dtype) -> float:
+        formats.append(dtype)
+        return 1.0
+
+    def answering(model: Any, prompts: list[list[int]], *_: Any, **__: Any) -> Any:
+        formats.append(model.dtype)
+        return lambda seed, limit: [[2] for _ in prompts]
+
+    for sampler in ("_ours", "_by_generate"):
+        monkeypatch.setattr(sampling, sampler, answering)
+    monkeypatch.setattr(sampling, "matmul_peak", peak)
+    (tmp_path / "tokens.json").write_text(json.dumps(PROMPTS))
+    task = {
+        "contestant": contestant,
+        "dtype": dtype,
+        "setting": {"batch": 3},
+        "size": {"system_tokens": 0, "seeds": [0], "new_tokens": 8},
+        "base": str(save_tiny_model(tmp_path / "base")),
+        "tokens": str(tmp_path / "tokens.json"),
+        "result": str(tmp_path / "result.json"),
+    }
+    (tmp_path / "task.json").write_text(json.dumps(task))
+    sampling.main(tmp_path / "task.json")
+    assert formats == [getattr(torch, dtype)] * 2, "that of the peak beside it, and that of the model"
+    assert read_json(tmp_path / "result.json")["lengths"] == [[1, 1, 1]]
+
+
+def test_each_contestant_of_a_table_is_told_its_number_format() -> None:
+    work = with_choices(WORKS["sampling"], {name: {"batch": 8} for name in SEARCHED})
+    assert {name: how.dtype for name, how in work.contestants.items()} == {
+        "ours": "bfloat16",
+        "generate": "bfloat16",
+        "generate_fastest": "bfloat16",
+        "vllm": "bfloat16",
+        "ours_float32": "float32",
+        "generate_float32": "float32",
+        "generate_float32_fastest": "float32",
+        "vllm_float32": "float32",
+    }
+    assert all(f", {how.dtype}" in how.allowed for how in work.contestants.values())
+
+
+SEARCHED = [f"{library}_{goal}" for library in ("generate", "generate_float32") for goal in ("fastest", "leanest")]
 
 
 def test_answers_are_counted_up_to_their_end_for_each_seed_after_a_warm_up() -> None:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import search_run
 from benchmarks.counts import padded_tokens
 from benchmarks.grid import FASTEST, LEANEST, Axis, Setting, compiles, described, start_of
-from benchmarks.measurement import Circumstances
+from benchmarks.measurement import Circumstances, task_of
 from benchmarks.search import CannotStart, Trial, search
 from benchmarks.search_run import NO_COMPILER, Trying, trial_of
 from benchmarks.searched import NoSearch, choices_of, grid_of, search_file, write_search
@@ -187,6 +187,14 @@ def test_a_trial_without_a_warm_up_counts_the_rows_of_the_first_step(monkeypatch
     monkeypatch.setattr(search_run, "taken", lambda measurement, circumstances: {"result": result})
     trial = _trying("sft_lora", "trl").trial(start_of(WORKS["sft_lora"].rivals["trl"].axes), False)
     assert (trial.speed, trial.peak_memory, trial.losses, trial.failure) == (30.0, 7.0, (1.5,), None)
+
+
+@pytest.mark.parametrize(("library", "dtype"), [("generate", "bfloat16"), ("generate_float32", "float32")])
+def test_a_trial_samples_in_the_number_format_of_its_library(library: str, dtype: str) -> None:
+    trying = _trying("sampling", library)
+    trying.inputs["repetitions"][0] |= {"tokens": "tokens.json"}
+    setting = start_of(WORKS["sampling"].rivals[library].axes)
+    assert task_of(trying.measurement(setting, final=False), Path("folder"))["dtype"] == dtype
 
 
 def test_a_library_whose_updates_take_less_time_is_faster() -> None:
