@@ -88,14 +88,15 @@ def figures_of(
     result: Mapping[str, Any],
     sharing: Sharing | None = None,
     *,
+    peak: float,
     warm_up: int = 1,
 ) -> Figures:
     """One measurement: ``seconds_per_step`` (or ``…_update``), ``tokens_per_second``, ``mfu``, ``peak_memory`` in
     bytes, and for training the losses of the first and the last step. Of our PPO also each phase's seconds, its floor
     (its FLOP at the peak), and how many copies of the base were held.
 
-    ``steps`` has the counts of each step's rows, from the start again where a contestant takes more steps. The first
-    ``warm_up`` steps have no seconds. Sampling has one entry, the prompts.
+    ``peak`` is the hardware's, in FLOP/s. ``steps`` has the counts of each step's rows, from the start again where a
+    contestant takes more steps. The first ``warm_up`` steps have no seconds. Sampling has one entry, the prompts.
     """
     figures: Figures = {"peak_memory": float(result["peak_memory"])}
     seconds = sum(result["seconds"])
@@ -114,7 +115,7 @@ def figures_of(
         floors: Figures = {}
         for phases in (phase_flop(adapter, model, counts, sharing or Sharing()) for counts in counted):
             for name, flop in phases.items():
-                floors[name] = floors.get(name, 0.0) + flop / (len(counted) * result["matmul_peak"])
+                floors[name] = floors.get(name, 0.0) + flop / (len(counted) * peak)
         figures |= _phases(result["updates"][-len(counted) :], floors)
     else:
         counted = list(measured)
@@ -123,10 +124,21 @@ def figures_of(
             "tokens_per_second": sum(counts["tokens"] for counts in counted) / seconds,
         }
     useful = sum(useful_flop(kind, adapter, model, counts, sharing) for counts in counted)
-    figures["mfu"] = useful / (seconds * result["matmul_peak"])
+    figures["mfu"] = useful / (seconds * peak)
     if result["losses"]:
         figures |= {"first_loss": result["losses"][0], "last_loss": result["losses"][-1]}
     return figures
+
+
+def highest_peaks(peaks: Sequence[tuple[str, float]]) -> dict[str, float]:
+    """The highest of the peaks that were measured in each number format.
+
+    A measurement lasts half a second, and in some of them one of two cores was busy with something else.
+    """
+    highest: dict[str, float] = {}
+    for dtype, peak in peaks:
+        highest[dtype] = max(peak, highest.get(dtype, 0.0))
+    return highest
 
 
 def _phases(updates: Sequence[Mapping[str, float]], floors: Mapping[str, float]) -> Figures:

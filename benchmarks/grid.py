@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.setting import PPO_MICRO_BATCH, PROMPTS, ROWS
+from benchmarks.setting import (
+    AUTOCAST,
+    PPO_MICRO_BATCH,
+    PROMPTS,
+    ROWS,
+    STATIC_COMPILED,
+    WITHOUT_AUTOCAST,
+    WITHOUT_INPUT_CASTS,
+)
 
 Value = bool | int | str
 Setting = Mapping[str, Value]
@@ -13,7 +21,6 @@ Setting = Mapping[str, Value]
 FASTEST, LEANEST = "fastest", "leanest"
 GOALS = (FASTEST, LEANEST)
 """Most tokens a second (fewest seconds an update), and the lowest peak memory."""
-STATIC_COMPILED = "static, compiled"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,13 +28,26 @@ class Axis:
     """One choice that a library offers.
 
     ``values`` gives each value's words in a table. A search begins with the first. ``needs_compiler`` are the values
-    that compile code, and ``goals`` says for which of the two goals other values are tried.
+    that compile code, and ``goals`` says for which of the two goals other values are tried. ``joined`` axes are tried
+    in all combinations with the axis before them, because the best value of one depends on the other.
     """
 
     name: str
     values: Mapping[Value, str]
     needs_compiler: tuple[Value, ...] = ()
     goals: tuple[str, ...] = GOALS
+    joined: bool = False
+
+
+def groups_of(axes: Sequence[Axis]) -> list[tuple[Axis, ...]]:
+    """The axes in their order, each with those that are joined to it."""
+    groups: list[tuple[Axis, ...]] = []
+    for axis in axes:
+        if axis.joined:
+            groups[-1] = (*groups[-1], axis)
+        else:
+            groups.append((axis,))
+    return groups
 
 
 def start_of(axes: Sequence[Axis]) -> dict[str, Value]:
@@ -72,12 +92,12 @@ def _checkpointing(*, starts: bool) -> Axis:
     return Axis(name="checkpointing", values={value: words[value] for value in (starts, not starts)})
 
 
-_CASTS = Axis(
-    name="input_casts",
-    values={True: "PEFT's input casts", False: "no input casts (peft.helpers.disable_input_dtype_casting)"},
-)
-_PADDING_FREE = Axis(name="padding_free", values={False: "padded", True: "padding-free"})
-_PRECISION = Axis(name="precision", values={"autocast": "bf16 autocast", "bfloat16": "no autocast over the bf16 base"})
+_PADDING_FREE = Axis(name="padding_free", values={False: "padded", True: "padding-free"}, joined=True)
+_PRECISION = {
+    AUTOCAST: "bf16 autocast, PEFT's input casts",
+    WITHOUT_INPUT_CASTS: "bf16 autocast, no input casts (peft.helpers.disable_input_dtype_casting)",
+    WITHOUT_AUTOCAST: "no autocast over the bf16 base, PEFT's input casts",
+}
 _ATTENTION = Axis(name="attention", values={"sdpa": "sdpa attention", "eager": "eager attention"})
 LAUNCHER_MEMORY = Axis(
     name="launcher_memory",
@@ -87,19 +107,22 @@ _COMPILED = Axis(name="compiled", values={False: "", True: "torch.compile"}, nee
 _CACHE = Axis(name="cache", values={"dynamic": "dynamic cache", "static": "static cache"})
 
 
+def _precision(*values: str) -> Axis:
+    return Axis(name="precision", values={value: _PRECISION[value] for value in values})
+
+
 def training_axes(kind: str, adapter: str, *, checkpointing: bool) -> tuple[Axis, ...]:
     """The axes of a trainer or a plain loop for ``kind`` (sft, reward, dpo or kto).
 
     ``checkpointing`` says whether the search starts with it. Trained weights stay in float32 under autocast, as ours
     do, so only a frozen base can go without: not in full training, nor where a new head is trained (reward).
     """
-    lora = adapter == "lora"
+    precision = [AUTOCAST, WITHOUT_INPUT_CASTS, *([] if kind == "reward" else [WITHOUT_AUTOCAST])]
     return (
         _micro_rows(ROWS, 8, 4, 2, 1),
-        _checkpointing(starts=checkpointing),
-        *((_CASTS,) if lora else ()),
         *((_PADDING_FREE,) if kind == "sft" else ()),
-        *((_PRECISION,) if lora and kind != "reward" else ()),
+        _checkpointing(starts=checkpointing),
+        *((_precision(*precision),) if adapter == "lora" else ()),
         _ATTENTION,
         LAUNCHER_MEMORY,
         _COMPILED,
@@ -111,6 +134,7 @@ def grpo_axes() -> tuple[Axis, ...]:
     return (
         _micro_rows(PROMPTS, PPO_MICRO_BATCH, 32, 4, 1),
         _checkpointing(starts=True),
+        _precision(AUTOCAST, WITHOUT_AUTOCAST),
         _CACHE,
         _ATTENTION,
         LAUNCHER_MEMORY,
@@ -121,7 +145,8 @@ def grpo_axes() -> tuple[Axis, ...]:
 def ppo_axes() -> tuple[Axis, ...]:
     """The axes of TRL 1.12's PPO. ``rollout_rows`` answers are sampled and scored at once.
 
-    Its trainer neither compiles nor turns checkpointing on by itself; the contestant turns it on in both models.
+    Its trainer neither compiles nor uses autocast, whatever ``bf16`` says. It does not turn checkpointing on by itself;
+    the contestant turns it on in both models.
     """
     return (
         _micro_rows(PROMPTS, PPO_MICRO_BATCH, 32, 4, 2),

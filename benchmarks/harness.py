@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -54,7 +54,8 @@ def measure(name: str, options: Options) -> Path:
 
     Raises:
         NoSearch: the settings of a rival were not searched here, so there is nothing to compare with.
-        Failed: the rows could not be prepared, or the code is not committed or was changed meanwhile.
+        Failed: the rows could not be prepared, or the code is not committed or was changed meanwhile, or a contestant
+            that was asked for has the setting of another one.
     """
     work = WORKS[name]
     base = base_model()
@@ -62,6 +63,8 @@ def measure(name: str, options: Options) -> Path:
     if any(how.goal for how in chosen_of(work, options).values()):
         file = search_file(options.results, name, amx=options.amx)
         work = with_choices(work, choices_of(file, name, work, conditions, versions_of(work)))
+        if merged := sorted(set(options.contestants) - set(work.contestants)):
+            raise Failed(f"{', '.join(merged)}: the search chose the setting of another contestant; name that one")
     chosen = chosen_of(work, options)
     whole = len(chosen) == len(work.contestants) and options.repetitions >= work.repetitions
     if whole:
@@ -71,7 +74,7 @@ def measure(name: str, options: Options) -> Path:
     pythons, missing = interpreters(chosen)
     entries = []
     for repetition in range(options.repetitions):
-        for contestant in pythons:
+        for contestant in turns(list(pythons), repetition):
             refuse_other_code(conditions)
             measurement = Measurement(
                 work=work,
@@ -88,6 +91,14 @@ def measure(name: str, options: Options) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     whole = whole and not any("error" in entry for entry in entries)
     return _write(stem_of(name, options, whole=whole), content, conditions, inputs, options)
+
+
+def turns(contestants: Sequence[str], repetition: int) -> list[str]:
+    """Their order in a repetition. Each begins with another contestant, and every second one goes backwards, so that
+    nobody is always first, or always behind the same one."""
+    first = repetition % max(1, len(contestants))
+    order = [*contestants[first:], *contestants[:first]]
+    return order[::-1] if repetition % 2 else order
 
 
 def base_model() -> Path:
@@ -129,8 +140,24 @@ def conditions_of(work: Work, options: Options, base: Path) -> dict[str, Any]:
         "data": [rows.described(kind, options.data) for kind in kinds.get(work.kind, ("conversations",))],
         "base": {"source": MODEL.source, "folder": base.name},
         "compiler": compiler() or "none",
+        "launcher": _launcher_variables(options),
         "code_sha256": code_sha256(),
     }
+
+
+def _launcher_variables(options: Options) -> dict[str, str]:
+    """What the launcher sets for a contestant, but for paths."""
+    variables = _launched(options, Path("stage.yaml")).environment
+    return {name: value for name, value in sorted(variables.items()) if name != "PYTHONPATH"}
+
+
+def _launched(options: Options, file: Path) -> command.Command:
+    return command.of_stage(
+        LaunchConfig(threads=options.threads),
+        file,
+        devices=hardware.visible_devices(),
+        num_cores=hardware.count_cores(),
+    )
 
 
 def refuse_other_code(conditions: Mapping[str, Any]) -> None:
@@ -188,12 +215,7 @@ def prepared(work: Work, options: Options, base: Path, folder: Path) -> dict[str
     }
     task_file = folder / "task.json"
     task_file.write_text(json.dumps(task), encoding="utf-8")
-    variables = command.of_stage(
-        LaunchConfig(threads=options.threads),
-        task_file,
-        devices=hardware.visible_devices(),
-        num_cores=hardware.count_cores(),
-    ).environment
+    variables = _launched(options, task_file).environment
     argv = (sys.executable, "-m", "benchmarks.prepare", str(task_file))
     run(command.Command(argv=argv, environment=variables), folder / "log.txt", amx=options.amx)
     inputs: dict[str, Any] = read_json(folder / "inputs.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib.metadata
 import os
@@ -18,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 ISA_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate")
+SHARED_CODE = ("setting.py", "measure.py", "measurement.py", "search.py", "search_run.py")
+"""Of this folder: how each contestant is started and measured, and how settings are searched."""
 NO_AMX = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
 """oneDNN then makes its matrix products as on a CPU that has bf16 vectors but no tiles."""
 
@@ -59,6 +62,22 @@ def code_sha256() -> str:
         for path in sorted((ROOT / folder).rglob("*.py")):
             if ".environments" not in path.parts:
                 digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def contestant_sha256(module: str) -> str:
+    """Of the code that a search runs: a module of ``contestants/``, what it imports from there, and ``SHARED_CODE``.
+    Comments do not count."""
+    folder = ROOT / "benchmarks"
+    waiting, files = [module], [folder / name for name in SHARED_CODE]
+    while waiting:
+        file = folder / "contestants" / f"{waiting.pop()}.py"
+        if file not in files:
+            files.append(file)
+            waiting += re.findall(r"^from benchmarks\.contestants\.(\w+) import", file.read_text("utf-8"), re.MULTILINE)
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        digest.update(f"{path.name}\0{ast.dump(ast.parse(path.read_text('utf-8')))}".encode())
     return digest.hexdigest()
 
 

@@ -46,6 +46,12 @@ def matmul_peak(dtype: torch.dtype = torch.bfloat16) -> float:
     return 2 * _SIDE**3 / best
 
 
+def compiled_graphs() -> int:
+    """Graphs that ``torch.compile`` has compiled in this process; 0 where it was switched off."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo is not None else 0
+
+
 def peak_memory() -> Memory:
     """This process's at the highest so far."""
     if torch.cuda.is_available():
@@ -55,7 +61,7 @@ def peak_memory() -> Memory:
 
 
 class Steps:
-    """Seconds and losses of steps. The first ``warm_up`` steps (1 or 0) have a loss and no seconds.
+    """Seconds and losses of steps. The first ``warm_up`` steps have a loss and no seconds.
 
     Without a warm-up ``begin`` says when the first step begins.
     """
@@ -75,7 +81,7 @@ class Steps:
         """A step is done; its loss has been read, so the device has finished too."""
         synchronise()
         now = time.perf_counter()
-        if self._last is not None:
+        if self._last is not None and len(self.losses) >= self._warm_up:
             self.seconds.append(now - self._last)
         self._last = now
         self.losses.append(loss)
@@ -94,6 +100,7 @@ def write_result(
         "matmul_peak": peak,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
+        "compiled_graphs": compiled_graphs(),
         "versions": versions(),
         **figures,
     }

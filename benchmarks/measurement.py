@@ -20,7 +20,7 @@ from alignment.config.launch import LaunchConfig
 from alignment.core import hardware
 from alignment.pipeline.backends import command, environment, processes
 from benchmarks.counts import padded_tokens
-from benchmarks.grid import LAUNCHER_MEMORY
+from benchmarks.grid import LAUNCHER_MEMORY, compiles
 from benchmarks.growth import POINTS
 from benchmarks.machine import NO_AMX, scrubbed
 from benchmarks.setting import MAX_LENGTH, ROWS, read_json
@@ -28,6 +28,8 @@ from benchmarks.stage import artifact_of, stage_config, write_stage
 from benchmarks.work import Contestant, Work
 
 SCRATCH = Path(__file__).parent / ".measurements"
+NO_COMPILING = "TORCHDYNAMO_DISABLE"
+"""The launcher sets it on a CPU, because no stage compiles. ``torch.compile`` then does nothing, and says nothing."""
 LIMIT_SECONDS = 3600
 _GRACE_SECONDS = 10
 _EXCEPTION = re.compile(r"[\w.]+(Error|Exception|Interrupt|Busy)\b: ")
@@ -50,7 +52,8 @@ class Measurement:
     """``name`` is that of the contestant, and of the folder inside ``folder`` in which it runs.
 
     ``inputs`` are the prepared rows, ``python`` the contestant's interpreter. The first ``warm_up`` steps are not
-    timed. A process that has not ended after ``limit_seconds`` has failed.
+    timed. A contestant that compiles and learns from rows takes a step on all rows before that, so that its code has
+    been compiled for their shapes. A process that has not ended after ``limit_seconds`` has failed.
     """
 
     work: Work
@@ -65,8 +68,24 @@ class Measurement:
     limit_seconds: int = LIMIT_SECONDS
 
     @property
+    def compiles(self) -> bool:
+        """Whether the contestant compiles code."""
+        library = self.how.library
+        return library is not None and compiles(self.how.setting, self.work.rivals[library].axes)
+
+    @property
+    def steps_while_compiling(self) -> int:
+        """Steps with which a contestant that compiles begins; the next takes the first rows again.
+
+        None where answers are sampled: they have new lengths each time, and a policy that has learned for longer gives
+        others.
+        """
+        learns_from_rows = self.work.quantity == "tokens_per_second" and self.work.kind != "sampling"
+        return self.work.batches if self.compiles and learns_from_rows else 0
+
+    @property
     def steps(self) -> int:
-        """Steps in all."""
+        """All other steps."""
         return self.warm_up + self.how.measured
 
     @property
@@ -99,7 +118,7 @@ def taken(measurement: Measurement, circumstances: Circumstances) -> dict[str, A
                 amx=circumstances.amx,
                 limit_seconds=measurement.limit_seconds,
             )
-        entry["result"] = read_json(Path(task["result"]))
+        entry["result"] = _checked(read_json(Path(task["result"])), measurement)
         if padded := _padded(measurement):
             entry["padded_tokens"] = padded
         outcome = ", ".join(f"{value:.2f} s" for value in entry["result"]["seconds"])
@@ -110,6 +129,17 @@ def taken(measurement: Measurement, circumstances: Circumstances) -> dict[str, A
     shutil.rmtree(folder, ignore_errors=True)
     print(f"  {measurement.repetition} {measurement.name:<18} {outcome}  (load {load[0]:.2f})", flush=True)
     return entry
+
+
+def _checked(result: dict[str, Any], measurement: Measurement) -> dict[str, Any]:
+    """The result with the losses of the first ``steps`` steps, which are those that everybody takes.
+
+    Raises:
+        Failed: nothing was compiled although the setting says so.
+    """
+    if measurement.compiles and not result["compiled_graphs"]:
+        raise Failed("torch.compile compiled nothing")
+    return result | {"losses": result["losses"][: measurement.steps]}
 
 
 def _padded(measurement: Measurement) -> list[int]:
@@ -138,11 +168,10 @@ def task_of(measurement: Measurement, folder: Path) -> dict[str, Any]:
     task: dict[str, Any] = {
         "kind": measurement.work.kind,
         "adapter": measurement.work.adapter,
-        "contestant": measurement.name,
         "setting": dict(measurement.how.setting),
         "dtype": measurement.how.dtype,
-        "warm_up": measurement.warm_up,
-        "steps": measurement.steps,
+        "warm_up": measurement.steps_while_compiling + measurement.warm_up,
+        "steps": measurement.steps_while_compiling + measurement.steps,
         "size": asdict(measurement.work.size),
         "base": str(measurement.base),
         "tokens": files["tokens"],
@@ -179,8 +208,8 @@ def _stage_file(measurement: Measurement, folder: Path, data: Path) -> Path:
 def command_of(
     measurement: Measurement, task: dict[str, Any], task_file: Path, circumstances: Circumstances
 ) -> command.Command:
-    """Ours goes through the project's launcher, with the worker inside a module that measures; others share its
-    environment, or have it without what it says about memory."""
+    """Ours goes through the project's launcher, with the worker inside a module that measures. Others share its
+    environment, but may compile, and may lack its settings of memory and of waiting threads."""
     launched = command.of_stage(
         LaunchConfig(threads=circumstances.threads),
         Path(task.get("stage_file", task_file)),
@@ -188,7 +217,7 @@ def command_of(
         num_cores=hardware.count_cores(),
     )
     module = ["-m", f"benchmarks.contestants.{measurement.how.module}", str(task_file)]
-    left_out: set[str] = set()
+    left_out = {NO_COMPILING} if measurement.compiles else set()
     if not measurement.how.setting.get(LAUNCHER_MEMORY.name, True):
         left_out |= set(environment.CPU_MEMORY)
     if not measurement.how.threads_sleep:

@@ -1,7 +1,8 @@
 """Draws what the measured works reach of this machine's roof, as docs/roofline.svg: ``python -m benchmarks.roofline``.
 
 x is useful FLOP for each byte of weights read once a pass, y FLOP/s, both logarithmic (Williams et al. 2009). The roof
-is the bfloat16 matrix-product peak noted with the measurements, and this machine's bandwidth measured now by copying.
+is the bfloat16 matrix-product peak noted with the newest measurements, and this machine's bandwidth measured now by
+copying. A work that was measured on a machine with another peak is left out.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -24,6 +26,19 @@ X_RANGE, Y_RANGE = (1.0, 1e4), (1e9, 1e13)
 COPIED = 256 << 20
 """Bytes copied at once to measure the bandwidth: more than any cache here gives back."""
 BYTES_PER_WEIGHT = 2
+SAME_PEAK = 0.1
+"""Largest relative difference of peaks on one machine."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Point:
+    """What a work of ours reaches: useful FLOP for each byte of weights, the share of the peak, and the peak in FLOP/s,
+    measured on ``date``."""
+
+    intensity: float
+    mfu: float
+    peak: float
+    date: str
 
 
 def bandwidth() -> float:
@@ -38,8 +53,8 @@ def bandwidth() -> float:
     return 2 * COPIED / best
 
 
-def reached(name: str, folder: Path) -> tuple[float, float, float] | None:
-    """FLOP a byte of weights, FLOP/s and the peak of a work of ours, from its results; None where there are none.
+def reached(name: str, folder: Path) -> Point | None:
+    """The point of a work of ours, from its results; None where there are none.
 
     Raises:
         ValueError: it was measured on another kind of machine, whose bandwidth cannot be measured here.
@@ -50,18 +65,21 @@ def reached(name: str, folder: Path) -> tuple[float, float, float] | None:
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     if (other := content["conditions"]["processor"]) != processor():
         raise ValueError(f"{name} was measured on {other['model']}; measure it here first: make bench WORK={name}")
-    results = [
-        measurement["result"]
-        for measurement in content["measurements"]
-        if measurement["contestant"] == "ours" and "result" in measurement
-    ]
-    peak = median(result["matmul_peak"] for result in results)
-    speed = content["ours"]["mfu"] * peak
+    ours = [entry["result"] for entry in content["measurements"] if entry["contestant"] == "ours" and "result" in entry]
+    peaks = content.get("peaks", {"bfloat16": max(result["matmul_peak"] for result in ours)})  # older results have none
+    peak, mfu = peaks["bfloat16"], content["ours"]["mfu"]
     weights = sum(content["parameters"]["base"].values()) * BYTES_PER_WEIGHT
     if name == "sampling":  # a step reads all weights and makes one token a row
-        return 2 * PROMPTS / BYTES_PER_WEIGHT, speed, peak
-    work = speed * content["ours"]["seconds_per_step"]
-    return work / (2 * weights), speed, peak  # weights are read forward and backward
+        intensity = 2 * PROMPTS / BYTES_PER_WEIGHT
+    else:  # weights are read forward and backward
+        intensity = mfu * peak * content["ours"]["seconds_per_step"] / (2 * weights)
+    return Point(intensity=intensity, mfu=mfu, peak=peak, date=content["date"])
+
+
+def under_one_roof(points: Mapping[str, Point]) -> tuple[float, dict[str, Point]]:
+    """The newest peak, and the points that were measured on a machine with this peak."""
+    roof = max(points.values(), key=lambda point: point.date).peak
+    return roof, {name: point for name, point in points.items() if abs(point.peak - roof) <= SAME_PEAK * roof}
 
 
 def _x(value: float) -> float:
@@ -78,7 +96,7 @@ def _text(x: float, y: float, words: str, anchor: str = "start") -> str:
     return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{words}</text>'
 
 
-def drawing(points: dict[str, tuple[float, float]], *, peak: float, bytes_per_second: float) -> str:
+def drawing(points: Mapping[str, Point], *, peak: float, bytes_per_second: float) -> str:
     """The figure as SVG: roof, points and labels."""
     knee = peak / bytes_per_second
     roof = [(X_RANGE[0], X_RANGE[0] * bytes_per_second), (knee, peak), (X_RANGE[1], peak)]
@@ -97,10 +115,12 @@ def drawing(points: dict[str, tuple[float, float]], *, peak: float, bytes_per_se
         parts.append(_text(_x(10.0**power), HEIGHT - BOTTOM + 16, f"10{_raised(power)}", "middle"))
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, "useful FLOP for each byte of weights", "middle"))
     parts.append(_text(LEFT, TOP - 6, "useful FLOP/s"))
-    for number, (name, (x, y)) in enumerate(points.items(), start=1):  # points lie close, so names stand in a list
-        parts.append(f'<circle cx="{_x(x):.1f}" cy="{_y(y):.1f}" r="3" fill="#1f6feb"/>')
-        parts.append(_text(_x(x), _y(y) - 6, str(number), "middle"))
-        share = f"{number} {name}: {y / 1e12:.2f} TFLOP/s, {100 * y / peak:.0f} % of the products' peak"
+    for number, (name, point) in enumerate(points.items(), start=1):  # points lie close, so names stand in a list
+        x, y = _x(point.intensity), _y(point.mfu * point.peak)
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="#1f6feb"/>')
+        parts.append(_text(x, y - 6, str(number), "middle"))
+        speed = f"{point.mfu * point.peak / 1e12:.2f} TFLOP/s, {100 * point.mfu:.0f} % of the products' peak"
+        share = f"{number} {name}: {speed} ({point.date})"
         parts.append(_text(_x(20.0), _y(10.0**9.9) + 15 * number, share))
     return "\n".join([*parts, "</svg>", ""])
 
@@ -119,10 +139,12 @@ def main() -> None:
     known = {name.replace("_", " "): point for name, point in points.items() if point is not None}
     if not known:
         raise SystemExit("no results yet; run 'make bench' first")
-    peak = median(point[2] for point in known.values())
-    figure = drawing({name: point[:2] for name, point in known.items()}, peak=peak, bytes_per_second=bandwidth())
+    peak, drawn = under_one_roof(known)
+    figure = drawing(drawn, peak=peak, bytes_per_second=bandwidth())
     (ROOT / "docs" / "roofline.svg").write_text(figure, encoding="utf-8")
-    print(f"docs/roofline.svg: {', '.join(known)}; {ROWS} rows a step")
+    print(f"docs/roofline.svg: {', '.join(drawn)}; {ROWS} rows a step")
+    if left_out := known.keys() - drawn:
+        print(f"left out, because another peak was measured with them: {', '.join(sorted(left_out))}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from alignment.pipeline.execute.worker_protocol import commit_of_checkout
 from benchmarks import search
 from benchmarks.figures import figures_of
-from benchmarks.grid import GOALS, Setting, compiles
+from benchmarks.grid import GOALS, Axis, Setting
 from benchmarks.harness import (
     Options,
     base_model,
@@ -26,7 +26,7 @@ from benchmarks.harness import (
 from benchmarks.machine import ROOT, compiler
 from benchmarks.measurement import SCRATCH, Circumstances, Failed, Measurement, taken
 from benchmarks.search import Trial
-from benchmarks.searched import grid_of, search_file, write_search
+from benchmarks.searched import code_of, fixed_of, grid_of, search_file, write_search
 from benchmarks.setting import SAME_LOSS
 from benchmarks.work import Work
 from benchmarks.works import WORKS
@@ -40,7 +40,10 @@ NEEDS_WARM_UP = ("kto",)
 """Kinds whose first loss says nothing: it is one half for all, and the divergence, which some estimate from
 micro-batches, comes in with the second."""
 TRIAL_SECONDS = 600
-"""A trial that takes longer has failed."""
+"""A trial that takes longer for each of its steps has failed."""
+ROUNDS = {"ppo": 1}
+"""Rounds of the second pass, by kind. An update of TRL's PPO takes minutes on two cores."""
+_OTHER_ROUNDS = 2
 NO_COMPILER = "not tried: torch.compile needs a C++ compiler, and there is none (CXX, g++, clang++, c++)"
 
 
@@ -77,10 +80,13 @@ def search_work(name: str, options: Options) -> Path:
             conditions=conditions,
         )
         try:
-            choices = search.search(rival.axes, trying.trial, tolerance=tolerance)
+            rounds = ROUNDS.get(work.kind, _OTHER_ROUNDS)
+            choices = search.search(rival.axes, trying.trial, tolerance=tolerance, rounds=rounds)
         except search.CannotStart as reason:
             raise Failed(f"the first setting of {library} failed: {reason}") from reason
         trials += trying.entries
+        for failure in never_ran(rival.axes, trying.entries):
+            print(f"  {library}: {failure}", flush=True)
         chosen |= {f"{library}_{goal}": choices[goal] for goal in GOALS}
     shutil.rmtree(folder, ignore_errors=True)
     path = search_file(options.results, name, amx=options.amx)
@@ -93,7 +99,8 @@ def search_work(name: str, options: Options) -> Path:
         "rule": " ".join((search.__doc__ or "").split()),
         "tolerance": tolerance,
         "grid": grid_of(work),
-        "fixed": {library: dict(rival.fixed) for library, rival in work.rivals.items()},
+        "fixed": fixed_of(work),
+        "code": code_of(work),
         "chosen": chosen,
         "parameters": inputs["models"],
         "counts_of_steps": inputs["repetitions"][0]["steps"],
@@ -108,7 +115,8 @@ def search_work(name: str, options: Options) -> Path:
 class Trying:
     """Tries settings of one library on the rows of the first repetition. ``entries`` are the trials as a file has them.
 
-    A trial of the first pass measures the first step, without a warm-up, unless it compiles or the kind needs one.
+    A trial of the first pass measures the first step, without a warm-up unless the kind needs one or code is compiled
+    while updates are made.
     """
 
     work: Work
@@ -124,10 +132,10 @@ class Trying:
     def trial(self, setting: Setting, final: bool) -> Trial:
         """Measures, or says why not."""
         refuse_other_code(self.conditions)
-        if compiles(setting, self.work.rivals[self.library].axes) and compiler() is None:
+        measurement = self.measurement(setting, final=final)
+        if measurement.compiles and compiler() is None:
             entry: dict[str, Any] = {"error": NO_COMPILER}
         else:
-            measurement = self.measurement(setting, final=final)
             entry = taken(measurement, self.circumstances)
             if "result" in entry:
                 entry["figures"] = self._figures(measurement, entry["result"])
@@ -137,8 +145,7 @@ class Trying:
     def measurement(self, setting: Setting, *, final: bool) -> Measurement:
         """The measurement of a setting."""
         how = self.work.rivals[self.library].contestant(setting)
-        compiled = compiles(setting, self.work.rivals[self.library].axes)
-        return Measurement(
+        measurement = Measurement(
             work=self.work,
             name=f"{self.library}-{len(self.entries)}",
             how=how if final else replace(how, measured=1),
@@ -147,26 +154,43 @@ class Trying:
             base=self.base,
             folder=self.folder,
             python=self.python,
-            warm_up=1 if final or compiled or self.work.kind in NEEDS_WARM_UP else 0,
-            limit_seconds=TRIAL_SECONDS,
+            warm_up=1 if final or self.work.kind in NEEDS_WARM_UP else 0,
         )
+        if measurement.compiles and not measurement.steps_while_compiling:
+            measurement = replace(measurement, warm_up=1)
+        steps = measurement.steps_while_compiling + measurement.steps
+        return replace(measurement, limit_seconds=TRIAL_SECONDS * steps)
 
     def _figures(self, measurement: Measurement, result: Mapping[str, Any]) -> dict[str, float]:
         model = self.inputs["models"]["base"]
         steps = self.inputs["repetitions"][0]["steps"]
         work, sharing = self.work, measurement.how.sharing
-        return figures_of(work.kind, work.adapter, model, steps, result, sharing, warm_up=measurement.warm_up)
+        peak, warm_up = result["matmul_peak"], measurement.warm_up
+        return figures_of(work.kind, work.adapter, model, steps, result, sharing, peak=peak, warm_up=warm_up)
 
 
 def trial_of(work: Work, setting: Setting, entry: Mapping[str, Any], *, final: bool) -> Trial:
     """What the rule has to know of an entry. Speed is tokens a second, or updates a second."""
     if "error" in entry:
         return Trial(setting=setting, final=final, failure=entry["error"])
-    pace = entry["figures"][work.quantity]
+    figures = entry["figures"]
+    pace = figures[work.quantity]
     return Trial(
         setting=setting,
         final=final,
         speed=pace if work.quantity == "tokens_per_second" else 1 / pace,
-        peak_memory=entry["figures"]["peak_memory"],
+        peak_memory=figures["peak_memory"],
         losses=tuple(entry["result"]["losses"]),
+        answers=figures.get("answer_tokens", figures.get("mean_length")),
     )
+
+
+def never_ran(axes: Sequence[Axis], entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each value of an axis that was tried and failed in every trial, with the reason of the last."""
+    lines = []
+    for axis in axes:
+        for value in axis.values:
+            tried = [entry for entry in entries if entry["setting"][axis.name] == value]
+            if tried and all("error" in entry for entry in tried):
+                lines.append(f"no trial with {axis.name}={value} ran: {tried[-1]['error']}")
+    return lines

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.grid import Setting, declared
+from benchmarks.machine import contestant_sha256
 from benchmarks.setting import read_json
 from benchmarks.work import Work
 
@@ -37,6 +38,16 @@ def grid_of(work: Work) -> dict[str, dict[str, list[Any]]]:
     return {library: declared(rival.axes) for library, rival in work.rivals.items()}
 
 
+def code_of(work: Work) -> dict[str, str]:
+    """A hash of the code with which each library does the work."""
+    return {library: contestant_sha256(rival.template.module) for library, rival in work.rivals.items()}
+
+
+def fixed_of(work: Work) -> dict[str, dict[str, Any]]:
+    """The values of each library that no search changes."""
+    return {library: dict(rival.fixed) for library, rival in work.rivals.items()}
+
+
 def choices_of(
     path: Path,
     name: str,
@@ -50,16 +61,17 @@ def choices_of(
     that is not in it is not compared, as it cannot take part.
 
     Raises:
-        NoSearch: there is no file, or it is of another machine, other rows, other versions or another grid.
+        NoSearch: there is no file, or it is of another machine, other rows, other versions, another grid, or other code
+            of the rivals.
     """
     remedy = f'search the rivals\' settings here first: make bench WORK={name} ARGS="--search"'
     if not path.is_file():
         raise NoSearch(f"{path.name} is missing; {remedy}")
     searched = read_json(path)
     differing = [
-        _difference(condition, searched["conditions"][condition], conditions[condition])
-        for condition in ("processor", "threads", "amx", "data", "base", "compiler")
-        if searched["conditions"][condition] != conditions[condition]
+        _difference(condition, searched["conditions"].get(condition), conditions[condition])
+        for condition in ("processor", "threads", "amx", "data", "base", "compiler", "launcher")
+        if searched["conditions"].get(condition) != conditions[condition]
     ]
     for library, installed in versions.items():
         before = searched["versions"].get(library, {})
@@ -68,8 +80,10 @@ def choices_of(
             for package, version in installed.items()
             if before.get(package) != version
         ]
-    if searched["grid"] != grid_of(work):
+    if searched["grid"] != grid_of(work) or searched["fixed"] != fixed_of(work):
         differing.append("the grid of settings has changed since")
+    if searched.get("code") != code_of(work):
+        differing.append("the code of the rivals has changed since")
     if differing:
         raise NoSearch(f"{path.name} cannot be used: {'; '.join(differing)}. {remedy[0].upper()}{remedy[1:]}")
     chosen: dict[str, Setting] = searched["chosen"]

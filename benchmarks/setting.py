@@ -26,6 +26,12 @@ BETA = 0.1
 SEED = 42
 REPETITIONS = 5
 
+AUTOCAST, WITHOUT_INPUT_CASTS, WITHOUT_AUTOCAST = "autocast", "autocast without input casts", "no autocast"
+"""Ways to train in bfloat16: autocast with PEFT's casts of an adapter's inputs to float32, autocast without them, and
+the base in bfloat16 with those casts, which an adapter in float32 then needs."""
+STATIC_COMPILED = "static, compiled"
+"""A cache of `generate`."""
+
 PROMPTS = 32
 """Prompts of a rollout or of a batch of answers."""
 MAX_PROMPT_LENGTH = 96

@@ -11,6 +11,7 @@ from benchmarks.figures import (
     Figures,
     at_its_best,
     figures_of,
+    highest_peaks,
     loss_differences,
     medians,
     ratios,
@@ -43,10 +44,13 @@ def summarise(
     ``work`` has the settings that a search chose. ``missing`` gives reasons why rivals could not take part.
     """
     measured: dict[str, dict[int, Figures]] = {}
-    for entry in measurements:
-        if "result" in entry:
-            figures = _figures(work, entry["contestant"], inputs, entry["repetition"], entry["result"])
-            measured.setdefault(entry["contestant"], {})[entry["repetition"]] = figures
+    done = [entry for entry in measurements if "result" in entry]
+    dtypes = {contestant: how.dtype for contestant, how in work.contestants.items()}
+    peaks = highest_peaks([(dtypes[entry["contestant"]], entry["result"]["matmul_peak"]) for entry in done])
+    for entry in done:
+        peak = peaks[dtypes[entry["contestant"]]]
+        figures = _figures(work, entry["contestant"], inputs, entry["repetition"], entry["result"], peak)
+        measured.setdefault(entry["contestant"], {})[entry["repetition"]] = figures
     failures = {entry["contestant"]: entry["error"] for entry in measurements if "error" in entry} | dict(missing)
     middle = {contestant: medians(list(each.values())) for contestant, each in measured.items()}
     own = {contestant for contestant, how in work.contestants.items() if how.against is None}
@@ -63,6 +67,7 @@ def summarise(
         },
         "ratios": _against(work, measured, lambda ours, rival: ratios(ours, rival, work.quantity)),
         "at_their_best": _at_their_best(work, measured),
+        "peaks": peaks,
     }
     content |= _of_variants(work, measured, middle, own)
     if work.kind in ("sft", "reward", "dpo", "kto"):
@@ -131,14 +136,14 @@ def _against(
 
 
 def _figures(
-    work: Work, contestant: str, inputs: Mapping[str, Any], repetition: int, result: Mapping[str, Any]
+    work: Work, contestant: str, inputs: Mapping[str, Any], repetition: int, result: Mapping[str, Any], peak: float
 ) -> Figures:
     rows = inputs["repetitions"][repetition]
     if work.kind != "growth":
         sharing = work.contestants[contestant].sharing
-        return figures_of(work.kind, work.adapter, inputs["models"]["base"], rows["steps"], result, sharing)
+        return figures_of(work.kind, work.adapter, inputs["models"]["base"], rows["steps"], result, sharing, peak=peak)
     model = inputs["models"][POINTS[contestant].model or "base"]
-    return figures_of("sft", work.adapter, model, rows[contestant]["steps"], result)
+    return figures_of("sft", work.adapter, model, rows[contestant]["steps"], result, peak=peak)
 
 
 def table(content: Mapping[str, Any]) -> str:

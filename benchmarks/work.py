@@ -22,7 +22,8 @@ class Contestant:
     file in ``environments/``, or None for the project's own. ``engine`` is the package of an engine that the contestant
     asks, whose environment `make engine` builds. ``sharing`` is about PPO, ``master_weights`` about full training of
     ours, ``optim_changes`` are settings of its optimiser that a variant of ours changes (none of PPO).
-    ``dtype`` is the number format in which answers are sampled; training does not read it.
+    ``dtype`` is the number format of products. Only contestants that sample answers read it; others compute in
+    bfloat16.
     ``differs`` says in the table's line how its work differs from that of ours.
 
     ``library`` names the searched rival that it belongs to, ``setting`` the values of that rival's axes. Where there is
@@ -113,18 +114,24 @@ def searched_contestants(library: str, rival: Rival) -> dict[str, Contestant]:
 def with_choices(work: Work, choices: Mapping[str, Setting]) -> Work:
     """The work with the settings that a search chose, by the names of the contestants.
 
-    A library whose fastest setting is also its leanest takes part with it once.
+    A setting takes part once, although it may be a library's default, its fastest and its leanest.
     """
-    contestants = {}
+    contestants = {name: how for name, how in work.contestants.items() if how.goal is None}
     for name, how in work.contestants.items():
         if how.goal is None or how.library is None:
-            contestants[name] = how
-            continue
-        chosen = [choices[f"{how.library}_{goal}"] for goal in GOALS]
-        if chosen[0] == chosen[1] and how.goal != GOALS[0]:
             continue
         resolved = work.rivals[how.library].contestant(choices[name], goal=how.goal)
-        if chosen[0] == chosen[1]:
-            resolved = replace(resolved, allowed=f"{resolved.allowed} (this is also its {GOALS[1]} setting)")
-        contestants[name] = resolved
-    return replace(work, contestants=contestants)
+        same = next((other for other, taking in contestants.items() if _is_same(taking, resolved)), None)
+        if same is None:
+            contestants[name] = resolved
+        else:
+            allowed = f"{contestants[same].allowed} (this is also its {how.goal} setting)"
+            contestants[same] = replace(contestants[same], allowed=allowed)
+    return replace(work, contestants={name: contestants[name] for name in work.contestants if name in contestants})
+
+
+def _is_same(contestant: Contestant, other: Contestant) -> bool:
+    """Whether two contestants of one library do the same in the same way."""
+    return all(
+        getattr(contestant, name) == getattr(other, name) for name in ("library", "setting", "threads_sleep", "differs")
+    )

@@ -11,6 +11,7 @@ from benchmarks.figures import Sharing
 from benchmarks.grid import LAUNCHER_MEMORY, start_of
 from benchmarks.growth import POINTS
 from benchmarks.setting import (
+    AUTOCAST,
     LARGER_MICRO_BATCH_TOKENS,
     MICRO_BATCH_TOKENS,
     PPO_MEASURED,
@@ -63,6 +64,7 @@ def _training(*, kind: str, adapter: str, stock: str, variants: dict[str, Contes
         Rival(
             template=Contestant(module=module, allowed=allowed, library=library),
             axes=grid.training_axes(kind, adapter, checkpointing=library == "trl"),
+            fixed={"padding_free": False, "precision": AUTOCAST},
         )
         for library, module, allowed in (("trl", "trl_latest", _TRL), ("stock", "stock", _STOCK.format(stock)))
     )
@@ -74,13 +76,17 @@ def _training(*, kind: str, adapter: str, stock: str, variants: dict[str, Contes
             OURS: _ours(),
             **(variants or {}),
             "trl_default": trl.contestant(default),
-            "trl_as_it_comes": trl.contestant({**default, LAUNCHER_MEMORY.name: False}),
+            "trl_as_it_comes": _as_it_comes(trl.contestant({**default, LAUNCHER_MEMORY.name: False})),
             **searched_contestants("trl", trl),
             **searched_contestants("stock", loop),
         },
         rivals={"trl": trl, "stock": loop},
         batches=STEPS,
     )
+
+
+def _as_it_comes(contestant: Contestant) -> Contestant:
+    return replace(contestant, allowed=f"{contestant.allowed}, idle threads that spin", threads_sleep=False)
 
 
 # ---- updates -----------------------------------------------------------------------------------------------------
@@ -170,7 +176,10 @@ def _grpo() -> Work:
 
 _OURS_SAMPLES = "models.forward.generate.generate, one batch, its model prepared as the stages do (use_flat_attention)"
 _STOCK_SAMPLES = "model.generate(do_sample=True, top_k=0, top_p=1), left-padded batches"
-_VLLM_SAMPLES = "a vLLM server of a stage, all answers asked for at once; its memory is that of the server's processes"
+_VLLM_SAMPLES = (
+    "a vLLM server as a stage starts it (eager, log-probabilities of each token), with room for the keys and values of "
+    "all answers or 1 GiB, all answers asked for at once; its memory is that of the server's processes"
+)
 
 
 def _generates(size: SamplingSize, dtype: str, *, against: str = OURS) -> Rival:
@@ -178,13 +187,14 @@ def _generates(size: SamplingSize, dtype: str, *, against: str = OURS) -> Rival:
     begins = "; the common beginning is read once, into a cache that all rows begin with" if common else ""
     return Rival(
         template=Contestant(
-            module="sampling",
+            module="generate_sampling",
             allowed=f"{_STOCK_SAMPLES}{begins}, {dtype}",
             library="generate" if dtype == "bfloat16" else f"generate_{dtype}",
             against=against,
             dtype=dtype,
         ),
         axes=grid.sampling_axes(size.prompts, common=common),
+        fixed={"cache": "dynamic"},
     )
 
 
@@ -229,7 +239,7 @@ def _sampling_many(*, system_tokens: int = 0) -> Work:
 
 
 def _samples(how: str, dtype: str, *, engine: str | None = None, against: str | None = OURS) -> Contestant:
-    module = "sampling" if engine is None else f"{engine}_sampling"
+    module = "our_sampling" if engine is None else f"{engine}_sampling"
     return Contestant(module=module, allowed=f"{how}, {dtype}", engine=engine, against=against, dtype=dtype)
 
 
@@ -271,13 +281,13 @@ WORKS: dict[str, Work] = {
     "dpo_lora": _training(
         kind="dpo",
         adapter="lora",
-        stock="log_softmax and gather, reference by disable_adapter",
+        stock="gather and logsumexp of answer tokens, reference by disable_adapter",
         variants={"ours_larger": _ours_larger(), "ours_recomputed": _ours_recomputed()},
     ),
     "kto_lora": _training(
         kind="kto",
         adapter="lora",
-        stock="log_softmax and gather, reference by disable_adapter, four passes over the answers as TRL's",
+        stock="gather and logsumexp of answer tokens, reference by disable_adapter, four passes over answers as TRL's",
     ),
     "sampling": _sampling(),
     "sampling_128": _sampling_many(),

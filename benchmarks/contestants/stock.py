@@ -14,7 +14,14 @@ from peft import get_peft_model
 from torch import Tensor
 from torch.nn import functional
 
-from benchmarks.contestants.training import input_casts, lora_of, model_of, tokenizer_of
+from benchmarks.contestants.training import (
+    input_casts,
+    lora_of,
+    model_of,
+    prepare_compiling,
+    tokenizer_of,
+    uses_autocast,
+)
 from benchmarks.measure import Steps, device, matmul_peak, write_result
 from benchmarks.setting import BETA, LEARNING_RATE, MAX_GRAD_NORM, ROWS, read_json
 
@@ -34,6 +41,7 @@ def main(task_file: Path) -> None:
     if task["setting"]["checkpointing"]:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
+    prepare_compiling(task)
     called = torch.compile(model) if task["setting"]["compiled"] else model
     rows = read_json(Path(task["tokens"]))
     steps = Steps(task["warm_up"])
@@ -43,13 +51,17 @@ def main(task_file: Path) -> None:
 
 
 def train(model: Any, rows: Rows, pad: int, task: dict[str, Any], steps: Steps) -> None:
-    """A step for each ``ROWS`` rows, in micro-batches whose losses add up to that of the whole batch."""
+    """A step for each ``ROWS`` rows, in micro-batches whose losses add up to that of the whole batch.
+
+    After the last row come the first again.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE[task["adapter"]], weight_decay=0.0, fused=True)
     loss_of, about_all = _LOSSES[task["kind"]]
     steps.begin()
     for step in range(task["steps"]):
-        batch = _Batch(model, rows[ROWS * step : ROWS * (step + 1)], pad, task["setting"])
+        first = ROWS * step % len(rows)
+        batch = _Batch(model, rows[first : first + ROWS], pad, task)
         with batch.precision():
             whole = about_all(batch)
         total = 0.0
@@ -71,17 +83,16 @@ class _Batch:
     model: Any
     rows: Rows
     pad: int
-    setting: dict[str, Any]
+    task: dict[str, Any]
 
     def parts(self) -> Iterator[Rows]:
         """Its micro-batches."""
-        count = self.setting["micro_rows"]
+        count = self.task["setting"]["micro_rows"]
         return (self.rows[first : first + count] for first in range(0, len(self.rows), count))
 
     def precision(self) -> AbstractContextManager[Any]:
         """Autocast, if the setting has it."""
-        autocast = self.setting.get("precision", "autocast") == "autocast"
-        return torch.autocast(device().type, dtype=torch.bfloat16) if autocast else nullcontext()
+        return torch.autocast(device().type, dtype=torch.bfloat16) if uses_autocast(self.task) else nullcontext()
 
 
 # ---- of a whole batch, before its micro-batches ------------------------------------------------------------------
@@ -111,7 +122,7 @@ def _divergence(batch: _Batch) -> Tensor:
 
 
 def _sft_loss(batch: _Batch, rows: Rows, labels_of_all: float) -> Tensor:
-    if batch.setting["padding_free"]:
+    if batch.task["setting"]["padding_free"]:
         labels, inputs = _flat(rows)
     else:
         ids, real = _padded([row["input_ids"] for row in rows], batch.pad)
@@ -169,11 +180,12 @@ def _answers(rows: Rows, name: str, pad: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def _answer_logprobs(model: Any, ids: Tensor, real: Tensor, labels: Tensor) -> Tensor:
     """``[sequences]`` sums over answer tokens, nats."""
-    logits = model(input_ids=ids, attention_mask=real).logits[:, :-1].float()
+    logits = model(input_ids=ids, attention_mask=real).logits[:, :-1]
     labels = labels[:, 1:]
     counted = labels != IGNORED
-    each = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
-    return (each * counted).sum(-1)
+    scored = logits[counted].float()  # [answer tokens of all sequences, vocabulary]
+    each = scored.gather(-1, labels[counted][:, None]).squeeze(-1) - scored.logsumexp(-1)
+    return torch.zeros(len(ids), device=ids.device).index_add(0, counted.nonzero()[:, 0], each)
 
 
 def _both(rows: Rows, pad: int) -> tuple[Tensor, Tensor, Tensor]:

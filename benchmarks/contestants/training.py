@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks.measure import device
-from benchmarks.setting import LORA, SEED
+from benchmarks.setting import LORA, SEED, WITHOUT_AUTOCAST, WITHOUT_INPUT_CASTS
 
 
 def tokenizer_of(task: dict[str, Any]) -> Any:
@@ -57,9 +57,23 @@ def lora_of(task: dict[str, Any]) -> LoraConfig | None:
 def input_casts(task: dict[str, Any], model: Any) -> AbstractContextManager[Any]:
     """With PEFT's conversions of each activation to float32 around each adapter, or spared them, as the setting says.
 
-    Autocast chooses the dtype of products anyway.
+    Under autocast they change no result, because autocast chooses the dtype of products.
     """
-    return nullcontext() if task["setting"].get("input_casts", True) else disable_input_dtype_casting(model)
+    spared = task["setting"]["precision"] == WITHOUT_INPUT_CASTS
+    return disable_input_dtype_casting(model) if spared else nullcontext()
+
+
+def prepare_compiling(task: dict[str, Any]) -> None:
+    """Lets ``torch.compile`` recompile as often as the rows' shapes need, if the setting compiles. By default it gives
+    up after 8 times and runs what is left uncompiled, without a word."""
+    if task["setting"]["compiled"]:
+        torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+
+
+def uses_autocast(task: dict[str, Any]) -> bool:
+    """Whether the setting has autocast to bfloat16."""
+    return bool(task["setting"]["precision"] != WITHOUT_AUTOCAST)
 
 
 def with_adapter(model: Any) -> Any:

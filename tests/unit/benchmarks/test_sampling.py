@@ -14,10 +14,19 @@ import pytest
 import torch
 
 from alignment.engines.completions import Asked, EngineAnswer, Generation
+from alignment.engines.engine_session import EngineSession
 from benchmarks import harness
-from benchmarks.contestants import sampling
-from benchmarks.contestants.sampling import _by_generate, _ours, common_length, in_batches, measured
-from benchmarks.contestants.vllm_sampling import _asking, highest_resident, memory_below
+from benchmarks.contestants import generate_sampling, sampling, vllm_sampling
+from benchmarks.contestants.generate_sampling import _by_generate, common_length, in_batches
+from benchmarks.contestants.our_sampling import one_batch
+from benchmarks.contestants.sampling import Answer, measured
+from benchmarks.contestants.vllm_sampling import (
+    _asking,
+    bytes_per_token,
+    cache_tokens,
+    highest_resident,
+    memory_below,
+)
 from benchmarks.prepare import _select, system_text
 from benchmarks.setting import read_json
 from benchmarks.work import with_choices
@@ -60,14 +69,13 @@ def test_batches_answer_each_prompt_once_and_draw_different_numbers() -> None:
 
 
 def test_ours_and_generate_answer_all_prompts_within_the_limit(model: Any) -> None:
-    for answer in (_ours(model, PROMPTS, 2), _by_generate(model, PROMPTS, 2, common=0)):
+    for answer in (one_batch(model, PROMPTS, 2), _by_generate(model, PROMPTS, 2, common=0)):
         assert [0 < len(row) <= 12 for row in answer(0, 12)] == [True] * 3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("contestant", ["ours_float32", "generate", "generate_float32_fastest", "generate_float32-3"])
-def test_answers_are_sampled_in_the_number_format_of_the_task_whatever_its_contestant_is_called(
-    contestant: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_answers_are_sampled_in_the_number_format_of_the_task(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     formats: list[torch.dtype] = []
 
@@ -75,27 +83,116 @@ def test_answers_are_sampled_in_the_number_format_of_the_task_whatever_its_conte
         formats.append(dtype)
         return 1.0
 
-    def answering(model: Any, prompts: list[list[int]], *_: Any, **__: Any) -> Any:
+    def sampler(model: Any, prompts: list[list[int]], end: int) -> Answer:
         formats.append(model.dtype)
-        return lambda seed, limit: [[2] for _ in prompts]
+        return lambda seed, limit: [[end] for _ in prompts]
 
-    for sampler in ("_ours", "_by_generate"):
-        monkeypatch.setattr(sampling, sampler, answering)
     monkeypatch.setattr(sampling, "matmul_peak", peak)
-    (tmp_path / "tokens.json").write_text(json.dumps(PROMPTS))
-    task = {
-        "contestant": contestant,
-        "dtype": dtype,
-        "setting": {"batch": 3},
-        "size": {"system_tokens": 0, "seeds": [0], "new_tokens": 8},
-        "base": str(save_tiny_model(tmp_path / "base")),
-        "tokens": str(tmp_path / "tokens.json"),
-        "result": str(tmp_path / "result.json"),
-    }
-    (tmp_path / "task.json").write_text(json.dumps(task))
-    sampling.main(tmp_path / "task.json")
+    sampling.sample(_task(tmp_path, dtype), sampler)
     assert formats == [getattr(torch, dtype)] * 2, "that of the peak beside it, and that of the model"
     assert read_json(tmp_path / "result.json")["lengths"] == [[1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ({"batch": 2}, [(2, 0, "dynamic", "sdpa"), (1, 0, "dynamic", "sdpa")]),
+        ({"cache": "static", "attention": "eager"}, [(3, 0, "static", "eager")]),
+        ({"cache": "static, compiled"}, [(3, 0, "static, compiled", "sdpa")]),
+    ],
+)
+def test_generate_samples_with_its_setting(
+    changes: dict[str, Any], asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warm-up is as long as what is measured where code is compiled, and short elsewhere."""
+    batches: list[Any] = []
+    limits: set[int] = set()
+
+    def answering(model: Any, prompts: list[list[int]], end: int, *, common: int, cache: str) -> Answer:
+        batches.append((len(prompts), common, cache, model.config._attn_implementation))
+
+        def answer(seed: int, limit: int) -> list[list[int]]:
+            limits.add(limit)
+            return [[end] for _ in prompts]
+
+        return answer
+
+    monkeypatch.setattr(generate_sampling, "_by_generate", answering)
+    monkeypatch.setattr(sampling, "matmul_peak", lambda dtype: 1.0)
+    task = _task(tmp_path, "float32", **{"batch": 3, "cache": "dynamic", "attention": "sdpa"} | changes)
+    (tmp_path / "task.json").write_text(json.dumps(task))
+    generate_sampling.main(tmp_path / "task.json")
+    assert batches == asked
+    assert limits == ({8} if changes.get("cache") == "static, compiled" else {4, 8})
+
+
+def test_generate_reads_a_system_turn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commons: list[int] = []
+
+    def answering(model: Any, prompts: list[list[int]], end: int, *, common: int, cache: str) -> Answer:
+        commons.append(common)
+        return lambda seed, limit: [[end] for _ in prompts]
+
+    monkeypatch.setattr(generate_sampling, "_by_generate", answering)
+    monkeypatch.setattr(sampling, "matmul_peak", lambda dtype: 1.0)
+    task = _task(tmp_path, "float32", batch=3, cache="dynamic", attention="sdpa")
+    task["size"]["system_tokens"] = 3
+    (tmp_path / "task.json").write_text(json.dumps(task))
+    generate_sampling.main(tmp_path / "task.json")
+    assert commons == [3]
+
+
+def _task(folder: Path, dtype: str, **setting: Any) -> dict[str, Any]:
+    (folder / "tokens.json").write_text(json.dumps(PROMPTS))
+    return {
+        "dtype": dtype,
+        "setting": setting,
+        "size": {"system_tokens": 0, "seeds": [0], "new_tokens": 8},
+        "base": str(save_tiny_model(folder / "base")),
+        "tokens": str(folder / "tokens.json"),
+        "result": str(folder / "result.json"),
+    }
+
+
+def test_vllm_is_started_with_the_number_format_of_the_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Started(Exception):
+        pass
+
+    def start(session: EngineSession, options: vllm_sampling.VllmOptions) -> None:
+        assert (options.dtype, options.max_length) == ("float32", max(map(len, PROMPTS)) + 8)
+        raise Started
+
+    monkeypatch.setattr(EngineSession, "start", start)
+    monkeypatch.setattr(vllm_sampling, "matmul_peak", lambda dtype: 1.0)
+    (tmp_path / "task.json").write_text(json.dumps(_task(tmp_path, "float32")))
+    with pytest.raises(Started):
+        vllm_sampling.main(tmp_path / "task.json")
+
+
+def test_an_engine_has_room_for_whole_blocks_of_each_answer() -> None:
+    assert cache_tokens(32, 154) == 128 * (32 * 2 + 1)
+    assert cache_tokens(3, 128) == 128 * 4
+
+
+def test_a_token_has_keys_and_values_in_all_layers() -> None:
+    config = tiny_model().config
+    assert bytes_per_token(config, torch.bfloat16) == 2 * 2 * config.num_key_value_heads * config.head_dim * 2
+    assert bytes_per_token(config, torch.float32) == 2 * bytes_per_token(config, torch.bfloat16)
+
+
+def test_each_contestant_that_samples_runs_a_module_of_its_own() -> None:
+    assert {name: how.module for name, how in WORKS["sampling"].contestants.items()} == {
+        "ours": "our_sampling",
+        "generate": "generate_sampling",
+        "generate_fastest": "generate_sampling",
+        "generate_leanest": "generate_sampling",
+        "vllm": "vllm_sampling",
+        "ours_float32": "our_sampling",
+        "generate_float32": "generate_sampling",
+        "generate_float32_fastest": "generate_sampling",
+        "generate_float32_leanest": "generate_sampling",
+        "vllm_float32": "vllm_sampling",
+    }
 
 
 def test_each_contestant_of_a_table_is_told_its_number_format() -> None:
@@ -124,7 +221,7 @@ def test_answers_are_counted_up_to_their_end_for_each_seed_after_a_warm_up() -> 
         return [[4, 2, 9], [4, 4, 4, 4]]
 
     size = {"seeds": [3, 5], "new_tokens": 16}
-    seconds, lengths = measured(answer, size, 2, before_each=lambda: calls.append("forget"))
+    seconds, lengths = measured(answer, size, 2, warm_up=4, before_each=lambda: calls.append("forget"))
     assert calls == [(0, 4), "forget", (3, 16), "forget", (5, 16)]
     assert lengths == [[2, 4], [2, 4]]
     assert len(seconds) == 2

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import search_run
+from benchmarks import machine, search_run
 from benchmarks.counts import padded_tokens
 from benchmarks.grid import FASTEST, LEANEST, Axis, Setting, compiles, described, start_of
 from benchmarks.measurement import Circumstances, task_of
 from benchmarks.search import CannotStart, Trial, search
-from benchmarks.search_run import NO_COMPILER, Trying, trial_of
-from benchmarks.searched import NoSearch, choices_of, grid_of, search_file, write_search
+from benchmarks.search_run import NO_COMPILER, Trying, never_ran, trial_of
+from benchmarks.searched import NoSearch, choices_of, code_of, fixed_of, grid_of, search_file, write_search
 from benchmarks.work import with_choices
 from benchmarks.works import WORKS
 
@@ -48,7 +49,7 @@ def _setting(rows: int, checkpointing: bool, attention: str = "sdpa", *, compile
 
 def test_each_axis_is_tried_from_the_fastest_and_from_the_leanest_so_far() -> None:
     library = Library()
-    chosen = search(AXES, library.measure, tolerance=0.01)
+    chosen = search(AXES, library.measure, tolerance=0.01, rounds=2)
     assert chosen == {FASTEST: _setting(1, False), LEANEST: _setting(1, True)}
     assert library.asked == [
         (_setting(8, True), False),
@@ -58,11 +59,31 @@ def test_each_axis_is_tried_from_the_fastest_and_from_the_leanest_so_far() -> No
         (_setting(1, False, "eager"), False),
         (_setting(1, True, "eager"), False),
         (_setting(1, False, compiled=True), False),
-        (_setting(8, True), True),
-        (_setting(1, False), True),
-        (_setting(1, False, compiled=True), True),
-        (_setting(1, True), True),
+        *[
+            (_setting(8, True), True),
+            (_setting(1, False), True),
+            (_setting(1, False, compiled=True), True),
+            (_setting(1, True), True),
+        ]
+        * 2,
     ]
+
+
+def test_joined_axes_are_tried_in_all_combinations() -> None:
+    class Packing(Library):
+        """Rows without padding are faster if there are several, and then four are best."""
+
+        def measure(self, setting: Setting, final: bool) -> Trial:
+            trial = super().measure(setting, final)
+            gain = {8: 1.0, 4: 2.0, 1: 1.0}[int(setting["micro_rows"])] if setting["padding_free"] else 1.0
+            return replace(trial, speed=trial.speed * gain)
+
+    packing = Axis(name="padding_free", values={False: "padded", True: "padding-free"}, joined=True)
+    library = Packing()
+    chosen = search((AXES[0], packing, *AXES[1:]), library.measure, tolerance=0.01, rounds=1)
+    tried = [(setting["micro_rows"], setting["padding_free"]) for setting, final in library.asked if not final]
+    assert tried[:6] == [(8, False), (8, True), (4, False), (4, True), (1, False), (1, True)]
+    assert chosen[FASTEST] == {**_setting(4, False), "padding_free": True}
 
 
 def test_the_second_pass_decides() -> None:
@@ -73,8 +94,35 @@ def test_the_second_pass_decides() -> None:
                 return Trial(setting=setting, final=True, speed=1.0, peak_memory=0.1, losses=trial.losses)
             return trial
 
-    chosen = search(AXES, Misleading().measure, tolerance=0.01)
+    chosen = search(AXES, Misleading().measure, tolerance=0.01, rounds=1)
     assert chosen == {FASTEST: _setting(1, False, compiled=True), LEANEST: _setting(1, False)}
+
+
+def test_the_best_round_of_a_setting_counts() -> None:
+    class Uneven(Library):
+        """In the second pass the fastest setting is slow in one round, fails in the next, and is fast in the third."""
+
+        def measure(self, setting: Setting, final: bool) -> Trial:
+            trial = super().measure(setting, final)
+            if not final or setting != _setting(1, False):
+                return trial
+            rounds = sum(asked == (setting, True) for asked in self.asked)
+            slow, failed = replace(trial, speed=1.0, peak_memory=9.0), replace(trial, failure="it broke")
+            return {1: slow, 2: failed, 3: trial}[rounds]
+
+    assert search(AXES, Uneven().measure, tolerance=0.01, rounds=2)[FASTEST] != _setting(1, False)
+    assert search(AXES, Uneven().measure, tolerance=0.01, rounds=3)[FASTEST] == _setting(1, False)
+
+
+@pytest.mark.parametrize(("answers", "chosen"), [(800.0, True), (700.0, False), (1300.0, False)])
+def test_a_setting_that_samples_other_numbers_of_tokens_is_not_chosen(answers: float, chosen: bool) -> None:
+    class Sampler(Library):
+        def measure(self, setting: Setting, final: bool) -> Trial:
+            tokens = answers if setting["micro_rows"] == 1 else 1000.0
+            return replace(super().measure(setting, final), answers=tokens)
+
+    fastest = search(AXES, Sampler().measure, tolerance=0.01, rounds=1)[FASTEST]
+    assert (fastest["micro_rows"] == 1) is chosen
 
 
 @pytest.mark.parametrize("loss", [2.03, 1.97, float("nan")])
@@ -89,7 +137,7 @@ def test_a_setting_that_learns_something_else_is_not_chosen(loss: float) -> None
             return Trial(setting=setting, final=final, speed=trial.speed, peak_memory=trial.peak_memory, losses=losses)
 
     library = Unlike()
-    chosen = search(AXES, library.measure, tolerance=0.01)
+    chosen = search(AXES, library.measure, tolerance=0.01, rounds=1)
     assert chosen == {goal: _setting(8, True) for goal in (FASTEST, LEANEST)}
     assert [int(setting["micro_rows"]) for setting, final in library.asked if final] == [8, 4, 4, 4]
 
@@ -103,10 +151,23 @@ def test_settings_that_fail_are_left_out_and_a_first_that_fails_ends_the_search(
 
     library = Failing()
     library.fails = False
-    assert search(AXES, library.measure, tolerance=0.01)[FASTEST] == _setting(1, True)
+    assert search(AXES, library.measure, tolerance=0.01, rounds=2)[FASTEST] == _setting(1, True)
     library.fails = True
     with pytest.raises(CannotStart, match="it broke"):
-        search(AXES, library.measure, tolerance=0.01)
+        search(AXES, library.measure, tolerance=0.01, rounds=2)
+
+
+def test_a_value_that_fails_in_every_trial_is_named() -> None:
+    entries = [
+        {"setting": _setting(8, False), "error": "too large"},
+        {"setting": _setting(8, True)},
+        {"setting": _setting(1, False, "eager"), "error": "it broke"},
+    ]
+    assert never_ran(AXES, entries) == [
+        "no trial with micro_rows=1 ran: it broke",
+        "no trial with checkpointing=False ran: it broke",
+        "no trial with attention=eager ran: it broke",
+    ]
 
 
 # ---- the grids ---------------------------------------------------------------------------------------------------
@@ -159,7 +220,7 @@ def _trying(work: str, library: str) -> Trying:
     )
 
 
-def test_a_trial_without_a_compiler_says_so_and_one_that_compiles_has_a_warm_up(
+def test_a_trial_without_a_compiler_says_so_and_one_that_compiles_goes_through_its_rows_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(search_run, "refuse_other_code", lambda conditions: None)
@@ -170,13 +231,23 @@ def test_a_trial_without_a_compiler_says_so_and_one_that_compiles_has_a_warm_up(
     assert trying.entries == [
         {"library": "trl", "final": False, "setting": {**plain, "compiled": True}, "error": NO_COMPILER}
     ]
+    trying.inputs["repetitions"][0] |= {"tokens": "tokens.json"}
     steps = {
-        (compiled, final): (made.warm_up, made.steps)
+        (compiled, final): (task["warm_up"], task["steps"], made.limit_seconds)
         for compiled in (False, True)
         for final in (False, True)
         for made in [trying.measurement({**plain, "compiled": compiled}, final=final)]
+        for task in [task_of(made, Path("folder"))]
     }
-    assert steps == {(False, False): (0, 1), (False, True): (1, 3), (True, False): (1, 2), (True, True): (1, 3)}
+    assert steps == {
+        (False, False): (0, 1, 600),
+        (False, True): (1, 3, 1800),
+        (True, False): (3, 4, 2400),
+        (True, True): (4, 6, 3600),
+    }
+    grpo = _trying("grpo_lora", "trl")
+    compiled = grpo.measurement({**start_of(WORKS["grpo_lora"].rivals["trl"].axes), "compiled": True}, final=False)
+    assert (compiled.steps_while_compiling, compiled.warm_up) == (0, 1), "a policy that has learned gives other answers"
     kto = _trying("kto_lora", "trl")
     assert kto.measurement(start_of(WORKS["kto_lora"].rivals["trl"].axes), final=False).warm_up == 1
 
@@ -198,8 +269,33 @@ def test_a_trial_samples_in_the_number_format_of_its_library(library: str, dtype
 
 
 def test_a_library_whose_updates_take_less_time_is_faster() -> None:
-    entry = {"figures": {"seconds_per_update": 4.0, "peak_memory": 3.0}, "result": {"losses": []}}
-    assert trial_of(WORKS["ppo_lora"], {}, entry, final=True).speed == 0.25
+    figures = {"seconds_per_update": 4.0, "peak_memory": 3.0, "answer_tokens": 1200.0}
+    trial = trial_of(WORKS["ppo_lora"], {}, {"figures": figures, "result": {"losses": []}}, final=True)
+    assert (trial.speed, trial.answers) == (0.25, 1200.0)
+
+
+def test_a_rivals_code_is_its_module_what_that_imports_and_the_shared_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contestants = tmp_path / "benchmarks" / "contestants"
+    contestants.mkdir(parents=True)
+    texts = dict.fromkeys([*machine.SHARED_CODE, "contestants/other.py", "contestants/base.py"], "")
+    texts |= {
+        "contestants/loop.py": "from benchmarks.contestants.shared import one\n",
+        "contestants/shared.py": "from benchmarks.contestants.base import two\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / "benchmarks" / name).write_text(text)
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    before = machine.contestant_sha256("loop")
+    changing = []
+    for name, text in texts.items():
+        (tmp_path / "benchmarks" / name).write_text(f"{text}# a comment\n")
+        assert machine.contestant_sha256("loop") == before
+        (tmp_path / "benchmarks" / name).write_text(f"{text}changed = True\n")
+        changing += [name] * (machine.contestant_sha256("loop") != before)
+        (tmp_path / "benchmarks" / name).write_text(text)
+    assert changing == [name for name in texts if name != "contestants/other.py"]
 
 
 # ---- the file ----------------------------------------------------------------------------------------------------
@@ -213,6 +309,7 @@ CONDITIONS = {
     "data": [{"name": "rows", "sha256": "a"}],
     "base": {"source": "model"},
     "compiler": "none",
+    "launcher": {"OMP_NUM_THREADS": "2"},
     "code_sha256": "of then",
 }
 CHOSEN = {
@@ -230,9 +327,8 @@ CHOSEN = {
 def file(tmp_path: Path) -> Path:
     """A search of SFT."""
     path = search_file(tmp_path, "sft_lora", amx=True)
-    write_search(
-        path, {"conditions": CONDITIONS, "versions": VERSIONS, "grid": grid_of(WORK), "chosen": CHOSEN, "trials": []}
-    )
+    content = {"conditions": CONDITIONS, "versions": VERSIONS, "chosen": CHOSEN, "trials": []}
+    write_search(path, {**content, "grid": grid_of(WORK), "fixed": fixed_of(WORK), "code": code_of(WORK)})
     return path
 
 
@@ -259,8 +355,21 @@ def test_a_table_takes_the_settings_that_the_search_chose(file: Path) -> None:
         "trl_leanest": 1,
         "stock_fastest": 4,
     }
-    assert "4 micro-batches of 2, gradient checkpointing, PEFT's input casts" in work.contestants["trl_fastest"].allowed
+    assert "4 micro-batches of 2, padded, gradient checkpointing, bf16 autocast, PEFT's input casts" in (
+        work.contestants["trl_fastest"].allowed
+    )
     assert work.contestants["stock_fastest"].allowed.endswith("(this is also its leanest setting)")
+
+
+def test_a_default_that_is_also_the_fastest_takes_part_once() -> None:
+    start = start_of(WORKS["sampling"].rivals["generate"].axes)
+    choices = {f"{library}_fastest": start for library in ("generate", "generate_float32")}
+    choices |= {f"{library}_leanest": {**start, "batch": 8} for library in ("generate", "generate_float32")}
+    work = with_choices(WORKS["sampling"], choices)
+    assert [name for name in work.contestants if name.startswith("generate")] == [
+        *("generate", "generate_leanest", "generate_float32", "generate_float32_leanest")
+    ]
+    assert work.contestants["generate"].allowed.endswith("(this is also its fastest setting)")
 
 
 def test_a_rival_keeps_what_no_search_changes() -> None:
@@ -287,6 +396,7 @@ def _altered(**changes: Any) -> dict[str, Any]:
         (_altered(processor={"model": "Fast CPU", "cores": 4}), VERSIONS, "processor: {"),
         (_altered(threads=1), VERSIONS, "threads: 2 then, 1 now"),
         (_altered(compiler="g++"), VERSIONS, 'compiler: "none" then, "g++" now'),
+        (_altered(launcher={"OMP_NUM_THREADS": "1"}), VERSIONS, 'launcher: {"OMP_NUM_THREADS": "2"} then, {'),
         (_altered(data=[{"name": "rows", "sha256": "b"}]), VERSIONS, "data: ["),
         (
             CONDITIONS,
@@ -311,5 +421,11 @@ def test_a_missing_search_and_one_of_another_grid_are_refused(file: Path, tmp_pa
     del content["grid"]["trl"]["compiled"]
     write_search(file, content)
     with pytest.raises(NoSearch, match="the grid of settings has changed since"):
+        choices_of(file, "sft_lora", WORK, CONDITIONS, VERSIONS)
+    write_search(file, {**content, "grid": grid_of(WORK), "fixed": {**fixed_of(WORK), "trl": {"precision": "no"}}})
+    with pytest.raises(NoSearch, match="the grid of settings has changed since"):
+        choices_of(file, "sft_lora", WORK, CONDITIONS, VERSIONS)
+    write_search(file, {**content, "grid": grid_of(WORK), "code": {**code_of(WORK), "stock": "of then"}})
+    with pytest.raises(NoSearch, match="the code of the rivals has changed since"):
         choices_of(file, "sft_lora", WORK, CONDITIONS, VERSIONS)
     assert list(tmp_path.iterdir()) == [file], "nothing half written is left"

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 from benchmarks.contestants.stock import train
 from benchmarks.contestants.training import with_adapter
 from benchmarks.measure import Steps
+from benchmarks.setting import WITHOUT_AUTOCAST
 from tests.tiny import tiny_model, tiny_scorer
 
 ROWS = [
@@ -23,7 +24,7 @@ ANSWERS = [
     {"prompt": [5, 6 + i], "completion": [7, *range(30, 30 + i)], "KL_completion": [9, 8 + i], "label": i % 3 > 0}
     for i in range(16)
 ]
-PLAIN = {"micro_rows": 8, "checkpointing": False, "precision": "float32", "padding_free": False}
+PLAIN = {"micro_rows": 8, "checkpointing": False, "precision": WITHOUT_AUTOCAST, "padding_free": False}
 CHANGES: list[dict[str, Any]] = [{"micro_rows": 1}, {"micro_rows": 4, "checkpointing": True}]
 
 
@@ -57,6 +58,18 @@ def test_rows_without_padding_do_not_see_each_other(micro_rows: int) -> None:
     assert _losses("sft", ROWS, padding_free=True, micro_rows=micro_rows) == pytest.approx(
         _losses("sft", ROWS), rel=1e-5
     )
+
+
+def test_after_the_last_row_come_the_first() -> None:
+    torch.manual_seed(0)
+    setting, losses = PLAIN | {"micro_rows": 4}, []
+    for rows in (ROWS, [*ROWS, *ROWS]):
+        steps = Steps(2)
+        model = tiny_model(use_cache=False).train()
+        train(model, rows, 2, {"kind": "sft", "adapter": "full", "steps": 4, "setting": setting}, steps)
+        losses.append(steps.losses)
+        assert len(steps.seconds) == 2, "the first two are a warm-up"
+    assert losses[0] == losses[1]
 
 
 def test_the_loss_is_the_mean_over_all_labels_of_the_step() -> None:
