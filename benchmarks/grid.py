@@ -104,6 +104,12 @@ LAUNCHER_MEMORY = Axis(
     values={True: "our launcher's settings of glibc's memory", False: "glibc's own settings of memory"},
 )
 _COMPILED = Axis(name="compiled", values={False: "", True: "torch.compile"}, needs_compiler=(True,), goals=(FASTEST,))
+_LAYERS_COMPILED = Axis(
+    name="layers_compiled",
+    values={False: "", True: "each layer compiled by torch.compile"},
+    needs_compiler=(True,),
+    goals=(FASTEST,),
+)
 _CACHE = Axis(name="cache", values={"dynamic": "dynamic cache", "static": "static cache"})
 
 
@@ -125,7 +131,7 @@ def training_axes(kind: str, adapter: str, *, checkpointing: bool) -> tuple[Axis
         *((_precision(*precision),) if adapter == "lora" else ()),
         _ATTENTION,
         LAUNCHER_MEMORY,
-        _COMPILED,
+        _LAYERS_COMPILED,
     )
 
 

@@ -96,9 +96,8 @@ def measure(name: str, options: Options) -> Path:
 def turns(contestants: Sequence[str], repetition: int) -> list[str]:
     """Their order in a repetition. Each begins with another contestant, and every second one goes backwards, so that
     nobody is always first, or always behind the same one."""
-    first = repetition % max(1, len(contestants))
-    order = [*contestants[first:], *contestants[:first]]
-    return order[::-1] if repetition % 2 else order
+    step = -1 if repetition % 2 else 1
+    return [contestants[(repetition + step * turn) % len(contestants)] for turn in range(len(contestants))]
 
 
 def base_model() -> Path:

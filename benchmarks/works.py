@@ -157,6 +157,7 @@ def _grpo() -> Work:
     rival = Rival(
         template=Contestant(module="trl_grpo", allowed=f"{_TRL}; {rule}", library="trl", sharing=sharing),
         axes=grid.grpo_axes(),
+        fixed={"layers_compiled": False},
     )
     return Work(
         kind="grpo",

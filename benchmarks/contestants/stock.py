@@ -18,7 +18,6 @@ from benchmarks.contestants.training import (
     input_casts,
     lora_of,
     model_of,
-    prepare_compiling,
     tokenizer_of,
     uses_autocast,
 )
@@ -41,12 +40,10 @@ def main(task_file: Path) -> None:
     if task["setting"]["checkpointing"]:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     model.train()
-    prepare_compiling(task)
-    called = torch.compile(model) if task["setting"]["compiled"] else model
     rows = read_json(Path(task["tokens"]))
     steps = Steps(task["warm_up"])
     with input_casts(task, model):
-        train(called, rows, tokenizer.pad_token_id, task, steps)
+        train(model, rows, tokenizer.pad_token_id, task, steps)
     write_result(Path(task["result"]), peak=peak, seconds=steps.seconds, losses=steps.losses)
 
 

@@ -26,7 +26,7 @@ def tokenizer_of(task: dict[str, Any]) -> Any:
 def model_of(task: dict[str, Any], tokenizer: Any) -> Any:
     """bfloat16 below an adapter, float32 where it is trained whole (autocast does the products), as ours has it.
 
-    The attention is that of the setting.
+    The attention is that of the setting, and so is whether layers are compiled.
 
     A scorer's head is the one that our stage draws, so that all start from the same loss.
     """
@@ -44,6 +44,8 @@ def model_of(task: dict[str, Any], tokenizer: Any) -> Any:
             model.score.weight.copy_(load_file(Path(task["head"]))["weight"])
     model.config.pad_token_id = tokenizer.pad_token_id
     model.config.use_cache = False
+    if task["setting"]["layers_compiled"]:
+        _compile_layers(model)
     return model.to(device())
 
 
@@ -63,12 +65,16 @@ def input_casts(task: dict[str, Any], model: Any) -> AbstractContextManager[Any]
     return disable_input_dtype_casting(model) if spared else nullcontext()
 
 
-def prepare_compiling(task: dict[str, Any]) -> None:
-    """Lets ``torch.compile`` recompile as often as the rows' shapes need, if the setting compiles. By default it gives
-    up after 8 times and runs what is left uncompiled, without a word."""
-    if task["setting"]["compiled"]:
-        torch._dynamo.config.recompile_limit = 64
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
+def _compile_layers(model: Any) -> None:
+    """Compiles each layer of a model. They are alike, so code is made once for all of them, which takes seconds; of a
+    whole model it took minutes for each shape.
+
+    By default ``torch.compile`` gives up after 8 shapes, and runs other shapes uncompiled without a word.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for layer in model.model.layers:
+        layer.compile()
 
 
 def uses_autocast(task: dict[str, Any]) -> bool:

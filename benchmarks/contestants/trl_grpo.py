@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.contestants.training import lora_of, model_of, prepare_compiling, tokenizer_of, uses_autocast
+from benchmarks.contestants.training import lora_of, model_of, tokenizer_of, uses_autocast
 from benchmarks.contestants.update_clock import UpdateClock
 from benchmarks.measure import Steps, matmul_peak, write_result
 from benchmarks.setting import (
@@ -41,7 +41,6 @@ def main(task_file: Path) -> None:
     peak = matmul_peak()
     steps = Steps(task["warm_up"])
     clock = UpdateClock(steps, loss="loss")
-    prepare_compiling(task)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(task, folder)
         trainer.add_callback(clock)

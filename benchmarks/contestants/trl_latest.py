@@ -24,7 +24,6 @@ from benchmarks.contestants.training import (
     input_casts,
     lora_of,
     model_of,
-    prepare_compiling,
     tokenizer_of,
     uses_autocast,
 )
@@ -52,7 +51,6 @@ def main(task_file: Path) -> None:
     task = read_json(task_file)
     peak = matmul_peak()
     steps = Steps(task["warm_up"])
-    prepare_compiling(task)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _trainer(task, folder)
         trainer.add_callback(UpdateClock(steps, loss="loss"))
@@ -89,7 +87,6 @@ def _arguments(task: dict[str, Any], folder: str) -> dict[str, Any]:
         "per_device_train_batch_size": setting["micro_rows"],
         "gradient_accumulation_steps": ROWS // setting["micro_rows"],
         "gradient_checkpointing": setting["checkpointing"],
-        "torch_compile": setting["compiled"],
         "bf16": uses_autocast(task),
         "train_sampling_strategy": "sequential",  # so that a step has the same rows as everyone's
         "max_steps": task["steps"],

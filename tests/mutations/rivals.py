@@ -113,8 +113,8 @@ MUTATIONS = [
         "harness.py",
         (
             "each contestant runs behind the same one",
-            "return order[::-1] if repetition % 2 else order",
-            "return order",
+            "step = -1 if repetition % 2 else 1",
+            "step = 1",
             f"{HARNESS}::test_nobody_is_always_first_or_behind_the_same_contestant",
         ),
     ),

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import save_file
 from trl import DPOConfig, GRPOConfig
 
-from benchmarks.contestants import generate_sampling, stock, training, trl_grpo, trl_latest
+from benchmarks.contestants import generate_sampling, training, trl_grpo, trl_latest
 from benchmarks.grid import LAUNCHER_MEMORY, Setting, start_of
 from benchmarks.setting import BETA, GRPO_BETA, LORA, PROMPTS, ROWS, read_json
 from benchmarks.stage import stage_config
@@ -48,7 +48,7 @@ RIVALS = [
 ]
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_disable` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_:FutureWarning")  # TRL calls it by its old name
 @pytest.mark.parametrize(("name", "library"), RIVALS)
 def test_a_contestant_reads_each_value_of_its_setting(
     name: str, library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -96,12 +96,7 @@ class _Change:
     expected: dict[str, Any]
 
 
-AS_IT_STARTS = {
-    "per_device_train_batch_size": 8,
-    "gradient_checkpointing": True,
-    "torch_compile": False,
-    "bf16": True,
-}
+AS_IT_STARTS = {"per_device_train_batch_size": 8, "gradient_checkpointing": True, "bf16": True}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +105,6 @@ AS_IT_STARTS = {
         _Change("micro_rows", 2, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
         _Change("micro_rows", 8, {**AS_IT_STARTS, "gradient_accumulation_steps": 1}),
         _Change("checkpointing", False, {**AS_IT_STARTS, "gradient_checkpointing": False}),
-        _Change("compiled", True, {**AS_IT_STARTS, "torch_compile": True}),
         _Change("precision", "no autocast", {**AS_IT_STARTS, "bf16": False}),
         _Change("precision", "autocast without input casts", AS_IT_STARTS),
     ],
@@ -128,6 +122,7 @@ def test_trls_trainers_get_the_setting(change: _Change, tmp_path: Path) -> None:
     [
         _Change("micro_rows", 4, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": PROMPTS // 4}),
         _Change("checkpointing", False, {**AS_IT_STARTS, "gradient_checkpointing": False}),
+        _Change("compiled", True, {**AS_IT_STARTS, "torch_compile": True}),
         _Change("cache", "static", {**AS_IT_STARTS, "cache_implementation": "static"}),
         _Change("cache", "dynamic", {**AS_IT_STARTS, "cache_implementation": None}),
         _Change("precision", "no autocast", {**AS_IT_STARTS, "bf16": False}),
@@ -201,26 +196,24 @@ def test_rivals_make_our_updates(tmp_path: Path) -> None:
     assert ours.optim.batch_size == batch == PROMPTS
 
 
-def test_a_plain_loop_compiles_if_its_setting_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[Any] = []
-
-    def compiling(model: Any) -> Any:
-        compiled.append(model)
-        return model
-
-    monkeypatch.setattr(torch, "compile", compiling)
-    monkeypatch.setattr(stock, "matmul_peak", lambda: 1.0)
-    rival = WORKS["sft_lora"].rivals["stock"]
+@pytest.mark.parametrize(("kind", "adapter"), [("sft", "lora"), ("sft", "full"), ("reward", "lora")])
+def test_each_layer_is_compiled_if_the_setting_says_so(
+    kind: str, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[str] = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
     for wanted in (False, True):
-        setting = rival.contestant({**start_of(rival.axes), "compiled": wanted}).setting
-        (tmp_path / "task.json").write_text(json.dumps(_task("sft", "lora", tmp_path, dict(setting))))
-        stock.main(tmp_path / "task.json")
-        assert len(compiled) == wanted
+        task = _task(kind, adapter, tmp_path, {"attention": "sdpa", "layers_compiled": wanted})
+        training.model_of(task, training.tokenizer_of(task))
+        assert compiled == ["LlamaDecoderLayer"] * 2 * wanted
+    assert torch._dynamo.config.fail_on_recompile_limit_hit is True
 
 
 def test_models_below_an_adapter_are_in_bfloat16_and_those_trained_whole_in_float32(tmp_path: Path) -> None:
     for adapter, dtype in (("lora", torch.bfloat16), ("full", torch.float32)):
-        task = _task("sft", adapter, tmp_path, {"attention": "eager"})
+        task = _task("sft", adapter, tmp_path, {"attention": "eager", "layers_compiled": False})
         model = training.model_of(task, training.tokenizer_of(task))
         assert {weight.dtype for weight in model.parameters()} == {dtype}
         assert model.config._attn_implementation == "eager"

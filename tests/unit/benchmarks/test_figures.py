@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks import rows
+from benchmarks import measure, rows
 from benchmarks.counts import counts_of
 from benchmarks.figures import (
     Sharing,
@@ -117,13 +119,19 @@ def test_a_table_that_knows_no_search_of_its_rivals_is_marked(tmp_path: Path) ->
 
 def test_the_table_names_a_rival_that_did_not_learn_the_same() -> None:
     inputs = {"models": {"base": MODEL}, "repetitions": [{"steps": [COUNTS]}]}
-    losses = {"ours": (1.0, 1.0), "trl_default": (1.009, 0.995), "trl_fastest": (1.0, 1.03)}
+    losses = {
+        "ours": (1.0, 1.0),
+        "trl_default": (1.009, 0.991),
+        "trl_fastest": (1.0, 1.03),
+        "trl_leanest": (1.011, 1.0),
+    }
     measurements = [
         {"contestant": name, "repetition": 0, "result": _result(100.0, 2.0) | {"losses": [first, 7.0, last]}}
         for name, (first, last) in losses.items()
     ]
     text = _table("sft_lora", inputs, measurements)
     assert "- trl_fastest: its losses differ from ours by up to 0.0% in the first step and 3.0% in the last" in text
+    assert "- trl_leanest: its losses differ from ours by up to 1.1% in the first step and 0.0% in the last" in text
     assert "- trl_default: its losses" not in text
 
 
@@ -251,6 +259,15 @@ def test_the_share_of_the_peak_is_that_of_the_highest_peak_in_a_number_format() 
     assert content["peaks"] == {"bfloat16": 400.0, "float32": 100.0}
     assert content["ours"]["mfu"] == content["rivals"]["vllm"]["mfu"] == pytest.approx(useful / 400.0)
     assert content["other_variants_of_ours"]["ours_float32"]["mfu"] == pytest.approx(useful / 100.0)
+
+
+def test_a_product_of_the_peak_is_a_multiplication_and_an_addition_for_each_of_its_terms(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = itertools.count(0.0, 0.5)
+    monkeypatch.setattr(measure, "_SIDE", 8)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    assert measure.matmul_peak(torch.float32) == 2 * 8**3 / 0.5
 
 
 def test_a_median_ignores_one_slow_repetition() -> None:

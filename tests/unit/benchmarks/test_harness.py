@@ -97,7 +97,7 @@ def test_a_measurement_in_which_nothing_was_compiled_has_failed(
             (log.parent / "result.json").write_text(json.dumps(result))
 
         monkeypatch.setattr(measurement_module, "run", run)
-        how = rival.contestant({**start_of(rival.axes), "compiled": compiled})
+        how = rival.contestant({**start_of(rival.axes), "layers_compiled": compiled})
         rows = {"repetitions": [{"tokens": "tokens.json"}]}
         measurement = replace(_measurement("dpo_lora", "stock", how), folder=tmp_path, inputs=rows)
         outcome = taken(measurement, Circumstances(threads=2, amx=True))
@@ -115,9 +115,25 @@ def test_a_measurement_in_which_nothing_was_compiled_has_failed(
 
 def test_nobody_is_always_first_or_behind_the_same_contestant() -> None:
     assert ["".join(turns(["a", "b", "c", "d"], repetition)) for repetition in range(5)] == [
-        *("abcd", "adcb", "cdab", "cbad", "abcd")
+        *("abcd", "badc", "cdab", "dcba", "abcd")
     ]
     assert turns([], 1) == []
+
+
+def test_contestants_take_turns_in_each_repetition(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[tuple[int, str]] = []
+    monkeypatch.setattr(harness, "base_model", lambda: tmp_path)
+    monkeypatch.setattr(harness, "prepared", lambda work, options, base, folder: {})
+    monkeypatch.setattr(harness, "code_sha256", lambda: "same")
+    monkeypatch.setattr(harness, "summarise", lambda *_: {})
+    monkeypatch.setattr(harness, "_write", lambda *_: tmp_path)
+    monkeypatch.setattr(
+        harness,
+        "taken",
+        lambda measurement, circumstances: order.append((measurement.repetition, measurement.name)) or {},
+    )
+    harness.measure("neighbour", _options(tmp_path, "ours", "spinning", repetitions=2))
+    assert order == [(0, "ours"), (0, "spinning"), (1, "spinning"), (1, "ours")]
 
 
 def test_a_contestant_that_another_stands_for_is_not_left_out_without_a_word(

@@ -179,7 +179,7 @@ GRIDS = [(name, library) for name, work in WORKS.items() for library in work.riv
 def test_every_value_of_a_grid_has_words_and_divides_its_batch(name: str, library: str) -> None:
     axes = WORKS[name].rivals[library].axes
     silent = [(axis.name, value) for axis in axes for value, words in axis.values.items() if not words]
-    assert set(silent) <= {("compiled", False)}
+    assert set(silent) <= {("compiled", False), ("layers_compiled", False)}
     batch = {"sampling": WORKS[name].size.prompts, "ppo": 32, "grpo": 32}.get(WORKS[name].kind, 8)
     rows = [axis for axis in axes if axis.name in ("micro_rows", "batch", "rollout_rows")]
     assert all(batch % int(count) == 0 for axis in rows for count in axis.values)
@@ -227,16 +227,16 @@ def test_a_trial_without_a_compiler_says_so_and_one_that_compiles_goes_through_i
     monkeypatch.setattr(search_run, "compiler", lambda: None)
     trying = _trying("sft_lora", "trl")
     plain = start_of(WORKS["sft_lora"].rivals["trl"].axes)
-    assert trying.trial({**plain, "compiled": True}, False).failure == NO_COMPILER
+    assert trying.trial({**plain, "layers_compiled": True}, False).failure == NO_COMPILER
     assert trying.entries == [
-        {"library": "trl", "final": False, "setting": {**plain, "compiled": True}, "error": NO_COMPILER}
+        {"library": "trl", "final": False, "setting": {**plain, "layers_compiled": True}, "error": NO_COMPILER}
     ]
     trying.inputs["repetitions"][0] |= {"tokens": "tokens.json"}
     steps = {
         (compiled, final): (task["warm_up"], task["steps"], made.limit_seconds)
         for compiled in (False, True)
         for final in (False, True)
-        for made in [trying.measurement({**plain, "compiled": compiled}, final=final)]
+        for made in [trying.measurement({**plain, "layers_compiled": compiled}, final=final)]
         for task in [task_of(made, Path("folder"))]
     }
     assert steps == {
@@ -418,7 +418,7 @@ def test_a_missing_search_and_one_of_another_grid_are_refused(file: Path, tmp_pa
     with pytest.raises(NoSearch, match=r"rivals-sft_lora-no-amx\.json is missing; search"):
         choices_of(search_file(tmp_path, "sft_lora", amx=False), "sft_lora", WORK, CONDITIONS, VERSIONS)
     content = json.loads(file.read_text())
-    del content["grid"]["trl"]["compiled"]
+    del content["grid"]["trl"]["layers_compiled"]
     write_search(file, content)
     with pytest.raises(NoSearch, match="the grid of settings has changed since"):
         choices_of(file, "sft_lora", WORK, CONDITIONS, VERSIONS)
