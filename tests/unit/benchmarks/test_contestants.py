@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import save_file
 from trl import DPOConfig, GRPOConfig
 
@@ -26,6 +28,18 @@ PAIRS = [{"prompt": [5, 6 + i], "chosen": [7, 8], "rejected": [9]} for i in rang
 ANSWERS = [{"prompt": [5, 6 + i], "completion": [7, 8], "KL_completion": [9], "label": i % 2 == 0} for i in range(ROWS)]
 ROWS_OF = {"sft": SFT, "reward": PAIRS, "dpo": PAIRS, "kto": ANSWERS, "sampling": [[5, 6], [7, 8]]}
 ROWS_OF["grpo"] = [[5, 6 + i] for i in range(PROMPTS)]
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What trainers leave in accelerate's shared state and in the environment."""
+    environment = dict(os.environ)
+    for state in (AcceleratorState, PartialState):
+        monkeypatch.setattr(state, "_shared_state", {})
+    yield
+    for name in os.environ.keys() - environment:
+        del os.environ[name]
+    os.environ.update(environment)
 
 
 class Noting(dict[str, Any]):
@@ -156,12 +170,10 @@ def test_each_precision_is_a_pair_of_autocast_and_input_casts(
 def test_trls_trainers_use_autocast_as_the_setting_says(
     name: str, module: Any, precision: str, expected: str, tmp_path: Path
 ) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
     work = WORKS[name]
     setting = work.rivals["trl"].contestant({**start_of(work.rivals["trl"].axes), "precision": precision}).setting
     task = _task(work.kind, work.adapter, tmp_path, setting)
     assert module._trainer(task, str(tmp_path / "trainer")).accelerator.mixed_precision == expected
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_rivals_train_with_our_hyperparameters(tmp_path: Path) -> None:
