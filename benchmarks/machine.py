@@ -67,7 +67,7 @@ def code_sha256() -> str:
 
 def contestant_sha256(module: str) -> str:
     """Of the code that a search runs: a module of ``contestants/``, what it imports from there, and ``SHARED_CODE``.
-    Comments do not count."""
+    Comments and docstrings do not count."""
     folder = ROOT / "benchmarks"
     waiting, files = [module], [folder / name for name in SHARED_CODE]
     while waiting:
@@ -77,8 +77,21 @@ def contestant_sha256(module: str) -> str:
             waiting += re.findall(r"^from benchmarks\.contestants\.(\w+) import", file.read_text("utf-8"), re.MULTILINE)
     digest = hashlib.sha256()
     for path in sorted(files):
-        digest.update(f"{path.name}\0{ast.dump(ast.parse(path.read_text('utf-8')))}".encode())
+        digest.update(f"{path.name}\0{_statements(path.read_text('utf-8'))}".encode())
     return digest.hexdigest()
+
+
+def _statements(code: str) -> str:
+    """The code without comments and without strings that stand alone."""
+    tree = ast.parse(code)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [
+                statement
+                for statement in node.body
+                if not (isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant))
+            ]
+    return ast.dump(tree)
 
 
 def uncommitted_code(root: Path = ROOT) -> list[str]:

@@ -85,7 +85,7 @@ class Measurement:
 
     @property
     def steps(self) -> int:
-        """All other steps."""
+        """Steps after those: the warm-up and the measured ones."""
         return self.warm_up + self.how.measured
 
     @property

@@ -66,8 +66,7 @@ def input_casts(task: dict[str, Any], model: Any) -> AbstractContextManager[Any]
 
 
 def _compile_layers(model: Any) -> None:
-    """Compiles each layer of a model. They are alike, so code is made once for all of them, which takes seconds; of a
-    whole model it took minutes for each shape.
+    """Compiles each layer of a model. They are alike, so code is made once for all of them.
 
     By default ``torch.compile`` gives up after 8 shapes, and runs other shapes uncompiled without a word.
     """

@@ -290,7 +290,7 @@ def test_a_rivals_code_is_its_module_what_that_imports_and_the_shared_settings(
     before = machine.contestant_sha256("loop")
     changing = []
     for name, text in texts.items():
-        (tmp_path / "benchmarks" / name).write_text(f"{text}# a comment\n")
+        (tmp_path / "benchmarks" / name).write_text(f'"""Words."""\n{text}# a comment\n')
         assert machine.contestant_sha256("loop") == before
         (tmp_path / "benchmarks" / name).write_text(f"{text}changed = True\n")
         changing += [name] * (machine.contestant_sha256("loop") != before)
