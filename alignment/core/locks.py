@@ -128,8 +128,9 @@ def _holder(descriptor: int, path: Path) -> tuple[str, str]:
     if heir is None:
         return f"process {taker}", ""
     pid, command = heir
+    name = f"process {pid} ({command})" if command else f"process {pid}"
     ended = f"which is still running although {taker}, the process that started it, has ended"
-    return f"process {pid} ({command}), {ended}", _commands(pid)
+    return f"{name}, {ended}", _commands(pid)
 
 
 def _taker(descriptor: int) -> tuple[str, str]:
@@ -153,7 +154,8 @@ def _is_running(pid: int) -> bool:
 
 
 def _heir(path: Path) -> tuple[int, str] | None:
-    """Id and command of another process that has the file open, as far as this user may see."""
+    """Id and command of another process that has the file open, as far as this user may see. A process has no command
+    for a moment while it starts a program."""
     import psutil
 
     for process in psutil.process_iter():

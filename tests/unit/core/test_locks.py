@@ -12,11 +12,13 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
 from alignment.core import locks
 from alignment.core.errors import ArtifactError, Busy, ConfigError
 from alignment.core.locks import held, is_held, last_host
+from tests.patience import wait_until
 
 
 def test_a_second_holder_is_told_who_has_it(tmp_path: Path) -> None:
@@ -123,7 +125,10 @@ def test_a_lock_that_may_only_be_read_can_be_looked_at(tmp_path: Path, monkeypat
     assert not is_held(lock)
 
 
-def test_the_process_that_goes_on_is_named_where_the_one_that_took_the_lock_is_gone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["sleep 60", ""])
+def test_the_process_that_goes_on_is_named_where_the_one_that_took_the_lock_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
     lock = tmp_path / "lock"
     code = (
         "import os, pathlib, subprocess, sys\nfrom alignment.core.locks import held\n"
@@ -136,15 +141,16 @@ def test_the_process_that_goes_on_is_named_where_the_one_that_took_the_lock_is_g
         [sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]
     )
     heir = int(taker.communicate()[0])
+    wait_until(psutil.Process(heir).cmdline)  # a process has none for a moment while it starts a program
+    if not command:
+        monkeypatch.setattr(psutil.Process, "cmdline", lambda _: [])
     try:
         with pytest.raises(Busy) as caught, held(lock, wait=False):
             pytest.fail("two hold one lock")
     finally:
         os.kill(heir, 9)
-    expected = (
-        f"in use by process {heir} (sleep 60), "
-        f"which is still running although {taker.pid}, the process that started it, has ended"
-    )
+    name = f"process {heir} ({command})" if command else f"process {heir}"
+    expected = f"in use by {name}, which is still running although {taker.pid}, the process that started it, has ended"
     assert caught.value.message == expected
     assert caught.value.remedy.endswith(f"; `ps -fp {heir}` shows it, `kill {heir}` stops it")
 
