@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.mutations import (
+    activations,
     attention,
     automatic_sizes,
     benchmarks,
@@ -44,6 +45,7 @@ from tests.mutations import (
 from tests.mutations.mutation import Mutation
 
 MUTATIONS: list[Mutation] = [
+    *activations.MUTATIONS,
     *training.MUTATIONS,
     *tracking.MUTATIONS,
     *ppo.MUTATIONS,

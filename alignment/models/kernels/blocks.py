@@ -7,6 +7,7 @@ dozen over all. A block is replaced only after a test on fixed numbers shows tha
 
 from __future__ import annotations
 
+import functools
 import types
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from alignment.costs.shadows import Shadow
 from alignment.models.kernels.nf4 import float32_copy
+from alignment.models.kernels.origins import with_origin
 from alignment.models.kernels.products import products
 
 _ATTENTION = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "GemmaAttention"}
@@ -115,8 +117,36 @@ def _attention(
 def _feed_forward(self: Any, x: Tensor) -> Tensor:
     """Like ``LlamaMLP.forward``."""
     gate, up = products(x, (self.gate_proj, self.up_proj))
-    out: Tensor = self.down_proj(self.act_fn(gate) * up)
-    return out
+    if not torch.is_grad_enabled() or next(self.act_fn.parameters(), None) is not None:
+        out: Tensor = self.down_proj(self.act_fn(gate) * up)
+        return out
+    gated = _Gated.apply(gate, up, self.act_fn)
+    gated = with_origin(gated, functools.partial(_gated, act=self.act_fn), gate, up)
+    return products(gated, (self.down_proj,))[0]
+
+
+def _gated(gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
+    product: Tensor = act(gate) * up
+    return product
+
+
+class _Gated(torch.autograd.Function):
+    """``act(gate) · up`` of two ``[..., width]`` (Shazeer 2020), of which only these two are stored."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return _gated(gate, up, act)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            gate = gate.detach().requires_grad_()
+            opened = ctx.act(gate)
+        (grad_gate,) = torch.autograd.grad(opened, gate, grad * up)
+        return grad_gate, grad * opened.detach(), None
 
 
 def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:

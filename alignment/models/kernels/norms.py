@@ -1,13 +1,15 @@
 """Root-mean-square layer norm (Zhang and Sennrich 2019) as one function, equal to the models' own layers.
 
 The models' code takes eight passes, half of them over float32 copies that autograd stores: on CPU a fifth of a step.
-Here autograd stores the input and one number per token. A layer is replaced only after a test on fixed numbers shows
-that it computes one of the two forms in use: weight · x/rms, or (1 + weight) · x/rms.
+Here autograd stores the input and one number per token, and the result carries its origin (origins.py). A layer is
+replaced only after a test on fixed numbers shows that it computes one of the two forms in use: weight · x/rms, or
+(1 + weight) · x/rms.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import types
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from alignment.costs.shadows import real_tensors
+from alignment.models.kernels.origins import with_origin
 
 _MANY = 1 << 16
 """Count of numbers from which a pass over them takes longer than the call itself."""
@@ -49,7 +52,7 @@ def _shift_of(module: nn.Module) -> float | None:
         probe = torch.linspace(-2, 3, 2 * weight.numel(), device=weight.device).view(2, -1)
         expected = own(probe)
         for shift in (0.0, 1.0):
-            if torch.allclose(_RmsNorm.apply(probe, own.weight, _eps(module), shift), expected, atol=1e-6):
+            if torch.allclose(_normed(probe, own.weight, _rate(probe, _eps(module)), shift), expected, atol=1e-6):
                 return shift
     return None
 
@@ -63,8 +66,9 @@ def _forward_of(eps: float, shift: float) -> Any:
                 weighted: Tensor = unweighted * self.weight
                 return weighted
             return _normed(hidden_states, self.weight, _rate(hidden_states, eps), shift)
-        normed: Tensor = _RmsNorm.apply(hidden_states, self.weight, eps, shift)
-        return normed
+        rate = _rate(hidden_states.detach(), eps)
+        normed = _RmsNorm.apply(hidden_states, self.weight, rate, shift)
+        return with_origin(normed, functools.partial(_normed, shift=shift), hidden_states, self.weight, rate)
 
     return forward
 
@@ -83,8 +87,7 @@ def _normed(x: Tensor, weight: Tensor, rate: Tensor, shift: float) -> Tensor:
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, shift: float) -> Tensor:
-        rate = _rate(x, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, rate: Tensor, shift: float) -> Tensor:
         ctx.save_for_backward(x, weight, rate)
         ctx.shift = shift
         return _normed(x, weight, rate, shift)

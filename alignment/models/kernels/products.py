@@ -1,7 +1,8 @@
 """A linear layer with low-rank adapters as one function: y = x Wᵀ + b + s (x Aᵀ) Bᵀ (Hu et al. 2021, eq. 3).
 
 PEFT's layer takes nine passes over activations, several of which autograd stores. Here the scale is multiplied into the
-small factor, the sum is part of the matrix product, and only ``x`` and ``x Aᵀ`` are stored. Several adapters on one
+small factor, the sum is part of the matrix product, and only ``x`` and ``x Aᵀ`` are stored; of an ``x`` that has an
+origin (origins.py) only what that reads. Several adapters on one
 layer become one adapter with the sum of their ranks. Layers that read the same input (queries, keys and values; gate
 and up) share the products with small factors, whose few columns would leave a processor idle.
 
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 
 from alignment.models.kernels.dora_norms import change_of_magnitude
 from alignment.models.kernels.nf4 import Nf4Linear, computes_in, frozen_weight
+from alignment.models.kernels.origins import Origin, input_again, origin_of, to_store
+from alignment.models.kernels.whole_products import are_whole, whole_products
 
 
 def fuse_adapters(model: PeftModel) -> None:
@@ -50,11 +53,16 @@ JOINT = "alignment_products"
 
 
 def products(x: Tensor, layers: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
-    """The outputs of several layers for one input, by one function if all of them have plain low-rank adapters."""
+    """The outputs of several layers for one input, by one function if all of them are trained whole, or have plain
+    low-rank adapters."""
     joint: Products | None = vars(layers[0]).get(JOINT)
     if joint is not None:
         return joint(x)
-    if all(_is_fused(layer) and not is_hooked(layer) and _plain_adapters(layer) for layer in layers):
+    if any(is_hooked(layer) for layer in layers):
+        return tuple(layer(x) for layer in layers)
+    if are_whole(layers):
+        return whole_products(x, layers)
+    if all(_is_fused(layer) and _plain_adapters(layer) for layer in layers):
         return _together(x, layers)
     return tuple(layer(x) for layer in layers)
 
@@ -86,7 +94,7 @@ def _together(x: Tensor, layers: tuple[Any, ...]) -> tuple[Tensor, ...]:
     bases = tuple(layer.base_layer for layer in layers)
     scales = tuple(adapter.scale for adapter in adapters)
     trained = itertools.chain(*((adapter.a, adapter.b, adapter.change) for adapter in adapters))
-    return _LowRankProducts.apply(x.to(computes_in(bases[0])), bases, scales, *trained)
+    return _LowRankProducts.apply(x.to(computes_in(bases[0])), origin_of(x), bases, scales, *trained)
 
 
 def has_plain_adapters(layer: LoraLinear) -> bool:
@@ -143,7 +151,12 @@ class _LowRankProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bases: tuple[nn.Linear, ...], scales: tuple[float, ...], *trained: Any
+        ctx: Any,
+        x: Tensor,
+        origin: Origin | None,
+        bases: tuple[nn.Linear, ...],
+        scales: tuple[float, ...],
+        *trained: Any,
     ) -> tuple[Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
         factors_a, factors_b = trained[::3], trained[1::3]
@@ -162,16 +175,17 @@ class _LowRankProducts(torch.autograd.Function):
                 for base, own, change in zip(bases, sums, changes, strict=True)
             ]
         unscaled = [None if change is None else own for own, change in zip(sums, changes, strict=True)]
-        ctx.save_for_backward(flat, low, inner, *ups, *changes, *unscaled)
+        ctx.save_for_backward(low, inner, *ups, *changes, *unscaled, *to_store(ctx, flat, origin))
         ctx.bases, ctx.scales, ctx.shape = bases, scales, x.shape
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in trained]
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        x, low, inner, *others = ctx.saved_tensors
+        low, inner, *others = ctx.saved_tensors
         count = len(ctx.bases)
-        ups, changes, sums = others[:count], others[count : 2 * count], others[2 * count :]
+        ups, changes, sums = (others[first : first + count] for first in (0, count, 2 * count))
+        x = input_again(ctx, others[3 * count :])
         flat = [grad.reshape(-1, grad.shape[-1]).to(x.dtype) for grad in grads]
         of_changes = [
             None if own is None else (grad * own).sum(0, dtype=torch.float32)
@@ -197,7 +211,7 @@ class _LowRankProducts(torch.autograd.Function):
             for grad, base in zip(flat, ctx.bases, strict=True):
                 grad_x.addmm_(grad, frozen_weight(base, x.dtype))
             grad_x = grad_x.view(ctx.shape)
-        return grad_x, None, None, *trained
+        return grad_x, None, None, None, *trained
 
 
 def _product(x: Tensor, base: nn.Linear, *, biased: bool) -> Tensor:

@@ -1,0 +1,188 @@
+"""What is cheap to compute again is not stored, and the gradients are the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from peft import TaskType
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.models.assembly.adapters import add_adapter
+from alignment.models.assembly.recomputing import checkpoint_activations, recompute
+from alignment.models.kernels import blocks, products, whole_products
+from alignment.models.kernels.blocks import fuse_blocks
+from alignment.models.kernels.norms import fuse_norms
+from tests.tiny import liven, tiny_model
+from tests.unit.models.conftest import gradients, relative
+
+IDS = torch.tensor([[5, 6, 7, 8, 2, 11, 12], [9, 4, 4, 3, 2, 6, 6]])
+LORA = AdapterConfig(rank=4)
+DORA = AdapterConfig(kind=AdapterKind.dora, rank=4)
+
+
+def _model(adapter: AdapterConfig | None, *, fused: bool = True, name: str = "llama", **sizes: Any) -> Any:
+    model: Any = tiny_model(name, **sizes)
+    if adapter is not None:
+        model = add_adapter(model, adapter, TaskType.CAUSAL_LM)
+        liven(model)
+    if fused:
+        fuse_norms(model)
+        fuse_blocks(model)
+    return model.train()
+
+
+def _learn(model: Any, *, autocast: bool = True) -> dict[str, Tensor]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(input_ids=IDS).logits
+    logits.float().square().mean().backward()
+    return gradients(model)
+
+
+@contextmanager
+def _stored() -> Iterator[dict[int, Tensor]]:
+    """Collects what autograd stores in the block, by its place in memory."""
+    tensors: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        tensors.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield tensors
+
+
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adapter", [None, LORA, DORA], ids=["whole", "lora", "dora"])
+def test_of_a_feed_forward_block_the_gate_and_the_other_factor_are_stored(adapter: AdapterConfig | None) -> None:
+    model = _model(adapter)
+    width, tokens = model.config.intermediate_size, IDS.numel()
+    with _stored() as tensors, torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=IDS)
+    wide = [tensor for tensor in tensors.values() if tensor.numel() == tokens * width and tensor.shape[-1] == width]
+    of_dora = 2 if adapter is DORA else 0  # the products of both layers, from which magnitudes learn
+    assert len(wide) == (2 + of_dora) * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("adapter", [None, LORA, DORA], ids=["whole", "lora", "dora"])
+def test_results_of_norms_are_not_stored(adapter: AdapterConfig | None, autocast: bool) -> None:
+    model = _model(adapter)
+    results: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm) and module is not model.get_decoder().norm:
+            module.register_forward_hook(lambda *arguments: results.append(arguments[2]))
+    with _stored() as tensors, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(input_ids=IDS)
+    assert len(results) == 2 * model.config.num_hidden_layers
+    numbers = [tensor.float().flatten() for tensor in tensors.values()]
+    for result in results:
+        copies = [
+            own for own in numbers if own.shape == result.flatten().shape and relative(own, result.flatten()) < 0.01
+        ]
+        assert not copies
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["whole", "lora"])
+def test_a_layer_that_checkpoints_stores_nothing_of_its_inside(
+    adapter: AdapterConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _model(adapter)
+    checkpoint_activations(model if adapter is None else model.get_base_model())
+    recompute(model)
+    inside: list[StorageWeakRef] = []
+    plain = blocks._gated
+
+    def seen(gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
+        inside.extend(StorageWeakRef(states.untyped_storage()) for states in (gate, up))
+        return plain(gate, up, act)
+
+    monkeypatch.setattr(blocks, "_gated", seen)
+    logits = model(input_ids=IDS).logits
+    assert len(inside) == 2 * model.config.num_hidden_layers
+    assert all(states.expired() for states in inside)
+    logits.square().mean().backward()
+    expected = _learn(_model(adapter), autocast=False)
+    learned = gradients(model)
+    assert learned.keys() == expected.keys()
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in learned.items())
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma"])
+@pytest.mark.parametrize("adapter", [None, LORA, DORA], ids=["whole", "lora", "dora"])
+def test_gradients_are_the_same_bits_as_with_all_stored(
+    adapter: AdapterConfig | None, name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    again = _learn(_model(adapter, name=name), autocast=autocast)
+    for module in (products, whole_products):
+        monkeypatch.setattr(module, "origin_of", lambda _: None)
+    stored = _learn(_model(adapter, name=name), autocast=autocast)
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(gradient, stored[name]) for name, gradient in again.items())
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma"])
+def test_whole_layers_learn_the_same_bits_together_as_alone(
+    name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = _learn(_model(None, name=name), autocast=autocast)
+    monkeypatch.setattr(products, "are_whole", lambda _: False)
+    alone = _learn(_model(None, name=name), autocast=autocast)
+    assert together.keys() == alone.keys()
+    assert all(torch.equal(gradient, alone[parameter]) for parameter, gradient in together.items())
+
+
+@pytest.mark.parametrize("frozen", ["embed_tokens", "k_proj", "q_proj.bias", "gate_proj", "norm"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: str) -> None:
+    passes = []
+    for fused in (True, False):
+        model = _model(None, fused=fused, name="qwen2")
+        for parameter, weights in model.named_parameters():
+            weights.requires_grad = frozen not in parameter
+        passes.append(_learn(model, autocast=False))
+    ours, own = passes
+    assert ours.keys() == own.keys()
+    assert ours
+    assert not any(frozen in parameter for parameter in ours)
+    for parameter, gradient in ours.items():
+        assert relative(gradient, own[parameter]) < 1e-5, parameter
+
+
+def test_a_whole_layer_with_a_hook_is_called() -> None:
+    model = _model(None)
+    calls: list[nn.Module] = []
+    layer = model.model.layers[0]
+    for module in (layer.self_attn.q_proj, layer.mlp.down_proj):
+        module.register_forward_hook(lambda module, *_: calls.append(module))
+    _learn(model)
+    assert calls == [layer.self_attn.q_proj, layer.mlp.down_proj]
+
+
+def test_a_result_that_was_changed_in_place_is_stored() -> None:
+    """Computed again, it would have other numbers."""
+    slopes = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        norm, layer = LlamaRMSNorm(16), nn.Linear(16, 8, bias=False)
+        if fused:
+            assert fuse_norms(norm) == 1
+        normed = norm(torch.randn(3, 16))
+        with torch.no_grad():
+            normed.mul_(3.0)
+        outputs = products.products(normed, (layer,)) if fused else (layer(normed),)
+        outputs[0].square().sum().backward()
+        slopes.append(layer.weight.grad)
+    assert relative(*slopes) < 1e-6
