@@ -60,8 +60,8 @@ MUTATIONS = [
         ORIGINS,
         (
             "gradients of an input are summed in the products' dtype",
-            "(grad @ weight).to(ctx.input_dtype) for grad",
-            "(grad @ weight) for grad",
+            "(grad @ weight.to(grad.dtype)).to(ctx.input_dtype)",
+            "(grad @ weight.to(grad.dtype))",
             ALONE,
         ),
         (
@@ -69,6 +69,24 @@ MUTATIONS = [
             "in zip(reversed(flat), reversed(weights), strict=True)",
             "in zip(flat, weights, strict=True)",
             ALONE,
+        ),
+        (
+            "a layer whose forward was replaced is not called",
+            ' and "forward" not in vars(layer)',
+            "",
+            "test_a_whole_layer_with_a_hook_or_a_forward_of_its_own_is_called",
+        ),
+        (
+            "another dtype is cast in silence",
+            "return torch.is_autocast_enabled(x.device.type) or all(",
+            "return True or all(",
+            "test_whole_layers_of_another_dtype_are_refused_as_by_pytorch",
+        ),
+        (
+            "copies of weights are stored",
+            "ctx.save_for_backward(*weights, ",
+            "ctx.save_for_backward(*(weight.to(dtype) for weight in weights), ",
+            "test_copies_of_weights_are_not_stored",
         ),
     ),
     *in_file(
@@ -78,7 +96,7 @@ MUTATIONS = [
             "a whole layer's hook is left out",
             "if any(is_hooked(layer) for layer in layers):",
             "if any(is_hooked(layer) for layer in layers if type(layer) is not nn.Linear):",
-            "test_a_whole_layer_with_a_hook_is_called",
+            "test_a_whole_layer_with_a_hook_or_a_forward_of_its_own_is_called",
         ),
     ),
 ]

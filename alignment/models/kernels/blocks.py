@@ -1,8 +1,9 @@
 """Attention and feed-forward blocks of Llama-like models in fewer passes over their activations, with equal results.
 
-The differences: layers of one input are multiplied together if they have low-rank adapters (products.py), and rotary
-positions (Su et al. 2021) take one pass over all numbers and two over half of them, forward and backward, instead of a
-dozen over all. A block is replaced only after a test on fixed numbers shows that it computes the expected function.
+The differences: layers of one input are multiplied together (products.py). A gated product is computed again in the
+backward pass instead of stored (origins.py). Rotary positions (Su et al. 2021) take one pass over all numbers and two
+over half of them, forward and backward, instead of a dozen over all. A block is replaced only after a test on fixed
+numbers shows that it computes the expected function.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from alignment.costs.shadows import Shadow
@@ -126,12 +128,18 @@ def _feed_forward(self: Any, x: Tensor) -> Tensor:
 
 
 def _gated(gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
-    product: Tensor = act(gate) * up
-    return product
+    return _opened(gate, act) * up
+
+
+def _opened(gate: Tensor, act: nn.Module) -> Tensor:
+    """``act(gate)`` in the gate's dtype, also where autocast would choose another: in the backward pass it is off."""
+    with torch.autocast(gate.device.type, enabled=False):
+        opened: Tensor = act(gate)
+    return opened
 
 
 class _Gated(torch.autograd.Function):
-    """``act(gate) · up`` of two ``[..., width]`` (Shazeer 2020), of which only these two are stored."""
+    """``act(gate) · up`` (Shazeer 2020) of two ``[..., width]``; nothing else is stored."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
@@ -140,11 +148,12 @@ class _Gated(torch.autograd.Function):
         return _gated(gate, up, act)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         with torch.enable_grad():
             gate = gate.detach().requires_grad_()
-            opened = ctx.act(gate)
+            opened = _opened(gate, ctx.act)
         (grad_gate,) = torch.autograd.grad(opened, gate, grad * up)
         return grad_gate, grad * opened.detach(), None
 
@@ -166,6 +175,7 @@ class _Rotary(torch.autograd.Function):
         return _turned(x, cos, sin.chunk(2, dim=-1), 1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         return _turned(grad, cos, sin.chunk(2, dim=-1)[::-1], -1), None, None

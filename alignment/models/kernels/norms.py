@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from alignment.costs.shadows import real_tensors
 from alignment.models.kernels.origins import with_origin
@@ -93,6 +94,7 @@ class _RmsNorm(torch.autograd.Function):
         return _normed(x, weight, rate, shift)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rate = ctx.saved_tensors
         grad_weight = None

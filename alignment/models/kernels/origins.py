@@ -28,17 +28,17 @@ class Origin:
 
 
 def with_origin(tensor: Tensor, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """The same tensor, which carries its origin from now on.
+    """The same tensor, which carries its origin from now on if gradients flow through it.
 
-    ``inputs`` are stored by autograd anyway, for the function that computed the tensor. So autograd refuses changes to
-    them.
+    Autograd then stores ``inputs`` anyway, for the function that computed the tensor, and refuses changes to them.
     """
-    setattr(tensor, _NAME, Origin(compute, tuple(states.detach() for states in inputs), tensor._version))
+    if tensor.requires_grad:
+        setattr(tensor, _NAME, Origin(compute, tuple(states.detach() for states in inputs), tensor._version))
     return tensor
 
 
 def origin_of(tensor: Tensor) -> Origin | None:
-    """What it can be computed from; None if it must be stored."""
+    """What it can be computed from; None if it must be stored, or nothing will be."""
     origin: Origin | None = getattr(tensor, _NAME, None)
     is_valid = origin is not None and origin.version == tensor._version
     return origin if is_valid and torch.is_grad_enabled() else None
@@ -51,6 +51,6 @@ def to_store(ctx: Any, x: Tensor, origin: Origin | None) -> tuple[Tensor, ...]:
 
 
 def input_again(ctx: Any, stored: Sequence[Tensor]) -> Tensor:
-    """``[tokens, width]``: the input of which ``stored`` is stored."""
+    """``[tokens, width]``: the function's input, from what ``to_store`` returned."""
     x: Tensor = stored[0] if ctx.compute is None else ctx.compute(*stored)
     return x.to(ctx.dtype).reshape(-1, x.shape[-1])

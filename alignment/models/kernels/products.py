@@ -1,10 +1,10 @@
 """A linear layer with low-rank adapters as one function: y = x Wᵀ + b + s (x Aᵀ) Bᵀ (Hu et al. 2021, eq. 3).
 
 PEFT's layer takes nine passes over activations, several of which autograd stores. Here the scale is multiplied into the
-small factor, the sum is part of the matrix product, and only ``x`` and ``x Aᵀ`` are stored; of an ``x`` that has an
-origin (origins.py) only what that reads. Several adapters on one
-layer become one adapter with the sum of their ranks. Layers that read the same input (queries, keys and values; gate
-and up) share the products with small factors, whose few columns would leave a processor idle.
+small factor, the sum is part of the matrix product, and only ``x`` and ``x Aᵀ`` are stored. If ``x`` has an origin
+(origins.py), only what that reads is stored in its place. Several adapters on one layer become one adapter with the sum
+of their ranks. Layers that read the same input (queries, keys and values; gate and up) share the products with small
+factors, whose few columns would leave a processor idle.
 
 DoRA multiplies each output, without the bias, by m / ‖W + s·B·A‖ (dora_norms.py). The product is stored once more then.
 It is multiplied as z + z · (m / ‖…‖ − 1), because bfloat16 numbers around 1 are too far apart for a factor that is
@@ -24,6 +24,7 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from alignment.models.kernels.dora_norms import change_of_magnitude
 from alignment.models.kernels.nf4 import Nf4Linear, computes_in, frozen_weight
@@ -60,7 +61,7 @@ def products(x: Tensor, layers: tuple[nn.Module, ...]) -> tuple[Tensor, ...]:
         return joint(x)
     if any(is_hooked(layer) for layer in layers):
         return tuple(layer(x) for layer in layers)
-    if are_whole(layers):
+    if are_whole(x, layers):
         return whole_products(x, layers)
     if all(_is_fused(layer) and _plain_adapters(layer) for layer in layers):
         return _together(x, layers)
@@ -181,6 +182,7 @@ class _LowRankProducts(torch.autograd.Function):
         return tuple(out.view(*x.shape[:-1], -1) for out in outs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         low, inner, *others = ctx.saved_tensors
         count = len(ctx.bases)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,19 +17,30 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.recomputing import checkpoint_activations, recompute
-from alignment.models.kernels import blocks, products, whole_products
+from alignment.models.kernels import blocks, norms, products, whole_products
 from alignment.models.kernels.blocks import fuse_blocks
+from alignment.models.kernels.nf4 import quantize_trunk
 from alignment.models.kernels.norms import fuse_norms
 from tests.tiny import liven, tiny_model
 from tests.unit.models.conftest import gradients, relative
 
 IDS = torch.tensor([[5, 6, 7, 8, 2, 11, 12], [9, 4, 4, 3, 2, 6, 6]])
 LORA = AdapterConfig(rank=4)
+QLORA = AdapterConfig(kind=AdapterKind.qlora, rank=4)
 DORA = AdapterConfig(kind=AdapterKind.dora, rank=4)
 
 
-def _model(adapter: AdapterConfig | None, *, fused: bool = True, name: str = "llama", **sizes: Any) -> Any:
-    model: Any = tiny_model(name, **sizes)
+def _model(
+    adapter: AdapterConfig | None,
+    *,
+    fused: bool = True,
+    name: str = "llama",
+    dtype: torch.dtype = torch.float32,
+    **sizes: Any,
+) -> Any:
+    model: Any = tiny_model(name, **sizes).to(dtype)
+    if adapter is QLORA:
+        quantize_trunk(model, torch.device("cpu"))
     if adapter is not None:
         model = add_adapter(model, adapter, TaskType.CAUSAL_LM)
         liven(model)
@@ -82,13 +94,24 @@ def test_results_of_norms_are_not_stored(adapter: AdapterConfig | None, autocast
             module.register_forward_hook(lambda *arguments: results.append(arguments[2]))
     with _stored() as tensors, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         model(input_ids=IDS)
-    assert len(results) == 2 * model.config.num_hidden_layers
+    of_first_layer = 0 if adapter is None else 1  # whose input has no gradient, and is not stored
+    results = [result for result in results if result.requires_grad]
+    assert len(results) == 2 * model.config.num_hidden_layers - of_first_layer
     numbers = [tensor.float().flatten() for tensor in tensors.values()]
     for result in results:
         copies = [
             own for own in numbers if own.shape == result.flatten().shape and relative(own, result.flatten()) < 0.01
         ]
         assert not copies
+
+
+def test_copies_of_weights_are_not_stored() -> None:
+    model = _model(None)
+    with _stored() as tensors, torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=IDS)
+    of_layers = {tuple(weight.shape) for name, weight in model.named_parameters() if "mlp" in name}
+    assert of_layers == {(48, 32), (32, 48)}
+    assert not [tensor for tensor in tensors.values() if tensor.dtype is torch.bfloat16 and tensor.shape in of_layers]
 
 
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["whole", "lora"])
@@ -119,18 +142,19 @@ def test_a_layer_that_checkpoints_stores_nothing_of_its_inside(
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma"])
-@pytest.mark.parametrize("adapter", [None, LORA, DORA], ids=["whole", "lora", "dora"])
+@pytest.mark.parametrize("adapter", [None, LORA, DORA, QLORA], ids=["whole", "lora", "dora", "qlora"])
 def test_gradients_are_the_same_bits_as_with_all_stored(
-    adapter: AdapterConfig | None, name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
+    adapter: AdapterConfig | None, name: str, dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    again = _learn(_model(adapter, name=name), autocast=autocast)
+    monkeypatch.setattr(norms, "_MANY", 0)  # as for many numbers
+    again = _learn(_model(adapter, name=name, dtype=dtype), autocast=autocast)
     for module in (products, whole_products):
         monkeypatch.setattr(module, "origin_of", lambda _: None)
-    stored = _learn(_model(adapter, name=name), autocast=autocast)
+    stored = _learn(_model(adapter, name=name, dtype=dtype), autocast=autocast)
     assert again.keys() == stored.keys()
-    assert all(torch.equal(gradient, stored[name]) for name, gradient in again.items())
+    assert all(torch.equal(gradient, stored[parameter]) for parameter, gradient in again.items())
 
 
 @pytest.mark.parametrize("autocast", [True, False])
@@ -139,7 +163,7 @@ def test_whole_layers_learn_the_same_bits_together_as_alone(
     name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     together = _learn(_model(None, name=name), autocast=autocast)
-    monkeypatch.setattr(products, "are_whole", lambda _: False)
+    monkeypatch.setattr(products, "are_whole", lambda *_: False)
     alone = _learn(_model(None, name=name), autocast=autocast)
     assert together.keys() == alone.keys()
     assert all(torch.equal(gradient, alone[parameter]) for parameter, gradient in together.items())
@@ -161,14 +185,40 @@ def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: str) -> N
         assert relative(gradient, own[parameter]) < 1e-5, parameter
 
 
-def test_a_whole_layer_with_a_hook_is_called() -> None:
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_a_whole_layer_with_a_hook_or_a_forward_of_its_own_is_called(how: str) -> None:
     model = _model(None)
     calls: list[nn.Module] = []
     layer = model.model.layers[0]
-    for module in (layer.self_attn.q_proj, layer.mlp.down_proj):
-        module.register_forward_hook(lambda module, *_: calls.append(module))
+    modules = [layer.self_attn.q_proj, layer.mlp.down_proj]
+    for module in modules:
+        if how == "hook":
+            module.register_forward_hook(lambda module, *_: calls.append(module))
+        else:
+            module.forward = functools.partial(_noted, calls, module)
     _learn(model)
-    assert calls == [layer.self_attn.q_proj, layer.mlp.down_proj]
+    assert calls == modules
+
+
+def _noted(calls: list[nn.Module], module: nn.Linear, x: Tensor) -> Tensor:
+    calls.append(module)
+    return nn.functional.linear(x, module.weight, module.bias)
+
+
+def test_whole_layers_of_another_dtype_are_refused_as_by_pytorch() -> None:
+    layer = nn.Linear(16, 8)
+    with pytest.raises(RuntimeError, match="dtype"):
+        products.products(torch.randn(3, 16).bfloat16(), (layer,))
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["whole", "lora"])
+def test_second_derivatives_are_refused(adapter: AdapterConfig | None) -> None:
+    model = _model(adapter)
+    loss = model(input_ids=IDS).logits.square().mean()
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    slopes = torch.autograd.grad(loss, weights, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(slope.square().sum() for slope in slopes).backward()
 
 
 def test_a_result_that_was_changed_in_place_is_stored() -> None:
@@ -179,7 +229,7 @@ def test_a_result_that_was_changed_in_place_is_stored() -> None:
         norm, layer = LlamaRMSNorm(16), nn.Linear(16, 8, bias=False)
         if fused:
             assert fuse_norms(norm) == 1
-        normed = norm(torch.randn(3, 16))
+        normed = norm(torch.randn(3, 16, requires_grad=True))
         with torch.no_grad():
             normed.mul_(3.0)
         outputs = products.products(normed, (layer,)) if fused else (layer(normed),)
