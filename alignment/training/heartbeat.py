@@ -66,10 +66,10 @@ class HeartbeatWriter:
         seen: object = None
         used, since = ProcessorTime(), time.monotonic()
         while True:
-            frame = sys._current_frames().get(watched)
-            if frame is None:  # the thread has ended, and the process is about to
+            # No frame may be kept in a variable: it keeps those of its function, such as a pass's activations.
+            stack = call_stack(sys._current_frames().get(watched))
+            if not stack:  # the thread has ended, and the process is about to
                 return
-            stack = call_stack(frame)
             now, before, used = time.monotonic(), used, processor_seconds(process)
             works, waits = activity(stack, used.since(before), on_gpu=self.on_gpu)
             if (self.reports, stack) != seen or works:

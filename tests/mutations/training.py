@@ -20,6 +20,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "training/heartbeat.py",
+        "unit/training/test_heartbeat.py",
+        (
+            "the watching thread keeps a frame, and so what its function held",
+            "call_stack(sys._current_frames().get(watched))",
+            "call_stack(frame := sys._current_frames().get(watched))",
+            "test_what_a_function_held_is_free_when_it_returns",
+        ),
+    ),
+    *in_file(
         "training/micro_batches.py",
         "unit/training/test_micro_batches.py",
         (

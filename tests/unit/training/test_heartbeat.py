@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,23 @@ def test_a_processor_that_is_busy_is_work_unless_a_gpu_may_be_waited_for(
     sign = watched(compute)
     assert (sign.time > sign.since) is on_gpu
     assert sign.waits is on_gpu
+
+
+def test_what_a_function_held_is_free_when_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame that the watching thread kept would keep its variables too, such as the activations of a pass."""
+    heartbeats = heartbeat.heartbeat_file(tmp_path, 3)
+    monkeypatch.setattr(heartbeat, "PERIOD", 30.0)
+    held: list[weakref.ref[set[int]]] = []
+
+    def hold() -> None:
+        activations = {1}
+        held.append(weakref.ref(activations))
+        while not heartbeats.exists():
+            time.sleep(0.01)
+
+    HeartbeatWriter().start(tmp_path, 3)
+    hold()
+    assert held[0]() is None
 
 
 def test_processor_seconds_are_those_of_the_process() -> None:
