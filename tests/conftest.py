@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: a second thread makes the whole take half as long again
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # as in a stage: TRL reports each trainer that is made
 
 THIRD_PARTY_WARNINGS = (
     # PEFT asks transformers for a property by its old name:
