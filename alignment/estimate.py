@@ -15,6 +15,7 @@ if __name__ == "__main__":  # before the imports below, as in a stage
 import argparse
 import copy
 import dataclasses
+import gc
 import json
 import math
 import os
@@ -103,6 +104,7 @@ def main() -> int:
     for one_stage in asked:
         function_of(kind_of(read_spec(Path(one_stage["file"])).config))  # imports what the stage needs
     unused_libraries.show()
+    gc.freeze()  # each model and each trainer collects garbage first, which takes long among the libraries' objects
     timer = Timer(options.device, tries_longest=not options.as_run)
     startup = timer.startup
     stages, trades = [], []

@@ -30,6 +30,7 @@ from alignment.data.turns import Message
 from alignment.models.assembly.load import DTYPES, products_in
 from alignment.models.assembly.prefix import positions_of
 from alignment.models.assembly.reward_head import AT_TURN_END
+from alignment.models.assembly.unused import free_unused
 from alignment.models.forward.answers import batches, scalar_scores
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.rows import by_tokens, stream
@@ -149,7 +150,8 @@ def _without(control: Sequence[str], text: str) -> str:
 
 
 def _read(folder: Path, dtype: Dtype, *, source: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """The model, and what transformers reports about its weights."""
+    """The model, and what transformers reports about its weights. Models that nothing uses any more are freed first."""
+    free_unused()
     if on_shadows():
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
         with memory_for(WEIGHTS):

@@ -34,6 +34,7 @@ from alignment.models.assembly.adapters import merge_adapter
 from alignment.models.assembly.beside_text import freeze_beside_text
 from alignment.models.assembly.mapped import convert, keep_mapped, same_file
 from alignment.models.assembly.scalar_architectures import refuse_without_scores
+from alignment.models.assembly.unused import free_unused
 from alignment.models.kernels.nf4 import round_trunk
 
 DTYPES = {Dtype.bfloat16: torch.bfloat16, Dtype.float32: torch.float32}
@@ -163,9 +164,11 @@ def load_policy(lineage: Lineage, dtype: torch.dtype, *, mapped: bool = False) -
     for images or sounds.
 
     An adapter that was trained on weights in four bits is merged into the dequantised weights. With ``mapped``, weights
-    stay in their file until they are copied (mapped.py), unless adapters are merged into them.
+    stay in their file until they are copied (mapped.py), unless adapters are merged into them. Models that nothing uses
+    any more are freed first.
     """
     if not lineage.adapters:
+        free_unused()
         model = _mapped_from_folder(lineage.base, dtype) if mapped else _from_folder(lineage.base, dtype)
     else:
         model = load_policy(lineage.weights, dtype)

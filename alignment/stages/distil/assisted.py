@@ -128,6 +128,7 @@ def timing(
                 widest_gap=max(gaps, default=0.0),
             )
         )
+        del draft  # else it would be in memory while the next one is loaded
     before, after = assisted
     return Timing(
         prompts=len(prompts),

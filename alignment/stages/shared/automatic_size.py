@@ -7,7 +7,6 @@ were set by hand.
 
 from __future__ import annotations
 
-import gc
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ from alignment.config.stage import StageConfig
 from alignment.core import hardware
 from alignment.core.errors import StageError
 from alignment.job import StageSpec, memory_key
+from alignment.models.assembly.unused import free_unused
 from alignment.records import chosen_sizes
 from alignment.records.chosen_sizes import OWN_FILE, ChosenSize
 from alignment.training.context import StageContext
@@ -96,11 +96,9 @@ def _search(context: StageContext, run: Run) -> Choice:
             where=f"{where}.micro_batch_tokens",
             remedy="set a number",
         )
-    gc.collect()  # trainers and models refer to each other
+    free_unused()
     if spec.sharding.by_deepspeed:
         load_whole_again()
-    if context.device.type == "cuda":
-        torch.cuda.empty_cache()
     return choice
 
 

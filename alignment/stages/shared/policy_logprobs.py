@@ -55,6 +55,7 @@ def policy_logprobs(
                     some = slice(span.start, span.stop)
                     values.append(sequence_logprobs(model, rows.prompts[some], rows.answers[some]))
                     context.progress(phase, len(values), len(share))
+            del model  # else two policies would be in memory while the next one is loaded
         return values
 
     logprobs = iter(in_shares(context, spans, logprobs_of))

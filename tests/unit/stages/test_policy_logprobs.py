@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from alignment.models.assembly import load
 from alignment.models.assembly.load import Lineage
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.shared import policy_logprobs as module
@@ -21,6 +25,14 @@ from tests.tiny import save_tiny_model, tiny_spec
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9] * 20, [8, 3], [8, 3, 4, 4]]
 ANSWERS = [[11, 12], [13], [14, 15, 16], [17], [18, 19]]
+
+
+@pytest.fixture
+def _without_collections() -> Iterator[None]:
+    """Python frees nothing by itself that refers to itself."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 def slow(model: Any, prompt: list[int], answer: list[int]) -> float:
@@ -53,3 +65,29 @@ def test_each_row_has_the_log_probability_of_its_policy(
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         rows = zip(asked[name].prompts, asked[name].answers, strict=True)
         close(logprobs[name], [slow(model, *row) for row in rows])
+
+
+@pytest.mark.usefixtures("_without_collections")
+def test_one_policy_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights: list[weakref.ref[torch.Tensor]] = []
+    read = load._from_folder
+
+    def counted(folder: Path, dtype: torch.dtype) -> Any:
+        assert not [weight for weight in weights if weight() is not None]
+        model: Any = read(folder, dtype)
+        weights.append(weakref.ref(model.model.layers[0].self_attn.q_proj.weight))
+        return model
+
+    monkeypatch.setattr(load, "_from_folder", counted)
+    context = StageContext(spec=tiny_spec(tmp_path, EvaluateConfig(arms=["base"])), rank=0, world_size=1)
+    asked = {
+        name: PolicyRows(
+            policy=Lineage(source=f"path:{name}", base=save_tiny_model(tmp_path / name), adapters=()),
+            prompts=PROMPTS,
+            answers=ANSWERS,
+        )
+        for name in ("first", "second", "third")
+    }
+    policies = Policies(context)
+    policy_logprobs(context, "scoring", policies, asked)
+    assert len(weights) == len(asked)
