@@ -18,8 +18,8 @@ class StoredFile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredCheckpoint:
-    """A stage's work after ``step``, with the number of its stored ``parts``; ``files`` are listed by their paths in
-    the work folder.
+    """A stage's work after ``step``, with the number of its stored ``parts`` and the bytes of servers' ``replies``;
+    ``files`` are listed by their paths in the work folder.
 
     Example: ``StoredCheckpoint(fingerprint="91c0aa17…", step=40, parts=0, files={"checkpoints/checkpoint-40/…": …})``.
     """
@@ -29,17 +29,19 @@ class StoredCheckpoint:
     parts: int
     files: dict[str, StoredFile] = field(default_factory=dict)
     created: Name = ""
+    replies: int = 0
     version: int = 1
 
     @property
-    def progress(self) -> tuple[int, int]:
+    def progress(self) -> tuple[int, int, int]:
         """What orders checkpoints: a larger one is newer."""
-        return self.step, self.parts
+        return self.step, self.parts, self.replies
 
     @property
     def label(self) -> str:
-        """``checkpoint-40``, or ``3 stored parts``."""
-        return f"checkpoint-{self.step}" if self.step else f"{self.parts} stored parts"
+        """``checkpoint-40``, or ``3 stored parts``, or ``3 stored parts with servers' replies``."""
+        label = f"checkpoint-{self.step}" if self.step else f"{self.parts} stored parts"
+        return f"{label} with servers' replies" if self.replies else label
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

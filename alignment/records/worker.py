@@ -19,6 +19,8 @@ STATUS = "status.json"
 HEARTBEATS = "heartbeats"
 PARTS = "part-*.json"
 """Parts of a result in the folder ``checkpoints`` of a stage that stores them as they are made."""
+REPLIES = ("*.work.jsonl", "scorer_replies/*.jsonl")
+"""Replies of servers in a stage's work folder, which grow while it asks; asking again would cost money."""
 DONE, FAILED, PREEMPTED = "done", "failed", "preempted"
 
 

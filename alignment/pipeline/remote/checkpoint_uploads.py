@@ -15,6 +15,8 @@ from alignment.pipeline.remote.remote_checkpoints import RemoteCheckpoints, loca
 
 _LOOK_SECONDS = 1.0
 _AFTER_FAULT_SECONDS = 30.0
+_REPLIES_SECONDS = 30.0
+"""How long replies of servers wait for an upload while they are all that is new."""
 
 
 class _Ended(Exception):
@@ -32,7 +34,8 @@ class CheckpointUploads:
         self, checkpoints: RemoteCheckpoints, work: Path, *, lease: Lease, announce: Callable[[str], None]
     ) -> None:
         self._checkpoints, self._work, self._lease, self._announce = checkpoints, work, lease, announce
-        self._uploaded = (0, 0)
+        self._uploaded = (0, 0, 0)
+        self._uploaded_at = 0.0
         self._ends = threading.Event()
         self._fault = ""
         self._thread = threading.Thread(target=self._upload_all, daemon=True)
@@ -62,9 +65,12 @@ class CheckpointUploads:
 
     def _upload(self, on_bytes: Callable[[int], None]) -> bool:
         """Uploads how far the stage is, if that is new; returns False after a fault of the store or the disk."""
-        if local_work(self._work).progress <= self._uploaded:
+        here, started = local_work(self._work).progress, time.monotonic()
+        if here <= self._uploaded:
             return True
-        started = time.monotonic()
+        are_only_replies = here[:2] == self._uploaded[:2]
+        if are_only_replies and not self._ends.is_set() and started < self._uploaded_at + _REPLIES_SECONDS:
+            return True
         try:
             checkpoint = self._checkpoints.upload_newest(self._work, on_bytes=on_bytes)
         except ArtifactError:  # the stage has removed it, so there is a newer one or the result
@@ -77,7 +83,9 @@ class CheckpointUploads:
             return False
         self._fault = ""
         if checkpoint is not None:
-            self._uploaded = checkpoint.progress
+            self._uploaded, self._uploaded_at = checkpoint.progress, started
+            if are_only_replies:
+                return True
             self._announce(f"{checkpoint.label} was uploaded in {time.monotonic() - started:.1f} s")
         return True
 

@@ -22,7 +22,7 @@ from alignment.pipeline.remote.file_transfer import download_files, keys_of, upl
 from alignment.pipeline.remote.lease import OWN_FILE
 from alignment.pipeline.remote.object_store import ObjectStore
 from alignment.records.stored_checkpoint import StoredCheckpoint, StoredFile, as_listed
-from alignment.records.worker import PARTS, PROGRESS
+from alignment.records.worker import PARTS, PROGRESS, REPLIES
 
 CHECKPOINT_MANIFEST = "alignment_checkpoint.json"
 """The last file that ``alignment.training.checkpoints`` writes into a checkpoint; without it, a folder is ignored."""
@@ -30,22 +30,24 @@ STAGED = "upload"
 """The folder in a stage's work folder with what is being uploaded, which the stage may remove meanwhile."""
 NUM_STORED = 2
 _FOLDER = "checkpoints"
-_LIST = re.compile(r"\d{8}-\d{6}\.json")
+_LIST = re.compile(r"\d{8}-\d{6}(-\d{12})?\.json")
 _NOT_WORK = frozenset({PROGRESS, OWN_FILE})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LocalWork:
-    """How far the work folder is: the ``newest`` sealed checkpoint, its step, and the number of stored parts."""
+    """How far the work folder is: the ``newest`` sealed checkpoint, its step, the number of stored parts, and the bytes
+    of servers' replies."""
 
     newest: Path | None
     step: int
     parts: int
+    replies: int
 
     @property
-    def progress(self) -> tuple[int, int]:
+    def progress(self) -> tuple[int, int, int]:
         """What orders checkpoints: a larger one is newer."""
-        return self.step, self.parts
+        return self.step, self.parts, self.replies
 
 
 def local_work(work: Path) -> LocalWork:
@@ -53,7 +55,8 @@ def local_work(work: Path) -> LocalWork:
     sealed = [manifest.parent for manifest in (work / _FOLDER).glob(f"checkpoint-*/{CHECKPOINT_MANIFEST}")]
     newest = max(sealed, key=_step, default=None)
     parts = sum(1 for _ in (work / _FOLDER).glob(PARTS))
-    return LocalWork(newest=newest, step=0 if newest is None else _step(newest), parts=parts)
+    replies = sum(_size(file) for pattern in REPLIES for file in work.glob(pattern))
+    return LocalWork(newest=newest, step=0 if newest is None else _step(newest), parts=parts, replies=replies)
 
 
 class RemoteCheckpoints:
@@ -98,7 +101,7 @@ class RemoteCheckpoints:
         """
         stored = self.complete()
         here = local_work(work)
-        if here.progress <= max((checkpoint.progress for checkpoint in stored), default=(0, 0)):
+        if here.progress <= max((checkpoint.progress for checkpoint in stored), default=(0, 0, 0)):
             return None
         staged = work / STAGED
         shutil.rmtree(staged, ignore_errors=True)
@@ -144,20 +147,31 @@ class RemoteCheckpoints:
             fingerprint=self._stage,
             step=here.step,
             parts=here.parts,
+            replies=here.replies,
             files=files,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
     def _key(self, checkpoint: StoredCheckpoint) -> str:
-        return f"{self.folder}/{checkpoint.step:08d}-{checkpoint.parts:06d}.json"
+        replies = f"-{checkpoint.replies:012d}" if checkpoint.replies else ""
+        return f"{self.folder}/{checkpoint.step:08d}-{checkpoint.parts:06d}{replies}.json"
 
     def _rotate(self, newest_first: list[StoredCheckpoint]) -> None:
-        """Removes the lists of older checkpoints, then the files that only they name."""
-        for older in newest_first[NUM_STORED:]:
-            self._store.delete(self._key(older))
-        listed = [keys_of(self.folder, as_listed(checkpoint.files)) for checkpoint in newest_first]
-        for key in set().union(*listed[NUM_STORED:]) - set().union(*listed[:NUM_STORED]):
+        """Removes the lists of older checkpoints, then the files that only they name. Of lists that differ in servers'
+        replies alone, the newest stays."""
+        newest: dict[tuple[int, int], StoredCheckpoint] = {}
+        for checkpoint in newest_first:
+            newest.setdefault((checkpoint.step, checkpoint.parts), checkpoint)
+        stays = list(newest.values())[:NUM_STORED]
+        older = [checkpoint for checkpoint in newest_first if checkpoint not in stays]
+        for checkpoint in older:
+            self._store.delete(self._key(checkpoint))
+        for key in self._objects(older) - self._objects(stays):
             self._store.delete(key)
+
+    def _objects(self, checkpoints: list[StoredCheckpoint]) -> set[str]:
+        """The keys of their files."""
+        return set().union(*(keys_of(self.folder, as_listed(checkpoint.files)) for checkpoint in checkpoints))
 
 
 def _names(work: Path, here: LocalWork) -> Iterator[str]:
@@ -175,6 +189,14 @@ def _sealed_last(checkpoint: StoredCheckpoint) -> dict[str, dict[str, object]]:
     """The files in an order in which half a download does not count: logs, weights, and the manifest that seals."""
     listed = as_listed(checkpoint.files)
     return dict(sorted(listed.items(), key=lambda item: (Path(item[0]).name == CHECKPOINT_MANIFEST, item[0])))
+
+
+def _size(file: Path) -> int:
+    """Bytes of a file; 0 if the stage has removed it meanwhile."""
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _step(checkpoint: Path) -> int:

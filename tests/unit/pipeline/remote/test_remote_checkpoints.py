@@ -67,7 +67,7 @@ def test_another_machine_gets_all_that_it_needs_and_nothing_of_the_first(
     (work / "content" / "model" / "weights").write_text("made at the end")
     stored = checkpoints.upload_newest(work, on_bytes=nothing)
     assert stored is not None
-    assert (stored.label, stored.progress) == ("checkpoint-40", (40, 1))
+    assert (stored.label, stored.progress) == ("checkpoint-40 with servers' replies", (40, 1, len("replies")))
 
     announcements = download(checkpoints, tmp_path / "other")
     assert files(tmp_path / "other") == {
@@ -78,7 +78,7 @@ def test_another_machine_gets_all_that_it_needs_and_nothing_of_the_first(
         "micro_batch.json": "{}",
         "scorer_replies/0.jsonl": "replies",
     }
-    assert "checkpoint-40 was downloaded from memory://" in announcements[0]
+    assert "checkpoint-40 with servers' replies was downloaded from memory://" in announcements[0]
     assert not (work / "upload").exists()
 
 
@@ -117,6 +117,21 @@ def test_the_two_newest_are_kept_and_what_only_older_ones_name_is_removed(
     assert len(logs) == 2
     checkpoints.remove()
     assert store.sizes(checkpoints.folder) == {}
+
+
+def test_replies_that_are_new_leave_the_checkpoint_before_where_it_is(
+    checkpoints: RemoteCheckpoints, store: ObjectStore, work: Path
+) -> None:
+    """It is used if the newest is damaged."""
+    (work / "scorer_replies").mkdir()
+    for step in (20, 40):
+        sealed(work, step)
+        for number in range(3):
+            with (work / "scorer_replies" / "0.jsonl").open("a") as replies:
+                replies.write(f"reply {number}\n")
+            checkpoints.upload_newest(work, on_bytes=nothing)
+    assert [stored.progress for stored in checkpoints.complete()] == [(40, 0, 48), (20, 0, 24)]
+    assert len([key for key in store.sizes(checkpoints.folder) if "scorer_replies" in key]) == 2
 
 
 def test_what_is_further_here_is_not_replaced(checkpoints: RemoteCheckpoints, work: Path, tmp_path: Path) -> None:
@@ -205,6 +220,55 @@ def test_a_machine_that_has_lost_its_lease_uploads_nothing(
         "another machine has taken over the stage, so checkpoints from here are no longer uploaded"
     ]
     assert store.sizes("") == {}
+
+
+def test_replies_after_the_last_part_reach_another_machine(
+    checkpoints: RemoteCheckpoints, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All answers are stored when a judge is asked, whose replies cost money."""
+    monkeypatch.setattr(checkpoint_uploads, "_LOOK_SECONDS", 0.001)
+    announcements: list[str] = []
+    (work / "checkpoints").mkdir()
+    (work / "checkpoints" / "part-answers-0.json").write_text("answers")
+
+    def judge() -> None:
+        wait_until(lambda: announcements)
+        (work / "judgements.work.jsonl").write_text("a reply")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), uploads(checkpoints, work, announcements):
+        judge()
+    download(checkpoints, tmp_path / "other")
+    assert files(tmp_path / "other")["judgements.work.jsonl"] == "a reply"
+
+
+@pytest.mark.parametrize(("seconds", "is_uploaded"), [(0.0, True), (3600.0, False)])
+def test_replies_wait_for_each_other(
+    checkpoints: RemoteCheckpoints,
+    store: ObjectStore,
+    work: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: float,
+    is_uploaded: bool,
+) -> None:
+    """Each upload has all replies so far."""
+    monkeypatch.setattr(checkpoint_uploads, "_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(checkpoint_uploads, "_REPLIES_SECONDS", seconds)
+    looks, announcements = list[Path](), list[str]()
+
+    def counted(folder: Path) -> Any:
+        looks.append(folder)
+        return local_work(folder)
+
+    monkeypatch.setattr(checkpoint_uploads, "local_work", counted)
+    sealed(work, 20)
+    with uploads(checkpoints, work, announcements):
+        wait_until(lambda: announcements)
+        (work / "grades.work.jsonl").write_text("a reply")
+        before = len(looks)
+        wait_until(lambda: len(looks) > before + 3)
+        assert any("grades" in key for key in store.sizes(checkpoints.folder)) is is_uploaded
+    assert len(announcements) == 1
 
 
 def test_a_fault_of_the_disk_is_said_once_and_neither_ends_the_uploads_nor_hides_a_stop(
