@@ -34,7 +34,8 @@ def with_results(plan: Plan, announce: Announce, *, stages: Sequence[PlannedStag
         with held(stage.work / "lock", wait=True):
             if read_manifest(stage.artifact) is None:
                 _download(plan.store, stage, announce)
-        shutil.rmtree(stage.work, ignore_errors=True)
+            if read_manifest(stage.artifact) is not None:  # else its checkpoints are all that there is
+                shutil.rmtree(stage.work, ignore_errors=True)
     return make_plan(plan.recipe, plan.overrides)
 
 

@@ -13,11 +13,13 @@ from alignment.commands.status.driver import show_status
 from alignment.core.errors import ArtifactError, ConfigError, DiskError
 from alignment.pipeline.execute import exchange
 from alignment.pipeline.execute.run import run
+from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.remote import checkpoint_uploads, lease
 from alignment.pipeline.remote.object_store import connected
 from tests.patience import wait_until
 from tests.unit.pipeline.conftest import leave_artifact
+from tests.unit.pipeline.remote.conftest import sealed
 from tests.unit.pipeline.test_run import STAGES, fake
 
 
@@ -79,6 +81,23 @@ def test_one_stage_takes_its_inputs_from_the_store(machines: tuple[Machine, Mach
         "sft",
     ]
     assert first.actions()["dpo"] == "fetch"
+
+
+def test_checkpoints_stay_if_the_result_has_gone_from_the_store_since_the_plan(
+    machines: tuple[Machine, Machine], url: str
+) -> None:
+    """A run may wait for hours between its plan and its first stage."""
+    first, second = machines
+    first.run(only="sft")
+    plan, store = second.plan(), connected(url)
+    sft = plan.stages[0]
+    assert sft.action is Action.fetch
+    checkpoint = sealed(sft.work, 20)
+    for key in store.sizes(f"artifacts/{sft.artifact.name}"):
+        store.delete(key)
+    again = exchange.with_results(plan, lambda _: None, stages=[sft])
+    assert (checkpoint / "weights").read_text() == "weights 20"
+    assert (again.stages[0].action, again.stages[0].reason) == (Action.resume, "from checkpoint-20")
 
 
 def test_what_was_made_without_the_store_is_uploaded_later(machines: tuple[Machine, Machine], url: str) -> None:
