@@ -230,6 +230,9 @@ def _tracked(context: StageContext) -> Iterator[None]:
     try:
         yield
         done = True
+    except BaseException:
+        stop_requests.ignore()  # closing may take a minute, and a request to stop would take the place of this error
+        raise
     finally:
         context.trackers.close(done=done)
 

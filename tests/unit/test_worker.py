@@ -101,6 +101,23 @@ def test_a_signal_outside_training_stops_the_stage_as_one_that_was_asked_to(
     assert "it was not training" in status["error"]
 
 
+def test_a_signal_while_trackers_close_does_not_replace_the_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tracker may take a minute to close, which looks like a hang."""
+    context = StageContext(spec=tiny_spec(tmp_path, SftConfig()), rank=0, world_size=1)
+    monkeypatch.setattr(context.trackers, "start", lambda spec: None)
+    monkeypatch.setattr(context.trackers, "close", lambda *, done: signal.raise_signal(signal.SIGTERM))
+
+    def fail() -> None:
+        with worker._tracked(context):
+            raise StageError("no row is left")
+
+    status = _status_of(fail, tmp_path, monkeypatch, code=StageError.exit_code)
+    assert status["state"] == "failed"
+    assert "no row is left" in status["error"]
+
+
 @pytest.mark.parametrize("error", [SystemExit(0), KeyboardInterrupt()])
 def test_an_end_that_nobody_asked_for_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
