@@ -7,6 +7,7 @@ end. The log is checked twice a second; it may grow without a limit in between.
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,6 +16,8 @@ LIMIT = 16 << 20
 """Size in bytes above which the middle of a log is removed."""
 HEAD, TAIL = 1 << 20, 4 << 20
 """Bytes of the beginning and of the end that stay."""
+_BEGIN = re.compile(rb"^=== \d{4}-\d\d-\d\dT\S+  .+ ===$", re.MULTILINE)
+"""The line of ``begin_attempt``."""
 CUT = b"\n[... the middle of this log was left out: it was longer than it may be ...]\n"
 
 
@@ -29,6 +32,12 @@ def begin_attempt(log: Path, attempt: str) -> None:
             file.seek(size - 1)
             line = line if file.read() == b"\n" else f"\n{line}"  # a process that was killed may end in half a line
         file.write(line.encode())
+
+
+def of_last_attempt(log: Path) -> bytes:
+    """What the attempt that began last has written, as far as it was not left out."""
+    content = log.read_bytes()
+    return content[max((line.end() for line in _BEGIN.finditer(content)), default=0) :]
 
 
 def shorten(log: Path) -> None:

@@ -392,7 +392,6 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, workers: Workers,
 
     log = folder / "log.txt"
     begin_attempt(log, f"attempt {attempt} at {stage.artifact.name}")
-    logged = log.stat().st_size if log.exists() else 0
     with machines.announced(folder, launch, stage.fingerprint):
         code = processes.execute(
             workers.command_for(launch, stage_file),
@@ -405,9 +404,7 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, workers: Workers,
         )
     for note in worker_protocol.notes(folder):
         display.note(f"{stage.name}: {note}")
-    worker_protocol.raise_for_status(
-        folder, code=code, stage=stage.name, kinds=[stage.config.kind], work=stage.work, since=logged
-    )
+    worker_protocol.raise_for_status(folder, code=code, stage=stage.name, kinds=[stage.config.kind], work=stage.work)
     manifest = read_manifest(stage.artifact)
     if manifest is None or manifest.fingerprint != stage.fingerprint:
         raise ArtifactError(

@@ -31,6 +31,7 @@ from alignment.core.errors import (
     StoreError,
 )
 from alignment.core.files import disk_error, is_full, write_text
+from alignment.core.logs import of_last_attempt
 from alignment.data.chat_template import template_file
 from alignment.job import StageInput
 from alignment.pipeline.execute.launcher_report import ProcessFailure, first_failure
@@ -101,12 +102,9 @@ def _model(config: ModelConfig) -> dict[str, Any]:
     return plain if file is None else plain | {"chat_template": f"path:{file}"}
 
 
-def raise_for_status(
-    folder: Path, *, code: int, stage: str, kinds: Iterable[str], work: Path | None = None, since: int = 0
-) -> None:
+def raise_for_status(folder: Path, *, code: int, stage: str, kinds: Iterable[str], work: Path | None = None) -> None:
     """Returns if the stage in ``folder`` ended well; ``code`` is its launcher's exit code. ``work`` is where it wrote
-    what it was doing. ``kinds`` are the kinds of stage whose code ran. ``since`` are the bytes of its log that earlier
-    attempts wrote.
+    what it was doing. ``kinds`` are the kinds of stage whose code ran. Of its log, only the last attempt counts.
 
     Raises:
         Preempted: it saved and stopped on request.
@@ -115,7 +113,7 @@ def raise_for_status(
     """
     log = folder / "log.txt"
     status = Status.read(folder)
-    printed = "\n".join(_last_lines(log, _REPORT_LINES, since=since)) if log.exists() else ""
+    printed = "\n".join(_last_lines(of_last_attempt(log), _REPORT_LINES)) if log.exists() else ""
     first = first_failure(printed)
     if status is None and is_full(folder):
         raise _without_room(folder, stage)
@@ -164,11 +162,11 @@ def tail(log: Path) -> str:
     """The last lines of a log, indented; empty if there is no log."""
     if not log.exists():
         return ""
-    return "\n".join(f"  | {line}" for line in _last_lines(log, _TAIL_LINES))
+    return "\n".join(f"  | {line}" for line in _last_lines(log.read_bytes(), _TAIL_LINES))
 
 
-def _last_lines(log: Path, number: int, *, since: int = 0) -> list[str]:
-    return log.read_bytes()[since:].decode(errors="replace").splitlines()[-number:]
+def _last_lines(printed: bytes, number: int) -> list[str]:
+    return printed.decode(errors="replace").splitlines()[-number:]
 
 
 def commit_of_checkout(root: Path) -> str:

@@ -8,7 +8,9 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure as TorchFailure
 
+from alignment.core import logs
 from alignment.core.errors import AlignmentError, StageError
+from alignment.core.logs import begin_attempt
 from alignment.pipeline.execute.launcher_report import ProcessFailure, first_failure
 from alignment.pipeline.execute.worker_protocol import raise_for_status
 from alignment.records.worker import FAILED, Status
@@ -76,10 +78,29 @@ def test_a_killed_process_is_named_and_not_the_connection_that_the_first_one_los
 
 def test_a_report_of_an_earlier_attempt_says_nothing_about_this_one(tmp_path: Path) -> None:
     Status(state=FAILED, exit_code=1, error="KeyError: 'x'").write(tmp_path)
-    earlier = _report((0, 1, 0), (1, -9, 0))
-    (tmp_path / "log.txt").write_text(earlier + _report((0, 1, 900), (1, -15, 900)))
+    log = tmp_path / "log.txt"
+    begin_attempt(log, "attempt 1 at sft-1")
+    _append(log, _report((0, 1, 0), (1, -9, 0)))
+    begin_attempt(log, "attempt 2 at sft-1")
+    _append(log, _report((0, 1, 900), (1, -15, 900)))
     with pytest.raises(AlignmentError, match="KeyError: 'x'"):
-        raise_for_status(tmp_path, code=1, stage="sft", kinds=["sft"], since=len(earlier.encode()))
+        raise_for_status(tmp_path, code=1, stage="sft", kinds=["sft"])
+
+
+def test_a_killed_process_is_named_out_of_a_log_that_was_shortened(tmp_path: Path) -> None:
+    Status(state=FAILED, exit_code=1, error="RuntimeError: Connection reset by peer").write(tmp_path)
+    log = tmp_path / "log.txt"
+    _append(log, "step\n" * (logs.LIMIT // 10))
+    begin_attempt(log, "attempt 2 at sft-1")
+    _append(log, "step\n" * (logs.LIMIT // 5) + _report((0, 1, 0), (1, -9, 0)))
+    logs.shorten(log)
+    with pytest.raises(StageError, match="process 1 ended by signal 9"):
+        raise_for_status(tmp_path, code=1, stage="sft", kinds=["sft"])
+
+
+def _append(log: Path, text: str) -> None:
+    with log.open("a") as file:
+        file.write(text)
 
 
 def test_a_process_that_torchrun_killed_is_not_taken_for_the_cause(tmp_path: Path) -> None:
