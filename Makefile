@@ -23,7 +23,7 @@ WORKERS := import os; print(min(4, (os.cpu_count() or 1) + 1))
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
-	@echo "  RECIPE=quickstart and ARGS='stages.dpo.beta=0.3 ...' go to align and plan"
+	@echo "  RECIPE=quickstart and ARGS='stages.dpo.beta=0.3 ...' go to align, plan, sweep and preview"
 
 align: $(STAMP)  ## run RECIPE: train, evaluate, report
 	$(BIN)/align run $(RECIPE) $(ARGS)
