@@ -91,7 +91,7 @@ MUTATIONS = [
         ),
         (
             "the first models stay in memory",
-            "    gc.collect()  # trainers and models refer to each other\n",
+            "    free_unused()\n",
             "",
             "test_a_whole_batch_is_chosen_if_it_fits_and_nothing_of_the_search_stays_in_memory",
         ),

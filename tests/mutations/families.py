@@ -90,6 +90,16 @@ MUTATIONS = [
     ),
     *in_file(
         "models/assembly/load.py",
+        "unit/stages/test_policy_logprobs.py",
+        (
+            "a model that nothing uses stays while the next one is loaded",
+            "        free_unused()\n",
+            "",
+            "test_one_policy_is_in_memory_at_a_time",
+        ),
+    ),
+    *in_file(
+        "models/assembly/load.py",
         FAMILIES,
         (
             "a text model's trunk is the whole model",

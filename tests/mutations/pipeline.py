@@ -211,8 +211,24 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "core/logs.py",
+        "unit/pipeline/test_launcher_report.py",
+        (
+            "a report of an earlier attempt is taken for one of this attempt",
+            "return content[max((line.end() for line in _BEGIN.finditer(content)), default=0) :]",
+            "return content",
+            "test_a_report_of_an_earlier_attempt_says_nothing_about_this_one",
+        ),
+    ),
+    *in_file(
         "worker.py",
         "unit/test_worker.py",
+        (
+            "a second signal replaces the error while trackers close",
+            "        stop_requests.ignore()  # closing",
+            "        pass  # closing",
+            "test_a_signal_while_trackers_close_does_not_replace_the_error",
+        ),
         (
             "data may change after the plan",
             "if planned is not None and content_of(path) != planned:",

@@ -34,6 +34,18 @@ MUTATIONS = [
             "test_another_machine_gets_all_that_it_needs_and_nothing_of_the_first",
         ),
         (
+            "servers' replies after the last stored part are not uploaded",
+            "        return self.step, self.parts, self.replies\n",
+            "        return self.step, self.parts, 0\n",
+            "test_replies_after_the_last_part_reach_another_machine",
+        ),
+        (
+            "lists that differ in replies alone take the place of the checkpoint before",
+            "newest.setdefault((checkpoint.step, checkpoint.parts), checkpoint)",
+            "newest.setdefault(checkpoint.progress, checkpoint)",
+            "test_replies_that_are_new_leave_the_checkpoint_before_where_it_is",
+        ),
+        (
             "checkpoints pile up in the store",
             "        self._rotate([checkpoint, *stored])\n",
             "",
