@@ -82,10 +82,8 @@ class CheckpointUploads:
             self._fault = reason
             return False
         self._fault = ""
-        if checkpoint is not None:
-            self._uploaded, self._uploaded_at = checkpoint.progress, started
-            if are_only_replies:
-                return True
+        self._uploaded, self._uploaded_at = here if checkpoint is None else checkpoint.progress, started
+        if checkpoint is not None and not are_only_replies:
             self._announce(f"{checkpoint.label} was uploaded in {time.monotonic() - started:.1f} s")
         return True
 

@@ -19,6 +19,8 @@ from alignment.pipeline.remote.checkpoint_uploads import CheckpointUploads
 from alignment.pipeline.remote.file_transfer import nothing
 from alignment.pipeline.remote.object_store import ObjectStore
 from alignment.pipeline.remote.remote_checkpoints import RemoteCheckpoints, local_work
+from alignment.stages.evaluate import grading, judging
+from alignment.stages.shared import asking_servers
 from tests.patience import wait_until
 from tests.unit.pipeline.remote.conftest import sealed
 
@@ -178,6 +180,38 @@ def test_the_seal_is_the_one_that_training_writes() -> None:
     from alignment.training import checkpoints
 
     assert checkpoints.MANIFEST == remote_checkpoints.CHECKPOINT_MANIFEST
+
+
+def test_replies_are_found_where_stages_save_them(tmp_path: Path) -> None:
+    names = [judging.REPLIES, grading.REPLIES, f"{asking_servers.REPLIES}/0.jsonl", f"{asking_servers.REPLIES}/1.jsonl"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("reply")
+    assert local_work(tmp_path).replies == len(names) * len("reply")
+
+
+def test_a_store_that_is_as_far_already_is_asked_once(
+    checkpoints: RemoteCheckpoints, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a stage was continued from it."""
+    monkeypatch.setattr(checkpoint_uploads, "_LOOK_SECONDS", 0.001)
+    sealed(work, 20)
+    checkpoints.upload_newest(work, on_bytes=nothing)
+    looks, asked = list[Path](), list[Path]()
+
+    def counted(folder: Path) -> Any:
+        looks.append(folder)
+        return local_work(folder)
+
+    def upload_newest(folder: Path, *, on_bytes: Callable[[int], None]) -> Any:
+        asked.append(folder)
+        return RemoteCheckpoints.upload_newest(checkpoints, folder, on_bytes=on_bytes)
+
+    monkeypatch.setattr(checkpoint_uploads, "local_work", counted)
+    monkeypatch.setattr(checkpoints, "upload_newest", upload_newest)
+    with uploads(checkpoints, work, []):
+        wait_until(lambda: len(looks) > 5)
+    assert len(asked) == 1
 
 
 def test_a_file_system_without_hard_links_is_no_obstacle(
