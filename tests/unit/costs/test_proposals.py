@@ -19,7 +19,8 @@ from alignment.records.cost import StageCost
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.kto.config import KtoConfig
 from alignment.stages.shared import reference_cache
-from tests.unit.costs.test_ways import as_adapter, spec_of, without_collections
+from tests.in_memory import without_collections
+from tests.unit.costs.test_ways import as_adapter, spec_of
 
 FULL, LORA = (AdapterConfig(kind=kind) for kind in (AdapterKind.full, AdapterKind.lora))
 REFERENCE = "reference log-probabilities"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,6 +26,7 @@ from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.kto.config import KtoConfig
 from alignment.stages.reward.config import RewardConfig
+from tests.in_memory import without_collections
 from tests.tiny import save_tiny_model, tiny_spec
 
 ADAPTERS = {
@@ -179,16 +178,6 @@ def test_processes_divide_what_their_launch_divides(tmp_path: Path) -> None:
         assert shared.peak == alone.peak - less
         assert cost.host <= whole.host
         assert shared.seconds == pytest.approx(alone.seconds / 4)
-
-
-@contextmanager
-def without_collections() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 @pytest.mark.parametrize(("sharding", "is_apart"), [(Sharding.zero2, True), (Sharding.zero3, False)])

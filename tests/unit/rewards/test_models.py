@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from alignment.data.records import Prompt
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
 from alignment.rewards.scorers import Answers
+from tests.in_memory import without_collections
 from tests.tiny import tiny_model, tiny_scorer, tiny_tokenizer
 from tests.unit.rewards.conftest import answers_to, prompt
 
@@ -206,3 +208,24 @@ def test_the_score_layer_is_float32_whatever_the_products_are(tmp_path: Path) ->
     assert model.base_model.embed_tokens.weight.dtype == torch.bfloat16
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert not model.training
+
+
+def test_a_reward_model_that_nothing_uses_is_freed_before_another_one_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Metrics are scored by one reward model after another; layers of the fast forward refer to themselves."""
+    folder = external(tmp_path)
+    read = AutoModelForSequenceClassification.from_pretrained
+    is_in_memory: list[bool] = []
+
+    def load_model(*args: Any, **settings: Any) -> Any:
+        is_in_memory.append(weight() is not None)
+        return read(*args, **settings)
+
+    with without_collections():
+        first, _ = load_external(folder, Dtype.float32, source="path:judge")
+        weight = weakref.ref(first.model.layers[0].self_attn.q_proj.weight)
+        del first
+        monkeypatch.setattr(AutoModelForSequenceClassification, "from_pretrained", load_model)
+        load_external(folder, Dtype.float32, source="path:judge")
+    assert is_in_memory == [False]

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
-import weakref
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +20,6 @@ from alignment.core.artifacts import verify
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation.bootstrap import Intervals
 from alignment.job import StageInput
-from alignment.models.assembly import load
 from alignment.models.assembly.load import lineage, load_policy
 from alignment.models.forward.generate import Sampling, generate
 from alignment.records.distillation import Distillation
@@ -42,6 +38,7 @@ from alignment.training.callbacks import Checkpoints
 from alignment.training.context import StageContext
 from tests.chained import LORA
 from tests.distilled import BASE, FULL, distil_spec, distilled
+from tests.in_memory import others_at_each_load, without_collections
 from tests.oracles import distillation as oracle
 from tests.oracles.close import close
 from tests.oracles.logprobs import log_softmax
@@ -232,28 +229,14 @@ def keep_first(model: Any) -> Any:
     return model.eval()
 
 
-def test_what_has_learned_is_freed_before_its_result_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At each load, no other model than the teacher is in memory; a trainer and its callbacks hold each other."""
-    weights: list[weakref.ref[torch.Tensor]] = []
-    in_memory: list[int] = []
-
-    def counted(read: Callable[..., Any]) -> Callable[..., Any]:
-        def load_model(*args: Any) -> Any:
-            in_memory.append(sum(weight() is not None for weight in weights))
-            model = read(*args)
-            weights.append(weakref.ref(model.model.layers[0].self_attn.q_proj.weight))
-            return model
-
-        return load_model
-
-    for name in ("_from_folder", "_mapped_from_folder"):
-        monkeypatch.setattr(load, name, counted(getattr(load, name)))
-    gc.disable()
-    try:
-        distilled(tmp_path)
-    finally:
-        gc.enable()
-    assert max(in_memory) == 1
+def test_what_has_learned_is_freed_before_other_models_are_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No other model than a teacher is in memory at each load; a trainer and its callbacks hold each other."""
+    others = others_at_each_load(monkeypatch)
+    with without_collections():
+        distilled(tmp_path, timed_prompts=1)
+    assert max(others) == 1
 
 
 # ---- what is reported ------------------------------------------------------------------------------------------------

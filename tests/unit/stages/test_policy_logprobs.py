@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +9,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from alignment.models.assembly import load
 from alignment.models.assembly.load import Lineage
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.shared import policy_logprobs as module
 from alignment.stages.shared.arm_policies import Policies
 from alignment.stages.shared.policy_logprobs import PolicyRows, policy_logprobs
 from alignment.training.context import StageContext
+from tests.in_memory import others_at_each_load, without_collections
 from tests.oracles import logprobs as oracle
 from tests.oracles.close import close
 from tests.tiny import save_tiny_model, tiny_spec
 
 PROMPTS = [[5, 6, 7], [5, 6, 7], [9] * 20, [8, 3], [8, 3, 4, 4]]
 ANSWERS = [[11, 12], [13], [14, 15, 16], [17], [18, 19]]
-
-
-@pytest.fixture
-def _without_collections() -> Iterator[None]:
-    """Python frees nothing by itself that refers to itself."""
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def slow(model: Any, prompt: list[int], answer: list[int]) -> float:
@@ -67,18 +56,7 @@ def test_each_row_has_the_log_probability_of_its_policy(
         close(logprobs[name], [slow(model, *row) for row in rows])
 
 
-@pytest.mark.usefixtures("_without_collections")
 def test_one_policy_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    weights: list[weakref.ref[torch.Tensor]] = []
-    read = load._from_folder
-
-    def counted(folder: Path, dtype: torch.dtype) -> Any:
-        assert not [weight for weight in weights if weight() is not None]
-        model: Any = read(folder, dtype)
-        weights.append(weakref.ref(model.model.layers[0].self_attn.q_proj.weight))
-        return model
-
-    monkeypatch.setattr(load, "_from_folder", counted)
     context = StageContext(spec=tiny_spec(tmp_path, EvaluateConfig(arms=["base"])), rank=0, world_size=1)
     asked = {
         name: PolicyRows(
@@ -88,6 +66,7 @@ def test_one_policy_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.M
         )
         for name in ("first", "second", "third")
     }
-    policies = Policies(context)
-    policy_logprobs(context, "scoring", policies, asked)
-    assert len(weights) == len(asked)
+    others = others_at_each_load(monkeypatch)
+    with without_collections():
+        policy_logprobs(context, "scoring", Policies(context), asked)
+    assert others == [0, 0, 0]

@@ -197,17 +197,12 @@ def test_a_store_that_is_as_far_already_is_asked_once(
     monkeypatch.setattr(checkpoint_uploads, "_LOOK_SECONDS", 0.001)
     sealed(work, 20)
     checkpoints.upload_newest(work, on_bytes=nothing)
-    looks, asked = list[Path](), list[Path]()
-
-    def counted(folder: Path) -> Any:
-        looks.append(folder)
-        return local_work(folder)
+    looks, asked = looks_at_work(monkeypatch), list[Path]()
 
     def upload_newest(folder: Path, *, on_bytes: Callable[[int], None]) -> Any:
         asked.append(folder)
         return RemoteCheckpoints.upload_newest(checkpoints, folder, on_bytes=on_bytes)
 
-    monkeypatch.setattr(checkpoint_uploads, "local_work", counted)
     monkeypatch.setattr(checkpoints, "upload_newest", upload_newest)
     with uploads(checkpoints, work, []):
         wait_until(lambda: len(looks) > 5)
@@ -235,6 +230,18 @@ def uploads(
     if lost:
         lease.lost.set()
     return CheckpointUploads(checkpoints, work, lease=lease, announce=announcements.append)
+
+
+def looks_at_work(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The work folder, once for each time that the uploads look how far it is."""
+    looks: list[Path] = []
+
+    def counted(folder: Path) -> Any:
+        looks.append(folder)
+        return local_work(folder)
+
+    monkeypatch.setattr(checkpoint_uploads, "local_work", counted)
+    return looks
 
 
 def interrupt_once(condition: Callable[[], object]) -> None:
@@ -288,13 +295,8 @@ def test_replies_wait_for_each_other(
     """Each upload has all replies so far."""
     monkeypatch.setattr(checkpoint_uploads, "_LOOK_SECONDS", 0.001)
     monkeypatch.setattr(checkpoint_uploads, "_REPLIES_SECONDS", seconds)
-    looks, announcements = list[Path](), list[str]()
+    looks, announcements = looks_at_work(monkeypatch), list[str]()
 
-    def counted(folder: Path) -> Any:
-        looks.append(folder)
-        return local_work(folder)
-
-    monkeypatch.setattr(checkpoint_uploads, "local_work", counted)
     sealed(work, 20)
     with uploads(checkpoints, work, announcements):
         wait_until(lambda: announcements)
