@@ -242,6 +242,8 @@ def _labelled_answers(example: Example) -> list[tuple[str, bool]]:
         last = example.turns[-1] if example.turns else None
         if last is None or last.role != "assistant" or not last.content.strip():
             fields.fail("completion", "is missing: the row has a label, but no answer that it applies to")
+        if last.tool_calls:
+            fields.fail(example.field, "ends with a tool call, but labelled answers are learned as text")
         return [(last.whole, example.good)]
     if len(answers) != 2:
         has = f"{len(answers)} answers of different rank" if answers else "no label"

@@ -42,13 +42,18 @@ Keyed = Mapping[int, Record]
 def record_key(record: Record) -> int:
     """64 bits that are equal for records with equal content."""
     turns = [
-        (turn.role, turn.content, turn.thought, turn.learned, _canonical(turn.tool_calls))
+        (turn.role, turn.content, turn.thought, turn.learned, _canonical(_without_ids(turn.tool_calls)))
         for turn in getattr(record, "messages", ())
     ]
     texts = [getattr(record, name, "") for name in _TEXTS]
     others = [getattr(record, name, None) for name in _OTHERS]
     content = (turns, texts, others, _canonical(getattr(record, "tools", ())))
     return int.from_bytes(blake2b(repr(content).encode(), digest_size=8).digest())
+
+
+def _without_ids(calls: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Calls of two copies of a row may have other ids."""
+    return [{name: value for name, value in call.items() if name != "id"} for call in calls]
 
 
 def _canonical(tools: Sequence[Mapping[str, Any]]) -> str:

@@ -39,7 +39,9 @@ def tagged(thought: str, content: str) -> str:
 class Message:
     """One turn: ``Message(role="user", content="Summarise: …")``.
 
-    ``tool_calls`` are an assistant's, each ``{"type": "function", "function": {"name": …, "arguments": {…}}}``.
+    ``tool_calls`` are an assistant's, each ``{"type": "function", "function": {"name": …, "arguments": {…}}}``, with
+    its ``id`` before that if the row has one. A tool's turn has the ``call_id`` and the ``name`` of the call that it
+    answers, if the row has them; some templates refuse turns without.
     ``learned`` is False for a turn of the assistant that SFT reads but does not learn (``"weight": 0``, or
     ``"loss_weight": 0``). ``thought`` is what the assistant thought before it answered, if the row has it in a field of
     its own, one of ``THOUGHTS``.
@@ -50,6 +52,8 @@ class Message:
     tool_calls: tuple[Mapping[str, Any], ...] = ()
     learned: bool = True
     thought: str = ""
+    call_id: str = ""
+    name: str = ""
 
     @property
     def whole(self) -> str:
@@ -60,7 +64,9 @@ class Message:
         """The form of OpenAI's files; rendering gives a chat template the thought in the form that it reads."""
         thought = {THOUGHTS[0]: self.thought} if self.thought else {}
         calls = {"tool_calls": list(self.tool_calls)} if self.tool_calls else {}
-        return {"role": self.role, "content": self.content, **thought, **calls}
+        of_call = {"tool_call_id": self.call_id, "name": self.name}
+        answered = {key: value for key, value in of_call.items() if value}
+        return {"role": self.role, "content": self.content, **thought, **calls, **answered}
 
 
 def turns_of(fields: Fields, field: str) -> tuple[Message, ...]:
@@ -101,6 +107,8 @@ def turn_of(fields: Fields, at: str, turn: Any) -> Message:
         tool_calls=tuple(_call(fields, where, call) for where, call in called),
         learned=_learned(fields, at, turn, role=_ROLES_OPENAI[role]),
         thought=_thought(fields, at, turn, role=_ROLES_OPENAI[role]),
+        call_id=_label(fields, at, turn, "tool_call_id") if _ROLES_OPENAI[role] == "tool" else "",
+        name=_label(fields, at, turn, "name") if _ROLES_OPENAI[role] == "tool" else "",
     )
 
 
@@ -145,7 +153,18 @@ def _call(fields: Fields, at: str, call: Any) -> Mapping[str, Any]:
     if not isinstance(function, Mapping) or not is_text(function.get("name")):
         fields.fail(at, f"must have a function with a 'name'; it is {call!r:.60}")
     arguments = fields.parsed(at, function.get("arguments") or {})
-    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    own_id = {"id": label} if (label := _label(fields, at, call, "id")) else {}
+    return {**own_id, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
+
+
+def _label(fields: Fields, at: str, holder: Mapping[str, Any], key: str) -> str:
+    """A text or a whole number that names a call, as text; empty if there is none."""
+    value = holder.get(key)
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, int) or isinstance(value, bool):
+        fields.fail(f"{at}.{key}", f"must be text; it is {value!r:.60}")
+    return str(value)
 
 
 def _thought(fields: Fields, at: str, turn: Mapping[str, Any], *, role: str) -> str:

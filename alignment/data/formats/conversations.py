@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from alignment.data.fields import Fields
@@ -11,9 +11,14 @@ from alignment.data.records import Example
 from alignment.data.turns import Message, tools_of
 
 
-def _conversation(fields: Fields) -> Example:
-    turns, field = asked(fields)
-    return Example(fields=fields, turns=turns, tools=tools_of(fields), field=field)
+def _conversation(column: str) -> Callable[[Fields], Example]:
+    """A reader for rows with all turns in one column."""
+
+    def read(fields: Fields) -> Example:
+        turns, field = asked(fields, column)
+        return Example(fields=fields, turns=turns, tools=tools_of(fields), field=field)
+
+    return read
 
 
 def _has_turns(row: Mapping[str, Any], field: str, key: str) -> bool:
@@ -32,7 +37,7 @@ MESSAGES = Format(
     summary="OpenAI's messages, with tools and tool calls",
     row='{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]}',
     fits=lambda row: _has_turns(row, "messages", "role"),
-    read=_conversation,
+    read=_conversation("messages"),
 )
 
 SHAREGPT = Format(
@@ -40,7 +45,7 @@ SHAREGPT = Format(
     summary="ShareGPT's conversations, with from and value, system and tools",
     row='{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}]}',
     fits=lambda row: _has_turns(row, "conversations", "from") or _has_turns(row, "conversations", "role"),
-    read=_conversation,
+    read=_conversation("conversations"),
 )
 
 KTO = Format(

@@ -48,13 +48,16 @@ def is_question(value: Any) -> bool:
     return isinstance(value, str) or starts_with_turn(value)
 
 
-def asked(fields: Fields) -> tuple[tuple[Message, ...], str]:
+def asked(fields: Fields, column: str | None = None) -> tuple[tuple[Message, ...], str]:
     """The turns of the prompt, and the name of their column. ``system`` and ``history`` go before them.
+
+    A format that is recognised by its prompt names that ``column``. In other columns such rows may have the whole text
+    of an example, with its answer.
 
     Raises:
         DataError: no column holds a prompt, or its content is neither text nor turns.
     """
-    field = fields.first_of(*PROMPTS)
+    field = fields.first_of(*(PROMPTS if column is None else (column,)))
     turns = question_turns(fields, field)
     return with_system(fields, (*_history(fields), *turns) if field == "instruction" else turns), field
 

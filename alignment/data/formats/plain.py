@@ -16,11 +16,11 @@ _TEXTS = ("text", "content", "response", "completion")
 _SCORES = ("score", "overall_score", "rating", "rank")
 
 
-def _answered(name: str) -> Any:
-    """A reader for rows with the answer in the column ``name``."""
+def _answered(name: str, *, prompt: str) -> Any:
+    """A reader for rows with the answer in the column ``name`` and the prompt in the column ``prompt``."""
 
     def read(fields: Fields) -> Example:
-        turns, field = asked(fields)
+        turns, field = asked(fields, prompt)
         turns = (*turns, Message(role="assistant", content=answer_text(fields, name)))
         return Example(fields=fields, turns=turns, tools=tools_of(fields), field=field)
 
@@ -120,7 +120,7 @@ PROMPT_COMPLETION = Format(
     summary="a prompt and its answer",
     row='{"prompt": "2 + 2?", "completion": "4."}',
     fits=lambda row: holds(row, "completion") and is_question(row.get("prompt")),
-    read=_answered("completion"),
+    read=_answered("completion", prompt="prompt"),
 )
 
 ALPACA = Format(
@@ -128,7 +128,7 @@ ALPACA = Format(
     summary="an instruction and its output, optionally with input, system and history",
     row='{"instruction": "Add the numbers.", "input": "2 and 2", "output": "4."}',
     fits=lambda row: holds(row, "instruction", "output"),
-    read=_answered("output"),
+    read=_answered("output", prompt="instruction"),
 )
 
 QUESTION_ANSWER = Format(
@@ -136,7 +136,7 @@ QUESTION_ANSWER = Format(
     summary="a question and its answer, which may end in a number that can be checked (gsm8k)",
     row='{"question": "2 + 2?", "answer": "2 and 2 make 4.\\n#### 4"}',
     fits=lambda row: all(isinstance(row.get(name), str) for name in ("question", "answer")),
-    read=_answered("answer"),
+    read=_answered("answer", prompt="question"),
 )
 
 QUESTIONS = Format(

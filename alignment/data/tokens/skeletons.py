@@ -88,8 +88,8 @@ def skeletons_of(tokenizer: Any, template: str) -> Skeletons | None:
 def _is_plain(message: Message) -> bool:
     """Whether a template is given its role and its content as it is, and nothing else."""
     content = message.content
-    is_whole = message.role in ROLES and not message.tool_calls and not message.thought and CLOSE not in content
-    return is_whole and content != "" and not content.isspace()
+    others = message.tool_calls or message.thought or message.call_id or message.name
+    return message.role in ROLES and not others and CLOSE not in content and content != "" and not content.isspace()
 
 
 def _skeleton(roles: Sequence[str], render: Render) -> _Skeleton | None:

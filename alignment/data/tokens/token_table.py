@@ -37,7 +37,7 @@ from alignment.data.tokens.table_files import COUNTS, LEDGER, ROWS, Counts, file
 from alignment.data.tokens.tokenizer import tokenizer_hashes
 from alignment.records.left_out import CUT, FAULT, LOST, SET_ASIDE, TOO_LONG
 
-VERSION = 5
+VERSION = 6
 """Raised when the rows change, so that older tables are not used."""
 
 log = logging.getLogger(__name__)

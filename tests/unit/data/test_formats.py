@@ -276,6 +276,32 @@ def test_a_transcript_keeps_its_turns_and_its_blank_lines() -> None:
     assert (pair.chosen, pair.rejected) == ("Of course.", "No.")
 
 
+@pytest.mark.parametrize(
+    ("row", "question"),
+    [
+        ({"instruction": "Add.", "input": "2 and 2", "output": "4."}, "Add.\n\n2 and 2"),
+        ({"question": "2 + 2?", "answer": "4."}, "2 + 2?"),
+        ({"messages": [ASKED, ANSWER]}, "2 + 2?"),
+        ({"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4."}]}, "2 + 2?"),
+    ],
+)
+def test_the_whole_text_of_an_example_in_another_column_is_no_prompt(row: dict[str, Any], question: str) -> None:
+    """Some files have the text that was made of a row beside it; the question would contain the answer."""
+    whole = row | {"prompt": "Below is a task. ### Task: 2 + 2? ### Output: 4."}
+    (conversation,) = _records(Conversation, whole)
+    assert [turn.content for turn in conversation.messages] == [question, "4."]
+    (prompt,) = _records(Prompt, whole)
+    assert [turn.content for turn in prompt.messages] == [question]
+
+
+def test_a_labelled_answer_that_ends_with_a_tool_call_is_refused() -> None:
+    """Its text alone would teach to announce the call and to stop."""
+    calls = [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}]
+    turn = {"role": "assistant", "content": "Let me add them.", "tool_calls": calls}
+    with pytest.raises(DataError, match="'messages' ends with a tool call, but labelled answers are learned as text"):
+        _records(LabelledAnswer, {"messages": [ASKED, turn], "label": True}, "kto")
+
+
 def test_system_and_history_of_alpaca_go_before_its_instruction() -> None:
     row = {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"]]}
     (conversation,) = _records(Conversation, row)
@@ -310,16 +336,26 @@ def test_tools_calls_and_their_results_are_kept_in_both_forms() -> None:
                 "content": None,
                 "tool_calls": [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}],
             },
-            {"role": "tool", "content": "4", "tool_call_id": "1"},
+            {"role": "tool", "content": "4", "tool_call_id": "1", "name": "add"},
             ANSWER,
         ],
         "tools": [TOOL],
     }
-    for row in (sharegpt, openai):
+    for row, call_id, of_call in ((sharegpt, {}, {}), (openai, {"id": "1"}, {"tool_call_id": "1", "name": "add"})):
         (conversation,) = _records(Conversation, row)
         assert list(conversation.tools) == [TOOL]
         assert [turn.role for turn in conversation.messages] == ["user", "assistant", "tool", "assistant"]
-        assert list(conversation.messages[1].tool_calls) == [CALL]
+        assert list(conversation.messages[1].tool_calls) == [call_id | CALL]
+        assert conversation.messages[2].as_dict() == {"role": "tool", "content": "4"} | of_call
+
+
+@pytest.mark.parametrize(("value", "text"), [(7, "7"), ("", ""), (None, "")])
+def test_the_id_of_a_call_is_text(value: Any, text: str) -> None:
+    turn = {"role": "tool", "content": "4", "tool_call_id": value}
+    (conversation,) = _records(Conversation, {"messages": [ASKED, turn, ANSWER]})
+    assert conversation.messages[1].call_id == text
+    with pytest.raises(DataError, match=r"'messages\[1\]\.tool_call_id' must be text; it is \[1\]"):
+        _records(Conversation, {"messages": [ASKED, turn | {"tool_call_id": [1]}, ANSWER]})
 
 
 def test_a_turn_of_weight_0_is_read_and_not_learned() -> None:

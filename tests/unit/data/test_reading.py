@@ -240,11 +240,11 @@ PLANTED: list[tuple[Any, str]] = [
     (b"NaN", "a row must be a JSON object; this one is nan"),
     (
         {},
-        "'messages' is missing, and so are 'prompt', 'conversations', 'instruction', 'question'; the row has no fields",
+        "'messages' is missing; the row has no fields",
     ),
     (
         {"message": []},
-        "'messages' is missing, and so are 'prompt', 'conversations', 'instruction', 'question'; the row has 'message'",
+        "'messages' is missing; the row has 'message'",
     ),
     ({"messages": None}, "'messages' is null"),
     ({"messages": []}, "'messages' must be a list of turns and not empty; it is []"),

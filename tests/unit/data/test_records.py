@@ -42,13 +42,12 @@ WRONG = [
     (
         Conversation,
         {},
-        "'messages' is missing, and so are 'prompt', 'conversations', 'instruction', 'question'; the row has no fields",
+        "'messages' is missing; the row has no fields",
     ),
     (
         Conversation,
         {"dialogue": []},
-        "'messages' is missing, and so are 'prompt', 'conversations', 'instruction', 'question'; "
-        "the row has 'dialogue'",
+        "'messages' is missing; the row has 'dialogue'",
     ),
     (Conversation, [], "a row must be a JSON object; this one is []"),
     (Conversation, {"messages": []}, "'messages' must be a list of turns and not empty; it is []"),

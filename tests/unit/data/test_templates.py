@@ -23,6 +23,7 @@ from alignment.data.tokens.tokenize import (
 )
 from alignment.data.turns import Message
 from tests.templates import STYLES, styled_tokenizer
+from tests.tiny import tiny_tokenizer
 
 tokenizer_of = functools.cache(styled_tokenizer)
 every_style = pytest.mark.parametrize("name", STYLES)
@@ -226,6 +227,40 @@ def _row(name: str, number: int, say: Callable[[], str]) -> tuple[list[Message],
         messages += _calling(say(), say()) if calls else []
         messages += _turns(("assistant", say()))
     return messages, [_tool(say())] if calls else []
+
+
+WITH_IDS = (
+    "{% for turn in messages %}"
+    "{% if turn.role == 'tool' %}"
+    "{% if turn.tool_call_id|length != 9 %}{{ raise_exception('an id has nine letters') }}{% endif %}"
+    "<|im_start|>{{ turn.tool_call_id }} {{ turn.name }}: {{ turn.content }}<|im_end|>"
+    "{% elif turn.tool_calls %}<|im_start|>assistant\n"
+    "{% for call in turn.tool_calls %}"
+    "{% if call.id|length != 9 %}{{ raise_exception('an id has nine letters') }}{% endif %}"
+    "{{ call.id }} {{ call.function.name }} {{ call.function.arguments|tojson }}"
+    "{% endfor %}<|im_end|>"
+    "{% else %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""As Mistral's: it refuses calls and results without an id of nine letters."""
+
+
+def test_a_template_gets_the_ids_of_calls_and_what_their_results_answer() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = WITH_IDS
+    call = {"id": "abc123xyz", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    turns = [
+        *_turns(("user", "2 + 2?")),
+        Message(role="assistant", content="", tool_calls=(call,)),
+        Message(role="tool", content="4", call_id="abc123xyz", name="add"),
+        Message(role="tool", content="4", call_id="123456789", name="sum"),
+        *_turns(("assistant", "4.")),
+    ]
+    text = tokenizer.decode(tokenize_conversation(tokenizer, turns).input_ids)
+    assert 'abc123xyz add {"a": 2}<|im_end|><|im_start|>abc123xyz add: 4<|im_end|><|im_start|>123456789 sum: 4<' in text
+    with pytest.raises(DataError, match="an id has nine letters"):
+        tokenize_conversation(tokenizer, [*turns[:2], Message(role="tool", content="4"), turns[-1]])
 
 
 @every_style
