@@ -14,8 +14,7 @@ from typing import Any
 
 from alignment.core.errors import DataError, NonFiniteError
 from alignment.data.records import PlainText, Question
-from alignment.data.tokens.rendering import answer_texts
-from alignment.data.tokens.tokenize import encode, encode_all, escaped_text, front, prompt_ids, tokenize_rows
+from alignment.data.tokens.tokenize import encode, escaped_text, front, prompt_and_answer_ids, tokenize_rows
 
 CHUNK_TOKENS = 512
 """Tokens of a text that are read at once; a chunk of a longer text does not see the tokens before it."""
@@ -122,8 +121,7 @@ def _chunks(tokenizer: Any, text: PlainText) -> list[tuple[list[int], list[int]]
 
 
 def _choices(tokenizer: Any, question: Question) -> list[Choice]:
-    prompt = prompt_ids(tokenizer, question.messages)
-    answers = encode_all(tokenizer, answer_texts(tokenizer, question.messages, question.choices))
+    prompt, answers = prompt_and_answer_ids(tokenizer, question.messages, question.choices)
     return [
         Choice(prompt=prompt, answer=answer[:-1], size=len(text.encode()))
         for text, answer in zip(question.choices, answers, strict=True)

@@ -14,8 +14,7 @@ from typing import Any
 
 from alignment.core.errors import NonFiniteError
 from alignment.data.records import HeldOutPrompt
-from alignment.data.tokens.rendering import answer_texts
-from alignment.data.tokens.tokenize import encode_all, prompt_ids, tokenize_rows
+from alignment.data.tokens.tokenize import prompt_and_answer_ids, prompt_ids, tokenize_rows
 from alignment.data.turns import Message
 
 
@@ -79,8 +78,8 @@ def with_choices(messages: Sequence[Message], choices: Sequence[str]) -> list[Me
 
 
 def _letters(tokenizer: Any, messages: Sequence[Message], row: HeldOutPrompt) -> list[list[int]]:
-    texts = answer_texts(tokenizer, messages, list(ascii_uppercase[: len(row.choices)]), row.tools)
-    return [ids[:-1] for ids in encode_all(tokenizer, texts)]
+    _, answers = prompt_and_answer_ids(tokenizer, messages, ascii_uppercase[: len(row.choices)], row.tools)
+    return [ids[:-1] for ids in answers]
 
 
 def _is_right(right: int | None, logprobs: Sequence[float]) -> float:

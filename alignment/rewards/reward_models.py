@@ -24,7 +24,7 @@ from alignment.core.model_files import refuse_weights_elsewhere
 from alignment.costs.recorder import WEIGHTS, memory_for, on_shadows
 from alignment.data.records import Prompt
 from alignment.data.tokens.rendering import prompt_and_answers, render
-from alignment.data.tokens.tokenize import encode_all
+from alignment.data.tokens.tokenize import encode_parts
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.models.assembly.load import DTYPES, products_in
@@ -109,7 +109,7 @@ class TextScorer:
             RewardError: the model's template refuses the conversation.
         """
         try:
-            parts = encode_all(self._tokenizer, self._parts(prompt, text))
+            parts = encode_parts(self._tokenizer, self._parts(prompt, text))
             return [token for part in parts for token in part]
         except DataError as error:
             raise RewardError(

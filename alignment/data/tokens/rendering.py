@@ -264,25 +264,14 @@ def prompt_text(tokenizer: Any, messages: Sequence[Message], tools: Tools = ()) 
     return render(tokenizer, messages, answering=True, tools=tools)
 
 
-def answer_text(tokenizer: Any, messages: Sequence[Message], answer: str, tools: Tools = ()) -> str:
-    """An assistant's answer to ``messages``, up to and including the end of the turn.
+def prompt_and_answers(
+    tokenizer: Any, messages: Sequence[Message], answers: Sequence[Message], tools: Tools = ()
+) -> list[str]:
+    """A rendered prompt, and behind it each of several ``answers`` to it, up to and including the end of the turn.
 
     Raises:
         DataError: the template renders the prompt differently once an answer follows, or never ends the turn.
     """
-    return answer_texts(tokenizer, messages, [answer], tools)[0]
-
-
-def answer_texts(tokenizer: Any, messages: Sequence[Message], answers: Sequence[str], tools: Tools = ()) -> list[str]:
-    """Several answers to the same ``messages``, each rendered like ``answer_text``."""
-    turns = [Message(role="assistant", content=answer) for answer in answers]
-    return prompt_and_answers(tokenizer, messages, turns, tools)[1:]
-
-
-def prompt_and_answers(
-    tokenizer: Any, messages: Sequence[Message], answers: Sequence[Message], tools: Tools = ()
-) -> list[str]:
-    """A rendered prompt, and behind it each of several ``answers`` to it, as in ``answer_text``."""
     before = prompt_text(tokenizer, messages, tools)
     return [before, *(_answer_behind(before, tokenizer, messages, answer, tools) for answer in answers)]
 

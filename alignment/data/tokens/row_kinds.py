@@ -90,17 +90,19 @@ def tokenized(tokenizer: Any, kind: Kind, records: Sequence[Any], limits: Limits
     """Yields each record's rows in order. All records are encoded at once, so pass some hundreds, not a million."""
     with watched():
         rendered = [_rendered(tokenizer, kind, record) for record in records]
-    every = [segments for of_record in rendered for sequence in _sequences(of_record) for segments in sequence.values()]
-    encoded = iter(tokens_of(tokenizer, every))
-    for record, sequences in zip(records, rendered, strict=True):
-        if isinstance(sequences, DataError):
-            yield Tokenized(record=record, fault=sequences)
+    sequences = [sequence for of_record in rendered for sequence in _sequences(of_record)]
+    every = [segments for sequence in sequences for segments in sequence.values()]
+    before = [_before(sequence, name) for sequence in sequences for name in sequence]
+    encoded = iter(tokens_of(tokenizer, every, before))
+    for record, of_record in zip(records, rendered, strict=True):
+        if isinstance(of_record, DataError):
+            yield Tokenized(record=record, fault=of_record)
             continue
-        whole = [_parts({name: next(encoded) for name in sequence.texts}) for sequence in sequences]
+        whole = [_parts({name: next(encoded) for name in sequence.texts}) for sequence in of_record]
         longest = max(parts.longest for parts in whole)
         try:
             fitted = [
-                _fitted(tokenizer, kind, *of_sequence, limits) for of_sequence in zip(sequences, whole, strict=True)
+                _fitted(tokenizer, kind, *of_sequence, limits) for of_sequence in zip(of_record, whole, strict=True)
             ]
         except RowTooLong as reason:
             yield Tokenized(record=record, fault=_placed(reason, record.where), tokens=longest)
@@ -111,12 +113,18 @@ def tokenized(tokenizer: Any, kind: Kind, records: Sequence[Any], limits: Limits
             parts=[parts for parts, _ in fitted],
             tokens=longest,
             cut=next((cut for _, cut in fitted if cut), ""),
-            lost=frozenset().union(*(sequence.lost for sequence in sequences)),
+            lost=frozenset().union(*(sequence.lost for sequence in of_record)),
         )
 
 
 def _sequences(rendered: list[Rendered] | DataError) -> list[Texts]:
     return [] if isinstance(rendered, DataError) else [sequence.texts for sequence in rendered]
+
+
+def _before(sequence: Texts, name: str) -> str:
+    """The text behind which a part of a sequence stands: the end of the prompt, unless it is the prompt."""
+    prompt = sequence.get(PROMPT, ()) if name != PROMPT else ()
+    return prompt[-1].text if prompt else ""
 
 
 def _rendered(tokenizer: Any, kind: Kind, record: Any) -> list[Rendered] | DataError:

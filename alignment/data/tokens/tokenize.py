@@ -12,9 +12,9 @@ from alignment.data.records import Record
 from alignment.data.tokens.rendering import (
     Segment,
     Tools,
-    answer_text,
     control_tokens,
     conversation_texts,
+    prompt_and_answers,
     prompt_text,
     turn_end_token,
 )
@@ -87,6 +87,36 @@ def encode_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return ids
 
 
+def encode_after(tokenizer: Any, texts: Sequence[tuple[str, str]]) -> list[list[int]]:
+    """``encode`` of each second text as it is behind the first, which may be empty.
+
+    Tokenizers of SentencePiece put a space before every text that they are given. Behind another text of the same row,
+    that space would be in no text that is tokenised whole, such as a prompt or a row of another program. Where a token
+    reaches into both texts, the second is encoded by itself.
+    """
+    alone = encode_all(tokenizer, [text for _, text in texts])
+    if not _changes_beginnings(tokenizer):
+        return alone
+    before = encode_all(tokenizer, [first for first, _ in texts])
+    both = encode_all(tokenizer, [first + second for first, second in texts])
+    return [
+        whole[len(first) :] if text and whole[: len(first)] == first else ids
+        for (text, _), ids, first, whole in zip(texts, alone, before, both, strict=True)
+    ]
+
+
+def encode_parts(tokenizer: Any, parts: Sequence[str]) -> list[list[int]]:
+    """``encode_after`` of texts that follow each other."""
+    return encode_after(tokenizer, list(zip(["", *parts], parts, strict=False)))
+
+
+@functools.lru_cache(maxsize=16)
+def _changes_beginnings(tokenizer: Any) -> bool:
+    """Whether a text has other tokens by itself than behind another one."""
+    first, second, both = _encoded(tokenizer, ["\n", "a", "\na"])
+    return first + second != both
+
+
 def _encoded(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """The ids that ``tokenizer(texts, add_special_tokens=False)`` gives.
 
@@ -131,9 +161,15 @@ def _encode_escaped(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
-def tokens_of(tokenizer: Any, segments_of_rows: Sequence[Sequence[Segment]]) -> list[Tokens]:
-    """The tokens of each row, a list of segments; all are encoded at once."""
-    encoded = iter(encode_all(tokenizer, [segment.text for segments in segments_of_rows for segment in segments]))
+def tokens_of(
+    tokenizer: Any, segments_of_rows: Sequence[Sequence[Segment]], before: Sequence[str] | None = None
+) -> list[Tokens]:
+    """The tokens of each row, a list of segments that stand behind the text ``before`` it; all are encoded at once."""
+    pairs: list[tuple[str, str]] = []
+    for first, segments in zip(before or [""] * len(segments_of_rows), segments_of_rows, strict=True):
+        texts = [segment.text for segment in segments]
+        pairs += zip([first, *texts], texts, strict=False)
+    encoded = iter(encode_after(tokenizer, pairs))
     rows = []
     for segments in segments_of_rows:
         row = Tokens(ids=[], learned=[])
@@ -154,9 +190,22 @@ def answer_ids(tokenizer: Any, messages: Sequence[Message], answer: str, tools: 
     """Token ids of an assistant's answer to ``messages``, up to and including the end of the turn.
 
     Raises:
-        DataError: the template renders the prompt differently once an answer follows, or never ends the turn.
+        DataError: as ``prompt_and_answers``.
     """
-    return encode(tokenizer, answer_text(tokenizer, messages, answer, tools))
+    return prompt_and_answer_ids(tokenizer, messages, [answer], tools)[1][0]
+
+
+def prompt_and_answer_ids(
+    tokenizer: Any, messages: Sequence[Message], answers: Sequence[str], tools: Tools = ()
+) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a prompt and of several answers to it, as in ``prompt_ids`` and ``answer_ids``.
+
+    Raises:
+        DataError: as ``answer_ids``.
+    """
+    turns = [Message(role="assistant", content=answer) for answer in answers]
+    prompt, *texts = prompt_and_answers(tokenizer, messages, turns, tools)
+    return encode(tokenizer, prompt), encode_after(tokenizer, [(prompt, text) for text in texts])
 
 
 @functools.lru_cache(maxsize=16)
