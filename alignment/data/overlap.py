@@ -1,7 +1,8 @@
 """Finds rows that are in two data sets: training data must not contain the prompts of the evaluation.
 
 The overlap of two texts is the share of one's runs of ``NGRAM`` words that are also in the other (Brown et al. 2020
-used 13 words; short prompts have fewer). Case and punctuation are ignored.
+used 13 words; short prompts have fewer). Case and punctuation are ignored. In scripts that are written without spaces,
+each character counts as a word.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from alignment.data.records import HeldOutPrompt, Record
 NGRAM = 8
 LIKELY = 0.5
 """Overlap from which a row is reported."""
-_WORD = re.compile(r"\w+")
+_WITHOUT_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+"""Thai, Lao, Burmese, Khmer, Japanese and Chinese characters, as a part of a regular expression."""
+_WORD = re.compile(rf"[{_WITHOUT_SPACES}]|[^\W{_WITHOUT_SPACES}]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from alignment.config.data import SourceConfig
 from alignment.data.overlap import HeldOut, LocatedText, asked, asked_in, asked_too
 from alignment.data.records import HeldOutPrompt, Prompt
@@ -34,6 +36,19 @@ def test_half_of_a_text_is_enough_and_a_phrase_is_not() -> None:
 def test_a_text_of_a_few_words_counts_as_a_whole() -> None:
     assert _overlaps("Two plus two", "two plus two?") == [("train:7", "eval:1", 1.0)]
     assert _overlaps("Two plus three", "two plus two?") == []
+
+
+@pytest.mark.parametrize(
+    ("held_out", "other"),
+    [
+        ("法国的首都是什么？请详细回答。", "德国有多少个联邦州？请简短回答。"),
+        ("フランスの首都はどこですか。詳しく答えてください。", "ドイツには州がいくつありますか。"),
+        ("เมืองหลวงของฝรั่งเศสคืออะไร", "เยอรมนีมีกี่รัฐ"),
+    ],
+)
+def test_scripts_without_spaces_are_compared_by_their_characters(held_out: str, other: str) -> None:
+    assert _overlaps(f"你好。{held_out}", held_out) == [("train:7", "eval:1", 1.0)]
+    assert _overlaps(other, held_out) == []
 
 
 def test_of_equal_overlaps_every_call_names_the_same() -> None:
