@@ -49,6 +49,7 @@ from alignment.costs.repeats import STEP_ROWS, Repeats, repeats_of
 from alignment.costs.shadows import Key, Operation
 from alignment.costs.storing import seconds_a_byte
 from alignment.costs.work import bytes_of, flop_of
+from alignment.data.first_records import fewer_of, times_as_many
 from alignment.job import StageSpec
 from alignment.records.cost import ASKED, FILE, PROGRESS, PhaseCost, RunCost, StageCost
 from alignment.stages.registry import kind_of
@@ -240,7 +241,7 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
     except Exception as error:  # noqa: BLE001 - a stage that cannot run on shadows must not hide the others
         traceback.print_exc()
         return StageCost(**described, error=f"{type(error).__name__}: {error}")
-    repeats = repeats_of(spec.config, spec.data_path, _rows_read(spec))
+    repeats = repeats_of(spec.config, _times_as_many(spec))
     phases = _phases(recorder, timer, repeats)
     phases = {name: _divided(name, phase, recorder, spec, timer.processes) for name, phase in phases.items()}
     result = recorder.trained_bytes + recorder.copied_bytes
@@ -300,8 +301,10 @@ def _as_estimated(spec: StageSpec) -> StageSpec:
     changes: dict[str, Any] = {}
     config: Any = spec.config
     if isinstance(data := getattr(config, "data", None), DataConfig):
-        rows = _rows_read(spec)
-        changes["data"] = replace(data, limit=min(data.limit or rows, rows))
+        rows, times = _rows_read(spec), _times_as_many(spec) or 1.0
+        paths = [path for _, path in spec.sources(data, "data")[1:]]
+        mix = [fewer_of(part, path, times) for part, path in zip(data.mix, paths, strict=True)]
+        changes["data"] = replace(data, limit=min(data.limit or rows, rows), mix=mix)
     if isinstance(sampling := getattr(config, "sampling", None), SamplingConfig):
         ahead: dict[str, Any] = {"max_staleness": 0} if isinstance(sampling, RolloutSamplingConfig) else {}
         changes["sampling"] = replace(sampling, engine=Engine.own, **ahead)
@@ -331,6 +334,15 @@ def _of_deepspeed(weights: int, recorder: Recorder, sharding: Sharding, processe
     way to other processes, and in ZeRO-3 weights that are gathered."""
     gathered = min(weights, int(MOST_LIVE * weights / max(1, recorder.weights))) if sharding.of_weights else 0
     return 2 * recorder.trained_bytes // processes + min(BUCKETS, 4 * recorder.trained_bytes) + gathered
+
+
+def _times_as_many(spec: StageSpec) -> float | None:
+    """How many times as many of its own rows the whole stage reads; None if that is not known."""
+    slot = next((slot for slot in kind_of(spec.config).data(spec.config) if slot.field == "data"), None)
+    data = getattr(spec.config, "data", None)
+    if slot is None or not isinstance(data, DataConfig):
+        return 1.0
+    return times_as_many(spec.data_path, data, slot.record, _rows_read(spec))
 
 
 def _rows_read(spec: StageSpec) -> int:

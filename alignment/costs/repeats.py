@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from alignment.config.data import DataConfig
 from alignment.config.optim import OptimConfig
 
 STEP_ROWS = 8
@@ -29,11 +27,10 @@ class Repeats:
     is_unknown: bool = False
 
 
-def repeats_of(config: Any, data_path: Path, rows_read: int) -> Repeats:
-    """For a stage with these settings, of whose data so many rows were read."""
-    data = getattr(config, "data", None)
-    counted = _share_unread(data_path, data, rows_read) if isinstance(data, DataConfig) else 1.0
-    rows, is_unknown = (1.0, True) if counted is None else (counted, False)
+def repeats_of(config: Any, times: float | None) -> Repeats:
+    """For a stage with these settings that was estimated on a part of its rows, of which it reads so many ``times`` as
+    many; None if that is not known (data/first_records.py)."""
+    rows, is_unknown = (1.0, True) if times is None else (times, False)
     optim = getattr(config, "optim", None)
     if not isinstance(optim, OptimConfig):
         epochs = float(getattr(config, "ppo_epochs", 1))
@@ -47,14 +44,3 @@ def repeats_of(config: Any, data_path: Path, rows_read: int) -> Repeats:
     if optim.max_steps is not None:
         return Repeats(steps=larger, rows=rows, held_out=held_out)
     return Repeats(steps=rows, rows=rows, held_out=held_out, of_steps=rows / larger, is_unknown=is_unknown)
-
-
-def _share_unread(file: Path, data: DataConfig, rows: int) -> float | None:
-    """How many times as many rows as are read here the stage reads; None if that would need reading them all."""
-    if data.limit is not None and data.limit <= rows:
-        return 1.0
-    if file.suffix != ".jsonl" or not file.is_file():
-        return None
-    with file.open("rb") as lines:
-        number = sum(1 for _ in lines)
-    return max(1.0, min(number, data.limit or number) / rows)

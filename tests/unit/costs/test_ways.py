@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.data import DataConfig
+from alignment.config.data import DataConfig, MixedConfig
 from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
 from alignment.config.launch import Sharding
 from alignment.config.optim import OptimConfig
@@ -135,6 +135,25 @@ def test_steps_and_tokens_are_those_of_the_whole_stage(
     assert limited.steps == 3
     assert limited.tokens == pytest.approx(1.5 * whole.tokens, rel=0.1)
     assert limited.flop == pytest.approx(1.5 * whole.flop, rel=0.3)
+
+
+def test_rows_that_are_mixed_in_are_estimated_in_proportion(
+    tmp_path: Path, timer: Timer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read whole beside a part of the stage's own rows, they would be counted many times."""
+    for user in ("estimate", "costs.repeats"):
+        monkeypatch.setattr(f"alignment.{user}.STEP_ROWS", 2)
+    spec = spec_of(tmp_path, DpoConfig)
+    data = replace(spec.config.data, mix=[MixedConfig(source=spec.config.data.source)])
+    spec = replace(
+        spec, config=replace(spec.config, data=data), extra_data={**spec.extra_data, "data.mix[0]": spec.data_path}
+    )
+    whole = cost_of(spec, timer, publishes=False)
+    assert whole.steps == 4, "eight pairs of each source, four a step"
+    monkeypatch.setattr("alignment.estimate.ROWS", 4)
+    first = cost_of(spec, timer, publishes=False)
+    assert (first.error, first.steps) == ("", 4)
+    assert first.tokens == pytest.approx(whole.tokens, rel=0.1)
 
 
 def test_looks_at_held_out_rows_take_as_long_as_there_are_looks(tmp_path: Path, timer: Timer) -> None:
