@@ -19,14 +19,16 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from alignment.config.data import DataConfig, OnError, SourceConfig
+from alignment.config.data import DataConfig, MixedConfig, OnError, SourceConfig
+from alignment.config.stage import TrainedConfig
 from alignment.config.validation import ValidationConfig
 from alignment.core.errors import AlignmentError
+from alignment.core.model_files import positions_in, reason_of_positions, row_too_long
 from alignment.core.process_end import end_process
 from alignment.data.reading import iterate
 from alignment.data.records import Prompt
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
-from alignment.data.tokens.row_kinds import Kind, tokenized
+from alignment.data.tokens.row_kinds import PROMPTS, Tokenized, tokenized
 from alignment.data.tokens.template_losses import lost_words
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageSpec
@@ -80,14 +82,14 @@ def check_rows(spec: StageSpec) -> list[str]:
     Raises:
         DataError: none of them can be rendered or tokenised, or too many rows of a source that was read to its end are
             too long.
-        ModelError: there is no usable tokenizer.
+        ModelError: there is no usable tokenizer, or a row within the stage's limits is longer than the base model's
+            positions.
     """
     config = as_trained(spec.config)
     assert config is not None, "the driver passes only stages that train"
     tokenizer = load_tokenizer(spec.base_path, spec.model.template)
-    kind, limits = learned_data(config)
     sources = [*spec.sources(config.data, "data"), *_held_out_sources(spec)]
-    return [note for data, path in sources for note in _check_source(tokenizer, kind, limits, data, path)]
+    return [note for data, path in sources for note in _check_source(spec, config, tokenizer, data, path)]
 
 
 def _held_out_sources(spec: StageSpec) -> list[tuple[SourceConfig, Path]]:
@@ -98,7 +100,10 @@ def _held_out_sources(spec: StageSpec) -> list[tuple[SourceConfig, Path]]:
     return spec.sources(validation.data, "validation.data")
 
 
-def _check_source(tokenizer: object, kind: Kind, limits: Limits, data: SourceConfig, path: Path) -> list[str]:
+def _check_source(
+    spec: StageSpec, config: TrainedConfig, tokenizer: object, data: SourceConfig, path: Path
+) -> list[str]:
+    kind, limits = learned_data(config)
     lenient = replace(data, on_error=OnError.skip, max_skipped=1.0)  # the plan has checked for these faults
     records = list(islice(iterate(path, kind.record, lenient), NUM_RECORDS))
     every = list(tokenized(tokenizer, kind, records, limits))
@@ -111,9 +116,35 @@ def _check_source(tokenizer: object, kind: Kind, limits: Limits, data: SourceCon
         dropped, cut = len(faults) - len(others), sum(row.cut != "" for row in every)
         longest = max((row.tokens for row in every), default=0)
         refuse_losses(limits, dropped=dropped, cut=cut, records=len(every), longest=longest, where=str(path))
+    if not _is_sampled(data):
+        answer = getattr(config, "max_new_tokens", 0) if kind is PROMPTS else 0  # a prompt's answer follows it
+        _refuse_beyond_positions(spec, [row for row in every if row.fault is None], limits, answer)
     lost = Counter(loss for row in every for loss in row.lost)
     begin = f"{path}: " + ("" if whole else "of the first records, ")
     return [begin + lost_words(loss, count, len(every)) for loss, count in lost.items()]
+
+
+def _is_sampled(data: SourceConfig) -> bool:
+    """Whether the stage takes only some of the source's rows, so that one that it cannot read may not be among them."""
+    if isinstance(data, DataConfig):
+        return data.fraction < 1.0
+    return isinstance(data, MixedConfig) and (data.share is not None or data.count is not None)
+
+
+def _refuse_beyond_positions(spec: StageSpec, rows: Sequence[Tokenized], limits: Limits, answer: int) -> None:
+    """Checks that the base model can read every row, with ``answer`` more tokens.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    positions = positions_in(spec.base_path)
+    if positions is None:
+        return
+    for row in rows:
+        tokens = max(parts.longest for parts in row.parts)
+        tokens = min(tokens, limits.row) + answer  # a text of any length becomes several rows
+        if tokens > positions:
+            raise row_too_long(tokens, positions, reason_of_positions(spec.base_path), where=row.record.where)
 
 
 def try_functions(spec: StageSpec) -> list[str]:

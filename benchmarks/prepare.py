@@ -186,11 +186,13 @@ def in_our_order(kind: str, adapter: str, folder: Path, tokens: list[Any]) -> li
 
     Labelled answers stand beside the answer by which our stage estimates the divergence.
     """
-    config = stage_config(kind, adapter, folder, steps=1, rows=ROWS)
+    config: Any = stage_config(kind, adapter, folder, steps=1, rows=ROWS)
     spec = read_spec(write_stage(folder / "order", config, base=folder, data=folder))
     context = StageContext(spec=spec, rank=0, world_size=1)
     if kind == "kto":
-        return list(in_order(Dataset.from_list(tokens), context.generator("order"), batch_size=ROWS, mismatch=True))
+        rng, longest = context.generator("order"), config.max_length
+        rows = Dataset.from_list(tokens)
+        return list(in_order(rows, rng, batch_size=ROWS, max_length=longest, mismatch=True))
     order: Iterable[int]
     if kind in UPDATES:
         order = prompt_order(len(tokens), 0, len(tokens), lambda number: context.generator("prompts", number))

@@ -7,7 +7,7 @@ fingerprint does not cover.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def positions_in(folder: Path) -> int | None:
     groups = _configurations(folder)
     sizes = [group.get(name) for group in groups for name in _POSITIONS]
     longest = [size for size in sizes if isinstance(size, int)][:1]
-    return min([*longest, *_before_longer_frequencies(groups)], default=None)
+    return min([*longest, *before_longer_frequencies(groups)], default=None)
 
 
 def reason_of_positions(folder: Path) -> str:
@@ -58,11 +58,23 @@ def reason_of_positions(folder: Path) -> str:
     Raises:
         ModelError: the configuration cannot be read.
     """
-    return BEFORE_LONGER if _before_longer_frequencies(_configurations(folder)) else ""
+    return BEFORE_LONGER if before_longer_frequencies(_configurations(folder)) else ""
 
 
-def _before_longer_frequencies(groups: Sequence[dict[str, Any]]) -> list[int]:
-    """The positions up to which LongRoPE has its short frequencies; empty for other models."""
+def row_too_long(tokens: int, positions: int, reason: str, *, where: str = "") -> ModelError:
+    """The error for a row that a model cannot read; ``reason`` follows the number of its positions."""
+    return ModelError(
+        f"a row of {tokens} tokens is longer than the model's {positions} positions{reason}",
+        where=where,
+        remedy="lower max_length (or max_prompt_length and max_new_tokens)",
+    )
+
+
+def before_longer_frequencies(groups: Iterable[dict[str, Any]]) -> list[int]:
+    """The positions up to which LongRoPE (Ding et al. 2024) has its short frequencies; empty for other models.
+
+    ``groups`` are configurations, of which only the settings of rotary positions are read.
+    """
     sizes = [group.get(_FIRST_POSITIONS, rope.get(_FIRST_POSITIONS)) for group in groups for rope in _long_ropes(group)]
     return [size for size in sizes if isinstance(size, int)]
 

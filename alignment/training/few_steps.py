@@ -8,8 +8,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignment.costs.recorder import ACTIVATIONS, OPTIMIZER, Recorder
-from alignment.training.longest_batch import row_tokens
 from alignment.training.micro_batches import MicroBatches, Unit
+from alignment.training.row_lengths import row_tokens
 
 
 class FewSteps(TrainerCallback):

@@ -11,10 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
-from datasets import Dataset
 from numpy.typing import NDArray
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -25,15 +22,10 @@ from alignment.models.forward.attention import ATTENTION
 from alignment.training.context import StageContext
 from alignment.training.device import own_device
 from alignment.training.micro_batches import MicroBatches, Unit
+from alignment.training.row_lengths import row_tokens
 
 SHARE = 0.01
 """Largest share of a training's tokens that may be tried."""
-BLOCK = 10_000
-"""How many rows are measured at a time."""
-_NOT_TOKENS = {"labels", "position_ids", "seq_lengths", "attention_mask", "completion_mask"}
-"""Columns of a row that are as long as its tokens, or no tokens."""
-_WITHOUT_GRADIENTS = "KL_"
-"""TRL's prefix for columns of other answers, which are read in a pass of their own."""
 _EIGHT_BIT = "8bit"
 """In the names of bitsandbytes' optimisers."""
 
@@ -41,23 +33,6 @@ _EIGHT_BIT = "8bit"
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether there was not enough memory. CUDA has its own error; the CPU's allocator is recognised by its message."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
-def row_tokens(rows: Dataset, *, prompts_twice: bool = False) -> NDArray[np.int64]:
-    """``[rows]``: the tokens of each row in all its columns; both answers of a pair, and their prompt once or twice."""
-    columns = [
-        field.name
-        for field in rows.features.arrow_schema
-        if (pa.types.is_list(field.type) or pa.types.is_large_list(field.type))
-        and field.name not in _NOT_TOKENS
-        and not field.name.startswith(_WITHOUT_GRADIENTS)
-    ]
-    times = {name: 2 if prompts_twice and name.startswith("prompt") else 1 for name in columns}
-    sums = [
-        np.sum([times[name] * pc.list_value_length(block[name]).to_numpy() for name in columns], axis=0, dtype=np.int64)
-        for block in rows.with_format("arrow").iter(BLOCK)
-    ]
-    return np.concatenate(sums)
 
 
 def largest(tokens: NDArray[np.int64], *, limit: int, most: int, padded: bool) -> list[int]:
@@ -119,9 +94,10 @@ class LongestBatch(TrainerCallback):
         if int(tokens[rows].sum()) > SHARE * coming and not (estimate and estimate.tries_longest):
             return
         self._context.progress("trying the longest batch")
-        if self._fits(rows):
-            return
-        raise self._error(tokens, rows, most)
+        fits = self._fits(rows)
+        self._context.progress("training", state.global_step, state.max_steps)
+        if not fits:
+            raise self._error(tokens, rows, most)
 
     def _largest(self, tokens: NDArray[np.int64], limit: int, most: int) -> list[int]:
         return largest(tokens, limit=limit, most=most, padded=not is_flat(self._trainer))

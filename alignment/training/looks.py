@@ -24,6 +24,7 @@ from alignment.training.callbacks import NothingLeft
 from alignment.training.context import StageContext
 from alignment.training.held_out import HeldOutRows, held_out_metrics
 from alignment.training.micro_batches import MicroBatches
+from alignment.training.row_lengths import refuse_long_rows
 
 STATE, BEST = "validation.json", "validation_best.safetensors"
 """Files in a checkpoint: the looks so far, and the weights of the best one."""
@@ -56,7 +57,11 @@ class Looks:
 
 
 class Validation(TrainerCallback):
-    """Judges the model after every ``every`` steps and after the last, on every process alike."""
+    """Judges the model after every ``every`` steps and after the last, on every process alike.
+
+    Raises:
+        ModelError: a held-out row is longer than the model's positions.
+    """
 
     def __init__(
         self, config: ValidationConfig, context: StageContext, trainer: MicroBatches, held_out: HeldOutRows
@@ -65,6 +70,7 @@ class Validation(TrainerCallback):
         self._context = context
         self._trainer = trainer
         self._held_out = held_out
+        refuse_long_rows(trainer.model, held_out.rows, lambda row: f"row {row + 1} of the held-out rows")
         self._best = BestWeights(trainer.model, file=BEST)
         self._metrics: dict[str, float] = {}
         self.looks = Looks()
@@ -89,6 +95,7 @@ class Validation(TrainerCallback):
             return
         self._context.progress("validating", state.global_step, state.max_steps)
         self._metrics = held_out_metrics(self._trainer, self._held_out)
+        self._context.progress("training", state.global_step, state.max_steps)
         improved = self.looks.add(state.global_step, self._metrics[names.LOSS], patience=self._config.patience)
         if improved and self._config.keep_best:
             self._best.record()

@@ -35,6 +35,7 @@ from alignment.training.finite import FiniteSteps, refuse_divergence
 from alignment.training.longest_batch import LongestBatch
 from alignment.training.looks import Validation
 from alignment.training.micro_batches import MicroBatches
+from alignment.training.row_lengths import refuse_long_rows
 from alignment.training.row_trials import RowTrials
 from alignment.training.sharding import everyones, layout
 from alignment.training.size_search import PHASE, Trials
@@ -77,7 +78,10 @@ def train(
         Preempted: a signal asked to stop; the checkpoint is written.
         NonFiniteError: a loss or gradient was not finite.
         StageError: the training diverged.
+        ModelError: a row is longer than the model's positions.
     """
+    if isinstance(trainer, MicroBatches):
+        refuse_long_rows(trainer.model, trainer.train_dataset, trainer.row_origin)
     if context.search is not None:
         _seek_size(context.search, trainer, context, trials)
     log = MetricsLog(context.content / METRICS)

@@ -6,6 +6,7 @@ from tests.mutations.mutation import in_file
 
 CALLS = "unit/api/test_calls.py"
 REHEARSAL = "unit/pipeline/test_rehearsal.py"
+BEYOND = "test_rows_that_a_stage_allows_but_the_model_cannot_read_are_refused"
 
 MUTATIONS = [
     *in_file(
@@ -17,6 +18,13 @@ MUTATIONS = [
             ":",
             "test_rows_that_follow_faulty_ones_may_be_fine_where_faulty_ones_are_skipped",
         ),
+    ),
+    *in_file(
+        "rehearse.py",
+        "unit/pipeline/test_rehearsed_models.py",
+        ("a prompt's answer needs no positions", "if kind is PROMPTS else 0", "if kind is None else 0", BEYOND),
+        ("rows that may not be drawn are refused", "    if not _is_sampled(data):\n", "    if True:\n", BEYOND),
+        ("rows longer than the positions pass", "        if tokens > positions:\n", "        if False:\n", BEYOND),
     ),
     *in_file(
         "fork_server.py",
@@ -54,6 +62,12 @@ MUTATIONS = [
             "return own | _RANKS if by_torchrun or launch.num_processes > 1 else own",
             "return own",
             "test_a_scorer_finds_the_variables_that_its_launcher_sets",
+        ),
+        (
+            "a rehearsal writes into the folder of the last one",
+            "return Path(tempfile.mkdtemp(prefix=_FOLDERS, dir=plan.run_folder))",
+            "(plan.run_folder / _FOLDERS).mkdir(); return plan.run_folder / _FOLDERS",
+            "test_a_rehearsal_of_a_killed_driver_does_not_answer_for_a_later_one",
         ),
         (
             "what went well is tried again",
@@ -99,8 +113,8 @@ MUTATIONS = [
         REHEARSAL,
         (
             "other lengths count as tried",
-            '("data", "max_length", ',
-            '("data", ',
+            '        "max_length",\n',
+            "",
             "test_what_went_well_is_not_tried_again",
         ),
     ),

@@ -63,7 +63,7 @@ MUTATIONS = [
         FAMILIES,
         (
             "a row may change the frequencies of its neighbours",
-            ", *_before_longer_frequencies(config)])",
+            ", *_before_longer(config)])",
             "])",
             "test_rows_that_would_change_the_frequencies_of_their_neighbours_are_refused",
         ),
@@ -73,7 +73,7 @@ MUTATIONS = [
         "unit/core/test_model_files.py",
         (
             "the positions of LongRoPE are those after its frequencies change",
-            "[*longest, *_before_longer_frequencies(groups)]",
+            "[*longest, *before_longer_frequencies(groups)]",
             "longest",
             "test_a_model_with_longrope_reads_no_more_than_before_its_frequencies_change",
         ),

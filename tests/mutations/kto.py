@@ -103,6 +103,12 @@ MUTATIONS = [
         ),
         ("a prompt gets its own answer", "(row - distance) % len(batch)", "row", _MISMATCHED),
         (
+            "mismatched answers are never cut",
+            "if (lengths <= room).all():",
+            "if True:",
+            "test_a_mismatched_answer_is_cut_to_the_longest_row_that_the_stage_allows",
+        ),
+        (
             "the distance between answers is always one",
             "        if own < fewest:\n",
             "        if distance == 1:\n",

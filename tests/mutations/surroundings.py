@@ -212,8 +212,8 @@ MUTATIONS = [
         ),
         (
             "another limit counts as tried",
-            '"max_prompt_length", "max_answer_length", "too_long", "validation"',
-            '"too_long"',
+            '        "max_prompt_length",\n',
+            "",
             "test_a_setting_that_decides_which_rows_fit_is_tried_again",
         ),
     ),

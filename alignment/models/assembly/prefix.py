@@ -17,8 +17,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from alignment.core.errors import ModelError
-from alignment.core.model_files import BEFORE_LONGER
+from alignment.core.model_files import BEFORE_LONGER, before_longer_frequencies, row_too_long
 
 _NAME = "alignment_prefix"
 _NO_LIMIT = 1 << 30
@@ -80,29 +79,23 @@ def positions_of(trunk: PreTrainedModel) -> int:
     prefix = prefix_of(trunk)
     config = trunk.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    limit = min([_NO_LIMIT if positions is None else positions, *_before_longer_frequencies(config)])
+    limit = min([_NO_LIMIT if positions is None else positions, *_before_longer(config)])
     return limit - (0 if prefix is None else prefix.tokens)
 
 
-def _before_longer_frequencies(config: PreTrainedConfig) -> list[int]:
-    """The positions up to which LongRoPE has its short frequencies; empty for other models."""
-    parameters = getattr(config, "rope_parameters", None) or {}
-    of_layers = [parameters, *(own for own in parameters.values() if isinstance(own, dict))]  # all, or by their type
-    return [own["original_max_position_embeddings"] for own in of_layers if own.get("rope_type") == "longrope"]
+def _before_longer(config: PreTrainedConfig) -> list[int]:
+    return before_longer_frequencies([{"rope_parameters": getattr(config, "rope_parameters", None)}])
 
 
-def refuse_too_long(trunk: PreTrainedModel, tokens: int) -> None:
-    """Checks that a row of ``tokens`` tokens fits the model's positions.
+def refuse_too_long(trunk: PreTrainedModel, tokens: int, *, where: str = "") -> None:
+    """Checks that a row of ``tokens`` tokens, which is ``where``, fits the model's positions.
 
     Raises:
         ModelError: it does not.
     """
     if tokens > (positions := positions_of(trunk)):
-        why = BEFORE_LONGER if _before_longer_frequencies(trunk.config.get_text_config()) else ""
-        raise ModelError(
-            f"a row of {tokens} tokens is longer than the model's {positions} positions{why}",
-            remedy="lower max_length (or max_prompt_length and max_new_tokens)",
-        )
+        reason = BEFORE_LONGER if _before_longer(trunk.config.get_text_config()) else ""
+        raise row_too_long(tokens, positions, reason, where=where)
 
 
 def _forward(self: PeftModel, *args: Any, **kwargs: Any) -> Any:

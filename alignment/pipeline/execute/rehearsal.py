@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ from alignment.pipeline.plan import references, scorer_checks
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.stages.registry import as_trained, kind_of
 
-_FOLDER = ".rehearsal"
+_FOLDERS = ".rehearsal-"
 _CHECKED = {
     rehearsed.ROWS: "rows of",
     rehearsed.SCORERS: "scorers of",
@@ -82,9 +83,7 @@ def _announcement(parts: Mapping[str, Sequence[PlannedStage]]) -> str:
 
 def _try(plan: Plan, parts: Mapping[str, Sequence[PlannedStage]], server: ForkServer | None) -> list[str]:
     """What was noted; an error is raised."""
-    folder = plan.run_folder / _FOLDER
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder = _new_folder(plan)
     argv = [sys.executable, "-m", "alignment.rehearse", str(folder)]
     for part, stages in parts.items():
         argv += [f"--{part}", *_files(plan, stages, folder)]
@@ -100,6 +99,14 @@ def _try(plan: Plan, parts: Mapping[str, Sequence[PlannedStage]], server: ForkSe
     notes = worker_protocol.notes(folder)
     shutil.rmtree(folder, ignore_errors=True)
     return notes
+
+
+def _new_folder(plan: Plan) -> Path:
+    """An empty folder of its own: the process of a killed driver may still write into the older one."""
+    plan.run_folder.mkdir(parents=True, exist_ok=True)
+    for older in plan.run_folder.glob(f"{_FOLDERS}*"):
+        shutil.rmtree(older, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=_FOLDERS, dir=plan.run_folder))
 
 
 def _environment(plan: Plan) -> dict[str, str]:

@@ -17,9 +17,19 @@ from alignment.core.fingerprint import digest
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 
 FOLDER = ".tried"
+REVISION = 2
+"""Raised when a rehearsal checks more, so that older successes do not count."""
 ROWS, SCORERS, MODEL = "rows", "scorers", "model"
 _SETTINGS = {
-    ROWS: ("data", "max_length", "max_prompt_length", "max_answer_length", "too_long", "validation"),
+    ROWS: (
+        "data",
+        "max_answer_length",
+        "max_length",
+        "max_new_tokens",
+        "max_prompt_length",
+        "too_long",
+        "validation",
+    ),
     SCORERS: ("data",),
     # The seed counts for nothing: the examples of an arm that it draws differ little in length.
     MODEL: ("arms", "critic", "data", "few_shot", "init", "max_new_tokens", "system_prompt"),
@@ -50,7 +60,7 @@ def _file(plan: Plan, stage: PlannedStage, part: str) -> Path:
     settings: dict[str, Any] = to_plain(stage.config)
     key = {
         "part": part,
-        "version": __version__,
+        "version": [__version__, REVISION],
         "settings": {name: settings[name] for name in _SETTINGS[part] if name in settings},
         "content": {name: stage.identity[name] for name in _CONTENT[part] if name in stage.identity},
         "functions": list(stage.code) if part == SCORERS else [],

@@ -35,6 +35,7 @@ from alignment.training.context import StageContext
 from alignment.training.held_out import HeldOutRows
 from alignment.training.looks import Validation, of_handed_on
 from alignment.training.router_loss import WITHOUT_ROUTER_LOSS
+from alignment.training.row_lengths import refuse_long_rows
 from alignment.training.session import train
 from alignment.training.trainer_arguments import common_arguments
 
@@ -84,6 +85,7 @@ def _trainer(
 ) -> PairTrainer:
     pairs, origin_of = split_origins(pairs)
     policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=False)
+    refuse_long_rows(policy, pairs, origin_of)  # before the reference reads them
     reference = precomputed = precomputed_held_out = None
 
     def computed(rows: Dataset) -> Reference:

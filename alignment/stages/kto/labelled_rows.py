@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
+from numpy.typing import NDArray
 
 from alignment.data.tokens.row_kinds import DESIRABLE, PROMPT, UNDESIRABLE
 from alignment.stages.shared.by_prompt import prompts_of
@@ -28,10 +30,11 @@ def count_labels(rows: Dataset) -> dict[str, int]:
     return {DESIRABLE: desirable, UNDESIRABLE: len(rows) - desirable}
 
 
-def in_order(rows: Dataset, rng: torch.Generator, *, batch_size: int, mismatch: bool) -> Dataset:
+def in_order(rows: Dataset, rng: torch.Generator, *, batch_size: int, max_length: int, mismatch: bool) -> Dataset:
     """Rows of ``LABELLED_ANSWERS``, shuffled, with the columns ``prompt``, ``completion``, ``label`` and ``where``.
 
-    ``mismatch`` adds the column ``KL_completion``: the answer of another row of the same batch of ``batch_size`` rows.
+    ``mismatch`` adds the column ``KL_completion``: the answer of another row of the same batch of ``batch_size`` rows,
+    cut so that it has at most ``max_length`` tokens with the prompt.
     """
     order = pa.array(torch.randperm(len(rows), generator=rng).numpy())
     table = _table(rows).take(order)
@@ -46,7 +49,8 @@ def in_order(rows: Dataset, rng: torch.Generator, *, batch_size: int, mismatch: 
     if not mismatch:
         return shuffled
     others = pa.array(mismatched(prompts_of(shuffled), batch_size))
-    table = pa.table({**columns, MISMATCHED: columns[ANSWER].take(others)})
+    room = np.maximum(0, max_length - pc.list_value_length(columns[PROMPT]).to_numpy())
+    table = pa.table({**columns, MISMATCHED: _cut(columns[ANSWER].take(others), room)})
     return Dataset(table, fingerprint=shuffled._fingerprint)
 
 
@@ -76,6 +80,17 @@ def _distance(batch: Sequence[Hashable]) -> int:
         if not fewest:
             break
     return best
+
+
+def _cut(answers: pa.ChunkedArray, room: NDArray[np.int64]) -> pa.ChunkedArray | pa.Array:
+    """``[rows]``: the first tokens of each answer, at most ``[rows]`` so many."""
+    lengths = pc.list_value_length(answers).to_numpy()
+    if (lengths <= room).all():
+        return answers
+    cut = np.minimum(lengths, room)
+    token = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)  # its number in its answer
+    ids = pc.list_flatten(answers).filter(pa.array(token < np.repeat(cut, lengths)))
+    return pa.ListArray.from_arrays(np.append(0, cut.cumsum()), ids.combine_chunks()).cast(answers.type)
 
 
 def _table(rows: Dataset) -> pa.Table:

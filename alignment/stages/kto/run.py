@@ -20,6 +20,7 @@ from alignment.core.errors import DataError
 from alignment.data.tokens.row_kinds import DESIRABLE, LABELLED_ANSWERS, UNDESIRABLE
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.mapped import copied_in_calls
+from alignment.models.assembly.prefix import positions_of
 from alignment.models.forward.answers import unwrapped
 from alignment.records.step_log import METRICS, MetricsLog
 from alignment.stages.kto.config import KtoConfig
@@ -34,6 +35,7 @@ from alignment.stages.shared.start_check import refuse_other_reference
 from alignment.stages.shared.start_reference import copy_of_start, make_ready, precomputed_reference, with_reference
 from alignment.training.context import StageContext
 from alignment.training.router_loss import WITHOUT_ROUTER_LOSS
+from alignment.training.row_lengths import refuse_long_rows
 from alignment.training.session import train
 from alignment.training.trainer_arguments import common_arguments
 
@@ -97,7 +99,9 @@ def _trainer(
     policy = initial_model(context, start, TaskType.CAUSAL_LM, may_drop=False)
     mismatch = config.loss.estimates_kl
     rng = context.generator("order")
-    rows, origin_of = split_origins(in_order(answers, rng, batch_size=config.optim.batch_size, mismatch=mismatch))
+    size, limit = config.optim.batch_size, min(config.max_length, positions_of(unwrapped(policy).base_model))
+    rows, origin_of = split_origins(in_order(answers, rng, batch_size=size, max_length=limit, mismatch=mismatch))
+    refuse_long_rows(policy, rows, origin_of)  # before the reference reads them
     names = {ANSWER: REFERENCE, MISMATCHED: OTHER_REFERENCE} if mismatch else {ANSWER: REFERENCE}
     reference = precomputed = None
     if config.precompute_reference:

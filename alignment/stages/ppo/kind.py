@@ -166,6 +166,9 @@ def _refusals(config: PpoConfig, launch: LaunchConfig) -> Iterator[Refusal]:
     if launch.sharding is Sharding.fsdp and config.critic_warmup:
         why = "PyTorch's sharded checkpoints need moments of all weights, and the policy has none yet"
         yield Refusal(field="critic_warmup", why=why, instead="critic_warmup=0, or launch=ddp")
+    if launch.sharding is Sharding.fsdp and config.drop_ties:
+        why = "PyTorch's sharded checkpoints need moments, and a first update in which all groups tie leaves none"
+        yield Refusal(field="drop_ties", why=why, instead="drop_ties=false, or launch=ddp")
     if launch.sharding in (Sharding.zero3, Sharding.fsdp) and config.ptx.coefficient:
         why = "its forward passes bypass the module that gathers sharded weights"
         yield Refusal(field="ptx.coefficient", why=why, instead="launch=zero2")
@@ -266,7 +269,7 @@ KIND = StageKind(
     name="ppo",
     summary="PPO, RLOO or GRPO on scores of the policy's own answers",
     config=PpoConfig,
-    revision=9,
+    revision=10,
     produces=POLICY,
     run="alignment.stages.ppo.run:run",
     rehearse="alignment.stages.shared.scalar_check:refuse_base_without_scores",

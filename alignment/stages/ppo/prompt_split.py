@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from alignment.core.errors import ConfigError
 from alignment.data.records import Prompt
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import PROMPTS
+from alignment.models.assembly.prefix import refuse_too_long
+from alignment.models.forward.answers import unwrapped
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.shared.stage_rows import fitting
 from alignment.training.context import StageContext
@@ -24,6 +28,17 @@ def tokenized_prompts(
     by_row, counts = fitting(context, PROMPTS, rows, config.data, limits, tokenizer)
     ids = [tokenized.rows[0]["prompt"] for tokenized in by_row.values()]
     return Prompts(ids=ids, rows=list(by_row)), counts
+
+
+def refuse_long_prompts(config: PpoConfig, policy: PreTrainedModel, prompts: Prompts, rows: Sequence[Prompt]) -> None:
+    """Checks that the policy can read each prompt with the longest answer.
+
+    Raises:
+        ModelError: it cannot; the error names the longest prompt.
+    """
+    longest = max(range(len(prompts.ids)), key=lambda number: len(prompts.ids[number]))
+    tokens = len(prompts.ids[longest]) + config.max_new_tokens
+    refuse_too_long(unwrapped(policy).base_model, tokens, where=rows[prompts.rows[longest]].where)
 
 
 def hold_out(prompts: Prompts, config: PpoConfig, context: StageContext) -> tuple[Prompts, Prompts]:

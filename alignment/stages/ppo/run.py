@@ -22,7 +22,7 @@ from alignment.stages.ppo.answer_trials import AnswerTrials
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.ppo.engine_checks import OF_ENGINE
 from alignment.stages.ppo.kind import TIED_SHARE
-from alignment.stages.ppo.prompt_split import hold_out, tokenized_prompts
+from alignment.stages.ppo.prompt_split import hold_out, refuse_long_prompts, tokenized_prompts
 from alignment.stages.ppo.scorers_in_use import GUARD, maximised
 from alignment.stages.ppo.served_sampling import served_engine
 from alignment.stages.ppo.trainer import PpoTrainer
@@ -64,6 +64,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
     learned, held_out = hold_out(prompts, config, context)
     context.phase("loading")
     roles = roles_of(config, context, start, reward)
+    refuse_long_prompts(config, roles.policy, prompts, rows)
     computation = Computation(
         device=context.device, dtype=spec.model.dtype, tokens=tokens_of(config.optim.micro_batch_tokens)
     )

@@ -52,6 +52,7 @@ def adapter(kind: str, **more: Any) -> AdapterConfig:
         ),
         (PpoConfig(critic_warmup=2), "zero2", "critic_warmup", "DeepSpeed updates all weights"),
         (PpoConfig(critic_warmup=2), "fsdp", "critic_warmup", "PyTorch's sharded checkpoints need moments"),
+        (PpoConfig(drop_ties=True), "fsdp", "drop_ties", "PyTorch's sharded checkpoints need moments"),
         (PpoConfig(ptx=PtxConfig(coefficient=0.1)), "zero3", "ptx.coefficient", "its forward passes bypass"),
         (PpoConfig(ptx=PtxConfig(coefficient=0.1)), "fsdp", "ptx.coefficient", "its forward passes bypass"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from alignment.pipeline.execute.rehearsal import rehearse
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan
 from alignment.records.run import RunRecord
-from alignment.records.worker import FAILED, Status
+from alignment.records.worker import DONE, FAILED, Status
 from tests.tiny import tiny_tokenizer
 from tests.unit.pipeline.conftest import MakePlan, leave_artifact
 
@@ -223,6 +223,29 @@ def test_a_bug_in_a_trial_is_looked_for_in_the_packages_of_the_stages(
     with pytest.raises(AlignmentError, match="KeyError: 'x'") as caught:
         rehearse(planned, planned.stages, announce=lambda _: None)
     assert "in their-dpo or their-evaluate or their-reward, which adds" in caught.value.remedy
+
+
+def test_a_rehearsal_of_a_killed_driver_does_not_answer_for_a_later_one(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders: list[Path] = []
+
+    def execute(command: Command, *, log: Path, **_: Any) -> int:
+        folders.append(Path(command.argv[3]))
+        log.write_text("")
+        if len(folders) == 1:
+            raise KeyboardInterrupt
+        Status(state=DONE, exit_code=0).write(folders[1])
+        with suppress(OSError):
+            Status(state=FAILED, exit_code=5, error="of the earlier one").write(folders[0])
+        return 0
+
+    monkeypatch.setattr(processes, "execute", execute)
+    planned = plan()
+    with pytest.raises(KeyboardInterrupt):
+        rehearse(planned, planned.stages, announce=lambda _: None)
+    rehearse(planned, planned.stages, announce=lambda _: None)
+    assert not any(planned.run_folder.iterdir()), "nothing is left"
 
 
 def test_a_tokenizer_without_a_template_is_named(tried: Callable[..., Plan], tmp_path: Path) -> None:

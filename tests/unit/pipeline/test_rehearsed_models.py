@@ -11,7 +11,7 @@ import pytest
 
 from alignment.core.errors import DataError, ModelError
 from alignment.pipeline.plan.plan import Plan
-from tests.unit.pipeline.conftest import MakePlan, leave_artifact
+from tests.unit.pipeline.conftest import NUM_PAIRS, MakePlan, leave_artifact
 from tests.unit.pipeline.test_rehearsal import Commands, stages_in, started, tried
 
 __all__ = ["started", "tried"]
@@ -45,6 +45,26 @@ def test_held_out_prompts_that_are_too_long_are_refused_with_the_longest(
     tried("stages.evaluate.metrics=[]")
     with pytest.raises(ModelError, match="an answer of up to 2000 tokens"):
         tried("stages.evaluate.metrics=[]", "stages.evaluate.max_new_tokens=2000")
+
+
+def test_rows_that_a_stage_allows_but_the_model_cannot_read_are_refused(
+    tried: Callable[..., Plan], tmp_path: Path
+) -> None:
+    """A later stage would otherwise find out after earlier ones have trained."""
+    write_config(tmp_path, max_position_embeddings=2048)
+    row = {"messages": [{"role": "user", "content": "When?"}], "chosen": LONG, "rejected": "Soon."}
+    with (tmp_path / "preferences.jsonl").open("a") as stream:
+        stream.write(json.dumps(row) + "\n")
+    tried("stages.evaluate.metrics=[]")
+    with pytest.raises(ModelError) as caught:
+        tried("stages.evaluate.metrics=[]", "stages.dpo.max_length=4096")
+    assert str(caught.value).startswith(f"stage dpo, {CHECKED}{tmp_path}/preferences.jsonl:{NUM_PAIRS + 1}: a row of ")
+    assert " is longer than the model's 2048 positions" in str(caught.value)
+    tried(
+        "stages.evaluate.metrics=[]", "stages.dpo.max_length=4096", "stages.dpo.data.fraction=0.9"
+    )  # it may be left out
+    with pytest.raises(ModelError, match=r"stage ppo, .*preferences.jsonl:1: a row of \d+ tokens is longer"):
+        tried("stages.evaluate.metrics=[]", "stages.ppo.max_new_tokens=2040")
 
 
 def test_held_out_prompts_are_tried_with_their_tools(tried: Callable[..., Plan], tmp_path: Path) -> None:

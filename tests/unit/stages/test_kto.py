@@ -235,7 +235,7 @@ def test_rows_of_one_prompt_meet_answers_to_another(tmp_path: Path) -> None:
     )
     context = StageContext(spec=spec, rank=0, world_size=1)
     rows, _ = token_rows(context, LABELLED_ANSWERS, config.data, limits_of_parts(config), tiny_tokenizer())
-    ordered = kto.in_order(rows, context.generator("order"), batch_size=4, mismatch=True)
+    ordered = kto.in_order(rows, context.generator("order"), batch_size=4, max_length=4096, mismatch=True)
     answers = {tuple(row["completion"]): (row["prompt"], number) for number, row in enumerate(ordered)}
     assert len(answers) == 8
     for number, row in enumerate(ordered):
@@ -245,6 +245,25 @@ def test_rows_of_one_prompt_meet_answers_to_another(tmp_path: Path) -> None:
     labels = {tuple(row["completion"]): row["label"] for row in ordered}
     assert labels == {tuple(row["desirable"] or row["undesirable"]): bool(row["desirable"]) for row in rows}
     assert [row["prompt"] for row in ordered] != [row["prompt"] for row in rows], "they are shuffled"
+
+
+def test_a_mismatched_answer_is_cut_to_the_longest_row_that_the_stage_allows() -> None:
+    """Otherwise a long prompt beside another row's long answer would be longer than the model's positions."""
+    rows = Dataset.from_dict(
+        {
+            "prompt": [[1] * 5, [2] * 2, [3] * 4],
+            "desirable": [[10], [], [30, 31]],
+            "undesirable": [[], [20, 21, 22, 23], []],
+            "where": ["rows:1", "rows:2", "rows:3"],
+        }
+    )
+    ordered = kto.in_order(rows, torch.Generator().manual_seed(0), batch_size=3, max_length=6, mismatch=True)
+    assert sorted(row["completion"] for row in ordered) == [[10], [20, 21, 22, 23], [30, 31]]
+    for number, row in enumerate(ordered):
+        other = ordered[(number - 1) % 3]["completion"]
+        assert row["KL_completion"] == other[: 6 - len(row["prompt"])]
+    longest = next(row for row in ordered if len(row["prompt"]) == 5)
+    assert len(longest["KL_completion"]) == 1, "it was cut"
 
 
 # ---- the stage -------------------------------------------------------------------------------------------------------

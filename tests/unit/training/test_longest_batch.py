@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
 from alignment import worker
 from alignment.config.adapter import AdapterConfig
@@ -25,8 +24,10 @@ from alignment.records.worker import Status
 from alignment.stages.sft.config import SftConfig
 from alignment.training import longest_batch
 from alignment.training.adamw import RandomlyRoundedAdamW
-from alignment.training.longest_batch import LongestBatch, largest, row_tokens
+from alignment.training.context import StageContext
+from alignment.training.longest_batch import LongestBatch, largest
 from alignment.training.micro_batches import MicroBatches
+from alignment.training.row_lengths import row_tokens
 from tests.chained import DATA, FILES, LORA, Chained, config_of
 from tests.in_child import in_child
 from tests.tiny import save_tiny_model
@@ -53,24 +54,6 @@ def test_it_has_the_longest_row_and_what_fits_beside_it(
     tokens: list[int], limit: int, most: int, padded: bool, expected: list[int]
 ) -> None:
     assert largest(np.array(tokens), limit=limit, most=most, padded=padded) == expected
-
-
-def test_tokens_are_counted_in_the_columns_that_hold_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(longest_batch, "BLOCK", 2)
-    pairs = Dataset.from_dict(
-        {
-            "prompt_ids": [[1], [1, 2], [3]],
-            "chosen_ids": [[1, 2, 3], [4], [5]],
-            "rejected_ids": [[9, 9], [9], []],
-            "KL_completion_ids": [[9, 9, 9]] * 3,
-            "margin": [0.5, 1.0, 2.0],
-        }
-    )
-    assert row_tokens(pairs).tolist() == [6, 4, 2]
-    assert row_tokens(pairs.select([2, 0])).tolist() == [2, 6]
-    assert row_tokens(pairs, prompts_twice=True).tolist() == [7, 6, 3]
-    rows = Dataset.from_dict({"input_ids": [[1, 2, 3], [4]], "labels": [[-100, 2, 3], [4]]})
-    assert row_tokens(rows).tolist() == [3, 1]
 
 
 class Tried:
@@ -120,6 +103,22 @@ def test_nothing_of_it_stays(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert weights_of(artifacts[0]) == weights_of(artifacts[1])
     trained = sum(p.numel() for p in trained_weights(other, kind, adapter))
     assert tried.moments == [2 * 4 * trained], "two float32 moments of every trained weight"
+
+
+def test_what_comes_after_it_is_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On every process, and before a step is logged: errors and peaks of memory name the phase."""
+    reports: list[tuple[str, int]] = []
+    own = StageContext.progress
+
+    def progress(context: StageContext, phase: str, step: int = 0, total: int | None = None, **figures: float) -> None:
+        reports.append((phase, step))
+        own(context, phase, step, total, **figures)
+
+    monkeypatch.setattr(StageContext, "progress", progress)
+    Tried(monkeypatch)
+    Chained(tmp_path).run("sft", LORA)
+    tried = reports.index(("trying the longest batch", 0))
+    assert reports[tried + 1] == ("training", 0)
 
 
 def trained_weights(chained: Chained, kind: str, adapter: AdapterConfig) -> list[torch.Tensor]:
