@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from alignment.config.evaluating import FEW_SHOT, PROMPTED, UNTRAINED_ARMS
 from alignment.evaluation.bootstrap import Intervals, detectable
-from alignment.evaluation.significance import holm, sign_flip_p_values
+from alignment.evaluation.significance import adjusted_p_values
 from alignment.records.evaluation import Comparison
 
 ScoresByArm = Mapping[str, Sequence[float]]
@@ -26,10 +26,9 @@ def compare(scores: Mapping[str, ScoresByArm], *, reference: str, intervals: Int
         for arm, against in _pairs(by_arm, reference=reference)
     ]
     series = [_differences(scores[metric], arm, against) for metric, arm, against in compared]
-    p_values = _p_values(series, seed=intervals.seed)
     comparisons = []
     for (metric, arm, against), differences, p, adjusted in zip(
-        compared, series, p_values, holm(p_values), strict=True
+        compared, series, *adjusted_p_values(series, seed=intervals.seed), strict=True
     ):
         interval = intervals.of(differences)
         low, high = interval.bounds or (interval.mean, interval.mean)
@@ -47,17 +46,6 @@ def compare(scores: Mapping[str, ScoresByArm], *, reference: str, intervals: Int
             )
         )
     return comparisons
-
-
-def _p_values(series: Sequence[Sequence[float]], *, seed: int) -> list[float]:
-    """The p value of each series; those of one length are tested together."""
-    p_values = [1.0] * len(series)
-    for length in dict.fromkeys(map(len, series)):
-        same = [index for index, differences in enumerate(series) if len(differences) == length]
-        tested = sign_flip_p_values([series[index] for index in same], seed=seed)
-        for index, p in zip(same, tested, strict=True):
-            p_values[index] = p
-    return p_values
 
 
 def _pairs(arms: Iterable[str], *, reference: str) -> list[tuple[str, str]]:

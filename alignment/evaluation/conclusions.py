@@ -89,7 +89,8 @@ def _judged(judge: Judge, labels: Mapping[str, str]) -> str:
         else:
             low, high = pair.win_rate.bounds or (pair.win_rate.mean, pair.win_rate.mean)
             parts.append(
-                f"{arm} wins {pair.win_rate.mean:.2f} against {against} ({low:.2f} to {high:.2f}), {pair.verdict}"
+                f"{arm} wins {pair.win_rate.mean:.2f} against {against} ({low:.2f} to {high:.2f}{pair.p_in_words}), "
+                f"{pair.verdict}"
                 f"{_because_of_length(pair)}{votes_in_words(pair)}"
             )
     # Of the votes of people, each pair says how many prompts it has.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from alignment.records.evaluation import read_samples
@@ -35,8 +36,26 @@ def in_both(scores: dict[str, float], other_scores: dict[str, float]) -> tuple[d
 
 def difference(scores: dict[str, float], other_scores: dict[str, float]) -> Interval | None:
     """The mean of ``scores`` minus ``other_scores`` with its 95 % interval; None without scores on the same prompts."""
+    each = differences(scores, other_scores)
+    return None if each is None else interval(each)
+
+
+def differences(scores: dict[str, float], other_scores: dict[str, float]) -> list[float] | None:
+    """``scores`` minus ``other_scores`` on each prompt; None without scores on the same prompts."""
     if not scores or scores.keys() != other_scores.keys():
         return None
+    return [scores[prompt] - other_scores[prompt] for prompt in scores]
+
+
+def interval(differences: Sequence[float]) -> Interval:
+    """Their mean with its 95 % interval."""
     from alignment.evaluation.bootstrap import mean_interval  # NumPy, which a plan does without
 
-    return mean_interval([scores[prompt] - other_scores[prompt] for prompt in scores], samples=SAMPLES, seed=SEED)
+    return mean_interval(differences, samples=SAMPLES, seed=SEED)
+
+
+def corrected_p_values(series: Sequence[Sequence[float]]) -> list[float]:
+    """The p value of each series of differences, corrected for their number (``adjusted_p_values``)."""
+    from alignment.evaluation.significance import adjusted_p_values  # NumPy
+
+    return adjusted_p_values(series, seed=SEED)[1]

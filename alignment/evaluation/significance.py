@@ -6,13 +6,32 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_SAMPLES = 9_999
+_SAMPLES, _SAMPLES_OF_EACH = 9_999, 200
+"""At least so many random signs are drawn in all, and for each comparison of a family: .05 / m is ten times the least
+p value."""
 _AT_ONCE = 500
 _CLOSE = 1e-9
 
 
-def sign_flip_p_values(series: Sequence[Sequence[float]], *, seed: int) -> list[float]:
+def adjusted_p_values(series: Sequence[Sequence[float]], *, seed: int) -> tuple[list[float], list[float]]:
+    """The p value of each series of paired differences, and those adjusted for their number (``holm``).
+
+    Series of one length are over the same prompts.
+    """
+    p_values = [1.0] * len(series)
+    for length in dict.fromkeys(map(len, series)):
+        same = [index for index, differences in enumerate(series) if len(differences) == length]
+        tested = sign_flip_p_values([series[index] for index in same], seed=seed, comparisons=len(series))
+        for index, p in zip(same, tested, strict=True):
+            p_values[index] = p
+    return p_values, holm(p_values)
+
+
+def sign_flip_p_values(series: Sequence[Sequence[float]], *, seed: int, comparisons: int | None = None) -> list[float]:
     """The two-sided p value of each series of paired differences over the same prompts.
+
+    They are to be corrected for so many ``comparisons``, by default those of ``series``: random signs are drawn in
+    proportion, because the least p value is the inverse of their number.
 
     If two arms were alike, each prompt's difference could as well have the other sign (Fisher 1935, chapter 3). The
     p value is the share of random signs under which the mean is at least as far from zero, the observed signs counted
@@ -23,7 +42,7 @@ def sign_flip_p_values(series: Sequence[Sequence[float]], *, seed: int) -> list[
     differences = np.asarray(series, dtype=np.float64).T
     observed = np.abs(differences.sum(axis=0))
     bound = observed - _CLOSE * np.abs(differences).sum(axis=0)  # sums in another order differ in their last digits
-    samples = max(_SAMPLES, 200 * len(series))
+    samples = max(_SAMPLES, _SAMPLES_OF_EACH * (comparisons or len(series)))
     rng = np.random.default_rng(seed)
     as_far = np.ones(len(series))
     for start in range(0, samples, _AT_ONCE):

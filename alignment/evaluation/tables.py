@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from alignment.core.errors import NonFiniteError
 from alignment.data.records import HeldOutPrompt
@@ -23,9 +24,11 @@ from alignment.evaluation.pairwise import (
     same_share,
 )
 from alignment.evaluation.refusals import is_refusal
+from alignment.evaluation.significance import holm, sign_flip_p_values
 from alignment.records.evaluation import (
     BETTER,
     FEWEST_PROMPTS,
+    LEVEL,
     NO_DIFFERENCE,
     NOTHING,
     TOO_FEW,
@@ -95,10 +98,15 @@ def arm_result(
         loss=loss,
         perplexity=None if loss is None else loss.through(math.exp),
         refusals=intervals.of(arm.means([float(is_refusal(answer.text)) for answer in answers])),
-        distinct=len({answer.text for answer in answers}) / len(answers),
+        distinct=_share_of_different([answer.text for answer in answers[:: arm.per_prompt]]),
         ended=intervals.of(arm.means([float(answer.ended) for answer in answers])),
         seconds=arm.seconds,
     )
+
+
+def _share_of_different(texts: Sequence[str]) -> float:
+    """Of the first answer to each prompt: further samples of one prompt may well be the same."""
+    return len(set(texts)) / len(texts)
 
 
 def _by_turn(arm: Answered, scores: Scores, intervals: Intervals) -> list[dict[str, Interval]]:
@@ -146,20 +154,21 @@ def judged_pair(
     ``extra_words`` says by how many words the arm's answer is longer. ``both`` are the verdicts that gave the points,
     None for a judge that compares scores. ``by_metric`` are the points by the primary metric, to compare with the
     judge's, None where it has no score or the answers are identical. If the share of invalid verdicts exceeds
-    ``max_invalid``, there is no win rate.
+    ``max_invalid``, there is no win rate. The verdict is that of a single pair (``with_verdicts``).
     """
     counted = [row for row, value in enumerate(points) if value is not None]
     valid = [value for value in points if value is not None]
     invalid = points.count(None) / len(points) if both is None else invalid_share(both)
     rate = intervals.of(valid) if valid and invalid <= max_invalid else None
     longer = [extra_words[row] for row in counted]
-    at_equal_lengths = None
+    at_equal_lengths = p = None
     if rate is not None:
         at_equal_lengths = length_controlled.win_rate(valid, longer, samples=intervals.samples, seed=intervals.seed)
+        (p,) = sign_flip_p_values([[value - TIE for value in valid]], seed=intervals.seed)
     both_judged = [(points[row], by_metric[row]) for row in counted] if by_metric is not None else []
     compared = [(own, other) for own, other in both_judged if own is not None and other is not None]
     own_points, metric_points = [own for own, _ in compared], [other for _, other in compared]
-    return JudgedPair(
+    pair = JudgedPair(
         arm=arm,
         against=against,
         prompts=len(points),
@@ -168,7 +177,7 @@ def judged_pair(
         losses=valid.count(LOSS),
         win_rate=rate,
         length_controlled=at_equal_lengths,
-        verdict=NOTHING if rate is None else _against_even(rate, len(valid)),
+        p=p,
         invalid=invalid,
         agreement=None if both is None else agreement(both),
         position_bias=None if both is None else position_bias(both),
@@ -176,15 +185,25 @@ def judged_pair(
         metric_kappa=kappa(own_points, metric_points) if compared else None,
         metric_prompts=len(compared) or None,
     )
+    return with_verdicts([pair])[0]
 
 
-def _against_even(rate: Interval, prompts: int) -> str:
-    if prompts < FEWEST_PROMPTS:
-        return TOO_FEW
-    low, high = rate.bounds or (TIE, TIE)
-    if low > TIE:
-        return BETTER
-    return WORSE if high < TIE else NO_DIFFERENCE
+def with_verdicts(pairs: Sequence[JudgedPair]) -> list[JudgedPair]:
+    """The pairs of a judge's table, with p values that are corrected for their number and the verdicts that follow."""
+    tested = [index for index, pair in enumerate(pairs) if pair.p is not None]
+    corrected = dict(zip(tested, holm([pairs[index].p or 0.0 for index in tested]), strict=True))
+    return [_with_verdict(pair, corrected.get(index)) for index, pair in enumerate(pairs)]
+
+
+def _with_verdict(pair: JudgedPair, adjusted_p: float | None) -> JudgedPair:
+    if pair.win_rate is None or adjusted_p is None:
+        return replace(pair, verdict=NOTHING)
+    verdict = NO_DIFFERENCE
+    if pair.counted < FEWEST_PROMPTS:
+        verdict = TOO_FEW
+    elif adjusted_p < LEVEL:
+        verdict = BETTER if pair.win_rate.mean > TIE else WORSE
+    return replace(pair, adjusted_p=adjusted_p, verdict=verdict)
 
 
 def by_task(rows: Sequence[HeldOutPrompt], scores: Scores) -> dict[str, dict[str, float]]:

@@ -36,12 +36,6 @@ class Metric:
     name: Name
     higher_is_better: bool = True
 
-    def verdict(self, difference: Interval) -> str:
-        """The verdict on an arm whose mean differs this much from another's; zero must be outside the interval."""
-        if not difference.excludes_zero():
-            return NO_DIFFERENCE
-        return self.direction(difference.mean)
-
     def direction(self, difference: float) -> str:
         """``better`` or ``worse``: what a real difference of this sign means."""
         return BETTER if (difference > 0) == self.higher_is_better else WORSE
@@ -52,8 +46,9 @@ class ArmResult:
     """One arm; a figure that was not measured is None.
 
     ``metrics`` are the recipe's, by name. ``greedy_log_ratio`` is in nats per sequence, ``loss`` in nats per token;
-    ``kl`` estimates the KL divergence from the reference on sampled answers, in nats per sequence. ``refusals``,
-    ``distinct`` and ``ended`` are shares of the answers, ``win_rate`` is a share of the points against the reference.
+    ``kl`` estimates the KL divergence from the reference on sampled answers, in nats per sequence. ``refusals`` and
+    ``ended`` are shares of the answers, ``distinct`` is the share of different ones among the first answers to each
+    prompt, ``win_rate`` is a share of the points against the reference.
     ``seconds`` is the time that answering took. ``by_turn`` has the metrics of each turn, if prompts have several.
     """
 
@@ -170,7 +165,9 @@ class JudgedPair:
     """A judge's results for two arms; ``win_rate`` is None if nothing can be concluded.
 
     ``wins``, ``ties`` and ``losses`` count prompts, ``invalid`` is a share of verdicts. ``length_controlled`` is the
-    win rate between answers of equal length; None where length and arm cannot be told apart. ``metric_agreement`` and
+    win rate between answers of equal length; None where length and arm cannot be told apart. ``p`` is the p value of a
+    randomisation test against one half, and ``adjusted_p`` allows for the number of judged pairs (Holm 1979); older
+    files have neither. ``metric_agreement`` and
     ``metric_kappa`` compare the judge with the primary metric on the ``metric_prompts``: the prompts with different
     answers that both judged. docs/evaluation.md explains the other figures.
     """
@@ -183,6 +180,8 @@ class JudgedPair:
     losses: int
     win_rate: Interval | None = None
     length_controlled: Interval | None = None
+    p: float | None = None
+    adjusted_p: float | None = None
     verdict: Name = ""
     invalid: float | None = None
     agreement: float | None = None
@@ -196,6 +195,11 @@ class JudgedPair:
     def counted(self) -> int:
         """The prompts with a valid verdict."""
         return self.wins + self.ties + self.losses
+
+    @property
+    def p_in_words(self) -> str:
+        """``, adjusted p 0.012``, to put behind the interval; empty where it is not known."""
+        return "" if self.adjusted_p is None else f", adjusted p {self.adjusted_p:.2g}"
 
     @property
     def why_nothing(self) -> str:

@@ -5,6 +5,7 @@ The driver prints them when the stage ends; ``align status`` and the report show
 
 from __future__ import annotations
 
+from alignment.config.evaluating import UNTRAINED_ARMS
 from alignment.records.evaluation import BETTER, FEWEST_PROMPTS, ArmResult, Evaluation
 
 SMOKE = "a smoke run: it shows only that the recipe runs; its numbers mean nothing"
@@ -41,21 +42,35 @@ def _judge_without_a_verdict(evaluation: Evaluation) -> list[str]:
     return [f"by {judge.name}, nothing can be concluded about any pair of arms: {judge.pairs[0].why_nothing}"]
 
 
+def most_varied(evaluation: Evaluation) -> ArmResult | None:
+    """The trained arm with the largest share of distinct answers. An untrained one may be varied for want of a form."""
+    trained = [arm for arm in evaluation.arms if arm.name not in UNTRAINED_ARMS and arm.distinct is not None]
+    return max(trained, key=lambda arm: arm.distinct or 0.0, default=None)
+
+
+def repeats_itself(arm: ArmResult, other: ArmResult) -> bool:
+    """Whether an arm has less than half of another one's share of distinct answers.
+
+    The share itself says little: a task may have few right answers.
+    """
+    return arm.distinct is not None and other.distinct is not None and arm.distinct < other.distinct / 2
+
+
 def winners_that_repeat_themselves(evaluation: Evaluation) -> list[str]:
     """Arms that are better than another by the primary metric, with less than half of its share of distinct answers.
 
     A policy that says the same to everybody has often found a gap in what scores it.
     """
-    shares = {arm.name: arm.distinct for arm in evaluation.arms}
+    arms = {arm.name: arm for arm in evaluation.arms}
     beaten: dict[str, list[str]] = {}
     for item in evaluation.comparisons:
         verdict = evaluation.verdict(item)
-        better, worse = (item.arm, item.against) if verdict == BETTER else (item.against, item.arm)
-        share, other = shares.get(better), shares.get(worse)
-        if item.real and share is not None and other is not None and share < other / 2:
-            beaten.setdefault(better, []).append(f"{other:.0%} of those of {evaluation.label(worse)}")
+        names = (item.arm, item.against) if verdict == BETTER else (item.against, item.arm)
+        better, worse = arms.get(names[0]), arms.get(names[1])
+        if item.real and better is not None and worse is not None and repeats_itself(better, worse):
+            beaten.setdefault(better.name, []).append(f"{worse.distinct:.0%} of those of {worse.label}")
     return [
-        f"only {shares[arm]:.0%} of the answers of {evaluation.label(arm)} are distinct, against "
+        f"only {arms[arm].distinct:.0%} of the answers of {arms[arm].label} are distinct, against "
         f"{' and '.join(others)}: read some before you trust its score"
         for arm, others in beaten.items()
     ]

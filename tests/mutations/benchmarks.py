@@ -118,7 +118,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "evaluation/comparisons.py",
+        "evaluation/significance.py",
         "unit/evaluation/test_comparisons.py",
         (
             "p values of metrics over other prompts are mixed up",

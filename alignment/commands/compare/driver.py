@@ -150,10 +150,8 @@ def _show_differences(console: Console, runs: Sequence[str], evaluation: Compare
             line = f"{label}: evaluated on different prompts, so the two cannot be compared"
         else:
             low, high = difference.interval.bounds or (difference.interval.mean, difference.interval.mean)
-            verdict = (
-                "the same on every prompt" if difference.none_at_all else difference.metric.verdict(difference.interval)
-            )
-            interval = f"{difference.interval.mean:+.3f} ({low:+.3f} to {high:+.3f})"
+            verdict = "the same on every prompt" if difference.none_at_all else difference.verdict
+            interval = f"{difference.interval.mean:+.3f} ({low:+.3f} to {high:+.3f}){difference.p_in_words}"
             line = f"{label}: {interval}, {verdict}{difference.without}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignment.evaluation import paired_scores
@@ -105,8 +105,26 @@ def _arms(artifact: Path) -> dict[str, JudgedArm]:
     }
 
 
-def differences_from_first(evaluation: ComparedEvaluation) -> Iterator[Difference]:
-    """Yields the differences of each other run minus the first, in every metric of an arm that both have."""
+def differences_from_first(evaluation: ComparedEvaluation) -> list[Difference]:
+    """The differences of each other run minus the first, in every metric of an arm that both have.
+
+    Those in one metric are a family, by whose number p values are corrected. An arm that two runs share has equal
+    scores in both, and is not counted.
+    """
+    paired = list(_paired(evaluation))
+    families: dict[str, list[int]] = {}
+    for index, (difference, each) in enumerate(paired):
+        if each and any(each):
+            families.setdefault(difference.metric.name, []).append(index)
+    corrected: dict[int, float] = {}
+    for family in families.values():
+        p_values = paired_scores.corrected_p_values([paired[index][1] for index in family])
+        corrected |= dict(zip(family, p_values, strict=True))
+    return [replace(difference, adjusted_p=corrected.get(index)) for index, (difference, _) in enumerate(paired)]
+
+
+def _paired(evaluation: ComparedEvaluation) -> Iterator[tuple[Difference, list[float]]]:
+    """Yields each difference without a p value, and what it is on each prompt; nothing if prompts differ."""
     judged, shown = evaluation.arms, evaluation.shown
     for run, arms in enumerate(judged[1:], start=1):
         for name in [name for name in arms if name in judged[0]]:
@@ -115,11 +133,14 @@ def differences_from_first(evaluation: ComparedEvaluation) -> Iterator[Differenc
                 scores, others, unscored = this.scores[metric], first.scores[metric], 0
                 if this.prompts == first.prompts:
                     scores, others, unscored = paired_scores.in_both(scores, others)
-                yield Difference(
+                each = paired_scores.differences(scores, others) or []
+                difference = Difference(
                     run=run,
                     evaluation="" if shown[0] and shown[run] else evaluation.stage,
                     arm=name,
                     metric=this.metrics.get(metric) or Metric(name=metric),
-                    interval=paired_scores.difference(scores, others),
+                    interval=paired_scores.interval(each) if each else None,
+                    prompts=len(each),
                     unscored=unscored,
                 )
+                yield difference, each

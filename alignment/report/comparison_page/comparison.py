@@ -12,7 +12,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from alignment.records.evaluation import NO_DIFFERENCE, Metric
+from alignment.records.evaluation import NO_DIFFERENCE, TOO_FEW, Metric
 from alignment.records.interval import Interval
 from alignment.report.comparison_page.shared_samples import rule, share
 from alignment.report.kit import text
@@ -128,8 +128,11 @@ def _lead(runs: Sequence[ListedRun], differences: Sequence[Difference], primary:
     if not paired:
         return f"The other runs were evaluated on different prompts than {runs[0].letter}, so differences are unknown."
     real = [difference for difference in paired if difference.real]
+    few = [difference for difference in paired if difference.verdict == TOO_FEW]
+    if few == paired:
+        return f"The runs share {TOO_FEW}, too few to say which is better."
     if not real:
-        return f"No difference from {runs[0].letter} is shown: every interval includes zero."
+        return f"No difference from {runs[0].letter} is shown to be more than chance."
     verb = "is" if len(real) == 1 else "are"
     return f"{len(real)} of {len(paired)} differences from {runs[0].letter} in {primary.name} {verb} real."
 
@@ -140,12 +143,17 @@ def _sentence(runs: Sequence[ListedRun], difference: Difference) -> str:
     if measured is None:
         return f"{label}: {letter} was evaluated on different prompts than {first}, so the two cannot be compared."
     metric = difference.metric.name
-    interval = f"{text.signed(measured.mean)} in {metric} (95\u202f% interval {_bounds(measured)}){difference.without}"
+    interval = (
+        f"{text.signed(measured.mean)} in {metric} (95\u202f% interval {_bounds(measured)}{difference.p_in_words})"
+        f"{difference.without}"
+    )
     if difference.none_at_all:
         return f"{label}: the same {metric} in {letter} and {first} on every prompt{difference.without}."
+    if difference.verdict == TOO_FEW:
+        return f"{label}: {TOO_FEW}, so no difference between {letter} and {first} can be shown: {interval}."
     if not difference.real:
         return f"{label}: no difference between {letter} and {first} is shown: {interval}."
-    return f"{label}: {letter} is really {difference.metric.verdict(measured)} than {first}: {interval}."
+    return f"{label}: {letter} is really {difference.verdict} than {first}: {interval}."
 
 
 def _label(arm: str) -> str:
@@ -279,8 +287,8 @@ def _block(runs: Sequence[ListedRun], metric: str, differences: Sequence[Differe
                 svg=whisker(interval, scale, tone=f"s{difference.run}", rule=0.0),
                 value=text.signed(interval.mean),
                 bounds=_bounds(interval),
-                verdict="real" if difference.real else NO_DIFFERENCE,
-                tone=run_tables.TONES[difference.metric.verdict(interval)],
+                verdict="real" if difference.real else difference.verdict,
+                tone=run_tables.TONES.get(difference.verdict, run_tables.TONES[NO_DIFFERENCE]),
             )
         )
     return Block(title=text.name(metric), rows=rows, axis=scale_axis(scale), others=others)

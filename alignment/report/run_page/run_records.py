@@ -10,7 +10,15 @@ from typing import Any
 
 from alignment.core.artifacts import REPORT, Manifest
 from alignment.records.cost import StageCost
-from alignment.records.evaluation import Comparison, Evaluation, Metric
+from alignment.records.evaluation import (
+    FEWEST_PROMPTS,
+    LEVEL,
+    NO_DIFFERENCE,
+    TOO_FEW,
+    Comparison,
+    Evaluation,
+    Metric,
+)
 from alignment.records.forgetting import ArmForgetting
 from alignment.records.forgetting import Forgetting as ForgettingRecord
 from alignment.records.interval import Interval
@@ -25,22 +33,39 @@ from alignment.stages.registry import produced_by
 class Difference:
     """The run number ``run`` minus the first one, in a metric of an arm's answers, paired by prompt.
 
-    ``interval`` is None if the runs were evaluated on different prompts. ``unscored`` prompts lack a score in one of
-    the runs, such as a grade, and do not count. ``evaluation`` is the stage that has the answers, or empty for the
-    evaluation that the report of each run shows.
+    ``interval`` is None if the runs were evaluated on different ``prompts``. ``adjusted_p`` is the p value of a
+    randomisation test, corrected for the differences in this metric; None where every prompt has equal scores.
+    ``unscored`` prompts lack a score in one of the runs, such as a grade, and do not count. ``evaluation`` is the stage
+    that has the answers, or empty for the evaluation that the report of each run shows.
     """
 
     run: int
     arm: str
     metric: Metric
     interval: Interval | None
+    prompts: int = 0
+    adjusted_p: float | None = None
     unscored: int = 0
     evaluation: str = ""
 
     @property
     def real(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.interval is not None and self.interval.excludes_zero()
+        """Whether the difference is more than chance, on enough prompts."""
+        return self.prompts >= FEWEST_PROMPTS and self.adjusted_p is not None and self.adjusted_p < LEVEL
+
+    @property
+    def verdict(self) -> str:
+        """``better`` or ``worse`` than in the first run, or why neither can be said."""
+        if self.interval is not None and self.prompts < FEWEST_PROMPTS:
+            return TOO_FEW
+        if self.interval is None or not self.real:
+            return NO_DIFFERENCE
+        return self.metric.direction(self.interval.mean)
+
+    @property
+    def p_in_words(self) -> str:
+        """``, adjusted p 0.012``, to put behind the interval; empty where there is none."""
+        return "" if self.adjusted_p is None else f", adjusted p {self.adjusted_p:.2g}"
 
     @property
     def without(self) -> str:

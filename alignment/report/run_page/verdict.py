@@ -8,14 +8,19 @@ from alignment.config.evaluating import UNTRAINED_ARMS
 from alignment.evaluation.contradictions import contradictions
 from alignment.records import validation_figures
 from alignment.records.evaluation import BETTER, WORSE, ArmResult, Comparison, Evaluation
-from alignment.report.doubts import SMOKE, is_smoke, of_evaluation, too_few_prompts, winners_that_repeat_themselves
+from alignment.report.doubts import (
+    SMOKE,
+    is_smoke,
+    most_varied,
+    of_evaluation,
+    repeats_itself,
+    too_few_prompts,
+    winners_that_repeat_themselves,
+)
 from alignment.report.kit import text
 from alignment.report.run_page.card_page import lead
 from alignment.report.run_page.run_records import Run, Stage
 from alignment.stages.registry import doubts, learns_from_preferences
-
-MIN_DISTINCT = 0.9
-"""Below this share of distinct answers an arm is called degenerate (chosen, not tuned)."""
 
 MAX_LOG_RATIO = 25.0
 """Above this log-ratio, in nats per sequence, an arm is called far from the reference (chosen, not tuned)."""
@@ -103,15 +108,28 @@ def _without_metric(evaluation: Evaluation) -> str:
 
 
 def _preference_against_sft(run: Run, evaluation: Evaluation) -> dict[str, list[Comparison]]:
-    """For every sft arm, the comparisons of preference-trained arms with it, each as *preference minus sft*."""
-    preferred = {f"stage:{stage.name}": learns_from_preferences(stage.kind) for stage in run.stages}
+    """For every sft arm, the comparisons with it of preference-trained arms that started from it, each as *preference
+    minus sft*."""
+    started_from = {f"stage:{stage.name}": _demonstrated_start(run, stage) for stage in run.stages}
     groups: dict[str, list[Comparison]] = {}
     for item in evaluation.comparisons:
-        if preferred.get(item.arm) is False and preferred.get(item.against):
+        if started_from.get(item.against) == item.arm:
             item = item.turned()
-        if preferred.get(item.arm) and preferred.get(item.against) is False:
+        if started_from.get(item.arm) == item.against:
             groups.setdefault(item.against, []).append(item)
     return groups
+
+
+def _demonstrated_start(run: Run, stage: Stage) -> str | None:
+    """The last policy before a preference-trained one, down its line, that learned from demonstrations."""
+    stages = {f"stage:{other.name}": other for other in run.stages}
+    before: Stage | None = stage if learns_from_preferences(stage.kind) else None
+    for _ in stages:
+        start = "" if before is None else dict(before.inputs).get("init", "")
+        before = stages.get(start)
+        if before is not None and learns_from_preferences(before.kind) is False:
+            return start
+    return None
 
 
 def _group_lead(evaluation: Evaluation, sft: str, group: list[Comparison]) -> str:
@@ -190,11 +208,13 @@ def _forgot(run: Run) -> list[str]:
 
 def _arm_warnings(evaluation: Evaluation) -> list[str]:
     warnings = []
+    most = most_varied(evaluation)
     for arm in evaluation.arms:
-        if arm.distinct is not None and arm.distinct < MIN_DISTINCT:
+        if most is not None and repeats_itself(arm, most):
             warnings.append(
-                f"{arm.label} is degenerate: only {text.share(arm.distinct)} of its answers are distinct, so it says "
-                "the same thing to different prompts and its scores mean little."
+                f"{arm.label} is degenerate: only {text.share(arm.distinct)} of its answers are distinct, against "
+                f"{text.share(most.distinct)} of those of {most.label}, so it says the same thing to different prompts "
+                "and its scores mean little."
             )
         # An untrained arm is far from the reference because the reference was trained.
         ratio = arm.greedy_log_ratio or arm.kl
@@ -226,20 +246,24 @@ def _never_ended(arm: ArmResult) -> str:
 
 
 def _overoptimised(run: Run, evaluation: Evaluation) -> list[str]:
-    """Arms that the reward model scores above sft although the primary metric is really worse: the proxy was optimised,
-    not the goal."""
-    rewards = {arm.name: arm.reward for arm in evaluation.arms}
+    """Arms that the reward model really scores above sft although the primary metric is really worse: the proxy was
+    optimised, not the goal."""
     warnings = []
     for sft, group in _preference_against_sft(run, evaluation).items():
         for item in group:
-            reward, reward_of_sft = rewards.get(item.arm), rewards.get(sft)
-            liked = reward is not None and reward_of_sft is not None and reward.mean > reward_of_sft.mean
-            if liked and evaluation.verdict(item) == WORSE:
+            if evaluation.verdict(item) == WORSE and _liked_better(evaluation, item):
                 warnings.append(
                     f"The reward model scores {evaluation.label(item.arm)} above {evaluation.label(sft)} although its "
                     f"{evaluation.primary} is really worse: a sign of over-optimisation."
                 )
     return warnings
+
+
+def _liked_better(evaluation: Evaluation, pair: Comparison) -> bool:
+    """Whether the reward model's scores of ``pair.arm`` are really higher."""
+    both = [item if item.arm == pair.arm else item.turned() for item in evaluation.reward_comparisons]
+    same = [item for item in both if (item.arm, item.against) == (pair.arm, pair.against)]
+    return any(item.real and item.difference > 0 for item in same)
 
 
 def _handed_on(run: Run) -> list[str]:

@@ -16,7 +16,7 @@ from alignment.evaluation.grammar import Verdict, conversations_prompt, judge_pr
 from alignment.evaluation.known_scores import Scores
 from alignment.evaluation.pairwise import BothOrders, pairs_of, points_of
 from alignment.evaluation.saved_replies import SavedReplies
-from alignment.evaluation.tables import judged_pair
+from alignment.evaluation.tables import judged_pair, with_verdicts
 from alignment.records.evaluation import Judge, JudgedPair, Metric
 from alignment.records.interval import Interval
 from alignment.stages.evaluate.people import by_people
@@ -101,9 +101,10 @@ def judge(
     if config.kind is JudgeKind.none:
         return Judged()
     pairs = pairs_of(config, list(arms), reference=reference)
+    compared_with = primary if _judges_what_metrics_score(config, arms) else None
     if config.kind is JudgeKind.people:
         every = range(len(rows))
-        by_metric = None if primary is None else lambda arm, against: primary.points(arm, against, every)
+        by_metric = None if compared_with is None else lambda arm, against: compared_with.points(arm, against, every)
         table, lines = by_people(config, context, rows, arms, pairs, by_metric, intervals)
         return Judged(table=table, lines=lines)
     indices = some(len(rows), config.max_prompts, context.generator("judge"))
@@ -118,12 +119,11 @@ def judge(
         by_reward = {name: arms[name].means(scores) for name, scores in rewards.items() if scores is not None}
         judged, lines = _by_scores(rows, ScoredArms(metric=Metric(name="reward"), by_arm=by_reward), pairs, indices)
         name = "the reward model"
-    compared_with = None if config.kind is JudgeKind.metric else primary
     table = Judge(
         kind=config.kind.value,
         name=name,
         num_prompts=len(indices),
-        pairs=[_row(pair, config, arms, compared_with, indices, intervals) for pair in judged],
+        pairs=with_verdicts([_row(pair, config, arms, compared_with, indices, intervals) for pair in judged]),
     )
     return Judged(table=table, lines=lines)
 
@@ -148,6 +148,13 @@ def _row(
         max_invalid=config.max_invalid,
         intervals=intervals,
     )
+
+
+def _judges_what_metrics_score(config: JudgeConfig, arms: Mapping[str, Answered]) -> bool:
+    """Whether the judge is another one than the metric, and about the same answers: an endpoint and people judge the
+    first to each prompt, and a metric scores all."""
+    of_first = config.kind in (JudgeKind.endpoint, JudgeKind.people)
+    return config.kind is not JudgeKind.metric and not (of_first and any(arm.per_prompt > 1 for arm in arms.values()))
 
 
 def _by_metric(

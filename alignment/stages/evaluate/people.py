@@ -12,6 +12,7 @@ from alignment.data.records import HeldOutPrompt
 from alignment.evaluation.answer_pairs import AnswerPair, pair_of
 from alignment.evaluation.arms import Answered
 from alignment.evaluation.bootstrap import Intervals
+from alignment.evaluation.tables import with_verdicts
 from alignment.evaluation.votes_on_pairs import VotesOnPair, row_of, votes_on
 from alignment.records.evaluation import Judge, JudgedPair
 from alignment.records.votes import Vote, read_votes
@@ -53,7 +54,7 @@ def by_people(
         lines += _lines(judged)
         keys = {vote.pair for vote in judged.votes}
         voted |= {row for row, pair in enumerate(judged.pairs) if pair.key in keys}
-    return Judge(kind="people", name="the votes of people", num_prompts=len(voted), pairs=table), lines
+    return Judge(kind="people", name="the votes of people", num_prompts=len(voted), pairs=with_verdicts(table)), lines
 
 
 def _votes(context: StageContext) -> list[Vote]:

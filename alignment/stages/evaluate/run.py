@@ -33,6 +33,7 @@ from alignment.stages.evaluate.arm_prompts import ArmPrompts, prompts_of_arms
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.evaluation_record import ScoredAnswers, evaluation_of
 from alignment.stages.evaluate.grading import Grades, grade_answers, open_grader
+from alignment.stages.evaluate.held_out_prompts import held_out_prompts
 from alignment.stages.evaluate.judging import Judged, judge, open_endpoint
 from alignment.stages.evaluate.labelled import judge_labelled
 from alignment.stages.evaluate.metric_scores import (
@@ -48,7 +49,6 @@ from alignment.stages.shared.policy_logprobs import PolicyRows, policy_logprobs
 from alignment.stages.shared.process_shares import in_shares, on_main
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.served_policies import served_policies
-from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 
 
@@ -85,7 +85,7 @@ def run(config: EvaluateConfig, context: StageContext) -> StageResult:
 
 
 def _computed(config: EvaluateConfig, context: StageContext, tokenizer: Any) -> _Computed:
-    rows = rows_of(context, HeldOutPrompt, config.data)
+    rows = held_out_prompts(config, context)
     arm_prompts = prompts_of_arms(config, context, tokenizer, rows)
     served = served_policies(config.sampling, context)
     policies = Policies(context, served)

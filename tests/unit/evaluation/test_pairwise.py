@@ -18,7 +18,7 @@ from alignment.evaluation.pairwise import (
     points_of,
     position_bias,
 )
-from alignment.evaluation.tables import judged_pair
+from alignment.evaluation.tables import judged_pair, with_verdicts
 from alignment.records.evaluation import NOTHING, JudgedPair
 from alignment.records.interval import Interval
 
@@ -115,6 +115,34 @@ def test_a_judge_that_always_names_the_first_place_tells_nothing_apart() -> None
     assert pair.position_bias == 1.0
     assert pair.agreement == 0.0
     assert pair.verdict == "no real difference"
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "ties", "p"),
+    [(4, 0, 196, 2 / 2**4), (7, 1, 0, 18 / 2**8), (6, 0, 4, 2 / 2**6), (9, 1, 0, 22 / 2**10)],
+)
+def test_a_verdict_needs_more_than_chance_over_the_prompts_that_decide(
+    wins: int, losses: int, ties: int, p: float
+) -> None:
+    """By the sign test, whose p values are exact. The bootstrap's interval of four wins and 196 ties excludes .5."""
+    pair = row([both(A, B)] * wins + [both(B, A)] * losses + [both(A, A)] * ties)
+    assert pair.p == pytest.approx(p, abs=0.01)
+    assert pair.adjusted_p == pair.p
+    decided = "better" if p < 0.05 else "no real difference"
+    assert pair.verdict == (decided if wins + losses + ties >= 10 else "fewer than 10 prompts")
+
+
+def test_the_pairs_of_a_judge_are_corrected_for_their_number() -> None:
+    close, clear, even = (row([both(A, B)] * n + [both(B, A)] * (20 - n)) for n in (15, 20, 10))
+    assert close.p is not None
+    assert clear.p is not None
+    assert close.verdict == clear.verdict == "better"
+    nothing = row([both(BAD, BAD)] * 20)
+    pairs = with_verdicts([close, even, nothing, clear])
+    assert [pair.verdict for pair in pairs] == ["no real difference", "no real difference", NOTHING, "better"]
+    assert pairs[0].adjusted_p == pytest.approx(2 * close.p)
+    assert pairs[3].adjusted_p == pytest.approx(3 * clear.p)
+    assert pairs[2].adjusted_p is None
 
 
 def test_consistent_verdicts_are_called_better_and_worse() -> None:

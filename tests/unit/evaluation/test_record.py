@@ -22,6 +22,7 @@ from alignment.records.evaluation import (
     write_samples,
 )
 from alignment.records.interval import Interval
+from alignment.report.run_page.run_records import Difference
 
 HALF = Interval(mean=0.5, low=0.25, high=0.75)
 DPO = ArmResult(name="stage:dpo", label="dpo", metrics={"brevity": HALF}, words=HALF, distinct=1.0, seconds=3.0)
@@ -93,22 +94,37 @@ def test_samples_are_read_as_they_were_written_whatever_stands_in_them(tmp_path:
 
 
 @pytest.mark.parametrize(
-    ("mean", "low", "high", "more", "less"),
+    ("mean", "more", "less"),
+    [(0.5, "better", "worse"), (-0.5, "worse", "better")],
+)
+def test_a_verdict_goes_by_the_direction(mean: float, more: str, less: str) -> None:
+    assert Metric(name="brevity").direction(mean) == more
+    errors = Metric(name="errors", higher_is_better=False)
+    assert errors.direction(mean) == less
+    turned = Comparison(arm="a", against="b", difference=mean, low=mean - 0.1, high=mean + 0.2).turned()
+    assert (turned.arm, turned.against) == ("b", "a")
+    assert (turned.low, turned.high) == (-mean - 0.2, -mean + 0.1)
+    assert errors.direction(turned.difference) == more
+
+
+@pytest.mark.parametrize(
+    ("prompts", "adjusted_p", "verdict"),
     [
-        (0.5, 0.25, 0.75, "better", "worse"),
-        (-0.5, -0.75, -0.25, "worse", "better"),
-        (0.5, 0.0, 1.0, "no real difference", "no real difference"),
+        (10, 0.04, "better"),
+        (9, 0.04, "fewer than 10 prompts"),
+        (10, 0.05, "no real difference"),
+        (10, None, "no real difference"),
     ],
 )
-def test_a_verdict_goes_by_the_interval_and_the_direction(
-    mean: float, low: float, high: float, more: str, less: str
+def test_a_difference_between_runs_is_real_beyond_chance_on_enough_prompts(
+    prompts: int, adjusted_p: float | None, verdict: str
 ) -> None:
-    difference = Interval(mean=mean, low=low, high=high)
-    assert Metric(name="brevity").verdict(difference) == more
-    assert Metric(name="errors", higher_is_better=False).verdict(difference) == less
-    turned = Comparison(arm="a", against="b", difference=mean, low=low, high=high).turned()
-    assert (turned.arm, turned.against) == ("b", "a")
-    assert Metric(name="errors", higher_is_better=False).verdict(turned.interval) == more
+    interval = Interval(mean=0.5, low=0.25, high=0.75)
+    item = Difference(
+        run=1, arm="stage:dpo", metric=Metric(name="brevity"), interval=interval, prompts=prompts, adjusted_p=adjusted_p
+    )
+    assert item.verdict == verdict
+    assert item.real == (verdict == "better")
 
 
 def test_the_figures_of_an_arm_are_its_metrics_and_what_every_evaluation_measures() -> None:

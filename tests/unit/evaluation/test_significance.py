@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from alignment.evaluation.significance import holm, sign_flip_p_values
+from alignment.evaluation.significance import adjusted_p_values, holm, sign_flip_p_values
 from alignment.records.evaluation import LEVEL
 
 
@@ -74,3 +74,12 @@ def test_a_family_of_twenty_without_differences_shows_one_in_at_most_one_of_twen
         uncorrected += min(p_values) < LEVEL
     assert with_false_alarm <= 200 * (LEVEL + 2 * (LEVEL * (1 - LEVEL) / 200) ** 0.5)
     assert uncorrected > 60, "without the correction one evaluation in two or three would be wrong"
+
+
+def test_one_of_many_comparisons_can_be_real_whatever_the_lengths() -> None:
+    """With as many signs as for a few comparisons, no p value would be small enough for a family of 600."""
+    series = [[1.0] * 60, *([0.1, -0.1] * length for length in range(10, 610))]
+    p_values, adjusted = adjusted_p_values(series, seed=0)
+    assert adjusted[0] < LEVEL
+    assert p_values[0] < adjusted[0]
+    assert min(adjusted[1:]) == 1.0

@@ -50,8 +50,10 @@ class Compared:
 
 
 def _difference(arm: str, mean: float, half: float, **changes: Any) -> Difference:
+    """A difference that is real if the interval excludes zero."""
     interval = Interval(mean=mean, low=mean - half, high=mean + half)
-    return Difference(**{"run": 1, "arm": arm, "metric": QUALITY, "interval": interval, **changes})
+    p = {"prompts": 40, "adjusted_p": 0.01 if interval.excludes_zero() else 0.4}
+    return Difference(**{"run": 1, "arm": arm, "metric": QUALITY, "interval": interval, **p, **changes})
 
 
 @pytest.fixture
@@ -92,7 +94,9 @@ def test_settings_arms_and_what_may_be_said_of_them(compared: Compared) -> None:
     page = Page(html).text
     assert '<th scope="row"><code>stages.dpo.beta</code></th><td><code>0.1</code></td><td><code>0.3</code></td>' in html
     assert "1 of 2 differences from A in quality is real." in page
-    assert "dpo: B is really better than A: +0.090 in quality (95 % interval +0.040 to +0.140)." in page
+    assert (
+        "dpo: B is really better than A: +0.090 in quality (95 % interval +0.040 to +0.140, adjusted p 0.01)." in page
+    )
     assert "ppo: no difference between B and A is shown: +0.010 in quality" in page
     assert re.search(r"A dpo ?0.71 0.66 to 0.76 B dpo ?0.71 0.66 to 0.76", page), "an arm's runs stand below each other"
 

@@ -109,14 +109,37 @@ def test_stages_whose_own_figures_speak_against_them_are_named(fake_run):
 
 def test_degenerate_arms_large_kl_and_endless_answers_are_named(fake_run):
     ppo = fake_run.evaluation["arms"][-1]
-    ppo.update(distinct=0.62, ended=0.93, greedy_log_ratio={"mean": 41.0, "low": 38.0, "high": 44.0})
+    ppo.update(distinct=0.31, ended=0.93, greedy_log_ratio={"mean": 41.0, "low": 38.0, "high": 44.0})
     html = fake_run.html()
-    assert "ppo is degenerate: only 62\u202f% of its answers are distinct" in html
+    assert "ppo is degenerate: only 31\u202f% of its answers are distinct, against " in html
     assert "ppo has moved far from the reference: its greedy answers have a log-ratio of 41.0 nats (more th" in html
     assert "Some answers never ended and were cut off at the limit: 7\u202f% of those from ppo." in html
 
 
-@pytest.mark.parametrize(("distinct", "kl"), [(0.9, 25.0), (1.0, 0.0), (None, None)])
+def test_a_task_with_few_right_answers_makes_no_arm_degenerate(fake_run):
+    """Whatever the untrained model says before it has learned their form."""
+    for arm in fake_run.evaluation["arms"]:
+        arm["distinct"] = 0.02 if arm["name"].startswith("stage:") else 1.0
+    assert "degenerate" not in fake_run.html()
+
+
+def test_preference_training_is_held_against_the_policy_that_it_started_from(fake_run, make_comparison):
+    """Not against another stage that learned from demonstrations, whose data would be credited to it."""
+    stages = fake_run.run["stages"]
+    stages["smaller"] = {**stages["sft"], "artifact": "smaller-1"}
+    stages["again"] = {**stages["dpo"], "inputs": {"init": "stage:dpo"}, "artifact": "again-1"}
+    for name in ("smaller", "again"):
+        fake_run.run["config"]["stages"][name] = dict(fake_run.run["config"]["stages"]["sft"])
+    fake_run.evaluation["comparisons"] = [
+        make_comparison("stage:dpo", "stage:sft", 0.01, 0.05),
+        make_comparison("stage:dpo", "stage:smaller", 0.2, 0.05),
+        make_comparison("stage:again", "stage:sft", 0.2, 0.05),
+    ]
+    expected = "Preference training had mixed results: again beats sft; dpo cannot be told apart from sft."
+    assert lead_of(fake_run.html()) == expected
+
+
+@pytest.mark.parametrize(("distinct", "kl"), [(0.5, 25.0), (1.0, 0.0), (None, None)])
 def test_figures_at_the_limit_or_missing_raise_no_warning(fake_run, distinct, kl):
     fake_run.evaluation["arms"][-1].update(
         distinct=distinct, greedy_log_ratio=None if kl is None else {"mean": kl, "low": kl, "high": kl}
@@ -126,7 +149,12 @@ def test_figures_at_the_limit_or_missing_raise_no_warning(fake_run, distinct, kl
 
 def test_a_higher_reward_with_really_worse_metric_is_called_over_optimisation(fake_run, make_comparison):
     fake_run.evaluation["comparisons"] = [make_comparison("stage:ppo", "stage:sft", -0.1, 0.05)]
-    assert "The reward model scores ppo above sft although its quality is really worse" in fake_run.html()
+    warning = "The reward model scores ppo above sft although its quality is really worse"
+    for gain, warns in ((0.3, True), (0.02, False), (-0.3, False)):
+        fake_run.evaluation["reward_comparisons"] = [make_comparison("stage:ppo", "stage:sft", gain, 0.05)]
+        assert (warning in fake_run.html()) == warns
+    fake_run.evaluation["reward_comparisons"] = [make_comparison("stage:sft", "stage:ppo", -0.3, 0.05)]
+    assert warning in fake_run.html(), "the same pair from the other side"
 
 
 def test_without_preference_stages_the_lead_says_which_arms_are_better(fake_run, make_comparison):

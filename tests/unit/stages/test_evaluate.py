@@ -511,6 +511,27 @@ def test_an_empty_evaluation_set_is_an_error(chain: Chained, tmp_path: Path) -> 
         worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
 
 
+def test_a_repeated_prompt_counts_once(chain: Chained, evaluated: dict[str, Any], tmp_path: Path) -> None:
+    """Its answers are the same again, so that every interval would be too narrow."""
+    rows = (chain.folder / "heldout.jsonl").read_text().splitlines()
+    again = [json.loads(row) for row in (rows[0], rows[2])]
+    again[1]["reference"] = "Another answer that would do."
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(line + "\n" for line in [*rows, *map(json.dumps, again)]))
+    spec = replace(spec_of(chain, SMALL, "repeated"), data_path=data)
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    worker._run(spec, context)
+    record = json.loads((spec.artifact / "evaluation.json").read_text())
+    assert (record["num_prompts"], figures(record)) == (3, figures(evaluated))
+    left_out = [json.loads(line) for line in (spec.artifact / "left_out.jsonl").read_text().splitlines()]
+    assert left_out == [
+        {"where": f"{data}:{row}", "reason": f"its prompt repeats that of {data}:{earlier}"}
+        for row, earlier in ((4, 1), (5, 3))
+    ]
+    (note,) = [note for note in context.notes if "held-out rows" in note]
+    assert note.startswith("2 of 5 held-out rows ask what an earlier row asks, and were left out")
+
+
 def test_a_reward_that_is_no_number_ends_the_evaluation(chain: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
     for file in (chain.folder / "artifacts/cache").glob("scores-*.json"):
         file.unlink()
@@ -700,7 +721,7 @@ def test_several_answers_to_a_prompt_make_one_score(chain: Chained) -> None:
         assert metrics["closed"]["mean"] == metrics["once"]["mean"] == pytest.approx(sum(right) / 18, abs=1e-5)
         assert metrics["in_three"]["mean"] == pytest.approx(sum(in_three) / 3, abs=1e-5)
         assert [sample.answers[name].scores["in_three"] for sample in samples] == pytest.approx(in_three)
-        assert results[name]["distinct"] == pytest.approx(len({t for texts in answers for t in texts}) / 18, abs=1e-5)
+        assert results[name]["distinct"] == pytest.approx(len({texts[0] for texts in answers}) / 3, abs=1e-5)
         words = [sum(len(text.split()) for text in of_prompt) / 6 for of_prompt in answers]
         assert results[name]["words"]["mean"] == pytest.approx(sum(words) / 3, abs=1e-5)
         assert metrics["reward"]["mean"] == results[name]["reward"]["mean"]
@@ -761,7 +782,9 @@ def test_a_judge_compares_the_first_answers_to_the_same_prompt(chain: Chained) -
         pairs = [PairConfig(arm="base", against="stage:sft")]
         judge = JudgeConfig(kind=JudgeKind.endpoint, endpoint=served.config(), pairs=pairs)
         config = replace(SAMPLED, arms=["base", "stage:sft"], judge=judge)
-        evaluate(chain, config, "judged-samples")
+        record = evaluate(chain, config, "judged-samples")
+    (pair,) = record["judge"]["pairs"]
+    assert pair["metric_agreement"] is pair["metric_kappa"] is None, "the metric is a mean over six answers"
     samples = list(read_samples(chain.folder / "artifacts/evaluate-judged-samples"))
     assert len(asked) == 2 * len(samples)
     for number, sample in enumerate(samples):

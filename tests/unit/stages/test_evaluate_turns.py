@@ -259,7 +259,7 @@ def test_a_later_reference_is_read_after_the_references_before_it(
 
 
 def test_a_reference_behind_a_missing_one_has_no_loss(chain: Chained, tmp_path: Path) -> None:
-    rows = [{"turns": ["A?", "B?"], "reference": ["", "Late."]}, {"turns": ["A?", "B?"], "reference": ["First.", ""]}]
+    rows = [{"turns": ["C?", "B?"], "reference": ["", "Late."]}, {"turns": ["A?", "B?"], "reference": ["First.", ""]}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = replace(CONFIG, arms=["base"], reward=None)
     spec = replace(spec_of(chain, config, "gaps"), data_path=tmp_path / "rows.jsonl")

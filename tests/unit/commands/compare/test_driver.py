@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from alignment.commands.compare.driver import compare
 from alignment.core.errors import ConfigError
 
 METRIC = "brevity"
+EACH = 10
 
 
 class Runs:
@@ -29,9 +31,10 @@ class Runs:
         prompts: str = "p",
         ids: bool = True,
         higher_is_better: bool = True,
+        each: int = EACH,
         **settings: Any,
     ) -> None:
-        """A run; with ``scores`` of its arms, it has an evaluation."""
+        """A run; with ``scores`` of its arms, it has an evaluation, in which so many prompts have each score."""
         run = self.output / "runs" / name
         run.mkdir(parents=True)
         config = {
@@ -43,7 +46,7 @@ class Runs:
         stages = {"dpo": {"kind": "dpo", "artifact": str(run / "none")}}
         if scores is not None:
             stages["judge"] = {"kind": "evaluate", "artifact": str(run)}
-            self.evaluate(run, scores, prompts=prompts, ids=ids, higher_is_better=higher_is_better)
+            self.evaluate(run, scores, prompts=prompts, ids=ids, higher_is_better=higher_is_better, each=each)
         (run / "run.json").write_text(json.dumps({"config": config, "stages": stages}))
 
     def evaluate_again(
@@ -69,7 +72,9 @@ class Runs:
         ids: bool = True,
         higher_is_better: bool = True,
         metric: str = METRIC,
+        each: int = EACH,
     ) -> None:
+        scores = {arm: [score for score in of_arm for _ in range(each)] for arm, of_arm in scores.items()}
         arms = [
             {
                 "name": arm,
@@ -115,7 +120,7 @@ def test_what_differs_is_shown_and_nothing_else(runs: Runs) -> None:
     assert setting.split() == ["stages.dpo.beta", "0.1", "0.3"]
     assert "launch" not in printed
     assert "0.600 (0.500–0.700)" in printed
-    assert "dpo: bb against a: +0.100 (+0.100 to +0.100), better" in printed
+    assert "dpo: bb against a: +0.100 (+0.100 to +0.100), adjusted p 0.0001, better" in printed
     assert "base: bb against a: +0.000 (+0.000 to +0.000), the same on every prompt" in printed
 
 
@@ -125,7 +130,7 @@ def test_evaluations_of_one_run_are_compared_each_with_its_own(runs: Runs, tmp_p
         runs.evaluate_again(name, {"stage:dpo": [0.2, 0.2]}, metric="tone")
     page = tmp_path / "page.html"
     printed = runs.compared("a", "b", html=str(page))
-    assert "dpo: b against a: +0.500 (+0.500 to +0.500), better" in printed
+    assert "dpo: b against a: +0.500 (+0.500 to +0.500), adjusted p 0.0001, better" in printed
     assert "dpo in ood: b against a: +0.000 (+0.000 to +0.000), the same on every prompt" in printed
     assert [line.split()[:-2] for line in printed.splitlines() if "95 %" in line] == [
         ["brevity,", "95", "%"],
@@ -141,7 +146,7 @@ def test_evaluations_are_compared_by_name_whatever_the_reports_show(runs: Runs, 
     runs.evaluate_again("b", {"stage:dpo": [0.9, 0.9]}, metric="tone", shown="ood")
     page = tmp_path / "page.html"
     printed = runs.compared("a", "b", html=str(page))
-    assert "dpo in judge: b against a: +0.500 (+0.500 to +0.500), better" in printed
+    assert "dpo in judge: b against a: +0.500 (+0.500 to +0.500), adjusted p 0.0001, better" in printed
     assert "in ood" not in printed, "the first run lacks it"
     assert "+0.500" not in page.read_text(), "the page shows another evaluation of b"
 
@@ -151,7 +156,7 @@ def test_evaluations_that_the_reports_show_are_compared_under_different_names(ru
         runs.add(name, {"stage:dpo": [score, score]})
     record = (runs.output / "runs/b/run.json").read_text()
     (runs.output / "runs/b/run.json").write_text(record.replace('"judge"', '"grade"'))
-    assert "dpo: b against a: +0.500 (+0.500 to +0.500), better" in runs.compared("a", "b")
+    assert "dpo: b against a: +0.500 (+0.500 to +0.500), adjusted p 0.0001, better" in runs.compared("a", "b")
 
 
 def test_three_runs_are_compared_by_the_names_of_their_evaluations(runs: Runs) -> None:
@@ -173,8 +178,8 @@ def test_two_runs_are_compared_with_a_first_one_of_another_name(runs: Runs) -> N
         record = (runs.output / f"runs/{name}/run.json").read_text()
         (runs.output / f"runs/{name}/run.json").write_text(record.replace('"judge"', '"grade"'))
     printed = runs.compared("a", "b", "c")
-    assert "dpo: b against a: +0.500 (+0.500 to +0.500), better" in printed
-    assert "dpo: c against a: +0.800 (+0.800 to +0.800), better" in printed
+    assert "dpo: b against a: +0.500 (+0.500 to +0.500), adjusted p 0.0002, better" in printed
+    assert "dpo: c against a: +0.800 (+0.800 to +0.800), adjusted p 0.0002, better" in printed
 
 
 def test_tables_of_a_stage_have_the_arms_of_all_runs_as_columns(runs: Runs) -> None:
@@ -209,13 +214,35 @@ def test_differences_are_taken_prompt_by_prompt(runs: Runs) -> None:
     """Each run's own interval is wide, and the difference the same on every prompt."""
     runs.add("a", {"stage:dpo": [0.0, 0.5, 1.0]})
     runs.add("b", {"stage:dpo": [-0.1, 0.4, 0.9]})
-    assert "dpo: b against a: -0.100 (-0.100 to -0.100), worse" in runs.compared("a", "b")
+    assert "dpo: b against a: -0.100 (-0.100 to -0.100), adjusted p 0.0001, worse" in runs.compared("a", "b")
+
+
+def test_on_few_prompts_no_run_is_called_better(runs: Runs, tmp_path: Path) -> None:
+    """The interval of one prompt has no width, so that it excludes zero whatever chance did."""
+    runs.add("a", {"stage:dpo": [0.1] * 9}, each=1)
+    runs.add("b", {"stage:dpo": [0.6] * 9}, each=1)
+    page = tmp_path / "page.html"
+    printed = runs.compared("a", "b", html=str(page))
+    assert re.search(r"dpo: b against a: \+0.500 .*, fewer than 10 prompts\n", printed)
+    assert "dpo: fewer than 10 prompts, so no difference between B and A can be shown: +0.500" in page.read_text()
+
+
+def test_differences_are_corrected_for_the_number_of_runs_and_arms(runs: Runs) -> None:
+    """Twelve prompts, of which eleven improve: p is 2 · 13 / 2¹², .0063, and of ten such differences none is real."""
+    gains = [0.1] * 11 + [-0.1]
+    for number, name in enumerate("abcdefghijk"):
+        scores = [0.5] * 12 if number == 0 else [0.5 + gain for gain in gains]
+        runs.add(name, {"stage:dpo": scores, "base": [0.5] * 12}, each=1)
+    (pair,) = re.findall(r"dpo: b against a: .*\n", runs.compared("a", "b"))
+    assert re.search(r", adjusted p 0\.00[4-9]\d*, better\n", pair)
+    (among_ten,) = re.findall(r"dpo: b against a: .*\n", runs.compared(*"abcdefghijk"))
+    assert re.search(r", adjusted p 0\.0[4-9]\d*, no real difference\n", among_ten)
 
 
 def test_less_of_a_metric_may_be_better(runs: Runs) -> None:
     runs.add("a", {"stage:dpo": [0.0, 0.5, 1.0]}, higher_is_better=False)
     runs.add("b", {"stage:dpo": [-0.1, 0.4, 0.9]}, higher_is_better=False)
-    assert "dpo: b against a: -0.100 (-0.100 to -0.100), better" in runs.compared("a", "b")
+    assert "dpo: b against a: -0.100 (-0.100 to -0.100), adjusted p 0.0001, better" in runs.compared("a", "b")
 
 
 def test_other_prompts_are_not_compared(runs: Runs) -> None:
@@ -231,18 +258,18 @@ def test_prompts_without_a_score_in_one_run_count_in_neither(runs: Runs, tmp_pat
     runs.add("a", {"stage:dpo": [0.5, None, 0.5, 0.1]})
     runs.add("b", {"stage:dpo": [0.9, 0.9, 0.7, None]})
     page = tmp_path / "page.html"
-    line = (
-        "dpo: b against a: +0.300 (+0.200 to +0.400), better, without 2 prompts that have no score in one of the runs"
-    )
-    assert line in runs.compared("a", "b", html=str(page))
-    assert "without 2 prompts that have no score in one of the runs" in page.read_text()
+    without = ", without 20 prompts that have no score in one of the runs"
+    printed = runs.compared("a", "b", html=str(page))
+    interval = r"\+0\.300 \(\+0\.2\d\d to \+0\.3\d\d\)"
+    assert re.search(rf"dpo: b against a: {interval}, adjusted p 0\.0001, better{without}", printed)
+    assert "without 20 prompts that have no score in one of the runs" in page.read_text()
 
 
 def test_prompts_without_ids_are_told_apart_by_what_they_say(runs: Runs) -> None:
     runs.add("a", {"stage:dpo": [0.1, 0.2]}, ids=False)
     runs.add("b", {"stage:dpo": [0.8, 0.9]}, ids=False)
     runs.add("c", {"stage:dpo": [0.8, 0.9]}, ids=False, prompts="q")
-    assert "dpo: b against a: +0.700 (+0.700 to +0.700), better" in runs.compared("a", "b")
+    assert "dpo: b against a: +0.700 (+0.700 to +0.700), adjusted p 0.0001, better" in runs.compared("a", "b")
     assert "evaluated on different prompts" in runs.compared("a", "c")
 
 
@@ -250,7 +277,7 @@ def test_prompts_without_ids_are_told_apart_by_what_they_say(runs: Runs) -> None
 def test_what_other_programs_take_for_the_end_of_a_line_may_stand_in_a_prompt(runs: Runs, mark: str) -> None:
     runs.add("a", {"stage:dpo": [0.1, 0.2]}, prompts=f"one{mark}two")
     runs.add("b", {"stage:dpo": [0.8, 0.9]}, prompts=f"one{mark}two")
-    assert "dpo: b against a: +0.700 (+0.700 to +0.700), better" in runs.compared("a", "b")
+    assert "dpo: b against a: +0.700 (+0.700 to +0.700), adjusted p 0.0001, better" in runs.compared("a", "b")
 
 
 def test_of_a_stage_that_a_run_lacks_only_that_is_said(runs: Runs) -> None:
