@@ -155,9 +155,18 @@ def parse_manifest(text: str, *, folder: str) -> Manifest:
     """
     where, remedy = f"{folder}/{MANIFEST}", f"delete {folder} to remake it"
     try:
-        manifest = Manifest(**json.loads(text))
-    except (ValueError, TypeError, RecursionError) as error:
+        content = json.loads(text)
+        known = {field.name for field in dataclasses.fields(Manifest)}
+        newer = sorted(set(content) - known)
+        manifest = Manifest(**{name: value for name, value in content.items() if name in known})
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ArtifactError(f"unreadable: {error}", where=where, remedy=remedy) from error
+    if newer:
+        raise ArtifactError(
+            f"was written by a newer version of this program, which added {', '.join(newer)}",
+            where=where,
+            remedy="update this program, or choose another output=",
+        )
     if manifest.schema != SCHEMA:
         raise ArtifactError(f"schema {manifest.schema}, expected {SCHEMA}", where=where, remedy=f"delete {folder}")
     for name, hint in get_type_hints(Manifest).items():

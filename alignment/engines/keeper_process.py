@@ -29,6 +29,7 @@ import psutil
 from alignment.core.child_processes import children_of
 from alignment.core.errors import AlignmentError
 from alignment.core.files import write_text
+from alignment.core.launcher_variables import without_ranks
 from alignment.core.locks import held
 
 NOT_STARTED = 127
@@ -102,7 +103,7 @@ def _started(file: Path) -> subprocess.Popen[bytes]:
     with Path(command["log"]).open("ab") as sink:
         return subprocess.Popen(
             command["argv"],
-            env=os.environ | command["environment"],
+            env=without_ranks(os.environ) | command["environment"],
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=sink,

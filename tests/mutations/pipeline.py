@@ -335,7 +335,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "pipeline/backends/environment.py",
+        "core/launcher_variables.py",
         "unit/pipeline/backends/test_processes.py",
         (
             "a worker waits for the caller's group",
@@ -465,8 +465,8 @@ MUTATIONS = [
         ),
         (
             "a trial that was cut off counts as failed",
-            'trial.state is self._states.FAIL and "error" not in trial.user_attrs',
-            "False",
+            'return "error" not in trial.user_attrs or',
+            "return",
             "test_stopped_in_a_trial_it_goes_on_with_that_one",
         ),
         (
@@ -551,14 +551,14 @@ MUTATIONS = [
         ),
         (
             "a process that outlives its driver is overlooked",
-            'if is_held(work / "lock") or is_held(work / "worker.lock"):',
-            'if is_held(work / "worker.lock"):',
+            'return is_held(work / "lock") or is_held(work / "worker.lock")',
+            'return is_held(work / "worker.lock")',
             "test_a_process_that_outlives_its_driver_is_named",
         ),
         (
             "a worker that outlives its launcher is overlooked",
-            'is_held(work / "lock") or is_held(work / "worker.lock"):',
-            'is_held(work / "lock"):',
+            'return is_held(work / "lock") or is_held(work / "worker.lock")',
+            'return is_held(work / "lock")',
             "test_a_worker_that_outlives_its_launcher_is_not_called_killed",
         ),
         (

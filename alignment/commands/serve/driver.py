@@ -66,13 +66,13 @@ def serve(console: Console, result: str, arms: Sequence[str], *, options: Option
     policies = PolicyFinder(console, result, output).policies(arms)
     _refuse_policies(policies)
     layout = None if python is None else vllm_layout(policies)
-    with listening(options.port) as listener:
-        port = listener.getsockname()[1]
+    with listening(options.port):
+        pass  # a port that cannot be had is refused before anything is loaded
     with Keeper() as keeper:
         log = keeper.folder / "server.log"
         try:
             command = _command(console, keeper, log, policies, layout, python, options)
-            server = _start(keeper, command, log, port)
+            server = _start(keeper, command, log, options.port or None)
             _introduce(console, server, policies, layout, options)
             with suppress(KeyboardInterrupt):
                 _watch(server, log)
@@ -137,7 +137,7 @@ def _command(
 _LOOK = "the end of its log is above"
 
 
-def _start(keeper: Keeper, command: ServerCommand, log: Path, port: int) -> ServerProcess:
+def _start(keeper: Keeper, command: ServerCommand, log: Path, port: int | None) -> ServerProcess:
     try:
         return ServerProcess(keeper, command, log=log, where=WHERE, start_timeout=START_SECONDS, port=port, look=_LOOK)
     except StageError as error:

@@ -10,6 +10,7 @@ import json
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
@@ -19,6 +20,7 @@ from alignment.commands.serve.vllm_layout import VllmFiles
 from alignment.commands.serve.worker_error import write_error
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core.errors import AlignmentError
+from alignment.core.files import explained
 from alignment.core.process_end import end_process
 from alignment.core.terminal import complain
 
@@ -36,14 +38,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if settings["engine"] == "vllm":
             from alignment.commands.serve.vllm_files import write_files
 
-            write_files(policies, VllmFiles(folder=folder))
+            with explained(folder):
+                write_files(policies, VllmFiles(folder=folder))
         else:
             from alignment.commands.serve.transformers_app import serve
 
             serve(load_arms(policies), int(port))
     except AlignmentError as error:
-        write_error(folder, error)
         complain(error)
+        with suppress(OSError):  # the driver shows what is in the log
+            write_error(folder, error)
         return error.exit_code
     return 0
 

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from alignment.core import hardware
+from alignment.core.launcher_variables import without_ranks
 from alignment.core.resources import CODE_ROOT
 
 CPU_MEMORY = {
@@ -30,18 +31,12 @@ well, which saves no time: .3 GB (docs/LOG.md, 2026-11-28). Variables that the u
 
 WAITING_SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """If the user has set one of these, the way in which OpenMP's threads wait is left alone."""
-RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""By these, a launcher tells a process which of several it is and where the others are."""
 _SPINS_ON_AMD = "1000"
 
 
 def complete(own: Mapping[str, str]) -> dict[str, str]:
-    """All variables of a process: the caller's, replaced by its ``own``.
-
-    A cluster may set ``RANKS`` in each of its containers. They are about the caller: a worker without a launcher would
-    wait for others that nobody starts. So only a launcher's own reach its workers.
-    """
-    return {name: value for name, value in os.environ.items() if name not in RANKS} | dict(own)
+    """All variables of a process: the caller's without its ranks, replaced by its ``own``, with a launcher's ranks."""
+    return without_ranks(os.environ) | dict(own)
 
 
 def of_worker(threads: int, pythonpath: str) -> dict[str, str]:

@@ -163,8 +163,10 @@ def _run_stages(
             recorder.finish("interrupted" if code == INTERRUPTED else "preempted")
         return code
     except BaseException as error:
-        if not isinstance(error, Busy):  # the stage goes on, so the run has not failed
-            with suppress(OSError):
+        with suppress(OSError):
+            if isinstance(error, Busy):
+                recorder.end()  # another process makes the stage, so the run has not failed
+            else:
                 recorder.finish("failed")
         display.poll()
         raise
@@ -295,13 +297,11 @@ def _one_stage(
         verify(stage.artifact, content=False)
         _point_to_result(plan, stage)
     except BaseException as stop:
-        # Busy: a process of an earlier call, whose driver was killed, is still working on the stage.
+        # Busy: another run makes the stage, or a process of an earlier call of this one, whose driver was killed.
         interrupted = isinstance(stop, (KeyboardInterrupt, Terminated, Preempted, Busy))
+        took = None if isinstance(stop, Busy) else time.monotonic() - started
         with suppress(OSError):
-            if isinstance(stop, Busy):
-                recorder.stage(stage.name, "running")  # by that other process
-            else:
-                recorder.stage(stage.name, "waiting" if interrupted else "failed", seconds=time.monotonic() - started)
+            recorder.stage(stage.name, "waiting" if interrupted else "failed", seconds=took)
         raise
     if was_made:
         recorder.stage(stage.name, "done", seconds=time.monotonic() - started)

@@ -18,6 +18,8 @@ from alignment.records.run import FILE, RunRecord, StageEntry
 
 _ASKED_TO_STOP = ("interrupted", "preempted")
 """The states of a run that was asked to stop."""
+WAITING = "waiting"
+"""The state of a run of which other stages are to be made by other calls."""
 LiveJobs = Callable[[Path], Mapping[str, str] | None]
 """The jobs of a run that wait or run, by stage; None if Slurm does not answer."""
 
@@ -61,9 +63,13 @@ def explanation(run_folder: Path, record: RunRecord, *, now: Callable[[], float]
     """
     if record.state in _ASKED_TO_STOP:
         return ["it was stopped; run the same command to continue"]
-    if record.state not in (KILLED, UNKNOWN):
+    if record.state not in (KILLED, UNKNOWN, WAITING):
         return []
     name = run_folder.name
+    after_others = "run the same command with --wait to continue after that"
+    if record.state == WAITING:
+        busy = [stage for stage, entry in record.stages.items() if _is_made(run_folder, stage, entry)]
+        return [f"another process is working on {', '.join(busy)}", after_others] if busy else []
     ago = duration(max(0.0, now() - last_sign_of_life(run_folder, record)))
     seen = f"the last sign of life was {ago} ago"
     if record.state == UNKNOWN:
@@ -77,7 +83,7 @@ def explanation(run_folder: Path, record: RunRecord, *, now: Callable[[], float]
     if busy:
         return [
             f"{name} ended without recording how, but another process is still working on {', '.join(busy)}",
-            "run the same command with --wait to continue after that",
+            after_others,
         ]
     return [f"{name} ended without recording how; {seen}", "run the same command to continue"]
 
@@ -94,12 +100,20 @@ def last_sign_of_life(run_folder: Path, record: RunRecord) -> float:
 
 
 def _as_left(entry: StageEntry, work: Path) -> StageEntry:
-    """The entry of a stage of a killed run. Its processes hold one of two locks as long as they live."""
-    if entry.state != RUNNING:
-        return entry
-    if is_held(work / "lock") or is_held(work / "worker.lock"):
+    """The entry of a stage of a killed run."""
+    if entry.state != RUNNING or _is_worked_on(work):
         return entry
     return replace(entry, state=KILLED, seconds=_seconds(entry, work))
+
+
+def _is_made(run_folder: Path, name: str, entry: StageEntry) -> bool:
+    """Whether a process makes a stage that has no result yet."""
+    return not entry.complete and _is_worked_on(work_folder(run_folder, name, entry))
+
+
+def _is_worked_on(work: Path) -> bool:
+    """Processes of a stage hold one of two locks as long as they live."""
+    return is_held(work / "lock") or is_held(work / "worker.lock")
 
 
 def _seconds(entry: StageEntry, work: Path) -> float | None:

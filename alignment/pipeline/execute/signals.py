@@ -21,17 +21,21 @@ def termination_raises() -> Iterator[None]:
     and no process that it started outlives it.
 
     Python lets only the main thread handle signals; in another thread they keep their handlers. SIGHUP stays ignored if
-    it was, as under nohup, and is ignored after the first one: shell and terminal both send it, and the second must not
-    interrupt what the first began.
+    it was, as under nohup. After the first of these signals all are ignored until the block ends: schedulers repeat
+    theirs, and a sweep hands on what its trials have got already. The second must not interrupt what the first began;
+    Ctrl-C still does. A SIGHUP is ignored for good, because shell and terminal both send it.
     """
+    hung_up = False
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def on_signal(number: int, _: FrameType | None) -> None:
-        if number == signal.SIGHUP:
-            signal.signal(number, signal.SIG_IGN)
+        nonlocal hung_up
+        hung_up = number == signal.SIGHUP
+        for each in taken:
+            signal.signal(each, signal.SIG_IGN)
         raise Terminated
 
     numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
@@ -42,7 +46,7 @@ def termination_raises() -> Iterator[None]:
         yield
     finally:
         for number, handler in before.items():
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if not (hung_up and number == signal.SIGHUP):
                 signal.signal(number, handler)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Set
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignment.core.artifacts import MANIFEST, Manifest, read_manifest
+from alignment.core.errors import ArtifactError
 
 _SHOWN = 3
 _ABSENT = "unset"
@@ -22,10 +24,17 @@ class Made:
 
 
 def made(artifacts: Path) -> list[Made]:
-    """Every complete artifact of a store."""
-    folders = sorted(path.parent for path in artifacts.glob(f"*/{MANIFEST}"))
-    manifests = [(folder, read_manifest(folder)) for folder in folders]
-    return [Made(folder=folder, manifest=manifest) for folder, manifest in manifests if manifest is not None]
+    """Every complete artifact of a store.
+
+    One whose manifest cannot be read is left out: it may belong to another user or to a newer version, and only a plan
+    that needs it has to refuse it.
+    """
+    complete = []
+    for folder in sorted(path.parent for path in artifacts.glob(f"*/{MANIFEST}")):
+        with suppress(ArtifactError):
+            if (manifest := read_manifest(folder)) is not None:
+                complete.append(Made(folder=folder, manifest=manifest))
+    return complete
 
 
 def reason_to_run(

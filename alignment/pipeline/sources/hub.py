@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.core.errors import DataError, ModelError
+from alignment.core.files import disk_error
 
 _FORM = re.compile(r"hub:(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
 _LOG_IN = "log in (hf auth login, or HF_TOKEN)"
@@ -48,8 +49,10 @@ def snapshot(
 
     Raises:
         ModelError or DataError: the type in ``failure``; it cannot be fetched, with the reason and a remedy.
+        DiskError: the hub's cache cannot be written to.
     """
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_CACHE
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
@@ -65,7 +68,7 @@ def snapshot(
             return None
         raise _failed(asked, error, failure) from error
     except Exception as error:  # the client lets through whatever its transport raises
-        raise _failed(asked, error, failure) from error
+        raise disk_error(error, folder=Path(HF_HUB_CACHE)) or _failed(asked, error, failure) from error
     return Path(folder)
 
 

@@ -105,6 +105,14 @@ def test_a_manifest_of_another_form_is_unreadable_and_nothing_else(tmp_path: Pat
     assert caught.value.where == str(tmp_path / MANIFEST)
 
 
+def test_a_manifest_of_a_newer_version_is_not_called_damaged(tmp_path: Path) -> None:
+    """Deleting it would destroy a result that another version can use."""
+    (tmp_path / MANIFEST).write_text(json.dumps(asdict(EMPTY) | {"added": 1}))
+    with pytest.raises(ArtifactError, match="by a newer version of this program, which added added") as caught:
+        read_manifest(tmp_path)
+    assert "delete" not in caught.value.remedy
+
+
 def test_a_folder_in_the_place_of_a_manifest_is_unreadable(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).mkdir()
     with pytest.raises(ArtifactError, match="unreadable: not a regular file"):

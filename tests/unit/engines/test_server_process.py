@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from alignment.core.errors import StageError
+from alignment.core.launcher_variables import RANKS
 from alignment.core.locks import is_held
 from alignment.engines.keeper_process import NOT_STARTED, exit_file, lock_file
 from alignment.engines.server_process import KEY, PORT, Keeper, ServerCommand, ServerProcess
@@ -253,6 +254,16 @@ def test_a_server_that_does_not_end_when_it_is_asked_to_is_killed(
         server = psutil.Process(int(started_as.read_text()))
     assert not is_living(server)
     assert not keeper.folder.exists()
+
+
+def test_a_server_is_not_one_of_its_owner_s_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage of several processes asks servers too; a server with its rank would wait for the others."""
+    for name in RANKS:
+        monkeypatch.setenv(name, "1")
+    prints = f"import os; print(sorted(name for name in {RANKS} if name in os.environ))"
+    with Keeper() as keeper:
+        assert keeper.run(ServerCommand(name="", argv=[sys.executable, "-c", prints]), log=tmp_path / "log") == 0
+    assert (tmp_path / "log").read_text() == "[]\n"
 
 
 def test_a_program_that_cannot_be_started_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from io import StringIO
 from pathlib import Path
@@ -17,7 +18,7 @@ from huggingface_hub.errors import (
 from rich.console import Console
 
 from alignment import cli
-from alignment.core.errors import ConfigError, DataError, ModelError
+from alignment.core.errors import ConfigError, DataError, DiskError, ModelError
 from alignment.pipeline.execute.plan_table import show_plan
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan, PlannedStage
@@ -132,6 +133,13 @@ REFUSED = [
     ),
     (TimeoutError("timed out"), "cannot be downloaded: timed out\n  → try again; or give path:FOLDER"),
 ]
+
+
+def test_a_full_disk_is_no_fault_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
+    for sources in (data_sources, model_sources):
+        with pytest.raises(DiskError, match="full"):
+            sources.fetch(sources.resolve("hub:org/name@v1", where="x"), announce=lambda _: None)
 
 
 @pytest.mark.parametrize(("error", "message"), REFUSED, ids=[message[:20] for _, message in REFUSED])

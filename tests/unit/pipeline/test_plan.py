@@ -196,6 +196,17 @@ def test_a_reason_says_what_differs_from_the_nearest_result(plan: MakePlan) -> N
     assert after["evaluate"] == f"run  input dpo changed (nearest: evaluate-{near['evaluate']})"
 
 
+@pytest.mark.parametrize("text", ["{", '{"added_by_a_newer_version": 1}'])
+def test_a_result_that_the_plan_does_not_need_may_be_unreadable(plan: MakePlan, text: str) -> None:
+    """It may be another user's, or that of a newer version, in a folder that several share."""
+    first = plan()
+    leave_all(first)
+    folder = first.output / "artifacts" / "sft-00000000"
+    folder.mkdir()
+    (folder / "manifest.json").write_text(text)
+    assert "run  beta 0.1 → 0.3 (nearest: dpo-" in outcome(plan("stages.dpo.beta=0.3"))["dpo"]
+
+
 def test_a_reason_names_data_seed_arms_and_inputs(plan: MakePlan, tmp_path: Path) -> None:
     leave_all(plan())
     assert "data changed" in outcome(_with_other_data(plan, tmp_path))["sft"]

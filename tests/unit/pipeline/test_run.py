@@ -38,9 +38,11 @@ from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.run import run, run_trial
+from alignment.pipeline.execute.run_state import as_it_is, explanation
 from alignment.pipeline.execute.signals import Terminated, termination_raises
 from alignment.pipeline.execute.worker_protocol import commit_of_checkout
 from alignment.records.attempts import Attempts
+from alignment.records.run import RunRecord
 from alignment.stages.stage_file import read_spec
 
 ROOT = Path(__file__).parents[3]
@@ -449,6 +451,31 @@ def test_a_second_hangup_does_not_cut_short_what_the_first_began() -> None:
         signal.signal(signal.SIGHUP, before)
 
 
+def asked_twice(first: signal.Signals, save: Callable[[], None]) -> None:
+    """What saves when it is asked to stop, and is asked again while it does."""
+    with termination_raises():
+        try:
+            signal.raise_signal(first)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+            save()
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_second_request_does_not_cut_short_what_the_first_began(first: signal.Signals) -> None:
+    """A scheduler sends SIGUSR1 and then SIGTERM, and a sweep that is stopped asks trials that were asked already."""
+    arrived: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: arrived.append(number))
+    try:
+        with pytest.raises(Terminated):
+            asked_twice(first, lambda: arrived.append(0))
+        assert arrived == [0], "what the first began came to its end"
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert arrived == [0, signal.SIGTERM], "the handler is back"
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def test_a_batch_that_cannot_be_split_is_refused_before_anything_starts(align: Align) -> None:
     with pytest.raises(ConfigError) as caught:
         align("launch.num_processes=3", "stages.ppo.optim.batch_size=36", "stages.reward.optim.batch_size=12")
@@ -495,9 +522,18 @@ def test_a_result_that_another_run_works_on_is_left_alone(align: Align) -> None:
     align()
     artifact = Path(align.record()["stages"]["sft"]["artifact"])
     artifact.rename(artifact.with_name("gone"))
-    with held(artifact.with_name(f"{artifact.name}.work") / "lock", wait=False), pytest.raises(Busy) as caught:
-        align()
+    with held(artifact.with_name(f"{artifact.name}.work") / "lock", wait=False):
+        with pytest.raises(Busy) as caught:
+            align()
+        record = RunRecord.read(align.run_folder)
+        assert explanation(align.run_folder, as_it_is(align.run_folder, record)) == [
+            "another process is working on sft",
+            "run the same command with --wait to continue after that",
+        ]
     assert caught.value.remedy == BUSY_REMEDY
+    left = as_it_is(align.run_folder, record)
+    assert (left.state, left.stages["sft"].state) == ("waiting", "waiting"), "nobody killed this run"
+    assert explanation(align.run_folder, left) == []
 
 
 def test_one_that_waits_takes_what_the_other_run_made(align: Align) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from alignment import cli
-from alignment.commands.serve import driver
+from alignment.commands.serve import driver, worker
 from alignment.commands.serve.driver import Options, serve
 from alignment.commands.serve.worker_error import write_error, written_error
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, DataError, DiskError, ModelError
@@ -105,6 +107,19 @@ def test_the_printed_command_is_quoted_for_a_shell() -> None:
         '-H "Authorization: Bearer $KEY" -d \'{"model": "it\'"\'"\'s/dpo", '
         '"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64}\''
     )
+
+
+def test_a_disk_without_room_for_what_vllm_loads_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "merged"))
+
+    monkeypatch.setattr("alignment.commands.serve.vllm_files.write_files", full)
+    settings = tmp_path / "serve.json"
+    settings.write_text(json.dumps({"policies": [], "engine": "vllm"}))
+    assert worker.main([str(settings), "0"]) == DiskError.exit_code
+    error = written_error(tmp_path)
+    assert isinstance(error, DiskError)
+    assert error.where == str(tmp_path / "merged")
 
 
 @pytest.mark.parametrize("kind", [ConfigError, DataError, ModelError, DiskError, ArtifactError])

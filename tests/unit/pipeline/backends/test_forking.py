@@ -16,10 +16,10 @@ import psutil
 import pytest
 
 from alignment.core import hardware
+from alignment.core.launcher_variables import RANKS
 from alignment.core.locks import held, is_held
 from alignment.pipeline.backends import forking
 from alignment.pipeline.backends.command import Command
-from alignment.pipeline.backends.environment import RANKS
 from alignment.pipeline.backends.forking import ForkedProcess, ForkServer, fork_server
 from alignment.pipeline.backends.processes import execute
 from tests.living import is_living

@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
+from alignment.core.launcher_variables import RANKS
 from alignment.core.locks import held, is_held
 from alignment.pipeline.backends.command import Command
-from alignment.pipeline.backends.environment import RANKS
 from alignment.pipeline.backends.processes import call, execute
 from tests.living import descendants_of, is_living, words_of
 
