@@ -12,8 +12,17 @@ from alignment.pipeline.sweeps.run import run_sweep
 from alignment.pipeline.sweeps.sweep_file import read_sweep
 
 
-def sweep(recipe: Recipe, sweep: Recipe, overrides: Overrides = (), *, at_once: int = 1, quiet: bool = False) -> Sweep:
-    """Runs the missing trials of a sweep and returns all. The command is ``align sweep``.
+def sweep(
+    recipe: Recipe,
+    sweep: Recipe,
+    overrides: Overrides = (),
+    *,
+    at_once: int = 1,
+    retry_failed: bool = False,
+    quiet: bool = False,
+) -> Sweep:
+    """Runs the missing trials of a sweep, and those that failed if ``retry_failed``, and returns all. The command is
+    ``align sweep``.
 
     ``sweep`` is the name of a shipped sweep, or the path of a .yaml file. ``overrides`` hold for every trial.
     ``at_once`` trials run at the same time, each with its share of the machine.
@@ -25,7 +34,7 @@ def sweep(recipe: Recipe, sweep: Recipe, overrides: Overrides = (), *, at_once: 
     """
     with errors_explained():
         checked = read_sweep(os.fspath(recipe), os.fspath(sweep), words(overrides))
-        code = run_sweep(checked, console=console_of(quiet=quiet), at_once=at_once)
+        code = run_sweep(checked, console=console_of(quiet=quiet), at_once=at_once, retry_failed=retry_failed)
         raise_if_stopped(code, checked.folder.name)
         if code:
             raise StageError(

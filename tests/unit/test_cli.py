@@ -86,7 +86,7 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         "sweep quickstart dpo_beta --at-once 2 seed=1",
         "alignment.pipeline.sweeps.run.sweep",
         ("quickstart", "dpo_beta", ["seed=1"]),
-        {"at_once": 2},
+        {"at_once": 2, "retry_failed": False},
     ),
     (
         "track mine --to mlflow --url http://127.0.0.1:5000",

@@ -23,10 +23,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of trials to run at the same time, each with its share of the machine",
     )
+    parser.add_argument("--retry-failed", action="store_true", help="run the trials that failed again")
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Runs the trials that are missing; returns the exit code."""
     from alignment.pipeline.sweeps.run import sweep
 
-    return sweep(arguments.recipe, arguments.sweep, arguments.overrides, console=console, at_once=arguments.at_once)
+    return sweep(
+        arguments.recipe,
+        arguments.sweep,
+        arguments.overrides,
+        console=console,
+        at_once=arguments.at_once,
+        retry_failed=arguments.retry_failed,
+    )

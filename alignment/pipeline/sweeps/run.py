@@ -16,6 +16,7 @@ from rich.console import Console
 from alignment.config.sweep import Pruner
 from alignment.core.errors import PREEMPTED, AlignmentError, Busy, ConfigError, DiskError, StoreError
 from alignment.core.locks import held
+from alignment.data.counted import counted
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute.display import announcer
 from alignment.pipeline.execute.needed_sources import fetch_missing, not_reused
@@ -31,18 +32,28 @@ from alignment.records.sweep_record import TrialOutcome
 _POLL_SECONDS = 0.5
 
 
-def sweep(recipe: str, name: str, overrides: Sequence[str], *, console: Console, at_once: int = 1) -> int:
+def sweep(
+    recipe: str,
+    name: str,
+    overrides: Sequence[str],
+    *,
+    console: Console,
+    at_once: int = 1,
+    retry_failed: bool = False,
+) -> int:
     """Reads a sweep and runs its missing trials (``run_sweep``); returns the exit code.
 
     Raises:
         ConfigError: as ``read_sweep`` and ``run_sweep``.
         ModelError, DataError, Busy, StoreError, DiskError: as ``run_sweep``.
     """
-    return run_sweep(read_sweep(recipe, name, overrides), console=console, at_once=at_once)
+    wanted = read_sweep(recipe, name, overrides)
+    return run_sweep(wanted, console=console, at_once=at_once, retry_failed=retry_failed)
 
 
-def run_sweep(wanted: Sweep, *, console: Console, at_once: int = 1) -> int:
-    """Runs the missing trials; returns the exit code, 0 if any trial has ever finished.
+def run_sweep(wanted: Sweep, *, console: Console, at_once: int = 1, retry_failed: bool = False) -> int:
+    """Runs the missing trials, and those that failed if ``retry_failed``; returns the exit code, 0 if any trial has
+    ever finished.
 
     Raises:
         ConfigError: the sweep does not fit the machine, no stage reports its objective, or optuna is not installed.
@@ -57,6 +68,8 @@ def run_sweep(wanted: Sweep, *, console: Console, at_once: int = 1) -> int:
         wanted = _with_sources(wanted, console)
         study = Study(wanted)
         study.retry_cut_off()
+        if retry_failed:
+            study.retry_failed()
         console.print(f"{wanted.name}: {wanted.number} trials of {wanted.run_name}", highlight=False)
         for caution in wanted.cautions:
             _print(console, "caution: ", caution)
@@ -65,6 +78,8 @@ def run_sweep(wanted: Sweep, *, console: Console, at_once: int = 1) -> int:
         if code:
             return code
         results.show(console, results.write(study, wanted), wanted)
+        if failed := len(study.failed()):
+            _print(console, f"{counted(failed, 'trial')} failed: ", "--retry-failed tries again what failed")
         return 0 if study.completed() else 5
 
 

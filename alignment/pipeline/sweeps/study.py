@@ -16,6 +16,7 @@ from alignment.pipeline.sweeps.sweep_file import Sweep
 from alignment.records.interval import Interval
 
 JOURNAL = "study.jsonl"
+_RETRIED = "retried"
 _MOST_RANDOM = 10
 """Number of random trials before TPE learns from them (optuna's default); fewer in a small sweep."""
 
@@ -62,6 +63,13 @@ class Study:
         for trial in self._study.get_trials(states=[self._states.RUNNING]):
             self.again(trial)
 
+    def retry_failed(self) -> None:
+        """Queues the trials that failed, under the same run names; call it while no trial runs."""
+        failed = self.failed()
+        self._study.set_user_attr(_RETRIED, [*self._retried, *(trial.number for trial in failed)])
+        for trial in failed:
+            self._study.enqueue_trial(trial.params, user_attrs={"run": trial.user_attrs["run"]})
+
     def next(self) -> Any | None:
         """The next trial, or None if all are done or running."""
         config = self._wanted.config
@@ -97,7 +105,7 @@ class Study:
         self._study.tell(trial, [value.mean for value in values])
 
     def fail(self, trial: Any, error: str) -> None:
-        """Records a failed trial, which is not tried again."""
+        """Records a failed trial, which is only tried again by ``retry_failed``."""
         trial.set_user_attr("error", error)
         self._study.tell(trial, state=self._states.FAIL)
 
@@ -113,6 +121,10 @@ class Study:
     def completed(self) -> list[Any]:
         """The trials that have values."""
         return [trial for trial in self.ended() if trial.state is self._states.COMPLETE]
+
+    def failed(self) -> list[Any]:
+        """The trials that failed and were not queued again."""
+        return [trial for trial in self.ended() if trial.state is self._states.FAIL]
 
     def best(self) -> list[int]:
         """Number of the best trial (the first among equals), or of those in the Pareto set; empty until a trial is
@@ -137,7 +149,14 @@ class Study:
         return {name: float(share) for name, share in importances.items()}
 
     def _is_cut_off(self, trial: Any) -> bool:
-        return trial.state is self._states.FAIL and "error" not in trial.user_attrs
+        if trial.state is not self._states.FAIL:
+            return False
+        return "error" not in trial.user_attrs or trial.number in self._retried
+
+    @property
+    def _retried(self) -> list[int]:
+        """Numbers, by optuna's count, of failed trials that were queued again."""
+        return list(self._study.user_attrs.get(_RETRIED, ()))
 
 
 def number_of(trial: Any) -> int:

@@ -90,11 +90,11 @@ class Runs:
         return 0
 
 
-def go(runs: Runs, name: str = "dpo_beta", *more: str, at_once: int = 1) -> tuple[int, str]:
+def go(runs: Runs, name: str = "dpo_beta", *more: str, at_once: int = 1, retry_failed: bool = False) -> tuple[int, str]:
     console = Console(width=200, record=True, quiet=False)
     overrides = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", *more]
     with console.capture() as captured:
-        code = sweep("quickstart", name, overrides, console=console, at_once=at_once)
+        code = sweep("quickstart", name, overrides, console=console, at_once=at_once, retry_failed=retry_failed)
     return code, captured.get()
 
 

@@ -17,6 +17,7 @@ from alignment.core.errors import (
     GateNotMet,
     NonFiniteError,
     Preempted,
+    StageError,
     StoreError,
 )
 from alignment.pipeline.sweeps import run as module
@@ -235,6 +236,24 @@ def test_a_trial_that_fails_is_listed_with_what_it_said_and_ends_no_sweep(runs: 
     assert {settings["stages.dpo.optim.batch_size"] for settings in runs.asked} <= {"4", "8"}
     assert go(runs, own(runs, tmp_path, trials=9))[0] == 0
     assert len(runs.asked) == 9, "the study is kept"
+
+
+def test_failed_trials_are_tried_again_when_they_are_asked_for(runs: Runs) -> None:
+    """A server was away, for example; what has finished is not run again."""
+    runs.faults[1] = StageError("the judge does not answer", where="stage evaluate")
+    code, printed = go(runs)
+    assert (code, len(runs.asked)) == (0, 4)
+    assert "1 trial failed: --retry-failed tries again what failed" in printed
+    assert go(runs)[0] == 0
+    assert len(runs.asked) == 4, "not without being asked"
+    code, printed = go(runs, retry_failed=True)
+    assert (code, len(runs.asked)) == (0, 5)
+    assert runs.asked[4] == runs.asked[1], "the same run with the same settings"
+    assert [row["state"] for row in trials(runs)] == ["done"] * 4
+    assert "--retry-failed" not in printed
+    runs.faults[5] = StageError("again", where="stage evaluate")
+    assert go(runs, retry_failed=True)[0] == 0
+    assert len(runs.asked) == 5, "nothing is left that failed"
 
 
 @pytest.mark.parametrize(
