@@ -93,6 +93,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "stages/kto/run.py",
+        "unit/training/test_row_lengths.py",
+        (
+            "mismatched answers may go beyond the positions",
+            "min(config.max_length, positions_of(unwrapped(policy).base_model))",
+            "config.max_length",
+            "test_mismatched_answers_are_cut_to_the_positions_where_these_are_fewer",
+        ),
+    ),
+    *in_file(
         "stages/kto/labelled_rows.py",
         "unit/stages/test_kto.py",
         (

@@ -147,6 +147,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "pipeline/sweeps/study.py",
+        "unit/pipeline/sweeps/test_sweep.py",
+        (
+            "half a line of a full disk stays in the journal",
+            "        cut_unfinished_line(self._journal)\n        self._study.tell",
+            "        self._study.tell",
+            "test_half_a_line_that_a_full_disk_leaves_is_cut_before_the_next",
+        ),
+    ),
+    *in_file(
         "engines/keeper_process.py",
         "unit/engines/test_server_process.py",
         (

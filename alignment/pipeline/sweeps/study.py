@@ -38,12 +38,11 @@ class Study:
         optuna = _optuna()
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         wanted.folder.mkdir(parents=True, exist_ok=True)
-        cut_unfinished_line(wanted.folder / JOURNAL)  # optuna would write behind it, and could then read neither line
+        self._journal = wanted.folder / JOURNAL
+        cut_unfinished_line(self._journal)  # optuna would write behind it, and could then read neither line
         self._wanted = wanted
         self._states = optuna.trial.TrialState
-        storage = optuna.storages.JournalStorage(
-            optuna.storages.journal.JournalFileBackend(str(wanted.folder / JOURNAL))
-        )
+        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(self._journal)))
         study_name = f"{wanted.name}-{wanted.identity[:16]}"
         # Runs of later studies have other names, so that studies do not share runs.
         study_names = optuna.get_all_study_names(storage)
@@ -92,7 +91,9 @@ class Study:
         return trial
 
     def again(self, trial: Any) -> None:
-        """Records that the trial was interrupted, and queues it again."""
+        """Records that the trial was interrupted, and queues it again. What interrupted it may be a full disk, which
+        leaves half a line."""
+        cut_unfinished_line(self._journal)
         self._study.tell(trial.number, state=self._states.FAIL)
         if "run" in trial.user_attrs:  # otherwise it was interrupted before it had a name and settings
             self._study.enqueue_trial(trial.params, user_attrs={"run": trial.user_attrs["run"]})

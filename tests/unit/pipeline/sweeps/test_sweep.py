@@ -310,6 +310,24 @@ def test_a_journal_that_ends_in_half_a_line_goes_on(runs: Runs) -> None:
     assert [row["state"] for row in trials(runs)] == ["done"] * 4
 
 
+def test_half_a_line_that_a_full_disk_leaves_is_cut_before_the_next(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journal would otherwise hold a line that is none for good."""
+
+    def without_room(*_: object, **__: object) -> int:
+        with (runs.output / "sweeps/quickstart.dpo_beta" / JOURNAL).open("a") as journal:
+            journal.write('{"op_code": 6, "worker')
+        raise DiskError("no space left on the device", where="out")
+
+    monkeypatch.setattr(module, "run_trial", without_room)
+    with pytest.raises(DiskError):
+        go(runs)
+    monkeypatch.setattr(module, "run_trial", runs)
+    assert go(runs)[0] == 0
+    assert [row["state"] for row in trials(runs)] == ["done"] * 4
+
+
 def test_where_every_trial_fails_the_exit_code_says_so(runs: Runs) -> None:
     runs.faults = {number: NonFiniteError("no") for number in range(4)}
     assert go(runs)[0] == 5
