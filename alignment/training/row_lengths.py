@@ -18,7 +18,7 @@ from alignment.models.assembly.prefix import refuse_too_long
 from alignment.models.forward.answers import unwrapped
 
 BLOCK = 10_000
-"""How many rows are measured at a time."""
+"""How many packed rows are read at a time."""
 _PACKED = "seq_lengths"
 """TRL's column of the lengths of the rows that were packed into one."""
 _NOT_TOKENS = {"labels", "position_ids", _PACKED, "attention_mask", "completion_mask"}
@@ -78,8 +78,11 @@ def _columns(rows: Dataset) -> list[str]:
 def _measured(
     rows: Dataset, columns: Sequence[str], measure: Callable[[Mapping[str, NDArray[np.int64]]], NDArray[np.int64]]
 ) -> NDArray[np.int64]:
-    """``[rows]``: what ``measure`` makes of the lengths of these columns, by their names."""
-    blocks = rows.with_format("arrow").iter(BLOCK)
-    return np.concatenate(
-        [measure({name: pc.list_value_length(block[name]).to_numpy() for name in columns}) for block in blocks]
-    )
+    """``[rows]``: what ``measure`` makes of the lengths of these columns, by their names.
+
+    Lengths are read of all rows of the table in their order, because to gather selected rows takes a hundred times as
+    long.
+    """
+    table = rows.data.table
+    every = measure({name: pc.list_value_length(table[name]).to_numpy() for name in columns})
+    return every if rows._indices is None else every[rows._indices.column(0).to_numpy()]
