@@ -47,11 +47,11 @@ def differences(scores: dict[str, float], other_scores: dict[str, float]) -> lis
     return [scores[prompt] - other_scores[prompt] for prompt in scores]
 
 
-def interval(differences: Sequence[float]) -> Interval:
-    """Their mean with its 95 % interval."""
+def interval(each: Sequence[float]) -> Interval:
+    """The mean of differences on each prompt, with its 95 % interval."""
     from alignment.evaluation.bootstrap import mean_interval  # NumPy, which a plan does without
 
-    return mean_interval(differences, samples=SAMPLES, seed=SEED)
+    return mean_interval(each, samples=SAMPLES, seed=SEED)
 
 
 def corrected_p_values(series: Sequence[Sequence[float]]) -> list[float]:

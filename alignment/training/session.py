@@ -84,12 +84,8 @@ def train(
         refuse_long_rows(trainer.model, trainer.train_dataset, trainer.row_origin)
     if context.search is not None:
         _seek_size(context.search, trainer, context, trials)
-    log = MetricsLog(context.content / METRICS)
     resumed = _newest_checkpoint(context)
-    if context.is_main:
-        log.keep_through(0 if resumed is None else checkpoints.step_of(resumed))
-        context.clock.earlier = float(log.last().get("seconds", 0.0))
-        context.trackers.catch_up(log.rows())
+    log = _log_up_to(resumed, context)
     stop = StopOnSignal(period=period)
     steps = StepLog(context, log, headline=headline)
     checks = (WeightsAreSharded(context), WarmupEnds(), FiniteSteps(trainer), NoStepTooMany())
@@ -134,6 +130,16 @@ def _seek_size(search: Search, trainer: Trainer, context: StageContext, trials: 
     trainer.add_callback(WeightsAreSharded(context))
     with cut_by_module(trainer.model, context):
         search.run(trainer, trials)
+
+
+def _log_up_to(checkpoint: Path | None, context: StageContext) -> MetricsLog:
+    """The log of the steps before a checkpoint, from which the clock and the trackers go on."""
+    log = MetricsLog(context.content / METRICS)
+    if context.is_main:
+        log.keep_through(0 if checkpoint is None else checkpoints.step_of(checkpoint))
+        context.clock.earlier = float(log.last().get("seconds", 0.0))
+        context.trackers.catch_up(log.rows())
+    return log
 
 
 def _newest_checkpoint(context: StageContext) -> Path | None:

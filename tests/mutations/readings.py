@@ -167,6 +167,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "training/looks.py",
+        "unit/stages/test_validation.py",
+        (
+            "a look's phase goes on",
+            '        self._context.progress("training", state.global_step, state.max_steps)\n',
+            "",
+            "test_what_comes_after_a_look_is_training",
+        ),
+    ),
+    *in_file(
         "training/longest_batch.py",
         "unit/training/test_longest_batch.py",
         (

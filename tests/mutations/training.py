@@ -232,7 +232,7 @@ MUTATIONS = [
         ),
         (
             "steps behind the checkpoint stay in the metrics",
-            "log.keep_through(0 if resumed is None else checkpoints.step_of(resumed))",
+            "log.keep_through(0 if checkpoint is None else checkpoints.step_of(checkpoint))",
             "log.keep_through(10**9)",
             "test_a_killed_stage_goes_on_from_its_newest_good_checkpoint_and_ends_where_it_would_have",
         ),

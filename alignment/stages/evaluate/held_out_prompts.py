@@ -28,8 +28,8 @@ def held_out_prompts(config: EvaluateConfig, context: StageContext) -> list[Held
     )
     if repeats and context.is_main:
         context.notes.append(
-            f"{len(repeats):,} of {counted(len(rows), 'held-out row')} {'asks' if len(repeats) == 1 else 'ask'} what "
-            "an earlier row asks, and were left out: each prompt counts once"
+            f"of {counted(len(rows), 'held-out row')}, {len(repeats):,} that ask what an earlier row asks are left "
+            "out: each prompt counts once"
         )
     return list(first.values())
 
@@ -37,4 +37,4 @@ def held_out_prompts(config: EvaluateConfig, context: StageContext) -> list[Held
 def _asked(row: HeldOutPrompt) -> str:
     """All that an arm reads of a row."""
     turns = [turn.as_dict() for turn in row.messages]
-    return json.dumps([turns, row.tools, row.later_turns, row.choices], sort_keys=True)
+    return json.dumps([turns, row.tools, row.later_turns, row.choices], sort_keys=True, default=str)

@@ -529,7 +529,7 @@ def test_a_repeated_prompt_counts_once(chain: Chained, evaluated: dict[str, Any]
         for row, earlier in ((4, 1), (5, 3))
     ]
     (note,) = [note for note in context.notes if "held-out rows" in note]
-    assert note.startswith("2 of 5 held-out rows ask what an earlier row asks, and were left out")
+    assert note == "of 5 held-out rows, 2 that ask what an earlier row asks are left out: each prompt counts once"
 
 
 def test_a_reward_that_is_no_number_ends_the_evaluation(chain: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
