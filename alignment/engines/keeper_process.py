@@ -26,7 +26,7 @@ from pathlib import Path
 
 import psutil
 
-from alignment.core.child_processes import children_of
+from alignment.core.child_processes import children_of, kill_all
 from alignment.core.errors import AlignmentError
 from alignment.core.files import write_text
 from alignment.core.launcher_variables import without_ranks
@@ -130,12 +130,9 @@ def _end_descendants() -> None:
         with suppress(psutil.NoSuchProcess):
             process.terminate()
     deadline = time.monotonic() + GRACE_SECONDS
-    while descendants := _living():
-        if time.monotonic() > deadline:
-            for process in descendants:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
+    while _living() and time.monotonic() < deadline:
         time.sleep(0.05)
+    kill_all(_living)
 
 
 def _living() -> list[psutil.Process]:

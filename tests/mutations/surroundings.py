@@ -170,9 +170,19 @@ MUTATIONS = [
         ),
         (
             "a server that ignores a request to end stays",
-            "process.kill()",
-            "pass",
+            "    kill_all(_living)\n",
+            "",
             "test_a_server_that_does_not_end_when_it_is_asked_to_is_killed",
+        ),
+    ),
+    *in_file(
+        "core/child_processes.py",
+        "unit/core/test_child_processes.py",
+        (
+            "a resource tracker is killed with the processes that it watches",
+            "if not (spares_trackers and _is_resource_tracker(process)):",
+            "if True:",
+            "test_killed_processes_leave_no_shared_memory",
         ),
     ),
     *in_file(

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import psutil
 
 from alignment.core import hardware
-from alignment.core.child_processes import children_of
+from alignment.core.child_processes import children_of, kill_all
 from alignment.core.errors import AlignmentError
 from alignment.core.logs import shorten
 from alignment.core.stop_requests import SIGNALS, sigusr1_blocked
@@ -183,9 +183,7 @@ class _ProcessTree:
 
     def kill(self) -> None:
         """Kills the processes that are left, and collects the launcher's exit code."""
-        for process in self._alive():
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
+        kill_all(self._alive)
         self._leader.wait()
 
     def _alive(self) -> list[psutil.Process]:

@@ -1,15 +1,17 @@
-"""Children of a process, also on a machine that hides the processes of others."""
+"""Children of a process, also on a machine that hides the processes of others, and their end."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
 
-from alignment.core.child_processes import children_of
+from alignment.core.child_processes import children_of, kill_all
+from tests.living import is_living
 
 PARENT = """
 import subprocess, sys
@@ -18,6 +20,15 @@ print(child.pid, flush=True)
 sys.stdin.read()
 child.communicate()
 """
+
+SHARING = """
+from multiprocessing.shared_memory import SharedMemory
+import sys
+print(SharedMemory(create=True, size=8).name, flush=True)
+sys.stdin.read()
+"""
+"""A process with shared memory, which a child of it removes: Python's resource tracker."""
+SHARED_MEMORY = Path("/dev/shm")
 
 
 @pytest.fixture
@@ -51,3 +62,17 @@ def test_a_process_that_has_ended_has_no_children() -> None:
         process = psutil.Process(program.pid)
         program.wait()
     assert children_of(process) == []
+
+
+@pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="no folder shows the machine's shared memory")
+def test_killed_processes_leave_no_shared_memory() -> None:
+    with subprocess.Popen([sys.executable, "-c", SHARING], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        memory = SHARED_MEMORY / program.stdout.readline().decode().strip()
+        assert memory.exists()
+        leader = psutil.Process(program.pid)
+        family = [leader, *children_of(leader, recursive=True)]
+        assert len(family) == 2
+        kill_all(lambda: [process for process in family if is_living(process)])
+        assert not any(is_living(process) for process in family)
+    assert not memory.exists()

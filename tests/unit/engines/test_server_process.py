@@ -24,6 +24,7 @@ from alignment.engines.server_process import KEY, PORT, Keeper, ServerCommand, S
 from tests.living import is_living
 from tests.patience import wait_until
 
+SHARED_MEMORY = Path("/dev/shm")
 PARENT = """
 import http.server, os, subprocess, sys
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
@@ -52,11 +53,13 @@ time.sleep(600)
 """
 STUBBORN = """
 import os, signal, sys, time
+from multiprocessing.shared_memory import SharedMemory
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-open(sys.argv[1], "w").write(str(os.getpid()))
+memory = SharedMemory(create=True, size=8)
+open(sys.argv[1], "w").write(f"{os.getpid()} {memory.name}\\n")
 time.sleep(60)
 """
-"""A server that ignores a request to end; its pid is in a file."""
+"""A server that ignores a request to end; a file has its pid and the name of its shared memory."""
 IMPATIENT = """
 import sys
 from pathlib import Path
@@ -238,6 +241,7 @@ def test_the_end_of_a_server_is_noticed_later_too_and_its_child_ends_with_the_ke
     wait_until(lambda: gone(tmp_path), seconds=10)
 
 
+@pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="no folder shows the machine's shared memory")
 def test_a_server_that_does_not_end_when_it_is_asked_to_is_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,9 +254,11 @@ def test_a_server_that_does_not_end_when_it_is_asked_to_is_killed(
     argv = [sys.executable, "-c", STUBBORN, str(started_as)]
     with Keeper() as keeper:
         keeper.start({"argv": argv, "environment": {}, "log": str(tmp_path / "log")})
-        wait_until(lambda: started_as.exists() and started_as.read_text() != "")
-        server = psutil.Process(int(started_as.read_text()))
-    assert not is_living(server)
+        wait_until(lambda: started_as.exists() and started_as.read_text().endswith("\n"))
+        pid, memory = started_as.read_text().split()
+        assert SHARED_MEMORY.joinpath(memory).exists()
+    assert not is_living(int(pid))
+    assert not SHARED_MEMORY.joinpath(memory).exists()
     assert not keeper.folder.exists()
 
 
