@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from alignment.evaluation.pairwise import TIE
 from alignment.records.evaluation import (
     BETTER,
+    FEWEST_PROMPTS,
     LEVEL,
     NO_DIFFERENCE,
     NOTHING,
+    TOO_FEW,
     WORSE,
     Comparison,
     Judge,
@@ -31,7 +33,9 @@ def conclusions(
     sentences = []
     if metric is None and judge is None:
         sentences = [f"{num_prompts} prompts, but no metric and no judge, so no arm is called better than another."]
-    if metric is not None and comparisons:
+    if metric is not None and comparisons and num_prompts < FEWEST_PROMPTS:
+        sentences = [f"{num_prompts} prompts, by {metric.name}: {TOO_FEW}, so no difference can be shown."]
+    elif metric is not None and comparisons:
         sentences = [
             _differences(num_prompts, metric, comparisons, labels),
             _lost_by_correction(comparisons, labels),

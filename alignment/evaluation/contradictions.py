@@ -44,5 +44,5 @@ def _preferred(pair: JudgedPair) -> str:
 def _rewarded(evaluation: Evaluation, better: str, worse: str) -> Iterator[str]:
     for item in evaluation.reward_comparisons:
         gain = item if item.arm == worse else item.turned()
-        if (gain.arm, gain.against) == (worse, better) and gain.real and gain.difference > 0:
+        if (gain.arm, gain.against) == (worse, better) and evaluation.is_real(gain) and gain.difference > 0:
             yield f"the reward model scores {evaluation.label(worse)} higher ({gain.difference:+.3f})"

@@ -26,7 +26,7 @@ LEVEL = 0.05
 FEWEST_PROMPTS = 10
 """With fewer, an interval that resamples prompts is too narrow to rely on."""
 TOO_FEW = f"fewer than {FEWEST_PROMPTS} prompts"
-"""The verdict of a judge on two arms of which it judged too few prompts to say."""
+"""The verdict on two arms that were compared on too few prompts to say."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -307,16 +307,26 @@ class Evaluation:
     @property
     def num_compared(self) -> int | None:
         """The prompts on which arms are compared by the primary metric: all, or those with a grade in every arm."""
-        grading = next((grading for grading in self.gradings if grading.metric == self.primary), None)
+        return self._num_compared_by(self.primary)
+
+    def _num_compared_by(self, metric: str | None) -> int | None:
+        grading = next((grading for grading in self.gradings if grading.metric == metric), None)
         return self.num_prompts if grading is None or grading.num_prompts is None else grading.num_prompts
 
     def verdict(self, comparison: Comparison) -> str:
-        """On the first arm of a comparison: ``better``, ``worse`` or ``no real difference``."""
+        """On the first arm of a comparison: ``better``, ``worse``, ``no real difference`` or ``TOO_FEW``."""
+        name = comparison.metric or self.primary
+        num_prompts = self._num_compared_by(name)
+        if num_prompts is not None and num_prompts < FEWEST_PROMPTS:
+            return TOO_FEW
         if not comparison.real:
             return NO_DIFFERENCE
-        name = comparison.metric or self.primary
         metric = next((metric for metric in self.metrics if metric.name == name), Metric(name=""))
         return metric.direction(comparison.difference)
+
+    def is_real(self, comparison: Comparison) -> bool:
+        """Whether the difference is more than chance, and was measured on enough prompts to say so."""
+        return self.verdict(comparison) in (BETTER, WORSE)
 
     def write(self, folder: Path) -> None:
         """Writes the file into an artifact's folder."""

@@ -67,7 +67,7 @@ def winners_that_repeat_themselves(evaluation: Evaluation) -> list[str]:
         verdict = evaluation.verdict(item)
         names = (item.arm, item.against) if verdict == BETTER else (item.against, item.arm)
         better, worse = arms.get(names[0]), arms.get(names[1])
-        if item.real and better is not None and worse is not None and repeats_itself(better, worse):
+        if evaluation.is_real(item) and better is not None and worse is not None and repeats_itself(better, worse):
             beaten.setdefault(better.name, []).append(f"{worse.distinct:.0%} of those of {worse.label}")
     return [
         f"only {arms[arm].distinct:.0%} of the answers of {arms[arm].label} are distinct, against "

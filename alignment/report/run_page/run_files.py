@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.core import typed_json
-from alignment.core.artifacts import FORGETTING, REWARD_CARD, Manifest, read_manifest
+from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD, Manifest, read_manifest
 from alignment.core.errors import ArtifactError
 from alignment.records import reward_card
 from alignment.records.cost import FILE as COST
@@ -46,6 +46,7 @@ def read_run(run_folder: Path) -> Run:
         stages=stages,
         evaluation=evaluation,
         evaluation_note=evaluation_note,
+        other_evaluations=_other_evaluations(record, evaluated),
         samples=samples,
         samples_note=samples_note,
         cards=_read_cards(stages, folders),
@@ -134,6 +135,15 @@ def _evaluated(record: RunRecord, folders: dict[str, Path | None]) -> str:
     none."""
     known = [(name, folder) for name in evaluation_stages(record) if (folder := folders[name]) is not None]
     return next((name for name, folder in known if (folder / "evaluation.json").is_file()), "")
+
+
+def _other_evaluations(record: RunRecord, evaluated: str) -> str:
+    """Which evaluation a page shows, in a sentence; "" if the run has no other."""
+    names = [name for name, entry in record.stages.items() if produced_by(entry.kind) == EVALUATION]
+    others = [name for name in names if name != evaluated]
+    if not evaluated or not others:
+        return ""
+    return f"These are the results of {evaluated}. The run also has: {', '.join(others)}."
 
 
 def _read_evaluation_of(

@@ -195,7 +195,8 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """Everything that the page shows. If ``evaluation`` is None, ``evaluation_note`` says why.
+    """Everything that the page shows. If ``evaluation`` is None, ``evaluation_note`` says why. ``other_evaluations``
+    says which one it is if the run has several.
 
     ``only_for_gates`` are differences that gates of this evaluation compare, but not the evaluation itself.
     """
@@ -211,6 +212,7 @@ class Run:
     tables: list[Tables] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
     only_for_gates: list[Comparison] = field(default_factory=list)
+    other_evaluations: str = ""
 
     @property
     def num_complete(self) -> int:

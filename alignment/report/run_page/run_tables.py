@@ -11,7 +11,16 @@ from markupsafe import Markup
 
 from alignment.evaluation.labelled_pairs import agrees, verdict_on_judge
 from alignment.records.chosen_sizes import USAGE
-from alignment.records.evaluation import BETTER, NO_DIFFERENCE, WORSE, ArmResult, Comparison, Evaluation, JudgedPair
+from alignment.records.evaluation import (
+    BETTER,
+    NO_DIFFERENCE,
+    TOO_FEW,
+    WORSE,
+    ArmResult,
+    Comparison,
+    Evaluation,
+    JudgedPair,
+)
 from alignment.records.interval import Interval
 from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.kit import text
@@ -38,7 +47,7 @@ class WhiskerPlot:
     axis: Markup
 
 
-TONES = {BETTER: "good", WORSE: "bad", NO_DIFFERENCE: "open"}
+TONES = {BETTER: "good", WORSE: "bad", NO_DIFFERENCE: "open", TOO_FEW: "open"}
 """The CSS class of each verdict."""
 
 
@@ -145,14 +154,15 @@ def comparison_rows(
     scale: Scale = scale_of(intervals, within=None, include=0.0)
     rows = []
     for item, interval in zip(comparisons, intervals, strict=True):
-        tone = TONES[evaluation.verdict(item)]
+        verdict = evaluation.verdict(item)
+        tone = TONES[verdict]
         rows.append(
             ComparisonRow(
                 arm=evaluation.label(item.arm),
                 against=evaluation.label(item.against),
                 difference=text.signed(item.difference),
                 bounds=f"{text.signed(item.low)} to {text.signed(item.high)}",
-                verdict="real" if item.real else NO_DIFFERENCE,
+                verdict="real" if evaluation.is_real(item) else verdict,
                 p=FOR_A_GATE if item in of_gates else _p(item),
                 tone=tone,
                 svg=whisker(interval, scale, tone=tone, rule=0.0),
@@ -184,7 +194,7 @@ def other_comparison_rows(
             verdict=evaluation.verdict(item),
             tone=TONES[evaluation.verdict(item)],
         )
-        for item in [*sorted(evaluation.other_comparisons, key=lambda item: not item.real), *of_gates]
+        for item in [*sorted(evaluation.other_comparisons, key=lambda item: not evaluation.is_real(item)), *of_gates]
     ]
 
 

@@ -1,4 +1,4 @@
-"""The verdict on a run in plain sentences. Only a difference whose interval excludes zero is called real."""
+"""The verdict on a run in plain sentences. Only a difference that is more than chance is called real."""
 
 from __future__ import annotations
 

@@ -68,7 +68,7 @@ def test_a_pair_that_only_its_own_interval_tells_apart_is_named() -> None:
 
 def test_a_randomisation_test_may_show_nothing_alone() -> None:
     pair = replace(comparison("stage:dpo", "base", 0.4, real=True, size=None), p=0.125, adjusted_p=0.125)
-    assert conclusions(4, BREVITY, [pair], None, LABELS)[1] == (
+    assert conclusions(12, BREVITY, [pair], None, LABELS)[1] == (
         "The interval of dpo and base excludes zero, but by a randomisation test the difference may be due to chance."
     )
 
@@ -76,15 +76,22 @@ def test_a_randomisation_test_may_show_nothing_alone() -> None:
 def test_less_of_a_metric_may_be_better() -> None:
     words = Metric(name="words", higher_is_better=False)
     fewer = comparison("stage:sft", "base", -4.0, real=True, size=None)
-    assert conclusions(9, words, [fewer], None, LABELS) == ["9 prompts, by words: sft is better than base."]
+    assert conclusions(10, words, [fewer], None, LABELS) == ["10 prompts, by words: sft is better than base."]
 
 
-def test_one_prompt_or_one_arm_says_no_size() -> None:
+def test_too_few_prompts_show_nothing() -> None:
+    pair = comparison("stage:dpo", "base", 0.4, real=True, size=0.1)
+    assert conclusions(9, BREVITY, [pair], None, LABELS) == [
+        "9 prompts, by brevity: fewer than 10 prompts, so no difference can be shown."
+    ]
+
+
+def test_no_spread_or_one_arm_says_no_size() -> None:
     assert conclusions(5, BREVITY, [], None, LABELS) == []
     assert conclusions(5, None, [], None, LABELS) == [
         "5 prompts, but no metric and no judge, so no arm is called better than another."
     ]
-    (sentence,) = conclusions(1, BREVITY, [comparison("stage:dpo", "base", 0.0, real=False, size=None)], None, LABELS)
+    (sentence,) = conclusions(10, BREVITY, [comparison("stage:dpo", "base", 0.0, real=False, size=None)], None, LABELS)
     assert "cannot be told apart" in sentence
 
 

@@ -65,7 +65,7 @@ def test_an_evaluation_of_before_there_were_metrics_has_those_of_the_rule_of_the
     rule = {"total": half, "part": half}
     arms = [{"name": name, "label": name, **rule, "words": 21.5, "reward": None} for name in ("base", "sft")]
     comparison = {"arm": "sft", "against": "base", "difference": 0.5, "low": 0.25, "high": 0.75, "real": True}
-    content = {"num_prompts": 3, "arms": arms, "comparisons": [comparison], "tasks": {}}
+    content = {"num_prompts": 30, "arms": arms, "comparisons": [comparison], "tasks": {}}
     (tmp_path / "evaluation.json").write_text(json.dumps(content))
     (tmp_path / "samples.jsonl").write_text(
         json.dumps({"id": "1", "answers": {"base": {"text": "Yes.", "total": 1, "part": 0.5, "checks": {"a": 1.0}}}})

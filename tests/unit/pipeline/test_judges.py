@@ -184,7 +184,7 @@ ARM = ArmResult(
     loss=Interval(mean=1.234),
 )
 BREVITY = Metric(name="brevity")
-EVALUATION = Evaluation(num_prompts=3, metrics=[BREVITY, Metric(name="tone")], primary="brevity", arms=[ARM])
+EVALUATION = Evaluation(num_prompts=30, metrics=[BREVITY, Metric(name="tone")], primary="brevity", arms=[ARM])
 
 
 def shown(evaluation: Evaluation, *, width: int = 200, reference: str | None = None) -> str:
@@ -245,7 +245,7 @@ def test_arms_and_prompts_without_grades_are_named() -> None:
     grading = Grading(metric="brevity", model="m", num_prompts=2, invalid={"stage:dpo": 0.4}, left_out=["stage:dpo"])
     printed = shown(replace(EVALUATION, gradings=[grading]))
     assert "By brevity, nothing can be concluded about dpo (40%): " in printed
-    assert "brevity covers 2 of 3 prompts; " in printed
+    assert "brevity covers 2 of 30 prompts; " in printed
 
 
 def test_the_primary_metric_has_its_interval_and_says_which_way_is_better() -> None:
@@ -258,7 +258,7 @@ def test_the_primary_metric_has_its_interval_and_says_which_way_is_better() -> N
         )
         assert "0.500  0.400–0.600  0.25   21.4" in printed
         assert f"dpo against sft: -0.100 (-0.200 to -0.050), {verdict}" in printed
-        assert f"3 held-out prompts; brevity: {better} is better\n" in printed
+        assert f"30 held-out prompts; brevity: {better} is better\n" in printed
 
 
 def test_the_terminal_says_what_log_ratios_and_divergences_are_of() -> None:

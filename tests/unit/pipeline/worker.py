@@ -104,7 +104,7 @@ def evaluation(spec: StageSpec) -> dict[str, Any]:
     ]
     metrics = [{"name": "style_and_facts"}, {"name": "style"}]
     measurements = {"metrics": metrics, "primary": "style_and_facts", "arms": arms, "comparisons": comparisons}
-    return {"num_prompts": 1, **measurements, "tasks": {}, "version": 2}
+    return {"num_prompts": 30, **measurements, "tasks": {}, "version": 2}
 
 
 def say(spec: StageSpec, state: str, code: int, error: str, *, notes: Sequence[str] = ()) -> int:

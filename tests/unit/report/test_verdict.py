@@ -332,8 +332,19 @@ def test_too_few_prompts_give_no_verdict(fake_run):
     html = fake_run.html()
     assert lead_of(html) == "Only 9 prompts were evaluated, too few for a verdict, which needs at least 10."
     assert "really better" not in html
+    assert 'role="cell">real</span>' not in html
+    assert html.count('<span class="verdict open" role="cell">fewer than 10 prompts</span>') == 6
     fake_run.evaluation["num_prompts"] = 10
     assert "really better" in fake_run.html()
+
+
+def test_a_run_with_several_evaluations_says_which_one_is_shown(fake_run):
+    assert "The run also has" not in fake_run.html()
+    first = fake_run.run["stages"]["evaluate"]
+    fake_run.run["stages"]["ood"] = {**first, "artifact": "evaluate-01234567"}
+    assert "These are the results of evaluate. The run also has: ood." in fake_run.html()
+    first["artifact"] = None
+    assert "These are the results of ood. The run also has: evaluate." in fake_run.html()
 
 
 def test_what_the_plan_said_against_the_evaluation_stands_first_among_the_warnings(fake_run):
