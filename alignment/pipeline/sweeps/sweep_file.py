@@ -88,15 +88,18 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
     config = sweep_from_plain(_plain(path), where=str(path))
     refuse(_with_path(path, _faults(config)))
     plans = _checked_plans(recipe, overrides, config.parameters, path)
+    for plan in plans:
+        refuse(_with_path(path, _faults_beside(config, plan.config.stages)))
+        _refuse_unwatched(plan.config.launch, config.pruning)
+        feasibility.refuse_what_cannot_start(
+            plan.config.launch, plan.stages, num_devices=feasibility.devices_for(plan.config.launch)
+        )
     plan = plans[0]
-    refuse(_with_path(path, _faults_beside(config, plan.config.stages)))
-    _refuse_unwatched(plan.config.launch, config.pruning)
-    feasibility.refuse_what_cannot_start(
-        plan.config.launch, plan.stages, num_devices=feasibility.devices_for(plan.config.launch)
-    )
     resolved = objectives.resolve(config.objective, plans)
-    # The fingerprint of a stage covers recipe, overrides and data; nothing else changes its metrics.
-    judged = [stage.fingerprint for objective in resolved for stage in plan.stages if stage.name == objective.stage]
+    judged = {objective.stage for objective in resolved}
+    # The fingerprint of a stage covers recipe, overrides and data; nothing else changes its metrics. Every value has a
+    # plan, because a value may name a file or another stage, whose content counts too.
+    fingerprints = [[stage.fingerprint for stage in plan.stages if stage.name in judged] for plan in plans]
     return Sweep(
         name=path.stem,
         file=path,
@@ -107,7 +110,9 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
         run_name=plan.config.name,
         launch=plan.config.launch,
         objectives=resolved,
-        identity=digest([judged, config.search, config.seed, config.objective, config.parameters, config.pruning]),
+        identity=digest(
+            [fingerprints, config.search, config.seed, config.objective, config.parameters, config.pruning]
+        ),
         folder=plan.output / "sweeps" / f"{plan.config.name}.{path.stem}",
         profile=plan.profile,
         cautions=(*_of_smoke(plan), *objectives.cautions(resolved, plan.config.stages)),

@@ -64,6 +64,27 @@ def test_what_was_found_under_other_settings_is_not_told_as_these(runs: Runs, tm
     assert len(runs.asked) == 9, "another value"
 
 
+def test_what_any_of_the_values_names_counts_not_only_the_first(runs: Runs, tmp_path: Path) -> None:
+    """A corrected file, and a stage that only one of the values reads."""
+    runs.figure = lambda settings: 0.5
+    pair = '{"prompt": "2 + 2?", "chosen": "4.", "rejected": "5."}\n'
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    for file in (first, second):
+        file.write_text(pair * 40)
+    data = {"key": "stages.dpo.data.source", "values": [f"path:{first}", f"path:{second}"]}
+    grid = own(runs, tmp_path, search="grid", parameters=[data])
+    go(runs, grid)
+    second.write_text(pair.replace("5.", "6.") * 40)
+    go(runs, grid)
+    assert len(runs.asked) == 4
+    start = {"key": "stages.dpo.init", "values": ["base", "stage:sft"]}
+    objective = {"stage": "dpo", "metric": "rewards/margins"}
+    grid = own(runs, tmp_path, search="grid", parameters=[start], objective=objective)
+    go(runs, grid)
+    go(runs, grid, "stages.sft.optim.lr=1e-5")
+    assert len(runs.asked) == 8
+
+
 def test_a_study_that_is_gone_back_to_says_again_what_it_said(runs: Runs) -> None:
     runs.figure = lambda settings: 0.5 if "seed" in settings else 0.9 - abs(float(settings["stages.dpo.beta"]) - 0.3)
     sweep_file = runs.output / "sweeps/quickstart.dpo_beta/sweep.json"
@@ -394,6 +415,17 @@ def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs:
             "pruning.metric: stage 'sft' reports no 'validation/loss' without validation",
         ),
         ({"objective": [{"arm": "stage:dpo"}, {"arm": "stage:dop"}]}, "objective[1]: no stage reports primary of"),
+        (
+            {
+                "parameters": [{"key": "stages.dpo.validation", "values": ["{share: 0.2, every: 2}", "{every: 0}"]}],
+                "objective": {"stage": "dpo", "metric": "validation/loss", "minimize": True},
+            },
+            "reports no 'validation/loss' without validation; set stages.dpo.validation.every above 0",
+        ),
+        (
+            {"parameters": [{"key": "stages.dpo.optim.batch_size", "values": [8, 100_000]}]},
+            "stages.dpo.optim.warmup_ratio: the warm-up covers all optimiser steps",
+        ),
         ({"pruning": {"pruner": "median", "stage": "evaluate"}}, "no stage 'evaluate' that trains; one of: sft"),
         (
             {"pruning": {"pruner": "median"}, "objective": [{"arm": "stage:dpo"}, {"arm": "stage:sft"}]},
