@@ -42,6 +42,7 @@ WEIGHTS = "adapter_model.safetensors"
 START = "start"
 _BELOW = "below"
 _PREFIX_WEIGHTS = "prompt_embeddings"
+_ALL_LINEAR = "all-linear"
 _HEADS = ("lm_head", "embed_out", "output_projection")
 """Names of language models' heads, which a model with a scalar head lacks."""
 
@@ -67,8 +68,8 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
             where="adapter.target_modules",
             remedy=f"leave it out, or train it whole: adapter.modules_to_save=[{name}]",
         )
-    if config.target_modules == ["all-linear"]:
-        targets = "all-linear"
+    if config.target_modules == [_ALL_LINEAR]:
+        targets = _ALL_LINEAR
     is_head_gone = task is not TaskType.CAUSAL_LM
     _refuse_unknown(model, [name for name in config.modules_to_save if not (is_head_gone and _ends_in_head(name))])
     is_tied = _are_tied(model, config.modules_to_save)
@@ -354,6 +355,8 @@ def _refuse_other_shape(saved: Any, config: AdapterConfig, folder: Path) -> None
         wanted_and_saved["rank"] = (config.rank, saved.r)
         wanted_and_saved["alpha"] = (config.alpha, saved.lora_alpha)
         wanted_and_saved["rslora"] = (config.rslora, saved.use_rslora)
+        if config.target_modules != [_ALL_LINEAR] and not isinstance(saved.target_modules, str):
+            wanted_and_saved["target_modules"] = (_last_parts(config.target_modules), _last_parts(saved.target_modules))
     for name, (wanted, saved_value) in wanted_and_saved.items():
         if wanted != saved_value:
             raise ConfigError(
@@ -361,6 +364,11 @@ def _refuse_other_shape(saved: Any, config: AdapterConfig, folder: Path) -> None
                 where=f"adapter.{name}",
                 remedy=f"use the values of the earlier stage ({folder.name}), or do not continue its adapter",
             )
+
+
+def _last_parts(names: Iterable[str]) -> list[str]:
+    """The modules' own names, in order: PEFT may save them with those of the modules around them."""
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 def _with_frozen(model: PeftModel, folder: Path, name: str) -> PeftModel:

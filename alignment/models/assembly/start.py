@@ -36,7 +36,7 @@ def load_start(
     anyway.
 
     Raises:
-        ConfigError: there is no adapter to continue, or it has another shape.
+        ConfigError: there is no adapter to continue, it has another shape, or adapters cannot stay beside the weights.
         ModelError: an adapter does not fit the model.
     """
     continues = adapter.kind is AdapterKind.prefix and adapter.chain is CONTINUE
@@ -58,6 +58,7 @@ def load_start(
             remedy="set it to merge, or set init to a stage that trained an adapter",
         )
     below, beside = (start, ()) if adapter.chain is Chain.merge else (start.weights, start.beside)
+    _refuse_whole_under_four_bits(beside, adapter)
     model = load(below, dtype)
     _refuse_unmerged(model, beside, adapter)
     _refuse_dora_in_four_bits(beside, adapter)
@@ -88,6 +89,21 @@ def _refuse_unmerged(model: PreTrainedModel, beside: Sequence[SavedAdapter], ada
                 where="adapter.chain",
                 remedy="set it to merge",
             )
+
+
+def _refuse_whole_under_four_bits(beside: Sequence[SavedAdapter], adapter: AdapterConfig) -> None:
+    """Refuses an adapter that was trained on weights in four bits beside whole ones: that is another policy.
+
+    Raises:
+        ConfigError: there is such an adapter.
+    """
+    if beside and beside[-1].nf4 and adapter.kind is not AdapterKind.qlora:
+        raise ConfigError(
+            f"{beside[-1].path.name} was trained on weights in four bits, but adapter.kind is {adapter.kind.value!r} "
+            f"and adapter.chain {adapter.chain.value!r}",
+            where="adapter.chain",
+            remedy="set it to merge, or use adapter=qlora",
+        )
 
 
 def _refuse_dora_in_four_bits(beside: Sequence[SavedAdapter], adapter: AdapterConfig) -> None:

@@ -34,6 +34,9 @@ def faults(stage: TrainedConfig, config: RunConfig, where: str) -> Iterator[Faul
     if adapter.kind is AdapterKind.dora and adapter.chain is Chain.stack:
         message = "DoRA rescales the weights that it adapts and cannot be stacked on other adapters; use chain 'merge'"
         yield Fault(where=f"{where}.chain", message=message)
+    if adapter.kind is not AdapterKind.qlora and before is not None and before.adapter.kind is AdapterKind.qlora:
+        message = f"{stage.init} trained on weights in four bits, which only qlora keeps; use qlora, or 'merge'"
+        yield Fault(where=f"{where}.chain", message=message)
     if adapter.kind is AdapterKind.qlora and (dora := _dora_beside(stage, config)):
         message = f"{dora} trained DoRA, which needs weights that are not in four bits; use chain 'merge'"
         yield Fault(where=f"{where}.chain", message=message)

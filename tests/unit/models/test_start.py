@@ -218,6 +218,17 @@ def test_dora_does_not_stay_beside_weights_in_four_bits(tmp_path: Path, base: Li
     _start(saved, _adapter(AdapterKind.qlora))
 
 
+@pytest.mark.parametrize("chain", [Chain.stack, CONTINUE], ids=lambda chain: chain.value)
+def test_what_was_trained_on_four_bits_does_not_stay_beside_whole_weights(
+    tmp_path: Path, base: Lineage, chain: Chain
+) -> None:
+    """Beside others than it learned on, the adapter makes another policy."""
+    expected, saved = _first_stage(tmp_path, base, _adapter(AdapterKind.qlora))
+    with pytest.raises(ConfigError, match=rf"was trained on weights in four bits, .* '{chain.value}'\n  → set it to m"):
+        _start(saved, _adapter(AdapterKind.lora, chain))
+    close(_logits(_start(saved, _adapter(AdapterKind.lora))), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_without_an_adapter_there_is_nothing_to_continue(base: Lineage) -> None:
     with pytest.raises(ConfigError, match=r"adapter\.chain: there is no adapter to continue"):
         _start(base, _adapter(AdapterKind.lora, CONTINUE))
@@ -225,7 +236,12 @@ def test_without_an_adapter_there_is_nothing_to_continue(base: Lineage) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "where"),
-    [({"rank": 8}, "rank"), ({"rank": 4, "alpha": 1.0}, "alpha"), ({"rank": 4, "kind": AdapterKind.dora}, "kind")],
+    [
+        ({"rank": 8}, "rank"),
+        ({"rank": 4, "alpha": 1.0}, "alpha"),
+        ({"rank": 4, "kind": AdapterKind.dora}, "kind"),
+        ({"rank": 4, "target_modules": ["q_proj", "v_proj"]}, "target_modules"),
+    ],
 )
 def test_an_adapter_keeps_its_shape_when_it_is_continued(
     tmp_path: Path, base: Lineage, changes: dict[str, Any], where: str

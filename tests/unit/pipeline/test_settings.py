@@ -38,6 +38,10 @@ DPO = "stages.dpo.adapter"
             ],
             "stages.ppo.adapter.chain: stage:sft trained DoRA",
         ),
+        (
+            ["adapter@stages.sft.adapter=qlora", f"{DPO}.chain=stack"],
+            f"{DPO}.chain: stage:sft trained on weights in four bits, which only qlora keeps; use qlora, or",
+        ),
         (["stages.reward.adapter={kind: prefix, chain: stack}"], "stages.reward.adapter.chain: a prefix cannot"),
         (["adapter@stages.sft.adapter=prefix"], "stages.reward.adapter: stage:sft trained a prefix"),
     ],
