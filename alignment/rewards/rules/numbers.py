@@ -51,7 +51,7 @@ def expected_answer(row: Mapping[str, Any], *, where: str) -> Decimal:
     """The number after ``####`` in a row's ``answer``, or the field itself if it is a number.
 
     Raises:
-        DataError: there is no such number.
+        DataError: there is no such number, or more than one.
     """
     answer = row.get(ANSWER)
     if isinstance(answer, (int, float)) and not isinstance(answer, bool):
@@ -59,8 +59,14 @@ def expected_answer(row: Mapping[str, Any], *, where: str) -> Decimal:
     if isinstance(answer, str):
         _, mark, after = answer.rpartition(_MARK)
         number = _NUMBER.search(after) if mark else _NUMBER.fullmatch(answer.strip().rstrip(".%"))
-        if number:
+        if number and exact_answer(number.string, _value(number)):
             return _value(number)
+        if number:
+            raise DataError(
+                f"'{ANSWER}' has several numbers after {_MARK}, so it is not clear which one is meant: {after!r:.60}",
+                where=where,
+                remedy=f"write one number after {_MARK}: {_EXAMPLE}",
+            )
     missing = "is missing" if ANSWER not in row else f"contains no number to check against; it is {answer!r:.60}"
     raise DataError(
         f"'{ANSWER}' {missing}", where=where, remedy=f"exact_answer uses the number after {_MARK}: {_EXAMPLE}"

@@ -73,7 +73,12 @@ def labels(scores: Mapping[int, float], threshold: float | None) -> dict[int, bo
     if not scores or is_tied(scores):  # a mean of equal numbers may be rounded to another one
         return {}
     mean = sum(scores.values()) / len(scores)
-    return {index: score > mean for index, score in scores.items() if score != mean}
+    return {index: score > mean for index, score in scores.items() if not _is_at(score, mean)}
+
+
+def _is_at(score: float, mean: float) -> bool:
+    """Whether a score, rounded to float32, is the mean: that of 0.2, 0.4 and 0.6 is 0.40000001."""
+    return _reaches(score, mean) and _reaches(mean, score)
 
 
 def _reaches(score: float, limit: float) -> bool:

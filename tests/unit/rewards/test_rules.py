@@ -145,6 +145,10 @@ def test_a_row_s_number_stands_behind_the_mark_or_alone(answer: Any, expected: s
             {"answer": "7 #### seven"},
             "rows.jsonl:7: 'answer' contains no number to check against; it is '7 #### seven'",
         ),
+        (
+            {"answer": "half of it #### 3/4"},
+            "rows.jsonl:7: 'answer' has several numbers after ####, so it is not clear which one is meant: ' 3/4'",
+        ),
         ({"answer": True}, "rows.jsonl:7: 'answer' contains no number to check against; it is True"),
         ({"answer": float("nan")}, "rows.jsonl:7: 'answer' contains no number to check against; it is 'nan'"),
         ({"answer": ["18"]}, "rows.jsonl:7: 'answer' contains no number to check against; it is ['18']"),

@@ -64,6 +64,7 @@ def test_equal_scores_are_no_pair_and_have_no_label() -> None:
 
 def test_labels_are_above_the_threshold_or_the_mean() -> None:
     assert labels({0: 1.0, 1: 2.0, 2: 3.0}, None) == {0: False, 2: True}
+    assert labels({0: float32(0.2), 1: float32(0.4), 2: float32(0.6)}, None) == {0: False, 2: True}
     assert labels({0: 1.0, 1: 2.0, 2: 3.0}, 2.0) == {0: False, 1: True, 2: True}
     assert labels({0: 1.0, 1: 1.0}, 1.0) == {0: True, 1: True}
 
