@@ -76,6 +76,13 @@ DIVIDED: dict[Sharding, tuple[str, ...]] = {
     Sharding.fsdp: (OPTIMIZER, GRADIENTS, WEIGHTS),
 }
 """What the processes of a launch divide (Rajbhandari et al. 2020)."""
+OFFLOADED: dict[Offload, tuple[str, ...]] = {
+    Offload.none: (),
+    Offload.optimizer: (OPTIMIZER, GRADIENTS),
+    Offload.weights: (OPTIMIZER, GRADIENTS, WEIGHTS),
+}
+"""What a launch keeps in the host's memory instead of a GPU's, of what it divides (Ren et al. 2021)."""
+DDP = "DDP"
 DEEPSPEED = "DeepSpeed"
 BUCKETS = 4 * 4 * 10_000_000
 """Bytes of four buckets of launch/deepspeed/: two that fill in turn, and their copies that are sent."""
@@ -248,10 +255,13 @@ def cost_of(spec: StageSpec, timer: Timer, *, publishes: bool) -> StageCost:
     stored = result + _checkpoints_written(spec, recorder, repeats) * _checkpoint_bytes(recorder)
     phases[SAVING] = replace(phases[SAVING], seconds=phases[SAVING].seconds + timer.seconds_to_store(stored, spec.work))
     on_host = [phases.pop(name) for name in BEFORE if name in phases] if timer.is_gpu else []
+    moved = [part for part in OFFLOADED[spec.offload] if part in DIVIDED[spec.sharding]] if timer.is_gpu else []
+    on_device = {name: _without(moved, phase) for name, phase in phases.items()}
+    offloaded = [phase.peak - on_device[name].peak for name, phase in phases.items()]
     return StageCost(
         **described,
-        phases=phases,
-        host=max((phase.peak for phase in on_host), default=0),
+        phases=on_device,
+        host=max([0, *(phase.peak for phase in on_host), *offloaded]),
         fixed=timer.fixed,
         result=result,
         checkpoints=(NUM_STORED + 1) * _checkpoint_bytes(recorder),  # the last is being written
@@ -321,12 +331,21 @@ def _divided(name: str, phase: PhaseCost, recorder: Recorder, spec: StageSpec, p
     """A phase in one of several processes that divide some of what it holds, with what dividing takes by itself."""
     divided, apart = DIVIDED[spec.sharding], 0
     parts = {part: size // processes if part in divided else size for part, size in phase.parts.items()}
+    if spec.sharding is Sharding.none and processes > 1 and name not in BEFORE:
+        parts[DDP] = recorder.trained_bytes  # gradients on the way to other processes, beside those of the weights
     if spec.sharding.by_deepspeed and name not in BEFORE:
         parts[DEEPSPEED] = _of_deepspeed(phase.parts.get(WEIGHTS, 0), recorder, spec.sharding, processes)
         if not (recorder.for_gpu or spec.sharding.of_weights):
             apart = recorder.moments // processes  # no hole that activations leave in the heap is as large as a share
     change = sum(parts.values()) - sum(phase.parts.values())
     return replace(phase, parts=parts, peak=phase.peak + change, held=phase.held + change + apart)
+
+
+def _without(moved: Sequence[str], phase: PhaseCost) -> PhaseCost:
+    """A phase on a GPU without the parts that are in the host's memory."""
+    size = sum(phase.parts.get(part, 0) for part in moved)
+    parts = {part: bytes_ for part, bytes_ in phase.parts.items() if part not in moved}
+    return replace(phase, parts=parts, peak=phase.peak - size, held=phase.held - size)
 
 
 def _of_deepspeed(weights: int, recorder: Recorder, sharding: Sharding, processes: int) -> int:

@@ -31,11 +31,12 @@ class StageCost:
     """A stage on one process.
 
     ``fixed`` are the bytes of the libraries, or of a GPU's context. On a GPU the phases before training are those of
-    the host, which needs ``host`` bytes then. ``result`` bytes stay on the disk, and ``checkpoints`` are there until
-    the stage ends. ``trained`` and ``weights`` count numbers. Where it is not known how many rows there are, FLOP and
-    seconds are those of the ``first_rows``. ``assumed_tokens`` is the size of micro-batches where the stage will choose
-    one itself, else 0. ``remedy`` are the overrides with which it fits and needs ``remedy_peak`` bytes, if it does not
-    fit by itself; in a trade, those that make this way of training. ``error`` says why there are no phases.
+    the host, which needs ``host`` bytes then, or for what a launch offloads. ``result`` bytes stay on the disk, and
+    ``checkpoints`` are there until the stage ends. ``trained`` and ``weights`` count numbers. Where it is not known how
+    many rows there are, FLOP and seconds are those of the ``first_rows``. ``assumed_tokens`` is the size of micro-
+    batches where the stage will choose one itself, else 0. ``remedy`` are the overrides with which it fits and needs
+    ``remedy_peak`` bytes, if it does not fit by itself; in a trade, those that make this way of training. ``error``
+    says why there are no phases.
     """
 
     stage: str

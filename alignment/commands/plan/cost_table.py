@@ -12,7 +12,7 @@ from alignment.pipeline.execute.durations import duration
 from alignment.records.cost import RunCost, StageCost
 
 _GB = 1e9
-_PARTS = ("weights", "gradients", "optimiser", "activations", "cache", "logits")
+_PARTS = ("weights", "gradients", "optimiser", "activations", "cache", "logits", "DDP", "DeepSpeed")
 _NONE = "–"
 _SHOWN = 0.005 * _GB
 
@@ -104,7 +104,7 @@ def _remarks(stage: StageCost, cost: RunCost) -> list[str]:
     if stage.assumed_tokens:
         remarks.append(f"{stage.stage}: micro_batch_tokens=auto counts as {stage.assumed_tokens:,} tokens")
     if stage.host:
-        remarks.append(f"{stage.stage}: {_gb(stage.host)} GB of the host's memory while it loads")
+        remarks.append(f"{stage.stage}: {_gb(stage.host)} GB of the host's memory for each process")
     if not cost.memory or stage.peak <= cost.memory:
         return remarks
     fits = " ".join(stage.remedy)

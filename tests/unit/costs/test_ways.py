@@ -14,7 +14,7 @@ import pytest
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.data import DataConfig, MixedConfig
 from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
-from alignment.config.launch import Sharding
+from alignment.config.launch import Offload, Sharding
 from alignment.config.optim import OptimConfig
 from alignment.config.validation import ValidationConfig
 from alignment.core.fingerprint import file_sha256
@@ -188,15 +188,41 @@ def test_processes_divide_what_their_launch_divides(tmp_path: Path) -> None:
     for sharding, divided in DIVIDED.items():
         cost = cost_of(replace(spec, sharding=sharding), Timer("l4", processes=4), publishes=False)
         shared = cost.phases["training"]
-        own = shared.parts.pop("DeepSpeed", 0)
+        own = shared.parts.pop("DeepSpeed", 0) + shared.parts.pop("DDP", 0)
         assert shared.parts == {name: size // 4 if name in divided else size for name, size in alone.parts.items()}
         trained = 4 * whole.trained  # two shares in one piece each, and buckets that are larger than the model
         gathered = alone.parts["weights"] if sharding is Sharding.zero3 else 0
-        assert own == (trained // 2 + 4 * trained + gathered if sharding.by_deepspeed else 0)
+        if sharding is Sharding.none:
+            assert own == trained, "gradients once more, in buckets"
+        else:
+            assert own == (trained // 2 + 4 * trained + gathered if sharding.by_deepspeed else 0)
         less = sum(alone.parts.values()) - sum(shared.parts.values()) - own
         assert shared.peak == alone.peak - less
         assert cost.host <= whole.host
         assert shared.seconds == pytest.approx(alone.seconds / 4)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "offload", "moved"),
+    [
+        (Sharding.zero1, Offload.optimizer, {"optimiser"}),
+        (Sharding.zero3, Offload.optimizer, {"optimiser", "gradients"}),
+        (Sharding.zero3, Offload.weights, {"optimiser", "gradients", "weights"}),
+        (Sharding.fsdp, Offload.weights, {"optimiser", "gradients", "weights"}),
+    ],
+)
+def test_what_is_offloaded_is_on_the_host(
+    tmp_path: Path, sharding: Sharding, offload: Offload, moved: set[str]
+) -> None:
+    spec = replace(as_adapter(spec_of(tmp_path, DpoConfig), AdapterConfig(kind=AdapterKind.full)), sharding=sharding)
+    whole = cost_of(spec, Timer("l4", processes=4), publishes=False).phases["training"]
+    cost = cost_of(replace(spec, offload=offload), Timer("l4", processes=4), publishes=False)
+    shared = cost.phases["training"]
+    size = sum(whole.parts[name] for name in moved)
+    assert size > 0
+    assert shared.parts == {name: part for name, part in whole.parts.items() if name not in moved}
+    assert (shared.peak, shared.held) == (whole.peak - size, whole.held - size)
+    assert cost.host >= size
 
 
 @pytest.mark.parametrize(("sharding", "is_apart"), [(Sharding.zero2, True), (Sharding.zero3, False)])

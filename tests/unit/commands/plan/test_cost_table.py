@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
 def test_on_a_gpu_the_host_needs_memory_too_and_uncounted_rows_are_named() -> None:
     stage = replace(LEARNS, host=16 * GB, first_rows=1000, assumed_tokens=2048)
     text = printed(show_cost, RunCost(device="h100", memory=80.0 * GB, stages=[stage]))
-    assert "dpo: 16.00 GB of the host's memory while it loads" in text
+    assert "dpo: 16.00 GB of the host's memory" in text
     assert "dpo: FLOP and time cover only the first 1,000 rows" in text
     assert "dpo: micro_batch_tokens=auto counts as 2,048 tokens" in text
 
