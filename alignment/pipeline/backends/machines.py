@@ -8,6 +8,7 @@ it shows signs of life, so that the others do not wait for a machine that is gon
 from __future__ import annotations
 
 import json
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -56,11 +57,28 @@ def forget_attempts(plan: Plan) -> None:
         (plan.run_folder / stage.name / ATTEMPT).unlink(missing_ok=True)
 
 
-def show_life(run_folder: Path, launch: LaunchConfig) -> None:
-    """Renews the first machine's sign of life, if there are other machines."""
-    if launch.backend.num_machines > 1:
-        with suppress(OSError):  # the next one is due in half a second
-            (run_folder / LIFE).touch()
+@contextmanager
+def showing_life(run_folder: Path, launch: LaunchConfig) -> Iterator[None]:
+    """Renews the first machine's sign of life while the block runs, whatever it does, if there are other machines."""
+    if launch.backend.num_machines == 1:
+        yield
+        return
+    is_over = threading.Event()
+
+    def renew() -> None:
+        while True:
+            with suppress(OSError):  # the next one is due in half a second
+                (run_folder / LIFE).touch()
+            if is_over.wait(_POLL_SECONDS):
+                return
+
+    thread = threading.Thread(target=renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join(1)  # a file system may hang
 
 
 def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, command_for: CommandFor) -> int:
@@ -81,6 +99,8 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, comm
                 code = _Follower(plan, stage, command_for, console).follow()
                 if code:
                     return code
+            if plan.store is not None:
+                _wait_for_uploads(plan)
     except KeyboardInterrupt:
         return INTERRUPTED
     except Terminated:
@@ -89,6 +109,32 @@ def follow(plan: Plan, stages: Sequence[PlannedStage], *, console: Console, comm
         return PREEMPTED if _state(plan.run_folder) in ("running", *_STOPPED) else StageError.exit_code
     console.print(f"{machine} has nothing left to do", highlight=False)
     return 0
+
+
+def _wait_for_uploads(plan: Plan) -> None:
+    """Returns when the first machine has ended: a launcher may end it as soon as another machine has nothing to do."""
+    signs, limit = _SignsOfLife(plan.run_folder), plan.config.launch.hang_seconds
+    while _state(plan.run_folder) in ("running", "") and not signs.are_missing(limit):
+        time.sleep(_POLL_SECONDS)
+
+
+class _SignsOfLife:
+    """The first machine is alive as long as the file's time changes; the two clocks need not agree."""
+
+    def __init__(self, run_folder: Path) -> None:
+        self._file = run_folder / LIFE
+        self._last: int | None = None
+        self._heard = time.monotonic()
+        self.have_changed = False
+
+    def are_missing(self, limit: float) -> bool:
+        """Whether there has been none for so many seconds; 0 is no limit."""
+        with suppress(OSError):  # not there yet, or not for a moment (ESTALE)
+            last = self._file.stat().st_mtime_ns
+            if last != self._last:
+                self.have_changed = self._last is not None
+                self._last, self._heard = last, time.monotonic()
+        return bool(limit) and time.monotonic() - self._heard > limit
 
 
 class _Follower:
@@ -102,9 +148,7 @@ class _Follower:
         self._folder = plan.run_folder / stage.name
         self._answered = ""
         self._seen_running = False
-        self._life: int | None = None
-        self._lives = False
-        self._heard = time.monotonic()
+        self._signs = _SignsOfLife(plan.run_folder)
 
     def follow(self) -> int:
         """0, or the exit code of a run that was stopped."""
@@ -112,7 +156,7 @@ class _Follower:
         while read_manifest(self._stage.artifact) is None:
             attempt = _read(self._folder / ATTEMPT)
             is_new = attempt.get("attempt", self._answered) != self._answered
-            if is_new and (attempt["attempt"] != earlier or self._lives):
+            if is_new and (attempt["attempt"] != earlier or self._signs.have_changed):
                 self._answer(attempt)
                 continue
             state = _state(self._plan.run_folder)
@@ -145,14 +189,8 @@ class _Follower:
         )
 
     def _refuse_silence(self) -> None:
-        """The first machine is alive as long as the file's time changes; the two clocks need not agree."""
         limit = self._plan.config.launch.hang_seconds
-        with suppress(OSError):  # not there yet, or not for a moment (ESTALE)
-            life = (self._plan.run_folder / LIFE).stat().st_mtime_ns
-            if life != self._life:
-                self._lives = self._life is not None
-                self._life, self._heard = life, time.monotonic()
-        if limit and time.monotonic() - self._heard > limit:
+        if self._signs.are_missing(limit):
             raise self._failed(f"the first machine has not responded for {limit} seconds (launch.hang_seconds)")
 
     def _failed(self, message: str) -> StageError:

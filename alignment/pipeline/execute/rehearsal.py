@@ -20,7 +20,7 @@ from alignment.config.stage import StageConfig
 from alignment.core import hardware
 from alignment.core.artifacts import POLICY
 from alignment.core.errors import StageError
-from alignment.pipeline.backends import command, environment, machines, processes
+from alignment.pipeline.backends import command, environment, processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.backends.forking import ForkServer
 from alignment.pipeline.execute import rehearsed, worker_protocol
@@ -132,7 +132,6 @@ def _deadline(plan: Plan, scorers: Sequence[PlannedStage]) -> Callable[[], None]
     code = ", ".join(function for stage in scorers for function in stage.code)
 
     def on_poll() -> None:
-        machines.show_life(plan.run_folder, plan.config.launch)
         if limit and time.monotonic() - started > limit:
             raise StageError(
                 f"checking rows{f' and {code}' if code else ''} before training did not finish within {limit} seconds",

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from typing import Protocol, cast
 
 from rich.console import Console
 
 from alignment import __version__
-from alignment.config.did_you_mean import suggestion
 from alignment.core import hardware
 from alignment.core.artifacts import Manifest, publish, read_manifest, verify
 from alignment.core.errors import PREEMPTED, ArtifactError, Busy, ConfigError, Preempted
@@ -35,6 +33,7 @@ from alignment.pipeline.execute import (
     worker_protocol,
 )
 from alignment.pipeline.execute.display import Announce, Display, announcer, showing
+from alignment.pipeline.execute.inputs import with_inputs
 from alignment.pipeline.execute.needed_sources import not_reused, with_models
 from alignment.pipeline.execute.record import RunRecorder, recorded_seconds
 from alignment.pipeline.execute.run_view import RunReader
@@ -92,7 +91,7 @@ def run_plan(
             all stages are done, but the results do not meet a gate.
     """
     if only is not None:
-        refuse_missing_inputs(plan, only)
+        plan = with_inputs(plan, only, announcer(console))
     for note in notes.of_plan(plan):
         announcer(console)(f"note: {note}")
     launch = plan.config.launch
@@ -113,9 +112,11 @@ def run_plan(
 
 
 def _execute(plan: Plan, only: str | None, console: Console, command_for: CommandFor | None, *, wait: bool) -> int:
-    with held(plan.run_folder / "lock", wait=wait, remedy=_WAIT):
+    with ExitStack() as stack:
+        stack.enter_context(held(plan.run_folder / "lock", wait=wait, remedy=_WAIT))
         remove_leftovers(plan.run_folder, shared=True)  # a call that submits jobs writes jobs.json there
         machines.forget_attempts(plan)
+        stack.enter_context(machines.showing_life(plan.run_folder, plan.config.launch))
         plan = _with_all(plan, announcer(console), only)
         recorder = RunRecorder(plan, only=only)
         with showing(console, RunReader(plan.run_folder)) as display:
@@ -229,29 +230,6 @@ def _with_all(plan: Plan, announce: Announce, only: str | None) -> Plan:
     if complete is not plan:
         _refuse_what_cannot_start(complete, only)
     return complete
-
-
-def refuse_missing_inputs(plan: Plan, only: str) -> None:
-    """Refuses a stage that cannot run by itself.
-
-    Raises:
-        ConfigError: there is no such stage, or a stage that makes one of its inputs has not been run.
-    """
-    if only not in plan.config.stages:
-        raise ConfigError(f"no stage '{only}' in this recipe; {suggestion(only, plan.config.stages)}", where="--stage")
-    reused = {stage.name for stage in plan.stages if not stage.has_to_run}
-    missing = [name for name in references.inputs_of(only, plan.config.stages) if name not in {*reused, only}]
-    if missing and only not in reused:
-        raise ConfigError(
-            f"{only} needs the result of {', '.join(missing)}, which does not exist for these settings yet",
-            where="--stage",
-            remedy=f"first run: {_command_of(plan, missing[0])}; or leave out --stage to run all stages",
-        )
-
-
-def _command_of(plan: Plan, stage: str) -> str:
-    """The command that makes one stage with the settings of this plan."""
-    return shlex.join(["align", "run", plan.recipe, *plan.overrides, "--stage", stage])
 
 
 def _make_writable(plan: Plan) -> None:
@@ -380,7 +358,6 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, workers: Workers,
     display.poll()
 
     def on_poll() -> None:
-        machines.show_life(plan.run_folder, plan.config.launch)
         display.poll()
         if launch.hang_seconds:
             heartbeats.refuse_stuck(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from io import StringIO
 from pathlib import Path
 
@@ -115,6 +116,37 @@ def test_a_run_says_that_it_downloads_and_tells_the_worker_where_the_snapshot_is
     again = StringIO()
     assert run("quickstart", arguments, console=Console(file=again, width=200), command_for=fake) == 0
     assert "downloading" not in again.getvalue()
+
+
+def test_an_input_made_from_a_branch_that_is_no_longer_here_does_not_count_as_missing(
+    overrides: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its name has the branch's commit, which the plan does not know."""
+    leave_data_set(cache, FILES, revision="v1")
+    arguments = [*overrides, SOURCE]
+    assert run("quickstart", arguments, console=Console(file=StringIO()), only="sft", command_for=fake) == 0
+    shutil.rmtree(cache / "hub")
+    with monkeypatch.context() as patched:
+
+        def download() -> Path:
+            patched.undo()
+            return leave_data_set(cache, FILES, revision="v1")
+
+        answer(patched, download)
+        screen = StringIO()
+        console = Console(file=screen, width=200)
+        assert run("quickstart", arguments, console=console, only="dpo", command_for=fake) == 0
+    assert "downloading the data set org/name@v1 from its hub" in screen.getvalue()
+    with pytest.raises(ConfigError, match="ppo needs the result of reward, which does not exist"):
+        run("quickstart", arguments, console=Console(file=StringIO()), only="ppo", command_for=fake)
+
+
+def test_nothing_is_downloaded_for_a_stage_whose_inputs_cannot_be_here(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer(monkeypatch, AssertionError("nothing has to be downloaded"))
+    with pytest.raises(ConfigError, match="dpo needs the result of sft, which does not exist"):
+        run("quickstart", [*overrides, SOURCE], console=Console(file=StringIO()), only="dpo", command_for=fake)
 
 
 REFUSED = [

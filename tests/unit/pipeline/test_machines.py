@@ -7,8 +7,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +44,9 @@ class Shared:
         )
         alone = SimpleNamespace(name="tasks", config=BenchmarkConfig(), action=Action.run, artifact=folder / "never")
         config = SimpleNamespace(launch=LAUNCH)
-        self.plan: Any = SimpleNamespace(run_folder=folder / "runs" / "r", stages=(self.stage, alone), config=config)
+        self.plan: Any = SimpleNamespace(
+            run_folder=folder / "runs" / "r", stages=(self.stage, alone), config=config, store=None
+        )
         (self.plan.run_folder / "sft").mkdir(parents=True)
         self.started = folder / "started"
         self.content = folder / "content"
@@ -104,7 +104,8 @@ def test_an_attempt_is_answered_once_and_another_one_again(shared: Shared, monke
 def test_an_attempt_of_a_first_machine_that_was_killed_is_not_answered(shared: Shared) -> None:
     """It had other settings, and the first machine does not live until it announces an attempt of its own."""
     folder, codes = shared.plan.run_folder / "sft", list[int]()
-    machines.show_life(shared.plan.run_folder, LAUNCH)
+    with machines.showing_life(shared.plan.run_folder, LAUNCH):
+        pass
     with machines.announced(folder, LAUNCH, "1" * 64):
         killed = (folder / machines.ATTEMPT).read_text()
     (folder / machines.ATTEMPT).write_text(killed)
@@ -121,31 +122,13 @@ def test_an_attempt_of_a_first_machine_that_was_killed_is_not_answered(shared: S
 
 def test_an_attempt_that_began_earlier_is_answered_if_the_first_machine_lives(shared: Shared) -> None:
     folder, codes = shared.plan.run_folder / "sft", list[int]()
-    with machines.announced(folder, LAUNCH, "0" * 64), _alive(shared):
+    with machines.announced(folder, LAUNCH, "0" * 64), machines.showing_life(shared.plan.run_folder, LAUNCH):
         follower = threading.Thread(target=lambda: codes.append(_follow_in_thread(shared)))
         follower.start()
         wait_until(lambda: shared.starts() == 1)
     shared.publish()
     follower.join(30)
     assert codes == [0]
-
-
-@contextmanager
-def _alive(shared: Shared) -> Iterator[None]:
-    """The first machine shows signs of life while the block runs."""
-    over = threading.Event()
-
-    def show() -> None:
-        while not over.wait(0.05):
-            machines.show_life(shared.plan.run_folder, LAUNCH)
-
-    thread = threading.Thread(target=show)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
 
 
 def _follow_in_thread(shared: Shared) -> int:
@@ -211,7 +194,11 @@ def test_what_an_earlier_run_left_is_not_taken_for_the_end_of_this_one(
 
 def test_a_machine_that_would_make_something_else_is_refused(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
     other = machines.announced(shared.plan.run_folder / "sft", LAUNCH, "1" * 64)
-    with other, _alive(shared), pytest.raises(ConfigError, match="produces a different result"):
+    with (
+        other,
+        machines.showing_life(shared.plan.run_folder, LAUNCH),
+        pytest.raises(ConfigError, match="produces a different result"),
+    ):
         shared.follow()
     assert shared.starts() == 0
     states = iter(["running", "done"])
@@ -225,10 +212,46 @@ def test_no_machine_waits_for_one_that_is_gone(shared: Shared) -> None:
     shared.plan.config.launch = replace(LAUNCH, hang_seconds=1)
     with pytest.raises(StageError, match="the first machine has not responded for 1 seconds"):
         shared.follow()
-    machines.show_life(shared.plan.run_folder, LAUNCH)
-    assert (shared.plan.run_folder / machines.LIFE).exists()
-    machines.show_life(shared.plan.run_folder.parent, LaunchConfig())
-    assert not (shared.plan.run_folder.parent / machines.LIFE).exists()
+    with machines.showing_life(shared.plan.run_folder.parent, LaunchConfig()):
+        time.sleep(0.1)
+    assert not (shared.plan.run_folder.parent / machines.LIFE).exists(), "there is no other machine"
+
+
+def test_the_first_machine_lives_whatever_it_does(shared: Shared) -> None:
+    """Such as an upload, in which it watches no process."""
+    life = shared.plan.run_folder / machines.LIFE
+    with machines.showing_life(shared.plan.run_folder, LAUNCH):
+        wait_until(life.exists)
+        os.utime(life, (1.0, 1.0))
+        wait_until(lambda: life.stat().st_mtime != 1.0)
+    os.utime(life, (1.0, 1.0))
+    time.sleep(2 * machines._POLL_SECONDS)
+    assert life.stat().st_mtime == 1.0
+
+
+def test_with_a_store_other_machines_wait_until_the_first_has_uploaded(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher may end the first one soon after another has ended."""
+    shared.publish()
+    shared.says("running")
+    shared.plan.store = object()
+    shared.plan.config.launch = replace(LAUNCH, hang_seconds=2)
+    monkeypatch.setattr(machines, "_POLL_SECONDS", 0.05)
+    codes: list[int] = []
+    with machines.showing_life(shared.plan.run_folder, LAUNCH):
+        follower = threading.Thread(target=lambda: codes.append(shared.follow()))
+        follower.start()
+        follower.join(3)
+        assert follower.is_alive()
+        shared.says("done")
+        follower.join(30)
+    assert codes == [0]
+    shared.says("running")
+    follower = threading.Thread(target=lambda: codes.append(shared.follow()), daemon=True)
+    follower.start()
+    follower.join(30)
+    assert codes == [0, 0], "the first machine is gone"
 
 
 @pytest.mark.parametrize("date", [1.0, 4e9])
@@ -239,9 +262,9 @@ def test_a_sign_of_life_counts_because_it_is_new_whatever_its_date(shared: Share
     life.touch()
     os.utime(life, (date, date))
     shared.plan.config.launch = replace(LAUNCH, hang_seconds=1)
-    follower._heard -= 2
+    follower._signs._heard -= 2
     follower._refuse_silence()
-    follower._heard -= 2
+    follower._signs._heard -= 2
     with pytest.raises(StageError, match="the first machine has not responded"):
         follower._refuse_silence()
     os.utime(life, (date + 1, date + 1))

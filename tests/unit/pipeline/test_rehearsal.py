@@ -16,7 +16,7 @@ from alignment import rehearse as worker
 from alignment.core import hardware
 from alignment.core.errors import AlignmentError, DataError, RewardError, StageError
 from alignment.data.tokens.rendering import LAST_STAND_IN
-from alignment.pipeline.backends import machines, processes
+from alignment.pipeline.backends import processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.rehearsal import rehearse
@@ -294,22 +294,6 @@ def test_a_scorer_finds_the_variables_that_its_launcher_sets(
     rehearse(planned, planned.stages, announce=lambda _: None)
     variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     assert {tuple(map(environment.get, variables)) for environment in environments} == {ranks}
-
-
-def test_other_machines_see_that_the_first_one_lives_while_it_tries(
-    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    planned = plan(
-        "launch=ddp", "launch.num_processes=1", "launch/backend=machines", "launch.backend.main_address=first"
-    )
-
-    def execute(command: Command, *, log: Path, on_poll: Callable[[], None], **_: Any) -> int:
-        on_poll()
-        return worker._write_status(log.parent, 0, "", "")
-
-    monkeypatch.setattr(processes, "execute", execute)
-    rehearse(planned, planned.stages, announce=lambda _: None)
-    assert (planned.run_folder / machines.LIFE).is_file()
 
 
 @pytest.mark.parametrize(("on_error", "refused"), [("skip", False), ("fail", True)])

@@ -675,6 +675,14 @@ def test_a_stage_whose_inputs_are_not_there_names_them(align: Align) -> None:
         align(only="dop")
 
 
+def test_other_machines_see_that_the_first_one_lives(align: Align) -> None:
+    machine = ("launch=ddp", "launch.num_processes=1", "launch/backend=machines", "launch.backend.main_address=first")
+    align(*machine, "launch.backend.num_machines=2", only="sft")
+    assert (align.run_folder / machines.LIFE).is_file()
+    align("name=other", only="sft")
+    assert not (align.run_folder.with_name("other") / machines.LIFE).exists()
+
+
 def test_a_checkout_on_a_machine_without_git_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".git").mkdir()
     monkeypatch.setenv("PATH", "/nowhere")

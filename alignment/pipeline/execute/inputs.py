@@ -1,0 +1,63 @@
+"""The results that a stage needs if it is run by itself (``align run --stage``)."""
+
+from __future__ import annotations
+
+import shlex
+
+from alignment.config.did_you_mean import suggestion
+from alignment.core.errors import ConfigError
+from alignment.pipeline.execute.display import Announce
+from alignment.pipeline.execute.needed_sources import with_models
+from alignment.pipeline.plan import references
+from alignment.pipeline.plan.plan import Plan
+
+
+def with_inputs(plan: Plan, only: str, announce: Announce) -> Plan:
+    """The plan, if the stage named ``only`` has all its inputs.
+
+    A result is named after the commits of the models and data from a hub that it was made with. If a branch is not on
+    this machine, its commit is unknown, so it is downloaded before a result counts as missing.
+
+    Raises:
+        ConfigError: there is no such stage, or a stage that makes one of its inputs has not been run.
+        ModelError, DataError: something cannot be downloaded.
+    """
+    if only not in plan.config.stages:
+        raise ConfigError(f"no stage '{only}' in this recipe; {suggestion(only, plan.config.stages)}", where="--stage")
+    if _may_be_here(plan, _missing(plan, only)):
+        names = _with_upstream(plan, only)
+        plan = with_models(plan, announce, stages=[stage for stage in plan.stages if stage.name in names])
+    if missing := _missing(plan, only):
+        raise ConfigError(
+            f"{only} needs the result of {', '.join(missing)}, which does not exist for these settings yet",
+            where="--stage",
+            remedy=f"first run: {_command_of(plan, missing[0])}; or leave out --stage to run all stages",
+        )
+    return plan
+
+
+def _missing(plan: Plan, only: str) -> list[str]:
+    """The inputs without a result; none if the stage itself has one."""
+    reused = {stage.name for stage in plan.stages if not stage.has_to_run}
+    if only in reused:
+        return []
+    return [name for name in references.inputs_of(only, plan.config.stages) if name not in {*reused, only}]
+
+
+def _may_be_here(plan: Plan, names: list[str]) -> bool:
+    """Whether there may be results of these stages under names that the plan does not know."""
+    folders = [stage.artifact.parent.glob(f"{stage.name}-*") for stage in plan.stages if stage.name in names]
+    return bool(names) and (plan.store is not None or any(map(any, folders)))
+
+
+def _with_upstream(plan: Plan, only: str) -> list[str]:
+    """The stage and all that its inputs depend on."""
+    names = [only]
+    for name in names:  # which grows meanwhile
+        names += [other for other in references.inputs_of(name, plan.config.stages) if other not in names]
+    return names
+
+
+def _command_of(plan: Plan, stage: str) -> str:
+    """The command that makes one stage with the settings of this plan."""
+    return shlex.join(["align", "run", plan.recipe, *plan.overrides, "--stage", stage])
