@@ -1,7 +1,8 @@
 """The likelihood of general text under a policy, and which answers to questions it finds likeliest.
 
 A choice is scored as in lm-evaluation-harness for ``acc_norm``: its log-likelihood as the assistant's answer under the
-chat template, without the end of the turn, divided by its length in bytes, so that short answers have no advantage.
+chat template, divided by its length in bytes, so that short answers have no advantage. Only the choice's own text
+counts, and neither the end of the turn nor what the template writes before an answer, such as an empty thought.
 The choices are not shown in the prompt.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 
 from alignment.core.errors import DataError, NonFiniteError
 from alignment.data.records import PlainText, Question
-from alignment.data.tokens.tokenize import encode, escaped_text, front, prompt_and_answer_ids, tokenize_rows
+from alignment.data.tokens.tokenize import encode, escaped_text, front, prompt_and_choice_ids, tokenize_rows
 
 CHUNK_TOKENS = 512
 """Tokens of a text that are read at once; a chunk of a longer text does not see the tokens before it."""
@@ -121,8 +122,8 @@ def _chunks(tokenizer: Any, text: PlainText) -> list[tuple[list[int], list[int]]
 
 
 def _choices(tokenizer: Any, question: Question) -> list[Choice]:
-    prompt, answers = prompt_and_answer_ids(tokenizer, question.messages, question.choices)
+    prompt, answers = prompt_and_choice_ids(tokenizer, question.messages, question.choices)
     return [
-        Choice(prompt=prompt, answer=answer[:-1], size=len(text.encode()))
+        Choice(prompt=prompt, answer=answer, size=len(text.encode()))
         for text, answer in zip(question.choices, answers, strict=True)
     ]

@@ -1,7 +1,7 @@
 """Which of a row's choices a policy finds likeliest, as MMLU asks (Hendrycks et al. 2021).
 
 The choices stand below the question, each behind a letter, and the letters' log-probabilities as the assistant's answer
-are compared. The end of the turn is not counted.
+are compared. Neither the end of the turn nor what the template writes before an answer is counted.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from alignment.core.errors import NonFiniteError
 from alignment.data.records import HeldOutPrompt
-from alignment.data.tokens.tokenize import prompt_and_answer_ids, prompt_ids, tokenize_rows
+from alignment.data.tokens.tokenize import prompt_and_choice_ids, tokenize_rows
 from alignment.data.turns import Message
 
 
@@ -40,13 +40,12 @@ def letter_rows(
         DataError: the chat template refuses a row.
     """
 
-    def prompt(row: HeldOutPrompt) -> list[int]:
-        return prompt_ids(tokenizer, with_choices(turns(row), row.choices), row.tools)
+    def prompt_and_letters(row: HeldOutPrompt) -> tuple[list[int], list[list[int]]]:
+        messages, letters = with_choices(turns(row), row.choices), ascii_uppercase[: len(row.choices)]
+        return prompt_and_choice_ids(tokenizer, messages, letters, row.tools)
 
-    def letters(row: HeldOutPrompt) -> list[list[int]]:
-        return _letters(tokenizer, with_choices(turns(row), row.choices), row)
-
-    return LetterRows(prompts=tokenize_rows(rows, prompt), letters=tokenize_rows(rows, letters))
+    tokenized = tokenize_rows(rows, prompt_and_letters)
+    return LetterRows(prompts=[prompt for prompt, _ in tokenized], letters=[letters for _, letters in tokenized])
 
 
 def choice_scores(
@@ -75,11 +74,6 @@ def with_choices(messages: Sequence[Message], choices: Sequence[str]) -> list[Me
     listed = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, choices, strict=False)]
     content = "\n".join([question.content, *listed, "Answer:"])
     return [*before, Message(role=question.role, content=content)]
-
-
-def _letters(tokenizer: Any, messages: Sequence[Message], row: HeldOutPrompt) -> list[list[int]]:
-    _, answers = prompt_and_answer_ids(tokenizer, messages, ascii_uppercase[: len(row.choices)], row.tools)
-    return [ids[:-1] for ids in answers]
 
 
 def _is_right(right: int | None, logprobs: Sequence[float]) -> float:

@@ -33,6 +33,8 @@ from alignment.data.turns import Message
 Tools = Sequence[Mapping[str, Any]]
 """The tools that the assistant may call, in the form for chat templates."""
 
+_PROBE = "[an answer]"
+"""Shows what a template writes around an answer."""
 LAST_STAND_IN = 0x10FFFD
 """The end of Unicode's last private-use area; icon fonts use the other areas."""
 
@@ -274,6 +276,29 @@ def prompt_and_answers(
     """
     before = prompt_text(tokenizer, messages, tools)
     return [before, *(_answer_behind(before, tokenizer, messages, answer, tools) for answer in answers)]
+
+
+def prompt_and_bare_answers(
+    tokenizer: Any, messages: Sequence[Message], answers: Sequence[str], tools: Tools = ()
+) -> list[str]:
+    """A rendered prompt, and behind it the text alone of each of several ``answers`` to it.
+
+    What the template writes before an answer, such as an empty thought, belongs to the prompt; a space belongs to the
+    answer, whose first token it begins. What ends the turn is left out.
+
+    Raises:
+        DataError: as ``prompt_and_answers``; or the template writes something else around each of the answers.
+    """
+    turns = [Message(role="assistant", content=content) for content in (_PROBE, *answers)]
+    prompt, probe, *texts = prompt_and_answers(tokenizer, messages, turns, tools)
+    opening, _, ending = probe.partition(_PROBE)
+    opening = opening.rstrip(" ")
+    if not all(text.startswith(opening) and text.endswith(ending) for text in texts):
+        raise DataError(
+            "the chat template writes different text around each of several answers",
+            remedy="use another template (model.chat_template)",
+        )
+    return [prompt + opening, *(text[len(opening) : len(text) - len(ending)] for text in texts)]
 
 
 def _answer_behind(before: str, tokenizer: Any, messages: Sequence[Message], answer: Message, tools: Tools) -> str:

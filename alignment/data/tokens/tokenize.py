@@ -15,6 +15,7 @@ from alignment.data.tokens.rendering import (
     control_tokens,
     conversation_texts,
     prompt_and_answers,
+    prompt_and_bare_answers,
     prompt_text,
     turn_end_token,
 )
@@ -205,6 +206,18 @@ def prompt_and_answer_ids(
     """
     turns = [Message(role="assistant", content=answer) for answer in answers]
     prompt, *texts = prompt_and_answers(tokenizer, messages, turns, tools)
+    return encode(tokenizer, prompt), encode_after(tokenizer, [(prompt, text) for text in texts])
+
+
+def prompt_and_choice_ids(
+    tokenizer: Any, messages: Sequence[Message], choices: Sequence[str], tools: Tools = ()
+) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a prompt and of the text alone of each of several answers to it (``prompt_and_bare_answers``).
+
+    Raises:
+        DataError: as ``prompt_and_bare_answers``.
+    """
+    prompt, *texts = prompt_and_bare_answers(tokenizer, messages, choices, tools)
     return encode(tokenizer, prompt), encode_after(tokenizer, [(prompt, text) for text in texts])
 
 

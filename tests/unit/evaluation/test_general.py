@@ -92,6 +92,25 @@ def test_a_choice_scores_its_likelihood_a_byte_as_the_assistants_answer() -> Non
     close([score for of_question in scores for score in of_question], expected)
 
 
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n<|endoftext|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Puts an empty thought before an answer, and another token behind the end of the turn."""
+
+
+def test_only_the_choice_s_own_text_counts() -> None:
+    tokenizer = tiny_tokenizer()
+    plain = material(tokenizer, TEXTS, QUESTIONS)
+    tokenizer.chat_template = THINKING
+    thinking = material(tokenizer, TEXTS, QUESTIONS)
+    for before, after in zip(plain.choices, thinking.choices, strict=True):
+        for choice, same in zip(before, after, strict=True):
+            assert (same.answer, same.size) == (choice.answer, choice.size)
+            assert tokenizer.decode(same.prompt).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+
+
 def test_a_text_of_a_single_token_is_refused_by_file_and_line() -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:3: the text has only one token"):
         material(tiny_tokenizer(), [PlainText(text="a", where="rows.jsonl:3")], QUESTIONS)
