@@ -68,6 +68,15 @@ class StepLog(TrainerCallback):
         self._context.progress("training", state.global_step, state.max_steps, **headline)
 
 
+class IntervalsOfNow(TrainerCallback):
+    """Has a stage that continues log and save as often as its settings say now, not as they said when the checkpoint
+    was written."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Replaces what the checkpoint has brought."""
+        state.logging_steps, state.save_steps = int(args.logging_steps), int(args.save_steps)
+
+
 class Checkpoints(TrainerCallback):
     """Seals each checkpoint once every process has written its part, then removes the oldest.
 

@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 
 from alignment.models.forward.rows import by_tokens
 from alignment.records.validation_figures import ACCURACY, LOSS
-from alignment.training.micro_batches import MicroBatches
+from alignment.training.micro_batches import MicroBatches, outside_of_data_loaders
 from alignment.training.sharding import everyones
 
 
@@ -62,7 +61,7 @@ def held_out_metrics(trainer: MicroBatches, held_out: HeldOutRows) -> dict[str, 
     """
     accelerator, model = trainer.accelerator, trainer.model_wrapped
     loss = accuracy = count = 0.0
-    with _in_evaluation_mode(model), _outside_of_data_loaders(accelerator):
+    with _in_evaluation_mode(model), outside_of_data_loaders(accelerator):
         for part in rounds(
             held_out.tokens,
             limit=trainer.micro_batch_tokens,
@@ -88,14 +87,3 @@ def _in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-@contextmanager
-def _outside_of_data_loaders(accelerator: Accelerator) -> Iterator[None]:
-    """In the last batch of training rows, accelerate would cut what it gathers to the size of that batch."""
-    state = accelerator.gradient_state
-    references, state.dataloader_references = state.dataloader_references, [None]
-    try:
-        yield
-    finally:
-        state.dataloader_references = references

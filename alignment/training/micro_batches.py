@@ -28,6 +28,18 @@ Batch = dict[str, Any]
 PACKED_COLUMNS = ("input_ids", "labels", "position_ids")
 
 
+@contextlib.contextmanager
+def outside_of_data_loaders(accelerator: Accelerator) -> Iterator[None]:
+    """In the last batch of training rows, accelerate would cut what it gathers to the size of that batch, and so leave
+    out figures of some processes."""
+    state = accelerator.gradient_state
+    references, state.dataloader_references = state.dataloader_references, [None]
+    try:
+        yield
+    finally:
+        state.dataloader_references = references
+
+
 def same_number_everywhere(micro_batches: list[range], accelerator: Accelerator) -> list[range]:
     """Splits further, to as many micro-batches as any process has, because each is a collective call in TRL's trainers.
 
@@ -142,7 +154,7 @@ class MicroBatches(ShardedTrainer):
         metrics = self._metrics["train"]
         before = {name: len(values) for name, values in metrics.items()}
         total = torch.zeros((), device=self.args.device)
-        with reused_norms(model):
+        with reused_norms(model), outside_of_data_loaders(self.accelerator):
             for number, (micro_batch, share) in enumerate(micro_batches):
                 self._share = share
                 last = self._keeps_gradients and number == len(micro_batches) - 1

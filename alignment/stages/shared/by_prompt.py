@@ -57,6 +57,19 @@ def split_by_prompt(
     return learned, held_out
 
 
+def own_prompts(rows: Dataset) -> list[bytes]:
+    """The prompt of each row, or for a row without one that of the first row from the same record.
+
+    The end of a long text has no prompt, and may be a single token that ends other texts too.
+    """
+    prompts = prompts_of(rows)
+    if PROMPT in rows.column_names:
+        return prompts
+    learned_at_once = (labels[0] != IGNORED for (labels,) in rows_of(rows, "labels"))
+    first = _by_record(rows, prompts)
+    return [first[row] if whole else prompts[row] for row, whole in enumerate(learned_at_once)]
+
+
 def _by_record(rows: Dataset, prompts: list[bytes]) -> list[bytes]:
     """For each row the prompt of the first row from the same record, if rows say where they are from."""
     if WHERE not in rows.column_names:

@@ -191,6 +191,30 @@ def test_a_row_that_is_learned_from_is_not_held_out(tmp_path: Path) -> None:
         ran(spec)
 
 
+def test_texts_that_only_end_alike_are_different_ones(tmp_path: Path) -> None:
+    """A text that fills its rows leaves a last one with nothing but the token that ends every text."""
+    chained = Chained(tmp_path)
+    config = config_of("cpt", FULL, validation=replace(OWN, every=1))
+    spec = chained.spec("cpt", FULL, config=config)
+    tokenizer = load_tokenizer(spec.base_path, None)
+    texts = [_of_length(tokenizer, word, config.max_length) for word in (" shop", " key")]
+    spec = replace(spec, data_path=write_rows(tmp_path / "rows.jsonl", [{"text": texts[0]}] * 4))
+    spec = replace(spec, extra_data={"validation.data": write_rows(tmp_path / "own.jsonl", [{"text": texts[1]}])})
+    ran(spec)
+    spec = replace(spec, extra_data={"validation.data": spec.data_path})
+    with pytest.raises(DataError, match="8 of 8 held-out rows have a prompt that is also trained on"):
+        ran(spec)
+
+
+def _of_length(tokenizer: Any, word: str, length: int) -> str:
+    """A text of exactly so many tokens."""
+    text = word * length
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"][:length]
+    cut: str = tokenizer.decode(ids)
+    assert tokenizer(cut, add_special_tokens=False)["input_ids"] == ids
+    return cut
+
+
 def test_a_pair_that_a_reward_model_reports_on_is_not_looked_at(tmp_path: Path) -> None:
     """Else the step with the best ``eval_accuracy`` might be chosen."""
     spec = own_data(tmp_path, "reward", eval_fraction=0.25)

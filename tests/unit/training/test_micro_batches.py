@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
@@ -189,6 +190,26 @@ def test_what_saves_memory_changes_neither_weights_nor_figures(tmp_path: Path, k
         assert metrics.keys() == figures[0].keys()
         for name in metrics.keys() - (NOT_EXACT if kind in PAIRS else {"seconds"}):
             assert metrics[name] == pytest.approx(figures[0][name], rel=1e-4, abs=1e-5), name
+
+
+def test_figures_of_a_last_batch_that_is_not_full_are_gathered_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the end of a pass over the rows, accelerate cuts what it gathers to so many entries as there were rows."""
+    config, run = STAGES["sft"]
+    cuts: list[bool] = []
+    gather = Accelerator.gather_for_metrics
+
+    def noted(self: Accelerator, *values: Any, **options: Any) -> Any:
+        cuts.append(self.gradient_state.end_of_dataloader)
+        return gather(self, *values, **options)
+
+    monkeypatch.setattr(Accelerator, "gather_for_metrics", noted)
+    save_tiny_model(tmp_path / "base")
+    write_rows(tmp_path / "data.jsonl", pairs=False, rows=13)
+    run(config, StageContext(spec=tiny_spec(tmp_path, config), rank=0, world_size=1))
+    assert len(cuts) >= 3
+    assert not any(cuts)
 
 
 @pytest.mark.parametrize("kind", STAGES)

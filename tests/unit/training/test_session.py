@@ -118,6 +118,25 @@ def test_a_killed_stage_goes_on_from_its_newest_good_checkpoint_and_ends_where_i
     assert torch.equal(resumed.model.weight, expected.model.weight)
 
 
+def test_a_stage_that_goes_on_logs_and_saves_as_often_as_it_is_asked_to_now(context: StageContext) -> None:
+    trainer = _trainer(context)
+    trainer.add_callback(_KilledAt(3))
+    with pytest.raises(KeyboardInterrupt):
+        train(trainer, context, headline="loss")
+    trainer = _trainer(context)
+    trainer.args.save_steps, trainer.args.logging_steps = 3, 3
+    saved: list[int] = []
+
+    class Noted(TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            saved.append(state.global_step)
+
+    trainer.add_callback(Noted())
+    train(trainer, context, headline="loss")
+    assert saved == [3, 6]
+    assert _steps(context) == [1, 2, 3, 6]
+
+
 @pytest.mark.parametrize("steps", [6, 8])
 def test_a_stage_killed_after_its_last_step_is_not_trained_further(context: StageContext, steps: int) -> None:
     """In the middle of a pass over the data, and at its end."""
