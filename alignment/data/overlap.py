@@ -14,15 +14,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignment.config.data import OnError, SourceConfig
+from alignment.core.scripts import WITHOUT_SPACES
 from alignment.data.reading import iterate
 from alignment.data.records import HeldOutPrompt, Record
 
 NGRAM = 8
 LIKELY = 0.5
 """Overlap from which a row is reported."""
-_WITHOUT_SPACES = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-"""Thai, Lao, Burmese, Khmer, Japanese and Chinese characters, as a part of a regular expression."""
-_WORD = re.compile(rf"[{_WITHOUT_SPACES}]|[^\W{_WITHOUT_SPACES}]+")
+_WORD = re.compile(rf"[{WITHOUT_SPACES}]|[^\W{WITHOUT_SPACES}]+")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment.core.errors import DataError
+from alignment.core.scripts import WITHOUT_SPACES
 
 Vector = NDArray[np.float64]
 
@@ -29,7 +30,9 @@ _STEPS, _ROUNDS = 50, 1000
 """Most steps of Newton's method, and of conjugate gradients in each; about ten and some dozens are enough."""
 _SMALL = 1e-8
 """The fit has converged once no component of the gradient is larger than this per pair."""
-_WORD = re.compile(r"\w+(?:['’]\w+)?")
+_LETTER = rf"[^\W{WITHOUT_SPACES}]"
+_WORD = re.compile(rf"[{WITHOUT_SPACES}]|{_LETTER}+(?:['’]{_LETTER}+)?")
+"""In scripts without spaces, each character is a word."""
 
 Texts = tuple[str, str]
 """A chosen and a rejected answer."""

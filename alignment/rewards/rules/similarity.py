@@ -6,6 +6,7 @@ import re
 import unicodedata
 from typing import Any
 
+from alignment.core.scripts import WITHOUT_SPACES
 from alignment.data.records import HasRow, Prompt
 from alignment.rewards.rules.rule_kind import Package, lacking, texts_in
 
@@ -15,12 +16,7 @@ REFERENCE = "reference"
 _EXAMPLE = f'it needs a text or a list of texts: {{"{REFERENCE}": "The shop is closed on Monday."}}'
 
 
-_WITHOUT_SPACES = (
-    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff"  # Thai, Lao and Tibetan; Burmese; Khmer
-    "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9d"  # Japanese
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese
-)
-_WORD = re.compile(rf"[{_WITHOUT_SPACES}]|[^\s{_WITHOUT_SPACES}]+")
+_WORD = re.compile(rf"[{WITHOUT_SPACES}]|[^\s{WITHOUT_SPACES}]+")
 
 
 class _Words:

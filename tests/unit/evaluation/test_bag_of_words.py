@@ -38,6 +38,10 @@ def test_words_count_whatever_their_case_and_apostrophe() -> None:
     assert words_of("I'm sorry, I’m not. SORRY!") == {"i'm": 2, "sorry": 2, "not": 1}
 
 
+def test_scripts_without_spaces_have_a_word_for_each_character() -> None:
+    assert words_of("今天 天气。OK") == {"今": 1, "天": 2, "气": 1, "ok": 1}
+
+
 @pytest.mark.parametrize("penalty", [0.3, 10.0])
 def test_the_fit_lies_where_no_small_change_lowers_the_loss(penalty: float) -> None:
     pairs = random_pairs(60)
