@@ -46,8 +46,9 @@ class RunsOn(str, Enum):
 class DataSlot:
     """Data that a stage reads, named by its ``field``, such as ``data`` or ``ptx.data``.
 
-    ``record`` is the type of its rows, and ``checks`` raise DataError for a row that lacks something else. For data
-    that a stage learns from, ``rows`` defines how a record becomes rows of tokens. A slot that is not ``in_use`` is
+    ``record`` is the type of its rows, and ``checks`` raise DataError for a row that lacks something else.
+    ``skippable_checks`` do so too, but the stage leaves such rows out if ``on_error`` is ``skip``. For data that a
+    stage learns from, ``rows`` defines how a record becomes rows of tokens. A slot that is not ``in_use`` is
     checked but not read. ``label`` names the label of a record; a plan counts the records of each.
     """
 
@@ -57,6 +58,7 @@ class DataSlot:
     rows: RowKind | None = None
     in_use: bool = True
     checks: tuple[Callable[[Any], object], ...] = ()
+    skippable_checks: tuple[Callable[[Any], object], ...] = ()
     label: Callable[[Any], str] | None = None
 
 

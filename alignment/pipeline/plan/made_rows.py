@@ -91,7 +91,7 @@ def _problem(row: str, slot: DataSlot) -> str:
         form = FORMATS.get(slot.data.format or "") or detect([prepared(value, slot.data)], where=where)
         reader = Reader(format=form, record=slot.record, data=slot.data)
         for record in reader.records(RawRow(value=value, where=where)):
-            for check in slot.checks:
+            for check in (*slot.checks, *slot.skippable_checks):
                 check(record)
     except DataError as error:
         return error.message

@@ -81,12 +81,25 @@ def parse_override(text: str) -> Override:
     try:
         parsed = parser.parse_override(ascii_text)
     except HydraException:
-        key, _, value = ascii_text.partition("=")
-        if not value.startswith(_PATH) or "${" in value or ('"' in value and "'" in value):
+        if not _names_file(ascii_text):
             raise
-        quote = '"' if "'" in value else "'"
-        parsed = parser.parse_override(f"{key}={quote}{value}{quote}")  # brackets and quotes in a file's name
+        parsed = parser.parse_override(_quoted(ascii_text))  # brackets and quotes in a file's name
+    else:
+        if parsed.is_sweep_override() and _names_file(ascii_text) and f",{_PATH}" not in ascii_text:
+            parsed = parser.parse_override(_quoted(ascii_text))  # commas
     return parsed if ascii_text == text and parsed.input_line == text else _restored(parsed, text)
+
+
+def _names_file(text: str) -> bool:
+    """Whether the value of an override is a path that quotes can enclose."""
+    value = text.partition("=")[2]
+    return value.startswith(_PATH) and "${" not in value and not ('"' in value and "'" in value)
+
+
+def _quoted(text: str) -> str:
+    key, _, value = text.partition("=")
+    quote = '"' if "'" in value else "'"
+    return f"{key}={quote}{value}{quote}"
 
 
 def _restored(parsed: Override, text: str) -> Override:

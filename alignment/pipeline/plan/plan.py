@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from alignment.config.data import SourceConfig
+from alignment.config.data import OnError, SourceConfig
 from alignment.config.faults import refuse
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig
@@ -17,7 +17,8 @@ from alignment.core.artifacts import ROWS_FILE, folder_name, read_manifest, veri
 from alignment.core.errors import DataError, ModelError
 from alignment.core.fingerprint import digest
 from alignment.data.formats import UnknownColumns
-from alignment.data.reading import read_records, start
+from alignment.data.reading import Reading, read_records, refuse_faults_of, start
+from alignment.data.records import Record
 from alignment.job import StageInput
 from alignment.pipeline.plan import (
     compatibility,
@@ -194,7 +195,7 @@ def _checked_data(
             if source.path is None:
                 continue
             asked = (source.path, digest(_first_rows(file.data)), file.data.on_error, file.data.max_skipped)
-            key = (*asked, file.record, file.checks, file.label)
+            key = (*asked, file.record, file.checks, file.skippable_checks, file.label)
             if key not in read:
                 read[key] = _read(file, source.path, where=where)
             seen[name][file.field] = read[key]
@@ -218,16 +219,39 @@ def _read(file: DataSlot, path: Path, *, where: str) -> Seen:
             remedy=f"this stage needs rows like {file.record.EXAMPLE}, or another form of docs/data.md; "
             f"rename the columns, or map them: {where}.columns={{{columns}}}",
         ) from error
-    records = read_records(path, file.record, how, reading=reading)
+    first = read_records(path, file.record, how, reading=reading)
+    records = _usable(first, file, reading)
     for record in records:
         for check in file.checks:
             check(record)
     return row_counts.seen(
         records,
-        whole=how.limit == file.data.limit or len(records) < CHECKED_ROWS,
+        whole=how.limit == file.data.limit or len(first) < CHECKED_ROWS,
         set_aside=reading.set_aside.reasons,
         label=file.label,
     )
+
+
+def _usable(records: Sequence[Record], file: DataSlot, reading: Reading) -> list[Record]:
+    """The records that the stage will not leave out for what they lack; the others count as faults of the reading.
+
+    Raises:
+        DataError: a record lacks something and the stage will refuse it, or would leave out too many.
+    """
+    usable = []
+    for record in records:
+        try:
+            for check in file.skippable_checks:
+                check(record)
+        except DataError as error:
+            if file.data.on_error is not OnError.skip:
+                raise
+            reading.leave_out(error)
+        else:
+            usable.append(record)
+    if len(usable) < len(records):
+        refuse_faults_of(reading, _first_rows(file.data))
+    return usable
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -47,7 +47,7 @@ def pair_rows(margin: float) -> RowKind:
 def pair_slot(data: DataConfig, margin: float) -> DataSlot:
     """Pairs to learn from; with a ``margin`` above 0 each needs scores."""
     checks = (PreferencePair.margin,) if margin else ()
-    return DataSlot(field="data", data=data, record=PreferencePair, rows=pair_rows(margin), checks=checks)
+    return DataSlot(field="data", data=data, record=PreferencePair, rows=pair_rows(margin), skippable_checks=checks)
 
 
 def held_out_slot(validation: ValidationConfig, own: DataSlot) -> DataSlot:

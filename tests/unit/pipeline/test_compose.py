@@ -9,6 +9,8 @@ import yaml
 
 from alignment.config.backend import Backend, LocalBackend, MachinesBackend, SlurmBackend
 from alignment.config.faults import Fault
+from alignment.config.launch import Offload
+from alignment.config.optim import Moments
 from alignment.config.run import RunConfig
 from alignment.config.scoring import ScorerConfig
 from alignment.config.store import GROUPS, conf_folder, recipe_names, recipes_folder, sweep_names
@@ -131,6 +133,7 @@ def test_a_recipe_of_the_user_s_own_builds_on_shipped_ones_and_brings_choices(tm
         ("stages.sft.data.source=path:日本/語.jsonl", "path:日本/語.jsonl"),
         ("stages.sft.data.source=path:my rows (1).jsonl", "path:my rows (1).jsonl"),
         ("stages.sft.data.source=path:it's.jsonl", "path:it's.jsonl"),
+        ("stages.sft.data.source=path:rows, v2.jsonl", "path:rows, v2.jsonl"),
         ("stages.sft.data.source='path:in \"quotes\", ü.jsonl'", 'path:in "quotes", ü.jsonl'),
         ("stages.sft.data.columns={prompt: Fräge, chosen: 'gut, ß'}", {"prompt": "Fräge", "chosen": "gut, ß"}),
         ("stages.evaluate.arms=[base,path:mü]", ["base", "path:mü"]),
@@ -225,6 +228,10 @@ FAULTY = [
         "'stages.reward.adapter.chain' or 'stages.dpo.adapter.chain'?",
     ),
     ("seed=1,2", "seed=1,2: several values for one key; give one"),
+    (
+        "stages.sft.data.source=path:a,path:b",
+        "stages.sft.data.source=path:a,path:b: several values for one key; give one",
+    ),
     ("seed", "seed: not an override; write key=value, such as stages.dpo.beta=0.3"),
     (
         f"seed={'[' * 31}{']' * 31}",
@@ -493,6 +500,23 @@ def test_a_profile_keeps_what_lies_on_this_machine_and_all_that_it_says_nothing_
     assert (first.data.fraction, first.data.mix, first.optim.lr) == (0.5, [], 3e-3)  # type: ignore[union-attr]
     assert (second.data.source, second.data.split) == ("bundled:quickstart/preferences", "train")  # type: ignore[union-attr]
     assert (second.data.columns, second.beta) == ({}, 0.7)  # type: ignore[union-attr]
+
+
+def test_a_smoke_run_drops_what_a_single_cpu_or_short_answers_would_refuse(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "defaults: [quickstart, override /launch: zero3, _self_]\n"
+        "launch: {num_processes: 8, offload: optimizer}\n"
+        "stages:\n"
+        "  dpo: {optim: {moments: paged_eight_bit}}\n"
+        "  ppo: {max_new_tokens: 256, overlong: {buffer: 64, weight: 0.5}, optim: {moments: paged_eight_bit}}\n"
+    )
+    config, full = composed(str(recipe), "profile=smoke"), composed(str(recipe))
+    assert full.launch.offload is Offload.optimizer
+    assert full.stages["ppo"].overlong.buffer == 64  # type: ignore[union-attr]
+    assert not list(settings.faults(config))
+    assert config.launch.offload is Offload.none
+    assert {config.stages[name].optim.moments for name in ("dpo", "ppo")} == {Moments.full}  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("value", ["http://me:pass,word@host", "{pass"])

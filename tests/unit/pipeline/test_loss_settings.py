@@ -133,6 +133,8 @@ def test_a_margin_needs_rows_with_scores_which_columns_may_name(plan: MakePlan, 
     plan(f"stages.{stage}.margin=1", f"{source}, {columns}")
     with pytest.raises(DataError, match="no numbers"):
         plan(f"stages.{stage}.margin=1", f"{source}, columns: {{chosen_score: score_a}}}}")
+    with pytest.raises(DataError, match="more than 5% of 30 rows are faulty; 30 faulty rows"):
+        plan(f"stages.{stage}.margin=1", f"{source}, on_error: skip}}")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +155,11 @@ def test_a_row_whose_scores_are_of_no_use_is_named(
         plan("stages.dpo.margin=1", f"stages.dpo.data={{source: '{scored(tmp_path, {}, changes)}', {columns}")
     assert words in str(caught.value)
     plan(f"stages.dpo.data={{source: '{scored(tmp_path, {}, changes)}', {columns}")
+    skipped = (
+        f"stages.dpo.data={{on_error: skip, max_skipped: 0.1, source: '{scored(tmp_path, {}, changes)}', {columns}"
+    )
+    stage = next(stage for stage in plan("stages.dpo.margin=1", skipped).stages if stage.name == "dpo")
+    assert stage.seen["data"].rows == 29, "the stage leaves it out"
 
 
 # ---- charts ---------------------------------------------------------------------------------------------------------
