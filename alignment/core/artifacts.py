@@ -21,6 +21,8 @@ from alignment.core.fingerprint import file_sha256
 from alignment.core.shapes import fits
 
 MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer"
+"""The folder of a policy's tokenizer."""
 SCHEMA = 1
 
 POLICY = "policy"

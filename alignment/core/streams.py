@@ -6,6 +6,7 @@ again later: a file loses only the text that could not be written.
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 import sys
@@ -14,10 +15,15 @@ from typing import IO, Any, TextIO, cast
 
 
 def make_unfailing() -> None:
-    """Makes printing safe in this process, wherever its output goes. A process may have no output stream at all."""
+    """Makes printing safe in this process, wherever its output goes. A process may have no output stream at all.
+
+    A character that the terminal's encoding lacks is printed as its number.
+    """
     for name in ("stdout", "stderr"):
         stream: TextIO | None = getattr(sys, name)
         if stream is not None:
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
             setattr(sys, name, cast("TextIO", Unfailing(stream)))
 
 

@@ -10,6 +10,7 @@ import codecs
 import csv
 import io
 import json
+import shlex
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -176,7 +177,7 @@ def _refuse_other_unicode(stream: BinaryIO, path: Path) -> None:
     head = cast("io.BufferedReader", stream).peek(4)[:4]
     name = next((name for mark, name in _MARKS.items() if head.startswith(mark)), None)
     if name is not None:
-        remedy = f"convert it: iconv -f {name} -t UTF-8 {path} > NEW_FILE"
+        remedy = f"convert it: iconv -f {name} -t UTF-8 {shlex.quote(str(path))} > NEW_FILE"
         raise DataError(f"is {name}, not UTF-8", where=str(path), remedy=remedy)
 
 

@@ -20,6 +20,8 @@ from alignment.core.small_files import small_text
 from alignment.data.template_syntax import Templates, options_of
 
 WHERE = "model.template_options"
+TEMPLATE_FILE = "chat_template.jinja"
+"""The file in which transformers saves the template of a tokenizer."""
 _ESCAPES = {ord("\\"): "\\\\", ord('"'): '\\"', ord("\n"): "\\n", ord("\r"): "\\r"}
 _LINE = "{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endif %}}\n"
 """Templates are rendered with ``trim_blocks``, so the line break leaves no trace in the text."""
@@ -67,7 +69,7 @@ def name_faults(templates: Templates, options: Mapping[str, Any]) -> Iterator[Fa
 def own_template(folder: Path) -> Templates | None:
     """The chat template in a model's folder, read without transformers; None if there is none or it cannot be read."""
     try:
-        file = folder / "chat_template.jinja"
+        file = folder / TEMPLATE_FILE
         if file.is_file():
             return small_text(file)
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))

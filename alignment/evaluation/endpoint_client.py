@@ -19,8 +19,9 @@ from alignment.evaluation.bounded_client import Refused, bounded_client
 PACKAGE = "openai>=3,<4"
 
 
-def api_key(variable: str | None, *, where: str) -> str:
-    """The key in an environment variable, or "" if a server needs none; ``where`` is the setting that names it.
+def api_key(variable: str | None, *, where: str, without: str = "set api_key_env to null") -> str:
+    """The key in an environment variable, or "" if a server needs none; ``where`` is the setting that names it, and
+    ``without`` says what to do if there is no key.
 
     Raises:
         ConfigError: the environment variable is not set.
@@ -32,7 +33,7 @@ def api_key(variable: str | None, *, where: str) -> str:
         raise ConfigError(
             f"the environment variable {variable} is not set",
             where=where,
-            remedy=f"export {variable}=…, or set api_key_env to null for a server without a key",
+            remedy=f"export {variable}=…, or {without} for a server without a key",
         )
     return key
 

@@ -195,6 +195,11 @@ def test_a_verb_hands_its_arguments_to_what_does_it(
     assert code == (0 if line.split()[0] in ("plan", "status", "compare", "push") else 9)
 
 
+def test_the_environment_of_an_engine_that_is_not_used_is_refused(capsys: Captured) -> None:
+    assert cli.main(["chat", "mine", "--engine-python", "/opt/vllm/bin/python"]) == 2
+    assert "--engine-python: only vLLM has this option" in capsys.readouterr().err
+
+
 def called(
     monkeypatch: pytest.MonkeyPatch, line: str, function: str
 ) -> tuple[int, list[tuple[tuple[Any, ...], dict[str, Any]]]]:

@@ -7,6 +7,7 @@ import argparse
 from rich.console import Console
 
 from alignment.commands.shared.arguments import add_output, add_policies, runs_of
+from alignment.core.errors import ConfigError
 
 _GENERATION = ("system", "max_new_tokens", "temperature", "seed")
 """Options about how answers are made."""
@@ -49,9 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
-    """Talks until the user ends it; returns the exit code."""
+    """Talks until the user ends it; returns the exit code.
+
+    Raises:
+        ConfigError: an option has no effect, or the arms cannot talk.
+    """
     from alignment.commands.chat.driver import chat
 
+    if arguments.engine != "vllm" and arguments.engine_python is not None:
+        raise ConfigError(
+            "only vLLM has this option", where="--engine-python", remedy="leave it out, or use --engine vllm"
+        )
     output, (result,) = runs_of(arguments, arguments.result)
     return chat(
         console,

@@ -6,6 +6,7 @@ model's answer never reaches the terminal as a control sequence.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -135,6 +136,8 @@ class Screen:
     """A terminal, or a pipe, which gets the same text without colours and prompts."""
 
     def __init__(self) -> None:
+        if sys.stdin is None:  # closed by whoever started the command
+            sys.stdin = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
         sys.stdin.reconfigure(errors="replace")  # type: ignore[union-attr]
         self._console = Terminal(markup=False, highlight=False)
         self._asks = sys.stdin.isatty()

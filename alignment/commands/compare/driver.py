@@ -12,6 +12,7 @@ from rich.table import Table
 
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError
+from alignment.core.screen_tables import print_whole
 from alignment.pipeline.execute.run_differences import (
     ComparedEvaluation,
     compared_evaluations,
@@ -121,7 +122,7 @@ def _show_settings(console: Console, runs: Sequence[str], differing: dict[str, l
     table = _table("setting", *runs)
     for key, values in differing.items():
         table.add_row(escape(key), *map(escape, values))
-    console.print(table)
+    print_whole(console, table)
 
 
 def _show_arms(console: Console, runs: Sequence[str], evaluation: ComparedEvaluation, primary: Metric) -> None:
@@ -131,7 +132,7 @@ def _show_arms(console: Console, runs: Sequence[str], evaluation: ComparedEvalua
         means = [arms[name].arm.metrics.get(primary.name) if name in arms else None for arms in evaluation.arms]
         table.add_row(escape(name.removeprefix("stage:")), *map(_mean_and_bounds, means))
     console.print()
-    console.print(table)
+    print_whole(console, table)
 
 
 def _mean_and_bounds(value: Interval | None) -> str:
@@ -163,7 +164,7 @@ def _show_result(console: Console, runs: Sequence[str], stage: str, result: Resu
     for label, cells in result.rows:
         table.add_row(escape(label), *(escape(f"{cell.text} {cell.bounds}".rstrip()) for cell in cells))
     console.print()
-    console.print(table)
+    print_whole(console, table)
 
 
 def _table(*titles: str) -> Table:

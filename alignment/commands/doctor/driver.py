@@ -211,7 +211,7 @@ def _encoding(diagnosis: Diagnosis) -> str:
     are = counted(count, "line is", "lines are")
     if diagnosis.has_non_ascii:
         return f"{are} not UTF-8, but other lines are: correct only {'this line' if count == 1 else 'these lines'}"
-    convert = f"iconv -f LATIN1 -t UTF-8 {diagnosis.path} > NEW_FILE"
+    convert = f"iconv -f LATIN1 -t UTF-8 {shlex.quote(str(diagnosis.path))} > NEW_FILE"
     return f"{are} not UTF-8, and the others have only ASCII characters; if the file is Latin-1, convert it: {convert}"
 
 
@@ -226,7 +226,7 @@ def _settings(diagnosis: Diagnosis, data: SourceConfig) -> str:
     skip += f" stages.{stage}.data.max_skipped={share:g}" if share > data.max_skipped else ""
     source = snapshot_name(diagnosis.path) or f"path:{diagnosis.path}"
     chosen = "".join(f" {shlex.quote(word)}" for word in written(data, f"stages.{stage}.data."))
-    return f"stages.{stage}.data.source={source}{chosen}{skip}"
+    return f"{shlex.quote(f'stages.{stage}.data.source={source}')}{chosen}{skip}"
 
 
 def _command(data: SourceConfig, columns: Mapping[str, str]) -> str:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from alignment.commands.export.comparing import gap_between, logprobs
 from alignment.config.model import Dtype
-from alignment.core.artifacts import Manifest
+from alignment.core.artifacts import TOKENIZER, Manifest
 from alignment.core.errors import ModelError
 from alignment.data.tokens.rendering import turn_end_token
 from alignment.data.tokens.tokenize import STOPS, end_ids
@@ -66,7 +66,7 @@ def exported_result(artifact: Path, manifest: Manifest, base: Path | None) -> Ex
     """Finds the result's base, adapters and tokenizer; ``base`` is None if the artifact contains a model."""
     own = manifest.base["source"] == "self"
     folder = artifact / "model" if own or base is None else base
-    tokenizer = load_tokenizer(artifact / "tokenizer", model=folder)
+    tokenizer = load_tokenizer(artifact / TOKENIZER, model=folder)
     return ExportedResult(
         artifact=artifact,
         manifest=manifest,

@@ -8,7 +8,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from alignment.commands.export.export_options import GGUF, VLLM
-from alignment.commands.export.provenance import Judged, Provenance, Remembered, Step, Tabled, without_folders
+from alignment.commands.export.provenance import (
+    Judged,
+    Provenance,
+    Remembered,
+    Step,
+    Tabled,
+    value_without_folders,
+    without_folders,
+)
 from alignment.commands.export.usage_lines import usage_lines
 from alignment.core.artifacts import POLICY, REWARD_MODEL, Manifest
 from alignment.pipeline.sources import bundled_model
@@ -47,7 +55,7 @@ def model_card(
         _header(manifest, origin, form),
         _opening(manifest, origin),
         usage_lines(manifest, form, files, turn_end),
-        [f"- {without_folders(note)}" for note in notes],
+        [f"- {_without_folders(note)}" for note in notes],
         ["## What was measured", "", *_measured(manifest, origin)],
         ["## Intended use and limits", "", *_limits(manifest, origin)],
         ["## Where it comes from", "", *_chain(manifest, origin)],
@@ -95,8 +103,14 @@ def _opening(manifest: Manifest, origin: Provenance) -> list[str]:
     ]
 
 
+def _without_folders(note: str) -> str:
+    """A note, whose last words may be a path with spaces."""
+    words, colon, value = note.rpartition(": ")
+    return f"{without_folders(words)}{colon}{value_without_folders(value)}"
+
+
 def _source(manifest: Manifest) -> str:
-    return without_folders(str(manifest.base["source"]))
+    return value_without_folders(str(manifest.base["source"]))
 
 
 def _licence(manifest: Manifest) -> str:
@@ -166,7 +180,7 @@ def _values(judged: Judged) -> Iterator[tuple[str, Interval]]:
             yield name, value
     for pair in judged.verdicts:
         if pair.win_rate is not None and judged.evaluation.judge is not None:
-            judge = without_folders(judged.evaluation.judge.name)
+            judge = value_without_folders(judged.evaluation.judge.name)
             yield f"win rate against {_arm(pair.against)}, by {judge}", pair.win_rate
 
 
@@ -293,8 +307,12 @@ def _flat(tree: Mapping[str, Any], ahead: str = "") -> dict[str, Any]:
 def _settings(config: Mapping[str, Any], names: Sequence[str]) -> str:
     """The settings that are set, as text."""
     pairs = [(name, config[name]) for name in names if config.get(name) not in (None, [], "")]
-    texts = [f"{name} {value if isinstance(value, str) else json.dumps(value)}" for name, value in pairs]
-    return without_folders(", ".join(texts))
+    texts = [f"{name} {value_without_folders(_as_text(value))}" for name, value in pairs]
+    return ", ".join(texts)
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _again(manifest: Manifest, origin: Provenance) -> list[str]:

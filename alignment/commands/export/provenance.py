@@ -24,8 +24,12 @@ from alignment.stages.base import ResultTable
 from alignment.stages.kind_problems import KindError
 from alignment.stages.registry import tables_of
 
-_FOLDERS = re.compile(r"(?<![\w.])(?:~|\.\.?)?/(?:[^\s/'\",\]})]+/)*")
+_FOLDERS = re.compile(r"(?<![\w.<])(?:~|\.\.?)?/(?:[^\s/'\",\]})]+/)*(?=\S)")
 """A path without its last part, anywhere in a text."""
+_MARKED = re.compile(r"(?:(?<=path:)|(?<=['\"]))(?:~|\.\.?)?/(?:[^/'\",\]})]+/)*")
+"""The same behind ``path:`` or a quotation mark, where it may contain spaces."""
+_WHOLE = re.compile(r"^((?:[^=/\s]*=)?[\"']?(?:path:)?)(?:~|\.\.?)?/(?:.*/)?")
+"""The same where a path is the whole value, with or without its key."""
 _NOT_MAKING = re.compile(r"output=|artifacts=|launch|tracking|[+~]*stages\.[^.=]+\.judge\b")
 """Overrides that do not affect a model; a judge's may name an internal host."""
 
@@ -118,6 +122,11 @@ def without_folders(text: str) -> str:
     return _FOLDERS.sub("", text)
 
 
+def value_without_folders(value: str) -> str:
+    """A source, an override or the name of a file without folders of the machine, which may contain spaces."""
+    return _FOLDERS.sub("", _MARKED.sub("", _WHOLE.sub(r"\1", value)))
+
+
 def _store(folder: Path) -> dict[str, Path]:
     """Artifacts by fingerprint."""
     folders = {}
@@ -178,7 +187,7 @@ def _sources(artifact: str, records: list[RunRecord]) -> list[str]:
     for record in records:
         stage = _artifacts(record).get(artifact)
         if stage and (settings := record.settings_of(stage)):
-            return [without_folders(source) for source in _named(settings.get("data")) if source]
+            return [value_without_folders(source) for source in _named(settings.get("data")) if source]
     return []
 
 
@@ -192,7 +201,7 @@ def _named(data: Any) -> Iterator[str]:
 def _command(record: RunRecord) -> list[str]:
     """The command without overrides for folders, launching, tracking and judges, which do not affect a model."""
     overrides = [text for text in record.overrides if not _NOT_MAKING.match(text)]
-    return ["align", "run", without_folders(record.recipe or "RECIPE"), *map(without_folders, overrides)]
+    return ["align", "run", *map(value_without_folders, [record.recipe or "RECIPE", *overrides])]
 
 
 def _evaluation(manifest: Manifest, store: dict[str, Path], run: RunRecord | None) -> Judged | None:

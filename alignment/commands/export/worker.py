@@ -25,7 +25,7 @@ from alignment.commands.export.as_vllm import write_for_vllm
 from alignment.commands.export.export_options import GGUF, VLLM, ExportOptions, add_form_arguments, options_of
 from alignment.commands.export.exported import ExportedResult, exported_result
 from alignment.commands.export.model_card import model_card
-from alignment.commands.export.provenance import provenance, without_folders
+from alignment.commands.export.provenance import provenance, value_without_folders
 from alignment.core.artifacts import REWARD_MODEL, Manifest, readable, verify
 from alignment.core.errors import AlignmentError
 from alignment.core.files import explained, partial_folder
@@ -107,7 +107,7 @@ def _describe(result: ExportedResult, folder: Path, *, form: str, notes: Sequenc
 def _lineage(manifest: Manifest) -> dict[str, Any]:
     record = {name: value for name, value in dataclasses.asdict(manifest).items() if name != "files"}
     record["base"] = {
-        name: without_folders(str(value)) if name == "source" else value
+        name: value_without_folders(str(value)) if name == "source" else value
         for name, value in manifest.base.items()
         if name != "path"
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -99,7 +100,8 @@ def new_recipe(
     for written in new.written:
         _say(console, f"wrote {written}")
     show_plan(console, plan)
-    _say(console, f"next: align preview {_as_argument(path)}, and align plan {_as_argument(path)} --cost")
+    recipe = shlex.quote(_as_argument(path))
+    _say(console, f"next: align preview {recipe}, and align plan {recipe} --cost")
     return 0
 
 
@@ -129,7 +131,7 @@ def _answers(
     by_record = _by_record(files)
     raised = questions(Circumstances(rows=by_record, positions=model.positions, has_template=model.has_template))
     refuse_unasked(raised, options.answers, _QUESTIONS)
-    if ask is None and sys.stdin.isatty() and console.is_terminal:
+    if ask is None and sys.stdin is not None and sys.stdin.isatty() and console.is_terminal:
         ask = input
     return answered(raised, options.answers, ask=ask)
 

@@ -86,7 +86,7 @@ def serve(console: Console, result: str, arms: Sequence[str], *, options: Option
 def _environment(options: Options) -> Path | None:
     """The interpreter that has vLLM, or None where transformers serves."""
     if options.engine == "vllm":
-        api_key(options.api_key_env, where=KEY_WHERE)  # refused before anything is written
+        _key(options)  # refused before anything is written
         return interpreter(options.engine_python, package="vllm", where="--engine-python")
     for name in ("engine_python", "api_key_env", "tool_parser"):
         if getattr(options, name) is not None:
@@ -97,6 +97,10 @@ def _environment(options: Options) -> Path | None:
             )
     refuse_without(LIBRARIES, where=WHERE, needs="transformers serves with")
     return None
+
+
+def _key(options: Options) -> str:
+    return api_key(options.api_key_env, where=KEY_WHERE, without="leave the option out")
 
 
 def _refuse_policies(policies: Sequence[StoredPolicy]) -> None:
@@ -122,7 +126,7 @@ def _command(
     if python is None or layout is None:
         _print(console, f"loading {', '.join(policy.name for policy in policies)} …")
         return worker_command("transformers serve", settings)
-    key = api_key(options.api_key_env, where=KEY_WHERE)
+    key = _key(options)
     _print(console, "writing what vLLM loads …")
     code = keeper.run(worker_command("", settings), log=log)
     if error := written_error(keeper.folder):

@@ -12,6 +12,7 @@ from typing import Any
 import uvicorn
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from transformers.cli.serving.chat_completion import ChatCompletionHandler
 from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
@@ -22,6 +23,7 @@ from transformers.cli.serving.transcription import TranscriptionHandler
 from transformers.cli.serving.utils import GenerationState
 
 from alignment.commands.serve.loaded_arms import LoadedArm
+from alignment.commands.shared.guarded_app import HOSTS
 from alignment.engines.server_process import HOST
 
 _NEVER = -1
@@ -84,6 +86,8 @@ def application(arms: Sequence[LoadedArm]) -> Any:
         generation_state=state,
     )
     app.add_exception_handler(HTTPException, _refusal)
+    # A web page that points its own name at 127.0.0.1 is refused by that name.
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False)
     return app
 
 

@@ -22,6 +22,7 @@ from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core.errors import AlignmentError
 from alignment.core.files import explained
 from alignment.core.process_end import end_process
+from alignment.core.streams import make_unfailing
 from alignment.core.terminal import complain
 
 
@@ -53,4 +54,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    make_unfailing()
     end_process(main())

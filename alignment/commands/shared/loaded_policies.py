@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.model import TemplateChoice
-from alignment.core.artifacts import verify
+from alignment.core.artifacts import TOKENIZER, verify
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.models.assembly.load import Lineage, saved_adapters
 
@@ -28,4 +28,4 @@ def parts_of(artifact: Path | None, base: Path | None, template: TemplateChoice)
         base=base or artifact / "model",
         adapters=saved_adapters(artifact, manifest),
     )
-    return lineage, load_tokenizer(artifact / "tokenizer", model=lineage.base)
+    return lineage, load_tokenizer(artifact / TOKENIZER, model=lineage.base)

@@ -10,8 +10,12 @@ from rich.console import Console
 
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.config.did_you_mean import suggestion
-from alignment.core.artifacts import MANIFEST, POLICY, Manifest, read_manifest
+from alignment.config.model import TemplateChoice
+from alignment.core.artifacts import MANIFEST, POLICY, TOKENIZER, Manifest, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
+from alignment.core.fingerprint import digest
+from alignment.data.chat_template import CHATML, PATH
+from alignment.data.template_options import TEMPLATE_FILE
 from alignment.pipeline.execute.display import announcer
 from alignment.pipeline.execute.stored_results import artifact_of, base_of, recorded_base, result_of
 from alignment.pipeline.plan.references import BASE
@@ -91,8 +95,16 @@ class PolicyFinder:
                 raise ConfigError(
                     f"{folder.name} contains whole weights and has no base", where="--arm", remedy="name another arm"
                 )
-            where, source = base_of(manifest, folder, self._console), manifest.base["source"]
-            return StoredPolicy(name=BASE, described=source, artifact=None, base=str(where), dtype=_dtype(manifest))
+            template = _template_of(manifest, folder)
+            return StoredPolicy(
+                name=BASE,
+                described=manifest.base["source"],
+                artifact=None,
+                base=str(base_of(manifest, folder, self._console)),
+                dtype=manifest.identity["base"]["dtype"],
+                chat_template=template.source,
+                template_options=template.options,
+            )
         model = self._record.config["model"]
         return StoredPolicy(
             name=BASE,
@@ -122,8 +134,15 @@ class PolicyFinder:
         return base.folder if base.ready else model_sources.fetch(base, announce=announcer(self._console)).folder
 
 
-def _dtype(manifest: Manifest) -> str:
-    return str(manifest.identity["base"]["dtype"])
+def _template_of(manifest: Manifest, folder: Path) -> TemplateChoice:
+    """The chat template of the run that made an artifact, for its base."""
+    base = manifest.identity["base"]
+    replaced, options = base.get("chat_template"), base.get("template_options", {})
+    if replaced is None:
+        return TemplateChoice(options=options)
+    if replaced == digest(CHATML):  # which chooses the token that ends a turn as well
+        return TemplateChoice(source=CHATML, options=options)
+    return TemplateChoice(source=f"{PATH}{folder / TOKENIZER / TEMPLATE_FILE}")  # saved with its options
 
 
 def _manifest_of_policy(folder: Path) -> Manifest:

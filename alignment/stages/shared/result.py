@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from alignment.core.artifacts import TOKENIZER
 from alignment.costs.recorder import on_shadows, recorder
 from alignment.costs.shadows import zeros
 from alignment.data.tokens.tokenizer import tokenizer_hashes
@@ -53,7 +54,7 @@ def save_model(
     state = _state(model, trained_only=is_adapter)
     if not context.is_main:
         return StageResult(metrics=metrics)
-    tokenizer.save_pretrained(str(fresh_folder(context, "tokenizer")))
+    tokenizer.save_pretrained(str(fresh_folder(context, TOKENIZER)))
     hashes = tokenizer_hashes(tokenizer)
     if not is_adapter:
         folder = fresh_folder(context, "model")

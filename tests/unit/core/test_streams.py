@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,13 @@ def test_what_a_closed_pipe_does_not_take_is_dropped() -> None:
 @pytest.mark.parametrize("arguments", [["recipes"], ["--help"], ["doctor", "data/quickstart/preferences.jsonl"]])
 def test_a_command_ends_as_it_would_where_nobody_reads_it(arguments: list[str]) -> None:
     assert _unread([sys.executable, "-m", "alignment.cli", *arguments]) == (0, "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1"])
+def test_characters_that_the_terminal_lacks_are_printed_as_numbers(encoding: str) -> None:
+    argv = [sys.executable, "-c", "from alignment.core.streams import make_unfailing; make_unfailing(); print('a – b')"]
+    process = subprocess.run(argv, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, cwd=ROOT)
+    assert (process.returncode, process.stdout) == (0, b"a \\u2013 b\n")
 
 
 def _unread(argv: Sequence[str]) -> tuple[int, str]:

@@ -296,3 +296,10 @@ def test_the_doctor_says_whether_other_lines_are_utf_8(tmp_path: Path) -> None:
         "2 lines are not UTF-8, and the others have only ASCII characters; if the file is Latin-1, convert it: "
         f"iconv -f LATIN1 -t UTF-8 {file} > NEW_FILE\n"
     ) in _printed(file)
+    spaced = file.rename(tmp_path / "a b.jsonl")
+    assert f"iconv -f LATIN1 -t UTF-8 '{spaced}' > NEW_FILE\n" in _printed(spaced)
+
+
+def test_the_doctor_s_settings_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    file = _write(tmp_path / "my pairs.jsonl", [PAIR])
+    assert f"to use it    'stages.dpo.data.source=path:{file}'\n" in _printed(file)

@@ -14,6 +14,7 @@ from rich.console import Console
 from alignment.commands.chat.driver import chat
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError
+from alignment.core.fingerprint import digest
 from alignment.pipeline.sources import model_sources
 
 OPTIONS = {"system": "", "max_new_tokens": 8, "temperature": 0.0, "seed": 0}
@@ -45,12 +46,14 @@ class Runs:
     def artifact(self, run: str, stage: str) -> Path:
         return self.output / "artifacts" / f"{stage}-{run}"
 
-    def publish(self, folder: Path, stage: str, kind: str, **base_record: Any) -> None:
+    def publish(
+        self, folder: Path, stage: str, kind: str, template: dict[str, Any] | None = None, **base_record: Any
+    ) -> None:
         content = self.output / "content"
         content.mkdir()
         (content / "metrics.jsonl").touch()
         base = {"source": f"path:{self.base}", "path": str(self.base), "content": None, **base_record}
-        identity = {"kind": stage, "base": {"dtype": "float32"}}
+        identity = {"kind": stage, "base": {"dtype": "float32", **(template or {})}}
         publish(content, folder, Manifest(stage=stage, kind=kind, fingerprint="0" * 64, identity=identity, base=base))
 
     def talk(self, result: str, *arms: str, **options: Any) -> list[str]:
@@ -111,6 +114,31 @@ def test_arms_are_stages_the_base_or_other_results(runs: Runs, arms_of: Callable
     assert arms_of("a", "dpo", "b/dpo") == ["dpo", "b/dpo"]
     assert arms_of("a/sft") == ["a/sft"]
     assert arms_of(str(runs.artifact("a", "sft")), "base") == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("template", "source", "options"),
+    [
+        ({}, None, {}),
+        ({"template_options": {"enable_thinking": False}}, None, {"enable_thinking": False}),
+        ({"chat_template": digest("chatml"), "template_options": {"a": 1}}, "chatml", {"a": 1}),
+        (
+            {"chat_template": digest("{{ a }}"), "template_options": {"a": 1}},
+            "path:{folder}/tokenizer/chat_template.jinja",
+            {},
+        ),
+    ],
+)
+def test_the_base_of_a_result_has_the_template_of_its_run(
+    runs: Runs, template: dict[str, Any], source: str | None, options: dict[str, Any]
+) -> None:
+    folder = runs.artifact("b", "sft")
+    runs.publish(folder, "sft", "policy", template)
+    assert runs.talk(str(folder), str(folder), "base") == [folder.name, "base"]
+    base = runs.speakers[1]
+    assert base["chat_template"] == (source and source.format(folder=folder))
+    assert base["template_options"] == options
+    assert runs.speakers[0]["chat_template"] is None, "its own tokenizer has it"
 
 
 def test_results_of_a_run_that_was_moved_are_found(runs: Runs, tmp_path: Path) -> None:

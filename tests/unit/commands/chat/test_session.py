@@ -191,6 +191,13 @@ def test_a_pipe_is_a_conversation(piped: Callable[..., str]) -> None:
     assert sessions[0].heard == ["two"]
 
 
+def test_a_closed_input_is_an_empty_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    sessions = [_Echo("sft")]
+    converse(sessions, Screen())
+    assert sessions[0].heard == []
+
+
 def test_nobody_is_answered_who_has_gone(piped: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     """An endless pipe in, and ``head`` behind it."""
     sessions = [_Echo("sft")]

@@ -100,8 +100,8 @@ class Runs:
         text = "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)
         (folder / "samples.jsonl").write_text(text)
 
-    def compared(self, *names: str, html: str | None = None) -> str:
-        console = Console(width=160)
+    def compared(self, *names: str, html: str | None = None, width: int = 160) -> str:
+        console = Console(width=width)
         with console.capture() as captured:
             compare(console, self.output, names, html=html)
         return captured.get()
@@ -321,3 +321,13 @@ def test_runs_that_are_not_there_are_refused(runs: Runs, names: tuple[str, ...],
     with pytest.raises(ConfigError) as caught:
         runs.compared(*names)
     assert words in f"{caught.value}"
+
+
+def test_values_are_whole_on_a_narrow_terminal(runs: Runs) -> None:
+    """Long ones often differ at their end."""
+    folder = "path:/home/jane/project/data/of/the/year"
+    for name in ("a", "b"):
+        runs.add(name, {"stage:dpo": [0.5]}, data={"source": f"{folder}/train_{name}.jsonl"})
+    printed = runs.compared("a", "b", width=60)
+    assert f"{folder}/train_a.jsonl" in printed
+    assert f"{folder}/train_b.jsonl" in printed

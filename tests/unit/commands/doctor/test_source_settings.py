@@ -85,7 +85,7 @@ def test_the_remedy_for_misspelt_columns_is_a_command_that_works(tmp_path: Path,
     assert "misspelt?" not in printed
     assert "reward, dpo  1 pair\n" in printed
     setting = "'stages.dpo.data.columns={chosen: choosen, rejected: rejectd}'"
-    assert f"  to use it    stages.dpo.data.source=path:{file} {setting}\n" in printed
+    assert f"  to use it    'stages.dpo.data.source=path:{file}' {setting}\n" in printed
 
 
 def test_the_remedy_for_unknown_columns_is_a_command_to_fill_in(tmp_path: Path, capsys: Captured) -> None:

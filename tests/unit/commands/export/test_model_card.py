@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from alignment.commands.export.model_card import model_card
-from alignment.commands.export.provenance import provenance, without_folders
+from alignment.commands.export.provenance import provenance, value_without_folders, without_folders
 from alignment.core.artifacts import Manifest, publish, read_manifest
 
 OPTIM = {"lr": 2e-4, "batch_size": 8, "epochs": 1, "max_steps": None}
@@ -229,6 +229,28 @@ def test_no_folder_of_the_machine_is_in_it(store: Store) -> None:
     assert without_folders("hub:org/name@1 ./mine.yaml ~/x/y.jsonl path:sub/x.jsonl") == (
         "hub:org/name@1 mine.yaml y.jsonl path:sub/x.jsonl"
     )
+
+
+@pytest.mark.parametrize(
+    ("value", "shortened"),
+    [
+        ("path:/home/Jane Doe/acme, inc/pairs.jsonl", "path:pairs.jsonl"),
+        ("stages.sft.data.source=path:~/my data/a b.jsonl", "stages.sft.data.source=path:a b.jsonl"),
+        ("stages.sft.data.source='path:/x,y/a.jsonl'", "stages.sft.data.source='path:a.jsonl'"),
+        (
+            "stages.sft.data.mix=[{source: path:/a b/c.jsonl, count: 1}, {source: 'path:/d e/f.jsonl'}]",
+            "stages.sft.data.mix=[{source: path:c.jsonl, count: 1}, {source: 'path:f.jsonl'}]",
+        ),
+        ("../my recipes/mine.yaml", "mine.yaml"),
+        ("/a.jsonl", "a.jsonl"),
+        ("hub:org/name@1", "hub:org/name@1"),
+        ("path:my data/x.jsonl", "path:my data/x.jsonl"),
+        ("optim.lr=1e-4", "optim.lr=1e-4"),
+        ("yes / no / 3/4 </think> <answer></answer>", "yes / no / 3/4 </think> <answer></answer>"),
+    ],
+)
+def test_folders_with_spaces_are_left_out_of_values(value: str, shortened: str) -> None:
+    assert value_without_folders(value) == shortened
 
 
 def test_its_header_is_what_hubs_read(store: Store) -> None:

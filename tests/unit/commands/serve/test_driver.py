@@ -67,6 +67,13 @@ def test_options_of_vllm_are_refused_for_transformers(run: ServedRun, option: st
     assert error.message == "only vLLM has this option"
 
 
+def test_a_key_that_is_not_set_is_named_with_what_to_do(run: ServedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MY_KEY", raising=False)
+    error = refused(run, engine="vllm", api_key_env="MY_KEY")
+    assert error.message == "the environment variable MY_KEY is not set"
+    assert error.remedy == "export MY_KEY=…, or leave the option out for a server without a key"
+
+
 def test_missing_libraries_are_named_with_what_installs_them(run: ServedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "fastapi" else find(name))

@@ -14,11 +14,12 @@ import torch
 from rich.console import Console
 
 from alignment.commands.serve.driver import LIBRARIES
-from alignment.commands.serve.loaded_arms import generation_config, load_arms
+from alignment.commands.serve.loaded_arms import generation_config, lineage_and_tokenizer, load_arms
 from alignment.commands.serve.vllm_files import write_files
 from alignment.commands.serve.vllm_layout import VllmFiles
 from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.core.errors import DataError, ModelError
+from alignment.core.fingerprint import digest
 from alignment.models.assembly.load import load_policy
 from tests.served import END, EOS, ServedRun, served_run, tokenizer_with_tools
 
@@ -39,9 +40,9 @@ def ask(run: ServedRun) -> Callable[..., Answered]:
 
     app = application(load_arms(PolicyFinder(Console(), "mine", run.output).policies(["sft", "dpo"])))
 
-    async def call(method: str, path: str, body: Any) -> Answered:
+    async def call(method: str, path: str, body: Any, host: str) -> Answered:
         sent: list[dict[str, Any]] = []
-        headers = [(b"content-type", b"application/json")]
+        headers = [(b"content-type", b"application/json"), (b"host", host.encode())]
         scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b"", "app": app}
         content = json.dumps(body).encode() if body is not None else b""
         messages = [{"type": "http.request", "body": content, "more_body": False}]
@@ -57,9 +58,9 @@ def ask(run: ServedRun) -> Callable[..., Answered]:
 
         await app(scope, receive, send)
         text = b"".join(message.get("body", b"") for message in sent)
-        return sent[0]["status"], json.loads(text) if text else None
+        return sent[0]["status"], json.loads(text) if text.startswith((b"{", b"[")) else text.decode() or None
 
-    return lambda method, path, body=None: asyncio.run(call(method, path, body))
+    return lambda method, path, body=None, host="127.0.0.1:8000": asyncio.run(call(method, path, body, host))
 
 
 def chat(model: str) -> dict[str, Any]:
@@ -74,6 +75,27 @@ def test_the_app_lists_the_arms_and_answers_for_them(ask: Callable[..., Answered
     assert [model["id"] for model in listed["data"]] == ["sft", "dpo"]
     status, reply = ask("POST", "/v1/chat/completions", chat("dpo"))
     assert (status, reply["model"], reply["usage"]["completion_tokens"]) == (200, "dpo", 1)
+
+
+@needs_libraries
+def test_a_page_that_points_its_own_name_at_this_machine_is_refused(ask: Callable[..., Answered]) -> None:
+    assert ask("GET", "/v1/models", host="localhost:8000")[0] == 200
+    status, text = ask("POST", "/v1/chat/completions", chat("dpo"), host="evil.example:8000")
+    assert (status, text) == (400, "Invalid host header")
+
+
+def test_the_base_of_a_result_has_the_template_that_the_result_was_trained_with(tmp_path: Path) -> None:
+    run = served_run(tmp_path)
+    artifact = Path(run.artifacts["sft"].path or "")
+    file, text = artifact / "tokenizer/chat_template.jinja", "{{ 'asked: ' + messages[0]['content'] }}"
+    assert file.is_file(), "transformers saves it under this name"
+    file.write_text(text)
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    manifest["identity"]["base"]["chat_template"] = digest(text)
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    (base,) = PolicyFinder(Console(), str(artifact), run.output).policies(["base"])
+    _, tokenizer = lineage_and_tokenizer(base)
+    assert tokenizer.chat_template == text
 
 
 @needs_libraries
