@@ -22,7 +22,10 @@ from tests.documented.setting_paths import choices, defaults, ending_in
 
 MATRIX_AXES = ("stage", "adapter", "launcher")
 
-OF_OTHERS = {"--speculative-config", "--chat-template-kwargs", "--jinja"}
+OF_OTHERS = {
+    *("--speculative-config", "--chat-template-kwargs", "--enforce-eager", "--no-enable-chunked-prefill"),
+    "--jinja",
+}
 """Options of vLLM and llama-server."""
 NOT_SETTINGS = {"model.generate", "stage.sbatch"}
 KEYS_OF_OTHERS = {"do_sample", "task", "dataset_path", "dataset_kwargs.revision", "metadata"} | {

@@ -75,12 +75,6 @@ MUTATIONS = [
             "            pass\n",
             "test_what_went_well_is_not_tried_again",
         ),
-        (
-            "machines give up on one that tries",
-            "        machines.show_life(plan.run_folder, plan.config.launch)\n",
-            "",
-            "test_other_machines_see_that_the_first_one_lives_while_it_tries",
-        ),
     ),
     *in_file(
         "stages/evaluate/prompt_lengths.py",

@@ -330,7 +330,7 @@ MUTATIONS = [
         "unit/report/test_verdict.py",
         (
             "a reward model's difference that may be chance contradicts",
-            "gain.real and gain.difference > 0",
+            "evaluation.is_real(gain) and gain.difference > 0",
             "gain.difference > 0",
             "test_a_reward_model_that_contradicts_is_in_the_headline_if_its_difference_is_real",
         ),

@@ -118,13 +118,19 @@ MUTATIONS = [
             "",
             "test_an_attempt_that_a_killed_driver_announced_is_forgotten",
         ),
+        (
+            "machines give up on one that works",
+            "        stack.enter_context(machines.showing_life(plan.run_folder, plan.config.launch))\n",
+            "",
+            "test_other_machines_see_that_the_first_one_lives",
+        ),
     ),
     *in_file(
         "pipeline/backends/machines.py",
         f"{PIPELINE}/test_machines.py",
         (
             "another machine answers before the first one lives",
-            'attempt["attempt"] != earlier or self._lives',
+            'attempt["attempt"] != earlier or self._signs.have_changed',
             "True",
             "test_an_attempt_of_a_first_machine_that_was_killed_is_not_answered",
         ),

@@ -37,8 +37,8 @@ MUTATIONS = [
         ),
         (
             "the last batch of training rows cuts what a look gathers",
-            "references, state.dataloader_references = state.dataloader_references, [None]",
-            "references = state.dataloader_references",
+            "with _in_evaluation_mode(model), outside_of_data_loaders(accelerator):",
+            "with _in_evaluation_mode(model):",
             "test_at_the_end_of_the_training_rows_every_held_out_pair_counts",
         ),
     ),
