@@ -393,6 +393,16 @@ MUTATIONS = [
         ),
     ),
     *in_file(
+        "data/near_duplicates.py",
+        "unit/data/test_near_duplicates.py",
+        (
+            "near duplicates in scripts without spaces are not found",
+            "if lower.isascii() else _WORD.findall(lower)",
+            "if True else _WORD.findall(lower)",
+            "test_a_character_is_a_word_in_scripts_without_spaces",
+        ),
+    ),
+    *in_file(
         "evaluation/bag_of_words.py",
         "unit/evaluation/test_bag_of_words.py",
         (

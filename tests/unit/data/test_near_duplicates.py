@@ -75,6 +75,14 @@ def test_nearly_all_planted_near_repeats_are_found_and_nothing_else() -> None:
     assert len(pairs) >= 98
 
 
+def test_a_character_is_a_word_in_scripts_without_spaces() -> None:
+    text = "这家商店星期一关门钥匙在大厅里请给我打电话谢谢你们今天天气很好吃"
+    assert len(set(text)) > 25
+    (pair,) = _near_repeats(text, "今天星期二商店开门到晚上八点", text.replace("厅", "堂"))
+    assert (pair.where, pair.earlier) == ("a.jsonl:3", "a.jsonl:1")
+    assert pair.share == pytest.approx((len(text) - 3) / (len(text) + 1))
+
+
 def test_short_texts_must_be_the_same_but_for_case_and_spaces() -> None:
     assert _near_repeats("What is 2 + 2?", "What is 2 + 3?", "Yes", "No", "Yes.") == []
     assert [pair.where for pair in _near_repeats("Good  morning", "good morning", "Yes", "yes")] == [
