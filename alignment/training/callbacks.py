@@ -68,7 +68,7 @@ class StepLog(TrainerCallback):
         self._context.progress("training", state.global_step, state.max_steps, **headline)
 
 
-class IntervalsOfNow(TrainerCallback):
+class CurrentIntervals(TrainerCallback):
     """Has a stage that continues log and save as often as its settings say now, not as they said when the checkpoint
     was written."""
 

@@ -21,7 +21,7 @@ from alignment.training import checkpoints
 from alignment.training.callbacks import (
     AdaptersAtWork,
     Checkpoints,
-    IntervalsOfNow,
+    CurrentIntervals,
     NoStepTooMany,
     NothingLeft,
     StepLog,
@@ -94,7 +94,16 @@ def train(
     if (estimate := recorder()) is not None:  # before others that take a step
         trainer.add_callback(FewSteps(estimate, trainer, period=period))
     longest = (LongestBatch(trainer, context),) if isinstance(trainer, MicroBatches) else ()
-    for callback in (*looks, IntervalsOfNow(), AdaptersAtWork(), steps, Checkpoints(context), *checks, *longest, stop):
+    for callback in (
+        *looks,
+        CurrentIntervals(),
+        AdaptersAtWork(),
+        steps,
+        Checkpoints(context),
+        *checks,
+        *longest,
+        stop,
+    ):
         trainer.add_callback(callback)
     if validation is not None and resumed is not None:
         validation.resume(resumed)

@@ -283,7 +283,7 @@ MUTATIONS = [
         "unit/models/test_start.py",
         (
             "an adapter of four bits stays beside whole weights",
-            "    _refuse_whole_under_four_bits(beside, adapter)\n    model = load",
+            "    _refuse_whole_weights(beside, adapter)\n    model = load",
             "    model = load",
             "test_what_was_trained_on_four_bits_does_not_stay_beside_whole_weights",
         ),

@@ -55,7 +55,7 @@ def model_card(
         _header(manifest, origin, form),
         _opening(manifest, origin),
         usage_lines(manifest, form, files, turn_end),
-        [f"- {_without_folders(note)}" for note in notes],
+        [f"- {_published(note)}" for note in notes],
         ["## What was measured", "", *_measured(manifest, origin)],
         ["## Intended use and limits", "", *_limits(manifest, origin)],
         ["## Where it comes from", "", *_chain(manifest, origin)],
@@ -103,8 +103,8 @@ def _opening(manifest: Manifest, origin: Provenance) -> list[str]:
     ]
 
 
-def _without_folders(note: str) -> str:
-    """A note, whose last words may be a path with spaces."""
+def _published(note: str) -> str:
+    """A note without folders of the machine; behind its last colon may be a path with spaces."""
     words, colon, value = note.rpartition(": ")
     return f"{without_folders(words)}{colon}{value_without_folders(value)}"
 

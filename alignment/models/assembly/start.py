@@ -58,7 +58,7 @@ def load_start(
             remedy="set it to merge, or set init to a stage that trained an adapter",
         )
     below, beside = (start, ()) if adapter.chain is Chain.merge else (start.weights, start.beside)
-    _refuse_whole_under_four_bits(beside, adapter)
+    _refuse_whole_weights(beside, adapter)
     model = load(below, dtype)
     _refuse_unmerged(model, beside, adapter)
     _refuse_dora_in_four_bits(beside, adapter)
@@ -91,7 +91,7 @@ def _refuse_unmerged(model: PreTrainedModel, beside: Sequence[SavedAdapter], ada
             )
 
 
-def _refuse_whole_under_four_bits(beside: Sequence[SavedAdapter], adapter: AdapterConfig) -> None:
+def _refuse_whole_weights(beside: Sequence[SavedAdapter], adapter: AdapterConfig) -> None:
     """Refuses an adapter that was trained on weights in four bits beside whole ones: that is another policy.
 
     Raises:

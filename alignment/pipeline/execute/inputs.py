@@ -16,7 +16,8 @@ def with_inputs(plan: Plan, only: str, announce: Announce) -> Plan:
     """The plan, if the stage named ``only`` has all its inputs.
 
     A result is named after the commits of the models and data from a hub that it was made with. If a branch is not on
-    this machine, its commit is unknown, so it is downloaded before a result counts as missing.
+    this machine, its commit is unknown. So it is downloaded before a result counts as missing, if there are results of
+    the same stages, or a store.
 
     Raises:
         ConfigError: there is no such stage, or a stage that makes one of its inputs has not been run.

@@ -57,8 +57,8 @@ def split_by_prompt(
     return learned, held_out
 
 
-def own_prompts(rows: Dataset) -> list[bytes]:
-    """The prompt of each row, or for a row without one that of the first row from the same record.
+def distinguishing_prompts(rows: Dataset) -> list[bytes]:
+    """What tells rows apart: the prompt of each, or for a row without one that of the first row from the same record.
 
     The end of a long text has no prompt, and may be a single token that ends other texts too.
     """

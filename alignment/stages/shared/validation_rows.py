@@ -12,7 +12,7 @@ from alignment.config.validation import ValidationConfig
 from alignment.core.errors import DataError
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import Kind
-from alignment.stages.shared.by_prompt import own_prompts, split_by_prompt
+from alignment.stages.shared.by_prompt import distinguishing_prompts, split_by_prompt
 from alignment.stages.shared.stage_rows import WHERE, token_rows
 from alignment.training.context import StageContext
 
@@ -78,8 +78,8 @@ def hold_out(
 
 
 def _refuse_shared_prompts(rows: Dataset, held_out: Dataset, why: str, *, where: str) -> None:
-    asked = set(own_prompts(rows))
-    shared = sum(prompt in asked for prompt in own_prompts(held_out))
+    asked = set(distinguishing_prompts(rows))
+    shared = sum(prompt in asked for prompt in distinguishing_prompts(held_out))
     if shared:
         raise DataError(
             f"{shared} of {len(held_out)} held-out rows have a prompt {why}",

@@ -8,6 +8,7 @@ import importlib
 import io
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,12 @@ def test_a_recipe_for_each_format_passes_a_plan(name: str, new: Callable[..., Re
     assert stages_of(recipe) == EXPECTED[name]
     assert f"{len(EXPECTED[name])} to run, 0 reused" in new.printed.getvalue()  # type: ignore[attr-defined]
     assert validated(recipe) == []
+
+
+def test_without_an_input_stream_nothing_is_asked(new: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    file = write("rows.jsonl", rows_like(FORMATS["messages"].row, 60))
+    assert stages_of(new(file)) == EXPECTED["messages"]
 
 
 @pytest.mark.parametrize("file", sorted(WRITTEN.iterdir()), ids=lambda file: file.stem)
