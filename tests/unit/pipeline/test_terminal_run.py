@@ -80,8 +80,11 @@ def on_a_terminal(argv: list[str], columns: int) -> Iterator[RealTerminal]:
         real.close()
 
 
-def test_a_run_is_drawn_in_place_and_ctrl_c_leaves_a_clean_terminal(overrides: list[str], monkeypatch) -> None:
+def test_a_run_is_drawn_in_place_and_ctrl_c_leaves_a_clean_terminal(
+    overrides: list[str], tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setenv("WORKER_FAULT", "reward:hang")
+    hanging = tmp_path / "out/runs/quickstart/reward/hanging"
     script = str(Path(__file__).with_name("terminal_run.py"))
     with on_a_terminal([sys.executable, script, *overrides], columns=100) as real:
         shown = real.terminal
@@ -101,6 +104,7 @@ def test_a_run_is_drawn_in_place_and_ctrl_c_leaves_a_clean_terminal(overrides: l
         assert not shown.shows_cursor
         real.resize(50)
         real.read_until(lambda: "evaluate" in line_of("report"))
+        real.read_until(hanging.exists)  # before its worker runs, a stage has nothing to finish or to save
         real.press(b"\x03")
         real.read_until(lambda: real.process.poll() is not None)
         real.read_until(lambda: "stopped; run the same" in "".join(shown.lines[-2:]))
