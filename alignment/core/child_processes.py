@@ -39,7 +39,9 @@ def kill_all(living: Callable[[], list[psutil.Process]]) -> None:
 
 
 def _is_resource_tracker(process: psutil.Process) -> bool:
-    return any("resource_tracker" in word for word in process.cmdline())
+    """Also of a process without a command line, which is just being started and may become one."""
+    words = process.cmdline()
+    return not words or any("resource_tracker" in word for word in words)
 
 
 def _visible_children(process: psutil.Process, *, recursive: bool) -> list[psutil.Process]:

@@ -65,7 +65,16 @@ def test_a_process_that_has_ended_has_no_children() -> None:
 
 
 @pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="no folder shows the machine's shared memory")
-def test_killed_processes_leave_no_shared_memory() -> None:
+@pytest.mark.parametrize("starting", [False, True])
+def test_killed_processes_leave_no_shared_memory(starting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if they are killed while the one that would remove it is ``starting``, and has no command line yet."""
+    cmdline, looked_at = psutil.Process.cmdline, list[int]()
+
+    def at_first_empty(process: psutil.Process) -> list[str]:
+        looked_at.append(process.pid)
+        return [] if starting and looked_at.count(process.pid) == 1 else cmdline(process)
+
+    monkeypatch.setattr(psutil.Process, "cmdline", at_first_empty)
     with subprocess.Popen([sys.executable, "-c", SHARING], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
         assert program.stdout is not None
         memory = SHARED_MEMORY / program.stdout.readline().decode().strip()
