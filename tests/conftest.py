@@ -72,13 +72,22 @@ def _is_of_several_processes(test: str) -> bool:
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What belongs together stays with one of the processes that ``make test`` shares the tests out to: tests of
-    several processes, and those on one run of a recipe."""
+    several processes, those on one run of a recipe, and those of a file that makes something once for all of them."""
     for item in items:
         if _is_of_several_processes(item.path.as_posix()):
             item.add_marker(pytest.mark.processes)
             item.add_marker(pytest.mark.xdist_group("processes"))
-        for made_once in {"finished", "gated", "served", "smoke"} & set(getattr(item, "fixturenames", ())):
+        for made_once in {"forked", "served"} & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group(made_once))
+        if _has_module_fixture(item) and not any(item.iter_markers("xdist_group")):
+            item.add_marker(pytest.mark.xdist_group(item.path.as_posix()))
+
+
+def _has_module_fixture(item: pytest.Item) -> bool:
+    """Whether the test uses something that is made once for its file, and so would be made in each process."""
+    info = getattr(item, "_fixtureinfo", None)
+    known = () if info is None else info.name2fixturedefs.values()
+    return any(definitions and definitions[-1].scope == "module" for definitions in known)
 
 
 @pytest.hookimpl(optionalhook=True)

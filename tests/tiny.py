@@ -5,6 +5,10 @@ The tokenizer is a byte-level BPE with ChatML turns, a default system turn and p
 
 from __future__ import annotations
 
+import atexit
+import os
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -167,11 +171,38 @@ def save_tiny_model(
 
     ``changes`` replace settings of the model.
     """
-    tokenizer = tokenizer or tiny_tokenizer()
+    if tokenizer is not None:
+        _save(folder, tokenizer, architecture, seed, changes)
+    else:
+        shutil.copytree(_made_once(architecture, seed, changes), folder, dirs_exist_ok=True)
+    return folder
+
+
+def _save(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, architecture: str, seed: int, changes: dict[str, Any]
+) -> None:
     sizes = {"vocab_size": len(tokenizer), **changes}
     tiny_model(architecture, seed=seed, **sizes).save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
-    return folder
+
+
+_MADE: dict[str, Path] = {}
+
+
+def _made_once(architecture: str, seed: int, changes: dict[str, Any]) -> Path:
+    """A folder with such a model, which this process makes once: hundreds of tests ask for the same ones."""
+    key = repr((architecture, seed, sorted(changes.items())))
+    if key not in _MADE:
+        folder = Path(tempfile.mkdtemp(prefix="tiny-model-"))
+        atexit.register(_remove, folder, os.getpid())
+        _save(folder, tiny_tokenizer(), architecture, seed, changes)
+        _MADE[key] = folder
+    return _MADE[key]
+
+
+def _remove(folder: Path, maker: int) -> None:
+    if os.getpid() == maker:  # a fork must leave it to the process that made it
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def tiny_spec(folder: Path, config: StageConfig, **changes: Any) -> StageSpec:

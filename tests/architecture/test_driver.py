@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from alignment.config.store import recipe_names, recipes_folder
 
 ROOT = Path(__file__).parents[2]
@@ -18,22 +16,24 @@ HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "nump
 CODE = """
 import json, sys
 from alignment.cli import main
-try:
-    code = main(sys.argv[1:])
-except SystemExit as end:
-    code = end.code
-print(json.dumps({"code": code, "modules": sorted(sys.modules)}), file=sys.stderr)
+for arguments in json.loads(sys.argv[1]):
+    try:
+        code = main(arguments)
+    except SystemExit as end:
+        code = end.code
+    modules = sorted({name.partition(".")[0] for name in sys.modules})
+    print(json.dumps({"code": code, "modules": modules}), file=sys.stderr)
 """
 
 
-def modules_after(*arguments: str) -> set[str]:
-    """Runs the command in a process of its own and returns all that it imported."""
+def modules_after(*commands: tuple[str, ...]) -> list[set[str]]:
+    """Runs the commands one after another in a process of their own; returns all that was imported after each."""
     done = subprocess.run(
-        [sys.executable, "-c", CODE, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-c", CODE, json.dumps(commands)], cwd=ROOT, capture_output=True, text=True, check=True
     )
-    outcome = json.loads(done.stderr.splitlines()[-1])
-    assert outcome["code"] == 0, done.stderr
-    return {name.partition(".")[0] for name in outcome["modules"]}
+    outcomes = [json.loads(line) for line in done.stderr.splitlines() if line.startswith('{"code"')]
+    assert [outcome["code"] for outcome in outcomes] == [0] * len(commands), done.stderr
+    return [set(outcome["modules"]) for outcome in outcomes]
 
 
 ELSEWHERE = re.compile(r"hub:|path:")
@@ -41,10 +41,16 @@ OFFLINE = [name for name in recipe_names() if not ELSEWHERE.search((recipes_fold
 """What a hub's data set is, its own library says; a path is a file of the user's."""
 
 
-@pytest.mark.parametrize("arguments", [*(("plan", name) for name in OFFLINE), ("--help",), ("status",)])
-def test_the_driver_imports_no_training_library(arguments: tuple[str, ...], tmp_path: Path) -> None:
-    more = {"plan": [f"output={tmp_path}"], "status": ["--output", str(tmp_path)]}.get(arguments[0], [])
-    assert not modules_after(*arguments, *more) & set(HEAVY)
+LISTINGS = [("--help",), ("stages",), ("recipes",), ("run", "--help"), ("sweep", "--help")]
+
+
+def test_the_driver_imports_no_training_library_and_listings_not_even_hydra(tmp_path: Path) -> None:
+    plans = [("plan", name, f"output={tmp_path}") for name in OFFLINE]
+    commands = [*LISTINGS, ("status", "--output", str(tmp_path)), *plans]
+    for number, (command, modules) in enumerate(zip(commands, modules_after(*commands), strict=True)):
+        assert not modules & set(HEAVY), command
+        assert number >= len(LISTINGS) or "hydra" not in modules, command
+    assert plans
 
 
 def test_a_plan_of_benchmarks_does_not_import_the_harness(tmp_path: Path) -> None:
@@ -53,12 +59,8 @@ def test_a_plan_of_benchmarks_does_not_import_the_harness(tmp_path: Path) -> Non
         "defaults: [base, stage@stages.benchmark: benchmark, _self_]\n"
         f"stages: {{benchmark: {{tasks: [both, shout], task_folders: ['{ROOT / 'tests/data/tasks'}']}}}}\n"
     )
-    assert not modules_after("plan", str(recipe), f"output={tmp_path}") & {*HEAVY, "lm_eval"}
-
-
-@pytest.mark.parametrize("arguments", [("--help",), ("stages",), ("recipes",), ("run", "--help"), ("sweep", "--help")])
-def test_help_and_listings_do_not_even_import_hydra(arguments: tuple[str, ...]) -> None:
-    assert "hydra" not in modules_after(*arguments)
+    (modules,) = modules_after(("plan", str(recipe), f"output={tmp_path}"))
+    assert not modules & {*HEAVY, "lm_eval"}
 
 
 def test_import_directions_hold() -> None:

@@ -301,7 +301,10 @@ def test_the_table_names_exactly_what_the_source_uses() -> None:
 def test_a_private_name_is_what_we_take_it_for(name: str) -> None:
     library, holds = {**CONTRACTS, **UNDOCUMENTED}[name]
     version = sys.version.split()[0] if library == "Python" else importlib.metadata.version(library)
-    users = [
-        str(path.relative_to(PACKAGE.parent)) for path in sorted(PACKAGE.rglob("*.py")) if name in path.read_text()
-    ]
-    assert holds(), f"{library} {version} has another {name} than {', '.join(users)} expects"
+    assert holds(), f"{library} {version} has another {name} than {_users(name)} expects"
+
+
+def _users(name: str) -> str:
+    """The files that name it."""
+    files = [path for path in sorted(PACKAGE.rglob("*.py")) if name in path.read_text(encoding="utf-8")]
+    return ", ".join(str(path.relative_to(PACKAGE.parent)) for path in files)

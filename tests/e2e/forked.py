@@ -47,6 +47,10 @@ class Forked:
 
 
 def _serve() -> None:
+    import alignment.commands.export.worker
+    import alignment.pipeline.execute.run
+    import alignment.rehearse
+    import alignment.report.kit.render
     import alignment.stages.cpt.run
     import alignment.stages.distil.run
     import alignment.stages.dpo.run
@@ -57,12 +61,14 @@ def _serve() -> None:
     import alignment.stages.reward.run
     import alignment.stages.reward_card.run
     import alignment.stages.sample.run
-    import alignment.stages.sft.run  # noqa: F401  each stage would import these anew
+    import alignment.stages.sft.run
+    import alignment.worker  # noqa: F401  each command and each stage would import these anew
     from alignment import cli
-    from alignment.pipeline.backends import processes
+    from alignment.pipeline.backends import forking, processes
 
     processes.execute = _execute
     processes.call = _call
+    forking._can_fork = lambda: False  # or each driver starts a server that imports everything once more, for nobody
     gc.freeze()  # or each stage's trainer would look through all that is imported, which takes 0.4 s
     for line in sys.stdin:
         argv = json.loads(line)

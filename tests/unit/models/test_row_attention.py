@@ -50,33 +50,34 @@ def _by_loops(
     return torch.stack(out)
 
 
-@pytest.mark.parametrize(
-    "limits", [{}, {"QUERIES": 4, "SPAN": 3}, {"QUERIES": 1, "SPAN": 1}, {"CALL": 0}, {"CALL": 10**9}], ids=str
-)
+LIMITS: list[dict[str, int]] = [{}, {"QUERIES": 4, "SPAN": 3}, {"QUERIES": 1, "SPAN": 1}, {"CALL": 0}, {"CALL": 10**9}]
+"""Sizes of the parts in which the products are taken."""
+
+
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2), (3, 1)], ids=str)
 @pytest.mark.parametrize("rows", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("how", HOW.values(), ids=HOW)
 def test_values_and_gradients_are_those_of_the_definition(
-    monkeypatch: pytest.MonkeyPatch, how: Scores, rows: tuple[Row, ...], heads: tuple[int, int], limits: dict[str, int]
+    monkeypatch: pytest.MonkeyPatch, how: Scores, rows: tuple[Row, ...], heads: tuple[int, int]
 ) -> None:
-    for name, number in limits.items():
-        monkeypatch.setattr(row_attention, name, number)
-    row_attention._plan.cache_clear()
     rng = torch.Generator().manual_seed(0)
     keys = max(end for row in rows for _, end in row.keys)
     shapes = (heads[0], 10, 8), (heads[1], keys, 8), (heads[1], keys, 5)
     inputs = [torch.randn(*shape, generator=rng).requires_grad_() for shape in shapes]
     exact_inputs = [states.detach().double().requires_grad_() for states in inputs]
     upstream = torch.randn(heads[0], 10, 5, generator=rng)
-    attended, expected = attend(*inputs, rows, how), _by_loops(*exact_inputs, rows, how)  # type: ignore[call-arg]
-    row_attention._plan.cache_clear()
-    torch.testing.assert_close(attended, expected.float(), atol=1e-5, rtol=1e-5)
-    for gradient, exact in zip(
-        torch.autograd.grad(attended, inputs, upstream),
-        torch.autograd.grad(expected, exact_inputs, upstream.double()),
-        strict=True,
-    ):
-        torch.testing.assert_close(gradient, exact.float(), atol=1e-5, rtol=1e-5)
+    expected = _by_loops(*exact_inputs, rows, how)  # type: ignore[call-arg]
+    exact_gradients = torch.autograd.grad(expected, exact_inputs, upstream.double())
+    for limits in LIMITS:
+        with monkeypatch.context() as changed:
+            for name, number in limits.items():
+                changed.setattr(row_attention, name, number)
+            row_attention._plan.cache_clear()
+            attended = attend(*inputs, rows, how)  # type: ignore[call-arg]
+            gradients = torch.autograd.grad(attended, inputs, upstream)
+            row_attention._plan.cache_clear()
+        for part, exact in zip((attended, *gradients), (expected, *exact_gradients), strict=True):
+            torch.testing.assert_close(part, exact.float(), atol=1e-5, rtol=1e-5, msg=f"differs with {limits}")
 
 
 def test_short_rows_share_a_product_and_long_ones_stand_alone() -> None:
