@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from alignment.data.records import PreferencePair
@@ -14,9 +15,10 @@ CHOSEN, REJECTED = "chosen", "rejected"
 
 def one_of_each_prompt(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
     """The first pair of each prompt; pairs of one prompt are no independent trials of a judge."""
-    first: dict[tuple[tuple[str, str], ...], PreferencePair] = {}
+    first: dict[str, PreferencePair] = {}
     for pair in pairs:
-        first.setdefault(tuple((turn.role, turn.content) for turn in pair.messages), pair)
+        turns = [turn.as_dict() for turn in pair.messages]
+        first.setdefault(json.dumps([turns, pair.tools], sort_keys=True, default=str), pair)
     return list(first.values())
 
 

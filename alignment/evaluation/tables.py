@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from alignment.core.errors import NonFiniteError
+from alignment.core.scripts import divided
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation import length_controlled
 from alignment.evaluation.arms import Answered, grouped
@@ -90,7 +91,7 @@ def arm_result(
         label=label,
         metrics={metric: intervals.of(known(of_prompts(arm, values))) for metric, values in scores.items()},
         by_turn=_by_turn(arm, scores, intervals),
-        words=intervals.of(arm.means([float(len(answer.text.split())) for answer in answers])),
+        words=intervals.of(arm.means([float(len(divided(answer.text))) for answer in answers])),
         reward=None if rewards is None else intervals.of(arm.means(rewards)),
         greedy_log_ratio=None if log_ratios is None or sampled else intervals.of(arm.sums(log_ratios)),
         kl=None if log_ratios is None or not sampled else intervals.of(arm.sums(log_ratios)),
@@ -228,6 +229,8 @@ def samples(rows: Sequence[HeldOutPrompt], arms: Mapping[str, Answered], scores:
             reference=row.reference,
             later_turns=list(row.later_turns),
             later_references=list(row.later_references) if any(row.later_references) else [],
+            choices=list(row.choices),
+            tools=[dict(tool) for tool in row.tools],
             answers={name: answers[index] for name, answers in of_arms.items()},
         )
         for index, row in enumerate(rows)

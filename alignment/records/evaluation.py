@@ -383,7 +383,8 @@ class SampleAnswer:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sample:
     """A held-out prompt with every arm's answer, by the arm's name; ``messages`` are turns in the form that chat
-    templates take. ``later_turns`` are what the user says next, ``later_references`` the reference answers to that."""
+    templates take. ``later_turns`` are what the user says next, ``later_references`` the reference answers to that.
+    ``choices`` and ``tools`` are those of the row."""
 
     id: Name = ""
     task: Name = ""
@@ -391,13 +392,16 @@ class Sample:
     reference: str = ""
     later_turns: list[str] = field(default_factory=list, metadata=LEFT_OUT_IF_EMPTY)
     later_references: list[str] = field(default_factory=list, metadata=LEFT_OUT_IF_EMPTY)
+    choices: list[str] = field(default_factory=list, metadata=LEFT_OUT_IF_EMPTY)
+    tools: list[dict[str, Any]] = field(default_factory=list, metadata=LEFT_OUT_IF_EMPTY)
     answers: dict[Name, SampleAnswer] = field(default_factory=dict)
 
     @property
     def prompt(self) -> str:
         """A key that identifies the prompt in any evaluation; ids do not, since rows may lack one and files may share
         them."""
-        return json.dumps([self.id, self.messages, *self.later_turns], sort_keys=True)
+        beside = [{"choices": self.choices, "tools": self.tools}] if self.choices or self.tools else []
+        return json.dumps([self.id, self.messages, *self.later_turns, *beside], sort_keys=True)
 
 
 def write_samples(folder: Path, samples: list[Sample]) -> None:

@@ -782,4 +782,14 @@ MUTATIONS = [
             "test_three_runs_are_compared_by_the_names_of_their_evaluations",
         ),
     ),
+    *in_file(
+        "records/evaluation.py",
+        "unit/evaluation/test_record.py",
+        (
+            "choices do not tell prompts apart",
+            "if self.choices or self.tools else []",
+            "if self.tools else []",
+            "test_one_question_with_other_choices_or_tools_is_another_prompt",
+        ),
+    ),
 ]

@@ -49,13 +49,11 @@ class Chosen:
 
 
 def share(runs: Sequence[Run], num_samples: int) -> Chosen:
-    """The prompts to show; prompts with equal ids and equal turns are the same."""
-    samples_by_prompt: dict[tuple[str, str], dict[int, Sample]] = {}
+    """The prompts to show."""
+    samples_by_prompt: dict[str, dict[int, Sample]] = {}
     for run_index, run in enumerate(runs):
         for sample in run.samples:
-            samples_by_prompt.setdefault((sample.id, str((sample.messages, sample.later_turns))), {}).setdefault(
-                run_index, sample
-            )
+            samples_by_prompt.setdefault(sample.prompt, {}).setdefault(run_index, sample)
     together = [(next(iter(by_run.values())), _arms(by_run)) for by_run in samples_by_prompt.values()]
     shared = [(sample, arms) for sample, arms in together if arms]
     widest = [_widest(sample, arms) for sample, arms in shared]

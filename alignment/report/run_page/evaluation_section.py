@@ -40,6 +40,7 @@ def read_samples(rows: list[dict[str, Any]], primary: Metric | None) -> tuple[li
 def _sample(record: evaluation.Sample, primary: Metric | None) -> Sample:
     return Sample(
         id=record.id,
+        prompt=record.prompt,
         task=record.task or "no task",
         messages=[(text.name(turn.get("role", "")), text.prose(turn.get("content") or "")) for turn in record.messages],
         reference=record.reference,

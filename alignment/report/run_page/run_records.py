@@ -110,9 +110,11 @@ class Sample:
     """A held-out prompt with every arm's answer; ``messages`` are (role, text) pairs.
 
     ``later_turns`` are what the user says after the first answer, ``later_references`` the reference answers to that.
+    ``prompt`` is the key that identifies it in any evaluation.
     """
 
     id: str
+    prompt: str
     task: str
     messages: list[tuple[str, str]]
     reference: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -91,3 +92,5 @@ def test_a_prompt_is_judged_once() -> None:
 
     pairs = [pair("a", "1"), pair("b", "2"), pair("a", "3")]
     assert one_of_each_prompt(pairs) == pairs[:2]
+    with_tools = replace(pairs[0], tools=({"type": "function", "function": {"name": "look"}},))
+    assert one_of_each_prompt([pairs[0], with_tools]) == [pairs[0], with_tools]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from alignment.core.errors import ArtifactError
+from alignment.evaluation import paired_scores
 from alignment.records.evaluation import (
     ARM_METRICS,
     ArmResult,
@@ -91,6 +93,31 @@ def test_samples_are_read_as_they_were_written_whatever_stands_in_them(tmp_path:
     assert list(read_samples(tmp_path)) == samples
     assert len({sample.prompt for sample in samples}) == 2
     assert list(read_samples(tmp_path / "none")) == []
+
+
+def test_one_question_with_other_choices_or_tools_is_another_prompt(tmp_path: Path) -> None:
+    asked = Sample(messages=[{"role": "user", "content": "Which sentence is right?"}])
+    prompts = [
+        asked,
+        replace(asked, choices=["He goes.", "He go."]),
+        replace(asked, choices=["They go.", "They goes."]),
+        replace(asked, tools=[{"type": "function", "function": {"name": "look"}}]),
+        replace(asked, later_turns=["And now?"]),
+    ]
+    answered = [
+        replace(prompt, answers={"base": SampleAnswer(text="The first.", scores={"right": number / 4})})
+        for number, prompt in enumerate(prompts)
+    ]
+    write_samples(tmp_path, answered)
+    assert list(read_samples(tmp_path)) == answered
+    assert list(paired_scores.scores(tmp_path, "base")["right"].values()) == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert len(paired_scores.prompts(tmp_path)) == 5
+
+
+def test_the_key_of_a_prompt_without_choices_is_that_of_older_files() -> None:
+    assert Sample(id="1", messages=[{"role": "user", "content": "Hi."}], later_turns=["So?"]).prompt == (
+        '["1", [{"content": "Hi.", "role": "user"}], "So?"]'
+    )
 
 
 @pytest.mark.parametrize(

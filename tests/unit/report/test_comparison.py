@@ -101,6 +101,15 @@ def test_settings_arms_and_what_may_be_said_of_them(compared: Compared) -> None:
     assert re.search(r"A dpo ?0.71 0.66 to 0.76 B dpo ?0.71 0.66 to 0.76", page), "an arm's runs stand below each other"
 
 
+def test_one_question_with_other_choices_is_another_prompt(compared: Compared) -> None:
+    for run in compared.runs:
+        for number, row in enumerate(run.samples[:2]):
+            row.update(id="", messages=[{"role": "user", "content": "Which is right?"}], choices=[f"{number}", "none"])
+    both = len(compared.runs[0].samples)
+    page = Page(unlabelled(compared.html())).text
+    assert f"of {both} held-out prompts" in page
+
+
 def test_what_one_run_alone_measured_becomes_a_column(compared: Compared) -> None:
     row = compared.runs[1].evaluation["arms"][3]
     row["perplexity"] = {"mean": 7.25, "low": 6.5, "high": 8.125}
