@@ -7,7 +7,6 @@ whose similarity is then computed exactly. Case is ignored. In scripts without s
 
 from __future__ import annotations
 
-import re
 from array import array
 from dataclasses import dataclass
 from zlib import crc32
@@ -16,7 +15,7 @@ import numpy as np
 from datasketch import MinHash
 from numpy.typing import NDArray
 
-from alignment.core.scripts import WITHOUT_SPACES
+from alignment.core.scripts import divided, unified
 from alignment.data.overlap import LocatedText
 
 RUN = 2
@@ -27,7 +26,6 @@ ALIKE = 0.8
 BANDS, ROWS = 16, 8
 """Two texts of similarity .8 are compared with a probability of 95 %; at .87 it is 99.8 %, at .5 it is 6 %. Chosen, not
 tuned."""
-_WORD = re.compile(rf"[{WITHOUT_SPACES}]|[^\s{WITHOUT_SPACES}]+")
 SEED = 1
 """Fixed, so that the same file always gives the same result."""
 TEXTS = 50_000
@@ -130,8 +128,7 @@ class _Bands:
 
 def _runs(text: str) -> NDArray[np.uint32]:
     """Sorted, distinct hashes of the runs of words; a shorter text is one run."""
-    lower = text.lower()
-    words = lower.split() if lower.isascii() else _WORD.findall(lower)
+    words = divided(unified(text.lower()))
     starts = range(max(1, len(words) - RUN + 1))
     runs = (" ".join(words[start : start + RUN]).encode(errors="surrogatepass") for start in starts)
     return np.unique(np.array([crc32(run) for run in runs], dtype=np.uint32))

@@ -11,13 +11,13 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from alignment.core.errors import DataError
-from alignment.core.scripts import WITHOUT_SPACES
+from alignment.core.scripts import WITHOUT_SPACES, spaced_word, unified
 
 Vector = NDArray[np.float64]
 
@@ -30,10 +30,6 @@ _STEPS, _ROUNDS = 50, 1000
 """Most steps of Newton's method, and of conjugate gradients in each; about ten and some dozens are enough."""
 _SMALL = 1e-8
 """The fit has converged once no component of the gradient is larger than this per pair."""
-_LETTER = rf"[^\W{WITHOUT_SPACES}]"
-_WORD = re.compile(rf"[{WITHOUT_SPACES}]|{_LETTER}+(?:['’]{_LETTER}+)?")
-"""In scripts without spaces, each character is a word."""
-
 Texts = tuple[str, str]
 """A chosen and a rejected answer."""
 
@@ -109,9 +105,16 @@ def fit(pairs: Sequence[Texts], groups: Sequence[str], *, seed: int) -> BagOfWor
     return BagOfWords(words=words, weights=fitted(features, penalty), penalty=penalty)
 
 
+@cache
+def _word() -> re.Pattern[str]:
+    """In scripts without spaces, each character is a word."""
+    word = spaced_word()
+    return re.compile(rf"[{WITHOUT_SPACES}]|{word}(?:['’]{word})?")
+
+
 def words_of(text: str) -> Counter[str]:
     """The number of times that each word occurs in a text, ignoring case."""
-    return Counter(word.replace("’", "'") for word in _WORD.findall(text.lower()))
+    return Counter(word.replace("’", "'") for word in _word().findall(unified(text.lower())))
 
 
 def differences(pairs: Sequence[Texts], vocabulary: Mapping[str, int]) -> Differences:

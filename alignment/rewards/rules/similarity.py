@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from typing import Any
 
-from alignment.core.scripts import WITHOUT_SPACES
+from alignment.core.scripts import divided, unified
 from alignment.data.records import HasRow, Prompt
 from alignment.rewards.rules.rule_kind import Package, lacking, texts_in
 
@@ -16,16 +15,13 @@ REFERENCE = "reference"
 _EXAMPLE = f'it needs a text or a list of texts: {{"{REFERENCE}": "The shop is closed on Monday."}}'
 
 
-_WORD = re.compile(rf"[{WITHOUT_SPACES}]|[^\s{WITHOUT_SPACES}]+")
-
-
 class _Words:
     """Cuts a text into words of letters, their marks, and digits. In scripts without spaces each character is one."""
 
     def tokenize(self, text: str) -> list[str]:
         """The words in lower case."""
-        lower = unicodedata.normalize("NFC", text.lower())
-        return _WORD.findall("".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in lower))
+        lower = unicodedata.normalize("NFC", unified(text.lower()))
+        return divided("".join(char if unicodedata.category(char)[0] in "LMN" else " " for char in lower))
 
 
 class RougeL:

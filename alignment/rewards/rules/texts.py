@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import cache
 from typing import Any
 
+from alignment.core.scripts import divided, marks, unified
 from alignment.data.records import HasRow
 from alignment.evaluation.refusals import is_refusal
 from alignment.rewards.rules.rule_kind import lacking
@@ -41,7 +43,7 @@ class Length:
 
     def score(self, text: str, expected: None) -> float:
         """From 0 to 1."""
-        return max(0.0, 1.0 - abs(len(text.split()) - self._target) / self._target)
+        return max(0.0, 1.0 - abs(len(divided(text)) - self._target) / self._target)
 
 
 class Refusal:
@@ -93,5 +95,10 @@ def _wordings(fact: Any) -> list[str]:
 
 
 def _words(text: str) -> str:
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(re.findall(r"\d+(?:[.,:]\d+)*|\w+", folded))
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(_word().findall(unified(folded)))
+
+
+@cache
+def _word() -> re.Pattern[str]:
+    return re.compile(rf"\d+(?:[.,:]\d+)*|\w+(?:[{marks()}]+\w*)*")

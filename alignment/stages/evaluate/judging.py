@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from alignment.config.evaluating import JudgeConfig, JudgeKind
+from alignment.core.scripts import divided
 from alignment.data.mix import some
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation.arms import Answer, Answered, grouped
@@ -177,7 +178,7 @@ def _texts(arm: Answered, config: JudgeConfig) -> list[Sequence[Sequence[str]]]:
 
 def _words(arm: Answered, config: JudgeConfig, indices: Sequence[int]) -> list[float]:
     """How long the judged answers are: the first to each turn, or on average all, for a judge of all scores."""
-    counts = [float(len(answer.text.split())) for answer in arm.answers]
+    counts = [float(len(divided(answer.text))) for answer in arm.answers]
     of_first = config.kind is JudgeKind.endpoint
     of_prompts = arm.of_prompts(counts[:: arm.per_prompt]) if of_first else arm.means(counts)
     return [of_prompts[index] for index in indices]

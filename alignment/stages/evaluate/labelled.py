@@ -8,6 +8,7 @@ from typing import Any
 
 from alignment.config.evaluating import JudgeKind
 from alignment.config.scoring import MetricConfig
+from alignment.core.scripts import divided
 from alignment.data.mix import some
 from alignment.data.records import HeldOutPrompt, PreferencePair
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
@@ -75,7 +76,7 @@ def judge_labelled(
         REJECTED,
         points,
         both,
-        extra_words=[float(len(pair.chosen.split()) - len(pair.rejected.split())) for pair in pairs],
+        extra_words=[float(len(divided(pair.chosen)) - len(divided(pair.rejected))) for pair in pairs],
         by_metric=None,
         max_invalid=config.judge.max_invalid,
         intervals=intervals,

@@ -8,6 +8,7 @@ from typing import Any
 from alignment.config.evaluating import JudgeConfig
 from alignment.core.errors import StageError
 from alignment.core.fingerprint import file_sha256
+from alignment.core.scripts import divided
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation.answer_pairs import AnswerPair, pair_of
 from alignment.evaluation.arms import Answered
@@ -94,7 +95,7 @@ def _answer_pairs(
 
 
 def _extra_words(pairs: Sequence[AnswerPair], arm: str, against: str) -> list[float]:
-    return [float(len(pair.answers[arm].split()) - len(pair.answers[against].split())) for pair in pairs]
+    return [float(len(divided(pair.answers[arm])) - len(divided(pair.answers[against]))) for pair in pairs]
 
 
 def _lines(judged: VotesOnPair) -> list[dict[str, Any]]:

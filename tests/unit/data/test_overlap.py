@@ -51,6 +51,13 @@ def test_scripts_without_spaces_are_compared_by_their_characters(held_out: str, 
     assert _overlaps(other, held_out) == []
 
 
+def test_words_that_differ_only_in_their_vowel_signs_are_different() -> None:
+    assert _overlaps("खाली", "खुला") == []
+    assert _overlaps("வீடு", "வாடா") == []
+    assert _overlaps("दुकान कब खुलती है?", "दुकान कब खुलती है") == [("train:7", "eval:1", 1.0)]
+    assert _overlaps("Where is İstanbul?", "where is istanbul") == [("train:7", "eval:1", 1.0)]
+
+
 def test_of_equal_overlaps_every_call_names_the_same() -> None:
     held_out = HeldOut(LocatedText(where=f"eval:{number}", text=TEXT) for number in range(100, 140))
     (overlap,) = held_out.overlaps([LocatedText(where="train:1", text=TEXT)])

@@ -42,6 +42,10 @@ def test_scripts_without_spaces_have_a_word_for_each_character() -> None:
     assert words_of("今天 天气。OK") == {"今": 1, "天": 2, "气": 1, "ok": 1}
 
 
+def test_a_sign_belongs_to_the_letter_before_it() -> None:
+    assert words_of("किताब, खुली किताब, İstanbul") == {"किताब": 2, "खुली": 1, "istanbul": 1}
+
+
 @pytest.mark.parametrize("penalty", [0.3, 10.0])
 def test_the_fit_lies_where_no_small_change_lowers_the_loss(penalty: float) -> None:
     pairs = random_pairs(60)

@@ -81,6 +81,20 @@ def test_tasks_are_averaged_by_themselves_and_every_answer_is_kept() -> None:
     assert stored[1].messages == [{"role": "user", "content": "extract"}]
 
 
+def test_characters_are_words_in_scripts_without_spaces() -> None:
+    answers = [Answer(ids=[5, 2], text=text, ended=True) for text in ("今天休息", "Closed today, sorry.", "Ganz zu.")]
+    assert row_of(replace(answered(3), answers=answers)).words.mean == pytest.approx(3.0)
+
+
+def test_what_a_prompt_has_beside_its_turns_is_kept() -> None:
+    tool = {"type": "function", "function": {"name": "look"}}
+    question = HeldOutPrompt(
+        messages=(Message(role="user", content="Which?"),), choices=("This.", "That."), right=0, tools=(tool,)
+    )
+    [stored] = samples([question], {"base": answered(1)}, {"base": {"brevity": [1.0]}})
+    assert (stored.choices, stored.tools) == (["This.", "That."], [tool])
+
+
 @pytest.mark.parametrize(
     ("figure", "changes"),
     [

@@ -224,6 +224,9 @@ def test_length_is_best_at_the_target_and_nothing_beyond_twice_it() -> None:
     scores = [scored(length, " ".join(["word"] * number)) for number in range(11)]
     assert scores == [0.0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0]
     assert scored(length, "a  b\nc\td") == 1.0
+    assert scored(length, "今天休息") == 1.0, "in a script without spaces each character is a word"
+    assert scored(length, "今天，休息。") == 1.0
+    assert scored(length, "Café 休息 geöffnet") == 1.0
 
 
 def test_a_refusal_is_a_phrase_of_the_list() -> None:
@@ -244,6 +247,14 @@ def test_a_refusal_is_a_phrase_of_the_list() -> None:
         (["Zürich"], "in zürich!", 1.0),
         (["ﬁve"], "five of them", 1.0),
         (["by train"], "by\n  train", 1.0),
+        (["खुला"], "दुकान खाली है।", 0.0),  # the same consonants
+        (["ताब"], "यह किताब है।", 0.0),
+        (["किताब"], "यह किताब है।", 1.0),
+        (["क्षमा"], "वह क्\u200dषमा माँगता है।", 1.0),  # an invisible character joins the letters
+        (["istanbul"], "In İstanbul.", 1.0),
+        (["İSTANBUL"], "In Istanbul.", 1.0),
+        (["ที่นี่"], "ปิด ที่นี่ วันนี้", 1.0),
+        (["นี่"], "ปิด ที่นี่ วันนี้", 0.0),
         (["noon"], "", 0.0),
     ],
 )

@@ -18,6 +18,7 @@ from alignment import worker
 from alignment.config.evaluating import AnswersConfig, EndpointConfig, FewShotConfig, JudgeConfig, JudgeKind, PairConfig
 from alignment.config.scoring import MetricConfig
 from alignment.core.errors import DataError, ModelError, NonFiniteError, RewardError, StageError
+from alignment.core.scripts import divided
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import answer_ids, end_ids, prompt_ids
 from alignment.data.tokens.tokenizer import load_tokenizer
@@ -722,7 +723,7 @@ def test_several_answers_to_a_prompt_make_one_score(chain: Chained) -> None:
         assert metrics["in_three"]["mean"] == pytest.approx(sum(in_three) / 3, abs=1e-5)
         assert [sample.answers[name].scores["in_three"] for sample in samples] == pytest.approx(in_three)
         assert results[name]["distinct"] == pytest.approx(len({texts[0] for texts in answers}) / 3, abs=1e-5)
-        words = [sum(len(text.split()) for text in of_prompt) / 6 for of_prompt in answers]
+        words = [sum(len(divided(text)) for text in of_prompt) / 6 for of_prompt in answers]
         assert results[name]["words"]["mean"] == pytest.approx(sum(words) / 3, abs=1e-5)
         assert metrics["reward"]["mean"] == results[name]["reward"]["mean"]
     assert any(sum(map(bool, [sample.answers["base"].scores["closed"] % 1])) > 0 for sample in samples), "mixed answers"
