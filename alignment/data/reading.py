@@ -116,8 +116,9 @@ def start(path: Path, data: SourceConfig, *, setting: str = DATA) -> Reading:
     """
     if data.format is not None and not data.columns:
         return Reading(path=path, format=FORMATS[data.format], setting=setting)
-    head = list(islice(source_rows(path, data), LOOKED_AT))
-    _refuse_unknown_columns([row.value for row in head if isinstance(row, RawRow)], data, where=str(path))
+    all_rows = source_rows(path, data)
+    head = list(islice(all_rows, LOOKED_AT))
+    _refuse_unknown_columns(head, all_rows, data, where=str(path))
     if data.format is not None:
         return Reading(path=path, format=FORMATS[data.format], setting=setting)
     rows = [prepared(row.value, data) for row in head if isinstance(row, RawRow)]
@@ -131,15 +132,25 @@ def start(path: Path, data: SourceConfig, *, setting: str = DATA) -> Reading:
     return Reading(path=path, format=detect(rows, where=str(path)), setting=setting)
 
 
-def _refuse_unknown_columns(rows: Sequence[Any], data: SourceConfig, *, where: str) -> None:
-    known = {name for row in rows if isinstance(row, Mapping) for name in row}
+def _refuse_unknown_columns(
+    head: Sequence[RawRow | DataError], later: Iterator[RawRow | DataError], data: SourceConfig, *, where: str
+) -> None:
+    """Reads ``later`` rows only as far as a column of the settings is still missing: it may be optional."""
+    known = {name for row in head for name in _columns(row)}
+    missing = set(data.columns.values()) - known
+    while known and missing and (row := next(later, None)) is not None:
+        missing.difference_update(_columns(row))
     for column in data.columns.values():
-        if known and column not in known:
+        if known and column in missing:
             raise DataError(
                 f"data.columns names the column {column!r}, which no row has",
                 where=where,
                 remedy=f"the columns are {', '.join(sorted(known))}",
             )
+
+
+def _columns(row: RawRow | DataError) -> Iterable[str]:
+    return row.value if isinstance(row, RawRow) and isinstance(row.value, Mapping) else ()
 
 
 def _examined(reading: Reading, record: type[R], data: SourceConfig) -> Iterator[R]:
@@ -252,7 +263,7 @@ def refuse_faults(
         check = "" if path is None else f"`align doctor {path}` checks all rows; "
         way_out = f"{check}{_skipping(data, count=count, rows=rows, setting=setting, stopped=stopped)}"
         raise DataError(error.message, where=error.where, remedy=NEXT.join(filter(None, [error.remedy, way_out])))
-    if not stopped and count > data.max_skipped * rows:
+    if not stopped and count / rows > data.max_skipped:
         raise DataError(
             f"more than {data.max_skipped:.0%} of {rows} rows are faulty; {error.message}",
             where=named or ("" if path is None else str(path)),
@@ -265,7 +276,7 @@ def _skipping(data: SourceConfig, *, count: int, rows: int, setting: str, stoppe
     skip, most = f"{setting}.on_error=skip", f"{setting}.max_skipped"
     if stopped:
         return f"{skip} leaves out the faulty ones, if they are at most {data.max_skipped:.0%} of the file ({most})"
-    if count <= data.max_skipped * rows:
+    if count / rows <= data.max_skipped:
         return f"{skip} leaves out the faulty ones"
     return f"{skip} {most}={_share(count, rows):g} leave out the faulty ones"
 

@@ -189,12 +189,16 @@ def _json(path: Path) -> Iterator[Unparsed]:
     if isinstance(document, RawRow) and isinstance(document.value, list):
         for number, value in enumerate(document.value, start=1):
             yield RawRow(where=f"{path}: row {number}", value=value)
-    elif text.lstrip()[:1] == b"{":
+    elif text.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"{" and not _is_one_value_of_many_lines(document, text):
         yield from _json_lines(path)
     elif isinstance(document, DataError):
         raise document
     else:
         raise DataError("is JSON, but not a list of rows", where=str(path), remedy=_REMEDY)
+
+
+def _is_one_value_of_many_lines(document: RawRow | DataError, text: bytes) -> bool:
+    return isinstance(document, RawRow) and b"\n" in text.strip()
 
 
 def _csv(path: Path) -> Iterator[Unparsed]:

@@ -76,12 +76,17 @@ def _limit(metric: Metric, comparisons: Sequence[Comparison]) -> str:
     sizes = [comparison.detectable for comparison in pairs if comparison.detectable]
     if not sizes:
         return ""
-    low, high = f"{min(sizes):.2f}", f"{max(sizes):.2f}"
+    low, high = _difference(min(sizes)), _difference(max(sizes))
     size = low if low == high else f"{low} to {high} (by pair)"
     return (
         f"A true difference in {metric.name} below about {size} would be missed more than one time in five with "
         f"this number of prompts."
     )
+
+
+def _difference(size: float) -> str:
+    """Two decimals; a smaller one has two significant digits, because "0.00" would say that nothing is missed."""
+    return f"{size:.2f}" if size >= 0.01 else f"{size:.2g}"
 
 
 def _judged(judge: Judge, labels: Mapping[str, str]) -> str:

@@ -39,7 +39,7 @@ class FunctionScorer:
         Raises:
             RewardError: it raised, or did not return one usable number per answer; names the line or the row.
         """
-        prompts = [[message.as_dict() for message in prompt.messages] for prompt in answers.prompts]
+        prompts = [[copy.deepcopy(message.as_dict()) for message in prompt.messages] for prompt in answers.prompts]
         rows = [copy.deepcopy(dict(prompt.row)) for prompt in answers.prompts]
         try:
             returned = self._function(prompts, list(answers.texts), rows)

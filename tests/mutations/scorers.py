@@ -209,4 +209,14 @@ MUTATIONS = [
             "test_files_of_different_folders_may_have_modules_of_the_same_name",
         ),
     ),
+    *in_file(
+        "rewards/functions.py",
+        "unit/rewards/test_functions.py",
+        (
+            "a function changes the tool calls of others",
+            "copy.deepcopy(message.as_dict())",
+            "message.as_dict()",
+            "test_what_a_function_changes_in_a_tool_call_changes_nothing_else",
+        ),
+    ),
 ]  # fmt: skip

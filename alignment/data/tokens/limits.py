@@ -99,13 +99,16 @@ def refuse_losses(limits: Limits, *, dropped: int, cut: int, records: int, longe
         DataError: too many were, or all were dropped. The error gives the length of the longest.
     """
     share = limits.too_long.max_share
-    if dropped + cut <= share * records and not (records and dropped == records):
+    nothing_left = dropped == records > 0
+    if not records or ((dropped + cut) / records <= share and not nothing_left):
         return
     counts = " and ".join(f"{count} {word}" for count, word in ((dropped, "dropped"), (cut, "cut")) if count)
-    other = "" if limits.cuts else ", set too_long.do=cut"
+    remedies = ["raise the stage's length limits"]
+    remedies += [] if limits.cuts else ["set too_long.do=cut"]
+    remedies += [] if nothing_left else ["raise too_long.max_share"]
     raise DataError(
-        f"{counts} of {records} rows because they are too long, more than {share:.0%} (the longest has {longest} "
-        f"tokens, the limit is {limits.row})",
+        f"{counts} of {records} rows because they are too long{'' if nothing_left else f', more than {share:.0%}'} "
+        f"(the longest has {longest} tokens, the limit is {limits.row})",
         where=where,
-        remedy=f"raise the stage's length limits{other}, or raise too_long.max_share",
+        remedy=", or ".join(filter(None, [", ".join(remedies[:-1]), remedies[-1]])),
     )

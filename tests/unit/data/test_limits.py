@@ -214,7 +214,20 @@ def test_few_lost_rows_are_allowed_and_many_are_not() -> None:
 
 
 def test_no_share_allows_to_lose_all() -> None:
-    with pytest.raises(DataError):
+    with pytest.raises(DataError) as caught:
         refuse_losses(
             Limits(row=5, too_long=TooLongConfig(max_share=1.0)), dropped=3, cut=0, records=3, longest=9, where="x"
         )
+    assert str(caught.value) == (
+        "x: 3 dropped of 3 rows because they are too long (the longest has 9 tokens, the limit is 5)\n"
+        "  → raise the stage's length limits, or set too_long.do=cut"
+    )
+
+
+@pytest.mark.parametrize(("rows", "lost", "share"), [(100, 29, 0.29), (100, 57, 0.57), (300, 123, 0.41)])
+def test_the_share_that_was_allowed_is_allowed(rows: int, lost: int, share: float) -> None:
+    """.29 * 100 is 28.999999999999996."""
+    limits = Limits(row=5, too_long=TooLongConfig(max_share=share))
+    refuse_losses(limits, dropped=lost, cut=0, records=rows, longest=9, where="x")
+    with pytest.raises(DataError, match="more than"):
+        refuse_losses(limits, dropped=lost, cut=1, records=rows, longest=9, where="x")

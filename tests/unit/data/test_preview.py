@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -232,6 +234,24 @@ def test_the_page_shows_what_the_terminal_shows(
     assert page.index("<head>") < page.index(policy) < page.index("<style>")
     assert "1 record, " in page
     assert "1 record, " in capsys.readouterr().out
+
+
+def test_a_page_that_does_not_fit_on_the_disk_leaves_the_older_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("older")
+
+    def write_text(_: Path, text: str, **options: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("alignment.commands.preview.worker.show_stage", lambda *_, **__: None)
+    monkeypatch.setattr("alignment.commands.preview.worker.read_spec", lambda _: None)
+    monkeypatch.setattr(Path, "write_text", write_text)
+    assert main(["stage.yaml", "--html", str(page)]) == 12
+    assert "no space left on the device" in capsys.readouterr().err
+    assert page.read_text() == "older"
+    assert list(tmp_path.iterdir()) == [page]
 
 
 FILES = {

@@ -207,6 +207,7 @@ ARRAY = "a.jsonl: is one JSON array, not JSON Lines\n  → rename it to .json, o
     [
         ("a.txt", b"x", "has an unknown file type"),
         ("a.json", b'"x"', "is JSON, but not a list of rows"),
+        ("a.json", b'{\n  "data": [\n    {"text": "a"}\n  ]\n}\n', "is JSON, but not a list of rows"),
         ("a.json", b"[1,", "not JSON: "),
         ("a.parquet", b"PAR0", "not Parquet: "),
         ("a.jsonl.gz", b"not packed", "cannot be read or unpacked: "),
@@ -222,6 +223,14 @@ def test_a_file_that_cannot_be_read_at_all_says_why(tmp_path: Path, name: str, c
     with pytest.raises(DataError) as caught:
         list(rows_of(tmp_path / name))
     assert message in str(caught.value)
+
+
+def test_json_lines_with_another_suffix_may_begin_with_a_mark_of_their_encoding(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n{"text": "b"}\n')
+    assert [row.value for row in rows_of(tmp_path / "a.json") if isinstance(row, RawRow)] == [
+        {"text": "a"},
+        {"text": "b"},
+    ]
 
 
 def test_an_empty_folder_holds_no_data(tmp_path: Path) -> None:
@@ -509,6 +518,32 @@ def test_a_column_that_no_row_has_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="names the column 'nosuch', which no row has") as caught:
         read_records(file, Conversation, data)
     assert caught.value.remedy == "the columns are a, q"
+
+
+def test_a_column_may_appear_for_the_first_time_after_many_rows(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    row = {"q": "Hi.", "a": "Hello."}
+    file.write_text(_lines([row] * 150 + [row | {"about": "Be kind."}, row]))
+    columns = {"prompt": "q", "completion": "a", "system": "about"}
+    conversations = read_records(file, Conversation, DataConfig(source="", columns=columns))
+    systems = [conversation.messages[0].content for conversation in conversations]
+    assert systems == ["Hi."] * 150 + ["Be kind.", "Hi."]
+    with pytest.raises(DataError, match="names the column 'nosuch', which no row has"):
+        read_records(file, Conversation, DataConfig(source="", columns=columns | {"tools": "nosuch"}))
+
+
+@pytest.mark.parametrize("share", [0.29, 0.57, 0.58])
+def test_the_share_that_an_error_names_is_enough(tmp_path: Path, share: float) -> None:
+    """.29 * 100 is 28.999999999999996."""
+    file = tmp_path / "a.jsonl"
+    faulty = round(100 * share)
+    good = {"prompt": "Hi.", "completion": "Hello."}
+    file.write_text(_lines([good] * (100 - faulty) + [good | {"completion": 3}] * faulty))
+    with pytest.raises(DataError) as caught:
+        read_records(file, Conversation, DataConfig(source="", on_error=OnError.skip, max_skipped=0.1))
+    assert f"max_skipped={share:g}" in caught.value.remedy
+    named = DataConfig(source="", on_error=OnError.skip, max_skipped=share)
+    assert len(read_records(file, Conversation, named)) == 100 - faulty
 
 
 PAIR = {"prompt": "Hi.", "chosen": "Yes.", "rejected": "No."}

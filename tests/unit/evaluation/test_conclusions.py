@@ -56,6 +56,12 @@ def test_arms_are_told_apart_or_not_and_the_size_that_would_be_missed_is_said() 
     ]
 
 
+@pytest.mark.parametrize(("size", "words"), [(0.01, "0.01"), (0.0044, "0.0044"), (0.000213, "0.00021")])
+def test_a_small_difference_is_not_rounded_to_none(size: float, words: str) -> None:
+    pair = comparison("stage:dpo", "stage:sft", 0.001, real=False, size=size)
+    assert f"below about {words} would be missed" in conclusions(5_000, BREVITY, [pair], None, LABELS)[-1]
+
+
 def test_a_pair_that_only_its_own_interval_tells_apart_is_named() -> None:
     pair = replace(comparison("stage:dpo", "base", 0.4, real=True, size=0.1), p=0.03, adjusted_p=0.09)
     sentences = conclusions(102, BREVITY, [pair, replace(pair, arm="stage:sft")], None, LABELS)

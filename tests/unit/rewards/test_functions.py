@@ -11,6 +11,8 @@ import pytest
 
 from alignment.core.errors import DataError, RewardError
 from alignment.core.fingerprint import file_sha256
+from alignment.data.records import Prompt
+from alignment.data.turns import Message
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.scorer_sources import FunctionSource
 from alignment.rewards.scorers import Answers
@@ -47,6 +49,17 @@ def test_what_a_function_changes_in_its_arguments_changes_nothing_else(tmp_path:
     assert [question.row["weight"] for question in PROMPTS] == [2.5, 0.5]
     assert PROMPTS[0].row["messages"][0]["content"] == PROMPTS[0].messages[0].content == "Hi?"
     assert list(ANSWERS.texts) == ["Hello there.", "No."]
+
+
+def test_what_a_function_changes_in_a_tool_call_changes_nothing_else(tmp_path: Path) -> None:
+    body = """for prompt in prompts:
+        prompt[0]["tool_calls"][0]["function"]["arguments"] = "{}"
+    return [1]"""
+    call: dict[str, Any] = {"type": "function", "function": {"name": "look", "arguments": {"at": "the lid"}}}
+    called = Message(role="assistant", content="", tool_calls=(call,))
+    asked = Prompt(messages=(called, Message(role="user", content="And?")))
+    assert score(tmp_path, body, answers=answers_to([asked], ["Closed."])) == [1.0]
+    assert call["function"]["arguments"] == {"at": "the lid"}
 
 
 @pytest.mark.parametrize(
