@@ -40,7 +40,7 @@ from alignment.config.stage import StageConfig
 from alignment.core import stop_requests, unused_libraries
 from alignment.core.artifacts import Manifest, publish, verify
 from alignment.core.errors import PREEMPTED as PREEMPTED_CODE
-from alignment.core.errors import AlignmentError, DataError, StageError
+from alignment.core.errors import AlignmentError, DataError, ModelError, StageError
 from alignment.core.files import disk_error, path_error
 from alignment.core.fingerprint import digest
 from alignment.core.locks import held
@@ -51,6 +51,7 @@ from alignment.data.chat_template import template_text
 from alignment.data.hub_rows import content_of
 from alignment.job import StageSpec
 from alignment.models.kernels.sdpa_order import without_cudnn
+from alignment.pipeline.sources.model_sources import OF_FOLDER, identity_of_folder
 from alignment.records import chosen_sizes
 from alignment.records.attempts import Attempts
 from alignment.records.worker import DONE, FAILED, PREEMPTED, STATUS, Status
@@ -112,7 +113,11 @@ def main(path: Path) -> int:
 
 
 def _save_state(stop: Preempted) -> str:
-    return "a checkpoint was written" if stop.saved else "it was not training, so no checkpoint was written"
+    if stop.saved:
+        return "a checkpoint was written"
+    if stop.trained:
+        return "its training had ended, and the next attempt continues from the last checkpoint"
+    return "it was not training, so no checkpoint was written"
 
 
 def _file_system_error(error: BaseException, context: StageContext) -> AlignmentError | None:
@@ -133,21 +138,33 @@ def _out_of_memory(error: BaseException, context: StageContext) -> StageError:
 
 
 def _memory_remedy(context: StageContext) -> str:
-    """Names settings that the stage has."""
+    """Names settings that the stage has and that limit the memory of its phase."""
     config = context.spec.config
+    optim = getattr(config, "optim", None)
+    if limits := _limits_of_sampling(config, context.peaks.name):
+        return f"lower {', '.join(limits)} or max_new_tokens, or use a machine with more memory"
     if (own := context.spec.work / chosen_sizes.OWN_FILE).exists():
         return (
             f"less memory is free now than when the size of micro-batches was chosen; delete {own} and "
             f"{chosen_sizes.cache_files(context.spec.artifact.parent)} to choose it again, or set a number"
         )
-    optim = getattr(config, "optim", None)
     if hasattr(optim, "micro_batch_tokens"):
         checkpointing = hasattr(optim, "activation_checkpointing")
         more = ", set optim.activation_checkpointing=true" if checkpointing else ""
         return f"lower optim.micro_batch_tokens{more}, or train an adapter"
-    if hasattr(config, "batch_size"):
-        return "lower batch_size, or use a machine with more memory"
-    return "use a machine with more memory"
+    limits = [name for name in ("micro_batch_tokens", "batch_size") if hasattr(config, name)]
+    lower = f"lower {' or '.join(limits)}, or " if limits else ""
+    return f"{lower}use a machine with more memory"
+
+
+def _limits_of_sampling(config: StageConfig, phase: str) -> list[str]:
+    """The settings that say how many answers are sampled at once, if the phase samples; micro-batches do not."""
+    if phase == "answering":
+        return ["batch_size"]
+    if phase != "sampling":
+        return []
+    guard = getattr(config, "guard", None)
+    return ["optim.batch_size", *(["guard.prompts"] if guard is not None and guard.every else [])]
 
 
 def _worker_lock(context: StageContext) -> AbstractContextManager[object]:
@@ -157,6 +174,8 @@ def _worker_lock(context: StageContext) -> AbstractContextManager[object]:
 
 def _run(spec: StageSpec, context: StageContext) -> None:
     _refuse_changed_data(spec)
+    if context.is_main:  # one process is enough: where hashes are not remembered, all weights are read
+        _refuse_changed_models(spec)
     context.content.mkdir(parents=True, exist_ok=True)
     context.checkpoints.mkdir(parents=True, exist_ok=True)
     if context.is_main:
@@ -263,6 +282,27 @@ def _refuse_changed_data(spec: StageSpec) -> None:
             where="model.chat_template",
             remedy="start the run again to plan it again",
         )
+
+
+def _refuse_changed_models(spec: StageSpec) -> None:
+    """Compares the user's model folders with their fingerprints from the plan.
+
+    Raises:
+        ModelError: one of them has changed since.
+    """
+    models = [(spec.base_path, spec.identity.get("base", {}).get("content"))]
+    models += [
+        (used.path, spec.input_fingerprints.get(slot))
+        for slot, used in {**spec.inputs, **spec.arms}.items()
+        if used.path is not None
+    ]
+    for folder, planned in models:
+        if planned is not None and planned.startswith(OF_FOLDER) and identity_of_folder(folder) != planned:
+            raise ModelError(
+                "changed since the run was planned",
+                where=str(folder),
+                remedy="start the run again to plan it again; do not write to the folder of a model that a run uses",
+            )
 
 
 def _stop_now(_: int, __: FrameType | None) -> None:

@@ -24,6 +24,11 @@ class PhasePeaks:
         self.allocated: dict[str, float] = {}
         self._name = "starting"
 
+    @property
+    def name(self) -> str:
+        """The phase that runs."""
+        return self._name
+
     def begin(self, name: str) -> None:
         """Ends the phase that runs and begins another, which may have run before."""
         if name != self._name:

@@ -50,11 +50,13 @@ class Preempted(BaseException):
 
     A signal may raise it anywhere in the stage; as a BaseException it is not mistaken for a fault by ``except
     Exception``. Outside of training nothing is ``saved``, and the next attempt continues from the earlier checkpoint.
+    ``trained`` says that the request came during the last step, which ends the training in any case.
     """
 
-    def __init__(self, *, saved: bool = True) -> None:
+    def __init__(self, *, saved: bool = True, trained: bool = False) -> None:
         super().__init__()
         self.saved = saved
+        self.trained = trained
 
 
 def train(
@@ -113,7 +115,7 @@ def train(
     if stop.stopped:
         raise Preempted
     if stop.asked:  # after the last step there was none left to stop at
-        raise Preempted(saved=False)
+        raise Preempted(saved=False, trained=True)
     rows = everyones(log.rows() if context.is_main else [])[0]  # only the main process has written them
     outcome: dict[str, float] = {}
     if validation is not None:

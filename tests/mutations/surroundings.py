@@ -397,4 +397,20 @@ MUTATIONS = [
             "test_it_is_public_only_on_request",
         ),
     ),
+    *in_file(
+        "worker.py",
+        "unit/test_worker.py",
+        (
+            "a model may change during a run",
+            "and identity_of_folder(folder) != planned:",
+            "and not planned:",
+            "test_a_model_folder_that_changed_since_the_plan_is_refused",
+        ),
+        (
+            "sampling is said to need smaller micro-batches",
+            'if phase != "sampling":',
+            'if phase != "rollouts":',
+            "test_advice_on_memory_is_about_the_phase_that_ran_out_of_it",
+        ),
+    ),
 ]

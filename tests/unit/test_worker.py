@@ -19,15 +19,22 @@ import torch
 
 from alignment import worker
 from alignment.config.model import ModelConfig
+from alignment.config.overoptimisation import GuardConfig
 from alignment.config.stage import StageConfig
 from alignment.core.artifacts import verify
-from alignment.core.errors import DataError, NonFiniteError, StageError
+from alignment.core.errors import DataError, ModelError, NonFiniteError, StageError
 from alignment.core.fingerprint import content_sha256, digest
 from alignment.data.chat_template import template_text
+from alignment.job import StageInput
+from alignment.pipeline.sources.model_sources import identity_of_folder
 from alignment.records.attempts import Attempts
 from alignment.stages.base import Outcome, Reported
+from alignment.stages.distil.config import DistilConfig
+from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.registry import kind_of
 from alignment.stages.report.config import ReportConfig
+from alignment.stages.reward_card.config import RewardCardConfig
 from alignment.stages.sample.config import SampleConfig
 from alignment.stages.sft.config import SftConfig
 from alignment.stages.shared.result import StageResult
@@ -99,6 +106,15 @@ def test_a_signal_outside_training_stops_the_stage_as_one_that_was_asked_to(
     status = _status_of(lambda: signal.raise_signal(number), tmp_path, monkeypatch, code=75)
     assert status["state"] == "preempted"
     assert "it was not training" in status["error"]
+
+
+def test_a_signal_in_the_last_step_is_not_said_to_have_lost_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop() -> None:
+        raise Preempted(saved=False, trained=True)
+
+    status = _status_of(stop, tmp_path, monkeypatch, code=75)
+    assert status["state"] == "preempted"
+    assert status["error"].endswith("its training had ended, and the next attempt continues from the last checkpoint")
 
 
 def test_a_signal_while_trackers_close_does_not_replace_the_error(
@@ -223,6 +239,41 @@ def test_running_out_of_memory_comes_with_advice_that_the_stage_can_take(
     assert ("micro_batch_tokens" in status["error"]) == isinstance(config, SftConfig)
 
 
+@pytest.mark.parametrize(
+    ("config", "phase", "remedy"),
+    [
+        (PpoConfig(), "sampling", "lower optim.batch_size or max_new_tokens"),
+        (PpoConfig(guard=GuardConfig(every=2)), "sampling", "lower optim.batch_size, guard.prompts or max_new_tokens"),
+        (PpoConfig(), "scoring", "lower optim.micro_batch_tokens"),
+        (DistilConfig(), "answering", "lower batch_size or max_new_tokens"),
+        (DistilConfig(), "training", "lower optim.micro_batch_tokens"),
+        (EvaluateConfig(), "answering", "lower batch_size or max_new_tokens"),
+        (RewardCardConfig(), "scoring", "lower micro_batch_tokens"),
+    ],
+)
+@pytest.mark.parametrize("chosen", [False, True])
+def test_advice_on_memory_is_about_the_phase_that_ran_out_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: StageConfig, phase: str, remedy: str, chosen: bool
+) -> None:
+    spec = tiny_spec(tmp_path, config)
+    spec.work.mkdir(parents=True, exist_ok=True)
+    if chosen:
+        (spec.work / "micro_batch.json").write_text("{}")
+
+    def run(_: object, context: StageContext) -> None:
+        context.phase(phase)
+        raise MemoryError("9 GB")
+
+    monkeypatch.setattr(worker, "read_spec", lambda path: spec)
+    monkeypatch.setattr(worker, "_run", run)
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    assert worker.main(tmp_path / "stage.yaml") == 5
+    error = json.loads((spec.run_folder / "status.json").read_text())["error"]
+    may_choose_again = chosen and phase not in ("sampling", "answering")
+    assert ("to choose it again" if may_choose_again else remedy) in error
+    assert ("micro_batch_tokens" in error) == ("micro_batch_tokens" in remedy and not may_choose_again)
+
+
 def test_out_of_memory_with_a_chosen_size_says_how_to_choose_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +296,28 @@ def test_a_template_that_changed_since_the_plan_is_refused(tmp_path: Path) -> No
     file.write_text("{{ tools }}")
     with pytest.raises(DataError, match=r"model\.chat_template: changed since the run was planned"):
         _refuse_changed_data(spec)
+
+
+@pytest.mark.parametrize("changed", ["base", "scorer"])
+def test_a_model_folder_that_changed_since_the_plan_is_refused(tmp_path: Path, changed: str) -> None:
+    folders = [tmp_path / "base", tmp_path / "scorer"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"weights")
+    base, scorer = map(identity_of_folder, folders)
+    spec = tiny_spec(
+        tmp_path,
+        RewardCardConfig(),
+        identity={"base": {"content": base}},
+        inputs={"reward": StageInput(ref=f"path:{folders[1]}", path=folders[1])},
+        input_fingerprints={"reward": scorer},
+    )
+    worker._refuse_changed_models(spec)
+    (tmp_path / changed / "model.safetensors").write_bytes(b"others!")
+    with pytest.raises(ModelError) as caught:
+        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+    assert str(caught.value).startswith(f"{tmp_path / changed}: changed since the run was planned\n  → start the run")
 
 
 RESULT = StageResult(metrics={"words": 3})

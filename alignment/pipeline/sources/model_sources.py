@@ -20,6 +20,8 @@ from alignment.core.fingerprint import digest, file_sha256
 from alignment.core.model_files import refuse_weights_elsewhere
 from alignment.pipeline.sources import bundled_model, hub
 
+OF_FOLDER = "files-sha256:"
+"""Begins the identity of a model in a folder of the user's, which may change; hubs and the package keep theirs."""
 _IDENTITY_SUFFIXES = {".json", ".safetensors", ".jinja", ".model", ".txt"}
 _LARGE = 16 << 20
 _SETTLED_NS = 2_000_000_000
@@ -56,7 +58,7 @@ def resolve(source: str, *, where: str) -> ModelSource:
         )
     if scheme == "path" and rest:
         folder = model_folder(rest, where=where)
-        return ModelSource(source=source, identity=f"files-sha256:{_folder_digest(folder)}", folder=folder, ready=True)
+        return ModelSource(source=source, identity=identity_of_folder(folder), folder=folder, ready=True)
     if repository := hub.repository(source, kind="model"):
         return _hub(source, repository, download=False)
     forms = "write bundled:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
@@ -73,9 +75,8 @@ def resolve_shapes(source: str, *, where: str) -> ModelSource:
     """
     scheme, _, rest = source.partition(":")
     if scheme == "path" and rest and (folder := Path(rest).expanduser().absolute() / "config.json").is_file():
-        return ModelSource(
-            source=source, identity=f"files-sha256:{_folder_digest(folder.parent)}", folder=folder.parent, ready=True
-        )
+        identity = identity_of_folder(folder.parent)
+        return ModelSource(source=source, identity=identity, folder=folder.parent, ready=True)
     model = resolve(source, where=where)
     repository = hub.repository(source, kind="model")
     if model.ready or repository is None:
@@ -178,9 +179,10 @@ def _config_of(folder: Path, *, where: str) -> dict[str, Any]:
     return config
 
 
-def _folder_digest(folder: Path) -> str:
+def identity_of_folder(folder: Path) -> str:
+    """How a fingerprint identifies the model in a folder of the user's: by the content of its files."""
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix in _IDENTITY_SUFFIXES)
-    return digest({path.name: remembered_sha256(path) for path in files})
+    return f"{OF_FOLDER}{digest({path.name: remembered_sha256(path) for path in files})}"
 
 
 def remembered_sha256(path: Path) -> str:

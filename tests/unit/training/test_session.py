@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from alignment.core.errors import ConfigError, NonFiniteError, StageError
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
-from alignment.training.session import fresh_folder, train, usage
+from alignment.training.session import Preempted, fresh_folder, train, usage
 from alignment.training.trainer_arguments import quiet_arguments
 from tests.device import backend
 
@@ -146,6 +147,21 @@ def test_a_stage_killed_after_its_last_step_is_not_trained_further(context: Stag
     assert train(again, context, headline="loss") == last
     assert torch.equal(again.model.weight, first.model.weight)
     assert _steps(context) == list(range(1, steps + 1))
+
+
+def test_a_request_to_stop_in_the_last_step_comes_after_its_checkpoint(context: StageContext) -> None:
+    class Asked(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if state.global_step == 5:
+                signal.raise_signal(signal.SIGTERM)
+
+    trainer = _trainer(context)
+    trainer.add_callback(Asked())
+    with pytest.raises(Preempted) as stop:
+        train(trainer, context, headline="loss")
+    assert (stop.value.saved, stop.value.trained) == (False, True)
+    newest = checkpoints.newest(context.checkpoints, fingerprint=context.spec.fingerprint)
+    assert newest == context.checkpoints / "checkpoint-6"
 
 
 def test_a_gradient_that_is_not_finite_stops_with_the_last_good_checkpoint(context: StageContext) -> None:
