@@ -20,10 +20,12 @@ def test_a_plan_says_what_its_stages_would_need_and_the_next_one_remembers(new_a
     lines = {line.split()[0]: line for line in printed.splitlines() if " GB " in line and "stages." not in line}
     assert set(lines) >= {"sft", "dpo"}
     assert "estimating sft\nestimating dpo\n" in printed, "it says how far it is"
-    assert "cannot be estimated" not in printed
+    assert "not estimated" not in printed
     assert not (align.output / "runs").exists()
     assert [path.name for path in (align.output / "artifacts").iterdir()] == [".cost"]
     again = align("plan", *trained)
     assert lines["dpo"] in again
+    (time,) = [line for line in printed.splitlines() if line.startswith("time: ")]
+    assert time in again
     suffixes = {path.suffix for path in (align.output / "artifacts" / ".cost").iterdir()}
     assert suffixes == {".json"}

@@ -578,4 +578,40 @@ MUTATIONS = [
             "test_a_command_is_not_stopped_because_its_log_cannot_be_shortened",
         ),
     ),
+    *in_file(
+        "pipeline/execute/record.py",
+        "unit/pipeline/test_run.py",
+        (
+            "a wait that is stopped counts as an attempt",
+            "return None if began is None else time.monotonic() - began",
+            "return time.monotonic() - (began or 0.0)",
+            "test_a_wait_that_is_stopped_is_no_attempt",
+        ),
+        (
+            "an error of other settings stays",
+            "for file in (STATUS, COST):",
+            "for file in ():",
+            "test_an_error_and_a_cost_of_other_settings_are_forgotten",
+        ),
+    ),
+    *in_file(
+        "pipeline/plan/identity.py",
+        "unit/pipeline/test_identity.py",
+        (
+            "a report is reused whatever evaluation it shows",
+            "return {} if list(shown.values()) == evaluations else",
+            "return {} if evaluations else",
+            "test_which_evaluation_a_report_shows_counts",
+        ),
+    ),
+    *in_file(
+        "pipeline/execute/planned_costs.py",
+        "unit/pipeline/test_estimates.py",
+        (
+            "settings are offered that do not fit any more",
+            "stage if stage.remedy_peak <= memory else",
+            "stage if stage.remedy else",
+            "test_a_remedy_is_offered_again_where_it_still_fits",
+        ),
+    ),
 ]

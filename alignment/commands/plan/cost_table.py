@@ -17,17 +17,18 @@ _NONE = "–"
 _SHOWN = 0.005 * _GB
 
 
-def show_cost(console: Console, cost: RunCost, *, free: float | None = None) -> None:
+def show_cost(console: Console, cost: RunCost, *, free: float | None = None, is_earlier: bool = False) -> None:
     """A line for each stage: memory, the size of its result, work, time, and what holds the memory at its peak.
 
-    ``free`` are the bytes of the disk that results go to.
+    ``free`` are the bytes of the disk that results go to. If the cost ``is_earlier``, settings that need less were
+    sought for the memory of then.
     """
     table = _table("stage", "trains", "memory", "disk", "steps", "tokens", "FLOP", "time", "at the peak, in GB")
     for stage in cost.stages:
         table.add_row(*_cells(stage))
     print_whole(console, table)
     for stage in cost.stages:
-        for line in _remarks(stage, cost):
+        for line in _remarks(stage, cost, is_earlier=is_earlier):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in (_fit_line(cost), _time_line(cost), _disk_line(cost, free)):
         if line:
@@ -53,7 +54,10 @@ def _fit_line(cost: RunCost) -> str:
 
 
 def _disk_line(cost: RunCost, free: float | None) -> str:
-    """What the run needs on the disk, and whether so much is ``free``, if that is known."""
+    """What the run needs on the disk, and whether so much is ``free``, if that is known; empty if it is not known of
+    each stage."""
+    if any(stage.error for stage in cost.stages):
+        return ""
     line = f"disk: {_gb(cost.disk)} GB for results and for the checkpoints of a stage while it trains"
     if free is None or cost.disk <= free:
         return line
@@ -96,9 +100,9 @@ def _cells(stage: StageCost) -> list[str]:
     ]
 
 
-def _remarks(stage: StageCost, cost: RunCost) -> list[str]:
+def _remarks(stage: StageCost, cost: RunCost, *, is_earlier: bool) -> list[str]:
     if stage.error:
-        return [f"{stage.stage}: cannot be estimated: {stage.error}"]
+        return [f"{stage.stage}: not estimated: {stage.error}"]
     rows = f"{stage.stage}: FLOP and time cover only the first {stage.first_rows:,} rows"
     remarks = [rows] if stage.first_rows else []
     if stage.assumed_tokens:
@@ -107,14 +111,12 @@ def _remarks(stage: StageCost, cost: RunCost) -> list[str]:
         remarks.append(f"{stage.stage}: {_gb(stage.host)} GB of the host's memory for each process")
     if not cost.memory or stage.peak <= cost.memory:
         return remarks
-    fits = " ".join(stage.remedy)
-    lacks = f"{stage.stage}: {_gb(stage.peak)} GB do not fit into {_gb(cost.memory)} GB"
-    return [
-        *remarks,
-        f"{lacks}; {_gb(stage.remedy_peak)} GB with {fits}"
-        if fits
-        else f"{lacks}, even with the settings that were tried",
-    ]
+    way_out = ", even with the settings that were tried"
+    if stage.remedy:
+        way_out = f"; {_gb(stage.remedy_peak)} GB with {' '.join(stage.remedy)}"
+    elif is_earlier:
+        way_out = "; --cost looks for settings that fit"
+    return [*remarks, f"{stage.stage}: {_gb(stage.peak)} GB do not fit into {_gb(cost.memory)} GB{way_out}"]
 
 
 def _table(*names: str) -> Table:

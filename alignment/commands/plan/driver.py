@@ -62,6 +62,6 @@ def _show_cost(console: Console, plan: Plan, *, device: str, trade: bool) -> Non
 def _show_known(console: Console, plan: Plan) -> None:
     """What was estimated before for stages with these settings."""
     if (cost := planned_costs.known(plan)) is not None:
-        show_cost(console, cost, free=estimates.free_disk(plan))
+        show_cost(console, cost, free=estimates.free_disk(plan), is_earlier=True)
     else:
         console.print("--cost shows how much memory and time it would take", highlight=False)

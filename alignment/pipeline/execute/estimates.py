@@ -29,7 +29,7 @@ from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.pipeline.plan.variants import WAYS, choices, way_of_training, ways_with_less
 from alignment.pipeline.sources.model_sources import resolve_shapes
-from alignment.records.cost import ASKED, FILE, PROGRESS, RunCost, StageCost
+from alignment.records.cost import ASKED, FILE, PROGRESS, RunCost
 from alignment.stages.base import RunsOn
 from alignment.stages.registry import as_trained, kind_of
 
@@ -54,7 +54,7 @@ def estimate(
     Raises:
         StageError: the process failed.
     """
-    stages = [stage for stage in plan.stages if kind_of(stage.config).launch.runs_on is not RunsOn.driver]
+    stages = estimated_stages(plan)
     _clear(_folder(plan))
     folder = _folder(plan) / f"{os.getpid()}-{secrets.token_hex(4)}"
     folder.mkdir(parents=True)
@@ -69,11 +69,17 @@ def estimate(
             options = ["--device", device, "--memory", str(memory), *["--as-run"] * as_run]
             cost = _in_process(folder, options, announce=announce)
         for stage, own in zip(stages, cost.stages, strict=True):
-            if not own.error and not as_run:
-                RunCost(device=device, memory=memory, stages=[own]).write(_file(plan, stage, device))
+            if not as_run and not (own.error and known(plan, stage, device=device)):
+                remembered = RunCost(device=device, memory=memory, startup=cost.startup, stages=[own])
+                remembered.write(_file(plan, stage, device))
         return cost
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def estimated_stages(plan: Plan) -> list[PlannedStage]:
+    """The stages that have a cost: those that a worker makes."""
+    return [stage for stage in plan.stages if kind_of(stage.config).launch.runs_on is not RunsOn.driver]
 
 
 def _clear(folder: Path) -> None:
@@ -140,12 +146,13 @@ def _stage_file(plan: Plan, stage: PlannedStage, folder: Path, *overrides: str) 
     return str(worker_protocol.write_stage_file(plan, stage, _launch_of(plan, stage), git_commit="", folder=own))
 
 
-def known(plan: Plan, stage: PlannedStage, *, device: str) -> StageCost | None:
-    """What an earlier call estimated for a stage with these settings, if there was one."""
+def known(plan: Plan, stage: PlannedStage, *, device: str) -> RunCost | None:
+    """What an earlier call estimated for this one stage with these settings, if there was one."""
     try:
-        return RunCost.read(_file(plan, stage, device)).stages[0]
-    except (FileNotFoundError, ArtifactError, IndexError):
+        cost = RunCost.read(_file(plan, stage, device))
+    except (FileNotFoundError, ArtifactError):
         return None
+    return cost if cost.stages else None
 
 
 def pass_on(plan: Plan, stage: PlannedStage, folder: Path) -> None:

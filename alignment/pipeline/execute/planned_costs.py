@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from alignment.core import hardware
 from alignment.core.errors import ConfigError, ModelError
@@ -12,7 +13,9 @@ from alignment.pipeline.execute import estimates
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.sources import bundled_model
 from alignment.pipeline.sources.model_sources import resolve, resolve_shapes
-from alignment.records.cost import RunCost
+from alignment.records.cost import RunCost, StageCost
+
+_NOT_YET = "its settings are new since the last estimate"
 
 
 def checked_plan(recipe: str, overrides: Sequence[str], *, cost: bool, trade: bool, device: str) -> Plan:
@@ -54,7 +57,22 @@ def estimated(plan: Plan, *, device: str, trade: bool, announce: Callable[[str],
 
 
 def known(plan: Plan) -> RunCost | None:
-    """What was estimated before on this machine for stages with these settings; None if nothing was."""
-    costs = [estimates.known(plan, stage, device=THIS) for stage in plan.stages]
-    stages = [cost for cost in costs if cost is not None]
-    return RunCost(device=THIS, memory=hardware.free_memory(), stages=stages) if stages else None
+    """What was estimated before on this machine for stages with these settings; None if nothing was.
+
+    A stage that was not estimated has an error. Of the remedies, only those are left that fit into the memory that is
+    free now.
+    """
+    memory = hardware.free_memory()
+    costs = [(stage, estimates.known(plan, stage, device=THIS)) for stage in estimates.estimated_stages(plan)]
+    if all(cost is None for _, cost in costs):
+        return None
+    stages = [
+        StageCost(stage=stage.name, kind=stage.config.kind, error=_NOT_YET) if cost is None else cost.stages[0]
+        for stage, cost in costs
+    ]
+    return RunCost(
+        device=THIS,
+        memory=memory,
+        startup=max(cost.startup for _, cost in costs if cost is not None),
+        stages=[stage if stage.remedy_peak <= memory else replace(stage, remedy=[], remedy_peak=0) for stage in stages],
+    )

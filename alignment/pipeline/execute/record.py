@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from alignment.config.typed import to_plain
@@ -15,7 +17,9 @@ from alignment.pipeline.plan import references
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.records.attempts import Attempts
+from alignment.records.cost import FILE as COST
 from alignment.records.run import RunRecord, StageEntry
+from alignment.records.worker import STATUS
 
 
 class RunRecorder:
@@ -27,8 +31,10 @@ class RunRecorder:
 
     def __init__(self, plan: Plan, *, only: str | None = None) -> None:
         self._folder = plan.run_folder
-        earlier = _recorded(plan) if only is not None else RunRecord()
+        before = _recorded(plan)
+        earlier = before if only is not None else RunRecord()
         stages = {stage.name: _earlier_or_new(stage, earlier.stages.get(stage.name), only) for stage in plan.stages}
+        self._attempts_began: dict[str, float] = {}
         self._others = {stage.name for stage in plan.stages if stages[stage.name].artifact != str(stage.artifact)}
         config = to_plain(plan.config)
         config["stages"] |= {name: earlier.settings_of(name) for name in self._others}
@@ -43,7 +49,16 @@ class RunRecorder:
             stages=stages,
             cautions=cautions(plan),
         )
+        self._remove_outdated(before)
         self._save()
+
+    def _remove_outdated(self, before: RunRecord) -> None:
+        """Removes the error and the planned cost of stages whose settings have changed since, or those before them."""
+        for name, entry in self.record.stages.items():
+            former = before.stages.get(name)
+            if former is None or Path(former.artifact).name != Path(entry.artifact).name:
+                for file in (STATUS, COST):
+                    (self._folder / name / file).unlink(missing_ok=True)
 
     def stage(self, name: str, state: str, *, seconds: float | None = None) -> None:
         """Records a stage's new state and how long its last attempt took, to which the earlier ones are added."""
@@ -54,10 +69,17 @@ class RunRecorder:
         self._save(stages={**self.record.stages, name: entry})
 
     def attempt(self, name: str, attempts: Attempts) -> None:
-        """Records the number of attempts at a stage, and how long the earlier ones took."""
+        """Records that an attempt at a stage begins, its number, and how long the earlier ones took."""
+        self._attempts_began[name] = time.monotonic()
         earlier = round(attempts.earlier_seconds, 2)
-        entry = replace(self.record.stages[name], attempts=attempts.number, earlier_seconds=earlier)
+        entry = self.record.stages[name]
+        entry = replace(entry, attempts=attempts.number, earlier_seconds=earlier, started=_now())
         self._save(stages={**self.record.stages, name: entry})
+
+    def attempt_seconds(self, name: str) -> float | None:
+        """Since this call began its attempt at a stage; None if it waited for another process and began none."""
+        began = self._attempts_began.get(name)
+        return None if began is None else time.monotonic() - began
 
     def end(self) -> bool:
         """Records the end of this call. Returns whether the run is done; otherwise it waits for other calls."""

@@ -269,7 +269,6 @@ def _one_stage(
     for function in stage.user_code:
         display.note(f"{stage.name} runs your code: {function}")
     recorder.stage(stage.name, "running")
-    started = time.monotonic()
     try:
         was_made = _make(plan, stage, recorder, display, workers, wait=wait)
         verify(stage.artifact, content=False)
@@ -277,12 +276,12 @@ def _one_stage(
     except BaseException as stop:
         # Busy: another run makes the stage, or a process of an earlier call of this one, whose driver was killed.
         interrupted = isinstance(stop, (KeyboardInterrupt, Terminated, Preempted, Busy))
-        took = None if isinstance(stop, Busy) else time.monotonic() - started
+        took = None if isinstance(stop, Busy) else recorder.attempt_seconds(stage.name)
         with suppress(OSError):
             recorder.stage(stage.name, "waiting" if interrupted else "failed", seconds=took)
         raise
     if was_made:
-        recorder.stage(stage.name, "done", seconds=time.monotonic() - started)
+        recorder.stage(stage.name, "done", seconds=recorder.attempt_seconds(stage.name))
     else:
         recorder.stage(stage.name, "reused", seconds=recorded_seconds(stage))
     display.poll()

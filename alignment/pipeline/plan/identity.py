@@ -8,9 +8,10 @@ from typing import Any
 
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig
+from alignment.core.artifacts import EVALUATION
 from alignment.core.fingerprint import canonical, digest, file_sha256
 from alignment.data.chat_template import template_text
-from alignment.pipeline.plan import scorer_checks
+from alignment.pipeline.plan import references, scorer_checks
 from alignment.pipeline.sources.model_sources import ModelSource
 from alignment.stages.registry import kind_of
 
@@ -75,6 +76,7 @@ def of_report(run: RunConfig, name: str, *, inputs: dict[str, str]) -> dict[str,
     kind = kind_of(stage)
     gates = {other: canonical(kind_of(config).outcome.gates(config)) for other, config in run.stages.items()}
     gated = {other: requirements for other, requirements in gates.items() if requirements}
+    optional = {"gates": gated, "shown": _shown(run, stage)}  # left out if empty, as in reports of before these keys
     return {
         "stage": name,
         "kind": stage.kind,
@@ -82,5 +84,12 @@ def of_report(run: RunConfig, name: str, *, inputs: dict[str, str]) -> dict[str,
         "config": canonical(stage),
         "inputs": inputs,
         "run": {"name": run.name, "summary": run.summary},
-        **({"gates": gated} if gated else {}),  # left out if empty, as in reports that are older than this key
+        **{key: value for key, value in optional.items() if value},
     }
+
+
+def _shown(run: RunConfig, report: StageConfig) -> dict[str, Any]:
+    """The references in the slots of a report; empty for a report on the only evaluation of its run."""
+    shown = {slot.field: slot.ref for slot in references.slots(report)}
+    evaluations = [f"stage:{name}" for name, config in run.stages.items() if kind_of(config).produces == EVALUATION]
+    return {} if list(shown.values()) == evaluations else shown or {"evaluation": "nothing"}

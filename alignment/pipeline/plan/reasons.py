@@ -94,6 +94,8 @@ def _in_words(path: tuple[str, ...], old: Any, new: Any, refs: dict[str, str]) -
         return "data changed"
     if head in ("extra_data", "files"):
         return f"{rest} changed"
+    if head == "shown":
+        return f"{rest} {_value(old)} → {_value(new)}"
     if head == "code":
         return "the scoring code changed"
     if head == "rule":

@@ -382,7 +382,7 @@ def usage_rows(run: Run) -> list[UsageRow]:
                 seconds=_time_taken(stage),
                 share=f"{100 * (stage.seconds or 0.0) / longest:.2f}%" if longest > 0 else "0%",
                 memory=text.memory(peak),
-                planned_seconds=text.duration(stage.planned.seconds) if stage.planned else "",
+                planned_seconds=_time_planned(stage),
                 planned_memory=text.memory(float(stage.planned.peak)) if stage.planned else "",
                 figures=_closing_figures(stage),
             )
@@ -394,6 +394,13 @@ def _time_taken(stage: Stage) -> str:
     """``3 min 20 s``, or ``3 min 20 s in 2 attempts``."""
     several = f" in {stage.attempts} attempts" if stage.seconds is not None and stage.attempts > 1 else ""
     return f"{text.duration(stage.seconds)}{several}"
+
+
+def _time_planned(stage: Stage) -> str:
+    """Empty where only the time of the first rows is known, because nobody counted the others."""
+    if stage.planned is None or stage.planned.first_rows:
+        return ""
+    return text.duration(stage.planned.seconds)
 
 
 def _closing_figures(stage: Stage) -> list[tuple[str, str]]:

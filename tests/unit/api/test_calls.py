@@ -217,7 +217,7 @@ def test_a_plan_has_the_cost_that_was_estimated_before(overrides: list[str]) -> 
     alignment.RunCost(device="this", stages=[cost]).write(file)
     planned = alignment.plan("quickstart", overrides)
     assert planned.cost is not None
-    assert planned.cost.stages == [cost]
+    assert [stage for stage in planned.cost.stages if not stage.error] == [cost]
     with pytest.raises(alignment.ConfigError, match="no device 'abacus'"):
         alignment.plan("quickstart", overrides, cost=True, device="abacus")
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from alignment.core import hardware
 from alignment.core.locks import held
+from alignment.costs.devices import THIS
 from alignment.costs.remedies import Way
-from alignment.pipeline.execute import estimates
-from alignment.records.cost import FILE, PROGRESS, RunCost
+from alignment.pipeline.execute import estimates, planned_costs
+from alignment.pipeline.plan.plan import Plan
+from alignment.records.cost import FILE, PROGRESS, PhaseCost, RunCost, StageCost
 from alignment.stages.stage_file import read_spec
 from tests.unit.pipeline.conftest import MakePlan
 
@@ -57,6 +61,49 @@ def test_a_way_is_a_stage_file_whose_choices_are_still_the_users(plan: MakePlan,
         assert (config.optim.micro_batch_tokens, config.precompute_reference) == (4096, False)
         assert config.adapter.kind.value == (name.removeprefix("adapter=") if name.startswith("adapter") else "full")
         assert config.adapter.master_weights == (name != "master_weights=false")
+
+
+def remembered(planned: Plan, costs: Mapping[str, StageCost], *, memory: float) -> None:
+    """Leaves what an earlier call estimated of some stages with this much memory."""
+    for stage in planned.stages:
+        if stage.name in costs:
+            file = estimates._file(planned, stage, THIS)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            RunCost(device=THIS, memory=memory, startup=4.0, stages=[costs[stage.name]]).write(file)
+
+
+def test_a_stage_with_other_settings_than_those_that_were_estimated_is_not_left_out(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hardware, "free_memory", lambda: 8e9)
+    names = ("sft", "reward", "dpo", "ppo", "evaluate")
+    phases = {"training": PhaseCost(peak=10**9, seconds=5.0)}
+    costs = {name: StageCost(stage=name, kind=name, phases=phases) for name in names}
+    assert planned_costs.known(plan()) is None
+    remembered(plan(), costs, memory=8e9)
+    cost = planned_costs.known(plan())
+    assert cost is not None
+    assert (cost.stages, cost.memory, cost.startup) == (list(costs.values()), 8e9, 4.0)
+    other = planned_costs.known(plan("stages.dpo.beta=0.7"))
+    assert other is not None
+    assert {stage.stage: stage.error for stage in other.stages if stage.error} == dict.fromkeys(
+        ("dpo", "evaluate"), "its settings are new since the last estimate"
+    )
+    assert [stage.stage for stage in other.stages] == list(names)
+
+
+@pytest.mark.parametrize(("free", "fits"), [(4e9, True), (2e9, False)])
+def test_a_remedy_is_offered_again_where_it_still_fits(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch, free: float, fits: bool
+) -> None:
+    monkeypatch.setattr(hardware, "free_memory", lambda: free)
+    phases = {"training": PhaseCost(peak=10**10)}
+    settings = ["stages.sft.optim.micro_batch_tokens=512"]
+    sft = StageCost(stage="sft", kind="sft", phases=phases, remedy=settings, remedy_peak=3 * 10**9)
+    remembered(plan(), {"sft": sft}, memory=5e9)
+    cost = planned_costs.known(plan())
+    assert cost is not None
+    assert (cost.stages[0].remedy, cost.stages[0].remedy_peak) == ((settings, 3 * 10**9) if fits else ([], 0))
 
 
 def test_what_the_process_says_just_before_it_ends_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

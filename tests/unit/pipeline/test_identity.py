@@ -188,6 +188,21 @@ def test_a_stages_revision_and_the_seed_count(kind: str, monkeypatch: pytest.Mon
     assert fingerprint(STAGE[kind]) != before
 
 
+def test_which_evaluation_a_report_shows_counts() -> None:
+    single, several = {"evaluate": EvaluateConfig()}, {"evaluate": EvaluateConfig(), "again": EvaluateConfig()}
+
+    def of(evaluation: str | None, evaluations: dict[str, EvaluateConfig]) -> str:
+        report = ReportConfig(evaluation=evaluation)
+        run = RunConfig(name="test", stages={**evaluations, "report": report})
+        return digest(identity.of_report(run, "report", inputs={}))
+
+    usual = RunConfig(name="test", stages={**single, "report": ReportConfig(evaluation="stage:evaluate")})
+    described = identity.of_report(usual, "report", inputs={})
+    assert "shown" not in described, "reports of before this key stay valid"
+    assert of(None, single) != of("stage:evaluate", single)
+    assert len({of(evaluation, several) for evaluation in (None, "stage:evaluate", "stage:again")}) == 3
+
+
 def test_a_reports_revision_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunConfig(name="test", stages={"it": ReportConfig()})
     before = digest(identity.of_report(run, "it", inputs={}))

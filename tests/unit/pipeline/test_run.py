@@ -10,8 +10,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -20,6 +20,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from alignment.api.loaded_run import load_run
 from alignment.commands.status.driver import show_status
 from alignment.config.launch import LaunchConfig
 from alignment.core.errors import (
@@ -559,6 +560,53 @@ def test_one_that_waits_takes_what_the_other_run_made(align: Align) -> None:
     assert code == 0
     assert {name: stage["state"] for name, stage in align.record()["stages"].items()}["sft"] == "reused"
     assert align.record()["stages"]["sft"]["seconds"] == 1.0, "what it took when it was made"
+
+
+def test_an_error_and_a_cost_of_other_settings_are_forgotten(align: Align, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORKER_FAULT", "dpo:fail")
+    with pytest.raises(NonFiniteError):
+        align()
+    cost = align.run_folder / "dpo/cost.json"
+    cost.write_text("{}")
+    monkeypatch.setenv("WORKER_FAULT", "reward:fail")
+    with pytest.raises(NonFiniteError):
+        align("stages.reward.optim.lr=1e-7")
+    assert "the loss is NaN" in load_run(align.run_folder).stages["dpo"].error, "it does not depend on the reward model"
+    assert cost.exists()
+    with pytest.raises(NonFiniteError):
+        align("stages.reward.optim.lr=1e-7", "stages.dpo.beta=0.7")
+    assert load_run(align.run_folder).stages["dpo"].error == ""
+    assert not cost.exists()
+
+
+def test_a_wait_for_another_process_is_no_time_of_the_stage(align: Align, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, waited = time.monotonic, [0.0]
+
+    @contextmanager
+    def held_after_an_hour(path: Path, **options: Any) -> Iterator[int]:
+        with held(path, **options) as descriptor:
+            waited[0] += 3600.0 * path.parent.name.startswith("sft-")
+            yield descriptor
+
+    monkeypatch.setattr("alignment.pipeline.execute.run.held", held_after_an_hour)
+    monkeypatch.setattr(time, "monotonic", lambda: clock() + waited[0])
+    align()
+    assert waited == [3600.0]
+    assert 0 < align.record()["stages"]["sft"]["seconds"] < 600.0
+
+
+def test_a_wait_that_is_stopped_is_no_attempt(align: Align, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def never_held(path: Path, **options: Any) -> Iterator[int]:
+        if path.parent.name.startswith("sft-"):
+            raise KeyboardInterrupt
+        with held(path, **options) as descriptor:
+            yield descriptor
+
+    monkeypatch.setattr("alignment.pipeline.execute.run.held", never_held)
+    assert align()[0] == 130
+    entry = align.record()["stages"]["sft"]
+    assert (entry["state"], entry["seconds"], entry["attempts"]) == ("waiting", None, 1)
 
 
 def test_more_processes_than_the_launcher_can_start_are_refused_before_anything_is_made(overrides: list[str]) -> None:

@@ -11,12 +11,27 @@ from tests.unit.report.conftest import FakeRun
 def test_planned_time_and_memory_stand_beside_the_measured_ones(fake_run: FakeRun) -> None:
     phase = PhaseCost(peak=1_000_000_000, held=1_500_000_000, seconds=90.0)
     planned = StageCost(stage="sft", kind="sft", phases={"training": phase}, fixed=500_000_000)
-    (fake_run.folder / "sft").mkdir(parents=True)
-    RunCost(device="this", stages=[planned]).write(fake_run.folder / "sft" / FILE)
-    page = fake_run.html()
-    [row] = re.findall(r"<tr>(?:(?!</tr>).)*<bdi>sft</bdi>(?:(?!</tr>).)*planned memory(?:(?!</tr>).)*</tr>", page)
+    row = planned_row(fake_run, planned)
     assert 'data-label="planned time">1\u202fmin 30\u202fs<' in row
     assert re.search(r'data-label="planned memory">2\.0\u202fGB<', row)
+
+
+def test_the_time_of_the_first_rows_is_not_shown_as_that_of_the_stage(fake_run: FakeRun) -> None:
+    phase = PhaseCost(peak=1_000_000_000, held=1_500_000_000, seconds=90.0)
+    planned = StageCost(stage="sft", kind="sft", phases={"training": phase}, first_rows=1_000)
+    row = planned_row(fake_run, planned)
+    assert 'data-label="planned time">–<' in row
+    assert re.search(r'data-label="planned memory">1\.5\u202fGB<', row)
+
+
+def planned_row(run: FakeRun, planned: StageCost) -> str:
+    """The row of the SFT stage on the page of a run for which this was planned."""
+    (run.folder / "sft").mkdir(parents=True)
+    RunCost(device="this", stages=[planned]).write(run.folder / "sft" / FILE)
+    [row] = re.findall(
+        r"<tr>(?:(?!</tr>).)*<bdi>sft</bdi>(?:(?!</tr>).)*planned memory(?:(?!</tr>).)*</tr>", run.html()
+    )
+    return str(row)
 
 
 def test_without_a_plan_there_is_no_column_for_it(fake_run: FakeRun) -> None:

@@ -71,6 +71,8 @@ def test_what_does_not_fit_is_said_with_what_would() -> None:
     ) in text
     alone = printed(show_cost, RunCost(device="this", memory=4.0 * GB, stages=[LEARNS]))
     assert "dpo: 6.50 GB do not fit into 4.00 GB, even with the settings that were tried" in alone
+    earlier = printed(partial(show_cost, is_earlier=True), RunCost(device="this", memory=4.0 * GB, stages=[LEARNS]))
+    assert "dpo: 6.50 GB do not fit into 4.00 GB; --cost looks for settings that fit" in earlier
 
 
 def test_on_a_gpu_the_host_needs_memory_too_and_uncounted_rows_are_named() -> None:
@@ -93,9 +95,9 @@ def test_results_stay_on_the_disk_and_checkpoints_of_one_stage_at_a_time() -> No
 
 def test_a_stage_that_cannot_be_estimated_says_why() -> None:
     stage = StageCost(stage="ppo", kind="ppo", adapter="lora", error="it calls the server at http://x")
-    assert "ppo: cannot be estimated: it calls the server at http://x" in printed(
-        show_cost, RunCost(device="this", stages=[stage])
-    )
+    text = printed(show_cost, RunCost(device="this", memory=64.0 * GB, stages=[LEARNS, stage]))
+    assert "ppo: not estimated: it calls the server at http://x" in text
+    assert not any(line.startswith(("time:", "memory:", "disk:")) for line in text.splitlines()), "no sum without it"
 
 
 def test_a_trade_says_what_to_write() -> None:
