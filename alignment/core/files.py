@@ -227,6 +227,11 @@ def partial_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
+def can_be_written(path: Path) -> bool:
+    """Whether a file can be made there, or replace one; a device such as ``/dev/null`` must stay what it is."""
+    return path.is_file() or (not path.exists() and path.absolute().parent.is_dir())
+
+
 def new_folder(to: str, *, option: str = "--to") -> Path:
     """The folder that a command writes, which does not exist yet; ``option`` names it on the command line.
 

@@ -19,6 +19,7 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from alignment.config.data import DataConfig, MixedConfig, OnError, SourceConfig
+from alignment.core import files
 from alignment.core.errors import AlignmentError, DataError
 from alignment.core.process_end import end_process
 from alignment.core.streams import make_unfailing
@@ -59,11 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         held_out = None if options.against is None else _held_out(read_spec(options.against))
         for file in options.stage_files:
             show_stage(console, read_spec(file), rows=options.rows, held_out=held_out)
+        if options.html is not None:
+            with files.explained(options.html.parent):
+                files.write_text(options.html, _page(console))
     except AlignmentError as error:
         complain(error)
         return error.exit_code
-    if options.html is not None:
-        options.html.write_text(_page(console), encoding="utf-8")
     return 0
 
 

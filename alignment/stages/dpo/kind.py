@@ -51,8 +51,8 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
     return [
         "chosen and rejected answers both became less than half as likely: on the first batch, log p fell by "
         f"{-chosen:.3g} nats for chosen and {-rejected:.3g} for rejected ones, so the policy now gives other "
-        f"answers; nll_weight=1 keeps chosen answers likely (Pang et al. 2024), and a smaller optim.lr or a larger "
-        f"beta may too"
+        f"answers; a smaller optim.lr may keep chosen answers likely, and so may nll_weight=1 (Pang et al. 2024) or "
+        f"a larger beta, if the loss has these settings"
     ]
 
 

@@ -59,8 +59,8 @@ def held_out_slot(validation: ValidationConfig, own: DataSlot) -> DataSlot:
 def hold_nearer_to_the_start(name: str) -> str:
     """Advice against forgetting in the stage ``name``, which is held to its start by ``beta``."""
     return (
-        f"raise stages.{name}.beta, lower its optim.lr or train fewer epochs; add replay only to the SFT stage "
-        f"before it"
+        f"lower stages.{name}.optim.lr or train fewer epochs; raise stages.{name}.beta, if its loss has this setting; "
+        f"add replay only to the SFT stage before it"
     )
 
 
@@ -142,6 +142,7 @@ def of_arms(metrics: tuple[str, ...], arms: list[str]) -> tuple[str, ...]:
 def replay_advice(name: str) -> str:
     """Advice for stage ``name``, which learns from its own texts, if its policy forgot too much."""
     return (
-        f"use replay: stages.{name}.data.mix=[{{source: 'bundled:general/conversations', share: 0.2}}] adds general "
-        f"rows to its data; or lower stages.{name}.optim.lr, train fewer epochs, or train an adapter"
+        f"use replay: stages.{name}.data.mix=[{{source: 'bundled:general/conversations'}}] adds the general rows that "
+        f"ship with the package (name the sources that the mix has already, too); these are few, so mix general rows "
+        f"of your own into many; or lower stages.{name}.optim.lr, train fewer epochs, or train an adapter"
     )

@@ -8,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from alignment.core.errors import ConfigError, DataError, GateNotMet
+from alignment.data.mix import mixed
 from alignment.pipeline.execute import gates
 from alignment.pipeline.execute.summary import show_forgetting
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.records.forgetting import ArmForgetting, Forgetting, Limits
 from alignment.records.interval import Interval
+from alignment.stages.registry import kind_named
 from tests.unit.pipeline.conftest import leave_artifact
 
 RECIPE = """
@@ -125,7 +128,7 @@ def test_a_run_ends_with_the_arms_that_forgot_and_what_helps_each(gate: Gate) ->
     lines = str(caught.value).splitlines()
     assert lines[0] == "stages.forgetting: sft forgot too much: too dear"
     assert lines[1] == "  stages.forgetting: ppo forgot too much: too dear"
-    assert "stages.sft.data.mix=[{source: 'bundled:general/conversations', share: 0.2}]" in lines[2]
+    assert "stages.sft.data.mix=[{source: 'bundled:general/conversations'}]" in lines[2]
     assert "stages.ppo.ptx.coefficient" in lines[3]
     assert lines[4] == "  → stages.forgetting.max_perplexity_rise and max_ability_drop set the limits"
 
@@ -150,13 +153,24 @@ def test_arms_within_the_limits_are_named_with_their_figures_and_the_limits(gate
     assert gates.met(plan.stages) == []
 
 
-def test_the_remedy_that_is_named_is_one_that_plans(gate: Gate) -> None:
+def test_the_remedy_that_is_named_can_be_carried_out_on_any_number_of_rows(gate: Gate) -> None:
     plan = gate(_arms("stage:sft"))
     _left(plan, "stage:sft")
     with pytest.raises(GateNotMet) as caught:
         gates.refuse(plan.stages, plan.config.stages)
     remedy = caught.value.remedy.split("replay: ")[1].split(" adds")[0]
-    assert gate(_arms("stage:sft"), remedy).config.stages["sft"].data.mix[0].share == 0.2  # type: ignore[union-attr]
+    (general,) = gate(_arms("stage:sft"), remedy).config.stages["sft"].data.mix  # type: ignore[union-attr]
+    for own_rows in (10, 2_000):
+        rows = mixed(own_rows, [(general, 124)], torch.Generator(), where="stages.sft.data")
+        assert sorted(rows) == list(range(own_rows + 124))
+
+
+def test_the_remedy_of_preferences_does_not_name_a_setting_that_some_losses_refuse() -> None:
+    for kind in ("dpo", "kto"):
+        remedy = kind_named(kind).outcome.against_forgetting("it")
+        assert remedy.startswith(
+            "lower stages.it.optim.lr or train fewer epochs; raise stages.it.beta, if its loss has"
+        )
 
 
 def test_nothing_is_said_where_all_passed_or_nothing_was_measured(gate: Gate) -> None:

@@ -36,3 +36,9 @@ def test_a_recipe_or_a_stage_without_rows_to_learn_from_is_refused(
     with pytest.raises(ConfigError) as caught:
         show_preview(Console(), str(recipe), settings, stage=stage, rows=1, html=None)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", [".", "missing/page.html", "/dev/null"])
+def test_a_page_that_cannot_be_a_file_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"--html: .* cannot be a file"):
+        show_preview(Console(), "quickstart", [], stage=None, rows=1, html=name)
