@@ -487,9 +487,15 @@ MUTATIONS = [
         SWEEP,
         (
             "trials within chance are called worse",
-            "if difference is not None and not difference.excludes_zero()",
+            "if difference is not None and not _is_better(difference, minimize=minimize)",
             "if difference is None",
             "test_others_that_may_be_as_good_are_named",
+        ),
+        (
+            "trials are judged on a few prompts",
+            "if len(best_on_both) >= FEWEST_PROMPTS else None",
+            "if best_on_both else None",
+            "test_no_verdict_rests_on_fewer_than_ten_prompts",
         ),
         (
             "an arm that differs between trials is shown with the first trial's value",
@@ -512,6 +518,12 @@ MUTATIONS = [
             "1.0 if self._config.minimize == wanted.objectives[0].minimize else -1.0",
             "-1.0 if self._config.minimize == wanted.objectives[0].minimize else 1.0",
             "test_a_better_curve_is_not_pruned_whichever_way_the_objective_points",
+        ),
+        (
+            "a trial is judged by the curve of an earlier run",
+            "if self._former is not None and self._record_file() == self._former:",
+            "if False:",
+            "test_the_curve_of_an_earlier_run_of_the_same_name_is_not_the_trial_s",
         ),
     ),
     *in_file(

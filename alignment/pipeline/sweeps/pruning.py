@@ -13,7 +13,7 @@ from alignment.config.sweep import Pruner
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.pipeline.sweeps.sweep_file import Sweep
 from alignment.records import validation_figures
-from alignment.records.run import RunRecord, StageEntry
+from alignment.records.run import FILE, RunRecord, StageEntry
 from alignment.records.step_log import METRICS, written_rows
 
 
@@ -24,6 +24,7 @@ class Curve:
         self._config = wanted.config.pruning
         self._run_folder = wanted.output / "runs" / trial.user_attrs["run"]
         self._trial = trial
+        self._former = self._record_file()
         self._last = -1
         # Optuna judges a curve in the direction of the objective.
         self._sign = 1.0 if self._config.minimize == wanted.objectives[0].minimize else -1.0
@@ -72,8 +73,19 @@ class Curve:
     def _state(self) -> str:
         return self._entry().state
 
+    def _record_file(self) -> tuple[int, int] | None:
+        """Which file the record is now: each new record replaces it."""
+        try:
+            stat = (self._run_folder / FILE).stat()
+        except OSError:
+            return None
+        return stat.st_ino, stat.st_mtime_ns
+
     def _entry(self) -> StageEntry:
-        """What the trial's run records of the stage; nothing before it is recorded."""
+        """What the trial's run records of the stage; nothing while the record is that of an earlier run of its name."""
+        if self._former is not None and self._record_file() == self._former:
+            return StageEntry()
+        self._former = None
         try:
             return RunRecord.read(self._run_folder).stages.get(self._config.stage, StageEntry())
         except ArtifactError:

@@ -16,8 +16,8 @@ from alignment.pipeline.execute.summary import REPORT
 from alignment.pipeline.sweeps.objectives import Objective
 from alignment.pipeline.sweeps.study import Study, number_of
 from alignment.pipeline.sweeps.sweep_file import Sweep
+from alignment.records.evaluation import FEWEST_PROMPTS, Evaluation
 from alignment.records.evaluation import FILE as EVALUATION_FILE
-from alignment.records.evaluation import Evaluation
 from alignment.records.interval import Interval
 from alignment.records.sweep_record import (
     FEWEST_FOR_IMPORTANCE,
@@ -229,22 +229,44 @@ def _verdict(
         )
     if len(done) < 2 or not (best_scores := by_prompt[done[0].number]):
         return ""
-    differences = {trial.number: paired_scores.difference(best_scores, by_prompt[trial.number]) for trial in done[1:]}
+    differences = {trial.number: _difference(best_scores, by_prompt[trial.number]) for trial in done[1:]}
+    unknown = [number for number, difference in differences.items() if difference is None]
+    minimize = wanted.objectives[0].minimize
     even = [
         number
         for number, difference in differences.items()
-        if difference is not None and not difference.excludes_zero()
+        if difference is not None and not _is_better(difference, minimize=minimize)
     ]
-    if None in differences.values() and not even:
-        return ""  # judged on other prompts
-    if not even:
-        return "every other trial is worse, paired by prompt, by more than chance explains"
-    which = f"trial {even[0]}" if len(even) == 1 else f"trials {', '.join(map(str, even))}"
-    return f"{which} may be as good: the difference is within chance"
+    if len(unknown) == len(differences):
+        return ""
+    if even:
+        sentence = f"{_trials(even)} may be as good: the difference is within chance"
+    else:
+        others = "every other trial" if not unknown else "each trial that can be compared"
+        sentence = f"{others} is worse, paired by prompt, by more than chance explains"
+    if not unknown:
+        return sentence
+    return f"{sentence}; {_trials(unknown)} cannot be compared on {FEWEST_PROMPTS} prompts or more"
+
+
+def _difference(best_scores: dict[str, float], other_scores: dict[str, float]) -> Interval | None:
+    """On the prompts of both; None if these are too few."""
+    best_on_both, other_on_both, _ = paired_scores.in_both(best_scores, other_scores)
+    return paired_scores.difference(best_on_both, other_on_both) if len(best_on_both) >= FEWEST_PROMPTS else None
+
+
+def _is_better(difference: Interval, *, minimize: bool) -> bool:
+    """Whether the best trial is better by more than chance. On the shared prompts it may even be worse, as it was
+    ranked on all of its own."""
+    return difference.excludes_zero() and (difference.mean < 0) == minimize
+
+
+def _trials(numbers: Sequence[int]) -> str:
+    return f"trial {numbers[0]}" if len(numbers) == 1 else f"trials {', '.join(map(str, numbers))}"
 
 
 def _named(numbers: Sequence[int]) -> str:
-    return f"trial {numbers[0]} is" if len(numbers) == 1 else f"trials {', '.join(map(str, numbers))} are"
+    return f"{_trials(numbers)} {'is' if len(numbers) == 1 else 'are'}"
 
 
 def _importance(study: Study, wanted: Sweep) -> list[dict[str, float]]:

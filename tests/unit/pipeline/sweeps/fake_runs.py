@@ -34,6 +34,10 @@ class Runs:
         """More of ``evaluation.json``, where there is no figure."""
         self.other_arms: Callable[[dict[str, str]], list[dict[str, Any]]] = lambda settings: []
         """Arms of ``evaluation.json`` beside DPO's, as a function of the overrides."""
+        self.has_prompt: Callable[[dict[str, str], int], bool] = lambda settings, index: True
+        """Which of the twelve prompts have a score."""
+        self.score: Callable[[dict[str, str], float], float] = lambda settings, mean: mean
+        """The mean of these scores, if it is not the figure."""
         self.more_of_arm: dict[str, Any] = {}
         self.codes: dict[int, int] = {}
         self.faults: dict[int, Exception] = {}
@@ -65,10 +69,11 @@ class Runs:
         evaluation = {"metrics": [{"name": METRIC}], "primary": METRIC, "arms": [*self.other_arms(settings), arm]}
         evaluation |= self.lost if mean is None else {}
         (artifact / "evaluation.json").write_text(json.dumps(evaluation))
-        scores = [] if mean is None else [mean + noise for noise in (-0.02, 0.0, 0.02)]
+        scores = [] if mean is None else [self.score(settings, mean) + noise for noise in (-0.02, 0.0, 0.02) * 4]
         lines = [
             {"id": str(index), "answers": {"stage:dpo": {"text": "", "scores": {METRIC: score}}}}
             for index, score in enumerate(scores)
+            if self.has_prompt(settings, index)
         ]
         (artifact / "samples.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         metrics = {

@@ -112,6 +112,32 @@ def test_others_that_may_be_as_good_are_named(runs: Runs) -> None:
     assert printed.count("best:") == 1
 
 
+def test_no_verdict_rests_on_fewer_than_ten_prompts(runs: Runs) -> None:
+    runs.has_prompt = lambda settings, index: index < 9
+    go(runs)
+    (sweep_file,) = runs.output.glob("sweeps/*/sweep.json")
+    assert json.loads(sweep_file.read_text())["verdict"] == ""
+
+
+def test_a_trial_that_cannot_be_compared_is_not_called_worse(runs: Runs) -> None:
+    """Trial 0 has too few prompts in common with the best one, trial 1 enough."""
+    shared = {"0.05": range(6, 12), "0.1": range(11), "0.3": range(12), "0.5": range(12)}
+    runs.has_prompt = lambda settings, index: index in shared[settings["stages.dpo.beta"]]
+    (sweep_file,) = [go(runs), *runs.output.glob("sweeps/*/sweep.json")][1:]
+    assert json.loads(sweep_file.read_text())["verdict"] == (
+        "each trial that can be compared is worse, paired by prompt, by more than chance explains; "
+        "trial 0 cannot be compared on 10 prompts or more"
+    )
+
+
+def test_a_trial_that_leads_only_on_prompts_of_its_own_is_not_called_better(runs: Runs) -> None:
+    """Beta .3 has the best figure, but each of its scores on the shared prompts is lower."""
+    runs.score = lambda settings, mean: mean - 0.5 * (settings["stages.dpo.beta"] == "0.3")
+    go(runs)
+    (sweep_file,) = runs.output.glob("sweeps/*/sweep.json")
+    assert json.loads(sweep_file.read_text())["verdict"].startswith("trials 1, 3, 0 may be as good")
+
+
 def test_what_speaks_against_the_best_trial_is_on_the_page_and_in_the_terminal(runs: Runs) -> None:
     runs.more_of_arm = {"ended": {"mean": 0.0}}
     _, printed = go(runs)

@@ -6,16 +6,20 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from alignment.config.backend import MachinesBackend, SlurmBackend
 from alignment.config.launch import LaunchConfig
+from alignment.config.sweep import Pruner, PruningConfig
 from alignment.core.errors import Busy, ConfigError, GateNotMet
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps import trials as shared
+from alignment.pipeline.sweeps.pruning import Curve
 from alignment.pipeline.sweeps.trials import Share, shares
+from alignment.records.run import RunRecord, StageEntry
 from alignment.records.sweep_record import TrialOutcome
 from tests.unit.pipeline.sweeps.fake_runs import BETAS, Runs, go, own, trials
 
@@ -233,6 +237,32 @@ def test_trials_that_have_learned_nothing_yet_differ_by_rounding_and_are_not_pru
     start = math.log(2)
     processes.losses = {"0.1": [start] * 4, "0.3": [start] * 4, "0.5": [start + 1e-4, start + 1e-4, start, start]}
     assert "pruned" not in go(runs, median(runs, tmp_path))[1]
+
+
+def test_the_curve_of_an_earlier_run_of_the_same_name_is_not_the_trial_s(tmp_path: Path) -> None:
+    """The study was deleted and the runs were not; a trial needs seconds before it records itself."""
+    folder, reported = tmp_path / "runs/mine.0", list[tuple[float, int]]()
+    trial = SimpleNamespace(
+        user_attrs={"run": "mine.0"}, report=lambda *row: reported.append(row), should_prune=lambda: False
+    )
+    wanted = SimpleNamespace(
+        output=tmp_path,
+        objectives=[SimpleNamespace(minimize=True)],
+        config=SimpleNamespace(pruning=PruningConfig(pruner=Pruner.median, stage="dpo", metric="loss", minimize=True)),
+    )
+
+    def run(artifact: str, losses: Sequence[float]) -> None:
+        (folder / artifact).mkdir(parents=True)
+        lines = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
+        (folder / artifact / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        stages = {"dpo": StageEntry(kind="dpo", state="running", artifact=str(folder / artifact))}
+        RunRecord(name="mine.0", stages=stages).write(folder)
+
+    run("former", [0.1, 0.1, 0.1])
+    curve = Curve(wanted, trial)  # type: ignore[arg-type]
+    assert (curve.hopeless_at(), reported) == (None, [])
+    run("own", [0.7, 0.6])
+    assert (curve.hopeless_at(), reported) == (None, [(0.7, 1), (0.6, 2)])
 
 
 def test_a_metric_that_the_stage_does_not_show_ends_the_sweep_at_its_first_step(
