@@ -42,9 +42,15 @@ MUTATIONS = [
         STAGE,
         (
             "a stop text counts only where a token is all of it",
-            "self._tokenizer.decode(list(answer[-self._tail :]), skip_special_tokens=True)",
-            "self._tokenizer.decode(list(answer[-1:]), skip_special_tokens=True)",
+            "self._tokenizer.decode(list(answer[-self._tail :]), skip_special_tokens=False)",
+            "self._tokenizer.decode(list(answer[-1:]), skip_special_tokens=False)",
             "test_an_answer_ends_before_a_stop_text_that_several_tokens_make",
+        ),
+        (
+            "a control token is no stop text",
+            "self._tokenizer.decode(list(answer[-self._tail :]), skip_special_tokens=False)",
+            "self._tokenizer.decode(list(answer[-self._tail :]), skip_special_tokens=True)",
+            "test_a_control_token_may_be_a_stop_text",
         ),
     ),
     *in_file(
@@ -65,6 +71,12 @@ MUTATIONS = [
             "            if target not in range(len(choices)) if isinstance(target, int) else target not in choices:",
             "            if False:",
             "test_a_right_answer_that_is_not_a_choice_is_refused",
+        ),
+        (
+            "a metric of some rows is a score of each",
+            "scores = [sample.get(metric) for sample in samples if",
+            "scores = [sample[metric] for sample in samples if metric in sample and",
+            "test_a_metric_that_only_some_rows_have_is_no_score_of_each_row",
         ),
     ),
     *in_file(

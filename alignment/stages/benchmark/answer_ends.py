@@ -55,8 +55,8 @@ class StopTexts:
         self._tail = max((len(stop.encode()) for stop in stops), default=0) + 4
 
     def ends(self, answer: Sequence[int]) -> bool:
-        """Whether the newest token of the answer completes a stop text."""
-        text = self._tokenizer.decode(list(answer[-self._tail :]), skip_special_tokens=True)
+        """Whether the newest token of the answer completes a stop text, which may be a control token's."""
+        text = self._tokenizer.decode(list(answer[-self._tail :]), skip_special_tokens=False)
         return any(stop in text for stop in self._stops)
 
     def text(self, answer: Sequence[int]) -> str:

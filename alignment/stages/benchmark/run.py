@@ -139,7 +139,7 @@ def _record(
     config: BenchmarkConfig, context: StageContext, runs: Mapping[str, Any], seconds: Mapping[str, float]
 ) -> Benchmark:
     label_of = labels(config.arms)
-    tasks: list[BenchmarkTask] = _in_all(runs)
+    tasks: list[BenchmarkTask] = _of_all(runs)
     intervals = Intervals(samples=config.bootstrap_samples, seed=context.seed("bootstrap"))
     firsts = [(task, task.metrics[0]) for task in tasks if task.metrics]
     others = [(task, metric) for task in tasks for metric in task.metrics[1:]]
@@ -156,19 +156,21 @@ def _record(
     )
 
 
-def _in_all(runs: Mapping[str, Any]) -> list[BenchmarkTask]:
-    """The tasks, whose metrics are ``by_row`` only if they are for every arm."""
-    first, *others = (run.tasks for run in runs.values())
-    by_row = [{task.key(metric) for task in tasks for metric in task.metrics if metric.by_row} for tasks in others]
-    return [_restricted(task, by_row) for task in first]
+def _of_all(runs: Mapping[str, Any]) -> list[BenchmarkTask]:
+    """The tasks, each with the metrics of all arms."""
+    tasks_of_arms = [{task.name: task for task in run.tasks} for run in runs.values()]
+    return [_with_all_metrics([tasks[name] for tasks in tasks_of_arms]) for name in tasks_of_arms[0]]
 
 
-def _restricted(task: BenchmarkTask, by_row: list[set[str]]) -> BenchmarkTask:
-    metrics = [
-        replace(metric, by_row=metric.by_row and all(task.key(metric) in of_arm for of_arm in by_row))
-        for metric in task.metrics
-    ]
-    return replace(task, metrics=metrics)
+def _with_all_metrics(task_of_arms: list[BenchmarkTask]) -> BenchmarkTask:
+    """A metric is ``by_row`` only if it is for every arm."""
+    by_row = [{metric.title for metric in task.metrics if metric.by_row} for task in task_of_arms]
+    metrics = {metric.title: metric for task in reversed(task_of_arms) for metric in task.metrics}
+    titles = dict.fromkeys(metric.title for task in task_of_arms for metric in task.metrics)
+    return replace(
+        task_of_arms[0],
+        metrics=[replace(metrics[title], by_row=all(title in of_arm for of_arm in by_row)) for title in titles],
+    )
 
 
 def _scores(
@@ -224,6 +226,7 @@ def _table(record: Benchmark) -> list[dict[str, Any]]:
         for task in record.tasks
         for metric in task.metrics
         for arm in record.arms
+        if task.key(metric) in arm.values
     ]
 
 

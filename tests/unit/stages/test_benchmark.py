@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,9 +23,18 @@ from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ConfigError, DataError, ModelError, NonFiniteError, StageError
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput, StageSpec
-from alignment.records.benchmark import Benchmark, BenchmarkRow, read_rows
+from alignment.records.benchmark import (
+    Benchmark,
+    BenchmarkArm,
+    BenchmarkRow,
+    BenchmarkTask,
+    Measurement,
+    TaskMetric,
+    read_rows,
+)
 from alignment.stages import registry
-from alignment.stages.benchmark import harness_model
+from alignment.stages.benchmark import harness_model, harness_run, run
+from alignment.stages.benchmark.answer_ends import StopTexts
 from alignment.stages.benchmark.config import BenchmarkConfig
 from alignment.stages.benchmark.harness_model import HarnessModel, Sizes
 from alignment.stages.benchmark.kind import content
@@ -368,6 +378,47 @@ def test_an_answer_ends_before_a_stop_text_that_several_tokens_make(
         assert model.generate_until([request])[0] == text[: text.index(stop)]  # type: ignore[list-item]
         assert model.generate_until([request]) == harness.generate_until([request], disable_tqdm=True)  # type: ignore[list-item]
     assert max(tokens) < 20, "generation ended there too"
+
+
+def test_a_control_token_may_be_a_stop_text() -> None:
+    """As in the tasks of the harness for models whose end of text is another token."""
+    tokenizer = tiny_tokenizer()
+    stops = StopTexts(tokenizer, ["Question:", "<|im_start|>"])
+    answer = [*tokenizer("It is 4.")["input_ids"], tokenizer.bos_token_id]
+    assert [stops.ends(answer[:length]) for length in range(1, len(answer) + 1)] == [False] * (len(answer) - 1) + [True]
+    assert stops.text(answer) == "It is 4."
+
+
+def test_a_metric_that_only_some_rows_have_is_no_score_of_each_row() -> None:
+    results = {
+        "higher_is_better": {"sums": {}},
+        "results": {"sums": {"acc,none": 0.5, "acc_easy,none": 1.0}},
+        "samples": {"sums": [{"filter": "none", "acc": 1.0, "acc_easy": 1.0}, {"filter": "none", "acc": 0.0}]},
+    }
+    metrics = list(harness_run._metrics(results, "sums"))
+    assert metrics == [TaskMetric(name="acc"), TaskMetric(name="acc_easy", by_row=False)]
+
+
+def test_a_metric_that_one_arm_lacks_is_shown_of_the_others_and_not_compared() -> None:
+    right, parsed = TaskMetric(name="acc"), TaskMetric(name="parsed")
+    task = BenchmarkTask(name="sums", metrics=[right])
+    runs = {
+        "base": SimpleNamespace(tasks=[task]),
+        "stage:sft": SimpleNamespace(tasks=[replace(task, metrics=[right, parsed])]),
+    }
+    (together,) = run._of_all(runs)
+    assert together.metrics == [right, replace(parsed, by_row=False)]
+    values = {"sums/acc": Measurement(value=0.5)}
+    arms = [
+        BenchmarkArm(name="base", values=values),
+        BenchmarkArm(name="stage:sft", values={**values, "sums/parsed": Measurement(value=0.75)}),
+    ]
+    table = run._table(Benchmark(tasks=[together], arms=arms))
+    assert [(row["metric"], row["arm"], row["value"]) for row in table] == [
+        ("acc", "base", 0.5),
+        ("acc", "sft", 0.5),
+        ("parsed", "sft", 0.75),
+    ]
 
 
 @pytest.mark.parametrize(
