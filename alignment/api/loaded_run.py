@@ -193,7 +193,7 @@ class Run:
 
     def answers_frame(self, evaluation: str | None = None) -> pandas.DataFrame:
         """A row for each prompt and arm: ``id``, ``task``, ``prompt`` (its last message), ``arm``, ``answer``, and a
-        column for each score.
+        column for each score, which is ``score/NAME`` if the metric is called like one of these.
 
         Raises:
             ArtifactError: the file of the answers is damaged.

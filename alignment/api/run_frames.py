@@ -84,7 +84,8 @@ def _comparisons(evaluation: Evaluation) -> Iterator[tuple[str, Comparison]]:
 
 
 def of_answers(samples: Sequence[Sample]) -> pandas.DataFrame:
-    """A row for each prompt and arm."""
+    """A row for each prompt and arm. A metric that is called like another column has ``score/`` before its name."""
+    columns = ("id", "task", "prompt", "arm", "answer")
     rows = [
         {
             "id": sample.id,
@@ -92,12 +93,12 @@ def of_answers(samples: Sequence[Sample]) -> pandas.DataFrame:
             "prompt": sample.messages[-1].get("content", "") if sample.messages else "",
             "arm": arm.removeprefix("stage:"),
             "answer": answer.text,
-            **answer.scores,
+            **{f"score/{name}" if name in columns else name: score for name, score in answer.scores.items()},
         }
         for sample in samples
         for arm, answer in sample.answers.items()
     ]
-    return data_frame(_columns(["id", "task", "prompt", "arm", "answer"], rows), rows)
+    return data_frame(_columns(columns, rows), rows)
 
 
 def of_settings(settings: Mapping[str, Any]) -> pandas.DataFrame:

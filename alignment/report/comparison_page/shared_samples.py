@@ -62,7 +62,7 @@ def share(runs: Sequence[Run], num_samples: int) -> Chosen:
         Shared(
             sample=chosen_sample.sample,
             why=chosen_sample.why,
-            arms=[(arm, _text_of(by_run)) for arm, by_run in arms_of[id(chosen_sample.sample)].items()],
+            arms=[(arm, _different(by_run)) for arm, by_run in arms_of[id(chosen_sample.sample)].items()],
         )
         for chosen_sample in choose(widest, num_samples, widest=WIDEST)
     ]
@@ -83,12 +83,13 @@ def _widest(sample: Sample, arms: dict[str, dict[int, Answer]]) -> Sample:
     return max((replace(sample, answers=list(by_run.values())) for by_run in arms.values()), key=gap)
 
 
-def _text_of(by_run: dict[int, Answer]) -> list[SharedAnswer]:
-    by_text: dict[tuple[str, ...], SharedAnswer] = {}
+def _different(by_run: dict[int, Answer]) -> list[SharedAnswer]:
+    """Each answer once; the same text with other scores, as after a change of a metric, is another one."""
+    different: dict[tuple[object, ...], SharedAnswer] = {}
     for run_index, answer in by_run.items():
-        texts = (answer.text, *answer.later)
-        if texts in by_text:
-            by_text[texts].runs.append(run_index)
+        key = (answer.text, *answer.later, *sorted(answer.scores.items()))
+        if key in different:
+            different[key].runs.append(run_index)
         else:
-            by_text[texts] = SharedAnswer(runs=[run_index], answer=answer)
-    return list(by_text.values())
+            different[key] = SharedAnswer(runs=[run_index], answer=answer)
+    return list(different.values())

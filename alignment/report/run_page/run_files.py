@@ -83,7 +83,6 @@ def _read_stage(run_folder: Path, name: str, record: RunRecord, folder: Path | N
         name=name,
         kind=entry.kind,
         state=entry.state,
-        reason=entry.reason,
         artifact=text.name(folder.name) if folder else "",
         seconds=then if entry.state == "reused" or entry.seconds is None else entry.seconds,
         attempts=entry.attempts,

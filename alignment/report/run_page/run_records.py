@@ -152,7 +152,6 @@ class Stage:
     name: str
     kind: str
     state: str
-    reason: str = ""
     artifact: str = ""
     seconds: float | None = None
     attempts: int = 1

@@ -9,7 +9,7 @@ from typing import Any
 from alignment.config.faults import Fault
 from alignment.core.artifacts import REWARD_MODEL
 from alignment.records.validation_figures import ACCURACY
-from alignment.stages.base import Curve, DataSlot, Learning, Outcome, Reported, StageKind
+from alignment.stages.base import LOSS, Curve, DataSlot, Learning, Outcome, Reported, StageKind
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.reward.proposal import PROPOSALS
 from alignment.stages.shared.kind_answers import (
@@ -64,9 +64,10 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
 
 
 def _curves(settings: Mapping[str, Any]) -> list[Curve]:
+    plain = not any(settings.get(name) for name in ("margin", "center_coefficient"))
     charts = [
-        curve("Loss", "Bradley–Terry; dotted: chance, ln 2", "loss", math.log(2)),
-        curve("Accuracy, training pairs", "share; dotted: chance", "accuracy", _CHANCE),
+        curve("Loss", "Bradley–Terry; dotted: chance, ln 2", "loss", math.log(2)) if plain else LOSS,
+        curve("Accuracy", "share of pairs; dotted: chance", "accuracy", _CHANCE),
         curve("Margin", "score of chosen − rejected", "margin", 0.0),
     ]
     return beside_held_out(charts, settings, loss="loss", accuracy="accuracy")

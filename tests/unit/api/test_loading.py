@@ -87,6 +87,10 @@ def test_tables_of_stages_settings_and_answers(loaded: alignment.Run, fake_run: 
     expected = fake_run.samples[0]["answers"]["stage:dpo"]
     assert (first["answer"], first["quality"]) == (expected["text"], expected["scores"]["quality"])
     assert first["prompt"].startswith("Summarise this note")
+    fake_run.samples[0]["answers"]["stage:dpo"]["scores"]["answer"] = 0.5
+    fake_run.write()
+    first = loaded.answers_frame().query("id == 'heldout-000' and arm == 'dpo'").iloc[0]
+    assert (first["answer"], first["score/answer"]) == (expected["text"], 0.5)
 
 
 def test_a_run_against_itself_differs_in_nothing(fake_run: FakeRun) -> None:

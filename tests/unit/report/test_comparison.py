@@ -245,6 +245,9 @@ def test_answers_of_one_arm_stand_together_and_equal_ones_once(compared: Compare
     assert "base A B The same." in page
     assert page.index("dpo A Of run 0.") < page.index("dpo B Of run 1.")
     assert "Only here." not in page
+    compared.runs[1].samples[0]["answers"]["base"]["scores"] = {"quality": 0.25, "brevity": 1.0}
+    page = Page(compared.html()).text
+    assert re.search(r"base A The same\. .*0\.50 base B The same\. .*0\.25", page), page
 
 
 def test_conversations_that_part_in_a_later_turn_are_not_named_together(compared: Compared) -> None:

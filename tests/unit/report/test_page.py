@@ -217,7 +217,7 @@ def test_a_finished_run_is_not_called_unfinished(fake_run):
 
 
 def test_an_interrupted_run_shows_what_there_is(fake_run):
-    fake_run.run["stages"]["ppo"].update(state="failed", reason="exit code 6", seconds=None)
+    fake_run.run["stages"]["ppo"].update(state="failed", reason="no result yet", seconds=None)
     fake_run.run["stages"]["evaluate"].update(state="waiting", artifact=None, seconds=None)
     fake_run.write()
     (fake_run.folder / "ppo").mkdir()
@@ -229,6 +229,9 @@ def test_an_interrupted_run_shows_what_there_is(fake_run):
     assert "This run is not finished (running): 3 of 6 stages have a result." in page
     assert "<title>quickstart · unfinished run · alignment report</title>" in html
     assert "loss is NaN at update 7" in page
+    assert "ppo (failed): " not in page, "why it ran is not why it failed"
+    (fake_run.folder / "ppo" / "status.json").unlink()
+    assert "ppo (failed): it left no error" in Page(fake_run.html()).text
     assert 'aria-label="ppo, KL to the reference' in html  # the curves lie in the work folder
 
 

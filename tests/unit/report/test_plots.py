@@ -119,7 +119,7 @@ def test_every_kind_of_stage_shows_its_figures(fake_run):
     html = fake_run.html()
     titles = {
         "sft": ["Loss", "Next-token accuracy"],
-        "reward": ["Loss", "Accuracy, training pairs", "Margin"],
+        "reward": ["Loss", "Accuracy", "Margin"],
         "dpo": ["Loss", "Accuracy", "Margin", "Log-probability of the answers"],
         "ppo": [
             "Score",

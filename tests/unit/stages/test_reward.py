@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from alignment.core.artifacts import read_manifest
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import unwrapped
+from alignment.stages.registry import kind_named
 from alignment.stages.reward import run as reward
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.shared.initial import initial_policy
@@ -151,3 +152,13 @@ def test_without_pairs_held_out_chosen_answers_of_those_learned_from_score_zero(
     model = load_reward_model(context.spec, chained.inputs["reward"], device=torch.device("cpu"))
     raw = [sides(model, pair)[0] for pair in as_pairs(pairs)]
     close(float(unwrapped(model).score_offset), sum(raw) / len(raw), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "guide"), [({}, math.log(2)), ({"margin": 1.0}, None), ({"center_coefficient": 0.1}, None)]
+)
+def test_the_loss_has_a_line_of_chance_only_where_chance_gives_it(
+    settings: dict[str, float], guide: float | None
+) -> None:
+    loss = next(chart for chart in kind_named("reward").curves(settings) if chart.keys == ("loss",))
+    assert loss.guide == guide
