@@ -34,6 +34,7 @@ def _allowed() -> dict[str, tuple[str, ...]]:
         "choices": tuple(GROUPS),
         "stages": tuple(kinds),
         "for_each_process": tuple(kinds),
+        "where_named": tuple(sources),
         "instead_of_hub": ("model", *sources),
     }
 
@@ -42,8 +43,9 @@ def _allowed() -> dict[str, tuple[str, ...]]:
 class Profile:
     """``choices`` apply to groups that the command line leaves alone. ``values`` apply to the run, ``stages`` to each
     stage of a kind. ``for_each_process`` holds further settings of stages, integers for one process, which are
-    multiplied by the number of processes. ``instead_of_hub`` gives the sources to read where a recipe names a hub: for
-    ``model``, for the ``data`` of a kind, or for another field of a kind by its dotted name.
+    multiplied by the number of processes. ``where_named`` holds settings of the group that has some data, by the dotted
+    name of the data, which apply only where a recipe names these. ``instead_of_hub`` gives the sources to read where a
+    recipe names a hub: for ``model``, for the ``data`` of a kind, or for another field of a kind by its dotted name.
 
     Example: ``Profile(name="smoke", stages={"ppo": {"updates": 2}})``
     """
@@ -53,6 +55,7 @@ class Profile:
     values: Mapping[str, Any] = field(default_factory=dict)
     stages: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     for_each_process: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    where_named: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     instead_of_hub: Mapping[str, str] = field(default_factory=dict)
 
     def applied_to(self, tree: Mapping[str, Any], *, processes: int = 1) -> dict[str, Any]:
@@ -78,6 +81,10 @@ class Profile:
             name, _, keys = slot.partition(".")
             if name == kind:
                 changed = _without_hub(changed, (keys or "data").split("."), source)
+        for slot, values in self.where_named.items():
+            name, _, keys = slot.partition(".")
+            if name == kind:
+                changed = _merged_where_named(changed, (keys or "data").split("."), values)
         per_process = times(self.for_each_process.get(kind, {}), processes)
         return merged(merged(changed, self.stages.get(kind, {})), per_process)
 
@@ -93,7 +100,7 @@ def read(name: str, folders: list[Path]) -> Profile:
     parts = _group(content, [part.name for part in fields(Profile) if part.name != "name"], where=str(path))
     for part, value in parts.items():
         _group(value, _allowed().get(part), where=f"{path}: {part}")
-    for part in ("stages", "for_each_process"):
+    for part in ("stages", "for_each_process", "where_named"):
         for kind, value in parts.get(part, {}).items():
             _group(value, where=f"{path}: {part}.{kind}")
     if name == SMOKE:  # kinds of other packages define their own smoke settings
@@ -129,6 +136,17 @@ def _without_hub(tree: Mapping[str, Any], keys: Sequence[str], source: str) -> d
     if rest:
         return {**tree, first: _without_hub(group, rest, source)} if isinstance(group, Mapping) else dict(tree)
     return {**tree, first: {"source": source}} if _names_hub(group) else dict(tree)
+
+
+def _merged_where_named(tree: Mapping[str, Any], keys: Sequence[str], values: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree with the values merged into the group that has the data at these keys, if these name a source."""
+    first, *rest = keys
+    group = tree.get(first)
+    if not isinstance(group, Mapping):
+        return dict(tree)
+    if rest:
+        return {**tree, first: _merged_where_named(group, rest, values)}
+    return merged(tree, values) if group.get("source") else dict(tree)
 
 
 def _names_hub(group: Any) -> bool:

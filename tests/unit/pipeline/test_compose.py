@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from alignment.config.backend import Backend, LocalBackend, MachinesBackend, SlurmBackend
+from alignment.config.evaluating import LabelledConfig
 from alignment.config.faults import Fault
 from alignment.config.launch import Offload
 from alignment.config.optim import Moments
@@ -447,8 +448,25 @@ def test_every_recipe_is_scaled_down_to_this_machine(recipe: str) -> None:
 def test_the_smoke_profile_has_values_for_every_kind_of_stage() -> None:
     profile = yaml.safe_load((conf_folder() / "profile/smoke.yaml").read_text())
     assert profile["stages"].keys() == STAGES.keys()
-    others = {"evaluate.few_shot.data", "forgetting.questions"}
+    others = {"evaluate.few_shot.data", "evaluate.judge.labelled.data", "forgetting.questions"}
     assert profile["instead_of_hub"].keys() == {"model", *STAGES, *others} - {"report", "benchmark"}
+
+
+@pytest.mark.parametrize(("source", "read"), [("path:mine.jsonl",) * 2, ("hub:a/b", "bundled:quickstart/preferences")])
+def test_a_smoke_run_asks_a_judge_about_few_labelled_pairs(tmp_path: Path, source: str, read: str) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "defaults: [base, stage@stages.evaluate: evaluate, _self_]\n"
+        "stages: {evaluate: {judge: {kind: metric, labelled: {data: {source: 'SOURCE'}, max_prompts: 50}}}}\n".replace(
+            "SOURCE", source
+        )
+    )
+    labelled = composed(str(recipe), "profile=smoke").stages["evaluate"].judge.labelled  # type: ignore[union-attr]
+    assert (labelled.data.source, labelled.data.limit, labelled.max_prompts) == (read, 8, 2)
+    recipe.write_text(recipe.read_text().replace(source, "").replace(", max_prompts: 50", ""))
+    for without in (str(recipe), "quickstart"):
+        labelled = composed(without, "profile=smoke").stages["evaluate"].judge.labelled  # type: ignore[union-attr]
+        assert labelled == LabelledConfig()
 
 
 @pytest.mark.parametrize("recipe", ["quickstart", "tldr_1b_ppo"])
@@ -566,6 +584,10 @@ def test_a_profile_of_the_user_s_own_stands_beside_the_recipe(tmp_path: Path) ->
         ("instead_of_hub: {modl: x}", "mine.yaml: instead_of_hub: unknown key 'modl'; did you mean 'model'?"),
         ("for_each_process: {dop: {}}", "mine.yaml: for_each_process: unknown key 'dop'; did you mean 'dpo'?"),
         ("for_each_process: {dpo: 3}", "mine.yaml: for_each_process.dpo: 3 is not a group of settings"),
+        (
+            "where_named: {evaluate.jugde.labelled.data: {}}",
+            "mine.yaml: where_named: unknown key 'evaluate.jugde.labelled.data'; did you mean 'evaluate.judge.",
+        ),
         ("values: 3", "mine.yaml: values: 3 is not a group of settings"),
         ("- a", "mine.yaml: ['a'] is not a group of settings"),
         ("a: [", "mine.yaml: not YAML"),
