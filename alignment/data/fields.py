@@ -90,8 +90,13 @@ class Fields:
         return self.label(field)
 
     def number(self, field: str) -> float | None:
-        """A finite number; None if the field is absent or something else."""
+        """A finite number, which files without numbers write as text; None if the field is absent or something else."""
         value = self.row.get(field)
+        if isinstance(value, str):
+            try:
+                value = float(value)
+            except ValueError:
+                return None
         return finite(value) if is_number(value) else None
 
     def flag(self, field: str) -> bool:

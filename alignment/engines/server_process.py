@@ -37,7 +37,9 @@ _POLL_SECONDS = 0.2
 _TAIL = 100_000
 """Bytes of a log in which the cause of an end is looked for."""
 _PORT_TAKEN = ("address already in use", "errno 98")
-_NO_MEMORY = ("out of memory", "outofmemoryerror", "cannot allocate memory", "no available memory", "bad_alloc")
+_NO_MEMORY = ("out of memory", "outofmemoryerror", "cannot allocate memory", "bad_alloc")
+_TOO_SMALL_A_SHARE = "no available memory for the cache"
+"""vLLM's words where the weights take all that it may use."""
 _ERROR = re.compile(r"\b(?!EngineDeadError)[A-Z]\w*Error: .*")
 """What ended a server; vLLM's EngineDeadError says only that something else did."""
 _KILLED = -9
@@ -49,13 +51,14 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 class ServerCommand:
     """How a server is started; ``{port}`` and ``{key}`` in ``argv`` and ``environment`` are filled in.
 
-    ``name`` is for messages, and ``smaller`` says how to make the server need less memory.
+    ``name`` is for messages. ``smaller`` says how to make the server need less memory, ``larger`` how to give it more.
     """
 
     name: str
     argv: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
     smaller: str = ""
+    larger: str = ""
 
 
 class Keeper:
@@ -207,6 +210,9 @@ class ServerProcess:
         reason, remedy = f"{self._command.name} ended with exit code {code}", self._look
         if why := self._keeper.why_not_started(self._number):
             reason = f"{self._command.name} cannot be started: {why}"
+        elif _TOO_SMALL_A_SHARE in tail.lower():
+            reason = f"{reason}: its model leaves no memory for keys and values"
+            remedy = f"{self._command.larger}; {remedy}" if self._command.larger else remedy
         elif code == _KILLED or any(word in tail.lower() for word in _NO_MEMORY):
             reason = f"{reason}: it was killed, or there was not enough memory"
             remedy = f"{self._command.smaller}; {remedy}" if self._command.smaller else remedy

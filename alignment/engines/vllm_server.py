@@ -64,6 +64,7 @@ def vllm_command(python: Path, config: SamplingConfig, options: VllmOptions) -> 
         ],
         environment=environment,
         smaller="lower sampling.gpu_share" if options.on_gpu else "lower sampling.cache_gb",
+        larger="raise sampling.gpu_share, or use a smaller model" if options.on_gpu else "raise sampling.cache_gb",
     )
 
 

@@ -180,13 +180,6 @@ def sequence_logprobs(
     return torch.stack(sums).tolist() if sums else []
 
 
-def token_logprobs(
-    model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]]
-) -> list[list[float]]:
-    """log p(token | prefix) of each token of each answer, in nats."""
-    return [row.tolist() for row in _logprob_rows(model, prompts, answers, 1.0)]
-
-
 @torch.no_grad()
 def _logprob_rows(
     model: PreTrainedModel, prompts: Sequence[list[int]], answers: Sequence[list[int]], temperature: float

@@ -8,6 +8,7 @@ for pretrained language models").
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ def add_tokens(folder: Path, to: Path, tokens: Sequence[str]) -> str:
     """
     partial = partial_folder(to)
     shutil.rmtree(partial, ignore_errors=True)
+    earlier = _added_before(folder)
     model, tokenizer = _read(folder)
     _refuse_known(tokenizer, tokens)
     before = len(tokenizer)
@@ -66,13 +68,22 @@ def add_tokens(folder: Path, to: Path, tokens: Sequence[str]) -> str:
     try:
         model.save_pretrained(str(partial))
         tokenizer.save_pretrained(str(partial))
-        write_json(partial / NEW_TOKENS, list(tokens))
+        write_json(partial / NEW_TOKENS, [*earlier, *tokens])
         _refuse_lost(partial, tokens, rows)
         readable(partial)
         partial.rename(to)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return f"new tokens: {len(tokens)}, with ids from {before}; the model has {rows} rows of embeddings"
+
+
+def _added_before(folder: Path) -> list[str]:
+    """The tokens that earlier calls added, so that a plan can warn of their rows too."""
+    file = folder / NEW_TOKENS
+    try:
+        return list(map(str, json.loads(file.read_text(encoding="utf-8")))) if file.is_file() else []
+    except (ValueError, TypeError) as error:
+        raise ModelError(f"is no list of tokens: {error}", where=str(file), remedy="delete it") from error
 
 
 def _read(folder: Path) -> tuple[Any, Any]:

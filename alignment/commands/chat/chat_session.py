@@ -84,11 +84,13 @@ class ChatSession:
                 self.history += [asked, Message(role="assistant", content=text.text)]
 
     def _fitting(self, asked: Message, note: Callable[[str], None]) -> list[int]:
-        """The prompt's tokens; the oldest exchanges are dropped until there is room for an answer."""
+        """The prompt's tokens; the oldest exchanges are dropped until there is room for an answer, or at least half of
+        the model's positions."""
         dropped, left = 0, list(self.history)
         positions = self.answerer.positions
+        room = min(self.options.max_new_tokens, positions // 2)
         prompt = self._rendered([*left, asked])
-        while left and len(prompt) + self.options.max_new_tokens > positions:
+        while left and len(prompt) + room > positions:
             left, dropped = left[2:], dropped + 1
             prompt = self._rendered([*left, asked])
         if len(prompt) >= positions:

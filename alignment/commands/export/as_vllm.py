@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from alignment.commands.export.as_model import write_policy
+from alignment.commands.export.comparing import logprobs_of_answers
 from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.export.exported import ExportedResult
 from alignment.config.sampling_engine import Engine, SamplingConfig
@@ -16,13 +17,14 @@ from alignment.engines.completions import OTHER_WEIGHTS, Asked, EngineAnswer, Ge
 from alignment.engines.engine_environment import interpreter
 from alignment.engines.engine_session import EngineSession, Weights
 from alignment.engines.vllm_server import VllmOptions
-from alignment.evaluation.arms import token_logprobs
 from alignment.models.assembly.load import DTYPES, Lineage, load_policy
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import generate
 
 TOKENS = 16
 """Tokens that are compared of each answer."""
+_OF_FREE, _START_SECONDS = 0.9, 1800.0
+"""Nothing else of the export is on the GPU, and a large model may be read from a slow disk. Chosen, not tuned."""
 
 
 def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions) -> list[str]:
@@ -40,9 +42,9 @@ def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions)
     generation = Generation(max_new_tokens=TOKENS, temperature=0.0, end_ids=result.stops)
     of_vllm = _vllm_answers(result, folder, generation, options)
     model = load_policy(Lineage(source="self", base=folder, adapters=()), DTYPES[result.dtype])
+    under = logprobs_of_answers(model, result.rows, [answer.ids for answer in of_vllm])
     use_flat_attention(model)
     ours = generate(model, result.rows, max_new_tokens=TOKENS, end_ids=result.stops, batch_size=len(result.rows))
-    under = token_logprobs(model, result.rows, [answer.ids for answer in of_vllm])
     differences = [
         abs(own - other)
         for own_row, answer in zip(under, of_vllm, strict=True)
@@ -63,10 +65,20 @@ def write_for_vllm(result: ExportedResult, folder: Path, options: ExportOptions)
     ]
 
 
+def _gpu_share() -> float:
+    """Most of what is free now; vLLM does not start if others have what it asks for. Without a GPU it has no effect."""
+    if not torch.cuda.is_available():
+        return SamplingConfig().gpu_share
+    free, total = torch.cuda.mem_get_info()
+    return _OF_FREE * free / total
+
+
 def _vllm_answers(
     result: ExportedResult, folder: Path, generation: Generation, options: ExportOptions
 ) -> list[EngineAnswer]:
-    config = SamplingConfig(engine=Engine.vllm, python=options.engine_python)
+    config = SamplingConfig(
+        engine=Engine.vllm, python=options.engine_python, gpu_share=_gpu_share(), start_timeout=_START_SECONDS
+    )
     with EngineSession(config, where="--as vllm") as session:
         session.start(
             VllmOptions(

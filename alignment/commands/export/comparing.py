@@ -53,6 +53,17 @@ def logprobs(model: Any, rows: Sequence[list[int]], dtype: Dtype | None = None) 
     return torch.cat(of_rows)
 
 
+def logprobs_of_answers(
+    model: Any, prompts: Sequence[list[int]], answers: Sequence[Sequence[int]]
+) -> list[list[float]]:
+    """The log-probability of each token of each answer behind its prompt, in nats, by the model's own forward."""
+    of_answers = []
+    for prompt, answer in zip(prompts, answers, strict=True):
+        of_row = logprobs(model, [[*prompt, *answer]])[len(prompt) - 1 : -1]
+        of_answers.append(of_row.gather(1, torch.tensor(answer, dtype=torch.long)[:, None])[:, 0].tolist())
+    return of_answers
+
+
 @torch.no_grad()
 def stream_logprobs(model: PreTrainedModel, rows: Sequence[list[int]]) -> Tensor:
     """The same by the flat forward, which supports a prefix."""

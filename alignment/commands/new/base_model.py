@@ -19,7 +19,8 @@ from alignment.pipeline.sources import model_sources
 _CHATML = "chatml"
 """What ``model.chat_template`` takes for the template that most models use."""
 _UNLIMITED = 1 << 20
-_BYTES_A_WEIGHT = {AdapterKind.lora: 2.0, AdapterKind.qlora: 0.6}
+_WIDE, _HALF_WIDE, _IN_FOUR_BITS = 4.0, 2.0, 0.6
+"""Bytes of a frozen weight in float32, in 16 bits, and in four bits with its scales."""
 _HALF, _FIXED = 1.5, 2e9
 """The memory that an adapter's training is assumed to take: half as much again as the frozen weights, and 2 GB."""
 _FULL_BYTES = 16
@@ -90,14 +91,15 @@ def free_bytes(device: str | None) -> tuple[float, str]:
     return DEVICES[device].memory, f"of a {device}"
 
 
-def adapter_for(model: BaseModel, memory: tuple[float, str]) -> Reasoned:
-    """LoRA, or QLoRA where the weights in 16 bits leave too little memory."""
+def adapter_for(model: BaseModel, memory: tuple[float, str], dtype: Reasoned | None) -> Reasoned:
+    """LoRA, or QLoRA where the weights leave too little memory: in 16 bits, or in the ``dtype`` of ``dtype_for``."""
     free, whose = memory
     if model.weights is None:
         return Reasoned(
             value=AdapterKind.lora.value, why="the weights are not downloaded yet; align plan --cost shows what fits"
         )
-    needs = {kind: _HALF * size * model.weights + _FIXED for kind, size in _BYTES_A_WEIGHT.items()}
+    sizes = {AdapterKind.lora: _HALF_WIDE if dtype is None else _WIDE, AdapterKind.qlora: _IN_FOUR_BITS}
+    needs = {kind: _HALF * size * model.weights + _FIXED for kind, size in sizes.items()}
     kind = AdapterKind.lora if needs[AdapterKind.lora] <= free else AdapterKind.qlora
     why = (
         f"{model.weights / 1e6:,.0f} million weights take about {needs[kind] / 1e9:.1f} GB with {kind.value} and "

@@ -90,7 +90,8 @@ def new_recipe(
         data = _split(console, looked, given, new)
         circumstances = _circumstances(data, model, answers, measure, lambda line: _say(console, line))
         stages = proposed_stages(circumstances)
-        text = "\n".join(_lines(files, stages, model, adapter_for(model, memory), options, data)) + "\n"
+        adapter = adapter_for(model, memory, dtype_for(options.device))
+        text = "\n".join(_lines(files, stages, model, adapter, options, data)) + "\n"
         with new.create(path) as stream:
             stream.write(text)
         plan = make_plan(_as_argument(path), [])

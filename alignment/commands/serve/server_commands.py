@@ -54,4 +54,5 @@ def vllm_command(
         ],
         environment=variables,
         smaller="use a smaller model" if on_gpu else f"lower {CACHE} (GiB)",
+        larger="use a smaller model" if on_gpu else f"raise {CACHE} (GiB)",
     )

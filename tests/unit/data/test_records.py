@@ -214,6 +214,7 @@ PAIR = {"messages": [USER], "chosen": "4.", "rejected": "5."}
     [
         ({"chosen_score": 9, "rejected_score": 2.5}, (9.0, 2.5), 6.5),
         ({"chosen_score": -1, "rejected_score": -1}, (-1.0, -1.0), 0.0),
+        ({"chosen_score": "9", "rejected_score": " 2.5 "}, (9.0, 2.5), 6.5),  # as in CSV
     ],
 )
 def test_a_pair_holds_the_scores_of_its_row(
@@ -229,7 +230,9 @@ def test_a_pair_holds_the_scores_of_its_row(
     [
         {},
         {"chosen_score": 9},
-        {"chosen_score": "9", "rejected_score": 1},
+        {"chosen_score": "nine", "rejected_score": 1},
+        {"chosen_score": "nan", "rejected_score": "1"},
+        {"chosen_score": "", "rejected_score": "1"},
         {"chosen_score": True, "rejected_score": 0},
         {"chosen_score": float("inf"), "rejected_score": 0},
         {"chosen_score": 1e308, "rejected_score": -1e308},

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -193,6 +194,15 @@ def test_a_server_that_ends_says_why(tmp_path: Path, text: str, reason: str) -> 
     assert raised.value.where == "stages.ppo.sampling"
     assert str(tmp_path / "log") in raised.value.remedy
     assert ("cache_gb" in raised.value.remedy) == ("memory" in reason)
+
+
+def test_a_server_whose_share_is_too_small_is_not_told_to_take_less(tmp_path: Path) -> None:
+    words = "No available memory for the cache blocks. Try increasing gpu_memory_utilization"
+    command = replace(program(f"raise ValueError({words!r})"), larger="raise sampling.gpu_share")
+    with Keeper() as keeper, pytest.raises(StageError, match="leaves no memory for keys and values") as raised:
+        ServerProcess(keeper, command, log=tmp_path / "log", where="sampling", start_timeout=30)
+    assert raised.value.remedy.startswith("raise sampling.gpu_share; ")
+    assert "lower" not in raised.value.remedy
 
 
 def test_a_port_that_was_taken_meanwhile_is_tried_again(tmp_path: Path) -> None:

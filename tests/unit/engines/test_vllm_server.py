@@ -30,7 +30,7 @@ def test_a_server_on_a_cpu() -> None:
     assert command.environment["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
     assert "VLLM_CPU_KVCACHE_SPACE" not in command.environment  # vLLM takes whole numbers there
     assert command.environment["VLLM_NO_USAGE_STATS"] == command.environment["DO_NOT_TRACK"] == "1"
-    assert command.smaller == "lower sampling.cache_gb"
+    assert (command.smaller, command.larger) == ("lower sampling.cache_gb", "raise sampling.cache_gb")
 
 
 def test_a_server_on_a_gpu() -> None:
@@ -38,6 +38,7 @@ def test_a_server_on_a_gpu() -> None:
     assert list(command.argv) == [*ALWAYS, "--gpu-memory-utilization", "0.4"]
     assert not any("CPU" in name for name in command.environment)
     assert command.smaller == "lower sampling.gpu_share"
+    assert command.larger == "raise sampling.gpu_share, or use a smaller model"
 
 
 @pytest.mark.parametrize(("rank", "prepared"), [(1, "8"), (8, "8"), (9, "16"), (16, "16"), (65, "128"), (512, "512")])

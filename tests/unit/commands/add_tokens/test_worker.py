@@ -50,6 +50,8 @@ def test_a_new_token_is_one_id_and_old_ones_keep_their_logits(tmp_path: Path, ma
     close(new.get_input_embeddings().weight[before], old.get_input_embeddings().weight[:before].mean(0), atol=1e-6)
     assert new.get_input_embeddings().weight.shape[0] >= before + 2
     assert json.loads((tmp_path / "more" / NEW_TOKENS).read_text()) == TOKENS, "for who trains them"
+    add_tokens(tmp_path / "more", tmp_path / "most", ["<|last|>"])
+    assert json.loads((tmp_path / "most" / NEW_TOKENS).read_text()) == [*TOKENS, "<|last|>"]
 
 
 def test_they_survive_training_by_adapter_and_export(tmp_path: Path) -> None:

@@ -112,6 +112,15 @@ def test_draws_come_from_the_seed(session_with: Callable[..., ChatSession]) -> N
     assert answers[0] != answers[2]
 
 
+def test_an_answer_of_any_length_leaves_room_for_the_conversation(session_with: Callable[..., ChatSession]) -> None:
+    session = session_with(max_new_tokens=1_000_000)
+    session.answerer.model.config.max_position_embeddings = 400
+    before = [Message(role="user", content="Hi."), Message(role="assistant", content="Yes.")]
+    session.history += before
+    assert _say(session, "Hi again.")[1] == []
+    assert session.history[:2] == before
+
+
 def test_the_oldest_exchanges_are_dropped_and_that_is_said(session_with: Callable[..., ChatSession]) -> None:
     session = session_with()
     session.answerer.model.config.max_position_embeddings = 180

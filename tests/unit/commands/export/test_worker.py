@@ -17,7 +17,7 @@ from peft import PeftModel, TaskType
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from alignment.commands.export.comparing import gap_between
+from alignment.commands.export.comparing import gap_between, logprobs_of_answers
 from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.export.worker import export, main
 from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
@@ -34,7 +34,16 @@ from alignment.rewards.reward_models import Computation, TextScorer, load_extern
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.sft.config import SftConfig
 from tests.oracles.close import close
-from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_reward, tiny_spec, tiny_tokenizer
+from tests.tiny import (
+    BASE_SOURCE,
+    liven,
+    publish_tiny,
+    save_tiny_model,
+    tiny_model,
+    tiny_reward,
+    tiny_spec,
+    tiny_tokenizer,
+)
 from tests.unit.rewards.conftest import answers_to, prompt
 
 CPU = torch.device("cpu")
@@ -156,6 +165,26 @@ def test_an_adapter_stays_one(tmp_path: Path, base: Lineage) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert 'from_pretrained("FOLDER_OF_THE_BASE", dtype="float32")' in card, "as export compared them"
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in (tmp_path / "out").iterdir())
+
+
+def test_an_adapter_on_a_model_that_scales_its_logits_stays_one(tmp_path: Path) -> None:
+    folder = save_tiny_model(tmp_path / "base", architecture="granitemoe")
+    expected, saved = _trained(tmp_path, Lineage(source=BASE_SOURCE, base=folder, adapters=()), AdapterKind.lora)
+    export(saved.path, folder, tmp_path / "out", ExportOptions(form="adapter", max_gap=0.01))
+    with torch.no_grad():
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "out").eval()
+        close(model(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "granitemoe"])
+def test_log_probabilities_of_answers_are_the_model_s_own(architecture: str) -> None:
+    model = tiny_model(architecture)
+    prompts, answers = [[5, 6, 7], [8]], [[9, 10], [11, 12, 13]]
+    for asked, answer, logprobs in zip(prompts, answers, logprobs_of_answers(model, prompts, answers), strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([[*asked, *answer]])).logits[0].double().log_softmax(-1)
+        expected = [float(logits[len(asked) - 1 + at, token]) for at, token in enumerate(answer)]
+        assert logprobs == pytest.approx(expected, abs=1e-5)
 
 
 def test_an_adapter_is_exported_if_its_template_ends_no_turn(tmp_path: Path) -> None:

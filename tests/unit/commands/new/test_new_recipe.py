@@ -346,6 +346,20 @@ def test_adapters_follow_from_the_memory(new: Callable[..., Recipe], monkeypatch
         new(file, out="other.yaml")
 
 
+@pytest.mark.parametrize(("has_bfloat16", "adapter", "size"), [(True, "lora", "14.0 GB"), (False, "qlora", "5.6 GB")])
+def test_weights_in_float32_take_twice_as_much(
+    monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool, adapter: str, size: str
+) -> None:
+    """1.5 times two or four bytes for each of 4,000 million weights, and 2 GB: 14 or 26 GB, of which 16 are free."""
+    monkeypatch.setattr(base_model.hardware, "has_bfloat16", lambda: has_bfloat16)
+    model = base_model.BaseModel(
+        source="path:big", folder=Path(), positions=4096, has_template=True, weights=4_000_000_000
+    )
+    chosen = base_model.adapter_for(model, (16e9, "free on this machine"), base_model.dtype_for(None))
+    assert chosen.value == adapter
+    assert f"take about {size} with {adapter}" in chosen.why
+
+
 def test_nothing_is_guessed_without_a_terminal(new: Callable[..., Recipe], here: Path) -> None:
     file = write("pairs.jsonl", pairs(60))
     with pytest.raises(ConfigError) as refused:
