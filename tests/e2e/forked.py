@@ -1,11 +1,12 @@
 """The user's command, many times over: drivers and stages are forked from one process that has imported the libraries.
 
-``python -m tests.e2e.forked`` reads command lines from stdin, each a line of JSON, and answers each with one: exit code
-and all that was printed. A stage has one process, which nobody polls or interrupts.
+``python -m tests.e2e.forked`` reads command lines from stdin, each a line of JSON with the folder to run it in, and
+answers each with one: exit code and all that was printed. A stage has one process, which nobody polls or interrupts.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import json
@@ -32,11 +33,15 @@ class Forked:
             env=environment,
         )
 
-    def run(self, argv: Sequence[str]) -> tuple[int, str]:
-        """Exit code of ``align`` with these arguments, and all that it printed."""
+    def run(self, argv: Sequence[str], *, installed: Path | None = None, folder: Path | None = None) -> tuple[int, str]:
+        """Exit code of ``align`` with these arguments, and all that it printed.
+
+        It runs in ``folder``, and finds the packages in ``installed`` as if they were installed.
+        """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        print(json.dumps(list(argv)), file=self._process.stdin, flush=True)
+        asked = {"argv": list(argv), "installed": installed and str(installed), "folder": folder and str(folder)}
+        print(json.dumps(asked), file=self._process.stdin, flush=True)
         answer = json.loads(self._process.stdout.readline())
         return answer["code"], answer["printed"]
 
@@ -47,6 +52,7 @@ class Forked:
 
 
 def _serve() -> None:
+    import alignment.cli
     import alignment.commands.export.worker
     import alignment.pipeline.execute.run
     import alignment.rehearse
@@ -63,7 +69,6 @@ def _serve() -> None:
     import alignment.stages.sample.run
     import alignment.stages.sft.run
     import alignment.worker  # noqa: F401  each command and each stage would import these anew
-    from alignment import cli
     from alignment.pipeline.backends import forking, processes
 
     processes.execute = _execute
@@ -71,12 +76,24 @@ def _serve() -> None:
     forking._can_fork = lambda: False  # or each driver starts a server that imports everything once more, for nobody
     gc.freeze()  # or each stage's trainer would look through all that is imported, which takes 0.4 s
     for line in sys.stdin:
-        argv = json.loads(line)
         with tempfile.TemporaryFile() as sink:
-            code = in_child(lambda argv=argv: cli.main(argv), sink)
+            code = in_child(functools.partial(_command, **json.loads(line)), sink)
             sink.seek(0)
             answer = {"code": code, "printed": sink.read().decode(errors="replace")}
         print(json.dumps(answer), flush=True)
+
+
+def _command(argv: list[str], installed: str | None, folder: str | None) -> int:
+    from alignment import cli
+    from alignment.stages import registry
+
+    if folder is not None:
+        os.chdir(folder)
+    if installed is not None:
+        sys.path.insert(0, installed)
+        importlib.invalidate_caches()
+        registry.registered.cache_clear()
+    return cli.main(argv)
 
 
 def _call(argv: Sequence[str]) -> int:

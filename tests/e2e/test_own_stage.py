@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
 import tomllib
 import typing
 from pathlib import Path
@@ -17,7 +14,7 @@ import pytest
 from alignment.data import records
 from tests.documented.blocks import ROOT, Block, blocks, tables
 from tests.documented.commands import commands
-from tests.e2e.conftest import environment
+from tests.e2e.forked import Forked
 
 PAGE = ROOT / "docs/own_stage.md"
 ROWS_PAGE = ROOT / "docs/own_rows.md"
@@ -36,8 +33,9 @@ def block_of(language: str, containing: str = "", *, page: Path = PAGE) -> Block
 class Reader:
     """Somebody who has made the page's files in a folder, and has installed them."""
 
-    def __init__(self, folder: Path, model: Path, *, page: Path, name: str, recipe: str) -> None:
+    def __init__(self, folder: Path, model: Path, forked: Forked, *, page: Path, name: str, recipe: str) -> None:
         self.folder, self.model, self.package = folder, model, f"{name}_stage"
+        self._forked = forked
         project = block_of("toml").text.replace("wordcount", name)
         for path, text in (
             (f"{self.package}/kind.py", block_of("python", "KIND =", page=page).text),
@@ -64,17 +62,9 @@ class Reader:
     def align(self, *words: str, code: int = 0) -> str:
         """What a command prints. The model is a tiny one."""
         more = [f"model.source=path:{self.model}"] if words[0] in ("plan", "run") else []
-        path = os.pathsep.join(part for part in (str(self.folder), os.environ.get("PYTHONPATH", "")) if part)
-        done = subprocess.run(
-            [sys.executable, "-m", "alignment.cli", *words, *more],
-            cwd=self.folder,
-            env=environment() | {"PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        ended, printed = self._forked.run([*words, *more], installed=self.folder, folder=self.folder)
+        assert ended == code, printed
+        return printed
 
     def change(self, name: str, old: str, new: str) -> None:
         """Replaces a text in a file of the package."""
@@ -85,8 +75,8 @@ class Reader:
 
 
 @pytest.fixture
-def reader(tiny_model_folder: Path, tmp_path: Path) -> Reader:
-    reader = Reader(tmp_path, tiny_model_folder, page=PAGE, name="wordcount", recipe="words.yaml")
+def reader(tiny_model_folder: Path, forked: Forked, tmp_path: Path) -> Reader:
+    reader = Reader(tmp_path, tiny_model_folder, forked, page=PAGE, name="wordcount", recipe="words.yaml")
     reader.install()
     return reader
 
@@ -159,9 +149,9 @@ def test_what_a_newcomer_gets_wrong_ends_with_what_to_do(reader: Reader) -> None
 
 
 def test_rows_of_a_stage_in_another_package_are_learned_and_its_settings_checked(
-    tiny_model_folder: Path, tmp_path: Path
+    tiny_model_folder: Path, forked: Forked, tmp_path: Path
 ) -> None:
-    reader = Reader(tmp_path, tiny_model_folder, page=ROWS_PAGE, name="shorten", recipe="short.yaml")
+    reader = Reader(tmp_path, tiny_model_folder, forked, page=ROWS_PAGE, name="shorten", recipe="short.yaml")
     reader.install()
     refused = reader.align("plan", "./short.yaml", "stages.shorten.min_words=31", code=2)
     assert "stages.shorten.min_words: 31 is above max_words, 30" in refused
