@@ -74,8 +74,8 @@ MUTATIONS = [
         ),
         (
             "a metric of some rows is a score of each",
-            "scores = [sample.get(metric) for sample in samples if",
-            "scores = [sample[metric] for sample in samples if metric in sample and",
+            "= [sample.get(metric) for sample in samples if",
+            "= [sample[metric] for sample in samples if metric in sample and",
             "test_a_metric_that_only_some_rows_have_is_no_score_of_each_row",
         ),
     ),

@@ -211,8 +211,8 @@ def _is_number(value: Any) -> bool:
 
 def _scores(samples: Sequence[Mapping[str, Any]], metric: str, of_filter: str) -> list[float]:
     """Each row's score; empty if the metric has no number for each row."""
-    scores = [sample.get(metric) for sample in samples if sample["filter"] == of_filter]
-    return [float(score) for score in scores if _is_score(score)] if all(map(_is_score, scores)) else []
+    scores: list[Any] = [sample.get(metric) for sample in samples if sample["filter"] == of_filter]
+    return [float(score) for score in scores] if all(map(_is_score, scores)) else []
 
 
 def _is_score(value: Any) -> bool:
