@@ -19,8 +19,8 @@ _BLOCKS_WITH_MARKS = range(0x300, 0x1F000)
 
 
 def unified(text: str) -> str:
-    """Text in lower case, in one spelling: Python gives the small letter of İ a second dot, and scripts of India may
-    join letters by an invisible character."""
+    """Lower-case text in one spelling: Python gives the small letter of İ a second dot, and scripts of India may join
+    letters by an invisible character."""
     return text.replace("i\u0307", "i").replace("\u200d", "")
 
 
