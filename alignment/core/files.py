@@ -227,7 +227,7 @@ def partial_folder(target: Path) -> Path:
     return target.with_name(f".{target.name}.partial")
 
 
-def can_be_written(path: Path) -> bool:
+def can_be_a_file(path: Path) -> bool:
     """Whether a file can be made there, or replace one; a device such as ``/dev/null`` must stay what it is."""
     return path.is_file() or (not path.exists() and path.absolute().parent.is_dir())
 

@@ -116,6 +116,17 @@ def train(
         raise Preempted
     if stop.asked:  # after the last step there was none left to stop at
         raise Preempted(saved=False, trained=True)
+    return _metrics_of(log, context, validation=validation, ceiling=ceiling)
+
+
+def _metrics_of(
+    log: MetricsLog, context: StageContext, *, validation: Validation | None, ceiling: float
+) -> dict[str, float]:
+    """The metrics of the last step, or of the one that validation hands on, whose weights are put back.
+
+    Raises:
+        StageError: the training diverged.
+    """
     rows = everyones(log.rows() if context.is_main else [])[0]  # only the main process has written them
     outcome: dict[str, float] = {}
     if validation is not None:

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError
-from alignment.core.files import can_be_written
+from alignment.core.files import can_be_a_file
 from alignment.core.screen_tables import print_whole
 from alignment.pipeline.execute.run_differences import (
     ComparedEvaluation,
@@ -71,7 +71,7 @@ def _page(html: str, runs: Sequence[str]) -> Path:
     if len(runs) > MOST_RUNS:
         raise ConfigError(f"a page shows at most {MOST_RUNS} runs", where="--html", remedy="name fewer")
     path = Path(html).expanduser().absolute()
-    if not can_be_written(path):
+    if not can_be_a_file(path):
         raise ConfigError(f"{html!r} cannot be a file", where="--html", remedy="name a file in a folder that exists")
     return path
 

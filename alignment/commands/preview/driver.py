@@ -12,7 +12,7 @@ from rich.console import Console
 from alignment.commands.shared.worker_process import run_worker
 from alignment.core.artifacts import EVALUATION
 from alignment.core.errors import ConfigError
-from alignment.core.files import can_be_written
+from alignment.core.files import can_be_a_file
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.display import announcer
 from alignment.pipeline.execute.needed_sources import with_models
@@ -28,7 +28,7 @@ def show_preview(
     Raises:
         AlignmentError: the plan has a fault, or there is no such stage.
     """
-    if html is not None and not can_be_written(Path(html)):
+    if html is not None and not can_be_a_file(Path(html)):
         raise ConfigError(f"{html!r} cannot be a file", where="--html", remedy="name a file in a folder that exists")
     plan = make_plan(recipe, overrides)
     _refuse_without_rows(plan, stage)

@@ -15,7 +15,7 @@ from alignment.pipeline.sources import bundled_model
 from alignment.pipeline.sources.model_sources import resolve, resolve_shapes
 from alignment.records.cost import RunCost, StageCost
 
-_NOT_YET = "its settings are new since the last estimate"
+_NOT_YET = "its settings are new since the last estimate; estimate again"
 
 
 def checked_plan(recipe: str, overrides: Sequence[str], *, cost: bool, trade: bool, device: str) -> Plan:

@@ -87,7 +87,7 @@ def test_a_stage_with_other_settings_than_those_that_were_estimated_is_not_left_
     other = planned_costs.known(plan("stages.dpo.beta=0.7"))
     assert other is not None
     assert {stage.stage: stage.error for stage in other.stages if stage.error} == dict.fromkeys(
-        ("dpo", "evaluate"), "its settings are new since the last estimate"
+        ("dpo", "evaluate"), "its settings are new since the last estimate; estimate again"
     )
     assert [stage.stage for stage in other.stages] == list(names)
 

@@ -25,7 +25,7 @@ from alignment.config.stage import StageConfig
 from alignment.config.too_long import TooLongConfig
 from alignment.config.typed import field_types, group_of, listed_dataclass
 from alignment.core.fingerprint import digest
-from alignment.pipeline.plan import identity
+from alignment.pipeline.plan import identity, reasons
 from alignment.pipeline.sources.model_sources import ModelSource
 from alignment.stages import registry
 from alignment.stages.benchmark.config import BenchmarkConfig
@@ -201,6 +201,11 @@ def test_which_evaluation_a_report_shows_counts() -> None:
     assert "shown" not in described, "reports of before this key stay valid"
     assert of(None, single) != of("stage:evaluate", single)
     assert len({of(evaluation, several) for evaluation in (None, "stage:evaluate", "stage:again")}) == 3
+
+
+def test_another_evaluation_of_a_report_is_named_as_the_reason() -> None:
+    (reason,) = reasons._differences({"shown": {"evaluation": "nothing"}}, {"shown": {"evaluation": "stage:again"}}, {})
+    assert reason == "evaluation nothing → stage:again"
 
 
 def test_a_reports_revision_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,18 +7,18 @@ import re
 from alignment.records.cost import FILE, PhaseCost, RunCost, StageCost
 from tests.unit.report.conftest import FakeRun
 
+PHASES = {"training": PhaseCost(peak=1_000_000_000, held=1_500_000_000, seconds=90.0)}
+
 
 def test_planned_time_and_memory_stand_beside_the_measured_ones(fake_run: FakeRun) -> None:
-    phase = PhaseCost(peak=1_000_000_000, held=1_500_000_000, seconds=90.0)
-    planned = StageCost(stage="sft", kind="sft", phases={"training": phase}, fixed=500_000_000)
+    planned = StageCost(stage="sft", kind="sft", phases=PHASES, fixed=500_000_000)
     row = planned_row(fake_run, planned)
     assert 'data-label="planned time">1\u202fmin 30\u202fs<' in row
     assert re.search(r'data-label="planned memory">2\.0\u202fGB<', row)
 
 
 def test_the_time_of_the_first_rows_is_not_shown_as_that_of_the_stage(fake_run: FakeRun) -> None:
-    phase = PhaseCost(peak=1_000_000_000, held=1_500_000_000, seconds=90.0)
-    planned = StageCost(stage="sft", kind="sft", phases={"training": phase}, first_rows=1_000)
+    planned = StageCost(stage="sft", kind="sft", phases=PHASES, first_rows=1_000)
     row = planned_row(fake_run, planned)
     assert 'data-label="planned time">–<' in row
     assert re.search(r'data-label="planned memory">1\.5\u202fGB<', row)

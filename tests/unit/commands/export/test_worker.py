@@ -17,11 +17,13 @@ from peft import PeftModel, TaskType
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from alignment.commands.export import as_vllm
 from alignment.commands.export.comparing import gap_between, logprobs_of_answers
 from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.export.worker import export, main
 from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
+from alignment.config.sampling_engine import SamplingConfig
 from alignment.core.errors import ArtifactError, ModelError
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids
 from alignment.job import StageInput
@@ -185,6 +187,21 @@ def test_log_probabilities_of_answers_are_the_model_s_own(architecture: str) -> 
             logits = model(input_ids=torch.tensor([[*asked, *answer]])).logits[0].double().log_softmax(-1)
         expected = [float(logits[len(asked) - 1 + at, token]) for at, token in enumerate(answer)]
         assert logprobs == pytest.approx(expected, abs=1e-5)
+
+
+def test_vllm_gets_most_of_the_memory_that_is_free_and_time_to_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = []
+
+    def session(config: SamplingConfig, **_: Any) -> Any:
+        configs.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(as_vllm, "EngineSession", session)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8, 16))
+    with pytest.raises(KeyboardInterrupt):
+        as_vllm._vllm_answers(None, Path(), None, ExportOptions(form="vllm", max_gap=0.01))  # type: ignore[arg-type]
+    assert [(config.gpu_share, config.start_timeout) for config in configs] == [(0.45, 1800.0)]
 
 
 def test_an_adapter_is_exported_if_its_template_ends_no_turn(tmp_path: Path) -> None:
