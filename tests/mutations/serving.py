@@ -5,6 +5,10 @@ from __future__ import annotations
 from tests.mutations.mutation import in_file
 
 APP = "unit/commands/serve/test_transformers_app.py"
+REQUESTS = "unit/commands/serve/test_requests.py"
+REFUSED = "test_what_would_be_ignored_is_refused_by_name"
+PIECES = "test_pieces_of_any_size_end_where_the_whole_text_ends"
+CONTEXT = "test_an_answer_may_fill_the_context_and_a_prompt_may_not"
 LAYOUT = "unit/commands/serve/test_vllm_layout.py"
 SUM = "test_the_sum_adds_to_each_weight_what_all_adapters_add"
 TOGETHER = "test_what_does_not_fit_together_is_refused_with_what_works"
@@ -48,6 +52,98 @@ MUTATIONS = [
             "name = model_id_and_revision if gguf_file is None",
             "name = model_id_and_revision if True",
             "test_no_endpoint_loads_another_model",
+        ),
+    ),
+    *in_file(
+        "commands/serve/request_checks.py",
+        REQUESTS,
+        ("several answers are asked for, and one comes", "return bool(value != 1)", "return False", REFUSED),
+        (
+            "penalties are ignored",
+            '    **_PENALTIES,\n    "n": _several,\n    "logprobs": bool,',
+            '    "n": _several,\n    "logprobs": bool,',
+            REFUSED,
+        ),
+        (
+            "a choice among no tools is refused",
+            'if name == "tool_choice" and not body.get("tools"):',
+            "if False:",
+            "test_values_that_ask_for_nothing_are_taken",
+        ),
+        (
+            "the text beside a call is lost",
+            'turn["content"] = _content(message.get("content"), where)',
+            'turn["content"] = "" if turn.get("tool_calls") else _content(message.get("content"), where)',
+            "test_text_beside_a_call_and_the_name_of_a_result_reach_the_template",
+        ),
+    ),
+    *in_file(
+        "commands/serve/stop_texts.py",
+        REQUESTS,
+        ("a stop is returned", "        return text[:certain]\n", "        return text\n", PIECES),
+        ("the later of two stops counts", "min((start for stop", "max((start for stop", PIECES),
+        ("what was held back is lost", 'held, self._held = self._held, ""', 'held = self._held = ""', PIECES),
+        (
+            "an error in a stream is no JSON",
+            "_StreamError(json.dumps(item.msg)[1:-1])",
+            "item",
+            "test_an_error_in_a_stream_fits_into_json",
+        ),
+    ),
+    *in_file(
+        "commands/serve/policy_generation.py",
+        REQUESTS,
+        (
+            "answers run over the context",
+            "min(config.max_new_tokens, positions - tokens)",
+            "config.max_new_tokens",
+            CONTEXT,
+        ),
+        ("a prompt may fill the context", "if tokens >= positions:", "if tokens > positions:", CONTEXT),
+        (
+            "a stop ends an answer of /v1/completions behind it",
+            "return before_stops(text, gen_config.stop_strings or []), prompt_tokens, ids",
+            "return text, prompt_tokens, ids",
+            "test_a_stop_is_not_part_of_the_answer",
+        ),
+    ),
+    *in_file(
+        "commands/serve/policy_handlers.py",
+        REQUESTS,
+        ("answers end at 1,024 tokens", "config.max_new_tokens = sys.maxsize", "pass", CONTEXT),
+        (
+            "a refusal of the template is an error of the server",
+            "        except TemplateError as error:",
+            "        except ZeroDivisionError as error:",
+            "test_a_conversation_that_the_template_refuses_is_a_refusal_with_its_words",
+        ),
+        (
+            "an answer with a stop has no content before it",
+            "before_stops(content, stops),",
+            "content,",
+            "test_a_stop_ends_an_answer_that_is_divided",
+        ),
+    ),
+    *in_file(
+        "commands/serve/answer_form.py",
+        REQUESTS,
+        (
+            "the end of another template is text",
+            "    tokenizer.response_template = form\n",
+            "",
+            "test_the_end_of_a_turn_is_no_text_whatever_token_it_is",
+        ),
+        (
+            "of several texts the last is returned",
+            '"repeats": True, "join": "\\n"',
+            '"repeats": False',
+            "test_a_call_and_the_texts_around_it_are_all_returned",
+        ),
+        (
+            "a call that was cut off is an error",
+            "    except (ValueError, KeyError, TypeError) as error:",
+            "    except ZeroDivisionError as error:",
+            "test_a_call_that_was_cut_off_is_text",
         ),
     ),
     *in_file(

@@ -13,16 +13,15 @@ import uvicorn
 from fastapi import HTTPException, Request
 from fastapi.responses import JSONResponse
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from transformers.cli.serving.chat_completion import ChatCompletionHandler
-from transformers.cli.serving.completion import CompletionHandler
 from transformers.cli.serving.model_manager import ModelManager, TimedModel
-from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.server import build_server
 from transformers.cli.serving.systemone import SystemOneHandler
 from transformers.cli.serving.transcription import TranscriptionHandler
-from transformers.cli.serving.utils import GenerationState
 
+from alignment.commands.serve.answer_form import set_answer_form
 from alignment.commands.serve.loaded_arms import LoadedArm
+from alignment.commands.serve.policy_generation import PolicyState
+from alignment.commands.serve.policy_handlers import PolicyChat, PolicyCompletions, PolicyResponses
 from alignment.commands.shared.guarded_app import HOSTS
 from alignment.engines.server_process import HOST
 
@@ -35,6 +34,8 @@ class ServedArms(ModelManager):
 
     def __init__(self, arms: Sequence[LoadedArm]) -> None:
         super().__init__(model_timeout=_NEVER)
+        for arm in arms:
+            set_answer_form(arm.tokenizer, arm.model, arm.model.generation_config.eos_token_id)
         self.loaded_models = {
             arm.name: TimedModel(arm.model, timeout_seconds=_NEVER, processor=arm.tokenizer) for arm in arms
         }
@@ -75,12 +76,12 @@ class ServedArms(ModelManager):
 
 def application(arms: Sequence[LoadedArm]) -> Any:
     """The ASGI app. Its errors have OpenAI's form, so that clients show their text."""
-    manager, state = ServedArms(arms), GenerationState()
+    manager, state = ServedArms(arms), PolicyState()
     app = build_server(
         manager,
-        ChatCompletionHandler(manager, state),
-        completion_handler=CompletionHandler(manager, state),
-        response_handler=ResponseHandler(manager, state),
+        PolicyChat(manager, state),
+        completion_handler=PolicyCompletions(manager, state),
+        response_handler=PolicyResponses(manager, state),
         transcription_handler=TranscriptionHandler(manager, state),
         systemone_handler=SystemOneHandler(manager, state),
         generation_state=state,
@@ -92,7 +93,8 @@ def application(arms: Sequence[LoadedArm]) -> Any:
 
 
 async def _refusal(_: Request, error: Any) -> JSONResponse:
-    body = {"message": str(error.detail), "type": "invalid_request_error", "code": error.status_code}
+    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
+    body = {"message": str(error.detail), "type": kind, "code": error.status_code}
     return JSONResponse({"error": body}, status_code=error.status_code)
 
 

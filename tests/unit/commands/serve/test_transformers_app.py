@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import json
 from collections.abc import Callable
@@ -21,11 +20,11 @@ from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.core.errors import DataError, ModelError
 from alignment.core.fingerprint import digest
 from alignment.models.assembly.load import load_policy
+from tests.asked_app import Answered, asking
 from tests.served import END, EOS, ServedRun, served_run, tokenizer_with_tools
 
 ABSENT = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
 needs_libraries = pytest.mark.skipif(bool(ABSENT), reason=f"transformers serves with {', '.join(ABSENT)}")
-Answered = tuple[int, Any]
 
 
 @pytest.fixture(scope="module")
@@ -36,31 +35,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> ServedRun:
 @pytest.fixture(scope="module")
 def ask(run: ServedRun) -> Callable[..., Answered]:
     """Calls the app of two arms in this process; returns status and body."""
-    from alignment.commands.serve.transformers_app import application
-
-    app = application(load_arms(PolicyFinder(Console(), "mine", run.output).policies(["sft", "dpo"])))
-
-    async def call(method: str, path: str, body: Any, host: str) -> Answered:
-        sent: list[dict[str, Any]] = []
-        headers = [(b"content-type", b"application/json"), (b"host", host.encode())]
-        scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b"", "app": app}
-        content = json.dumps(body).encode() if body is not None else b""
-        messages = [{"type": "http.request", "body": content, "more_body": False}]
-
-        async def receive() -> dict[str, Any]:
-            if messages:
-                return messages.pop()
-            await asyncio.sleep(3600)
-            raise AssertionError("nobody waits that long")
-
-        async def send(message: Any) -> None:
-            sent.append(message)
-
-        await app(scope, receive, send)
-        text = b"".join(message.get("body", b"") for message in sent)
-        return sent[0]["status"], json.loads(text) if text.startswith((b"{", b"[")) else text.decode() or None
-
-    return lambda method, path, body=None, host="127.0.0.1:8000": asyncio.run(call(method, path, body, host))
+    return asking(load_arms(PolicyFinder(Console(), "mine", run.output).policies(["sft", "dpo"])))
 
 
 def chat(model: str) -> dict[str, Any]:
