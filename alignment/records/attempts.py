@@ -21,12 +21,14 @@ class Attempts:
     """Attempts at a stage: ``Attempts(number=2, earlier_seconds=184.2, started=1796000000.0)``.
 
     ``number`` counts the attempts, including the current one. ``earlier_seconds`` is the time of those that have ended.
-    ``started`` is when the current one began, in seconds since 1970; 0 while none is running.
+    ``started`` is when the current one began, in seconds since 1970; 0 while none is running. ``without_progress``
+    counts the last attempts that were stopped before they had stored anything.
     """
 
     number: int = 0
     earlier_seconds: float = 0.0
     started: float = 0.0
+    without_progress: int = 0
     version: int = 1
 
     def write(self, work: Path) -> None:

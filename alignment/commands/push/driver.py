@@ -100,7 +100,7 @@ def _prepared(api: HfApi, repository: str, *, public: bool, replace: bool) -> bo
 def _explained(endpoint: str, token: str) -> Iterator[None]:
     """Turns errors of the hub into errors for the user, without the token."""
     from httpx2 import HTTPError
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         yield
@@ -111,6 +111,22 @@ def _explained(endpoint: str, token: str) -> Iterator[None]:
             f"the hub refused: {_words(error, token)}",
             where=endpoint,
             remedy="check that the token may write to this repository",
+        ) from None
+    except HFValidationError as error:
+        raise ConfigError(str(error), where="--to", remedy="OWNER/NAME, as the hub allows it") from None
+    except PermissionError as error:  # also the upload's own, where a token expires
+        raise StoreError(
+            f"the upload was refused: {_words(error, token)}",
+            where=endpoint,
+            remedy="check that the token may write to this repository, and that the folder can be read",
+        ) from None
+    except (RuntimeError, ValueError) as error:  # the client's form for a file that could not be uploaded
+        cause = error.__cause__
+        reason = "" if not isinstance(cause, Exception) else f": {_words(cause, token)}"
+        raise StoreError(
+            f"the upload failed: {_words(error, token)}{reason}",
+            where=endpoint,
+            remedy="try again; if it fails again, check the storage that the account has left",
         ) from None
     except (HTTPError, OSError) as error:
         raise StoreError(

@@ -124,7 +124,7 @@ def _follow_stage(plan: Plan, stage: PlannedStage, job_id: str, display: Display
     running = False
     for job in _polled(job_id):
         if running and job.state == "PENDING":
-            display.note(f"{stage.name}: job {job_id} was queued again; the stage continues from its checkpoint")
+            display.note(f"{stage.name}: job {job_id} was queued again; the stage continues from what it has stored")
         running = job.state == "RUNNING" or (running and job.state != "PENDING")
         display.wait(stage.name, "" if running or job.ended else f"job {job_id} {job}")
         display.poll()

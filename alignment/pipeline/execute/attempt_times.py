@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from alignment.core.errors import Busy
+from alignment.core.errors import Busy, Preempted
+from alignment.pipeline.execute.signals import Terminated
+from alignment.pipeline.remote.remote_checkpoints import local_work
 from alignment.records.attempts import Attempts
 from alignment.records.step_log import METRICS, readable_rows
 from alignment.records.worker import HEARTBEATS, PROGRESS
@@ -24,16 +26,18 @@ def counted(work: Path) -> Iterator[Attempts]:
     """
     before = Attempts.read(work)
     attempt = Attempts(number=before.number + 1, earlier_seconds=_seconds_of(before, work), started=time.time())
-    began = time.monotonic()
+    began, stored = time.monotonic(), local_work(work).progress
     attempt.write(work)
     try:
         yield attempt
     except Busy:
         before.write(work)
         raise
-    except BaseException:
+    except BaseException as error:
         seconds = attempt.earlier_seconds + time.monotonic() - began
-        replace(attempt, earlier_seconds=seconds, started=0.0).write(work)
+        is_in_vain = isinstance(error, (Terminated, Preempted)) and local_work(work).progress <= stored
+        in_vain = before.without_progress + 1 if is_in_vain else 0
+        replace(attempt, earlier_seconds=seconds, started=0.0, without_progress=in_vain).write(work)
         raise
 
 

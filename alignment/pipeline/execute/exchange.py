@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from alignment.core.artifacts import read_manifest
-from alignment.core.locks import held
+from alignment.core.locks import held, is_held
 from alignment.pipeline.execute.display import Announce
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
@@ -17,11 +17,15 @@ from alignment.pipeline.remote.object_store import ObjectStore
 from alignment.pipeline.remote.remote_checkpoints import RemoteCheckpoints
 from alignment.pipeline.remote.remote_results import download_result, manifest_in, size_of, upload_result
 
+WAIT = "wait for it with --wait, or stop it"
+"""What to do about a stage that another process works on."""
 
-def with_results(plan: Plan, announce: Announce, *, stages: Sequence[PlannedStage]) -> Plan:
+
+def with_results(plan: Plan, announce: Announce, *, stages: Sequence[PlannedStage], wait: bool) -> Plan:
     """The plan with the results of these stages on this machine that the store has.
 
     Raises:
+        Busy: another process works on such a stage here, and ``wait`` is False.
         ArtifactError: a result in the store is damaged.
         DiskError: there is no room for it.
         StoreError: the store cannot be reached or refuses.
@@ -31,7 +35,10 @@ def with_results(plan: Plan, announce: Announce, *, stages: Sequence[PlannedStag
         return plan
     for stage in waiting:
         stage.work.mkdir(parents=True, exist_ok=True)
-        with held(stage.work / "lock", wait=True):
+        lock = stage.work / "lock"
+        if wait and is_held(lock):
+            announce(f"{stage.name}: another process is working on it; waiting")
+        with held(lock, wait=wait, remedy=WAIT):
             if read_manifest(stage.artifact) is None:
                 _download(plan.store, stage, announce)
             if read_manifest(stage.artifact) is not None:  # else its checkpoints are all that there is

@@ -18,6 +18,11 @@ from alignment.records.cost import RunCost, StageCost
 _NOT_YET = "its settings are new since the last estimate; estimate again"
 
 
+def is_wanted(*, cost: bool, device: str) -> bool:
+    """Whether to estimate the cost: it was asked for, or a device was named."""
+    return cost or device != THIS
+
+
 def checked_plan(recipe: str, overrides: Sequence[str], *, cost: bool, trade: bool, device: str) -> Plan:
     """A plan whose sizes fit together, and whose ``cost`` or ``trade`` on ``device`` can be estimated if it is wanted.
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from datetime import UTC, datetime
 from typing import Protocol, cast
 
@@ -30,6 +30,7 @@ from alignment.pipeline.execute import (
     heartbeats,
     notes,
     rehearsal,
+    stops,
     worker_protocol,
 )
 from alignment.pipeline.execute.display import Announce, Display, announcer, showing
@@ -49,8 +50,6 @@ from alignment.report import doubts
 from alignment.stages.base import RunsOn
 from alignment.stages.registry import kind_of
 
-_WAIT = "wait for it with --wait, or stop it"
-
 
 def run(
     recipe: str,
@@ -63,6 +62,22 @@ def run(
 ) -> int:
     """Plans a recipe and runs the plan (``run_plan``); returns the exit code (alignment/core/errors.py)."""
     plan = make_plan(recipe, overrides)
+    return run_with_advice(plan, console=console, only=only, wait=wait, command_for=command_for)
+
+
+def run_with_advice(
+    plan: Plan,
+    *,
+    console: Console,
+    only: str | None = None,
+    wait: bool = False,
+    command_for: CommandFor | None = None,
+) -> int:
+    """``run_plan``, after advice on the recipe; a stage that runs alone needs none.
+
+    Raises:
+        AlignmentError: as for ``run_plan``.
+    """
     for note in notes.advice(plan) if only is None else ():
         announcer(console)(f"note: {note}")
     return run_plan(plan, console=console, only=only, wait=wait, command_for=command_for)
@@ -106,18 +121,19 @@ def run_plan(
     if only is None or HERE not in plan.overrides:  # a job makes one stage while others of its chain wait
         slurm_jobs.refuse_queued(plan.run_folder)
     if launch.backend.machine_rank:
-        plan = _with_all(plan, announcer(console), only)
+        plan = _with_all(plan, announcer(console), only, wait=True)  # for the first machine, which calls it too
         return machines.follow(plan, _chosen(plan, only), console=console, command_for=command_for or command.here)
     return _execute(plan, only, console, command_for, wait=wait)
 
 
 def _execute(plan: Plan, only: str | None, console: Console, command_for: CommandFor | None, *, wait: bool) -> int:
     with ExitStack() as stack:
-        stack.enter_context(held(plan.run_folder / "lock", wait=wait, remedy=_WAIT))
+        lock, waiting = plan.run_folder / "lock", _noted_once(announcer(console))
+        stack.enter_context(held(lock, wait=wait, waiting=waiting, remedy=exchange.WAIT))
         remove_leftovers(plan.run_folder, shared=True)  # a call that submits jobs writes jobs.json there
         machines.forget_attempts(plan)
         stack.enter_context(machines.showing_life(plan.run_folder, plan.config.launch))
-        plan = _with_all(plan, announcer(console), only)
+        plan = _with_all(plan, announcer(console), only, wait=wait)
         recorder = RunRecorder(plan, only=only)
         with showing(console, RunReader(plan.run_folder)) as display:
             code = _run_stages(plan, only, recorder, display, command_for, wait=wait)
@@ -131,6 +147,17 @@ def _execute(plan: Plan, only: str | None, console: Console, command_for: Comman
     if HERE not in plan.overrides:  # in a job, the chain goes on; the call that waits for its end reports this
         _judge(plan, only, console)
     return 0
+
+
+def _noted_once(announce: Announce) -> Callable[[], None]:
+    """For a wait, which calls it again and again."""
+    texts = iter(["another process is working on this run; waiting"])
+
+    def note() -> None:
+        for text in texts:
+            announce(text)
+
+    return note
 
 
 def _end(plan: Plan, recorder: RunRecorder) -> bool:
@@ -180,7 +207,7 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
         with held(plan.run_folder / "submit.lock", wait=False):
             slurm_jobs.refuse_queued(plan.run_folder)
             with held(plan.run_folder / "lock", wait=False):  # released before the first job needs it
-                plan = _with_all(plan, display.note, only)
+                plan = _with_all(plan, display.note, only, wait=wait)
                 _end(plan, RunRecorder(plan, only=only))
             display.poll()
             waiting = []
@@ -223,9 +250,9 @@ def _refuse_what_cannot_start(plan: Plan, only: str | None) -> None:
     feasibility.refuse_what_cannot_start(launch, _chosen(plan, only), num_devices=feasibility.devices_for(launch))
 
 
-def _with_all(plan: Plan, announce: Announce, only: str | None) -> Plan:
+def _with_all(plan: Plan, announce: Announce, only: str | None, *, wait: bool) -> Plan:
     """The plan with all results of the store, models and data of a hub that the chosen stages need, checked again."""
-    plan_with_results = exchange.with_results(plan, announce, stages=_needed(plan, only))
+    plan_with_results = exchange.with_results(plan, announce, stages=_needed(plan, only), wait=wait)
     complete = with_models(plan_with_results, announce, stages=not_reused(_chosen(plan_with_results, only)))
     if complete is not plan:
         _refuse_what_cannot_start(complete, only)
@@ -312,14 +339,14 @@ def _make(
     if wait and is_held(stage.work / "lock"):
         display.wait(stage.name, "another process is working on it; waiting")
         display.poll()
-    with held(stage.work / "lock", wait=wait, remedy=_WAIT) as lock:
+    with held(stage.work / "lock", wait=wait, remedy=exchange.WAIT) as lock:
         display.wait(stage.name, "")
         if read_manifest(stage.artifact) is not None:
             _remove_work(stage)
             return False
         with exchange.of_stage(plan, stage, display.note, wait=wait) as is_missing:
             if is_missing:
-                with attempt_times.counted(stage.work) as attempt:
+                with _bounded(plan, stage), attempt_times.counted(stage.work) as attempt:
                     recorder.attempt(stage.name, attempt)
                     if kind_of(stage.config).launch.runs_on is RunsOn.driver:
                         _make_report(plan, stage, cast(ReportSettings, stage.config))
@@ -327,6 +354,11 @@ def _make(
                         _launch(plan, stage, display, workers, lock, attempt=attempt.number)
     _remove_work(stage)
     return is_missing
+
+
+def _bounded(plan: Plan, stage: PlannedStage) -> AbstractContextManager[None]:
+    """In a job of Slurm, which queues it again, attempts that store nothing come to an end."""
+    return stops.refused_in_vain(stage.work, stage.name) if HERE in plan.overrides else nullcontext()
 
 
 def _clear(stage: PlannedStage) -> None:
@@ -368,19 +400,22 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, workers: Workers,
 
     log = folder / "log.txt"
     begin_attempt(log, f"attempt {attempt} at {stage.artifact.name}")
-    with machines.announced(folder, launch, stage.fingerprint):
-        code = processes.execute(
-            workers.command_for(launch, stage_file),
-            log=log,
-            on_poll=on_poll,
-            on_stop=lambda stop: display.note(acknowledgement(stop)),
-            grace_seconds=launch.grace_seconds,
-            keep_open=[lock],
-            server=workers.server,
+    with stops.with_its_words(folder, lambda text: display.note(f"{stage.name}: {text}")):
+        with machines.announced(folder, launch, stage.fingerprint):
+            code = processes.execute(
+                workers.command_for(launch, stage_file),
+                log=log,
+                on_poll=on_poll,
+                on_stop=lambda stop: display.note(acknowledgement(stop)),
+                grace_seconds=launch.grace_seconds,
+                keep_open=[lock],
+                server=workers.server,
+            )
+        for note in worker_protocol.notes(folder):
+            display.note(f"{stage.name}: {note}")
+        worker_protocol.raise_for_status(
+            folder, code=code, stage=stage.name, kinds=[stage.config.kind], work=stage.work
         )
-    for note in worker_protocol.notes(folder):
-        display.note(f"{stage.name}: {note}")
-    worker_protocol.raise_for_status(folder, code=code, stage=stage.name, kinds=[stage.config.kind], work=stage.work)
     manifest = read_manifest(stage.artifact)
     if manifest is None or manifest.fingerprint != stage.fingerprint:
         raise ArtifactError(

@@ -20,8 +20,8 @@ from pathlib import Path
 
 from alignment.config.did_you_mean import suggestion
 from alignment.core.artifacts import write_json
-from alignment.core.errors import ModelError
-from alignment.core.files import disk_error
+from alignment.core.errors import AlignmentError, ModelError
+from alignment.core.files import disk_error, explained, flush
 from alignment.core.fingerprint import file_sha256
 from alignment.core.launcher_variables import without_ranks
 from alignment.core.locks import held, is_held
@@ -146,8 +146,11 @@ def _make(model: BundledModel, target: Path, scratch: Path, announce: Announce) 
         path.chmod(0o644)
     files = {path.name: file_sha256(path) for path in sorted(content.iterdir())}
     write_json(content / MARKER, {"source": f"bundled:{model.name}", "gguf_sha256": model.sha256, "files": files})
+    for path in (*content.iterdir(), content):
+        flush(path)  # the marker must not outlive a power cut that the weights do not
     shutil.rmtree(target, ignore_errors=True)
     os.replace(content, target)
+    flush(target.parent)
 
 
 def _download(model: BundledModel, scratch: Path, announce: Announce) -> Path:
@@ -214,9 +217,10 @@ def _exclusive(path: Path, announce: Announce) -> Iterator[None]:
 def main() -> int:
     """Fetches every bundled model, for ``make model``. Returns 0, or the exit code of the error."""
     try:
-        for model in MODELS.values():
-            print(ensure(model, announce=print))
-    except ModelError as error:
+        with explained(cache_root()):
+            for model in MODELS.values():
+                print(ensure(model, announce=print))
+    except AlignmentError as error:
         print(error.labelled, file=sys.stderr)
         return error.exit_code
     return 0

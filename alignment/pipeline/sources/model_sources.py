@@ -225,4 +225,6 @@ def _hub(source: str, repository: hub.Repository, *, download: bool) -> ModelSou
     if snapshot is None or not (download or any(snapshot.glob("*.safetensors"))):
         return ModelSource(source=source, identity=repository.named, folder=None, ready=False)
     folder = model_folder(str(snapshot), where=source)
-    return ModelSource(source=source, identity=f"hub:{repository.id}@{folder.name}", folder=folder, ready=True)
+    # Another program may have fetched only some of its files, such as the weights without the tokens that end answers.
+    ready = download or hub.is_listed(repository)
+    return ModelSource(source=source, identity=f"hub:{repository.id}@{folder.name}", folder=folder, ready=ready)

@@ -6,14 +6,16 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from alignment.core.errors import Busy, StageError
+from alignment.core.errors import Busy, Preempted, StageError
 from alignment.pipeline.execute.attempt_times import counted
 from alignment.records.attempts import Attempts
 from alignment.records.worker import Heartbeat, Progress, heartbeat_file
+from tests.unit.pipeline.remote.conftest import sealed
 
 NOW = time.time()
 
@@ -43,6 +45,21 @@ def test_attempts_that_ended_are_added_up(tmp_path: Path) -> None:
         assert attempt.number == 4
         assert 500.0 <= attempt.earlier_seconds < 510.0
         assert attempt.started >= NOW
+
+
+def test_attempts_that_store_nothing_are_counted(tmp_path: Path) -> None:
+    for expected in (1, 2, 3):
+        fails(Preempted("stopped"))(tmp_path)
+        assert Attempts.read(tmp_path).without_progress == expected
+    with suppress(Preempted), counted(tmp_path):
+        sealed(tmp_path, 20)
+        raise Preempted("stopped")
+    assert Attempts.read(tmp_path).without_progress == 0
+    fails(Preempted("stopped"))(tmp_path)
+    fails(Busy("another"))(tmp_path)
+    assert Attempts.read(tmp_path).without_progress == 1, "what an earlier attempt stored is no progress of this one"
+    fails(StageError("no"))(tmp_path)
+    assert Attempts.read(tmp_path).without_progress == 0, "it did not lack time"
 
 
 def test_an_attempt_that_was_killed_counts_until_the_last_sign_of_life(tmp_path: Path) -> None:

@@ -58,8 +58,8 @@ code=0
 srun --ntasks=1 --kill-on-bad-exit=1 --cpus-per-task=16 {python} -u -m alignment.cli run quickstart --stage dpo {told} \
 launch.backend.submit=false || code=$?
 
-# 75: the stage was asked to stop and has saved. 143: the driver was asked before it had begun. Queued again, the job
-# goes on from the last checkpoint.
+# 75: the stage was asked to stop, and has saved if it could. 143: the driver was asked before it had begun. Queued
+# again, the job goes on from what is stored. The driver fails when several attempts in turn have stored nothing.
 if {{ [ "$code" -eq 75 ] || [ "$code" -eq 143 ]; }} && [ "$ended_by_slurm" = no ]; then
   scontrol requeue "$SLURM_JOB_ID"
 fi

@@ -377,7 +377,7 @@ def test_a_job_is_followed_through_the_queue_and_through_being_queued_again(sft:
     assert follow(sft) == [
         "sft: job 11 PENDING (Resources)",
         "sft: waits no longer",
-        "sft: job 11 was queued again; the stage continues from its checkpoint",
+        "sft: job 11 was queued again; the stage continues from what it has stored",
         "sft: job 11 PENDING (BeginTime)",
         "sft: waits no longer",
     ]

@@ -36,6 +36,7 @@ from alignment.core.locks import held
 from alignment.core.streams import Unfailing
 from alignment.pipeline.backends import machines, processes
 from alignment.pipeline.backends.command import Command
+from alignment.pipeline.backends.slurm_job_file import HERE
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.run import run, run_trial
@@ -45,6 +46,7 @@ from alignment.pipeline.execute.worker_protocol import commit_of_checkout
 from alignment.records.attempts import Attempts
 from alignment.records.run import RunRecord
 from alignment.stages.stage_file import read_spec
+from tests.patience import wait_until
 
 ROOT = Path(__file__).parents[3]
 TIME = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00")
@@ -288,9 +290,24 @@ def test_a_stage_that_was_preempted_ends_the_run_with_75(align: Align, monkeypat
     monkeypatch.setenv("WORKER_FAULT", "reward:preempt")
     code, printed = align()
     assert code == 75
+    assert "reward: stopped on request" in printed, "the worker knows whether it could save"
     assert "stopped; run the same command to continue from here" in printed
     assert align.record()["state"] == "preempted"
     assert align.states()["reward"] == "waiting"
+
+
+def test_a_job_that_stores_nothing_before_it_is_stopped_is_not_queued_again_forever(
+    align: Align, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Exit code 75 lets its script queue it again; a benchmark, for example, would begin anew each time."""
+    monkeypatch.setenv("WORKER_FAULT", "sft:preempt")
+    assert [align("launch/backend=slurm", HERE, only="sft")[0] for _ in range(2)] == [75, 75]
+    with pytest.raises(StageError, match="3 attempts in turn were stopped before it had stored anything") as caught:
+        align("launch/backend=slurm", HERE, only="sft")
+    assert caught.value.remedy == "give its job more time with launch.backend.time"
+    assert [align(only="sft")[0] for _ in range(4)] == [75] * 4, "a person who starts a run again is not refused"
+    monkeypatch.setenv("WORKER_FAULT", "sft:part")
+    assert [align("launch/backend=slurm", HERE, only="sft")[0] for _ in range(4)] == [75] * 4, "each stored something"
 
 
 def test_the_time_of_a_stage_that_is_continued_is_that_of_all_attempts(
@@ -560,6 +577,25 @@ def test_one_that_waits_takes_what_the_other_run_made(align: Align) -> None:
     assert code == 0
     assert {name: stage["state"] for name, stage in align.record()["stages"].items()}["sft"] == "reused"
     assert align.record()["stages"]["sft"]["seconds"] == 1.0, "what it took when it was made"
+
+
+def test_a_wait_for_the_same_run_is_announced_once(align: Align) -> None:
+    align()
+    screen = StringIO()
+    with ExitStack() as other:
+        other.enter_context(held(align.run_folder / "lock", wait=False))
+
+        def finish() -> None:
+            wait_until(lambda: "another process is working on this run; waiting" in screen.getvalue())
+            time.sleep(1.2)
+            other.close()
+
+        thread = threading.Thread(target=finish)
+        thread.start()
+        code = run("quickstart", align.overrides, console=Console(file=screen), wait=True, command_for=fake)
+        thread.join()
+    assert code == 0
+    assert screen.getvalue().count("another process is working on this run; waiting") == 1
 
 
 def test_an_error_and_a_cost_of_other_settings_are_forgotten(align: Align, monkeypatch: pytest.MonkeyPatch) -> None:

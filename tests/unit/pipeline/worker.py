@@ -1,8 +1,8 @@
 """A worker without a model: reads ``stage.yaml`` and does what the contract asks of a worker, in a process of its own.
 
 ``WORKER_FAULT=stage:what`` makes that stage ``fail``, ``reward``, ``disk``, ``crash``, ``template``, ``bug``,
-``preempt``, ``hang`` or ``lie`` (say that it is done and leave nothing), or come to its end with a ``note`` or with
-metrics by ``chance``.
+``preempt``, ``part`` (store a part of its result, and then the same), ``hang`` or ``lie`` (say that it is done and
+leave nothing), or come to its end with a ``note`` or with metrics by ``chance``.
 """
 
 from __future__ import annotations
@@ -68,6 +68,10 @@ def misbehave(spec: StageSpec, fault: str) -> None:
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(say(spec, "preempted", 75, "stopped on request")))
         (spec.run_folder / "hanging").touch()
         time.sleep(60)
+    if fault == "part":
+        parts = spec.work / "checkpoints"
+        parts.mkdir(exist_ok=True)
+        (parts / f"part-{len(list(parts.iterdir()))}.json").touch()
     if fault == "torn":
         (spec.run_folder / "status.json").write_text('{"state": 3}')
         sys.exit(5)
@@ -77,6 +81,7 @@ def misbehave(spec: StageSpec, fault: str) -> None:
         "disk": ("failed", 12, "no space left on the device; 4 kB are free"),
         "bug": ("failed", 1, "KeyError: 'x'"),
         "preempt": ("preempted", 75, "stopped on request"),
+        "part": ("preempted", 75, "stopped on request"),
         "lie": ("done", 0, ""),
     }
     sys.exit(say(spec, *states[fault]))

@@ -33,6 +33,7 @@ class Hub(ThreadingHTTPServer):
         self.repositories: dict[str, dict[str, Any]] = {}
         self.large: dict[str, bytes] = {}
         self.requests: list[str] = []
+        self.storage_is_full = False
 
     @property
     def url(self) -> str:
@@ -91,6 +92,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_PUT(self) -> None:
         self._note()
         content = self._body()
+        if self.server.storage_is_full:
+            self._answer(403, {"error": "no storage left"})
+            return
         oid = self.path.rpartition("/")[2]
         assert hashlib.sha256(content).hexdigest() == oid
         self.server.large[oid] = content
@@ -205,6 +209,16 @@ def test_without_a_token_or_with_a_wrong_one_it_is_refused(hub: Hub, exported: P
     assert "the hub refused: " in printed
     assert "hf_wrongwrong" not in printed
     assert hub.repositories == {}
+
+
+def test_weights_that_the_hub_does_not_take_are_named_with_its_reason(hub: Hub, exported: Path) -> None:
+    """The client raises an error of its own form for them."""
+    hub.storage_is_full = True
+    printed = push(hub, exported, code=11)
+    assert "the upload failed: " in printed
+    assert "model.safetensors" in printed
+    assert "403" in printed
+    assert not hub.repositories["my/model"]["files"]
 
 
 def test_a_hub_that_is_not_there_and_a_folder_that_was_not_exported_are_refused(hub: Hub, exported: Path) -> None:

