@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,14 @@ from alignment.config.data import SourceConfig
 from alignment.config.did_you_mean import misspelt
 from alignment.core.errors import DataError
 from alignment.data.counted import counted
-from alignment.data.fields import Fields, SetAside
+from alignment.data.fields import Fields, SetAside, is_text
 from alignment.data.formats import COLUMNS, format_of
 from alignment.data.formats.form import Format
-from alignment.data.formats.plain import CHOICES, TEXT
+from alignment.data.formats.plain import CHOICES, PROMPT, TEXT
 from alignment.data.hub_rows import source_rows
 from alignment.data.near_duplicates import NearDuplicates
 from alignment.data.objections import Objections, bare
-from alignment.data.reading import NAMED, prepared, start
+from alignment.data.reading import LOOKED_AT, NAMED, prepared, start
 from alignment.data.records import (
     Conversation,
     HeldOutPrompt,
@@ -44,7 +45,8 @@ _NOUNS: dict[type[Record], tuple[str, str]] = {
     Question: ("question with choices", "questions with choices"),
 }
 _OF_ONE_FORMAT: dict[type[Record], Format] = {PlainText: TEXT, Question: CHOICES}
-"""Records that are made of one format only, although others would do: every conversation could be a text."""
+"""Records that are made of one format only, although others would do: every conversation could be a text. Prompts
+beside a column ``text`` are texts too."""
 MEANT = 0.1
 """Share of rows from which a file counts as meant for a stage; all other rows are then faulty."""
 LISTED = 8
@@ -167,6 +169,7 @@ def examine(
         name: Use(record=record)
         for name, record in records.items()
         if _OF_ONE_FORMAT.get(record, diagnosis.format) is diagnosis.format
+        or (record is PlainText and diagnosis.format is PROMPT and _has_texts(path, data))
     }
     examination = _Examination(diagnosis, data)
     for row in source_rows(path, data):
@@ -176,6 +179,13 @@ def examine(
             break
     examination.end()
     return diagnosis
+
+
+def _has_texts(path: Path, data: SourceConfig) -> bool:
+    """Whether one of the first rows has a column ``text``."""
+    first = islice(source_rows(path, data), LOOKED_AT)
+    rows = (prepared(row.value, data) for row in first if isinstance(row, RawRow))
+    return any(isinstance(row, Mapping) and is_text(row.get("text")) for row in rows)
 
 
 class _Examination:

@@ -13,11 +13,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from alignment.config.data import OnError, SourceConfig
 from alignment.core.scripts import WITHOUT_SPACES, spaced_word, unified
+from alignment.data.formats.plain import TEXT
 from alignment.data.reading import iterate
-from alignment.data.records import HeldOutPrompt, Record
+from alignment.data.reading import start as start_reading
+from alignment.data.records import HeldOutPrompt, PlainText, Record
 
 NGRAM = 8
 LIKELY = 0.5
@@ -48,9 +51,16 @@ def asked(record: Record) -> LocatedText:
 
 
 def asked_in(path: Path, data: SourceConfig) -> Iterator[LocatedText]:
-    """The questions of a source's prompts; rows without a prompt are skipped."""
+    """The questions of a source's prompts, or its texts if it has the format of plain text; rows without are skipped.
+
+    Raises:
+        DataError: the source has no rows, or no row has the columns of a known format; or, while it is read, no row has
+            a prompt.
+    """
     lenient = replace(data, on_error=OnError.skip, max_skipped=1.0)
-    return map(asked, iterate(path, HeldOutPrompt, lenient))
+    reading = start_reading(path, lenient)
+    record: type[Any] = PlainText if reading.format is TEXT else HeldOutPrompt
+    return map(asked, iterate(path, record, lenient, reading=reading))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

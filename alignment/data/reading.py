@@ -17,11 +17,12 @@ from alignment.core.errors import DataError
 from alignment.data.fields import Fields, SetAside
 from alignment.data.formats import FORMATS, detect
 from alignment.data.formats.form import Format
-from alignment.data.hub_rows import source_rows
+from alignment.data.hub_rows import snapshot_name, source_rows
 from alignment.data.list_texts import with_lists
 from alignment.data.objections import bare
 from alignment.data.records import Record
 from alignment.data.row_files import RawRow
+from alignment.data.written_settings import doctor_command
 
 R = TypeVar("R", bound=Record)
 
@@ -260,7 +261,7 @@ def refuse_faults(
     named = "" if setting == DATA else setting
     error = together(faults, count, among=f" among the first {rows:,} rows" if stopped else "", where=named)
     if data.on_error is OnError.fail:
-        check = "" if path is None else f"`align doctor {path}` checks all rows; "
+        check = "" if path is None else f"`{doctor_command(snapshot_name(path) or str(path), data)}` checks all rows; "
         way_out = f"{check}{_skipping(data, count=count, rows=rows, setting=setting, stopped=stopped)}"
         raise DataError(error.message, where=error.where, remedy=NEXT.join(filter(None, [error.remedy, way_out])))
     if not stopped and count / rows > data.max_skipped:

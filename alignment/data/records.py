@@ -14,7 +14,7 @@ from itertools import combinations
 from typing import Any, ClassVar, Protocol, Self
 
 from alignment.core.errors import DataError
-from alignment.data.fields import Fields
+from alignment.data.fields import Fields, is_text
 from alignment.data.turns import Message
 
 SCORE_COLUMNS = ("chosen_score", "rejected_score")
@@ -246,6 +246,9 @@ def _labelled_answers(example: Example) -> list[tuple[str, bool]]:
             fields.fail(example.field, "ends with a tool call, but labelled answers are learned as text")
         return [(last.whole, example.good)]
     if len(answers) != 2:
+        if fields.has("label"):
+            way_out = "" if answers else "; if it says whether the answer is good, read the rows with format=kto"
+            fields.fail("label", f"is not read in this format{way_out}")
         has = f"{len(answers)} answers of different rank" if answers else "no label"
         fields.fail("label", f"is missing: the row has {has}, so nothing says whether an answer is desirable")
     better, worse = sorted(answers, key=lambda answer: -answer.rank)
@@ -409,7 +412,7 @@ class Question:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PlainText:
     """Text to learn as it is. The text of a conversation is that of its turns and of its best answer; labelled answers
-    are learned if they are good.
+    are learned if they are good. A row with a prompt, no answer and a column ``text`` gives that text.
 
     Example row: ``{"text": "The shop is closed on Monday."}``
     """
@@ -424,12 +427,20 @@ class PlainText:
     def of(cls, example: Example) -> Iterator[Self]:
         """Raises DataError if the text is empty; SetAside if it ends with an answer that is labelled as bad."""
         example.refuse_bad()
-        best = sorted(example.answers, key=lambda answer: -answer.rank)[:1]
+        best = sorted(example.compared(), key=lambda answer: -answer.rank)[:1]
         turns = [*(turn.whole for turn in example.turns), *(answer.text for answer in best)]
-        text = example.text or "\n\n".join(filter(None, turns))
+        text = example.text or _text_beside_prompt(example) or "\n\n".join(filter(None, turns))
         if not text:
             example.fields.fail(example.field, "is empty")
         yield cls(text=text, id=example.fields.label("id"), where=example.fields.where)
+
+
+def _text_beside_prompt(example: Example) -> str:
+    """The column ``text`` of a row that has only a prompt besides, such as the prompt that the text was written for;
+    empty for all other rows."""
+    text = example.fields.row.get("text")
+    has_answer = bool(example.answers) or (bool(example.turns) and example.turns[-1].role == "assistant")
+    return str(text) if is_text(text) and not has_answer else ""
 
 
 Record = PlainText | Conversation | PreferencePair | LabelledAnswer | Prompt | HeldOutPrompt | Question

@@ -211,7 +211,7 @@ MUTATIONS = [
         ROWS,
         (
             "what a template leaves out is not noted",
-            "    _note_losses(context, str(table.path), losses, table.records)\n",
+            "    _note_losses(context, str(table.path), table.losses, table.records)\n",
             "",
             "test_what_a_template_leaves_out_is_noted_once_for_a_source",
         ),

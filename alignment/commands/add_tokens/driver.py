@@ -14,10 +14,14 @@ from alignment.pipeline.sources import model_sources
 
 ADVICE = """to start a run from it, set model.source=path:{}; an adapter trains the new embeddings only with
 stages.NAME.adapter.modules_to_save=[embed_tokens] (and lm_head, if it has its own weights)"""
+OF_CONTROL = """only a chat template can write these tokens; in the text of rows they are ordinary text (--in-text adds
+tokens that rows may contain)"""
 
 
-def add_tokens(console: Console, source: str, tokens: Sequence[str], *, to: str) -> int:
+def add_tokens(console: Console, source: str, tokens: Sequence[str], *, to: str, in_text: bool = False) -> int:
     """Writes the folder ``to``; returns the exit code. ``source`` is what ``model.source`` takes.
+
+    The tokens are control tokens, or with ``in_text`` tokens that the text of rows may contain.
 
     Raises:
         ConfigError: ``to`` exists already.
@@ -35,10 +39,12 @@ def add_tokens(console: Console, source: str, tokens: Sequence[str], *, to: str)
         str(model.folder),
         "--to",
         str(target),
+        *(["--in-text"] if in_text else []),
         "--",
         *tokens,
     ]
     code = write_folder(argv, target, verb="add-tokens")
     if code == 0:
-        console.print(f"written: {target}\n{ADVICE.format(target)}", markup=False, highlight=False, soft_wrap=True)
+        advice = [ADVICE.format(target), *([] if in_text else [OF_CONTROL])]
+        console.print("\n".join([f"written: {target}", *advice]), markup=False, highlight=False, soft_wrap=True)
     return code

@@ -1,8 +1,11 @@
-"""Adds tokens to a model, for ``align add-tokens``: ``worker FOLDER --to FOLDER TOKEN…``.
+"""Adds tokens to a model, for ``align add-tokens``: ``worker FOLDER --to FOLDER [--in-text] TOKEN…``.
 
 A new token's row, in the embeddings and in the head, is the mean of all other rows. The model then gives it about the
 probability of an average token, and changes that of other tokens little (Hewitt 2021, "Initializing new word embeddings
 for pretrained language models").
+
+A control token in a message stays text (``data/tokens/rendering.py``), so only a chat template can write new ones. With
+``--in-text`` they are ordinary added tokens, which stay tokens in every text.
 """
 
 from __future__ import annotations
@@ -34,21 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m alignment.commands.add_tokens.worker", description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--to", type=Path, required=True)
+    parser.add_argument("--in-text", action="store_true")
     parser.add_argument("tokens", nargs="+")
     options = parser.parse_args(arguments)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         with explained(options.to.parent):
-            print(add_tokens(options.folder, options.to, options.tokens))
+            print(add_tokens(options.folder, options.to, options.tokens, in_text=options.in_text))
     except AlignmentError as error:
         complain(error)
         return error.exit_code
     return 0
 
 
-def add_tokens(folder: Path, to: Path, tokens: Sequence[str]) -> str:
-    """Writes the folder ``to`` in one rename; returns a message about it.
+def add_tokens(folder: Path, to: Path, tokens: Sequence[str], *, in_text: bool = False) -> str:
+    """Writes the folder ``to`` in one rename; returns a message about it. ``in_text``: texts may contain the tokens.
 
     Raises:
         ConfigError: a token exists already, or is given twice.
@@ -60,7 +64,9 @@ def add_tokens(folder: Path, to: Path, tokens: Sequence[str]) -> str:
     model, tokenizer = _read(folder)
     _refuse_known(tokenizer, tokens)
     before = len(tokenizer)
-    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in tokens], special_tokens=True)
+    special = not in_text
+    added = [AddedToken(token, special=special, normalized=False) for token in tokens]
+    tokenizer.add_tokens(added, special_tokens=special)
     rows = max(len(tokenizer), model.get_input_embeddings().weight.shape[0])
     model.resize_token_embeddings(rows, mean_resizing=False)
     for matrix in (model.get_input_embeddings(), model.get_output_embeddings()):

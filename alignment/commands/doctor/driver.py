@@ -11,7 +11,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment.commands.doctor.source_settings import written
+from alignment.commands.doctor.source_settings import AGAINST
 from alignment.commands.shared.diagnoses import best_use, examined, path_of, progress_of
 from alignment.commands.shared.row_progress import RowProgress
 from alignment.config.data import SourceConfig
@@ -25,6 +25,7 @@ from alignment.data.overlap import HeldOut, asked_in
 from alignment.data.reading import NAMED
 from alignment.data.records import LabelledAnswer, PreferencePair
 from alignment.data.repeated_records import RelatedRow
+from alignment.data.written_settings import doctor_command, written
 from alignment.pipeline.execute.signals import INTERRUPTED
 from alignment.pipeline.plan import settings
 
@@ -33,8 +34,8 @@ _PAIRS = 5
 _CONTRADICTS = {PreferencePair: "prefers the answer that {} rejects", LabelledAnswer: "has the opposite label of {}"}
 
 
-def show_diagnosis(console: Console, data: SourceConfig, *, against: str | None = None) -> int:
-    """Prints what the file is, and which of its rows are also in ``against``; returns 0 or 3.
+def show_diagnosis(console: Console, data: SourceConfig, *, against: SourceConfig | None = None) -> int:
+    """Prints what the file is, and which of its rows are also in the source ``against``; returns 0 or 3.
 
     It returns 3 if rows are faulty, if no stage can use the file, or if a column is misspelt in every row, so that the
     file is read in a format that it is not meant for.
@@ -46,13 +47,14 @@ def show_diagnosis(console: Console, data: SourceConfig, *, against: str | None 
         ConfigError: the settings are invalid.
         DataError: the file cannot be fetched or read at all.
     """
-    refuse([*settings.source_faults(data, "DATA"), *settings.column_faults(data, "DATA")])
+    of_other = [] if against is None else list(settings.source_faults(against, AGAINST))
+    refuse([*settings.source_faults(data, "DATA"), *settings.column_faults(data, "DATA"), *of_other])
 
     def print_line(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     path = path_of(data.source, where="DATA", announce=print_line)
-    other = None if against is None else path_of(against, where="--against", announce=print_line)
+    other = None if against is None else path_of(against.source, where=AGAINST, announce=print_line)
     try:
         diagnosis, is_whole = examined(console, path, data)
     except UnknownColumns as error:
@@ -72,25 +74,27 @@ def show_diagnosis(console: Console, data: SourceConfig, *, against: str | None 
     return DataError.exit_code if is_bad else 0
 
 
-def _overlaps(path: Path, data: SourceConfig, against: str, other: Path, progress: RowProgress) -> list[str]:
-    held_out = HeldOut(asked_in(other, SourceConfig()))
+def _overlaps(path: Path, data: SourceConfig, against: SourceConfig, other: Path, progress: RowProgress) -> list[str]:
+    held_out = HeldOut(asked_in(other, against))
     overlaps = held_out.overlaps(progress.watched(asked_in(path, data)))
     first = list(islice(overlaps, NAMED))
     more = sum(1 for _ in overlaps)
     count = len(first) + more
-    lines = [
-        _line(
-            "overlap",
-            f"{counted(count, 'row resembles a prompt', 'rows resemble prompts')} of {against}"
-            if count
-            else f"no row resembles a prompt of {against}",
-        )
-    ]
+    rows = counted(count, "row resembles a prompt", "rows resemble prompts") if count else "no row resembles a prompt"
+    lines = [_line("overlap", f"{rows} of {_source_name(against)}")]
     lines += [
         _line("", f"{_short_location(row.learned)} has {row.share:.0%} of {_short_location(row.held_out)}")
         for row in first
     ]
     return lines + ([_line("", f"and {more:,} more")] if more else [])
+
+
+def _source_name(data: SourceConfig) -> str:
+    """The source, and of a hub's data set also which rows of it are read."""
+    if not data.source.startswith("hub:"):
+        return data.source
+    subset = "" if data.subset is None else f", subset {data.subset}"
+    return f"{data.source}{subset}, split {data.split}"
 
 
 def _lines(diagnosis: Diagnosis, data: SourceConfig) -> list[str]:
@@ -231,8 +235,7 @@ def _settings(diagnosis: Diagnosis, data: SourceConfig) -> str:
 
 def _command(data: SourceConfig, columns: Mapping[str, str]) -> str:
     """The command that examines the same data with these columns mapped too."""
-    words = written(replace(data, columns={**data.columns, **columns}))
-    return shlex.join(["align", "doctor", data.source, *words])
+    return doctor_command(data.source, replace(data, columns={**data.columns, **columns}))
 
 
 def _short_location(where: str) -> str:

@@ -1,8 +1,7 @@
-"""The settings of a data source in ``align doctor``: read from the command line, and written as a user types them."""
+"""The settings of a data source in ``align doctor``, read from the command line."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,13 +11,11 @@ from alignment.config.faults import Fault, refuse
 from alignment.config.typed import source_from_plain
 from alignment.pipeline.plan.compose import tree_of
 
-READ = ("split", "subset", "format", "columns", "placeholders")
-"""Settings that say how rows are read."""
 UNREAD = ("limit", "on_error", "max_skipped")
 """Settings that say which rows a stage uses; doctor examines all."""
+AGAINST = "--against"
+"""The option that names the source to compare with."""
 EXAMPLE = "columns={prompt: my_question}"
-_PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)$)[A-Za-z_][A-Za-z0-9_]*", re.IGNORECASE)
-"""Texts that need no quotes in an override."""
 
 
 def source_of(source: str, options: Mapping[str, str], overrides: Sequence[str]) -> SourceConfig:
@@ -34,11 +31,17 @@ def source_of(source: str, options: Mapping[str, str], overrides: Sequence[str])
     return replace(data, source=source)
 
 
-def written(data: SourceConfig, prefix: str = "") -> list[str]:
-    """``KEY=VALUE`` for each setting of how rows are read that is not at its default."""
-    usual = SourceConfig()
-    chosen = {name: getattr(data, name) for name in READ if getattr(data, name) != getattr(usual, name)}
-    return [f"{prefix}{name}={_as_typed(value)}" for name, value in chosen.items()]
+def against_of(source: str | None, *, split: str | None, subset: str | None) -> SourceConfig | None:
+    """The source to compare with; None if there is none.
+
+    Raises:
+        ConfigError: a split or subset is chosen of no source.
+    """
+    if source is not None:
+        return SourceConfig(source=source, split=split or SourceConfig().split, subset=subset or None)
+    chosen = [name for name, value in (("split", split), ("subset", subset)) if value]
+    refuse([Fault(where=f"{AGAINST}-{name}", message=f"has no effect without {AGAINST}") for name in chosen])
+    return None
 
 
 def _unusable(given: Mapping[str, Any], options: Mapping[str, str]) -> Iterator[Fault]:
@@ -49,10 +52,3 @@ def _unusable(given: Mapping[str, Any], options: Mapping[str, str]) -> Iterator[
             yield Fault(where=f"DATA.{name}", message="has no effect; doctor examines every row; leave it out")
         if name in options:
             yield Fault(where=f"DATA.{name}", message=f"is also given as --{name}; give one")
-
-
-def _as_typed(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{key}: {_as_typed(item)}' for key, item in value.items())}}}"
-    text = str(value)
-    return text if _PLAIN.fullmatch(text) else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

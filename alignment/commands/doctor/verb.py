@@ -29,19 +29,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", choices=sorted(FORMATS), help="read the rows in this format (default: the columns decide)"
     )
-    parser.add_argument("--split", help="the split of a data set on a hub (default: train)")
-    parser.add_argument("--subset", help="the subset of a data set on a hub, if it has several")
+    parser.add_argument("--split", help="the split of DATA, if that is on a hub (default: train)")
+    parser.add_argument("--subset", help="the subset of DATA, if that is on a hub and has several")
     parser.add_argument(
         "--against",
         metavar="DATA",
-        help="also list the rows whose prompts overlap with this file, such as the data of an evaluation",
+        help="also list the rows whose prompts or texts overlap with this file, such as the data of an evaluation",
     )
+    parser.add_argument(
+        "--against-split", metavar="SPLIT", help="the split of --against, if that is on a hub (default: train)"
+    )
+    parser.add_argument("--against-subset", metavar="SUBSET", help="the subset of --against, if it has several")
 
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Explains the file; returns the exit code."""
     from alignment.commands.doctor.driver import show_diagnosis
-    from alignment.commands.doctor.source_settings import source_of
+    from alignment.commands.doctor.source_settings import against_of, source_of
 
     chosen = {name: getattr(arguments, name) for name in _SOURCE if getattr(arguments, name)}
-    return show_diagnosis(console, source_of(arguments.data, chosen, arguments.overrides), against=arguments.against)
+    data = source_of(arguments.data, chosen, arguments.overrides)
+    against = against_of(arguments.against, split=arguments.against_split, subset=arguments.against_subset)
+    return show_diagnosis(console, data, against=against)

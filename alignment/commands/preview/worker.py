@@ -98,6 +98,7 @@ def show_stage(console: Console, spec: StageSpec, *, rows: int, held_out: HeldOu
         )  # faults are printed and do not stop the preview
         reading = start(path, lenient, setting=setting)
         records = list(islice(iterate(path, kind.record, lenient, reading=reading), LOOKED_AT))
+        is_whole = len(records) < LOOKED_AT or len(records) == data.limit
         reading.stopped = reading.stopped or len(records) == LOOKED_AT
         tokenized_records = list(tokenized(tokenizer, kind, records, limits))
         readable = [record_spans(tokenizer, record) for record in tokenized_records if record.parts]
@@ -118,7 +119,7 @@ def show_stage(console: Console, spec: StageSpec, *, rows: int, held_out: HeldOu
         lines += [
             *_overlaps(records, held_out),
             *_taken(data, len(records)),
-            *_stops(tokenized_records, reading, data, limits),
+            *_stops(tokenized_records, reading, data, limits, is_whole=is_whole),
         ]
         for line in lines:
             console.print(line, markup=False)
@@ -197,8 +198,12 @@ def _taken(data: SourceConfig, records: int) -> list[str]:
     return []
 
 
-def _stops(records_of_source: Sequence[Tokenized], reading: Reading, data: SourceConfig, limits: Limits) -> list[str]:
-    """A line on why the stage would stop at these records, if it would."""
+def _stops(
+    records_of_source: Sequence[Tokenized], reading: Reading, data: SourceConfig, limits: Limits, *, is_whole: bool
+) -> list[str]:
+    """A line on why the stage would stop at these records, if it would; ``is_whole``: the stage reads no others."""
+    number = len(records_of_source)
+    others = "" if is_whole else f"if the other records are like the first {number:,}, "
     dropped, cut = (
         sum(isinstance(record.fault, RowTooLong) for record in records_of_source),
         sum(record.cut != "" for record in records_of_source),
@@ -206,9 +211,12 @@ def _stops(records_of_source: Sequence[Tokenized], reading: Reading, data: Sourc
     longest, where = max(record.tokens for record in records_of_source), str(reading.path)
     try:
         refuse_faults_of(reading, data)
-        refuse_losses(limits, dropped=dropped, cut=cut, records=len(records_of_source), longest=longest, where=where)
     except DataError as error:
         return [f"the stage would stop: {error.message.splitlines()[0]} → {error.remedy}"]
+    try:
+        refuse_losses(limits, dropped=dropped, cut=cut, records=number, longest=longest, where=where)
+    except DataError as error:
+        return [f"{others}the stage would stop: {error.message.splitlines()[0]} → {error.remedy}"]
     return []
 
 

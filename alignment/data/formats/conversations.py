@@ -7,8 +7,22 @@ from typing import Any
 
 from alignment.data.fields import Fields
 from alignment.data.formats.form import Format, answer_text, asked, holds, starts_with_turn
+from alignment.data.formats.plain import ALPACA, QUESTION_ANSWER
 from alignment.data.records import Example
 from alignment.data.turns import Message, tools_of
+
+_LABELLED: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
+    "messages": lambda row: starts_with_turn(row.get("messages")),
+    "prompt": lambda row: holds(row, "prompt", "completion"),
+    "conversations": lambda row: starts_with_turn(row.get("conversations")) and _is_verdict(row["label"]),
+    "instruction": lambda row: ALPACA.fits(row) and _is_verdict(row["label"]),
+    "question": lambda row: QUESTION_ANSWER.fits(row) and _is_verdict(row["label"]),
+}
+"""What a row with a label has besides, by the column that holds its prompt. Next to
+conversations, an instruction or a question the label may be a class, such as a topic or a number, so it must be true or
+false."""
+_ANSWERS = {"instruction": "output", "question": "answer"}
+"""The column of the labelled answer, if it is not ``completion``."""
 
 
 def _conversation(column: str) -> Callable[[Fields], Example]:
@@ -25,10 +39,24 @@ def _has_turns(row: Mapping[str, Any], field: str, key: str) -> bool:
     return starts_with_turn(row.get(field)) and key in row[field][0]
 
 
+def _is_verdict(label: Any) -> bool:
+    return str(label).strip().lower() in ("true", "false")
+
+
+def _labelled_prompt(row: Mapping[str, Any]) -> str | None:
+    """The column with the prompt of a labelled answer, or None if the row has no label or nothing that it applies
+    to."""
+    if not holds(row, "label"):
+        return None
+    return next((column for column, fits in _LABELLED.items() if fits(row)), None)
+
+
 def _labelled(fields: Fields) -> Example:
-    turns, field = asked(fields)
-    if fields.has("completion"):
-        turns = (*turns, Message(role="assistant", content=answer_text(fields, "completion")))
+    turns, field = asked(fields, _labelled_prompt(fields.row))
+    own = _ANSWERS.get(field, "completion")
+    answer = own if fields.has(own) else "completion"
+    if fields.has(answer):
+        turns = (*turns, Message(role="assistant", content=answer_text(fields, answer)))
     return Example(fields=fields, turns=turns, good=fields.flag("label"), tools=tools_of(fields), field=field)
 
 
@@ -52,8 +80,6 @@ KTO = Format(
     name="kto",
     summary="one answer with a label: good or bad",
     row='{"prompt": "2 + 2?", "completion": "4.", "label": true}',
-    fits=lambda row: (
-        holds(row, "label") and (starts_with_turn(row.get("messages")) or holds(row, "prompt", "completion"))
-    ),
+    fits=lambda row: _labelled_prompt(row) is not None,
     read=_labelled,
 )

@@ -22,6 +22,7 @@ import pyarrow as pa
 from alignment.core.artifacts import write_json
 from alignment.data.reading import NAMED
 from alignment.data.tokens.chunks import Chunk
+from alignment.records.left_out import LOST
 
 ROWS, LEDGER, COUNTS, UNFINISHED = "rows.arrow", "left_out.jsonl", "counts.json", "unfinished.json"
 EVERY_SECONDS = 30.0
@@ -36,12 +37,14 @@ log = logging.getLogger(__name__)
 class Counts:
     """What a table holds. ``read`` rows of the source gave ``records`` records of at most ``longest`` tokens.
 
-    ``notes`` counts the entries of the ledger by kind, and ``first`` holds the first entries of each kind.
+    ``notes`` counts the entries of the ledger by kind, and ``first`` holds the first entries of each kind. ``affected``
+    counts the rows that were left out or cut; a row of several records may have several entries.
     """
 
     read: int = 0
     records: int = 0
     longest: int = 0
+    affected: int = 0
     notes: dict[str, int] = field(default_factory=dict)
     first: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
@@ -50,6 +53,7 @@ class Counts:
         self.read += chunk.rows
         self.records += chunk.records
         self.longest = max(self.longest, chunk.longest)
+        self.affected += len({note.where for note in chunk.notes if not note.kind.startswith(LOST)})
         rows = [note.as_row() for note in chunk.notes]
         for row in rows:
             kind = row["kind"]

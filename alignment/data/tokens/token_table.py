@@ -37,7 +37,7 @@ from alignment.data.tokens.table_files import COUNTS, LEDGER, ROWS, Counts, file
 from alignment.data.tokens.tokenizer import tokenizer_hashes
 from alignment.records.left_out import CUT, FAULT, LOST, SET_ASIDE, TOO_LONG
 
-VERSION = 6
+VERSION = 7
 """Raised when the rows change, so that older tables are not used."""
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ class TokenTable:
     """Token rows with the kind's columns and ``where``.
 
     ``notes`` counts the entries of the file ``ledger`` by kind, and ``first`` holds the first entries of each kind.
-    ``read`` rows gave ``records`` records of at most ``longest`` tokens.
+    ``read`` rows gave ``records`` records of at most ``longest`` tokens. ``affected`` rows were left out or cut.
     """
 
     path: Path
@@ -57,6 +57,7 @@ class TokenTable:
     read: int
     records: int
     longest: int
+    affected: int
     notes: dict[str, int]
     first: dict[str, list[dict[str, str]]]
 

@@ -41,9 +41,13 @@ def _counted(file: Path, _changed: int, _size: int) -> tuple[LeftOutRows, ...]:
     """Counted once for each state of a file, because `align watch` draws the page again and again."""
     counts: dict[str, int] = {}
     first: dict[str, str] = {}
-    for why, row in _reasons(file):
+    last: dict[str, str] = {}
+    for why, where, row in _reasons(file):
+        if where and last.get(why) == where:
+            continue  # another record of the same row, such as the other answer of a pair
         counts[why] = counts.get(why, 0) + 1
         first.setdefault(why, row)
+        last[why] = where
     by_count = sorted(counts, key=lambda why: (-counts[why], why))
     shown = by_count if len(by_count) <= MOST else by_count[: MOST - 1]
     rows = [LeftOutRows(why=why, count=counts[why], first=first[why]) for why in shown]
@@ -52,8 +56,8 @@ def _counted(file: Path, _changed: int, _size: int) -> tuple[LeftOutRows, ...]:
     return tuple(rows)
 
 
-def _reasons(file: Path) -> Iterator[tuple[str, str]]:
-    """Why each row is in the list, and the row with what is said of it, cleaned for a page."""
+def _reasons(file: Path) -> Iterator[tuple[str, str, str]]:
+    """Why each row is in the list, where the row is, and the row with what is said of it, cleaned for a page."""
     with file.open(encoding="utf-8", errors="replace") as stream:
         for line in stream:
             try:
@@ -61,10 +65,11 @@ def _reasons(file: Path) -> Iterator[tuple[str, str]]:
             except (ValueError, RecursionError):
                 row = None
             if isinstance(row, dict):
-                where = str(row.get("where", "")).rpartition("/")[2]
-                yield _why(row), text.name(f"{where}: {row.get('reason', '')}", limit=160)
+                where = str(row.get("where", ""))
+                name = where.rpartition("/")[2]
+                yield _why(row), where, text.name(f"{name}: {row.get('reason', '')}", limit=160)
             else:
-                yield _UNREADABLE, "–"
+                yield _UNREADABLE, "", "–"
 
 
 def _why(row: dict[str, Any]) -> str:

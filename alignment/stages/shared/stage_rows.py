@@ -202,10 +202,8 @@ def _copy_ledger(context: StageContext, table: TokenTable) -> None:
     with table.ledger.open(encoding="utf-8") as stream:
         _append(context, stream)
     first = [note for kind, notes in table.first.items() if not kind.startswith(LOST) for note in notes]
-    losses = table.losses
-    count = sum(table.notes.values()) - sum(losses.values())
-    _announce(context, f"{counted(table.read, 'row')} of {table.path}", count, first)
-    _note_losses(context, str(table.path), losses, table.records)
+    _announce(context, f"{counted(table.read, 'row')} of {table.path}", table.affected, first)
+    _note_losses(context, str(table.path), table.losses, table.records)
 
 
 def _note_losses(context: StageContext, where: str, losses: Mapping[str, int], records: int) -> None:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
+from alignment import cli
 from alignment.commands.doctor.driver import show_diagnosis
 from alignment.commands.shared.diagnoses import records
 from alignment.config.data import DataConfig, SourceConfig
@@ -24,7 +25,7 @@ from alignment.data import near_duplicates, repeated_records
 from alignment.data.doctor import Diagnosis, examine
 from alignment.data.objections import Objections
 from alignment.data.overlap import LocatedText
-from alignment.data.records import Conversation, HeldOutPrompt, Question
+from alignment.data.records import Conversation, HeldOutPrompt, PlainText, Question
 from alignment.data.row_count import count_rows
 
 ALL = SourceConfig()
@@ -277,6 +278,27 @@ def test_a_column_that_is_misspelt_in_every_row_counts_if_it_changes_the_format(
 def test_a_misspelt_column_does_not_count_if_the_format_is_set(tmp_path: Path) -> None:
     file = _write(tmp_path / "a.jsonl", [{"prompt": "a", "choosen": "b", "rejected": "c"}] * 2)
     assert _diagnosed(file, "prompt")[0] == 0
+
+
+def test_texts_beside_prompts_are_texts_too(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Write about {number}.", "text": f"{number} is a number."} for number in range(3)]
+    diagnosis = examine(_write(tmp_path / "a.jsonl", rows), ALL, records())
+    assert diagnosis.format.name == "prompt"
+    assert [use.records for use in diagnosis.uses.values() if use.record is PlainText] == [3]
+    prompts = _write(tmp_path / "b.jsonl", [{"prompt": "Write about 3."}])
+    assert not [use for use in examine(prompts, ALL, records()).uses.values() if use.record is PlainText]
+
+
+def test_texts_are_compared_with_prompts_that_must_not_be_learned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = "Who has the keys of the library when it is closed on a Monday in winter?"
+    texts = _write(tmp_path / "texts.jsonl", [{"text": "The shop is open."}, {"text": f"A quiz. {asked} Nobody."}])
+    held_out = _write(tmp_path / "heldout.jsonl", [{"prompt": asked}])
+    assert cli.main(["doctor", str(texts), "--against", str(held_out)]) == 0
+    printed = capsys.readouterr().out
+    assert f"overlap      1 row resembles a prompt of {held_out}\n" in printed
+    assert "texts.jsonl:2 has 100% of heldout.jsonl:1\n" in printed
 
 
 def test_a_file_of_which_every_row_is_set_aside_is_of_no_use(tmp_path: Path) -> None:

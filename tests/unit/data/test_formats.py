@@ -187,7 +187,7 @@ def test_two_answers_without_a_prompt_are_a_fault_of_their_row(name: str, system
 
 
 @pytest.mark.parametrize("score", [math.nan, math.inf, 10**400], ids=["NaN", "infinite", "too large"])
-@pytest.mark.parametrize("record", [PreferencePair, Conversation, LabelledAnswer, Question])
+@pytest.mark.parametrize("record", [PreferencePair, Conversation, LabelledAnswer, PlainText, Question])
 def test_answers_are_not_compared_by_what_is_no_finite_number(record: Any, score: float) -> None:
     """Any comparison with NaN is false, so either answer would be the better one."""
     row = {"prompt": "?", "completions": [{"text": "a", "score": 1.0}, {"text": "b", "score": score, "rank": 1}]}
@@ -251,6 +251,63 @@ def test_a_bad_answer_is_set_aside_where_it_would_be_learned_and_still_a_prompt(
     assert [turn.as_dict() for turn in prompt.messages] == [ASKED]
     assert _records(PlainText, row | {"label": True}) == [PlainText(text="2 + 2?\n\n4.")]
     assert _records(Conversation, {"prompt": "?", "completion": "4.", "label": "True"})
+
+
+@pytest.mark.parametrize("question", [{"prompt": "2 + 2?"}, {"messages": [ASKED]}])
+def test_the_text_beside_a_prompt_is_learned_as_text_and_the_prompt_is_asked(question: dict[str, Any]) -> None:
+    """Cosmopedia has the prompt that its text was written for."""
+    row = question | {"text": "A sum is a number.", "format": "textbook"}
+    assert _records(PlainText, row) == [PlainText(text="A sum is a number.")]
+    (prompt,) = _records(Prompt, row)
+    assert [turn.as_dict() for turn in prompt.messages] == [ASKED]
+    assert _records(PlainText, row | {"text": " "}) == [PlainText(text="2 + 2?")]
+
+
+def test_a_text_beside_an_answer_is_not_learned_twice() -> None:
+    """Such a text is often the whole conversation in some template."""
+    row = {"prompt": "2 + 2?", "completion": "4.", "text": "Q: 2 + 2? A: 4."}
+    assert _records(PlainText, row) == [PlainText(text="2 + 2?\n\n4.")]
+
+
+@pytest.mark.parametrize("more", [{}, {"prompt": "2 + 2?"}], ids=["alone", "with another column"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "5."}]},  # LLaMA-Factory
+        {"conversations": [ASKED, {**ANSWER, "content": "5."}]},
+        {"instruction": "2 + 2?", "output": "5."},
+        {"question": "2 + 2?", "answer": "5."},
+    ],
+    ids=["ShareGPT", "turns", "Alpaca", "question and answer"],
+)
+def test_a_label_counts_in_whatever_columns_its_answer_is(row: dict[str, Any], more: dict[str, Any]) -> None:
+    """SFT would otherwise learn the bad answers too."""
+    bad = row | more | {"label": False}
+    with pytest.raises(SetAside, match="'label' says that the answer is bad"):
+        _records(Conversation, bad)
+    with pytest.raises(SetAside, match="'label' says that the answer is bad"):
+        _records(PlainText, bad)
+    (answer,) = _records(LabelledAnswer, bad)
+    assert (answer.answer, answer.desirable) == ("5.", False)
+    assert [turn.as_dict() for turn in answer.messages] == [ASKED]
+    (good,) = _records(Conversation, row | more | {"label": "true"})
+    assert [turn.content for turn in good.messages] == ["2 + 2?", "5."]
+
+
+@pytest.mark.parametrize("label", ["arithmetic", 0, "1"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4."}]},
+        {"instruction": "2 + 2?", "output": "4."},
+        {"question": "2 + 2?", "answer": "4."},
+    ],
+)
+def test_a_label_that_is_a_class_does_not_judge_the_answer(row: dict[str, Any], label: Any) -> None:
+    (conversation,) = _records(Conversation, row | {"label": label})
+    assert conversation.messages[-1].content == "4."
+    with pytest.raises(DataError, match=r"'label' is not read in this format; .*read the rows with format=kto"):
+        _records(LabelledAnswer, row | {"label": label})
 
 
 def test_transcripts_with_an_empty_turn_are_set_aside() -> None:

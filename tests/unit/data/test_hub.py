@@ -96,6 +96,14 @@ def test_several_files_are_one_split_in_the_order_of_their_names(cache: Path) ->
     assert [row.value for row in hub_rows(folder, "train", None)] == [ROWS[0], *ROWS]
 
 
+def test_the_command_that_checks_all_rows_names_the_data_set_and_its_split(cache: Path) -> None:
+    faulty = json.dumps({"prompt": "Add 1 to it.", "completion": " "}) + "\n"
+    folder = leave_data_set(cache, {"data/train.jsonl": LINES, "data/test.jsonl": faulty})
+    with pytest.raises(DataError) as caught:
+        read_records(folder, Conversation, SourceConfig(split="test"))
+    assert f"`align doctor {NAME} split=test` checks all rows" in str(caught.value)
+
+
 def test_the_description_says_which_files_make_which_split_of_which_subset(cache: Path) -> None:
     folder = leave_data_set(cache, DESCRIBED)
     counts = {

@@ -208,6 +208,18 @@ def test_what_would_stop_the_stage_is_said(tmp_path: Path, capsys: pytest.Captur
     assert "would stop" not in _printed(tmp_path, SftConfig(), rows, capsys)
 
 
+def test_what_would_stop_the_stage_is_not_known_from_the_first_records_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("alignment.commands.preview.worker.LOOKED_AT", 2)
+    short, long = {"prompt": "Hi.", "completion": "Hello."}, {"prompt": "Why?" * 40, "completion": "So."}
+    stops = "the stage would stop: 1 dropped of 2 rows because they are too long"
+    printed = _printed(tmp_path, SftConfig(max_length=60), [short, long, *[short] * 20], capsys)
+    assert f"\nif the other records are like the first 2, {stops}" in printed
+    config = SftConfig(max_length=60, data=DataConfig(limit=2))
+    assert f"\n{stops}" in _printed(tmp_path, config, [short, long, *[short] * 20], capsys), "it reads no others"
+
+
 def test_what_is_taken_of_the_rows_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text('{"prompt": "Hi.", "completion": "Good."}\n')

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from alignment import cli
 from alignment.commands.shared.diagnoses import records
 from alignment.config.data import DataConfig, OnError
 from alignment.core.errors import DataError
@@ -328,6 +330,19 @@ def test_each_kind_of_fault_gets_its_advice_and_the_way_out(tmp_path: Path) -> N
     assert advice[1] == "→ write one JSON object per line (JSON Lines)"
     way_out = "data.on_error=skip data.max_skipped=0.67 leave out the faulty ones"
     assert advice[2:] == [f"→ `align doctor {file}` checks all rows; {way_out}"]
+
+
+def test_the_command_that_checks_all_rows_reads_them_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "my rows.jsonl"
+    file.write_text(_lines([{"q": "2 + 2?", "a": "4."}, {"q": "Who is {{name}}?", "a": 5}]))
+    data = DataConfig(source="", columns={"prompt": "q", "completion": "a"}, placeholders={"name": "Ada"}, limit=2)
+    with pytest.raises(DataError) as caught:
+        read_records(file, Conversation, data)
+    command = str(caught.value).partition("`")[2].partition("`")[0]
+    words = ["align", "doctor", str(file), "columns={prompt: q, completion: a}", "placeholders={name: Ada}"]
+    assert shlex.split(command) == words
+    assert cli.main(shlex.split(command)[1:]) == 3
+    assert "my rows.jsonl:2: 'completion' must be text and not empty; it is 5" in capsys.readouterr().out
 
 
 def test_faulty_rows_may_be_skipped_up_to_a_share_and_are_listed(tmp_path: Path) -> None:

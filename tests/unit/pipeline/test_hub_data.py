@@ -229,3 +229,24 @@ def test_the_doctor_explains_a_split_of_a_data_set(cache: Path, capsys: pytest.C
     assert "has no subset 'x'; it has default" in capsys.readouterr().err
     assert cli.main(["doctor", "bundled:quickstart/heldout", "--split", "test"]) == 2
     assert "DATA.split: 'test' has no effect" in capsys.readouterr().err
+
+
+def test_the_doctor_compares_with_the_split_that_is_named(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = "Who has the keys of the library when it is closed on a Monday in winter?"
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": asked}) + "\n")
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "The caretaker."}]
+    leave_data_set(cache, {"data/train.jsonl": LINE, "data/test.jsonl": json.dumps({"messages": turns}) + "\n"})
+    doctor = ["doctor", str(tmp_path / "rows.jsonl"), "--against", "hub:org/name"]
+    assert cli.main(doctor) == 0
+    assert "overlap      no row resembles a prompt of hub:org/name, split train\n" in capsys.readouterr().out
+    assert cli.main([*doctor, "--against-split", "test"]) == 0
+    printed = capsys.readouterr().out
+    assert "overlap      1 row resembles a prompt of hub:org/name, split test\n" in printed
+    assert "rows.jsonl:1 has 100% of " in printed
+    assert cli.main(["doctor", str(tmp_path / "rows.jsonl"), "--against-split", "test"]) == 2
+    assert "--against-split: has no effect without --against" in capsys.readouterr().err
+    bundled = [*doctor[:-1], "bundled:quickstart/heldout", "--against-split", "test"]
+    assert cli.main(bundled) == 2
+    assert "--against.split: 'test' has no effect; only a hub's data set has a split" in capsys.readouterr().err

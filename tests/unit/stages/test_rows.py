@@ -17,7 +17,7 @@ from alignment.config.too_long import TooLong, TooLongConfig
 from alignment.core.errors import DataError
 from alignment.data.records import Conversation, Prompt
 from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
+from alignment.data.tokens.row_kinds import CONVERSATIONS, LABELLED_ANSWERS, PROMPTS
 from alignment.data.turns import Message
 from alignment.records.left_out import FILE as LEFT_OUT
 from alignment.stages.ppo.config import PpoConfig
@@ -153,6 +153,19 @@ def test_every_loss_is_in_the_list_beside_the_result(tmp_path: Path, tokenizer: 
     assert announced.startswith(f"2 of 42 rows of {file} were left out or cut, for example {file}:41: 'completion' ")
     assert announced.endswith(f" (all are in {context.spec.artifact}/left_out.jsonl)")
     assert counts == {"rows": 40.0, "rows_too_long": 1.0, "rows_cut": 0.0}
+
+
+def test_a_row_of_several_records_is_counted_once(tmp_path: Path, tokenizer: Any) -> None:
+    """Both answers of the pair are too long behind its prompt."""
+    file, answers = tmp_path / "data.jsonl", {"chosen": "Yes.", "rejected": "No."}
+    rows = [{"prompt": question, **answers} for question in (*(f"{number}?" for number in range(40)), "Why? " * 200)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    context = _context(tmp_path)
+    _, counts = token_rows(context, LABELLED_ANSWERS, DataConfig(source=""), WIDE, tokenizer)
+    assert [entry["where"] for entry in _left_out(context)] == [f"{file}:41", f"{file}:41"]
+    assert (counts["rows"], counts["rows_too_long"]) == (80.0, 2.0)
+    (note,) = context.notes
+    assert note.startswith(f"1 of 41 rows of {file} was left out or cut, for example {file}:41: ")
 
 
 def test_nothing_left_out_leaves_no_list(tmp_path: Path, tokenizer: Any) -> None:

@@ -16,6 +16,10 @@ from alignment.commands.export.worker import export
 from alignment.config.adapter import AdapterConfig
 from alignment.config.model import NEW_TOKENS
 from alignment.core.errors import ConfigError
+from alignment.data.records import Conversation, PlainText
+from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.row_kinds import CONVERSATIONS, TEXTS, tokenized
+from alignment.data.turns import Message
 from tests.chained import Chained
 from tests.oracles.close import close
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
@@ -52,6 +56,25 @@ def test_a_new_token_is_one_id_and_old_ones_keep_their_logits(tmp_path: Path, ma
     assert json.loads((tmp_path / "more" / NEW_TOKENS).read_text()) == TOKENS, "for who trains them"
     add_tokens(tmp_path / "more", tmp_path / "most", ["<|last|>"])
     assert json.loads((tmp_path / "most" / NEW_TOKENS).read_text()) == [*TOKENS, "<|last|>"]
+
+
+@pytest.mark.parametrize("in_text", [False, True])
+def test_the_text_of_rows_has_new_tokens_only_if_they_are_added_for_it(tmp_path: Path, in_text: bool) -> None:
+    """Control tokens stay text in a message, so that nobody can write the template's."""
+    options = ["--in-text"] if in_text else []
+    base = save_tiny_model(tmp_path / "base")
+    assert main([str(base), "--to", str(tmp_path / "more"), *options, "--", *TOKENS]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "more")
+    new = tokenizer.convert_tokens_to_ids(TOKENS)
+    for text in (TEXT, f"{TEXT} The tag <|im_end|> is text."):
+        turns = (Message(role="user", content="Hi"), Message(role="assistant", content=text))
+        (conversation,) = tokenized(tokenizer, CONVERSATIONS, [Conversation(messages=turns)], Limits(row=1_000))
+        (plain,) = tokenized(tokenizer, TEXTS, [PlainText(text=text)], Limits(row=1_000))
+        for record in (conversation, plain):
+            (row,) = record.rows
+            learned = [number for number in row["labels"] if number >= 0]
+            assert [number for number in learned if number in new] == (new if in_text else [])
+            assert text in tokenizer.decode(learned)
 
 
 def test_they_survive_training_by_adapter_and_export(tmp_path: Path) -> None:
