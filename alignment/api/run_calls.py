@@ -11,7 +11,7 @@ from alignment.api.run_plan import RunPlan, described
 from alignment.core.errors import Preempted
 from alignment.costs.devices import THIS
 from alignment.pipeline.execute import planned_costs
-from alignment.pipeline.execute.run import run_plan
+from alignment.pipeline.execute.run import run_with_advice
 from alignment.pipeline.execute.signals import Terminated, termination_raises
 from alignment.pipeline.plan.plan import make_plan
 
@@ -28,9 +28,9 @@ def plan(
     """What ``run`` would do, and why; trains nothing. The command is ``align plan``.
 
     ``recipe`` is the name of a shipped recipe, or the path of a .yaml file. ``overrides`` are texts
-    (``"stages.dpo.beta=0.3"``) or a mapping (``{"stages.dpo.beta": 0.3}``). With ``cost``, the plan says what the
-    stages would need on ``device``, and with ``trade``, what every way of training them would need; that takes half a
-    minute or more for each stage. Otherwise it has the cost that was estimated before, if any.
+    (``"stages.dpo.beta=0.3"``) or a mapping (``{"stages.dpo.beta": 0.3}``). With ``cost`` or another ``device``,
+    the plan says what the stages would need on ``device``, and with ``trade``, what every way of training them would
+    need; that takes half a minute or more for each stage. Otherwise it has the cost that was estimated before, if any.
 
     Raises:
         ConfigError, DataError, ModelError: a fault in the recipe, the overrides, a data file or a model.
@@ -38,6 +38,7 @@ def plan(
         StageError: the cost cannot be estimated.
         Preempted: a signal asked for a stop while the cost was estimated.
     """
+    cost = planned_costs.is_wanted(cost=cost, device=device)
     with errors_explained():
         checked = planned_costs.checked_plan(os.fspath(recipe), words(overrides), cost=cost, trade=trade, device=device)
         if not (cost or trade):
@@ -73,6 +74,6 @@ def run(
     """
     with errors_explained():
         planned = make_plan(os.fspath(recipe), words(overrides))
-        code = run_plan(planned, console=console_of(quiet=quiet), only=stage, wait=wait)
+        code = run_with_advice(planned, console=console_of(quiet=quiet), only=stage, wait=wait)
         raise_if_stopped(code, planned.config.name)
         return load_run(planned.run_folder)

@@ -102,7 +102,7 @@ def described(plan: Plan, cost: RunCost | None) -> RunPlan:
         profile=plan.profile,
         folder=plan.run_folder,
         stages={stage.name: _described(plan, stage) for stage in plan.stages},
-        notes=tuple(notes.of_plan(plan)),
+        notes=tuple(notes.on_a_plan(plan)),
         obstacle=why_not_here(plan),
         settings=to_plain(plan.config),
         cost=cost,

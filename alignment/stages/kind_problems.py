@@ -8,8 +8,9 @@ import importlib.util
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
+from alignment.config import setting_problems
 from alignment.config.typed import to_plain
 from alignment.core.artifacts import ROWS
 from alignment.core.errors import AlignmentError
@@ -36,9 +37,11 @@ def of_kind(kind: StageKind) -> str:
     except Exception as error:  # noqa: BLE001 - another package's code; the other kinds still work
         return f"has settings without defaults: {_raised(error)}; give every setting a default"
     try:
-        get_type_hints(settings)
+        problem = next(setting_problems.of_settings(settings), "")
     except Exception as error:  # noqa: BLE001
         return f"has settings whose types cannot be read: {_raised(error)}; import the types outside TYPE_CHECKING"
+    if problem:
+        return problem
     declared = getattr(config, "kind", None)
     if declared != kind.name:
         instead = "without a kind" if declared is None else f"of the kind {declared!r}"

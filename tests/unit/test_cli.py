@@ -74,7 +74,7 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         "plan ./mine.yaml --device h100 --trade --scripts jobs",
         "alignment.commands.plan.driver.show",
         ("./mine.yaml", []),
-        {"cost": True, "device": "h100", "trade": True, "scripts": "jobs"},
+        {"cost": False, "device": "h100", "trade": True, "scripts": "jobs"},
     ),
     (
         "preview quickstart --html page.html --rows 3",
@@ -116,7 +116,13 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
                 source="rows.csv", format="prompt", split="test", columns={"prompt": "q"}, placeholders={"who": "me"}
             ),
         ),
-        {"against": "other.csv"},
+        {"against": SourceConfig(source="other.csv")},
+    ),
+    (
+        "doctor rows.csv --against hub:org/name --against-split test --against-subset short",
+        "alignment.commands.doctor.driver.show_diagnosis",
+        (SourceConfig(source="rows.csv"),),
+        {"against": SourceConfig(source="hub:org/name", split="test", subset="short")},
     ),
     ("schema sweep --beside .", "alignment.commands.schema.driver.show_schema", ("sweep",), {"beside": "."}),
     (
@@ -180,7 +186,13 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         "add-tokens bundled:smollm2-135m '<|a|>' '<|b|>' --to there",
         "alignment.commands.add_tokens.driver.add_tokens",
         ("bundled:smollm2-135m", ["<|a|>", "<|b|>"]),
-        {"to": "there"},
+        {"to": "there", "in_text": False},
+    ),
+    (
+        "add-tokens bundled:smollm2-135m '<|a|>' --to there --in-text",
+        "alignment.commands.add_tokens.driver.add_tokens",
+        ("bundled:smollm2-135m", ["<|a|>"]),
+        {"to": "there", "in_text": True},
     ),
 ]
 """What a user types, and what it calls, with which values beside the console."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ def _differing(settings_of_runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str
     lacking = {name for name in stages if any(name not in settings["stages"] for settings in settings_of_runs)}
     named_stages = set()
     for key in dict.fromkeys(key for settings in flattened for key in settings):
-        stage = key.split(".")[1] if key.startswith("stages.") else ""
+        stage = _stage_of(key, stages)
         if stage in lacking and stage not in named_stages:
             named_stages.add(stage)
             yield (
@@ -114,6 +114,12 @@ def _differing(settings_of_runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str
         counted = [value for value, settings in pairs if not stage or stage in settings["stages"]]
         if len(set(counted)) > 1:
             yield key, values
+
+
+def _stage_of(key: str, stages: Collection[str]) -> str:
+    """The stage whose setting ``key`` is, or an empty text. The name of a stage may have dots: ``stages.ppo.v2.lr``."""
+    named = [name for name in stages if f"{key}.".startswith(f"stages.{name}.")]
+    return max(named, key=len, default="")
 
 
 def _show_settings(console: Console, runs: Sequence[str], differing: dict[str, list[str]]) -> None:

@@ -25,15 +25,16 @@ def show(
     trade: bool = False,
     scripts: str | None = None,
 ) -> None:
-    """Prints the plan and trains nothing; with ``cost``, also what the stages would need on ``device``, and with
-    ``trade``, what every way of training them would need. The jobs that a run would submit to Slurm are written to the
-    new folder ``scripts``, if one is given.
+    """Prints the plan and trains nothing; with ``cost`` or another ``device``, also what the stages would need on
+    ``device``, and with ``trade``, what every way of training them would need. The jobs that a run would submit to
+    Slurm are written to the new folder ``scripts``, if one is given.
 
     Raises:
         AlignmentError: a fault in the plan, or sizes that no machine can combine.
         ConfigError: ``device`` is not known, or there can be no ``scripts``.
         ModelError: a model is not on this machine, so there is no configuration for its cost.
     """
+    cost = planned_costs.is_wanted(cost=cost, device=device)
     plan = planned_costs.checked_plan(recipe, overrides, cost=cost, trade=trade, device=device)
     files = None if scripts is None else job_scripts(plan, scripts)
     show_plan(console, plan)

@@ -35,7 +35,7 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
         console,
         recipe,
         arguments.overrides,
-        cost=arguments.cost or arguments.device != "this",
+        cost=arguments.cost,
         device=arguments.device,
         trade=arguments.trade,
         scripts=arguments.scripts,

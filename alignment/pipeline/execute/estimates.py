@@ -27,7 +27,7 @@ from alignment.pipeline.backends import environment, feasibility, processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
-from alignment.pipeline.plan.variants import WAYS, choices, way_of_training, ways_with_less
+from alignment.pipeline.plan.variants import WAYS, choices, way_of, way_of_training, ways_with_less
 from alignment.pipeline.sources.model_sources import resolve_shapes
 from alignment.records.cost import ASKED, FILE, PROGRESS, RunCost
 from alignment.stages.base import RunsOn
@@ -103,9 +103,16 @@ def _asked(plan: Plan, stage: PlannedStage, folder: Path, *, trade: bool, with_r
     for name in WAYS if trade else ():
         overrides = (way_of_training(stage.name, name),)
         variant = _variant(plan, stage, overrides)
+        if variant is not None and _way_of(variant[1]) != name:
+            variant = None  # a value from the command line keeps another adapter
         file = None if variant is None else _stage_file(*variant, folder, *overrides)
         asked["ways"].append({"name": name, "overrides": overrides, "file": file})
     return asked
+
+
+def _way_of(stage: PlannedStage) -> str:
+    trained = as_trained(stage.config)
+    return "" if trained is None else way_of(trained.adapter)
 
 
 def _way(plan: Plan, stage: PlannedStage, overrides: tuple[str, ...], folder: Path) -> Way | None:

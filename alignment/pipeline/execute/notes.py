@@ -19,7 +19,7 @@ from alignment.pipeline.execute import automatic_sizes
 from alignment.pipeline.plan import gate_checks, references, validation_checks
 from alignment.pipeline.plan.frozen_rows import frozen_rows
 from alignment.pipeline.plan.plan import Plan, PlannedStage
-from alignment.pipeline.plan.row_counts import labels_of, rows_of
+from alignment.pipeline.plan.row_counts import labels_of, most_rows_of
 from alignment.records.evaluation import Evaluation
 from alignment.report import doubts
 from alignment.report.kit import text
@@ -60,6 +60,11 @@ def advice(plan: Plan) -> list[str]:
     also = "" if set(shown) & set(evaluations) else f", and set stages.{report.name}.evaluation=stage:{evaluations[-1]}"
     line = f"stage@stages.{report.name}: {report.name}"
     return [f"no stage writes a report; to get one, add `{line}` to defaults{also}"]
+
+
+def on_a_plan(plan: Plan) -> list[str]:
+    """The notes and the advice that somebody who plans a run gets."""
+    return [*of_plan(plan), *advice(plan)]
 
 
 def of_stage(plan: Plan, stage: PlannedStage) -> list[str]:
@@ -145,7 +150,7 @@ def _small_data(stage: PlannedStage) -> Iterator[str]:
     config = as_trained(stage.config)
     if config is None or not kind_of(config).learning.batches_of_rows:
         return
-    rows = rows_of(config.data, stage.seen.get("data"))
+    rows = most_rows_of(config.data, stage.seen.get("data"))
     if rows is not None and rows < config.optim.batch_size:
         yield (
             f"stages.{stage.name}.optim.batch_size is {config.optim.batch_size}, but there are only {rows} rows, so "

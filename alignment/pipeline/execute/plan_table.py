@@ -25,7 +25,7 @@ def show_plan(console: Console, plan: Plan) -> None:
     for stage in plan.stages:
         for remark in notes.of_stage(plan, stage):
             console.print(f"{stage.name} {remark}", markup=False, highlight=False, emoji=False, soft_wrap=True)
-    for note in [*notes.of_plan(plan), *notes.advice(plan)]:
+    for note in notes.on_a_plan(plan):
         console.print(f"note: {note}", markup=False, highlight=False, emoji=False, soft_wrap=True)
     to_run = sum(stage.has_to_run for stage in plan.stages)
     fetched = sum(stage.action is Action.fetch for stage in plan.stages)

@@ -28,11 +28,14 @@ from alignment.config.store import conf_folder, recipe_names, recipes_folder, sw
 from alignment.core.deadline import Bounded
 from alignment.core.errors import ConfigError
 from alignment.data.missing_files import similar_name
-from alignment.pipeline.plan import choices
+from alignment.pipeline.plan import choices, replaced_choices
+from alignment.pipeline.plan.dotted_keys import leaves
 from alignment.pipeline.plan.hostile import hostile
 from alignment.pipeline.plan.hydra_files import composing
 from alignment.pipeline.plan.overrides import parse
 from alignment.pipeline.plan.profile import Profile
+from alignment.pipeline.plan.referenced_groups import copy_groups, passes_reference
+from alignment.pipeline.plan.replaced_choices import ChosenFile, chosen_files
 from alignment.pipeline.plan.wrong_shapes import wrong_shapes
 from alignment.stages import registry
 
@@ -69,15 +72,24 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
     path = find_recipe(recipe)
     _check_recipe_text(path)
     parsed, faults = parse(overrides)
-    tree, profile, choice_faults = _files(path, parsed)
+    tree, profile, chosen, choice_faults = _files(path, parsed)
     values = [o for o in parsed if not choices.is_group(o) and not choices.is_profile(o)]
+    changed = [] if profile is None else [key for key, _ in leaves(profile.changes(_written(tree)))]
     gated = []
-    if profile is not None:
-        written = _written(tree)
-        gated = _gated(written)
-        tree = OmegaConf.create(profile.applied_to(written, processes=_processes(profile, values, written)))
-    value_faults = [fault for o in values for fault in _apply(o, tree)]
+    with Bounded(_ENDLESS):
+        if profile is not None:
+            for key in changed:
+                copy_groups(tree, key)
+            written = _written(tree)
+            gated = _gated(written)
+            tree = OmegaConf.create(profile.applied_to(written, processes=_processes(profile, values, written)))
+        # A group that refers to another one gets its own settings last, so that it has all of the other's.
+        in_order = sorted(values, key=lambda o: passes_reference(tree, o.key_or_group))
+        value_faults = [fault for o in in_order for fault in _apply(o, tree)]
     plain, plain_faults = _plain(tree)
+    if not plain_faults:
+        changed += [key for o in values if not o.is_delete() for key, _ in leaves({o.key_or_group: o.value()})]
+        choice_faults += replaced_choices.faults(chosen, plain, changed=changed)
     plain.setdefault("name", path.stem)
     if profile is not None and isinstance(plain["name"], str):
         plain["name"] = profile.named(plain["name"])
@@ -103,8 +115,11 @@ def tree_of(overrides: Sequence[str], *, example: str) -> tuple[dict[str, Any], 
     return plain, [*faults, *value_faults, *plain_faults]
 
 
-def _files(path: Path, overrides: Sequence[Override]) -> tuple[DictConfig, Profile | None, list[Fault]]:
-    """The recipe's files merged with the chosen ones, the profile, and the faults in the choices.
+def _files(
+    path: Path, overrides: Sequence[Override]
+) -> tuple[DictConfig, Profile | None, list[ChosenFile], list[Fault]]:
+    """The recipe's files merged with the chosen ones, the profile, the files that the command line chooses, and the
+    faults in the choices.
 
     Raises:
         ConfigError: the files do not compose.
@@ -117,6 +132,7 @@ def _files(path: Path, overrides: Sequence[Override]) -> tuple[DictConfig, Profi
             groups, group_faults = choices.expanded(path.stem, search, chosen)
             tree = hydra_compose(config_name=path.stem, overrides=[search, *groups])
             backend = choices.backend(search, groups)
+            files = chosen_files(search, groups, overrides)
         except MissingConfigException as error:
             raise ConfigError(f"{_first_paragraph(error)}{choices.nearest_file(error)}", where=str(path)) from error
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
@@ -127,7 +143,7 @@ def _files(path: Path, overrides: Sequence[Override]) -> tuple[DictConfig, Profi
     OmegaConf.set_struct(tree, False)
     if backend is not None:
         OmegaConf.update(tree, "launch.backend", backend, merge=False)
-    return tree, profile, [*profile_faults, *group_faults]
+    return tree, profile, files, [*profile_faults, *group_faults]
 
 
 def _keys_written(path: Path) -> frozenset[str]:
@@ -139,15 +155,6 @@ def _keys_written(path: Path) -> frozenset[str]:
             yield from keys(value, f"{prefix}{key}.")
 
     return frozenset(keys(yaml_file.read(path), ""))
-
-
-def _leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-    """Every value that is not a group, with its dotted key."""
-    for key, value in tree.items() if isinstance(tree, Mapping) else ():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def find_recipe(recipe: str) -> Path:
@@ -204,8 +211,8 @@ def _sweep(sweep: str, *, where: str) -> ConfigError:
 def _processes(profile: Profile, overrides: list[Override], tree: Mapping[str, Any]) -> int:
     """How many processes share a stage's rows: what the command line or the profile says, else 1, on each machine."""
     launch = tree.get("launch")
-    values = {key: value for key, value in _leaves(launch, "launch.") if key.startswith("launch.backend.")}
-    values |= dict(_leaves(profile.values.get("launch"), "launch."))
+    values = {key: value for key, value in leaves(launch, "launch.") if key.startswith("launch.backend.")}
+    values |= dict(leaves(profile.values.get("launch"), "launch."))
     values |= {override.key_or_group: override.value() for override in overrides if not override.is_delete()}
     numbers = [values.get("launch.num_processes", 1)]
     for backend in (MachinesBackend(), SlurmBackend()):
@@ -217,6 +224,7 @@ def _processes(profile: Profile, overrides: list[Override], tree: Mapping[str, A
 def _apply(override: Override, tree: DictConfig) -> Iterator[Fault]:
     """Applies one override to the tree; the typed check reports keys that do not exist."""
     key = override.key_or_group
+    copy_groups(tree, key)
     if override.is_delete():
         parent, _, last = key.rpartition(".")
         node = OmegaConf.select(tree, parent) if parent else tree

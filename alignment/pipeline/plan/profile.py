@@ -15,6 +15,7 @@ from alignment.config import yaml_file
 from alignment.config.did_you_mean import suggestion
 from alignment.config.store import GROUPS
 from alignment.core.errors import ConfigError
+from alignment.pipeline.plan.dotted_keys import nested
 from alignment.stages import registry
 
 GROUP = "profile"
@@ -30,6 +31,7 @@ def _allowed() -> dict[str, tuple[str, ...]]:
         for name, kind in kinds.items()
         for slot in kind.data(kind.config())
     ]
+    sources += [f"{name}.{kind.leaves_out}" for name, kind in kinds.items() if kind.leaves_out]
     return {
         "choices": tuple(GROUPS),
         "stages": tuple(kinds),
@@ -68,6 +70,14 @@ class Profile:
             changed["stages"] = {name: self._stage(stage, processes) for name, stage in stages.items()}
         return changed
 
+    def changes(self, tree: Mapping[str, Any]) -> dict[str, Any]:
+        """All that ``applied_to`` may set in this tree; the values do not count."""
+        stages = tree.get("stages")
+        named = stages.items() if isinstance(stages, Mapping) else ()
+        of_stages = {name: self._changes_of(stage) for name, stage in named if isinstance(stage, Mapping)}
+        model = {"model": {"source": ""}} if "model" in self.instead_of_hub else {}
+        return merged(merged(self.values, model), {"stages": of_stages})
+
     def named(self, name: str) -> str:
         """The run's name with this profile's, so that nobody mistakes it for a run without the profile."""
         parts = name.split(".")  # a sweep's trials have it in the first part: mine-smoke.dpo_beta.3
@@ -87,6 +97,17 @@ class Profile:
                 changed = _merged_where_named(changed, (keys or "data").split("."), values)
         per_process = times(self.for_each_process.get(kind, {}), processes)
         return merged(merged(changed, self.stages.get(kind, {})), per_process)
+
+    def _changes_of(self, stage: Mapping[str, Any]) -> dict[str, Any]:
+        kind = str(stage.get("kind"))
+        changes = merged(self.stages.get(kind, {}), self.for_each_process.get(kind, {}))
+        for slot in (*self.instead_of_hub, *self.where_named):
+            name, _, keys = slot.partition(".")
+            if name == kind:
+                *outer, last = (keys or "data").split(".")
+                changes = merged(changes, nested([*outer, last], {"source": ""}))
+                changes = merged(changes, nested(outer, self.where_named.get(slot, {})))
+        return changes
 
 
 def read(name: str, folders: list[Path]) -> Profile:
@@ -130,11 +151,14 @@ def times(tree: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 
 def _without_hub(tree: Mapping[str, Any], keys: Sequence[str], source: str) -> dict[str, Any]:
-    """The tree with another source at these keys, if a hub's is there; the hub's split and columns are dropped."""
+    """The tree with another source at these keys, if a hub's is there; the hub's split and columns are dropped. In a
+    list, each source of a hub is replaced."""
     first, *rest = keys
     group = tree.get(first)
     if rest:
         return {**tree, first: _without_hub(group, rest, source)} if isinstance(group, Mapping) else dict(tree)
+    if isinstance(group, list):
+        return {**tree, first: [{"source": source} if _names_hub(item) else item for item in group]}
     return {**tree, first: {"source": source}} if _names_hub(group) else dict(tree)
 
 

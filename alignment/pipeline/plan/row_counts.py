@@ -35,6 +35,7 @@ class Seen:
     """The number of ``rows`` of a source and of different ``prompts`` in them; exact if the ``whole`` source was read.
     ``texts`` are what the first rows ask. ``set_aside`` counts the rows that are of no use to the stage, by reason;
     ``openings`` are hashes of what stands before the first learned answer, ``labels`` the number of rows by label.
+    ``answers`` counts the answers that are learned, if conversations have several.
     """
 
     rows: int
@@ -44,6 +45,7 @@ class Seen:
     set_aside: tuple[tuple[str, int], ...] = ()
     openings: frozenset[int] = frozenset()
     labels: tuple[tuple[str, int], ...] = ()
+    answers: int = 0
 
 
 def seen(
@@ -67,7 +69,14 @@ def seen(
         set_aside=tuple((set_aside or {}).items()),
         openings=openings,
         labels=() if label is None else tuple(sorted(Counter(map(label, records)).items())),
+        answers=sum(map(_num_answers, records)),
     )
+
+
+def _num_answers(record: Record) -> int:
+    """How many answers of the record are learned, at least one."""
+    turns = record.messages if isinstance(record, Conversation) else ()
+    return max(1, sum(turn.role == "assistant" and turn.learned for turn in turns))
 
 
 def _compared(records: Sequence[Record]) -> Iterator[LocatedText]:
@@ -100,9 +109,16 @@ def rows_of(data: DataConfig, own: Seen | None) -> int | None:
     return math.ceil(Fraction(str(data.fraction)) * own.rows)
 
 
+def most_rows_of(data: DataConfig, own: Seen | None) -> int | None:
+    """Like ``rows_of``, for stages that learn rows of tokens: some chat templates make a row of each learned answer."""
+    if own is None or rows_of(data, own) is None:
+        return None
+    return math.ceil(Fraction(str(data.fraction)) * max(own.rows, own.answers))
+
+
 def labels_of(data: DataConfig, own: Seen | None) -> dict[str, int]:
-    """The number of rows of each label in the stage's data; empty if that is unknown before it runs."""
-    return {} if own is None or rows_of(data, own) is None else dict(own.labels)
+    """The number of rows of each label that a stage learns from; empty if that is unknown before it runs."""
+    return {} if own is None or data.fraction < 1 or rows_of(data, own) is None else dict(own.labels)
 
 
 def faults(config: StageConfig, seen_by_field: Mapping[str, Seen], *, where: str) -> Iterator[Fault]:
@@ -113,12 +129,13 @@ def faults(config: StageConfig, seen_by_field: Mapping[str, Seen], *, where: str
     rows = rows_of(trained.data, seen_by_field.get("data"))
     if rows is not None:
         yield from kind.learning.faults(config, min(rows, seen_by_field["data"].prompts), where)
-    if labels := labels_of(trained.data, seen_by_field.get("data")):
-        yield from kind.learning.label_faults(config, labels, where)
+        if labels := dict(seen_by_field["data"].labels):  # a fraction of rows with one label has no other either
+            yield from kind.learning.label_faults(config, labels, where)
     if not isinstance(trained.optim, OptimConfig):
         return
     looks = validation_checks.of_stage(config)
-    known = rows if kind.learning.one_row_a_record(config) else None
+    most = most_rows_of(trained.data, seen_by_field.get("data"))
+    known = most if kind.learning.one_row_a_record(config) else None
     if looks is not None and known is not None:
         prompts = min(known, len(seen_by_field["data"].openings))
         yield from validation_checks.row_faults(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from alignment.config.adapter import AdapterKind
+from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.micro_batch import expected_tokens
 from alignment.costs.remedies import Choice
 
@@ -55,3 +55,9 @@ def ways_with_less(name: str, config: Any) -> Iterator[Overrides]:
 def way_of_training(name: str, way: str) -> str:
     """The override that trains the stage ``name`` in one of ``WAYS``."""
     return f"adapter@stages.{name}.adapter={WAYS[way]}"
+
+
+def way_of(adapter: AdapterConfig) -> str:
+    """The one of ``WAYS`` that an adapter is."""
+    bare = adapter.kind is AdapterKind.full and not adapter.master_weights
+    return "full without masters" if bare else adapter.kind.value

@@ -19,7 +19,8 @@ __all__ = ["FakeRun", "each_set_of_files_is_composed_once", "fake_run", "overrid
 @pytest.fixture
 def without_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """``run`` does all that it does, with real processes that train nothing."""
-    monkeypatch.setattr(run_calls, "run_plan", functools.partial(run_calls.run_plan, command_for=fake))
+    with_fakes = functools.partial(run_calls.run_with_advice, command_for=fake)
+    monkeypatch.setattr(run_calls, "run_with_advice", with_fakes)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import alignment
 from alignment import cli
-from alignment.pipeline.execute import estimates
+from alignment.pipeline.execute import estimates, planned_costs
 from alignment.pipeline.plan.plan import make_plan
 from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs
 
@@ -220,6 +220,36 @@ def test_a_plan_has_the_cost_that_was_estimated_before(overrides: list[str]) -> 
     assert [stage for stage in planned.cost.stages if not stage.error] == [cost]
     with pytest.raises(alignment.ConfigError, match="no device 'abacus'"):
         alignment.plan("quickstart", overrides, cost=True, device="abacus")
+
+
+def test_a_device_asks_for_the_cost_as_it_does_on_the_command_line(
+    overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = [alignment.StageCost(stage="dpo", kind="dpo", phases={"training": alignment.PhaseCost(peak=5)})]
+    calls: list[tuple[str, bool]] = []
+
+    def estimated(_: object, *, device: str, trade: bool, announce: object) -> alignment.RunCost:
+        calls.append((device, trade))
+        return alignment.RunCost(device=device, stages=stages)
+
+    monkeypatch.setattr(planned_costs, "estimated", estimated)
+    cost = alignment.plan("quickstart", overrides, device="h100").cost
+    assert cost is not None
+    assert (cost.device, cost.stages) == ("h100", stages)
+    assert cli.main(["plan", "quickstart", *overrides, "--device", "h100"]) == 0
+    assert alignment.plan("quickstart", overrides).cost is None
+    assert calls == [("h100", False)] * 2
+
+
+@pytest.mark.usefixtures("without_training")
+def test_a_plan_and_a_run_without_a_report_say_how_to_get_one(overrides: list[str], capsys: Captured) -> None:
+    advice = "no stage writes a report; to get one, add `stage@stages.report: report` to defaults"
+    without = [*overrides, "~stages.report"]
+    assert [note for note in alignment.plan("quickstart", without).notes if "report" in note] == [advice]
+    alignment.run("quickstart", without)
+    assert capsys.readouterr().out.count(f"note: {advice}\n") == 1
+    alignment.run("quickstart", without, stage="sft")
+    assert advice not in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("without_training")

@@ -13,10 +13,12 @@ from alignment.config.data import DataConfig, MixedConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.overoptimisation import GuardConfig
 from alignment.config.stage import StageConfig
+from alignment.config.validation import ValidationConfig
 from alignment.core.errors import ConfigError
-from alignment.data.records import Prompt
+from alignment.data.records import Conversation, Prompt
 from alignment.data.turns import Message
 from alignment.pipeline.backends.feasibility import refuse_sizes
+from alignment.pipeline.plan.plan import make_plan
 from alignment.pipeline.plan.row_counts import Seen, faults
 from alignment.pipeline.plan.row_counts import seen as amounts_of
 from alignment.stages.cpt.config import CptConfig
@@ -99,6 +101,30 @@ def test_enough_data_and_an_amount_that_nobody_knows_are_not_refused(
     assert fault_messages(config, **amount) == []
 
 
+@pytest.mark.parametrize(
+    ("answers", "learned", "message"),
+    [
+        (5, 5, ""),
+        (5, 1, "stages.s.validation.every: 20 is more than the 12 optimiser steps of the stage; choose at most 12"),
+        (1, 1, "stages.s.validation.every: 20 is more than the 12 optimiser steps of the stage; choose at most 12"),
+    ],
+)
+def test_a_conversation_counts_as_many_rows_as_it_may_become(answers: int, learned: int, message: str) -> None:
+    """Templates that change earlier turns, such as Qwen3's, make a row of each learned answer."""
+
+    def turns(number: int) -> list[Message]:
+        asked, context = Message(role="user", content=f"{number}?"), answers - learned
+        replies = [Message(role="assistant", content="Yes.", learned=index >= context) for index in range(answers)]
+        return [turn for reply in replies for turn in (asked, reply)]
+
+    seen = amounts_of([Conversation(messages=tuple(turns(number))) for number in range(200)], whole=True)
+    config = SftConfig(
+        optim=OptimConfig(lr=1e-4, batch_size=16, epochs=1), validation=ValidationConfig(share=0.1, every=20)
+    )
+    messages = [str(fault) for fault in faults(config, {"data": seen}, where="stages.s")]
+    assert messages == ([message] if message else [])
+
+
 def test_a_plan_counts_rows_and_different_prompts(plan: MakePlan, tmp_path: Path) -> None:
     row = ROWS["preferences"]
     lines = [json.dumps({**row, "chosen": f"On {day} March."}) for day in range(21, 25)]
@@ -108,6 +134,23 @@ def test_a_plan_counts_rows_and_different_prompts(plan: MakePlan, tmp_path: Path
     assert (stages["reward"].seen["data"].rows, stages["reward"].seen["data"].prompts) == (5, 2)
     assert (stages["dpo"].seen["data"].rows, stages["dpo"].seen["data"].prompts) == (3, 1)
     assert stages["ppo"].seen["data"].whole
+
+
+def test_a_smoke_run_of_ranked_lists_has_prompts_to_hold_out(overrides: list[str], tmp_path: Path) -> None:
+    """A list of four answers gives six pairs of one prompt."""
+    answers = [{"text": f"On {day} March.", "score": day} for day in range(1, 5)]
+    lists = [{"prompt": f"When is training {number}?", "completions": answers} for number in range(12)]
+    (tmp_path / "ranked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lists))
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "defaults: [base, stage@stages.reward: reward, _self_]\n"
+        f"stages: {{reward: {{init: base, data: {{source: 'path:{tmp_path}/ranked.jsonl'}}}}}}\n"
+    )
+    of_run = [override for override in overrides if not override.startswith("stages.")]
+    planned = make_plan(str(recipe), [*of_run, "profile=smoke"])
+    refuse_sizes(planned)
+    (reward,) = planned.stages
+    assert (reward.seen["data"].rows, reward.seen["data"].prompts) == (64, 11)
 
 
 def test_prompts_that_differ_in_tools_or_calls_alone_are_different() -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.backend import Backend, LocalBackend, MachinesBackend, SlurmBackend
 from alignment.config.evaluating import LabelledConfig
 from alignment.config.faults import Fault
@@ -21,6 +22,7 @@ from alignment.pipeline.plan import references, settings
 from alignment.pipeline.plan.compose import compose, find_recipe
 from alignment.pipeline.plan.plan import make_plan
 from alignment.pipeline.sweeps.sweep_file import read_sweep
+from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.ppo.batch_sizes import size_faults
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.registry import config_classes, trains
@@ -387,6 +389,116 @@ def test_a_pattern_arrives_as_it_was_written() -> None:
     assert ppo.scorers[0].pattern == r"^\s*<a>\d+</a>$"  # type: ignore[union-attr]
 
 
+TAKEN_OVER = """\
+defaults: [base, stage@stages.dpo_1: dpo, stage@stages.dpo_2: dpo, _self_]
+stages:
+  dpo_1: {init: base, data: {source: 'SOURCE', columns: {prompt: q}}, optim: {lr: 3e-3, batch_size: 6, epochs: 2}}
+  dpo_2: {init: stage:dpo_1, data: "${stages.dpo_1.data}", optim: "${stages.dpo_1.optim}"}
+"""
+
+
+def taken_over(folder: Path, *overrides: str, source: str = "path:mine.jsonl") -> list[DpoConfig]:
+    """The stages of a recipe whose second one takes its data and its optimiser's settings from the first one."""
+    recipe = folder / "mine.yaml"
+    recipe.write_text(TAKEN_OVER.replace("SOURCE", source))
+    return list(composed(str(recipe), *overrides).stages.values())  # type: ignore[arg-type]
+
+
+def optim_of(stage: DpoConfig) -> tuple[object, ...]:
+    return (stage.optim.lr, stage.optim.batch_size, stage.optim.epochs, stage.optim.max_steps)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "first", "second"),
+    [
+        (["stages.dpo_2.optim.max_steps=100"], (3e-3, 6, 2, None), (3e-3, 6, 2, 100)),
+        (["stages.dpo_2.optim={max_steps: 100}"], (3e-3, 6, 2, None), (3e-3, 6, 2, 100)),
+        (["stages.dpo_2={optim: {max_steps: 100}}"], (3e-3, 6, 2, None), (3e-3, 6, 2, 100)),
+        (["~stages.dpo_2.optim.epochs"], (3e-3, 6, 2, None), (3e-3, 6, 1, None)),
+        (["stages.dpo_1.optim.lr=1e-4"], (1e-4, 6, 2, None), (1e-4, 6, 2, None)),
+        (
+            ["stages.dpo_2.optim.max_steps=100", "stages.dpo_1.optim.lr=1e-4"],
+            (1e-4, 6, 2, None),
+            (1e-4, 6, 2, 100),
+        ),
+        (["stages.dpo_2.optim={lr: 1e-4}", "stages.dpo_2.optim.lr=1e-5"], (3e-3, 6, 2, None), (1e-5, 6, 2, None)),
+    ],
+)
+def test_a_group_that_refers_to_another_one_differs_in_what_is_overridden_alone(
+    tmp_path: Path, overrides: list[str], first: tuple[object, ...], second: tuple[object, ...]
+) -> None:
+    stages = taken_over(tmp_path, *overrides)
+    assert [optim_of(stage) for stage in stages] == [first, second]
+
+
+@pytest.mark.parametrize(
+    ("source", "read", "columns"),
+    [
+        ("path:mine.jsonl", "path:mine.jsonl", {"prompt": "q"}),
+        ("hub:a/b", "bundled:quickstart/preferences", {}),
+    ],
+)
+def test_a_profile_changes_a_group_that_refers_to_another_one(
+    tmp_path: Path, source: str, read: str, columns: dict[str, str]
+) -> None:
+    for stage in taken_over(tmp_path, "profile=smoke", source=source):
+        assert (stage.data.source, stage.data.columns, stage.data.limit) == (read, columns, 8)
+        assert optim_of(stage) == (3e-3, 2, 2, 2)
+
+
+OF_ITS_OWN = """\
+defaults: [quickstart, _self_]
+launch: {sharding: zero3, num_processes: 8}
+model: {source: path:models/own}
+stages: {sft: {adapter: {kind: full}}, dpo: {adapter: {rank: 4}}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["adapter=lora"],
+            "adapter@stages.sft.adapter=lora: the recipe's own stages.sft.adapter.kind=full replaces it; write "
+            "stages.sft.adapter.kind=lora too",
+        ),
+        (
+            ["adapter@stages.sft.adapter=qlora"],
+            "adapter@stages.sft.adapter=qlora: the recipe's own stages.sft.adapter.kind=full replaces it; write "
+            "stages.sft.adapter.kind=qlora too",
+        ),
+        (
+            ["launch=fsdp"],
+            "launch=fsdp: the recipe's own launch.sharding=zero3 replaces it; write launch.sharding=fsdp too",
+        ),
+        (
+            ["model=smollm2_135m"],
+            "model=smollm2_135m: the recipe's own model.source=path:models/own replaces it; write "
+            "model.source=bundled:smollm2-135m too",
+        ),
+        (["adapter=lora", "stages.sft.adapter.kind=lora"], None),
+        (["adapter=qlora", "stages.sft.adapter={kind: lora}"], None),
+        (["adapter=full"], None),
+        (["adapter@stages.dpo.adapter=dora"], None),
+        (["launch=zero3"], None),
+        (["~stages.sft", "adapter=lora"], None),
+        (["profile=smoke", "adapter=full"], None),
+    ],
+)
+def test_a_file_that_is_chosen_but_replaced_by_the_recipe_s_own_values_is_refused(
+    tmp_path: Path, overrides: list[str], expected: str | None
+) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(OF_ITS_OWN)
+    assert faults(*overrides, recipe=str(recipe)) == ([] if expected is None else [expected])
+
+
+def test_a_profile_may_change_what_a_chosen_file_says() -> None:
+    """A smoke run trains in float32, where weights without float32 copies are refused."""
+    config = composed("quickstart", "profile=smoke", "adapter=full_without_masters")
+    assert config.stages["sft"].adapter == AdapterConfig(kind=AdapterKind.full)  # type: ignore[union-attr]
+
+
 def test_what_could_run_code_is_refused_inside_lists_too() -> None:
     assert any("is not allowed" in fault for fault in faults("stages.ppo.scorers=[{_target_: os.system}]"))
 
@@ -432,6 +544,10 @@ def test_a_backend_that_is_chosen_replaces_what_a_recipe_says_of_its_own(tmp_pat
 # ---- profiles -------------------------------------------------------------------------------------------------------
 
 
+SMOKE_ROWS = {"reward": 64, "kto": 64, "ppo": 64, "distil": 32}
+"""The rows of stages that need several prompts, or both labels; the others read at most 8."""
+
+
 @pytest.mark.parametrize("recipe", recipe_names())
 def test_every_recipe_is_scaled_down_to_this_machine(recipe: str) -> None:
     config, full = composed(recipe, "profile=smoke"), composed(recipe)
@@ -442,14 +558,15 @@ def test_every_recipe_is_scaled_down_to_this_machine(recipe: str) -> None:
     assert "hub:" not in str(config)
     for name, stage in config.stages.items():
         assert stage.kind == full.stages[name].kind
-        assert stage.kind == "report" or stage.data.limit <= 8  # type: ignore[union-attr, operator]
+        assert stage.kind == "report" or stage.data.limit <= SMOKE_ROWS.get(stage.kind, 8)  # type: ignore[union-attr, operator]
 
 
 def test_the_smoke_profile_has_values_for_every_kind_of_stage() -> None:
     profile = yaml.safe_load((conf_folder() / "profile/smoke.yaml").read_text())
     assert profile["stages"].keys() == STAGES.keys()
-    others = {"evaluate.few_shot.data", "evaluate.judge.labelled.data", "forgetting.questions"}
-    assert profile["instead_of_hub"].keys() == {"model", *STAGES, *others} - {"report", "benchmark"}
+    others = {"evaluate.few_shot.data", "evaluate.judge.labelled.data", "forgetting.questions", "reward_card.learned"}
+    left_out = {"sample.leave_out", "distil.leave_out"}
+    assert profile["instead_of_hub"].keys() == {"model", *STAGES, *others, *left_out} - {"report", "benchmark"}
 
 
 @pytest.mark.parametrize(("source", "read"), [("path:mine.jsonl",) * 2, ("hub:a/b", "bundled:quickstart/preferences")])
@@ -479,9 +596,9 @@ def test_a_smoke_run_of_several_processes_has_something_for_each(recipe: str, pr
     for name, stage in config.stages.items():
         if isinstance(stage, PpoConfig):
             assert not list(size_faults(stage, every, name))
-            assert (stage.data.limit, stage.guard.prompts, stage.optim.batch_size) == (8 * every, 2 * every, 4 * every)
+            assert (stage.data.limit, stage.guard.prompts, stage.optim.batch_size) == (64 * every, 2 * every, 4 * every)
         elif trains(stage.kind):
-            assert (stage.data.limit, stage.optim.batch_size) == (8 * every, 2 * every)
+            assert (stage.data.limit, stage.optim.batch_size) == (SMOKE_ROWS.get(stage.kind, 8) * every, 2 * every)
         elif stage.kind == "evaluate":
             assert stage.data.limit == 2  # type: ignore[union-attr]
 
@@ -561,6 +678,24 @@ def test_a_smoke_run_asks_no_hub_for_questions_and_examples(tmp_path: Path) -> N
     assert (few_shot.count, few_shot.data.source) == (2, "bundled:quickstart/conversations")
     assert (few_shot.data.split, questions.columns) == ("train", {})
     assert questions.source == "bundled:general/questions"
+
+
+def test_a_smoke_run_asks_no_hub_for_what_is_left_out_or_was_learned(tmp_path: Path) -> None:
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "defaults: [base, stage@stages.sft: sft, stage@stages.card: reward_card, stage@stages.sample: sample, "
+        "stage@stages.draft: draft, _self_]\n"
+        "stages:\n"
+        "  card: {learned: {source: hub:a/b@c, columns: {chosen: x}}}\n"
+        "  sample: {leave_out: [{source: hub:a/b@c, split: dev}, {source: path:mine.jsonl, split: dev}]}\n"
+        "  draft: {leave_out: [{source: hub:a/b@c}]}\n"
+    )
+    tree = compose(str(recipe), ["profile=smoke"]).tree["stages"]
+    assert "hub:" not in str(tree)
+    assert tree["card"]["learned"] == {"source": "bundled:quickstart/preferences", "limit": 64, "mix": []}
+    heldout = {"source": "bundled:quickstart/heldout"}
+    assert tree["sample"]["leave_out"] == [heldout, {"source": "path:mine.jsonl", "split": "dev"}]
+    assert tree["draft"]["leave_out"] == [heldout]
 
 
 def test_a_profile_of_the_user_s_own_stands_beside_the_recipe(tmp_path: Path) -> None:

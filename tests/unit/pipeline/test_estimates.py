@@ -15,7 +15,7 @@ from alignment.core.locks import held
 from alignment.costs.devices import THIS
 from alignment.costs.remedies import Way
 from alignment.pipeline.execute import estimates, planned_costs
-from alignment.pipeline.plan.plan import Plan
+from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.records.cost import FILE, PROGRESS, PhaseCost, RunCost, StageCost
 from alignment.stages.stage_file import read_spec
 from tests.unit.pipeline.conftest import MakePlan
@@ -61,6 +61,23 @@ def test_a_way_is_a_stage_file_whose_choices_are_still_the_users(plan: MakePlan,
         assert (config.optim.micro_batch_tokens, config.precompute_reference) == (4096, False)
         assert config.adapter.kind.value == (name.removeprefix("adapter=") if name.startswith("adapter") else "full")
         assert config.adapter.master_weights == (name != "master_weights=false")
+
+
+OWN_KIND = "stages.dpo.adapter.kind=full"
+
+
+@pytest.mark.parametrize("in_recipe", [True, False])
+def test_a_trade_offers_no_adapter_that_another_setting_replaces(
+    overrides: list[str], tmp_path: Path, in_recipe: bool
+) -> None:
+    recipe = tmp_path / "own.yaml"
+    body = "stages: {dpo: {adapter: {kind: full}}}\n" if in_recipe else ""
+    recipe.write_text(f"defaults: [quickstart, _self_]\nname: own\n{body}")
+    planned = make_plan(str(recipe), overrides if in_recipe else [*overrides, OWN_KIND])
+    (stage,) = (stage for stage in planned.stages if stage.name == "dpo")
+    ways = estimates._asked(planned, stage, tmp_path / "stages", trade=True, with_remedies=False)["ways"]
+    assert [way["name"] for way in ways] == ["full", "full without masters", "lora", "dora", "qlora", "prefix"]
+    assert [way["name"] for way in ways if way["file"] is not None] == ["full", "full without masters"]
 
 
 def remembered(planned: Plan, costs: Mapping[str, StageCost], *, memory: float) -> None:

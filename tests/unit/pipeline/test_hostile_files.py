@@ -121,6 +121,15 @@ def test_the_defaults_of_an_included_file_never_read_the_environment(
     assert SECRET not in str(caught.value)
 
 
+def test_a_setting_behind_what_would_read_the_environment_does_not_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An override copies a group that is referred to, but not what an interpolation makes."""
+    monkeypatch.setenv("CANARY", SECRET)
+    text = "source: path:/m\nchat_template: '${oc.create:\"{x: ${oc.env:CANARY}}\"}'\n"
+    assert SECRET not in str(compose(_included(tmp_path, text), ["model.chat_template.y=1"]))
+
+
 def test_the_defaults_of_an_included_file_may_name_the_configuration_s_own_choices(tmp_path: Path) -> None:
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts/lora.yaml").write_text("told: yes\n")

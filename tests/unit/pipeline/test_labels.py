@@ -100,6 +100,22 @@ def test_labels_that_only_the_stage_will_know_are_not_judged(overrides: list[str
     refuse_sizes(planned(overrides, file, mixed))
 
 
+def test_labels_of_a_fraction_are_not_counted_but_one_label_alone_is_refused(overrides: list[str], file: Path) -> None:
+    """The fraction is drawn at random, and its labels would be those of other rows."""
+    half = "stages.kto.data.fraction=0.5"
+    write(file, [True] * 30 + [False] * 10)
+    assert len(notes(overrides, file)) == 1
+    assert notes(overrides, file, half) == []
+    write(file, [True] * 40)
+    with pytest.raises(ConfigError, match="none of the 40 rows is undesirable"):
+        refuse_sizes(planned(overrides, file, half))
+
+
+def test_a_smoke_run_reads_both_labels_of_a_file_that_begins_with_one(overrides: list[str], file: Path) -> None:
+    write(file, [True] * 10 + [False] * 10)
+    refuse_sizes(planned(overrides, file, "profile=smoke"))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -245,7 +245,8 @@ def test_rows_that_exist_and_are_faulty_stop_the_plan(plan: MakePlan) -> None:
 
 def test_a_stage_is_not_rehearsed_on_rows_that_do_not_exist(plan: MakePlan) -> None:
     announced: list[str] = []
-    rehearse(plan(), plan().stages[:4], announce=announced.append)
+    sample, dpo, _, more, _ = plan().stages
+    rehearse(plan(), [sample, dpo, more], announce=announced.append)
     assert announced == []
 
 

@@ -52,7 +52,7 @@ def test_a_plan_of_an_evaluation_without_a_report_says_once_how_to_get_one(plan:
     assert [line for line in screened(plan("~stages.report")) if "report" in line] == [f"note: {WITHOUT_REPORT}"]
     assert not any("no stage writes" in line for line in screened(plan()))
     assert advice(plan("~stages.report", "~stages.evaluate")) == []
-    assert of_plan(plan("~stages.report")) == [], "a sweep's trials and calls from Python do not repeat it"
+    assert of_plan(plan("~stages.report")) == [], "a sweep's trials do not repeat it"
 
 
 def test_what_the_note_says_to_add_plans(overrides: list[str], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub.errors import CachedRepoTreeNotFoundError
 from rich.console import Console
 
 from alignment.config.model import NEW_TOKENS
@@ -584,9 +585,25 @@ def test_a_hub_model_that_is_here_is_planned_by_its_commit(
         return str(snapshot)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr("huggingface_hub.get_cached_repo_tree", lambda *_, **__: [])
     planned = plan("model.source=hub:org/name@v1")
     assert (planned.base.ready, planned.base.identity) == (True, f"hub:org/name@{COMMIT}")
     assert asked == [("org/name", "v1", True)], "planning downloads nothing"
+
+
+def test_a_hub_model_of_which_nobody_knows_whether_it_is_complete_is_fetched_by_the_run(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another program loaded its weights alone, and without the generation config answers would not end."""
+    snapshot = (tmp_path / "model").rename(tmp_path / COMMIT)
+
+    def unlisted(*_: object, **__: object) -> None:
+        raise CachedRepoTreeNotFoundError("no list")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    monkeypatch.setattr("huggingface_hub.get_cached_repo_tree", unlisted)
+    planned = plan("model.source=hub:org/name@v1")
+    assert (planned.base.ready, planned.base.identity) == (False, f"hub:org/name@{COMMIT}")
 
 
 def test_a_folder_of_pickles_is_no_model(plan: MakePlan, tmp_path: Path) -> None:

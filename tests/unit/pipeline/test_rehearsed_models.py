@@ -5,17 +5,32 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
+from alignment.config.sampling_engine import Engine, SamplingConfig
+from alignment.config.scoring import MetricConfig
 from alignment.core.errors import DataError, ModelError
+from alignment.job import StageInput
 from alignment.pipeline.plan.plan import Plan
+from alignment.stages.evaluate import arm_base as evaluate_check
+from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.sample.config import SampleConfig
+from alignment.stages.sample.sampled_base import refuse_base
+from alignment.training.context import StageContext
+from tests.tiny import tiny_spec
 from tests.unit.pipeline.conftest import NUM_PAIRS, MakePlan, leave_artifact
 from tests.unit.pipeline.test_rehearsal import Commands, stages_in, started, tried
 
 __all__ = ["started", "tried"]
 CHECKED = "checked before any training: "
+CACHING_A_STATE = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "layer_types": ["full_attention", "linear_attention"],
+}
 LONG = "z" * 2100
 """Not shorter in tokens."""
 
@@ -88,6 +103,49 @@ def test_held_out_prompts_are_refused_that_are_longer_than_before_longrope_chang
         tried("stages.evaluate.metrics=[]")
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [
+            {"messages": [{"role": "user", "content": "When?"}], "reference": "Soon."},
+            {"messages": [{"role": "user", "content": "Where?"}], "reference": LONG},
+        ],
+        [
+            {"turns": ["When?", "When then?"], "reference": ["Soon.", "Now."]},
+            {"turns": ["Where?", "Where then?"], "reference": ["Here.", LONG]},
+        ],
+    ],
+    ids=["first turn", "second turn"],
+)
+def test_reference_answers_that_are_too_long_are_refused_with_their_row(
+    tried: Callable[..., Plan], tmp_path: Path, rows: list[dict[str, object]]
+) -> None:
+    """Every arm of the run reads them, although it answers in few tokens."""
+    write_config(tmp_path, max_position_embeddings=2048)
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ModelError) as caught:
+        tried("stages.evaluate.metrics=[]")
+    beginning = f"stage evaluate, {CHECKED}{tmp_path}/heldout.jsonl:2: with its prompt and its reference answer of "
+    assert str(caught.value).startswith(beginning)
+    assert "needs more than the 2048 positions of path:" in str(caught.value)
+    assert "; 1 of 2 rows are too long\n" in str(caught.value)
+    write_config(tmp_path, max_position_embeddings=4096)
+    tried("stages.evaluate.metrics=[]")
+
+
+def test_choices_that_are_too_long_are_refused_where_a_metric_reads_them(
+    tried: Callable[..., Plan], tmp_path: Path
+) -> None:
+    write_config(tmp_path, max_position_embeddings=2048)
+    rows = [{"question": "When?", "choices": ["Soon.", last], "answer": 0} for last in ("Now.", LONG)]
+    (tmp_path / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tried("stages.evaluate.metrics=[]")
+    with pytest.raises(ModelError) as caught:
+        tried("stages.evaluate.metrics=[{name: knows, source: choice}]")
+    beginning = f"stage evaluate, {CHECKED}{tmp_path}/heldout.jsonl:2: with its prompt and its choices of "
+    assert str(caught.value).startswith(beginning)
+
+
 def test_the_examples_before_a_prompt_count(tried: Callable[..., Plan], tmp_path: Path) -> None:
     write_config(tmp_path, max_position_embeddings=2048)
     write_rows(tmp_path / "examples.jsonl", "Why?", answer=LONG)
@@ -119,6 +177,59 @@ def test_a_base_without_scores_is_refused_only_with_a_critic_of_its_own(
     tried("stages.ppo.critic=shared")
     with pytest.raises(ModelError, match=rf"^stage ppo, {CHECKED}path:.*\n.* PPO has critic=shared or none"):
         tried("stages.ppo.critic=separate")
+
+
+def test_a_base_that_scales_its_logits_is_refused_where_its_log_probabilities_are_needed(
+    plan: MakePlan, tried: Callable[..., Plan], tmp_path: Path
+) -> None:
+    write_config(tmp_path, model_type="llama", num_hidden_layers=1, logit_scale=0.5)
+    with pytest.raises(ModelError, match=rf"^stage ppo, {CHECKED}model\.source: LlamaForCausalLM scales its logits"):
+        tried("stages.evaluate.metrics=[]")
+    for stage in plan().stages[:3]:
+        leave_artifact(stage)
+    with pytest.raises(ModelError, match=rf"^stage evaluate, {CHECKED}model\.source: LlamaForCausalLM scales its"):
+        tried("stages.evaluate.metrics=[]")
+
+
+@pytest.mark.parametrize(
+    ("row", "source", "refused"),
+    [
+        ({"messages": [{"role": "user", "content": "When?"}]}, "length", False),
+        ({"messages": [{"role": "user", "content": "When?"}], "reference": "Soon."}, "length", True),
+        ({"question": "When?", "choices": ["Soon.", "Now."], "answer": 0}, "choice", True),
+    ],
+)
+def test_an_arm_without_another_to_compare_it_with_still_scores_references_and_choices(
+    tmp_path: Path, row: dict[str, object], source: str, refused: bool
+) -> None:
+    (tmp_path / "model").mkdir()
+    write_config(tmp_path, model_type="llama", num_hidden_layers=1, logit_scale=0.5)
+    (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
+    of_base = StageInput(ref="base", path=None)
+    config = EvaluateConfig(arms=["base"], metrics=[MetricConfig(name="score", source=source)])
+    parts = {"base_path": tmp_path / "model", "inputs": {"reference": of_base}, "arms": {"base": of_base}}
+    context = StageContext(spec=tiny_spec(tmp_path, config, **parts), rank=1, world_size=2)
+    with pytest.raises(ModelError, match="scales its logits") if refused else nullcontext():
+        evaluate_check.refuse_base(config, context)
+
+
+def test_a_base_that_caches_a_state_is_refused_where_it_is_sampled_from(
+    tried: Callable[..., Plan], tmp_path: Path
+) -> None:
+    write_config(tmp_path, **CACHING_A_STATE)
+    with pytest.raises(ModelError, match=rf"^stage ppo, {CHECKED}model\.source: generation does not support layers"):
+        tried("stages.evaluate.metrics=[]")
+
+
+def test_a_policy_that_caches_a_state_is_sampled_from_by_an_engine_alone(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    write_config(tmp_path, **CACHING_A_STATE)
+    for engine in Engine:
+        config = SampleConfig(sampling=SamplingConfig(engine=engine))
+        inputs = {"policy": StageInput(ref="base", path=None)}
+        spec = tiny_spec(tmp_path / engine.value, config, base_path=tmp_path / "model", inputs=inputs)
+        with pytest.raises(ModelError, match="that cache a Linear") if engine is Engine.own else nullcontext():
+            refuse_base(config, StageContext(spec=spec, rank=0, world_size=1))
 
 
 def test_policies_that_began_as_another_model_are_not_measured_by_the_base(

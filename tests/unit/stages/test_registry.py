@@ -174,6 +174,81 @@ def test_a_kind_that_would_fail_in_a_plan_or_a_worker_says_what_to_change(
         assert row.kind is not None
 
 
+GROUPS = """\
+import enum
+import pathlib
+import typing
+class Mode(enum.Enum):
+    short = "short"
+@dataclass(kw_only=True)
+class Plain:
+    size: int = 1
+@dataclass(kw_only=True)
+class Deep:
+    mode: typing.Literal["x"] = "x"
+@dataclass(kw_only=True)
+class Bare:
+    size: int
+"""
+A_LIST = "field(default_factory=list)"
+OTHERS = "bool, int, float, str or an Enum, list[TYPE] or dict[str, TYPE] of these, a dataclass, or a list of one"
+
+
+def problem_of_setting(install: Install, declared: str) -> str:
+    """What is wrong with a kind whose setting ``shortest`` has this type and default."""
+    code = COUNT.replace("shortest: int = 1", f"shortest: {declared}").replace("@dataclass", f"{GROUPS}@dataclass", 1)
+    install("counting", "count = counting:KIND", code)
+    return registry.registered()["count"].problem.removeprefix("cannot be used: counting:KIND (counting) ")
+
+
+@pytest.mark.parametrize(
+    ("declared", "shown", "remedy"),
+    [
+        ("typing.Literal['a', 'b'] = 'a'", "shortest of the type Literal['a', 'b']", "an Enum"),
+        ("int | typing.Literal['auto'] = 1", "shortest of the type Literal['auto']", "an Enum"),
+        (f"list = {A_LIST}", "shortest of the type list", "list[TYPE]"),
+        ("dict = field(default_factory=dict)", "shortest of the type dict", "dict[str, TYPE]"),
+        ("dict[int, str] = field(default_factory=dict)", "shortest of the type dict[int, str]", "dict[str, TYPE]"),
+        ("tuple[int, int] = (1, 2)", "shortest of the type tuple[int, int]", "list[TYPE]"),
+        ("set[str] | None = None", "shortest of the type set[str]", "list[TYPE]"),
+        (f"list[pathlib.Path] = {A_LIST}", "shortest of the type Path", "str"),
+        ("bytes = b''", "shortest of the type bytes", OTHERS),
+        ("Deep = field(default_factory=Deep)", "shortest.mode of the type Literal['x']", "an Enum"),
+        ("Plain | str = ''", "shortest of the type counting.Plain | str", OTHERS),
+        ("dict[str, Plain] = field(default_factory=dict)", "shortest of the type dict[str, counting.Plain]", OTHERS),
+    ],
+)
+def test_a_setting_that_no_recipe_can_hold_is_named(install: Install, declared: str, shown: str, remedy: str) -> None:
+    """A plan, a worker and ``align schema`` would end in a traceback."""
+    problem = problem_of_setting(install, declared)
+    assert problem == f"has a setting {shown}, which a recipe cannot hold; use {remedy}"
+
+
+@pytest.mark.parametrize("declared", [f"list[Bare] = {A_LIST}", "Bare | None = None"])
+def test_groups_that_a_recipe_begins_need_defaults(install: Install, declared: str) -> None:
+    problem = problem_of_setting(install, declared)
+    assert problem.startswith("has a setting shortest of groups without defaults: TypeError: Bare.__init__() missing")
+    assert problem.endswith("; give every setting of Bare a default")
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        "Mode = Mode.short",
+        "Plain = field(default_factory=Plain)",
+        "Plain | None = None",
+        "Bare = field(default_factory=lambda: Bare(size=1))",
+        f"list[Plain] = {A_LIST}",
+        "dict[str, list[float]] | None = None",
+        "list[str] | str = ''",
+        "typing.Any = None",
+        "typing.Annotated[int | None, 'a rule'] = None",
+    ],
+)
+def test_a_setting_that_a_recipe_can_hold_is_accepted(install: Install, declared: str) -> None:
+    assert problem_of_setting(install, declared) == ""
+
+
 SHOWS = COUNT.replace(IN_ONE_PROCESS, f"{IN_ONE_PROCESS}, outcome=Outcome(lines=show, tables=show, doubts=show)")
 REMEDY = "correct the function and run the same command again; the results are complete and are kept"
 

@@ -291,6 +291,17 @@ def test_of_a_stage_that_a_run_lacks_only_that_is_said(runs: Runs) -> None:
     assert lines == [["stages.ppo", "–", "ppo"]]
 
 
+def test_the_name_of_a_stage_may_have_dots(runs: Runs) -> None:
+    """Its settings were taken for those of a stage that no run has, and not listed."""
+    for name, rate in (("a", 1e-4), ("b", 2e-4)):
+        runs.add(name, None)
+        record = json.loads((runs.output / "runs" / name / "run.json").read_text())
+        record["config"]["stages"] = {"dpo": {"lr": rate}, "dpo.v2": {"lr": 10 * rate}}
+        (runs.output / "runs" / name / "run.json").write_text(json.dumps(record))
+    lines = [line.split() for line in runs.compared("a", "b").splitlines() if "stages." in line]
+    assert lines == [["stages.dpo.lr", "0.0001", "0.0002"], ["stages.dpo.v2.lr", "0.001", "0.002"]]
+
+
 def test_a_page_is_written_where_asked_for(runs: Runs, tmp_path: Path) -> None:
     runs.add("a", {"stage:dpo": [0.0, 0.5, 1.0]})
     runs.add("b", {"stage:dpo": [-0.1, 0.4, 0.9]})
