@@ -1,6 +1,6 @@
 """The likelihood of general text under a policy, and which answers to questions it finds likeliest.
 
-A choice is scored as in lm-evaluation-harness for ``acc_norm``: its log-likelihood as the assistant's answer under the
+A choice is scored as in lm-evaluation-harness for ``acc_bytes``: its log-likelihood as the assistant's answer under the
 chat template, divided by its length in bytes, so that short answers have no advantage. Only the choice's own text
 counts, and neither the end of the turn nor what the template writes before an answer, such as an empty thought.
 The choices are not shown in the prompt.

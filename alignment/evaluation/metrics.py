@@ -14,7 +14,10 @@ from alignment.records.evaluation import ARM_METRICS, Metric
 
 def recorded(metrics: Sequence[MetricConfig]) -> list[Metric]:
     """The metrics as ``evaluation.json`` lists them."""
-    return [Metric(name=metric.name, higher_is_better=metric.higher_is_better) for metric in metrics]
+    return [
+        Metric(name=metric.name, higher_is_better=metric.higher_is_better, of_answers=metric.source != "choice")
+        for metric in metrics
+    ]
 
 
 def primary_name(metrics: Sequence[MetricConfig], primary: str | None) -> str | None:

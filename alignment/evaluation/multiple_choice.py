@@ -25,6 +25,13 @@ class LetterRows:
     prompts: list[list[int]]
     letters: list[list[list[int]]]
 
+    @property
+    def lengths(self) -> list[int]:
+        """The tokens of each row with the longest of its letters."""
+        return [
+            len(prompt) + max(map(len, letters)) for prompt, letters in zip(self.prompts, self.letters, strict=True)
+        ]
+
     def flat(self) -> tuple[list[list[int]], list[list[int]]]:
         """The prompt and the answer of each choice, row by row."""
         repeated = [prompt for prompt, letters in zip(self.prompts, self.letters, strict=True) for _ in letters]

@@ -29,12 +29,27 @@ TOO_FEW = f"fewer than {FEWEST_PROMPTS} prompts"
 """The verdict on two arms that were compared on too few prompts to say."""
 
 
+def p_in_short(p: float) -> str:
+    """``0.012``: two significant digits, but a p value below ``LEVEL`` never reads as ``LEVEL``."""
+    shown = f"{p:.2g}"
+    return "0.049" if p < LEVEL <= float(shown) else shown
+
+
+def adjusted_p_in_words(adjusted_p: float | None) -> str:
+    """``, adjusted p 0.012``, to put behind an interval; empty where it is not known."""
+    return "" if adjusted_p is None else f", adjusted p {p_in_short(adjusted_p)}"
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Metric:
-    """A score of answers that the recipe asked for: ``Metric(name="brevity", higher_is_better=True)``."""
+    """A metric that the recipe asked for: ``Metric(name="brevity", higher_is_better=True)``.
+
+    ``of_answers`` is False for a score that does not read the answers, but what the policy finds likeliest.
+    """
 
     name: Name
     higher_is_better: bool = True
+    of_answers: bool = True
 
     def direction(self, difference: float) -> str:
         """``better`` or ``worse``: what a real difference of this sign means."""
@@ -134,7 +149,7 @@ class Comparison:
     @property
     def p_in_words(self) -> str:
         """``, adjusted p 0.012``, to put behind the interval; empty where it is not known."""
-        return "" if self.adjusted_p is None else f", adjusted p {self.adjusted_p:.2g}"
+        return adjusted_p_in_words(self.adjusted_p)
 
     def turned(self) -> Comparison:
         """The same difference, seen from the other arm."""
@@ -199,7 +214,7 @@ class JudgedPair:
     @property
     def p_in_words(self) -> str:
         """``, adjusted p 0.012``, to put behind the interval; empty where it is not known."""
-        return "" if self.adjusted_p is None else f", adjusted p {self.adjusted_p:.2g}"
+        return adjusted_p_in_words(self.adjusted_p)
 
     @property
     def why_nothing(self) -> str:

@@ -5,7 +5,7 @@ The driver prints them when the stage ends; ``align status`` and the report show
 
 from __future__ import annotations
 
-from alignment.config.evaluating import UNTRAINED_ARMS
+from alignment.config.evaluating import UNTRAINED_ARMS, JudgeKind
 from alignment.records.evaluation import BETTER, FEWEST_PROMPTS, ArmResult, Evaluation
 
 SMOKE = "a smoke run: it shows only that the recipe runs; its numbers mean nothing"
@@ -23,6 +23,30 @@ def of_evaluation(evaluation: Evaluation) -> list[str]:
     They are too few prompts, arms whose answers were cut off, a judge without a verdict, a winner that repeats itself.
     """
     doubts = [too_few_prompts(evaluation)] if too_few_prompts(evaluation) else []
+    if scores_answers(evaluation):
+        doubts += _cut_off(evaluation)
+    return doubts + _judge_without_a_verdict(evaluation) + winners_that_repeat_themselves(evaluation)
+
+
+def scores_answers(evaluation: Evaluation) -> bool:
+    """Whether a metric, a judge or the reward model reads the answers. Without a metric, the reader does."""
+    judge = evaluation.judge
+    return (
+        not evaluation.metrics
+        or any(metric.of_answers for metric in evaluation.metrics)
+        or (judge is not None and judge.kind != JudgeKind.metric.value)
+        or any(arm.reward is not None for arm in evaluation.arms)
+    )
+
+
+def compares_answers(evaluation: Evaluation) -> bool:
+    """Whether the primary metric, if there is one, reads the answers."""
+    return evaluation.primary_metric is None or evaluation.primary_metric.of_answers
+
+
+def _cut_off(evaluation: Evaluation) -> list[str]:
+    """Arms all or most of whose answers were cut off."""
+    doubts = []
     all_cut = [arm.label for arm in evaluation.arms if arm.ended is not None and arm.ended.mean == 0.0]
     most_cut = [f"{arm.label} ({1 - arm.ended.mean:.0%})" for arm in evaluation.arms if arm.ended and _mostly_cut(arm)]
     for amount, labels in (("all", all_cut), ("most", most_cut)):
@@ -31,7 +55,7 @@ def of_evaluation(evaluation: Evaluation) -> list[str]:
                 f"{amount} answers of {', '.join(labels)} were cut off at max_new_tokens, so their scores are those of "
                 "unfinished text; raise it"
             )
-    return doubts + _judge_without_a_verdict(evaluation) + winners_that_repeat_themselves(evaluation)
+    return doubts
 
 
 def _judge_without_a_verdict(evaluation: Evaluation) -> list[str]:
@@ -59,8 +83,10 @@ def repeats_itself(arm: ArmResult, other: ArmResult) -> bool:
 def winners_that_repeat_themselves(evaluation: Evaluation) -> list[str]:
     """Arms that are better than another by the primary metric, with less than half of its share of distinct answers.
 
-    A policy that says the same to everybody has often found a gap in what scores it.
+    A policy that says the same to everybody has often found a gap in what scores it, if that reads its answers.
     """
+    if not compares_answers(evaluation):
+        return []
     arms = {arm.name: arm for arm in evaluation.arms}
     beaten: dict[str, list[str]] = {}
     for item in evaluation.comparisons:

@@ -757,7 +757,7 @@ MUTATIONS = [
         ),
     ),
     *in_file(
-        "stages/evaluate/turn_prompts.py",
+        "stages/evaluate/shown_prompts.py",
         "unit/stages/test_evaluate_turns.py",
         (
             "a thought that cannot follow its prompt ends the evaluation",

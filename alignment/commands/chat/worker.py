@@ -13,7 +13,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +142,8 @@ class Screen:
         self._console = Terminal(markup=False, highlight=False)
         self._asks = sys.stdin.isatty()
         if self._asks:
-            import readline  # noqa: F401  makes input() support the arrow keys
+            with suppress(ImportError):  # Python may be built without it
+                import readline  # noqa: F401  makes input() support the arrow keys
 
     @property
     def is_gone(self) -> bool:

@@ -56,10 +56,17 @@ class ExportedResult:
 
     @property
     def stops(self) -> list[int]:
-        """The tokens that end an answer here."""
-        if not self.tokenizer.chat_template:
-            return sorted({self.tokenizer.eos_token_id, *getattr(self.tokenizer, STOPS)})
-        return sorted(end_ids(self.tokenizer))
+        """The tokens that end an answer here.
+
+        Raises:
+            DataError: the chat template never ends a turn.
+        """
+        return sorted(end_ids(self.tokenizer)) if self.tokenizer.chat_template else self.text_ends
+
+    @property
+    def text_ends(self) -> list[int]:
+        """The tokens that end a text without turns: EOS, and those that generation_config.json names."""
+        return sorted({self.tokenizer.eos_token_id, *getattr(self.tokenizer, STOPS)})
 
 
 def exported_result(artifact: Path, manifest: Manifest, base: Path | None) -> ExportedResult:

@@ -163,11 +163,19 @@ def _evaluated(judged: Judged | None) -> list[str]:
     if judged is None:
         return ["No evaluation of it is recorded."]
     evaluation = judged.evaluation
-    prompts = "" if evaluation.num_prompts is None else f" on {evaluation.num_prompts} held-out prompts"
-    lines = [f"As an arm of an evaluation{prompts} (`{judged.manifest.fingerprint[:8]}`):", ""]
+    lines = [f"As an arm of an evaluation{_prompts(evaluation)} (`{judged.manifest.fingerprint[:8]}`):", ""]
     lines += ["| metric | mean | 95 % interval |", "|---|---|---|"]
     lines += [f"| {name} | {value.mean:.4g} | {_bounds(value)} |" for name, value in _values(judged)]
     return [*lines, "", *(_in_words(comparison, evaluation) for comparison in judged.comparisons)]
+
+
+def _prompts(evaluation: Evaluation) -> str:
+    """``on 200 held-out prompts``; fewer have a grade by a primary metric that grades. Empty where it is not known."""
+    if evaluation.num_prompts is None:
+        return ""
+    some = evaluation.num_compared != evaluation.num_prompts
+    graded = f", {evaluation.num_compared} of them graded in every arm" if some else ""
+    return f" on {evaluation.num_prompts} held-out prompts{graded}"
 
 
 def _values(judged: Judged) -> Iterator[tuple[str, Interval]]:

@@ -31,9 +31,10 @@ def _python(manifest: Manifest, form: str, turn_end: str | None) -> list[str]:
     if form == "adapter":
         return [
             "from peft import PeftModel",
-            f"from transformers import {kind}, AutoTokenizer",
+            f"from transformers import {kind}, AutoTokenizer, GenerationConfig",
             "",
             f'base = {kind}.from_pretrained("FOLDER_OF_THE_BASE", dtype="float32")  # as they were compared',
+            'base.generation_config = GenerationConfig.from_pretrained("FOLDER")  # its own may end answers elsewhere',
             'model = PeftModel.from_pretrained(base, "FOLDER")',
             'tokenizer = AutoTokenizer.from_pretrained("FOLDER")',
         ]

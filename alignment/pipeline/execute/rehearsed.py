@@ -17,7 +17,7 @@ from alignment.core.fingerprint import digest
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 
 FOLDER = ".tried"
-REVISION = 2
+REVISION = 3
 """Raised when a rehearsal checks more, so that older successes do not count."""
 ROWS, SCORERS, MODEL = "rows", "scorers", "model"
 _SETTINGS = {
@@ -32,7 +32,20 @@ _SETTINGS = {
     ),
     SCORERS: ("data",),
     # The seed counts for nothing: the examples of an arm that it draws differ little in length.
-    MODEL: ("arms", "critic", "data", "few_shot", "init", "max_new_tokens", "system_prompt"),
+    MODEL: (
+        "answers",
+        "arms",
+        "critic",
+        "data",
+        "few_shot",
+        "init",
+        "max_new_tokens",
+        "metrics",
+        "policy",
+        "reference",
+        "sampling",
+        "system_prompt",
+    ),
 }
 """The settings of a stage that a rehearsal of each part reads."""
 _CONTENT = {

@@ -57,10 +57,11 @@ class Frame:
         return TOP + (self.high_y - value) / (self.high_y - self.low_y) * (HEIGHT - TOP - BOTTOM)
 
 
-def curve(lines: list[Line], *, title: str, guide: float | None) -> Markup:
+def curve(lines: list[Line], *, title: str, guide: float | None, over_steps: bool = True) -> Markup:
     """One small chart: thin raw lines, smoothed lines over them, and last values labelled at the right.
 
-    ``guide`` is a value worth comparing with (chance, ln 2), drawn dotted. Every line needs a finite point.
+    ``guide`` is a value worth comparing with (chance, ln 2), drawn dotted. Every line needs a finite point. An axis of
+    steps has whole numbers.
     """
     lines = [replace(line, look=index) if line.look is None else line for index, line in enumerate(lines)]
     values = [y for line in lines for _, y in line.points if y is not None]
@@ -70,7 +71,7 @@ def curve(lines: list[Line], *, title: str, guide: float | None) -> Markup:
         low_x, high_x = low_x - 1, high_x + 1
     low_y, high_y = padded(values if guide is None else [*values, guide])
     frame = Frame(low_x=low_x, high_x=high_x, low_y=low_y, high_y=high_y)
-    parts = [_y_axis(frame), _x_axis(frame, max(steps))]
+    parts = [_y_axis(frame), _x_axis(frame, max(steps), whole=over_steps)]
     parts.append(_guide(frame, guide))
     parts += [_series(line.points, frame, line.look) for line in lines]
     parts.append(_end_labels(lines, frame))
@@ -207,8 +208,10 @@ def _guide(frame: Frame, value: float | None) -> Markup:
     return line + number.format(LEFT - 6, y + 3.5, f"{value:.3g}".replace("-", text.MINUS))
 
 
-def _x_axis(frame: Frame, last: float) -> Markup:
-    ticks = [tick for tick in nice_ticks(max(0.0, frame.low_x), frame.high_x, 5) if tick == int(tick) and tick <= last]
+def _x_axis(frame: Frame, last: float, *, whole: bool) -> Markup:
+    ticks = [tick for tick in nice_ticks(max(0.0, frame.low_x), frame.high_x, 5) if tick <= last * (1 + 1e-9)]
+    if whole:
+        ticks = [tick for tick in ticks if tick == int(tick)]
     ticks = ticks or [last]
     return _axis_below([frame.x(tick) for tick in ticks], tick_labels(ticks))
 
@@ -326,7 +329,8 @@ class Scale:
 def scale_of(intervals: list[Interval], *, within: tuple[float, float] | None, include: float | None) -> Scale:
     """The axis that contains all intervals and ``include``. ``within`` limits it (a score lies in [0, 1])."""
     values = [v for item in intervals for v in (item.mean, item.low, item.high) if v is not None]
-    low, high = padded(values if include is None else [*values, include])
+    values += [] if include is None else [include]
+    low, high = padded(values)
     if within:
         low, high = max(low, min(within[0], *values)), min(high, max(within[1], *values))
     return Scale(low=low, high=high, ticks=nice_ticks(low, high, 6))

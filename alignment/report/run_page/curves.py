@@ -95,7 +95,7 @@ def _chart(choice: Curve, keys: tuple[str, ...], lines: list[Line], *, title: st
     is_constant = len({y for line in lines for _, y in line.points}) == 1
     if not lines or (choice.only_if_it_moves and is_constant):
         return None
-    svg = curve(lines, title=f"{of}, {title}", guide=choice.guide)
+    svg = curve(lines, title=f"{of}, {title}", guide=choice.guide, over_steps=not choice.over)
     return Chart(title=title, unit=choice.unit, keys=" ".join(keys), svg=svg)
 
 

@@ -18,6 +18,7 @@ from alignment.records.evaluation import (
     Comparison,
     Evaluation,
     Metric,
+    adjusted_p_in_words,
 )
 from alignment.records.forgetting import ArmForgetting
 from alignment.records.forgetting import Forgetting as ForgettingRecord
@@ -65,7 +66,7 @@ class Difference:
     @property
     def p_in_words(self) -> str:
         """``, adjusted p 0.012``, to put behind the interval; empty where there is none."""
-        return "" if self.adjusted_p is None else f", adjusted p {self.adjusted_p:.2g}"
+        return adjusted_p_in_words(self.adjusted_p)
 
     @property
     def without(self) -> str:

@@ -10,10 +10,12 @@ from alignment.records import validation_figures
 from alignment.records.evaluation import BETTER, WORSE, ArmResult, Comparison, Evaluation
 from alignment.report.doubts import (
     SMOKE,
+    compares_answers,
     is_smoke,
     most_varied,
     of_evaluation,
     repeats_itself,
+    scores_answers,
     too_few_prompts,
     winners_that_repeat_themselves,
 )
@@ -208,7 +210,7 @@ def _forgot(run: Run) -> list[str]:
 
 def _arm_warnings(evaluation: Evaluation) -> list[str]:
     warnings = []
-    most = most_varied(evaluation)
+    most = most_varied(evaluation) if compares_answers(evaluation) else None
     for arm in evaluation.arms:
         if most is not None and repeats_itself(arm, most):
             warnings.append(
@@ -229,7 +231,7 @@ def _arm_warnings(evaluation: Evaluation) -> list[str]:
     doubts_of_answers = [doubt for doubt in of_evaluation(evaluation) if doubt not in in_the_lead]
     warnings += [f"{doubt[0].upper()}{doubt[1:]}." for doubt in doubts_of_answers]
     never_ended = [_never_ended(arm) for arm in evaluation.arms if _cut(arm)]
-    if never_ended:
+    if never_ended and scores_answers(evaluation):
         warnings.append(f"Some answers never ended and were cut off at the limit: {text.listing(never_ended)}.")
     return warnings
 

@@ -14,10 +14,12 @@ ANSWER = "answer"
 _MARK = "####"
 _EXAMPLE = '{"messages": […], "answer": "6 times 3 is 18. #### 18"}'
 _NUMBER = re.compile(
-    r"(?P<sign>(?<![\w.)\]%])[-−])?"  # a minus sign, but not the operator between two operands: 5-3
+    r"(?P<sign>(?<![\w.)\]}%])[-−])?"  # a minus sign, but not the operator between two operands: 5-3
     r"(?:[$€£¥](?P<inner_sign>[-−])?)?"
     r"(?P<digits>(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<!\d)\.\d+)"
 )
+_LATEX_COMMA = re.compile(r"(?<=\d)(?:\{,\}|,\\!)(?=\d)")
+"""How LaTeX writes a thousands separator: ``1{,}080`` or ``1,\\!080``."""
 
 
 class ExactAnswer:
@@ -35,15 +37,16 @@ class ExactAnswer:
 def exact_answer(completion: str, expected: Decimal) -> float:
     """1 if the last number of the completion is ``expected``, else 0 (Cobbe et al. 2021, GSM8K).
 
-    Thousands separators, currency signs and trailing zeros are ignored: ``$1,080.00`` is 1080.
+    Thousands separators, currency signs and trailing zeros are ignored: ``$1,080.00`` is 1080, and so is LaTeX's
+    ``\\$1{,}080``.
     """
-    numbers = list(_NUMBER.finditer(completion))
+    numbers = list(_NUMBER.finditer(_without_latex(completion)))
     return float(bool(numbers) and _value(numbers[-1]) == expected)
 
 
 def final_number(completion: str) -> str:
     """The last number of the completion in one spelling, such as ``1080``; empty if it has none."""
-    numbers = list(_NUMBER.finditer(completion))
+    numbers = list(_NUMBER.finditer(_without_latex(completion)))
     return f"{_value(numbers[-1]).normalize():f}" if numbers else ""
 
 
@@ -58,7 +61,8 @@ def expected_answer(row: Mapping[str, Any], *, where: str) -> Decimal:
         answer = str(answer)
     if isinstance(answer, str):
         _, mark, after = answer.rpartition(_MARK)
-        number = _NUMBER.search(after) if mark else _NUMBER.fullmatch(answer.strip().rstrip(".%"))
+        whole = _without_latex(after if mark else answer.strip().rstrip(".%"))
+        number = _NUMBER.search(whole) if mark else _NUMBER.fullmatch(whole)
         if number and exact_answer(number.string, _value(number)):
             return _value(number)
         if number:
@@ -71,6 +75,11 @@ def expected_answer(row: Mapping[str, Any], *, where: str) -> Decimal:
     raise DataError(
         f"'{ANSWER}' {missing}", where=where, remedy=f"exact_answer uses the number after {_MARK}: {_EXAMPLE}"
     )
+
+
+def _without_latex(text: str) -> str:
+    """The text with separators and dollar signs as they stand outside LaTeX."""
+    return _LATEX_COMMA.sub(",", text).replace("\\$", "$")
 
 
 def _value(number: re.Match[str]) -> Decimal:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from alignment.records.benchmark import FILE, Benchmark, BenchmarkArm, BenchmarkTask, Measurement, TaskMetric
-from alignment.records.evaluation import BETTER, WORSE, Comparison
+from alignment.records.evaluation import BETTER, WORSE, Comparison, p_in_short
 from alignment.stages.base import Cell, ResultTable
 
 _TONES = {BETTER: "good", WORSE: "bad"}
@@ -91,7 +91,7 @@ def _differences(record: Benchmark) -> ResultTable:
             f"{comparison.metric}: {record.label(comparison.arm)} − {record.label(comparison.against)}",
             [
                 Cell(text=f"{comparison.difference:+.3f}", bounds=f"{comparison.low:+.3f} to {comparison.high:+.3f}"),
-                Cell(text=_ABSENT if comparison.adjusted_p is None else f"{comparison.adjusted_p:.2g}"),
+                Cell(text=_ABSENT if comparison.adjusted_p is None else p_in_short(comparison.adjusted_p)),
                 Cell(text=verdict, tone=_TONES.get(verdict, "open")),
             ],
         )

@@ -35,9 +35,10 @@ from alignment.training.context import StageContext
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Request:
-    """What an arm is asked in one turn: ``per_prompt`` answers for each of its rows."""
+    """What an arm is asked in one turn: ``per_prompt`` answers for each of its rows, which are among ``held_out``."""
 
     arm: ArmPrompts
+    held_out: Sequence[HeldOutPrompt]
     turn: TurnPrompts
     per_prompt: int
     with_logprobs: bool
@@ -98,7 +99,8 @@ def answers_of_arms(
     ``with_logprobs`` are the arms whose answers need log-probabilities. ``progress`` receives how many turns are done.
 
     Raises:
-        ModelError: a conversation with its next answer may be longer than the policy's positions.
+        ModelError: a conversation with its next answer may be longer than the policy's positions, or is with its
+            reference answer.
         DataError: a row cannot be rendered with an arm's own answers.
     """
     per_prompt = config.answers.per_prompt
@@ -108,6 +110,7 @@ def answers_of_arms(
         requests = [
             _Request(
                 arm=arm,
+                held_out=rows,
                 turn=_asked(arm, rows, turns[name], number=number, per_prompt=per_prompt),
                 per_prompt=per_prompt,
                 with_logprobs=name in with_logprobs,
@@ -328,13 +331,19 @@ def _sampling(config: EvaluateConfig, context: StageContext, asked: TurnPrompts)
 
 
 def _refuse_too_long(model: PreTrainedModel, request: _Request, max_new_tokens: int, *, where: str) -> None:
-    positions = positions_of(model.base_model)
-    longest = max(map(len, request.turn.prompts)) + max_new_tokens
+    positions, turn, source = positions_of(model.base_model), request.turn, request.arm.policy.source
+    longest = max(map(len, turn.prompts)) + max_new_tokens
+    in_turn = f" in turn {turn.number + 1}" if turn.number else ""
     if longest > positions:
-        in_turn = f" in turn {request.turn.number + 1}" if request.turn.number else ""
         raise ModelError(
-            f"{request.arm.policy.source} has {positions} positions, but the longest prompt with its answer needs "
-            f"{longest}{in_turn}",
+            f"{source} has {positions} positions, but the longest prompt with its answer needs {longest}{in_turn}",
             where=where,
             remedy="lower max_new_tokens or few_shot.count, or leave out long prompts",
+        )
+    tokens, row = max(zip(turn.tokens_with_references, turn.rows, strict=True))
+    if tokens > positions:
+        raise ModelError(
+            f"{source} has {positions} positions, but a prompt with its reference answer needs {tokens}{in_turn}",
+            where=request.held_out[row].where,
+            remedy="leave out the row, or lower few_shot.count",
         )

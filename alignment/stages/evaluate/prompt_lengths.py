@@ -1,8 +1,9 @@
-"""Refuses held-out prompts that the base model cannot answer before a run trains anything (``StageKind.rehearse``)."""
+"""Refuses held-out rows that the base model cannot read before a run trains anything (``StageKind.rehearse``)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any
 
 from alignment.config.evaluating import FEW_SHOT
@@ -11,20 +12,25 @@ from alignment.core.model_files import positions_in, reason_of_positions
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import prompt_ids, tokenize_rows
 from alignment.data.tokens.tokenizer import load_tokenizer
+from alignment.evaluation.exchanges import continued
+from alignment.evaluation.multiple_choice import letter_rows
+from alignment.rewards.scorer_sources import CHOICE
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.shown_prompts import Shown, shown_otherwise, unchanged
+from alignment.stages.evaluate.shown_prompts import Shown, reference_ids, shown_otherwise, unchanged
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 
 
 def refuse_long_prompts(config: EvaluateConfig, context: StageContext) -> None:
-    """Checks the first turn of every arm that has the base model's tokenizer and positions.
+    """Checks every arm that has the base model's tokenizer and positions: the first prompts with an answer to them,
+    and what is scored after a prompt, which are references and choices.
 
-    Later turns contain answers, and models from outside have positions of their own; both are checked when they are
+    Later prompts contain answers, and models from outside have positions of their own; both are checked when they are
     asked (answering.py).
 
     Raises:
-        ModelError: a prompt and its answer may be longer than the base model's positions.
+        ModelError: a prompt and its answer may be longer than the base model's positions; or a prompt and its reference
+            answer, or a question with its choices, is longer.
         DataError: a row cannot be read or rendered, or there are too few examples.
     """
     spec = context.spec
@@ -38,6 +44,8 @@ def refuse_long_prompts(config: EvaluateConfig, context: StageContext) -> None:
     by_prompt = {otherwise.get(name, unchanged): name for name in reversed(arms)}  # most arms have the same prompts
     for shown, arm in by_prompt.items():
         _refuse(config, context, tokenizer, rows, shown, arm=arm, positions=positions)
+        for text, lengths in _scored_texts(config, tokenizer, rows, shown):
+            _refuse_scored(context, rows, text, lengths, arm=arm, positions=positions)
 
 
 def _refuse(
@@ -64,4 +72,44 @@ def _refuse(
         f"{reason_of_positions(context.spec.base_path)}; {number} of {len(rows)} rows are too long",
         where=rows[longest].where,
         remedy=f"leave out rows that are too long, or lower {lower}",
+    )
+
+
+def _scored_texts(
+    config: EvaluateConfig, tokenizer: Any, rows: Sequence[HeldOutPrompt], shown: Shown
+) -> Iterator[tuple[str, list[int]]]:
+    """What a policy only scores, in words, and the tokens of each row up to its end."""
+    yield "its reference answer", tokenize_rows(rows, lambda row: _tokens_with_reference(tokenizer, row, shown))
+    if any(metric.source == CHOICE for metric in config.metrics):
+        yield "its choices", letter_rows(tokenizer, rows, shown).lengths
+
+
+def _tokens_with_reference(tokenizer: Any, row: HeldOutPrompt, shown: Shown) -> int:
+    """The tokens of the longest conversation that ends with a reference answer; 0 without one.
+
+    A reference answer follows those of the turns before.
+    """
+    references = list(takewhile(bool, row.references))
+    lengths = [0]
+    for number, reference in enumerate(references):
+        messages = shown(continued(row, references[:number]))
+        ids = reference_ids(tokenizer, messages, reference, row.tools)
+        lengths.append(len(prompt_ids(tokenizer, messages, row.tools)) + len(ids))
+    return max(lengths)
+
+
+def _refuse_scored(
+    context: StageContext, rows: Sequence[HeldOutPrompt], text: str, lengths: Sequence[int], *, arm: str, positions: int
+) -> None:
+    longest = max(range(len(rows)), key=lengths.__getitem__)
+    if lengths[longest] <= positions:
+        return
+    spec, number = context.spec, sum(length > positions for length in lengths)
+    raise ModelError(
+        f"with its prompt and {text} of {lengths[longest]} tokens together, the arm {arm!r} needs more than the "
+        f"{positions} positions of {spec.model.source}{reason_of_positions(spec.base_path)}; {number} of {len(rows)} "
+        "rows are too long",
+        where=rows[longest].where,
+        remedy="leave out rows that are too long"
+        + (f", or lower stages.{spec.stage}.few_shot.count" if arm == FEW_SHOT else ""),
     )

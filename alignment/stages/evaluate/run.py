@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignment.core.artifacts import write_lines
+from alignment.core.errors import ModelError
+from alignment.core.model_files import positions_in, reason_of_positions
 from alignment.core.typed_json import to_json
 from alignment.costs.recorder import on_shadows
 from alignment.data.records import HeldOutPrompt
@@ -17,7 +19,7 @@ from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.endpoint import Endpoint
 from alignment.evaluation.exchanges import asked_turns
 from alignment.evaluation.metrics import primary_name, recorded
-from alignment.evaluation.multiple_choice import choice_scores, letter_rows
+from alignment.evaluation.multiple_choice import LetterRows, choice_scores, letter_rows
 from alignment.evaluation.tables import refuse_not_finite, samples
 from alignment.models.assembly.load import lineage, products_in, refuse_other_tokenizer
 from alignment.models.assembly.reward_head import HEAD, load_reward_model
@@ -190,14 +192,31 @@ def _answers(
 def _choices(
     context: StageContext, policies: Policies, arm_prompts: Mapping[str, ArmPrompts], rows: Sequence[HeldOutPrompt]
 ) -> dict[str, list[float]]:
-    """Whether each arm finds a row's right choice likeliest: 1 or 0 for each row."""
+    """Whether each arm finds a row's right choice likeliest: 1 or 0 for each row.
+
+    Raises:
+        ModelError: a question with its choices is longer than an arm's positions.
+    """
     asked = {name: letter_rows(arm.tokenizer, rows, arm.shown) for name, arm in arm_prompts.items()}
     rows_of_arms = {}
     for name, arm in arm_prompts.items():
+        _refuse_long_choices(arm, asked[name], rows)
         prompts, letters = asked[name].flat()
         rows_of_arms[name] = PolicyRows(policy=arm.policy, prompts=prompts, answers=letters)
     logprobs = policy_logprobs(context, "choosing", policies, rows_of_arms)
     return {name: choice_scores(rows, asked[name], logprobs[name], name=name) for name in arm_prompts}
+
+
+def _refuse_long_choices(arm: ArmPrompts, asked: LetterRows, rows: Sequence[HeldOutPrompt]) -> None:
+    positions, base = positions_in(arm.policy.base), arm.policy.base
+    tokens, longest = max(zip(asked.lengths, range(len(rows)), strict=True))
+    if positions is not None and tokens > positions:
+        raise ModelError(
+            f"{arm.policy.source} has {positions} positions{reason_of_positions(base)}, but a question with its "
+            f"choices needs {tokens}",
+            where=rows[longest].where,
+            remedy="leave out the row, or lower few_shot.count",
+        )
 
 
 def _is_compared(arm_prompts: ArmPrompts, config: EvaluateConfig) -> bool:

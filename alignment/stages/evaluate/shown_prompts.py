@@ -1,12 +1,17 @@
-"""The messages that each arm of an evaluation is asked with. No model is imported, so that they can be read before a
-run."""
+"""The messages that each arm of an evaluation is asked with, and the tokens of a reference answer to them. No model is
+imported, so that they can be read before a run."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from alignment.config.evaluating import FEW_SHOT, PROMPTED
+from alignment.core.errors import DataError
 from alignment.data.records import Conversation, HeldOutPrompt
+from alignment.data.tokens.rendering import Tools
+from alignment.data.tokens.thoughts import without_thought
+from alignment.data.tokens.tokenize import answer_ids
 from alignment.data.turns import Message
 from alignment.evaluation.few_shot import draw_examples, with_examples, with_system_prompt
 from alignment.stages.evaluate.config import EvaluateConfig
@@ -34,6 +39,21 @@ def shown_otherwise(config: EvaluateConfig, context: StageContext, rows: Sequenc
         examples = _examples(config, context, rows)
         shown[FEW_SHOT] = lambda row: with_examples(row.messages, examples)
     return shown
+
+
+def reference_ids(tokenizer: Any, messages: Sequence[Message], reference: str, tools: Tools) -> list[int]:
+    """A reference in tokens: without its thought if that cannot follow the prompt, as with ``enable_thinking: false``.
+
+    Raises:
+        DataError: the reference cannot be rendered either way.
+    """
+    try:
+        return answer_ids(tokenizer, messages, reference, tools)
+    except DataError:
+        answer = without_thought(Message(role="assistant", content=reference)).content
+        if answer in ("", reference):
+            raise
+        return answer_ids(tokenizer, messages, answer, tools)
 
 
 def _examples(config: EvaluateConfig, context: StageContext, rows: Sequence[HeldOutPrompt]) -> list[Message]:

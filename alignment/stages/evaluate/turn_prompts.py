@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.core.errors import DataError
 from alignment.data.records import HeldOutPrompt
-from alignment.data.tokens.rendering import Tools
-from alignment.data.tokens.thoughts import without_thought
-from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
-from alignment.data.turns import Message
+from alignment.data.tokens.tokenize import prompt_ids, tokenize_rows
 from alignment.evaluation.arms import Answer, Answered, TokenSum
 from alignment.evaluation.exchanges import asked_turns, continued
-from alignment.stages.evaluate.shown_prompts import Shown
+from alignment.stages.evaluate.shown_prompts import Shown, reference_ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +40,16 @@ class TurnPrompts:
     prompts: list[list[int]]
     references: list[Reference | None]
 
+    @property
+    def tokens_with_references(self) -> list[int]:
+        """The tokens of each row's reference answer and of the prompt that it follows; 0 without one."""
+        return [
+            0
+            if reference is None
+            else len(self.prompts[index] if reference.prompt is None else reference.prompt) + len(reference.ids)
+            for index, reference in enumerate(self.references)
+        ]
+
 
 def first_turn(tokenizer: Any, rows: Sequence[HeldOutPrompt], shown: Shown, *, with_references: bool) -> TurnPrompts:
     """The prompts of the rows, and their references if asked for.
@@ -55,7 +61,7 @@ def first_turn(tokenizer: Any, rows: Sequence[HeldOutPrompt], shown: Shown, *, w
     def reference(row: HeldOutPrompt) -> Reference | None:
         if not row.reference:
             return None
-        return Reference(ids=_reference_ids(tokenizer, shown(row), row.reference, row.tools))
+        return Reference(ids=reference_ids(tokenizer, shown(row), row.reference, row.tools))
 
     return TurnPrompts(
         number=0,
@@ -89,7 +95,7 @@ def later_turn(
             return None
         messages = shown(continued(row, before))
         return Reference(
-            ids=_reference_ids(tokenizer, messages, last, row.tools),
+            ids=reference_ids(tokenizer, messages, last, row.tools),
             prompt=prompt_ids(tokenizer, messages, row.tools),
         )
 
@@ -102,21 +108,6 @@ def later_turn(
         if with_references
         else [None] * len(asked),
     )
-
-
-def _reference_ids(tokenizer: Any, messages: Sequence[Message], reference: str, tools: Tools) -> list[int]:
-    """A reference in tokens: without its thought if that cannot follow the prompt, as with ``enable_thinking: false``.
-
-    Raises:
-        DataError: the reference cannot be rendered either way.
-    """
-    try:
-        return answer_ids(tokenizer, messages, reference, tools)
-    except DataError:
-        answer = without_thought(Message(role="assistant", content=reference)).content
-        if answer in ("", reference):
-            raise
-        return answer_ids(tokenizer, messages, answer, tools)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from alignment.config.scoring import MetricConfig
 from alignment.core.errors import ArtifactError
 from alignment.evaluation import paired_scores
+from alignment.evaluation.metrics import recorded
 from alignment.records.evaluation import (
     ARM_METRICS,
     ArmResult,
@@ -52,7 +54,31 @@ def test_an_evaluation_is_read_as_it_was_written(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "evaluation.json").read_text())
     assert content["version"] == 2
     assert content["arms"][0]["metrics"] == {"brevity": {"mean": 0.5, "low": 0.25, "high": 0.75}}
-    assert content["metrics"][1] == {"name": "errors", "higher_is_better": False}
+    assert content["metrics"][1] == {"name": "errors", "higher_is_better": False, "of_answers": True}
+
+
+def test_a_metric_of_choices_is_recorded_as_one_that_reads_no_answers(tmp_path: Path) -> None:
+    configs = [MetricConfig(name="knows", source="choice"), MetricConfig(name="right", source="exact_answer")]
+    replace(EVALUATION, metrics=recorded(configs)).write(tmp_path)
+    assert [metric.of_answers for metric in Evaluation.read(tmp_path).metrics] == [False, True]
+    file = tmp_path / "evaluation.json"
+    content = json.loads(file.read_text())
+    for metric in content["metrics"]:
+        del metric["of_answers"]
+    file.write_text(json.dumps(content))
+    assert [metric.of_answers for metric in Evaluation.read(tmp_path).metrics] == [True, True], "as in older files"
+
+
+@pytest.mark.parametrize(
+    ("p", "words"),
+    [(0.0497, "0.049"), (0.04999, "0.049"), (0.05, "0.05"), (0.0502, "0.05"), (0.0123, "0.012"), (0.0001, "0.0001")],
+)
+def test_a_p_value_below_the_level_never_reads_as_the_level(p: float, words: str) -> None:
+    """Beside "better", 0.05 would contradict the rule that p is below it."""
+    between = Difference(run=1, arm="stage:dpo", metric=Metric(name="brevity"), interval=HALF, adjusted_p=p)
+    compared, judged = replace(EVALUATION.comparisons[0], adjusted_p=p), replace(PAIR, adjusted_p=p)
+    in_words = [compared.p_in_words, judged.p_in_words, between.p_in_words]
+    assert in_words == [f", adjusted p {words}"] * 3
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"arms": [{"label": "dpo"}]}', '{"version": 3}'])

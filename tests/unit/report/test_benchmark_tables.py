@@ -74,6 +74,14 @@ def test_differences_have_intervals_p_values_and_verdicts(fake_run: FakeRun) -> 
     assert '<span class="verdict open">no real difference</span>' in unclear
 
 
+def test_a_corrected_p_value_below_the_level_never_reads_as_the_level(fake_run: FakeRun) -> None:
+    comparisons = [{**PAIR, "metric": "capitals/acc", "adjusted_p": 0.0497}]
+    add(fake_run, json.dumps({**RECORD, "comparisons": comparisons}))
+    (better,) = [row for row in section(fake_run.html()).split("<tr>") if "capitals/acc: sft − base" in row]
+    assert '<td data-label="p, corrected">0.049</td>' in better
+    assert '<span class="verdict good">better</span>' in better
+
+
 def test_a_stage_without_tables_has_no_section(fake_run: FakeRun) -> None:
     assert '<section id="results">' not in fake_run.html()
 

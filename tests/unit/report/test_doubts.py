@@ -112,6 +112,22 @@ def test_few_distinct_answers_alone_are_no_reason(distinct: float, other: float,
     assert of_evaluation(_one_beats_the_other(distinct, other, difference)) == []
 
 
+def test_answers_that_nothing_reads_may_be_cut_off_and_alike() -> None:
+    """A metric may be the letter that a policy finds likeliest; then its answers decide nothing."""
+    compared = _one_beats_the_other(0.03, 0.86, 0.2)
+    arms = [replace(arm, ended=Interval(mean=0.0)) for arm in compared.arms]
+    chosen = replace(compared, arms=arms, metrics=[Metric(name="liked", of_answers=False)])
+    assert of_evaluation(chosen) == []
+    assert of_evaluation(replace(chosen, judge=Judge(kind="metric", name="liked"))) == []
+    for read in (
+        replace(chosen, metrics=[*chosen.metrics, Metric(name="brevity")]),
+        replace(chosen, judge=Judge(kind="endpoint", name="a-model")),
+        replace(chosen, arms=[replace(arm, reward=Interval(mean=1.0)) for arm in arms]),
+    ):
+        (doubt,) = of_evaluation(read)
+        assert doubt.startswith("all answers of ppo, sft were cut off at max_new_tokens, ")
+
+
 def test_a_judge_without_a_verdict_on_any_pair_is_named() -> None:
     silent = JudgedPair(arm="stage:dpo", against="stage:sft", prompts=20, wins=0, ties=0, losses=0, invalid=1.0)
     heard = replace(silent, win_rate=Interval(mean=0.5, low=0.4, high=0.6))

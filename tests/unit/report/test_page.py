@@ -277,7 +277,8 @@ def test_rows_that_a_stage_left_out_or_cut_are_counted_by_reason(fake_run):
     ties = [Note(where=f"pairs.jsonl:{row}", kind=SET_ASIDE, reason="the answers are tied") for row in range(1500)]
     fault = Note(where="pairs.jsonl:8", kind=FAULT, reason="<b>'chosen'</b> is missing", remedy="add it")
     asked = Note(where="prompts.jsonl:2", reason="its prompt repeats an earlier row")
-    rows = [note.as_row() for note in (*too_long, *ties, cut, lost, fault)]
+    of_the_same_row = Note(where="/data/pairs.jsonl:4", kind=TOO_LONG, reason="the row has 5 tokens")
+    rows = [note.as_row() for note in (*too_long, of_the_same_row, *ties, cut, lost, fault)]
     write_lines(fake_run.artifact("dpo") / FILE, rows)
     (fake_run.artifact("ppo") / FILE).write_text(f'{json.dumps(asked.as_row())}\n{{"where": "prom')
     build(fake_run.folder, fake_run.root / "report.html", num_samples=12)
@@ -577,6 +578,35 @@ def test_a_judge_that_was_held_against_people_has_a_row_of_its_own(fake_run):
     for shown in ("rejected", "0.52", "0.40 to 0.64", "24 / 4 / 22", "+0.31", "chance may agree as often"):
         assert shown in row
     assert "chance would give one half" in page
+
+
+@pytest.mark.parametrize(
+    ("kind", "left_out", "rule"),
+    [
+        ("endpoint", set(), "A win counts if both orders name the same answer"),
+        ("reward", {"orders agree", "bias"}, "The better score wins, and equal scores are a tie"),
+        ("metric", {"orders agree", "bias", "metric agrees"}, "The better score wins, and equal scores are a tie"),
+    ],
+)
+def test_pairs_that_scores_decide_are_not_said_to_have_been_asked_in_both_orders(fake_run, kind, left_out, rule):
+    pair = {"arm": "stage:dpo", "against": "stage:sft", "wins": 50, "ties": 24, "losses": 26, "verdict": "better"}
+    fake_run.evaluation["judge"] = {"kind": kind, "name": "m", "num_prompts": 100, "pairs": [pair]}
+    judged = fake_run.html().split("<h3>Judged pairs</h3>")[1].split("</table>")[0]
+    every = ["arm", "against", "win rate", "at equal lengths", "win / tie / loss", "invalid", "orders agree", "bias"]
+    every += ["metric agrees", "verdict"]
+    headings = [heading for heading in every if heading not in left_out]
+    assert re.findall(r'<th scope="col">(.*?)</th>', judged) == headings
+    assert re.findall(r'data-label="(.*?)"', judged) == headings[1:], "a cell for each, behind the arm"
+    assert rule in judged
+    assert ("Bias is" in judged) == (kind == "endpoint")
+    assert ("“Metric agrees” is" in judged) == (kind != "metric")
+
+
+def test_means_by_a_grade_say_over_how_many_prompts_they_are(fake_run):
+    assert "Dots are means over 100 held-out prompts, lines their" in Page(fake_run.html()).text
+    fake_run.evaluation["gradings"] = [{"metric": "tone", "num_prompts": 70}, {"metric": "quality", "num_prompts": 60}]
+    of_graded = "Dots are means over 60 of 100 held-out prompts (those with a grade in every arm), lines their"
+    assert of_graded in Page(fake_run.html()).text
 
 
 def test_differences_have_their_p_values_and_those_of_other_metrics_a_table_of_their_own(fake_run):

@@ -7,9 +7,10 @@ import re
 
 import pytest
 
+from alignment.records.interval import Interval
 from alignment.report.kit import text
 from alignment.report.kit.axes import nice_ticks, padded, segments, smoothed, thinned, tick_labels
-from alignment.report.kit.plots import Line, curve
+from alignment.report.kit.plots import BOTTOM, HEIGHT, TOP, Line, curve, interval_curve
 
 
 @pytest.mark.parametrize(
@@ -45,6 +46,35 @@ def test_chance_has_its_number_beside_the_axis(highest, numbers):
     beside = re.findall(r'text-anchor="end">(.*?)</text>', drawn)
     assert set(numbers) <= set(beside)
     assert len(beside) == len(set(beside)), "once, where a tick has it too"
+
+
+@pytest.mark.parametrize(
+    ("last", "over_steps", "numbers"),
+    [
+        (0.8, False, ["0.0", "0.2", "0.4", "0.6", "0.8"]),
+        (2.0, False, ["0.0", "0.5", "1.0", "1.5", "2.0"]),
+        (2.0, True, ["0", "1", "2"]),
+    ],
+)
+def test_only_an_axis_of_steps_has_nothing_but_whole_numbers(last, over_steps, numbers):
+    drawn = curve([Line(points=[(0.0, 1.0), (last, 2.0)])], title="score", guide=None, over_steps=over_steps)
+    assert re.findall(r'text-anchor="middle">(.*?)</text>', drawn) == numbers
+
+
+def test_a_curve_over_a_divergence_has_fractions_on_its_axis(fake_run):
+    for step, row in enumerate(fake_run.metrics["ppo"]):
+        row |= {"guard/proxy": 0.1 * step, "guard/scorer": 0.5, "guard/kl": 0.64 if step else 0.0}
+    drawn = fake_run.html().split('aria-label="ppo, Held-out answers, over √KL')[1].split("</svg>")[0]
+    assert re.findall(r'text-anchor="middle">(.*?)</text>', drawn) == ["0.0", "0.2", "0.4", "0.6", "0.8"]
+
+
+@pytest.mark.parametrize("guide", [-5.0, -3.5, 4.0])
+def test_a_guide_outside_all_values_lies_inside_the_plot(guide):
+    """A metric without bounds, such as a reward, may have started far from where every run ended."""
+    points = [(100, Interval(mean=-3.0, low=-3.2, high=-2.8)), (1000, Interval(mean=-2.0, low=-2.1, high=-1.9))]
+    drawn = interval_curve(points, title="reward", guide=guide)
+    (height,) = re.findall(r'class="guide" d="M[\d.]+ (-?[\d.]+)H', drawn)
+    assert TOP <= float(height) <= HEIGHT - BOTTOM
 
 
 def test_a_loss_that_is_constant_but_for_rounding_is_drawn_as_one():

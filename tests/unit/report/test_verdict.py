@@ -116,6 +116,18 @@ def test_degenerate_arms_large_kl_and_endless_answers_are_named(fake_run):
     assert "Some answers never ended and were cut off at the limit: 7\u202f% of those from ppo." in html
 
 
+def test_arms_that_are_compared_by_what_they_find_likeliest_are_not_degenerate(fake_run):
+    """Nothing that they are compared by reads their answers."""
+    fake_run.evaluation["arms"][-1].update(distinct=0.31, ended=0.93)
+    fake_run.evaluation["metrics"][0]["of_answers"] = False
+    html = fake_run.html()
+    assert "degenerate" not in html
+    assert "Some answers never ended" in html, "the other metrics read them"
+    for part in (*fake_run.evaluation["metrics"], *fake_run.evaluation["arms"]):
+        part.update({"of_answers": False} if "higher_is_better" in part else {"reward": None})
+    assert "Some answers never ended" not in fake_run.html()
+
+
 def test_a_task_with_few_right_answers_makes_no_arm_degenerate(fake_run):
     """Whatever the untrained model says before it has learned their form."""
     for arm in fake_run.evaluation["arms"]:

@@ -53,6 +53,15 @@ RIGHT = [
     ("x = 3 - 8", "8"),
     ("**18**", "18"),
     ("\\boxed{18}", "18"),
+    ("\\boxed{1{,}080}", "1080"),
+    ("1{,}234{,}567.5", "1234567.5"),
+    ("1,\\!080", "1080"),
+    ("\\$1,080", "1080"),
+    ("-\\$5", "-5"),
+    ("\\$-5", "-5"),
+    ("\\boxed{-5}", "-5"),
+    ("x^{2}-5", "5"),
+    ("\\{1{,}2\\}", "2"),
     ("$18$", "18"),
     ("18%", "18"),
     ("18 apples", "18"),
@@ -79,6 +88,7 @@ WRONG = [
 @pytest.mark.parametrize(("completion", "expected"), RIGHT)
 def test_the_last_number_of_an_answer_is_read_as_a_reader_would(completion: str, expected: str) -> None:
     assert numbers.exact_answer(completion, Decimal(expected)) == 1.0
+    assert Decimal(numbers.final_number(completion)) == Decimal(expected)
 
 
 @pytest.mark.parametrize(("completion", "expected"), WRONG)
@@ -124,6 +134,8 @@ def test_however_a_number_is_written_it_is_the_same_number() -> None:
         ("3 * 6 = 18\n#### 18", "18"),
         ("#### 5\n#### 1,080", "1080"),
         ("#### $18.50 each", "18.5"),
+        ("#### \\$1{,}080", "1080"),
+        ("-1,\\!080", "-1080"),
         ("#### -3", "-3"),
         ("18", "18"),
         (" $1,080. ", "1080"),

@@ -17,9 +17,11 @@ from alignment import worker
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import Moments
+from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ModelError
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.rows import stream
+from alignment.stages.registry import kind_of
 from alignment.training.callbacks import Checkpoints
 from alignment.training.context import StageContext
 from tests.chained import DORA, FULL, LORA, PREFIX, QLORA, SAME_PREFIX, Chained, config_of
@@ -212,6 +214,15 @@ def test_a_policy_of_another_tokenizer_is_refused_by_name(chained: Chained) -> N
     spec = chained.spec("dpo", LORA, init="sft")
     with pytest.raises(ModelError, match="stage:sft has a different tokenizer or chat template than path:tiny"):
         worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+
+
+@pytest.mark.parametrize("kind", ["cpt", "sft", "reward", "dpo", "kto"])
+def test_a_stage_reports_every_metric_that_its_kind_declares(chained: Chained, kind: str) -> None:
+    chained.run(kind, LORA)
+    manifest = read_manifest(chained.inputs[kind].path)
+    assert manifest is not None
+    config = config_of(kind, LORA)
+    assert set(kind_of(config).outcome.metrics(config).names) <= manifest.metrics.keys()
 
 
 def test_four_bits_train_through_all_stages_in_bfloat16(chained: Chained) -> None:

@@ -365,6 +365,46 @@ def test_an_arm_whose_positions_do_not_suffice_is_refused(chain: Chained) -> Non
         evaluate(chain, replace(SMALL, arms=["path:short"]), "short")
 
 
+@pytest.mark.parametrize(
+    ("rows", "read"),
+    [
+        (
+            [
+                {"messages": [{"role": "user", "content": "When?"}], "reference": "z"},
+                {"messages": [{"role": "user", "content": "Where?"}], "reference": "z" * 60},
+            ],
+            "a prompt with its reference answer",
+        ),
+        (
+            [
+                {"question": "When?", "choices": ["z", "y"], "answer": 0},
+                {"question": "Where?", "choices": ["z" * 60, "y"], "answer": 0},
+            ],
+            "a question with its choices",
+        ),
+    ],
+)
+def test_what_an_arm_reads_beside_its_answers_is_refused_with_its_row_if_too_long(
+    chain: Chained, tmp_path: Path, rows: list[dict[str, Any]], read: str
+) -> None:
+    tokenizer, heldout, folder = tiny_tokenizer(), tmp_path / "heldout.jsonl", tmp_path / "brief"
+    heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    positions = len(prompt_ids(tokenizer, [Message(role="user", content="Where?")])) + 12
+    tiny_model(vocab_size=len(tokenizer), max_position_embeddings=positions).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    metrics = [metric("knows", "choice")] if "choices" in rows[0] else []
+    config = replace(SMALL, arms=["path:brief"], metrics=metrics)
+    spec = replace(
+        spec_of(chain, config, f"brief-{len(metrics)}"),
+        arms={"path:brief": StageInput(ref="path:brief", path=folder)},
+        data_path=heldout,
+    )
+    with pytest.raises(ModelError) as caught:
+        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+    beginning = f"{heldout}:2: path:brief has {positions} positions, but {read} needs "
+    assert str(caught.value).startswith(beginning)
+
+
 def test_a_model_from_outside_is_asked_in_its_own_words(chain: Chained) -> None:
     spec = spec_of(chain, SMALL, "asked")
     context = StageContext(spec=spec, rank=0, world_size=1)

@@ -207,6 +207,18 @@ def test_a_closed_input_is_an_empty_one(monkeypatch: pytest.MonkeyPatch) -> None
     assert sessions[0].heard == []
 
 
+def test_a_terminal_is_asked_if_python_has_no_readline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python may be built without it; then the arrow keys do nothing."""
+
+    class Typed(io.TextIOWrapper):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setitem(sys.modules, "readline", None)
+    monkeypatch.setattr(sys, "stdin", Typed(io.BytesIO(b"one\ntwo\n")))
+    assert list(Screen().lines()) == ["one", "two"]
+
+
 def test_nobody_is_answered_who_has_gone(piped: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     """An endless pipe in, and ``head`` behind it."""
     sessions = [_Echo("sft")]

@@ -140,6 +140,14 @@ def test_its_figures_are_those_of_manifest_and_evaluation(store: Store) -> None:
     assert "- ppo against sft: +0.110 (+0.020 to +0.200) in brevity, better" in card
 
 
+def test_it_says_how_many_prompts_have_a_grade(store: Store) -> None:
+    """Prompts without a grade in every arm do not count."""
+    file = store.root / "artifacts" / "evaluate" / "evaluation.json"
+    gradings = [{"metric": "errors", "num_prompts": 80}, {"metric": "brevity", "num_prompts": 60}]
+    file.write_text(json.dumps({**json.loads(file.read_text()), "gradings": gradings}))
+    assert "on 102 held-out prompts, 60 of them graded in every arm (`" in store.card()
+
+
 def test_a_win_rate_names_judge_and_opponent(store: Store) -> None:
     card = store.card()
     assert "| win rate against sft, by the metric | 0.7 | 0.6 to 0.8 |" in card

@@ -169,6 +169,27 @@ def test_an_adapter_stays_one(tmp_path: Path, base: Lineage) -> None:
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in (tmp_path / "out").iterdir())
 
 
+def test_an_adapter_answers_with_the_ends_and_ways_of_sampling_of_the_policy(tmp_path: Path, base: Lineage) -> None:
+    """Its base ends answers elsewhere and penalises repetition; the lines of the card load both."""
+    file = base.base / "generation_config.json"
+    ways = {"eos_token_id": [0, 9], "do_sample": True, "repetition_penalty": 5.0, "temperature": 0.7}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **ways}))
+    _, saved = _trained(tmp_path, base, AdapterKind.lora)
+    export(saved.path, base.base, tmp_path / "out", ExportOptions(form="adapter", max_gap=0.01))
+    settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert settings["eos_token_id"] == [0, 2, 9]
+    assert (settings["do_sample"], settings["temperature"], settings["top_k"]) == (True, 1.0, 0)
+    assert "repetition_penalty" not in settings
+    code = (tmp_path / "out" / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    folders = {'"FOLDER_OF_THE_BASE"': repr(str(base.base)), '"FOLDER"': repr(str(tmp_path / "out"))}
+    for name, folder in folders.items():
+        code = code.replace(name, folder)
+    loaded: dict[str, Any] = {}
+    exec(code, loaded)
+    generates = loaded["model"].get_base_model().generation_config
+    assert (generates.eos_token_id, generates.temperature) == ([0, 2, 9], 1.0)
+
+
 def test_an_adapter_on_a_model_that_scales_its_logits_stays_one(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "base", architecture="granitemoe")
     expected, saved = _trained(tmp_path, Lineage(source=BASE_SOURCE, base=folder, adapters=()), AdapterKind.lora)
@@ -212,6 +233,7 @@ def test_an_adapter_is_exported_if_its_template_ends_no_turn(tmp_path: Path) -> 
     _, saved = _trained(tmp_path, base, AdapterKind.lora)
     notes = export(saved.path, base.base, tmp_path / "out", ExportOptions(form="adapter", max_gap=0.01))
     assert "loaded by PEFT" in notes
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [2]
 
 
 def test_an_adapter_names_the_folder_of_its_bundled_base_as_needed(tmp_path: Path, base: Lineage) -> None:
