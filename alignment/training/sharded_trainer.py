@@ -1,12 +1,16 @@
-"""A trainer whose weights PyTorch shards wherever it runs."""
+"""A trainer whose weights PyTorch shards wherever it runs, and whose weight decay leaves out DoRA's magnitudes."""
 
 from __future__ import annotations
 
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from torch import nn
 from transformers import Trainer
 
 from alignment.core.errors import StageError
+
+_MAGNITUDES = "lora_magnitude_vector"
+"""PEFT's name of them."""
 
 
 class ShardedTrainer(Trainer):
@@ -29,6 +33,10 @@ class ShardedTrainer(Trainer):
                 f"accelerate does not shard over processes of kind {processes.distributed_type.value}",
                 remedy="use launch=zero3, or report this with the versions of torch and accelerate",
             )
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Without the magnitudes of DoRA, which begin as the norms of the base's weights: decay would shrink these."""
+        return [name for name in super().get_decay_parameter_names(model) if _MAGNITUDES not in name]
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """In a checkpoint; DeepSpeed's engine writes the weights itself, sharded.

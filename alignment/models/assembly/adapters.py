@@ -355,7 +355,9 @@ def _refuse_other_shape(saved: Any, config: AdapterConfig, folder: Path) -> None
         wanted_and_saved["rank"] = (config.rank, saved.r)
         wanted_and_saved["alpha"] = (config.alpha, saved.lora_alpha)
         wanted_and_saved["rslora"] = (config.rslora, saved.use_rslora)
-        if config.target_modules != [_ALL_LINEAR] and not isinstance(saved.target_modules, str):
+        # In models with experts PEFT replaces the names of their projections by those of their parameters.
+        has_names = not isinstance(saved.target_modules, str) and not saved.target_parameters
+        if config.target_modules != [_ALL_LINEAR] and has_names:
             wanted_and_saved["target_modules"] = (_last_parts(config.target_modules), _last_parts(saved.target_modules))
     for name, (wanted, saved_value) in wanted_and_saved.items():
         if wanted != saved_value:

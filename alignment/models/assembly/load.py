@@ -189,7 +189,7 @@ def load_scalar(lineage: Lineage, dtype: torch.dtype, *, mapped: bool = False) -
     while the trunk is still part of the language model that they were trained on.
 
     Raises:
-        ModelError: transformers has no scalar head for this architecture.
+        ModelError: transformers has no scalar head for this architecture, or one of more than one layer.
     """
     policy = load_policy(lineage, dtype, mapped=mapped)
     refuse_without_scores(policy.config.model_type, where=lineage.source)
@@ -201,6 +201,13 @@ def load_scalar(lineage: Lineage, dtype: torch.dtype, *, mapped: bool = False) -
     model.score = torch.nn.Linear(policy.base_model.get_input_embeddings().embedding_dim, 1, bias=False)
     torch.nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
     model.register_buffer("score_offset", torch.zeros(()), persistent=False)
+    if more := [name for name, parameter in model.named_parameters() if parameter.device.type == "meta"]:
+        raise ModelError(
+            f"{type(model).__name__} makes its score with more than one layer, which is not supported: it also has "
+            f"{', '.join(more)}",
+            where=lineage.source,
+            remedy="use a base of another family, such as Llama, Qwen, Mistral or Gemma",
+        )
     return model.eval()
 
 
@@ -226,7 +233,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
         raise ModelError(f"the model cannot be loaded: {error}", where=str(folder)) from error
     if model.generation_config is not None:
         model.generation_config = _writable(model.generation_config)
-    return name_trunk(_without_router_logits(model))
+    return _with_plain_head(name_trunk(_without_router_logits(model)), folder)
 
 
 def name_trunk(model: PreTrainedModel) -> PreTrainedModel:
@@ -238,6 +245,27 @@ def name_trunk(model: PreTrainedModel) -> PreTrainedModel:
     if model.base_model is model and isinstance(getattr(model, "model", None), PreTrainedModel):
         model.base_model_prefix = "model"
     return model
+
+
+def _with_plain_head(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model, whose logits are made from its trunk's states by one layer, because stages apply only that layer's
+    weight and bias. In ModernBERT decoders, and BERT with a head for language, another layer comes before it.
+
+    Raises:
+        ModelError: the model has other weights outside its trunk.
+    """
+    head = model.get_output_embeddings()
+    of_head = (getattr(head, "weight", None), getattr(head, "bias", None))
+    known = {id(weight) for weight in (*model.base_model.parameters(), *of_head)}
+    others = [name for name, weight in model.named_parameters() if id(weight) not in known]
+    if head is None or not others:
+        return model
+    raise ModelError(
+        f"{type(model).__name__} makes its logits with more than one layer, which is not supported: beside it there "
+        f"are {', '.join(others)}",
+        where=str(folder),
+        remedy="use a base of another family, such as Llama, Qwen, Mistral or Gemma",
+    )
 
 
 def _without_router_logits(model: PreTrainedModel) -> PreTrainedModel:
@@ -304,7 +332,7 @@ def _from_shapes(folder: Path, dtype: torch.dtype, estimate: Recorder) -> PreTra
     estimate.has_model(model.get_input_embeddings().num_embeddings)
     if is_converted:
         estimate.memory.read_file(model.num_parameters() * stored.itemsize)
-    return name_trunk(_without_router_logits(model))
+    return _with_plain_head(name_trunk(_without_router_logits(model)), folder)
 
 
 def weights_dtype(compute: Dtype, adapter: AdapterConfig) -> torch.dtype:

@@ -16,7 +16,7 @@ from alignment.config.model import Dtype
 from alignment.core.errors import ConfigError
 from alignment.models.assembly.adapters import add_adapter, add_frozen, is_prefix, on_embeddings, saved_config, train_on
 from alignment.models.assembly.load import Lineage, SavedAdapter, load_policy, load_scalar, weights_dtype
-from alignment.models.kernels.nf4 import quantize_trunk
+from alignment.models.kernels.nf4 import quantize_trunk, refuse_mostly_whole
 
 
 def load_start(
@@ -63,6 +63,7 @@ def load_start(
     _refuse_unmerged(model, beside, adapter)
     _refuse_dora_in_four_bits(beside, adapter)
     if adapter.kind is AdapterKind.qlora:
+        refuse_mostly_whole(model)
         quantize_trunk(model, device)
     continued = beside[-1:] if adapter.chain is CONTINUE else ()
     trained = train_on(model, continued[0].path, adapter, task) if continued else add_adapter(model, adapter, task)

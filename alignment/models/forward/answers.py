@@ -95,13 +95,22 @@ def statistics_of(
     Raises:
         ModelError: the head does more than one matrix product.
     """
+    refuse_scaled_logits(model)
+    return label_statistics(model, states, batch.labels, temperature=temperature, entropy_gradient=entropy_gradient)
+
+
+def refuse_scaled_logits(model: PreTrainedModel) -> None:
+    """Checks that the model's head does one matrix product, beside a cap on its logits.
+
+    Raises:
+        ModelError: it does more.
+    """
     if scales_logits(model):
         raise ModelError(
             f"{type(model).__name__} scales its logits, or adds a bias to them",
             where="model.source",
             remedy="PPO, evaluation and precompute_reference do not support this; other stages do",
         )
-    return label_statistics(model, states, batch.labels, temperature=temperature, entropy_gradient=entropy_gradient)
 
 
 def answer_values(model: PreTrainedModel, batch: AnswerStream) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from alignment.models.forward.attention import ATTENTION as FLAT_ATTENTION
 from alignment.models.forward.attention import KeysValues
@@ -22,7 +22,8 @@ MASKED = {"falcon", "gpt_neox_japanese", "xglm"}
 @contextmanager
 def decoding(model: PreTrainedModel) -> Iterator[None]:
     """Prepares the model for steps of one token per row, and undoes that."""
-    implementation = model.config._attn_implementation
+    # Parts may differ: Gemma 4's encoder of sounds would refuse the function of its text model.
+    implementations = [(config, config._attn_implementation) for config in _configs(model)]
     ours = _gets_ours(model)
     try:
         if ours:
@@ -31,7 +32,8 @@ def decoding(model: PreTrainedModel) -> Iterator[None]:
             yield
     finally:
         if ours:
-            model.set_attn_implementation(implementation)
+            for config, implementation in implementations:
+                config._attn_implementation = implementation
 
 
 def may_see_room(model: PreTrainedModel) -> bool:
@@ -66,6 +68,14 @@ def next_logits(
     )
     logits: Tensor = output.logits[:, -1]
     return logits
+
+
+def _configs(model: PreTrainedModel) -> list[PreTrainedConfig]:
+    """The configs of the model and of its parts, each before those inside it, because setting one sets those too."""
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for config in configs:  # also those that are appended here
+        configs += [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
+    return configs
 
 
 def _gets_ours(model: PreTrainedModel) -> bool:

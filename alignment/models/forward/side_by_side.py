@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
@@ -29,6 +30,9 @@ added."""
 
 _RANDOM = ("dropout", "layerdrop", "jitter_noise")
 """Endings of the names of rates with which modules of transformers draw random numbers in training."""
+
+_ALONE = (Nf4Linear, ParamWrapper)
+"""Modules of which only one thread may run a pass, or gains by it."""
 
 States = Callable[[FlatRows], Tensor]
 """Computes ``[tokens, width]`` states of a stream."""
@@ -54,14 +58,14 @@ def can_divide(trunk: PreTrainedModel) -> bool:
     """Whether two threads may run passes of the model at once, and gain by it.
 
     They may not if modules draw random numbers, whose order would depend on the threads; if frequencies of positions
-    are chosen anew by each pass (LongRoPE, Ding et al. 2024); or if hooks make weights for a call and drop them
-    afterwards. They gain nothing if each would convert all weights for itself.
+    are chosen anew by each pass (LongRoPE, Ding et al. 2024); or if weights are made for a call and dropped afterwards,
+    by hooks or by PEFT's adapters on experts. They gain nothing if each would convert all weights for itself.
     """
     weight: Tensor = trunk.get_input_embeddings().weight
     if not has_two_threads(weight) or products_dtype(weight) is not weight.dtype:
         return False
     return not any(
-        module._forward_pre_hooks or isinstance(module, Nf4Linear) or _draws(module) or _chooses_frequencies(module)
+        module._forward_pre_hooks or isinstance(module, _ALONE) or _draws(module) or _chooses_frequencies(module)
         for module in trunk.modules()
     )
 

@@ -8,12 +8,14 @@ product.
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from alignment.core.errors import ModelError
 from alignment.costs.recorder import WEIGHTS, memory_for, on_shadows
 from alignment.models.assembly.precision import products_dtype
 
@@ -120,6 +122,28 @@ def quantize_trunk(model: PreTrainedModel, device: torch.device) -> None:
         with memory_for(WEIGHTS):
             setattr(model.base_model.get_submodule(path), own, Nf4Linear(layer.to(device)))
     _close_file(model)
+
+
+def refuse_mostly_whole(model: PreTrainedModel) -> None:
+    """Refuses a trunk that would need about as much memory as before, as with experts or GPT-2's convolutions.
+
+    Raises:
+        ModelError: linear layers hold less than half of what its matrices hold, without embeddings.
+    """
+    trunk = model.base_model
+    quantised = [layer.weight for _, layer in _linear_layers(trunk)]
+    embeddings = [module.weight for module in trunk.modules() if isinstance(module, nn.Embedding)]
+    apart = {id(weight) for weight in (*quantised, *embeddings)}
+    whole = {name: held for name, held in trunk.named_parameters() if held.dim() > 1 and id(held) not in apart}
+    if sum(weight.numel() for weight in quantised) >= sum(weight.numel() for weight in whole.values()):
+        return
+    names = dict.fromkeys(re.sub(r".*\.\d+\.", "", name).removesuffix(".weight") for name in whole)
+    raise ModelError(
+        f"only linear layers are quantised to four bits; most of {type(model).__name__} is in {', '.join(names)}, "
+        f"which would stay as it is",
+        where="adapter.kind",
+        remedy="use adapter=lora for this model",
+    )
 
 
 def _close_file(model: PreTrainedModel) -> None:

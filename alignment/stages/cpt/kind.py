@@ -9,14 +9,14 @@ from alignment.config.run import RunConfig
 from alignment.core.artifacts import POLICY
 from alignment.data.records import PlainText
 from alignment.data.tokens.row_kinds import TEXTS
-from alignment.stages.base import DataSlot, Learning, Outcome, StageKind
+from alignment.stages.base import DataSlot, Learning, Outcome, Reported, StageKind
 from alignment.stages.cpt.config import CptConfig
 from alignment.stages.cpt.proposal import PROPOSALS
 from alignment.stages.shared.kind_answers import (
+    and_held_out,
     handed_on,
     held_out_slot,
     next_token_curves,
-    next_token_metrics,
     replay_advice,
     why_not_validated,
 )
@@ -33,11 +33,16 @@ def _faults(config: CptConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         yield Fault(where=f"{where}.validation.share", message=message)
 
 
+def _reported(config: CptConfig) -> Reported:
+    """No text is too long or cut short, because it becomes several rows."""
+    return and_held_out(Reported(training=("loss",), counts=("rows",)), config.validation)
+
+
 KIND = StageKind(
     name="cpt",
     summary="continued pretraining on plain text",
     config=CptConfig,
-    revision=8,
+    revision=9,
     produces=POLICY,
     run="alignment.stages.cpt.run:run",
     data=_data,
@@ -50,7 +55,7 @@ KIND = StageKind(
         may_drop=True,
     ),
     outcome=Outcome(
-        metrics=next_token_metrics, why_missing=why_not_validated, lines=handed_on, against_forgetting=replay_advice
+        metrics=_reported, why_missing=why_not_validated, lines=handed_on, against_forgetting=replay_advice
     ),
     proposals=PROPOSALS,
 )

@@ -105,8 +105,9 @@ def refuse_wrong_reference(kl: Tensor) -> None:
 
 
 def warn_of_equal_scores(scores: Tensor) -> None:
-    """If all scores are equal, no answer is preferred, and the update only moves back towards the reference."""
-    if float(scores.max() - scores.min()) == 0.0:
+    """If all of several scores are equal, no answer is preferred, and the update only moves back towards the
+    reference."""
+    if len(scores) > 1 and float(scores.max() - scores.min()) == 0.0:
         log.warning(
             "all %d answers of this update score %g, so there is nothing to learn from them. If this continues: read "
             "samples.jsonl, raise max_new_tokens if no answer ends, or choose a scorer that gives different scores.",

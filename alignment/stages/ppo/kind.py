@@ -47,6 +47,8 @@ from alignment.stages.shared.scorer_slots import missing_reward_faults, reward_m
 
 LENGTH, OVERLONG = "penalty/length", "penalty/overlong"
 """What penalties took from the scores; each is reported if it is in use."""
+SCORE_STD = "objective/score_std"
+"""The standard deviation of the scores of an update, if it has several answers."""
 TIED_SHARE = "objective/tied_share"
 """The share of an update's prompts whose answers all have the same score."""
 
@@ -183,12 +185,13 @@ def _too_few_prompts(config: PpoConfig, num_prompts: int, where: str) -> Iterato
 
 
 def _reported(config: PpoConfig) -> Reported:
-    training = ("objective/score", "objective/score_std", "objective/kl", "response_length", "eos_rate")
+    training = ("objective/score", "objective/kl", "response_length", "eos_rate")
+    of_several = (SCORE_STD,) if config.optim.batch_size > 1 else ()
     of_groups = (TIED_SHARE,) if config.critic is Critic.none else ()
     counts = (*ROW_COUNTS, "updates", "memory/base_copies")
     families = ("guard/",) if config.guard.every else ()
     of_engine = reported_of_engine(config.sampling)
-    return Reported(training=(*training, *of_groups, *of_engine), counts=counts, families=families)
+    return Reported(training=(*training, *of_several, *of_groups, *of_engine), counts=counts, families=families)
 
 
 def _why_missing(config: PpoConfig, metric: str, stage: str) -> str:
@@ -204,7 +207,7 @@ def _doubts(metrics: Mapping[str, float]) -> list[str]:
             "none of the last update's answers ended within max_new_tokens, so all were cut off; raise "
             "max_new_tokens, or start from a policy that ends its answers"
         )
-    if metrics.get("objective/score_std") == 0.0 or metrics.get(TIED_SHARE) == 1.0:
+    if metrics.get(SCORE_STD) == 0.0 or metrics.get(TIED_SHARE) == 1.0:
         doubts.append(
             "all answers to each of the last update's prompts had the same score, so there was nothing to learn from; "
             "use a scorer that distinguishes them"
@@ -269,10 +272,10 @@ KIND = StageKind(
     name="ppo",
     summary="PPO, RLOO or GRPO on scores of the policy's own answers",
     config=PpoConfig,
-    revision=11,
+    revision=12,
     produces=POLICY,
     run="alignment.stages.ppo.run:run",
-    rehearse="alignment.stages.shared.scalar_check:refuse_base_without_scores",
+    rehearse="alignment.stages.ppo.policy_base:refuse_base",
     data=_data,
     scorers=in_use,
     faults=_faults,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from alignment.algos.kl import k3
 from alignment.algos.ppo import explained_variance
+from alignment.stages.ppo.kind import SCORE_STD
 from alignment.training.rl.advantages import Advantages
 from alignment.training.rl.experience import ScoredBatch
 from alignment.training.rl.policy_objective import PolicyLoss, PolicyObjective
@@ -15,10 +16,14 @@ from alignment.training.rl.step_metrics import UpdateMetrics
 
 def add_scores(metrics: UpdateMetrics, batch: ScoredBatch) -> None:
     """Adds each scorer's mean score, those of ensembles and penalties, and the standard deviation of the scores that
-    PPO maximises."""
+    PPO maximises, if there are several."""
     by_scorer = {f"score/{name}": values for name, values in batch.by_scorer.by_name().items()}
     metrics.values |= {name: float(values.mean()) for name, values in (by_scorer | dict(batch.parts)).items()}
-    metrics.values["objective/score_std"] = float(batch.scores.std(unbiased=False))
+    scores = batch.scores
+    if len(scores) > 1:
+        # The deviation of equal scores would be that of their rounded mean.
+        is_equal = bool(scores.max() == scores.min())
+        metrics.values[SCORE_STD] = 0.0 if is_equal else float(scores.std(unbiased=False))
 
 
 def add_episodes(

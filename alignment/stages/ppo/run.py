@@ -6,6 +6,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedModel
 
 from alignment.config.micro_batch import tokens_of
 from alignment.core.artifacts import read_manifest
@@ -21,7 +22,7 @@ from alignment.rewards.reward_models import Computation
 from alignment.stages.ppo.answer_trials import AnswerTrials
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.ppo.engine_checks import OF_ENGINE
-from alignment.stages.ppo.kind import TIED_SHARE
+from alignment.stages.ppo.kind import SCORE_STD, TIED_SHARE
 from alignment.stages.ppo.prompt_split import hold_out, refuse_long_prompts, tokenized_prompts
 from alignment.stages.ppo.scorers_in_use import GUARD, maximised
 from alignment.stages.ppo.served_sampling import served_engine
@@ -36,20 +37,20 @@ from alignment.training.finite import refuse_weights
 from alignment.training.rl.guard import Guard
 from alignment.training.rl.ptx import Ptx
 from alignment.training.rl.samples import Samples
+from alignment.training.row_lengths import refuse_long_rows
 from alignment.training.session import train
 from alignment.training.sharding import whole_state
 
 FROM_LAST_UPDATE = (
     "objective/score",
-    "objective/score_std",
     "objective/kl",
     "response_length",
     "eos_rate",
     "memory/base_copies",
 )
 """Metrics of the last update that are written to the manifest."""
-OF_SOME = (TIED_SHARE, *OF_ENGINE)
-"""Those that only some methods or engines have."""
+OF_SOME = (SCORE_STD, TIED_SHARE, *OF_ENGINE)
+"""Those that only some methods, engines or sizes of batches have."""
 
 
 def run(config: PpoConfig, context: StageContext) -> StageResult:
@@ -65,6 +66,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
     context.phase("loading")
     roles = roles_of(config, context, start, reward)
     refuse_long_prompts(config, roles.policy, prompts, rows)
+    ptx = _ptx(config, context, tokenizer, roles.policy)
     computation = Computation(
         device=context.device, dtype=spec.model.dtype, tokens=tokens_of(config.optim.micro_batch_tokens)
     )
@@ -79,7 +81,7 @@ def run(config: PpoConfig, context: StageContext) -> StageResult:
             ends,
             build_rewards(maximised(config), *from_stage),
             engine=engine,
-            ptx=_ptx(config, context, tokenizer),
+            ptx=ptx,
             samples=Samples(context, tokenizer, group=config.completions_per_prompt),
         )
         if config.guard.every:
@@ -126,14 +128,20 @@ def own_reward_model(context: StageContext) -> StageInput | None:
     return reward
 
 
-def _ptx(config: PpoConfig, context: StageContext, tokenizer: Any) -> Ptx | None:
+def _ptx(config: PpoConfig, context: StageContext, tokenizer: Any, policy: PreTrainedModel) -> Ptx | None:
+    """The loss of conversations beside PPO's, if it is wanted.
+
+    Raises:
+        ModelError: a conversation is longer than the policy's positions.
+    """
     if not config.ptx.coefficient:
         return None
     limits = Limits(row=config.max_prompt_length + config.max_new_tokens, too_long=config.too_long)
     rows, _ = token_rows(context, CONVERSATIONS, config.ptx.data, limits, tokenizer, field="ptx.data")
-    learned = [TokenizedConversation(**row) for row in split_origins(rows)[0]]
+    learned, origin_of = split_origins(rows)
+    refuse_long_rows(policy, learned, origin_of)
     return Ptx(
-        learned,
+        [TokenizedConversation(**row) for row in learned],
         context,
         coefficient=config.ptx.coefficient,
         batch_size=config.ptx.batch_size,

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import DynamicCache, LlamaConfig
+from transformers import DynamicCache, Gemma4Config, LlamaConfig
 
 from alignment.core.errors import ModelError
 from alignment.models.forward.attention import KeysValues
 from alignment.models.forward.decoding import decoding, may_see_room
 from alignment.models.kernels.kv_cache import ATTENTION, RowsCache, decoding_attention, decoding_mask
 from tests.tiny import tiny_config, tiny_model
+from tests.unit.models.conftest import SIZES, random_model
 
 HEADS, WIDTH = 2, 8
 
@@ -134,6 +135,19 @@ def test_attention_of_one_new_token_equals_the_formula_in_float64(
             torch.testing.assert_close(attended[row, 0, head].double(), expected, rtol=tolerance, atol=tolerance / 2)
 
 
+def test_a_boolean_mask_hides_columns_from_the_last_token_of_a_prompt() -> None:
+    """As in the later layers of Gemma 4, which compute no other token of a prompt."""
+    keys, values = _states(2, 6, seed=0)
+    query = torch.randn(2, HEADS, 1, WIDTH, generator=torch.Generator().manual_seed(1))
+    seen = torch.tensor([[False, False, False, True, True, True], [True, True, True, False, False, False]])
+    attended, _ = decoding_attention(nn.Module(), query, keys, values, seen[:, None, None])
+    for row, columns in enumerate([slice(3, 6), slice(0, 3)]):
+        for head in range(HEADS):
+            scores = keys[row, head, columns] @ query[row, head, 0] * WIDTH**-0.5
+            expected = torch.softmax(scores, 0) @ values[row, head, columns]
+            torch.testing.assert_close(attended[row, 0, head], expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_a_common_beginning_counts_as_if_each_row_held_it(groups: int, dtype: torch.dtype, tolerance: float) -> None:
@@ -219,3 +233,18 @@ def test_a_model_is_left_as_it_was_even_after_an_error(implementation: str) -> N
         fail()
     assert model.config._attn_implementation == implementation
     assert {name: vars(module).get("forward") for name, module in model.named_modules()} == before
+
+
+def test_parts_with_attention_of_their_own_get_it_back() -> None:
+    """Gemma 4's encoder of sounds knows the plainest attention only, and refuses that of the text model."""
+    text = {**SIZES, "head_dim": 16, "global_head_dim": 16}
+    per_layer = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8}
+    sound = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 16}
+    channels = {"subsampling_conv_channels": [8, 4]}
+    model = random_model(Gemma4Config(text_config={**text, **per_layer}, audio_config={**sound, **channels}))
+    configs = [model.config, model.config.text_config, model.config.audio_config]
+    for _ in range(2):
+        assert [config._attn_implementation for config in configs] == ["sdpa", "sdpa", "eager"]
+        with decoding(model):
+            assert model.config.text_config._attn_implementation == ATTENTION
+    assert [config._attn_implementation for config in configs] == ["sdpa", "sdpa", "eager"]

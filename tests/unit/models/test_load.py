@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, TaskType
+from transformers import AutoModelForSequenceClassification
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
@@ -290,6 +291,22 @@ def test_an_architecture_without_scores_is_named_with_what_works_instead(tmp_pat
         load_scalar(Lineage(source="path:experts", base=folder, adapters=()), torch.float32)
     assert "a base of another family" in caught.value.remedy
     assert "critic=shared or none" in caught.value.remedy
+
+
+def test_an_architecture_whose_score_takes_more_than_a_layer_is_refused(
+    base: Lineage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its other layers would have no numbers."""
+    plain = AutoModelForSequenceClassification.from_config
+
+    def with_more(config: Any) -> Any:
+        model = plain(config)
+        model.dense = torch.nn.Linear(4, 4, bias=False)
+        return model
+
+    monkeypatch.setattr(AutoModelForSequenceClassification, "from_config", with_more)
+    with pytest.raises(ModelError, match=r"^path:tiny: Llama\w+ makes its score .* it also has dense\.weight\n"):
+        load_scalar(base, torch.float32)
 
 
 def test_the_trunk_of_a_reward_model_is_the_policys(tmp_path: Path, base: Lineage) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from alignment.models.kernels.nf4 import Nf4Linear, quantize_trunk, round_trunk
+from alignment.core.errors import ModelError
+from alignment.models.kernels.nf4 import Nf4Linear, quantize_trunk, refuse_mostly_whole, round_trunk
 from tests.oracles.close import close
 from tests.tiny import tiny_model
 from tests.unit.models.conftest import relative
@@ -83,6 +84,21 @@ def test_a_trunk_in_four_bits_says_what_its_rounded_weights_say(architecture: st
     assert type(quantized.get_output_embeddings()) is nn.Linear, "the head stays as it is"
     close(quantized(ids).logits, rounded(ids).logits, rtol=1e-5, atol=1e-5)
     assert relative(rounded(ids).logits, model(ids).logits) > 1e-3, "rounding should be visible"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names"),
+    [
+        ("gpt2", "attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj"),
+        ("mixtral", "mlp.gate, mlp.experts.gate_up_proj, mlp.experts.down_proj"),
+    ],
+)
+def test_a_trunk_that_would_mostly_stay_whole_is_refused(architecture: str, names: str) -> None:
+    model = tiny_model(architecture)
+    with pytest.raises(ModelError, match=rf"^adapter\.kind: .* most of \w+ is in {names}, which would stay") as caught:
+        refuse_mostly_whole(model)
+    assert caught.value.remedy == "use adapter=lora for this model"
+    refuse_mostly_whole(tiny_model("llama"))
 
 
 @pytest.mark.skipif(not MAPS.exists(), reason="only Linux lists the files that a process has mapped")

@@ -24,6 +24,7 @@ from transformers import (
     JetMoeConfig,
     Llama4TextConfig,
     MllamaForCausalLM,
+    ModernBertDecoderConfig,
     MptConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -249,3 +250,10 @@ def test_a_text_model_of_llama_with_images_has_a_trunk() -> None:
     assert use_flat_attention(model)
     assert model.config._attn_implementation == ATTENTION
     assert_scores_are_those_of_transformers(model, reference)
+
+
+def test_a_model_with_a_layer_between_its_trunk_and_its_head_is_refused(tmp_path: Path) -> None:
+    """Its logits would be computed without that layer."""
+    random_model(ModernBertDecoderConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"ModernBertDecoder\w+ makes its logits .* lm_head\.dense\.weight, lm_"):
+        load_policy(Lineage(source="path:modernbert", base=tmp_path, adapters=()), torch.float32)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from peft import TaskType
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.costs.recorder import Recorder
@@ -238,9 +239,18 @@ def _four_bits() -> Any:
     return model
 
 
+def _adapters_on_experts() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of PEFT, about ranks of parameters that it converts itself
+        model = add_adapter(tiny_model("mixtral"), AdapterConfig(rank=2), TaskType.CAUSAL_LM)
+    assert any(isinstance(module, ParamWrapper) for module in model.modules())
+    return model
+
+
 @pytest.mark.parametrize(
     "make",
     [
+        _adapters_on_experts,
         _dropout_in_adapters,
         _dropout_without_a_module,
         _all_trained,

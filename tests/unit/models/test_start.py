@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -249,6 +250,15 @@ def test_an_adapter_keeps_its_shape_when_it_is_continued(
     _, saved = _first_stage(tmp_path, base, _adapter(AdapterKind.lora))
     with pytest.raises(ConfigError, match=rf"adapter\.{where}: the adapter to continue has"):
         _start(saved, AdapterConfig(**{"chain": CONTINUE, **changes}))
+
+
+@pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module:RuntimeWarning")
+def test_an_adapter_on_experts_is_continued_with_the_settings_that_it_was_made_with(tmp_path: Path) -> None:
+    """PEFT saves the names of parameters in place of those of the experts' projections."""
+    folder = save_tiny_model(tmp_path / "base", architecture="mixtral")
+    adapter = AdapterConfig(rank=4, target_modules=["q_proj", "w1", "w2", "w3"])
+    expected, saved = _first_stage(tmp_path, Lineage(source=BASE_SOURCE, base=folder, adapters=()), adapter)
+    close(_logits(_start(saved, replace(adapter, chain=CONTINUE))), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("chain", [Chain.stack, CONTINUE], ids=lambda chain: chain.value)

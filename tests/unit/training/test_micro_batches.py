@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
@@ -237,6 +238,29 @@ def test_without_masters_a_stage_keeps_and_saves_bfloat16_and_learns(
     name = "model.layers.0.mlp.up_proj.weight"
     assert saved[name].dtype == torch.bfloat16
     assert 1e-4 < float((saved[name].float() - before[name]).abs().mean()) < 1e-2
+
+
+def test_weight_decay_leaves_the_magnitudes_of_dora_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They begin as the norms of the base's weights."""
+    decays: dict[str, float] = {}
+    create = Trainer.create_optimizer
+
+    def noted(self: Trainer, *arguments: Any) -> torch.optim.Optimizer:
+        optimizer = create(self, *arguments)
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for group in optimizer.param_groups:
+            decays.update(dict.fromkeys((names[id(own)] for own in group["params"]), group["weight_decay"]))
+        return optimizer
+
+    monkeypatch.setattr(Trainer, "create_optimizer", noted)
+    config, run = STAGES["sft"]
+    adapter = replace(ADAPTER, kind=AdapterKind.dora)
+    config = replace(config, adapter=adapter, optim=replace(OPTIM, weight_decay=0.5, max_steps=1))
+    save_tiny_model(tmp_path / "base")
+    write_rows(tmp_path / "data.jsonl", pairs=False)
+    run(config, StageContext(spec=tiny_spec(tmp_path, config), rank=0, world_size=1))
+    assert {decay for name, decay in decays.items() if "lora_magnitude_vector" in name} == {0.0}
+    assert {decay for name, decay in decays.items() if ".lora_A." in name or ".lora_B." in name} == {0.5}
 
 
 def write_rows(file: Path, *, pairs: bool, rows: int = 12) -> None:

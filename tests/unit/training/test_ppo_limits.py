@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,11 @@ from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.data.tokens.tokenize import TokenizedConversation
 from alignment.models.forward.answers import unwrapped
 from alignment.rewards.scores import Scores
+from alignment.stages.ppo.collect import warn_of_equal_scores
+from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.ppo.kind import KIND
 from alignment.stages.ppo.prompt_split import hold_out
+from alignment.stages.ppo.report import add_scores
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.rl.guard import Guard, better_beyond_noise
 from alignment.training.rl.ptx import Ptx
@@ -360,6 +365,29 @@ def test_answers_that_all_score_alike_are_warned_of(
         run.train()
     assert "all 8 answers of this update score 1" in caplog.text
     assert run.metrics()[0]["objective/score_std"] == 0.0
+
+
+def _score_metrics(scores: torch.Tensor) -> dict[str, float]:
+    metrics = UpdateMetrics(lambda values: values)
+    batch: Any = SimpleNamespace(scores=scores, by_scorer=Scores.of({"rule": scores}), parts={})
+    add_scores(metrics, batch)
+    return metrics.values
+
+
+def test_equal_scores_do_not_deviate_however_many_they_are() -> None:
+    """Their mean may be rounded."""
+    deviations = [_score_metrics(torch.full((answers,), 0.1))["objective/score_std"] for answers in range(2, 100)]
+    assert deviations == [0.0] * 98
+    assert _score_metrics(torch.tensor([0.0, 2.0]))["objective/score_std"] == 1.0
+
+
+def test_one_score_alone_says_nothing_about_differences(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        warn_of_equal_scores(torch.tensor([0.5]))
+    assert caplog.text == ""
+    assert "objective/score_std" not in _score_metrics(torch.tensor([0.5]))
+    declared = [KIND.outcome.metrics(PpoConfig(optim=optim(batch_size=size))).training for size in (1, 2)]
+    assert ["objective/score_std" in names for names in declared] == [False, True]
 
 
 def test_without_a_missing_eos_penalty_every_score_stays(bench: Callable[..., Bench]) -> None:

@@ -13,6 +13,7 @@ import pytest
 from datasets import Dataset
 
 from alignment.config.data import DataConfig
+from alignment.config.replay import PtxConfig
 from alignment.config.validation import ValidationConfig
 from alignment.core.errors import ModelError
 from alignment.records.step_log import METRICS
@@ -110,6 +111,20 @@ def test_mismatched_answers_are_cut_to_the_positions_where_these_are_fewer(tmp_p
 def test_a_reference_does_not_read_rows_that_are_too_long(tmp_path: Path) -> None:
     config: Any = config_of("dpo", LORA)
     assert "rows.jsonl:3: a row of" in refusal(tmp_path, "dpo", config=replace(config, precompute_reference=True))
+
+
+def test_conversations_beside_ppo_are_checked_before_its_first_update(tmp_path: Path) -> None:
+    (tmp_path / "ptx").mkdir()
+    conversations = with_a_long_row(tmp_path / "ptx", "sft")
+    ptx = PtxConfig(coefficient=1.0, data=DataConfig(source=f"path:{conversations}"))
+    message = refusal(
+        tmp_path,
+        "ppo",
+        config=config_of("ppo", LORA, ptx=ptx),
+        data_path=DATA / "preferences.jsonl",
+        extra_data={"ptx.data": conversations},
+    )
+    assert message.startswith(f"{conversations}:3: a row of ")
 
 
 def test_held_out_rows_are_checked_before_training_too(tmp_path: Path) -> None:

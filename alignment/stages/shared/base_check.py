@@ -1,0 +1,43 @@
+"""Refuses a base model that cannot be sampled from, or whose head is not supported, before a run trains anything
+(``StageKind.rehearse``)."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from alignment.config.sampling_engine import Engine, SamplingConfig
+from alignment.core.model_files import architecture_in
+from alignment.job import StageSpec
+from alignment.models.forward.answers import refuse_scaled_logits
+from alignment.models.kernels.kv_cache import RowsCache
+
+
+def refuse_base_that_cannot_answer(spec: StageSpec, sampling: SamplingConfig, *, scored: bool) -> None:
+    """Checks that the run's base model can be sampled from, unless an engine does that, and if answers are ``scored``,
+    that it can give their log-probabilities.
+
+    Raises:
+        ModelError: it has layers that cache something else than keys and values, or its head does more than one matrix
+            product.
+    """
+    model = _without_weights(spec)
+    if model is None:
+        return
+    if sampling.engine is Engine.own:
+        RowsCache(model.config, room=0)
+    if scored:
+        refuse_scaled_logits(model)
+
+
+def _without_weights(spec: StageSpec) -> PreTrainedModel | None:
+    """The base model's shapes; None if it cannot be made from its configuration, which the first stage will report."""
+    if not architecture_in(spec.base_path):
+        return None
+    try:
+        config = AutoConfig.from_pretrained(str(spec.base_path), trust_remote_code=False)
+        with torch.device("meta"), no_init_weights():
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception:  # noqa: BLE001 - transformers raises whatever an architecture raises
+        return None
