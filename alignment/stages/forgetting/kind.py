@@ -40,6 +40,7 @@ KIND = StageKind(
     revision=7,
     produces=FORGETTING,
     run="alignment.stages.forgetting.run:run",
+    rehearse="alignment.stages.shared.base_check:refuse_base_without_logprobs",
     data=_data,
     references=References(faults=_reference_faults),
     launch=LaunchShape(runs_on=RunsOn.replicas),

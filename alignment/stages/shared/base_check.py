@@ -8,10 +8,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from alignment.config.sampling_engine import Engine, SamplingConfig
+from alignment.config.stage import StageConfig
 from alignment.core.model_files import architecture_in
 from alignment.job import StageSpec
 from alignment.models.forward.answers import refuse_scaled_logits
 from alignment.models.kernels.kv_cache import RowsCache
+from alignment.training.context import StageContext
 
 
 def refuse_base_that_cannot_answer(spec: StageSpec, sampling: SamplingConfig, *, scored: bool) -> None:
@@ -28,6 +30,16 @@ def refuse_base_that_cannot_answer(spec: StageSpec, sampling: SamplingConfig, *,
     if sampling.engine is Engine.own:
         RowsCache(model.config, room=0)
     if scored:
+        refuse_scaled_logits(model)
+
+
+def refuse_base_without_logprobs(_: StageConfig, context: StageContext) -> None:
+    """Checks that the run's base model, which the stage measures, can give log-probabilities.
+
+    Raises:
+        ModelError: its head does more than one matrix product.
+    """
+    if (model := _without_weights(context.spec)) is not None:
         refuse_scaled_logits(model)
 
 

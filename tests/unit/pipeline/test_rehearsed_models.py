@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,8 @@ from alignment.job import StageInput
 from alignment.pipeline.plan.plan import Plan
 from alignment.stages.evaluate import arm_base as evaluate_check
 from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.forgetting.config import ForgettingConfig
+from alignment.stages.registry import kind_of
 from alignment.stages.sample.config import SampleConfig
 from alignment.stages.sample.sampled_base import refuse_base
 from alignment.training.context import StageContext
@@ -211,6 +214,18 @@ def test_an_arm_without_another_to_compare_it_with_still_scores_references_and_c
     context = StageContext(spec=tiny_spec(tmp_path, config, **parts), rank=1, world_size=2)
     with pytest.raises(ModelError, match="scales its logits") if refused else nullcontext():
         evaluate_check.refuse_base(config, context)
+
+
+def test_a_base_that_scales_its_logits_is_refused_before_forgetting_is_measured(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    config = ForgettingConfig(arms=["stage:sft"])
+    module, _, function = kind_of(config).rehearse.partition(":")
+    check = getattr(importlib.import_module(module), function)
+    for name, settings in (("plain", {}), ("scaled", {"logit_scale": 0.5})):
+        write_config(tmp_path, model_type="llama", num_hidden_layers=1, **settings)
+        spec = tiny_spec(tmp_path / name, config, base_path=tmp_path / "model", inputs={})
+        with pytest.raises(ModelError, match="LlamaForCausalLM scales its") if settings else nullcontext():
+            check(config, StageContext(spec=spec, rank=0, world_size=1))
 
 
 def test_a_base_that_caches_a_state_is_refused_where_it_is_sampled_from(
