@@ -296,10 +296,10 @@ def test_the_name_of_a_stage_may_have_dots(runs: Runs) -> None:
     for name, rate in (("a", 1e-4), ("b", 2e-4)):
         runs.add(name, None)
         record = json.loads((runs.output / "runs" / name / "run.json").read_text())
-        record["config"]["stages"] = {"dpo": {"lr": rate}, "dpo.v2": {"lr": 10 * rate}}
+        record["config"]["stages"] = {"sft": {"lr": rate}, "dpo.v2": {"lr": 10 * rate}}
         (runs.output / "runs" / name / "run.json").write_text(json.dumps(record))
     lines = [line.split() for line in runs.compared("a", "b").splitlines() if "stages." in line]
-    assert lines == [["stages.dpo.lr", "0.0001", "0.0002"], ["stages.dpo.v2.lr", "0.001", "0.002"]]
+    assert lines == [["stages.sft.lr", "0.0001", "0.0002"], ["stages.dpo.v2.lr", "0.001", "0.002"]]
 
 
 def test_a_page_is_written_where_asked_for(runs: Runs, tmp_path: Path) -> None:
