@@ -11,16 +11,17 @@ from alignment.data.formats.plain import ALPACA, QUESTION_ANSWER
 from alignment.data.records import Example
 from alignment.data.turns import Message, tools_of
 
+_WORDS = ("true", "false")
 _LABELLED: Mapping[str, Callable[[Mapping[str, Any]], bool]] = {
     "messages": lambda row: starts_with_turn(row.get("messages")),
     "prompt": lambda row: holds(row, "prompt", "completion"),
-    "conversations": lambda row: starts_with_turn(row.get("conversations")) and _is_verdict(row["label"]),
-    "instruction": lambda row: ALPACA.fits(row) and _is_verdict(row["label"]),
-    "question": lambda row: QUESTION_ANSWER.fits(row) and _is_verdict(row["label"]),
+    "conversations": lambda row: starts_with_turn(row.get("conversations")) and _is_one_of(row, *_WORDS, "1", "0"),
+    "instruction": lambda row: ALPACA.fits(row) and _is_one_of(row, *_WORDS),
+    "question": lambda row: QUESTION_ANSWER.fits(row) and _is_one_of(row, *_WORDS),
 }
-"""What a row with a label has besides, by the column that holds its prompt. Next to
-conversations, an instruction or a question the label may be a class, such as a topic or a number, so it must be true or
-false."""
+"""What a row with a label has besides, by the column that holds its prompt. Next to conversations, an instruction or a
+question the label may be a class, such as a topic, so it must be true or false. Next to the latter two it may also be
+the number of a class, so 1 and 0 do not count there."""
 _ANSWERS = {"instruction": "output", "question": "answer"}
 """The column of the labelled answer, if it is not ``completion``."""
 
@@ -39,8 +40,8 @@ def _has_turns(row: Mapping[str, Any], field: str, key: str) -> bool:
     return starts_with_turn(row.get(field)) and key in row[field][0]
 
 
-def _is_verdict(label: Any) -> bool:
-    return str(label).strip().lower() in ("true", "false")
+def _is_one_of(row: Mapping[str, Any], *labels: str) -> bool:
+    return str(row["label"]).strip().lower() in labels
 
 
 def _labelled_prompt(row: Mapping[str, Any]) -> str | None:

@@ -290,17 +290,19 @@ def test_a_label_counts_in_whatever_columns_its_answer_is(row: dict[str, Any], m
     (answer,) = _records(LabelledAnswer, bad)
     assert (answer.answer, answer.desirable) == ("5.", False)
     assert [turn.as_dict() for turn in answer.messages] == [ASKED]
+    if "conversations" in row:
+        with pytest.raises(SetAside, match="'label' says that the answer is bad"):
+            _records(Conversation, row | more | {"label": 0})
     (good,) = _records(Conversation, row | more | {"label": "true"})
     assert [turn.content for turn in good.messages] == ["2 + 2?", "5."]
 
 
-@pytest.mark.parametrize("label", ["arithmetic", 0, "1"])
 @pytest.mark.parametrize(
-    "row",
+    ("row", "label"),
     [
-        {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4."}]},
-        {"instruction": "2 + 2?", "output": "4."},
-        {"question": "2 + 2?", "answer": "4."},
+        ({"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4."}]}, "arithmetic"),
+        *(({"instruction": "2 + 2?", "output": "4."}, label) for label in ("arithmetic", 0, "1")),
+        *(({"question": "2 + 2?", "answer": "4."}, label) for label in ("arithmetic", 0, "1")),
     ],
 )
 def test_a_label_that_is_a_class_does_not_judge_the_answer(row: dict[str, Any], label: Any) -> None:
