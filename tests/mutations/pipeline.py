@@ -93,8 +93,8 @@ MUTATIONS = [
         ),
         (
             "two runs work in one folder",
-            'lock, waiting = plan.run_folder / "lock", ',
-            'lock, waiting = plan.run_folder / f"lock-{time.time()}", ',
+            'held(plan.run_folder / "lock", wait=wait, ',
+            'held(plan.run_folder / f"lock-{time.time()}", wait=wait, ',
             "test_a_run_in_use_is_left_alone",
         ),
         (

@@ -57,11 +57,21 @@ MUTATIONS = [
     *in_file(
         "commands/serve/request_checks.py",
         REQUESTS,
-        ("several answers are asked for, and one comes", "return bool(value != 1)", "return False", REFUSED),
+        (
+            (
+                "several answers are asked for, and one comes",
+                "return lambda value: bool(value != usual)",
+                "return lambda value: False",
+                REFUSED,
+            ),
+            "return lambda value: bool(value != usual)",
+            "return lambda value: False",
+            REFUSED,
+        ),
         (
             "penalties are ignored",
-            '    **_PENALTIES,\n    "n": _several,\n    "logprobs": bool,',
-            '    "n": _several,\n    "logprobs": bool,',
+            '    **_PENALTIES,\n    "n": _other_than(1),\n    "logprobs": bool,',
+            '    "n": _other_than(1),\n    "logprobs": bool,',
             REFUSED,
         ),
         (

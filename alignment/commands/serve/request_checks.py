@@ -13,8 +13,8 @@ _Asks = Callable[[Any], bool]
 """Whether a value asks for more than the field's absence does."""
 
 
-def _several(value: Any) -> bool:
-    return bool(value != 1)
+def _other_than(usual: Any) -> _Asks:
+    return lambda value: bool(value != usual)
 
 
 def _unless_false(value: Any) -> bool:
@@ -29,44 +29,28 @@ def _text_form(value: Any) -> bool:
     return not isinstance(value, Mapping) or _form(value.get("format") or {"type": "text"})
 
 
-def _truncation(value: Any) -> bool:
-    return bool(value != "disabled")
-
-
-def _tool_choice(value: Any) -> bool:
-    return bool(value != "auto")
-
-
-def _modalities(value: Any) -> bool:
-    return bool(value != ["text"])
-
-
-def _verbosity(value: Any) -> bool:
-    return bool(value != "medium")
-
-
 _PENALTIES: Mapping[str, _Asks] = {"presence_penalty": bool, "frequency_penalty": bool}
 """transformers ignores the first, and takes the second for a penalty on the words of the prompt too."""
 CHAT: Mapping[str, _Asks] = {
     **_PENALTIES,
-    "n": _several,
+    "n": _other_than(1),
     "logprobs": bool,
     "top_logprobs": bool,
     "response_format": _form,
-    "tool_choice": _tool_choice,
+    "tool_choice": _other_than("auto"),
     "functions": bool,
     "function_call": bool,
     "reasoning_effort": bool,
     "prediction": bool,
     "audio": bool,
-    "modalities": _modalities,
-    "verbosity": _verbosity,
+    "modalities": _other_than(["text"]),
+    "verbosity": _other_than("medium"),
     "web_search_options": _unless_false,
 }
 COMPLETION: Mapping[str, _Asks] = {
     **_PENALTIES,
-    "n": _several,
-    "best_of": _several,
+    "n": _other_than(1),
+    "best_of": _other_than(1),
     "echo": bool,
     "logit_bias": bool,
     "logprobs": _unless_false,
@@ -82,14 +66,14 @@ RESPONSE: Mapping[str, _Asks] = {
     "prompt": bool,
     "reasoning": bool,
     "text": _text_form,
-    "tool_choice": _tool_choice,
+    "tool_choice": _other_than("auto"),
     "top_logprobs": bool,
-    "truncation": _truncation,
+    "truncation": _other_than("disabled"),
 }
 LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 """Fields that bound the tokens of an answer."""
-_NUMBERS: Mapping[str, tuple[float, float]] = {"temperature": (0.0, math.inf), "top_p": (0.0, 1.0)}
-"""Smallest and largest value."""
+_NUMBERS: Mapping[str, tuple[float, str]] = {"temperature": (math.inf, "0 or more"), "top_p": (1.0, "0 to 1")}
+"""The largest value, and in words which are allowed; the smallest is 0."""
 
 
 def refusal(message: str) -> HTTPException:
@@ -115,10 +99,10 @@ def refuse_unsupported(body: Mapping[str, Any], asks: Mapping[str, _Asks]) -> No
         value = body.get(name)
         if value is not None and not (type(value) is int and value >= 1):
             raise refusal(f"{name}={_short(value)} is not a whole number of 1 or more")
-    for name, (least, most) in _NUMBERS.items():
+    for name, (largest, allowed) in _NUMBERS.items():
         value = body.get(name)
-        if value is not None and not (type(value) in (int, float) and least <= value <= most):
-            raise refusal(f"{name}={_short(value)} is not a number of {least:g} or more, up to {most:g}")
+        if value is not None and not (type(value) in (int, float) and 0 <= value <= largest):
+            raise refusal(f"{name}={_short(value)} is not allowed; a number of {allowed}")
     if body.get("seed") is not None and type(body["seed"]) is not int:
         raise refusal(f"seed={_short(body['seed'])} is not a whole number")
 

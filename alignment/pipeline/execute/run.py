@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from datetime import UTC, datetime
 from typing import Protocol, cast
@@ -128,8 +128,9 @@ def run_plan(
 
 def _execute(plan: Plan, only: str | None, console: Console, command_for: CommandFor | None, *, wait: bool) -> int:
     with ExitStack() as stack:
-        lock, waiting = plan.run_folder / "lock", _noted_once(announcer(console))
-        stack.enter_context(held(lock, wait=wait, waiting=waiting, remedy=exchange.WAIT))
+        if wait and is_held(plan.run_folder / "lock"):
+            announcer(console)("another process is working on this run; waiting")
+        stack.enter_context(held(plan.run_folder / "lock", wait=wait, remedy=exchange.WAIT))
         remove_leftovers(plan.run_folder, shared=True)  # a call that submits jobs writes jobs.json there
         machines.forget_attempts(plan)
         stack.enter_context(machines.showing_life(plan.run_folder, plan.config.launch))
@@ -147,17 +148,6 @@ def _execute(plan: Plan, only: str | None, console: Console, command_for: Comman
     if HERE not in plan.overrides:  # in a job, the chain goes on; the call that waits for its end reports this
         _judge(plan, only, console)
     return 0
-
-
-def _noted_once(announce: Announce) -> Callable[[], None]:
-    """For a wait, which calls it again and again."""
-    texts = iter(["another process is working on this run; waiting"])
-
-    def note() -> None:
-        for text in texts:
-            announce(text)
-
-    return note
 
 
 def _end(plan: Plan, recorder: RunRecorder) -> bool:

@@ -554,48 +554,39 @@ def test_a_result_that_another_run_works_on_is_left_alone(align: Align) -> None:
     assert explanation(align.run_folder, left) == []
 
 
-def test_one_that_waits_takes_what_the_other_run_made(align: Align) -> None:
-    align()
-    artifact = Path(align.record()["stages"]["sft"]["artifact"])
-    hidden = artifact.rename(artifact.with_name("gone"))
+def run_that_waits(align: Align, lock: Path, announcement: str, *, then: Callable[[], object] = lambda: None) -> str:
+    """What a run prints that waits for the lock; its holder does ``then`` when that is announced, and lets go."""
     screen = StringIO()
     with ExitStack() as other:
-        other.enter_context(held(artifact.with_name(f"{artifact.name}.work") / "lock", wait=False))
+        other.enter_context(held(lock, wait=False))
 
         def finish() -> None:
-            deadline = time.monotonic() + 60
-            while "sft: another process is working on it; waiting" not in screen.getvalue():
-                assert time.monotonic() < deadline
-                time.sleep(0.01)
-            hidden.rename(artifact)
+            wait_until(lambda: announcement in screen.getvalue())
+            then()
             other.close()
 
         thread = threading.Thread(target=finish)
         thread.start()
-        code = run("quickstart", align.overrides, console=Console(file=screen), wait=True, command_for=fake)
+        assert run("quickstart", align.overrides, console=Console(file=screen), wait=True, command_for=fake) == 0
         thread.join()
-    assert code == 0
+    return screen.getvalue()
+
+
+def test_one_that_waits_takes_what_the_other_run_made(align: Align) -> None:
+    align()
+    artifact = Path(align.record()["stages"]["sft"]["artifact"])
+    hidden = artifact.rename(artifact.with_name("gone"))
+    lock = artifact.with_name(f"{artifact.name}.work") / "lock"
+    waiting = "sft: another process is working on it; waiting"
+    run_that_waits(align, lock, waiting, then=lambda: hidden.rename(artifact))
     assert {name: stage["state"] for name, stage in align.record()["stages"].items()}["sft"] == "reused"
     assert align.record()["stages"]["sft"]["seconds"] == 1.0, "what it took when it was made"
 
 
 def test_a_wait_for_the_same_run_is_announced_once(align: Align) -> None:
     align()
-    screen = StringIO()
-    with ExitStack() as other:
-        other.enter_context(held(align.run_folder / "lock", wait=False))
-
-        def finish() -> None:
-            wait_until(lambda: "another process is working on this run; waiting" in screen.getvalue())
-            time.sleep(1.2)
-            other.close()
-
-        thread = threading.Thread(target=finish)
-        thread.start()
-        code = run("quickstart", align.overrides, console=Console(file=screen), wait=True, command_for=fake)
-        thread.join()
-    assert code == 0
-    assert screen.getvalue().count("another process is working on this run; waiting") == 1
+    waiting = "another process is working on this run; waiting"
+    assert run_that_waits(align, align.run_folder / "lock", waiting).count(waiting) == 1
 
 
 def test_an_error_and_a_cost_of_other_settings_are_forgotten(align: Align, monkeypatch: pytest.MonkeyPatch) -> None:
