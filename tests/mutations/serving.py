@@ -58,12 +58,7 @@ MUTATIONS = [
         "commands/serve/request_checks.py",
         REQUESTS,
         (
-            (
-                "several answers are asked for, and one comes",
-                "return lambda value: bool(value != usual)",
-                "return lambda value: False",
-                REFUSED,
-            ),
+            "several answers are asked for, and one comes",
             "return lambda value: bool(value != usual)",
             "return lambda value: False",
             REFUSED,
