@@ -11,6 +11,7 @@ import torch
 from alignment import worker
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.data import DataConfig
+from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.stage import StageConfig
 from alignment.job import StageInput, StageSpec
@@ -23,7 +24,7 @@ from alignment.stages.reward.config import RewardConfig
 from alignment.stages.sft.config import SftConfig
 from alignment.training.context import StageContext
 from tests.device import need_bitsandbytes
-from tests.tiny import save_tiny_model, tiny_spec
+from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec
 
 DATA = Path(__file__).parents[1] / "data" / "quickstart"
 FILES = {
@@ -32,6 +33,13 @@ FILES = {
     "reward": "preferences",
     "dpo": "preferences",
     "kto": "preferences",
+}
+_CONFIGS: dict[str, tuple[type[StageConfig], dict[str, Any]]] = {
+    "cpt": (CptConfig, {"max_length": 64}),
+    "sft": (SftConfig, {}),
+    "reward": (RewardConfig, {"eval_fraction": 0.0}),
+    "dpo": (DpoConfig, {"save_every": 1}),
+    "kto": (KtoConfig, {"save_every": 1}),
 }
 LORA, FULL = AdapterConfig(rank=4), AdapterConfig(kind=AdapterKind.full)
 QLORA = AdapterConfig(kind=AdapterKind.qlora, rank=4, chain=Chain.stack)
@@ -42,28 +50,24 @@ SAME_PREFIX = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=4, chain=CON
 
 def config_of(kind: str, adapter: AdapterConfig, **changes: Any) -> StageConfig:
     """Two optimiser steps on eight rows."""
+    data = DataConfig(source=str(DATA), limit=8)
+    of_all: dict[str, Any] = {"adapter": adapter, "data": data, "max_length": 4096}
+    if kind == "ppo":
+        sizes = {"updates": 2, "ppo_epochs": 2, "max_prompt_length": 4096, "max_new_tokens": 6}
+        del of_all["max_length"]
+        return PpoConfig(**{**of_all, "optim": PpoOptimConfig(lr=1e-2, batch_size=4), **sizes, **changes})
+    config, own = _CONFIGS[kind]
     optim = OptimConfig(lr=1e-2, batch_size=4, warmup_ratio=0.0)
-    settings: dict[str, Any] = {"adapter": adapter, "data": DataConfig(source=str(DATA), limit=8), **changes}
-    if kind == "cpt":
-        return CptConfig(optim=optim, max_length=64, **settings)
-    if kind == "sft":
-        return SftConfig(optim=optim, max_length=4096, **settings)
-    if kind == "reward":
-        return RewardConfig(optim=optim, max_length=4096, eval_fraction=0.0, **settings)
-    if kind == "dpo":
-        return DpoConfig(optim=optim, max_length=4096, save_every=1, **settings)
-    if kind == "kto":
-        return KtoConfig(optim=optim, max_length=4096, save_every=1, **settings)
-    sizes = {"updates": 2, "ppo_epochs": 2, "max_prompt_length": 4096, "max_new_tokens": 6}
-    return PpoConfig(**{"optim": PpoOptimConfig(lr=1e-2, batch_size=4), **sizes, **settings})
+    return config(**{**of_all, "optim": optim, **own, **changes})
 
 
 class Chained:
     """Runs stages in one folder as the worker does, one after another."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, dtype: Dtype = Dtype.float32, **model: Any) -> None:
         self.folder = folder
-        self.base = save_tiny_model(folder / "base")
+        self.base = save_tiny_model(folder / "base", **model)
+        self.model = ModelConfig(source=BASE_SOURCE, dtype=dtype)
         self.inputs: dict[str, StageInput] = {}
 
     def spec(
@@ -84,7 +88,7 @@ class Chained:
             self.folder,
             config,
             inputs=inputs,
-            **{"data_path": DATA / f"{FILES.get(kind, 'preferences')}.jsonl", **changes},
+            **{"data_path": DATA / f"{FILES.get(kind, 'preferences')}.jsonl", "model": self.model, **changes},
         )
 
     def run(self, kind: str, adapter: AdapterConfig, *, init: str = "base", **changes: Any) -> list[dict[str, float]]:

@@ -297,4 +297,7 @@ def _grown(factory: Any, config: PreTrainedConfig, seed: int) -> PreTrainedModel
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=0.25)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                torch.nn.init.normal_(parameter, std=0.25)
     return model.eval()

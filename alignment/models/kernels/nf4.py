@@ -77,17 +77,17 @@ class Nf4Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[…, out]``."""
-        product: Tensor = _Product.apply(x.to(computes_in(self)), self)
-        return product if self.bias is None else product + self.bias.to(product.dtype)
+        flat: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]).to(computes_in(self)), self)
+        return flat.view(*x.shape[:-1], -1)
 
 
 class _Product(torch.autograd.Function):
-    """x Wᵀ for a frozen weight that is dequantised again in the backward pass instead of being stored."""
+    """x Wᵀ + b of ``x [tokens, in]``; the weight is dequantised again in the backward pass instead of being stored."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: Nf4Linear) -> Tensor:
         ctx.layer, ctx.dtype = layer, x.dtype
-        return x @ layer.dense().to(x.dtype).T
+        return frozen_product(x, layer)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -112,6 +112,15 @@ def computes_in(layer: nn.Linear) -> torch.dtype:
 def frozen_weight(layer: nn.Linear, dtype: torch.dtype) -> Tensor:
     """``[out, in]`` weight of a linear layer in the dtype of a product, dequantised if it has four bits."""
     return (layer.dense() if isinstance(layer, Nf4Linear) else layer.weight).to(dtype)
+
+
+def frozen_product(x: Tensor, layer: nn.Linear) -> Tensor:
+    """``[tokens, out]`` x Wᵀ + b, rounded once.
+
+    Layers with and without adapters share it, so that an adapter of zeros changes no bit.
+    """
+    weight = frozen_weight(layer, x.dtype)
+    return x @ weight.T if layer.bias is None else torch.addmm(layer.bias.to(x.dtype), x, weight.T)
 
 
 def quantize_trunk(model: PreTrainedModel, device: torch.device) -> None:

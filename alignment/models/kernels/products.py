@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from alignment.models.kernels.dora_norms import change_of_magnitude
-from alignment.models.kernels.nf4 import Nf4Linear, computes_in, frozen_weight
+from alignment.models.kernels.nf4 import Nf4Linear, computes_in, frozen_product, frozen_weight
 from alignment.models.kernels.origins import Origin, input_again, origin_of, to_store
 from alignment.models.kernels.whole_products import are_whole, whole_products
 
@@ -168,14 +168,17 @@ class _LowRankProducts(torch.autograd.Function):
             inner = flat @ low.T
             inners = inner.split([up.shape[1] for up in ups], dim=1)
             sums = [
-                _product(flat, base, biased=change is None).addmm_(own_inner, up.T)
-                for base, own_inner, up, change in zip(bases, inners, ups, changes, strict=True)
+                frozen_product(flat, base).addmm_(own_inner, up.T)
+                for base, own_inner, up in zip(bases, inners, ups, strict=True)
             ]
-            outs = [
-                own if change is None else _with_bias(torch.addcmul(own, own, change), base)
+            unscaled = [
+                None if change is None else _without_bias(own, base)
                 for base, own, change in zip(bases, sums, changes, strict=True)
             ]
-        unscaled = [None if change is None else own for own, change in zip(sums, changes, strict=True)]
+            outs = [
+                own if scaled is None or change is None else torch.addcmul(own, scaled, change)
+                for own, scaled, change in zip(sums, unscaled, changes, strict=True)
+            ]
         ctx.save_for_backward(low, inner, *ups, *changes, *unscaled, *to_store(ctx, flat, origin))
         ctx.bases, ctx.scales, ctx.shape = bases, scales, x.shape
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in trained]
@@ -216,10 +219,6 @@ class _LowRankProducts(torch.autograd.Function):
         return grad_x, None, None, None, *trained
 
 
-def _product(x: Tensor, base: nn.Linear, *, biased: bool) -> Tensor:
-    weight = frozen_weight(base, x.dtype)
-    return torch.addmm(base.bias.to(x.dtype), x, weight.T) if biased and base.bias is not None else x @ weight.T
-
-
-def _with_bias(out: Tensor, base: nn.Linear) -> Tensor:
-    return out if base.bias is None else out.add_(base.bias)
+def _without_bias(out: Tensor, base: nn.Linear) -> Tensor:
+    """The bias is rounded with the product and not added later: then a change of 0 changes no bit."""
+    return out if base.bias is None else out - base.bias
