@@ -49,14 +49,15 @@ class FirstBatch:
         }
 
     def refuse_other_start(self) -> None:
-        """Raises StageError unless policy and reference agree on every answer."""
+        """Raises StageError unless policy and reference agree on every answer, of this batch or precomputed."""
+        if self._trainer.precomputed is not None:
+            refuse_other_reference(self._trainer.precomputed.start_rows())
+            return
         reference = torch.cat(self._of_all(self._trainer.reference_logprobs))
         policy = torch.cat([self.start.chosen, self.start.rejected])
         tokens = torch.cat([self.start.chosen_tokens, self.start.rejected_tokens]).int()
         rows = zip(policy.tolist(), reference.tolist(), tokens.tolist(), strict=True)
-        refuse_other_reference(
-            (StartRow(*row) for row in rows), self._trainer.precomputed, tolerance=self._trainer.start_tolerance
-        )
+        refuse_other_reference(StartRow(*row) for row in rows)
 
     def _of_all(self, values: Callable[[Batch], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """``[pairs]`` values of chosen and of rejected answers, of all processes, on the CPU."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from trl import KTOTrainer
 
-from alignment.models.forward.transfer import on_host, sent
+from alignment.models.forward.transfer import on_host
 from alignment.stages.shared.start_check import StartRow
 from alignment.stages.shared.start_reference import AgainstStart, answer_logprobs
 from alignment.training.micro_batches import Batch, Unit
@@ -52,23 +52,25 @@ class TokenizedKtoTrainer(AgainstStart, KTOTrainer):
         What remains of these is the estimate of the divergence. Every process must call this.
         """
         parts = [part for part, _ in self._micro_batches(inputs)]
+        batch = {name: value for name, value in inputs.items() if not name.startswith(OTHER)}
         with self.accelerator.autocast():
-            reference = torch.cat([self._of_reference(part) for part in parts])
-            batch = {name: value for name, value in inputs.items() if not name.startswith(OTHER)}
-            batch[REFERENCE] = reference[:, 0]
+            batch[REFERENCE] = torch.cat([self._of_reference(part, REFERENCE, part) for part in parts])
             if self.calculate_KL:
-                policy = torch.cat([answer_logprobs(model, _others(part)) for part in parts])
-                own = (policy - reference[:, 1]).mean()
-                self._divergence = self.accelerator.gather(own).mean()
-                batch[OTHER_REFERENCE] = torch.zeros_like(policy)  # it is in the divergence already
+                log_ratios = [
+                    answer_logprobs(model, _others(part)) - self._of_reference(part, OTHER_REFERENCE, _others(part))
+                    for part in parts
+                ]
+                self._divergence = self.accelerator.gather(torch.cat(log_ratios).mean()).mean()
+                batch[OTHER_REFERENCE] = torch.zeros_like(batch[REFERENCE])  # it is in the divergence already
         return batch
 
-    def _of_reference(self, batch: Batch) -> Tensor:
-        """``[rows, 1]`` or ``[rows, 2]``: log-probabilities of the answers, and of the mismatched ones."""
-        if REFERENCE in batch:
-            return torch.stack([batch[name] for name in (REFERENCE, OTHER_REFERENCE) if name in batch], dim=-1)
-        rows = _alternating(batch) if self.calculate_KL else batch
-        return answer_logprobs(self.ref_model, rows).view(len(batch[LABEL]), -1)
+    def _of_reference(self, batch: Batch, column: str, rows: Batch) -> Tensor:
+        """``[rows]`` log-probabilities by the reference: the column, or those of ``rows``.
+
+        The policy reads the same rows at once, so that both are rounded alike.
+        """
+        known: Tensor | None = batch.get(column)
+        return answer_logprobs(self.ref_model, rows) if known is None else known
 
     def _compute_kl_logps(self, model: nn.Module, batch: Batch) -> Tensor | None:
         """TRL takes the mean of these, less ``ref_KL_logps``, over the micro-batch and all processes."""
@@ -90,7 +92,7 @@ class TokenizedKtoTrainer(AgainstStart, KTOTrainer):
         for part, _ in self._micro_batches(batch):
             with torch.no_grad(), self.accelerator.autocast():
                 policy = answer_logprobs(self.model, part)
-                reference = self._of_reference(part)[:, 0]
+                reference = self._of_reference(part, REFERENCE, part)
             tokens = part["completion_mask"].sum(-1)
             for row in zip(policy.tolist(), reference.tolist(), tokens.tolist(), strict=True):
                 yield StartRow(*row)
@@ -98,14 +100,3 @@ class TokenizedKtoTrainer(AgainstStart, KTOTrainer):
 
 def _others(batch: Batch) -> Batch:
     return {name: batch[OTHER + name] for name in TEXT}
-
-
-def _alternating(batch: Batch) -> Batch:
-    """``[2 rows, columns]``: each answer, then the mismatched one, so that a stream holds their prompt once."""
-    columns = max(batch[prefix + TEXT[0]].shape[1] for prefix in ("", OTHER))
-    both = {}
-    for name in TEXT:
-        sides = on_host(batch[name], batch[OTHER + name])
-        padded = [nn.functional.pad(side, (0, columns - side.shape[1])) for side in sides]
-        both[name] = torch.stack(padded, dim=1).flatten(0, 1)
-    return sent(both, batch[TEXT[0]].device)

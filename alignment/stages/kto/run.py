@@ -133,7 +133,7 @@ def _trainer(
 
 
 def check_start(trainer: TokenizedKtoTrainer) -> None:
-    """Policy and reference must agree on every answer of the first batch before the first step.
+    """Policy and reference must agree before the first step, on the first batch or on the first precomputed answers.
 
     Raises:
         StageError: they differ, so the reference is not the policy that the stage starts from.
@@ -141,4 +141,5 @@ def check_start(trainer: TokenizedKtoTrainer) -> None:
     batch = next(iter(trainer.get_train_dataloader()))
     trainer.model.train()  # as in training, so that active dropout is noticed
     with copied_in_calls(unwrapped(trainer.model), trainer.args.device):
-        refuse_other_reference(trainer.start_rows(batch), trainer.precomputed, tolerance=trainer.start_tolerance)
+        precomputed = trainer.precomputed
+        refuse_other_reference(trainer.start_rows(batch) if precomputed is None else precomputed.start_rows())

@@ -1,7 +1,9 @@
 """Log-probabilities of answers under a frozen reference, computed once and cached by content.
 
 A stage with other settings on the same rows and starting policy (as in a sweep over beta) reads them from the cache.
-The file name depends on everything that could change them: weights, tokens, number format and device.
+The file name depends on everything that could change them: weights, tokens, number format, device and micro-batches.
+In bfloat16 a log-probability also depends on the rows of its micro-batch and on the processor. So what is compared with
+a cached one is computed in the same micro-batch, and a file that another processor wrote is not used.
 """
 
 from __future__ import annotations
@@ -29,12 +31,13 @@ from alignment.models.assembly.weight_file import write_weights
 from alignment.models.assembly.weights_hash import weights_sha256
 from alignment.models.forward.answers import answer_statistics, answer_stream, micro_batches_of
 from alignment.stages.shared.preference_pairs import rows_of
+from alignment.stages.shared.start_check import START_TOLERANCE, StartRow
 from alignment.training.context import StageContext
 from alignment.training.sharding import everyones
 
 log = logging.getLogger(__name__)
 
-VERSION = 6
+VERSION = 7
 """Raised when the computation changes, so that older files are not used."""
 
 
@@ -42,12 +45,29 @@ VERSION = 6
 class Reference:
     """Log-probabilities of answers, ``[rows]`` in nats, by the column of the answers; and the file that caches them.
 
-    The file may not exist yet. ``is_final``: it may be written.
+    The file may not exist yet. ``is_final``: it may be written. ``own`` computes this process's share of the rows.
     """
 
     logprobs: Mapping[str, Tensor]
     file: Path
+    own: OwnRows
     is_final: bool = True
+
+    def start_rows(self) -> list[StartRow]:
+        """Answers of this process beside their reference, computed with the policy as it is now.
+
+        They are those of the first micro-batch of each column, as in bfloat16 other micro-batches give other values.
+        """
+        return [
+            StartRow(now, before, len(ids))
+            for answer, every in self.logprobs.items()
+            for now, before, ids in zip(
+                self.own.sums(answer, micro_batches=1).tolist(),
+                every[self.own.rank :: self.own.world_size].tolist(),
+                self.own.rows[answer],
+                strict=False,
+            )
+        ]
 
     def keep(self) -> None:
         """Writes the file if it may be written, unless it exists and is complete.
@@ -57,6 +77,38 @@ class Reference:
         rows = {len(column) for column in self.logprobs.values()}
         if self.is_final and _read(self.file, tuple(self.logprobs), rows=rows.pop()) is None:
             _write(self.file, dict(self.logprobs))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OwnRows:
+    """Every n-th row, of n processes, and what computes them; ``tokens`` limits the tokens of a micro-batch."""
+
+    policy: PreTrainedModel
+    rows: Dataset
+    dtype: Dtype
+    tokens: int
+    rank: int
+    world_size: int
+
+    @torch.no_grad()
+    def sums(self, answer: str, *, micro_batches: int | None = None) -> Tensor:
+        """``[rows]`` log-probabilities of the answers in the column ``answer``; of the first ``micro_batches`` only."""
+
+        def size(micro_batch: range) -> int:
+            texts = self.rows[micro_batch.start : micro_batch.stop]
+            return sum(map(len, [*texts["prompt"], *texts[answer]]))
+
+        sums: list[Tensor] = []
+        ranges = micro_batches_of(rows_of(self.rows, "prompt", answer), tokens=self.tokens)[:micro_batches]
+        with products_in(self.dtype, self.policy.device):
+            for micro_batch in some_of(ranges, size):
+                texts = self.rows[micro_batch.start : micro_batch.stop]
+                part = answer_stream(texts["prompt"], texts[answer], self.policy.device)
+                logprobs = answer_statistics(self.policy, part).logprobs
+                sums += [row.sum() for row in logprobs.split(list(part.lengths))]
+        if on_shadows():  # where no number means anything, and not all rows were read
+            return torch.ones(len(self.rows))
+        return torch.stack(sums).cpu() if sums else torch.empty(0)
 
 
 def reference_logprobs(
@@ -74,21 +126,32 @@ def reference_logprobs(
     ``tokens`` limits the tokens of a micro-batch.
     """
     assert not policy.training, "dropout would be active"
-    dtype = context.spec.model.dtype
-    key = _key(start, rows_of(rows, "prompt", *answers), context.adapter, dtype, policy.dtype, context.device)
+    own = OwnRows(
+        policy=policy,
+        rows=rows.shard(num_shards=context.world_size, index=context.rank, contiguous=False),
+        dtype=context.spec.model.dtype,
+        tokens=tokens,
+        rank=context.rank,
+        world_size=context.world_size,
+    )
+    shaped_by = [own.dtype.value, str(policy.dtype), _device_name(context.device), tokens, context.world_size]
+    key = _key(start, rows_of(rows, "prompt", *answers), context.adapter, shaped_by)
     file = context.spec.artifact.parent / "cache" / f"reference-{key}.safetensors"
     columns = _read(file, answers, rows=len(rows))
     if all(everyones(columns is not None)) and columns is not None:
-        return Reference(file=file, logprobs=columns)
+        cached = Reference(logprobs=columns, file=file, own=own)
+        if all(everyones(on_shadows() or all(row.excess <= START_TOLERANCE for row in cached.start_rows()))):
+            return cached
+        log.warning("the policy does not have the log-probabilities in %s, so they are computed again.", file)
+        if context.is_main:
+            file.unlink(missing_ok=True)
     context.progress("reference log-probabilities")
-    share = rows.shard(num_shards=context.world_size, index=context.rank, contiguous=False)
-    with products_in(dtype, context.device):
-        own = [_sums(policy, share, answer, tokens=tokens) for answer in answers]
-    sums = [_interleaved(shares) for shares in zip(*everyones(own), strict=True)]
+    shares = everyones([own.sums(answer) for answer in answers])
+    sums = [_interleaved(of_answer) for of_answer in zip(*shares, strict=True)]
     assert all(len(column) == len(rows) for column in sums), "a process's share is missing"
-    # During a search for the size of micro-batches they are those of another size, which would round otherwise.
+    # During a search for the size of micro-batches, they are those of another size.
     is_final = context.search is None and not on_shadows()
-    return Reference(file=file, logprobs=dict(zip(answers, sums, strict=True)), is_final=is_final)
+    return Reference(logprobs=dict(zip(answers, sums, strict=True)), file=file, own=own, is_final=is_final)
 
 
 def _interleaved(shares: Sequence[Tensor]) -> Tensor:
@@ -99,42 +162,17 @@ def _interleaved(shares: Sequence[Tensor]) -> Tensor:
     return whole
 
 
-@torch.no_grad()
-def _sums(policy: PreTrainedModel, rows: Dataset, answer: str, *, tokens: int) -> Tensor:
-    """``[rows]`` log-probabilities of the answers in the column ``answer``."""
-
-    def size(micro_batch: range) -> int:
-        texts = rows[micro_batch.start : micro_batch.stop]
-        return sum(map(len, [*texts["prompt"], *texts[answer]]))
-
-    sums: list[Tensor] = []
-    for micro_batch in some_of(micro_batches_of(rows_of(rows, "prompt", answer), tokens=tokens), size):
-        texts = rows[micro_batch.start : micro_batch.stop]
-        part = answer_stream(texts["prompt"], texts[answer], policy.device)
-        logprobs = answer_statistics(policy, part).logprobs
-        sums += [row.sum() for row in logprobs.split(list(part.lengths))]
-    if on_shadows():  # where no number means anything, and not all rows were read
-        return torch.ones(len(rows))
-    return torch.stack(sums).cpu() if sums else torch.empty(0)
-
-
 def _key(
-    start: Lineage,
-    rows: Iterable[tuple[list[int], ...]],
-    adapter: AdapterConfig,
-    dtype: Dtype,
-    weights: torch.dtype,
-    device: torch.device,
+    start: Lineage, rows: Iterable[tuple[list[int], ...]], adapter: AdapterConfig, shaped_by: Sequence[object]
 ) -> str:
-    """The cache key. With master weights, the format of the ``weights`` differs from the ``dtype`` of products."""
+    """The cache key. ``shaped_by``: formats (with master weights, that of weights differs from that of products),
+    device and micro-batches."""
     nf4 = adapter.kind is AdapterKind.qlora
     keeps_adapters = adapter.kind is not AdapterKind.full and adapter.chain is not Chain.merge
     stacked = keeps_adapters and bool(start.adapters)
-    made_by = [torch.__version__, _device_name(device)]
     content = "" if on_shadows() else weights_sha256(start)  # an estimate reads no weights
     prefix = adapter.virtual_tokens if adapter.kind is AdapterKind.prefix else 0  # a new one takes a share of attention
-    shaped_by = [VERSION, dtype.value, str(weights), *made_by, content, nf4, stacked, prefix]
-    sha = hashlib.sha256(json.dumps(shaped_by).encode())
+    sha = hashlib.sha256(json.dumps([VERSION, torch.__version__, *shaped_by, content, nf4, stacked, prefix]).encode())
     for row in rows:
         sha.update(json.dumps(row).encode())
     return sha.hexdigest()[:32]

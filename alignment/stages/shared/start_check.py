@@ -11,14 +11,12 @@ from dataclasses import dataclass
 
 from alignment.core.errors import StageError
 from alignment.costs.recorder import on_shadows
-from alignment.stages.shared.reference_cache import Reference
 from alignment.training.sharding import everyones
 
 START_TOLERANCE = 1e-3
-BFLOAT16_TOLERANCE = 2e-2
 """How far policy and reference may differ on a row at step 0, relative to its log-probability divided by the root of
-its number of tokens, because rounding errors of tokens are independent. ``BFLOAT16_TOLERANCE``, five times the
-precision of bfloat16, applies to a reference that was computed in bfloat16 in other batches."""
+its number of tokens, because rounding errors of tokens are independent. Both are computed in the same micro-batch: in
+bfloat16, the other rows of a micro-batch change the log-probability of an answer by some tenths of a nat."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,26 +35,17 @@ class StartRow:
         return math.inf if math.isnan(difference) else difference / size
 
 
-def refuse_other_reference(own: Iterable[StartRow], precomputed: Reference | None, *, tolerance: float) -> None:
+def refuse_other_reference(own: Iterable[StartRow]) -> None:
     """Compares the answers of this process and of all others; every process must call this.
 
     Raises:
         StageError: policy and reference differ on an answer, so the stage does not start from the reference.
     """
     worst = max((row for rows in everyones(list(own)) for row in rows), key=lambda row: row.excess)
-    if worst.excess > tolerance and not on_shadows():
+    if worst.excess > START_TOLERANCE and not on_shadows():
         raise StageError(
             f"at step 0 policy and reference differ by {abs(worst.policy - worst.reference):.3g} nats on an answer of "
             f"{worst.tokens} tokens ({worst.policy:.6g} and {worst.reference:.6g}): the reference is not the starting "
             "policy",
-            remedy=_remedy(precomputed),
+            remedy="nothing was trained; report this with the stage.yaml of the run",
         )
-
-
-def _remedy(precomputed: Reference | None) -> str:
-    report = (
-        "report this with the stage.yaml of the run; if model.dtype=float32 avoids the error, the cause is rounding"
-    )
-    if precomputed is None or not precomputed.file.is_file():
-        return report
-    return f"delete {precomputed.file}, which contains the reference, and run again; if the error returns, {report}"

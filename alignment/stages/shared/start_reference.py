@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 
 from alignment.config.adapter import AdapterKind
 from alignment.config.micro_batch import tokens_of
-from alignment.config.model import Dtype
 from alignment.config.optim import OptimConfig
 from alignment.models.assembly.adapters import at_start, with_own
 from alignment.models.assembly.load import DTYPES, Lineage, compute_in, frozen_copy
@@ -30,7 +29,6 @@ from alignment.models.forward.causal import IGNORED, install_causal
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.transfer import on_device, on_host
 from alignment.stages.shared.reference_cache import Reference, reference_logprobs
-from alignment.stages.shared.start_check import BFLOAT16_TOLERANCE, START_TOLERANCE
 from alignment.training.context import StageContext
 from alignment.training.cutting import cut_frozen
 from alignment.training.micro_batches import Batch, MicroBatches
@@ -49,7 +47,6 @@ class AgainstStart(MicroBatches):
 
     needs_reference: bool = True
     precomputed: Reference | None = None
-    start_tolerance: float = START_TOLERANCE
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         with warnings.catch_warnings():
@@ -114,8 +111,6 @@ def make_ready(
 ) -> None:
     """Gives a newly made trainer its optimiser, the fast forward and its reference."""
     trainer.precomputed = precomputed
-    if precomputed is not None and context.spec.model.dtype is Dtype.bfloat16:
-        trainer.start_tolerance = BFLOAT16_TOLERANCE
     trainer.micro_batch_tokens = tokens_of(optim.micro_batch_tokens)
     trainer.optimizer_cls_and_kwargs = optimizer_arguments(optim, context, policy)
     install_causal(unwrapped(policy))

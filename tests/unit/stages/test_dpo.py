@@ -6,17 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from trl.trainer import dpo_trainer
 
-from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
-from alignment.core.errors import StageError
+from alignment.config.adapter import CONTINUE, AdapterConfig, Chain
+from alignment.config.model import Dtype
 from alignment.stages.dpo import run as dpo
 from alignment.stages.dpo.config import DpoConfig
-from alignment.stages.shared import reference_cache, start_reference
 from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.preference_pairs import read_pairs
-from alignment.stages.shared.reference_cache import Reference
+from alignment.stages.shared.reference_cache import OwnRows, Reference
 from alignment.training.context import StageContext
 from tests.chained import LORA, Chained, config_of
 from tests.oracles.close import close
@@ -62,7 +60,8 @@ def test_a_precomputed_reference_reads_the_weights_no_second_time(
 def test_a_reference_stands_beside_its_own_pair_where_rows_are_drawn() -> None:
     pairs = as_table(TokenizedPair(prompt=[n], chosen=[n, 2], rejected=[n, 3]) for n in range(6)).select([4, 0, 2])
     logprobs = {"chosen": torch.tensor([-4.0, 0.0, -2.0]), "rejected": torch.tensor([4.5, 0.5, 2.5])}
-    reference = Reference(logprobs=logprobs, file=Path("x"))
+    own = OwnRows(policy=tiny_model(), rows=pairs, dtype=Dtype.float32, tokens=64, rank=0, world_size=1)
+    reference = Reference(logprobs=logprobs, file=Path("x"), own=own)
     assert list(dpo._dataset(pairs, reference)) == [
         {
             "prompt_ids": [n], "chosen_ids": [n, 2], "rejected_ids": [n, 3],
@@ -78,37 +77,3 @@ def plain_logprob(model: torch.nn.Module, prompt: list[int], answer: list[int]) 
     with torch.no_grad():
         logprobs = model(ids).logits[0].double().log_softmax(-1)
     return float(sum(logprobs[position - 1, ids[0, position]] for position in range(len(prompt), ids.shape[1])))
-
-
-def test_an_error_that_both_answers_share_stops_the_stage_and_is_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The mean loss is ln 2 all the same."""
-    chained = Chained(tmp_path)
-    sums = reference_cache._sums
-    monkeypatch.setattr(reference_cache, "_sums", lambda *args, **kwargs: sums(*args, **kwargs) + 5.0)
-    config = config_of("dpo", LORA, precompute_reference=True)
-    with pytest.raises(StageError, match="policy and reference differ by 5 nats on an answer of"):
-        chained.run("dpo", LORA, config=config)
-    assert not list(tmp_path.rglob("reference-*"))
-
-
-def test_a_kept_reference_that_is_wrong_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chained = Chained(tmp_path)
-    config = config_of("dpo", LORA, precompute_reference=True)
-    chained.run("dpo", LORA, config=config)
-    (file,) = tmp_path.rglob("reference-*")
-    saved = load_file(file)
-    reference_cache._write(file, {**saved, "rejected": saved["rejected"] - 5.0})
-    with pytest.raises(StageError, match=f"delete {file}"):
-        chained.run("dpo", LORA, config=config)
-
-
-def test_a_live_reference_of_other_weights_stops_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chained = Chained(tmp_path)
-    full = AdapterConfig(kind=AdapterKind.full)
-    monkeypatch.setattr(
-        start_reference, "frozen_copy", lambda policy, _: tiny_model(seed=1, vocab_size=policy.config.vocab_size)
-    )
-    with pytest.raises(StageError, match="the reference is not the starting policy"):
-        chained.run("dpo", full)

@@ -21,7 +21,7 @@ from trl.trainer import kto_trainer
 from alignment.config.adapter import AdapterConfig
 from alignment.config.optim import OptimConfig, Schedule
 from alignment.core.artifacts import verify
-from alignment.core.errors import DataError, StageError
+from alignment.core.errors import DataError
 from alignment.data.tokens.row_kinds import LABELLED_ANSWERS
 from alignment.models.assembly.adapters import at_start
 from alignment.stages.kto import run as kto
@@ -29,7 +29,6 @@ from alignment.stages.kto.config import KtoLoss
 from alignment.stages.kto.kto_trainer import TokenizedKtoTrainer
 from alignment.stages.kto.labelled_rows import mismatched
 from alignment.stages.registry import kind_named
-from alignment.stages.shared import reference_cache
 from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.kind_answers import limits_of_parts
 from alignment.stages.shared.stage_rows import token_rows
@@ -197,16 +196,6 @@ def test_the_loss_and_its_gradient_are_those_of_the_paper_with_a_precomputed_ref
     same_gradient(got_gradient, expected_gradient)
 
 
-@pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
-def test_a_reference_that_is_not_the_start_stops_before_anything_is_learned(
-    tmp_path: Path, *, precompute: bool
-) -> None:
-    trainer = made(tmp_path, precompute_reference=precompute)
-    liven(trainer.model)
-    with pytest.raises(StageError, match="the reference is not the starting policy"):
-        kto.check_start(trainer)
-
-
 # ---- mismatched answers ----------------------------------------------------------------------------------------------
 
 
@@ -358,15 +347,6 @@ def test_rows_of_one_label_are_refused(tmp_path: Path, label: bool, missing: str
         DataError, match=f"none of the 3 rows is {missing}, but KTO learns from the difference between both"
     ):
         chained.run("kto", LORA, data_path=labelled(tmp_path, [label] * 3))
-
-
-def test_a_kept_reference_that_is_wrong_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chained = Chained(tmp_path)
-    sums = reference_cache._sums
-    monkeypatch.setattr(reference_cache, "_sums", lambda *args, **kwargs: sums(*args, **kwargs) + 5.0)
-    with pytest.raises(StageError, match="policy and reference differ by 5 nats on an answer of"):
-        chained.run("kto", LORA, config=config_of("kto", LORA, precompute_reference=True))
-    assert not list(tmp_path.rglob("reference-*"))
 
 
 # ---- TRL's own trainer -----------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
@@ -17,6 +17,7 @@ from alignment.records.step_log import MetricsLog
 from alignment.stages.dpo import run as dpo
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.shared import reference_cache
+from alignment.stages.shared.reference_cache import OwnRows
 from alignment.training.context import StageContext
 from tests.chained import PREFIX
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec
@@ -67,13 +68,14 @@ def test_the_reference_is_computed_once_and_again_when_something_changed(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     computed: list[int] = []
-    sums = reference_cache._sums
+    sums = OwnRows.sums
 
-    def noted(policy: object, pairs: list[object], *args: object, **kwargs: object) -> torch.Tensor:
-        computed.append(len(pairs))
-        return sums(policy, pairs, *args, **kwargs)  # type: ignore[arg-type]
+    def noted(self: OwnRows, answer: str, *, micro_batches: int | None = None) -> torch.Tensor:
+        if micro_batches is None:
+            computed.append(len(self.rows))
+        return sums(self, answer, micro_batches=micro_batches)
 
-    monkeypatch.setattr(reference_cache, "_sums", noted)
+    monkeypatch.setattr(OwnRows, "sums", noted)
     config = DpoConfig(optim=OPTIM, adapter=ADAPTER, precompute_reference=True)
     _train(folder, config)
     assert computed == [12, 12]
@@ -88,6 +90,20 @@ def test_the_reference_is_computed_once_and_again_when_something_changed(
     monkeypatch.setattr(reference_cache, "_device_name", lambda device: f"not {device.type}")
     _train(folder, config)
     assert computed == [12, 12, 10, 10, 10, 10, 10, 10]
+
+
+def test_a_file_with_the_numbers_of_another_policy_is_computed_again(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In bfloat16, another processor's numbers differ, too."""
+    config = DpoConfig(optim=OPTIM, adapter=ADAPTER, precompute_reference=True)
+    weights = _train(folder, config)
+    (file,) = folder.rglob("reference-*.safetensors")
+    whole = load_file(file)
+    save_file({**whole, "rejected": whole["rejected"] - 0.3}, file)
+    assert torch.equal(_train(folder, config), weights)
+    assert "computed again" in caplog.text
+    assert torch.equal(load_file(file)["rejected"], whole["rejected"])
 
 
 def test_weights_in_another_format_have_a_reference_of_their_own(folder: Path) -> None:
