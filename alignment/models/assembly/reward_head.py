@@ -12,6 +12,7 @@ from alignment.models.assembly.adapters import put_back
 from alignment.models.assembly.beside_text import freeze_beside_text
 from alignment.models.assembly.load import DTYPES, lineage, load_scalar, load_scalar_head
 from alignment.models.forward.causal import install_scalar
+from alignment.models.forward.side_by_side import keep_in_one_stream
 from alignment.models.kernels.nf4 import quantize_trunk
 
 HEAD = "head.safetensors"
@@ -45,6 +46,7 @@ def load_reward_model(
     if full:
         model.requires_grad_(trained is not None)
         freeze_beside_text(model)
+        keep_in_one_stream(model)
         return model
     if saved.adapters[-1].nf4:
         quantize_trunk(model, device)

@@ -16,6 +16,7 @@ from alignment.config.model import Dtype
 from alignment.core.errors import ConfigError
 from alignment.models.assembly.adapters import add_adapter, add_frozen, is_prefix, on_embeddings, saved_config, train_on
 from alignment.models.assembly.load import Lineage, SavedAdapter, load_policy, load_scalar, weights_dtype
+from alignment.models.forward.side_by_side import keep_in_one_stream
 from alignment.models.kernels.nf4 import quantize_trunk, refuse_mostly_whole
 
 
@@ -50,7 +51,9 @@ def load_start(
     load = load_policy if task is TaskType.CAUSAL_LM else load_scalar
     dtype = weights_dtype(compute, adapter)
     if adapter.kind is AdapterKind.full:
-        return load(start, dtype, mapped=sharded)
+        model = load(start, dtype, mapped=sharded)
+        keep_in_one_stream(model)
+        return model
     if adapter.chain is CONTINUE and not start.adapters:
         raise ConfigError(
             "there is no adapter to continue: the stage starts from a whole model",
@@ -68,6 +71,7 @@ def load_start(
     continued = beside[-1:] if adapter.chain is CONTINUE else ()
     trained = train_on(model, continued[0].path, adapter, task) if continued else add_adapter(model, adapter, task)
     frozen = beside[: len(beside) - len(continued)]
+    keep_in_one_stream(model)
     return add_frozen(trained, [saved.path for saved in frozen]) if frozen else trained
 
 

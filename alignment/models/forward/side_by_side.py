@@ -28,6 +28,9 @@ FEW = 0.2
 """The share of weights up to which trained ones are few. Each part has gradients of all of them, before they are
 added."""
 
+_WHOLE = "alignment_in_one_stream"
+"""The attribute of a trunk whose rows are never divided."""
+
 _RANDOM = ("dropout", "layerdrop", "jitter_noise")
 """Endings of the names of rates with which modules of transformers draw random numbers in training."""
 
@@ -36,6 +39,17 @@ _ALONE = (Nf4Linear, ParamWrapper)
 
 States = Callable[[FlatRows], Tensor]
 """Computes ``[tokens, width]`` states of a stream."""
+
+
+def keep_in_one_stream(model: PreTrainedModel) -> None:
+    """Divides rows neither here nor in copies, if more than a few weights are trained.
+
+    Passes with gradients would not be divided then, and in bfloat16, passes without gradients that are would give other
+    log-probabilities than those that they are compared with.
+    """
+    parameters = list(model.base_model.parameters())
+    if sum(each.numel() for each in parameters if each.requires_grad) > FEW * sum(each.numel() for each in parameters):
+        setattr(model.base_model, _WHOLE, True)
 
 
 def side_by_side(trunk: PreTrainedModel, states_of: States, rows: FlatRows) -> Tensor | None:
@@ -62,7 +76,7 @@ def can_divide(trunk: PreTrainedModel) -> bool:
     by hooks or by PEFT's adapters on experts. They gain nothing if each would convert all weights for itself.
     """
     weight: Tensor = trunk.get_input_embeddings().weight
-    if not has_two_threads(weight) or products_dtype(weight) is not weight.dtype:
+    if not has_two_threads(weight) or products_dtype(weight) is not weight.dtype or hasattr(trunk, _WHOLE):
         return False
     return not any(
         module._forward_pre_hooks or isinstance(module, _ALONE) or _draws(module) or _chooses_frequencies(module)

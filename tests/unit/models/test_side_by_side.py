@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,16 +15,19 @@ from peft import TaskType
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.model import Dtype
 from alignment.costs.recorder import Recorder
 from alignment.models.assembly.adapters import add_adapter
+from alignment.models.assembly.load import Lineage, frozen_copy
 from alignment.models.assembly.recomputing import checkpoint_activations
+from alignment.models.assembly.start import load_start
 from alignment.models.forward import flat, side_by_side, two_threads
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.rows import FlatRows, stream
 from alignment.models.kernels.nf4 import quantize_trunk
-from tests.tiny import liven, tiny_model
+from tests.tiny import BASE_SOURCE, liven, save_tiny_model, tiny_model
 from tests.unit.models.conftest import ROWS, gradients, padded, plain, relative, twin
 
 CPU = torch.device("cpu")
@@ -332,3 +336,20 @@ def test_a_plan_does_not_divide(passes: list[tuple[str, int]]) -> None:
         with torch.no_grad():
             trunk_states(model.base_model, _rows(SIX))
     assert passes == [("MainThread", 6)]
+
+
+@pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.lora], ids=lambda kind: kind.value)
+def test_what_is_compared_is_divided_alike(kind: AdapterKind, passes: list[tuple[str, int]], tmp_path: Path) -> None:
+    """A policy with and without gradients, and its frozen copy: in bfloat16 they would differ otherwise."""
+    base = save_tiny_model(tmp_path, vocab_size=4096)
+    start = Lineage(source=BASE_SOURCE, base=base, adapters=())
+    adapter = AdapterConfig(kind=kind, rank=1, master_weights=False)
+    policy = load_start(start, adapter, Dtype.bfloat16, task=TaskType.CAUSAL_LM, device=CPU)
+    models = [unwrapped(policy), frozen_copy(unwrapped(policy), torch.bfloat16)]
+    for model in models:
+        use_flat_attention(model)
+    for model in models:
+        trunk_states(model.base_model, _rows(SIX))
+        with torch.no_grad():
+            trunk_states(model.base_model, _rows(SIX))
+    assert {rows for _, rows in passes} == {6 if kind is AdapterKind.full else 3}
