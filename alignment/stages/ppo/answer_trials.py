@@ -13,7 +13,7 @@ from alignment.models.assembly.recomputing import recompute
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.rows import SHORTEST_SHARED
 from alignment.stages.ppo.trainer import PpoTrainer
-from alignment.training.rl.experience import Experience, response_mask
+from alignment.training.rl.experience import Experience, partition_of, response_mask
 
 Prompt = Sequence[int]
 
@@ -64,18 +64,14 @@ class AnswerTrials:
     def _step(self, rows: list[Prompt], *, limit: int) -> int:
         trainer = self._trainer
         model, everywhere = trainer.model_wrapped, [row for row in rows for _ in range(self._world_size)]
-        episodes = replace(
-            trainer.episodes,
-            group=1,
-            per_update=len(everywhere),
-            micro_batch_tokens=max(limit, sum(self._counted(rows))),
-        )
+        tokens = max(limit, sum(self._counted(rows)))
+        episodes = replace(trainer.episodes, micro_batch_tokens=tokens)
         model.eval()
         recompute(model)
         trainer.learner.with_episodes(episodes).learn(
             model,
-            self._experience(everywhere),
-            range(len(everywhere)),
+            self._experience(everywhere, tokens=tokens),
+            0,
             update=trainer.config.critic_warmup,  # from here on the policy learns too
             step=0,
         )
@@ -83,8 +79,8 @@ class AnswerTrials:
         trainer.optimizer.zero_grad()
         return sum(self._counted(rows))
 
-    def _experience(self, prompts: Sequence[Prompt]) -> Experience:
-        """Answers as an update learns from them; their numbers mean nothing."""
+    def _experience(self, prompts: Sequence[Prompt], *, tokens: int) -> Experience:
+        """Answers as an update learns from them, in one micro-batch; their numbers mean nothing."""
         trainer = self._trainer
         width = trainer.episodes.max_new_tokens
         vocabulary = unwrapped(trainer.roles.policy).get_input_embeddings().num_embeddings
@@ -102,7 +98,15 @@ class AnswerTrials:
             advantages=zeros + 1.0,
             importance=None,
             returns=zeros if has_critic else None,
-            learned_prompts=range(len(prompts)),
+            partition=partition_of(
+                prompts,
+                answers,
+                range(len(prompts)),
+                group=1,
+                num_minibatches=1,
+                world_size=self._world_size,
+                tokens=tokens,
+            ),
             kl_coefficient=trainer.kl_controller.coefficient,
         )
         return experience.to(trainer.args.device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from alignment.costs.recorder import on_shadows
 from alignment.rewards.scores import Scores
 from alignment.rewards.slot import Rewards
 from alignment.stages.ppo.penalties import Penalties
-from alignment.training.rl.experience import Rollout, ScoredBatch, response_mask, stack
+from alignment.training.rl.experience import Answers, Partition, ScoredBatch, response_mask, stack
 from alignment.training.rl.rollouts import Rollouts
 from alignment.training.rl.step_metrics import UpdateMetrics
 
@@ -43,21 +44,30 @@ class Collector:
         self._penalties = penalties
 
     @torch.no_grad()
-    def collect(self, update: int, metrics: UpdateMetrics) -> ScoredBatch:
+    def collect(
+        self, update: int, metrics: UpdateMetrics, partition_of: Callable[[Answers, Tensor], Partition]
+    ) -> tuple[ScoredBatch, Partition]:
         """Samples and scores; updates the running normalisation of scores.
+
+        ``partition_of`` gets the answers and their ``[rows]`` scores.
 
         Raises:
             StageError: policy and reference differ before the first step.
         """
-        rollout = self.rollouts.of_update(update, metrics)
+
+        def partition(answers: Answers) -> Partition:
+            self.rewards.observe(answers.scores)
+            return partition_of(answers, self.scores_of(answers))
+
+        rollout, cut = self.rollouts.of_update(update, metrics, partition)
+        readings = rollout.readings
         mask = response_mask(rollout.answers)
-        logprobs, reference = stack(rollout.logprobs, mask), stack(rollout.reference_logprobs, mask)
+        logprobs, reference = stack(readings.logprobs, mask), stack(readings.reference_logprobs, mask)
         kl = k1(logprobs, reference) * mask
         if update == 0 and not on_shadows():
             refuse_wrong_reference(kl)
         sampled = rollout.sampled_logprobs
-        self.rewards.observe(rollout.scores)
-        return ScoredBatch(
+        batch = ScoredBatch(
             rollout=rollout,
             by_scorer=rollout.scores,
             parts=self._penalties.of_length(self._lengths(rollout)) | self._of_ensembles(rollout.scores),
@@ -68,25 +78,26 @@ class Collector:
             sampled_logprobs=None if sampled is None else stack(sampled, mask),
             reference_logprobs=reference,
             kl=kl,
-            entropy=stack(rollout.entropy, mask),
-            values=None if rollout.values is None else stack(rollout.values, mask),
+            entropy=stack(readings.entropy, mask),
+            values=None if readings.values is None else stack(readings.values, mask),
         )
+        return batch, cut
 
     def _of_ensembles(self, by_scorer: Scores) -> dict[str, Tensor]:
         return {f"score/{name}": values for name, values in self.rewards.of_ensembles(by_scorer).items()}
 
-    def scores_of(self, rollout: Rollout) -> Tensor:
+    def scores_of(self, answers: Answers) -> Tensor:
         """``[rows]`` scores that PPO maximises: the sum over scorers, less all penalties."""
-        total = self.rewards.total(rollout.scores)
-        return self._penalties.subtracted(total, self._lengths(rollout), self._ended(rollout))
+        total = self.rewards.total(answers.scores)
+        return self._penalties.subtracted(total, self._lengths(answers), self._ended(answers))
 
-    def _lengths(self, rollout: Rollout) -> Tensor:
+    def _lengths(self, answers: Answers) -> Tensor:
         """``[rows]`` int: the tokens of each answer, its end included."""
-        return torch.tensor([len(answer) for answer in rollout.answers])
+        return torch.tensor([len(answer) for answer in answers.answers])
 
-    def _ended(self, rollout: Rollout) -> Tensor:
+    def _ended(self, answers: Answers) -> Tensor:
         """``[rows]`` bool: whether each answer has an end."""
-        return torch.tensor([answer[-1] in self._end_ids for answer in rollout.answers])
+        return torch.tensor([answer[-1] in self._end_ids for answer in answers.answers])
 
 
 def refuse_wrong_reference(kl: Tensor) -> None:

@@ -1,10 +1,14 @@
-"""The second phase of an update: the gradients of its minibatches."""
+"""The second phase of an update: the gradients of its minibatches.
+
+The minibatches of an update are the same in every epoch, where Huang et al. 2024 draw new ones: then old
+log-probabilities can be computed in the micro-batches that are learned from (docs/design/0059).
+"""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +20,14 @@ from torch import Tensor, nn
 from alignment.algos.ppo import clipped_value_loss, value_is_clipped
 from alignment.models.assembly.actor_critic import ValueLoss
 from alignment.models.assembly.roles import Roles
-from alignment.models.forward.answers import answer_stream, micro_batches_of, unwrapped
+from alignment.models.forward.answers import answer_stream, unwrapped
 from alignment.models.forward.transfer import on_device
 from alignment.models.kernels.dora_norms import reused_norms
 from alignment.stages.ppo.report import add_policy
 from alignment.training.context import StageContext
-from alignment.training.micro_batches import accumulating, as_many_as_most
+from alignment.training.micro_batches import accumulating
 from alignment.training.rl.advantages import Advantages
-from alignment.training.rl.experience import Experience, ScoredBatch, rows_of, spread
+from alignment.training.rl.experience import Experience, Partition, ScoredBatch, spread
 from alignment.training.rl.policy_objective import PolicyObjective, Sampled
 from alignment.training.rl.ptx import Ptx
 from alignment.training.rl.rollouts import Episodes
@@ -49,7 +53,7 @@ def experience_of(
     advantages: Advantages,
     *,
     importance: Tensor | None,
-    learned_prompts: Sequence[int],
+    partition: Partition,
     kl_coefficient: float,
 ) -> Experience:
     """What an update learns from."""
@@ -64,7 +68,7 @@ def experience_of(
         advantages=advantages.learned,
         importance=importance,
         returns=advantages.returns,
-        learned_prompts=learned_prompts,
+        partition=partition,
         kl_coefficient=kl_coefficient,
     )
 
@@ -99,31 +103,29 @@ class Learner:
         other._episodes = episodes
         return other
 
-    def learn(
-        self, model: nn.Module, experience: Experience, prompts: Sequence[int], *, update: int, step: int
-    ) -> None:
-        """Computes the gradients of the ``minibatch`` of prompts and leaves them in the parameters."""
+    def learn(self, model: nn.Module, experience: Experience, minibatch: int, *, update: int, step: int) -> None:
+        """Computes the gradients of a minibatch of the experience and leaves them in the parameters."""
         policy_learns = update >= self._options.critic_warmup
         with reused_norms(model):
             if self.ptx is not None and policy_learns:
                 self._add_ptx(self.ptx, model, step)
-            self._backward(model, experience, prompts, policy_learns=policy_learns)
+            self._backward(model, experience, minibatch, policy_learns=policy_learns)
         if not policy_learns:
             for parameter in self._roles.policy.parameters():
                 if parameter.requires_grad:
                     parameter.grad = None  # with zero gradients, Adam would count the step
 
-    def minibatch(self, experience: Experience, update: int, step_of_update: int) -> list[int]:
-        """Indices of the minibatch's prompts; every epoch is a new permutation of the prompts that are learned from.
+    def minibatch(self, update: int, step_of_update: int) -> int:
+        """The index of the minibatch to learn from; in every epoch, those of the update have another order."""
+        epoch, step = divmod(step_of_update, self._options.num_minibatches)
+        order = torch.randperm(self._options.num_minibatches, generator=self._context.generator("epoch", update, epoch))
+        return int(order[step])
 
-        It is empty if these are fewer than the minibatches.
-        """
-        epoch, minibatch = divmod(step_of_update, self._options.num_minibatches)
-        generator = self._context.generator("minibatches", update, epoch)
-        order = torch.randperm(self._episodes.prompts_per_update, generator=generator)
-        learned = order[torch.isin(order, torch.tensor(experience.learned_prompts, dtype=order.dtype))]
-        prompts: list[int] = learned.tensor_split(self._options.num_minibatches)[minibatch].tolist()
-        return prompts
+    def order(self, update: int) -> list[int]:
+        """The prompts of an update, in the random order in which they are divided into minibatches."""
+        generator = self._context.generator("minibatches", update)
+        order: list[int] = torch.randperm(self._episodes.prompts_per_update, generator=generator).tolist()
+        return order
 
     def _add_ptx(self, ptx: Ptx, model: nn.Module, step: int) -> None:
         with accumulating(self._accelerator, model, last=False):
@@ -131,30 +133,20 @@ class Learner:
             share = ptx.add_gradients(unwrapped(self._roles.policy), step, self._accelerator, tokens=tokens)
         self._update_metrics.add_share({"loss/ptx": share})
 
-    def _backward(
-        self, model: nn.Module, experience: Experience, prompts: Sequence[int], *, policy_learns: bool
-    ) -> None:
+    def _backward(self, model: nn.Module, experience: Experience, minibatch: int, *, policy_learns: bool) -> None:
         """The loss is a sum over the minibatch divided by one number, over all micro-batches and processes."""
-        group = self._episodes.group
-        mask = experience.response_mask[self._at(rows_of(prompts, group))]
+        every = experience.partition.rows_of(minibatch)
+        mask = experience.response_mask[self._at(every)]
         whole = _Divisors(tokens=mask.sum().float(), policy=self._options.objective.divisor(mask))
-        world_size = self._context.world_size
-        shares = [rows_of(prompts[rank::world_size], group) for rank in range(world_size)]
-        rows, first = shares[self._context.rank], rows_of(prompts, group)[:1]
-        micro_batches = as_many_as_most([self._cut(experience, share) for share in shares], self._context.rank)
-        for number, indices in enumerate(micro_batches):
+        micro_batches = experience.partition.minibatches[minibatch][self._context.rank]
+        for number, rows in enumerate(micro_batches):
             # Every micro-batch is a collective call, so an empty one reads a row with weight 0.
-            read, counted = ([rows[i] for i in indices], whole) if indices else (first, whole.endless())
+            read, counted = (rows, whole) if rows else (every[:1], whole.endless())
             with accumulating(self._accelerator, model, last=number == len(micro_batches) - 1):
                 with self._autocast():
                     loss = self._loss(model, experience, read, counted, policy_learns=policy_learns)
                 # DDP averages over processes, but this loss is a sum.
-                self._accelerator.backward(loss * world_size)
-
-    def _cut(self, experience: Experience, rows: list[int]) -> list[range]:
-        """The rows as micro-batches, by their indices in ``rows``."""
-        prompts, answers = [experience.prompts[row] for row in rows], [experience.answers[row] for row in rows]
-        return micro_batches_of(zip(prompts, answers, strict=True), tokens=self._episodes.micro_batch_tokens)
+                self._accelerator.backward(loss * self._context.world_size)
 
     def _loss(
         self, model: nn.Module, experience: Experience, indices: list[int], divisors: _Divisors, *, policy_learns: bool

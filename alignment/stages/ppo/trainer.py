@@ -9,6 +9,7 @@ of a dataloader. Checkpoints are made between updates. There, weights, optimiser
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import time
@@ -41,7 +42,7 @@ from alignment.training.adamw import adamw
 from alignment.training.context import StageContext
 from alignment.training.rl.advantages import AdvantageEstimator
 from alignment.training.rl.engine import RolloutEngine
-from alignment.training.rl.experience import Experience
+from alignment.training.rl.experience import Answers, Experience, Partition
 from alignment.training.rl.guard import Guard
 from alignment.training.rl.ptx import Ptx
 from alignment.training.rl.rollouts import Episodes, Rollouts
@@ -199,10 +200,11 @@ class PpoTrainer(ShardedTrainer):
                 f"the checkpoint was made inside update {update} and cannot be continued",
                 remedy="delete the stage's .work folder and run again",
             )
-        prompts = self.learner.minibatch(self._experience, update, step_of_update)
-        self._skipped = self.over_budget or self._update_ended or not prompts
+        minibatch = self.learner.minibatch(update, step_of_update)
+        is_empty = not self._experience.partition.rows_of(minibatch)
+        self._skipped = self.over_budget or self._update_ended or is_empty
         if not self._skipped:
-            self._learn(model, self._experience, prompts, update)
+            self._learn(model, self._experience, minibatch, update)
         if step_of_update == self.steps_per_update - 1:
             kl = self.metrics.values["objective/kl"]
             self.kl_controller = self.kl_controller.after(kl, self.episodes.per_update)
@@ -224,7 +226,7 @@ class PpoTrainer(ShardedTrainer):
     @torch.no_grad()
     def _collect(self, update: int) -> Experience:
         """Computed on the host, where answers and scores are: some numbers a token, and many reads."""
-        batch = self.collector.collect(update, self.metrics)
+        batch, partition = self.collector.collect(update, self.metrics, functools.partial(self._partition, update))
         coefficient = self.kl_controller.coefficient
         advantages = self.estimator.estimate(
             scores=batch.scores,
@@ -241,21 +243,21 @@ class PpoTrainer(ShardedTrainer):
         self._check(update, batch.scores)
         if self.samples is not None:
             self.samples.write(update, batch.rollout, batch.scores.tolist())
-        learned = self._learned_prompts(batch.scores)
         experience = experience_of(
-            batch, advantages, importance=importance, learned_prompts=learned, kl_coefficient=coefficient
+            batch, advantages, importance=importance, partition=partition, kl_coefficient=coefficient
         )
         return experience.to(self.args.device)
 
-    def _learned_prompts(self, scores: Tensor) -> list[int]:
-        """Indices of the update's prompts, without those whose answers all score alike if these are dropped."""
-        every = list(range(self.episodes.prompts_per_update))
-        if self.config.advantage is Advantage.gae:
-            return every
-        tied = tied_groups(scores, self.episodes.group).tolist()
-        self.metrics.values["objective/tied_prompts"] = float(sum(tied))
-        self.metrics.values[TIED_SHARE] = sum(tied) / len(tied)
-        return [prompt for prompt in every if not tied[prompt]] if self.config.drop_ties else every
+    def _partition(self, update: int, answers: Answers, scores: Tensor) -> Partition:
+        """Of the update's answers; prompts whose answers all score alike are not learned from if ties are dropped."""
+        order = self.learner.order(update)
+        if self.config.advantage is not Advantage.gae:
+            tied = tied_groups(scores, self.episodes.group).tolist()
+            self.metrics.values["objective/tied_prompts"] = float(sum(tied))
+            self.metrics.values[TIED_SHARE] = sum(tied) / len(tied)
+            order = [prompt for prompt in order if not (self.config.drop_ties and tied[prompt])]
+        group, number = self.episodes.group, self.config.num_minibatches
+        return self.rollouts.cut(answers, order, group=group, num_minibatches=number)
 
     def _check(self, update: int, scores: Tensor) -> None:
         kl = self.metrics.values["objective/kl"]
@@ -271,9 +273,9 @@ class PpoTrainer(ShardedTrainer):
                 update,
             )
 
-    def _learn(self, model: Any, experience: Experience, prompts: list[int], update: int) -> None:
+    def _learn(self, model: Any, experience: Experience, minibatch: int, update: int) -> None:
         started = time.monotonic()
-        self.learner.learn(model, experience, prompts, update=update, step=self.state.global_step)
+        self.learner.learn(model, experience, minibatch, update=update, step=self.state.global_step)
         self.metrics.step_done()
         self._check_step()
         self.metrics.add_seconds("learning", time.monotonic() - started)

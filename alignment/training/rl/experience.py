@@ -9,31 +9,101 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignment.models.forward.answers import micro_batches_of
 from alignment.models.forward.transfer import sent
 from alignment.rewards.scores import Scores, gathered_scores
+from alignment.training.micro_batches import as_many_as_most
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Rollout:
-    """Answers to prompts, with the results of policy, reference, value model and scorers; one entry per row.
+class Answers:
+    """Sampled answers to prompts, and their scores; one entry per row.
 
     ``rows`` are the indices of the prompts in the stage's data, and ``versions`` those of the weights that sampled.
-    ``logprobs``, ``sampled_logprobs``, ``reference_logprobs``, ``entropy`` and ``values`` hold one float32 tensor
-    ``[tokens of the answer]`` per row; ``scores`` is ``[scorers, rows]``. Without a critic ``values`` is None.
-    ``sampled_logprobs`` are an engine's; None if the policy itself sampled. Tensors are on the CPU, so that a rollout
-    can be sent between processes.
+    ``sampled_logprobs`` are an engine's, one float32 tensor ``[tokens of the answer]`` per row; None if the policy
+    itself sampled. ``scores`` is ``[scorers, rows]``. Tensors are on the CPU, so that they can be sent between
+    processes.
     """
 
     rows: list[int]
     prompts: list[list[int]]
     answers: list[list[int]]
     versions: list[int]
-    logprobs: list[Tensor]
     sampled_logprobs: list[Tensor] | None
+    scores: Scores
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Readings:
+    """What the models say of answers: one float32 tensor ``[tokens of the answer]`` per row, on the CPU.
+
+    Without a critic ``values`` is None.
+    """
+
+    logprobs: list[Tensor]
     reference_logprobs: list[Tensor]
     entropy: list[Tensor]
     values: list[Tensor] | None
-    scores: Scores
+
+
+Rows = list[int]
+"""Rows of a batch that are computed at once."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Partition:
+    """The micro-batches of an update: ``minibatches[m][rank]`` are those of a process, the same in every epoch.
+
+    In bfloat16 a log-probability depends on the rows of its micro-batch. Old log-probabilities are therefore computed
+    in those of the partition, too. ``unlearned[rank]`` are rows that no minibatch learns from. A micro-batch without
+    rows fills up the minibatch of a process that has fewer than the others.
+    """
+
+    minibatches: list[list[list[Rows]]]
+    unlearned: list[list[Rows]]
+
+    def of_rank(self, rank: int) -> list[Rows]:
+        """All micro-batches of a process that have rows."""
+        every = [*(share for minibatch in self.minibatches for share in minibatch[rank]), *self.unlearned[rank]]
+        return [rows for rows in every if rows]
+
+    def rows_of(self, minibatch: int) -> Rows:
+        """The rows of a minibatch, of all processes."""
+        return [row for share in self.minibatches[minibatch] for rows in share for row in rows]
+
+
+def partition_of(
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]],
+    learned: Sequence[int],
+    *,
+    group: int,
+    num_minibatches: int,
+    world_size: int,
+    tokens: int,
+) -> Partition:
+    """Cuts a batch of ``group`` answers to each prompt into micro-batches of at most ``tokens``.
+
+    The ``learned`` prompts are divided into minibatches in their order, and each minibatch over all processes.
+    """
+
+    def shares(of_prompts: Sequence[int]) -> list[list[Rows]]:
+        own = [rows_of(of_prompts[rank::world_size], group) for rank in range(world_size)]
+        ranges = [micro_batches_of(((prompts[i], answers[i]) for i in rows), tokens=tokens) for rows in own]
+        return [
+            [[rows[i] for i in indices] for indices in as_many_as_most(ranges, rank)] for rank, rows in enumerate(own)
+        ]
+
+    parts = torch.tensor(learned, dtype=torch.long).tensor_split(num_minibatches)
+    others = sorted(set(range(len(answers) // group)).difference(learned))
+    return Partition(minibatches=[shares(part.tolist()) for part in parts], unlearned=shares(others))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rollout(Answers):
+    """Answers with what policy, reference and value model say of them."""
+
+    readings: Readings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,7 +137,7 @@ class Experience:
     Tensors are ``[rows, tokens]`` float32 unless stated otherwise, zero outside ``response_mask``; ``scores`` is
     ``[rows]``, less all penalties. ``advantages`` are those that the policy learns from. ``values`` and ``returns`` are
     None without a critic. ``importance`` are the weights of tokens in the policy's loss; None weighs all alike.
-    ``learned_prompts`` are the indices of the prompts that the update learns from.
+    ``partition`` has the micro-batches in which ``logprobs`` and ``values`` were computed, and which are learned from.
     ``kl_coefficient`` is that of the KL in the loss.
     """
 
@@ -81,7 +151,7 @@ class Experience:
     advantages: Tensor
     importance: Tensor | None
     returns: Tensor | None
-    learned_prompts: Sequence[int]
+    partition: Partition
     kl_coefficient: float
 
     def to(self, device: torch.device) -> Experience:
@@ -90,16 +160,29 @@ class Experience:
         return replace(self, **sent(values, device))
 
 
-def interleave(shares: Sequence[Rollout], *, group: int) -> Rollout:
+def interleave(shares: Sequence[Answers], *, group: int) -> Answers:
     """The whole batch in order; each of n processes made ``group`` answers to every n-th prompt."""
     world = len(shares)
     total = sum(len(share.answers) for share in shares)
     order = [(row // group % world, row // group // world * group + row % group) for row in range(total)]
-    lists = {field.name: [getattr(share, field.name) for share in shares] for field in fields(Rollout)}
+    lists = {field.name: [getattr(share, field.name) for share in shares] for field in fields(Answers)}
     del lists["scores"]
-    return Rollout(
+    return Answers(
         **{name: _in_order(parts, order) for name, parts in lists.items()},
         scores=gathered_scores([share.scores for share in shares], order),
+    )
+
+
+def in_rows(shares: Sequence[Readings], partition: Partition) -> Readings:
+    """The readings of all processes, each of its micro-batches in turn, in the order of the rows."""
+    index_of = {
+        row: (rank, index)
+        for rank in range(len(shares))
+        for index, row in enumerate(row for rows in partition.of_rank(rank) for row in rows)
+    }
+    order = [index_of[row] for row in sorted(index_of)]
+    return Readings(
+        **{field.name: _in_order([getattr(share, field.name) for share in shares], order) for field in fields(Readings)}
     )
 
 

@@ -83,7 +83,7 @@ class Guard:
         """
         rollout = rollouts.of_prompts(self._prompts, updates, UpdateMetrics(lambda values: values[None]))
         scores = self._scores(rollout, rollouts)
-        pairs = zip(rollout.logprobs, rollout.reference_logprobs, strict=True)
+        pairs = zip(rollout.readings.logprobs, rollout.readings.reference_logprobs, strict=True)
         metrics = {
             "guard/proxy": float(self._proxy(rollout).mean()),
             "guard/scorer": float(scores.mean()),

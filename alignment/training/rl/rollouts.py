@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from alignment.models.assembly.load import products_in
 from alignment.models.assembly.roles import Roles
-from alignment.models.forward.answers import AnswerStream, answer_statistics, batches
+from alignment.models.forward.answers import AnswerStream, answer_statistics, answer_stream
 from alignment.models.kernels.dora_norms import reused_norms
 from alignment.rewards.slot import Rewards
 from alignment.training.context import StageContext
 from alignment.training.rl.engine import RolloutEngine, SampledAnswers
-from alignment.training.rl.experience import Rollout, interleave, prompt_order, rows_of
+from alignment.training.rl.experience import (
+    Answers,
+    Partition,
+    Readings,
+    Rollout,
+    in_rows,
+    interleave,
+    partition_of,
+    prompt_order,
+    rows_of,
+)
 from alignment.training.rl.step_metrics import UpdateMetrics
 from alignment.training.sharding import own_of_all, shared
+
+Cut = Callable[[Answers], Partition]
+"""Divides answers that are scored into micro-batches."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,13 +105,14 @@ class Rollouts:
         self.gathered = gathered
         self._ahead: dict[int, Future[SampledAnswers]] = {}
 
-    def of_update(self, update: int, metrics: UpdateMetrics) -> Rollout:
-        """The episodes of an update, which do not depend on the number of processes.
+    def of_update(self, update: int, metrics: UpdateMetrics, partition_of: Cut) -> tuple[Rollout, Partition]:
+        """The episodes of an update, which do not depend on the number of processes, and how they were cut.
 
         Raises:
             StageError: the engine failed.
         """
-        return self._make(self._draw_of(update), self._episodes.group, update, metrics, ahead=self._ahead.get(update))
+        draw, ahead = self._draw_of(update), self._ahead.get(update)
+        return self._make(draw, self._episodes.group, update, metrics, partition_of, ahead=ahead)
 
     def sample_ahead(self, update: int) -> None:
         """Begins to sample the answers of a later update with the engine's weights, beside whatever follows."""
@@ -110,8 +124,21 @@ class Rollouts:
     def of_prompts(self, prompts: Prompts, version: int, metrics: UpdateMetrics) -> Rollout:
         """One answer to each prompt by the policy as it is now, ``version``, sampled with the same random numbers in
         every call."""
-        uniforms = self._uniforms(len(prompts), "guard")
-        return self._make(self._own(prompts, range(len(prompts)), uniforms, 1), 1, version, metrics)
+        draw = self._own(prompts, range(len(prompts)), self._uniforms(len(prompts), "guard"), 1)
+        rollout, _ = self._make(draw, 1, version, metrics, lambda answers: self.cut(answers, (), group=1))
+        return rollout
+
+    def cut(self, answers: Answers, learned: Sequence[int], *, group: int, num_minibatches: int = 1) -> Partition:
+        """How answers are divided over minibatches, processes and micro-batches; ``learned`` are indices of prompts."""
+        return partition_of(
+            answers.prompts,
+            answers.answers,
+            learned,
+            group=group,
+            num_minibatches=num_minibatches,
+            world_size=self._context.world_size,
+            tokens=self._episodes.micro_batch_tokens,
+        )
 
     def _draw_of(self, update: int) -> _Draw:
         number = self._episodes.prompts_per_update
@@ -142,9 +169,10 @@ class Rollouts:
         group: int,
         version: int,
         metrics: UpdateMetrics,
+        partition_of: Cut,
         *,
         ahead: Future[SampledAnswers] | None = None,
-    ) -> Rollout:
+    ) -> tuple[Rollout, Partition]:
         """A whole batch; its answers were sampled ahead, or are sampled by the policy as it is now, ``version``."""
         started = time.monotonic()
         if self._ahead:  # the weights that any process samples with must stay until then
@@ -153,42 +181,55 @@ class Rollouts:
         self._context.phase("sampling")
         products = products_in(self._context.spec.model.dtype, self._context.device)
         with self.gathered(), products, reused_norms(self._roles.actor_critic):
-            answers = own_of_all(ahead.result if ahead else lambda: self._engine.answers(draw.prompts, draw.uniforms))
-            sampled = time.monotonic()
+            sampled = own_of_all(ahead.result if ahead else lambda: self._engine.answers(draw.prompts, draw.uniforms))
+            ended = time.monotonic()
             self._context.phase("scoring")
-            shares = shared(lambda: self._read(draw, answers))
-        whole = interleave(shares, group=group)
-        metrics.add_seconds("rollouts", sampled - started)
-        metrics.add_seconds("scoring", time.monotonic() - sampled)
-        return whole
+            answers = interleave(shared(lambda: self._scored(draw, sampled)), group=group)
+            partition = partition_of(answers)
+            readings = in_rows(shared(lambda: self._read(answers, partition.of_rank(self._context.rank))), partition)
+        metrics.add_seconds("rollouts", ended - started)
+        metrics.add_seconds("scoring", time.monotonic() - ended)
+        of_answers = {field.name: getattr(answers, field.name) for field in fields(Answers)}
+        return Rollout(**of_answers, readings=readings), partition
 
-    def _read(self, draw: _Draw, sampled: SampledAnswers) -> Rollout:
-        lengths = [len(answer) for answer in sampled.ids]
-        logprobs, entropy, values = self._policy_and_values(draw.prompts, sampled.ids)
-        reference = self._reference_logprobs(draw.prompts, sampled.ids)
-        columns = [logprobs, reference, entropy, *([] if values is None else [values])]
-        on_host = torch.stack([column.float() for column in columns]).cpu()  # a single wait for the GPU
-        # Copies, because a view would travel to other processes with all that it is a view of.
-        by_answer = [[part.clone() for part in column.split(lengths)] for column in on_host]
-        return Rollout(
+    def _scored(self, draw: _Draw, sampled: SampledAnswers) -> Answers:
+        return Answers(
             rows=draw.rows,
             prompts=draw.prompts,
             answers=sampled.ids,
             versions=[sampled.version] * len(sampled.ids),
-            logprobs=by_answer[0],
             sampled_logprobs=sampled.logprobs,
-            reference_logprobs=by_answer[1],
-            entropy=by_answer[2],
-            values=None if values is None else by_answer[3],
             scores=self._rewards.scores(draw.prompts, sampled.ids, draw.rows),
         )
 
-    def _policy_and_values(
-        self, prompts: list[list[int]], answers: list[list[int]]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _read(self, answers: Answers, micro_batches: Sequence[Sequence[int]]) -> Readings:
+        """The answers of these micro-batches, in their order."""
+        lengths = [len(answers.answers[row]) for rows in micro_batches for row in rows]
+        if not lengths:  # more processes than prompts
+            return Readings(logprobs=[], reference_logprobs=[], entropy=[], values=[] if self._has_critic else None)
+        streams = [
+            answer_stream(
+                [answers.prompts[row] for row in rows], [answers.answers[row] for row in rows], self._context.device
+            )
+            for rows in micro_batches
+        ]
+        logprobs, entropy, values = self._policy_and_values(streams)
+        reference = self._reference_logprobs(streams)
+        columns = [logprobs, reference, entropy, *([] if values is None else [values])]
+        on_host = torch.stack([column.float() for column in columns]).cpu()  # a single wait for the GPU
+        # Copies, because a view would travel to other processes with all that it is a view of.
+        by_answer = [[part.clone() for part in column.split(lengths)] for column in on_host]
+        return Readings(
+            logprobs=by_answer[0],
+            reference_logprobs=by_answer[1],
+            entropy=by_answer[2],
+            values=None if values is None else by_answer[3],
+        )
+
+    def _policy_and_values(self, streams: Sequence[AnswerStream]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Log-probabilities are recomputed, because those from sampling differ from the training forward's."""
         look = self._roles.actor_critic.look
-        readings = [look(batch, self._episodes.temperature) for batch in self._micro_batches(prompts, answers)]
+        readings = [look(batch, self._episodes.temperature) for batch in streams]
         statistics = [statistics for statistics, _ in readings]
         values = [values for _, values in readings if values is not None]
         return (
@@ -197,13 +238,13 @@ class Rollouts:
             torch.cat(values) if values else None,
         )
 
-    def _reference_logprobs(self, prompts: list[list[int]], answers: list[list[int]]) -> Tensor:
+    def _reference_logprobs(self, streams: Sequence[AnswerStream]) -> Tensor:
+        temperature = self._episodes.temperature
         with self._roles.reference() as reference:
-            logprobs = [
-                answer_statistics(reference, batch, temperature=self._episodes.temperature).logprobs
-                for batch in self._micro_batches(prompts, answers)
-            ]
-        return torch.cat(logprobs)
+            return torch.cat(
+                [answer_statistics(reference, batch, temperature=temperature).logprobs for batch in streams]
+            )
 
-    def _micro_batches(self, prompts: list[list[int]], answers: list[list[int]]) -> Iterator[AnswerStream]:
-        return batches(prompts, answers, tokens=self._episodes.micro_batch_tokens, device=self._context.device)
+    @property
+    def _has_critic(self) -> bool:
+        return self._roles.actor_critic.value is not None

@@ -26,7 +26,7 @@ class Samples:
             return
         self._log.keep_through(update - 1)  # a resumed stage samples this update again
         for row in range(0, min(self._number * self._group, len(scores)), self._group):
-            kl = float((rollout.logprobs[row] - rollout.reference_logprobs[row]).sum())
+            kl = float((rollout.readings.logprobs[row] - rollout.readings.reference_logprobs[row]).sum())
             sample = {
                 "row": rollout.rows[row],
                 "prompt": self._tokenizer.decode(rollout.prompts[row]),

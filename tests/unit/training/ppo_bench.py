@@ -142,6 +142,15 @@ def optim(**changes: Any) -> PpoOptimConfig:
     return replace(PpoOptimConfig(lr=1e-3, batch_size=8, micro_batch_tokens=1000), **changes)
 
 
+def values_of(run: Bench, prompts: Sequence[list[int]], answers: Sequence[list[int]]) -> torch.Tensor:
+    """``[answer tokens]`` values as the critic is now."""
+    with torch.no_grad():
+        (stream,) = batches(prompts, answers, tokens=1000, device=run.trainer.args.device)
+        _, values = run.roles.actor_critic.look(stream, 1.0)
+    assert values is not None
+    return values
+
+
 def sha256(parameters: Any) -> str:
     """Of all weights together."""
     sha = hashlib.sha256()

@@ -9,7 +9,18 @@ import pytest
 import torch
 
 from alignment.rewards.scores import Scores
-from alignment.training.rl.experience import Rollout, interleave, prompt_order, response_mask, rows_of, spread, stack
+from alignment.training.rl.experience import (
+    Answers,
+    Readings,
+    in_rows,
+    interleave,
+    partition_of,
+    prompt_order,
+    response_mask,
+    rows_of,
+    spread,
+    stack,
+)
 
 
 def _generator(number: int) -> torch.Generator:
@@ -52,24 +63,48 @@ def test_a_stream_is_spread_over_rows_and_is_zero_beside_them() -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_shares_of_processes_go_back_into_the_order_of_the_batch(world: int) -> None:
-    rows = [_rollout([row]) for row in range(6)]
-    whole = _rollout(list(range(6)))
-    shares = [_rollout(list(range(rank, 6, world))) for rank in range(world)]
+    rows = [_answers([row]) for row in range(6)]
+    whole = _answers(list(range(6)))
+    shares = [_answers(list(range(rank, 6, world))) for rank in range(world)]
     assert plain(interleave(shares, group=1)) == plain(whole)
     assert plain(interleave(rows, group=1)) == plain(whole)
 
 
 def test_answers_to_one_prompt_stay_together_in_the_batch() -> None:
-    shares = [_rollout(rows_of([0, 2], 3)), _rollout(rows_of([1, 3], 3))]
-    assert plain(interleave(shares, group=3)) == plain(_rollout(list(range(12))))
+    shares = [_answers(rows_of([0, 2], 3)), _answers(rows_of([1, 3], 3))]
+    assert plain(interleave(shares, group=3)) == plain(_answers(list(range(12))))
 
 
-def _rollout(rows: list[int]) -> Rollout:
-    """Figures that name their row."""
-    kinds = ("logprobs", "sampled_logprobs", "reference_logprobs", "entropy", "values")
-    named = {name: [float(row) for row in rows] for name in kinds}
+@pytest.mark.parametrize(("learned", "world"), [([3, 0, 4, 1, 2], 1), ([3, 0, 4], 2), ([], 2), ([2], 3)])
+def test_readings_go_back_into_the_order_of_the_rows(learned: list[int], world: int) -> None:
+    """Also those of prompts that no minibatch learns from."""
+    prompts = [[prompt] * 9 for prompt in range(5) for _ in range(2)]
+    answers = [[row] * (1 + row % 3) for row in range(10)]
+    cut = partition_of(prompts, answers, learned, group=2, num_minibatches=2, world_size=world, tokens=22)
+    every = [row for rank in range(world) for rows in cut.of_rank(rank) for row in rows]
+    assert sorted(every) == list(range(10))
+    assert {row // 2 for number in range(2) for row in cut.rows_of(number)} == set(learned)
+    shares = [[float(row) for rows in cut.of_rank(rank) for row in rows] for rank in range(world)]
+    named = [Readings(logprobs=own, reference_logprobs=own, entropy=own, values=None) for own in shares]
+    assert in_rows(named, cut).logprobs == [float(row) for row in range(10)]
+    assert in_rows(named, cut).values is None
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_every_process_has_as_many_micro_batches_in_a_minibatch(world: int) -> None:
+    """Each is a collective call; the prompts are taken in their order."""
+    answers = [[1] * length for length in (30, 1, 1, 30, 1, 1)]
+    cut = partition_of([[1]] * 6, answers, [5, 0, 1, 2, 3], group=1, num_minibatches=2, world_size=world, tokens=31)
+    assert [sorted(cut.rows_of(number)) for number in range(2)] == [[0, 1, 5], [2, 3]]
+    assert cut.unlearned == ([[[4]]] if world == 1 else [[[4]], [[]]])
+    assert all(len({len(share) for share in minibatch}) == 1 for minibatch in cut.minibatches)
+
+
+def _answers(rows: list[int]) -> Answers:
+    """Numbers that name their row."""
     ids = [[row] for row in rows]
-    return Rollout(rows=rows, prompts=ids, answers=ids, versions=rows, scores=_scores(rows), **named)
+    logprobs = [torch.tensor(float(row)) for row in rows]
+    return Answers(rows=rows, prompts=ids, answers=ids, versions=rows, scores=_scores(rows), sampled_logprobs=logprobs)
 
 
 def _scores(rows: list[int]) -> Scores:
@@ -77,9 +112,9 @@ def _scores(rows: list[int]) -> Scores:
     return Scores.of({"rule": numbers, "other": -numbers})
 
 
-def plain(rollout: Rollout) -> dict[str, Any]:
+def plain(rollout: Answers) -> dict[str, Any]:
     """For comparison: tensors do not compare as a whole."""
-    lists = {field.name: getattr(rollout, field.name) for field in fields(Rollout)}
+    lists = {field.name: getattr(rollout, field.name) for field in fields(Answers)}
     return lists | {"scores": [rollout.scores.of_answer(row) for row in range(len(rollout.rows))]}
 
 

@@ -23,14 +23,25 @@ from alignment.stages.ppo.config import KlConfig, KlControl
 from alignment.stages.ppo.learn import Learner
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.rl import engine, policy_objective
-from alignment.training.rl.experience import Experience, Rollout
+from alignment.training.rl.experience import Experience, Partition, Rollout
 from alignment.training.rl.rollouts import Rollouts
-from alignment.training.rl.step_metrics import UpdateMetrics
 from alignment.training.session import Preempted
 from tests.oracles import gae as gae_oracle
 from tests.oracles import masked as masked_oracle
 from tests.oracles.close import close
-from tests.unit.training.ppo_bench import END, FULL, KINDS, LORA, PROMPTS, Bench, TokenRewards, optim, sha256, trained
+from tests.unit.training.ppo_bench import (
+    END,
+    FULL,
+    KINDS,
+    LORA,
+    PROMPTS,
+    Bench,
+    TokenRewards,
+    optim,
+    sha256,
+    trained,
+    values_of,
+)
 
 
 def _collected(monkeypatch: pytest.MonkeyPatch) -> list[Experience]:
@@ -135,18 +146,22 @@ def test_every_episode_is_learned_from_once_an_epoch(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[list[int]] = []
-    minibatch = Learner.minibatch
+    learn = Learner.learn
 
-    def noted(self: Learner, *step: Any) -> list[int]:
-        seen.append(minibatch(self, *step))
-        return seen[-1]
+    def noted(self: Learner, model: Any, experience: Experience, minibatch: int, **step: Any) -> None:
+        seen.append(experience.partition.rows_of(minibatch))
+        learn(self, model, experience, minibatch, **step)
 
-    monkeypatch.setattr(Learner, "minibatch", noted)
+    monkeypatch.setattr(Learner, "learn", noted)
     bench(updates=2, ppo_epochs=3, num_minibatches=4, optim=optim(batch_size=10)).train()
     epochs = [[row for rows in seen[start : start + 4] for row in rows] for start in range(0, len(seen), 4)]
     assert len(epochs) == 6
     assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 6
-    assert len({tuple(epoch) for epoch in epochs}) == 6
+    for update in range(2):
+        own = epochs[3 * update : 3 * update + 3]
+        assert len({tuple(epoch) for epoch in own}) > 1, "epochs have an order of their own"
+        minibatches = {tuple(sorted(rows)) for rows in seen[12 * update : 12 * update + 12]}
+        assert len(minibatches) == 4, "in which the old log-probabilities were computed"
     assert {len(rows) for rows in seen} == {2, 3}
 
 
@@ -189,9 +204,7 @@ def test_with_a_prompt_baseline_rewards_are_relative_to_the_other_completions(
 ) -> None:
     collected = _collected(monkeypatch)
     run = bench(completions_per_prompt=4, prompt_baseline=True, temperature=3.0, updates=1)
-    assert not any(run.trainer.rollouts._policy_and_values(PROMPTS[:2], [[3, 4], [5]])[2].tolist()), (
-        "the critic starts at 0"
-    )
+    assert not values_of(run, PROMPTS[:2], [[3, 4], [5]]).any(), "the critic starts at 0"
     run.train()
     (experience,) = collected
     first = experience.returns[:, 0]  # at γ = 1 all that is still to come; λ < 1 mixes in values, which are 0 here
@@ -223,7 +236,7 @@ def test_the_critic_starts_at_the_reward_models_scores_where_returns_are_these_a
 ) -> None:
     run = bench(**changes)
     prompts, answers = PROMPTS[:2], [[3, 4, END], [5]]
-    values = run.trainer.rollouts._policy_and_values(prompts, answers)[2]
+    values = values_of(run, prompts, answers)
     if changes:
         assert not any(values.tolist())
         return
@@ -274,10 +287,10 @@ def test_an_experience_is_what_the_papers_say_of_its_own_figures(
     references = []
     rollout = Rollouts.of_update
 
-    def noted(self: Rollouts, update: int, metrics: UpdateMetrics) -> Rollout:
-        batch = rollout(self, update, metrics)
-        references.append(torch.nn.utils.rnn.pad_sequence(batch.reference_logprobs, batch_first=True))
-        return batch
+    def noted(self: Rollouts, *args: Any) -> tuple[Rollout, Partition]:
+        batch, cut = rollout(self, *args)
+        references.append(torch.nn.utils.rnn.pad_sequence(batch.readings.reference_logprobs, batch_first=True))
+        return batch, cut
 
     monkeypatch.setattr(Rollouts, "of_update", noted)
     run.train()

@@ -14,9 +14,8 @@ from transformers import TrainerCallback
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.generate import generate
 from alignment.rewards.scores import Scores
-from alignment.training.rl.experience import Rollout
+from alignment.training.rl.experience import Partition, Rollout
 from alignment.training.rl.rollouts import Rollouts
-from alignment.training.rl.step_metrics import UpdateMetrics
 from alignment.training.session import Preempted
 from tests.oracles import logprobs as oracle
 from tests.oracles.close import close
@@ -41,14 +40,14 @@ def test_the_kl_is_that_of_the_sampled_answers_by_value(
     expected: list[float] = []
     of_update = Rollouts.of_update
 
-    def noted(self: Rollouts, update: int, metrics: UpdateMetrics) -> Rollout:
-        rollout = of_update(self, update, metrics)
+    def noted(self: Rollouts, *args: Any) -> tuple[Rollout, Partition]:
+        rollout, cut = of_update(self, *args)
         total = 0.0
         for prompt, answer in zip(rollout.prompts, rollout.answers, strict=True):
             policy = _logprobs(unwrapped(run.roles.policy), prompt, answer, 0.7)
             total += sum(policy) - sum(_logprobs(run.roles.frozen_reference, prompt, answer, 0.7))
         expected.append(total / len(rollout.answers))
-        return rollout
+        return rollout, cut
 
     monkeypatch.setattr(Rollouts, "of_update", noted)
     run.train()
@@ -58,20 +57,20 @@ def test_the_kl_is_that_of_the_sampled_answers_by_value(
 
 def test_updates_go_on_with_the_prompts_that_come_next(bench: Callable[..., Bench]) -> None:
     run = bench(optim=optim(batch_size=4))
-    drawn = [run.trainer.rollouts.of_update(update, run.trainer.metrics).prompts for update in range(2)]
+    drawn = [run.trainer._collect(update).prompts for update in range(2)]
     assert sorted(drawn[0] + drawn[1]) == sorted(PROMPTS)
 
 
 def test_answers_are_drawn_at_the_stages_temperature(bench: Callable[..., Bench]) -> None:
     """Near zero they are the likeliest ones."""
     run = bench(temperature=1e-4)
-    rollout = run.trainer.rollouts.of_update(0, run.trainer.metrics)
+    rollout = run.trainer._collect(0)
     greedy = generate(
         unwrapped(run.roles.policy), rollout.prompts, max_new_tokens=6, end_ids=[END], batch_size=len(rollout.prompts)
     )
     assert rollout.answers == greedy
     warm = bench("warm", temperature=1.0)
-    assert warm.trainer.rollouts.of_update(0, warm.trainer.metrics).answers != greedy
+    assert warm.trainer._collect(0).answers != greedy
 
 
 def test_checkpoints_lie_where_updates_end(bench: Callable[..., Bench]) -> None:

@@ -34,7 +34,7 @@ from alignment.training.rl.samples import Samples
 from alignment.training.rl.step_metrics import UpdateMetrics
 from alignment.training.trackers.all_trackers import Trackers
 from tests.tiny import tiny_tokenizer
-from tests.unit.training.ppo_bench import END, FULL, KINDS, LORA, PROMPTS, Bench, TokenRewards, optim, sha256
+from tests.unit.training.ppo_bench import END, FULL, KINDS, LORA, PROMPTS, Bench, TokenRewards, optim, sha256, values_of
 
 SHORT = TokenRewards(lambda prompt, answer: -float(len(answer)))
 
@@ -419,12 +419,12 @@ def test_without_a_reward_model_the_critic_starts_from_the_policy_at_zero(
 ) -> None:
     run = bench(adapter=adapter, reward=False, rewards=SHORT, updates=1)
     assert run.roles.reward is None
-    values = run.trainer.rollouts._policy_and_values(PROMPTS[:2], [[3, 4], [5]])[2]
+    values = values_of(run, PROMPTS[:2], [[3, 4], [5]])
     assert not any(values.tolist())
     before = _critic(run)
     run.train()
     assert _critic(run) != before
-    assert run.trainer.rollouts._policy_and_values(PROMPTS[:2], [[3, 4], [5]])[2].any()
+    assert values_of(run, PROMPTS[:2], [[3, 4], [5]]).any()
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from alignment.stages.ppo.config import OverlongConfig
-from alignment.training.rl.experience import Rollout
+from alignment.training.rl.experience import Partition, Rollout
 from alignment.training.rl.rollouts import Rollouts
-from alignment.training.rl.step_metrics import UpdateMetrics
 from tests.oracles import length_penalties as oracle
 from tests.unit.training.ppo_bench import END, Bench, TokenRewards
 
@@ -20,9 +20,10 @@ def _rollouts(monkeypatch: pytest.MonkeyPatch) -> list[Rollout]:
     made: list[Rollout] = []
     of_update = Rollouts.of_update
 
-    def noted(self: Rollouts, update: int, metrics: UpdateMetrics) -> Rollout:
-        made.append(of_update(self, update, metrics))
-        return made[-1]
+    def noted(self: Rollouts, *args: Any) -> tuple[Rollout, Partition]:
+        rollout, cut = of_update(self, *args)
+        made.append(rollout)
+        return rollout, cut
 
     monkeypatch.setattr(Rollouts, "of_update", noted)
     return made
