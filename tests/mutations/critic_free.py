@@ -105,20 +105,6 @@ MUTATIONS = [
             "kl_coefficient=coefficient",
             PAPERS,
         ),
-        (
-            "ties are learned from whatever was asked for",
-            "if self.config.drop_ties else every",
-            "if False else every",
-            PAPERS,
-        ),
-        (
-            "ties are dropped whatever was asked for",
-            "if self.config.drop_ties else every",
-            "if every else every",
-            EVERY,
-        ),
-        ("the prompts that differ are dropped", "if not tied[prompt]]", "if tied[prompt]]", PAPERS),
-        ("an empty minibatch is learned from", "self._update_ended or not prompts", "self._update_ended", EMPTY),
     ),
     *in_file(
         "stages/ppo/learn.py",
@@ -127,12 +113,6 @@ MUTATIONS = [
             "the entropy bonus has no gradient",
             "entropy_gradient=objective.entropy_coefficient > 0.0",
             "entropy_gradient=False",
-            PAPERS,
-        ),
-        (
-            "a minibatch counts prompts that it does not learn from",
-            "learned = order[torch.isin(order, torch.tensor(experience.learned_prompts, dtype=order.dtype))]",
-            "learned = order",
             PAPERS,
         ),
     ),

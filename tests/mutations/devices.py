@@ -203,14 +203,6 @@ MUTATIONS = [
         test=_BUDGET,
     ),
     _on_the_wrong_device(
-        "mismatched answers are joined on the device",
-        "stages/kto/kto_trainer.py",
-        "sides = on_host(batch[name], batch[OTHER + name])",
-        "sides = batch[name], batch[OTHER + name]",
-        "kto",
-        test=_BUDGET,
-    ),
-    _on_the_wrong_device(
         "the learned positions of a student are fetched back",
         "models/forward/distilled.py",
         "on_host(labels, rows.is_real, rows.index)",
@@ -253,8 +245,9 @@ MUTATIONS = [
     _on_the_wrong_device(
         "advantages are computed on the device",
         "stages/ppo/trainer.py",
-        "batch = self.collector.collect(update, self.metrics)",
-        "batch = self.collector.collect(update, self.metrics)\n        batch.kl.to(self.args.device).sum().item()",
+        "        coefficient = self.kl_controller.coefficient\n        advantages",
+        "        coefficient = self.kl_controller.coefficient\n"
+        "        batch.kl.to(self.args.device).sum().item()\n        advantages",
         "ppo",
         test=_BUDGET,
     ),

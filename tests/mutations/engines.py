@@ -187,7 +187,6 @@ MUTATIONS = [
     *in_file(
         "training/rl/rollouts.py",
         SERVED,
-        ("answers are sampled twice", "ahead=self._ahead.get(update)", "ahead=None", AHEAD),
         (
             "the weights never follow",
             "        self._engine.follow(version)\n",

@@ -21,12 +21,6 @@ MUTATIONS = [
     *in_file(
         "stages/ppo/collect.py",
         COLUMNS,
-        (
-            "running means never take in a batch of scores",
-            "        self.rewards.observe(rollout.scores)\n",
-            "",
-            "test_running_means_of_scores_go_on_over_a_resume",
-        ),
     ),
     *in_file(
         "stages/ppo/report.py",
@@ -67,18 +61,6 @@ MUTATIONS = [
     *in_file(
         "stages/ppo/learn.py",
         PPO,
-        (
-            "PPO's minibatches have one order in all epochs",
-            '"minibatches", update, epoch)',
-            '"minibatches", update, 0)',
-            "test_every_episode_is_learned_from_once_an_epoch",
-        ),
-        (
-            "a micro-batch learns from the rows of the first one",
-            "[rows[i] for i in indices], whole",
-            "[rows[i] for i in micro_batches[0]], whole",
-            "test_the_size_of_a_micro_batch_never_changes_the_weights",
-        ),
     ),
     *in_file(
         "training/rl/advantages.py",
@@ -246,12 +228,6 @@ MUTATIONS = [
             '"sampling", update)',
             '"sampling", 0)',
             "test_every_update_samples_with_numbers_of_its_own",
-        ),
-        (
-            "the reference is read at temperature 1",
-            "answer_statistics(reference, batch, temperature=self._episodes.temperature)",
-            "answer_statistics(reference, batch, temperature=1.0)",
-            "test_nothing_has_changed_at_the_first_minibatch",
         ),
     ),
     *in_file(

@@ -12,12 +12,6 @@ MUTATIONS = [
         "stages/shared/reference_cache.py",
         "unit/training/test_reference_cache.py",
         (
-            "a kept reference does not depend on the weights",
-            "*made_by, content, nf4",
-            "*made_by, nf4",
-            "test_the_reference_is_computed_once_and_again_when_something_changed",
-        ),
-        (
             "a prefix has the reference of a policy without one",
             "content, nf4, stacked, prefix]",
             "content, nf4, stacked]",
