@@ -11,14 +11,18 @@ import gc
 import importlib
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tests.in_child import in_child
+
+KILLED = "ALIGNMENT_TEST_KILLED"
 
 
 class Forked:
@@ -33,14 +37,27 @@ class Forked:
             env=environment,
         )
 
-    def run(self, argv: Sequence[str], *, installed: Path | None = None, folder: Path | None = None) -> tuple[int, str]:
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        installed: Path | None = None,
+        folder: Path | None = None,
+        variables: Mapping[str, str] | None = None,
+    ) -> tuple[int, str]:
         """Exit code of ``align`` with these arguments, and all that it printed.
 
-        It runs in ``folder``, and finds the packages in ``installed`` as if they were installed.
+        It runs in ``folder``, and finds the packages in ``installed`` as if they were installed. ``variables`` are
+        added to its environment; with ``KILLED``, a stage is killed after so many checkpoints.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        asked = {"argv": list(argv), "installed": installed and str(installed), "folder": folder and str(folder)}
+        asked = {
+            "argv": list(argv),
+            "installed": installed and str(installed),
+            "folder": folder and str(folder),
+            "variables": dict(variables or {}),
+        }
         print(json.dumps(asked), file=self._process.stdin, flush=True)
         answer = json.loads(self._process.stdout.readline())
         return answer["code"], answer["printed"]
@@ -83,10 +100,11 @@ def _serve() -> None:
         print(json.dumps(answer), flush=True)
 
 
-def _command(argv: list[str], installed: str | None, folder: str | None) -> int:
+def _command(argv: list[str], installed: str | None, folder: str | None, variables: dict[str, str]) -> int:
     from alignment import cli
     from alignment.stages import registry
 
+    os.environ.update(variables)
     if folder is not None:
         os.chdir(folder)
     if installed is not None:
@@ -109,12 +127,43 @@ def _execute(command: Any, *, log: Path, **_: Any) -> int:
 
     def stage() -> int:
         os.environ.update(command.environment)
+        _fork_other_ranks(command.argv)
+        if KILLED in os.environ:
+            _kill_after(int(os.environ[KILLED]))
         if "alignment.rehearse" in command.argv:
             return rehearse.main(command.argv[command.argv.index("alignment.rehearse") + 1 :])
         return worker.main(Path(command.argv[-1]))
 
     with log.open("ab") as sink:
         return in_child(stage, sink)
+
+
+def _fork_other_ranks(argv: Sequence[str]) -> None:
+    """In place of torchrun: this process becomes rank 0, and its children the others."""
+    if "--nproc_per_node" not in argv:
+        return
+    world = int(argv[argv.index("--nproc_per_node") + 1])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    rank = next((rank for rank in range(1, world) if os.fork() == 0), 0)
+    own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in own.items()}, MASTER_ADDR="127.0.0.1")
+
+
+def _kill_after(checkpoints: int) -> None:
+    from alignment.training.callbacks import Checkpoints
+
+    on_save, saved = Checkpoints.on_save, []
+
+    def then_killed(*args: Any, **kwargs: Any) -> Any:
+        result = on_save(*args, **kwargs)
+        saved.append(result)
+        if len(saved) == checkpoints:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+
+    Checkpoints.on_save = then_killed  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.core.errors import ModelError
 from alignment.models.forward.flat import trunk_states
-from alignment.models.forward.head import TokenStatistics, label_statistics, scalar_at, scales_logits
+from alignment.models.forward.head import TokenStatistics, label_statistics, scalar_at
 from alignment.models.forward.rows import SHORTEST_SHARED, FlatRows, by_tokens, stream
 from alignment.models.forward.transfer import on_host, sent
 
@@ -77,7 +76,7 @@ def answer_statistics(model: PreTrainedModel, batch: AnswerStream, *, temperatur
     """Log-probabilities and entropies of the answer tokens; ``model`` is a causal language model without wrappers.
 
     Raises:
-        ModelError: its head does more than one matrix product.
+        ModelError: its head does more than one matrix product and a factor.
     """
     return statistics_of(model, answer_states(model, batch), batch, temperature=temperature)
 
@@ -93,24 +92,9 @@ def statistics_of(
     """Statistics of the answer tokens by the model's head, from their ``answer_states``.
 
     Raises:
-        ModelError: the head does more than one matrix product.
+        ModelError: the head does more than one matrix product and a factor.
     """
-    refuse_scaled_logits(model)
     return label_statistics(model, states, batch.labels, temperature=temperature, entropy_gradient=entropy_gradient)
-
-
-def refuse_scaled_logits(model: PreTrainedModel) -> None:
-    """Checks that the model's head does one matrix product, beside a cap on its logits.
-
-    Raises:
-        ModelError: it does more.
-    """
-    if scales_logits(model):
-        raise ModelError(
-            f"{type(model).__name__} scales its logits, or adds a bias to them",
-            where="model.source",
-            remedy="PPO, evaluation and precompute_reference do not support this; other stages do",
-        )
 
 
 def answer_values(model: PreTrainedModel, batch: AnswerStream) -> Tensor:

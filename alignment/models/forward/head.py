@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from alignment.core.errors import ModelError
 from alignment.models.assembly.precision import products_dtype
 from alignment.models.forward.flat import trunk_states
 from alignment.models.forward.head_chunks import ChunkMemory, chunks_of
@@ -69,8 +70,12 @@ def label_statistics(
     temperature: float = 1.0,
     entropy_gradient: bool = False,
 ) -> TokenStatistics:
-    """``token_statistics`` under the model's own head."""
-    cap = logit_cap(model)
+    """``token_statistics`` under the model's own head, whose factor of logits counts as a temperature.
+
+    Raises:
+        ModelError: the head does more.
+    """
+    cap, temperature = logit_cap(model), temperature / logit_factor(model)
     fields = through_head(
         model,
         hidden,
@@ -105,6 +110,7 @@ _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 """Names in configurations for the bound of logits: of Gemma, RecurrentGemma and xLSTM."""
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling", "logits_mup_width_multiplier")
 """Names in configurations for factors of logits, or of the states that they are computed from."""
+_FACTORS = ("logit_scale", "logits_scaling")
 
 
 def logit_cap(model: PreTrainedModel) -> float | None:
@@ -114,12 +120,32 @@ def logit_cap(model: PreTrainedModel) -> float | None:
     return next((cap for cap in caps if cap is not None), None)
 
 
+def logit_factor(model: PreTrainedModel) -> float:
+    """By what the model multiplies its logits, as Cohere and Granite do; else 1.
+
+    Raises:
+        ModelError: it changes them in another way, beside a cap.
+    """
+    config = model.config.get_text_config()
+    factor = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    others = any(getattr(config, name, None) is not None for name in _SCALES if name not in _FACTORS)
+    if others or _has_bias(model) or (factor != 1.0 and logit_cap(model) is not None):
+        raise ModelError(
+            f"{type(model).__name__} scales its logits by more than a factor, or adds a bias to them",
+            where="model.source",
+            remedy="PPO, evaluation and precompute_reference do not support this; other stages do",
+        )
+    return factor
+
+
+def _has_bias(model: PreTrainedModel) -> bool:
+    return getattr(model.get_output_embeddings(), "bias", None) is not None
+
+
 def scales_logits(model: PreTrainedModel) -> bool:
     """Whether the model's logits are scaled or have a bias, beside a cap."""
-    if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        return True
     config = model.config.get_text_config()
-    return any(getattr(config, name, None) is not None for name in _SCALES)
+    return _has_bias(model) or any(getattr(config, name, None) is not None for name in _SCALES)
 
 
 def scalar_at(model: PreTrainedModel, rows: FlatRows, indices: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from alignment.config.sampling_engine import Engine, SamplingConfig
 from alignment.config.stage import StageConfig
 from alignment.core.model_files import architecture_in
 from alignment.job import StageSpec
-from alignment.models.forward.answers import refuse_scaled_logits
+from alignment.models.forward.head import logit_factor
 from alignment.models.kernels.kv_cache import RowsCache
 from alignment.training.context import StageContext
 
@@ -30,7 +30,7 @@ def refuse_base_that_cannot_answer(spec: StageSpec, sampling: SamplingConfig, *,
     if sampling.engine is Engine.own:
         RowsCache(model.config, room=0)
     if scored:
-        refuse_scaled_logits(model)
+        logit_factor(model)  # raises if they are changed otherwise
 
 
 def refuse_base_without_logprobs(_: StageConfig, context: StageContext) -> None:
@@ -40,7 +40,7 @@ def refuse_base_without_logprobs(_: StageConfig, context: StageContext) -> None:
         ModelError: its head does more than one matrix product.
     """
     if (model := _without_weights(context.spec)) is not None:
-        refuse_scaled_logits(model)
+        logit_factor(model)  # raises if they are changed otherwise
 
 
 def _without_weights(spec: StageSpec) -> PreTrainedModel | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import CohereConfig, GraniteConfig, PreTrainedConfig
 
 from alignment.core.errors import ModelError
 from alignment.models.forward.answers import answer_statistics, answer_stream, answer_values, batches
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.rows import stream
 from tests.tiny import tiny_model, tiny_scorer
-from tests.unit.models.conftest import ROWS, padded, plain, relative, twin
+from tests.unit.models.conftest import ROWS, SIZES, padded, plain, random_model, relative, twin
 
 CPU = torch.device("cpu")
 PROMPTS = [prompt for name in ROWS for prompt, _ in ROWS[name]]
@@ -68,19 +69,23 @@ def test_a_value_is_read_before_its_token_is_emitted() -> None:
     assert changed[2] != values[2]
 
 
-@pytest.mark.parametrize("name", ["logit_scale", "logits_scaling"])
-def test_a_head_that_transforms_its_logits_is_refused(name: str) -> None:
-    """Log-probabilities of the untransformed logits would be those of another model."""
-    model = tiny_model()
+@pytest.mark.parametrize("config", [CohereConfig, GraniteConfig])
+def test_a_factor_of_the_logits_counts(config: type[PreTrainedConfig]) -> None:
+    """Cohere multiplies them, Granite divides them."""
+    model = random_model(
+        config(**SIZES, **({"logit_scale": 3.0} if config is CohereConfig else {"logits_scaling": 3.0}))
+    )
+    plain = twin(model)
     use_flat_attention(model)
-    setattr(model.config, name, 2.0)
-    with pytest.raises(ModelError, match="scales its logits"):
-        answer_statistics(model, answer_stream([[5, 6]], [[7, 2]], CPU))
+    statistics = answer_statistics(model, answer_stream([[5, 6]], [[7, 2]], CPU), temperature=0.7)
+    expected = (plain(torch.tensor([[5, 6, 7, 2]])).logits[0, 1:3] / 0.7).log_softmax(-1)
+    assert relative(statistics.logprobs, expected[[0, 1], [7, 2]]) < 1e-5
+    assert relative(statistics.entropy, -(expected.exp() * expected).sum(-1)) < 1e-5
 
 
 def test_a_head_with_a_bias_is_refused() -> None:
     model = tiny_model()
     use_flat_attention(model)
     model.lm_head.bias = torch.nn.Parameter(torch.ones(128))
-    with pytest.raises(ModelError, match="scales its logits, or adds a bias"):
+    with pytest.raises(ModelError, match="adds a bias"):
         answer_statistics(model, answer_stream([[5, 6]], [[7, 2]], CPU))

@@ -185,7 +185,7 @@ def test_a_base_without_scores_is_refused_only_with_a_critic_of_its_own(
 def test_a_base_that_scales_its_logits_is_refused_where_its_log_probabilities_are_needed(
     plan: MakePlan, tried: Callable[..., Plan], tmp_path: Path
 ) -> None:
-    write_config(tmp_path, model_type="llama", num_hidden_layers=1, logit_scale=0.5)
+    write_config(tmp_path, model_type="llama", num_hidden_layers=1, output_multiplier=0.5)
     with pytest.raises(ModelError, match=rf"^stage ppo, {CHECKED}model\.source: LlamaForCausalLM scales its logits"):
         tried("stages.evaluate.metrics=[]")
     for stage in plan().stages[:3]:
@@ -206,7 +206,7 @@ def test_an_arm_without_another_to_compare_it_with_still_scores_references_and_c
     tmp_path: Path, row: dict[str, object], source: str, refused: bool
 ) -> None:
     (tmp_path / "model").mkdir()
-    write_config(tmp_path, model_type="llama", num_hidden_layers=1, logit_scale=0.5)
+    write_config(tmp_path, model_type="llama", num_hidden_layers=1, output_multiplier=0.5)
     (tmp_path / "data.jsonl").write_text(json.dumps(row) + "\n")
     of_base = StageInput(ref="base", path=None)
     config = EvaluateConfig(arms=["base"], metrics=[MetricConfig(name="score", source=source)])
@@ -221,7 +221,7 @@ def test_a_base_that_scales_its_logits_is_refused_before_forgetting_is_measured(
     config = ForgettingConfig(arms=["stage:sft"])
     module, _, function = kind_of(config).rehearse.partition(":")
     check = getattr(importlib.import_module(module), function)
-    for name, settings in (("plain", {}), ("scaled", {"logit_scale": 0.5})):
+    for name, settings in (("plain", {}), ("scaled", {"output_multiplier": 0.5})):
         write_config(tmp_path, model_type="llama", num_hidden_layers=1, **settings)
         spec = tiny_spec(tmp_path / name, config, base_path=tmp_path / "model", inputs={})
         with pytest.raises(ModelError, match="LlamaForCausalLM scales its") if settings else nullcontext():

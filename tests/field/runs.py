@@ -1,0 +1,167 @@
+"""Runs a draw with the user's command, in a folder of its own, where its recipe and rows stay."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tests.e2e.forked import KILLED, Forked
+from tests.field.draws import ANSWERS, Draw
+from tests.field.models import save_model
+
+PROPOSAL = re.compile(r"stages\.[\w.]+=[^\s,;)]+")
+REFUSED = (2, 3)
+"""Exit codes of settings and of rows that are refused (alignment/core/errors.py)."""
+
+
+class Broken(AssertionError):
+    """Something that must be true of any run is not."""
+
+
+class Refused(Exception):
+    """The settings or rows were refused with an error that names them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A finished run."""
+
+    draw: Draw
+    folder: Path
+    printed: str
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What ``run.json`` says."""
+        record: dict[str, Any] = json.loads((self.folder / "runs/field/run.json").read_text())
+        return record
+
+    def artifact(self, stage: str) -> Path:
+        """The folder of a stage's result."""
+        return Path(self.record["stages"][stage]["artifact"])
+
+    def lines(self, stage: str) -> list[dict[str, Any]]:
+        """The stage's metrics, a line a step."""
+        return [json.loads(line) for line in (self.artifact(stage) / "metrics.jsonl").read_text().splitlines()]
+
+    def weights(self, stage: str) -> dict[str, bytes]:
+        """The bytes of each file of weights of the stage's result."""
+        artifact = self.artifact(stage)
+        return {str(file.relative_to(artifact)): file.read_bytes() for file in sorted(artifact.rglob("*.safetensors"))}
+
+
+class Field:
+    """Runs draws in folders below ``folder``, forked from one process that has imported the libraries."""
+
+    def __init__(self, folder: Path, forked: Forked) -> None:
+        self.folder = folder
+        self._forked = forked
+
+    def run(self, draw: Draw, name: str = "run", *, killed: int | None = None, **optim: Any) -> Run:
+        """Plans and runs it. With ``killed`` it is killed after so many checkpoints, and run again; ``optim`` changes
+        the last stage's optimiser.
+
+        Raises:
+            Refused: it cannot be run, and the error says what to change.
+            Broken: the command failed, or refused something without an error that says so.
+        """
+        folder = self.folder / name
+        folder.mkdir(parents=True, exist_ok=True)
+        recipe = write_recipe(draw, folder, optim)
+        changes = self._accepted(recipe, folder)
+        command = ["run", str(recipe), *changes]
+        if killed is not None:
+            self._forked.run(command, folder=folder, variables={KILLED: str(killed)})
+        code, printed = self._forked.run(command, folder=folder)
+        logs = "\n".join(file.read_text()[-2000:] for file in folder.glob("runs/*/*/log.txt"))
+        if code in REFUSED and "Traceback" not in printed + logs:
+            raise Refused(printed)
+        if code != 0:
+            raise Broken(f"`align run` ended with {code}\n{printed[-3000:]}\n{logs}")
+        return Run(draw=draw, folder=folder, printed=printed)
+
+    def _accepted(self, recipe: Path, folder: Path) -> list[str]:
+        """The overrides with which the plan is accepted: those that it proposes itself."""
+        changes: list[str] = []
+        for _ in range(4):
+            code, printed = self._forked.run(["plan", str(recipe), *changes], folder=folder)
+            if code == 0:
+                return changes
+            if code not in REFUSED or "Traceback" in printed:
+                raise Broken(f"`align plan` ended with {code}\n{printed[-3000:]}")
+            proposed = [change.rstrip(".") for change in PROPOSAL.findall(printed)]
+            changes += [change for change in proposed if change not in changes]
+            if not proposed:
+                break
+        raise Refused(printed)
+
+    def status(self, run: Run) -> None:
+        """`align status` reads the run."""
+        code, printed = self._forked.run(["status", "field"], folder=run.folder)
+        if code != 0 or "Traceback" in printed:
+            raise Broken(f"`align status` ended with {code}\n{printed}")
+
+
+def write_recipe(draw: Draw, folder: Path, optim: dict[str, Any]) -> Path:
+    """The recipe of a draw, beside its model and rows."""
+    if not (folder / "model").exists():
+        save_model(folder / "model", draw.architecture, biased=draw.biased)
+    stages = json.loads(json.dumps(draw.stages))
+    for name, rows in draw.rows.items():
+        stages[name]["data"] = {"source": f"path:{write_rows(rows, folder / name)}"}
+    stages[draw.last]["optim"] |= optim
+    kinds = {name: name for name in stages}
+    if draw.evaluated and draw.last != "reward":
+        kinds |= {"evaluate": "evaluate", "report": "report"}
+        stages["evaluate"] = {
+            "data": {"source": "bundled:quickstart/heldout", "limit": 3},
+            "arms": ["base", f"stage:{draw.last}"],
+            "reward": None,
+            "metrics": [{"name": "length", "source": "length", "target": 20}],
+            "max_new_tokens": 8,
+            "bootstrap_samples": 100,
+        }
+    recipe = folder / "recipe.yaml"
+    tree = {
+        "defaults": [
+            "base",
+            *({f"stage@stages.{name}": kind} for name, kind in kinds.items()),
+            *([{"override launch": "ddp"}] if draw.processes > 1 else []),
+            "_self_",
+        ],
+        "summary": "drawn at random",
+        "name": "field",
+        "seed": draw.seed,
+        "output": str(folder),
+        "model": {"source": f"path:{folder / 'model'}", "dtype": draw.dtype},
+        "launch": {"threads": 1, "num_processes": draw.processes},
+        "stages": stages,
+    }
+    recipe.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return recipe
+
+
+def write_rows(rows: dict[str, Any], path: Path) -> Path:
+    """Some rows of a file in its own format, with answers cut to other lengths."""
+    source = Path(rows["file"])
+    whole = source.read_text()
+    every = json.loads(whole) if source.suffix == ".json" else [json.loads(line) for line in whole.splitlines()]
+    start = rows["start"] % len(every)
+    some = (every[start:] + every[:start])[: rows["number"]]
+    kept = rows["characters"]
+    some = [{name: _cut(name, value, kept[i % len(kept)]) for name, value in row.items()} for i, row in enumerate(some)]
+    path = path.with_suffix(source.suffix)
+    text = json.dumps(some) if source.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in some)
+    path.write_text(text)
+    return path
+
+
+def _cut(name: str, value: Any, characters: int) -> Any:
+    """The answer's first characters; transcripts and lists of messages stay whole."""
+    is_answer = name in ANSWERS and isinstance(value, str) and not value.startswith("\n\nHuman:")
+    return value[:characters].strip() or "a" if is_answer else value

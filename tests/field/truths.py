@@ -1,0 +1,124 @@
+"""What must be true of any run."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load
+from transformers import AutoModelForCausalLM
+
+from alignment.job import StageInput
+from alignment.models.assembly.load import lineage, load_policy
+from alignment.models.forward.generate import generate
+from alignment.stages.stage_file import read_spec
+from tests.field.draws import WITH_EXPERTS, Draw
+from tests.field.runs import Broken, Field, Run
+
+NOISE = {"float32": 5e-3, "bfloat16": 0.25}
+"""How far a gradient's norm may depend on micro-batches and processes, relative to it: on so small models, a few
+tokens in bfloat16 move it by some percent."""
+
+
+def check(field: Field, draw: Draw) -> None:
+    """Runs the draw, and holds it to everything.
+
+    Raises:
+        Refused: the draw cannot be run, and the error says what to change.
+        Broken: something is not true.
+    """
+    run = field.run(draw)
+    _starts_at_the_reference(run)
+    _weights_are_finite_and_changed(run)
+    field.status(run)
+    if draw.evaluated and draw.last != "reward" and not (run.folder / "runs/field/report.html").exists():
+        raise Broken("there is no report")
+    if draw.killed is not None:
+        again = field.run(draw, "killed", killed=draw.killed)
+        _must(again.weights(draw.last) == run.weights(draw.last), "a killed stage ended with other weights")
+    if draw.tokens is not None:
+        other = field.run(draw, "cut otherwise", micro_batch_tokens=draw.tokens)
+        _first_gradients_agree(run, other)
+    _plain_libraries_read_it(run)
+
+
+def _must(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise Broken(otherwise)
+
+
+def _starts_at_the_reference(run: Run) -> None:
+    """Before the first step, policy and reference are one policy, and the old policy is the new one."""
+    draw, settings = run.draw, run.draw.stages[run.draw.last]
+    first = run.lines(draw.last)[0]
+    if draw.last == "ppo":
+        _must(first.get("policy/approxkl_first", 0.0) < 1e-6, f"first ratios are not 1: {first}")
+        _must(abs(first["objective/kl"]) < 1e-2, f"the first KL is {first['objective/kl']}")
+    if draw.last in ("dpo", "kto") and settings.get("loss") not in ("simpo", "orpo"):
+        precomputed = settings.get("precompute_reference", False) and draw.dtype == "bfloat16"
+        names = [name for name in ("rewards/chosen", "rewards/rejected") if name in first]
+        far = {name: first[name] for name in names if abs(first[name]) > (0.3 if precomputed else 1e-4)}
+        _must(not far, f"policy and reference differ at the start: {far}")
+
+
+def _weights_are_finite_and_changed(run: Run) -> None:
+    """Trained ones have changed, if the log has gradients; those of the base have not."""
+    for stage in run.draw.stages:
+        weights = [(name, load(content)) for name, content in run.weights(stage).items()]
+        _must(bool(weights), f"{stage} left no weights")
+        for name, tensors in weights:
+            bad = [key for key, tensor in tensors.items() if not torch.isfinite(tensor.float()).all()]
+            _must(not bad, f"{stage}: {name} has {bad[:3]} with NaN or infinite numbers")
+        moved = any(
+            bool(tensor.any()) for name, tensors in weights for key, tensor in tensors.items() if "lora_B" in key
+        )
+        norms = [line.get("grad_norm", 0.0) for line in run.lines(stage)]
+        _must(all(math.isfinite(norm) for norm in norms), f"{stage} has gradients {norms}")
+        if run.draw.stages[stage]["adapter"]["kind"] != "full" and any(norm > 1e-3 for norm in norms):
+            _must(moved, f"{stage} had gradients {norms} and changed no adapter")
+
+
+def _first_gradients_agree(run: Run, other: Run) -> None:
+    first, second = (each.lines(run.draw.last)[0] for each in (run, other))
+    if run.draw.last == "ppo" and run.draw.stages["ppo"]["num_minibatches"] > 1:
+        return  # the line has the norm of the last minibatch
+    norms = first["grad_norm"], second["grad_norm"]
+    bound = NOISE[run.draw.dtype] * max(*norms, 0.05)
+    _must(abs(norms[0] - norms[1]) <= bound, f"micro-batches change the first gradient: {norms}")
+
+
+def _plain_libraries_read_it(run: Run) -> None:
+    """transformers and PEFT alone answer as this package does."""
+    draw = run.draw
+    kinds = {settings["adapter"]["kind"] for settings in draw.stages.values()}
+    if draw.last == "reward" or kinds & {"qlora", "prefix"} or draw.architecture in WITH_EXPERTS:
+        return  # a reward model has no answers, and plain PEFT does not round a base to four bits
+    spec = read_spec(run.folder / "runs/field" / draw.last / "stage.yaml")
+    line = lineage(spec, StageInput(ref=f"stage:{draw.last}", path=run.artifact(draw.last)))
+    ours, plain = load_policy(line, torch.float32).eval(), plain_policy(run.artifact(draw.last))
+    prompts = [[5, 9, 11, 40], [17, 3, 8, 30, 31, 32, 33]]
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            gap = float((ours(ids).logits - plain(ids).logits).abs().max() / plain(ids).logits.abs().max())
+        _must(gap < 2e-2, f"plain transformers and PEFT read another policy, {gap:.3g} apart")
+    answers = generate(ours, prompts, max_new_tokens=6, end_ids=[2], batch_size=2)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        greedy = ours.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=2)
+        theirs = greedy[0, len(prompt) :].tolist()
+        _must(answer == theirs[: len(answer)], f"greedy answers differ: {answer} and {theirs}")
+
+
+def plain_policy(artifact: Path) -> Any:
+    """A result as plain libraries load it, in float32."""
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    whole = artifact / "model"
+    base = whole if whole.exists() else Path(manifest["base"]["path"])
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for adapter in manifest["adapters"]:
+        model = PeftModel.from_pretrained(model, str(artifact / adapter)).merge_and_unload()
+    return model.eval()
