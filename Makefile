@@ -19,7 +19,7 @@ STAMP := $(VENV)/.alignment-pipeline-installed
 # One more than there are cores, because a third of the time a test waits for a process or a server; at most 4.
 WORKERS := import os; print(min(4, (os.cpu_count() or 1) + 1))
 
-.PHONY: help align plan sweep preview status engine engine-llama trackers test test-processes test-device gpu-check test-slurm test-engines test-trackers test-stores mutations prove matrix model check docs reference dist check-dist lock format bench clean
+.PHONY: help align plan sweep preview status engine engine-llama trackers test field test-processes test-device gpu-check test-slurm test-engines test-trackers test-stores mutations prove matrix model check docs reference dist check-dist lock format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,9 @@ engine-llama: $(STAMP)  ## build the environment of llama.cpp, which checks expo
 
 test: $(STAMP)  ## run the tests of one process, on several cores at once
 	$(BIN)/python -m pytest --numprocesses $$($(BIN)/python -c '$(WORKERS)') --dist loadgroup -m 'not processes' $(ARGS)
+
+field: $(STAMP)  ## draw whole runs at random and check each: ARGS="--draws 300 --seed 1"
+	$(BIN)/python -m tests.field $(ARGS)
 
 test-processes: $(STAMP)  ## run the tests of stages on several processes and machines, one after another
 	$(BIN)/python -m pytest -m processes $(ARGS)

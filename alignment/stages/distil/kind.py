@@ -109,7 +109,7 @@ KIND = StageKind(
     name="distil",
     summary="a smaller student of a policy, such as a draft for speculative decoding (stage=draft)",
     config=DistilConfig,
-    revision=9,
+    revision=10,
     produces=POLICY,
     run="alignment.stages.distil.run:run",
     data=_data,
