@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 from accelerate import PartialState
 from accelerate.utils import DistributedType
+from safetensors.torch import save_model
 from torch import nn
-from transformers import Trainer
+from transformers import PreTrainedModel, Trainer
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from alignment.core.errors import StageError
 
@@ -46,3 +51,16 @@ class ShardedTrainer(Trainer):
         """
         if not self.is_deepspeed_enabled:
             super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Weights of a whole model under the names that they have in memory.
+
+        transformers would write experts under the names that they have on a hub. When it resumes, it looks for those in
+        memory, does not find them, and goes on with the weights that the stage started from.
+        """
+        if state_dict is not None or not isinstance(self.model, PreTrainedModel):
+            super()._save(output_dir, state_dict)
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_model(self.model, str(folder / SAFE_WEIGHTS_NAME))
