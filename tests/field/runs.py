@@ -18,6 +18,9 @@ PROPOSAL = re.compile(r"stages\.[\w.]+=[^\s,;)]+")
 REFUSED = (2, 3)
 """Exit codes of settings and of rows that are refused (alignment/core/errors.py)."""
 
+MODEL = 4
+"""The exit code of a model that a stage cannot use."""
+
 
 class Broken(AssertionError):
     """Something that must be true of any run is not."""
@@ -79,7 +82,8 @@ class Field:
             self._forked.run(command, folder=folder, variables={KILLED: str(killed)})
         code, printed = self._forked.run(command, folder=folder)
         logs = "\n".join(file.read_text()[-2000:] for file in folder.glob("runs/*/*/log.txt"))
-        if code in REFUSED and "Traceback" not in printed + logs:
+        before_training = code == MODEL and "checked before any training" in printed
+        if (code in REFUSED or before_training) and "Traceback" not in printed + logs:
             raise Refused(printed)
         if code != 0:
             raise Broken(f"`align run` ended with {code}\n{printed[-3000:]}\n{logs}")

@@ -132,7 +132,7 @@ def test_a_killed_stage_goes_on_with_all_its_weights(
     saved = []
     for killed in (False, True):
         chained = Chained(tmp_path / str(killed), architecture=architecture)
-        chained.run("sft", QLORA if adapter is QLORA else LORA)
+        chained.run("sft", LORA if adapter.chain is CONTINUE else adapter)
         if killed:
             with monkeypatch.context() as patch:
                 patch.setattr(Checkpoints, "on_save", _then_killed(Checkpoints.on_save))
