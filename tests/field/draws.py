@@ -159,11 +159,13 @@ def _settings(draw: st.DrawFn, kind: str, adapter: dict[str, Any], *, has_reward
         "activation_checkpointing": draw(st.sampled_from([False, False, True])),
     }
     settings: dict[str, Any] = {"optim": optim, "save_every": 1}
-    limits = {"too_long": {"do": draw(st.sampled_from(["cut", "cut", "drop"])), "max_share": 1.0}}
+    limits: dict[str, Any] = {"too_long": {"do": "cut", "max_share": 1.0}}
     if kind == "ppo":
         return settings | limits | draw(_of_ppo(optim, has_reward=has_reward))
     optim |= {"max_steps": draw(st.integers(1, 4)), "warmup_ratio": 0.0, "epochs": 4}
     settings["max_length"] = draw(st.sampled_from([160, 512, 2048]))
+    if settings["max_length"] == 2048:
+        limits["too_long"]["do"] = draw(st.sampled_from(["cut", "drop"]))
     if kind in ("sft", "cpt"):
         settings["packing"] = draw(st.booleans())
     if kind != "cpt":

@@ -82,7 +82,7 @@ class Field:
             self._forked.run(command, folder=folder, variables={KILLED: str(killed)})
         code, printed = self._forked.run(command, folder=folder)
         logs = "\n".join(file.read_text()[-2000:] for file in folder.glob("runs/*/*/log.txt"))
-        before_training = code == MODEL and "checked before any training" in printed
+        before_training = code == MODEL and not any(folder.glob("artifacts/*/manifest.json"))
         if (code in REFUSED or before_training) and "Traceback" not in printed + logs:
             raise Refused(printed)
         if code != 0:
