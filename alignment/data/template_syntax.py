@@ -70,6 +70,15 @@ def options_of(templates: Templates) -> frozenset[str]:
     return frozenset(name for text in each(templates) for name in _options_of(text)) - INPUTS
 
 
+def reads_tools(templates: Templates) -> bool:
+    """Whether a template renders the tools that a conversation is given; the others leave them out.
+
+    Raises:
+        DataError: a template is not valid Jinja.
+    """
+    return any("tools" in meta.find_undeclared_variables(tree_of(text)) for text in each(templates))
+
+
 @functools.lru_cache(maxsize=64)
 def _options_of(template: str) -> frozenset[str]:
     tree = tree_of(template)

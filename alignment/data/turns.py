@@ -17,7 +17,7 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 OPEN, CLOSE = "<think>", "</think>"
 """What stands around a thought where it is part of the content."""
 ROLES = ("system", "user", "assistant", "tool")
-_ROLES_OPENAI = {"developer": "system", "function": "tool", **{role: role for role in ROLES}}
+ROLES_OPENAI = {"developer": "system", "function": "tool", **{role: role for role in ROLES}}
 _ROLES_SHAREGPT = {
     "system": "system",
     "human": "user",
@@ -92,7 +92,7 @@ def turn_of(fields: Fields, at: str, turn: Any) -> Message:
     if "from" in turn and "role" not in turn:
         return _sharegpt(fields, at, turn)
     role = turn.get("role")
-    if role not in _ROLES_OPENAI:
+    if role not in ROLES_OPENAI:
         fields.fail(f"{at}.role", f"must be one of {', '.join(ROLES)}; it is {role!r:.60}")
     calls = turn.get("tool_calls") or []
     if not isinstance(calls, list):
@@ -102,13 +102,13 @@ def turn_of(fields: Fields, at: str, turn: Any) -> Message:
         fields.fail(f"{at}.content", f"must be text and not empty; it is {content!r:.60}")
     called = [(f"{at}.tool_calls", call) for call in calls] + [(f"{at}.content", call) for call in calls_in_content]
     return Message(
-        role=_ROLES_OPENAI[role],
+        role=ROLES_OPENAI[role],
         content=content or "",
         tool_calls=tuple(_call(fields, where, call) for where, call in called),
-        learned=_learned(fields, at, turn, role=_ROLES_OPENAI[role]),
-        thought=_thought(fields, at, turn, role=_ROLES_OPENAI[role]),
-        call_id=_label(fields, at, turn, "tool_call_id") if _ROLES_OPENAI[role] == "tool" else "",
-        name=_label(fields, at, turn, "name") if _ROLES_OPENAI[role] == "tool" else "",
+        learned=_learned(fields, at, turn, role=ROLES_OPENAI[role]),
+        thought=_thought(fields, at, turn, role=ROLES_OPENAI[role]),
+        call_id=_label(fields, at, turn, "tool_call_id") if ROLES_OPENAI[role] == "tool" else "",
+        name=_label(fields, at, turn, "name") if ROLES_OPENAI[role] == "tool" else "",
     )
 
 

@@ -145,15 +145,6 @@ def http_client() -> Any:
     return pytest.importorskip("openai").DefaultHttpxClient()
 
 
-def served(module: str) -> Any:
-    pytest.importorskip("fastapi")
-    return importlib.import_module(f"transformers.cli.serving.{module}")
-
-
-def chat_handler() -> Any:
-    return served("chat_completion").ChatCompletionHandler
-
-
 def op(name: str) -> bool:
     """An operator of oneDNN, which torch may be built without."""
     return not torch.backends.mkldnn.is_available() or hasattr(torch.ops.mkldnn, name)
@@ -209,20 +200,6 @@ CONTRACTS: dict[str, tuple[str, Callable[[], bool]]] = {
         lambda: has(transformers.PreTrainedTokenizerFast, "_encode_plus", "text", "split_special_tokens"),
     ),
     "_get_grad_norm": ("transformers", lambda: has(transformers.Trainer, "_get_grad_norm", "model", "grad_norm")),
-    "_StreamError": ("transformers", lambda: has(served("utils"), "_StreamError", "msg")),
-    "_validate_request": ("transformers", lambda: has(chat_handler(), "_validate_request", "body")),
-    "_build_generation_config": (
-        "transformers",
-        lambda: has(chat_handler(), "_build_generation_config", "body", "model_generation_config", "use_cb"),
-    ),
-    "_build_completion": (
-        "transformers",
-        lambda: has(chat_handler(), "_build_completion", "usage", "tool_calls", "reasoning_content"),
-    ),
-    "_non_streaming": (
-        "transformers",
-        lambda: has(chat_handler(), "_non_streaming", "model", "inputs", "gen_config", "gen_manager", "tools"),
-    ),
     # ---- trl
     "_compute_loss": ("trl", lambda: has(trl.DPOTrainer, "_compute_loss", "model", "inputs", "return_outputs")),
     "_prepare_dataset": ("trl", lambda: has(trl.DPOTrainer, "_prepare_dataset", "dataset")),

@@ -1,4 +1,4 @@
-"""``align serve`` with transformers: three policies asked by OpenAI's client, and what is left when it ends."""
+"""``align serve`` with the default engine: three policies asked by OpenAI's client, and what is left when it ends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.commands.serve.driver import LIBRARIES
+from alignment.commands.shared.libraries import PAGE_LIBRARIES
 from tests.asked_policies import (
     answers_are_ours,
     nothing_is_left_after,
@@ -27,8 +27,8 @@ from tests.patience import wait_until
 from tests.served import ARMS, ServedRun, Serving, command, served_run, serving
 from tests.tiny import BASE_SOURCE
 
-ABSENT = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(ABSENT), reason=f"transformers serves with {', '.join(ABSENT)}, not installed")
+ABSENT = [name for name in (*PAGE_LIBRARIES, "openai") if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(ABSENT), reason=f"serving needs {', '.join(ABSENT)}, not installed")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_the_end_of_the_server_ends_the_command_and_is_named(run: ServedRun) -> 
         server.kill()
         printed, _ = process.process.communicate(timeout=60)
         assert process.process.returncode == 5
-        assert "transformers serve ended with exit code -9" in printed
+        assert "the server ended with exit code -9" in printed
         assert "the end of its log is above" in printed
         wait_until(lambda: process.has_left_nothing(processes))
 

@@ -237,8 +237,8 @@ MUTATIONS = [
         "unit/commands/serve/test_transformers_app.py",
         (
             "a page of any name may ask the server",
-            "    app.add_middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False)\n",
-            "",
+            "[Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False)]",
+            "[]",
             "test_a_page_that_points_its_own_name_at_this_machine_is_refused",
         ),
     ),

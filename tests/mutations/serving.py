@@ -6,7 +6,8 @@ from tests.mutations.mutation import in_file
 
 APP = "unit/commands/serve/test_transformers_app.py"
 REQUESTS = "unit/commands/serve/test_requests.py"
-REFUSED = "test_what_would_be_ignored_is_refused_by_name"
+REFUSED = "test_what_a_request_cannot_have_is_refused_by_name"
+LEFT = "test_the_work_of_a_request_ends_when_its_client_goes_away"
 PIECES = "test_pieces_of_any_size_end_where_the_whole_text_ends"
 CONTEXT = "test_an_answer_may_fill_the_context_and_a_prompt_may_not"
 LAYOUT = "unit/commands/serve/test_vllm_layout.py"
@@ -40,18 +41,24 @@ MUTATIONS = [
     ),
     *in_file(
         "commands/serve/transformers_app.py",
-        APP,
+        REQUESTS,
         (
-            "a client loads any folder",
-            "if model_id not in self.loaded_models:",
-            "if False:",
-            "test_no_endpoint_loads_another_model",
+            "nobody looks whether a client has left",
+            "asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)",
+            "asyncio.wait({task})",
+            LEFT,
         ),
         (
-            "a weights file behind a name is read",
-            "name = model_id_and_revision if gguf_file is None",
-            "name = model_id_and_revision if True",
-            "test_no_endpoint_loads_another_model",
+            "a body of any size is read",
+            "if len(raw) > MOST_BYTES:",
+            "if False:",
+            "test_a_body_of_any_size_is_refused_before_it_is_read",
+        ),
+        (
+            "a page of another site asks with a form",
+            'if request.headers.get("content-type", "")',
+            'if False and request.headers.get("content-type", "")',
+            "test_pages_of_other_sites_cannot_ask_with_a_form",
         ),
     ),
     *in_file(
@@ -65,20 +72,37 @@ MUTATIONS = [
         ),
         (
             "penalties are ignored",
-            '    **_PENALTIES,\n    "n": _other_than(1),\n    "logprobs": bool,',
-            '    "n": _other_than(1),\n    "logprobs": bool,',
+            '"presence_penalty": bool, "frequency_penalty": bool}',
+            '"presence_penalty": lambda _: False, "frequency_penalty": lambda _: False}',
             REFUSED,
         ),
         (
             "a choice among no tools is refused",
-            'if name == "tool_choice" and not body.get("tools"):',
-            "if False:",
+            'or (name in _OF_TOOLS and not body.get("tools"))',
+            "or False",
             "test_values_that_ask_for_nothing_are_taken",
+        ),
+        ("any number of stops is looked for", "if len(stops) > MOST_STOPS:", "if False:", REFUSED),
+    ),
+    *in_file(
+        "commands/serve/request_messages.py",
+        REQUESTS,
+        (
+            "tools are left out in silence",
+            "if tools and not reads_tools(template):",
+            "if False:",
+            "test_tools_are_refused_where_the_template_leaves_them_out",
+        ),
+        (
+            "a client replaces the chat template",
+            "        if name not in read:\n",
+            "        if name == 'other':\n",
+            REFUSED,
         ),
         (
             "the text beside a call is lost",
-            'turn["content"] = _content(message.get("content"), where)',
-            'turn["content"] = "" if turn.get("tool_calls") else _content(message.get("content"), where)',
+            'content=_content(message.get("content"),',
+            'content="" if message.get("tool_calls") else _content(message.get("content"),',
             "test_text_beside_a_call_and_the_name_of_a_result_reach_the_template",
         ),
     ),
@@ -88,54 +112,32 @@ MUTATIONS = [
         ("a stop is returned", "        return text[:certain]\n", "        return text\n", PIECES),
         ("the later of two stops counts", "min((start for stop", "max((start for stop", PIECES),
         ("what was held back is lost", 'held, self._held = self._held, ""', 'held = self._held = ""', PIECES),
-        (
-            "an error in a stream is no JSON",
-            "_StreamError(json.dumps(item.msg)[1:-1])",
-            "item",
-            "test_an_error_in_a_stream_fits_into_json",
-        ),
     ),
     *in_file(
         "commands/serve/policy_generation.py",
         REQUESTS,
         (
             "answers run over the context",
-            "min(config.max_new_tokens, positions - tokens)",
-            "config.max_new_tokens",
+            "min(options.max_tokens or room, room)",
+            "options.max_tokens or 2 * room",
             CONTEXT,
         ),
-        ("a prompt may fill the context", "if tokens >= positions:", "if tokens > positions:", CONTEXT),
+        ("a prompt may fill the context", "if prompt_tokens >= positions:", "if prompt_tokens > positions:", CONTEXT),
         (
-            "a stop ends an answer of /v1/completions behind it",
-            "return before_stops(text, gen_config.stop_strings or []), prompt_tokens, ids",
-            "return text, prompt_tokens, ids",
+            "a stop ends an answer behind it",
+            "content=before_stops(content, answer.stops),",
+            "content=content,",
             "test_a_stop_is_not_part_of_the_answer",
         ),
-    ),
-    *in_file(
-        "commands/serve/policy_handlers.py",
-        REQUESTS,
-        ("answers end at 1,024 tokens", "config.max_new_tokens = sys.maxsize", "pass", CONTEXT),
-        (
-            "a refusal of the template is an error of the server",
-            "        except TemplateError as error:",
-            "        except ZeroDivisionError as error:",
-            "test_a_conversation_that_the_template_refuses_is_a_refusal_with_its_words",
-        ),
-        (
-            "an answer with a stop has no content before it",
-            "before_stops(content, stops),",
-            "content,",
-            "test_a_stop_ends_an_answer_that_is_divided",
-        ),
+        ("an answer goes on without a client", "            is_left.set()\n", "", LEFT),
     ),
     *in_file(
         "commands/serve/answer_form.py",
         REQUESTS,
         (
             "the end of another template is text",
-            "    tokenizer.response_template = form\n",
-            "",
+            "reader.response_template = _with_ends(form, tokenizer, end_ids)",
+            "reader.response_template = form",
             "test_the_end_of_a_turn_is_no_text_whatever_token_it_is",
         ),
         (

@@ -1,4 +1,4 @@
-"""``align serve``: policies behind the API of OpenAI on this machine, by transformers or vLLM."""
+"""``align serve``: policies behind the API of OpenAI on this machine, by this package's own server or vLLM."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rich.console import Console
 from alignment.commands.serve.server_commands import vllm_command, worker_command
 from alignment.commands.serve.vllm_layout import VllmFiles, VllmLayout, refuse_prefix, vllm_layout
 from alignment.commands.serve.worker_error import written_error
-from alignment.commands.shared.libraries import refuse_without
+from alignment.commands.shared.libraries import PAGE_LIBRARIES, refuse_without
 from alignment.commands.shared.listening import listening
 from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.commands.shared.stored_policy import StoredPolicy
@@ -28,8 +28,6 @@ from alignment.engines.engine_environment import interpreter
 from alignment.engines.server_process import Keeper, ServerCommand, ServerProcess
 from alignment.evaluation.endpoint_client import api_key
 
-LIBRARIES = {"fastapi": "fastapi>=0.115", "uvicorn": "uvicorn>=0.34,<1", "openai": "openai>=3,<4"}
-"""What ``transformers serve`` consists of, beside transformers."""
 WHERE = "align serve"
 KEY_WHERE = "--api-key-env"
 START_SECONDS = 3600.0
@@ -84,7 +82,7 @@ def serve(console: Console, result: str, arms: Sequence[str], *, options: Option
 
 
 def _environment(options: Options) -> Path | None:
-    """The interpreter that has vLLM, or None where transformers serves."""
+    """The interpreter that has vLLM, or None for the default engine."""
     if options.engine == "vllm":
         _key(options)  # refused before anything is written
         return interpreter(options.engine_python, package="vllm", where="--engine-python")
@@ -95,7 +93,7 @@ def _environment(options: Options) -> Path | None:
                 where=f"--{name.replace('_', '-')}",
                 remedy="leave it out, or use --engine vllm",
             )
-    refuse_without(LIBRARIES, where=WHERE, needs="transformers serves with")
+    refuse_without(PAGE_LIBRARIES, where=WHERE, needs="the default engine needs")
     return None
 
 
@@ -125,7 +123,7 @@ def _command(
     write_text(settings, json.dumps({"policies": list(map(asdict, policies)), "engine": options.engine}))
     if python is None or layout is None:
         _print(console, f"loading {', '.join(policy.name for policy in policies)} …")
-        return worker_command("transformers serve", settings)
+        return worker_command("the server", settings)
     key = _key(options)
     _print(console, "writing what vLLM loads …")
     code = keeper.run(worker_command("", settings), log=log)

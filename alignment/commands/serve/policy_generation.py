@@ -1,72 +1,253 @@
-"""Generation behind the endpoints of ``transformers serve``, within the context of the policy that answers."""
+"""Answers of one policy, one request after the other, in a thread of its own that ends an answer nobody waits for."""
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+import copy
+import logging
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
-from transformers import GenerationConfig, PreTrainedModel
-from transformers.cli.serving.utils import GenerateManager, GenerationState
+import torch
+from tokenizers.decoders import DecodeStream
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.cli.serving.utils import ReasoningText, ToolCall, build_response_parser, response_events_to_chunks
+from transformers.generation.streamers import BaseStreamer
 
-from alignment.commands.serve.request_checks import refusal
-from alignment.commands.serve.stop_texts import CutQueue, before_stops
+from alignment.commands.serve.answer_form import answer_reader, divided, reads_calls
+from alignment.commands.serve.loaded_arms import LoadedArm
+from alignment.commands.serve.request_checks import AnswerOptions, RequestError
+from alignment.commands.serve.stop_texts import StopCut, before_stops
+from alignment.data.tokens.tokenize import encode
 from alignment.models.assembly.prefix import positions_of
 
+_LOG = logging.getLogger(__name__)
 
-class PolicyGeneration(GenerateManager):
-    """Answers up to the end of the context, or to a stop, which is not part of the answer."""
 
-    def generate_streaming(
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """The text before an answer: a conversation that the chat template rendered, or any other, ``is_chat`` False."""
+
+    text: str
+    is_chat: bool
+
+    def ids(self, tokenizer: Any) -> list[int]:
+        """Its token ids. In front of a text the tokenizer may put BOS; a chat template writes its own."""
+        return encode(tokenizer, self.text) if self.is_chat else list(tokenizer(self.text)["input_ids"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Begun:
+    """The prompt was taken; the answer follows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ended:
+    """A whole answer, the numbers of its tokens and of the prompt's, and why it ended."""
+
+    content: str
+    thoughts: str | None
+    calls: Sequence[ToolCall]
+    prompt_tokens: int
+    tokens: int
+    reason: str
+
+
+Piece: TypeAlias = Begun | Ended | ToolCall | str
+"""Of an answer: ``Begun``, texts and calls as they are generated if they are streamed, and ``Ended``."""
+
+
+class PolicyGeneration:
+    """Answers with one policy. Only its thread uses the tokenizer, which does not allow two at once."""
+
+    def __init__(self, arm: LoadedArm) -> None:
+        self.tokenizer = arm.tokenizer
+        self._model = arm.model
+        ends = arm.model.generation_config.eos_token_id
+        self._readers = {
+            with_tools: answer_reader(arm.tokenizer, arm.model, ends, with_tools=with_tools)
+            for with_tools in (False, True)
+        }
+        self.reads_calls = reads_calls(self._readers[True])
+        self._thread = ThreadPoolExecutor(1)
+
+    async def pieces(
+        self, prompt: Prompt, options: AnswerOptions, tools: Sequence[Mapping[str, Any]] = ()
+    ) -> AsyncGenerator[Piece, None]:
+        """The pieces of an answer, which ``Ended`` divides into content, thoughts and calls in a chat. Closing the
+        iterator ends the work.
+
+        Raises:
+            RequestError: the prompt is empty, or leaves no room for an answer (400), or the model failed (500).
+        """
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | None]()
+        is_left = threading.Event()
+
+        def emit(piece: Piece | None) -> None:
+            with suppress(RuntimeError):  # the server ends, and its loop is closed
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        reader = self._readers[bool(tools)] if prompt.is_chat else None
+        work: Future[None] = self._thread.submit(
+            self._answer, prompt, options, tools, reader, emit=emit, is_left=is_left.is_set
+        )
+        work.add_done_callback(lambda _: emit(None))
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield piece
+            _raise_failure(work)
+        finally:
+            is_left.set()
+            work.cancel()
+
+    def _answer(
         self,
-        model: PreTrainedModel,
-        processor: Any,
-        inputs: Any,
-        gen_config: GenerationConfig,
-        request_id: str,
-        response_parser: Any = None,
-    ) -> tuple[Any, Any]:
-        """A queue of pieces, and the streamer that counts their tokens.
+        prompt: Prompt,
+        options: AnswerOptions,
+        tools: Sequence[Mapping[str, Any]],
+        reader: Any,
+        *,
+        emit: Callable[[Piece], None],
+        is_left: Callable[[], bool],
+    ) -> None:
+        ids = prompt.ids(self.tokenizer)
+        self._refuse_length(len(ids), "messages" if prompt.is_chat else "prompt")
+        config = self._config(options, len(ids))
+        emit(Begun())
+        input_ids = torch.tensor([ids], device=self._model.device)
+        answer = _Answer(self.tokenizer, options, emit, is_left)
+        if reader is not None and options.is_streamed:
+            answer.parser = build_response_parser(reader, self._model, input_ids, tools=list(tools) or None)
+        if options.seed is not None:
+            torch.manual_seed(options.seed)
+        with suppress(_AnswerOver):
+            self._model.generate(
+                input_ids=input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                generation_config=config,
+                streamer=answer,
+            )
+        if not is_left():
+            answer.finish()
+            emit(self._ended(answer, input_ids, reader, tools, config.max_new_tokens))
 
-        Raises:
-            HTTPException: status 400, the prompt leaves no room for an answer.
-        """
-        _limit(model, inputs, gen_config)
-        queue, streamer = super().generate_streaming(model, processor, inputs, gen_config, request_id, response_parser)
-        return CutQueue(queue, gen_config.stop_strings or []), streamer
+    def _refuse_length(self, prompt_tokens: int, field: str) -> None:
+        positions = positions_of(self._model.base_model)
+        if not prompt_tokens:
+            raise RequestError("the prompt has no token", param=field)
+        if prompt_tokens >= positions:
+            raise RequestError(
+                f"the prompt has {prompt_tokens} tokens and the context of this policy {positions}, which leaves no "
+                "room for an answer; shorten it",
+                param=field,
+            )
 
-    async def generate_non_streaming(
-        self, model: PreTrainedModel, processor: Any, inputs: Any, gen_config: GenerationConfig, request_id: str
-    ) -> tuple[str, int, Any]:
-        """The answer without control tokens, the number of the prompt's tokens, and the tokens of the answer.
+    def _config(self, options: AnswerOptions, prompt_tokens: int) -> GenerationConfig:
+        config = copy.deepcopy(self._model.generation_config)
+        room = positions_of(self._model.base_model) - prompt_tokens
+        config.max_new_tokens = min(options.max_tokens or room, room)
+        config.top_p = options.top_p
+        if options.temperature == 0:
+            config.do_sample = False
+        else:
+            config.temperature = options.temperature
+        if options.bias:
+            config.sequence_bias = {(token,): bias for token, bias in options.bias.items()}
+        return config
 
-        Raises:
-            HTTPException: status 400, the prompt leaves no room for an answer.
-        """
-        _limit(model, inputs, gen_config)
-        text, prompt_tokens, ids = await super().generate_non_streaming(
-            model, processor, inputs, gen_config, request_id
+    def _ended(
+        self, answer: _Answer, input_ids: Tensor, reader: Any, tools: Sequence[Mapping[str, Any]], limit: int
+    ) -> Ended:
+        text = self.tokenizer.decode(answer.ids, skip_special_tokens=True)
+        content, thoughts, calls = divided(reader, self._model, answer.ids, input_ids, text, tools=list(tools) or None)
+        is_cut = len(answer.ids) >= limit and not answer.has_ended(self._model.generation_config.eos_token_id)
+        return Ended(
+            content=before_stops(content, answer.stops),
+            thoughts=thoughts,
+            calls=calls,
+            prompt_tokens=input_ids.shape[1],
+            tokens=len(answer.ids),
+            reason="tool_calls" if calls else "length" if is_cut else "stop",
         )
-        return before_stops(text, gen_config.stop_strings or []), prompt_tokens, ids
 
 
-def _limit(model: PreTrainedModel, inputs: Any, config: GenerationConfig) -> None:
-    tokens, positions = inputs["input_ids"].shape[-1], positions_of(model.base_model)
-    if tokens >= positions:
-        raise refusal(
-            f"the prompt has {tokens} tokens and the context of this policy {positions}, which leaves no room for an"
-            " answer; shorten the conversation"
-        )
-    config.max_new_tokens = min(config.max_new_tokens, positions - tokens)
+def _raise_failure(work: Future[None]) -> None:
+    error = None if work.cancelled() else work.exception()
+    if isinstance(error, RequestError):
+        raise error
+    if error is not None:
+        _LOG.error("an answer failed", exc_info=error)
+        raise RequestError(f"{type(error).__name__}: {error}", status=500) from error
 
 
-class PolicyState(GenerationState):
-    """One generation, with its own thread, for each policy."""
+class _AnswerOver(Exception):
+    """Ends the generation of an answer: a stop was written, or nobody waits for it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._by_policy: dict[str, PolicyGeneration] = {}
 
-    def get_manager(self, model_id: str, use_cb: bool = False) -> PolicyGeneration:
-        """The generation of a policy."""
-        if model_id not in self._by_policy:
-            self._by_policy[model_id] = PolicyGeneration()
-        return self._by_policy[model_id]
+class _Answer(BaseStreamer):
+    """The tokens of an answer, of which each is passed on as text if the answer is streamed."""
+
+    def __init__(
+        self, tokenizer: Any, options: AnswerOptions, emit: Callable[[Piece], None], is_left: Callable[[], bool]
+    ) -> None:
+        self.ids: list[int] = []
+        self.stops = options.stops
+        self.parser: Any = None
+        self._backend = tokenizer.backend_tokenizer
+        self._plain = DecodeStream([], skip_special_tokens=True)
+        self._with_control = DecodeStream([], skip_special_tokens=False)
+        self._ends = StopCut(options.stops)
+        self._content = StopCut(options.stops)
+        self._emit = emit if options.is_streamed else lambda _: None
+        self._is_left = is_left
+        self._prompt_follows = True
+
+    def put(self, value: Tensor) -> None:
+        """Takes a token; what comes first is the prompt."""
+        if self._is_left():
+            raise _AnswerOver
+        if self._prompt_follows:
+            self._prompt_follows = False
+            if self.parser is not None:
+                self._pass_on(response_events_to_chunks(self.parser.initial_events))
+            return
+        for token in value.tolist():
+            self._add(token)
+
+    def end(self) -> None:
+        """``finish`` does what is left, also for an answer that ends at a stop."""
+
+    def finish(self) -> None:
+        """Passes on what was held back."""
+        if self.parser is not None:
+            with suppress(ValueError, RuntimeError):  # the answer ends within a call
+                self._pass_on(response_events_to_chunks(self.parser.finalize()[1]))
+        if rest := self._content.rest():
+            self._emit(rest)
+
+    def has_ended(self, end_ids: Sequence[int]) -> bool:
+        """Whether it ends by itself or at a stop."""
+        return self._ends.has_ended or bool(self.ids and self.ids[-1] in end_ids)
+
+    def _add(self, token: int) -> None:
+        self.ids.append(token)
+        plain = self._plain.step(self._backend, token) or ""
+        self._ends.after(plain)
+        if self.parser is None:
+            self._pass_on([plain])
+        elif text := self._with_control.step(self._backend, token):
+            self._pass_on(response_events_to_chunks(self.parser.feed(text)))
+        if self._ends.has_ended:
+            raise _AnswerOver
+
+    def _pass_on(self, pieces: Sequence[Any]) -> None:
+        for piece in pieces:
+            if isinstance(piece, (ReasoningText, ToolCall)):
+                self._emit(piece)
+            elif text := self._content.after(piece):
+                self._emit(text)

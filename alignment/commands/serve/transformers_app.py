@@ -1,101 +1,208 @@
-"""The app of ``transformers serve``, restricted to policies that are loaded, each under its own name.
+"""The app behind ``align serve`` with the default engine: policies in this process, each under its own name.
 
-By itself the app loads any model that a client names, from any folder of this machine or from the hub's cache. Here the
-part of it that loads models only hands out those that it was given.
+It answers as OpenAI's API does, also where it refuses. The work of a request ends when its client goes away.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, TypeVar
 
 import uvicorn
-from fastapi import HTTPException, Request
-from fastapi.responses import JSONResponse
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from transformers.cli.serving.model_manager import ModelManager, TimedModel
-from transformers.cli.serving.server import build_server
-from transformers.cli.serving.systemone import SystemOneHandler
-from transformers.cli.serving.transcription import TranscriptionHandler
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
 
-from alignment.commands.serve.answer_form import set_answer_form
+from alignment.commands.serve.answer_replies import ChatReply, CompletionReply, Reply
 from alignment.commands.serve.loaded_arms import LoadedArm
-from alignment.commands.serve.policy_generation import PolicyState
-from alignment.commands.serve.policy_handlers import PolicyChat, PolicyCompletions, PolicyResponses
+from alignment.commands.serve.policy_generation import Begun, Ended, Piece, PolicyGeneration, Prompt
+from alignment.commands.serve.request_checks import (
+    CHAT_FIELDS,
+    CHAT_UNSUPPORTED,
+    COMPLETION_FIELDS,
+    COMPLETION_UNSUPPORTED,
+    AnswerOptions,
+    RequestError,
+    body_of,
+    options_of,
+    refuse_unsupported,
+)
+from alignment.commands.serve.request_messages import prompt_of, tools_of
 from alignment.commands.shared.guarded_app import HOSTS
 from alignment.engines.server_process import HOST
 
-_NEVER = -1
-"""As a timeout: models stay."""
+MOST_BYTES = 4 * 2**20
+"""Of the body of a request: more text than the contexts of today's models hold."""
+T = TypeVar("T")
 
 
-class ServedArms(ModelManager):
-    """Hands out these models by name, and refuses every other name."""
+class PolicyApp:
+    """The endpoints of these arms."""
 
     def __init__(self, arms: Sequence[LoadedArm]) -> None:
-        super().__init__(model_timeout=_NEVER)
-        for arm in arms:
-            set_answer_form(arm.tokenizer, arm.model, arm.model.generation_config.eos_token_id)
-        self.loaded_models = {
-            arm.name: TimedModel(arm.model, timeout_seconds=_NEVER, processor=arm.tokenizer) for arm in arms
-        }
+        self._policies = {arm.name: PolicyGeneration(arm) for arm in arms}
 
-    def process_model_name(self, model_id: str) -> str:
-        """The name itself.
+    def routes(self) -> list[Route]:
+        """The paths that are answered."""
+        return [
+            Route("/health", self.health),
+            Route("/v1/models", self.models),
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", self.completion, methods=["POST"]),
+        ]
 
-        Raises:
-            HTTPException: status 404, there is no such model.
-        """
-        if model_id not in self.loaded_models:
-            names = ", ".join(self.loaded_models)
-            raise HTTPException(status_code=404, detail=f"there is no model {model_id!r} here, only: {names}")
-        return model_id
+    async def health(self, _: Request) -> Response:
+        """Whether the server answers."""
+        return JSONResponse({"status": "ok"})
 
-    def load_model_and_processor(
-        self,
-        model_id_and_revision: str,
-        progress_callback: Any = None,
-        tqdm_class: Any = None,
-        gguf_file: str | None = None,
-    ) -> tuple[Any, Any]:
-        """The model and the tokenizer of a name.
+    async def models(self, _: Request) -> Response:
+        """The names of the policies."""
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": "alignment"} for name in self._policies]
+        return JSONResponse({"object": "list", "data": models})
 
-        Raises:
-            HTTPException: status 404, there is no such model.
-        """
-        name = model_id_and_revision if gguf_file is None else f"{model_id_and_revision}:{gguf_file}"
-        return super().load_model_and_processor(self.process_model_name(name), progress_callback, tqdm_class)
+    async def chat(self, request: Request) -> Response:
+        """Answers a conversation, which the policy's chat template renders."""
+        body = await _body(request)
+        policy = self._policy(body)
+        refuse_unsupported(body, CHAT_FIELDS, CHAT_UNSUPPORTED)
+        options = options_of(body, len(policy.tokenizer))
+        text = prompt_of(body, policy.tokenizer, reads_calls=policy.reads_calls)
+        pieces = policy.pieces(Prompt(text=text, is_chat=True), options, tools_of(body.get("tools")))
+        return await _reply(request, pieces, options, ChatReply(body["model"]))
 
-    def list_models(self, cache_dir: str | None = None) -> list[dict[str, Any]]:
-        """The names, as ``/v1/models`` lists them."""
-        return [{"id": name, "object": "model", "created": 0, "owned_by": "alignment"} for name in self.loaded_models]
+    async def completion(self, request: Request) -> Response:
+        """Continues a text."""
+        body = await _body(request)
+        policy = self._policy(body)
+        refuse_unsupported(body, COMPLETION_FIELDS, COMPLETION_UNSUPPORTED)
+        options = options_of(body, len(policy.tokenizer))
+        if not isinstance(body.get("prompt"), str):
+            raise RequestError("the prompt is not a text", param="prompt")
+        pieces = policy.pieces(Prompt(text=body["prompt"], is_chat=False), options)
+        return await _reply(request, pieces, options, CompletionReply(body["model"]))
 
-    def shutdown(self) -> None:
-        """Does nothing: the endpoint ``/reset`` would unload models for good, and they end with their process."""
+    def _policy(self, body: Mapping[str, Any]) -> PolicyGeneration:
+        name = body.get("model")
+        if not isinstance(name, str):
+            raise RequestError("model: name the policy", param="model")
+        if name not in self._policies:
+            names = ", ".join(self._policies)
+            raise RequestError(f"there is no model {name!r} here, only: {names}", param="model", status=404)
+        return self._policies[name]
 
 
-def application(arms: Sequence[LoadedArm]) -> Any:
-    """The ASGI app. Its errors have OpenAI's form, so that clients show their text."""
-    manager, state = ServedArms(arms), PolicyState()
-    app = build_server(
-        manager,
-        PolicyChat(manager, state),
-        completion_handler=PolicyCompletions(manager, state),
-        response_handler=PolicyResponses(manager, state),
-        transcription_handler=TranscriptionHandler(manager, state),
-        systemone_handler=SystemOneHandler(manager, state),
-        generation_state=state,
-    )
-    app.add_exception_handler(HTTPException, _refusal)
+async def _body(request: Request) -> dict[str, Any]:
+    """The fields of a request. Pages of other sites cannot send this type unasked."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise RequestError("the header Content-Type is not application/json", status=415)
+    raw = bytearray()
+    async for part in request.stream():
+        raw += part
+        if len(raw) > MOST_BYTES:
+            raise RequestError(f"the body has more than {MOST_BYTES:,} bytes", status=413)
+    return body_of(bytes(raw))
+
+
+async def _reply(request: Request, pieces: Any, options: AnswerOptions, reply: Reply) -> Response:
+    """The answer at once, or as a stream that begins when the prompt is taken."""
+    if not options.is_streamed:
+        return JSONResponse(await _unless_left(request, _whole(pieces, reply)))
+    await _unless_left(request, anext(pieces))
+    return StreamingResponse(_events(pieces, options, reply), media_type="text/event-stream")
+
+
+async def _unless_left(request: Request, work: Awaitable[T]) -> T:
+    """What ``work`` returns; it is cancelled if the client goes away.
+
+    Raises:
+        ClientDisconnect: it has gone.
+    """
+    task, left = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait({task, left}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return task.result()
+    finally:
+        left.cancel()
+        task.cancel()
+        await asyncio.wait({task, left})
+
+
+async def _whole(pieces: Any, reply: Reply) -> dict[str, Any]:
+    async with aclosing(pieces):
+        ended = [piece async for piece in pieces if isinstance(piece, Ended)]
+    return reply.whole(ended[0])
+
+
+async def _events(pieces: Any, options: AnswerOptions, reply: Reply) -> AsyncIterator[str]:
+    """The events of a stream. An error ends it, because its status has been sent."""
+    async with aclosing(pieces):
+        try:
+            for chunk in reply.opening():
+                yield _event(chunk)
+            async for piece in pieces:
+                for chunk in _chunks(piece, options, reply):
+                    yield _event(chunk)
+        except RequestError as error:
+            yield _event(_fault(error))
+    yield "data: [DONE]\n\n"
+
+
+def _chunks(piece: Piece, options: AnswerOptions, reply: Reply) -> Sequence[Mapping[str, Any]]:
+    if isinstance(piece, Begun):
+        return []
+    if isinstance(piece, Ended):
+        return [reply.ending(piece), *([reply.usage(piece)] if options.streams_usage else [])]
+    return [reply.chunk(piece)]
+
+
+def _event(value: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(value)}\n\n"
+
+
+def _fault(error: Exception) -> dict[str, Any]:
+    """An error in the form of OpenAI."""
+    known = error if isinstance(error, RequestError) else RequestError(f"{type(error).__name__}: {error}", status=500)
+    kind = "server_error" if known.status >= 500 else "invalid_request_error"
+    return {"error": {"message": known.message, "type": kind, "param": known.param, "code": known.status}}
+
+
+async def _refuse(_: Request, error: Exception) -> Response:
+    body = _fault(error)
+    return JSONResponse(body, status_code=body["error"]["code"])
+
+
+async def _refuse_path(request: Request, error: HTTPException) -> Response:
+    paths = "GET /v1/models, POST /v1/chat/completions and POST /v1/completions"
+    message = f"there is no {request.method} {request.url.path} here, only {paths}"
+    return await _refuse(request, RequestError(message, status=error.status_code))
+
+
+async def _forget(_: Request, __: Exception) -> Response:
+    """Nobody reads it."""
+    return Response(status_code=499)
+
+
+def application(arms: Sequence[LoadedArm]) -> Starlette:
+    """The ASGI app."""
     # A web page that points its own name at 127.0.0.1 is refused by that name.
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False)
-    return app
-
-
-async def _refusal(_: Request, error: Any) -> JSONResponse:
-    kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
-    body = {"message": str(error.detail), "type": kind, "code": error.status_code}
-    return JSONResponse({"error": body}, status_code=error.status_code)
+    middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS, www_redirect=False)]
+    handlers: Any = {
+        404: _refuse_path,
+        405: _refuse_path,
+        RequestError: _refuse,
+        ClientDisconnect: _forget,
+        Exception: _refuse,
+    }
+    return Starlette(routes=PolicyApp(arms).routes(), middleware=middleware, exception_handlers=handlers)
 
 
 def serve(arms: Sequence[LoadedArm], port: int) -> None:

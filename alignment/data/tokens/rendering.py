@@ -124,16 +124,23 @@ def render(
         )
     skeletons = skeletons_of(tokenizer, templates) if isinstance(templates, str) and not tools else None
     if skeletons is not None:
-        by_template = functools.partial(_by_template, tokenizer, answering=answering, tools=(), templates=templates)
+        by_template = functools.partial(
+            render_by_template, tokenizer, answering=answering, tools=(), templates=templates
+        )
         text = skeletons.rendered(messages, control.escaped, by_template, answering=answering)
         if text is not None:
             return text
-    return _by_template(tokenizer, messages, answering=answering, tools=tools, templates=templates)
+    return render_by_template(tokenizer, messages, answering=answering, tools=tools, templates=templates)
 
 
-def _by_template(
+def render_by_template(
     tokenizer: Any, messages: Sequence[Message], *, answering: bool, tools: Tools, templates: Templates
 ) -> str:
+    """``render`` of a conversation whose roles need not occur again: nothing of it is remembered.
+
+    Raises:
+        DataError, ModelError: see ``render``.
+    """
     control = control_tokens(tokenizer)
     try:
         with Bounded(_ENDLESS):

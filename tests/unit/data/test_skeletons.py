@@ -138,7 +138,7 @@ def test_every_conversation_is_what_the_template_renders(template: str) -> None:
     for messages in _conversations(rng):
         for answering in (False, True):
             by_template = functools.partial(
-                rendering._by_template,
+                rendering.render_by_template,
                 tokenizer,
                 messages,
                 answering=answering,

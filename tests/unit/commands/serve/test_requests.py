@@ -1,10 +1,10 @@
-"""Requests to ``transformers serve``: what is refused, what reaches the chat template, and where answers end."""
+"""Requests to the default engine: what is refused, what reaches the chat template, and where answers end."""
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import json
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,16 +12,18 @@ import pytest
 import torch
 from rich.console import Console
 
-from alignment.commands.serve.driver import LIBRARIES
 from alignment.commands.serve.loaded_arms import LoadedArm, load_arms
+from alignment.commands.shared.libraries import PAGE_LIBRARIES
 from alignment.commands.shared.policy_finder import PolicyFinder
-from alignment.data.tokens.tokenize import end_ids
+from alignment.core import deadline
+from alignment.data.tokens.tokenize import end_ids, prompt_ids
+from alignment.data.turns import Message
 from tests.asked_app import Answered, asking
 from tests.served import END, TOOL, ServedRun, served_run, tokenizer_with_tools
 from tests.tiny import tiny_model
 
-ABSENT = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(ABSENT), reason=f"transformers serves with {', '.join(ABSENT)}")
+ABSENT = [name for name in PAGE_LIBRARIES if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(ABSENT), reason=f"the engine needs {', '.join(ABSENT)}")
 HI = [{"role": "user", "content": "Hi."}]
 CALLED = [
     {"role": "user", "content": "When is it open?"},
@@ -51,74 +53,237 @@ def chat(**changes: Any) -> dict[str, Any]:
     return {"model": "dpo", "messages": HI, "max_tokens": 1, "temperature": 0, **changes}
 
 
+WRONG: list[Any] = [
+    ("model", None, "model"),
+    ("model", 5, "model"),
+    ("n", 2, "n"),
+    ("logprobs", True, "logprobs"),
+    ("top_logprobs", 5, "top_logprobs"),
+    ("response_format", {"type": "json_object"}, "response_format"),
+    ("presence_penalty", 0.5, "presence_penalty"),
+    ("frequency_penalty", 0.5, "frequency_penalty"),
+    ("functions", [{"name": "f"}], "functions"),
+    ("reasoning_effort", "low", "reasoning_effort"),
+    ("best_of_all", 1, "best_of_all"),
+    ("generation_config", '{"num_beams": 500}', "generation_config"),
+    ("chat_template", "{{ 7 * 7 }}", "chat_template"),
+    ("chat_template_kwargs", {"chat_template": "{{ 7 * 7 }}"}, "chat_template_kwargs.chat_template"),
+    ("chat_template_kwargs", {"max_length": 1}, "chat_template_kwargs.max_length"),
+    ("chat_template_kwargs", {"tokenize": False}, "chat_template_kwargs.tokenize"),
+    ("chat_template_kwargs", {"messages": []}, "chat_template_kwargs.messages"),
+    ("chat_template_kwargs", {"add_generation_prompt": False}, "chat_template_kwargs.add_generation_prompt"),
+    ("chat_template_kwargs", "x", "chat_template_kwargs"),
+    ("max_tokens", 0, "max_tokens"),
+    ("max_tokens", -5, "max_tokens"),
+    ("max_tokens", 1.5, "max_tokens"),
+    ("max_tokens", True, "max_tokens"),
+    ("max_completion_tokens", "ten", "max_completion_tokens"),
+    ("temperature", "hot", "temperature"),
+    ("temperature", -1, "temperature"),
+    ("temperature", 1e-300, "temperature"),
+    pytest.param("temperature", 10**400, "temperature", id="temperature-huge"),
+    ("top_p", 1.5, "top_p"),
+    ("seed", "now", "seed"),
+    ("seed", 10**30, "seed"),
+    ("stop", [1], "stop"),
+    ("stop", "", "stop"),
+    ("stop", list("abcde"), "stop"),
+    ("stream", "yes", "stream"),
+    ("stream_options", [], "stream_options"),
+    ("stream_options", {"include_usage": 1}, "include_usage"),
+    ("logit_bias", [5], "logit_bias"),
+    ("logit_bias", {"-1": 1}, "logit_bias"),
+    ("logit_bias", {"99999999": 1}, "logit_bias"),
+    ("logit_bias", {"word": 1}, "logit_bias"),
+    ("logit_bias", {"5": "1"}, "logit_bias"),
+    ("logit_bias", {"5": 1000}, "logit_bias"),
+    ("tools", "x", "tools"),
+    ("tools", [5], "tools[0]"),
+    ("tools", [{"type": "function", "function": {}}], "tools[0]"),
+    ("messages", None, "messages"),
+    ("messages", "Hi.", "messages"),
+    ("messages", [], "messages"),
+    ("messages", ["Hi."], "messages[0]"),
+    ("messages", [{"content": "Hi."}], "messages[0].role"),
+    ("messages", [{"role": "king", "content": "Hi."}], "messages[0].role"),
+    ("messages", [{"role": ["user"], "content": "Hi."}], "messages[0].role"),
+    ("messages", [{"role": "user"}], "messages[0].content"),
+    ("messages", [{"role": "user", "content": 5}], "messages[0].content"),
+    ("messages", [{"role": "user", "content": {"text": "Hi."}}], "messages[0].content"),
+    ("messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content"),
+    ("messages", [{"role": "user", "content": "Hi.", "name": 5}], "messages[0].name"),
+    ("messages", [{"role": "user", "content": "Hi.", "audio": {"id": "1"}}], "messages[0].audio"),
+    ("messages", [{"role": "user", "content": "half \ud800"}], "messages"),
+    ("messages", [{"role": "assistant", "tool_calls": 5}], "messages[0].tool_calls"),
+    ("messages", [{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0]"),
+    (
+        "messages",
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
+        "messages[0].tool_calls[0].function.arguments",
+    ),
+]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("field", "value", "param"), WRONG)
+def test_what_a_request_cannot_have_is_refused_by_name(
+    ask: Callable[..., Answered], field: str, value: Any, param: str, stream: bool
+) -> None:
+    status, reply = ask("POST", "/v1/chat/completions", chat(**{"stream": stream, field: value}))
+    assert (status, reply["error"]["type"], reply["error"]["param"]) == (400, "invalid_request_error", param)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("n", 2),
-        ("logprobs", True),
-        ("top_logprobs", 5),
-        ("response_format", {"type": "json_object"}),
-        ("presence_penalty", 0.5),
-        ("frequency_penalty", 0.5),
-        ("functions", [{"name": "f"}]),
-        ("reasoning_effort", "low"),
-        ("max_tokens", 0),
-        ("temperature", "hot"),
-        ("top_p", 1.5),
-        ("seed", "now"),
-        ("stop", [1]),
+        ("best_of", 2),
+        ("echo", True),
+        ("suffix", "."),
+        ("logprobs", 0),
+        ("messages", HI),
+        ("prompt", ""),
+        ("prompt", None),
+        ("prompt", ["Hi."]),
+        ("prompt", "half \udfff"),
     ],
 )
-def test_what_would_be_ignored_is_refused_by_name(ask: Callable[..., Answered], field: str, value: Any) -> None:
-    status, reply = ask("POST", "/v1/chat/completions", chat(**{field: value}))
-    assert status == 400
-    assert reply["error"]["message"].startswith(f"{field}={json.dumps(value)} is not" if field != "stop" else "stop=")
-    assert reply["error"]["type"] == "invalid_request_error"
+def test_completions_refuse_what_is_theirs(ask: Callable[..., Answered], field: str, value: Any) -> None:
+    status, reply = ask("POST", "/v1/completions", {"model": "dpo", "prompt": "Hi.", field: value})
+    assert (status, reply["error"]["param"]) == (400, field)
 
 
-def test_other_endpoints_refuse_theirs(ask: Callable[..., Answered]) -> None:
-    for path, body in [
-        ("/v1/completions", {"prompt": "Hi.", "best_of": 2}),
-        ("/v1/completions", {"prompt": "Hi.", "echo": True}),
-        ("/v1/completions", {"prompt": "Hi.", "logit_bias": {"5": 1}}),
-        ("/v1/responses", {"input": "Hi.", "previous_response_id": "one"}),
-        ("/v1/responses", {"input": "Hi.", "conversation": "one"}),
-        ("/v1/responses", {"input": "Hi.", "text": {"format": {"type": "json_object"}}}),
-    ]:
-        status, reply = ask("POST", path, {"model": "dpo", **body})
-        assert (status, "is not supported here" in reply["error"]["message"]) == (400, True), (path, reply)
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"text"',
+        b"\xff",
+        b"[" * 100_000,
+        b'{"model": "dpo", "temperature": NaN}',
+        b'{"model": "dpo", "temperature": -Infinity}',
+        b'{"model": "dpo", "top_p": 1e999}',
+        b'{"model": "dpo", "seed": ' + b"9" * 10_000 + b"}",
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused_in_openai_s_form(ask: Callable[..., Answered], body: bytes) -> None:
+    status, reply = ask("POST", "/v1/chat/completions", body)
+    assert (status, reply["error"]["type"], reply["error"]["param"]) == (400, "invalid_request_error", None)
+
+
+def test_a_body_of_any_size_is_refused_before_it_is_read(ask: Callable[..., Answered]) -> None:
+    status, reply = ask("POST", "/v1/chat/completions", chat(user="x" * 5_000_000))
+    assert (status, reply["error"]["type"]) == (413, "invalid_request_error")
+
+
+def test_pages_of_other_sites_cannot_ask_with_a_form(ask: Callable[..., Answered]) -> None:
+    status, reply = ask("POST", "/v1/chat/completions", chat(), content_type="text/plain")
+    assert (status, reply["error"]["type"]) == (415, "invalid_request_error")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [("POST", "/v1/responses", 404), ("GET", "/v1/embeddings", 404), ("GET", "/v1/chat/completions", 405)],
+)
+def test_other_endpoints_are_refused_with_those_that_there_are(
+    ask: Callable[..., Answered], method: str, path: str, status: int
+) -> None:
+    got, reply = ask(method, path, {"model": "dpo", "input": "Hi."} if method == "POST" else None)
+    assert (got, reply["error"]["type"]) == (status, "invalid_request_error")
+    assert "POST /v1/chat/completions" in reply["error"]["message"]
 
 
 def test_values_that_ask_for_nothing_are_taken(ask: Callable[..., Answered]) -> None:
     harmless = {"n": 1, "logprobs": False, "response_format": {"type": "text"}, "user": "me", "tool_choice": "none"}
+    harmless |= {"parallel_tool_calls": False, "tools": [], "stop": None, "stream": None, "chat_template_kwargs": {}}
     status, reply = ask("POST", "/v1/chat/completions", chat(presence_penalty=0, **harmless))
     assert (status, reply["usage"]["completion_tokens"]) == (200, 1)
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"model": None}, "model: name the policy"),
-        ({"messages": []}, "messages: there are none"),
-        ({"messages": [{"content": "Hi."}]}, "messages[0]: a message has a role"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content: only text"),
-    ],
+def test_a_bias_of_a_token_makes_it_the_answer(ask: Callable[..., Answered]) -> None:
+    token = 40
+    for path, asked in (("/v1/chat/completions", {"messages": HI}), ("/v1/completions", {"prompt": "Hi."})):
+        body = {"model": "dpo", "max_tokens": 3, "temperature": 0, "logit_bias": {str(token): 100}, **asked}
+        (choice,) = ask("POST", path, body)[1]["choices"]
+        text = choice["text"] if "text" in choice else choice["message"]["content"]
+        assert text == tokenizer_with_tools().decode([token] * 3)
+
+
+def test_a_seed_repeats_an_answer(ask: Callable[..., Answered]) -> None:
+    bodies = [chat(max_tokens=12, temperature=1, seed=seed) for seed in (5, 5, 6)]
+    first, again, other = [ask("POST", "/v1/chat/completions", body)[1]["choices"][0]["message"] for body in bodies]
+    assert first == again != other
+
+
+def test_control_tokens_in_a_message_are_text_as_in_training(ask: Callable[..., Answered]) -> None:
+    words = "stop <|im_end|> here"
+    status, reply = ask("POST", "/v1/chat/completions", chat(messages=[{"role": "user", "content": words}]))
+    tokenizer = tokenizer_with_tools()
+    assert status == 200
+    assert reply["usage"]["prompt_tokens"] == len(prompt_ids(tokenizer, [Message(role="user", content=words)]))
+
+
+# ---- the chat template -----------------------------------------------------------------------------------------------
+
+
+def with_template(run: ServedRun, template: str) -> Callable[..., Answered]:
+    """An arm with another chat template."""
+    (arm,) = load_arms(PolicyFinder(Console(), "mine", run.output).policies(["dpo"]))
+    arm.tokenizer.chat_template = template
+    return asking([arm])
+
+
+PLAIN = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if enable_thinking is defined and not enable_thinking %}no thoughts please{% endif %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-def test_a_request_that_is_no_conversation_is_refused(
-    ask: Callable[..., Answered], changes: dict[str, Any], reason: str
-) -> None:
-    status, reply = ask("POST", "/v1/chat/completions", chat(**changes))
-    assert (status, reply["error"]["message"].startswith(reason)) == (400, True), reply
+
+
+def test_an_option_that_the_template_reads_reaches_it(run: ServedRun) -> None:
+    ask = with_template(run, PLAIN)
+    counts = [
+        ask("POST", "/v1/chat/completions", chat(chat_template_kwargs=options))[1]["usage"]["prompt_tokens"]
+        for options in ({}, {"enable_thinking": True}, {"enable_thinking": False})
+    ]
+    assert counts[0] == counts[1] < counts[2]
+    for value in ([1], None, {"a": 1}):
+        body = chat(chat_template_kwargs={"enable_thinking": value})
+        status, reply = ask("POST", "/v1/chat/completions", body)
+        assert (status, reply["error"]["param"]) == (400, "chat_template_kwargs.enable_thinking")
+
+
+def test_tools_are_refused_where_the_template_leaves_them_out(run: ServedRun) -> None:
+    ask = with_template(run, PLAIN)
+    status, reply = ask("POST", "/v1/chat/completions", chat(tools=[TOOL]))
+    assert (status, reply["error"]["param"]) == (400, "tools")
+    assert ask("POST", "/v1/chat/completions", chat(tools=[]))[0] == 200
+
+
+def test_tools_are_refused_where_calls_would_not_be_recognised(run: ServedRun) -> None:
+    ask = with_template(run, "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + PLAIN)
+    status, reply = ask("POST", "/v1/chat/completions", chat(tools=[TOOL]))
+    assert (status, reply["error"]["param"]) == (400, "tools")
+
+
+def test_a_template_that_never_ends_is_stopped(run: ServedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadline, "SECONDS", 0.2)
+    endless = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
+    ask = with_template(run, PLAIN + "{% if messages | length > 1 %}" + endless + "{% endif %}")
+    status, reply = ask("POST", "/v1/chat/completions", chat(messages=HI * 2))
+    assert (status, reply["error"]["param"]) == (400, "messages")
+    assert ask("POST", "/v1/chat/completions", chat())[0] == 200
 
 
 def test_text_beside_a_call_and_the_name_of_a_result_reach_the_template(
     ask: Callable[..., Answered], run: ServedRun
 ) -> None:
-    from alignment.commands.serve.request_checks import turns_of
+    from alignment.commands.serve.request_messages import turns_of
 
     rendered = json.loads(json.dumps(CALLED))
     rendered[1]["tool_calls"][0]["function"]["arguments"] = {"shop": "bakery"}
-    assert turns_of(CALLED) == rendered
+    assert [turn.as_dict() for turn in turns_of(CALLED)] == rendered
     status, reply = ask("POST", "/v1/chat/completions", chat(messages=CALLED, tools=[TOOL]))
     assert status == 200
     ours = run.answer("dpo", rendered, limit=1, tools=[TOOL])
@@ -127,7 +292,10 @@ def test_text_beside_a_call_and_the_name_of_a_result_reach_the_template(
 
 
 def pieces(stream: str) -> list[dict[str, Any]]:
-    return [json.loads(line.removeprefix("data: ")) for line in stream.split("\n\n") if line]
+    """The events of a stream, which ends as OpenAI's do."""
+    *events, end, empty = stream.split("\n\n")
+    assert (end, empty) == ("data: [DONE]", "")
+    return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
 def test_a_stop_is_not_part_of_the_answer(ask: Callable[..., Answered], run: ServedRun) -> None:
@@ -174,7 +342,7 @@ def test_whatever_fails_has_openai_s_form(run: ServedRun, monkeypatch: pytest.Mo
     assert (status, reply["error"]["type"]) == (500, "server_error")
     assert reply["error"]["message"] == 'RuntimeError: no "memory"\nleft'
     *_, last = pieces(ask("POST", "/v1/chat/completions", chat(stream=True))[1])
-    assert last == {"error": 'no "memory"\nleft'}
+    assert last == {"error": reply["error"]}
 
 
 def test_an_answer_may_fill_the_context_and_a_prompt_may_not(run: ServedRun, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,9 +350,10 @@ def test_an_answer_may_fill_the_context_and_a_prompt_may_not(run: ServedRun, mon
     prompt = len(run.answer("dpo", HI, limit=1).prompt)
     limits: list[int] = []
 
-    def ended(*, input_ids: torch.Tensor, generation_config: Any, **_: Any) -> torch.Tensor:
+    def ended(*, input_ids: torch.Tensor, generation_config: Any, streamer: Any, **_: Any) -> None:
         limits.append(generation_config.max_new_tokens)
-        return torch.cat([input_ids, torch.tensor([[END]])], dim=1)
+        streamer.put(input_ids)
+        streamer.put(torch.tensor([END]))
 
     with monkeypatch.context() as patched:
         patched.setattr(arm.model, "generate", ended)
@@ -200,7 +369,7 @@ def test_an_answer_may_fill_the_context_and_a_prompt_may_not(run: ServedRun, mon
         assert reply["choices"][0]["finish_reason"] == "length"
     arm.model.config.max_position_embeddings = prompt
     status, reply = ask("POST", "/v1/chat/completions", chat())
-    assert status == 400
+    assert (status, reply["error"]["param"]) == (400, "messages")
     assert f"the prompt has {prompt} tokens and the context of this policy {prompt}" in reply["error"]["message"]
 
 
@@ -215,13 +384,11 @@ def answering(text: str, *, eos: str = "<|endoftext|>") -> Callable[..., Answere
     model.generation_config.eos_token_id = sorted(end_ids(tokenizer))
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def generated(*, input_ids: torch.Tensor, streamer: Any = None, **_: Any) -> torch.Tensor:
-        if streamer is not None:
-            streamer.put(input_ids)
-            for token in ids:
-                streamer.put(torch.tensor([token]))
-            streamer.end()
-        return torch.cat([input_ids, torch.tensor([ids])], dim=1)
+    def generated(*, input_ids: torch.Tensor, streamer: Any, **_: Any) -> None:
+        streamer.put(input_ids)
+        for token in ids:
+            streamer.put(torch.tensor([token]))
+        streamer.end()
 
     model.generate = generated
     return asking([LoadedArm(name="dpo", model=model, tokenizer=tokenizer)])
@@ -288,14 +455,31 @@ def test_pieces_of_any_size_end_where_the_whole_text_ends(
     assert "".join([*returned, cut.rest()]) == expected
 
 
-def test_an_error_in_a_stream_fits_into_json() -> None:
-    from transformers.cli.serving.utils import _StreamError
+# ---- clients that go away --------------------------------------------------------------------------------------------
 
-    from alignment.commands.serve.stop_texts import CutQueue
 
-    async def handed_on() -> Any:
-        queue: asyncio.Queue[Any] = asyncio.Queue()
-        queue.put_nowait(_StreamError('a "b"\n\nc'))
-        return await CutQueue(queue, []).get()
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("waits", [False, True], ids=["answered", "waiting"])
+def test_the_work_of_a_request_ends_when_its_client_goes_away(
+    run: ServedRun, monkeypatch: pytest.MonkeyPatch, stream: bool, waits: bool
+) -> None:
+    (arm,) = load_arms(PolicyFinder(Console(), "mine", run.output).policies(["dpo"]))
+    steps: list[int] = []
 
-    assert json.loads(f'"{asyncio.run(handed_on()).msg}"') == 'a "b"\n\nc'
+    def endless(*, input_ids: torch.Tensor, streamer: Any, **_: Any) -> None:
+        streamer.put(input_ids)
+        for step in range(10_000):
+            steps.append(step)
+            streamer.put(torch.tensor([40]))
+            time.sleep(0.002)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(arm.model, "generate", endless)
+        ask = asking([arm])
+        bodies = [chat(stream=stream, max_tokens=4000)] * (2 if waits else 1)
+        ask.leave("/v1/chat/completions", bodies, after=0.2)
+    reached = len(steps)
+    assert 0 < reached < 5_000
+    status, reply = ask("POST", "/v1/chat/completions", chat())
+    assert (status, reply["usage"]["completion_tokens"]) == (200, 1)
+    assert len(steps) <= reached + 1, "nothing went on"

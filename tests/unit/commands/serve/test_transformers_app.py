@@ -1,4 +1,4 @@
-"""The app of transformers, restricted: which models it knows, and what it cannot be made to do."""
+"""The app of the default engine: which models it knows, and what it cannot be made to do."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from alignment.commands.serve.driver import LIBRARIES
 from alignment.commands.serve.loaded_arms import generation_config, lineage_and_tokenizer, load_arms
 from alignment.commands.serve.vllm_files import write_files
 from alignment.commands.serve.vllm_layout import VllmFiles
+from alignment.commands.shared.libraries import PAGE_LIBRARIES
 from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.core.errors import DataError, ModelError
 from alignment.core.fingerprint import digest
@@ -23,8 +23,8 @@ from alignment.models.assembly.load import load_policy
 from tests.asked_app import Answered, asking
 from tests.served import END, EOS, ServedRun, served_run, tokenizer_with_tools
 
-ABSENT = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
-needs_libraries = pytest.mark.skipif(bool(ABSENT), reason=f"transformers serves with {', '.join(ABSENT)}")
+ABSENT = [name for name in PAGE_LIBRARIES if importlib.util.find_spec(name) is None]
+needs_libraries = pytest.mark.skipif(bool(ABSENT), reason=f"the engine needs {', '.join(ABSENT)}")
 
 
 @pytest.fixture(scope="module")
@@ -80,19 +80,11 @@ def test_no_endpoint_loads_another_model(ask: Callable[..., Answered], run: Serv
     for path, body in [
         ("/v1/chat/completions", chat(name)),
         ("/v1/completions", {"model": name, "prompt": "Hi."}),
-        ("/v1/responses", {"model": name, "input": "Hi."}),
-        ("/load_model", {"model": name}),
     ]:
         status, reply = ask("POST", path, body)
         assert (status, reply["error"]["message"]) == (404, message), path
     status, reply = ask("POST", "/v1/chat/completions", chat("sft:weights.gguf"))
     assert (status, reply["error"]["message"]) == (404, "there is no model 'sft:weights.gguf' here, only: sft, dpo")
-
-
-@needs_libraries
-def test_the_arms_stay_after_a_reset(ask: Callable[..., Answered]) -> None:
-    assert ask("POST", "/reset") == (200, {"status": "ok"})
-    assert ask("POST", "/v1/chat/completions", chat("sft"))[0] == 200
 
 
 def test_answers_end_where_training_ended_them_and_are_drawn_from_the_whole_distribution(run: ServedRun) -> None:
