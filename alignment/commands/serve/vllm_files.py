@@ -10,8 +10,14 @@ from alignment.commands.serve.loaded_arms import generation_config, lineage_and_
 from alignment.commands.serve.vllm_layout import VllmFiles, vllm_layout
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core.errors import ModelError
+from alignment.data.template_syntax import Templates, reads_tools
 from alignment.data.tokens.tokenize import end_ids
 from alignment.data.tokens.tokenizer import tokenizer_hashes
+
+_REFUSE_TOOLS = (
+    "{%- if tools %}{{- raise_exception('tools: the chat template of this policy has no place for them') }}"
+    "{%- endif %}\n"
+)
 
 
 def write_files(policies: Sequence[StoredPolicy], files: VllmFiles) -> None:
@@ -33,8 +39,17 @@ def write_files(policies: Sequence[StoredPolicy], files: VllmFiles) -> None:
     for arm in layout.arms:
         if len(arm.folders) > 1:
             write_sum(arm.folders, files.adapter(arm))
+    if not reads_tools(tokenizer.chat_template):
+        tokenizer.chat_template = _without_tools(tokenizer.chat_template)
     tokenizer.save_pretrained(str(files.tokenizer))
     generation_config(tokenizer).save_pretrained(str(files.generation))
+
+
+def _without_tools(templates: Templates) -> Templates:
+    """Templates that refuse the tools that they would leave out; vLLM passes the reason on."""
+    if isinstance(templates, str):
+        return _REFUSE_TOOLS + templates
+    return {name: _REFUSE_TOOLS + text for name, text in templates.items()}
 
 
 def _refuse_other_tokenizer(first: StoredPolicy, tokenizer: Any, policy: StoredPolicy, other: Any) -> None:

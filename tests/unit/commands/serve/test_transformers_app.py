@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from jinja2 import TemplateError
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from alignment.commands.serve.loaded_arms import generation_config, lineage_and_tokenizer, load_arms
 from alignment.commands.serve.vllm_files import write_files
@@ -21,7 +24,7 @@ from alignment.core.errors import DataError, ModelError
 from alignment.core.fingerprint import digest
 from alignment.models.assembly.load import load_policy
 from tests.asked_app import Answered, asking
-from tests.served import END, EOS, ServedRun, served_run, tokenizer_with_tools
+from tests.served import END, EOS, TOOL, ServedRun, served_run, tokenizer_with_tools
 
 ABSENT = [name for name in PAGE_LIBRARIES if importlib.util.find_spec(name) is None]
 needs_libraries = pytest.mark.skipif(bool(ABSENT), reason=f"the engine needs {', '.join(ABSENT)}")
@@ -117,6 +120,24 @@ def test_the_files_of_vllm_have_template_ends_and_merged_weights(run: ServedRun,
     assert sorted(generation["eos_token_id"]) == [EOS, END]
     assert generation["top_k"] == 0
     assert (files.merged / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_vllm_refuses_tools_that_the_template_leaves_out(run: ServedRun, tmp_path: Path, several: bool) -> None:
+    plain = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    (base,) = PolicyFinder(Console(), "mine", run.output).policies(["base"])
+    copy = tmp_path / "base"
+    tokenizer = tokenizer_with_tools()
+    tokenizer.chat_template = {"default": plain, "other": plain} if several else plain
+    shutil.copytree(run.base, copy, ignore=shutil.ignore_patterns("chat_template*"))
+    tokenizer.save_pretrained(str(copy))
+    files = VllmFiles(folder=tmp_path)
+    write_files([type(base)(name="base", described="", artifact=None, base=str(copy), dtype="float32")], files)
+    served = AutoTokenizer.from_pretrained(str(files.tokenizer))
+    turns = [{"role": "user", "content": "Hi."}]
+    assert served.apply_chat_template(turns, tokenize=False) == "<|im_start|>user\nHi.<|im_end|>\n"
+    with pytest.raises(TemplateError, match="tools"):
+        served.apply_chat_template(turns, tools=[TOOL], tokenize=False)
 
 
 def test_several_policies_share_one_tokenizer_and_one_set_of_ends(run: ServedRun, tmp_path: Path) -> None:
