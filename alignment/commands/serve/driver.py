@@ -20,6 +20,7 @@ from alignment.commands.shared.libraries import PAGE_LIBRARIES, refuse_without
 from alignment.commands.shared.listening import listening
 from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.commands.shared.stored_policy import StoredPolicy
+from alignment.core import hardware
 from alignment.core.errors import ConfigError, StageError
 from alignment.core.files import write_text
 from alignment.core.logs import shorten
@@ -32,6 +33,7 @@ WHERE = "align serve"
 KEY_WHERE = "--api-key-env"
 START_SECONDS = 3600.0
 """Loading large weights from a slow disk takes long; Ctrl-C ends the wait."""
+_SLOW_ON_CPU = "there is no GPU here: on a CPU the default engine was faster than vLLM (docs/serving.md#engines)"
 _LINES = 30
 """Lines of a log that are shown when a server has failed."""
 _POLL_SECONDS = 0.5
@@ -64,6 +66,8 @@ def serve(console: Console, result: str, arms: Sequence[str], *, options: Option
     policies = PolicyFinder(console, result, output).policies(arms)
     _refuse_policies(policies)
     layout = None if python is None else vllm_layout(policies)
+    if python is not None and not hardware.count_devices():
+        _print(console, _SLOW_ON_CPU)
     with listening(options.port):
         pass  # a port that cannot be had is refused before anything is loaded
     with Keeper() as keeper:

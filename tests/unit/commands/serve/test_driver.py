@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from alignment import cli
 from alignment.commands.serve import driver, worker
 from alignment.commands.serve.driver import Options, serve
 from alignment.commands.serve.worker_error import write_error, written_error
+from alignment.core import hardware
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, DataError, DiskError, ModelError
 from alignment.records.run import RunRecord, StageEntry
 from tests.served import ServedRun, served_run
@@ -85,6 +87,16 @@ def test_a_missing_environment_of_vllm_is_named(run: ServedRun, tmp_path: Path) 
     error = refused(run, engine="vllm", engine_python=str(tmp_path / "python"))
     assert (error.where, error.exit_code) == ("--engine-python", 2)
     assert "is not an interpreter that can be run" in error.message
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_vllm_without_a_gpu_is_advised_against(run: ServedRun, monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
+    monkeypatch.setattr(driver, "interpreter", lambda *_, **__: Path("python"))
+    monkeypatch.setattr(hardware, "count_devices", lambda: gpus)
+    console = Console(record=True, file=io.StringIO())
+    with pytest.raises(AssertionError, match="a process was started"):
+        serve(console, "mine", ["dpo"], options=Options(engine="vllm", port=0), output=run.output)
+    assert ("default engine" in console.export_text()) is (gpus == 0)
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
