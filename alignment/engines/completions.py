@@ -22,6 +22,15 @@ TOKENS_A_REPLY = 8192
 """The most tokens of answers, each with its prompt, that are asked for in one call, unless one answer has more."""
 OTHER_WEIGHTS = 0.5
 """A mean difference of log-probabilities, in nats per token, that no rounding explains."""
+_WHOLE_DISTRIBUTION: Mapping[str, float] = {
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+}
+"""Sent with every call: a server at a ``url`` may have other defaults, from its model's generation config."""
 _PATIENCE = 5.0
 """Seconds without a reply after which the stage reports that it waits; a call has a limit of its own."""
 
@@ -252,6 +261,7 @@ def _body(model: str, asked: Asked, generation: Generation) -> dict[str, Any]:
         "seed": asked.seed,
         "max_tokens": generation.max_new_tokens,
         "temperature": generation.temperature,
+        **_WHOLE_DISTRIBUTION,
         "stop_token_ids": list(generation.end_ids),
         "ignore_eos": True,  # the end ids are all ends
         "logprobs": 0,
