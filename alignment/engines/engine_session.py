@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -62,8 +63,8 @@ class EngineSession:
         self._config = config
         self._where = where
         self._id = secrets.token_hex(4)
-        self._log = log or engines_folder() / f"server-{self._id}.log"
-        self._keeps_log = log is not None
+        self._given_log = log
+        self._saved_log = log or engines_folder() / f"server-{self._id}.log"
         self._waiting = waiting
         self._keeper: Keeper | None = None
         self._server: ServerProcess | None = None
@@ -172,8 +173,6 @@ class EngineSession:
         self._keeper = None
         if self._client is not None:
             self._client.close()
-        if not self._keeps_log and not self._failed:
-            self._log.unlink(missing_ok=True)
 
     def __enter__(self) -> EngineSession:
         return self
@@ -189,7 +188,8 @@ class EngineSession:
         return self._keeper
 
     def _started(self, command: ServerCommand) -> ServerProcess:
-        self._log.parent.mkdir(parents=True, exist_ok=True)
+        if self._given_log is not None:
+            self._given_log.parent.mkdir(parents=True, exist_ok=True)
         try:
             return ServerProcess(
                 self._own_keeper(),
@@ -198,10 +198,23 @@ class EngineSession:
                 where=self._where,
                 start_timeout=self._config.start_timeout,
                 waiting=self._waiting,
+                look=f"read {self._saved_log}",
             )
         except StageError:
-            self._failed = True
+            self._fail()
             raise
+
+    @property
+    def _log(self) -> Path:
+        """The file that the server writes; one of its own is removed with the folder, however this process ends."""
+        return self._given_log or self._own_keeper().folder / "server.log"
+
+    def _fail(self) -> None:
+        """Keeps the log, which errors name."""
+        self._failed = True
+        if self._given_log is None and self._keeper is not None and self._log.is_file():
+            self._saved_log.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self._log, self._saved_log)
 
     def _asked(self) -> EngineClient:
         assert self._client is not None, "a session is started or joined first"
@@ -269,11 +282,11 @@ class EngineSession:
         return False
 
     def _failure(self, error: CallFailed) -> StageError:
-        self._failed = True
+        self._fail()
         if self._has_ended():
             assert self._server is not None, "it ended"
             return self._server.failure()
-        log_file = f"its log is {self._log}; " if self._server is not None else ""
+        log_file = f"its log is {self._saved_log}; " if self._server is not None else ""
         return StageError(
             f"a call to the engine at {self.address[0]} failed: {error}",
             where=self._where,

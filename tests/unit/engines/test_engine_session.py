@@ -183,10 +183,15 @@ def test_a_log_of_its_own_stays_only_after_a_failure(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     config = SamplingConfig(engine=Engine.vllm, python=str(interpreter_of(tmp_path, Planted())))
+    folder = tmp_path / "cache/alignment/engines"
     for model, logs in ((base, 0), (tmp_path / "nowhere", 1)):
         with suppress(StageError), EngineSession(config, where=WHERE) as session:
             session.start(options(model))
-        assert len(list((tmp_path / "cache/alignment/engines").glob("*.log"))) == logs
+            assert list(folder.glob("*.log")) == [], "a process that is killed leaves none"
+        assert len(list(folder.glob("*.log"))) == logs
+    with EngineSession(config, where=WHERE) as session, pytest.raises(StageError) as raised:
+        session.start(options(tmp_path / "nowhere"))
+    assert [file for file in folder.glob("*.log") if str(file) in raised.value.remedy and file.read_text()]
 
 
 def test_whole_weights_are_replaced_and_their_version_is_asked_for(base: Path, tmp_path: Path) -> None:
