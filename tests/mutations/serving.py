@@ -130,6 +130,12 @@ MUTATIONS = [
             "test_a_stop_is_not_part_of_the_answer",
         ),
         ("an answer goes on without a client", "            is_left.set()\n", "", LEFT),
+        (
+            "a prompt is read without a client",
+            "layer.register_forward_pre_hook(self._end_if_left)",
+            "pass",
+            "test_the_reading_of_a_prompt_ends_when_its_client_goes_away",
+        ),
     ),
     *in_file(
         "commands/serve/answer_form.py",

@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
+from torch.nn import ModuleList
 from transformers import GenerationConfig
 from transformers.cli.serving.utils import ReasoningText, ToolCall, build_response_parser, response_events_to_chunks
 from transformers.generation.streamers import BaseStreamer
@@ -75,6 +76,10 @@ class PolicyGeneration:
         }
         self.reads_calls = reads_calls(self._readers[True])
         self._thread = ThreadPoolExecutor(1)
+        self._is_left: Callable[[], bool] = bool
+        for layers in (module for module in arm.model.modules() if isinstance(module, ModuleList)):
+            for layer in layers:
+                layer.register_forward_pre_hook(self._end_if_left)
 
     async def pieces(
         self, prompt: Prompt, options: AnswerOptions, tools: Sequence[Mapping[str, Any]] = ()
@@ -120,21 +125,28 @@ class PolicyGeneration:
         config = self._config(options, len(ids))
         emit(Begun())
         input_ids = torch.tensor([ids], device=self._model.device)
-        answer = _Answer(self.tokenizer, options, emit, is_left)
+        answer = _Answer(self.tokenizer, options, emit, self._end_if_left)
         if reader is not None and options.is_streamed:
             answer.parser = build_response_parser(reader, self._model, input_ids, tools=list(tools) or None)
         if options.seed is not None:
             torch.manual_seed(options.seed)
-        with suppress(_AnswerOver):
-            self._model.generate(
-                input_ids=input_ids,
-                attention_mask=torch.ones_like(input_ids),
-                generation_config=config,
-                streamer=answer,
-            )
+        self._is_left = is_left
+        try:
+            with suppress(_AnswerOver):
+                mask = torch.ones_like(input_ids)
+                self._model.generate(
+                    input_ids=input_ids, attention_mask=mask, generation_config=config, streamer=answer
+                )
+        finally:
+            self._is_left = bool
         if not is_left():
             answer.finish()
             emit(self._ended(answer, input_ids, reader, tools, config.max_new_tokens))
+
+    def _end_if_left(self, *_: Any) -> None:
+        """Before each layer: reading a long prompt takes many times as long as a token."""
+        if self._is_left():
+            raise _AnswerOver
 
     def _refuse_length(self, prompt_tokens: int, field: str) -> None:
         positions = positions_of(self._model.base_model)
@@ -193,7 +205,7 @@ class _Answer(BaseStreamer):
     """The tokens of an answer, of which each is passed on as text if the answer is streamed."""
 
     def __init__(
-        self, tokenizer: Any, options: AnswerOptions, emit: Callable[[Piece], None], is_left: Callable[[], bool]
+        self, tokenizer: Any, options: AnswerOptions, emit: Callable[[Piece], None], end_if_left: Callable[[], None]
     ) -> None:
         self.ids: list[int] = []
         self.stops = options.stops
@@ -204,13 +216,12 @@ class _Answer(BaseStreamer):
         self._ends = StopCut(options.stops)
         self._content = StopCut(options.stops)
         self._emit = emit if options.is_streamed else lambda _: None
-        self._is_left = is_left
+        self._end_if_left = end_if_left
         self._prompt_follows = True
 
     def put(self, value: Tensor) -> None:
         """Takes a token; what comes first is the prompt."""
-        if self._is_left():
-            raise _AnswerOver
+        self._end_if_left()
         if self._prompt_follows:
             self._prompt_follows = False
             if self.parser is not None:

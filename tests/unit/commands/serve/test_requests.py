@@ -255,7 +255,8 @@ def test_an_option_that_the_template_reads_reaches_it(run: ServedRun) -> None:
 
 
 def test_tools_are_refused_where_the_template_leaves_them_out(run: ServedRun) -> None:
-    ask = with_template(run, PLAIN)
+    calls = "{% for m in messages if m.tool_calls %}<tool_call>{{ m.tool_calls }}</tool_call>{% endfor %}"
+    ask = with_template(run, calls + PLAIN)
     status, reply = ask("POST", "/v1/chat/completions", chat(tools=[TOOL]))
     assert (status, reply["error"]["param"]) == (400, "tools")
     assert ask("POST", "/v1/chat/completions", chat(tools=[]))[0] == 200
@@ -483,3 +484,26 @@ def test_the_work_of_a_request_ends_when_its_client_goes_away(
     status, reply = ask("POST", "/v1/chat/completions", chat())
     assert (status, reply["usage"]["completion_tokens"]) == (200, 1)
     assert len(steps) <= reached + 1, "nothing went on"
+
+
+def test_the_reading_of_a_prompt_ends_when_its_client_goes_away(
+    run: ServedRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (arm,) = load_arms(PolicyFinder(Console(), "mine", run.output).policies(["dpo"]))
+    first, second = arm.model.base_model.layers[:2]
+    of_first, of_second, passes = first.forward, second.forward, []
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.5)
+        return of_first(*args, **kwargs)
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        passes.append(1)
+        return of_second(*args, **kwargs)
+
+    ask = asking([arm])
+    monkeypatch.setattr(first, "forward", slow)
+    monkeypatch.setattr(second, "forward", counted)
+    ask.leave("/v1/chat/completions", [chat()], after=0.1)
+    assert ask("POST", "/v1/chat/completions", chat())[0] == 200
+    assert len(passes) == 1
