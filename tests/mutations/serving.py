@@ -122,7 +122,12 @@ MUTATIONS = [
             "options.max_tokens or 2 * room",
             CONTEXT,
         ),
-        ("a prompt may fill the context", "if prompt_tokens >= positions:", "if prompt_tokens > positions:", CONTEXT),
+        (
+            "a prompt may fill the context",
+            "if prompt_tokens >= self.positions:",
+            "if prompt_tokens > self.positions:",
+            CONTEXT,
+        ),
         (
             "a stop ends an answer behind it",
             "content=before_stops(content, answer.stops),",

@@ -81,6 +81,11 @@ class PolicyGeneration:
             for layer in layers:
                 layer.register_forward_pre_hook(self._end_if_left)
 
+    @property
+    def positions(self) -> int:
+        """How many tokens the context has."""
+        return positions_of(self._model.base_model)
+
     async def pieces(
         self, prompt: Prompt, options: AnswerOptions, tools: Sequence[Mapping[str, Any]] = ()
     ) -> AsyncGenerator[Piece, None]:
@@ -149,19 +154,18 @@ class PolicyGeneration:
             raise _AnswerOver
 
     def _refuse_length(self, prompt_tokens: int, field: str) -> None:
-        positions = positions_of(self._model.base_model)
         if not prompt_tokens:
             raise RequestError("the prompt has no token", param=field)
-        if prompt_tokens >= positions:
+        if prompt_tokens >= self.positions:
             raise RequestError(
-                f"the prompt has {prompt_tokens} tokens and the context of this policy {positions}, which leaves no "
-                "room for an answer; shorten it",
+                f"the prompt has {prompt_tokens} tokens and the context of this policy {self.positions}, which leaves "
+                "no room for an answer; shorten it",
                 param=field,
             )
 
     def _config(self, options: AnswerOptions, prompt_tokens: int) -> GenerationConfig:
         config = copy.deepcopy(self._model.generation_config)
-        room = positions_of(self._model.base_model) - prompt_tokens
+        room = self.positions - prompt_tokens
         config.max_new_tokens = min(options.max_tokens or room, room)
         config.top_p = options.top_p
         if options.temperature == 0:

@@ -18,14 +18,17 @@ _FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", *THOUGHTS)
 _TEXTS = ("name", "tool_call_id", *THOUGHTS)
 
 
-def prompt_of(body: Mapping[str, Any], tokenizer: Any, *, reads_calls: bool) -> str:
-    """The text of the conversation, ready for an answer. ``reads_calls``: calls in an answer can be recognised.
+def prompt_of(body: Mapping[str, Any], tokenizer: Any, *, positions: int, reads_calls: bool) -> str:
+    """The text of the conversation, ready for an answer. The context has so many ``positions``. ``reads_calls``: calls
+    in an answer can be recognised.
 
     Raises:
         RequestError: a part of the conversation has a wrong form, or the template cannot render it.
     """
     tools = tools_of(body.get("tools"))
     turns = turns_of(body.get("messages"))
+    if len(turns) > positions:  # refused before they are rendered, while other requests wait
+        raise RequestError(f"{len(turns)} messages do not fit into the context of this policy", param="messages")
     template = tokenizer.get_chat_template(tools=list(tools) or None)
     if tools and not reads_tools(template):
         raise RequestError("the chat template of this policy has no place for tools; leave them out", param="tools")

@@ -73,7 +73,7 @@ class PolicyApp:
         policy = self._policy(body)
         refuse_unsupported(body, CHAT_FIELDS, CHAT_UNSUPPORTED)
         options = options_of(body, len(policy.tokenizer))
-        text = prompt_of(body, policy.tokenizer, reads_calls=policy.reads_calls)
+        text = prompt_of(body, policy.tokenizer, positions=policy.positions, reads_calls=policy.reads_calls)
         pieces = policy.pieces(Prompt(text=text, is_chat=True), options, tools_of(body.get("tools")))
         return await _reply(request, pieces, options, ChatReply(body["model"]))
 

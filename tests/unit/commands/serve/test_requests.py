@@ -254,6 +254,14 @@ def test_an_option_that_the_template_reads_reaches_it(run: ServedRun) -> None:
         assert (status, reply["error"]["param"]) == (400, "chat_template_kwargs.enable_thinking")
 
 
+def test_more_messages_than_the_context_has_tokens_are_not_rendered(run: ServedRun) -> None:
+    ask = with_template(run, PLAIN.replace("in messages", "in messages[:1]"))
+    for number, status in ((4096, 200), (4097, 400)):
+        answered, reply = ask("POST", "/v1/chat/completions", chat(messages=HI * number))
+        assert answered == status
+    assert reply["error"]["param"] == "messages"
+
+
 def test_tools_are_refused_where_the_template_leaves_them_out(run: ServedRun) -> None:
     calls = "{% for m in messages if m.tool_calls %}<tool_call>{{ m.tool_calls }}</tool_call>{% endfor %}"
     ask = with_template(run, calls + PLAIN)
