@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from alignment import worker
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
@@ -24,7 +26,7 @@ from alignment.stages.reward.config import RewardConfig
 from alignment.stages.sft.config import SftConfig
 from alignment.training.context import StageContext
 from tests.device import need_bitsandbytes
-from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec
+from tests.tiny import BASE_SOURCE, liven, save_tiny_model, tiny_spec
 
 DATA = Path(__file__).parents[1] / "data" / "quickstart"
 FILES = {
@@ -62,7 +64,7 @@ def config_of(kind: str, adapter: AdapterConfig, **changes: Any) -> StageConfig:
 
 
 class Chained:
-    """Runs stages in one folder as the worker does, one after another."""
+    """Runs stages in one folder as the worker does, one after another; ``base`` as for ``save_tiny_model``."""
 
     def __init__(self, folder: Path, *, dtype: Dtype = Dtype.float32, **model: Any) -> None:
         self.folder = folder
@@ -99,6 +101,19 @@ class Chained:
         worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
         self.inputs[kind] = StageInput(ref=f"stage:{kind}", path=spec.artifact)
         return [json.loads(line) for line in (spec.artifact / "metrics.jsonl").read_text().splitlines()]
+
+    def adapter_from_outside(self, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
+        """An adapter on the base as another program saves it, beside files of its training; ``init="outside"`` has a
+        stage start from it."""
+        model = AutoModelForCausalLM.from_pretrained(str(self.base), dtype=dtype)
+        config = LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", **settings})
+        policy = get_peft_model(model, config)
+        liven(policy)
+        folder = self.folder / "outside"
+        policy.save_pretrained(str(folder))
+        (folder / "optimizer.pt").write_bytes(b"moments")
+        self.inputs["outside"] = StageInput(ref=f"path:{folder}", path=folder)
+        return folder
 
     def policy(self, kind: str) -> Any:
         """The stage's result with its adapters merged."""

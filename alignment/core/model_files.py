@@ -31,6 +31,16 @@ def refuse_weights_elsewhere(folder: Path, *, where: str = "") -> None:
                 )
 
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+"""The files of an adapter that PEFT saved."""
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter that PEFT saved, and not a whole model."""
+    return (folder / ADAPTER_CONFIG).is_file()
+
+
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")
 """Names in configurations for the longest sequence that a model reads."""
 _FIRST_POSITIONS = "original_max_position_embeddings"
@@ -119,6 +129,16 @@ def formats_of_weights(folder: Path) -> set[str]:
     Files whose header cannot be read are left out; whoever loads them reports them.
     """
     return {str(entry["dtype"]) for file in folder.glob("*.safetensors") for entry in _header(file).values()}
+
+
+def shapes_of_weights(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a folder's safetensors files, by name; headers that cannot be read are left out."""
+    return {
+        name: tuple(entry["shape"])
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, entry in _header(file).items()
+        if fits(entry.get("shape"), list[int])
+    }
 
 
 def _header(file: Path) -> dict[str, dict[str, Any]]:

@@ -303,7 +303,7 @@ MUTATIONS = [
         "unit/pipeline/test_settings.py",
         (
             "a plan puts an adapter of four bits beside whole weights",
-            "before is not None and before.adapter.kind is AdapterKind.qlora:",
+            "before is not None and before.kind is AdapterKind.qlora:",
             "False:",
             "test_adapters_that_cannot_stand_on_one_another_are_refused",
         ),

@@ -123,7 +123,7 @@ MUTATIONS = [
         "unit/models/test_load.py",
         (
             "adapters of earlier stages are not kept",
-            'shutil.copytree(adapter.path, context.content / "adapters" / adapter.path.name, dirs_exist_ok=True)',
+            "shutil.copytree(adapter.path, own.with_name(name), dirs_exist_ok=True, ignore=_all_but_adapter)",
             "pass",
             "test_an_artifact_never_needs_the_one_it_was_made_from",
         ),

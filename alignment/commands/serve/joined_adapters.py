@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignment.core.errors import ModelError
-from alignment.models.assembly.adapters import WEIGHTS, saved_config
+from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from alignment.models.assembly.adapters import saved_config
 
 _A, _B = "lora_A.weight", "lora_B.weight"
 _FACTOR = re.compile(r"(.*)\.(lora_[AB]\.weight)")
@@ -43,17 +44,17 @@ def write_sum(folders: Sequence[Path], to: Path) -> None:
             [scale * factors[_B] for scale, factors in zip(scales, filled, strict=True)], dim=1
         )
     to.mkdir(parents=True)
-    save_file(joined, to / WEIGHTS, metadata={"format": "pt"})
-    config = json.loads((folders[0] / "adapter_config.json").read_text(encoding="utf-8"))
+    save_file(joined, to / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    config = json.loads((folders[0] / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     names = sorted({module.rpartition(".")[2] for module in modules})
     config |= {"r": sum(ranks), "lora_alpha": sum(ranks), "use_rslora": False, "target_modules": names}
-    (to / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
+    (to / ADAPTER_CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
 def _factors(folder: Path) -> dict[str, dict[str, Tensor]]:
     """By module, ``lora_A.weight [rank, inputs]`` and ``lora_B.weight [outputs, rank]``, in float32."""
     factors: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in load_file(folder / WEIGHTS).items():
+    for name, tensor in load_file(folder / ADAPTER_WEIGHTS).items():
         match = _FACTOR.fullmatch(name)
         if match is None:
             raise ModelError(f"holds {name}, which is not a factor", where=str(folder))

@@ -32,13 +32,13 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError, ModelError
 from alignment.core.files import write_text
+from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from alignment.models.assembly.beside_text import pattern_beside_text
 from alignment.models.assembly.prefix import prefix_of, put_prefix
 from alignment.models.kernels.dora_norms import start_at_norms
 from alignment.models.kernels.products import fuse_adapters
 
 OWN = "default"
-WEIGHTS = "adapter_model.safetensors"
 START = "start"
 _BELOW = "below"
 _PREFIX_WEIGHTS = "prompt_embeddings"
@@ -197,7 +197,7 @@ def put_in_order(folder: Path, *, base: Path | None = None) -> None:
 
     ``base`` is where the model will be that the adapter belongs to, if not where it was loaded from.
     """
-    file = folder / "adapter_config.json"
+    file = folder / ADAPTER_CONFIG
     settings = json.loads(file.read_text(encoding="utf-8"))
     if base is not None:
         settings["base_model_name_or_path"] = str(base)
@@ -331,8 +331,8 @@ def saved_config(folder: Path) -> Any:
     Raises:
         ModelError: there is no adapter in safetensors.
     """
-    if not (folder / WEIGHTS).is_file():
-        raise ModelError(f"no {WEIGHTS} here", where=str(folder), remedy="pickled adapters are not read")
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise ModelError(f"no {ADAPTER_WEIGHTS} here", where=str(folder), remedy="pickled adapters are not read")
     return PeftConfig.from_pretrained(str(folder))
 
 

@@ -26,7 +26,7 @@ from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype
 from alignment.core.artifacts import Manifest, inside, read_manifest, verify
 from alignment.core.errors import ModelError
-from alignment.core.model_files import formats_of_weights, refuse_weights_elsewhere
+from alignment.core.model_files import formats_of_weights, is_adapter, refuse_weights_elsewhere
 from alignment.costs.recorder import WEIGHTS, Recorder, memory_for, recorder
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.job import StageInput, StageSpec
@@ -83,7 +83,7 @@ class Lineage:
 
 
 def lineage(spec: StageSpec, stage_input: StageInput) -> Lineage:
-    """Resolves a reference to its base and adapters.
+    """Resolves a reference to its base and adapters. The base of an adapter from outside is the run's.
 
     Raises:
         ArtifactError: the artifact is missing or damaged.
@@ -91,7 +91,10 @@ def lineage(spec: StageSpec, stage_input: StageInput) -> Lineage:
     """
     if stage_input.path is None:
         return Lineage(source=spec.model.source, base=spec.base_path, adapters=())
-    if read_manifest(stage_input.path) is None:  # a plain model folder
+    if read_manifest(stage_input.path) is None:  # a folder that PEFT or transformers saved
+        if is_adapter(stage_input.path):
+            adapter = SavedAdapter(path=stage_input.path)
+            return Lineage(source=spec.model.source, base=spec.base_path, adapters=(adapter,))
         return Lineage(source=stage_input.ref, base=stage_input.path, adapters=())
     manifest = verify(stage_input.path, content=True)
     adapters = saved_adapters(stage_input.path, manifest)
@@ -147,6 +150,9 @@ def refuse_other_tokenizer(spec: StageSpec, stage_input: StageInput, tokenizer: 
     if stage_input.path is None:
         return
     manifest = read_manifest(stage_input.path)
+    if manifest is None and is_adapter(stage_input.path):
+        _refuse_other_tokenizer_of_adapter(spec, stage_input, tokenizer)
+        return
     if manifest is None:
         hashes = tokenizer_hashes(load_tokenizer(stage_input.path))
     else:
@@ -156,6 +162,32 @@ def refuse_other_tokenizer(spec: StageSpec, stage_input: StageInput, tokenizer: 
             f"{stage_input.ref} has a different tokenizer or chat template than {spec.model.source}",
             where=f"stages.{spec.stage}",
             remedy="use models of the same family in one stage; they must have the same token ids",
+        )
+
+
+def _refuse_other_tokenizer_of_adapter(spec: StageSpec, stage_input: StageInput, tokenizer: Any) -> None:
+    """The same for an adapter from outside, if a tokenizer was saved with it; other padding does not matter.
+
+    Raises:
+        ModelError: it was trained with another vocabulary or chat template.
+    """
+    folder = stage_input.path
+    if folder is None or not (folder / "tokenizer_config.json").is_file():
+        return
+    own, where = load_tokenizer(folder, model=spec.base_path), f"stages.{spec.stage}"
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise ModelError(
+            f"{stage_input.ref} was saved with another vocabulary than that of its base {spec.model.source}",
+            where=where,
+            remedy="merge the adapter into its base with PEFT (merge_and_unload), save both model and tokenizer, and "
+            "name that folder",
+        )
+    if own.chat_template and own.chat_template != tokenizer.chat_template:
+        raise ModelError(
+            f"{stage_input.ref} was saved with another chat template than {spec.model.source} has in this run",
+            where=where,
+            remedy=f"set model.chat_template=path:FILE to its own (chat_template.jinja in {folder}), or remove the "
+            "tokenizer from that folder",
         )
 
 

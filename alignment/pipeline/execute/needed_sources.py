@@ -20,12 +20,19 @@ def not_reused(stages: Iterable[PlannedStage]) -> list[PlannedStage]:
 def with_models(plan: Plan, announce: Announce, *, stages: Sequence[PlannedStage]) -> Plan:
     """The plan with every model and all data that these stages need on this machine.
 
-    A download pins a hub's source to a commit, and its rows have not been checked yet, so the plan is made again.
+    A download pins a hub's source to a commit, and its rows have not been checked yet, so the plan is made again. An
+    adapter names its base model only once it is here.
 
     Raises:
         ModelError, DataError: something cannot be fetched.
     """
-    return make_plan(plan.recipe, plan.overrides) if fetch_missing([(plan, stages)], announce) else plan
+    if not fetch_missing([(plan, stages)], announce):
+        return plan
+    complete = make_plan(plan.recipe, plan.overrides)
+    if not complete.base.ready:
+        model_sources.fetch(complete.base, announce=announce)
+        complete = make_plan(plan.recipe, plan.overrides)
+    return complete
 
 
 def fetch_missing(plans: Iterable[tuple[Plan, Sequence[PlannedStage]]], announce: Announce) -> bool:

@@ -12,7 +12,7 @@ from alignment.config.stage import StageConfig
 from alignment.core import hardware
 from alignment.core.artifacts import EVALUATION, REPORT, ROWS, read_manifest
 from alignment.core.errors import ArtifactError
-from alignment.core.model_files import weights_size
+from alignment.core.model_files import is_adapter, weights_size
 from alignment.data.overlap import HeldOut, LocatedText, Overlap
 from alignment.pipeline.backends import feasibility
 from alignment.pipeline.execute import automatic_sizes
@@ -20,6 +20,7 @@ from alignment.pipeline.plan import gate_checks, references, validation_checks
 from alignment.pipeline.plan.frozen_rows import frozen_rows
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.pipeline.plan.row_counts import labels_of, most_rows_of
+from alignment.pipeline.sources.peft_adapters import doubt, read_adapter
 from alignment.records.evaluation import Evaluation
 from alignment.report import doubts
 from alignment.report.kit import text
@@ -38,6 +39,7 @@ def of_plan(plan: Plan) -> list[str]:
         notes.append(f"profile={plan.profile} drops the gates of {text.listing(list(plan.dropped_gates))}")
     if warning := frozen_rows(plan):
         notes.append(warning)
+    notes += _adapters_from_outside(plan)
     notes += _slow_format(plan)
     weights = weights_size(plan.base.folder) if plan.base.folder and plan.base.ready else None
     for stage in plan.stages:
@@ -47,6 +49,14 @@ def of_plan(plan: Plan) -> list[str]:
         notes += [f"{stage.name}: {note}" for note in of_files]
         notes += [*_high_rates(stage), *_small_data(stage), *_labels(stage), *_left_out(stage), *_near_held_out(stage)]
     return [*notes, *cautions(plan)]
+
+
+def _adapters_from_outside(plan: Plan) -> Iterator[str]:
+    """The base model of each adapter that no stage made, and how it was recognised."""
+    for ref, source in plan.sources.items():
+        if source.folder is not None and is_adapter(source.folder):
+            unsure = doubt(read_adapter(source.folder, where=ref), plan.base)
+            yield f"{ref} is an adapter on {plan.base.source}{f', although {unsure}' if unsure else ''}"
 
 
 def advice(plan: Plan) -> list[str]:

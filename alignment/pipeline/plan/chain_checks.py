@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from alignment.config.adapter import CONTINUE, PREFIX_SHAPE, SHAPE, AdapterConfig, AdapterKind, Chain
 from alignment.config.faults import Fault
@@ -13,10 +14,23 @@ from alignment.stages.registry import as_trained
 
 def faults(stage: TrainedConfig, config: RunConfig, where: str) -> Iterator[Fault]:
     """Faults in ``chain``, and conflicts with the stage that this one starts from, if the run has it."""
-    adapter = stage.adapter
     before = _stage_before(stage, config)
+    yield from _faults(stage, None if before is None else before.adapter, _dora_beside(stage, config), where)
+
+
+def outside_faults(stage: TrainedConfig, outside: AdapterConfig, where: str) -> Iterator[Fault]:
+    """Conflicts with the adapter from outside that the stage starts from; its modules are compared when it starts."""
+    is_beside = stage.adapter.chain is not Chain.merge and outside.kind is AdapterKind.dora
+    outside = replace(outside, target_modules=stage.adapter.target_modules)
+    yield from _faults(stage, outside, stage.init if is_beside else "", where)
+
+
+def _faults(stage: TrainedConfig, before: AdapterConfig | None, dora: str, where: str) -> Iterator[Fault]:
+    """``before`` is the adapter that the stage starts from, if it is known; ``dora`` names what left a DoRA adapter
+    beside the weights."""
+    adapter = stage.adapter
     continues = adapter.kind is AdapterKind.prefix and adapter.chain is CONTINUE
-    if before is not None and before.adapter.kind is AdapterKind.prefix and not continues:
+    if before is not None and before.kind is AdapterKind.prefix and not continues:
         message = (
             f"{stage.init} trained a prefix, which cannot be merged; continue it, or train a low-rank adapter there"
         )
@@ -25,7 +39,7 @@ def faults(stage: TrainedConfig, config: RunConfig, where: str) -> Iterator[Faul
         return
     if adapter.modules_to_save:
         yield Fault(where=f"{where}.chain", message=f"modules_to_save needs chain 'merge', not {adapter.chain.value!r}")
-    if before is not None and before.adapter.kind is not AdapterKind.full and before.adapter.modules_to_save:
+    if before is not None and before.kind is not AdapterKind.full and before.modules_to_save:
         message = f"{stage.init} trains modules_to_save, which can only be merged; use 'merge'"
         yield Fault(where=f"{where}.chain", message=message)
     if adapter.kind is AdapterKind.prefix and adapter.chain is Chain.stack:
@@ -34,18 +48,18 @@ def faults(stage: TrainedConfig, config: RunConfig, where: str) -> Iterator[Faul
     if adapter.kind is AdapterKind.dora and adapter.chain is Chain.stack:
         message = "DoRA rescales the weights that it adapts and cannot be stacked on other adapters; use chain 'merge'"
         yield Fault(where=f"{where}.chain", message=message)
-    if adapter.kind is not AdapterKind.qlora and before is not None and before.adapter.kind is AdapterKind.qlora:
+    if adapter.kind is not AdapterKind.qlora and before is not None and before.kind is AdapterKind.qlora:
         message = f"{stage.init} trained on weights in four bits, which only qlora keeps; use qlora, or 'merge'"
         yield Fault(where=f"{where}.chain", message=message)
-    if adapter.kind is AdapterKind.qlora and (dora := _dora_beside(stage, config)):
+    if adapter.kind is AdapterKind.qlora and dora:
         message = f"{dora} trained DoRA, which needs weights that are not in four bits; use chain 'merge'"
         yield Fault(where=f"{where}.chain", message=message)
     if adapter.chain is not CONTINUE:
         return
-    if stage.init == "base" or (before is not None and before.adapter.kind is AdapterKind.full):
+    if stage.init == "base" or (before is not None and before.kind is AdapterKind.full):
         yield Fault(where=f"{where}.chain", message=f"{stage.init} has no adapter to continue; set it to merge")
     elif before is not None:
-        yield from _shape_faults(adapter, before.adapter, stage.init, where)
+        yield from _shape_faults(adapter, before, stage.init, where)
 
 
 def _stage_before(stage: TrainedConfig, config: RunConfig) -> TrainedConfig | None:

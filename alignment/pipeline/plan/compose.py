@@ -47,7 +47,8 @@ _ENDLESS = ConfigError("its interpolations expand to more than can be written", 
 class Composition:
     """The tree that files and overrides compose to, not yet typed, and the ``faults`` found so far.
 
-    ``written`` are the dotted keys that the user's recipe file sets and no override changes. ``profile`` is the name
+    ``written`` are the dotted keys that the user's recipe file sets and no override changes. ``names_model`` says
+    whether a recipe or an override names the base model. ``profile`` is the name
     of the profile that was applied, if any, and ``dropped_gates`` are the stages whose gates it removed.
     """
 
@@ -57,6 +58,7 @@ class Composition:
     written: frozenset[str] = frozenset()
     profile: str = ""
     dropped_gates: tuple[str, ...] = ()
+    names_model: bool = True
 
     def placed(self, fault: Fault) -> Fault:
         """The fault, with the recipe's file in front if the user's recipe sets the faulty key."""
@@ -93,13 +95,15 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
     plain.setdefault("name", path.stem)
     if profile is not None and isinstance(plain["name"], str):
         plain["name"] = profile.named(plain["name"])
+    keys, changed_keys = _keys_written(path), {o.key_or_group for o in parsed}
     return Composition(
         recipe=recipe,
         tree=plain,
         faults=[*faults, *choice_faults, *value_faults, *plain_faults],
-        written=frozenset() if recipe in recipe_names() else _keys_written(path) - {o.key_or_group for o in parsed},
+        written=frozenset() if recipe in recipe_names() else keys - changed_keys,
         profile="" if profile is None else profile.name,
         dropped_gates=tuple(name for name in gated if name not in _gated(plain)),
+        names_model="model.source" in keys or not changed_keys.isdisjoint({"model", "model.source"}),
     )
 
 

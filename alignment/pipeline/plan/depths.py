@@ -7,6 +7,7 @@ from pathlib import Path
 
 from alignment.config.faults import refuse
 from alignment.config.stage import StageConfig
+from alignment.core.model_files import is_adapter
 from alignment.pipeline.sources.model_sources import ModelSource
 from alignment.stages.registry import kind_of
 
@@ -36,7 +37,7 @@ class Depths:
     def _behind(self, ref: str, folder: Path | None) -> int | None:
         if ref.startswith(_STAGE):
             return self._layers.get(ref.removeprefix(_STAGE))
-        folder = self._base.folder if folder is None else folder
+        folder = self._base.folder if folder is None or is_adapter(folder) else folder
         if folder is None:
             return None
         own = folder / "model"  # of an artifact that holds a whole model

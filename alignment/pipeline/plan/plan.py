@@ -10,17 +10,20 @@ from typing import Any, Protocol
 
 from alignment.config.data import OnError, SourceConfig
 from alignment.config.faults import refuse
+from alignment.config.model import ModelConfig
 from alignment.config.run import RunConfig
-from alignment.config.stage import StageConfig
+from alignment.config.stage import StageConfig, TrainedConfig
 from alignment.config.typed import convert
-from alignment.core.artifacts import ROWS_FILE, folder_name, read_manifest, verify
+from alignment.core.artifacts import POLICY, ROWS_FILE, folder_name, read_manifest, verify
 from alignment.core.errors import DataError, ModelError
 from alignment.core.fingerprint import digest
+from alignment.core.model_files import is_adapter
 from alignment.data.formats import UnknownColumns
 from alignment.data.reading import Reading, read_records, refuse_faults_of, start
 from alignment.data.records import Record
 from alignment.job import StageInput
 from alignment.pipeline.plan import (
+    chain_checks,
     compatibility,
     gate_checks,
     identity,
@@ -40,6 +43,7 @@ from alignment.pipeline.remote.object_store import ObjectStore, connected
 from alignment.pipeline.sources import data_sources
 from alignment.pipeline.sources.data_sources import DataSource
 from alignment.pipeline.sources.model_sources import ModelSource, refuse_policy, resolve
+from alignment.pipeline.sources.peft_adapters import read_adapter, refuse_other_base
 from alignment.stages import registry
 from alignment.stages.base import DataSlot, Slot
 from alignment.stages.registry import kind_of
@@ -51,8 +55,8 @@ CHECKED_ROWS = 20_000
 class Find(Protocol):
     """Looks a model up."""
 
-    def __call__(self, source: str, *, where: str) -> ModelSource:
-        """The model of a source, which the user wrote at ``where``."""
+    def __call__(self, source: str, *, where: str, adapter_fits: bool = False) -> ModelSource:
+        """The model of a source, which the user wrote at ``where``, or an adapter if that fits too."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +152,8 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) ->
     refuse([composition.placed(fault) for fault in every_fault])
     config = settings.completed(config)
     data, seen = _checked_data(config, recipe_folder)
+    if not composition.names_model and config.model.source == ModelConfig().source:
+        config.model.source = _base_of_adapters(config, find) or config.model.source
     base = find(config.model.source, where="model.source")
     refuse([composition.placed(fault) for fault in settings.option_faults(config.model, base.folder)])
     output = Path(config.output).expanduser().absolute()
@@ -172,6 +178,19 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) ->
         dropped_gates=composition.dropped_gates,
         store=store,
     )
+
+
+def _base_of_adapters(config: RunConfig, find: Find) -> str:
+    """The base model that an adapter from outside names, if stages start from one; the first if they name several,
+    and empty if they name none."""
+    for name, stage in config.stages.items():
+        for slot in references.slots(stage):
+            where = f"stages.{name}.{slot.field}"
+            if slot.field == "init" and references.is_external(slot):
+                folder = find(slot.ref, where=where, adapter_fits=True).folder
+                if folder is not None and is_adapter(folder) and (base := read_adapter(folder, where=where).base):
+                    return base
+    return ""
 
 
 def _checked_data(
@@ -295,8 +314,9 @@ class _Builder:
         slots = list(references.slots(config))
         inputs = {slot.field: self._resolve(name, slot) for slot in slots if not references.is_arm(slot)}
         arms = {slot.ref: self._resolve(name, slot) for slot in slots if references.is_arm(slot)}
-        if registry.as_trained(config) is not None:
+        if (trained := registry.as_trained(config)) is not None:
             self._depths.add(name, config, inputs["init"].ref, inputs["init"].path)
+            self._refuse_chain(name, trained, inputs["init"].path)
         files = kind_of(config).files.paths(config, self._run_folder / name)
         described = self._identity(name, config, inputs, arms, files)
         fingerprint = digest(described)
@@ -330,6 +350,13 @@ class _Builder:
         )
         self._planned[name] = planned
         return planned
+
+    def _refuse_chain(self, name: str, stage: TrainedConfig, start: Path | None) -> None:
+        """Refuses an adapter from outside that cannot be combined with the stage's own."""
+        if start is not None and is_adapter(start):
+            where = f"stages.{name}.adapter"
+            outside = read_adapter(start, where=f"stages.{name}.init").shape
+            refuse(list(chain_checks.outside_faults(stage, outside, where)))
 
     def _identity(
         self,
@@ -381,9 +408,11 @@ class _Builder:
             folder = Path(slot.ref.removeprefix("path:")).expanduser().absolute()
             if read_manifest(folder) is not None:
                 return self._artifact(folder, slot, where=where)
-            if "policy" not in slot.takes and not slot.external:
+            if POLICY not in slot.takes and not slot.external:
                 raise ModelError(f"no artifact in {folder}", where=where, remedy=self._what_fits(slot))
-        source = self.sources[slot.ref] = self._find(slot.ref, where=where)
+        source = self.sources[slot.ref] = self._find(slot.ref, where=where, adapter_fits=POLICY in slot.takes)
+        if source.folder is not None and is_adapter(source.folder):
+            refuse_other_base(read_adapter(source.folder, where=where), self.base, where=where)
         if slot.external:
             refuse_policy(source, where=where, advice=self._what_fits(slot))
         return _Resolved(ref=slot.ref, path=source.folder, fingerprint=source.identity)

@@ -47,6 +47,11 @@ def is_base(slot: Slot) -> bool:
     return slot.ref in UNTRAINED_ARMS
 
 
+def is_external(slot: Slot) -> bool:
+    """Whether the slot names a model from outside the run."""
+    return slot.ref.startswith(_EXTERNAL)
+
+
 def slots(stage: Any) -> Iterator[Slot]:
     """Every filled slot of a stage, in the order of its fields."""
     kind: type = type(stage)
@@ -147,7 +152,7 @@ def _absent_default(slot: Slot, config: StageConfig, stages: Mapping[str, StageC
 
 
 def _problem(slot: Slot, stages: Mapping[str, StageConfig]) -> str | None:
-    if is_base(slot) or slot.ref.startswith(_EXTERNAL):
+    if is_base(slot) or is_external(slot):
         return _external_problem(slot, stages)
     stage = stage_of(slot)
     if stage is None:

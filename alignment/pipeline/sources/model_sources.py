@@ -17,7 +17,7 @@ from typing import Any
 from alignment.core.artifacts import write_json
 from alignment.core.errors import ModelError
 from alignment.core.fingerprint import digest, file_sha256
-from alignment.core.model_files import refuse_weights_elsewhere
+from alignment.core.model_files import ADAPTER_WEIGHTS, is_adapter, refuse_weights_elsewhere
 from alignment.pipeline.sources import bundled_model, hub
 
 OF_FOLDER = "files-sha256:"
@@ -43,8 +43,8 @@ class ModelSource:
     ready: bool
 
 
-def resolve(source: str, *, where: str) -> ModelSource:
-    """Looks a model up without downloading anything.
+def resolve(source: str, *, where: str, adapter_fits: bool = False) -> ModelSource:
+    """Looks a model up without downloading anything, or an adapter that PEFT saved if that fits too.
 
     Raises:
         ModelError: the source has an unknown form, or its folder is not a model.
@@ -57,16 +57,16 @@ def resolve(source: str, *, where: str) -> ModelSource:
             source=source, identity=identity, folder=bundled_model.folder(model), ready=bundled_model.is_ready(model)
         )
     if scheme == "path" and rest:
-        folder = model_folder(rest, where=where)
+        folder = model_folder(rest, where=where, adapter_fits=adapter_fits)
         return ModelSource(source=source, identity=identity_of_folder(folder), folder=folder, ready=True)
     if repository := hub.repository(source, kind="model"):
-        return _hub(source, repository, download=False)
+        return _hub(source, repository, download=False, where=where, adapter_fits=adapter_fits)
     forms = "write bundled:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
     advice = f"write path:{source} for the folder" if Path(source).expanduser().is_dir() else forms
     raise ModelError(f"{source!r} is not a valid model source", where=where, remedy=advice)
 
 
-def resolve_shapes(source: str, *, where: str) -> ModelSource:
+def resolve_shapes(source: str, *, where: str, adapter_fits: bool = False) -> ModelSource:
     """Like ``resolve`` for a plan that reads no weights: configuration and tokenizer are enough, and those of a hub's
     model are downloaded.
 
@@ -77,14 +77,16 @@ def resolve_shapes(source: str, *, where: str) -> ModelSource:
     if scheme == "path" and rest and (folder := Path(rest).expanduser().absolute() / "config.json").is_file():
         identity = identity_of_folder(folder.parent)
         return ModelSource(source=source, identity=identity, folder=folder.parent, ready=True)
-    model = resolve(source, where=where)
+    model = resolve(source, where=where, adapter_fits=adapter_fits)
     repository = hub.repository(source, kind="model")
     if model.ready or repository is None:
         return model
-    patterns = [f"*{suffix}" for suffix in sorted(_IDENTITY_SUFFIXES - {".safetensors"})]
+    patterns = [ADAPTER_WEIGHTS, *(f"*{suffix}" for suffix in sorted(_IDENTITY_SUFFIXES - {".safetensors"}))]
     snapshot = hub.snapshot(repository, patterns=patterns, download=True, failure=ModelError)
     if snapshot is None:
         return model
+    if is_adapter(snapshot):
+        return _hub(source, repository, download=False, where=where, adapter_fits=adapter_fits)
     return replace(model, identity=f"hub:{repository.id}@{snapshot.name}", folder=snapshot, ready=True)
 
 
@@ -121,12 +123,12 @@ def fetch(model: ModelSource, *, announce: bundled_model.Announce) -> ModelSourc
         repository = hub.repository(model.source, kind="model")
         assert repository is not None, "resolve() accepted the form"
         announce(f"downloading {rest} from its hub")
-        return _hub(model.source, repository, download=True)
-    return resolve(model.source, where="model.source")
+        return _hub(model.source, repository, download=True, where=model.source, adapter_fits=True)
+    return resolve(model.source, where="model.source", adapter_fits=True)
 
 
-def model_folder(path: str, *, where: str) -> Path:
-    """A folder with a model in safetensors form.
+def model_folder(path: str, *, where: str, adapter_fits: bool = False) -> Path:
+    """A folder with a model in safetensors form, or with an adapter if that fits too.
 
     Raises:
         ModelError: it is not such a folder; the error says what is missing.
@@ -134,6 +136,14 @@ def model_folder(path: str, *, where: str) -> Path:
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
         raise ModelError(f"no folder {folder}", where=where, remedy="give the folder of a model or an artifact")
+    if is_adapter(folder):
+        if adapter_fits:
+            return folder
+        raise ModelError(
+            f"{folder} contains a PEFT adapter, but a whole model is needed here",
+            where=where,
+            remedy="name its base model here, and the adapter as a policy, such as a stage's init",
+        )
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json", where=where, remedy="give the folder of a transformers model")
     if not any(folder.glob("*.safetensors")):
@@ -218,13 +228,13 @@ def _remembered(memo: Path) -> str | None:
     return sha256 if isinstance(sha256, str) and _SHA256.fullmatch(sha256) else None
 
 
-def _hub(source: str, repository: hub.Repository, *, download: bool) -> ModelSource:
+def _hub(source: str, repository: hub.Repository, *, download: bool, where: str, adapter_fits: bool) -> ModelSource:
     patterns = [f"*{suffix}" for suffix in sorted(_IDENTITY_SUFFIXES)]
     snapshot = hub.snapshot(repository, patterns=patterns, download=download, failure=ModelError)
     # A plan of its cost may have fetched its configuration alone.
     if snapshot is None or not (download or any(snapshot.glob("*.safetensors"))):
         return ModelSource(source=source, identity=repository.named, folder=None, ready=False)
-    folder = model_folder(str(snapshot), where=source)
+    folder = model_folder(str(snapshot), where=where, adapter_fits=adapter_fits)
     # Another program may have fetched only some of its files, such as the weights without the tokens that end answers.
     ready = download or hub.is_listed(repository)
     return ModelSource(source=source, identity=f"hub:{repository.id}@{folder.name}", folder=folder, ready=ready)

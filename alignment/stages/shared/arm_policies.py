@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ModelError
+from alignment.core.model_files import is_adapter
 from alignment.data.tokens.tokenizer import load_tokenizer, stops_alike, tokenizer_hashes
 from alignment.job import StageInput
 from alignment.models.assembly.load import DTYPES, Lineage, load_policy, refuse_other_tokenizer
@@ -49,7 +50,7 @@ def tokenizer_of(context: StageContext, stage_input: StageInput, ours: Any) -> A
         ModelError: an artifact has a different tokenizer or chat template than the run's base.
     """
     path = stage_input.path
-    if path is None or read_manifest(path) is not None:
+    if path is None or is_adapter(path) or read_manifest(path) is not None:
         refuse_other_tokenizer(context.spec, stage_input, ours)
         return ours
     own = load_tokenizer(path)

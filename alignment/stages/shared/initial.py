@@ -7,7 +7,6 @@ from typing import Any
 from peft import PeftModel, TaskType
 from transformers import PreTrainedModel
 
-from alignment.core.artifacts import read_manifest
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.models.assembly.load import Lineage, lineage, refuse_other_tokenizer
 from alignment.models.assembly.start import load_start, turn_off_dropout
@@ -26,7 +25,7 @@ def initial_policy(context: StageContext) -> tuple[Lineage, Any]:
     init = spec.inputs["init"]
     start = lineage(spec, init)
     tokenizer = load_tokenizer(start.base, spec.model.template)
-    if init.path is not None and read_manifest(init.path) is not None:
+    if init.path is not None and init.path != start.base:  # a whole model brings its own
         refuse_other_tokenizer(spec, init, tokenizer)
     return start, tokenizer
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignment.core.artifacts import TOKENIZER
+from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from alignment.costs.recorder import on_shadows, recorder
 from alignment.costs.shadows import zeros
 from alignment.data.tokens.tokenizer import tokenizer_hashes
@@ -78,14 +79,19 @@ def save_model(
     model.save_pretrained(str(own), selected_adapters=[OWN], state_dict=state)
     put_in_order(own, base=context.spec.artifact / "model" if start.source == "self" else None)
     (own / "README.md").unlink(missing_ok=True)  # an empty template
-    for adapter in below:
-        shutil.copytree(adapter.path, context.content / "adapters" / adapter.path.name, dirs_exist_ok=True)
-    saved = {
-        f"adapters/{adapter.path.name}": {"merged": adapter.merged, "nf4": adapter.nf4}
-        for adapter in (*below, saved_as(start, context.adapter, own))
-    }
+    saved = {}
+    for index, adapter in enumerate((*below, saved_as(start, context.adapter, own))):
+        name = adapter.path.name if adapter.path.name.startswith(f"{index}-") else f"{index}-{adapter.path.name}"
+        saved[f"adapters/{name}"] = {"merged": adapter.merged, "nf4": adapter.nf4}
+        if adapter.path != own:
+            shutil.copytree(adapter.path, own.with_name(name), dirs_exist_ok=True, ignore=_all_but_adapter)
     base = base_record(context.spec, start)
     return StageResult(metrics=metrics, base=base, adapters=list(saved), adapters_stood=saved, hashes=hashes)
+
+
+def _all_but_adapter(folder: str, names: list[str]) -> list[str]:
+    """What lies beside an adapter from outside, such as a tokenizer or the state of its training."""
+    return [name for name in names if name not in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)]
 
 
 def _state(model: PreTrainedModel | PeftModel, *, trained_only: bool) -> dict[str, Tensor] | None:

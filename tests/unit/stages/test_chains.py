@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from peft import PeftModel, TaskType
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment import worker
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
@@ -19,6 +19,9 @@ from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import Moments
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ModelError
+from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from alignment.models.assembly.load import lineage, load_policy
+from alignment.models.assembly.start import load_start
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.rows import stream
 from alignment.stages.registry import kind_of
@@ -113,6 +116,103 @@ def test_three_stages_continue_and_stack(chained: Chained) -> None:
     plain.base_model.set_adapter(["default", "dpo"])
     with torch.no_grad():
         close(plain(input_ids=IDS).logits, chained.policy("dpo")(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+QWEN = {"architecture": "qwen2"}  # whose queries, keys and values have biases
+
+
+@pytest.mark.parametrize(
+    ("settings", "own"),
+    [
+        ({}, _lora(Chain.merge)),
+        ({"target_modules": ["q_proj", "v_proj"]}, _lora(Chain.stack)),
+        ({"target_modules": ["q_proj", "v_proj"]}, AdapterConfig(rank=4, alpha=8.0, chain=CONTINUE)),
+        ({"use_dora": True}, _lora(Chain.merge)),
+        ({"use_rslora": True, "target_modules": ["up_proj"]}, _lora(Chain.stack)),
+        ({"modules_to_save": ["lm_head"]}, _lora(Chain.merge)),
+    ],
+    ids=["merge", "stack", "continue", "dora", "rslora", "head"],
+)
+def test_a_stage_starts_from_an_adapter_that_peft_saved(
+    tmp_path: Path, settings: dict[str, Any], own: AdapterConfig
+) -> None:
+    chained = Chained(tmp_path, **QWEN)
+    folder = chained.adapter_from_outside(**settings)
+    start = lineage(chained.spec("dpo", own, init="outside"), chained.inputs["outside"])
+    policy = load_start(start, own, Dtype.float32, task=TaskType.CAUSAL_LM, device=torch.device("cpu"))
+    with torch.no_grad():
+        close(policy(input_ids=IDS).logits, _plain(chained.base, [folder], []).logits, rtol=1e-4, atol=1e-5)
+    lines = chained.run("dpo", own, init="outside")
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    artifact = chained.inputs["dpo"].path
+    manifest = read_manifest(artifact)
+    assert manifest.base["source"] == BASE_SOURCE
+    below = [] if own.chain is CONTINUE else ["adapters/0-outside"]
+    assert manifest.adapters == [*below, f"adapters/{len(below)}-dpo"]
+    for adapter in manifest.adapters:
+        assert sorted(file.name for file in (artifact / adapter).iterdir()) == [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
+    merged = [artifact / name for name in below if own.chain is Chain.merge]
+    beside = [artifact / name for name in manifest.adapters if artifact / name not in merged]
+    assert chained.policy("dpo").generate(IDS, max_new_tokens=12, do_sample=False, use_cache=True).tolist() == (
+        _plain(chained.base, beside, merged).answer
+    )
+
+
+@dataclass
+class _Plain:
+    """What plain transformers and PEFT compute."""
+
+    logits: torch.Tensor
+    answer: list[list[int]]
+
+
+def _plain(base: Path, beside: list[Path], merged: list[Path]) -> _Plain:
+    """With some adapters merged into the base, and others together beside it."""
+    model = AutoModelForCausalLM.from_pretrained(str(base))
+    for folder in merged:
+        model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    policy = PeftModel.from_pretrained(model, str(beside[0]), adapter_name="0")
+    for number, folder in enumerate(beside[1:], 1):
+        policy.load_adapter(str(folder), str(number))
+    policy.base_model.set_adapter([str(number) for number in range(len(beside))])
+    policy.eval()
+    with torch.no_grad():
+        answer = policy.generate(input_ids=IDS, max_new_tokens=12, do_sample=False)
+        return _Plain(policy(input_ids=IDS).logits, answer.tolist())
+
+
+def test_an_adapter_from_outside_is_merged_in_bfloat16_as_peft_merges_it(tmp_path: Path) -> None:
+    chained = Chained(tmp_path, **QWEN)
+    folder = chained.adapter_from_outside(torch.bfloat16)
+    spec = chained.spec("dpo", LORA, init="outside", model=ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16))
+    ours = load_policy(lineage(spec, chained.inputs["outside"]), torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(str(chained.base), dtype=torch.bfloat16)
+    theirs = PeftModel.from_pretrained(base, str(folder)).merge_and_unload().eval()
+    with torch.no_grad():
+        assert torch.equal(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
+    lines = chained.run("dpo", LORA, init="outside", model=spec.model)
+    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [({"chat_template": "{{ messages }}"}, "chat template"), ({"added": "<new>"}, "vocabulary")],
+    ids=["template", "token"],
+)
+def test_an_adapter_that_was_trained_on_other_tokens_is_refused(
+    tmp_path: Path, changed: dict[str, str], message: str
+) -> None:
+    chained = Chained(tmp_path)
+    folder = chained.adapter_from_outside()
+    tokenizer = AutoTokenizer.from_pretrained(str(chained.base))
+    tokenizer.pad_token = "<|endoftext|>"
+    tokenizer.save_pretrained(str(folder))
+    chained.run("dpo", LORA, init="outside")
+    tokenizer.chat_template = changed.get("chat_template", tokenizer.chat_template)
+    tokenizer.add_tokens([changed["added"]] if "added" in changed else [])
+    tokenizer.save_pretrained(str(folder))
+    with pytest.raises(ModelError, match=message):
+        chained.run("kto", LORA, init="outside")
 
 
 class _Killed(BaseException):

@@ -44,6 +44,6 @@ def test_of_a_hubs_model_no_weights_are_downloaded_and_a_run_does_that_later(
     assert (model.ready, model.folder) == (True, shapes)
     patterns, download = asked[-1]
     assert download
-    assert sorted(patterns) == ["*.jinja", "*.json", "*.model", "*.txt"]
+    assert sorted(patterns) == ["*.jinja", "*.json", "*.model", "*.txt", "adapter_model.safetensors"]
     assert not resolve("hub:org/name@main", where="model.source").ready
     assert sorted(asked[-1][0]) == ["*.jinja", "*.json", "*.model", "*.safetensors", "*.txt"]
