@@ -34,6 +34,9 @@ REPORT = "report"
 ROWS = "rows"
 """Kinds of artifacts that more than one room knows; a kind of stage says which one it makes."""
 
+FROM_OUTSIDE = "adapter"
+"""The stage and the kind of stage that the manifest of an adapter from outside names, which no stage made."""
+
 ROWS_FILE = "rows.jsonl"
 """The file of an artifact of kind ``ROWS`` that other stages read as data."""
 

@@ -33,7 +33,7 @@ def export(console: Console, result: str, *, to: str, options: ExportOptions, ou
         ModelError: the base of the result is missing on this machine.
         StageError: the process was killed.
     """
-    folder = artifact_of(result, output)
+    folder = artifact_of(result, output, console)
     manifest = read_manifest(folder)
     if manifest is None:
         raise ArtifactError("no complete artifact here", where=str(folder), remedy="run the stage that makes it")

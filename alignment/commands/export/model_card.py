@@ -18,7 +18,7 @@ from alignment.commands.export.provenance import (
     without_folders,
 )
 from alignment.commands.export.usage_lines import usage_lines
-from alignment.core.artifacts import POLICY, REWARD_MODEL, Manifest
+from alignment.core.artifacts import FROM_OUTSIDE, POLICY, REWARD_MODEL, Manifest
 from alignment.pipeline.sources import bundled_model
 from alignment.records.evaluation import Comparison, Evaluation
 from alignment.records.interval import Interval
@@ -90,6 +90,8 @@ def _opening(manifest: Manifest, origin: Provenance) -> list[str]:
     kind = "reward model" if manifest.kind == REWARD_MODEL else "policy"
     own = manifest.base["source"] == "self"
     base = "All weights were trained." if own else f"Its base is `{_source(manifest)}`."
+    stage = f"A {kind} trained by the stage `{manifest.stage}` ({manifest.identity['kind']}) of alignment-pipeline."
+    made = "An adapter that PEFT saved, which alignment-pipeline did not train." if _is_outside(manifest) else stage
     scaled = f"The recipe was run under the profile `{origin.profile}`, which changes its settings."
     if origin.profile == "smoke":
         scaled = "It comes from a smoke run (`profile=smoke`), which shows only that the recipe runs; do not use it."
@@ -97,10 +99,14 @@ def _opening(manifest: Manifest, origin: Provenance) -> list[str]:
         f"# {manifest.stage}",
         "",
         *([scaled, ""] if origin.profile else []),
-        f"A {kind} trained by the stage `{manifest.stage}` ({manifest.identity['kind']}) of alignment-pipeline. {base}",
+        f"{made} {base}",
         "",
         f"Licence: {_licence(manifest)}",
     ]
+
+
+def _is_outside(manifest: Manifest) -> bool:
+    return str(manifest.identity["kind"]) == FROM_OUTSIDE
 
 
 def _published(note: str) -> str:
@@ -126,7 +132,7 @@ def _licence(manifest: Manifest) -> str:
 
 
 def _measured(manifest: Manifest, origin: Provenance) -> list[str]:
-    lines = ["At the end of training:", "", "| metric | value |", "|---|---|"]
+    lines = ["At the end of training:", "", "| metric | value |", "|---|---|"] if manifest.metrics else []
     lines += [f"| {name} | {value:.4g} |" for name, value in manifest.metrics.items()]
     for table in origin.own:
         lines += ["", *_table(table, list(table.columns), list(table.columns.values()), f"{table.title}: {table.note}")]
@@ -285,6 +291,8 @@ def _step(step: Step) -> list[str]:
     inputs = ", ".join(
         f"{name} `{value[:12] if ':' not in value else value}`" for name, value in manifest.inputs.items()
     )
+    if _is_outside(manifest):
+        return [f"- **{manifest.stage}**, fingerprint `{manifest.fingerprint}`; base content `{base.get('content')}`"]
     adapter, optim = config.get("adapter", {}), config.get("optim", {})
     others = _flat({name: value for name, value in config.items() if name not in _ELSEWHERE})
     names = _OF_ADAPTER.get(adapter.get("kind", ""), _OF_ADAPTER["low-rank"])

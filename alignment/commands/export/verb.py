@@ -12,7 +12,12 @@ from alignment.commands.shared.arguments import add_output, runs_of
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A result, and where and how to write it."""
-    parser.add_argument("result", metavar="RESULT", help="an artifact's folder, or RUN/STAGE such as quickstart/dpo")
+    parser.add_argument(
+        "result",
+        metavar="RESULT",
+        help="an artifact's folder, RUN/STAGE such as quickstart/dpo, or an adapter that PEFT saved (path:FOLDER, "
+        "hub:ORG/NAME)",
+    )
     parser.add_argument("--to", required=True, metavar="FOLDER", help="a folder that does not exist yet")
     add_form_arguments(parser)
     add_output(parser)

@@ -38,7 +38,10 @@ def recipe_of(arguments: argparse.Namespace) -> str:
 def add_policies(parser: argparse.ArgumentParser) -> None:
     """Adds ``result`` and ``arms``, which ``PolicyFinder`` takes."""
     parser.add_argument(
-        "result", metavar="RUN", help="a run's name or its recipe's path, RUN/STAGE, or an artifact's folder"
+        "result",
+        metavar="RUN",
+        help="a run's name or its recipe's path, RUN/STAGE, an artifact's folder, or an adapter that PEFT saved "
+        "(path:FOLDER, hub:ORG/NAME)",
     )
     parser.add_argument(
         "--arm",

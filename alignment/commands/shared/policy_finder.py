@@ -72,7 +72,8 @@ class PolicyFinder:
                 remedy="name a stage of another run as RUN/STAGE, and a folder by its path",
             )
         return self._of(
-            artifact_of(arm, self._output), arm.rstrip("/").rpartition("/")[2] if Path(arm).is_dir() else arm
+            artifact_of(arm, self._output, self._console),
+            arm.rstrip("/").rpartition("/")[2] if Path(arm).is_dir() else arm,
         )
 
     def _of(self, folder: Path, name: str) -> StoredPolicy:
@@ -89,7 +90,7 @@ class PolicyFinder:
     def _bare(self) -> StoredPolicy:
         """The run's base model, or that of the result."""
         if self._record is None:
-            folder = artifact_of(self._result, self._output)
+            folder = artifact_of(self._result, self._output, self._console)
             manifest = _manifest_of_policy(folder)
             if manifest.base["source"] == "self":
                 raise ConfigError(

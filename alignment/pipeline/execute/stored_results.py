@@ -7,22 +7,28 @@ from pathlib import Path
 from rich.console import Console
 
 from alignment.config.did_you_mean import suggestion
-from alignment.core.artifacts import Manifest
+from alignment.core.artifacts import Manifest, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError, ModelError
+from alignment.core.model_files import is_adapter
+from alignment.pipeline.execute.adapter_artifact import artifact_of_adapter
 from alignment.pipeline.execute.display import announcer
 from alignment.pipeline.sources import model_sources
 from alignment.records.run import FILE, RunRecord, StageEntry
 from alignment.report.run_page.run_layout import artifact_folder
 
 
-def artifact_of(result: str, output: Path) -> Path:
-    """The folder of a result: an artifact's own, or that of ``RUN/STAGE`` of a run under ``output``.
+def artifact_of(result: str, output: Path, console: Console) -> Path:
+    """The folder of a result: an artifact's own, that of ``RUN/STAGE`` of a run under ``output``, or that of an adapter
+    that PEFT saved (adapter_artifact.py), which is named as in a recipe or by its folder.
 
     Raises:
         ConfigError: there is no such folder, run or stage.
         ArtifactError: the stage has no result yet.
+        ModelError: the adapter or its base model cannot be used.
     """
-    folder = Path(result).expanduser()
+    folder = Path(result.removeprefix("path:")).expanduser()
+    if result.startswith("hub:") or (is_adapter(folder) and read_manifest(folder) is None):
+        return artifact_of_adapter(result if result.startswith("hub:") else f"path:{folder}", console)
     if folder.is_dir():
         return folder.absolute()
     run, _, stage = result.partition("/")

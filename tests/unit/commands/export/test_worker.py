@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, TaskType
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
@@ -21,6 +22,7 @@ from alignment.commands.export import as_vllm
 from alignment.commands.export.comparing import gap_between, logprobs_of_answers
 from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.export.worker import export, main
+from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.config.sampling_engine import SamplingConfig
@@ -32,9 +34,11 @@ from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.assembly.start import load_start
 from alignment.models.forward.answers import scalar_scores
 from alignment.models.forward.rows import stream
+from alignment.pipeline.execute.stored_results import artifact_of
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.sft.config import SftConfig
+from tests.chained import Chained
 from tests.oracles.close import close
 from tests.tiny import (
     BASE_SOURCE,
@@ -95,6 +99,26 @@ def test_a_policy_becomes_a_plain_model(tmp_path: Path, base: Lineage, kind: Ada
     assert "AutoModelForCausalLM" in card
     assert json.loads((tmp_path / "out" / "lineage.json").read_text())["fingerprint"] in card
     assert not list((tmp_path / "out").glob("*.bin"))
+
+
+def test_an_adapter_from_outside_is_exported_like_a_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "cache"))
+    chained = Chained(tmp_path, architecture="qwen2")
+    folder = chained.adapter_from_outside(torch.bfloat16)
+    artifact = artifact_of(f"path:{folder}", tmp_path, Console())
+    assert artifact == artifact_of(str(folder), tmp_path, Console()), "it is made once"
+    export(artifact, chained.base, tmp_path / "out", ExportOptions(form="model", max_gap=0.01))
+    plain = AutoModelForCausalLM.from_pretrained(chained.base, dtype=torch.bfloat16)
+    with torch.no_grad():
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)(input_ids=IDS).logits
+        assert torch.equal(again, PeftModel.from_pretrained(plain, folder).merge_and_unload()(input_ids=IDS).logits)
+    assert "path:base" in (tmp_path / "out" / "README.md").read_text()
+    (named,) = PolicyFinder(Console(), "none", tmp_path).policies([f"path:{folder}"])
+    assert (named.artifact, named.base) == (str(artifact), str(chained.base))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone"}))
+    with pytest.raises(ModelError, match="names no base model"):
+        artifact_of(str(folder), tmp_path, Console())
 
 
 @pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.lora])
