@@ -1,12 +1,17 @@
-"""The name a user probably meant."""
+"""The name or the source that a user probably meant."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import SequenceMatcher
+from pathlib import Path
 
 _CLOSE = 0.6
 _MISSPELT = 0.8
+_ADDRESS = re.compile(r"https?://[^/]+/(?:datasets/)?|hf:(?://)?")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?:@[\w./-]+)?")
+_OF_FILES = (".json", ".jsonl", ".csv", ".tsv", ".parquet", ".gz", ".txt", ".jinja", ".gguf", ".bin", ".safetensors")
 
 
 def nearest(name: str, options: Iterable[str]) -> str | None:
@@ -39,3 +44,21 @@ def suggestion(name: str, options: Iterable[str]) -> str:
         return "there are none to choose from"
     best = nearest(name, known)
     return f"did you mean '{best}'?" if best else f"one of: {', '.join(known)}"
+
+
+def as_path(source: str) -> str:
+    """``write path:FILE`` for a source that lacks this scheme; empty for another text."""
+    looks_like_path = source.startswith((".", "/", "~")) or source.endswith(_OF_FILES)
+    is_there = bool(source) and ":" not in source and Path(source).expanduser().exists()
+    return f"write path:{source}" if looks_like_path or is_there else ""
+
+
+def with_scheme(source: str) -> str:
+    """``write hub:ORG/NAME`` or ``write path:FOLDER`` for a source without its scheme; empty for another text.
+
+    A name that may be either is a path if it exists.
+    """
+    name = _ADDRESS.sub("", source).rstrip("/")
+    if (path := as_path(source)) or not _REPOSITORY.fullmatch(name):
+        return path
+    return f"write hub:{name}" if name != source else f"write hub:{name} (or path:{name} for a folder of yours)"

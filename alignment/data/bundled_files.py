@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignment.config.did_you_mean import suggestion
+from alignment.config.did_you_mean import suggestion, with_scheme
 from alignment.core.errors import DataError
 from alignment.core.resources import shipped
 from alignment.data.missing_files import next_to_recipe, similar_name
@@ -36,14 +36,8 @@ def locate(source: str, *, where: str = "", recipe_folder: Path | None = None) -
             where=where,
             remedy="name the file in the stage's result: path:artifacts/STAGE-FINGERPRINT/rows.jsonl",
         )
-    is_file = bool(source) and Path(source).expanduser().exists()
-    raise DataError(
-        f"{source!r} is not a valid data source",
-        where=where,
-        remedy=f"did you mean path:{source}?"
-        if is_file
-        else "write bundled:quickstart/NAME, path:FILE or hub:ORG/NAME@REVISION",
-    )
+    forms = "write bundled:quickstart/NAME, path:FILE or hub:ORG/NAME@REVISION"
+    raise DataError(f"{source!r} is not a valid data source", where=where, remedy=with_scheme(source) or forms)
 
 
 def bundled_code() -> list[str]:

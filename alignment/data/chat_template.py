@@ -10,6 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from alignment.config.did_you_mean import as_path
 from alignment.config.model import TemplateChoice
 from alignment.core.errors import DataError
 from alignment.core.small_files import small_text
@@ -74,7 +75,9 @@ def template_text(source: str) -> str:
         return _text_of(trl_file(source.removeprefix(TRL)))
     file = template_file(source)
     if file is None:
-        raise DataError(f"{source!r} is not a valid template", where="model.chat_template", remedy=_FORMS)
+        raise DataError(
+            f"{source!r} is not a valid template", where="model.chat_template", remedy=as_path(source) or _FORMS
+        )
     return _text_of(file)
 
 

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
-from alignment.config.did_you_mean import nearest, suggestion
+from alignment.config.did_you_mean import nearest, suggestion, with_scheme
 from alignment.config.evaluating import UNTRAINED_ARMS
 from alignment.config.faults import Fault
 from alignment.config.stage import StageConfig
@@ -159,7 +159,9 @@ def _problem(slot: Slot, stages: Mapping[str, StageConfig]) -> str | None:
         known = [*(UNTRAINED_ARMS if is_arm(slot) else (BASE,)), *(_STAGE + name for name in stages)]
         close = nearest(slot.ref, known)
         hint = f"did you mean {close!r}? Otherwise " if close else ""
-        return f"{slot.ref!r} is not a reference; {hint}write base, stage:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
+        forms = with_scheme(slot.ref) or "write base, stage:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
+        advice = f"write {_STAGE}{slot.ref}" if slot.ref in stages else f"{hint}{forms}"
+        return f"{slot.ref!r} is not a reference; {advice}"
     if stage not in stages:
         return f"no stage '{stage}' in this run; {_ended(suggestion(stage, stages))}{_otherwise(slot)}"
     produced = kind_of(stages[stage]).produces

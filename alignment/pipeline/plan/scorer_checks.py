@@ -12,7 +12,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from alignment.config.did_you_mean import nearest, suggestion
+from alignment.config.did_you_mean import nearest, suggestion, with_scheme
 from alignment.config.faults import Fault
 from alignment.config.replaced_keys import instead_of_source
 from alignment.config.scoring import MetricConfig, ScoreSourceConfig
@@ -193,7 +193,8 @@ def _source_problem(scorer: ScoreSourceConfig, recipe_folder: Path | None) -> st
     if source.endswith(".py"):
         return f"{source!r} does not name a function; write {source}:FUNCTION"
     close = nearest(source, [REWARD, CHOICE, *GROUPS, *RULES])
-    return f"{source!r} is not a scorer; {f'did you mean {close!r}? ' if close else ''}{ALLOWED}"
+    hint = f"did you mean {close!r}? " if close else ""
+    return f"{source!r} is not a scorer; {with_scheme(source) or f'{hint}{ALLOWED}'}"
 
 
 def _function_problem(function: FunctionSource) -> str | None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from alignment.config.did_you_mean import with_scheme
 from alignment.core.artifacts import write_json
 from alignment.core.errors import ModelError
 from alignment.core.fingerprint import digest, file_sha256
@@ -61,8 +62,7 @@ def resolve(source: str, *, where: str, adapter_fits: bool = False) -> ModelSour
         return ModelSource(source=source, identity=identity_of_folder(folder), folder=folder, ready=True)
     if repository := hub.repository(source, kind="model"):
         return _hub(source, repository, download=False, where=where, adapter_fits=adapter_fits)
-    forms = "write bundled:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
-    advice = f"write path:{source} for the folder" if Path(source).expanduser().is_dir() else forms
+    advice = with_scheme(source) or "write bundled:NAME, path:FOLDER or hub:ORG/NAME@REVISION"
     raise ModelError(f"{source!r} is not a valid model source", where=where, remedy=advice)
 
 

@@ -286,11 +286,6 @@ def test_frozen_rows_of_new_tokens_are_said_once(plan: MakePlan, tmp_path: Path)
     assert frozen_rows(plan()) is None, "nothing starts from them any more"
 
 
-def test_a_folder_that_is_no_source_is_told_as_one(plan: MakePlan, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=f"write path:{tmp_path}/model for the folder"):
-        plan(f"model.source={tmp_path / 'model'}")
-
-
 def test_an_interrupted_stage_goes_on_from_its_last_complete_checkpoint(plan: MakePlan) -> None:
     work = plan().stages[0].work
     for step, complete in ((5, True), (20, True), (100, False)):
@@ -372,7 +367,7 @@ def test_a_model_folder_fits_where_a_policy_is_taken(plan: MakePlan, tmp_path: P
         (
             "stages.dpo.init=sft",
             ConfigError,
-            "stages.dpo.init: 'sft' is not a reference; write base, stage:NAME, path:FOLDER or hub:ORG/NAME@REVISION",
+            "stages.dpo.init: 'sft' is not a reference; write stage:sft",
         ),
         ("stages.evaluate.arms=[base,base]", ConfigError, "stages.evaluate.arms[1]: 'base' is listed twice"),
         ("stages.dpo.init=path:/nowhere", ModelError, "stages.dpo.init: no folder /nowhere"),
@@ -395,6 +390,40 @@ def test_a_reference_that_cannot_be_is_named(
     with pytest.raises(error) as caught:
         plan(override)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("source", "corrected"),
+    [
+        ("org/name", "hub:org/name"),
+        ("org/name@main", "hub:org/name@main"),
+        ("hf:org/name", "hub:org/name"),
+        ("https://hub.example/org/name/", "hub:org/name"),
+        ("./mine", "path:./mine"),
+        ("/nowhere/mine", "path:/nowhere/mine"),
+        ("here", "path:here"),
+        ("here/inside", "path:here/inside"),
+    ],
+)
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "model.source",
+        "stages.dpo.init",
+        "stages.evaluate.arms",
+        "stages.evaluate.reward",
+        "stages.sft.data.source",
+        "stages.ppo.scorers",
+    ],
+)
+def test_a_source_without_its_scheme_is_answered_with_the_right_one(
+    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, source: str, corrected: str
+) -> None:
+    (tmp_path / "here/inside").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    forms = {"stages.evaluate.arms": f"[base,'{source}']", "stages.ppo.scorers": f"[{{source: '{source}'}}]"}
+    with pytest.raises(AlignmentError, match=rf"{setting}\W(.|\n)*write {re.escape(corrected)}( |$)"):
+        plan(f"{setting}={forms.get(setting, repr(source))}")
 
 
 TAKES_A_POLICY = [
