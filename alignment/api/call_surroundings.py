@@ -19,6 +19,23 @@ Recipe = str | os.PathLike[str]
 """The name of a shipped file, or the path of a .yaml file."""
 
 
+def name_of(file: Recipe, argument: str = "recipe") -> str:
+    """The name or the path that a caller gave as ``argument``.
+
+    Raises:
+        TypeError: it is something else, such as the settings themselves.
+    """
+    if isinstance(file, str):
+        return file
+    if isinstance(file, os.PathLike):
+        return str(os.fspath(file))
+    raise TypeError(
+        f"{argument} is a {type(file).__name__}; it must be the name of a shipped {argument} or the path of a .yaml "
+        "file. Settings are the overrides of a recipe, such as alignment.plan('quickstart', {'stages.dpo.beta': 0.3}); "
+        "to use settings of your own alone, write them to a file with yaml.safe_dump and give its path"
+    )
+
+
 @contextmanager
 def errors_explained() -> Iterator[None]:
     """Turns errors of the file system into public errors, as the command does, and names arguments as Python does:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numbers
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from alignment.core.errors import ConfigError
 
@@ -22,6 +22,7 @@ def words(overrides: Overrides) -> list[str]:
     """Overrides as they are typed on the command line.
 
     Raises:
+        TypeError: they are neither texts nor a mapping.
         ConfigError: they are one text instead of several, or a value cannot be written in a configuration.
     """
     if isinstance(overrides, str):
@@ -30,7 +31,13 @@ def words(overrides: Overrides) -> list[str]:
         )
     if isinstance(overrides, Mapping):
         return [f"{key}={_written(value, key)}" for key, value in overrides.items()]
-    return list(overrides)
+    given = list(overrides) if isinstance(overrides, Iterable) else [overrides]
+    if wrong := [item for item in given if not isinstance(item, str)]:
+        raise TypeError(
+            f"{wrong[0]!r} is not an override; give texts, as in ['stages.dpo.beta=0.3'], or a mapping, as in "
+            "{'stages.dpo.beta': 0.3}"
+        )
+    return given
 
 
 def _written(value: object, key: str) -> str:

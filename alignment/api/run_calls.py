@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-from alignment.api.call_surroundings import Recipe, console_of, errors_explained, raise_if_stopped
+from alignment.api.call_surroundings import Recipe, console_of, errors_explained, name_of, raise_if_stopped
 from alignment.api.loaded_run import Run, load_run
 from alignment.api.override_words import Overrides, words
 from alignment.api.run_plan import RunPlan, described
@@ -40,7 +38,7 @@ def plan(
     """
     cost = planned_costs.is_wanted(cost=cost, device=device)
     with errors_explained():
-        checked = planned_costs.checked_plan(os.fspath(recipe), words(overrides), cost=cost, trade=trade, device=device)
+        checked = planned_costs.checked_plan(name_of(recipe), words(overrides), cost=cost, trade=trade, device=device)
         if not (cost or trade):
             return described(checked, planned_costs.known(checked))
         console = console_of(quiet=quiet)
@@ -73,7 +71,7 @@ def run(
         Preempted: another signal asked the run to stop; the stage has saved.
     """
     with errors_explained():
-        planned = make_plan(os.fspath(recipe), words(overrides))
+        planned = make_plan(name_of(recipe), words(overrides))
         code = run_with_advice(planned, console=console_of(quiet=quiet), only=stage, wait=wait)
         raise_if_stopped(code, planned.config.name)
         return load_run(planned.run_folder)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-
-from alignment.api.call_surroundings import Recipe, console_of, errors_explained, raise_if_stopped
+from alignment.api.call_surroundings import Recipe, console_of, errors_explained, name_of, raise_if_stopped
 from alignment.api.loaded_sweep import Sweep, load_sweep
 from alignment.api.override_words import Overrides, words
 from alignment.core.errors import StageError
@@ -33,7 +31,7 @@ def sweep(
         KeyboardInterrupt, Preempted: as for ``run``; the same call continues with the missing trials.
     """
     with errors_explained():
-        checked = read_sweep(os.fspath(recipe), os.fspath(sweep), words(overrides))
+        checked = read_sweep(name_of(recipe), name_of(sweep, "sweep"), words(overrides))
         code = run_sweep(checked, console=console_of(quiet=quiet), at_once=at_once, retry_failed=retry_failed)
         raise_if_stopped(code, checked.folder.name)
         if code:

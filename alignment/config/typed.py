@@ -26,6 +26,8 @@ from alignment.config.stage import StageClasses, StageConfig
 from alignment.config.sweep import SweepConfig
 
 _SHOWN = 3
+_NOTHING = ("none", "nil")
+"""How other languages write null."""
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -175,6 +177,9 @@ class _Conversion:
 
     def _field(self, cls: type, name: str, value: Any, *, where: str, default: Any) -> Any:
         hint = field_types(cls)[name]
+        if isinstance(value, str) and value.lower() in _NOTHING and _may_be_null(hint):
+            self._fault(where, f"{value!r} is a text here; write null")
+            return default
         if (group := group_of(hint)) is not None:
             if value is None and group is not hint:
                 return None
@@ -291,10 +296,14 @@ def listed_dataclass(hint: Any) -> type | None:
     return items[0] if items and dataclasses.is_dataclass(items[0]) and isinstance(items[0], type) else None
 
 
+def _may_be_null(hint: Any) -> bool:
+    return types.NoneType in typing.get_args(hint)
+
+
 def _scalar_or_list(hint: Any, value: Any) -> Any:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         options = typing.get_args(hint)
-        if value is None and types.NoneType in options:
+        if value is None and _may_be_null(hint):
             return None
         return _any_of([option for option in options if option is not types.NoneType], value)
     if typing.get_origin(hint) is list:

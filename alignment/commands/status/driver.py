@@ -12,7 +12,7 @@ from alignment.core.errors import ArtifactError
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute.run_state import as_it_is, explanation, state_of
 from alignment.pipeline.execute.run_view import KILLED, RUNNING, work_folder
-from alignment.pipeline.execute.summary import progress_line, show_results, show_stages
+from alignment.pipeline.execute.summary import progress_line, show_doubts, show_results, show_stages
 from alignment.records.run import RunRecord
 from alignment.records.worker import Progress
 
@@ -55,3 +55,4 @@ def _show_one(console: Console, folder: Path) -> None:
     for line in explanation(folder, record):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     show_results(console, folder, record)
+    show_doubts(console, folder, record)

@@ -11,8 +11,9 @@ from alignment.commands.shared.following import FollowedRun, messages_of
 from alignment.commands.shared.named_runs import current_run, run_folder
 from alignment.pipeline.execute.display import Display, showing
 from alignment.pipeline.execute.run_view import UNKNOWN, RunView
-from alignment.pipeline.execute.summary import show_results
+from alignment.pipeline.execute.summary import show_doubts, show_results
 from alignment.records.run import RunRecord
+from alignment.report.doubts import is_smoke
 
 POLL_SECONDS = 0.5
 
@@ -36,7 +37,10 @@ def follow(console: Console, output: Path, run: str | None) -> None:
         return
     for line in (f"{folder.name}: {last.state}", *followed.explanation(last)):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    show_results(console, folder, RunRecord.read(folder))
+    record = RunRecord.read(folder)
+    show_results(console, folder, record)
+    if is_smoke(record.profile):  # other doubts were printed as the stages ended
+        show_doubts(console, folder, record)
 
 
 def _to_the_end(display: Display, run: FollowedRun) -> RunView:

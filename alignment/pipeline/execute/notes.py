@@ -47,8 +47,8 @@ def of_plan(plan: Plan) -> list[str]:
         notes += [f"{stage.name}: {note}" for note in of_launch] if stage.has_to_run else []
         of_files = kind_of(stage.config).files.notes(stage.config, plan.run_folder / stage.name)
         notes += [f"{stage.name}: {note}" for note in of_files]
-        notes += [*_high_rates(stage), *_small_data(stage), *_labels(stage), *_left_out(stage), *_near_held_out(stage)]
-    return [*notes, *cautions(plan)]
+        notes += [*_high_rates(stage), *_small_data(stage), *_labels(stage), *_near_held_out(stage)]
+    return [*notes, *_left_out(plan), *cautions(plan)]
 
 
 def _adapters_from_outside(plan: Plan) -> Iterator[str]:
@@ -175,13 +175,17 @@ def _labels(stage: PlannedStage) -> Iterator[str]:
         yield from (f"{stage.name}: {note}" for note in kind_of(config).learning.label_notes(config, labels))
 
 
-def _left_out(stage: PlannedStage) -> Iterator[str]:
-    """Notes on rows that give the stage nothing, such as ties among votes."""
-    for field, seen in stage.seen.items():
-        for reason, count in seen.set_aside:
-            among = "" if seen.whole else " that the plan reads"
-            rows, are = ("row", "is") if count == 1 else ("rows", "are")
-            yield f"stages.{stage.name}.{field}: {count} {rows}{among} {are} left out: {reason}"
+def _left_out(plan: Plan) -> Iterator[str]:
+    """Notes on rows that give stages nothing, such as ties among votes; stages often read the same rows."""
+    fields: dict[tuple[str, int, bool], list[str]] = {}
+    for stage in plan.stages:
+        for field, seen in stage.seen.items():
+            for reason, count in seen.set_aside:
+                fields.setdefault((reason, count, seen.whole), []).append(f"stages.{stage.name}.{field}")
+    for (reason, count, whole), names in fields.items():
+        among = "" if whole else " that the plan reads"
+        rows, are = ("row", "is") if count == 1 else ("rows", "are")
+        yield f"{text.listing(names)}: {count} {rows}{among} {are} left out: {reason}"
 
 
 def _near_held_out(stage: PlannedStage) -> Iterator[str]:

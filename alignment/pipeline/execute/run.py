@@ -39,7 +39,7 @@ from alignment.pipeline.execute.needed_sources import not_reused, with_models
 from alignment.pipeline.execute.record import RunRecorder, recorded_seconds
 from alignment.pipeline.execute.run_view import RunReader
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
-from alignment.pipeline.execute.summary import REPORT, show_results
+from alignment.pipeline.execute.summary import REPORT, show_doubts, show_results
 from alignment.pipeline.execute.workers import Workers, workers_of
 from alignment.pipeline.plan import references
 from alignment.pipeline.plan.actions import Action
@@ -218,7 +218,9 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
         except KeyboardInterrupt:
             display.note(f"the jobs continue: {slurm_jobs.advice(plan.run_folder, submitted)}")
             return INTERRUPTED
-    show_results(console, plan.run_folder, RunRecord.read(plan.run_folder))
+    record = RunRecord.read(plan.run_folder)
+    show_results(console, plan.run_folder, record)
+    show_doubts(console, plan.run_folder, record)  # jobs have printed them to their own logs
     _judge(plan, only, console)
     return 0
 
@@ -282,6 +284,7 @@ def _one_stage(
         if recorder.record.stages[stage.name].state != "reused":  # it was made by an earlier call for the same stage
             display.note(f"{stage.name}: reused  {stage.artifact.name}")
         _reuse(plan, stage, display.note)
+        _doubt(plan, stage, display.note)
         return
     for function in stage.user_code:
         display.note(f"{stage.name} runs your code: {function}")
@@ -309,7 +312,6 @@ def _reuse(plan: Plan, stage: PlannedStage, announce: Announce) -> None:
     _clear(stage)
     exchange.upload(plan, stage, announce)
     _point_to_result(plan, stage)
-    _doubt(plan, stage, announce)
 
 
 def _doubt(plan: Plan, stage: PlannedStage, announce: Announce) -> None:

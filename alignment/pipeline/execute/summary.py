@@ -52,7 +52,7 @@ def show_results(console: Console, run_folder: Path, record: RunRecord) -> None:
     """Every finished evaluation, reward card and measurement of forgetting; the paths of the results if the run has no
     evaluation; and the path of the report."""
     folders = {name: artifact_folder(run_folder, name, stage) for name, stage in record.stages.items()}
-    made = {name: folder for name, folder in folders.items() if folder is not None and record.stages[name].complete}
+    made = _made(run_folder, record)
     for name, artifact in made.items():
         if produced_by(record.stages[name].kind) == EVALUATION and (artifact / EVALUATION_FILE).is_file():
             evaluation, settings = Evaluation.read(artifact), record.settings_of(name)
@@ -66,11 +66,21 @@ def show_results(console: Console, run_folder: Path, record: RunRecord) -> None:
     for name, artifact in made.items():
         for line in _lines(record.stages[name].kind, artifact):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for line in _doubts(record, made):
-        console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
     report = run_folder / REPORT
     if report.is_file():
         console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
+
+
+def show_doubts(console: Console, run_folder: Path, record: RunRecord) -> None:
+    """Doubts about the results of a run, for whoever has not seen them as its stages ended."""
+    for line in _doubts(record, _made(run_folder, record)):
+        console.print(f"note: {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _made(run_folder: Path, record: RunRecord) -> dict[str, Path]:
+    """The folders of the results that are complete, by stage."""
+    folders = {name: artifact_folder(run_folder, name, stage) for name, stage in record.stages.items()}
+    return {name: folder for name, folder in folders.items() if folder is not None and record.stages[name].complete}
 
 
 def _lines(kind: str, artifact: Path) -> list[str]:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
@@ -277,6 +278,15 @@ def test_overrides_may_be_a_mapping_and_are_not_one_text(overrides: list[str]) -
     assert planned.stages["sft"].settings["adapter"]["kind"] == "full"
     with pytest.raises(alignment.ConfigError, match=r"give a list \['seed=1'\]"):
         alignment.plan("quickstart", "seed=1")
+
+
+@pytest.mark.parametrize("call", [alignment.plan, alignment.run], ids=["plan", "run"])
+@pytest.mark.parametrize(
+    "recipe", [{"stages": {"sft": {"kind": "sft"}}}, ["quickstart"], None, b"quickstart"], ids=repr
+)
+def test_a_recipe_is_a_name_or_a_path(call: Any, recipe: Any) -> None:
+    with pytest.raises(TypeError, match=rf"recipe is a {type(recipe).__name__}; .* path of a \.yaml file"):
+        call(recipe)
 
 
 def test_a_folder_that_is_gone_is_a_fault_of_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

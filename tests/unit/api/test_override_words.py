@@ -50,6 +50,12 @@ def test_numbers_of_other_libraries_and_paths_are_written_as_python_s() -> None:
     assert words(["a=1", "~b"]) == ["a=1", "~b"]
 
 
+@pytest.mark.parametrize("given", [None, 3, [("a", 1)], [{"a": 1}]], ids=repr)
+def test_overrides_of_another_type_are_refused(given: Any) -> None:
+    with pytest.raises(TypeError, match=r"is not an override; give texts"):
+        words(given)
+
+
 def test_a_value_without_a_form_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^stages\.sft: set cannot be written in a configuration"):
         words({"stages.sft": {1}})  # type: ignore[dict-item]

@@ -70,6 +70,9 @@ FAULTS = [
     (with_stage(max_length=True), "stages.sft.max_length: True is not allowed; it takes a whole number"),
     (with_stage(max_length="16"), "stages.sft.max_length: '16' is not allowed; it takes a whole number"),
     (with_stage(max_length=0), "stages.sft.max_length: 0 is not allowed; a number above 0"),
+    (with_stage(data={"limit": "None"}), "stages.sft.data.limit: 'None' is a text here; write null"),
+    ({**with_stage(), "artifacts": "none"}, "artifacts: 'none' is a text here; write null"),
+    ({**with_stage(), "model": {"chat_template": "None"}}, "model.chat_template: 'None' is a text here; write null"),
     (with_stage(max_length=None), "stages.sft.max_length: None is not allowed; it takes a whole number"),
     (
         with_stage(data={"columns": ["a"]}),

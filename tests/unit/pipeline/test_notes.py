@@ -13,7 +13,7 @@ from alignment.core import hardware
 from alignment.pipeline.execute.notes import advice, of_plan, of_result
 from alignment.pipeline.execute.plan_table import show_plan
 from alignment.pipeline.execute.record import RunRecorder
-from alignment.pipeline.execute.summary import show_results
+from alignment.pipeline.execute.summary import show_doubts
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.report.run_page.run_files import read_run
 from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan
@@ -123,7 +123,7 @@ def test_a_smoke_run_says_so_however_it_is_written(plan: MakePlan, override: str
     assert note.startswith("this is a smoke run: ")
     planned.run_folder.mkdir(parents=True)
     screen = StringIO()
-    show_results(Console(file=screen, width=400), planned.run_folder, RunRecorder(planned).record)
+    show_doubts(Console(file=screen, width=400), planned.run_folder, RunRecorder(planned).record)
     assert f"note: {note}" in screen.getvalue()
     assert read_run(planned.run_folder).record.profile == "smoke"
 
