@@ -210,6 +210,7 @@ def test_an_adapter_that_would_not_be_used_whole_is_refused(
     ("settings", "overrides", "faults"),
     [
         ({}, ["stages.dpo.adapter.chain=stack"], []),
+        ({"rank_pattern": {"up": 8}, "target_parameters": ["up"]}, [], []),  # as PEFT writes it for experts
         ({}, ["stages.dpo.adapter.chain=continue"], ["rank", "alpha"]),
         ({"modules_to_save": ["lm_head"]}, ["stages.dpo.adapter.chain=stack"], ["chain"]),
         ({"use_dora": True}, ["adapter=qlora"], ["chain"]),
