@@ -187,9 +187,9 @@ def test_an_adapter_from_outside_is_merged_in_bfloat16_as_peft_merges_it(tmp_pat
     spec = chained.spec("dpo", LORA, init="outside", model=ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16))
     ours = load_policy(lineage(spec, chained.inputs["outside"]), torch.bfloat16)
     base = AutoModelForCausalLM.from_pretrained(str(chained.base), dtype=torch.bfloat16)
-    theirs = PeftModel.from_pretrained(base, str(folder)).merge_and_unload().eval()
+    by_peft = PeftModel.from_pretrained(base, str(folder)).merge_and_unload().eval()
     with torch.no_grad():
-        assert torch.equal(ours(input_ids=IDS).logits, theirs(input_ids=IDS).logits)
+        assert torch.equal(ours(input_ids=IDS).logits, by_peft(input_ids=IDS).logits)
     lines = chained.run("dpo", LORA, init="outside", model=spec.model)
     assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
