@@ -187,7 +187,9 @@ def _base_of_adapters(config: RunConfig, find: Find) -> str:
         for slot in references.slots(stage):
             where = f"stages.{name}.{slot.field}"
             if slot.field == "init" and references.is_external(slot):
-                folder = find(slot.ref, where=where, adapter_fits=True).folder
+                path = Path(slot.ref.removeprefix("path:")).expanduser().absolute()
+                is_hub = slot.ref.startswith("hub:")
+                folder = find(slot.ref, where=where, adapter_fits=True).folder if is_hub else path
                 if folder is not None and is_adapter(folder) and (base := read_adapter(folder, where=where).base):
                     return base
     return ""

@@ -11,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from alignment.config.model import ModelConfig
+from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import ConfigError, ModelError
 from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from alignment.pipeline.execute import needed_sources, notes
@@ -59,6 +61,14 @@ def test_the_base_is_the_one_that_the_adapter_names(tmp_path: Path, replan: Repl
     assert named.stages[0].fingerprint == plan.stages[0].fingerprint
     save_tiny_model(tmp_path / "copy")
     assert replan(_named(tmp_path / "copy")).stages[0].fingerprint == plan.stages[0].fingerprint
+
+
+def test_a_result_by_its_path_leaves_the_default_base(tmp_path: Path, replan: Replan) -> None:
+    (tmp_path / "content").mkdir()
+    (tmp_path / "content/metrics.jsonl").touch()
+    manifest = Manifest(stage="sft", kind="policy", fingerprint="0" * 64, identity={})
+    publish(tmp_path / "content", tmp_path / "sft", manifest)
+    assert replan(f"stages.dpo.init=path:{tmp_path / 'sft'}").config.model.source == ModelConfig().source
 
 
 def test_the_content_of_the_adapter_decides_what_is_reused(outside: Path, replan: Replan) -> None:
