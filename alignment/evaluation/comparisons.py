@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from alignment.config.evaluating import FEW_SHOT, PROMPTED, UNTRAINED_ARMS
+from alignment.config.evaluating import UNTRAINED_ARMS
 from alignment.evaluation.bootstrap import Intervals, detectable
 from alignment.evaluation.significance import adjusted_p_values
 from alignment.records.evaluation import Comparison
@@ -14,11 +14,11 @@ ScoresByArm = Mapping[str, Sequence[float]]
 
 
 def compare(scores: Mapping[str, ScoresByArm], *, reference: str, intervals: Intervals) -> list[Comparison]:
-    """The family of the compared pairs of arms by all of these metrics.
+    """The family of all pairs of arms by all of these metrics.
 
     The scores of a metric are over the same prompts for all arms; other metrics may be over others, as those of several
-    benchmarks are.
-    The reference arm is compared with the untrained ones, trained arms with it and each other.
+    benchmarks are. Every two arms are compared: trained ones with the untrained ones, with the ``reference`` and with
+    each other.
     """
     compared = [
         (metric, arm, against)
@@ -49,13 +49,10 @@ def compare(scores: Mapping[str, ScoresByArm], *, reference: str, intervals: Int
 
 
 def _pairs(arms: Iterable[str], *, reference: str) -> list[tuple[str, str]]:
+    """Every two arms, as (later, earlier): untrained ones, then the reference, then the other trained ones."""
     names = list(arms)
-    trained = [name for name in names if name not in (*UNTRAINED_ARMS, reference)]
-    pairs = [*((name, "base") for name in (PROMPTED, FEW_SHOT)), *((reference, name) for name in UNTRAINED_ARMS)]
-    pairs += [(name, reference) for name in trained]
-    pairs += [(later, earlier) for number, later in enumerate(trained) for earlier in trained[:number]]
-    different = {frozenset(pair): pair for pair in reversed(pairs) if len(set(pair)) == 2 and set(pair) <= set(names)}
-    return list(reversed(different.values()))
+    ordered = [name for name in dict.fromkeys([*UNTRAINED_ARMS, reference, *names]) if name in names]
+    return [(later, earlier) for number, later in enumerate(ordered) for earlier in ordered[:number]]
 
 
 def _differences(by_arm: ScoresByArm, arm: str, against: str) -> list[float]:

@@ -1,8 +1,4 @@
-"""Whether an evaluation meets its gates: by how much one arm has to be better than another, with confidence.
-
-A gate may compare two arms that the evaluation's own family of comparisons does not; ``unlisted`` computes these
-differences for the terminal and the report.
-"""
+"""Whether an evaluation meets its gates: by how much one arm has to be better than another, with confidence."""
 
 from __future__ import annotations
 
@@ -12,7 +8,7 @@ from pathlib import Path
 
 from alignment.config.evaluating import GateConfig
 from alignment.evaluation.paired_scores import difference, scores
-from alignment.records.evaluation import FEWEST_PROMPTS, Comparison, Evaluation
+from alignment.records.evaluation import FEWEST_PROMPTS, Evaluation
 from alignment.records.interval import Interval
 
 
@@ -54,35 +50,6 @@ def outcomes(gates: Sequence[GateConfig], evaluation: Evaluation, artifact: Path
         ValueError: a line of its samples is not JSON.
     """
     return [_outcome(gate, evaluation, artifact) for gate in gates]
-
-
-def unlisted(gates: Sequence[GateConfig], evaluation: Evaluation, artifact: Path) -> list[Comparison]:
-    """The differences that gates judge and that are not among the evaluation's comparisons, each once.
-
-    They have no p value, because they belong to no family of tests. ``artifact`` is as in ``outcomes``; a difference
-    that is not known is left out.
-
-    Raises:
-        ValueError: a line of the samples is not JSON.
-    """
-    listed = [*evaluation.comparisons, *evaluation.other_comparisons]
-    named = {(pair.metric or evaluation.primary, frozenset((pair.arm, pair.against))) for pair in listed}
-    differences = []
-    for gate in gates:
-        metric, pair = gate.metric or evaluation.primary or "", frozenset((gate.arm, gate.against))
-        if (metric, pair) in named:
-            continue
-        named.add((metric, pair))
-        arm, against = (scores(artifact, side).get(metric, {}) for side in (gate.arm, gate.against))
-        interval = None if _why_unknown(arm, against) else difference(arm, against)
-        if interval is not None and interval.bounds is not None:
-            low, high = interval.bounds
-            differences.append(
-                Comparison(
-                    arm=gate.arm, against=gate.against, metric=metric, difference=interval.mean, low=low, high=high
-                )
-            )
-    return differences
 
 
 def compared(arm: str, against: str, metric: str, *, higher_is_better: bool) -> str:

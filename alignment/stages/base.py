@@ -24,6 +24,14 @@ from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import Kind as RowKind
 
 
+class LearnsFrom(str, Enum):
+    """What teaches a policy: demonstrations, preferences, or scores of its own answers."""
+
+    demonstrations = "demonstrations"
+    preferences = "preferences"
+    scores = "scores"
+
+
 class RunsOn(str, Enum):
     """Where a stage runs.
 
@@ -281,8 +289,8 @@ class Learning:
     is allowed. ``label_faults(config, counts, where)``: settings that do not fit the number of records of each label;
     ``label_notes(config, counts)``: what the stage makes of it, as sentences. ``layer_faults(config, layers, where)``:
     settings that do not fit the number of layers of its ``init``, of which ``layers_left(config, layers)`` are in its
-    result. ``from_preferences``: True if it learns
-    from preferences, False if from demonstrations, else None; the verdict compares the first with the second.
+    result. ``learns_from``: what teaches its policy; the verdict compares a policy that learned from preferences or
+    scores with the one from demonstrations that it started from.
     """
 
     limits: Callable[[Any], Limits] = whole_rows
@@ -295,7 +303,7 @@ class Learning:
     label_notes: Callable[[Any, Mapping[str, int]], Iterable[str]] = _nothing
     layer_faults: Callable[[Any, int, str], Iterable[Fault]] = _nothing
     layers_left: Callable[[Any, int], int] = lambda _, layers: layers
-    from_preferences: bool | None = None
+    learns_from: LearnsFrom | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,7 @@ A kind that cannot be loaded is listed by ``problems()``; it stops only a run th
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import metadata
@@ -20,8 +20,9 @@ from alignment.core.artifacts import read_manifest
 from alignment.core.errors import AlignmentError, ConfigError
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import Kind as RowKind
+from alignment.rewards.scorer_sources import REWARD, is_reference
 from alignment.stages import kind_problems
-from alignment.stages.base import LOSS, Curve, ResultTable, StageKind
+from alignment.stages.base import LOSS, Curve, LearnsFrom, ResultTable, StageKind
 
 GROUP = "alignment.stages"
 OURS = "alignment"
@@ -209,10 +210,26 @@ def tokens_of(kind_name: str, settings: Mapping[str, Any], line: Mapping[str, An
     return None if row is None or row.kind is None else row.kind.tokens(settings, line)
 
 
-def learns_from_preferences(kind_name: str) -> bool | None:
-    """Whether a stage of this kind learns from preferences (True) or from demonstrations (False); else None."""
+def learns_from(kind_name: str, settings: Mapping[str, Any]) -> LearnsFrom | None:
+    """What teaches the policy of a stage of this kind with these plain settings; None for any other stage.
+
+    A reward model has learned from preferences, so its scores count as these.
+    """
     row = registered().get(kind_name)
-    return None if row is None or row.kind is None else row.kind.learning.from_preferences
+    teacher = None if row is None or row.kind is None else row.kind.learning.learns_from
+    by_model = any(source == REWARD or is_reference(source) for source in _sources(settings.get("scorers", REWARD)))
+    return LearnsFrom.preferences if teacher is LearnsFrom.scores and by_model else teacher
+
+
+def _sources(scorers: Any) -> Iterator[str]:
+    """The sources in plain settings of scorers, those of an ensemble's members too."""
+    if isinstance(scorers, str):
+        yield scorers
+    elif isinstance(scorers, list):
+        for scorer in scorers:
+            yield from _sources(scorer)
+    elif isinstance(scorers, Mapping):
+        yield from _sources([scorers.get(name) for name in ("source", "ensemble", "members")])
 
 
 def lines_of(kind_name: str, artifact: Path) -> list[str]:

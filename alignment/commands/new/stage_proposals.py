@@ -8,7 +8,7 @@ from dataclasses import replace
 from alignment.config.new_recipe import SCORER, Circumstances, NewStage, Question
 from alignment.core.artifacts import POLICY
 from alignment.core.errors import ConfigError
-from alignment.stages.base import StageKind
+from alignment.stages.base import LearnsFrom, StageKind
 from alignment.stages.registry import kinds
 
 
@@ -50,7 +50,7 @@ def _after(kind: StageKind, circumstances: Circumstances) -> Circumstances:
     """The circumstances for kinds behind this one."""
     made: Mapping[str, list[str]] = {name: list(stages) for name, stages in circumstances.made.items()}
     made = {**made, kind.produces: [*made.get(kind.produces, []), kind.name]}
-    begins = kind.produces == POLICY and not kind.learning.from_preferences
+    begins = kind.produces == POLICY and kind.learning.learns_from in (None, LearnsFrom.demonstrations)
     return replace(circumstances, made=made, start=f"stage:{kind.name}" if begins else circumstances.start)
 
 

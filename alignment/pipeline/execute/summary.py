@@ -28,7 +28,6 @@ from alignment.records.reward_card import RewardCard
 from alignment.records.run import RunRecord
 from alignment.records.worker import Progress
 from alignment.report import doubts
-from alignment.report.run_page.gate_section import only_for_gates
 from alignment.report.run_page.run_layout import artifact_folder
 from alignment.stages.kind_problems import KindError
 from alignment.stages.registry import OURS, lines_of, origin_of, produced_by, tables_of
@@ -55,9 +54,7 @@ def show_results(console: Console, run_folder: Path, record: RunRecord) -> None:
     made = _made(run_folder, record)
     for name, artifact in made.items():
         if produced_by(record.stages[name].kind) == EVALUATION and (artifact / EVALUATION_FILE).is_file():
-            evaluation, settings = Evaluation.read(artifact), record.settings_of(name)
-            for_gates = only_for_gates(settings, evaluation, artifact)
-            show_evaluation(console, evaluation, reference=settings.get("reference"), for_gates=for_gates)
+            show_evaluation(console, Evaluation.read(artifact), reference=record.settings_of(name).get("reference"))
     for name, artifact in made.items():
         _show_other(console, name, produced_by(record.stages[name].kind), artifact)
     if not any(produced_by(stage.kind) == EVALUATION for stage in record.stages.values()):
@@ -135,13 +132,10 @@ _UNITS = {
 }
 
 
-def show_evaluation(
-    console: Console, evaluation: Evaluation, *, reference: Any = None, for_gates: Sequence[Comparison] = ()
-) -> None:
+def show_evaluation(console: Console, evaluation: Evaluation, *, reference: Any = None) -> None:
     """The arms side by side, then a line for each comparison that says whether the difference is real.
 
-    ``reference`` is the arm of the log-ratios, as a run's settings name it. ``for_gates`` are further comparisons that
-    only gates need.
+    ``reference`` is the arm of the log-ratios, as a run's settings name it.
     """
     others = [metric.name for metric in evaluation.metrics if metric.name != evaluation.primary]
     primary = [] if evaluation.primary is None else [escape(evaluation.primary), "95 %"]
@@ -160,7 +154,6 @@ def show_evaluation(
     console.print()
     print_whole(console, table)
     lines = [_in_words(comparison, evaluation) for comparison in evaluation.comparisons]
-    lines += [_in_words(comparison, evaluation, of_gate=True) for comparison in for_gates]
     if evaluation.judge is not None:
         lines += [_judged_in_words(pair, evaluation, by=evaluation.judge.name) for pair in evaluation.judge.pairs]
         lines += labelled_conclusions(evaluation.judge)
@@ -228,12 +221,10 @@ def progress_line(progress: Progress | None) -> str:
     return f"{progress.phase} {steps(progress)}".rstrip()
 
 
-def _in_words(comparison: Comparison, evaluation: Evaluation, *, of_gate: bool = False) -> str:
+def _in_words(comparison: Comparison, evaluation: Evaluation) -> str:
     arm, against = evaluation.label(comparison.arm), evaluation.label(comparison.against)
     interval = f"{comparison.difference:+.3f} ({comparison.low:+.3f} to {comparison.high:+.3f})"
-    metric = f" in {comparison.metric}" if of_gate and comparison.metric != evaluation.primary else ""
-    note = " (compared for a gate, by the interval alone)" if of_gate else ""
-    return f"{arm} against {against}{metric}: {interval}{comparison.p_in_words}, {evaluation.verdict(comparison)}{note}"
+    return f"{arm} against {against}: {interval}{comparison.p_in_words}, {evaluation.verdict(comparison)}"
 
 
 def _judged_in_words(pair: JudgedPair, evaluation: Evaluation, *, by: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from alignment.core.errors import ConfigError
-from alignment.records.evaluation import Comparison, Evaluation
+from alignment.records.evaluation import Evaluation
 from alignment.records.interval import Interval
 from alignment.report.kit.pages import template, write_page
 from alignment.report.kit.sizes import size_curves
@@ -71,7 +71,7 @@ def _drawn(run: Run, num_samples: int) -> dict[str, Any]:
         "verdict": judge(run),
         "chain": chain(run),
         "evaluation": run.evaluation,
-        "evaluated": _evaluated(run.evaluation, run.only_for_gates),
+        "evaluated": _evaluated(run.evaluation),
         "cards": [card_view(card) for card in run.cards],
         "sizes": size_curves(run),
         "learning": [(stage, charts(stage), _curve_notes(stage)) for stage in run.stages if _learns(stage)],
@@ -89,8 +89,7 @@ def _drawn(run: Run, num_samples: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluated:
-    """The tables and plots of the evaluation. ``for_gates``: whether differences are among them that only gates
-    compare."""
+    """The tables and plots of the evaluation."""
 
     plot: run_tables.WhiskerPlot | None
     arms: run_tables.ArmTable
@@ -101,24 +100,22 @@ class Evaluated:
     judged_by_people: list[PeopleRow]
     tasks: list[tuple[str, list[tuple[str, int]]]]
     turns: list[list[Interval | None]]
-    for_gates: bool
 
 
-def _evaluated(evaluation: Evaluation | None, only_for_gates: Sequence[Comparison]) -> Evaluated | None:
+def _evaluated(evaluation: Evaluation | None) -> Evaluated | None:
     if evaluation is None:
         return None
-    comparisons, axis = run_tables.comparison_rows(evaluation, only_for_gates)
+    comparisons, axis = run_tables.comparison_rows(evaluation)
     return Evaluated(
         plot=run_tables.primary_plot(evaluation),
         arms=run_tables.arm_table(evaluation),
         comparisons=comparisons,
         axis=axis,
-        other_comparisons=run_tables.other_comparison_rows(evaluation, only_for_gates),
+        other_comparisons=run_tables.other_comparison_rows(evaluation),
         judged=run_tables.judged_rows(evaluation),
         judged_by_people=people_rows(evaluation),
         tasks=run_tables.task_rows(evaluation),
         turns=run_tables.turn_rows(evaluation),
-        for_gates=bool(only_for_gates),
     )
 
 

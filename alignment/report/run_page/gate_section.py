@@ -1,5 +1,4 @@
-"""The gates of a run's evaluations, judged again from their files as the run judges them, and the differences that only
-gates compare."""
+"""The gates of a run's evaluations, judged again from their files as the run judges them."""
 
 from __future__ import annotations
 
@@ -9,8 +8,8 @@ from typing import Any
 
 from alignment.config.evaluating import GateConfig
 from alignment.core.errors import ArtifactError
-from alignment.evaluation.gate_outcomes import outcomes, unlisted
-from alignment.records.evaluation import FILE, Comparison, Evaluation
+from alignment.evaluation.gate_outcomes import outcomes
+from alignment.records.evaluation import FILE
 from alignment.report.kit import text
 from alignment.report.run_page.evaluation_section import read_evaluation
 from alignment.report.run_page.run_records import Gate, Stage
@@ -29,17 +28,6 @@ def read_gates(stage: Stage, folder: Path | None) -> list[Gate]:
     except (ArtifactError, OSError, ValueError):  # the page says that the samples cannot be read
         return []
     return [Gate(met=outcome.met, sentence=text.prose(outcome.in_words())) for outcome in judged]
-
-
-def only_for_gates(settings: Mapping[str, Any], evaluation: Evaluation, folder: Path) -> list[Comparison]:
-    """The differences that only the gates in these settings of an evaluation compare; none if they cannot be read.
-
-    ``folder`` is that of the evaluation's result.
-    """
-    try:
-        return unlisted(_gates(settings), evaluation, folder)
-    except (ArtifactError, OSError, ValueError):
-        return []
 
 
 def _gates(settings: Mapping[str, Any]) -> list[GateConfig]:

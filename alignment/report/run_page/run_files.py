@@ -20,7 +20,7 @@ from alignment.report.kit import text
 from alignment.report.kit.record_files import FOR_A_PAGE, shown
 from alignment.report.run_page.evaluation_section import read_evaluation, read_samples
 from alignment.report.run_page.forgetting_section import read_forgetting
-from alignment.report.run_page.gate_section import only_for_gates, read_gates
+from alignment.report.run_page.gate_section import read_gates
 from alignment.report.run_page.left_out_rows import read_left_out
 from alignment.report.run_page.run_layout import artifact_folder, evaluation_stages, steps_file
 from alignment.report.run_page.run_records import Card, Run, Sample, Stage
@@ -39,8 +39,6 @@ def read_run(run_folder: Path) -> Run:
     stages = [_read_stage(run_folder, name, record, folders[name]) for name in record.stages]
     evaluated = _evaluated(record, folders)
     evaluation, evaluation_note, samples, samples_note = _read_evaluation_of(record, folders, evaluated)
-    folder = folders.get(evaluated)
-    settings = record.settings_of(evaluated)
     return Run(
         record=record,
         stages=stages,
@@ -57,7 +55,6 @@ def read_run(run_folder: Path) -> Run:
         ],
         tables=[tables for stage in stages if (tables := read_tables(stage, folders[stage.name])).shown],
         gates=[gate for stage in stages for gate in read_gates(stage, folders[stage.name])],
-        only_for_gates=[] if evaluation is None or folder is None else only_for_gates(settings, evaluation, folder),
     )
 
 

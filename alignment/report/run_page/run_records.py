@@ -15,7 +15,6 @@ from alignment.records.evaluation import (
     LEVEL,
     NO_DIFFERENCE,
     TOO_FEW,
-    Comparison,
     Evaluation,
     Metric,
     adjusted_p_in_words,
@@ -199,8 +198,6 @@ class Gate:
 class Run:
     """Everything that the page shows. If ``evaluation`` is None, ``evaluation_note`` says why. ``other_evaluations``
     says which one it is if the run has several.
-
-    ``only_for_gates`` are differences that gates of this evaluation compare, but not the evaluation itself.
     """
 
     record: RunRecord
@@ -213,7 +210,6 @@ class Run:
     forgetting: list[Forgetting] = field(default_factory=list)
     tables: list[Tables] = field(default_factory=list)
     gates: list[Gate] = field(default_factory=list)
-    only_for_gates: list[Comparison] = field(default_factory=list)
     other_evaluations: str = ""
 
     @property

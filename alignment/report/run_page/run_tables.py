@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -138,22 +138,14 @@ def arm_table(evaluation: Evaluation) -> ArmTable:
     return ArmTable(headings=list(columns), rows=rows)
 
 
-FOR_A_GATE = "for a gate"
-"""In place of a p value, where a gate compares two arms that the evaluation does not compare."""
-
-
-def comparison_rows(
-    evaluation: Evaluation, only_for_gates: Sequence[Comparison] = ()
-) -> tuple[list[ComparisonRow], Markup]:
-    """Comparisons of an evaluation by its primary metric, then those of gates, and the axis of their plot."""
-    of_gates = [comparison for comparison in only_for_gates if comparison.metric == evaluation.primary]
-    comparisons = [*evaluation.comparisons, *of_gates]
-    if not comparisons:
+def comparison_rows(evaluation: Evaluation) -> tuple[list[ComparisonRow], Markup]:
+    """Comparisons of an evaluation by its primary metric, and the axis of their plot."""
+    if not evaluation.comparisons:
         return [], Markup("")
-    intervals = [comparison.interval for comparison in comparisons]
+    intervals = [comparison.interval for comparison in evaluation.comparisons]
     scale: Scale = scale_of(intervals, within=None, include=0.0)
     rows = []
-    for item, interval in zip(comparisons, intervals, strict=True):
+    for item, interval in zip(evaluation.comparisons, intervals, strict=True):
         verdict = evaluation.verdict(item)
         tone = TONES[verdict]
         rows.append(
@@ -163,7 +155,7 @@ def comparison_rows(
                 difference=text.signed(item.difference),
                 bounds=f"{text.signed(item.low)} to {text.signed(item.high)}",
                 verdict="real" if evaluation.is_real(item) else verdict,
-                p=FOR_A_GATE if item in of_gates else _p(item),
+                p=_p(item),
                 tone=tone,
                 svg=whisker(interval, scale, tone=tone, rule=0.0),
             )
@@ -179,22 +171,19 @@ def _bare_p(item: Comparison) -> str:
     return "–" if item.adjusted_p is None else text.probability(item.adjusted_p)
 
 
-def other_comparison_rows(
-    evaluation: Evaluation, only_for_gates: Sequence[Comparison] = ()
-) -> list[OtherComparisonRow]:
-    """The comparisons by other metrics, those that are real first, then those of gates."""
-    of_gates = [comparison for comparison in only_for_gates if comparison.metric != evaluation.primary]
+def other_comparison_rows(evaluation: Evaluation) -> list[OtherComparisonRow]:
+    """The comparisons by other metrics, those that are real first."""
     return [
         OtherComparisonRow(
             metric=item.metric,
             pair=f"{evaluation.label(item.arm)} − {evaluation.label(item.against)}",
             difference=text.signed(item.difference),
             bounds=f"{text.signed(item.low)} to {text.signed(item.high)}",
-            p=FOR_A_GATE if item in of_gates else _bare_p(item),
+            p=_bare_p(item),
             verdict=evaluation.verdict(item),
             tone=TONES[evaluation.verdict(item)],
         )
-        for item in [*sorted(evaluation.other_comparisons, key=lambda item: not evaluation.is_real(item)), *of_gates]
+        for item in sorted(evaluation.other_comparisons, key=lambda item: not evaluation.is_real(item))
     ]
 
 

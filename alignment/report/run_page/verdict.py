@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from alignment.config.evaluating import UNTRAINED_ARMS
 from alignment.evaluation.contradictions import contradictions
 from alignment.records import validation_figures
-from alignment.records.evaluation import BETTER, WORSE, ArmResult, Comparison, Evaluation
+from alignment.records.evaluation import BETTER, NO_DIFFERENCE, WORSE, ArmResult, Comparison, Evaluation
 from alignment.report.doubts import (
     SMOKE,
     compares_answers,
@@ -22,8 +22,11 @@ from alignment.report.doubts import (
 from alignment.report.kit import text
 from alignment.report.run_page.card_page import lead
 from alignment.report.run_page.run_records import Run, Stage
-from alignment.stages.registry import doubts, learns_from_preferences
+from alignment.stages.base import LearnsFrom
+from alignment.stages.registry import doubts, learns_from
 
+TRAINING = {LearnsFrom.preferences: "Preference training", LearnsFrom.scores: "Reinforcement learning"}
+"""What the lead calls training that goes on from demonstrations, by what teaches it."""
 MAX_LOG_RATIO = 25.0
 """Above this log-ratio, in nats per sequence, an arm is called far from the reference (chosen, not tuned)."""
 
@@ -79,14 +82,17 @@ def _by_metric(run: Run, evaluation: Evaluation) -> str:
         return _without_metric(evaluation)
     if not evaluation.comparisons:
         return "The evaluation contains no comparisons, so no difference between arms is shown."
-    against_sft = _preference_against_sft(run, evaluation)
-    if not against_sft:
+    against_start = _against_start(run, evaluation)
+    if not against_start:
         return _all_pairs_lead(evaluation)
-    return " ".join(_group_lead(evaluation, sft, group) for sft, group in against_sft.items())
+    sentences = [
+        _group_lead(evaluation, start, group, TRAINING[teacher]) for (start, teacher), group in against_start.items()
+    ]
+    return " ".join([*sentences, *_against_untrained(evaluation)])
 
 
 def _all_pairs_lead(evaluation: Evaluation) -> str:
-    """Which arms are better than which, where no arm has learned from preferences."""
+    """Which arms are better than which, where no arm went on from demonstrations."""
     worse_by_better: dict[str, list[str]] = {}
     for item in evaluation.comparisons:
         if item.real:
@@ -109,51 +115,69 @@ def _without_metric(evaluation: Evaluation) -> str:
     )
 
 
-def _preference_against_sft(run: Run, evaluation: Evaluation) -> dict[str, list[Comparison]]:
-    """For every sft arm, the comparisons with it of preference-trained arms that started from it, each as *preference
-    minus sft*."""
-    started_from = {f"stage:{stage.name}": _demonstrated_start(run, stage) for stage in run.stages}
-    groups: dict[str, list[Comparison]] = {}
+def _against_start(run: Run, evaluation: Evaluation) -> dict[tuple[str, LearnsFrom], list[Comparison]]:
+    """The comparisons of arms that learned from preferences or scores with the demonstrated arm that they started from,
+    each as *trained minus start*, by that start and what taught them."""
+    starts = {f"stage:{stage.name}": _demonstrated_start(run, stage) for stage in run.stages}
+    groups: dict[tuple[str, LearnsFrom], list[Comparison]] = {}
     for item in evaluation.comparisons:
-        if started_from.get(item.against) == item.arm:
-            item = item.turned()
-        if started_from.get(item.arm) == item.against:
-            groups.setdefault(item.against, []).append(item)
+        for pair in (item, item.turned()):
+            start, teacher = starts.get(pair.arm, ("", None))
+            if teacher is not None and start == pair.against:
+                groups.setdefault((start, teacher), []).append(pair)
     return groups
 
 
-def _demonstrated_start(run: Run, stage: Stage) -> str | None:
-    """The last policy before a preference-trained one, down its line, that learned from demonstrations."""
+def _demonstrated_start(run: Run, stage: Stage) -> tuple[str, LearnsFrom | None]:
+    """The last policy before a stage, down its line, that learned from demonstrations, and what taught the stage; no
+    teacher without such a policy, and for a stage that learned from demonstrations itself."""
     stages = {f"stage:{other.name}": other for other in run.stages}
-    before: Stage | None = stage if learns_from_preferences(stage.kind) else None
+    teacher = learns_from(stage.kind, stage.config)
+    before: Stage | None = stage if teacher in TRAINING else None
     for _ in stages:
         start = "" if before is None else dict(before.inputs).get("init", "")
         before = stages.get(start)
-        if before is not None and learns_from_preferences(before.kind) is False:
-            return start
-    return None
+        if before is not None and learns_from(before.kind, before.config) is LearnsFrom.demonstrations:
+            return start, teacher
+    return "", None
 
 
-def _group_lead(evaluation: Evaluation, sft: str, group: list[Comparison]) -> str:
-    base = evaluation.label(sft)
+def _against_untrained(evaluation: Evaluation) -> list[str]:
+    """A sentence for each untrained arm, about all trained arms that are compared with it."""
+    groups: dict[str, list[Comparison]] = {}
+    for item in evaluation.comparisons:
+        for pair in (item, item.turned()):
+            if pair.against in UNTRAINED_ARMS and pair.arm not in UNTRAINED_ARMS:
+                groups.setdefault(pair.against, []).append(pair)
+    return [
+        f"Against {evaluation.label(against)}: {'; '.join(_outcomes(evaluation, against, group))}."
+        for against, group in groups.items()
+    ]
+
+
+def _group_lead(evaluation: Evaluation, start: str, group: list[Comparison], training: str) -> str:
+    parts = "; ".join(_outcomes(evaluation, start, group))
+    verdicts = {evaluation.verdict(item) for item in group}
+    in_words = {
+        frozenset({BETTER}): "helped",
+        frozenset({WORSE}): "hurt",
+        frozenset({NO_DIFFERENCE}): "is not shown to have helped",
+    }
+    return f"{training} {in_words.get(frozenset(verdicts), 'had mixed results')}: {parts}."
+
+
+def _outcomes(evaluation: Evaluation, against: str, group: list[Comparison]) -> list[str]:
+    """``dpo and ppo beat sft``: which arms are better than ``against``, which are worse, and which are neither."""
     helped = [evaluation.label(item.arm) for item in group if evaluation.verdict(item) == BETTER]
     hurt = [evaluation.label(item.arm) for item in group if evaluation.verdict(item) == WORSE]
     unclear = [evaluation.label(item.arm) for item in group if not item.real]
-    if not hurt and not unclear:
-        return f"Preference training helped: {text.listing(helped)} {_verb(helped, 'beats', 'beat')} {base}."
-    if not helped and not unclear:
-        return f"Preference training hurt: {text.listing(hurt)} {_verb(hurt, 'falls', 'fall')} behind {base}."
-    if not helped and not hurt:
-        names = text.listing(unclear)
-        return f"Preference training is not shown to have helped: {names} cannot be told apart from {base}."
-    parts = []
-    if helped:
-        parts.append(f"{text.listing(helped)} {_verb(helped, 'beats', 'beat')} {base}")
-    if hurt:
-        parts.append(f"{text.listing(hurt)} {_verb(hurt, 'falls', 'fall')} behind {base}")
-    if unclear:
-        parts.append(f"{text.listing(unclear)} cannot be told apart from {base}")
-    return f"Preference training had mixed results: {'; '.join(parts)}."
+    base = evaluation.label(against)
+    outcomes = (
+        (helped, f"{_verb(helped, 'beats', 'beat')} {base}"),
+        (hurt, f"{_verb(hurt, 'falls', 'fall')} behind {base}"),
+        (unclear, f"cannot be told apart from {base}"),
+    )
+    return [f"{text.listing(arms)} {outcome}" for arms, outcome in outcomes if arms]
 
 
 def _verb(subjects: list[str], singular: str, plural: str) -> str:
@@ -251,12 +275,12 @@ def _overoptimised(run: Run, evaluation: Evaluation) -> list[str]:
     """Arms that the reward model really scores above sft although the primary metric is really worse: the proxy was
     optimised, not the goal."""
     warnings = []
-    for sft, group in _preference_against_sft(run, evaluation).items():
+    for (start, _), group in _against_start(run, evaluation).items():
         for item in group:
             if evaluation.verdict(item) == WORSE and _liked_better(evaluation, item):
                 warnings.append(
-                    f"The reward model scores {evaluation.label(item.arm)} above {evaluation.label(sft)} although its "
-                    f"{evaluation.primary} is really worse: a sign of over-optimisation."
+                    f"The reward model scores {evaluation.label(item.arm)} above {evaluation.label(start)} although "
+                    f"its {evaluation.primary} is really worse: a sign of over-optimisation."
                 )
     return warnings
 

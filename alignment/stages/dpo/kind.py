@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.core.artifacts import POLICY
 from alignment.records.validation_figures import ACCURACY
-from alignment.stages.base import LOSS, Curve, DataSlot, Learning, Outcome, Reported, StageKind
+from alignment.stages.base import LOSS, Curve, DataSlot, Learning, LearnsFrom, Outcome, Reported, StageKind
 from alignment.stages.dpo.config import DpoConfig, DpoLoss
 from alignment.stages.dpo.loss_settings import loss_faults
 from alignment.stages.dpo.proposal import PROPOSALS
@@ -92,7 +92,7 @@ KIND = StageKind(
     curves=_curves,
     headline="rewards/accuracies",
     faults=lambda config, _, where: loss_faults(config, where),
-    learning=Learning(limits=limits_of_parts, from_preferences=True),
+    learning=Learning(limits=limits_of_parts, learns_from=LearnsFrom.preferences),
     outcome=Outcome(
         metrics=_reported,
         why_missing=why_not_validated,

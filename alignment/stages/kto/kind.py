@@ -11,7 +11,17 @@ from alignment.config.run import RunConfig
 from alignment.core.artifacts import POLICY
 from alignment.data.records import LabelledAnswer
 from alignment.data.tokens.row_kinds import DESIRABLE, LABELLED_ANSWERS, UNDESIRABLE
-from alignment.stages.base import LOSS, Curve, DataSlot, LaunchShape, Learning, Outcome, Reported, StageKind
+from alignment.stages.base import (
+    LOSS,
+    Curve,
+    DataSlot,
+    LaunchShape,
+    Learning,
+    LearnsFrom,
+    Outcome,
+    Reported,
+    StageKind,
+)
 from alignment.stages.kto.config import KtoConfig
 from alignment.stages.kto.proposal import PROPOSALS
 from alignment.stages.shared.kind_answers import (
@@ -126,7 +136,7 @@ KIND = StageKind(
     headline="rewards/margins",
     launch=LaunchShape(size_faults=_size_faults),
     learning=Learning(
-        limits=limits_of_parts, label_faults=_label_faults, label_notes=_label_notes, from_preferences=True
+        limits=limits_of_parts, label_faults=_label_faults, label_notes=_label_notes, learns_from=LearnsFrom.preferences
     ),
     outcome=Outcome(metrics=_reported, against_forgetting=hold_nearer_to_the_start),
     proposals=PROPOSALS,

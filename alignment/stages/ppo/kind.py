@@ -23,6 +23,7 @@ from alignment.stages.base import (
     DataSlot,
     LaunchShape,
     Learning,
+    LearnsFrom,
     Outcome,
     References,
     Refusal,
@@ -294,7 +295,7 @@ KIND = StageKind(
         limits=lambda config: Limits(row=config.max_prompt_length, too_long=config.too_long),
         faults=_too_few_prompts,
         batches_of_rows=False,
-        from_preferences=True,
+        learns_from=LearnsFrom.scores,
     ),
     outcome=Outcome(
         metrics=_reported, why_missing=_why_missing, doubts=_doubts, against_forgetting=_against_forgetting

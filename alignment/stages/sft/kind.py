@@ -5,7 +5,7 @@ from __future__ import annotations
 from alignment.core.artifacts import POLICY
 from alignment.data.records import Conversation
 from alignment.data.tokens.row_kinds import CONVERSATIONS
-from alignment.stages.base import DataSlot, Learning, Outcome, StageKind
+from alignment.stages.base import DataSlot, Learning, LearnsFrom, Outcome, StageKind
 from alignment.stages.sft.config import SftConfig
 from alignment.stages.sft.proposal import PROPOSALS
 from alignment.stages.shared.kind_answers import (
@@ -37,7 +37,7 @@ KIND = StageKind(
         limits=limits_of_parts,
         one_row_a_record=lambda config: not config.packing,
         may_drop=True,
-        from_preferences=False,
+        learns_from=LearnsFrom.demonstrations,
     ),
     outcome=Outcome(
         metrics=next_token_metrics, why_missing=why_not_validated, lines=handed_on, against_forgetting=replay_advice

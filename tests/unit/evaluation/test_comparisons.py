@@ -25,11 +25,10 @@ def by_arm(reference: str = "stage:sft") -> dict[tuple[str, str], Comparison]:
     return {(pair.arm, pair.against): pair for pair in pairs}
 
 
-def test_trained_arms_meet_the_reference_and_the_reference_meets_the_untrained() -> None:
+def test_every_trained_arm_meets_the_untrained_ones_the_reference_and_the_other_trained_ones() -> None:
     assert set(by_arm()) == {
         ("base+prompt", "base"),
-        ("stage:sft", "base"),
-        ("stage:sft", "base+prompt"),
+        *((f"stage:{arm}", untrained) for arm in ("sft", "dpo", "ppo") for untrained in ("base", "base+prompt")),
         ("stage:dpo", "stage:sft"),
         ("stage:ppo", "stage:sft"),
         ("stage:ppo", "stage:dpo"),

@@ -6,7 +6,6 @@ import io
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +14,10 @@ from rich.console import Console
 from alignment.core.errors import ConfigError, GateNotMet
 from alignment.pipeline.execute import gates, notes
 from alignment.pipeline.execute.plan_table import show_plan
-from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.run import run_plan
-from alignment.pipeline.execute.summary import show_results
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.records.evaluation import (
     ArmResult,
-    Comparison,
     Evaluation,
     Metric,
     Sample,
@@ -185,36 +181,6 @@ def test_a_run_of_reused_results_is_recorded_with_the_gate_that_it_misses(
     with pytest.raises(GateNotMet):
         run_plan(plan(*more, f"launch/backend={backend}"), console=Console(file=io.StringIO()))
     assert RunRecord.read(made.run_folder).state == "gate not met"
-
-
-def test_a_pair_that_only_a_gate_compares_is_among_the_differences_that_are_printed(plan: MakePlan) -> None:
-    entries = [
-        "{arm: 'stage:dpo', against: 'stage:sft', min_difference: 0.5}",
-        "{arm: 'stage:sft', against: 'stage:dpo', min_difference: -0.5}",
-        "{arm: 'stage:dpo', against: 'stage:sft', metric: errors}",
-        "{arm: 'stage:dpo', against: base}",
-    ]
-    made = left(gated(plan, *entries), [0.25] * 10, errors=[0.25])
-    artifact = next(stage.artifact for stage in made.stages if stage.name == "evaluate")
-
-    def printed() -> list[str]:
-        record = RunRecorder(made).record
-        done = {name: replace(entry, state="done") for name, entry in record.stages.items() if name == "evaluate"}
-        screen = io.StringIO()
-        show_results(Console(file=screen, width=80), made.run_folder, replace(record, stages=done))
-        return [line for line in screen.getvalue().splitlines() if " against " in line]
-
-    made.run_folder.mkdir(parents=True)
-    stored = (artifact / "evaluation.json").read_bytes()
-    note = "(compared for a gate, by the interval alone)"
-    by_errors = f"dpo against sft in errors: +0.250 (+0.250 to +0.250), worse {note}"
-    assert printed() == [f"dpo against sft: +0.250 (+0.250 to +0.250), better {note}", by_errors]
-    assert (artifact / "evaluation.json").read_bytes() == stored
-    of_evaluation = Comparison(arm=SFT, against=DPO, metric="total", difference=-0.25, low=-0.3, high=-0.2)
-    replace(Evaluation.read(artifact), comparisons=[of_evaluation]).write(artifact)
-    assert printed() == ["sft against dpo: -0.250 (-0.300 to -0.200), worse", by_errors]
-    (artifact / "samples.jsonl").write_text("{")
-    assert len(printed()) == 1
 
 
 def test_a_worse_arm_and_a_metric_of_which_less_is_better_read_well(plan: MakePlan) -> None:

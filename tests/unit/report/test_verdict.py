@@ -47,6 +47,42 @@ def test_a_comparison_written_the_other_way_round_means_the_same(fake_run, make_
     assert lead_of(fake_run.html()) == "Preference training helped: dpo beats sft."
 
 
+def test_the_lead_holds_every_trained_arm_against_the_untrained_ones(fake_run, make_comparison):
+    trained = {"stage:sft": 0.1, "stage:dpo": 0.2, "stage:ppo": 0.01}
+    pairs = [make_comparison("stage:dpo", "stage:sft", 0.09, 0.05), make_comparison("base+prompt", "base", 0.1, 0.05)]
+    pairs += [make_comparison(arm, "base", difference, 0.05) for arm, difference in trained.items()]
+    pairs += [
+        make_comparison("base+prompt", "stage:dpo", -0.3, 0.05),
+        make_comparison("stage:ppo", "base+prompt", -0.2, 0.05),
+    ]
+    fake_run.evaluation["comparisons"] = pairs
+    assert lead_of(fake_run.html()) == (
+        "Preference training helped: dpo beats sft. Against base: sft and dpo beat base; ppo cannot be told apart from "
+        "base. Against base+prompt: dpo beats base+prompt; ppo falls behind base+prompt."
+    )
+
+
+@pytest.mark.parametrize(
+    ("scorers", "training"),
+    [
+        ([{"source": "exact_answer"}], "Reinforcement learning"),
+        ([{"source": "/home/me/score.py:brevity"}], "Reinforcement learning"),
+        ([{"source": "exact_answer"}, {"source": "reward"}], "Preference training"),
+        ([{"source": "ensemble", "ensemble": {"members": [{"source": "stage:judge"}]}}], "Preference training"),
+    ],
+)
+def test_training_on_scores_of_rules_is_not_called_preference_training(fake_run, make_comparison, scorers, training):
+    fake_run.run["config"]["stages"]["ppo"]["scorers"] = scorers
+    assert against_sft(fake_run, make_comparison, ppo=0.2) == f"{training} helped: ppo beats sft."
+
+
+def test_training_on_preferences_and_on_scores_are_held_apart(fake_run, make_comparison):
+    fake_run.run["config"]["stages"]["ppo"]["scorers"] = [{"source": "exact_answer"}]
+    assert against_sft(fake_run, make_comparison, dpo=0.2, ppo=-0.2) == (
+        "Preference training helped: dpo beats sft. Reinforcement learning hurt: ppo falls behind sft."
+    )
+
+
 def test_real_and_not_shown_differences_are_told_apart(fake_run):
     html = fake_run.html()
     assert "dpo is really better than sft: +0.090 in quality (95\u202f% interval +0.035 to +0.145)." in html
@@ -381,29 +417,6 @@ def test_the_page_begins_with_the_gates_that_are_met_and_that_are_not(fake_run):
     assert re.search(r"dpo − base in quality: \+0\.\d{3} \(\+0\.\d{3} to \+0\.\d{3}\), required: .* above −0\.01$", met)
     assert '<b class="verdict bad">Gate not met</b>' in missed
     assert missed.endswith("required: the whole interval above +0.9")
-
-
-def differences_of(html: str) -> str:
-    return html.split("<h3>Differences</h3>")[1].split("<h2>")[0]
-
-
-def test_a_pair_that_only_a_gate_compares_is_among_the_differences(fake_run):
-    unlisted = {"arm": "stage:dpo", "against": "base", "metric": None, "min_difference": 0.9}
-    listed = {**unlisted, "against": "stage:sft"}
-    other = {**unlisted, "metric": "tone"}
-    before = differences_of(fake_run.html())
-    assert "for a gate" not in before
-    assert differences_of(gated(fake_run, listed)) == before
-    after = differences_of(gated(fake_run, listed, unlisted, {**unlisted, "min_difference": 0.0}, other))
-    table, others = after.split("Differences in the other metrics")
-    (row,) = [row for row in table.split('<div class="row"') if "<small>for a gate</small>" in row]
-    assert "<bdi>dpo</bdi> − <bdi>base</bdi>" in row
-    assert re.search(r"<b>\+0\.\d+</b> <small>\+0\.\d+ to \+0\.\d+</small>", row)
-    assert '<span class="verdict good" role="cell">real' in row
-    assert table.count('<div class="row" role="row">') == before.count('<div class="row" role="row">') + 1
-    assert "A row “for a gate” is not part of that family: its interval decides." in table
-    assert "for a gate" in others.split("<tbody>")[1].split("</tbody>")[0]
-    assert "dpo − base" in others
 
 
 def test_a_page_without_gates_does_not_mention_them(fake_run):
