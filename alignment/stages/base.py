@@ -142,7 +142,7 @@ class ResultTable:
 
     ``columns`` are headings by key. A column about an arm has the arm's name as its key (``stage:dpo``), so that a
     model card can pick the columns about one policy; ``of_arms`` are these keys. A row is a label and a cell for each
-    column.
+    column. ``lead`` is the result in a sentence or two, with which the page of a run without an evaluation begins.
     """
 
     title: str
@@ -150,6 +150,7 @@ class ResultTable:
     columns: Mapping[str, str]
     rows: Sequence[tuple[str, Sequence[Cell]]]
     of_arms: Sequence[str] = ()
+    lead: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

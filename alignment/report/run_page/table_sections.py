@@ -33,6 +33,7 @@ def _cleaned(table: ResultTable) -> ResultTable:
         table,
         title=text.name(table.title),
         note=text.prose(table.note),
+        lead=text.prose(table.lead),
         columns={key: text.name(heading) for key, heading in table.columns.items()},
         rows=[(text.name(label, limit=120), [_cell(cell) for cell in cells]) for label, cells in table.rows],
     )

@@ -47,7 +47,8 @@ def judge(run: Run) -> Verdict:
         return Verdict(lead=f"This is {SMOKE}.", differences=[], warnings=_unfinished(run))
     if evaluation is None:
         sentence = f"{run.evaluation_note} Nothing can be said yet about which stage helped."
-        sentence = " ".join(map(lead, run.cards)) or sentence
+        leads = [table.lead for of_stage in run.tables for table in of_stage.tables if table.lead]
+        sentence = " ".join([*map(lead, run.cards), *leads]) or sentence
         return Verdict(
             lead=sentence,
             differences=[],

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from alignment.records.benchmark import FILE, Benchmark, BenchmarkArm, BenchmarkTask, Measurement, TaskMetric
-from alignment.records.evaluation import BETTER, WORSE, Comparison, p_in_short
+from alignment.records.evaluation import BETTER, NO_DIFFERENCE, WORSE, Comparison, p_in_short
 from alignment.stages.base import Cell, ResultTable
 
+BASE = "base"
+"""The arm that others are compared with first."""
 _TONES = {BETTER: "good", WORSE: "bad"}
 _ABSENT = "–"
+_MOST_NAMED = 3
+"""How many tasks a sentence names."""
 
 
 def lines(artifact: Path) -> list[str]:
-    """A line for each metric of each task with every arm's value, then one for each comparison by a task's first
-    metric; none without ``benchmark.json``."""
+    """A line for each metric of each task with every arm's value, one for each comparison by a task's first metric, and
+    the result in a sentence; none without ``benchmark.json``."""
     if not (artifact / FILE).is_file():
         return []
     record = Benchmark.read(artifact)
     return [
         *(_line(record, task, metric) for task in record.tasks for metric in task.metrics),
         *(_in_words(record, comparison) for comparison in record.comparisons),
+        _lead(record),
     ]
 
 
@@ -45,6 +51,43 @@ def _in_words(record: Benchmark, comparison: Comparison) -> str:
     interval = f"{comparison.difference:+.3f} ({comparison.low:+.3f} to {comparison.high:+.3f})"
     verdict = record.verdict(comparison)
     return f"{arm} against {against} in {comparison.metric}: {interval}{comparison.p_in_words}, {verdict}"
+
+
+def _lead(record: Benchmark) -> str:
+    """Which arms differ, from ``base`` if it is one of them, by the tasks' first metrics; without comparisons, the first
+    values of each arm, those of groups of tasks before others."""
+    of_base = [comparison for comparison in record.comparisons if comparison.against == BASE]
+    by_pair: dict[tuple[str, str], list[Comparison]] = {}
+    for comparison in of_base or record.comparisons:
+        by_pair.setdefault((comparison.arm, comparison.against), []).append(comparison)
+    if by_pair:
+        return " ".join(_pair_in_words(record, *pair, comparisons) for pair, comparisons in by_pair.items())
+    keys = [
+        task.key(metric) for task in sorted(record.tasks, key=lambda task: not task.group) for metric in task.metrics
+    ]
+    values = {
+        arm.label: [f"{key} {_in_short(arm.values[key])}" for key in keys if key in arm.values] for arm in record.arms
+    }
+    return " ".join(f"{label}: {_listed(named)}." for label, named in values.items() if named)
+
+
+def _pair_in_words(record: Benchmark, arm: str, against: str, comparisons: Sequence[Comparison]) -> str:
+    """``sft is better than base in capitals/acc (+0.200); no real difference in 2 other tasks.``"""
+    real = [
+        f"{verdict} than {record.label(against)} in {_listed(named)}"
+        for verdict in (BETTER, WORSE)
+        if (named := [f"{c.metric} ({c.difference:+.3f})" for c in comparisons if record.verdict(c) == verdict])
+    ]
+    unclear = [comparison.metric for comparison in comparisons if not comparison.real]
+    if not real:
+        return f"{record.label(arm)} and {record.label(against)}: {NO_DIFFERENCE} in {_listed(unclear)}."
+    rest = f"; {NO_DIFFERENCE} in {_listed(unclear)}" if unclear else ""
+    return f"{record.label(arm)} is {' and '.join(real)}{rest}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
 
 
 def tables(artifact: Path) -> list[ResultTable]:
@@ -75,6 +118,7 @@ def _values(record: Benchmark) -> ResultTable:
         columns={"examples": "examples", "rows": "rows", **arms},
         rows=rows,
         of_arms=list(arms),
+        lead=_lead(record),
     )
 
 

@@ -26,14 +26,13 @@ from alignment.records.benchmark import (
     TaskMetric,
     write_rows,
 )
+from alignment.stages.benchmark.benchmark_tables import BASE
 from alignment.stages.benchmark.config import BenchmarkConfig
 from alignment.stages.benchmark.kind import INSTALL, content, selected
 from alignment.stages.benchmark.task_files import HARNESS
 from alignment.stages.shared.arm_policies import Policies, refuse_without_template, tokenizer_of
 from alignment.stages.shared.result import StageResult
 from alignment.training.context import StageContext
-
-BASE = "base"
 
 
 def run(config: BenchmarkConfig, context: StageContext) -> StageResult:

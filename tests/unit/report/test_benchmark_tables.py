@@ -138,4 +138,44 @@ def test_the_terminal_says_the_same(fake_run: FakeRun) -> None:
         "capitals/exact_match,strict, 2-shot, 20 rows: base –, sft –",
         "all/acc, 5 of 40 rows: base 0.500, sft –",
         "sft against base in capitals/acc: +0.200 (+0.050 to +0.350), adjusted p 0.02, better",
+        "sft is better than base in capitals/acc (+0.200).",
     ]
+
+
+def compared(*differences: tuple[str, float, float]) -> list[dict[str, Any]]:
+    """Comparisons of sft and base, each with a metric, a difference and a p value."""
+    return [{**PAIR, "metric": metric, "difference": value, "adjusted_p": p} for metric, value, p in differences]
+
+
+@pytest.mark.parametrize(
+    ("comparisons", "lead"),
+    [
+        (compared(("a/acc", 0.2, 0.02)), "sft is better than base in a/acc (+0.200)."),
+        (compared(("a/acc", 0.2, 0.2)), "sft and base: no real difference in a/acc."),
+        (
+            compared(("a/acc", 0.2, 0.02), ("b/acc", -0.1, 0.01), ("c/acc", 0.1, 0.5)),
+            "sft is better than base in a/acc (+0.200) and worse than base in b/acc (-0.100); "
+            "no real difference in c/acc.",
+        ),
+        (
+            compared(*((f"{task}/acc", 0.2, 0.02) for task in "abcde")),
+            "sft is better than base in a/acc (+0.200), b/acc (+0.200), c/acc (+0.200) and 2 more.",
+        ),
+        (
+            [
+                *compared(("a/acc", 0.2, 0.02)),
+                {**compared(("a/acc", 0.3, 0.02))[0], "arm": "stage:dpo", "against": "stage:sft"},
+            ],
+            "sft is better than base in a/acc (+0.200).",
+        ),
+        ([], "base: all/acc 0.500, capitals/acc 0.350 ± 0.109. sft: capitals/acc 0.550 ± 0.114."),
+    ],
+)
+def test_a_run_without_an_evaluation_begins_with_the_result_of_its_benchmark(
+    fake_run: FakeRun, comparisons: list[dict[str, Any]], lead: str
+) -> None:
+    fake_run.evaluation = None
+    del fake_run.run["stages"]["evaluate"]
+    add(fake_run, json.dumps({**RECORD, "comparisons": comparisons}))
+    assert fake_run.html().split('<p class="lead">')[1].split("</p>")[0] == lead
+    assert lines_of("benchmark", fake_run.artifact("asked"))[-1] == lead
