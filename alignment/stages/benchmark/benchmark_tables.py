@@ -54,7 +54,7 @@ def _in_words(record: Benchmark, comparison: Comparison) -> str:
 
 
 def _lead(record: Benchmark) -> str:
-    """Which arms differ, from ``base`` if it is one of them, by the tasks' first metrics; without comparisons, the first
+    """Which arms differ, from ``base`` if it is among them, by the tasks' first metrics; without comparisons, the first
     values of each arm, those of groups of tasks before others."""
     of_base = [comparison for comparison in record.comparisons if comparison.against == BASE]
     by_pair: dict[tuple[str, str], list[Comparison]] = {}
