@@ -2,8 +2,8 @@
 
 The driver starts it before the first stage of a run, so that faults that would stop a later stage are reported before
 any training: no chat template, rows that are all too long, a scorer that fails, a base model that does not fit. It
-reads the first rows of each source to learn from and calls each of the user's functions once, with one answer. The
-outcome is written to ``status.json`` next to the log.
+reads the first rows of each source to learn from, and calls each of the user's functions with one answer to a row of
+each class. The outcome is written to ``status.json`` next to the log.
 """
 
 from __future__ import annotations
@@ -12,14 +12,16 @@ import argparse
 import importlib
 import traceback
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
 from alignment.config.data import DataConfig, MixedConfig, OnError, SourceConfig
+from alignment.config.scoring import MetricConfig
 from alignment.config.stage import TrainedConfig
 from alignment.config.validation import ValidationConfig
 from alignment.core.errors import AlignmentError
@@ -42,6 +44,10 @@ from alignment.training.context import StageContext
 
 NUM_RECORDS = 500
 """How many records of each source are tokenised."""
+NUM_PROMPTS = 10_000
+"""Among so many prompts, rows of each class are looked for."""
+MOST_CLASSES = 20
+"""A column with more values than this, such as an id, does not divide rows into classes (chosen, not tuned)."""
 TRIAL_ANSWER = "Yes."
 """The answer that the user's functions are called with."""
 
@@ -148,21 +154,53 @@ def _refuse_beyond_positions(spec: StageSpec, rows: Sequence[Tokenized], limits:
 
 
 def try_functions(spec: StageSpec) -> list[str]:
-    """No notes, if each of the user's functions returns one finite number for an answer to the first prompt.
+    """No notes, if each of the user's functions returns one finite number for an answer to a row of each class.
+
+    A metric may also return None.
 
     Raises:
         RewardError: a function does not; the error names it and what it returned or raised.
     """
     data = getattr(spec.config, "data", None)
     assert isinstance(data, DataConfig), "the driver passes only stages that score answers"
-    prompt = next(iterate(spec.data_path, Prompt, data))
-    answers = Answers(prompt_ids=[[]], answer_ids=[[]], texts=[TRIAL_ANSWER], prompts=[prompt], rows=[0])
-    for field, scorer in kind_of(spec.config).scorers(spec.config).items():
-        source = function_of(scorer.source)
-        if source is not None:
-            planned = spec.identity.get("code", {}).get(source_field(field))
-            FunctionScorer(source, load_function(source, planned=planned)).scores(answers)
+    prompts = one_of_each_class(islice(iterate(spec.data_path, Prompt, data), NUM_PROMPTS))
+    for field, config in kind_of(spec.config).scorers(spec.config).items():
+        source = function_of(config.source)
+        if source is None:
+            continue
+        planned = spec.identity.get("code", {}).get(source_field(field))
+        scorer = FunctionScorer(source, load_function(source, planned=planned))
+        for prompt in prompts:
+            answers = Answers(prompt_ids=[[]], answer_ids=[[]], texts=[TRIAL_ANSWER], prompts=[prompt], rows=[0])
+            if isinstance(config, MetricConfig):
+                scorer.optional_scores(answers)
+            else:
+                scorer.scores(answers)
     return []
+
+
+def one_of_each_class(prompts: Iterable[Prompt]) -> list[Prompt]:
+    """The first prompt with each value of a column that has few values, and with each set of columns.
+
+    A function that fails on some rows only often does so because of a label, a task or a missing column.
+    """
+    first: dict[str, dict[str, Prompt]] = {}
+    for prompt in prompts:
+        filled = sorted(f"{name} {type(value).__name__}" for name, value in prompt.row.items() if value is not None)
+        for name, value in [("", str(filled)), *_classes(prompt.row)]:
+            of_column = first.setdefault(name, {})
+            if len(of_column) <= MOST_CLASSES:
+                of_column.setdefault(value, prompt)
+    few = [column for name, column in first.items() if not name or len(column) <= MOST_CLASSES]
+    return list({id(prompt): prompt for column in few for prompt in column.values()}.values())
+
+
+def _classes(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The columns of a row with their values, those in a list one by one."""
+    for name, value in row.items():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, str | int | float):
+                yield name, repr(item)
 
 
 def check_model(spec: StageSpec) -> list[str]:

@@ -1,4 +1,4 @@
-"""What graded metrics cannot show, in sentences: arms and prompts without grades."""
+"""What metrics that lack scores cannot show, in sentences: arms and prompts without grades, prompts without a value."""
 
 from __future__ import annotations
 
@@ -24,3 +24,13 @@ def grade_conclusions(gradings: Sequence[Grading], num_prompts: int, labels: Map
                 f"{grading.model} has no grade."
             )
     return sentences
+
+
+def coverage_conclusions(num_scored: Mapping[str, int], num_prompts: int) -> list[str]:
+    """A sentence for each metric that applies only to some of the prompts."""
+    return [
+        f"{metric} covers {count} of {num_prompts} prompts; on the others it has no value for an answer of an arm."
+        if count
+        else f"By {metric}, {NOTHING}: on every prompt it has no value for an answer of an arm."
+        for metric, count in num_scored.items()
+    ]

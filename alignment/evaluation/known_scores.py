@@ -1,4 +1,4 @@
-"""Scores of prompts of which some have none, because a grader's reply had no grade.
+"""Scores of prompts of which some have none, because a grader's reply had no grade or a metric does not apply.
 
 Such a prompt has no score in any arm, so that arms are compared on the same prompts.
 """
@@ -16,6 +16,22 @@ Scores = Mapping[str, Sequence[float | None]]
 def known(scores: Sequence[float | None]) -> list[float]:
     """The scores that there are."""
     return [score for score in scores if score is not None]
+
+
+def on_the_same_rows(
+    by_arm: Mapping[str, Sequence[float | None]], rows: Sequence[int]
+) -> dict[str, list[float | None]]:
+    """The scores by arm, None for every answer to a row if an answer of any arm to it has none.
+
+    ``rows`` are the rows of the answers, the same for all arms. If no row is left, there are no arms.
+    """
+    without = {row for scores in by_arm.values() for row, score in zip(rows, scores, strict=True) if score is None}
+    if without >= set(rows):
+        return {}
+    return {
+        arm: [None if row in without else score for row, score in zip(rows, scores, strict=True)]
+        for arm, scores in by_arm.items()
+    }
 
 
 def of_prompts(arm: Answered, scores: Sequence[float | None]) -> list[float | None]:

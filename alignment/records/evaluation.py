@@ -285,8 +285,8 @@ class Evaluation:
 
     ``primary`` names the metric of ``comparisons``; without metrics there are neither. The comparisons by other metrics
     form a separate family, and so do ``reward_comparisons``, by the scores of the reward model. ``tasks`` maps a task
-    to each arm's mean. ``gradings`` are about metrics that a model graded. ``conclusions`` say what an evaluation of
-    this size can show.
+    to each arm's mean. ``gradings`` are about metrics that a model graded. ``num_scored`` counts the prompts to which a
+    metric applies, for metrics that do not apply to all. ``conclusions`` say what an evaluation of this size can show.
     """
 
     num_prompts: int | None = None
@@ -299,6 +299,7 @@ class Evaluation:
     tasks: dict[Name, dict[Name, float]] = field(default_factory=dict)
     judge: Judge | None = None
     gradings: list[Grading] = field(default_factory=list, metadata=LEFT_OUT_IF_EMPTY)
+    num_scored: dict[Name, int] = field(default_factory=dict, metadata=LEFT_OUT_IF_EMPTY)
     conclusions: list[str] = field(default_factory=list)
     version: int = 2
 
@@ -321,12 +322,13 @@ class Evaluation:
 
     @property
     def num_compared(self) -> int | None:
-        """The prompts on which arms are compared by the primary metric: all, or those with a grade in every arm."""
+        """The prompts on which arms are compared by the primary metric: all, or those with a score in every arm."""
         return self._num_compared_by(self.primary)
 
     def _num_compared_by(self, metric: str | None) -> int | None:
         grading = next((grading for grading in self.gradings if grading.metric == metric), None)
-        return self.num_prompts if grading is None or grading.num_prompts is None else grading.num_prompts
+        num_scored = self.num_scored.get(metric or "") if grading is None else grading.num_prompts
+        return self.num_prompts if num_scored is None else num_scored
 
     def verdict(self, comparison: Comparison) -> str:
         """On the first arm of a comparison: ``better``, ``worse``, ``no real difference`` or ``TOO_FEW``."""

@@ -109,7 +109,7 @@ def too_few_prompts(evaluation: Evaluation) -> str:
         return ""
     counted = f"only {number} prompts were evaluated"
     if number != evaluation.num_prompts:
-        counted = f"only {number} of {evaluation.num_prompts} prompts have a grade by {evaluation.primary} in every arm"
+        counted = f"only {number} of {evaluation.num_prompts} prompts have a score by {evaluation.primary} in every arm"
     return f"{counted}, too few for a verdict, which needs at least {FEWEST_PROMPTS}"
 
 

@@ -17,7 +17,7 @@ from alignment.core.files import disk_error
 from alignment.core.fingerprint import digest, file_sha256
 from alignment.rewards.modules_beside import importable, with_modules_beside
 from alignment.rewards.scorer_sources import FunctionSource
-from alignment.rewards.scorers import Answers, locations_of, scores_from
+from alignment.rewards.scorers import Answers, locations_of, optional_scores_from, scores_from
 
 Function = Callable[[list[list[dict[str, str]]], list[str], list[dict[str, Any]]], Any]
 
@@ -39,16 +39,22 @@ class FunctionScorer:
         Raises:
             RewardError: it raised, or did not return one usable number per answer; names the line or the row.
         """
+        return scores_from(self._returned(answers), answers, source=str(self._source))
+
+    def optional_scores(self, answers: Answers) -> list[float | None]:
+        """As ``scores``, but None for an answer to a row to which the function, a metric, does not apply."""
+        return optional_scores_from(self._returned(answers), answers, source=str(self._source))
+
+    def _returned(self, answers: Answers) -> Any:
         prompts = [[copy.deepcopy(message.as_dict()) for message in prompt.messages] for prompt in answers.prompts]
         rows = [copy.deepcopy(dict(prompt.row)) for prompt in answers.prompts]
         try:
-            returned = self._function(prompts, list(answers.texts), rows)
+            return self._function(prompts, list(answers.texts), rows)
         except BaseException as error:  # a user's function may raise anything, even SystemExit
             if _is_ours(error) or disk_error(error, folder=self._source.file.parent):
                 raise
             when = f"called for answers to {answers.locations()}{_lacking(error, answers)}"
             raise _raised(error, self._source, when) from error
-        return scores_from(returned, answers, source=str(self._source))
 
 
 def load_function(source: FunctionSource, *, planned: str | None) -> Function:

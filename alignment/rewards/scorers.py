@@ -77,13 +77,25 @@ def scores_from(given: Any, answers: Answers, *, source: str) -> Tensor:
     Raises:
         RewardError: the value is anything else; names the function by its ``source``, the row and the value.
     """
+    pairs = zip(_one_each(given, answers, source), answers.prompts, strict=True)
+    return _tensor([checked_number(value, where=prompt.where, source=source) for value, prompt in pairs])
+
+
+def optional_scores_from(given: Any, answers: Answers, *, source: str) -> list[float | None]:
+    """As ``scores_from``, but the list may have None for an answer, which then has no score."""
+    return [
+        None if value is None else checked_number(value, where=prompt.where, source=source)
+        for value, prompt in zip(_one_each(given, answers, source), answers.prompts, strict=True)
+    ]
+
+
+def _one_each(given: Any, answers: Answers, source: str) -> Sequence[Any]:
     count = len(answers.texts)
     if not isinstance(given, (list, tuple)):
         raise _refused(f"gave a {type(given).__name__}: {given!r:.80}", source, f"give a list of {count} numbers")
     if len(given) != count:
         raise _refused(f"gave {len(given)} scores for {count} answers to {answers.locations()}", source)
-    pairs = zip(given, answers.prompts, strict=True)
-    return _tensor([checked_number(value, where=prompt.where, source=source) for value, prompt in pairs])
+    return given
 
 
 def checked_number(value: Any, *, where: str, source: str) -> float:

@@ -17,7 +17,7 @@ from alignment.core.fingerprint import digest
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 
 FOLDER = ".tried"
-REVISION = 3
+REVISION = 4
 """Raised when a rehearsal checks more, so that older successes do not count."""
 ROWS, SCORERS, MODEL = "rows", "scorers", "model"
 _SETTINGS = {

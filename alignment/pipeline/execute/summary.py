@@ -14,7 +14,7 @@ from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD
 from alignment.core.errors import ArtifactError
 from alignment.core.screen_tables import grid, print_whole
 from alignment.evaluation.conclusions import metric_in_words, votes_in_words
-from alignment.evaluation.grade_conclusions import grade_conclusions
+from alignment.evaluation.grade_conclusions import coverage_conclusions, grade_conclusions
 from alignment.evaluation.labelled_pairs import labelled_conclusions
 from alignment.pipeline.execute import forgetting_gate, notes
 from alignment.pipeline.execute.durations import time_taken
@@ -159,6 +159,7 @@ def show_evaluation(console: Console, evaluation: Evaluation, *, reference: Any 
         lines += labelled_conclusions(evaluation.judge)
     labels = {arm.name: arm.label for arm in evaluation.arms}
     lines += grade_conclusions(evaluation.gradings, evaluation.num_prompts or 0, labels)
+    lines += coverage_conclusions(evaluation.num_scored, evaluation.num_prompts or 0)
     name = f" ({evaluation.label(reference)})" if isinstance(reference, str) else ""
     units = [_UNITS[title].format(name=name) for title in columns if title in _UNITS]
     for line in [*lines, _what_is_shown(evaluation, units)]:

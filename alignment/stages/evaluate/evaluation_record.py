@@ -12,7 +12,7 @@ from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.comparisons import compare
 from alignment.evaluation.conclusions import conclusions
 from alignment.evaluation.contradictions import contradictions
-from alignment.evaluation.grade_conclusions import grade_conclusions
+from alignment.evaluation.grade_conclusions import coverage_conclusions, grade_conclusions
 from alignment.evaluation.known_scores import Scores, known, of_prompts
 from alignment.evaluation.labelled_pairs import labelled_conclusions
 from alignment.evaluation.tables import arm_result, by_task
@@ -69,6 +69,7 @@ def evaluation_of(
     compared = {} if metric is None else {metric.name: _known(by_primary)}
     comparisons = compare(compared, reference=scored.reference, intervals=scored.intervals)
     num_compared = len(next((scores for by_arm in compared.values() for scores in by_arm.values()), scored.rows))
+    num_scored = _num_scored(scored, [grading.metric for grading in gradings])
     judge_table = judged.table and replace(judged.table, labelled=labelled)
     label_of = labels(config.arms)
     evaluation = Evaluation(
@@ -84,10 +85,12 @@ def evaluation_of(
         tasks=by_task(scored.rows, by_primary),
         judge=judge_table,
         gradings=list(gradings),
+        num_scored=num_scored,
         conclusions=[
             *conclusions(num_compared, metric, comparisons, judge_table, label_of),
             *labelled_conclusions(judge_table),
             *grade_conclusions(gradings, len(scored.rows), label_of),
+            *coverage_conclusions(num_scored, len(scored.rows)),
         ],
     )
     return replace(evaluation, conclusions=[*evaluation.conclusions, *contradictions(evaluation)])
@@ -115,6 +118,16 @@ def _arm_results(
 def _by_other_metrics(scored: ScoredAnswers, primary: Metric | None) -> dict[str, dict[str, list[float]]]:
     others = [metric.name for metric in scored.metrics if metric != primary]
     return {name: _known(scored.by_metric(name)) for name in others}
+
+
+def _num_scored(scored: ScoredAnswers, graded: Sequence[str]) -> dict[str, int]:
+    """How many prompts have a score by each metric that some lack one of, other than the ``graded`` metrics."""
+    counts = {
+        metric.name: len(known(next(iter(scored.by_metric(metric.name).values()), [])))
+        for metric in scored.metrics
+        if metric.name not in graded
+    }
+    return {name: count for name, count in counts.items() if count < len(scored.rows)}
 
 
 def _known(by_arm: Scores) -> dict[str, list[float]]:

@@ -11,6 +11,7 @@ from alignment.config.scoring import MetricConfig
 from alignment.evaluation.endpoint import Endpoint
 from alignment.evaluation.exchanges import AskedTurn
 from alignment.evaluation.grades import rubric_of
+from alignment.evaluation.known_scores import on_the_same_rows
 from alignment.evaluation.saved_replies import SavedReplies
 from alignment.records.evaluation import Grading
 from alignment.rewards.rules.similarity import first_reference
@@ -113,24 +114,19 @@ def settled(
     """
     invalid = {arm: sum(grade is None for grade in grades) / len(grades) for arm, grades in by_arm.items()}
     fitting = [arm for arm, share in invalid.items() if share <= config.max_invalid]
-    without = {row for arm in fitting for row, grade in zip(rows, by_arm[arm], strict=True) if grade is None}
-    num_prompts = len(set(rows) - without)
-    graded = fitting if num_prompts else []
-    counted = {
-        arm: [
-            None if row in without or grade is None else float(grade)
-            for row, grade in zip(rows, by_arm[arm], strict=True)
-        ]
-        for arm in graded
+    grades = {arm: [None if grade is None else float(grade) for grade in by_arm[arm]] for arm in fitting}
+    counted = on_the_same_rows(grades, rows)
+    without = {
+        row for row, grade in zip(rows, next(iter(counted.values()), [None] * len(rows)), strict=True) if grade is None
     }
     grading = Grading(
         metric=name,
         model=config.endpoint.model,
         lowest=config.lowest,
         highest=config.highest,
-        num_prompts=num_prompts if graded else 0,
+        num_prompts=len(set(rows) - without),
         invalid=invalid,
-        left_out=[arm for arm in by_arm if arm not in graded],
+        left_out=[arm for arm in by_arm if arm not in counted],
     )
     return counted, grading
 

@@ -51,6 +51,10 @@ class ScoredArms:
         """The arm's score on a prompt; None if it has none."""
         return self.by_arm[arm][index] if arm in self.by_arm else None
 
+    def scored(self, indices: Sequence[int]) -> list[int]:
+        """Those of the prompts ``indices`` that have a score."""
+        return [index for index in indices if any(self.score(arm, index) is not None for arm in self.by_arm)]
+
     def points(self, arm: str, against: str, indices: Sequence[int]) -> list[float | None]:
         """The arm's points on the prompts ``indices``; the better score wins. None where an arm has no score."""
         better, other = (arm, against) if self.metric.higher_is_better else (against, arm)
@@ -114,6 +118,7 @@ def judge(
         name = config.endpoint.model
     elif config.kind is JudgeKind.metric:
         assert primary is not None, "the plan refuses to judge by a metric where there is none"
+        indices = primary.scored(indices) or indices
         judged, lines = _by_scores(rows, primary, pairs, indices)
         name = primary.metric.name
     else:

@@ -27,7 +27,7 @@ from alignment.rewards.scorer_sources import GRADE, REWARD
 from alignment.rewards.scorers import Answers
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.labelled_faults import DATA, labels_pairs, primary_metric
-from alignment.stages.shared.answer_scores import scores_of
+from alignment.stages.shared.answer_scores import metric_scores_of
 from alignment.stages.shared.asking_servers import asking_of
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
@@ -128,7 +128,7 @@ def _scores(
     grader: Endpoint | None,
     pairs: Sequence[PreferencePair],
 ) -> list[float | None]:
-    """The judge's score of each chosen and rejected answer in turn; None for a reply without a grade."""
+    """The judge's score of each chosen and rejected answer in turn; None for one without a score."""
     metric = primary_metric(config) if config.judge.kind is JudgeKind.metric else MetricConfig(source=REWARD)
     assert metric is not None, "the plan refuses to judge by a metric where there is none"
     answers = _answers(tokenizer, pairs)
@@ -152,7 +152,7 @@ def _scores(
         done += number
         context.progress(_PHASE, done, len(answers.texts))
 
-    return [*scores_of(scorer, answers, source=metric.source, progress=progress)]
+    return metric_scores_of(scorer, answers, source=metric.source, progress=progress)
 
 
 def _answers(tokenizer: Any, pairs: Sequence[PreferencePair]) -> Answers:

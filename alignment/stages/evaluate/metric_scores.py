@@ -13,6 +13,7 @@ from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
 from alignment.evaluation.arms import TOKENS, Answered
 from alignment.evaluation.exchanges import asked_turns, prompts_of_answers
+from alignment.evaluation.known_scores import on_the_same_rows
 from alignment.evaluation.repeated_answers import scores_of_prompts
 from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation
@@ -21,7 +22,7 @@ from alignment.rewards.scorer_sources import CHOICE, GRADE, REWARD, is_reference
 from alignment.rewards.scorers import Answers, Scorer
 from alignment.stages.evaluate.arm_prompts import ArmPrompts
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.shared.answer_scores import AT_ONCE, scores_of
+from alignment.stages.shared.answer_scores import AT_ONCE, metric_scores_of, scores_of
 from alignment.stages.shared.asking_servers import asking_of
 from alignment.stages.shared.process_shares import in_shares
 from alignment.training.context import StageContext
@@ -122,7 +123,9 @@ def scores_by_arm(
 ) -> dict[str, dict[str, list[float | None]]]:
     """Every arm's scores by each metric, one per turn of a prompt; ``measured`` are those that need no scorer.
 
-    Only a graded metric leaves out arms, and has None for the turns of a prompt that does not count.
+    A graded metric may leave out arms. A metric has None for all turns of a prompt that does not count, because an arm
+    has no grade, or the metric's function no score, for one of its answers; without any prompt that counts, no arm has
+    the metric.
 
     Raises:
         DataError: a row lacks what a metric needs, or a function's file changed since the run was planned.
@@ -147,10 +150,11 @@ def scores_by_arm(
     for number, metric in enumerate(config.metrics):
         if _source(metric) not in by_source:
             scorer = _scorer(number, config, context, tokenizer, rows)
-            by_source[_source(metric)] = {
-                name: scores_of(scorer, of_arm, source=metric.source, progress=progress)
+            given = {
+                name: metric_scores_of(scorer, of_arm, source=metric.source, progress=progress)
                 for name, of_arm in answers.items()
             }
+            by_source[_source(metric)] = on_the_same_rows(given, next(iter(answers.values())).rows)
         for name, of_arm in answers.items():
             if name not in by_source[_source(metric)]:
                 continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from alignment.rewards.functions import FunctionScorer
 from alignment.rewards.scorer_sources import function_of
 from alignment.rewards.scorers import Answers, Scorer, refuse_unusable
 
@@ -24,5 +25,18 @@ def scores_of(
         of_part = scorer.scores(part)
         refuse_unusable(of_part, part, source=str(function_of(source) or source))
         scores += of_part.tolist()
+        progress(len(part.texts))
+    return scores
+
+
+def metric_scores_of(
+    scorer: Scorer, answers: Answers, *, source: str, progress: Callable[[int], None] = lambda _: None
+) -> list[float | None]:
+    """As ``scores_of``, but a function may give None for an answer, which then has no score."""
+    if not isinstance(scorer, FunctionScorer):
+        return [*scores_of(scorer, answers, source=source, progress=progress)]
+    scores: list[float | None] = []
+    for part in answers.parts(AT_ONCE):
+        scores += scorer.optional_scores(part)
         progress(len(part.texts))
     return scores

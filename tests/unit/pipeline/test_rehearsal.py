@@ -34,6 +34,11 @@ def fine(prompts, completions, rows):
 def fine2(prompts, completions, rows): return [0.5]
 def two(prompts, completions, rows): return [1, 2]
 def raises(prompts, completions, rows): return rows[0]["level"]
+def none(prompts, completions, rows): return [None]
+def only_sums(prompts, completions, rows): return [None if row["label"] != "sum" else 1.0 for row in rows]
+def no_words(prompts, completions, rows): return [{"sum": 1.0, "word": "x"}[row["label"]] for row in rows]
+def no_lists(prompts, completions, rows): return [1 / ("list" not in row["checks"]) for row in rows]
+def reference(prompts, completions, rows): return [len(row["reference"]) for row in rows]
 """
 Commands = list[tuple[str, ...]]
 
@@ -169,6 +174,39 @@ def test_metrics_are_tried_before_anything_trains(tried: Callable[..., Plan], tm
         tried(f"stages.evaluate.metrics=[{{name: level, source: '{tmp_path}/score.py:raises'}}]")
     assert str(caught.value).startswith(f"stage evaluate, checked before any training: {tmp_path}/score.py:raises: ")
     assert f"; these rows have no 'level': {tmp_path}/heldout.jsonl:1;" in str(caught.value)
+
+
+LABELLED = [
+    {"prompt": f"What is {number}?", "label": label, "checks": checks, **({"reference": "It."} if number < 30 else {})}
+    for number, (label, checks) in enumerate([("sum", ["json"])] * 30 + [("word", ["json", "list"])] * 5)
+]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("only_sums", ""),
+        ("no_words", "gave 'x' (str) for an answer to "),
+        ("no_lists", "raised ZeroDivisionError"),
+        ("reference", "these rows have no 'reference': "),
+    ],
+)
+def test_a_metric_is_tried_on_a_row_of_each_class(
+    tried: Callable[..., Plan], tmp_path: Path, function: str, message: str
+) -> None:
+    """The first thirty rows are alike."""
+    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LABELLED))
+    metrics = f"stages.evaluate.metrics=[{{name: own, source: '{tmp_path}/score.py:{function}'}}]"
+    with pytest.raises(RewardError) if message else nullcontext() as caught:
+        tried(metrics, f"stages.evaluate.data.source=path:{tmp_path}/labelled.jsonl")
+    if caught is not None:
+        assert message in str(caught.value)
+        assert f"{tmp_path}/labelled.jsonl:31" in str(caught.value)
+
+
+def test_a_scorer_that_trains_must_score_every_row(tried: Callable[..., Plan]) -> None:
+    with pytest.raises(RewardError, match="gave None"):
+        tried(function="none")
 
 
 @pytest.mark.parametrize(

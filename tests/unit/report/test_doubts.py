@@ -69,7 +69,7 @@ def test_prompts_without_a_grade_by_the_primary_metric_do_not_count() -> None:
     assert of_evaluation(evaluation) == []
     (few,) = of_evaluation(replace(evaluation, primary="polite"))
     assert few == (
-        "only 9 of 60 prompts have a grade by polite in every arm, too few for a verdict, which needs at least 10"
+        "only 9 of 60 prompts have a score by polite in every arm, too few for a verdict, which needs at least 10"
     )
 
 

@@ -165,6 +165,14 @@ def day(prompts, completions, rows):
 
 def nothing(prompts, completions, rows):
     return [float("nan")] * len(rows)
+
+
+def letters_of_some(prompts, completions, rows):
+    return [None if row["id"] == "Monday" else len(text) for text, row in zip(completions, rows)]
+
+
+def letters_of_none(prompts, completions, rows):
+    return [None] * len(rows)
 """
 
 
@@ -278,6 +286,28 @@ def test_without_metrics_no_arm_is_better_and_the_other_figures_stand(chain: Cha
     assert evaluation["conclusions"] == [
         "3 prompts, but no metric and no judge, so no arm is called better than another."
     ]
+
+
+def test_a_metric_without_a_value_for_some_rows_is_measured_on_the_others(chain: Chained) -> None:
+    (chain.folder / "score.py").write_text(SCORE)
+    names = ("letters_of_some", "letters", "letters_of_none")
+    metrics = [metric(name, f"{chain.folder}/score.py:{name}") for name in names]
+    config = replace(by_judge(JudgeKind.metric), max_new_tokens=4, metrics=metrics, primary="letters_of_some")
+    evaluation = evaluate(chain, config, "of-some")
+    samples = list(read_samples(chain.folder / "artifacts/evaluate-of-some"))
+    others = [sample for sample in samples if sample.id != "Monday"]
+    assert len(others) == len(samples) - 1
+    for arm in evaluation["arms"]:
+        letters = [len(sample.answers[arm["name"]].text) for sample in others]
+        assert arm["metrics"]["letters_of_some"]["mean"] == pytest.approx(sum(letters) / len(letters))
+        assert "letters_of_none" not in arm["metrics"]
+    for pair in evaluation["comparisons"]:
+        answers = [(sample.answers[pair["arm"]], sample.answers[pair["against"]]) for sample in others]
+        differences = [len(arm.text) - len(against.text) for arm, against in answers]
+        assert pair["difference"] == pytest.approx(sum(differences) / len(differences))
+    assert evaluation["num_scored"] == {"letters_of_some": len(others), "letters_of_none": 0}
+    assert evaluation["judge"]["num_prompts"] == len(others)
+    assert evaluation["judge"]["pairs"][0]["invalid"] == 0.0
 
 
 def test_rows_that_lack_what_a_metric_looks_at_are_named(chain: Chained) -> None:

@@ -186,7 +186,7 @@ def test_a_prompt_without_a_grade_in_one_arm_counts_in_none(chain: Chained) -> N
     assert [("helpful" in sample.answers["stage:sft"].scores) for sample in samples] == [True, True, True, False, True]
     assert evaluation.judge is not None
     (pair,) = evaluation.judge.pairs
-    assert (pair.wins, pair.ties, pair.losses, pair.prompts) == (4, 0, 0, 5)
+    assert (pair.wins, pair.ties, pair.losses, pair.prompts) == (4, 0, 0, 4)
     assert any("helpful covers 4 of 5 prompts; on the others" in sentence for sentence in evaluation.conclusions)
     assert evaluation.conclusions[0].startswith("4 prompts, by helpful: ")
 
