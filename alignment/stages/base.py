@@ -350,8 +350,9 @@ class StageKind:
     ``config`` is the dataclass of its settings; ``revision`` is raised when the meaning of a result changes;
     ``produces`` is the kind of its artifact. ``run`` is the worker's function, ``package.module:function``, called as
     ``run(config, context)`` on every process; a stage inside the driver has none. ``rehearse`` names a function in the
-    same way: ``rehearse(config, context)`` raises an AlignmentError if the run's base model does not fit the stage. It
-    is called before the first stage of a run, on one process, and must write nothing.
+    same way: ``rehearse(config, context)`` raises an AlignmentError if the stage cannot work, for example because the
+    run's base model does not fit it. It is called before the first stage of a run, on one process, and must write
+    nothing.
 
     ``data(config)``: the data that it reads. ``rows(config)``: the rows that it makes, if it produces ``ROWS``.
     ``leaves_out`` names its field that lists data whose prompts it leaves out; the plan fills an empty list with the

@@ -32,7 +32,7 @@ _FOLDERS = ".rehearsal-"
 _CHECKED = {
     rehearsed.ROWS: "rows of",
     rehearsed.SCORERS: "scorers of",
-    rehearsed.MODEL: "the base model for",
+    rehearsed.MODEL: "requirements of",
 }
 """What is announced of the stages with each part."""
 _RANKS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}

@@ -39,19 +39,22 @@ _SETTINGS = {
         "data",
         "few_shot",
         "init",
+        "limit",
         "max_new_tokens",
         "metrics",
+        "num_fewshot",
         "policy",
         "reference",
         "sampling",
         "system_prompt",
+        "tasks",
     ),
 }
 """The settings of a stage that a rehearsal of each part reads."""
 _CONTENT = {
     ROWS: ("kind", "revision", "base", "data", "extra_data"),
     SCORERS: ("data", "code"),
-    MODEL: ("kind", "revision", "base", "data", "extra_data"),
+    MODEL: ("kind", "revision", "base", "data", "extra_data", "files"),
 }
 """The entries of an identity that cover the content that it reads."""
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from lm_eval.api.model import LM
 from lm_eval.evaluator import evaluate
 
 from alignment.core.errors import DataError, NonFiniteError, StageError
 from alignment.records.benchmark import BenchmarkTask, Measurement, RowAnswer, TaskMetric
 from alignment.stages.benchmark.config import BenchmarkConfig
-from alignment.stages.benchmark.harness_model import HarnessModel
-from alignment.stages.benchmark.harness_tasks import Loaded, described, prepare
+from alignment.stages.benchmark.harness_tasks import Loaded, described, prepare, remedy_for
 from alignment.stages.benchmark.task_choice import Chosen
 
 UNFILTERED = "none"
@@ -73,9 +73,7 @@ class ArmRun:
     rows: dict[str, dict[int, SampleRow]]
 
 
-def run_arm(
-    model: HarnessModel, loaded: Loaded, chosen: Chosen, config: BenchmarkConfig, *, name: str, where: str
-) -> ArmRun:
+def run_arm(model: LM, loaded: Loaded, chosen: Chosen, config: BenchmarkConfig, *, name: str, where: str) -> ArmRun:
     """Has the harness ask ``model`` all tasks; ``name`` names the arm in errors.
 
     Raises:
@@ -101,7 +99,7 @@ def run_arm(
         raise StageError(
             f"the harness failed: {described(error, chosen)}",
             where=where,
-            remedy="correct the task's file, its functions or its rows, and run again",
+            remedy=remedy_for(error, otherwise="correct the task's file, its functions or its rows, and run again"),
         ) from error
     for task_name, task in loaded["tasks"].items():
         _refuse_wrong_targets(results["samples"][task_name], task, where=f"{where}: {task_name}")
@@ -121,7 +119,8 @@ def _is_ours(error: Exception) -> bool:
     files = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     last = next(file for file in reversed(files) if Path(file).is_relative_to(_PACKAGE))
     own = type(error).__module__.startswith("alignment.")
-    return own or isinstance(error, (MemoryError, torch.OutOfMemoryError, OSError)) or last != __file__
+    of_system = isinstance(error, OSError) and error.errno is not None  # not a hub's error
+    return own or of_system or isinstance(error, (MemoryError, torch.OutOfMemoryError)) or last != __file__
 
 
 def _refuse_wrong_targets(samples: Sequence[Mapping[str, Any]], task: Any, *, where: str) -> None:

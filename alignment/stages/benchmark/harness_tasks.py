@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from lm_eval.defaults import DEFAULT_OTHER_SEED
 from lm_eval.tasks import TaskManager
 
@@ -15,6 +17,9 @@ from alignment.core.errors import AlignmentError, DataError
 from alignment.stages.benchmark.task_choice import Chosen, hub_source
 from alignment.stages.benchmark.task_files import TaskFile
 
+_PACKAGES = {"antlr4": "antlr4-python3-runtime==4.11", "sklearn": "scikit-learn", "MeCab": "mecab-python3"}
+"""Packages whose modules have another name."""
+_OF_HUB = re.compile(r"on the (Hugging Face )?Hub|OfflineMode")
 Loaded = Any
 """What ``TaskManager.load`` returns: tasks and groups by name."""
 
@@ -40,7 +45,7 @@ def load(chosen: Chosen, names: list[str], folder: Path, hub_data: Mapping[str, 
         raise DataError(
             f"the harness cannot load {', '.join(names)}: {described(error, chosen)}",
             where=where,
-            remedy="correct the task's file, its functions or its data",
+            remedy=remedy_for(error, otherwise="correct the task's file, its functions or its data"),
         ) from error
 
 
@@ -72,6 +77,23 @@ def described(error: Exception, chosen: Chosen) -> str:
     own = [frame for frame in frames if any(Path(frame.filename).is_relative_to(folder) for folder in folders)]
     at = f" at {own[-1].filename}:{own[-1].lineno}" if own else ""
     return f"{type(error).__name__}{at}: {' '.join(str(error).split())}"
+
+
+def remedy_for(error: BaseException, *, otherwise: str) -> str:
+    """What provides the package, the NLTK data or the files of a hub that a task's functions need; ``otherwise`` if
+    nothing of that kind is missing."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        package = error.name.partition(".")[0]
+        return f"pip install {_PACKAGES.get(package, package)}"
+    if isinstance(error, LookupError) and (data := re.search(r"nltk\.download\('([\w.-]+)'\)", str(error))):
+        return f"python -m nltk.downloader {data[1]}"
+    if isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError) or _OF_HUB.search(str(error)):
+        return (
+            "stages have no network; load this once where there is one: a model with hf download ORG/NAME, a data set "
+            "with datasets.load_dataset, a metric with evaluate.load"
+        )
+    below = error.__cause__ or error.__context__
+    return otherwise if below is None else remedy_for(below, otherwise=otherwise)
 
 
 def prepare(loaded: Loaded, *, num_fewshot: int | None) -> None:

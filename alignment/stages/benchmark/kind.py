@@ -239,6 +239,7 @@ KIND = StageKind(
     revision=7,
     produces="benchmark",
     run="alignment.stages.benchmark.run:run",
+    rehearse="alignment.stages.benchmark.run:rehearse",
     faults=_faults,
     references=References(faults=_reference_faults),
     files=OtherFiles(located=_located, content=content, code=_code, hub_data=_hub_data),

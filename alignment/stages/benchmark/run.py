@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import time
@@ -39,12 +40,9 @@ def run(config: BenchmarkConfig, context: StageContext) -> StageResult:
     """Policies in, ``benchmark.json`` and ``samples.jsonl`` out, on one process."""
     where = f"stages.{context.spec.stage}"
     _refuse_changed_files(config, context, where)
-    # Standard errors of a few metrics are resampled, by default in as many processes as there are cores.
-    os.environ.setdefault("LMEVAL_DISABLE_MULTIPROC", "1")
-    try:
-        from alignment.stages.benchmark import harness_run, harness_tasks
-    except ImportError as error:
-        raise ConfigError(f"lm-evaluation-harness cannot be imported: {error}", where=where, remedy=INSTALL) from error
+    _import_harness(where)
+    from alignment.stages.benchmark import harness_run, harness_tasks
+
     context.progress("loading")
     harness_run.RandomState.seed()
     state = harness_run.RandomState()
@@ -70,6 +68,27 @@ def run(config: BenchmarkConfig, context: StageContext) -> StageResult:
     policies.release()
     record = _record(config, context, runs, seconds)
     return _written(context, record, _rows(runs, record.tasks))
+
+
+def rehearse(config: BenchmarkConfig, context: StageContext) -> None:
+    """Tries the tasks before a run trains anything, with the same answer to every request.
+
+    Raises:
+        AlignmentError: the harness or a task cannot be loaded, or a function of a task fails.
+    """
+    _import_harness(f"stages.{context.spec.stage}")
+    from alignment.stages.benchmark.trial import try_tasks
+
+    try_tasks(config, context)
+
+
+def _import_harness(where: str) -> None:
+    # Standard errors of a few metrics are resampled, by default in as many processes as there are cores.
+    os.environ.setdefault("LMEVAL_DISABLE_MULTIPROC", "1")
+    try:
+        importlib.import_module("lm_eval.evaluator")
+    except ImportError as error:
+        raise ConfigError(f"lm-evaluation-harness cannot be imported: {error}", where=where, remedy=INSTALL) from error
 
 
 def _refuse_changed_files(config: BenchmarkConfig, context: StageContext, where: str) -> None:

@@ -155,7 +155,7 @@ def test_what_is_tried_is_announced_by_name(plan: MakePlan, tried: Callable[...,
     rehearse(planned, planned.stages, announce=announced.append)
     assert announced == [
         f"checking {checked} before training (takes ten seconds or more, once for these settings and data)"
-        for checked in ("rows of dpo", "the base model for evaluate")
+        for checked in ("rows of dpo", "requirements of evaluate")
     ]
 
 

@@ -20,7 +20,7 @@ from alignment import worker
 from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.export.worker import export
 from alignment.core.artifacts import read_manifest
-from alignment.core.errors import ConfigError, DataError, ModelError, NonFiniteError, StageError
+from alignment.core.errors import AlignmentError, ConfigError, DataError, ModelError, NonFiniteError, StageError
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput, StageSpec
 from alignment.records.benchmark import (
@@ -32,6 +32,7 @@ from alignment.records.benchmark import (
     TaskMetric,
     read_rows,
 )
+from alignment.rehearse import check_model
 from alignment.stages import registry
 from alignment.stages.benchmark import harness_model, harness_run, run
 from alignment.stages.benchmark.answer_ends import StopTexts
@@ -463,6 +464,49 @@ def test_a_function_that_raises_is_named_with_its_line(
     words.write_text(words.read_text().replace('doc["missing"]', 'doc["answer"] if doc["word"] != "text" else 1 / 0'))
     with pytest.raises(StageError, match=r"the harness failed: ZeroDivisionError at .*words\.py:10: division by zero"):
         measure(chain, replace(config, tasks=["shout"]), "raising-later")
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "remedy"),
+    [
+        ("import no_such_package.part", DataError, "pip install no_such_package"),
+        ("import sklearn.no_such_part", DataError, "pip install scikit-learn"),
+        ("import nltk; nltk.data.find('corpora/no_such')", DataError, "python -m nltk.downloader no_such"),
+        ("if doc['word'] == 'text': import no_such_package", StageError, "pip install no_such_package"),
+        (
+            "if doc['word'] == 'text': __import__('nltk').data.find('corpora/x')",
+            StageError,
+            "python -m nltk.downloader x",
+        ),
+        ("__import__('transformers').AutoTokenizer.from_pretrained('org/no_such')", DataError, "hf download ORG/NAME"),
+        ("__import__('datasets').load_dataset('org/no_such')", DataError, "datasets.load_dataset"),
+    ],
+)
+def test_what_a_task_needs_is_tried_before_training_and_named(
+    chain: Chained,
+    own_tasks: Callable[[str, str, str], BenchmarkConfig],
+    monkeypatch: pytest.MonkeyPatch,
+    body: str,
+    kind: type[AlignmentError],
+    remedy: str,
+) -> None:
+    for module in ("datasets.config", "huggingface_hub.constants"):
+        monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
+    config = replace(
+        own_tasks("shout.yaml", "doc_to_target: answer", "doc_to_target: !function words.needs"), tasks=["shout"]
+    )
+    words = Path(config.task_folders[0]) / "words.py"
+    words.write_text(words.read_text() + f'\n\ndef needs(doc):\n    {body}\n    return doc["answer"]\n')
+    with pytest.raises(kind) as caught:
+        check_model(spec_of(chain, config, "tried"))
+    assert remedy in caught.value.remedy
+
+
+def test_tasks_that_work_pass_their_trial_without_a_model(chain: Chained) -> None:
+    spec = spec_of(chain, replace(PLAIN, arms=["base"], apply_chat_template=True), "tried")
+    assert check_model(replace(spec, base_path=chain.folder / "no_such")) == []
+    assert not spec.artifact.exists()
+    assert not spec.work.exists()
 
 
 def test_a_right_answer_that_is_not_a_choice_is_refused(
