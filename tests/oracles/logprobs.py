@@ -19,5 +19,5 @@ def entropy(logits: list[float], *, temperature: float = 1.0) -> float:
 
 
 def is_likeliest(logits: list[float], label: int) -> bool:
-    """Whether no token has a larger logit."""
-    return logits[label] == max(logits)
+    """Whether it is the first of the tokens with the largest logit, which greedy decoding takes."""
+    return logits.index(max(logits)) == label

@@ -31,7 +31,8 @@ class TokenStatistics:
     """Statistics of the next-token distribution at each labelled position, ``[labels]``, in the order of the labels.
 
     ``logprobs`` carries gradients (nats); ``mean_logits`` and ``is_top1`` do not. ``entropy`` (nats, of the whole
-    distribution) carries them only if the caller asks for it.
+    distribution) carries them only if the caller asks for it. ``is_top1``: greedy decoding would take the label, which
+    of several tokens with the largest logit takes the first.
     """
 
     logprobs: Tensor
@@ -261,14 +262,14 @@ def _score(
         statistics.mean_logits[rows] = logits.mean(-1)
     if temperature != 1.0:
         logits.div_(temperature)
-    highest = logits.amax(-1, keepdim=True)
+    highest, first_choice = logits.max(-1, keepdim=True)  # the first of tied tokens, as greedy decoding takes
     weights = torch.exp(logits.sub_(highest), out=memory.shares[: len(labels)])
     total = weights.sum(-1, keepdim=True)
     chosen = logits.gather(-1, labels[:, None]).squeeze(-1)
     log_total = total.log().squeeze(-1)
     statistics.log_norm[rows] = log_total + highest.squeeze(-1)
     statistics.logprobs[rows] = chosen - log_total
-    statistics.is_top1[rows] = chosen >= 0
+    statistics.is_top1[rows] = first_choice.squeeze(-1) == labels
     statistics.entropy[rows] = log_total - logits.mul_(weights).sum(-1) / total.squeeze(-1)
     if slope:
         slopes = _log_softmax_slope(weights.div_(total), labels)

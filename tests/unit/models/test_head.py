@@ -56,6 +56,17 @@ def test_statistics_equal_the_slow_loops(
     assert statistics.is_top1[0]
 
 
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_of_tied_tokens_only_the_one_that_greedy_decoding_takes_is_the_first_choice(cap: float | None) -> None:
+    weight = torch.zeros(11, 2)
+    weight[[3, 7, 9]] = 1.0
+    labels = torch.arange(11)
+    statistics = token_statistics(torch.ones(11, 2), weight, labels, cap=cap)
+    logits = bounded(torch.ones(2) @ weight.T, cap).tolist()
+    assert statistics.is_top1.tolist() == [oracle.is_likeliest(logits, label) for label in labels.tolist()]
+    assert statistics.is_top1.nonzero().flatten().tolist() == [3]
+
+
 def test_chunks_on_two_threads_give_the_same_statistics_and_gradients(
     monkeypatch: pytest.MonkeyPatch, figures: tuple[torch.Tensor, ...]
 ) -> None:
