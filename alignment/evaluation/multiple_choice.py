@@ -58,7 +58,8 @@ def letter_rows(
 def choice_scores(
     rows: Sequence[HeldOutPrompt], asked: LetterRows, logprobs: Sequence[float], *, name: str
 ) -> list[float]:
-    """1 for each row whose right choice alone is the likeliest under the policy called ``name``, else 0.
+    """1 for each row whose right choice is the likeliest under the policy called ``name``, else 0. If k choices are
+    equally likely, each of them has 1 / k of the point, as if one of them was drawn.
 
     ``logprobs`` are those of ``asked.flat()``.
 
@@ -72,7 +73,7 @@ def choice_scores(
         )
     each = iter(logprobs)
     of_rows = [[next(each) for _ in letters] for letters in asked.letters]
-    return [_is_right(row.right, of_row) for row, of_row in zip(rows, of_rows, strict=True)]
+    return [_points(row.right, of_row) for row, of_row in zip(rows, of_rows, strict=True)]
 
 
 def with_choices(messages: Sequence[Message], choices: Sequence[str]) -> list[Message]:
@@ -83,6 +84,7 @@ def with_choices(messages: Sequence[Message], choices: Sequence[str]) -> list[Me
     return [*before, Message(role=question.role, content=content)]
 
 
-def _is_right(right: int | None, logprobs: Sequence[float]) -> float:
+def _points(right: int | None, logprobs: Sequence[float]) -> float:
     assert right is not None, "a row with choices has a right one"
-    return float(all(logprobs[right] > other for index, other in enumerate(logprobs) if index != right))
+    highest = max(logprobs)
+    return 1.0 / logprobs.count(highest) if logprobs[right] == highest else 0.0

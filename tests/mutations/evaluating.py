@@ -356,9 +356,9 @@ MUTATIONS = [
         "unit/evaluation/test_multiple_choice.py",
         (
             "equally likely choices count as right",
-            "logprobs[right] > other for",
-            "logprobs[right] >= other for",
-            "test_multiple_choice_that_are_equally_likely_count_as_wrong",
+            "1.0 / logprobs.count(highest)",
+            "1.0",
+            "test_the_likeliest_letters_share_the_point",
         ),
     ),
     *in_file(

@@ -13,7 +13,7 @@ from alignment.data.fields import Fields
 from alignment.data.formats import FORMATS
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation.arms import sequence_logprobs
-from alignment.evaluation.multiple_choice import choice_scores, letter_rows
+from alignment.evaluation.multiple_choice import LetterRows, choice_scores, letter_rows
 from alignment.models.forward.flat import use_flat_attention
 from tests.oracles import logprobs as oracle
 from tests.templates import styled_tokenizer
@@ -76,12 +76,19 @@ def test_choices_stand_behind_the_tools_of_their_row() -> None:
     assert asked.letters == [[tokenizer(letter, add_special_tokens=False)["input_ids"] for letter in "ABC"]]
 
 
-def test_multiple_choice_that_are_equally_likely_count_as_wrong() -> None:
-    tokenizer = tiny_tokenizer()
-    model = tiny_model(vocab_size=len(tokenizer))
-    torch.nn.init.zeros_(model.get_output_embeddings().weight)
-    use_flat_attention(model)
-    assert scores(model, [0, 0, 0]) == [0.0, 0.0, 0.0]
+@pytest.mark.parametrize(
+    ("logprobs", "points"),
+    [
+        ([-1.0, -1.0, -2.0], [1 / 2, 1 / 2, 0.0]),
+        ([-2.0, -1.0, -1.0], [0.0, 1 / 2, 1 / 2]),
+        ([-1.0, -1.0, -1.0], [1 / 3, 1 / 3, 1 / 3]),
+        ([-1.0, -2.0, -2.0], [1.0, 0.0, 0.0]),
+    ],
+)
+def test_the_likeliest_letters_share_the_point(logprobs: list[float], points: list[float]) -> None:
+    (row, *_) = rows([0, 0, 0])
+    asked = LetterRows(prompts=[[1]], letters=[[[2], [3], [4]]])
+    assert [choice_scores([replace(row, right=right)], asked, logprobs, name="base")[0] for right in range(3)] == points
 
 
 def test_log_probabilities_that_are_not_finite_name_the_arm() -> None:
