@@ -9,13 +9,14 @@ from statistics import NormalDist
 
 import numpy as np
 
+from alignment.evaluation.rates import are_shares, paired_share_interval, share_interval
 from alignment.records.evaluation import LEVEL
 from alignment.records.interval import Interval
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Intervals:
-    """Settings of the bootstrap: every figure uses the same resamples of prompts."""
+    """Settings of the bootstrap: every figure uses the same resamples of prompts. Shares do without (rates.py)."""
 
     samples: int
     seed: int
@@ -23,6 +24,25 @@ class Intervals:
     def of(self, values: list[float]) -> Interval:
         """The mean over prompts with its 95 % interval."""
         return mean_interval(values, samples=self.samples, seed=self.seed)
+
+    def of_scores(self, scores: list[float]) -> Interval:
+        """The mean of a score; if every score is 0 or 1, the interval is that of a share."""
+        return share_interval(scores.count(1.0), len(scores)) if scores and are_shares(scores) else self.of(scores)
+
+    def of_difference(self, scores: Sequence[float], others: Sequence[float]) -> Interval:
+        """The mean of ``scores`` minus ``others``, paired; if every score is 0 or 1, that of two shares."""
+        differences = [score - other for score, other in zip(scores, others, strict=True)]
+        if not differences or not are_shares(scores, others):
+            return self.of(differences)
+        return paired_share_interval(differences.count(1.0), differences.count(-1.0), len(differences))
+
+    def of_points(self, points: list[float]) -> Interval:
+        """The win rate of points 1, 0 and 0.5 for a tie: one half and half of the share of wins minus that of losses.
+        Other points are resampled."""
+        if not points or set(points) - {0.0, 0.5, 1.0}:
+            return self.of(points)
+        difference = paired_share_interval(points.count(1.0), points.count(0.0), len(points))
+        return difference.through(lambda difference: 0.5 + difference / 2)
 
     def of_ratio(self, values: Sequence[float], sizes: Sequence[float]) -> Interval:
         """Σ values / Σ sizes with its 95 % interval."""

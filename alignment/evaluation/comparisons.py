@@ -30,7 +30,7 @@ def compare(scores: Mapping[str, ScoresByArm], *, reference: str, intervals: Int
     for (metric, arm, against), differences, p, adjusted in zip(
         compared, series, *adjusted_p_values(series, seed=intervals.seed), strict=True
     ):
-        interval = intervals.of(differences)
+        interval = intervals.of_difference(scores[metric][arm], scores[metric][against])
         low, high = interval.bounds or (interval.mean, interval.mean)
         comparisons.append(
             Comparison(

@@ -36,8 +36,12 @@ def in_both(scores: dict[str, float], other_scores: dict[str, float]) -> tuple[d
 
 def difference(scores: dict[str, float], other_scores: dict[str, float]) -> Interval | None:
     """The mean of ``scores`` minus ``other_scores`` with its 95 % interval; None without scores on the same prompts."""
-    each = differences(scores, other_scores)
-    return None if each is None else interval(each)
+    from alignment.evaluation.bootstrap import Intervals  # NumPy, which a plan does without
+
+    if differences(scores, other_scores) is None:
+        return None
+    intervals = Intervals(samples=SAMPLES, seed=SEED)
+    return intervals.of_difference(list(scores.values()), [other_scores[prompt] for prompt in scores])
 
 
 def differences(scores: dict[str, float], other_scores: dict[str, float]) -> list[float] | None:
@@ -45,13 +49,6 @@ def differences(scores: dict[str, float], other_scores: dict[str, float]) -> lis
     if not scores or scores.keys() != other_scores.keys():
         return None
     return [scores[prompt] - other_scores[prompt] for prompt in scores]
-
-
-def interval(each: Sequence[float]) -> Interval:
-    """The mean of differences on each prompt, with its 95 % interval."""
-    from alignment.evaluation.bootstrap import mean_interval  # NumPy, which a plan does without
-
-    return mean_interval(each, samples=SAMPLES, seed=SEED)
 
 
 def corrected_p_values(series: Sequence[Sequence[float]]) -> list[float]:

@@ -89,7 +89,7 @@ def arm_result(
     return ArmResult(
         name=name,
         label=label,
-        metrics={metric: intervals.of(known(of_prompts(arm, values))) for metric, values in scores.items()},
+        metrics={metric: intervals.of_scores(known(of_prompts(arm, values))) for metric, values in scores.items()},
         by_turn=_by_turn(arm, scores, intervals),
         words=intervals.of(arm.means([float(len(divided(answer.text))) for answer in answers])),
         reward=None if rewards is None else intervals.of(arm.means(rewards)),
@@ -98,9 +98,9 @@ def arm_result(
         win_rate=win_rate,
         loss=loss,
         perplexity=None if loss is None else loss.through(math.exp),
-        refusals=intervals.of(arm.means([float(is_refusal(answer.text)) for answer in answers])),
+        refusals=intervals.of_scores(arm.means([float(is_refusal(answer.text)) for answer in answers])),
         distinct=_share_of_different([answer.text for answer in answers[:: arm.per_prompt]]),
-        ended=intervals.of(arm.means([float(answer.ended) for answer in answers])),
+        ended=intervals.of_scores(arm.means([float(answer.ended) for answer in answers])),
         seconds=arm.seconds,
     )
 
@@ -119,7 +119,7 @@ def _by_turn(arm: Answered, scores: Scores, intervals: Intervals) -> list[dict[s
     groups = {metric: arm.by_prompt(values) for metric, values in scores.items()}
     return [
         {
-            metric: intervals.of(of_turn)
+            metric: intervals.of_scores(of_turn)
             for metric, of_metric in groups.items()
             if (of_turn := known([of_turns[turn] for of_turns in of_metric if turn < len(of_turns)]))
         }
@@ -160,7 +160,7 @@ def judged_pair(
     counted = [row for row, value in enumerate(points) if value is not None]
     valid = [value for value in points if value is not None]
     invalid = points.count(None) / len(points) if both is None else invalid_share(both)
-    rate = intervals.of(valid) if valid and invalid <= max_invalid else None
+    rate = intervals.of_points(valid) if valid and invalid <= max_invalid else None
     longer = [extra_words[row] for row in counted]
     at_equal_lengths = p = None
     if rate is not None:

@@ -139,7 +139,7 @@ def _paired(evaluation: ComparedEvaluation) -> Iterator[tuple[Difference, list[f
                     evaluation="" if shown[0] and shown[run] else evaluation.stage,
                     arm=name,
                     metric=this.metrics.get(metric) or Metric(name=metric),
-                    interval=paired_scores.interval(each) if each else None,
+                    interval=paired_scores.difference(scores, others),
                     prompts=len(each),
                     unscored=unscored,
                 )

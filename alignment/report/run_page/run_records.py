@@ -76,7 +76,7 @@ class Difference:
     @property
     def none_at_all(self) -> bool:
         """Whether every answer has equal scores in both runs: usually an arm that the runs share."""
-        return self.interval == Interval(mean=0.0, low=0.0, high=0.0)
+        return self.interval is not None and self.interval.mean == 0.0 and self.adjusted_p is None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

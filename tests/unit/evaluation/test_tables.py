@@ -14,6 +14,7 @@ from alignment.data.turns import Message
 from alignment.evaluation.arm_labels import labels
 from alignment.evaluation.arms import Answer, Answered, TokenSum
 from alignment.evaluation.bootstrap import Intervals
+from alignment.evaluation.rates import share_interval
 from alignment.evaluation.tables import arm_result, by_task, refuse_not_finite, samples
 from alignment.records.evaluation import ArmResult
 from alignment.records.interval import Interval
@@ -45,9 +46,9 @@ def test_a_row_says_how_many_answers_differ_and_ended() -> None:
     assert row.label == "dpo"
     assert row.metrics == {"brevity": INTERVALS.of([0.2] * 4)}
     assert row.distinct == 0.25
-    assert row.ended == Interval(mean=1.0, low=1.0, high=1.0)
+    assert row.ended == share_interval(4, 4)
     assert row.words == Interval(mean=2.0, low=2.0, high=2.0)
-    assert row.refusals == Interval(mean=0.0, low=0.0, high=0.0)
+    assert row.refusals == share_interval(0, 4)
     assert (row.reward, row.loss, row.perplexity) == (None, None, None)
     assert row.greedy_log_ratio is not None
     assert row.greedy_log_ratio.mean == pytest.approx(2.0)

@@ -47,8 +47,10 @@ def settings(*entries: str) -> list[str]:
     return [f"stages.evaluate.metrics={METRICS}", f"{GATE}=[{', '.join(entries)}]"]
 
 
-def left(plan: Plan, totals: Sequence[float], errors: Sequence[float] = (0.0,)) -> Plan:
-    """With a result in which DPO's scores exceed SFT's by ``totals`` and ``errors``, one prompt after another."""
+def left(plan: Plan, totals: Sequence[float], errors: Sequence[float] = (0.0,), *, before: float = 0.25) -> Plan:
+    """With a result in which DPO's scores exceed SFT's by ``totals`` and ``errors``, one prompt after another.
+
+    The totals of SFT are ``before``, its errors 0.5."""
     stage = next(stage for stage in plan.stages if stage.name == "evaluate")
     leave_artifact(stage)
     metrics = [Metric(name="total"), Metric(name="errors", higher_is_better=False)]
@@ -58,8 +60,8 @@ def left(plan: Plan, totals: Sequence[float], errors: Sequence[float] = (0.0,)) 
         Sample(
             id=str(number),
             answers={
-                SFT: SampleAnswer(scores={"total": 0.25, "errors": 0.5}),
-                DPO: SampleAnswer(scores={"total": 0.25 + more, "errors": 0.5 + errors[number % len(errors)]}),
+                SFT: SampleAnswer(scores={"total": before, "errors": 0.5}),
+                DPO: SampleAnswer(scores={"total": before + more, "errors": 0.5 + errors[number % len(errors)]}),
             },
         )
         for number, more in enumerate(totals)
@@ -118,6 +120,41 @@ def test_the_whole_interval_has_to_lie_above_the_margin(
     plan: MakePlan, margin: float, totals: Sequence[float], met: bool
 ) -> None:
     made = left(gated(plan, f"{{arm: 'stage:dpo', against: 'stage:sft', min_difference: {margin}}}"), totals)
+    assert (gates.not_met(made.stages) == []) is met
+
+
+@pytest.mark.parametrize(
+    ("margin", "before", "totals", "met"),
+    [
+        (0.0, 0.0, [1.0] * 4 + [0.0] * 196, False),  # p = 2 / 2⁴ = 0.125
+        (0.0, 0.25, [0.5] * 4 + [0.0] * 196, False),
+        (0.0, 0.0, [1.0] * 12 + [0.0] * 188, True),
+        (0.05, 0.0, [1.0] * 12 + [0.0] * 188, False),  # real, but it may be smaller
+        (-0.05, 1.0, [-1.0] * 4 + [0.0] * 196, False),
+        (-0.1, 1.0, [-1.0] * 4 + [0.0] * 196, True),
+        (-0.06, 0.0, [0.0] * 54, False),  # z² / (54 + z²) = 0.066
+        (-0.07, 0.0, [0.0] * 54, True),
+        (-0.01, 0.25, [0.0] * 54, False),  # of a score without a range, equal prompts say nothing of others
+        (-0.01, 0.25, [0.25] * 54, True),
+    ],
+)
+def test_a_gate_is_met_only_by_what_the_evaluation_would_call_real(
+    plan: MakePlan, margin: float, before: float, totals: Sequence[float], met: bool
+) -> None:
+    made = gated(plan, f"{{arm: 'stage:dpo', against: 'stage:sft', min_difference: {margin}}}")
+    assert (gates.not_met(left(made, totals, before=before).stages) == []) is met
+
+
+@pytest.mark.parametrize(("adjusted_p", "met"), [(0.04, True), (0.06, False)])
+def test_a_gate_on_a_pair_that_the_evaluation_compares_takes_its_verdict(
+    plan: MakePlan, adjusted_p: float, met: bool
+) -> None:
+    made = left(gated(plan, "{arm: 'stage:dpo', against: 'stage:sft'}"), [0.25] * 10)
+    artifact = next(stage.artifact for stage in made.stages if stage.name == "evaluate")
+    of_evaluation = Comparison(
+        arm=SFT, against=DPO, metric="total", difference=-0.25, low=-0.25, high=-0.25, adjusted_p=adjusted_p
+    )
+    replace(Evaluation.read(artifact), comparisons=[of_evaluation]).write(artifact)
     assert (gates.not_met(made.stages) == []) is met
 
 
