@@ -31,7 +31,8 @@ class Sweep:
 
     @property
     def best(self) -> list[Trial]:
-        """The best trial, or the Pareto set if there are several goals; empty until one is done."""
+        """The best trial, several if they tie, or the Pareto set if there are several goals; empty until one is
+        done."""
         return [trial for trial in self.trials if trial.number in self.record.best]
 
     def run(self, number: int) -> Run:

@@ -56,3 +56,11 @@ def corrected_p_values(series: Sequence[Sequence[float]]) -> list[float]:
     from alignment.evaluation.significance import adjusted_p_values  # NumPy
 
     return adjusted_p_values(series, seed=SEED)[1]
+
+
+def p_values_among(series: Sequence[Sequence[float]], *, comparisons: int) -> list[float]:
+    """The p value of each series of differences, corrected for so many ``comparisons`` that might have been made
+    (Bonferroni)."""
+    from alignment.evaluation.significance import p_values_of  # NumPy
+
+    return [min(1.0, p * comparisons) for p in p_values_of(series, seed=SEED, comparisons=comparisons)]

@@ -18,13 +18,19 @@ def adjusted_p_values(series: Sequence[Sequence[float]], *, seed: int) -> tuple[
 
     Series of one length are over the same prompts.
     """
+    p_values = p_values_of(series, seed=seed, comparisons=len(series))
+    return p_values, holm(p_values)
+
+
+def p_values_of(series: Sequence[Sequence[float]], *, seed: int, comparisons: int) -> list[float]:
+    """The p value of each series of paired differences, from enough random signs for so many ``comparisons``."""
     p_values = [1.0] * len(series)
     for length in dict.fromkeys(map(len, series)):
         same = [index for index, differences in enumerate(series) if len(differences) == length]
-        tested = sign_flip_p_values([series[index] for index in same], seed=seed, comparisons=len(series))
+        tested = sign_flip_p_values([series[index] for index in same], seed=seed, comparisons=comparisons)
         for index, p in zip(same, tested, strict=True):
             p_values[index] = p
-    return p_values, holm(p_values)
+    return p_values
 
 
 def sign_flip_p_values(series: Sequence[Sequence[float]], *, seed: int, comparisons: int | None = None) -> list[float]:

@@ -63,9 +63,10 @@ class Trial:
 class SweepRecord:
     """The results of a sweep so far.
 
-    ``trials`` are in order: the ``best`` first (the Pareto set if there are several goals), failed and pruned ones
-    last. ``verdict`` says in words which others may be as good; ``cautions`` are notes on the values. ``importance``
-    has, for each goal, the share of each parameter; it is empty if there are too few trials.
+    ``trials`` are in order: the ``best`` first (those that tie, or the Pareto set if there are several goals), failed
+    and pruned ones last. ``verdict`` says in words which others may be as good; ``cautions`` are notes on the values,
+    and ``no_gain`` names an arm that the sweep does not change and that no trial surpasses. ``importance`` has, for
+    each goal, the share of each parameter; it is empty if there are too few trials.
     """
 
     name: str
@@ -81,6 +82,7 @@ class SweepRecord:
     verdict: str
     importance: list[dict[str, float]]
     cautions: list[str] = field(default_factory=list)
+    no_gain: str = ""
     version: int = 1
 
     def write(self, folder: Path) -> None:
@@ -96,6 +98,11 @@ class SweepRecord:
             ArtifactError: it is damaged, or was written by a newer version.
         """
         return typed_json.read(folder / FILE, SweepRecord, remedy="start the sweep again to rewrite it")
+
+    @property
+    def is_tied(self) -> bool:
+        """Whether several trials have the same best value, so that none of them is the best."""
+        return len(self.goals) == 1 and len(self.best) > 1
 
     @property
     def done(self) -> list[Trial]:

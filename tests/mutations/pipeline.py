@@ -487,14 +487,14 @@ MUTATIONS = [
         SWEEP,
         (
             "trials within chance are called worse",
-            "if difference is not None and not _is_better(difference, minimize=minimize)",
-            "if difference is None",
-            "test_others_that_may_be_as_good_are_named",
+            "if p >= LEVEL or (sum",
+            "if (sum",
+            "test_the_number_of_trials_counts_in_whether_the_others_are_worse",
         ),
         (
             "trials are judged on a few prompts",
-            "if len(best_on_both) >= FEWEST_PROMPTS else None",
-            "if best_on_both else None",
+            "if len(best_on_both) >= FEWEST_PROMPTS else []",
+            "if best_on_both else []",
             "test_no_verdict_rests_on_fewer_than_ten_prompts",
         ),
         (

@@ -16,7 +16,7 @@ from alignment.pipeline.execute.summary import REPORT
 from alignment.pipeline.sweeps.objectives import Objective
 from alignment.pipeline.sweeps.study import Study, number_of
 from alignment.pipeline.sweeps.sweep_file import Sweep
-from alignment.records.evaluation import FEWEST_PROMPTS, Evaluation
+from alignment.records.evaluation import FEWEST_PROMPTS, LEVEL, Evaluation
 from alignment.records.evaluation import FILE as EVALUATION_FILE
 from alignment.records.interval import Interval
 from alignment.records.sweep_record import (
@@ -64,9 +64,11 @@ def show(console: Console, record: SweepRecord, wanted: Sweep) -> None:
     for goal in record.goals:
         if arms := [f"{label} {_with_bounds(value)}" for label, value in goal.shared_arms.items()]:
             _print(console, f"the same in all trials, to compare with {goal.label}: {', '.join(arms)}")
+    if record.no_gain:
+        _print(console, record.no_gain)
     for trial in record.trials:
         if trial.number in record.best:
-            _print(console, f"best: {shlex.join(trial.words)}")
+            _print(console, f"{'tied' if record.is_tied else 'best'}: {shlex.join(trial.words)}")
     if record.verdict:
         _print(console, record.verdict)
     for caution in record.cautions:
@@ -109,7 +111,7 @@ def _record(study: Study, wanted: Sweep) -> SweepRecord:
         )
         for number, objective in enumerate(wanted.objectives)
     ]
-    doubts = [] if is_smoke(wanted.profile) else [*_no_gain(goals, trials), *_doubts(study, best)]
+    smoke = is_smoke(wanted.profile)
     return SweepRecord(
         name=wanted.folder.name,
         recipe=wanted.recipe,
@@ -132,19 +134,20 @@ def _record(study: Study, wanted: Sweep) -> SweepRecord:
         best=best,
         verdict=_verdict(trials, best, wanted, _by_prompt(study, wanted)),
         importance=_importance(study, wanted),
-        cautions=[*wanted.cautions, *doubts],
+        cautions=[*wanted.cautions, *([] if smoke else _doubts(study, best))],
+        no_gain="" if smoke else _no_gain(goals, trials),
     )
 
 
-def _no_gain(goals: Sequence[Goal], trials: Sequence[Trial]) -> list[str]:
+def _no_gain(goals: Sequence[Goal], trials: Sequence[Trial]) -> str:
     """The arm that the sweep does not train and no trial surpasses, if there is one. The best trial comes first."""
     if len(goals) > 1 or not trials or not trials[0].figures or not goals[0].shared_arms:
-        return []
+        return ""
     sign = -1 if goals[0].minimize else 1
     label, value = max(goals[0].shared_arms.items(), key=lambda arm: sign * arm[1].mean)
     if sign * trials[0].figures[0].mean > sign * value.mean:
-        return []
-    return [f"no trial does better than {label} ({value.mean:.3f}), which the sweep does not change"]
+        return ""
+    return f"no trial does better than {label} ({value.mean:.3f}), which the sweep does not change"
 
 
 def _shared_arms(study: Study, objective: Objective, number: int) -> dict[str, Interval]:
@@ -229,36 +232,45 @@ def _verdict(
         )
     if len(done) < 2 or not (best_scores := by_prompt[done[0].number]):
         return ""
-    differences = {trial.number: _difference(best_scores, by_prompt[trial.number]) for trial in done[1:]}
-    unknown = [number for number, difference in differences.items() if difference is None]
+    tie = f"{_trials(best)} tie: their values are equal" if len(best) > 1 else ""
+    others = {trial.number: by_prompt[trial.number] for trial in done if trial.number not in best}
     minimize = wanted.objectives[0].minimize
+    verdict = _on_others(best_scores, others, minimize=minimize, num_trials=len(done))
+    return "; ".join(filter(None, (tie, verdict)))
+
+
+def _on_others(
+    best_scores: dict[str, float], others: Mapping[int, dict[str, float]], *, minimize: bool, num_trials: int
+) -> str:
+    """Which of the ``others``, trials with their scores by prompt, may be as good as the best of ``num_trials``."""
+    differences = {number: _differences(best_scores, scores) for number, scores in others.items()}
+    known = {number: difference for number, difference in differences.items() if difference}
+    unknown = [number for number in differences if number not in known]
+    if not known:
+        return ""
+    # The best was chosen from the data, so that any pair of trials may be the best and another.
+    pairs = num_trials * (num_trials - 1) // 2
+    p_values = paired_scores.p_values_among(list(known.values()), comparisons=pairs)
     even = [
         number
-        for number, difference in differences.items()
-        if difference is not None and not _is_better(difference, minimize=minimize)
+        for (number, difference), p in zip(known.items(), p_values, strict=True)
+        # On the shared prompts the best may even be worse, as it was ranked on all of its own.
+        if p >= LEVEL or (sum(difference) < 0) != minimize
     ]
-    if len(unknown) == len(differences):
-        return ""
     if even:
         sentence = f"{_trials(even)} may be as good: the difference is within chance"
     else:
-        others = "every other trial" if not unknown else "each trial that can be compared"
-        sentence = f"{others} is worse, paired by prompt, by more than chance explains"
+        compared = "every other trial" if not unknown else "each trial that can be compared"
+        sentence = f"{compared} is worse, paired by prompt, by more than chance explains"
     if not unknown:
         return sentence
     return f"{sentence}; {_trials(unknown)} cannot be compared on {FEWEST_PROMPTS} prompts or more"
 
 
-def _difference(best_scores: dict[str, float], other_scores: dict[str, float]) -> Interval | None:
-    """On the prompts of both; None if these are too few."""
+def _differences(best_scores: dict[str, float], other_scores: dict[str, float]) -> list[float]:
+    """On the prompts of both; empty if these are too few."""
     best_on_both, other_on_both, _ = paired_scores.in_both(best_scores, other_scores)
-    return paired_scores.difference(best_on_both, other_on_both) if len(best_on_both) >= FEWEST_PROMPTS else None
-
-
-def _is_better(difference: Interval, *, minimize: bool) -> bool:
-    """Whether the best trial is better by more than chance. On the shared prompts it may even be worse, as it was
-    ranked on all of its own."""
-    return difference.excludes_zero() and (difference.mean < 0) == minimize
+    return (paired_scores.differences(best_on_both, other_on_both) or []) if len(best_on_both) >= FEWEST_PROMPTS else []
 
 
 def _trials(numbers: Sequence[int]) -> str:

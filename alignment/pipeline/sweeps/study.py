@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -128,12 +129,15 @@ class Study:
         return [trial for trial in self.ended() if trial.state is self._states.FAIL]
 
     def best(self) -> list[int]:
-        """Number of the best trial (the first among equals), or of those in the Pareto set; empty until a trial is
+        """Numbers of the best trial and of those that equal it, or of those in the Pareto set; empty until a trial is
         done."""
-        if not self.completed():
-            return []
-        several = len(self._wanted.objectives) > 1
-        return [number_of(trial) for trial in (self._study.best_trials if several else [self._study.best_trial])]
+        done = self.completed()
+        if len(self._wanted.objectives) > 1:
+            done = self._study.best_trials if done else []
+        elif done:
+            best = self._study.best_value
+            done = [trial for trial in done if math.isclose(trial.value, best, rel_tol=1e-9, abs_tol=1e-12)]
+        return [number_of(trial) for trial in done]
 
     def importance(self, objective: int) -> dict[str, float]:
         """The share of each parameter in whether an objective is in its better half (Watanabe et al. 2023)."""

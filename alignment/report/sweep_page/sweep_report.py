@@ -65,8 +65,14 @@ def _lead(record: SweepRecord) -> str:
     so_far = "" if len(record.trials) >= record.number else " so far"
     if len(record.goals) > 1:
         return f"{len(record.best)} of {len(record.done)} trials{so_far} are not beaten by another in every metric."
-    best = record.trials[0]
-    return f"Best {record.goals[0].label}{so_far}: {_with_bounds(best.figures[0])}, in trial {best.number}."
+    no_gain = f"{record.no_gain[0].upper()}{record.no_gain[1:]}. " if record.no_gain else ""
+    best, label = record.trials[0], record.goals[0].label
+    if record.is_tied:
+        tied = text.listing([str(number) for number in sorted(record.best)])
+        return (
+            f"{no_gain}Trials {tied} tie{so_far}, so none of them is the best: {label} is {best.figures[0].mean:.3f}."
+        )
+    return f"{no_gain}Best {label}{so_far}: {_with_bounds(best.figures[0])}, in trial {best.number}."
 
 
 def _shared(goal: Goal) -> str:

@@ -91,7 +91,7 @@ def test_a_study_that_is_gone_back_to_says_again_what_it_said(runs: Runs) -> Non
     go(runs)
     first = json.loads(sweep_file.read_text())
     go(runs, "dpo_beta", "seed=7")
-    assert "may be as good" in json.loads(sweep_file.read_text())["verdict"]
+    assert " tie: " in json.loads(sweep_file.read_text())["verdict"]
     assert go(runs)[0] == 0
     assert len(runs.asked) == 8, "nothing was tried again"
     assert json.loads(sweep_file.read_text()) == first
@@ -103,13 +103,32 @@ def test_a_study_that_is_gone_back_to_says_again_what_it_said(runs: Runs) -> Non
     assert json.loads(sweep_file.read_text())["verdict"] == first["verdict"], "read from the artifacts"
 
 
-def test_others_that_may_be_as_good_are_named(runs: Runs) -> None:
-    """Prompts of one run are those of another, so a constant gain on each of them is no chance."""
+def test_of_trials_that_tie_none_is_called_the_best(runs: Runs) -> None:
     runs.figure = lambda settings: 0.5 if float(settings["stages.dpo.beta"]) < 0.4 else 0.4
     _, printed = go(runs)
-    assert "best: stages.dpo.beta=0.05" in printed
-    assert "trials 1, 2 may be as good" in printed
-    assert printed.count("best:") == 1
+    assert "best:" not in printed
+    assert [line for line in printed.splitlines() if line.startswith("tied: ")] == [
+        f"tied: stages.dpo.beta={beta}" for beta in BETAS[:3]
+    ]
+    verdict = "trials 0, 1, 2 tie: their values are equal; every other trial is worse"
+    assert f"\n{verdict}" in printed
+    page = (runs.output / "sweeps/quickstart.dpo_beta/sweep.html").read_text()
+    assert "Trials 0, 1 and 2 tie" in page
+    assert "Best style_and_facts" not in page
+
+
+@pytest.mark.parametrize(("trials", "is_worse"), [(4, True), (12, False)])
+def test_the_number_of_trials_counts_in_whether_the_others_are_worse(
+    runs: Runs, tmp_path: Path, trials: int, is_worse: bool
+) -> None:
+    """Ten prompts that are all better: p = 2 / 2¹⁰. Four trials have 6 pairs (p = .012), twelve have 66 (p = .13)."""
+    runs.has_prompt = lambda settings, index: index < 10
+    parameters = [{"key": "stages.dpo.beta", "values": [round(0.3 + 0.01 * index, 2) for index in range(trials)]}]
+    go(runs, own(runs, tmp_path, search="grid", parameters=parameters))
+    (sweep_file,) = runs.output.glob("sweeps/*/sweep.json")
+    verdict = json.loads(sweep_file.read_text())["verdict"]
+    assert verdict.startswith("every other trial is worse") is is_worse
+    assert ("may be as good" in verdict) is not is_worse
 
 
 def test_no_verdict_rests_on_fewer_than_ten_prompts(runs: Runs) -> None:
@@ -178,10 +197,10 @@ def test_a_sweep_whose_best_trial_gains_nothing_says_so(runs: Runs, sft: float, 
     runs.figure = lambda settings: 0.5 if settings["stages.dpo.beta"] == "0.3" else 0.4
     runs.other_arms = lambda settings: [arm("base", 0.101), arm("stage:sft", sft)]
     _, printed = go(runs)
-    caution = "no trial does better than sft (0.500), which the sweep does not change"
-    assert (f"caution: {caution}\n" in printed) == warned
+    no_gain = "no trial does better than sft (0.500), which the sweep does not change"
+    assert (f"{no_gain}\nbest: " in printed) == warned
     page = (runs.output / "sweeps/quickstart.dpo_beta/sweep.html").read_text()
-    assert (f"{caution.capitalize()}." in page) == warned
+    assert (f'<p class="lead">{no_gain.capitalize()}. Best ' in page) == warned
 
 
 @pytest.mark.parametrize(("base", "warned"), [(0.4, True), (0.6, False)])
