@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from alignment.config.evaluating import GateConfig
-from alignment.evaluation.paired_scores import difference, scores
+from alignment.evaluation.paired_scores import corrected_p_values, difference, differences, scores
 from alignment.records.evaluation import BETTER, FEWEST_PROMPTS, Comparison, Evaluation, adjusted_p_in_words
 from alignment.records.interval import Interval
 
@@ -101,6 +101,8 @@ def _outcome(
     of_arm = [item if item.arm == gate.arm else item.turned() for item in comparisons]
     wanted = (name, gate.arm, gate.against)
     own = next((item for item in of_arm if (item.metric or evaluation.primary, item.arm, item.against) == wanted), None)
+    if own is None and not why_unknown:
+        own = _compared_alone(gate, name, arm, against)
     labels = evaluation.label(gate.arm), evaluation.label(gate.against)
     return GateOutcome(
         compared=compared(*labels, name, higher_is_better=higher_is_better),
@@ -109,6 +111,23 @@ def _outcome(
         why_unknown=why_unknown,
         is_better=own is not None and evaluation.verdict(own) == BETTER,
         adjusted_p=None if own is None else own.adjusted_p,
+    )
+
+
+def _compared_alone(gate: GateConfig, metric: str, arm: dict[str, float], against: dict[str, float]) -> Comparison:
+    """The difference of two arms that the evaluation does not list, as a family of its own."""
+    interval = difference(arm, against)
+    assert interval is not None, "both have scores on the same prompts"
+    low, high = interval.bounds or (interval.mean, interval.mean)
+    (adjusted_p,) = corrected_p_values([differences(arm, against) or []])
+    return Comparison(
+        arm=gate.arm,
+        against=gate.against,
+        metric=metric,
+        difference=interval.mean,
+        low=low,
+        high=high,
+        adjusted_p=adjusted_p,
     )
 
 

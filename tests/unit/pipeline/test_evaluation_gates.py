@@ -6,6 +6,7 @@ import io
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from alignment.pipeline.execute.run import run_plan
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.records.evaluation import (
     ArmResult,
+    Comparison,
     Evaluation,
     Metric,
     Sample,
