@@ -75,8 +75,8 @@ def _choice(group: str, folders: Sequence[Path]) -> Schema:
 
 
 def _files(group: str, folders: Sequence[Path]) -> dict[str, Path]:
-    """The files of a group by name; one that lies beside the recipe goes before a shipped one."""
-    paths = [path for folder in (conf_folder(), *folders) for path in sorted((folder / group).glob("*.yaml"))]
+    """The files of a group by name; a shipped one goes before one that lies beside the recipe."""
+    paths = [path for folder in (*folders, conf_folder()) for path in sorted((folder / group).glob("*.yaml"))]
     return {path.stem: path for path in paths}
 
 

@@ -37,6 +37,7 @@ def of_plan(plan: Plan) -> list[str]:
     notes = [f"this is {doubts.SMOKE}"] if doubts.is_smoke(plan.profile) else []
     if plan.dropped_gates:
         notes.append(f"profile={plan.profile} drops the gates of {text.listing(list(plan.dropped_gates))}")
+    notes += plan.remarks
     if warning := frozen_rows(plan):
         notes.append(warning)
     notes += _adapters_from_outside(plan)

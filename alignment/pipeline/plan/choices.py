@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from hydra import compose as hydra_compose
 from hydra.core.global_hydra import GlobalHydra
@@ -16,8 +15,9 @@ from omegaconf import DictConfig
 from alignment.config.did_you_mean import suggestion
 from alignment.config.faults import Fault
 from alignment.config.replaced_keys import instead_of_choice
-from alignment.config.store import BACKEND, GROUPS, SEVERAL, conf_folder, recipes_folder
+from alignment.config.store import BACKEND, GROUPS, SEVERAL, conf_folder
 from alignment.pipeline.plan import profile as profiles
+from alignment.pipeline.plan.hydra_files import Files
 from alignment.pipeline.plan.profile import Profile
 
 
@@ -32,7 +32,7 @@ def is_profile(override: Override) -> bool:
     return override.key_or_group == profiles.GROUP
 
 
-def profile(path: Path, search: str, overrides: list[Override]) -> tuple[Profile | None, list[Fault]]:
+def profile(files: Files, overrides: list[Override]) -> tuple[Profile | None, list[Fault]]:
     """The profile that the command line asks for, and the faults in how it asks.
 
     Raises:
@@ -44,11 +44,14 @@ def profile(path: Path, search: str, overrides: list[Override]) -> tuple[Profile
     if len(overrides) > 1 or overrides[0].is_delete() or overrides[0].package is not None:
         return None, [Fault(where=where, message=f"write {profiles.GROUP}=NAME, once")]
     loader = GlobalHydra.instance().config_loader()
-    known = loader.get_group_options(profiles.GROUP, config_name=path.stem, overrides=[search])
+    known = loader.get_group_options(profiles.GROUP, config_name=files.name, overrides=[files.search])
     name = str(overrides[0].value())
     if name not in known:
         return None, [Fault(where=where, message=f"no {profiles.GROUP} '{name}'; {suggestion(name, known)}")]
-    return profiles.read(name, [path.parent, conf_folder(), recipes_folder()]), []
+    shipped, beside = (folder / profiles.GROUP / f"{name}.yaml" for folder in (conf_folder(), files.recipe.parent))
+    path = shipped if shipped.is_file() else beside
+    files.note(f"{profiles.GROUP}/{name}", path)
+    return profiles.read(path), []
 
 
 def backend(search: str, groups: Sequence[str]) -> DictConfig | None:
@@ -70,7 +73,7 @@ def with_profile(overrides: list[Override], chosen: Profile | None) -> list[Over
     return [*added, *overrides]
 
 
-def expanded(name: str, search: str, overrides: list[Override]) -> tuple[list[str], list[Fault]]:
+def expanded(files: Files, overrides: list[Override]) -> tuple[list[str], list[Fault]]:
     """The valid group overrides in Hydra's form, and the faults in the others.
 
     A bare ``adapter=full`` becomes one override for every stage that picks an adapter.
@@ -78,12 +81,14 @@ def expanded(name: str, search: str, overrides: list[Override]) -> tuple[list[st
     if not overrides:
         return [], []
     loader = GlobalHydra.instance().config_loader()
-    defaults = loader.compute_defaults_list(config_name=name, overrides=[search], run_mode=RunMode.RUN)
+    defaults = loader.compute_defaults_list(config_name=files.name, overrides=[files.search], run_mode=RunMode.RUN)
     keys = [str(key) for key in defaults.overrides.known_choices if not str(key).startswith("hydra/")]
-    files = {group: loader.get_group_options(group, config_name=name, overrides=[search]) for group in GROUPS}
+    options = {
+        group: loader.get_group_options(group, config_name=files.name, overrides=[files.search]) for group in GROUPS
+    }
     accepted, faults = [], []
     for override in overrides:
-        expanded, fault = _expand(override, keys, files)
+        expanded, fault = _expand(override, keys, options)
         accepted.extend(expanded)
         if fault is not None:
             faults.append(fault)

@@ -24,7 +24,7 @@ from alignment.config import yaml_file
 from alignment.config.backend import MachinesBackend, SlurmBackend
 from alignment.config.did_you_mean import suggestion
 from alignment.config.faults import Fault, refuse
-from alignment.config.store import conf_folder, recipe_names, recipes_folder, sweep_names
+from alignment.config.store import recipe_names, recipes_folder, sweep_names
 from alignment.core.deadline import Bounded
 from alignment.core.errors import ConfigError
 from alignment.data.missing_files import similar_name
@@ -48,8 +48,9 @@ class Composition:
     """The tree that files and overrides compose to, not yet typed, and the ``faults`` found so far.
 
     ``written`` are the dotted keys that the user's recipe file sets and no override changes. ``names_model`` says
-    whether a recipe or an override names the base model. ``profile`` is the name
-    of the profile that was applied, if any, and ``dropped_gates`` are the stages whose gates it removed.
+    whether a recipe or an override names the base model. ``profile`` is the name of the profile that was applied, if
+    any, and ``dropped_gates`` are the stages whose gates it removed. ``unread`` are files beside the recipe that are not
+    read, because shipped files have their names.
     """
 
     recipe: str
@@ -59,6 +60,7 @@ class Composition:
     profile: str = ""
     dropped_gates: tuple[str, ...] = ()
     names_model: bool = True
+    unread: tuple[Path, ...] = ()
 
     def placed(self, fault: Fault) -> Fault:
         """The fault, with the recipe's file in front if the user's recipe sets the faulty key."""
@@ -74,7 +76,8 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
     path = find_recipe(recipe)
     _check_recipe_text(path)
     parsed, faults = parse(overrides)
-    tree, profile, chosen, choice_faults = _files(path, parsed)
+    files = _files(path, parsed)
+    tree, profile, choice_faults = files.tree, files.profile, files.faults
     values = [o for o in parsed if not choices.is_group(o) and not choices.is_profile(o)]
     changed = [] if profile is None else [key for key, _ in leaves(profile.changes(_written(tree)))]
     gated = []
@@ -91,7 +94,7 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
     plain, plain_faults = _plain(tree)
     if not plain_faults:
         changed += [key for o in values if not o.is_delete() for key, _ in leaves({o.key_or_group: o.value()})]
-        choice_faults += replaced_choices.faults(chosen, plain, changed=changed)
+        choice_faults += replaced_choices.faults(files.chosen, plain, changed=changed)
     plain.setdefault("name", path.stem)
     if profile is not None and isinstance(plain["name"], str):
         plain["name"] = profile.named(plain["name"])
@@ -104,6 +107,7 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
         profile="" if profile is None else profile.name,
         dropped_gates=tuple(name for name in gated if name not in _gated(plain)),
         names_model="model.source" in keys or not changed_keys.isdisjoint({"model", "model.source"}),
+        unread=files.unread,
     )
 
 
@@ -119,26 +123,43 @@ def tree_of(overrides: Sequence[str], *, example: str) -> tuple[dict[str, Any], 
     return plain, [*faults, *value_faults, *plain_faults]
 
 
-def _files(
-    path: Path, overrides: Sequence[Override]
-) -> tuple[DictConfig, Profile | None, list[ChosenFile], list[Fault]]:
-    """The recipe's files merged with the chosen ones, the profile, the files that the command line chooses, and the
-    faults in the choices.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Files:
+    """A recipe's files merged with the chosen ones, the profile, the files that the command line chooses, the files
+    that are ``unread`` because shipped ones have their names, and the faults in the choices."""
+
+    tree: DictConfig
+    profile: Profile | None
+    chosen: list[ChosenFile]
+    unread: tuple[Path, ...]
+    faults: list[Fault]
+
+
+def _files(path: Path, overrides: Sequence[Override]) -> _Files:
+    """Merges the files of a recipe.
 
     Raises:
         ConfigError: the files do not compose.
     """
-    with composing(path.parent):
-        search = f"hydra.searchpath=[{_quoted(conf_folder())},{_quoted(recipes_folder())}]"
+    with composing(path) as files:
+        search = files.search
         try:
-            profile, profile_faults = choices.profile(path, search, [o for o in overrides if choices.is_profile(o)])
+            asked = [o for o in overrides if choices.is_profile(o)]
+            profile, profile_faults = choices.profile(files, asked)
             chosen = choices.with_profile([o for o in overrides if choices.is_group(o)], profile)
-            groups, group_faults = choices.expanded(path.stem, search, chosen)
-            tree = hydra_compose(config_name=path.stem, overrides=[search, *groups])
+            groups, group_faults = choices.expanded(files, chosen)
+            tree = hydra_compose(config_name=files.name, overrides=[search, *groups])
             backend = choices.backend(search, groups)
-            files = chosen_files(search, groups, overrides)
+            of_user = chosen_files(search, groups, overrides)
         except MissingConfigException as error:
             raise ConfigError(f"{_first_paragraph(error)}{choices.nearest_file(error)}", where=str(path)) from error
+        except RecursionError:
+            files_in_circle = ", ".join(map(str, files.in_circle()))
+            raise ConfigError(
+                f"these files include each other without an end: {files_in_circle}",
+                where=str(path),
+                remedy="remove one of these names from the list 'defaults' of a file",
+            ) from None
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             if _CONFUSED in str(error):
                 shape_faults = wrong_shapes(yaml_file.read(path), registry.config_classes())
@@ -147,7 +168,13 @@ def _files(
     OmegaConf.set_struct(tree, False)
     if backend is not None:
         OmegaConf.update(tree, "launch.backend", backend, merge=False)
-    return tree, profile, files, [*profile_faults, *group_faults]
+    return _Files(
+        tree=tree,
+        profile=profile,
+        chosen=of_user,
+        unread=tuple(sorted(files.unread)),
+        faults=[*profile_faults, *group_faults],
+    )
 
 
 def _keys_written(path: Path) -> frozenset[str]:
@@ -280,11 +307,6 @@ def _plain(tree: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
             faults.append(Fault(where=str(error.full_key or "recipe"), message=_first_paragraph(error)))
     assert isinstance(written, dict)
     return {str(key): value for key, value in written.items()}, faults
-
-
-def _quoted(path: Path) -> str:
-    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'file://{escaped}'"
 
 
 def _first_paragraph(error: BaseException) -> str:

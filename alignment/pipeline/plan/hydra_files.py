@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra import initialize_config_dir
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
@@ -26,6 +26,7 @@ from hydra.version import VersionBase
 
 from alignment.config import yaml_file
 from alignment.config.faults import Fault, refuse
+from alignment.config.store import conf_folder, recipes_folder
 from alignment.pipeline.plan.hostile import hostile
 
 _HYDRA = "1.3"
@@ -34,22 +35,64 @@ _READ: dict[tuple[object, ...], ConfigResult] = {}
 """Files as they were read, by name and state: a sweep composes the same ones for every trial."""
 
 
+class Files:
+    """The files of one composition. A name means the shipped file; those beside the recipe add names.
+
+    ``name`` is what Hydra calls the ``recipe``, which no file can be called. ``unread`` are files beside the recipe
+    that have the name of a shipped one.
+    """
+
+    def __init__(self, recipe: Path) -> None:
+        self.recipe = recipe
+        self.name = f"recipe {recipe.name}"
+        self.unread: dict[Path, None] = {}
+        self._read: list[Path] = []
+
+    @property
+    def search(self) -> str:
+        """The override that makes Hydra look beside the recipe after it looked at the shipped files."""
+        return f"hydra.searchpath=[{_quoted(recipes_folder())},{_quoted(self.recipe.parent)}]"
+
+    def in_circle(self) -> list[Path]:
+        """The files beside the recipe that include each other, and those that lead to them."""
+        included = {path: _included(path) for path in self._read}
+        while ends := [path for path in included if not included[path] & {other.stem for other in included}]:
+            included = {path: names for path, names in included.items() if path not in ends}
+        return list(included)
+
+    def note(self, name: str, path: Path) -> None:
+        """Notes that a file was read under this name."""
+        beside = self.recipe.parent / f"{name}.yaml"
+        if path == beside:
+            self._read.append(path)
+        elif beside != self.recipe and beside.is_file():
+            self.unread[beside] = None
+
+
 class _CheckedFiles(FileConfigSource):
+    files: ClassVar[Files]
+
+    def is_config(self, config_path: str) -> bool:
+        return config_path == self.files.name or bool(super().is_config(config_path))
+
     def load_config(self, config_path: str) -> ConfigResult:
-        path = (Path(self.path) / self._normalize_file_name(config_path)).resolve()
+        is_recipe = config_path == self.files.name
+        path = self.files.recipe if is_recipe else Path(self.path) / self._normalize_file_name(config_path)
         if not path.is_file():
             return super().load_config(config_path)
+        if not is_recipe:
+            self.files.note(config_path, path)
         state = path.stat()
-        key = (self.provider, self.path, config_path, state.st_ino, state.st_size, state.st_mtime_ns)
+        key = (self.provider, path, state.st_ino, state.st_size, state.st_mtime_ns)
         if key not in _READ:
             refuse_hostile_defaults(path, yaml_file.read(path))
-            _READ[key] = super().load_config(config_path)
+            _READ[key] = super().load_config(str(path))
         return copy.deepcopy(_READ[key])  # Hydra changes what it gets
 
 
 @contextmanager
-def composing(folder: Path) -> Iterator[None]:
-    """Initialises Hydra with the configuration in ``folder``; its files are read through the class above."""
+def composing(recipe: Path) -> Iterator[Files]:
+    """Initialises Hydra for a recipe; its files are read through the class above."""
     with _IN_USE:
         Plugins.instance()  # registers Hydra's own class first
         instance, version = GlobalHydra.instance(), VersionBase.instance()
@@ -57,9 +100,10 @@ def composing(folder: Path) -> Iterator[None]:
         hydra, version_base, source = instance.hydra, version.getbase(), sources[scheme]
         instance.clear()
         sources[scheme] = _CheckedFiles
+        _CheckedFiles.files = Files(recipe)
         try:
-            with initialize_config_dir(config_dir=str(folder), version_base=_HYDRA):
-                yield
+            with initialize_config_dir(config_dir=str(conf_folder()), version_base=_HYDRA):
+                yield _CheckedFiles.files
         finally:
             sources[scheme] = source
             version.version_base = version_base
@@ -76,3 +120,19 @@ def refuse_hostile_defaults(path: Path, content: Any) -> None:
     defaults = content.get("defaults") if isinstance(content, dict) else None
     faults = hostile(defaults, where="defaults")
     refuse([Fault(where=f"{path}: {fault.where}", message=fault.message) for fault in faults])
+
+
+def _included(path: Path) -> set[str]:
+    """The names of the files in a defaults list, without their groups."""
+    content = yaml_file.read(path)
+    defaults = content.get("defaults") if isinstance(content, dict) else None
+    names: set[str] = set()
+    for entry in defaults if isinstance(defaults, list) else ():
+        files = entry.values() if isinstance(entry, dict) else [entry]
+        names |= {Path(str(file).partition("@")[0]).stem for file in files}
+    return names
+
+
+def _quoted(path: Path) -> str:
+    escaped = str(path).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'file://{escaped}'"

@@ -103,7 +103,8 @@ class PlannedStage:
 class Plan:
     """All that ``run`` needs. ``sources`` are the models from outside the run, by the reference that the user wrote;
     ``profile`` names the profile that was applied, if any, and ``dropped_gates`` the stages whose gates it removed.
-    ``store`` holds artifacts for several machines, if set."""
+    ``remarks`` are sentences on what the user wrote and the plan does not use. ``store`` holds artifacts for several
+    machines, if set."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -114,6 +115,7 @@ class Plan:
     stages: tuple[PlannedStage, ...]
     profile: str = ""
     dropped_gates: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
     store: ObjectStore | None = None
 
     @property
@@ -176,6 +178,9 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) ->
         stages=stages,
         profile=composition.profile,
         dropped_gates=composition.dropped_gates,
+        remarks=tuple(
+            f"{path} is not read: a shipped file has its name; to use yours, rename it" for path in composition.unread
+        ),
         store=store,
     )
 

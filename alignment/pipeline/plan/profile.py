@@ -110,13 +110,13 @@ class Profile:
         return changes
 
 
-def read(name: str, folders: list[Path]) -> Profile:
-    """The profile of this name, from the first of the folders that has it; one of them must have it.
+def read(path: Path) -> Profile:
+    """The profile that a file describes.
 
     Raises:
         ConfigError: its file is malformed.
     """
-    path = next(path for folder in folders if (path := folder / GROUP / f"{name}.yaml").is_file())
+    name = path.stem
     content = yaml_file.read(path) or {}
     parts = _group(content, [part.name for part in fields(Profile) if part.name != "name"], where=str(path))
     for part, value in parts.items():

@@ -129,6 +129,42 @@ def test_a_recipe_of_the_user_s_own_builds_on_shipped_ones_and_brings_choices(tm
     assert composed(str(recipe), "model=smollm2_135m").model.source == "bundled:smollm2-135m"
 
 
+@pytest.mark.parametrize("name", ["base", "quickstart", "recipe", "a@b", "launch"])
+def test_a_recipe_may_have_any_name(tmp_path: Path, name: str) -> None:
+    included = "quickstart" if name == "quickstart" else "base"
+    recipe = tmp_path / f"{name}.yaml"
+    recipe.write_text(f"defaults: [{included}, stage@stages.more: sft, _self_]\nname: mine\nseed: 7\n")
+    config = composed(str(recipe), "launch=ddp")
+    assert (config.seed, config.model.source, config.launch.num_processes) == (7, "bundled:smollm2-135m", 0)
+    assert ("dpo" in config.stages) == (name == "quickstart")
+
+
+def test_a_file_beside_the_recipe_never_replaces_a_shipped_one(tmp_path: Path) -> None:
+    unrelated = {"base": "hello: 1", "stage/sft": "kind: dpo", "profile/smoke": "{}", "launch/ddp": "hello: 1"}
+    for name, content in unrelated.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.yaml").write_text(content)
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("defaults: [base, stage@stages.sft: sft, _self_]\n")
+    assert compose(str(recipe), []).unread == (tmp_path / "base.yaml", tmp_path / "stage/sft.yaml")
+    config = composed(str(recipe), "launch=ddp", "profile=smoke")
+    assert (config.stages["sft"].kind, config.launch.num_processes, config.name) == ("sft", 1, "mine-smoke")
+    assert set(compose(str(recipe), ["launch=ddp", "profile=smoke"]).unread) == {
+        tmp_path / f"{name}.yaml" for name in unrelated
+    }
+
+
+@pytest.mark.parametrize("files", [("mine",), ("mine", "other"), ("mine", "other", "third")])
+def test_recipes_that_include_each_other_are_named(tmp_path: Path, files: tuple[str, ...]) -> None:
+    (tmp_path / "innocent.yaml").write_text("seed: 3\n")
+    for name, included in zip(files, (*files[1:], files[0]), strict=True):
+        (tmp_path / f"{name}.yaml").write_text(f"defaults: [base, innocent, {included}, _self_]\n")
+    with pytest.raises(ConfigError) as caught:
+        compose(str(tmp_path / "mine.yaml"), [])
+    assert all(f"{name}.yaml" in caught.value.message for name in files)
+    assert "innocent" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("override", "value"),
     [

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from alignment.core import hardware
-from alignment.pipeline.execute.notes import advice, of_plan, of_result
+from alignment.pipeline.execute.notes import advice, of_plan, of_result, on_a_plan
 from alignment.pipeline.execute.plan_table import show_plan
 from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.summary import show_doubts
@@ -88,6 +88,15 @@ def test_what_the_note_says_to_add_plans(overrides: list[str], tmp_path: Path) -
 )
 def test_what_is_odd_is_said_exactly(plan: MakePlan, override: str, note: str) -> None:
     assert of_plan(plan(override)) == [note]
+
+
+def test_a_file_that_a_shipped_one_goes_before_is_named(overrides: list[str], tmp_path: Path) -> None:
+    recipe, unrelated = tmp_path / "mine.yaml", tmp_path / "base.yaml"
+    recipe.write_text("defaults: [quickstart, _self_]\n")
+    before = on_a_plan(make_plan(str(recipe), overrides))
+    unrelated.write_text("hello: 1\n")
+    (note,) = set(on_a_plan(make_plan(str(recipe), overrides))) - set(before)
+    assert str(unrelated) in note
 
 
 @pytest.mark.usefixtures("apart")

@@ -171,7 +171,7 @@ def test_settings_at_their_defaults_are_no_part_of_a_fingerprint() -> None:
 def test_a_smoke_run_does_not_look() -> None:
     looks = {"share": 0.5, "data": {"source": "path:own.jsonl"}, "every": 100, "keep_best": True, "patience": 2}
     stages = {kind: {"kind": kind, "validation": looks} for kind in ("cpt", "sft", "reward", "dpo")}
-    smoke = profile.read("smoke", [conf_folder()]).applied_to({"stages": stages})["stages"]
+    smoke = profile.read(conf_folder() / "profile/smoke.yaml").applied_to({"stages": stages})["stages"]
     for stage in smoke.values():
         assert ValidationConfig(**{**stage["validation"], "data": DataConfig(**stage["validation"]["data"])}) == (
             ValidationConfig()
