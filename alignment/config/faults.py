@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from alignment.core.errors import ConfigError
@@ -13,11 +13,13 @@ from alignment.core.errors import ConfigError
 class Fault:
     """One error in a configuration.
 
+    A setting that merely has no effect is noted by a plan, and not refused: its ``reader`` says what would use it.
     Example: ``Fault(where="stages.dpo.bata", message="unknown key; did you mean 'beta'?")``
     """
 
     where: str
     message: str
+    reader: str = ""
 
     def __str__(self) -> str:
         return f"{self.where}: {self.message}"
@@ -38,7 +40,8 @@ def refuse(faults: Sequence[Fault]) -> None:
 
 
 def unread_faults(group: Any, default: Any, names: Sequence[str], where: str, reader: str) -> Iterator[Fault]:
-    """A fault for each of the group's fields that is not at its default although it has no effect.
+    """A fault for each of the group's fields that is not at its default although it has no effect, for settings that
+    ask for something which a stage would then not learn or measure.
 
     A setting at its default is always accepted. ``reader`` says what would use the setting.
     """
@@ -47,6 +50,12 @@ def unread_faults(group: Any, default: Any, names: Sequence[str], where: str, re
         if value != usual:
             message = f"{_shown(value)} has no effect; {reader} uses it; leave it at {_shown(usual)}"
             yield Fault(where=f"{where}.{name}", message=message)
+
+
+def unread_notes(group: Any, default: Any, names: Sequence[str], where: str, reader: str) -> Iterator[Fault]:
+    """The same for other settings, which a plan only notes."""
+    for fault in unread_faults(group, default, names, where, reader):
+        yield replace(fault, reader=reader)
 
 
 def _shown(value: Any) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from alignment.config.did_you_mean import suggestion
 from alignment.config.evaluating import AnswersConfig
-from alignment.config.faults import Fault
+from alignment.config.faults import Fault, unread_notes
 from alignment.config.scoring import MAJORITY, MetricConfig, pass_size
 from alignment.config.sweep import PRIMARY
 from alignment.records.evaluation import ARM_METRICS, Metric
@@ -33,10 +33,9 @@ def faults(metrics: Sequence[MetricConfig], primary: str | None, answers: Answer
     for number, metric in enumerate(metrics):
         if message := _wrong_aggregate(metric, answers.per_prompt):
             yield Fault(where=f"{where}.metrics[{number}].aggregate", message=message)
-        elif metric.passing_score != MetricConfig().passing_score and pass_size(metric.aggregate) is None:
-            reader = f"only the aggregate pass@K uses it, but aggregate is {metric.aggregate!r}"
-            message = f"{metric.passing_score:g} has no effect; {reader}"
-            yield Fault(where=f"{where}.metrics[{number}].passing_score", message=message)
+        elif pass_size(metric.aggregate) is None:
+            reader = "only the aggregate pass@K"
+            yield from unread_notes(metric, MetricConfig(), ("passing_score",), f"{where}.metrics[{number}]", reader)
     names = [metric.name for metric in metrics]
     for number, name in enumerate(names):
         if message := _wrong_name(name, names[:number]):

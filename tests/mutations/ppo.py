@@ -253,7 +253,7 @@ MUTATIONS = [
             "a small horizon makes the coefficient of KL negative",
             "elif config.kl.horizon * 5 <= config.optim.batch_size:",
             "elif False:",
-            "test_what_the_other_settings_leave_without_a_reader_is_refused",
+            "test_settings_that_contradict_each_other_are_refused",
         ),
     ),
 ]

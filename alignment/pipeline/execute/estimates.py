@@ -134,10 +134,13 @@ def _way(plan: Plan, stage: PlannedStage, overrides: tuple[str, ...], folder: Pa
 
 
 def _variant(plan: Plan, stage: PlannedStage, overrides: Sequence[str]) -> tuple[Plan, PlannedStage] | None:
-    """The plan with further overrides, and the stage in it; None if it is refused."""
+    """The plan with further overrides, and the stage in it; None if it is refused, or one of them has no effect."""
     try:
         other = make_plan(plan.recipe, [*plan.overrides, *overrides], find=resolve_shapes)
     except AlignmentError:
+        return None
+    without_effect = {setting.where for setting in other.unread_settings}
+    if without_effect & {override.partition("=")[0] for override in overrides}:
         return None
     return other, next(planned for planned in other.stages if planned.name == stage.name)
 

@@ -16,7 +16,7 @@ from alignment.core.model_files import is_adapter, weights_size
 from alignment.data.overlap import HeldOut, LocatedText, Overlap
 from alignment.pipeline.backends import feasibility
 from alignment.pipeline.execute import automatic_sizes
-from alignment.pipeline.plan import gate_checks, references, validation_checks
+from alignment.pipeline.plan import gate_checks, references, unread, validation_checks
 from alignment.pipeline.plan.frozen_rows import frozen_rows
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.pipeline.plan.row_counts import labels_of, most_rows_of
@@ -37,7 +37,7 @@ def of_plan(plan: Plan) -> list[str]:
     notes = [f"this is {doubts.SMOKE}"] if doubts.is_smoke(plan.profile) else []
     if plan.dropped_gates:
         notes.append(f"profile={plan.profile} drops the gates of {text.listing(list(plan.dropped_gates))}")
-    notes += plan.remarks
+    notes += _unread(plan)
     if warning := frozen_rows(plan):
         notes.append(warning)
     notes += _adapters_from_outside(plan)
@@ -58,6 +58,13 @@ def _adapters_from_outside(plan: Plan) -> Iterator[str]:
         if source.folder is not None and is_adapter(source.folder):
             unsure = doubt(read_adapter(source.folder, where=ref), plan.base)
             yield f"{ref} is an adapter on {plan.base.source}{f', although {unsure}' if unsure else ''}"
+
+
+def _unread(plan: Plan) -> Iterator[str]:
+    """Files beside the recipe that are not read, and settings without effect."""
+    for path in plan.unread_files:
+        yield f"{path} is not read: a shipped file has its name; to use yours, rename it"
+    yield from unread.sentences(plan.unread_settings)
 
 
 def advice(plan: Plan) -> list[str]:

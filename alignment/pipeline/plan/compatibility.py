@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from alignment.config.faults import Fault
+from alignment.config.faults import Fault, unread_notes
 from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.model import Dtype
 from alignment.config.optim import Moments
@@ -35,11 +35,11 @@ def _message(launch: LaunchConfig, refusal: Refusal) -> str:
 
 def _launch_faults(launch: LaunchConfig) -> Iterator[Fault]:
     if launch.offload is Offload.optimizer and not launch.sharding.by_deepspeed:
-        message = f"'optimizer' has no effect with launch.sharding={launch.sharding.value}; use zero1, zero2 or zero3"
-        yield Fault(where="launch.offload", message=message)
-    if launch.offload is Offload.weights and launch.sharding not in (Sharding.zero3, Sharding.fsdp):
-        message = f"'weights' has no effect with launch.sharding={launch.sharding.value}; use zero3 or fsdp"
-        yield Fault(where="launch.offload", message=message)
+        reader = "for the optimizer, only launch.sharding 'zero1', 'zero2' or 'zero3'"
+        yield from unread_notes(launch, LaunchConfig(), ("offload",), "launch", reader)
+    if launch.offload is Offload.weights and not launch.sharding.of_weights:
+        reader = "for weights, only launch.sharding 'zero3' or 'fsdp'"
+        yield from unread_notes(launch, LaunchConfig(), ("offload",), "launch", reader)
     rank, machines = launch.backend.machine_rank, launch.backend.num_machines
     if rank >= machines:
         message = f"{rank} is not a valid rank for {machines} machines; ranks start at 0"

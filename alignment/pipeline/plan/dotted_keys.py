@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -13,6 +13,17 @@ def leaves(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def without(tree: Any, paths: Collection[str], at: str = "") -> Any:
+    """The tree, which stands ``at`` a path, without the values at these paths, such as
+    ``stages.evaluate.metrics[0].passing_score``."""
+    if isinstance(tree, Mapping):
+        keys = {key: f"{at}.{key}".removeprefix(".") for key in tree}
+        return {key: without(tree[key], paths, path) for key, path in keys.items() if path not in paths}
+    if isinstance(tree, (list, tuple)):
+        return [without(item, paths, f"{at}[{number}]") for number, item in enumerate(tree)]
+    return tree
 
 
 def nested(keys: Sequence[str], value: Any) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from alignment.config.data import OnError, SourceConfig
-from alignment.config.faults import refuse
+from alignment.config.faults import Fault, refuse
 from alignment.config.model import ModelConfig
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig, TrainedConfig
@@ -37,6 +37,7 @@ from alignment.pipeline.plan import (
 from alignment.pipeline.plan.actions import Action, Actions
 from alignment.pipeline.plan.compose import compose, find_recipe
 from alignment.pipeline.plan.depths import Depths
+from alignment.pipeline.plan.dotted_keys import without
 from alignment.pipeline.plan.made_rows import DATA, RowsOfStages
 from alignment.pipeline.plan.row_counts import Seen
 from alignment.pipeline.remote.object_store import ObjectStore, connected
@@ -103,8 +104,8 @@ class PlannedStage:
 class Plan:
     """All that ``run`` needs. ``sources`` are the models from outside the run, by the reference that the user wrote;
     ``profile`` names the profile that was applied, if any, and ``dropped_gates`` the stages whose gates it removed.
-    ``remarks`` are sentences on what the user wrote and the plan does not use. ``store`` holds artifacts for several
-    machines, if set."""
+    ``unread_files`` lie beside the recipe and have the names of shipped files. ``unread_settings`` have no effect, and
+    are at their defaults in ``config``. ``store`` holds artifacts for several machines, if set."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -115,7 +116,8 @@ class Plan:
     stages: tuple[PlannedStage, ...]
     profile: str = ""
     dropped_gates: tuple[str, ...] = ()
-    remarks: tuple[str, ...] = ()
+    unread_files: tuple[Path, ...] = ()
+    unread_settings: tuple[Fault, ...] = ()
     store: ObjectStore | None = None
 
     @property
@@ -150,8 +152,13 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) ->
     ]
     later += compatibility.faults(config)
     every_fault = [*faults, *(fault for fault in later if fault.where not in named)]
-    every_fault += made_rows.faults(config.stages) if not every_fault else []
-    refuse([composition.placed(fault) for fault in every_fault])
+    unread_settings = tuple(fault for fault in every_fault if fault.reader)
+    refused = [fault for fault in every_fault if not fault.reader]
+    refused += made_rows.faults(config.stages) if not refused else []
+    refuse([composition.placed(fault) for fault in refused])
+    if unread_settings:  # a result does not depend on them, so its fingerprint must not either
+        read = without(composition.tree, {fault.where for fault in unread_settings})
+        config, _ = convert(read, registry.config_classes())
     config = settings.completed(config)
     data, seen = _checked_data(config, recipe_folder)
     if not composition.names_model and config.model.source == ModelConfig().source:
@@ -178,9 +185,8 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) ->
         stages=stages,
         profile=composition.profile,
         dropped_gates=composition.dropped_gates,
-        remarks=tuple(
-            f"{path} is not read: a shipped file has its name; to use yours, rename it" for path in composition.unread
-        ),
+        unread_files=composition.unread,
+        unread_settings=unread_settings,
         store=store,
     )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from alignment.config.faults import Fault, unread_faults
+from alignment.config.faults import Fault, unread_faults, unread_notes
 from alignment.config.reward_server import ServerApi, ServerConfig
 from alignment.config.scoring import Combine, EnsembleConfig, MemberConfig, ScorerConfig, ScoreSourceConfig
 from alignment.config.stage import StageConfig
@@ -65,7 +65,7 @@ def _server_faults(server: ServerConfig, path: str, hang_seconds: float) -> Iter
         yield Fault(where=f"{path}.label", message=message)
     if api.single:
         readers = "an api whose calls can have several answers"
-        yield from unread_faults(server, ServerConfig(), ("batch_size",), path, readers)
+        yield from unread_notes(server, ServerConfig(), ("batch_size",), path, readers)
 
 
 def _ensemble_faults(ensemble: EnsembleConfig, path: str) -> Iterator[Fault]:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from alignment.config.adapter import AdapterKind
+from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.config.did_you_mean import suggestion
-from alignment.config.faults import Fault
+from alignment.config.faults import Fault, unread_notes
 from alignment.config.launch import LaunchConfig
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import Moments
@@ -113,7 +113,7 @@ def _seconds(time: str) -> int:
 
 
 def _master_faults(stage: TrainedConfig, dtype: Dtype, path: str) -> Iterator[Fault]:
-    adapter, where = stage.adapter, f"{path}.adapter.master_weights"
+    adapter, where = stage.adapter, f"{path}.adapter"
     if adapter.trains_modules and dtype is Dtype.bfloat16 and stage.optim.moments is not Moments.full:
         message = (
             f"{stage.optim.moments.value!r} needs float32 weights, but adapter.modules_to_save are trained in "
@@ -126,9 +126,9 @@ def _master_faults(stage: TrainedConfig, dtype: Dtype, path: str) -> Iterator[Fa
         message = f"{stage.optim.moments.value!r} needs float32 weights; use full, or master_weights: true"
         yield Fault(where=f"{path}.optim.moments", message=message)
     if adapter.kind is not AdapterKind.full:
-        yield Fault(where=where, message="false has no effect; only adapter.kind 'full' uses it")
+        yield from unread_notes(adapter, AdapterConfig(), ("master_weights",), where, "only adapter.kind 'full'")
     elif dtype is Dtype.float32:
-        yield Fault(where=where, message="false saves no memory if model.dtype is float32; use bfloat16, or true")
+        yield from unread_notes(adapter, AdapterConfig(), ("master_weights",), where, "only model.dtype 'bfloat16'")
 
 
 def source_faults(data: SourceConfig, where: str) -> Iterator[Fault]:

@@ -1,25 +1,35 @@
-"""Refuses settings that have no effect together with the others: they would mislead, and change a fingerprint for
-nothing.
+"""Settings of adapters and long rows that have no effect together with the others.
 
 A setting at its default is always accepted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 
 from alignment.config.adapter import LOW_RANK, READ_BY, AdapterConfig
-from alignment.config.faults import Fault, unread_faults
+from alignment.config.faults import Fault, unread_notes
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig
 from alignment.config.too_long import TooLong, TooLongConfig
+from alignment.report.kit import text
 from alignment.stages.registry import as_trained, kind_of
 
 
 def faults(config: RunConfig) -> list[Fault]:
     """A fault for every setting in a run that has no effect."""
     return [fault for name, stage in config.stages.items() for fault in _stage_faults(stage, f"stages.{name}")]
+
+
+def sentences(settings: Iterable[Fault]) -> Iterator[str]:
+    """A sentence for the settings without effect that the same reader would use."""
+    names_of: dict[str, dict[str, None]] = {}
+    for setting in settings:
+        names_of.setdefault(setting.reader, {})[setting.where] = None
+    for reader, names in names_of.items():
+        have, them = ("has", "it") if len(names) == 1 else ("have", "them")
+        yield f"{text.listing(list(names))} {have} no effect: {reader} uses {them}"
 
 
 def _stage_faults(stage: StageConfig, where: str) -> Iterator[Fault]:
@@ -35,7 +45,7 @@ def _stage_faults(stage: StageConfig, where: str) -> Iterator[Fault]:
             yield Fault(where=f"{where}.adapter.dropout", message=message)
     too_long = getattr(stage, "too_long", None)
     if isinstance(too_long, TooLongConfig) and too_long.do is not TooLong.cut:
-        yield from unread_faults(too_long, TooLongConfig(), ("side",), f"{where}.too_long", "only too_long.do 'cut'")
+        yield from unread_notes(too_long, TooLongConfig(), ("side",), f"{where}.too_long", "only too_long.do 'cut'")
 
 
 def _adapter_faults(adapter: AdapterConfig, where: str) -> Iterator[Fault]:
@@ -44,4 +54,4 @@ def _adapter_faults(adapter: AdapterConfig, where: str) -> Iterator[Fault]:
         if readers is not None and adapter.kind not in readers:
             kinds = ", ".join(f"'{kind.value}'" for kind in readers)
             reader = f"only adapter.kind {kinds}, not '{adapter.kind.value}',"
-            yield from unread_faults(adapter, AdapterConfig(), (field.name,), where, reader)
+            yield from unread_notes(adapter, AdapterConfig(), (field.name,), where, reader)

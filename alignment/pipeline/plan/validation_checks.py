@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from alignment.config.data import DataConfig
-from alignment.config.faults import Fault, unread_faults
+from alignment.config.faults import Fault, unread_faults, unread_notes
 from alignment.config.stage import StageConfig
 from alignment.config.validation import ValidationConfig
 
@@ -35,14 +35,14 @@ def settings_faults(validation: ValidationConfig, where: str) -> Iterator[Fault]
         yield Fault(where=f"{where}.every", message=message)
     if validation.on and share is not None and not source:
         settings = [field.name for field in fields(DataConfig) if field.name != "source"]
-        yield from unread_faults(validation.data, DataConfig(), settings, f"{where}.data", f"only {where}.data.source")
+        yield from unread_notes(validation.data, DataConfig(), settings, f"{where}.data", f"only {where}.data.source")
     if validation.on:
         return
-    unread = {"share": share, "data.source": source, "keep_best": validation.keep_best, "patience": validation.patience}
-    for name, value in unread.items():
-        if value:
-            message = f"{value} has no effect without validation; set {where}.every, such as {where}.every=10"
-            yield Fault(where=f"{where}.{name}", message=message)
+    reader, usual = f"only validation ({where}.every above 0)", ValidationConfig()
+    yield from unread_notes(validation, usual, ("share",), where, reader)
+    settings = [field.name for field in fields(DataConfig)]
+    yield from unread_notes(validation.data, usual.data, settings, f"{where}.data", reader)
+    yield from unread_faults(validation, usual, ("keep_best", "patience"), where, reader)
 
 
 def step_faults(validation: ValidationConfig, steps: int, where: str) -> Iterator[Fault]:

@@ -22,6 +22,7 @@ from alignment.core.errors import AlignmentError, ConfigError
 from alignment.core.fingerprint import digest
 from alignment.data.missing_files import similar_name
 from alignment.pipeline.backends import feasibility, slurm
+from alignment.pipeline.plan import unread
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.sweeps import objectives, reported
 from alignment.pipeline.sweeps.objectives import Objective
@@ -96,6 +97,7 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
         )
     plan = plans[0]
     resolved = objectives.resolve(config.objective, plans)
+    parameters = [parameter.key for parameter in config.parameters]
     judged = {objective.stage for objective in resolved}
     # The fingerprint of a stage covers recipe, overrides and data; nothing else changes its metrics. Every value has a
     # plan, because a value may name a file or another stage, whose content counts too.
@@ -115,7 +117,13 @@ def read_sweep(recipe: str, name: str, overrides: Sequence[str]) -> Sweep:
         ),
         folder=plan.output / "sweeps" / f"{plan.config.name}.{path.stem}",
         profile=plan.profile,
-        cautions=(*_of_smoke(plan), *objectives.cautions(resolved, plan.config.stages)),
+        cautions=(
+            *_of_smoke(plan),
+            *unread.sentences(
+                setting for plan in plans for setting in plan.unread_settings if setting.where in parameters
+            ),
+            *objectives.cautions(resolved, plan.config.stages),
+        ),
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from alignment.config.adapter import CONTINUE, AdapterKind
-from alignment.config.faults import Fault, unread_faults
+from alignment.config.faults import Fault, unread_faults, unread_notes
 from alignment.config.run import RunConfig
 from alignment.core.artifacts import POLICY
 from alignment.data.records import HeldOutPrompt, Prompt
@@ -50,7 +50,7 @@ def _faults(config: DistilConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         yield from unread_faults(config, usual, ("loss_temperature",), where, f"only method '{Method.tokens.value}'")
     if not config.eval_fraction:
         names = ("gamma", "timed_prompts", "bootstrap_samples")
-        yield from unread_faults(config, usual, names, where, "only an eval_fraction above 0")
+        yield from unread_notes(config, usual, names, where, "only an eval_fraction above 0")
     if config.timed_prompts and config.adapter.kind is AdapterKind.prefix:
         message = f"{config.timed_prompts}, but assisted generation is not timed with a prefix; use 0, or adapter=lora"
         yield Fault(where=f"{where}.timed_prompts", message=message)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from alignment.config.faults import Fault
+from alignment.config.faults import Fault, unread_notes
 from alignment.stages.dpo.config import DpoConfig, DpoLoss
 
 _TAKEN_BY: dict[str, tuple[DpoLoss, ...]] = {
@@ -16,12 +16,9 @@ _TAKEN_BY: dict[str, tuple[DpoLoss, ...]] = {
     "margin": (DpoLoss.sigmoid,),
     "target_margin": (DpoLoss.simpo,),
     "odds_weight": (DpoLoss.orpo,),
-    "precompute_reference": tuple(loss for loss in DpoLoss if loss.needs_reference),
 }
 _WHY_NOT = {
     ("nll_weight", DpoLoss.orpo): "orpo already has this term",
-    ("precompute_reference", DpoLoss.simpo): "simpo has no reference",
-    ("precompute_reference", DpoLoss.orpo): "orpo has no reference",
 }
 
 
@@ -35,6 +32,9 @@ def loss_faults(config: DpoConfig, where: str) -> Iterator[Fault]:
             takers = ", ".join(loss.value for loss in losses)
             message = f"{value!r} has no effect: {why}; remove the setting, or choose a loss that uses it: {takers}"
             yield Fault(where=f"{where}.{name}", message=message)
+    if not config.loss.needs_reference:
+        reader = "only a loss with a reference"
+        yield from unread_notes(config, DpoConfig(), ("precompute_reference",), where, reader)
     if config.loss is DpoLoss.simpo and config.target_margin is None:
         message = (
             "is missing, and simpo needs it; Meng et al. (2024) use 0.3 to 1.6 with a beta of 2 to 2.5, and 0 means "

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from alignment.config.did_you_mean import suggestion
 from alignment.config.evaluating import FEW_SHOT, PROMPTED, FewShotConfig, GateConfig, JudgeConfig, JudgeKind
-from alignment.config.faults import Fault, unread_faults
+from alignment.config.faults import Fault, unread_notes
 from alignment.config.run import RunConfig
 from alignment.config.scoring import MetricConfig
 from alignment.core.artifacts import EVALUATION
@@ -87,7 +87,7 @@ def _faults(config: EvaluateConfig, run: RunConfig, where: str) -> Iterator[Faul
     yield from labelled_faults.labelled_faults(config, where)
     if config.judge.kind is JudgeKind.none:
         names, reader = ("max_prompts", "max_invalid"), "only a judge (judge.kind)"
-        yield from unread_faults(config.judge, JudgeConfig(), names, f"{where}.judge", reader)
+        yield from unread_notes(config.judge, JudgeConfig(), names, f"{where}.judge", reader)
 
 
 def _gates(config: EvaluateConfig) -> list[GateConfig]:

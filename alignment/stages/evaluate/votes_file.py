@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from alignment.config.evaluating import JudgeConfig, JudgeKind
-from alignment.config.faults import Fault, unread_faults
+from alignment.config.faults import Fault, unread_faults, unread_notes
 from alignment.core.errors import DataError
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation.annotator_agreement import PACKAGE
@@ -84,7 +84,7 @@ def people_faults(judge: JudgeConfig, path: str) -> Iterator[Fault]:
     if judge.kind is not JudgeKind.people:
         yield from unread_faults(judge, JudgeConfig(), ("votes",), path, "only judge.kind 'people'")
         return
-    yield from unread_faults(judge, JudgeConfig(), ("max_prompts", "max_invalid"), path, "only another kind of judge")
+    yield from unread_notes(judge, JudgeConfig(), ("max_prompts", "max_invalid"), path, "only another kind of judge")
     if importlib.util.find_spec("krippendorff") is None:
         message = f"'people' needs the package krippendorff, which is not installed; pip install '{PACKAGE}'"
         yield Fault(where=f"{path}.kind", message=message)

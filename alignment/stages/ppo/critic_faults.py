@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from alignment.config.critic import Critic
-from alignment.config.faults import Fault, unread_faults
+from alignment.config.faults import Fault, unread_notes
 from alignment.stages.ppo.config import Advantage, PpoConfig, PpoOptimConfig
 
 READ_WITH_A_CRITIC = (
@@ -33,14 +33,14 @@ def critic_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
             )
             yield Fault(where=f"{where}.critic", message=message)
         reader = "only an advantage that compares answers ('rloo', 'grpo', 'dr_grpo')"
-        yield from unread_faults(config, PpoConfig(), ("drop_ties",), where, reader)
+        yield from unread_notes(config, PpoConfig(), ("drop_ties",), where, reader)
         return
     if config.critic is not Critic.none:
         message = f"{config.critic.value!r}, but advantage {config.advantage.value!r} has no value model; choose 'none'"
         yield Fault(where=f"{where}.critic", message=message)
     reader = "only advantage 'gae'"
-    yield from unread_faults(config, PpoConfig(), READ_WITH_A_CRITIC, where, reader)
-    yield from unread_faults(config.optim, PpoOptimConfig(), ("critic_lr",), f"{where}.optim", reader)
+    yield from unread_notes(config, PpoConfig(), READ_WITH_A_CRITIC, where, reader)
+    yield from unread_notes(config.optim, PpoOptimConfig(), ("critic_lr",), f"{where}.optim", reader)
 
 
 def group_faults(config: PpoConfig, where: str) -> Iterator[Fault]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from alignment.config.adapter import AdapterKind
-from alignment.config.faults import Fault, unread_faults
+from alignment.config.faults import Fault, unread_notes
 from alignment.config.sampling_engine import Engine, RolloutSamplingConfig
 from alignment.engines.vllm_server import RANKS
 from alignment.stages.base import Curve
@@ -33,7 +33,7 @@ def engine_faults(config: PpoConfig, where: str) -> Iterator[Fault]:
     yield from sampling_faults(sampling, field)
     if sampling.engine is Engine.own:
         own = ("importance_cap", "max_staleness", "gap_bound")
-        yield from unread_faults(sampling, RolloutSamplingConfig(), own, field, "only engine 'vllm'")
+        yield from unread_notes(sampling, RolloutSamplingConfig(), own, field, "only engine 'vllm'")
         return
     if reason := _UNSERVED.get(config.adapter.kind):
         message = f"'vllm', but {reason}; use adapter=lora or adapter=full, or {field}.engine=own"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.critic import Critic
-from alignment.config.faults import Fault, unread_faults
+from alignment.config.faults import Fault, unread_faults, unread_notes
 from alignment.config.launch import LaunchConfig, Sharding
 from alignment.config.replay import PtxConfig
 from alignment.config.run import RunConfig
@@ -77,7 +77,7 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
     yield from engine_faults(config, where)
     if config.kl.control is not KlControl.adaptive:
         reader = "only kl.control 'adaptive'"
-        yield from unread_faults(config.kl, KlConfig(), ("target", "horizon"), f"{where}.kl", reader)
+        yield from unread_notes(config.kl, KlConfig(), ("target", "horizon"), f"{where}.kl", reader)
     elif config.kl.coefficient == 0.0:
         message = (
             "0, which kl.control 'adaptive' only multiplies, so it would stay 0; choose a larger value, or "
@@ -93,12 +93,9 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         yield Fault(where=f"{where}.kl.horizon", message=message)
     yield from _overlong_faults(config, f"{where}.overlong")
     steps = config.ppo_epochs * config.num_minibatches
-    if config.max_approxkl is not None and steps < 3:
-        message = (
-            f"{config.max_approxkl:g} has no effect: the first minibatch never exceeds it, the second could only "
-            f"skip later ones, but an update of ppo_epochs * num_minibatches = {steps} has none; use 3 or more, or null"
-        )
-        yield Fault(where=f"{where}.max_approxkl", message=message)
+    if steps < 3:  # the first minibatch never exceeds it, and the second can only skip later ones
+        reader = f"only an update of 3 or more minibatches (ppo_epochs * num_minibatches, {steps})"
+        yield from unread_notes(config, PpoConfig(), ("max_approxkl",), where, reader)
     if config.critic_warmup >= config.updates:
         message = (
             f"only the critic learns in the first {config.critic_warmup} of {config.updates} updates, so the policy "

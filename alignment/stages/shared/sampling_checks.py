@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
-from alignment.config.faults import Fault, unread_faults
+from alignment.config.faults import Fault, unread_notes
 from alignment.config.launch import LaunchConfig
 from alignment.config.sampling_engine import Engine, SamplingConfig
 from alignment.engines.engine_environment import interpreter
@@ -16,13 +16,13 @@ def sampling_faults(sampling: SamplingConfig, where: str) -> Iterator[Fault]:
     """Settings that have no effect, or contradict each other."""
     names = [field.name for field in fields(SamplingConfig) if field.name != "engine"]
     if sampling.engine is Engine.own:
-        yield from unread_faults(sampling, type(sampling)(), names, where, "only engine 'vllm'")
+        yield from unread_notes(sampling, type(sampling)(), names, where, "only engine 'vllm'")
         return
     if sampling.url is not None:
         of_own = ("python", "cache_gb", "gpu_share", "start_timeout")
-        yield from unread_faults(sampling, type(sampling)(), of_own, where, "a server that the stage starts (no url)")
+        yield from unread_notes(sampling, type(sampling)(), of_own, where, "a server that the stage starts (no url)")
     else:
-        yield from unread_faults(sampling, type(sampling)(), ("api_key_env",), where, "only a server at a url")
+        yield from unread_notes(sampling, type(sampling)(), ("api_key_env",), where, "only a server at a url")
 
 
 def sampling_refusals(sampling: SamplingConfig, launch: LaunchConfig) -> Iterator[Refusal]:

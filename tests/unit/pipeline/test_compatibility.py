@@ -8,7 +8,7 @@ import pytest
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.backend import MachinesBackend
-from alignment.config.launch import LaunchConfig, Offload, Sharding
+from alignment.config.launch import LaunchConfig, Sharding
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import Moments, OptimConfig
 from alignment.config.replay import PtxConfig
@@ -76,20 +76,6 @@ def test_modules_trained_whole_are_sharded_in_float32() -> None:
 def test_every_adapter_is_launched_in_every_way(kind: AdapterKind, sharding: Sharding) -> None:
     for stage in (SftConfig, DpoConfig, KtoConfig, PpoConfig):
         assert fault_messages(stage(adapter=AdapterConfig(kind=kind)), sharding=sharding) == []
-
-
-@pytest.mark.parametrize(
-    ("offload", "sharding", "expected"),
-    [
-        ("optimizer", "none", "launch.offload: 'optimizer' has no effect with launch.sharding=none; use zero1"),
-        ("optimizer", "fsdp", "launch.offload: 'optimizer' has no effect with launch.sharding=fsdp; use zero1"),
-        ("weights", "zero2", "launch.offload: 'weights' has no effect with launch.sharding=zero2; use zero3"),
-    ],
-)
-def test_an_offload_that_nothing_reads_is_refused(offload: str, sharding: str, expected: str) -> None:
-    messages = fault_messages(SftConfig(), sharding=Sharding(sharding), offload=Offload(offload))
-    assert len(messages) == 1
-    assert messages[0].startswith(expected)
 
 
 def test_a_machine_that_is_not_among_them_is_refused() -> None:

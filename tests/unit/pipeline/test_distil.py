@@ -75,10 +75,6 @@ def test_a_choice_of_its_own_takes_the_first_layers_of_a_policy_in_full(plan: Ma
             "stages.draft.loss_temperature: 2 has no effect; only method 'tokens' uses it; leave it at 1",
         ),
         (
-            ["stages.draft.eval_fraction=0"],
-            "stages.draft.timed_prompts: 8 has no effect; only an eval_fraction above 0 uses it; leave it at 0",
-        ),
-        (
             ["adapter@stages.draft.adapter=prefix"],
             "stages.draft.timed_prompts: 8, but assisted generation is not timed with a prefix; use 0",
         ),

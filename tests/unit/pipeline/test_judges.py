@@ -96,8 +96,6 @@ PEOPLE = [f"{JUDGE}.kind=people"]
             f"{JUDGE}.labelled: the primary metric has the source 'choice', which does not score answers",
         ),
         ([f"{JUDGE}.votes=v.jsonl"], f"{JUDGE}.votes: v.jsonl has no effect; only judge.kind 'people' uses it"),
-        ([*PEOPLE, f"{JUDGE}.max_prompts=9"], f"{JUDGE}.max_prompts: 9 has no effect; only another kind of judge"),
-        ([*PEOPLE, f"{JUDGE}.max_invalid=0.5"], f"{JUDGE}.max_invalid: 0.5 has no effect; only another kind of judge"),
         (["stages.evaluate.few_shot.count=0"], "stages.evaluate.few_shot.count: 0 is not allowed"),
         (["stages.evaluate.reference=base+few-shot"], "'base+few-shot' can only be an arm of an evaluation"),
         (["stages.sft.init=base+few-shot"], "'base+few-shot' can only be an arm of an evaluation"),

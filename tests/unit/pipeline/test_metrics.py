@@ -82,11 +82,6 @@ def of(*metrics: str) -> str:
             f"{METRICS}[0].aggregate: 'median' is not allowed; mean, majority, or pass@K, such as pass@4",
         ),
         (
-            [of("{name: m, source: length, target: 9, passing_score: 0.5}")],
-            f"{METRICS}[0].passing_score: 0.5 has no effect; only the aggregate pass@K uses it, but aggregate is "
-            "'mean'",
-        ),
-        (
             ["stages.evaluate.system_prompt=null"],
             "stages.evaluate.system_prompt: missing, but the arm 'base+prompt' needs it; write a system prompt, or",
         ),

@@ -51,10 +51,6 @@ FAULTS = [
         f"'scores'",
     ),
     (server("api: vllm_classify, label: good"), f"{PPO}.server.label: 'good' is not the number of a class"),
-    (
-        server("api: vllm_pooling, batch_size: 4"),
-        f"{PPO}.server.batch_size: 4 has no effect; an api whose calls can have",
-    ),
     (server("batch_size: 0"), f"{PPO}.server.batch_size: 0 is not allowed"),
     (scorer(f"source: reward, server: {{{URL}, model: rm}}"), f"{PPO}.server: has no effect; only the source 'server'"),
     (scorer("source: grade"), f"{PPO}.grader: missing; 'grade' needs it"),

@@ -27,7 +27,7 @@ from alignment.training.looks import Looks
 from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan
 
 DPO, WHERE = "stages.dpo.validation", "stages.s.validation"
-UNREAD = f"has no effect without validation; set {WHERE}.every, such as {WHERE}.every=10"
+UNREAD = f"has no effect; only validation ({WHERE}.every above 0) uses it; leave it at"
 
 
 OWN = DataConfig(source="path:own.jsonl")
@@ -45,14 +45,8 @@ OWN = DataConfig(source="path:own.jsonl")
             ValidationConfig(every=5),
             f"{WHERE}.every: 5, but there are no validation rows; set {WHERE}.share=0.05, or {WHERE}.data.source",
         ),
-        (
-            ValidationConfig(share=0.1, every=5, data=DataConfig(fraction=0.5)),
-            f"{WHERE}.data.fraction: 0.5 has no effect; only {WHERE}.data.source uses it; leave it at 1",
-        ),
-        (ValidationConfig(share=0.1), f"{WHERE}.share: 0.1 {UNREAD}"),
-        (ValidationConfig(keep_best=True), f"{WHERE}.keep_best: True {UNREAD}"),
-        (ValidationConfig(patience=3), f"{WHERE}.patience: 3 {UNREAD}"),
-        (ValidationConfig(data=OWN), f"{WHERE}.data.source: path:own.jsonl {UNREAD}"),
+        (ValidationConfig(keep_best=True), f"{WHERE}.keep_best: True {UNREAD} False"),
+        (ValidationConfig(patience=3), f"{WHERE}.patience: 3 {UNREAD} None"),
     ],
 )
 def test_settings_that_contradict_one_another_are_refused(validation: ValidationConfig, message: str) -> None:
@@ -61,8 +55,8 @@ def test_settings_that_contradict_one_another_are_refused(validation: Validation
 
 def test_a_plan_refuses_them_with_all_other_faults(plan: MakePlan) -> None:
     with pytest.raises(ConfigError) as caught:
-        plan(f"{DPO}={{share: 0.1, data: {{source: 'bundled:quickstart/preferences', format: sharegpd}}}}")
-    for part in ("validation.share: 0.1 has no effect", "validation.data.format: 'sharegpd' is not a format"):
+        plan(f"{DPO}={{keep_best: true, data: {{source: 'bundled:quickstart/preferences', format: sharegpd}}}}")
+    for part in ("validation.keep_best: True has no effect", "validation.data.format: 'sharegpd' is not a format"):
         assert f"stages.dpo.{part}" in str(caught.value)
 
 

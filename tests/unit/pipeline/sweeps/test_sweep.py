@@ -487,6 +487,18 @@ def test_a_sweep_that_cannot_be_right_starts_nothing(
     assert runs.asked == []
 
 
+@pytest.mark.parametrize(("control", "cautions"), [("fixed", 1), ("adaptive", 0)])
+def test_a_sweep_of_a_setting_without_effect_is_noted(runs: Runs, tmp_path: Path, control: str, cautions: int) -> None:
+    settings = [
+        f"output={runs.output}",
+        f"model.source=path:{runs.output / 'base'}",
+        f"stages.ppo.kl.control={control}",
+    ]
+    horizons = [{"key": "stages.ppo.kl.horizon", "values": [100, 200]}]
+    planned = module.read_sweep("quickstart", own(runs, tmp_path, search="grid", parameters=horizons), settings)
+    assert sum("stages.ppo.kl.horizon" in caution for caution in planned.cautions) == cautions
+
+
 def test_held_out_figures_of_a_stage_can_be_an_objective(runs: Runs, tmp_path: Path) -> None:
     settings = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}"]
     settings += [f"stages.{stage}.validation={{share: 0.2, every: 2}}" for stage in ("reward", "dpo")]
