@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any, ClassVar
 
 from alignment.config.rules import BELOW_ONE, FILLED, POSITIVE
 
@@ -59,8 +59,11 @@ class AdapterConfig:
     ``target_modules`` is a list of module names, or the single word ``all-linear``. With ``master_weights`` the trained
     weights, their gradients and Adam's moments are float32. Without it they have ``model.dtype``, which halves their
     memory; steps that are too small for that format are rounded stochastically (docs/design/0005). So they are in
-    ``modules_to_save``, which always have ``model.dtype``.
+    ``modules_to_save``, which always have ``model.dtype``. The default of ``chain`` is stack for ``qlora``, because
+    merging adapters into four bits would round the weights again.
     """
+
+    DEFAULTS_OF_KIND: ClassVar[dict[str, dict[str, Any]]] = {AdapterKind.qlora.value: {"chain": Chain.stack}}
 
     kind: AdapterKind = AdapterKind.lora
     rank: Annotated[int, POSITIVE] = 16

@@ -114,6 +114,7 @@ class _Conversion:
             self._fault(where, f"{tree!r} is not a group of settings; {keys}{f'; {instead}' if instead else ''}")
             return defaults
         values = {name: getattr(defaults, name) for name in hints}
+        values |= getattr(cls, "DEFAULTS_OF_KIND", {}).get(str(tree.get("kind")), {})
         for key, value in tree.items():
             path = _join(where, key)
             if key not in hints:

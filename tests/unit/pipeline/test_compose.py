@@ -85,6 +85,22 @@ def test_a_choice_for_all_stages_reaches_each_that_has_one() -> None:
     assert kinds == dict.fromkeys(["sft", "reward", "dpo", "ppo"], "full")
 
 
+@pytest.mark.parametrize("kind", [kind.value for kind in AdapterKind])
+def test_an_adapter_means_the_same_however_it_is_chosen(kind: str) -> None:
+    chosen = composed("quickstart", f"adapter={kind}")
+    trained = [name for name, stage in chosen.stages.items() if hasattr(stage, "adapter")]
+    assert composed("quickstart", *(f"stages.{name}.adapter.kind={kind}" for name in trained)) == chosen
+    assert composed("quickstart", *(f"stages.{name}.adapter={{kind: {kind}}}" for name in trained)) == chosen
+
+
+@pytest.mark.parametrize(
+    ("adapter", "chain"),
+    [("{kind: qlora}", "stack"), ("{kind: qlora, chain: merge}", "merge"), ("{kind: lora}", "merge")],
+)
+def test_adapters_below_four_bits_stay_separate_unless_a_recipe_merges_them(adapter: str, chain: str) -> None:
+    assert composed("quickstart", f"stages.dpo.adapter={adapter}").stages["dpo"].adapter.chain.value == chain  # type: ignore[union-attr]
+
+
 def test_a_choice_for_one_stage_leaves_the_others() -> None:
     config = composed("quickstart", "adapter@stages.dpo.adapter=full")
     assert config.stages["dpo"].adapter.kind.value == "full"  # type: ignore[union-attr]
