@@ -14,7 +14,7 @@ from alignment.config.data import SourceConfig
 from alignment.config.did_you_mean import misspelt
 from alignment.core.errors import DataError
 from alignment.data.counted import counted
-from alignment.data.fields import Fields, SetAside, is_text
+from alignment.data.fields import Fields, SetAside, is_text, not_finite
 from alignment.data.formats import COLUMNS, format_of
 from alignment.data.formats.form import Format
 from alignment.data.formats.plain import CHOICES, PROMPT, TEXT
@@ -77,9 +77,10 @@ class Diagnosis:
     ``unreadable`` rows could not be parsed; the list holds the first ones with their numbers. ``num_not_utf8`` of them
     are not UTF-8, and ``has_non_ascii`` says whether a readable row has characters beyond ASCII. ``faulty`` rows are
     so for some stages, and rows that are ``set_aside``, by reason, are of no use for some. ``columns`` counts the rows
-    that have each column, ``placeholders`` the rows that contain each ``{{name}}``. ``repeats`` holds rows that repeat
-    or contradict an earlier one, ``near_duplicates`` rows whose text is nearly the same as an earlier one's. ``mapped``
-    are the settings' ``columns``, from a format's names to the file's.
+    that have each column, ``not_finite`` those with NaN or infinity in it, ``placeholders`` the rows that contain each
+    ``{{name}}``. ``repeats`` holds rows that repeat or contradict an earlier one, ``near_duplicates`` rows whose text
+    is nearly the same as an earlier one's. ``mapped`` are the settings' ``columns``, from a format's names to the
+    file's.
     ``first_row`` is the first readable row, unless the settings name the format.
     """
 
@@ -88,6 +89,7 @@ class Diagnosis:
     rows: int = 0
     columns: Counter[str] = field(default_factory=Counter)
     placeholders: Counter[str] = field(default_factory=Counter)
+    not_finite: Counter[str] = field(default_factory=Counter)
     num_unreadable: int = 0
     num_not_utf8: int = 0
     has_non_ascii: bool = False
@@ -209,6 +211,7 @@ class _Examination:
             return
         if isinstance(row.value, Mapping):
             _count(diagnosis.columns, row.value.keys())
+            _count(diagnosis.not_finite, [name for name, value in row.value.items() if not_finite(value)])
         value = prepared(row.value, self._data)
         if not diagnosis.first_row and self._data.format is None and isinstance(value, Mapping):
             diagnosis.first_row = value

@@ -54,13 +54,13 @@ class Fields:
             null = next((name for name in names if name in self.row), None)
             if null is not None:
                 self.fail(null, "is null")
-            self._fail_as_missing(*names)
+            self.fail_as_missing(*names)
         return present
 
     def required(self, field: str) -> Any:
         """The value of a field that must be present, whatever it is, even null."""
         if field not in self.row:
-            self._fail_as_missing(field)
+            self.fail_as_missing(field)
         return self.row[field]
 
     def text(self, field: str) -> str:
@@ -123,12 +123,20 @@ class Fields:
         except (ValueError, RecursionError):
             self.fail(field, f"must be JSON; it is {value!r:.60}")
 
-    def _fail_as_missing(self, *names: str) -> NoReturn:
-        """Raises the fault of a row that has none of these fields, with the one that is probably misspelt."""
+    def fail_as_missing(self, *names: str, why: str = "") -> NoReturn:
+        """Raises the fault of a row that has none of these fields, with the one that is probably misspelt. ``why`` says
+        what the row lacks, if that is more than the fields."""
         pairs = ((name, misspelt(name, map(str, self.row))) for name in names)
-        meant = next((f"; did you mean '{name}' by '{own}'?" for name, own in pairs if own is not None), "")
+        name, column = next((pair for pair in pairs if pair[1] is not None), ("", None))
         others = f", and so are {_listed(names[1:])}" if names[1:] else ""
-        self.fail(names[0], f"is missing{others}; the row has {_listed(list(self.row))}{meant}")
+        lacks = f": {why}" if why else f"; the row has {_listed(list(self.row))}"
+        if column is None:
+            self.fail(names[0], f"is missing{others}{lacks}")
+        raise DataError(
+            f"'{names[0]}' is missing{others}{lacks}; did you mean '{name}' by '{column}'?",
+            where=self.where,
+            remedy=f"rename the column '{column}', or set data.columns={{{name}: {column}}}",
+        )
 
     def _refuse_media(self) -> None:
         """A text model would otherwise learn an answer to a picture that it never saw."""
@@ -161,6 +169,11 @@ def finite(value: float) -> float | None:
     except OverflowError:
         return None
     return number if math.isfinite(number) else None
+
+
+def not_finite(value: Any) -> bool:
+    """Whether ``value`` is NaN or infinite."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _listed(names: Sequence[str]) -> str:

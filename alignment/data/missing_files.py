@@ -26,7 +26,10 @@ def next_to_recipe(written: str, recipe_folder: Path | None, *, form: str) -> st
 
 
 def similar_name(path: Path) -> str:
-    """``did you mean /data/birds.jsonl?`` if the folder has a file with a similar name; otherwise empty."""
+    """``did you mean /data/birds.jsonl?`` if the folder has a file with a similar name; otherwise empty. Of a link that
+    leads to no file, its target."""
+    if path.is_symlink():
+        return f"it is a link to {path.readlink()}, which leads to no file; correct the link, or name another file"
     try:
         names = [entry.name for entry in islice(path.parent.iterdir(), _MOST_NAMES)]
     except OSError:

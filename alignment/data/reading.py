@@ -277,6 +277,8 @@ def _skipping(data: SourceConfig, *, count: int, rows: int, setting: str, stoppe
     skip, most = f"{setting}.on_error=skip", f"{setting}.max_skipped"
     if stopped:
         return f"{skip} leaves out the faulty ones, if they are at most {data.max_skipped:.0%} of the file ({most})"
+    if count == rows:
+        return "no row is usable"
     if count / rows <= data.max_skipped:
         return f"{skip} leaves out the faulty ones"
     return f"{skip} {most}={_share(count, rows):g} leave out the faulty ones"

@@ -14,7 +14,7 @@ from itertools import combinations
 from typing import Any, ClassVar, Protocol, Self
 
 from alignment.core.errors import DataError
-from alignment.data.fields import Fields, is_text
+from alignment.data.fields import Fields, is_text, not_finite
 from alignment.data.turns import Message
 
 SCORE_COLUMNS = ("chosen_score", "rejected_score")
@@ -146,7 +146,7 @@ class PreferencePair:
         """Yields all pairs of answers of different rank. Raises DataError if answers are missing or equal."""
         fields = example.fields
         if not example.answers:
-            fields.fail("chosen", "is missing: the row does not have two answers to compare")
+            fields.fail_as_missing("chosen", why="the row does not have two answers to compare")
         labels = {name: fields.label(name) for name in ("id", "task", "flaw", "subset")}
         shared: dict[str, Any] = labels | {"row": fields.row, "where": fields.where}
         num_pairs = 0
@@ -174,6 +174,12 @@ class PreferencePair:
         Raises:
             DataError: the row has no scores, or they contradict the preference.
         """
+        if (column := next((name for name in SCORE_COLUMNS if not_finite(self.row.get(name))), None)) is not None:
+            raise DataError(
+                f"'{column}' must be a finite number, because 'margin' learns from it; it is {self.row[column]}",
+                where=self.where,
+                remedy="correct it, remove the row, or set margin=0",
+            )
         if self.scores is None:
             raise DataError(
                 f"the row has no numbers in {' and '.join(map(repr, SCORE_COLUMNS))}, which 'margin' learns from",
@@ -241,7 +247,7 @@ def _labelled_answers(example: Example) -> list[tuple[str, bool]]:
     if example.good is not None:
         last = example.turns[-1] if example.turns else None
         if last is None or last.role != "assistant" or not last.content.strip():
-            fields.fail("completion", "is missing: the row has a label, but no answer that it applies to")
+            fields.fail_as_missing("completion", why="the row has a label, but no answer that it applies to")
         if last.tool_calls:
             fields.fail(example.field, "ends with a tool call, but labelled answers are learned as text")
         return [(last.whole, example.good)]
@@ -250,7 +256,7 @@ def _labelled_answers(example: Example) -> list[tuple[str, bool]]:
             way_out = "" if answers else "; if it says whether the answer is good, read the rows with format=kto"
             fields.fail("label", f"is not read in this format{way_out}")
         has = f"{len(answers)} answers of different rank" if answers else "no label"
-        fields.fail("label", f"is missing: the row has {has}, so nothing says whether an answer is desirable")
+        fields.fail_as_missing("label", why=f"the row has {has}, so nothing says whether an answer is desirable")
     better, worse = sorted(answers, key=lambda answer: -answer.rank)
     if better.rank == worse.rank:
         fields.set_aside("answers", "all have the same rank")
@@ -393,7 +399,7 @@ class Question:
         if len(texts) == 1:
             fields.fail("choices", "has fewer than two answers to choose from")
         if not texts:
-            fields.fail("choices", "is missing: the row does not have two answers to choose from")
+            fields.fail_as_missing("choices", why="the row does not have two answers to choose from")
         if repeated := next((text for index, text in enumerate(texts) if text in texts[:index]), None):
             fields.fail("choices", f"contains {repeated!r:.60} twice; all must be different")
         ranks = [answer.rank for answer in example.compared()]

@@ -9,10 +9,11 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import itertools
 import json
 import shlex
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -82,10 +83,14 @@ def files_of(path: Path) -> list[Path]:
     """The file itself, or the data files in a folder, by their suffixes.
 
     Raises:
-        DataError: the file has another suffix or may never end (a pipe), or the folder has no data file.
+        DataError: the file has another suffix or may never end (a pipe), or the folder has no data file, or a link that
+            leads to none.
     """
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file() and _suffix(file) in _READERS)
+        entries = sorted(file for file in path.iterdir() if _suffix(file) in _READERS)
+        if broken := next((entry for entry in entries if entry.is_symlink() and not entry.exists()), None):
+            raise DataError("is a link that leads to no file", where=str(broken), remedy="correct or remove the link")
+        files = [entry for entry in entries if entry.is_file()]
         if not files:
             raise DataError("contains no data file", where=str(path), remedy=_REMEDY)
         return files
@@ -126,12 +131,16 @@ def _begins_array(line: bytes) -> bool:
 
 def _parsed(text: bytes, where: str) -> RawRow | DataError:
     try:
-        value = json.loads(text.decode(json.detect_encoding(text)))  # of bytes, json.loads accepts surrogates
+        value = _DECODER.decode(text.decode(json.detect_encoding(text)))  # of bytes, json.loads accepts surrogates
         if b"\\ud" in text.lower():
             json.dumps(value, ensure_ascii=False).encode()
         if text.count(b"[") + text.count(b"{") > caps.LEVELS and caps.is_deep(value):
             return DataError(f"nests lists and objects more than {caps.LEVELS} levels deep", where=where)
         return RawRow(where=where, value=value)
+    except _RepeatedKey as error:
+        return DataError(
+            f"has the key {str(error)!r} twice in one object", where=where, remedy="remove or rename one of them"
+        )
     except UnicodeEncodeError:
         return DataError(
             "contains half of a surrogate pair, which is not a character", where=where, remedy="write both halves"
@@ -141,6 +150,21 @@ def _parsed(text: bytes, where: str) -> RawRow | DataError:
     except (ValueError, RecursionError) as error:
         line, message = _located(error, where)
         return DataError(f"not JSON: {message}", where=line, remedy="write one JSON object per line (JSON Lines)")
+
+
+class _RepeatedKey(Exception):
+    """A key that an object has twice; carries it."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _RepeatedKey(next(name for name in names if names.count(name) > 1))
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _located(error: Exception, where: str) -> tuple[str, str]:
@@ -206,11 +230,13 @@ def _csv(path: Path) -> Iterator[Unparsed]:
     # Line breaks inside quotes are part of a field, so the reader gets them as they are.
     with caps.opened(path) as stream, io.TextIOWrapper(stream, encoding="utf-8-sig", newline="") as text:
         _refuse_other_unicode(stream, path)
-        reader = csv.DictReader(caps.text_lines(text, path), strict=True)
+        lines, reader = caps.text_lines(text, path), None
         while True:
             where = str(path)
             try:
-                names = reader.fieldnames or []  # reads the header, before the first row has a number
+                reader = reader or _csv_reader(lines)
+                names = reader.fieldnames or []
+                _refuse_repeated(names, where)
                 where = f"{path}:{reader.line_num + 1}"
                 row = next(reader)
             except StopIteration:
@@ -228,12 +254,31 @@ def _csv(path: Path) -> Iterator[Unparsed]:
                 yield RawRow(where=where, value={name: value or None for name, value in row.items()})
 
 
+def _csv_reader(lines: Iterator[str]) -> csv.DictReader[str]:
+    """A reader of the rows below the header, which shows the separator of the file."""
+    header = next(lines, "")
+    separator = next((mark for mark in _SEPARATORS if mark in header), _SEPARATORS[0])
+    return csv.DictReader(itertools.chain([header], lines), delimiter=separator, strict=True)
+
+
+def _refuse_repeated(columns: Sequence[str], where: str) -> None:
+    """Refuses columns of one name, of which only the last would be read.
+
+    Raises:
+        DataError: there are some.
+    """
+    repeated = next((name for name in columns if name and columns.count(name) > 1), None)
+    if repeated is not None:
+        raise DataError(f"has the column {repeated!r} twice", where=where, remedy="remove or rename one of them")
+
+
 def _parquet(path: Path) -> Iterator[Unparsed]:
     from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
     try:
         with ParquetFile(path) as file:
+            _refuse_repeated(file.schema_arrow.names, str(path))
             number = 0
             for batch in file.iter_batches(batch_size=_ROWS_AT_ONCE):
                 if batch.nbytes > caps.WHOLE_BYTES:
@@ -278,6 +323,8 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "UTF-16",
 }
 """The first bytes of files in other encodings of Unicode (byte order marks)."""
+_SEPARATORS = (",", ";", "\t", "|")
+"""What may separate the fields of a CSV file; the first of them that its header has does."""
 _READERS: dict[str, Callable[[Path], Iterator[Unparsed]]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,

@@ -115,6 +115,9 @@ def _lines(diagnosis: Diagnosis, data: SourceConfig) -> list[str]:
         names = ", ".join(f"{name}: TEXT" for name in sorted(diagnosis.placeholders))
         lines.append(_line("unfilled", f"{rows}; fill them with data.placeholders={{{names}}}"))
     lines += _misspelt(diagnosis, data)
+    for name, count in diagnosis.not_finite.items():
+        rows = counted(count, "row has", "rows have")
+        lines.append(_line("not finite", f"{rows} NaN or infinity in the column {name!r}; correct it, or write null"))
     lines += [*_duplicates(diagnosis), *_contradictions(diagnosis)]
     faults, count = diagnosis.faults, diagnosis.num_faults
     lines.append(_line("faulty", counted(count, "row") if count else "no row"))

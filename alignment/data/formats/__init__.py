@@ -60,9 +60,11 @@ def format_of(row: Any) -> Format | None:
 
 
 def _named_like(row: Any) -> Format | None:
-    """The first format whose columns the row has, whatever their content: enough to say what is wrong with the row."""
+    """The format with the most columns of which the row has all, whatever their content: enough to say what is wrong
+    with the row."""
     columns = set(row) if isinstance(row, Mapping) else set()
-    return next((form for form in _IN_ORDER if set(json.loads(form.row)) <= columns), None)
+    forms = [form for form in _IN_ORDER if set(json.loads(form.row)) <= columns]
+    return max(forms, key=lambda form: len(json.loads(form.row)), default=None)
 
 
 def _meant(fits: Format, row: Any, present: set[str]) -> Format:

@@ -164,6 +164,13 @@ def _diagnosed(file: Path, form: str | None = None) -> tuple[int, str]:
     return code, screen.getvalue()
 
 
+def test_numbers_that_are_not_finite_are_counted_by_column(tmp_path: Path) -> None:
+    rows = [PAIR | {"chosen_score": score, "rejected_score": 1.0} for score in (2.0, math.nan, math.inf)]
+    file = _write(tmp_path / "a.jsonl", rows)
+    assert examine(file, ALL, records()).not_finite == {"chosen_score": 2}
+    assert "2 rows have NaN or infinity in the column 'chosen_score'" in _printed(file)
+
+
 @pytest.mark.parametrize("batch", [1, 4_096])
 def test_exact_duplicates_and_contradictions_are_named_by_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int

@@ -18,6 +18,7 @@ from alignment import cli
 from alignment.commands.shared.diagnoses import records
 from alignment.config.data import DataConfig, OnError
 from alignment.core.errors import DataError
+from alignment.data.bundled_files import locate
 from alignment.data.doctor import examine
 from alignment.data.reading import Reading, iterate, read_records, start
 from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair, Prompt
@@ -215,6 +216,8 @@ ARRAY = "a.jsonl: is one JSON array, not JSON Lines\n  → rename it to .json, o
         ("a.jsonl.gz", b"not packed", "cannot be read or unpacked: "),
         ("a.json.gz", b"not packed", "cannot be read or unpacked: "),
         ("a.csv", b"a\n\xff\n", "not UTF-8: "),
+        ("a.csv", b"prompt,chosen,rejected,chosen\n1,2,3,4\n", "has the column 'chosen' twice"),
+        ("a.json", b'[{"prompt": 1, "prompt": 2}]', "has the key 'prompt' twice"),
         ("a.jsonl", b'[{"text": "a"}, {"text": "b"}]\n', ARRAY),
         ("a.jsonl", b'\n\xef\xbb\xbf[ {"text": "a"}]', ARRAY),
         ("a.jsonl", b'[\n  {"text": "a"},\n  {"text": "b"}\n]\n', ARRAY),
@@ -225,6 +228,51 @@ def test_a_file_that_cannot_be_read_at_all_says_why(tmp_path: Path, name: str, c
     with pytest.raises(DataError) as caught:
         list(rows_of(tmp_path / name))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t", "|"])
+def test_the_separator_of_a_csv_is_that_of_its_header(tmp_path: Path, separator: str) -> None:
+    rows = [{"prompt": "2 + 2, and 3?", "completion": "4; 5|6"}, {"prompt": "1\t1", "completion": "2"}]
+    with (tmp_path / "a.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(rows[0]), delimiter=separator)
+        writer.writeheader()
+        writer.writerows(rows)
+    read = list(rows_of(tmp_path / "a.csv"))
+    assert [row.value for row in read if isinstance(row, RawRow)] == rows
+    assert [row.where for row in read] == [f"{tmp_path / 'a.csv'}:{line}" for line in (2, 3)]
+
+
+def test_a_column_of_texts_with_semicolons_is_one_column(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("text\na; b\n")
+    assert [row.value for row in rows_of(tmp_path / "a.csv") if isinstance(row, RawRow)] == [{"text": "a; b"}]
+
+
+def test_a_key_that_a_row_has_twice_is_a_fault_of_the_row(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "a"}\n{"tool": {"text": "b", "text": "c"}}\n')
+    first, second = rows_of(file)
+    assert isinstance(first, RawRow)
+    assert isinstance(second, DataError)
+    assert (second.where, "'text'" in second.message) == (f"{file}:2", True)
+
+
+def test_columns_of_parquet_with_one_name_are_refused(tmp_path: Path) -> None:
+    table = pa.table([["a"], ["b"]], names=["text", "text"])
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="'text' twice"):
+        list(rows_of(tmp_path / "a.parquet"))
+
+
+@pytest.mark.parametrize("target", ["b.jsonl", "a.jsonl"])
+def test_a_link_that_leads_to_no_file_is_named(tmp_path: Path, target: str) -> None:
+    (tmp_path / "c.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "a.jsonl").symlink_to(target)
+    with pytest.raises(DataError, match=r"a\.jsonl"):
+        files_of(tmp_path)
+    with pytest.raises(DataError) as caught:
+        locate(f"path:{tmp_path / 'a.jsonl'}")
+    assert "link" in caught.value.remedy
+    assert target in caught.value.remedy
 
 
 def test_json_lines_with_another_suffix_may_begin_with_a_mark_of_their_encoding(tmp_path: Path) -> None:
@@ -330,6 +378,14 @@ def test_each_kind_of_fault_gets_its_advice_and_the_way_out(tmp_path: Path) -> N
     assert advice[1] == "→ write one JSON object per line (JSON Lines)"
     way_out = "data.on_error=skip data.max_skipped=0.67 leave out the faulty ones"
     assert advice[2:] == [f"→ `align doctor {file}` checks all rows; {way_out}"]
+
+
+def test_nobody_is_told_to_leave_out_all_rows(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(_lines([{"messages": 3}] * 3))
+    with pytest.raises(DataError) as caught:
+        read_records(file, Conversation, DataConfig(source=""))
+    assert "on_error" not in str(caught.value)
 
 
 def test_the_command_that_checks_all_rows_reads_them_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from alignment.config.data import DataConfig
 from alignment.core.errors import DataError
 from alignment.data.bundled_files import locate
 from alignment.data.fields import Fields
-from alignment.data.formats import FORMATS
+from alignment.data.formats import FORMATS, detect
 from alignment.data.reading import read_records, right_form
 from alignment.data.records import Conversation, HeldOutPrompt, LabelledAnswer, PreferencePair, Prompt, Question
 from alignment.data.row_files import NotUtf8, RawRow, rows_of
@@ -234,7 +234,6 @@ def test_a_pair_holds_the_scores_of_its_row(
         {"chosen_score": "nan", "rejected_score": "1"},
         {"chosen_score": "", "rejected_score": "1"},
         {"chosen_score": True, "rejected_score": 0},
-        {"chosen_score": float("inf"), "rejected_score": 0},
         {"chosen_score": 1e308, "rejected_score": -1e308},
     ],
 )
@@ -244,6 +243,16 @@ def test_a_pair_without_two_numbers_has_no_scores_and_no_margin(scores: dict[str
     with pytest.raises(DataError) as caught:
         pair.margin()
     assert str(caught.value).startswith("x:1: the row has no numbers in 'chosen_score' and 'rejected_score'")
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_is_named_where_a_margin_is_learned(score: float) -> None:
+    pair = _made(PreferencePair, PAIR | {"chosen_score": 1, "rejected_score": score})
+    with pytest.raises(DataError) as caught:
+        pair.margin()
+    assert caught.value.where == "x:1"
+    assert "'rejected_score'" in caught.value.message
+    assert str(score) in caught.value.message
 
 
 def test_scores_that_contradict_a_preference_give_no_margin() -> None:
@@ -364,6 +373,34 @@ def test_a_null_and_a_misspelt_column_are_named(row: dict[str, Any], message: st
     with pytest.raises(DataError) as caught:
         FORMATS["preference"].read(Fields(row, where="x:1", example=""))
     assert caught.value.message == message
+
+
+@pytest.mark.parametrize(
+    ("record", "row", "columns"),
+    [
+        (PreferencePair, {"prompt": "2 + 2?", "choosen": "4.", "rejected": "5."}, "{chosen: choosen}"),
+        (LabelledAnswer, {"prompt": "2 + 2?", "completion": "4.", "labell": True}, "{label: labell}"),
+    ],
+)
+def test_a_misspelt_column_is_named_where_rows_are_read_as_another_format(
+    record: type[Any], row: dict[str, Any], columns: str
+) -> None:
+    form = FORMATS["prompt" if record is PreferencePair else "prompt_completion"]
+    with pytest.raises(DataError) as caught:
+        list(record.of(form.read(Fields(row, where="x:1", example=""))))
+    assert columns in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [({"prompt": 3, "chosen": "4.", "rejected": "5."}, "prompt"), ({"chosen": "4.", "rejected": "5."}, "chosen")],
+)
+def test_rows_that_fit_no_format_are_held_against_the_one_with_most_of_their_columns(
+    row: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(DataError) as caught:
+        detect([row], where="x").read(Fields(row, where="x:1", example=""))
+    assert caught.value.message.startswith(f"'{field}'")
 
 
 @pytest.mark.parametrize(
