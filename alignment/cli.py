@@ -12,7 +12,8 @@ import importlib
 import importlib.metadata
 import sys
 from collections.abc import Sequence
-from typing import Protocol, cast
+from pathlib import Path
+from typing import NoReturn, Protocol, cast
 
 from rich.console import Console
 
@@ -109,7 +110,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """A parser that has the summaries of all verbs, but only the arguments of the one that is called."""
-    parser = argparse.ArgumentParser(
+    parser = _parser_class(words)(
         prog="align",
         description="Align a language model: SFT, reward model, DPO and PPO as one planned run.",
         epilog=_EXAMPLES,
@@ -127,6 +128,17 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
             verb.add_arguments(subparser)
             subparser.set_defaults(handle=verb.handle)
     return parser
+
+
+def _parser_class(words: Sequence[str]) -> type[argparse.ArgumentParser]:
+    """A parser whose errors say how to write the name of a file that looks like an option."""
+    like_option = next((word for word in words if word.startswith("-") and Path(word).exists()), None)
+
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> NoReturn:
+            super().error(message if like_option is None else f"{message}; to name the file, write ./{like_option}")
+
+    return Parser
 
 
 def load(name: str) -> Verb:

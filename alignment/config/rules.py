@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 _SLURM_WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._,-]{0,127}")
 _SLURM_TIME = re.compile(r"(\d{1,3}-)?\d{1,4}:[0-5]\d:[0-5]\d", re.ASCII)
 _SLURM_MEMORY = re.compile(r"[1-9]\d{0,8}[KMGT]", re.ASCII)
@@ -58,7 +58,7 @@ infinite."""
 
 NAME = Rule(
     is_name,
-    "1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot",
+    "1 to 64 of A-Z a-z 0-9 . _ -, beginning with a letter, a digit or _",
     keywords={"pattern": f"^{_NAME.pattern}$"},
 )
 FILLED = Rule(

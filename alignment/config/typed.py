@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,6 +29,9 @@ from alignment.config.sweep import SweepConfig
 _SHOWN = 3
 _NOTHING = ("none", "nil")
 """How other languages write null."""
+_SHOWN_CHARACTERS = 300
+_LARGEST_BITS = 63
+"""Of a whole number; other programs hold no larger one."""
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 
 
@@ -188,7 +192,7 @@ class _Conversion:
         if kinds := kinds_of(hint):
             return self._of_kind(kinds, value, where=where, default=default)
         item, rule = listed_dataclass(hint), rule_of(cls, name)
-        shown = "the given value (not shown)" if rule is not None and rule.secret else repr(value)
+        shown = "the given value (not shown)" if rule is not None and rule.secret else _shown(value)
         try:
             converted = _scalar_or_list(hint, value) if item is None else self._instances(item, value, where=where)
         except _Wrong as wrong:
@@ -338,6 +342,8 @@ def _scalar(hint: type, value: Any) -> Any:
         return _number(value)
     if type(value) is not hint:
         raise _Wrong(f"it takes {_WORDS[hint]}")
+    if type(value) is int and value.bit_length() > _LARGEST_BITS:
+        raise _Wrong(f"it takes a whole number of at most {_LARGEST_BITS} bits")
     return value
 
 
@@ -359,6 +365,8 @@ def _number(value: Any) -> float:
         return float(value)
     except ValueError:
         raise _Wrong(f"it takes {_WORDS[float]}") from None
+    except OverflowError:
+        raise _Wrong(f"it takes {_WORDS[float]} of at most {sys.float_info.max:.2g}") from None
 
 
 def _choice(hint: type[Enum], value: Any) -> Enum:
@@ -379,6 +387,12 @@ def _without_kind(name: str, siblings: list[str], kinds: Iterable[str]) -> str:
         return f"unknown stage; did you mean '{close}'?"
     have = f"the recipe has {', '.join(siblings)}" if siblings else "the recipe has none"
     return f"unknown stage; {have}. A new stage needs 'kind', one of: {', '.join(kinds)}"
+
+
+def _shown(value: Any) -> str:
+    """As Python writes it, shortened."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}…"
 
 
 def _as_written(value: Any) -> str:

@@ -55,6 +55,20 @@ def test_a_folder_that_is_gone_is_told(capsys: Captured, tmp_path: Path, monkeyp
     )
 
 
+@pytest.mark.parametrize("verb", ["plan", "doctor", "new"])
+def test_a_file_whose_name_looks_like_an_option_is_refused_with_the_way_to_write_it(
+    capsys: Captured, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "-mine.yaml").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([verb, "-mine.yaml"])
+    assert "./-mine.yaml" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([verb, "-other.yaml"])
+    assert "./" not in capsys.readouterr().err
+
+
 HERE = Path.cwd()
 CHAT = {"system": "be brief", "max_new_tokens": 8, "temperature": 0.5, "seed": 3}
 REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [

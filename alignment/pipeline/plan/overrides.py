@@ -23,6 +23,7 @@ _SECRET = ("api_key_env", "base_url", "://")
 _STAND_IN = re.compile(r"_x([0-9a-f]{6})x_")
 _PATH = "path:"
 _SHOWN_TEXT = 60
+_SHOWN_OVERRIDE = 300
 _DEEPEST = 30
 """Levels of nested brackets; Hydra and OmegaConf recurse into them, and Python limits recursion."""
 
@@ -37,7 +38,7 @@ def parse(overrides: Sequence[str], *, example: str = "stages.dpo.beta=0.3") -> 
             continue
         try:
             override = parse_override(text)
-        except HydraException:
+        except (HydraException, ValueError):  # ValueError: a number of thousands of digits
             faults.append(_malformed(text, example))
             continue
         outside = list(hostile({override.key_or_group: text}, where=""))
@@ -63,7 +64,9 @@ def _depth(text: str) -> int:
 def _shown(text: str) -> str:
     """The override, without a value that may hold a key or a password, as an address may."""
     key, _, _ = text.partition("=")
-    return f"{key}=…" if any(secret in text for secret in _SECRET) else text
+    if any(secret in text for secret in _SECRET):
+        return f"{key}=…"
+    return text if len(text) <= _SHOWN_OVERRIDE else f"{text[:_SHOWN_OVERRIDE]}…"
 
 
 def _malformed(text: str, example: str) -> Fault:

@@ -130,12 +130,13 @@ FAULTS = [
     ({"name": "run", "stages": {}}, "stages: a run needs at least one stage"),
     (
         {**with_stage(), "name": "../x"},
-        "name: '../x' is not allowed; 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot",
+        "name: '../x' is not allowed; 1 to 64 of A-Z a-z 0-9 . _ -, beginning with a letter, a digit or _",
     ),
     *(
         ({**with_stage(), "name": name}, f"name: {name!r} is not allowed; {NAME.allowed}")
-        for name in ("a\n#SBATCH --uid=0", "a;b", "$(id)")
+        for name in ("a\n#SBATCH --uid=0", "a;b", "$(id)", "-x")
     ),
+    ({"name": "r", "stages": {"-x": {"kind": "sft"}}}, f"stages.-x: '-x' cannot name a stage; allowed: {NAME.allowed}"),
     (with_slurm(partition="a\nb"), f"launch.backend.partition: 'a\\nb' is not allowed; {SLURM_WORD}"),
     (with_slurm(account="a b"), f"launch.backend.account: 'a b' is not allowed; {SLURM_WORD}"),
     (with_slurm(qos="$(id)"), f"launch.backend.qos: '$(id)' is not allowed; {SLURM_WORD}"),
@@ -181,7 +182,7 @@ FAULTS = [
     ),
     (
         {"name": "run", "stages": {"a\nb": {"kind": "sft"}}},
-        "stages.a\nb: 'a\\nb' cannot name a stage; allowed: 1 to 64 of A-Z a-z 0-9 . _ -, not starting with a dot",
+        f"stages.a\nb: 'a\\nb' cannot name a stage; allowed: {NAME.allowed}",
     ),
 ]
 

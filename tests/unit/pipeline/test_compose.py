@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from alignment.config.typed import convert, typed
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan import references, settings
 from alignment.pipeline.plan.compose import compose, find_recipe
+from alignment.pipeline.plan.dotted_keys import nested
 from alignment.pipeline.plan.plan import make_plan
 from alignment.pipeline.sweeps.sweep_file import read_sweep
 from alignment.stages.dpo.config import DpoConfig
@@ -307,6 +309,29 @@ FAULTY = [
 @pytest.mark.parametrize(("override", "message"), FAULTY)
 def test_a_faulty_override_is_named_exactly(override: str, message: str) -> None:
     assert [text.splitlines()[0] for text in faults(override)] == [message]
+
+
+@pytest.mark.parametrize("digits", [19, 400, 5_000])
+@pytest.mark.parametrize(
+    "key",
+    ["seed", "stages.sft.optim.batch_size", "stages.sft.data.limit", "stages.sft.optim.lr", "stages.sft.optim.epochs"],
+)
+def test_a_number_that_is_too_large_is_a_fault_in_a_line(tmp_path: Path, key: str, digits: int) -> None:
+    number = "9" * digits
+    if key.rpartition(".")[2] in ("lr", "epochs") and digits == 19:
+        assert faults(f"{key}={number}") == []
+        return
+    (fault,) = faults(f"{key}={number}")
+    assert key in fault
+    assert len(fault) < 400
+    recipe = tmp_path / "mine.yaml"
+    values = json.dumps(nested(key.split("."), "NUMBER")).replace('"NUMBER"', number)
+    recipe.write_text(f"defaults: [quickstart, _self_]\n{values[1:-1]}\n")
+    try:
+        (fault,) = faults(recipe=str(recipe))
+    except ConfigError as error:
+        fault = str(error)
+    assert "mine.yaml" in fault or key in fault
 
 
 @pytest.mark.parametrize(
