@@ -160,11 +160,21 @@ def _steps(optim: OptimConfig, rows: int | None) -> int | None:
 
 
 def _warm_up_faults(optim: OptimConfig, rows: int | None, *, where: str) -> Iterator[Fault]:
-    steps = _steps(optim, rows)
-    if steps and optim.warmup_ratio and math.ceil(steps * optim.warmup_ratio) >= steps:
-        source, remedy = "", "raise max_steps"
-        if not optim.max_steps:
-            source = f" for {rows} rows in batches of {optim.batch_size}"
-            remedy = "use smaller batches, more rows or more epochs"
-        message = f"the warm-up covers all optimiser steps ({steps}{source}); set it to 0, or {remedy}"
-        yield Fault(where=f"{where}.warmup_ratio", message=message)
+    steps, ratio = _steps(optim, rows), optim.warmup_ratio
+    if not steps or not _is_all_warm_up(steps, ratio):
+        return
+    enough = math.ceil(1 / (1 - ratio))
+    enough += _is_all_warm_up(enough, ratio)  # rounding
+    source, longer = "", f"max_steps={enough}"
+    if not optim.max_steps and rows is not None:
+        source = f" for {rows} rows in batches of {optim.batch_size}"
+        longer = f"epochs={math.ceil(enough / math.ceil(rows / optim.batch_size))}"
+    message = (
+        f"the warm-up covers all optimiser steps ({steps}{source}); set {where}.warmup_ratio=0, or {where}.{longer} or "
+        f"more"
+    )
+    yield Fault(where=f"{where}.warmup_ratio", message=message)
+
+
+def _is_all_warm_up(steps: int, ratio: float) -> bool:
+    return ratio > 0 and math.ceil(steps * ratio) >= steps

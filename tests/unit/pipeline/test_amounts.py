@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ OPTIM = OptimConfig(lr=1e-4, batch_size=8, warmup_ratio=0.1)
 LONGER = OptimConfig(lr=1e-4, batch_size=8, warmup_ratio=0.1, epochs=2)
 
 SHORT = OptimConfig(lr=1e-4, batch_size=8, warmup_ratio=0.6, max_steps=2)
-ALL_STEPS = "stages.s.optim.warmup_ratio: the warm-up covers all optimiser steps (2); set it to 0, or raise max_steps"
+ALL_STEPS = (
+    "stages.s.optim.warmup_ratio: the warm-up covers all optimiser steps (2); set stages.s.optim.warmup_ratio=0, or "
+    "stages.s.optim.max_steps=3 or more"
+)
 
 
 def fault_messages(config: StageConfig, *, rows: int = 8, prompts: int | None = None, whole: bool = True) -> list[str]:
@@ -63,7 +67,7 @@ def fault_messages(config: StageConfig, *, rows: int = 8, prompts: int | None = 
             SftConfig(optim=OPTIM),
             {"rows": 7},
             "stages.s.optim.warmup_ratio: the warm-up covers all optimiser steps (1 for 7 rows in batches of 8); "
-            "set it to 0, or use smaller batches, more rows or more epochs",
+            "set stages.s.optim.warmup_ratio=0, or stages.s.optim.epochs=2 or more",
         ),
         (
             DpoConfig(optim=SHORT),
@@ -99,6 +103,23 @@ def test_enough_data_and_an_amount_that_nobody_knows_are_not_refused(
     config: StageConfig, amount: dict[str, Any]
 ) -> None:
     assert fault_messages(config, **amount) == []
+
+
+@pytest.mark.parametrize("rows", [1, 7, 12, 100])
+@pytest.mark.parametrize("ratio", [0.05, 0.3, 2 / 3, 0.9, 0.99])
+@pytest.mark.parametrize("amount", [{"epochs": 1}, {"epochs": 0.5}, {"max_steps": 1}])
+def test_what_is_said_of_a_warm_up_of_all_steps_is_then_accepted(
+    rows: int, ratio: float, amount: dict[str, Any]
+) -> None:
+    def messages(**changes: Any) -> list[str]:
+        optim = OptimConfig(**{"lr": 1e-4, "batch_size": 16, "warmup_ratio": ratio, **amount, **changes})
+        return fault_messages(SftConfig(optim=optim), rows=rows)
+
+    for message in messages():
+        words = re.findall(r"stages\.s\.optim\.(\w+)=([\d.]+)", message)
+        assert len(words) == 2
+        for name, value in words:
+            assert messages(**{name: int(value)}) == [], message
 
 
 @pytest.mark.parametrize(
