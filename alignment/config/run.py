@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from alignment.config.launch import LaunchConfig
 from alignment.config.model import ModelConfig
@@ -20,6 +20,11 @@ class RunConfig:
     folder that contains ``runs/`` and ``artifacts/``. ``artifacts`` is a store that several machines share, such as
     ``s3://bucket/prefix``; the folder ``artifacts/`` is then a cache of it.
     """
+
+    REPLACED: ClassVar[dict[str, str]] = {
+        "adapter.kind": "each stage has its own: set stages.NAME.adapter.kind for one stage; on the command line, "
+        "adapter={value} chooses it for all stages"
+    }
 
     name: Annotated[str, NAME]
     summary: str = ""

@@ -102,6 +102,9 @@ def _expand(override: Override, keys: list[str], files: dict[str, list[str]]) ->
         return [], Fault(where=where, message=f"no group '{group}'; {suggestion(group, GROUPS)}")
     if override.is_delete():
         return [], Fault(where=where, message="a group cannot be removed; choose a different file for it")
+    if isinstance(choice, dict):
+        kind = suggestion(str(choice.get("kind", "")), files[group])
+        return [], Fault(where=where, message=f"a choice is the name of a file, {group}=NAME; {kind}")
     names = choice if isinstance(choice, list) and group in SEVERAL else [choice]
     for name in names:
         if name not in files[group]:

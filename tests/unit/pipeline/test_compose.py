@@ -280,6 +280,15 @@ FAULTY = [
         "stages.sft.data.source=path:a'b\"c: not an override; write key=value, such as stages.dpo.beta=0.3",
     ),
     (
+        "adapter.kind=full",
+        "adapter.kind: unknown key; each stage has its own: set stages.NAME.adapter.kind for one stage; on the command "
+        "line, adapter=full chooses it for all stages",
+    ),
+    (
+        "adapter={kind: full}",
+        "adapter={kind: full}: a choice is the name of a file, adapter=NAME; did you mean 'full'?",
+    ),
+    (
         "adapter.chain=stack",
         "adapter.chain: unknown key; did you mean 'stages.sft.adapter.chain', "
         "'stages.reward.adapter.chain' or 'stages.dpo.adapter.chain'?",
