@@ -15,7 +15,7 @@ from alignment.config.did_you_mean import misspelt
 from alignment.core.errors import DataError
 from alignment.data.counted import counted
 from alignment.data.fields import Fields, SetAside, is_text, not_finite
-from alignment.data.formats import COLUMNS, format_of
+from alignment.data.formats import ANSWERED, COLUMNS, LABEL, format_of
 from alignment.data.formats.form import Format
 from alignment.data.formats.plain import CHOICES, PROMPT, TEXT
 from alignment.data.hub_rows import source_rows
@@ -77,10 +77,10 @@ class Diagnosis:
     ``unreadable`` rows could not be parsed; the list holds the first ones with their numbers. ``num_not_utf8`` of them
     are not UTF-8, and ``has_non_ascii`` says whether a readable row has characters beyond ASCII. ``faulty`` rows are
     so for some stages, and rows that are ``set_aside``, by reason, are of no use for some. ``columns`` counts the rows
-    that have each column, ``not_finite`` those with NaN or infinity in it, ``placeholders`` the rows that contain each
-    ``{{name}}``. ``repeats`` holds rows that repeat or contradict an earlier one, ``near_duplicates`` rows whose text
-    is nearly the same as an earlier one's. ``mapped`` are the settings' ``columns``, from a format's names to the
-    file's.
+    that have each column, ``not_finite`` those with NaN or infinity in it, ``flags`` those with true or false,
+    ``placeholders`` the rows that contain each ``{{name}}``. ``repeats`` holds rows that repeat or contradict an
+    earlier one, ``near_duplicates`` rows whose text is nearly the same as an earlier one's. ``mapped`` are the
+    settings' ``columns``, from a format's names to the file's.
     ``first_row`` is the first readable row, unless the settings name the format.
     """
 
@@ -90,6 +90,7 @@ class Diagnosis:
     columns: Counter[str] = field(default_factory=Counter)
     placeholders: Counter[str] = field(default_factory=Counter)
     not_finite: Counter[str] = field(default_factory=Counter)
+    flags: Counter[str] = field(default_factory=Counter)
     num_unreadable: int = 0
     num_not_utf8: int = 0
     has_non_ascii: bool = False
@@ -133,6 +134,16 @@ class Diagnosis:
         meant = {name: misspelt(name, COLUMNS) for name in self.columns if name not in read}
         present = {*self.columns, *self.mapped}
         return {name: known for name, known in meant.items() if known is not None and known not in present}
+
+    @property
+    def likely_labels(self) -> list[str]:
+        """Columns that no format reads and that are true or false in every row, if the rows have an answer and no
+        label."""
+        if self.format.name not in ANSWERED or LABEL in {*self.columns, *self.mapped}:
+            return []
+        readable = self.rows - self.num_unreadable
+        read = {*COLUMNS, *self.mapped.values()}
+        return [name for name, count in self.flags.items() if count == readable and name not in read]
 
     @property
     def misspelt_format(self) -> Format | None:
@@ -211,6 +222,7 @@ class _Examination:
             return
         if isinstance(row.value, Mapping):
             _count(diagnosis.columns, row.value.keys())
+            _count(diagnosis.flags, [name for name, value in row.value.items() if _is_flag(value)])
             _count(diagnosis.not_finite, [name for name, value in row.value.items() if not_finite(value)])
         value = prepared(row.value, self._data)
         if not diagnosis.first_row and self._data.format is None and isinstance(value, Mapping):
@@ -248,6 +260,11 @@ class _Examination:
         self._repeated.end()
         for name, use in self._diagnosis.uses.items():
             use.repeated = self._repeated.counts[name]
+
+
+def _is_flag(value: Any) -> bool:
+    """Whether ``value`` is true or false, which is text in a CSV."""
+    return isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false"))
 
 
 def _count(counts: Counter[str], names: Iterable[str]) -> None:

@@ -130,7 +130,7 @@ def start(path: Path, data: SourceConfig, *, setting: str = DATA) -> Reading:
             if faults
             else DataError("contains no rows", where=str(path), remedy="write at least one row")
         )
-    return Reading(path=path, format=detect(rows, where=str(path)), setting=setting)
+    return Reading(path=path, format=detect(rows, where=str(path), mapped=data.columns), setting=setting)
 
 
 def _refuse_unknown_columns(

@@ -19,7 +19,7 @@ from alignment.config.faults import refuse
 from alignment.core.errors import DataError
 from alignment.data.counted import counted
 from alignment.data.doctor import LISTED, Diagnosis, Use, counted_records
-from alignment.data.formats import FORMATS, UnknownColumns
+from alignment.data.formats import FORMATS, LABEL, UnknownColumns
 from alignment.data.hub_rows import snapshot_name
 from alignment.data.overlap import HeldOut, asked_in
 from alignment.data.reading import NAMED
@@ -115,6 +115,9 @@ def _lines(diagnosis: Diagnosis, data: SourceConfig) -> list[str]:
         names = ", ".join(f"{name}: TEXT" for name in sorted(diagnosis.placeholders))
         lines.append(_line("unfilled", f"{rows}; fill them with data.placeholders={{{names}}}"))
     lines += _misspelt(diagnosis, data)
+    for name in diagnosis.likely_labels:
+        lines.append(_line("label?", f"{name!r} is true or false in every row; if it says whether the answer is good:"))
+        lines.append(_line("", _command(data, {LABEL: name})))
     for name, count in diagnosis.not_finite.items():
         rows = counted(count, "row has", "rows have")
         lines.append(_line("not finite", f"{rows} NaN or infinity in the column {name!r}; correct it, or write null"))

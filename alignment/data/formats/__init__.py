@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from alignment.core.errors import DataError
@@ -46,6 +46,10 @@ _IN_ORDER = (
 )
 FORMATS: dict[str, Format] = {form.name: form for form in _IN_ORDER}
 _BESIDE = ("system", "history", "input", "tools", "reference", "id", "task", "flaw", "subset", *SCORE_COLUMNS)
+ANSWERED = tuple(form.name for form in (MESSAGES, SHAREGPT, PROMPT_COMPLETION, ALPACA, QUESTION_ANSWER))
+"""Formats of rows with an answer that a label may judge."""
+LABEL = "label"
+"""The column that says whether an answer is good."""
 COLUMNS = sorted({*PROMPTS, *_BESIDE, *(name for form in _IN_ORDER for name in json.loads(form.row))})
 """Every column that a format or a record reads."""
 
@@ -77,8 +81,10 @@ def _meant(fits: Format, row: Any, present: set[str]) -> Format:
     return next((form for form in more if form.name in present and set(json.loads(form.row)) <= set(row)), fits)
 
 
-def detect(rows: Sequence[Any], *, where: str) -> Format:
+def detect(rows: Sequence[Any], *, where: str, mapped: Collection[str] = ()) -> Format:
     """The format that fits most of the rows; if none fits any, the format whose columns most of the rows have.
+
+    A column that the user ``mapped`` to ``label`` is one, and not a class, whatever its values are.
 
     Raises:
         UnknownColumns: no format has the columns of any row; the error names the columns.
@@ -89,7 +95,8 @@ def detect(rows: Sequence[Any], *, where: str) -> Format:
         pairs = zip(guesses, rows, strict=True)
         counts = Counter(_meant(guess, row, present).name for guess, row in pairs if guess is not None)
         if counts:
-            return FORMATS[counts.most_common(1)[0][0]]
+            form = FORMATS[counts.most_common(1)[0][0]]
+            return KTO if LABEL in mapped and form in (SHAREGPT, ALPACA, QUESTION_ANSWER) else form
     columns = sorted({name for row in rows if isinstance(row, Mapping) for name in row})
     raise UnknownColumns(
         f"no known format has the columns {', '.join(map(repr, columns)) or 'none'}",

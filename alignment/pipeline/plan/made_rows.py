@@ -88,7 +88,9 @@ def _problem(row: str, slot: DataSlot) -> str:
     """Why a row, given as JSON, is of no use to a slot, or nothing."""
     value, where = json.loads(row), slot.data.source
     try:
-        form = FORMATS.get(slot.data.format or "") or detect([prepared(value, slot.data)], where=where)
+        form = FORMATS.get(slot.data.format or "") or detect(
+            [prepared(value, slot.data)], where=where, mapped=slot.data.columns
+        )
         reader = Reader(format=form, record=slot.record, data=slot.data)
         for record in reader.records(RawRow(value=value, where=where)):
             for check in (*slot.checks, *slot.skippable_checks):

@@ -164,6 +164,25 @@ def _diagnosed(file: Path, form: str | None = None) -> tuple[int, str]:
     return code, screen.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("more", "labels"),
+    [
+        ({"good": True}, ["good"]),
+        ({"good": "False"}, ["good"]),
+        ({"good": "yes"}, []),
+        ({"good": True, "label": "x"}, []),
+        ({"good": None}, []),
+    ],
+)
+def test_a_column_of_true_and_false_beside_an_answer_may_be_its_label(
+    tmp_path: Path, more: dict[str, Any], labels: list[str]
+) -> None:
+    rows = [{"prompt": f"{number}?", "completion": "Yes.", "good": "true"} | more for number in range(3)]
+    file = _write(tmp_path / "a.jsonl", rows)
+    assert examine(file, ALL, records()).likely_labels == labels
+    assert ("columns={label: good}" in _printed(file)) == bool(labels)
+
+
 def test_numbers_that_are_not_finite_are_counted_by_column(tmp_path: Path) -> None:
     rows = [PAIR | {"chosen_score": score, "rejected_score": 1.0} for score in (2.0, math.nan, math.inf)]
     file = _write(tmp_path / "a.jsonl", rows)

@@ -15,7 +15,7 @@ from alignment.config.data import DataConfig
 from alignment.core.errors import DataError
 from alignment.data.fields import Fields, SetAside
 from alignment.data.formats import FORMATS, detect, format_of
-from alignment.data.reading import Reading, iterate, start
+from alignment.data.reading import Reading, iterate, read_records, start
 from alignment.data.records import (
     Conversation,
     HeldOutPrompt,
@@ -310,6 +310,31 @@ def test_a_label_that_is_a_class_does_not_judge_the_answer(row: dict[str, Any], 
     assert conversation.messages[-1].content == "4."
     with pytest.raises(DataError, match=r"'label' is not read in this format; .*read the rows with format=kto"):
         _records(LabelledAnswer, row | {"label": label})
+
+
+@pytest.mark.parametrize(("bad", "is_label"), [(False, True), (0, True), ("0", True), ("no", False)])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "2 + 2?"}, {"from": "gpt", "value": "4."}]},
+        {"instruction": "2 + 2?", "output": "4."},
+        {"question": "2 + 2?", "answer": "4."},
+        {"prompt": "2 + 2?", "completion": "4."},
+    ],
+)
+def test_a_column_that_is_mapped_to_a_label_is_never_a_class(
+    tmp_path: Path, row: dict[str, Any], bad: Any, is_label: bool
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row | {"good": bad}) + "\n" + json.dumps(row | {"good": True}) + "\n")
+    data = DataConfig(source="", columns={"label": "good"})
+    if is_label:
+        assert [answer.desirable for answer in read_records(file, LabelledAnswer, data)] == [False, True]
+        assert len(read_records(file, Conversation, data)) == 1
+        return
+    for record in (LabelledAnswer, Conversation):
+        with pytest.raises(DataError, match="'label' must be true or false"):
+            read_records(file, record, data)
 
 
 def test_transcripts_with_an_empty_turn_are_set_aside() -> None:
