@@ -141,7 +141,7 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ("schema sweep --beside .", "alignment.commands.schema.driver.show_schema", ("sweep",), {"beside": "."}),
     (
         "new a.jsonl b.csv --model path:m --out r.yaml --heldout c.jsonl --from-pairs both --first skip "
-        "--scorer s.py:f --device h100",
+        "--scorer s.py:f --device h100 --columns '{label: good}'",
         "alignment.commands.new.driver.new_recipe",
         (["a.jsonl", "b.csv"],),
         {
@@ -150,6 +150,7 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
                 model="path:m",
                 heldout="c.jsonl",
                 device="h100",
+                columns="{label: good}",
                 answers={"from-pairs": "both", "first": "skip", "scorer": "s.py:f"},
             ),
         },

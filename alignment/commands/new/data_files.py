@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ class DataFile:
     """A file, and the ``record`` that it is most of all meant for.
 
     ``source`` is what a recipe writes. ``number`` are its records, ``prompts`` the keys of its different prompts.
-    ``faulty`` is the share of its rows that stages leave out.
+    ``faulty`` is the share of its rows that stages leave out. ``columns`` maps a format's columns to the file's.
     """
 
     name: str
@@ -43,6 +43,12 @@ class DataFile:
     faulty: float = 0.0
     number: int = 0
     prompts: frozenset[int] = frozenset()
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def data(self) -> SourceConfig:
+        """How its rows are read."""
+        return SourceConfig(columns=dict(self.columns))
 
     @property
     def has_prompts(self) -> bool:
@@ -61,7 +67,7 @@ class DataFile:
     def read(self) -> Iterator[CountedRow]:
         """Each row that can be parsed."""
         of_prompt, own = (self._reader(record) for record in (HeldOutPrompt, self.record))
-        for row in source_rows(self.path, SourceConfig()):
+        for row in source_rows(self.path, self.data):
             if isinstance(row, RawRow):
                 prompts = _records(of_prompt, row) if self.has_prompts else []
                 try:
@@ -71,12 +77,14 @@ class DataFile:
                 yield CountedRow(value=row.value, prompt=prompts[0] if prompts else None, number=number, faulty=faulty)
 
     def _reader(self, record: type[Record]) -> Reader:
-        return Reader(format=self.format, record=record, data=SourceConfig())
+        return Reader(format=self.format, record=record, data=self.data)
 
     @property
     def settings(self) -> dict[str, Any]:
         """What a stage's ``data`` is set to."""
         settings: dict[str, Any] = {"source": self.source}
+        if self.columns:
+            settings["columns"] = dict(self.columns)
         if self.faulty:
             settings["on_error"] = "skip"
         if self.faulty > SourceConfig().max_skipped:
@@ -103,8 +111,8 @@ class CountedRow:
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def look_at(console: Console, source: str, *, where: str) -> DataFile:
-    """What a file is, printed in a line or two.
+def look_at(console: Console, source: str, *, where: str, columns: Mapping[str, str] | None = None) -> DataFile:
+    """What a file is, printed in a line or two. ``columns`` maps a format's columns to its own.
 
     Raises:
         DataError: it cannot be read, or no stage can use it.
@@ -115,7 +123,7 @@ def look_at(console: Console, source: str, *, where: str) -> DataFile:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     path = path_of(source, where=where, announce=print_line)
-    diagnosis, is_whole = examined(console, path, SourceConfig(source=source))
+    diagnosis, is_whole = examined(console, path, SourceConfig(source=source, columns=dict(columns or {})))
     if not is_whole:
         raise KeyboardInterrupt
     use = best_use(diagnosis)
@@ -130,6 +138,7 @@ def look_at(console: Console, source: str, *, where: str) -> DataFile:
         format=diagnosis.format,
         record=Prompt if record is HeldOutPrompt else record,
         faulty=faults / diagnosis.rows,
+        columns=columns or {},
     )
     left_out = counted(faults, "faulty row is", "faulty rows are")
     more = f"; {left_out} left out (align doctor {source} lists {'it' if faults == 1 else 'them'})" if faults else ""

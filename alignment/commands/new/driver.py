@@ -19,9 +19,11 @@ from alignment.commands.new.questions import Ask, answered, refuse_unasked
 from alignment.commands.new.recipe_text import comment_lines, flow, group_lines
 from alignment.commands.new.stage_proposals import proposed_stages, questions
 from alignment.config.adapter import AdapterKind
+from alignment.config.faults import refuse
 from alignment.config.new_recipe import FIRST, FROM_PAIRS, SCORER, Circumstances, Lengths, NewStage, Reasoned, Rows
 from alignment.config.rules import NAME, is_name
 from alignment.config.store import conf_folder
+from alignment.config.typed import source_from_plain
 from alignment.core.errors import ConfigError, DataError
 from alignment.data.records import (
     Conversation,
@@ -32,7 +34,9 @@ from alignment.data.records import (
     Record,
 )
 from alignment.pipeline.execute.plan_table import show_plan
+from alignment.pipeline.plan.compose import tree_of
 from alignment.pipeline.plan.plan import make_plan
+from alignment.pipeline.plan.settings import column_faults
 from alignment.stages.registry import kind_named
 
 _ORDER: tuple[type[Record], ...] = (PreferencePair, LabelledAnswer, Conversation, Prompt, PlainText)
@@ -42,11 +46,13 @@ _SUFFIX = ".yaml"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Options:
-    """``answers`` are those to questions, by name; None stands for a default, or for what is found out."""
+    """``answers`` are those to questions, by name; None stands for a default, or for what is found out. ``columns``
+    maps a format's columns to those of the files, written as in a recipe."""
 
     model: str | None = None
     heldout: str | None = None
     device: str | None = None
+    columns: str | None = None
     answers: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -81,7 +87,8 @@ def new_recipe(
     path = _new_file(out)
     refuse_repeated([*files, *([options.heldout] if options.heldout else [])])
     memory = free_bytes(options.device)
-    looked = [look_at(console, file, where="FILE").counted() for file in files]
+    columns = _columns(options.columns)
+    looked = [look_at(console, file, where="FILE", columns=columns).counted() for file in files]
     given = None if options.heldout is None else _held_out_file(console, options.heldout)
     model = base_model(options.model, announce=lambda line: _say(console, line))
     answers = _answers(console, looked, model, options, ask)
@@ -104,6 +111,16 @@ def new_recipe(
     recipe = shlex.quote(_as_argument(path))
     _say(console, f"next: align preview {recipe}, and align plan {recipe} --cost")
     return 0
+
+
+def _columns(written: str | None) -> dict[str, str]:
+    """The names of a format's columns and those of the files'."""
+    if written is None:
+        return {}
+    plain, faults = tree_of([f"columns={written}"], example="--columns '{prompt: my_question}'")
+    data, wrong = source_from_plain(plain, where="FILE")
+    refuse([*faults, *wrong, *column_faults(data, "FILE")])
+    return data.columns
 
 
 def _held_out_file(console: Console, source: str) -> DataFile:

@@ -96,7 +96,8 @@ def split(files: Sequence[DataFile], keys: frozenset[int], new: NewFiles) -> tup
                 left.remove(row.key)
                 _write(stream, _held_out_row(source, row))
     first = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
-    form = format_of(prepared(first, SourceConfig()))
+    columns = {} if source.record is LabelledAnswer else source.columns  # of labelled answers only the turns are left
+    form = format_of(prepared(first, SourceConfig(columns=dict(columns))))
     held_out = replace(
         source,
         name=path.name,
@@ -105,6 +106,7 @@ def split(files: Sequence[DataFile], keys: frozenset[int], new: NewFiles) -> tup
         format=form or source.format,
         record=Prompt,
         faulty=0.0,
+        columns=columns,
     )
     held_out = replace(held_out, number=len(keys), prompts=keys)
     return held_out, without(files, held_out, new)

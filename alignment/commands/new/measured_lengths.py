@@ -33,7 +33,9 @@ def measured_lengths(
     asked = {
         "folder": str(folder),
         "template": template,
-        "files": [{"path": str(file.path), "record": file.record.__name__} for file in files],
+        "files": [
+            {"path": str(file.path), "record": file.record.__name__, "columns": dict(file.columns)} for file in files
+        ],
     }
     return list((_in_process if measure is None else measure)(asked))
 

@@ -32,6 +32,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--heldout", metavar="FILE", help="prompts to evaluate on (default: a part of the data, copied to a file)"
     )
+    parser.add_argument(
+        "--columns",
+        metavar="{NAME: YOURS}",
+        help="columns of FILE that have other names, such as '{label: good}', as in a recipe's data.columns",
+    )
     for question in (FROM_PAIRS, FIRST):
         parser.add_argument(f"--{question.name}", choices=list(question.choices), help=_help(question))
     parser.add_argument(
@@ -51,6 +56,7 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
         model=arguments.model,
         heldout=arguments.heldout,
         device=arguments.device,
+        columns=arguments.columns,
         answers={name: answer for name, answer in answers.items() if answer is not None},
     )
     return new_recipe(console, arguments.files, out=arguments.out, options=options)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -61,18 +61,18 @@ def main(arguments: Sequence[str]) -> int:
 
 def measured(asked: Mapping[str, Any]) -> list[Lengths]:
     """The lengths of each file's records: ``asked`` has the ``folder`` of a model, a chat ``template`` or None, and
-    ``files`` with their ``path`` and ``record``.
+    ``files`` with their ``path``, ``record`` and ``columns``.
 
     Raises:
         ModelError: there is no usable tokenizer.
         DataError: no record of a file can be rendered.
     """
     tokenizer = load_tokenizer(Path(asked["folder"]), TemplateChoice(source=asked["template"]))
-    return [_lengths(tokenizer, Path(file["path"]), _KINDS[file["record"]]) for file in asked["files"]]
+    return [_lengths(tokenizer, Path(file["path"]), _KINDS[file["record"]], file["columns"]) for file in asked["files"]]
 
 
-def _lengths(tokenizer: Any, path: Path, kind: Kind) -> Lengths:
-    records = list(_tokenized(tokenizer, path, kind))
+def _lengths(tokenizer: Any, path: Path, kind: Kind, columns: dict[str, str]) -> Lengths:
+    records = list(_tokenized(tokenizer, path, kind, columns))
     readable = [record for record in records if record.parts]
     if not readable:
         raise next((record.fault for record in records if record.fault), DataError("has no rows", where=str(path)))
@@ -103,8 +103,8 @@ def _longest_answer(record: Tokenized) -> int:
     return max((len(tokens) for parts in record.parts for tokens in parts.answers.values()), default=0)
 
 
-def _tokenized(tokenizer: Any, path: Path, kind: Kind) -> Iterator[Tokenized]:
-    lenient = replace(SourceConfig(), on_error=OnError.skip, max_skipped=1.0)
+def _tokenized(tokenizer: Any, path: Path, kind: Kind, columns: dict[str, str]) -> Iterator[Tokenized]:
+    lenient = SourceConfig(columns=columns, on_error=OnError.skip, max_skipped=1.0)
     for records in _batches(islice(iterate(path, kind.record, lenient), LOOKED_AT)):
         yield from tokenized(tokenizer, kind, records, _LIMITS)
 

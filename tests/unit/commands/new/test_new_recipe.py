@@ -121,6 +121,27 @@ def test_a_recipe_for_each_format_passes_a_plan(name: str, new: Callable[..., Re
     assert validated(recipe) == []
 
 
+@pytest.mark.parametrize(("name", "heldout"), [("kto", True), ("kto", False), ("preference", True)])
+def test_columns_of_other_names_are_mapped(name: str, heldout: bool, new: Callable[..., Recipe]) -> None:
+    own = {"label": "good"} if name == "kto" else {"prompt": "asked", "chosen": "better", "rejected": "worse"}
+    rows = [{own.get(key, key): value for key, value in row.items()} for row in rows_like(FORMATS[name].row, 60)]
+    file = write("rows.jsonl", rows)
+    written = f"{{{', '.join(f'{key}: {column}' for key, column in own.items())}}}"
+    prompts = write("asked.jsonl", rows_like(FORMATS["prompt"].row, 40)) if heldout else None
+    recipe = new(file, answers=ANSWERS[name], columns=written, heldout=prompts)
+    assert stages_of(recipe) == EXPECTED[name]
+    assert recipe["stages"]["kto" if name == "kto" else "dpo"]["data"]["columns"] == own
+    assert validated(recipe) == []
+
+
+def test_a_column_that_cannot_be_mapped_is_named(new: Callable[..., Recipe]) -> None:
+    file = write("rows.jsonl", rows_like(FORMATS["kto"].row, 60))
+    with pytest.raises(ConfigError, match="did you mean 'label'"):
+        new(file, columns="{lable: good}")
+    with pytest.raises(DataError, match="'good', which no row has"):
+        new(file, columns="{label: good}")
+
+
 def test_without_an_input_stream_nothing_is_asked(new: Callable[..., Recipe], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", None)
     file = write("rows.jsonl", rows_like(FORMATS["messages"].row, 60))
@@ -165,7 +186,11 @@ def test_values_follow_from_the_data(new: Callable[..., Recipe]) -> None:
     assert (evaluate["reference"], evaluate["reward"]) == ("stage:sft", None)
     files = [(talk, "Conversation"), ("recipe-pairs-train.jsonl", "PreferencePair")]
     folder = recipe["model"]["source"].partition(":")[2]
-    asked = {"folder": folder, "template": None, "files": [{"path": file, "record": record} for file, record in files]}
+    asked = {
+        "folder": folder,
+        "template": None,
+        "files": [{"path": file, "record": record, "columns": {}} for file, record in files],
+    }
     lengths = measured(asked)
     for stage, of_file in zip((sft, dpo), lengths, strict=True):
         longest = max(of_file.rows)
