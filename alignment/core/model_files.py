@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignment.core.errors import ModelError
-from alignment.core.shapes import fits
 
 
 def refuse_weights_elsewhere(folder: Path, *, where: str = "") -> None:
@@ -39,6 +39,27 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 def is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter that PEFT saved, and not a whole model."""
     return (folder / ADAPTER_CONFIG).is_file()
+
+
+def refuse_cut_weights(folder: Path, *, where: str = "") -> None:
+    """Compares the size of every weights file of the folder with the size that its header gives; reads no weights.
+
+    Raises:
+        ModelError: a file has another size, as after a download that was cut off, or its header cannot be read.
+    """
+    for file in sorted(folder.glob("*.safetensors")):
+        size, header = file.stat().st_size, _header(file)
+        if header is None:
+            problem = "its header cannot be read"
+        elif size != header.file_size:
+            problem = f"it has {size:,} bytes, and its header describes {header.file_size:,}"
+        else:
+            continue
+        raise ModelError(
+            f"{file.name} is damaged or cut short: {problem}",
+            where=where or str(folder),
+            remedy=f"fetch the model again, after you deleted {file}",
+        )
 
 
 _POSITIONS = ("max_position_embeddings", "n_positions", "max_sequence_length")
@@ -128,7 +149,8 @@ def formats_of_weights(folder: Path) -> set[str]:
 
     Files whose header cannot be read are left out; whoever loads them reports them.
     """
-    return {str(entry["dtype"]) for file in folder.glob("*.safetensors") for entry in _header(file).values()}
+    headers = [_header(file) for file in folder.glob("*.safetensors")]
+    return {str(entry["dtype"]) for header in headers if header is not None for entry in header.tensors.values()}
 
 
 def shapes_of_weights(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -136,24 +158,33 @@ def shapes_of_weights(folder: Path) -> dict[str, tuple[int, ...]]:
     return {
         name: tuple(entry["shape"])
         for file in sorted(folder.glob("*.safetensors"))
-        for name, entry in _header(file).items()
+        if (header := _header(file)) is not None
+        for name, entry in header.tensors.items()
         if fits(entry.get("shape"), list[int])
     }
 
 
-def _header(file: Path) -> dict[str, dict[str, Any]]:
-    """A safetensors file's entries by the names of its tensors: eight bytes are the length of the JSON that follows."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Header:
+    """A safetensors file's tensors by name, and the bytes that the file has according to them."""
+
+    tensors: dict[str, dict[str, Any]]
+    file_size: int
+
+
+def _header(file: Path) -> _Header | None:
+    """Eight bytes are the length of the JSON that follows; after it come the tensors. None if it cannot be read."""
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
         if length > file.stat().st_size:
-            return {}
+            return None
         try:
             entries = json.loads(handle.read(length))
-        except (ValueError, RecursionError):
-            return {}
-    if not fits(entries, dict[str, dict[str, Any]]):
-        return {}
-    return {name: entry for name, entry in entries.items() if name != "__metadata__" and "dtype" in entry}
+            tensors = {name: entry for name, entry in entries.items() if name != "__metadata__"}
+            ends = [int(entry["data_offsets"][1]) for entry in tensors.values() if entry["dtype"]]
+        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+            return None
+    return _Header(tensors=tensors, file_size=8 + length + max(ends, default=0))
 
 
 def _weight_map(index: Path, *, where: str) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from alignment.training.context import StageContext
 from alignment.training.session import Preempted
 from alignment.worker import _refuse_changed_data
 from tests.tiny import tiny_spec
+from tests.weights_files import weights_file
 
 
 def test_data_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:
@@ -304,7 +305,7 @@ def test_a_model_folder_that_changed_since_the_plan_is_refused(tmp_path: Path, c
     for folder in folders:
         folder.mkdir()
         (folder / "config.json").write_text("{}")
-        (folder / "model.safetensors").write_bytes(b"weights")
+        (folder / "model.safetensors").write_bytes(weights_file())
     base, scorer = map(identity_of_folder, folders)
     spec = tiny_spec(
         tmp_path,
@@ -314,7 +315,7 @@ def test_a_model_folder_that_changed_since_the_plan_is_refused(tmp_path: Path, c
         input_fingerprints={"reward": scorer},
     )
     worker._refuse_changed_models(spec)
-    (tmp_path / changed / "model.safetensors").write_bytes(b"others!")
+    (tmp_path / changed / "model.safetensors").write_bytes(weights_file(b"others!"))
     with pytest.raises(ModelError) as caught:
         worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
     assert str(caught.value).startswith(f"{tmp_path / changed}: changed since the run was planned\n  → start the run")

@@ -18,7 +18,7 @@ from alignment.config.did_you_mean import with_scheme
 from alignment.core.artifacts import write_json
 from alignment.core.errors import ModelError
 from alignment.core.fingerprint import digest, file_sha256
-from alignment.core.model_files import ADAPTER_WEIGHTS, is_adapter, refuse_weights_elsewhere
+from alignment.core.model_files import ADAPTER_WEIGHTS, is_adapter, refuse_cut_weights, refuse_weights_elsewhere
 from alignment.pipeline.sources import bundled_model, hub
 
 OF_FOLDER = "files-sha256:"
@@ -53,10 +53,10 @@ def resolve(source: str, *, where: str, adapter_fits: bool = False) -> ModelSour
     scheme, _, rest = source.partition(":")
     if scheme == "bundled" and rest:
         model = bundled_model.lookup(rest, where=where)
-        identity = f"gguf-sha256:{model.sha256}"
-        return ModelSource(
-            source=source, identity=identity, folder=bundled_model.folder(model), ready=bundled_model.is_ready(model)
-        )
+        identity, folder = f"gguf-sha256:{model.sha256}", bundled_model.folder(model)
+        if ready := bundled_model.is_ready(model):
+            refuse_cut_weights(folder, where=where)
+        return ModelSource(source=source, identity=identity, folder=folder, ready=ready)
     if scheme == "path" and rest:
         folder = model_folder(rest, where=where, adapter_fits=adapter_fits)
         return ModelSource(source=source, identity=identity_of_folder(folder), folder=folder, ready=True)
@@ -74,9 +74,10 @@ def resolve_shapes(source: str, *, where: str, adapter_fits: bool = False) -> Mo
         ModelError: the source has an unknown form, or there is no configuration.
     """
     scheme, _, rest = source.partition(":")
-    if scheme == "path" and rest and (folder := Path(rest).expanduser().absolute() / "config.json").is_file():
-        identity = identity_of_folder(folder.parent)
-        return ModelSource(source=source, identity=identity, folder=folder.parent, ready=True)
+    folder = Path(rest).expanduser().absolute()
+    if scheme == "path" and rest and (folder / "config.json").is_file():
+        refuse_cut_weights(folder, where=where)
+        return ModelSource(source=source, identity=identity_of_folder(folder), folder=folder, ready=True)
     model = resolve(source, where=where, adapter_fits=adapter_fits)
     repository = hub.repository(source, kind="model")
     if model.ready or repository is None:
@@ -131,7 +132,7 @@ def model_folder(path: str, *, where: str, adapter_fits: bool = False) -> Path:
     """A folder with a model in safetensors form, or with an adapter if that fits too.
 
     Raises:
-        ModelError: it is not such a folder; the error says what is missing.
+        ModelError: it is not such a folder, or a weights file was cut short; the error says what is missing.
     """
     folder = Path(path).expanduser().absolute()
     if not folder.is_dir():
@@ -153,6 +154,7 @@ def model_folder(path: str, *, where: str, adapter_fits: bool = False) -> Path:
             remedy="only safetensors weights are read, never pickles; align plan --cost needs no weights",
         )
     refuse_weights_elsewhere(folder, where=where)
+    refuse_cut_weights(folder, where=where)
     return folder
 
 

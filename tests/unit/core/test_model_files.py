@@ -17,7 +17,7 @@ from alignment.config.model import Dtype
 from alignment.core.errors import ModelError
 from alignment.core.model_files import formats_of_weights, positions_in
 from alignment.models.assembly.load import Lineage, load_policy
-from alignment.pipeline.sources.model_sources import resolve
+from alignment.pipeline.sources.model_sources import resolve, resolve_shapes
 from alignment.rewards.reward_models import load_external
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
@@ -74,6 +74,23 @@ def test_the_formats_of_weights_are_read_from_the_headers_of_all_files(tmp_path:
     save_file({"a": torch.zeros(2, dtype=torch.bfloat16), "b": torch.zeros(1)}, tmp_path / "1.safetensors")
     save_file({"c": torch.zeros(1, dtype=torch.float16)}, tmp_path / "2.safetensors", metadata={"format": "pt"})
     assert formats_of_weights(tmp_path) == {"BF16", "F32", "F16"}
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-5], lambda data: data + b"more", lambda data: data[:40], lambda data: b""]
+)
+def test_weights_that_were_cut_short_are_refused_before_anything_reads_them(
+    tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    save_tiny_model(tmp_path / "model")
+    save_file({"more": torch.ones(3)}, tmp_path / "model/more.safetensors")
+    assert READERS["a plan"](tmp_path / "model").ready
+    file = tmp_path / "model/more.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    for find in (resolve, resolve_shapes):
+        with pytest.raises(ModelError, match=r"more\.safetensors is damaged or cut short") as refused:
+            find(f"path:{tmp_path / 'model'}", where="model.source")
+        assert refused.value.where == "model.source"
 
 
 LONG = {"max_position_embeddings": 131072}

@@ -17,6 +17,7 @@ from alignment.pipeline.plan import choices
 from alignment.pipeline.plan import compose as composing
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.stages.registry import kind_of
+from tests.weights_files import weights_file
 
 TURN = {"role": "user", "content": "When is the training?"}
 ROWS = {
@@ -74,7 +75,7 @@ def overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "model.safetensors").write_bytes(weights_file())
     for name, row in ROWS.items():
         (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     more = [

@@ -27,6 +27,7 @@ from alignment.records.evaluation import (
 from alignment.records.interval import Interval
 from tests.unit.pipeline.conftest import TURN, MakePlan
 from tests.unit.pipeline.worker import INTERVAL
+from tests.weights_files import weights_file
 
 JUDGE = "stages.evaluate.judge"
 ENDPOINT = [
@@ -161,7 +162,7 @@ def test_a_model_from_outside_may_be_an_arm(plan: MakePlan, tmp_path: Path) -> N
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text("{}")
-    (other / "model.safetensors").write_bytes(b"others")
+    (other / "model.safetensors").write_bytes(weights_file(b"others"))
     planned = plan(f"stages.evaluate.arms=['path:{other}','hub:org/name@main']")
     (stage,) = [candidate for candidate in planned.stages if candidate.name == "evaluate"]
     assert stage.arms[f"path:{other}"].path == other

@@ -17,6 +17,7 @@ from alignment.pipeline.plan.references import slots
 from alignment.records.interval import Interval
 from alignment.records.reward_card import Baseline, RewardCard
 from alignment.stages.reward_card.config import RewardCardConfig
+from tests.weights_files import weights_file
 
 TURN = [{"role": "user", "content": "When is the training?"}]
 PAIR = {"messages": TURN, "chosen": "On 21 March.", "rejected": "Great question!"}
@@ -30,7 +31,7 @@ def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> MakePlan:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
-    (model / "model.safetensors").write_bytes(b"weights")
+    (model / "model.safetensors").write_bytes(weights_file())
     for name in ("learned", "judged", "others"):
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({**PAIR, "id": name}) + "\n")
     common_overrides = [f"output={tmp_path / 'out'}", f"model.source=path:{model}"]
@@ -72,7 +73,7 @@ def test_of_a_model_from_elsewhere_nothing_is_known(plan: MakePlan, tmp_path: Pa
     judge = tmp_path / "judge"
     judge.mkdir()
     (judge / "config.json").write_text('{"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}')
-    (judge / "model.safetensors").write_bytes(b"weights")
+    (judge / "model.safetensors").write_bytes(weights_file())
     planned = plan("~stages.reward", f"stages.card.reward=path:{judge}")
     card = card_in(planned)
     assert card.extra_data == {}
@@ -136,7 +137,7 @@ def test_a_policy_in_the_slot_is_refused(plan: MakePlan, tmp_path: Path) -> None
     policy = tmp_path / "policy"
     policy.mkdir()
     (policy / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')
-    (policy / "model.safetensors").write_bytes(b"weights")
+    (policy / "model.safetensors").write_bytes(weights_file())
     with pytest.raises(ModelError, match="this slot takes a reward model"):
         plan(f"stages.card.reward=path:{policy}")
 

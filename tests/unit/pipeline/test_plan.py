@@ -28,6 +28,7 @@ from alignment.stages.registry import kinds
 from alignment.stages.stage_file import read_spec
 from tests.hub import COMMIT
 from tests.unit.pipeline.conftest import NUM_PAIRS, MakePlan, leave_artifact
+from tests.weights_files import weights_file
 
 SKIP = ("on_error=skip", "max_skipped=0.5")
 
@@ -163,7 +164,7 @@ def test_the_content_of_the_base_model_counts_and_its_place_does_not(plan: MakeP
     leave_artifact(before.stages[0])
     from_elsewhere = f"stages.dpo.init=path:{before.stages[0].artifact}"
     dpo = plan(moved, from_elsewhere)
-    (tmp_path / "moved/model.safetensors").write_bytes(b"others")
+    (tmp_path / "moved/model.safetensors").write_bytes(weights_file(b"others"))
     assert "sft" in changed(before, plan(moved))
     assert "dpo" in changed(dpo, plan(moved, from_elsewhere)), "its adapter would stand on another base"
 

@@ -22,6 +22,7 @@ from alignment.rewards.rules import rule_kind
 from alignment.stages.ppo.config import PpoConfig
 from tests.unit.pipeline.conftest import MakePlan, leave_artifact
 from tests.unit.pipeline.test_run import fake
+from tests.weights_files import weights_file
 
 SEPARATE = "stages.ppo.critic=separate"
 NO_REWARD = "stages.ppo.reward=null"
@@ -215,7 +216,7 @@ def judge(folder: Path, **config: Any) -> Path:
     folder.mkdir()
     model_config = {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "LABEL_0"}, **config}
     (folder / "config.json").write_text(json.dumps(model_config))
-    (folder / "model.safetensors").write_bytes(b"weights")
+    (folder / "model.safetensors").write_bytes(weights_file())
     return folder
 
 
@@ -226,7 +227,7 @@ def test_a_reward_model_from_outside_fits_and_its_content_counts(plan: MakePlan,
     folder.rename(tmp_path / "moved")
     moved = ppo(plan(f"stages.ppo.reward=path:{tmp_path / 'moved'}"))
     assert moved.fingerprint == first.fingerprint
-    (tmp_path / "moved/model.safetensors").write_bytes(b"others")
+    (tmp_path / "moved/model.safetensors").write_bytes(weights_file(b"others"))
     assert ppo(plan(f"stages.ppo.reward=path:{tmp_path / 'moved'}")).fingerprint != first.fingerprint
 
 

@@ -16,6 +16,7 @@ from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError
 from alignment.core.fingerprint import digest
 from alignment.pipeline.sources import model_sources
+from tests.weights_files import weights_file
 
 OPTIONS = {"system": "", "max_new_tokens": 8, "temperature": 0.0, "seed": 0}
 
@@ -28,7 +29,7 @@ class Runs:
         self.base = output / "base"
         self.base.mkdir()
         (self.base / "config.json").write_text("{}")
-        (self.base / "model.safetensors").write_bytes(b"weights")
+        (self.base / "model.safetensors").write_bytes(weights_file())
         self.request: dict[str, Any] = {}
         self.speakers: list[dict[str, Any]] = []
         self.ignored = False
@@ -161,7 +162,7 @@ def test_a_base_is_looked_for_where_it_was(runs: Runs) -> None:
     file.write_text(file.read_text().replace(f"path:{runs.base}", "path:base"))
     assert runs.talk("b", "sft", "base") == ["sft", "base"]
     assert [speaker["base"] for speaker in runs.speakers] == [str(runs.base), str(runs.base)]
-    (runs.base / "model.safetensors").write_bytes(b"others")
+    (runs.base / "model.safetensors").write_bytes(weights_file(b"others"))
     assert "no folder" in runs.refused("b", "sft")
 
 

@@ -15,6 +15,7 @@ from alignment.commands.export.driver import export
 from alignment.commands.export.export_options import ExportOptions, add_form_arguments, options_of
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, ModelError
+from tests.weights_files import weights_file
 
 
 @pytest.fixture
@@ -66,7 +67,7 @@ def test_a_base_of_another_content_is_refused(tmp_path: Path, artifact: Callable
     base = tmp_path / "base"
     base.mkdir()
     (base / "config.json").write_text("{}")
-    (base / "model.safetensors").write_bytes(b"weights")
+    (base / "model.safetensors").write_bytes(weights_file())
     folder = artifact(base={"source": f"path:{base}", "path": str(base), "content": "files-sha256:other"})
     assert "its content has changed" in str(_refused(folder, tmp_path))
 

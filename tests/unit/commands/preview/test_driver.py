@@ -10,6 +10,7 @@ from rich.console import Console
 
 from alignment.commands.preview.driver import show_preview
 from alignment.core.errors import ConfigError
+from tests.weights_files import weights_file
 
 SFT = "sft: {kind: sft, data: {source: 'bundled:quickstart/conversations'}}"
 
@@ -27,7 +28,7 @@ def test_a_recipe_or_a_stage_without_rows_to_learn_from_is_refused(
 ) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
-    (tmp_path / "model/model.safetensors").write_bytes(b"weights")
+    (tmp_path / "model/model.safetensors").write_bytes(weights_file())
     recipe = tmp_path / "mine.yaml"
     more = f", {stages}" if stages else ""
     recipe.write_text(

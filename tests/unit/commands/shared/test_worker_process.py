@@ -14,6 +14,7 @@ from alignment.core.artifacts import Manifest, publish
 from alignment.core.deadline import KILLED_BY
 from alignment.core.errors import ModelError, StageError
 from alignment.records.run import RunRecord
+from tests.weights_files import weights_file
 
 KILLED = """\
 #!/bin/sh
@@ -42,7 +43,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("base", "content", "runs/mine"):
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "base/config.json").write_text("{}")
-    (tmp_path / "base/model.safetensors").write_bytes(b"weights")
+    (tmp_path / "base/model.safetensors").write_bytes(weights_file())
     (tmp_path / "content/metrics.jsonl").touch()
     base = {"source": "path:base", "path": str(tmp_path / "base"), "content": None}
     identity = {"kind": "sft", "base": {"dtype": "float32"}}

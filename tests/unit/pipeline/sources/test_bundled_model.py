@@ -18,8 +18,9 @@ import pytest
 
 from alignment.core.errors import DiskError, ModelError
 from alignment.pipeline.sources import bundled_model
+from tests.weights_files import weights_file
 
-GGUF = b"GGUF and some weights"
+GGUF = weights_file(b"GGUF and some weights")
 MODEL = dataclasses.replace(
     bundled_model.MODELS["smollm2-135m"],
     name="tiny",

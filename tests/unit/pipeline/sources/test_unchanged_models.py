@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from alignment.pipeline.sources.model_sources import resolve, unchanged
+from tests.weights_files import weights_file
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -16,14 +17,14 @@ def folder(tmp_path: Path) -> Path:
     made = tmp_path / COMMIT
     made.mkdir()
     (made / "config.json").write_text("{}")
-    (made / "model.safetensors").write_bytes(b"weights")
+    (made / "model.safetensors").write_bytes(weights_file())
     return made
 
 
 def test_a_folder_counts_by_its_content(folder: Path) -> None:
     identity = resolve(f"path:{folder}", where="base").identity
     assert unchanged("path:relative", folder, identity=identity) == folder
-    (folder / "model.safetensors").write_bytes(b"others")
+    (folder / "model.safetensors").write_bytes(weights_file(b"others"))
     assert unchanged("path:relative", folder, identity=identity) is None
     assert unchanged("path:relative", folder / "gone", identity=identity) is None
 

@@ -8,6 +8,7 @@ import pytest
 
 from alignment.pipeline.sweeps import run as module
 from tests.unit.pipeline.sweeps.fake_runs import Runs
+from tests.weights_files import weights_file
 
 
 @pytest.fixture
@@ -23,5 +24,5 @@ def tiny_base(tmp_path: Path) -> Path:
     folder = tmp_path / "base"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_text("")
+    (folder / "model.safetensors").write_bytes(weights_file())
     return folder
