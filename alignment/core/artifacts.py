@@ -200,7 +200,9 @@ def verify(folder: Path, *, content: bool) -> Manifest:
             raise ArtifactError("missing or cut short", where=str(path), remedy=f"delete {folder} to remake it")
         if content and file_sha256(path) != expected.get("sha256"):
             raise ArtifactError(
-                "content differs from its manifest", where=str(path), remedy=f"delete {folder} to remake it"
+                "content differs from its manifest",
+                where=str(path),
+                remedy=f"run the recipe with --verify, or delete {folder}, to remake it",
             )
     return manifest
 

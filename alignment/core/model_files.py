@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.core.errors import ModelError
+from alignment.core.shapes import fits
 
 
 def refuse_weights_elsewhere(folder: Path, *, where: str = "") -> None:

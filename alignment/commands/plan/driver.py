@@ -24,10 +24,12 @@ def show(
     device: str = THIS,
     trade: bool = False,
     scripts: str | None = None,
+    verified: bool = False,
 ) -> None:
     """Prints the plan and trains nothing; with ``cost`` or another ``device``, also what the stages would need on
     ``device``, and with ``trade``, what every way of training them would need. The jobs that a run would submit to
-    Slurm are written to the new folder ``scripts``, if one is given.
+    Slurm are written to the new folder ``scripts``, if one is given. Results to reuse are compared with their hashes if
+    ``verified``, otherwise with their sizes.
 
     Raises:
         AlignmentError: a fault in the plan, or sizes that no machine can combine.
@@ -35,7 +37,7 @@ def show(
         ModelError: a model is not on this machine, so there is no configuration for its cost.
     """
     cost = planned_costs.is_wanted(cost=cost, device=device)
-    plan = planned_costs.checked_plan(recipe, overrides, cost=cost, trade=trade, device=device)
+    plan = planned_costs.checked_plan(recipe, overrides, cost=cost, trade=trade, device=device, verified=verified)
     files = None if scripts is None else job_scripts(plan, scripts)
     show_plan(console, plan)
     if cost or trade:

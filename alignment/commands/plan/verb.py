@@ -6,12 +6,13 @@ import argparse
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_recipe, recipe_of
+from alignment.commands.shared.arguments import add_recipe, add_verify, recipe_of
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """A recipe with overrides."""
     add_recipe(parser)
+    add_verify(parser)
     parser.add_argument(
         "--cost",
         action="store_true",
@@ -39,5 +40,6 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
         device=arguments.device,
         trade=arguments.trade,
         scripts=arguments.scripts,
+        verified=arguments.verify,
     )
     return 0

@@ -21,6 +21,15 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_verify(parser: argparse.ArgumentParser) -> None:
+    """Adds the option that compares results with their hashes."""
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read all files of results to reuse and compare them with their hashes (default: compare sizes)",
+    )
+
+
 def recipe_of(arguments: argparse.Namespace) -> str:
     """The given recipe.
 

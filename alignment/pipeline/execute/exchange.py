@@ -6,11 +6,11 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from alignment.core.artifacts import read_manifest
+from alignment.core.artifacts import MANIFEST, read_manifest
 from alignment.core.locks import held, is_held
 from alignment.pipeline.execute.display import Announce
-from alignment.pipeline.plan.actions import Action
-from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
+from alignment.pipeline.plan.actions import Action, aside, damage_of
+from alignment.pipeline.plan.plan import Plan, PlannedStage, made_again
 from alignment.pipeline.remote.checkpoint_uploads import CheckpointUploads
 from alignment.pipeline.remote.lease import leased
 from alignment.pipeline.remote.object_store import ObjectStore
@@ -43,7 +43,27 @@ def with_results(plan: Plan, announce: Announce, *, stages: Sequence[PlannedStag
                 _download(plan.store, stage, announce)
             if read_manifest(stage.artifact) is not None:  # else its checkpoints are all that there is
                 shutil.rmtree(stage.work, ignore_errors=True)
-    return make_plan(plan.recipe, plan.overrides)
+    return made_again(plan)
+
+
+def set_damaged_aside(plan: Plan, announce: Announce, *, stages: Sequence[PlannedStage], wait: bool) -> None:
+    """Moves damaged results of these stages away, so that they are made or downloaded again.
+
+    Raises:
+        Busy: another process works on such a stage here, and ``wait`` is False.
+    """
+    for stage in stages:
+        if stage.action is Action.reuse or read_manifest(stage.artifact) is None:
+            continue
+        with held(stage.work / "lock", wait=wait, remedy=WAIT):
+            if not damage_of(stage.artifact, content=plan.verified):  # made again since the plan
+                continue
+            folder = aside(stage.artifact)
+            shutil.rmtree(folder, ignore_errors=True)
+            manifest = stage.artifact / MANIFEST
+            manifest.rename(manifest.with_name(f"{MANIFEST}.damaged"))  # so that the folder counts as no result
+            stage.artifact.rename(folder)
+            announce(f"{stage.name}: {stage.artifact.name} is damaged, and was moved to {folder}")
 
 
 @contextmanager

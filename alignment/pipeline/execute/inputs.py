@@ -61,4 +61,5 @@ def _with_upstream(plan: Plan, only: str) -> list[str]:
 
 def _command_of(plan: Plan, stage: str) -> str:
     """The command that makes one stage with the settings of this plan."""
-    return shlex.join(["align", "run", plan.recipe, *plan.overrides, "--stage", stage])
+    verify = ["--verify"] if plan.verified else []
+    return shlex.join(["align", "run", plan.recipe, *plan.overrides, "--stage", stage, *verify])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from alignment.pipeline.execute.display import Announce
-from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
+from alignment.pipeline.plan.plan import Plan, PlannedStage, made_again
 from alignment.pipeline.sources import data_sources, model_sources
 from alignment.stages.base import RunsOn
 from alignment.stages.registry import kind_of
@@ -28,10 +28,10 @@ def with_models(plan: Plan, announce: Announce, *, stages: Sequence[PlannedStage
     """
     if not fetch_missing([(plan, stages)], announce):
         return plan
-    complete = make_plan(plan.recipe, plan.overrides)
+    complete = made_again(plan)
     if not complete.base.ready:
         model_sources.fetch(complete.base, announce=announce)
-        complete = make_plan(plan.recipe, plan.overrides)
+        complete = made_again(plan)
     return complete
 
 

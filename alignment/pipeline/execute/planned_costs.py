@@ -23,7 +23,9 @@ def is_wanted(*, cost: bool, device: str) -> bool:
     return cost or device != THIS
 
 
-def checked_plan(recipe: str, overrides: Sequence[str], *, cost: bool, trade: bool, device: str) -> Plan:
+def checked_plan(
+    recipe: str, overrides: Sequence[str], *, cost: bool, trade: bool, device: str, verified: bool = False
+) -> Plan:
     """A plan whose sizes fit together, and whose ``cost`` or ``trade`` on ``device`` can be estimated if it is wanted.
 
     Raises:
@@ -38,7 +40,7 @@ def checked_plan(recipe: str, overrides: Sequence[str], *, cost: bool, trade: bo
             where="--cost" if cost else "--trade",
             remedy=f"name its type: --device {' | '.join(DEVICES)}",
         )
-    plan = make_plan(recipe, overrides, find=resolve_shapes if cost or trade else resolve)
+    plan = make_plan(recipe, overrides, find=resolve_shapes if cost or trade else resolve, verified=verified)
     refuse_sizes(plan)
     return plan
 

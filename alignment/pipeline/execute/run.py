@@ -58,10 +58,14 @@ def run(
     console: Console,
     only: str | None = None,
     wait: bool = False,
+    verified: bool = False,
     command_for: CommandFor | None = None,
 ) -> int:
-    """Plans a recipe and runs the plan (``run_plan``); returns the exit code (alignment/core/errors.py)."""
-    plan = make_plan(recipe, overrides)
+    """Plans a recipe and runs the plan (``run_plan``); returns the exit code (alignment/core/errors.py).
+
+    Results that are reused are compared with their hashes if ``verified``, otherwise with their sizes.
+    """
+    plan = make_plan(recipe, overrides, verified=verified)
     return run_with_advice(plan, console=console, only=only, wait=wait, command_for=command_for)
 
 
@@ -134,6 +138,7 @@ def _execute(plan: Plan, only: str | None, console: Console, command_for: Comman
         remove_leftovers(plan.run_folder, shared=True)  # a call that submits jobs writes jobs.json there
         machines.forget_attempts(plan)
         stack.enter_context(machines.showing_life(plan.run_folder, plan.config.launch))
+        exchange.set_damaged_aside(plan, announcer(console), stages=_needed(plan, only), wait=wait)
         plan = _with_all(plan, announcer(console), only, wait=wait)
         recorder = RunRecorder(plan, only=only)
         with showing(console, RunReader(plan.run_folder)) as display:
@@ -197,6 +202,7 @@ def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> in
         with held(plan.run_folder / "submit.lock", wait=False):
             slurm_jobs.refuse_queued(plan.run_folder)
             with held(plan.run_folder / "lock", wait=False):  # released before the first job needs it
+                exchange.set_damaged_aside(plan, display.note, stages=_needed(plan, only), wait=wait)
                 plan = _with_all(plan, display.note, only, wait=wait)
                 _end(plan, RunRecorder(plan, only=only))
             display.poll()

@@ -27,7 +27,9 @@ class Action(str, Enum):
 class Actions:
     """Decides for each stage of a run, by what is in the folder of artifacts and in the ``store``, if there is one."""
 
-    def __init__(self, artifacts: Path, run_folder: Path, store: ObjectStore | None) -> None:
+    def __init__(self, artifacts: Path, run_folder: Path, store: ObjectStore | None, *, verified: bool) -> None:
+        """``verified`` results are read and compared with their hashes; of others, only sizes are compared."""
+        self.verified = verified
         self._made: list[Made] = made(artifacts)
         self._own = _results_of(run_folder)
         self._store = store
@@ -45,21 +47,26 @@ class Actions:
         """The action, and its reason in words.
 
         Raises:
-            ArtifactError: a result that would be reused is damaged, or is another one whose fingerprint starts the
-                same.
+            ArtifactError: the manifest of a result cannot be read, or is that of another one whose fingerprint starts
+                the same.
             StoreError: the store cannot be reached or refuses.
         """
         stored = self._store is not None and manifest_in(self._store, artifact.name, fingerprint=fingerprint)
-        if read_manifest(artifact) is not None:
-            if verify(artifact, content=False).fingerprint != fingerprint:
+        manifest, damage = read_manifest(artifact), ""
+        if manifest is not None:
+            if manifest.fingerprint != fingerprint:
                 raise ArtifactError(
                     "contains another result whose fingerprint starts with the same characters",
                     where=str(artifact),
                     remedy=f"move {artifact} away",
                 )
-            return Action.reuse, artifact.name + self._where(stored=bool(stored))
+            damage = damage_of(artifact, content=self.verified)
+            if not damage:
+                return Action.reuse, artifact.name + self._where(stored=bool(stored))
         if stored:
-            return Action.fetch, f"{artifact.name} from the store"
+            return Action.fetch, damage or f"{artifact.name} from the store"
+        if damage:
+            return Action.run, damage
         return self._continued(fingerprint, work) or (
             Action.run,
             reason_to_run(name, described, refs, self._made, own=self._own),
@@ -80,6 +87,24 @@ class Actions:
         if local.newest is not None:
             return Action.resume, f"from {local.newest.name}"
         return (Action.resume, f"from {local.parts} stored parts") if local.parts else None
+
+
+def damage_of(artifact: Path, *, content: bool) -> str:
+    """Why a result cannot be reused, and what a run does about it; empty if its files are as its manifest lists them.
+
+    Files are compared by their sizes, and by their hashes too if ``content``.
+    """
+    try:
+        verify(artifact, content=content)
+    except ArtifactError as error:
+        file = error.where.removeprefix(f"{artifact}/")
+        return f"{artifact.name} is damaged: {file}: {error.message}; a run moves it to {aside(artifact).name}"
+    return ""
+
+
+def aside(artifact: Path) -> Path:
+    """Where a run moves a damaged result."""
+    return artifact.with_name(f"{artifact.name}.damaged")
 
 
 def _results_of(run_folder: Path) -> frozenset[str]:

@@ -105,7 +105,8 @@ class Plan:
     """All that ``run`` needs. ``sources`` are the models from outside the run, by the reference that the user wrote;
     ``profile`` names the profile that was applied, if any, and ``dropped_gates`` the stages whose gates it removed.
     ``unread_files`` lie beside the recipe and have the names of shipped files. ``unread_settings`` have no effect, and
-    are at their defaults in ``config``. ``store`` holds artifacts for several machines, if set."""
+    are at their defaults in ``config``. ``store`` holds artifacts for several machines, if set. Results to reuse were
+    compared with their hashes if ``verified``, otherwise with their sizes."""
 
     recipe: str
     overrides: tuple[str, ...]
@@ -119,6 +120,7 @@ class Plan:
     unread_files: tuple[Path, ...] = ()
     unread_settings: tuple[Fault, ...] = ()
     store: ObjectStore | None = None
+    verified: bool = False
 
     @property
     def run_folder(self) -> Path:
@@ -126,14 +128,15 @@ class Plan:
         return self.output / "runs" / self.config.name
 
 
-def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) -> Plan:
-    """Composes, checks and plans. ``find`` looks a model up by its source.
+def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve, verified: bool = False) -> Plan:
+    """Composes, checks and plans. ``find`` looks a model up by its source. If ``verified``, results that would be
+    reused are read and compared with their hashes.
 
     Raises:
         ConfigError: faults in the recipe, overrides or references; the error lists all of them.
         DataError: a data file is missing, or a row does not fit its stage.
         ModelError: a model folder is missing or is not a model.
-        ArtifactError: a result that would be reused is damaged.
+        ArtifactError: a manifest cannot be read, or an artifact of a folder that the recipe names is damaged.
         StoreError: the store of artifacts cannot be reached or refuses.
     """
     composition, recipe_folder = compose(recipe, overrides), find_recipe(recipe).parent
@@ -167,7 +170,8 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) ->
     refuse([composition.placed(fault) for fault in settings.option_faults(config.model, base.folder)])
     output = Path(config.output).expanduser().absolute()
     store = None if config.artifacts is None else connected(config.artifacts)
-    builder = _Builder(config, output=output, data=data, seen=seen, base=base, find=find, store=store)
+    actions = Actions(output / "artifacts", output / "runs" / config.name, store, verified=verified)
+    builder = _Builder(config, output=output, data=data, seen=seen, base=base, find=find, actions=actions)
     stages = tuple(builder.stage(name) for name in references.in_order(config.stages))
     gate_faults = [
         fault
@@ -188,6 +192,7 @@ def make_plan(recipe: str, overrides: Sequence[str], *, find: Find = resolve) ->
         unread_files=composition.unread,
         unread_settings=unread_settings,
         store=store,
+        verified=verified,
     )
 
 
@@ -204,6 +209,11 @@ def _base_of_adapters(config: RunConfig, find: Find) -> str:
                 if folder is not None and is_adapter(folder) and (base := read_adapter(folder, where=where).base):
                     return base
     return ""
+
+
+def made_again(plan: Plan) -> Plan:
+    """The plan of the same run, after models, data or results came onto this machine."""
+    return make_plan(plan.recipe, plan.overrides, verified=plan.verified)
 
 
 def _checked_data(
@@ -307,9 +317,10 @@ class _Builder:
         seen: dict[str, dict[str, Seen]],
         base: ModelSource,
         find: Find,
-        store: ObjectStore | None,
+        actions: Actions,
     ) -> None:
         self.base = base
+        self._actions = actions
         self._find = find
         self.sources: dict[str, ModelSource] = {}
         self._config = config
@@ -317,7 +328,6 @@ class _Builder:
         self._seen = seen
         self._artifacts = output / "artifacts"
         self._run_folder = output / "runs" / config.name
-        self._actions = Actions(self._artifacts, self._run_folder, store)
         self._planned: dict[str, PlannedStage] = {}
         self._depths = Depths(base)
 
@@ -431,7 +441,7 @@ class _Builder:
         return _Resolved(ref=slot.ref, path=source.folder, fingerprint=source.identity)
 
     def _artifact(self, folder: Path, slot: Slot, *, where: str) -> _Resolved:
-        manifest = verify(folder, content=False)
+        manifest = verify(folder, content=self._actions.verified)
         if manifest.kind not in slot.takes:
             raise ModelError(
                 f"{folder} contains an artifact of kind {manifest.kind}", where=where, remedy=self._what_fits(slot)

@@ -302,12 +302,24 @@ def test_the_worker_names_its_checkpoint_manifest_as_the_plan_expects() -> None:
     assert f'MANIFEST = "{CHECKPOINT_MANIFEST}"' in source
 
 
-def test_a_damaged_result_is_not_reused(plan: MakePlan) -> None:
-    first = plan()
+@pytest.mark.parametrize(
+    ("content", "verified", "problem"),
+    [("", False, "missing or cut short"), ('{"step": 2}\n', True, "content differs from its manifest")],
+)
+def test_a_damaged_result_is_made_again_and_the_plan_says_why(
+    overrides: list[str], content: str, problem: str, *, verified: bool
+) -> None:
+    first = make_plan("quickstart", overrides)
     leave_all(first)
-    (first.stages[0].artifact / "metrics.jsonl").write_text("")
-    with pytest.raises(ArtifactError, match=r"metrics\.jsonl: missing or cut short"):
-        plan()
+    artifact = first.stages[0].artifact
+    (artifact / "metrics.jsonl").write_text(content)
+    (outcome_of_sft, *others) = outcome(make_plan("quickstart", overrides, verified=verified)).values()
+    name = artifact.name
+    assert outcome_of_sft == f"run  {name} is damaged: metrics.jsonl: {problem}; a run moves it to {name}.damaged"
+    assert all(words.startswith("reuse") for words in others)
+    elsewhere = [*overrides, f"output={artifact.parents[2]}/other", f"stages.dpo.init=path:{artifact}"]
+    with pytest.raises(ArtifactError, match=problem):
+        make_plan("quickstart", elsewhere, verified=verified)
 
 
 def test_a_result_whose_fingerprint_only_begins_alike_is_not_reused(plan: MakePlan) -> None:

@@ -67,11 +67,12 @@ class Align:
         self.output = Path(overrides[0].removeprefix("output="))
         self.run_folder = self.output / "runs/quickstart"
 
-    def __call__(self, *more: str, only: str | None = None) -> tuple[int, str]:
+    def __call__(self, *more: str, only: str | None = None, verified: bool = False) -> tuple[int, str]:
         """The exit code and what was printed."""
         screen = StringIO()
         console = Console(file=screen, width=120)
-        code = run("quickstart", [*self.overrides, *more], console=console, only=only, command_for=fake)
+        settings = [*self.overrides, *more]
+        code = run("quickstart", settings, console=console, only=only, verified=verified, command_for=fake)
         return code, screen.getvalue()
 
     def status(self, name: str | None = "quickstart") -> str:
@@ -146,6 +147,26 @@ def test_a_changed_setting_re_runs_its_stage_and_what_follows(align: Align) -> N
     }
     assert align.states() == expected
     assert align.record()["stages"]["dpo"]["reason"].startswith("beta 0.1 → 0.3 (nearest: dpo-")
+
+
+def test_a_damaged_result_is_moved_away_and_made_again(align: Align) -> None:
+    align()
+    artifact = Path(align.record()["stages"]["reward"]["artifact"])
+    made = {path.name: path.read_bytes() for path in artifact.iterdir()}
+    damaged = made["metrics.jsonl"][:-2] + b" \n"
+    (artifact / "metrics.jsonl").write_bytes(damaged)
+    align()
+    assert align.states() == dict.fromkeys(STAGES, "reused"), "its size is right"
+    _, printed = align(verified=True)
+    assert align.states() == dict.fromkeys(STAGES, "reused") | {"reward": "done"}
+    assert (artifact / "metrics.jsonl").read_bytes() == made["metrics.jsonl"]
+    aside = artifact.with_name(f"{artifact.name}.damaged")
+    assert (aside / "metrics.jsonl").read_bytes() == damaged
+    assert f"reward: {artifact.name} is damaged, and was moved to {aside}" in printed
+    (artifact / "metrics.jsonl").unlink()
+    align()
+    assert align.states()["reward"] == "done"
+    assert not (aside / "metrics.jsonl").exists(), "the folder of the last damage replaces the one before"
 
 
 def test_the_worker_is_told_everything_in_plain_values(align: Align) -> None:
