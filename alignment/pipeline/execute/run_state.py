@@ -5,16 +5,20 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
+from alignment.core.artifacts import MANIFEST, Manifest, verify
+from alignment.core.errors import ArtifactError
 from alignment.core.locks import is_held, last_host
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute.attempt_times import signs_of_life
 from alignment.pipeline.execute.durations import duration
 from alignment.pipeline.execute.run_view import KILLED, RUNNING, UNKNOWN, work_folder
 from alignment.records.run import FILE, RunRecord, StageEntry
+from alignment.report.run_page.run_layout import artifact_folder
 
 _ASKED_TO_STOP = ("interrupted", "preempted")
 """The states of a run that was asked to stop."""
@@ -33,7 +37,8 @@ def as_it_is(run_folder: Path, record: RunRecord, live_jobs: LiveJobs = slurm_jo
     """The record with the states that nobody could write.
 
     A run that is recorded as running was ``killed`` if it has neither a locked lock file nor a Slurm job. So were its
-    running stages, unless another process works on them. The run is ``unknown`` if Slurm does not answer, or if it was
+    running stages, unless another process works on them, or stored the result after the driver was killed: then they
+    are ``done``, and a plan reuses the result. The run is ``unknown`` if Slurm does not answer, or if it was
     started on another machine: some file systems do not show the locks of other machines.
     """
     if record.state != RUNNING or is_held(run_folder / "lock"):
@@ -46,7 +51,7 @@ def as_it_is(run_folder: Path, record: RunRecord, live_jobs: LiveJobs = slurm_jo
         return record
     if jobs is None or (elsewhere(run_folder) and not slurm_jobs.read_jobs(run_folder)):
         return replace(record, state=UNKNOWN)
-    stages = {name: _as_left(entry, work_folder(run_folder, name, entry)) for name, entry in record.stages.items()}
+    stages = {name: _as_left(run_folder, name, entry) for name, entry in record.stages.items()}
     return replace(record, state=KILLED, stages=stages)
 
 
@@ -89,21 +94,34 @@ def explanation(run_folder: Path, record: RunRecord, *, now: Callable[[], float]
 
 
 def last_sign_of_life(run_folder: Path, record: RunRecord) -> float:
-    """When the driver or a process of an unfinished stage last wrote a file, in seconds since 1970.
+    """When the driver or a process of a stage last wrote a file, in seconds since 1970.
 
     The clock is that of the file system, which may differ a little from this machine's.
     """
     unfinished = {name: entry for name, entry in record.stages.items() if entry.state in (RUNNING, KILLED)}
     works = [work_folder(run_folder, name, entry) for name, entry in unfinished.items()]
     signs = [sign for work in works for sign in signs_of_life(work)]
-    return max([*signs, *_written(run_folder / FILE)], default=0.0)
+    results = [artifact_folder(run_folder, name, entry) for name, entry in record.stages.items() if entry.complete]
+    stored = [sign for folder in results if folder is not None for sign in _written(folder / MANIFEST)]
+    return max([*signs, *stored, *_written(run_folder / FILE)], default=0.0)
 
 
-def _as_left(entry: StageEntry, work: Path) -> StageEntry:
+def _as_left(run_folder: Path, name: str, entry: StageEntry) -> StageEntry:
     """The entry of a stage of a killed run."""
+    work = work_folder(run_folder, name, entry)
     if entry.state != RUNNING or _is_worked_on(work):
         return entry
+    if (result := _result(run_folder, name, entry)) is not None:
+        return replace(entry, state="done", seconds=result.usage.get("seconds"))
     return replace(entry, state=KILLED, seconds=_seconds(entry, work))
+
+
+def _result(run_folder: Path, name: str, entry: StageEntry) -> Manifest | None:
+    """The manifest of the stage's result, if a plan would reuse it."""
+    folder = artifact_folder(run_folder, name, entry)
+    with suppress(ArtifactError):
+        return None if folder is None else verify(folder, content=False)
+    return None
 
 
 def _is_made(run_folder: Path, name: str, entry: StageEntry) -> bool:

@@ -16,6 +16,7 @@ from rich.console import Console
 import alignment
 from alignment.commands.shared.named_runs import current_run
 from alignment.commands.status.driver import show_status
+from alignment.core.artifacts import Manifest, publish
 from alignment.core.locks import held
 from alignment.pipeline.execute import run_state
 from alignment.pipeline.execute.run_state import as_it_is, explanation
@@ -110,6 +111,22 @@ def test_a_worker_that_outlives_its_launcher_is_not_called_killed(killed: RunFol
     with held(killed.work("dpo") / "worker.lock", wait=False):
         assert as_it_is(killed.folder, killed.record).stages["dpo"].state == "running"
     assert as_it_is(killed.folder, killed.record).stages["dpo"].state == "killed"
+
+
+def test_a_stage_that_outlived_its_driver_and_stored_its_result_is_done(killed: RunFolder) -> None:
+    content = killed.work("dpo") / "content"
+    (content / "metrics.jsonl").write_text('{"step": 57}\n')
+    artifact = Path(killed.record.stages["dpo"].artifact)
+    manifest = Manifest(stage="dpo", kind="policy", fingerprint="5f0e", identity={}, usage={"seconds": 92.0})
+    publish(content, artifact, manifest)
+    lines = status(killed)
+    assert lines[0] == "mine killed"
+    assert lines[3] == "dpo done 1 min 32 s in 2 attempts dpo-5f0e9b1c"
+    assert not [line for line in lines if "killed in" in line]
+    assert "the last sign of life was 0 s ago" in lines[5]
+    assert alignment.load_run(killed.folder).stages["dpo"].state == "done"
+    (artifact / "metrics.jsonl").write_text("")
+    assert as_it_is(killed.folder, killed.record).stages["dpo"].state == "killed", "a plan would not reuse it"
 
 
 def test_a_run_of_another_machine_is_not_called_killed(killed: RunFolder) -> None:
