@@ -24,7 +24,7 @@ from alignment.core.files import explained
 from alignment.core.streams import make_unfailing
 from alignment.core.terminal import Terminal, complain
 from alignment.core.working_folder import current_folder
-from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, termination_raises
+from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, exit_with, termination_raises
 
 VERBS = {
     "run": "plan a recipe and run the stages that are not done yet",
@@ -167,7 +167,7 @@ def console_script() -> None:
     """Entry point of the installed command. What it does never depends on whether anybody reads its output."""
     gc.set_threshold(_GC_THRESHOLD)
     make_unfailing()
-    sys.exit(main())
+    exit_with(main)
 
 
 if __name__ == "__main__":

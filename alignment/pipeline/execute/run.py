@@ -173,27 +173,28 @@ def _run_stages(
     wait: bool,
 ) -> int:
     """Runs the chosen stages; returns 0, or the exit code of a stop."""
-    try:
-        with termination_raises(), workers_of(plan, not_reused(_chosen(plan, only)), command_for) as workers:
+    with termination_raises():
+        try:
+            with workers_of(plan, not_reused(_chosen(plan, only)), command_for) as workers:
+                display.poll()
+                if command_for is None:  # only if this machine's own workers run the stages
+                    rehearsal.rehearse(plan, _chosen(plan, only), workers.server, announce=display.note)
+                for stage in _chosen(plan, only):
+                    _one_stage(plan, stage, recorder, display, workers, wait=wait)
+        except (KeyboardInterrupt, Terminated, Preempted) as stop:
+            code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED
+            with suppress(OSError):  # a full disk does not change why the run ended
+                recorder.finish("interrupted" if code == INTERRUPTED else "preempted")
+            return code
+        except BaseException as error:
+            with suppress(OSError):
+                if isinstance(error, Busy):
+                    recorder.end()  # another process makes the stage, so the run has not failed
+                else:
+                    recorder.finish("failed")
             display.poll()
-            if command_for is None:  # only if this machine's own workers run the stages
-                rehearsal.rehearse(plan, _chosen(plan, only), workers.server, announce=display.note)
-            for stage in _chosen(plan, only):
-                _one_stage(plan, stage, recorder, display, workers, wait=wait)
-    except (KeyboardInterrupt, Terminated, Preempted) as stop:
-        code = INTERRUPTED if isinstance(stop, KeyboardInterrupt) else PREEMPTED
-        with suppress(OSError):  # a full disk does not change why the run ended
-            recorder.finish("interrupted" if code == INTERRUPTED else "preempted")
-        return code
-    except BaseException as error:
-        with suppress(OSError):
-            if isinstance(error, Busy):
-                recorder.end()  # another process makes the stage, so the run has not failed
-            else:
-                recorder.finish("failed")
-        display.poll()
-        raise
-    return 0
+            raise
+        return 0
 
 
 def _submit(plan: Plan, only: str | None, console: Console, *, wait: bool) -> int:
