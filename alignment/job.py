@@ -120,6 +120,6 @@ def _shape(file: Path) -> Any:
     text = file.read_text(encoding="utf-8", errors="replace")
     try:
         content = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
     return {name: value for name, value in content.items() if name not in _PATHS} if isinstance(content, dict) else text

@@ -132,7 +132,7 @@ def _configurations(folder: Path) -> list[dict[str, Any]]:
     file = folder / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"not JSON: {error}", where=str(file)) from error
     if not isinstance(config, dict):
         raise ModelError("not a JSON object", where=str(file))

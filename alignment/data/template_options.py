@@ -75,7 +75,7 @@ def own_template(folder: Path) -> Templates | None:
         config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         stored = config.get("chat_template")
         return {entry["name"]: entry["template"] for entry in stored} if isinstance(stored, list) else stored
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, DataError):
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError, DataError):
         return None
 
 

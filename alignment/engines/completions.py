@@ -212,7 +212,7 @@ class EngineClient:
                         raise self._refused(WrongReply(f"came from the weights {chunk['model']!r}, not {model!r}"))
                     for token in chunk["choices"][0]["token_ids"] or ():
                         on_token(int(token))
-        except (OpenAIError, Refused, ValueError, LookupError, TypeError) as error:
+        except (OpenAIError, Refused, ValueError, LookupError, TypeError, RecursionError) as error:
             raise CallFailed(reason(error, key=self._key)) from error
 
     def _reply(self, model: str, asked: Asked, generation: Generation) -> list[EngineAnswer]:
@@ -221,6 +221,8 @@ class EngineClient:
             return checked(reply, model, asked, generation)
         except WrongReply as error:
             raise self._refused(error) from error
+        except RecursionError as error:
+            raise CallFailed(reason(error, key=self._key)) from error
 
     def _refused(self, error: WrongReply) -> StageError:
         return StageError(f"the engine's reply {error}", where=self._where, remedy=_REMEDY)

@@ -100,7 +100,7 @@ class EndpointCalls:
 
         try:
             values = call(self._client)
-        except (OpenAIError, Refused, ValueError) as error:  # ValueError: the body is not JSON, or not a reply
+        except (OpenAIError, Refused, ValueError, RecursionError) as error:  # a body that is not JSON, or not a reply
             return _Reply(error=reason(error, key=self._key))
         assert len(values) == count, "a call gives a value for each of its keys"
         return _Reply(values=values)

@@ -77,6 +77,8 @@ def _words(error: Exception) -> str:
             f"it redirects to {origin}, and neither the key nor prompts are sent there. If that address is right, "
             f"give it as base_url"
         )
+    if isinstance(error, RecursionError):
+        return "its reply is nested too deeply"
     return str(error) if isinstance(error, (Refused, NoReply)) else f"{type(error).__name__}: {error}"
 
 

@@ -48,5 +48,5 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
         try:
             record = json.loads(line)
             yield record["key"], record["value"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             log.warning("a line of %s cannot be read; its reply will be requested again", file)

@@ -51,7 +51,7 @@ def stop_ids(folder: Path) -> frozenset[int]:
         return frozenset()
     try:
         ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ModelError(f"cannot be read: {error}", where=str(file)) from error
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(type(token) is int and token >= 0 for token in ids):

@@ -49,6 +49,6 @@ def _number_in(folder: Path) -> int | None:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         layers = config.get("text_config", config).get("num_hidden_layers")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return layers if isinstance(layers, int) else None

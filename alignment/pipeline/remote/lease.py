@@ -145,7 +145,7 @@ def _read(store: ObjectStore, key: str) -> LeaseRecord | None:
         return None
     try:
         return typed_json.strict(json.loads(content), LeaseRecord, where=f"{store.url}/{key}", remedy="")
-    except (ValueError, ArtifactError):
+    except (ValueError, RecursionError, ArtifactError):
         return LeaseRecord(owner="unreadable")
 
 

@@ -128,7 +128,7 @@ class RemoteCheckpoints:
         try:
             raw = json.loads(content or b"")
             checkpoint = typed_json.strict(raw, StoredCheckpoint, where=f"{self._store.url}/{key}", remedy="")
-        except (ValueError, ArtifactError):
+        except (ValueError, RecursionError, ArtifactError):
             return None
         return checkpoint if checkpoint.fingerprint == self._stage and checkpoint.files else None
 

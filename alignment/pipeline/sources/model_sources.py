@@ -184,7 +184,7 @@ def refuse_policy(model: ModelSource, *, where: str, advice: str) -> None:
 def _config_of(folder: Path, *, where: str) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{folder}/config.json is not JSON: {error}", where=where) from error
     if not isinstance(config, dict):
         raise ModelError(f"{folder}/config.json is not a JSON object", where=where)

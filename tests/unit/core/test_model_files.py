@@ -17,7 +17,7 @@ from alignment.config.model import Dtype
 from alignment.core.errors import ModelError
 from alignment.core.model_files import formats_of_weights, positions_in
 from alignment.models.assembly.load import Lineage, load_policy
-from alignment.pipeline.sources.model_sources import resolve, resolve_shapes
+from alignment.pipeline.sources.model_sources import refuse_policy, resolve, resolve_shapes
 from alignment.rewards.reward_models import load_external
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
@@ -117,6 +117,14 @@ def test_a_model_with_longrope_reads_no_more_than_before_its_frequencies_change(
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(settings))
     assert positions_in(tmp_path) == positions
+
+
+def test_a_configuration_that_is_nested_too_deeply_is_a_clear_error(tmp_path: Path) -> None:
+    save_tiny_model(tmp_path / "model")
+    (tmp_path / "model/config.json").write_text("[" * 100_000)
+    for read in (positions_in, lambda folder: refuse_policy(READERS["a plan"](folder), where="", advice="")):
+        with pytest.raises(ModelError, match="not JSON"):
+            read(tmp_path / "model")
 
 
 @pytest.mark.parametrize("header", [b"", b"\xff" * 8, b"\x02" + bytes(7) + b"[]", b"\x02" + bytes(7) + b"{]"])

@@ -135,6 +135,8 @@ def test_an_endpoint_that_is_down_is_a_clear_error(replies_file: Path) -> None:
         Response(body='{"choices": []}'),
         Response(body="[1, 2]"),
         Response(body='"[[A]]"'),
+        Response(body="[" * 100_000 + "]" * 100_000),
+        Response(body=f'{{"choices": {"[" * 900}{"]" * 900}}}'),
         Response(status=404, body='{"error": {"message": "no such model"}}'),
     ],
 )

@@ -182,6 +182,8 @@ def test_the_other_calls_are_made_and_kept_beside_one_whose_score_is_refused(tmp
         ('{"scores": [{"id": 0, "score": 1.0}]}', "returns 1 scores for 2 answers"),
         ("<html>It works!</html>", "calls to the reward server"),
         ("{not json", "calls to the reward server"),
+        pytest.param("[" * 100_000 + "]" * 100_000, "its reply is nested too deeply", id="nested deeply"),
+        pytest.param(f'{{"scores": {"[" * 900}{"]" * 900}}}', "calls to the reward server", id="nested"),
     ],
 )
 def test_a_reply_of_another_form_is_a_failure_and_never_a_score(tmp_path: Path, body: str, words: str) -> None:
