@@ -14,8 +14,9 @@ from alignment.core.artifacts import EVALUATION, REPORT, ROWS, read_manifest
 from alignment.core.errors import ArtifactError
 from alignment.core.model_files import is_adapter, weights_size
 from alignment.data.overlap import HeldOut, LocatedText, Overlap
-from alignment.pipeline.backends import feasibility
+from alignment.pipeline.backends import feasibility, slurm
 from alignment.pipeline.execute import automatic_sizes
+from alignment.pipeline.execute.needed_sources import not_reused
 from alignment.pipeline.plan import gate_checks, references, unread, validation_checks
 from alignment.pipeline.plan.frozen_rows import frozen_rows
 from alignment.pipeline.plan.plan import Plan, PlannedStage
@@ -82,7 +83,28 @@ def advice(plan: Plan) -> list[str]:
 
 def on_a_plan(plan: Plan) -> list[str]:
     """The notes and the advice that somebody who plans a run gets."""
-    return [*of_plan(plan), *advice(plan)]
+    return [*of_plan(plan), *_downloads(plan), *_jobs_without_requests(plan), *advice(plan)]
+
+
+def _downloads(plan: Plan) -> list[str]:
+    """The models that a run would download; the data stand beside their stages (``of_stage``)."""
+    if not not_reused(plan.stages):
+        return []
+    missing = {model.source: model for model in (plan.base, *plan.sources.values()) if not model.ready}
+    return [f"the run will download the model {source}" for source in missing]
+
+
+def _jobs_without_requests(plan: Plan) -> Iterator[str]:
+    """A note if the jobs of Slurm ask for no GPU or no time, which training mostly needs."""
+    submission = slurm.submission(plan.config.launch)
+    if submission is None or not not_reused(plan.stages):
+        return
+    requests = {"gpus": ("GPU", "1", submission.gpus), "time": ("time", "4:00:00", submission.time)}
+    missing = {name: (words, value) for name, (words, value, given) in requests.items() if not given}
+    if missing:
+        words = " and no ".join(words for words, _ in missing.values())
+        settings = " ".join(f"launch.backend.{name}={value}" for name, (_, value) in missing.items())
+        yield f"the jobs ask Slurm for no {words}, so its defaults apply; ask with, for example, {settings}"
 
 
 def of_stage(plan: Plan, stage: PlannedStage) -> list[str]:

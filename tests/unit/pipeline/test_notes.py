@@ -204,3 +204,26 @@ def test_a_result_that_is_not_there_or_damaged_says_nothing_of_itself(tmp_path: 
     assert of_result("reward", tmp_path) == of_result("evaluate", tmp_path) == []
     (tmp_path / "manifest.json").write_text("{")
     assert of_result("reward", tmp_path) == []
+
+
+@pytest.mark.usefixtures("apart")
+@pytest.mark.parametrize(
+    ("settings", "asked"),
+    [
+        ([], "no GPU and no time, so its defaults apply; ask with, for example, launch.backend.gpus=1 launch.backend"),
+        (["launch.backend.gpus=2"], "no time, so its defaults apply; ask with, for example, launch.backend.time=4:00:"),
+        (["launch.backend.gpus=2", "launch.backend.time='1:00:00'"], ""),
+    ],
+)
+def test_a_plan_says_what_its_jobs_do_not_ask_slurm_for(plan: MakePlan, settings: list[str], asked: str) -> None:
+    notes = [line for line in screened(plan("launch/backend=slurm", *settings)) if "ask Slurm" in line]
+    assert len(notes) == bool(asked)
+    assert asked in "".join(notes)
+
+
+@pytest.mark.usefixtures("apart")
+def test_a_plan_says_which_models_its_run_would_download(plan: MakePlan, tmp_path: Path) -> None:
+    missing = ["stages.evaluate.arms=['hub:org/name@main']", "model.source=hub:org/base@main"]
+    notes = [line for line in screened(plan(*missing)) if "download the model" in line]
+    assert notes == [f"note: the run will download the model hub:org/{name}@main" for name in ("base", "name")]
+    assert not [line for line in screened(plan()) if "download the model" in line]
