@@ -396,10 +396,14 @@ def _closing_figures(stage: Stage) -> list[tuple[str, str]]:
     """The manifest's headline figures of a training stage; other stages have their own tables."""
     if not trains(stage.kind):
         return []
-    return [
-        (text.name(name), text.number(value, 0 if value == round(value) else 3))
-        for name, value in stage.headlines.items()
-    ]
+    return [(text.name(name), _closing(value)) for name, value in stage.headlines.items()]
+
+
+def _closing(value: float) -> str:
+    """Three decimals, and of a number that these would make 0 its first digits."""
+    if 0 < abs(value) < 1e-3:
+        return text.compact(value)
+    return text.number(value, 0 if value == round(value) else 3)
 
 
 def command(run: Run) -> str:

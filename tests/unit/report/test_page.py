@@ -650,3 +650,11 @@ def test_shares_and_losses_are_shown_with_their_intervals(fake_run):
     assert "1.40 to 1.60" in row
     assert "3\u202f%<small>0\u202f% to 7\u202f%</small>" in row
     assert "2\u202f% of those from base" in html
+
+
+def test_a_small_closing_figure_is_shown_with_its_digits(fake_run):
+    fake_run.headlines["dpo"] = {"engine/gap": 1.2e-5, "loss": 0.4567}
+    fake_run.write()
+    shown = Page(fake_run.html()).text
+    assert "1.2e-5" in shown
+    assert "0.457" in shown
