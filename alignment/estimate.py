@@ -23,7 +23,7 @@ import shutil
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,11 @@ from alignment.config.launch import Offload, Sharding
 from alignment.config.micro_batch import DEFAULT_TOKENS, is_automatic, with_tokens
 from alignment.config.optim import OptimConfig
 from alignment.config.sampling_engine import Engine, RolloutSamplingConfig, SamplingConfig
-from alignment.core import unused_libraries
+from alignment.core import hardware, unused_libraries
 from alignment.core.errors import AlignmentError
 from alignment.core.process_end import end_process
-from alignment.costs.devices import CODE_BYTES, CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
-from alignment.costs.op_times import NEAR_BYTES, seconds_of
+from alignment.costs.devices import AMX_CODE_BYTES, CODE_BYTES, CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
+from alignment.costs.op_times import NEAR_BYTES, alike, seconds_of
 from alignment.costs.recorder import GRADIENTS, OPTIMIZER, WEIGHTS, Operations, Phase, Recorder
 from alignment.costs.remedies import Way, with_remedy, with_settings
 from alignment.costs.repeats import STEP_ROWS, Repeats, repeats_of
@@ -60,7 +60,7 @@ from alignment.worker import function_of, publish_result
 
 STARTING, LEARNING, OPTIMISING, SAVING = "starting", "training", "optimising", "saving"
 TRYING = "trying the longest batch"
-SAMPLING, VALIDATING = "sampling", "validating"
+SAMPLING, ANSWERING, VALIDATING = "sampling", "answering", "validating"
 BEFORE = (STARTING, "loading", "tokenising")
 """Phases in which files are read, and whose tensors are on the host."""
 ONCE = {TRYING, SAVING, *BEFORE}
@@ -91,7 +91,7 @@ MOST_LIVE = 1_000_000_000
 ROWS = 1000
 """Rows that a stage which trains reads."""
 FEW_ROWS = 16
-"""Rows that another stage reads, which does the same with each."""
+"""Rows that another stage reads at least, which does the same with each."""
 
 
 def main() -> int:
@@ -116,11 +116,14 @@ def main() -> int:
     timer = Timer(options.device, tries_longest=not options.as_run)
     startup = timer.startup
     stages, trades = [], []
-    for one_stage in asked:
+    began = time.monotonic()
+    for number, one_stage in enumerate(asked):
         timer.processes = one_stage["processes"]
         timer.startup = startup if timer.processes > 1 else 0.0  # others find the libraries imported
         spec = _within(options.folder, one_stage["file"])
-        _announce(options.folder, f"estimating {spec.stage}")
+        left = (time.monotonic() - began) / number * (len(asked) - number) if number else 0.0
+        words = f"; about {left:.0f} s left" if number else ""
+        _announce(options.folder, f"estimating {spec.stage} ({number + 1} of {len(asked)}{words})")
         cost = cost_of(spec, timer, publishes=True)
         stages.append(_with_remedy(cost, one_stage["cheaper"], timer, options))
         trades += [_trade(cost, way, timer, options.folder) for way in one_stage["ways"]]
@@ -201,7 +204,7 @@ class Timer:
         self.between = 0.0 if self.is_gpu else BETWEEN_SECONDS
         self.startup = 0.0 if self.is_gpu else time.time() - psutil.Process().create_time()
         self._device = DEVICES.get(device)
-        self._seconds: dict[tuple[Key, bool], float] = {}
+        self._seconds: dict[tuple[Hashable, bool], tuple[float, float]] = {}
         self._seconds_a_byte: float | None = None
         self._counts_time = True
 
@@ -212,13 +215,18 @@ class Timer:
         return other
 
     def seconds(self, key: Key, operation: Operation, *, bytes_between: float) -> float:
-        """Seconds of one run; ``bytes_between`` is what the stage moves from one run of its function to the next."""
+        """Seconds of one run; ``bytes_between`` is what the stage moves from one run of its function to the next.
+
+        On a CPU, of operations on tensors of nearly the same sizes one is timed, and the others by their bytes.
+        """
         if not self._counts_time:
             return 0.0
-        known = (key, bytes_between < NEAR_BYTES)
+        moved = bytes_of(operation)
+        known = (key if self.is_gpu else alike(operation), bytes_between < NEAR_BYTES)
         if known not in self._seconds:
-            self._seconds[known] = self._measured(operation, bytes_between)
-        return self._seconds[known]
+            self._seconds[known] = self._measured(operation, bytes_between), moved
+        seconds, of_bytes = self._seconds[known]
+        return seconds if not of_bytes else seconds * moved / of_bytes
 
     def seconds_to_store(self, size: float, folder: Path) -> float:
         """Seconds in which this machine stores so many bytes near ``folder``; 0 for a GPU, whose disk is unknown."""
@@ -365,7 +373,8 @@ def _times_as_many(spec: StageSpec) -> float | None:
 
 
 def _rows_read(spec: StageSpec) -> int:
-    return FEW_ROWS if spec.adapter is None else ROWS
+    """Those of a whole batch at least, because a batch of fewer rows holds less."""
+    return max(FEW_ROWS, getattr(spec.config, "batch_size", 0)) if spec.adapter is None else ROWS
 
 
 def _run(spec: StageSpec, recorder: Recorder, function: Any, *, publishes: bool) -> None:
@@ -403,7 +412,7 @@ def _phases(recorder: Recorder, timer: Timer, repeats: Repeats) -> dict[str, Pha
         flop_outside, seconds_outside = (work / timer.processes for work in _work(recorder, timer, outside))
         costs[name] = PhaseCost(
             peak=phase.peak,
-            held=phase.peak if timer.is_gpu else phase.resident + _beside(name, phase, recorder),
+            held=phase.peak if timer.is_gpu else phase.resident + _beside(name, phase, recorder, repeats),
             parts=phase.parts,
             flop=flop * times + flop_outside,
             seconds=(timer.startup if name == STARTING else 0.0) + seconds * times + seconds_outside,
@@ -411,17 +420,20 @@ def _phases(recorder: Recorder, timer: Timer, repeats: Repeats) -> dict[str, Pha
     return costs
 
 
-def _beside(name: str, phase: Phase, recorder: Recorder) -> int:
+def _beside(name: str, phase: Phase, recorder: Recorder, repeats: Repeats) -> int:
     """Bytes beside the tensors of a process on a CPU once it computes.
 
     Sampled answers have ever new lengths, so that there is soon code for as many shapes as oneDNN caches, if it makes
-    any.
+    any. Micro-batches have new lengths too, those of later steps as many as those of the last step that ran.
     """
     if name in BEFORE:
         return 0
     most = int(os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "1024"))  # oneDNN's own default
-    shapes = most if phase.compiled and SAMPLING in recorder.phases else min(phase.compiled, most)
-    return int(RUNTIME_BYTES + CODE_BYTES * shapes)
+    of_shape = AMX_CODE_BYTES if hardware.has_amx() else CODE_BYTES
+    if phase.compiled and ({SAMPLING, ANSWERING} & recorder.phases.keys()):
+        return int(RUNTIME_BYTES + of_shape * most)
+    later = max(0.0, recorder.all_steps * repeats.of_steps / recorder.period - recorder.periods_run)
+    return int(RUNTIME_BYTES + of_shape * min(phase.compiled + recorder.compiled_in_period * later, most))
 
 
 def _times(name: str, recorder: Recorder, repeats: Repeats, *, processes: int) -> float:

@@ -129,10 +129,19 @@ def has_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
 
     True where the system does not say, as on a Mac.
     """
+    flags = _processor_flags(cpuinfo)
+    return not flags or bool(flags & {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"})
+
+
+def has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor multiplies tiles of 16-bit numbers (Intel's AMX)."""
+    return "amx_bf16" in _processor_flags(cpuinfo)
+
+
+def _processor_flags(cpuinfo: Path) -> set[str]:
+    """What the processor can do, as the system names it; empty where it does not say."""
     try:
-        flags = set(
-            re.findall(r"^(?:flags|Features)\s*:(.*)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)[0].split()
-        )
-    except (OSError, IndexError):
-        return True
-    return bool(flags & {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"})
+        text = cpuinfo.read_text(encoding="utf-8")
+    except OSError:
+        return set()
+    return set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)[:1]).split())

@@ -41,6 +41,8 @@ RUNTIME_BYTES = 120e6
 not used before. Measured on two AMD cores, as is the next one."""
 CODE_BYTES = 350e3
 """What oneDNN's code for one shape of a product of 16-bit numbers takes."""
+AMX_CODE_BYTES = 950e3
+"""The same on a processor with AMX: 245 MB for the 256 shapes that are cached, on two Intel cores (docs/costs.md)."""
 
 
 def seconds_on(device: Device, *, flop: float, moved: float) -> float:

@@ -8,7 +8,9 @@ sampling, its code is still in these caches: it runs on other tensors first (doc
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -26,6 +28,10 @@ SWEPT_BYTES = 64 << 20
 NEAR_BYTES = 4 << 20
 """What the second-level caches of two cores hold: code that ran so few bytes ago is still there."""
 _NUMBER = torch.zeros(1)
+NEARLY = 1.1
+"""Sizes that differ by less than about this factor count as the same; the time is then one of their bytes."""
+MOST_AXES = 8
+"""Whole numbers below this may be axes, on which the time of an operation depends."""
 MOST_BYTES = 4 << 30
 """Tensors of one operation that are made; larger ones are not timed."""
 
@@ -44,7 +50,8 @@ def seconds_of(operation: Operation, *, bytes_between: float) -> float | None:
         swept = torch.empty(SWEPT_BYTES, dtype=torch.uint8)
         times: list[float] = []
         while len(times) <= RUNS and sum(times) < ENOUGH_SECONDS:
-            swept.fill_(len(times))
+            if times:  # the first run does not count
+                swept.fill_(len(times))
             if others is not None:
                 operation.func(*others[0], **others[1])
             _NUMBER.view(1)  # brings the code that calls operations back into the caches, where it is in a stage
@@ -54,6 +61,24 @@ def seconds_of(operation: Operation, *, bytes_between: float) -> float | None:
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError):
         return None
     return min(times[1:], default=times[0])
+
+
+def alike(operation: Operation) -> Hashable:
+    """What operations have in common that take the same time for each byte: function, types and nearly the sizes.
+
+    A view takes the same time whatever its size.
+    """
+    if getattr(operation.func, "is_view", False):
+        return str(operation.func)
+    leaves = tree_leaves((operation.args, operation.kwargs))
+    return (operation.func, *map(_form, leaves))
+
+
+def _form(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        sizes = tuple(round(math.log(size, NEARLY)) if size > 1 else size - 1 for size in leaf.shape)
+        return (leaf.dtype, sizes, leaf.is_contiguous(), leaf.stride()[-1:] == (1,))
+    return leaf if isinstance(leaf, (bool, torch.dtype)) or (isinstance(leaf, int) and abs(leaf) < MOST_AXES) else None
 
 
 def _tensors(operation: Operation) -> list[Tensor]:

@@ -55,8 +55,9 @@ class Recorder:
     ``period`` optimiser steps of ``all_steps`` were run last; ``step_operations`` are theirs, by phase, and
     ``tokens_of_period`` the tokens that they read, where ``mean_tokens`` a step are expected. ``trained`` and
     ``weights`` count numbers, ``trained_bytes`` those of the first. Held-out rows are read every ``look_every``
-    steps, and were read ``looks_taken`` times. ``moments`` are the bytes of the optimiser. An operation counts
-    ``times`` times.
+    steps, and were read ``looks_taken`` times. ``moments`` are the bytes of the optimiser. ``periods_run`` periods ran,
+    and the last one had ``compiled_in_period`` new shapes of products for which oneDNN has made code. An operation
+    counts ``times`` times.
     """
 
     def __init__(self, *, for_gpu: bool = False, tries_longest: bool = True) -> None:
@@ -80,7 +81,10 @@ class Recorder:
         self.vocabulary = 0
         self.name = "starting"
         self.times = 1
+        self.periods_run = 0
+        self.compiled_in_period = 0
         self._compiled = 0
+        self._compiled_before = 0
         self._before: dict[str, Operations] = {}
         self._before_steps: dict[str, Operations] = {}
 
@@ -126,6 +130,8 @@ class Recorder:
     def end_period(self, tokens: float) -> None:
         """A period of steps ended, which read so many tokens."""
         self.tokens_of_period = tokens
+        self.periods_run += 1
+        self.compiled_in_period = self._compiled - self._compiled_before
         self.moments = self.memory.now[OPTIMIZER]
         self.step_operations = {
             name: phase.operations - self._before.get(name, Counter()) for name, phase in self.phases.items()
@@ -147,6 +153,7 @@ class Recorder:
             phase.peak, phase.parts = self.memory.peak, self.memory.parts
 
     def _mark(self) -> None:
+        self._compiled_before = self._compiled
         self._before = {name: Counter(phase.operations) for name, phase in self.phases.items()}
 
     def _relabel_gradient(self, parameter: Tensor) -> None:
@@ -194,11 +201,22 @@ def some_of(batches: Sequence[_Batch], size: Callable[[_Batch], int]) -> Iterato
     others = [batch for index, batch in enumerate(batches) if index != largest]
     step = -(-len(others) // _MOST_BATCHES)
     for index in range(0, len(others), step):
-        _current.times = min(step, len(others) - index)
-        try:
+        with counted_times(min(step, len(others) - index)):
             yield others[index]
-        finally:
-            _current.times = 1
+
+
+@contextmanager
+def counted_times(times: int) -> Iterator[None]:
+    """Counts the operations of a ``with`` block so many times; without a recorder it does nothing."""
+    if _current is None:
+        yield
+        return
+    before = _current.times
+    _current.times = before * times
+    try:
+        yield
+    finally:
+        _current.times = before
 
 
 def memory_for(label: str) -> AbstractContextManager[None]:

@@ -19,7 +19,7 @@ def test_a_plan_says_what_its_stages_would_need_and_the_next_one_remembers(new_a
     printed = align("plan", "--cost", *trained)
     lines = {line.split()[0]: line for line in printed.splitlines() if " GB " in line and "stages." not in line}
     assert set(lines) >= {"sft", "dpo"}
-    assert "estimating sft\nestimating dpo\n" in printed, "it says how far it is"
+    assert "estimating sft (1 of 2)\nestimating dpo (2 of 2; about " in printed, "it says how far it is"
     assert "not estimated" not in printed
     assert not (align.output / "runs").exists()
     assert [path.name for path in (align.output / "artifacts").iterdir()] == [".cost"]

@@ -153,6 +153,13 @@ class DecodingRows:
             beginning=None if self.beginning is None else self.beginning.keys_values,
         )
 
+    def skip(self, steps: int) -> None:
+        """Goes on as if so many steps had been taken; the cache has columns for them, with no numbers."""
+        self.filled += steps
+        self.positions += steps
+        self.steps += steps
+        self.cache.skip(steps)
+
     def _drop(self, columns: int) -> None:
         if columns < DROPPED:
             return

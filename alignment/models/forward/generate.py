@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.costs.recorder import on_shadows
+from alignment.costs.recorder import counted_times, on_shadows
 from alignment.models.assembly.prefix import refuse_too_long
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.decoding import decoding
@@ -31,6 +31,9 @@ FULL_ENOUGH = 0.75
 
 ASSUMED_LENGTHS = 8
 """How many lengths the answers of a batch have where no token is computed."""
+
+STEPS_ALIKE = 8
+"""Steps of a batch that are taken as one where no token is computed."""
 
 OnToken = Callable[[int, int], None]
 """Called with the index of the prompt and the token id for each token as it is generated."""
@@ -218,9 +221,23 @@ def _advance(rows: DecodingRows, answers: _Answers, temperature: float, *, refil
         are_few = len(unfinished) <= FULL_ENOUGH * len(rows.numbers)
         if are_few and not refilled:
             tokens = tokens[rows.keep(unfinished)]
-        rows.step(tokens)
+        steps = _steps_alike(unfinished, rows.numbers, answers) if on_shadows() else 1
+        if steps > 1:
+            rows.skip(steps - 1)
+            for number, token in zip(rows.numbers, tokens.tolist(), strict=True):
+                answers.ids[number] += [token] * (steps - 1)
+        with counted_times(steps):
+            rows.step(tokens)
         if are_few and refilled and len(unfinished) < len(rows.numbers):
             return unfinished
+
+
+def _steps_alike(unfinished: Sequence[int], numbers: Sequence[int], answers: _Answers) -> int:
+    """How many steps from here on one stands for where no token is computed, because no answer ends in them."""
+    if len(unfinished) < len(numbers):
+        return 1
+    longest = max(len(answers.ids[number]) for number in numbers)
+    return max(1, min(STEPS_ALIKE, answers.max_new_tokens - longest - ASSUMED_LENGTHS))
 
 
 def _assumed(number: int, answers: _Answers) -> int:

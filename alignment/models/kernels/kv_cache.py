@@ -60,13 +60,18 @@ class RowsLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         new = key_states.shape[2]
-        start, columns, returned = self.length, self._columns_after(new), self._returned_after(new)
-        self.length += new
-        if columns > self.keys.shape[2]:
-            self.keys, self.values = _widened(self.keys, columns), _widened(self.values, columns)
+        start, returned = self.length, self._returned_after(new)
+        self.skip(new)
         self.keys[:, :, start : self.length] = key_states
         self.values[:, :, start : self.length] = value_states
         return self.keys[:, :, :returned], self.values[:, :, :returned]
+
+    def skip(self, new: int) -> None:
+        """Counts so many new columns as filled."""
+        columns = self._columns_after(new)
+        self.length += new
+        if columns > self.keys.shape[2]:
+            self.keys, self.values = _widened(self.keys, columns), _widened(self.values, columns)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Number of columns that the next update returns, and the index of the first of them."""
@@ -156,6 +161,12 @@ class RowsCache(Cache):
         for layer in self.layers:
             if isinstance(layer, RowsLayer) and layer.is_initialized:
                 layer.drop(columns, after=after)
+
+    def skip(self, new: int) -> None:
+        """Counts so many new columns of every row as filled."""
+        for layer in self.layers:
+            if isinstance(layer, RowsLayer) and layer.is_initialized:
+                layer.skip(new)
 
     def select(self, rows: Tensor) -> None:
         """Keeps only ``rows``, in this order."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from alignment.core.hardware import free_memory, only_visible, visible_devices
+from alignment.core.hardware import free_memory, has_amx, only_visible, visible_devices
 
 
 def test_gpus_are_those_that_the_user_names_or_else_all(tmp_path: Path) -> None:
@@ -114,3 +114,12 @@ def test_free_memory_is_what_the_groups_of_a_process_leave(tmp_path: Path, own: 
 
 def test_without_groups_all_that_is_free_is_there(tmp_path: Path) -> None:
     assert free_memory(tmp_path) == pytest.approx(psutil.virtual_memory().available, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("text", "amx"),
+    [("flags\t: fpu amx_bf16 amx_tile\n", True), ("flags\t: fpu avx512_bf16\n", False), ("", False)],
+)
+def test_a_processor_has_amx_if_the_system_says_so(tmp_path: Path, text: str, *, amx: bool) -> None:
+    (tmp_path / "cpuinfo").write_text(text)
+    assert has_amx(tmp_path / "cpuinfo") == amx

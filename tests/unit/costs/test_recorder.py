@@ -10,7 +10,17 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from alignment.costs.recorder import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, WEIGHTS, Recorder, memory_for, some_of
+from alignment.costs.recorder import (
+    ACTIVATIONS,
+    CACHE,
+    GRADIENTS,
+    LOGITS,
+    WEIGHTS,
+    Recorder,
+    counted_times,
+    memory_for,
+    some_of,
+)
 from alignment.costs.work import bytes_of, flop_of
 from alignment.models.assembly.load import frozen_copy
 from alignment.models.forward.flat import use_flat_attention
@@ -186,6 +196,25 @@ def test_code_is_made_once_for_each_shape_of_a_product_of_16_bit_numbers() -> No
         torch.empty(20, WIDTH) @ weight.float()
         weight * weight
     assert recorder.phases["starting"].compiled == 2
+
+
+def test_the_last_steps_say_how_many_new_shapes_each_step_brings() -> None:
+    recorder = Recorder()
+    with recorder.recording():
+        layer = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16)
+        recorder.begin_steps(10, layer, period=1)
+        for lengths in ((20, 30, 40), (20, 50), (60, 70)):
+            for rows in lengths:
+                layer(torch.empty(rows, WIDTH, dtype=torch.bfloat16).detach())
+            recorder.end_period(1.0)
+    assert (recorder.periods_run, recorder.compiled_in_period) == (3, 2)
+
+
+def test_a_step_that_stands_for_several_counts_as_often() -> None:
+    recorder = Recorder()
+    with recorder.recording(), counted_times(5):
+        torch.empty(WIDTH, WIDTH).sum()
+    assert set(recorder.phases["starting"].operations.values()) == {5}
 
 
 def test_what_is_done_before_and_after_the_steps_is_known_apart() -> None:

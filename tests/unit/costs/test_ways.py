@@ -20,7 +20,7 @@ from alignment.config.validation import ValidationConfig
 from alignment.core.fingerprint import file_sha256
 from alignment.costs import storing
 from alignment.estimate import Timer, cost_of
-from alignment.job import StageSpec
+from alignment.job import StageInput, StageSpec
 from alignment.records.cost import StageCost
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.evaluate.config import EvaluateConfig
@@ -116,6 +116,49 @@ def test_a_stage_that_asks_a_server_is_not_estimated(tmp_path: Path, timer: Time
     cost = cost_of(tiny_spec(tmp_path, config), timer, publishes=False)
     assert cost.error == "it calls the server at http://127.0.0.1:1/v1, and a plan makes no such calls"
     assert cost.phases == {}
+
+
+def evaluation(folder: Path, *, batch_size: int, max_new_tokens: int = 40) -> StageSpec:
+    """An evaluation of a base without weights on 64 prompts, in a folder without answers of another one."""
+    folder.mkdir()
+    rows = folder / "prompts.jsonl"
+    prompts = [{"prompt": f"When is shop {n} closed?"} for n in range(10, 74)]
+    rows.write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts), encoding="utf-8")
+    base = save_tiny_model(folder / "base", hidden_size=64)
+    config = EvaluateConfig(
+        data=DataConfig(source=f"path:{rows}"),
+        arms=["base"],
+        reward=None,
+        reference="base",
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+    )
+    of_base = StageInput(ref="base", path=None)
+    return tiny_spec(
+        folder, config, base_path=base, data_path=rows, arms={"base": of_base}, inputs={"reference": of_base}
+    )
+
+
+def test_an_evaluation_is_planned_with_as_many_rows_as_a_batch_has(tmp_path: Path, timer: Timer) -> None:
+    peaks = []
+    for size in (16, 32, 64):
+        cost = cost_of(evaluation(tmp_path / str(size), batch_size=size), timer, publishes=False)
+        assert cost.error == ""
+        peaks.append(cost.phases["answering"].peak)
+    assert peaks[2] - peaks[1] == pytest.approx(2 * (peaks[1] - peaks[0]), rel=0.1)
+    assert peaks[1] - peaks[0] > peaks[0] / 10
+
+
+def test_steps_of_sampling_that_are_taken_as_one_count_as_often_and_fill_the_cache(
+    tmp_path: Path, timer: Timer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    some, all_steps = (evaluation(tmp_path / name, batch_size=16, max_new_tokens=120) for name in ("few", "every"))
+    few = cost_of(some, timer, publishes=False).phases["answering"]
+    monkeypatch.setattr("alignment.models.forward.generate.STEPS_ALIKE", 1)
+    every = cost_of(all_steps, timer, publishes=False).phases["answering"]
+    assert few.peak == pytest.approx(every.peak, rel=0.05)
+    assert few.flop == pytest.approx(every.flop, rel=0.05)
+    assert few.seconds == pytest.approx(every.seconds, rel=0.05)
 
 
 def test_steps_and_tokens_are_those_of_the_whole_stage(
