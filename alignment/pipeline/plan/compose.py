@@ -49,8 +49,8 @@ class Composition:
 
     ``written`` are the dotted keys that the user's recipe file sets and no override changes. ``names_model`` says
     whether a recipe or an override names the base model. ``profile`` is the name of the profile that was applied, if
-    any, and ``dropped_gates`` are the stages whose gates it removed. ``unread`` are files beside the recipe that are not
-    read, because shipped files have their names.
+    any, and ``dropped_gates`` are the stages whose gates it removed. ``unread`` are files beside the recipe that are
+    not read, because shipped files have their names.
     """
 
     recipe: str
