@@ -83,7 +83,8 @@ class Field:
         code, printed = self._forked.run(command, folder=folder)
         logs = "\n".join(file.read_text()[-2000:] for file in folder.glob("runs/*/*/log.txt"))
         before_training = code == MODEL and not any(folder.glob("artifacts/*/manifest.json"))
-        if (code in REFUSED or before_training) and "Traceback" not in printed + logs:
+        diverged = "training diverged" in printed  # a few steps of a random model may do so
+        if (code in REFUSED or before_training or diverged) and "Traceback" not in printed + logs:
             raise Refused(printed)
         if code != 0:
             raise Broken(f"`align run` ended with {code}\n{printed[-3000:]}\n{logs}")

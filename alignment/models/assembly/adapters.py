@@ -91,7 +91,9 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
         raise ModelError(
             f"the adapter does not fit: {error}",
             where="adapter.target_modules",
-            remedy="name linear modules of this model, or use ['all-linear']",
+            remedy="this model has experts, which DoRA does not support: use adapter=lora"
+            if "use_dora" in str(error)
+            else "name linear modules of this model, or use ['all-linear']",
         ) from error
     if is_tied:  # PEFT has taken out the head's name, but may need it again when the adapter is loaded
         lora.modules_to_save = _recognised(lora.modules_to_save)
