@@ -24,7 +24,7 @@ from tests.field.draws import Draw, draws
 from tests.field.runs import Field, Refused
 from tests.field.truths import check
 
-KEPT = Path("build/field")
+FAILURES = Path("build/field")
 
 
 def main() -> int:
@@ -74,13 +74,15 @@ class Trial:
         return outcome != "failed"
 
     def _keep(self, draw: Draw, folder: Path, error: Exception) -> None:
-        kept = KEPT / folder.name
-        shutil.copytree(folder / "run", kept, dirs_exist_ok=True, ignore=shutil.ignore_patterns("artifacts"))
-        draw.write(kept / "draw.json")
-        (kept / "error.txt").write_text("".join(traceback.format_exception(error)))
-        self.failed.append(kept)
+        failure = FAILURES / folder.name
+        shutil.copytree(folder / "run", failure, dirs_exist_ok=True, ignore=shutil.ignore_patterns("artifacts"))
+        draw.write(failure / "draw.json")
+        (failure / "error.txt").write_text("".join(traceback.format_exception(error)))
+        self.failed.append(failure)
         print(f"FAILED {type(error).__name__}: {str(error)[:1500]}", file=sys.stderr)
-        print(f"recipe: {kept}/recipe.yaml\nagain: python -m tests.field --again {kept}/draw.json", file=sys.stderr)
+        print(
+            f"recipe: {failure}/recipe.yaml\nagain: python -m tests.field --again {failure}/draw.json", file=sys.stderr
+        )
 
 
 def summary(draw: Draw) -> str:

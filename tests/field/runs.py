@@ -158,8 +158,11 @@ def write_rows(rows: dict[str, Any], path: Path) -> Path:
     every = json.loads(whole) if source.suffix == ".json" else [json.loads(line) for line in whole.splitlines()]
     start = rows["start"] % len(every)
     some = (every[start:] + every[:start])[: rows["number"]]
-    kept = rows["characters"]
-    some = [{name: _cut(name, value, kept[i % len(kept)]) for name, value in row.items()} for i, row in enumerate(some)]
+    characters = rows["characters"]
+    some = [
+        {name: _cut(name, value, characters[i % len(characters)]) for name, value in row.items()}
+        for i, row in enumerate(some)
+    ]
     path = path.with_suffix(source.suffix)
     text = json.dumps(some) if source.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in some)
     path.write_text(text)

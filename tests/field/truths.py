@@ -109,8 +109,8 @@ def _plain_libraries_read_it(run: Run) -> None:
     answers = generate(ours, prompts, max_new_tokens=6, end_ids=[2], batch_size=2)
     for prompt, answer in zip(prompts, answers, strict=True):
         greedy = ours.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=2)
-        theirs = greedy[0, len(prompt) :].tolist()
-        _must(answer == theirs[: len(answer)], f"greedy answers differ: {answer} and {theirs}")
+        expected = greedy[0, len(prompt) :].tolist()
+        _must(answer == expected[: len(answer)], f"greedy answers differ: {answer} and {expected}")
 
 
 def plain_policy(artifact: Path) -> Any:

@@ -77,19 +77,19 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
         "run quickstart --stage dpo seed=1 --wait",
         "alignment.pipeline.execute.run.run",
         ("quickstart", ["seed=1"]),
-        {"only": "dpo", "wait": True},
+        {"only": "dpo", "wait": True, "verified": False},
     ),
     (
         "plan ./mine.yaml seed=1 name=x",
         "alignment.commands.plan.driver.show",
         ("./mine.yaml", ["seed=1", "name=x"]),
-        {"cost": False, "device": "this", "trade": False, "scripts": None},
+        {"cost": False, "device": "this", "trade": False, "scripts": None, "verified": False},
     ),
     (
         "plan ./mine.yaml --device h100 --trade --scripts jobs",
         "alignment.commands.plan.driver.show",
         ("./mine.yaml", []),
-        {"cost": False, "device": "h100", "trade": True, "scripts": "jobs"},
+        {"cost": False, "device": "h100", "trade": True, "scripts": "jobs", "verified": False},
     ),
     (
         "preview quickstart --html page.html --rows 3",

@@ -77,7 +77,7 @@ def rehearse(config: BenchmarkConfig, context: StageContext) -> None:
         AlignmentError: the harness or a task cannot be loaded, or a function of a task fails.
     """
     _import_harness(f"stages.{context.spec.stage}")
-    from alignment.stages.benchmark.trial import try_tasks
+    from alignment.stages.benchmark.task_trial import try_tasks
 
     try_tasks(config, context)
 

@@ -120,8 +120,8 @@ def test_a_reference_that_is_computed_beforehand_leaves_no_copy(
     beforehand = replace(spec, config=replace(spec.config, precompute_reference=True))
     held, first, second = (cost_of(each, Timer("l4"), publishes=False) for each in (spec, beforehand, beforehand))
     assert held.error == first.error == ""
-    # Not all of the copy: norms are too small to be counted, and a hidden state of the pass beforehand may be left.
-    assert held.peak - first.peak > 4 * held.weights / 3
+    # Not all of the copy: norms are too small to be counted, and hidden states of the pass beforehand may be left.
+    assert held.peak - first.peak > held.weights / 2
     assert REFERENCE not in held.phases
     assert first.phases[REFERENCE].flop == second.phases[REFERENCE].flop > 0
     assert not list(tmp_path.rglob("reference-*"))

@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from alignment.config.model import Dtype
 from alignment.costs.recorder import (
     ACTIVATIONS,
     CACHE,
@@ -24,7 +25,7 @@ from alignment.costs.recorder import (
 from alignment.costs.work import bytes_of, flop_of
 from alignment.models.assembly.load import frozen_copy
 from alignment.models.forward.flat import use_flat_attention
-from alignment.stages.shared import reference_cache
+from alignment.stages.shared.reference_cache import OwnRows
 
 WIDTH = 64
 SQUARE = WIDTH * WIDTH * 4
@@ -261,7 +262,8 @@ def test_the_reference_of_many_rows_is_planned_on_few() -> None:
             model = LlamaForCausalLM(LlamaConfig(hidden_size=WIDTH, intermediate_size=128, num_hidden_layers=1))
             use_flat_attention(model.eval())
             pairs = Dataset.from_dict({"prompt": [[5] * 20] * rows, "chosen": [[6] * 12] * rows})
-            sums = reference_cache._sums(model, pairs, "chosen", tokens=64)
+            own = OwnRows(policy=model, rows=pairs, dtype=Dtype.float32, tokens=64, rank=0, world_size=1)
+            sums = own.sums("chosen")
         assert sums.shape == (rows,)
         phase = recorder.phases["starting"]
         products = [count for key, count in phase.operations.items() if "addmm" in str(key[0]) or ".mm." in str(key[0])]

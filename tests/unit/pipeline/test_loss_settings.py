@@ -135,7 +135,7 @@ def test_a_margin_needs_rows_with_scores_which_columns_may_name(plan: MakePlan, 
         ({"score_b": None}, "scored.jsonl:2: the row has no numbers"),
         ({"score_b": "high"}, "scored.jsonl:2: the row has no numbers"),
         ({"score_b": True}, "scored.jsonl:2: the row has no numbers"),
-        ({"score_b": float("nan")}, "scored.jsonl:2: the row has no numbers"),
+        ({"score_b": float("nan")}, "scored.jsonl:2: 'rejected_score' must be a finite number"),
     ],
 )
 def test_a_row_whose_scores_are_of_no_use_is_named(

@@ -730,7 +730,7 @@ def test_the_win_rate_against_the_reference_stands_in_the_arms_row(chain: Chaine
     config = by_judge(JudgeKind.metric, arms=["base", "stage:sft", "path:other"], max_new_tokens=4)
     evaluation = evaluate(chain, config, "row")
     arms = figures(evaluation)
-    assert arms["path:other"]["win_rate"] == evaluation["judge"]["pairs"][0]["win_rate"]
+    assert arms["path:other"]["win_rate"] == pytest.approx(evaluation["judge"]["pairs"][0]["win_rate"], abs=1e-5)
     assert arms["base"]["win_rate"] is None
     assert arms["stage:sft"]["win_rate"] is None
 
