@@ -25,6 +25,7 @@ from alignment.config.scoring import ScorerConfig
 from alignment.config.stage import StageConfig
 from alignment.core.artifacts import verify
 from alignment.job import StageInput, StageSpec
+from alignment.models.forward.answers import micro_batches_of
 from alignment.stages.dpo.config import DpoLoss
 from alignment.stages.ppo.config import KlConfig, KlControl
 from alignment.stages.ppo.learn import Learner
@@ -65,9 +66,11 @@ def cuts(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     counts: list[list[int]] = []
     backward = Learner._backward
 
-    def noted(self: Learner, model: Any, experience: Experience, prompts: list[int], **how: Any) -> None:
-        counts.append([len(self._cut(experience, prompts[rank::2])) for rank in range(2)])
-        backward(self, model, experience, prompts, **how)
+    def noted(self: Learner, model: Any, experience: Experience, minibatch: int, **how: Any) -> None:
+        rows = experience.partition.rows_of(minibatch)
+        shares = [[(experience.prompts[row], experience.answers[row]) for row in rows[rank::2]] for rank in range(2)]
+        counts.append([len(micro_batches_of(share, tokens=500)) for share in shares])
+        backward(self, model, experience, minibatch, **how)
 
     monkeypatch.setattr(Learner, "_backward", noted)
     return counts

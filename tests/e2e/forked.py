@@ -48,7 +48,8 @@ class Forked:
         """Exit code of ``align`` with these arguments, and all that it printed.
 
         It runs in ``folder``, and finds the packages in ``installed`` as if they were installed. ``variables`` are
-        added to its environment; with ``KILLED``, a stage is killed after so many checkpoints.
+        added to its environment; with ``KILLED`` set to ``STAGE:NUMBER``, that stage is killed after so many
+        checkpoints.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -128,8 +129,9 @@ def _execute(command: Any, *, log: Path, **_: Any) -> int:
     def stage() -> int:
         os.environ.update(command.environment)
         _fork_other_ranks(command.argv)
-        if KILLED in os.environ:
-            _kill_after(int(os.environ[KILLED]))
+        stage, _, checkpoints = os.environ.get(KILLED, "").partition(":")
+        if stage and stage == Path(command.argv[-1]).parent.name:
+            _kill_after(int(checkpoints))
         if "alignment.rehearse" in command.argv:
             return rehearse.main(command.argv[command.argv.index("alignment.rehearse") + 1 :])
         return worker.main(Path(command.argv[-1]))

@@ -79,7 +79,7 @@ class Field:
         changes = self._accepted(recipe, folder)
         command = ["run", str(recipe), *changes]
         if killed is not None:
-            self._forked.run(command, folder=folder, variables={KILLED: str(killed)})
+            self._forked.run(command, folder=folder, variables={KILLED: f"{draw.last}:{killed}"})
         code, printed = self._forked.run(command, folder=folder)
         logs = "\n".join(file.read_text()[-2000:] for file in folder.glob("runs/*/*/log.txt"))
         before_training = code == MODEL and not any(folder.glob("artifacts/*/manifest.json"))

@@ -78,7 +78,7 @@ class Nf4Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """``[…, out]``."""
         flat: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]).to(computes_in(self)), self)
-        return flat.view(*x.shape[:-1], -1)
+        return flat.view(*x.shape[:-1], self.out_features)
 
 
 class _Product(torch.autograd.Function):

@@ -221,4 +221,4 @@ class _LowRankProducts(torch.autograd.Function):
 
 def _without_bias(out: Tensor, base: nn.Linear) -> Tensor:
     """The bias is rounded with the product and not added later: then a change of 0 changes no bit."""
-    return out if base.bias is None else out - base.bias
+    return out if base.bias is None else out - base.bias.to(out.dtype)

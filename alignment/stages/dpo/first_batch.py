@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from alignment.config.model import Dtype
 from alignment.data.tokens.row_kinds import MARGIN
 from alignment.stages.dpo.pair_losses import PairLogprobs
 from alignment.stages.dpo.pair_trainer import PairTrainer
@@ -49,15 +50,19 @@ class FirstBatch:
         }
 
     def refuse_other_start(self) -> None:
-        """Raises StageError unless policy and reference agree on every answer, of this batch or precomputed."""
-        if self._trainer.precomputed is not None:
-            refuse_other_reference(self._trainer.precomputed.start_rows())
-            return
+        """Raises StageError unless policy and reference agree on every answer.
+
+        A precomputed reference must have the policy's numbers in its own micro-batches, and the rows of this batch.
+        """
+        precomputed = self._trainer.precomputed
+        if precomputed is not None:
+            refuse_other_reference(precomputed.start_rows())
         reference = torch.cat(self._of_all(self._trainer.reference_logprobs))
         policy = torch.cat([self.start.chosen, self.start.rejected])
         tokens = torch.cat([self.start.chosen_tokens, self.start.rejected_tokens]).int()
         rows = zip(policy.tolist(), reference.tolist(), tokens.tolist(), strict=True)
-        refuse_other_reference(StartRow(*row) for row in rows)
+        is_rounded = precomputed is not None and precomputed.own.dtype is Dtype.bfloat16
+        refuse_other_reference((StartRow(*row) for row in rows), is_rounded=is_rounded)
 
     def _of_all(self, values: Callable[[Batch], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         """``[pairs]`` values of chosen and of rejected answers, of all processes, on the CPU."""

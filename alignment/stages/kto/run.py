@@ -16,6 +16,7 @@ from trl import KTOConfig as TrlKtoConfig
 
 from alignment.algos.label_weights import LabelWeights, label_weights
 from alignment.config.micro_batch import tokens_of
+from alignment.config.model import Dtype
 from alignment.core.errors import DataError
 from alignment.data.tokens.row_kinds import DESIRABLE, LABELLED_ANSWERS, UNDESIRABLE
 from alignment.models.assembly.load import Lineage
@@ -133,7 +134,9 @@ def _trainer(
 
 
 def check_start(trainer: TokenizedKtoTrainer) -> None:
-    """Policy and reference must agree before the first step, on the first batch or on the first precomputed answers.
+    """Policy and reference must agree on every answer of the first batch before the first step.
+
+    A precomputed reference must also have the policy's numbers in its own micro-batches.
 
     Raises:
         StageError: they differ, so the reference is not the policy that the stage starts from.
@@ -142,4 +145,7 @@ def check_start(trainer: TokenizedKtoTrainer) -> None:
     trainer.model.train()  # as in training, so that active dropout is noticed
     with copied_in_calls(unwrapped(trainer.model), trainer.args.device):
         precomputed = trainer.precomputed
-        refuse_other_reference(trainer.start_rows(batch) if precomputed is None else precomputed.start_rows())
+        if precomputed is not None:
+            refuse_other_reference(precomputed.start_rows())
+        is_rounded = precomputed is not None and precomputed.own.dtype is Dtype.bfloat16
+        refuse_other_reference(trainer.start_rows(batch), is_rounded=is_rounded)

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
 from alignment.core.files import remove_leftovers, replacing
+from alignment.core.hardware import has_amx
 from alignment.costs.recorder import on_shadows, some_of
 from alignment.models.assembly.load import Lineage, products_in
 from alignment.models.assembly.weight_file import write_weights
@@ -70,12 +71,13 @@ class Reference:
         ]
 
     def keep(self) -> None:
-        """Writes the file if it may be written, unless it exists and is complete.
+        """Writes the file if it may be written, unless it has these numbers.
 
         One process calls this, after the sums were checked.
         """
         rows = {len(column) for column in self.logprobs.values()}
-        if self.is_final and _read(self.file, tuple(self.logprobs), rows=rows.pop()) is None:
+        known = _read(self.file, tuple(self.logprobs), rows=rows.pop()) if self.is_final else self.logprobs
+        if known is None or any(not torch.equal(known[name], own) for name, own in self.logprobs.items()):
             _write(self.file, dict(self.logprobs))
 
 
@@ -143,8 +145,6 @@ def reference_logprobs(
         if all(everyones(on_shadows() or all(row.excess <= START_TOLERANCE for row in cached.start_rows()))):
             return cached
         log.warning("the policy does not have the log-probabilities in %s, so they are computed again.", file)
-        if context.is_main:
-            file.unlink(missing_ok=True)
     context.progress("reference log-probabilities")
     shares = everyones([own.sums(answer) for answer in answers])
     sums = [_interleaved(of_answer) for of_answer in zip(*shares, strict=True)]
@@ -179,8 +179,10 @@ def _key(
 
 
 def _device_name(device: torch.device) -> str:
-    """GPU models round differently from one another, and from a CPU."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """GPU models round differently from one another, and so do processors."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()} {'AMX' if has_amx() else ''}"
 
 
 def _read(file: Path, answers: Sequence[str], *, rows: int) -> dict[str, Tensor] | None:

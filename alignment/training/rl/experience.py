@@ -87,16 +87,18 @@ def partition_of(
     The ``learned`` prompts are divided into minibatches in their order, and each minibatch over all processes.
     """
 
-    def shares(of_prompts: Sequence[int]) -> list[list[Rows]]:
+    def shares(of_prompts: Sequence[int], *, evenly: bool) -> list[list[Rows]]:
         own = [rows_of(of_prompts[rank::world_size], group) for rank in range(world_size)]
         ranges = [micro_batches_of(((prompts[i], answers[i]) for i in rows), tokens=tokens) for rows in own]
-        return [
-            [[rows[i] for i in indices] for indices in as_many_as_most(ranges, rank)] for rank, rows in enumerate(own)
-        ]
+        if evenly:  # each is a collective call of learning
+            ranges = [as_many_as_most(ranges, rank) for rank in range(world_size)]
+        return [[[rows[i] for i in indices] for indices in of_rank] for rows, of_rank in zip(own, ranges, strict=True)]
 
     parts = torch.tensor(learned, dtype=torch.long).tensor_split(num_minibatches)
     others = sorted(set(range(len(answers) // group)).difference(learned))
-    return Partition(minibatches=[shares(part.tolist()) for part in parts], unlearned=shares(others))
+    return Partition(
+        minibatches=[shares(part.tolist(), evenly=True) for part in parts], unlearned=shares(others, evenly=False)
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -205,7 +205,7 @@ class Rollouts:
     def _read(self, answers: Answers, micro_batches: Sequence[Sequence[int]]) -> Readings:
         """The answers of these micro-batches, in their order."""
         lengths = [len(answers.answers[row]) for rows in micro_batches for row in rows]
-        if not lengths:  # more processes than prompts
+        if not lengths:  # all of the prompts may be those of other processes
             return Readings(logprobs=[], reference_logprobs=[], entropy=[], values=[] if self._has_critic else None)
         streams = [
             answer_stream(

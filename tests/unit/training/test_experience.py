@@ -96,7 +96,7 @@ def test_every_process_has_as_many_micro_batches_in_a_minibatch(world: int) -> N
     answers = [[1] * length for length in (30, 1, 1, 30, 1, 1)]
     cut = partition_of([[1]] * 6, answers, [5, 0, 1, 2, 3], group=1, num_minibatches=2, world_size=world, tokens=31)
     assert [sorted(cut.rows_of(number)) for number in range(2)] == [[0, 1, 5], [2, 3]]
-    assert cut.unlearned == ([[[4]]] if world == 1 else [[[4]], [[]]])
+    assert cut.unlearned == ([[[4]]] if world == 1 else [[[4]], []])
     assert all(len({len(share) for share in minibatch}) == 1 for minibatch in cut.minibatches)
 
 
