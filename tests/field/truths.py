@@ -98,10 +98,9 @@ def _weights_are_finite_and_changed(run: Run) -> None:
 def _has_moved(run: Run, stage: str) -> bool:
     """Whether the stage changed what it trained: an adapter that begins at zero or continues, or the whole model."""
     if adapters := _adapters(run, stage):
-        content = adapters[-1].read_bytes()
-        if any(
-            content == file.read_bytes() for name in run.draw.stages if name != stage for file in _adapters(run, name)
-        ):
+        content, stages = adapters[-1].read_bytes(), list(run.draw.stages)
+        earlier = [file for name in stages[: stages.index(stage)] for file in _adapters(run, name)]
+        if content in [file.read_bytes() for file in earlier]:
             return False
         return any(bool(tensor.any()) for key, tensor in load(content).items() if "lora_B" in key)
     start = load((run.folder / "model/model.safetensors").read_bytes())
