@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import re
 import runpy
 import shlex
@@ -105,7 +106,11 @@ def _absent_packages_skip() -> Iterator[None]:
 def made_commands(words: list[str]) -> list[list[str]]:
     """The calls of ``align`` that ``make`` with these words comes to, without its first word."""
     check_make(words)
-    done = subprocess.run(["make", "--dry-run", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+    own = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "ARGS"))
+    }  # of a `make test ARGS=…`
+    dry = ["make", "--dry-run", *words[1:]]
+    done = subprocess.run(dry, cwd=ROOT, env=own, capture_output=True, text=True, check=True)
     called = re.findall(r"^\S*/align (.*)$", done.stdout, re.MULTILINE)
     return [shlex.split(line) for line in called]
 
