@@ -1,9 +1,9 @@
 """Checks that need a tokenizer, or that run the user's code: ``python -m alignment.rehearse``.
 
 The driver starts it before the first stage of a run, so that faults that would stop a later stage are reported before
-any training: no chat template, rows that are all too long, a scorer that fails, a base model that does not fit. It
-reads the first rows of each source to learn from, and calls each of the user's functions with one answer to a row of
-each class. The outcome is written to ``status.json`` next to the log.
+any training: no chat template, rows that are all too long, a scorer that fails, a base model that a stage or its
+adapter does not fit. It reads the first rows of each source to learn from, and calls each of the user's functions with
+one answer to a row of each class. The outcome is written to ``status.json`` next to the log.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.scorer_sources import function_of, source_field
 from alignment.rewards.scorers import Answers
 from alignment.stages.registry import as_trained, kind_of, learned_data
+from alignment.stages.shared.base_check import refuse_adapter_that_does_not_fit
 from alignment.stages.stage_file import read_spec
 from alignment.training.context import StageContext
 
@@ -204,12 +205,17 @@ def _classes(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def check_model(spec: StageSpec) -> list[str]:
-    """No notes, if the run's base model fits the stage, as its kind says (``StageKind.rehearse``).
+    """No notes, if the run's base model fits the stage: its adapter, and what its kind says (``StageKind.rehearse``).
 
     Raises:
         AlignmentError: it does not.
     """
+    trained = as_trained(spec.config)
+    if trained is not None:
+        refuse_adapter_that_does_not_fit(spec, trained.adapter)
     module, _, name = kind_of(spec.config).rehearse.partition(":")
+    if not module:
+        return []
     # The second of two processes, because only the first one writes files.
     getattr(importlib.import_module(module), name)(spec.config, StageContext(spec=spec, rank=1, world_size=2))
     return []

@@ -97,7 +97,8 @@ def add_adapter(model: PreTrainedModel, config: AdapterConfig, task: TaskType) -
         ) from error
     if is_tied:  # PEFT has taken out the head's name, but may need it again when the adapter is loaded
         lora.modules_to_save = _recognised(lora.modules_to_save)
-    start_at_norms(adapted)
+    if model.device.type != "meta":  # weights without numbers have no norms
+        start_at_norms(adapted)
     return adapted
 
 

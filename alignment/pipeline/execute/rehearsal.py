@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from alignment.config.adapter import AdapterKind
 from alignment.config.evaluating import UNTRAINED_ARMS
 from alignment.config.launch import LauncherKind
 from alignment.config.stage import StageConfig
@@ -149,11 +150,13 @@ def _learns_by_own_tokenizer(config: StageConfig, stages: dict[str, StageConfig]
 
 
 def _has_model_check(config: StageConfig, stages: dict[str, StageConfig]) -> bool:
-    """Whether the kind can say if the run's base model fits, and the stage has no policy that a stage of this run made
-    from another model."""
+    """Whether the stage trains an adapter, or its kind can say if the run's base model fits, and the stage has no
+    policy that a stage of this run made from another model."""
+    trained = as_trained(config)
+    has_adapter = trained is not None and trained.adapter.kind is not AdapterKind.full
     policies = [slot for slot in references.slots(config) if POLICY in slot.takes]
     of_stages = [slot.ref for slot in policies if references.stage_of(slot) is not None]
-    return bool(kind_of(config).rehearse) and all(_is_of_base(ref, stages) for ref in of_stages)
+    return (has_adapter or bool(kind_of(config).rehearse)) and all(_is_of_base(ref, stages) for ref in of_stages)
 
 
 def _is_of_base(ref: str, stages: dict[str, StageConfig]) -> bool:

@@ -17,7 +17,7 @@ from alignment.core.fingerprint import digest
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 
 FOLDER = ".tried"
-REVISION = 4
+REVISION = 5
 """Raised when a rehearsal checks more, so that older successes do not count."""
 ROWS, SCORERS, MODEL = "rows", "scorers", "model"
 _SETTINGS = {
@@ -33,6 +33,7 @@ _SETTINGS = {
     SCORERS: ("data",),
     # The seed counts for nothing: the examples of an arm that it draws differ little in length.
     MODEL: (
+        "adapter",
         "answers",
         "arms",
         "critic",

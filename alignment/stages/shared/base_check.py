@@ -1,16 +1,20 @@
-"""Refuses a base model that cannot be sampled from, or whose head is not supported, before a run trains anything
-(``StageKind.rehearse``)."""
+"""Refuses a base model that cannot be sampled from, whose head is not supported, or that an adapter does not fit,
+before a run trains anything (``StageKind.rehearse``)."""
 
 from __future__ import annotations
 
 import torch
+from peft import TaskType
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from alignment.config.adapter import AdapterConfig
 from alignment.config.sampling_engine import Engine, SamplingConfig
 from alignment.config.stage import StageConfig
 from alignment.core.model_files import architecture_in
 from alignment.job import StageSpec
+from alignment.models.assembly.adapters import add_adapter
+from alignment.models.assembly.load import name_trunk
 from alignment.models.forward.head import logit_factor
 from alignment.models.kernels.kv_cache import RowsCache
 from alignment.training.context import StageContext
@@ -41,6 +45,16 @@ def refuse_base_without_logprobs(_: StageConfig, context: StageContext) -> None:
     """
     if (model := _without_weights(context.spec)) is not None:
         logit_factor(model)  # raises if they are changed otherwise
+
+
+def refuse_adapter_that_does_not_fit(spec: StageSpec, adapter: AdapterConfig) -> None:
+    """Puts the adapter on the run's base model without its weights, as a stage that trains it would.
+
+    Raises:
+        ModelError: the model lacks modules that the adapter names, or PEFT cannot adapt them, such as experts by DoRA.
+    """
+    if (model := _without_weights(spec)) is not None:
+        add_adapter(name_trunk(model), adapter, TaskType.CAUSAL_LM)
 
 
 def _without_weights(spec: StageSpec) -> PreTrainedModel | None:

@@ -81,7 +81,20 @@ def test_later_stages_are_tried_and_nothing_is_left(
     tried: Callable[..., Plan], started: Commands, tmp_path: Path
 ) -> None:
     planned = tried()
-    names = ["--rows", "reward", "dpo", "ppo", "--scorers", "ppo", "evaluate", "--model", "reward", "ppo", "evaluate"]
+    names = [
+        "--rows",
+        "reward",
+        "dpo",
+        "ppo",
+        "--scorers",
+        "ppo",
+        "evaluate",
+        "--model",
+        "reward",
+        "dpo",
+        "ppo",
+        "evaluate",
+    ]
     assert [stages_in(command) for command in started] == [names]
     asked = (tmp_path / "asked.txt").read_text()
     assert asked == "([[{'role': 'user', 'content': 'When is the training?'}]], ['Yes.'], 'On 21 March.')"
@@ -97,7 +110,7 @@ def test_what_went_well_is_not_tried_again(tried: Callable[..., Plan], started: 
     tried("stages.dpo.max_length=300")
     assert stages_in(started[1]) == ["--rows", "dpo", "--scorers", "--model"]
     tried("stages.dpo.data.on_error=skip")
-    assert stages_in(started[2]) == ["--rows", "dpo", "--scorers", "--model"]
+    assert stages_in(started[2]) == ["--rows", "dpo", "--scorers", "--model", "dpo"]
     tried(function="fine2")
     assert stages_in(started[3]) == ["--rows", "--scorers", "ppo", "--model"]
 
@@ -116,7 +129,7 @@ def test_a_setting_that_decides_which_rows_fit_is_tried_again(
 ) -> None:
     tried()
     tried(setting)
-    assert [stages_in(command) for command in started[1:]] == [["--rows", stage, "--scorers", "--model"]]
+    assert [stages_in(command)[:3] for command in started[1:]] == [["--rows", stage, "--scorers"]]
 
 
 def test_an_edited_function_is_tried_again(tried: Callable[..., Plan], started: Commands, tmp_path: Path) -> None:
@@ -133,7 +146,7 @@ def test_rows_are_tried_again_with_another_tokenizer(
     template = tmp_path / "model/chat_template.jinja"
     template.write_text(template.read_text() + "{# edited #}")
     tried()
-    names = ["--rows", "reward", "dpo", "ppo", "--scorers", "--model", "reward", "ppo", "evaluate"]
+    names = ["--rows", "reward", "dpo", "ppo", "--scorers", "--model", "reward", "dpo", "ppo", "evaluate"]
     assert [stages_in(command) for command in started[1:]] == [names]
 
 

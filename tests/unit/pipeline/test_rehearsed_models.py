@@ -34,6 +34,15 @@ CACHING_A_STATE = {
     "num_hidden_layers": 2,
     "layer_types": ["full_attention", "linear_attention"],
 }
+TINY = {
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "vocab_size": 64,
+}
 LONG = "z" * 2100
 """Not shorter in tokens."""
 
@@ -161,6 +170,28 @@ def test_the_examples_before_a_prompt_count(tried: Callable[..., Plan], tmp_path
             f"stages.evaluate.few_shot.data.source=path:{tmp_path}/examples.jsonl",
         )
     assert "or lower stages.evaluate.max_new_tokens or stages.evaluate.few_shot.count" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "adapter", "setting"),
+    [
+        ("mixtral", {"kind": "dora"}, "target_modules"),
+        ("mixtral", {"kind": "dora", "target_modules": ["q_proj"]}, ""),
+        ("mixtral", {"kind": "lora"}, ""),
+        ("llama", {"kind": "dora"}, ""),
+        ("llama", {"kind": "prefix"}, ""),
+        ("llama", {"kind": "qlora", "target_modules": ["c_attn"]}, "target_modules"),
+        ("llama", {"kind": "lora", "modules_to_save": ["wte"]}, "modules_to_save"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_the_base_is_refused_before_an_earlier_stage_trains(
+    tried: Callable[..., Plan], tmp_path: Path, model_type: str, adapter: dict[str, object], setting: str
+) -> None:
+    write_config(tmp_path, **TINY, model_type=model_type)
+    settings = [f"stages.dpo.adapter.{name}={value}" for name, value in adapter.items()]
+    where = rf"^stage dpo, {CHECKED}adapter\.{setting}: "
+    with pytest.raises(ModelError, match=where) if setting else nullcontext():
+        tried("stages.evaluate.metrics=[]", *settings)
 
 
 def test_a_base_without_scores_is_refused_where_a_reward_model_is_trained(
