@@ -61,8 +61,8 @@ class Fault:
             starts.append(starts[-1] + len(line))
         kind = _kind(self.old)
         for node in ast.walk(tree):
-            is_place = isinstance(node, ast.expr | ast.stmt | ast.keyword | ast.comprehension | ast.ExceptHandler)
-            if is_place and node is not tree and isinstance(node, kind) and ast.unparse(node) == self.old:
+            is_candidate = isinstance(node, ast.expr | ast.stmt | ast.keyword | ast.comprehension | ast.ExceptHandler)
+            if is_candidate and node is not tree and isinstance(node, kind) and ast.unparse(node) == self.old:
                 assert node.end_lineno is not None
                 assert node.end_col_offset is not None
                 yield starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
