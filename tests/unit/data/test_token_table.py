@@ -80,6 +80,7 @@ DAMAGES = {
     ),
     "no list of what was left out": lambda folder: (folder / "left_out.jsonl").unlink(),
     "counts cut short": lambda folder: os.truncate(folder / "counts.json", 20),
+    "counts nested too deeply": lambda folder: (folder / "counts.json").write_text("[" * 100_000),
     "counts that are a list": lambda folder: (folder / "counts.json").write_text("[]"),
     "counts without a number": lambda folder: (folder / "counts.json").write_text('{"sizes": [1, 2]}'),
     "counts of an earlier form": lambda folder: (folder / "counts.json").write_text('{"read": 1}'),

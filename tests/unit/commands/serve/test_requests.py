@@ -428,6 +428,12 @@ def test_a_call_that_was_cut_off_is_text() -> None:
     assert (status, '"argu' in reply["choices"][0]["message"]["content"]) == (200, True)
 
 
+def test_a_call_that_is_nested_too_deeply_is_text() -> None:
+    call = f'<tool_call>\n{{"name": "f", "arguments": {"[" * 5000}{"]" * 5000}}}\n</tool_call>'
+    status, reply = answering(call)("POST", "/v1/chat/completions", chat(max_tokens=100, tools=[TOOL]))
+    assert (status, "[[[" in reply["choices"][0]["message"]["content"]) == (200, True)
+
+
 def test_a_call_and_the_texts_around_it_are_all_returned() -> None:
     call = '<tool_call>\n{"name": "opening_hours", "arguments": {"shop": "bakery"}}\n</tool_call>'
     ask = answering(f"One moment.\n{call}\nThat is all.<|im_end|>")
