@@ -53,6 +53,8 @@ def test_a_constant_gain_is_real_and_a_shuffle_is_not() -> None:
     assert dpo.real
     assert ppo.difference == pytest.approx(0.0)
     assert not ppo.real
+    assert (ppo.low, ppo.high) == INTERVALS.of_difference(BREVITY["stage:ppo"], BREVITY["stage:sft"]).bounds
+    assert ppo.low < 0.0 < ppo.high
     assert dpo.high - dpo.low == pytest.approx(0.0, abs=1e-9), "differences are paired: a constant gain has no width"
 
 
@@ -71,6 +73,10 @@ def test_the_same_difference_is_real_alone_and_may_be_chance_among_many() -> Non
     among = compare(scores, reference="stage:sft", intervals=INTERVALS)
     (total,) = (pair for pair in among if pair.metric == "total")
     assert len(among) == 20
+    assert total.detectable is not None
+    assert total.detectable / (alone[0].detectable or 0.0) == pytest.approx(
+        (3.0233 + 0.8416) / (1.96 + 0.8416), rel=1e-4
+    )
     assert total.p is not None
     assert total.adjusted_p is not None
     assert total.p < 0.05 < total.adjusted_p

@@ -125,7 +125,9 @@ def test_equal_answers_are_ties_as_far_as_people_have_come() -> None:
 
 
 def test_the_position_bias_is_that_of_the_votes() -> None:
-    votes = [vote(PAIRS[0], SFT), vote(PAIRS[1], DPO, shown_first=DPO), vote(PAIRS[2], TIE), vote(PAIRS[3], DPO)]
+    """And not that of an arm: the votes that were for the answer shown first are for either arm."""
+    votes = [vote(PAIRS[0], SFT), vote(PAIRS[1], shown_first=DPO), vote(PAIRS[2], TIE)]
+    votes.append(vote(PAIRS[3], SFT, shown_first=DPO))
     assert row(of(votes)).position_bias == pytest.approx((1 + 1 + 0 - 1) / 4)
 
 
