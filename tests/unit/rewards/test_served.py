@@ -203,6 +203,8 @@ def test_the_key_comes_from_its_variable_and_stands_nowhere_else(
     message = failing(tmp_path, lambda *_: refused, ["b"], api_key_env="SCORER_KEY").message
     assert "wrong key: ***" in message
     assert "canary" not in message
+    quoted = Response(body=json.dumps({"error": "the key is bad:" + " sk-canary-123" * 40}))  # of which a part is shown
+    assert "canary" not in failing(tmp_path, lambda *_: quoted, ["b"], api_key_env="SCORER_KEY").message
     monkeypatch.delenv("SCORER_KEY")
     with pytest.raises(ConfigError, match="variable SCORER_KEY is not set") as caught:
         ServerScorer(settings(served.url, api_key_env="SCORER_KEY"), FIELD, asking(tmp_path))
