@@ -195,8 +195,8 @@ def test_every_epoch_over_the_sampled_answers_takes_its_time(tmp_path: Path, tim
     )
     assert once.error == thrice.error == ""
     assert thrice.steps == 3 * once.steps
-    assert thrice.phases["training"].seconds == pytest.approx(3 * once.phases["training"].seconds)
-    assert thrice.phases["sampling"].seconds == pytest.approx(once.phases["sampling"].seconds)
+    assert thrice.phases["training"].seconds == pytest.approx(3 * once.phases["training"].seconds, rel=0.01)
+    assert thrice.phases["sampling"].seconds == pytest.approx(once.phases["sampling"].seconds, rel=0.01)
 
 
 def test_rows_that_are_mixed_in_are_estimated_in_proportion(

@@ -51,7 +51,8 @@ def row_of(arm: Answered, *, log_ratios: list[float] | None = None, **scores: li
 
 def test_a_row_says_how_many_answers_differ_and_ended() -> None:
     """Of two samples a prompt, the first answers are compared with each other, and both have words and an end."""
-    arm = replace(answered(4), answers=answered(1).answers * 4)
+    first, seconds = answered(1).answers[0], answered(4).answers[1::2]
+    arm = replace(answered(4), answers=[answer for second in seconds for answer in (first, second)])
     row = row_of(arm, log_ratios=[1.0, 3.0, 3.0, 1.0] * 2, brevity=[0.2] * 4)
     assert row.label == "dpo"
     assert row.metrics == {"brevity": INTERVALS.of([0.2] * 4)}
