@@ -30,7 +30,7 @@ from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.records.evaluation import read_samples
-from alignment.stages.evaluate import answering, arm_prompts, evaluation_record
+from alignment.stages.evaluate import answering, arm_prompts, evaluation_record, judging
 from alignment.stages.evaluate import run as stage
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.shared import arm_policies
@@ -850,8 +850,16 @@ def test_each_answer_is_scored_for_its_own_prompt(chain: Chained, tmp_path: Path
     assert scores == [float(ord(row["facts"][0][0][0])) for row in ROWS]
 
 
-def test_a_judge_compares_the_first_answers_to_the_same_prompt(chain: Chained) -> None:
+def test_a_judge_compares_the_first_answers_to_the_same_prompt(chain: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
+    longer: list[list[float]] = []
+    judged_pair = judging.judged_pair
+
+    def noted(*args: Any, extra_words: list[float], **others: Any) -> Any:
+        longer.append(extra_words)
+        return judged_pair(*args, extra_words=extra_words, **others)
+
+    monkeypatch.setattr(judging, "judged_pair", noted)
 
     def first_wins(prompt: str, _: int) -> Response:
         asked.append(prompt)
@@ -866,6 +874,8 @@ def test_a_judge_compares_the_first_answers_to_the_same_prompt(chain: Chained) -
     assert pair["metric_agreement"] is pair["metric_kappa"] is None, "the metric is a mean over six answers"
     samples = list(read_samples(chain.folder / "artifacts/evaluate-judged-samples"))
     assert len(asked) == 2 * len(samples)
+    words = [[len(divided(sample.answers[arm].text)) for arm in ("base", "stage:sft")] for sample in samples]
+    assert longer == [[of_base - of_sft for of_base, of_sft in words]]
     for number, sample in enumerate(samples):
         first, second = asked[2 * number : 2 * number + 2]
         shown = [between(first, "answer A"), between(first, "answer B")]
