@@ -32,7 +32,7 @@ def golden(recipe: str, overrides: list[str]) -> dict[str, Any]:
             names = {*re.findall(r"stages\.(\w+)", str(error))} or _failed(recipe)
             if not names - set(refused):
                 raise
-            refused |= {name: {"refused": str(error)} for name in names}
+            refused |= {name: {"refused": _placeless(str(error))} for name in names}
         else:
             return refused | {name: computed(stage) for name, stage in run.stages.items()}
 
@@ -54,7 +54,12 @@ def _content(file: Path) -> bytes:
     if file.suffix == ".safetensors":
         return file.read_bytes()
     text = json.dumps([_quiet(json.loads(line)) for line in file.read_text().splitlines()])
-    return text.replace(os.environ["PYTHONPATH"], "").replace(str(Path.cwd()), "").encode()  # notes name files
+    return _placeless(text).encode()
+
+
+def _placeless(text: str) -> str:
+    """Without the folders in which files lie that it names."""
+    return text.replace(os.environ["PYTHONPATH"], "").replace(str(Path.cwd()), "")
 
 
 def _quiet(value: Any) -> Any:
@@ -69,7 +74,7 @@ def fingerprints(call: str) -> dict[str, str]:
     try:
         return {name: stage.fingerprint for name, stage in alignment.plan(recipe, overrides).stages.items()}
     except alignment.AlignmentError as error:
-        return {"refused": str(error)}
+        return {"refused": _placeless(str(error))}
 
 
 if __name__ == "__main__":

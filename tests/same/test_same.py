@@ -55,6 +55,6 @@ def test_faults_are_seen_where_they_are_and_nowhere_else(tmp_path: Path) -> None
     table = compare(ROOT, tmp_path, only=STAGES, calls=["kto", "sft_dpo"], dtypes=["float32"])
     others = {stage: row for stage, row in table.items() if list(row.values()) != [SAME]}
     assert set(others) == {"kto", "sample", PLANS}
-    assert others["kto"]["float32"].startswith("differs: step 1, ")
+    assert others["kto"]["float32"].startswith("differs: step 2, lr was 0.001 and is 0.0001; ")
     assert "rows.jsonl" in others["sample"]["float32"]
     assert others[PLANS][""].startswith("differs: kto (kto")
