@@ -19,7 +19,7 @@ STAMP := $(VENV)/.alignment-pipeline-installed
 # One more than there are cores, because a third of the time a test waits for a process or a server; at most 4.
 WORKERS := import os; print(min(4, (os.cpu_count() or 1) + 1))
 
-.PHONY: help align plan sweep preview status engine engine-llama trackers test field test-processes test-device gpu-check test-slurm test-engines test-trackers test-stores faults mutations prove matrix model check docs reference dist check-dist lock format bench clean
+.PHONY: help align plan sweep preview status engine engine-llama trackers test field same test-processes test-device gpu-check test-slurm test-engines test-trackers test-stores faults mutations prove matrix model check docs reference dist check-dist lock format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ test: $(STAMP)  ## run the tests of one process, on several cores at once
 
 field: $(STAMP)  ## draw whole runs at random and check each: ARGS="--draws 300 --seed 1"
 	$(BIN)/python -m tests.field $(ARGS)
+
+same: $(STAMP)  ## compare the bits that every kind of stage computes with those of another commit: ARGS="--against HEAD~3"
+	$(BIN)/python -m tests.same $(ARGS)
 
 test-processes: $(STAMP)  ## run the tests of stages on several processes and machines, one after another
 	$(BIN)/python -m pytest -m processes $(ARGS)
