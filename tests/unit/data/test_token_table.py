@@ -38,7 +38,7 @@ from alignment.training.session import Preempted
 from tests.hub import leave_data_set, use_cache
 from tests.living import is_living
 from tests.tiny import tiny_tokenizer
-from tests.unit.data.test_hub import DESCRIBED
+from tests.unit.data.test_files import DESCRIBED
 
 ALL = DataConfig(source="")
 WIDE = Limits(row=500)
