@@ -69,7 +69,7 @@ def compare(
     stages = _with_inputs(only)
     table: Table = {stage: {} for stage in stages}
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as both:
-        save_model(Path(folder, "model"), "llama", biased=True)
+        save_model(Path(folder, "model"), "llama", biased=True, template="smollm2")
         for dtype in dtypes:
             run = _runner(
                 Path(folder, dtype), Path(folder, "model"), dtype, stages, calls if dtype == dtypes[0] else []
