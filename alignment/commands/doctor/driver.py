@@ -21,11 +21,11 @@ from alignment.data.counted import counted
 from alignment.data.doctor import LISTED, Diagnosis, Use, counted_records
 from alignment.data.formats import FORMATS, LABEL, UnknownColumns
 from alignment.data.hub_rows import snapshot_name
+from alignment.data.objections import doctor_command, written
 from alignment.data.overlap import HeldOut, asked_in
 from alignment.data.reading import NAMED
 from alignment.data.records import LabelledAnswer, PreferencePair
 from alignment.data.repeated_records import RelatedRow
-from alignment.data.written_settings import doctor_command, written
 from alignment.pipeline.execute.signals import INTERRUPTED
 from alignment.pipeline.plan import settings
 

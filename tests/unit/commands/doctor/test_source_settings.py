@@ -14,7 +14,7 @@ from alignment import cli
 from alignment.commands.doctor.source_settings import UNREAD, source_of
 from alignment.config.data import SourceConfig
 from alignment.core.errors import ConfigError
-from alignment.data.written_settings import READ, written
+from alignment.data.objections import READ, written
 from alignment.pipeline.plan.compose import tree_of
 
 Captured = pytest.CaptureFixture[str]
