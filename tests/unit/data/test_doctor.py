@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from alignment import cli
-from alignment.commands.doctor.driver import show_diagnosis
+from alignment.commands.doctor import show_diagnosis
 from alignment.commands.shared.diagnoses import records
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
 from alignment.core.errors import DataError
