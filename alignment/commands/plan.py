@@ -20,7 +20,7 @@ from alignment.pipeline.backends.feasibility import why_not_here
 from alignment.pipeline.backends.slurm_job_file import TEMPLATE
 from alignment.pipeline.execute import estimates, planned_costs
 from alignment.pipeline.execute.durations import duration
-from alignment.pipeline.execute.plan_table import show_plan
+from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.plan.plan import Plan
 from alignment.records.cost import RunCost, StageCost
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from alignment.core.errors import AlignmentError, ConfigError, StoreError
-from alignment.pipeline.remote.store_errors import scrubbed
+from alignment.pipeline.remote.object_store import scrubbed
 
 if TYPE_CHECKING:  # it takes a tenth of a second
     from huggingface_hub import HfApi

@@ -44,7 +44,7 @@ from alignment.data.records import (
     Prompt,
     Record,
 )
-from alignment.pipeline.execute.plan_table import show_plan
+from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.plan.compose import tree_of
 from alignment.pipeline.plan.plan import make_plan
 from alignment.pipeline.plan.settings import column_faults

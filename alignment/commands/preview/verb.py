@@ -17,7 +17,7 @@ from alignment.core.errors import ConfigError
 from alignment.core.files import can_be_a_file
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.display import announcer
-from alignment.pipeline.execute.needed_sources import with_models
+from alignment.pipeline.execute.inputs import with_models
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.stages.registry import kind_of
 

@@ -22,9 +22,8 @@ from alignment.commands.shared.following import FollowedRun
 from alignment.commands.shared.guarded_app import guarded, script, style
 from alignment.core.errors import AlignmentError
 from alignment.pipeline.execute.durations import clock_face, time_taken
-from alignment.pipeline.execute.run_table import figure, speed, steps
+from alignment.pipeline.execute.run_table import figure, sparkline, speed, steps
 from alignment.pipeline.execute.run_view import KILLED, StageView, work_folder
-from alignment.pipeline.execute.sparkline import sparkline
 from alignment.records.run import FILE, RunRecord
 from alignment.records.step_log import METRICS
 from alignment.records.worker import STATUS

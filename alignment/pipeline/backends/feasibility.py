@@ -18,7 +18,7 @@ from alignment.core.versions import TRAINING_LIBRARIES
 from alignment.pipeline.backends import command, slurm
 from alignment.pipeline.plan import row_counts
 from alignment.pipeline.plan.plan import Plan, PlannedStage
-from alignment.pipeline.plan.scorer_groups import refuse_missing_keys
+from alignment.pipeline.plan.scorer_checks import refuse_missing_keys
 from alignment.stages.base import RunsOn
 from alignment.stages.registry import as_trained, kind_of
 

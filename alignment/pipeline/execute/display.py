@@ -9,9 +9,106 @@ from typing import Protocol
 from rich.console import Console
 from rich.live import Live
 
-from alignment.pipeline.execute.change_lines import ChangeLines
-from alignment.pipeline.execute.run_table import RunTable
-from alignment.pipeline.execute.run_view import RunReader, RunView
+from alignment.pipeline.execute.durations import duration, time_taken
+from alignment.pipeline.execute.run_table import RunTable, figure, speed, steps
+from alignment.pipeline.execute.run_view import KILLED, STOPPED, RunReader, RunView, StageView
+from alignment.records.worker import Progress
+
+_PARTS = 10
+"""Of the steps of a phase; a line is printed when another of these parts is done."""
+
+_ENDED_BEFORE = ("done", "failed", STOPPED)
+"""States in which an earlier call left a stage; a reused one was found by this call."""
+
+
+class ChangeLines:
+    """Prints a line when a stage starts, enters a phase for the first time, has done another tenth of its steps, waits
+    for something else than before, or ends."""
+
+    def __init__(self, print_line: Callable[[str], None]) -> None:
+        self._print_line = print_line
+        self._printed: set[str] = set()
+        self._states: dict[str, str] = {}
+        self._progress: dict[str, _PrintedProgress] = {}
+
+    def note(self, text: str) -> None:
+        """Prints something that is no change of a stage, such as a warning."""
+        if text not in self._printed:
+            self._printed.add(text)
+            self._print_line(text)
+
+    def show(self, view: RunView) -> None:
+        """Prints what is new in this view. In the first one, stages that ended before are not new."""
+        if not self._states:
+            self._states = {stage.name: stage.state for stage in view.stages if stage.state in _ENDED_BEFORE}
+        for stage in view.stages:
+            self._show_stage(stage)
+
+    def end(self) -> None:
+        """Every line stays."""
+
+    def _show_stage(self, stage: StageView) -> None:
+        before, self._states[stage.name] = self._states.get(stage.name, "waiting"), stage.state
+        if stage.state != before:
+            self._progress.pop(stage.name, None)
+            self.note(_beginning(stage) if stage.state == "running" else _end(stage))
+        if stage.blocked:
+            self.note(f"{stage.name}: {stage.blocked}")
+        if stage.progress is not None:
+            printed = self._progress.setdefault(stage.name, _PrintedProgress())
+            if printed.is_new(stage.progress):
+                self.note(_progress_line(stage, stage.progress))
+
+
+class _PrintedProgress:
+    """The parts of its phases of which a stage's lines have told."""
+
+    def __init__(self) -> None:
+        self._phases: set[str] = set()
+        self._parts: set[tuple[str, int | None, int]] = set()
+        self._last: tuple[int | None, int] | None = None
+
+    def is_new(self, progress: Progress) -> bool:
+        """Whether the phase is new, or it has done another tenth.
+
+        Phases that take turns count the same steps (sampling and training); only the first of them counts then.
+        """
+        part = (progress.total, _part(progress))
+        is_new_part = (progress.phase, *part) not in self._parts and part != self._last
+        is_new_phase = progress.phase not in self._phases
+        self._phases.add(progress.phase)
+        self._parts.add((progress.phase, *part))
+        if is_new_part or is_new_phase:
+            self._last = part
+            return True
+        return False
+
+
+def _part(progress: Progress) -> int:
+    """The number of tenths that are done; without a total the number of digits, so that a line comes at 10 and 100."""
+    if progress.total:
+        return progress.step * _PARTS // progress.total
+    return len(str(progress.step)) if progress.step else 0
+
+
+def _beginning(stage: StageView) -> str:
+    return f"{stage.name}: starts ({stage.reason})"
+
+
+def _end(stage: StageView) -> str:
+    words = [] if stage.state == "reused" else [time_taken(stage.seconds, stage.attempts)]  # another call's
+    if stage.state not in (STOPPED, KILLED, "failed", "waiting"):
+        words.append(stage.artifact)
+    state = STOPPED if stage.state == "waiting" else stage.state
+    return f"{stage.name}: {'  '.join([state, *filter(None, words)])}"
+
+
+def _progress_line(stage: StageView, progress: Progress) -> str:
+    """``dpo: training 12/57, 1,234 tokens/s, 3 min 20 s left  loss 1.83``."""
+    left = "" if stage.seconds_left is None else f"{duration(stage.seconds_left)} left"
+    parts = [f"{stage.name}: {progress.phase} {steps(progress)}".rstrip(), *filter(None, [speed(stage), left])]
+    return f"{', '.join(parts)}  {figure(stage)}".rstrip()
+
 
 Announce = Callable[[str], None]
 

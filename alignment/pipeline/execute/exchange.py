@@ -14,8 +14,13 @@ from alignment.pipeline.plan.plan import Plan, PlannedStage, made_again
 from alignment.pipeline.remote.checkpoint_uploads import CheckpointUploads
 from alignment.pipeline.remote.lease import leased
 from alignment.pipeline.remote.object_store import ObjectStore
-from alignment.pipeline.remote.remote_checkpoints import RemoteCheckpoints
-from alignment.pipeline.remote.remote_results import download_result, manifest_in, size_of, upload_result
+from alignment.pipeline.remote.remote_checkpoints import (
+    RemoteCheckpoints,
+    download_result,
+    manifest_in,
+    size_of,
+    upload_result,
+)
 
 WAIT = "wait for it with --wait, or stop it"
 """What to do about a stage that another process works on."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.config.model import Dtype
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.model import NEW_TOKENS, Dtype
 from alignment.config.scoring import ScoreSourceConfig
 from alignment.config.stage import StageConfig
 from alignment.core import hardware
@@ -16,10 +18,10 @@ from alignment.core.model_files import is_adapter, weights_size
 from alignment.data.overlap import HeldOut, LocatedText, Overlap
 from alignment.pipeline.backends import feasibility, slurm
 from alignment.pipeline.execute import automatic_sizes
-from alignment.pipeline.execute.needed_sources import not_reused
+from alignment.pipeline.execute.inputs import not_reused
 from alignment.pipeline.plan import gate_checks, references, unread, validation_checks
-from alignment.pipeline.plan.frozen_rows import frozen_rows
 from alignment.pipeline.plan.plan import Plan, PlannedStage
+from alignment.pipeline.plan.references import BASE
 from alignment.pipeline.plan.row_counts import labels_of, most_rows_of
 from alignment.pipeline.sources.peft_adapters import doubt, read_adapter
 from alignment.records.evaluation import Evaluation
@@ -285,3 +287,28 @@ def of_result(kind: str, artifact: Path) -> list[str]:
     except ArtifactError:  # a stage that uses the artifact reports the damage
         return []
     return [] if manifest is None else registry.doubts(kind, manifest.metrics)
+
+
+def frozen_rows(plan: Plan) -> str | None:
+    """A warning if a stage starts from a base with added tokens and does not train their rows; otherwise None."""
+    file = None if plan.base.folder is None else plan.base.folder / NEW_TOKENS
+    if file is None or not file.is_file():
+        return None
+    tokens = ", ".join(json.loads(file.read_text(encoding="utf-8")))
+    for stage in plan.stages:
+        config = as_trained(stage.config)
+        if config is None or config.init != BASE or not stage.has_to_run:
+            continue
+        if not _trains_rows(config.adapter):
+            return (
+                f"{stage.name} does not train the rows of the new tokens {tokens}: these stay the mean of all other "
+                f"rows; set stages.{stage.name}.adapter.modules_to_save=[embed_tokens] (or this model's name for it), "
+                "or adapter=full"
+            )
+    return None
+
+
+def _trains_rows(adapter: AdapterConfig) -> bool:
+    """Whether the embeddings are trained: with all weights, or as a module beside the adapter."""
+    names = adapter.modules_to_save
+    return adapter.kind is AdapterKind.full or any("embed" in name or name.endswith("wte") for name in names)

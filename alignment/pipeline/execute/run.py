@@ -34,8 +34,7 @@ from alignment.pipeline.execute import (
     worker_protocol,
 )
 from alignment.pipeline.execute.display import Announce, Display, announcer, showing
-from alignment.pipeline.execute.inputs import with_inputs
-from alignment.pipeline.execute.needed_sources import not_reused, with_models
+from alignment.pipeline.execute.inputs import not_reused, with_inputs, with_models
 from alignment.pipeline.execute.record import RunRecorder, recorded_seconds
 from alignment.pipeline.execute.run_view import RunReader
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra.core.global_hydra import GlobalHydra
@@ -10,13 +13,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config.did_you_mean import suggestion
 from alignment.config.faults import Fault
 from alignment.config.store import BACKEND, GROUPS, SEVERAL, conf_folder
 from alignment.pipeline.plan import profile as profiles
-from alignment.pipeline.plan.hydra_files import Files
+from alignment.pipeline.plan.hydra_files import Files, hostile
+from alignment.pipeline.plan.overrides import leaves
 from alignment.pipeline.plan.profile import Profile
 
 
@@ -124,3 +129,101 @@ def nearest_file(error: MissingConfigException) -> str:
     """A hint at what a missing name in ``defaults`` may have meant, or an empty string."""
     missing = (error.missing_cfg_file or "").rpartition("/")[2]
     return f"; {suggestion(missing, error.options)}" if missing and error.options else ""
+
+
+_GROUPS = ("adapter", "launch", "model")
+_OF_THE_RECIPE = ("launch.num_processes",)
+"""Settings that a recipe fits to its batches, whichever file is chosen."""
+_MISSING = "???"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChosenFile:
+    """The ``settings`` of a file, by dotted key, and the ``choice``: ``adapter@stages.sft.adapter=lora``."""
+
+    choice: str
+    settings: Mapping[str, Any]
+
+
+def chosen_files(search: str, groups: Sequence[str], overrides: Sequence[Override]) -> list[ChosenFile]:
+    """The files among ``groups`` that the command line's ``overrides`` choose for adapters, launches and models."""
+    by_user = {override.key_or_group for override in overrides if override.key_or_group in _GROUPS}
+    last = {choice.partition("=")[0]: choice for choice in (group.lstrip("+") for group in groups)}
+    choices = {key: choice for key, choice in last.items() if key.partition("@")[0] in by_user}
+    if not choices:
+        return []
+    tree = hydra_compose(overrides=[search, *(f"+{choice}" for choice in choices.values())])
+    return [ChosenFile(choice=choice, settings=_settings(tree, key)) for key, choice in choices.items()]
+
+
+def _settings(tree: DictConfig, key: str) -> dict[str, Any]:
+    """What the file of a group sets; ``key`` names the group and, behind an @, where its settings go."""
+    group, _, package = key.partition("@")
+    node = OmegaConf.select(tree, package or group)
+    plain = OmegaConf.to_container(node, resolve=False) if isinstance(node, DictConfig) else {}
+    return dict(leaves(plain, f"{package or group}."))
+
+
+def faults(files: Sequence[ChosenFile], tree: Mapping[str, Any], *, changed: Collection[str]) -> Iterator[Fault]:
+    """A fault for each setting of a chosen file that has another value in the composed ``tree``.
+
+    The dotted keys in ``changed`` may have one: other overrides or a profile set them.
+    """
+    values = dict(leaves(tree))
+    for file in files:
+        for key, value in file.settings.items():
+            is_open = value == _MISSING or "${" in str(value)
+            is_changed = any(key == other or key.startswith(f"{other}.") for other in changed)
+            if key not in values or key in _OF_THE_RECIPE or is_open or is_changed or values[key] == value:
+                continue
+            message = (
+                f"the recipe's own {key}={_as_written(values[key])} replaces it; write {key}={_as_written(value)} too"
+            )
+            yield Fault(where=file.choice, message=message)
+
+
+def _as_written(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, default=str)
+
+
+def passes_reference(tree: DictConfig, key: str) -> bool:
+    """Whether the dotted key is that of a reference, or leads through one."""
+    node: Any = tree
+    for name in key.split("."):
+        if not isinstance(node, DictConfig):
+            return False
+        if OmegaConf.is_interpolation(node, name):
+            return True
+        node = _value(node, name)
+    return False
+
+
+def copy_groups(tree: DictConfig, key: str) -> None:
+    """Puts copies of groups in place of the references to them on the way to a dotted key, which is set next.
+
+    OmegaConf would put an empty group there, and the rest of the settings would be lost.
+    """
+    node: Any = tree
+    for name in key.split("."):
+        if not isinstance(node, DictConfig) or _reads_outside(node, name):
+            return
+        group = _value(node, name)
+        if OmegaConf.is_interpolation(node, name) and isinstance(group, (DictConfig, ListConfig)):
+            node[name] = group
+        node = _value(node, name)
+
+
+def _reads_outside(node: DictConfig, name: str) -> bool:
+    """Whether an interpolation stands there that is not allowed; what it reads must not become a part of the tree."""
+    if not OmegaConf.is_interpolation(node, name):
+        return False
+    written: Any = OmegaConf.to_container(node, resolve=False)
+    return any(hostile(written[name], where=name))
+
+
+def _value(node: DictConfig, name: str) -> Any:
+    """What stands there or is referred to; None if that is nothing, which the check of the whole tree reports."""
+    try:
+        return OmegaConf.select(node, name)
+    except OmegaConfBaseException:
+        return None

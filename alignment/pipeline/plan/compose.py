@@ -28,15 +28,11 @@ from alignment.config.store import recipe_names, recipes_folder, sweep_names
 from alignment.core.deadline import Bounded
 from alignment.core.errors import ConfigError
 from alignment.data.source_files import similar_name
-from alignment.pipeline.plan import choices, replaced_choices
-from alignment.pipeline.plan.dotted_keys import leaves
-from alignment.pipeline.plan.hostile import hostile
-from alignment.pipeline.plan.hydra_files import composing
-from alignment.pipeline.plan.overrides import parse
+from alignment.pipeline.plan import choices
+from alignment.pipeline.plan.choices import ChosenFile, chosen_files, copy_groups, passes_reference
+from alignment.pipeline.plan.hydra_files import composing, hostile, wrong_shapes
+from alignment.pipeline.plan.overrides import leaves, parse
 from alignment.pipeline.plan.profile import Profile
-from alignment.pipeline.plan.referenced_groups import copy_groups, passes_reference
-from alignment.pipeline.plan.replaced_choices import ChosenFile, chosen_files
-from alignment.pipeline.plan.wrong_shapes import wrong_shapes
 from alignment.stages import registry
 
 _CONFUSED = "Cannot merge DictConfig with ListConfig"
@@ -94,7 +90,7 @@ def compose(recipe: str, overrides: Sequence[str]) -> Composition:
     plain, plain_faults = _plain(tree)
     if not plain_faults:
         changed += [key for o in values if not o.is_delete() for key, _ in leaves({o.key_or_group: o.value()})]
-        choice_faults += replaced_choices.faults(files.chosen, plain, changed=changed)
+        choice_faults += choices.faults(files.chosen, plain, changed=changed)
     plain.setdefault("name", path.stem)
     if profile is not None and isinstance(plain["name"], str):
         plain["name"] = profile.named(plain["name"])

@@ -10,8 +10,9 @@ restored, and threads compose one after another.
 from __future__ import annotations
 
 import copy
+import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,8 +27,84 @@ from hydra.version import VersionBase
 
 from alignment.config import yaml_file
 from alignment.config.faults import Fault, refuse
+from alignment.config.stage import StageClasses
 from alignment.config.store import conf_folder, recipes_folder
-from alignment.pipeline.plan.hostile import hostile
+from alignment.config.typed import convert
+
+_TOKEN = re.compile(r"\$\{|[{}:]")
+
+
+def hostile(value: Any, *, where: str) -> Iterator[Fault]:
+    """A fault for each such key and value in ``value``, at any depth."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            path = f"{where}.{key}" if where else str(key)
+            if str(key).split(".")[-1] == "_target_":
+                yield Fault(
+                    where=path, message="'_target_' is not allowed: a configuration contains data and never runs code"
+                )
+            if _has_resolver(str(key)):
+                yield _reads_outside(str(key), where)
+            yield from hostile(item, where=path)
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from hostile(item, where=f"{where}[{number}]")
+    elif isinstance(value, str) and _has_resolver(value):
+        yield _reads_outside(value, where)
+
+
+def _reads_outside(text: str, where: str) -> Fault:
+    message = f"{text!r} is not allowed: a configuration can only refer to itself; use ${{other.key}} or the value"
+    return Fault(where=where, message=message)
+
+
+def _has_resolver(text: str) -> bool:
+    """Whether the text may contain ``${name:…}``, even with an interpolated name: a colon inside such braces."""
+    depth = 0
+    for token in _TOKEN.findall(text):
+        if token == ":" and depth:
+            return True
+        if token == "}":
+            depth = max(0, depth - 1)
+        elif token == "${" or (token == "{" and depth):
+            depth += 1
+    return False
+
+
+def wrong_shapes(content: Mapping[str, Any], classes: StageClasses) -> list[Fault]:
+    """The faults in values that are a list or a group, in the ``content`` of one recipe file.
+
+    The kind of a stage that the file does not name is taken from its defaults, or from the stage's name.
+    """
+    tree = {key: value for key, value in content.items() if key != "defaults"}
+    if isinstance(stages := tree.get("stages"), Mapping):
+        kinds = _kinds_in_defaults(content.get("defaults"))
+        named = {name: {"kind": kinds.get(name, name), **group} for name, group in stages.items() if _is_group(group)}
+        tree["stages"] = {name: group for name, group in named.items() if group["kind"] in classes}
+        tree["stages"] |= {name: group for name, group in stages.items() if isinstance(group, list)}
+    return [fault for fault in convert(tree, classes)[1] if isinstance(_at(content, fault.where), (list, Mapping))]
+
+
+def _kinds_in_defaults(defaults: Any) -> dict[str, str]:
+    """The choice for each stage: ``{stage@stages.mine: sft}`` is usually of that kind."""
+    chosen: dict[str, str] = {}
+    for entry in defaults if isinstance(defaults, list) else ():
+        for key, choice in entry.items() if _is_group(entry) else ():
+            package = str(key).rpartition("@stages.")
+            if package[1] and isinstance(choice, str):
+                chosen[package[2]] = choice
+    return chosen
+
+
+def _at(tree: Any, where: str) -> Any:
+    for key in where.split("."):
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def _is_group(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
 
 _HYDRA = "1.3"
 _IN_USE = threading.RLock()

@@ -35,10 +35,10 @@ from alignment.pipeline.plan import (
     unread,
 )
 from alignment.pipeline.plan.actions import Action, Actions
+from alignment.pipeline.plan.chain_checks import Depths
 from alignment.pipeline.plan.compose import compose, find_recipe
-from alignment.pipeline.plan.depths import Depths
-from alignment.pipeline.plan.dotted_keys import without
 from alignment.pipeline.plan.made_rows import DATA, RowsOfStages
+from alignment.pipeline.plan.overrides import without
 from alignment.pipeline.plan.row_counts import Seen
 from alignment.pipeline.remote.object_store import ObjectStore, connected
 from alignment.pipeline.sources import data_sources

@@ -15,7 +15,7 @@ from alignment.config import yaml_file
 from alignment.config.did_you_mean import suggestion
 from alignment.config.store import GROUPS
 from alignment.core.errors import ConfigError
-from alignment.pipeline.plan.dotted_keys import nested
+from alignment.pipeline.plan.overrides import nested
 from alignment.stages import registry
 
 GROUP = "profile"

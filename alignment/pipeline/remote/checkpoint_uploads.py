@@ -9,9 +9,8 @@ from pathlib import Path
 from types import TracebackType
 
 from alignment.core.errors import ArtifactError, StoreError
-from alignment.pipeline.remote.file_transfer import nothing
 from alignment.pipeline.remote.lease import Lease
-from alignment.pipeline.remote.remote_checkpoints import RemoteCheckpoints, local_work
+from alignment.pipeline.remote.remote_checkpoints import RemoteCheckpoints, local_work, nothing
 
 _LOOK_SECONDS = 1.0
 _AFTER_FAULT_SECONDS = 30.0

@@ -6,24 +6,177 @@ parts, logs of steps, replies of servers and the chosen size of micro-batches.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from alignment.core import typed_json
-from alignment.core.errors import ArtifactError
-from alignment.core.files import parse_json
+from alignment.core.artifacts import MANIFEST, Manifest, inside, parse_manifest, read_manifest, verify
+from alignment.core.errors import ArtifactError, DiskError
+from alignment.core.files import flush, in_units, parse_json, remove_leftovers, replacing, write_text
 from alignment.core.fingerprint import file_sha256
-from alignment.pipeline.remote.file_transfer import download_files, keys_of, upload_files
 from alignment.pipeline.remote.lease import OWN_FILE
 from alignment.pipeline.remote.object_store import ObjectStore
 from alignment.records.stored_checkpoint import StoredCheckpoint, StoredFile, as_listed
 from alignment.records.worker import PARTS, PROGRESS, REPLIES
+
+Listed = Mapping[str, Mapping[str, Any]]
+"""Size and SHA-256 of files, by path, as a manifest lists them."""
+
+
+def nothing(_: int) -> None:
+    """Counts no bytes."""
+
+
+def upload_files(
+    store: ObjectStore, base: str, folder: Path, files: Listed, *, on_bytes: Callable[[int], None] = nothing
+) -> None:
+    """Uploads those of a folder's files that the store does not have under ``base`` yet.
+
+    Raises:
+        StoreError: the store cannot be reached or refuses.
+        ArtifactError: a file is gone.
+    """
+    there = store.sizes(base)
+    for name, listed in files.items():
+        key = _key(base, name, listed)
+        if there.get(key) != listed["size"]:
+            store.upload(folder / name, key, on_bytes)
+
+
+def download_files(store: ObjectStore, base: str, folder: Path, files: Listed) -> None:
+    """Downloads those of the files that ``folder`` does not have yet, in order, and checks every one.
+
+    Raises:
+        ArtifactError: a file is missing in the store or differs from the list, or its path leads out of the folder.
+        DiskError: there is no room for them.
+        StoreError: the store cannot be reached or refuses.
+    """
+    missing = {name: listed for name, listed in files.items() if not _is_here(inside(folder, name), listed)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for parent in {inside(folder, name).parent for name in files}:
+        remove_leftovers(parent)  # of a download that was killed
+    _refuse_without_room(folder, sum(listed["size"] for listed in missing.values()))
+    for name, listed in missing.items():
+        path = inside(folder, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, durable=True) as temporary:
+            _download(store, _key(base, name, listed), temporary, listed)
+
+
+def keys_of(base: str, files: Listed) -> set[str]:
+    """The keys of the objects that hold these files."""
+    return {_key(base, name, listed) for name, listed in files.items()}
+
+
+def _download(store: ObjectStore, key: str, file: Path, listed: Mapping[str, Any]) -> None:
+    remedy = f"delete the objects under {store.url}/{key.rpartition('/')[0]}, and the list of them, to make them again"
+    if not store.download(key, file):
+        raise ArtifactError("missing in the store", where=f"{store.url}/{key}", remedy=remedy)
+    if not _is_here(file, listed):
+        raise ArtifactError("its content differs from its list", where=f"{store.url}/{key}", remedy=remedy)
+
+
+def _is_here(path: Path, listed: Mapping[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == listed["size"] and file_sha256(path) == listed["sha256"]
+
+
+def _key(base: str, name: str, listed: Mapping[str, Any]) -> str:
+    return f"{base}/{name}/{listed['sha256']}"
+
+
+def _refuse_without_room(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise DiskError(
+            f"{in_units(needed)} must be downloaded, but only {in_units(free)} are free",
+            where=str(folder),
+            remedy="free space and run again; files that are already here are not downloaded again",
+        )
+
+
+DOWNLOAD = "download"
+"""The folder in a stage's work folder in which a result arrives."""
+
+
+def manifest_in(store: ObjectStore, artifact: str, *, fingerprint: str) -> Manifest | None:
+    """The manifest of a complete result, by its folder's name, or None if the store has none.
+
+    Raises:
+        ArtifactError: it is unreadable, lists no files, or belongs to another result.
+        StoreError: the store cannot be reached or refuses.
+    """
+    content = store.read(f"{_base(artifact)}/{MANIFEST}")
+    if content is None:
+        return None
+    folder = f"{store.url}/{_base(artifact)}"
+    manifest = parse_manifest(content.decode(errors="replace"), folder=folder)
+    if manifest.fingerprint != fingerprint:
+        raise ArtifactError(
+            "contains another result whose fingerprint starts with the same characters",
+            where=folder,
+            remedy="use another prefix",
+        )
+    if not manifest.files or any({"size", "sha256"} - set(listed) for listed in manifest.files.values()):
+        raise ArtifactError(
+            "does not list its files, so it cannot be verified", where=folder, remedy=f"delete {folder}"
+        )
+    return manifest
+
+
+def download_result(store: ObjectStore, manifest: Manifest, artifact: Path, work: Path) -> None:
+    """Makes the folder ``artifact`` of a result in the store. The caller holds the lock in ``work``.
+
+    Raises:
+        ArtifactError: a file is missing or damaged.
+        DiskError: there is no room.
+        StoreError: the store cannot be reached or refuses.
+    """
+    folder = work / DOWNLOAD
+    download_files(store, _base(artifact.name), folder, manifest.files)
+    write_text(folder / MANIFEST, _text(manifest), durable=True)
+    verify(folder, content=False)
+    flush(folder)
+    shutil.rmtree(artifact, ignore_errors=True)  # it has no manifest
+    os.replace(folder, artifact)
+    flush(artifact.parent)
+
+
+def upload_result(store: ObjectStore, artifact: Path, *, announce: Callable[[str], None]) -> None:
+    """Uploads a complete result unless the store has it. If another machine completes it first, that one stays.
+
+    Raises:
+        ArtifactError: the result is not complete, or damaged.
+        StoreError: the store cannot be reached or refuses.
+    """
+    written = read_manifest(artifact)
+    if written is not None and manifest_in(store, artifact.name, fingerprint=written.fingerprint) is not None:
+        return
+    manifest = verify(artifact, content=True)
+    announce(f"uploading {artifact.name} ({size_of(manifest)}) to {store.url}")
+    upload_files(store, _base(artifact.name), artifact, manifest.files)
+    store.create(f"{_base(artifact.name)}/{MANIFEST}", _text(manifest).encode())
+
+
+def size_of(manifest: Manifest) -> str:
+    """The size of a result's files in words."""
+    return in_units(sum(listed["size"] for listed in manifest.files.values()))
+
+
+def _base(artifact: str) -> str:
+    return f"artifacts/{artifact}"
+
+
+def _text(manifest: Manifest) -> str:
+    return json.dumps(dataclasses.asdict(manifest), indent=1, ensure_ascii=False) + "\n"
+
 
 CHECKPOINT_MANIFEST = "alignment_checkpoint.json"
 """The last file that ``alignment.training.checkpoints`` writes into a checkpoint; without it, a folder is ignored."""

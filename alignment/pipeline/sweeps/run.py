@@ -19,7 +19,7 @@ from alignment.core.locks import held
 from alignment.data.counted import counted
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute.display import announcer
-from alignment.pipeline.execute.needed_sources import fetch_missing, not_reused
+from alignment.pipeline.execute.inputs import fetch_missing, not_reused
 from alignment.pipeline.execute.run import run_trial
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, termination_raises
 from alignment.pipeline.sweeps import results

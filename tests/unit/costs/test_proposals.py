@@ -14,7 +14,7 @@ from alignment.costs.remedies import Way, with_remedy, with_settings
 from alignment.costs.shadows import Operation
 from alignment.estimate import Timer, cost_of
 from alignment.job import StageSpec
-from alignment.pipeline.plan.variants import choices
+from alignment.pipeline.execute.estimates import choices
 from alignment.records.cost import StageCost
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.kto.config import KtoConfig

@@ -14,8 +14,8 @@ from rich.console import Console
 
 from alignment.config.sweep import ObjectiveConfig
 from alignment.core.errors import AlignmentError, ConfigError, DataError
-from alignment.pipeline.execute.plan_table import show_plan
 from alignment.pipeline.execute.rehearsal import rehearse
+from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.pipeline.sweeps import objectives, reported
 from tests.hub import COMMIT, leave_data_set, use_cache

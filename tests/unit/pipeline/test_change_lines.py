@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from alignment.pipeline.execute.change_lines import ChangeLines
+from alignment.pipeline.execute.display import ChangeLines
 from alignment.pipeline.execute.run_view import RunView, ShownCurve, StageView
 from alignment.records.worker import Progress
 

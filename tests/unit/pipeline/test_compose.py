@@ -21,7 +21,7 @@ from alignment.config.typed import convert, typed
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan import references, settings
 from alignment.pipeline.plan.compose import compose, find_recipe
-from alignment.pipeline.plan.dotted_keys import nested
+from alignment.pipeline.plan.overrides import nested
 from alignment.pipeline.plan.plan import make_plan
 from alignment.pipeline.sweeps.sweep_file import read_sweep
 from alignment.stages.dpo.config import DpoConfig

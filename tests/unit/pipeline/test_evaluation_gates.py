@@ -14,8 +14,8 @@ from rich.console import Console
 
 from alignment.core.errors import ConfigError, GateNotMet
 from alignment.pipeline.execute import gates, notes
-from alignment.pipeline.execute.plan_table import show_plan
 from alignment.pipeline.execute.run import run_plan
+from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.records.evaluation import (
     ArmResult,

@@ -20,8 +20,8 @@ from rich.console import Console
 
 from alignment import cli
 from alignment.core.errors import ConfigError, DataError, DiskError, ModelError
-from alignment.pipeline.execute.plan_table import show_plan
 from alignment.pipeline.execute.run import run
+from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.pipeline.sources import data_sources, model_sources
 from alignment.pipeline.sources.data_sources import DataSource

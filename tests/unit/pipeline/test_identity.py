@@ -25,7 +25,7 @@ from alignment.config.stage import StageConfig
 from alignment.config.too_long import TooLongConfig
 from alignment.config.typed import field_types, group_of, listed_dataclass
 from alignment.core.fingerprint import digest
-from alignment.pipeline.plan import identity, reasons
+from alignment.pipeline.plan import actions, identity
 from alignment.pipeline.sources.model_sources import ModelSource
 from alignment.stages import registry
 from alignment.stages.benchmark.config import BenchmarkConfig
@@ -204,7 +204,7 @@ def test_which_evaluation_a_report_shows_counts() -> None:
 
 
 def test_another_evaluation_of_a_report_is_named_as_the_reason() -> None:
-    (reason,) = reasons._differences({"shown": {"evaluation": "nothing"}}, {"shown": {"evaluation": "stage:again"}}, {})
+    (reason,) = actions._differences({"shown": {"evaluation": "nothing"}}, {"shown": {"evaluation": "stage:again"}}, {})
     assert reason == "evaluation nothing → stage:again"
 
 

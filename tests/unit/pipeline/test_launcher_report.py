@@ -11,8 +11,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure as T
 from alignment.core import logs
 from alignment.core.errors import AlignmentError, StageError
 from alignment.core.logs import begin_attempt
-from alignment.pipeline.execute.launcher_report import ProcessFailure, first_failure
-from alignment.pipeline.execute.worker_protocol import raise_for_status
+from alignment.pipeline.execute.worker_protocol import ProcessFailure, first_failure, raise_for_status
 from alignment.records.worker import FAILED, Status
 
 

@@ -15,9 +15,9 @@ from alignment.commands.preview.verb import show_preview
 from alignment.core.artifacts import ROWS_FILE, Manifest, publish, verify
 from alignment.core.errors import ArtifactError, ConfigError, DataError
 from alignment.pipeline.execute.notes import of_plan
-from alignment.pipeline.execute.plan_table import show_plan
 from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.rehearsal import rehearse
+from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.execute.worker_protocol import write_stage_file
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan

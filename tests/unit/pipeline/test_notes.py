@@ -11,9 +11,8 @@ from rich.console import Console
 
 from alignment.core import hardware
 from alignment.pipeline.execute.notes import advice, of_plan, of_result, on_a_plan
-from alignment.pipeline.execute.plan_table import show_plan
 from alignment.pipeline.execute.record import RunRecorder
-from alignment.pipeline.execute.summary import show_doubts
+from alignment.pipeline.execute.summary import show_doubts, show_plan
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.report.run_page.run_files import read_run
 from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan

@@ -16,11 +16,11 @@ from rich.console import Console
 from alignment.config.model import NEW_TOKENS
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, DataError, ModelError
 from alignment.job import memory_key
-from alignment.pipeline.execute.plan_table import show_plan
+from alignment.pipeline.execute.notes import frozen_rows
+from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.execute.worker_protocol import write_stage_file
 from alignment.pipeline.plan import references
 from alignment.pipeline.plan.actions import Action
-from alignment.pipeline.plan.frozen_rows import frozen_rows
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.remote.remote_checkpoints import CHECKPOINT_MANIFEST
 from alignment.records.chosen_sizes import ChosenSize, cache_file, remember

@@ -9,9 +9,8 @@ import pytest
 from rich.console import Console
 
 from alignment.pipeline.execute.durations import duration
-from alignment.pipeline.execute.run_table import RunTable
+from alignment.pipeline.execute.run_table import RunTable, sparkline
 from alignment.pipeline.execute.run_view import RunView, ShownCurve, StageView
-from alignment.pipeline.execute.sparkline import sparkline
 from alignment.records.worker import Progress
 
 CURVE = ShownCurve(title="accuracy", values=[0.5 + 0.005 * step for step in range(60)])

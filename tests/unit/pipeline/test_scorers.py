@@ -15,8 +15,8 @@ from rich.console import Console
 from alignment.core.errors import ArtifactError, ConfigError, DataError, ModelError, RewardError
 from alignment.core.fingerprint import file_sha256
 from alignment.core.resources import shipped
-from alignment.pipeline.execute.plan_table import show_plan
 from alignment.pipeline.execute.run import run
+from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.rewards.rules import rule_kind
 from alignment.stages.ppo.config import PpoConfig

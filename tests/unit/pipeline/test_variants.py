@@ -10,7 +10,7 @@ from alignment.config.micro_batch import Automatic
 from alignment.config.optim import OptimConfig
 from alignment.core.resources import shipped
 from alignment.costs.remedies import Choice
-from alignment.pipeline.plan.variants import WAYS, choices, way_of_training, ways_with_less
+from alignment.pipeline.execute.estimates import WAYS, choices, way_of_training, ways_with_less
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.sft.config import SftConfig
 

@@ -16,9 +16,8 @@ import pytest
 from alignment.core.errors import StoreError
 from alignment.pipeline.remote import checkpoint_uploads, remote_checkpoints
 from alignment.pipeline.remote.checkpoint_uploads import CheckpointUploads
-from alignment.pipeline.remote.file_transfer import nothing
 from alignment.pipeline.remote.object_store import ObjectStore
-from alignment.pipeline.remote.remote_checkpoints import RemoteCheckpoints, local_work
+from alignment.pipeline.remote.remote_checkpoints import RemoteCheckpoints, local_work, nothing
 from alignment.stages.evaluate import grading, judging
 from alignment.stages.shared import asking_servers
 from tests.patience import wait_until

@@ -7,8 +7,7 @@ import errno
 import pytest
 
 from alignment.core.errors import AlignmentError, ConfigError, StoreError
-from alignment.pipeline.remote.object_store import ObjectStore
-from alignment.pipeline.remote.store_errors import explained, refuse_secret_endpoint
+from alignment.pipeline.remote.object_store import ObjectStore, explained, refuse_secret_endpoint
 
 
 class EndpointConnectionError(ConnectionError):

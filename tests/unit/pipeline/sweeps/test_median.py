@@ -5,7 +5,7 @@ from __future__ import annotations
 import optuna
 import pytest
 
-from alignment.pipeline.sweeps.median import LatestMedian, smoothed
+from alignment.pipeline.sweeps.study import LatestMedian, smoothed
 
 
 def pruned(
