@@ -185,5 +185,6 @@ def test_the_command_runs_a_chain_with_an_engine(new_forked: Callable[[], Align]
     assert metrics["engine/importance"] == pytest.approx(1.0, abs=1e-4)
     of_engine = {"gap", "gap_max", "beyond", "importance", "capped"}
     assert {name for name in metrics if name.startswith("engine/")} == {f"engine/{name}" for name in of_engine}
+    assert 20e6 < manifest["usage"]["peak_engine_bytes"] < 1e9
     assert "ppo: reused" in align("run", *settings, python)
     assert align.artifact("ppo") == artifact
