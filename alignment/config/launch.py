@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Annotated, ClassVar
+from typing import Annotated
 
-from alignment.config.backend import Backend, LocalBackend, MachinesBackend, SlurmBackend
+from alignment.config.backend import Backend, LocalBackend
 from alignment.config.rules import NOT_NEGATIVE, POSITIVE
 
 DEVICE = "ALIGNMENT_DEVICE"
@@ -64,15 +64,6 @@ class Offload(str, Enum):
     weights = "weights"
 
 
-def _of_backend(kind: str, cls: type) -> dict[str, str]:
-    return {
-        field.name: f"where stages run is now a separate choice; write launch/backend={kind} "
-        f"launch.backend.{field.name}={{value}}"
-        for field in fields(cls)
-        if field.name != "kind"
-    }
-
-
 @dataclass(kw_only=True, slots=True)
 class LaunchConfig:
     """``num_processes`` workers run on each machine; 0 means one for each of its GPUs.
@@ -83,11 +74,6 @@ class LaunchConfig:
     A stage in which no process does anything for ``hang_seconds`` is ended (0: never). ``backend`` is where the
     processes run.
     """
-
-    REPLACED: ClassVar[dict[str, str]] = {
-        **_of_backend("machines", MachinesBackend),
-        **{f"slurm.{key}": hint for key, hint in _of_backend("slurm", SlurmBackend).items()},
-    }
 
     kind: LauncherKind = LauncherKind.auto
     sharding: Sharding = Sharding.none

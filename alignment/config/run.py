@@ -21,7 +21,7 @@ class RunConfig:
     ``s3://bucket/prefix``; the folder ``artifacts/`` is then a cache of it.
     """
 
-    REPLACED: ClassVar[dict[str, str]] = {
+    HINTS: ClassVar[dict[str, str]] = {
         "adapter.kind": "each stage has its own: set stages.NAME.adapter.kind for one stage; on the command line, "
         "adapter={value} chooses it for all stages"
     }

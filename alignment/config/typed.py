@@ -20,7 +20,6 @@ from typing import Any
 from alignment.config.data import SourceConfig
 from alignment.config.did_you_mean import nearest, suggestion
 from alignment.config.faults import Fault, refuse
-from alignment.config.replaced_keys import instead_of_source, instead_of_value
 from alignment.config.rules import NAME, is_name, rule_of
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageClasses, StageConfig
@@ -113,9 +112,7 @@ class _Conversion:
         """An instance of ``cls``; keys that ``tree`` leaves out keep their value from ``defaults``."""
         hints = field_types(cls)
         if not isinstance(tree, Mapping):
-            instead = instead_of_source(tree) if isinstance(tree, str) else None
-            keys = f"it takes the keys {', '.join(hints)}"
-            self._fault(where, f"{tree!r} is not a group of settings; {keys}{f'; {instead}' if instead else ''}")
+            self._fault(where, f"{tree!r} is not a group of settings; it takes the keys {', '.join(hints)}")
             return defaults
         values = {name: getattr(defaults, name) for name in hints}
         values |= getattr(cls, "DEFAULTS_OF_KIND", {}).get(str(tree.get("kind")), {})
@@ -134,14 +131,14 @@ class _Conversion:
         deeper = list(paths_below(cls))
         if cls is RunConfig and isinstance(stages := siblings.get("stages"), Mapping):
             deeper += self._paths_of_stages(stages)
-        replaced: Mapping[str, str] = getattr(cls, "REPLACED", {})
+        own_hints: Mapping[str, str] = getattr(cls, "HINTS", {})
         leaves = {_join(str(key), name): item for name, item in value.items()} if isinstance(value, Mapping) else {}
-        if not any(_ending_with(leaf, deeper) or leaf in replaced for leaf in leaves):
+        if not any(_ending_with(leaf, deeper) or leaf in own_hints for leaf in leaves):
             leaves = {str(key): value}
         for leaf, item in leaves.items():
             meant = [_join(where, path) for path in _ending_with(leaf, deeper)]
             hint = f"did you mean {_either(meant)}?" if meant else suggestion(str(key), field_types(cls))
-            hint = replaced.get(leaf, hint).replace("{value}", _as_written(item))
+            hint = own_hints.get(leaf, hint).replace("{value}", _as_written(item))
             self._fault(_join(where, leaf), f"unknown key; {hint}")
 
     def stage(self, tree: Any, *, where: str, siblings: list[str]) -> StageConfig | None:
@@ -376,8 +373,6 @@ def _choice(hint: type[Enum], value: Any) -> Enum:
             return member
     close = nearest(str(value), options)
     hint_text = f"; did you mean '{close}'?" if close else ""
-    if instead := instead_of_value(hint, str(value)):
-        hint_text = f"; {instead}"
     raise _Wrong(f"one of: {', '.join(options)}{hint_text}")
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -21,18 +20,17 @@ from typing import (
     Annotated,
     Any,
     Final,
-    Protocol,
     TypeVar,
     Union,
     cast,
     get_args,
     get_origin,
     get_type_hints,
-    runtime_checkable,
 )
 
 from alignment.core.artifacts import write_json
 from alignment.core.errors import ArtifactError
+from alignment.core.files import parse_json
 
 Record = TypeVar("Record")
 
@@ -59,15 +57,6 @@ class Line:
 Name = Annotated[str, Line(200, is_name=True)]
 """Names are keys too, so few are ever cut; a page draws them shorter where there is little room."""
 Label = Annotated[str, Line(48, is_name=True)]
-
-
-@runtime_checkable
-class HasOlderForm(Protocol):
-    """A record that stood in older files in another form."""
-
-    @staticmethod
-    def from_older(raw: Any) -> Any:
-        """The value in today's form; one that has it already comes back as it is."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,16 +151,16 @@ def lines(file: Path, kind: type[Record]) -> Iterator[Record]:
     """
     # Not by splitlines(), which also splits at U+2028 and the like, which answers may contain.
     texts = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
-    records = (parts(json.loads(text), kind) for text in texts if text)
+    records = (parts(parse_json(text), kind) for text in texts if text)
     return (record for record in records if record is not None)
 
 
 def _content(path: Path, kind: type[Any], remedy: str) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"unreadable: {error}", where=str(path), remedy=remedy) from error
     if not isinstance(raw, dict):
         raise ArtifactError("unreadable: it contains no JSON object", where=str(path), remedy=remedy)
@@ -198,7 +187,6 @@ class _Reader:
         self._cleaning = cleaning
 
     def record(self, raw: Any, kind: Any, where: str) -> Any:
-        raw = kind.from_older(raw) if isinstance(kind, HasOlderForm) else raw
         if not isinstance(raw, dict):
             return self._misfit(raw, "an object", where)
         values, hints = {}, _hints(kind)
@@ -278,7 +266,7 @@ def _begins_as(raw: Any, hint: Any) -> bool:
     if origin in (list, dict):
         return isinstance(raw, origin)
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        return isinstance(raw, dict) or isinstance(hint, HasOlderForm)
+        return isinstance(raw, dict)
     return _is_a(raw, get_args(hint)[0] if origin is Annotated else hint)
 
 

@@ -94,23 +94,10 @@ class ArmResult:
         intervals = {name: Interval(mean=value) if isinstance(value, float) else value for name, value in others}
         return {**self.metrics, **{name: value for name, value in intervals.items() if value is not None}}
 
-    @staticmethod
-    def from_older(raw: Any) -> Any:
-        """Older files have the scores of a rule of the package among the other figures."""
-        if not isinstance(raw, dict) or "metrics" in raw:
-            return raw
-        return {**raw, "metrics": {name: raw[name] for name in _names_of_older(raw)}}
-
 
 _NOT_MEASURED = ("name", "label", "metrics", "seconds", "by_turn")
 ARM_METRICS = tuple(part.name for part in fields(ArmResult) if part.name not in _NOT_MEASURED)
 """Names that no metric of a recipe can have, because every arm has a figure of that name."""
-
-
-def _names_of_older(arm: Any) -> list[str]:
-    """The figures of an older file's arm that belong to ``metrics`` now."""
-    known = {part.name for part in fields(ArmResult)}
-    return [name for name, value in arm.items() if name not in known and isinstance(value, dict) and "mean" in value]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -359,14 +346,6 @@ class Evaluation:
         """
         return typed_json.read(artifact / FILE, Evaluation, remedy=f"delete {artifact} to remake it")
 
-    @staticmethod
-    def from_older(raw: Any) -> Any:
-        """Older files do not list their metrics; arms were compared by the first one."""
-        arms = raw.get("arms") if isinstance(raw, dict) and "metrics" not in raw else None
-        first = arms[0] if isinstance(arms, list) and arms else None
-        names = _names_of_older(first) if isinstance(first, dict) and "metrics" not in first else []
-        return {**raw, "metrics": [{"name": name} for name in names], "primary": names[0]} if names else raw
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TurnAnswer:
@@ -388,13 +367,6 @@ class SampleAnswer:
     further: list[str] = field(default_factory=list)
     scores: dict[Name, float] = field(default_factory=dict)
     turns: list[TurnAnswer] = field(default_factory=list, metadata=LEFT_OUT_IF_EMPTY)
-
-    @staticmethod
-    def from_older(raw: Any) -> Any:
-        """Older files have the scores of a rule of the package next to the text."""
-        if not isinstance(raw, dict) or "scores" in raw:
-            return raw
-        return {**raw, "scores": {name: value for name, value in raw.items() if isinstance(value, (int, float))}}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,9 +35,3 @@ class Interval:
         """The interval of an increasing function of the figure."""
         bounds = (None, None) if self.bounds is None else tuple(map(function, self.bounds))
         return Interval(mean=function(self.mean), low=bounds[0], high=bounds[1])
-
-    @staticmethod
-    def from_older(raw: Any) -> Any:
-        """Older evaluations have plain numbers for some figures: means without bounds."""
-        is_number = isinstance(raw, (int, float)) and not isinstance(raw, bool)
-        return {"mean": raw} if is_number else raw

@@ -13,7 +13,6 @@ from alignment.core.typed_json import Line, Name
 FILE = "run.json"
 COMPLETE = ("done", "reused")
 """States of a stage whose artifact can be relied on."""
-_PROFILE = "profile="
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,12 +93,3 @@ class RunRecord:
             raise ArtifactError(
                 "no run is recorded here", where=str(run_folder), remedy="start one: align run RECIPE"
             ) from None
-
-    @staticmethod
-    def from_older(raw: Any) -> Any:
-        """Older records have the profile only among the overrides."""
-        if not isinstance(raw, dict) or "profile" in raw or not isinstance(raw.get("overrides"), list):
-            return raw
-        words = [str(word).lstrip("+") for word in raw["overrides"]]
-        profile = next((word.removeprefix(_PROFILE).strip("'\"") for word in words if word.startswith(_PROFILE)), "")
-        return {**raw, "profile": profile}

@@ -14,7 +14,7 @@ from typing import Any, get_args, get_type_hints
 
 import alignment
 
-STORAGE = ("write", "read", "from_older")
+STORAGE = ("write", "read")
 """How records get to and from their files, which ``load_run`` does."""
 RECORD = Path(__file__).with_name("public_names.txt")
 

@@ -80,6 +80,8 @@ def test_make_brings_the_trackers_to_where_their_tests_look(tmp_path: Path, monk
 def test_every_make_target_exists() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     for page in PAGES:
+        if page.name in ("CHANGELOG.md", "LOG.md"):  # they speak of targets that are gone
+            continue
         text = page.read_text(encoding="utf-8")
         named = re.findall(r"`make ([a-z-]+)", FENCE.sub("", text))
         named += re.findall(r"^(?:\$ )?make ([a-z-]+)", "".join(FENCE.findall(text)), re.MULTILINE)

@@ -14,7 +14,6 @@ from omegaconf import DictConfig
 
 from alignment.config.did_you_mean import suggestion
 from alignment.config.faults import Fault
-from alignment.config.replaced_keys import instead_of_choice
 from alignment.config.store import BACKEND, GROUPS, SEVERAL, conf_folder
 from alignment.pipeline.plan import profile as profiles
 from alignment.pipeline.plan.hydra_files import Files
@@ -108,7 +107,9 @@ def _expand(override: Override, keys: list[str], files: dict[str, list[str]]) ->
     names = choice if isinstance(choice, list) and group in SEVERAL else [choice]
     for name in names:
         if name not in files[group]:
-            return [], Fault(where=where, message=f"no {group} '{name}'; {_instead(group, str(name), files[group])}")
+            others = [f"{other}={name}" for other, choices in files.items() if name in choices]
+            hint = f"did you mean {' or '.join(others)}?" if others else suggestion(str(name), files[group])
+            return [], Fault(where=where, message=f"no {group} '{name}'; {hint}")
     if override.is_add():
         return [where], None
     wanted = override.get_key_element()
@@ -119,12 +120,7 @@ def _expand(override: Override, keys: list[str], files: dict[str, list[str]]) ->
     return [f"{key}={value}" for key in matching], None
 
 
-def _instead(group: str, choice: str, options: Sequence[str]) -> str:
-    replaced = instead_of_choice(group, choice)
-    return suggestion(choice, options) if replaced is None else f"one of: {', '.join(options)}; {replaced}"
-
-
 def nearest_file(error: MissingConfigException) -> str:
     """A hint at what a missing name in ``defaults`` may have meant, or an empty string."""
-    group, _, missing = (error.missing_cfg_file or "").rpartition("/")
-    return f"; {_instead(group, missing, error.options)}" if missing and error.options else ""
+    missing = (error.missing_cfg_file or "").rpartition("/")[2]
+    return f"; {suggestion(missing, error.options)}" if missing and error.options else ""

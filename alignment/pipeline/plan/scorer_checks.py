@@ -14,7 +14,6 @@ from typing import Any
 
 from alignment.config.did_you_mean import nearest, suggestion, with_scheme
 from alignment.config.faults import Fault
-from alignment.config.replaced_keys import instead_of_source
 from alignment.config.scoring import MetricConfig, ScoreSourceConfig
 from alignment.config.stage import StageConfig
 from alignment.core.errors import DataError
@@ -188,8 +187,6 @@ def _source_problem(scorer: ScoreSourceConfig, recipe_folder: Path | None) -> st
         return None
     if source == CHOICE:
         return f"{source!r} scores a policy rather than answers, so it can only be a metric of an evaluation"
-    if instead := instead_of_source(source):
-        return instead
     if source.endswith(".py"):
         return f"{source!r} does not name a function; write {source}:FUNCTION"
     close = nearest(source, [REWARD, CHOICE, *GROUPS, *RULES])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Annotated, ClassVar
+from typing import Annotated
 
 from alignment.config.adapter import AdapterConfig
 from alignment.config.critic import Critic
@@ -120,14 +120,6 @@ class PpoConfig:
     objective. With ``drop_ties`` an update learns only from prompts whose answers do not all have the same score.
     ``sampling`` says how answers are sampled.
     """
-
-    REPLACED: ClassVar[dict[str, str]] = {
-        "missing_eos_score": (
-            "it replaced the score of an answer without an end; now 'missing_eos_penalty', 0 or more, is subtracted "
-            "from that score (write missing_eos_penalty=0 instead of null)"
-        ),
-    }
-    """Keys of earlier versions, and what to use instead."""
 
     kind: str = "ppo"
     init: str = reference_to("stage:sft", "policy")

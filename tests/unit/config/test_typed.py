@@ -39,11 +39,6 @@ FAULTS = [
     (with_stage(pakcing=True), "stages.sft.pakcing: unknown key; did you mean 'packing'?"),
     ({**with_stage(), "lauch": {}}, "lauch: unknown key; did you mean 'launch'?"),
     (
-        with_ppo(missing_eos_score=-1.0),
-        "stages.ppo.missing_eos_score: unknown key; it replaced the score of an answer without an end; now "
-        "'missing_eos_penalty', 0 or more, is subtracted from that score (write missing_eos_penalty=0 instead of null)",
-    ),
-    (
         with_ppo(scorers=[{"weight": -1e7}]),
         "stages.ppo.scorers[0].weight: -10000000.0 is not allowed; from -1e+06 to 1e+06",
     ),

@@ -88,24 +88,6 @@ def test_a_damaged_or_newer_evaluation_is_an_error_that_names_the_file(tmp_path:
         Evaluation.read(tmp_path)
 
 
-def test_an_evaluation_of_before_there_were_metrics_has_those_of_the_rule_of_then(tmp_path: Path) -> None:
-    half = {"mean": 0.5, "low": 0.25, "high": 0.75}
-    rule = {"total": half, "part": half}
-    arms = [{"name": name, "label": name, **rule, "words": 21.5, "reward": None} for name in ("base", "sft")]
-    comparison = {"arm": "sft", "against": "base", "difference": 0.5, "low": 0.25, "high": 0.75, "real": True}
-    content = {"num_prompts": 30, "arms": arms, "comparisons": [comparison], "tasks": {}}
-    (tmp_path / "evaluation.json").write_text(json.dumps(content))
-    (tmp_path / "samples.jsonl").write_text(
-        json.dumps({"id": "1", "answers": {"base": {"text": "Yes.", "total": 1, "part": 0.5, "checks": {"a": 1.0}}}})
-    )
-    evaluation = Evaluation.read(tmp_path)
-    assert (evaluation.metrics, evaluation.primary) == ([Metric(name="total"), Metric(name="part")], "total")
-    assert evaluation.arms[1].all_metrics == {"total": HALF, "part": HALF, "words": Interval(mean=21.5)}
-    assert evaluation.verdict(evaluation.comparisons[0]) == "better"
-    (sample,) = read_samples(tmp_path)
-    assert sample.answers["base"] == SampleAnswer(text="Yes.", scores={"total": 1.0, "part": 0.5})
-
-
 def test_samples_are_read_as_they_were_written_whatever_stands_in_them(tmp_path: Path) -> None:
     samples = [
         Sample(

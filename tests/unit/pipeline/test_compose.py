@@ -244,11 +244,7 @@ FAULTY = [
     ),
     ("tracking=[[wandb]]", "tracking=[[wandb]]: no tracking '['wandb']'; did you mean 'wandb'?"),
     ("launch=[]", "launch=[]: no launch '[]'; one of: ddp, fsdp, local, zero1, zero2, zero3"),
-    (
-        "launch=slurm",
-        "launch=slurm: no launch 'slurm'; one of: ddp, fsdp, local, zero1, zero2, zero3; where stages run is now a "
-        "separate choice; write launch/backend=slurm",
-    ),
+    ("launch=slurm", "launch=slurm: no launch 'slurm'; did you mean launch/backend=slurm?"),
     ("launch/backend=slrum", "launch/backend=slrum: no launch/backend 'slrum'; did you mean 'slurm'?"),
     ("launch/bakend=slurm", "launch/bakend=slurm: no group 'launch/bakend'; did you mean 'launch/backend'?"),
     (
@@ -259,16 +255,6 @@ FAULTY = [
     (
         "launch.backend.gpus=2",
         "launch.backend.gpus: kind 'local' has no such setting; launch/backend=slurm has it",
-    ),
-    (
-        "launch.slurm.partition=gpu",
-        "launch.slurm.partition: unknown key; where stages run is now a separate choice; write launch/backend=slurm "
-        "launch.backend.partition=gpu",
-    ),
-    (
-        "launch.num_machines=4",
-        "launch.num_machines: unknown key; where stages run is now a separate choice; write launch/backend=machines "
-        "launch.backend.num_machines=4",
     ),
     ("profile=smok", "profile=smok: no profile 'smok'; did you mean 'smoke'?"),
     ("~profile", "~profile: write profile=NAME, once"),
@@ -404,7 +390,6 @@ def test_self_before_the_end_of_a_recipe_is_refused(tmp_path: Path) -> None:
         ("defaults: [nowhere]", "nowhere"),
         ("defaults: [base, stage@stages.sft: sfft]", "Could not find 'stage/sfft'; did you mean 'sft'?"),
         ("defaults: [base, launch: lokal]", "; did you mean 'local'?"),
-        ("defaults: [base, override /launch: slurm]", "; write launch/backend=slurm"),
     ],
 )
 def test_a_recipe_that_is_none_says_so(tmp_path: Path, text: str, message: str) -> None:

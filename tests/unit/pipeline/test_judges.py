@@ -47,7 +47,6 @@ PEOPLE = [f"{JUDGE}.kind=people"]
             [f"{JUDGE}.kind=rules"],
             f"{JUDGE}.kind: 'rules' is not allowed; one of: none, metric, reward, endpoint, people",
         ),
-        ([f"{JUDGE}.kind=rule"], "endpoint, people; 'rule' is now 'metric': the evaluation's primary metric judges"),
         (
             [f"{JUDGE}.kind=metric", "stages.evaluate.metrics=[]"],
             f"{JUDGE}.kind: 'metric' judges by the primary metric, and stages.evaluate.metrics is empty; name one",

@@ -96,9 +96,6 @@ FAULTS = [
      "shared critic starts at 0; write null, or add the scorer"),
     ((scorers(),), "scorers: [] is not allowed; at least one entry"),
     (("stages.ppo.guard.every=1",), f"guard.scorer.source: missing; {ALLOWED}"),
-    (("stages.ppo.guard.every=1", "stages.ppo.guard.scorer.source=house_style"),
-     "guard.scorer.source: 'house_style' is no longer a rule of the package; write "
-     "'bundled:quickstart/house_style.py:style', or '…:style_and_facts' where every row has 'facts'"),
     ((scorers("source: reward", "source: 'bundled:quickstart/hose_style.py:style'"),), "scorers[1].source: no bundled "
      "file 'quickstart/hose_style.py'; did you mean 'quickstart/house_style.py'?"),
     ((scorers("source: reward", "source: 'bundled:../../setup.py:style'"),), "scorers[1].source: no bundled "

@@ -94,11 +94,11 @@ def evaluation(spec: StageSpec) -> dict[str, Any]:
             "name": name,
             "label": name.removeprefix("stage:"),
             "metrics": {"style_and_facts": INTERVAL, "style": INTERVAL},
-            "words": 21.4,
+            "words": {"mean": 21.4},
             "reward": INTERVAL if "reward" in spec.inputs else None,
             "greedy_log_ratio": None if name == "base+prompt" else INTERVAL,
             "distinct": 1.0,
-            "ended": 1.0,
+            "ended": {"mean": 1.0},
             "seconds": 1.0,
         }
         for name in spec.arms

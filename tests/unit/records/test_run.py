@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -57,21 +55,3 @@ def test_what_is_no_record_is_refused(tmp_path: Path, content: str | None, messa
         (tmp_path / "run.json").write_text(content)
     with pytest.raises(ArtifactError, match=message):
         RunRecord.read(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("record", "profile"),
-    [
-        ({"profile": "smoke", "overrides": ["+profile=other"]}, "smoke"),
-        ({"profile": "", "overrides": []}, ""),
-        ({"overrides": ["seed=1", "+profile=smoke"]}, "smoke"),
-        ({"overrides": ["seed=1", 'profile="smoke"']}, "smoke"),
-        ({"overrides": ["name=profile=smoke"]}, ""),
-        ({}, ""),
-    ],
-)
-def test_the_profile_of_a_run_is_found_in_older_records_too(
-    tmp_path: Path, record: dict[str, Any], profile: str
-) -> None:
-    (tmp_path / "run.json").write_text(json.dumps(record))
-    assert RunRecord.read(tmp_path).profile == profile

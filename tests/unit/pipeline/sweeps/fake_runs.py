@@ -63,7 +63,7 @@ class Runs:
         arm = {
             "name": "stage:dpo",
             "metrics": {} if figure is None else {METRIC: figure},
-            "words": 21.5,
+            "words": {"mean": 21.5},
             **self.more_of_arm,
         }
         evaluation = {"metrics": [{"name": METRIC}], "primary": METRIC, "arms": [*self.other_arms(settings), arm]}
