@@ -27,7 +27,7 @@ Ids = list[int]
 def held_out_prompts(tokenizer: Any) -> list[Ids]:
     """Prompts of the quickstart's held-out data, as a policy is asked them."""
     rows = [json.loads(line)["messages"] for line in HELD_OUT.read_text(encoding="utf-8").splitlines()[:PROMPTS]]
-    return [prompt_ids(tokenizer, [Message(**turn) for turn in row if turn["role"] != "assistant"]) for row in rows]
+    return [prompt_ids(tokenizer, [Message(**turn) for turn in row]) for row in rows]
 
 
 def stop_ids(tokenizer: Any) -> Ids:
