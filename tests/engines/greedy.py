@@ -89,10 +89,10 @@ def differences(
     return differing
 
 
-def report(engine: str, differing: Sequence[Difference]) -> None:
-    """Prints how many answers are equal, and each that is not."""
+def report(engine: str, differing: Sequence[Difference], *, asked: int) -> None:
+    """Prints how many answers of those to ``asked`` prompts are equal, and each that is not."""
     print(
-        f"\n{engine}: {PROMPTS - len(differing)} of {PROMPTS} answers of {TOKENS} tokens are equal",
+        f"\n{engine}: {asked - len(differing)} of {asked} answers of {TOKENS} tokens are equal",
         *differing,
         sep="\n",
     )
