@@ -101,6 +101,16 @@ def free_memory(root: Path = Path("/")) -> float:
     return max(0.0, min([float(psutil.virtual_memory().available), *_left_by_groups(root)]))
 
 
+def resident_peak(process: int | str = "self") -> float | None:
+    """The largest resident memory of a process in bytes; None where the system does not say, or if it has ended."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    line = re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)
+    return float(line[1]) * 1024 if line else None
+
+
 def _left_by_groups(root: Path) -> Iterator[float]:
     """Bytes that each group above this process leaves; files that the system holds in memory can be freed."""
     mounted = root / "sys" / "fs" / "cgroup"

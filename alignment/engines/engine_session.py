@@ -49,7 +49,8 @@ class EngineSession:
 
     ``where`` is the setting. ``log`` is the file for the server's output; without one the session has its own, which
     stays only if the engine failed. ``waiting`` is called now and then while it starts or answers, so that the stage
-    does not count as stuck. ``folder`` is for weights, and is removed at the end.
+    does not count as stuck. ``on_peak`` receives the peak memory of each server that the session started, before it
+    ends or replaces it. ``folder`` is for weights, and is removed at the end.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class EngineSession:
         where: str,
         log: Path | None = None,
         waiting: Callable[[], None] = lambda: None,
+        on_peak: Callable[[float], None] = lambda _: None,
     ) -> None:
         self._config = config
         self._where = where
@@ -66,6 +68,7 @@ class EngineSession:
         self._given_log = log
         self._saved_log = log or engines_folder() / f"server-{self._id}.log"
         self._waiting = waiting
+        self._on_peak = on_peak
         self._keeper: Keeper | None = None
         self._server: ServerProcess | None = None
         self._client: EngineClient | None = None
@@ -101,6 +104,7 @@ class EngineSession:
         self._weights = Weights()
         if self._config.url is None:
             python = interpreter(self._config.python, package="vllm", where=f"{self._where}.python")
+            self._measure()
             self._server = self._started(vllm_command(python, self._config, options))
         self.join(self.address)
         self._refuse_other_server()
@@ -167,6 +171,7 @@ class EngineSession:
             self._asked().limit(_GOODBYE_SECONDS)
             with suppress(CallFailed):
                 self._forget(self._weights)
+        self._measure()
         self._server = None  # so that a call of another thread, which now fails, does not start it again
         if self._keeper is not None:
             self._keeper.close()
@@ -181,6 +186,10 @@ class EngineSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _measure(self) -> None:
+        if self._keeper is not None and (peak := self._keeper.peak_memory()) is not None:
+            self._on_peak(peak)
 
     def _own_keeper(self) -> Keeper:
         if self._keeper is None:

@@ -22,6 +22,8 @@ from types import TracebackType
 
 import psutil
 
+from alignment.core import hardware
+from alignment.core.child_processes import children_of
 from alignment.core.errors import AlignmentError, StageError
 from alignment.core.locks import is_held
 from alignment.engines.keeper_process import GRACE_SECONDS, NOT_STARTED, command_file, exit_file, lock_file, pid_file
@@ -120,6 +122,14 @@ class Keeper:
             code, _, reason = exit_file(self.folder, number).read_text().partition(" ")
             return reason if code == str(NOT_STARTED) else ""
         return ""
+
+    def peak_memory(self) -> float | None:
+        """Bytes: the peaks of the running server's processes, added up, so pages that they share count several times.
+        None if no server runs, or where the system does not say."""
+        with suppress(psutil.Error):
+            processes = children_of(psutil.Process(self._pid), recursive=True)
+            return sum(peak for process in processes if (peak := hardware.resident_peak(process.pid))) or None
+        return None
 
     def run(self, command: ServerCommand, *, log: Path) -> int:
         """Runs a program that is no server to its end, with its output in ``log``; returns its exit code."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
-_STATUS = Path("/proc/self/status")
+from alignment.core.hardware import resident_peak
+
 _CLEAR = Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"
 
@@ -16,12 +16,14 @@ _RESET_PEAK = "5"
 class PhasePeaks:
     """Peaks by phase, in bytes: resident memory on Linux, and allocated memory of a GPU where there is one.
 
-    Memory that a phase leaves to the allocator counts in later phases too.
+    Memory that a phase leaves to the allocator counts in later phases too. ``engine`` is the peak of an engine that the
+    stage started, of all its processes together; None without one.
     """
 
     def __init__(self) -> None:
         self.resident: dict[str, float] = {}
         self.allocated: dict[str, float] = {}
+        self.engine: float | None = None
         self._name = "starting"
 
     @property
@@ -38,7 +40,7 @@ class PhasePeaks:
     def end(self) -> None:
         """Ends the phase that runs."""
         if self._name:
-            self._raise(self.resident, _resident_peak())
+            self._raise(self.resident, resident_peak())
             if torch.cuda.is_initialized():
                 self._raise(self.allocated, float(torch.cuda.max_memory_allocated()))
         with suppress(OSError):
@@ -47,15 +49,10 @@ class PhasePeaks:
             torch.cuda.reset_peak_memory_stats()
         self._name = ""
 
+    def of_engine(self, peak: float) -> None:
+        """Takes the peak of an engine's processes; a stage may start several engines, one after another."""
+        self.engine = max(peak, self.engine or 0.0)
+
     def _raise(self, peaks: dict[str, float], value: float | None) -> None:
         if value is not None:
             peaks[self._name] = max(value, peaks.get(self._name, 0.0))
-
-
-def _resident_peak() -> float | None:
-    """Bytes; None where the system does not say."""
-    try:
-        line = re.search(r"^VmHWM:\s*(\d+) kB", _STATUS.read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return float(line[1]) * 1024 if line else None

@@ -41,7 +41,7 @@ from alignment.training.row_trials import RowTrials
 from alignment.training.sharding import everyones, layout
 from alignment.training.size_search import PHASE, Trials
 
-PEAK, GPU_PEAK = "peak_rss_bytes", "peak_gpu_bytes"
+PEAK, GPU_PEAK, ENGINE_PEAK = "peak_rss_bytes", "peak_gpu_bytes", "peak_engine_bytes"
 """Keys of ``usage``; those of a phase go on with ``/`` and its name."""
 
 
@@ -194,14 +194,16 @@ def _refuse_other_layout(checkpoint: Path, context: StageContext) -> None:
 
 
 def usage(context: StageContext) -> dict[str, float]:
-    """Seconds of all attempts, and this process's peak memory in bytes, in the whole stage and in its phases; and the
-    size of micro-batches if the stage chose it."""
+    """Seconds of all attempts, and this process's peak memory in bytes, in the whole stage and in its phases; the peak
+    of an engine that the stage started; and the size of micro-batches if the stage chose it."""
     context.peaks.end()
     unit = 1 if sys.platform == "darwin" else 1024
     whole = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
     by_phase = context.peaks.resident
     metrics = {"seconds": context.clock.seconds(), PEAK: max(whole, *by_phase.values(), 0.0)}
     metrics |= {f"{PEAK}/{phase}": peak for phase, peak in by_phase.items()}
+    if context.peaks.engine is not None:
+        metrics[ENGINE_PEAK] = context.peaks.engine
     if context.chosen_tokens is not None:
         metrics[USAGE] = float(context.chosen_tokens)
     if context.device.type == "cuda":

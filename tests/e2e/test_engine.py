@@ -173,13 +173,18 @@ def test_the_command_runs_a_chain_with_an_engine(new_forked: Callable[[], Align]
     nowhere = "stages.ppo.sampling.python=/nowhere/python"
     for printed in (align("plan", *settings, nowhere), align("run", *settings, nowhere, code=2)):
         assert "stages.ppo.sampling.python: /nowhere/python is not an interpreter that can be run" in printed
+    settings += ("stages.ppo.sampling.importance_cap=2.0",)
     python = f"stages.ppo.sampling.python={interpreter_of(programs)}"
     assert "vLLM has its own copy of the frozen weights" in align("plan", *settings, python)
     align("run", *settings, python)
     nothing_is_left_of(programs)
     artifact = align.artifact("ppo")
-    metrics = json.loads((artifact / "manifest.json").read_text())["metrics"]
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    metrics = manifest["metrics"]
     assert metrics["engine/gap"] < 1e-4
-    assert {name for name in metrics if name.startswith("engine/")} == {"engine/gap", "engine/gap_max", "engine/beyond"}
+    assert metrics["engine/importance"] == pytest.approx(1.0, abs=1e-4)
+    of_engine = {"gap", "gap_max", "beyond", "importance", "capped"}
+    assert {name for name in metrics if name.startswith("engine/")} == {f"engine/{name}" for name in of_engine}
+    assert 20e6 < manifest["usage"]["peak_engine_bytes"] < 1e9
     assert "ppo: reused" in align("run", *settings, python)
     assert align.artifact("ppo") == artifact

@@ -27,7 +27,7 @@ Ids = list[int]
 def held_out_prompts(tokenizer: Any) -> list[Ids]:
     """Prompts of the quickstart's held-out data, as a policy is asked them."""
     rows = [json.loads(line)["messages"] for line in HELD_OUT.read_text(encoding="utf-8").splitlines()[:PROMPTS]]
-    return [prompt_ids(tokenizer, [Message(**turn) for turn in row if turn["role"] != "assistant"]) for row in rows]
+    return [prompt_ids(tokenizer, [Message(**turn) for turn in row]) for row in rows]
 
 
 def stop_ids(tokenizer: Any) -> Ids:
@@ -89,10 +89,10 @@ def differences(
     return differing
 
 
-def report(engine: str, differing: Sequence[Difference]) -> None:
-    """Prints how many answers are equal, and each that is not."""
+def report(engine: str, differing: Sequence[Difference], *, asked: int) -> None:
+    """Prints how many answers of those to ``asked`` prompts are equal, and each that is not."""
     print(
-        f"\n{engine}: {PROMPTS - len(differing)} of {PROMPTS} answers of {TOKENS} tokens are equal",
+        f"\n{engine}: {asked - len(differing)} of {asked} answers of {TOKENS} tokens are equal",
         *differing,
         sep="\n",
     )

@@ -370,7 +370,7 @@ def usage_rows(run: Run) -> list[UsageRow]:
                 state=stage.state,
                 seconds=_time_taken(stage),
                 share=f"{100 * (stage.seconds or 0.0) / longest:.2f}%" if longest > 0 else "0%",
-                memory=text.memory(peak),
+                memory=_memory_taken(peak, text.finite(usage.get("peak_engine_bytes"))),
                 planned_seconds=_time_planned(stage),
                 planned_memory=text.memory(float(stage.planned.peak)) if stage.planned else "",
                 figures=_closing_figures(stage),
@@ -383,6 +383,11 @@ def _time_taken(stage: Stage) -> str:
     """``3 min 20 s``, or ``3 min 20 s in 2 attempts``."""
     several = f" in {stage.attempts} attempts" if stage.seconds is not None and stage.attempts > 1 else ""
     return f"{text.duration(stage.seconds)}{several}"
+
+
+def _memory_taken(peak: float | None, of_engine: float | None) -> str:
+    """``2.4 GB``, or ``2.4 GB, and 1.7 GB in vLLM`` if the stage started an engine."""
+    return text.memory(peak) + (f", and {text.memory(of_engine)} in vLLM" if of_engine is not None else "")
 
 
 def _time_planned(stage: Stage) -> str:

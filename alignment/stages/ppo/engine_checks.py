@@ -16,8 +16,10 @@ GAP, LARGEST_GAP, BEYOND = "engine/gap", "engine/gap_max", "engine/beyond"
 """The mean and the largest difference of a log-probability to the engine's, and the share beyond the bound."""
 IMPORTANCE, CAPPED, STALENESS = "engine/importance", "engine/capped", "engine/staleness"
 """The mean importance weight, the share of weights at the cap, and the age in updates of the policy that sampled."""
-OF_ENGINE = (GAP, LARGEST_GAP, BEYOND, CAPPED)
-"""Those of the last update that are reported; the last one only with a cap."""
+OF_CAP = (IMPORTANCE, CAPPED)
+"""Those that only an importance cap gives."""
+OF_ENGINE = (GAP, LARGEST_GAP, BEYOND, *OF_CAP)
+"""Those of the last update that are reported."""
 WORRYING = 0.05
 """A mean difference in nats per token; rounding in bfloat16 made .039 on a model of 135 million parameters."""
 
@@ -58,7 +60,7 @@ def reported_of_engine(sampling: RolloutSamplingConfig) -> tuple[str, ...]:
     """Metrics of the last update that an engine adds."""
     if sampling.engine is Engine.own:
         return ()
-    return tuple(name for name in OF_ENGINE if name != CAPPED or sampling.importance_cap is not None)
+    return tuple(name for name in OF_ENGINE if name not in OF_CAP or sampling.importance_cap is not None)
 
 
 def engine_notes(config: PpoConfig, weights: int | None) -> Iterator[str]:
@@ -97,5 +99,10 @@ def engine_curves() -> list[Curve]:
             keys=(GAP, LARGEST_GAP),
             labels=("mean", "largest"),
         ),
-        Curve(title="Weights at the cap", unit="share of tokens", keys=(CAPPED,)),
+        Curve(
+            title="Importance weights",
+            unit="mean weight, and share of tokens at the cap",
+            keys=OF_CAP,
+            labels=("mean", "at the cap"),
+        ),
     ]

@@ -12,7 +12,8 @@ from alignment.training.sharding import shared
 
 
 def session_of(config: SamplingConfig, context: StageContext) -> EngineSession:
-    """A session that logs into the work folder of the stage and keeps it from counting as stuck."""
+    """A session that logs into the work folder of the stage, keeps it from counting as stuck, and adds the engine's
+    memory to what the stage records."""
 
     def waiting() -> None:
         context.heartbeat.reports += 1
@@ -22,6 +23,7 @@ def session_of(config: SamplingConfig, context: StageContext) -> EngineSession:
         where=f"stages.{context.spec.stage}.sampling",
         log=context.spec.work / "engine.log",
         waiting=waiting,
+        on_peak=context.peaks.of_engine,
     )
 
 

@@ -59,10 +59,14 @@ def options(base: Path, **changes: Any) -> VllmOptions:
 
 @contextmanager
 def session_with(
-    folder: Path, *, waiting: Callable[[], None] = lambda: None, **settings: Any
+    folder: Path,
+    *,
+    waiting: Callable[[], None] = lambda: None,
+    on_peak: Callable[[float], None] = lambda _: None,
+    **settings: Any,
 ) -> Iterator[EngineSession]:
     config = SamplingConfig(engine=Engine.vllm, **{"timeout": 20.0, "retries": 0, **settings})
-    with EngineSession(config, where=WHERE, log=folder / "engine.log", waiting=waiting) as session:
+    with EngineSession(config, where=WHERE, log=folder / "engine.log", waiting=waiting, on_peak=on_peak) as session:
         yield session
 
 
@@ -97,6 +101,26 @@ def answers_of(base: Path, folder: Path, weights: Weights) -> list[list[EngineAn
     with at_url(base, folder) as (_, session):
         session.use(weights)
         return session.answers(weights, ASKED, GENERATION)
+
+
+# ---- its memory -----------------------------------------------------------------------------------------------------
+
+
+def test_the_memory_of_a_server_of_its_own_is_measured_when_it_ends(base: Path, tmp_path: Path) -> None:
+    peaks: list[float] = []
+    with started(base, tmp_path, Planted(), on_peak=peaks.append) as session:
+        assert peaks == []
+        session.start(options(base))
+        assert len(peaks) == 1, "the first server was replaced"
+    assert len(peaks) == 2
+    assert all(20e6 < peak < 1e9 for peak in peaks), "a process of Python with numpy"
+
+
+def test_the_memory_of_a_server_at_a_url_is_not_measured(base: Path, tmp_path: Path) -> None:
+    peaks: list[float] = []
+    with at_url(base, tmp_path, on_peak=peaks.append):
+        pass
+    assert peaks == []
 
 
 # ---- weights follow -------------------------------------------------------------------------------------------------

@@ -456,6 +456,17 @@ def test_lineage_settings_and_the_command_are_there(fake_run):
     assert "align run quickstart stages.dpo.beta=0.3 'name=it'\"'\"'s mine'" in page
 
 
+def test_the_memory_of_an_engine_stands_beside_that_of_the_stage(fake_run):
+    assert "in vLLM" not in Page(fake_run.html()).text
+    path = fake_run.artifact("dpo") / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["usage"] |= {"peak_rss_bytes": 2.4e9, "peak_engine_bytes": 1.7e9}
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+    build(fake_run.folder, fake_run.root / "again.html", num_samples=1)
+    page = Page((fake_run.root / "again.html").read_text(encoding="utf-8")).text.replace("\u202f", " ")
+    assert page.count("2.4 GB, and 1.7 GB in vLLM") == 1
+
+
 def test_settings_read_as_one_would_type_them(fake_run):
     stage = fake_run.run["config"]["stages"]["ppo"]
     stage["scorers"] = [{"source": "reward", "clip": None}, {"source": "length", "normalize": True}]

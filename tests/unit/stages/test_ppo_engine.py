@@ -173,6 +173,7 @@ def test_metrics_of_an_engine_are_reported_where_there_are_any() -> None:
         "engine/gap",
         "engine/gap_max",
         "engine/beyond",
+        "engine/importance",
         "engine/capped",
     }
 
@@ -205,7 +206,7 @@ def test_curves_of_an_engine_stand_beside_the_others(critic: Critic) -> None:
     """A chart without a figure in the log is not drawn (tests/unit/report/test_plots.py)."""
     drawn = {chart.title: chart.keys for chart in curves("ppo", {"critic": critic.value})}
     assert drawn["Gap to the engine"] == ("engine/gap", "engine/gap_max")
-    assert drawn["Weights at the cap"] == ("engine/capped",)
+    assert drawn["Importance weights"] == ("engine/importance", "engine/capped")
 
 
 # ---- what a plan says -----------------------------------------------------------------------------------------------

@@ -235,6 +235,13 @@ def test_usage_counts_seconds_and_bytes(context: StageContext) -> None:
     assert 50e6 < measured["peak_rss_bytes"] < 1e12
 
 
+def test_usage_has_the_largest_of_the_engines_that_a_stage_started(context: StageContext) -> None:
+    assert "peak_engine_bytes" not in usage(context)
+    context.peaks.of_engine(2e9)
+    context.peaks.of_engine(1e9)
+    assert usage(context)["peak_engine_bytes"] == 2e9
+
+
 def test_a_fresh_folder_is_empty_whatever_an_earlier_attempt_left(context: StageContext) -> None:
     (context.content / "model" / "deep").mkdir(parents=True)
     (context.content / "model" / "deep" / "old").write_text("x")
