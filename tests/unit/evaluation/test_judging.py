@@ -250,9 +250,7 @@ BROKEN = replace(EVEN, wins=2, ties=0, losses=0, win_rate=None, verdict="nothing
         (BROKEN, ["96%", "50 labelled pairs"], "nothing can be concluded", False),
     ],
 )
-def test_a_judge_is_trusted_only_beyond_chance(
-    pair: JudgedPair, numbers: list[str], words: str, trusted: bool
-) -> None:
+def test_a_judge_is_trusted_only_beyond_chance(pair: JudgedPair, numbers: list[str], words: str, trusted: bool) -> None:
     (sentence,) = labelled_conclusions(Judge(name="m", labelled=pair))
     assert [number for number in [*numbers, "m "] if number not in sentence] == []
     assert verdict_on_judge(pair) == words
