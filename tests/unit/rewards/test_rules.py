@@ -21,11 +21,12 @@ from alignment.data.records import HeldOutPrompt, Prompt
 from alignment.evaluation.exchanges import continued
 from alignment.rewards.rules import numbers
 from alignment.rewards.rules.all_rules import rule_of
+from alignment.rewards.rules.numbers import ExactAnswer
 from alignment.rewards.rules.rule_kind import Rule
 from alignment.rewards.rules.similarity import first_reference
 from alignment.rewards.scorers import RuleScorer
 from tests.public import PUBLIC, WRITTEN, needs_public_data
-from tests.unit.rewards.conftest import prompt
+from tests.unit.rewards.conftest import answers_to, prompt
 
 RIGHT = [
     ("first 3, then 18", "18"),
@@ -64,6 +65,19 @@ def test_the_last_number_of_an_answer_is_read_as_a_reader_would(completion: str,
     assert numbers.exact_answer(completion, Decimal(expected)) == 1.0
     assert numbers.exact_answer(completion, Decimal(expected) + Decimal("0.01")) == 0.0
     assert Decimal(numbers.final_number(completion)) == Decimal(expected)
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"), [("", "0"), ("eighteen", "18"), ("18, not 17", "18"), ("-18", "18"), ("18e", "180")]
+)
+def test_any_other_number_is_wrong(completion: str, expected: str) -> None:
+    assert numbers.exact_answer(completion, Decimal(expected)) == 0.0
+
+
+def test_each_answer_is_held_against_its_own_row() -> None:
+    prompts = [prompt(answer="#### 1"), prompt(answer="#### 2"), prompt(answer="#### 3")]
+    scorer = RuleScorer(ExactAnswer(), prompts)
+    assert scorer.scores(answers_to(prompts, ["1", "1", "3"])).tolist() == [1.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -385,3 +399,19 @@ def test_checks_of_instructions_leave_others_random_numbers_alone() -> None:
     with pytest.raises(DataError):
         rule("instructions_strict").expected(prompt(**ARGUMENTLESS))
     assert random.random() == expected
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#size", "$defs": {"size": {"$anchor": "size", "type": "integer"}}},
+        {
+            "$schema": "http://json-schema.org/draft-07/schema#",
+            "$ref": "#/definitions/size",
+            "definitions": {"size": {"type": "integer"}},
+        },
+        {"allOf": [{"$id": "urn:inner", "$ref": "#/$defs/size", "$defs": {"size": {"type": "integer"}}}]},
+    ],
+)
+def test_references_are_followed_within_a_schema(schema: dict[str, Any]) -> None:
+    assert [scored(rule("json_schema"), answer, schema=schema) for answer in ("3", '"3"')] == [1.0, 0.0]

@@ -435,3 +435,14 @@ def test_a_reply_without_a_grade_ends_the_stage_unless_its_score_is_set(tmp_path
     assert caught.value.exit_code == 9
     assert f"1 of 1 calls to the grader at {served.url} failed" in caught.value.message
     assert caught.value.where == "stages.ppo.scorers[0].grader.endpoint"
+
+
+def test_the_other_calls_are_made_and_kept_beside_one_whose_score_is_refused(tmp_path: Path) -> None:
+    def reply(body: dict[str, Any], _: int) -> Response:
+        score = {"wrong": "null", "true": "true"}.get(body["items"][0]["answer"], "2.5")
+        return Response(body=f'{{"scores": [{{"id": 0, "score": {score}}}]}}')
+
+    failing(tmp_path, reply, ["wrong", "true", "ccc"], batch_size=1)
+    with listening(length_scores) as served:
+        assert ask(tmp_path, served, ["wrong", "true", "ccc"], batch_size=1) == [2.5, 1.0, 2.5]
+    assert [item["answer"] for request in served.requests for item in request["items"]] == ["wrong"]
