@@ -1,4 +1,4 @@
-"""The environment of an engine and the command of its server: no defaults of a model, and nothing open that need not be."""
+"""An engine's environment and the command of its server: no defaults of a model, and nothing open needlessly."""
 
 from __future__ import annotations
 
