@@ -149,7 +149,7 @@ def _table(name: str, inputs: dict[str, Any], measurements: list[dict[str, Any]]
         ("lora", Sharing(one_pass=True), (2 * 3500 + 2 * 50, 4 * 3500 + 2 * 50, 16 * 3500 + 16 * 50)),
         (
             "lora",
-            WORKS["grpo_lora"].contestants["ours"].sharing,
+            GRPO,
             (2 * 3500 + 2 * 50, 2 * 3500 + 2 * 50, 4 * 3500 + 4 * 50),
         ),
         ("lora", Sharing(completions=3), (2 * 1500 + 2 * 50, 6 * 1500 + 2 * 50, 32 * 1500 + 16 * 50)),

@@ -215,16 +215,16 @@ def test_children_are_found_where_others_are_hidden(family: tuple[int, int], mon
     def hidden(*_: object, **__: object) -> list[psutil.Process]:
         raise psutil.AccessDenied(1)
 
+    with subprocess.Popen([sys.executable, "-c", ""]) as program:
+        process = psutil.Process(program.pid)
+        program.wait()
+    assert children_of(process) == [], "a process that has ended has none"
     seen = ids(recursive=False), ids(recursive=True)
     monkeypatch.setattr(psutil.Process, "children", hidden)
     assert (ids(recursive=False), ids(recursive=True)) == seen
     child, grandchild = family
     assert child in seen[0]
     assert grandchild in seen[1] - seen[0]
-    with subprocess.Popen([sys.executable, "-c", ""]) as program:
-        process = psutil.Process(program.pid)
-        program.wait()
-    assert children_of(process) == [], "a process that has ended has none"
 
 
 @pytest.mark.skipif(not SHARED_MEMORY.is_dir(), reason="no folder shows the machine's shared memory")
