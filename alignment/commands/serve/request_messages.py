@@ -9,8 +9,7 @@ from alignment.commands.serve.request_checks import RequestError
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import AlignmentError
 from alignment.core.files import parse_json
-from alignment.data.template_options import with_options
-from alignment.data.template_syntax import options_of, reads_tools
+from alignment.data.templates import options_of, reads_tools, with_options
 from alignment.data.tokens.rendering import Tools, render
 from alignment.data.turns import ROLES_OPENAI, THOUGHTS, Message
 

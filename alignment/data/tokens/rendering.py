@@ -23,7 +23,7 @@ from typing import Any
 
 from alignment.core.deadline import SECONDS, Bounded
 from alignment.core.errors import AlignmentError, DataError, ModelError
-from alignment.data.template_syntax import Templates
+from alignment.data.templates import Templates
 from alignment.data.tokens.common_beginning import in_common
 from alignment.data.tokens.opening_faults import other_opening
 from alignment.data.tokens.thoughts import opened_once, with_readable_thought, without_thought

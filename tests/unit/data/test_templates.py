@@ -13,12 +13,10 @@ from alignment.commands.shared.loaded_policies import parts_of
 from alignment.config.model import TemplateChoice
 from alignment.core.errors import DataError
 from alignment.data.chat_template import CHATML, set_template, template_text
-from alignment.data.template_options import own_template, with_options
-from alignment.data.template_syntax import fields_of, options_of
+from alignment.data.templates import fields_of, options_of, own_template, trained_as, trl_templates, with_options
 from alignment.data.tokens.rendering import prompt_text, render
 from alignment.data.tokens.tokenize import IGNORED, tokenize_conversation, turn_end_id
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
-from alignment.data.trl_templates import trained_as, trl_templates
 from alignment.data.turns import Message
 from tests.real_templates import GPT_OSS, QWEN, dressed, text_of
 from tests.templates import styled_tokenizer

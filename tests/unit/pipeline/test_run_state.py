@@ -15,7 +15,7 @@ from rich.console import Console
 
 import alignment
 from alignment.commands.shared.named_runs import current_run
-from alignment.commands.status.driver import show_status
+from alignment.commands.status import show_status
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.locks import held
 from alignment.pipeline.execute import run_state

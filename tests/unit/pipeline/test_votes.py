@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alignment.commands.doctor.driver import show_diagnosis
+from alignment.commands.doctor import show_diagnosis
 from alignment.config.data import SourceConfig
 from alignment.core.errors import ConfigError, DataError
 from alignment.data.reading import iterate, start

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alignment.commands.status.driver import show_status
+from alignment.commands.status import show_status
 from alignment.core.errors import ArtifactError, Busy, ConfigError, DiskError
 from alignment.core.locks import held
 from alignment.pipeline.execute import exchange
