@@ -1,4 +1,4 @@
-"""Rivals get the setting that their table's line says, and everything else as ours has it."""
+"""Contestants get our rows, in our order, and the setting of their table's line; no setting changes a loss."""
 
 from __future__ import annotations
 
@@ -6,22 +6,155 @@ import importlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from trl import DPOConfig, GRPOConfig
 
+from alignment.stages.sft.run import run
+from alignment.stages.stage_file import read_spec
+from alignment.training.context import StageContext
+from alignment.training.micro_batches import MicroBatches
 from benchmarks.contestants import generate_sampling, training, trl_grpo, trl_latest
+from benchmarks.contestants.stock import train
+from benchmarks.contestants.training import with_adapter
 from benchmarks.grid import LAUNCHER_MEMORY, Setting, start_of
-from benchmarks.setting import BETA, GRPO_BETA, LORA, PROMPTS, ROWS, read_json
-from benchmarks.stage import stage_config
+from benchmarks.measure import Steps
+from benchmarks.prepare import in_our_order
+from benchmarks.setting import BETA, GRPO_BETA, LORA, PROMPTS, ROWS, WITHOUT_AUTOCAST, read_json
+from benchmarks.stage import stage_config, write_stage
 from benchmarks.works import WORKS
-from tests.tiny import save_tiny_model, tiny_model
+from tests.tiny import save_tiny_model, tiny_model, tiny_scorer
+
+
+@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "kto", "ppo", "grpo"])
+def test_a_worker_reads_what_the_benchmark_writes(kind: str, tmp_path: Path) -> None:
+    config = stage_config(kind, "lora", tmp_path / "rows.jsonl", steps=3, rows=8)
+    spec = read_spec(write_stage(tmp_path, config, base=tmp_path, data=tmp_path / "rows.jsonl"))
+    assert spec.config == config
+
+
+def test_others_take_rows_in_the_order_of_our_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    question = {"role": "user", "content": "Say."}
+    rows = [{"messages": [question, {"role": "assistant", "content": "x" * (i + 1)}]} for i in range(24)]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = stage_config("sft", "lora", data, steps=3, rows=8)
+    spec = read_spec(write_stage(tmp_path, config, base=save_tiny_model(tmp_path / "model"), data=data))
+    for name in ("content", "checkpoints"):
+        (spec.work / name).mkdir()
+    batches: list[list[int]] = []
+    step = MicroBatches.training_step
+
+    def noted(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        batches.append((inputs["labels"] != -100).sum(-1).tolist())
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(MicroBatches, "training_step", noted)
+    run(config, StageContext(spec=spec, rank=0, world_size=1))
+    lengths = sorted(length for batch in batches for length in batch)
+    assert len(set(lengths)) == 24, "a row's number is seen in the length of its answer"
+    order = in_our_order("sft", "lora", tmp_path, list(range(24)))
+    assert [[lengths.index(length) for length in batch] for batch in batches] == [order[:8], order[8:16], order[16:]]
+    assert order != sorted(order)
+
+
+STOCK_ROWS = [
+    {"input_ids": [5 + i, 6, 7, *range(20, 20 + i)], "labels": [-100, 6, -100, *range(20, 20 + i)]} for i in range(16)
+]
+STOCK_PAIRS = [
+    {"prompt": [5, 6 + i], "chosen": [7, *range(30, 30 + i)], "rejected": [9, 8] if i % 2 else [9]} for i in range(16)
+]
+STOCK_ANSWERS = [
+    {"prompt": [5, 6 + i], "completion": [7, *range(30, 30 + i)], "KL_completion": [9, 8 + i], "label": i % 3 > 0}
+    for i in range(16)
+]
+PLAIN = {"micro_rows": 8, "checkpointing": False, "precision": WITHOUT_AUTOCAST, "padding_free": False}
+CHANGES: list[dict[str, Any]] = [{"micro_rows": 1}, {"micro_rows": 4, "checkpointing": True}]
+
+
+def _losses(kind: str, rows: list[dict[str, Any]], **changes: Any) -> list[float]:
+    """Of two steps of a tiny model with an adapter."""
+    setting = PLAIN | changes
+    torch.manual_seed(0)
+    model: Any = tiny_scorer(use_cache=False) if kind == "reward" else tiny_model(use_cache=False)
+    task_type = "SEQ_CLS" if kind == "reward" else "CAUSAL_LM"
+    lora = LoraConfig(task_type=task_type, r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(model, lora)
+    if setting["checkpointing"]:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    steps = Steps(1)
+    task = {"kind": kind, "adapter": "lora", "steps": 2, "setting": setting}
+    train(model.train(), rows, model.config.pad_token_id, task, steps)
+    assert len(steps.seconds) == 1
+    return steps.losses
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"micro_rows": 1}, {"micro_rows": 4, "checkpointing": True}, {"micro_rows": 4, "padding_free": True}],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("kind", "rows"),
+    [("sft", STOCK_ROWS), ("reward", STOCK_PAIRS), ("dpo", STOCK_PAIRS), ("kto", STOCK_ANSWERS)],
+    ids=["sft", "reward", "dpo", "kto"],
+)
+def test_no_setting_changes_a_loss(kind: str, rows: list[dict[str, Any]], change: dict[str, Any]) -> None:
+    if "padding_free" in change and kind != "sft":
+        change = {"micro_rows": 8, "checkpointing": True}
+    losses = _losses(kind, rows)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3), "the second step has other rows and other weights"
+    assert _losses(kind, rows, **change) == pytest.approx(losses, rel=1e-5)
+
+
+def test_after_the_last_row_come_the_first() -> None:
+    losses = []
+    for rows in (STOCK_ROWS, [*STOCK_ROWS, *STOCK_ROWS]):
+        torch.manual_seed(0)
+        steps, task = Steps(2), {"kind": "sft", "adapter": "full", "steps": 4, "setting": PLAIN | {"micro_rows": 4}}
+        train(tiny_model(use_cache=False).train(), rows, 2, task, steps)
+        losses.append(steps.losses)
+        assert len(steps.seconds) == 2, "the first two are a warm-up"
+    assert losses[0] == losses[1]
+
+
+def test_the_loss_is_the_mean_over_all_labels_of_the_step() -> None:
+    model, logprobs = tiny_model().eval(), []
+    for row in STOCK_ROWS[:8]:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].double()
+        for position, label in enumerate(row["labels"][1:]):
+            if label != -100:
+                logprobs.append(float(logits[position].log_softmax(-1)[label]))
+    torch.manual_seed(0)
+    steps, task = Steps(0), {"kind": "sft", "adapter": "full", "steps": 1, "setting": {**PLAIN, "micro_rows": 4}}
+    train(tiny_model(use_cache=False).train(), STOCK_ROWS, 2, task, steps)
+    assert steps.losses == [pytest.approx(-sum(logprobs) / len(logprobs), rel=1e-5)]
+    assert len(steps.seconds) == 1, "without a warm-up the first step is measured"
+
+
+START = {"per_device_train_batch_size": 8, "gradient_checkpointing": True, "bf16": True}
+
+
+def test_a_critic_with_an_adapter_learns_with_it_and_with_its_head_and_begins_as_it_was() -> None:
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    plain = tiny_scorer().eval().bfloat16()
+    before = plain(input_ids=ids).logits.detach().clone()
+    critic = with_adapter(plain)
+    trained = {name: weight for name, weight in critic.named_parameters() if weight.requires_grad}
+    assert {name.split(".")[-3] for name in trained if name != "score.weight"} == {"lora_A", "lora_B"}
+    assert len(trained) == 2 * 2 * 7 + 1, "two factors in each of seven layers of two blocks, and the head"
+    assert {weight.dtype for name, weight in trained.items() if "lora_" in name} == {torch.float32}
+    assert type(critic) is type(tiny_scorer())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(critic(input_ids=ids).logits.float(), before.float(), rtol=1e-2, atol=1e-2)
+
 
 SFT = [{"input_ids": [5 + i, 6, 7], "labels": [-100, 6, 7]} for i in range(ROWS)]
 PAIRS = [{"prompt": [5, 6 + i], "chosen": [7, 8], "rejected": [9]} for i in range(ROWS)]
@@ -101,82 +234,64 @@ def _task(kind: str, adapter: str, folder: Path, setting: Setting) -> dict[str, 
     }
 
 
-@dataclass(frozen=True)
-class _Change:
-    """A value of an axis, and what TRL's arguments then have to be."""
-
-    axis: str
-    value: Any
-    expected: dict[str, Any]
-
-
-AS_IT_STARTS = {"per_device_train_batch_size": 8, "gradient_checkpointing": True, "bf16": True}
-
-
 @pytest.mark.parametrize(
-    "change",
+    ("name", "change", "expected"),
     [
-        _Change("micro_rows", 2, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
-        _Change("micro_rows", 8, {**AS_IT_STARTS, "gradient_accumulation_steps": 1}),
-        _Change("checkpointing", False, {**AS_IT_STARTS, "gradient_checkpointing": False}),
-        _Change("precision", "no autocast", {**AS_IT_STARTS, "bf16": False}),
-        _Change("precision", "autocast without input casts", AS_IT_STARTS),
+        ("dpo_lora", {"micro_rows": 2}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}),
+        ("dpo_lora", {"micro_rows": 8}, {**START, "gradient_accumulation_steps": 1}),
+        ("dpo_lora", {"checkpointing": False}, {**START, "gradient_checkpointing": False}),
+        ("dpo_lora", {"precision": "no autocast"}, {**START, "bf16": False}),
+        ("dpo_lora", {"precision": "autocast without input casts"}, START),
+        (
+            "grpo_lora",
+            {"micro_rows": 4},
+            {"per_device_train_batch_size": 4, "gradient_accumulation_steps": PROMPTS // 4},
+        ),
+        ("grpo_lora", {"checkpointing": False}, {**START, "gradient_checkpointing": False}),
+        ("grpo_lora", {"compiled": True}, {**START, "torch_compile": True}),
+        ("grpo_lora", {"cache": "static"}, {**START, "cache_implementation": "static"}),
+        ("grpo_lora", {"cache": "dynamic"}, {**START, "cache_implementation": None}),
+        ("grpo_lora", {"precision": "no autocast"}, {**START, "bf16": False}),
     ],
 )
-def test_trls_trainers_get_the_setting(change: _Change, tmp_path: Path) -> None:
-    axes = WORKS["dpo_lora"].rivals["trl"].axes
-    setting = {**start_of(axes), change.axis: change.value}
-    task = {"kind": "dpo", "adapter": "lora", "steps": 3, "setting": setting}
-    arguments = trl_latest._arguments(task, str(tmp_path))
-    assert {name: arguments[name] for name in change.expected} == change.expected
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        _Change("micro_rows", 4, {"per_device_train_batch_size": 4, "gradient_accumulation_steps": PROMPTS // 4}),
-        _Change("checkpointing", False, {**AS_IT_STARTS, "gradient_checkpointing": False}),
-        _Change("compiled", True, {**AS_IT_STARTS, "torch_compile": True}),
-        _Change("cache", "static", {**AS_IT_STARTS, "cache_implementation": "static"}),
-        _Change("cache", "dynamic", {**AS_IT_STARTS, "cache_implementation": None}),
-        _Change("precision", "no autocast", {**AS_IT_STARTS, "bf16": False}),
-    ],
-)
-def test_trls_grpo_gets_the_setting(change: _Change, tmp_path: Path) -> None:
-    axes = WORKS["grpo_lora"].rivals["trl"].axes
-    task = {"adapter": "lora", "steps": 3, "setting": {**start_of(axes), change.axis: change.value}}
-    arguments = trl_grpo._arguments(task, str(tmp_path))
-    assert {name: getattr(arguments, name) for name in change.expected} == change.expected
-
-
-@pytest.mark.parametrize(
-    ("precision", "autocast", "casts"),
-    [("autocast", True, True), ("autocast without input casts", True, False), ("no autocast", False, True)],
-)
-def test_each_precision_is_a_pair_of_autocast_and_input_casts(
-    precision: str, autocast: bool, casts: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny_model()
-    spared: list[Any] = []
-    monkeypatch.setattr(training, "disable_input_dtype_casting", spared.append)
-    task = {"setting": {"precision": precision}}
-    training.input_casts(task, model)
-    assert training.uses_autocast(task) is autocast
-    assert spared == ([] if casts else [model])
-
-
-@pytest.mark.parametrize(("precision", "expected"), [("autocast", "bf16"), ("no autocast", "no")])
-@pytest.mark.parametrize(("name", "module"), [("sft_lora", trl_latest), ("grpo_lora", trl_grpo)])
-def test_trls_trainers_use_autocast_as_the_setting_says(
-    name: str, module: Any, precision: str, expected: str, tmp_path: Path
+def test_trls_trainers_get_the_setting(
+    name: str, change: dict[str, Any], expected: dict[str, Any], tmp_path: Path
 ) -> None:
     work = WORKS[name]
-    setting = work.rivals["trl"].contestant({**start_of(work.rivals["trl"].axes), "precision": precision}).setting
-    task = _task(work.kind, work.adapter, tmp_path, setting)
-    assert module._trainer(task, str(tmp_path / "trainer")).accelerator.mixed_precision == expected
+    setting = {**start_of(work.rivals["trl"].axes), **change}
+    task = {"kind": work.kind, "adapter": "lora", "steps": 3, "setting": setting}
+    module: Any = trl_latest if name == "dpo_lora" else trl_grpo
+    arguments = module._arguments(task, str(tmp_path))
+    arguments = arguments if isinstance(arguments, dict) else vars(arguments)
+    assert {argument: arguments[argument] for argument in expected} == expected
 
 
-def test_rivals_train_with_our_hyperparameters(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("precision", "mixed", "casts"),
+    [("autocast", "bf16", True), ("autocast without input casts", "bf16", False), ("no autocast", "no", True)],
+)
+def test_each_precision_is_a_pair_of_autocast_and_input_casts(
+    precision: str, mixed: str, casts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, spared = tiny_model(), []
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "disable_input_dtype_casting", spared.append)
+        task: dict[str, Any] = {"setting": {"precision": precision}}
+        training.input_casts(task, model)
+    assert training.uses_autocast(task) is (mixed == "bf16")
+    assert spared == ([] if casts else [model])
+    modules = {"sft_lora": trl_latest} if not casts else {"sft_lora": trl_latest, "grpo_lora": trl_grpo}
+    for name, module in modules.items():
+        rival = WORKS[name].rivals["trl"]
+        setting = rival.contestant({**start_of(rival.axes), "precision": precision}).setting
+        AcceleratorState._shared_state.clear()
+        PartialState._shared_state.clear()
+        task = _task(WORKS[name].kind, WORKS[name].adapter, tmp_path, setting)
+        trainer: Any = module
+        assert trainer._trainer(task, str(tmp_path / "trainer")).accelerator.mixed_precision == mixed
+
+
+def test_rivals_train_with_our_hyperparameters_and_make_our_updates(tmp_path: Path) -> None:
     ours = stage_config("dpo", "lora", tmp_path, steps=3, rows=ROWS)
     setting = start_of(WORKS["dpo_lora"].rivals["trl"].axes)
     task = {"kind": "dpo", "adapter": "lora", "steps": 3, "setting": setting}
@@ -194,41 +309,35 @@ def test_rivals_train_with_our_hyperparameters(tmp_path: Path) -> None:
     )
     assert ours.adapter.target_modules == [LORA["target_modules"]]
     assert ours.precompute_reference is False
-
-
-def test_rivals_make_our_updates(tmp_path: Path) -> None:
-    ours: Any = stage_config("grpo", "lora", tmp_path, steps=3, rows=PROMPTS)
+    sampling: Any = stage_config("grpo", "lora", tmp_path, steps=3, rows=PROMPTS)
     setting = start_of(WORKS["grpo_lora"].rivals["trl"].axes)
-    trl: GRPOConfig = trl_grpo._arguments({"adapter": "lora", "steps": 3, "setting": setting}, str(tmp_path))
-    assert (ours.completions_per_prompt, ours.max_new_tokens, ours.ppo_epochs) == (
-        *(trl.num_generations, trl.max_completion_length, trl.num_iterations),
+    grpo: GRPOConfig = trl_grpo._arguments({"adapter": "lora", "steps": 3, "setting": setting}, str(tmp_path))
+    assert (sampling.completions_per_prompt, sampling.max_new_tokens, sampling.ppo_epochs) == (
+        *(grpo.num_generations, grpo.max_completion_length, grpo.num_iterations),
     )
-    assert ours.kl.coefficient == trl.beta == GRPO_BETA
-    batch = trl.per_device_train_batch_size * trl.gradient_accumulation_steps
-    assert ours.optim.batch_size == batch == PROMPTS
+    assert sampling.kl.coefficient == grpo.beta == GRPO_BETA
+    batch = grpo.per_device_train_batch_size * grpo.gradient_accumulation_steps
+    assert sampling.optim.batch_size == batch == PROMPTS
 
 
-@pytest.mark.parametrize(("kind", "adapter"), [("sft", "lora"), ("sft", "full"), ("reward", "lora")])
-def test_each_layer_is_compiled_if_the_setting_says_so(
-    kind: str, adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("kind", "adapter", "dtype"),
+    [("sft", "lora", torch.bfloat16), ("sft", "full", torch.float32), ("reward", "lora", torch.bfloat16)],
+)
+def test_each_layer_is_compiled_if_the_setting_says_so_and_only_whole_models_are_in_float32(
+    kind: str, adapter: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[str] = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", False)
-    for wanted in (False, True):
-        task = _task(kind, adapter, tmp_path, {"attention": "sdpa", "layers_compiled": wanted})
-        training.model_of(task, training.tokenizer_of(task))
-        assert compiled == ["LlamaDecoderLayer"] * 2 * wanted
-    assert torch._dynamo.config.fail_on_recompile_limit_hit is True
-
-
-def test_models_below_an_adapter_are_in_bfloat16_and_those_trained_whole_in_float32(tmp_path: Path) -> None:
-    for adapter, dtype in (("lora", torch.bfloat16), ("full", torch.float32)):
-        task = _task("sft", adapter, tmp_path, {"attention": "eager", "layers_compiled": False})
+    for wanted, attention in ((False, "eager"), (True, "sdpa")):
+        task = _task(kind, adapter, tmp_path, {"attention": attention, "layers_compiled": wanted})
         model = training.model_of(task, training.tokenizer_of(task))
-        assert {weight.dtype for weight in model.parameters()} == {dtype}
-        assert model.config._attn_implementation == "eager"
+        assert compiled == ["LlamaDecoderLayer"] * 2 * wanted
+        assert model.config._attn_implementation == attention
+        assert {weight.dtype for name, weight in model.named_parameters() if name != "score.weight"} == {dtype}
+    assert torch._dynamo.config.fail_on_recompile_limit_hit is True
 
 
 def test_compiled_decoding_is_asked_for_without_a_gpu() -> None:

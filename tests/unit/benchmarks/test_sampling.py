@@ -30,9 +30,69 @@ from benchmarks.contestants.vllm_sampling import (
 from benchmarks.prepare import _select, system_text
 from benchmarks.setting import read_json
 from benchmarks.work import with_choices
-from benchmarks.works import WORKS, SamplingSize, works_named
+from benchmarks.works import WORKS, SamplingSize
 from tests.patience import wait_until
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
+
+
+def test_a_beginning_that_generate_reads_once_and_a_static_cache_change_no_answer(model: Any) -> None:
+    whole, shared = (_by_generate(model, PROMPTS, 2, common=common) for common in (0, 3))
+    static = _by_generate(model, PROMPTS, 2, common=0, cache="static")
+    assert whole(7, 12) == shared(7, 12) == static(7, 12)
+    assert shared(7, 12) == whole(7, 12), "the beginning that was read is as before"
+    assert shared(7, 12) != shared(8, 12)
+    for answer in (one_batch(model, PROMPTS, 2), whole):
+        assert [0 < len(row) <= 12 for row in answer(0, 12)] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "system_tokens", "asked"),
+    [
+        ({"batch": 2}, 3, [(2, 3, "dynamic", "sdpa"), (1, 3, "dynamic", "sdpa")]),
+        ({"cache": "static", "attention": "eager"}, 0, [(3, 0, "static", "eager")]),
+        ({"cache": "static, compiled"}, 0, [(3, 0, "static, compiled", "sdpa")]),
+    ],
+)
+def test_generate_samples_with_its_setting_and_reads_a_system_turn_once(
+    changes: dict[str, Any], system_tokens: int, asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A warm-up is as long as what is measured where code is compiled, and short elsewhere."""
+    batches: list[Any] = []
+    limits: set[int] = set()
+
+    def answering(model: Any, prompts: list[list[int]], end: int, *, common: int, cache: str) -> Answer:
+        batches.append((len(prompts), common, cache, model.config._attn_implementation))
+
+        def answer(seed: int, limit: int) -> list[list[int]]:
+            limits.add(limit)
+            return [[end] for _ in prompts]
+
+        return answer
+
+    monkeypatch.setattr(generate_sampling, "_by_generate", answering)
+    monkeypatch.setattr(sampling, "matmul_peak", lambda dtype: 1.0)
+    task = _task(tmp_path, "float32", **{"batch": 3, "cache": "dynamic", "attention": "sdpa"} | changes)
+    task["size"]["system_tokens"] = system_tokens
+    (tmp_path / "task.json").write_text(json.dumps(task))
+    generate_sampling.main(tmp_path / "task.json")
+    assert batches == asked
+    assert limits == ({8} if changes.get("cache") == "static, compiled" else {4, 8})
+
+
+def test_each_contestant_that_samples_has_its_module_and_its_number_format() -> None:
+    libraries = ("generate", "generate_float32")
+    choices = {f"{library}_{goal}": {"batch": 8} for library in libraries for goal in ("fastest", "leanest")}
+    contestants = with_choices(WORKS["sampling"], choices).contestants
+    assert {name: (how.module, how.dtype) for name, how in contestants.items()} == {
+        f"{name}{suffix}{goal}": (f"{module}_sampling", dtype)
+        for suffix, dtype in (("", "bfloat16"), ("_float32", "float32"))
+        for name, module, goal in (
+            ("ours", "our", ""), ("generate", "generate", ""), ("generate", "generate", "_fastest"),
+            ("vllm", "vllm", ""),
+        )
+    }  # fmt: skip
+    assert all(f", {how.dtype}" in how.allowed for how in contestants.values())
+
 
 PROMPTS = [[5, 6, 7, 8, 9], [5, 6, 7, 30], [5, 6, 7, 8, 40, 41, 42]]
 
@@ -48,29 +108,12 @@ def test_prompts_have_in_common_what_leaves_each_a_token_of_its_own() -> None:
     assert common_length([[1, 2], [3, 2]]) == 0
 
 
-def test_a_beginning_that_generate_reads_once_changes_no_answer(model: Any) -> None:
-    whole, shared = (_by_generate(model, PROMPTS, 2, common=common) for common in (0, 3))
-    assert whole(7, 12) == shared(7, 12)
-    assert shared(7, 12) == shared(7, 12), "the beginning that was read is as before"
-    assert shared(7, 12) != shared(8, 12)
-
-
-def test_a_static_cache_changes_no_answer(model: Any) -> None:
-    dynamic, static = (_by_generate(model, PROMPTS, 2, common=0, cache=cache) for cache in ("dynamic", "static"))
-    assert static(7, 12) == dynamic(7, 12)
-
-
 def test_batches_answer_each_prompt_once_and_draw_different_numbers() -> None:
     def answer_of(part: list[list[int]]) -> Any:
         return lambda seed, limit: [[*prompt, seed, limit] for prompt in part]
 
     answers = in_batches(PROMPTS, 2, answer_of)(7, 12)
     assert answers == [[*PROMPTS[0], 7, 12], [*PROMPTS[1], 7, 12], [*PROMPTS[2], 1007, 12]]
-
-
-def test_ours_and_generate_answer_all_prompts_within_the_limit(model: Any) -> None:
-    for answer in (one_batch(model, PROMPTS, 2), _by_generate(model, PROMPTS, 2, common=0)):
-        assert [0 < len(row) <= 12 for row in answer(0, 12)] == [True] * 3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -91,55 +134,6 @@ def test_answers_are_sampled_in_the_number_format_of_the_task(
     sampling.sample(_task(tmp_path, dtype), sampler)
     assert formats == [getattr(torch, dtype)] * 2, "that of the peak beside it, and that of the model"
     assert read_json(tmp_path / "result.json")["lengths"] == [[1, 1, 1]]
-
-
-@pytest.mark.parametrize(
-    ("changes", "asked"),
-    [
-        ({"batch": 2}, [(2, 0, "dynamic", "sdpa"), (1, 0, "dynamic", "sdpa")]),
-        ({"cache": "static", "attention": "eager"}, [(3, 0, "static", "eager")]),
-        ({"cache": "static, compiled"}, [(3, 0, "static, compiled", "sdpa")]),
-    ],
-)
-def test_generate_samples_with_its_setting(
-    changes: dict[str, Any], asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A warm-up is as long as what is measured where code is compiled, and short elsewhere."""
-    batches: list[Any] = []
-    limits: set[int] = set()
-
-    def answering(model: Any, prompts: list[list[int]], end: int, *, common: int, cache: str) -> Answer:
-        batches.append((len(prompts), common, cache, model.config._attn_implementation))
-
-        def answer(seed: int, limit: int) -> list[list[int]]:
-            limits.add(limit)
-            return [[end] for _ in prompts]
-
-        return answer
-
-    monkeypatch.setattr(generate_sampling, "_by_generate", answering)
-    monkeypatch.setattr(sampling, "matmul_peak", lambda dtype: 1.0)
-    task = _task(tmp_path, "float32", **{"batch": 3, "cache": "dynamic", "attention": "sdpa"} | changes)
-    (tmp_path / "task.json").write_text(json.dumps(task))
-    generate_sampling.main(tmp_path / "task.json")
-    assert batches == asked
-    assert limits == ({8} if changes.get("cache") == "static, compiled" else {4, 8})
-
-
-def test_generate_reads_a_system_turn_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    commons: list[int] = []
-
-    def answering(model: Any, prompts: list[list[int]], end: int, *, common: int, cache: str) -> Answer:
-        commons.append(common)
-        return lambda seed, limit: [[end] for _ in prompts]
-
-    monkeypatch.setattr(generate_sampling, "_by_generate", answering)
-    monkeypatch.setattr(sampling, "matmul_peak", lambda dtype: 1.0)
-    task = _task(tmp_path, "float32", batch=3, cache="dynamic", attention="sdpa")
-    task["size"]["system_tokens"] = 3
-    (tmp_path / "task.json").write_text(json.dumps(task))
-    generate_sampling.main(tmp_path / "task.json")
-    assert commons == [3]
 
 
 def _task(folder: Path, dtype: str, **setting: Any) -> dict[str, Any]:
@@ -178,39 +172,6 @@ def test_a_token_has_keys_and_values_in_all_layers() -> None:
     config = tiny_model().config
     assert bytes_per_token(config, torch.bfloat16) == 2 * 2 * config.num_key_value_heads * config.head_dim * 2
     assert bytes_per_token(config, torch.float32) == 2 * bytes_per_token(config, torch.bfloat16)
-
-
-def test_each_contestant_that_samples_runs_a_module_of_its_own() -> None:
-    assert {name: how.module for name, how in WORKS["sampling"].contestants.items()} == {
-        "ours": "our_sampling",
-        "generate": "generate_sampling",
-        "generate_fastest": "generate_sampling",
-        "generate_leanest": "generate_sampling",
-        "vllm": "vllm_sampling",
-        "ours_float32": "our_sampling",
-        "generate_float32": "generate_sampling",
-        "generate_float32_fastest": "generate_sampling",
-        "generate_float32_leanest": "generate_sampling",
-        "vllm_float32": "vllm_sampling",
-    }
-
-
-def test_each_contestant_of_a_table_is_told_its_number_format() -> None:
-    work = with_choices(WORKS["sampling"], {name: {"batch": 8} for name in SEARCHED})
-    assert {name: how.dtype for name, how in work.contestants.items()} == {
-        "ours": "bfloat16",
-        "generate": "bfloat16",
-        "generate_fastest": "bfloat16",
-        "vllm": "bfloat16",
-        "ours_float32": "float32",
-        "generate_float32": "float32",
-        "generate_float32_fastest": "float32",
-        "vllm_float32": "float32",
-    }
-    assert all(f", {how.dtype}" in how.allowed for how in work.contestants.values())
-
-
-SEARCHED = [f"{library}_{goal}" for library in ("generate", "generate_float32") for goal in ("fastest", "leanest")]
 
 
 def test_answers_are_counted_up_to_their_end_for_each_seed_after_a_warm_up() -> None:
@@ -298,15 +259,6 @@ def _prompt_texts(folder: Path, tokenizer: Any, system_tokens: int) -> list[str]
     ids = read_json(Path(chosen["repetitions"][0]["tokens"]))
     assert chosen["repetitions"][0]["steps"] == [{"prompt_tokens": sum(map(len, ids)) - common_length(ids)}]
     return [tokenizer.decode(prompt) for prompt in ids]
-
-
-@pytest.mark.parametrize("name", ["sampling_128", "sampling_prefix"])
-def test_the_large_works_sample_128_answers_of_128_tokens_once(name: str) -> None:
-    work = WORKS[name]
-    assert list(work.contestants) == ["ours", "generate", "generate_fastest", "generate_leanest", "vllm"]
-    assert (work.size.prompts, work.size.prompt_tokens, work.size.new_tokens, work.size.seeds) == (128, 128, 128, (0,))
-    assert work.size.system_tokens == (256 if name == "sampling_prefix" else 0)
-    assert works_named(name) == [name]
 
 
 def test_an_engine_without_an_environment_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,24 +1,195 @@
-"""How settings of rivals are searched, chosen, kept and refused, with invented measurements."""
+"""How contestants are started and searched for their settings, and what becomes a table."""
 
 from __future__ import annotations
 
 import copy
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import machine, search_run
+from alignment.core import hardware
+from alignment.pipeline.backends.environment import CPU_MEMORY, WAITING_SETTINGS, idle_threads
+from benchmarks import harness, machine, search_run
+from benchmarks import measurement as measurement_module
 from benchmarks.counts import padded_tokens
-from benchmarks.grid import FASTEST, LEANEST, Axis, Setting, compiles, described, start_of
-from benchmarks.measurement import Circumstances, task_of
+from benchmarks.grid import FASTEST, GOALS, LEANEST, Axis, Setting, compiles, described, start_of
+from benchmarks.harness import Options, turns
+from benchmarks.measurement import Circumstances, Failed, Measurement, command_of, taken, task_of
 from benchmarks.search import CannotStart, Trial, search
 from benchmarks.search_run import NO_COMPILER, Trying, never_ran, trial_of
 from benchmarks.searched import NoSearch, choices_of, code_of, fixed_of, grid_of, search_file, write_search
-from benchmarks.work import with_choices
+from benchmarks.work import Contestant, with_choices
 from benchmarks.works import WORKS
+
+
+@pytest.mark.parametrize(
+    ("work", "contestant", "memory", "waits"),
+    [
+        ("neighbour", "ours", True, True),
+        ("neighbour", "spinning", True, False),
+        ("sft_lora", "trl_default", True, True),
+        ("sft_lora", "trl_as_it_comes", False, False),
+    ],
+)
+def test_a_contestant_is_started_with_our_variables_unless_it_takes_part_as_it_comes(
+    work: str, contestant: str, memory: bool, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in (*CPU_MEMORY, *WAITING_SETTINGS):
+        monkeypatch.delenv(name, raising=False)
+    task = {"stage_file": "stage.yaml"} if work == "neighbour" else {}
+    environment = _variables(measurement_of(work, contestant, WORKS[work].contestants[contestant]), task)
+    assert {name: value for name, value in environment.items() if name in WAITING_SETTINGS} == (
+        idle_threads() if waits else {}
+    )
+    assert (CPU_MEMORY.keys() <= environment.keys()) is bool(CPU_MEMORY.keys() & environment.keys()) is memory
+    assert environment["OMP_NUM_THREADS"] == "2"
+
+
+def measurement_of(work: str, name: str, how: Contestant) -> Measurement:
+    return Measurement(
+        work=WORKS[work],
+        name=name,
+        how=how,
+        repetition=0,
+        inputs={},
+        base=Path("base"),
+        folder=Path("folder"),
+        python="python",
+    )
+
+
+def _variables(measurement: Measurement, task: dict[str, str]) -> dict[str, str]:
+    command = command_of(measurement, task, Path("task.json"), Circumstances(threads=2, amx=True))
+    return dict(command.environment)
+
+
+@pytest.mark.parametrize(("work", "library"), [("sft_lora", "trl"), ("sft_lora", "stock"), ("sampling", "generate")])
+def test_a_rival_whose_setting_compiles_may_compile(work: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    monkeypatch.setattr(hardware, "count_devices", lambda: 0)
+    rival = WORKS[work].rivals[library]
+    start = start_of(rival.axes)
+    compiled = {axis.name: value for axis in rival.axes for value in axis.needs_compiler}
+    assert "TORCHDYNAMO_DISABLE" in _variables(measurement_of(work, "any", rival.contestant(start)), {})
+    measurement = measurement_of(work, "any", rival.contestant({**start, **compiled}))
+    assert "TORCHDYNAMO_DISABLE" not in _variables(measurement, {})
+
+
+def test_a_measurement_in_which_nothing_was_compiled_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses of the steps that only compiled are left out."""
+    rival = WORKS["dpo_lora"].rivals["stock"]
+    monkeypatch.setattr(measurement_module, "_padded", lambda measurement: [])
+
+    def entry(compiled: bool, graphs: int) -> object:
+        result = {"seconds": [1.0], "losses": [2.0, 1.9, 1.8, 1.7, 1.6, 1.5], "compiled_graphs": graphs}
+
+        def run(command: object, log: Path, **_: object) -> None:
+            (log.parent / "result.json").write_text(json.dumps(result))
+
+        monkeypatch.setattr(measurement_module, "run", run)
+        how = rival.contestant({**start_of(rival.axes), "layers_compiled": compiled})
+        rows = {"repetitions": [{"tokens": "tokens.json"}]}
+        measurement = replace(measurement_of("dpo_lora", "stock", how), folder=tmp_path, inputs=rows)
+        outcome = taken(measurement, Circumstances(threads=2, amx=True))
+        return outcome.get("error") or outcome["result"]["losses"]
+
+    entries = {(compiled, graphs): entry(compiled, graphs) for compiled in (False, True) for graphs in (0, 1)}
+    three = [2.0, 1.9, 1.8]
+    assert entries == {
+        (False, 0): three,
+        (False, 1): three,
+        (True, 0): "torch.compile compiled nothing",
+        (True, 1): three,
+    }
+
+
+def test_nobody_is_always_first_or_behind_the_same_contestant() -> None:
+    assert ["".join(turns(["a", "b", "c", "d"], repetition)) for repetition in range(5)] == [
+        *("abcd", "badc", "cdab", "dcba", "abcd")
+    ]
+    assert turns([], 1) == []
+
+
+def test_a_contestant_that_another_stands_for_is_not_left_out_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = start_of(WORKS["sampling"].rivals["generate"].axes)
+    choices = {f"{library}_{goal}": start for library in ("generate", "generate_float32") for goal in GOALS}
+    monkeypatch.setattr(harness, "base_model", lambda: tmp_path)
+    monkeypatch.setattr(harness, "versions_of", lambda work: {})
+    monkeypatch.setattr(harness, "choices_of", lambda *_: choices)
+    with pytest.raises(Failed, match="generate_fastest: the search chose the setting of another contestant"):
+        harness.measure("sampling", _options(tmp_path, "ours", "generate_fastest"))
+
+
+@pytest.mark.parametrize("name", [name for name, work in WORKS.items() if work.rivals])
+def test_everybody_is_warmed_up_by_one_step_and_measured_for_as_many(name: str) -> None:
+    work = WORKS[name]
+    measured = 1 if work.kind == "ppo" else 2
+    assert {how.measured for how in work.contestants.values()} == {measured}
+    assert work.batches == (1 if work.kind == "sampling" else 1 + measured), "a row for each step"
+
+
+def _options(results: Path, *contestants: str, repetitions: int = 5) -> Options:
+    return Options(repetitions=repetitions, contestants=contestants, data=None, threads=2, amx=False, results=results)
+
+
+@pytest.mark.parametrize(
+    ("contestants", "repetitions", "fails", "stem"),
+    [
+        ((), 5, False, "neighbour-no-amx"),
+        ((), 5, True, "neighbour-no-amx-partial"),
+        ((), 4, False, "neighbour-no-amx-partial"),
+        (("ours",), 5, False, "neighbour-no-amx-partial"),
+    ],
+)
+def test_only_a_whole_run_of_committed_code_is_published(
+    contestants: tuple[str, ...], repetitions: int, fails: bool, stem: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    order: list[tuple[int, str]] = []
+
+    def taken_by(measurement: Measurement, circumstances: Circumstances) -> dict[str, str]:
+        order.append((measurement.repetition, measurement.name))
+        return {"error": "it broke"} if fails and measurement.repetition == 2 else {}
+
+    rows = {"models": {"base": {"linear": 1, "head": 1}}, "repetitions": [{"steps": [{}]}] * 5}
+    monkeypatch.setattr(harness, "base_model", lambda: tmp_path)
+    monkeypatch.setattr(harness, "prepared", lambda work, options, base, folder: rows)
+    monkeypatch.setattr(harness, "uncommitted_code", list)
+    monkeypatch.setattr(harness, "code_sha256", lambda: "same")
+    monkeypatch.setattr(harness, "taken", taken_by)
+    monkeypatch.setattr(harness, "summarise", lambda *_: {"measurements": []})
+    monkeypatch.setattr(harness, "_headline", lambda complete: "")
+    monkeypatch.setattr(harness, "table", lambda content: "")
+    options = _options(tmp_path, *contestants, repetitions=repetitions)
+    assert harness.measure("neighbour", options) == tmp_path / f"{stem}.json"
+    if not contestants:
+        first, second = ([name for number, name in order if number == repetition] for repetition in (0, 1))
+        assert first != second == turns(first, 1), "they take turns"
+    monkeypatch.setattr(harness, "uncommitted_code", lambda: ["benchmarks/grid.py"])
+    if stem.endswith("partial") and not fails:
+        assert harness.measure("neighbour", options) == tmp_path / f"{stem}.json"
+    else:
+        with pytest.raises(Failed, match=r"benchmarks/grid\.py"):
+            harness.measure("neighbour", options)
+
+
+def test_uncommitted_code_is_that_of_both_packages_and_no_result(tmp_path: Path) -> None:
+    assert machine.uncommitted_code(tmp_path) == []
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    for name in ("alignment/stages/run.py", "benchmarks/grid.py", "benchmarks/results/sft.json", "tests/test.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    subprocess.run(["git", "-C", str(tmp_path), "add", "."], check=True)
+    assert machine.uncommitted_code(tmp_path) == ["alignment/stages/run.py", "benchmarks/grid.py"]
+
 
 AXES = (
     Axis(name="micro_rows", values={8: "8 rows", 4: "4 rows", 1: "1 row"}),
@@ -51,22 +222,42 @@ def test_each_axis_is_tried_from_the_fastest_and_from_the_leanest_so_far() -> No
     library = Library()
     chosen = search(AXES, library.measure, tolerance=0.01, rounds=2)
     assert chosen == {FASTEST: _setting(1, False), LEANEST: _setting(1, True)}
+    first = [(8, True), (4, True), (1, True), (1, False), (1, False, "eager"), (1, True, "eager")]
+    compiled = _setting(1, False, compiled=True)
+    again = [_setting(8, True), _setting(1, False), compiled, _setting(1, True)]
     assert library.asked == [
-        (_setting(8, True), False),
-        (_setting(4, True), False),
-        (_setting(1, True), False),
-        (_setting(1, False), False),
-        (_setting(1, False, "eager"), False),
-        (_setting(1, True, "eager"), False),
-        (_setting(1, False, compiled=True), False),
-        *[
-            (_setting(8, True), True),
-            (_setting(1, False), True),
-            (_setting(1, False, compiled=True), True),
-            (_setting(1, True), True),
-        ]
-        * 2,
+        *((_setting(*values), False) for values in first),
+        (compiled, False),
+        *((setting, True) for setting in again * 2),
     ]
+
+
+def test_the_best_round_of_a_setting_in_the_second_pass_counts() -> None:
+    class Uneven(Library):
+        """In the second pass the fastest setting is slow in one round, fails in the next, and is fast in the third."""
+
+        def measure(self, setting: Setting, final: bool) -> Trial:
+            trial = super().measure(setting, final)
+            if not final or setting != _setting(1, False):
+                return trial
+            rounds = sum(asked == (setting, True) for asked in self.asked)
+            slow, failed = replace(trial, speed=1.0, peak_memory=0.1), replace(trial, failure="it broke")
+            return {1: slow, 2: failed, 3: trial}[rounds]
+
+    compiled = _setting(1, False, compiled=True)
+    assert search(AXES, Uneven().measure, tolerance=0.01, rounds=2) == {FASTEST: compiled, LEANEST: _setting(1, False)}
+    assert search(AXES, Uneven().measure, tolerance=0.01, rounds=3)[FASTEST] == _setting(1, False)
+
+
+def test_the_speed_of_a_trial_is_of_the_rows_of_its_steps_or_of_its_updates(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_run, "refuse_other_code", lambda conditions: None)
+    result = {"seconds": [3.0], "matmul_peak": 1e3, "peak_memory": 7, "losses": [1.5]}
+    monkeypatch.setattr(search_run, "taken", lambda measurement, circumstances: {"result": result})
+    trial = _trying("sft_lora", "trl").trial(start_of(WORKS["sft_lora"].rivals["trl"].axes), False)
+    assert (trial.speed, trial.peak_memory, trial.losses, trial.failure) == (30.0, 7.0, (1.5,), None), "no warm-up"
+    figures = {"seconds_per_update": 4.0, "peak_memory": 3.0, "answer_tokens": 1200.0}
+    trial = trial_of(WORKS["ppo_lora"], {}, {"figures": figures, "result": {"losses": []}}, final=True)
+    assert (trial.speed, trial.answers) == (0.25, 1200.0)
 
 
 def test_joined_axes_are_tried_in_all_combinations() -> None:
@@ -84,34 +275,6 @@ def test_joined_axes_are_tried_in_all_combinations() -> None:
     tried = [(setting["micro_rows"], setting["padding_free"]) for setting, final in library.asked if not final]
     assert tried[:6] == [(8, False), (8, True), (4, False), (4, True), (1, False), (1, True)]
     assert chosen[FASTEST] == {**_setting(4, False), "padding_free": True}
-
-
-def test_the_second_pass_decides() -> None:
-    class Misleading(Library):
-        def measure(self, setting: Setting, final: bool) -> Trial:
-            trial = super().measure(setting, final)
-            if final and setting == _setting(1, False):  # what looked fastest was not
-                return Trial(setting=setting, final=True, speed=1.0, peak_memory=0.1, losses=trial.losses)
-            return trial
-
-    chosen = search(AXES, Misleading().measure, tolerance=0.01, rounds=1)
-    assert chosen == {FASTEST: _setting(1, False, compiled=True), LEANEST: _setting(1, False)}
-
-
-def test_the_best_round_of_a_setting_counts() -> None:
-    class Uneven(Library):
-        """In the second pass the fastest setting is slow in one round, fails in the next, and is fast in the third."""
-
-        def measure(self, setting: Setting, final: bool) -> Trial:
-            trial = super().measure(setting, final)
-            if not final or setting != _setting(1, False):
-                return trial
-            rounds = sum(asked == (setting, True) for asked in self.asked)
-            slow, failed = replace(trial, speed=1.0, peak_memory=9.0), replace(trial, failure="it broke")
-            return {1: slow, 2: failed, 3: trial}[rounds]
-
-    assert search(AXES, Uneven().measure, tolerance=0.01, rounds=2)[FASTEST] != _setting(1, False)
-    assert search(AXES, Uneven().measure, tolerance=0.01, rounds=3)[FASTEST] == _setting(1, False)
 
 
 @pytest.mark.parametrize(("answers", "chosen"), [(800.0, True), (700.0, False), (1300.0, False)])
@@ -170,8 +333,6 @@ def test_a_value_that_fails_in_every_trial_is_named() -> None:
     ]
 
 
-# ---- the grids ---------------------------------------------------------------------------------------------------
-
 GRIDS = [(name, library) for name, work in WORKS.items() for library in work.rivals]
 
 
@@ -201,8 +362,6 @@ def test_padding_is_counted_to_the_longest_row_of_each_micro_batch() -> None:
     answers = [{"prompt": [1] * 3, "completion": [1], "KL_completion": [1] * 9}, {"prompt": [1], "completion": [1]}]
     assert padded_tokens("kto", answers, {"micro_rows": 2}) == 2 * 4
 
-
-# ---- one trial ---------------------------------------------------------------------------------------------------
 
 TOKENS = [{"tokens": 90, "trunk_tokens": 80, "scored_tokens": 9}, *[{"tokens": 50, "trunk_tokens": 4}] * 2]
 
@@ -252,26 +411,12 @@ def test_a_trial_without_a_compiler_says_so_and_one_that_compiles_goes_through_i
     assert kto.measurement(start_of(WORKS["kto_lora"].rivals["trl"].axes), final=False).warm_up == 1
 
 
-def test_a_trial_without_a_warm_up_counts_the_rows_of_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search_run, "refuse_other_code", lambda conditions: None)
-    result = {"seconds": [3.0], "matmul_peak": 1e3, "peak_memory": 7, "losses": [1.5]}
-    monkeypatch.setattr(search_run, "taken", lambda measurement, circumstances: {"result": result})
-    trial = _trying("sft_lora", "trl").trial(start_of(WORKS["sft_lora"].rivals["trl"].axes), False)
-    assert (trial.speed, trial.peak_memory, trial.losses, trial.failure) == (30.0, 7.0, (1.5,), None)
-
-
 @pytest.mark.parametrize(("library", "dtype"), [("generate", "bfloat16"), ("generate_float32", "float32")])
 def test_a_trial_samples_in_the_number_format_of_its_library(library: str, dtype: str) -> None:
     trying = _trying("sampling", library)
     trying.inputs["repetitions"][0] |= {"tokens": "tokens.json"}
     setting = start_of(WORKS["sampling"].rivals[library].axes)
     assert task_of(trying.measurement(setting, final=False), Path("folder"))["dtype"] == dtype
-
-
-def test_a_library_whose_updates_take_less_time_is_faster() -> None:
-    figures = {"seconds_per_update": 4.0, "peak_memory": 3.0, "answer_tokens": 1200.0}
-    trial = trial_of(WORKS["ppo_lora"], {}, {"figures": figures, "result": {"losses": []}}, final=True)
-    assert (trial.speed, trial.answers) == (0.25, 1200.0)
 
 
 def test_a_rivals_code_is_its_module_what_that_imports_and_the_shared_settings(
@@ -297,8 +442,6 @@ def test_a_rivals_code_is_its_module_what_that_imports_and_the_shared_settings(
         (tmp_path / "benchmarks" / name).write_text(text)
     assert changing == [name for name in texts if name != "contestants/other.py"]
 
-
-# ---- the file ----------------------------------------------------------------------------------------------------
 
 WORK = WORKS["sft_lora"]
 VERSIONS = {"trl": {"trl": "1.16.0", "torch": "2.13"}, "stock": {"torch": "2.13"}}
@@ -333,20 +476,9 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_table_takes_the_settings_that_the_search_chose(file: Path) -> None:
-    now = {**CONDITIONS, "code_sha256": "of now"}
-    choices = choices_of(file, "sft_lora", WORK, now, VERSIONS)
-    work = with_choices(WORK, choices)
-    assert list(work.contestants) == [
-        "ours",
-        "ours_recomputed",
-        "trl_default",
-        "trl_as_it_comes",
-        "trl_fastest",
-        "trl_leanest",
-        "stock_fastest",
-    ]
-    rows = {name: how.setting.get("micro_rows") for name, how in work.contestants.items()}
-    assert rows == {
+    choices = choices_of(file, "sft_lora", WORK, {**CONDITIONS, "code_sha256": "of now"}, VERSIONS)
+    contestants = with_choices(WORK, choices).contestants
+    assert {name: how.setting.get("micro_rows") for name, how in contestants.items()} == {
         "ours": None,
         "ours_recomputed": None,
         "trl_default": 8,
@@ -356,20 +488,17 @@ def test_a_table_takes_the_settings_that_the_search_chose(file: Path) -> None:
         "stock_fastest": 4,
     }
     assert "4 micro-batches of 2, padded, gradient checkpointing, bf16 autocast, PEFT's input casts" in (
-        work.contestants["trl_fastest"].allowed
+        contestants["trl_fastest"].allowed
     )
-    assert work.contestants["stock_fastest"].allowed.endswith("(this is also its leanest setting)")
-
-
-def test_a_default_that_is_also_the_fastest_takes_part_once() -> None:
+    assert contestants["stock_fastest"].allowed.endswith("(this is also its leanest setting)")
     start = start_of(WORKS["sampling"].rivals["generate"].axes)
     choices = {f"{library}_fastest": start for library in ("generate", "generate_float32")}
     choices |= {f"{library}_leanest": {**start, "batch": 8} for library in ("generate", "generate_float32")}
-    work = with_choices(WORKS["sampling"], choices)
-    assert [name for name in work.contestants if name.startswith("generate")] == [
+    contestants = with_choices(WORKS["sampling"], choices).contestants
+    assert [name for name in contestants if name.startswith("generate")] == [
         *("generate", "generate_leanest", "generate_float32", "generate_float32_leanest")
-    ]
-    assert work.contestants["generate"].allowed.endswith("(this is also its fastest setting)")
+    ], "a default that is also the fastest takes part once"
+    assert contestants["generate"].allowed.endswith("(this is also its fastest setting)")
 
 
 def test_a_rival_keeps_what_no_search_changes() -> None:
@@ -381,51 +510,40 @@ def test_a_rival_keeps_what_no_search_changes() -> None:
     assert contestants["trl_fastest"].environment == "trl-1.12"
 
 
-def _altered(**changes: Any) -> dict[str, Any]:
-    return {**copy.deepcopy(CONDITIONS), **changes}
-
-
 @pytest.mark.parametrize(
-    ("conditions", "versions", "reason"),
+    ("conditions", "trl", "reason"),
     [
-        (
-            _altered(processor={"model": "Slow CPU", "cores": 2}),
-            VERSIONS,
-            'processor: "Fast CPU" then, "Slow CPU" now',
-        ),
-        (_altered(processor={"model": "Fast CPU", "cores": 4}), VERSIONS, "processor: {"),
-        (_altered(threads=1), VERSIONS, "threads: 2 then, 1 now"),
-        (_altered(compiler="g++"), VERSIONS, 'compiler: "none" then, "g++" now'),
-        (_altered(launcher={"OMP_NUM_THREADS": "1"}), VERSIONS, 'launcher: {"OMP_NUM_THREADS": "2"} then, {'),
-        (_altered(data=[{"name": "rows", "sha256": "b"}]), VERSIONS, "data: ["),
-        (
-            CONDITIONS,
-            {**VERSIONS, "trl": {"trl": "1.17.0", "torch": "2.13"}},
-            "trl of trl: 1.16.0 then, 1.17.0 now",
-        ),
+        ({"processor": {"model": "Slow CPU", "cores": 2}}, "1.16.0", 'processor: "Fast CPU" then, "Slow CPU" now'),
+        ({"processor": {"model": "Fast CPU", "cores": 4}}, "1.16.0", "processor: {"),
+        ({"threads": 1}, "1.16.0", "threads: 2 then, 1 now"),
+        ({"launcher": {"OMP_NUM_THREADS": "1"}}, "1.16.0", 'launcher: {"OMP_NUM_THREADS": "2"} then, {'),
+        ({"data": [{"name": "rows", "sha256": "b"}]}, "1.16.0", "data: ["),
+        ({}, "1.17.0", "trl of trl: 1.16.0 then, 1.17.0 now"),
     ],
 )
 def test_a_search_of_other_circumstances_is_refused(
-    file: Path, conditions: dict[str, Any], versions: dict[str, Any], reason: str
+    file: Path, conditions: dict[str, Any], trl: str, reason: str
 ) -> None:
+    versions = {**VERSIONS, "trl": {"trl": trl, "torch": "2.13"}}
     with pytest.raises(NoSearch) as refused:
-        choices_of(file, "sft_lora", WORK, conditions, versions)
+        choices_of(file, "sft_lora", WORK, CONDITIONS | conditions, versions)
     assert str(refused.value).startswith(f"rivals-sft_lora.json cannot be used: {reason}")
-    assert str(refused.value).endswith('here first: make bench WORK=sft_lora ARGS="--search"')
+    assert 'make bench WORK=sft_lora ARGS="--search"' in str(refused.value)
 
 
 def test_a_missing_search_and_one_of_another_grid_are_refused(file: Path, tmp_path: Path) -> None:
-    with pytest.raises(NoSearch, match=r"rivals-sft_lora-no-amx\.json is missing; search"):
+    with pytest.raises(NoSearch, match=r"rivals-sft_lora-no-amx\.json is missing"):
         choices_of(search_file(tmp_path, "sft_lora", amx=False), "sft_lora", WORK, CONDITIONS, VERSIONS)
     content = json.loads(file.read_text())
-    del content["grid"]["trl"]["layers_compiled"]
-    write_search(file, content)
-    with pytest.raises(NoSearch, match="the grid of settings has changed since"):
-        choices_of(file, "sft_lora", WORK, CONDITIONS, VERSIONS)
-    write_search(file, {**content, "grid": grid_of(WORK), "fixed": {**fixed_of(WORK), "trl": {"precision": "no"}}})
-    with pytest.raises(NoSearch, match="the grid of settings has changed since"):
-        choices_of(file, "sft_lora", WORK, CONDITIONS, VERSIONS)
-    write_search(file, {**content, "grid": grid_of(WORK), "code": {**code_of(WORK), "stock": "of then"}})
-    with pytest.raises(NoSearch, match="the code of the rivals has changed since"):
-        choices_of(file, "sft_lora", WORK, CONDITIONS, VERSIONS)
+    grid = copy.deepcopy(content["grid"])
+    del grid["trl"]["layers_compiled"]
+    fixed = {**content["fixed"], "trl": {"precision": "no"}}
+    for changes, words in (
+        ({"grid": grid}, "the grid"),
+        ({"fixed": fixed}, "the grid"),
+        ({"code": {**content["code"], "stock": "of then"}}, "the code"),
+    ):
+        write_search(file, {**content, **changes})
+        with pytest.raises(NoSearch, match=f"{words} of .* has changed since"):
+            choices_of(file, "sft_lora", WORK, CONDITIONS, VERSIONS)
     assert list(tmp_path.iterdir()) == [file], "nothing half written is left"

@@ -1,16 +1,20 @@
-"""A record comes back from its file as it was written; what has another form is refused, or left out of a page."""
+"""Records and settings in their canonical forms: read back as written, fingerprinted, and refused by name."""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from alignment.config.adapter import AdapterKind
+from alignment.config.scoring import ScorerConfig
 from alignment.core.errors import ArtifactError
+from alignment.core.fingerprint import IF_SET, canonical, digest
 from alignment.core.typed_json import (
     KEY,
     LEFT_OUT_IF_EMPTY,
@@ -24,6 +28,9 @@ from alignment.core.typed_json import (
     write,
 )
 from alignment.records.interval import Interval
+from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.sft.config import SftConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,35 +69,34 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
         "name": "sft", "gold": {"mean": 0.5, "low": 0.25, "high": 0.75}, "figures": {}, "from": 0.5,
     }  # fmt: skip
     assert raw["arms"][1]["counts"] == [1, 2]
-
-
-def test_a_file_of_an_older_version_lacks_keys_and_one_of_this_version_may_have_more() -> None:
-    assert parts({"rows": 3, "unknown": 1}, Table) == Table(rows=3)
+    assert parts({"rows": 3, "unknown": 1}, Table) == Table(rows=3), "an older or newer file lacks or has keys"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "field_name", "words"),
     [
-        ({"rows": "three"}, "rows: 'three' is not a whole number"),
-        ({"rows": True}, "rows: True is not a whole number"),
-        ({"rows": 3.5}, "rows: 3.5 is not a whole number"),
-        ({"judged": 1}, "judged: 1 is not true or false"),
-        ({"setting": []}, "setting: [] is not text"),
-        ({"arms": 3}, "arms: 3 is not a list"),
-        ({"arms": [{"name": "a"}, {"name": 3}]}, "arms[1].name: 3 is not text"),
-        ({"arms": [{}]}, "arms[0].name is missing"),
-        ({"arms": [{"name": "a", "gold": {"low": 1}}]}, "arms[0].gold.mean is missing"),
-        ({"arms": [{"name": "a", "from": 10**400}]}, "arms[0].from: 1000"),
-        ({"arms": [{"name": "a", "figures": {"x": []}}]}, "arms[0].figures.x: [] is not an object"),
-        ({"arms": [{"name": "a", "figures": []}]}, "arms[0].figures: [] is not an object"),
+        ({"rows": True}, "rows", "True is not a whole number"),
+        ({"rows": 3.5}, "rows", "3.5 is not a whole number"),
+        ({"judged": 1}, "judged", "1 is not true or false"),
+        ({"setting": []}, "setting", "[] is not text"),
+        ({"arms": 3}, "arms", "3 is not a list"),
+        ({"arms": [{"name": "a"}, {"name": 3}]}, "arms[1].name", "3 is not text"),
+        ({"arms": [{}]}, "arms[0].name", "missing"),
+        ({"arms": [{"name": "a", "gold": {"low": 1}}]}, "arms[0].gold.mean", "missing"),
+        ({"arms": [{"name": "a", "from": 10**400}]}, "arms[0].from", "1000"),
+        ({"arms": [{"name": "a", "figures": {"x": []}}]}, "arms[0].figures.x", "[] is not an object"),
+        ({"arms": [{"name": "a", "figures": []}]}, "arms[0].figures", "[] is not an object"),
     ],
 )
-def test_what_has_another_form_is_refused_by_name(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_what_has_another_form_is_refused_by_name(
+    tmp_path: Path, change: dict[str, Any], field_name: str, words: str
+) -> None:
     (tmp_path / "table.json").write_text(json.dumps(to_json(WHOLE) | change))
     with pytest.raises(ArtifactError) as caught:
         read(tmp_path / "table.json", Table, remedy="make it anew")
-    assert str(caught.value).startswith(f"{tmp_path / 'table.json'}: unreadable: {message}")
-    assert str(caught.value).endswith("→ make it anew")
+    assert (caught.value.where, caught.value.remedy) == (str(tmp_path / "table.json"), "make it anew")
+    assert f" {field_name}" in caught.value.message
+    assert words in caught.value.message
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", "[" * 100_000, '{"rows": NaN'])
@@ -102,14 +108,11 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, content: str) -> None
         read(tmp_path / "other.json", Table, remedy="")
 
 
-def test_a_newer_form_is_refused_whatever_else_the_file_holds(tmp_path: Path) -> None:
-    (tmp_path / "table.json").write_text('{"version": 3, "rows": "three"}')
-    for reading in (
-        lambda: read(tmp_path / "table.json", Table, remedy=""),
-        lambda: read_parts(tmp_path / "table.json", Table, CLEANING),
-    ):
-        with pytest.raises(NewerVersion, match="has format version 3, but this program reads only versions up to 2"):
-            reading()
+def test_the_canonical_form_is_the_same_for_the_same_settings() -> None:
+    assert digest({"a": 1, "b": 2.0}) == digest({"b": 2, "a": 1.0})
+    assert digest({"a": (1, 2)}) == digest({"a": [1, 2]})
+    assert len({digest({"a": value}) for value in ("1", 1, True)}) == 3
+    assert canonical([AdapterKind.lora, Colour.red]) == ["lora", 1], "enums stand for their values"
 
 
 CLEANING = Cleaning(
@@ -142,3 +145,65 @@ def test_a_page_gets_what_has_its_form_and_can_be_shown() -> None:
     )
     assert parts({"rows": "x"}, Table) is None
     assert parts([], Table) is None
+
+
+class Colour(Enum):
+    """An enum whose value is no text."""
+
+    red = 1
+
+
+@pytest.mark.parametrize("value", [{1, 2}, float("nan"), float("inf"), object(), b"x"])
+def test_what_has_no_stable_form_is_refused(value: Any) -> None:
+    with pytest.raises(TypeError, match="no stable form"):
+        digest({"a": value})
+
+
+def test_fields_that_change_no_result_are_left_out() -> None:
+    config = SftConfig()
+    form = canonical(config)
+    for part, section, names in (
+        (config, form, ("init", "log_every", "save_every")),
+        (config.optim, form["optim"], ("micro_batch_tokens",)),
+        (config.data, form["data"], ("source",)),
+    ):
+        for name in names:
+            assert hasattr(part, name)
+            assert name not in section
+    assert canonical(DpoConfig(beta=0.1)) != canonical(DpoConfig(beta=0.2))
+
+
+def test_entries_of_a_list_of_groups_count_one_by_one_and_in_order() -> None:
+    by_reward, by_length = ScorerConfig(weight=2.0), ScorerConfig(source="length", target=20)
+    entries = canonical(PpoConfig(scorers=[by_reward, by_length]))["scorers"]
+    assert entries[0] == {
+        "source": "reward",
+        "weight": 2,
+        "normalize": False,
+        "clip": None,
+        "pattern": None,
+        "target": None,
+    }
+    assert canonical(PpoConfig(scorers=[by_length, by_reward]))["scorers"] == entries[::-1]
+    assert digest(PpoConfig(scorers=[by_reward])) != digest(PpoConfig(scorers=[ScorerConfig(weight=2.5)]))
+
+
+@dataclass(kw_only=True)
+class Settings:
+    old: int = 1
+    newer: dict[str, int] = field(default_factory=dict, metadata=IF_SET)
+    newest: int | None = field(default=None, metadata=IF_SET)
+
+
+def test_a_setting_that_came_later_counts_only_if_it_is_set() -> None:
+    assert canonical(Settings()) == {"old": 1}
+    assert canonical(Settings(newer={"a": 1})) == {"old": 1, "newer": {"a": 1}}
+    assert canonical(Settings(newest=0)) == {"old": 1, "newest": 0}
+
+
+@pytest.mark.parametrize("cleaning", [False, True])
+def test_a_newer_form_is_refused_whatever_else_the_file_holds(tmp_path: Path, cleaning: bool) -> None:
+    file = tmp_path / "table.json"
+    file.write_text('{"version": 3, "rows": "three"}')
+    with pytest.raises(NewerVersion, match=r"version 3, .* up to 2"):
+        read_parts(file, Table, CLEANING) if cleaning else read(file, Table, remedy="")

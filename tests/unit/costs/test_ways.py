@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +51,7 @@ def timer() -> Timer:
 
 
 def spec_of(folder: Path, kind: type[Any], **settings: Any) -> StageSpec:
+    """A stage of eight pairs, four a step, on a base without weights."""
     rows = folder / "pairs.jsonl"
     pairs = [
         {
@@ -70,18 +70,23 @@ def spec_of(folder: Path, kind: type[Any], **settings: Any) -> StageSpec:
     return tiny_spec(folder, config, base_path=base, data_path=rows)
 
 
+def cost_when_whole(spec: StageSpec, timer: Timer) -> StageCost:
+    cost = cost_of(spec, timer, publishes=False)
+    assert cost.error == ""
+    assert {"training", "trying the longest batch", "saving"} <= set(cost.phases)
+    assert cost.flop > 0
+    assert cost.seconds > 0
+    return cost
+
+
 def as_adapter(spec: StageSpec, adapter: AdapterConfig) -> StageSpec:
     return replace(spec, config=replace(spec.config, adapter=adapter))
 
 
-def estimated(spec: StageSpec, timer: Timer) -> dict[str, StageCost]:
-    return {name: cost_of(as_adapter(spec, adapter), timer, publishes=False) for name, adapter in ADAPTERS.items()}
-
-
 @pytest.mark.filterwarnings("ignore:Adapter name 'ref' should not be contained:UserWarning")  # TRL's own name
 def test_every_way_has_phases_and_a_peak(tmp_path: Path, timer: Timer) -> None:
-    costs = estimated(spec_of(tmp_path, DpoConfig), timer)
-    _are_whole(costs.values())
+    spec = spec_of(tmp_path, DpoConfig)
+    costs = {name: cost_when_whole(as_adapter(spec, adapter), timer) for name, adapter in ADAPTERS.items()}
     assert costs["full"].trained == costs["full"].weights
     assert costs["full"].result == 4 * costs["full"].trained
     assert costs["lora"].result == 4 * costs["lora"].trained
@@ -90,33 +95,18 @@ def test_every_way_has_phases_and_a_peak(tmp_path: Path, timer: Timer) -> None:
     assert 0 < costs["prefix"].trained < costs["lora"].trained < costs["dora"].trained < costs["full"].trained
     held = {name: cost.phases["training"].parts.get("weights", 0) for name, cost in costs.items()}
     assert held["qlora"] < held["lora"]
-
-
-@pytest.mark.parametrize(
-    ("kind", "settings", "adapter"),
-    [(KtoConfig, {}, AdapterKind.prefix), (RewardConfig, {"eval_fraction": 0.25}, AdapterKind.dora)],
-    ids=["kto", "reward"],
-)
-def test_other_kinds_have_phases_and_a_peak(
-    tmp_path: Path, timer: Timer, kind: type[Any], settings: dict[str, Any], adapter: AdapterKind
-) -> None:
-    spec = spec_of(tmp_path, kind, **settings)
-    _are_whole([cost_of(as_adapter(spec, AdapterConfig(kind=adapter)), timer, publishes=False)])
-
-
-def _are_whole(costs: Iterable[StageCost]) -> None:
-    for cost in costs:
-        assert cost.error == ""
-        assert {"training", "trying the longest batch", "saving"} <= set(cost.phases)
-        assert cost.flop > 0
-        assert cost.seconds > 0
+    for kind, settings, adapter in (
+        (KtoConfig, {}, AdapterKind.prefix),
+        (RewardConfig, {"eval_fraction": 0.25}, AdapterKind.dora),
+    ):
+        cost_when_whole(as_adapter(spec_of(tmp_path, kind, **settings), AdapterConfig(kind=adapter)), timer)
 
 
 def test_a_stage_that_asks_a_server_is_not_estimated(tmp_path: Path, timer: Timer) -> None:
     judge = JudgeConfig(kind=JudgeKind.endpoint, endpoint=EndpointConfig(base_url="http://127.0.0.1:1/v1", model="one"))
     config = EvaluateConfig(data=DataConfig(source="path:rows.jsonl"), arms=["base"], judge=judge)
     cost = cost_of(tiny_spec(tmp_path, config), timer, publishes=False)
-    assert cost.error == "it calls the server at http://127.0.0.1:1/v1, and a plan makes no such calls"
+    assert "http://127.0.0.1:1/v1" in cost.error
     assert cost.phases == {}
 
 
@@ -163,23 +153,28 @@ def test_steps_of_sampling_that_are_taken_as_one_count_as_often_and_fill_the_cac
     assert few.seconds == pytest.approx(every.seconds, rel=0.05)
 
 
+@pytest.mark.parametrize("mixed", [False, True], ids=["alone", "with rows mixed in"])
 def test_steps_and_tokens_are_those_of_the_whole_stage(
-    tmp_path: Path, timer: Timer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, timer: Timer, monkeypatch: pytest.MonkeyPatch, mixed: bool
 ) -> None:
+    """Rows that are mixed in, read whole beside a part of the stage's own, would be counted many times."""
     for user in ("estimate", "costs.repeats"):
         monkeypatch.setattr(f"alignment.{user}.STEP_ROWS", 2)
-    spec = spec_of(tmp_path, DpoConfig)  # eight pairs, four a step
+    spec, steps = spec_of(tmp_path, DpoConfig), 4 if mixed else 2
+    if mixed:
+        data = replace(spec.config.data, mix=[MixedConfig(source=spec.config.data.source)])
+        extra_data = {**spec.extra_data, "data.mix[0]": spec.data_path}
+        spec = replace(spec, config=replace(spec.config, data=data), extra_data=extra_data)
     whole = cost_of(spec, timer, publishes=False)
-    assert whole.steps == 2
     monkeypatch.setattr("alignment.estimate.ROWS", 4)
-    first = cost_of(spec, timer, publishes=False)
-    assert first.steps == 2
-    assert first.tokens == pytest.approx(whole.tokens, rel=0.1)
-    three = replace(spec, config=replace(spec.config, optim=replace(spec.config.optim, max_steps=3)))
-    limited = cost_of(three, timer, publishes=False)
-    assert limited.steps == 3
-    assert limited.tokens == pytest.approx(1.5 * whole.tokens, rel=0.1)
-    assert limited.flop == pytest.approx(1.5 * whole.flop, rel=0.3)
+    part = cost_of(spec, timer, publishes=False)
+    assert (whole.error, part.error, whole.steps, part.steps) == ("", "", steps, steps)
+    assert part.tokens == pytest.approx(whole.tokens, rel=0.1)
+    more = replace(spec, config=replace(spec.config, optim=replace(spec.config.optim, max_steps=steps + 1)))
+    limited = cost_of(more, timer, publishes=False)
+    assert limited.steps == steps + 1
+    assert limited.tokens == pytest.approx((1 + 1 / steps) * whole.tokens, rel=0.1)
+    assert limited.flop == pytest.approx((1 + 1 / steps) * whole.flop, rel=0.3)
 
 
 @pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # of shadows, whose sums have other strides
@@ -199,48 +194,25 @@ def test_every_epoch_over_the_sampled_answers_takes_its_time(tmp_path: Path, tim
     assert thrice.phases["sampling"].seconds == pytest.approx(once.phases["sampling"].seconds, rel=0.01)
 
 
-def test_rows_that_are_mixed_in_are_estimated_in_proportion(
-    tmp_path: Path, timer: Timer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Read whole beside a part of the stage's own rows, they would be counted many times."""
-    for user in ("estimate", "costs.repeats"):
-        monkeypatch.setattr(f"alignment.{user}.STEP_ROWS", 2)
+@pytest.mark.parametrize(
+    ("rows", "optim", "every", "times"),
+    [(None, {"max_steps": 6}, (2, 4), 1.5), (4, {"batch_size": 2}, (3, 4), 2.0)],
+    ids=["three looks and two", "in the steps of all rows"],
+)
+def test_looks_at_held_out_rows_take_as_long_as_there_are_looks(
+    tmp_path: Path, timer: Timer, monkeypatch: pytest.MonkeyPatch, rows: int | None, optim: dict[str, int],
+    every: tuple[int, int], times: float,
+) -> None:  # fmt: skip
+    if rows:
+        monkeypatch.setattr("alignment.estimate.ROWS", rows)  # half of them, in two of four steps
     spec = spec_of(tmp_path, DpoConfig)
-    data = replace(spec.config.data, mix=[MixedConfig(source=spec.config.data.source)])
-    spec = replace(
-        spec, config=replace(spec.config, data=data), extra_data={**spec.extra_data, "data.mix[0]": spec.data_path}
-    )
-    whole = cost_of(spec, timer, publishes=False)
-    assert whole.steps == 4, "eight pairs of each source, four a step"
-    monkeypatch.setattr("alignment.estimate.ROWS", 4)
-    first = cost_of(spec, timer, publishes=False)
-    assert (first.error, first.steps) == ("", 4)
-    assert first.tokens == pytest.approx(whole.tokens, rel=0.1)
-
-
-def test_looks_at_held_out_rows_take_as_long_as_there_are_looks(tmp_path: Path, timer: Timer) -> None:
-    spec = spec_of(tmp_path, DpoConfig)
-    optim = replace(spec.config.optim, max_steps=6)
-    flop = {}
-    for every in (2, 4):  # three looks, and two
-        validation = ValidationConfig(share=0.25, every=every)
-        config = replace(spec.config, optim=optim, validation=validation)
-        flop[every] = cost_of(replace(spec, config=config), timer, publishes=False).phases["validating"].flop
-    assert flop[2] == pytest.approx(1.5 * flop[4])
-    assert flop[4] > 0
-
-
-def test_looks_are_counted_in_the_steps_of_all_rows(
-    tmp_path: Path, timer: Timer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("alignment.estimate.ROWS", 4)  # half of them, in two of four steps
-    spec = spec_of(tmp_path, DpoConfig)
-    optim = replace(spec.config.optim, batch_size=2)
-    flop = {}
-    for every in (3, 4):  # two looks, and one
-        config = replace(spec.config, optim=optim, validation=ValidationConfig(share=0.25, every=every))
-        flop[every] = cost_of(replace(spec, config=config), timer, publishes=False).phases["validating"].flop
-    assert flop[3] == pytest.approx(2 * flop[4])
+    flop = []
+    for steps in every:
+        validation = ValidationConfig(share=0.25, every=steps)
+        config = replace(spec.config, optim=replace(spec.config.optim, **optim), validation=validation)
+        flop.append(cost_of(replace(spec, config=config), timer, publishes=False).phases["validating"].flop)
+    assert flop[0] == pytest.approx(times * flop[1])
+    assert flop[1] > 0
 
 
 def test_processes_divide_what_their_launch_divides(tmp_path: Path) -> None:
@@ -324,8 +296,7 @@ def test_what_is_stored_takes_time(
 def test_the_seconds_of_a_byte_are_those_in_which_a_file_is_written_and_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([3.0, 10.0])
-    sizes: list[int] = []
+    clock, sizes = iter([3.0, 10.0]), list[int]()
 
     def hashed(path: Path) -> str:
         sizes.append(path.stat().st_size)
@@ -334,7 +305,6 @@ def test_the_seconds_of_a_byte_are_those_in_which_a_file_is_written_and_read_aga
     monkeypatch.setattr(storing, "PIECE_BYTES", 1000)
     monkeypatch.setattr(storing, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(storing, "file_sha256", hashed)
-    seconds = storing.seconds_a_byte(tmp_path)
+    assert storing.seconds_a_byte(tmp_path) == 7.0 / (1000 * storing.PIECES)
     assert sizes == [1000 * storing.PIECES]
-    assert seconds == 7.0 / sizes[0]
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,12 @@ def replies_file(tmp_path: Path) -> Path:
 
 
 def failing(judge: Judge, replies_file: Path, *, prompts: int = 2, **changes: Any) -> str:
-    """What is said of an endpoint that fails."""
+    """The message about an endpoint that fails, of which no reply is kept."""
     with serving(judge) as served, pytest.raises(StageError) as caught:
         ask(served.config(**changes), replies_file, [f"prompt {number}" for number in range(prompts)])
     assert "stages.evaluate.judge.endpoint" in str(caught.value)
     assert "run again" in str(caught.value)
+    assert not replies_file.exists()
     return caught.value.message
 
 
@@ -51,10 +52,10 @@ def test_every_prompt_is_one_greedy_call_with_a_user_turn(replies_file: Path, mo
     for name, value in others.items():
         monkeypatch.setenv(name, value)
     done: list[int] = []
-    with serving(lambda prompt, _: Response(text=f"so much for {prompt}")) as served:
+    with serving(lambda prompt, _: Response(text=f"so much for {prompt}" if prompt != "c" else "")) as served:
         endpoint = Endpoint(served.config(concurrency=3, max_tokens=7), SavedReplies(replies_file), where="")
         replies = endpoint.ask(["a", "b", "c", "b"], done.append)
-    assert replies == [f"so much for {prompt}" for prompt in "abcb"]
+    assert replies == ["so much for a", "so much for b", "", "so much for b"]
     assert sorted(done) == [1, 2, 3]
     assert len(served.requests) == 3, "the same prompt is asked once"
     for request in served.requests:
@@ -70,48 +71,44 @@ def test_every_prompt_is_one_greedy_call_with_a_user_turn(replies_file: Path, mo
 def test_a_key_comes_from_its_variable_and_stands_nowhere_else(
     replies_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("JUDGE_KEY", raising=False)
+    with pytest.raises(ConfigError, match="JUDGE_KEY"):
+        ask(EndpointConfig(base_url="http://localhost:1/v1", model="m", api_key_env="JUDGE_KEY"), replies_file, ["a"])
     monkeypatch.setenv("JUDGE_KEY", "sk-canary-123")
+    refused = Response(status=401, body=json.dumps({"error": {"message": "wrong key:" + " sk-canary-123" * 40}}))
+    message = failing(lambda *_: refused, replies_file, api_key_env="JUDGE_KEY")
+    assert "wrong key: ***" in message
+    assert "canary" not in message
     with serving(lambda prompt, number: Response(text="fine")) as served:
         ask(served.config(api_key_env="JUDGE_KEY"), replies_file, ["a"])
     assert served.keys == ["Bearer sk-canary-123"]
     assert served.headers[0].count("canary") == 1
     assert "canary" not in replies_file.read_text()
-    refused = Response(status=401, body=json.dumps({"error": {"message": "wrong key:" + " sk-canary-123" * 40}}))
-    message = failing(lambda *_: refused, replies_file, api_key_env="JUDGE_KEY")
-    assert "canary" not in message
-    assert "wrong key: ***" in message
-
-
-def test_a_key_that_is_not_there_is_named_before_anything_is_asked(
-    replies_file: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("JUDGE_KEY", raising=False)
-    with pytest.raises(ConfigError, match="variable JUDGE_KEY is not set"):
-        ask(EndpointConfig(base_url="http://localhost:1/v1", model="m", api_key_env="JUDGE_KEY"), replies_file, ["a"])
-
-
-@pytest.mark.parametrize("status", [429, 500, 503])
-def test_what_passes_is_tried_again(replies_file: Path, status: int) -> None:
-    with serving(
-        lambda _, number: Response(status=status, body="{}") if number == 0 else Response(text="ok")
-    ) as served:
-        assert ask(served.config(retries=2), replies_file, ["a"]) == ["ok"]
-    assert len(served.requests) == 2
 
 
 def test_one_call_that_fails_after_its_retries_ends_the_stage_and_is_asked_again(replies_file: Path) -> None:
     prompts, up = [f"prompt {number}" for number in range(20)], False
 
-    def judge(prompt: str, _: int) -> Response:
-        return Response(text=f"of {prompt}") if up or prompt != "prompt 3" else Response(status=500, body="{}")
+    def judge(prompt: str, number: int) -> Response:
+        if prompt == "prompt 3" and not up:
+            return Response(status=500, body="{}")
+        return Response(text=f"of {prompt}") if number or up else Response(status=429, body="{}")
 
     with serving(judge) as served:
         with pytest.raises(StageError, match=r"1 of 20 calls.*InternalServerError"):
             ask(served.config(), replies_file, prompts)
-        assert len(served.requests) == 21, "the others are asked all the same"
+        assert len(served.requests) == 22, "two are tried again, and the others are asked all the same"
         up = True
         assert ask(served.config(), replies_file, prompts) == [f"of {prompt}" for prompt in prompts]
-        assert len(served.requests) == 22
+        assert len(served.requests) == 23
+
+
+def test_an_endpoint_that_never_answers_or_is_down_is_a_clear_error(replies_file: Path) -> None:
+    message = failing(lambda *_: None, replies_file, timeout=0.1, retries=0)
+    assert "2 of 2 calls" in message
+    assert "timed out" in message.lower()
+    down = "http://127.0.0.1:9/v1"
+    assert "2 of 2 calls" in failing(lambda *_: Response(), replies_file, base_url=down, retries=0)
 
 
 def test_an_endpoint_that_never_answers_is_a_clear_error(replies_file: Path) -> None:
@@ -120,19 +117,11 @@ def test_an_endpoint_that_never_answers_is_a_clear_error(replies_file: Path) -> 
     assert "timed out" in message.lower()
 
 
-def test_an_endpoint_that_is_down_is_a_clear_error(replies_file: Path) -> None:
-    with serving(lambda *_: Response()) as served:
-        config = served.config(retries=0)
-    with pytest.raises(StageError, match=r"1 of 1 calls.*APIConnectionError"):
-        ask(config, replies_file, ["a"])
-
-
 @pytest.mark.parametrize(
     "response",
     [
         Response(body="<html>It works!</html>", kind="text/html"),
         Response(body="{not json"),
-        Response(body="{}"),
         Response(body='{"choices": []}'),
         Response(body="[1, 2]"),
         Response(body='"[[A]]"'),
@@ -142,20 +131,8 @@ def test_an_endpoint_that_is_down_is_a_clear_error(replies_file: Path) -> None:
     ],
 )
 def test_what_is_no_chat_completion_is_a_failure_and_never_a_verdict(replies_file: Path, response: Response) -> None:
-    assert "2 of 2 calls" in failing(lambda *_: response, replies_file)
-    assert not replies_file.exists()
-
-
-def test_words_without_a_verdict_are_a_reply_like_any_other(replies_file: Path) -> None:
-    with serving(lambda *_: Response(body=None, text="")) as served:
-        assert ask(served.config(), replies_file, ["a"]) == [""]
-
-
-def test_after_some_failures_in_a_row_nothing_more_is_asked(replies_file: Path) -> None:
-    with serving(lambda *_: Response(status=400, body="{}")) as served, pytest.raises(StageError) as caught:
-        ask(served.config(), replies_file, [f"prompt {number}" for number in range(100)])
-    assert f"{GIVE_UP} of {GIVE_UP} calls" in caught.value.message
-    assert len(served.requests) < 2 * GIVE_UP
+    message = failing(lambda *_: response, replies_file, prompts=3 * GIVE_UP)
+    assert f"{GIVE_UP} of {GIVE_UP} calls" in message, "after some failures in a row nothing more is asked"
 
 
 def test_what_was_answered_is_kept_by_who_was_asked(replies_file: Path) -> None:
@@ -182,18 +159,37 @@ def test_what_was_answered_is_kept_by_who_was_asked(replies_file: Path) -> None:
 STATUS = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 
 
-def is_given_up_at_the_timeout(message: str, seconds: float) -> bool:
-    """Whether an error says that the limit of a whole answer ended it, or of the last read, whichever came first."""
-    whole = f"timed out: the whole answer did not arrive within {seconds:g} s"
-    return whole in message or "APITimeoutError" in message
+def packed() -> list[bytes]:
+    """A short answer that unpacks to a long one."""
+    body = gzip.compress(b" " * (8 << 20))
+    return [STATUS + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(body), body]
 
 
-@pytest.mark.parametrize("begin", [STATUS, STATUS + b"\r\n"], ids=["headers", "the body"])
-def test_a_server_that_sends_a_byte_now_and_then_is_given_up_at_the_timeout(replies_file: Path, begin: bytes) -> None:
-    """A client's own timeout begins again with each of them; these would go on for hours."""
-    response = Response(raw=chain([begin], repeat(b"x", 10_000)), pause=0.05)
-    message = failing(lambda *_: response, replies_file, prompts=1, timeout=0.4, retries=0)
-    assert is_given_up_at_the_timeout(message, 0.4)
+@pytest.mark.parametrize(
+    ("raw", "timeout", "words"),
+    [
+        pytest.param(lambda: chain([STATUS], repeat(b"x", 10_000)), 0.4, ("0.4 s", "APITimeout"), id="slow headers"),
+        pytest.param(lambda: chain([STATUS + b"\r\n"], repeat(b"x", 10_000)), 0.4, ("0.4 s", "APITimeout"), id="slow"),
+        pytest.param(lambda: chain([STATUS + b"\r\n"], repeat(b" " * (1 << 20), 400)), 30.0, ("4 MiB",), id="endless"),
+        pytest.param(packed, 5.0, ("compressed (gzip)",), id="packed"),
+    ],
+)
+def test_an_answer_that_lasts_too_long_or_is_too_long_is_given_up(
+    replies_file: Path, raw: Callable[[], Iterable[bytes]], timeout: float, words: tuple[str, ...]
+) -> None:
+    """A client's own timeout begins again with each byte; these would go on for hours."""
+    pieces = 0
+
+    def counted() -> Iterator[bytes]:
+        nonlocal pieces
+        for piece in raw():
+            pieces += 1
+            yield piece
+
+    response = Response(raw=counted(), pause=0.05 if timeout < 1 else 0.0)
+    message = failing(lambda *_: response, replies_file, prompts=1, timeout=timeout, retries=0)
+    assert any(word in message for word in words)
+    assert pieces < 40
 
 
 def test_a_proxy_that_sends_a_byte_now_and_then_is_given_up_at_the_timeout(
@@ -208,7 +204,7 @@ def test_a_proxy_that_sends_a_byte_now_and_then_is_given_up_at_the_timeout(
         with pytest.raises(StageError) as caught:
             ask(config, replies_file, ["a"])
     assert proxy.paths == ["http://judge.invalid/v1/chat/completions"]
-    assert is_given_up_at_the_timeout(caught.value.message, 0.4)
+    assert any(word in caught.value.message for word in ("0.4 s", "APITimeoutError"))
 
 
 class Encrypting:
@@ -228,35 +224,14 @@ def test_an_encrypted_connection_is_limited_in_bytes_and_in_time() -> None:
     allowance.begin(30.0)
     encrypted = _Stream(Encrypting(), allowance).start_tls(None)
     assert [len(encrypted.read(1 << 20)) for _ in range(4)] == [1 << 20] * 4
-    with pytest.raises(Refused, match="its answer is longer than 4 MiB"):
+    with pytest.raises(Refused, match="4 MiB"):
         encrypted.read(1)
     allowance.begin(0.0)
-    with pytest.raises(Refused, match="timed out: the whole answer did not arrive within 0 s"):
+    with pytest.raises(Refused, match="timed out"):
         encrypted.read(1)
 
 
-def test_an_answer_without_end_is_not_read_to_its_end(replies_file: Path) -> None:
-    sent: list[int] = []
-
-    def megabytes() -> Iterator[bytes]:
-        yield STATUS + b"\r\n"
-        for number in range(400):
-            sent.append(number)
-            yield b" " * (1 << 20)
-
-    message = failing(lambda *_: Response(raw=megabytes()), replies_file, prompts=1, timeout=30.0, retries=0)
-    assert "its answer is longer than 4 MiB" in message
-    assert len(sent) < 40
-
-
-def test_an_answer_that_unpacks_to_more_is_refused(replies_file: Path) -> None:
-    packed = gzip.compress(b" " * (8 << 20))
-    head = STATUS + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed)
-    message = failing(lambda *_: Response(raw=[head, packed]), replies_file, prompts=1, retries=0)
-    assert "its answer is compressed (gzip)" in message
-
-
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@pytest.mark.parametrize("status", [301, 307])
 def test_a_redirect_takes_neither_key_nor_prompts_elsewhere(
     replies_file: Path, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,5 +240,4 @@ def test_a_redirect_takes_neither_key_nor_prompts_elsewhere(
         response = Response(status=status, body="{}", headers={"Location": f"{other.url}/chat/completions?k=1"})
         message = failing(lambda *_: response, replies_file, prompts=1, api_key_env="JUDGE_KEY")
     assert not other.requests
-    assert f"it redirects to {other.url.removesuffix('/v1')}, and neither the key nor prompts are sent there" in message
-    assert not replies_file.exists()
+    assert f"it redirects to {other.url.removesuffix('/v1')}," in message

@@ -1,12 +1,18 @@
-"""Both orders of a pair put together, against cases worked by hand."""
+"""Verdicts of judges and votes of people put together, against cases worked by hand."""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 import pytest
 
 from alignment.config.evaluating import JudgeConfig, PairConfig
+from alignment.core.errors import ConfigError
+from alignment.evaluation.annotator_agreement import krippendorff_alpha
+from alignment.evaluation.answer_pairs import AnswerPair, pairs_of_samples, queue, shown_first
 from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.grammar import Verdict
 from alignment.evaluation.pairwise import (
@@ -19,42 +25,42 @@ from alignment.evaluation.pairwise import (
     position_bias,
 )
 from alignment.evaluation.tables import judged_pair, with_verdicts
+from alignment.evaluation.votes_on_pairs import VotesOnPair, row_of, votes_on
 from alignment.records.evaluation import NOTHING, JudgedPair
+from alignment.records.votes import TIE, Vote
+from tests.judged import ARMS, DPO, SFT, pair, sample, vote
 
-A, B, TIE, BAD = Verdict.first, Verdict.second, Verdict.tie, Verdict.invalid
+INTERVALS = Intervals(samples=400, seed=1)
+FIRST, SECOND, EQUAL, BAD = Verdict.first, Verdict.second, Verdict.tie, Verdict.invalid
 
 
 def both(arm_first: Verdict, arm_second: Verdict) -> BothOrders:
     return BothOrders(arm_first=arm_first, arm_second=arm_second)
 
 
+WIN, LOSS, LEANS, TIED, INVALID = (
+    both(FIRST, SECOND), both(SECOND, FIRST), both(FIRST, FIRST), both(EQUAL, EQUAL), both(BAD, BAD)
+)  # fmt: skip
+JUDGED = [WIN, both(FIRST, BAD), WIN, LOSS, INVALID, TIED, LEANS, both(FIRST, EQUAL), both(SECOND, SECOND), LEANS]
+
+
 @pytest.mark.parametrize(
-    ("arm_first", "arm_second", "points", "lean"),
+    ("orders", "points", "lean"),
     [
-        (A, B, 1.0, 0.0),  # the arm's answer both times
-        (B, A, 0.0, 0.0),
-        (TIE, TIE, 0.5, 0.0),
-        (A, A, 0.5, 1.0),  # whichever comes first
-        (B, B, 0.5, -1.0),
-        (A, TIE, 0.5, 0.5),
-        (TIE, A, 0.5, 0.5),
-        (TIE, B, 0.5, -0.5),
-        (B, TIE, 0.5, -0.5),
+        (WIN, 1.0, 0.0),  # the arm's answer both times
+        (LOSS, 0.0, 0.0),
+        (TIED, 0.5, 0.0),
+        (LEANS, 0.5, 1.0),  # whichever comes first
+        (both(SECOND, SECOND), 0.5, -1.0),
+        (both(FIRST, EQUAL), 0.5, 0.5),
+        (both(EQUAL, FIRST), 0.5, 0.5),
+        (both(EQUAL, SECOND), 0.5, -0.5),
+        (both(SECOND, EQUAL), 0.5, -0.5),
     ],
 )
-def test_a_win_needs_both_orders(arm_first: Verdict, arm_second: Verdict, points: float, lean: float) -> None:
-    orders = both(arm_first, arm_second)
+def test_a_win_needs_both_orders(orders: BothOrders, points: float, lean: float) -> None:
     assert (orders.points, orders.lean) == (points, lean)
-    assert orders.agree == ((arm_first, arm_second) in [(A, B), (B, A), (TIE, TIE)])
-
-
-@pytest.mark.parametrize(("arm_first", "arm_second"), [(BAD, B), (A, BAD), (BAD, BAD)])
-def test_an_invalid_verdict_gives_no_points(arm_first: Verdict, arm_second: Verdict) -> None:
-    assert both(arm_first, arm_second).points is None
-
-
-JUDGED = [both(A, B), both(A, BAD), both(A, B), both(B, A), both(BAD, BAD), both(TIE, TIE), both(A, A), both(A, TIE),
-          both(B, B), both(A, A)]  # fmt: skip
+    assert orders.agree == (orders in [WIN, LOSS, TIED])
 
 
 def row(judged: list[BothOrders], **changes: Any) -> JudgedPair:
@@ -62,123 +68,94 @@ def row(judged: list[BothOrders], **changes: Any) -> JudgedPair:
         "extra_words": [float(number) for number in range(len(judged))],
         "by_metric": None,
         "max_invalid": 0.2,
-        "intervals": Intervals(samples=500, seed=0),
+        "intervals": INTERVALS,
     }
     points = [orders.points for orders in judged]
     return judged_pair("stage:dpo", "stage:sft", points, judged, **(settings | changes))
 
 
-def test_the_win_rate_at_equal_lengths_is_over_the_prompts_that_count() -> None:
-    """A prompt without a valid verdict takes no part, and neither does the length of its answers."""
-    judged = [both(A, B), both(A, B), both(B, A), both(A, A)] * 10
-    longer = [float(number % 7 - 2) for number in range(40)]
-    pair = row(judged, extra_words=longer)
-    assert pair.length_controlled is not None
-    assert pair.length_controlled != pair.win_rate
-    invalid = row([judged[0], both(BAD, BAD), *judged[1:]], extra_words=[longer[0], -9000.0, *longer[1:]])
-    assert invalid.length_controlled == pair.length_controlled
-
-
-def test_without_a_win_rate_there_is_none_at_equal_lengths() -> None:
-    assert row([both(A, B), *[both(BAD, BAD)] * 9]).length_controlled is None
-
-
-def test_agreement_bias_and_invalid_shares_by_hand() -> None:
+def test_a_row_by_hand() -> None:
     """Ten prompts, two invalid by three verdicts of twenty. Of eight, four agree; the leans are 1, .5, -1 and 1."""
-    assert invalid_share(JUDGED) == pytest.approx(3 / 20)
-    assert agreement(JUDGED) == pytest.approx(4 / 8)
-    assert position_bias(JUDGED) == pytest.approx(1.5 / 8)
+    assert [orders.points for orders in (both(BAD, SECOND), both(FIRST, BAD), INVALID)] == [None] * 3
+    assert (invalid_share(JUDGED), agreement(JUDGED), position_bias(JUDGED)) == (3 / 20, 4 / 8, 1.5 / 8)
+    whole = row(JUDGED)
+    assert (whole.arm, whole.against) == ("stage:dpo", "stage:sft")
+    assert (whole.prompts, whole.wins, whole.ties, whole.losses) == (10, 2, 5, 1)
+    assert (whole.invalid, whole.agreement, whole.position_bias) == (3 / 20, 4 / 8, 1.5 / 8)
+    assert whole.win_rate is not None
+    assert whole.win_rate.bounds is not None
+    assert whole.win_rate.mean == pytest.approx((2 + 5 / 2) / 8)
+    assert whole.win_rate.bounds[0] < 0.5 < whole.win_rate.bounds[1]
+    assert whole.verdict == "fewer than 10 prompts", "two of the ten prompts are invalid"
+    assert whole.metric_agreement is None
 
 
-def test_a_row_counts_wins_ties_and_losses_and_ties_are_half_a_win() -> None:
-    pair = row(JUDGED)
-    assert (pair.prompts, pair.wins, pair.ties, pair.losses) == (10, 2, 5, 1)
-    assert pair.win_rate is not None
-    assert pair.win_rate.bounds is not None
-    assert pair.win_rate.mean == pytest.approx((2 + 5 / 2) / 8)
-    assert pair.win_rate.bounds[0] < 0.5 < pair.win_rate.bounds[1]
-    assert pair.verdict == "fewer than 10 prompts", "two of the ten prompts are invalid"
-    assert pair.metric_agreement is None
-
-
-def test_ten_valid_prompts_are_the_fewest_for_a_verdict() -> None:
-    """An interval of nine wins in nine prompts leaves no room for chance, however few they are."""
-    assert [row([both(A, B)] * prompts).verdict for prompts in (9, 10)] == ["fewer than 10 prompts", "better"]
-    mixed = [both(A, B), both(B, A)] * 5
-    assert row(mixed).verdict == "no real difference"
-
-
-def test_a_judge_that_always_names_the_first_place_tells_nothing_apart() -> None:
-    pair = row([both(A, A)] * 20)
-    assert pair.win_rate is not None
-    assert pair.win_rate.mean == 0.5
-    assert pair.position_bias == 1.0
-    assert pair.agreement == 0.0
-    assert pair.verdict == "no real difference"
+def test_the_win_rate_at_equal_lengths_is_over_the_prompts_that_count() -> None:
+    judged = [WIN, WIN, LOSS, LEANS] * 10
+    longer = [float(number % 7 - 2) for number in range(40)]
+    whole = row(judged, extra_words=longer)
+    assert whole.length_controlled is not None
+    assert whole.length_controlled != whole.win_rate
+    invalid = row([judged[0], INVALID, *judged[1:]], extra_words=[longer[0], -9000.0, *longer[1:]])
+    assert invalid.length_controlled == whole.length_controlled
+    assert row([WIN, *[INVALID] * 9]).length_controlled is None
 
 
 @pytest.mark.parametrize(
-    ("wins", "losses", "ties", "p"),
-    [(4, 0, 196, 2 / 2**4), (7, 1, 0, 18 / 2**8), (6, 0, 4, 2 / 2**6), (9, 1, 0, 22 / 2**10)],
+    ("judged", "verdict"),
+    [
+        ([WIN] * 9, "fewer than 10 prompts"),
+        ([WIN] * 10, "better"),
+        ([LOSS] * 20, "worse"),
+        ([WIN, LOSS] * 5, "no real difference"),
+        ([LEANS] * 20, "no real difference"),
+    ],
 )
-def test_a_verdict_needs_more_than_chance_over_the_prompts_that_decide(
-    wins: int, losses: int, ties: int, p: float
-) -> None:
+def test_a_verdict_needs_ten_prompts_and_more_than_chance(judged: list[BothOrders], verdict: str) -> None:
+    assert row(judged).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "ties", "p"), [(4, 0, 196, 2 / 2**4), (6, 0, 4, 2 / 2**6), (9, 1, 0, 22 / 2**10)]
+)
+def test_ties_are_no_evidence(wins: int, losses: int, ties: int, p: float) -> None:
     """By the sign test, whose p values are exact. The bootstrap's interval of four wins and 196 ties excludes .5."""
-    pair = row([both(A, B)] * wins + [both(B, A)] * losses + [both(A, A)] * ties)
-    assert pair.p == pytest.approx(p, abs=0.01)
-    assert pair.adjusted_p == pair.p
-    decided = "better" if p < 0.05 else "no real difference"
-    assert pair.verdict == (decided if wins + losses + ties >= 10 else "fewer than 10 prompts")
+    whole = row([WIN] * wins + [LOSS] * losses + [LEANS] * ties)
+    assert whole.p == pytest.approx(p, abs=0.01)
+    assert whole.adjusted_p == whole.p
+    assert whole.verdict == ("better" if p < 0.05 else "no real difference")
 
 
 def test_the_pairs_of_a_judge_are_corrected_for_their_number() -> None:
-    close, clear, even = (row([both(A, B)] * n + [both(B, A)] * (20 - n)) for n in (15, 20, 10))
+    close, clear, even = (row([WIN] * wins + [LOSS] * (20 - wins)) for wins in (15, 20, 10))
     assert close.p is not None
     assert clear.p is not None
     assert close.verdict == clear.verdict == "better"
-    nothing = row([both(BAD, BAD)] * 20)
-    pairs = with_verdicts([close, even, nothing, clear])
+    pairs = with_verdicts([close, even, row([INVALID] * 20), clear])
     assert [pair.verdict for pair in pairs] == ["no real difference", "no real difference", NOTHING, "better"]
     assert pairs[0].adjusted_p == pytest.approx(2 * close.p)
     assert pairs[3].adjusted_p == pytest.approx(3 * clear.p)
     assert pairs[2].adjusted_p is None
 
 
-def test_consistent_verdicts_are_called_better_and_worse() -> None:
-    assert row([both(A, B)] * 20).verdict == "better"
-    assert row([both(B, A)] * 20).verdict == "worse"
-
-
 @pytest.mark.parametrize(("max_invalid", "concludes"), [(0.1, False), (0.15, True), (1.0, True)])
 def test_too_many_invalid_verdicts_conclude_nothing(max_invalid: float, concludes: bool) -> None:
-    pair = row(JUDGED, max_invalid=max_invalid)
-    assert (pair.win_rate is not None) == concludes
-    assert (pair.verdict != NOTHING) == concludes
-    assert pair.wins == 2, "what was valid is still told"
-
-
-def test_without_one_valid_verdict_nothing_is_concluded_at_any_bound() -> None:
-    pair = row([both(BAD, BAD)] * 4, max_invalid=1.0, by_metric=[1.0] * 4)
-    assert pair.win_rate is None
-    assert pair.verdict == NOTHING
-    assert pair.agreement is None
-    assert pair.metric_kappa is None
-
-
-def test_scores_are_compared_and_equal_ones_tie() -> None:
-    assert [points_of(*pair) for pair in ((0.2, 0.1), (0.5, 0.5), (0.1, 0.3))] == [1.0, 0.5, 0.0]
-    assert points_of(None, 0.1) is points_of(0.1, None) is None
+    whole = row(JUDGED, max_invalid=max_invalid)
+    assert (whole.win_rate is not None) == (whole.verdict != NOTHING) == concludes
+    assert whole.wins == 2, "what was valid is still counted"
+    nothing = row([INVALID] * 4, max_invalid=max_invalid, by_metric=[1.0] * 4)
+    assert nothing.verdict == NOTHING
+    assert (nothing.win_rate, nothing.agreement, nothing.metric_kappa) == (None, None, None)
 
 
 def test_agreement_with_the_metric_leaves_invalid_prompts_out() -> None:
     """Judge: win win loss tie tie tie tie tie; the metric the same on the first four and wins after."""
     by_metric = [1.0, 0.0, 1.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0]
-    pair = row(JUDGED, by_metric=by_metric)
-    assert pair.metric_agreement == pytest.approx(4 / 8)
+    whole = row(JUDGED, by_metric=by_metric)
+    assert whole.metric_agreement == pytest.approx(4 / 8)
     # Chance: wins 2/8 · 6/8, ties 5/8 · 1/8, losses 1/8 · 1/8.
     chance = (2 * 6 + 5 * 1 + 1 * 1) / 64
-    assert pair.metric_kappa == pytest.approx((0.5 - chance) / (1 - chance))
+    assert whole.metric_kappa == pytest.approx((0.5 - chance) / (1 - chance))
 
 
 def test_kappa_by_a_table_worked_by_hand() -> None:
@@ -186,8 +163,9 @@ def test_kappa_by_a_table_worked_by_hand() -> None:
     first = [1.0] * 25 + [0.0] * 25
     second = [1.0] * 20 + [0.0] * 5 + [1.0] * 10 + [0.0] * 15
     assert kappa(first, second) == pytest.approx(0.4)
-    assert kappa(first, first) == pytest.approx(1.0)
     assert kappa([1.0, 1.0], [1.0, 1.0]) is None
+    assert [points_of(*scores) for scores in ((0.2, 0.1), (0.5, 0.5), (0.1, 0.3))] == [1.0, 0.5, 0.0]
+    assert points_of(None, 0.1) is points_of(0.1, None) is None
 
 
 def test_trained_arms_meet_reference_and_prompted_base_unless_pairs_are_named() -> None:
@@ -200,5 +178,194 @@ def test_trained_arms_meet_reference_and_prompted_base_unless_pairs_are_named() 
         ("path:other", "base+prompt"),
     ]
     assert pairs_of(JudgeConfig(), ["base", "stage:dpo"], reference="stage:sft") == []
-    named = JudgeConfig(pairs=[PairConfig(arm="stage:dpo", against="base")])
-    assert pairs_of(named, arms, reference="stage:sft") == [("stage:dpo", "base")]
+    named = [PairConfig(arm="stage:dpo", against="base"), PairConfig(arm="stage:sft", against="base")]
+    assert pairs_of(JudgeConfig(pairs=named), arms, reference="stage:sft") == [
+        ("stage:dpo", "base"),
+        ("stage:sft", "base"),
+    ]
+
+
+PAIRS = [pair(number) for number in range(1, 21)]
+MIXED = [pair(number) if number <= 6 else pair(number, sft="same", dpo="same ") for number in range(1, 17)]
+"""Six prompts with different answers, and ten with identical ones."""
+
+
+def voted(votes: Sequence[Vote], pairs: Sequence[AnswerPair] = PAIRS) -> VotesOnPair:
+    return votes_on(votes, DPO, SFT, pairs)
+
+
+def row_by_people(
+    votes: Sequence[Vote], pairs: Sequence[AnswerPair] = PAIRS, *, by_metric: Sequence[float] | None = None
+) -> JudgedPair:
+    words = [float(number % 4 - 1.5) for number in range(len(pairs))]
+    return row_of(voted(votes, pairs), extra_words=words, by_metric=by_metric, intervals=INTERVALS)
+
+
+def test_a_prompt_counts_once_with_the_mean_of_its_votes() -> None:
+    votes = [vote(PAIRS[0]), vote(PAIRS[0], SFT, annotator="bo"), vote(PAIRS[0], annotator="cy")]
+    votes += [vote(PAIRS[1]), vote(PAIRS[1], TIE, annotator="bo"), vote(PAIRS[2], TIE)]
+    assert voted(votes).points()[:4] == [pytest.approx(2 / 3), 0.75, 0.5, None]
+    assert votes_on(votes, SFT, DPO, PAIRS).points()[:4] == [pytest.approx(1 / 3), 0.25, 0.5, None]
+
+
+@pytest.mark.parametrize("annotators", [["ada"], ["ada", "bo"]])
+def test_the_row_has_the_rate_of_the_prompts_that_were_judged(annotators: list[str]) -> None:
+    """The interval is over prompts: annotators who agree know no more of other prompts than one does."""
+    preferred = [DPO] * 7 + [TIE] * 2 + [SFT] * 3
+    votes = [
+        vote(about, choice, annotator=name)
+        for about, choice in zip(PAIRS, preferred, strict=False)
+        for name in annotators
+    ]
+    whole = row_by_people(votes)
+    assert whole.length_controlled is not None
+    assert (whole.wins, whole.ties, whole.losses, whole.prompts) == (7, 2, 3, 20)
+    assert whole.win_rate == INTERVALS.of_points([1.0] * 7 + [0.5] * 2 + [0.0] * 3)
+    assert whole.people is not None
+    assert (whole.people.judged, whole.people.votes, whole.people.annotators) == (
+        12, 12 * len(annotators), len(annotators)
+    )  # fmt: skip
+    assert whole.verdict == "no real difference"
+
+
+def test_ten_prompts_must_be_judged() -> None:
+    none, nine, ten = (
+        row_by_people([vote(about, annotator=name) for about in PAIRS[:number] for name in ("ada", "bo")])
+        for number in (0, 9, 10)
+    )
+    assert (none.wins, none.ties, none.losses, none.win_rate) == (0, 0, 0, None)
+    assert none.verdict == nine.verdict == "nothing can be concluded"
+    assert (nine.wins, nine.win_rate) == (9, None)
+    assert nine.why_nothing == "people judged 9 of 20 prompts, but 10 are needed"
+    assert ten.verdict == "better"
+
+
+@pytest.mark.parametrize(
+    ("votes", "pairs", "why"),
+    [
+        (2, MIXED, "people judged 2 of the 6 prompts with different answers, but 10 are needed"),
+        (6, MIXED, "people judged all 6 prompts with different answers, so nothing is left to judge"),
+        (0, MIXED[6:], "all 10 prompts have identical answers, so there is nothing to judge"),
+    ],
+)
+def test_where_identical_answers_leave_too_few_prompts_the_remedy_is_more_of_them(
+    votes: int, pairs: list[AnswerPair], why: str
+) -> None:
+    reason = row_by_people([vote(about) for about in pairs[:votes]], pairs).why_nothing
+    assert reason.startswith(why)
+    assert reason.endswith("evaluate on more held-out prompts")
+
+
+def test_votes_on_other_answers_are_stale() -> None:
+    votes = [vote(about) for about in PAIRS[:12]]
+    newer = [pair(number, dpo=f"Another {number}") for number in range(1, 11)] + PAIRS[10:]
+    whole = row_by_people(votes, newer)
+    assert whole.people is not None
+    assert (whole.people.judged, whole.people.votes, whole.people.stale) == (2, 2, 10)
+    assert "10 votes are for other answers" in whole.why_nothing
+    others = [vote(pair(1), annotator="x")]
+    assert votes_on(others, DPO, "base", PAIRS).stale == 0, "those on other arms are not of this pair"
+
+
+def test_equal_answers_are_ties_as_far_as_people_have_come() -> None:
+    """Ten prompts of twenty have equal answers; those that come before the last judged one count, and no others."""
+    mixed = [pair(number, sft="same", dpo="same ") if number % 2 else pair(number) for number in range(1, 21)]
+    ordered = queue(mixed)
+    open_pairs = [about for about in ordered if not about.same]
+    assert all(points is None for points in voted([], mixed).points()), "nothing is judged, so nothing counts"
+    before = sum(about.same for about in ordered[: ordered.index(open_pairs[4])])
+    points = voted([vote(about) for about in open_pairs[:5]], mixed).points()
+    assert [points.count(value) for value in (1.0, 0.5, None)] == [5, before, 15 - before]
+    whole = row_by_people([vote(about) for about in open_pairs], mixed)
+    assert whole.win_rate is not None
+    assert whole.people is not None
+    assert (whole.wins, whole.ties, whole.win_rate.mean, whole.people.same_answers) == (10, 10, 0.75, 10)
+
+
+def test_the_position_bias_is_that_of_the_votes_whichever_arm_they_are_for() -> None:
+    votes = [vote(PAIRS[0], SFT), vote(PAIRS[1], shown_first=DPO), vote(PAIRS[2], TIE)]
+    votes.append(vote(PAIRS[3], SFT, shown_first=DPO))
+    assert row_by_people(votes).position_bias == pytest.approx((1 + 1 + 0 - 1) / 4)
+
+
+def test_the_metric_is_compared_with_the_side_that_most_prefer() -> None:
+    votes = [vote(about) for about in PAIRS[:9]] + [vote(PAIRS[9], annotator=name) for name in ("ada", "bo")]
+    votes.append(vote(PAIRS[9], SFT, annotator="cy"))
+    whole = row_by_people(votes, by_metric=[1.0] * 8 + [0.5] * 12)
+    assert (whole.metric_agreement, whole.metric_prompts) == (pytest.approx(8 / 10), 10)
+
+
+def test_agreement_leaves_out_answers_that_are_identical() -> None:
+    votes = [vote(about) for about in MIXED[:6]]
+    whole = row_by_people(votes, MIXED, by_metric=[1.0, *[0.0] * 5, *[0.5] * 10])
+    assert (whole.wins, whole.ties, whole.metric_prompts) == (6, 10, 6)
+    assert whole.metric_agreement == pytest.approx(1 / 6)
+    assert whole.metric_kappa == pytest.approx(0.0), "whoever always prefers the same arm agrees by chance only"
+    nothing = row_by_people([], MIXED, by_metric=[0.5] * 16)
+    assert (nothing.metric_agreement, nothing.metric_kappa, nothing.metric_prompts) == (None, None, None)
+    votes = [vote(about, choice, annotator=name) for about in PAIRS[:4] for name, choice in (("ada", DPO), ("bo", SFT))]
+    same = [pair(number, sft="same", dpo="same") for number in range(30, 60)]
+    assert voted(votes, [*PAIRS, *same]).alpha() == voted(votes).alpha()
+
+
+PUBLISHED = """
+1 2 3 3 2 1 4 1 2 . . .
+1 2 3 3 2 2 4 1 2 5 . 3
+. 3 3 3 2 3 4 2 2 5 1 .
+1 2 3 3 2 4 4 1 2 5 1 .
+"""
+"""Four observers and twelve units (Krippendorff 2011, section D), whose ordinal α is given there as .815."""
+
+
+def slow_alpha(units: Sequence[Sequence[float]]) -> float:
+    """Krippendorff 2011: α = 1 − D_o / D_e over all pairs of values, with the difference for ordered values."""
+    pairable = [unit for unit in units if len(unit) > 1]
+    every = [value for unit in pairable for value in unit]
+
+    def difference(low: float, high: float) -> float:
+        low, high = sorted((low, high))
+        between = sum(low <= value <= high for value in every)
+        return float(between - (every.count(low) + every.count(high)) / 2) ** 2
+
+    observed = sum(
+        difference(first, second) / (len(unit) - 1) for unit in pairable for first, second in permutations(unit, 2)
+    ) / len(every)
+    pairs = len(every) * (len(every) - 1)
+    return 1.0 - observed / (sum(difference(first, second) for first, second in permutations(every, 2)) / pairs)
+
+
+def test_alpha_is_that_of_its_paper() -> None:
+    observers = [line.split() for line in PUBLISHED.strip().splitlines()]
+    units = [[float(value) for value in unit if value != "."] for unit in zip(*observers, strict=True)]
+    assert krippendorff_alpha(units) == pytest.approx(0.815, abs=5e-4)
+    assert krippendorff_alpha(units) == pytest.approx(slow_alpha(units), rel=1e-9)
+    prompts = [[1.0, 1.0], [1.0, 0.5], [0.0, 0.0, 0.5], [0.0, 1.0], [0.5, 0.5], [1.0]]
+    assert krippendorff_alpha(prompts) == pytest.approx(slow_alpha(prompts), rel=1e-9)
+    assert krippendorff_alpha([[1.0, 1.0], [0.0, 0.0]]) == 1.0
+
+
+@pytest.mark.parametrize("units", [[[1.0], [0.0]], [[1.0, 1.0], [0.0]], []])
+def test_without_two_annotators_on_a_prompt_or_two_values_there_is_no_alpha(units: list[list[float]]) -> None:
+    assert krippendorff_alpha(units) is None
+
+
+def test_without_its_library_alpha_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "krippendorff", None)
+    with pytest.raises(ConfigError, match="krippendorff>="):
+        krippendorff_alpha([[1.0, 0.0]])
+
+
+def test_the_order_is_the_same_for_all_and_has_nothing_to_do_with_the_rows() -> None:
+    pairs = pairs_of_samples([sample(number) for number in range(1, 21)], ARMS)
+    assert [about.key for about in pairs] == [about.key for about in PAIRS]
+    ordered = queue([*pairs, *pairs])
+    assert queue(reversed(pairs)) == ordered, "each pair once, in the order of the hashes"
+    assert sorted(about.id for about in ordered) == sorted(about.id for about in pairs)
+    assert ordered != pairs
+
+
+def test_an_arm_is_shown_first_about_half_of_the_times_and_the_same_at_every_look() -> None:
+    drawn = [shown_first(pair(number), name) for number in range(1, 101) for name in ("ada", "bo")]
+    assert 80 <= drawn.count(SFT) <= 120
+    assert drawn[0] == shown_first(pair(1), "ada")
+    assert drawn[::2] != drawn[1::2]

@@ -1,15 +1,21 @@
-"""A card's figures, worked by hand."""
+"""A card's numbers, worked by hand, and the bag of words that stands beside a reward model."""
 
 from __future__ import annotations
 
 import math
+import random
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from alignment.config.data import SourceConfig
+from alignment.core.errors import DataError
+from alignment.data.reading import read_records
 from alignment.data.records import PreferencePair
 from alignment.data.turns import Message
+from alignment.evaluation.bag_of_words import PENALTIES, differences, fit, fitted, loss, slope, words_of
 from alignment.evaluation.card_measures import (
     BARS,
     Intervals,
@@ -29,6 +35,7 @@ from alignment.evaluation.card_measures import (
 from alignment.evaluation.rates import unvaried_interval
 from alignment.records.interval import Interval
 from alignment.records.reward_card import Invariances, Learned, Length, RuleAgreement
+from tests.public import PUBLIC, needs_public_data
 
 INTERVALS = Intervals(samples=200, seed=1)
 
@@ -52,6 +59,7 @@ def test_a_tie_is_half_right() -> None:
     assert right([2.0, -1.0, 0.0]) == [1.0, 0.0, 0.5]
     card = card_of(many(2.0, -1.0, 0.0, 3.0), intervals=INTERVALS, num_worst=3)
     assert card.accuracy == Interval(mean=0.625), "four prompts are too few for an interval"
+    assert [pair.margin for pair in worst(many(1.0, -3.0, -1.0, 0.0, -2.0), 2)] == [-3.0, -2.0]
 
 
 @pytest.mark.parametrize(("margin", "share"), [(1.0, 1.0), (-1.0, 0.0), (0.0, 0.5)])
@@ -63,43 +71,32 @@ def test_pairs_that_all_agree_leave_an_interval(margin: float, share: float) -> 
     assert longer.difference == unvaried_interval(share - 1.0, 20, least=-1.0, most=1.0)
 
 
-def test_an_interval_lies_around_the_mean_and_is_the_same_every_time() -> None:
-    pairs = many(*([1.0, 2.0, -1.0] * 20))
-    interval = INTERVALS.of(right([pair.margin for pair in pairs]), pairs)
-    assert interval.mean == pytest.approx(2 / 3)
-    assert 0.5 < interval.low < 2 / 3 < interval.high < 0.8  # type: ignore[operator]
-    assert INTERVALS.of(right([pair.margin for pair in pairs]), pairs) == interval
-
-
 def test_pairs_of_one_prompt_are_no_independent_evidence() -> None:
     alone = many(*([1.0] * 30 + [-1.0] * 30))
     in_fives = [judged(pair.margin, prompt=number // 5) for number, pair in enumerate(alone)]
     values = right([pair.margin for pair in alone])
     independent, grouped = INTERVALS.of(values, alone), INTERVALS.of(values, in_fives)
-    assert grouped.high - grouped.low > 1.5 * (independent.high - independent.low)  # type: ignore[operator]
+    assert independent.bounds is not None
+    assert grouped.bounds is not None
+    assert 0.35 < independent.bounds[0] < independent.mean == 0.5 < independent.bounds[1] < 0.65
+    width, width_of_groups = (high - low for low, high in (independent.bounds, grouped.bounds))
+    assert width_of_groups > 1.5 * width
+    assert INTERVALS.of(values, alone) == independent
 
 
 def test_calibration_by_hand() -> None:
     # σ(ln 3) = .75 and σ(ln 9) = .9: four pairs at .75 of which three are right, one at .9 that is right.
-    figures = calibration([math.log(3)] * 3 + [-math.log(3), math.log(9)])
-    assert [(bin_.num_pairs, bin_.share) for bin_ in figures.bins] == [(4, 0.75), (1, 1.0)]
-    assert [bin_.confidence for bin_ in figures.bins] == pytest.approx([0.75, 0.9])
-    assert [(bin_.start, bin_.end) for bin_ in figures.bins] == [(0.7, 0.8), pytest.approx((0.9, 1.0))]
-    assert figures.ece == pytest.approx((4 * 0.0 + 1 * 0.1) / 5)
-    assert figures.brier == pytest.approx((3 * 0.25**2 + 0.75**2 + 0.1**2) / 5)
-    assert figures.log_loss == pytest.approx(-(3 * math.log(0.75) + math.log(0.25) + math.log(0.9)) / 5)
-
-
-def test_a_model_that_knows_nothing_has_the_scores_of_chance() -> None:
-    figures = calibration([0.0] * 8)
-    assert (figures.ece, figures.brier) == (0.0, 0.25)
-    assert figures.log_loss == pytest.approx(math.log(2))
-
-
-def test_sureness_beyond_all_numbers_stays_finite() -> None:
-    figures = calibration([1e4, -1e4])
-    assert figures.log_loss == pytest.approx(5e3)
-    assert figures.bins[0].confidence == 1.0
+    result = calibration([math.log(3)] * 3 + [-math.log(3), math.log(9)])
+    assert [(bin_.num_pairs, bin_.share) for bin_ in result.bins] == [(4, 0.75), (1, 1.0)]
+    assert [bin_.confidence for bin_ in result.bins] == pytest.approx([0.75, 0.9])
+    assert [(bin_.start, bin_.end) for bin_ in result.bins] == [(0.7, 0.8), pytest.approx((0.9, 1.0))]
+    assert result.ece == pytest.approx((4 * 0.0 + 1 * 0.1) / 5)
+    assert result.brier == pytest.approx((3 * 0.25**2 + 0.75**2 + 0.1**2) / 5)
+    assert result.log_loss == pytest.approx(-(3 * math.log(0.75) + math.log(0.25) + math.log(0.9)) / 5)
+    chance = calibration([0.0] * 8)
+    assert (chance.ece, chance.brier, chance.log_loss) == (0.0, 0.25, pytest.approx(math.log(2)))
+    sure = calibration([1e4, -1e4])
+    assert (sure.log_loss, sure.bins[0].confidence) == (pytest.approx(5e3), 1.0)
 
 
 def test_the_interval_of_a_share_is_wilson_s() -> None:
@@ -110,8 +107,7 @@ def test_the_interval_of_a_share_is_wilson_s() -> None:
 def test_a_histogram_has_an_edge_at_zero_and_holds_every_pair() -> None:
     bars = histogram([-0.4, 0.1, 0.2, 0.3, 50.0])
     assert 0.0 in [round(edge, 12) for edge in bars.edges]
-    assert sum(bars.counts) == 5
-    assert sum(bars.counts[: BARS // 2]) == 1
+    assert (sum(bars.counts), sum(bars.counts[: BARS // 2])) == (5, 1)
     assert sum(histogram([0.0, 0.0]).counts) == 2
 
 
@@ -124,17 +120,15 @@ def test_simpler_judges_stand_beside_the_model_pair_by_pair() -> None:
     assert [baseline.name for baseline in baselines(many(1.0), INTERVALS)] == ["longer answer"]
 
 
-def test_subsets_are_told_apart_and_one_pair_has_no_interval() -> None:
-    pairs = [*many(1.0, -1.0, subset="chat"), judged(1.0, subset="math")]
-    chat, math_ = subsets(pairs, INTERVALS)
+def test_subsets_are_kept_apart_and_one_pair_has_no_interval() -> None:
+    chat, math_ = subsets([*many(1.0, -1.0, subset="chat"), judged(1.0, subset="math")], INTERVALS)
     assert (chat.name, chat.num_pairs, chat.accuracy.mean) == ("chat", 2, 0.5)
-    assert math_.accuracy == Interval(mean=1.0)
+    assert (math_.name, math_.accuracy) == ("math", Interval(mean=1.0))
     assert subsets(many(1.0, 2.0), INTERVALS) == [], "there is but one"
 
 
 def test_a_model_that_goes_by_length_is_seen_to() -> None:
-    pairs = [judged(float(longer), longer=longer) for longer in (3, 2, -1, -2, 0)]
-    bias = length_bias(pairs)
+    bias = length_bias([judged(float(longer), longer=longer) for longer in (3, 2, -1, -2, 0)])
     assert bias.correlation == pytest.approx(1.0)
     assert (bias.prefers_longer, bias.longer_is_chosen) == (1.0, 0.5)
     assert (bias.accuracy_where_longer, bias.accuracy_where_shorter) == (1.0, 0.0)
@@ -155,24 +149,125 @@ def test_agreement_with_a_rule_counts_where_the_rule_sees_a_difference() -> None
     assert rule_agreement(many(1.0), INTERVALS) is None
 
 
-def test_the_worst_pairs_are_the_surest_mistakes() -> None:
-    assert [pair.margin for pair in worst(many(1.0, -3.0, -1.0, 0.0, -2.0), 2)] == [-3.0, -2.0]
+@pytest.mark.parametrize(
+    ("pairs", "changes", "begins"),
+    [
+        (
+            many(*[-1.0] * 20),
+            {
+                "learned": Learned(judged_too=3, left_out=False, part_known=False),
+                "invariances": Invariances(moved=["alone"]),
+            },
+            ["3 of the 20 pairs overlap", "It is not known exactly", "It is right less often", "In float32 its scores"],
+        ),
+        (many(*[1.0, -1.0] * 10), {}, ["It is right less often"]),  # the longer one is always right here
+        (many(1.0), {}, ["It is not shown"]),
+        (
+            [judged(1.0, prompt=n, longer=-1) for n in range(20)],
+            {"learned": Learned(judged_too=3, left_out=True, part_known=True)},
+            [],
+        ),
+    ],
+)
+def test_a_card_says_first_what_makes_its_numbers_worthless(
+    pairs: list[Judged], changes: dict[str, Any], begins: list[str]
+) -> None:
+    sentences = warnings(replace(card_of(pairs, intervals=INTERVALS, num_worst=1), **changes))
+    assert len(sentences) >= len(begins)
+    assert all(sentence.startswith(begin) for sentence, begin in zip(sentences, begins, strict=False))
+    assert bool(sentences) is bool(begins)
 
 
-def test_a_card_says_first_what_makes_its_figures_worthless() -> None:
-    card = card_of(many(*[-1.0] * 20), intervals=INTERVALS, num_worst=1)
-    learned = Learned(judged_too=3, left_out=False, part_known=False)
-    sentences = warnings(replace(card, learned=learned, invariances=Invariances(moved=["alone"])))
-    assert sentences[0].startswith("3 of the 20 pairs overlap with the model's training pairs")
-    assert sentences[1].startswith("It is not known exactly on which part of its file the model was trained")
-    assert sentences[2:] == [
-        "It is right less often than the rule 'longer is better'.",
-        "In float32 its scores change although they should not: alone.",
-    ]
-    even = card_of(many(*[1.0, -1.0] * 10), intervals=INTERVALS, num_worst=1)
-    (doubt,) = warnings(even)
-    assert doubt.startswith("It is right less often"), "the longer one is always right here"
-    few = card_of(many(1.0), intervals=INTERVALS, num_worst=1)
-    assert warnings(few)[0].startswith("It is not shown")
-    good = card_of([judged(1.0, prompt=n, longer=-1) for n in range(20)], intervals=INTERVALS, num_worst=1)
-    assert warnings(replace(good, learned=replace(learned, left_out=True, part_known=True))) == []
+WORDS = ("the", "note", "shop", "keys", "hall", "monday", "closed", "please", "sure", "sorry")
+
+
+def random_pairs(count: int) -> list[tuple[str, str]]:
+    rng = random.Random(3)
+    return [tuple(" ".join(rng.choices(WORDS, k=rng.randint(3, 9))) for _ in range(2)) for _ in range(count)]  # type: ignore[misc]
+
+
+def slow_objective(pairs: list[tuple[str, str]], weights: dict[str, float], penalty: float) -> float:
+    """Written from the definition, a word at a time."""
+    total = penalty / 2 * sum(weight**2 for weight in weights.values())
+    for chosen, rejected in pairs:
+        margin = sum(
+            weight * (np.log1p(chosen.split().count(word)) - np.log1p(rejected.split().count(word)))
+            for word, weight in weights.items()
+        )
+        total += float(np.log1p(np.exp(-margin)))
+    return total
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("I'm sorry, I’m not. SORRY!", {"i'm": 2, "sorry": 2, "not": 1}),
+        ("今天 天气。OK", {"今": 1, "天": 2, "气": 1, "ok": 1}),
+        ("किताब, खुली किताब, İstanbul", {"किताब": 2, "खुली": 1, "istanbul": 1}),
+    ],
+    ids=["case and apostrophe", "a character a word", "signs of a letter"],
+)
+def test_words_are_counted(text: str, words: dict[str, int]) -> None:
+    assert words_of(text) == words
+
+
+@pytest.mark.parametrize("penalty", [0.3, 10.0])
+def test_the_fit_lies_where_no_small_change_lowers_the_loss(penalty: float) -> None:
+    pairs = random_pairs(60)
+    features = differences(pairs, {word: index for index, word in enumerate(WORDS)})
+    weights = fitted(features, penalty)
+    lowest = slow_objective(pairs, dict(zip(WORDS, weights, strict=True)), penalty)
+    assert lowest == pytest.approx(60 * loss(features, weights) + penalty / 2 * float(weights @ weights), rel=1e-12)
+    for index in range(len(WORDS)):
+        for step in (-1e-3, 1e-3):
+            moved = weights.copy()
+            moved[index] += step
+            assert slow_objective(pairs, dict(zip(WORDS, moved, strict=True)), penalty) > lowest
+    assert np.abs(slope(features, weights, penalty)).max() < 1e-6
+
+
+def test_a_word_that_decides_all_is_learned_and_a_swapped_pair_has_the_opposite_margin() -> None:
+    pairs = [(f"good {chosen}", rejected) for chosen, rejected in random_pairs(40)]
+    groups = [str(number) for number in range(40)]
+    bag = fit(pairs, groups, seed=0)
+    assert bag.heaviest(3)[0][0] == "good"
+    assert min(bag.margins(pairs)) > 0
+    swapped = [(rejected, chosen) for chosen, rejected in pairs]
+    assert bag.margins(swapped) == pytest.approx([-margin for margin in bag.margins(pairs)])
+    assert bag.margins([("unheard of", "quite new"), ("good", "good")]) == [0.0, 0.0]
+    assert fit(pairs, groups, seed=0).weights.tobytes() == bag.weights.tobytes()
+    noise = random_pairs(40)
+    assert fit(noise, groups, seed=0).penalty == max(PENALTIES), "prompts that were left out show nothing to learn"
+    assert fit(noise, ["the same"] * 40, seed=0).penalty in PENALTIES
+    with pytest.raises(DataError, match="1 pairs"):
+        fit([("a b", "c")], ["0"], seed=0)
+
+
+def test_pairs_whose_words_decide_by_chance_are_ranked_as_well_as_chance_lets() -> None:
+    """The chosen answer is drawn by Bradley and Terry from the words' true weights, so the best share is known."""
+    rng = random.Random(5)
+    true = {word: rng.gauss(0.0, 1.5) for word in WORDS}
+    pairs, sure = [], []
+    for first, second in random_pairs(1200):
+        counts = [[np.log1p(text.split().count(word)) for word in WORDS] for text in (first, second)]
+        margin = float((np.array(counts[0]) - np.array(counts[1])) @ np.array(list(true.values())))
+        wins = 1.0 / (1.0 + np.exp(-margin))
+        pairs.append((first, second) if rng.random() < wins else (second, first))
+        sure.append(max(wins, 1.0 - wins))
+    bag = fit(pairs[:600], [str(number) for number in range(600)], seed=0)
+    best = float(np.mean(sure[600:]))
+    assert 0.6 < best < 0.9
+    assert float((np.array(bag.margins(pairs[600:])) > 0).mean()) == pytest.approx(best, abs=0.03)
+
+
+@needs_public_data
+@pytest.mark.parametrize(
+    ("file", "learned", "share"), [("hh-rlhf/harmless_base.jsonl", 1000, 0.63), ("oasst/pairs.jsonl", 300, 0.60)]
+)
+def test_public_pairs_are_ranked_as_well_as_words_can(file: str, learned: int, share: float) -> None:
+    rows = read_records(PUBLIC / file, PreferencePair, SourceConfig())
+    texts, prompts = [(row.chosen, row.rejected) for row in rows], [repr(row.messages) for row in rows]
+    bag = fit(texts[:learned], prompts[:learned], seed=0)
+    seen = set(prompts[:learned])
+    others = [pair for pair, prompt in zip(texts, prompts, strict=True) if prompt not in seen]
+    assert float((np.array(bag.margins(others)) > 0).mean()) == pytest.approx(share, abs=0.02)

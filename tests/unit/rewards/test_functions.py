@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,6 @@ import pytest
 
 from alignment.core.errors import DataError, RewardError
 from alignment.core.fingerprint import file_sha256
-from alignment.data.records import Prompt
 from alignment.data.turns import Message
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.scorer_sources import FunctionSource
@@ -27,9 +28,7 @@ def score(folder: Path, body: str, *, preamble: str = "", answers: Answers = ANS
     """What a function with this body makes of answers."""
     file = folder / "score.py"
     file.write_text(f"{preamble}\ndef brevity(prompts, completions, rows):\n    {body}\n")
-    source = FunctionSource(file=file, name="brevity")
-    scorer = FunctionScorer(source, load_function(source, planned=file_sha256(file)))
-    scores: list[float] = scorer.scores(answers).tolist()
+    scores: list[float] = scorer_of(file, "brevity").scores(answers).tolist()
     return scores
 
 
@@ -43,33 +42,26 @@ def test_a_function_sees_messages_text_and_the_whole_row(tmp_path: Path) -> None
 
 def test_what_a_function_changes_in_its_arguments_changes_nothing_else(tmp_path: Path) -> None:
     body = """for row in rows: row["messages"].clear(); row["weight"] = 0
+    prompts[1][0]["tool_calls"][0]["function"]["arguments"] = "{}"
     completions.clear(); prompts[0][0]["content"] = ""; prompts.clear()
     return [1, 2]"""
-    assert score(tmp_path, body) == [1.0, 2.0]
-    assert [question.row["weight"] for question in PROMPTS] == [2.5, 0.5]
-    assert PROMPTS[0].row["messages"][0]["content"] == PROMPTS[0].messages[0].content == "Hi?"
-    assert list(ANSWERS.texts) == ["Hello there.", "No."]
-
-
-def test_what_a_function_changes_in_a_tool_call_changes_nothing_else(tmp_path: Path) -> None:
-    body = """for prompt in prompts:
-        prompt[0]["tool_calls"][0]["function"]["arguments"] = "{}"
-    return [1]"""
     call: dict[str, Any] = {"type": "function", "function": {"name": "look", "arguments": {"at": "the lid"}}}
     called = Message(role="assistant", content="", tool_calls=(call,))
-    asked = Prompt(messages=(called, Message(role="user", content="And?")))
-    assert score(tmp_path, body, answers=answers_to([asked], ["Closed."])) == [1.0]
+    asked = replace(PROMPTS[1], messages=(called, Message(role="user", content="And?")))
+    answers = answers_to([PROMPTS[0], asked], ["Hello there.", "No."])
+    assert score(tmp_path, body, answers=answers) == [1.0, 2.0]
+    assert [question.row["weight"] for question in PROMPTS] == [2.5, 0.5]
+    assert PROMPTS[0].row["messages"][0]["content"] == PROMPTS[0].messages[0].content == "Hi?"
+    assert list(answers.texts) == ["Hello there.", "No."]
     assert call["function"]["arguments"] == {"at": "the lid"}
 
 
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ("[1, 0.5]", [1.0, 0.5]),
         ("(1, -2)", [1.0, -2.0]),
         ("[numpy.float32(0.5), numpy.int64(3)]", [0.5, 3.0]),
-        ("[Fraction(1, 4), 0]", [0.25, 0.0]),
-        ("[True, False]", [1.0, 0.0]),
+        ("[Fraction(1, 4), True]", [0.25, 1.0]),
         ("[numpy.bool_(False), numpy.bool_(True)]", [0.0, 1.0]),
     ],
 )
@@ -81,16 +73,17 @@ IN_FRONT = "import os, sys; sys.path.insert(0, os.path.dirname(__file__)); "
 
 
 def constant_of(folder: Path, value: float, *, imports: str = "from helper import VALUE", lazily: bool = False) -> Any:
-    """A scorer that gives every answer the ``value`` in a package beside its file."""
+    """A scorer that gives every answer the ``value`` in a package beside its file, behind a symlink."""
     (folder / "package").mkdir(parents=True)
     (folder / "package/__init__.py").write_text("from package.constants import VALUE\n")
     (folder / "package/constants.py").write_text(f"VALUE = {value}\n")
-    (folder / "helper.py").write_text("from package import VALUE\n")
+    library = folder.parent / f"library-{folder.name}.py"
+    library.write_text("from package import VALUE\n")
+    (folder / "helper.py").symlink_to(library)
     top, inside = ("", f"{imports}; ") if lazily else (imports, "")
     body = f"{inside}return [VALUE, VALUE]"
     (folder / "score.py").write_text(f"{top}\ndef constant(prompts, completions, rows):\n    {body}\n")
-    source = FunctionSource(file=folder / "score.py", name="constant")
-    return FunctionScorer(source, load_function(source, planned=None))
+    return scorer_of(folder / "score.py")
 
 
 @pytest.mark.parametrize("on_path", [False, True], ids=["", "on the path of Python"])
@@ -123,11 +116,9 @@ def test_folders_that_the_user_puts_on_the_path_stay_where_they_are(
     shared, front = tmp_path / "shared", tmp_path / "front"
     for folder, module, value in ((shared, "reward_shared", 3.0), (front, "reward_front", 4.0)):
         folder.mkdir()
-        (folder / f"{module}.py").write_text(f"VALUE = {value}\n")
+        (folder / f"{module}.py").write_text(f"VALUE = {value}\ndef constant(*_): return [0, 0]\n")
+        scorer_of(folder / f"{module}.py")
     monkeypatch.setattr(sys, "path", [str(shared), *sys.path])
-    in_shared = FunctionSource(file=shared / "score.py", name="constant")
-    in_shared.file.write_text("def constant(prompts, completions, rows): return [0, 0]\n")
-    load_function(in_shared, planned=None)
     user = constant_of(tmp_path / "user", 2.0, imports="from reward_shared import VALUE", lazily=True)
     assert user.scores(ANSWERS).tolist() == [3.0, 3.0]
     top = f"import sys; sys.path.insert(0, {str(front)!r})\nfrom reward_front import VALUE"
@@ -135,75 +126,62 @@ def test_folders_that_the_user_puts_on_the_path_stay_where_they_are(
     assert set(sys.path[:2]) == {str(front), str(shared)}
 
 
-def test_a_module_beside_a_file_may_be_a_symlink(tmp_path: Path) -> None:
-    def scorer_of(folder: str, value: float) -> FunctionScorer:
-        (tmp_path / f"library-{folder}").mkdir()
-        (tmp_path / f"library-{folder}/linked.py").write_text(f"VALUE = {value}\n")
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "linked.py").symlink_to(tmp_path / f"library-{folder}/linked.py")
-        file = tmp_path / folder / "score.py"
-        file.write_text("from linked import VALUE\ndef constant(*_):\n    return [VALUE, VALUE]\n")
-        source = FunctionSource(file=file, name="constant")
-        return FunctionScorer(source, load_function(source, planned=None))
-
-    scorers = scorer_of("first", 1.0), scorer_of("second", 2.0)
-    assert [scorer.scores(ANSWERS).tolist()[0] for scorer in scorers] == [1.0, 2.0]
-
-
-def test_a_folder_of_another_file_is_found_where_a_file_puts_it_on_the_path(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    (tmp_path / "common").mkdir()
-    (tmp_path / "common/reward_format.py").write_text("VALUE = 3.0\ndef constant(*_):\n    return [0, 0]\n")
-    load_function(FunctionSource(file=tmp_path / "common/reward_format.py", name="constant"), planned=None)
-    (tmp_path / "user").mkdir()
-    (tmp_path / "user/score.py").write_text(
-        f"import sys; sys.path.insert(0, {str(tmp_path / 'common')!r})\n"
-        "def constant(*_):\n    from reward_format import VALUE; return [VALUE, VALUE]\n"
-    )
-    source = FunctionSource(file=tmp_path / "user/score.py", name="constant")
-    assert FunctionScorer(source, load_function(source, planned=None)).scores(ANSWERS).tolist() == [3.0, 3.0]
-
-
 def test_a_module_beside_a_file_is_imported_once(tmp_path: Path) -> None:
     (tmp_path / "counting.py").write_text("calls = []\n")
     body = "import counting; counting.calls.append(1); return [len(counting.calls), 0]"
-    (tmp_path / "score.py").write_text(f"def count(prompts, completions, rows):\n    {body}\n")
-    source = FunctionSource(file=tmp_path / "score.py", name="count")
-    scorer = FunctionScorer(source, load_function(source, planned=None))
+    (tmp_path / "score.py").write_text(f"def constant(prompts, completions, rows):\n    {body}\n")
+    scorer = scorer_of(tmp_path / "score.py")
     assert [scorer.scores(ANSWERS).tolist()[0] for _ in range(3)] == [1.0, 2.0, 3.0]
 
 
 BAD = [
-    ("[1.0]", "gave 1 scores for 2 answers to rows.jsonl:4, rows.jsonl:9"),
-    ("[1, 2, 3]", "gave 3 scores for 2 answers to rows.jsonl:4, rows.jsonl:9"),
-    ("None", "gave a NoneType: None"),
-    ("3.0", "gave a float: 3.0"),
-    ("'ab'", "gave a str: 'ab'"),
-    ("{1: 2, 3: 4}", "gave a dict: {1: 2, 3: 4}"),
-    ("numpy.ones(2)", "gave a ndarray: array([1., 1.])"),
-    ("[1, None]", "gave None (NoneType) for an answer to rows.jsonl:9, which is not a number"),
-    ("['1', 2]", "gave '1' (str) for an answer to rows.jsonl:4, which is not a number"),
-    ("[[1], 2]", "gave [1] (list) for an answer to rows.jsonl:4, which is not a number"),
-    ("[1j, 2]", "gave 1j (complex) for an answer to rows.jsonl:4, which is not a number"),
-    ("[1, float('nan')]", "gave nan for an answer to rows.jsonl:9, which is not finite"),
-    ("[float('inf'), 1]", "gave inf for an answer to rows.jsonl:4, which is not finite"),
-    ("[1, -float('inf')]", "gave -inf for an answer to rows.jsonl:9, which is not finite"),
-    ("[1e300, 1]", "gave 1e+300 for an answer to rows.jsonl:4, which is outside ±1e+06"),
-    ("[1e6, -1e30]", "gave -1e+30 for an answer to rows.jsonl:9, which is outside ±1e+06"),
-    ("[1, numpy.float64('nan')]", "gave np.float64(nan) for an answer to rows.jsonl:9, which is not finite"),
-    ("[10 ** 400, 1]", "for an answer to rows.jsonl:4, which is not finite"),
+    ("[1.0]", "1 scores for 2 answers to rows.jsonl:4, rows.jsonl:9"),
+    ("[1, 2, 3]", "3 scores for 2 answers to rows.jsonl:4, rows.jsonl:9"),
+    ("None", "NoneType"),
+    ("'ab'", "str: 'ab'"),
+    ("{1: 2, 3: 4}", "dict: {1: 2, 3: 4}"),
+    ("numpy.ones(2)", "ndarray"),
+    ("[1, None]", "None (NoneType) for an answer to rows.jsonl:9,"),
+    ("['1', 2]", "'1' (str) for an answer to rows.jsonl:4,"),
+    ("[1j, 2]", "1j (complex) for an answer to rows.jsonl:4,"),
+    ("[1, numpy.float64('nan')]", "np.float64(nan) for an answer to rows.jsonl:9,"),
+    ("[1, -float('inf')]", "-inf for an answer to rows.jsonl:9,"),
+    ("[1e6, -1e30]", "-1e+30 for an answer to rows.jsonl:9,"),
+    ("[10 ** 400, 1]", "for an answer to rows.jsonl:4,"),
 ]
 
 
-@pytest.mark.parametrize(("values", "message"), BAD, ids=[values for values, _ in BAD])
-def test_what_is_no_score_is_refused_by_function_row_and_value(tmp_path: Path, values: str, message: str) -> None:
+@pytest.mark.parametrize(("values", "words"), BAD, ids=[values for values, _ in BAD])
+def test_what_is_no_score_is_refused_by_function_row_and_value(tmp_path: Path, values: str, words: str) -> None:
     with pytest.raises(RewardError) as caught:
         score(tmp_path, f"return {values}", preamble="import numpy")
-    assert str(caught.value).startswith(f"{tmp_path}/score.py:brevity: ")
-    assert f"{message}; none of these scores was used" in str(caught.value)
+    assert caught.value.where == f"{tmp_path}/score.py:brevity"
+    assert words in caught.value.message
     assert caught.value.exit_code == 9
+
+
+@pytest.mark.parametrize(
+    ("preamble", "body", "words"),
+    [
+        ("", "return [1 / 0, 2]", ["ZeroDivisionError: division by zero at line 3", "rows.jsonl:4, rows.jsonl:9"]),
+        ("", "import sys; sys.exit(3)", ["SystemExit: 3 at line 3"]),
+        ("", "raise KeyboardInterrupt", ["KeyboardInterrupt at line 3"]),
+        ("", "raise GeneratorExit('over')", ["GeneratorExit: over at line 3"]),
+        ("def helper(): raise ValueError('deep')", "return helper()", ["ValueError: deep at line 1"]),
+        ("", "return {}[1]", ["KeyError: 1 at line 3", "rows.jsonl:4, rows.jsonl:9;"]),
+        ("raise KeyboardInterrupt", "return [1, 2]", ["KeyboardInterrupt at line 1", "imported"]),
+        ("raise SystemExit", "return [1, 2]", ["SystemExit at line 1", "imported"]),
+        ("import nowhere_at_all", "return [1, 2]", ["'nowhere_at_all' at line 1"]),
+    ],
+)
+def test_a_function_or_file_that_raises_is_named_with_the_line_that_did(
+    tmp_path: Path, preamble: str, body: str, words: list[str]
+) -> None:
+    for _ in range(2):
+        with pytest.raises(RewardError) as caught:
+            score(tmp_path, body, preamble=preamble)
+        assert caught.value.where == f"{tmp_path}/score.py:brevity"
+        assert [text for text in words if text not in caught.value.message] == []
 
 
 @pytest.mark.parametrize(
@@ -227,37 +205,18 @@ def test_rows_that_lack_a_column_are_named(tmp_path: Path) -> None:
     prompts = [prompt(line=4, facts=1), prompt(line=9), prompt(line=11), prompt(line=12, facts=2)]
     with pytest.raises(RewardError) as caught:
         score(tmp_path, "return [row['facts'] for row in rows]", answers=answers_to(prompts, ["No."] * 4))
-    assert str(caught.value).splitlines()[0] == (
-        f"{tmp_path}/score.py:brevity: raised KeyError: 'facts' at line 3, called for answers to rows.jsonl:4, "
-        "rows.jsonl:9, rows.jsonl:11 and 1 more; these rows have no 'facts': rows.jsonl:9, rows.jsonl:11; none of "
-        "its scores was used"
-    )
-    with pytest.raises(
-        RewardError, match=r"KeyError: 1 at line 3, called for answers to rows\.jsonl:4, rows\.jsonl:9;"
-    ):
-        score(tmp_path, "return {}[1]")
+    for words in ("rows.jsonl:9, rows.jsonl:11 and 1 more", "these rows have no 'facts': rows.jsonl:9, rows.jsonl:11;"):
+        assert words in caught.value.message
 
 
-@pytest.mark.parametrize("error", ["KeyboardInterrupt", "SystemExit"])
-def test_a_file_that_ends_the_program_is_named(tmp_path: Path, error: str) -> None:
-    with pytest.raises(RewardError, match=f"raised {error} at line 1, while its file was imported"):
-        score(tmp_path, "return [1, 2]", preamble=f"raise {error}")
+@pytest.mark.parametrize("error", [Preempted(), OSError(errno.ENOSPC, "No space left on device")])
+def test_a_request_to_stop_and_a_full_disk_are_no_fault_of_the_function(tmp_path: Path, error: BaseException) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise error
 
-
-def test_a_request_to_stop_that_arrives_in_a_function_is_no_fault_of_its_own(tmp_path: Path) -> None:
-    with pytest.raises(Preempted):
-        score(tmp_path, "raise Preempted", preamble="from alignment.training.session import Preempted")
-
-
-def test_a_function_that_meets_a_full_disk_is_not_blamed_for_it(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No space left"):
-        score(tmp_path, "raise OSError(errno.ENOSPC, 'No space left on device')", preamble="import errno")
-
-
-def test_a_file_that_cannot_be_imported_is_named_and_tried_anew(tmp_path: Path) -> None:
-    for _ in range(2):
-        with pytest.raises(RewardError, match="raised ModuleNotFoundError: No module named 'nowhere_at_all' at line 1"):
-            score(tmp_path, "return [1, 2]", preamble="import nowhere_at_all")
+    with pytest.raises(type(error)) as caught:
+        FunctionScorer(FunctionSource(file=tmp_path / "x.py", name="f"), interrupted).scores(ANSWERS)
+    assert caught.value is error
 
 
 def test_a_file_s_neighbours_can_be_imported_but_never_hide_what_is_installed(
@@ -276,39 +235,26 @@ def test_two_functions_of_a_file_share_its_module_and_a_changed_file_is_another(
     file.write_text(
         "seen = []\ndef one(p, c, r):\n    seen.extend(c)\n    return [0, 0]\ndef two(p, c, r): return seen\n"
     )
-    note, noted = (load_function(FunctionSource(file=file, name=name), planned=None) for name in ("one", "two"))
+    planned = file_sha256(file)
+    note, noted = (load_function(FunctionSource(file=file, name=name), planned=planned) for name in ("one", "two"))
     note([], ["a", "b"], [])
     assert noted([], [], []) == ["a", "b"]
     file.write_text("def one(p, c, r): return 'new'\n")
     assert load_function(FunctionSource(file=file, name="one"), planned=None)([], [], []) == "new"
-
-
-def test_a_file_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "score.py"
-    file.write_text("def brevity(p, c, r): return [1]\n")
-    planned = file_sha256(file)
-    file.write_text("def brevity(p, c, r): return [2]\n")
-    with pytest.raises(DataError, match=r"score\.py: changed since the run was planned"):
-        load_function(FunctionSource(file=file, name="brevity"), planned=planned)
-
-
-def test_a_request_to_stop_that_arrives_meanwhile_is_no_fault_of_the_function(tmp_path: Path) -> None:
-    from alignment.training.session import Preempted
-
-    def interrupted(*_: Any) -> Any:
-        raise Preempted
-
-    with pytest.raises(Preempted):
-        FunctionScorer(FunctionSource(file=tmp_path / "x.py", name="f"), interrupted).scores(ANSWERS)
+    with pytest.raises(DataError, match=r"score\.py: changed"):
+        load_function(FunctionSource(file=file, name="one"), planned=planned)
 
 
 def test_the_example_in_the_documentation_is_a_function_that_scores(tmp_path: Path) -> None:
     text = (Path(__file__).parents[3] / "docs/rewards.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    file = tmp_path / "score.py"
-    file.write_text(example)
-    source = FunctionSource(file=file, name="brevity")
+    (tmp_path / "score.py").write_text(example)
     prompts = [prompt(), prompt(max_words=2), prompt(max_words=2)]
     answers = answers_to(prompts, ["It is closed on Monday.", "On Monday.", "It is closed on Monday."])
-    scores = FunctionScorer(source, load_function(source, planned=None)).scores(answers)
+    scores = scorer_of(tmp_path / "score.py", "brevity").scores(answers)
     assert scores.tolist() == pytest.approx([1.0, 1.0, 0.7])
+
+
+def scorer_of(file: Path, name: str = "constant") -> FunctionScorer:
+    source = FunctionSource(file=file, name=name)
+    return FunctionScorer(source, load_function(source, planned=file_sha256(file)))

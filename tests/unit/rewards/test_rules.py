@@ -7,7 +7,6 @@ import random
 import re
 from collections import Counter
 from decimal import Decimal
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -29,115 +28,65 @@ from alignment.rewards.scorers import RuleScorer
 from tests.public import PUBLIC, WRITTEN, needs_public_data
 from tests.unit.rewards.conftest import answers_to, prompt
 
-# ---- exact_answer ---------------------------------------------------------------------------------------------------
-
 RIGHT = [
-    ("The answer is 18.", "18"),
-    ("#### 18", "18"),
     ("first 3, then 18", "18"),
     ("She pays $18.00!", "18"),
     ("18", "18.0"),
-    ("€1,080", "1080"),
     ("1,234,567.50", "1234567.5"),
     ("It is 0018.", "18"),
     ("half of it, .5", "0.5"),
     ("so −5", "-5"),
-    ("so -5", "-5"),
-    ("= -5", "-5"),
     ("a loss of -$5", "-5"),
-    ("a loss of $-5", "-5"),
+    ("a loss of €-5", "-5"),
     ("8-3=5", "5"),
     ("8-3", "3"),
     ("pages 8–3", "3"),
     ("(2)-3", "3"),
     ("x = 3 - 8", "8"),
     ("**18**", "18"),
-    ("\\boxed{18}", "18"),
-    ("\\boxed{1{,}080}", "1080"),
+    ("\\boxed{-5}", "-5"),
     ("1{,}234{,}567.5", "1234567.5"),
     ("1,\\!080", "1080"),
-    ("\\$1,080", "1080"),
     ("-\\$5", "-5"),
     ("\\$-5", "-5"),
-    ("\\boxed{-5}", "-5"),
     ("x^{2}-5", "5"),
     ("\\{1{,}2\\}", "2"),
-    ("$18$", "18"),
     ("18%", "18"),
-    ("18 apples", "18"),
     ("on the 2nd", "2"),
     ("12,5", "5"),
     ("1,2345", "2345"),
     ("3/4", "4"),
     ("1\n2\n", "2"),
 ]
-WRONG = [
-    ("", "0"),
-    ("eighteen", "18"),
-    ("18, not 17", "18"),
-    ("180", "18"),
-    ("1.8", "18"),
-    ("18.01", "18"),
-    ("-18", "18"),
-    ("18", "-18"),
-    ("1,08", "108"),
-    ("18e", "180"),
-]
 
 
 @pytest.mark.parametrize(("completion", "expected"), RIGHT)
 def test_the_last_number_of_an_answer_is_read_as_a_reader_would(completion: str, expected: str) -> None:
     assert numbers.exact_answer(completion, Decimal(expected)) == 1.0
+    assert numbers.exact_answer(completion, Decimal(expected) + Decimal("0.01")) == 0.0
     assert Decimal(numbers.final_number(completion)) == Decimal(expected)
 
 
-@pytest.mark.parametrize(("completion", "expected"), WRONG)
+@pytest.mark.parametrize(
+    ("completion", "expected"), [("", "0"), ("eighteen", "18"), ("18, not 17", "18"), ("-18", "18"), ("18e", "180")]
+)
 def test_any_other_number_is_wrong(completion: str, expected: str) -> None:
     assert numbers.exact_answer(completion, Decimal(expected)) == 0.0
 
 
-def _written(value: Fraction, rng: random.Random) -> str:
-    """A number with two decimals as somebody may write it, digit by digit."""
-    cents = abs(value.numerator * 100 // value.denominator)
-    whole, decimals = str(cents // 100), f"{cents % 100:02d}"
-    if rng.random() < 0.5:
-        groups = []
-        while len(whole) > 3:
-            groups.insert(0, whole[-3:])
-            whole = whole[:-3]
-        whole = ",".join([whole, *groups])
-    if decimals == "00" and rng.random() < 0.5:
-        text = whole
-    elif decimals.endswith("0") and rng.random() < 0.5:
-        text = f"{whole}.{decimals[0]}"
-    else:
-        text = f"{whole}.{decimals}{'0' * rng.randrange(3)}"
-    currency = rng.choice(["", "", "$", "€", "£"])
-    minus = rng.choice(["-", "−"]) if value < 0 else ""
-    return minus + currency + text if rng.random() < 0.5 or not currency else currency + minus + text
-
-
-def test_however_a_number_is_written_it_is_the_same_number() -> None:
-    rng = random.Random(0)
-    for _ in range(2000):
-        value = Fraction(rng.choice([rng.randrange(-(10**9), 10**9), rng.randrange(-5000, 5000) * 100]), 100)
-        before = rng.choice(["The answer is ", "3 + 4 = 7, so ", "(", "#### ", ""])
-        completion = before + _written(value, rng) + rng.choice([".", "", " apples.", "!", "\n", ")", "%"])
-        expected = Decimal(value.numerator) / Decimal(value.denominator)
-        assert numbers.exact_answer(completion, expected) == 1.0, completion
-        assert numbers.exact_answer(completion, expected + 1) == 0.0, completion
+def test_each_answer_is_held_against_its_own_row() -> None:
+    prompts = [prompt(answer="#### 1"), prompt(answer="#### 2"), prompt(answer="#### 3")]
+    scorer = RuleScorer(ExactAnswer(), prompts)
+    assert scorer.scores(answers_to(prompts, ["1", "1", "3"])).tolist() == [1.0, 0.0, 1.0]
 
 
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        ("3 * 6 = 18\n#### 18", "18"),
         ("#### 5\n#### 1,080", "1080"),
         ("#### $18.50 each", "18.5"),
         ("#### \\$1{,}080", "1080"),
         ("-1,\\!080", "-1080"),
-        ("#### -3", "-3"),
-        ("18", "18"),
         (" $1,080. ", "1080"),
         (18, "18"),
         (-1.5, "-1.5"),
@@ -147,35 +96,30 @@ def test_a_row_s_number_stands_behind_the_mark_or_alone(answer: Any, expected: s
     assert numbers.expected_answer({"answer": answer}, where="x:1") == Decimal(expected)
 
 
+REFERENCE = "police killed the gunman"
+
+
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("source", "settings", "text", "expected"),
     [
-        ({}, "rows.jsonl:7: 'answer' is missing"),
-        ({"answer": None}, "rows.jsonl:7: 'answer' contains no number to check against; it is None"),
-        ({"answer": "3 + 4 = 7"}, "rows.jsonl:7: 'answer' contains no number to check against; it is '3 + 4 = 7'"),
-        (
-            {"answer": "7 #### seven"},
-            "rows.jsonl:7: 'answer' contains no number to check against; it is '7 #### seven'",
-        ),
-        (
-            {"answer": "half of it #### 3/4"},
-            "rows.jsonl:7: 'answer' has several numbers after ####, so it is not clear which one is meant: ' 3/4'",
-        ),
-        ({"answer": True}, "rows.jsonl:7: 'answer' contains no number to check against; it is True"),
-        ({"answer": float("nan")}, "rows.jsonl:7: 'answer' contains no number to check against; it is 'nan'"),
-        ({"answer": ["18"]}, "rows.jsonl:7: 'answer' contains no number to check against; it is ['18']"),
+        ("regex", {"pattern": r"^<answer>.*</answer>$"}, "<answer>4</answer>", 1.0),
+        ("regex", {"pattern": r"^<answer>.*</answer>$"}, "well, <answer>4</answer>", 0.0),
+        ("regex", {"pattern": r"\bfour\b"}, "it is four.", 1.0),
+        *(("length", {"target": 4}, "word " * count, max(0.0, 1 - abs(count - 4) / 4)) for count in range(11)),
+        ("length", {"target": 4}, "a  b\nc\td", 1.0),
+        ("length", {"target": 4}, "今天，休息。", 1.0),  # in a script without spaces each character is a word
+        ("length", {"target": 4}, "Café 休息 geöffnet", 1.0),
+        ("refusal", {}, "I’m unable to help with that.", 1.0),
+        ("refusal", {}, "I cannot come on Monday.", 0.0),
+        ("json_schema", {"schema": {"type": "number", "multipleOf": 0.01}}, "1e999", 0.0),
+        ("json_schema", {"schema": {"type": "number", "multipleOf": 0.01}}, "1" + "0" * 400, 0.0),
+        ("json_schema", {"schema": {}}, "NaN", 0.0),
+        ("json_schema", {"schema": {}}, "-Infinity", 0.0),
+        ("json_schema", {"schema": {}}, "1.5", 1.0),
     ],
 )
-def test_a_row_without_a_number_to_check_against_is_named(row: dict[str, Any], message: str) -> None:
-    with pytest.raises(DataError) as caught:
-        RuleScorer(ExactAnswer(), [prompt(answer="#### 1"), prompt(line=7, **row)])
-    assert str(caught.value).splitlines()[0] == message
-
-
-def test_each_answer_is_held_against_its_own_row() -> None:
-    prompts = [prompt(answer="#### 1"), prompt(answer="#### 2"), prompt(answer="#### 3")]
-    scorer = RuleScorer(ExactAnswer(), prompts)
-    assert scorer.scores(answers_to(prompts, ["1", "1", "3"])).tolist() == [1.0, 0.0, 1.0]
+def test_a_rule_scores_a_text(source: str, settings: dict[str, Any], text: str, expected: float) -> None:
+    assert scored(rule(source, **settings), text) == expected
 
 
 @pytest.mark.parametrize(
@@ -198,52 +142,65 @@ def test_rows_agree_with_themselves_and_with_the_published_extraction(file: Path
         assert numbers.exact_answer(row["answer"], other) == float(same)
 
 
-# ---- the other rules ------------------------------------------------------------------------------------------------
-
-
 def rule(source: str, **settings: Any) -> Rule:
     built = rule_of(MetricConfig(name="it", source=source, **settings))
     assert built is not None
     return built
 
 
-def scored(the_rule: Rule, text: str, **row: Any) -> float:
-    return the_rule.score(text, the_rule.expected(prompt(**row)))
+ARGUMENTLESS = {"instruction_id_list": ["length_constraints:number_words"], "kwargs": [{"relation": "at least"}]}
 
 
-def refused(the_rule: Rule, **row: Any) -> str:
-    with pytest.raises(DataError) as caught:
-        the_rule.expected(prompt(line=7, **row))
-    return str(caught.value).splitlines()[0]
+NO_COMMA = {"instruction_id_list": ["punctuation:no_comma"]}
 
 
 @pytest.mark.parametrize(
-    ("pattern", "completion", "expected"),
+    ("source", "row", "words"),
     [
-        (r"^<answer>.*</answer>$", "<answer>4</answer>", 1.0),
-        (r"^<answer>.*</answer>$", "well, <answer>4</answer>", 0.0),
-        (r"\bfour\b", "it is four.", 1.0),
-        (r"(?i)FOUR", "it is four.", 1.0),
-        (r"four", "", 0.0),
+        ("exact_answer", {}, "'answer' is missing"),
+        ("exact_answer", {"answer": None}, "no number"),
+        ("exact_answer", {"answer": "3 + 4 = 7"}, "no number"),
+        ("exact_answer", {"answer": "7 #### seven"}, "no number"),
+        ("exact_answer", {"answer": "half of it #### 3/4"}, "several numbers"),
+        ("exact_answer", {"answer": True}, "no number"),
+        ("exact_answer", {"answer": float("nan")}, "no number"),
+        ("exact_answer", {"answer": ["18"]}, "no number"),
+        ("json_schema", {}, "'schema' is missing"),
+        ("json_schema", {"schema": "{"}, "'schema'"),
+        ("json_schema", {"schema": []}, "'schema'"),
+        ("json_schema", {"schema": {"type": "text"}}, "'text' is not valid"),
+        ("json_schema", {"schema": {"$ref": "http://127.0.0.1:9/x.json"}}, "nothing is fetched"),
+        ("json_schema", {"schema": {"$dynamicRef": "http://127.0.0.1:9/x.json#a"}}, "nothing is fetched"),
+        ("json_schema", {"schema": {"properties": {"age": {"$ref": "#size"}}}}, "'#size'"),
+        ("json_schema", {"schema": {"$ref": "#/$defs/size"}}, "'#/$defs/size'"),
+        ("json_schema", {"schema": {"$schema": "http://127.0.0.1:9/draft"}}, "'http://127.0.0.1:9/draft'"),
+        ("instructions_strict", {}, "'instruction_id_list' is missing"),
+        ("instructions_strict", NO_COMMA, "'kwargs' is missing"),
+        ("instructions_strict", {**NO_COMMA, "kwargs": []}, "'kwargs'"),
+        (
+            "instructions_strict",
+            {"instruction_id_list": ["punctuation:no_coma"], "kwargs": [{}]},
+            "'punctuation:no_comma'",
+        ),
+        ("instructions_strict", ARGUMENTLESS, "'num_words'"),
+        ("instructions_strict", {**NO_COMMA, "kwargs": [{"num_words": 3}]}, "punctuation:no_comma"),
+        *(
+            (source, {"reference": reference}, "'reference'")
+            for source in ("rouge_l", "chrf")
+            for reference in (None, " ", [], ["a", ""], 3)
+        ),
     ],
 )
-def test_a_pattern_is_found_or_not(pattern: str, completion: str, expected: float) -> None:
-    assert scored(rule("regex", pattern=pattern), completion) == expected
+def test_a_row_that_a_rule_cannot_use_is_named(source: str, row: dict[str, Any], words: str) -> None:
+    good = {"answer": "#### 1", "schema": {}, "reference": "a", **NO_COMMA, "kwargs": [{}]}
+    with pytest.raises(DataError) as caught:
+        RuleScorer(rule(source), [prompt(**good), prompt(line=7, **row)])
+    assert caught.value.where == "rows.jsonl:7"
+    assert words in caught.value.message
 
 
-def test_length_is_best_at_the_target_and_nothing_beyond_twice_it() -> None:
-    length = rule("length", target=4)
-    scores = [scored(length, " ".join(["word"] * number)) for number in range(11)]
-    assert scores == [0.0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0]
-    assert scored(length, "a  b\nc\td") == 1.0
-    assert scored(length, "今天休息") == 1.0, "in a script without spaces each character is a word"
-    assert scored(length, "今天，休息。") == 1.0
-    assert scored(length, "Café 休息 geöffnet") == 1.0
-
-
-def test_a_refusal_is_a_phrase_of_the_list() -> None:
-    assert scored(rule("refusal"), "I’m unable to help with that.") == 1.0
-    assert scored(rule("refusal"), "I cannot come on Monday.") == 0.0
+def scored(the_rule: Rule, text: str, **row: Any) -> float:
+    return the_rule.score(text, the_rule.expected(prompt(**row)))
 
 
 @pytest.mark.parametrize(
@@ -253,17 +210,13 @@ def test_a_refusal_is_a_phrase_of_the_list() -> None:
         (["21 March", "noon"], "On the 21st of March at NOON", 0.5),
         ([["noon", "12 p.m."]], "It opens at 12 p.m.", 1.0),
         (["art"], "They start.", 0.0),
-        (["1,080 euros"], "It costs 1,080 euros.", 1.0),
         (["80 euros"], "It costs 1,080 euros.", 0.0),
         (["3.5"], "13.5", 0.0),
-        (["Zürich"], "in zürich!", 1.0),
         (["ﬁve"], "five of them", 1.0),
         (["by train"], "by\n  train", 1.0),
         (["खुला"], "दुकान खाली है।", 0.0),  # the same consonants
         (["ताब"], "यह किताब है।", 0.0),
-        (["किताब"], "यह किताब है।", 1.0),
         (["क्षमा"], "वह क्\u200dषमा माँगता है।", 1.0),  # an invisible character joins the letters
-        (["istanbul"], "In İstanbul.", 1.0),
         (["İSTANBUL"], "In Istanbul.", 1.0),
         (["ที่นี่"], "ปิด ที่นี่ วันนี้", 1.0),
         (["นี่"], "ปิด ที่นี่ วันนี้", 0.0),
@@ -276,7 +229,10 @@ def test_key_facts_are_the_share_that_stands_in_the_answer(facts: list[Any], ans
 
 @pytest.mark.parametrize("facts", [None, [], "noon", [""], [["noon", ""]], [[]], [3], ["…"]])
 def test_a_row_without_usable_facts_is_named(facts: Any) -> None:
-    assert refused(rule("key_facts"), facts=facts).startswith("rows.jsonl:7: 'facts' ")
+    with pytest.raises(DataError) as caught:
+        rule("key_facts").expected(prompt(line=7, facts=facts))
+    assert caught.value.where == "rows.jsonl:7"
+    assert "'facts'" in caught.value.message
 
 
 PERSON = {
@@ -291,13 +247,10 @@ PERSON = {
 @pytest.mark.parametrize(
     ("answer", "expected"),
     [
-        ('{"name": "Ada", "age": 36}', 1.0),
         (' {"age": 36, "name": "Ada"}\n', 1.0),
         ('{"name": "Ada"}', 0.0),
         ('{"name": "Ada", "age": -1}', 0.0),
-        ('{"name": "Ada", "age": 36.5}', 0.0),
         ('{"name": "Ada", "age": 36, "more": 1}', 0.0),
-        ('{"name": "Ada", "age": NaN}', 0.0),
         ('```json\n{"name": "Ada", "age": 36}\n```', 0.0),
         ('Here: {"name": "Ada", "age": 36}', 0.0),
         ("", 0.0),
@@ -306,76 +259,30 @@ PERSON = {
 )
 def test_an_answer_is_json_that_the_schema_accepts(answer: str, expected: float) -> None:
     assert scored(rule("json_schema", schema=PERSON), answer) == expected
-    assert scored(rule("json_schema"), answer, schema=PERSON) == expected
+    assert scored(rule("json_schema", schema={"type": "string"}), answer, schema=PERSON) == expected, "the row's own"
     assert scored(rule("json_schema"), answer, schema=json.dumps(PERSON)) == expected
 
 
-@pytest.mark.parametrize("answer", ["1e999", "1" + "0" * 400])
-def test_a_number_too_large_to_check_is_not_accepted(answer: str) -> None:
-    assert scored(rule("json_schema", schema={"type": "number", "multipleOf": 0.01}), answer) == 0.0
-
-
-def test_references_are_followed_within_a_schema() -> None:
-    inner = {"$id": "urn:inner", "$ref": "#/$defs/size", "$defs": {"size": {"type": "integer"}}}
-    for schema in (
-        {"$ref": "#/$defs/size", "$defs": {"size": {"type": "integer"}}},
-        {"$ref": "#size", "$defs": {"size": {"$anchor": "size", "type": "integer"}}},
-        {
-            "$schema": "http://json-schema.org/draft-07/schema#",
-            "$ref": "#/definitions/size",
-            "definitions": {"size": {"type": "integer"}},
-        },
-        {"allOf": [inner]},
-    ):
-        assert scored(rule("json_schema"), "3", schema=schema) == 1.0
-        assert scored(rule("json_schema"), '"3"', schema=schema) == 0.0
-
-
-@pytest.mark.parametrize("answer", ["NaN", "Infinity", "-Infinity"])
-def test_what_python_reads_as_a_number_and_json_does_not_have_is_refused(answer: str) -> None:
-    assert scored(rule("json_schema", schema={}), answer) == 0.0
-    assert scored(rule("json_schema", schema={}), "1.5") == 1.0
-
-
-def test_a_row_s_own_schema_comes_before_the_metric_s() -> None:
-    text = rule("json_schema", schema={"type": "string"})
-    assert scored(text, "5") == 0.0
-    assert scored(text, "5", schema={"type": "integer"}) == 1.0
-
-
 @pytest.mark.parametrize(
-    ("schema", "message"),
+    ("answer", "reference", "score"),
     [
-        (None, "'schema' is missing"),
-        ("{", "'schema' has the wrong form; it is '{'"),
-        ([], "'schema' has the wrong form; it is []"),
-        ({"type": "text"}, "'schema' is not a JSON schema: 'text' is not valid"),
-        (
-            {"$ref": "http://127.0.0.1:9/x.json"},
-            "'schema' refers to 'http://127.0.0.1:9/x.json', but nothing is fetched",
-        ),
-        (
-            {"$dynamicRef": "http://127.0.0.1:9/x.json#a"},
-            "'schema' refers to 'http://127.0.0.1:9/x.json#a', but nothing",
-        ),
-        ({"$ref": "#/$defs/size"}, "'schema' refers to '#/$defs/size', which it does not contain"),
-        ({"properties": {"age": {"$ref": "#size"}}}, "'schema' refers to '#size', which it does not contain"),
-        ({"$schema": "http://127.0.0.1:9/draft"}, "'schema' has the $schema 'http://127.0.0.1:9/draft', which is no"),
+        ("Police kill the gunman.", REFERENCE, 3 / 4),  # Lin (2004), section 3
+        ("the gunman kill police", REFERENCE, 2 / 4),
+        ("the gunman", REFERENCE, 2 * 1.0 * 0.5 / 1.5),
+        ("", REFERENCE, 0.0),
+        ("the gunman", [REFERENCE, "the gunman"], 1.0),
+        ("Магазин закрыт в понедельник.", "магазин закрыт в субботу", 3 / 4),
+        ("商店星期一关门。", "商店星期六关门", 6 / 7),  # in scripts without spaces each character is a word
+        ("ร้านปิด", "ร้านปิด!", 1.0),
+        ("दुकान बंद है।", "दुकान खुली है", 2 / 3),
+        ("Das Café ist geöffnet.", "das cafe\u0301 ist zu", 3 / 4),
+        ("GPU显卡 16GB", "gpu显卡 8gb", 3 / 4),
     ],
 )
-def test_a_row_without_a_usable_schema_is_named(schema: Any, message: str) -> None:
-    assert refused(rule("json_schema"), schema=schema).startswith(f"rows.jsonl:7: {message}")
-
-
-def test_rouge_l_is_the_f1_of_the_longest_common_subsequence() -> None:
-    """Lin (2004), section 3: of "police killed the gunman" the answers share 3 and 2 words in order."""
-    rouge = rule("rouge_l")
-    reference = "police killed the gunman"
-    assert scored(rouge, "Police kill the gunman.", reference=reference) == pytest.approx(3 / 4)
-    assert scored(rouge, "the gunman kill police", reference=reference) == pytest.approx(2 / 4)
-    assert scored(rouge, "the gunman", reference=reference) == pytest.approx(2 * 1.0 * 0.5 / 1.5)
-    assert scored(rouge, "", reference=reference) == 0.0
-    assert scored(rouge, "the gunman", reference=[reference, "the gunman"]) == 1.0
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence_of_words_in_any_script(
+    answer: str, reference: Any, score: float
+) -> None:
+    assert scored(rule("rouge_l"), answer, reference=reference) == pytest.approx(score)
 
 
 @pytest.mark.parametrize(
@@ -436,8 +343,6 @@ def test_a_reference_is_the_row_s_column_or_the_answer_that_ends_its_conversatio
     fields = Fields({"messages": turns}, where="rows.jsonl:7", example="")
     (record,) = HeldOutPrompt.of(FORMATS["messages"].read(fields))
     assert compared.score("On Monday.", compared.expected(record)) == pytest.approx(1.0)
-    for reference in (None, "", " ", [], ["a", ""], 3):
-        assert refused(compared, reference=reference).startswith("rows.jsonl:7: 'reference' ")
 
 
 ENDED = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "No."}]
@@ -446,7 +351,6 @@ ENDED = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "No.
 @pytest.mark.parametrize(
     ("row", "reference"),
     [
-        ({"prompt": "?", "reference": "Yes."}, "Yes."),
         ({"prompt": "?", "reference": ["Yes.", "It is."]}, "Yes."),
         ({"prompt": "?"}, ""),
         ({"turns": ["?", "Really?"], "reference": ["Yes.", ""]}, "Yes."),
@@ -457,23 +361,25 @@ def test_what_is_shown_of_several_references_is_the_first(row: dict[str, Any], r
     (record,) = HeldOutPrompt.of(FORMATS[next(iter(row))].read(Fields(row, where="", example="")))
     assert first_reference(record) == reference
     assert first_reference(Prompt(messages=record.messages, row=row)) == ("" if "turns" in row else reference)
+    if "turns" in row:
+        assert first_reference(continued(record, ["Yes."])) == "", "a later turn is not shown that of the first"
 
 
-def test_a_later_turn_is_not_shown_the_reference_of_the_first() -> None:
-    row = {"turns": ["?", "Really?"], "reference": "Yes."}
-    (record,) = HeldOutPrompt.of(FORMATS["turns"].read(Fields(row, where="", example="")))
-    assert first_reference(continued(record, ["Yes."])) == ""
+def test_all_instructions_of_a_row_have_to_be_followed_and_the_loose_rule_forgives_a_first_line() -> None:
+    names, json_form = ["punctuation:no_comma", "keywords:existence"], "detectable_format:json_format"
+    row = {"instruction_id_list": names, "kwargs": [{}, {"keywords": ["noon"]}]}
+    assert [scored(rule("instructions_strict"), text, **row) for text in ("At noon.", "Today, at noon.", "Today.")] == [
+        1.0, 0.0, 0.0,
+    ]  # fmt: skip
+    row, introduced = {"instruction_id_list": [json_form], "kwargs": [{}]}, 'Here it is:\n{"a": 1}'
+    assert [scored(rule(f"instructions_{name}"), introduced, **row) for name in ("strict", "loose")] == [0.0, 1.0]
 
-
-# ---- IFEval's instructions ------------------------------------------------------------------------------------------
 
 FOLLOWED = [
     ("punctuation:no_comma", {}, "No commas here.", "One, two."),
-    ("detectable_format:number_bullet_lists", {"num_bullets": 2}, "* a\n* b", "* a\n* b\n* c"),
     ("keywords:existence", {"keywords": ["noon", "shop"]}, "The shop opens at noon.", "The shop opens."),
     ("length_constraints:number_words", {"relation": "at least", "num_words": 3}, "one two three", "one two"),
     ("detectable_format:json_format", {}, '{"a": 1}', "a: 1"),
-    ("startend:quotation", {}, '"quoted"', "quoted"),
     ("change_case:english_lowercase", {}, "all of this is written in small letters", "Not all of This is Small."),
 ]
 
@@ -486,52 +392,26 @@ def test_an_instruction_is_followed_or_not(name: str, arguments: dict[str, Any],
     assert scored(strict, bad, **row) == 0.0
 
 
-def test_all_instructions_of_a_row_have_to_be_followed() -> None:
-    row = {
-        "instruction_id_list": ["punctuation:no_comma", "keywords:existence"],
-        "kwargs": [{}, {"keywords": ["noon"]}],
-    }
-    assert scored(rule("instructions_strict"), "At noon.", **row) == 1.0
-    assert scored(rule("instructions_strict"), "Today, at noon.", **row) == 0.0
-    assert scored(rule("instructions_strict"), "Today.", **row) == 0.0
-
-
-def test_the_loose_rule_forgives_a_first_line_and_asterisks() -> None:
-    row = {"instruction_id_list": ["detectable_format:json_format"], "kwargs": [{}]}
-    introduced = 'Here it is:\n{"a": 1}'
-    assert scored(rule("instructions_strict"), introduced, **row) == 0.0
-    assert scored(rule("instructions_loose"), introduced, **row) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ({}, "'instruction_id_list' is missing"),
-        ({"instruction_id_list": ["punctuation:no_comma"]}, "'kwargs' is missing"),
-        ({"instruction_id_list": ["punctuation:no_comma"], "kwargs": []}, "'kwargs' has the wrong form; it is []"),
-        (
-            {"instruction_id_list": ["punctuation:no_coma"], "kwargs": [{}]},
-            "'instruction_id_list' has 'punctuation:no_coma', which is not an instruction; did you mean "
-            "'punctuation:no_comma'?",
-        ),
-        (
-            {"instruction_id_list": ["length_constraints:number_words"], "kwargs": [{"relation": "at least"}]},
-            "'instruction_id_list' has length_constraints:number_words without its argument 'num_words'",
-        ),
-        (
-            {"instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"num_words": 3}]},
-            "'instruction_id_list' has punctuation:no_comma with arguments that it does not accept",
-        ),
-    ],
-)
-def test_a_row_whose_instructions_cannot_be_checked_is_named(row: dict[str, Any], message: str) -> None:
-    assert refused(rule("instructions_strict"), **row).startswith(f"rows.jsonl:7: {message}")
-
-
 def test_checks_of_instructions_leave_others_random_numbers_alone() -> None:
     random.seed(5)
     expected = random.random()
     random.seed(5)
-    row = {"instruction_id_list": ["length_constraints:number_words"], "kwargs": [{"relation": "at least"}]}
-    refused(rule("instructions_strict"), **row)
+    with pytest.raises(DataError):
+        rule("instructions_strict").expected(prompt(**ARGUMENTLESS))
     assert random.random() == expected
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#size", "$defs": {"size": {"$anchor": "size", "type": "integer"}}},
+        {
+            "$schema": "http://json-schema.org/draft-07/schema#",
+            "$ref": "#/definitions/size",
+            "definitions": {"size": {"type": "integer"}},
+        },
+        {"allOf": [{"$id": "urn:inner", "$ref": "#/$defs/size", "$defs": {"size": {"type": "integer"}}}]},
+    ],
+)
+def test_references_are_followed_within_a_schema(schema: dict[str, Any]) -> None:
+    assert [scored(rule("json_schema"), answer, schema=schema) for answer in ("3", '"3"')] == [1.0, 0.0]

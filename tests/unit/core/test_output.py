@@ -1,0 +1,317 @@
+"""What is printed and logged: never obeyed by a terminal, never the end of a run, and never without end."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from alignment.cli import main
+from alignment.core import deadline, logs
+from alignment.core.errors import DataError, ModelError
+from alignment.core.logs import begin_attempt, shorten
+from alignment.core.streams import Unfailing
+from alignment.core.terminal import Terminal, complain, visible
+from alignment.data.records import Prompt
+from alignment.data.tokens.limits import Limits
+from alignment.data.tokens.rendering import render
+from alignment.data.tokens.row_kinds import PROMPTS, tokenized
+from alignment.data.turns import Message
+from alignment.pipeline.backends.command import Command
+from alignment.pipeline.backends.processes import execute
+from tests.tiny import tiny_tokenizer
+
+ROOT = Path(__file__).parents[3]
+
+ATTACKS = [
+    "\x1b[31mred",
+    "\x1b]0;title\x07",
+    "a\rb",
+    "\x9b2J",
+    "\u202eabc\u2066",
+    "\x08\x7f",
+    "\ud800",
+]
+
+
+def test_rows_and_errors_cannot_command_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hostile = {"prompt": 7, "\x1b[2Jcompletion": "\x1b[2J", "completion": "\x1b]0;title\x07"}
+    (tmp_path / "a\x1b[2J.jsonl").write_text(f"{json.dumps(hostile)}\n{json.dumps(hostile)}\n")
+    assert main(["doctor", str(tmp_path / "a\x1b[2J.jsonl")]) == 3
+    printed = capsys.readouterr()
+    assert not OBEYED.search(printed.out + printed.err)
+    assert r"\x1b[2Jcompletion" in printed.out
+    complain(DataError("'completion' is '\x1b[2J'", where="a\x1b[2J:1", remedy="\x9b"))
+    assert capsys.readouterr().err == "data: a\\x1b[2J:1: 'completion' is '\\x1b[2J'\n  → \\x9b\n"
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logs that are long at 2,000 bytes."""
+    for name, size in (("LIMIT", 2000), ("HEAD", 40), ("TAIL", 400)):
+        monkeypatch.setattr(logs, name, size)
+
+
+@contextmanager
+def no_file_beyond(size: int) -> Iterator[None]:
+    """A disk that takes no more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("line", [b"line %d\n", b"\rstep %d"], ids=["lines", "a progress bar"])
+def test_neither_end_of_a_log_is_lost_and_a_full_disk_stops_no_attempt(tmp_path: Path, line: bytes) -> None:
+    log, whole = tmp_path / "log.txt", b"begun\n" + b"".join(line % number for number in range(400))
+    log.write_bytes(whole)
+    with no_file_beyond(50):
+        shorten(log)
+    assert log.read_bytes().startswith(b"begun\n")
+    assert log.read_bytes().endswith(line % 398 + line % 399)
+    shorten(log)
+    assert len(log.read_bytes()) < 600
+    assert log.read_bytes().endswith(line % 398 + line % 399)
+    log.write_bytes(b"x" * 60)
+    with no_file_beyond(60):
+        begin_attempt(log, "attempt 2 at dpo-91c0aa17")
+    assert log.read_bytes() == b"x" * 60
+
+
+def test_only_one_rendering_is_bounded_and_none_in_another_thread(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deadline, "SECONDS", 0.2)
+    texts, end = set(), time.thread_time() + 0.5
+    with deadline.watched():
+        while time.thread_time() < end:
+            texts.add(render(tokenizer, ASKED, answering=True))
+    thread = threading.Thread(target=lambda: texts.add(render(tokenizer, ASKED, answering=True)))
+    thread.start()
+    thread.join()
+    assert texts == {render(tokenizer, ASKED, answering=True)}
+
+
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+OWN = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+"""Colours and cursor of rich itself."""
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_what_a_terminal_would_obey_is_written_out(attack: str) -> None:
+    shown = visible(f"before {attack} after\tand\nmore [bold]")
+    assert not OBEYED.search(shown)
+    assert shown.startswith("before ")
+    assert shown.endswith(" after\tand\nmore [bold]")
+    assert visible("\x1b[1m \x9b \u202e") == r"\x1b[1m \x9b \u202e"
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_every_way_to_print_shows_it_and_keeps_its_own_colours(attack: str) -> None:
+    table = Table(title=attack)
+    table.add_column(attack)
+    table.add_row(Text(attack, style="green"))
+    file = io.StringIO()
+    console = Terminal(file=file, force_terminal=True, width=200, color_system="standard", legacy_windows=False)
+    for renderable in (attack, Text(attack, style="red"), table):
+        console.print(renderable, markup=False)
+    console.print(f"[bold]{attack}[/]")
+    console.rule(attack)
+    with Live(Text(attack), console=console, auto_refresh=False) as live:
+        live.update(Text(attack), refresh=True)
+    assert not OBEYED.search(OWN.sub("", file.getvalue()).replace("\r", ""))
+    assert "\x1b[31m" in file.getvalue(), "red is a style here"
+    assert "\x1b[1A" in file.getvalue() or "\x1b[2K" in file.getvalue(), "a live line is drawn over"
+
+
+def test_no_code_prints_past_it() -> None:
+    """A console of rich's own would obey; so would a bare print of what somebody wrote."""
+    assert issubclass(Terminal, Console)
+    allowed = {"alignment/core/terminal.py"}
+    for path in (ROOT / "alignment").rglob("*.py"):
+        name = path.relative_to(ROOT).as_posix()
+        assert name in allowed or not re.search(r"(?<!\w)Console\(", path.read_text(encoding="utf-8")), name
+
+
+def test_what_a_closed_pipe_does_not_take_is_dropped() -> None:
+    code = (
+        "import os, sys\nfrom alignment.core.streams import Unfailing, make_unfailing\n"
+        "make_unfailing()\n"
+        "for number in range(20000): print('line', number)\n"
+        "sys.stderr.write(f'{sys.stdout.lost} {sys.stderr.lost}')\n"
+    )
+    assert _unread([sys.executable, "-c", code]) == (0, "True False")
+
+
+@pytest.mark.parametrize("arguments", [["recipes"], ["--help"], ["doctor", "data/quickstart/preferences.jsonl"]])
+def test_a_command_ends_as_it_would_where_nobody_reads_it(arguments: list[str]) -> None:
+    assert _unread([sys.executable, "-m", "alignment.cli", *arguments]) == (0, "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1"])
+def test_characters_that_the_terminal_lacks_are_printed_as_numbers(encoding: str) -> None:
+    argv = [sys.executable, "-c", "from alignment.core.streams import make_unfailing; make_unfailing(); print('a – b')"]
+    process = subprocess.run(argv, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, cwd=ROOT)
+    assert (process.returncode, process.stdout) == (0, b"a \\u2013 b\n")
+
+
+def _unread(argv: Sequence[str]) -> tuple[int, str]:
+    """Exit code and stderr of a command whose stdout is a pipe without a reader."""
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    return process.wait(), errors
+
+
+def test_a_stream_that_works_is_left_as_it_is(tmp_path: Path) -> None:
+    with (tmp_path / "log").open("w", encoding="utf-8") as file:
+        stream = Unfailing(file)
+        stream.writelines(["a", "b"])
+        assert (stream.write("cd"), stream.lost, stream.encoding) == (2, False, "utf-8")
+    assert (tmp_path / "log").read_text() == "abcd"
+
+
+def test_a_log_whose_disk_was_full_for_a_moment_goes_on(tmp_path: Path) -> None:
+    code = (
+        "import resource\nfrom alignment.core.streams import make_unfailing\n"
+        "make_unfailing()\n"
+        "soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))\n"
+        "for number in range(2000): print('line', number)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))\n"
+        "print('the last word')\n"
+    )
+    log = tmp_path / "log.txt"
+    with log.open("wb") as sink:
+        done = subprocess.run([sys.executable, "-c", code], stdout=sink, stderr=subprocess.PIPE, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert log.read_text().startswith("line 0\nline 1\n")
+    assert log.read_text().endswith("the last word\n")
+
+
+@pytest.mark.usefixtures("small")
+def test_beginning_and_end_of_a_long_log_stay_and_its_writer_goes_on(tmp_path: Path) -> None:
+    log = tmp_path / "log.txt"
+    with log.open("ab", buffering=0) as writer:
+        shorten(tmp_path / "none")
+        for turn in range(3):
+            for number in range(200):
+                writer.write(b"line %d of turn %d\n" % (number, turn))
+            shorten(log)
+            assert log.stat().st_size < 600
+        writer.write(b"the last word\n")
+    lines = log.read_text().splitlines()
+    assert lines[:2] == ["line 0 of turn 0", "line 1 of turn 0"]
+    assert lines[-3:] == ["line 198 of turn 2", "line 199 of turn 2", "the last word"]
+    assert sum("the middle of this log was left out" in line for line in lines) == 1
+    assert lines[lines.index(logs.CUT.decode().strip()) + 1].startswith("line 179 of"), "whole lines"
+
+
+@pytest.mark.usefixtures("small")
+def test_a_command_that_prints_without_end_does_not_fill_the_disk(tmp_path: Path) -> None:
+    code = "print('begun')\nfor number in range(20000): print('again', number)"
+    command = Command(argv=(sys.executable, "-c", code), environment={})
+    assert execute(command, log=tmp_path / "log.txt", on_poll=lambda: None, grace_seconds=1) == 0
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert lines[0] == "begun"
+    assert lines[-1] == "again 19999"
+    assert (tmp_path / "log.txt").stat().st_size < 600
+
+
+@pytest.mark.usefixtures("small")
+def test_a_command_is_not_stopped_because_its_log_cannot_be_shortened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.open
+
+    def full(path: Path, mode: str = "r", *arguments: Any, **named: Any) -> Any:
+        if "+" in mode:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, mode, *arguments, **named)
+
+    monkeypatch.setattr(Path, "open", full)
+    command = Command(argv=(sys.executable, "-c", "print('x' * 3000); import time; time.sleep(0.8)"), environment={})
+    assert execute(command, log=tmp_path / "log.txt", on_poll=lambda: None, grace_seconds=1) == 0
+
+
+ASKED = (Message(role="user", content="Hi."),)
+LOOPS = (
+    "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}{% endfor %}{% endfor %}"
+)
+OVER_TEXT = (
+    "{% macro f(n) %}{% for c in messages[0]['content'] %}{% if n %}{{ f(n - 1) }}{% endif %}{% endfor %}{% endmacro %}"
+    "{{ f(40) }}"
+)
+
+
+@pytest.fixture
+def tokenizer() -> Any:
+    """Of a model whose template a test may set."""
+    return tiny_tokenizer()
+
+
+@pytest.mark.parametrize("template", [LOOPS, OVER_TEXT], ids=["loops over numbers", "loops over the row"])
+def test_a_template_that_does_not_end_stops_at_its_first_row(
+    template: str, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no fault of a row, which would be counted, and the next row be tried."""
+    monkeypatch.setattr(deadline, "SECONDS", 0.05)
+    before = signal.getsignal(signal.SIGPROF)
+    tokenizer.chat_template = template
+    records = [Prompt(messages=ASKED, where=f"rows.jsonl:{number}") for number in (1, 2)]
+    with pytest.raises(
+        ModelError, match=r"rows.jsonl:1: the chat template ran for more than 10 s for one rendering"
+    ) as caught:
+        list(tokenized(tokenizer, PROMPTS, records, Limits(row=100)))
+    assert "model.chat_template=chatml" in caught.value.remedy
+    assert signal.getsignal(signal.SIGPROF) is before
+    assert signal.getitimer(signal.ITIMER_PROF) == signal.getitimer(signal.ITIMER_VIRTUAL) == (0.0, 0.0)
+
+
+def test_what_runs_in_c_and_hears_of_no_exception_ends_its_process() -> None:
+    code = (
+        "from alignment.core import deadline; deadline.SECONDS = 0.05; deadline.KILLED_SECONDS = 0.2\n"
+        "with deadline.Bounded(ValueError()): sum(range(10**12))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -deadline.KILLED_BY
+
+
+def test_a_profiler_of_a_c_library_is_no_fault(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python knows nothing of its handler, and cannot put it back."""
+    real = signal.signal
+
+    def signal_of_c(number: int, handler: Any) -> Any:
+        before = real(number, handler)
+        return None if handler is deadline._look else before
+
+    monkeypatch.setattr(signal, "signal", signal_of_c)
+    before = signal.getsignal(signal.SIGPROF)
+    try:
+        assert "Hi." in render(tokenizer, ASKED, answering=True)
+        assert signal.getsignal(signal.SIGPROF) is signal.SIG_IGN, "its next signal ends no process"
+    finally:
+        real(signal.SIGPROF, before)
