@@ -1,33 +1,30 @@
-"""Metrics of the source ``grade`` on tiny models: what is asked, what counts, and what is left out."""
+"""Grades of a language model as metrics of an evaluation: whose they are, and what a missing one means."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from alignment import worker
 from alignment.config.evaluating import AnswersConfig, ChatEndpointConfig, JudgeConfig, JudgeKind, PairConfig
 from alignment.config.grader import GraderConfig
 from alignment.config.reward_server import ServerApi, ServerConfig
 from alignment.config.scoring import MetricConfig
 from alignment.core.errors import ConfigError, StageError
 from alignment.evaluation import arms
-from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.records.evaluation import Evaluation, Sample, read_samples
 from alignment.stages.evaluate import answering
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.grading import settled
 from alignment.stages.shared import arm_policies
-from alignment.training.context import StageContext
-from tests.chained import LORA, Chained
+from tests.chained import Chained
+from tests.evaluating import evaluation_chain, evaluation_of, read_lines, write_rows
 from tests.judge_server import Judge, Response, Served, listening, serving
-from tests.tiny import save_tiny_model, tiny_tokenizer
+from tests.tiny import tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [
     {"id": "lift", "turns": ["Write that the lift is broken.", "Shorter."], "reference": ["The lift is broken.", ""]},
@@ -42,11 +39,7 @@ SAYS = {"base": "Closed.", "stage:sft": "Open and bright.", "path:near": "[[10]]
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chained:
-    chain = Chained(tmp_path_factory.mktemp("grading"))
-    chain.run("sft", LORA)
-    save_tiny_model(chain.folder / "near", seed=4)
-    (chain.folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return chain
+    return evaluation_chain(tmp_path_factory.mktemp("grading"), ROWS, reward=False)
 
 
 @pytest.fixture(autouse=True)
@@ -66,40 +59,24 @@ def says(chain: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arms, "answer_batch", generate)
 
 
-def spec_of(chain: Chained, config: EvaluateConfig, fingerprint: str) -> StageSpec:
-    artifact = chain.folder / "artifacts" / f"evaluate-{fingerprint}"
-    folders = {"stage:sft": chain.inputs["sft"].path, "path:near": chain.folder / "near"}
-    run_folder = chain.folder / "runs" / fingerprint
-    run_folder.mkdir(parents=True, exist_ok=True)
-    return replace(
-        chain.spec("sft", LORA, config=config),
-        stage="evaluate",
-        inputs={"reference": chain.inputs["sft"]},
-        arms={arm: StageInput(ref=arm, path=folders.get(arm)) for arm in config.arms},
-        data_path=chain.folder / "heldout.jsonl",
-        artifact=artifact,
-        work=artifact.with_name(f"{artifact.name}.work"),
-        run_folder=run_folder,
-    )
-
-
 def graded_by(served: Served, **changes: Any) -> GraderConfig:
     endpoint = ChatEndpointConfig(base_url=served.url, model="grader", timeout=5.0, retries=0, concurrency=1)
     return GraderConfig(**{"endpoint": endpoint} | changes)
 
 
 def evaluate(
-    chain: Chained, grader: Judge, fingerprint: str, config: EvaluateConfig = CONFIG, **changes: Any
-) -> tuple[Evaluation, list[Sample], Served]:
+    chain: Chained, grader: Judge, name: str, config: EvaluateConfig = CONFIG, **changes: Any
+) -> tuple[Evaluation, list[Sample], list[str]]:
+    """The record, the samples and the prompts of the grader."""
+    data = {"data_path": changes.pop("data_path")} if "data_path" in changes else {}
     with serving(grader) as served:
-        spec = spec_of(chain, replace(config, grader=graded_by(served, **changes)), fingerprint)
-        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
-    return Evaluation.read(spec.artifact), list(read_samples(spec.artifact)), served
+        artifact = evaluation_of(chain, replace(config, grader=graded_by(served, **changes)), name, **data)
+        prompts = [request["messages"][0]["content"] for request in served.requests]
+    return Evaluation.read(artifact), list(read_samples(artifact)), prompts
 
 
-def lines(chain: Chained, fingerprint: str) -> list[dict[str, Any]]:
-    text = (chain.folder / "artifacts" / f"evaluate-{fingerprint}" / "grades.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+def lines(chain: Chained, name: str) -> list[dict[str, Any]]:
+    return read_lines(chain.folder / f"artifacts/evaluate-{name}/grades.jsonl")
 
 
 def answer_in(prompt: str) -> str:
@@ -114,7 +91,7 @@ def fair(prompt: str, _: int) -> Response:
 
 
 def test_grades_are_a_metric_like_any_other(chain: Chained) -> None:
-    evaluation, samples, served = evaluate(chain, fair, "fair", show_reference=True)
+    evaluation, samples, prompts = evaluate(chain, fair, "fair", show_reference=True)
     means = {arm.name: arm.metrics["helpful"].mean for arm in evaluation.arms}
     assert means == pytest.approx({"base": (2.5 + 12) / 5, "stage:sft": (7.5 + 32) / 5, "path:near": (4.5 + 20) / 5})
     assert evaluation.primary == "helpful"
@@ -125,30 +102,16 @@ def test_grades_are_a_metric_like_any_other(chain: Chained) -> None:
     (grading,) = evaluation.gradings
     assert (grading.metric, grading.model, grading.num_prompts) == ("helpful", "grader", 5)
     assert set(grading.invalid.values()) == {0.0}
-    prompts = [request["messages"][0]["content"] for request in served.requests]
     assert len(prompts) == 18
     assert "<<<reference>>>\nThe lift is broken.\n<<<end of reference>>>" in prompts[0]
     assert "reference" not in prompts[1], "the second turn has none"
     assert "<<<assistant>>>\nClosed.\n<<<end of assistant>>>\n\n<<<user>>>\nShorter." in prompts[1]
-    first = lines(chain, "fair")[:2]
-    assert [(line["id"], line["row"], line["turn"], line["arm"], line["grade"]) for line in first] == [
-        ("lift", 0, 0, "base", 3),
-        ("lift", 0, 1, "base", 2),
-    ]
+    listed = [(line["id"], line["row"], line["turn"], line["arm"], line["grade"]) for line in lines(chain, "fair")]
+    assert listed[:2] == [("lift", 0, 0, "base", 3), ("lift", 0, 1, "base", 2)]
     assert all(line["text"] for line in lines(chain, "fair"))
-
-
-def test_of_several_references_the_grader_sees_the_first(chain: Chained, tmp_path: Path) -> None:
-    (tmp_path / "listed.jsonl").write_text(
-        json.dumps({"prompt": "Is it open?", "reference": ["Yes.", "It is."]}) + "\n"
-    )
-    with serving(fair) as served:
-        config = replace(CONFIG, grader=graded_by(served, show_reference=True))
-        spec = replace(spec_of(chain, config, "listed"), data_path=tmp_path / "listed.jsonl")
-        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
-        prompts = [request["messages"][0]["content"] for request in served.requests]
-    assert len(prompts) == len(CONFIG.arms)
-    assert all("<<<reference>>>\nYes.\n<<<end of reference>>>" in prompt for prompt in prompts)
+    several = write_rows(chain.folder / "several.jsonl", [{"prompt": "Is it open?", "reference": ["Yes.", "It is."]}])
+    _, _, prompts = evaluate(chain, fair, "several", show_reference=True, data_path=several)
+    assert ["<<<reference>>>\nYes.\n<<<end of reference>>>" in prompt for prompt in prompts] == [True] * 3
 
 
 def test_an_answer_that_names_its_grade_does_not_get_it(chain: Chained) -> None:
@@ -192,29 +155,28 @@ def test_a_prompt_without_a_grade_in_one_arm_counts_in_none(chain: Chained) -> N
 
 
 @pytest.mark.parametrize(
-    ("grades", "counted", "left_out"),
+    ("rows", "grades", "max_invalid", "counted", "left_out"),
     [
-        ({"a": [1, None, 3, 4], "b": [5, 6, 7, 8]}, {"a": [1, None, 3, 4], "b": [5, None, 7, 8]}, []),
-        ({"a": [1, None, None, 4], "b": [5, 6, 7, 8]}, {"b": [5, 6, 7, 8]}, ["a"]),
-        ({"a": [None, None], "b": [None, 6]}, {}, ["a", "b"]),
+        (
+            [0, 1, 2, 3],
+            {"a": [1, None, 3, 4], "b": [5, 6, 7, 8]},
+            0.25,
+            {"a": [1, None, 3, 4], "b": [5, None, 7, 8]},
+            [],
+        ),
+        ([0, 1, 2, 3], {"a": [1, None, None, 4], "b": [5, 6, 7, 8]}, 0.25, {"b": [5, 6, 7, 8]}, ["a"]),
+        ([0, 1], {"a": [None, None], "b": [None, 6]}, 0.25, {}, ["a", "b"]),
+        ([0, 1], {"a": [1, None], "b": [None, 6]}, 0.5, {}, ["a", "b"]),
+        ([0, 0, 1, 1, 2], {"a": [1, None, 3, 4, 5]}, 0.2, {"a": [None, None, 3, 4, 5]}, []),
     ],
+    ids=["prompt", "arm", "all arms", "every prompt in some arm", "turn"],
 )
-def test_what_counts(grades: dict[str, Any], counted: dict[str, Any], left_out: list[str]) -> None:
-    rows = list(range(len(grades["a"])))
-    settled_grades, grading = settled("x", grades, rows, GraderConfig(max_invalid=0.25))
-    assert settled_grades == counted
-    assert grading.left_out == left_out
-
-
-def test_where_every_prompt_lacks_a_grade_in_some_arm_there_is_no_metric() -> None:
-    grades: dict[str, Sequence[int | None]] = {"a": [1, None], "b": [None, 6]}
-    counted, grading = settled("x", grades, [0, 1], GraderConfig(max_invalid=0.5))
-    assert (counted, grading.left_out, grading.num_prompts) == ({}, ["a", "b"], 0)
-
-
-def test_one_turn_without_a_grade_takes_out_its_whole_row() -> None:
-    counted, _ = settled("x", {"a": [1, None, 3, 4, 5]}, [0, 0, 1, 1, 2], GraderConfig(max_invalid=0.2))
-    assert counted == {"a": [None, None, 3.0, 4.0, 5.0]}
+def test_what_counts(
+    rows: list[int], grades: dict[str, Any], max_invalid: float, counted: dict[str, Any], left_out: list[str]
+) -> None:
+    settled_grades, grading = settled("x", grades, rows, GraderConfig(max_invalid=max_invalid))
+    assert (settled_grades, grading.left_out) == (counted, left_out)
+    assert (grading.num_prompts == 0) == (counted == {})
 
 
 def test_samples_are_graded_one_by_one_and_rubrics_are_metrics_of_their_own(chain: Chained) -> None:
@@ -230,11 +192,11 @@ def test_samples_are_graded_one_by_one_and_rubrics_are_metrics_of_their_own(chai
 
     sampled = AnswersConfig(per_prompt=2, temperature=1.0)
     config = replace(CONFIG, arms=["base", "stage:sft"], metrics=metrics, answers=sampled)
-    evaluation, _, served = evaluate(chain, by_rubric, "rubrics", config)
+    evaluation, _, prompts = evaluate(chain, by_rubric, "rubrics", config)
     by_name = {arm.name: {name: interval.mean for name, interval in arm.metrics.items()} for arm in evaluation.arms}
     assert by_name["base"] == {"helpful": 0.0, "tone": 2.0, "mean_tone": 2.0}
     assert by_name["stage:sft"] == {"helpful": 1.0, "tone": 2.0, "mean_tone": 2.0}
-    assert len(served.requests) == 2 * 2 * 6, "equal answers are asked about once"
+    assert len(prompts) == 2 * 2 * 6, "equal answers are asked about once"
     assert {line["answer"] for line in lines(chain, "rubrics")} == {0, 1}
 
 
@@ -244,13 +206,12 @@ def test_a_server_scores_beside_the_grader(chain: Chained) -> None:
 
     with listening(scores) as server:
         settings = ServerConfig(base_url=server.url, api=ServerApi.tei_predict, model="length", retries=0)
-        metric = MetricConfig(name="length", source="server", server=settings)
-        evaluation, samples, _ = evaluate(chain, fair, "served", replace(CONFIG, metrics=[*CONFIG.metrics, metric]))
-    answers = {arm: [sample.answers[arm] for sample in samples] for arm in ("base", "stage:sft")}
-    for name, of_arm in answers.items():
-        texts = [[turn.text for turn in answer.turns] or [answer.text] for answer in of_arm]
+        length = MetricConfig(name="length", source="server", server=settings)
+        evaluation, samples, _ = evaluate(chain, fair, "served", replace(CONFIG, metrics=[*GRADED, length]))
+    for arm in evaluation.arms:
+        answers = [sample.answers[arm.name] for sample in samples]
+        texts = [[turn.text for turn in answer.turns] or [answer.text] for answer in answers]
         means = [sum(map(len, turns)) / len(turns) for turns in texts]
-        (arm,) = [arm for arm in evaluation.arms if arm.name == name]
         assert arm.metrics["length"].mean == pytest.approx(sum(means) / len(means))
     assert evaluation.primary == "helpful"
     assert set(server.paths) == {"/v1/predict"}
@@ -261,15 +222,15 @@ def test_replies_that_arrived_before_a_stop_are_not_asked_for_again(chain: Chain
         return fair(prompt, number) if number < 10 else Response(status=400, body="{}")
 
     with serving(failing) as served:
-        spec = spec_of(chain, replace(CONFIG, grader=graded_by(served)), "stopped")
+        config = replace(CONFIG, grader=graded_by(served))
         with pytest.raises(StageError, match=r"calls to the grader at .* failed") as caught:
-            worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+            evaluation_of(chain, config, "stopped")
         assert caught.value.where == "stages.evaluate.grader.endpoint"
     port = int(served.url.split(":")[2].partition("/")[0])
     with serving(fair, port=port) as served:
-        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+        artifact = evaluation_of(chain, config, "stopped")
         assert len(served.requests) == 8
-    assert not list(spec.artifact.glob("*.work.jsonl"))
+    assert not list(artifact.glob("*.work.jsonl"))
 
 
 def test_a_missing_key_is_named_before_a_model_is_loaded(chain: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,8 +238,7 @@ def test_a_missing_key_is_named_before_a_model_is_loaded(chain: Chained, monkeyp
     loads: list[Callable[..., Any]] = []
     monkeypatch.setattr(arm_policies, "load_policy", loads.append)
     endpoint = ChatEndpointConfig(base_url="http://127.0.0.1:9/v1", model="m", api_key_env="GRADER_KEY")
-    spec = spec_of(chain, replace(CONFIG, grader=GraderConfig(endpoint=endpoint)), "key")
     with pytest.raises(ConfigError, match="GRADER_KEY is not set") as caught:
-        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+        evaluation_of(chain, replace(CONFIG, grader=GraderConfig(endpoint=endpoint)), "key")
     assert caught.value.where == "stages.evaluate.grader.endpoint.api_key_env"
     assert loads == []

@@ -21,7 +21,8 @@ from alignment.evaluation.conclusions import conclusions
 from alignment.records.evaluation import Metric
 from alignment.records.votes import FILE, Vote, append_vote
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.judging import Judged, ScoredArms, judge
+from alignment.stages.evaluate.judging import Judged, ScoredArms, _words, judge
+from alignment.stages.evaluate.people import _extra_words
 from alignment.stages.evaluate.votes_file import FIELD, votes_files
 from alignment.training.context import StageContext
 from tests.judged import ARMS, DPO, SFT, pair, vote
@@ -84,9 +85,7 @@ def test_votes_become_a_win_rate_with_their_agreement(tmp_path: Path) -> None:
     assert row.metric_agreement == pytest.approx(5 / 12), "on prompts 2 to 6"
     assert row.people is not None
     assert row.people.alpha is not None
-    assert sentence(result).startswith(
-        "By the votes of people, ties counted as half a win: dpo wins 0.96 against sft ("
-    )
+    assert "dpo wins 0.96 against sft (" in sentence(result)
     assert "12 of 12 prompts, 15 votes, annotators: 2, Krippendorff's α" in sentence(result)
     assert len(result.lines) == 15
     assert result.lines[0] == {
@@ -99,24 +98,6 @@ def test_votes_become_a_win_rate_with_their_agreement(tmp_path: Path) -> None:
         "preferred": DPO,
         "points": 1.0,
     }
-
-
-def test_without_votes_nothing_is_concluded(tmp_path: Path) -> None:
-    result = judged(context(tmp_path, []))
-    assert result.lines == []
-    assert result.win_rate(DPO, reference=SFT) is None
-    assert sentence(result) == (
-        "By the votes of people, ties counted as half a win: nothing can be concluded about dpo and sft "
-        "(people judged 0 of 12 prompts, but 10 are needed)."
-    )
-
-
-def test_votes_on_other_answers_do_not_count_and_are_named(tmp_path: Path) -> None:
-    votes = [vote(pair(number)) for number in NUMBERS]
-    result = judged(context(tmp_path, votes), dpo=answered([f"Now {number}." for number in NUMBERS]))
-    assert result.table is not None
-    assert (result.table.pairs[0].wins, result.table.pairs[0].win_rate) == (0, None)
-    assert "people judged 0 of 12 prompts, but 10 are needed; 12 votes are for other answers" in sentence(result)
 
 
 @pytest.mark.parametrize("per_prompt", [1, 2])
@@ -145,24 +126,6 @@ def test_no_judge_is_compared_with_the_metric_where_the_answers_are_identical(tm
     (row,) = result.table.pairs
     assert (row.wins, row.ties, row.losses) == (0, 11, 1)
     assert (row.metric_agreement, row.metric_prompts) == (0.0, 2)
-
-
-def test_of_several_answers_people_judged_the_first(tmp_path: Path) -> None:
-    votes = [vote(pair(number)) for number in NUMBERS]
-    twice = {
-        arm: answered([text for number in NUMBERS for text in (pair(number).answers[arm], "more")], per_prompt=2)
-        for arm in ARMS
-    }
-    result = judged(context(tmp_path, votes), sft=twice[SFT], dpo=twice[DPO])
-    assert result.table is not None
-    assert result.table.pairs[0].wins == 12
-
-
-def test_pairs_may_be_named_in_the_other_order(tmp_path: Path) -> None:
-    config = replace(CONFIG, pairs=[PairConfig(arm=SFT, against=DPO)])
-    result = judged(context(tmp_path, [vote(pair(number)) for number in NUMBERS]), config)
-    assert result.table is not None
-    assert (result.table.pairs[0].losses, result.table.pairs[0].verdict) == (12, "worse")
 
 
 def test_every_pair_that_people_judged_is_in_the_table_unless_the_recipe_names_pairs(tmp_path: Path) -> None:
@@ -209,3 +172,38 @@ def test_the_votes_are_the_runs_own_unless_a_file_is_named(tmp_path: Path) -> No
     own.write_text("not a vote\n")
     with pytest.raises(DataError, match=r"votes\.jsonl:1: not JSON"):
         planned(tmp_path)
+
+
+TEXTS = ["今天休息。", "Closed today.", "休息 today"]
+WORDS = [4.0, 2.0, 3.0]
+
+
+def test_votes_on_these_very_answers_count(tmp_path: Path) -> None:
+    """The first of several; in whatever order the pair is named. Without any, nothing is concluded."""
+    nothing = judged(context(tmp_path / "none", []))
+    assert (nothing.lines, nothing.win_rate(DPO, reference=SFT)) == ([], None)
+    assert "(people judged 0 of 12 prompts, but 10 are needed)" in sentence(nothing)
+    stage = context(tmp_path, [vote(pair(number)) for number in NUMBERS])
+    others = judged(stage, dpo=answered([f"Now {number}." for number in NUMBERS]))
+    assert others.table is not None
+    assert (others.table.pairs[0].wins, others.table.pairs[0].win_rate) == (0, None)
+    assert "0 of 12 prompts, but 10 are needed; 12 votes are for other answers" in sentence(others)
+    sft, dpo = (
+        answered([text for number in NUMBERS for text in (pair(number).answers[arm], "more")], per_prompt=2)
+        for arm in ARMS
+    )
+    reverse = replace(CONFIG, pairs=[PairConfig(arm=SFT, against=DPO)])
+    for config, counts in ((CONFIG, (12, 0)), (reverse, (0, 12))):
+        table = judged(stage, config, sft=sft, dpo=dpo).table
+        assert table is not None
+        assert (table.pairs[0].wins, table.pairs[0].losses) == counts
+
+
+def test_lengths_of_answers_are_in_words_or_in_characters_of_scripts_without_spaces() -> None:
+    answers = [Answer(ids=[5, 2], text=text, ended=True) for text in TEXTS]
+    arm = Answered(answers=answers, logprobs=None, references=[None] * 3, seconds=1.0)
+    for kind in (JudgeKind.endpoint, JudgeKind.metric):
+        assert _words(arm, JudgeConfig(kind=kind), range(3)) == WORDS
+    question = [{"role": "user", "content": "Open?"}]
+    pairs = [pair_of(question, {"stage:dpo": text, "stage:sft": "No."}, id="", task="") for text in TEXTS]
+    assert _extra_words(pairs, "stage:dpo", "stage:sft") == [words - 1 for words in WORDS]
