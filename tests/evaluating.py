@@ -50,9 +50,10 @@ def evaluation_spec(chain: Chained, config: EvaluateConfig, name: str, **changes
     run_folder.mkdir(parents=True, exist_ok=True)
     scorers = [f"metrics[{n}].source" for n, metric in enumerate(config.metrics) if metric.source == "stage:reward"]
     scorers += [] if config.reward is None else ["reward"]
+    reward = chain.inputs.get("reward", BASE)
     fields: dict[str, Any] = {
         "stage": "evaluate",
-        "inputs": {"reference": chain.inputs.get("sft", BASE)} | {field: chain.inputs["reward"] for field in scorers},
+        "inputs": {"reference": chain.inputs.get("sft", BASE), **dict.fromkeys(scorers, reward)},
         "arms": {arm: _arm(chain, arm) for arm in config.arms},
         "data_path": chain.folder / "heldout.jsonl",
         "extra_data": {"few_shot.data": DATA / "conversations.jsonl"},

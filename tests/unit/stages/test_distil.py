@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 from datasets import Dataset
 from peft import TaskType
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from alignment import worker
 from alignment.commands.export.model_card import model_card
@@ -52,7 +50,6 @@ from tests.chained import LORA
 from tests.distilled import BASE, FULL, distil_spec, distilled
 from tests.in_memory import others_at_each_load, without_collections
 from tests.oracles import distillation as oracle
-from tests.oracles.chi_square import p_value
 from tests.oracles.close import close
 from tests.oracles.logprobs import log_softmax
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_model, tiny_tokenizer
@@ -381,58 +378,6 @@ def test_a_draft_is_a_policy_of_its_own_that_others_start_from(tmp_path: Path, a
     assert 0 < float(moved) < 0.2
     draft = StageInput(ref="path:draft", path=spec.artifact)
     distilled(tmp_path / "next", layers=None, inputs={"init": draft, "teacher": BASE})
-
-
-VOCABULARY, DRAWN, SAMPLES = 5, 3, 1000
-
-
-PROMPT = [3, 4]
-
-
-# ---- exactness -------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def speculated() -> tuple[Counter[tuple[int, ...]], PreTrainedModel, PreTrainedModel]:
-    """Counts of sampled answers of three tokens, the target and its draft."""
-    target = tiny_model("llama", vocab_size=VOCABULARY)
-    draft = keep_first_layers(tiny_model("llama", vocab_size=VOCABULARY), 1)
-    for model in (target, draft):
-        model.generation_config = GenerationConfig()
-    draft.generation_config.num_assistant_tokens = 2
-    draft.generation_config.num_assistant_tokens_schedule = "constant"
-    draft.generation_config.assistant_confidence_threshold = 0.0
-    settings = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=DRAWN, pad_token_id=0, eos_token_id=None)
-    counts: Counter[tuple[int, ...]] = Counter()
-    ids = torch.tensor([PROMPT])
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for _ in range(SAMPLES):
-            sampled = target.generate(
-                ids, attention_mask=torch.ones_like(ids), generation_config=settings, assistant_model=draft
-            )
-            counts[tuple(sampled[0, len(PROMPT) :].tolist())] += 1
-    return counts, target, draft
-
-
-@torch.no_grad()
-def distribution(model: PreTrainedModel) -> dict[tuple[int, ...], float]:
-    """The probability of every answer."""
-    answers = list(itertools.product(range(VOCABULARY), repeat=DRAWN))
-    logits = model(torch.tensor([[*PROMPT, *answer] for answer in answers])).logits.double().log_softmax(-1)
-    probabilities = {}
-    for row, answer in enumerate(answers):
-        steps = [float(logits[row, len(PROMPT) - 1 + at, token]) for at, token in enumerate(answer)]
-        probabilities[answer] = torch.tensor(sum(steps), dtype=torch.float64).exp().item()
-    assert sum(probabilities.values()) == pytest.approx(1.0)
-    return probabilities
-
-
-def test_speculative_sampling_with_a_draft_samples_the_targets_distribution(
-    speculated: tuple[Counter[tuple[int, ...]], PreTrainedModel, PreTrainedModel],
-) -> None:
-    counts, target, draft = speculated
-    assert sum(counts.values()) == SAMPLES
-    assert p_value(counts, distribution(target)) > 0.01
-    assert p_value(counts, distribution(draft)) < 1e-6, "the test would see the draft's"
 
 
 def test_greedy_answers_with_a_draft_are_those_without_it() -> None:
