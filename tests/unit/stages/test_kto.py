@@ -281,7 +281,7 @@ def test_a_figure_that_the_last_batch_lacks_is_reported_as_it_last_was(tmp_path:
     metrics = metrics_of(chained)
     assert metrics["rewards/margins"] == margins[-1]
     names = ("desirable_rows", "undesirable_rows", "desirable_weight", "undesirable_weight")
-    assert [metrics[name] for name in names] == [3, 2, 1, 1.5]
+    assert [metrics[name] for name in names] == [3, 2, 1, 1.125]
     for label, missing in ((True, "undesirable"), (False, "desirable")):
         with pytest.raises(DataError, match=f"none of the 3 rows is {missing},"):
             Chained(tmp_path / missing).run("kto", LORA, data_path=labelled(tmp_path, [label] * 3))
