@@ -316,8 +316,8 @@ def test_a_model_with_our_tokens_and_ends_of_its_own_is_compared_and_stops_there
     assert end_ids(asked.tokenizer) == {2, 9}
 
 
-def cached(chain: Chained, what: str) -> list[Path]:
-    return sorted((chain.folder / "artifacts/cache").glob(f"{what}-*.json"))
+def cached(chain: Chained, content: str) -> list[Path]:
+    return sorted((chain.folder / "artifacts/cache").glob(f"{content}-*.json"))
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def test_a_name_without_its_one_kind_is_refused(
         registry.kind_named(name)
 
 
-ONE = "launch=LaunchShape(runs_on=RunsOn.one_process)"
+ALONE = "launch=LaunchShape(runs_on=RunsOn.one_process)"
 
 
 @pytest.mark.parametrize(
@@ -119,22 +119,26 @@ ONE = "launch=LaunchShape(runs_on=RunsOn.one_process)"
         ("int = 1", "'Int' = 1", "types cannot be read: NameError: name 'Int'"),
         ('kind: str = "count"', "", "settings without a kind; write kind: str = 'count' in CountConfig"),
         ('"count"\n', '"words"\n', "settings of the kind 'words'; write kind: str = 'count' in CountConfig"),
-        (f"    {ONE},\n", "", f"lacks init, adapter, optim; add these settings or, if it trains no model, set {ONE}"),
-        ("one_process", "driver", f"inside the driver, which only built-in kinds can; set {ONE}"),
+        (
+            f"    {ALONE},\n",
+            "",
+            f"lacks init, adapter, optim; add these settings or, if it trains no model, set {ALONE}",
+        ),
+        ("one_process", "driver", f"inside the driver, which only built-in kinds can; set {ALONE}"),
         ("counting:run", "counting.gone:run", "'counting.gone:run', but there is no module counting.gone; set run="),
         ("counting:run", "counting", "run='counting', but there is no function"),
         (', run="counting:run"', "", "has run='', but there is no function"),
-        (ONE, f"{ONE}, rehearse='gone:check'", "rehearse='gone:check', but there is no module"),
+        (ALONE, f"{ALONE}, rehearse='gone:check'", "rehearse='gone:check', but there is no module"),
         ("record=PlainText", "record=str", "reads 'data' as <class 'str'>, which is not a record"),
         ("=config.data", "=config.text", "data function that fails: data(CountConfig()) raises AttributeError:"),
         ("[DataSlot", "1 + [DataSlot", "data function that fails: data(CountConfig()) raises TypeError: unsup"),
-        (ONE, f"{ONE}, outcome=Outcome(metrics=lambda _: ('words',))", "returns no Reported from"),
-        (ONE, f"{ONE}, outcome=Outcome(metrics=lambda c: c.x)", "raises AttributeError: 'CountC"),
-        (ONE, f"{ONE}, curves=lambda s: s['x']", "curves(settings of CountConfig()) raises KeyErro"),
-        (ONE, f"{ONE}, curves=lambda s: ['loss']", "returns ['loss'] from curves(settings)"),
-        (ONE, f"{ONE}, tokens=lambda s, line: line['words']", "tokens(settings, {'step': 1}) raises"),
-        (ONE, f"{ONE}, tokens=lambda s, line: 'many'", "returns 'many' from tokens(settings, line)"),
-        (ONE, f"{ONE}, curves=lambda s: [], tokens=lambda s, line: int(s['shortest'] == 1)", ""),
+        (ALONE, f"{ALONE}, outcome=Outcome(metrics=lambda _: ('words',))", "returns no Reported from"),
+        (ALONE, f"{ALONE}, outcome=Outcome(metrics=lambda c: c.x)", "raises AttributeError: 'CountC"),
+        (ALONE, f"{ALONE}, curves=lambda s: s['x']", "curves(settings of CountConfig()) raises KeyErro"),
+        (ALONE, f"{ALONE}, curves=lambda s: ['loss']", "returns ['loss'] from curves(settings)"),
+        (ALONE, f"{ALONE}, tokens=lambda s, line: line['words']", "tokens(settings, {'step': 1}) raises"),
+        (ALONE, f"{ALONE}, tokens=lambda s, line: 'many'", "returns 'many' from tokens(settings, line)"),
+        (ALONE, f"{ALONE}, curves=lambda s: [], tokens=lambda s, line: int(s['shortest'] == 1)", ""),
     ],
 )
 def test_a_kind_that_would_fail_in_a_plan_or_a_worker_says_what_to_change(
@@ -204,7 +208,7 @@ def test_a_setting_that_no_recipe_can_hold_is_named(install: Install, declared: 
     assert all(word in problem for word in words)
 
 
-SHOWS = COUNT.replace(ONE, f"{ONE}, outcome=Outcome(lines=show, tables=show, doubts=show)")
+SHOWS = COUNT.replace(ALONE, f"{ALONE}, outcome=Outcome(lines=show, tables=show, doubts=show)")
 
 
 def shows(body: str) -> str:
