@@ -262,7 +262,10 @@ def test_an_arm_that_cannot_be_asked_is_refused(chain: Chained) -> None:
     bare = tiny_tokenizer()
     bare.chat_template = None
     save_tiny_model(chain.folder / "bare", tokenizer=bare)
-    for arm, words in (("path:short", "path:short has 16 positions"), ("path:bare", "without a chat template")):
+    for arm, words in (
+        ("path:short", "16 positions, but the longest prompt with its answer"),
+        ("path:bare", "without a chat template"),
+    ):
         with pytest.raises(ModelError, match=words):
             evaluate(chain, replace(SMALL, arms=[arm]), "refused")
     empty = write_rows(chain.folder / "empty.jsonl", [])
