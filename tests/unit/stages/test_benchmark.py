@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM
 
 from alignment import worker
 from alignment.commands.export.export_options import ExportOptions
@@ -23,6 +24,7 @@ from alignment.core.artifacts import read_manifest
 from alignment.core.errors import AlignmentError, ConfigError, DataError, ModelError, NonFiniteError, StageError
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput, StageSpec
+from alignment.models.forward.flat import use_flat_attention
 from alignment.records.benchmark import (
     Benchmark,
     BenchmarkArm,
@@ -44,7 +46,7 @@ from alignment.training.trackers.all_trackers import Trackers
 from tests.chained import LORA, Chained
 from tests.hub import COMMIT, leave_data_set
 from tests.oracles.close import close
-from tests.tiny import pythia_tokenizer, save_tiny_model, tiny_model, tiny_tokenizer
+from tests.tiny import pythia_tokenizer, save_tiny_model, tiny_tokenizer
 
 TASKS = Path(__file__).parents[2] / "data" / "tasks"
 NAMES = ["both", "shout", "notes"]
@@ -74,29 +76,27 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chained]:
         yield chain
 
 
-def spec_of(chain: Chained, config: BenchmarkConfig, name: str) -> StageSpec:
-    artifact = chain.folder / "artifacts" / f"benchmark-{name}"
-    run_folder = chain.folder / "runs" / name
+def spec_of(chain: Chained, config: BenchmarkConfig, name: str, **changes: Any) -> StageSpec:
+    """An arm ``path:NAME`` is a folder of the chain."""
+    artifact, run_folder = chain.folder / "artifacts" / f"benchmark-{name}", chain.folder / "runs" / name
     run_folder.mkdir(parents=True, exist_ok=True)
-    folders = {"stage:sft": chain.inputs["sft"].path}
-    return replace(
-        chain.spec("sft", LORA, config=config),
-        stage="benchmark",
-        inputs={},
-        arms={
-            arm: StageInput(ref=arm, path=folders.get(arm, chain.folder / arm[5:] if arm[:5] == "path:" else None))
-            for arm in config.arms
-        },
-        artifact=artifact,
-        work=artifact.with_name(f"{artifact.name}.work"),
-        run_folder=run_folder,
-        produces="benchmark",
-    )
+    paths = {arm: chain.folder / arm[5:] for arm in config.arms if arm.startswith("path:")}
+    paths["stage:sft"] = chain.inputs["sft"].path
+    fields: dict[str, Any] = {
+        "stage": "benchmark",
+        "inputs": {},
+        "arms": {arm: StageInput(ref=arm, path=paths.get(arm)) for arm in config.arms},
+        "artifact": artifact,
+        "work": artifact.with_name(f"{artifact.name}.work"),
+        "run_folder": run_folder,
+        "produces": "benchmark",
+    }
+    return replace(chain.spec("sft", LORA, config=config), **{**fields, **changes})
 
 
 def measure(chain: Chained, config: BenchmarkConfig, name: str, **changes: Any) -> Path:
     """Runs the stage as the worker does; returns its artifact."""
-    spec = replace(spec_of(chain, config, name), **changes)
+    spec = spec_of(chain, config, name, **changes)
     worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
     return spec.artifact
 
@@ -188,7 +188,7 @@ def test_figures_and_log_likelihoods_are_those_of_the_harness_itself(
                 close(answer.logprobs, sums, rtol=0.0, atol=1e-4)
 
 
-def test_a_task_has_its_metric_filter_examples_rows_and_version(plain: Measured) -> None:
+def test_a_task_has_its_metric_filter_examples_rows_and_version(plain: Measured, chain: Chained) -> None:
     tasks = {task.name: task for task in plain.record.tasks}
     assert list(tasks) == ["capitals", "capitals_without", "shout", "notes", "both"]
     capitals, shout, notes, both = (tasks[name] for name in ("capitals", "shout", "notes", "both"))
@@ -204,45 +204,35 @@ def test_a_task_has_its_metric_filter_examples_rows_and_version(plain: Measured)
     assert {name.rpartition("/")[2] for name in plain.metrics if "/" in name} == {"base", "sft", "twin"}
     assert (plain.metrics["rows"], plain.metrics["rows_left_out"]) == (53.0, 0.0)
     assert plain.metrics["capitals/acc/sft"] == plain.arm("stage:sft").values["capitals/acc"].value
+    lines = (chain.folder / "artifacts/benchmark-plain/samples.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    assert (len(lines), first["task"], first["number"]) == (53, "capitals", 0)
+    assert set(first["answers"]["base"]["scores"]) == {"acc", "acc_norm"}
+    assert len(first["answers"]["base"]["logprobs"]) == 4
 
 
-def test_every_arm_gets_the_same_examples(plain: Measured) -> None:
+def test_arms_get_the_same_examples_and_are_compared_row_by_row_in_two_families(plain: Measured) -> None:
     """Else a copy of the base would differ from the base."""
     assert plain.arm("base").values == plain.arm("path:twin").values
-    for row in plain.rows:
-        assert row.answers["base"] == row.answers["path:twin"]
+    assert all(row.answers["base"] == row.answers["path:twin"] for row in plain.rows)
     assert any(row.answers["base"] != row.answers["stage:sft"] for row in plain.rows)
-
-
-def test_arms_are_compared_row_by_row_in_two_families(plain: Measured) -> None:
     first, other = plain.record.comparisons, plain.record.other_comparisons
     assert {item.metric for item in first} == {"capitals/acc", "capitals_without/acc", "shout/exact_match,first_word"}
-    assert {item.metric for item in other} == {
-        "capitals/acc_norm",
-        "capitals_without/acc_norm",
-        "shout/exact_match",
-    }
+    assert {item.metric for item in other} == {"capitals/acc_norm", "capitals_without/acc_norm", "shout/exact_match"}
     pairs = [("stage:sft", "base"), ("path:twin", "base"), ("path:twin", "stage:sft")]
-    assert [(item.arm, item.against) for item in first if item.metric == "capitals/acc"] == pairs
-    sft = next(item for item in first if (item.metric, item.arm) == ("capitals/acc", "stage:sft"))
+    of_capitals = {(item.arm, item.against): item for item in first if item.metric == "capitals/acc"}
+    assert list(of_capitals) == pairs
     rows = [row for row in plain.rows if row.task == "capitals"]
     differences = [row.answers["stage:sft"].scores["acc"] - row.answers["base"].scores["acc"] for row in rows]
-    assert sft.difference == pytest.approx(sum(differences) / 20)
-    twin = next(item for item in first if (item.metric, item.arm, item.against) == ("capitals/acc", *pairs[1]))
-    assert (twin.difference, twin.adjusted_p) == (0.0, 1.0)
+    assert of_capitals[pairs[0]].difference == pytest.approx(sum(differences) / 20)
+    assert (of_capitals[pairs[1]].difference, of_capitals[pairs[1]].adjusted_p) == (0.0, 1.0)
 
 
-def test_trackers_get_a_row_for_each_value(chain: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_limit_makes_its_figures_worthless_and_says_so_and_trackers_get_them(
+    chain: Chained, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sent: dict[str, Any] = {}
     monkeypatch.setattr(Trackers, "table", lambda self, name, rows: sent.update({name: rows}))
-    measured = read(measure(chain, replace(PLAIN, arms=["base"], tasks=["capitals"]), "tracked"))
-    value = measured.arm("base").values["capitals/acc"]
-    row = {"task": "capitals", "metric": "acc", "arm": "base", "examples": 2, "rows": 20}
-    assert sent["benchmarks"][0] == row | {"value": value.value, "stderr": value.stderr}
-    assert (len(sent["benchmarks"]), len(sent["samples"])) == (2, 20)
-
-
-def test_a_limit_makes_its_figures_worthless_and_says_so(chain: Chained) -> None:
     config = replace(PLAIN, arms=["base"], tasks=["capitals"], limit=5, num_fewshot=1)
     measured = read(measure(chain, config, "limited"))
     assert (measured.metrics["rows"], measured.metrics["rows_left_out"]) == (5.0, 15.0)
@@ -252,35 +242,32 @@ def test_a_limit_makes_its_figures_worthless_and_says_so(chain: Chained) -> None
     (doubt,) = registry.doubts("benchmark", measured.metrics)
     assert "limit left out 15 of 20 rows" in doubt
     assert registry.doubts("benchmark", {"rows": 20.0, "rows_left_out": 0.0}) == []
+    value = measured.arm("base").values["capitals/acc"]
+    row = {"task": "capitals", "metric": "acc", "arm": "base", "examples": 1, "rows": 5}
+    assert sent["benchmarks"][0] == row | {"value": value.value, "stderr": value.stderr}
+    assert (len(sent["benchmarks"]), len(sent["samples"])) == (2, 5)
 
 
-# ---- what the harness asks of a model --------------------------------------------------------------------------------
+def asked(*arguments: tuple[Any, ...]) -> Any:
+    """Requests in the form of the harness."""
+    return [SimpleNamespace(args=args) for args in arguments]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Asked:
-    """A request in the form of the harness."""
-
-    args: tuple[Any, ...]
+def scored_alike(model: HarnessModel, harness: Any, requests: Any) -> list[bool]:
+    """Whether each continuation is greedy; its log-likelihood and this are what the harness says."""
+    ours, expected = model.loglikelihood(requests), harness.loglikelihood(requests, disable_tqdm=True)
+    close([logprob for logprob, _ in ours], [logprob for logprob, _ in expected], rtol=0.0, atol=1e-4)
+    assert [flag for _, flag in ours] == [flag for _, flag in expected]
+    return [flag for _, flag in ours]
 
 
 def ours(folder: Path, **changes: Any) -> HarnessModel:
-    from transformers import AutoModelForCausalLM
-
-    from alignment.models.forward.flat import use_flat_attention
-
     tokenizer = load_tokenizer(folder)
     model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
     use_flat_attention(model)
-    sizes = Sizes(max_length=None, max_new_tokens=8, micro_batch_tokens=200, batch_size=2)
-    return HarnessModel(
-        model,
-        tokenizer,
-        replace(sizes, **changes),
-        end_ids=[tokenizer.eos_token_id],
-        where="arm base",
-        progress=lambda _: None,
-    )
+    sizes = replace(Sizes(max_length=None, max_new_tokens=8, micro_batch_tokens=200, batch_size=2), **changes)
+    ends = [tokenizer.eos_token_id]
+    return HarnessModel(model, tokenizer, sizes, end_ids=ends, where="arm base", progress=lambda _: None)
 
 
 TEXTS = [
@@ -305,11 +292,8 @@ def test_contexts_are_cut_and_begun_as_by_the_harness(
         plain = pythia_tokenizer()
         plain.bos_token = None
         folder = save_tiny_model(tmp_path / "model", architecture="gpt_neox", tokenizer=plain)
-    requests = [Asked(args=text) for text in TEXTS if max_length is None or len(text[1]) < 10]
-    expected = hflm(folder, max_length=max_length).loglikelihood(requests, disable_tqdm=True)
-    scored = ours(folder, max_length=max_length).loglikelihood(requests)  # type: ignore[arg-type]
-    close([logprob for logprob, _ in scored], [logprob for logprob, _ in expected], rtol=0.0, atol=1e-4)
-    assert [greedy for _, greedy in scored] == [greedy for _, greedy in expected]
+    requests = asked(*(text for text in TEXTS if max_length is None or len(text[1]) < 10))
+    scored_alike(ours(folder, max_length=max_length), hflm(folder, max_length=max_length), requests)
 
 
 def test_a_second_bos_is_not_added(tmp_path: Path) -> None:
@@ -318,29 +302,25 @@ def test_a_second_bos_is_not_added(tmp_path: Path) -> None:
     tokenizer._tokenizer.post_processor = TemplateProcessing(single=f"{begin[0]} $A", special_tokens=[begin])
     folder = save_tiny_model(tmp_path / "model", tokenizer=tokenizer)
     model, harness = ours(folder), hflm(folder)
-    assert model.tok_encode("a")[0] == model.tok_encode("<|im_start|>a")[0] == 1
+    assert model.tok_encode("a")[0] == 1
     assert model.tok_encode("<|im_start|>a") == model.tok_encode("a") == harness.tok_encode("a")
-    requests = [Asked(args=(text, " is closed.")) for text in ("<|im_start|>The shop", "The shop", "")]
-    scored = model.loglikelihood(requests)  # type: ignore[arg-type]
-    expected = harness.loglikelihood(requests, disable_tqdm=True)
-    close([logprob for logprob, _ in scored], [logprob for logprob, _ in expected], rtol=0.0, atol=1e-4)
+    scored_alike(model, harness, asked(*((text, " is closed.") for text in ("<|im_start|>The shop", "The shop", ""))))
 
 
 def test_a_continuation_is_greedy_if_every_token_is_the_likeliest(chain: Chained) -> None:
-    model = ours(chain.base)
-    prompt = "The shop is"
-    greedy = model.generate_until([Asked(args=(prompt, {"until": [], "max_gen_toks": 3}))])[0]  # type: ignore[list-item]
+    model, prompt = ours(chain.base), "The shop is"
+    greedy = model.generate_until(asked((prompt, {"until": [], "max_gen_toks": 3})))[0]
     assert len(greedy) >= 3
     continuations = [greedy, greedy[:-1] + ("x" if greedy[-1] != "x" else "y"), greedy[:1]]
-    scored = model.loglikelihood([Asked(args=(prompt, text)) for text in continuations])  # type: ignore[misc]
-    expected = hflm(chain.base).loglikelihood([Asked(args=(prompt, text)) for text in continuations], disable_tqdm=True)
-    assert [flag for _, flag in scored] == [flag for _, flag in expected]
-    assert {flag for _, flag in scored} == {True, False}
+    assert set(scored_alike(model, hflm(chain.base), asked(*((prompt, text) for text in continuations)))) == {
+        True,
+        False,
+    }
 
 
 def test_what_requests_have_in_common_is_read_once(chain: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
     context = "The note says that the shop is closed on Monday and that the keys are with the caretaker."
-    choices = [" Yes", " No", " Perhaps", " The keys are in the hall"]
+    requests = asked(*((context, choice) for choice in (" Yes", " No", " Perhaps", " The keys are in the hall")))
     model = ours(chain.base, micro_batch_tokens=4096)
     read_tokens: list[int] = []
     stream = harness_model.stream
@@ -351,10 +331,10 @@ def test_what_requests_have_in_common_is_read_once(chain: Chained, monkeypatch: 
         return streamed
 
     monkeypatch.setattr(harness_model, "stream", counted)
-    together = model.loglikelihood([Asked(args=(context, choice)) for choice in choices])  # type: ignore[misc]
-    ends = [model.tok_encode(choice, add_special_tokens=False) for choice in choices]
+    together = model.loglikelihood(requests)
+    ends = [model.tok_encode(request.args[1], add_special_tokens=False) for request in requests]
     assert sum(read_tokens) <= len(model.tok_encode(context)) + sum(map(len, ends))
-    alone = [model.loglikelihood([Asked(args=(context, choice))])[0] for choice in choices]  # type: ignore[list-item]
+    alone = [model.loglikelihood([request])[0] for request in requests]
     close([logprob for logprob, _ in together], [logprob for logprob, _ in alone], rtol=0.0, atol=1e-4)
 
 
@@ -363,7 +343,7 @@ def test_an_answer_ends_before_a_stop_text_that_several_tokens_make(
 ) -> None:
     model, harness = ours(chain.base, max_new_tokens=40), hflm(chain.base)
     prompts = ["The shop is", "Please answer", "You are tiny."]
-    whole = model.generate_until([Asked(args=(p, {"until": []})) for p in prompts])  # type: ignore[misc]
+    whole = model.generate_until(asked(*((prompt, {"until": []}) for prompt in prompts)))
     tokens: list[int] = []
     generate = harness_model.generate
 
@@ -375,9 +355,9 @@ def test_an_answer_ends_before_a_stop_text_that_several_tokens_make(
     monkeypatch.setattr(harness_model, "generate", counted)
     for prompt, text in zip(prompts, whole, strict=True):
         stop = text[6:10]
-        request = Asked(args=(prompt, {"until": [stop, "\n\n\n"], "max_gen_toks": 40}))
-        assert model.generate_until([request])[0] == text[: text.index(stop)]  # type: ignore[list-item]
-        assert model.generate_until([request]) == harness.generate_until([request], disable_tqdm=True)  # type: ignore[list-item]
+        request = asked((prompt, {"until": [stop, "\n\n\n"], "max_gen_toks": 40}))
+        assert model.generate_until(request) == [text[: text.index(stop)]]
+        assert model.generate_until(request) == harness.generate_until(request, disable_tqdm=True)
     assert max(tokens) < 20, "generation ended there too"
 
 
@@ -432,15 +412,15 @@ def test_a_metric_that_one_arm_lacks_is_shown_of_the_others_and_not_compared() -
 )
 def test_answers_of_another_kind_are_refused(chain: Chained, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        ours(chain.base).generate_until([Asked(args=("Hi", {"until": [], **settings}))])  # type: ignore[list-item]
+        ours(chain.base).generate_until(asked(("Hi", {"until": [], **settings})))
 
 
-# ---- what goes wrong -------------------------------------------------------------------------------------------------
+OwnTasks = Callable[[str, str, str], BenchmarkConfig]
 
 
 @pytest.fixture
-def own_tasks(tmp_path: Path) -> Callable[[str, str, str], BenchmarkConfig]:
-    """A copy of the tasks in which a file's text is replaced, and the settings that use it."""
+def own_tasks(tmp_path: Path) -> OwnTasks:
+    """A copy of the tasks in which a file's text is replaced, and the settings that use the task of its name."""
 
     def copy(file: str, old: str, new: str) -> BenchmarkConfig:
         folder = tmp_path / "tasks"
@@ -448,22 +428,20 @@ def own_tasks(tmp_path: Path) -> Callable[[str, str, str], BenchmarkConfig]:
         text = (folder / file).read_text()
         assert old in text
         (folder / file).write_text(text.replace(old, new))
-        return replace(PLAIN, arms=["base"], task_folders=[str(folder)])
+        return replace(PLAIN, arms=["base"], task_folders=[str(folder)], tasks=[file.removesuffix(".yaml")])
 
     return copy
 
 
-def test_a_function_that_raises_is_named_with_its_line(
-    chain: Chained, own_tasks: Callable[[str, str, str], BenchmarkConfig]
-) -> None:
+def test_a_function_that_raises_is_named_with_its_line(chain: Chained, own_tasks: OwnTasks) -> None:
     config = own_tasks("shout.yaml", "doc_to_target: answer", "doc_to_target: !function words.broken")
     words = Path(config.task_folders[0]) / "words.py"
     words.write_text(words.read_text() + '\n\ndef broken(doc):\n    return doc["missing"]\n')
     with pytest.raises(DataError, match=r"cannot load shout: KeyError at .*words\.py:10: 'missing'"):
-        measure(chain, replace(config, tasks=["shout"]), "raising")
+        measure(chain, config, "raising")
     words.write_text(words.read_text().replace('doc["missing"]', 'doc["answer"] if doc["word"] != "text" else 1 / 0'))
     with pytest.raises(StageError, match=r"the harness failed: ZeroDivisionError at .*words\.py:10: division by zero"):
-        measure(chain, replace(config, tasks=["shout"]), "raising-later")
+        measure(chain, config, "raising-later")
 
 
 @pytest.mark.parametrize(
@@ -473,18 +451,13 @@ def test_a_function_that_raises_is_named_with_its_line(
         ("import sklearn.no_such_part", DataError, "pip install scikit-learn"),
         ("import nltk; nltk.data.find('corpora/no_such')", DataError, "python -m nltk.downloader no_such"),
         ("if doc['word'] == 'text': import no_such_package", StageError, "pip install no_such_package"),
-        (
-            "if doc['word'] == 'text': __import__('nltk').data.find('corpora/x')",
-            StageError,
-            "python -m nltk.downloader x",
-        ),
         ("__import__('transformers').AutoTokenizer.from_pretrained('org/no_such')", DataError, "hf download ORG/NAME"),
         ("__import__('datasets').load_dataset('org/no_such')", DataError, "datasets.load_dataset"),
     ],
 )
 def test_what_a_task_needs_is_tried_before_training_and_named(
     chain: Chained,
-    own_tasks: Callable[[str, str, str], BenchmarkConfig],
+    own_tasks: OwnTasks,
     monkeypatch: pytest.MonkeyPatch,
     body: str,
     kind: type[AlignmentError],
@@ -492,9 +465,7 @@ def test_what_a_task_needs_is_tried_before_training_and_named(
 ) -> None:
     for module in ("datasets.config", "huggingface_hub.constants"):
         monkeypatch.setattr(f"{module}.HF_HUB_OFFLINE", True)
-    config = replace(
-        own_tasks("shout.yaml", "doc_to_target: answer", "doc_to_target: !function words.needs"), tasks=["shout"]
-    )
+    config = own_tasks("shout.yaml", "doc_to_target: answer", "doc_to_target: !function words.needs")
     words = Path(config.task_folders[0]) / "words.py"
     words.write_text(words.read_text() + f'\n\ndef needs(doc):\n    {body}\n    return doc["answer"]\n')
     with pytest.raises(kind) as caught:
@@ -509,74 +480,52 @@ def test_tasks_that_work_pass_their_trial_without_a_model(chain: Chained) -> Non
     assert not spec.work.exists()
 
 
-def test_a_right_answer_that_is_not_a_choice_is_refused(
-    chain: Chained, own_tasks: Callable[[str, str, str], BenchmarkConfig]
-) -> None:
-    config = own_tasks("capitals.yaml", "doc_to_target: right", "doc_to_target: wrong")
-    message = r"capitals: the right answer of row 0 is 'wrong', which is not one of its choices: 'Paris', 'Lisbon'"
-    with pytest.raises(DataError, match=message):
-        measure(chain, replace(config, tasks=["capitals"]), "lacking")
-
-
-def test_a_data_set_of_a_hub_is_read_from_its_snapshot(
-    chain: Chained, own_tasks: Callable[[str, str, str], BenchmarkConfig], tmp_path: Path
-) -> None:
+def test_a_data_set_of_a_hub_is_read_from_its_snapshot(chain: Chained, own_tasks: OwnTasks, tmp_path: Path) -> None:
     config = own_tasks(
         "capitals.yaml",
         "dataset_path: json\ndataset_kwargs: {data_files: {test: capitals.jsonl}}",
         "dataset_path: org/name\ndataset_kwargs: {revision: v1}",
     )
     snapshot = leave_data_set(tmp_path, {"data/test.jsonl": (TASKS / "capitals.jsonl").read_text()}, revision="v1")
-    planned = {"hub:org/name@v1": f"hub:org/name@{COMMIT}"}
-    artifact = measure(
-        chain,
-        replace(config, tasks=["capitals"]),
-        "of_hub",
-        extra_data={"hub:org/name@v1": snapshot},
-        identity={"extra_data": planned},
-    )
-    assert read(artifact).metrics["rows"] == 20.0
+    data = {
+        "extra_data": {"hub:org/name@v1": snapshot},
+        "identity": {"extra_data": {"hub:org/name@v1": f"hub:org/name@{COMMIT}"}},
+    }
+    assert read(measure(chain, config, "of_hub", **data)).metrics["rows"] == 20.0
 
 
-def test_files_that_changed_since_the_plan_are_refused(
-    chain: Chained, own_tasks: Callable[[str, str, str], BenchmarkConfig]
+def test_rows_that_changed_since_the_plan_or_have_no_right_answer_are_refused(
+    chain: Chained, own_tasks: OwnTasks
 ) -> None:
-    config = own_tasks("capitals.yaml", "num_fewshot: 2", "num_fewshot: 1")
+    config = own_tasks("capitals.yaml", "doc_to_target: right", "doc_to_target: wrong")
     planned = {"files": dict(content(config, "stages.benchmark"))}
+    with pytest.raises(DataError, match=r"of row 0 is 'wrong', which is not one of its choices: 'Paris', 'Lisbon'"):
+        measure(chain, config, "lacking", identity=planned)
     rows = Path(config.task_folders[0]) / "capitals.jsonl"
     rows.write_text(rows.read_text() + "{}\n")
     with pytest.raises(DataError, match="changed since the run was planned"):
         measure(chain, config, "changed", identity=planned)
 
 
-def test_a_ruined_policy_ends_the_stage(chain: Chained) -> None:
-    folder = save_tiny_model(chain.folder / "ruined")
-    weights = load_file(folder / "model.safetensors")
+def test_an_arm_that_cannot_be_measured_is_named(chain: Chained) -> None:
+    ruined = save_tiny_model(chain.folder / "ruined") / "model.safetensors"
+    weights = load_file(ruined)
     weights["model.norm.weight"] *= torch.nan
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = replace(PLAIN, arms=["path:ruined"], tasks=["capitals"])
-    with pytest.raises(NonFiniteError, match="arm path:ruined gives log-probabilities that are not finite"):
-        measure(chain, config, "ruined")
-
-
-def test_a_window_beyond_the_positions_is_refused(chain: Chained) -> None:
-    with pytest.raises(ConfigError, match="5000 is more than the 4096 positions of base"):
-        measure(chain, replace(PLAIN, arms=["base"], max_length=5000), "wide")
-
-
-def test_turns_need_a_template(chain: Chained) -> None:
-    folder = chain.folder / "no_template"
-    tokenizer = pythia_tokenizer()
-    tiny_model("gpt_neox", vocab_size=len(tokenizer)).save_pretrained(str(folder))
-    tokenizer.save_pretrained(str(folder))
-    config = replace(PLAIN, arms=["path:no_template"], apply_chat_template=True, tasks=["capitals"])
-    with pytest.raises(ModelError, match="path:no_template has a tokenizer without a chat template"):
-        measure(chain, config, "no_template")
-
-
-def test_rows_are_written_as_lines_of_json(plain: Measured, chain: Chained) -> None:
-    lines = (chain.folder / "artifacts" / "benchmark-plain" / "samples.jsonl").read_text().splitlines()
-    first = json.loads(lines[0])
-    assert (len(lines), first["task"], first["number"]) == (53, "capitals", 0)
-    assert set(first["answers"]["base"]["scores"]) == {"acc", "acc_norm"}
-    assert len(first["answers"]["base"]["logprobs"]) == 4
+    save_file(weights, ruined, metadata={"format": "pt"})
+    save_tiny_model(chain.folder / "no_template", architecture="gpt_neox", tokenizer=pythia_tokenizer())
+    capitals = replace(PLAIN, tasks=["capitals"])
+    for error, words, config in (
+        (NonFiniteError, "arm path:ruined gives", replace(capitals, arms=["path:ruined"])),
+        (
+            ConfigError,
+            "5000 is more than the 4096 positions of base",
+            replace(capitals, arms=["base"], max_length=5000),
+        ),
+        (
+            ModelError,
+            "path:no_template has a tokenizer without",
+            replace(capitals, arms=["path:no_template"], apply_chat_template=True),
+        ),
+    ):
+        with pytest.raises(error, match=words):
+            measure(chain, config, "refused")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +16,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from alignment import worker
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype, ModelConfig
-from alignment.config.optim import Moments
-from alignment.core.artifacts import read_manifest
+from alignment.core.artifacts import MANIFEST, read_manifest
 from alignment.core.errors import ModelError
 from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from alignment.models.assembly.load import lineage, load_policy
+from alignment.job import StageInput
+from alignment.models.assembly.load import Lineage, lineage, load_policy
 from alignment.models.assembly.start import load_start
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.rows import stream
 from alignment.stages.registry import kind_of
-from alignment.training.callbacks import Checkpoints
+from alignment.stages.sft.config import SftConfig
 from alignment.training.context import StageContext
-from tests.chained import DORA, FULL, LORA, PREFIX, QLORA, SAME_PREFIX, Chained, config_of
-from tests.device import need_bitsandbytes
+from tests.chained import DATA, DORA, FULL, LORA, PREFIX, QLORA, SAME_PREFIX, Chained, config_of
+from tests.measuring import Measuring
 from tests.oracles.close import close
-from tests.tiny import BASE_SOURCE
+from tests.tiny import BASE_SOURCE, publish_tiny, tiny_spec
 
 IDS = torch.tensor([[5, 6, 7, 8, 2]])
 
 
-def _lora(chain: Chain) -> AdapterConfig:
+def lora(chain: Chain) -> AdapterConfig:
     return AdapterConfig(rank=4, chain=chain)
 
 
@@ -44,7 +44,8 @@ def chained(tmp_path: Path) -> Chained:
     return Chained(tmp_path)
 
 
-def _moved(chained: Chained, kind: str, since: str) -> float:
+def moved(chained: Chained, kind: str, since: str) -> float:
+    """The largest change of a hidden state."""
     states = []
     for name in (kind, since):
         model = chained.policy(name)
@@ -60,7 +61,7 @@ def _moved(chained: Chained, kind: str, since: str) -> float:
         (FULL, LORA),
         (LORA, FULL),
         (LORA, QLORA),
-        (LORA, _lora(Chain.stack)),
+        (LORA, lora(Chain.stack)),
         (DORA, AdapterConfig(kind=AdapterKind.dora, rank=4, chain=CONTINUE)),
         (QLORA, AdapterConfig(kind=AdapterKind.qlora, rank=4, chain=CONTINUE)),
         (QLORA, AdapterConfig(kind=AdapterKind.qlora, rank=4)),
@@ -72,9 +73,9 @@ def test_dpo_starts_at_ln_2_from_whatever_sft_left(
 ) -> None:
     chained.run("sft", first)
     lines = chained.run("dpo", second, init="sft")
-    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert lines[-1]["loss"] < math.log(2) - 1e-4, "it learned"
-    assert _moved(chained, "dpo", "sft") > 1e-3
+    assert lines[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+    assert lines[-1]["loss"] < LN2 - 1e-4, "it learned"
+    assert moved(chained, "dpo", "sft") > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -82,8 +83,8 @@ def test_dpo_starts_at_ln_2_from_whatever_sft_left(
     [
         (QLORA, QLORA),
         (DORA, DORA),
-        (LORA, _lora(Chain.stack)),
-        (LORA, _lora(CONTINUE)),
+        (LORA, lora(Chain.stack)),
+        (LORA, lora(CONTINUE)),
         (FULL, LORA),
         (LORA, FULL),
         (PREFIX, SAME_PREFIX),
@@ -98,38 +99,34 @@ def test_ppo_starts_at_no_kl_with_one_base(chained: Chained, sft: AdapterConfig,
     assert lines[1]["objective/kl"] != 0.0
     copies = lines[0]["memory/base_copies"]
     assert copies > 3 if later.kind is AdapterKind.full else copies == pytest.approx(1.0, abs=0.02)
-    assert _moved(chained, "ppo", "sft") > 1e-4
+    assert moved(chained, "ppo", "sft") > 1e-4
 
 
 def test_three_stages_continue_and_stack(chained: Chained) -> None:
     chained.run("cpt", LORA)
-    chained.run("sft", _lora(CONTINUE), init="cpt")
-    lines = chained.run("dpo", _lora(Chain.stack), init="sft")
-    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    artifact = chained.inputs["dpo"].path
-    adapters = sorted(path.name for path in (artifact / "adapters").iterdir())
-    assert adapters == ["0-sft", "1-dpo"], "cpt's adapter became sft's"
-    plain = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(chained.base), str(artifact / "adapters/0-sft")
-    )
-    plain.load_adapter(str(artifact / "adapters/1-dpo"), "dpo")
-    plain.base_model.set_adapter(["default", "dpo"])
+    chained.run("sft", lora(CONTINUE), init="cpt")
+    lines = chained.run("dpo", lora(Chain.stack), init="sft")
+    assert lines[0]["loss"] == pytest.approx(LN2, abs=1e-6)
+    adapters = sorted((chained.inputs["dpo"].path / "adapters").iterdir())
+    assert [folder.name for folder in adapters] == ["0-sft", "1-dpo"], "cpt's adapter became sft's"
+    plain = plain_policy(chained.base, adapters, [])
     with torch.no_grad():
         close(plain(input_ids=IDS).logits, chained.policy("dpo")(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
+LN2 = math.log(2)
 QWEN = {"architecture": "qwen2"}  # whose queries, keys and values have biases
 
 
 @pytest.mark.parametrize(
     ("settings", "own"),
     [
-        ({}, _lora(Chain.merge)),
-        ({"target_modules": ["q_proj", "v_proj"]}, _lora(Chain.stack)),
+        ({}, lora(Chain.merge)),
+        ({"target_modules": ["q_proj", "v_proj"]}, lora(Chain.stack)),
         ({"target_modules": ["q_proj", "v_proj"]}, AdapterConfig(rank=4, alpha=8.0, chain=CONTINUE)),
-        ({"use_dora": True}, _lora(Chain.merge)),
-        ({"use_rslora": True, "target_modules": ["up_proj"]}, _lora(Chain.stack)),
-        ({"modules_to_save": ["lm_head"]}, _lora(Chain.merge)),
+        ({"use_dora": True}, lora(Chain.merge)),
+        ({"use_rslora": True, "target_modules": ["up_proj"]}, lora(Chain.stack)),
+        ({"modules_to_save": ["lm_head"]}, lora(Chain.merge)),
     ],
     ids=["merge", "stack", "continue", "dora", "rslora", "head"],
 )
@@ -141,9 +138,10 @@ def test_a_stage_starts_from_an_adapter_that_peft_saved(
     start = lineage(chained.spec("dpo", own, init="outside"), chained.inputs["outside"])
     policy = load_start(start, own, Dtype.float32, task=TaskType.CAUSAL_LM, device=torch.device("cpu"))
     with torch.no_grad():
-        close(policy(input_ids=IDS).logits, _plain(chained.base, [folder], []).logits, rtol=1e-4, atol=1e-5)
+        expected = plain_policy(chained.base, [folder], [])(input_ids=IDS).logits
+        close(policy(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
     lines = chained.run("dpo", own, init="outside")
-    assert lines[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert lines[0]["loss"] == pytest.approx(LN2, abs=1e-6)
     artifact = chained.inputs["dpo"].path
     manifest = read_manifest(artifact)
     assert manifest.base["source"] == BASE_SOURCE
@@ -153,21 +151,15 @@ def test_a_stage_starts_from_an_adapter_that_peft_saved(
         assert sorted(file.name for file in (artifact / adapter).iterdir()) == [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
     merged = [artifact / name for name in below if own.chain is Chain.merge]
     beside = [artifact / name for name in manifest.adapters if artifact / name not in merged]
-    assert chained.policy("dpo").generate(IDS, max_new_tokens=12, do_sample=False, use_cache=True).tolist() == (
-        _plain(chained.base, beside, merged).answer
-    )
+    answers = [
+        model.generate(input_ids=IDS, max_new_tokens=12, do_sample=False, use_cache=True).tolist()
+        for model in (chained.policy("dpo"), plain_policy(chained.base, beside, merged))
+    ]
+    assert answers[0] == answers[1]
 
 
-@dataclass
-class _Plain:
-    """What plain transformers and PEFT compute."""
-
-    logits: torch.Tensor
-    answer: list[list[int]]
-
-
-def _plain(base: Path, beside: list[Path], merged: list[Path]) -> _Plain:
-    """With some adapters merged into the base, and others together beside it."""
+def plain_policy(base: Path, beside: list[Path], merged: list[Path]) -> Any:
+    """By plain transformers and PEFT, with some adapters merged into the base and others together beside it."""
     model = AutoModelForCausalLM.from_pretrained(str(base))
     for folder in merged:
         model = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
@@ -175,10 +167,7 @@ def _plain(base: Path, beside: list[Path], merged: list[Path]) -> _Plain:
     for number, folder in enumerate(beside[1:], 1):
         policy.load_adapter(str(folder), str(number))
     policy.base_model.set_adapter([str(number) for number in range(len(beside))])
-    policy.eval()
-    with torch.no_grad():
-        answer = policy.generate(input_ids=IDS, max_new_tokens=12, do_sample=False)
-        return _Plain(policy(input_ids=IDS).logits, answer.tolist())
+    return policy.eval()
 
 
 def test_an_adapter_from_outside_is_merged_in_bfloat16_as_peft_merges_it(tmp_path: Path) -> None:
@@ -215,88 +204,38 @@ def test_an_adapter_that_was_trained_on_other_tokens_is_refused(
         chained.run("kto", LORA, init="outside")
 
 
-class _Killed(BaseException):
+class Killed(BaseException):
     """The process ended right after a checkpoint."""
 
 
-@pytest.mark.parametrize(
-    ("adapter", "architecture"),
-    [(_lora(CONTINUE), "llama"), (FULL, "mixtral")],
-    ids=["continue", "experts"],
-)
-def test_a_killed_stage_goes_on_with_all_its_weights(
-    tmp_path: Path, adapter: AdapterConfig, architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """transformers reloads adapters one by one and leaves a single one active. It writes experts under other names than
-    those that it looks for."""
-    saved = []
-    for killed in (False, True):
-        chained = Chained(tmp_path / str(killed), architecture=architecture)
-        chained.run("sft", LORA if adapter.chain is CONTINUE else adapter)
-        if killed:
-            with monkeypatch.context() as patch:
-                patch.setattr(Checkpoints, "on_save", _then_killed(Checkpoints.on_save))
-                with pytest.raises(_Killed):
-                    chained.run("dpo", adapter, init="sft")
-        lines = chained.run("dpo", adapter, init="sft")
-        assert [line["step"] for line in lines] == [1, 2]
-        *_, own = sorted(chained.inputs["dpo"].path.rglob("*.safetensors"))
-        saved.append(own.read_bytes())
-    assert saved[0] == saved[1]
-
-
-def test_a_killed_stage_goes_on_with_its_moments_in_eight_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    need_bitsandbytes()
-    config: Any = config_of("dpo", FULL)
-    config = replace(config, optim=replace(config.optim, moments=Moments.eight_bit))
-    saved = []
-    for killed in (False, True):
-        chained = Chained(tmp_path / str(killed))
-        if killed:
-            with monkeypatch.context() as patch:
-                patch.setattr(Checkpoints, "on_save", _then_killed(Checkpoints.on_save))
-                with pytest.raises(_Killed):
-                    chained.run("dpo", FULL, config=config)
-            assert torch.uint8 in _formats(
-                torch.load(chained.spec("dpo", FULL).work / "checkpoints/checkpoint-1/optimizer.pt")
-            )
-        chained.run("dpo", FULL, config=config)
-        saved.append((chained.inputs["dpo"].path / "model/model.safetensors").read_bytes())
-    assert saved[0] == saved[1]
-
-
-def _formats(state: Any) -> set[torch.dtype]:
-    """Of all tensors in nested dictionaries."""
-    if isinstance(state, torch.Tensor):
-        return {state.dtype}
-    return set().union(*map(_formats, state.values())) if isinstance(state, dict) else set()
-
-
-def _then_killed(on_save: Any) -> Any:
+def then_killed(on_save: Any) -> Any:
     def save(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         on_save(self, args, state, control, **kwargs)
         if state.global_step == 1:
-            raise _Killed
+            raise Killed
 
     return save
 
 
-def test_an_adapter_of_another_base_is_refused_by_name(chained: Chained) -> None:
+def formats(state: Any) -> set[torch.dtype]:
+    """Of all tensors in nested dictionaries."""
+    if isinstance(state, torch.Tensor):
+        return {state.dtype}
+    return set().union(*map(formats, state.values())) if isinstance(state, dict) else set()
+
+
+def test_a_policy_of_another_base_or_tokenizer_is_refused_by_name(chained: Chained) -> None:
     chained.run("sft", LORA, identity={"base": {"content": "one"}})
-    spec = chained.spec("dpo", LORA, init="sft", identity={"base": {"content": "another"}})
+    other_base = chained.spec("dpo", LORA, init="sft", identity={"base": {"content": "another"}})
     with pytest.raises(ModelError, match="stage:sft was trained on path:tiny, not on this run's base"):
-        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
-
-
-def test_a_policy_of_another_tokenizer_is_refused_by_name(chained: Chained) -> None:
-    chained.run("sft", LORA)
+        worker._run(other_base, StageContext(spec=other_base, rank=0, world_size=1))
     sft = chained.inputs["sft"].path
     assert sft is not None
     modules = json.loads((sft / "adapters/0-sft/adapter_config.json").read_text())["target_modules"]
     assert modules == sorted(modules), "equal runs leave equal bytes"
     file = chained.base / "chat_template.jinja"
     file.write_text(file.read_text() + " ")
-    spec = chained.spec("dpo", LORA, init="sft")
+    spec = chained.spec("dpo", LORA, init="sft", identity={"base": {"content": "one"}})
     with pytest.raises(ModelError, match="stage:sft has a different tokenizer or chat template than path:tiny"):
         worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
 
@@ -308,3 +247,49 @@ def test_a_stage_reports_every_metric_that_its_kind_declares(chained: Chained, k
     assert manifest is not None
     config = config_of(kind, LORA)
     assert set(kind_of(config).outcome.metrics(config).names) <= manifest.metrics.keys()
+
+
+@pytest.fixture(scope="module")
+def measuring(tmp_path_factory: pytest.TempPathFactory) -> Measuring:
+    """The manifests of ``sft`` and of its reward model name another chat template than that of their base."""
+    measuring = Measuring(tmp_path_factory.mktemp("other"))
+    start = Lineage(source=BASE_SOURCE, base=measuring.base, adapters=())
+    spec = tiny_spec(measuring.folder / "made", SftConfig(), base_path=measuring.base)
+    policy = publish_tiny(spec, load_policy(start, torch.float32), start)
+    for published in (policy, measuring.reward):
+        assert published.path is not None
+        file = published.path / MANIFEST
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template_sha256": "0" * 64}))
+    assert policy.path is not None
+    measuring.policies = {"stage:sft": policy.path}
+    return measuring
+
+
+BASE = StageInput(ref="base", path=None)
+
+
+@pytest.mark.parametrize(
+    "slot", ["ppo-reward", "reference", "evaluate-reward", "evaluate-arm", "forgetting-arm", "card"]
+)
+def test_a_model_of_another_chat_template_is_refused_in_every_slot_before_anything_is_computed(
+    measuring: Measuring, slot: str
+) -> None:
+    """Scorers: tests/unit/rewards/test_build.py."""
+    policy = StageInput(ref="stage:sft", path=measuring.policies["stage:sft"])
+    match slot:
+        case "ppo-reward":
+            inputs = {"init": BASE, "reward": measuring.reward}
+            spec = measuring.spec(slot, config_of("ppo", LORA), DATA / "preferences.jsonl", inputs=inputs)
+        case "forgetting-arm":
+            spec = measuring.forgetting(slot, 4)
+        case "card":
+            spec = measuring.reward_card(slot, 2)
+        case _:
+            arms = {"stage:sft": policy} if slot == "evaluate-arm" else {"base": BASE}
+            inputs = {"reference": policy if slot == "reference" else BASE}
+            inputs |= {"reward": measuring.reward} if slot == "evaluate-reward" else {}
+            spec = measuring.evaluate(slot, 1, arms=list(arms), metrics=[])
+            spec = replace(spec, arms=arms, inputs=inputs)
+    with pytest.raises(ModelError, match=f"has a different tokenizer or chat template than {BASE_SOURCE}"):
+        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+    assert list((spec.work / "content").iterdir()) == []

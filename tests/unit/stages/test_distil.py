@@ -1,9 +1,11 @@
-"""Distillation as the stage computes it, against the papers' formulas in float64."""
+"""Distillation as the stage computes it, against the papers' formulas, and what its draft is worth to transformers."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +17,30 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alignment import worker
-from alignment.config.adapter import AdapterConfig
+from alignment.commands.export.model_card import model_card
+from alignment.commands.export.provenance import provenance
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.model import Dtype, ModelConfig
 from alignment.core.artifacts import verify
+from alignment.core.errors import ConfigError, ModelError, StageError
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation.bootstrap import Intervals
-from alignment.job import StageInput
-from alignment.models.assembly.load import lineage, load_policy
+from alignment.job import StageInput, StageSpec
+from alignment.models.assembly.first_layers import keep_first_layers
+from alignment.models.assembly.load import Lineage, lineage, load_policy
+from alignment.models.forward.distilled import refuse_other_heads
 from alignment.models.forward.generate import Sampling, generate
-from alignment.records.distillation import Distillation
+from alignment.records.distillation import Assisted, Distillation, StudentFigures, Timing
+from alignment.records.interval import Interval
+from alignment.stages.distil import assisted, student_comparison
 from alignment.stages.distil import run as distil
-from alignment.stages.distil import student_comparison
+from alignment.stages.distil.assisted import Greedy, gaps_at_differences, timing
 from alignment.stages.distil.config import Method
 from alignment.stages.distil.distil_trainer import DistilTrainer
 from alignment.stages.distil.student import student_of
 from alignment.stages.distil.student_comparison import figures_of, frozen_model, sums_of_answers
 from alignment.stages.distil.taught_rows import HeldOutAnswers
-from alignment.stages.registry import kind_named
+from alignment.stages.registry import doubts, kind_named, lines_of, tables_of
 from alignment.stages.shared import answer_sampling
 from alignment.stages.shared.arm_policies import asked_tokenizer
 from alignment.stages.shared.initial import initial_model
@@ -42,7 +52,7 @@ from tests.in_memory import others_at_each_load, without_collections
 from tests.oracles import distillation as oracle
 from tests.oracles.close import close
 from tests.oracles.logprobs import log_softmax
-from tests.tiny import save_tiny_model
+from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_model, tiny_tokenizer
 
 TEMPERATURE = 0.7
 ROWS = [([3, 4, 5, 6], [7, 8, 2]), ([9] * 30, [10, 11]), ([12, 13], [14, 15, 16, 17, 2]), ([18] * 25, [19])]
@@ -146,77 +156,60 @@ def test_what_is_learned_brings_the_student_nearer_to_its_teacher(tmp_path: Path
     assert kind_named("distil").outcome.lines(artifact) == []
 
 
-# ---- the teacher's answers -------------------------------------------------------------------------------------------
+Taught = tuple[list[tuple[list[int], list[int]]], HeldOutAnswers]
 
 
-def taught(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Dataset, HeldOutAnswers]]:
-    """The rows and held-out answers of stages from now on."""
-    made: list[tuple[Dataset, HeldOutAnswers]] = []
+@pytest.fixture
+def taught(monkeypatch: pytest.MonkeyPatch) -> list[Taught]:
+    """Prompts with the answers that a stage learns, which alone are learned, and its held-out ones, from now on."""
+    made: list[Taught] = []
     right = distil.taught_rows
 
     def noted(*args: Any) -> tuple[Dataset, HeldOutAnswers]:
-        made.append(right(*args))
-        return made[-1]
+        rows, held_out = right(*args)
+        pairs = []
+        for row in rows:
+            start = next(index for index, label in enumerate(row["labels"]) if label != -100)
+            assert row["labels"][start:] == row["input_ids"][start:]
+            pairs.append((row["input_ids"][:start], row["input_ids"][start:]))
+        made.append((pairs, held_out))
+        return rows, held_out
 
     monkeypatch.setattr(distil, "taught_rows", noted)
     return made
 
 
-def answers_in(rows: Dataset) -> list[tuple[list[int], list[int]]]:
-    """Prompt and answer of each row; only the answer is learned."""
-    pairs = []
-    for row in rows:
-        start = next(index for index, label in enumerate(row["labels"]) if label != -100)
-        assert row["labels"][start:] == row["input_ids"][start:]
-        pairs.append((row["input_ids"][:start], row["input_ids"][start:]))
-    return pairs
-
-
-def test_the_teacher_answers_and_no_prompt_is_both_learned_and_held_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = taught(monkeypatch)
+def test_the_teacher_answers_and_no_prompt_is_both_learned_and_held_out(tmp_path: Path, taught: list[Taught]) -> None:
     other = save_tiny_model(tmp_path / "other", seed=1)
     inputs = {"init": BASE, "teacher": StageInput(ref="path:other", path=other)}
     spec = distil_spec(tmp_path, inputs=inputs, completions_per_prompt=2, temperature=0.9, layers=None)
     context = StageContext(spec=spec, rank=0, world_size=1)
     worker._run(spec, context)
-    ((rows, held_out),) = made
-    learned = answers_in(rows)
+    ((learned, held_out),) = taught
     assert (len(learned), len(held_out.answers)) == (18, 6)
     assert held_out.groups == [0, 0, 1, 1, 2, 2]
     assert not {tuple(prompt) for prompt, _ in learned} & {tuple(prompt) for prompt in held_out.prompts}
-    every = [*learned, *zip(held_out.prompts, held_out.answers, strict=True)]
     by_prompt: dict[tuple[int, ...], list[list[int]]] = {}
-    for prompt, answer in every:
+    for prompt, answer in [*learned, *zip(held_out.prompts, held_out.answers, strict=True)]:
         by_prompt.setdefault(tuple(prompt), []).append(list(answer))
-    model = AutoModelForCausalLM.from_pretrained(str(other))
-    tokenizer = load_tokenizer(other)
-    prompts = [row["messages"] for row in map(json.loads, spec.data_path.read_text().splitlines()[:12])]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(str(other)), load_tokenizer(other)
+    prompts = [json.loads(line)["messages"] for line in spec.data_path.read_text().splitlines()[:12]]
     for number, messages in enumerate(prompts):
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         uniforms = torch.rand(2, 8, generator=context.generator("answers", number), dtype=torch.float64)
-        expected = generate(
-            model,
-            [ids, ids],
-            max_new_tokens=8,
-            end_ids=[2],
-            batch_size=2,
-            sampling=Sampling(temperature=0.9, uniforms=uniforms),
-        )
+        sampling = Sampling(temperature=0.9, uniforms=uniforms)
+        expected = generate(model, [ids, ids], max_new_tokens=8, end_ids=[2], batch_size=2, sampling=sampling)
         assert by_prompt[tuple(ids)] == expected
 
 
-def test_sequence_level_distillation_learns_the_answers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = taught(monkeypatch)
+def test_sequence_level_distillation_learns_the_answers_alone(tmp_path: Path, taught: list[Taught]) -> None:
     artifact = distilled(tmp_path, method=Method.sequence, optim={"batch_size": 9})
-    student = AutoModelForCausalLM.from_pretrained(str(artifact.parent.parent / "base"))
-    distil_first = keep_first(student)
+    student = keep_first(AutoModelForCausalLM.from_pretrained(str(tmp_path / "base")))
     logprobs = []
-    for prompt, answer in answers_in(made[0][0]):
+    for prompt, answer in taught[0][0]:
         with torch.no_grad():
-            logits = answer_logits(distil_first, prompt, answer).tolist()
+            logits = answer_logits(student, prompt, answer).tolist()
         logprobs += [log_softmax(row)[token] for row, token in zip(logits, answer, strict=True)]
     (line,) = lines(artifact)
     assert line["loss"] == pytest.approx(-math.fsum(logprobs) / len(logprobs), rel=1e-4)
@@ -229,31 +222,35 @@ def keep_first(model: Any) -> Any:
     return model.eval()
 
 
-def test_what_has_learned_is_freed_before_other_models_are_loaded(
+def test_what_has_learned_is_freed_before_other_models_are_loaded_and_both_students_are_timed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No other model than a teacher is in memory at each load; a trainer and its callbacks hold each other."""
     others = others_at_each_load(monkeypatch)
     with without_collections():
-        distilled(tmp_path, timed_prompts=1)
+        artifact = distilled(tmp_path, timed_prompts=2)
     assert max(others) == 1
+    times = Distillation.read(artifact).timing
+    assert times is not None
+    assert times.prompts == 2
+    _, second = lines_of("distil", artifact)
+    assert "all 2 answers are the same as without a draft" in second
+    (table,) = tables_of("distil", artifact)
+    assert list(table.columns)[-1] == "measured"
+    assert table.rows[1][1][-1].text == f"{times.speed_up(times.after):.2f}"
 
 
-# ---- what is reported ------------------------------------------------------------------------------------------------
-
-
-def test_the_record_is_of_the_student_before_and_as_it_was_saved(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = taught(monkeypatch)
-    artifact = distilled(tmp_path, optim={"epochs": 6.0}, temperature=1.3, completions_per_prompt=2, gamma=3)
-    record, metrics = Distillation.read(artifact), verify(artifact, content=True).metrics
+def test_the_record_is_of_the_student_before_and_as_it_was_saved(tmp_path: Path, taught: list[Taught]) -> None:
+    changes = {"optim": {"epochs": 6.0}, "temperature": 1.3, "completions_per_prompt": 2, "gamma": 3}
+    artifact = distilled(tmp_path, **changes)
+    record, manifest = Distillation.read(artifact), verify(artifact, content=True)
+    metrics = manifest.metrics
     teacher = AutoModelForCausalLM.from_pretrained(str(tmp_path / "base"))
     before = keep_first(AutoModelForCausalLM.from_pretrained(str(tmp_path / "base")))
     after = AutoModelForCausalLM.from_pretrained(str(artifact / "model"))
     for student, figures, ending in ((before, record.before, "_before"), (after, record.after, "")):
         pairs = []
-        for prompt, answer in zip(made[0][1].prompts, made[0][1].answers, strict=True):
+        for prompt, answer in zip(taught[0][1].prompts, taught[0][1].answers, strict=True):
             with torch.no_grad():
                 both = [answer_logits(model, list(prompt), list(answer)).tolist() for model in (teacher, student)]
             pairs += list(zip(*both, strict=True))
@@ -264,17 +261,19 @@ def test_the_record_is_of_the_student_before_and_as_it_was_saved(
         assert figures.divergence.mean == pytest.approx(divergence, abs=1e-5)
         assert figures.same_top.mean == pytest.approx(same)
         assert figures.tokens_per_step.mean == pytest.approx(oracle.tokens_per_step(acceptance, 3), abs=1e-4)
-        assert metrics[f"eval_acceptance{ending}"] == figures.acceptance.mean
-        assert metrics[f"eval_same_top{ending}"] == figures.same_top.mean
-        assert metrics[f"eval_divergence{ending}"] == figures.divergence.mean
+        names = ("acceptance", "same_top", "divergence")
+        assert all(metrics[f"eval_{name}{ending}"] == getattr(figures, name).mean for name in names)
     assert (record.prompts, record.tokens, record.layers, record.timing) == (3, len(pairs), 1, None)
     assert (metrics["eval_prompts"], metrics["eval_tokens"]) == (3, len(pairs))
     assert record.after.divergence.mean != record.before.divergence.mean
     kind = kind_named("distil")
-    config = distil_spec(tmp_path / "same").config
-    assert set(kind.outcome.metrics(config).names) == metrics.keys()
+    assert set(kind.outcome.metrics(distil_spec(tmp_path / "same").config).names) == metrics.keys()
     drawn = {key for chart in kind.curves({"method": "tokens"}) for key in chart.keys}
     assert all(drawn <= line.keys() for line in lines(artifact))
+    manifest = replace(manifest, identity={"kind": "distil"})
+    card = model_card(manifest, provenance(artifact, manifest), form="model", turn_end=None, notes=[])
+    assert f"The student, the first layer, on {len(pairs)} tokens of the teacher's answers" in card
+    assert f"| after | {record.after.acceptance.mean:.3f} " in card
 
 
 def test_whole_prompts_are_drawn_for_the_intervals_and_every_token_counts_alike() -> None:
@@ -302,11 +301,24 @@ def test_figures_do_not_depend_on_what_is_compared_together(tmp_path: Path) -> N
     assert [row[-1] for row in every[0]] == [len(answer) for answer in answers]
 
 
-# ---- interruptions ---------------------------------------------------------------------------------------------------
-
-
 class Killed(BaseException):
     """The process ended."""
+
+
+def killed_after(function: Callable[..., Any], number: int, *, before_it_ends: bool = True) -> Callable[..., Any]:
+    """The function; the process ends in its call of this number, or right after it."""
+    calls: list[int] = []
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == number and before_it_ends:
+            raise Killed
+        result = function(*args, **kwargs)
+        if len(calls) == number:
+            raise Killed
+        return result
+
+    return called
 
 
 def results(artifact: Path) -> list[Any]:
@@ -316,53 +328,35 @@ def results(artifact: Path) -> list[Any]:
     return [metrics, weights, (artifact / "distillation.json").read_bytes(), verify(artifact, content=True).metrics]
 
 
+KILLS: dict[str, tuple[Any, str, int, bool]] = {
+    "sampling": (answer_sampling, "generate", 2, True),
+    "before": (student_comparison, "figures_of", 1, True),
+    "checkpoint": (Checkpoints, "on_save", 3, False),
+    "after": (student_comparison, "figures_of", 2, True),
+}
+
+
 @pytest.mark.parametrize(
-    ("killed_at", "adapter"),
-    [("sampling", FULL), ("before", FULL), ("checkpoint", FULL), ("checkpoint", LORA), ("after", LORA)],
-    ids=["sampling", "before", "checkpoint", "checkpoint-lora", "after-lora"],
+    ("adapter", "killed_at"),
+    [(FULL, ("sampling", "before", "checkpoint")), (LORA, ("checkpoint", "after"))],
+    ids=["full", "lora"],
 )
 def test_a_killed_stage_ends_as_an_undisturbed_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_at: str, adapter: AdapterConfig
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: AdapterConfig, killed_at: Sequence[str]
 ) -> None:
     changes: dict[str, Any] = {"adapter": adapter, "optim": {"epochs": 2.0, "batch_size": 2}}
     straight = results(distilled(tmp_path / "straight", **changes))
-    with monkeypatch.context() as patch:
-        if killed_at == "checkpoint":
-            patch.setattr(Checkpoints, "on_save", then_killed(Checkpoints.on_save, step=3))
-        elif killed_at == "sampling":
-            patch.setattr(answer_sampling, "generate", killed_on_call(answer_sampling.generate, 2))
-        else:
-            calls = {"before": 1, "after": 2}[killed_at]
-            patch.setattr(student_comparison, "figures_of", killed_on_call(student_comparison.figures_of, calls))
-        with pytest.raises(Killed):
-            distilled(tmp_path / "killed", **changes)
-    assert results(distilled(tmp_path / "killed", **changes)) == straight
-
-
-def then_killed(on_save: Any, *, step: int) -> Any:
-    def callback(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_save(self, args, state, control, **kwargs)
-        if state.global_step == step:
-            raise Killed
-
-    return callback
-
-
-def killed_on_call(function: Any, number: int) -> Any:
-    calls: list[int] = []
-
-    def called(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        if len(calls) == number:
-            raise Killed
-        return function(*args, **kwargs)
-
-    return called
+    for name in killed_at:
+        owner, function, number, before_it_ends = KILLS[name]
+        with monkeypatch.context() as patch:
+            killing = killed_after(getattr(owner, function), number, before_it_ends=before_it_ends)
+            patch.setattr(owner, function, killing)
+            with pytest.raises(Killed):
+                distilled(tmp_path / name, **changes)
+        assert results(distilled(tmp_path / name, **changes)) == straight, name
 
 
 # ---- the student as a policy -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("adapter", [FULL, LORA], ids=["full", "lora"])
 def test_a_draft_is_a_policy_of_its_own_that_others_start_from(tmp_path: Path, adapter: AdapterConfig) -> None:
     spec = distil_spec(tmp_path, adapter=adapter)
@@ -384,3 +378,155 @@ def test_a_draft_is_a_policy_of_its_own_that_others_start_from(tmp_path: Path, a
     assert 0 < float(moved) < 0.2
     draft = StageInput(ref="path:draft", path=spec.artifact)
     distilled(tmp_path / "next", layers=None, inputs={"init": draft, "teacher": BASE})
+
+
+def test_greedy_answers_with_a_draft_are_those_without_it() -> None:
+    model, draft = tiny_model(), keep_first_layers(tiny_model(), 1)
+    greedy, prompts = Greedy(max_new_tokens=12, end_ids=[2], pad_id=2), [[5, 6, 7], [8, 9], [10] * 20, [3]]
+    alone = greedy.answered(model, prompts)
+    helped = greedy.answered(model, prompts, draft=assisted._drafting(draft, 3))
+    assert alone.answers == helped.answers
+    assert all(1 <= len(answer) <= 12 for answer in alone.answers)
+    assert alone.seconds > 0
+    assert gaps_at_differences(model, prompts, alone.answers, helped.answers) == []
+
+
+def test_a_draft_drafts_gamma_tokens_in_every_step() -> None:
+    """Passes of the target: with a perfect draft of γ tokens, one for every γ + 1 tokens."""
+    model, draft = tiny_model(), tiny_model()
+    passes: list[int] = []
+    model.register_forward_hook(lambda *_: passes.append(1))
+    endless = Greedy(max_new_tokens=12, end_ids=[127], pad_id=2)
+    (answer,) = endless.answered(model, [[5, 6, 7]], draft=assisted._drafting(draft, 3)).answers
+    assert len(answer) == 12
+    assert len(passes) == 2 * 3, "of the answer that warms up, and of the one that is timed"
+
+
+def test_an_answer_of_a_set_length_ignores_its_end() -> None:
+    model = tiny_model()
+    (first,) = Greedy(max_new_tokens=1, end_ids=[2], pad_id=2).answered(model, [[5, 6, 7]]).answers
+    ends_at_once = Greedy(max_new_tokens=9, end_ids=first, pad_id=2)
+    assert ends_at_once.answered(model, [[5, 6, 7]]).answers == [first]
+    assert [len(answer) for answer in ends_at_once.answered(model, [[5, 6, 7]], lengths=[4]).answers] == [4]
+
+
+def test_the_gap_of_a_difference_is_that_of_the_targets_logits_at_the_first_one() -> None:
+    model = tiny_model()
+    prompts, alone = [[5, 6], [7]], [[8, 9, 10], [11, 2]]
+    with torch.no_grad():
+        logits = model(torch.tensor([[5, 6, 8]])).logits[0, -1]
+    gap = float((logits[9] - logits[12]).abs())
+    assert gaps_at_differences(model, prompts, alone, [[8, 12, 13], [11, 2]]) == [pytest.approx(gap)]
+    assert gaps_at_differences(model, prompts, alone, [[8, 9], [11, 2]]) == [float("inf")]
+
+
+def timed(spec: StageSpec) -> Timing:
+    """Of the base as its own teacher and draft, with acceptances that are known."""
+    config: Any = spec.config
+    base = Lineage(source=BASE_SOURCE, base=spec.base_path, adapters=())
+    students = [(base, figures_with(0.5, 0.25)), (base, figures_with(0.75, 0.5))]
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    return timing(config, context, tiny_tokenizer(), base, [[5, 6, 7], [8, 9]], students)
+
+
+def figures_with(acceptance: float, same_top: float) -> StudentFigures:
+    return StudentFigures(
+        acceptance=Interval(mean=acceptance, low=acceptance - 0.1, high=acceptance + 0.1),
+        same_top=Interval(mean=same_top, low=same_top - 0.1, high=same_top + 0.1),
+        divergence=Interval(mean=1.0),
+        tokens_per_step=Interval(mean=oracle.tokens_per_step(acceptance, 4)),
+    )
+
+
+def test_other_answers_with_a_draft_are_an_error_in_float32_and_reported_in_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Assisted answers have another last token."""
+    right = Greedy._answer
+
+    def wrong(self: Greedy, model: Any, prompt: Any, *, draft: Any, exact: Any) -> list[int]:
+        answer = right(self, model, prompt, draft=draft, exact=exact)
+        return [*answer[:-1], (answer[-1] + 1) % 100] if draft is not None else answer
+
+    monkeypatch.setattr(Greedy, "_answer", wrong)
+    spec = distil_spec(tmp_path, timed_prompts=2)
+    with pytest.raises(StageError, match="2 of 2 greedy answers with a draft differ") as caught:
+        timed(spec)
+    assert caught.value.where == "stages.distil.timed_prompts"
+    times = timed(replace(spec, model=ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)))
+    assert (times.before.differing, times.after.differing) == (2, 2)
+    assert times.after.widest_gap > 1e-3
+
+
+def test_expected_speed_ups_follow_from_acceptance_and_the_measured_cost_of_a_pass(tmp_path: Path) -> None:
+    times = timed(distil_spec(tmp_path, gamma=3))
+    assert times.prompts == 2
+    assert times.cost_ratio > 0
+    for student, same_top, acceptance in ((times.before, 0.25, 0.5), (times.after, 0.5, 0.75)):
+        assert student.expected.mean == pytest.approx(oracle.speed_up(same_top, 3, times.cost_ratio))
+        assert student.expected.low == pytest.approx(oracle.speed_up(same_top - 0.1, 3, times.cost_ratio))
+        assert student.expected_sampling.mean == pytest.approx(oracle.speed_up(acceptance, 3, times.cost_ratio))
+        assert (student.differing, student.widest_gap) == (0, 0.0)
+        assert times.speed_up(student) == times.seconds / student.seconds
+
+
+def test_lines_and_table_name_before_and_after(tmp_path: Path) -> None:
+    speed = {"expected": Interval(mean=0.9), "expected_sampling": Interval(mean=1.1)}
+    helped = Assisted(seconds=2.0, **speed)
+    later = {"expected": Interval(mean=1.9), "expected_sampling": Interval(mean=2.1)}
+    after = Assisted(seconds=1.0, differing=1, widest_gap=0.0625, **later)
+    Distillation(
+        method="tokens",
+        layers=8,
+        temperature=1.0,
+        gamma=4,
+        prompts=30,
+        tokens=900,
+        before=figures_with(0.25, 0.125),
+        after=figures_with(0.75, 0.5),
+        timing=Timing(prompts=8, tokens=200, seconds=1.5, cost_ratio=0.3, before=helped, after=after),
+    ).write(tmp_path)
+    first, second = lines_of("distil", tmp_path)
+    assert "0.250 (0.150 to 0.350) before and 0.750 (0.650 to 0.850) after, on 30 held-out prompts" in first
+    assert "0.75 times as fast with the draft before training and 1.50 times as fast after it; 1 of 16 " in second
+    assert second.endswith("by at most 0.062")
+    (table,) = tables_of("distil", tmp_path)
+    assert "The student, the first 8 layers, on 900 tokens" in table.note
+    assert "A token of the draft takes 0.30 of the teacher's time" in table.note
+    texts = {label: [cell.text for cell in cells] for label, cells in table.rows}
+    assert texts["before"] == ["0.250", "1.332", "0.125", "1.000", "1.100", "0.900", "0.75"]
+    assert texts["after"] == ["0.750", "3.051", "0.500", "1.000", "2.100", "1.900", "1.50"]
+    assert doubts("distil", {"eval_acceptance_before": 0.3, "eval_acceptance": 0.6}) == []
+    assert doubts("distil", {"loss": 1.0}) == []
+    (doubt,) = doubts("distil", {"eval_acceptance_before": 0.31, "eval_acceptance": 0.3})
+    assert "(30.0%) than before (31.0%)" in doubt
+
+
+def test_a_student_that_does_not_fit_its_teacher_is_refused(tmp_path: Path) -> None:
+    for layers in (2, 3):
+        with pytest.raises(ConfigError, match=rf"{layers}, but base has 2 layers.*choose at most 1") as caught:
+            distilled(tmp_path / str(layers), layers=layers)
+        assert caught.value.where == "stages.distil.layers"
+        assert not list((tmp_path / str(layers)).rglob("part-*"))
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ messages }}"
+    other = save_tiny_model(tmp_path / "other", tokenizer=tokenizer)
+    inputs = {"init": StageInput(ref="path:other", path=other), "teacher": BASE}
+    with pytest.raises(ModelError, match="different tokenizer or chat template") as refused:
+        distilled(tmp_path, inputs=inputs, layers=None)
+    assert refused.value.where == "stages.distil.init"
+    with pytest.raises(ModelError, match="the student's head has 64 tokens and the teacher's 128"):
+        refuse_other_heads(tiny_model(vocab_size=64), tiny_model(), where="stages.distil.init")
+    scaled = tiny_model()
+    scaled.config.final_logit_softcapping = 30.0
+    with pytest.raises(ModelError, match="the teacher, a LlamaForCausalLM, scales or caps its logits"):
+        refuse_other_heads(tiny_model(), scaled, where="")
+
+
+def test_a_teacher_with_a_prefix_is_compared_but_not_timed(tmp_path: Path) -> None:
+    prefix = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=4)
+    prefixed = distilled(tmp_path, layers=1, adapter=prefix, optim={"epochs": 1.0})
+    inputs = {"init": BASE, "teacher": StageInput(ref="path:prefixed", path=prefixed)}
+    distilled(tmp_path / "compared", inputs=inputs, layers=None)
+    with pytest.raises(ConfigError, match="not timed with a teacher that has a prefix"):
+        distilled(tmp_path / "timed", inputs=inputs, layers=None, timed_prompts=1)

@@ -1,43 +1,55 @@
-"""Held-out rows of several turns on tiny models: every later question is asked after the arm's own answers."""
+"""Held-out rows of several turns and with tools: every later question is asked after the arm's own answers."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from alignment import worker
-from alignment.config.evaluating import AnswersConfig, FewShotConfig, JudgeConfig, JudgeKind, PairConfig
+from alignment.config.evaluating import (
+    AnswersConfig,
+    ChatEndpointConfig,
+    FewShotConfig,
+    JudgeConfig,
+    JudgeKind,
+    PairConfig,
+)
+from alignment.config.grader import GraderConfig
 from alignment.config.sampling_engine import Engine
 from alignment.config.scoring import MetricConfig
 from alignment.core.errors import DataError, ModelError
 from alignment.data.reading import iterate
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids
+from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message, tagged
-from alignment.evaluation.arms import Answered
+from alignment.evaluation.arms import Answer, Answered
 from alignment.evaluation.few_shot import with_system_prompt
-from alignment.job import StageInput, StageSpec
-from alignment.models.assembly.load import lineage
+from alignment.models.assembly.load import Lineage, lineage
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.pipeline.plan.scorer_checks import row_checks
 from alignment.records.evaluation import ArmResult, Evaluation, Sample, read_samples
 from alignment.stages.evaluate import answer_cache, answering, metric_scores
+from alignment.stages.evaluate.arm_prompts import ArmPrompts
 from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.evaluate.metric_scores import answers_to_score
 from alignment.stages.evaluate.turn_prompts import TurnPrompts, first_turn, later_turn
 from alignment.training.context import StageContext
-from tests.chained import DATA, LORA, Chained
+from tests.chained import LORA, Chained
+from tests.evaluating import evaluation_chain, evaluation_of, evaluation_spec, write_rows
 from tests.judge_server import Response, serving
 from tests.oracles import logprobs as oracle
 from tests.oracles.close import close
 from tests.real_templates import QWEN, dressed, text_of
-from tests.tiny import CHAT_TEMPLATE, save_tiny_model, tiny_bpe, tiny_model, tiny_tokenizer
+from tests.templates import styled_tokenizer
+from tests.tiny import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [
     {"id": "lift", "turns": ["Write that the lift is out of order.", "Now in five words."]},
@@ -64,15 +76,7 @@ CONFIG = EvaluateConfig(
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chained:
-    """A base, an sft and a reward model on it, a model with other tokens, and rows of one turn and of two."""
-    chain = Chained(tmp_path_factory.mktemp("turns"))
-    chain.run("sft", LORA)
-    chain.run("reward", LORA, init="sft")
-    other = tiny_tokenizer()
-    other._tokenizer = tiny_bpe(["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|odd|>"])
-    other.chat_template = CHAT_TEMPLATE.replace("You are tiny.", "You are other.")
-    save_tiny_model(chain.folder / "other", tokenizer=other, seed=3)
-    (chain.folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    chain = evaluation_chain(tmp_path_factory.mktemp("turns"), ROWS)
     (chain.folder / "score.py").write_text(SCORE)
     return chain
 
@@ -83,30 +87,9 @@ def metrics(chain: Chained) -> list[MetricConfig]:
     return [*functions, MetricConfig(name="by_reward", source="reward")]
 
 
-def spec_of(chain: Chained, config: EvaluateConfig, fingerprint: str) -> StageSpec:
-    artifact = chain.folder / "artifacts" / f"evaluate-{fingerprint}"
-    inputs = {"reference": chain.inputs["sft"], "reward": chain.inputs["reward"]}
-    folders = {"stage:sft": chain.inputs["sft"].path}
-    folders |= {f"path:{name}": chain.folder / name for name in ("other", "short")}
-    run_folder = chain.folder / "runs" / fingerprint
-    run_folder.mkdir(parents=True, exist_ok=True)
-    return replace(
-        chain.spec("sft", LORA, config=config),
-        stage="evaluate",
-        inputs=inputs if config.reward else {"reference": inputs["reference"]},
-        arms={arm: StageInput(ref=arm, path=folders.get(arm)) for arm in config.arms},
-        data_path=chain.folder / "heldout.jsonl",
-        extra_data={"few_shot.data": DATA / "conversations.jsonl"},
-        artifact=artifact,
-        work=artifact.with_name(f"{artifact.name}.work"),
-        run_folder=run_folder,
-    )
-
-
-def evaluate(chain: Chained, config: EvaluateConfig, fingerprint: str) -> tuple[Evaluation, list[Sample]]:
-    spec = spec_of(chain, config, fingerprint)
-    worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
-    return Evaluation.read(spec.artifact), list(read_samples(spec.artifact))
+def evaluate(chain: Chained, config: EvaluateConfig, name: str, **changes: Any) -> tuple[Evaluation, list[Sample]]:
+    artifact = evaluation_of(chain, config, name, **changes)
+    return Evaluation.read(artifact), list(read_samples(artifact))
 
 
 @pytest.fixture(scope="module")
@@ -143,28 +126,29 @@ def logprob(model: Any, prompt: list[int], answer: list[int]) -> float:
     return sum(oracle.log_softmax(logits[len(prompt) - 1 + step])[token] for step, token in enumerate(answer))
 
 
+SHOWN: dict[str, Callable[[Sequence[Message]], Sequence[Message]]] = {
+    "base": lambda turns: turns,
+    "base+prompt": lambda turns: with_system_prompt(turns, "Be brief."),
+    "stage:sft": lambda turns: turns,
+}
+
+
 def test_the_second_question_is_asked_after_the_arms_own_first_answer(
     chain: Chained, evaluated: tuple[Evaluation, list[Sample]]
 ) -> None:
     """Each answer by a plain loop over forward passes, with that arm's first answer before the second question."""
     tokenizer = tiny_tokenizer()
-    shown = {
-        "base": lambda turns: turns,
-        "base+prompt": lambda turns: with_system_prompt(turns, "Be brief."),
-        "stage:sft": lambda turns: turns,
-    }
     base = AutoModelForCausalLM.from_pretrained(chain.base, dtype=torch.float32)
     policies = {"base": base, "base+prompt": base, "stage:sft": chain.policy("sft")}
     ends = (tokenizer.eos_token_id, answer_ids(tokenizer, [Message(role="user", content="Hi.")], "Hello.")[-1])
-    for name, show in shown.items():
+    for name, show in SHOWN.items():
         for row, sample in zip(ROWS, evaluated[1], strict=True):
             answers: list[str] = []
             for _ in row["turns"]:
                 ids = greedy(policies[name], prompt_ids(tokenizer, show(conversation(row, answers))), ends=ends)
                 answers.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
             answer = sample.answers[name]
-            turns = [turn.text for turn in answer.turns] or [answer.text]
-            assert turns == answers, name
+            assert ([turn.text for turn in answer.turns] or [answer.text]) == answers, name
     assert [sample.later_turns for sample in evaluated[1]] == [row["turns"][1:] for row in ROWS]
 
 
@@ -192,9 +176,10 @@ def test_scorers_see_the_conversation_and_a_row_scores_the_mean_of_its_turns(
         assert arm.metrics["by_reward"].mean == pytest.approx(arm.reward.mean)
 
 
-def test_rewards_and_log_ratios_of_later_turns_are_those_of_the_own_conversation(
+def test_rewards_and_log_ratios_are_those_of_the_own_conversation(
     chain: Chained, evaluated: tuple[Evaluation, list[Sample]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Against plain forward passes, row by row, of each policy, of the reference (sft) and of the reward model."""
     tokenizer = tiny_tokenizer()
     answered: dict[str, Answered] = {}
     to_score = metric_scores.answers_to_score
@@ -204,139 +189,127 @@ def test_rewards_and_log_ratios_of_later_turns_are_those_of_the_own_conversation
         return to_score(*arguments)
 
     monkeypatch.setattr("alignment.stages.evaluate.run.answers_to_score", noted)
-    evaluation, _ = evaluate(chain, replace(CONFIG, arms=["base", "stage:sft"]), "by-value")
-    base = AutoModelForCausalLM.from_pretrained(chain.base, dtype=torch.float32)
+    arms = {"base": chain.base, "stage:sft": None, "path:near": chain.folder / "near"}
+    evaluation, _ = evaluate(chain, replace(CONFIG, arms=list(arms)), "by-value")
     sft = chain.policy("sft")
     reward = load_reward_model(chain.spec("sft", LORA), chain.inputs["reward"], device=torch.device("cpu"))
-    ratios, rewards = [], []
-    answers = iter(answered["base"].answers)
-    for row in ROWS:
-        texts: list[str] = []
-        ratio, scores = 0.0, []
-        for _ in row["turns"]:
-            answer = next(answers)
-            prompt = prompt_ids(tokenizer, conversation(row, texts))
-            ratio += logprob(base, prompt, answer.ids) - logprob(sft, prompt, answer.ids)
-            ids = torch.tensor([[*prompt, *answer.ids]])
-            scores.append(float(reward(input_ids=ids, attention_mask=torch.ones_like(ids)).logits))
-            texts.append(answer.text)
-        ratios.append(ratio)
-        rewards.append(sum(scores) / len(scores))
-    arm = arm_of(evaluation, "base")
-    assert arm.greedy_log_ratio is not None
-    assert arm.reward is not None
-    close([arm.greedy_log_ratio.mean], [sum(ratios) / 3], rtol=1e-4, atol=1e-4)
-    close([arm.reward.mean], [sum(rewards) / 3], rtol=1e-4, atol=1e-4)
-    own = arm_of(evaluation, "stage:sft").greedy_log_ratio
-    assert own is not None
-    assert own.mean == 0.0
+    for name, folder in arms.items():
+        policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) if folder else sft
+        ratios, rewards = [], []
+        answers = iter(answered[name].answers)
+        for row in ROWS:
+            texts: list[str] = []
+            ratio, scores = 0.0, []
+            for _ in row["turns"]:
+                answer = next(answers)
+                prompt = prompt_ids(tokenizer, conversation(row, texts))
+                ratio += logprob(policy, prompt, answer.ids) - logprob(sft, prompt, answer.ids)
+                ids = torch.tensor([[*prompt, *answer.ids]])
+                scores.append(float(reward(input_ids=ids, attention_mask=torch.ones_like(ids)).logits))
+                texts.append(answer.text)
+            ratios.append(ratio)
+            rewards.append(sum(scores) / len(scores))
+        arm = arm_of(evaluation, name)
+        assert arm.greedy_log_ratio is not None
+        assert arm.reward is not None
+        close([arm.greedy_log_ratio.mean], [sum(ratios) / 3], rtol=1e-4, atol=1e-4)
+        close([arm.reward.mean], [sum(rewards) / 3], rtol=1e-4, atol=1e-4)
+        assert abs(arm.greedy_log_ratio.mean) > {"base": 0.01, "stage:sft": -1.0, "path:near": 1.0}[name]
     others = ("base+prompt", "base+few-shot", "path:other")
     assert all(arm_of(evaluated[0], name).greedy_log_ratio is None for name in others)
 
 
+def loss_by_hand(chain: Chained, rows: list[dict[str, Any]], show: Callable[..., Sequence[Message]]) -> float:
+    """Of the base, in nats per token: each reference behind those before it, up to the first that is missing."""
+    base, tokenizer = AutoModelForCausalLM.from_pretrained(chain.base, dtype=torch.float32), tiny_tokenizer()
+    total, tokens = 0.0, 0
+    for row in rows:
+        for number, reference in enumerate(itertools.takewhile(bool, row.get("reference", []))):
+            messages = show(conversation(row, row["reference"][:number]))
+            answer = answer_ids(tokenizer, messages, reference)
+            total -= logprob(base, prompt_ids(tokenizer, messages), answer)
+            tokens += len(answer)
+    return total / tokens
+
+
 def test_a_later_reference_is_read_after_the_references_before_it(
-    chain: Chained, evaluated: tuple[Evaluation, list[Sample]]
+    chain: Chained, evaluated: tuple[Evaluation, list[Sample]], tmp_path: Path
 ) -> None:
-    """So the loss is that of one text for every arm, not of references behind whatever an arm said."""
-    tokenizer = tiny_tokenizer()
-    for name, show in (
-        ("base", lambda turns: turns),
-        ("base+prompt", lambda turns: with_system_prompt(turns, "Be brief.")),
+    """So the loss is that of one text for every arm, not of references behind whatever an arm said; one behind a
+    missing reference has none."""
+    rows = [{"turns": ["C?", "B?"], "reference": ["", "Late."]}, {"turns": ["A?", "B?"], "reference": ["First.", ""]}]
+    gaps = write_rows(tmp_path / "rows.jsonl", rows)
+    with_gaps, _ = evaluate(chain, replace(CONFIG, arms=["base"], reward=None), "gaps", data_path=gaps)
+    for evaluation, name, of_rows in (
+        (evaluated[0], "base", ROWS),
+        (evaluated[0], "base+prompt", ROWS),
+        (with_gaps, "base", rows),
     ):
-        base = AutoModelForCausalLM.from_pretrained(chain.base, dtype=torch.float32)
-        total, tokens = 0.0, 0
-        for row in ROWS:
-            references = row.get("reference", [])
-            for number, reference in enumerate(references):
-                messages = show(conversation(row, references[:number]))
-                answer = answer_ids(tokenizer, messages, reference)
-                total -= logprob(base, prompt_ids(tokenizer, messages), answer)
-                tokens += len(answer)
-        loss = arm_of(evaluated[0], name).loss
-        assert loss is not None
-        close([loss.mean], [total / tokens], rtol=1e-4)
+        arm, expected = arm_of(evaluation, name), loss_by_hand(chain, of_rows, SHOWN[name])
+        assert arm.loss is not None
+        assert arm.perplexity is not None
+        close([arm.loss.mean, arm.perplexity.mean], [expected, math.exp(expected)], rtol=1e-4)
     assert arm_of(evaluated[0], "path:other").loss is None
 
 
-def test_a_reference_behind_a_missing_one_has_no_loss(chain: Chained, tmp_path: Path) -> None:
-    rows = [{"turns": ["C?", "B?"], "reference": ["", "Late."]}, {"turns": ["A?", "B?"], "reference": ["First.", ""]}]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = replace(CONFIG, arms=["base"], reward=None)
-    spec = replace(spec_of(chain, config, "gaps"), data_path=tmp_path / "rows.jsonl")
-    worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
-    base = AutoModelForCausalLM.from_pretrained(chain.base, dtype=torch.float32)
-    messages = [Message(role="user", content="A?")]
-    answer = answer_ids(tiny_tokenizer(), messages, "First.")
-    loss = arm_of(Evaluation.read(spec.artifact), "base").loss
-    assert loss is not None
-    close([loss.mean], [-logprob(base, prompt_ids(tiny_tokenizer(), messages), answer) / len(answer)], rtol=1e-4)
+class Asked(NamedTuple):
+    """A call for the answers of an arm in a turn."""
+
+    prompts: list[str]
+    uniforms: torch.Tensor
 
 
-def test_each_sample_goes_on_with_its_own_answer_and_every_turn_has_its_own_cache(
-    chain: Chained, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[list[str]] = []
-    answer = answering.answer_and_score
-    tokenizer = tiny_tokenizer()
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
+    """From now on."""
+    calls: list[Asked] = []
+    answer, tokenizer = answering.answer_and_score, tiny_tokenizer()
 
     def noted(model: Any, prompts: list[list[int]], *arguments: Any, **named: Any) -> Any:
-        asked.append([tokenizer.decode(prompt) for prompt in prompts])
+        calls.append(Asked([tokenizer.decode(prompt) for prompt in prompts], named["sampling"].uniforms))
         return answer(model, prompts, *arguments, **named)
 
     monkeypatch.setattr(answering, "answer_and_score", noted)
-    config = replace(
-        CONFIG,
-        arms=["base"],
-        metrics=metrics(chain)[:1],
-        reward=None,
-        answers=AnswersConfig(per_prompt=3, temperature=1.0),
-    )
+    return calls
+
+
+def test_each_sample_goes_on_with_its_own_answer_and_every_turn_has_its_own_cache(
+    chain: Chained, asked: list[Asked]
+) -> None:
+    """Later turns draw other random numbers, the same for every arm."""
+    answers = AnswersConfig(per_prompt=3, temperature=1.0)
+    config = replace(CONFIG, arms=["base", "stage:sft"], metrics=metrics(chain)[:1], reward=None, answers=answers)
     evaluation, samples = evaluate(chain, config, "sampled")
-    assert [len(prompts) for prompts in asked] == [9, 6]
-    for sample, prompts in zip(samples[:2], (asked[1][:3], asked[1][3:]), strict=True):
+    assert [len(call.prompts) for call in asked] == [9, 6, 9, 6]
+    later = asked[1].prompts
+    for sample, prompts in zip(samples[:2], (later[:3], later[3:]), strict=True):
         first, second = sample.answers["base"].turns
         texts = [first.text, *first.further]
         assert len(set(texts)) == 3
         for text, prompt in zip(texts, prompts, strict=True):
             assert f"<|im_start|>assistant\n{text}<|im_end|>" in prompt
         assert len(second.further) == 2
+    assert torch.equal(asked[1].uniforms, asked[3].uniforms)
+    assert not torch.isclose(asked[0].uniforms[:6], asked[1].uniforms).any()
     again, _ = evaluate(chain, config, "sampled-again")
-    assert len(asked) == 2
+    assert len(asked) == 4
     assert again.arms[0].metrics == evaluation.arms[0].metrics
     assert again.arms[0].kl == evaluation.arms[0].kl is not None
 
 
-def test_later_turns_draw_other_random_numbers(chain: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn: list[torch.Tensor] = []
-    answer = answering.answer_and_score
-
-    def noted(model: Any, prompts: list[list[int]], *arguments: Any, **named: Any) -> Any:
-        drawn.append(named["sampling"].uniforms)
-        return answer(model, prompts, *arguments, **named)
-
-    monkeypatch.setattr(answering, "answer_and_score", noted)
-    sampled = AnswersConfig(per_prompt=2, temperature=1.0)
-    config = replace(CONFIG, arms=["base", "stage:sft"], reward=None, answers=sampled)
-    evaluate(chain, config, "drawn")
-    assert [len(uniforms) for uniforms in drawn] == [6, 4, 6, 4]
-    assert torch.equal(drawn[1], drawn[3]), "the same for every arm"
-    assert not torch.isclose(drawn[0][:4], drawn[1]).any()
-
-
 def test_samples_of_a_later_turn_are_cached_with_the_rows_whose_random_numbers_they_drew(chain: Chained) -> None:
     """The same conversation at another place in the data draws other numbers there."""
-    spec = spec_of(chain, CONFIG, "places")
+    spec = evaluation_spec(chain, CONFIG, "places")
     context = StageContext(spec=spec, rank=0, world_size=1)
-    asked = [TurnPrompts(number=1, rows=[row], prompts=[[5, 6]], references=[None]) for row in (0, 1)]
 
-    def file(turn: TurnPrompts, temperature: float, engine: Engine = Engine.own) -> Path:
+    def file(row: int, temperature: float, engine: Engine = Engine.own) -> Path:
+        turn = TurnPrompts(number=1, rows=[row], prompts=[[5, 6]], references=[None])
         answers, policy = AnswersConfig(temperature=temperature), lineage(spec, spec.inputs["reference"])
         limits = {"max_new_tokens": 4, "ends": [2], "with_logprobs": False}
         return answer_cache.file_of(context, policy, turn, answers, **limits, engine=engine)
 
-    assert file(asked[0], 1.0) != file(asked[1], 1.0)
-    assert file(asked[0], 0.0) == file(asked[1], 0.0)
-    assert file(asked[0], 0.0) != file(asked[0], 0.0, Engine.vllm)
+    assert file(0, 1.0) != file(1, 1.0)
+    assert file(0, 0.0) == file(1, 0.0) != file(0, 0.0, Engine.vllm)
 
 
 @pytest.mark.parametrize("thinks", [True, False])
@@ -361,20 +334,14 @@ def test_a_reference_has_its_thought_only_where_it_can_follow_the_prompt(thinks:
 
 
 def test_a_judge_sees_both_whole_conversations(chain: Chained) -> None:
-    asked: list[str] = []
-
-    def judge(prompt: str, _: int) -> Response:
-        asked.append(prompt)
-        return Response(text="[[A]]")
-
-    with serving(judge) as served:
+    with serving(lambda *_: Response(text="[[A]]")) as served:
         pairs = [PairConfig(arm="base", against="stage:sft")]
         config = JudgeConfig(kind=JudgeKind.endpoint, endpoint=served.config(), pairs=pairs)
         evaluation, samples = evaluate(chain, replace(CONFIG, arms=["base", "stage:sft"], judge=config), "judged")
+        prompts = [request["messages"][0]["content"] for request in served.requests]
     assert evaluation.judge is not None
     assert evaluation.judge.pairs[0].position_bias == 1.0
-    for number, sample in enumerate(samples):
-        first, _ = asked[2 * number : 2 * number + 2]
+    for first, sample in zip(prompts[::2], samples, strict=True):
         for letter, name in zip("AB", ("base", "stage:sft"), strict=True):
             answer = sample.answers[name]
             if not answer.turns:
@@ -386,26 +353,123 @@ def test_a_judge_sees_both_whole_conversations(chain: Chained) -> None:
 
 
 def test_a_row_of_several_turns_has_no_exact_answer(chain: Chained, tmp_path: Path) -> None:
-    rows = [row | {"answer": "#### 144"} for row in ROWS]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = write_rows(tmp_path / "rows.jsonl", [row | {"answer": "#### 144"} for row in ROWS])
     config = replace(CONFIG, arms=["base"], reward=None, metrics=[MetricConfig(name="right", source="exact_answer")])
-    spec = replace(spec_of(chain, config, "exact"), data_path=tmp_path / "rows.jsonl")
     (check,) = row_checks(config)
-    prompts = list(iterate(spec.data_path, HeldOutPrompt, config.data))
+    prompts = list(iterate(file, HeldOutPrompt, config.data))
     check(prompts[2])
-    for refused in (
-        lambda: check(prompts[0]),
-        lambda: worker._run(spec, StageContext(spec=spec, rank=0, world_size=1)),
-    ):
-        with pytest.raises(DataError, match=r"rows\.jsonl:1: 'exact_answer' compares every answer .* several turns"):
+    for refused in (lambda: check(prompts[0]), lambda: evaluate(chain, config, "exact", data_path=file)):
+        with pytest.raises(DataError, match=r"rows\.jsonl:1: 'exact_answer' .* several turns"):
             refused()
 
 
 def test_a_conversation_beyond_the_positions_is_refused_before_its_turn(chain: Chained) -> None:
-    rows = [HeldOutPrompt(messages=(Message(role="user", content=ROWS[0]["turns"][0]),))]
-    first = len(prompt_ids(tiny_tokenizer(), rows[0].messages))
+    first = len(prompt_ids(tiny_tokenizer(), conversation(ROWS[0], [])))
     model = tiny_model(vocab_size=len(tiny_tokenizer()), max_position_embeddings=first + 6)
     model.save_pretrained(chain.folder / "short")
     tiny_tokenizer().save_pretrained(chain.folder / "short")
     with pytest.raises(ModelError, match=r"path:short has \d+ positions, but .* needs \d+ in turn 2"):
         evaluate(chain, replace(CONFIG, arms=["path:short"], reward=None), "short")
+
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+ROW_WITH_TOOL = HeldOutPrompt(
+    messages=(Message(role="user", content="2 + 2?"),),
+    tools=(TOOL,),
+    reference="4.",
+    later_turns=("Times 3?",),
+    later_references=("12.",),
+    where="rows.jsonl:7",
+)
+END = "<|im_end|>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Its template knows tools."""
+    return styled_tokenizer("qwen")
+
+
+def ids_of(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def prompt_with_tool(tokenizer: Any, *texts: str) -> list[int]:
+    """What the template makes of the user's and the assistant's texts in turn, with the tool."""
+    turns = [{"role": ("user", "assistant")[number % 2], "content": content} for number, content in enumerate(texts)]
+    text = tokenizer.apply_chat_template(turns, tools=[TOOL], tokenize=False, add_generation_prompt=True)
+    assert '"name": "add"' in text
+    return ids_of(tokenizer, text)
+
+
+def shown(row: HeldOutPrompt) -> tuple[Message, ...]:
+    return row.messages
+
+
+def test_every_turn_is_asked_with_the_tools_of_its_row(tokenizer: Any) -> None:
+    first = first_turn(tokenizer, [ROW_WITH_TOOL], shown, with_references=True)
+    assert first.prompts == [prompt_with_tool(tokenizer, "2 + 2?")]
+    assert [reference and reference.ids for reference in first.references] == [ids_of(tokenizer, f"4.{END}")]
+    later = later_turn(tokenizer, [ROW_WITH_TOOL], shown, [[["Four."]]], number=1, with_references=True)
+    assert later.prompts == [prompt_with_tool(tokenizer, "2 + 2?", "Four.", "Times 3?")]
+    (reference,) = later.references
+    assert reference is not None
+    assert reference.prompt == prompt_with_tool(tokenizer, "2 + 2?", "4.", "Times 3?")
+    assert reference.ids == ids_of(tokenizer, f"12.{END}")
+
+
+def test_what_is_scored_has_the_tools_of_its_row(tokenizer: Any) -> None:
+    answers = [Answer(ids=[1], text=text, ended=True) for text in ("Four.", "12.")]
+    arm = Answered(answers=answers, logprobs=None, references=[None, None], seconds=0.0, turns=[2])
+    prompts = ArmPrompts(
+        policy=Lineage(source="path:other", base=Path("other"), adapters=()),
+        tokenizer=tokenizer,
+        first=first_turn(tokenizer, [ROW_WITH_TOOL], shown, with_references=False),
+        shown=shown,
+        plain=True,
+        own_tokens=True,  # so its answers are rendered once more, in the run's tokens
+    )
+    scored = answers_to_score(tokenizer, [ROW_WITH_TOOL], {"path:other": prompts}, {"path:other": arm})["path:other"]
+    assert scored.prompt_ids == [
+        prompt_with_tool(tokenizer, "2 + 2?"),
+        prompt_with_tool(tokenizer, "2 + 2?", "Four.", "Times 3?"),
+    ]
+    assert scored.answer_ids == [ids_of(tokenizer, f"{text}{END}") for text in ("Four.", "12.")]
+
+
+def test_a_template_that_leaves_out_the_tools_of_a_row_ends_the_evaluation() -> None:
+    with pytest.raises(DataError, match=r"rows\.jsonl:7: the chat template leaves out the tool 'add'"):
+        first_turn(styled_tokenizer("chatml"), [ROW_WITH_TOOL], shown, with_references=False)
+
+
+def test_judge_and_grader_see_the_tools_of_every_row(tmp_path: Path) -> None:
+    """On a base whose template names its tools, for rows of one turn and of two."""
+    chain = Chained(tmp_path)
+    tokenizer = load_tokenizer(chain.base)
+    tokenizer.chat_template = "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}" + CHAT_TEMPLATE
+    tokenizer.save_pretrained(str(chain.base))
+    rows = [{"turns": ["2 + 2?"], "tools": [TOOL]}, {"turns": ["2 + 2?", "Times 3?"], "tools": [TOOL]}]
+    write_rows(tmp_path / "heldout.jsonl", rows)
+
+    def reply(prompt: str, _: int) -> Response:
+        return Response(text="[[7]]" if prompt.startswith("You grade") else "[[A]]")
+
+    pairs = [PairConfig(arm="base+prompt", against="base")]
+    with serving(reply) as served:
+        endpoint = ChatEndpointConfig(base_url=served.url, model="grader", retries=0, concurrency=1)
+        config = replace(
+            CONFIG,
+            arms=["base", "base+prompt"],
+            reward=None,
+            metrics=[MetricConfig(name="helpful", source="grade")],
+            grader=GraderConfig(endpoint=endpoint),
+            judge=JudgeConfig(kind=JudgeKind.endpoint, endpoint=served.config(), pairs=pairs),
+        )
+        evaluate(chain, config, "tools")
+        prompts = [request["messages"][0]["content"] for request in served.requests]
+    judged = [prompt for prompt in prompts if not prompt.startswith("You grade")]
+    assert any("two assistants" in prompt for prompt in judged)
+    assert any("two answers" in prompt for prompt in judged)
+    assert len(prompts) > len(judged)
+    assert all('{"name": "add", "parameters": {"type": "object"}}' in prompt for prompt in prompts)

@@ -1,4 +1,5 @@
-"""Metrics of the source ``grade`` on tiny models: what is asked, what counts, and what is left out."""
+"""Grades of a language model and votes of people in an evaluation: whose answers they are about, and what a missing one
+means."""
 
 from __future__ import annotations
 
@@ -10,24 +11,35 @@ from typing import Any
 
 import pytest
 
-from alignment import worker
 from alignment.config.evaluating import AnswersConfig, ChatEndpointConfig, JudgeConfig, JudgeKind, PairConfig
 from alignment.config.grader import GraderConfig
 from alignment.config.reward_server import ServerApi, ServerConfig
 from alignment.config.scoring import MetricConfig
-from alignment.core.errors import ConfigError, StageError
+from alignment.core.errors import ConfigError, DataError, StageError
+from alignment.core.fingerprint import file_sha256
+from alignment.data.records import HeldOutPrompt
+from alignment.data.turns import Message
 from alignment.evaluation import arms
-from alignment.job import StageInput, StageSpec
+from alignment.evaluation.answer_pairs import pair_of
+from alignment.evaluation.arms import Answer, Answered
+from alignment.evaluation.bootstrap import Intervals
+from alignment.evaluation.conclusions import conclusions
 from alignment.models.assembly.load import Lineage
-from alignment.records.evaluation import Evaluation, Sample, read_samples
+from alignment.records.evaluation import Evaluation, Metric, Sample, read_samples
+from alignment.records.votes import FILE, Vote, append_vote
 from alignment.stages.evaluate import answering
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.grading import settled
+from alignment.stages.evaluate.judging import Judged, ScoredArms, _words, judge
+from alignment.stages.evaluate.people import _extra_words
+from alignment.stages.evaluate.votes_file import FIELD, votes_files
 from alignment.stages.shared import arm_policies
 from alignment.training.context import StageContext
-from tests.chained import LORA, Chained
+from tests.chained import Chained
+from tests.evaluating import evaluation_chain, evaluation_of, read_lines, write_rows
 from tests.judge_server import Judge, Response, Served, listening, serving
-from tests.tiny import save_tiny_model, tiny_tokenizer
+from tests.judged import ARMS, DPO, SFT, pair, vote
+from tests.tiny import tiny_spec, tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [
     {"id": "lift", "turns": ["Write that the lift is broken.", "Shorter."], "reference": ["The lift is broken.", ""]},
@@ -42,11 +54,7 @@ SAYS = {"base": "Closed.", "stage:sft": "Open and bright.", "path:near": "[[10]]
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chained:
-    chain = Chained(tmp_path_factory.mktemp("grading"))
-    chain.run("sft", LORA)
-    save_tiny_model(chain.folder / "near", seed=4)
-    (chain.folder / "heldout.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return chain
+    return evaluation_chain(tmp_path_factory.mktemp("grading"), ROWS, reward=False)
 
 
 @pytest.fixture(autouse=True)
@@ -66,40 +74,24 @@ def says(chain: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arms, "answer_batch", generate)
 
 
-def spec_of(chain: Chained, config: EvaluateConfig, fingerprint: str) -> StageSpec:
-    artifact = chain.folder / "artifacts" / f"evaluate-{fingerprint}"
-    folders = {"stage:sft": chain.inputs["sft"].path, "path:near": chain.folder / "near"}
-    run_folder = chain.folder / "runs" / fingerprint
-    run_folder.mkdir(parents=True, exist_ok=True)
-    return replace(
-        chain.spec("sft", LORA, config=config),
-        stage="evaluate",
-        inputs={"reference": chain.inputs["sft"]},
-        arms={arm: StageInput(ref=arm, path=folders.get(arm)) for arm in config.arms},
-        data_path=chain.folder / "heldout.jsonl",
-        artifact=artifact,
-        work=artifact.with_name(f"{artifact.name}.work"),
-        run_folder=run_folder,
-    )
-
-
 def graded_by(served: Served, **changes: Any) -> GraderConfig:
     endpoint = ChatEndpointConfig(base_url=served.url, model="grader", timeout=5.0, retries=0, concurrency=1)
     return GraderConfig(**{"endpoint": endpoint} | changes)
 
 
 def evaluate(
-    chain: Chained, grader: Judge, fingerprint: str, config: EvaluateConfig = CONFIG, **changes: Any
-) -> tuple[Evaluation, list[Sample], Served]:
+    chain: Chained, grader: Judge, name: str, config: EvaluateConfig = CONFIG, **changes: Any
+) -> tuple[Evaluation, list[Sample], list[str]]:
+    """The record, the samples and the prompts of the grader."""
+    data = {"data_path": changes.pop("data_path")} if "data_path" in changes else {}
     with serving(grader) as served:
-        spec = spec_of(chain, replace(config, grader=graded_by(served, **changes)), fingerprint)
-        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
-    return Evaluation.read(spec.artifact), list(read_samples(spec.artifact)), served
+        artifact = evaluation_of(chain, replace(config, grader=graded_by(served, **changes)), name, **data)
+        prompts = [request["messages"][0]["content"] for request in served.requests]
+    return Evaluation.read(artifact), list(read_samples(artifact)), prompts
 
 
-def lines(chain: Chained, fingerprint: str) -> list[dict[str, Any]]:
-    text = (chain.folder / "artifacts" / f"evaluate-{fingerprint}" / "grades.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]
+def lines(chain: Chained, name: str) -> list[dict[str, Any]]:
+    return read_lines(chain.folder / f"artifacts/evaluate-{name}/grades.jsonl")
 
 
 def answer_in(prompt: str) -> str:
@@ -114,7 +106,7 @@ def fair(prompt: str, _: int) -> Response:
 
 
 def test_grades_are_a_metric_like_any_other(chain: Chained) -> None:
-    evaluation, samples, served = evaluate(chain, fair, "fair", show_reference=True)
+    evaluation, samples, prompts = evaluate(chain, fair, "fair", show_reference=True)
     means = {arm.name: arm.metrics["helpful"].mean for arm in evaluation.arms}
     assert means == pytest.approx({"base": (2.5 + 12) / 5, "stage:sft": (7.5 + 32) / 5, "path:near": (4.5 + 20) / 5})
     assert evaluation.primary == "helpful"
@@ -125,30 +117,16 @@ def test_grades_are_a_metric_like_any_other(chain: Chained) -> None:
     (grading,) = evaluation.gradings
     assert (grading.metric, grading.model, grading.num_prompts) == ("helpful", "grader", 5)
     assert set(grading.invalid.values()) == {0.0}
-    prompts = [request["messages"][0]["content"] for request in served.requests]
     assert len(prompts) == 18
     assert "<<<reference>>>\nThe lift is broken.\n<<<end of reference>>>" in prompts[0]
     assert "reference" not in prompts[1], "the second turn has none"
     assert "<<<assistant>>>\nClosed.\n<<<end of assistant>>>\n\n<<<user>>>\nShorter." in prompts[1]
-    first = lines(chain, "fair")[:2]
-    assert [(line["id"], line["row"], line["turn"], line["arm"], line["grade"]) for line in first] == [
-        ("lift", 0, 0, "base", 3),
-        ("lift", 0, 1, "base", 2),
-    ]
+    listed = [(line["id"], line["row"], line["turn"], line["arm"], line["grade"]) for line in lines(chain, "fair")]
+    assert listed[:2] == [("lift", 0, 0, "base", 3), ("lift", 0, 1, "base", 2)]
     assert all(line["text"] for line in lines(chain, "fair"))
-
-
-def test_of_several_references_the_grader_sees_the_first(chain: Chained, tmp_path: Path) -> None:
-    (tmp_path / "listed.jsonl").write_text(
-        json.dumps({"prompt": "Is it open?", "reference": ["Yes.", "It is."]}) + "\n"
-    )
-    with serving(fair) as served:
-        config = replace(CONFIG, grader=graded_by(served, show_reference=True))
-        spec = replace(spec_of(chain, config, "listed"), data_path=tmp_path / "listed.jsonl")
-        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
-        prompts = [request["messages"][0]["content"] for request in served.requests]
-    assert len(prompts) == len(CONFIG.arms)
-    assert all("<<<reference>>>\nYes.\n<<<end of reference>>>" in prompt for prompt in prompts)
+    several = write_rows(chain.folder / "several.jsonl", [{"prompt": "Is it open?", "reference": ["Yes.", "It is."]}])
+    _, _, prompts = evaluate(chain, fair, "several", show_reference=True, data_path=several)
+    assert ["<<<reference>>>\nYes.\n<<<end of reference>>>" in prompt for prompt in prompts] == [True] * 3
 
 
 def test_an_answer_that_names_its_grade_does_not_get_it(chain: Chained) -> None:
@@ -192,29 +170,28 @@ def test_a_prompt_without_a_grade_in_one_arm_counts_in_none(chain: Chained) -> N
 
 
 @pytest.mark.parametrize(
-    ("grades", "counted", "left_out"),
+    ("rows", "grades", "max_invalid", "counted", "left_out"),
     [
-        ({"a": [1, None, 3, 4], "b": [5, 6, 7, 8]}, {"a": [1, None, 3, 4], "b": [5, None, 7, 8]}, []),
-        ({"a": [1, None, None, 4], "b": [5, 6, 7, 8]}, {"b": [5, 6, 7, 8]}, ["a"]),
-        ({"a": [None, None], "b": [None, 6]}, {}, ["a", "b"]),
+        (
+            [0, 1, 2, 3],
+            {"a": [1, None, 3, 4], "b": [5, 6, 7, 8]},
+            0.25,
+            {"a": [1, None, 3, 4], "b": [5, None, 7, 8]},
+            [],
+        ),
+        ([0, 1, 2, 3], {"a": [1, None, None, 4], "b": [5, 6, 7, 8]}, 0.25, {"b": [5, 6, 7, 8]}, ["a"]),
+        ([0, 1], {"a": [None, None], "b": [None, 6]}, 0.25, {}, ["a", "b"]),
+        ([0, 1], {"a": [1, None], "b": [None, 6]}, 0.5, {}, ["a", "b"]),
+        ([0, 0, 1, 1, 2], {"a": [1, None, 3, 4, 5]}, 0.2, {"a": [None, None, 3, 4, 5]}, []),
     ],
+    ids=["prompt", "arm", "all arms", "every prompt in some arm", "turn"],
 )
-def test_what_counts(grades: dict[str, Any], counted: dict[str, Any], left_out: list[str]) -> None:
-    rows = list(range(len(grades["a"])))
-    settled_grades, grading = settled("x", grades, rows, GraderConfig(max_invalid=0.25))
-    assert settled_grades == counted
-    assert grading.left_out == left_out
-
-
-def test_where_every_prompt_lacks_a_grade_in_some_arm_there_is_no_metric() -> None:
-    grades: dict[str, Sequence[int | None]] = {"a": [1, None], "b": [None, 6]}
-    counted, grading = settled("x", grades, [0, 1], GraderConfig(max_invalid=0.5))
-    assert (counted, grading.left_out, grading.num_prompts) == ({}, ["a", "b"], 0)
-
-
-def test_one_turn_without_a_grade_takes_out_its_whole_row() -> None:
-    counted, _ = settled("x", {"a": [1, None, 3, 4, 5]}, [0, 0, 1, 1, 2], GraderConfig(max_invalid=0.2))
-    assert counted == {"a": [None, None, 3.0, 4.0, 5.0]}
+def test_what_counts(
+    rows: list[int], grades: dict[str, Any], max_invalid: float, counted: dict[str, Any], left_out: list[str]
+) -> None:
+    settled_grades, grading = settled("x", grades, rows, GraderConfig(max_invalid=max_invalid))
+    assert (settled_grades, grading.left_out) == (counted, left_out)
+    assert (grading.num_prompts == 0) == (counted == {})
 
 
 def test_samples_are_graded_one_by_one_and_rubrics_are_metrics_of_their_own(chain: Chained) -> None:
@@ -230,11 +207,11 @@ def test_samples_are_graded_one_by_one_and_rubrics_are_metrics_of_their_own(chai
 
     sampled = AnswersConfig(per_prompt=2, temperature=1.0)
     config = replace(CONFIG, arms=["base", "stage:sft"], metrics=metrics, answers=sampled)
-    evaluation, _, served = evaluate(chain, by_rubric, "rubrics", config)
+    evaluation, _, prompts = evaluate(chain, by_rubric, "rubrics", config)
     by_name = {arm.name: {name: interval.mean for name, interval in arm.metrics.items()} for arm in evaluation.arms}
     assert by_name["base"] == {"helpful": 0.0, "tone": 2.0, "mean_tone": 2.0}
     assert by_name["stage:sft"] == {"helpful": 1.0, "tone": 2.0, "mean_tone": 2.0}
-    assert len(served.requests) == 2 * 2 * 6, "equal answers are asked about once"
+    assert len(prompts) == 2 * 2 * 6, "equal answers are asked about once"
     assert {line["answer"] for line in lines(chain, "rubrics")} == {0, 1}
 
 
@@ -244,13 +221,12 @@ def test_a_server_scores_beside_the_grader(chain: Chained) -> None:
 
     with listening(scores) as server:
         settings = ServerConfig(base_url=server.url, api=ServerApi.tei_predict, model="length", retries=0)
-        metric = MetricConfig(name="length", source="server", server=settings)
-        evaluation, samples, _ = evaluate(chain, fair, "served", replace(CONFIG, metrics=[*CONFIG.metrics, metric]))
-    answers = {arm: [sample.answers[arm] for sample in samples] for arm in ("base", "stage:sft")}
-    for name, of_arm in answers.items():
-        texts = [[turn.text for turn in answer.turns] or [answer.text] for answer in of_arm]
+        length = MetricConfig(name="length", source="server", server=settings)
+        evaluation, samples, _ = evaluate(chain, fair, "served", replace(CONFIG, metrics=[*GRADED, length]))
+    for arm in evaluation.arms:
+        answers = [sample.answers[arm.name] for sample in samples]
+        texts = [[turn.text for turn in answer.turns] or [answer.text] for answer in answers]
         means = [sum(map(len, turns)) / len(turns) for turns in texts]
-        (arm,) = [arm for arm in evaluation.arms if arm.name == name]
         assert arm.metrics["length"].mean == pytest.approx(sum(means) / len(means))
     assert evaluation.primary == "helpful"
     assert set(server.paths) == {"/v1/predict"}
@@ -261,15 +237,15 @@ def test_replies_that_arrived_before_a_stop_are_not_asked_for_again(chain: Chain
         return fair(prompt, number) if number < 10 else Response(status=400, body="{}")
 
     with serving(failing) as served:
-        spec = spec_of(chain, replace(CONFIG, grader=graded_by(served)), "stopped")
+        config = replace(CONFIG, grader=graded_by(served))
         with pytest.raises(StageError, match=r"calls to the grader at .* failed") as caught:
-            worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+            evaluation_of(chain, config, "stopped")
         assert caught.value.where == "stages.evaluate.grader.endpoint"
     port = int(served.url.split(":")[2].partition("/")[0])
     with serving(fair, port=port) as served:
-        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+        artifact = evaluation_of(chain, config, "stopped")
         assert len(served.requests) == 8
-    assert not list(spec.artifact.glob("*.work.jsonl"))
+    assert not list(artifact.glob("*.work.jsonl"))
 
 
 def test_a_missing_key_is_named_before_a_model_is_loaded(chain: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -277,8 +253,190 @@ def test_a_missing_key_is_named_before_a_model_is_loaded(chain: Chained, monkeyp
     loads: list[Callable[..., Any]] = []
     monkeypatch.setattr(arm_policies, "load_policy", loads.append)
     endpoint = ChatEndpointConfig(base_url="http://127.0.0.1:9/v1", model="m", api_key_env="GRADER_KEY")
-    spec = spec_of(chain, replace(CONFIG, grader=GraderConfig(endpoint=endpoint)), "key")
     with pytest.raises(ConfigError, match="GRADER_KEY is not set") as caught:
-        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+        evaluation_of(chain, replace(CONFIG, grader=GraderConfig(endpoint=endpoint)), "key")
     assert caught.value.where == "stages.evaluate.grader.endpoint.api_key_env"
     assert loads == []
+
+
+NUMBERS = range(1, 13)
+COUNTED = [
+    HeldOutPrompt(messages=(Message(role="user", content=f"Which number comes after {number - 1}?"),), id=f"p{number}")
+    for number in NUMBERS
+]
+BY_PEOPLE = JudgeConfig(kind=JudgeKind.people)
+LABELS = {SFT: "sft", DPO: "dpo"}
+
+
+def answered(texts: Sequence[str], *, per_prompt: int = 1) -> Answered:
+    answers = [Answer(ids=[2], text=text, ended=True) for text in texts]
+    return Answered(
+        answers=answers, logprobs=None, references=[None] * len(COUNTED), seconds=0.0, per_prompt=per_prompt
+    )
+
+
+ANSWERS = {arm: answered([pair(number).answers[arm] for number in NUMBERS]) for arm in ARMS}
+
+
+def context(folder: Path, votes: Sequence[Vote]) -> StageContext:
+    """A stage that was planned with these votes."""
+    spec = tiny_spec(folder, EvaluateConfig(judge=BY_PEOPLE))
+    if votes:
+        for about in votes:
+            append_vote(folder / FILE, about)
+        identity = {"files": {FIELD: file_sha256(folder / FILE)}}
+        spec = replace(spec, extra_data={FIELD: folder / FILE}, identity=identity)
+    return StageContext(spec=spec, rank=0, world_size=1)
+
+
+def judged(stage: StageContext, config: JudgeConfig = BY_PEOPLE, **arms: Answered) -> Judged:
+    every = {**ANSWERS, **{name if name == "base" else f"stage:{name}": arm for name, arm in arms.items()}}
+    primary = ScoredArms(
+        metric=Metric(name="brevity"),
+        by_arm={"base": [0.0] * len(COUNTED), SFT: [0.0] * len(COUNTED), DPO: [1.0] * 6 + [0.0] * (len(COUNTED) - 6)},
+    )
+    intervals = Intervals(samples=200, seed=0)
+    return judge(config, stage, COUNTED, every, {}, primary, None, reference=SFT, intervals=intervals)
+
+
+def sentence(result: Judged) -> str:
+    return conclusions(len(COUNTED), None, [], result.table, LABELS)[0]
+
+
+def test_votes_become_a_win_rate_with_their_agreement(tmp_path: Path) -> None:
+    votes = [vote(pair(number)) for number in NUMBERS]
+    votes += [vote(pair(number), SFT if number == 1 else DPO, annotator="bo") for number in (1, 2, 3)]
+    result = judged(context(tmp_path, votes))
+    assert result.table is not None
+    assert (result.table.kind, result.table.num_prompts) == ("people", 12)
+    (row,) = result.table.pairs
+    assert (row.arm, row.against, row.verdict) == (DPO, SFT, "better")
+    assert (row.wins, row.ties, row.losses, row.invalid) == (11, 1, 0, None)
+    rate = result.win_rate(DPO, reference=SFT)
+    assert rate is not None
+    assert rate.mean == pytest.approx(11.5 / 12)
+    assert row.metric_agreement == pytest.approx(5 / 12), "on prompts 2 to 6"
+    assert row.people is not None
+    assert row.people.alpha is not None
+    assert "dpo wins 0.96 against sft (" in sentence(result)
+    assert "12 of 12 prompts, 15 votes, annotators: 2, Krippendorff's α" in sentence(result)
+    assert len(result.lines) == 15
+    assert result.lines[0] == {
+        "id": "p1",
+        "row": 0,
+        "arm": DPO,
+        "against": SFT,
+        "annotator": "ada",
+        "shown_first": SFT,
+        "preferred": DPO,
+        "points": 1.0,
+    }
+
+
+@pytest.mark.parametrize("per_prompt", [1, 2])
+def test_no_judge_is_compared_with_the_metric_where_the_answers_are_identical(tmp_path: Path, per_prompt: int) -> None:
+    """Ten of twelve prompts have identical answers, on which every judge agrees with every metric."""
+    texts = {arm: [pair(number).answers[arm] if number <= 2 else "same" for number in NUMBERS] for arm in ARMS}
+    arms = {
+        arm: answered([text for text in of_arm for _ in range(per_prompt)], per_prompt=per_prompt)
+        for arm, of_arm in texts.items()
+    }
+    scores = {SFT: [0.0] * len(COUNTED), DPO: [1.0] + [0.0] * (len(COUNTED) - 1)}
+    rewards = {arm: [score for score in [0.0, -1.0 if arm == DPO else 0.0, *[0.0] * 10] for _ in range(per_prompt)]
+               for arm in ARMS}  # fmt: skip
+    result = judge(
+        JudgeConfig(kind=JudgeKind.reward),
+        context(tmp_path, []),
+        COUNTED,
+        arms,
+        rewards,
+        ScoredArms(metric=Metric(name="brevity"), by_arm=scores),
+        None,
+        reference=SFT,
+        intervals=Intervals(samples=200, seed=0),
+    )
+    assert result.table is not None
+    (row,) = result.table.pairs
+    assert (row.wins, row.ties, row.losses) == (0, 11, 1)
+    assert (row.metric_agreement, row.metric_prompts) == (0.0, 2)
+
+
+def test_every_pair_that_people_judged_is_in_the_table_unless_the_recipe_names_pairs(tmp_path: Path) -> None:
+    """Without a word about pairs, a trained arm is compared with the reference alone."""
+    prompted = answered([f"Well, {number}." for number in NUMBERS])
+    about = [
+        pair_of(pair(number).messages, {DPO: pair(number).answers[DPO], "base": f"Well, {number}."}, id="", task="")
+        for number in NUMBERS
+    ]
+    stage = context(tmp_path, [vote(each, shown_first="base") for each in about])
+    result = judged(stage, base=prompted)
+    assert result.table is not None
+    assert [(row.arm, row.against, row.wins) for row in result.table.pairs] == [(DPO, SFT, 0), ("base", DPO, 0)]
+    assert result.table.pairs[1].losses == 12
+    config = replace(BY_PEOPLE, pairs=[PairConfig(arm=DPO, against=SFT)])
+    only = judged(stage, config, base=prompted).table
+    assert only is not None
+    assert [(row.arm, row.against) for row in only.pairs] == [(DPO, SFT)]
+
+
+def test_votes_that_changed_since_the_plan_stop_the_stage(tmp_path: Path) -> None:
+    stage = context(tmp_path, [vote(pair(number)) for number in NUMBERS])
+    append_vote(tmp_path / FILE, vote(pair(1), annotator="bo"))
+    with pytest.raises(StageError, match="the votes have changed since the run was planned"):
+        judged(stage)
+
+
+def planned(folder: Path, **settings: Any) -> dict[str, Path]:
+    config = EvaluateConfig(judge=JudgeConfig(**{"kind": JudgeKind.people, **settings}))
+    return dict(votes_files(config, folder / "evaluate"))
+
+
+def test_the_votes_are_the_runs_own_unless_a_file_is_named(tmp_path: Path) -> None:
+    own, other = tmp_path / "evaluate" / FILE, tmp_path / "other.jsonl"
+    assert planned(tmp_path) == {}
+    own.parent.mkdir()
+    append_vote(own, vote(pair(1)))
+    append_vote(other, vote(pair(2)))
+    assert planned(tmp_path) == {FIELD: own}
+    assert planned(tmp_path, votes=str(other)) == {FIELD: other}
+    assert planned(tmp_path, kind=JudgeKind.metric) == {}
+    with pytest.raises(DataError, match=r"stages\.evaluate\.judge\.votes: no file .*none\.jsonl"):
+        planned(tmp_path, votes=str(tmp_path / "none.jsonl"))
+    own.write_text("not a vote\n")
+    with pytest.raises(DataError, match=r"votes\.jsonl:1: not JSON"):
+        planned(tmp_path)
+
+
+TEXTS = ["今天休息。", "Closed today.", "休息 today"]
+WORDS = [4.0, 2.0, 3.0]
+
+
+def test_votes_on_these_very_answers_count(tmp_path: Path) -> None:
+    """The first of several; in whatever order the pair is named. Without any, nothing is concluded."""
+    nothing = judged(context(tmp_path / "none", []))
+    assert (nothing.lines, nothing.win_rate(DPO, reference=SFT)) == ([], None)
+    assert "(people judged 0 of 12 prompts, but 10 are needed)" in sentence(nothing)
+    stage = context(tmp_path, [vote(pair(number)) for number in NUMBERS])
+    others = judged(stage, dpo=answered([f"Now {number}." for number in NUMBERS]))
+    assert others.table is not None
+    assert (others.table.pairs[0].wins, others.table.pairs[0].win_rate) == (0, None)
+    assert "0 of 12 prompts, but 10 are needed; 12 votes are for other answers" in sentence(others)
+    sft, dpo = (
+        answered([text for number in NUMBERS for text in (pair(number).answers[arm], "more")], per_prompt=2)
+        for arm in ARMS
+    )
+    reverse = replace(BY_PEOPLE, pairs=[PairConfig(arm=SFT, against=DPO)])
+    for config, counts in ((BY_PEOPLE, (12, 0)), (reverse, (0, 12))):
+        table = judged(stage, config, sft=sft, dpo=dpo).table
+        assert table is not None
+        assert (table.pairs[0].wins, table.pairs[0].losses) == counts
+
+
+def test_lengths_of_answers_are_in_words_or_in_characters_of_scripts_without_spaces() -> None:
+    answers = [Answer(ids=[5, 2], text=text, ended=True) for text in TEXTS]
+    arm = Answered(answers=answers, logprobs=None, references=[None] * 3, seconds=1.0)
+    for kind in (JudgeKind.endpoint, JudgeKind.metric):
+        assert _words(arm, JudgeConfig(kind=kind), range(3)) == WORDS
+    question = [{"role": "user", "content": "Open?"}]
+    pairs = [pair_of(question, {"stage:dpo": text, "stage:sft": "No."}, id="", task="") for text in TEXTS]
+    assert _extra_words(pairs, "stage:dpo", "stage:sft") == [words - 1 for words in WORDS]

@@ -1,4 +1,4 @@
-"""DPO's losses and their gradients as the trainer computes them, against their papers."""
+"""DPO's losses and their gradients as the trainer computes them, against their papers, and its reference."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from trl.trainer import dpo_trainer
 
-from alignment import worker
-from alignment.config.adapter import AdapterConfig
+from alignment.config.adapter import CONTINUE, AdapterConfig, Chain
+from alignment.config.data import DataConfig
+from alignment.config.model import Dtype
 from alignment.config.validation import ValidationConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import StageError
@@ -23,13 +25,16 @@ from alignment.models.assembly.adapters import at_start
 from alignment.stages.dpo import pair_trainer
 from alignment.stages.dpo import run as dpo
 from alignment.stages.dpo.config import DpoConfig, DpoLoss
+from alignment.stages.registry import doubts
 from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.preference_pairs import read_pairs
+from alignment.stages.shared.reference_cache import OwnRows, Reference
 from alignment.training.context import StageContext
 from tests.chained import FULL, LORA, Chained, config_of
 from tests.oracles import preferences as oracle
 from tests.oracles.close import close
-from tests.tiny import liven
+from tests.pairs import TokenizedPair, as_pairs, as_table
+from tests.tiny import liven, tiny_model
 
 BETA = 0.7
 
@@ -96,17 +101,9 @@ ANSWERS = [
 def scored_rows(folder: Path) -> Path:
     """Pairs with scores that differ more from row to row."""
     file = folder / "scored.jsonl"
-    rows = [
-        {
-            "prompt": prompt,
-            "chosen": chosen,
-            "rejected": rejected,
-            "chosen_score": 0.5 * number + 1,
-            "rejected_score": 0.25,
-        }
-        for number, (prompt, chosen, rejected) in enumerate(ANSWERS)
-    ]
-    write_rows(file, rows)
+    names = ("prompt", "chosen", "rejected", "chosen_score", "rejected_score")
+    rows = [(*answers, 0.5 * number + 1, 0.25) for number, answers in enumerate(ANSWERS)]
+    write_rows(file, [dict(zip(names, row, strict=True)) for row in rows])
     return file
 
 
@@ -183,13 +180,11 @@ def test_every_loss_has_a_case() -> None:
     assert {case.settings["loss"] for case in CASES.values()} == set(DpoLoss)
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.needs_reference])
+@pytest.mark.parametrize("name", ["sigmoid", "apo_zero", "margin+nll"])
 def test_a_reference_that_is_not_the_start_stops_before_anything_is_learned(tmp_path: Path, name: str) -> None:
     trainer, _ = about_to_learn(tmp_path, CASES[name].settings)
     liven(trainer.model)
-    with pytest.raises(
-        StageError, match=r"at step 0 policy and reference differ by .*: the reference is not the starting policy"
-    ):
+    with pytest.raises(StageError, match="at step 0 policy and reference differ by"):
         dpo.check_start(trainer)
 
 
@@ -225,40 +220,37 @@ def test_a_loss_is_that_of_its_paper_before_and_after_the_policy_moved(
     close(gradient[mask], expected, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "adapter"), [("simpo", LORA), ("simpo", FULL), ("orpo", LORA), ("orpo", FULL), ("conservative", LORA)]
+)
+def test_a_reference_that_is_not_needed_or_was_computed_before_is_not_computed(
+    tmp_path: Path, name: str, adapter: AdapterConfig
+) -> None:
+    """A loss without a reference has none anywhere."""
+    settings = {**CASES[name].settings, "precompute_reference": CASES[name].needs_reference}
+    trainer, _ = about_to_learn(tmp_path, settings, adapter=adapter)
+    if not CASES[name].needs_reference:
+        assert trainer.ref_model is None
+        assert not any("ref" in weight.split(".") for weight, _ in trainer.model.named_parameters())
+        dpo.check_start(trainer)
+    calls: list[Any] = []
+    trainer.model.register_forward_hook(lambda *_: calls.append(1))
+    trainer.compute_loss(trainer.model, batch_of(trainer))
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("name", ["simpo", "orpo"])
-@pytest.mark.parametrize("adapter", [LORA, FULL], ids=["lora", "full"])
-def test_a_loss_without_a_reference_has_none_anywhere(tmp_path: Path, name: str, adapter: AdapterConfig) -> None:
-    trainer, _ = about_to_learn(tmp_path, CASES[name].settings, adapter=adapter)
-    assert trainer.ref_model is None
-    assert not any("ref" in name.split(".") for name, _ in trainer.model.named_parameters())
-    dpo.check_start(trainer)
-    calls: list[Any] = []
-    trainer.model.register_forward_hook(lambda *_: calls.append(1))
-    trainer.compute_loss(trainer.model, batch_of(trainer))
-    assert len(calls) == 1
-
-
-def test_a_precomputed_reference_is_read_and_not_computed(tmp_path: Path) -> None:
-    trainer, _ = about_to_learn(tmp_path, {**CASES["conservative"].settings, "precompute_reference": True})
-    calls: list[Any] = []
-    trainer.model.register_forward_hook(lambda *_: calls.append(1))
-    trainer.compute_loss(trainer.model, batch_of(trainer))
-    assert len(calls) == 1
-
-
-def test_answers_are_ranked_by_what_the_loss_compares(tmp_path: Path) -> None:
+def test_answers_are_ranked_by_what_the_loss_compares(tmp_path: Path, name: str) -> None:
     """SimPO compares means over tokens, ORPO odds; sums would rank many pairs by their lengths."""
-    for name in ("simpo", "orpo"):
-        trainer, rows = about_to_learn(tmp_path / name, CASES[name].settings, rows=(0, 1, 2, 3, 4, 5))
-        moved(trainer.model)
-        batch = batch_of(trainer)
-        trainer.compute_loss(trainer.model, batch)
-        chosen, rejected = zip(*(ranked_by(name, in_numbers(trainer, row)) for row in rows), strict=True)
-        metrics = {key: values[-1] for key, values in trainer._metrics["train"].items()}
-        close(metrics["rewards/chosen"], mean(chosen), rtol=1e-4)
-        close(metrics["rewards/rejected"], mean(rejected), rtol=1e-4)
-        close(metrics["rewards/margins"], mean(chosen) - mean(rejected), rtol=1e-4, atol=1e-5)
-        close(metrics["rewards/accuracies"], mean(float(a > b) for a, b in zip(chosen, rejected, strict=True)))
+    trainer, rows = about_to_learn(tmp_path, CASES[name].settings, rows=(0, 1, 2, 3, 4, 5))
+    moved(trainer.model)
+    trainer.compute_loss(trainer.model, batch_of(trainer))
+    chosen, rejected = zip(*(ranked_by(name, in_numbers(trainer, row)) for row in rows), strict=True)
+    metrics = {key: values[-1] for key, values in trainer._metrics["train"].items()}
+    close(metrics["rewards/chosen"], mean(chosen), rtol=1e-4)
+    close(metrics["rewards/rejected"], mean(rejected), rtol=1e-4)
+    close(metrics["rewards/margins"], mean(chosen) - mean(rejected), rtol=1e-4, atol=1e-5)
+    close(metrics["rewards/accuracies"], mean(float(a > b) for a, b in zip(chosen, rejected, strict=True)))
 
 
 def ranked_by(name: str, pair: oracle.Pair) -> tuple[float, float]:
@@ -297,7 +289,7 @@ def test_the_loss_of_held_out_pairs_is_that_of_training(tmp_path: Path, name: st
     assert number == 2.0
 
 
-@pytest.mark.parametrize(("name", "adapter"), [("margin+nll", LORA), ("orpo", FULL), ("simpo", LORA)])
+@pytest.mark.parametrize(("name", "adapter"), [("margin+nll", LORA), ("orpo", FULL)])
 def test_a_stage_with_a_loss_of_ours_is_validated_and_resumed(
     tmp_path: Path, name: str, adapter: AdapterConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,11 +300,7 @@ def test_a_stage_with_a_loss_of_ours_is_validated_and_resumed(
         folder.mkdir(exist_ok=True)
         config = config_of("dpo", adapter, **settings)
         config = replace(config, optim=replace(config.optim, batch_size=2, epochs=2))  # type: ignore[attr-defined]
-        spec = replace(Chained(folder).spec("dpo", adapter, config=config), data_path=scored_rows(folder))
-        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
-        manifest = read_manifest(spec.artifact)
-        assert manifest is not None
-        return dict(manifest.metrics)
+        return run_metrics(Chained(folder), "dpo", adapter, config=config, data_path=scored_rows(folder))
 
     straight = run_on(tmp_path / "straight")
     with monkeypatch.context() as patched:
@@ -321,8 +309,16 @@ def test_a_stage_with_a_loss_of_ours_is_validated_and_resumed(
             run_on(tmp_path / "resumed")
     resumed = run_on(tmp_path / "resumed")
     assert straight["validation/loss"] > 0.0
-    close(list(resumed.values()), list(straight.values()), rtol=1e-4, atol=1e-5)
     assert resumed.keys() == straight.keys()
+    close(list(resumed.values()), list(straight.values()), rtol=1e-4, atol=1e-5)
+
+
+def run_metrics(chained: Chained, kind: str, adapter: AdapterConfig, **changes: Any) -> dict[str, float]:
+    """The metrics in the manifest of a stage."""
+    chained.run(kind, adapter, **changes)
+    manifest = read_manifest(chained.inputs[kind].path)
+    assert manifest is not None
+    return dict(manifest.metrics)
 
 
 def failing_after(steps: int) -> Any:
@@ -343,14 +339,87 @@ def test_changes_are_those_of_the_first_batch_under_the_policy_of_now(tmp_path: 
     first = dpo.check_start(trainer)
     moved(trainer.model)
     trainer.model_wrapped = trainer.model
-    pairs = [in_numbers(trainer, row) for row in rows]
-    close(
-        first.changes()["logps/chosen_change"],
-        mean(sum(pair.chosen) - sum(pair.reference_chosen) for pair in pairs),
-        rtol=1e-4,
-    )
-    close(
-        first.changes()["logps/rejected_change"],
-        mean(sum(pair.rejected) - sum(pair.reference_rejected) for pair in pairs),
-        rtol=1e-4,
-    )
+    pairs, changes = [in_numbers(trainer, row) for row in rows], first.changes()
+    of_chosen = mean(sum(pair.chosen) - sum(pair.reference_chosen) for pair in pairs)
+    of_rejected = mean(sum(pair.rejected) - sum(pair.reference_rejected) for pair in pairs)
+    close(changes["logps/chosen_change"], of_chosen, rtol=1e-4)
+    close(changes["logps/rejected_change"], of_rejected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("chain", [Chain.stack, CONTINUE], ids=lambda chain: chain.value)
+def test_a_precomputed_reference_is_what_the_starting_policy_says_of_every_row(
+    tmp_path: Path, chain: Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters of a stage that trained with dropout arrive in training mode. The weights are not read once more."""
+
+    def must_not_hash(*_: object) -> str:
+        raise AssertionError("all weights would be read once more")
+
+    monkeypatch.setattr(dpo_trainer, "hash_module", must_not_hash)
+    chained = Chained(tmp_path)
+    chained.run("sft", AdapterConfig(rank=4, dropout=0.5))
+    config = config_of("dpo", AdapterConfig(rank=4, chain=chain), precompute_reference=True)
+    assert isinstance(config, DpoConfig)
+    context = StageContext(spec=chained.spec("dpo", config.adapter, init="sft", config=config), rank=0, world_size=1)
+    policy = chained.policy("sft")
+    start, tokenizer = initial_policy(context)
+    pairs, _ = read_pairs(config, context, tokenizer)
+    trainer = dpo._trainer(config, context, start, tokenizer, pairs)
+    assert dpo_trainer.hash_module is must_not_hash, "it is put back"
+    dpo.check_start(trainer)
+    for side in ("chosen", "rejected"):
+        plain = []
+        for pair in as_pairs(pairs):
+            ids = [*pair.prompt, *getattr(pair, side)]
+            with torch.no_grad():
+                plain.append(sum(logprobs(policy(torch.tensor([ids])).logits[0], ids, len(pair.prompt))))
+        close(trainer.train_dataset[f"ref_{side}_logps"], plain, rtol=1e-4)
+
+
+FIRST_WORDS = [("Monday?", "Now", "Soon"), ("hall?", "Up", "Down"), ("note?", "In", "Out"), ("shop?", "Yes", "No")]
+
+
+def long_dpo(folder: Path, **settings: Any) -> dict[str, float]:
+    """The metrics of DPO with a high learning rate, from a policy that gives either answer half of the time.
+
+    The answers to a prompt share all but their first words. So the policy cannot gain much by a chosen answer, and what
+    lowers the rejected one lowers both.
+    """
+    chained, ending = Chained(folder), "the keys are with the caretaker in the hall."
+    pairs = [(prompt, f"{chosen} {ending}", f"{rejected} {ending}") for prompt, chosen, rejected in FIRST_WORDS]
+    both = [{"prompt": prompt, "completion": answer} for prompt, *answers in pairs for answer in answers]
+    write_rows(folder / "sft.jsonl", both)
+    write_rows(folder / "dpo.jsonl", ({"prompt": p, "chosen": chosen, "rejected": r} for p, chosen, r in pairs))
+
+    def run_long(kind: str, epochs: int, init: str, **changes: Any) -> dict[str, float]:
+        config: Any = config_of(kind, FULL, data=DataConfig(source="path:rows"), **changes)
+        config = replace(config, optim=replace(config.optim, epochs=epochs))
+        return run_metrics(chained, kind, FULL, init=init, config=config, data_path=folder / f"{kind}.jsonl")
+
+    assert run_long("sft", 40, "base")["loss"] < 0.2, "both are likely"
+    return run_long("dpo", 16, "sft", **settings)
+
+
+def test_dpo_makes_both_answers_unlikely_and_says_so_and_nll_weight_makes_the_chosen_likely(tmp_path: Path) -> None:
+    plain, with_nll = long_dpo(tmp_path / "plain"), long_dpo(tmp_path / "nll", nll_weight=1.0)
+    assert plain["logps/chosen_change"] < -LN2
+    assert plain["logps/rejected_change"] < -LN2
+    assert with_nll["logps/chosen_change"] > 0.0
+    (doubt,) = doubts("dpo", plain)
+    assert "less than half as likely" in doubt
+    assert "nll_weight=1" in doubt
+    assert doubts("dpo", with_nll) == []
+
+
+def test_a_reference_stands_beside_its_own_pair_where_rows_are_drawn() -> None:
+    pairs = as_table(TokenizedPair(prompt=[n], chosen=[n, 2], rejected=[n, 3]) for n in range(6)).select([4, 0, 2])
+    logprobs = {"chosen": torch.tensor([-4.0, 0.0, -2.0]), "rejected": torch.tensor([4.5, 0.5, 2.5])}
+    own = OwnRows(policy=tiny_model(), rows=pairs, dtype=Dtype.float32, tokens=64, rank=0, world_size=1)
+    reference = Reference(logprobs=logprobs, file=Path("x"), own=own)
+    assert list(dpo._dataset(pairs, reference)) == [
+        {
+            "prompt_ids": [n], "chosen_ids": [n, 2], "rejected_ids": [n, 3],
+            "ref_chosen_logps": -float(n), "ref_rejected_logps": n + 0.5,
+        }
+        for n in (4, 0, 2)
+    ]  # fmt: skip

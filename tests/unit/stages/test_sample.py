@@ -1,4 +1,4 @@
-"""Answers of a policy as rows for other stages, as the worker makes them."""
+"""Answers of a policy as rows for other stages, as the worker makes them, by whatever scorers, and in parts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,22 +15,31 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from alignment import worker
 from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
-from alignment.config.scoring import ScorerConfig
+from alignment.config.grader import ScorerEndpointConfig, ScorerGraderConfig
+from alignment.config.reward_server import ServerConfig
+from alignment.config.scoring import Combine, EnsembleConfig, MemberConfig, ScorerConfig
 from alignment.core.artifacts import read_manifest
-from alignment.core.errors import DataError, StageError
+from alignment.core.errors import DataError, ModelError, RewardError, StageError
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair
 from alignment.data.tokens.tokenize import prompt_ids
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
+from alignment.job import StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.records.sampling import Sampling
 from alignment.stages import registry
+from alignment.stages.sample import answer_scoring
 from alignment.stages.sample.config import Select
+from alignment.stages.shared import answer_sampling
+from alignment.training.context import StageContext
 from alignment.training.trackers.all_trackers import Trackers
+from tests.judge_server import Response, listening, serving
 from tests.oracles import best_of_n as oracle
+from tests.oracles import ensembles
 from tests.sampled import FINGERPRINT, LENGTH, asked, lines, sample_spec, sampled
 from tests.tiny import BASE_SOURCE, tiny_reward
 
@@ -47,8 +57,13 @@ def same(prompts, completions, rows):
 
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Pairs of the best and the worst of four answers."""
-    return sampled(tmp_path_factory.mktemp("sampled"))
+    """Pairs of the best and the worst of four answers; what trackers got lies beside it."""
+    folder, sent = tmp_path_factory.mktemp("sampled"), {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trackers, "table", lambda self, name, rows: sent.update({name: rows}))
+        made = sampled(folder)
+    (folder / "sent.json").write_text(json.dumps(sent))
+    return made
 
 
 def scorer(folder: Path, function: str) -> ScorerConfig:
@@ -60,21 +75,13 @@ def test_every_answer_is_kept_with_its_score_its_seed_and_its_policy(artifact: P
     samples = lines(artifact / "samples.jsonl")
     assert [(line["row"], line["number"]) for line in samples] == [(row, n) for row in range(9) for n in range(4)]
     for line in samples:
-        words = len(line["answer"].split())
-        assert line["score"] == pytest.approx(min(words, 6 - words) / 3 if words < 6 else 0.0, abs=1e-6)
+        assert line["score"] == pytest.approx(word_score(line["answer"]), abs=1e-6)
         assert line["scorers"] == {"length": line["score"]}
         assert 1 <= line["tokens"] <= 12
     assert {line["policy"] for line in samples} == {FINGERPRINT}
     assert len({line["seed"] for line in samples}) == 9
     assert len({line["answer"] for line in samples}) > 30
-
-
-def test_trackers_get_every_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: dict[str, Any] = {}
-    monkeypatch.setattr(Trackers, "table", lambda self, name, rows: sent.update({name: rows}))
-    made = sampled(tmp_path, data=DataConfig(source="path:prompts", limit=2))
-    assert len(sent["samples"]) == 8
-    assert sent == {"samples": lines(made / "samples.jsonl")}
+    assert json.loads((artifact.parents[1] / "sent.json").read_text()) == {"samples": samples}
 
 
 def test_pairs_are_the_best_and_the_worst_answer_to_a_prompt_and_dpo_reads_them(artifact: Path) -> None:
@@ -181,8 +188,6 @@ def _scored(folder: Path, texts: list[str]) -> list[float]:
 
 
 # ---- what is left out ------------------------------------------------------------------------------------------------
-
-
 def test_prompts_that_are_evaluated_or_repeated_are_left_out_and_listed(tmp_path: Path) -> None:
     evaluated = tmp_path / "heldout.jsonl"
     evaluated.write_text(json.dumps(asked(1)) + "\n")
@@ -258,8 +263,6 @@ def test_answers_that_give_no_row_end_the_stage_with_the_reason_and_a_remedy(
 
 
 # ---- scorers ---------------------------------------------------------------------------------------------------------
-
-
 def test_a_total_is_the_weighted_sum_over_scorers_normalised_over_all_answers(tmp_path: Path) -> None:
     table = scorer(tmp_path, "table")
     table.weight, table.normalize = -2.0, True
@@ -271,33 +274,13 @@ def test_a_total_is_the_weighted_sum_over_scorers_normalised_over_all_answers(tm
     assert torch.allclose(total, length - 2.0 * normalised.float(), atol=1e-5)
 
 
-def test_a_reward_model_of_the_run_chooses_the_best_answer_and_sft_learns_it(tmp_path: Path) -> None:
-    spec = sample_spec(tmp_path)
-    lineage = Lineage(source=BASE_SOURCE, base=tmp_path / "base", adapters=())
-    reward = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), start=lineage, base_path=tmp_path / "base")
-    made = sampled(
-        tmp_path,
-        reward="stage:reward",
-        scorers=[ScorerConfig()],
-        select=Select.best,
-        inputs={**spec.inputs, "reward": reward},
-    )
-    samples = lines(made / "samples.jsonl")
-    conversations = read_records(made / "rows.jsonl", Conversation, DataConfig())
-    assert len({line["score"] for line in samples}) > 30
-    for row, conversation in enumerate(conversations):
-        group = samples[4 * row : 4 * row + 4]
-        best = max(group, key=lambda line: line["score"])
-        assert conversation.messages[-1] == Message(role="assistant", content=best["answer"])
-
-
-def test_a_reward_model_scores_an_answer_after_its_own_prompt(tmp_path: Path) -> None:
+def test_a_reward_model_scores_an_answer_after_its_own_prompt_and_the_best_is_learned(tmp_path: Path) -> None:
     """Beside transformers and PEFT alone, for answers of one token whose text no other token has."""
     spec = sample_spec(tmp_path)
     lineage = Lineage(source=BASE_SOURCE, base=tmp_path / "base", adapters=())
     reward = tiny_reward(tmp_path / "reward", AdapterConfig(rank=4), start=lineage, base_path=tmp_path / "base")
     settings = {"reward": "stage:reward", "scorers": [ScorerConfig()], "inputs": {**spec.inputs, "reward": reward}}
-    made = sampled(tmp_path, max_new_tokens=1, **settings)
+    made = sampled(tmp_path, max_new_tokens=1, select=Select.best, **settings)
     assert reward.path is not None
     (adapter,) = (reward.path / "adapters").iterdir()
     base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", dtype=torch.float32, num_labels=1)
@@ -305,15 +288,19 @@ def test_a_reward_model_scores_an_answer_after_its_own_prompt(tmp_path: Path) ->
     head = load_file(reward.path / "head.safetensors")
     tokenizer = load_tokenizer(tmp_path / "base")
     texts = [tokenizer.decode([token], skip_special_tokens=True) for token in range(len(tokenizer))]
-    known = [line for line in lines(made / "samples.jsonl") if texts.count(line["answer"]) == 1]
+    samples = lines(made / "samples.jsonl")
+    known = [line for line in samples if texts.count(line["answer"]) == 1]
     assert len(known) > 9
-    prompts = [prompt_ids(tokenizer, [Message(**turn) for turn in line["messages"]]) for line in known]
     scores = []
-    for prompt, line in zip(prompts, known, strict=True):
+    for line in known:
+        prompt = prompt_ids(tokenizer, [Message(**turn) for turn in line["messages"]])
         with torch.no_grad():
             states = model(torch.tensor([[*prompt, texts.index(line["answer"])]])).last_hidden_state
         scores.append(float(states[0, -1] @ head["weight"][0] - head["offset"]))
     assert [line["score"] for line in known] == pytest.approx(scores, abs=1e-4)
+    learned = {record.messages[-1].content for record in read_records(made / "rows.jsonl", Conversation, DataConfig())}
+    groups = [[line for line in samples[row : row + 4] if not line["left_out"]] for row in range(0, 36, 4)]
+    assert learned == {max(group, key=lambda line: line["score"])["answer"] for group in groups if group}
 
 
 def test_labelled_rows_are_read_as_such_and_sft_learns_the_good_ones(tmp_path: Path) -> None:
@@ -326,8 +313,6 @@ def test_labelled_rows_are_read_as_such_and_sft_learns_the_good_ones(tmp_path: P
 
 
 # ---- what is shown ---------------------------------------------------------------------------------------------------
-
-
 def test_a_result_is_shown_with_what_was_left_out_and_what_the_best_is_worth(artifact: Path) -> None:
     record = replace(Sampling.read(artifact), answers_without_end=3, prompts_evaluated=2)
     (line,) = registry.lines_of("sample", artifact)
@@ -354,3 +339,174 @@ def test_a_result_is_shown_with_what_was_left_out_and_what_the_best_is_worth(art
 def test_a_result_with_little_to_choose_from_is_doubted(metrics: dict[str, float], words: str | None) -> None:
     doubts = registry.doubts("sample", metrics)
     assert [doubt.startswith(words or "") for doubt in doubts] == ([True] if words else [])
+
+
+def run_parts(spec: Any) -> dict[str, bytes]:
+    """The files that the stage makes."""
+    worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+    return {name: (spec.artifact / name).read_bytes() for name in ("rows.jsonl", "samples.jsonl", "sampling.json")}
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_before_any_is_sampled(tmp_path: Path) -> None:
+    """The policy has 4096 positions, and the last prompt is the longest."""
+    longest = asked(2)
+    longest["messages"][0]["content"] *= 300
+    prompts = [asked(0), asked(1), longest]
+    spec = sample_spec(tmp_path, prompts=prompts, batch_size=4, max_prompt_length=99999)
+    with pytest.raises(ModelError, match="4096 positions"):
+        worker._run(spec, StageContext(spec=spec, rank=0, world_size=1))
+    assert not list((spec.work / "checkpoints").glob("part-*"))
+
+
+class Stopped(BaseException):
+    """The process ended."""
+
+
+def made_parts(monkeypatch: pytest.MonkeyPatch, function: str, *, stops_after: int = 99) -> list[int]:
+    """Parts that are made from now on, by ``generate`` or by ``score``; the stage stops after so many."""
+    made: list[int] = []
+
+    def counted(call: Any) -> Any:
+        def once(*args: Any, **kwargs: Any) -> Any:
+            if len(made) == stops_after:
+                raise Stopped
+            made.append(1)
+            return call(*args, **kwargs)
+
+        return once
+
+    build = answer_scoring.build_rewards
+
+    def building(*args: Any) -> Any:
+        rewards = build(*args)
+        monkeypatch.setattr(rewards, "scores", counted(rewards.scores))
+        return rewards
+
+    if function == "generate":
+        monkeypatch.setattr(answer_sampling, "generate", counted(answer_sampling.generate))
+    else:
+        monkeypatch.setattr(answer_scoring, "build_rewards", building)
+    return made
+
+
+def stopped_in_the_middle(folder: Path, function: str, *, after: int) -> StageSpec:
+    spec = sample_spec(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        made_parts(patch, function, stops_after=after)
+        with pytest.raises(Stopped):
+            run_parts(spec)
+    return spec
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return run_parts(sample_spec(tmp_path_factory.mktemp("straight")))
+
+
+@pytest.mark.parametrize(("function", "after"), [("generate", 2), ("score", 1)])
+def test_a_stage_that_is_stopped_in_the_middle_makes_the_same_bytes_and_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, straight: dict[str, bytes], function: str, after: int
+) -> None:
+    spec = stopped_in_the_middle(tmp_path, function, after=after)
+    made = made_parts(monkeypatch, function)
+    assert run_parts(spec) == straight
+    assert len(made) == 3 - after
+
+
+@pytest.mark.parametrize("damage", ['{"value": [[1]], "sha256": "0"}', "null", pytest.param("[" * 100_000, id="deep")])
+def test_a_damaged_part_is_made_again_with_a_warning(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    straight: dict[str, bytes],
+    damage: str,
+) -> None:
+    spec = stopped_in_the_middle(tmp_path, "generate", after=2)
+    first, _ = sorted((spec.work / "checkpoints").glob("part-*.json"))
+    first.write_text(damage)
+    made = made_parts(monkeypatch, "generate")
+    assert run_parts(spec) == straight
+    assert len(made) == 2
+    assert [record.args[0] for record in caplog.records if "made again" in record.message] == [first]
+
+
+def test_answers_do_not_depend_on_what_is_sampled_beside_them(tmp_path: Path, straight: dict[str, bytes]) -> None:
+    """Nor do parts of another size stand for those that are missing."""
+    stopped_in_the_middle(tmp_path, "generate", after=2)
+    assert run_parts(sample_spec(tmp_path, batch_size=8)) == straight
+    assert run_parts(sample_spec(tmp_path / "other", batch_size=5)) == straight
+    another_seed = run_parts(sample_spec(tmp_path / "seed", seed=1))
+    assert another_seed["samples.jsonl"] != straight["samples.jsonl"]
+
+
+@pytest.mark.parametrize(("prompts", "size", "parts"), [(1, 2, 1), (31, 2, 16), (32, 4, 8), (500, 8, 63)])
+def test_a_part_has_several_batches_if_enough_parts_remain_to_share(prompts: int, size: int, parts: int) -> None:
+    """Four answers to each prompt, eight a batch."""
+    config: Any = SimpleNamespace(batch_size=8, completions_per_prompt=4)
+    asked_prompts: Any = SimpleNamespace(rows=list(range(prompts)))
+    spans = answer_sampling.spans_of(config, asked_prompts)
+    assert len(spans) == parts
+    assert [span.stop - span.start for span in spans[:-1]] == [size] * (parts - 1)
+    assert [row for span in spans for row in span] == list(range(prompts))
+
+
+DOWN = Response(status=400, body="{}")
+
+
+def by_words(body: dict[str, Any], _: int = 0) -> Response:
+    """The rule ``length`` with three words, from outside."""
+    scores = [{"id": item["id"], "score": word_score(item["answer"])} for item in body["items"]]
+    return Response(body=json.dumps({"scores": scores}))
+
+
+def word_score(text: str) -> float:
+    return max(0.0, 1 - abs(len(text.split()) - 3) / 3)
+
+
+def server(url: str, **changes: Any) -> ServerConfig:
+    settings: dict[str, Any] = {"base_url": url, "model": "words", "retries": 0, "concurrency": 1, "batch_size": 5}
+    return ServerConfig(**(settings | changes))
+
+
+def test_a_server_chooses_the_rows_that_the_same_rule_would_and_is_asked_only_for_what_is_missing(
+    tmp_path: Path,
+) -> None:
+    by_rule = sampled(tmp_path / "rule")
+    with listening(lambda body, number: by_words(body) if number < 4 else DOWN) as first:
+        scorer = ScorerConfig(source="server", server=server(first.url))
+        with pytest.raises(RewardError, match="calls to the reward server at"):
+            sampled(tmp_path / "served", scorers=[scorer])
+    with listening(by_words) as second:
+        by_server = sampled(tmp_path / "served", scorers=[ScorerConfig(source="server", server=server(second.url))])
+    assert (by_server / "rows.jsonl").read_text() == (by_rule / "rows.jsonl").read_text()
+    before = [json.dumps([i["messages"], i["answer"]]) for request in first.requests[:4] for i in request["items"]]
+    after = [json.dumps([i["messages"], i["answer"]]) for request in second.requests for i in request["items"]]
+    asked = {json.dumps([line["messages"], line["answer"]]) for line in lines(by_server / "samples.jsonl")}
+    assert sorted(before + after) == sorted(asked), "each once"
+
+
+def test_an_ensemble_and_a_grader_choose_rows(tmp_path: Path) -> None:
+    def graded(prompt: str, _: int) -> Response:
+        answer = prompt.rpartition("<<<answer>>>\n")[2].partition("\n<<<end of answer>>>")[0]
+        return Response(text=f"So.\n[[{len(answer) % 10 + 1}]]")
+
+    with serving(graded) as served:
+        endpoint = ScorerEndpointConfig(base_url=served.url, model="m", retries=0)
+        grade = MemberConfig(source="grade", grader=ScorerGraderConfig(endpoint=endpoint))
+        length = MemberConfig(source="length", target=3)
+        ensemble = EnsembleConfig(members=[length, grade], combine=Combine.mean_minus_std, std_weight=0.5)
+        made = sampled(
+            tmp_path,
+            scorers=[ScorerConfig(source="ensemble", ensemble=ensemble, weight=2.0)],
+            select=Select.best_worst,
+        )
+    samples = lines(made / "samples.jsonl")
+    for line in samples:
+        members = [line["scorers"]["ensemble/length"], line["scorers"]["ensemble/grade"]]
+        (bound,) = ensembles.combined([[member] for member in members], "mean_minus_std", weight=0.5)
+        assert line["score"] == pytest.approx(2.0 * bound, rel=1e-5, abs=1e-5)
+        assert members[0] == pytest.approx(word_score(line["answer"]), abs=1e-6)
+        assert members[1] in range(1, 11)
+    pairs = read_records(made / "rows.jsonl", PreferencePair, DataConfig())
+    scores = {line["answer"]: line["score"] for line in samples}
+    assert all(scores[pair.chosen] > scores[pair.rejected] for pair in pairs)

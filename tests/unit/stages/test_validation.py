@@ -151,9 +151,11 @@ def test_texts_are_validated_on_texts_of_their_own(tmp_path: Path) -> None:
     assert manifest(spec)["validation/loss"] == pytest.approx(-sum(every) / len(every), rel=1e-5)
 
 
-def test_without_keep_best_the_last_step_is_handed_on_with_its_own_loss(tmp_path: Path) -> None:
-    validation = replace(OWN, keep_best=False)
-    spec = own_data(tmp_path, "dpo", adapter=FULL, validation=validation, max_steps=5, log_every=100)
+@pytest.mark.parametrize("precompute", [False, True], ids=["live", "precomputed"])
+def test_without_keep_best_the_last_step_is_handed_on_with_its_own_loss(tmp_path: Path, *, precompute: bool) -> None:
+    """A precomputed reference covers the held-out pairs."""
+    changes = {"validation": replace(OWN, keep_best=False), "precompute_reference": precompute}
+    spec = own_data(tmp_path, "dpo", adapter=FULL, max_steps=5, log_every=100, **changes)
     looks = held_out_losses(ran(spec))
     assert list(looks) == [2, 4, 5], "the last step is looked at too"
     assert [line["step"] for line in lines(spec)] == [2, 4, 5], "one line for each look, whatever log_every says"
@@ -162,13 +164,6 @@ def test_without_keep_best_the_last_step_is_handed_on_with_its_own_loss(tmp_path
     assert lines_of("dpo", spec.artifact) == []
     objective = Objective(stage="dpo", arm="", metric="validation/loss", minimize=True)
     assert objective.read(spec.artifact).mean == manifest(spec)["validation/loss"]
-
-
-def test_a_precomputed_reference_covers_the_held_out_pairs(tmp_path: Path) -> None:
-    spec = own_data(tmp_path, "dpo", adapter=FULL, precompute_reference=True, max_steps=3)
-    ran(spec)
-    loss, _ = by_hand(spec, noise("dpo", rows=5, first=50))
-    assert manifest(spec)["validation/loss"] == pytest.approx(loss, rel=1e-5)
 
 
 @pytest.mark.parametrize("is_interrupted", [False, True])
@@ -270,12 +265,12 @@ def test_the_rest_is_held_out_of_what_the_evaluation_leaves(tmp_path: Path) -> N
     assert (metrics["eval_rows"], metrics["validation/rows"], metrics["rows"]) == (4, 4, 9)
 
 
-@pytest.mark.parametrize("kind", ["cpt", "sft", "reward", "dpo"])
-def test_the_held_out_figures_are_drawn_beside_those_of_training(kind: str) -> None:
-    drawn = curves(kind, {"validation": {"every": 5}})
-    assert [chart.keys[1:] for chart in drawn[:2]] == [("validation/loss",), ("validation/accuracy",)]
-    assert drawn[0].labels == ("training", "held-out")
-    assert all(len(chart.keys) == 1 for chart in curves(kind, {})[:2])
+def test_the_held_out_figures_are_drawn_beside_those_of_training() -> None:
+    for kind in ("cpt", "sft", "reward", "dpo"):
+        drawn = curves(kind, {"validation": {"every": 5}})
+        assert [chart.keys[1:] for chart in drawn[:2]] == [("validation/loss",), ("validation/accuracy",)]
+        assert drawn[0].labels == ("training", "held-out")
+        assert all(len(chart.keys) == 1 for chart in curves(kind, {})[:2])
 
 
 def test_rows_of_one_conversation_are_on_one_side() -> None:
