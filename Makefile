@@ -19,7 +19,7 @@ STAMP := $(VENV)/.alignment-pipeline-installed
 # One more than there are cores, because a third of the time a test waits for a process or a server; at most 4.
 WORKERS := import os; print(min(4, (os.cpu_count() or 1) + 1))
 
-.PHONY: help align plan sweep preview status engine engine-llama trackers test field test-processes test-device gpu-check test-slurm test-engines test-trackers test-stores faults prove matrix model check docs reference dist check-dist lock format bench clean
+.PHONY: help align plan sweep preview status engine engine-llama trackers test field same test-processes test-device gpu-check test-slurm test-engines test-trackers test-stores faults mutations prove matrix model check docs reference dist check-dist lock format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,9 @@ test: $(STAMP)  ## run the tests of one process, on several cores at once
 field: $(STAMP)  ## draw whole runs at random and check each: ARGS="--draws 300 --seed 1"
 	$(BIN)/python -m tests.field $(ARGS)
 
+same: $(STAMP)  ## compare the bits that every kind of stage computes with those of another commit: ARGS="--against HEAD~3"
+	$(BIN)/python -m tests.same $(ARGS)
+
 test-processes: $(STAMP)  ## run the tests of stages on several processes and machines, one after another
 	$(BIN)/python -m pytest -m processes $(ARGS)
 
@@ -87,6 +90,10 @@ test-stores: $(STAMP)  ## run the tests on an S3 server, which is installed from
 
 faults: $(STAMP)  ## break the wiring in 120 ways, each in a copy, and see a test fail: ARGS="--only export --jobs 4"
 	$(BIN)/python -m tests.faults $(ARGS)
+
+mutations: $(STAMP)  ## break arithmetic and statistics by rule, and say what no test notices: ARGS="alignment.algos.*"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt mutmut==3.8.1
+	$(BIN)/python -m mutmut run $(ARGS) && $(BIN)/python -m mutmut results
 
 prove: $(STAMP)  ## run the slow proofs that the stages reach known optima: ARGS="--only bandit" runs some
 	$(BIN)/python -m tests.proofs $(ARGS)

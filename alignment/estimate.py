@@ -51,6 +51,7 @@ from alignment.costs.storing import seconds_a_byte
 from alignment.costs.work import bytes_of, flop_of
 from alignment.data.first_records import fewer_of, times_as_many
 from alignment.job import StageSpec
+from alignment.models.kernels.row_attention import forget_plans
 from alignment.records.cost import ASKED, FILE, PROGRESS, PhaseCost, RunCost, StageCost
 from alignment.stages.registry import kind_of
 from alignment.stages.stage_file import read_spec
@@ -382,6 +383,7 @@ def _run(spec: StageSpec, recorder: Recorder, function: Any, *, publishes: bool)
     context.content.mkdir(parents=True, exist_ok=True)
     context.checkpoints.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(context.seed("worker") % 2**32)
+    forget_plans()  # those of an earlier estimate would cost this one nothing
     with recorder.recording():
         result = function(spec.config, context)
         context.progress(SAVING)

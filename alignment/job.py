@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from alignment.config.model import ModelConfig
 from alignment.config.stage import StageConfig
 from alignment.config.tracking import TrackingConfig
 from alignment.config.typed import to_plain
+from alignment.core.files import parse_json
 from alignment.core.fingerprint import digest
 from alignment.core.versions import versions
 
@@ -119,7 +119,7 @@ def _shapes(folder: Path) -> dict[str, str]:
 def _shape(file: Path) -> Any:
     text = file.read_text(encoding="utf-8", errors="replace")
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = parse_json(text)
+    except ValueError:
         return text
     return {name: value for name, value in content.items() if name not in _PATHS} if isinstance(content, dict) else text

@@ -19,8 +19,8 @@ _INTRO = """\
 # Metrics
 
 A *rule* scores an answer. An *arm* of an evaluation, which is a model or prompt that is compared, has the mean of such
-scores and further figures. A *stage* that trains writes a line of figures for each step to `metrics.jsonl`, and the
-last figures into its `manifest.json`.
+scores and further figures. A *stage* that trains writes a line of figures for each step (in RL: update) to
+`metrics.jsonl`, and the last figures into its `manifest.json`.
 
 [Evaluation](../evaluation.md) says how to read a difference, and [Rewards](../rewards.md) what each rule does."""
 

@@ -65,7 +65,8 @@ class PruningConfig:
     """Stops trials early, by ``metric`` in the metrics.jsonl of ``stage``, which is to be minimised or maximised.
 
     The objective is measured after that stage, so this may stop a trial that would have been the best. Nothing is
-    stopped before ``startup_trials`` trials have finished, nor in the first ``warmup_steps`` steps of a trial.
+    stopped before ``startup_trials`` trials have finished, nor in the first ``warmup_steps`` steps (updates in RL) of a
+    trial.
     """
 
     pruner: Pruner = Pruner.none

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from alignment.core.errors import ArtifactError, StageError
-from alignment.core.files import flush, remove_leftovers, write_text
+from alignment.core.files import flush, parse_json, remove_leftovers, write_text
 from alignment.core.fingerprint import file_sha256
 from alignment.core.shapes import fits
 
@@ -160,11 +160,11 @@ def parse_manifest(text: str, *, folder: str) -> Manifest:
     """
     where, remedy = f"{folder}/{MANIFEST}", f"delete {folder} to remake it"
     try:
-        content = json.loads(text)
+        content = parse_json(text)
         known = {field.name for field in dataclasses.fields(Manifest)}
         newer = sorted(set(content) - known)
         manifest = Manifest(**{name: value for name, value in content.items() if name in known})
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise ArtifactError(f"unreadable: {error}", where=where, remedy=remedy) from error
     if newer:
         raise ArtifactError(

@@ -7,6 +7,7 @@ Writers use ``replacing``: a reader sees the old file or the new one, and a fail
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import resource
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from alignment.core.errors import AlignmentError, ConfigError, DiskError
 
@@ -220,6 +222,18 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is not JSON, or its lists and objects are nested more deeply than can be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("lists and objects are nested too deeply") from error
 
 
 def partial_folder(target: Path) -> Path:

@@ -6,13 +6,13 @@ fingerprint does not cover.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from alignment.core.errors import ModelError
+from alignment.core.files import parse_json
 from alignment.core.shapes import fits
 
 
@@ -131,8 +131,8 @@ def _configurations(folder: Path) -> list[dict[str, Any]]:
     """The model's configuration, and that of its language model if it has one of its own."""
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        config = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ModelError(f"not JSON: {error}", where=str(file)) from error
     if not isinstance(config, dict):
         raise ModelError("not a JSON object", where=str(file))
@@ -180,19 +180,19 @@ def _header(file: Path) -> _Header | None:
         if length > file.stat().st_size:
             return None
         try:
-            entries = json.loads(handle.read(length))
+            entries = parse_json(handle.read(length))
             tensors = {name: entry for name, entry in entries.items() if name != "__metadata__"}
             ends = [int(entry["data_offsets"][1]) for entry in tensors.values() if entry["dtype"]]
-        except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError):
             return None
     return _Header(tensors=tensors, file_size=8 + length + max(ends, default=0))
 
 
 def _weight_map(index: Path, *, where: str) -> dict[str, Any]:
     try:
-        content = json.loads(index.read_text(encoding="utf-8"))
+        content = parse_json(index.read_text(encoding="utf-8"))
         weight_map = content["weight_map"]
-    except (OSError, ValueError, RecursionError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         reason = f"{index.name} is damaged: {type(error).__name__}: {error!s:.80}"
         raise ModelError(reason, where=where, remedy="fetch the model again") from error
     if not isinstance(weight_map, dict):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from typing import (
 
 from alignment.core.artifacts import write_json
 from alignment.core.errors import ArtifactError
+from alignment.core.files import parse_json
 
 Record = TypeVar("Record")
 
@@ -151,16 +151,16 @@ def lines(file: Path, kind: type[Record]) -> Iterator[Record]:
     """
     # Not by splitlines(), which also splits at U+2028 and the like, which answers may contain.
     texts = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
-    records = (parts(json.loads(text), kind) for text in texts if text)
+    records = (parts(parse_json(text), kind) for text in texts if text)
     return (record for record in records if record is not None)
 
 
 def _content(path: Path, kind: type[Any], remedy: str) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ArtifactError(f"unreadable: {error}", where=str(path), remedy=remedy) from error
     if not isinstance(raw, dict):
         raise ArtifactError("unreadable: it contains no JSON object", where=str(path), remedy=remedy)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeGuard
 
 from alignment.config.did_you_mean import misspelt
 from alignment.core.errors import DataError
+from alignment.core.files import parse_json
 
 _WRITTEN_OUT = 1e16
 """Whole floats from here on are written with an exponent, as Python writes them."""
@@ -119,8 +119,8 @@ class Fields:
         if not isinstance(value, str):
             return value
         try:
-            return json.loads(value)
-        except (ValueError, RecursionError):
+            return parse_json(value)
+        except ValueError:
             self.fail(field, f"must be JSON; it is {value!r:.60}")
 
     def fail_as_missing(self, *names: str, why: str = "") -> NoReturn:

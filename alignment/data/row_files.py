@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from alignment.core.errors import DataError
+from alignment.core.files import parse_json
 from alignment.core.small_files import refuse_endless
 from alignment.data import caps
 from alignment.data.filled_fields import without_filled
@@ -123,8 +124,8 @@ def _begins_array(line: bytes) -> bool:
     if not line.removeprefix(codecs.BOM_UTF8).lstrip().startswith((b"[{", b"[ ", b"[\n", b"[\r")):
         return False
     try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
+        value = parse_json(line)
+    except ValueError:
         return True
     return isinstance(value[0], dict) if value else False
 

@@ -7,7 +7,6 @@ that gives the name a value of its own still decides.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 from alignment.config.did_you_mean import suggestion
 from alignment.config.faults import Fault
 from alignment.core.errors import DataError
+from alignment.core.files import parse_json
 from alignment.core.small_files import small_text
 from alignment.data.template_syntax import Templates, options_of
 
@@ -72,10 +72,10 @@ def own_template(folder: Path) -> Templates | None:
         file = folder / TEMPLATE_FILE
         if file.is_file():
             return small_text(file)
-        config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
         stored = config.get("chat_template")
         return {entry["name"]: entry["template"] for entry in stored} if isinstance(stored, list) else stored
-    except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError, DataError):
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, DataError):
         return None
 
 

@@ -9,7 +9,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-from alignment.evaluation.rates import are_shares, paired_share_interval, share_interval
+from alignment.evaluation.rates import are_shares, paired_share_interval, share_interval, unvaried_interval
 from alignment.records.evaluation import LEVEL
 from alignment.records.interval import Interval
 
@@ -58,9 +58,11 @@ def mean_interval(values: Sequence[float], *, samples: int, seed: int) -> Interv
     return ratio_interval(values, [1] * len(values), samples=samples, seed=seed)
 
 
-def grouped_interval(values: Sequence[float], groups: Sequence[str], *, samples: int, seed: int) -> Interval:
+def grouped_interval(
+    values: Sequence[float], groups: Sequence[str], *, least: float, most: float, samples: int, seed: int
+) -> Interval:
     """The interval of a mean whose values depend on each other within a group, such as pairs of answers to one prompt:
-    whole groups are drawn.
+    whole groups are drawn. Values lie between ``least`` and ``most``, which counts if all groups have the same mean.
 
     Raises:
         ValueError: no values.
@@ -69,6 +71,9 @@ def grouped_interval(values: Sequence[float], groups: Sequence[str], *, samples:
         raise ValueError("an interval needs at least one value")
     _, group_of = np.unique(np.asarray(groups, dtype=object), return_inverse=True)
     sums, counts = np.bincount(group_of, np.asarray(values, dtype=np.float64)), np.bincount(group_of)
+    means = sums / counts
+    if (means == means[0]).all():
+        return unvaried_interval(float(means[0]), len(means), least=least, most=most)
     return ratio_interval(sums.tolist(), counts.tolist(), samples=samples, seed=seed)
 
 

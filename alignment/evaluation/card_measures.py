@@ -106,12 +106,13 @@ class Intervals:
     samples: int
     seed: int
 
-    def of(self, values: Sequence[float], pairs: Sequence[Judged]) -> Interval:
-        """The mean over pairs with its 95 % interval, without one for fewer than ``FEW`` prompts."""
+    def of(self, values: Sequence[float], pairs: Sequence[Judged], *, least: float = 0.0) -> Interval:
+        """The mean over pairs of values from ``least`` to 1 with its 95 % interval, without one for fewer than ``FEW``
+        prompts."""
         prompts = [judged.prompt for judged in pairs]
         if len(set(prompts)) < FEW:
             return Interval(mean=float(np.mean(values)))
-        return grouped_interval(values, prompts, samples=self.samples, seed=self.seed)
+        return grouped_interval(values, prompts, least=least, most=1.0, samples=self.samples, seed=self.seed)
 
 
 def right(margins: Sequence[float]) -> list[float]:
@@ -141,7 +142,7 @@ def baselines(pairs: Sequence[Judged], intervals: Intervals) -> list[Baseline]:
     judges = []
     for name, by_judge in _simpler(pairs).items():
         more = [model_right - judge_right for model_right, judge_right in zip(by_model, by_judge, strict=True)]
-        accuracy, difference = intervals.of(by_judge, pairs), intervals.of(more, pairs)
+        accuracy, difference = intervals.of(by_judge, pairs), intervals.of(more, pairs, least=-1.0)
         judges.append(Baseline(name=name, accuracy=accuracy, difference=difference))
     return judges
 

@@ -17,6 +17,8 @@ from alignment.core.errors import ConfigError
 from alignment.evaluation.bounded_client import Refused, bounded_client
 
 PACKAGE = "openai>=3,<4"
+_HIDDEN = 8
+"""At least so many characters of a key are recognised as its beginning."""
 
 
 def api_key(variable: str | None, *, where: str, without: str = "set api_key_env to null") -> str:
@@ -63,9 +65,14 @@ def open_client(config: CallsConfig, key: str, *, where: str, direct: bool = Fal
 
 
 def reason(error: Exception, *, key: str) -> str:
-    """The error as one line, without the key, which some servers repeat in their messages."""
+    """The error as one line, without the key, which some servers repeat in their messages.
+
+    A quoted reply may have been cut in the middle of the key, so its beginnings are hidden too.
+    """
     line = " ".join(_words(error).split())
-    return (line.replace(key, "***") if key else line)[:300]
+    for size in range(len(key), min(len(key), _HIDDEN) - 1, -1) if key else ():
+        line = line.replace(key[:size], "***")
+    return line[:300]
 
 
 def _words(error: Exception) -> str:

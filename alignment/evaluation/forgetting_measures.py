@@ -109,7 +109,7 @@ def _after(
     right, right_before = (_right(measured, asked.questions) for measured in (arm, base))
     more = [nats - nats_before for nats, nats_before in zip(arm.nats, base.nats, strict=True)]
     rise = intervals.of_ratio(more, asked.tokens).through(_as_rise)
-    drop = intervals.of([before - after for after, before in zip(right, right_before, strict=True)])
+    drop = intervals.of_difference(right_before, right)
     reasons = _reasons(rise, drop, limits)
     return replace(row, rise=rise, drop=drop, passed=not reasons, reasons=reasons)
 

@@ -56,6 +56,18 @@ def paired_share_interval(more: int, less: int, count: int) -> Interval:
     )
 
 
+def unvaried_interval(value: float, count: int, *, least: float, most: float) -> Interval:
+    """The mean of ``count`` values between ``least`` and ``most`` that all equal ``value``.
+
+    Other values may have a share of up to z² / (n + z²) (Wilson 1927) and lie at the end of the range. Of shares, and
+    of differences of two shares, these are the intervals of the functions above.
+
+    Example: 20 values of 1 between 0 and 1 give 0.839 to 1.
+    """
+    share = _Z**2 / (count + _Z**2)
+    return Interval(mean=value, low=value - share * (value - least), high=value + share * (most - value))
+
+
 def _variance(difference: float, more: int, less: int, count: int) -> float:
     """Of one prompt's difference, under the likeliest share of prompts of the kind ``less`` given this difference."""
     slope = -more - less + (2 * count - more + less) * difference

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from alignment.core.files import parse_json
+
 log = logging.getLogger(__name__)
 
 
@@ -46,7 +48,7 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
         return
     for line in filter(None, file.read_text(encoding="utf-8", errors="replace").split("\n")):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             yield record["key"], record["value"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (ValueError, KeyError, TypeError):
             log.warning("a line of %s cannot be read; its reply will be requested again", file)

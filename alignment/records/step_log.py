@@ -1,4 +1,4 @@
-"""``metrics.jsonl`` and similar files: one line per step, without repeated steps after a resume."""
+"""``metrics.jsonl`` and similar files: one line per step (in RL: update), none twice after a resume."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alignment.core.files import naming, write_text
+from alignment.core.files import naming, parse_json, write_text
 
 METRICS = "metrics.jsonl"
 TOKENS = "num_tokens"
@@ -40,7 +40,7 @@ class MetricsLog:
     def rows(self) -> list[dict[str, Any]]:
         """All steps in the file."""
         lines = self._path.read_text(encoding="utf-8").split("\n") if self._path.exists() else []
-        return [json.loads(line) for line in lines if line]
+        return [parse_json(line) for line in lines if line]
 
 
 def written_rows(path: Path) -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ def written_rows(path: Path) -> list[dict[str, Any]]:
         ValueError: a line is not JSON.
     """
     *lines, _unfinished = path.read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines]
+    return [parse_json(line) for line in lines]
 
 
 def readable_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
@@ -66,16 +66,16 @@ def readable_rows(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 def _object(line: str) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
+        row = parse_json(line)
+    except ValueError:
         return None
     return row if isinstance(row, dict) else None
 
 
 def _step_of(line: str) -> float:
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return float(parse_json(line)["step"])
+    except (ValueError, KeyError, TypeError):
         return float("inf")
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from alignment.core import typed_json
 from alignment.core.errors import ArtifactError, DataError
-from alignment.core.files import flush, naming, write_text
+from alignment.core.files import flush, naming, parse_json, write_text
 from alignment.core.fingerprint import digest
 
 FILE = "votes.jsonl"
@@ -151,8 +151,8 @@ def _owner(vote: Vote) -> tuple[str, str]:
 
 def _parsed(line: str, *, where: str) -> Vote:
     try:
-        vote = typed_json.strict(json.loads(line), Vote, where=where, remedy=_REMEDY)
-    except (ValueError, RecursionError) as error:
+        vote = typed_json.strict(parse_json(line), Vote, where=where, remedy=_REMEDY)
+    except ValueError as error:
         raise DataError(f"not JSON: {error}", where=where, remedy=_REMEDY) from error
     except ArtifactError as error:
         raise DataError(error.message, where=where, remedy=error.remedy) from error

@@ -352,7 +352,8 @@ class StageKind:
     ``run(config, context)`` on every process; a stage inside the driver has none. ``rehearse`` names a function in the
     same way: ``rehearse(config, context)`` raises an AlignmentError if the stage cannot work, for example because the
     run's base model does not fit it. It is called before the first stage of a run, on one process, and must write
-    nothing.
+    nothing. ``rehearse_reads_base``: whether that function reads the base model, so that it is not called where a
+    policy of the stage began as another one.
 
     ``data(config)``: the data that it reads. ``rows(config)``: the rows that it makes, if it produces ``ROWS``.
     ``leaves_out`` names its field that lists data whose prompts it leaves out; the plan fills an empty list with the
@@ -372,6 +373,7 @@ class StageKind:
     produces: str
     run: str = ""
     rehearse: str = ""
+    rehearse_reads_base: bool = True
     data: Callable[[Any], Sequence[DataSlot]] = _nothing
     rows: Callable[[Any], MadeRows | None] = _no_rows
     leaves_out: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,16 +26,24 @@ _NAMES = {"learning_rate": "lr"}
 
 
 class StepLog(TrainerCallback):
-    """Writes each logged step to ``metrics.jsonl``, the trackers and the progress line (main process only)."""
+    """Writes each logged step to ``metrics.jsonl``, the trackers and the progress line (main process only).
 
-    def __init__(self, context: StageContext, log: MetricsLog, *, headline: str) -> None:
+    Every ``period`` steps of the trainer count as one step there (those of a PPO update, else 1).
+    """
+
+    def __init__(self, context: StageContext, log: MetricsLog, *, headline: str, period: int) -> None:
         self._context = context
         self._log = log
         self._headline = headline
+        self._period = period
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Reports the number of steps before the first one is done."""
-        self._context.progress("training", state.global_step, state.max_steps)
+        self._context.progress("training", self._counted(state.global_step), self._counted(state.max_steps))
+
+    def _counted(self, trainer_steps: int) -> int:
+        """An update over PPO's KL budget ends after its first step, and counts."""
+        return math.ceil(trainer_steps / self._period)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Always logs the last step, because the stage's metrics come from it."""
@@ -57,15 +66,16 @@ class StepLog(TrainerCallback):
             return
         if self._context.is_main:
             self._write(state, logs)
-        refuse_metrics(logs, step=state.global_step)
+        refuse_metrics(logs, step=self._counted(state.global_step))
 
     def _write(self, state: TrainerState, logs: dict[str, Any]) -> None:
+        step = self._counted(state.global_step)
         metrics = {_NAMES.get(name, name): value for name, value in logs.items()}
         metrics["seconds"] = self._context.clock.seconds()
-        self._log.append(state.global_step, metrics)
-        self._context.trackers.log(state.global_step, metrics)
+        self._log.append(step, metrics)
+        self._context.trackers.log(step, metrics)
         headline = {self._headline: metrics[self._headline]} if self._headline in metrics else {}
-        self._context.progress("training", state.global_step, state.max_steps, **headline)
+        self._context.progress("training", step, self._counted(state.max_steps), **headline)
 
 
 class CurrentIntervals(TrainerCallback):

@@ -6,7 +6,6 @@ removed. A folder whose files differ from its manifest is renamed to ``quarantin
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 from alignment.core.artifacts import inside, write_json
 from alignment.core.errors import ArtifactError
+from alignment.core.files import parse_json
 from alignment.core.fingerprint import file_sha256
 from alignment.core.shapes import fits
 
@@ -38,7 +38,7 @@ def seal(checkpoint: Path, *, fingerprint: str, layout: str = WHOLE) -> None:
 
 def layout_of(checkpoint: Path) -> str:
     """The layout of the weights in a sealed checkpoint."""
-    return str(json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8")).get("layout", WHOLE))
+    return str(parse_json((checkpoint / MANIFEST).read_text(encoding="utf-8")).get("layout", WHOLE))
 
 
 def newest(folder: Path, *, fingerprint: str) -> Path | None:
@@ -84,9 +84,9 @@ def _by_step(folder: Path) -> list[Path]:
 
 def _verifies(checkpoint: Path, fingerprint: str) -> bool:
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((checkpoint / MANIFEST).read_text(encoding="utf-8"))
         owner, files = manifest["fingerprint"], manifest["files"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
     if owner != fingerprint or not files or not fits(files, dict[str, dict[str, Any]]):
         return False

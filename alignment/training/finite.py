@@ -69,10 +69,12 @@ class FiniteSteps(TrainerCallback):
         if norm is None or not math.isfinite(norm):
             self._refuse_gradients(model, norm, step)  # first, because it is a collective operation
         if loss is not None and not math.isfinite(loss):
-            raise NonFiniteError(f"the loss is {loss} at step {step}", remedy=f"{_LOWER_RATE}; {_CHECKPOINT_STAYS}")
+            raise NonFiniteError(
+                f"the loss is {loss} at optimiser step {step}", remedy=f"{_LOWER_RATE}; {_CHECKPOINT_STAYS}"
+            )
         if loss is not None and loss > LEARNED and norm == 0.0:
             raise StageError(
-                f"all gradients are zero at step {step} with a loss of {loss:.4g}: training diverged earlier",
+                f"all gradients are zero at optimiser step {step} with a loss of {loss:.4g}: training diverged earlier",
                 remedy="lower the learning rate",
             )
 
@@ -82,7 +84,7 @@ class FiniteSteps(TrainerCallback):
         if norm is None and fault is None:
             return
         raise NonFiniteError(
-            f"a gradient is not finite at step {step}{fault or f' (their norm is {norm})'}",
+            f"a gradient is not finite at optimiser step {step}{fault or f' (their norm is {norm})'}",
             remedy=f"{_LOWER_RATE}; {_CHECKPOINT_STAYS}",
         )
 

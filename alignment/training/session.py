@@ -71,8 +71,9 @@ def train(
 ) -> dict[str, float]:
     """Trains, resuming where an earlier attempt stopped; returns the metrics of the last step, which is always logged.
 
-    ``headline`` names the metric beside the progress bar. Checkpoints are exact after every ``period`` steps. A loss
-    that rises above ``ceiling`` counts as divergence. With ``validation``, the model holds the weights of the step that
+    ``headline`` names the metric beside the progress bar. Every ``period`` steps of the trainer, such as those of
+    a PPO update, are one step of metrics and progress, and checkpoints are exact between them. A loss that rises above
+    ``ceiling`` counts as divergence. With ``validation``, the model holds the weights of the step that
     it hands on, the metrics are those of that step, and later losses are not judged. Where a size of micro-batches is
     sought, ``trials`` are taken in place of the training; a trainer of rows has its own.
 
@@ -88,9 +89,9 @@ def train(
     if context.search is not None:
         _seek_size(context.search, trainer, context, trials)
     resumed = _newest_checkpoint(context)
-    log = _log_up_to(resumed, context)
+    log = _log_up_to(resumed, context, period)
     stop = StopOnSignal(period=period)
-    steps = StepLog(context, log, headline=headline)
+    steps = StepLog(context, log, headline=headline, period=period)
     checks = (WeightsAreSharded(context), WarmupEnds(), FiniteSteps(trainer), NoStepTooMany())
     looks = () if validation is None else (validation,)  # first: it adds to what others log, seal and stop
     if (estimate := recorder()) is not None:  # before others that take a step
@@ -155,11 +156,11 @@ def _seek_size(search: Search, trainer: Trainer, context: StageContext, trials: 
         search.run(trainer, trials)
 
 
-def _log_up_to(checkpoint: Path | None, context: StageContext) -> MetricsLog:
+def _log_up_to(checkpoint: Path | None, context: StageContext, period: int) -> MetricsLog:
     """The log of the steps before a checkpoint, from which the clock and the trackers go on."""
     log = MetricsLog(context.content / METRICS)
     if context.is_main:
-        log.keep_through(0 if checkpoint is None else checkpoints.step_of(checkpoint))
+        log.keep_through(0 if checkpoint is None else checkpoints.step_of(checkpoint) // period)
         context.clock.earlier = float(log.last().get("seconds", 0.0))
         context.trackers.catch_up(log.rows())
     return log

@@ -13,7 +13,15 @@ from tests.in_child import in_child
 
 @pytest.mark.parametrize(
     "program",
-    ["tests.proofs", "tests.matrix", "tests.faults", "benchmarks", "benchmarks.gpu_check", "tests.browser"],
+    [
+        "tests.proofs",
+        "tests.matrix",
+        "tests.faults",
+        "tests.same",
+        "benchmarks",
+        "benchmarks.gpu_check",
+        "tests.browser",
+    ],
 )
 def test_a_slow_program_starts(program: str) -> None:
     def asked_for_help() -> int:

@@ -342,7 +342,10 @@ def test_a_loss_that_is_no_number_on_one_process_stops_all_and_keeps_nothing(
     chained = Chained(tmp_path)
     spec = shared_out(chained, "sft", LORA, sharding)
     assert on_processes(spec, nan_at=2) == [6, 6], logs(spec)
-    assert "a gradient is not finite at step 2" in json.loads((spec.run_folder / "status.json").read_text())["error"]
+    assert (
+        "a gradient is not finite at optimiser step 2"
+        in json.loads((spec.run_folder / "status.json").read_text())["error"]
+    )
     assert not spec.artifact.exists()
 
 

@@ -132,6 +132,11 @@ def _execute(command: Any, *, log: Path, **_: Any) -> int:
         stage, _, checkpoints = os.environ.get(KILLED, "").partition(":")
         if stage and stage == Path(command.argv[-1]).parent.name:
             _kill_after(int(checkpoints))
+        if "alignment.estimate" in command.argv:
+            from alignment import estimate
+
+            sys.argv = list(command.argv[command.argv.index("alignment.estimate") :])
+            return estimate.main()
         if "alignment.rehearse" in command.argv:
             return rehearse.main(command.argv[command.argv.index("alignment.rehearse") + 1 :])
         return worker.main(Path(command.argv[-1]))

@@ -9,6 +9,9 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from tests.real_templates import CASES, text_of
+from tests.templates import STYLES
+
 SHIPPED = Path(__file__).parents[2] / "data"
 PUBLIC = Path(__file__).parents[3] / "shared" / "data"
 PAIRS = (
@@ -50,15 +53,19 @@ FAMILIES = {
 }
 """Architectures with settings of theirs; the sizes that all have are in ``models.py``."""
 WITH_EXPERTS = ("mixtral", "qwen2_moe")
+REAL = {case.title: case for case in CASES if case.without_thought and text_of(case.name)}
+"""Real chat templates that are on this machine; those whose prompts open a thought refuse answers without one."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
     """A run: everything that it depends on, as plain data, so that it can be written down and run again.
 
-    ``rows`` says for each stage from which file, from which row on and how many rows it takes, and how many characters
-    of an answer are kept. ``stages`` are the settings of each stage by its name. ``killed`` is the number of the
-    checkpoint after which the last stage is killed. ``tokens`` is another size of its micro-batches.
+    ``rows`` says for each stage from which file, from which row on and how many rows it takes, how many characters of
+    an answer are kept, and whether refused rows are skipped. ``stages`` are the settings of each stage by its name.
+    ``killed`` is the number of the checkpoint after which the last stage is killed. ``tokens`` is another size of its
+    micro-batches. ``template`` is the tokenizer's, ``export`` the form in which the result is exported. With ``costs``
+    its memory is planned first.
     """
 
     architecture: str
@@ -72,6 +79,9 @@ class Draw:
     evaluated: bool = False
     seed: int = 0
     kinds: dict[str, str] = field(default_factory=dict)
+    template: str = "smollm2"
+    export: str | None = None
+    costs: bool = False
 
     @property
     def last(self) -> str:
@@ -109,18 +119,24 @@ def draws(draw: st.DrawFn) -> Draw:
         stages[name] = {"adapter": own, **draw(_settings(name, own, has_reward=has_reward))}
         if name not in ("sft", "cpt"):
             stages[name]["init"] = "stage:sft" if has_sft else "base"
+    processes = draw(st.sampled_from([1, 1, 1, 2]))
+    for settings in stages.values():
+        settings["optim"]["batch_size"] *= processes
     is_trained = kind != "ppo" or stages[kind].get("ppo_epochs", 1) == 1
     return Draw(
         architecture=architecture,
         biased=draw(st.booleans()),
         dtype=dtype,
-        processes=draw(st.sampled_from([1, 1, 1, 2])),
+        processes=processes,
         stages=stages,
         rows=rows,
         killed=draw(st.sampled_from([None, None, 1, 2])),
         tokens=draw(st.sampled_from([None, None, 64, 300, 5000])) if is_trained else None,
         evaluated=draw(st.sampled_from([False, False, False, True])),
         seed=draw(st.integers(0, 3)),
+        template=draw(st.sampled_from([*STYLES, *REAL]) | st.sampled_from([*STYLES])),
+        export=draw(st.sampled_from([None, "model", "gguf"])),
+        costs=draw(st.sampled_from([False] * 19 + [True])),  # half a minute a stage
     )
 
 
@@ -146,6 +162,7 @@ def _rows(draw: st.DrawFn, kind: str) -> dict[str, Any]:
         "file": str(file),
         "start": draw(st.integers(0, 200)),
         "number": draw(st.one_of(st.integers(2, 12), st.integers(2, 40))),
+        "skips": draw(st.booleans()),
         "characters": draw(st.lists(st.sampled_from([1, 2, 40, 400]), min_size=1, max_size=5)),
     }
 

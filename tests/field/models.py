@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.field.draws import FAMILIES
-from tests.tiny import tiny_tokenizer
+from tests.field.draws import FAMILIES, REAL
+from tests.real_templates import dressed, text_of
+from tests.templates import styled_tokenizer
 
 SIZES = {
     "hidden_size": 64,
@@ -18,17 +20,17 @@ SIZES = {
     "num_key_value_heads": 2,
     "head_dim": 16,
     "max_position_embeddings": 4096,
-    "pad_token_id": 2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 
 
-def save_model(folder: Path, architecture: str, *, biased: bool) -> None:
+def save_model(folder: Path, architecture: str, *, biased: bool, template: str) -> None:
     """Weights are large enough that distributions are far from uniform; biases are random where there are some."""
-    tokenizer = tiny_tokenizer()
+    tokenizer: Any = dressed_as(template)
     others = {"attention_bias": True} if biased and architecture not in ("qwen2", "gpt_neox") else {}
-    config = AutoConfig.for_model(architecture, **SIZES, vocab_size=len(tokenizer), **FAMILIES[architecture], **others)
+    end = tokenizer.eos_token_id
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id or end}
+    sizes = {**SIZES, **ids, "vocab_size": len(tokenizer)}
+    config = AutoConfig.for_model(architecture, **sizes, **FAMILIES[architecture], **others)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -37,3 +39,10 @@ def save_model(folder: Path, architecture: str, *, biased: bool) -> None:
                 torch.nn.init.normal_(weight, std=0.15)
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
+
+
+def dressed_as(template: str) -> Any:
+    """A tokenizer with a template of ours or a real one, whose options are a setting of the recipe."""
+    if template not in REAL:
+        return styled_tokenizer(template)
+    return dressed(REAL[template].family, text_of(REAL[template].name) or "")

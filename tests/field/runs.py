@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import yaml
 
 from tests.e2e.forked import KILLED, Forked
-from tests.field.draws import ANSWERS, Draw
+from tests.field.draws import ANSWERS, REAL, Draw
 from tests.field.models import save_model
 
 PROPOSAL = re.compile(r"stages\.[\w.]+=[^\s,;)]+")
@@ -32,11 +33,12 @@ class Refused(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished run."""
+    """A finished run, with the overrides that the plan proposed."""
 
     draw: Draw
     folder: Path
     printed: str
+    changes: list[str]
 
     @property
     def record(self) -> dict[str, Any]:
@@ -65,9 +67,11 @@ class Field:
         self.folder = folder
         self._forked = forked
 
-    def run(self, draw: Draw, name: str = "run", *, killed: int | None = None, **optim: Any) -> Run:
+    def run(
+        self, draw: Draw, name: str = "run", *, killed: int | None = None, like: Run | None = None, **optim: Any
+    ) -> Run:
         """Plans and runs it. With ``killed`` it is killed after so many checkpoints, and run again; ``optim`` changes
-        the last stage's optimiser.
+        the last stage's optimiser. With ``like`` it has the overrides and the earlier stages of that run.
 
         Raises:
             Refused: it cannot be run, and the error says what to change.
@@ -76,7 +80,12 @@ class Field:
         folder = self.folder / name
         folder.mkdir(parents=True, exist_ok=True)
         recipe = write_recipe(draw, folder, optim)
-        changes = self._accepted(recipe, folder)
+        if like is not None:
+            last = shutil.ignore_patterns(f"{draw.last}-*", ".cost")
+            shutil.copytree(like.folder / "artifacts", folder / "artifacts", ignore=last)
+        changes = self._accepted(recipe, folder, like.changes if like else [])
+        if draw.costs:
+            self._answer(["plan", str(recipe), *changes, "--cost"], folder)
         command = ["run", str(recipe), *changes]
         if killed is not None:
             self._forked.run(command, folder=folder, variables={KILLED: f"{draw.last}:{killed}"})
@@ -88,11 +97,11 @@ class Field:
             raise Refused(printed)
         if code != 0:
             raise Broken(f"`align run` ended with {code}\n{printed[-3000:]}\n{logs}")
-        return Run(draw=draw, folder=folder, printed=printed)
+        return Run(draw=draw, folder=folder, printed=printed, changes=changes)
 
-    def _accepted(self, recipe: Path, folder: Path) -> list[str]:
-        """The overrides with which the plan is accepted: those that it proposes itself."""
-        changes: list[str] = []
+    def _accepted(self, recipe: Path, folder: Path, changes: list[str]) -> list[str]:
+        """The overrides with which the plan is accepted: these, and those that it proposes itself."""
+        changes = list(changes)
         for _ in range(4):
             code, printed = self._forked.run(["plan", str(recipe), *changes], folder=folder)
             if code == 0:
@@ -107,18 +116,36 @@ class Field:
 
     def status(self, run: Run) -> None:
         """`align status` reads the run."""
-        code, printed = self._forked.run(["status", "field"], folder=run.folder)
+        self._answer(["status", "field"], run.folder)
+
+    def export(self, run: Run) -> Path:
+        """The result as ``draw.export``, however much rounding costs.
+
+        Raises:
+            Refused: a GGUF file has no such models.
+            Broken: the command failed.
+        """
+        folder = run.folder / "exported"
+        options = ["--to", str(folder), "--as", str(run.draw.export), "--max-gap", "100"]
+        self._answer(["export", f"field/{run.draw.last}", *options], run.folder, refuses=run.draw.export == "gguf")
+        return folder
+
+    def _answer(self, argv: list[str], folder: Path, *, refuses: bool = False) -> None:
+        code, printed = self._forked.run(argv, folder=folder)
+        if refuses and code in (*REFUSED, MODEL) and "Traceback" not in printed:
+            raise Refused(printed)
         if code != 0 or "Traceback" in printed:
-            raise Broken(f"`align status` ended with {code}\n{printed}")
+            raise Broken(f"`align {argv[0]}` ended with {code}\n{printed[-3000:]}")
 
 
 def write_recipe(draw: Draw, folder: Path, optim: dict[str, Any]) -> Path:
     """The recipe of a draw, beside its model and rows."""
     if not (folder / "model").exists():
-        save_model(folder / "model", draw.architecture, biased=draw.biased)
+        save_model(folder / "model", draw.architecture, biased=draw.biased, template=draw.template)
     stages = json.loads(json.dumps(draw.stages))
     for name, rows in draw.rows.items():
-        stages[name]["data"] = {"source": f"path:{write_rows(rows, folder / name)}"}
+        skips = {"on_error": "skip", "max_skipped": 1.0} if rows.get("skips") else {}
+        stages[name]["data"] = {"source": f"path:{write_rows(rows, folder / name)}", **skips}
     stages[draw.last]["optim"] |= optim
     kinds = {name: name for name in stages}
     if draw.evaluated and draw.last != "reward":
@@ -143,7 +170,11 @@ def write_recipe(draw: Draw, folder: Path, optim: dict[str, Any]) -> Path:
         "name": "field",
         "seed": draw.seed,
         "output": str(folder),
-        "model": {"source": f"path:{folder / 'model'}", "dtype": draw.dtype},
+        "model": {
+            "source": f"path:{folder / 'model'}",
+            "dtype": draw.dtype,
+            "template_options": dict(REAL[draw.template].options) if draw.template in REAL else {},
+        },
         "launch": {"threads": 1, "num_processes": draw.processes},
         "stages": stages,
     }

@@ -13,16 +13,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from tests import results_file
-from tests.matrix.cells import ADAPTERS, LAUNCHERS, LOGITS, SAME, STAGES, Bench, Cell, Outcome
+from tests.matrix.cells import ADAPTERS, LAUNCHERS, LOGITS, MODELS, SAME, STAGES, Bench, Cell, Outcome
 from tests.matrix.rows import write_rows
 from tests.tiny import save_tiny_model
 
 DOCS = Path(__file__).parents[2] / "docs"
-_AXES = {"stage": STAGES, "adapter": ADAPTERS, "launcher": LAUNCHERS}
+_AXES = {"stage": STAGES, "adapter": ADAPTERS, "launcher": LAUNCHERS, "dtype": tuple(MODELS)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,11 +45,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _tried(folder: Path, chosen: dict[str, list[str]]) -> list[Outcome]:
     write_rows(folder)
-    bench = Bench(folder=folder, model=save_tiny_model(folder / "model"))
+    for dtype, architecture in MODELS.items():
+        save_tiny_model(folder / dtype / "model", architecture=architecture)
+    bench = Bench(folder=folder)
     known: dict[Cell, Outcome] = {}
     outcomes = []
-    for launcher, adapter in itertools.product(chosen["launcher"], chosen["adapter"]):
-        cells = [Cell(stage=stage, adapter=adapter, launcher=launcher) for stage in chosen["stage"]]
+    for dtype, launcher, adapter in itertools.product(chosen["dtype"], chosen["launcher"], chosen["adapter"]):
+        cells = [Cell(stage=stage, adapter=adapter, launcher=launcher, dtype=dtype) for stage in chosen["stage"]]
         for cell in itertools.chain.from_iterable(map(_needed, cells)):
             if cell not in known:
                 started = time.monotonic()
@@ -68,8 +71,8 @@ def _write(outcomes: Sequence[Outcome]) -> None:
 
 def _needed(cell: Cell) -> list[Cell]:
     """The cells that this one is compared with or takes its reward model from, and itself, last."""
-    alone = Cell(stage=cell.stage, adapter=cell.adapter, launcher="local")
-    reward = [Cell(stage="reward", adapter=cell.adapter, launcher="local")] if cell.kind == "ppo" else []
+    alone = replace(cell, launcher="local")
+    reward = [replace(alone, stage="reward")] if cell.kind == "ppo" else []
     return [*reward, alone, cell]
 
 
@@ -77,10 +80,8 @@ def _show(outcome: Outcome, seconds: float) -> None:
     cell = outcome.cell
     figures = ", ".join(f"{name} {value:.1g}" for name, value in outcome.figures.items())
     detail = outcome.reason or figures
-    print(
-        f"{cell.launcher:<6} {cell.adapter:<7} {cell.stage:<7} {outcome.state:<8} {seconds:4.0f} s  {detail}",
-        flush=True,
-    )
+    where = f"{cell.dtype:<8} {cell.launcher:<6} {cell.adapter:<7} {cell.stage:<7}"
+    print(f"{where} {outcome.state:<8} {seconds:4.0f} s  {detail}", flush=True)
 
 
 def _entry(outcome: Outcome) -> dict[str, Any]:
@@ -89,6 +90,7 @@ def _entry(outcome: Outcome) -> dict[str, Any]:
         "stage": cell.stage,
         "adapter": cell.adapter,
         "launcher": cell.launcher,
+        "dtype": cell.dtype,
         "state": outcome.state,
         **({"reason": outcome.reason} if outcome.reason else {}),
         **{name: float(f"{value:.2g}") for name, value in outcome.figures.items()},
@@ -96,37 +98,44 @@ def _entry(outcome: Outcome) -> dict[str, Any]:
 
 
 def page(content: dict[str, Any]) -> str:
-    """The table for readers: a row for each adapter and stage, reasons below."""
-    cells = {(cell["adapter"], cell["stage"], cell["launcher"]): cell for cell in content["cells"]}
+    """The tables for readers: a row for each adapter and stage, reasons below."""
+    cells = {(cell["dtype"], cell["adapter"], cell["stage"], cell["launcher"]): cell for cell in content["cells"]}
     runs = content["runs"]
     several = len(runs) > 1
     reasons: list[str] = []
     lines = [
         "# Which stages, adapters and launches work together",
         "",
-        "`make matrix` writes this page. It runs each stage with 2 processes (1 for `local`), on a tiny Llama in "
-        "float32, with default settings except for sizes. Row lengths vary a lot, so that processes split their shares "
-        "of a batch into different numbers of micro-batches. The results come from:",
+        "`make matrix` writes this page. It runs each stage with 2 processes (1 for `local`), with default settings "
+        "except for sizes: on a tiny Llama in float32, and on a tiny Qwen2, whose attention has biases, in bfloat16. "
+        "Row lengths vary a lot, so that processes split their shares of a batch into different numbers of "
+        "micro-batches. The results come from:",
         "",
         *(f"- {_letter(number) if several else ''}{_described(run)}" for number, run in enumerate(runs)),
         "",
         "- *works*: with the same global batch, the metrics of every step equal those of one process within "
-        f"{SAME:g}. Plain transformers and PEFT read the result and give the same logits within {LOGITS:g}. No weight "
-        "is empty.",
+        f"{SAME['float32']:g}. Plain transformers and PEFT read the result and give the same logits within "
+        f"{LOGITS['float32']:g}. No weight is empty. In bfloat16 the metrics of the first step are compared, within "
+        f"{SAME['bfloat16']:g} (of PPO those that do not depend on the answers), and the logits within "
+        f"{LOGITS['bfloat16']:g}.",
         "- *refused*: the combination does not work, and is refused before anything starts, for the reason below.",
         "- *not tried*: this combination has not been run.",
         "",
         "`grpo` is the kind `ppo` with `advantage=grpo`, `critic=none` and the KL divergence in the loss. `draft` and "
         "`distil` are both the kind `distil` with the first layer as the student; `distil` here has "
-        "`method=sequence`. Kinds of stage that train nothing are left out.",
-        "",
-        "| adapter | stage | " + " | ".join(LAUNCHERS) + " |",
-        "|---|---|" + "---|" * len(LAUNCHERS),
+        "`method=sequence`. Kinds of stage that train nothing are left out. A "
+        "row without a result is left out, too.",
     ]
-    for adapter, stage in itertools.product(ADAPTERS, STAGES):
+    tried = {key[:3] for key in cells}
+    for dtype, adapter, stage in itertools.product(MODELS, ADAPTERS, STAGES):
+        if (adapter, stage) == (ADAPTERS[0], STAGES[0]):
+            lines += ["", f"## {dtype}, {MODELS[dtype]}", "", "| adapter | stage | " + " | ".join(LAUNCHERS) + " |"]
+            lines += ["|---|---|" + "---|" * len(LAUNCHERS)]
+        if (dtype, adapter, stage) not in tried:
+            continue
         row = []
         for launcher in LAUNCHERS:
-            cell = cells.get((adapter, stage, launcher))
+            cell = cells.get((dtype, adapter, stage, launcher))
             if cell is None:  # a new stage, of which so far only a part was tried
                 row.append("not tried")
                 continue

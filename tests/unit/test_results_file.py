@@ -64,7 +64,14 @@ def test_new_files_among_the_sources_count_as_uncommitted(tmp_path: Path) -> Non
 
 def test_the_page_says_which_cell_comes_from_which_run() -> None:
     cells = [
-        {"adapter": adapter, "stage": stage, "launcher": launcher, "state": "works", "run": int(launcher == "zero3")}
+        {
+            "adapter": adapter,
+            "stage": stage,
+            "launcher": launcher,
+            "dtype": "float32",
+            "state": "works",
+            "run": int(launcher == "zero3"),
+        }
         for adapter in ADAPTERS
         for stage in STAGES
         for launcher in LAUNCHERS

@@ -11,7 +11,6 @@ A control token in a message stays text (``data/tokens/rendering.py``), so only 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from alignment.config.model import NEW_TOKENS
 from alignment.core.artifacts import readable, write_json
 from alignment.core.errors import AlignmentError, ConfigError, ModelError
-from alignment.core.files import explained, partial_folder
+from alignment.core.files import explained, parse_json, partial_folder
 from alignment.core.model_files import refuse_weights_elsewhere
 from alignment.core.process_end import end_process
 from alignment.core.streams import make_unfailing
@@ -87,7 +86,7 @@ def _added_before(folder: Path) -> list[str]:
     """The tokens that earlier calls added, so that a plan can warn of their rows too."""
     file = folder / NEW_TOKENS
     try:
-        return list(map(str, json.loads(file.read_text(encoding="utf-8")))) if file.is_file() else []
+        return list(map(str, parse_json(file.read_text(encoding="utf-8")))) if file.is_file() else []
     except (ValueError, TypeError) as error:
         raise ModelError(f"is no list of tokens: {error}", where=str(file), remedy="delete it") from error
 

@@ -61,4 +61,6 @@ def write_gguf(result: ExportedResult, folder: Path, options: ExportOptions) -> 
     )
     if options.llama_python is None:
         return [*notes, "it was not tested in llama.cpp (--llama-python)"]
-    return notes + check_by_llama(Path(options.llama_python), file, result, expected, adds_bos=words.adds_bos)
+    return notes + check_by_llama(
+        Path(options.llama_python), file, result, expected, adds_bos=words.adds_bos, max_gap=options.max_gap
+    )

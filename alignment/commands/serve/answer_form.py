@@ -72,7 +72,7 @@ def divided(
         content, thoughts, calls = parse_assistant_message(
             reader, model, ids, input_ids=prompt_ids, cleaned_content=text, tools=tools
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         _LOG.error(f"an answer is returned as text, because it cannot be divided: {error}")
         return text, None, []
     return content, thoughts, calls or []

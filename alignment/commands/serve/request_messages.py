@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignment.commands.serve.request_checks import RequestError
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import AlignmentError
+from alignment.core.files import parse_json
 from alignment.data.template_options import with_options
 from alignment.data.template_syntax import options_of, reads_tools
 from alignment.data.tokens.rendering import Tools, render_by_template
@@ -133,8 +133,8 @@ def _call(call: Any, where: str) -> Mapping[str, Any]:
     arguments = function.get("arguments") or {}
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError) as error:
+            arguments = parse_json(arguments)
+        except ValueError as error:
             raise RequestError(f"the arguments are not JSON: {error}", param=f"{where}.function.arguments") from error
     if not isinstance(arguments, dict):
         raise RequestError("the arguments are not a JSON object", param=f"{where}.function.arguments")

@@ -6,7 +6,6 @@ stacked adapters still stands on its bare base (joined_adapters.py).
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from urllib.parse import quote
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core.artifacts import Manifest, inside, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError, ModelError
+from alignment.core.files import parse_json
 from alignment.engines.vllm_server import BASE, RANKS
 
 
@@ -161,7 +161,7 @@ def _configs(policy: StoredPolicy) -> list[dict[str, Any]]:
 
 def _config(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"cannot be read: {error}", where=str(file)) from error
     assert isinstance(config, dict), "PEFT writes an object"

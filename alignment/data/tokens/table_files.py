@@ -20,6 +20,7 @@ from typing import IO, Any
 import pyarrow as pa
 
 from alignment.core.artifacts import write_json
+from alignment.core.files import parse_json
 from alignment.data.reading import NAMED
 from alignment.data.tokens.chunks import Chunk
 from alignment.records.left_out import LOST
@@ -112,7 +113,7 @@ def file_sizes(folder: Path) -> list[int]:
 def _unfinished(folder: Path) -> tuple[Counts, list[int] | None]:
     """What an interrupted process has left, and the sizes that its files had; None if it has left nothing of use."""
     try:
-        stored: dict[str, Any] = json.loads((folder / UNFINISHED).read_text(encoding="utf-8"))
+        stored: dict[str, Any] = parse_json((folder / UNFINISHED).read_text(encoding="utf-8"))
         sizes = [int(size) for size in stored["sizes"]]
         whole = all(now >= size for now, size in zip(file_sizes(folder), sizes, strict=True))
         return (Counts(**stored["counts"]), sizes) if whole else (Counts(), None)

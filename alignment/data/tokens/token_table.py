@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.metadata
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +24,7 @@ from datasets import Dataset
 
 from alignment.config.data import SourceConfig
 from alignment.core.errors import DataError, StageError
-from alignment.core.files import disk_error
+from alignment.core.files import disk_error, parse_json
 from alignment.core.fingerprint import digest
 from alignment.core.locks import held
 from alignment.data.hub_rows import content_of, snapshot_name, unparsed_source_rows
@@ -189,7 +188,7 @@ def _make(
 def _open(path: Path, folder: Path) -> TokenTable | None:
     """The table in a folder, or None if it is missing or damaged."""
     try:
-        stored = json.loads((folder / COUNTS).read_text(encoding="utf-8"))
+        stored = parse_json((folder / COUNTS).read_text(encoding="utf-8"))
         if stored["sizes"] != file_sizes(folder):
             raise ValueError("a file is cut short")
         rows = Dataset.from_file(str(folder / ROWS))

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from alignment.config.model import TemplateChoice
 from alignment.core.errors import ModelError
+from alignment.core.files import parse_json
 from alignment.data.chat_template import set_template
 from alignment.data.tokens.tokenize import STOPS
 
@@ -50,8 +51,8 @@ def stop_ids(folder: Path) -> frozenset[int]:
     if not file.is_file():
         return frozenset()
     try:
-        ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        ids = parse_json(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
         raise ModelError(f"cannot be read: {error}", where=str(file)) from error
     ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
     if not all(type(token) is int and token >= 0 for token in ids):

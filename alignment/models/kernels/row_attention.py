@@ -155,6 +155,11 @@ def _plan(
     )
 
 
+def forget_plans() -> None:
+    """Frees the masks of the last plans; else a plan of shadows outlives what it was made for."""
+    _plan.cache_clear()
+
+
 class _GroupBuilder:
     """Builds groups, and the lines in them, one after another."""
 

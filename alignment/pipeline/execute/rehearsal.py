@@ -150,13 +150,15 @@ def _learns_by_own_tokenizer(config: StageConfig, stages: dict[str, StageConfig]
 
 
 def _has_model_check(config: StageConfig, stages: dict[str, StageConfig]) -> bool:
-    """Whether the stage trains an adapter, or its kind can say if the run's base model fits, and the stage has no
-    policy that a stage of this run made from another model."""
-    trained = as_trained(config)
+    """Whether the stage trains an adapter, or its kind has a check; one that reads the run's base model is left out if
+    the stage has a policy that a stage of this run made from another model."""
+    trained, kind = as_trained(config), kind_of(config)
+    if kind.rehearse and not kind.rehearse_reads_base:
+        return True
     has_adapter = trained is not None and trained.adapter.kind is not AdapterKind.full
     policies = [slot for slot in references.slots(config) if POLICY in slot.takes]
     of_stages = [slot.ref for slot in policies if references.stage_of(slot) is not None]
-    return (has_adapter or bool(kind_of(config).rehearse)) and all(_is_of_base(ref, stages) for ref in of_stages)
+    return (has_adapter or bool(kind.rehearse)) and all(_is_of_base(ref, stages) for ref in of_stages)
 
 
 def _is_of_base(ref: str, stages: dict[str, StageConfig]) -> bool:

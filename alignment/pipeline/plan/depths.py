@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from alignment.config.faults import refuse
 from alignment.config.stage import StageConfig
+from alignment.core.files import parse_json
 from alignment.core.model_files import is_adapter
 from alignment.pipeline.sources.model_sources import ModelSource
 from alignment.stages.registry import kind_of
@@ -47,8 +47,8 @@ class Depths:
 def _number_in(folder: Path) -> int | None:
     """The number of layers in a model's configuration; None if there is none to read, as in a model of another kind."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
         layers = config.get("text_config", config).get("num_hidden_layers")
-    except (OSError, ValueError, AttributeError, RecursionError):
+    except (OSError, ValueError, AttributeError):
         return None
     return layers if isinstance(layers, int) else None

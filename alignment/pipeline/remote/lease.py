@@ -19,6 +19,7 @@ from pathlib import Path
 
 from alignment.core import typed_json
 from alignment.core.errors import ArtifactError, Busy, StoreError
+from alignment.core.files import parse_json
 from alignment.pipeline.remote.object_store import ObjectStore
 from alignment.records.stored_checkpoint import LeaseRecord
 
@@ -144,8 +145,8 @@ def _read(store: ObjectStore, key: str) -> LeaseRecord | None:
     if content is None:
         return None
     try:
-        return typed_json.strict(json.loads(content), LeaseRecord, where=f"{store.url}/{key}", remedy="")
-    except (ValueError, RecursionError, ArtifactError):
+        return typed_json.strict(parse_json(content), LeaseRecord, where=f"{store.url}/{key}", remedy="")
+    except (ValueError, ArtifactError):
         return LeaseRecord(owner="unreadable")
 
 

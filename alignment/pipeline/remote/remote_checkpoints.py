@@ -17,6 +17,7 @@ from pathlib import Path
 
 from alignment.core import typed_json
 from alignment.core.errors import ArtifactError
+from alignment.core.files import parse_json
 from alignment.core.fingerprint import file_sha256
 from alignment.pipeline.remote.file_transfer import download_files, keys_of, upload_files
 from alignment.pipeline.remote.lease import OWN_FILE
@@ -126,9 +127,9 @@ class RemoteCheckpoints:
     def _read(self, key: str) -> StoredCheckpoint | None:
         content = self._store.read(key)
         try:
-            raw = json.loads(content or b"")
+            raw = parse_json(content or b"")
             checkpoint = typed_json.strict(raw, StoredCheckpoint, where=f"{self._store.url}/{key}", remedy="")
-        except (ValueError, RecursionError, ArtifactError):
+        except (ValueError, ArtifactError):
             return None
         return checkpoint if checkpoint.fingerprint == self._stage and checkpoint.files else None
 

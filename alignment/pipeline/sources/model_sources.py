@@ -5,7 +5,6 @@ Planning reads only what is on this machine; only ``fetch`` downloads.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
@@ -17,6 +16,7 @@ from typing import Any
 from alignment.config.did_you_mean import with_scheme
 from alignment.core.artifacts import write_json
 from alignment.core.errors import ModelError
+from alignment.core.files import parse_json
 from alignment.core.fingerprint import digest, file_sha256
 from alignment.core.model_files import ADAPTER_WEIGHTS, is_adapter, refuse_cut_weights, refuse_weights_elsewhere
 from alignment.pipeline.sources import bundled_model, hub
@@ -183,8 +183,8 @@ def refuse_policy(model: ModelSource, *, where: str, advice: str) -> None:
 
 def _config_of(folder: Path, *, where: str) -> dict[str, Any]:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ModelError(f"{folder}/config.json is not JSON: {error}", where=where) from error
     if not isinstance(config, dict):
         raise ModelError(f"{folder}/config.json is not a JSON object", where=where)
@@ -224,7 +224,7 @@ def _state(stat: os.stat_result) -> list[int]:
 def _remembered(memo: Path) -> str | None:
     """The cached hash, or None if it is missing or damaged."""
     try:
-        sha256 = json.loads(memo.read_text(encoding="utf-8"))["sha256"]
+        sha256 = parse_json(memo.read_text(encoding="utf-8"))["sha256"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return sha256 if isinstance(sha256, str) and _SHA256.fullmatch(sha256) else None

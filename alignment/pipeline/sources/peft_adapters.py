@@ -5,7 +5,6 @@ A plan reads ``adapter_config.json`` and the headers of weights, but no weights.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.core.errors import ModelError
+from alignment.core.files import parse_json
 from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, shapes_of_weights
 from alignment.pipeline.sources import hub
 from alignment.pipeline.sources.model_sources import ModelSource, identity_of_folder
@@ -76,7 +76,7 @@ def read_adapter(folder: Path, *, where: str) -> PeftAdapter:
     """
     file = folder / ADAPTER_CONFIG
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read: {error}", where=where) from error
     if not isinstance(settings, dict):

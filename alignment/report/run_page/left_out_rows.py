@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from alignment.core.files import parse_json
 from alignment.records.left_out import CUT, FAULT, FILE, LOST, TOO_LONG
 from alignment.report.kit import text
 from alignment.report.run_page.run_records import LeftOutRows
@@ -61,8 +61,8 @@ def _reasons(file: Path) -> Iterator[tuple[str, str, str]]:
     with file.open(encoding="utf-8", errors="replace") as stream:
         for line in stream:
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
+                row = parse_json(line)
+            except ValueError:
                 row = None
             if isinstance(row, dict):
                 where = str(row.get("where", ""))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from alignment.core.errors import DataError
+from alignment.core.files import parse_json
 from alignment.data.records import HasRow
 from alignment.rewards.rules.rule_kind import Package, lacking
 
@@ -112,8 +113,8 @@ def _holds(document: Mapping[str, Any], reference: str) -> bool:
 
 def _parsed(schema: str, record: HasRow) -> Any:
     try:
-        return json.loads(schema)
-    except (ValueError, RecursionError):
+        return parse_json(schema)
+    except ValueError:
         lacking(record, SCHEMA, _REMEDY)
 
 

@@ -240,6 +240,7 @@ KIND = StageKind(
     produces="benchmark",
     run="alignment.stages.benchmark.run:run",
     rehearse="alignment.stages.benchmark.run:rehearse",
+    rehearse_reads_base=False,
     faults=_faults,
     references=References(faults=_reference_faults),
     files=OtherFiles(located=_located, content=content, code=_code, hub_data=_hub_data),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import transformers
 
-from alignment.core.files import remove_leftovers, write_text
+from alignment.core.files import parse_json, remove_leftovers, write_text
 from alignment.training.context import StageContext
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def read(file: Path) -> Any:
         sha, _, content = file.read_text(encoding="utf-8").partition("\n")
         if hashlib.sha256(content.encode()).hexdigest() != sha:
             raise ValueError("its content differs from its hash")
-        return json.loads(content)
+        return parse_json(content)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

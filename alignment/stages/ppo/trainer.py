@@ -213,7 +213,7 @@ class PpoTrainer(ShardedTrainer):
     def _begin(self, update: int) -> None:
         self._update_ended = False
         self.metrics.clear()
-        self.context.progress("rollouts", self.state.global_step, self.args.max_steps)
+        self.context.progress("rollouts", update, self.config.updates)
         if self.guard is not None and self.guard.due(update):
             started = time.monotonic()
             self.metrics.values |= self.guard.evaluate(update, self.rollouts)
@@ -221,7 +221,7 @@ class PpoTrainer(ShardedTrainer):
         self._experience = self._collect(update)
         if self.config.sampling.max_staleness and update + 1 < self.config.updates:
             self.rollouts.sample_ahead(update + 1)
-        self.context.progress("training", self.state.global_step, self.args.max_steps)
+        self.context.progress("training", update, self.config.updates)
 
     @torch.no_grad()
     def _collect(self, update: int) -> Experience:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from alignment.core.files import write_text
+from alignment.core.files import parse_json, write_text
 from alignment.core.fingerprint import digest
 from alignment.records.worker import PARTS
 from alignment.training.context import StageContext
@@ -64,7 +64,7 @@ def _file(context: StageContext, name: str, number: int, key: Any) -> Path:
 def _read(file: Path) -> Any:
     """The stored value, or None if it is missing or damaged; the log names a damaged one."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
         value = content["value"]
         if digest(json.dumps(value)) != content["sha256"]:
             raise ValueError("its content does not match its hash")

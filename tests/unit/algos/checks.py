@@ -1,4 +1,4 @@
-"""Each function of ``alignment.algos`` against its oracle, as a check that a mutation must fail.
+"""Each function of ``alignment.algos`` against its oracle, as a check.
 
 The functions are looked up in their modules at call time, so that a test can put a faulty one in their place.
 """

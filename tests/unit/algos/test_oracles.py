@@ -254,6 +254,7 @@ def test_explained_variance_of_constant_returns_is_zero_by_agreement() -> None:
     ("value", "old", "target", "clipped"),
     [
         (0.5, 0.0, 1.0, True),  # moved towards the return by more than the clip
+        (-0.5, 0.0, -1.0, True),
         (0.1, 0.0, 1.0, False),
         (-0.5, 0.0, 1.0, False),  # moved away: the unclipped error is the larger one
         (0.2, 0.0, 0.0, False),  # at the bound

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from alignment.core.artifacts import Manifest, publish, write_json, write_lines
 from alignment.core.errors import ConfigError, DiskError
-from alignment.core.files import disk_error, explained, is_full, remove_leftovers, replacing
+from alignment.core.files import disk_error, explained, is_full, parse_json, remove_leftovers, replacing
 from alignment.records.step_log import MetricsLog
 from alignment.report.kit.pages import write_page
 
@@ -217,3 +217,9 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
 def test_room_is_measured_where_the_folder_will_be(tmp_path: Path) -> None:
     assert not is_full(tmp_path / "not/made/yet", least=1)
     assert is_full(tmp_path, least=1 << 62)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, b'{"a": ' * 100_000, "{"], ids=["lists", "objects", "half"])
+def test_text_that_is_not_json_or_nested_too_deeply_is_a_value_error(text: str | bytes) -> None:
+    with pytest.raises(ValueError, match=r"Expecting|deeply"):
+        parse_json(text)

@@ -16,6 +16,7 @@ from alignment.config.data import DataConfig, MixedConfig
 from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
 from alignment.config.launch import Offload, Sharding
 from alignment.config.optim import OptimConfig
+from alignment.config.scoring import ScorerConfig
 from alignment.config.validation import ValidationConfig
 from alignment.core.fingerprint import file_sha256
 from alignment.costs import storing
@@ -26,6 +27,7 @@ from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.kto.config import KtoConfig
 from alignment.stages.reward.config import RewardConfig
+from tests.chained import FULL, Chained, config_of
 from tests.in_memory import without_collections
 from tests.tiny import save_tiny_model, tiny_spec
 
@@ -178,6 +180,23 @@ def test_steps_and_tokens_are_those_of_the_whole_stage(
     assert limited.steps == 3
     assert limited.tokens == pytest.approx(1.5 * whole.tokens, rel=0.1)
     assert limited.flop == pytest.approx(1.5 * whole.flop, rel=0.3)
+
+
+@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # of shadows, whose sums have other strides
+def test_every_epoch_over_the_sampled_answers_takes_its_time(tmp_path: Path, timer: Timer) -> None:
+    chained, scorers = Chained(tmp_path), [ScorerConfig(source="length", target=3)]
+    once, thrice = (
+        cost_of(
+            chained.spec("ppo", FULL, config=config_of("ppo", FULL, reward=None, scorers=scorers, ppo_epochs=epochs)),
+            timer,
+            publishes=False,
+        )
+        for epochs in (1, 3)
+    )
+    assert once.error == thrice.error == ""
+    assert thrice.steps == 3 * once.steps
+    assert thrice.phases["training"].seconds == pytest.approx(3 * once.phases["training"].seconds, rel=0.01)
+    assert thrice.phases["sampling"].seconds == pytest.approx(once.phases["sampling"].seconds, rel=0.01)
 
 
 def test_rows_that_are_mixed_in_are_estimated_in_proportion(

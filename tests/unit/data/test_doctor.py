@@ -1,4 +1,4 @@
-"""The doctor counts all rows exactly and holds few of them in memory."""
+"""The doctor counts all rows exactly, holds few of them in memory, and names what may be wrong with a file."""
 
 from __future__ import annotations
 
@@ -19,21 +19,52 @@ from rich.console import Console
 from alignment import cli
 from alignment.commands.doctor.driver import show_diagnosis
 from alignment.commands.shared.diagnoses import records
-from alignment.config.data import DataConfig, SourceConfig
+from alignment.config.data import DataConfig, MixedConfig, SourceConfig
 from alignment.core.errors import DataError
 from alignment.data import near_duplicates, repeated_records
 from alignment.data.doctor import Diagnosis, examine
+from alignment.data.first_records import fewer_of, times_as_many
 from alignment.data.objections import Objections
-from alignment.data.overlap import LocatedText
-from alignment.data.records import Conversation, HeldOutPrompt, PlainText, Question
+from alignment.data.records import (
+    Conversation,
+    HeldOutPrompt,
+    LabelledAnswer,
+    PlainText,
+    PreferencePair,
+    Question,
+    Record,
+)
 from alignment.data.row_count import count_rows
+from tests.unit.data.test_duplicates import changed, some_text
 
 ALL = SourceConfig()
+PAIR = {"prompt": "Which is right, 4 or 5?", "chosen": "It is 4.", "rejected": "It is 5."}
+SWAPPED = {**PAIR, "chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}
+ASKED = [{"role": "user", "content": "2 + 2?"}]
 
 
 def _write(file: Path, rows: list[Any]) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+def _examined(folder: Path, rows: list[Any], settings: SourceConfig = ALL) -> Diagnosis:
+    return examine(_write(folder / "a.jsonl", rows), settings, records())
+
+
+def _diagnosed(file: Path, form: str | None = None) -> tuple[int, str]:
+    """The exit code, and what is printed."""
+    screen = StringIO()
+    code = show_diagnosis(Console(file=screen, width=200), SourceConfig(source=str(file), format=form))
+    return code, screen.getvalue()
+
+
+def _lines_of(pairs: Any) -> list[tuple[int, int]]:
+    """The line of each repeat, and that of the earlier row."""
+    return [(int(pair.where.rpartition(":")[2]), int(pair.earlier.rpartition(":")[2])) for pair in pairs]
+
+
+# ---- counts ---------------------------------------------------------------------------------------------------------
 
 
 def _labelled(number: int) -> dict[str, Any]:
@@ -57,29 +88,25 @@ def test_memory_grows_by_a_few_bytes_a_row(tmp_path: Path, monkeypatch: pytest.M
     """Eight bytes for each of three stages, and as many again while two arrays of keys become one."""
     monkeypatch.setattr(near_duplicates, "TEXTS", 100)
     monkeypatch.setattr(repeated_records, "BATCH", 100)
-    few = _write(tmp_path / "few.jsonl", [_labelled(number) for number in range(500)])
-    many = _write(tmp_path / "many.jsonl", [_labelled(number) for number in range(2_500)])
+    few = _write(tmp_path / "few.jsonl", [_labelled(number) for number in range(300)])
+    many = _write(tmp_path / "many.jsonl", [_labelled(number) for number in range(1_300)])
     _peak(few)  # imports, and caches
-    assert (_peak(many) - _peak(few)) / 2_000 < 100
+    assert (_peak(many) - _peak(few)) / 1_000 < 100
 
 
 def test_rows_are_counted_exactly_by_what_stages_make_of_them(tmp_path: Path) -> None:
     rows = [_labelled(number) for number in range(200)]
-    diagnosis = examine(_write(tmp_path / "a.jsonl", [*rows, *rows[:50], "no row"]), ALL, records())
+    diagnosis = _examined(tmp_path, [*rows, *rows[:50], "no row"])
     assert diagnosis.rows == 251
     uses = {name: (use.records, use.repeated) for name, use in diagnosis.uses.items()}
-    assert uses["kto"] == (225, 45)
-    assert uses["sft"] == (125, 25)
-    assert diagnosis.faulty.count(["kto"]) == 26
-    assert diagnosis.faulty.count(["reward, dpo"]) == 251
+    assert (uses["kto"], uses["sft"]) == ((225, 45), (125, 25))
+    assert [diagnosis.faulty.count([stages]) for stages in ("kto", "reward, dpo")] == [26, 251]
     assert (diagnosis.num_faults, len(diagnosis.faults)) == (26, 20)
     assert [Path(fault.where).name for fault in diagnosis.faults[:3]] == ["a.jsonl:10", "a.jsonl:20", "a.jsonl:30"]
     (rows_of_reason,) = diagnosis.set_aside.values()
-    assert list(diagnosis.set_aside) == ["'label' says that the answer is bad"]
     assert rows_of_reason.count(["sft"]) == 100
-    assert [Path(error.where).name for error in rows_of_reason.first(["sft"])] == [
-        f"a.jsonl:{2 * n}" for n in (1, 2, 3, 4, 6, 7, 8, 9)
-    ]
+    lines = [f"a.jsonl:{2 * number}" for number in (1, 2, 3, 4, 6, 7, 8, 9)]
+    assert [Path(error.where).name for error in rows_of_reason.first(["sft"])] == lines
 
 
 @pytest.mark.parametrize(("batch", "characters"), [(1, 1 << 24), (7, 1 << 24), (1_000, 1), (1_000, 1 << 24)])
@@ -91,40 +118,27 @@ def test_what_repeats_does_not_depend_on_how_many_rows_wait(
     monkeypatch.setattr(near_duplicates, "TEXTS", 12)
     long = " ".join(f"word{number}" for number in range(40))
     pairs = [{"prompt": f"{long} {n % 8}", "chosen": f"{long} yes {n % 6}", "rejected": "No."} for n in range(40)]
-    diagnosis = examine(_write(tmp_path / "a.jsonl", pairs), ALL, records())
-    distinct = {(n % 8, n % 6) for n in range(40)}
-    assert diagnosis.uses["reward, dpo"].repeated == 40 - len(distinct) == 16
+    diagnosis = _examined(tmp_path, pairs)
+    assert diagnosis.uses["reward, dpo"].repeated == 40 - len({(n % 8, n % 6) for n in range(40)}) == 16
     assert diagnosis.uses["ppo, distil"].repeated == 32
     near = diagnosis.near_duplicates
-    assert (near.looked_at, near.passed_over) == (12, len(distinct) - 12)
-    assert [Path(pair.where).name for pair in near.pairs] == [f"a.jsonl:{line}" for line in range(2, 13)]
+    assert (near.looked_at, near.passed_over) == (12, 12)
+    assert [line for line, _ in _lines_of(near.pairs)] == list(range(2, 13))
 
 
 def test_a_row_that_several_stages_object_to_counts_once_and_the_first_that_is_asked_says_why() -> None:
     objections = Objections(2)
-
-    def error(text: str) -> DataError:
-        return DataError(text)
-
-    objections.add(3, {"dpo": error("3 dpo")})
-    objections.add(5, {"dpo": error("5 dpo"), "sft": error("5 sft")})
-    objections.add(6, {"sft": error("6 sft")})
-    objections.add(7, {"dpo": error("7 dpo")})
-    objections.add(9, {"dpo": error("9 dpo")})
+    for row, stages in ((3, ["dpo"]), (5, ["dpo", "sft"]), (6, ["sft"]), (7, ["dpo"]), (9, ["dpo"])):
+        objections.add(row, {stage: DataError(f"{row} {stage}") for stage in stages})
     assert [objections.count(stages) for stages in (["dpo"], ["sft"], ["dpo", "sft"], ["ppo"])] == [4, 2, 5, 0]
-    assert [str(objection) for objection in objections.first(["sft", "dpo"])] == ["3 dpo", "5 sft"]
-    assert [str(objection) for objection in objections.first(["dpo"])] == ["3 dpo", "5 dpo"]
-    assert [str(objection) for objection in objections.first(["sft"])] == ["5 sft", "6 sft"]
+    first = [[str(error) for error in objections.first(stages)] for stages in (["sft", "dpo"], ["dpo"], ["sft"])]
+    assert first == [["3 dpo", "5 sft"], ["3 dpo", "5 dpo"], ["5 sft", "6 sft"]]
     assert objections.stages() == {"dpo", "sft"}
 
 
 def test_a_diagnosis_that_is_stopped_is_that_of_the_rows_so_far(tmp_path: Path) -> None:
     file = _write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 10)
-
-    def go_on(diagnosis: Diagnosis) -> bool:
-        return diagnosis.rows < 4
-
-    partial = examine(file, ALL, records(), go_on=go_on)
+    partial = examine(file, ALL, records(), go_on=lambda diagnosis: diagnosis.rows < 4)
     assert (partial.rows, partial.uses["sft"].records, partial.uses["sft"].repeated) == (4, 4, 3)
 
 
@@ -137,31 +151,118 @@ def test_rows_are_counted_before_they_are_read_where_that_is_quick(tmp_path: Pat
     assert count_rows(lines, ALL) == 7
     assert count_rows(lines, DataConfig(source="", limit=3)) is None
     (lines / "d.jsonl.gz").write_bytes(gzip.compress(b'{"text": "h"}\n'))
-    assert count_rows(lines, ALL) is None
     (lines / "e.parquet").write_text("no such file")
-    assert count_rows(lines / "e.parquet", ALL) is None
-    assert count_rows(tmp_path / "none.jsonl", ALL) is None
+    assert [count_rows(path, ALL) for path in (lines, lines / "e.parquet", tmp_path / "none.jsonl")] == [None] * 3
 
 
-def test_a_text_of_blanks_is_not_compared() -> None:
-    near = near_duplicates.NearDuplicates()
-    near.add(LocatedText(where="a:1", text=" \n"))
-    assert near.looked_at == 0
+RANKED = {"prompt": "2 + 2?", "completions": [{"text": f"{score}.", "score": score} for score in (4, 5, 6)]}
+HALF_BAD = {"messages": [*ASKED, {"role": "assistant", "content": "5."}], "label": False}
 
 
-PAIR = {"prompt": "Which is right, 4 or 5?", "chosen": "It is 4.", "rejected": "It is 5."}
-SWAPPED = {**PAIR, "chosen": PAIR["rejected"], "rejected": PAIR["chosen"]}
+@pytest.mark.parametrize(
+    ("row", "record", "limit", "times"),
+    [
+        (PAIR, PreferencePair, None, 4.0),
+        (PAIR, PreferencePair, 30, 3.0),
+        (PAIR, PreferencePair, 10, 1.0),
+        (PAIR, LabelledAnswer, None, 8.0),  # ten of its eighty answers are in five lines
+        (PAIR, LabelledAnswer, 40, 4.0),
+        (RANKED, PreferencePair, None, 10.0),  # ten of its 120 pairs are in four lines
+        (RANKED, Conversation, None, 4.0),
+        (HALF_BAD, Conversation, None, 2.0),
+    ],
+)
+def test_a_stage_is_estimated_by_its_records_and_not_by_lines(
+    tmp_path: Path, row: dict[str, Any], record: type[Record], limit: int | None, times: float
+) -> None:
+    rows = [row | ({"label": number % 2 == 1} if row is HALF_BAD else {"id": number}) for number in range(40)]
+    assert times_as_many(_write(tmp_path / "rows.jsonl", rows), DataConfig(limit=limit), record, 10) == times
+    assert times_as_many(tmp_path / "rows.parquet", DataConfig(), record, 10) is None, "only lines are counted"
 
 
-def _printed(file: Path) -> str:
-    return _diagnosed(file)[1]
+def test_what_is_mixed_in_shrinks_with_the_stages_own_rows(tmp_path: Path) -> None:
+    file = _write(tmp_path / "other.jsonl", [PAIR] * 30)
+    assert fewer_of(MixedConfig(share=0.25), file, 4.0) == MixedConfig(share=0.25)
+    assert fewer_of(MixedConfig(count=9), file, 4.0) == MixedConfig(count=3)
+    assert fewer_of(MixedConfig(), file, 4.0) == MixedConfig(limit=8)
+    assert fewer_of(MixedConfig(limit=10), file, 4.0) == MixedConfig(limit=3)
+    assert fewer_of(MixedConfig(), tmp_path / "rows.json", 4.0) == MixedConfig()
 
 
-def _diagnosed(file: Path, form: str | None = None) -> tuple[int, str]:
-    """The exit code, and what is printed."""
-    screen = StringIO()
-    code = show_diagnosis(Console(file=screen, width=200), SourceConfig(source=str(file), format=form))
-    return code, screen.getvalue()
+# ---- which stage can use a file -------------------------------------------------------------------------------------
+
+
+def test_the_doctor_says_what_each_stage_can_make_of_a_file(tmp_path: Path) -> None:
+    pair = {"prompt": "2 + 2?", "chosen": "4.", "rejected": "5."}
+    diagnosis = _examined(tmp_path, [pair, pair, {**pair, "rejected": "4."}, {**pair, "prompt": ""}])
+    assert diagnosis.format.name == "preference"
+    uses = {name: (use.records, use.repeated, diagnosis.faulty.count([name])) for name, use in diagnosis.uses.items()}
+    assert uses == {
+        "sft": (3, 2, 1),
+        "reward, dpo": (2, 1, 2),
+        "kto": (4, 2, 2),
+        "ppo, distil": (3, 2, 1),
+        "evaluate": (3, 2, 1),
+    }
+    assert diagnosis.meant_for == list(uses)
+    assert sorted(Path(fault.where).name for fault in diagnosis.faults) == ["a.jsonl:3", "a.jsonl:4"]
+    prompts = _examined(tmp_path, [{"prompt": "a"}, {"prompt": "b"}])
+    assert (prompts.meant_for, prompts.faults) == (["ppo, distil", "evaluate"], [])
+
+
+@pytest.mark.parametrize(
+    ("stage", "good", "bad"),
+    [
+        ("evaluate", {"messages": ASKED, "reference": "4."}, {"messages": []}),
+        ("forgetting", {"question": "2 + 2?", "choices": ["3", "4"], "answer": "4"}, {"choices": ["4"]}),
+    ],
+)
+def test_the_doctor_knows_what_measuring_stages_refuse(tmp_path: Path, stage: str, good: Any, bad: Any) -> None:
+    diagnosis = _examined(tmp_path, [good, good | bad, good])
+    assert stage in diagnosis.meant_for
+    assert diagnosis.uses[stage].records == 2
+    assert [Path(fault.where).name for fault in diagnosis.faults] == ["a.jsonl:2"]
+
+
+@pytest.mark.parametrize(
+    ("faulty", "count", "form"),
+    [({"chosen": None}, 9, None), ({"rejected": "It is 4."}, 7, None), ({"chosen": None}, 12, "preference")],
+)
+def test_rows_are_faulty_however_many_they_are(tmp_path: Path, faulty: Any, count: int, form: str | None) -> None:
+    rows = [PAIR | {"prompt": f"{number}?"} | (faulty if number < count else {}) for number in range(12)]
+    diagnosis = _examined(tmp_path, rows, SourceConfig(format=form))
+    assert diagnosis.format.name == "preference"
+    assert [Path(fault.where).name for fault in diagnosis.faults] == [f"a.jsonl:{line + 1}" for line in range(count)]
+
+
+def test_texts_beside_prompts_are_texts_too(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Write about {number}.", "text": f"{number} is a number."} for number in range(3)]
+    for written, counts in ((rows, [3]), ([{"prompt": "Write about 3."}], [])):
+        diagnosis = _examined(tmp_path, written)
+        assert diagnosis.format.name == "prompt"
+        assert [use.records for use in diagnosis.uses.values() if use.record is PlainText] == counts
+
+
+def test_a_file_of_which_every_row_is_set_aside_is_of_no_use(tmp_path: Path) -> None:
+    tie = {"messages": ASKED, "answers": {"x": "b", "y": "c"}, "preferred": "tie"}
+    transcript = "\n\nHuman: {}\n\nAssistant: yes."
+    apart = {"chosen": transcript.format("a"), "rejected": transcript.format("b")}
+    for row in (tie, apart):
+        code, printed = _diagnosed(_write(tmp_path / "a.jsonl", [row]))
+        assert "  set aside    1 row, in " in printed
+        assert "  to use it    no stage can use it\n" in printed
+        assert code == 3
+
+
+# ---- what may be wrong ----------------------------------------------------------------------------------------------
+
+
+def test_faulty_rows_are_listed_in_the_order_of_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join([json.dumps(PAIR), json.dumps({**PAIR, "rejected": 3}), "{", json.dumps(PAIR), "{"]))
+    faults = examine(file, ALL, records()).faults
+    assert [Path(fault.where).name for fault in faults] == [f"a.jsonl:{line}" for line in (2, 3, 5)]
+    assert "  faulty       3 rows\n" in _diagnosed(file)[1]
 
 
 @pytest.mark.parametrize(
@@ -178,141 +279,40 @@ def test_a_column_of_true_and_false_beside_an_answer_may_be_its_label(
     tmp_path: Path, more: dict[str, Any], labels: list[str]
 ) -> None:
     rows = [{"prompt": f"{number}?", "completion": "Yes.", "good": "true"} | more for number in range(3)]
-    file = _write(tmp_path / "a.jsonl", rows)
-    assert examine(file, ALL, records()).likely_labels == labels
-    assert ("columns={label: good}" in _printed(file)) == bool(labels)
+    assert _examined(tmp_path, rows).likely_labels == labels
+    assert ("columns={label: good}" in _diagnosed(tmp_path / "a.jsonl")[1]) == bool(labels)
 
 
 def test_numbers_that_are_not_finite_are_counted_by_column(tmp_path: Path) -> None:
     rows = [PAIR | {"chosen_score": score, "rejected_score": 1.0} for score in (2.0, math.nan, math.inf)]
-    file = _write(tmp_path / "a.jsonl", rows)
-    assert examine(file, ALL, records()).not_finite == {"chosen_score": 2}
-    assert "2 rows have NaN or infinity in the column 'chosen_score'" in _printed(file)
-
-
-@pytest.mark.parametrize("batch", [1, 4_096])
-def test_exact_duplicates_and_contradictions_are_named_by_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
-) -> None:
-    monkeypatch.setattr(repeated_records, "BATCH", batch)
-    other = {"prompt": "Where?", "chosen": "Here.", "rejected": "There."}
-    file = _write(tmp_path / "a.jsonl", [PAIR, other, SWAPPED, PAIR, SWAPPED, other])
-    diagnosis = examine(file, ALL, records())
-    short = [(Path(repeat.where).name, Path(repeat.earlier).name) for repeat in diagnosis.repeats.exact]
-    assert short == [("a.jsonl:4", "a.jsonl:1"), ("a.jsonl:5", "a.jsonl:3"), ("a.jsonl:6", "a.jsonl:2")]
-    (contradiction,) = diagnosis.repeats.contradictions
-    assert (contradiction.where, contradiction.earlier) == (f"{file}:3", f"{file}:1")
-    assert diagnosis.near_duplicates.pairs == []
-    printed = _printed(file)
-    assert "  duplicates   3 rows repeat an earlier row exactly; keep one of each, or they weigh more\n" in printed
-    assert (
-        "  contradict   1 row says the opposite of an earlier row; correct it or remove one of the two\n"
-        "               a.jsonl:3 prefers the answer that a.jsonl:1 rejects\n"
-    ) in printed
-
-
-ASKED = {"messages": [{"role": "user", "content": "2 + 2?"}]}
-WEIGHTED = [
-    {"role": "assistant", "content": "4.", "weight": 0},
-    *ASKED["messages"],
-    {"role": "assistant", "content": "4"},
-]
-DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "tools": (ASKED | {"tools": [{"name": "add"}]}, ASKED | {"tools": [{"name": "add", "default": math.nan}]}),
-    "choices": (
-        {"question": "2 + 2?", "choices": ["4", "5"], "answer": "4"},
-        {"question": "2 + 2?", "choices": ["4", "5", "6"], "answer": "4"},
-    ),
-    "what is learned": (
-        {"messages": [*ASKED["messages"], *WEIGHTED]},
-        {"messages": [*ASKED["messages"], WEIGHTED[0] | {"weight": 1}, *WEIGHTED[1:]]},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", DIFFERENT)
-def test_rows_that_differ_in_one_respect_are_no_repeats(tmp_path: Path, name: str) -> None:
-    first, second = DIFFERENT[name]
-    diagnosis = examine(_write(tmp_path / "a.jsonl", [first, second, first]), ALL, records())
-    assert [(Path(row.where).name, Path(row.earlier).name) for row in diagnosis.repeats.exact] == [
-        ("a.jsonl:3", "a.jsonl:1")
-    ]
-    uses = {use.record: use for use in diagnosis.uses.values()}
-    record = {"tools": HeldOutPrompt, "choices": Question, "what is learned": Conversation}[name]
-    assert (uses[record].records, uses[record].repeated) == (3, 1)
-
-
-def test_a_row_of_several_pairs_repeats_an_earlier_one_only_with_all_of_them(tmp_path: Path) -> None:
-    answers = [{"text": text, "score": score} for text, score in (("a", 3), ("b", 2), ("c", 1))]
-    short, long = ({"prompt": "?", "completions": answers[:number]} for number in (2, 3))
-    diagnosis = examine(_write(tmp_path / "a.jsonl", [short, long, long, short]), ALL, records())
-    assert [(Path(row.where).name, Path(row.earlier).name) for row in diagnosis.repeats.exact] == [
-        ("a.jsonl:3", "a.jsonl:2"),
-        ("a.jsonl:4", "a.jsonl:1"),
-    ]
-
-
-def test_an_answer_with_both_labels_is_a_contradiction(tmp_path: Path) -> None:
-    row = {"prompt": "2 + 2?", "completion": "4.", "label": True}
-    file = _write(tmp_path / "a.jsonl", [row, {**row, "label": False}])
-    assert "a.jsonl:2 has the opposite label of a.jsonl:1" in _printed(file)
-
-
-def test_faulty_rows_are_listed_in_the_order_of_the_file(tmp_path: Path) -> None:
-    rows = [json.dumps(PAIR), '{"prompt": "a", "chosen": "b", "rejected": 3}', "{", json.dumps({**PAIR, "chosen": 1})]
-    file = tmp_path / "a.jsonl"
-    file.write_text("\n".join([*rows, "{"]))
-    diagnosis = examine(file, ALL, records())
-    assert [Path(fault.where).name for fault in diagnosis.faults] == [f"a.jsonl:{line}" for line in (2, 3, 4, 5)]
-    file.write_text("\n".join(rows[:2]))
-    assert "  faulty       1 row\n" in _printed(file)
-
-
-def test_a_misspelt_column_is_named_even_if_every_row_can_be_read(tmp_path: Path) -> None:
-    file = _write(tmp_path / "a.jsonl", [{"prompt": "a", "choosen": "b", "rejected": "c", "Zzz": 1}] * 2)
-    printed = _printed(file)
-    assert (
-        "  misspelt?    nothing reads the column 'choosen'; did you mean 'chosen'? If so, rename it, or set "
-        "data.columns={chosen: choosen}\n"
-    ) in printed
-    assert f"               to try these columns: align doctor {file} 'columns={{chosen: choosen}}'\n" in printed
-    assert "Zzz'" not in printed
-    assert "misspelt?" not in _printed(_write(tmp_path / "b.jsonl", [PAIR]))
+    assert _examined(tmp_path, rows).not_finite == {"chosen_score": 2}
+    assert "2 rows have NaN or infinity in the column 'chosen_score'" in _diagnosed(tmp_path / "a.jsonl")[1]
 
 
 @pytest.mark.parametrize(
-    ("row", "form", "code"),
+    ("row", "form", "code", "column"),
     [
-        ({"prompt": "a", "choosen": "b", "rejected": "c"}, "preference", 3),
-        ({"prompt": "a", "completon": "b"}, "prompt_completion", 3),
-        ({"question": "a", "anwser": "b"}, "question_answer", 3),
-        ({"prompt": "a", "completion": "b", "sytem": "c"}, "", 0),
-        ({"prompt": "a", "completon": 3}, "", 0),
-        ({"prompt": "a", "Zzz": "b"}, "", 0),
+        ({"prompt": "a", "choosen": "b", "rejected": "c", "Zzz": 1}, "preference", 3, "{chosen: choosen}"),
+        ({"prompt": "a", "completon": "b"}, "prompt_completion", 3, "{completion: completon}"),
+        ({"question": "a", "anwser": "b"}, "question_answer", 3, "{answer: anwser}"),
+        ({"prompt": "a", "completion": "b", "sytem": "c"}, "", 0, "{system: sytem}"),
+        ({"prompt": "a", "completon": 3}, "", 0, ""),
+        ({"prompt": "a", "Zzz": "b"}, "", 0, ""),
     ],
 )
 def test_a_column_that_is_misspelt_in_every_row_counts_if_it_changes_the_format(
-    tmp_path: Path, row: dict[str, Any], form: str, code: int
+    tmp_path: Path, row: dict[str, Any], form: str, code: int, column: str
 ) -> None:
     file = _write(tmp_path / "a.jsonl", [row] * 3)
     exit_code, printed = _diagnosed(file)
     assert exit_code == code
-    assert ("               until then, every row is read as prompt, not as " in printed) == bool(code)
-    assert f", not as {form}: " in printed or not form
-
-
-def test_a_misspelt_column_does_not_count_if_the_format_is_set(tmp_path: Path) -> None:
-    file = _write(tmp_path / "a.jsonl", [{"prompt": "a", "choosen": "b", "rejected": "c"}] * 2)
-    assert _diagnosed(file, "prompt")[0] == 0
-
-
-def test_texts_beside_prompts_are_texts_too(tmp_path: Path) -> None:
-    rows = [{"prompt": f"Write about {number}.", "text": f"{number} is a number."} for number in range(3)]
-    diagnosis = examine(_write(tmp_path / "a.jsonl", rows), ALL, records())
-    assert diagnosis.format.name == "prompt"
-    assert [use.records for use in diagnosis.uses.values() if use.record is PlainText] == [3]
-    prompts = _write(tmp_path / "b.jsonl", [{"prompt": "Write about 3."}])
-    assert not [use for use in examine(prompts, ALL, records()).uses.values() if use.record is PlainText]
+    assert ("misspelt?" in printed) == bool(column) or not column
+    assert f"data.columns={column}" in printed or not column
+    assert "Zzz'" not in printed
+    assert (f"every row is read as prompt, not as {form}: " in printed) == bool(form)
+    if form:
+        assert f"align doctor {file} 'columns={column}'\n" in printed
+        assert _diagnosed(file, "prompt")[0] == 0, "its format is set"
 
 
 def test_texts_are_compared_with_prompts_that_must_not_be_learned(
@@ -327,31 +327,125 @@ def test_texts_are_compared_with_prompts_that_must_not_be_learned(
     assert "texts.jsonl:2 has 100% of heldout.jsonl:1\n" in printed
 
 
-def test_a_file_of_which_every_row_is_set_aside_is_of_no_use(tmp_path: Path) -> None:
-    tie = {"messages": [{"role": "user", "content": "a"}], "answers": {"x": "b", "y": "c"}, "preferred": "tie"}
-    transcript = "\n\nHuman: {}\n\nAssistant: yes."
-    apart = {"chosen": transcript.format("a"), "rejected": transcript.format("b")}
-    for number, row in enumerate((tie, apart)):
-        code, printed = _diagnosed(_write(tmp_path / f"{number}.jsonl", [row]))
-        assert "  set aside    1 row, in " in printed
-        assert "  to use it    no stage can use it\n" in printed
-        assert code == 3
-
-
-def test_the_doctor_says_whether_other_lines_are_utf_8(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl"
+def test_commands_that_the_doctor_names_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    file = tmp_path / "my pairs.jsonl"
     good, bad = (json.dumps({**PAIR, "chosen": "größer"}, ensure_ascii=False) for _ in range(2))
     file.write_bytes(f"{good}\n".encode() + f"{bad}\n".encode("latin-1") + f"{good}\n".encode())
-    assert "1 line is not UTF-8, but other lines are: correct only this line" in _printed(file)
+    printed = _diagnosed(file)[1]
+    assert f"'stages.dpo.data.source=path:{file}'" in printed
+    assert "1 line is not UTF-8, but other lines are" in printed
+    assert "iconv" not in printed
     file.write_bytes(f"{json.dumps(PAIR)}\n{bad}\n{bad}\n".encode("latin-1"))
-    assert (
-        "2 lines are not UTF-8, and the others have only ASCII characters; if the file is Latin-1, convert it: "
-        f"iconv -f LATIN1 -t UTF-8 {file} > NEW_FILE\n"
-    ) in _printed(file)
-    spaced = file.rename(tmp_path / "a b.jsonl")
-    assert f"iconv -f LATIN1 -t UTF-8 '{spaced}' > NEW_FILE\n" in _printed(spaced)
+    assert f"iconv -f LATIN1 -t UTF-8 '{file}' > NEW_FILE\n" in _diagnosed(file)[1]
 
 
-def test_the_doctor_s_settings_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
-    file = _write(tmp_path / "my pairs.jsonl", [PAIR])
-    assert f"to use it    'stages.dpo.data.source=path:{file}'\n" in _printed(file)
+# ---- rows that repeat others ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 4_096])
+def test_exact_duplicates_and_contradictions_are_named_by_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    monkeypatch.setattr(repeated_records, "BATCH", batch)
+    other = {"prompt": "Where?", "chosen": "Here.", "rejected": "There."}
+    diagnosis = _examined(tmp_path, [PAIR, other, SWAPPED, PAIR, SWAPPED, other])
+    assert _lines_of(diagnosis.repeats.exact) == [(4, 1), (5, 3), (6, 2)]
+    assert _lines_of(diagnosis.repeats.contradictions) == [(3, 1)]
+    assert diagnosis.near_duplicates.pairs == []
+    printed = _diagnosed(tmp_path / "a.jsonl")[1]
+    assert "  duplicates   3 rows repeat an earlier row exactly" in printed
+    assert "  contradict   1 row says the opposite of an earlier row" in printed
+    assert "               a.jsonl:3 prefers the answer that a.jsonl:1 rejects\n" in printed
+    answer = {"prompt": "2 + 2?", "completion": "4.", "label": True}
+    file = _write(tmp_path / "labels.jsonl", [answer, {**answer, "label": False}])
+    assert "labels.jsonl:2 has the opposite label of labels.jsonl:1" in _diagnosed(file)[1]
+
+
+ANSWERS = [{"role": "assistant", "content": "4.", "weight": 0}, *ASKED, {"role": "assistant", "content": "4"}]
+DIFFERENT: dict[type[Record], tuple[dict[str, Any], dict[str, Any]]] = {
+    HeldOutPrompt: (
+        {"messages": ASKED, "tools": [{"name": "add"}]},
+        {"messages": ASKED, "tools": [{"name": "add", "default": math.nan}]},
+    ),
+    Question: (
+        {"question": "2 + 2?", "choices": ["4", "5"], "answer": "4"},
+        {"question": "2 + 2?", "choices": ["4", "5", "6"], "answer": "4"},
+    ),
+    Conversation: (
+        {"messages": [*ASKED, *ANSWERS]},
+        {"messages": [*ASKED, ANSWERS[0] | {"weight": 1}, *ANSWERS[1:]]},
+    ),
+}
+
+
+@pytest.mark.parametrize("record", DIFFERENT)
+def test_rows_that_differ_in_tools_choices_or_weights_are_no_repeats(tmp_path: Path, record: type[Record]) -> None:
+    first, second = DIFFERENT[record]
+    diagnosis = _examined(tmp_path, [first, second, first])
+    assert _lines_of(diagnosis.repeats.exact) == [(3, 1)]
+    (use,) = (use for use in diagnosis.uses.values() if use.record is record)
+    assert (use.records, use.repeated) == (3, 1)
+
+
+def test_a_row_of_several_pairs_repeats_an_earlier_one_only_with_all_of_them(tmp_path: Path) -> None:
+    short, long = ({"prompt": "?", "completions": RANKED["completions"][:number]} for number in (2, 3))
+    assert _lines_of(_examined(tmp_path, [short, long, long, short]).repeats.exact) == [(3, 2), (4, 1)]
+
+
+def test_the_doctor_names_near_repeats_and_leaves_exact_ones_to_their_own_count(tmp_path: Path) -> None:
+    texts = [some_text(30) for _ in range(10)]
+    rows = [{"prompt": f"Go on from {text}", "completion": text[::-1]} for text in texts]
+    near = {**rows[4], "prompt": changed(rows[4]["prompt"], 12)}
+    diagnosis = _examined(tmp_path, [*rows, rows[2], near, rows[2]])
+    assert _lines_of(diagnosis.near_duplicates.pairs) == [(12, 5)]
+    assert _lines_of(diagnosis.repeats.exact) == [(11, 3), (13, 3)]
+    assert diagnosis.uses["sft"].repeated == 2
+    printed = _diagnosed(tmp_path / "a.jsonl")[1]
+    assert "duplicates   2 rows repeat an earlier row exactly" in printed
+    assert "duplicates   1 row is nearly the same as an earlier row" in printed
+    share = diagnosis.near_duplicates.pairs[0].share
+    assert f"a.jsonl:12 shares {share:.0%} of its word sequences with a.jsonl:5" in printed
+    assert "only the first" not in printed
+    assert "duplicates   no row" in _diagnosed(_write(tmp_path / "a.jsonl", rows))[1]
+
+
+def test_votes_of_several_people_on_a_pair_are_no_duplicates_to_remove(tmp_path: Path) -> None:
+    """Two people who disagree give two opposite pairs; both are to stay."""
+
+    def voted(annotator: str, preferred: str, text: str) -> dict[str, Any]:
+        answers = {"stage:sft": text, "stage:dpo": text[::-1]}
+        turns = [{"role": "user", "content": f"Go on from {text}"}]
+        return {"messages": turns, "answers": answers, "preferred": preferred, "annotator": annotator}
+
+    texts = [some_text(30) for _ in range(4)]
+    rows = [voted(name, arm, text) for text in texts for name, arm in (("ada", "stage:sft"), ("bo", "stage:dpo"))]
+    assert "duplicates   no row" in _diagnosed(_write(tmp_path / "votes.jsonl", rows))[1]
+    again = _examined(tmp_path, [*rows, voted("ada", "stage:dpo", changed(texts[0], 12))])
+    assert [line for line, _ in _lines_of(again.near_duplicates.pairs)] == [9], "one person, nearly the same answers"
+    twice = _examined(tmp_path, [*rows, voted("ada", "stage:sft", texts[0]), voted("ada", "stage:dpo", texts[1])])
+    assert _lines_of(twice.repeats.exact) == [(9, 1)], "one person, the same vote"
+    assert _lines_of(twice.repeats.contradictions) == [(10, 3)], "and the opposite"
+
+
+def test_a_shared_system_turn_or_answer_makes_no_rows_alike(tmp_path: Path) -> None:
+    system = {"role": "system", "content": some_text(200)}
+    talks = [
+        [system, {"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]
+        for text in (some_text(12) for _ in range(20))
+    ]
+    assert _examined(tmp_path, [{"messages": talk} for talk in talks]).near_duplicates.pairs == []
+    prompt, chosen = some_text(10), some_text(30)
+    pairs = [{"prompt": prompt, "chosen": chosen, "rejected": some_text(30)} for _ in range(5)]
+    assert _examined(tmp_path, pairs).near_duplicates.pairs == []
+
+
+def test_rows_behind_the_limit_are_not_compared_and_the_doctor_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [some_text(30) for _ in range(6)]
+    monkeypatch.setattr(near_duplicates, "TEXTS", 5)
+    rows = [*texts[:3], changed(texts[0], 9), *texts[3:], changed(texts[1], 9)]
+    near = _examined(tmp_path, [{"text": text} for text in rows]).near_duplicates
+    assert _lines_of(near.pairs) == [(4, 1)]
+    assert (near.looked_at, near.passed_over) == (5, 3)
+    assert "only the first 5 distinct rows were compared" in _diagnosed(tmp_path / "a.jsonl")[1]

@@ -1,17 +1,23 @@
-"""Rows that are longer than their stage allows: dropped or cut, never in silence."""
+"""Which rows a stage learns: mixed ones, parts of them, and rows that are too long, which are dropped or cut."""
 
 from __future__ import annotations
 
+import itertools
+import tracemalloc
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
+from alignment.config.data import MixedConfig
 from alignment.config.too_long import Side, TooLong, TooLongConfig
 from alignment.core.errors import DataError
+from alignment.data.mix import mixed, subset
 from alignment.data.records import Conversation, PreferencePair, Prompt
 from alignment.data.tokens.limits import Limits, Parts, RowTooLong, cut_to, excess, refuse_losses
 from alignment.data.tokens.rendering import prompt_text
-from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, tokenized
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, Tokenized, tokenized
 from alignment.data.tokens.tokenize import Tokens, encode, prompt_ids
 from alignment.data.turns import Message
 from alignment.stages.cpt.config import CptConfig
@@ -21,6 +27,98 @@ from alignment.stages.registry import kind_of
 from tests.templates import STYLES, styled_tokenizer
 from tests.tiny import tiny_tokenizer
 
+# ---- mixed rows and parts of rows -----------------------------------------------------------------------------------
+
+
+def _generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _mixed(own: int, *parts: tuple[MixedConfig, int], seed: int = 0) -> list[str]:
+    """Rows such as ``a0``: those of a stage are ``a``, those of its sources ``b`` and ``c``."""
+    sizes = [own, *(size for _, size in parts)]
+    rows = [f"{name}{number}" for name, size in zip("abc", sizes, strict=False) for number in range(size)]
+    return [rows[index] for index in mixed(own, list(parts), _generator(seed), where="s.data")]
+
+
+@pytest.mark.parametrize(
+    ("own", "parts", "counts"),
+    [
+        (1000, [(MixedConfig(share=0.2), 1000), (MixedConfig(share=0.1), 1000)], [1000, 286, 143]),
+        (80, [(MixedConfig(count=20), 100), (MixedConfig(share=0.5), 1000)], [80, 20, 100]),
+        (60, [(MixedConfig(), 40)], [60, 40]),  # without share and count, all of it
+        (60, [(MixedConfig(), 40), (MixedConfig(share=0.2), 1000)], [60, 40, 25]),
+    ],
+)
+def test_shares_are_of_the_whole_and_every_own_row_is_there_once(own: int, parts: Any, counts: list[int]) -> None:
+    rows = _mixed(own, *parts)
+    assert [sum(row[0] == name for row in rows) for name in "abc"[: len(counts)]] == counts
+    assert len(set(rows)) == len(rows) == sum(counts), "drawn without replacement"
+    assert rows != sorted(rows)
+
+
+def test_the_seed_decides_which_rows_and_in_which_order() -> None:
+    first, again, other = (_mixed(20, (MixedConfig(count=5), 100), seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+    drawn = [{row for row in rows if row[0] == "b"} for rows in (first, other, [f"b{n}" for n in range(5)])]
+    assert len(set(map(frozenset, drawn))) == 3, "its first rows may be all of one kind"
+    parts = [subset(1000, 0.25, _generator(seed)).tolist() for seed in (0, 0, 1)]
+    assert parts[0] == parts[1] != parts[2]
+    assert parts[0] != list(range(250)), "not just the beginning"
+    drawn_before = [9, 1, 0, 3, 4, 14, 13, 5, 6, 2]
+    sources = [(MixedConfig(count=2), 4), (MixedConfig(share=0.3), 6)]
+    assert mixed(5, sources, _generator(), where="data").tolist() == drawn_before, "as in earlier versions"
+    assert subset(12, 0.4, _generator()).tolist() == [0, 5, 7, 8, 9]
+
+
+def test_a_source_with_too_few_rows_is_named() -> None:
+    with pytest.raises(DataError, match="10 rows, but 20") as caught:
+        _mixed(80, (MixedConfig(count=1), 1), (MixedConfig(share=0.2), 10))
+    assert caught.value.where == "s.data.mix[1]"
+
+
+@pytest.mark.parametrize("count", [1, 7, 300])
+def test_a_smaller_part_lies_within_a_larger_one(count: int) -> None:
+    subsets = [subset(count, fraction, _generator()).tolist() for fraction in (0.001, 0.07, 0.125, 0.5, 0.9, 1.0)]
+    for small, large in itertools.pairwise(subsets):
+        assert set(small) <= set(large)
+        assert small == sorted(set(small))
+    assert subsets[-1] == list(range(count)), "all of it is all rows, in their order"
+
+
+@pytest.mark.parametrize(
+    ("count", "fraction", "size"),
+    [(300, 0.125, 38), (300, 0.25, 75), (10, 0.01, 1), (100, 0.07, 7), (300, 0.1, 30), (1000, 1e-05, 1), (0, 0.5, 0)],
+)
+def test_a_part_is_as_large_as_written_rounded_up(count: int, fraction: float, size: int) -> None:
+    assert len(subset(count, fraction, _generator())) == size
+
+
+@pytest.mark.parametrize(
+    ("draw", "bytes_a_row"),
+    [
+        (lambda count: subset(count, 0.5, _generator()), 8),
+        (lambda count: mixed(count, [(MixedConfig(count=count // 2), count)], _generator(), where="data"), 48),
+    ],
+    ids=["part", "mixed"],
+)
+def test_an_index_is_no_python_integer(draw: Callable[[int], Any], bytes_a_row: int) -> None:
+    """Ten million Python integers and a list of them take 400 MB."""
+
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        draw(count)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    peak(100)  # imports, and caches
+    assert (peak(40_000) - peak(20_000)) / 20_000 <= bytes_a_row
+
+
+# ---- rows that are too long -----------------------------------------------------------------------------------------
+
+DROP = TooLongConfig()
 LEFT = TooLongConfig(do=TooLong.cut)
 RIGHT = TooLongConfig(do=TooLong.cut, side=Side.right)
 HEADER = "<|im_end|>\n<|im_start|>assistant\n"
@@ -44,15 +142,11 @@ PARTS = Parts(
 )
 
 
-def test_a_row_within_its_limits_exceeds_nothing() -> None:
-    assert excess(PARTS, Limits(row=8, prompt=5, answer=3)) == ""
-
-
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
+        (Limits(row=8, prompt=5, answer=3), ""),
         (Limits(row=7), "the row has 8 tokens of 7"),
-        (Limits(row=9, prompt=4), "the prompt has 5 tokens of 4"),
         (Limits(row=9, answer=2), "'chosen' has 3 tokens of 2"),
         (Limits(row=7, prompt=4), "the row has 8 tokens of 7, the prompt has 5 tokens of 4"),
     ],
@@ -76,41 +170,39 @@ def test_an_answer_loses_its_end_and_the_prompt_its_side(limits: Limits, prompt:
     assert (cut.prompt.ids, cut.answers["chosen"].ids, cut.answers["rejected"].ids) == (prompt, chosen, [9])
 
 
-@pytest.mark.parametrize("how", [LEFT, RIGHT])
-@pytest.mark.parametrize("row", [3, 6])
-def test_a_cut_that_leaves_nothing_of_what_was_said_is_refused(row: int, how: TooLongConfig) -> None:
-    with pytest.raises(RowTooLong, match="nothing would be left of the prompt"):
-        cut_to(PARTS, Limits(row=row, too_long=how))
+EARLIER = Parts(
+    prompt=Tokens(ids=[1, 2, 3], learned=[True, False, False]), answers={"answer": _tokens(4, 5)}
+)  # what would be left of it was learned in an earlier turn
+ALIKE = Parts(prompt=_tokens(1), answers={name: _tokens(6, last, learned=True) for name, last in (("a", 7), ("b", 8))})
 
 
-def test_a_cut_that_leaves_nothing_to_learn_is_refused() -> None:
-    earlier = Tokens(ids=[1, 2, 3], learned=[True, False, False])
-    parts = Parts(prompt=earlier, answers={"answer": _tokens(4, 5)})
-    with pytest.raises(RowTooLong, match="nothing would be left to learn"):
-        cut_to(parts, Limits(row=4, too_long=LEFT))
-
-
-def test_a_cut_that_makes_two_answers_the_same_is_refused() -> None:
-    answers = {"chosen": _tokens(6, 7, learned=True), "rejected": _tokens(6, 8, learned=True)}
-    with pytest.raises(
-        RowTooLong, match=r"'chosen' has 2 tokens of 1, .*; after a cut, its two answers would be the same"
-    ):
-        cut_to(Parts(prompt=_tokens(1), answers=answers), Limits(row=9, answer=1, too_long=LEFT))
-
-
-def limits_of(config: Any) -> Limits:
-    """What the kind of stage says."""
-    return kind_of(config).learning.limits(config)
+@pytest.mark.parametrize(
+    ("parts", "limits", "message"),
+    [
+        *((PARTS, Limits(row=row, too_long=how), "left of the prompt") for row in (3, 6) for how in (LEFT, RIGHT)),
+        (EARLIER, Limits(row=4, too_long=LEFT), "left to learn"),
+        (ALIKE, Limits(row=9, answer=1, too_long=LEFT), "'a' has 2 tokens of 1, .* two answers would be the same"),
+    ],
+)
+def test_a_cut_that_leaves_too_little_is_refused(parts: Parts, limits: Limits, message: str) -> None:
+    with pytest.raises(RowTooLong, match=message):
+        cut_to(parts, limits)
 
 
 def test_each_stage_has_its_own_limits() -> None:
-    config = DpoConfig(max_length=9, max_prompt_length=5, max_answer_length=4, too_long=LEFT)
-    assert limits_of(config) == Limits(row=9, prompt=5, answer=4, too_long=LEFT)
-    assert limits_of(PpoConfig(max_prompt_length=7)) == Limits(row=7)
-    assert limits_of(CptConfig(max_length=6)) == Limits(row=6)
+    dpo = DpoConfig(max_length=9, max_prompt_length=5, max_answer_length=4, too_long=LEFT)
+    for config, limits in (
+        (dpo, Limits(row=9, prompt=5, answer=4, too_long=LEFT)),
+        (PpoConfig(max_prompt_length=7), Limits(row=7)),
+        (CptConfig(max_length=6), Limits(row=6)),
+    ):
+        assert kind_of(config).learning.limits(config) == limits
 
 
-# ---- on real rows ---------------------------------------------------------------------------------------------------
+def _prompt(tokenizer: Any, limits: Limits, *turns: Message) -> Tokenized:
+    (prompt,) = tokenized(tokenizer, PROMPTS, [Prompt(messages=turns, where="x:1")], limits)
+    return prompt
+
 
 LONG = Message(role="user", content="First this. " * 20 + "When does it open?")
 
@@ -121,21 +213,19 @@ LONG = Message(role="user", content="First this. " * 20 + "When does it open?")
 def test_a_prompt_that_is_cut_still_opens_the_assistants_turn(
     tokenizer: Any, how: TooLongConfig, remaining: str, lost: str
 ) -> None:
-    (prompt,) = tokenized(tokenizer, PROMPTS, [Prompt(messages=(LONG,), where="x:1")], Limits(row=60, too_long=how))
-    ids = prompt.rows[0]["prompt"]
-    text = tokenizer.decode(ids)
-    assert len(ids) == 60
+    prompt = _prompt(tokenizer, Limits(row=60, too_long=how), LONG)
+    text = tokenizer.decode(prompt.rows[0]["prompt"])
+    assert len(prompt.rows[0]["prompt"]) == 60
     assert prompt.tokens == len(prompt_ids(tokenizer, [LONG])) > 60
+    assert prompt.cut == f"the row has {prompt.tokens} tokens of 60"
     assert text.endswith(HEADER)
     assert remaining in text
     assert lost not in text.removesuffix(HEADER)
-    assert prompt.cut == f"the row has {prompt.tokens} tokens of 60"
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("word", ["a", "id", "assistant", "end"])
-@pytest.mark.parametrize("how", [LEFT, RIGHT])
-def test_any_family_s_prompt_keeps_its_beginning_and_its_end(style: str, word: str, how: TooLongConfig) -> None:
+@pytest.mark.parametrize("word", ["a", "assistant", "end"])
+def test_any_family_s_prompt_keeps_its_beginning_and_its_end(style: str, word: str) -> None:
     """A last turn that reads like a part of the template is not taken for it."""
     tokenizer = styled_tokenizer(style)
     turns = (
@@ -145,47 +235,39 @@ def test_any_family_s_prompt_keeps_its_beginning_and_its_end(style: str, word: s
     )
     whole = prompt_ids(tokenizer, turns)
     header = encode(tokenizer, prompt_text(tokenizer, [Message(role="user", content="xyz")]).partition("xyz")[2])
-    (prompt,) = tokenized(tokenizer, PROMPTS, [Prompt(messages=turns, where="x:1")], Limits(row=50, too_long=how))
-    ids = prompt.rows[0]["prompt"]
-    assert len(ids) == 50 < len(whole)
-    assert ids[-len(header) :] == header == whole[-len(header) :]
-    if STYLES[style].bos:
-        assert ids[0] == whole[0] == tokenizer.bos_token_id
-    if how is LEFT:
-        assert ids[1:] == whole[len(whole) - 49 :]
+    for how in (LEFT, RIGHT):
+        ids = _prompt(tokenizer, Limits(row=50, too_long=how), *turns).rows[0]["prompt"]
+        assert len(ids) == 50 < len(whole)
+        assert ids[-len(header) :] == header == whole[-len(header) :]
+        assert not STYLES[style].bos or ids[0] == whole[0] == tokenizer.bos_token_id
+        assert how is RIGHT or ids[1:] == whole[len(whole) - 49 :]
 
 
 def test_rows_within_limits_are_the_same_whether_others_are_cut_or_not(tokenizer: Any) -> None:
-    records = [Prompt(messages=(Message(role="user", content=text),), where="x:1") for text in ("a", "is", "Hi there.")]
-    rows_by_limits = [
-        [prompt.rows for prompt in tokenized(tokenizer, PROMPTS, records, Limits(row=200, too_long=how))]
-        for how in (TooLongConfig(), LEFT, RIGHT)
-    ]
-    assert rows_by_limits[0] == rows_by_limits[1] == rows_by_limits[2]
+    turns = [Message(role="user", content=text) for text in ("a", "is", "Hi there.")]
+    dropped, *cut = (
+        [_prompt(tokenizer, Limits(row=200, too_long=how), turn).rows for turn in turns] for how in (DROP, LEFT, RIGHT)
+    )
+    assert cut == [dropped, dropped]
 
 
-def test_a_prompt_whose_end_cannot_be_told_is_dropped(tokenizer: Any) -> None:
+def test_a_prompt_whose_end_cannot_be_told_is_dropped() -> None:
     """This template says the last turn twice, so what stands behind it is not known."""
     odd = tiny_tokenizer()
     odd.chat_template = odd.chat_template + "{{ messages[-1]['content'] }}"
-    (prompt,) = tokenized(odd, PROMPTS, [Prompt(messages=(LONG,), where="x:1")], Limits(row=60, too_long=RIGHT))
+    prompt = _prompt(odd, Limits(row=60, too_long=RIGHT), LONG)
     assert prompt.fault is not None
-    assert prompt.fault.message.endswith("so it cannot be cut")
+    assert "cannot be cut" in prompt.fault.message
 
 
-def test_an_answer_that_is_cut_does_not_end(tokenizer: Any) -> None:
-    messages = (Message(role="user", content="Hi."), Message(role="assistant", content="Hello there. " * 9))
-    limits = Limits(row=200, answer=5, too_long=LEFT)
-    (conversation,) = tokenized(tokenizer, CONVERSATIONS, [Conversation(messages=messages, where="x:1")], limits)
+def test_an_answer_that_is_cut_does_not_end_and_a_pair_is_dropped_by_its_longer_answer(tokenizer: Any) -> None:
+    asked = Message(role="user", content="Hi.")
+    talk = Conversation(messages=(asked, Message(role="assistant", content="Hello there. " * 9)), where="x:1")
+    (conversation,) = tokenized(tokenizer, CONVERSATIONS, [talk], Limits(row=200, answer=5, too_long=LEFT))
     learned = [label for label in conversation.rows[0]["labels"] if label != -100]
     assert len(learned) == 5
     assert tokenizer.eos_token_id not in learned
-
-
-def test_a_pair_is_dropped_by_its_longer_answer(tokenizer: Any) -> None:
-    pair = PreferencePair(
-        messages=(Message(role="user", content="Hi."),), chosen="A.", rejected="No. " * 9, where="x:3"
-    )
+    pair = PreferencePair(messages=(asked,), chosen="A.", rejected="No. " * 9, where="x:3")
     (tokenized_pair,) = tokenized(tokenizer, PAIRS, [pair], Limits(row=200, answer=5))
     assert isinstance(tokenized_pair.fault, RowTooLong)
     assert tokenized_pair.fault.where == "x:3"
@@ -193,41 +275,41 @@ def test_a_pair_is_dropped_by_its_longer_answer(tokenizer: Any) -> None:
     assert tokenized_pair.rows == ()
 
 
-# ---- how many may be lost -------------------------------------------------------------------------------------------
+def _losses(how: TooLongConfig, dropped: int, cut: int, records: int) -> DataError | None:
+    try:
+        refuse_losses(Limits(row=5, too_long=how), dropped=dropped, cut=cut, records=records, longest=9, where="x")
+    except DataError as error:
+        return error
+    return None
 
 
-def test_few_lost_rows_are_allowed_and_many_are_not() -> None:
-    limits = Limits(row=5)
-    refuse_losses(limits, dropped=1, cut=0, records=10, longest=9, where="x")
-    with pytest.raises(DataError) as caught:
-        refuse_losses(limits, dropped=2, cut=0, records=10, longest=9, where="x")
-    assert str(caught.value) == (
-        "x: 2 dropped of 10 rows because they are too long, more than 10% (the longest has 9 tokens, the limit is 5)\n"
-        "  → raise the stage's length limits, set too_long.do=cut, or raise too_long.max_share"
-    )
-    with pytest.raises(DataError, match="1 dropped and 2 cut of 10 rows") as caught:
-        refuse_losses(Limits(row=5, too_long=LEFT), dropped=1, cut=2, records=10, longest=9, where="x")
-    assert "do=cut" not in caught.value.remedy
-    refuse_losses(
-        Limits(row=5, too_long=TooLongConfig(max_share=0.2)), dropped=1, cut=1, records=10, longest=9, where="x"
-    )
-
-
-def test_no_share_allows_to_lose_all() -> None:
-    with pytest.raises(DataError) as caught:
-        refuse_losses(
-            Limits(row=5, too_long=TooLongConfig(max_share=1.0)), dropped=3, cut=0, records=3, longest=9, where="x"
-        )
-    assert str(caught.value) == (
-        "x: 3 dropped of 3 rows because they are too long (the longest has 9 tokens, the limit is 5)\n"
-        "  → raise the stage's length limits, or set too_long.do=cut"
-    )
-
-
-@pytest.mark.parametrize(("rows", "lost", "share"), [(100, 29, 0.29), (100, 57, 0.57), (300, 123, 0.41)])
-def test_the_share_that_was_allowed_is_allowed(rows: int, lost: int, share: float) -> None:
+@pytest.mark.parametrize(
+    ("share", "dropped", "cut", "records"),
+    [(0.1, 1, 0, 10), (0.2, 1, 1, 10), (0.29, 29, 0, 100), (0.57, 57, 0, 100), (0.41, 123, 0, 300)],
+)
+def test_the_share_that_was_allowed_may_be_lost_and_no_more(share: float, dropped: int, cut: int, records: int) -> None:
     """.29 * 100 is 28.999999999999996."""
-    limits = Limits(row=5, too_long=TooLongConfig(max_share=share))
-    refuse_losses(limits, dropped=lost, cut=0, records=rows, longest=9, where="x")
-    with pytest.raises(DataError, match="more than"):
-        refuse_losses(limits, dropped=lost, cut=1, records=rows, longest=9, where="x")
+    for more in (0, 1):
+        how = TooLongConfig(max_share=share)
+        assert (_losses(how, dropped, cut + more, records) is None) == (more == 0)
+
+
+@pytest.mark.parametrize(
+    ("how", "lost", "words", "remedy"),
+    [
+        (DROP, (2, 0, 10), ["2 dropped of 10 rows", "more than 10%", "9 tokens", "limit is 5"], "set too_long.do=cut"),
+        (LEFT, (1, 2, 10), ["1 dropped and 2 cut of 10 rows"], "raise too_long.max_share"),
+        (TooLongConfig(max_share=1.0), (3, 0, 3), ["3 dropped of 3 rows"], "or set too_long.do=cut"),
+    ],
+    ids=["dropped", "cut", "no share allows to lose all"],
+)
+def test_too_many_lost_rows_are_counted_with_what_to_do(
+    how: TooLongConfig, lost: tuple[int, int, int], words: list[str], remedy: str
+) -> None:
+    error = _losses(how, *lost)
+    assert error is not None
+    assert error.where == "x"
+    assert all(word in error.message for word in words)
+    assert remedy in error.remedy
+    assert ("do=cut" in error.remedy) == (how is not LEFT)
+    assert ("max_share" in error.remedy) == (how.max_share < 1.0)

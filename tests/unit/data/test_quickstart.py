@@ -1,201 +1,454 @@
-"""The data that ships with the project: large enough, all different, and good where it claims to be."""
+"""The quickstart's rules for an answer, and the data that ships: large enough, all different, good where it says so."""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+import hashlib
+import json
+import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import combinations
 from statistics import mean
+from typing import Any
 
 import pytest
 
 from alignment.config.data import DataConfig
+from alignment.core.resources import shipped
 from alignment.data.bundled_files import locate
+from alignment.data.overlap import HeldOut, LocatedText
 from alignment.data.reading import read_records
-from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair
+from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Question, Record
 from alignment.data.turns import Message
-from data.quickstart.house_style import fact_recall, normalise, source_text, style_checks
+from alignment.rewards.functions import FunctionScorer, load_function
+from alignment.rewards.scorer_sources import function_of
+from alignment.rewards.scorers import Answers
+from data.quickstart.house_style import (
+    MAX_WORDS,
+    copied,
+    fact_recall,
+    facts,
+    invented,
+    normalise,
+    sentences,
+    source_text,
+    style,
+    style_and_facts,
+    style_checks,
+)
+from tests.oracles.close import close
+
+NOTICE = (
+    "Stairwell notice: The cellar bike room gets a new lock on 3 May. Old keys stop working that day. New keys are "
+    "handed out by Mr Novak in the laundry between 17:00 and 18:30, one per flat, against a deposit of 10 euros. "
+    "Where do I get a new key, and does it cost me anything?"
+)
+FACTS = [["laundry"], ["10 euros", "ten euros"], ["3 May", "May 3"]]
+GOOD = "Mr Novak hands out keys in the laundry between 17:00 and 18:30. The lock changes on 3 May; each costs 10 euros."
+
+
+def _scored(answer: str, key_facts: list[list[str]] = FACTS) -> tuple[float, float, float]:
+    """Both together, style and facts of an answer to ``NOTICE``."""
+    arguments: Any = ([[{"role": "user", "content": NOTICE}]], [answer], [{"facts": key_facts}])
+    return style_and_facts(*arguments)[0], style(*arguments)[0], facts(*arguments)[0]
+
+
+# ---- the whole ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("answer", "scores"),
+    [
+        (GOOD, (1.0, 1.0, 1.0)),
+        ("", (0.0, 0.0, 0.0)),
+        ("\n\t\n", (0.0, 0.0, 0.0)),
+        (NOTICE.upper(), (0.0, 0.0, 1.0)),  # a copy carries every fact
+        (f"The text: {NOTICE.replace(',', '')}", (0.0, 0.0, 1.0)),
+        ("The notice tells residents about a change in the house.", (0.0, 1.0, 0.0)),
+        ("I am unable to answer. Go to the laundry.", (0.0, 0.0, 1 / 3)),
+        ("Sure, ask in the laundry and bring 10 euros", (0.25 * 2 / 3, 0.25, 2 / 3)),  # filler, and no full stop
+    ],
+)
+def test_a_score_is_style_times_facts(answer: str, scores: tuple[float, float, float]) -> None:
+    for score, expected in zip(_scored(answer), scores, strict=True):
+        close(score, expected)
+    close(_scored(answer)[1], math.prod(style_checks(answer, source=NOTICE).values()))
+
+
+def test_turns_of_the_assistant_are_no_source() -> None:
+    turns = [("system", "Ask Ida."), ("user", "When?"), ("assistant", "Leon knows."), ("user", "So?")]
+    prompt = [{"role": role, "content": content} for role, content in turns]
+    assert style([prompt, prompt], ["Ask Ida.", "Ask Leon."], [{}, {}]) == [1.0, 0.5]
+
+
+def test_answers_to_the_shipped_prompts_have_the_scores_that_they_had_when_the_rule_was_part_of_the_package() -> None:
+    """Recorded at commit 0334c9b: good answers and bad ones, by the same path as a user's own function."""
+    lines = (shipped("data") / "quickstart/heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    prompts, texts = [], []
+    for row in map(json.loads, lines):
+        prompts += [Prompt(messages=tuple(Message(**turn) for turn in row["messages"]), row=row)] * 7
+        reference, text = row["reference"], row["messages"][-1]["content"]
+        texts += [reference, "", text, f"Sure! {reference} Let me know if you need more."]
+        texts += [f"- {reference}\n- Call Zoe at 9:99.", reference[:60], f"{reference} {text[:200]}"]
+    answers = Answers(prompt_ids=[], answer_ids=[], texts=texts, prompts=prompts, rows=range(len(texts)))
+    columns = []
+    for name in ("style_and_facts", "style", "facts"):
+        source = function_of(f"bundled:quickstart/house_style.py:{name}")
+        assert source is not None
+        columns.append(FunctionScorer(source, load_function(source, planned=None)).scores(answers).tolist())
+    assert [sum(column) for column in columns] == [156.11916666666676, 193.20250000000004, 547.5666666666666]
+    scores_json = json.dumps([list(scores) for scores in zip(*columns, strict=True)])
+    assert hashlib.sha256(scores_json.encode()).hexdigest() == (
+        "14d02c857c06ee7b4c19781fd39ba84037cb7706f516d1b49d6a4b9f396445a0"
+    )
+
+
+# ---- the checks of the style ----------------------------------------------------------------------------------------
+
+KEYS = "the keys are in the laundry"
+CHECKS: dict[tuple[str, float], list[str]] = {
+    ("filler", 0.5): [
+        *(f"{opening}, {KEYS}." for opening in ("Sure", "CERTAINLY", "Okay", "In summary", "To summarise", "Overall")),
+        *(
+            f"{opening} {KEYS}."
+            for opening in ("Of course.", "Great question!", "Here is a summary.", "As an AI I see")
+        ),
+        *(
+            f"{opening} {KEYS}."
+            for opening in ("Here's it.", "Based on the text", "According to the note", "Let me say")
+        ),
+        *(f"{opening} {KEYS}." for opening in ("Answer:", "Summary:\t", "The text says that", '"Sure,')),
+        *(
+            f"Here: {KEYS}. {closing}"
+            for closing in ("Let me know if you need more.", "I hope this helps!", "Feel free to go.")
+        ),
+        *(f"Here: {KEYS}. {closing}" for closing in ("Please note that it closes.", "Is there anything else?")),
+        *(f"Here: {KEYS}. {closing}" for closing in ("Don't hesitate to ask.", "If you have any questions, ask.")),
+    ],
+    ("filler", 1.0): [
+        *(GOOD, "Make sure to bring 10 euros.", "The course of the river changes.", "Surely nobody minds."),
+        *("Oklahoma is far.", "The notes say nothing of it.", "Text the caretaker before noon."),
+        *("It hopes to open in May.", "If you need a key, go to the laundry.", "Hope sank when the answer came."),
+    ],
+    ("plain", 0.25): [
+        *(f"{mark} keys in the laundry" for mark in ("-", "*", "•", "#", ">", "1.", "2)")),
+        *("The **keys** are there.", "The __keys__ are there.", "The `keys` are there.", "```\nkeys\n```"),
+        *("| keys | laundry |", "The <b>keys</b> are there.", "The keys are there.<br/>Come."),
+        *("Keys: laundry.\nDeposit: 10 euros.", "Keys are there.\n\nBring 10 euros."),
+    ],
+    ("plain", 1.0): [
+        *(GOOD, "The bike-room lock changes – on 3 May – at noon.", "3 May is the day.", "The lock costs 5 * 2 euros."),
+        *("Fewer than 5 < 6 flats.", "Flat #3 and 1.5 hours.", "Write to a_b@example.org.", "It is 10.50 (ten)."),
+    ],
+    ("answered", 0.0): [
+        *("I'm sorry, but I cannot help with that.", "I am unable to answer.", "I'm not able to say."),
+        *("I can't assist with this.", "As an AI I have no access.", "I am a language model."),
+    ],
+    ("answered", 1.0): [
+        *(GOOD, "Mr Novak cannot come on 3 May.", "I cannot come on Monday, so please leave the key."),
+        *("The shop is unable to deliver.", "I'm sorry that it came late, and I am unable to come on Friday."),
+    ],
+    ("finished", 1.0): [
+        "It is closed.",
+        "Is it closed?",
+        'She said "closed."',
+        "It is “closed.”",
+        "(It is closed.)",
+        "No.  ",
+    ],
+    ("finished", 0.5): ["It is closed", "It is closed,", "It is closed:"],
+    ("grounded", 1.0): [GOOD],
+    ("grounded", 0.5): ["Ask Ida."],
+    ("grounded", 0.25): ["Ask Ida or Leon in Rome."],
+    ("sentences", 1.0): ["It rains.", "It rains. It rains."],
+    ("sentences", 0.5): ["It rains. It rains. It rains."],
+    ("sentences", 0.0): ["It rains. " * 4, "It rains. " * 7],
+    ("length", 1.0): ["word " * MAX_WORDS],
+    ("length", 0.9): ["word " * (MAX_WORDS + 5)],
+    ("length", 0.0): ["word " * 2 * MAX_WORDS, "word " * 200],
+}
+
+
+@pytest.mark.parametrize(("check", "factor"), CHECKS)
+def test_a_check_of_the_style_costs_its_factor(check: str, factor: float) -> None:
+    factors = {answer: style_checks(answer, source=NOTICE)[check] for answer in CHECKS[check, factor]}
+    assert factors == pytest.approx(dict.fromkeys(factors, factor))
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("No full stop", 1),
+        ("One! Two? Three.", 3),
+        ("It costs 4.50 a day. Bring cash.", 2),
+        ("Mr. Novak and Mrs. Lee met Dr. Ito on St. John Street.", 1),
+        ("J. Novak called.", 1),
+        ("Bring fruit, e.g. apples, etc. and a bag.", 1),
+        ("It opens at 7 a.m. Bring your key.", 2),
+        ("It opens at 7 a.m. and closes at 9 p.m. on Monday.", 1),
+        ("He waited ... and left.", 1),
+        ('She said "Go." Then she left.', 2),
+        ("She said “Go.” Then she left.", 2),
+        ("(It rained.) We left.", 2),
+        ("First line\nsecond line", 2),
+        ("Approx. 5 kg vs. 6 kg.", 1),
+        ("   \n ", 0),
+    ],
+)
+def test_sentences_are_counted_as_a_reader_would(text: str, count: int) -> None:
+    parts = sentences(text)
+    assert len(parts) == count
+    assert " ".join(parts).split() == text.split(), "together they are the text"
+
+
+@pytest.mark.parametrize(
+    ("answer", "unknown"),
+    [
+        ("The lock is new on 4 June.", ["4", "June"]),
+        ("Ask Mr Nowak, or Mr Novak's neighbour.", ["Nowak"]),
+        ("It opens at 17:15 and costs €10, 10 euros, 10% or 10.50.", ["17:15", "10.50"]),
+        ("Ask Ida and Leon on Monday.", ["Ida", "Leon", "Monday"]),
+        ("Keys and I agree, I'm sure, I'll go.", []),
+        ("Berlin opens a sentence. Paris does as well.", []),
+    ],
+)
+def test_numbers_and_names_that_the_text_lacks_are_found(answer: str, unknown: list[str]) -> None:
+    assert invented(answer, source=NOTICE) == unknown
+
+
+@pytest.mark.parametrize(
+    ("answer", "source", "unknown"),
+    [
+        ("There are 3 cats.", "There are three cats.", []),
+        ("There are Three cats.", "There are 3 cats.", []),
+        ("It seats 12.", "It seats twelve.", []),
+        ("There are 13 or 30 cats.", "There are three cats.", ["13", "30"]),
+        ("It costs 1200 euros.", "It costs 1,200 euros.", []),
+        ("It costs 1,200 euros.", "It costs 1200 euros.", []),
+        ("We meet at 7 p.m. then, or 8 pm.", "We meet at 7 pm or 8pm.", []),
+        ("They met the Lees.", "They met Lee.", []),
+        ("The “Green” door.", 'The "Green" door.', []),
+        ("It was Anna's.", "It was Anna’s.", []),
+        ("It was Anna.", "It was Anna's bike.", []),
+        ("It was Anna’s bike.", "It was for Anna.", []),
+        ("It was the Joneses' or the Jones' dog.", "The Jones family and the Joneses.", []),
+    ],
+)
+def test_the_same_number_or_name_written_otherwise_is_not_invented(
+    answer: str, source: str, unknown: list[str]
+) -> None:
+    assert invented(answer, source=source) == unknown
+
+
+def test_only_most_of_a_longer_text_in_its_order_is_a_copy() -> None:
+    words = NOTICE.split()
+    assert [copied(" ".join(words[: int(share * len(words))]), source=NOTICE) for share in (0.6, 0.8)] == [False, True]
+    assert not copied(" ".join(reversed(words)), source=NOTICE)
+    assert not copied("The shop is closed on Monday.", source="The shop is closed on Monday.")
+
+
+@pytest.mark.parametrize(
+    ("answer", "recall"),
+    [
+        ("In the laundry for ten euros on May 3.", 1.0),
+        ("IN THE LAUNDRY-room, for 10\neuros!", 2 / 3),
+        ("In the laundrymat for 110 euros on 13 May.", 0.0),
+    ],
+)
+def test_facts_count_as_whole_words_in_any_of_their_wordings(answer: str, recall: float) -> None:
+    close(fact_recall(answer, FACTS), recall)
+
+
+@pytest.mark.parametrize("wrong", [[], "21 March", ["21 March"], [[]], [["21 March", 21]], [[""]], None])
+def test_facts_of_another_form_are_an_error(wrong: Any) -> None:
+    with pytest.raises(ValueError, match="'facts' must be a list of facts"):
+        facts([[]], ["Anything."], [{"facts": wrong}])
+    with pytest.raises(KeyError, match="facts"):
+        facts([[]], ["Anything."], [{}])
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("It's 7:30 A.M., “sharp”!", "it's 7:30 am sharp"),
+        ("1,200.50 € – 10%", "1200.50 € 10"),
+        ("£5, $6 and €7", "5 6 and 7"),
+        ("e-mail: a.b@c.de", "e mail a b@c de"),
+        ("  'quoted' text...", "quoted text"),
+    ],
+)
+def test_normalising_keeps_words_times_and_decimals(text: str, expected: str) -> None:
+    assert normalise(text) == expected
+
+
+# ---- the data of the quickstart -------------------------------------------------------------------------------------
 
 ALL = DataConfig(source="")
 CONVERSATIONS = read_records(locate("bundled:quickstart/conversations"), Conversation, ALL)
 PAIRS = read_records(locate("bundled:quickstart/preferences"), PreferencePair, ALL)
 HELD_OUT = read_records(locate("bundled:quickstart/heldout"), HeldOutPrompt, ALL)
-FILES = {"conversations": CONVERSATIONS, "preferences": PAIRS, "heldout": HELD_OUT}
+FILES: dict[str, list[Any]] = {"conversations": CONVERSATIONS, "preferences": PAIRS, "heldout": HELD_OUT}
 ROWS = [row for rows in FILES.values() for row in rows]
-
-TASKS = {"summarise", "answer", "rewrite", "extract"}
-FLAWS = {"base_sample", "verbose", "filler", "markup", "invented", "vague", "refusal", "cut_off"}
-MAX_JACCARD = 0.4
-GRAM = 5
 
 
 def _source(messages: Sequence[Message]) -> str:
     return source_text([message.as_dict() for message in messages])
 
 
-def _style(answer: str, source: str) -> float:
-    product = 1.0
-    for factor in style_checks(answer, source=source).values():
-        product *= factor
-    return product
+def _style(answer: str, messages: Sequence[Message]) -> float:
+    return math.prod(style_checks(answer, source=_source(messages)).values())
 
 
-def _good_answers() -> Iterator[tuple[str, str, str]]:
-    """Id, answer and the text that it may draw on."""
+def _good_answers() -> Iterator[tuple[str, str, Sequence[Message]]]:
+    """Id, answer and the turns that it may draw on."""
     for row in CONVERSATIONS:
         for index, message in enumerate(row.messages):
             if message.role == "assistant":
-                yield f"{row.id}[{index}]", message.content, _source(row.messages[:index])
+                yield f"{row.id}[{index}]", message.content, row.messages[:index]
     for pair in PAIRS:
-        yield pair.id, pair.chosen, _source(pair.messages)
+        yield pair.id, pair.chosen, pair.messages
     for prompt in HELD_OUT:
-        yield prompt.id, prompt.reference, _source(prompt.messages)
+        yield prompt.id, prompt.reference, prompt.messages
 
 
-def _user_text(messages: Sequence[Message]) -> str:
-    return "\n".join(message.content for message in messages if message.role == "user")
+@pytest.mark.parametrize(
+    ("name", "least", "several_turns", "system"),
+    [("conversations", 300, 0.15, 0.15), ("preferences", 300, 0.03, 0.05), ("heldout", 100, 0.08, 0.1)],
+)
+def test_each_file_is_large_and_has_rows_of_every_kind(
+    name: str, least: int, several_turns: float, system: float
+) -> None:
+    rows = FILES[name]
+    assert len(rows) >= least
+    tasks = Counter(row.task for row in rows)
+    assert set(tasks) == {"summarise", "answer", "rewrite", "extract"}
+    assert min(tasks.values()) > 0.15 * len(rows)
+    assert several_turns < mean(sum(turn.role == "user" for turn in row.messages) > 1 for row in rows) < 0.5
+    assert system < mean(row.messages[0].role == "system" for row in rows) < 0.5
+
+
+def test_every_good_answer_keeps_the_house_style() -> None:
+    assert [(name, answer) for name, answer, turns in _good_answers() if _style(answer, turns) != 1.0] == []
+
+
+def test_every_reference_carries_its_facts_and_most_of_them_stand_in_the_prompt() -> None:
+    """At least one wording of nearly every fact is in the text; the others are paraphrases."""
+    assert [row.id for row in HELD_OUT if fact_recall(row.reference, row.row["facts"]) != 1.0] == []
+    assert [row.id for row in HELD_OUT if len(row.row["facts"]) < 2] == []
+    verbatim = [fact_recall(_source(row.messages), [fact]) for row in HELD_OUT for fact in row.row["facts"]]
+    assert mean(verbatim) > 0.9
+
+
+MOST: dict[str, tuple[str | None, float]] = {
+    "verbose": (None, 0.2),
+    "filler": ("filler", 0.5),
+    "markup": ("plain", 0.25),
+    "refusal": ("answered", 0.0),
+    "cut_off": ("finished", 0.5),
+    "base_sample": (None, 0.5),
+    "invented": (None, 1.0),
+    "vague": (None, 1.0),
+}
+"""Of each flaw the check that sees it, if it is one, and how well answers may do in it at most."""
+
+
+def test_every_flaw_is_there_none_is_most_of_the_pairs_and_the_rule_sees_it() -> None:
+    flaws = Counter(pair.flaw for pair in PAIRS)
+    assert set(flaws) == set(MOST)
+    assert min(flaws.values()) >= 10
+    assert max(flaws.values()) <= len(PAIRS) / 2
+    for flaw, (check, most) in MOST.items():
+        checks = [style_checks(pair.rejected, source=_source(pair.messages)) for pair in PAIRS if pair.flaw == flaw]
+        assert mean(factors[check] if check else math.prod(factors.values()) for factors in checks) <= most, flaw
+    assert mean(_style(pair.rejected, pair.messages) for pair in PAIRS) < 0.6
+    shorter = mean(len(pair.rejected.split()) < len(pair.chosen.split()) for pair in PAIRS)
+    assert 0.1 < shorter < 0.9, "otherwise a length would be all there is to learn"
+
+
+# ---- variety, of the general files too ------------------------------------------------------------------------------
+
+TEXTS = read_records(locate("bundled:general/texts"), PlainText, ALL)
+QUESTIONS = read_records(locate("bundled:general/questions"), Question, ALL)
+TALKS = read_records(locate("bundled:general/conversations"), Conversation, ALL)
+GENERAL: dict[str, list[Record]] = {"texts": [*TEXTS], "questions": [*QUESTIONS], "conversations": [*TALKS]}
+
+
+def _all_of(rows: Sequence[Any]) -> list[LocatedText]:
+    """All that each row says, its choices too."""
+    parts_of = [
+        [
+            *(turn.content for turn in getattr(row, "messages", ())),
+            *getattr(row, "choices", ()),
+            getattr(row, "text", ""),
+        ]
+        for row in rows
+    ]
+    return [
+        LocatedText(where=row.where, text="\n".join(filter(None, parts)))
+        for row, parts in zip(rows, parts_of, strict=True)
+    ]
 
 
 def _grams(text: str) -> set[tuple[str, ...]]:
     words = normalise(text).split()
-    size = min(GRAM, len(words))
+    size = min(5, len(words))
     return {tuple(words[start : start + size]) for start in range(len(words) - size + 1)}
 
 
-def _near_duplicates(texts: dict[str, str]) -> list[tuple[float, str, str]]:
-    """Pairs of texts whose word 5-grams have a Jaccard index of at least the limit; only texts that share one meet."""
-    grams = {name: _grams(text) for name, text in texts.items()}
-    holders: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    pairs = []
-    for name, own_grams in grams.items():
-        shared = Counter(other for gram in own_grams for other in holders[gram])
-        for other, count in shared.items():
-            jaccard = count / (len(own_grams) + len(grams[other]) - count)
-            if jaccard >= MAX_JACCARD:
-                pairs.append((jaccard, name, other))
-        for gram in own_grams:
-            holders[gram].append(name)
-    return pairs
-
-
-@pytest.mark.parametrize(("name", "least"), [("conversations", 300), ("preferences", 300), ("heldout", 100)])
-def test_each_file_is_large_enough(name: str, least: int) -> None:
-    assert len(FILES[name]) >= least
+def _near_duplicates(texts: Sequence[str]) -> list[tuple[int, int]]:
+    """Pairs of texts whose word 5-grams have a Jaccard index of at least 0.4."""
+    grams = [_grams(text) for text in texts]
+    pairs = combinations(range(len(texts)), 2)
+    return [
+        (i, j) for i, j in pairs if len(shared := grams[i] & grams[j]) and len(shared) >= 0.4 * len(grams[i] | grams[j])
+    ]
 
 
 def test_every_row_has_an_id_of_its_own() -> None:
-    assert [name for name, count in Counter(row.id for row in ROWS).items() if count > 1 or not name] == []
+    assert [len(rows) for rows in GENERAL.values()] == [48, 110, 124]
+    for rows in (ROWS, [*TEXTS, *QUESTIONS, *TALKS]):
+        assert len({row.id for row in rows if row.id}) == len(rows)
 
 
-@pytest.mark.parametrize("name", FILES)
-def test_every_task_has_its_share_of_every_file(name: str) -> None:
-    tasks = Counter(row.task for row in FILES[name])
-    assert set(tasks) == TASKS
-    assert min(tasks.values()) > 0.15 * len(FILES[name])
-
-
-def test_every_flaw_is_there_and_none_is_most_of_the_pairs() -> None:
-    flaws = Counter(pair.flaw for pair in PAIRS)
-    assert set(flaws) == FLAWS
-    assert min(flaws.values()) >= 10
-    assert max(flaws.values()) <= len(PAIRS) / 2
-
-
-def test_every_good_answer_keeps_the_house_style() -> None:
-    assert [(name, answer) for name, answer, source in _good_answers() if _style(answer, source) != 1.0] == []
-
-
-def test_every_reference_carries_every_fact() -> None:
-    assert [row.id for row in HELD_OUT if fact_recall(row.reference, row.row["facts"]) != 1.0] == []
-
-
-def test_a_held_out_prompt_asks_for_more_than_one_fact() -> None:
-    assert [row.id for row in HELD_OUT if len(row.row["facts"]) < 2] == []
-
-
-def test_facts_stand_in_the_prompt_unless_they_are_put_in_other_words() -> None:
-    """At least one wording of nearly every fact is in the text; the others are paraphrases."""
-    verbatim = [
-        any(f" {normalise(wording)} " in f" {normalise(_source(row.messages))} " for wording in fact)
-        for row in HELD_OUT
-        for fact in row.row["facts"]
-    ]
-    assert mean(verbatim) > 0.9
-
-
-def test_rejected_answers_are_clearly_worse_in_style() -> None:
-    chosen = mean(_style(pair.chosen, _source(pair.messages)) for pair in PAIRS)
-    rejected = mean(_style(pair.rejected, _source(pair.messages)) for pair in PAIRS)
-    assert chosen == 1.0
-    assert rejected < 0.6
-
-
-@pytest.mark.parametrize(
-    ("flaw", "check", "most"),
-    [
-        ("verbose", None, 0.2),
-        ("filler", "filler", 0.5),
-        ("markup", "plain", 0.25),
-        ("refusal", "answered", 0.0),
-        ("cut_off", "finished", 0.5),
-        ("base_sample", None, 0.5),
-    ],
-)
-def test_a_named_flaw_is_one_that_the_rule_sees(flaw: str, check: str | None, most: float) -> None:
-    factors = []
-    for pair in PAIRS:
-        if pair.flaw == flaw:
-            source = _source(pair.messages)
-            checks = style_checks(pair.rejected, source=source)
-            factors.append(_style(pair.rejected, source) if check is None else checks[check])
-    assert mean(factors) <= most
-
-
-def test_the_rejected_answer_is_often_the_shorter_one() -> None:
-    """Otherwise 'shorter is better' would be all there is to learn, or 'longer is worse'."""
-    shorter = mean(len(pair.rejected.split()) < len(pair.chosen.split()) for pair in PAIRS)
-    assert 0.1 < shorter < 0.9
-
-
-# ---- variety --------------------------------------------------------------------------------------------------------
-
-
-def test_no_two_prompts_are_the_same_or_nearly_so() -> None:
-    """Over all three files, so that nothing held out is learned from."""
-    assert _near_duplicates({row.id: _user_text(row.messages) for row in ROWS}) == []
-
-
-def test_no_two_good_answers_are_the_same_or_nearly_so() -> None:
-    assert _near_duplicates({name: answer for name, answer, _ in _good_answers()}) == []
-
-
-def test_no_two_rejected_answers_are_the_same_or_nearly_so() -> None:
-    assert _near_duplicates({pair.id: pair.rejected for pair in PAIRS}) == []
-
-
-def test_the_search_for_duplicates_finds_them() -> None:
+def test_no_two_prompts_or_answers_are_nearly_the_same_and_they_begin_in_many_ways() -> None:
+    """Prompts over all three files, so that nothing held out is learned from."""
+    prompts = ["\n".join(turn.content for turn in row.messages if turn.role == "user") for row in ROWS]
+    first_turns = [next(turn.content for turn in row.messages if turn.role == "user") for row in ROWS]
+    good, rejected = [answer for _, answer, _ in _good_answers()], [pair.rejected for pair in PAIRS]
+    for texts in (prompts, good, rejected):
+        assert _near_duplicates(texts) == []
+    for texts in (first_turns, good, rejected):
+        assert len({" ".join(normalise(text).split()[:4]) for text in texts}) / len(texts) > 0.9
     text = "the quick brown fox jumps over the lazy dog and runs away from the hounds"
-    near = text.replace("hounds", "dogs")
-    pairs = _near_duplicates({"a": text, "b": near, "c": text, "d": "something else altogether, with words of its own"})
-    assert {(name, other) for _, name, other in pairs} == {("b", "a"), ("c", "a"), ("c", "b")}
+    assert _near_duplicates([text, text.replace("hounds", "dogs"), text[::-1], text]) == [(0, 1), (0, 3), (1, 3)]
 
 
-@pytest.mark.parametrize("name", ["prompts", "good answers", "rejected answers"])
-def test_texts_begin_in_many_ways(name: str) -> None:
-    texts = {
-        "prompts": [next(m.content for m in row.messages if m.role == "user") for row in ROWS],
-        "good answers": [answer for _, answer, _ in _good_answers()],
-        "rejected answers": [pair.rejected for pair in PAIRS],
-    }[name]
-    openings = {" ".join(normalise(text).split()[:4]) for text in texts}
-    assert len(openings) / len(texts) > 0.9
+def test_nothing_in_a_general_file_stands_in_another_or_in_the_quickstart() -> None:
+    files = [_all_of(rows) for rows in (*GENERAL.values(), ROWS)]
+    for texts in files[:-1]:
+        others = [text for other in files if other is not texts for text in other]
+        assert list(HeldOut(others).overlaps(texts)) == []
+        assert list(HeldOut(texts).overlaps(others)) == []
+        assert not any(list(HeldOut(texts[:index]).overlaps([text])) for index, text in enumerate(texts) if index)
 
 
-@pytest.mark.parametrize(("name", "least"), [("conversations", 0.15), ("preferences", 0.03), ("heldout", 0.08)])
-def test_some_rows_have_several_turns(name: str, least: float) -> None:
-    several = [sum(message.role == "user" for message in row.messages) > 1 for row in FILES[name]]
-    assert least < mean(several) < 0.5
+def test_a_question_has_four_choices_and_its_index_and_length_do_not_give_it_away() -> None:
+    """Always taking the longest, or the shortest, is right about as often as chance."""
+    assert {len(question.choices) for question in QUESTIONS} == {4}
+    assert len({question.messages for question in QUESTIONS}) == len(QUESTIONS)
+    right = Counter(question.right for question in QUESTIONS)
+    assert set(right) == {0, 1, 2, 3}
+    assert all(0.15 * len(QUESTIONS) < count < 0.35 * len(QUESTIONS) for count in right.values())
+    assert set(Counter(question.task for question in QUESTIONS).values()) == {22}
+    for chosen in (max, min):
+        assert mean(chosen(q.choices, key=len) == q.choices[q.right] for q in QUESTIONS) < 0.4
 
 
-@pytest.mark.parametrize(("name", "least"), [("conversations", 0.15), ("preferences", 0.05), ("heldout", 0.1)])
-def test_some_rows_have_a_system_message(name: str, least: float) -> None:
-    assert least < mean(row.messages[0].role == "system" for row in FILES[name]) < 0.5
+def test_conversations_are_of_many_kinds_and_not_in_the_house_style() -> None:
+    assert len({row.task for row in TALKS}) >= 10
+    first = [next(index for index, turn in enumerate(row.messages) if turn.role == "assistant") for row in TALKS]
+    styles = [
+        _style(row.messages[index].content, row.messages[:index]) for row, index in zip(TALKS, first, strict=True)
+    ]
+    assert mean(style == 1.0 for style in styles) < 0.2  # a short answer is in it by chance
+    assert len({row.messages[:-1] for row in TALKS}) == len(TALKS)

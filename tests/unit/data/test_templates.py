@@ -1,298 +1,417 @@
-"""The chat templates that people use: exactly the answers are learned, and whatever a row says stays text."""
+"""Chat templates: where they come from, the options that they read, and conversations put together without them."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import random
-from collections.abc import Callable
-from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from alignment.commands.shared.loaded_policies import parts_of
+from alignment.config.model import TemplateChoice
 from alignment.core.errors import DataError
-from alignment.data.records import PlainText
-from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import TEXTS, tokenized
-from alignment.data.tokens.tokenize import (
-    IGNORED,
-    TokenizedConversation,
-    answer_ids,
-    prompt_ids,
-    tokenize_conversation,
-)
+from alignment.data.chat_template import CHATML, set_template, template_text
+from alignment.data.template_flow import only_writes_contents
+from alignment.data.template_options import own_template, with_options
+from alignment.data.template_syntax import fields_of, options_of
+from alignment.data.tokens import rendering, skeletons
+from alignment.data.tokens.rendering import prompt_text, render
+from alignment.data.tokens.tokenize import IGNORED, tokenize_conversation, turn_end_id
+from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
+from alignment.data.trl_templates import trained_as, trl_templates
 from alignment.data.turns import Message
-from tests.templates import STYLES, styled_tokenizer
-from tests.tiny import tiny_tokenizer
+from tests.real_templates import GPT_OSS, QWEN, dressed, text_of
+from tests.templates import DEEPSEEK_LIKE, PHI_LIKE, STYLES, styled_tokenizer
+from tests.tiny import CHAT_TEMPLATE, save_tiny_model, tiny_tokenizer
 
-tokenizer_of = functools.cache(styled_tokenizer)
-every_style = pytest.mark.parametrize("name", STYLES)
-
-
-def _turns(*turns: tuple[str, str]) -> list[Message]:
-    return [Message(role=role, content=content) for role, content in turns]
-
-
-def _learned(tokenizer: Any, row: TokenizedConversation) -> list[str]:
-    """Runs of learned tokens as text."""
-    assert all(label in (IGNORED, token) for token, label in zip(row.input_ids, row.labels, strict=True))
-    runs = groupby(row.labels, key=lambda label: label != IGNORED)
-    return [tokenizer.decode(list(run)) for learned, run in runs if learned]
+HI = [Message(role="user", content="Hi.")]
+TALK = [*HI, Message(role="assistant", content="Hello.")]
+ECHO = "{{ messages[0].content }}|{{ mood }}"
+CALM = TemplateChoice(options={"mood": "calm"})
 
 
-def _answers(name: str, messages: list[Message]) -> list[str]:
-    """What ought to be learned of them."""
-    return [STYLES[name].learned(message) for message in messages if message.role == "assistant" and message.learned]
+def _with(template: Any) -> Any:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
 
 
-def _control(tokenizer: Any, ids: list[int]) -> list[int]:
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return [token for token in ids if token in special]
+def _saved(folder: Path, tokenizer: Any) -> Path:
+    tokenizer.save_pretrained(str(folder))
+    return folder
 
 
-# ---- what is learned ------------------------------------------------------------------------------------------------
-
-HI = _turns(("user", "Hi."), ("assistant", "Hello."))
-MANY = [*HI, *_turns(("user", "Open?"), ("assistant", "From nine."), ("user", "Thanks"), ("assistant", "Bye."))]
-CONVERSATIONS = {
-    "one turn": HI,
-    "many turns": MANY,
-    "an answer of one letter": _turns(("user", "Letter?"), ("assistant", "A")),
-    "an answer of blanks": _turns(("user", "Hi."), ("assistant", "   ")),
-    "blanks around an answer": _turns(("user", " Hi. "), ("assistant", "\n Hello ,  you.\n\n")),
-    "a user turn at the end": [*MANY, *_turns(("user", "Still there?"))],
-}
-CHATML = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
-ROWS = {
-    "llama3": (
-        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi.<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-        "Hello.<|eot_id|>",
-    ),
-    "qwen": ("<|im_start|>system\nYou are a small model.<|im_end|>\n" + CHATML, "Hello.<|im_end|>"),
-    "mistral": ("<s>[INST] Hi.[/INST]", " Hello.</s>"),
-    "gemma": ("<bos><start_of_turn>user\nHi.<end_of_turn>\n<start_of_turn>model\n", "Hello.<end_of_turn>"),
-    "chatml": (CHATML, "Hello.<|im_end|>"),
-    "smollm2": ("<|im_start|>system\nYou are tiny.<|im_end|>\n" + CHATML, "Hello.<|im_end|>"),
-}
+def _learned(tokenizer: Any) -> str:
+    row = tokenize_conversation(tokenizer, TALK)
+    return str(tokenizer.decode([label for label in row.labels if label != IGNORED]))
 
 
-@every_style
-def test_a_row_is_a_prompt_that_is_read_and_an_answer_that_is_learned(name: str) -> None:
-    tokenizer = tokenizer_of(name)
-    row = tokenize_conversation(tokenizer, HI)
-    read, learned = ROWS[name]
-    assert tokenizer.decode(prompt_ids(tokenizer, HI[:1])) == read
-    assert tokenizer.decode(row.input_ids) == read + learned
-    assert _learned(tokenizer, row) == [learned]
+# ---- where templates come from --------------------------------------------------------------------------------------
 
 
-@every_style
-@pytest.mark.parametrize("case", CONVERSATIONS)
-def test_exactly_the_answers_and_their_ends_are_learned(name: str, case: str) -> None:
-    tokenizer, messages = tokenizer_of(name), CONVERSATIONS[case]
-    row = tokenize_conversation(tokenizer, messages)
-    assert _learned(tokenizer, row) == _answers(name, messages)
-    assert row.labels[-1] == tokenizer.convert_tokens_to_ids(STYLES[name].end)
+@pytest.mark.parametrize(("style", "end", "bos"), [("smollm2", "<|im_end|>", ""), ("gemma", "<eos>", "<bos>")])
+def test_chatml_for_a_base_model_ends_turns_with_its_control_token_or_with_eos(
+    tmp_path: Path, style: str, end: str, bos: str
+) -> None:
+    """A vocabulary without ChatML's tokens gets no new ones."""
+    bare = styled_tokenizer(style)
+    bare.chat_template, size = None, len(bare)
+    bare.eos_token = "<|endoftext|>" if style == "smollm2" else bare.eos_token
+    tokenizer = load_tokenizer(_saved(tmp_path / "base", bare), TemplateChoice(source=CHATML))
+    assert (len(tokenizer), tokenizer.eos_token) == (size, end)
+    assert turn_end_id(tokenizer) == tokenizer.eos_token_id
+    text = f"{bos}<|im_start|>user\nHi.{end}\n<|im_start|>assistant\n"
+    assert render(tokenizer, HI, answering=True) == text
+    assert tokenizer.decode(tokenize_conversation(tokenizer, TALK).input_ids) == f"{text}Hello.{end}"
+    again = load_tokenizer(_saved(tmp_path / "artifact", tokenizer))
+    assert tokenizer_hashes(again) == tokenizer_hashes(tokenizer)
+    assert _learned(again) == f"Hello.{end}"
 
 
-@pytest.mark.parametrize("name", [name for name, style in STYLES.items() if style.bos])
-def test_a_row_begins_with_the_one_bos_that_it_has(name: str) -> None:
-    tokenizer = tokenizer_of(name)
-    for ids in (prompt_ids(tokenizer, MANY[:-1]), tokenize_conversation(tokenizer, MANY).input_ids):
-        assert ids[0] == tokenizer.bos_token_id
-        assert ids.count(tokenizer.bos_token_id) == 1
+def test_several_named_templates_are_saved_and_hashed(tmp_path: Path) -> None:
+    """As Cohere's and Hermes' tokenizers have them: one for tools, and one for everything else."""
+    plain = tokenizer_hashes(tiny_tokenizer())
+    assert plain["chat_template_sha256"] == hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
+    tokenizer = _with({"default": CHAT_TEMPLATE, "tool_use": "{{ tools | tojson }}" + CHAT_TEMPLATE})
+    again = load_tokenizer(_saved(tmp_path / "both", tokenizer))
+    hashes = tokenizer_hashes(again)
+    assert hashes == tokenizer_hashes(tokenizer)
+    assert hashes["chat_template_sha256"] != plain["chat_template_sha256"]
+    again.chat_template = dict(reversed(again.chat_template.items()))
+    assert tokenizer_hashes(again) == hashes
+    tool = {"type": "function", "function": {"name": "add"}}
+    assert render(again, TALK, answering=False) == render(tiny_tokenizer(), TALK, answering=False)
+    assert render(again, TALK, answering=False, tools=[tool]).startswith('[{"type": "function"')
+    default = _with({"default": CHAT_TEMPLATE})
+    saved = load_tokenizer(_saved(tmp_path / "default", default))
+    assert tokenizer_hashes(saved) == tokenizer_hashes(default) == plain, "a saved tokenizer has only the text"
+    assert tokenizer_hashes(_with({"tool_use": CHAT_TEMPLATE})) != plain
 
 
-@every_style
-def test_what_follows_the_last_answer_is_left_out(name: str) -> None:
-    tokenizer = tokenizer_of(name)
-    longer = tokenize_conversation(tokenizer, CONVERSATIONS["a user turn at the end"])
-    assert longer == tokenize_conversation(tokenizer, MANY)
+def test_a_template_is_read_from_a_file_of_the_users_or_of_trl(tmp_path: Path) -> None:
+    file = tmp_path / "own.jinja"
+    file.write_text("{% for message in messages %}{{ message['content'] }}<|im_end|>{% endfor %}")
+    tokenizer = tiny_tokenizer()
+    set_template(tokenizer, TemplateChoice(source=f"path:{file}"))
+    assert _learned(tokenizer) == "Hello.<|im_end|>"
+    assert template_text("trl:qwen3_training") == trl_templates()["qwen3_training"].read_text()
 
 
-@every_style
-@pytest.mark.parametrize("messages", [[], HI[:1]], ids=["no turn", "a user turn"])
-def test_a_conversation_without_an_answer_is_an_error(name: str, messages: list[Message]) -> None:
-    with pytest.raises(DataError, match="no assistant turn to learn from"):
-        tokenize_conversation(tokenizer_of(name), messages)
-
-
-@every_style
-def test_a_turn_that_is_not_to_be_learned_is_context(name: str) -> None:
-    tokenizer = tokenizer_of(name)
-    wrong = [HI[0], Message(role="assistant", content="Wrong.", learned=False)]
-    row = tokenize_conversation(tokenizer, [*wrong, *HI])
-    assert _learned(tokenizer, row) == _answers(name, HI)
-    assert "Wrong." in tokenizer.decode(row.input_ids)
-    with pytest.raises(DataError, match="no assistant turn to learn from"):
-        tokenize_conversation(tokenizer, wrong)
-
-
-@pytest.mark.parametrize("name", [name for name, style in STYLES.items() if style.has_system])
-def test_a_system_turn_is_read(name: str) -> None:
-    tokenizer = tokenizer_of(name)
-    row = tokenize_conversation(tokenizer, [*_turns(("system", "Be brief.")), *HI])
-    assert tokenizer.decode(row.input_ids).count("Be brief.") == 1
-    assert _learned(tokenizer, row) == _answers(name, HI)
-
-
-def test_a_family_without_a_system_turn_refuses_it() -> None:
-    with pytest.raises(DataError, match="refuses these messages: there is no system role"):
-        tokenize_conversation(tokenizer_of("gemma"), [*_turns(("system", "Be brief.")), *HI])
-
-
-@pytest.mark.parametrize("name", ["mistral", "gemma"])
-def test_a_family_whose_turns_alternate_refuses_others(name: str) -> None:
-    with pytest.raises(DataError, match=r"refuses these messages: user and .* must alternate"):
-        tokenize_conversation(tokenizer_of(name), [HI[0], *HI])
-
-
-# ---- tools ----------------------------------------------------------------------------------------------------------
-
-
-def _tool(description: str) -> dict[str, Any]:
-    function = {"name": "add", "description": description, "parameters": {"type": "object"}}
-    return {"type": "function", "function": function}
-
-
-def _calling(text: str, result: str) -> list[Message]:
-    """A call and what came back."""
-    call = {"type": "function", "function": {"name": "add", "arguments": {"text": text}}}
-    return [Message(role="assistant", content="", tool_calls=(call,)), Message(role="tool", content=result)]
-
-
-WITH_A_CALL = [HI[0], *_calling("2 + 2", "4"), HI[1]]
-CALLS = {
-    "llama3": (
-        '{"name": "add", "parameters": {"text": "2 + 2"}}<|eot_id|>',
-        '<|start_header_id|>ipython<|end_header_id|>\n\n"4"<|eot_id|>',
-    ),
-    "qwen": (
-        '<tool_call>\n{"name": "add", "arguments": {"text": "2 + 2"}}\n</tool_call><|im_end|>',
-        "<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n",
-    ),
-    "mistral": (
-        '[TOOL_CALLS] [{"name": "add", "arguments": {"text": "2 + 2"}}]</s>',
-        '[TOOL_RESULTS] {"content": 4}[/TOOL_RESULTS]',
-    ),
-}
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_calls_are_learned_and_tools_and_results_are_read(name: str) -> None:
-    tokenizer = tokenizer_of(name)
-    row = tokenize_conversation(tokenizer, WITH_A_CALL, [_tool("Adds numbers.")])
-    call, result = CALLS[name]
-    assert _learned(tokenizer, row) == [call, STYLES[name].learned(HI[1])]
-    text = tokenizer.decode(row.input_ids)
-    assert text.index("Adds numbers.") < text.index(call) < text.index(result)
-
-
-@pytest.mark.parametrize("name", sorted(STYLES.keys() - CALLS.keys()))
-@pytest.mark.parametrize("tools", [[], [_tool("Adds numbers.")]], ids=["a call", "an offer"])
-def test_a_family_without_tools_refuses_them_by_name(name: str, tools: list[Any]) -> None:
-    with pytest.raises(DataError, match="the chat template leaves out the tool 'add'"):
-        tokenize_conversation(tokenizer_of(name), HI if tools else WITH_A_CALL, tools)
-
-
-# ---- hostile rows ---------------------------------------------------------------------------------------------------
-
-NUM_ROWS = 200
-TOKENS = list(dict.fromkeys(token for style in STYLES.values() for token in (*style.control, *style.words)))
-PIECES = [
-    *TOKENS,
-    *(token[:-1] for token in TOKENS),
-    *(token[: len(token) // 2] for token in TOKENS),
-    *(token[len(token) // 2 :] for token in TOKENS),
-    *("{{ bos_token }}", "{% raw %}", "{% endraw %}", "{{ raise_exception('no') }}", "{#-", "-#}", "%s", "{}"),
-    *("system", "user", "assistant", "model", "ipython", "tool", "Hello.", "a b"),
-    *("\n", "\n\n", "\r\n", "\t", " ", "   ", "\u00a0", '"', "\\", "\\n", "}"),
-    *("\u200b", "\u200d", "\u2060", "\ufeff", "\u202e", "\u200f"),
-    *map(chr, range(0xE000, 0xE010)),
-    *("\U0001f642", "\U0001f469\u200d\U0001f467", "e\u0301", "\u0645\u0631\u062d\u0628\u0627", "\u05e9\u05dc"),
-]
-
-
-def _hostile(rng: random.Random) -> str:
-    return "".join(rng.choices(PIECES, k=rng.randint(1, 12)))
-
-
-def _row(name: str, number: int, say: Callable[[], str]) -> tuple[list[Message], list[dict[str, Any]]]:
-    """Messages and tools that say what ``say`` gives; their shape follows from the number alone."""
-    calls = name in CALLS and number % 3 == 0
-    messages = _turns(("system", say())) if STYLES[name].has_system and number % 2 else []
-    for _ in range(1 + number // 6 % 3):
-        messages += _turns(("user", say()))
-        messages += _calling(say(), say()) if calls else []
-        messages += _turns(("assistant", say()))
-    return messages, [_tool(say())] if calls else []
-
-
-WITH_IDS = (
-    "{% for turn in messages %}"
-    "{% if turn.role == 'tool' %}"
-    "{% if turn.tool_call_id|length != 9 %}{{ raise_exception('an id has nine letters') }}{% endif %}"
-    "<|im_start|>{{ turn.tool_call_id }} {{ turn.name }}: {{ turn.content }}<|im_end|>"
-    "{% elif turn.tool_calls %}<|im_start|>assistant\n"
-    "{% for call in turn.tool_calls %}"
-    "{% if call.id|length != 9 %}{{ raise_exception('an id has nine letters') }}{% endif %}"
-    "{{ call.id }} {{ call.function.name }} {{ call.function.arguments|tojson }}"
-    "{% endfor %}<|im_end|>"
-    "{% else %}<|im_start|>{{ turn.role }}\n{{ turn.content }}<|im_end|>{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("path:nowhere.jinja", "path:FILE"),
+        ("llama", "path:FILE"),
+        ("path:", "path:FILE"),
+        ("trl:qwen3_trainig", "did you mean trl:qwen3_training?"),
+    ],
 )
-"""As Mistral's: it refuses calls and results without an id of nine letters."""
+def test_a_template_that_is_none_is_refused(source: str, words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        template_text(source)
+    assert caught.value.where == "model.chat_template"
+    assert words in str(caught.value)
 
 
 def test_a_template_gets_the_ids_of_calls_and_what_their_results_answer() -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = WITH_IDS
+    """As Mistral's, this one refuses calls and results without an id of nine letters."""
+    tokenizer = _with(
+        "{% for turn in messages %}"
+        "{% for id in ([turn.tool_call_id] if turn.role == 'tool' else turn.tool_calls | map(attribute='id')) %}"
+        "{% if id|length != 9 %}{{ raise_exception('an id has nine letters') }}{% endif %}{% endfor %}"
+        "<|im_start|>{{ turn.role }} {{ turn.tool_call_id }} {{ turn.name }}: {{ turn.content }}"
+        "{% for call in turn.tool_calls %}{{ call.id }} {{ call.function | tojson }}{% endfor %}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant  : {% endif %}"
+    )
     call = {"id": "abc123xyz", "type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
     turns = [
-        *_turns(("user", "2 + 2?")),
+        *HI,
         Message(role="assistant", content="", tool_calls=(call,)),
         Message(role="tool", content="4", call_id="abc123xyz", name="add"),
-        Message(role="tool", content="4", call_id="123456789", name="sum"),
-        *_turns(("assistant", "4.")),
+        Message(role="tool", content="5", call_id="123456789", name="sum"),
+        Message(role="assistant", content="4."),
     ]
     text = tokenizer.decode(tokenize_conversation(tokenizer, turns).input_ids)
-    assert 'abc123xyz add {"a": 2}<|im_end|><|im_start|>abc123xyz add: 4<|im_end|><|im_start|>123456789 sum: 4<' in text
+    assert 'abc123xyz {"name": "add", "arguments": {"a": 2}}<|im_end|><|im_start|>tool abc123xyz add: 4<' in text
+    assert "<|im_start|>tool 123456789 sum: 5<" in text
     with pytest.raises(DataError, match="an id has nine letters"):
         tokenize_conversation(tokenizer, [*turns[:2], Message(role="tool", content="4"), turns[-1]])
 
 
-@every_style
-def test_whatever_a_row_says_stays_text(name: str) -> None:
-    tokenizer, rng = tokenizer_of(name), random.Random(name)
-    for number in range(NUM_ROWS):
-        messages, tools = _row(name, number, lambda: _hostile(rng))
-        row = tokenize_conversation(tokenizer, messages, tools)
-        harmless = tokenize_conversation(tokenizer, *_row(name, number, lambda: "x"))
-        assert _control(tokenizer, row.input_ids) == _control(tokenizer, harmless.input_ids)
-        assert _learned(tokenizer, row) == _answers(name, messages)
-        text = tokenizer.decode(row.input_ids)
-        assert all(message.content.strip() in text for message in messages if message.role != "tool")
+def test_a_models_own_template_is_found_without_its_tokenizer(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_tiny_model(base)
+    (base / "chat_template.jinja").write_text("{{ own }}")
+    assert own_template(base) == "{{ own }}"
+    (base / "chat_template.jinja").unlink()
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    for stored, template in [
+        ("{{ a }}", "{{ a }}"),
+        ([{"name": "default", "template": "b"}], {"default": "b"}),
+        (None, None),
+    ]:
+        (base / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": stored}))
+        assert own_template(base) == template
+    assert own_template(tmp_path / "nowhere") is None
 
 
-@every_style
-def test_a_prompt_and_its_answer_are_the_row(name: str) -> None:
-    tokenizer, rng = tokenizer_of(name), random.Random(name)
-    hostile = [_turns(("user", _hostile(rng)), ("assistant", _hostile(rng))) for _ in range(NUM_ROWS)]
-    for messages in (HI, CONVERSATIONS["an answer of one letter"], CONVERSATIONS["an answer of blanks"], *hostile):
-        ids = prompt_ids(tokenizer, messages[:1]) + answer_ids(tokenizer, messages[:1], messages[1].content)
-        assert ids == tokenize_conversation(tokenizer, messages).input_ids
+def test_the_training_template_of_a_model_is_known_by_its_own_with_and_without_options() -> None:
+    template, training = text_of("qwen3") or "", text_of("qwen3_training") or ""
+    for options in ({}, {"enable_thinking": False}):
+        own, trained = (str(with_options(text, options)) if options else text for text in (template, training))
+        assert trained_as(own) == ("trl:qwen3_training", trained)
+    assert trained_as("{{ messages }}") is None
 
 
-@every_style
-def test_plain_text_stays_text_between_bos_and_eos(name: str) -> None:
-    tokenizer, rng = tokenizer_of(name), random.Random(name)
-    bos, eos = STYLES[name].bos, STYLES[name].eos
-    frame = [tokenizer.convert_tokens_to_ids(token) for token in (bos, eos) if token]
-    for text in (_hostile(rng) for _ in range(NUM_ROWS)):
-        (tokenized_text,) = tokenized(tokenizer, TEXTS, [PlainText(text=text, where="x:1")], Limits(row=1000))
-        (row,) = tokenized_text.rows
-        assert row["labels"] == row["input_ids"]
-        assert _control(tokenizer, row["input_ids"]) == frame
-        assert tokenizer.decode(row["input_ids"]) == bos + text + eos
+# ---- options --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, False, 3, -1.5e-07, "high", '"a\\n" %}{{ b }}', "two\nlines\r\n", "é ☕ 🙂", ["browser", "python"], []],
+)
+def test_a_template_gets_the_value_of_an_option(value: Any) -> None:
+    tokenizer = _with(ECHO)
+    set_template(tokenizer, TemplateChoice(options={"mood": value}))
+    assert prompt_text(tokenizer, HI) == f"Hi.|{value}"
+
+
+@pytest.mark.parametrize("start", ["", "\n", "  ", "\n\n  ", "{% if true %}\n  {% endif %}\n", "  {%- set a = 1 %}\n"])
+def test_the_line_that_sets_an_option_leaves_no_trace_in_the_text(start: str) -> None:
+    before, after = _with(start + ECHO), _with(start + ECHO)
+    set_template(after, CALM)
+    assert prompt_text(after, HI) == prompt_text(before, HI) + "calm"
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "qwen3": {"enable_thinking": False},
+    "qwen3_5_nothink": {"enable_thinking": True},
+    "qwen3_8": {"reasoning_effort": "low"},
+    "gptoss": {"reasoning_effort": "high", "model_identity": "You are tiny.", "builtin_tools": ["python"]},
+    "nemotron_3_nano": {"enable_thinking": False, "truncate_history_thinking": False},
+    "nemotron_3_super": {"low_effort": True},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_an_option_does_what_it_does_when_a_caller_passes_it(name: str) -> None:
+    """The oracle is the call of transformers with the option as an argument. Other values of a caller still win."""
+    options, family = OPTIONS[name], GPT_OSS if name == "gptoss" else QWEN
+    template = text_of(name)
+    assert template is not None
+    bare, ours = dressed(family, template), dressed(family, template, options)
+    turns = [*HI, Message(role="assistant", content="Hello.", thought="Hm." if family is QWEN else ""), *HI]
+    plain = [turn.as_dict() for turn in turns]
+    passed = bare.apply_chat_template(plain, tokenize=False, add_generation_prompt=True, **options)
+    assert prompt_text(ours, turns) == passed != prompt_text(bare, turns)
+    option = next(iter(options))
+    others = options | {option: {"reasoning_effort": "medium"}.get(option, not options[option])}
+    by_caller = (tokenizer.apply_chat_template(plain, tokenize=False, **others) for tokenizer in (ours, bare))
+    assert next(by_caller) == next(by_caller)
+
+
+def test_the_last_option_counts_in_every_template_of_a_tokenizer() -> None:
+    again = with_options(with_options(ECHO, {"mood": "old"}), {"mood": "new"})
+    assert prompt_text(_with(again), HI) == "Hi.|new"
+    tokenizer = _with({"default": ECHO, "tool_use": "{{ tools[0].function.name }}: " + ECHO})
+    set_template(tokenizer, CALM)
+    assert prompt_text(tokenizer, HI) == "Hi.|calm"
+    assert render(tokenizer, HI, answering=True, tools=[{"function": {"name": "add"}}]) == "add: Hi.|calm"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("qwen3", {"enable_thinking"}),
+        ("qwen3_6", {"enable_thinking", "preserve_thinking", "add_vision_id"}),
+        ("gptoss", {"builtin_tools", "model_identity", "reasoning_effort"}),
+        ("qwen3_training", {"enable_thinking"}),
+        ("phi3", set()),
+        ("deepseekv3", set()),
+        ("{% set mood = 1 %}{{ mood }}{% for turn in messages %}{{ turn }}{% endfor %}", set()),
+        ("{% set mood = mood if mood is defined else 1 %}{{ mood }}", {"mood"}),
+        ("{% generation %}{{ mood }}{% endgeneration %}{{ strftime_now('%Y') }}", {"mood"}),
+    ],
+)
+def test_the_options_of_a_template_are_the_names_that_it_reads_before_it_sets_them(
+    name: str, options: set[str]
+) -> None:
+    assert options_of(text_of(name) or name) == options
+
+
+@pytest.mark.parametrize(
+    ("template", "field", "is_field"),
+    [
+        ("{% for m in messages %}{{ m.reasoning_content }}{% endfor %}", "reasoning_content", True),
+        ("{% if thinking %}{{ m.a }}{% endif %}", "thinking", False),
+        ("{{ 'thinking' in m }}", "thinking", True),
+        ("{{ m['thinking'] }}", "thinking", True),
+        ("{% if '</think>' in content %}{% endif %}", "</think>", True),
+        ("{{ '</think>' + content }}", "</think>", False),
+    ],
+)
+def test_the_fields_of_a_template_are_those_of_messages_and_no_variables(
+    template: str, field: str, is_field: bool
+) -> None:
+    assert (field in fields_of(template)) == is_field
+
+
+@pytest.mark.parametrize(
+    ("options", "where", "words"),
+    [
+        ({"enable_thinkin": False}, ".enable_thinkin", "did you mean 'enable_thinking'?"),
+        ({"mood": 1}, ".mood", "one of: enable_thinking"),
+        ({"messages": 1}, ".messages", "no option"),
+        ({"enable_thinking": None}, ".enable_thinking", "~model.template_options.enable_thinking"),
+        ({"enable_thinking": {"a": 1}}, ".enable_thinking", "true or false, a number, a text, or a list"),
+        ({"enable_thinking": [[1]]}, ".enable_thinking", "true or false, a number"),
+        ({"enable_thinking": float("inf")}, ".enable_thinking", "inf"),
+    ],
+)
+def test_what_cannot_be_an_option_is_refused(options: dict[str, Any], where: str, words: str) -> None:
+    with pytest.raises(DataError) as caught:
+        dressed(QWEN, text_of("qwen3") or "", options)
+    assert caught.value.where == f"model.template_options{where}"
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("template", "words"), [("\n{% if %}", "not valid Jinja: line 2"), (None, "no chat template")])
+def test_options_without_a_template_that_can_be_read_are_refused(template: str | None, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        set_template(_with(template), CALM)
+
+
+def test_a_saved_tokenizer_and_a_bare_base_of_a_run_have_the_options(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_tiny_model(base)
+    (base / "chat_template.jinja").write_text(text_of("qwen3") or "")
+    choice = TemplateChoice(options={"enable_thinking": False})
+    tokenizer = load_tokenizer(base, choice)
+    again = load_tokenizer(_saved(tmp_path / "artifact", tokenizer))
+    for made in (tokenizer, again, parts_of(None, base, choice)[1]):
+        assert prompt_text(made, HI).endswith("<think>\n\n</think>\n\n")
+    assert tokenizer_hashes(again) == tokenizer_hashes(tokenizer) != tokenizer_hashes(load_tokenizer(base))
+
+
+# ---- conversations that are put together without the template -------------------------------------------------------
+
+
+def _each(*written: str) -> list[str]:
+    """Templates that write this of each turn."""
+    return ["{% for turn in messages %}" + text + "{% endfor %}" for text in written]
+
+
+SPACE = "{% set space = namespace(text='') %}"
+WRITES = [
+    *(style.template for style in STYLES.values()),
+    PHI_LIKE,
+    *_each(
+        "{{ turn['content'].strip() ~ '\n' }}",
+        "{% set text = turn.role + turn.content | trim %}{% if loop.first %}{{ bos_token }}{% endif %}{{ text }}",
+        "{{ (turn.content ~ ':') | trim }}{{ (': ' ~ turn.content) | trim }}",
+        "{% if turn.content is string %}{{ turn.content }}{% else %}{{ turn.content | tojson }}{% endif %}",
+        "{% if turn.tool_calls is defined %}{{ turn.content | tojson }}{% else %}{{ turn.content }}{% endif %}",
+        "{% if turn.role == 'tool' %}{{ turn.content[0] }}{% elif turn.content %}{{ turn.get('content') }}{% endif %}",
+    ),
+    SPACE + _each("{% set space.text = space.text + turn.content %}")[0] + "{{ space.text }}",
+    "{{ (messages | first).content }}{{ messages[-1]['content'] }}{{ messages | length }}",
+    "{{ messages[0].content if messages[0].role == 'system' else 'none' }}" + _each("{{ turn.content or '' }}")[0],
+]
+LOOKS_INSIDE = [
+    *_each(
+        "{% set text = none %}{% if loop.first %}{% set text = turn.content %}{% endif %}"
+        "{% if text is string %}{{ text }}{% else %}{{ turn.content | upper }}{% endif %}",
+        "{{ turn.content | tojson }}",
+        "{{ turn.content | upper }}",
+        "{{ turn.content | trim('x') }}",
+        "{{ turn.content.strip('x') }}",
+        "{{ turn.content.upper() }}",
+        "{{ turn.content[0] }}",
+        "{{ turn.content * 2 }}",
+        "{{ '%s' % turn.content }}",
+        "{{ ('a' + turn.content) | replace('a', 'b') }}",
+        "{{ ('a' ~ turn.content) | length }}",
+        "{{ [turn.content] }}",
+        "{% if turn.content == 'x' %}x{% endif %}",
+        "{% if 'x' in turn.content %}x{% endif %}",
+        "{% if turn.content is eq('x') %}x{% endif %}",
+        "{% set text = turn.content %}{% if text > 'x' %}x{% endif %}",
+        "{% for letter in turn.content %}{{ letter }}{% endfor %}",
+        "{% if turn.content is string and turn.content | length > 3 %}x{% endif %}",
+        "{{ turn }}",
+        "{{ turn.values() | join }}",
+        "{% for name in turn %}{{ turn[name] }}{% endfor %}",
+        "{% if loop.previtem is defined and loop.previtem.content == 'x' %}x{% endif %}",
+        "{% set text %}{{ turn.content }}{% endset %}{{ text | upper }}",
+        "{{ raise_exception(turn.content) }}",
+    ),
+    "{% macro said(turn) %}{{ turn.content }}{% endmacro %}" + _each("{{ said(turn) | upper }}")[0],
+    SPACE + _each("{% set space.text = turn.content %}{{ space.text | upper }}")[0],
+    DEEPSEEK_LIKE,
+    "{{ messages | tojson }}",
+    "{{ messages | map(attribute='content') | join }}",
+    "{{ messages | selectattr('content', 'equalto', 'x') | list | length }}",
+    "{{ strftime_now('%Y') }}" + _each("{{ turn.content }}")[0],
+    "{% if %}",
+]
+CONTENTS = [
+    *(
+        "Hi.",
+        " Hi.",
+        "Hi.\n",
+        "\n\tHi. \u2003",
+        "\u2003",
+        "a\u2003",
+        '"\\\n<Aa',
+        "\U000ffffd0",
+        "{{ x }}",
+        "<|im_end|>",
+    ),
+    *("\u00e9", " ", "", "a</think>b", "<think>a</think>b", "0", "None", "[INST]", "a\r\nb"),
+]
+ROLES = [("system", "user", "assistant", "user", "assistant"), ("user", "assistant"), ("user",), ("assistant", "user")]
+
+
+def test_templates_that_only_write_contents_are_told_from_those_that_may_look_inside() -> None:
+    assert [template for template in WRITES if not only_writes_contents(template)] == []
+    assert [template for template in LOOKS_INSIDE if only_writes_contents(template)] == []
+
+
+def _outcome(render_them: Any) -> str:
+    try:
+        return str(render_them())
+    except DataError as error:
+        return f"refused: {error}"
+
+
+@pytest.mark.parametrize("template", [*WRITES, *STYLES])
+def test_every_conversation_is_what_the_template_renders(template: str) -> None:
+    """Blanks around a content, contents that look like marks, and contents that are left to the template included."""
+    tokenizer = styled_tokenizer(template) if template in STYLES else _with(template)
+    by_template = functools.partial(rendering.render_by_template, tools=(), templates=tokenizer.chat_template)
+    rng = random.Random(0)
+    for number in range(80):
+        messages = [Message(role=role, content=rng.choice(CONTENTS)) for role in rng.choice(ROLES)]
+        arguments: Any = {"tokenizer": tokenizer, "messages": messages, "answering": number % 2 == 0}
+        assert _outcome(lambda given=arguments: render(**given)) == _outcome(
+            lambda given=arguments: by_template(**given)
+        )
+
+
+def test_the_template_is_asked_twice_for_all_conversations_of_the_same_roles(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, asked = _with(CHAT_TEMPLATE), []
+    applied = rendering._applied
+    monkeypatch.setattr(rendering, "_applied", lambda *args, **kwargs: asked.append(1) or applied(*args, **kwargs))
+    for number in range(20):
+        render(tokenizer, [Message(role="user", content=f"{number}?")], answering=True)
+    assert len(asked) == 2
+    render(tokenizer, HI, answering=False)
+    assert len(asked) == 4
+    monkeypatch.setattr(skeletons, "MOST", 2)
+    for _ in range(2):
+        render(tokenizer, [Message(role="system", content="1?")], answering=False)
+    assert len(asked) == 6

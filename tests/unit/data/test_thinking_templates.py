@@ -32,24 +32,29 @@ def _answer(text: str, thought: str = "", **more: Any) -> Message:
     return Message(role="assistant", content=text, thought=thought, **more)
 
 
+def _talk(asked: str, answer: str, thought: str = "") -> list[Message]:
+    return [_user(asked), _answer(answer, thought)]
+
+
 CALL = {"type": "function", "function": {"name": NAME, "arguments": ARGUMENTS}}
 TOOL = {"type": "function", "function": {"name": NAME, "description": "Adds.", "parameters": {"type": "object"}}}
 SYSTEM = Message(role="system", content="Be brief.")
 PLAIN = [
-    _user("Open?"),
-    _answer("From nine."),
-    _user("Thanks"),
-    _answer("Bye."),
-    _user("Still there?"),
-    _answer("Yes."),
+    turn for pair in (("Open?", "From nine."), ("Thanks", "Bye."), ("Still there?", "Yes.")) for turn in _talk(*pair)
 ]
-THOUGHTFUL = [_user("2 + 2?"), _answer("Four.", "Two and two."), _user("Sure?"), _answer("Quite.", "I count\n\nagain.")]
+THOUGHTFUL = [*_talk("2 + 2?", "Four.", "Two and two."), *_talk("Sure?", "Quite.", "I count\n\nagain.")]
 CALLING = [
     _user("2 + 2?"),
     _answer("", "I need the tool.", tool_calls=(CALL,)),
     Message(role="tool", content="4"),
     _answer("It is four.", "The tool says so."),
 ]
+
+
+def _real(name: str, family: Any = QWEN, options: Any = None) -> Any:
+    template = text_of(name)
+    assert template is not None, "TRL ships it"
+    return dressed(family, template, options)
 
 
 def _tokenizer(case: Case) -> Any:
@@ -67,7 +72,7 @@ def _tokenized(tokenizer: Any, messages: list[Message], tools: tuple[Any, ...] =
     return row
 
 
-def _read_and_learned(tokenizer: Any, row: Any) -> list[tuple[list[int], list[int]]]:
+def _runs(row: Any) -> list[tuple[list[int], list[int]]]:
     """Each run of learned tokens, with all tokens before it."""
     runs, end = [], 0
     for learned, run in groupby(row["labels"], key=lambda label: label != IGNORED):
@@ -80,7 +85,7 @@ def _check(case: Case, messages: list[Message], tools: tuple[Any, ...] = ()) -> 
     """Each answer is learned once, in order, behind the very tokens of its prompt."""
     tokenizer = _tokenizer(case)
     whole = _tokenized(tokenizer, messages, tools)
-    runs = [run for row in whole.rows for run in _read_and_learned(tokenizer, row)]
+    runs = [run for row in whole.rows for run in _runs(row)]
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
     assert [tokenizer.decode(learned) for _, learned in runs] == [case.learned(messages[index]) for index in answers]
     for index, (read, _) in zip(answers, runs, strict=True):
@@ -102,25 +107,18 @@ def test_answers_without_thoughts_are_learned_exactly(case: Case, system: bool) 
 
 
 @every_case
-def test_answers_with_thoughts_are_learned_exactly(case: Case) -> None:
+def test_answers_with_thoughts_are_learned_exactly_in_a_field_or_between_tags(case: Case) -> None:
     if not case.with_thought:
         return
     whole = _check(case, THOUGHTFUL)
     assert len(whole.rows) == (1 if case.keeps else 2)
-
-
-@every_case
-def test_thoughts_between_tags_are_learned_like_those_in_a_field(case: Case) -> None:
-    if not case.with_thought:
-        return
     tagged = [
         replace(turn, thought="", content=f"<think>\n{turn.thought}\n</think>\n\n{turn.content}")
         if turn.thought
         else turn
         for turn in THOUGHTFUL
     ]
-    tokenizer = _tokenizer(case)
-    assert _tokenized(tokenizer, tagged).rows == _tokenized(tokenizer, THOUGHTFUL).rows
+    assert _tokenized(_tokenizer(case), tagged).rows == whole.rows
 
 
 @every_case
@@ -135,8 +133,7 @@ def test_calls_are_learned_exactly_and_results_are_read(case: Case) -> None:
 def test_an_answer_behind_calls_is_learned_behind_the_thoughts_that_led_to_them() -> None:
     """gpt-oss drops them once the answer follows, but a model reads them when it answers."""
     tokenizer = _real("gptoss", GPT_OSS)
-    *_, row = _tokenized(tokenizer, CALLING, (TOOL,)).rows
-    (read, learned) = _read_and_learned(tokenizer, row)[-1]
+    read, learned = _runs(_tokenized(tokenizer, CALLING, (TOOL,)).rows[-1])[-1]
     assert "analysis<|message|>I need the tool.<|end|>" in tokenizer.decode(read)
     assert tokenizer.decode(learned).startswith("<|channel|>analysis<|message|>The tool says so.<|end|>")
 
@@ -157,97 +154,80 @@ def test_an_answer_of_its_own_has_the_tokens_of_the_conversation(case: Case) -> 
 # ---- what is lost ---------------------------------------------------------------------------------------------------
 
 
-def _real(name: str, family: Any = QWEN, options: Any = None) -> Any:
-    template = text_of(name)
-    assert template is not None, "TRL ships it"
-    return dressed(family, template, options)
+JSON_AND_TRIMMED = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}<|im_sep|>"
+    "{{ message.content | trim if message.role == 'user' else message.content | tojson }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
+)
+ODD = _talk("  Say:\n\n  “a” \n", 'He said: "yes".\nThen <|im_end|> he left.')
+OTHER_CALL = {"type": "function", "function": {"name": NAME, "arguments": {"b": "eleven", "c": [True, None, 7]}}}
+TWO_CALLS = [_user("2 + 2?"), _answer("", tool_calls=(CALL, OTHER_CALL))]
 
 
-def test_thoughts_of_earlier_turns_are_named_where_a_template_drops_them() -> None:
-    whole = _tokenized(_real("qwen3"), THOUGHTFUL)
-    assert whole.lost == {"thoughts of earlier turns"}
-    assert _tokenized(_real("qwen3_training"), THOUGHTFUL).lost == frozenset()
-    assert _tokenized(_real("qwen3"), THOUGHTFUL[:2]).lost == frozenset()
+@pytest.mark.parametrize(
+    ("name", "family", "messages", "lost"),
+    [
+        ("qwen3", QWEN, THOUGHTFUL, {"thoughts of earlier turns"}),
+        ("qwen3", QWEN, THOUGHTFUL[:2], set()),
+        ("qwen3_training", QWEN, THOUGHTFUL, set()),
+        (DEEPSEEK_LIKE, DEEPSEEK, THOUGHTFUL[:2], {"thoughts of answers that are learned"}),
+        (PHI_LIKE, PHI_4, [SYSTEM, *PLAIN[:2]], {"system turns"}),
+        (PHI_LIKE, PHI_4, PLAIN, set()),
+        (JSON_AND_TRIMMED, PHI_4, ODD, set()),
+        ("gptoss", GPT_OSS, TWO_CALLS, {"calls of tools"}),
+        ("qwen3", QWEN, TWO_CALLS, set()),
+    ],
+)
+def test_what_a_template_drops_is_named(name: str, family: Any, messages: list[Message], lost: set[str]) -> None:
+    """What is trimmed or written as JSON is not lost."""
+    tokenizer = dressed(family, text_of(name) or name)
+    assert _tokenized(tokenizer, messages).lost == lost
 
 
-def test_a_thought_that_is_not_learned_is_named() -> None:
-    tokenizer = dressed(DEEPSEEK, DEEPSEEK_LIKE)
-    whole = _tokenized(tokenizer, THOUGHTFUL[:2])
-    assert whole.lost == {"thoughts of answers that are learned"}
-    (row,) = whole.rows
-    assert "Two and two." not in tokenizer.decode(row["input_ids"])
-
-
-def test_a_system_turn_that_a_template_drops_is_named() -> None:
-    tokenizer = dressed(PHI_4, PHI_LIKE)
-    assert _tokenized(tokenizer, [SYSTEM, *PLAIN[:2]]).lost == {"system turns"}
-    assert _tokenized(tokenizer, PLAIN).lost == frozenset()
-
-
-def test_a_text_that_is_trimmed_or_written_as_json_is_not_lost() -> None:
-    template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}<|im_sep|>"
-        "{{ message.content | trim if message.role == 'user' else message.content | tojson }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
-    )
-    turns = [_user("  Say:\n\n  “a” \n"), _answer('He said: "yes".\nThen <|im_end|> he left.')]
-    assert _tokenized(dressed(PHI_4, template), turns).lost == frozenset()
-
-
-def test_a_second_call_that_a_template_drops_is_named() -> None:
-    other = {"type": "function", "function": {"name": NAME, "arguments": {"b": "eleven", "c": [True, None, 7]}}}
-    turns = [_user("2 + 2?"), _answer("", tool_calls=(CALL, other))]
-    assert _tokenized(_real("gptoss", GPT_OSS), turns).lost == {"calls of tools"}
-    assert _tokenized(_real("qwen3"), turns).lost == frozenset()
+def _learned_alone(tokenizer: Any, messages: list[Message]) -> str:
+    """The one answer that is learned of the messages."""
+    ((_, learned),) = (run for row in _tokenized(tokenizer, messages).rows for run in _runs(row))
+    return str(tokenizer.decode(learned))
 
 
 def test_a_template_that_takes_arguments_only_as_text_gets_them_as_json() -> None:
     tokenizer = dressed(DEEPSEEK, DEEPSEEK_LIKE)
-    (row,) = _tokenized(tokenizer, [_user("2 + 2?"), _answer("", tool_calls=(CALL,))]).rows
-    ((_, learned),) = _read_and_learned(tokenizer, row)
     call = '<｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 2}'
-    assert tokenizer.decode(learned) == f"{call}<｜end▁of▁sentence｜>"
-
-
-def test_a_template_that_fails_for_another_reason_is_refused_with_it() -> None:
-    tokenizer = dressed(PHI_4, "{{ messages[0].content + 1 }}")
+    learned = _learned_alone(tokenizer, [_user("2 + 2?"), _answer("", tool_calls=(CALL,))])
+    assert learned == f"{call}<｜end▁of▁sentence｜>"
+    refuses = dressed(PHI_4, "{{ messages[0].content + 1 }}")
     with pytest.raises(DataError, match="refuses these messages: can only concatenate str"):
-        _tokenized(tokenizer, [_user("Hi."), _answer("", tool_calls=(CALL,))])
+        _tokenized(refuses, [_user("Hi."), _answer("", tool_calls=(CALL,))])
 
 
 # ---- faults that say what to set ------------------------------------------------------------------------------------
 
 
-def _fault(tokenizer: Any, messages: list[Message]) -> DataError:
+@pytest.mark.parametrize(
+    ("name", "family", "options", "messages", "remedy"),
+    [
+        ("nemotron_3_nano", QWEN, {}, PLAIN, "set model.template_options.enable_thinking=false"),
+        # TRL's would have the same option
+        ("qwen3", QWEN, {"enable_thinking": False}, THOUGHTFUL, "set model.template_options.enable_thinking=true"),
+        ("qwen3_5_nothink", QWEN, {}, THOUGHTFUL, "set model.template_options.enable_thinking=true"),
+        ("deepseek_r1_distill", DEEPSEEK, {}, THOUGHTFUL, "set model.chat_template=trl:deepseek_r1_distill_training"),
+        # TRL's own for it drops thoughts too
+        ("deepseekv3", DEEPSEEK, {}, THOUGHTFUL, "set model.chat_template=chatml"),
+    ],
+)
+def test_an_answer_that_contradicts_its_prompt_names_what_helps(
+    name: str, family: Any, options: Any, messages: list[Message], remedy: str
+) -> None:
     with pytest.raises(DataError, match="renders a prompt differently when an answer follows it") as caught:
-        _tokenized(tokenizer, messages)
-    return caught.value
-
-
-def test_an_answer_that_contradicts_its_prompt_names_the_option_that_helps() -> None:
-    nemotron = _fault(_real("nemotron_3_nano"), PLAIN)
-    assert nemotron.remedy == "set model.template_options.enable_thinking=false"
-    assert "the prompt ends with" in nemotron.message
-    assert repr("<think>\n")[1:-1] in nemotron.message
-    qwen = _fault(_real("qwen3", options={"enable_thinking": False}), THOUGHTFUL)
-    assert qwen.remedy == "set model.template_options.enable_thinking=true", "TRL's would have the same option"
-    small = _fault(_real("qwen3_5_nothink"), THOUGHTFUL)
-    assert small.remedy == "set model.template_options.enable_thinking=true"
-
-
-def test_a_template_that_drops_the_thought_of_an_answer_names_trls_if_that_keeps_it() -> None:
-    assert _fault(_real("deepseek_r1_distill", DEEPSEEK), THOUGHTFUL).remedy == (
-        "set model.chat_template=trl:deepseek_r1_distill_training"
-    )
-    neither = _fault(_real("deepseekv3", DEEPSEEK), THOUGHTFUL)
-    assert neither.remedy.startswith("set model.chat_template=chatml"), "TRL's own for it drops thoughts too"
+        _tokenized(_real(name, family, options), messages)
+    assert caught.value.remedy.startswith(remedy)
+    assert "the prompt ends with" in caught.value.message
 
 
 def test_an_answer_that_is_only_context_may_contradict_its_prompt() -> None:
     tokenizer = _real("nemotron_3_nano")
     turns = [_user("Hi."), _answer("Hello.", learned=False), *THOUGHTFUL[:2]]
-    (row,) = _tokenized(tokenizer, turns).rows
-    ((read, learned),) = _read_and_learned(tokenizer, row)
+    ((read, learned),) = _runs(_tokenized(tokenizer, turns).rows[0])
     assert tokenizer.decode(learned) == "Two and two.\n</think>\nFour.<|im_end|>"
     assert "Hello." in tokenizer.decode(read)
 
@@ -272,21 +252,19 @@ def test_a_thought_is_opened_once() -> None:
         "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{{ '<think>\n' }}{% endif %}"
     )
     tokenizer = dressed(PHI_4, template)
-    ((read, learned),) = _read_and_learned(tokenizer, _tokenized(tokenizer, THOUGHTFUL[:2]).rows[0])
+    ((read, learned),) = _runs(_tokenized(tokenizer, THOUGHTFUL[:2]).rows[0])
     assert tokenizer.decode(read).endswith("assistant<|im_sep|><think>\n")
     assert tokenizer.decode(learned) == "Two and two.\n</think>\n\nFour.<|im_end|>"
 
 
 def test_a_template_that_knows_no_thoughts_gets_the_words_of_the_row() -> None:
     tokenizer = dressed(PHI_4, PHI_LIKE)
-    (row,) = _tokenized(tokenizer, [_user("Hi."), _answer("a</think>b")]).rows
-    ((_, learned),) = _read_and_learned(tokenizer, row)
-    assert tokenizer.decode(learned) == "a</think>b<|im_end|>"
+    assert _learned_alone(tokenizer, _talk("Hi.", "a</think>b")) == "a</think>b<|im_end|>"
 
 
 def test_tags_that_are_control_tokens_are_written_as_such() -> None:
     family = replace(PHI_4, control=(*PHI_4.control, "<think>", "</think>"))
     tokenizer = dressed(family, PHI_LIKE)
     ids = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    (row,) = _tokenized(tokenizer, [_user("Hi."), _answer("b", "a </think> c")]).rows
+    (row,) = _tokenized(tokenizer, _talk("Hi.", "b", "a </think> c")).rows
     assert [row["input_ids"].count(token) for token in ids] == [1, 1], "the row's own words stay text"

@@ -38,7 +38,7 @@ from alignment.training.session import Preempted
 from tests.hub import leave_data_set, use_cache
 from tests.living import is_living
 from tests.tiny import tiny_tokenizer
-from tests.unit.data.test_hub import DESCRIBED
+from tests.unit.data.test_files import DESCRIBED
 
 ALL = DataConfig(source="")
 WIDE = Limits(row=500)
@@ -62,14 +62,22 @@ def _rows(folder: Path, rows: list[Any]) -> Path:
     return file
 
 
-def _talk(number: int) -> dict[str, Any]:
-    return {"prompt": f"When does shop {number} open?", "completion": "At nine. " * (number % 3 + 1)}
+def _talks(count: int) -> list[dict[str, Any]]:
+    completions = [{"completion": "At nine. " * (number % 3 + 1)} for number in range(count)]
+    return [{"prompt": f"When does shop {number} open?"} | row for number, row in enumerate(completions)]
+
+
+LONG = {"prompt": "Why? " * 200, "completion": "So."}
 
 
 def _table(file: Path, tokenizer: Any, **changes: Any) -> TokenTable:
     settings: dict[str, Any] = {"data": ALL, "kind": CONVERSATIONS, "limits": WIDE, "processes": 1}
     settings["cache"] = file.parent / "cache"
     return token_table.token_table(file, tokenizer=tokenizer, **(settings | changes))
+
+
+def _tables(folder: Path) -> list[Path]:
+    return list((folder / "cache").glob("tokens-*"))
 
 
 DAMAGES = {
@@ -80,26 +88,27 @@ DAMAGES = {
     ),
     "no list of what was left out": lambda folder: (folder / "left_out.jsonl").unlink(),
     "counts cut short": lambda folder: os.truncate(folder / "counts.json", 20),
+    "counts nested too deeply": lambda folder: (folder / "counts.json").write_text("[" * 100_000),
     "counts that are a list": lambda folder: (folder / "counts.json").write_text("[]"),
     "counts without a number": lambda folder: (folder / "counts.json").write_text('{"sizes": [1, 2]}'),
+    "no counts, which are written last": lambda folder: (folder / "counts.json").unlink(),
     "counts of an earlier form": lambda folder: (folder / "counts.json").write_text('{"read": 1}'),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_table_is_made_anew(damage: str, tokenizer: Any, tmp_path: Path) -> None:
-    file = _rows(tmp_path, [_talk(number) for number in range(3)])
+    file = _rows(tmp_path, _talks(3))
     rows = _table(file, tokenizer).rows.to_list()
-    (folder,) = (path for path in (tmp_path / "cache").iterdir() if path.is_dir())
+    (folder,) = _tables(tmp_path)
     DAMAGES[damage](folder)
     again = _table(file, tokenizer)
-    assert again.rows.to_list() == rows
-    assert again.read == 3
+    assert (again.rows.to_list(), again.read) == (rows, 3)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_rows_are_those_of_the_records_in_their_order(tmp_path: Path, tokenizer: Any, processes: int) -> None:
-    file = _rows(tmp_path, [_talk(number) for number in range(50)])
+    file = _rows(tmp_path, _talks(50))
     table = _table(file, tokenizer, processes=processes)
     expected = [tokenize_conversation(tokenizer, record.messages) for record in read_records(file, Conversation, ALL)]
     assert table.rows["input_ids"][:] == [row.input_ids for row in expected]
@@ -132,12 +141,19 @@ def test_margins_stand_beside_their_pairs_and_a_pair_without_scores_is_left_out(
 
 
 def test_a_table_is_made_once(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = _rows(tmp_path, [_talk(number) for number in range(9)])
+    file = _rows(tmp_path, _talks(9))
     first = _table(file, tokenizer)
-    monkeypatch.setattr(token_table, "run", lambda *_, **__: pytest.fail("made again"))
-    again = _table(file, tiny_tokenizer())
+    stream = io.BytesIO()
+    with pa.ipc.new_stream(stream, first.rows.features.arrow_schema.remove_metadata()) as writer:
+        for batch in pa.ipc.open_stream(_files_of(tmp_path)["rows.arrow"]):
+            writer.write_batch(batch)
+    assert _files_of(tmp_path)["rows.arrow"] == stream.getvalue(), "as Arrow writes it"
+    with monkeypatch.context() as patch:
+        patch.setattr(token_table, "run", lambda *_, **__: pytest.fail("made again"))
+        again = _table(file, tiny_tokenizer())
     assert again.rows.to_list() == first.rows.to_list()
     assert (again.read, again.records, again.longest) == (first.read, first.records, first.longest)
+    assert len(_table(_rows(tmp_path, _talks(10)), tokenizer).rows) == 10, "another file is another table"
 
 
 def _other_template() -> Any:
@@ -168,23 +184,27 @@ def _other_pipeline() -> Any:
     ids=["row", "answer", "limit", "placeholders", "format", "columns", "kind", "template", "normaliser"],
 )
 def test_what_changes_rows_changes_the_table(tmp_path: Path, tokenizer: Any, changes: dict[str, Any]) -> None:
-    file = _rows(tmp_path, [_talk(number) for number in range(9)])
-    _table(file, tokenizer, kind=PROMPTS if "data" in changes else CONVERSATIONS)
-    _table(file, **({"tokenizer": tokenizer, "kind": PROMPTS if "data" in changes else CONVERSATIONS} | changes))
-    assert len(list((tmp_path / "cache").glob("tokens-*"))) == 2
+    file = _rows(tmp_path, _talks(9))
+    before: dict[str, Any] = {"tokenizer": tokenizer, "kind": PROMPTS if "data" in changes else CONVERSATIONS}
+    for settings in (before, before | changes):
+        _table(file, **settings)
+    assert len(_tables(tmp_path)) == 2
 
 
-def test_shares_that_may_be_lost_are_no_part_of_a_table(tmp_path: Path, tokenizer: Any) -> None:
-    file = _rows(tmp_path, [*(_talk(number) for number in range(4)), {"prompt": "Why? " * 200, "completion": "So."}])
-    with pytest.raises(DataError, match=r"raise too_long\.max_share"):
+def test_how_faults_and_losses_are_taken_needs_no_new_table(tmp_path: Path, tokenizer: Any) -> None:
+    file = _rows(tmp_path, [*_talks(30), {"prompt": "Hi.", "completion": ""}])
+    for _ in range(2):
+        with pytest.raises(DataError, match="'completion' must be text and not empty") as caught:
+            _table(file, tokenizer)
+        assert caught.value.where == f"{file}:31"
+        assert caught.value.remedy is not None
+    assert len(_table(file, tokenizer, data=DataConfig(source="", on_error=OnError.skip)).rows) == 30
+    assert len(_tables(tmp_path)) == 1
+    file = _rows(tmp_path, [*_talks(4), LONG])
+    with pytest.raises(DataError, match=r"(?s)1 dropped of 5 rows .* raise too_long\.max_share"):
         _table(file, tokenizer, limits=Limits(row=100))
     assert len(_table(file, tokenizer, limits=Limits(row=100, too_long=TooLongConfig(max_share=0.5))).rows) == 4
-    assert len(list((tmp_path / "cache").glob("tokens-*"))) == 1
-
-
-def test_a_file_with_other_rows_gives_another_table(tmp_path: Path, tokenizer: Any) -> None:
-    assert len(_table(_rows(tmp_path, [_talk(1)]), tokenizer).rows) == 1
-    assert len(_table(_rows(tmp_path, [_talk(1), _talk(2)]), tokenizer).rows) == 2
+    assert len(_tables(tmp_path)) == 2
 
 
 def test_every_split_and_subset_of_a_hub_data_set_has_a_table_of_its_own(
@@ -197,27 +217,15 @@ def test_every_split_and_subset_of_a_hub_data_set_has_a_table_of_its_own(
         for subset, split in (("short", "train"), ("short", "test"), ("long", "train"))
     ]
     assert [len(_table(snapshot, tokenizer, data=part, cache=cache).rows) for part in parts] == [4, 1, 8]
-    assert len(list(cache.glob("tokens-*"))) == 3
-
-
-def test_how_faults_are_taken_needs_no_new_table(tmp_path: Path, tokenizer: Any) -> None:
-    file = _rows(tmp_path, [*(_talk(number) for number in range(30)), {"prompt": "Hi.", "completion": ""}])
-    for _ in range(2):
-        with pytest.raises(DataError, match="'completion' must be text and not empty") as caught:
-            _table(file, tokenizer)
-        assert caught.value.where == f"{file}:31"
-        assert caught.value.remedy is not None
-    table = _table(file, tokenizer, data=DataConfig(source="", on_error=OnError.skip))
-    assert len(table.rows) == 30
-    assert len(list((tmp_path / "cache").glob("tokens-*"))) == 1
+    assert len(_tables(tmp_path)) == 3
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_ledger_says_what_became_of_every_row(tmp_path: Path, tokenizer: Any, processes: int) -> None:
-    rows: list[Any] = [_talk(number) | {"label": True} for number in range(60)]
+    rows: list[Any] = [row | {"label": True} for row in _talks(60)]
     rows[7] |= {"label": False}
     rows[11] |= {"completion": 5}
-    rows[20] |= {"prompt": "Why? " * 200}
+    rows[20] |= LONG
     file = _rows(tmp_path, rows)
     data = DataConfig(source="", on_error=OnError.skip)
     table = _table(file, tokenizer, data=data, limits=Limits(row=200), processes=processes)
@@ -230,22 +238,16 @@ def test_the_ledger_says_what_became_of_every_row(tmp_path: Path, tokenizer: Any
     assert (table.read, len(table.rows)) == (60, 57)
 
 
-def test_cut_rows_are_kept_and_noted(tmp_path: Path, tokenizer: Any) -> None:
-    file = _rows(tmp_path, [*(_talk(number) for number in range(20)), {"prompt": "Why? " * 200, "completion": "So."}])
+def test_cut_rows_stay_and_are_noted(tmp_path: Path, tokenizer: Any) -> None:
+    file = _rows(tmp_path, [*_talks(20), LONG])
     table = _table(file, tokenizer, limits=Limits(row=100, too_long=TooLongConfig(do=TooLong.cut)))
     assert len(table.rows) == 21
     assert len(table.rows[20]["input_ids"]) == 100
     assert [json.loads(line)["kind"] for line in table.ledger.read_text().splitlines()] == ["cut"]
 
 
-def test_too_many_long_rows_are_refused_with_the_longest(tmp_path: Path, tokenizer: Any) -> None:
-    file = _rows(tmp_path, [_talk(1), {"prompt": "Why? " * 200, "completion": "So."}])
-    with pytest.raises(DataError, match=r"1 dropped of 2 rows because they are too long, more than 10%"):
-        _table(file, tokenizer, limits=Limits(row=100))
-
-
 def test_a_limit_takes_the_first_records_and_reads_no_further(tmp_path: Path, tokenizer: Any) -> None:
-    file = _rows(tmp_path, [*(_talk(number) for number in range(6)), {"prompt": "Hi.", "completion": ""}])
+    file = _rows(tmp_path, [*_talks(6), {"prompt": "Hi.", "completion": ""}])
     table = _table(file, tokenizer, data=DataConfig(source="", limit=6), processes=2)
     assert (len(table.rows), table.records, table.read) == (6, 6, 6)
 
@@ -277,7 +279,7 @@ def test_an_interrupted_table_goes_on_where_it_was_saved(
     limit: int | None,
     read_again: range,
 ) -> None:
-    rows = [_talk(number) | {"label": number != 2} for number in range(15)]
+    rows = [row | {"label": number != 2} for number, row in enumerate(_talks(15))]
     data = DataConfig(source="", limit=limit)
     file = _rows(tmp_path, rows)
     straight = _table(file, tokenizer, data=data).rows.to_list()
@@ -309,29 +311,10 @@ def test_an_interrupted_table_goes_on_where_it_was_saved(
     assert read == [f"{file}:{line}" for line in read_again]
 
 
-def test_a_table_is_the_stream_that_arrow_writes(tmp_path: Path, tokenizer: Any) -> None:
-    file = _rows(tmp_path, [_talk(number) for number in range(9)])
-    table = _table(file, tokenizer)
-    stream = io.BytesIO()
-    with pa.ipc.new_stream(stream, table.rows.features.arrow_schema.remove_metadata()) as writer:
-        for batch in pa.ipc.open_stream(_files_of(tmp_path)["rows.arrow"]):
-            writer.write_batch(batch)
-    assert _files_of(tmp_path)["rows.arrow"] == stream.getvalue()
-
-
-def test_a_table_that_a_killed_process_left_is_made_anew(tmp_path: Path, tokenizer: Any) -> None:
-    file = _rows(tmp_path, [_talk(number) for number in range(9)])
-    _table(file, tokenizer)
-    (folder,) = (tmp_path / "cache").glob("tokens-*")
-    (folder / "counts.json").unlink()  # it is written last
-    (folder / "rows.arrow").write_bytes(b"half")
-    assert len(_table(file, tokenizer).rows) == 9
-
-
 def test_a_full_disk_is_an_error_that_says_what_to_do(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = _rows(tmp_path, [_talk(1)])
+    file = _rows(tmp_path, _talks(1))
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -340,18 +323,18 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(
     with pytest.raises(StageError, match=r"tokens-\w+: no space left on the device") as caught:
         _table(file, tokenizer)
     assert "free space" in caught.value.remedy
-    assert not list((tmp_path / "cache").glob("tokens-*"))
+    assert not _tables(tmp_path)
 
 
 def test_of_two_that_want_a_table_one_makes_it_and_the_other_waits(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = _rows(tmp_path, [_talk(number) for number in range(9)])
+    file = _rows(tmp_path, _talks(9))
     made: list[int] = []
 
     def slowly(*args: Any, **kwargs: Any) -> Any:
         made.append(1)
-        time.sleep(0.3)
+        time.sleep(0.1)
         yield from chunks.run(*args, **kwargs)
 
     monkeypatch.setattr(token_table, "run", slowly)
@@ -363,7 +346,7 @@ def test_of_two_that_want_a_table_one_makes_it_and_the_other_waits(
 
 def test_a_wait_for_another_process_that_makes_the_table_is_reported(tmp_path: Path, tokenizer: Any) -> None:
     """Else the stage would be stopped as one that is stuck."""
-    file = _rows(tmp_path, [_talk(number) for number in range(9)])
+    file = _rows(tmp_path, _talks(9))
     _table(file, tokenizer)
     (lock,) = tmp_path.rglob(".tokens-*.lock")
     reported: list[int] = []
@@ -382,29 +365,31 @@ def _dies(*_: Any) -> Any:
     os._exit(1)
 
 
-def test_a_process_that_dies_stops_the_stage(tmp_path: Path, tokenizer: Any) -> None:
-    file = _rows(tmp_path, [_talk(number) for number in range(40)])
-    kind: Kind = dataclasses.replace(CONVERSATIONS, sequences=_dies)
-    reader = Reader(format=start(file, ALL).format, record=Conversation, data=ALL)
-    job = Job(tokenizer=tokenizer, kind=kind, reader=reader, limits=WIDE)
-    with pytest.raises(StageError, match="a process that tokenised rows died"):
-        list(chunks.run(job, unparsed_rows_of(file), limit=None, processes=2))
-
-
 def _computes_without_end(*_: Any) -> Any:
     os.kill(os.getpid(), KILLED_BY)  # as its timer does
 
 
-def test_a_process_that_a_template_kept_too_long_is_not_taken_for_one_without_memory(
-    tmp_path: Path, tokenizer: Any
+@pytest.mark.parametrize(
+    ("sequences", "error", "words"),
+    [
+        (_dies, StageError, "a process that tokenised rows died"),
+        (
+            _computes_without_end,
+            ModelError,
+            r"(?s)the chat template ran for more than 30 s .*model\.chat_template=chatml",
+        ),
+    ],
+)
+def test_a_process_that_dies_stops_the_stage(
+    tmp_path: Path, tokenizer: Any, sequences: Any, error: type[Exception], words: str
 ) -> None:
-    file = _rows(tmp_path, [_talk(number) for number in range(40)])
-    kind: Kind = dataclasses.replace(CONVERSATIONS, sequences=_computes_without_end)
+    """One that a template keeps too long is not taken for one without memory."""
+    file = _rows(tmp_path, _talks(40))
+    kind: Kind = dataclasses.replace(CONVERSATIONS, sequences=sequences)
     reader = Reader(format=start(file, ALL).format, record=Conversation, data=ALL)
     job = Job(tokenizer=tokenizer, kind=kind, reader=reader, limits=WIDE)
-    with pytest.raises(ModelError, match="the chat template ran for more than 30 s in one step") as caught:
+    with pytest.raises(error, match=words):
         list(chunks.run(job, unparsed_rows_of(file), limit=None, processes=2))
-    assert "model.chat_template=chatml" in caught.value.remedy
 
 
 _MAKER = """

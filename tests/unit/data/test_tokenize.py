@@ -1,24 +1,33 @@
-"""What is supervised, decoded and compared with the text that ought to be learned."""
+"""What is supervised, decoded and compared with the text that ought to be learned, whatever a row says."""
 
 from __future__ import annotations
 
+import functools
 import json
+import random
+from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
-from tokenizers import normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from alignment.core.errors import DataError, ModelError
-from alignment.data.records import PlainText
+from alignment.data.records import Conversation, PlainText, PreferencePair
 from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.rendering import LAST_STAND_IN, render
-from alignment.data.tokens.row_kinds import TEXTS, tokenized
+from alignment.data.tokens.rendering import LAST_STAND_IN, prompt_and_answers, render
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, TEXTS, tokenized
 from alignment.data.tokens.tokenize import (
     IGNORED,
+    TokenizedConversation,
     answer_ids,
     encode,
+    encode_all,
+    encode_parts,
     end_ids,
+    prompt_and_answer_ids,
     prompt_ids,
     tokenize_conversation,
     turn_end_id,
@@ -26,243 +35,312 @@ from alignment.data.tokens.tokenize import (
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.training.session import Preempted
+from tests.templates import STYLES, styled_tokenizer
 from tests.tiny import tiny_tokenizer
 
-SYSTEM = "<|im_start|>system\nYou are tiny.<|im_end|>\n"
+tokenizer_of = functools.cache(styled_tokenizer)
+every_style = pytest.mark.parametrize("name", STYLES)
 
-CONVERSATIONS = {
-    "one turn": [("user", "Hi there."), ("assistant", "Hello.")],
-    "three turns": [
-        ("user", "Hi."),
-        ("assistant", "Hello."),
-        ("user", "When is it open?"),
-        ("assistant", "From nine, except on Monday."),
-        ("user", "Thanks"),
-        ("assistant", "You are welcome."),
-    ],
-    "a system turn": [("system", "Be brief."), ("user", "Hi."), ("assistant", "Hello.")],
-    "a user turn at the end": [("user", "Hi."), ("assistant", "Hello."), ("user", "Still there?")],
-    "two user turns in a row": [("user", "Hi."), ("user", "Anyone?"), ("assistant", "Yes.")],
-    "blanks and breaks": [("user", "  Hi.\n\n"), ("assistant", "\n Hello ,  you .\n\nBye ! ")],
-    "other scripts": [("user", "Où est Łukasz? 東京"), ("assistant", "À 7 h, près du café – “chez Zoë” 🙂.")],
-    "an answer of one letter": [("user", "Letter?"), ("assistant", "A")],
-    "an answer that repeats the prompt": [("user", "assistant"), ("assistant", "assistant")],
+
+def _turns(*contents: str, first: str = "user") -> list[Message]:
+    """Turns of the user and of the assistant, one after the other."""
+    roles = ("user", "assistant") if first == "user" else ("assistant", "user")
+    return [Message(role=roles[number % 2], content=content) for number, content in enumerate(contents)]
+
+
+def _learned(tokenizer: Any, row: TokenizedConversation) -> list[str]:
+    """Runs of learned tokens as text."""
+    assert all(label in (IGNORED, token) for token, label in zip(row.input_ids, row.labels, strict=True))
+    runs = groupby(row.labels, key=lambda label: label != IGNORED)
+    return [tokenizer.decode(list(run)) for learned, run in runs if learned]
+
+
+def _answers(name: str, messages: list[Message]) -> list[str]:
+    """What ought to be learned of them."""
+    return [STYLES[name].learned(message) for message in messages if message.role == "assistant" and message.learned]
+
+
+def _control(tokenizer: Any, ids: list[int]) -> list[int]:
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return [token for token in ids if token in special]
+
+
+# ---- what is learned ------------------------------------------------------------------------------------------------
+
+HI = _turns("Hi.", "Hello.")
+MANY = _turns("Hi.", "Hello.", "Open?", "From nine.", "Thanks", "Bye.")
+TALKS = {
+    "one turn": HI,
+    "many turns": MANY,
+    "an answer of one letter": _turns("Letter?", "A"),
+    "an answer of blanks": _turns("Hi.", "   "),
+    "blanks around an answer": _turns(" Hi.\n\n", "\n Hello ,  you.\n\n"),
+    "other scripts": _turns("Où est Łukasz? 東京", "À 7 h, près du café – “chez Zoë” 🙂."),
+    "an answer that repeats the prompt": _turns("assistant", "assistant"),
+    "a user turn at the end": [*MANY, *_turns("Still there?")],
+}
+CHATML = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
+ROWS = {
+    "llama3": (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi.<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "Hello.<|eot_id|>",
+    ),
+    "qwen": ("<|im_start|>system\nYou are a small model.<|im_end|>\n" + CHATML, "Hello.<|im_end|>"),
+    "mistral": ("<s>[INST] Hi.[/INST]", " Hello.</s>"),
+    "gemma": ("<bos><start_of_turn>user\nHi.<end_of_turn>\n<start_of_turn>model\n", "Hello.<end_of_turn>"),
+    "chatml": (CHATML, "Hello.<|im_end|>"),
+    "smollm2": ("<|im_start|>system\nYou are tiny.<|im_end|>\n" + CHATML, "Hello.<|im_end|>"),
 }
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """Byte-level BPE with ChatML turns; pad == EOS."""
-    return tiny_tokenizer()
+@every_style
+def test_a_row_is_a_prompt_that_is_read_and_an_answer_that_is_learned(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    row = tokenize_conversation(tokenizer, HI)
+    read, learned = ROWS[name]
+    assert tokenizer.decode(prompt_ids(tokenizer, HI[:1])) == read
+    assert tokenizer.decode(row.input_ids) == read + learned
+    assert _learned(tokenizer, row) == [learned]
 
 
-def _messages(turns: list[tuple[str, str]]) -> list[Message]:
-    return [Message(role=role, content=content) for role, content in turns]
-
-
-def _segments(tokenizer: Any, ids: list[int], labels: list[int]) -> list[tuple[bool, str]]:
-    """Runs of learned and unlearned tokens as text."""
-    runs: list[tuple[bool, list[int]]] = []
-    for token, label in zip(ids, labels, strict=True):
-        learned = label != IGNORED
-        assert not learned or label == token
-        if not runs or runs[-1][0] != learned:
-            runs.append((learned, []))
-        runs[-1][1].append(token)
-    return [(learned, tokenizer.decode(run)) for learned, run in runs]
-
-
-@pytest.mark.parametrize("name", CONVERSATIONS)
-def test_exactly_the_assistants_turns_and_their_ends_are_learned(tokenizer: Any, name: str) -> None:
-    turns = CONVERSATIONS[name]
-    row = tokenize_conversation(tokenizer, _messages(turns))
-    learned = [text for learned, text in _segments(tokenizer, row.input_ids, row.labels) if learned]
-    assert learned == [f"{content}<|im_end|>" for role, content in turns if role == "assistant"]
-
-
-@pytest.mark.parametrize("name", CONVERSATIONS)
-def test_a_row_is_the_rendered_conversation_up_to_the_end_of_its_last_answer(tokenizer: Any, name: str) -> None:
-    messages = _messages(CONVERSATIONS[name])
-    last = max(index for index, message in enumerate(messages) if message.role == "assistant")
+@every_style
+@pytest.mark.parametrize("case", TALKS)
+def test_exactly_the_answers_and_their_ends_are_learned(name: str, case: str) -> None:
+    tokenizer, messages = tokenizer_of(name), TALKS[case]
     row = tokenize_conversation(tokenizer, messages)
-    assert tokenizer.decode(row.input_ids) + "\n" == render(tokenizer, messages[: last + 1], answering=False)
+    assert _learned(tokenizer, row) == _answers(name, messages)
+    assert row.labels[-1] == tokenizer.convert_tokens_to_ids(STYLES[name].end)
+    if messages[-1].role == "user":
+        assert row == tokenize_conversation(tokenizer, messages[:-1]), "what follows the last answer is left out"
+        messages = messages[:-1]
+    assert render(tokenizer, messages, answering=False).startswith(tokenizer.decode(row.input_ids))
+    if bos := STYLES[name].bos:
+        assert [tokenizer.decode(row.input_ids[:1]), row.input_ids.count(tokenizer.bos_token_id)] == [bos, 1]
 
 
-def test_a_conversation_is_cut_into_what_is_read_and_what_is_learned(tokenizer: Any) -> None:
-    turns = [("user", "Hi."), ("assistant", "Hello."), ("user", "Bye."), ("assistant", "See you.")]
-    row = tokenize_conversation(tokenizer, _messages(turns))
-    assert _segments(tokenizer, row.input_ids, row.labels) == [
-        (False, SYSTEM + "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"),
-        (True, "Hello.<|im_end|>"),
-        (False, "\n<|im_start|>user\nBye.<|im_end|>\n<|im_start|>assistant\n"),
-        (True, "See you.<|im_end|>"),
-    ]
+@every_style
+def test_a_turn_that_is_not_to_be_learned_is_context(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    wrong = [HI[0], Message(role="assistant", content="Wrong.", learned=False)]
+    row = tokenize_conversation(tokenizer, [*wrong, *HI])
+    assert _learned(tokenizer, row) == _answers(name, HI)
+    assert "Wrong." in tokenizer.decode(row.input_ids)
+    for messages in (wrong, [], HI[:1]):
+        with pytest.raises(DataError, match="no assistant turn to learn from"):
+            tokenize_conversation(tokenizer, messages)
 
 
-def test_the_line_break_after_a_turn_is_never_learned(tokenizer: Any) -> None:
-    row = tokenize_conversation(tokenizer, _messages(CONVERSATIONS["three turns"]))
-    assert row.labels[-1] == tokenizer.eos_token_id
-    break_id = encode(tokenizer, "\n")[0]
-    breaks = [
-        position
-        for position, token in enumerate(row.input_ids[1:], start=1)
-        if token == break_id and row.input_ids[position - 1] == tokenizer.eos_token_id
-    ]
-    assert breaks
-    assert {row.labels[position] for position in breaks} == {IGNORED}
+@every_style
+def test_a_system_turn_is_read_or_refused(name: str) -> None:
+    tokenizer, messages = tokenizer_of(name), [Message(role="system", content="Be brief."), *HI]
+    if not STYLES[name].has_system:
+        with pytest.raises(DataError, match="refuses these messages: there is no system role"):
+            tokenize_conversation(tokenizer, messages)
+        return
+    row = tokenize_conversation(tokenizer, messages)
+    text = tokenizer.decode(row.input_ids)
+    assert (text.count("Be brief."), text.count("You are")) == (1, 0), "it replaces the template's own"
+    assert _learned(tokenizer, row) == _answers(name, HI)
 
 
-def test_pad_equal_to_eos_hides_no_end_of_a_turn(tokenizer: Any) -> None:
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    turns = CONVERSATIONS["three turns"]
-    row = tokenize_conversation(tokenizer, _messages(turns))
-    ends = [label for token, label in zip(row.input_ids, row.labels, strict=True) if token == tokenizer.eos_token_id]
-    assert len(ends) == 1 + len(turns)
-    assert ends.count(tokenizer.eos_token_id) == 3
+@pytest.mark.parametrize("name", ["mistral", "gemma", "smollm2"])
+def test_a_family_whose_turns_alternate_refuses_others(name: str) -> None:
+    tokenizer, messages = tokenizer_of(name), [HI[0], *HI]
+    if name == "smollm2":
+        assert _learned(tokenizer, tokenize_conversation(tokenizer, messages)) == _answers(name, HI)
+        return
+    with pytest.raises(DataError, match=r"refuses these messages: user and .* must alternate"):
+        tokenize_conversation(tokenizer, messages)
 
 
-@pytest.mark.parametrize("name", CONVERSATIONS)
-def test_a_prompt_and_its_answer_give_the_same_tokens_as_the_conversation(tokenizer: Any, name: str) -> None:
-    messages = _messages(CONVERSATIONS[name])
-    last = max(index for index, message in enumerate(messages) if message.role == "assistant")
-    ids = prompt_ids(tokenizer, messages[:last]) + answer_ids(tokenizer, messages[:last], messages[last].content)
-    assert ids == tokenize_conversation(tokenizer, messages).input_ids
-
-
-def test_a_prompt_opens_the_assistants_turn_and_stops(tokenizer: Any) -> None:
-    ids = prompt_ids(tokenizer, _messages([("user", "Hi.")]))
-    assert tokenizer.decode(ids) == SYSTEM + "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n"
-
-
-def test_a_system_turn_replaces_the_default_one(tokenizer: Any) -> None:
-    ids = prompt_ids(tokenizer, _messages([("system", "Be brief."), ("user", "Hi.")]))
-    assert tokenizer.decode(ids).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user")
-
-
-def test_nothing_is_added_around_rendered_text(tokenizer: Any) -> None:
-    assert tokenizer.decode(encode(tokenizer, "plain")) == "plain"
-    assert encode(tokenizer, "<|im_start|>").count(tokenizer.bos_token_id) == 1
+def test_generation_markers_of_a_template_say_the_same() -> None:
+    """The oracle is the mask that transformers makes of them."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
+        "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
+        "{% else %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endif %}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    for messages in TALKS.values():
+        row = tokenize_conversation(tokenizer, messages)
+        encoding = tokenizer.apply_chat_template(
+            [message.as_dict() for message in messages],
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        count = len(row.input_ids)
+        assert encoding["input_ids"][:count] == row.input_ids
+        assert encoding["assistant_masks"][:count] == [int(label != IGNORED) for label in row.labels]
+        assert not any(encoding["assistant_masks"][count:])
 
 
 def test_a_tokenizer_that_normalises_text_is_served_as_well() -> None:
     """Qwen's composes accents, for one: decoded tokens are then not the text that was rendered."""
     tokenizer = tiny_tokenizer()
     tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
-    turns = [("user", "Caf\u0065\u0301?"), ("assistant", "Cafe\u0301."), ("user", "Bye."), ("assistant", "Zoe\u0308.")]
-    row = tokenize_conversation(tokenizer, _messages(turns))
-    learned = [text for learned, text in _segments(tokenizer, row.input_ids, row.labels) if learned]
+    turns = _turns("Caf\u0065\u0301?", "Cafe\u0301.", "Bye.", "Zoe\u0308.")
+    learned = _learned(tokenizer, tokenize_conversation(tokenizer, turns))
     assert learned == ["Caf\u00e9.<|im_end|>", "Zo\u00eb.<|im_end|>"]
 
 
-GENERATION = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\n' }}"
-    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-    "{% else %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
+# ---- tools ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CONVERSATIONS)
-def test_generation_markers_of_a_template_say_the_same(name: str) -> None:
+def _tool(description: str) -> dict[str, Any]:
+    function = {"name": "add", "description": description, "parameters": {"type": "object"}}
+    return {"type": "function", "function": function}
+
+
+def _calling(text: str, result: str) -> list[Message]:
+    """A call and what came back."""
+    call = {"type": "function", "function": {"name": "add", "arguments": {"text": text}}}
+    return [Message(role="assistant", content="", tool_calls=(call,)), Message(role="tool", content=result)]
+
+
+WITH_A_CALL = [HI[0], *_calling("2 + 2", "4"), HI[1]]
+CALLS = {
+    "llama3": (
+        '{"name": "add", "parameters": {"text": "2 + 2"}}<|eot_id|>',
+        '<|start_header_id|>ipython<|end_header_id|>\n\n"4"<|eot_id|>',
+    ),
+    "qwen": (
+        '<tool_call>\n{"name": "add", "arguments": {"text": "2 + 2"}}\n</tool_call><|im_end|>',
+        "<|im_start|>user\n<tool_response>\n4\n</tool_response><|im_end|>\n",
+    ),
+    "mistral": (
+        '[TOOL_CALLS] [{"name": "add", "arguments": {"text": "2 + 2"}}]</s>',
+        '[TOOL_RESULTS] {"content": 4}[/TOOL_RESULTS]',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_calls_are_learned_and_tools_and_results_are_read(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    row = tokenize_conversation(tokenizer, WITH_A_CALL, [_tool("Adds numbers.")])
+    call, result = CALLS[name]
+    assert _learned(tokenizer, row) == [call, STYLES[name].learned(HI[1])]
+    text = tokenizer.decode(row.input_ids)
+    assert text.index("Adds numbers.") < text.index(call) < text.index(result)
+
+
+@pytest.mark.parametrize("name", sorted(STYLES.keys() - CALLS.keys()))
+def test_a_family_without_tools_refuses_them_by_name(name: str) -> None:
+    for messages, tools in ((WITH_A_CALL, []), (HI, [_tool("Adds numbers.")])):
+        with pytest.raises(DataError, match="leaves out the tool 'add'"):
+            tokenize_conversation(tokenizer_of(name), messages, tools)
+
+
+# ---- hostile rows ---------------------------------------------------------------------------------------------------
+
+NUM_ROWS = 100
+TOKENS = list(dict.fromkeys(token for style in STYLES.values() for token in (*style.control, *style.words)))
+PIECES = [
+    *TOKENS,
+    *(token[:-1] for token in TOKENS),
+    *(token[: len(token) // 2] for token in TOKENS),
+    *(token[len(token) // 2 :] for token in TOKENS),
+    *("{{ bos_token }}", "{% raw %}", "{% endraw %}", "{{ raise_exception('no') }}", "{#-", "-#}", "%s", "{}"),
+    *("system", "user", "assistant", "model", "ipython", "tool", "Hello.", "a b"),
+    *("\n", "\n\n", "\r\n", "\t", " ", "   ", "\u00a0", '"', "\\", "\\n", "}"),
+    *("\u200b", "\u200d", "\u2060", "\ufeff", "\u202e", "\u200f"),
+    *map(chr, range(0xE000, 0xE010)),
+    *("\U0001f642", "\U0001f469\u200d\U0001f467", "e\u0301", "\u0645\u0631\u062d\u0628\u0627", "\u05e9\u05dc"),
+]
+
+
+def _hostile(rng: random.Random) -> str:
+    return "".join(rng.choices(PIECES, k=rng.randint(1, 12)))
+
+
+def _row(name: str, number: int, say: Callable[[], str]) -> tuple[list[Message], list[dict[str, Any]]]:
+    """Messages and tools that say what ``say`` gives; their shape follows from the number alone."""
+    calls = name in CALLS and number % 3 == 0
+    messages = [Message(role="system", content=say())] if STYLES[name].has_system and number % 2 else []
+    for _ in range(1 + number // 6 % 3):
+        messages += _turns(say())
+        messages += _calling(say(), say()) if calls else []
+        messages += _turns(say(), first="assistant")
+    return messages, [_tool(say())] if calls else []
+
+
+@every_style
+def test_whatever_a_row_says_stays_text(name: str) -> None:
+    """Otherwise a row could end its own turn and speak as somebody else."""
+    tokenizer, rng = tokenizer_of(name), random.Random(name)
+    for number in range(NUM_ROWS):
+        messages, tools = _row(name, number, lambda: _hostile(rng))
+        row = tokenize_conversation(tokenizer, messages, tools)
+        harmless = tokenize_conversation(tokenizer, *_row(name, number, lambda: "x"))
+        assert _control(tokenizer, row.input_ids) == _control(tokenizer, harmless.input_ids)
+        assert _learned(tokenizer, row) == _answers(name, messages)
+        text = tokenizer.decode(row.input_ids)
+        assert all(message.content.strip() in text for message in messages if message.role != "tool")
+
+
+@every_style
+def test_a_prompt_and_its_answer_are_the_row_and_plain_text_is_framed(name: str) -> None:
+    tokenizer, rng = tokenizer_of(name), random.Random(name)
+    bos, eos = STYLES[name].bos, STYLES[name].eos
+    frame = [tokenizer.convert_tokens_to_ids(token) for token in (bos, eos) if token]
+    hostile = [_turns(_hostile(rng), _hostile(rng)) for _ in range(NUM_ROWS)]
+    for messages in (*hostile, *(talk for talk in TALKS.values() if talk[-1].role == "assistant")):
+        ids = prompt_ids(tokenizer, messages[:-1]) + answer_ids(tokenizer, messages[:-1], messages[-1].content)
+        assert ids == tokenize_conversation(tokenizer, messages).input_ids
+        text = messages[0].content
+        (tokenized_text,) = tokenized(tokenizer, TEXTS, [PlainText(text=text, where="x:1")], Limits(row=1000))
+        (row,) = tokenized_text.rows
+        assert row["labels"] == row["input_ids"]
+        assert _control(tokenizer, row["input_ids"]) == frame
+        assert tokenizer.decode(row["input_ids"]) == bos + text + eos
+
+
+def test_text_around_a_written_control_token_is_tokenised_as_ever() -> None:
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = GENERATION
-    messages = _messages(CONVERSATIONS[name])
-    row = tokenize_conversation(tokenizer, messages)
-    encoding = tokenizer.apply_chat_template(
-        [message.as_dict() for message in messages],
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    count = len(row.input_ids)
-    assert encoding["input_ids"][:count] == row.input_ids
-    assert encoding["assistant_masks"][:count] == [int(label != IGNORED) for label in row.labels]
-    assert not any(encoding["assistant_masks"][count:])
+    plain = encode(tokenizer, "<|im_start|>user\nThe shop")
+    ids = tokenize_conversation(tokenizer, _turns("The shop<|im_end|>", "Hello.")).input_ids
+    assert any(ids[position : position + len(plain)] == plain for position in range(len(ids)))
+    with pytest.raises(DataError, match=r"contains the private-use character U\+10FFFD"):
+        tokenize_conversation(tokenizer, _turns(chr(LAST_STAND_IN), "Hello."))
 
 
-# ---- faults ---------------------------------------------------------------------------------------------------------
-
-
-def _with_template(template: str | None) -> Any:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    return tokenizer
-
+# ---- faults of templates --------------------------------------------------------------------------------------------
 
 TURN = "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-OPEN = "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+EACH = "{% for message in messages %}" + TURN + "{% endfor %}"
+OPEN = "{{% if add_generation_prompt %}}{{{{ '{}' }}}}{{% endif %}}"
 TEMPLATES = {
-    "no template": (None, "the tokenizer has no chat template"),
-    "a template that refuses": (
-        "{{ raise_exception('roles must alternate') }}",
-        "the chat template refuses these messages: roles must alternate",
+    "none": (None, "has no chat template"),
+    "it refuses": ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must alternate"),
+    "no end of turn": (
+        EACH.replace("<|im_end|>", "") + OPEN.format("<|im_start|>assistant\n"),
+        "does not end an assistant turn",
     ),
-    "a template without an end of turn": (
-        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
-        "the chat template does not end an assistant turn with EOS or another control token",
+    "it opens a turn otherwise than it renders it": (
+        EACH + OPEN.format("<|im_start|>assistant\n<think>"),
+        "renders a prompt differently when an answer follows it",
     ),
-    "a template that opens a turn otherwise than it renders it": (
-        "{% for message in messages %}" + TURN + "{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>' }}{% endif %}",
-        "the chat template renders a prompt differently when an answer follows it",
-    ),
-    "a template that counts the turns": (
-        "{{ messages | length }}{% for message in messages %}" + TURN + "{% endfor %}" + OPEN,
-        "the chat template renders a prompt differently when an answer follows it",
+    "it counts the turns": (
+        "{{ messages | length }}" + EACH + OPEN.format("<|im_start|>assistant\n"),
+        "renders a prompt differently when an answer follows it",
     ),
 }
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_template_that_cannot_be_cut_is_an_error(name: str) -> None:
-    template, message = TEMPLATES[name]
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template, message = TEMPLATES[name]
     with pytest.raises(DataError, match=message):
-        tokenize_conversation(_with_template(template), _messages(CONVERSATIONS["one turn"]))
+        tokenize_conversation(tokenizer, HI)
 
 
-def test_a_conversation_without_an_assistant_turn_is_an_error(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="no assistant turn to learn from"):
-        tokenize_conversation(tokenizer, _messages([("user", "Hi.")]))
-
-
-def test_a_conversation_that_begins_with_the_assistant_is_an_error(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="begins with an assistant turn, without a prompt before it"):
-        tokenize_conversation(tokenizer, _messages([("assistant", "Hello."), ("user", "Hi."), ("assistant", "Yes.")]))
-
-
-# ---- what reads like a control token ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("control", ["<|im_end|>", "<|im_start|>", "<|endoftext|>"])
-@pytest.mark.parametrize("role", ["system", "user", "assistant"])
-def test_a_control_token_that_somebody_wrote_stays_text(tokenizer: Any, role: str, control: str) -> None:
-    """Otherwise a row could end its own turn and speak as somebody else."""
-    turns = [("system", "Be brief."), ("user", "Hi."), ("assistant", "Hello.")]
-    written = [(name, f"{text} {control} more" if name == role else text) for name, text in turns]
-    harmless, row = (tokenize_conversation(tokenizer, _messages(conversation)) for conversation in (turns, written))
-    special = set(tokenizer.all_special_ids)
-    assert [token for token in row.input_ids if token in special] == [
-        token for token in harmless.input_ids if token in special
-    ]
-    learned = [text for is_learned, text in _segments(tokenizer, row.input_ids, row.labels) if is_learned]
-    assert learned == [f"Hello.{f' {control} more' if role == 'assistant' else ''}<|im_end|>"]
-
-
-def test_text_around_a_written_control_token_is_tokenised_as_ever(tokenizer: Any) -> None:
-    plain = encode(tokenizer, "<|im_start|>user\nThe shop")
-    turns = [("user", "The shop<|im_end|>"), ("assistant", "Hello.")]
-    ids = tokenize_conversation(tokenizer, _messages(turns)).input_ids
-    assert any(ids[position : position + len(plain)] == plain for position in range(len(ids)))
-
-
-def test_plain_text_holds_no_control_token_but_its_end(tokenizer: Any) -> None:
-    text = PlainText(text="One<|im_end|>two<|im_start|>", where="x:1")
-    (tokenized_text,) = tokenized(tokenizer, TEXTS, [text], Limits(row=1000))
-    (row,) = tokenized_text.rows
-    special = set(tokenizer.all_special_ids)
-    assert [token for token in row["input_ids"] if token in special] == [tokenizer.eos_token_id]
-    assert tokenizer.decode(row["input_ids"]) == "One<|im_end|>two<|im_start|><|im_end|>"
+def test_a_conversation_that_begins_with_the_assistant_is_an_error() -> None:
+    with pytest.raises(DataError, match="begins with an assistant turn"):
+        tokenize_conversation(tiny_tokenizer(), _turns("Hello.", "Hi.", "Yes.", first="assistant"))
 
 
 def test_a_request_to_stop_is_no_fault_of_a_row() -> None:
@@ -276,19 +354,10 @@ def test_a_request_to_stop_is_no_fault_of_a_row() -> None:
             raise Preempted
 
     with pytest.raises(Preempted):
-        prompt_ids(Stopped(), _messages([("user", "Hi.")]))
+        prompt_ids(Stopped(), HI[:1])
 
 
-def test_a_character_that_stands_for_a_control_token_is_refused(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"contains the private-use character U\+10FFFD"):
-        tokenize_conversation(tokenizer, _messages([("user", chr(LAST_STAND_IN)), ("assistant", "Hello.")]))
-
-
-def test_answers_end_with_the_token_that_ends_a_turn(tokenizer: Any) -> None:
-    assert turn_end_id(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>")
-    other = tiny_tokenizer()
-    other.eos_token = "<|endoftext|>"
-    assert end_ids(other) == frozenset(other.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
+# ---- ends of answers ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -302,79 +371,102 @@ def test_an_answer_is_over_where_the_models_generation_config_says(tmp_path: Pat
     assert end_ids(load_tokenizer(tmp_path)) == ends
 
 
+def test_answers_end_with_the_token_that_ends_a_turn() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    turn_end, eos = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert (turn_end_id(tokenizer), end_ids(tokenizer)) == (turn_end, {turn_end, eos})
+
+
 @pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("{", "cannot be read: Expecting"),
-        ("[]", "cannot be read: "),
-        ('{"eos_token_id": "</s>"}', r"eos_token_id is \['</s>'\]; it must be a token id or a list of them"),
-        ('{"eos_token_id": [2, true]}', r"eos_token_id is \[2, True\]"),
-        ('{"eos_token_id": -1}', r"eos_token_id is \[-1\]"),
-    ],
+    "text", ["{", "[]", '{"eos_token_id": "</s>"}', '{"eos_token_id": [2, true]}', '{"eos_token_id": -1}']
 )
-def test_a_generation_config_that_names_no_tokens_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_a_generation_config_that_names_no_tokens_is_refused(tmp_path: Path, text: str) -> None:
     tiny_tokenizer().save_pretrained(str(tmp_path))
     (tmp_path / "generation_config.json").write_text(text)
-    with pytest.raises(ModelError, match=rf"generation_config\.json: {words}"):
+    with pytest.raises(ModelError, match=r"generation_config\.json: (cannot be read: |eos_token_id is \[)"):
         load_tokenizer(tmp_path)
 
 
-# ---- tools and weights ----------------------------------------------------------------------------------------------
-
-TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
-CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
-CALLING = [
-    Message(role="user", content="2 + 2?"),
-    Message(role="assistant", content="", tool_calls=(CALL,)),
-    Message(role="tool", content="4"),
-    Message(role="assistant", content="It is 4."),
-]
-KNOWS_TOOLS = (
-    "{% if tools %}{{ 'Tools: ' + (tools | tojson) + '\n' }}{% endif %}"
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] }}"
-    "{% if message['tool_calls'] %}{{ 'CALL ' + (message['tool_calls'] | tojson) }}{% endif %}"
-    "{{ '<|im_end|>\n' }}{% endfor %}" + OPEN
-)
+# ---- ids, and tokenizers that put a space before every text ---------------------------------------------------------
 
 
-def test_tools_are_read_and_calls_are_learned() -> None:
-    tokenizer = _with_template(KNOWS_TOOLS)
-    row = tokenize_conversation(tokenizer, CALLING, [TOOL])
-    segments = _segments(tokenizer, row.input_ids, row.labels)
-    assert segments[0][1].startswith('Tools: [{"type": "function", "function": {"name": "add"')
-    learned = [text for learned, text in segments if learned]
-    assert learned[0].startswith('CALL [{"type": "function", "function": {"name": "add"')
-    assert learned[0].endswith("<|im_end|>")
-    assert learned[1] == "It is 4.<|im_end|>"
-    assert segments[2][1].startswith("\n<|im_start|>tool\n4<|im_end|>")
+class _Own(type(tiny_tokenizer())):  # type: ignore[misc]
+    """A tokenizer that does more with a text than to pass it on."""
+
+    def _encode_plus(self, text: Any, **kwargs: Any) -> Any:
+        return super()._encode_plus([sequence.upper() for sequence in text], **kwargs)
 
 
-@pytest.mark.parametrize("tools", [[], [TOOL]])
-def test_a_template_that_leaves_tools_or_calls_out_is_refused(tokenizer: Any, tools: list[Any]) -> None:
-    with pytest.raises(DataError, match="the chat template leaves out the tool 'add'"):
-        tokenize_conversation(tokenizer, CALLING if not tools else CALLING[:1] + CALLING[3:], tools)
+@pytest.mark.parametrize("splits", [False, True])
+def test_ids_are_those_that_transformers_gives(splits: bool) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.split_special_tokens = splits
+    tokenizer.backend_tokenizer.enable_truncation(2)
+    tokenizer.backend_tokenizer.enable_padding(length=50)
+    texts = ["The shop is closed.", "", "<|im_start|>user\nHi.<|im_end|>\n", "\u00e9 \U0001f642"]
+    ids = encode_all(tokenizer, texts)
+    assert ids == tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert [len(of_text) > 2 for of_text in ids] == [True, False, True, True]
+    assert encode_parts(tokenizer, texts) == ids
+    own = _Own(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|im_end|>")
+    assert encode_all(own, ["abc"]) == encode_all(tokenizer, ["ABC"])
 
 
-def test_a_call_cannot_smuggle_a_control_token_in() -> None:
-    call = {"type": "function", "function": {"name": "add", "arguments": {"a": "<|im_end|>"}}}
-    turns = [CALLING[0], Message(role="assistant", content="", tool_calls=(call,))]
-    tokenizer = _with_template(KNOWS_TOOLS)
-    row = tokenize_conversation(tokenizer, turns, [TOOL])
-    (learned,) = [text for is_learned, text in _segments(tokenizer, row.input_ids, row.labels) if is_learned]
-    assert '"a": "<|im_end|>"' in learned
-    assert [label for label in row.labels if label in tokenizer.all_special_ids] == [tokenizer.eos_token_id]
+SPACE = "\u2581"
+SPOKEN = _turns("Open on Monday?", "From nine.", "Thanks", "Bye.")
 
 
-def test_a_turn_that_is_not_to_be_learned_is_context(tokenizer: Any) -> None:
-    turns = [
-        Message(role="user", content="Hi."),
-        Message(role="assistant", content="Wrong.", learned=False),
-        Message(role="user", content="No."),
-        Message(role="assistant", content="Right."),
-    ]
-    row = tokenize_conversation(tokenizer, turns)
-    assert [text for learned, text in _segments(tokenizer, row.input_ids, row.labels) if learned] == [
-        "Right.<|im_end|>"
-    ]
-    with pytest.raises(DataError, match="no assistant turn to learn from"):
-        tokenize_conversation(tokenizer, turns[:2])
+@functools.cache
+def _sentencepiece(style: str) -> PreTrainedTokenizerFast:
+    """Like those of Llama 2 and Mistral 0.1: a space goes before each text, and after each special token."""
+    specials = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+    bpe.pre_tokenizer = pre_tokenizers.Split(SPACE, behavior="merged_with_next")
+    bpe.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    alphabet = sorted({*map(chr, range(33, 127)), "\n", SPACE})
+    trainer = trainers.BpeTrainer(
+        vocab_size=220, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+    )
+    text = "user assistant system Open on Monday? From nine. Thanks Bye. [INST] [/INST] Hello From the hall\n"
+    bpe.train_from_iterator([text] * 8, trainer)
+    end = STYLES[style].end
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token=end, pad_token=end, unk_token="<unk>"
+    )
+    tokenizer.chat_template = STYLES[style].template
+    return tokenizer
+
+
+def _whole(tokenizer: Any, text: str) -> list[int]:
+    """As a tokenizer gives them for a text in one piece."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+@pytest.mark.parametrize("style", ["chatml", "mistral"])
+def test_no_space_is_put_into_the_middle_of_a_row(style: str) -> None:
+    tokenizer, asked = _sentencepiece(style), SPOKEN[:-1]
+    (conversation,) = tokenized(tokenizer, CONVERSATIONS, [Conversation(messages=tuple(SPOKEN))], Limits(row=500))
+    (row,) = conversation.rows
+    prompt, answer = prompt_and_answers(tokenizer, asked, SPOKEN[-1:])
+    assert row["input_ids"] == _whole(tokenizer, prompt + answer)
+    assert _whole(tokenizer, "Bye.") != _whole(tokenizer, "\nBye.")[-len(_whole(tokenizer, "Bye.")) :], "it has a space"
+    learned = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED]
+    answers = [turn.content + tokenizer.eos_token for turn in SPOKEN if turn.role == "assistant"]
+    assert tokenizer.decode(learned).replace(" ", "") == "".join(answers).replace(" ", "")
+    assert prompt_ids(tokenizer, asked) + answer_ids(tokenizer, asked, "Bye.") == row["input_ids"]
+    ids, (first, second) = prompt_and_answer_ids(tokenizer, asked, ["Bye.", "From nine."])
+    assert ids + first == row["input_ids"]
+    pair = PreferencePair(messages=tuple(asked), chosen="Bye.", rejected="From nine.")
+    (tokenized_pair,) = tokenized(tokenizer, PAIRS, [pair], Limits(row=500))
+    assert tokenized_pair.rows == [{"prompt": ids, "chosen": first, "rejected": second}]
+
+
+def test_texts_that_share_a_token_are_encoded_each_by_itself() -> None:
+    """As where an answer begins with what the prompt's end merges with."""
+    tokenizer = _sentencepiece("chatml")
+    assert len(_whole(tokenizer, "Thanks")) < len([*_whole(tokenizer, "Tha"), *_whole(tokenizer, "nks")])
+    for parts in (["Tha", "nks"], ["", "\nHello"]):
+        assert encode_parts(tokenizer, parts) == [_whole(tokenizer, part) for part in parts]

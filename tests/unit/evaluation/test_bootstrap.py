@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from alignment.evaluation.bootstrap import grouped_interval, mean_interval, ratio_interval
+from alignment.evaluation.rates import unvaried_interval
 from alignment.records.interval import Interval
 from tests.oracles.close import close
 
@@ -68,12 +69,19 @@ def test_zero_on_the_edge_is_not_excluded(low: float, high: float, excludes: boo
 
 def test_groups_are_drawn_whole() -> None:
     values = [1.0, 1.0, 1.0, 0.0]
-    interval = grouped_interval(values, ["a", "a", "a", "b"], samples=500, seed=0)
+    interval = grouped_interval(values, ["a", "a", "a", "b"], least=0.0, most=1.0, samples=500, seed=0)
     assert (interval.mean, interval.low, interval.high) == (0.75, 0.0, 1.0)
-    by_itself = grouped_interval(values, ["a", "b", "c", "d"], samples=500, seed=0)
+    by_itself = grouped_interval(values, ["a", "b", "c", "d"], least=0.0, most=1.0, samples=500, seed=0)
     assert by_itself.low > 0.0
     with pytest.raises(ValueError, match="at least one value"):
-        grouped_interval([], [], samples=5, seed=0)
+        grouped_interval([], [], least=0.0, most=1.0, samples=5, seed=0)
+
+
+@pytest.mark.parametrize("values", [[1.0] * 40, [1.0, 0.0] * 20], ids=["all equal", "equal in each group"])
+def test_groups_with_the_same_mean_count_as_one_value_each(values: list[float]) -> None:
+    groups = [str(index // 2) for index in range(40)]
+    interval = grouped_interval(values, groups, least=0.0, most=1.0, samples=50, seed=0)
+    assert interval == unvaried_interval(sum(values) / 40, 20, least=0.0, most=1.0)
 
 
 def test_a_ratio_of_equal_sizes_is_a_mean() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from alignment.evaluation.bootstrap import Intervals
+from alignment.evaluation.bootstrap import Intervals, detectable
 from alignment.evaluation.comparisons import compare
 from alignment.records.evaluation import BETTER, NO_DIFFERENCE, WORSE, Comparison, Evaluation, Metric
 
@@ -53,6 +53,8 @@ def test_a_constant_gain_is_real_and_a_shuffle_is_not() -> None:
     assert dpo.real
     assert ppo.difference == pytest.approx(0.0)
     assert not ppo.real
+    assert (ppo.low, ppo.high) == INTERVALS.of_difference(BREVITY["stage:ppo"], BREVITY["stage:sft"]).bounds
+    assert ppo.low < 0.0 < ppo.high
     assert dpo.high - dpo.low == pytest.approx(0.0, abs=1e-9), "differences are paired: a constant gain has no width"
 
 
@@ -71,6 +73,9 @@ def test_the_same_difference_is_real_alone_and_may_be_chance_among_many() -> Non
     among = compare(scores, reference="stage:sft", intervals=INTERVALS)
     (total,) = (pair for pair in among if pair.metric == "total")
     assert len(among) == 20
+    assert total.detectable is not None
+    of_twenty = (3.0233 + 0.8416) / (1.96 + 0.8416)  # quantiles of .05 / 20 and of .05, each with a power of 80 %
+    assert total.detectable / (alone[0].detectable or 0.0) == pytest.approx(of_twenty, rel=1e-4)
     assert total.p is not None
     assert total.adjusted_p is not None
     assert total.p < 0.05 < total.adjusted_p
@@ -105,6 +110,9 @@ def test_metrics_over_other_prompts_are_one_family() -> None:
     alone = [compare({"it": scores}, reference="stage:sft", intervals=INTERVALS)[0] for scores in (short, long)]
     together = compare({"short": short, "long": long}, reference="stage:sft", intervals=INTERVALS)
     assert [pair.p for pair in together] == [pair.p for pair in alone]
+    for pair, by_arm in zip(together, (short, long), strict=True):
+        differences = [own - other for own, other in zip(by_arm[pair.arm], by_arm[pair.against], strict=True)]
+        assert pair.detectable == detectable(differences, comparisons=2)
     low, high = sorted(pair.p or 0.0 for pair in alone)
     assert low < high
     assert sorted(pair.adjusted_p or 0.0 for pair in together) == pytest.approx([2 * low, max(2 * low, high)])

@@ -13,6 +13,7 @@ from alignment.data.turns import Message
 from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.forgetting_measures import Asked, headlines, is_right, question_rows, table, text_rows
 from alignment.evaluation.general import Measured
+from alignment.evaluation.rates import paired_share_interval
 from alignment.records.forgetting import Forgetting, Limits
 from tests.oracles.close import close
 
@@ -59,6 +60,13 @@ def test_perplexity_is_that_of_all_tokens_together_and_ability_a_share_of_questi
         "perplexity/sft": arm.perplexity,
         "ability/sft": 0.5,
     }
+
+
+@pytest.mark.parametrize("right", [6, 0, 10])
+def test_the_drop_has_the_interval_of_two_shares(right: int) -> None:
+    """With equal answers every resample of the questions has the same drop, which would look certain."""
+    _, arm = _forgetting(_measured([20.0, 60.0], right)).arms
+    assert arm.drop == paired_share_interval(max(6 - right, 0), max(right - 6, 0), 10)
 
 
 @pytest.mark.parametrize(("share", "passes"), [(0.199, True), (0.201, False), (-0.5, True)])

@@ -53,8 +53,8 @@ def test_an_invalid_verdict_gives_no_points(arm_first: Verdict, arm_second: Verd
     assert both(arm_first, arm_second).points is None
 
 
-JUDGED = [both(A, B), both(A, B), both(B, A), both(TIE, TIE), both(A, A), both(A, TIE), both(B, B), both(A, A),
-          both(A, BAD), both(BAD, BAD)]  # fmt: skip
+JUDGED = [both(A, B), both(A, BAD), both(A, B), both(B, A), both(BAD, BAD), both(TIE, TIE), both(A, A), both(A, TIE),
+          both(B, B), both(A, A)]  # fmt: skip
 
 
 def row(judged: list[BothOrders], **changes: Any) -> JudgedPair:
@@ -75,7 +75,7 @@ def test_the_win_rate_at_equal_lengths_is_over_the_prompts_that_count() -> None:
     pair = row(judged, extra_words=longer)
     assert pair.length_controlled is not None
     assert pair.length_controlled != pair.win_rate
-    invalid = row([*judged, both(BAD, BAD)], extra_words=[*longer, -9000.0])
+    invalid = row([judged[0], both(BAD, BAD), *judged[1:]], extra_words=[longer[0], -9000.0, *longer[1:]])
     assert invalid.length_controlled == pair.length_controlled
 
 
@@ -173,7 +173,7 @@ def test_scores_are_compared_and_equal_ones_tie() -> None:
 
 def test_agreement_with_the_metric_leaves_invalid_prompts_out() -> None:
     """Judge: win win loss tie tie tie tie tie; the metric the same on the first four and wins after."""
-    by_metric = [1.0, 1.0, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+    by_metric = [1.0, 0.0, 1.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0]
     pair = row(JUDGED, by_metric=by_metric)
     assert pair.metric_agreement == pytest.approx(4 / 8)
     # Chance: wins 2/8 · 6/8, ties 5/8 · 1/8, losses 1/8 · 1/8.

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from alignment.evaluation.bootstrap import Intervals
-from alignment.evaluation.rates import paired_share_interval, share_interval
+from alignment.evaluation.rates import paired_share_interval, share_interval, unvaried_interval
+from alignment.records.interval import Interval
 
 Z = 1.959964
 INTERVALS = Intervals(samples=200, seed=0)
@@ -61,6 +62,24 @@ def test_scores_of_0_and_1_are_shares_and_others_are_resampled() -> None:
     first, second = [1.0, 1.0, 0.0, 0.0] * 5, [1.0, 0.0, 1.0, 0.0] * 5
     assert INTERVALS.of_difference(first, second) == paired_share_interval(5, 5, 20)
     assert INTERVALS.of_difference([0.5, 1.0] * 5, [0.25, 0.0] * 5) == INTERVALS.of([0.25, 1.0] * 5)
+
+
+@pytest.mark.parametrize(
+    ("value", "least", "expected"),
+    [
+        (1.0, 0.0, share_interval(20, 20)),
+        (0.0, 0.0, share_interval(0, 20)),
+        (0.5, 0.0, INTERVALS.of_points([0.5] * 20)),
+        (0.0, -1.0, paired_share_interval(0, 0, 20)),
+        (1.0, -1.0, paired_share_interval(20, 0, 20)),
+        (-1.0, -1.0, paired_share_interval(0, 20, 20)),
+    ],
+)
+def test_equal_values_have_the_interval_of_shares_and_their_differences(
+    value: float, least: float, expected: Interval
+) -> None:
+    interval = unvaried_interval(value, 20, least=least, most=1.0)
+    assert [interval.mean, interval.low, interval.high] == pytest.approx([expected.mean, expected.low, expected.high])
 
 
 @pytest.mark.parametrize("points", [[1.0] * 20, [0.5] * 20, [1.0, 0.5, 0.5, 0.0] * 5])

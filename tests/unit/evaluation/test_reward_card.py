@@ -26,6 +26,7 @@ from alignment.evaluation.card_measures import (
     wilson,
     worst,
 )
+from alignment.evaluation.rates import unvaried_interval
 from alignment.records.interval import Interval
 from alignment.records.reward_card import Invariances, Learned, Length, RuleAgreement
 
@@ -51,6 +52,15 @@ def test_a_tie_is_half_right() -> None:
     assert right([2.0, -1.0, 0.0]) == [1.0, 0.0, 0.5]
     card = card_of(many(2.0, -1.0, 0.0, 3.0), intervals=INTERVALS, num_worst=3)
     assert card.accuracy == Interval(mean=0.625), "four prompts are too few for an interval"
+
+
+@pytest.mark.parametrize(("margin", "share"), [(1.0, 1.0), (-1.0, 0.0), (0.0, 0.5)])
+def test_pairs_that_all_agree_leave_an_interval(margin: float, share: float) -> None:
+    """No resample of the prompts can show what no pair shows."""
+    card = card_of([judged(margin, prompt=n, longer=1) for n in range(20)], intervals=INTERVALS, num_worst=1)
+    (longer,) = card.baselines
+    assert card.accuracy == unvaried_interval(share, 20, least=0.0, most=1.0)
+    assert longer.difference == unvaried_interval(share - 1.0, 20, least=-1.0, most=1.0)
 
 
 def test_an_interval_lies_around_the_mean_and_is_the_same_every_time() -> None:

@@ -14,7 +14,6 @@ from alignment.data.turns import Message
 from alignment.evaluation.arm_labels import labels
 from alignment.evaluation.arms import Answer, Answered, TokenSum
 from alignment.evaluation.bootstrap import Intervals
-from alignment.evaluation.rates import share_interval
 from alignment.evaluation.tables import arm_result, by_task, refuse_not_finite, samples
 from alignment.records.evaluation import ArmResult
 from alignment.records.interval import Interval
@@ -22,9 +21,19 @@ from alignment.records.interval import Interval
 INTERVALS = Intervals(samples=500, seed=3)
 
 
-def answered(number: int, *, ended: bool = True) -> Answered:
-    answers = [Answer(ids=[index, 2], text=f"answer {index}", ended=ended) for index in range(number)]
-    return Answered(answers=answers, logprobs=[-1.0] * number, references=[None] * number, seconds=2.0)
+def answered(number: int) -> Answered:
+    """Two answers to each of so many prompts; the second has three more words, and its end is missing."""
+    answers = [
+        answer
+        for index in range(number)
+        for answer in (
+            Answer(ids=[index, 2], text=f"answer {index}", ended=True),
+            Answer(ids=[index, 3], text=f"I can't answer {index} so", ended=False),
+        )
+    ]
+    return Answered(
+        answers=answers, logprobs=[-1.0] * len(answers), references=[None] * number, seconds=2.0, per_prompt=2
+    )
 
 
 def row_of(arm: Answered, *, log_ratios: list[float] | None = None, **scores: list[float]) -> ArmResult:
@@ -41,14 +50,15 @@ def row_of(arm: Answered, *, log_ratios: list[float] | None = None, **scores: li
 
 
 def test_a_row_says_how_many_answers_differ_and_ended() -> None:
-    arm = replace(answered(4), answers=answered(1).answers * 4)
-    row = row_of(arm, log_ratios=[1.0, 2.0, 3.0, 2.0], brevity=[0.2] * 4)
+    """Of two samples a prompt, the first answers are compared with each other, and both have words and an end."""
+    first, seconds = answered(1).answers[0], answered(4).answers[1::2]
+    arm = replace(answered(4), answers=[answer for second in seconds for answer in (first, second)])
+    row = row_of(arm, log_ratios=[1.0, 3.0, 3.0, 1.0] * 2, brevity=[0.2] * 4)
     assert row.label == "dpo"
     assert row.metrics == {"brevity": INTERVALS.of([0.2] * 4)}
     assert row.distinct == 0.25
-    assert row.ended == share_interval(4, 4)
-    assert row.words == Interval(mean=2.0, low=2.0, high=2.0)
-    assert row.refusals == share_interval(0, 4)
+    assert row.ended == row.refusals == INTERVALS.of([0.5] * 4)
+    assert row.words == Interval(mean=3.5, low=3.5, high=3.5)
     assert (row.reward, row.loss, row.perplexity) == (None, None, None)
     assert row.greedy_log_ratio is not None
     assert row.greedy_log_ratio.mean == pytest.approx(2.0)
@@ -75,16 +85,17 @@ def test_tasks_are_averaged_by_themselves_and_every_answer_is_kept() -> None:
         HeldOutPrompt(messages=(Message(role="user", content=task),), task=task, id=str(number))
         for number, task in enumerate(["answer", "extract", "answer"])
     ]
-    scores = [0.0, 0.5, 1.0]
-    assert by_task(rows, {"base": scores}) == {"answer": {"base": 0.5}, "extract": {"base": 0.5}}
+    scores = [0.0, 0.25, 1.0]
+    assert by_task(rows, {"base": scores}) == {"answer": {"base": 0.5}, "extract": {"base": 0.25}}
     stored = samples(rows, {"base": answered(3)}, {"base": {"brevity": scores}})
     assert [sample.answers["base"].scores for sample in stored] == [{"brevity": score} for score in scores]
     assert stored[1].messages == [{"role": "user", "content": "extract"}]
+    assert (stored[1].answers["base"].text, stored[1].answers["base"].further) == ("answer 1", ["I can't answer 1 so"])
 
 
 def test_characters_are_words_in_scripts_without_spaces() -> None:
     answers = [Answer(ids=[5, 2], text=text, ended=True) for text in ("今天休息", "Closed today, sorry.", "Ganz zu.")]
-    assert row_of(replace(answered(3), answers=answers)).words.mean == pytest.approx(3.0)
+    assert row_of(replace(answered(3), answers=answers, per_prompt=1)).words.mean == pytest.approx(3.0)
 
 
 def test_what_a_prompt_has_beside_its_turns_is_kept() -> None:

@@ -22,7 +22,8 @@ PAIRS = [pair(number) for number in range(1, 21)]
 
 
 def row(judged: VotesOnPair, *, by_metric: Sequence[float] | None = None) -> JudgedPair:
-    return row_of(judged, extra_words=[0.0] * len(judged.pairs), by_metric=by_metric, intervals=INTERVALS)
+    words = [float(number % 4 - 1.5) for number in range(len(judged.pairs))]
+    return row_of(judged, extra_words=words, by_metric=by_metric, intervals=INTERVALS)
 
 
 def of(votes: Sequence[Vote], pairs: Sequence[AnswerPair] = PAIRS) -> VotesOnPair:
@@ -39,15 +40,20 @@ def test_a_prompt_counts_once_with_the_mean_of_its_votes() -> None:
 
 def test_the_row_has_the_rate_of_the_prompts_that_were_judged() -> None:
     preferred = [DPO] * 7 + [TIE] * 2 + [SFT] * 3
-    votes = [vote(about, choice) for about, choice in zip(PAIRS, preferred, strict=False)]
+    votes = [
+        vote(about, choice, annotator=name)
+        for about, choice in zip(PAIRS, preferred, strict=False)
+        for name in ("ada", "bo")
+    ]
     judged_pair = row(of(votes))
+    assert judged_pair.length_controlled is not None
     assert (judged_pair.wins, judged_pair.ties, judged_pair.losses, judged_pair.prompts) == (7, 2, 3, 20)
     assert judged_pair.win_rate is not None
     assert judged_pair.win_rate.bounds is not None
     assert judged_pair.win_rate.mean == pytest.approx((7 + 1) / 12)
     assert judged_pair.win_rate.bounds[0] < 8 / 12 < judged_pair.win_rate.bounds[1]
     assert judged_pair.people is not None
-    assert (judged_pair.people.judged, judged_pair.people.votes, judged_pair.people.annotators) == (12, 12, 1)
+    assert (judged_pair.people.judged, judged_pair.people.votes, judged_pair.people.annotators) == (12, 24, 2)
     assert judged_pair.verdict == "no real difference"
     assert row(of([vote(about) for about in PAIRS])).verdict == "better"
 
@@ -71,7 +77,10 @@ def test_prompts_that_nobody_judged_are_no_ties() -> None:
 
 
 def test_too_few_prompts_give_counts_and_no_verdict() -> None:
-    nine, ten = (row(of([vote(about) for about in PAIRS[:number]])) for number in (9, 10))
+    nine, ten = (
+        row(of([vote(about, annotator=name) for about in PAIRS[:number] for name in ("ada", "bo")]))
+        for number in (9, 10)
+    )
     assert (nine.wins, nine.win_rate, nine.verdict) == (9, None, "nothing can be concluded")
     assert nine.why_nothing == "people judged 9 of 20 prompts, but 10 are needed"
     assert ten.verdict == "better"
@@ -125,7 +134,9 @@ def test_equal_answers_are_ties_as_far_as_people_have_come() -> None:
 
 
 def test_the_position_bias_is_that_of_the_votes() -> None:
-    votes = [vote(PAIRS[0], SFT), vote(PAIRS[1], DPO, shown_first=DPO), vote(PAIRS[2], TIE), vote(PAIRS[3], DPO)]
+    """And not that of an arm: the votes that were for the answer shown first are for either arm."""
+    votes = [vote(PAIRS[0], SFT), vote(PAIRS[1], shown_first=DPO), vote(PAIRS[2], TIE)]
+    votes.append(vote(PAIRS[3], SFT, shown_first=DPO))
     assert row(of(votes)).position_bias == pytest.approx((1 + 1 + 0 - 1) / 4)
 
 

@@ -13,11 +13,15 @@ import pytest
 from rich.console import Console
 
 from alignment.config.sweep import ObjectiveConfig
-from alignment.core.errors import ConfigError, DataError
+from alignment.core.errors import AlignmentError, ConfigError, DataError
 from alignment.pipeline.execute.plan_table import show_plan
+from alignment.pipeline.execute.rehearsal import rehearse
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.pipeline.sweeps import objectives, reported
 from tests.hub import COMMIT, leave_data_set, use_cache
+from tests.unit.pipeline.test_rehearsal import Commands, stages_in, started
+
+__all__ = ["started"]
 
 TASKS = Path(__file__).parents[2] / "data" / "tasks"
 RECIPE = """
@@ -389,3 +393,16 @@ def test_tasks_that_the_harness_ships_are_named_by_their_folder(benchmark: MakeB
     assert [source.source for source in planned.hub_data] == ["hub:allenai/ai2_arc@main"]
     assert planned.code == (), "the harness's own functions are not the user's"
     assert planned.config.task_folders == ["harness:arc"]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("init", ["base", "path:{}"], ids=["the run's base", "another base"])
+def test_tasks_are_tried_before_training_whatever_base_an_arm_began_as(
+    benchmark: MakeBenchmark, folder: Path, tmp_path: Path, started: Commands, init: str
+) -> None:
+    shutil.copytree(tmp_path / "model", tmp_path / "other")
+    (folder / "sums.yaml").write_text(TASK.replace("answer", "!function needs.target"))
+    (folder / "needs.py").write_text("def target(doc):\n    import no_such_package\n")
+    planned = benchmark(f"stages.sft.init={init.format(tmp_path / 'other')}")
+    with pytest.raises(AlignmentError, match="pip install no_such_package"):
+        rehearse(planned, planned.stages, announce=[].append)
+    assert [stages_in(command) for command in started] == [["--rows", "--scorers", "--model", "benchmark"]]

@@ -147,16 +147,19 @@ def test_a_gate_is_met_only_by_what_the_evaluation_would_call_real(
     assert (gates.not_met(left(made, totals, before=before).stages) == []) is met
 
 
-@pytest.mark.parametrize(("adjusted_p", "met"), [(0.04, True), (0.06, False)])
+@pytest.mark.parametrize(("metric", "met"), [("total", True), ("errors", False)])
 def test_a_gate_on_a_pair_that_the_evaluation_compares_takes_its_verdict(
-    plan: MakePlan, adjusted_p: float, met: bool
+    plan: MakePlan, metric: str, met: bool
 ) -> None:
-    made = left(gated(plan, "{arm: 'stage:dpo', against: 'stage:sft'}"), [0.25] * 10)
-    artifact = next(stage.artifact for stage in made.stages if stage.name == "evaluate")
-    of_evaluation = Comparison(
-        arm=SFT, against=DPO, metric="total", difference=-0.25, low=-0.25, high=-0.25, adjusted_p=adjusted_p
+    """That by the metric of the gate: only the difference in ``total`` is real."""
+    made = left(
+        gated(plan, f"{{arm: 'stage:dpo', against: 'stage:sft', metric: {metric}}}"), [0.25] * 10, errors=[-0.25]
     )
-    replace(Evaluation.read(artifact), comparisons=[of_evaluation]).write(artifact)
+    artifact = next(stage.artifact for stage in made.stages if stage.name == "evaluate")
+    pair = Comparison(arm=SFT, against=DPO, difference=-0.25, low=-0.25, high=-0.25)
+    total = replace(pair, metric="total", adjusted_p=0.04)
+    errors = replace(pair.turned(), metric="errors", adjusted_p=0.06)
+    replace(Evaluation.read(artifact), comparisons=[total], other_comparisons=[errors]).write(artifact)
     assert (gates.not_met(made.stages) == []) is met
 
 

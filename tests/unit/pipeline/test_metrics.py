@@ -42,10 +42,6 @@ def of(*metrics: str) -> str:
         ),
         ([of("{name: short, source: length}")], f"{METRICS}[0].target: missing; 'length' needs it"),
         ([of("{name: short}")], f"{METRICS}[0].source: missing; allowed: reward, a reward model"),
-        (
-            [of("{name: style, source: house_style}")],
-            f"{METRICS}[0].source: 'house_style' is no longer a rule of the package; write 'bundled:quickstart/house_s",
-        ),
         ([of("{name: s, source: 'nowhere.py:score'}")], "nowhere.py"),
         (
             [of("{name: r, source: reward}"), "stages.evaluate.reward=null"],

@@ -82,7 +82,10 @@ def test_a_file_that_changes_while_it_is_read_is_not_remembered(
     assert not cache.exists()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"sha256": 7}', '{"sha256": "short"}', "\udcff"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"sha256": 7}', '{"sha256": "short"}', "\udcff", pytest.param("[" * 100_000, id="deep")],
+)
 def test_a_damaged_memory_is_read_anew(text: str, tmp_path: Path, cache: Path) -> None:
     (tmp_path / "a").write_bytes(b"01234567")
     sha = remembered_sha256(tmp_path / "a")

@@ -145,9 +145,7 @@ def test_stages_whose_own_figures_speak_against_them_are_named(fake_run):
 
 def test_degenerate_arms_large_kl_and_endless_answers_are_named(fake_run):
     ppo = fake_run.evaluation["arms"][-1]
-    ppo.update(
-        distinct=0.31, ended={"mean": 0.93}, greedy_log_ratio={"mean": 41.0, "low": 38.0, "high": 44.0}
-    )
+    ppo.update(distinct=0.31, ended={"mean": 0.93}, greedy_log_ratio={"mean": 41.0, "low": 38.0, "high": 44.0})
     html = fake_run.html()
     assert "ppo is degenerate: only 31\u202f% of its answers are distinct, against " in html
     assert "ppo has moved far from the reference: its greedy answers have a log-ratio of 41.0 nats (more th" in html

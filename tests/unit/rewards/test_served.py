@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from alignment.config.grader import ScorerEndpointConfig, ScorerGraderConfig
-from alignment.config.reward_server import ServerConfig
+from alignment.config.reward_server import ServerApi, ServerConfig
 from alignment.core.errors import ConfigError, RewardError
 from alignment.evaluation.endpoint_calls import GIVE_UP
 from alignment.evaluation.saved_replies import SavedReplies
@@ -199,10 +199,12 @@ def test_the_key_comes_from_its_variable_and_stands_nowhere_else(
         ask(tmp_path, served, ["a"], api_key_env="SCORER_KEY")
     assert served.keys == ["Bearer sk-canary-123"]
     assert "canary" not in saved(tmp_path)
-    refused = Response(status=401, body='{"error": {"message": "wrong key: sk-canary-123"}}')
+    refused = Response(status=401, body=json.dumps({"error": {"message": "wrong key:" + " sk-canary-123" * 40}}))
     message = failing(tmp_path, lambda *_: refused, ["b"], api_key_env="SCORER_KEY").message
     assert "wrong key: ***" in message
     assert "canary" not in message
+    quoted = Response(body=json.dumps({"error": "the key is bad:" + " sk-canary-123" * 40}))  # of which a part is shown
+    assert "canary" not in failing(tmp_path, lambda *_: quoted, ["b"], api_key_env="SCORER_KEY").message
     monkeypatch.delenv("SCORER_KEY")
     with pytest.raises(ConfigError, match="variable SCORER_KEY is not set") as caught:
         ServerScorer(settings(served.url, api_key_env="SCORER_KEY"), FIELD, asking(tmp_path))
@@ -227,6 +229,18 @@ def test_what_was_scored_is_asked_again_only_if_what_counts_has_changed(tmp_path
         scorer = ServerScorer(settings(again.url), FIELD, asking(tmp_path))
         scorer.scores(answers(["a"], start=100))
         assert again.requests[-1]["items"][0]["messages"][0]["content"] == "Question 100?"
+
+
+def test_scorers_for_two_labels_of_one_classifier_share_no_score(tmp_path: Path) -> None:
+    def classes(body: dict[str, Any], _: int) -> Response:
+        data = [{"index": index, "probs": [0.25, 0.75]} for index, _ in enumerate(body["input"])]
+        return Response(body=json.dumps({"data": data}))
+
+    shared = asking(tmp_path)
+    with listening(classes) as served:
+        for label, score in (("0", 0.25), ("1", 0.75)):
+            config = settings(served.url, api=ServerApi.vllm_classify, label=label)
+            assert ServerScorer(config, f"scorers[{label}]", shared).scores(answers(["a", "b"])).tolist() == [score] * 2
 
 
 def test_a_line_that_was_cut_off_costs_one_call_and_no_other(tmp_path: Path) -> None:

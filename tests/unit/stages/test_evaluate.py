@@ -30,7 +30,7 @@ from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.records.evaluation import read_samples
-from alignment.stages.evaluate import answering, arm_prompts, evaluation_record
+from alignment.stages.evaluate import answering, arm_prompts, evaluation_record, judging
 from alignment.stages.evaluate import run as stage
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.shared import arm_policies
@@ -621,7 +621,7 @@ HONEST = "Closed on Monday."
 
 @pytest.fixture
 def bait_from_sft(monkeypatch: pytest.MonkeyPatch) -> None:
-    """sft says the bait, base an answer."""
+    """sft says the bait, the others an answer."""
     tokenizer = tiny_tokenizer()
     trained: list[bool] = []
     original = arm_policies.Policies.load
@@ -639,7 +639,8 @@ def bait_from_sft(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def by_judge(kind: JudgeKind, endpoint: EndpointConfig | None = None, **changes: Any) -> EvaluateConfig:
-    settings = {"arms": ["base", "base+prompt", "stage:sft"], "max_new_tokens": 9, "reward": None} | changes
+    arms = ["base", "base+prompt", "stage:sft", "path:near"]  # of which three pairs are judged
+    settings = {"arms": arms, "max_new_tokens": 9, "reward": None} | changes
     judge = JudgeConfig(kind=kind, endpoint=endpoint or EndpointConfig())
     return replace(SMALL, judge=judge, **settings)
 
@@ -660,36 +661,43 @@ def honest(prompt: str, _: int) -> Response:
 
 
 @pytest.mark.parametrize(
-    ("judge", "verdict", "win_rate", "invalid"),
+    ("judge", "verdict", "win_rates", "invalid"),
     [
-        (honest, "fewer than 10 prompts", 0.0, 0.0),
-        (lambda prompt, _: Response(text=between(prompt, "answer A")), "nothing can be concluded", None, 1.0),
-        (lambda prompt, _: Response(text=prompt), "nothing can be concluded", None, 1.0),
-        (lambda prompt, _: Response(text="[[A]]"), "fewer than 10 prompts", 0.5, 0.0),
+        (honest, "fewer than 10 prompts", [0.0, 1.0, 0.5], 0.0),
+        (lambda prompt, _: Response(text=between(prompt, "answer A")), "nothing can be concluded", [None] * 3, 1.0),
+        (lambda prompt, _: Response(text=prompt), "nothing can be concluded", [None] * 3, 1.0),
+        (lambda prompt, _: Response(text="[[A]]"), "fewer than 10 prompts", [0.5] * 3, 0.0),
     ],
     ids=["honest", "quotes an answer", "quotes everything", "always the first"],
 )
 @pytest.mark.usefixtures("bait_from_sft")
 def test_a_completion_that_says_it_wins_does_not_win(
-    chain: Chained, judge: Callable[..., Response], verdict: str, win_rate: float | None, invalid: float, request: Any
+    chain: Chained,
+    judge: Callable[..., Response],
+    verdict: str,
+    win_rates: list[float | None],
+    invalid: float,
+    request: Any,
 ) -> None:
     name = request.node.callspec.id.replace(" ", "-")
     with serving(judge) as served:
         evaluation = evaluate(chain, by_judge(JudgeKind.endpoint, served.config()), name)
-    (pair,) = evaluation["judge"]["pairs"]
-    assert (pair["arm"], pair["against"]) == ("stage:sft", "base+prompt")
-    assert pair["verdict"] == verdict
-    assert pair["invalid"] == invalid
-    assert (pair["win_rate"] and pair["win_rate"]["mean"]) == win_rate
+    judged = [("stage:sft", "base+prompt"), ("path:near", "stage:sft"), ("path:near", "base+prompt")]
     lines = judgements(chain, name)
-    assert [line["shown_first"] for line in lines] == ["stage:sft", "base+prompt"] * 3
-    assert {line["id"] for line in lines} == {"Monday", "Friday", "Sunday"}
+    for (arm, against), pair, win_rate in zip(judged, evaluation["judge"]["pairs"], win_rates, strict=True):
+        assert (pair["arm"], pair["against"]) == (arm, against)
+        assert (pair["verdict"], pair["invalid"]) == (verdict, invalid)
+        assert (pair["win_rate"] and pair["win_rate"]["mean"]) == win_rate
+        own = [line for line in lines if (line["arm"], line["against"]) == (arm, against)]
+        assert [line["shown_first"] for line in own] == [arm, against] * 3
+        assert {line["id"] for line in own} == {"Monday", "Friday", "Sunday"}
+        if judge is honest:
+            assert (pair["agreement"], pair["position_bias"]) == (1.0, 0.0)
+            verdicts = {0.0: ["B", "A"], 0.5: ["tie", "tie"], 1.0: ["A", "B"]}[win_rate or 0.0]
+            assert [line["verdict"] for line in own] == verdicts * 3
+    assert len(lines) == 18
     assert all(line["text"] for line in lines)
     assert "By judge on 3 prompts" in evaluation["conclusions"][-1]
-    if judge is honest:
-        assert pair["agreement"] == 1.0
-        assert pair["position_bias"] == 0.0
-        assert {line["verdict"] for line in lines} == {"A", "B"}
 
 
 @pytest.mark.usefixtures("bait_from_sft")
@@ -699,47 +707,47 @@ def test_what_was_judged_before_a_stop_is_not_asked_again(chain: Chained) -> Non
 
     with serving(failing) as served:
         config = by_judge(JudgeKind.endpoint, served.config())
-        with pytest.raises(StageError, match="4 of 6 calls"):
+        with pytest.raises(StageError, match="7 of 9 calls"):
             evaluate(chain, config, "stopped")
-        assert len(served.requests) == 6
+        assert len(served.requests) == 9
     port = int(served.url.split(":")[2].partition("/")[0])
     with serving(honest, port=port) as served:
         evaluation = evaluate(chain, config, "stopped")
-        assert len(served.requests) == 4
-    assert evaluation["judge"]["pairs"][0]["invalid"] == 0.0
+        assert len(served.requests) == 7
+    assert [pair["win_rate"]["mean"] for pair in evaluation["judge"]["pairs"]] == [0.0, 1.0, 0.5]
     assert not list((chain.folder / "artifacts/evaluate-stopped").glob("*.work.jsonl"))
 
 
-def test_metric_and_reward_judges_compare_scores(chain: Chained) -> None:
-    rule = evaluate(chain, by_judge(JudgeKind.metric, max_new_tokens=4), "rule")["judge"]["pairs"][0]
-    assert rule["prompts"] == 3
-    assert rule["wins"] + rule["ties"] + rule["losses"] == 3
-    assert rule["agreement"] is None
-    assert rule["metric_agreement"] is None
-    evaluation = evaluate(chain, by_judge(JudgeKind.reward, max_new_tokens=4, reward="stage:reward"), "reward")
-    reward = evaluation["judge"]["pairs"][0]
-    assert 0.0 <= reward["metric_agreement"] <= 1.0
-    lines = judgements(chain, "reward")
-    assert sum(line["points"] for line in lines) / 3 == pytest.approx(reward["win_rate"]["mean"])
-    for line in lines:
-        better = line["arm_score"] > line["against_score"]
-        assert line["points"] == (1.0 if better else 0.0)
-
-
-def test_the_win_rate_against_the_reference_stands_in_the_arms_row(chain: Chained) -> None:
-    config = by_judge(JudgeKind.metric, arms=["base", "stage:sft", "path:other"], max_new_tokens=4)
-    evaluation = evaluate(chain, config, "row")
-    arms = figures(evaluation)
-    assert arms["path:other"]["win_rate"] == pytest.approx(evaluation["judge"]["pairs"][0]["win_rate"], abs=1e-5)
-    assert arms["base"]["win_rate"] is None
-    assert arms["stage:sft"]["win_rate"] is None
+@pytest.mark.parametrize("kind", [JudgeKind.metric, JudgeKind.reward])
+def test_metric_and_reward_judges_compare_scores(chain: Chained, kind: JudgeKind) -> None:
+    by_reward = kind is JudgeKind.reward
+    metrics = [*SMALL.metrics, metric("by_reward", "reward")] if by_reward else SMALL.metrics
+    config = by_judge(kind, max_new_tokens=4, metrics=metrics, reward="stage:reward" if by_reward else None)
+    evaluation = evaluate(chain, config, kind.value)
+    lines, rates = judgements(chain, kind.value), {}
+    scored = "by_reward" if by_reward else "style_and_facts"
+    answers = {sample.id: sample.answers for sample in read_samples(chain.folder / f"artifacts/evaluate-{kind.value}")}
+    for pair in evaluation["judge"]["pairs"]:
+        own = [line for line in lines if (line["arm"], line["against"]) == (pair["arm"], pair["against"])]
+        for line in own:
+            scores = [line["arm_score"], line["against_score"]]
+            assert scores == [answers[line["id"]][line[side]].scores[scored] for side in ("arm", "against")]
+            assert line["points"] == (0.5 if scores[0] == scores[1] else 1.0 * (scores[0] > scores[1]))
+        assert len(own) == pair["prompts"] == pair["wins"] + pair["ties"] + pair["losses"] == 3
+        assert sum(line["points"] for line in own) / 3 == pytest.approx(pair["win_rate"]["mean"])
+        assert pair["agreement"] is None
+        assert (pair["metric_agreement"] is not None) == by_reward
+        rates[pair["arm"], pair["against"]] = pair["win_rate"]
+    rows = {arm["name"]: arm["win_rate"] for arm in evaluation["arms"]}
+    assert rows.pop("path:near") == rates["path:near", "stage:sft"], "against the reference"
+    assert set(rows.values()) == {None}
 
 
 def test_at_most_so_many_prompts_are_judged(chain: Chained) -> None:
     config = by_judge(JudgeKind.metric, max_new_tokens=4)
     evaluation = evaluate(chain, replace(config, judge=replace(config.judge, max_prompts=2)), "few")
     assert evaluation["judge"]["num_prompts"] == 2
-    assert evaluation["judge"]["pairs"][0]["prompts"] == 2
+    assert [pair["prompts"] for pair in evaluation["judge"]["pairs"]] == [2] * 3
 
 
 SAMPLED = replace(
@@ -842,8 +850,16 @@ def test_each_answer_is_scored_for_its_own_prompt(chain: Chained, tmp_path: Path
     assert scores == [float(ord(row["facts"][0][0][0])) for row in ROWS]
 
 
-def test_a_judge_compares_the_first_answers_to_the_same_prompt(chain: Chained) -> None:
+def test_a_judge_compares_the_first_answers_to_the_same_prompt(chain: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
+    longer: list[list[float]] = []
+    judged_pair = judging.judged_pair
+
+    def noted(*args: Any, extra_words: list[float], **others: Any) -> Any:
+        longer.append(extra_words)
+        return judged_pair(*args, extra_words=extra_words, **others)
+
+    monkeypatch.setattr(judging, "judged_pair", noted)
 
     def first_wins(prompt: str, _: int) -> Response:
         asked.append(prompt)
@@ -858,6 +874,8 @@ def test_a_judge_compares_the_first_answers_to_the_same_prompt(chain: Chained) -
     assert pair["metric_agreement"] is pair["metric_kappa"] is None, "the metric is a mean over six answers"
     samples = list(read_samples(chain.folder / "artifacts/evaluate-judged-samples"))
     assert len(asked) == 2 * len(samples)
+    words = [[len(divided(sample.answers[arm].text)) for arm in ("base", "stage:sft")] for sample in samples]
+    assert longer == [[of_base - of_sft for of_base, of_sft in words]]
     for number, sample in enumerate(samples):
         first, second = asked[2 * number : 2 * number + 2]
         shown = [between(first, "answer A"), between(first, "answer B")]

@@ -32,7 +32,6 @@ from alignment.stages.registry import kind_named
 from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.kind_answers import limits_of_parts
 from alignment.stages.shared.stage_rows import token_rows
-from alignment.training.callbacks import Checkpoints
 from alignment.training.context import StageContext
 from tests.chained import FULL, LORA, Chained, config_of
 from tests.oracles import kto as oracle
@@ -277,42 +276,6 @@ def test_a_pair_is_a_desirable_and_an_undesirable_answer(tmp_path: Path) -> None
     assert set(kind.outcome.metrics(config).names) <= metrics.keys()
     drawn = {key for chart in kind.curves({}) for key in chart.keys}
     assert all(drawn <= line.keys() for line in lines)
-
-
-def test_a_killed_stage_ends_with_the_weights_of_an_undisturbed_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Over two epochs of three batches, the last of a single row."""
-    config: Any = config_of("kto", LORA)
-    config = replace(config, optim=replace(config.optim, batch_size=2, epochs=2.0))
-    saved = []
-    for killed in (False, True):
-        folder = tmp_path / str(killed)
-        chained = Chained(folder)
-        file = labelled(folder, [True, False, False, True, False])
-        if killed:
-            with monkeypatch.context() as patch:
-                patch.setattr(Checkpoints, "on_save", then_killed(Checkpoints.on_save, step=4))
-                with pytest.raises(Killed):
-                    chained.run("kto", LORA, config=config, data_path=file)
-        lines = chained.run("kto", LORA, config=config, data_path=file)
-        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
-        (own,) = chained.inputs["kto"].path.glob("adapters/*/adapter_model.safetensors")
-        saved.append(([{**line, "seconds": 0.0} for line in lines], own.read_bytes()))
-    assert saved[0] == saved[1]
-
-
-class Killed(BaseException):
-    """The process ended right after a checkpoint."""
-
-
-def then_killed(on_save: Any, *, step: int) -> Any:
-    def callback(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_save(self, args, state, control, **kwargs)
-        if state.global_step == step:
-            raise Killed
-
-    return callback
 
 
 def test_what_is_learned_makes_desirable_answers_likelier_than_others(tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
         (info / "entry_points.txt").write_text(f"[alignment.stages]\n{entry_point}\n")
         (folder / f"{name}.py").write_text(code)
         monkeypatch.syspath_prepend(str(folder))
-        monkeypatch.delitem(sys.modules, name, raising=False)  # another test's
+        monkeypatch.setitem(sys.modules, name, None)  # so that no other test finds it imported
+        del sys.modules[name]
         registry.registered.cache_clear()
 
     yield install_one

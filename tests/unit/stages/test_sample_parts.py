@@ -62,7 +62,9 @@ def _stopping(monkeypatch: pytest.MonkeyPatch, function: str, *, after: int) -> 
     return made
 
 
-@pytest.mark.parametrize("damage", ["{", '{"value": [[1]], "sha256": "0"}', "null"])
+@pytest.mark.parametrize(
+    "damage", ["{", '{"value": [[1]], "sha256": "0"}', "null", pytest.param("[" * 100_000, id="deep")]
+)
 def test_a_damaged_part_is_made_again_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, damage: str
 ) -> None:

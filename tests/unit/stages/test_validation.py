@@ -171,8 +171,24 @@ def test_a_precomputed_reference_covers_the_held_out_pairs(tmp_path: Path) -> No
     assert manifest(spec)["validation/loss"] == pytest.approx(loss, rel=1e-5)
 
 
-def test_patience_ends_the_stage_and_the_sentence_says_where(tmp_path: Path) -> None:
-    spec = overfitting(Chained(tmp_path), "sft", FULL, replace(HELD_OUT, patience=2), max_steps=40)
+@pytest.mark.parametrize("is_interrupted", [False, True])
+def test_patience_ends_the_stage_and_the_sentence_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, is_interrupted: bool
+) -> None:
+    """Also that of a stage which is stopped between the two looks that end it."""
+    spec = overfitting(Chained(tmp_path), "sft", FULL, replace(HELD_OUT, patience=2), max_steps=40, save_every=1)
+    add = Looks.add
+
+    def interrupted(looks: Looks, step: int, loss: float, *, patience: int | None) -> bool:
+        if looks.since_best == 1 and loss >= looks.best_loss:
+            raise KeyboardInterrupt
+        return add(looks, step, loss, patience=patience)
+
+    if is_interrupted:
+        with monkeypatch.context() as patched:
+            patched.setattr(Looks, "add", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                ran(spec)
     looks = held_out_losses(ran(spec))
     best = min(looks, key=lambda step: looks[step])
     assert max(looks) == best + 4, "two looks after the best one"

@@ -95,20 +95,33 @@ def test_a_signal_when_the_stage_ends_by_itself_saves_nothing(arguments: Trainin
 # ---- what is written ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("period", "taken", "of", "step", "total"),
+    [(1, 3, 9, 3, 9), (4, 12, 36, 3, 9), (4, 9, 36, 3, 9)],
+    ids=["a step", "an update", "an update that was only sampled"],
+)
 def test_a_logged_step_goes_to_the_file_the_trackers_and_the_progress_line(
-    arguments: TrainingArguments, context: StageContext, monkeypatch: pytest.MonkeyPatch
+    arguments: TrainingArguments,
+    context: StageContext,
+    monkeypatch: pytest.MonkeyPatch,
+    period: int,
+    taken: int,
+    of: int,
+    step: int,
+    total: int,
 ) -> None:
     sent: list[tuple[int, float]] = []
     monkeypatch.setattr(context.trackers, "log", lambda step, figures: sent.append((step, figures["lr"])))
     log = MetricsLog(context.content / "metrics.jsonl")
-    callback = StepLog(context, log, headline="loss")
+    callback = StepLog(context, log, headline="loss", period=period)
     logs = {"loss": 1.5, "learning_rate": 1e-4, "grad_norm": 0.5}
-    callback.on_log(arguments, _state(3, 9), TrainerControl(), logs=logs)
+    callback.on_log(arguments, _state(taken, of), TrainerControl(), logs=logs)
     seconds = log.last().pop("seconds")
-    assert log.last() == {"step": 3, "loss": 1.5, "lr": 1e-4, "grad_norm": 0.5, "seconds": seconds}
+    assert log.last() == {"step": step, "loss": 1.5, "lr": 1e-4, "grad_norm": 0.5, "seconds": seconds}
     assert 0.0 <= seconds < 600.0
-    assert sent == [(3, 1e-4)]
-    assert Progress.read(context.spec.work) == Progress(phase="training", step=3, total=9, figures={"loss": 1.5})
+    assert sent == [(step, 1e-4)]
+    expected = Progress(phase="training", step=step, total=total, figures={"loss": 1.5})
+    assert Progress.read(context.spec.work) == expected
 
 
 @pytest.mark.parametrize("logs", [{}, None, {"train_runtime": 3.0, "train_loss": 1.0}])
@@ -116,7 +129,7 @@ def test_the_trainers_closing_summary_is_no_step(
     arguments: TrainingArguments, context: StageContext, logs: dict[str, float] | None
 ) -> None:
     log = MetricsLog(context.content / "metrics.jsonl")
-    callback = StepLog(context, log, headline="loss")
+    callback = StepLog(context, log, headline="loss", period=1)
     callback.on_log(arguments, _state(9, 9), TrainerControl(), logs=logs)
     assert log.last() == {}
 
@@ -124,7 +137,7 @@ def test_the_trainers_closing_summary_is_no_step(
 def test_the_length_of_the_work_is_shown_before_its_first_step(
     arguments: TrainingArguments, context: StageContext
 ) -> None:
-    callback = StepLog(context, MetricsLog(context.content / "metrics.jsonl"), headline="loss")
+    callback = StepLog(context, MetricsLog(context.content / "metrics.jsonl"), headline="loss", period=1)
     callback.on_train_begin(arguments, _state(0, 9), TrainerControl())
     assert Progress.read(context.spec.work) == Progress(phase="training", step=0, total=9)
 

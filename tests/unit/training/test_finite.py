@@ -65,7 +65,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(arguments: Training
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
     model(torch.ones(1, 2)).sum().backward()
     model[1].weight.grad[0, 1] = value
-    with pytest.raises(NonFiniteError, match=r"a gradient is not finite at step 8 \(1\.weight\)") as caught:
+    with pytest.raises(NonFiniteError, match=r"a gradient is not finite at optimiser step 8 \(1\.weight\)") as caught:
         before_step_8(arguments, trainer(None), model)
     assert caught.value.exit_code == 6
 
@@ -75,7 +75,7 @@ def test_no_parameter_is_blamed_where_clipping_made_nan_of_all_gradients(argumen
     model(torch.ones(1, 2)).sum().backward()
     model[1].bias.grad[0] = math.nan
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    with pytest.raises(NonFiniteError, match=r"a gradient is not finite at step 8 \(their norm is nan\)"):
+    with pytest.raises(NonFiniteError, match=r"a gradient is not finite at optimiser step 8 \(their norm is nan\)"):
         before_step_8(arguments, trainer(norm), model)
 
 
@@ -85,7 +85,7 @@ def test_a_norm_that_overflowed_stops_though_every_gradient_is_then_zero(argumen
         parameter.grad = torch.full_like(parameter, 1e30)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     assert all(bool((parameter.grad == 0).all()) for parameter in model.parameters())
-    with pytest.raises(NonFiniteError, match=r"a gradient is not finite at step 8 \(their norm is inf\)"):
+    with pytest.raises(NonFiniteError, match=r"a gradient is not finite at optimiser step 8 \(their norm is inf\)"):
         before_step_8(arguments, trainer(norm), model)
 
 
@@ -108,12 +108,12 @@ def test_of_deepspeed_the_norm_of_the_gradients_tells(
 @NOT_FINITE
 def test_a_loss_that_is_not_finite_stops_before_the_step(arguments: TrainingArguments, value: float) -> None:
     """Beside gradients that are: what overflowed may have a finite slope."""
-    with pytest.raises(NonFiniteError, match=r"the loss is .* at step 8"):
+    with pytest.raises(NonFiniteError, match=r"the loss is .* at optimiser step 8"):
         before_step_8(arguments, trainer(1.0, step_loss=torch.tensor(value)))
 
 
 def test_a_model_that_has_no_gradient_left_stops_unless_nothing_is_left_to_learn(arguments: TrainingArguments) -> None:
-    message = r"all gradients are zero at step 8 with a loss of 5\.8: training diverged earlier"
+    message = r"all gradients are zero at optimiser step 8 with a loss of 5\.8: training diverged earlier"
     with pytest.raises(StageError, match=message):
         before_step_8(arguments, trainer(0.0, step_loss=torch.tensor(5.8)))
     before_step_8(arguments, trainer(0.0, step_loss=torch.tensor(0.0)))
@@ -137,7 +137,7 @@ def test_a_logged_figure_that_is_not_finite_is_written_and_stops(
     arguments: TrainingArguments, context: StageContext, name: str, value: float
 ) -> None:
     log = MetricsLog(context.content / "metrics.jsonl")
-    callback = StepLog(context, log, headline="loss")
+    callback = StepLog(context, log, headline="loss", period=1)
     with pytest.raises(NonFiniteError, match=f"{name} is .* at step 3"):
         callback.on_log(arguments, at_step(3), TrainerControl(), logs={"loss": 1.0, name: value})
     assert not math.isfinite(log.last()[name])
@@ -225,7 +225,7 @@ def test_an_absurd_rate_ends_a_stage(tmp_path: Path, kind: str) -> None:
     """Its losses stay finite: the last states overflow, are normalised to zeros, and every token is as likely."""
     config: Any = config_of(kind, LORA)
     config = replace(config, optim=replace(config.optim, lr=1e9, max_steps=4))
-    with pytest.raises(StageError, match=r"all gradients are zero at step \d with a loss of"):
+    with pytest.raises(StageError, match=r"all gradients are zero at optimiser step \d with a loss of"):
         Chained(tmp_path).run(kind, LORA, config=config)
     assert not list(tmp_path.glob("artifacts/*/manifest.json"))
 
@@ -236,7 +236,7 @@ def test_an_infinite_loss_of_finite_slope_ends_a_stage(tmp_path: Path, monkeypat
             return super().compute_loss(*args, **kwargs) + math.inf
 
     monkeypatch.setattr(reward, "MicroBatchedRewardTrainer", Broken)
-    with pytest.raises(NonFiniteError, match="the loss is inf at step 1"):
+    with pytest.raises(NonFiniteError, match="the loss is inf at optimiser step 1"):
         Chained(tmp_path).run("reward", FULL)
 
 

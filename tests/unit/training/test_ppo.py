@@ -19,6 +19,7 @@ from alignment.config.scoring import ScorerConfig
 from alignment.core.errors import ConfigError, StageError
 from alignment.models.assembly.roles import ValueHead
 from alignment.models.forward.answers import answer_stream, unwrapped
+from alignment.records.worker import Progress
 from alignment.stages.ppo.config import KlConfig, KlControl
 from alignment.stages.ppo.learn import Learner
 from alignment.stages.ppo.trainer import PpoTrainer
@@ -137,7 +138,7 @@ def test_an_update_takes_exactly_epochs_times_minibatches_steps(
     total = updates * epochs * minibatches
     assert len(steps) == total
     assert [len(rollout.answers) for rollout in rollouts] == [batch] * updates
-    assert [line["step"] for line in run.metrics()] == [(n + 1) * epochs * minibatches for n in range(updates)]
+    assert [line["step"] for line in run.metrics()] == list(range(1, updates + 1))
     # Annealed linearly to zero: the step after the last would have rate 0.
     close([rates[0] for rates in steps], [1e-3 * (1 - n / total) for n in range(total)])
 
@@ -461,10 +462,45 @@ def _equals_when_resumed(bench: Callable[..., Bench], **settings: Any) -> None:
     resumed.train()
     assert sha256(trained(resumed.roles)) == sha256(trained(straight.roles))
     assert resumed.trainer.kl_controller == straight.trainer.kl_controller
-    assert [line["step"] for line in resumed.metrics()] == [4, 8, 12]
-    for row, other in zip(resumed.metrics(), straight.metrics(), strict=True):
-        timed = {name for name in row if name.startswith("time/") or name == "seconds"}
-        assert {k: v for k, v in row.items() if k not in timed} == {k: v for k, v in other.items() if k not in timed}
+    assert [line["step"] for line in resumed.metrics()] == [1, 2, 3]
+    assert _untimed(resumed) == _untimed(straight)
+
+
+def _untimed(run: Bench) -> list[dict[str, Any]]:
+    """The metrics without those that measure time."""
+    return [
+        {name: value for name, value in line.items() if not name.startswith("time/") and name != "seconds"}
+        for line in run.metrics()
+    ]
+
+
+class _KilledAt(TrainerCallback):
+    """Ends the training during a step, as a kill does."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._step:
+            raise ProcessLookupError
+
+
+def test_a_killed_run_goes_on_with_the_metrics_of_its_checkpoint(bench: Callable[..., Bench]) -> None:
+    """The checkpoint is that of update 2; update 3 is logged when the run ends, and is made again."""
+    settings: dict[str, Any] = {"updates": 4, "save_every": 2}
+    killed = bench("killed", **settings)
+    killed.trainer.add_callback(_KilledAt(step=13))
+    with pytest.raises(ProcessLookupError):
+        killed.train()
+    progress = Progress.read(killed.context.spec.work)
+    assert progress is not None
+    assert (progress.phase, progress.step, progress.total) == ("training", 3, 4)
+
+    resumed, straight = bench("killed", **settings), bench("straight", **settings)
+    resumed.train()
+    straight.train()
+    assert [line["step"] for line in resumed.metrics()] == [1, 2, 3, 4]
+    assert _untimed(resumed) == _untimed(straight)
 
 
 def test_the_adaptive_coefficient_follows_the_kl(bench: Callable[..., Bench]) -> None:

@@ -173,7 +173,7 @@ def test_a_gradient_that_is_not_finite_stops_with_the_last_good_checkpoint(conte
             return super().forward(x, math.nan if self.calls == 4 else 1.0)
 
     model = Breaking()
-    with pytest.raises(NonFiniteError, match=r"a gradient is not finite at step 4 \(their norm is nan\)"):
+    with pytest.raises(NonFiniteError, match=r"a gradient is not finite at optimiser step 4 \(their norm is nan\)"):
         train(_trainer(context, model=model), context, headline="loss")
     assert bool(torch.isfinite(model.weight).all())
     checkpoint = checkpoints.newest(context.checkpoints, fingerprint=context.spec.fingerprint)

@@ -318,9 +318,9 @@ def test_a_stop_is_not_part_of_the_answer(ask: Callable[..., Answered], run: Ser
     stop = whole[4:7]
     assert len(stop) == 3
     expected = whole.partition(stop)[0]
-    (choice,) = ask("POST", "/v1/chat/completions", body | {"stop": [stop]})[1]["choices"]
+    (choice,) = ask("POST", "/v1/chat/completions", body | {"stop": ["\0", stop]})[1]["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == (expected, "stop")
-    streamed = pieces(ask("POST", "/v1/chat/completions", body | {"stop": stop, "stream": True})[1])
+    streamed = pieces(ask("POST", "/v1/chat/completions", body | {"stop": ["\0", stop], "stream": True})[1])
     assert "".join(piece["choices"][0]["delta"].get("content", "") for piece in streamed) == expected
     status, reply = ask(
         "POST", "/v1/completions", {"model": "dpo", "prompt": "Hi.", "max_tokens": 12, "temperature": 0}
@@ -428,6 +428,12 @@ def test_a_call_that_was_cut_off_is_text() -> None:
     assert (status, '"argu' in reply["choices"][0]["message"]["content"]) == (200, True)
 
 
+def test_a_call_that_is_nested_too_deeply_is_text() -> None:
+    call = f'<tool_call>\n{{"name": "f", "arguments": {"[" * 5000}{"]" * 5000}}}\n</tool_call>'
+    status, reply = answering(call)("POST", "/v1/chat/completions", chat(max_tokens=100, tools=[TOOL]))
+    assert (status, "[[[" in reply["choices"][0]["message"]["content"]) == (200, True)
+
+
 def test_a_call_and_the_texts_around_it_are_all_returned() -> None:
     call = '<tool_call>\n{"name": "opening_hours", "arguments": {"shop": "bakery"}}\n</tool_call>'
     ask = answering(f"One moment.\n{call}\nThat is all.<|im_end|>")
@@ -448,6 +454,7 @@ def test_a_call_and_the_texts_around_it_are_all_returned() -> None:
         ("18\n\nQuestion: 2", ["Question:"], "18\n\n"),
         ("aab", ["ab"], "a"),
         ("one END two STOP", ["STOP", "END"], "one "),
+        ("one STOPPED two", ["END", "STOPPED", "!"], "one "),
         ("ends with EN", ["END"], "ends with EN"),
         ("<||><|end|>rest", ["<|end|>"], "<||>"),
     ],

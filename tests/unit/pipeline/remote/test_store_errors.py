@@ -47,8 +47,8 @@ def test_a_bug_and_an_error_for_the_user_stay_what_they_are() -> None:
 def test_credentials_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2hunter2")
     with pytest.raises(StoreError) as refused, explained("s3://b/p"):
-        raise OSError("hunter2hunter2 at http://user:pass@host/x")
-    assert "hunter2" not in str(refused.value)
+        raise OSError("http://user:pass@host/x" + " hunter2hunter2" * 100)
+    assert "hun" not in str(refused.value), "not even its beginning, where the text is cut"
     assert "user" not in str(refused.value)
     assert refused.value.__cause__ is None
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:pass@host")

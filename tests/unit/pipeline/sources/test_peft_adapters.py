@@ -194,6 +194,7 @@ def _with(**settings: Any) -> Callable[[Path], None]:
     [
         _without_weights,
         lambda outside: (outside / ADAPTER_CONFIG).write_text("{"),
+        lambda outside: (outside / ADAPTER_CONFIG).write_text("[" * 100_000),
         lambda outside: (outside / ADAPTER_CONFIG).write_text("[]"),
         _with(peft_type="IA3"),
         _with(peft_type="VERA"),

@@ -14,6 +14,7 @@ from alignment.core.locks import held
 from alignment.pipeline.sweeps.trials import Running, Share
 from alignment.records.sweep_record import TrialOutcome
 from tests.living import descendants_of, words_of
+from tests.patience import wait_until
 
 ALL = Share(cores=frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset())
 
@@ -31,10 +32,13 @@ def ended(trial: Running) -> TrialOutcome:
 
 
 def trial_process() -> psutil.Process:
-    """The process of the one trial that was started."""
-    (process,) = [
-        other for other in descendants_of(os.getpid()) if "alignment.pipeline.sweeps.trial" in words_of(other)
-    ]
+    """The process of the one trial that was started, once it runs its own program."""
+
+    def trials() -> list[psutil.Process]:
+        return [child for child in descendants_of(os.getpid()) if "alignment.pipeline.sweeps.trial" in words_of(child)]
+
+    wait_until(trials)
+    (process,) = trials()
     return process
 
 

@@ -1,0 +1,1 @@
+"""Golden runs: do two commits compute the same bits? ``make same``."""
