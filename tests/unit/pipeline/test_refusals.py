@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from alignment.config.tracking import LABELS, TrackingConfig
 from alignment.core.errors import AlignmentError, ConfigError
+from alignment.pipeline.plan import tracking_checks
 from tests.unit.pipeline.conftest import MakePlan
 
 STAGE = re.compile(r"^(sft|reward|dpo|ppo|evaluate|report|cpt|card|forgetting)\b")
@@ -402,3 +406,55 @@ def test_a_source_without_its_scheme_is_answered_with_the_right_one(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(AlignmentError, match=rf"{setting}\W(.|\n)*write {re.escape(corrected)}( |$)"):
         plan(f"{setting}={value.format(source)}")
+
+
+# ---- trackers -------------------------------------------------------------------------------------------------------
+
+PROJECT = Path(__file__).parents[3] / "pyproject.toml"
+SERVER = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:5000"}
+
+
+def test_a_tracker_that_is_not_installed_is_refused_with_its_package_and_extra(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(package: str) -> str:
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(tracking_checks.metadata, "version", absent)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", SERVER["MLFLOW_TRACKING_URI"])
+    plan()
+    with pytest.raises(ConfigError) as caught:
+        plan("tracking=[wandb,tensorboard,mlflow,trackio]")
+    assert set(tracking_checks.PACKAGES) == set(LABELS)
+    for name, (package, versions) in tracking_checks.PACKAGES.items():
+        assert f"tracking.{name}: {package} is not installed" in str(caught.value)
+        assert f"pip install '{package}{versions}' (the extra {name!r})" in str(caught.value)
+        assert f'{name} = ["{package}{versions}"]' in PROJECT.read_text(encoding="utf-8"), "as the extra has it"
+
+
+PASSWORD = {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "s3cret"}
+TOKEN = {"MLFLOW_TRACKING_TOKEN": "s3cret", "MLFLOW_TRACKING_USERNAME": "me"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "variables", "where", "word"),
+    [
+        ({"mlflow": True}, {}, "tracking.mlflow_url", "MLFLOW_TRACKING_URI"),
+        ({"mlflow": True}, {"MLFLOW_TRACKING_URI": "sqlite:///s3cret.db"}, "tracking.mlflow", "address of a server"),
+        ({"mlflow": True}, {"MLFLOW_TRACKING_URI": "http://me:s3cret@x"}, "tracking.mlflow", "TRACKING_PASSWORD"),
+        ({"mlflow": True}, SERVER | TOKEN, "tracking.mlflow", "unset one of them"),
+        ({"trackio": True}, {"TRACKIO_SPACE_ID": "s3cret/space"}, "tracking.trackio", "TRACKIO_SPACE_ID is set"),
+        ({"trackio": True}, {"TRACKIO_SERVER_URL": "s3cret"}, "tracking.trackio", "TRACKIO_SERVER_URL is set"),
+        ({"trackio": True}, {"TRACKIO_STORAGE_MODE": "JSONL"}, "tracking.trackio", "cannot be read back"),
+        ({}, {"MLFLOW_TRACKING_URI": "sqlite:///s3cret.db", "TRACKIO_SERVER_URL": "s3cret"}, "", ""),
+        (dict.fromkeys(("wandb", "tensorboard", "mlflow", "trackio"), True), SERVER | PASSWORD, "", ""),
+        ({"mlflow": True, "mlflow_url": "https://mlflow.example.org/team"}, {}, "", ""),
+    ],
+)
+def test_variables_of_trackers_that_contradict_are_refused(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], variables: dict[str, str], where: str, word: str
+) -> None:
+    monkeypatch.setattr(tracking_checks.metadata, "version", lambda package: "1.0")
+    problems = list(tracking_checks.faults(TrackingConfig(**settings), variables))
+    assert [fault.where for fault in problems] == [where] * bool(where)
+    assert all(word in fault.message and "s3cret" not in fault.message for fault in problems)
