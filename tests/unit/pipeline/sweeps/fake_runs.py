@@ -88,9 +88,15 @@ class Runs:
         return 0
 
 
+def given(runs: Runs) -> list[str]:
+    """Overrides of every sweep here: a folder and a model of its own, and few rows, which each plan reads."""
+    limits = [f"stages.{stage}.data.limit=48" for stage in ("sft", "reward", "dpo", "ppo", "evaluate")]
+    return [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", *limits]
+
+
 def go(runs: Runs, name: str = "dpo_beta", *more: str, at_once: int = 1, retry_failed: bool = False) -> tuple[int, str]:
     console = Console(width=200, record=True, quiet=False)
-    overrides = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", *more]
+    overrides = [*given(runs), *more]
     with console.capture() as captured:
         code = sweep("quickstart", name, overrides, console=console, at_once=at_once, retry_failed=retry_failed)
     return code, captured.get()

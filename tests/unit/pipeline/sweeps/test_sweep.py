@@ -26,7 +26,7 @@ from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps.study import JOURNAL
 from tests.hub import answer, leave_data_set, use_cache
 from tests.unit.pipeline.conftest import ROWS
-from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs, arm, go, own, record, trials
+from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs, arm, given, go, own, record, trials
 
 GRID: dict[str, Any] = {"search": "grid", "parameters": [{"key": "stages.dpo.beta", "values": [0.1, 0.3]}]}
 
@@ -396,7 +396,7 @@ def test_what_is_drawn_does_not_depend_on_stops_in_between(runs: Runs, tmp_path:
         shutil.rmtree(runs.output / "sweeps", ignore_errors=True)
         runs.asked.clear()
         assert [go(runs, file)[0] for _ in codes] == list(codes)
-        return {of["name"]: [of[key] for key in of if key.startswith("stages.")] for of in runs.asked}
+        return {of["name"]: [of["stages.dpo.beta"], of["stages.dpo.optim.batch_size"]] for of in runs.asked}
 
     straight = drawn(own(runs, tmp_path), 0)
     assert len({beta for beta, _ in straight.values()}) == 8
@@ -516,7 +516,7 @@ FAR = "stages.evaluate.metrics=[{name: far, source: length, target: 9, higher_is
 def test_what_a_stage_reports_depends_on_its_settings(
     runs: Runs, tmp_path: Path, changes: dict[str, Any], override: str, word: str
 ) -> None:
-    overrides = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", ARMS, override]
+    overrides = [*given(runs), ARMS, override]
     file = own(runs, tmp_path, **changes)
     if word:
         with pytest.raises(ConfigError) as caught:
@@ -538,9 +538,8 @@ def test_figures_that_the_check_refuses_are_not_offered(runs: Runs, tmp_path: Pa
 
 @pytest.mark.parametrize(("control", "cautions"), [("fixed", 1), ("adaptive", 0)])
 def test_a_sweep_of_a_setting_without_effect_is_noted(runs: Runs, tmp_path: Path, control: str, cautions: int) -> None:
-    overrides = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}"]
     file = own(runs, tmp_path, search="grid", **key("stages.ppo.kl.horizon", 100, 200))
-    planned = module.read_sweep("quickstart", file, [*overrides, f"stages.ppo.kl.control={control}"])
+    planned = module.read_sweep("quickstart", file, [*given(runs), f"stages.ppo.kl.control={control}"])
     assert sum("stages.ppo.kl.horizon" in caution for caution in planned.cautions) == cautions
 
 
