@@ -165,6 +165,8 @@ def test_the_evaluation_s_prompts_are_left_out_unless_others_are_named(
 ) -> None:
     first = plan()
     assert stage_of(first, "sample").extra_data == {"leave_out[0]": tmp_path / "held.jsonl"}
+    mixed = stage_of(plan(f"stages.evaluate.data.mix=[{{source: 'path:{prompts}', count: 1}}]"), "sample")
+    assert list(mixed.extra_data.values()) == [tmp_path / "held.jsonl", Path(prompts)]
     other = stage_of(plan(f"stages.sample.leave_out=[{{source: 'path:{prompts}'}}]"), "sample")
     assert other.extra_data == {"leave_out[0]": Path(prompts)}
     write_rows(tmp_path / "held.jsonl", asked(4))

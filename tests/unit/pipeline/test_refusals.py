@@ -318,7 +318,8 @@ DATA: list[Row] = [
     ("sft.data.source=bundled:quickstart/conversation", "sft.data.source", "'quickstart/conversations'"),
     ("evaluate.judge={kind: people, votes: none.jsonl}", "evaluate.judge.votes", "no file"),
     card("card.learned.source=path:nowhere.jsonl", "card.learned.source", "no file"),
-    card("card.rule={source: exact_answer}", "{tmp}/preferences.jsonl:1 and 23 other rows", "'answer' is missing"),
+    card("card.rule={source: exact_answer}", "{tmp}/preferences.jsonl:1", "'answer' is missing"),
+    ("evaluate.metrics=[{name: knows, source: choice}]", "{tmp}/heldout.jsonl:1", "'choices' is missing"),
     card("card.data.source=path:{tmp}/heldout.jsonl", "{tmp}/heldout.jsonl:1", "'chosen' is missing"),
 ]
 MODELS: list[Row] = [
