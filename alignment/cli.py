@@ -1,7 +1,7 @@
 """The ``align`` command: a table of verbs, and what all of them have in common.
 
-A verb is a folder of ``alignment/commands/`` whose ``verb.py`` has two functions, ``add_arguments`` and ``handle``. It
-is imported only when it is called, so that ``align --help`` stays instant.
+A verb is a file of ``alignment/commands/``, or a folder with a ``verb.py``. It has two functions, ``add_arguments`` and
+``handle``, and is imported only when it is called, so that ``align --help`` stays instant.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ Python's own setting, the searches take a fourteenth of ``align plan``."""
 
 
 class Verb(Protocol):
-    """What every ``alignment/commands/<verb>/verb.py`` has."""
+    """What the module of every verb has."""
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Declares the verb's arguments; sets the parser's description where its line in ``VERBS`` is not enough."""
@@ -143,7 +143,10 @@ def _parser_class(words: Sequence[str]) -> type[argparse.ArgumentParser]:
 
 def load(name: str) -> Verb:
     """The module of a verb of ``VERBS``."""
-    return cast(Verb, importlib.import_module(f"alignment.commands.{name.replace('-', '_')}.verb"))
+    module = importlib.import_module(f"alignment.commands.{name.replace('-', '_')}")
+    if not hasattr(module, "handle"):  # a folder
+        module = importlib.import_module(f"{module.__name__}.verb")
+    return cast(Verb, module)
 
 
 def _refuse_other_package() -> None:

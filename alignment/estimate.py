@@ -49,7 +49,7 @@ from alignment.costs.repeats import STEP_ROWS, Repeats, repeats_of
 from alignment.costs.shadows import Key, Operation
 from alignment.costs.storing import seconds_a_byte
 from alignment.costs.work import bytes_of, flop_of
-from alignment.data.first_records import fewer_of, times_as_many
+from alignment.data.row_count import fewer_of, times_as_many
 from alignment.job import StageSpec
 from alignment.models.kernels.row_attention import forget_plans
 from alignment.records.cost import ASKED, FILE, PROGRESS, PhaseCost, RunCost, StageCost

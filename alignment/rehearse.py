@@ -31,7 +31,7 @@ from alignment.data.reading import iterate
 from alignment.data.records import Prompt
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.tokens.row_kinds import PROMPTS, Tokenized, tokenized
-from alignment.data.tokens.template_losses import lost_words
+from alignment.data.tokens.thoughts import lost_words
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageSpec
 from alignment.records.worker import DONE, FAILED, Status

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from alignment.config.model import TemplateChoice
 from alignment.data.chat_template import set_template
-from alignment.data.trl_templates import trl_templates
+from alignment.data.templates import trl_templates
 from alignment.data.turns import Message
 from tests.tiny import tiny_bpe
 

@@ -38,7 +38,7 @@ class ModelConfig:
     is never run. A fingerprint depends on the content of the source, not on its name. ``chat_template`` replaces the
     tokenizer's own, which base models often lack: ``chatml``, ``path:FILE`` of a Jinja template, or ``trl:NAME`` of one
     that TRL ships (alignment/data/chat_template.py). ``template_options`` are values for names that the template reads,
-    such as ``enable_thinking: false`` (alignment/data/template_options.py).
+    such as ``enable_thinking: false`` (alignment/data/templates.py).
     """
 
     source: str = field(default="bundled:smollm2-135m", metadata={"identity": False})

@@ -29,7 +29,7 @@ class Repeats:
 
 def repeats_of(config: Any, times: float | None) -> Repeats:
     """For a stage with these settings that was estimated on a part of its rows, of which it reads so many ``times`` as
-    many; None if that is not known (data/first_records.py)."""
+    many; None if that is not known (data/row_count.py)."""
     rows, is_unknown = (1.0, True) if times is None else (times, False)
     optim = getattr(config, "optim", None)
     if not isinstance(optim, OptimConfig):

@@ -14,10 +14,9 @@ from alignment.config.did_you_mean import as_path
 from alignment.config.model import TemplateChoice
 from alignment.core.errors import DataError
 from alignment.core.small_files import small_text
-from alignment.data.template_options import with_options
+from alignment.data.templates import TRL, trl_file, with_options
 from alignment.data.tokens.rendering import control_tokens
 from alignment.data.tokens.tokenize import front
-from alignment.data.trl_templates import TRL, trl_file
 
 CHATML = "chatml"
 PATH = "path:"

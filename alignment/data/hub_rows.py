@@ -17,8 +17,7 @@ from yaml import YAMLError
 from alignment.config.data import SourceConfig
 from alignment.core.errors import DataError
 from alignment.core.fingerprint import content_sha256
-from alignment.data.filled_fields import without_filled
-from alignment.data.row_files import RawRow, Unparsed, parsed, unparsed_rows_of
+from alignment.data.row_files import RawRow, Unparsed, parsed, unparsed_rows_of, without_filled
 
 _FOLDER = "datasets--"
 

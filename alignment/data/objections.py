@@ -5,11 +5,15 @@ A file of ten million rows may be faulty in every row for one of the stages that
 
 from __future__ import annotations
 
+import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import merge
 from itertools import islice
+from typing import Any
 
+from alignment.config.data import SourceConfig
 from alignment.core.errors import DataError
 
 _ByStage = Mapping[str, DataError]
@@ -72,3 +76,28 @@ def bare(error: DataError) -> DataError:
     """The error without its traceback, which would keep the row and everything that was made of it in memory."""
     error.__context__ = error.__cause__ = None
     return error.with_traceback(None)
+
+
+READ = ("split", "subset", "format", "columns", "placeholders")
+"""Settings that say how rows are read."""
+_PLAIN = re.compile(r"(?!(?:true|false|null|nan|inf)$)[A-Za-z_][A-Za-z0-9_]*", re.IGNORECASE)
+"""Texts that need no quotes in an override."""
+
+
+def written(data: SourceConfig, prefix: str = "") -> list[str]:
+    """``KEY=VALUE`` for each setting of how rows are read that is not at its default."""
+    usual = SourceConfig()
+    chosen = {name: getattr(data, name) for name in READ if getattr(data, name) != getattr(usual, name)}
+    return [f"{prefix}{name}={_as_typed(value)}" for name, value in chosen.items()]
+
+
+def doctor_command(source: str, data: SourceConfig) -> str:
+    """The command that examines the rows of ``source``, read as ``data`` says."""
+    return shlex.join(["align", "doctor", source, *written(data)])
+
+
+def _as_typed(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key}: {_as_typed(item)}' for key, item in value.items())}}}"
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) else '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

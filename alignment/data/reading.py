@@ -19,10 +19,9 @@ from alignment.data.formats import FORMATS, detect
 from alignment.data.formats.form import Format
 from alignment.data.hub_rows import snapshot_name, source_rows
 from alignment.data.list_texts import with_lists
-from alignment.data.objections import bare
+from alignment.data.objections import bare, doctor_command
 from alignment.data.records import Record
 from alignment.data.row_files import RawRow
-from alignment.data.written_settings import doctor_command
 
 R = TypeVar("R", bound=Record)
 

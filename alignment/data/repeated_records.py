@@ -1,8 +1,7 @@
 """Finds repeated records, and rows that repeat, contradict or resemble an earlier row, in one pass and little memory.
 
 Eight bytes of each record are kept, and the location of the first rows. Rows wait until there are some thousands of
-them, because a batch of keys is looked up much faster than its keys one by one.
-"""
+them, because a batch of keys is looked up much faster than its keys one by one."""
 
 from __future__ import annotations
 
@@ -17,10 +16,54 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment.data import near_duplicates
-from alignment.data.key_set import KeySet
 from alignment.data.near_duplicates import NearDuplicates
 from alignment.data.overlap import LocatedText
 from alignment.data.records import Conversation, LabelledAnswer, PlainText, PreferencePair, Prompt, Record
+
+Keys = NDArray[np.uint64]
+
+BITS = 4
+"""The first bits of a key, which are the number of its part."""
+_STARTS = np.arange(1, 2**BITS, dtype=np.uint64) << np.uint64(64 - BITS)
+"""The smallest key of each part but the first."""
+
+
+class KeySet:
+    """Takes keys in batches. With n keys that are random numbers, n² / 2⁶⁵ of them are expected to equal another one:
+    three in a million sets of ten million keys."""
+
+    def __init__(self) -> None:
+        self._parts: list[list[Keys]] = [[] for _ in range(2**BITS)]
+
+    def __len__(self) -> int:
+        """Number of distinct keys."""
+        return sum(len(run) for runs in self._parts for run in runs)
+
+    def add(self, keys: Keys) -> NDArray[np.bool_]:
+        """Adds ``keys``; returns ``[keys]``, True for each that is neither in the set nor earlier in the batch."""
+        distinct, first = np.unique(keys, return_index=True)
+        batches = np.split(distinct, np.searchsorted(distinct, _STARTS))
+        unknown = np.concatenate([_add(runs, batch) for runs, batch in zip(self._parts, batches, strict=True)])
+        is_new = np.zeros(len(keys), dtype=np.bool_)
+        is_new[first[unknown]] = True
+        return is_new
+
+
+def _add(runs: list[Keys], keys: Keys) -> NDArray[np.bool_]:
+    """Adds sorted and distinct ``keys`` to the arrays of a part; returns ``[keys]``, True for each that is in none."""
+    unknown = np.ones(len(keys), dtype=np.bool_)
+    for run in runs:
+        at = np.searchsorted(run, keys)
+        at[at == len(run)] = 0
+        unknown &= run[at] != keys
+    if unknown.any():
+        runs.append(keys[unknown])
+    while len(runs) > 1 and len(runs[-2]) < 2 * len(runs[-1]):
+        merged = np.concatenate([runs.pop(), runs.pop()])
+        merged.sort(kind="stable")  # which merges runs that are sorted already
+        runs.append(merged)
+    return unknown
+
 
 BATCH = 4_096
 """Rows that wait."""

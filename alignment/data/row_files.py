@@ -13,7 +13,7 @@ import itertools
 import json
 import shlex
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
@@ -22,7 +22,6 @@ from alignment.core.errors import DataError
 from alignment.core.files import parse_json
 from alignment.core.small_files import refuse_endless
 from alignment.data import caps
-from alignment.data.filled_fields import without_filled
 
 if TYPE_CHECKING:
     from pyarrow import RecordBatch
@@ -337,3 +336,33 @@ _ARRAY_REMEDY = "rename it to .json, or write one object per line"
 _REMEDY = (
     "give .jsonl, .json (a list of rows), .csv or .parquet, also .jsonl.gz, .json.gz, .csv.gz, or a folder of these"
 )
+
+
+_OF_FUNCTIONS = frozenset({"parameters", "input_schema", "arguments"})
+"""A function has a name and one of these: OpenAI's and Anthropic's schema of a tool, or a call's arguments."""
+
+
+def without_filled(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row without the null fields of the functions in its columns.
+
+    Other columns, which a scorer may read, stay as they are. So does the row itself, whatever its columns are called.
+    """
+    return {column: _without_filled(value) for column, value in row.items()}
+
+
+def _without_filled(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_filled(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "name" in value and not _OF_FUNCTIONS.isdisjoint(value):
+        return _without_nulls(value)
+    return {name: _without_filled(item) for name, item in value.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+    return value

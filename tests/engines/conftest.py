@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from alignment.commands.export.driver import LLAMA_PYTHON
+from alignment.commands.export.verb import LLAMA_PYTHON
 from alignment.core.errors import ConfigError
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.engines.engine_environment import engines_folder, interpreter

@@ -20,11 +20,11 @@ from rich.console import Console
 
 from alignment import __version__, cli
 from alignment.commands.export.export_options import ExportOptions
-from alignment.commands.judge.driver import Options
-from alignment.commands.new.driver import Options as NewOptions
-from alignment.commands.serve.driver import Options as ServeOptions
+from alignment.commands.judge.verb import Options
+from alignment.commands.new.verb import Options as NewOptions
+from alignment.commands.serve.verb import Options as ServeOptions
 from alignment.commands.shared.arguments import runs_of
-from alignment.commands.watch.driver import Options as WatchOptions
+from alignment.commands.watch.verb import Options as WatchOptions
 from alignment.config.data import SourceConfig
 from alignment.config.store import recipe_names
 from alignment.stages.registry import config_classes
@@ -81,19 +81,19 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ),
     (
         "plan ./mine.yaml seed=1 name=x",
-        "alignment.commands.plan.driver.show",
+        "alignment.commands.plan.show",
         ("./mine.yaml", ["seed=1", "name=x"]),
         {"cost": False, "device": "this", "trade": False, "scripts": None, "verified": False},
     ),
     (
         "plan ./mine.yaml --device h100 --trade --scripts jobs",
-        "alignment.commands.plan.driver.show",
+        "alignment.commands.plan.show",
         ("./mine.yaml", []),
         {"cost": False, "device": "h100", "trade": True, "scripts": "jobs", "verified": False},
     ),
     (
         "preview quickstart --html page.html --rows 3",
-        "alignment.commands.preview.driver.show_preview",
+        "alignment.commands.preview.verb.show_preview",
         ("quickstart", []),
         {"stage": None, "rows": 3, "html": "page.html"},
     ),
@@ -105,27 +105,27 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ),
     (
         "track mine --to mlflow --url http://127.0.0.1:5000",
-        "alignment.commands.track.driver.track",
+        "alignment.commands.track.verb.track",
         ("mine",),
         {"to": "mlflow", "url": "http://127.0.0.1:5000", "output": HERE},
     ),
-    ("status mine", "alignment.commands.status.driver.show_status", (HERE, "mine"), {}),
-    ("status mine --follow", "alignment.commands.status.follower.follow", (HERE, "mine"), {}),
+    ("status mine", "alignment.commands.status.show_status", (HERE, "mine"), {}),
+    ("status mine --follow", "alignment.commands.status.follow", (HERE, "mine"), {}),
     (
         "watch --port 8001 --until-done",
-        "alignment.commands.watch.driver.watch",
+        "alignment.commands.watch.verb.watch",
         (None,),
         {"options": WatchOptions(port=8001, until_done=True), "output": HERE},
     ),
     (
         "compare a b --output out",
-        "alignment.commands.compare.driver.compare",
+        "alignment.commands.compare.compare",
         (HERE / "out", ["a", "b"]),
         {"html": None},
     ),
     (
         "doctor rows.csv --split test columns={prompt:q} --format prompt --against other.csv placeholders.who=me",
-        "alignment.commands.doctor.driver.show_diagnosis",
+        "alignment.commands.doctor.show_diagnosis",
         (
             SourceConfig(
                 source="rows.csv", format="prompt", split="test", columns={"prompt": "q"}, placeholders={"who": "me"}
@@ -135,15 +135,15 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ),
     (
         "doctor rows.csv --against hub:org/name --against-split test --against-subset short",
-        "alignment.commands.doctor.driver.show_diagnosis",
+        "alignment.commands.doctor.show_diagnosis",
         (SourceConfig(source="rows.csv"),),
         {"against": SourceConfig(source="hub:org/name", split="test", subset="short")},
     ),
-    ("schema sweep --beside .", "alignment.commands.schema.driver.show_schema", ("sweep",), {"beside": "."}),
+    ("schema sweep --beside .", "alignment.commands.schema.show_schema", ("sweep",), {"beside": "."}),
     (
         "new a.jsonl b.csv --model path:m --out r.yaml --heldout c.jsonl --from-pairs both --first skip "
         "--scorer s.py:f --device h100 --columns '{label: good}'",
-        "alignment.commands.new.driver.new_recipe",
+        "alignment.commands.new.verb.new_recipe",
         (["a.jsonl", "b.csv"],),
         {
             "out": "r.yaml",
@@ -158,25 +158,25 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ),
     (
         "export mine/dpo --to there --as adapter --max-gap 0.5",
-        "alignment.commands.export.driver.export",
+        "alignment.commands.export.verb.export",
         ("mine/dpo",),
         {"to": "there", "options": ExportOptions(form="adapter", max_gap=0.5), "output": HERE},
     ),
     (
         "chat mine --arm sft --arm base --system 'be brief' --max-new-tokens 8 --temperature 0.5 --seed 3",
-        "alignment.commands.chat.driver.chat",
+        "alignment.commands.chat.verb.chat",
         ("mine", ["sft", "base"]),
         {"options": CHAT, "engine": None, "output": HERE},
     ),
     (
         "chat mine --max-new-tokens 8 --temperature 0.5 --seed 3 --system 'be brief' --engine vllm --engine-python p",
-        "alignment.commands.chat.driver.chat",
+        "alignment.commands.chat.verb.chat",
         ("mine", []),
         {"options": CHAT, "engine": {"engine": "vllm", "python": "p"}, "output": HERE},
     ),
     (
         "serve mine --arm sft --engine vllm --port 0 --engine-python p --api-key-env K --tool-parser mistral",
-        "alignment.commands.serve.driver.serve",
+        "alignment.commands.serve.verb.serve",
         ("mine", ["sft"]),
         {
             "options": ServeOptions(engine="vllm", port=0, engine_python="p", api_key_env="K", tool_parser="mistral"),
@@ -185,7 +185,7 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ),
     (
         "judge mine --arm sft --arm dpo --stage evaluate --annotator ada --votes v.jsonl --port 8000 --open",
-        "alignment.commands.judge.driver.judge",
+        "alignment.commands.judge.verb.judge",
         ("mine", ["sft", "dpo"]),
         {
             "options": Options(stage="evaluate", annotator="ada", votes="v.jsonl", port=8000, opens_browser=True),
@@ -194,19 +194,19 @@ REACHED: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     ),
     (
         "push model --to me/mine --public --replace",
-        "alignment.commands.push.driver.push",
+        "alignment.commands.push.push",
         ("model",),
         {"to": "me/mine", "public": True, "replace": True},
     ),
     (
         "add-tokens bundled:smollm2-135m '<|a|>' '<|b|>' --to there",
-        "alignment.commands.add_tokens.driver.add_tokens",
+        "alignment.commands.add_tokens.verb.add_tokens",
         ("bundled:smollm2-135m", ["<|a|>", "<|b|>"]),
         {"to": "there", "in_text": False},
     ),
     (
         "add-tokens bundled:smollm2-135m '<|a|>' --to there --in-text",
-        "alignment.commands.add_tokens.driver.add_tokens",
+        "alignment.commands.add_tokens.verb.add_tokens",
         ("bundled:smollm2-135m", ["<|a|>"]),
         {"to": "there", "in_text": True},
     ),
@@ -248,11 +248,11 @@ OF_A_RUN: list[tuple[str, str, tuple[Any, ...], dict[str, Any]]] = [
     *(row for row in REACHED if row[0].split()[1].partition("/")[0] == "mine"),
     (
         "watch mine",
-        "alignment.commands.watch.driver.watch",
+        "alignment.commands.watch.verb.watch",
         ("mine",),
         {"options": WatchOptions(), "output": HERE},
     ),
-    ("compare mine b", "alignment.commands.compare.driver.compare", (HERE, ["mine", "b"]), {"html": None}),
+    ("compare mine b", "alignment.commands.compare.compare", (HERE, ["mine", "b"]), {"html": None}),
 ]
 
 
@@ -311,7 +311,7 @@ def test_a_run_is_looked_for_where_its_recipe_puts_it(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, line: str, folder: str, runs: list[str]
 ) -> None:
     recipes_with_outputs(monkeypatch, tmp_path)
-    _, calls = called(monkeypatch, line, "alignment.commands.compare.driver.compare")
+    _, calls = called(monkeypatch, line, "alignment.commands.compare.compare")
     assert calls == [(((tmp_path / folder).absolute(), runs), {"html": None})]
 
 
@@ -346,10 +346,12 @@ def test_a_recipe_that_was_not_run_is_refused_with_the_runs_that_exist(
     assert message in capsys.readouterr().err
 
 
-def test_every_verb_has_its_folder_and_every_folder_its_verb() -> None:
+def test_every_verb_has_its_module_and_every_module_its_verb() -> None:
     commands = Path(cli.__file__).parent / "commands"
-    folders = {file.parent.name.replace("_", "-") for file in commands.glob("*/verb.py")}
-    assert folders == set(cli.VERBS)
+    modules = {file.parent.name for file in commands.glob("*/verb.py")} | {
+        file.stem for file in commands.glob("[!_]*.py")
+    }
+    assert {name.replace("_", "-") for name in modules} == set(cli.VERBS)
     assert {line.split()[0] for line, *_ in REACHED} == set(cli.VERBS) - {"recipes", "stages"}
 
 

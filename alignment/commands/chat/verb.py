@@ -1,13 +1,24 @@
-"""``align chat``: its arguments, and what they call."""
+"""``align chat``: talks to a stage's policy, or to two side by side."""
 
 from __future__ import annotations
 
 import argparse
+import json
+import signal
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
 from alignment.commands.shared.arguments import add_output, add_policies, runs_of
+from alignment.commands.shared.policy_finder import PolicyFinder
+from alignment.commands.shared.worker_process import run_worker
 from alignment.core.errors import ConfigError
+from alignment.core.files import write_text
 
 _GENERATION = ("system", "max_new_tokens", "temperature", "seed")
 """Options about how answers are made."""
@@ -55,7 +66,6 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: an option has no effect, or the arms cannot talk.
     """
-    from alignment.commands.chat.driver import chat
 
     if arguments.engine != "vllm" and arguments.engine_python is not None:
         raise ConfigError(
@@ -70,3 +80,60 @@ def handle(console: Console, arguments: argparse.Namespace) -> int:
         engine=None if arguments.engine == "own" else {"engine": "vllm", "python": arguments.engine_python},
         output=output,
     )
+
+
+MOST_ARMS = 2
+
+
+def chat(
+    console: Console,
+    result: str,
+    arms: Sequence[str],
+    *,
+    options: Mapping[str, Any],
+    engine: Mapping[str, Any] | None,
+    output: Path,
+) -> int:
+    """Runs a chat until the user ends it; returns the exit code.
+
+    ``result`` is a run under ``output``, or a result that ``align export`` takes. ``arms`` are stages of that run,
+    ``base``, or such results; by default it is the run's last finished policy. ``options`` are the fields of
+    ``GenerationOptions``. ``engine`` are settings of ``SamplingConfig``; None if the policies answer themselves.
+
+    Raises:
+        ConfigError: there is no such run, stage or result; a result is not a policy; there are more than two arms; or
+            an option is invalid.
+        ArtifactError: a stage has no result yet.
+        ModelError: a base is missing on this machine, or a chat template did not end.
+        StageError: the process was killed.
+    """
+    _refuse_options(options)
+    if len(arms) > MOST_ARMS:
+        raise ConfigError(
+            f"{len(arms)} arms; at most two can be shown side by side", where="--arm", remedy="name one or two"
+        )
+    policies = PolicyFinder(console, result, output).policies(arms)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "chat.json"
+        write_text(
+            file, json.dumps({"sessions": list(map(asdict, policies)), "options": dict(options), "engine": engine})
+        )
+        argv = [sys.executable, "-m", "alignment.commands.chat.worker", str(file)]
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C stops an answer, which the worker handles
+        try:
+            return run_worker(argv, verb="chat")
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+
+def _refuse_options(options: Mapping[str, Any]) -> None:
+    if options["max_new_tokens"] < 1:
+        raise ConfigError(
+            f"{options['max_new_tokens']} is not a valid length", where="--max-new-tokens", remedy="give 1 or more"
+        )
+    if not 0 <= options["temperature"] < float("inf"):
+        raise ConfigError(
+            f"{options['temperature']} is not a valid temperature",
+            where="--temperature",
+            remedy="give 0 (greedy) or more",
+        )

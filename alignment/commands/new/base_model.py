@@ -13,7 +13,7 @@ from alignment.core import hardware
 from alignment.core.errors import ConfigError
 from alignment.core.model_files import formats_of_weights, positions_in, weights_size
 from alignment.costs.devices import DEVICES
-from alignment.data.template_options import own_template
+from alignment.data.templates import own_template
 from alignment.pipeline.sources import model_sources
 
 _CHATML = "chatml"

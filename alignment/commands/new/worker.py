@@ -35,7 +35,7 @@ from alignment.data.tokens.row_kinds import (
     Tokenized,
     tokenized,
 )
-from alignment.data.tokens.template_losses import LOSSES, lost_words
+from alignment.data.tokens.thoughts import LOSSES, lost_words
 from alignment.data.tokens.tokenizer import load_tokenizer
 
 LOOKED_AT = 5_000

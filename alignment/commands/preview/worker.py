@@ -30,7 +30,7 @@ from alignment.data.reading import Reading, iterate, refuse_faults_of, start
 from alignment.data.repeated_records import record_key
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.tokens.row_kinds import Tokenized, tokenized
-from alignment.data.tokens.template_losses import LOSSES
+from alignment.data.tokens.thoughts import LOSSES
 from alignment.data.tokens.token_spans import RecordSpans, TokenSpan, histogram, record_spans
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageSpec

@@ -9,9 +9,8 @@ from alignment.commands.serve.request_checks import RequestError
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import AlignmentError
 from alignment.core.files import parse_json
-from alignment.data.template_options import with_options
-from alignment.data.template_syntax import options_of, reads_tools
-from alignment.data.tokens.rendering import Tools, render_by_template
+from alignment.data.templates import options_of, reads_tools, with_options
+from alignment.data.tokens.rendering import Tools, render
 from alignment.data.turns import ROLES_OPENAI, THOUGHTS, Message
 
 _FIELDS = ("role", "content", "name", "tool_calls", "tool_call_id", *THOUGHTS)
@@ -40,7 +39,7 @@ def prompt_of(body: Mapping[str, Any], tokenizer: Any, *, positions: int, reads_
     options = _template_options(body.get("chat_template_kwargs"), template)
     try:
         templates = with_options(template, options)
-        return render_by_template(tokenizer, turns, answering=True, tools=tools, templates=templates)
+        return render(tokenizer, turns, answering=True, tools=tools, templates=templates)
     except AlignmentError as error:
         raise RequestError(error.message, param="messages") from error
 

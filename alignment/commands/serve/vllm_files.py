@@ -10,7 +10,7 @@ from alignment.commands.serve.loaded_arms import generation_config, lineage_and_
 from alignment.commands.serve.vllm_layout import VllmFiles, vllm_layout
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core.errors import ModelError
-from alignment.data.template_syntax import Templates, reads_tools
+from alignment.data.templates import Templates, reads_tools
 from alignment.data.tokens.tokenize import end_ids
 from alignment.data.tokens.tokenizer import tokenizer_hashes
 

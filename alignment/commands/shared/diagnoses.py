@@ -10,7 +10,6 @@ from rich.console import Console
 from alignment.commands.shared.row_progress import RowProgress, stop_after_row
 from alignment.config.data import SourceConfig
 from alignment.core.terminal import Terminal
-from alignment.data.bundled_files import locate
 from alignment.data.doctor import Diagnosis, examine
 from alignment.data.records import (
     Conversation,
@@ -22,6 +21,7 @@ from alignment.data.records import (
     Record,
 )
 from alignment.data.row_count import count_rows
+from alignment.data.source_files import locate
 from alignment.pipeline.sources import data_sources
 from alignment.stages.registry import kinds
 

@@ -15,7 +15,7 @@ from alignment.core.artifacts import MANIFEST, POLICY, TOKENIZER, Manifest, read
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.core.fingerprint import digest
 from alignment.data.chat_template import CHATML, PATH
-from alignment.data.template_options import TEMPLATE_FILE
+from alignment.data.templates import TEMPLATE_FILE
 from alignment.pipeline.execute.display import announcer
 from alignment.pipeline.execute.stored_results import artifact_of, base_of, recorded_base, result_of
 from alignment.pipeline.plan.references import BASE

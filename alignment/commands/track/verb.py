@@ -1,13 +1,22 @@
-"""``align track``: its arguments, and what they call."""
+"""``align track``: sends a recorded run to a tracker."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 from rich.console import Console
 
 from alignment.commands.shared.arguments import add_output, runs_of
-from alignment.config.tracking import LABELS
+from alignment.commands.shared.worker_process import run_worker
+from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import refuse
+from alignment.config.rules import TRACKING_URL
+from alignment.config.tracking import LABELS, TrackingConfig, with_only
+from alignment.core.errors import ConfigError
+from alignment.pipeline.plan import tracking_checks
+from alignment.records.run import FILE, RunRecord
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +34,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def handle(console: Console, arguments: argparse.Namespace) -> int:
     """Sends the run; returns the exit code."""
-    from alignment.commands.track.driver import track
 
     output, (run,) = runs_of(arguments, arguments.run)
     return track(console, run, to=arguments.to, url=arguments.url, output=output)
+
+
+def track(console: Console, run: str, *, to: str, url: str, output: Path) -> int:
+    """Sends the run of this name under ``output``; returns the exit code. An empty ``url`` is that of the run.
+
+    Raises:
+        ConfigError: there is no such run, or the tracker cannot be used here.
+        StageError: the process was killed.
+    """
+    runs = sorted(path.parent.name for path in (output / "runs").glob(f"*/{FILE}"))
+    if run not in runs:
+        raise ConfigError(f"there is no run {run!r} under {output / 'runs'}; {suggestion(run, runs)}", where="RUN")
+    if not TRACKING_URL.holds(url):
+        raise ConfigError(f"not an address of a server; allowed: {TRACKING_URL.allowed}", where="--url")
+    folder = output / "runs" / run
+    url = url or RunRecord.read(folder).config.get("tracking", {}).get("mlflow_url", "")
+    refuse(list(tracking_checks.faults(with_only(TrackingConfig(), to, mlflow_url=url))))
+    argv = [sys.executable, "-m", "alignment.commands.track.worker", str(folder), "--to", to]
+    return run_worker([*argv, "--url", url] if url else argv, verb="track")

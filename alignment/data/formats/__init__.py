@@ -10,7 +10,7 @@ from typing import Any
 from alignment.core.errors import DataError
 from alignment.data.formats.conversations import KTO, MESSAGES, SHAREGPT
 from alignment.data.formats.form import PROMPTS, Format
-from alignment.data.formats.pairs import PAIRED, PREFERENCE, TRANSCRIPTS, WHOLE, WHOLE_MESSAGES
+from alignment.data.formats.pairs import PAIRED, PREFERENCE, TRANSCRIPTS, VOTES, WHOLE, WHOLE_MESSAGES
 from alignment.data.formats.plain import (
     ALPACA,
     CHOICES,
@@ -21,7 +21,6 @@ from alignment.data.formats.plain import (
     RANKED,
     TEXT,
 )
-from alignment.data.formats.voted_pairs import VOTES
 from alignment.data.records import SCORE_COLUMNS
 
 # Formats that need more columns come earlier, because the first one that fits a row is taken.

@@ -9,10 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from alignment.core.errors import DataError
-from alignment.data.template_options import with_options
-from alignment.data.template_syntax import Templates, each, options_of
+from alignment.data.templates import Templates, each, options_of, trained_as, with_options
 from alignment.data.tokens.common_beginning import in_common
-from alignment.data.trl_templates import trained_as
 
 _SHOWN = 40
 _KEEPS_TURNS = (

@@ -23,10 +23,9 @@ from typing import Any
 
 from alignment.core.deadline import SECONDS, Bounded
 from alignment.core.errors import AlignmentError, DataError, ModelError
-from alignment.data.template_syntax import Templates
+from alignment.data.templates import Templates
 from alignment.data.tokens.common_beginning import in_common
 from alignment.data.tokens.opening_faults import other_opening
-from alignment.data.tokens.skeletons import skeletons_of
 from alignment.data.tokens.thoughts import opened_once, with_readable_thought, without_thought
 from alignment.data.turns import Message
 
@@ -122,26 +121,6 @@ def render(
         raise DataError(
             "the tokenizer has no chat template", remedy="use a chat model, or set model.chat_template=chatml"
         )
-    skeletons = skeletons_of(tokenizer, templates) if isinstance(templates, str) and not tools else None
-    if skeletons is not None:
-        by_template = functools.partial(
-            render_by_template, tokenizer, answering=answering, tools=(), templates=templates
-        )
-        text = skeletons.rendered(messages, control.escaped, by_template, answering=answering)
-        if text is not None:
-            return text
-    return render_by_template(tokenizer, messages, answering=answering, tools=tools, templates=templates)
-
-
-def render_by_template(
-    tokenizer: Any, messages: Sequence[Message], *, answering: bool, tools: Tools, templates: Templates
-) -> str:
-    """``render`` of a conversation whose roles need not occur again: nothing of it is remembered.
-
-    Raises:
-        DataError, ModelError: see ``render``.
-    """
-    control = control_tokens(tokenizer)
     try:
         with Bounded(_ENDLESS):
             text = _applied(

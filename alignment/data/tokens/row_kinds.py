@@ -18,7 +18,7 @@ from alignment.data.tokens.rendering import (
     prompt_and_answers,
     prompt_tail,
 )
-from alignment.data.tokens.template_losses import losses
+from alignment.data.tokens.thoughts import losses
 from alignment.data.tokens.tokenize import Tokens, encode, escaped_text, front, text_rows, tokens_of
 from alignment.data.turns import Message
 

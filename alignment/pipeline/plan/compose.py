@@ -27,7 +27,7 @@ from alignment.config.faults import Fault, refuse
 from alignment.config.store import recipe_names, recipes_folder, sweep_names
 from alignment.core.deadline import Bounded
 from alignment.core.errors import ConfigError
-from alignment.data.missing_files import similar_name
+from alignment.data.source_files import similar_name
 from alignment.pipeline.plan import choices, replaced_choices
 from alignment.pipeline.plan.dotted_keys import leaves
 from alignment.pipeline.plan.hostile import hostile

@@ -18,9 +18,8 @@ from alignment.config.scoring import MetricConfig, ScoreSourceConfig
 from alignment.config.stage import StageConfig
 from alignment.core.errors import DataError
 from alignment.core.fingerprint import file_sha256
-from alignment.data.bundled_files import bundled_code
-from alignment.data.missing_files import next_to_recipe
 from alignment.data.records import HasRow, Question
+from alignment.data.source_files import bundled_code, next_to_recipe
 from alignment.pipeline.plan.scorer_groups import group_faults
 from alignment.rewards.rules.all_rules import RULES, rule_of
 from alignment.rewards.scorer_sources import (

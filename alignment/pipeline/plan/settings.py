@@ -19,7 +19,7 @@ from alignment.config.validation import ValidationConfig
 from alignment.core.errors import DataError
 from alignment.data.chat_template import CHATML, template_text
 from alignment.data.formats import COLUMNS, FORMATS
-from alignment.data.template_options import name_faults, own_template, value_faults
+from alignment.data.templates import name_faults, own_template, value_faults
 from alignment.pipeline.backends import slurm
 from alignment.pipeline.plan import chain_checks, made_rows, scorer_checks, tracking_checks, validation_checks
 from alignment.stages.registry import as_trained, kind_of

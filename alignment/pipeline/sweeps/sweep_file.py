@@ -20,7 +20,7 @@ from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Searc
 from alignment.config.typed import sweep_from_plain
 from alignment.core.errors import AlignmentError, ConfigError
 from alignment.core.fingerprint import digest
-from alignment.data.missing_files import similar_name
+from alignment.data.source_files import similar_name
 from alignment.pipeline.backends import feasibility, slurm
 from alignment.pipeline.plan import unread
 from alignment.pipeline.plan.plan import Plan, make_plan

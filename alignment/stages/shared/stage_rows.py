@@ -25,7 +25,7 @@ from alignment.data.row_count import count_rows
 from alignment.data.tokens.chunks import CHUNK, note_of_error, notes_of
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.tokens.row_kinds import Kind, Tokenized, tokenized
-from alignment.data.tokens.template_losses import lost_words
+from alignment.data.tokens.thoughts import lost_words
 from alignment.data.tokens.token_table import TokenTable, token_table
 from alignment.records.left_out import CUT, LOST, TOO_LONG
 from alignment.records.left_out import FILE as LEFT_OUT

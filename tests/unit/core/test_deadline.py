@@ -14,7 +14,6 @@ import pytest
 from alignment.core import deadline
 from alignment.core.errors import ModelError
 from alignment.data.records import Prompt
-from alignment.data.tokens import rendering
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.rendering import render
 from alignment.data.tokens.row_kinds import PROMPTS, tokenized
@@ -56,7 +55,6 @@ def test_a_template_that_does_not_end_stops_at_its_first_row(
 
 
 def test_only_one_rendering_is_bounded_and_not_all_of_them(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rendering, "skeletons_of", lambda *_: None)  # so the template renders each time
     monkeypatch.setattr(deadline, "SECONDS", 0.2)
     texts, end = set(), time.thread_time() + 0.5
     with deadline.watched():

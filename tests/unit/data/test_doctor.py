@@ -17,13 +17,12 @@ import pytest
 from rich.console import Console
 
 from alignment import cli
-from alignment.commands.doctor.driver import show_diagnosis
+from alignment.commands.doctor import show_diagnosis
 from alignment.commands.shared.diagnoses import records
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
 from alignment.core.errors import DataError
 from alignment.data import near_duplicates, repeated_records
 from alignment.data.doctor import Diagnosis, examine
-from alignment.data.first_records import fewer_of, times_as_many
 from alignment.data.objections import Objections
 from alignment.data.records import (
     Conversation,
@@ -34,7 +33,7 @@ from alignment.data.records import (
     Question,
     Record,
 )
-from alignment.data.row_count import count_rows
+from alignment.data.row_count import count_rows, fewer_of, times_as_many
 from tests.unit.data.test_duplicates import changed, some_text
 
 ALL = SourceConfig()

@@ -12,10 +12,10 @@ import pytest
 
 from alignment.config.data import SourceConfig
 from alignment.data import near_duplicates
-from alignment.data.key_set import KeySet
 from alignment.data.near_duplicates import NearDuplicates
 from alignment.data.overlap import HeldOut, LocatedText, asked, asked_in, asked_too
 from alignment.data.records import HeldOutPrompt, Prompt
+from alignment.data.repeated_records import KeySet
 from alignment.data.turns import Message
 
 RNG = random.Random(0)

@@ -19,12 +19,12 @@ from alignment.config.data import DataConfig, SourceConfig
 from alignment.core.errors import DataError
 from alignment.core.fingerprint import file_sha256
 from alignment.data import caps
-from alignment.data.bundled_files import locate
 from alignment.data.chat_template import template_text
 from alignment.data.hub_rows import content_of, hub_rows, snapshot_name, source_rows
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation
 from alignment.data.row_files import NotUtf8, RawRow, files_of, rows_of
+from alignment.data.source_files import locate
 from tests.hub import NAME, leave_data_set, use_cache
 
 ROWS = [{"prompt": f"Add {number} to it.", "completion": f"It is {number} more."} for number in range(4)]

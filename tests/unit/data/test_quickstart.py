@@ -15,10 +15,10 @@ import pytest
 
 from alignment.config.data import DataConfig
 from alignment.core.resources import shipped
-from alignment.data.bundled_files import locate
 from alignment.data.overlap import HeldOut, LocatedText
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Question, Record
+from alignment.data.source_files import locate
 from alignment.data.turns import Message
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.scorer_sources import function_of

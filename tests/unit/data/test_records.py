@@ -11,11 +11,11 @@ import pytest
 
 from alignment.config.data import DataConfig
 from alignment.core.errors import DataError
-from alignment.data.bundled_files import locate
 from alignment.data.fields import Fields, SetAside
 from alignment.data.formats import FORMATS, detect
 from alignment.data.reading import read_records, right_form
 from alignment.data.records import Conversation, HeldOutPrompt, LabelledAnswer, PreferencePair, Prompt, Question
+from alignment.data.source_files import locate
 from alignment.data.turns import Message
 from alignment.stages.registry import kinds
 

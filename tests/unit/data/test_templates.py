@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +13,13 @@ from alignment.commands.shared.loaded_policies import parts_of
 from alignment.config.model import TemplateChoice
 from alignment.core.errors import DataError
 from alignment.data.chat_template import CHATML, set_template, template_text
-from alignment.data.template_flow import only_writes_contents
-from alignment.data.template_options import own_template, with_options
-from alignment.data.template_syntax import fields_of, options_of
-from alignment.data.tokens import rendering, skeletons
+from alignment.data.templates import fields_of, options_of, own_template, trained_as, trl_templates, with_options
 from alignment.data.tokens.rendering import prompt_text, render
 from alignment.data.tokens.tokenize import IGNORED, tokenize_conversation, turn_end_id
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
-from alignment.data.trl_templates import trained_as, trl_templates
 from alignment.data.turns import Message
 from tests.real_templates import GPT_OSS, QWEN, dressed, text_of
-from tests.templates import DEEPSEEK_LIKE, PHI_LIKE, STYLES, styled_tokenizer
+from tests.templates import styled_tokenizer
 from tests.tiny import CHAT_TEMPLATE, save_tiny_model, tiny_tokenizer
 
 HI = [Message(role="user", content="Hi.")]
@@ -295,123 +289,3 @@ def test_a_saved_tokenizer_and_a_bare_base_of_a_run_have_the_options(tmp_path: P
     for made in (tokenizer, again, parts_of(None, base, choice)[1]):
         assert prompt_text(made, HI).endswith("<think>\n\n</think>\n\n")
     assert tokenizer_hashes(again) == tokenizer_hashes(tokenizer) != tokenizer_hashes(load_tokenizer(base))
-
-
-# ---- conversations that are put together without the template -------------------------------------------------------
-
-
-def _each(*written: str) -> list[str]:
-    """Templates that write this of each turn."""
-    return ["{% for turn in messages %}" + text + "{% endfor %}" for text in written]
-
-
-SPACE = "{% set space = namespace(text='') %}"
-WRITES = [
-    *(style.template for style in STYLES.values()),
-    PHI_LIKE,
-    *_each(
-        "{{ turn['content'].strip() ~ '\n' }}",
-        "{% set text = turn.role + turn.content | trim %}{% if loop.first %}{{ bos_token }}{% endif %}{{ text }}",
-        "{{ (turn.content ~ ':') | trim }}{{ (': ' ~ turn.content) | trim }}",
-        "{% if turn.content is string %}{{ turn.content }}{% else %}{{ turn.content | tojson }}{% endif %}",
-        "{% if turn.tool_calls is defined %}{{ turn.content | tojson }}{% else %}{{ turn.content }}{% endif %}",
-        "{% if turn.role == 'tool' %}{{ turn.content[0] }}{% elif turn.content %}{{ turn.get('content') }}{% endif %}",
-    ),
-    SPACE + _each("{% set space.text = space.text + turn.content %}")[0] + "{{ space.text }}",
-    "{{ (messages | first).content }}{{ messages[-1]['content'] }}{{ messages | length }}",
-    "{{ messages[0].content if messages[0].role == 'system' else 'none' }}" + _each("{{ turn.content or '' }}")[0],
-]
-LOOKS_INSIDE = [
-    *_each(
-        "{% set text = none %}{% if loop.first %}{% set text = turn.content %}{% endif %}"
-        "{% if text is string %}{{ text }}{% else %}{{ turn.content | upper }}{% endif %}",
-        "{{ turn.content | tojson }}",
-        "{{ turn.content | upper }}",
-        "{{ turn.content | trim('x') }}",
-        "{{ turn.content.strip('x') }}",
-        "{{ turn.content.upper() }}",
-        "{{ turn.content[0] }}",
-        "{{ turn.content * 2 }}",
-        "{{ '%s' % turn.content }}",
-        "{{ ('a' + turn.content) | replace('a', 'b') }}",
-        "{{ ('a' ~ turn.content) | length }}",
-        "{{ [turn.content] }}",
-        "{% if turn.content == 'x' %}x{% endif %}",
-        "{% if 'x' in turn.content %}x{% endif %}",
-        "{% if turn.content is eq('x') %}x{% endif %}",
-        "{% set text = turn.content %}{% if text > 'x' %}x{% endif %}",
-        "{% for letter in turn.content %}{{ letter }}{% endfor %}",
-        "{% if turn.content is string and turn.content | length > 3 %}x{% endif %}",
-        "{{ turn }}",
-        "{{ turn.values() | join }}",
-        "{% for name in turn %}{{ turn[name] }}{% endfor %}",
-        "{% if loop.previtem is defined and loop.previtem.content == 'x' %}x{% endif %}",
-        "{% set text %}{{ turn.content }}{% endset %}{{ text | upper }}",
-        "{{ raise_exception(turn.content) }}",
-    ),
-    "{% macro said(turn) %}{{ turn.content }}{% endmacro %}" + _each("{{ said(turn) | upper }}")[0],
-    SPACE + _each("{% set space.text = turn.content %}{{ space.text | upper }}")[0],
-    DEEPSEEK_LIKE,
-    "{{ messages | tojson }}",
-    "{{ messages | map(attribute='content') | join }}",
-    "{{ messages | selectattr('content', 'equalto', 'x') | list | length }}",
-    "{{ strftime_now('%Y') }}" + _each("{{ turn.content }}")[0],
-    "{% if %}",
-]
-CONTENTS = [
-    *(
-        "Hi.",
-        " Hi.",
-        "Hi.\n",
-        "\n\tHi. \u2003",
-        "\u2003",
-        "a\u2003",
-        '"\\\n<Aa',
-        "\U000ffffd0",
-        "{{ x }}",
-        "<|im_end|>",
-    ),
-    *("\u00e9", " ", "", "a</think>b", "<think>a</think>b", "0", "None", "[INST]", "a\r\nb"),
-]
-ROLES = [("system", "user", "assistant", "user", "assistant"), ("user", "assistant"), ("user",), ("assistant", "user")]
-
-
-def test_templates_that_only_write_contents_are_told_from_those_that_may_look_inside() -> None:
-    assert [template for template in WRITES if not only_writes_contents(template)] == []
-    assert [template for template in LOOKS_INSIDE if only_writes_contents(template)] == []
-
-
-def _outcome(render_them: Any) -> str:
-    try:
-        return str(render_them())
-    except DataError as error:
-        return f"refused: {error}"
-
-
-@pytest.mark.parametrize("template", [*WRITES, *STYLES])
-def test_every_conversation_is_what_the_template_renders(template: str) -> None:
-    """Blanks around a content, contents that look like marks, and contents that are left to the template included."""
-    tokenizer = styled_tokenizer(template) if template in STYLES else _with(template)
-    by_template = functools.partial(rendering.render_by_template, tools=(), templates=tokenizer.chat_template)
-    rng = random.Random(0)
-    for number in range(80):
-        messages = [Message(role=role, content=rng.choice(CONTENTS)) for role in rng.choice(ROLES)]
-        arguments: Any = {"tokenizer": tokenizer, "messages": messages, "answering": number % 2 == 0}
-        assert _outcome(lambda given=arguments: render(**given)) == _outcome(
-            lambda given=arguments: by_template(**given)
-        )
-
-
-def test_the_template_is_asked_twice_for_all_conversations_of_the_same_roles(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer, asked = _with(CHAT_TEMPLATE), []
-    applied = rendering._applied
-    monkeypatch.setattr(rendering, "_applied", lambda *args, **kwargs: asked.append(1) or applied(*args, **kwargs))
-    for number in range(20):
-        render(tokenizer, [Message(role="user", content=f"{number}?")], answering=True)
-    assert len(asked) == 2
-    render(tokenizer, HI, answering=False)
-    assert len(asked) == 4
-    monkeypatch.setattr(skeletons, "MOST", 2)
-    for _ in range(2):
-        render(tokenizer, [Message(role="system", content="1?")], answering=False)
-    assert len(asked) == 6

@@ -28,7 +28,7 @@ from alignment.core.locks import held
 from alignment.data.reading import Reader, read_records, start
 from alignment.data.records import Conversation
 from alignment.data.row_files import unparsed_rows_of
-from alignment.data.tokens import chunks, table_files, token_table
+from alignment.data.tokens import chunks, token_table
 from alignment.data.tokens.chunks import Job
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, SCORED_PAIRS, TEXTS, Kind
@@ -285,13 +285,13 @@ def test_an_interrupted_table_goes_on_where_it_was_saved(
     straight = _table(file, tokenizer, data=data).rows.to_list()
     whole = _files_of(tmp_path)
     shutil.rmtree(tmp_path / "cache")
-    monkeypatch.setattr(table_files, "EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(token_table, "EVERY_SECONDS", 0.0)
     read: list[str] = []
 
     def breaks_off(job: Job, rows: Any, **options: Any) -> Any:
         for number, chunk in enumerate(chunks.run(job, rows, **options)):
             if number == 2:
-                monkeypatch.setattr(table_files, "EVERY_SECONDS", 60.0)  # what follows is not saved
+                monkeypatch.setattr(token_table, "EVERY_SECONDS", 60.0)  # what follows is not saved
             yield chunk
             if number == 2:
                 raise error
@@ -319,7 +319,7 @@ def test_a_full_disk_is_an_error_that_says_what_to_do(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(table_files, "write_json", full)
+    monkeypatch.setattr(token_table, "write_json", full)
     with pytest.raises(StageError, match=r"tokens-\w+: no space left on the device") as caught:
         _table(file, tokenizer)
     assert "free space" in caught.value.remedy

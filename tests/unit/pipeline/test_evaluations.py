@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alignment.commands.doctor.driver import show_diagnosis
+from alignment.commands.doctor import show_diagnosis
 from alignment.config.data import SourceConfig
 from alignment.core.errors import AlignmentError, ConfigError, DataError
 from alignment.core.fingerprint import file_sha256

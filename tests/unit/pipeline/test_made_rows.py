@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from alignment.cli import main
-from alignment.commands.preview.driver import show_preview
+from alignment.commands.preview.verb import show_preview
 from alignment.core.artifacts import ROWS_FILE, Manifest, publish, verify
 from alignment.core.errors import ArtifactError, ConfigError, DataError
 from alignment.pipeline.backends.feasibility import refuse_sizes

@@ -21,7 +21,7 @@ import yaml
 from rich.console import Console
 
 from alignment.api.loaded_run import load_run
-from alignment.commands.status.driver import show_status
+from alignment.commands.status import show_status
 from alignment.config.launch import LaunchConfig
 from alignment.core.errors import (
     AlignmentError,

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure as T
 
 import alignment
 from alignment.commands.shared.named_runs import current_run
-from alignment.commands.status.driver import show_status
+from alignment.commands.status import show_status
 from alignment.core import logs
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError, Busy, Preempted, StageError

@@ -20,7 +20,7 @@ import pytest
 from rich.console import Console
 
 from alignment import cli
-from alignment.commands.status.driver import show_status
+from alignment.commands.status import show_status
 from alignment.config.backend import SlurmBackend
 from alignment.core.errors import (
     AlignmentError,

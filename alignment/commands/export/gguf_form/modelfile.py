@@ -13,7 +13,7 @@ from typing import Any
 from alignment.commands.export.gguf_form.chat_parts import Inexpressible, chat_parts, conversation
 from alignment.commands.export.gguf_form.go_template import evaluated, template_of
 from alignment.core.errors import DataError, ModelError
-from alignment.data.template_syntax import each
+from alignment.data.templates import each
 from alignment.data.tokens.rendering import render
 from alignment.data.turns import Message
 

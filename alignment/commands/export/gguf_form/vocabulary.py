@@ -15,7 +15,7 @@ import gguf
 
 from alignment.commands.export.gguf_form.architectures import Metadata
 from alignment.core.errors import ModelError
-from alignment.data.template_syntax import Templates
+from alignment.data.templates import Templates
 from alignment.data.tokens.rendering import prompt_text
 from alignment.data.tokens.tokenize import front, turn_end_id
 from alignment.data.turns import Message

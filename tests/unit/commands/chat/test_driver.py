@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alignment.commands.chat.driver import chat
+from alignment.commands.chat.verb import chat
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError
 from alignment.core.fingerprint import digest

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alignment.commands.compare.driver import compare
+from alignment.commands.compare import compare
 from alignment.core.errors import ConfigError
 
 METRIC = "brevity"

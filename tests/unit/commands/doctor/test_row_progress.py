@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alignment.commands.doctor import driver
+from alignment.commands import doctor as doctor_verb
 from alignment.commands.shared.row_progress import RowProgress
 from alignment.config.data import SourceConfig
 from alignment.data import doctor
@@ -73,7 +73,7 @@ def test_ctrl_c_shows_what_is_known_of_the_rows_so_far(tmp_path: Path, monkeypat
     monkeypatch.setattr(doctor, "source_rows", interrupted)
     screen = StringIO()
     before = signal.getsignal(signal.SIGINT)
-    assert driver.show_diagnosis(Console(file=screen, width=80), SourceConfig(source=str(file))) == 130
+    assert doctor_verb.show_diagnosis(Console(file=screen, width=80), SourceConfig(source=str(file))) == 130
     assert signal.getsignal(signal.SIGINT) is before
     assert "interrupted; of the first 5 rows:" in screen.getvalue()
     assert "sft          5 conversations" in screen.getvalue()
@@ -90,4 +90,4 @@ def test_ctrl_c_twice_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(doctor, "source_rows", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        driver.show_diagnosis(Console(file=StringIO(), width=80), SourceConfig(source=str(file)))
+        doctor_verb.show_diagnosis(Console(file=StringIO(), width=80), SourceConfig(source=str(file)))

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from alignment import cli
-from alignment.commands.doctor.source_settings import UNREAD, source_of
+from alignment.commands.doctor import UNREAD, source_of
 from alignment.config.data import SourceConfig
 from alignment.core.errors import ConfigError
-from alignment.data.written_settings import READ, written
+from alignment.data.objections import READ, written
 from alignment.pipeline.plan.compose import tree_of
 
 Captured = pytest.CaptureFixture[str]

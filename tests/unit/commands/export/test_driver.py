@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alignment.commands.export.driver import export
 from alignment.commands.export.export_options import ExportOptions, add_form_arguments, options_of
+from alignment.commands.export.verb import export
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, ModelError
 from tests.weights_files import weights_file

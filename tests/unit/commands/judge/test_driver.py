@@ -20,7 +20,7 @@ from urllib.parse import urlencode
 import pytest
 from rich.console import Console
 
-from alignment.commands.judge.driver import Options, judge
+from alignment.commands.judge.verb import Options, judge
 from alignment.commands.shared.page_server import PageServer
 from alignment.core.artifacts import MANIFEST
 from alignment.core.errors import AlignmentError, Busy, DataError

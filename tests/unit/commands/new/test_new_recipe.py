@@ -17,11 +17,11 @@ import pytest
 from rich.console import Console
 
 from alignment import cli
-from alignment.commands.new import base_model, driver, worker
-from alignment.commands.new.driver import Options, new_recipe
+from alignment.commands.new import base_model, verb, worker
 from alignment.commands.new.recipe_text import comment_lines, flow, group_lines
+from alignment.commands.new.verb import Options, new_recipe
 from alignment.commands.new.worker import measured
-from alignment.commands.schema.recipe_schema import recipe_schema
+from alignment.commands.schema import recipe_schema
 from alignment.config import yaml_file
 from alignment.config.new_recipe import Circumstances, NewStage, Reasoned, common_length
 from alignment.core.errors import ConfigError, DataError
@@ -518,7 +518,7 @@ def test_a_recipe_whose_plan_is_refused_leaves_no_file(
         assert Path("recipe-heldout.jsonl").is_file()
         raise ConfigError("not allowed", where="launch")
 
-    monkeypatch.setattr(driver, "make_plan", refused)
+    monkeypatch.setattr(verb, "make_plan", refused)
     with pytest.raises(ConfigError, match="launch: not allowed"):
         new(write("talk.jsonl", conversations(60)))
     assert sorted(path.name for path in here.iterdir()) == ["talk.jsonl"]

@@ -8,7 +8,7 @@ from functools import partial
 
 from rich.console import Console
 
-from alignment.commands.plan.cost_table import show_cost, show_trades
+from alignment.commands.plan import show_cost, show_trades
 from alignment.records.cost import PhaseCost, RunCost, StageCost
 
 GB = 10**9

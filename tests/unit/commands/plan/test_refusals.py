@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alignment.commands.plan.driver import show
+from alignment.commands.plan import show
 from alignment.core.errors import ConfigError, ModelError
 from alignment.pipeline.execute import planned_costs
 from alignment.records.cost import PhaseCost, RunCost, StageCost

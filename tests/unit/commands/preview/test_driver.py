@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alignment.commands.preview.driver import show_preview
+from alignment.commands.preview.verb import show_preview
 from alignment.core.errors import ConfigError
 from tests.weights_files import weights_file
 

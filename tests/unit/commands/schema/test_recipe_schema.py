@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 
 from alignment import cli
-from alignment.commands.schema.recipe_schema import recipe_schema
-from alignment.commands.schema.sweep_schema import sweep_schema
+from alignment.commands.schema import recipe_schema, sweep_schema
 from alignment.config import rules, yaml_file
 from alignment.config.rules import Rule
 from alignment.config.store import conf_folder, recipe_names, recipes_folder

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 from alignment import cli
-from alignment.commands.serve import driver, worker
-from alignment.commands.serve.driver import Options, serve
+from alignment.commands.serve import verb, worker
+from alignment.commands.serve.verb import Options, serve
 from alignment.commands.serve.worker_error import write_error, written_error
 from alignment.core import hardware
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, DataError, DiskError, ModelError
@@ -43,7 +43,7 @@ def _nothing_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     def start() -> None:
         raise AssertionError("a process was started")
 
-    monkeypatch.setattr(driver, "Keeper", start)
+    monkeypatch.setattr(verb, "Keeper", start)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_a_missing_environment_of_vllm_is_named(run: ServedRun, tmp_path: Path) 
 
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_vllm_without_a_gpu_is_advised_against(run: ServedRun, monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
-    monkeypatch.setattr(driver, "interpreter", lambda *_, **__: Path("python"))
+    monkeypatch.setattr(verb, "interpreter", lambda *_, **__: Path("python"))
     monkeypatch.setattr(hardware, "count_devices", lambda: gpus)
     console = Console(record=True, file=io.StringIO())
     with pytest.raises(AssertionError, match="a process was started"):
@@ -120,7 +120,7 @@ def test_an_unknown_engine_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_the_printed_command_is_quoted_for_a_shell() -> None:
-    assert driver._curl("http://127.0.0.1:8000", "it's/dpo", "KEY") == (
+    assert verb._curl("http://127.0.0.1:8000", "it's/dpo", "KEY") == (
         "curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' "
         '-H "Authorization: Bearer $KEY" -d \'{"model": "it\'"\'"\'s/dpo", '
         '"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 64}\''

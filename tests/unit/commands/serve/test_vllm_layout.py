@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alignment.commands.serve import server_commands
-from alignment.commands.serve.server_commands import vllm_command, worker_command
+from alignment.commands.serve import verb
+from alignment.commands.serve.verb import vllm_command, worker_command
 from alignment.commands.serve.vllm_layout import VllmArm, VllmFiles, VllmLayout, refuse_prefix, vllm_layout
 from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.commands.shared.stored_policy import StoredPolicy
@@ -117,7 +117,7 @@ def test_a_prefix_is_refused_by_every_engine(run: ServedRun) -> None:
 def test_the_command_names_every_arm_and_the_least_rank_that_fits(
     run: ServedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_commands.hardware, "count_devices", lambda: 0)
+    monkeypatch.setattr(verb.hardware, "count_devices", lambda: 0)
     monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     files = VllmFiles(folder=Path("/there"))
     layout = vllm_layout(policies(run, "base", "sft", "dpo"))
@@ -141,7 +141,7 @@ def test_the_command_names_every_arm_and_the_least_rank_that_fits(
 
 
 def test_a_merged_policy_has_no_adapters_and_may_have_a_key(run: ServedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_commands.hardware, "count_devices", lambda: 1)
+    monkeypatch.setattr(verb.hardware, "count_devices", lambda: 1)
     layout = vllm_layout(policies(run, "dpo"))
     files = VllmFiles(folder=Path("/there"))
     command = vllm_command(
@@ -161,7 +161,7 @@ def test_a_merged_policy_has_no_adapters_and_may_have_a_key(run: ServedRun, monk
 
 
 def test_the_users_own_cache_size_stays(run: ServedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_commands.hardware, "count_devices", lambda: 0)
+    monkeypatch.setattr(verb.hardware, "count_devices", lambda: 0)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
     layout = vllm_layout(policies(run, "base"))
     command = vllm_command(

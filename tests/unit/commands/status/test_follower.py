@@ -10,9 +10,9 @@ import pytest
 from rich.console import Console
 
 from alignment import cli
+from alignment.commands import status as status_verb
 from alignment.commands.shared import following
-from alignment.commands.status import follower
-from alignment.commands.status.follower import follow
+from alignment.commands.status import follow
 from alignment.core.locks import held
 from alignment.pipeline.execute import run_state
 from tests.running import RunFolder
@@ -34,7 +34,7 @@ def followed(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> Follow:
 
     def call(*happens: Callable[[], object]) -> list[str]:
         coming = iter(happens)
-        monkeypatch.setattr(follower.time, "sleep", lambda _: next(coming)())
+        monkeypatch.setattr(status_verb.time, "sleep", lambda _: next(coming)())
         screen = StringIO()
         follow(Console(file=screen, width=100), run.output, None)
         assert next(coming, None) is None, "it ended before the run"

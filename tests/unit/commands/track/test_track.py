@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from alignment.commands.track import worker
-from alignment.commands.track.driver import track
+from alignment.commands.track.verb import track
 from alignment.commands.track.worker import send, send_run
 from alignment.config.tracking import TrackingConfig
 from alignment.core.errors import Busy, ConfigError

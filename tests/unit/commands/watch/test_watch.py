@@ -22,9 +22,9 @@ from rich.console import Console
 from alignment import cli
 from alignment.commands.shared.listening import listening
 from alignment.commands.shared.page_server import PageServer
-from alignment.commands.watch import driver, live_app
-from alignment.commands.watch.driver import Options, watch
+from alignment.commands.watch import live_app, verb
 from alignment.commands.watch.live_app import application
+from alignment.commands.watch.verb import Options, watch
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.core.locks import held
 from alignment.pipeline.execute import run_state
@@ -216,8 +216,8 @@ def in_a_thread(call: Callable[[], object]) -> threading.Thread:
 
 
 def test_it_ends_with_the_run_if_it_was_asked_to(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(driver, "POLL_SECONDS", 0.05)
-    monkeypatch.setattr(driver, "LINGER_SECONDS", 0.1)
+    monkeypatch.setattr(verb, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(verb, "LINGER_SECONDS", 0.1)
     console = Console(width=300, record=True, quiet=False, file=io.StringIO())
     thread = in_a_thread(lambda: watch(console, None, options=Options(until_done=True), output=run.output))
     deadline = time.monotonic() + 20

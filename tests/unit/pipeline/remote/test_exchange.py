@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from alignment.commands.status.driver import show_status
+from alignment.commands.status import show_status
 from alignment.core.errors import AlignmentError, ArtifactError, Busy, ConfigError, DiskError, StoreError
 from alignment.core.locks import held
 from alignment.pipeline.execute import exchange

@@ -1,7 +1,8 @@
-"""An exported folder as one commit of a repository on a Hugging Face hub."""
+"""``align push``: uploads an exported folder to a Hugging Face hub."""
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,24 @@ from alignment.pipeline.remote.store_errors import scrubbed
 
 if TYPE_CHECKING:  # it takes a tenth of a second
     from huggingface_hub import HfApi
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """An exported folder, and the repository that gets it."""
+    parser.add_argument("folder", metavar="FOLDER", help="a folder that align export wrote")
+    parser.add_argument("--to", required=True, metavar="OWNER/NAME", help="a model repository of a Hugging Face hub")
+    parser.add_argument("--public", action="store_true", help="make the repository public (default: private)")
+    parser.add_argument(
+        "--replace", action="store_true", help="if the repository has files, replace them all in one commit"
+    )
+
+
+def handle(console: Console, arguments: argparse.Namespace) -> int:
+    """Uploads the folder; returns the exit code."""
+
+    push(console, arguments.folder, to=arguments.to, public=arguments.public, replace=arguments.replace)
+    return 0
+
 
 EXPORTED_FILES = ("README.md", "lineage.json")
 """Files that every export has: its model card, and the settings of all stages on the way."""

@@ -1,7 +1,8 @@
-"""``align compare``: the differences between runs, in their settings and in their results."""
+"""``align compare``: what differs between runs."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from alignment.commands.shared.arguments import add_output, runs_of
 from alignment.config.did_you_mean import suggestion
 from alignment.core.errors import ConfigError
 from alignment.core.files import can_be_a_file
@@ -28,6 +30,33 @@ from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.run_page.run_files import read_run
 from alignment.report.run_page.table_sections import side_by_side
 from alignment.stages.base import ResultTable
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Two runs or more."""
+    parser.description = (
+        "Shows the settings that differ, the arms side by side, and how far the primary metric differs from the "
+        "first run, paired by prompt."
+    )
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="+",
+        help="names of runs, or their recipes' paths; the others are compared with the first",
+    )
+    parser.add_argument(
+        "--html", metavar="FILE", help="also write a page with the curves in shared charts and with the answers"
+    )
+    add_output(parser)
+
+
+def handle(console: Console, arguments: argparse.Namespace) -> int:
+    """Compares them; returns the exit code."""
+
+    output, runs = runs_of(arguments, *arguments.runs)
+    compare(console, output, runs, html=arguments.html)
+    return 0
+
 
 NOT_SETTINGS = ("name", "output", "artifacts", "summary", "launch", "tracking")
 """Settings of a run that change no result."""

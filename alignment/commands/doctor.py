@@ -1,33 +1,122 @@
-"""``align doctor``: explains an unknown data file, with the settings to write."""
+"""``align doctor``: what a data file contains and what is wrong with it."""
 
 from __future__ import annotations
 
+import argparse
 import math
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from alignment.commands.doctor.source_settings import AGAINST
 from alignment.commands.shared.diagnoses import best_use, examined, path_of, progress_of
 from alignment.commands.shared.row_progress import RowProgress
 from alignment.config.data import SourceConfig
-from alignment.config.faults import refuse
+from alignment.config.faults import Fault, refuse
+from alignment.config.typed import source_from_plain
 from alignment.core.errors import DataError
 from alignment.data.counted import counted
 from alignment.data.doctor import LISTED, Diagnosis, Use, counted_records
 from alignment.data.formats import FORMATS, LABEL, UnknownColumns
 from alignment.data.hub_rows import snapshot_name
+from alignment.data.objections import doctor_command, written
 from alignment.data.overlap import HeldOut, asked_in
 from alignment.data.reading import NAMED
 from alignment.data.records import LabelledAnswer, PreferencePair
 from alignment.data.repeated_records import RelatedRow
-from alignment.data.written_settings import doctor_command, written
 from alignment.pipeline.execute.signals import INTERRUPTED
 from alignment.pipeline.plan import settings
+from alignment.pipeline.plan.compose import tree_of
+
+_SOURCE = ("format", "split", "subset")
+"""Options that are settings of the source."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A data file, how to read it, and another one to compare it with."""
+    parser.description = (
+        "Shows the format of a data file, which kinds of stage can use it, and which rows are faulty and why."
+    )
+    parser.add_argument(
+        "data", metavar="DATA", help="a data file or a folder of them, bundled:NAME, or hub:ORG/NAME@REVISION"
+    )
+    parser.add_argument(
+        "overrides",
+        metavar="KEY=VALUE",
+        nargs="*",
+        help="a setting of the data, as in a recipe: columns='{prompt: my_question}' or placeholders='{name: Ada}'",
+    )
+    parser.add_argument(
+        "--format", choices=sorted(FORMATS), help="read the rows in this format (default: the columns decide)"
+    )
+    parser.add_argument("--split", help="the split of DATA, if that is on a hub (default: train)")
+    parser.add_argument("--subset", help="the subset of DATA, if that is on a hub and has several")
+    parser.add_argument(
+        "--against",
+        metavar="DATA",
+        help="also list the rows whose prompts or texts overlap with this file, such as the data of an evaluation",
+    )
+    parser.add_argument(
+        "--against-split", metavar="SPLIT", help="the split of --against, if that is on a hub (default: train)"
+    )
+    parser.add_argument("--against-subset", metavar="SUBSET", help="the subset of --against, if it has several")
+
+
+def handle(console: Console, arguments: argparse.Namespace) -> int:
+    """Explains the file; returns the exit code."""
+
+    chosen = {name: getattr(arguments, name) for name in _SOURCE if getattr(arguments, name)}
+    data = source_of(arguments.data, chosen, arguments.overrides)
+    against = against_of(arguments.against, split=arguments.against_split, subset=arguments.against_subset)
+    return show_diagnosis(console, data, against=against)
+
+
+UNREAD = ("limit", "on_error", "max_skipped")
+"""Settings that say which rows a stage uses; doctor examines all."""
+AGAINST = "--against"
+"""The option that names the source to compare with."""
+EXAMPLE = "columns={prompt: my_question}"
+
+
+def source_of(source: str, options: Mapping[str, str], overrides: Sequence[str]) -> SourceConfig:
+    """The source that the command line describes; ``overrides`` are parsed and checked like those of a recipe.
+
+    Raises:
+        ConfigError: lists every fault.
+    """
+    given, faults = tree_of(overrides, example=EXAMPLE)
+    faults += _unusable(given, options)
+    data, wrong = source_from_plain({**given, **options}, where="DATA")
+    refuse([*faults, *wrong])
+    return replace(data, source=source)
+
+
+def against_of(source: str | None, *, split: str | None, subset: str | None) -> SourceConfig | None:
+    """The source to compare with; None if there is none.
+
+    Raises:
+        ConfigError: a split or subset is chosen of no source.
+    """
+    if source is not None:
+        return SourceConfig(source=source, split=split or SourceConfig().split, subset=subset or None)
+    chosen = [name for name, value in (("split", split), ("subset", subset)) if value]
+    refuse([Fault(where=f"{AGAINST}-{name}", message=f"has no effect without {AGAINST}") for name in chosen])
+    return None
+
+
+def _unusable(given: Mapping[str, Any], options: Mapping[str, str]) -> Iterator[Fault]:
+    for name in given:
+        if name == "source":
+            yield Fault(where="DATA.source", message="DATA is the source already; leave this out")
+        if name in UNREAD:
+            yield Fault(where=f"DATA.{name}", message="has no effect; doctor examines every row; leave it out")
+        if name in options:
+            yield Fault(where=f"DATA.{name}", message=f"is also given as --{name}; give one")
+
 
 _PAIRS = 5
 """Rows that repeat, contradict or resemble an earlier row and are listed."""

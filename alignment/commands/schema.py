@@ -1,16 +1,15 @@
-"""JSON Schema of a recipe: the settings of a run, each kind of stage that is installed, and the files of ``conf/``.
-
-A stage's kind often stands only in ``defaults``, as ``stage@stages.best: sft``. A schema cannot take a stage's name
-from there. So it knows the names of kinds, of files of ``conf/stage`` and of stages in shipped recipes; any other stage
-without a ``kind`` may have the keys of all kinds.
-"""
+"""``align schema``: the JSON Schema of recipes or sweeps, for editors."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from alignment.config import yaml_file
 from alignment.config.class_schemas import DRAFT, ClassSchemas, Schema, described
@@ -18,7 +17,52 @@ from alignment.config.rules import NAME
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig
 from alignment.config.store import GROUPS, SEVERAL, conf_folder, recipe_names, recipes_folder
+from alignment.config.sweep import ObjectiveConfig, ParameterConfig, SweepConfig
+from alignment.core.errors import ConfigError
 from alignment.stages.registry import config_classes
+
+FILES = ("recipe", "sweep")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which kind of file to describe."""
+    parser.description = (
+        "Prints the JSON Schema of recipes or of sweeps, with which an editor completes and checks them as you type."
+    )
+    parser.add_argument(
+        "file", metavar="FILE", nargs="?", choices=FILES, default=FILES[0], help="recipe (default) or sweep"
+    )
+    parser.add_argument(
+        "--beside",
+        metavar="FOLDER",
+        help="the folder of your recipes; the schema then also allows the files in its adapter/, launch/, stage/ "
+        "and so on",
+    )
+
+
+def handle(console: Console, arguments: argparse.Namespace) -> int:
+    """Prints the schema; returns the exit code."""
+
+    return show_schema(console, arguments.file, beside=arguments.beside)
+
+
+def show_schema(console: Console, file: str, *, beside: str | None = None) -> int:
+    """Prints the schema of a ``recipe`` or a ``sweep``; returns the exit code.
+
+    Raises:
+        ConfigError: there is no folder ``beside``, or a sweep is asked for, which chooses no files.
+    """
+    folders = []
+    if beside is not None:
+        if file != "recipe":
+            raise ConfigError("a sweep does not choose files", where="--beside", remedy="leave it out")
+        if not Path(beside).expanduser().is_dir():
+            raise ConfigError(f"no folder {beside}", where="--beside", remedy="name the folder of your recipes")
+        folders = [Path(beside).expanduser()]
+    schema = recipe_schema(folders) if file == "recipe" else sweep_schema()
+    console.print(json.dumps(schema, indent=1, ensure_ascii=False), markup=False, highlight=False, soft_wrap=True)
+    return 0
+
 
 _STAGE = "stage"
 _STAGE_KEY = re.compile(r"stage@stages\.([^.]+)")
@@ -131,3 +175,27 @@ def _stage_named(name: str, kinds: Mapping[str, list[str]], of_kinds: Mapping[st
 
 def _stage_is(name: str, schema: Schema) -> Schema:
     return {"properties": {"stages": {"properties": {name: schema}}}}
+
+
+def sweep_schema() -> Schema:
+    """What ``align sweep`` reads. Hydra does not read the file, so nothing in it is interpolated."""
+    schemas = ClassSchemas(interpolations=False)
+    fields = schemas.fields(SweepConfig)
+    several = fields["objective"]
+    fields["objective"] = {
+        "description": several["description"],
+        "if": {"type": "array"},
+        "then": {"items": several["items"]},
+        "else": schemas.of(ObjectiveConfig),
+    }
+    parameter = schemas.definitions[ParameterConfig.__name__]
+    parameter["required"] = ["key"]
+    values = parameter["properties"]["values"]
+    values["items"] = {}  # numbers and lists are written as they are in a recipe
+    return {
+        "$schema": DRAFT,
+        "title": "a sweep of align",
+        **schemas.group(fields, described(SweepConfig)),
+        "required": ["parameters"],
+        "definitions": schemas.definitions,
+    }

@@ -1,15 +1,119 @@
-"""Tables of what stages would need."""
+"""``align plan``: what would run and why, what it would cost, and the jobs that it would submit."""
 
 from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from alignment.commands.shared.arguments import add_recipe, add_verify, recipe_of
+from alignment.core.errors import ConfigError
+from alignment.core.files import new_folder, write_text
 from alignment.core.screen_tables import print_whole
 from alignment.costs.devices import THIS
+from alignment.pipeline.backends import slurm, slurm_jobs
+from alignment.pipeline.backends.feasibility import why_not_here
+from alignment.pipeline.backends.slurm_job_file import TEMPLATE
+from alignment.pipeline.execute import estimates, planned_costs
 from alignment.pipeline.execute.durations import duration
+from alignment.pipeline.execute.plan_table import show_plan
+from alignment.pipeline.plan.plan import Plan
 from alignment.records.cost import RunCost, StageCost
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A recipe with overrides."""
+    add_recipe(parser)
+    add_verify(parser)
+    parser.add_argument(
+        "--cost",
+        action="store_true",
+        help="also estimate memory, FLOP and time of each stage, without loading any weights",
+    )
+    parser.add_argument("--device", default="this", help="estimate for this GPU, such as h100 (default: this machine)")
+    parser.add_argument(
+        "--trade", action="store_true", help="also estimate each stage with every training method (full, LoRA, …)"
+    )
+    parser.add_argument(
+        "--scripts", metavar="FOLDER", help="write the jobs that a run would submit to Slurm to this new folder"
+    )
+
+
+def handle(console: Console, arguments: argparse.Namespace) -> int:
+    """Shows the plan; returns the exit code."""
+    recipe = recipe_of(arguments)
+
+    show(
+        console,
+        recipe,
+        arguments.overrides,
+        cost=arguments.cost,
+        device=arguments.device,
+        trade=arguments.trade,
+        scripts=arguments.scripts,
+        verified=arguments.verify,
+    )
+    return 0
+
+
+def show(
+    console: Console,
+    recipe: str,
+    overrides: Sequence[str],
+    *,
+    cost: bool = False,
+    device: str = THIS,
+    trade: bool = False,
+    scripts: str | None = None,
+    verified: bool = False,
+) -> None:
+    """Prints the plan and trains nothing; with ``cost`` or another ``device``, also what the stages would need on
+    ``device``, and with ``trade``, what every way of training them would need. The jobs that a run would submit to
+    Slurm are written to the new folder ``scripts``, if one is given. Results to reuse are compared with their hashes if
+    ``verified``, otherwise with their sizes.
+
+    Raises:
+        AlignmentError: a fault in the plan, or sizes that no machine can combine.
+        ConfigError: ``device`` is not known, or there can be no ``scripts``.
+        ModelError: a model is not on this machine, so there is no configuration for its cost.
+    """
+    cost = planned_costs.is_wanted(cost=cost, device=device)
+    plan = planned_costs.checked_plan(recipe, overrides, cost=cost, trade=trade, device=device, verified=verified)
+    files = None if scripts is None else job_scripts(plan, scripts)
+    show_plan(console, plan)
+    if cost or trade:
+        _show_cost(console, plan, device=device, trade=trade)
+    else:
+        _show_known(console, plan)
+    if reason := why_not_here(plan):
+        console.print(f"this machine cannot start it: {reason}", markup=False, highlight=False, soft_wrap=True)
+    if files is not None:
+        write_scripts(console, files)
+
+
+def _show_cost(console: Console, plan: Plan, *, device: str, trade: bool) -> None:
+    cost = planned_costs.estimated(
+        plan,
+        device=device,
+        trade=trade,
+        announce=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
+    )
+    show_cost(console, cost, free=estimates.free_disk(plan) if device == THIS else None)
+    if trade:
+        show_trades(console, plan.recipe, cost)
+
+
+def _show_known(console: Console, plan: Plan) -> None:
+    """What was estimated before for stages with these settings."""
+    if (cost := planned_costs.known(plan)) is not None:
+        show_cost(console, cost, free=estimates.free_disk(plan), is_earlier=True)
+    else:
+        console.print("--cost shows how much memory and time it would take", highlight=False)
+
 
 _GB = 1e9
 _PARTS = ("weights", "gradients", "optimiser", "activations", "cache", "logits", "DDP", "DeepSpeed")
@@ -128,3 +232,39 @@ def _table(*names: str) -> Table:
 
 def _gb(size: float) -> str:
     return f"{size / _GB:.2f}"
+
+
+OPTION = "--scripts"
+
+
+def job_scripts(plan: Plan, to: str) -> dict[Path, str]:
+    """Content by file, in a new folder ``to``, for each stage that has to run, in the order of submission.
+
+    Raises:
+        ConfigError: stages do not run as Slurm jobs, ``to`` exists already, or a value is not allowed in a job file.
+    """
+    if slurm.submission(plan.config.launch) is None:
+        raise ConfigError(
+            "this plan does not run on Slurm, so there are no job scripts",
+            where=OPTION,
+            remedy="add launch/backend=slurm, or leave out --scripts",
+        )
+    folder = new_folder(to, option=OPTION)
+    files = slurm_jobs.job_files(plan, [stage for stage in plan.stages if stage.has_to_run])
+    return {folder / f"{stage}{TEMPLATE.suffix}": text for stage, text in files.items()}
+
+
+def write_scripts(console: Console, scripts: Mapping[Path, str]) -> None:
+    """Writes the files and names them."""
+    for file, text in scripts.items():
+        file.parent.mkdir(exist_ok=True)
+        write_text(file, text)
+        _print(console, f"written: {file}")
+    if scripts:
+        _print(console, "a run would submit them in this order; each job waits until the one before has ended well")
+    else:
+        _print(console, "no job scripts, because nothing has to run")
+
+
+def _print(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
