@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from alignment.config.store import conf_folder
 from alignment.core import hardware
 from alignment.core.artifacts import Manifest, publish
+from alignment.core.errors import AlignmentError
+from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.plan import choices
 from alignment.pipeline.plan import compose as composing
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
@@ -108,3 +112,47 @@ def leave_artifact(stage: PlannedStage, **usage: float) -> None:
     )
     publish(content, stage.artifact, manifest)
     stage.work.rmdir()
+
+
+def leave_all(plan: Plan) -> None:
+    """Publishes what the workers of all stages would."""
+    for stage in plan.stages:
+        leave_artifact(stage)
+
+
+def write(file: Path, text: str) -> str:
+    """Writes a file in a folder that need not exist; returns its path."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)
+    return str(file)
+
+
+def write_rows(file: Path, *rows: object) -> str:
+    """Writes a file of JSON lines; returns its path."""
+    return write(file, "".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def stage_of(plan: Plan, name: str) -> PlannedStage:
+    return next(stage for stage in plan.stages if stage.name == name)
+
+
+def fingerprints(plan: Plan) -> dict[str, str]:
+    return {stage.name: stage.fingerprint for stage in plan.stages}
+
+
+def changed(before: Plan, after: Plan) -> list[str]:
+    """The stages of the later plan whose fingerprint is another."""
+    return [name for name, value in fingerprints(after).items() if fingerprints(before)[name] != value]
+
+
+def screened(plan: Plan, *, width: int = 200) -> list[str]:
+    """The lines of a plan on the screen."""
+    screen = StringIO()
+    show_plan(Console(file=screen, width=width), plan)
+    return screen.getvalue().splitlines()
+
+
+def faulty_keys(error: AlignmentError) -> list[str]:
+    """Where each of the faults is that an error lists."""
+    listed = [line.strip().partition(": ")[0] for line in error.message.splitlines() if line.startswith("  ")]
+    return [error.where] if error.where else listed

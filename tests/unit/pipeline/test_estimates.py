@@ -1,24 +1,33 @@
-"""What the process that estimates may try for a stage that does not fit: only what a plan allows."""
+"""What is tried where a stage does not fit, what a trade compares, and which estimates are remembered."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.data import DataConfig
+from alignment.config.micro_batch import Automatic
+from alignment.config.optim import OptimConfig
 from alignment.core import hardware
 from alignment.core.locks import held
+from alignment.core.resources import shipped
 from alignment.costs.devices import THIS
-from alignment.costs.remedies import Way
+from alignment.costs.remedies import Choice, Way
 from alignment.pipeline.execute import estimates, planned_costs
+from alignment.pipeline.execute.estimates import WAYS, choices, way_of_training, ways_with_less
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.records.cost import FILE, PROGRESS, PhaseCost, RunCost, StageCost
+from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.sft.config import SftConfig
 from alignment.stages.stage_file import read_spec
-from tests.unit.pipeline.conftest import MakePlan
+from tests.unit.pipeline.conftest import MakePlan, stage_of, write
 
 FULL = "adapter@stages.dpo.adapter=full"
 BOTH = ["optim.micro_batch_tokens", "optim.activation_checkpointing"]
@@ -29,8 +38,7 @@ SHARES = ("launch=zero3", "launch.num_processes=2")
 
 def ways_of_dpo(plan: MakePlan, folder: Path, *overrides: str) -> dict[str, Way]:
     planned = plan(*overrides)
-    (stage,) = (stage for stage in planned.stages if stage.name == "dpo")
-    asked = estimates._asked(planned, stage, folder, trade=False, with_remedies=True)
+    asked = estimates._asked(planned, stage_of(planned, "dpo"), folder, trade=False, with_remedies=True)
     ways = [Way.from_plain(way) for way in json.loads(json.dumps(asked["cheaper"]))]
     return {" ".join(way.overrides).rpartition(".")[2]: way for way in ways}
 
@@ -63,19 +71,16 @@ def test_a_way_is_a_stage_file_whose_choices_are_still_the_users(plan: MakePlan,
         assert config.adapter.master_weights == (name != "master_weights=false")
 
 
-OWN_KIND = "stages.dpo.adapter.kind=full"
-
-
 @pytest.mark.parametrize("in_recipe", [True, False])
 def test_a_trade_offers_no_adapter_that_another_setting_replaces(
     overrides: list[str], tmp_path: Path, in_recipe: bool
 ) -> None:
-    recipe = tmp_path / "own.yaml"
     body = "stages: {dpo: {adapter: {kind: full}}}\n" if in_recipe else ""
-    recipe.write_text(f"defaults: [quickstart, _self_]\nname: own\n{body}")
-    planned = make_plan(str(recipe), overrides if in_recipe else [*overrides, OWN_KIND])
-    (stage,) = (stage for stage in planned.stages if stage.name == "dpo")
-    ways = estimates._asked(planned, stage, tmp_path / "stages", trade=True, with_remedies=False)["ways"]
+    recipe = write(tmp_path / "own.yaml", f"defaults: [quickstart, _self_]\nname: own\n{body}")
+    planned = make_plan(recipe, overrides if in_recipe else [*overrides, "stages.dpo.adapter.kind=full"])
+    ways = estimates._asked(planned, stage_of(planned, "dpo"), tmp_path / "stages", trade=True, with_remedies=False)[
+        "ways"
+    ]
     assert [way["name"] for way in ways] == ["full", "full without masters", "lora", "dora", "qlora", "prefix"]
     assert [way["name"] for way in ways if way["file"] is not None] == ["full", "full without masters"]
 
@@ -126,12 +131,10 @@ def test_a_remedy_is_offered_again_where_it_still_fits(
 def test_what_the_process_says_just_before_it_ends_is_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends before it is looked at for the first time."""
     RunCost(device="this", memory=0.0, stages=[]).write(tmp_path / FILE)
-    program = tmp_path / "program"
-    program.write_text(
-        f"#!/bin/sh\necho 'sft: as it is' >> \"$3/{PROGRESS}\"\necho 'sft: with lora' >> \"$3/{PROGRESS}\"\n"
-    )
-    program.chmod(0o755)
-    monkeypatch.setattr(estimates.sys, "executable", str(program))
+    lines = [f"echo 'sft: {way}' >> \"$3/{PROGRESS}\"" for way in ("as it is", "with lora")]
+    program = write(tmp_path / "program", "\n".join(["#!/bin/sh", *lines, ""]))
+    os.chmod(program, 0o755)
+    monkeypatch.setattr(estimates.sys, "executable", program)
     announcements: list[str] = []
     assert estimates._in_process(tmp_path, [], announce=announcements.append).stages == []
     assert announcements == ["sft: as it is", "sft: with lora"]
@@ -146,3 +149,65 @@ def test_of_earlier_calls_only_those_that_were_killed_are_cleared(tmp_path: Path
     with held(living / "lock", wait=False):
         estimates._clear(tmp_path)
         assert list(tmp_path.iterdir()) == [living]
+
+
+# ---- choices and ways -----------------------------------------------------------------------------------------------
+
+SMALLER = Choice(field="optim.micro_batch_tokens", values=(1024, 512))
+AGAIN = Choice(field="optim.activation_checkpointing", values=(True,))
+BEFOREHAND = Choice(field="precompute_reference", values=(True,), drops_copy=True)
+
+
+def sft(kind: AdapterKind, *, checkpoints: bool = False, tokens: Automatic | int = 2048, **adapter: Any) -> SftConfig:
+    optim = OptimConfig(lr=1e-4, micro_batch_tokens=tokens, activation_checkpointing=checkpoints)
+    return SftConfig(adapter=AdapterConfig(kind=kind, **adapter), data=DataConfig(source="path:x"), optim=optim)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (sft(AdapterKind.full), [SMALLER, AGAIN]),
+        (sft(AdapterKind.qlora, tokens=Automatic.auto), [SMALLER, AGAIN]),
+        (sft(AdapterKind.full, checkpoints=True), [SMALLER]),
+        (sft(AdapterKind.lora, tokens=1023), [AGAIN]),
+        (sft(AdapterKind.lora, tokens=1024), [replace(SMALLER, values=(512,)), AGAIN]),
+        (sft(AdapterKind.lora, tokens=5000), [replace(SMALLER, values=(2500, 1250, 625)), AGAIN]),
+        (DpoConfig(adapter=AdapterConfig(kind=AdapterKind.full), precompute_reference=True), [SMALLER, AGAIN]),
+    ],
+)
+def test_what_a_stage_has_not_yet_is_tried_and_first_what_takes_little_time(
+    config: SftConfig | DpoConfig, expected: list[Choice]
+) -> None:
+    assert list(choices(config, divides_weights=False)) == expected
+
+
+@pytest.mark.parametrize("kind", list(AdapterKind))
+def test_a_reference_is_computed_beforehand_where_it_is_a_copy(kind: AdapterKind) -> None:
+    """With an adapter the base is its own reference, and a policy in shares would be whole until it is computed."""
+    config = DpoConfig(adapter=AdapterConfig(kind=kind))
+    beforehand = [BEFOREHAND] if kind is AdapterKind.full else []
+    assert list(choices(config, divides_weights=False)) == [SMALLER, AGAIN, *beforehand]
+    assert list(choices(config, divides_weights=True)) == [SMALLER, AGAIN]
+
+
+def test_a_choice_is_an_override() -> None:
+    assert [SMALLER.override("sft", level) for level in (1, 2)] == [
+        "stages.sft.optim.micro_batch_tokens=1024",
+        "stages.sft.optim.micro_batch_tokens=512",
+    ]
+    assert AGAIN.override("sft", 1) == "stages.sft.optim.activation_checkpointing=true"
+
+
+def test_other_weights_are_trained_last_and_every_way_is_a_group() -> None:
+    own: tuple[str, ...] = ()
+    lora, qlora = (("adapter@stages.sft.adapter=" + name,) for name in ("lora", "qlora"))
+    bare = ("stages.sft.adapter.master_weights=false",)
+    for config, ways in (
+        (sft(AdapterKind.full), [own, bare, lora, qlora]),
+        (sft(AdapterKind.full, master_weights=False), [own, lora, qlora]),
+        (sft(AdapterKind.lora), [own, qlora]),
+        (sft(AdapterKind.qlora), [own]),
+    ):
+        assert list(ways_with_less("sft", config)) == ways
+    assert set(WAYS.values()) == {path.stem for path in (shipped("conf") / "adapter").glob("*.yaml")}
+    assert way_of_training("dpo", "full without masters") == "adapter@stages.dpo.adapter=full_without_masters"

@@ -7,6 +7,7 @@ import json
 import shutil
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,12 +22,10 @@ from rich.console import Console
 from alignment import cli
 from alignment.core.errors import ConfigError, DataError, DiskError, ModelError
 from alignment.pipeline.execute.run import run
-from alignment.pipeline.execute.summary import show_plan
-from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.pipeline.sources import data_sources, model_sources
 from alignment.pipeline.sources.data_sources import DataSource
 from tests.hub import COMMIT, NAME, answer, leave_data_set, refusal, use_cache
-from tests.unit.pipeline.conftest import ROWS, MakePlan
+from tests.unit.pipeline.conftest import ROWS, MakePlan, screened, stage_of, write_rows
 from tests.unit.pipeline.test_run import fake
 
 SOURCE = "stages.sft.data.source=hub:org/name@v1"
@@ -41,38 +40,38 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def sft(plan: Plan) -> PlannedStage:
-    return next(stage for stage in plan.stages if stage.name == "sft")
-
-
-def shown(plan: Plan) -> str:
-    screen = StringIO()
-    show_plan(Console(file=screen, width=60), plan)
-    return screen.getvalue()
+@pytest.fixture
+def sft(plan: MakePlan) -> Any:
+    """Plans the stage with more overrides."""
+    return lambda *overrides: stage_of(plan(*overrides), "sft")
 
 
 def test_what_is_not_here_is_planned_by_its_revision_and_nothing_is_downloaded(
-    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+    plan: MakePlan, sft: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = answer(monkeypatch, AssertionError("a plan downloads nothing"))
     planned = plan(SOURCE)
-    assert (sft(planned).data, sft(planned).identity["data"]) == (None, "hub:org/name@v1")
-    assert "sft reads hub:org/name@v1, which the run will download\n" in shown(planned)
-    assert [(call["repository"], call["repo_type"], call["revision"]) for call in asked] == [
-        ("org/name", "dataset", "v1")
-    ]
-    assert sft(plan("stages.sft.data.source=hub:org/name")).identity["data"] == "hub:org/name@main"
-    mixed = plan("stages.sft.data.mix=[{source: 'hub:org/name', count: 1}]")
-    assert sft(mixed).extra_data == {}
-    assert sft(mixed).identity["extra_data"] == {"data.mix[0]": "hub:org/name@main"}
+    stage = stage_of(planned, "sft")
+    assert (stage.data, stage.identity["data"]) == (None, "hub:org/name@v1")
+    assert "sft reads hub:org/name@v1, which the run will download" in screened(planned, width=60)
+    calls = [(call["repository"], call["repo_type"], call["revision"]) for call in asked]
+    assert calls == [("org/name", "dataset", "v1")]
+    assert sft("stages.sft.data.source=hub:org/name").identity["data"] == "hub:org/name@main"
+    mixed = sft("stages.sft.data.mix=[{source: 'hub:org/name', count: 1}]")
+    assert (mixed.extra_data, mixed.identity["extra_data"]) == ({}, {"data.mix[0]": "hub:org/name@main"})
 
 
 def test_what_is_here_is_planned_by_its_commit_and_its_rows_are_checked(plan: MakePlan, cache: Path) -> None:
     folder = leave_data_set(cache, FILES, revision="v1")
     planned = plan(SOURCE)
-    assert (sft(planned).data, sft(planned).identity["data"]) == (folder, NAME)
-    assert f"sft reads {NAME}\n" in shown(planned)
+    stage = stage_of(planned, "sft")
+    assert (stage.data, stage.identity["data"]) == (folder, NAME)
+    assert f"sft reads {NAME}" in screened(planned)
+    others = [stage_of(plan(SOURCE, f"stages.sft.data.{more}"), "sft") for more in ("split=test", "subset=default")]
+    assert len({each.fingerprint for each in (stage, *others)}) == 3
     (folder / "data/train.jsonl").write_text(LINE + '{"messages": []}\n')
+    with pytest.raises(DataError, match=r"hub:org/a--b@main: is not a valid name of a repository: "):
+        plan("stages.sft.data.source=hub:org/a--b")
     with pytest.raises(DataError, match=rf"{NAME} train: row 2: 'messages' must be a list"):
         plan(SOURCE)
     plan(SOURCE, "stages.sft.data.split=test")
@@ -80,127 +79,94 @@ def test_what_is_here_is_planned_by_its_commit_and_its_rows_are_checked(plan: Ma
         plan(SOURCE, "stages.sft.data.split=dev")
 
 
-def test_split_and_subset_count_and_are_refused_where_nothing_reads_them(plan: MakePlan, cache: Path) -> None:
-    leave_data_set(cache, FILES, revision="v1")
-    fingerprints = [sft(plan(SOURCE, *more)).fingerprint for more in ((), ("stages.sft.data.split=test",))]
-    assert fingerprints[0] != fingerprints[1]
-    assert sft(plan(SOURCE, "stages.sft.data.subset=default")).fingerprint not in fingerprints
-    for more, setting in (("split=test", "split: 'test'"), ("subset=a", "subset: 'a'")):
-        with pytest.raises(ConfigError, match=rf"stages\.sft\.data\.{setting} has no effect; only a hub's data set"):
-            plan(f"stages.sft.data.{more}")
-    with pytest.raises(ConfigError, match=r"stages\.sft\.data\.split: '' is not allowed"):
-        plan(SOURCE, "stages.sft.data.split=''")
-    with pytest.raises(DataError, match=r"stages\.sft\.data\.source: 'hub:name' does not name a data set"):
-        plan("stages.sft.data.source=hub:name")
+@pytest.mark.parametrize(("listed", "is_here"), [(("data/train-2.jsonl",), False), (("weights.bin", "name.py"), True)])
+def test_a_snapshot_that_lacks_files_of_data_is_fetched_before_it_is_read(
+    sft: Any, cache: Path, listed: tuple[str, ...], is_here: bool
+) -> None:
+    folder = leave_data_set(cache, FILES, revision="v1", listed=listed)
+    assert sft(SOURCE).data == (folder if is_here else None)
+
+
+# ---- downloads ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def downloads(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Runs while the hub answers with the data set; returns what was printed."""
+
+    def downloaded(overrides: list[str], *more: str, only: str | None = None) -> str:
+        with monkeypatch.context() as patched:
+
+            def download() -> Path:
+                patched.undo()  # asked again, the client itself finds what the download has left
+                return leave_data_set(cache, FILES, revision="v1")
+
+            answer(patched, download)
+            screen = StringIO()
+            console = Console(file=screen, width=200)
+            assert run("quickstart", [*overrides, *more], console=console, only=only, command_for=fake) == 0
+        return screen.getvalue()
+
+    return downloaded
+
+
+DOWNLOADING = "downloading the data set org/name@v1 from its hub"
 
 
 def test_a_run_says_that_it_downloads_and_tells_the_worker_where_the_snapshot_is(
-    overrides: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
+    overrides: list[str], cache: Path, downloads: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with monkeypatch.context() as patched:
-
-        def download() -> Path:
-            patched.undo()  # asked again, the client itself finds what the download has left
-            return leave_data_set(cache, FILES, revision="v1")
-
-        answer(patched, download)
-        screen = StringIO()
-        arguments = [*overrides, SOURCE, "stages.sft.data.split=test"]
-        assert run("quickstart", arguments, console=Console(file=screen, width=200), command_for=fake) == 0
-    assert "downloading the data set org/name@v1 from its hub" in screen.getvalue()
+    split = "stages.sft.data.split=test"
+    assert DOWNLOADING in downloads(overrides, SOURCE, split, only="sft")
     stage = yaml.safe_load((cache / "out/runs/quickstart/sft/stage.yaml").read_text())
     assert stage["data_path"].endswith(f"datasets--org--name/snapshots/{COMMIT}")
     assert stage["identity"]["data"] == NAME
     assert (stage["config"]["data"]["split"], stage["config"]["data"]["subset"]) == ("test", None)
-
     again = StringIO()
-    assert run("quickstart", arguments, console=Console(file=again, width=200), command_for=fake) == 0
+    console = Console(file=again, width=200)
+    assert run("quickstart", [*overrides, SOURCE, split], console=console, only="sft", command_for=fake) == 0
     assert "downloading" not in again.getvalue()
 
 
 def test_an_input_made_from_a_branch_that_is_no_longer_here_does_not_count_as_missing(
-    overrides: list[str], cache: Path, monkeypatch: pytest.MonkeyPatch
+    overrides: list[str], cache: Path, downloads: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its name has the branch's commit, which the plan does not know."""
-    leave_data_set(cache, FILES, revision="v1")
-    arguments = [*overrides, SOURCE]
-    assert run("quickstart", arguments, console=Console(file=StringIO()), only="sft", command_for=fake) == 0
-    shutil.rmtree(cache / "hub")
+    console = Console(file=StringIO())
     with monkeypatch.context() as patched:
-
-        def download() -> Path:
-            patched.undo()
-            return leave_data_set(cache, FILES, revision="v1")
-
-        answer(patched, download)
-        screen = StringIO()
-        console = Console(file=screen, width=200)
-        assert run("quickstart", arguments, console=console, only="dpo", command_for=fake) == 0
-    assert "downloading the data set org/name@v1 from its hub" in screen.getvalue()
+        answer(patched, AssertionError("nothing has to be downloaded for a stage whose inputs cannot be here"))
+        with pytest.raises(ConfigError, match="dpo needs the result of sft, which does not exist"):
+            run("quickstart", [*overrides, SOURCE], console=console, only="dpo", command_for=fake)
+    downloads(overrides, SOURCE, only="sft")
+    shutil.rmtree(cache / "hub")
+    assert DOWNLOADING in downloads(overrides, SOURCE, only="dpo")
     with pytest.raises(ConfigError, match="ppo needs the result of reward, which does not exist"):
-        run("quickstart", arguments, console=Console(file=StringIO()), only="ppo", command_for=fake)
+        run("quickstart", [*overrides, SOURCE], console=console, only="ppo", command_for=fake)
 
 
-def test_nothing_is_downloaded_for_a_stage_whose_inputs_cannot_be_here(
-    overrides: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    answer(monkeypatch, AssertionError("nothing has to be downloaded"))
-    with pytest.raises(ConfigError, match="dpo needs the result of sft, which does not exist"):
-        run("quickstart", [*overrides, SOURCE], console=Console(file=StringIO()), only="dpo", command_for=fake)
-
-
-REFUSED = [
-    (
-        refusal(GatedRepoError),
-        "is gated: 403 Client Error.\n  → ask for access on its page, then log in (hf auth login",
-    ),
-    (
-        refusal(RepositoryNotFoundError),
-        "does not exist, or is private: 403 Client Error.\n  → check ORG/NAME; for a private",
-    ),
-    (refusal(RevisionNotFoundError), "has no revision 'v1': 403 Client Error.\n  → name a branch, a tag or a commit"),
-    (
-        LocalEntryNotFoundError("Got: ConnectError\nmore"),
-        "is not on this machine, and its hub cannot be reached: Got: ",
-    ),
-    (TimeoutError("timed out"), "cannot be downloaded: timed out\n  → try again; or give path:FOLDER"),
-]
-
-
-def test_a_full_disk_is_no_fault_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer(monkeypatch, OSError(errno.ENOSPC, "No space left on device"))
-    for sources in (data_sources, model_sources):
-        with pytest.raises(DiskError, match="full"):
-            sources.fetch(sources.resolve("hub:org/name@v1", where="x"), announce=lambda _: None)
-
-
-@pytest.mark.parametrize(("error", "message"), REFUSED, ids=[message[:20] for _, message in REFUSED])
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (refusal(GatedRepoError), "is gated: 403 Client Error.\n  → ask for access on its page, then log in"),
+        (refusal(RepositoryNotFoundError), "does not exist, or is private: 403 Client Error.\n  → check ORG/NAME;"),
+        (refusal(RevisionNotFoundError), "has no revision 'v1': 403 Client Error.\n  → name a branch"),
+        (LocalEntryNotFoundError("Got: ConnectError\nmore"), "is not on this machine, and its hub cannot be reached"),
+        (TimeoutError("timed out"), "cannot be downloaded: timed out\n  → try again"),
+        (OSError(errno.ENOSPC, "No space left on device"), ""),
+    ],
+    ids=["gated", "missing", "revision", "away", "slow", "full"],
+)
 def test_what_cannot_be_had_is_an_error_that_says_why_and_what_to_do(
-    error: Exception, message: str, monkeypatch: pytest.MonkeyPatch
+    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A full disk is no fault of the hub."""
     answer(monkeypatch, error)
-    with pytest.raises(DataError) as caught:
-        data_sources.fetch(data_sources.resolve("hub:org/name@v1", where="x"), announce=lambda _: None)
-    assert str(caught.value).startswith(f"hub:org/name@v1: {message}")
-    assert str(caught.value).endswith("or give path:FOLDER")
-    with pytest.raises(ModelError) as of_model:
-        model_sources.fetch(model_sources.resolve("hub:org/name@v1", where="x"), announce=lambda _: None)
-    assert str(of_model.value) == str(caught.value)
-
-
-def test_a_name_that_no_repository_can_have_is_refused_while_planning(plan: MakePlan) -> None:
-    with pytest.raises(DataError, match=r"hub:org/a--b@main: is not a valid name of a repository: "):
-        plan("stages.sft.data.source=hub:org/a--b")
-
-
-def test_a_snapshot_that_lacks_files_is_fetched_before_it_is_read(plan: MakePlan, cache: Path) -> None:
-    leave_data_set(cache, FILES, revision="v1", listed=("data/train-2.jsonl",))
-    assert sft(plan(SOURCE)).data is None
-
-
-def test_files_that_are_no_data_may_be_absent(plan: MakePlan, cache: Path) -> None:
-    folder = leave_data_set(cache, FILES, revision="v1", listed=("weights.bin", "name.py"))
-    assert sft(plan(SOURCE)).data == folder
+    for sources, kind in ((data_sources, DataError), (model_sources, ModelError)):
+        with pytest.raises(kind if words else DiskError) as caught:
+            sources.fetch(sources.resolve("hub:org/name@v1", where="x"), announce=lambda _: None)
+        if words:
+            assert str(caught.value).startswith(f"hub:org/name@v1: {words}")
+            assert str(caught.value).endswith("or give path:FOLDER")
 
 
 def test_a_snapshot_of_which_nobody_knows_whether_it_is_complete_is_completed_or_told(
@@ -219,34 +185,45 @@ def test_a_snapshot_of_which_nobody_knows_whether_it_is_complete_is_completed_or
     assert len(announcements) == 3
 
 
-def test_the_doctor_explains_a_split_of_a_data_set(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+# ---- the doctor -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def doctor(capsys: pytest.CaptureFixture[str]) -> Any:
+    """The exit code of ``align doctor``, and what it printed."""
+
+    def asked(*words: str) -> tuple[int, str]:
+        code, output = cli.main(["doctor", *words]), capsys.readouterr()
+        return code, output.out + output.err
+
+    return asked
+
+
+def test_the_doctor_explains_a_split_of_a_data_set(cache: Path, doctor: Any) -> None:
     leave_data_set(cache, FILES)
-    assert cli.main(["doctor", "hub:org/name", "--split", "test"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith(f"{NAME}: 1 row\n")
+    code, printed = doctor("hub:org/name", "--split", "test")
+    assert (code, printed.partition("\n")[0]) == (0, f"{NAME}: 1 row")
     assert f"to use it    stages.sft.data.source={NAME} stages.sft.data.split=test\n" in printed
-    assert cli.main(["doctor", "hub:org/name", "--subset", "x"]) == 3
-    assert "has no subset 'x'; it has default" in capsys.readouterr().err
-    assert cli.main(["doctor", "bundled:quickstart/heldout", "--split", "test"]) == 2
-    assert "DATA.split: 'test' has no effect" in capsys.readouterr().err
+    for words, refused, message in (
+        (("hub:org/name", "--subset", "x"), 3, "has no subset 'x'; it has default"),
+        (("bundled:quickstart/heldout", "--split", "test"), 2, "DATA.split: 'test' has no effect"),
+    ):
+        code, printed = doctor(*words)
+        assert (code, message in printed) == (refused, True)
 
 
-def test_the_doctor_compares_with_the_split_that_is_named(
-    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_doctor_compares_with_the_split_that_is_named(cache: Path, tmp_path: Path, doctor: Any) -> None:
     asked = "Who has the keys of the library when it is closed on a Monday in winter?"
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": asked}) + "\n")
+    rows = write_rows(tmp_path / "rows.jsonl", {"prompt": asked})
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "The caretaker."}]
     leave_data_set(cache, {"data/train.jsonl": LINE, "data/test.jsonl": json.dumps({"messages": turns}) + "\n"})
-    doctor = ["doctor", str(tmp_path / "rows.jsonl"), "--against", "hub:org/name"]
-    assert cli.main(doctor) == 0
-    assert "overlap      no row resembles a prompt of hub:org/name, split train\n" in capsys.readouterr().out
-    assert cli.main([*doctor, "--against-split", "test"]) == 0
-    printed = capsys.readouterr().out
-    assert "overlap      1 row resembles a prompt of hub:org/name, split test\n" in printed
-    assert "rows.jsonl:1 has 100% of " in printed
-    assert cli.main(["doctor", str(tmp_path / "rows.jsonl"), "--against-split", "test"]) == 2
-    assert "--against-split: has no effect without --against" in capsys.readouterr().err
-    bundled = [*doctor[:-1], "bundled:quickstart/heldout", "--against-split", "test"]
-    assert cli.main(bundled) == 2
-    assert "--against.split: 'test' has no effect; only a hub's data set has a split" in capsys.readouterr().err
+    against, split = ("--against", "hub:org/name"), ("--against-split", "test")
+    for options, code, message in (
+        (against, 0, "overlap      no row resembles a prompt of hub:org/name, split train\n"),
+        ((*against, *split), 0, "overlap      1 row resembles a prompt of hub:org/name, split test\n"),
+        ((*against, *split), 0, "rows.jsonl:1 has 100% of "),
+        (split, 2, "--against-split: has no effect without --against"),
+        (("--against", "bundled:quickstart/heldout", *split), 2, "--against.split: 'test' has no effect"),
+    ):
+        ended, printed = doctor(rows, *options)
+        assert (ended, message in printed) == (code, True)

@@ -1,8 +1,7 @@
-"""What counts in a fingerprint, field by field: every setting but those named here, and the stage's revision."""
+"""What counts in a fingerprint, field by field: every setting but those named here and those that nothing reads."""
 
 from __future__ import annotations
 
-import dataclasses
 import types
 import typing
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from alignment.config.adapter import AdapterConfig
+from alignment.config.adapter import READ_BY, AdapterConfig
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
 from alignment.config.evaluating import FEW_SHOT, PROMPTED, ChatEndpointConfig, EndpointConfig, JudgeConfig
 from alignment.config.grader import ScorerEndpointConfig
@@ -25,6 +24,7 @@ from alignment.config.stage import StageConfig
 from alignment.config.too_long import TooLongConfig
 from alignment.config.typed import field_types, group_of, listed_dataclass
 from alignment.core.fingerprint import digest
+from alignment.pipeline.execute.notes import of_plan
 from alignment.pipeline.plan import actions, identity
 from alignment.pipeline.sources.model_sources import ModelSource
 from alignment.stages import registry
@@ -42,6 +42,7 @@ from alignment.stages.reward.config import RewardConfig
 from alignment.stages.reward_card.config import RewardCardConfig
 from alignment.stages.sample.config import SampleConfig
 from alignment.stages.sft.config import SftConfig
+from tests.unit.pipeline.conftest import MakePlan, changed
 
 STAGES = config_classes()
 
@@ -163,7 +164,7 @@ def test_what_is_outside_is_marked_so_and_nothing_else_is() -> None:
     todo: list[Any] = list(STAGES.values())
     while todo:
         cls = todo.pop()
-        marked[cls] = {f.name for f in dataclasses.fields(cls) if not f.metadata.get("identity", True)}
+        marked[cls] = {f.name for f in fields(cls) if not f.metadata.get("identity", True)}
         hints = [listed_dataclass(hint) or group_of(hint) or hint for hint in field_types(cls).values()]
         todo += [hint for hint in hints if is_dataclass(hint) and hint not in marked]
     assert {cls: names for cls, names in marked.items() if names} == {
@@ -201,9 +202,6 @@ def test_which_evaluation_a_report_shows_counts() -> None:
     assert "shown" not in described, "reports of before this key stay valid"
     assert of(None, single) != of("stage:evaluate", single)
     assert len({of(evaluation, several) for evaluation in (None, "stage:evaluate", "stage:again")}) == 3
-
-
-def test_another_evaluation_of_a_report_is_named_as_the_reason() -> None:
     (reason,) = actions._differences({"shown": {"evaluation": "nothing"}}, {"shown": {"evaluation": "stage:again"}}, {})
     assert reason == "evaluation nothing → stage:again"
 
@@ -213,3 +211,76 @@ def test_a_reports_revision_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     before = digest(identity.of_report(run, "it", inputs={}))
     raise_revision("report", monkeypatch)
     assert digest(identity.of_report(run, "it", inputs={})) != before
+
+
+# ---- settings that nothing reads ------------------------------------------------------------------------------------
+
+DPO, PPO = "stages.dpo", "stages.ppo"
+WITHOUT = (f"{PPO}.advantage=grpo", f"{PPO}.critic=none")
+"""The quickstart's PPO without a critic."""
+EVALUATE, METRIC = "stages.evaluate", "{name: m, source: length, target: 9}"
+SERVER = "source: server, server: {base_url: 'http://localhost:1/v1', model: rm, api: vllm_pooling}"
+
+
+@pytest.mark.parametrize(
+    ("others", "setting"),
+    [
+        ((f"{DPO}.adapter.kind=full",), f"{DPO}.adapter.rank=8"),
+        ((f"{DPO}.adapter.kind=full",), f"{DPO}.adapter.chain=stack"),
+        (("stages.sft.adapter.kind=full",), "stages.sft.adapter.dropout=0.1"),
+        ((), "stages.sft.adapter.virtual_tokens=8"),
+        (("stages.reward.adapter.kind=prefix",), "stages.reward.adapter.alpha=8"),
+        ((), f"{DPO}.adapter.master_weights=false"),
+        (("model.dtype=float32", f"{DPO}.adapter.kind=full"), f"{DPO}.adapter.master_weights=false"),
+        ((), f"{PPO}.kl.target=3"),
+        ((), f"{PPO}.kl.horizon=50"),
+        ((f"{PPO}.ppo_epochs=1", f"{PPO}.num_minibatches=2"), f"{PPO}.max_approxkl=0.1"),
+        ((), f"{PPO}.drop_ties=true"),
+        (WITHOUT, f"{PPO}.critic_warmup=1"),
+        (WITHOUT, f"{PPO}.prompt_baseline=true"),
+        (WITHOUT, f"{PPO}.gamma=0.9"),
+        (WITHOUT, f"{PPO}.gae_lambda=1.0"),
+        (WITHOUT, f"{PPO}.value_clip=10.0"),
+        (WITHOUT, f"{PPO}.value_coefficient=0.5"),
+        (WITHOUT, f"{PPO}.whiten_rewards=true"),
+        (WITHOUT, f"{PPO}.optim.critic_lr=1e-3"),
+        ((), f"{PPO}.sampling.cache_gb=2"),
+        ((f"{PPO}.scorers=[{{{SERVER}}}]", f"{PPO}.reward=null"), f"{PPO}.scorers.0.server.batch_size=4"),
+        ((), f"{DPO}.too_long.side=right"),
+        ((), f"{DPO}.validation.share=0.1"),
+        ((), f"{DPO}.validation.data.source=path:own.jsonl"),
+        ((f"{DPO}.validation={{share: 0.1, every: 1}}",), f"{DPO}.validation.data.fraction=0.5"),
+        ((f"{DPO}.loss=orpo",), f"{DPO}.precompute_reference=true"),
+        ((), f"{EVALUATE}.judge.max_prompts=9"),
+        ((f"{EVALUATE}.judge.kind=people",), f"{EVALUATE}.judge.max_invalid=0.5"),
+        ((f"{EVALUATE}.metrics=[{METRIC}]", f"{EVALUATE}.primary=m"), f"{EVALUATE}.metrics.0.passing_score=0.5"),
+        ((), "launch.offload=optimizer"),
+        (("launch=fsdp",), "launch.offload=optimizer"),
+        (("launch=zero2",), "launch.offload=weights"),
+    ],
+)
+def test_a_setting_without_effect_is_noted_and_changes_nothing(
+    plan: MakePlan, others: tuple[str, ...], setting: str
+) -> None:
+    key, (number, item) = setting.partition("=")[0], (".0.", "[0].")
+    planned, without = plan(*others, setting), plan(*others)
+    assert key.replace(number, item) in {noted.where for noted in planned.unread_settings}
+    assert planned.config == without.config
+    assert changed(without, planned) == []
+
+
+def test_settings_with_the_same_reader_are_named_in_one_line(plan: MakePlan) -> None:
+    (line,) = [note for note in of_plan(plan(*WITHOUT, f"{PPO}.gamma=0.9")) if "gamma" in note]
+    assert all(f"{PPO}.{name}" in line for name in ("value_clip", "gae_lambda", "optim.critic_lr"))
+
+
+def test_every_setting_of_an_adapter_is_read_by_all_kinds_or_by_those_named() -> None:
+    names = {field.name for field in fields(AdapterConfig)}
+    assert names - set(READ_BY) == {"kind", "master_weights"}
+
+
+def test_a_loss_that_is_switched_off_has_no_settings_in_a_fingerprint(plan: MakePlan) -> None:
+    source = f"{PPO}.ptx.data.source='bundled:quickstart/conversations'"
+    size, on = f"{PPO}.ptx.batch_size=2", f"{PPO}.ptx.coefficient=1"
+    assert changed(plan(source), plan(source, size)) == []
+    assert changed(plan(source, on), plan(source, on, size)) == ["ppo", "evaluate", "report"]

@@ -1,87 +1,260 @@
-"""What a launch cannot do on this machine is said before anything starts."""
+"""How a stage is launched: its command, its environment, and what cannot be launched, said before anything starts."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.backend import MachinesBackend, SlurmBackend
-from alignment.config.launch import LaunchConfig, Offload, Sharding
+from alignment.config.launch import LaunchConfig, LauncherKind, Offload, Sharding
+from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import Moments, OptimConfig
+from alignment.config.replay import PtxConfig
+from alignment.config.run import RunConfig
+from alignment.config.stage import StageConfig
 from alignment.core.errors import ConfigError
-from alignment.pipeline.backends import feasibility
-from alignment.pipeline.plan.actions import Action
+from alignment.core.hardware import visible_devices
+from alignment.core.resources import shipped
+from alignment.pipeline.backends import command, environment, feasibility
+from alignment.pipeline.backends.command import with_processes
+from alignment.pipeline.backends.environment import idle_threads
+from alignment.pipeline.plan.compatibility import faults
 from alignment.stages.benchmark.config import BenchmarkConfig
+from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.forgetting.config import ForgettingConfig
+from alignment.stages.kto.config import KtoConfig
+from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.report.config import ReportConfig
 from alignment.stages.reward_card.config import RewardCardConfig
 from alignment.stages.sample.config import SampleConfig
 from alignment.stages.sft.config import SftConfig
 
+ROOT = Path(__file__).parents[3]
+TWO_MACHINES = MachinesBackend()
 
-def stage(config: Any, action: Action = Action.run) -> Any:
-    return SimpleNamespace(name="it", config=config, has_to_run=action is not Action.reuse, seen={})
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+STAGE_FILE = Path("/runs/r/dpo/stage.yaml")
+WORKER = f"-m alignment.worker {STAGE_FILE}"
+ACCELERATE = "-m accelerate.commands.launch --config_file {} --num_processes {}"
+TORCHRUN = "-m torch.distributed.run --standalone --nnodes 1 --nproc_per_node {}"
+LOCAL, DDP = (str(shipped("launch") / "accelerate" / name) for name in ("local.yaml", "ddp.yaml"))
+MEETING = "-m torch.distributed.run --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 4000"
+SECOND = MachinesBackend(machine_rank=1, main_address="10.0.0.1", main_port=4000)
+
+
+def argv(launch: LaunchConfig, *, num_devices: int) -> str:
+    made = command.of_stage(launch, STAGE_FILE, devices=[str(number) for number in range(num_devices)], num_cores=8)
+    assert made.argv[0] == sys.executable
+    return " ".join(made.argv[1:])
+
+
+@pytest.mark.parametrize(
+    ("settings", "devices", "expected"),
+    [
+        ({}, 0, WORKER),
+        ({}, 4, WORKER),
+        ({"kind": LauncherKind.accelerate}, 0, f"{ACCELERATE.format(LOCAL, 1)} --cpu {WORKER}"),
+        ({"kind": LauncherKind.accelerate}, 4, f"{ACCELERATE.format(LOCAL, 1)} {WORKER}"),
+        ({"num_processes": 4}, 4, f"{ACCELERATE.format(DDP, 4)} --main_process_port 0 {WORKER}"),
+        ({"num_processes": 2}, 0, f"{TORCHRUN.format(2)} {WORKER}"),
+        ({"kind": LauncherKind.torchrun, "num_processes": 4}, 4, f"{TORCHRUN.format(4)} {WORKER}"),
+        ({"sharding": Sharding.zero3}, 1, f"{TORCHRUN.format(1)} {WORKER}"),
+        ({"sharding": Sharding.fsdp, "num_processes": 2}, 0, f"{TORCHRUN.format(2)} {WORKER}"),
+        ({"num_processes": 8, "backend": SECOND}, 8, f"{MEETING} --nproc_per_node 8 {WORKER}"),
+    ],
+)
+def test_the_launcher_suits_the_machine(settings: dict[str, Any], devices: int, expected: str) -> None:
+    assert argv(LaunchConfig(**settings), num_devices=devices) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "devices", "why"),
+    [
+        ("accelerate", {"num_processes": 2}, 0, "accelerate starts only one process"),
+        ("accelerate", {"sharding": Sharding.zero2}, 1, "zero2 needs a process group"),
+        ("accelerate", {"backend": TWO_MACHINES}, 1, "several machines need torchrun"),
+        ("direct", {"num_processes": 2}, 2, "2 processes need a launcher"),
+        ("direct", {"sharding": Sharding.fsdp}, 1, "fsdp needs a process group"),
+        ("direct", {"backend": TWO_MACHINES}, 1, "several machines need torchrun"),
+    ],
+)
+def test_what_a_launcher_does_not_start_is_refused(kind: str, settings: dict[str, Any], devices: int, why: str) -> None:
+    with pytest.raises(ConfigError, match=why) as caught:
+        argv(LaunchConfig(kind=LauncherKind(kind), **settings), num_devices=devices)
+    assert "launch.kind=torchrun" in caught.value.remedy
+
+
+def test_one_process_for_each_gpu_is_counted_and_refused_without_enough() -> None:
+    launch = LaunchConfig(num_processes=0, backend=TWO_MACHINES)
+    counted = with_processes(launch, num_devices=4)
+    assert (counted.num_processes, counted.world_size) == (4, 8)
+    assert with_processes(LaunchConfig(num_processes=3), num_devices=4).num_processes == 3
+    with pytest.raises(ConfigError, match="this machine has no GPU") as caught:
+        with_processes(launch, num_devices=0)
+    assert "launch.num_processes=2" in caught.value.remedy
+    with pytest.raises(ConfigError, match="4 processes, but this machine has 2 GPUs"):
+        argv(LaunchConfig(num_processes=4), num_devices=2)
+
+
+# ---- the environment ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("processes", "threads", "expected"), [(1, 0, "8"), (2, 0, "4"), (16, 0, "1"), (2, 3, "3")])
+def test_threads_are_shared_out_evenly_unless_told(processes: int, threads: int, expected: str) -> None:
+    made = command.of_stage(LaunchConfig(num_processes=processes, threads=threads), STAGE_FILE, devices=(), num_cores=8)
+    assert made.environment["OMP_NUM_THREADS"] == expected
+
+
+@pytest.mark.parametrize(("divides", "expected"), [(True, "1"), (False, "0")])
+def test_a_worker_is_told_whether_threads_have_rows_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, divides: bool, expected: str
+) -> None:
+    monkeypatch.setenv("ALIGNMENT_DIVIDE_ROWS", "of an earlier shell")
+    made = command.of_stage(LaunchConfig(divide_rows=divides), STAGE_FILE, devices=(), num_cores=2)
+    assert made.environment["ALIGNMENT_DIVIDE_ROWS"] == expected
+
+
+GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "processes", "expected"),
+    [
+        ({}, 2, {"CUDA_VISIBLE_DEVICES": "0,1"}),
+        ({"CUDA_VISIBLE_DEVICES": "5,2,7"}, 2, {"CUDA_VISIBLE_DEVICES": "5,2"}),
+        ({"CUDA_VISIBLE_DEVICES": "GPU-a,GPU-b"}, 1, {"CUDA_VISIBLE_DEVICES": "GPU-a"}),
+        ({"HIP_VISIBLE_DEVICES": "3,1"}, 1, {"HIP_VISIBLE_DEVICES": "3"}),
+        ({"CUDA_VISIBLE_DEVICES": ""}, 1, {}),
+    ],
+)
+def test_a_worker_sees_as_many_gpus_as_there_are_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str], processes: int, expected: dict[str, str]
+) -> None:
+    (tmp_path / "dev").mkdir()
+    for number in range(4):
+        (tmp_path / f"dev/nvidia{number}").touch()
+    for name in GPUS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    devices = visible_devices(root=tmp_path)
+    made = command.of_stage(LaunchConfig(num_processes=processes), STAGE_FILE, devices=devices, num_cores=8).environment
+    assert {name: made[name] for name in GPUS if name in made} == expected
+    assert made["ALIGNMENT_DEVICE"] == ("cuda" if expected else "cpu")
+
+
+WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
+@pytest.mark.parametrize("chosen", [None, *WAITING])
+def test_a_worker_s_defaults_leave_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch, chosen: str | None) -> None:
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    if chosen is not None:
+        monkeypatch.setenv(chosen, "1000")
+    monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
+    variables = environment.of_worker(2, "/theirs")
+    policies = {name: variables[name] for name in WAITING if name in variables}
+    assert policies == (idle_threads() if chosen is None else {})
+    assert "MALLOC_TOP_PAD_" not in variables
+    memory = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}
+    assert {*memory, "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"} <= set(variables)
+    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE")
+    silent = ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", "MALLOC_ARENA_MAX")
+    assert {variables[name] for name in (*offline, *silent)} == {"1"}
+    assert variables["PYTHONPATH"] == f"{ROOT}:/theirs"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        ("vendor_id\t: GenuineIntel\n", {"OMP_WAIT_POLICY": "PASSIVE"}),
+        ("vendor_id\t: AuthenticAMD\n", {"GOMP_SPINCOUNT": "1000"}),
+        (None, {"OMP_WAIT_POLICY": "PASSIVE"}),  # no such file, as on a Mac
+    ],
+)
+def test_how_soon_idle_threads_sleep_is_what_was_measured_for_the_processor(
+    tmp_path: Path, cpuinfo: str | None, expected: dict[str, str]
+) -> None:
+    file = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        file.write_text(f"processor\t: 0\n{cpuinfo}flags\t\t: fpu\n")
+    assert idle_threads(file) == expected
+
+
+def test_files_in_the_working_folder_hide_no_module_of_ours(tmp_path: Path) -> None:
+    (tmp_path / "alignment").mkdir()
+    (tmp_path / "alignment/__init__.py").write_text("raise SystemExit('this is the user's own file')")
+    variables = {**os.environ, **environment.of_worker(1, "")}
+    ended = subprocess.run(
+        [sys.executable, "-m", "alignment.core.errors"], cwd=tmp_path, env=variables, capture_output=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+# ---- what this machine cannot do ------------------------------------------------------------------------------------
+
+
+def stage(config: Any, *, has_to_run: bool = True) -> Any:
+    return SimpleNamespace(name="it", config=config, has_to_run=has_to_run, seen={})
 
 
 def refuse(*stages: Any, num_devices: int = 0, **launch: Any) -> None:
     feasibility.refuse_what_cannot_start(LaunchConfig(**launch), stages, num_devices=num_devices)
 
 
+SFT, JUDGED = SftConfig(), EvaluateConfig(arms=["base"])
 PAGED = SftConfig(optim=OptimConfig(lr=1e-4, moments=Moments.paged_eight_bit))
-JUDGED = EvaluateConfig(arms=["base"])
+EIGHT, SIX = (SftConfig(optim=OptimConfig(lr=1e-4, batch_size=size)) for size in (8, 6))
 
 
-def test_pages_are_refused_without_a_gpu() -> None:
-    with pytest.raises(ConfigError, match=r"stages\.it\.optim\.moments: paging needs a GPU.*use eight_bit"):
+def test_what_this_machine_cannot_start_is_refused_unless_it_is_reused() -> None:
+    with pytest.raises(ConfigError, match="paging needs a GPU") as caught:
         refuse(stage(PAGED))
+    assert caught.value.where == "stages.it.optim.moments"
     refuse(stage(PAGED), num_devices=1)
-    refuse(stage(PAGED, Action.reuse))
-
-
-def test_a_batch_is_split_over_all_machines() -> None:
-    fits, does_not = (SftConfig(optim=OptimConfig(lr=1e-4, batch_size=size)) for size in (8, 6))
-    refuse(stage(fits), num_processes=2, backend=MachinesBackend())
-    with pytest.raises(ConfigError, match=r"stages\.it\.optim\.batch_size: 6 is not divisible by 4 processes"):
-        refuse(stage(fits), stage(does_not), num_processes=2, backend=MachinesBackend())
+    refuse(stage(PAGED, has_to_run=False))
+    refuse(stage(EIGHT), num_processes=2, backend=TWO_MACHINES)
+    with pytest.raises(ConfigError, match="6 is not divisible by 4 processes") as caught:
+        refuse(stage(EIGHT), stage(SIX), num_processes=2, backend=TWO_MACHINES)
+    assert caught.value.where == "stages.it.optim.batch_size"
 
 
 def test_libraries_that_are_not_installed_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feasibility.importlib.util, "find_spec", lambda name: None if name in ("trl", "peft") else name)
-    with pytest.raises(ConfigError, match=r"launch: stages need trl, peft, which are not installed for .*/python"):
-        refuse(stage(SftConfig()))
-
-
-def test_deepspeed_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feasibility.importlib.util, "find_spec", lambda name: None if name == "deepspeed" else name)
-    with pytest.raises(ConfigError, match="zero2 needs DeepSpeed, which is not installed") as caught:
-        refuse(stage(SftConfig()), sharding=Sharding.zero2)
+    absent = {"trl", "peft"}
+    monkeypatch.setattr(feasibility.importlib.util, "find_spec", lambda name: None if name in absent else name)
+    with pytest.raises(ConfigError, match=r"launch: stages need trl, peft"):
+        refuse(stage(SFT))
+    absent = {"deepspeed"}
+    with pytest.raises(ConfigError, match="zero2 needs DeepSpeed") as caught:
+        refuse(stage(SFT), sharding=Sharding.zero2)
     assert "pip install 'deepspeed" in caught.value.remedy
-    refuse(stage(SftConfig()), num_processes=2)
+    refuse(stage(SFT), num_processes=2)
     refuse(stage(JUDGED), sharding=Sharding.zero2)
 
 
-def test_a_stage_that_measures_runs_on_all_processes_without_sharding() -> None:
-    backend = MachinesBackend()
-    launch = LaunchConfig(num_processes=0, backend=backend, sharding=Sharding.zero3, offload=Offload.weights, threads=3)
-    expected = LaunchConfig(num_processes=4, backend=backend, threads=3)
+def test_a_stage_that_measures_runs_on_all_processes_without_sharding_and_others_on_one_or_none() -> None:
+    sharded = {"sharding": Sharding.zero3, "offload": Offload.weights}
+    launch = LaunchConfig(num_processes=0, backend=TWO_MACHINES, threads=3, **sharded)  # type: ignore[arg-type]
+    expected = LaunchConfig(num_processes=4, backend=TWO_MACHINES, threads=3)
     for config in (JUDGED, RewardCardConfig(), ForgettingConfig(arms=["stage:sft"]), SampleConfig(policy="base")):
         assert feasibility.of_stage(launch, config, num_devices=4) == expected
-    trained = feasibility.of_stage(launch, SftConfig(), num_devices=4)
+    trained = feasibility.of_stage(launch, SFT, num_devices=4)
     assert (trained.num_processes, trained.sharding, trained.offload) == (4, Sharding.zero3, Offload.weights)
-    for config in (JUDGED, SftConfig()):
+    for config in (JUDGED, SFT):
         with pytest.raises(ConfigError, match="2 processes, but this machine has 1 GPU"):
             refuse(stage(config), num_processes=2, num_devices=1)
         with pytest.raises(ConfigError, match="this machine has no GPU"):
             refuse(stage(config), num_processes=0)
-
-
-def test_a_benchmark_and_a_report_want_one_process_or_none() -> None:
-    launch = LaunchConfig(
-        num_processes=0, backend=MachinesBackend(), sharding=Sharding.zero3, offload=Offload.weights, threads=3
-    )
     benchmark = BenchmarkConfig(arms=["base"])
     assert feasibility.of_stage(launch, benchmark, num_devices=1) == LaunchConfig(threads=3)
     refuse(stage(benchmark), num_processes=2, num_devices=1)
@@ -90,9 +263,59 @@ def test_a_benchmark_and_a_report_want_one_process_or_none() -> None:
 
 def test_a_job_finds_the_gpus_that_it_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feasibility.hardware, "count_devices", lambda: 1)
-    for backend, devices in (
-        (SlurmBackend(gpus=8), 8),
-        (SlurmBackend(gpus=8, submit=False), 1),
-        (MachinesBackend(), 1),
-    ):
-        assert feasibility.devices_for(LaunchConfig(backend=backend)) == devices
+    backends = (SlurmBackend(gpus=8), SlurmBackend(gpus=8, submit=False), TWO_MACHINES)
+    assert [feasibility.devices_for(LaunchConfig(backend=backend)) for backend in backends] == [8, 1, 1]
+
+
+# ---- what does not go together --------------------------------------------------------------------------------------
+
+
+def compatibility(stage: StageConfig, **launch: Any) -> dict[str, str]:
+    run = RunConfig(name="r", stages={"s": stage}, launch=LaunchConfig(**launch))
+    return {fault.where: fault.message for fault in faults(run)}
+
+
+def adapter(kind: str, **more: Any) -> SftConfig:
+    return SftConfig(adapter=AdapterConfig(kind=AdapterKind(kind), **more))
+
+
+REPLAY = PpoConfig(ptx=PtxConfig(coefficient=0.1))
+
+
+@pytest.mark.parametrize(
+    ("stage", "launch", "where", "why"),
+    [
+        (adapter("full", master_weights=False), "zero1", "adapter.master_weights", "stochastic rounding"),
+        (adapter("dora", modules_to_save=["embed_tokens"]), "fsdp", "adapter.modules_to_save", "stochastic rounding"),
+        (SftConfig(optim=OptimConfig(lr=1e-4, moments=Moments.eight_bit)), "zero2", "optim.moments", "eight-bit"),
+        (PpoConfig(critic_warmup=2), "zero2", "critic_warmup", "DeepSpeed"),
+        (PpoConfig(critic_warmup=2), "fsdp", "critic_warmup", "sharded checkpoints"),
+        (PpoConfig(drop_ties=True), "fsdp", "drop_ties", "sharded checkpoints"),
+        (REPLAY, "zero3", "ptx.coefficient", "forward passes"),
+        (REPLAY, "fsdp", "ptx.coefficient", "forward passes"),
+    ],
+)
+def test_a_stage_that_cannot_be_launched_so_is_refused(stage: StageConfig, launch: str, where: str, why: str) -> None:
+    ((fault_key, message),) = compatibility(stage, sharding=Sharding(launch)).items()
+    assert fault_key == f"stages.s.{where}"
+    assert f"launch={launch}: " in message
+    assert (why in message, "; use " in message) == (True, True)
+    assert compatibility(stage) == {}
+
+
+def test_modules_trained_whole_are_sharded_in_float32() -> None:
+    stage = adapter("lora", modules_to_save=["embed_tokens"])
+    model, launch = ModelConfig(dtype=Dtype.float32), LaunchConfig(sharding=Sharding.zero2)
+    assert faults(RunConfig(name="r", model=model, stages={"s": stage}, launch=launch)) == []
+
+
+def test_every_adapter_is_launched_in_every_way() -> None:
+    for kind in AdapterKind:
+        for sharding in Sharding:
+            for stage in (SftConfig, DpoConfig, KtoConfig, PpoConfig):
+                assert compatibility(stage(adapter=AdapterConfig(kind=kind)), sharding=sharding) == {}
+
+
+def test_a_machine_that_is_not_among_them_is_refused() -> None:
+    assert compatibility(SFT, backend=MachinesBackend(machine_rank=1)) == {}
+    assert list(compatibility(SFT, backend=MachinesBackend(machine_rank=2))) == ["launch.backend.machine_rank"]

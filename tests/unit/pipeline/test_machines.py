@@ -7,6 +7,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,19 +83,34 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shared:
     return Shared(tmp_path)
 
 
-def test_an_attempt_is_answered_once_and_another_one_again(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = shared.plan.run_folder / "sft"
+@pytest.fixture
+def folder(shared: Shared) -> Path:
+    """Where attempts at the stage are announced."""
+    return Path(shared.plan.run_folder / "sft")
+
+
+@contextmanager
+def following(shared: Shared) -> Iterator[threading.Thread]:
+    """A machine that follows while the block runs, at whose end the result is there; signals are the main thread's."""
     codes: list[int] = []
+    follower = machines._Follower(shared.plan, shared.stage, shared.command, Console())
+    thread = threading.Thread(target=lambda: codes.append(follower.follow()))
+    thread.start()
+    yield thread
+    shared.publish()
+    thread.join(30)
+    assert codes == [0]
+
+
+def test_an_attempt_is_answered_once_and_another_one_again(
+    shared: Shared, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     execute = mock.Mock(side_effect=processes.execute)
     monkeypatch.setattr(processes, "execute", execute)
-    follower = threading.Thread(target=lambda: codes.append(_follow_in_thread(shared)))
-    follower.start()
-    for attempt in (1, 2):
-        with machines.announced(folder, LAUNCH, "0" * 64):
-            wait_until(lambda attempt=attempt: shared.starts() == attempt)
-    shared.publish()
-    follower.join(30)
-    assert codes == [0]
+    with following(shared):
+        for attempt in (1, 2):
+            with machines.announced(folder, LAUNCH, "0" * 64):
+                wait_until(lambda attempt=attempt: shared.starts() == attempt)
     assert shared.starts() == 2
     assert [call.kwargs["grace_seconds"] for call in execute.call_args_list] == [7, 7]
     begun = (folder / "log-1.txt").read_text().splitlines()
@@ -101,59 +118,53 @@ def test_an_attempt_is_answered_once_and_another_one_again(shared: Shared, monke
     assert not (folder / machines.ATTEMPT).exists()
 
 
-def test_an_attempt_of_a_first_machine_that_was_killed_is_not_answered(shared: Shared) -> None:
+def test_an_attempt_of_a_first_machine_that_was_killed_is_not_answered(shared: Shared, folder: Path) -> None:
     """It had other settings, and the first machine does not live until it announces an attempt of its own."""
-    folder, codes = shared.plan.run_folder / "sft", list[int]()
     with machines.showing_life(shared.plan.run_folder, LAUNCH):
         pass
     with machines.announced(folder, LAUNCH, "1" * 64):
         killed = (folder / machines.ATTEMPT).read_text()
     (folder / machines.ATTEMPT).write_text(killed)
-    follower = threading.Thread(target=lambda: codes.append(_follow_in_thread(shared)))
-    follower.start()
-    time.sleep(3 * machines._POLL_SECONDS)
-    assert follower.is_alive()
-    with machines.announced(folder, LAUNCH, "0" * 64):
+    with following(shared) as follower:
+        time.sleep(3 * machines._POLL_SECONDS)
+        assert follower.is_alive()
+        with machines.announced(folder, LAUNCH, "0" * 64):
+            wait_until(lambda: shared.starts() == 1)
+
+
+def test_an_attempt_that_began_earlier_is_answered_if_the_first_machine_lives(shared: Shared, folder: Path) -> None:
+    lives = machines.showing_life(shared.plan.run_folder, LAUNCH)
+    with machines.announced(folder, LAUNCH, "0" * 64), lives, following(shared):
         wait_until(lambda: shared.starts() == 1)
-    shared.publish()
-    follower.join(30)
-    assert codes == [0]
 
 
-def test_an_attempt_that_began_earlier_is_answered_if_the_first_machine_lives(shared: Shared) -> None:
-    folder, codes = shared.plan.run_folder / "sft", list[int]()
-    with machines.announced(folder, LAUNCH, "0" * 64), machines.showing_life(shared.plan.run_folder, LAUNCH):
-        follower = threading.Thread(target=lambda: codes.append(_follow_in_thread(shared)))
-        follower.start()
-        wait_until(lambda: shared.starts() == 1)
-    shared.publish()
-    follower.join(30)
-    assert codes == [0]
-
-
-def _follow_in_thread(shared: Shared) -> int:
-    """Signals belong to the main thread, so the stages are followed without them."""
-    return machines._Follower(shared.plan, shared.stage, shared.command, Console()).follow()
-
-
-def test_one_machine_leaves_no_word(shared: Shared) -> None:
-    folder = shared.plan.run_folder / "sft"
+def test_one_machine_leaves_no_word(shared: Shared, folder: Path) -> None:
     with machines.announced(folder, LaunchConfig(), "0" * 64):
         assert list(folder.iterdir()) == []
 
 
 def test_what_is_there_already_starts_nothing(shared: Shared) -> None:
     shared.publish()
-    assert shared.follow() == 0
-    assert shared.starts() == 0
+    assert (shared.follow(), shared.starts()) == (0, 0)
+
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Iterator[str]]:
+    """The states of the run, one for each look."""
+
+    def states(*words: str) -> Iterator[str]:
+        remaining = iter(words)
+        monkeypatch.setattr(machines, "_state", lambda _: next(remaining))
+        return remaining
+
+    return states
 
 
 @pytest.mark.parametrize(("state", "code"), [("preempted", 75), ("interrupted", 130)])
 def test_it_ends_as_the_first_machine_does(
-    shared: Shared, state: str, code: int, monkeypatch: pytest.MonkeyPatch
+    shared: Shared, state: str, code: int, says: Callable[..., Iterator[str]]
 ) -> None:
-    states = iter(["running", state])
-    monkeypatch.setattr(machines, "_state", lambda _: next(states))
+    says("running", state)
     assert shared.follow() == code
 
 
@@ -172,10 +183,9 @@ def test_asked_to_stop_it_is_queued_again_only_with_a_run_at_work(
 
 
 def test_a_result_that_the_file_system_shows_late_is_waited_for(
-    shared: Shared, monkeypatch: pytest.MonkeyPatch
+    shared: Shared, monkeypatch: pytest.MonkeyPatch, says: Callable[..., Iterator[str]]
 ) -> None:
-    states = iter(["running", "done"])
-    monkeypatch.setattr(machines, "_state", lambda _: next(states))
+    states = says("running", "done")
     later = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: shared.publish())
     monkeypatch.setattr(late_results, "time", later)
     assert shared.follow() == 0
@@ -183,27 +193,23 @@ def test_a_result_that_the_file_system_shows_late_is_waited_for(
 
 
 def test_what_an_earlier_run_left_is_not_taken_for_the_end_of_this_one(
-    shared: Shared, monkeypatch: pytest.MonkeyPatch
+    shared: Shared, says: Callable[..., Iterator[str]]
 ) -> None:
-    states = iter(["failed", "failed", "running", "failed"])
-    monkeypatch.setattr(machines, "_state", lambda _: next(states))
+    states = says("failed", "failed", "running", "failed")
     with pytest.raises(StageError, match="failed on the first machine"):
         shared.follow()
     assert next(states, None) is None
 
 
-def test_a_machine_that_would_make_something_else_is_refused(shared: Shared, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = machines.announced(shared.plan.run_folder / "sft", LAUNCH, "1" * 64)
-    with (
-        other,
-        machines.showing_life(shared.plan.run_folder, LAUNCH),
-        pytest.raises(ConfigError, match="produces a different result"),
-    ):
+def test_a_machine_that_would_make_something_else_is_refused(
+    shared: Shared, folder: Path, says: Callable[..., Iterator[str]]
+) -> None:
+    lives, is_refused = machines.showing_life(shared.plan.run_folder, LAUNCH), "produces a different result"
+    with machines.announced(folder, LAUNCH, "1" * 64), lives, pytest.raises(ConfigError, match=is_refused):
         shared.follow()
     assert shared.starts() == 0
-    states = iter(["running", "done"])
-    monkeypatch.setattr(machines, "_state", lambda _: next(states))
-    with pytest.raises(ConfigError, match="produces a different result"):
+    says("running", "done")
+    with pytest.raises(ConfigError, match=is_refused):
         shared.follow()
 
 

@@ -1,4 +1,4 @@
-"""Data that another stage of the recipe makes: order, fingerprints, refusals, and what a plan says before it exists."""
+"""Data and teachers that other stages of the recipe make: order, fingerprints, refusals, and rows before they exist."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from alignment.cli import main
 from alignment.commands.preview.verb import show_preview
 from alignment.core.artifacts import ROWS_FILE, Manifest, publish, verify
 from alignment.core.errors import ArtifactError, ConfigError, DataError
+from alignment.pipeline.backends.feasibility import refuse_sizes
 from alignment.pipeline.execute.notes import of_plan
 from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.rehearsal import rehearse
-from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.execute.worker_protocol import write_stage_file
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.stages.stage_file import read_spec
 from alignment.worker import _refuse_changed_data
 from tests.sampled import asked
-from tests.unit.pipeline.conftest import leave_artifact
+from tests.unit.pipeline.conftest import changed, leave_artifact, screened, stage_of, write, write_rows
 
 RECIPE = """
 defaults: [base, stage@stages.sample: sample, stage@stages.dpo: dpo, stage@stages.again: sample, stage@stages.more: dpo,
@@ -42,55 +42,40 @@ MakePlan = Callable[..., Plan]
 
 
 @pytest.fixture
-def plan(tmp_path: Path, overrides: list[str]) -> MakePlan:
+def prompts(tmp_path: Path) -> str:
+    return write_rows(tmp_path / "prompts.jsonl", *(asked(number) for number in range(12)))
+
+
+@pytest.fixture
+def plan(tmp_path: Path, overrides: list[str], prompts: str) -> MakePlan:
     """Plans two rounds with more overrides."""
-    prompts, heldout = tmp_path / "prompts.jsonl", tmp_path / "held.jsonl"
-    prompts.write_text("".join(json.dumps(asked(number)) + "\n" for number in range(12)))
-    heldout.write_text(json.dumps(asked(3)) + "\n")
-    recipe = tmp_path / "rounds.yaml"
-    recipe.write_text(RECIPE.replace("PROMPTS", str(prompts)).replace("HELDOUT", str(heldout)))
-    return lambda *more: make_plan(str(recipe), [*overrides[:2], *more])
+    heldout = write_rows(tmp_path / "held.jsonl", asked(3))
+    recipe = write(tmp_path / "rounds.yaml", RECIPE.replace("PROMPTS", prompts).replace("HELDOUT", heldout))
+    return lambda *more: make_plan(recipe, [*overrides[:2], *more])
 
 
-def named(plan: Plan) -> dict[str, PlannedStage]:
-    return {stage.name: stage for stage in plan.stages}
-
-
-def changed(before: Plan, after: Plan) -> list[str]:
-    others = named(after)
-    return [name for name, stage in named(before).items() if others[name].fingerprint != stage.fingerprint]
-
-
-def leave_rows(stage: PlannedStage, rows: list[dict[str, Any]]) -> Path:
+def leave_rows(stage: PlannedStage, *rows: dict[str, Any]) -> Path:
     """Publishes a result with these rows."""
     content = stage.work / "content"
-    content.mkdir(parents=True)
-    (content / ROWS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    identity, fingerprint = stage.identity, stage.fingerprint
-    publish(
-        content, stage.artifact, Manifest(stage=stage.name, kind="rows", fingerprint=fingerprint, identity=identity)
-    )
+    write_rows(content / ROWS_FILE, *rows)
+    manifest = Manifest(stage=stage.name, kind="rows", fingerprint=stage.fingerprint, identity=stage.identity)
+    publish(content, stage.artifact, manifest)
     stage.work.rmdir()
     return stage.artifact / ROWS_FILE
 
 
 def refusal(plan: MakePlan, *overrides: str) -> str:
     with pytest.raises(ConfigError) as caught:
-        plan(*overrides)
+        refuse_sizes(plan(*overrides))
     return str(caught.value)
-
-
-def test_a_stage_may_learn_margins_from_pairs_that_another_stage_samples(plan: MakePlan) -> None:
-    assert changed(plan(), plan("stages.more.margin=0.5")) == ["more", "evaluate"]
 
 
 def test_rounds_are_a_chain_that_the_run_records(plan: MakePlan) -> None:
     planned = plan()
     assert [stage.name for stage in planned.stages] == ["sample", "dpo", "again", "more", "evaluate"]
-    more = named(planned)["more"]
-    assert more.inputs["data.source"].path == named(planned)["again"].artifact
-    assert more.data == named(planned)["again"].artifact / ROWS_FILE
-    assert more.input_fingerprints["data.source"] == named(planned)["again"].fingerprint
+    more, again = stage_of(planned, "more"), stage_of(planned, "again")
+    assert (more.inputs["data.source"].path, more.data) == (again.artifact, again.artifact / ROWS_FILE)
+    assert more.input_fingerprints["data.source"] == again.fingerprint
     planned.run_folder.mkdir(parents=True)
     entries = RunRecorder(planned).record.stages
     assert entries["more"].inputs == {"init": "stage:dpo", "data.source": "stage:again"}
@@ -101,6 +86,7 @@ def test_rounds_are_a_chain_that_the_run_records(plan: MakePlan) -> None:
     [
         ("stages.again.temperature=0.7", ["again", "more", "evaluate"]),
         ("stages.more.beta=0.3", ["more", "evaluate"]),
+        ("stages.more.margin=0.5", ["more", "evaluate"]),
         ("stages.dpo.beta=0.3", ["dpo", "again", "more", "evaluate"]),
         ("stages.sample.completions_per_prompt=5", ["sample", "dpo", "again", "more", "evaluate"]),
         ("stages.again.batch_size=3", []),
@@ -114,7 +100,7 @@ def test_a_change_runs_its_own_round_and_later_ones_again(plan: MakePlan, overri
 
 def test_a_reason_names_the_stage_whose_rows_change(plan: MakePlan) -> None:
     for stage in plan().stages:
-        leave_rows(stage, [PAIR]) if stage.name in ("sample", "again") else leave_artifact(stage)
+        leave_rows(stage, PAIR) if stage.name in ("sample", "again") else leave_artifact(stage)
     reasons = {stage.name: stage.reason for stage in plan("stages.again.min_margin=0.5").stages}
     assert reasons["again"].startswith("min_margin 0 → 0.5 (nearest: again-")
     assert reasons["more"].startswith("input again changed (nearest: more-")
@@ -122,152 +108,120 @@ def test_a_reason_names_the_stage_whose_rows_change(plan: MakePlan) -> None:
 
 
 def test_a_stage_with_stored_parts_continues_from_them(plan: MakePlan) -> None:
-    folder = plan().stages[0].work / "checkpoints"
-    folder.mkdir(parents=True)
     for number in range(3):
-        (folder / f"part-answering-{number}-0123.json").write_text("{}")
+        write(plan().stages[0].work / f"checkpoints/part-answering-{number}-0123.json", "{}")
     first = plan().stages[0]
     assert (first.action, first.reason) == (Action.resume, "from 3 stored parts")
 
 
 def test_a_mixed_in_source_may_be_a_stage_too(plan: MakePlan) -> None:
-    mixed = named(plan("stages.more.data.mix=[{source: 'stage:sample', count: 1}]"))["more"]
-    assert mixed.extra_data == {"data.mix[0]": mixed.inputs["data.mix[0].source"].path / ROWS_FILE}  # type: ignore[operator]
-    assert mixed.unmade == ("again", "sample")
+    planned = plan("stages.more.data.mix=[{source: 'stage:sample', count: 1}]")
+    more = stage_of(planned, "more")
+    assert more.extra_data == {"data.mix[0]": stage_of(planned, "sample").artifact / ROWS_FILE}
+    assert more.unmade == ("again", "sample")
+
+
+ROWS_LIKE = "'stage:sample' makes rows like"
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
+    ("settings", "words"),
     [
         (
-            "stages.more.data.source=stage:dpo",
-            "stages.more.data.source: 'stage:dpo' is a policy; this slot takes a set of rows. "
-            "Use 'stage:sample' or 'stage:again'.",
+            ["stages.more.data.source=stage:dpo"],
+            ["stages.more.data.source: 'stage:dpo' is a policy; this slot takes a set of rows.",
+             "Use 'stage:sample' or 'stage:again'."],
         ),
-        ("stages.more.data.source=stage:agian", "no stage 'agian' in this run; did you mean 'again'?"),
-        ("stages.sample.policy=stage:more", "stages.sample: depends on itself: sample → more → dpo → sample"),
+        (["stages.more.data.source=stage:agian"], ["did you mean 'again'?"]),
+        (["stages.sample.policy=stage:more"], ["stages.sample: depends on itself: sample → more → dpo → sample"]),
+        (["stages.sample.select=best"], ["'chosen' is missing", "select=best_worst or stages.sample.select=all_pairs"]),
+        (["stages.more.data.format=kto"], ["'label' is missing"]),
+        (["stages.dpo.init=stage:sample"], ["'stage:sample' is a set of rows; this slot takes a policy"]),
         (
-            "stages.sample.select=best",
-            "'chosen' is missing: the row does not have two answers to compare; use "
-            "stages.sample.select=best_worst or stages.sample.select=all_pairs",
+            ["stages.again.data.source=stage:sample", "stages.again.scorers=[{source: exact_answer}]"],
+            [f"stages.again.data.source: {ROWS_LIKE}", "that stage cannot make suitable rows"],
         ),
-        ("stages.more.data.format=kto", "'label' is missing"),
-        ("stages.dpo.init=stage:sample", "'stage:sample' is a set of rows; this slot takes a policy"),
-    ],
-)
-def test_rows_that_cannot_be_used_are_refused_while_planning(plan: MakePlan, override: str, message: str) -> None:
-    assert message in refusal(plan, override)
-
-
-def test_rows_that_lack_what_a_scorer_reads_are_refused(plan: MakePlan) -> None:
-    message = refusal(plan, "stages.again.data.source=stage:sample", "stages.again.scorers=[{source: exact_answer}]")
-    assert "stages.again.data.source: 'stage:sample' makes rows like" in message
-    assert "that stage cannot make suitable rows" in message
-
-
-def test_data_of_a_validation_is_checked_like_the_stage_s_own(plan: MakePlan) -> None:
-    validation = "{every: 1, data: {source: 'stage:sample'}}"
-    message = refusal(plan, f"stages.more.validation={validation}", "stages.sample.select=labels")
-    assert "stages.dpo.data.source: 'stage:sample' makes rows like" in message
-    assert "stages.more.validation.data.source: 'stage:sample' makes rows like" in message
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["stages.sample.select=best", "stages.sample.min_margin=0.5"], "only select 'best_worst' and 'all_pairs'"),
-        (["stages.sample.threshold=0.5"], "only select 'best' and 'labels'"),
-        (["stages.sample.completions_per_prompt=1"], "1, but select 'best_worst' compares the answers to a prompt"),
-        (["stages.sample.reward=base"], "'base' is a language model"),
         (
-            ["stages.sample.scorers=[{source: reward}]"],
-            "'reward' needs the model in stages.sample.reward",
+            ["stages.more.validation={every: 1, data: {source: 'stage:sample'}}", "stages.sample.select=labels"],
+            [f"stages.dpo.data.source: {ROWS_LIKE}", f"stages.more.validation.data.source: {ROWS_LIKE}"],
         ),
+        (["stages.sample.select=best", "stages.sample.min_margin=0.5"], ["only select 'best_worst' and 'all_pairs'"]),
+        (["stages.sample.threshold=0.5"], ["only select 'best' and 'labels'"]),
+        (["stages.sample.completions_per_prompt=1"], ["1, but select 'best_worst' compares the answers to a prompt"]),
+        (["stages.sample.reward=base"], ["'base' is a language model"]),
+        (["stages.sample.scorers=[{source: reward}]"], ["'reward' needs the model in stages.sample.reward"]),
+        (["stages.sample.reward='hub:org/judge'"], ["stages.sample.reward", "unused: no scorer is 'reward'"]),
     ],
-)
-def test_settings_of_a_sampling_stage_that_contradict_each_other_are_refused(
-    plan: MakePlan, overrides: list[str], message: str
+)  # fmt: skip
+def test_rows_and_settings_of_a_sampling_stage_that_cannot_be_used_are_refused(
+    plan: MakePlan, settings: list[str], words: list[str]
 ) -> None:
-    assert message in refusal(plan, *overrides)
+    message = refusal(plan, *settings)
+    assert [word for word in words if word not in message] == []
 
 
-def test_a_reward_model_that_scores_nothing_is_refused(plan: MakePlan, tmp_path: Path) -> None:
-    message = refusal(plan, f"stages.sample.reward=path:{tmp_path}/model")
-    assert "is unused: no scorer is 'reward'; write null, or add the scorer" in message
-
-
-def test_the_evaluation_s_prompts_are_left_out_unless_others_are_named(plan: MakePlan, tmp_path: Path) -> None:
+def test_the_evaluation_s_prompts_are_left_out_unless_others_are_named(
+    plan: MakePlan, tmp_path: Path, prompts: str
+) -> None:
     first = plan()
-    assert named(first)["sample"].extra_data == {"leave_out[0]": tmp_path / "held.jsonl"}
-    other = named(plan(f"stages.sample.leave_out=[{{source: 'path:{tmp_path}/prompts.jsonl'}}]"))["sample"]
-    assert other.extra_data == {"leave_out[0]": tmp_path / "prompts.jsonl"}
-    (tmp_path / "held.jsonl").write_text(json.dumps(asked(4)) + "\n")
+    assert stage_of(first, "sample").extra_data == {"leave_out[0]": tmp_path / "held.jsonl"}
+    mixed = stage_of(plan(f"stages.evaluate.data.mix=[{{source: 'path:{prompts}', count: 1}}]"), "sample")
+    assert list(mixed.extra_data.values()) == [tmp_path / "held.jsonl", Path(prompts)]
+    other = stage_of(plan(f"stages.sample.leave_out=[{{source: 'path:{prompts}'}}]"), "sample")
+    assert other.extra_data == {"leave_out[0]": Path(prompts)}
+    write_rows(tmp_path / "held.jsonl", asked(4))
     assert changed(first, plan())[0] == "sample"
+    of_made_rows = plan("stages.evaluate.data.source=stage:sample")
+    assert stage_of(of_made_rows, "sample").extra_data == {}
+    assert stage_of(of_made_rows, "evaluate").unmade == ("sample",)
 
 
-def test_an_evaluation_of_made_rows_is_not_left_out_of_them(plan: MakePlan) -> None:
-    planned = named(plan("stages.evaluate.data.source=stage:sample"))
-    assert planned["sample"].extra_data == {}
-    assert planned["evaluate"].unmade == ("sample",)
+def test_a_metric_that_chose_the_rows_is_named(plan: MakePlan) -> None:
+    notes = of_plan(plan("stages.evaluate.metrics=[{name: brevity, source: length, target: 3}]"))
+    assert any("evaluate judges by brevity, which sample optimises (scorers[0])" in note for note in notes)
 
 
 # ---- before the rows exist, and after --------------------------------------------------------------------------------
 
 
-def printed(planned: Plan) -> str:
-    console = Console(width=200)
-    with console.capture() as captured:
-        show_plan(console, planned)
-    return captured.get()
-
-
-def test_a_plan_says_which_rows_do_not_exist_yet(plan: MakePlan) -> None:
-    assert "more reads the rows of again, which has no result yet" in printed(plan())
-    leave_rows(named(plan())["sample"], [PAIR])
-    shown = printed(plan())
-    assert "dpo reads rows" not in shown
-    assert "more reads the rows of again, which has no result yet" in shown
-
-
-def test_rows_that_exist_are_read_while_planning(plan: MakePlan) -> None:
-    sample = named(plan())["sample"]
-    assert named(plan())["dpo"].seen == {}
-    leave_rows(sample, [{**PAIR, "chosen": f"{number}."} for number in range(3)])
-    assert named(plan())["dpo"].seen["data"].rows == 3
-    assert any("there are only 3 rows" in note for note in of_plan(plan()))
+def test_rows_are_read_while_planning_as_soon_as_they_exist(plan: MakePlan) -> None:
+    planned = plan()
+    assert "more reads the rows of again, which has no result yet" in screened(planned)
+    assert stage_of(planned, "dpo").seen == {}
+    leave_rows(stage_of(planned, "sample"), *({**PAIR, "chosen": f"{number}."} for number in range(3)))
+    planned = plan()
+    assert [line for line in screened(planned) if "has no result yet" in line] == [
+        "more reads the rows of again, which has no result yet"
+    ]
+    assert stage_of(planned, "dpo").seen["data"].rows == 3
+    assert any("there are only 3 rows" in note for note in of_plan(planned))
 
 
 def test_rows_that_exist_and_are_faulty_stop_the_plan(plan: MakePlan) -> None:
-    leave_rows(named(plan())["sample"], [{**PAIR, "chosen": ""}])
+    leave_rows(stage_of(plan(), "sample"), {**PAIR, "chosen": ""})
     with pytest.raises(DataError, match="'chosen'"):
         plan()
 
 
-def test_a_stage_is_not_rehearsed_on_rows_that_do_not_exist(plan: MakePlan) -> None:
+def test_rows_that_do_not_exist_are_neither_rehearsed_nor_shown(
+    plan: MakePlan, tmp_path: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     announced: list[str] = []
     sample, dpo, _, more, _ = plan().stages
     rehearse(plan(), [sample, dpo, more], announce=announced.append)
     assert announced == []
-
-
-def test_a_preview_says_that_the_rows_do_not_exist_yet(plan: MakePlan, tmp_path: Path, overrides: list[str]) -> None:
-    plan()
     console = Console(width=200)
     with console.capture() as captured:
         code = show_preview(console, str(tmp_path / "rounds.yaml"), overrides[:2], stage="dpo", rows=1, html=None)
-    assert code == 0
-    assert captured.get() == "dpo: its rows do not exist until sample has run\n"
-
-
-def test_doctor_names_the_file_to_look_at(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (code, captured.get()) == (0, "dpo: its rows do not exist until sample has run\n")
     assert main(["doctor", "stage:sample"]) == 3
     assert "path:artifacts/STAGE-FINGERPRINT/rows.jsonl" in capsys.readouterr().err
 
 
 def test_the_worker_refuses_rows_that_changed_since_they_were_made(plan: MakePlan) -> None:
     planned = plan()
-    rows = leave_rows(named(planned)["sample"], [PAIR])
-    spec = read_spec(write_stage_file(planned, named(planned)["dpo"], planned.config.launch, git_commit=""))
+    rows = leave_rows(stage_of(planned, "sample"), PAIR)
+    spec = read_spec(write_stage_file(planned, stage_of(planned, "dpo"), planned.config.launch, git_commit=""))
     assert verify(rows.parent, content=True).kind == "rows"
     _refuse_changed_data(spec)
     rows.write_text(rows.read_text().replace("A.", "C."))
@@ -275,6 +229,65 @@ def test_the_worker_refuses_rows_that_changed_since_they_were_made(plan: MakePla
         _refuse_changed_data(spec)
 
 
-def test_a_metric_that_chose_the_rows_is_named(plan: MakePlan) -> None:
-    notes = of_plan(plan("stages.evaluate.metrics=[{name: brevity, source: length, target: 3}]"))
-    assert any("evaluate judges by brevity, which sample optimises (scorers[0])" in note for note in notes)
+# ---- students and teachers ------------------------------------------------------------------------------------------
+
+DRAFTS = """
+defaults: [base, stage@stages.sft: KIND, stage@stages.draft: draft, stage@stages.small: distil, _self_]
+summary: a policy, its draft and a smaller student
+stages:
+  sft: {init: base, data: {source: "path:ROWS"}}
+  draft: {init: "stage:sft", teacher: "stage:sft", data: {source: "path:PROMPTS"}}
+  small: {init: "stage:draft", teacher: "stage:sft", data: {source: "path:PROMPTS"}}
+"""
+
+
+@pytest.fixture
+def drafts(tmp_path: Path, overrides: list[str], prompts: str) -> MakePlan:
+    """Plans with more overrides; the base has 12 layers."""
+    answer = {"role": "assistant", "content": "In the hall."}
+    rows = ({"messages": [*asked(number)["messages"], answer]} for number in range(12))
+    text = DRAFTS.replace("PROMPTS", prompts).replace("ROWS", write_rows(tmp_path / "rows.jsonl", *rows))
+    write(tmp_path / "model/config.json", json.dumps({"num_hidden_layers": 12}))
+
+    def planned(*more: str, kind: str = "sft") -> Plan:
+        return make_plan(write(tmp_path / "drafts.yaml", text.replace("KIND", kind)), [*overrides[:2], *more])
+
+    return planned
+
+
+def test_the_teacher_s_content_counts_and_its_name_does_not(drafts: MakePlan) -> None:
+    before = drafts()
+    assert changed(before, drafts("stages.small.teacher=base")) == ["small"]
+    assert changed(before, drafts("stages.sft.optim.epochs=2")) == ["sft", "draft", "small"]
+    config: Any = before.config.stages["draft"]
+    assert (config.kind, config.layers, config.adapter.kind, config.timed_prompts) == ("distil", 8, "full", 8)
+    assert config.method == "tokens"
+
+
+@pytest.mark.parametrize(
+    ("changes", "where", "word"),
+    [
+        (["draft.layers=null"], "draft.init", "the teacher itself"),
+        (["draft.method=sequence", "draft.loss_temperature=2"], "draft.loss_temperature", "leave it at 1"),
+        (["draft.adapter.kind=prefix"], "draft.timed_prompts", "use 0"),
+        (["draft.adapter.kind=lora", "draft.adapter.chain=continue"], "draft.adapter.chain", "merged"),
+        (["draft.eval_fraction=0.01"], "draft.eval_fraction", "12 prompts are too few to hold out a share of 0.01"),
+        (["draft.layers=12"], "draft.layers", "stage:sft has 12 layers"),
+        (["small.layers=8"], "small.layers", "stage:draft has 8 layers"),
+        (["draft.teacher=stage:sfd"], "draft.teacher", "did you mean 'sft'"),
+    ],
+)
+def test_a_student_that_cannot_learn_is_refused(drafts: MakePlan, changes: list[str], where: str, word: str) -> None:
+    message = refusal(drafts, *(f"stages.{change}" for change in changes))
+    assert (f"stages.{where}: " in message, word in message) == (True, True)
+
+
+def test_a_reward_model_teaches_nothing(drafts: MakePlan, tmp_path: Path) -> None:
+    pairs = f"stages.sft.data.source=path:{tmp_path}/preferences.jsonl"
+    with pytest.raises(ConfigError, match=r"draft\.teacher: 'stage:sft' is a reward model; this slot takes a policy"):
+        drafts(pairs, kind="reward")
+
+
+def test_more_layers_are_accepted_if_nothing_is_known_of_the_model(drafts: MakePlan, tmp_path: Path) -> None:
+    write(tmp_path / "model/config.json", "{}")
+    refuse_sizes(drafts("stages.draft.layers=99", "stages.sft.optim.epochs=2"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from io import StringIO
 from pathlib import Path
 
@@ -12,38 +11,29 @@ from rich.console import Console
 from alignment.core import hardware
 from alignment.pipeline.execute.notes import advice, of_plan, of_result, on_a_plan
 from alignment.pipeline.execute.record import RunRecorder
-from alignment.pipeline.execute.summary import show_doubts, show_plan
-from alignment.pipeline.plan.plan import Plan, make_plan
+from alignment.pipeline.execute.summary import show_doubts
+from alignment.pipeline.plan.plan import make_plan
 from alignment.report.run_page.run_files import read_run
-from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan
+from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan, screened, write, write_rows
 
 WITHOUT_PATCH = hardware.has_bfloat16
 """As it is, before a fixture replaces it."""
 LONG = "Dear all, the training on fire safety is on 21 March at nine in room four, and lunch is at noon."
 
 
+def asks(folder: Path, content: str) -> None:
+    """Makes this the question of the evaluation."""
+    write_rows(folder / "heldout.jsonl", {**ROWS["heldout"], "messages": [{**TURN, "content": content}]})
+
+
 @pytest.fixture
 def apart(tmp_path: Path, overrides: list[str]) -> None:
     """An evaluation that asks what nobody learned."""
-    other = {**ROWS["heldout"], "messages": [{**TURN, "content": "Where do we meet?"}]}
-    (tmp_path / "heldout.jsonl").write_text(json.dumps(other) + "\n")
-    (tmp_path / "conversations.jsonl").write_text((json.dumps(ROWS["conversations"]) + "\n") * 8)
-
-
-@pytest.mark.usefixtures("apart")
-def test_an_ordinary_run_has_none(plan: MakePlan) -> None:
-    assert of_plan(plan()) == []
-    assert of_plan(plan("stages.dpo.optim.lr=0.01")) == []
+    asks(tmp_path, "Where do we meet?")
+    write_rows(tmp_path / "conversations.jsonl", *[ROWS["conversations"]] * 8)
 
 
 WITHOUT_REPORT = "no stage writes a report; to get one, add `stage@stages.report: report` to defaults"
-
-
-def screened(planned: Plan) -> list[str]:
-    """The lines of a plan on the screen."""
-    screen = StringIO()
-    show_plan(Console(file=screen, width=80), planned)
-    return screen.getvalue().splitlines()
 
 
 @pytest.mark.usefixtures("apart")
@@ -56,46 +46,41 @@ def test_a_plan_of_an_evaluation_without_a_report_says_once_how_to_get_one(plan:
 
 def test_what_the_note_says_to_add_plans(overrides: list[str], tmp_path: Path) -> None:
     """An evaluation of another name is not the one that a report shows by default."""
-    recipe = tmp_path / "mine.yaml"
     defaults = "base, stage@stages.sft: sft, stage@stages.measure: evaluate"
-    stages = "stages: {measure: {arms: [base, 'stage:sft'], reward: null, data: {source: 'path:%s'}}}" % (
-        tmp_path / "heldout.jsonl"
-    )
-    sft_overrides = [word for word in overrides if not word.startswith("stages.") or word.startswith("stages.sft.")]
-    recipe.write_text(f"defaults: [{defaults}, _self_]\n{stages}\n")
+    data = f"data: {{source: 'path:{tmp_path}/heldout.jsonl'}}"
+    stages = f"stages: {{measure: {{arms: [base, 'stage:sft'], reward: null, {data}}}}}\n"
+    of_sft = [word for word in overrides if not word.startswith("stages.") or word.startswith("stages.sft.")]
+    recipe = write(tmp_path / "mine.yaml", f"defaults: [{defaults}, _self_]\n{stages}")
     setting = "stages.report.evaluation=stage:measure"
-    assert advice(make_plan(str(recipe), sft_overrides)) == [f"{WITHOUT_REPORT}, and set {setting}"]
-    recipe.write_text(f"defaults: [{defaults}, stage@stages.report: report, _self_]\n{stages}\n")
-    assert advice(make_plan(str(recipe), [*sft_overrides, setting])) == []
+    assert advice(make_plan(recipe, of_sft)) == [f"{WITHOUT_REPORT}, and set {setting}"]
+    write(tmp_path / "mine.yaml", f"defaults: [{defaults}, stage@stages.report: report, _self_]\n{stages}")
+    assert advice(make_plan(recipe, [*of_sft, setting])) == []
 
 
 @pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize(
-    ("override", "note"),
+    ("settings", "words"),
     [
-        ("stages.dpo.optim.lr=0.02", "stages.dpo.optim.lr is 0.02: above 0.01, nearly every model diverges"),
-        ("stages.ppo.optim.critic_lr=1", "stages.ppo.optim.critic_lr is 1: above 0.01, nearly every model diverges"),
-        (
-            "stages.dpo.optim.batch_size=32",
-            "stages.dpo.optim.batch_size is 32, but there are only 24 rows, so each step uses all of them",
-        ),
-        (
-            "profile=smoke",
-            "this is a smoke run: it shows only that the recipe runs; its numbers mean nothing",
-        ),
+        ((), []),
+        (("stages.dpo.optim.lr=0.01",), []),
+        (("name=mine-smoke",), []),
+        (("stages.dpo.optim.lr=0.02",), ["stages.dpo.optim.lr is 0.02: above 0.01"]),
+        (("stages.ppo.optim.critic_lr=1",), ["stages.ppo.optim.critic_lr is 1: above 0.01"]),
+        (("stages.dpo.optim.batch_size=32",), ["stages.dpo.optim.batch_size is 32, but there are only 24 rows"]),
+        (("profile=smoke",), ["this is a smoke run"]),
     ],
 )
-def test_what_is_odd_is_said_exactly(plan: MakePlan, override: str, note: str) -> None:
-    assert of_plan(plan(override)) == [note]
+def test_what_is_odd_is_noted(plan: MakePlan, settings: tuple[str, ...], words: list[str]) -> None:
+    notes = of_plan(plan(*settings))
+    assert [note[: len(word)] for note, word in zip(notes, words, strict=True)] == words
 
 
 def test_a_file_that_a_shipped_one_goes_before_is_named(overrides: list[str], tmp_path: Path) -> None:
-    recipe, unrelated = tmp_path / "mine.yaml", tmp_path / "base.yaml"
-    recipe.write_text("defaults: [quickstart, _self_]\n")
-    before = on_a_plan(make_plan(str(recipe), overrides))
-    unrelated.write_text("hello: 1\n")
-    (note,) = set(on_a_plan(make_plan(str(recipe), overrides))) - set(before)
-    assert str(unrelated) in note
+    recipe = write(tmp_path / "mine.yaml", "defaults: [quickstart, _self_]\n")
+    before = on_a_plan(make_plan(recipe, overrides))
+    unrelated = write(tmp_path / "base.yaml", "hello: 1\n")
+    (note,) = set(on_a_plan(make_plan(recipe, overrides))) - set(before)
+    assert unrelated in note
 
 
 @pytest.mark.usefixtures("apart")
@@ -103,7 +88,7 @@ def test_a_processor_without_bfloat16_is_named(plan: MakePlan, monkeypatch: pyte
     monkeypatch.setattr(hardware, "has_bfloat16", lambda: False)
     monkeypatch.setattr(hardware, "count_devices", lambda: 0)
     (note,) = of_plan(plan())
-    assert note.endswith("three times as long as in float32; model.dtype=float32 is faster here")
+    assert note.endswith("model.dtype=float32 is faster here")
     assert of_plan(plan("model.dtype=float32")) == []
     monkeypatch.setattr(hardware, "count_devices", lambda: 1)
     assert of_plan(plan()) == []
@@ -119,16 +104,14 @@ def test_a_processor_without_bfloat16_is_named(plan: MakePlan, monkeypatch: pyte
     ],
 )
 def test_what_a_processor_says_of_bfloat16(cpuinfo: str, expected: bool, tmp_path: Path) -> None:
-    (tmp_path / "cpuinfo").write_text(cpuinfo)
-    assert WITHOUT_PATCH(tmp_path / "cpuinfo") is expected
+    assert WITHOUT_PATCH(Path(write(tmp_path / "cpuinfo", cpuinfo))) is expected
 
 
 @pytest.mark.usefixtures("apart")
-@pytest.mark.parametrize("override", ["+profile=smoke", 'profile="smoke"', "profile='smoke'", "++profile=smoke"])
+@pytest.mark.parametrize("override", ["profile=smoke", "+profile=smoke", 'profile="smoke"', "++profile=smoke"])
 def test_a_smoke_run_says_so_however_it_is_written(plan: MakePlan, override: str) -> None:
     planned = plan(override)
     (note,) = of_plan(planned)
-    assert note.startswith("this is a smoke run: ")
     planned.run_folder.mkdir(parents=True)
     screen = StringIO()
     show_doubts(Console(file=screen, width=400), planned.run_folder, RunRecorder(planned).record)
@@ -137,71 +120,54 @@ def test_a_smoke_run_says_so_however_it_is_written(plan: MakePlan, override: str
 
 
 @pytest.mark.usefixtures("apart")
-def test_a_run_whose_name_alone_says_smoke_is_none(plan: MakePlan) -> None:
-    assert of_plan(plan("name=mine-smoke")) == []
-
-
-@pytest.mark.usefixtures("apart")
 def test_prompts_that_are_learned_and_evaluated_are_named(plan: MakePlan, tmp_path: Path) -> None:
-    asked = {**ROWS["heldout"], "messages": [{**TURN, "content": LONG}]}
-    (tmp_path / "heldout.jsonl").write_text(json.dumps(asked) + "\n")
+    asks(tmp_path, LONG)
     pairs = tmp_path / "preferences.jsonl"
     longer = {**ROWS["preferences"], "messages": [{**TURN, "content": f"Shorten this. {LONG}"}]}
-    pairs.write_text(pairs.read_text() + json.dumps(longer) + "\n")
+    write_rows(tmp_path / "longer.jsonl", longer)
+    pairs.write_text(pairs.read_text() + (tmp_path / "longer.jsonl").read_text())
     planned = plan()
     (note,) = of_plan(planned)
     assert note == (
         f"1 row that reward, dpo and ppo may learn from resembles prompts of evaluate: {pairs}:25 has "
         f"100% of the eight-word sequences of {tmp_path}/heldout.jsonl:1"
     )
-    screen = StringIO()
-    show_plan(Console(file=screen, width=400), planned)
-    assert f"note: {note}" in screen.getvalue()
+    assert f"note: {note}" in screened(planned, width=400)
 
 
 @pytest.mark.usefixtures("apart")
 def test_rows_of_a_validation_are_not_learned_from_but_may_choose_a_step(plan: MakePlan, tmp_path: Path) -> None:
-    (tmp_path / "heldout.jsonl").write_text(
-        json.dumps({**ROWS["heldout"], "messages": [{**TURN, "content": LONG}]}) + "\n"
-    )
-    own = tmp_path / "own.jsonl"
+    asks(tmp_path, LONG)
     turns = [{**TURN, "content": LONG}, {"role": "assistant", "content": "On 21 March."}]
-    own.write_text(json.dumps({**ROWS["conversations"], "messages": turns}) + "\n")
-    steps = "stages.sft.optim.max_steps=4"
-    looks = f"every: 1, data: {{source: 'path:{own}'}}"
+    own = write_rows(tmp_path / "own.jsonl", {**ROWS["conversations"], "messages": turns})
+    steps, looks = "stages.sft.optim.max_steps=4", f"every: 1, data: {{source: 'path:{own}'}}"
     assert of_plan(plan(steps, f"stages.sft.validation={{{looks}}}")) == []
     (note,) = of_plan(plan(steps, f"stages.sft.validation={{{looks}, keep_best: true}}"))
-    assert note == (
-        f"1 row by which sft chooses its step resembles prompts of evaluate: {own}:1 has 100% of the "
-        f"eight-word sequences of {tmp_path}/heldout.jsonl:1"
-    )
+    assert note.startswith(f"1 row by which sft chooses its step resembles prompts of evaluate: {own}:1 has 100% ")
 
 
 @pytest.mark.usefixtures("apart")
 def test_a_primary_metric_that_a_stage_optimises_is_named_and_recorded(plan: MakePlan) -> None:
     metrics = "stages.evaluate.metrics=[{name: brevity, source: length, target: 20}, {name: liked, source: reward}]"
     scorers = "stages.ppo.scorers=[{source: reward}, {source: length, target: 20, weight: 0.5}]"
-    caution = (
-        "evaluate judges by brevity, which ppo optimises (scorers[1]): a better score may only exploit gaps in that "
-        "metric, so check another metric too"
-    )
+    caution = "evaluate judges by brevity, which ppo optimises (scorers[1]): a better score may only exploit gaps"
     planned = plan(metrics, scorers)
-    assert of_plan(planned) == [caution]
+    (note,) = of_plan(planned)
+    assert note.startswith(caution)
     planned.run_folder.mkdir(parents=True)
     RunRecorder(planned)
-    assert read_run(planned.run_folder).record.cautions == [caution]
+    assert read_run(planned.run_folder).record.cautions == [note]
+    liked, only_length = "stages.evaluate.primary=liked", "stages.ppo.scorers=[{source: length, target: 20}]"
+    assert of_plan(plan(metrics, liked)) == [note.replace("brevity", "liked").replace("scorers[1]", "scorers[0]")]
+    guard = ("stages.ppo.guard.every=1", "stages.ppo.guard.scorer={source: length, target: 20}")
+    assert of_plan(plan(metrics, *guard)) == [note.replace("scorers[1]", "guard.scorer")]
     assert of_plan(plan(metrics, scorers.replace("target: 20", "target: 30"))) == []
-    liked = plan(metrics, "stages.evaluate.primary=liked")
-    assert of_plan(liked) == [caution.replace("brevity", "liked").replace("scorers[1]", "scorers[0]")]
-    assert of_plan(plan(metrics, "stages.evaluate.primary=liked", "stages.ppo.scorers=[{source: length, target: 20}]",
-                        "stages.ppo.reward=null")) == []  # fmt: skip
-    guarded = ["stages.ppo.guard.every=1", "stages.ppo.guard.scorer={source: length, target: 20}"]
-    assert of_plan(plan(metrics, *guarded)) == [caution.replace("scorers[1]", "guard.scorer")]
+    assert of_plan(plan(metrics, liked, only_length, "stages.ppo.reward=null")) == []
 
 
 def test_a_result_that_is_not_there_or_damaged_says_nothing_of_itself(tmp_path: Path) -> None:
     assert of_result("reward", tmp_path) == of_result("evaluate", tmp_path) == []
-    (tmp_path / "manifest.json").write_text("{")
+    write(tmp_path / "manifest.json", "{")
     assert of_result("reward", tmp_path) == []
 
 
@@ -216,12 +182,11 @@ def test_a_result_that_is_not_there_or_damaged_says_nothing_of_itself(tmp_path: 
 )
 def test_a_plan_says_what_its_jobs_do_not_ask_slurm_for(plan: MakePlan, settings: list[str], asked: str) -> None:
     notes = [line for line in screened(plan("launch/backend=slurm", *settings)) if "ask Slurm" in line]
-    assert len(notes) == bool(asked)
-    assert asked in "".join(notes)
+    assert (len(notes), asked in "".join(notes)) == (bool(asked), True)
 
 
 @pytest.mark.usefixtures("apart")
-def test_a_plan_says_which_models_its_run_would_download(plan: MakePlan, tmp_path: Path) -> None:
+def test_a_plan_says_which_models_its_run_would_download(plan: MakePlan) -> None:
     missing = ["stages.evaluate.arms=['hub:org/name@main']", "model.source=hub:org/base@main"]
     notes = [line for line in screened(plan(*missing)) if "download the model" in line]
     assert notes == [f"note: the run will download the model hub:org/{name}@main" for name in ("base", "name")]

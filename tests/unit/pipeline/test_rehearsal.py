@@ -1,8 +1,10 @@
-"""What would stop a later stage is tried before the first one: templates, lengths, and functions of the user's."""
+"""What would stop a later stage is tried before the first one: templates, lengths, functions, and the base itself."""
 
 from __future__ import annotations
 
+import importlib
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from io import StringIO
@@ -13,9 +15,12 @@ import pytest
 from rich.console import Console
 
 from alignment import rehearse as worker
+from alignment.config.sampling_engine import Engine, SamplingConfig
+from alignment.config.scoring import MetricConfig
 from alignment.core import hardware
-from alignment.core.errors import AlignmentError, DataError, RewardError, StageError
+from alignment.core.errors import AlignmentError, DataError, ModelError, RewardError, StageError
 from alignment.data.tokens.rendering import LAST_STAND_IN
+from alignment.job import StageInput
 from alignment.pipeline.backends import processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute import worker_protocol
@@ -24,8 +29,15 @@ from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan
 from alignment.records.run import RunRecord
 from alignment.records.worker import DONE, FAILED, Status
-from tests.tiny import tiny_tokenizer
-from tests.unit.pipeline.conftest import MakePlan, leave_artifact
+from alignment.stages.evaluate import arm_base
+from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.forgetting.config import ForgettingConfig
+from alignment.stages.registry import kind_of
+from alignment.stages.sample.config import SampleConfig
+from alignment.stages.sample.sampled_base import refuse_base
+from alignment.training.context import StageContext
+from tests.tiny import tiny_spec, tiny_tokenizer
+from tests.unit.pipeline.conftest import NUM_PAIRS, MakePlan, leave_artifact, write_rows
 
 SCORER = """import pathlib
 def fine(prompts, completions, rows):
@@ -41,10 +53,18 @@ def no_lists(prompts, completions, rows): return [1 / ("list" not in row["checks
 def reference(prompts, completions, rows): return [len(row["reference"]) for row in rows]
 """
 Commands = list[tuple[str, ...]]
+Tried = Callable[..., Plan]
+Execute = Callable[..., int]
 
 
 @pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> Commands:
+def executed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Execute], None]:
+    """Puts a function in the place of the process that tries."""
+    return lambda execute: monkeypatch.setattr(processes, "execute", execute)
+
+
+@pytest.fixture
+def started(executed: Callable[[Execute], None]) -> Commands:
     """What was started; it runs in this process."""
     commands: Commands = []
 
@@ -53,15 +73,14 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Commands:
         log.write_text("")
         return worker.main(command.argv[3:])
 
-    monkeypatch.setattr(processes, "execute", execute)
+    executed(execute)
     return commands
 
 
 @pytest.fixture
-def tried(plan: MakePlan, tmp_path: Path, started: Commands) -> Callable[..., Plan]:
+def tried(plan: MakePlan, tmp_path: Path, started: Commands) -> Tried:
     """Plans, and tries what the run would train."""
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "score.py").write_text(SCORER)
 
     def run(*overrides: str, function: str = "fine", announced: list[str] | None = None) -> Plan:
@@ -77,116 +96,65 @@ def stages_in(command: tuple[str, ...]) -> list[str]:
     return [Path(word).parent.name if word.endswith(".yaml") else word for word in command[4:]]
 
 
-def test_later_stages_are_tried_and_nothing_is_left(
-    tried: Callable[..., Plan], started: Commands, tmp_path: Path
-) -> None:
-    planned = tried()
-    names = [
-        "--rows",
-        "reward",
-        "dpo",
-        "ppo",
-        "--scorers",
-        "ppo",
-        "evaluate",
-        "--model",
-        "reward",
-        "dpo",
-        "ppo",
-        "evaluate",
-    ]
-    assert [stages_in(command) for command in started] == [names]
+NO_METRICS = "stages.evaluate.metrics=[]"
+OF_MODEL = ["--model", "reward", "dpo", "ppo", "evaluate"]
+
+
+def test_what_went_well_is_not_tried_again(tried: Tried, started: Commands, tmp_path: Path) -> None:
+    """Whatever else changes meanwhile; only what a trial looks at makes it anew, and only of those stages."""
+
+    def tries(*overrides: str, function: str = "fine") -> list[list[str]]:
+        started.clear()
+        tried(*overrides, function=function)
+        return [stages_in(command) for command in started]
+
+    everything = ["--rows", "reward", "dpo", "ppo", "--scorers", "ppo", "evaluate", *OF_MODEL]
+    assert tries() == [everything]
     asked = (tmp_path / "asked.txt").read_text()
     assert asked == "([[{'role': 'user', 'content': 'When is the training?'}]], ['Yes.'], 'On 21 March.')"
-    assert not any(planned.run_folder.iterdir())
-
-
-def test_what_went_well_is_not_tried_again(tried: Callable[..., Plan], started: Commands) -> None:
-    """Whatever else changes meanwhile; only what a trial looks at makes it anew, and only of those stages."""
-    tried()
-    tried()
-    tried("seed=7", "stages.dpo.beta=0.3", "stages.sft.optim.lr=1e-3", "name=trial.2")
-    assert len(started) == 1
-    tried("stages.dpo.max_length=300")
-    assert stages_in(started[1]) == ["--rows", "dpo", "--scorers", "--model"]
-    tried("stages.dpo.data.on_error=skip")
-    assert stages_in(started[2]) == ["--rows", "dpo", "--scorers", "--model", "dpo"]
-    tried(function="fine2")
-    assert stages_in(started[3]) == ["--rows", "--scorers", "ppo", "--model"]
-
-
-@pytest.mark.parametrize(
-    ("setting", "stage"),
-    [
+    assert tries() == []
+    assert tries("seed=7", "stages.dpo.beta=0.3", "stages.sft.optim.lr=1e-3", "name=trial.2") == []
+    assert tries("stages.dpo.max_length=300") == [["--rows", "dpo", "--scorers", "--model"]]
+    assert tries("stages.dpo.data.on_error=skip") == [["--rows", "dpo", "--scorers", "--model", "dpo"]]
+    assert tries(function="fine2") == [["--rows", "--scorers", "ppo", "--model"]]
+    for setting, stage in (
         ("stages.dpo.too_long.do=cut", "dpo"),
         ("stages.dpo.max_answer_length=200", "dpo"),
         ("stages.dpo.validation={every: 1, share: 0.5}", "dpo"),
         ("stages.ppo.max_prompt_length=100", "ppo"),
-    ],
-)
-def test_a_setting_that_decides_which_rows_fit_is_tried_again(
-    tried: Callable[..., Plan], started: Commands, setting: str, stage: str
-) -> None:
-    tried()
-    tried(setting)
-    assert [stages_in(command)[:3] for command in started[1:]] == [["--rows", stage, "--scorers"]]
-
-
-def test_an_edited_function_is_tried_again(tried: Callable[..., Plan], started: Commands, tmp_path: Path) -> None:
-    tried()
+    ):
+        assert [words[:3] for words in tries(setting)] == [["--rows", stage, "--scorers"]]
     (tmp_path / "score.py").write_text(SCORER.replace("0.5 for", "0.25 for"))
-    tried()
-    assert [stages_in(command) for command in started[1:]] == [["--rows", "--scorers", "ppo", "--model"]]
-
-
-def test_rows_are_tried_again_with_another_tokenizer(
-    tried: Callable[..., Plan], started: Commands, tmp_path: Path
-) -> None:
-    tried()
+    assert tries() == [["--rows", "--scorers", "ppo", "--model"]], "an edited function"
     template = tmp_path / "model/chat_template.jinja"
     template.write_text(template.read_text() + "{# edited #}")
-    tried()
-    names = ["--rows", "reward", "dpo", "ppo", "--scorers", "--model", "reward", "dpo", "ppo", "evaluate"]
-    assert [stages_in(command) for command in started[1:]] == [names]
-
-
-def test_what_failed_is_tried_again(tried: Callable[..., Plan], started: Commands) -> None:
-    tried()
+    assert tries() == [["--rows", "reward", "dpo", "ppo", "--scorers", *OF_MODEL]], "another tokenizer"
     for _ in range(2):
         with pytest.raises(RewardError):
-            tried(function="two")
-    assert [stages_in(command) for command in started[1:]] == [["--rows", "--scorers", "ppo", "--model"]] * 2
+            tries(function="two")
+        assert [stages_in(command) for command in started] == [["--rows", "--scorers", "ppo", "--model"]]
 
 
-def test_what_is_tried_is_announced_by_name(plan: MakePlan, tried: Callable[..., Plan]) -> None:
-    announced: list[str] = []
+def test_what_is_tried_is_announced_by_name(tried: Tried) -> None:
     tried()
-    planned = plan("stages.dpo.max_length=300")
-    rehearse(planned, planned.stages, announce=announced.append)
-    rehearse(planned, planned.stages, announce=announced.append)
-    planned = plan("stages.evaluate.max_new_tokens=100")
-    rehearse(planned, planned.stages, announce=announced.append)
+    announced: list[str] = []
+    for setting in ("stages.dpo.max_length=300", "stages.dpo.max_length=300", "stages.evaluate.max_new_tokens=100"):
+        planned = tried(setting, announced=announced)
     assert announced == [
         f"checking {checked} before training (takes ten seconds or more, once for these settings and data)"
         for checked in ("rows of dpo", "requirements of evaluate")
     ]
+    assert not any(planned.run_folder.iterdir()), "nothing is left"
 
 
 def test_a_stage_that_runs_first_finds_out_by_itself(
-    plan: MakePlan, tried: Callable[..., Plan], started: Commands, tmp_path: Path
+    plan: MakePlan, tried: Tried, started: Commands, tmp_path: Path
 ) -> None:
     scorers = f"stages.ppo.scorers=[{{source: reward}}, {{source: '{tmp_path}/score.py:raises'}}]"
     for stage in plan(scorers).stages[:3]:
         leave_artifact(stage)
-    tried("stages.evaluate.metrics=[]", function="raises")
+    tried(NO_METRICS, function="raises")
     assert [stages_in(command) for command in started] == [["--rows", "--scorers", "--model", "evaluate"]]
-
-
-def test_metrics_are_tried_before_anything_trains(tried: Callable[..., Plan], tmp_path: Path) -> None:
-    with pytest.raises(RewardError) as caught:
-        tried(f"stages.evaluate.metrics=[{{name: level, source: '{tmp_path}/score.py:raises'}}]")
-    assert str(caught.value).startswith(f"stage evaluate, checked before any training: {tmp_path}/score.py:raises: ")
-    assert f"; these rows have no 'level': {tmp_path}/heldout.jsonl:1;" in str(caught.value)
 
 
 LABELLED = [
@@ -204,71 +172,93 @@ LABELLED = [
         ("reference", "these rows have no 'reference': "),
     ],
 )
-def test_a_metric_is_tried_on_a_row_of_each_class(
-    tried: Callable[..., Plan], tmp_path: Path, function: str, message: str
-) -> None:
+def test_a_metric_is_tried_on_a_row_of_each_class(tried: Tried, tmp_path: Path, function: str, message: str) -> None:
     """The first thirty rows are alike."""
-    (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in LABELLED))
+    file = write_rows(tmp_path / "labelled.jsonl", *LABELLED)
     metrics = f"stages.evaluate.metrics=[{{name: own, source: '{tmp_path}/score.py:{function}'}}]"
     with pytest.raises(RewardError) if message else nullcontext() as caught:
-        tried(metrics, f"stages.evaluate.data.source=path:{tmp_path}/labelled.jsonl")
+        tried(metrics, f"stages.evaluate.data.source=path:{file}")
     if caught is not None:
-        assert message in str(caught.value)
-        assert f"{tmp_path}/labelled.jsonl:31" in str(caught.value)
+        assert str(caught.value).startswith(f"stage evaluate, checked before any training: {tmp_path}/score.py:")
+        assert (message in str(caught.value), f"{file}:31" in str(caught.value)) == (True, True)
 
 
-def test_a_scorer_that_trains_must_score_every_row(tried: Callable[..., Plan]) -> None:
-    with pytest.raises(RewardError, match="gave None"):
-        tried(function="none")
+TOO_LONG = "24 dropped of 24 rows because they are too long"
 
 
 @pytest.mark.parametrize(
-    ("function", "settings", "kind", "message"),
+    ("function", "settings", "kind", "stage", "message"),
     [
-        ("two", (), RewardError, "score.py:two: gave 2 scores for 1 answers to "),
-        ("raises", (), RewardError, "score.py:raises: raised KeyError: 'level' at line 7, called for answers to "),
-        (
-            "fine",
-            ("stages.dpo.max_length=4",),
-            DataError,
-            "24 dropped of 24 rows because they are too long (the longest has",
-        ),
-        ("fine", ("stages.dpo.max_length=4", "stages.dpo.too_long.do=cut"), DataError, "because they are too long"),
-        ("fine", ("stages.ppo.max_prompt_length=4",), DataError, "24 dropped of 24 rows because they are too long"),
+        ("none", (), RewardError, "ppo", "gave None"),
+        ("two", (), RewardError, "ppo", "score.py:two: gave 2 scores for 1 answers to "),
+        ("raises", (), RewardError, "ppo", "score.py:raises: raised KeyError: 'level' at line 7"),
+        ("fine", ("stages.dpo.max_length=4",), DataError, "dpo", TOO_LONG),
+        ("fine", ("stages.dpo.max_length=4", "stages.dpo.too_long.do=cut"), DataError, "dpo", "are too long"),
+        ("fine", ("stages.ppo.max_prompt_length=4",), DataError, "ppo", TOO_LONG),
     ],
 )
 def test_what_would_stop_a_later_stage_is_said_with_its_kind_of_error(
-    tried: Callable[..., Plan], function: str, settings: tuple[str, ...], kind: type[AlignmentError], message: str
+    tried: Tried, function: str, settings: tuple[str, ...], kind: type[AlignmentError], stage: str, message: str
 ) -> None:
     with pytest.raises(kind) as caught:
         tried(*settings, function=function)
     assert message in str(caught.value)
-    stage = "dpo" if "dpo" in str(settings) else "ppo"
     assert str(caught.value).startswith(f"stage {stage}, checked before any training: ")
 
 
-def test_what_a_template_leaves_out_of_a_later_stage_is_announced(tried: Callable[..., Plan], tmp_path: Path) -> None:
+def test_what_a_template_leaves_out_of_a_later_stage_is_announced(tried: Tried, tmp_path: Path) -> None:
     answer = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes."}
     asked = {"role": "user", "content": "Is it open?"}
-    rows = [{"prompt": [asked, answer, asked], "chosen": "Yes.", "rejected": "No."}]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = write_rows(tmp_path / "own.jsonl", {"prompt": [asked, answer, asked], "chosen": "Yes.", "rejected": "No."})
     announced: list[str] = []
-    pairs = f"stages.dpo.data.source=path:{tmp_path}/pairs.jsonl"
-    tried(pairs, "model.chat_template=trl:qwen3", announced=announced)
-    notes = [line for line in announced if "leaves out" in line]
-    assert notes == [
-        f"dpo: {tmp_path}/pairs.jsonl: the chat template leaves out thoughts of earlier turns in 1 of 1 records"
-    ]
+    tried(f"stages.dpo.data.source=path:{file}", "model.chat_template=trl:qwen3", announced=announced)
+    (note,) = [line for line in announced if "leaves out" in line]
+    assert note.startswith(f"dpo: {file}: the chat template leaves out thoughts of earlier turns in 1 of 1 ")
+
+
+def test_a_tokenizer_without_a_template_is_named(tried: Tried, tmp_path: Path) -> None:
+    (tmp_path / "model/chat_template.jinja").unlink(missing_ok=True)
+    config = tmp_path / "model/tokenizer_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": None}))
+    with pytest.raises(DataError, match=r"stage reward, .*the tokenizer has no chat template"):
+        tried()
+    tried("model.chat_template=chatml")
+
+
+@pytest.mark.parametrize(
+    ("setting", "is_refused"),
+    [
+        ("dpo.data={source: 'path:{}/five.jsonl', on_error: skip, max_skipped: 0.5}", False),
+        ("dpo.data={source: 'path:{}/five.jsonl', on_error: fail}", True),
+        ("dpo.validation={every: 1, data: {source: 'path:{}/all.jsonl'}}", True),
+        ("dpo.validation={every: 1, data: {source: 'path:{}/none.jsonl', mix: [{source: 'path:{}/all.jsonl', "
+         "count: 2}]}}", True),
+    ],
+)  # fmt: skip
+def test_rows_that_cannot_be_rendered_are_refused_unless_faulty_ones_are_skipped(
+    tried: Tried, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, is_refused: bool
+) -> None:
+    """No text can be rendered that holds a character which stands for a control token."""
+    monkeypatch.setattr(worker, "NUM_RECORDS", 5)
+    rows = (tmp_path / "preferences.jsonl").read_text().replace("When is", "When was").splitlines()
+    for name, number in (("none", 0), ("five", 5), ("all", len(rows))):
+        spoilt = [row.replace("When was", f"{chr(LAST_STAND_IN)} When is") for row in rows[:number]]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join([*spoilt, *rows[number:]]))
+    with pytest.raises(DataError, match="private-use character") if is_refused else nullcontext():
+        tried(f"stages.{setting.replace('{}', str(tmp_path))}")
+
+
+# ---- the process that tries -----------------------------------------------------------------------------------------
 
 
 def test_a_bug_in_a_trial_is_looked_for_in_the_packages_of_the_stages(
-    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+    plan: MakePlan, executed: Callable[[Execute], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def execute(_: Command, *, log: Path, **__: Any) -> int:
         Status(state=FAILED, exit_code=1, error="KeyError: 'x'").write(log.parent)
         return 1
 
-    monkeypatch.setattr(processes, "execute", execute)
+    executed(execute)
     monkeypatch.setattr(worker_protocol, "origin_of", lambda kind: "alignment" if kind == "ppo" else f"their-{kind}")
     planned = plan()
     with pytest.raises(AlignmentError, match="KeyError: 'x'") as caught:
@@ -277,7 +267,7 @@ def test_a_bug_in_a_trial_is_looked_for_in_the_packages_of_the_stages(
 
 
 def test_a_rehearsal_of_a_killed_driver_does_not_answer_for_a_later_one(
-    plan: MakePlan, monkeypatch: pytest.MonkeyPatch
+    plan: MakePlan, executed: Callable[[Execute], None]
 ) -> None:
     folders: list[Path] = []
 
@@ -291,7 +281,7 @@ def test_a_rehearsal_of_a_killed_driver_does_not_answer_for_a_later_one(
             Status(state=FAILED, exit_code=5, error="of the earlier one").write(folders[0])
         return 0
 
-    monkeypatch.setattr(processes, "execute", execute)
+    executed(execute)
     planned = plan()
     with pytest.raises(KeyboardInterrupt):
         rehearse(planned, planned.stages, announce=lambda _: None)
@@ -299,26 +289,18 @@ def test_a_rehearsal_of_a_killed_driver_does_not_answer_for_a_later_one(
     assert not any(planned.run_folder.iterdir()), "nothing is left"
 
 
-def test_a_tokenizer_without_a_template_is_named(tried: Callable[..., Plan], tmp_path: Path) -> None:
-    (tmp_path / "model/chat_template.jinja").unlink(missing_ok=True)
-    config = tmp_path / "model/tokenizer_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": None}))
-    with pytest.raises(DataError, match=r"stage reward, .*the tokenizer has no chat template"):
-        tried()
-    tried("model.chat_template=chatml")
-
-
-def test_what_does_not_answer_in_time_is_ended(plan: MakePlan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_answer_in_time_is_ended(
+    plan: MakePlan, executed: Callable[[Execute], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def execute(command: Command, *, on_poll: Callable[[], None], **_: Any) -> int:
         on_poll()
         monkeypatch.setattr("alignment.pipeline.execute.rehearsal.time.monotonic", lambda: 1e9)
         on_poll()
         return 0
 
-    monkeypatch.setattr(processes, "execute", execute)
+    executed(execute)
     planned = plan("launch.hang_seconds=7")
-    asked = r"launch\.hang_seconds: checking rows and .* before training did not finish within 7 seconds"
-    with pytest.raises(StageError, match=asked):
+    with pytest.raises(StageError, match=r"launch\.hang_seconds: .* did not finish within 7 seconds"):
         rehearse(planned, planned.stages, announce=lambda _: None)
 
 
@@ -331,45 +313,21 @@ def test_what_does_not_answer_in_time_is_ended(plan: MakePlan, monkeypatch: pyte
     ],
 )
 def test_a_scorer_finds_the_variables_that_its_launcher_sets(
-    plan: MakePlan, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], ranks: tuple[str | None, ...]
-) -> None:
+    plan: MakePlan, executed: Callable[[Execute], None], monkeypatch: pytest.MonkeyPatch,
+    settings: tuple[str, ...], ranks: tuple[str | None, ...],
+) -> None:  # fmt: skip
     environments: list[dict[str, str]] = []
 
     def execute(command: Command, *, log: Path, **_: Any) -> int:
         environments.append(command.environment)
         return worker._write_status(log.parent, 0, "", "")
 
-    monkeypatch.setattr(processes, "execute", execute)
+    executed(execute)
     monkeypatch.setattr(hardware, "count_devices", lambda: 0)
     planned = plan(*settings)
     rehearse(planned, planned.stages, announce=lambda _: None)
     variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     assert {tuple(map(environment.get, variables)) for environment in environments} == {ranks}
-
-
-@pytest.mark.parametrize(("on_error", "refused"), [("skip", False), ("fail", True)])
-def test_rows_that_follow_faulty_ones_may_be_fine_where_faulty_ones_are_skipped(
-    tried: Callable[..., Plan], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_error: str, refused: bool
-) -> None:
-    """No text can be rendered that holds a character which stands for a control token."""
-    monkeypatch.setattr(worker, "NUM_RECORDS", 5)
-    rows = (tmp_path / "preferences.jsonl").read_text().splitlines()
-    spoilt = [row.replace("When is", f"{chr(LAST_STAND_IN)} When is") for row in rows[:5]]
-    (tmp_path / "spoilt.jsonl").write_text("\n".join([*spoilt, *rows[5:]]))
-    data = f"stages.dpo.data={{source: 'path:{tmp_path}/spoilt.jsonl', on_error: {on_error}, max_skipped: 0.5}}"
-    with pytest.raises(DataError, match="private-use character") if refused else nullcontext():
-        tried(data)
-
-
-@pytest.mark.parametrize("mixed", [False, True])
-def test_held_out_rows_of_their_own_are_tried_too(tried: Callable[..., Plan], tmp_path: Path, *, mixed: bool) -> None:
-    rows = (tmp_path / "preferences.jsonl").read_text().splitlines()
-    (tmp_path / "fine.jsonl").write_text("\n".join(row.replace("When is", "When was") for row in rows))
-    (tmp_path / "own.jsonl").write_text("\n".join(row.replace("When is", f"{chr(LAST_STAND_IN)} When") for row in rows))
-    spoilt = f"source: 'path:{tmp_path}/own.jsonl'"
-    data = f"{{source: 'path:{tmp_path}/fine.jsonl', mix: [{{{spoilt}, count: 2}}]}}" if mixed else f"{{{spoilt}}}"
-    with pytest.raises(DataError, match="private-use character"):
-        tried(f"stages.dpo.validation={{every: 1, data: {data}}}")
 
 
 def test_a_run_tries_before_its_first_stage(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -381,5 +339,236 @@ def test_a_run_tries_before_its_first_stage(overrides: list[str], monkeypatch: p
     with pytest.raises(DataError, match="no row fits"):
         run("quickstart", overrides, console=Console(file=StringIO()))
     record = RunRecord.read(Path(overrides[0].removeprefix("output=")) / "runs/quickstart")
-    assert record.state == "failed"
-    assert {stage.state for stage in record.stages.values()} == {"waiting"}
+    assert (record.state, {stage.state for stage in record.stages.values()}) == ("failed", {"waiting"})
+
+
+# ---- what the base can read -----------------------------------------------------------------------------------------
+
+CHECKED = "checked before any training: "
+LONG = "z" * 2100
+"""Not shorter in tokens."""
+
+
+def write_config(folder: Path, **settings: object) -> None:
+    (folder / "model").mkdir(exist_ok=True)
+    (folder / "model/config.json").write_text(json.dumps(settings))
+
+
+def asks(question: str, **more: object) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": question}], **more}
+
+
+@pytest.fixture
+def short_base(tmp_path: Path, tried: Tried) -> Path:
+    """A base of 2048 positions, and the file of the held-out prompts."""
+    write_config(tmp_path, max_position_embeddings=2048)
+    return tmp_path / "heldout.jsonl"
+
+
+def test_held_out_prompts_that_are_too_long_are_refused_with_the_longest(
+    tried: Tried, short_base: Path, tmp_path: Path
+) -> None:
+    write_rows(short_base, *map(asks, ("When?", f"When {LONG}?", f"When, when {LONG}?", "Where?")))
+    with pytest.raises(ModelError) as caught:
+        tried(NO_METRICS)
+    assert str(caught.value).startswith(f"stage evaluate, {CHECKED}{short_base}:3: ")
+    assert "needs more than the 2048 positions of path:" in str(caught.value)
+    assert "; 2 of 4 rows are too long\n" in str(caught.value)
+    assert "stages.evaluate.max_new_tokens" in str(caught.value)
+    write_config(tmp_path, max_position_embeddings=4096)
+    tried(NO_METRICS)
+    with pytest.raises(ModelError, match="an answer of up to 2000 tokens"):
+        tried(NO_METRICS, "stages.evaluate.max_new_tokens=2000")
+    factors = {"short_factor": [1.0] * 64, "long_factor": [4.0] * 64}
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 2048, **factors}
+    write_config(tmp_path, model_type="llama", max_position_embeddings=131072, rope_parameters=rope)
+    with pytest.raises(ModelError, match=r"2048 positions of path:\S+ before LongRoPE changes its frequencies; 2 of 4"):
+        tried(NO_METRICS)
+
+
+def test_rows_that_a_stage_allows_but_the_model_cannot_read_are_refused(
+    tried: Tried, short_base: Path, tmp_path: Path
+) -> None:
+    """A later stage would otherwise find out after earlier ones have trained."""
+    with (tmp_path / "preferences.jsonl").open("a") as stream:
+        stream.write(json.dumps(asks("When?", chosen=LONG, rejected="Soon.")) + "\n")
+    longer = "stages.dpo.max_length=4096"
+    tried(NO_METRICS)
+    with pytest.raises(ModelError) as caught:
+        tried(NO_METRICS, longer)
+    assert str(caught.value).startswith(f"stage dpo, {CHECKED}{tmp_path}/preferences.jsonl:{NUM_PAIRS + 1}: a row of ")
+    assert " is longer than the model's 2048 positions" in str(caught.value)
+    tried(NO_METRICS, longer, "stages.dpo.data.fraction=0.9")  # it may be left out
+    with pytest.raises(ModelError, match=r"stage ppo, .*preferences.jsonl:1: a row of \d+ tokens is longer"):
+        tried(NO_METRICS, "stages.ppo.max_new_tokens=2040")
+
+
+def test_held_out_prompts_are_tried_with_their_tools(tried: Tried, short_base: Path) -> None:
+    """They count as tokens, and a template that leaves them out would end the evaluation."""
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    write_rows(short_base, asks("2 + 2?", tools=[tool]))
+    with pytest.raises(DataError, match="the chat template leaves out"):
+        tried(NO_METRICS)
+
+
+CHOICE = {"question": "When?", "answer": 0}
+
+
+@pytest.mark.parametrize(
+    ("rows", "metrics", "words"),
+    [
+        ([asks("When?", reference="Soon."), asks("Where?", reference=LONG)], NO_METRICS, "its reference answer"),
+        (
+            [{"turns": ["When?", "When then?"], "reference": ["Soon.", "Now."]},
+             {"turns": ["Where?", "Where then?"], "reference": ["Here.", LONG]}],
+            NO_METRICS,
+            "its reference answer",
+        ),
+        (
+            [{**CHOICE, "choices": ["Soon.", "Now."]}, {**CHOICE, "choices": ["Soon.", LONG]}],
+            "stages.evaluate.metrics=[{name: knows, source: choice}]",
+            "its choices",
+        ),
+    ],
+    ids=["first turn", "second turn", "choices"],
+)  # fmt: skip
+def test_references_and_choices_that_are_too_long_are_refused_with_their_row(
+    tried: Tried, short_base: Path, rows: list[dict[str, object]], metrics: str, words: str
+) -> None:
+    """Every arm of the run reads them, although it answers in few tokens."""
+    write_rows(short_base, *rows)
+    with pytest.raises(ModelError) as caught:
+        tried(metrics)
+    beginning = f"stage evaluate, {CHECKED}{short_base}:2: with its prompt and {words} of "
+    assert (str(caught.value).startswith(beginning), "; 1 of 2 rows" in str(caught.value)) == (True, True)
+    write_config(short_base.parent, max_position_embeddings=4096)
+    tried(metrics)
+
+
+def test_the_examples_before_a_prompt_count(tried: Tried, short_base: Path, tmp_path: Path) -> None:
+    answer = {"role": "assistant", "content": LONG}
+    file = write_rows(tmp_path / "examples.jsonl", {"messages": [{"role": "user", "content": "Why?"}, answer]})
+    examples = f"stages.evaluate.few_shot={{count: 1, data: {{source: 'path:{file}'}}}}"
+    tried("stages.evaluate.arms=[base, 'stage:sft']", NO_METRICS, examples)
+    with pytest.raises(ModelError, match=r"the arm 'base\+few-shot' needs more than the 2048 positions") as caught:
+        tried("stages.evaluate.arms=[base, base+few-shot, 'stage:sft']", NO_METRICS, examples)
+    assert "stages.evaluate.few_shot.count" in str(caught.value)
+
+
+# ---- the base's architecture ----------------------------------------------------------------------------------------
+
+TINY = {
+    "num_hidden_layers": 1,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_local_experts": 4,
+    "vocab_size": 64,
+}
+SCALED = {"model_type": "llama", "num_hidden_layers": 1, "output_multiplier": 0.5}
+CACHING_A_STATE = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "layer_types": ["full_attention", "linear_attention"],
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "adapter", "setting"),
+    [
+        ("mixtral", {"kind": "dora"}, "target_modules"),
+        ("mixtral", {"kind": "dora", "target_modules": ["q_proj"]}, ""),
+        ("mixtral", {"kind": "lora"}, ""),
+        ("llama", {"kind": "prefix"}, ""),
+        ("llama", {"kind": "qlora", "target_modules": ["c_attn"]}, "target_modules"),
+        ("llama", {"kind": "lora", "modules_to_save": ["wte"]}, "modules_to_save"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_the_base_is_refused_before_an_earlier_stage_trains(
+    tried: Tried, tmp_path: Path, model_type: str, adapter: dict[str, object], setting: str
+) -> None:
+    write_config(tmp_path, **TINY, model_type=model_type)
+    settings = [f"stages.dpo.adapter.{name}={value}" for name, value in adapter.items()]
+    where = rf"^stage dpo, {CHECKED}adapter\.{setting}: "
+    with pytest.raises(ModelError, match=where) if setting else nullcontext():
+        tried(NO_METRICS, *settings)
+
+
+@pytest.mark.parametrize(
+    ("config", "num_results", "settings", "words"),
+    [
+        ({"model_type": "olmoe"}, 0, [], r"reward, .*path:.* no model with a score .* 'olmoe'"),
+        ({"model_type": "olmoe"}, 2, ["stages.ppo.critic=shared"], ""),
+        ({"model_type": "olmoe"}, 2, ["stages.ppo.critic=separate"], r"ppo, .*path:.*\n.* PPO has critic=shared or"),
+        (SCALED, 0, [NO_METRICS], r"ppo, .*model\.source: LlamaForCausalLM scales its logits"),
+        (SCALED, 3, [NO_METRICS], r"evaluate, .*model\.source: LlamaForCausalLM scales its"),
+        (CACHING_A_STATE, 0, [NO_METRICS], r"ppo, .*model\.source: generation does not support layers"),
+    ],
+)
+def test_a_base_that_a_later_stage_cannot_use_is_refused(
+    plan: MakePlan,
+    tried: Tried,
+    tmp_path: Path,
+    config: dict[str, Any],
+    num_results: int,
+    settings: list[str],
+    words: str,
+) -> None:
+    write_config(tmp_path, **config)
+    for stage in plan().stages[:num_results]:
+        leave_artifact(stage)
+    with pytest.raises(ModelError, match=f"^stage {words}") if words else nullcontext() as caught:
+        tried(*settings)
+    assert caught is None or CHECKED in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "source", "is_refused"),
+    [
+        (asks("When?"), "length", False),
+        (asks("When?", reference="Soon."), "length", True),
+        ({**CHOICE, "choices": ["Soon.", "Now."]}, "choice", True),
+    ],
+)
+def test_an_arm_without_another_to_compare_it_with_still_scores_references_and_choices(
+    tmp_path: Path, row: dict[str, object], source: str, is_refused: bool
+) -> None:
+    write_config(tmp_path, **SCALED)
+    write_rows(tmp_path / "data.jsonl", row)
+    of_base = StageInput(ref="base", path=None)
+    config = EvaluateConfig(arms=["base"], metrics=[MetricConfig(name="score", source=source)])
+    parts = {"base_path": tmp_path / "model", "inputs": {"reference": of_base}, "arms": {"base": of_base}}
+    context = StageContext(spec=tiny_spec(tmp_path, config, **parts), rank=1, world_size=2)
+    with pytest.raises(ModelError, match="scales its logits") if is_refused else nullcontext():
+        arm_base.refuse_base(config, context)
+
+
+def test_a_base_that_scales_its_logits_is_refused_before_forgetting_is_measured(tmp_path: Path) -> None:
+    config = ForgettingConfig(arms=["stage:sft"])
+    module, _, function = kind_of(config).rehearse.partition(":")
+    check = getattr(importlib.import_module(module), function)
+    for name, multiplier in (("plain", None), ("scaled", 0.5)):
+        write_config(tmp_path, **SCALED | {"output_multiplier": multiplier})
+        spec = tiny_spec(tmp_path / name, config, base_path=tmp_path / "model", inputs={})
+        with pytest.raises(ModelError, match="LlamaForCausalLM scales its") if multiplier else nullcontext():
+            check(config, StageContext(spec=spec, rank=0, world_size=1))
+
+
+def test_a_policy_that_caches_a_state_is_sampled_from_by_an_engine_alone(tmp_path: Path) -> None:
+    write_config(tmp_path, **CACHING_A_STATE)
+    for engine in Engine:
+        config = SampleConfig(sampling=SamplingConfig(engine=engine))
+        inputs = {"policy": StageInput(ref="base", path=None)}
+        spec = tiny_spec(tmp_path / engine.value, config, base_path=tmp_path / "model", inputs=inputs)
+        with pytest.raises(ModelError, match="that cache a Linear") if engine is Engine.own else nullcontext():
+            refuse_base(config, StageContext(spec=spec, rank=0, world_size=1))
+
+
+def test_policies_that_began_as_another_model_are_not_measured_by_the_base(
+    tried: Tried, started: Commands, tmp_path: Path
+) -> None:
+    write_config(tmp_path, model_type="olmoe", max_position_embeddings=4)
+    shutil.copytree(tmp_path / "model", tmp_path / "other")
+    tried(f"stages.sft.init=path:{tmp_path}/other")
+    assert [stages_in(command) for command in started] == [["--rows", "--scorers", "ppo", "evaluate", "--model"]]

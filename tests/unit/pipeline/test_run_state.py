@@ -1,29 +1,45 @@
-"""What is known about a run whose driver ended without recording how."""
+"""What is known about a run that goes on, or whose processes ended without recording how."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure as TorchFailure
 
 import alignment
 from alignment.commands.shared.named_runs import current_run
 from alignment.commands.status import show_status
+from alignment.core import logs
 from alignment.core.artifacts import Manifest, publish
+from alignment.core.errors import AlignmentError, Busy, Preempted, StageError
 from alignment.core.locks import held
 from alignment.pipeline.execute import run_state
+from alignment.pipeline.execute.attempt_times import counted
+from alignment.pipeline.execute.heartbeats import ProcessState, Watch, refuse_stuck
 from alignment.pipeline.execute.run_state import as_it_is, explanation
+from alignment.pipeline.execute.worker_protocol import ProcessFailure, first_failure, raise_for_status
+from alignment.records.attempts import Attempts
 from alignment.records.run import StageEntry
-from alignment.records.worker import PROGRESS
+from alignment.records.worker import FAILED, PROGRESS, Heartbeat, Progress, Status, heartbeat_file
 from tests.running import RunFolder
+from tests.unit.pipeline.remote.conftest import sealed
 
+NOW = time.time()
 _DIES_HOLDING_THE_LOCK = """\
 import os, sys, pathlib
 from alignment.core.locks import held
@@ -41,10 +57,14 @@ def killed(tmp_path: Path) -> RunFolder:
     run.stage("sft", "done", seconds=41.0)
     run.stage("dpo", "running", started=started, attempts=2, earlier_seconds=60.0)
     run.progress("dpo", "training", 12, 57)
-    seen = time.time() - 200.0
-    for file in (run.folder / "run.json", run.work("dpo") / PROGRESS):
-        os.utime(file, (seen, seen))
+    was_seen(run, run.work("dpo") / PROGRESS)
     return run
+
+
+def was_seen(run: RunFolder, *files: Path) -> None:
+    """Makes the record and these files 200 s old."""
+    for file in (run.folder / "run.json", *files):
+        os.utime(file, (time.time() - 200.0,) * 2)
 
 
 def status(run: RunFolder, name: str | None = "mine") -> list[str]:
@@ -56,17 +76,25 @@ def status(run: RunFolder, name: str | None = "mine") -> list[str]:
 
 def test_a_killed_run_says_so_with_its_last_sign_of_life_and_what_to_do(killed: RunFolder) -> None:
     lines = status(killed)
-    assert lines[:5] == [
+    assert lines[:6] == [
         "mine killed",
         "sft done 41 s sft-5f0e9b1c",
         "reward waiting reward-5f0e9b1c",
         "dpo killed 3 min 20 s in 2 attempts dpo-5f0e9b1c",
         "ppo waiting ppo-5f0e9b1c",
+        "dpo: killed in the phase 'training 12/57'",
     ]
-    assert lines[5] == "dpo: killed in the phase 'training 12/57'"
     assert lines[6].startswith("mine ended without recording how; the last sign of life was 3 min 2")
     assert lines[7] == "run the same command to continue"
-    assert status(killed, None)[0].startswith("mine killed ")
+    run = alignment.load_run(killed.folder)
+    assert (run.state, run.stages["dpo"].state, run.stages["reward"].state) == ("killed", "killed", "waiting")
+    assert run.stages["dpo"].progress is not None
+    assert run.record.stages["dpo"].state == "running", "what was recorded"
+    (killed.output / "runs/broken").mkdir()
+    (killed.output / "runs/broken/run.json").write_text("[]")  # as a newer version may write it
+    lines = status(killed, None)
+    assert [line.split()[:2] for line in lines] == [["broken", "unreadable"], ["mine", "killed"]]
+    assert str(killed.output / "runs/broken/run.json") in lines[0]
 
 
 def test_a_run_that_was_moved_shows_its_progress_and_its_results(killed: RunFolder, tmp_path: Path) -> None:
@@ -75,9 +103,8 @@ def test_a_run_that_was_moved_shows_its_progress_and_its_results(killed: RunFold
     (judged / "evaluation.json").write_text('{"arms": [{"name": "stage:sft", "words": {"mean": 7.5}}]}')
     (judged / "samples.jsonl").touch()
     entry = StageEntry(kind="evaluate", state="done", artifact=str(judged))
-    seen = (killed.folder / "run.json").stat().st_mtime
     killed.run(stages={**killed.record.stages, "judge": entry})
-    os.utime(killed.folder / "run.json", (seen, seen))
+    was_seen(killed)
     before = status(killed)
     killed.output = tmp_path / "moved"
     killed.output.mkdir()
@@ -89,25 +116,18 @@ def test_a_run_that_was_moved_shows_its_progress_and_its_results(killed: RunFold
 
 @pytest.mark.parametrize("state", ["interrupted", "preempted"])
 def test_a_run_that_was_asked_to_stop_says_how_it_goes_on(tmp_path: Path, state: str) -> None:
-    run = RunFolder(tmp_path, state=state)
-    assert "it was stopped; run the same command to continue" in status(run)
+    run, line = RunFolder(tmp_path, state=state), "it was stopped; run the same command to continue"
+    assert line in status(run)
     run.run(state="done")
-    assert "it was stopped; run the same command to continue" not in status(run)
+    assert line not in status(run)
 
 
-def test_a_process_that_outlives_its_driver_is_named(killed: RunFolder) -> None:
+def test_a_process_that_outlives_its_driver_or_its_launcher_is_not_called_killed(killed: RunFolder) -> None:
     with held(killed.work("dpo") / "lock", wait=False):
         lines = status(killed)
-    assert lines[0] == "mine killed"
-    assert lines[3].startswith("dpo running ")
-    assert lines[5:8] == [
-        "dpo: training 12/57",
-        "mine ended without recording how, but another process is still working on dpo",
-        "run the same command with --wait to continue after that",
-    ]
-
-
-def test_a_worker_that_outlives_its_launcher_is_not_called_killed(killed: RunFolder) -> None:
+    assert (lines[0], lines[3].startswith("dpo running "), lines[5]) == ("mine killed", True, "dpo: training 12/57")
+    assert "another process is still working on dpo" in lines[6]
+    assert "--wait" in lines[7]
     with held(killed.work("dpo") / "worker.lock", wait=False):
         assert as_it_is(killed.folder, killed.record).stages["dpo"].state == "running"
     assert as_it_is(killed.folder, killed.record).stages["dpo"].state == "killed"
@@ -120,8 +140,7 @@ def test_a_stage_that_outlived_its_driver_and_stored_its_result_is_done(killed: 
     manifest = Manifest(stage="dpo", kind="policy", fingerprint="5f0e", identity={}, usage={"seconds": 92.0})
     publish(content, artifact, manifest)
     lines = status(killed)
-    assert lines[0] == "mine killed"
-    assert lines[3] == "dpo done 1 min 32 s in 2 attempts dpo-5f0e9b1c"
+    assert (lines[0], lines[3]) == ("mine killed", "dpo done 1 min 32 s in 2 attempts dpo-5f0e9b1c")
     assert not [line for line in lines if "killed in" in line]
     assert "the last sign of life was 0 s ago" in lines[5]
     assert alignment.load_run(killed.folder).stages["dpo"].state == "done"
@@ -129,21 +148,12 @@ def test_a_stage_that_outlived_its_driver_and_stored_its_result_is_done(killed: 
     assert as_it_is(killed.folder, killed.record).stages["dpo"].state == "killed", "a plan would not reuse it"
 
 
-def test_a_run_of_another_machine_is_not_called_killed(killed: RunFolder) -> None:
+def test_a_run_of_another_machine_is_neither_called_killed_nor_taken_for_the_current_one(killed: RunFolder) -> None:
     (killed.folder / "lock").write_text("4711 node7")
     lines = status(killed)
-    assert lines[0] == "mine unknown"
-    assert lines[3].startswith("dpo running ")
-    assert lines[5] == "dpo: training 12/57"
-    assert lines[6].startswith(
-        "mine may still be running, which cannot be seen from here (it was started on node7); the last sign of life "
-        "was 3 min 2"
-    )
+    assert (lines[0], lines[3].startswith("dpo running "), lines[5]) == ("mine unknown", True, "dpo: training 12/57")
+    assert "(it was started on node7); the last sign of life was 3 min 2" in lines[6]
     assert lines[7] == "if it has ended, run the same command to continue"
-
-
-def test_a_run_that_cannot_be_seen_is_not_taken_for_the_current_one(killed: RunFolder) -> None:
-    (killed.folder / "lock").write_text("4711 node7")
     later = RunFolder(killed.output, "later", state="done", started="2027-01-01T00:00:00+00:00")
     assert current_run(killed.output) == later.folder
 
@@ -160,17 +170,260 @@ def test_a_run_that_ended_meanwhile_is_not_called_killed(killed: RunFolder, monk
     assert explanation(killed.folder, as_it_is(killed.folder, before)) == []
 
 
-def test_a_killed_stage_is_read_as_killed_from_python(killed: RunFolder) -> None:
-    run = alignment.load_run(killed.folder)
-    assert (run.state, run.stages["dpo"].state, run.stages["reward"].state) == ("killed", "killed", "waiting")
-    assert run.stages["dpo"].progress is not None
-    assert run.record.stages["dpo"].state == "running", "what was recorded"
+# ---- how long all attempts took -------------------------------------------------------------------------------------
 
 
-def test_a_run_that_cannot_be_read_hides_no_other_from_the_list(killed: RunFolder) -> None:
-    """As one that a newer version wrote."""
-    (killed.output / "runs/broken").mkdir()
-    (killed.output / "runs/broken/run.json").write_text("[]")
-    lines = status(killed, None)
-    assert [line.split()[:2] for line in lines] == [["broken", "unreadable"], [killed.folder.name, "killed"]]
-    assert str(killed.output / "runs/broken/run.json") in lines[0]
+def fails(error: BaseException) -> Callable[[Path], None]:
+    """An attempt that ends with this error."""
+
+    def attempt(work: Path) -> None:
+        with pytest.raises(type(error)), counted(work):
+            raise error
+
+    return attempt
+
+
+def beat(work: Path, rank: int = 0, *, at: float = 5000.0, pid: int = 1) -> Path:
+    """Leaves the last heartbeat of a process."""
+    file = heartbeat_file(work, rank)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Heartbeat(pid=pid, phase="training", time=at, since=at - 0.5, waits=False, location="x").write(file)
+    os.utime(file, (at, at))
+    return file
+
+
+def test_attempts_that_ended_are_added_up_and_a_call_that_is_refused_is_none(tmp_path: Path) -> None:
+    Attempts(number=2, earlier_seconds=500.0).write(tmp_path)
+    fails(StageError("no"))(tmp_path)
+    before = Attempts.read(tmp_path)
+    fails(Busy("in use"))(tmp_path)
+    assert Attempts.read(tmp_path) == before
+    with counted(tmp_path) as attempt:
+        assert (attempt.number, attempt.started >= NOW) == (4, True)
+        assert 500.0 <= attempt.earlier_seconds < 510.0
+
+
+def test_attempts_that_store_nothing_are_counted(tmp_path: Path) -> None:
+    for expected in (1, 2):
+        fails(Preempted("stopped"))(tmp_path)
+        assert Attempts.read(tmp_path).without_progress == expected
+    with suppress(Preempted), counted(tmp_path):
+        sealed(tmp_path, 20)
+        raise Preempted("stopped")
+    assert Attempts.read(tmp_path).without_progress == 0
+    fails(Preempted("stopped"))(tmp_path)
+    assert Attempts.read(tmp_path).without_progress == 1, "what an earlier attempt stored is no progress of this one"
+    fails(StageError("no"))(tmp_path)
+    assert Attempts.read(tmp_path).without_progress == 0, "it did not lack time"
+
+
+@pytest.mark.parametrize(
+    ("age", "beats", "seconds"),
+    [(500.0, (130.0, 100.0, 110.0), 420.0), (500.0, (), 70.0), (0.0, (10.0,), 20.0)],
+    ids=["the last of all", "its progress", "of an attempt before"],
+)
+def test_an_attempt_that_was_killed_counts_until_the_last_sign_of_life(
+    tmp_path: Path, age: float, beats: tuple[float, ...], seconds: float
+) -> None:
+    Attempts(number=1, earlier_seconds=20.0, started=NOW - age).write(tmp_path)
+    Progress(phase="training").write(tmp_path)
+    os.utime(tmp_path / PROGRESS, (NOW - 450.0, NOW - 450.0))
+    for rank, before in enumerate(beats):
+        beat(tmp_path, rank, at=NOW - before)
+    with counted(tmp_path) as attempt:
+        assert (attempt.number, attempt.earlier_seconds) == (2, pytest.approx(seconds, abs=0.01))
+
+
+def test_without_a_sign_of_life_the_steps_that_were_logged_count(tmp_path: Path) -> None:
+    """Another machine began the stage: its heartbeats are not here, and the time since then means nothing."""
+    Attempts(number=1, started=NOW - 50_000.0).write(tmp_path)
+    (tmp_path / "content").mkdir()
+    lines = [{"step": 1, "seconds": 3.5}, {"step": 2, "seconds": 321.5}]
+    (tmp_path / "content/metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"st')
+    with counted(tmp_path) as attempt:
+        assert (attempt.number, attempt.earlier_seconds) == (2, 321.5)
+
+
+def test_attempts_that_cannot_be_read_or_written_end_no_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "attempts.json").write_text('{"number": "two"}')
+    with counted(tmp_path) as attempt:
+        assert (attempt.number, attempt.earlier_seconds) == (1, 0.0)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    with counted(tmp_path) as attempt:
+        assert attempt.number == 2
+
+
+# ---- which process is stuck -----------------------------------------------------------------------------------------
+
+
+def sign(rank: int, *, silent: float = 0.0, **changes: Any) -> ProcessState:
+    """Of a process that gave a sign just now and did something a moment before."""
+    last = Heartbeat(pid=1, phase="training", time=5000.0, since=4999.5, waits=False, location=f"here{rank}")
+    return ProcessState(rank=rank, last=replace(last, **changes), silent=silent)
+
+
+def judge(*signs: ProcessState, processes: int) -> None:
+    refuse_stuck(signs, processes=processes, limit=60, stage="sft")
+
+
+STUCK = {"since": 4939.0}
+WAITING = {"since": 4939.0, "waits": True}
+
+
+def test_while_one_is_at_work_or_has_not_started_nobody_is_stuck() -> None:
+    judge(sign(0, **WAITING), sign(1), processes=2)
+    judge(sign(0, since=4941.0), processes=1)
+    judge(sign(0, **WAITING), processes=2)
+
+
+@pytest.mark.parametrize(
+    ("signs", "expected"),
+    [
+        ([sign(0, **STUCK)], "process 0 of 1 has been stuck for 60 seconds: training, here0"),
+        ([sign(0, **WAITING), sign(1, **STUCK)], "process 1 of 2 has been stuck for 60 seconds: training, here1"),
+        ([sign(0, **STUCK), sign(1, silent=61.0)], "process 1 of 2 has not run for 60 seconds: training, here1"),
+        ([sign(0, **WAITING)], "process 0 of 1 has been stuck for 60 seconds: training, here0"),
+        ([sign(0, **WAITING), sign(1, **WAITING)], "process 0: training, here0"),
+    ],
+    ids=["alone", "others wait", "stopped", "alone with its GPU", "all wait"],
+)
+def test_the_process_that_others_wait_for_is_named(signs: list[ProcessState], expected: str) -> None:
+    with pytest.raises(StageError) as caught:
+        judge(*signs, processes=len(signs))
+    assert (caught.value.where, expected in str(caught.value)) == ("stage sft", True)
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ESTALE])
+def test_a_file_that_goes_while_it_is_read_is_no_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """A worker that is done removes its folder at any moment, and NFS has a number of its own for a file replaced."""
+    beat(tmp_path)
+
+    def gone(*_: Any, **__: Any) -> str:
+        raise OSError(number, "gone")
+
+    monkeypatch.setattr(Path, "read_text", gone)
+    assert Heartbeat.read_all(tmp_path) == {}
+    assert Progress.read(tmp_path) is None
+
+
+def test_heartbeats_are_read_by_rank_and_damaged_ones_left_out(tmp_path: Path) -> None:
+    for rank in (10, 2):
+        beat(tmp_path, rank)
+    (tmp_path / "heartbeats/.3.json.99.tmp").write_text("{")
+    (tmp_path / "heartbeats/4.json").write_text('{"pid": "seven"}')
+    assert list(Heartbeat.read_all(tmp_path)) == [2, 10]
+    assert Heartbeat.read_all(tmp_path / "nowhere") == {}
+
+
+@pytest.mark.parametrize("jump", [3600.0, -3600.0])
+def test_a_clock_that_is_set_makes_no_process_look_stuck(tmp_path: Path, jump: float) -> None:
+    """A worker's own clock and the reader's have nothing in common; only what changes counts."""
+    now = 7.0
+    watch = Watch(tmp_path, clock=lambda: now)
+    beat(tmp_path)
+    assert [state.idle for state in watch.look()] == [0.5]
+    now = 70.0
+    beat(tmp_path, at=5000.0 + jump)
+    judge(*watch.look(), processes=1)
+    now = 131.0
+    with pytest.raises(StageError, match="process 0 of 1 has not run"):
+        judge(*watch.look(), processes=1)
+    beat(tmp_path, at=5000.0 + jump, pid=2)
+    assert [state.silent for state in watch.look()] == [0.0], "another process of the same rank"
+
+
+# ---- which process failed first, out of reports that torchrun itself wrote ------------------------------------------
+
+
+def report(*failures: tuple[int, int, int]) -> str:
+    """What torchrun prints of processes given as (rank, exit code, second), in the order in which it saw them."""
+    torchs = {}
+    for rank, code, second in failures:
+        torchs[rank] = TorchFailure(local_rank=rank, pid=4000 + rank, exitcode=code, error_file="<N/A>")
+        torchs[rank].timestamp = 1_790_000_000 + second
+    return f"step 3\n{ChildFailedError('alignment.worker', torchs)}\n"
+
+
+@pytest.mark.parametrize(
+    ("failures", "expected"),
+    [
+        ([(1, -9, 0)], (1, -9)),
+        ([(0, 1, 0)], (0, 1)),
+        # The other process lost its connection, and torchrun saw both at once.
+        ([(0, 1, 0), (1, -9, 0)], (1, -9)),
+        ([(1, -9, 0), (0, 1, 0)], (1, -9)),
+        # The second in which both ended turned between two looks.
+        ([(0, 1, 0), (1, -9, 1)], (1, -9)),
+        ([(0, 1, 0), (1, -11, 0)], (1, -11)),
+        ([(0, 1, 0), (1, -7, 0)], (1, -7)),
+        ([(0, 1, 0), (1, -26, 0)], (1, -26)),
+        # torchrun itself ends those that remain, and kills what does not end in half a minute.
+        ([(0, 1, 0), (1, -15, 0)], (0, 1)),
+        ([(0, 1, 0), (1, -9, 30)], (0, 1)),
+        # NCCL aborts a process that lost its connection.
+        ([(0, -6, 1), (1, 1, 0)], (1, 1)),
+        ([(rank, 1, 0) for rank in range(7)] + [(7, -9, 0)], (7, -9)),
+    ],
+)
+def test_the_process_that_brought_down_the_others(
+    failures: list[tuple[int, int, int]], expected: tuple[int, int]
+) -> None:
+    assert first_failure(report(*failures)) == ProcessFailure(*expected)
+
+
+@pytest.mark.parametrize("printed", ["", "step 3\nKeyError: 'rank'\n", "  rank      : 1\n  exitcode  : -9\n"])
+def test_a_log_without_a_report_names_nobody(printed: str) -> None:
+    assert first_failure(printed) is None
+
+
+LOST = "RuntimeError: Connection reset by peer"
+BUG = "KeyError: 'x'"
+FIRST = (0, 1, 0)
+TORCHRUNS_OWN = (2, -9, 31)
+
+
+@pytest.mark.parametrize(
+    ("error", "failures", "code", "words"),
+    [
+        (LOST, [FIRST, (1, -9, 0), TORCHRUNS_OWN], 5, "process 1 ended by signal 9 (often"),
+        (LOST, [FIRST, (1, -11, 0), TORCHRUNS_OWN], 5, "process 1 ended by signal 11 without"),
+        (LOST, [FIRST, (1, -26, 0), TORCHRUNS_OWN], 5, "process 1 ended by SIGVTALRM (a chat template"),
+        ("", [(0, -6, 0), (1, -9, 31)], 5, "process 0 ended by signal 6"),
+        (BUG, [FIRST, (1, -15, 0), TORCHRUNS_OWN], 1, BUG),
+    ],
+)
+def test_a_killed_process_is_named_but_neither_a_lost_connection_nor_what_torchrun_ended(
+    tmp_path: Path, error: str, failures: list[tuple[int, int, int]], code: int, words: str
+) -> None:
+    if error:
+        Status(state=FAILED, exit_code=1, error=error).write(tmp_path)
+    (tmp_path / "log.txt").write_text(report(*failures))
+    with pytest.raises(AlignmentError) as caught:
+        raise_for_status(tmp_path, code=1, stage="sft", kinds=["sft"])
+    assert (caught.value.exit_code, words in str(caught.value)) == (code, True)
+
+
+def append(log: Path, text: str) -> None:
+    with log.open("a") as file:
+        file.write(text)
+
+
+def test_a_report_is_read_out_of_a_shortened_log_unless_it_is_of_an_earlier_attempt(tmp_path: Path) -> None:
+    Status(state=FAILED, exit_code=1, error=BUG).write(tmp_path)
+    log = tmp_path / "log.txt"
+    append(log, "step\n" * (logs.LIMIT // 10))
+    logs.begin_attempt(log, "attempt 1 at sft-1")
+    append(log, "step\n" * (logs.LIMIT // 5) + report(FIRST, (1, -9, 0)))
+    logs.shorten(log)
+    with pytest.raises(StageError, match="process 1 ended by signal 9"):
+        raise_for_status(tmp_path, code=1, stage="sft", kinds=["sft"])
+    logs.begin_attempt(log, "attempt 2 at sft-1")
+    append(log, report((0, 1, 900), (1, -15, 900)))
+    with pytest.raises(AlignmentError, match=BUG):
+        raise_for_status(tmp_path, code=1, stage="sft", kinds=["sft"])

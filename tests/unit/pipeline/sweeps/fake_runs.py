@@ -76,17 +76,10 @@ class Runs:
             if self.has_prompt(settings, index)
         ]
         (artifact / "samples.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-        metrics = {
-            "loss/dpo": self.words(settings),
-            f"{METRIC}/dpo": self.words(settings),
-            "rewards/margins": self.words(settings),
-            "rewards/accuracies": self.words(settings),
-        }
-        (artifact / MANIFEST).write_text(
-            json.dumps(
-                asdict(Manifest(stage="evaluate", kind="evaluation", fingerprint="", identity={}, metrics=metrics))
-            )
-        )
+        names = ("loss/dpo", f"{METRIC}/dpo", "rewards/margins", "rewards/accuracies")
+        metrics = dict.fromkeys(names, self.words(settings))
+        manifest = Manifest(stage="evaluate", kind="evaluation", fingerprint="", identity={}, metrics=metrics)
+        (artifact / MANIFEST).write_text(json.dumps(asdict(manifest)))
         stages = {name: {"kind": name, "artifact": str(artifact)} for name in ("evaluate", "dpo")}
         (run / "run.json").write_text(json.dumps({"stages": stages}))
         (run / REPORT).touch()
@@ -95,31 +88,35 @@ class Runs:
         return 0
 
 
+def given(runs: Runs) -> list[str]:
+    """Overrides of every sweep here: a folder and a model of its own, and few rows, which each plan reads."""
+    limits = [f"stages.{stage}.data.limit=48" for stage in ("sft", "reward", "dpo", "ppo", "evaluate")]
+    return [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", *limits]
+
+
 def go(runs: Runs, name: str = "dpo_beta", *more: str, at_once: int = 1, retry_failed: bool = False) -> tuple[int, str]:
     console = Console(width=200, record=True, quiet=False)
-    overrides = [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}", *more]
+    overrides = [*given(runs), *more]
     with console.capture() as captured:
         code = sweep("quickstart", name, overrides, console=console, at_once=at_once, retry_failed=retry_failed)
     return code, captured.get()
 
 
+def record(runs: Runs, name: str = "dpo_beta") -> dict[str, Any]:
+    """The sweep's file."""
+    content: dict[str, Any] = json.loads((runs.output / f"sweeps/quickstart.{name}/sweep.json").read_text())
+    return content
+
+
 def trials(runs: Runs, name: str = "dpo_beta") -> list[dict[str, Any]]:
     """What the sweep's file says of each, in its order."""
-    rows: list[dict[str, Any]] = json.loads((runs.output / f"sweeps/quickstart.{name}/sweep.json").read_text())[
-        "trials"
-    ]
+    rows: list[dict[str, Any]] = record(runs, name)["trials"]
     return rows
 
 
 def arm(name: str, mean: float) -> dict[str, Any]:
     """An arm as ``evaluation.json`` has it."""
     return {"name": name, "metrics": {METRIC: {"mean": mean, "low": mean - 0.02, "high": mean + 0.02}}}
-
-
-def shared_arms(runs: Runs, name: str = "dpo_beta") -> list[dict[str, float]]:
-    """The means of the arms that all trials share, for each goal of the sweep's file."""
-    record = json.loads((runs.output / f"sweeps/quickstart.{name}/sweep.json").read_text())
-    return [{label: value["mean"] for label, value in goal["shared_arms"].items()} for goal in record["goals"]]
 
 
 def own(runs: Runs, tmp_path: Path, **changes: Any) -> str:

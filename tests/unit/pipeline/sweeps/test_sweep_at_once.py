@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import optuna
+import psutil
 import pytest
 
 from alignment.config.backend import MachinesBackend, SlurmBackend
 from alignment.config.launch import LaunchConfig
 from alignment.config.sweep import Pruner, PruningConfig
 from alignment.core.errors import Busy, ConfigError, GateNotMet
+from alignment.core.hardware import VISIBLE
+from alignment.core.locks import held
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps import trials as shared
 from alignment.pipeline.sweeps.pruning import Curve
-from alignment.pipeline.sweeps.trials import Share, shares
+from alignment.pipeline.sweeps.study import LatestMedian, smoothed
+from alignment.pipeline.sweeps.trials import Running, Share, shares
 from alignment.records.run import RunRecord, StageEntry
 from alignment.records.sweep_record import TrialOutcome
+from tests.living import descendants_of, words_of
+from tests.patience import wait_until
 from tests.unit.pipeline.sweeps.fake_runs import BETAS, Runs, go, own, trials
 
 STEPS = 4
@@ -120,12 +129,10 @@ def test_as_many_trials_run_at_once_as_are_asked_for_and_each_value_is_tried_onc
     processes: Processes, runs: Runs
 ) -> None:
     code, printed = go(runs, at_once=2)
-    assert code == 0
-    assert sorted(settings["stages.dpo.beta"] for settings in runs.asked) == BETAS
+    assert (code, sorted(settings["stages.dpo.beta"] for settings in runs.asked)) == (0, BETAS)
     assert {len(together) for together in processes.seen} <= {1, 2}
     assert ("0.05", "0.1") in processes.seen
-    assert "best: stages.dpo.beta=0.3" in printed
-    assert "trial 2: dpo" in printed
+    assert ("best: stages.dpo.beta=0.3" in printed, "trial 2: dpo" in printed) == (True, True)
     assert processes.alive == []
 
 
@@ -149,8 +156,7 @@ def test_a_trial_that_misses_a_gate_counts(processes: Processes, runs: Runs, tmp
 def test_interrupted_it_stops_all_and_goes_on_with_those(processes: Processes, runs: Runs) -> None:
     processes.interrupt_at = 3
     code, printed = go(runs, "dpo_beta", "launch.grace_seconds=500", at_once=2)
-    assert (code, runs.asked, processes.alive) == (130, [], [])
-    assert printed.count("stopped") == 1
+    assert (code, runs.asked, processes.alive, printed.count("stopped")) == (130, [], [], 1)
     assert len(processes.waits) == 2
     assert all(500 < seconds <= 500 + shared._SAVED_LATE_SECONDS for seconds in processes.waits)
     assert go(runs, "dpo_beta", "launch.grace_seconds=500", at_once=2)[0] == 0
@@ -188,55 +194,45 @@ def test_jobs_that_a_sweep_no_longer_waits_for_are_named(processes: Processes, r
     assert len(trials(runs)) == 4
 
 
+# ---- pruning --------------------------------------------------------------------------------------------------------
+
+
 def median(runs: Runs, tmp_path: Path, **more: Any) -> str:
     pruning = {"pruner": "median", "stage": "dpo", "startup_trials": 2, **more}
     parameters = [{"key": "stages.dpo.beta", "values": [0.1, 0.3, 0.5]}]
     return own(runs, tmp_path, search="grid", trials=None, parameters=parameters, pruning=pruning)
 
 
+START = math.log(2)
+"""DPO's first loss whatever its settings; batches of trials that do well may lie above it."""
+USUAL = [START, 0.72, 0.70, 0.71]
+
+
+@pytest.mark.parametrize(
+    ("losses", "pruning", "pruned_at"),
+    [
+        ({"0.5": 3.0}, {"warmup_steps": 2}, 2),
+        ({"0.5": 0.1}, {}, None),
+        ({"0.5": 3.0}, {"minimize": False}, None),
+        ({"0.1": USUAL, "0.3": USUAL, "0.5": [START, 1.9, 2.5, 3.1]}, {}, 2),
+        # A rate that warms up leaves the first losses where they began, but for rounding.
+        ({"0.1": [START] * 4, "0.3": [START] * 4, "0.5": [START + 1e-4, START + 1e-4, START, START]}, {}, None),
+        ({"0.5": [1.0, 1.0, 1.0, 3.0]}, {"metric": "validation/loss"}, 4),
+    ],
+)
 def test_a_trial_whose_curve_is_hopeless_is_pruned_and_listed_with_its_step(
-    processes: Processes, runs: Runs, tmp_path: Path
+    processes: Processes, runs: Runs, tmp_path: Path, losses: dict[str, Any], pruning: Any, pruned_at: int | None
 ) -> None:
-    processes.losses = {"0.5": 3.0}
-    code, printed = go(runs, median(runs, tmp_path, warmup_steps=2))
-    assert code == 0
-    assert len(runs.asked) == 2, "the third was stopped on its way"
-    assert "trial 2 pruned at step 2" in printed
-    last = trials(runs, "mine")[-1]
-    assert (last["state"], last["error"]) == ("pruned", "loss of dpo was worse than the median at step 2")
-    assert go(runs, median(runs, tmp_path, warmup_steps=2))[0] == 0
-    assert len(runs.asked) == 2, "it is not tried again"
-
-
-def test_a_better_curve_is_not_pruned_whichever_way_the_objective_points(
-    processes: Processes, runs: Runs, tmp_path: Path
-) -> None:
-    processes.losses = {"0.5": 0.1}
-    assert go(runs, median(runs, tmp_path))[0] == 0
-    assert len(runs.asked) == 3
-    processes.losses = {"0.5": 3.0}
-    assert go(runs, median(runs, tmp_path, minimize=False))[0] == 0
-    assert len(runs.asked) == 6
-
-
-def test_a_trial_is_judged_by_where_it_stands_and_not_by_where_it_began(
-    processes: Processes, runs: Runs, tmp_path: Path
-) -> None:
-    """DPO's first loss is ln 2 whatever its settings, and batches of trials that do well may lie above it."""
-    start = math.log(2)
-    usual = [start, 0.72, 0.70, 0.71]
-    processes.losses = {"0.1": usual, "0.3": usual, "0.5": [start, 1.9, 2.5, 3.1]}
-    _, printed = go(runs, median(runs, tmp_path))
-    assert "trial 2 pruned at step 2" in printed
-
-
-def test_trials_that_have_learned_nothing_yet_differ_by_rounding_and_are_not_pruned(
-    processes: Processes, runs: Runs, tmp_path: Path
-) -> None:
-    """A rate that warms up leaves the first steps' losses where they began."""
-    start = math.log(2)
-    processes.losses = {"0.1": [start] * 4, "0.3": [start] * 4, "0.5": [start + 1e-4, start + 1e-4, start, start]}
-    assert "pruned" not in go(runs, median(runs, tmp_path))[1]
+    processes.losses = losses
+    file, looks = median(runs, tmp_path, **pruning), "stages.dpo.validation={share: 0.2, every: 2}"
+    code, printed = go(runs, file, looks)
+    assert (code, len(runs.asked)) == (0, 3 if pruned_at is None else 2)
+    assert ("pruned" in printed) == (f"trial 2 pruned at step {pruned_at}" in printed) == (pruned_at is not None)
+    if pruned_at is not None:
+        last = trials(runs, "mine")[-1]
+        assert (last["state"], last["error"].endswith(f"at step {pruned_at}")) == ("pruned", True)
+    assert go(runs, file, looks)[0] == 0
+    assert len(runs.asked) == (3 if pruned_at is None else 2), "it is not tried again"
 
 
 def test_the_curve_of_an_earlier_run_of_the_same_name_is_not_the_trial_s(tmp_path: Path) -> None:
@@ -268,20 +264,63 @@ def test_the_curve_of_an_earlier_run_of_the_same_name_is_not_the_trial_s(tmp_pat
 def test_a_metric_that_the_stage_does_not_show_ends_the_sweep_at_its_first_step(
     processes: Processes, runs: Runs, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="stage dpo does not log 'los' while it trains; did you mean 'loss'"):
+    with pytest.raises(ConfigError, match="does not log 'los' while it trains; did you mean 'loss'"):
         go(runs, median(runs, tmp_path, metric="los"))
     assert (runs.asked, len(processes.seen)) == ([], 1)
 
 
-def test_a_trial_is_pruned_by_its_held_out_loss_which_its_first_step_does_not_show(
-    processes: Processes, runs: Runs, tmp_path: Path
-) -> None:
-    processes.losses = {"0.5": [1.0, 1.0, 1.0, 3.0]}
-    wanted = median(runs, tmp_path, metric="validation/loss")
-    code, printed = go(runs, wanted, "stages.dpo.validation={share: 0.2, every: 2}")
-    assert code == 0
-    assert "trial 2 pruned at step 4" in printed
-    assert len(runs.asked) == 2
+def pruned(
+    curve: list[float], others: list[list[float]], *, direction: str = "minimize", warmup_steps: int = 0
+) -> bool:
+    """Whether a trial with this curve is stopped at its last step beside finished ones with those."""
+    study = optuna.create_study(direction=direction)
+    for other in others:
+        values = dict(enumerate(other, start=1))
+        study.add_trial(optuna.trial.create_trial(value=0.0, intermediate_values=values))
+    study.pruner = LatestMedian(startup_trials=2, warmup_steps=warmup_steps)
+    trial = study.ask()
+    for step, value in enumerate(curve, start=1):
+        trial.report(value, step)
+    return trial.should_prune()
+
+
+def test_a_curve_stands_at_the_mean_of_its_last_five_values() -> None:
+    values = {step: float(step) for step in range(1, 21)}
+    assert smoothed(values, 12) == pytest.approx((8 + 9 + 10 + 11 + 12) / 5)
+    assert smoothed(values, 2) == pytest.approx(1.5)
+    assert smoothed({10: 4.0, 20: 2.0}, 15) == 4.0, "logged more seldom"
+    assert smoothed(values, 21) is None, "it ended before"
+    assert smoothed({10: 4.0}, 5) is None
+
+
+GOOD = [0.7, 0.6, 0.5, 0.4, 0.4, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("curve", "is_pruned"),
+    [
+        ([0.7, 0.6, 0.5, 0.4, 0.4, 0.5], True),  # a little worse on the whole
+        ([0.7, 0.6, 0.5, 0.3, 0.3, 0.5], False),  # one bad batch at the end of better ones
+        ([0.1, 0.9, 0.9, 0.9, 0.9, 0.9], True),  # its best is long ago
+        ([0.9], False),  # before anything was learned
+        ([0.9, 0.9], True),
+        (GOOD, False),
+        ([*GOOD, 9.0], False),  # no finished trial has come so far
+    ],
+)
+def test_a_trial_is_pruned_where_it_stands_worse_than_the_median(curve: list[float], *, is_pruned: bool) -> None:
+    assert pruned(curve, [GOOD, GOOD, GOOD]) is is_pruned
+    upside_down = [[-value for value in losses] for losses in (curve, GOOD)]
+    assert pruned(upside_down[0], [upside_down[1]] * 3, direction="maximize") is is_pruned
+
+
+def test_the_first_trials_and_steps_are_left_alone() -> None:
+    assert not pruned([0.7, 9.0], [GOOD])
+    assert not pruned([0.7, 9.0], [GOOD, GOOD], warmup_steps=3)
+    assert pruned([0.7, 9.0, 9.0], [GOOD, GOOD], warmup_steps=3)
+
+
+# ---- shares of the machine ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -321,3 +360,99 @@ def test_a_machine_that_cannot_be_shared_so_is_refused(
     with pytest.raises(ConfigError) as caught:
         shares(number, launch)
     assert words in str(caught.value)
+
+
+# ---- a trial as a real process ---------------------------------------------------------------------------------------
+
+ALL = Share(cores=frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset())
+
+
+def started(tmp_path: Path, *argv: str, share: Share = ALL) -> Running:
+    return Running(tmp_path / "runs/one", argv, log=tmp_path / "trial-0.log", share=share)
+
+
+def ended(trial: Running) -> TrialOutcome:
+    trial.wait(60)
+    outcome = trial.ended()
+    trial.close()
+    assert outcome is not None
+    return outcome
+
+
+def trial_process() -> psutil.Process:
+    """The process of the one trial that was started, once it runs its own program."""
+
+    def trials() -> list[psutil.Process]:
+        return [child for child in descendants_of(os.getpid()) if "alignment.pipeline.sweeps.trial" in words_of(child)]
+
+    wait_until(trials)
+    (process,) = trials()
+    return process
+
+
+def test_what_it_said_of_its_fault_is_known(tmp_path: Path) -> None:
+    trial = started(tmp_path, "quickstrat")
+    outcome = ended(trial)
+    assert (outcome.code, "did you mean 'quickstart'" in outcome.error) == (2, True)
+    assert outcome.error in (tmp_path / "trial-0.log").read_text()
+    assert trial.stage() == ""
+
+
+def test_one_that_was_killed_is_told_from_one_that_failed(tmp_path: Path) -> None:
+    trial = started(tmp_path, "quickstart", f"output={tmp_path}")
+    trial_process().kill()
+    assert ended(trial) == TrialOutcome(code=1, error="its process ended by signal 9 without recording an outcome")
+
+
+def test_a_disk_on_which_it_can_write_nothing_is_told_from_a_fault_of_its_own(tmp_path: Path) -> None:
+    """The kernel refuses whatever makes a file longer than a few bytes, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (tmp_path / "trial-0.log").write_text("an earlier attempt\n")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
+    try:
+        trial = started(tmp_path, "quickstart", f"output={tmp_path / 'out'}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    outcome = ended(trial)
+    assert (outcome.code, outcome.error.startswith("run one: its files cannot be written")) == (12, True)
+
+
+def test_an_outcome_that_cannot_be_written_fails_no_trial(tmp_path: Path) -> None:
+    """Whatever the trial ended with; here, its file cannot replace a folder."""
+    trial = started(tmp_path, "quickstrat")
+    (tmp_path / "trial-0.json").mkdir()
+    trial.wait(60)
+    (tmp_path / "trial-0.json").rmdir()
+    outcome = trial.ended()
+    trial.close()
+    assert outcome is not None
+    assert (outcome.code, "did you mean 'quickstart'" in outcome.error) == (12, True)
+
+
+@pytest.mark.skipif(not ALL.cores, reason="this system cannot bind a process to cores")
+@pytest.mark.parametrize("variable", VISIBLE)
+def test_it_gets_its_share_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
+    for name in VISIBLE:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "GPU-7,GPU-8,GPU-9")
+    core = min(ALL.cores)
+    share = Share(cores=frozenset({core}), devices=("GPU-7", "GPU-9"))
+    with held(tmp_path / "runs/quickstart/lock", wait=False):  # which it waits for, as long as the sweep is there
+        trial = started(tmp_path, "quickstart", f"output={tmp_path}", share=share)
+        process = trial_process()
+        assert process.cpu_affinity() == [core]
+        assert {name: process.environ().get(name) for name in VISIBLE} == dict.fromkeys(VISIBLE) | {
+            variable: "GPU-7,GPU-9"
+        }
+        trial.close()
+        trial.wait(60)
+
+
+def test_it_ends_when_the_sweep_lets_go_of_it(tmp_path: Path) -> None:
+    with held(tmp_path / "runs/quickstart/lock", wait=False):  # which it waits for, as long as the sweep is there
+        trial = started(tmp_path, "quickstart", f"output={tmp_path}")
+        trial.close()
+        trial.wait(60)
+    outcome = trial.ended()
+    assert outcome is not None
+    assert "by signal 15" in outcome.error

@@ -1,0 +1,462 @@
+"""A command is run to its end, executed or forked by a server, and its processes hear when to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from alignment.core import hardware
+from alignment.core.launcher_variables import RANKS
+from alignment.core.locks import held, is_held
+from alignment.pipeline.backends import forking
+from alignment.pipeline.backends.command import Command
+from alignment.pipeline.backends.forking import ForkedProcess, ForkServer, fork_server
+from alignment.pipeline.backends.processes import call, execute
+from tests.living import descendants_of, is_living, words_of
+
+ROOT = Path(__file__).parents[3]
+
+
+def python(code: str, **environment: str) -> Command:
+    return Command(argv=(sys.executable, "-c", code), environment={"PYTHONUNBUFFERED": "1", **environment})
+
+
+Executed = Callable[..., int]
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log.txt"
+
+
+@pytest.fixture
+def executed(log: Path) -> Executed:
+    """Runs a command to its end; returns its exit code."""
+
+    def run(command: Command, *, grace_seconds: float = 1, **options: Any) -> int:
+        return execute(command, **{"log": log, "on_poll": lambda: None, "grace_seconds": grace_seconds, **options})
+
+    return run
+
+
+def test_output_is_appended_to_the_log_and_the_exit_code_returned(executed: Executed, log: Path) -> None:
+    for code, expected in (
+        ("print('one')", 0),
+        ("import sys; sys.exit('two')", 1),
+        ("import os; os.kill(os.getpid(), 9)", -9),
+    ):
+        assert executed(python(code)) == expected
+    assert log.read_text() == "one\ntwo\n"
+
+
+PRINTS_RANKS = f"import os; print(sorted(name for name in {RANKS} if name in os.environ))"
+
+
+def test_a_process_has_a_worker_s_environment_and_is_not_taken_for_one_of_the_caller_s_group(
+    executed: Executed, log: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As in a container of a cluster that starts one for each machine."""
+    for name in RANKS:
+        monkeypatch.setenv(name, "1")
+    assert executed(python(PRINTS_RANKS)) == executed(python(PRINTS_RANKS, RANK="0")) == 0
+    assert log.read_text() == "[]\n['RANK']\n"
+    assert call([sys.executable, "-c", PRINTS_RANKS]) == 0
+    assert capfd.readouterr().out == "[]\n"
+    assert call([sys.executable, "-c", "import os, sys; sys.exit(40 + int(os.environ['HF_HUB_OFFLINE']))"]) == 41
+
+
+def test_a_command_can_keep_a_lock_after_the_one_who_took_it_let_go(executed: Executed, tmp_path: Path) -> None:
+    lock, release = tmp_path / "lock", tmp_path / "release"
+    seen = []
+    with held(lock, wait=False) as descriptor:
+        inherited = os.dup(descriptor)
+
+    def let_go() -> None:
+        if not seen:
+            os.close(inherited)
+            seen.append(is_held(lock))
+            release.touch()
+
+    waits = f"import pathlib, time\nwhile not pathlib.Path({str(release)!r}).exists(): time.sleep(0.01)"
+    executed(python(waits), on_poll=let_go, keep_open=[inherited])
+    assert (seen, is_held(lock)) == ([True], False)
+
+
+def test_a_command_runs_where_processes_of_others_are_hidden(
+    executed: Executed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with /proc mounted with hidepid=1, where psutil cannot list children."""
+
+    def hidden(*_: object, **__: object) -> list[psutil.Process]:
+        raise psutil.AccessDenied(1)
+
+    monkeypatch.setattr(psutil.Process, "children", hidden)
+    assert executed(python("import time; time.sleep(0.5)")) == 0
+
+
+# ---- how it is asked to stop ----------------------------------------------------------------------------------------
+
+# A launcher that dies at SIGTERM, and a worker in a session of its own that takes a moment to save.
+LAUNCHER = """
+import subprocess, sys
+subprocess.run([sys.executable, "-c", {worker!r}], start_new_session=True)
+"""
+SAVES = """
+import pathlib, signal, sys, time
+def save(*_):
+    time.sleep(0.3)
+    pathlib.Path({saved!r}).write_text("saved")
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path({ready!r}).touch()
+time.sleep({seconds})
+"""
+STUBBORN = """
+import os, pathlib, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+pathlib.Path({ready!r} + ".new").write_text(str(os.getpid()))
+os.replace({ready!r} + ".new", {ready!r})
+time.sleep({seconds})
+"""
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """What a worker writes that may save."""
+    return tmp_path / "saved"
+
+
+def launcher(folder: Path, worker: str, seconds: int = 60) -> Command:
+    code = worker.format(saved=str(folder / "saved"), ready=str(folder / "ready"), seconds=seconds)
+    return python(LAUNCHER.format(worker=code))
+
+
+def interrupt_at(file: Path) -> Callable[[], None]:
+    """Polled; interrupts as soon as there is such a file."""
+
+    def on_poll() -> None:
+        if file.exists():
+            raise KeyboardInterrupt
+
+    return on_poll
+
+
+def test_an_interrupted_worker_may_save_before_the_call_returns(
+    executed: Executed, saved: Path, tmp_path: Path
+) -> None:
+    stops = []
+
+    def acknowledge(stop: BaseException) -> None:
+        stops.append((type(stop), saved.exists()))
+        raise BrokenPipeError("the terminal is gone")
+
+    interrupts = interrupt_at(tmp_path / "ready")
+    with pytest.raises(KeyboardInterrupt):
+        executed(launcher(tmp_path, SAVES), on_poll=interrupts, on_stop=acknowledge, grace_seconds=20)
+    assert stops == [(KeyboardInterrupt, False)], "an interruption is acknowledged before the worker has saved"
+    assert saved.read_text() == "saved"
+
+
+def test_a_worker_that_does_not_stop_is_killed_after_the_grace(executed: Executed, tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        executed(launcher(tmp_path, STUBBORN), on_poll=interrupt_at(tmp_path / "ready"), grace_seconds=0.5)
+    assert time.monotonic() - started < 10
+    pid = int((tmp_path / "ready").read_text())
+    with contextlib.suppress(psutil.NoSuchProcess):  # the signal was sent; the kernel may take a moment
+        psutil.Process(pid).wait(timeout=10)
+    assert not is_living(pid)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, -signal.SIGTERM), (signal.SIGHUP, -signal.SIGHUP), (signal.SIGUSR1, 0)]
+)
+def test_a_signal_to_the_launcher_alone_lets_its_worker_save(
+    executed: Executed, saved: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
+    """Of SIGUSR1 the launcher hears nothing, and the worker, asked by hand, ends by itself."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, here and in every child
+    ready = tmp_path / "ready"
+    sent = []
+
+    def on_poll() -> None:
+        if ready.exists() and not sent:
+            # Other tests of this process may have left helpers of their own.
+            process, worker = [
+                child for child in descendants_of(os.getpid()) if str(ready) in " ".join(words_of(child))
+            ]
+            sent.append(process.send_signal(number))
+            if number == signal.SIGUSR1:
+                worker.terminate()
+
+    assert executed(launcher(tmp_path, SAVES), on_poll=on_poll, grace_seconds=20) == code
+    assert saved.read_text() == "saved"
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_a_signal_that_comes_while_the_command_starts_lets_its_worker_save(
+    executed: Executed, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """Slurm sends its warning once."""
+    started = psutil.Popen
+
+    def warned(*arguments: Any, **named: Any) -> psutil.Popen:
+        process = started(*arguments, **named)
+        while not (tmp_path / "ready").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+        return process
+
+    def on_signal(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(psutil, "Popen", warned)
+    before = signal.signal(number, on_signal)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            executed(launcher(tmp_path, SAVES, seconds=3), grace_seconds=20)
+    finally:
+        signal.signal(number, before)
+    assert saved.read_text() == "saved"
+
+
+def test_a_worker_hears_what_its_launcher_does_not(executed: Executed, tmp_path: Path) -> None:
+    (tmp_path / "sft").mkdir()
+    code = (
+        "import os, pathlib, signal\nfrom alignment.core.stop_requests import stop_while_importing\n"
+        "from alignment.records.worker import write_stopped_before_it_began\n"
+        f"os.kill(os.getpid(), signal.SIGUSR1)\nfile = pathlib.Path({str(tmp_path / 'sft/stage.yaml')!r})\n"
+        "stop_while_importing(lambda: write_stopped_before_it_began(file))\n"
+    )
+    assert executed(python(code, PYTHONPATH=str(ROOT))) == 75
+    assert json.loads((tmp_path / "sft/status.json").read_text())["state"] == "preempted"
+
+
+# ---- a command that a server forks is like one that is executed, but for the seconds of importing -------------------
+
+PROBE = """
+import json, os, signal, sys, time
+import probe_library
+print(json.dumps({
+    "arguments": sys.argv[1:], "name": __name__, "environment": dict(os.environ),
+    "leads": os.getsid(0) == os.getpid(), "input": sys.stdin.read(), "parent": os.getppid(),
+    "imported_by": probe_library.PID, "blocked": sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, []))),
+}))
+exec(sys.argv[1])
+"""
+OWN = {"_", "PWD", "SHLVL"}
+"""Variables that a shell sets for every program."""
+
+
+class Probe(Command):
+    """Runs ``probe``, as a stage runs the package's own module without a launcher."""
+
+    @property
+    def module(self) -> str:
+        return "probe"
+
+
+@pytest.fixture
+def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The module that a server imports for the probe."""
+    (tmp_path / "probe.py").write_text(PROBE)
+    (tmp_path / "probe_library.py").write_text("import os\nPID = os.getpid()\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    return tmp_path / "probe_library.py"
+
+
+def probe(code: str = "", **environment: str) -> Probe:
+    return Probe(argv=(sys.executable, "-m", "probe", code), environment={"OMP_NUM_THREADS": "3", **environment})
+
+
+@contextmanager
+def serving() -> Iterator[ForkServer]:
+    with fork_server(("probe_library",), {"OMP_NUM_THREADS": "3"}) as server:
+        assert server is not None
+        yield server
+
+
+def begun(server: ForkServer, command: Command, log: Path, keep_open: Sequence[int] = ()) -> ForkedProcess:
+    with log.open("ab") as output:
+        process = server.start(command, output=output.fileno(), keep_open=keep_open, gives_up=lambda: False)
+    assert process is not None
+    return process
+
+
+def printed(executed: Executed, log: Path, command: Command, server: ForkServer | None) -> dict[str, Any]:
+    log.unlink(missing_ok=True)
+    assert executed(command, server=server) == 0
+    *notes, line = log.read_text().splitlines()
+    shown: dict[str, Any] = {**json.loads(line), "notes": notes}
+    return shown
+
+
+def test_a_forked_command_is_what_an_executed_one_is(
+    executed: Executed, log: Path, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in RANKS:
+        monkeypatch.setenv(name, "1")
+    with serving() as server:
+        command = probe("", RANK="0", ALIGNMENT_DEVICE="cpu", ALIGNMENT_DIVIDE_ROWS="0")
+        plain, forked = (printed(executed, log, command, where) for where in (None, server))
+        assert forked["imported_by"] == forked["parent"] != os.getpid(), "the server has imported the library"
+        assert plain["parent"] == os.getpid()
+        for shown in (plain, forked):
+            shown["environment"] = {name: value for name, value in shown["environment"].items() if name not in OWN}
+            del shown["parent"], shown["imported_by"]
+        assert (plain["name"], plain["leads"], signal.SIGUSR1 in plain["blocked"]) == ("__main__", True, True)
+        ranks = {name: value for name, value in forked["environment"].items() if name in RANKS}
+        assert ranks == {"RANK": "0"}, "it is not one of the caller's group"
+        assert forked == plain
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"), [("sys.exit(75)", 75), ("raise ValueError", 1), ("os.kill(os.getpid(), 9)", -9), ("", 0)]
+)
+def test_exit_codes_arrive(executed: Executed, log: Path, library: Path, code: str, expected: int) -> None:
+    with serving() as server:
+        assert executed(probe(code), server=server) == expected
+        assert ("ValueError" in log.read_text()) == (code == "raise ValueError")
+
+
+def waits_for(file: Path) -> Probe:
+    """A child that ends once there is such a file, or after a minute."""
+    looks = f"while not os.path.exists({str(file)!r}) and time.monotonic() < end: time.sleep(0.01)"
+    return probe(f"end = time.monotonic() + 60\n{looks}")
+
+
+def test_children_run_side_by_side_and_outlive_the_server(library: Path, log: Path, tmp_path: Path) -> None:
+    with serving() as server:
+        slow = begun(server, waits_for(tmp_path / "done"), log)
+        assert begun(server, probe("sys.exit(4)"), log).wait() == 4
+        with pytest.raises(psutil.TimeoutExpired):
+            slow.wait(0)
+        server._process.kill()
+        assert slow.is_running()
+        (tmp_path / "done").touch()
+        assert slow.wait() == 1, "nobody knows its exit code"
+        assert not is_living(slow)
+
+
+def test_each_child_has_the_temporary_folders_of_libraries_for_itself(
+    executed: Executed, library: Path, log: Path
+) -> None:
+    library.write_text(
+        "import atexit, os, tempfile\nPID = os.getpid()\n"
+        f"FOLDER = tempfile.TemporaryDirectory(dir={str(library.parent)!r}, prefix='made')\n"
+        "atexit.register(FOLDER.cleanup)\n"
+    )
+    shows = "print(json.dumps([probe_library.FOLDER.name, os.listdir(probe_library.FOLDER.name)]), file=sys.stderr)"
+    with serving() as server:
+        for _ in range(2):
+            assert executed(probe(shows), server=server) == 0
+    (first, nothing), (second, _) = (json.loads(line) for line in log.read_text().splitlines()[1::2])
+    assert (nothing, first != second) == ([], True)
+    assert not list(library.parent.glob("made*")), "nor is the server's own left"
+
+
+def test_locks_stay_with_a_child(library: Path, log: Path, tmp_path: Path) -> None:
+    with serving() as server:
+        with held(tmp_path / "lock", wait=False) as lock:
+            child = begun(server, probe("time.sleep(60)"), log, [lock])
+        assert is_held(tmp_path / "lock")
+        child.kill()
+        assert child.wait() == -9
+        assert not is_held(tmp_path / "lock")
+
+
+def test_what_cannot_be_forked_is_executed(
+    executed: Executed, log: Path, library: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving() as server:
+        threads = printed(executed, log, probe("", OMP_NUM_THREADS="1"), server)
+        assert threads["parent"] == os.getpid(), "the server's libraries have read the number of threads"
+        assert ["fork server" in note for note in threads["notes"]] == [True], "the log says so"
+        assert threads["environment"]["OMP_NUM_THREADS"] == "1"
+        server._process.kill()
+        assert printed(executed, log, probe(), server)["parent"] == os.getpid()
+        monkeypatch.setattr(hardware, "count_devices", lambda: 1)
+        with fork_server(["json"], {}) as beside_a_gpu:
+            assert beside_a_gpu is None
+
+
+IMPORTS = """
+import importlib.util, scipy
+sys.exit(40 + (importlib.util.find_spec("deepspeed") is None))
+"""
+
+
+def test_libraries_that_others_do_not_need_are_there_for_a_users_code(
+    executed: Executed, library: Path, log: Path
+) -> None:
+    library.write_text("import importlib.util\nPID = importlib.util.find_spec('scipy')\n")
+    with serving() as server:
+        assert executed(probe(IMPORTS), server=server) == 41
+    assert json.loads(log.read_text())["imported_by"] is None, "the server's libraries were not to find it"
+
+
+def test_a_library_that_hangs_is_given_up_and_one_that_is_broken_reported_by_who_needs_it(
+    executed: Executed, library: Path, log: Path
+) -> None:
+    library.write_text("raise RuntimeError('broken')")
+    with serving() as server:
+        assert executed(probe(), server=server) == 1
+    assert "RuntimeError: broken" in log.read_text()
+    library.write_text("import time\ntime.sleep(600)")
+    with serving() as server, log.open("wb") as output:
+        assert server.start(probe(), output=output.fileno(), keep_open=[], gives_up=lambda: True) is None
+
+
+def test_the_end_of_a_child_is_seen_though_the_server_hangs(
+    library: Path, log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serving() as server:
+        monkeypatch.setattr(forking, "_PATIENCE", 0.2)
+        child = begun(server, waits_for(tmp_path / "done"), log)
+        server._process.send_signal(signal.SIGSTOP)
+        (tmp_path / "done").touch()
+        assert child.wait() == 1
+
+
+HAS_A_HELPER = """
+import pathlib, subprocess
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+def save(*_):
+    pathlib.Path({saved!r}).write_text(str(child.poll()))
+    child.kill()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path({ready!r}).touch()
+time.sleep(60)
+"""
+
+
+def test_a_stop_is_asked_of_the_worker_and_not_of_its_helpers(
+    executed: Executed, library: Path, saved: Path, tmp_path: Path
+) -> None:
+    with serving() as server:
+        code = HAS_A_HELPER.format(saved=str(saved), ready=str(tmp_path / "ready"))
+        with pytest.raises(KeyboardInterrupt):
+            executed(probe(code), on_poll=interrupt_at(tmp_path / "ready"), grace_seconds=20, server=server)
+        assert saved.read_text() == "None", "its helper was still there when it saved"
+
+
+def test_the_server_ends_with_its_client(library: Path) -> None:
+    with serving() as server:
+        process = psutil.Process(server._process.pid)
+        server._client.close()  # as the end of a killed driver does
+        deadline = time.monotonic() + 20
+        while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process.status() == psutil.STATUS_ZOMBIE
