@@ -1,4 +1,4 @@
-"""A run folder as the driver and the workers leave it, with figures that a test can change beforehand."""
+"""A run folder as the driver and the workers leave it, with figures that a test can change, and its page."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import copy
 import json
 import math
 import random
+import re
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +76,21 @@ class FakeRun:
     def html(self, *, num_samples: int = 12) -> str:
         """The report of what stands on disk after ``write``."""
         self.write()
+        return self.built(num_samples=num_samples)
+
+    def built(self, *, num_samples: int = 12) -> str:
+        """The report of what stands on disk."""
         output = self.root / "report.html"
         build(self.folder, output, num_samples=num_samples)
         return output.read_text(encoding="utf-8")
+
+    def add(self, stage: str, kind: str, inputs: dict[str, Any], file: str, content: str | None) -> None:
+        """Gives the run a finished stage that left this file, and writes all."""
+        entry = {"kind": kind, "inputs": inputs, "seconds": 9.0, "state": "done", "reason": "new"}
+        self.run["stages"][stage] = entry | {"artifact": f"{stage}-01234567"}
+        self.write()
+        if content is not None:
+            (self.artifact(stage) / file).write_text(content, encoding="utf-8")
 
     def drop_arms(self, keep: list[str]) -> None:
         """Leaves only the arms in ``keep``, everywhere."""
@@ -101,6 +115,90 @@ def make_comparison() -> Callable[..., dict[str, Any]]:
     return comparison
 
 
+# ---- pages ----------------------------------------------------------------------------------------------------------
+
+HOSTILE = [
+    "<script>alert(1)</script>",
+    "</style><script>alert(1)</script>",
+    '"><img src=x onerror=alert(1)>',
+    "' onmouseover='alert(1)",
+    "</title></textarea><svg onload=alert(1)>",
+    "{{ 7 * 7 }}{% for x in y %}",
+    "\u202egnp.exe \u2067مرحبا",
+    "\x00\x1b[31m\ud800",
+    "W" * 3000,
+    "<a href='https://example.com/'>x</a> @import url(https://example.com/x.css)",
+]
+REQUESTS = {"src", "srcset", "data", "action", "formaction", "background", "poster", "ping", "xlink:href", "style"}
+TAGS = {"html", "head", "meta", "title", "style", "body", "main", "header", "nav", "section", "div", "p", "a", "pre"}
+TAGS |= {"h1", "h2", "h3", "b", "bdi", "small", "span", "code", "ul", "li", "dl", "dt", "dd", "details", "summary"}
+TAGS |= {"table", "thead", "tbody", "tr", "th", "td", "figure", "figcaption"}
+TAGS |= {"svg", "g", "rect", "path", "line", "circle", "text"}
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, and the text of elements."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.styles: list[str] = []
+        self._inside = ""
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        (self.styles if self._inside == "style" else self.words).append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+
+def unlabelled(html: str) -> str:
+    """Without the labels that cells have for narrow screens."""
+    return re.sub(r' data-label="[^"]*"', "", html)
+
+
+def assert_harmless(html: str) -> None:
+    page = Page(html)
+    assert {tag for tag, _ in page.tags} <= TAGS
+    for tag, attributes in page.tags:
+        assert not REQUESTS & attributes.keys(), (tag, attributes)
+        assert not [name for name in attributes if name.startswith("on")], (tag, attributes)
+        assert attributes.get("href", "#").startswith("#")
+    (style,) = page.styles
+    assert "@import" not in style
+    assert "url(" not in style
+    (policy,) = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy is not None
+    assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
+
+
+def section(html: str, name: str) -> str:
+    """The inside of a section of the page; empty without it."""
+    return html.partition(f'<section id="{name}">')[2].partition("</section>")[0]
+
+
+def row_of(html: str, label: str) -> str:
+    """The cells of the first row of a table that begins with this label, without the labels for narrow screens."""
+    pattern = rf'<tr><th scope="row"><bdi>{re.escape(label)}</bdi></th>(.*?)</tr>'
+    row = re.search(pattern, unlabelled(html), re.DOTALL)
+    assert row is not None, label
+    return row[1]
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     """JSON Lines as the workers write them: NaN stands as the word ``NaN``."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -113,14 +211,7 @@ def run_json() -> dict[str, Any]:
         entry.update(state="done", reason="new", artifact=f"{name}-{digest(name)[:8]}")
     stages["sft"].update(state="reused", reason="same fingerprint", seconds=0.0)
     stages["report"].update(state="running")
-    optim = {
-        "lr": 2e-4,
-        "micro_batch_tokens": "auto",
-        "batch_size": 8,
-        "epochs": 1,
-        "schedule": "cosine",
-        "warmup_ratio": 0.03,
-    }
+    optim = {"lr": 2e-4, "micro_batch_tokens": "auto", "batch_size": 8, "epochs": 1, "schedule": "cosine"}
     adapter = {"kind": "lora", "rank": 16, "alpha": 32.0, "dropout": 0.0, "target_modules": ["all-linear"]}
     configs = {name: {"kind": entry["kind"]} for name, entry in stages.items()}
     for name in ("sft", "reward", "dpo", "ppo"):

@@ -14,8 +14,7 @@ from alignment.records.interval import Interval
 from alignment.report.comparison_page.comparison import MOST_RUNS, build_comparison
 from alignment.report.run_page.run_records import Difference
 from alignment.stages.registry import config_classes, trains
-from tests.unit.report.conftest import FakeRun
-from tests.unit.report.test_page import HOSTILE, Page, assert_harmless, unlabelled
+from tests.unit.report.conftest import HOSTILE, FakeRun, Page, assert_harmless, unlabelled
 
 QUALITY = Metric(name="quality")
 STAGES = config_classes()

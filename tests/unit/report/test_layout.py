@@ -14,10 +14,9 @@ from alignment.records.sweep_record import Goal, Parameter
 from alignment.report.sweep_page.sweep_report import build_sweep
 from tests.browser import Layout, browser, layouts_of
 from tests.unit.report.conftest import FakeRun
-from tests.unit.report.test_card import made_card, with_card
 from tests.unit.report.test_comparison import Compared
-from tests.unit.report.test_people import judged_by_people
 from tests.unit.report.test_sweep_page import RANK, RATE, record
+from tests.unit.report.test_tables import judged_by_people, made_card, with_card
 
 WIDTHS = (1280, 390)
 
@@ -77,8 +76,9 @@ def comparison_of_three(folder: Path) -> Path:
 
 def card(folder: Path) -> Path:
     """A report with a reward model's card."""
-    with_card(FakeRun(folder), json.dumps(made_card()))
-    return folder / "card.html"
+    run = FakeRun(folder)
+    with_card(run, made_card())
+    return run.root / "report.html"
 
 
 def report_with_people(folder: Path) -> Path:

@@ -14,7 +14,7 @@ from alignment.records.sweep_record import Goal, Parameter, SweepRecord, Trial
 from alignment.report.sweep_page.sweep_axes import log_ticks, of_parameter
 from alignment.report.sweep_page.sweep_report import build_sweep, sweep_page
 from tests.browser import browser, opened
-from tests.unit.report.test_page import HOSTILE, REQUESTS, TAGS, Page
+from tests.unit.report.conftest import HOSTILE, REQUESTS, TAGS, Page
 
 RATE = Parameter(key="stages.sft.optim.lr", values=[], low=1e-5, high=2e-3, log=True)
 RANK = Parameter(key="stages.sft.adapter.rank", values=["4", "16", "64"], low=None, high=None, log=False)

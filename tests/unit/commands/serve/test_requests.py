@@ -1,4 +1,4 @@
-"""Requests to the default engine: what is refused, what reaches the chat template, and where answers end."""
+"""The app of the default engine: what it refuses, what reaches the chat template, and where answers end."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import torch
 from rich.console import Console
 
 from alignment.commands.serve.loaded_arms import LoadedArm, load_arms
+from alignment.commands.serve.request_messages import turns_of
+from alignment.commands.serve.stop_texts import StopCut, before_stops
 from alignment.commands.shared.libraries import PAGE_LIBRARIES
 from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.core import deadline
@@ -24,6 +26,8 @@ from tests.tiny import tiny_model
 
 ABSENT = [name for name in PAGE_LIBRARIES if importlib.util.find_spec(name) is None]
 pytestmark = pytest.mark.skipif(bool(ABSENT), reason=f"the engine needs {', '.join(ABSENT)}")
+Ask = Callable[..., Answered]
+CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "Hi."}]
 CALLED = [
     {"role": "user", "content": "When is it open?"},
@@ -43,9 +47,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> ServedRun:
     return served_run(tmp_path_factory.mktemp("requests"))
 
 
+def arms_of(run: ServedRun, *names: str) -> Sequence[LoadedArm]:
+    return load_arms(PolicyFinder(Console(), "mine", run.output).policies(names))
+
+
 @pytest.fixture(scope="module")
-def ask(run: ServedRun) -> Callable[..., Answered]:
-    return asking(load_arms(PolicyFinder(Console(), "mine", run.output).policies(["dpo"])))
+def ask(run: ServedRun) -> Ask:
+    """Calls the app of two arms in this process; returns status and body."""
+    return asking(arms_of(run, "sft", "dpo"))
+
+
+@pytest.fixture
+def arm(run: ServedRun) -> LoadedArm:
+    """An arm that a test may change."""
+    (arm,) = arms_of(run, "dpo")
+    return arm
 
 
 def chat(**changes: Any) -> dict[str, Any]:
@@ -53,28 +69,23 @@ def chat(**changes: Any) -> dict[str, Any]:
     return {"model": "dpo", "messages": HI, "max_tokens": 1, "temperature": 0, **changes}
 
 
+def called(**function: Any) -> list[dict[str, Any]]:
+    return [{"role": "assistant", "tool_calls": [{"function": function} if function else {}]}]
+
+
 WRONG: list[Any] = [
     ("model", None, "model"),
-    ("model", 5, "model"),
     ("n", 2, "n"),
     ("logprobs", True, "logprobs"),
-    ("top_logprobs", 5, "top_logprobs"),
     ("response_format", {"type": "json_object"}, "response_format"),
     ("presence_penalty", 0.5, "presence_penalty"),
-    ("frequency_penalty", 0.5, "frequency_penalty"),
-    ("functions", [{"name": "f"}], "functions"),
-    ("reasoning_effort", "low", "reasoning_effort"),
-    ("best_of_all", 1, "best_of_all"),
     ("generation_config", '{"num_beams": 500}', "generation_config"),
     ("chat_template", "{{ 7 * 7 }}", "chat_template"),
     ("chat_template_kwargs", {"chat_template": "{{ 7 * 7 }}"}, "chat_template_kwargs.chat_template"),
-    ("chat_template_kwargs", {"max_length": 1}, "chat_template_kwargs.max_length"),
-    ("chat_template_kwargs", {"tokenize": False}, "chat_template_kwargs.tokenize"),
     ("chat_template_kwargs", {"messages": []}, "chat_template_kwargs.messages"),
     ("chat_template_kwargs", {"add_generation_prompt": False}, "chat_template_kwargs.add_generation_prompt"),
     ("chat_template_kwargs", "x", "chat_template_kwargs"),
     ("max_tokens", 0, "max_tokens"),
-    ("max_tokens", -5, "max_tokens"),
     ("max_tokens", 1.5, "max_tokens"),
     ("max_tokens", True, "max_tokens"),
     ("max_completion_tokens", "ten", "max_completion_tokens"),
@@ -94,42 +105,34 @@ WRONG: list[Any] = [
     ("logit_bias", [5], "logit_bias"),
     ("logit_bias", {"-1": 1}, "logit_bias"),
     ("logit_bias", {"99999999": 1}, "logit_bias"),
-    ("logit_bias", {"word": 1}, "logit_bias"),
     ("logit_bias", {"5": "1"}, "logit_bias"),
     ("logit_bias", {"5": 1000}, "logit_bias"),
     ("tools", "x", "tools"),
     ("tools", [5], "tools[0]"),
-    ("tools", [{"type": "function", "function": {}}], "tools[0]"),
+    ("tools", [TOOL, {"type": "function", "function": {}}], "tools[1]"),
     ("messages", None, "messages"),
     ("messages", "Hi.", "messages"),
     ("messages", [], "messages"),
     ("messages", ["Hi."], "messages[0]"),
-    ("messages", [{"content": "Hi."}], "messages[0].role"),
-    ("messages", [{"role": "king", "content": "Hi."}], "messages[0].role"),
+    ("messages", [*HI, {"role": "king", "content": "Hi."}], "messages[1].role"),
     ("messages", [{"role": ["user"], "content": "Hi."}], "messages[0].role"),
     ("messages", [{"role": "user"}], "messages[0].content"),
-    ("messages", [{"role": "user", "content": 5}], "messages[0].content"),
     ("messages", [{"role": "user", "content": {"text": "Hi."}}], "messages[0].content"),
     ("messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content"),
     ("messages", [{"role": "user", "content": "Hi.", "name": 5}], "messages[0].name"),
     ("messages", [{"role": "user", "content": "Hi.", "audio": {"id": "1"}}], "messages[0].audio"),
     ("messages", [{"role": "user", "content": "half \ud800"}], "messages"),
     ("messages", [{"role": "assistant", "tool_calls": 5}], "messages[0].tool_calls"),
-    ("messages", [{"role": "assistant", "tool_calls": [{}]}], "messages[0].tool_calls[0]"),
-    (
-        "messages",
-        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}],
-        "messages[0].tool_calls[0].function.arguments",
-    ),
+    ("messages", called(), "messages[0].tool_calls[0]"),
+    ("messages", called(name="f", arguments="{"), "messages[0].tool_calls[0].function.arguments"),
+    ("messages", called(name="f", arguments=[5]), "messages[0].tool_calls[0].function.arguments"),
 ]
 
 
-@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("field", "value", "param"), WRONG)
-def test_what_a_request_cannot_have_is_refused_by_name(
-    ask: Callable[..., Answered], field: str, value: Any, param: str, stream: bool
-) -> None:
-    status, reply = ask("POST", "/v1/chat/completions", chat(**{"stream": stream, field: value}))
+def test_what_a_request_cannot_have_is_refused_by_name(ask: Ask, field: str, value: Any, param: str) -> None:
+    """At once, though a stream was asked for."""
+    status, reply = ask("POST", CHAT, chat(**{"stream": True, field: value}))
     assert (status, reply["error"]["type"], reply["error"]["param"]) == (400, "invalid_request_error", param)
 
 
@@ -137,7 +140,6 @@ def test_what_a_request_cannot_have_is_refused_by_name(
     ("field", "value"),
     [
         ("best_of", 2),
-        ("echo", True),
         ("suffix", "."),
         ("logprobs", 0),
         ("messages", HI),
@@ -147,78 +149,73 @@ def test_what_a_request_cannot_have_is_refused_by_name(
         ("prompt", "half \udfff"),
     ],
 )
-def test_completions_refuse_what_is_theirs(ask: Callable[..., Answered], field: str, value: Any) -> None:
-    status, reply = ask("POST", "/v1/completions", {"model": "dpo", "prompt": "Hi.", field: value})
+def test_completions_refuse_what_is_theirs(ask: Ask, field: str, value: Any) -> None:
+    status, reply = ask("POST", TEXT, {"model": "dpo", "prompt": "Hi.", field: value})
     assert (status, reply["error"]["param"]) == (400, field)
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("method", "path", "body", "headers", "status"),
     [
-        b"",
-        b"{",
-        b"[]",
-        b'"text"',
-        b"\xff",
-        b"[" * 100_000,
-        b'{"model": "dpo", "temperature": NaN}',
-        b'{"model": "dpo", "temperature": -Infinity}',
-        b'{"model": "dpo", "top_p": 1e999}',
-        b'{"model": "dpo", "seed": ' + b"9" * 10_000 + b"}",
+        ("POST", CHAT, b"", {}, 400),
+        ("POST", CHAT, b"[]", {}, 400),
+        ("POST", CHAT, b"\xff", {}, 400),
+        ("POST", CHAT, b"[" * 100_000, {}, 400),
+        ("POST", CHAT, b'{"model": "dpo", "temperature": NaN}', {}, 400),
+        ("POST", CHAT, b'{"model": "dpo", "top_p": 1e999}', {}, 400),
+        ("POST", CHAT, b'{"model": "dpo", "seed": ' + b"9" * 10_000 + b"}", {}, 400),
+        ("POST", CHAT, chat(user="x" * 5_000_000), {}, 413),  # before it is read
+        ("POST", CHAT, chat(), {"content_type": "text/plain"}, 415),  # a form of another site's page
+        ("POST", "/v1/responses", chat(), {}, 404),
+        ("GET", CHAT, None, {}, 405),
     ],
 )
-def test_a_body_that_is_no_json_object_is_refused_in_openai_s_form(ask: Callable[..., Answered], body: bytes) -> None:
-    status, reply = ask("POST", "/v1/chat/completions", body)
-    assert (status, reply["error"]["type"], reply["error"]["param"]) == (400, "invalid_request_error", None)
-
-
-def test_a_body_of_any_size_is_refused_before_it_is_read(ask: Callable[..., Answered]) -> None:
-    status, reply = ask("POST", "/v1/chat/completions", chat(user="x" * 5_000_000))
-    assert (status, reply["error"]["type"]) == (413, "invalid_request_error")
-
-
-def test_pages_of_other_sites_cannot_ask_with_a_form(ask: Callable[..., Answered]) -> None:
-    status, reply = ask("POST", "/v1/chat/completions", chat(), content_type="text/plain")
-    assert (status, reply["error"]["type"]) == (415, "invalid_request_error")
-
-
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [("POST", "/v1/responses", 404), ("GET", "/v1/embeddings", 404), ("GET", "/v1/chat/completions", 405)],
-)
-def test_other_endpoints_are_refused_with_those_that_there_are(
-    ask: Callable[..., Answered], method: str, path: str, status: int
+def test_what_is_no_request_is_refused_in_openai_s_form(
+    ask: Ask, method: str, path: str, body: Any, headers: dict[str, str], status: int
 ) -> None:
-    got, reply = ask(method, path, {"model": "dpo", "input": "Hi."} if method == "POST" else None)
+    got, reply = ask(method, path, body, **headers)
     assert (got, reply["error"]["type"]) == (status, "invalid_request_error")
-    assert "POST /v1/chat/completions" in reply["error"]["message"]
 
 
-def test_values_that_ask_for_nothing_are_taken(ask: Callable[..., Answered]) -> None:
+def test_the_app_lists_the_arms_and_answers_for_them(ask: Ask) -> None:
+    status, listed = ask("GET", "/v1/models", host="localhost:8000")
+    assert (status, [model["id"] for model in listed["data"]]) == (200, ["sft", "dpo"])
+    for arm in ("sft", "dpo"):
+        status, reply = ask("POST", CHAT, chat(model=arm))
+        assert (status, reply["model"], reply["usage"]["completion_tokens"]) == (200, arm, 1)
+    for path, body in ((CHAT, chat(model="/base")), (TEXT, {"model": "sft:weights.gguf", "prompt": "Hi."})):
+        status, reply = ask("POST", path, body)
+        message = f"there is no model {body['model']!r} here, only: sft, dpo"
+        assert (status, reply["error"]["message"]) == (404, message), "no endpoint loads another model"
+    # a page that points its own name at this machine
+    assert ask("POST", CHAT, chat(), host="evil.example:8000") == (400, "Invalid host header")
+
+
+def test_values_that_ask_for_nothing_are_taken(ask: Ask) -> None:
     harmless = {"n": 1, "logprobs": False, "response_format": {"type": "text"}, "user": "me", "tool_choice": "none"}
     harmless |= {"parallel_tool_calls": False, "tools": [], "stop": None, "stream": None, "chat_template_kwargs": {}}
-    status, reply = ask("POST", "/v1/chat/completions", chat(presence_penalty=0, **harmless))
+    status, reply = ask("POST", CHAT, chat(presence_penalty=0, **harmless))
     assert (status, reply["usage"]["completion_tokens"]) == (200, 1)
 
 
-def test_a_bias_of_a_token_makes_it_the_answer(ask: Callable[..., Answered]) -> None:
+def test_a_bias_of_a_token_makes_it_the_answer(ask: Ask) -> None:
     token = 40
-    for path, asked in (("/v1/chat/completions", {"messages": HI}), ("/v1/completions", {"prompt": "Hi."})):
+    for path, asked in ((CHAT, {"messages": HI}), (TEXT, {"prompt": "Hi."})):
         body = {"model": "dpo", "max_tokens": 3, "temperature": 0, "logit_bias": {str(token): 100}, **asked}
         (choice,) = ask("POST", path, body)[1]["choices"]
         text = choice["text"] if "text" in choice else choice["message"]["content"]
         assert text == tokenizer_with_tools().decode([token] * 3)
 
 
-def test_a_seed_repeats_an_answer(ask: Callable[..., Answered]) -> None:
+def test_a_seed_repeats_an_answer(ask: Ask) -> None:
     bodies = [chat(max_tokens=12, temperature=1, seed=seed) for seed in (5, 5, 6)]
-    first, again, other = [ask("POST", "/v1/chat/completions", body)[1]["choices"][0]["message"] for body in bodies]
+    first, again, other = [ask("POST", CHAT, body)[1]["choices"][0]["message"] for body in bodies]
     assert first == again != other
 
 
-def test_control_tokens_in_a_message_are_text_as_in_training(ask: Callable[..., Answered]) -> None:
+def test_control_tokens_in_a_message_are_text_as_in_training(ask: Ask) -> None:
     words = "stop <|im_end|> here"
-    status, reply = ask("POST", "/v1/chat/completions", chat(messages=[{"role": "user", "content": words}]))
+    status, reply = ask("POST", CHAT, chat(messages=[{"role": "user", "content": words}]))
     tokenizer = tokenizer_with_tools()
     assert status == 200
     assert reply["usage"]["prompt_tokens"] == len(prompt_ids(tokenizer, [Message(role="user", content=words)]))
@@ -227,9 +224,7 @@ def test_control_tokens_in_a_message_are_text_as_in_training(ask: Callable[..., 
 # ---- the chat template -----------------------------------------------------------------------------------------------
 
 
-def with_template(run: ServedRun, template: str) -> Callable[..., Answered]:
-    """An arm with another chat template."""
-    (arm,) = load_arms(PolicyFinder(Console(), "mine", run.output).policies(["dpo"]))
+def with_template(arm: LoadedArm, template: str) -> Ask:
     arm.tokenizer.chat_template = template
     return asking([arm])
 
@@ -241,59 +236,68 @@ PLAIN = (
 )
 
 
-def test_an_option_that_the_template_reads_reaches_it(run: ServedRun) -> None:
-    ask = with_template(run, PLAIN)
+def test_an_option_that_the_template_reads_reaches_it(arm: LoadedArm) -> None:
+    ask = with_template(arm, PLAIN)
     counts = [
-        ask("POST", "/v1/chat/completions", chat(chat_template_kwargs=options))[1]["usage"]["prompt_tokens"]
+        ask("POST", CHAT, chat(chat_template_kwargs=options))[1]["usage"]["prompt_tokens"]
         for options in ({}, {"enable_thinking": True}, {"enable_thinking": False})
     ]
     assert counts[0] == counts[1] < counts[2]
     for value in ([1], None, {"a": 1}):
-        body = chat(chat_template_kwargs={"enable_thinking": value})
-        status, reply = ask("POST", "/v1/chat/completions", body)
+        status, reply = ask("POST", CHAT, chat(chat_template_kwargs={"enable_thinking": value}))
         assert (status, reply["error"]["param"]) == (400, "chat_template_kwargs.enable_thinking")
 
 
-def test_more_messages_than_the_context_has_tokens_are_not_rendered(run: ServedRun) -> None:
-    ask = with_template(run, PLAIN.replace("in messages", "in messages[:1]"))
+def test_more_messages_than_the_context_has_tokens_are_not_rendered(arm: LoadedArm) -> None:
+    ask = with_template(arm, PLAIN.replace("in messages", "in messages[:1]"))
     for number, status in ((4096, 200), (4097, 400)):
-        answered, reply = ask("POST", "/v1/chat/completions", chat(messages=HI * number))
+        answered, reply = ask("POST", CHAT, chat(messages=HI * number))
         assert answered == status
     assert reply["error"]["param"] == "messages"
 
 
-def test_tools_are_refused_where_the_template_leaves_them_out(run: ServedRun) -> None:
-    calls = "{% for m in messages if m.tool_calls %}<tool_call>{{ m.tool_calls }}</tool_call>{% endfor %}"
-    ask = with_template(run, calls + PLAIN)
-    status, reply = ask("POST", "/v1/chat/completions", chat(tools=[TOOL]))
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages if m.tool_calls %}<tool_call>{{ m.tool_calls }}</tool_call>{% endfor %}",
+        "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}",
+    ],
+    ids=["not in the template", "calls would not be recognised"],
+)
+def test_tools_that_a_policy_cannot_have_are_refused(arm: LoadedArm, template: str) -> None:
+    ask = with_template(arm, template + PLAIN)
+    status, reply = ask("POST", CHAT, chat(tools=[TOOL]))
     assert (status, reply["error"]["param"]) == (400, "tools")
-    assert ask("POST", "/v1/chat/completions", chat(tools=[]))[0] == 200
+    assert ask("POST", CHAT, chat(tools=[]))[0] == 200
 
 
-def test_tools_are_refused_where_calls_would_not_be_recognised(run: ServedRun) -> None:
-    ask = with_template(run, "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}" + PLAIN)
-    status, reply = ask("POST", "/v1/chat/completions", chat(tools=[TOOL]))
-    assert (status, reply["error"]["param"]) == (400, "tools")
-
-
-def test_a_template_that_never_ends_is_stopped(run: ServedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_that_refuses_or_never_ends_is_a_refusal(arm: LoadedArm, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deadline, "SECONDS", 0.2)
     endless = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
-    ask = with_template(run, PLAIN + "{% if messages | length > 1 %}" + endless + "{% endif %}")
-    status, reply = ask("POST", "/v1/chat/completions", chat(messages=HI * 2))
+    refuses = "{{ raise_exception('there is no third message') }}"
+    ask = with_template(
+        arm,
+        PLAIN
+        + "{% if messages | length == 2 %}"
+        + endless
+        + "{% endif %}"
+        + "{% if messages | length == 3 %}"
+        + refuses
+        + "{% endif %}",
+    )
+    status, reply = ask("POST", CHAT, chat(messages=HI * 2))
     assert (status, reply["error"]["param"]) == (400, "messages")
-    assert ask("POST", "/v1/chat/completions", chat())[0] == 200
+    status, reply = ask("POST", CHAT, chat(messages=HI * 3))
+    assert (status, reply["error"]["type"]) == (400, "invalid_request_error")
+    assert "there is no third message" in reply["error"]["message"]
+    assert ask("POST", CHAT, chat())[0] == 200
 
 
-def test_text_beside_a_call_and_the_name_of_a_result_reach_the_template(
-    ask: Callable[..., Answered], run: ServedRun
-) -> None:
-    from alignment.commands.serve.request_messages import turns_of
-
+def test_text_beside_a_call_and_the_name_of_a_result_reach_the_template(ask: Ask, run: ServedRun) -> None:
     rendered = json.loads(json.dumps(CALLED))
     rendered[1]["tool_calls"][0]["function"]["arguments"] = {"shop": "bakery"}
     assert [turn.as_dict() for turn in turns_of(CALLED)] == rendered
-    status, reply = ask("POST", "/v1/chat/completions", chat(messages=CALLED, tools=[TOOL]))
+    status, reply = ask("POST", CHAT, chat(messages=CALLED, tools=[TOOL]))
     assert status == 200
     ours = run.answer("dpo", rendered, limit=1, tools=[TOOL])
     without = run.answer("dpo", [rendered[0], rendered[1] | {"content": ""}, rendered[2]], limit=1, tools=[TOOL])
@@ -307,55 +311,44 @@ def pieces(stream: str) -> list[dict[str, Any]]:
     return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
-def test_a_stop_is_not_part_of_the_answer(ask: Callable[..., Answered], run: ServedRun) -> None:
+def test_a_stop_is_not_part_of_the_answer(ask: Ask, run: ServedRun) -> None:
     """Neither at once nor in pieces: whoever compares the answer would find the stop in it."""
     requests = [
         chat(max_tokens=12, messages=[{"role": "user", "content": question}])
         for question in ("Hi.", "When is the shop open?", "Where are the keys?", "Why?")
     ]
-    answers = [ask("POST", "/v1/chat/completions", body)[1]["choices"][0]["message"]["content"] for body in requests]
+    answers = [ask("POST", CHAT, body)[1]["choices"][0]["message"]["content"] for body in requests]
     whole, body = max(zip(answers, requests, strict=True), key=lambda pair: len(pair[0]))
     stop = whole[4:7]
     assert len(stop) == 3
     expected = whole.partition(stop)[0]
-    (choice,) = ask("POST", "/v1/chat/completions", body | {"stop": ["\0", stop]})[1]["choices"]
+    (choice,) = ask("POST", CHAT, body | {"stop": ["\0", stop]})[1]["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == (expected, "stop")
-    streamed = pieces(ask("POST", "/v1/chat/completions", body | {"stop": ["\0", stop], "stream": True})[1])
+    streamed = pieces(ask("POST", CHAT, body | {"stop": ["\0", stop], "stream": True})[1])
     assert "".join(piece["choices"][0]["delta"].get("content", "") for piece in streamed) == expected
-    status, reply = ask(
-        "POST", "/v1/completions", {"model": "dpo", "prompt": "Hi.", "max_tokens": 12, "temperature": 0}
-    )
-    text = reply["choices"][0]["text"]
-    stopped = {"model": "dpo", "prompt": "Hi.", "max_tokens": 12, "temperature": 0, "stop": text[3:5]}
-    assert status == 200
-    assert ask("POST", "/v1/completions", stopped)[1]["choices"][0]["text"] == text.partition(text[3:5])[0]
+    completion = {"model": "dpo", "prompt": "Hi.", "max_tokens": 12, "temperature": 0}
+    text = ask("POST", TEXT, completion)[1]["choices"][0]["text"]
+    stopped = ask("POST", TEXT, completion | {"stop": text[3:5]})[1]["choices"][0]["text"]
+    assert stopped == text.partition(text[3:5])[0]
 
 
-def test_a_conversation_that_the_template_refuses_is_a_refusal_with_its_words(run: ServedRun) -> None:
-    (arm,) = load_arms(PolicyFinder(Console(), "mine", run.output).policies(["dpo"]))
-    arm.tokenizer.chat_template = "{{ raise_exception('there is no system role') }}"
-    status, reply = asking([arm])("POST", "/v1/chat/completions", chat())
-    assert (status, reply["error"]["type"]) == (400, "invalid_request_error")
-    assert "there is no system role" in reply["error"]["message"]
-
-
-def test_whatever_fails_has_openai_s_form(run: ServedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    (arm,) = load_arms(PolicyFinder(Console(), "mine", run.output).policies(["dpo"]))
+def test_whatever_fails_has_openai_s_form(arm: LoadedArm, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError('no "memory"\nleft')
 
     monkeypatch.setattr(arm.model, "generate", failing)
     ask = asking([arm])
-    status, reply = ask("POST", "/v1/chat/completions", chat())
+    status, reply = ask("POST", CHAT, chat())
     assert (status, reply["error"]["type"]) == (500, "server_error")
     assert reply["error"]["message"] == 'RuntimeError: no "memory"\nleft'
-    *_, last = pieces(ask("POST", "/v1/chat/completions", chat(stream=True))[1])
+    *_, last = pieces(ask("POST", CHAT, chat(stream=True))[1])
     assert last == {"error": reply["error"]}
 
 
-def test_an_answer_may_fill_the_context_and_a_prompt_may_not(run: ServedRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    (arm,) = load_arms(PolicyFinder(Console(), "mine", run.output).policies(["dpo"]))
+def test_an_answer_may_fill_the_context_and_a_prompt_may_not(
+    run: ServedRun, arm: LoadedArm, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompt = len(run.answer("dpo", HI, limit=1).prompt)
     limits: list[int] = []
 
@@ -366,26 +359,24 @@ def test_an_answer_may_fill_the_context_and_a_prompt_may_not(run: ServedRun, mon
 
     with monkeypatch.context() as patched:
         patched.setattr(arm.model, "generate", ended)
-        reply = asking([arm])("POST", "/v1/chat/completions", {"model": "dpo", "messages": HI})[1]
+        reply = asking([arm])("POST", CHAT, {"model": "dpo", "messages": HI})[1]
     assert (limits, reply["choices"][0]["finish_reason"]) == ([4096 - prompt], "stop")
     arm.model.config.max_position_embeddings = prompt + 5
     arm.model.generation_config.eos_token_id = [len(arm.tokenizer) - 1]
     ask = asking([arm])
     for limit in ({"max_tokens": 100}, {}):
-        body = {"model": "dpo", "messages": HI, "temperature": 0, **limit}
-        reply = ask("POST", "/v1/chat/completions", body)[1]
+        reply = ask("POST", CHAT, {"model": "dpo", "messages": HI, "temperature": 0, **limit})[1]
         assert reply["usage"]["completion_tokens"] == 5
         assert reply["choices"][0]["finish_reason"] == "length"
     arm.model.config.max_position_embeddings = prompt
-    status, reply = ask("POST", "/v1/chat/completions", chat())
+    status, reply = ask("POST", CHAT, chat())
     assert (status, reply["error"]["param"]) == (400, "messages")
-    assert f"the prompt has {prompt} tokens and the context of this policy {prompt}" in reply["error"]["message"]
 
 
 # ---- models for which transformers knows the form of an answer -------------------------------------------------------
 
 
-def answering(text: str, *, eos: str = "<|endoftext|>") -> Callable[..., Answered]:
+def answering(text: str, *, eos: str = "<|endoftext|>") -> Ask:
     """An arm of Qwen's kind that always gives this answer."""
     tokenizer = tokenizer_with_tools()
     tokenizer.add_special_tokens({"eos_token": eos})
@@ -403,10 +394,10 @@ def answering(text: str, *, eos: str = "<|endoftext|>") -> Callable[..., Answere
     return asking([LoadedArm(name="dpo", model=model, tokenizer=tokenizer)])
 
 
-def content(ask: Callable[..., Answered]) -> tuple[str | None, str]:
+def content(ask: Ask) -> tuple[str | None, str]:
     """The answer at once, and in pieces."""
-    (choice,) = ask("POST", "/v1/chat/completions", chat(max_tokens=100))[1]["choices"]
-    streamed = pieces(ask("POST", "/v1/chat/completions", chat(max_tokens=100, stream=True))[1])
+    (choice,) = ask("POST", CHAT, chat(max_tokens=100))[1]["choices"]
+    streamed = pieces(ask("POST", CHAT, chat(max_tokens=100, stream=True))[1])
     parts = [piece["choices"][0]["delta"].get("content", "") for piece in streamed if "choices" in piece]
     return choice["message"].get("content"), "".join(parts)
 
@@ -418,26 +409,27 @@ def test_the_end_of_a_turn_is_no_text_whatever_token_it_is() -> None:
 
 def test_a_stop_ends_an_answer_that_is_divided() -> None:
     ask = answering("18\n\nQuestion: and more<|im_end|>")
-    (choice,) = ask("POST", "/v1/chat/completions", chat(max_tokens=100, stop="Question:"))[1]["choices"]
+    (choice,) = ask("POST", CHAT, chat(max_tokens=100, stop="Question:"))[1]["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("18\n\n", "stop")
 
 
-def test_a_call_that_was_cut_off_is_text() -> None:
-    cut = '<tool_call>\n{"name": "opening_hours", "argu'
-    status, reply = answering(cut)("POST", "/v1/chat/completions", chat(max_tokens=100))
-    assert (status, '"argu' in reply["choices"][0]["message"]["content"]) == (200, True)
-
-
-def test_a_call_that_is_nested_too_deeply_is_text() -> None:
-    call = f'<tool_call>\n{{"name": "f", "arguments": {"[" * 5000}{"]" * 5000}}}\n</tool_call>'
-    status, reply = answering(call)("POST", "/v1/chat/completions", chat(max_tokens=100, tools=[TOOL]))
-    assert (status, "[[[" in reply["choices"][0]["message"]["content"]) == (200, True)
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ('<tool_call>\n{"name": "opening_hours", "argu', '"argu'),
+        (f'<tool_call>\n{{"name": "f", "arguments": {"[" * 5000}{"]" * 5000}}}\n</tool_call>', "[[["),
+    ],
+    ids=["cut off", "nested too deeply"],
+)
+def test_a_call_that_cannot_be_read_is_text(call: str, words: str) -> None:
+    status, reply = answering(call)("POST", CHAT, chat(max_tokens=100, tools=[TOOL]))
+    assert (status, words in reply["choices"][0]["message"]["content"]) == (200, True)
 
 
 def test_a_call_and_the_texts_around_it_are_all_returned() -> None:
     call = '<tool_call>\n{"name": "opening_hours", "arguments": {"shop": "bakery"}}\n</tool_call>'
     ask = answering(f"One moment.\n{call}\nThat is all.<|im_end|>")
-    (choice,) = ask("POST", "/v1/chat/completions", chat(max_tokens=100, tools=[TOOL]))[1]["choices"]
+    (choice,) = ask("POST", CHAT, chat(max_tokens=100, tools=[TOOL]))[1]["choices"]
     assert choice["message"]["content"] == "One moment.\nThat is all."
     (made,) = choice["message"]["tool_calls"]
     assert made["function"] == {"name": "opening_hours", "arguments": '{"shop": "bakery"}'}
@@ -463,8 +455,6 @@ def test_a_call_and_the_texts_around_it_are_all_returned() -> None:
 def test_pieces_of_any_size_end_where_the_whole_text_ends(
     text: str, stops: Sequence[str], expected: str, size: int
 ) -> None:
-    from alignment.commands.serve.stop_texts import StopCut, before_stops
-
     assert before_stops(text, stops) == expected
     cut = StopCut(stops)
     returned = [cut.after(text[start : start + size]) for start in range(0, len(text), size)]
@@ -477,9 +467,8 @@ def test_pieces_of_any_size_end_where_the_whole_text_ends(
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("waits", [False, True], ids=["answered", "waiting"])
 def test_the_work_of_a_request_ends_when_its_client_goes_away(
-    run: ServedRun, monkeypatch: pytest.MonkeyPatch, stream: bool, waits: bool
+    arm: LoadedArm, monkeypatch: pytest.MonkeyPatch, stream: bool, waits: bool
 ) -> None:
-    (arm,) = load_arms(PolicyFinder(Console(), "mine", run.output).policies(["dpo"]))
     steps: list[int] = []
 
     def endless(*, input_ids: torch.Tensor, streamer: Any, **_: Any) -> None:
@@ -493,23 +482,22 @@ def test_the_work_of_a_request_ends_when_its_client_goes_away(
         patched.setattr(arm.model, "generate", endless)
         ask = asking([arm])
         bodies = [chat(stream=stream, max_tokens=4000)] * (2 if waits else 1)
-        ask.leave("/v1/chat/completions", bodies, after=0.2)
+        ask.leave(CHAT, bodies, after=0.2)
     reached = len(steps)
     assert 0 < reached < 5_000
-    status, reply = ask("POST", "/v1/chat/completions", chat())
+    status, reply = ask("POST", CHAT, chat())
     assert (status, reply["usage"]["completion_tokens"]) == (200, 1)
     assert len(steps) <= reached + 1, "nothing went on"
 
 
 def test_the_reading_of_a_prompt_ends_when_its_client_goes_away(
-    run: ServedRun, monkeypatch: pytest.MonkeyPatch
+    arm: LoadedArm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (arm,) = load_arms(PolicyFinder(Console(), "mine", run.output).policies(["dpo"]))
     first, second = arm.model.base_model.layers[:2]
     of_first, of_second, passes = first.forward, second.forward, []
 
     def slow(*args: Any, **kwargs: Any) -> Any:
-        time.sleep(0.5)
+        time.sleep(0.2)
         return of_first(*args, **kwargs)
 
     def counted(*args: Any, **kwargs: Any) -> Any:
@@ -519,6 +507,6 @@ def test_the_reading_of_a_prompt_ends_when_its_client_goes_away(
     ask = asking([arm])
     monkeypatch.setattr(first, "forward", slow)
     monkeypatch.setattr(second, "forward", counted)
-    ask.leave("/v1/chat/completions", [chat()], after=0.1)
-    assert ask("POST", "/v1/chat/completions", chat())[0] == 200
+    ask.leave(CHAT, [chat()], after=0.1)
+    assert ask("POST", CHAT, chat())[0] == 200
     assert len(passes) == 1
