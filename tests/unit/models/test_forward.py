@@ -359,6 +359,11 @@ def test_the_size_of_a_batch_never_changes_log_probabilities(tokens: int) -> Non
     assert relative(torch.cat(parts), whole) < 1e-6
 
 
+def test_an_equal_prompt_costs_a_batch_no_tokens() -> None:
+    parts = batches([list(range(20))] * 3, [[5, 6, 2]] * 3, tokens=26, device=CPU)
+    assert [len(part.lengths) for part in parts] == [2, 1]
+
+
 def test_a_value_is_read_before_its_token_is_emitted() -> None:
     """It depends on everything before the token and on nothing from the token on."""
     model = tiny_scorer()

@@ -18,6 +18,7 @@ from alignment.models.assembly.start import load_start
 from alignment.models.forward import decoding_rows, shared_beginning
 from alignment.models.forward.answers import answer_statistics, answer_stream
 from alignment.models.forward.attention import ATTENTION
+from alignment.models.forward.causal import install_causal
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.generate import generate
 from alignment.models.forward.rows import stream
@@ -26,7 +27,7 @@ from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.sft.config import SftConfig
 from tests.oracles.close import close
 from tests.tiny import ARCHITECTURES, liven, publish_tiny, tiny_model, tiny_spec
-from tests.unit.models.conftest import CPU, LORA, relative
+from tests.unit.models.conftest import CPU, LORA, padded, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT names it so
 PREFIX = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=5)
@@ -121,9 +122,10 @@ def test_a_prefix_is_never_left_out_in_silence() -> None:
     base.set_attn_implementation("sdpa")
     with pytest.raises(ModelError, match="a prefix needs full attention"):
         generate(base, [[5, 6, 7]], max_new_tokens=2, end_ids=[2], batch_size=1)
-    windowed = _wrapped("mistral", sliding_window=8).get_base_model()
+    windowed = _wrapped("mistral", sliding_window=8)
+    install_causal(windowed.get_base_model())
     with pytest.raises(ModelError, match="a prefix needs full attention"):
-        trunk_states(windowed.base_model, stream(ROWS, CPU))
+        windowed(**padded([([5, 6], [7, 2])]).arguments(), fused_lm_head=True)
     low = _wrapped().get_base_model().to(torch.bfloat16)  # the prefix stays in float32
     assert all(generate(low, [[5, 6, 7], [3]], max_new_tokens=4, end_ids=[2], batch_size=2))
 
