@@ -16,7 +16,7 @@ from alignment.models.kernels.sdpa_order import without_cudnn
 
 MASKED = {"falcon", "gpt_neox_japanese", "xglm"}
 """Architectures that do not call attention functions by name, but are seen to hide by their mask what is not filled
-(tests/unit/models/test_other_families.py); Falcon only without ALiBi."""
+(tests/unit/models/test_architectures.py); Falcon only without ALiBi."""
 
 
 @contextmanager

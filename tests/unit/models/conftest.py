@@ -5,20 +5,31 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import TaskType
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.models.assembly.adapters import add_adapter
+from alignment.models.assembly.load import Lineage
+from tests.tiny import BASE_SOURCE, liven, save_tiny_model
+
+CPU = torch.device("cpu")
+LORA = AdapterConfig(rank=4)
+FULL = AdapterConfig(kind=AdapterKind.full)
+DORA = AdapterConfig(kind=AdapterKind.dora, rank=4)
+QLORA = AdapterConfig(kind=AdapterKind.qlora, rank=4)
+KINDS = pytest.mark.parametrize("adapter", [LORA, FULL], ids=["lora", "full"])
 PAD = 2
 """Equal to EOS, and a common token inside prompts as well."""
 IGNORED = -100
-
 _LONG = [3, 9, 2, 7, 5, 5, 2, 30, 31, 32, 33, 34, 35, 36, 37, 38, 39, 2]
 _OTHER = [4, 9, 2, 7, 5, 5, 2, 40, 41, 42, 43, 44, 45, 46, 47, 48, 49, 50, 51]
-
 SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 32,
@@ -32,9 +43,7 @@ SIZES: dict[str, Any] = {
     "eos_token_id": PAD,
 }
 """Arguments of configurations of transformers that most architectures have in common."""
-
 PROMPTS = [[5, 9, 2, 7], [8], [3, 2, 2, 6, 4, 9, 2, 11], [40, 41], [17, 18, 19, 20, 21]]
-
 ROWS: dict[str, list[tuple[list[int], list[int]]]] = {
     "ragged": [([5, 9, 2, 7], [11, 12, 2]), ([8], [13, 2]), ([3, 2, 2, 6, 4, 9, 2], [14, 15, 16, 17, 2])],
     "one row": [([5, 9, 2, 7], [11, 12, 2])],
@@ -75,6 +84,17 @@ def padded(rows: list[tuple[list[int], list[int]]], *, side: str = "right", extr
             column.append(padding + values if side == "left" else values + padding)
     ids, mask, labels = (torch.tensor(column) for column in columns)
     return Padded(input_ids=ids, attention_mask=mask, labels=labels)
+
+
+def packed(rows: list[tuple[list[int], list[int]]]) -> dict[str, Tensor]:
+    """Arguments of a forward over one row that holds all these, one after the other."""
+    labels = [token for prompt, answer in rows for token in [IGNORED] * len(prompt) + answer]
+    positions = [torch.arange(len(prompt) + len(answer)) for prompt, answer in rows]
+    return {
+        "input_ids": torch.tensor([[token for prompt, answer in rows for token in prompt + answer]]),
+        "position_ids": torch.cat(positions)[None],
+        "labels": torch.tensor([labels]),
+    }
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +169,48 @@ def relative(actual: Tensor, expected: Tensor) -> float:
     actual, expected = actual.detach().double(), expected.detach().double()
     assert actual.shape == expected.shape
     return float((actual - expected).norm() / expected.norm().clamp(min=1e-12))
+
+
+def assert_same_gradients(model: torch.nn.Module, other: torch.nn.Module, tolerance: float = 1e-5) -> None:
+    """Both have gradients of the same parameters, and these agree."""
+    own, expected = gradients(model), gradients(other)
+    assert own.keys() == expected.keys()
+    for name, gradient in own.items():
+        assert relative(gradient, expected[name]) < tolerance, name
+
+
+def assert_same_statistics(output: Any, expected: Expected) -> None:
+    """What TRL reads of a forward; outside of labelled tokens it is zero."""
+    mask = output.label_mask
+    for name in ("logprobs", "entropy", "mean_logits"):
+        statistic = getattr(output, "log_probs" if name == "logprobs" else name)
+        assert relative(statistic[mask], getattr(expected, name)) < 1e-5, name
+        assert statistic[~mask].abs().sum() == 0, name
+    assert torch.equal(output.is_top1[mask], expected.is_top1)
+    assert relative(output.loss, expected.loss) < 1e-5
+
+
+def assert_learns_alike(model: Any, reference: Any, batch: Padded, arguments: dict[str, Tensor] | None = None) -> None:
+    """Our forward and the plain one agree in every statistic and every gradient."""
+    output = model(**(batch.arguments() if arguments is None else arguments), fused_lm_head=True)
+    expected = plain(reference, batch)
+    assert_same_statistics(output, expected)
+    output.loss.backward()
+    expected.loss.backward()
+    assert_same_gradients(model, reference)
+
+
+def adapted(model: Any, adapter: AdapterConfig, task: TaskType = TaskType.CAUSAL_LM) -> Any:
+    """The model with an adapter that does change it."""
+    wrapped = add_adapter(model, adapter, task)
+    liven(wrapped)
+    return wrapped
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Lineage:
+    """A model folder as a run's base."""
+    return Lineage(source=BASE_SOURCE, base=save_tiny_model(tmp_path / "base"), adapters=())
 
 
 @pytest.fixture(autouse=True)

@@ -1,54 +1,98 @@
-"""Architectures that public recipes name: the flat forward equals the padded one of transformers, in float32.
+"""Architectures that public recipes name, and those that cache, window, mask or cap in ways of their own.
 
-Rows are shorter and longer than the windows of four tokens; some share beginnings of 18 tokens (conftest.ROWS).
+Each is compared with the padded forward of transformers, in float32. Rows are shorter and longer than the windows of
+four tokens; some share beginnings of 18 tokens (conftest.ROWS).
 """
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import TaskType
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     Cohere2Config,
+    CohereConfig,
+    DeepseekV3Config,
+    DiffLlamaConfig,
+    DogeConfig,
+    FalconConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
+    GPTNeoConfig,
+    GPTNeoXJapaneseConfig,
     GptOssConfig,
+    GraniteConfig,
+    HrmTextConfig,
+    JetMoeConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    MllamaConfig,
+    MllamaForCausalLM,
+    MllamaForConditionalGeneration,
+    ModernBertDecoderConfig,
+    MptConfig,
     Olmo2Config,
     OlmoeConfig,
     Phi3Config,
+    Phi4MultimodalConfig,
     PhimoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
+    RecurrentGemmaConfig,
     SmolLM3Config,
     Starcoder2Config,
+    XGLMConfig,
+    xLSTMConfig,
 )
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from trl.trainer.utils import add_fused_lm_head
 
+from alignment.config.adapter import AdapterConfig
 from alignment.core.errors import ModelError
-from alignment.models.forward.answers import answer_statistics, answer_stream
+from alignment.core.model_files import positions_in
+from alignment.models.assembly.adapters import add_adapter
+from alignment.models.assembly.beside_text import parts_beside_text
+from alignment.models.assembly.load import Lineage, load_policy, name_trunk
+from alignment.models.assembly.prefix import positions_of
+from alignment.models.assembly.reward_head import load_reward_model
+from alignment.models.forward.answers import answer_statistics, answer_stream, unwrapped
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.causal import install_causal
-from alignment.models.forward.flat import use_flat_attention
-from alignment.models.forward.generate import Sampling, generate
+from alignment.models.forward.decoding import decoding, may_see_room
+from alignment.models.forward.decoding_rows import DecodingRows
+from alignment.models.forward.flat import trunk_states, use_flat_attention
+from alignment.models.forward.generate import generate
+from alignment.models.forward.head import label_statistics, logit_cap, scales_logits
+from alignment.models.forward.rows import stream
+from alignment.models.forward.shared_prompts import can_read
+from alignment.models.forward.waiting_prompts import Entrants
 from alignment.models.kernels import row_attention
+from alignment.stages.reward.config import RewardConfig
+from tests.tiny import tiny_model, tiny_reward, tiny_spec, tiny_tokenizer
 from tests.unit.models.conftest import (
-    IGNORED,
+    CPU,
+    FULL,
+    LORA,
     PROMPTS,
     ROWS,
     SIZES,
-    gradients,
+    assert_learns_alike,
     greedy,
+    packed,
     padded,
     plain,
     random_model,
@@ -74,6 +118,8 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma3": lambda: Gemma3TextConfig(**SIZES, **WINDOW, **BOTH, head_dim=8, query_pre_attn_scalar=12),
     "phi3 with a window": lambda: Phi3Config(**SIZES, **WINDOW),
     "starcoder2 with a window": lambda: Starcoder2Config(**SIZES, **WINDOW, embedding_dropout=0.0),
+    "cohere": lambda: CohereConfig(**SIZES, logit_scale=3.0),
+    "granite": lambda: GraniteConfig(**SIZES, logits_scaling=3.0),
     "cohere2": lambda: Cohere2Config(**SIZES, **WINDOW, **BOTH, logit_scale=1.0),
     "olmo2": lambda: Olmo2Config(**SIZES),
     "smollm3": lambda: SmolLM3Config(**SIZES, no_rope_layers=[1, 0]),
@@ -83,8 +129,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "olmoe": lambda: OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
     "qwen3 with experts": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, num_experts=4, head_dim=16),
 }
-SCALED = {"cohere2"}
-"""Their logits are scaled, so TRL's head computes them."""
+SCALED = {"cohere", "cohere2", "granite"}
 
 
 def model_of(name: str) -> PreTrainedModel:
@@ -92,47 +137,25 @@ def model_of(name: str) -> PreTrainedModel:
     return random_model(CONFIGS[name]())
 
 
-def assert_equal(model: PreTrainedModel, reference: PreTrainedModel, output: Any, expected: Any) -> None:
-    mask = output.label_mask
-    for name in ("logprobs", "entropy", "mean_logits"):
-        own = getattr(output, "log_probs" if name == "logprobs" else name)
-        assert relative(own[mask], getattr(expected, name)) < 1e-5, name
-    output.loss.backward()
-    expected.loss.backward()
-    own, other = gradients(model), gradients(reference)
-    assert own.keys() == other.keys()
-    for name, gradient in own.items():
-        assert relative(gradient, other[name]) < 1e-5, name
-
-
-@pytest.mark.parametrize("rows", ["ragged", "pairs of one prompt", "turns of one conversation"])
+@pytest.mark.parametrize("rows", ["ragged", "pairs of one prompt", "turns of one conversation", "packed"])
 @pytest.mark.parametrize("name", sorted(CONFIGS.keys() - SCALED))
 def test_the_flat_forward_equals_the_padded_one(name: str, rows: str) -> None:
     model = model_of(name)
     reference = twin(model)
     install_causal(model)
     assert model.config._attn_implementation == ATTENTION
-    batch = padded(ROWS[rows], side="left", extra=1)
-    output = model(**batch.arguments(), fused_lm_head=True)
-    assert_equal(model, reference, output, plain(reference, batch))
+    if rows == "packed":
+        several = [*ROWS["ragged"], *ROWS["pairs of one prompt"]]
+        assert_learns_alike(model, reference, padded(several), packed(several))
+    else:
+        assert_learns_alike(model, reference, padded(ROWS[rows], side="left", extra=1))
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS.keys() - SCALED))
-def test_a_packed_row_equals_its_rows_padded(name: str) -> None:
-    model = model_of(name)
-    reference = twin(model)
-    install_causal(model)
-    rows = [*ROWS["ragged"], *ROWS["pairs of one prompt"]]
-    ids = torch.tensor([[token for prompt, answer in rows for token in (*prompt, *answer)]])
-    positions = torch.cat([torch.arange(len(prompt) + len(answer)) for prompt, answer in rows])[None]
-    labels = torch.tensor([[t for prompt, answer in rows for t in ([IGNORED] * len(prompt) + answer)]])
-    output = model(input_ids=ids, position_ids=positions, labels=labels, fused_lm_head=True)
-    assert_equal(model, reference, output, plain(reference, padded(rows)))
-
-
-@pytest.mark.parametrize("name", sorted(SCALED))
-def test_a_model_that_scales_its_logits_keeps_the_head_of_trl(name: str) -> None:
-    model = model_of(name)
+@pytest.mark.parametrize("name", [*sorted(SCALED), "a head with a bias"])
+def test_heads_that_are_not_one_product_are_left_to_trl(name: str) -> None:
+    model = model_of(name if name in SCALED else "olmo2")
+    if name not in SCALED:
+        model.lm_head.bias = torch.nn.Parameter(torch.linspace(-2.0, 2.0, 128))
     reference = twin(model)
     add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1", "mean_logits"))
     install_causal(model)
@@ -150,9 +173,7 @@ def test_long_rows_are_computed_span_by_span(name: str, monkeypatch: pytest.Monk
     model = model_of(name)
     reference = twin(model)
     install_causal(model)
-    batch = padded([*ROWS["ragged"], *ROWS["turns of one conversation"]])
-    output = model(**batch.arguments(), fused_lm_head=True)
-    assert_equal(model, reference, output, plain(reference, batch))
+    assert_learns_alike(model, reference, padded([*ROWS["ragged"], *ROWS["turns of one conversation"]]))
     row_attention._plan.cache_clear()
 
 
@@ -162,25 +183,6 @@ def test_greedy_answers_equal_those_of_transformers(name: str) -> None:
     use_flat_attention(model)
     answers = generate(model, PROMPTS, max_new_tokens=10, end_ids=[2], batch_size=5)
     assert answers == [greedy(reference, prompt, limit=10) for prompt in PROMPTS]
-
-
-@torch.no_grad()
-def test_capped_logits_are_what_is_sampled_and_scored() -> None:
-    """A capped distribution is flatter: the same random numbers give other answers without the cap."""
-    model, reference = model_of("gemma2"), twin(model_of("gemma2"))
-    use_flat_attention(model)
-    uniforms = torch.rand(5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    sampling = Sampling(temperature=1.0, uniforms=uniforms)
-    answers = generate(model, PROMPTS, max_new_tokens=8, end_ids=[], batch_size=5, sampling=sampling)
-    for row, (prompt, answer) in enumerate(zip(PROMPTS, answers, strict=True)):
-        for step, token in enumerate(answer):
-            logits = reference(input_ids=torch.tensor([[*prompt, *answer[:step]]])).logits[0, -1]
-            cumulative = logits.double().softmax(-1).cumsum(-1)
-            assert int((cumulative <= uniforms[row, step]).sum()) == token
-    own = answer_statistics(model, answer_stream(PROMPTS, answers, torch.device("cpu")), temperature=0.7)
-    batch = padded(list(zip(PROMPTS, answers, strict=True)))
-    assert relative(own.logprobs, plain(reference, batch, temperature=0.7).logprobs) < 1e-5
-    assert relative(own.mean_logits, plain(reference, batch, temperature=0.7).mean_logits) < 1e-5
 
 
 def test_a_window_that_is_not_the_configurations_is_refused() -> None:
@@ -201,25 +203,11 @@ def test_a_window_that_is_not_the_configurations_is_refused() -> None:
     ids=lambda config: config.model_type,
 )
 def test_a_window_of_an_architecture_that_was_not_tried_runs_padded(config: PreTrainedConfig) -> None:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = random_model(config)
     reference = twin(model)
     assert not use_flat_attention(model)
     if config.model_type == "llama":
-        prompts = [[5, 9, 2, 7, 8, 11, 3, 4, 6]]
-        own = answer_statistics(model, answer_stream(prompts, [[7, 3]], torch.device("cpu")))
-        assert relative(own.logprobs, plain(reference, padded([(prompts[0], [7, 3])])).logprobs) < 1e-5
-
-
-def test_padding_of_a_capped_batch_never_reaches_a_row() -> None:
-    """Left padding sees nothing. As NaN it would reach every row through the next layer's values."""
-    model, reference = model_of("gemma2"), twin(model_of("gemma2"))
-    use_flat_attention(model)
-    batch = padded(ROWS["ragged"], side="left")
-    arguments = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-    real = batch.attention_mask.bool()
-    assert relative(model(**arguments).logits[real], reference(**arguments).logits[real]) < 1e-5
+        assert_scores_are_those_of_transformers(model, reference)
 
 
 @pytest.mark.parametrize("windows", [{**WINDOW, **BOTH}, {"layer_types": ["full_attention"] * 2}])
@@ -231,14 +219,206 @@ def test_sinks_take_the_padded_path_and_say_so(caplog: pytest.LogCaptureFixture,
     assert "has attention that the padding-free path does not support" in caplog.text
 
 
-def test_a_prefix_needs_full_attention() -> None:
-    from peft import TaskType
+TOKENS = {name: SIZES[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+WITHOUT_INTERFACE: dict[str, Callable[[], PreTrainedConfig]] = {
+    "gpt_neo": lambda: GPTNeoConfig(
+        **TOKENS, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["local", "global"], 1]], window_size=4
+    ),
+    "bloom": lambda: BloomConfig(**TOKENS, hidden_size=32, n_layer=2, n_head=4),
+    "falcon with alibi": lambda: FalconConfig(**TOKENS, **LAYERS, alibi=True),
+    "mpt": lambda: MptConfig(**TOKENS, d_model=32, n_layers=2, n_heads=4, max_seq_len=512),
+}
+HIDING_BY_A_MASK: dict[str, Callable[[], PreTrainedConfig]] = {
+    "falcon": lambda: FalconConfig(**TOKENS, **LAYERS),
+    "gpt_neox_japanese": lambda: GPTNeoXJapaneseConfig(**TOKENS, **LAYERS, intermediate_multiple_size=2),
+    "xglm": lambda: XGLMConfig(**TOKENS, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4),
+}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
+ROUTED = {"moe_intermediate_size": 24, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2}
+ALIKE = {**SIZES, "num_key_value_heads": 4}
+CACHING_OTHERWISE: dict[str, Callable[[], PreTrainedConfig]] = {
+    "deepseek_v3": lambda: DeepseekV3Config(**ALIKE, **LATENT, **ROUTED, first_k_dense_replace=1),
+    "diffllama": lambda: DiffLlamaConfig(**SIZES),
+    "hrm_text": lambda: HrmTextConfig(
+        **{name: size for name, size in SIZES.items() if name != "num_key_value_heads"},
+        head_dim=8,
+        H_cycles=1,
+        L_cycles=2,
+    ),
+    "jetmoe": lambda: JetMoeConfig(**SIZES | {"num_key_value_heads": 2}, kv_channels=8, num_local_experts=4),
+}
 
-    from alignment.models.assembly.adapters import add_adapter
-    from alignment.models.forward.answers import unwrapped
-    from tests.chained import PREFIX
 
-    model = add_adapter(model_of("mistral with a window"), PREFIX, TaskType.CAUSAL_LM)
-    install_causal(unwrapped(model))
-    with pytest.raises(ModelError, match="a prefix needs full attention"):
-        model(**padded(copy.deepcopy(ROWS["ragged"])).arguments(), fused_lm_head=True)
+def assert_answers_are_those_of_transformers(model: PreTrainedModel, reference: PreTrainedModel) -> None:
+    """For prompts that take over rows at different steps."""
+    free = [greedy(reference, prompt, limit=40, ends=()) for prompt in PROMPTS]
+    ends = [free[0][9], free[3][20]]
+    answers = generate(model, PROMPTS, max_new_tokens=40, end_ids=ends, batch_size=2)
+    assert answers == [greedy(reference, prompt, limit=40, ends=ends) for prompt in PROMPTS]
+
+
+def assert_scores_are_those_of_transformers(model: PreTrainedModel, reference: PreTrainedModel) -> None:
+    answers = [[7, 3], [9, 9, 4], [5], [11, 12, 13, 2], [6, 2]]
+    own = answer_statistics(model, answer_stream(PROMPTS, answers, CPU))
+    expected = plain(reference, padded(list(zip(PROMPTS, answers, strict=True))))
+    for name in ("logprobs", "entropy", "mean_logits"):
+        assert relative(getattr(own, name), getattr(expected, name)) < 1e-5, name
+
+
+@pytest.mark.parametrize("name", [*WITHOUT_INTERFACE, *HIDING_BY_A_MASK])
+def test_models_that_count_columns_see_no_empty_ones_and_others_hide_them(name: str) -> None:
+    model = random_model((WITHOUT_INTERFACE | HIDING_BY_A_MASK)[name]())
+    reference = twin(model)
+    assert not use_flat_attention(model)
+    assert may_see_room(model) is (name in HIDING_BY_A_MASK)
+    assert_answers_are_those_of_transformers(model, reference)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted(WITHOUT_INTERFACE))
+def test_a_step_of_models_that_count_columns_copies_no_earlier_ones(name: str) -> None:
+    model = random_model(WITHOUT_INTERFACE[name]())
+    rows = DecodingRows.begin(model, Entrants(numbers=[0], prompts=PROMPTS[:1], uniforms=None), max_new_tokens=4)
+    memory = [layer.keys.data_ptr() for layer in rows.cache.layers]
+    with decoding(model):
+        rows.step(rows.next_tokens(1.0))
+    assert rows.cache.get_seq_length() == len(PROMPTS[0]) + 1
+    assert [layer.keys.data_ptr() for layer in rows.cache.layers] == memory
+
+
+@pytest.mark.parametrize("name", [*CACHING_OTHERWISE, "doge"])
+def test_prompts_are_read_padded_where_the_cache_holds_something_else_than_attention_sees(name: str) -> None:
+    """Doge's mask depends on the values, so that its attention is not flat either."""
+    model = random_model(DogeConfig(**SIZES) if name == "doge" else CACHING_OTHERWISE[name]())
+    if name == "doge":
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.self_attn.A)
+    reference = twin(model)
+    assert use_flat_attention(model) is (name != "doge")
+    assert not can_read(model)
+    assert_answers_are_those_of_transformers(model, reference)
+    assert_scores_are_those_of_transformers(model, reference)
+
+
+def test_caps_and_factors_of_logits_are_known_under_other_names() -> None:
+    """Of RecurrentGemma, xLSTM and Inkling."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = random_model(RecurrentGemmaConfig(**TOKENS, **sizes, attention_window_size=8, logits_soft_cap=1.5))
+    assert_scores_are_those_of_transformers(model, twin(model))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(xLSTMConfig(**TOKENS, hidden_size=64, num_hidden_layers=1))
+    assert logit_cap(model) == 30.0
+    model = tiny_model()
+    assert not scales_logits(model)
+    model.config.logits_mup_width_multiplier = 24.0
+    assert scales_logits(model)
+
+
+def test_rows_that_would_change_the_frequencies_of_their_neighbours_are_refused(tmp_path: Path) -> None:
+    factors: dict[str, Any] = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    model = random_model(Phi3Config(**SIZES, rope_parameters=rope, original_max_position_embeddings=16))
+    model.save_pretrained(tmp_path)
+    assert positions_in(tmp_path) == positions_of(model.base_model) == 16
+    trunk_states(model.base_model, stream([[3] * 16, [5, 6, 7]], CPU))
+    with pytest.raises(ModelError, match=r"a row of 17 tokens .* 16 positions before LongRoPE"):
+        trunk_states(model.base_model, stream([[3] * 17, [5, 6, 7]], CPU))
+    with pytest.raises(ModelError, match="a row of 17 tokens"):
+        generate(model, [[5, 6, 7]], max_new_tokens=14, end_ids=[], batch_size=1)
+
+
+def test_text_models_of_llamas_with_images_have_a_trunk(tmp_path: Path) -> None:
+    """Llama 4's and that of Llama 3.2 Vision, some of whose layers read images alone."""
+    sizes = {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 512}
+    random_model(Llama4TextConfig(**SIZES, **sizes)).save_pretrained(tmp_path)
+    llama4 = load_policy(Lineage(source="path:llama4", base=tmp_path, adapters=()), torch.float32)
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    config = MllamaTextConfig(**SIZES, cross_attention_layers=[1], rope_parameters=rope)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        mllama_text = name_trunk(MllamaForCausalLM(config).eval())
+    for model in (llama4, mllama_text):
+        reference = twin(model)
+        assert model.base_model is model.model
+        assert use_flat_attention(model) is (model is mllama_text)
+        assert_scores_are_those_of_transformers(model, reference)
+
+
+def test_a_model_with_a_layer_between_its_trunk_and_its_head_is_refused(tmp_path: Path) -> None:
+    """Its logits would be computed without that layer."""
+    random_model(ModernBertDecoderConfig(**SIZES)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"ModernBertDecoder\w+ makes its logits .* lm_head\.dense\.weight, lm_"):
+        load_policy(Lineage(source="path:modernbert", base=tmp_path, adapters=()), torch.float32)
+
+
+ALL_LINEAR = AdapterConfig(rank=4, target_modules=["all-linear"])
+SPECIAL = {name: SIZES[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 28, "patch_size": 14}
+
+
+def saved(folder: Path, model: PreTrainedModel) -> Lineage:
+    """The model as a base in a folder, with a tokenizer."""
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(str(folder))
+    return Lineage(source="path:images", base=folder, adapters=())
+
+
+def gemma3(folder: Path) -> Lineage:
+    """As it is from 4B on: the text model is a part of its own."""
+    text = {**SIZES, "head_dim": 8, "query_pre_attn_scalar": 12, "sliding_window": 4}
+    vision = {**VISION, "model_type": "siglip_vision_model"}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **SPECIAL)
+    return saved(folder, random_model(config))
+
+
+def phi4_multimodal(folder: Path) -> Lineage:
+    """The text model holds the encoders."""
+    sound = {"hidden_size": 16, "intermediate_size": 16, "num_blocks": 1, "num_attention_heads": 2}
+    channels = ("nemo_conv_channels", "ext_pw_out_channel", "depthwise_separable_out_channel")
+    config = Phi4MultimodalConfig(
+        **SIZES, vision_config={**VISION, "crop_size": 28}, audio_config={**sound, **dict.fromkeys(channels, 16)}
+    )
+    return saved(folder, random_model(config))
+
+
+def mllama(folder: Path) -> Lineage:
+    """Llama 3.2 Vision: only its text model is loaded, some of whose layers read only images."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    text = {**SIZES, "cross_attention_layers": [1], "rope_parameters": rope}
+    tiles = {"max_num_tiles": 1, "supported_aspect_ratios": [[1, 1]], "num_global_layers": 1}
+    output = {"vision_output_dim": 32, "intermediate_layers_indices": [0]}
+    vision = {**VISION, **tiles, **output, "attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return saved(folder, MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision)))
+
+
+def trained_without_gradient(model: nn.Module) -> list[str]:
+    """Names of trained weights that a backward pass has not reached; distributed training would wait for these."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert any("layers.0." in name for name in trained)
+    return [name for name, parameter in trained.items() if parameter.grad is None]
+
+
+@pytest.mark.parametrize("adapter", [FULL, LORA, ALL_LINEAR], ids=["full", "lora", "all linear modules"])
+@pytest.mark.parametrize("base", [gemma3, mllama, phi4_multimodal])
+def test_all_that_is_trained_of_a_model_with_images_gets_gradients(
+    tmp_path: Path, base: Callable[[Path], Lineage], adapter: AdapterConfig
+) -> None:
+    model = load_policy(base(tmp_path / "base"), torch.float32)
+    use_flat_attention(model)
+    adapted = add_adapter(model, adapter, TaskType.CAUSAL_LM)
+    states = trunk_states(unwrapped(adapted).base_model, stream(PROMPTS, CPU))
+    label_statistics(unwrapped(adapted), states, torch.tensor([3] * len(states))).logprobs.sum().backward()
+    assert trained_without_gradient(adapted) == []
+
+
+def test_all_that_is_trained_of_a_full_critic_gets_gradients(tmp_path: Path) -> None:
+    reward = tiny_reward(tmp_path, FULL, start=gemma3(tmp_path / "base"))
+    spec = tiny_spec(tmp_path, RewardConfig(adapter=FULL))
+    critic = load_reward_model(spec, reward, device=CPU, trained=torch.float32)
+    critic.score(trunk_states(critic.base_model, stream(PROMPTS, CPU))).sum().backward()
+    assert trained_without_gradient(critic) == []
+    assert parts_beside_text(tiny_model()) == []

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -72,37 +75,24 @@ def test_placed_rows_end_at_the_same_column_and_may_repeat() -> None:
     assert not keys[:, :, 5:].any()
 
 
+@pytest.mark.parametrize("shows_room", [True, False])
 @pytest.mark.parametrize(("columns", "after"), [(1, 0), (2, 1), (3, 2), (6, 0)])
-def test_dropped_columns_are_gone_and_the_others_move_up(columns: int, after: int) -> None:
-    cache = RowsCache(tiny_config("llama"), room=2)
+def test_dropped_columns_are_gone_and_the_others_move_up(columns: int, after: int, shows_room: bool) -> None:
+    """No memory is allocated for the next column, whether those allocated ahead are shown or hidden."""
+    cache = RowsCache(tiny_config("llama"), room=2, shows_room=shows_room)
     before = [cache.update(*_states(3, 7, seed=layer), layer) for layer in range(2)]
     expected = [torch.cat([states[:, :, :after], states[:, :, after + columns : 7]], 2) for states in before[1]]
+    memory = cache.layers[1].keys.data_ptr()
     cache.drop(columns, after=after)
     assert cache.get_seq_length() == 7 - columns
+    shown = 9 if shows_room else 8 - columns
+    assert cache.get_mask_sizes(1, 1) == (shown, 0)
     new = _states(3, 1, seed=9)
-    for updated, remaining, own in zip(cache.update(*new, 1), expected, new, strict=True):
-        assert updated.shape[2] == 9, "no memory is allocated"
+    updates = cache.update(*new, 1)
+    for updated, remaining, own in zip(updates, expected, new, strict=True):
+        assert updated.shape[2] == shown
         assert torch.equal(updated[:, :, : 8 - columns], torch.cat([remaining, own], 2))
-
-
-def test_columns_allocated_ahead_can_be_hidden_even_after_others_were_dropped() -> None:
-    cache = RowsCache(tiny_config("llama"), room=4, shows_room=False)
-    before = [cache.update(*_states(3, 7, seed=layer), layer) for layer in range(2)][1]
-    remaining = [torch.cat([states[:, :, :1], states[:, :, 4:]], 2) for states in before]
-    cache.drop(3, after=1)
-    assert cache.get_mask_sizes(1, 1) == (5, 0)
-    new = _states(3, 1, seed=9)
-    for updated, earlier, own in zip(cache.update(*new, 1), remaining, new, strict=True):
-        assert torch.equal(updated, torch.cat([earlier, own], 2))
-
-
-def test_hidden_columns_are_filled_without_allocating_others() -> None:
-    cache = RowsCache(tiny_config("llama"), room=4, shows_room=False)
-    before, _ = cache.update(*_states(3, 7, seed=0), 0)
-    for filled in range(8, 12):
-        keys, _ = cache.update(*_states(3, 1, seed=filled), 0)
-        assert keys.shape[2] == filled
-        assert keys.data_ptr() == before.data_ptr()
+    assert updates[0].data_ptr() == memory
 
 
 def test_a_layer_with_another_kind_of_state_is_refused() -> None:
@@ -111,44 +101,47 @@ def test_a_layer_with_another_kind_of_state_is_refused() -> None:
         RowsCache(config, room=0)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def _decoded(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    seen: torch.Tensor,
+    score: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """``[rows, tokens, heads, width]`` in float64, one query at a time; ``seen`` is ``[rows, 1, tokens, columns]``."""
+    attended = torch.empty(query.shape[0], query.shape[2], query.shape[1], WIDTH, dtype=torch.float64)
+    for row, head, token in itertools.product(*map(range, query.shape[:3])):
+        visible = seen[row, 0, token]
+        k, v = (states[row, head * HEADS // query.shape[1]][visible].double() for states in (keys, values))
+        attended[row, token, head] = torch.softmax(score(k @ query[row, head, token].double()), 0) @ v
+    return attended
+
+
+TYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+
+
+@TYPES
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("scaling", [None, 0.7])
+@pytest.mark.parametrize("mask", ["summand", "boolean"])
 def test_attention_of_one_new_token_equals_the_formula_in_float64(
-    groups: int, scaling: float | None, dtype: torch.dtype, tolerance: float
+    mask: str, groups: int, scaling: float | None, dtype: torch.dtype, tolerance: float
 ) -> None:
+    """Masks are boolean in the later layers of Gemma 4, which compute only the last token of a prompt."""
     rows, columns = 3, 7
     keys, values = (states.to(dtype) for states in _states(rows, columns, seed=0))
     query = torch.randn(rows, HEADS * groups, 1, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
     seen = torch.ones(rows, 1, 1, columns, dtype=torch.bool)
     seen[0, ..., :2] = False
     seen[1, ..., -3:] = False
-    mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
-    attended, _ = decoding_attention(nn.Module(), query, keys, values, mask, scaling=scaling)
-    assert attended.shape == (rows, 1, HEADS * groups, WIDTH)
-    for row in range(rows):
-        for head in range(HEADS * groups):
-            visible = seen[row, 0, 0]
-            k, v = (states[row, head // groups][visible].double() for states in (keys, values))
-            scores = k @ query[row, head, 0].double() * (WIDTH**-0.5 if scaling is None else scaling)
-            expected = torch.softmax(scores, 0) @ v
-            torch.testing.assert_close(attended[row, 0, head].double(), expected, rtol=tolerance, atol=tolerance / 2)
+    hidden = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")) if mask == "summand" else seen
+    attended, _ = decoding_attention(nn.Module(), query, keys, values, hidden, scaling=scaling)
+    factor = WIDTH**-0.5 if scaling is None else scaling
+    expected = _decoded(query, keys, values, seen, lambda scores: scores * factor)
+    torch.testing.assert_close(attended.double(), expected, rtol=tolerance, atol=tolerance / 2)
 
 
-def test_a_boolean_mask_hides_columns_from_the_last_token_of_a_prompt() -> None:
-    """As in the later layers of Gemma 4, which compute no other token of a prompt."""
-    keys, values = _states(2, 6, seed=0)
-    query = torch.randn(2, HEADS, 1, WIDTH, generator=torch.Generator().manual_seed(1))
-    seen = torch.tensor([[False, False, False, True, True, True], [True, True, True, False, False, False]])
-    attended, _ = decoding_attention(nn.Module(), query, keys, values, seen[:, None, None])
-    for row, columns in enumerate([slice(3, 6), slice(0, 3)]):
-        for head in range(HEADS):
-            scores = keys[row, head, columns] @ query[row, head, 0] * WIDTH**-0.5
-            expected = torch.softmax(scores, 0) @ values[row, head, columns]
-            torch.testing.assert_close(attended[row, 0, head], expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@TYPES
 @pytest.mark.parametrize("groups", [1, 3])
 def test_a_common_beginning_counts_as_if_each_row_held_it(groups: int, dtype: torch.dtype, tolerance: float) -> None:
     rows, columns, tokens = 3, 7, 5
@@ -161,16 +154,13 @@ def test_a_common_beginning_counts_as_if_each_row_held_it(groups: int, dtype: to
     layer.layer_idx = 1
     options = {"scaling": 0.7, "beginning": KeysValues(layers={1: common})}
     attended, _ = decoding_attention(layer, query, keys, values, mask, **options)
-    assert attended.shape == (rows, 1, HEADS * groups, WIDTH)
-    for row in range(rows):
-        for head in range(HEADS * groups):
-            visible = mask[row, 0, 0] == 0
-            k, v = (
-                torch.cat([shared[head // groups], states[row, head // groups][visible]]).double()
-                for shared, states in zip(common, (keys, values), strict=True)
-            )
-            expected = torch.softmax(k @ query[row, head, 0].double() * 0.7, 0) @ v
-            torch.testing.assert_close(attended[row, 0, head].double(), expected, rtol=tolerance, atol=tolerance / 2)
+    whole = [
+        torch.cat([shared.expand(rows, -1, -1, -1), states], 2)
+        for shared, states in zip(common, (keys, values), strict=True)
+    ]
+    seen = torch.cat([torch.ones(rows, 1, 1, tokens, dtype=torch.bool), mask == 0], -1)
+    expected = _decoded(query, *whole, seen, lambda scores: scores * 0.7)  # type: ignore[misc]
+    torch.testing.assert_close(attended.double(), expected, rtol=tolerance, atol=tolerance / 2)
 
 
 @pytest.mark.parametrize("changed", [{"softcap": 1.0}, {"query": torch.zeros(1, HEADS, 2, WIDTH)}])
@@ -206,15 +196,8 @@ def test_capped_scores_are_those_of_the_formula_in_float64(tokens: int, masked: 
         seen[1, ..., :2] = False
         mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")) if tokens == 1 else seen
     attended, _ = decoding_attention(nn.Module(), query, keys, values, mask, softcap=cap)
-    assert attended.shape == (rows, tokens, HEADS * groups, WIDTH)
-    for row in range(rows):
-        for head in range(HEADS * groups):
-            for token in range(tokens):
-                visible = seen[row, 0, token]
-                k, v = (states[row, head // groups][visible].double() for states in (keys, values))
-                scores = k @ query[row, head, token].double() * WIDTH**-0.5
-                expected = torch.softmax(cap * torch.tanh(scores / cap), 0) @ v
-                torch.testing.assert_close(attended[row, token, head].double(), expected, rtol=1e-5, atol=1e-6)
+    expected = _decoded(query, keys, values, seen, lambda scores: cap * torch.tanh(scores * WIDTH**-0.5 / cap))
+    torch.testing.assert_close(attended.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -222,15 +205,10 @@ def test_a_model_is_left_as_it_was_even_after_an_error(implementation: str) -> N
     model = tiny_model().to(torch.bfloat16)
     model.set_attn_implementation(implementation)
     before = {name: vars(module).get("forward") for name, module in model.named_modules()}
-
-    def fail() -> None:
-        assert may_see_room(model)
-        with decoding(model):
-            assert model.config._attn_implementation == (ATTENTION if implementation == "sdpa" else "eager")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        fail()
+    assert may_see_room(model)
+    with suppress(KeyboardInterrupt), decoding(model):
+        assert model.config._attn_implementation == (ATTENTION if implementation == "sdpa" else "eager")
+        raise KeyboardInterrupt
     assert model.config._attn_implementation == implementation
     assert {name: vars(module).get("forward") for name, module in model.named_modules()} == before
 

@@ -3,43 +3,45 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import pytest
 import torch
-from peft import TaskType
-from transformers import AutoModelForCausalLM, Gemma2Config, Gemma3TextConfig, PreTrainedConfig, Qwen3Config
+from torch import Tensor
+from torch.nn.attention import SDPBackend
+from transformers import (
+    PreTrainedModel,
+)
 
-from alignment.config.adapter import AdapterConfig
 from alignment.core.errors import ModelError
 from alignment.costs.recorder import Recorder
-from alignment.models.assembly.adapters import add_adapter
+from alignment.models.forward import decoding_rows
 from alignment.models.forward import entering_prompts as padded_module
 from alignment.models.forward import generate as generate_module
+from alignment.models.forward import shared_beginning as beginning_module
 from alignment.models.forward import shared_prompts as reading_module
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.attention import ATTENTION
+from alignment.models.forward.decoding_rows import DecodingRows
 from alignment.models.forward.flat import use_flat_attention
-from alignment.models.forward.generate import Sampling, generate
+from alignment.models.forward.generate import Sampling, generate, reading_order
+from alignment.models.forward.shared_beginning import shared_beginning
 from alignment.models.forward.token_choice import sampled_tokens
+from alignment.models.forward.waiting_prompts import WaitingPrompts
+from alignment.models.kernels import kv_cache
 from alignment.models.kernels import kv_cache as cache_module
+from alignment.models.kernels.sdpa_order import without_cudnn
 from tests.oracles import logprobs as oracle
-from tests.tiny import ARCHITECTURES, liven, tiny_model
-from tests.unit.models.conftest import PROMPTS, SIZES
+from tests.tiny import ARCHITECTURES, tiny_model
+from tests.unit.models.conftest import LORA, PROMPTS, adapted
+from tests.unit.models.test_architectures import CONFIGS, model_of
 
 END = 2
-_SIZES = {**SIZES, "head_dim": 8}
-OTHERS: dict[str, PreTrainedConfig] = {
-    "qwen3": Qwen3Config(**_SIZES),
-    # Capped attention scores, which only the eager function has, capped logits, and every second layer with a window.
-    "gemma2": Gemma2Config(
-        **_SIZES, sliding_window=4, final_logit_softcapping=3.0, query_pre_attn_scalar=8, attn_implementation="eager"
-    ),
-    "gemma3": Gemma3TextConfig(**_SIZES, sliding_window=4, layer_types=["sliding_attention", "full_attention"]),
-}
 
 
 def _own_greedy(model: torch.nn.Module, prompt: list[int], *, ends: list[int], limit: int) -> list[int]:
@@ -56,21 +58,8 @@ def _own_greedy(model: torch.nn.Module, prompt: list[int], *, ends: list[int], l
     return generated[0, len(prompt) :].tolist()
 
 
-def _other_model(name: str) -> torch.nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(OTHERS[name], dtype=torch.float32)
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=0.25)
-    return model.eval()
-
-
-Maker = Callable[..., Any]
-
-
 @pytest.fixture(params=["flat", "padded"])
-def made(request: pytest.FixtureRequest) -> Maker:
+def made(request: pytest.FixtureRequest) -> Callable[..., Any]:
     """Makes tiny models whose prompts are read in one stream, as in the stages, or padded."""
 
     def make(*args: Any, **kwargs: Any) -> Any:
@@ -87,10 +76,14 @@ def _uniforms(rows: int, steps: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
-@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gpt_neox"])
+@pytest.mark.parametrize("architecture", [*ARCHITECTURES, "gpt_neox", "gpt2", "mistral with a window", "gemma2"])
 def test_greedy_answers_equal_those_of_transformers_row_by_row(architecture: str, batch_size: int) -> None:
-    model, reference = tiny_model(architecture), tiny_model(architecture)
-    use_flat_attention(model)
+    """The last three are read padded; their positions, windows and caps are the model's own."""
+    model, reference = (model_of(architecture) if architecture in CONFIGS else tiny_model(architecture) for _ in "ab")
+    if architecture in (*ARCHITECTURES, "gpt_neox"):
+        use_flat_attention(model)
+    else:
+        model.set_attn_implementation("eager")
     free = [_own_greedy(reference, prompt, ends=[], limit=12) for prompt in PROMPTS]
     ends = [free[0][2], free[2][5]]
     answers = generate(model, PROMPTS, max_new_tokens=12, end_ids=ends, batch_size=batch_size)
@@ -98,45 +91,32 @@ def test_greedy_answers_equal_those_of_transformers_row_by_row(architecture: str
     assert len({len(answer) for answer in answers}) > 1, "rows should finish at different steps"
 
 
-def test_a_model_with_a_sliding_window_answers_as_transformers_does() -> None:
-    model, reference = (tiny_model("mistral", sliding_window=3) for _ in range(2))
-    answers = generate(model, PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
-    assert answers == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
-
-
-@pytest.mark.parametrize("batch_size", [2, 5])
-@pytest.mark.parametrize("name", OTHERS)
-def test_windows_capped_scores_and_normalised_heads_are_those_of_the_model(name: str, batch_size: int) -> None:
-    model, reference = _other_model(name), _other_model(name)
-    answers = generate(model, PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=batch_size)
-    assert answers == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
-
-
-def test_a_model_with_learned_positions_answers_as_transformers_does() -> None:
-    model, reference = tiny_model("gpt2"), tiny_model("gpt2")
-    answers = generate(model, PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=2)
-    assert answers == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
+@functools.cache
+def _forty_tokens(architecture: str) -> tuple[dict[str, int], list[int], list[list[int]]]:
+    """Changes of a model, tokens that end its answers at different steps, and these answers by transformers."""
+    changes = {"sliding_window": 6} if architecture == "mistral" else {}
+    reference = tiny_model(architecture, **changes)
+    free = [_own_greedy(reference, prompt, ends=[], limit=40) for prompt in PROMPTS]
+    ends = [free[0][9], free[3][20]]
+    return changes, ends, [_own_greedy(reference, prompt, ends=ends, limit=40) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral"])
 @pytest.mark.parametrize(("name", "value"), [("ROOM", 0), ("ROOM", 3), ("FULL_ENOUGH", 0.0), ("FULL_ENOUGH", 1.0)])
 def test_answers_never_depend_on_the_room_of_the_cache_or_on_when_rows_leave(
-    made: Maker, architecture: str, name: str, value: float, monkeypatch: pytest.MonkeyPatch
+    made: Callable[..., Any], architecture: str, name: str, value: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limit of 40 tokens is beyond what is allocated at first."""
-    changes = {"sliding_window": 6} if architecture == "mistral" else {}
-    model, reference = made(architecture, **changes), tiny_model(architecture, **changes)
+    changes, ends, expected = _forty_tokens(architecture)
+    model = made(architecture, **changes)
     monkeypatch.setattr(cache_module if name == "ROOM" else generate_module, name, value)
-    free = [_own_greedy(reference, prompt, ends=[], limit=40) for prompt in PROMPTS]
-    ends = [free[0][9], free[3][20]]
-    answers = generate(model, PROMPTS, max_new_tokens=40, end_ids=ends, batch_size=5)
-    assert answers == [_own_greedy(reference, prompt, ends=ends, limit=40) for prompt in PROMPTS]
-    assert len({len(answer) for answer in answers}) > 1, "rows should finish at different steps"
+    assert generate(model, PROMPTS, max_new_tokens=40, end_ids=ends, batch_size=5) == expected
+    assert len({len(answer) for answer in expected}) > 1, "rows should finish at different steps"
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 20, 10_000])
+@pytest.mark.parametrize("tokens", [1, 9, 10_000])
 def test_answers_never_depend_on_how_prompts_are_read_together(
-    made: Maker, tokens: int, monkeypatch: pytest.MonkeyPatch
+    made: Callable[..., Any], tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = made()
     expected = generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=1)
@@ -145,28 +125,7 @@ def test_answers_never_depend_on_how_prompts_are_read_together(
     assert generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=5) == expected
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_order_of_prompts_never_changes_an_answer(made: Maker, seed: int) -> None:
-    model = made(vocab_size=8)
-    prompts = [[token % 8 for token in prompt] for prompt in [*PROMPTS, PROMPTS[2], PROMPTS[0]]]
-    uniforms = _uniforms(len(prompts), 16)
-    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
-
-    def answers(indices: list[int]) -> list[list[int]]:
-        return generate(
-            model,
-            [prompts[i] for i in indices],
-            max_new_tokens=16,
-            end_ids=[END],
-            batch_size=4,
-            sampling=Sampling(temperature=1.0, uniforms=uniforms[indices]),
-        )
-
-    straight = answers(list(range(len(prompts))))
-    assert answers(order) == [straight[i] for i in order]
-
-
-def test_equal_prompts_are_read_once_and_answered_each_for_itself(made: Maker) -> None:
+def test_equal_prompts_are_read_once_and_answered_each_for_itself(made: Callable[..., Any]) -> None:
     model = made(vocab_size=8)
     prompts = [[5, 6, 7, 4], [3, 1], [5, 6, 7, 4], [5, 6, 7, 4], [3, 1]]
     sampling = Sampling(temperature=1.0, uniforms=_uniforms(5, 12))
@@ -184,19 +143,15 @@ def test_equal_prompts_are_read_once_and_answered_each_for_itself(made: Maker) -
     assert len({tuple(answer) for answer in shared}) > 2
 
 
-def test_an_adapter_that_is_active_counts(made: Maker) -> None:
-    adapted = add_adapter(made(), AdapterConfig(rank=4), TaskType.CAUSAL_LM).eval()
-    liven(adapted)
-    merged = add_adapter(tiny_model(), AdapterConfig(rank=4), TaskType.CAUSAL_LM).eval()
-    liven(merged)
-    reference = merged.merge_and_unload()
-    answers = generate(unwrapped(adapted), PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
-    assert answers == [_own_greedy(reference, prompt, ends=[END], limit=10) for prompt in PROMPTS]
+def test_an_adapter_that_is_active_counts(made: Callable[..., Any]) -> None:
+    model, merged = adapted(made(), LORA).eval(), adapted(tiny_model(), LORA).eval().merge_and_unload()
+    answers = generate(unwrapped(model), PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
+    assert answers == [_own_greedy(merged, prompt, ends=[END], limit=10) for prompt in PROMPTS]
     assert answers != generate(made(), PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
 
 
 @pytest.mark.parametrize("autocast", [True, False])
-def test_bfloat16_answers_are_likely_under_the_models_own_forward(made: Maker, autocast: bool) -> None:
+def test_bfloat16_answers_are_likely_under_the_models_own_forward(made: Callable[..., Any], autocast: bool) -> None:
     """Low precision may take another token where two are nearly as likely, and nowhere else."""
     model = made() if autocast else made().to(torch.bfloat16)
     context = torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
@@ -209,7 +164,7 @@ def test_bfloat16_answers_are_likely_under_the_models_own_forward(made: Maker, a
         assert gap.max() < 0.1 * logits.std()
 
 
-def test_the_generation_config_of_a_model_never_leaks_in(made: Maker) -> None:
+def test_the_generation_config_of_a_model_never_leaks_in(made: Callable[..., Any]) -> None:
     model = made()
     plain = generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=2)
     config = model.generation_config
@@ -218,106 +173,25 @@ def test_the_generation_config_of_a_model_never_leaks_in(made: Maker) -> None:
     assert generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=2) == plain
 
 
-def test_an_answer_ends_with_its_end_token_or_at_the_limit() -> None:
-    uniforms = _uniforms(64, 20)
-    answers = generate(
-        tiny_model(vocab_size=8),
-        [[5, 6]] * 64,
-        max_new_tokens=20,
-        end_ids=[END, 3],
-        batch_size=64,
-        sampling=Sampling(temperature=1.0, uniforms=uniforms),
-    )
-    for answer in answers:
-        assert not {END, 3} & set(answer[:-1])
-        assert answer[-1] in (END, 3) or len(answer) == 20
-    assert {answer[-1] for answer in answers} >= {END, 3}
-
-
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
-def test_sampled_answers_never_depend_on_the_batch(made: Maker, batch_size: int) -> None:
+def test_sampled_answers_never_depend_on_the_batch_or_on_the_order(made: Callable[..., Any], batch_size: int) -> None:
     model = made(vocab_size=8)
-    prompts = [[token % 8 for token in prompt] for prompt in PROMPTS]
-    sampling = Sampling(temperature=1.0, uniforms=_uniforms(len(prompts), 16))
-    together, split = (
-        generate(model, prompts, max_new_tokens=16, end_ids=[END], batch_size=size, sampling=sampling)
-        for size in (len(prompts), batch_size)
-    )
-    assert split == together
+    prompts = [[token % 8 for token in prompt] for prompt in [*PROMPTS, PROMPTS[2], PROMPTS[0]]]
+    uniforms = _uniforms(len(prompts), 16)
 
-
-def test_rows_that_finish_early_leave_the_others_unchanged(made: Maker) -> None:
-    """The same row beside neighbours that end at once and beside neighbours that never end."""
-    model = made(vocab_size=8)
-    uniforms = _uniforms(4, 12)
-    sampling = Sampling(temperature=1.0, uniforms=uniforms)
-    prompts = [[5, 6, 7], [4], [5, 5], [6, 4, 4, 5]]
-    never = generate(model, prompts, max_new_tokens=12, end_ids=[], batch_size=4, sampling=sampling)
-    for end in range(8):
-        answers = generate(model, prompts, max_new_tokens=12, end_ids=[end], batch_size=4, sampling=sampling)
-        for answer, endless in zip(answers, never, strict=True):
-            cut = endless.index(end) + 1 if end in endless else len(endless)
-            assert answer == endless[:cut]
-
-
-def test_other_uniforms_give_other_answers(made: Maker) -> None:
-    model = made(vocab_size=8)
-    answers = [
-        generate(
+    def answers(order: list[int], size: int) -> list[list[int]]:
+        return generate(
             model,
-            [[5, 6]],
+            [prompts[i] for i in order],
             max_new_tokens=16,
-            end_ids=[],
-            batch_size=1,
-            sampling=Sampling(temperature=1.0, uniforms=_uniforms(1, 16, seed=seed)),
-        )[0]
-        for seed in (0, 0, 1)
-    ]
-    assert answers[0] == answers[1] != answers[2]
+            end_ids=[END],
+            batch_size=size,
+            sampling=Sampling(temperature=1.0, uniforms=uniforms[order]),
+        )
 
-
-@pytest.mark.parametrize("temperature", [1.0, 0.8, 3.0])
-def test_evenly_spread_uniforms_reproduce_the_distribution(made: Maker, temperature: float) -> None:
-    model = made(vocab_size=8)
-    logits = model(torch.tensor([[5, 6]])).logits[0, -1].tolist()
-    count = 4_000
-    uniforms = (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count
-    answers = generate(
-        model,
-        [[5, 6]] * count,
-        max_new_tokens=1,
-        end_ids=[],
-        batch_size=1_000,
-        sampling=Sampling(temperature=temperature, uniforms=uniforms),
-    )
-    seen = Counter(answer[0] for answer in answers)
-    expected = torch.tensor(oracle.log_softmax(logits, temperature=temperature)).exp()
-    assert expected.max() < 0.99, "the distribution should not be trivial"
-    for token in range(8):
-        assert abs(seen[token] / count - float(expected[token])) < 1.5 / count
-
-
-def test_random_uniforms_pass_a_chi_square_test_on_two_steps(made: Maker) -> None:
-    """16 cells, 15 degrees of freedom: the statistic stays below 37.7 in 999 of 1,000 cases."""
-    model = made(vocab_size=4)
-    count = 4_000
-    answers = generate(
-        model,
-        [[1, 3]] * count,
-        max_new_tokens=2,
-        end_ids=[],
-        batch_size=1_000,
-        sampling=Sampling(temperature=2.0, uniforms=_uniforms(count, 2)),
-    )
-    seen = Counter(map(tuple, answers))
-    statistic = 0.0
-    for first in range(4):
-        first_logprob = oracle.log_softmax(model(torch.tensor([[1, 3]])).logits[0, -1].tolist(), temperature=2.0)[first]
-        after = model(torch.tensor([[1, 3, first]])).logits[0, -1].tolist()
-        for second, second_logprob in enumerate(oracle.log_softmax(after, temperature=2.0)):
-            expected = count * float(torch.tensor(first_logprob + second_logprob).exp())
-            statistic += (seen[first, second] - expected) ** 2 / expected
-    assert 2.0 < statistic < 37.7
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(0)).tolist()
+    together = answers(list(range(len(prompts))), len(prompts))
+    assert answers(order, batch_size) == [together[i] for i in order]
 
 
 @pytest.mark.parametrize("vocabulary", [1, 5, 256, 257, 1_000])
@@ -349,69 +223,22 @@ def test_a_token_of_probability_zero_is_never_drawn(uniform: float) -> None:
     assert int(token) == (300 if uniform == 0.0 else 310)
 
 
-def test_capped_logits_are_what_is_sampled_from() -> None:
-    model = _other_model("gemma2")
-    with torch.no_grad():
-        logits = model(torch.tensor([[5, 6]])).logits[0, -1].tolist()
-    assert max(map(abs, logits)) <= 3.0
-    count = 2_000
-    uniforms = (torch.arange(count, dtype=torch.float64)[:, None] + 0.5) / count
-    sampling = Sampling(temperature=0.7, uniforms=uniforms)
-    answers = generate(model, [[5, 6]] * count, max_new_tokens=1, end_ids=[], batch_size=count, sampling=sampling)
-    seen = Counter(answer[0] for answer in answers)
-    for token, logprob in enumerate(oracle.log_softmax(logits, temperature=0.7)):
-        assert abs(seen[token] / count - float(torch.tensor(logprob).exp())) < 1.5 / count
-
-
-@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-53])
-def test_the_ends_of_the_unit_interval_give_tokens_of_the_vocabulary(uniform: float) -> None:
-    sampling = Sampling(temperature=1.0, uniforms=torch.full((1, 3), uniform, dtype=torch.float64))
-    answer = generate(tiny_model(), [[5]], max_new_tokens=3, end_ids=[], batch_size=1, sampling=sampling)[0]
-    assert all(0 <= token < 128 for token in answer)
-
-
-def test_progress_counts_the_prompts_that_are_done(made: Maker) -> None:
+def test_progress_counts_the_prompts_that_are_done(made: Callable[..., Any]) -> None:
     counts: list[int] = []
     generate(made(), PROMPTS, max_new_tokens=2, end_ids=[], batch_size=2, progress=counts.append)
     assert counts == [2, 4, 5]
 
 
 @pytest.mark.parametrize("window", [None, 3])
-def test_an_answer_that_may_outgrow_the_models_positions_is_refused(window: int | None) -> None:
+def test_prompts_that_cannot_be_answered_are_refused(window: int | None) -> None:
     model = tiny_model("mistral", sliding_window=window, max_position_embeddings=8)
     use_flat_attention(model)
     options: dict[str, Any] = {"end_ids": [], "batch_size": 2}
     assert [len(answer) for answer in generate(model, [[5], [5, 6, 7]], max_new_tokens=5, **options)] == [5, 5]
     with pytest.raises(ModelError, match="a row of 9 tokens is longer than the model's 8 positions"):
         generate(model, [[5], [5, 6, 7]], max_new_tokens=6, **options)
-
-
-def test_an_empty_prompt_is_refused() -> None:
     with pytest.raises(ValueError, match="a prompt has no token"):
-        generate(tiny_model(), [[5], []], max_new_tokens=2, end_ids=[END], batch_size=2)
-
-
-def test_generation_leaves_no_gradients_and_no_mode_behind() -> None:
-    model = tiny_model()
-    generate(unwrapped(model), PROMPTS, max_new_tokens=2, end_ids=[END], batch_size=2)
-    assert all(parameter.grad is None for parameter in model.parameters())
-    assert not model.training
-
-
-@pytest.mark.parametrize("chosen", [True, False])
-def test_every_step_runs_without_cudnns_attention_and_leaves_the_callers_choice(made: Maker, chosen: bool) -> None:
-    model = made()
-    during: list[bool] = []
-    model.register_forward_pre_hook(lambda *_: during.append(torch.backends.cuda.cudnn_sdp_enabled()))
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(chosen)
-    try:
-        generate(model, PROMPTS, max_new_tokens=3, end_ids=[], batch_size=2)
-        assert torch.backends.cuda.cudnn_sdp_enabled() is chosen
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
-    assert len(during) >= 2 * 3
-    assert not any(during)
+        generate(model, [[5], []], max_new_tokens=2, **options)
 
 
 def test_answers_on_shapes_are_long_but_not_equally_long() -> None:
@@ -420,3 +247,188 @@ def test_answers_on_shapes_are_long_but_not_equally_long() -> None:
         answers = generate(model, [[5, 6, 7]] * 10, max_new_tokens=12, end_ids=[END], batch_size=10)
     assert [len(answer) for answer in answers] == [12, 11, 10, 9, 8, 7, 6, 5, 12, 11]
     assert {answer.index(END) for answer in answers if END in answer} <= set(range(4, 12))
+
+
+LIMIT = 14
+ENDS = list(range(16))
+"""Of 128 tokens, so that answers end at different steps."""
+START = list(range(30, 50))
+"""Long enough to be computed once."""
+MANY = [[5, 9, 2, 7], [8], [3, 2, 2, 6, 4, 9, 2, 11], [40, 41], [17, 18, 19, 20, 21], [8], [8], [60, 61, 62]]
+MANY += [[17, 18, 19, 20, 21], [9] * 7, [101], [7, 77]]
+BEHIND_A_BEGINNING = [[*START, *prompt] for prompt in MANY]
+MODELS: dict[str, tuple[Callable[[], PreTrainedModel], bool]] = {
+    "llama": (lambda: tiny_model("llama"), True),
+    "gpt2": (lambda: tiny_model("gpt2"), False),
+    "mistral with a window": (lambda: model_of("mistral with a window"), True),
+    "gemma2": (lambda: model_of("gemma2"), True),  # windows, capped scores and capped logits
+    "gemma2 padded": (lambda: model_of("gemma2"), False),
+}
+"""Models, and whether their attention is flat."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Steps:
+    """What each step saw: the prompts that its rows answer, log p of the chosen tokens, the columns of the cache."""
+
+    numbers: list[list[int]] = field(default_factory=list)
+    logprobs: dict[int, list[float]] = field(default_factory=dict)
+    columns: list[int] = field(default_factory=list)
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Steps:
+    """Records the steps of the batches that are decoded from here on."""
+    seen, next_tokens = Steps(), DecodingRows.next_tokens
+
+    def recorded(rows: DecodingRows, temperature: float) -> Tensor:
+        tokens = next_tokens(rows, temperature)
+        logprobs = (rows.logits.double() / temperature).log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+        for number, logprob in zip(rows.numbers, logprobs.tolist(), strict=True):
+            seen.logprobs.setdefault(number, []).append(logprob)
+        seen.numbers.append(list(rows.numbers))
+        seen.columns.append(rows.cache.layers[0].keys.shape[2])
+        return tokens
+
+    monkeypatch.setattr(DecodingRows, "next_tokens", recorded)
+    return seen
+
+
+def _entered_beside_others(numbers: Sequence[Sequence[int]]) -> bool:
+    """Whether a prompt entered while another one was being answered."""
+    return any(set(before) & set(after) and set(after) - set(before) for before, after in itertools.pairwise(numbers))
+
+
+@pytest.mark.parametrize("batch_size", [3, 4, 12])
+@pytest.mark.parametrize("prompts", [MANY, BEHIND_A_BEGINNING], ids=["apart", "behind one beginning"])
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_sampled_tokens_and_logprobs_are_those_of_a_padded_forward(
+    name: str, prompts: list[list[int]], batch_size: int, steps: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows enter and leave at different steps, columns are dropped, and the cache grows."""
+    monkeypatch.setattr(decoding_rows, "DROPPED", 2)
+    monkeypatch.setattr(kv_cache, "ROOM", 3)
+    monkeypatch.setattr(beginning_module, "FEWEST_TOKENS", 16)
+    monkeypatch.setattr(beginning_module, "FEWEST_ROWS", 1)
+    make, is_flat = MODELS[name]
+    model, reference = make(), make()
+    if is_flat:
+        use_flat_attention(model)
+    uniforms = _uniforms(len(prompts), LIMIT, seed=4)
+    answers = generate(
+        model,
+        prompts,
+        max_new_tokens=LIMIT,
+        end_ids=ENDS,
+        batch_size=batch_size,
+        sampling=Sampling(temperature=0.8, uniforms=uniforms),
+    )
+    assert _entered_beside_others(steps.numbers) is (batch_size < len(prompts))
+    is_held_once = name == "llama" and prompts is BEHIND_A_BEGINNING
+    assert (min(steps.columns) < len(START)) is (is_held_once or prompts is MANY)
+    assert len({len(answer) for answer in answers}) > 4
+    for number, index in enumerate(reading_order(prompts)):
+        prompt, answer = prompts[index], answers[index]
+        logits = reference(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1].double() / 0.8
+        cumulative = logits.softmax(-1).cumsum(-1)
+        assert answer == (cumulative <= uniforms[index, : len(answer), None]).sum(-1).tolist()
+        assert all((token in ENDS) == (step == len(answer) - 1) for step, token in enumerate(answer[: LIMIT - 1]))
+        expected = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
+        logprobs = torch.tensor(steps.logprobs[number][: len(answer)], dtype=torch.float64)
+        torch.testing.assert_close(logprobs, expected, rtol=0.0, atol=1e-5)
+
+
+def test_many_prompts_take_a_bounded_number_of_rows_and_columns(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding_rows, "DROPPED", 2)
+    monkeypatch.setattr(kv_cache, "ROOM", 3)
+    model = tiny_model()
+    use_flat_attention(model)
+    prompts = [[number % 100 + 20, 7, 9] for number in range(60)]
+    sampling = Sampling(temperature=1.0, uniforms=_uniforms(len(prompts), LIMIT, seed=4))
+    answers = generate(model, prompts, max_new_tokens=LIMIT, end_ids=ENDS, batch_size=4, sampling=sampling)
+    assert {len(numbers) for numbers in steps.numbers[:-LIMIT]} == {4}
+    # The prompt with its answer, columns that are not worth moving, and those allocated ahead.
+    assert max(steps.columns) <= 3 + LIMIT + 2 + 3
+    tokens = sum(map(len, answers))
+    assert len(steps.numbers) < 1.4 * tokens / 4, "finished rows do not wait for the longest answer"
+
+
+def test_equal_prompts_leave_the_queue_together_unless_they_are_too_many() -> None:
+    queue = WaitingPrompts(prompts=[[5, 6]] * 3 + [[7]] * 3 + [[4]], uniforms=None)
+    assert list(queue.next(2).numbers) == [0, 1]
+    assert list(queue.next_group(3).numbers) == [2], "the next three would be parted"
+    assert list(queue.next_group(2).numbers) == [3, 4], "three do not fit, so two of them have to do"
+    assert queue.waiting == 2
+    assert list(queue.next_group(9).numbers) == [5, 6]
+    assert queue.waiting == 0
+
+
+def test_a_beginning_is_held_once_if_it_pays_and_attention_can() -> None:
+    model = tiny_model()
+    prompts = [[*range(70), 5, 6], [*range(70), 5], [*range(70), 9]]
+    assert shared_beginning(model, prompts, 8) is None, "its attention is not flat"
+    use_flat_attention(model)
+    beginning = shared_beginning(model, prompts, 8)
+    assert beginning is not None
+    assert beginning.tokens == 70
+    assert {keys.shape[1] for keys, _ in beginning.keys_values.layers.values()} == {70}
+    assert shared_beginning(model, prompts, 7) is None, "few rows"
+    assert shared_beginning(model, [*prompts, [*range(63), 99, 98]], 8) is None, "few tokens"
+    repeated = shared_beginning(model, [list(range(70))] * 3, 8)
+    assert repeated is not None
+    assert repeated.tokens == 69, "each prompt has a token of its own"
+    for name in ("mistral with a window", "gemma2"):
+        model = model_of(name)
+        use_flat_attention(model)
+        assert shared_beginning(model, prompts, 8) is None, "windows, caps"
+
+
+@torch.no_grad()
+def test_a_finished_row_that_stays_needs_no_positions_that_the_model_lacks() -> None:
+    """The model has as many as its longest prompt and answer take together."""
+    random = Random(1)
+    prompts = [[random.randrange(20, 120) for _ in range(random.choice([1, 2, 3, 4, 8]))] for _ in range(40)]
+    prompts += [[50] * 8] * 6
+    model = tiny_model("gpt2", max_position_embeddings=8 + LIMIT)
+    sampling = Sampling(temperature=1.0, uniforms=_uniforms(len(prompts), LIMIT, seed=4))
+    answers = [
+        generate(model, prompts, max_new_tokens=LIMIT, end_ids=ENDS, batch_size=size, sampling=sampling)
+        for size in (5, len(prompts))
+    ]
+    assert answers[0] == answers[1]
+
+
+def _choice() -> list[SDPBackend]:
+    """The kernels that may be taken, in their order."""
+    enabled = {
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
+        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled(),
+    }
+    order = list(torch._C._get_sdp_priority_order())
+    return sorted(
+        (backend for backend, taken in enabled.items() if taken), key=lambda backend: order.index(int(backend))
+    )
+
+
+@pytest.mark.parametrize("cudnn", [True, False])
+def test_every_step_prefers_flash_attention_without_cudnn_and_leaves_the_callers_choice(
+    made: Callable[..., Any], cudnn: bool
+) -> None:
+    model = made()
+    during: list[list[SDPBackend]] = []
+    model.register_forward_pre_hook(lambda *_: during.append(_choice()))
+    original = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    try:
+        before = _choice()
+        with without_cudnn():  # inside of another
+            generate(model, PROMPTS, max_new_tokens=3, end_ids=[], batch_size=2)
+        assert _choice() == before
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(original)
+    assert len(during) >= 2 * 3
+    ours = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    assert all(choice == ours for choice in during)

@@ -1,24 +1,30 @@
-"""Log-probabilities in chunks equal the slow loops, and their gradient the finite difference."""
+"""Log-probabilities and divergences in chunks equal the slow loops of the papers, and so do their gradients."""
 
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from alignment.models.forward import head_chunks
+from alignment.models.forward.divergence import Divergence, Teaching, divergence_from
 from alignment.models.forward.head import token_statistics
-from tests.oracles import logprobs as oracle
+from tests.oracles import distillation
+from tests.oracles import logprobs as slow_logprobs
 from tests.oracles.close import close
 
 
 @pytest.fixture
-def figures() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def numbers() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states, head and labels: 7 tokens, width 5, vocabulary 11."""
     rng = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(7, 5, generator=rng), torch.randn(11, 5, generator=rng)
-    labels = torch.randint(0, 11, (7,), generator=rng)
+    hidden, weight = torch.randn(7, 5, generator=rng), torch.randn(VOCABULARY, 5, generator=rng)
+    labels = torch.randint(0, VOCABULARY, (7,), generator=rng)
     labels[0] = (hidden[0] @ weight.T).argmax()
     return hidden, weight, labels
 
@@ -33,45 +39,39 @@ def bounded(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
 @pytest.mark.parametrize("cap", [None, 1.5])
 def test_statistics_equal_the_slow_loops(
     monkeypatch: pytest.MonkeyPatch,
-    figures: tuple[torch.Tensor, ...],
+    numbers: tuple[torch.Tensor, ...],
     cap: float | None,
     temperature: float,
     chunk: int,
     at_once: int,
 ) -> None:
     monkeypatch.setattr(head_chunks, "CHUNK", chunk)
-    monkeypatch.setattr(head_chunks, "IN_CACHE", at_once * 11)
-    hidden, weight, labels = figures
+    monkeypatch.setattr(head_chunks, "IN_CACHE", at_once * VOCABULARY)
+    hidden, weight, labels = numbers
     logits = bounded(hidden.double() @ weight.double().T, cap).tolist()
     statistics = token_statistics(hidden, weight, labels, temperature=temperature, cap=cap)
     pairs = list(zip(logits, labels.tolist(), strict=True))
-    close(
-        statistics.logprobs,
-        [oracle.log_softmax(row, temperature=temperature)[label] for row, label in pairs],
-        atol=1e-6,
-    )
-    close(statistics.entropy, [oracle.entropy(row, temperature=temperature) for row, _ in pairs], atol=1e-6)
+    logprobs = [slow_logprobs.log_softmax(row, temperature=temperature)[label] for row, label in pairs]
+    close(statistics.logprobs, logprobs, atol=1e-6)
+    close(statistics.entropy, [slow_logprobs.entropy(row, temperature=temperature) for row, _ in pairs], atol=1e-6)
     close(statistics.mean_logits, [sum(row) / len(row) / temperature for row, _ in pairs], atol=1e-6)
-    assert statistics.is_top1.tolist() == [oracle.is_likeliest(row, label) for row, label in pairs]
+    assert statistics.is_top1.tolist() == [slow_logprobs.is_likeliest(row, label) for row, label in pairs]
     assert statistics.is_top1[0]
 
 
 @pytest.mark.parametrize("cap", [None, 1.5])
 def test_of_tied_tokens_only_the_one_that_greedy_decoding_takes_is_the_first_choice(cap: float | None) -> None:
-    weight = torch.zeros(11, 2)
+    weight = torch.zeros(VOCABULARY, 2)
     weight[[3, 7, 9]] = 1.0
-    labels = torch.arange(11)
-    statistics = token_statistics(torch.ones(11, 2), weight, labels, cap=cap)
-    logits = bounded(torch.ones(2) @ weight.T, cap).tolist()
-    assert statistics.is_top1.tolist() == [oracle.is_likeliest(logits, label) for label in labels.tolist()]
+    statistics = token_statistics(torch.ones(VOCABULARY, 2), weight, torch.arange(VOCABULARY), cap=cap)
     assert statistics.is_top1.nonzero().flatten().tolist() == [3]
 
 
 def test_chunks_on_two_threads_give_the_same_statistics_and_gradients(
-    monkeypatch: pytest.MonkeyPatch, figures: tuple[torch.Tensor, ...]
+    monkeypatch: pytest.MonkeyPatch, numbers: tuple[torch.Tensor, ...]
 ) -> None:
     monkeypatch.setattr(head_chunks, "CHUNK", 2)
-    hidden, weight, labels = figures
+    hidden, weight, labels = numbers
     names: list[str] = []
     project = head_chunks.ChunkMemory.project
 
@@ -96,73 +96,141 @@ def test_chunks_on_two_threads_give_the_same_statistics_and_gradients(
 @pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("cap", [None, 1.5])
-def test_gradients_equal_those_of_log_softmax(
+@pytest.mark.parametrize("of_entropy", [True, False], ids=["entropy", "log-probability"])
+def test_gradients_are_those_of_the_whole_distribution(
     monkeypatch: pytest.MonkeyPatch,
-    figures: tuple[torch.Tensor, ...],
+    numbers: tuple[torch.Tensor, ...],
     cap: float | None,
     temperature: float,
     trained: bool,
+    of_entropy: bool,
 ) -> None:
+    """Of log-probability and entropy, each with weights of its own; of the entropy only if a loss asks for it."""
     monkeypatch.setattr(head_chunks, "CHUNK", 3)
-    monkeypatch.setattr(head_chunks, "IN_CACHE", 2 * 11)
-    hidden, weight, labels = figures
-    upstream = torch.randn(7, generator=torch.Generator().manual_seed(1))
-    inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)]
-    exact_inputs = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
-    (token_statistics(*inputs, labels, temperature=temperature, cap=cap).logprobs * upstream).sum().backward()
-    logits = bounded(exact_inputs[0] @ exact_inputs[1].T, cap)
-    plain = (logits / temperature).log_softmax(-1).gather(-1, labels[:, None]).squeeze(-1)
-    (plain * upstream).sum().backward()
-    for tensor, exact in zip(inputs, exact_inputs, strict=True):
-        if tensor.requires_grad:
-            close(tensor.grad, exact.grad, atol=1e-5)
-
-
-@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-@pytest.mark.parametrize("cap", [None, 1.5])
-def test_an_entropy_has_the_gradient_of_the_whole_distributions_entropy(
-    monkeypatch: pytest.MonkeyPatch,
-    figures: tuple[torch.Tensor, ...],
-    cap: float | None,
-    temperature: float,
-    trained: bool,
-) -> None:
-    """Together with that of the log-probability, each with weights of its own."""
-    monkeypatch.setattr(head_chunks, "CHUNK", 3)
-    monkeypatch.setattr(head_chunks, "IN_CACHE", 2 * 11)
-    hidden, weight, labels = figures
+    monkeypatch.setattr(head_chunks, "IN_CACHE", 2 * VOCABULARY)
+    hidden, weight, labels = numbers
     upstream = torch.randn(2, 7, generator=torch.Generator().manual_seed(1))
     inputs = [hidden.clone().requires_grad_(), weight.clone().requires_grad_(trained)]
     exact_inputs = [hidden.double().requires_grad_(), weight.double().requires_grad_()]
-    statistics = token_statistics(*inputs, labels, temperature=temperature, entropy_gradient=True, cap=cap)
-    (statistics.logprobs * upstream[0] + statistics.entropy * upstream[1]).sum().backward()
+    statistics = token_statistics(*inputs, labels, temperature=temperature, entropy_gradient=of_entropy, cap=cap)
+    assert statistics.entropy.requires_grad is of_entropy
+    assert not statistics.mean_logits.requires_grad
     plain = (bounded(exact_inputs[0] @ exact_inputs[1].T, cap) / temperature).log_softmax(-1)
     entropy = -(plain.exp() * plain).sum(-1)
-    (plain.gather(-1, labels[:, None]).squeeze(-1) * upstream[0] + entropy * upstream[1]).sum().backward()
-    close(statistics.entropy.detach(), entropy.detach(), atol=1e-6)
+    loss, expected = statistics.logprobs * upstream[0], plain.gather(-1, labels[:, None]).squeeze(-1) * upstream[0]
+    if of_entropy:
+        loss, expected = loss + statistics.entropy * upstream[1], expected + entropy * upstream[1]
+    loss.sum().backward()
+    expected.sum().backward()
+    assert (inputs[1].grad is not None) is trained
     for tensor, exact in zip(inputs, exact_inputs, strict=True):
         if tensor.requires_grad:
             close(tensor.grad, exact.grad, atol=1e-5)
-
-
-def test_a_frozen_head_gets_no_gradient(figures: tuple[torch.Tensor, ...]) -> None:
-    hidden, weight, labels = figures
-    hidden = hidden.clone().requires_grad_()
-    token_statistics(hidden, weight, labels).logprobs.sum().backward()
-    assert weight.grad is None
-    assert hidden.grad is not None
-
-
-def test_statistics_other_than_logprobs_carry_no_gradient(figures: tuple[torch.Tensor, ...]) -> None:
-    hidden, weight, labels = figures
-    statistics = token_statistics(hidden.clone().requires_grad_(), weight, labels)
-    assert statistics.logprobs.requires_grad
-    assert not statistics.entropy.requires_grad
-    assert not statistics.mean_logits.requires_grad
 
 
 def test_huge_logits_stay_finite() -> None:
     statistics = token_statistics(torch.tensor([[1e4], [-1e4]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 0]))
     close(statistics.logprobs, [0.0, -2e4])
     close(statistics.entropy, [0.0, 0.0])
+
+
+VOCABULARY = 11
+
+
+@dataclass
+class Heads:
+    """Hidden states and heads of a student of width 5 and a teacher of width 4, for 7 tokens."""
+
+    states: Tensor
+    weight: Tensor
+    teaching: Teaching
+
+    @classmethod
+    def drawn(cls) -> Heads:
+        rng = torch.Generator().manual_seed(0)
+        sizes = ((7, 5), (VOCABULARY, 5), (7, 4), (VOCABULARY, 4))
+        states, weight, *of_teacher = (torch.randn(size, generator=rng).requires_grad_() for size in sizes)
+        return cls(states, nn.Parameter(weight.detach()), Teaching(states=of_teacher[0], weight=of_teacher[1]))
+
+    def logits(self) -> tuple[list[list[float]], list[list[float]]]:
+        teacher = self.teaching.states.double() @ self.teaching.weight.double().T
+        return teacher.tolist(), (self.states.double() @ self.weight.double().T).tolist()
+
+    def divergence(self, *, temperature: float = 1.0) -> Divergence:
+        head = nn.Linear(self.weight.shape[1], self.weight.shape[0], bias=False)
+        head.weight = self.weight  # type: ignore[assignment]
+        model: Any = SimpleNamespace(get_output_embeddings=lambda: head)
+        return divergence_from(model, self.states, self.teaching, temperature=temperature)
+
+
+@pytest.fixture
+def heads() -> Heads:
+    return Heads.drawn()
+
+
+@pytest.mark.parametrize(("chunk", "at_once"), [(1, 512), (3, 2), (7, 1), (512, 512)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+def test_divergence_and_acceptance_equal_the_slow_loops(
+    monkeypatch: pytest.MonkeyPatch, heads: Heads, temperature: float, chunk: int, at_once: int
+) -> None:
+    monkeypatch.setattr(head_chunks, "CHUNK", chunk)
+    monkeypatch.setattr(head_chunks, "IN_CACHE", at_once * VOCABULARY)
+    computed = heads.divergence(temperature=temperature)
+    pairs = list(zip(*heads.logits(), strict=True))
+    close(computed.forward_kl.detach(), [distillation.forward_kl(*pair, temperature) for pair in pairs], atol=1e-6)
+    close(computed.acceptance, [distillation.acceptance(*pair, temperature) for pair in pairs], atol=1e-6)
+    same = [teacher.index(max(teacher)) == student.index(max(student)) for teacher, student in pairs]
+    assert computed.is_same_top.tolist() == same
+    assert not computed.acceptance.requires_grad
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_student_alone_has_the_gradient_of_the_slow_loops(
+    monkeypatch: pytest.MonkeyPatch, heads: Heads, temperature: float, trained: bool
+) -> None:
+    monkeypatch.setattr(head_chunks, "CHUNK", 3)
+    monkeypatch.setattr(head_chunks, "IN_CACHE", 2 * VOCABULARY)
+    upstream = torch.randn(7, generator=torch.Generator().manual_seed(1))
+    heads.weight.requires_grad_(trained)
+    (heads.divergence(temperature=temperature).forward_kl * upstream).sum().backward()
+    slopes = [distillation.slopes(*pair, temperature) for pair in zip(*heads.logits(), strict=True)]
+    of_logits = torch.tensor(slopes).double() * upstream[:, None]
+    close(heads.states.grad, of_logits @ heads.weight.detach().double(), atol=1e-5)
+    if trained:
+        close(heads.weight.grad, of_logits.T @ heads.states.detach().double(), atol=1e-5)
+    else:
+        assert heads.weight.grad is None
+    assert heads.teaching.states.grad is heads.teaching.weight.grad is None
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn_and_is_always_accepted(
+    heads: Heads, trained: bool
+) -> None:
+    """Exactly, because both sides compute the same numbers."""
+    heads.weight.requires_grad_(trained)
+    heads.teaching = Teaching(states=heads.states.detach().clone(), weight=heads.weight.detach().clone())
+    computed = heads.divergence(temperature=0.7)
+    assert computed.forward_kl.tolist() == [0.0] * 7
+    close(computed.acceptance, [1.0] * 7, atol=1e-6)
+    assert bool(computed.is_same_top.all())
+    computed.forward_kl.sum().backward()
+    assert heads.states.grad is not None
+    assert float(heads.states.grad.abs().max()) == 0.0
+
+
+def test_tokens_that_the_teacher_never_says_cost_nothing_and_stay_finite() -> None:
+    teaching = Teaching(states=torch.tensor([[1.0]]), weight=torch.tensor([[1e4], [-1e4]]))
+    student = Heads(torch.tensor([[1.0]]), nn.Parameter(torch.tensor([[0.0], [0.0]])), teaching)
+    close(student.divergence().forward_kl.detach(), [0.6931472])
+    close(student.divergence().acceptance, [0.5])
+
+
+def test_no_token_at_all_has_no_divergence(heads: Heads) -> None:
+    """A process may be left with a micro-batch of which nothing is learned."""
+    heads.states = torch.zeros(0, 5, requires_grad=True)
+    heads.teaching = Teaching(states=torch.zeros(0, 4), weight=heads.teaching.weight)
+    computed = heads.divergence()
+    assert computed.forward_kl.shape == (0,)
+    computed.forward_kl.sum().backward()

@@ -1,24 +1,37 @@
-"""Weights laid out for products give the same products, adapters and biases included, and leave nothing behind."""
+"""Weights laid out for products, in four bits or with DoRA's norms: the same products, and nothing is left behind."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from torch import nn
+from peft.tuners.lora.dora import DoraLinearLayer
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.core.errors import ModelError
 from alignment.models.assembly.adapters import add_adapter
-from alignment.models.kernels import layout
+from alignment.models.forward.generate import generate
+from alignment.models.kernels import dora_norms, layout
 from alignment.models.kernels.blocks import fuse_blocks
+from alignment.models.kernels.dora_norms import reused_norms
 from alignment.models.kernels.layout import prepacked
-from alignment.models.kernels.nf4 import Nf4Linear, quantize_trunk
-from alignment.models.kernels.products import JOINT
+from alignment.models.kernels.nf4 import Nf4Linear, quantize_trunk, refuse_mostly_whole, round_trunk
+from alignment.models.kernels.products import JOINT, fuse_adapters
+from tests.chained import Chained, config_of
+from tests.oracles.close import close
 from tests.tiny import ARCHITECTURES, liven, tiny_model
-from tests.unit.models.conftest import relative
+from tests.unit.models.conftest import CPU, DORA, LORA, QLORA, adapted, assert_same_gradients, gradients, relative
+
+IDS = torch.tensor([[5, 6, 7, 8], [9, 4, 4, 3]])
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -39,7 +52,7 @@ def test_prepacked_weights_give_the_same_products(bias: bool, packed: bool, monk
     torch.testing.assert_close(output.float(), expected.float(), rtol=2**-7, atol=2**-7)
 
 
-def test_layers_that_have_a_forward_or_weights_of_another_kind_are_left_alone() -> None:
+def test_layers_of_another_kind_and_products_in_float32_are_left_alone() -> None:
     class Special(nn.Linear):
         pass
 
@@ -47,41 +60,24 @@ def test_layers_that_have_a_forward_or_weights_of_another_kind_are_left_alone() 
     patched.forward = lambda states: states  # type: ignore[method-assign]
     sharded.weight = nn.Parameter(torch.empty(0))
     layers = nn.Sequential(patched, sharded, Special(4, 4), nn.Linear(4, 4, device="meta")).to(torch.bfloat16)
-    assert _changed(layers) == []
+    for model in (layers, tiny_model()):
+        before = _held(model)
+        with prepacked(model, 2):
+            assert _held(model) == before
 
 
-def test_float32_products_need_no_copy() -> None:
-    assert _changed(tiny_model()) == []
+def _held(model: nn.Module) -> dict[str, dict[str, Any]]:
+    return {name: dict(vars(module)) for name, module in model.named_modules()}
 
 
-def _changed(model: nn.Module) -> list[tuple[nn.Module, str, Any]]:
-    before: list[tuple[nn.Module, str, Any]] = []
-    layout._prepack(model, 2, before)
-    return before
-
-
-def test_an_adapter_counts_while_weights_are_prepacked() -> None:
-    model = add_adapter(tiny_model().to(torch.bfloat16), AdapterConfig(rank=4), TaskType.CAUSAL_LM).eval()
-    liven(model)
-    ids = torch.tensor([[5, 6, 7]])
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = model(ids).logits.float()
-        with prepacked(model.get_base_model(), 1):
-            logits = model(ids).logits.float()
-        with model.disable_adapter():
-            without = model(ids).logits.float()
-    assert (logits - expected).abs().max() < 0.1 * (without - expected).abs().max()
-
-
-def _adapted(architecture: str, adapter: AdapterConfig | None) -> Any:
+def _fused(architecture: str, adapter: AdapterConfig | None) -> Any:
     torch.manual_seed(0)  # biases and adapters are drawn below, whatever ran before
     model = tiny_model(architecture).to(torch.bfloat16)
     for name, parameter in model.named_parameters():
         if name.endswith("_proj.bias"):
             parameter.data.normal_()
     if adapter is not None:
-        model = add_adapter(model, adapter, TaskType.CAUSAL_LM).eval()
-        liven(model)
+        model = adapted(model, adapter).eval()
     fuse_blocks(model)
     return model
 
@@ -109,21 +105,20 @@ def test_layers_of_one_input_are_one_product_and_give_the_same(
         monkeypatch.setattr(layout, "is_on_cpu", lambda _: False)
     if way == "on a device without a copy":
         monkeypatch.setattr(layout, "COPIED_BYTES", 0)
-    model = _adapted(architecture, adapter)
-    ids = torch.tensor([[5, 6, 7, 8], [9, 4, 4, 3]])
+    has_own_layout = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    model = _fused(architecture, adapter)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = model(ids).logits.float()
+        expected = model(IDS).logits.float()
         with prepacked(model, 8):
-            logits = model(ids).logits.float()
+            logits = model(IDS).logits.float()
             for part in (model, model.base_model):  # as evaluation does around sampling and scoring
                 with prepacked(part, 8):
-                    assert torch.equal(model(ids).logits.float(), logits)
+                    assert torch.equal(model(IDS).logits.float(), logits)
             joined = [name for name, module in model.named_modules() if JOINT in vars(module)]
-            assert len(joined) == 2 * model.config.num_hidden_layers or not (on_device or _has_own_layout())
-            assert torch.equal(model(ids).logits.float(), logits)
-        exact = copy.deepcopy(model).float()
+            assert len(joined) == 2 * model.config.num_hidden_layers or not (on_device or has_own_layout)
+            assert torch.equal(model(IDS).logits.float(), logits)
         with torch.autocast("cpu", enabled=False):
-            truth = exact(ids).logits
+            truth = copy.deepcopy(model).float()(IDS).logits
     bound = 0.03 if adapter is not None and adapter.kind is AdapterKind.dora else 0.02  # it rounds once more
     assert relative(logits, truth) < bound
     assert relative(expected, truth) < bound
@@ -131,7 +126,7 @@ def test_layers_of_one_input_are_one_product_and_give_the_same(
 
 def test_on_a_device_only_small_models_and_few_rows_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layout, "is_on_cpu", lambda _: False)
-    model = _adapted("llama", AdapterConfig(rank=4))
+    model = _fused("llama", AdapterConfig(rank=4))
     numbers = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
     for most, rows, copied, joined in (
         (2 * numbers, layout.FEW_ROWS, True, True),
@@ -155,63 +150,251 @@ def test_adapters_of_unlike_ranks_and_scales_count_while_weights_are_prepacked(a
     liven(model)
     fuse_blocks(model)
     model.eval()
-    ids = torch.tensor([[5, 6, 7, 8], [9, 4, 4, 3]])
     with torch.no_grad():
-        truth = copy.deepcopy(model).float()(ids).logits
+        truth = copy.deepcopy(model).float()(IDS).logits
         with torch.autocast("cpu", dtype=torch.bfloat16), prepacked(model.get_base_model(), 8):
-            logits = model(ids).logits.float()
+            logits = model(IDS).logits.float()
         model.base_model.set_adapter("default" if len(active) == 2 else "second")
-        other = model(ids).logits.float()
+        other = model(IDS).logits.float()
     assert relative(logits, truth) < 0.02 < 0.1 < relative(other, truth)
-
-
-def _has_own_layout() -> bool:
-    """Whether this machine's oneDNN has bfloat16 products."""
-    return bool(torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def test_four_bits_are_written_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model().to(torch.bfloat16)
-    quantize_trunk(model, torch.device("cpu"))
-    model = add_adapter(model, AdapterConfig(kind=AdapterKind.qlora, rank=4), TaskType.CAUSAL_LM).eval()
-    liven(model)
+    quantize_trunk(model, CPU)
+    model = adapted(model, QLORA).eval()
     fuse_blocks(model)
-    ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        expected = model(ids).logits.float()
-        with prepacked(model, 4):
+        expected = model(IDS).logits.float()
+        with prepacked(model, 8):
             monkeypatch.setattr(Nf4Linear, "dense", None)  # from here on nobody may ask
-            assert relative(model(ids).logits.float(), expected) < 0.02
+            assert relative(model(IDS).logits.float(), expected) < 0.02
 
 
-def test_a_layout_that_is_interrupted_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model().to(torch.bfloat16)
-    before = {name: dict(vars(module)) for name, module in model.named_modules()}
-    function_of = layout._function_of
+@pytest.mark.parametrize("when", ["before", "inside"])
+def test_what_was_prepacked_is_gone_after_an_interruption(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = _fused("llama", LORA)
+    before, function_of = _held(model), layout._function_of
 
     def interrupted(module: nn.Module, *settings: Any) -> Any:
-        if module is model.lm_head:
+        if module is model.get_base_model().lm_head and when == "before":
             raise KeyboardInterrupt
         return function_of(module, *settings)
 
     monkeypatch.setattr(layout, "_function_of", interrupted)
-    with pytest.raises(KeyboardInterrupt), prepacked(model, 4):
-        pass
-    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    entered = False
+    with suppress(KeyboardInterrupt), prepacked(model, 4):
+        entered = True
+        assert _held(model) != before
+        raise KeyboardInterrupt
+    assert entered is (when == "inside")
+    assert _held(model) == before
 
 
-def test_what_was_prepacked_is_gone_afterwards() -> None:
-    model = _adapted("llama", AdapterConfig(rank=4))
+MAPS = Path("/proc/self/maps")
+LEVELS = (
+    -1.0, -0.6961928, -0.5250731, -0.3949175, -0.2844414, -0.1847734, -0.0910500, 0.0,
+    0.0795803, 0.1609302, 0.2461123, 0.3379152, 0.4407098, 0.5626170, 0.7229568, 1.0,
+)  # fmt: skip
+"""Dettmers et al. 2023, appendix E."""
 
-    def held() -> dict[str, dict[str, Any]]:
-        return {name: dict(vars(module)) for name, module in model.named_modules()}
 
-    def fail() -> None:
-        with prepacked(model, 4):
-            assert held() != before
-            raise KeyboardInterrupt
+def _layer(dtype: torch.dtype = torch.float32, *, bias: bool = False) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(128, 96, bias=bias, dtype=dtype)
 
-    before = held()
-    with pytest.raises(KeyboardInterrupt):
-        fail()
-    assert held() == before
+
+def test_a_weight_becomes_the_nearest_level_times_the_scale_of_its_block() -> None:
+    """Scales are themselves rounded to eight bits, to within a few thousandths; all takes little more than 4 bits."""
+    layer = _layer()
+    dense = Nf4Linear(layer).dense()
+    blocks = layer.weight.detach().view(-1, 64)
+    scale = blocks.abs().amax(-1, keepdim=True)
+    levels = torch.tensor(LEVELS)
+    nearest = (blocks[..., None] / scale[..., None] - levels).abs().argmin(-1)
+    assert relative(dense, (levels[nearest] * scale).view_as(dense)) < 0.01
+    large = nn.Linear(1024, 1024, bias=False)
+    held = Nf4Linear(large)
+    size = sum(tensor.nbytes for tensor in [*held.parameters(), *held.buffers()])
+    assert 4.0 < 8 * size / large.weight.numel() < 4.2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_and_gradients_are_those_of_the_weight_written_out(dtype: torch.dtype, bias: bool) -> None:
+    held = Nf4Linear(_layer(dtype, bias=bias))
+    plain = _layer(dtype, bias=bias)
+    plain.weight.data.copy_(held.dense())
+    passes = []
+    for layer in (held, plain):
+        inputs = torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+        out = layer(inputs)
+        out.float().square().sum().backward()
+        passes.append((out, inputs.grad))
+    for own, expected in zip(*passes, strict=True):
+        assert relative(own.float(), expected.float()) < (1e-6 if dtype is torch.float32 else 1e-2)
+
+
+def test_under_autocast_products_are_made_in_its_format() -> None:
+    held = Nf4Linear(_layer())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert held(torch.randn(3, 128)).dtype is torch.bfloat16
+    assert held(torch.randn(3, 128)).dtype is torch.float32
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma"])
+def test_a_trunk_in_four_bits_says_what_its_rounded_weights_say(architecture: str) -> None:
+    ids = torch.tensor([[5, 6, 7, 8, 2]])
+    model = tiny_model(architecture, hidden_size=64, intermediate_size=128, head_dim=16)
+    quantized, rounded = copy.deepcopy(model), copy.deepcopy(model)
+    quantize_trunk(quantized, CPU)
+    round_trunk(rounded)
+    assert sum(isinstance(module, Nf4Linear) for module in quantized.modules()) == 7 * model.config.num_hidden_layers
+    assert type(quantized.get_output_embeddings()) is nn.Linear, "the head stays as it is"
+    close(quantized(ids).logits, rounded(ids).logits, rtol=1e-5, atol=1e-5)
+    assert relative(rounded(ids).logits, model(ids).logits) > 1e-3, "rounding should be visible"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names"),
+    [
+        ("gpt2", "attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj"),
+        ("mixtral", "mlp.gate, mlp.experts.gate_up_proj, mlp.experts.down_proj"),
+    ],
+)
+def test_a_trunk_that_would_mostly_stay_whole_is_refused(architecture: str, names: str) -> None:
+    model = tiny_model(architecture)
+    with pytest.raises(ModelError, match=rf"^adapter\.kind: .* most of \w+ is in {names}, which would stay") as caught:
+        refuse_mostly_whole(model)
+    assert caught.value.remedy == "use adapter=lora for this model"
+    refuse_mostly_whole(tiny_model("llama"))
+
+
+@pytest.mark.skipif(not MAPS.exists(), reason="only Linux lists the files that a process has mapped")
+def test_the_file_of_a_trunk_in_four_bits_does_not_stay_in_memory(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, use_safetensors=True)
+    expected = model.get_input_embeddings().weight.clone()
+    assert str(tmp_path) in MAPS.read_text()
+    quantize_trunk(model, CPU)
+    assert str(tmp_path) not in MAPS.read_text()
+    assert torch.equal(model.get_input_embeddings().weight, expected)
+
+
+def test_copies_and_moves_keep_what_the_bits_stand_for() -> None:
+    held = Nf4Linear(_layer())
+    for other in (copy.deepcopy(held), held.to(CPU), held.to(torch.bfloat16)):
+        assert torch.equal(other.dense(), held.dense())
+    assert held.weight.dtype is torch.uint8
+
+
+PASSES = [torch.tensor([[5, 9, 2, 7, 11, 12, 2]]), torch.tensor([[3, 4, 8], [6, 7, 2]])]
+
+
+def _with_dora(*, fused: bool = True, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    settings: dict[str, Any] = {"r": 4, "target_modules": "all-linear", "task_type": TaskType.CAUSAL_LM}
+    torch.manual_seed(0)
+    base = tiny_model("qwen2", attention_bias=True).to(dtype)
+    model = get_peft_model(base, LoraConfig(use_dora=True, **settings | changes))
+    liven(model)
+    if fused:
+        fuse_adapters(model)
+    return model
+
+
+def _dora_layers(model: nn.Module) -> int:
+    return sum(isinstance(module, DoraLinearLayer) for module in model.modules())
+
+
+@pytest.fixture
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The layers whose norms were computed, one entry each time."""
+    layers: list[Any] = []
+    own: Callable[..., Tensor] = dora_norms._norms
+
+    def counted(layer: Any, adapter: str) -> Tensor:
+        layers.append(layer)
+        return own(layer, adapter)
+
+    monkeypatch.setattr(dora_norms, "_norms", counted)
+    return layers
+
+
+@pytest.mark.parametrize("changes", [{}, {"bias": "all"}, {"lora_dropout": 0.5}, {"lora_alpha": 3}])
+def test_outputs_and_gradients_of_dora_are_pefts(changes: dict[str, Any]) -> None:
+    models = [_with_dora(fused=fused, **changes).train() for fused in (True, False)]
+    outputs = []
+    for model in models:
+        torch.manual_seed(1)
+        with reused_norms(model):
+            logits = [model(input_ids=ids).logits for ids in PASSES]
+            sum(part.square().sum() for part in logits).backward()  # type: ignore[union-attr]
+        outputs.append(logits)
+    assert max(relative(*pair) for pair in zip(*outputs, strict=True)) < 1e-5
+    assert any("magnitude" in name for name in gradients(models[0]))
+    assert_same_gradients(*models, tolerance=1e-4)
+
+
+def test_magnitudes_that_are_learned_count_in_bfloat16() -> None:
+    """Factors of 1.020 and 1.025 are one number if they are rounded to bfloat16."""
+    model = _with_dora(dtype=torch.bfloat16)
+    layer = next(module for module in model.modules() if hasattr(module, "lora_magnitude_vector"))
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    states = torch.randn(4000, layer.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+    lengths = []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        layer.base_layer.bias.zero_()
+        for factor in (1.02, 1.025):
+            magnitude.copy_(dora_norms._norms(layer, "default") * factor)
+            lengths.append(layer(states).double().norm(dim=0))
+    expected = torch.full_like(lengths[0], 1.025 / 1.02)
+    torch.testing.assert_close(lengths[1] / lengths[0], expected, atol=1e-3, rtol=0.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_new_adapter_changes_nothing(dtype: torch.dtype) -> None:
+    """PEFT rounds the first magnitudes to the dtype of the weights."""
+    base = tiny_model("qwen2", attention_bias=True).to(dtype)
+    with torch.no_grad():
+        expected = base(input_ids=PASSES[0]).logits
+        assert torch.equal(add_adapter(base, DORA, TaskType.CAUSAL_LM).eval()(input_ids=PASSES[0]).logits, expected)
+
+
+def test_each_norm_is_computed_once_in_a_block_and_a_later_one_sees_what_changed(computed: list[Any]) -> None:
+    model = _with_dora().eval()
+    computed.clear()
+    with torch.no_grad():
+        with reused_norms(model), reused_norms(model):
+            before, _ = (model(input_ids=ids).logits for ids in PASSES)
+        assert len(computed) == _dora_layers(model)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(3)
+        expected = model(input_ids=PASSES[0]).logits
+        assert len(computed) == 2 * _dora_layers(model)
+        with reused_norms(model):
+            changed = model(input_ids=PASSES[0]).logits
+    assert torch.equal(changed, expected)
+    assert not torch.equal(changed, before)
+
+
+def test_answers_are_sampled_with_one_norm_a_layer(computed: list[Any]) -> None:
+    model = _with_dora().eval()
+    computed.clear()
+    generate(model, [[5, 9, 2], [3, 4]], max_new_tokens=4, end_ids=[], batch_size=1)
+    assert len(computed) == _dora_layers(model), "two batches of one prompt, four tokens each"
+
+
+@pytest.mark.parametrize("kind", ["sft", "ppo"])
+def test_more_micro_batches_compute_no_more_norms(tmp_path: Path, computed: list[Any], kind: str) -> None:
+    counts = []
+    for tokens in (1 << 16, 1):
+        chained = Chained(tmp_path / str(tokens))
+        if kind == "ppo":
+            chained.run("reward", DORA)
+        config: Any = config_of(kind, DORA)
+        config = replace(config, optim=replace(config.optim, micro_batch_tokens=tokens))
+        computed.clear()
+        chained.run(kind, DORA, config=config)
+        counts.append(len(computed))
+    assert counts[0] == counts[1] > 0

@@ -1,22 +1,30 @@
-"""Policies and reward models come back from their artifacts as they were saved, on the base that they stand on."""
+"""Policies and reward models come back from their files as they were saved, on the base that they stand on."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel, TaskType
-from transformers import AutoModelForSequenceClassification
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
+from alignment.config.critic import Critic
 from alignment.config.model import Dtype, ModelConfig
 from alignment.core.errors import ArtifactError, ModelError
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.job import StageInput
 from alignment.models.assembly.adapters import add_adapter
+from alignment.models.assembly.engine_weights import write_adapter, write_base, write_model
+from alignment.models.assembly.first_layers import keep_first_layers
 from alignment.models.assembly.load import (
     Lineage,
     frozen_copy,
@@ -27,16 +35,20 @@ from alignment.models.assembly.load import (
     trained_dtype,
     weights_dtype,
 )
+from alignment.models.assembly.mapped import copied_in_calls, copy_weights, is_mapped
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import scalar_scores, unwrapped
 from alignment.models.forward.rows import stream
 from alignment.stages.dpo.config import DpoConfig
-from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.ppo.config import Advantage, PpoConfig
+from alignment.stages.ppo.trainer_setup import roles_of
 from alignment.stages.sft.config import SftConfig
+from alignment.training.context import StageContext
+from tests.chained import QLORA, Chained, config_of
+from tests.device import need_bitsandbytes
 from tests.oracles.close import close
 from tests.tiny import (
     ARCHITECTURES,
-    BASE_SOURCE,
     liven,
     publish_tiny,
     save_tiny_model,
@@ -44,78 +56,43 @@ from tests.tiny import (
     tiny_reward,
     tiny_spec,
 )
-from tests.unit.models.conftest import relative
+from tests.unit.models.conftest import CPU, FULL, KINDS, LORA, adapted, relative
 
 IDS = torch.tensor([[5, 6, 7, 8, 2]])
 PAIRS = [[5, 6, 7, 2], [5, 6, 9, 9, 2], [8, 2], [8, 7, 2], [3, 3, 2], [3, 2], [11, 12, 13, 2], [11, 12, 2]]
-CPU = torch.device("cpu")
-LORA = AdapterConfig(rank=4)
-FULL = AdapterConfig(kind=AdapterKind.full)
-KINDS = pytest.mark.parametrize("adapter", [LORA, FULL], ids=["lora", "full"])
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Lineage:
-    """A model folder as a run's base."""
-    return Lineage(source=BASE_SOURCE, base=save_tiny_model(tmp_path / "base"), adapters=())
 
 
 def _trained(start: Lineage, adapter: AdapterConfig) -> torch.nn.Module:
     """A policy that differs from what it started from."""
-    model = add_adapter(load_policy(start, torch.float32), adapter, TaskType.CAUSAL_LM)
-    liven(model)
+    model = adapted(load_policy(start, torch.float32), adapter)
     if adapter.kind is AdapterKind.full:
         model.model.norm.weight.data.mul_(1.5)
     return model
 
 
-# ---- policies -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("second", [LORA, FULL], ids=["lora", "full"])
 @pytest.mark.parametrize("first", [LORA, FULL], ids=["lora", "full"])
-def test_a_policy_trained_in_two_stages_is_found_again(
+def test_a_policy_trained_in_two_stages_is_found_again_without_the_first(
     tmp_path: Path, base: Lineage, first: AdapterConfig, second: AdapterConfig
 ) -> None:
-    sft_spec = tiny_spec(tmp_path, SftConfig(adapter=first))
+    """Adapters below are copied; a trained base is as well."""
     sft = _trained(base, first)
-    sft_input = publish_tiny(sft_spec, sft, base)
+    sft_input = publish_tiny(tiny_spec(tmp_path, SftConfig(adapter=first)), sft, base)
     dpo_spec = tiny_spec(tmp_path, DpoConfig(adapter=second), inputs={"init": sft_input})
     restored = lineage(dpo_spec, sft_input)
-    close(load_policy(restored, torch.float32)(IDS).logits, sft(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+    policy = load_policy(restored, torch.float32)
+    close(policy(IDS).logits, sft(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
+    assert all(parameter.requires_grad for parameter in policy.parameters())
+    assert not policy.training
+    assert policy.config.use_cache is False
+    scorer = load_scalar(restored, torch.float32)
+    assert torch.equal(scorer.base_model(IDS).last_hidden_state, policy.base_model(IDS).last_hidden_state)
     dpo = _trained(restored, second)
     dpo_input = publish_tiny(dpo_spec, dpo, restored)
-    restored = lineage(dpo_spec, dpo_input)
-    again = load_policy(restored, torch.float32)(IDS).logits
+    sft_input.path.rename(tmp_path / "elsewhere")
+    again = load_policy(lineage(dpo_spec, dpo_input), torch.float32)(IDS).logits
     close(again, dpo(input_ids=IDS).logits, rtol=1e-4, atol=1e-4)
     assert relative(again, sft(input_ids=IDS).logits) > 1e-3, "the second stage should matter"
-
-
-@pytest.mark.parametrize("first", [LORA, FULL], ids=["lora", "full"])
-def test_every_weight_of_a_loaded_policy_can_be_trained(tmp_path: Path, base: Lineage, first: AdapterConfig) -> None:
-    spec = tiny_spec(tmp_path, SftConfig(adapter=first))
-    sft_input = publish_tiny(spec, _trained(base, first), base)
-    policy = load_policy(lineage(spec, sft_input), torch.float32)
-    assert [name for name, parameter in policy.named_parameters() if not parameter.requires_grad] == []
-
-
-def test_an_artifact_never_needs_the_one_it_was_made_from(tmp_path: Path, base: Lineage) -> None:
-    """Adapters below are copied; a trained base is as well."""
-    for adapter in (LORA, FULL):
-        folder = tmp_path / adapter.kind.value
-        sft_input = publish_tiny(tiny_spec(folder, SftConfig(), base_path=base.base), _trained(base, adapter), base)
-        spec = tiny_spec(folder, DpoConfig(), base_path=base.base, inputs={"init": sft_input})
-        sft_lineage = lineage(spec, sft_input)
-        dpo = _trained(sft_lineage, LORA)
-        dpo_input = publish_tiny(spec, dpo, sft_lineage)
-        sft_input.path.rename(folder / "elsewhere")
-        assert not sft_input.path.exists()
-        close(
-            load_policy(lineage(spec, dpo_input), torch.float32)(IDS).logits,
-            dpo(input_ids=IDS).logits,
-            rtol=1e-4,
-            atol=1e-4,
-        )
 
 
 def test_base_and_plain_folders_are_lineages_without_adapters(tmp_path: Path, base: Lineage) -> None:
@@ -126,37 +103,20 @@ def test_base_and_plain_folders_are_lineages_without_adapters(tmp_path: Path, ba
     assert plain == Lineage(source=f"path:{other}", base=other, adapters=())
 
 
-def test_an_artifact_of_another_base_is_refused(tmp_path: Path, base: Lineage) -> None:
-    made_on = {"base": {"content": "one"}}
-    sft_input = publish_tiny(tiny_spec(tmp_path, SftConfig(), identity=made_on), _trained(base, LORA), base)
-    spec = tiny_spec(tmp_path, DpoConfig(), identity={"base": {"content": "two"}})
-    with pytest.raises(ModelError, match="stage:sft was trained on path:tiny, not on this run's base"):
-        lineage(spec, sft_input)
-
-
-def test_the_same_base_under_another_name_is_the_same_base(tmp_path: Path, base: Lineage) -> None:
+def test_a_base_is_known_by_its_content_under_any_name(tmp_path: Path, base: Lineage) -> None:
+    """A stage that started from another folder is found there; an artifact of another base is refused."""
     made_on = {"base": {"content": "one"}}
     sft_input = publish_tiny(tiny_spec(tmp_path, SftConfig(), identity=made_on), _trained(base, LORA), base)
     model = ModelConfig(source="path:elsewhere", dtype=Dtype.float32)
-    spec = tiny_spec(tmp_path, DpoConfig(), identity=made_on, model=model)
-    assert lineage(spec, sft_input).base == base.base
-
-
-def test_a_stage_that_started_from_another_folder_is_found_there(tmp_path: Path, base: Lineage) -> None:
-    other = save_tiny_model(tmp_path / "other", seed=3)
-    start = Lineage(source=f"path:{other}", base=other, adapters=())
-    made_on = {"base": {"content": "one"}}
-    sft_input = publish_tiny(tiny_spec(tmp_path, SftConfig(), identity=made_on), _trained(start, LORA), start)
-    spec = tiny_spec(tmp_path, DpoConfig(), identity=made_on)
-    assert lineage(spec, sft_input).base == other
-
-
-def test_a_model_file_that_was_cut_short_is_a_model_error(tmp_path: Path) -> None:
-    folder = save_tiny_model(tmp_path / "cut")
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="the model cannot be loaded"):
-        load_policy(Lineage(source="path:cut", base=folder, adapters=()), torch.float32)
+    assert lineage(tiny_spec(tmp_path, DpoConfig(), identity=made_on, model=model), sft_input).base == base.base
+    spec = tiny_spec(tmp_path, DpoConfig(), identity={"base": {"content": "two"}})
+    with pytest.raises(ModelError, match="stage:sft was trained on path:tiny, not on this run's base"):
+        lineage(spec, sft_input)
+    folder = save_tiny_model(tmp_path / "other", seed=3)
+    start = Lineage(source=f"path:{folder}", base=folder, adapters=())
+    spec = tiny_spec(tmp_path / "of other", SftConfig(), identity=made_on)
+    other_input = publish_tiny(spec, _trained(start, LORA), start)
+    assert lineage(tiny_spec(tmp_path, DpoConfig(), identity=made_on), other_input).base == folder
 
 
 @pytest.mark.parametrize(
@@ -167,7 +127,8 @@ def test_a_model_file_that_was_cut_short_is_a_model_error(tmp_path: Path) -> Non
         ({"length_penalty": 0.8, "early_stopping": True}, {}),
         ({"pad_token_id": -1}, {}),
         ({"do_sample": True, "top_k": 20}, {"do_sample": True, "top_k": 20}),
-        ({}, {}),
+        # Settings that cannot be corrected are left alone: untouched, transformers writes them.
+        ({"do_sample": False, "temperature": 0.7, "output_hidden_states": True}, {"temperature": 0.7}),
     ],
 )
 def test_published_settings_of_generation_can_be_written_again(
@@ -176,22 +137,14 @@ def test_published_settings_of_generation_can_be_written_again(
     """transformers reads all of these, but refuses to write some of them once a token has been set."""
     (base.base / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **settings}))
     model = load_policy(base, torch.float32)
-    model.generation_config.eos_token_id = [2, 5]
+    if "output_hidden_states" not in settings:
+        model.generation_config.eos_token_id = [2, 5]
     model.save_pretrained(tmp_path / "saved")
     content = json.loads((tmp_path / "saved/generation_config.json").read_text())
-    assert content.pop("eos_token_id") == [2, 5]
-    settings_written = {
-        name: value for name, value in content.items() if name not in ("transformers_version", "_from_model_config")
-    }
-    assert {name: value for name, value in settings_written.items() if value not in (None, False)} == written
-
-
-def test_settings_of_generation_that_cannot_be_corrected_are_left_alone(tmp_path: Path, base: Lineage) -> None:
-    """Untouched, transformers writes them."""
-    settings = {"do_sample": False, "temperature": 0.7, "output_hidden_states": True}
-    (base.base / "generation_config.json").write_text(json.dumps(settings))
-    load_policy(base, torch.float32).save_pretrained(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved/generation_config.json").read_text())["temperature"] == 0.7
+    of_sampling = ("do_sample", "temperature", "top_p", "top_k", "length_penalty", "early_stopping", "pad_token_id")
+    assert {name: content[name] for name in of_sampling if content.get(name)} == written
+    if "output_hidden_states" not in settings:
+        assert content["eos_token_id"] == [2, 5]
 
 
 def test_another_tokenizer_is_refused_by_name(tmp_path: Path, base: Lineage) -> None:
@@ -201,10 +154,23 @@ def test_another_tokenizer_is_refused_by_name(tmp_path: Path, base: Lineage) -> 
     refuse_other_tokenizer(spec, at, tokenizer)  # the same one passes
     tokenizer.chat_template = "{{ messages }}"
     tokenizer.save_pretrained(str(other))
-    with pytest.raises(
-        ModelError, match=f"^stages.dpo: path:{other} has a different tokenizer or chat template than {BASE_SOURCE}"
-    ):
+    with pytest.raises(ModelError, match="a different tokenizer or chat template") as caught:
         refuse_other_tokenizer(spec, at, load_tokenizer(base.base))
+    assert caught.value.where == "stages.dpo"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: shutil.rmtree(folder), "no model here"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "the model cannot be loaded"),
+        (lambda folder: os.truncate(folder / "model.safetensors", 1000), "the model cannot be loaded"),
+    ],
+)
+def test_a_folder_without_a_whole_model_is_refused(base: Lineage, damage: Callable[[Path], None], message: str) -> None:
+    damage(base.base)
+    with pytest.raises(ModelError, match=message):
+        load_policy(base, torch.float32)
 
 
 def test_a_damaged_artifact_is_refused_before_anything_is_built_on_it(tmp_path: Path, base: Lineage) -> None:
@@ -218,32 +184,12 @@ def test_a_damaged_artifact_is_refused_before_anything_is_built_on_it(tmp_path: 
         lineage(spec, sft_input)
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no model here"):
-        load_policy(Lineage(source="path:x", base=tmp_path, adapters=()), torch.float32)
-
-
-def test_a_folder_with_damaged_weights_is_refused(tmp_path: Path, base: Lineage) -> None:
-    (base.base / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="the model cannot be loaded"):
-        load_policy(base, torch.float32)
-
-
-def test_a_policy_is_loaded_without_dropout_and_without_a_cache(base: Lineage) -> None:
-    model = load_policy(base, torch.float32)
-    assert not model.training
-    assert model.config.use_cache is False
-
-
-BARE = AdapterConfig(kind=AdapterKind.full, master_weights=False)
-
-
 @pytest.mark.parametrize(
     ("adapter", "whole", "trained"),
     [
         (LORA, torch.bfloat16, torch.float32),
         (FULL, torch.float32, torch.float32),
-        (BARE, torch.bfloat16, torch.bfloat16),
+        (AdapterConfig(kind=AdapterKind.full, master_weights=False), torch.bfloat16, torch.bfloat16),
     ],
     ids=["lora", "full", "without masters"],
 )
@@ -264,9 +210,6 @@ def test_a_frozen_copy_says_the_same_in_less_memory(architecture: str) -> None:
     assert sum(p.nbytes for p in copied.parameters()) < 0.75 * sum(p.nbytes for p in model.parameters())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(copied(IDS).logits, model(IDS).logits)
-
-
-# ---- reward models --------------------------------------------------------------------------------------------------
 
 
 def _scores(model: torch.nn.Module) -> torch.Tensor:
@@ -309,14 +252,6 @@ def test_an_architecture_whose_score_takes_more_than_a_layer_is_refused(
         load_scalar(base, torch.float32)
 
 
-def test_the_trunk_of_a_reward_model_is_the_policys(tmp_path: Path, base: Lineage) -> None:
-    sft_input = publish_tiny(tiny_spec(tmp_path, SftConfig()), _trained(base, LORA), base)
-    sft_lineage = lineage(tiny_spec(tmp_path, PpoConfig()), sft_input)
-    policy, scorer = load_policy(sft_lineage, torch.float32), load_scalar(sft_lineage, torch.float32)
-    states = policy.base_model(IDS).last_hidden_state
-    assert torch.equal(scorer.base_model(IDS).last_hidden_state, states)
-
-
 @pytest.mark.parametrize("trainable", [False, True])
 @KINDS
 def test_a_reward_model_scores_the_same_after_a_reload(
@@ -352,38 +287,25 @@ def test_a_reward_model_is_frozen_and_a_value_model_is_trained_as_the_reward_mod
         assert len(trained) == len(list(value.parameters()))
     else:
         assert all(".lora_" in name or "score" in name for name in trained)
-
-
-def test_an_artifact_without_a_head_is_no_reward_model(tmp_path: Path, base: Lineage) -> None:
     policy = publish_tiny(tiny_spec(tmp_path, SftConfig()), _trained(base, LORA), base)
     with pytest.raises(ModelError, match=r"no scalar head \(head\.safetensors\) here"):
-        load_reward_model(tiny_spec(tmp_path, PpoConfig()), policy, device=CPU)
+        load_reward_model(spec, policy, device=CPU)
 
 
-# ---- tokenizers -----------------------------------------------------------------------------------------------------
-
-
-def test_a_tokenizer_without_a_pad_token_pads_with_eos(base: Lineage) -> None:
+def test_a_tokenizer_pads_with_eos_and_needs_one(base: Lineage) -> None:
     file = base.base / "tokenizer_config.json"
     settings = json.loads(file.read_text())
     del settings["pad_token"]
     file.write_text(json.dumps(settings))
     tokenizer = load_tokenizer(base.base)
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == 2
-
-
-def test_a_tokenizer_without_an_end_is_refused(base: Lineage) -> None:
-    file = base.base / "tokenizer_config.json"
-    settings = json.loads(file.read_text())
     del settings["eos_token"]
     file.write_text(json.dumps(settings))
     with pytest.raises(ModelError, match="the tokenizer has no EOS token"):
         load_tokenizer(base.base)
-
-
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    shutil.rmtree(base.base)
     with pytest.raises(ModelError, match="the tokenizer cannot be used"):
-        load_tokenizer(tmp_path)
+        load_tokenizer(base.base)
 
 
 def test_tokenizer_hashes_notice_the_vocabulary_and_the_template_separately(base: Lineage) -> None:
@@ -396,3 +318,170 @@ def test_tokenizer_hashes_notice_the_vocabulary_and_the_template_separately(base
     assert changed["tokenizer_sha256"] == before["tokenizer_sha256"]
     tokenizer.add_tokens(["<tool>"])
     assert tokenizer_hashes(tokenizer)["tokenizer_sha256"] != before["tokenizer_sha256"]
+
+
+def _stored(folder: Path, dtype: torch.dtype, architecture: str = "llama") -> Lineage:
+    """A tiny model whose file has this dtype."""
+    save_tiny_model(folder, architecture=architecture)
+    model = load_policy(Lineage(source="self", base=folder, adapters=()), torch.float32)
+    model.to(dtype).save_pretrained(str(folder))
+    return Lineage(source="self", base=folder, adapters=())
+
+
+@torch.no_grad()
+def _logits(model: torch.nn.Module) -> Tensor:
+    scores: Tensor = model(IDS).logits
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("dtype", "architecture"),  # with tied heads and without
+    [(torch.bfloat16, "llama"), (torch.float16, "qwen2"), (torch.float32, "llama")],
+)
+def test_calls_compute_with_copies_and_leave_nothing(tmp_path: Path, dtype: torch.dtype, architecture: str) -> None:
+    lineage = _stored(tmp_path / "base", dtype, architecture)
+    whole, mapped = load_policy(lineage, torch.float32), load_policy(lineage, torch.float32, mapped=True)
+    before = {name: (weight.data_ptr(), weight.dtype) for name, weight in mapped.named_parameters()}
+    assert {held for _, held in before.values()} == {dtype}
+    assert mapped.config.dtype is whole.config.dtype
+    with copied_in_calls(mapped, CPU):
+        assert torch.equal(_logits(mapped), _logits(whole))
+        for weight in mapped.parameters():
+            assert weight.isnan().all(), "no weight may be read outside of its module's call"
+            assert weight.untyped_storage().nbytes() == 4
+            assert weight.dtype is torch.float32
+            assert not weight.requires_grad, "autocast would keep what it converts of a trained weight"
+    assert {name: (weight.data_ptr(), weight.dtype) for name, weight in mapped.named_parameters()} == before
+    assert all(weight.requires_grad for weight in mapped.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_copies_are_what_is_loaded_otherwise(tmp_path: Path, dtype: torch.dtype) -> None:
+    """In memory of their own, also where they have the file's dtype."""
+    lineage = _stored(tmp_path / "base", dtype)
+    whole, mapped = load_policy(lineage, torch.float32), load_policy(lineage, torch.float32, mapped=True)
+    assert all(is_mapped(weight) for weight in mapped.parameters())
+    before = {weight.data_ptr() for weight in mapped.parameters()}
+    copy_weights(mapped.parameters())
+    assert not before & {weight.data_ptr() for weight in mapped.parameters()}
+    assert not any(is_mapped(weight) for weight in mapped.parameters())
+    for (name, copied), expected in zip(mapped.named_parameters(), whole.parameters(), strict=True):
+        assert copied.dtype is torch.float32, name
+        assert torch.equal(copied, expected), name
+
+
+def test_a_frozen_copy_stays_in_the_file_and_becomes_what_it_is_otherwise(tmp_path: Path) -> None:
+    lineage = _stored(tmp_path / "base", torch.float16)
+    whole = frozen_copy(load_policy(lineage, torch.float32), torch.bfloat16)
+    mapped = load_policy(lineage, torch.float32, mapped=True)
+    reference = frozen_copy(mapped, torch.bfloat16)
+    for weight, original in zip(reference.parameters(), mapped.parameters(), strict=True):
+        assert weight is not original
+        assert weight.data_ptr() == original.data_ptr()
+        assert not weight.requires_grad
+    copy_weights(reference.parameters())
+    assert all(is_mapped(weight) for weight in mapped.parameters()), "the policy's are still to be copied"
+    assert {weight.dtype for weight in reference.parameters()} == {torch.float32, torch.bfloat16}
+    for (name, copied), expected in zip(reference.named_parameters(), whole.parameters(), strict=True):
+        assert copied.dtype is expected.dtype, name
+        assert torch.equal(copied, expected), name
+
+
+def test_weights_in_several_formats_are_loaded_as_always(tmp_path: Path) -> None:
+    lineage = _stored(tmp_path / "base", torch.bfloat16)
+    save_file({"another": torch.zeros(1)}, lineage.base / "another.safetensors")
+    mapped = load_policy(lineage, torch.float32, mapped=True)
+    assert not any(is_mapped(weight) for weight in mapped.parameters())
+    assert {weight.dtype for weight in mapped.parameters()} == {torch.float32}
+
+
+NORMS = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm"}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_it_has_the_states_after_these_layers_under_the_same_norm_and_head(
+    tmp_path: Path, architecture: str, layers: int
+) -> None:
+    """Also after it was saved and loaded by transformers."""
+    whole = tiny_model(architecture, num_hidden_layers=4)
+    with torch.no_grad():
+        states = whole(IDS, output_hidden_states=True).hidden_states[layers]
+        norm = getattr(whole.base_model, NORMS.get(architecture, "norm"))
+        expected = whole.get_output_embeddings()(norm(states))
+    keep_first_layers(whole, layers).save_pretrained(str(tmp_path))
+    saved = AutoModelForCausalLM.from_pretrained(str(tmp_path))
+    assert saved.config.num_hidden_layers == layers
+    with torch.no_grad():
+        close(saved(IDS).logits, expected, atol=1e-5)
+        close(whole(IDS).logits, expected, atol=1e-5)
+
+
+def test_what_is_listed_for_each_layer_is_cut_too_and_other_models_are_refused() -> None:
+    model = tiny_model("qwen2", num_hidden_layers=4)
+    assert keep_first_layers(model, 3).config.layer_types == ["full_attention"] * 3
+    model = tiny_model()
+    model.base_model.layers = torch.nn.ModuleDict({str(i): layer for i, layer in enumerate(model.base_model.layers)})
+    with pytest.raises(ModelError, match="LlamaForCausalLM does not keep its 2 layers in one list"):
+        keep_first_layers(model, 1)
+
+
+STACK, CONTINUED = AdapterConfig(rank=4, chain=Chain.stack), AdapterConfig(rank=4, chain=CONTINUE)
+
+
+@torch.no_grad()
+def _row_logits(model: torch.nn.Module) -> Tensor:
+    """``[tokens, vocabulary]``."""
+    return model(IDS).logits[0]
+
+
+def as_an_engine_reads(base: Path, adapter: Path | None) -> Tensor:
+    model = AutoModelForCausalLM.from_pretrained(str(base), dtype=torch.float32).eval()
+    return _row_logits(model if adapter is None else PeftModel.from_pretrained(model, str(adapter)))
+
+
+@pytest.mark.parametrize(
+    ("before", "adapter", "is_base"),
+    [(None, LORA, True), (LORA, STACK, False), (LORA, CONTINUED, True), (None, QLORA, False), (LORA, QLORA, False)],
+    ids=["LoRA", "LoRA on LoRA", "LoRA continued", "QLoRA", "QLoRA on LoRA"],
+)
+def test_base_and_adapter_are_the_policy(
+    tmp_path: Path, before: AdapterConfig | None, adapter: AdapterConfig, is_base: bool
+) -> None:
+    if adapter is QLORA:
+        need_bitsandbytes()
+    chained = Chained(tmp_path)
+    if before is not None:
+        chained.run("sft", before)
+    init = "base" if before is None else "sft"
+    config = config_of("ppo", adapter, reward=None, advantage=Advantage.rloo, critic=Critic.none)
+    assert isinstance(config, PpoConfig)
+    spec = chained.spec("ppo", adapter, init=init, config=config)
+    context = StageContext(spec=spec, rank=0, world_size=1)
+    start = lineage(spec, spec.inputs["init"])
+    policy = roles_of(config, context, start, None).policy
+    liven(policy)
+    base = write_base(start, adapter, torch.float32, tmp_path / "engine")
+    assert (base == chained.base) is is_base
+    own = write_adapter(policy, None, tmp_path / "own")
+    read = as_an_engine_reads(base, own)
+    close(read, _row_logits(unwrapped(policy)), atol=1e-5, rtol=1e-4)
+    assert float((read - as_an_engine_reads(base, None)).abs().max()) > 1e-2, "the adapter should do something"
+
+
+def test_whole_weights_are_the_policy_and_a_later_version_replaces_both_matrices(tmp_path: Path) -> None:
+    chained = Chained(tmp_path)
+    spec = chained.spec("ppo", FULL, config=config_of("ppo", FULL, reward=None))
+    start = lineage(spec, spec.inputs["init"])
+    base = write_base(start, FULL, torch.float32, tmp_path / "engine")
+    model = AutoModelForCausalLM.from_pretrained(str(chained.base), dtype=torch.float32).eval()
+    close(as_an_engine_reads(base, None), _row_logits(model))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    later = write_model(model, weights, torch.float32, tmp_path / "policy-1")
+    close(as_an_engine_reads(later, None), _row_logits(model), atol=1e-5)
+    base = write_base(start, FULL, torch.bfloat16, tmp_path / "as the stage computes")
+    written = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto")
+    assert {p.dtype for p in written.parameters()} == {torch.bfloat16}

@@ -18,6 +18,7 @@ from alignment.models.assembly.start import load_start
 from alignment.models.forward import decoding_rows, shared_beginning
 from alignment.models.forward.answers import answer_statistics, answer_stream
 from alignment.models.forward.attention import ATTENTION
+from alignment.models.forward.causal import install_causal
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.generate import generate
 from alignment.models.forward.rows import stream
@@ -25,11 +26,10 @@ from alignment.models.forward.shared_prompts import read
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.sft.config import SftConfig
 from tests.oracles.close import close
-from tests.tiny import ARCHITECTURES, BASE_SOURCE, publish_tiny, save_tiny_model, tiny_model, tiny_spec
-from tests.unit.models.conftest import relative
+from tests.tiny import ARCHITECTURES, liven, publish_tiny, tiny_model, tiny_spec
+from tests.unit.models.conftest import CPU, LORA, padded, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT names it so
-CPU = torch.device("cpu")
 PREFIX = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=5)
 PROMPT = list(range(20, 40))
 ROWS = [[5, 6, 7, 8, 2], [9, 4, 4], [*PROMPT, 3, 3, 2], [*PROMPT, 11]]
@@ -72,14 +72,6 @@ def test_logits_and_gradients_are_pefts(architecture: str) -> None:
         passes.append((logits.detach(), trained[0].grad))
     assert relative(passes[0][0], passes[1][0]) < 1e-5
     assert relative(passes[0][1], passes[1][1]) < 1e-4
-
-
-def test_the_prefix_counts() -> None:
-    wrapped = _wrapped()
-    with torch.no_grad():
-        before = _ours(wrapped)
-        wrapped.prompt_encoder["default"].embedding.weight.mul_(2.0)
-        assert all(relative(now, then) > 1e-3 for now, then in zip(_ours(wrapped), before, strict=True))
 
 
 def test_at_the_start_of_a_stage_it_was_what_it_was() -> None:
@@ -125,11 +117,17 @@ def test_the_prefix_comes_before_a_beginning_that_rows_share(monkeypatch: pytest
 
 
 def test_a_prefix_is_never_left_out_in_silence() -> None:
-    """Where prompts are read padded, nobody would put it in front."""
+    """Where prompts are read padded, or attention has windows, nobody would put it in front."""
     base = _wrapped().get_base_model()
     base.set_attn_implementation("sdpa")
     with pytest.raises(ModelError, match="a prefix needs full attention"):
         generate(base, [[5, 6, 7]], max_new_tokens=2, end_ids=[2], batch_size=1)
+    windowed = _wrapped("mistral", sliding_window=8)
+    install_causal(windowed.get_base_model())
+    with pytest.raises(ModelError, match="a prefix needs full attention"):
+        windowed(**padded([([5, 6], [7, 2])]).arguments(), fused_lm_head=True)
+    low = _wrapped().get_base_model().to(torch.bfloat16)  # the prefix stays in float32
+    assert all(generate(low, [[5, 6, 7], [3]], max_new_tokens=4, end_ids=[2], batch_size=2))
 
 
 def test_texts_behind_prompts_that_were_read_follow_the_prefix() -> None:
@@ -143,19 +141,6 @@ def test_texts_behind_prompts_that_were_read_follow_the_prefix() -> None:
             with torch.no_grad():
                 whole = answer_statistics(base, answer_stream([prompt], [text], CPU)).logprobs
             assert total == pytest.approx(float(whole.sum()), rel=1e-5)
-
-
-def test_a_prefix_in_float32_comes_before_a_model_in_bfloat16() -> None:
-    wrapped = _wrapped()
-    wrapped.get_base_model().to(torch.bfloat16)
-    answers = generate(wrapped.get_base_model(), [[5, 6, 7], [3]], max_new_tokens=4, end_ids=[2], batch_size=2)
-    assert all(answers)
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Lineage:
-    """A model folder as a run's base."""
-    return Lineage(source=BASE_SOURCE, base=save_tiny_model(tmp_path / "base"), adapters=())
 
 
 def _start(start: Lineage, adapter: AdapterConfig) -> Any:
@@ -193,7 +178,7 @@ def test_it_is_continued_and_nothing_is_put_on_it(tmp_path: Path, base: Lineage)
     assert [p.shape for p in model.parameters() if p.requires_grad] == [
         model.prompt_encoder["default"].embedding.weight.shape
     ]
-    for other in (AdapterConfig(rank=4), AdapterConfig(rank=4, chain=Chain.stack), PREFIX):
+    for other in (LORA, AdapterConfig(rank=4, chain=Chain.stack), PREFIX):
         with pytest.raises(ConfigError, match="starts from a prefix"):
             _start(saved, other)
     longer = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=6, chain=CONTINUE)
@@ -202,26 +187,15 @@ def test_it_is_continued_and_nothing_is_put_on_it(tmp_path: Path, base: Lineage)
 
 
 def test_it_stands_on_merged_factors(tmp_path: Path, base: Lineage) -> None:
-    first = load_start(base, AdapterConfig(rank=4), Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU)
-    for name, parameter in first.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.1)
-    spec = tiny_spec(tmp_path, SftConfig(adapter=AdapterConfig(rank=4)))
+    first = load_start(base, LORA, Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU)
+    liven(first)
+    spec = tiny_spec(tmp_path, SftConfig(adapter=LORA))
     saved = lineage(spec, publish_tiny(spec, first, base))
     model = _start(saved, PREFIX)
     model.prompt_encoder["default"].embedding.weight.data.normal_(std=0.5)
     spec = tiny_spec(tmp_path, DpoConfig(adapter=PREFIX))
     again = load_policy(lineage(spec, publish_tiny(spec, model, saved)), torch.float32)
     use_flat_attention(again)
-    rows = stream(ROWS, CPU)
     with torch.no_grad():
-        states = [trunk_states(policy.base_model, rows) for policy in (again, model.get_base_model())]
+        states = [trunk_states(policy.base_model, stream(ROWS, CPU)) for policy in (again, model.get_base_model())]
     close(*states, rtol=1e-4, atol=1e-4)
-
-
-def test_attention_that_cannot_be_cut_is_no_place_for_a_prefix() -> None:
-    model = tiny_model("mistral", sliding_window=8)
-    add_adapter(model, PREFIX, TaskType.CAUSAL_LM)
-    use_flat_attention(model)
-    with pytest.raises(ModelError, match="a prefix needs full attention"):
-        trunk_states(model.base_model, stream(ROWS, CPU))

@@ -17,8 +17,8 @@ from alignment.models.forward.rows import Segment, behind, stream
 from alignment.models.forward.shared_prompts import can_read, read
 from tests.oracles import logprobs as oracle
 from tests.tiny import ARCHITECTURES, tiny_model
+from tests.unit.models.conftest import CPU
 
-CPU = torch.device("cpu")
 START = list(range(10, 30))
 PROMPTS = [[*START, 5, 6], [*START, 5, 6], [*START, 7], [9, 4, 4, 8, 8], [3]]
 """Two alike, three with a beginning that is long enough to be computed once, and one of a single token."""
@@ -89,21 +89,18 @@ def test_two_threads_read_and_score_about_half_of_the_tokens_each(monkeypatch: p
     assert shares == [[[0, 3], [1, 2]], [[1], [0]]]
 
 
-def test_two_threads_together_read_no_more_than_the_limit_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading_module, "READ_TOKENS", 40)
-    torch.set_num_threads(2)
-    reading = read(_readable(), [[number] * 12 for number in range(3, 11)])
-    assert [batch.rows.lengths for batch in reading.batches] == [(12,)] * 8
-
-
-def test_what_cannot_be_divided_evenly_is_read_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading_module, "READ_TOKENS", 40)
-    torch.set_num_threads(2)
-    reading = read(_readable(), [[3] * 10, [4] * 10, [5] * 10])
-    assert [len(batch.rows.lengths) for batch in reading.batches] == [3]
-
-
-def test_few_tokens_are_divided_between_two_threads_too(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "limit", "batches"),
+    [
+        ([12] * 8, 40, [1] * 8),  # together no more than the limit at once
+        ([10] * 3, 40, [3]),  # what cannot be divided evenly
+        ([6] * 5, 1 << 14, [3, 2]),  # few tokens
+    ],
+)
+def test_two_threads_divide_what_they_read(
+    lengths: list[int], limit: int, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading_module, "READ_TOKENS", limit)
     torch.set_num_threads(2)
     threads: list[str] = []
     compute = reading_module.trunk_states
@@ -113,22 +110,19 @@ def test_few_tokens_are_divided_between_two_threads_too(monkeypatch: pytest.Monk
         return compute(*inputs, **options)
 
     monkeypatch.setattr(reading_module, "trunk_states", watched)
-    reading = read(_readable(), [[number] * 6 for number in range(3, 8)])
-    assert [len(batch.rows.lengths) for batch in reading.batches] == [3, 2]
-    assert threads == ["part", "part"]
-
-
-def test_nothing_is_kept_of_a_stream_where_attention_is_not_flat() -> None:
-    with pytest.raises(ValueError, match="cannot return the keys and values of a stream"):
-        read(tiny_model(), PROMPTS)
+    reading = read(_readable(), [[number] * length for number, length in enumerate(lengths, start=3)])
+    assert [len(batch.rows.lengths) for batch in reading.batches] == batches
+    assert set(threads) == {"MainThread" if len(batches) == 1 else "part"}
 
 
 def test_models_whose_attention_is_not_flat_or_whose_logits_are_changed_cannot_read() -> None:
-    assert can_read(_readable())  # type: ignore[arg-type]
-    assert not can_read(tiny_model())
     model = _readable()
+    assert can_read(model)  # type: ignore[arg-type]
     model.config.logit_scale = 3.0
     assert not can_read(model)  # type: ignore[arg-type]
+    assert not can_read(tiny_model())
+    with pytest.raises(ValueError, match="cannot return the keys and values of a stream"):
+        read(tiny_model(), PROMPTS)
 
 
 def test_a_text_goes_on_where_its_row_ends() -> None:
@@ -145,8 +139,5 @@ def test_a_text_goes_on_where_its_row_ends() -> None:
     assert rows.index.tolist() == [[0, 1, 0], [2, 0, 0], [3, 4, 5]]
     assert rows.is_real.sum(-1).tolist() == [2, 1, 3]
     assert rows.lengths == (23, 22, 5)
-
-
-def test_of_a_row_inside_another_it_is_known_where_it_stands() -> None:
-    earlier = stream([[*START, 1, 2], [*START, 1]], CPU)
-    assert behind(earlier, [1], [[7]]).segments == (Segment(own=(0, 1), before=((-22, -1),)),)
+    inside = stream([[*START, 1, 2], [*START, 1]], CPU)
+    assert behind(inside, [1], [[7]]).segments == (Segment(own=(0, 1), before=((-22, -1),)),)

@@ -1,4 +1,4 @@
-"""PPO's four models: what they share, what is trained, and that the reference is the policy at the start."""
+"""PPO's four models: what they share, what learns from what, and that the reference is the policy at the start."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.adapter import AdapterConfig
+from alignment.config.critic import Critic
+from alignment.models.assembly.actor_critic import ActorCritic
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.load import Lineage, SavedAdapter, load_policy
 from alignment.models.assembly.reward_head import load_reward_model
@@ -18,24 +21,21 @@ from alignment.models.forward.rows import stream
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.sft.config import SftConfig
 from tests.oracles.close import close
-from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_model, tiny_reward, tiny_spec
+from tests.tiny import liven, publish_tiny, tiny_model, tiny_reward, tiny_spec
+from tests.unit.models.conftest import CPU, FULL, KINDS, LORA, assert_same_gradients, gradients
 
-CPU = torch.device("cpu")
-LORA = AdapterConfig(rank=4)
-FULL = AdapterConfig(kind=AdapterKind.full)
 PART = answer_stream([[5, 6, 2], [9]], [[7, 8, 2], [2]], CPU)
-KINDS = pytest.mark.parametrize("adapter", [LORA, FULL], ids=["lora", "full"])
 
 
-@pytest.fixture
-def base(tmp_path: Path) -> Lineage:
-    """A model folder as a run's base."""
-    return Lineage(source=BASE_SOURCE, base=save_tiny_model(tmp_path / "base"), adapters=())
-
-
-def _roles(folder: Path, base: Lineage, adapter: AdapterConfig, reward_adapter: AdapterConfig | None = None) -> Roles:
+def _roles(
+    folder: Path,
+    base: Lineage,
+    adapter: AdapterConfig,
+    reward_adapter: AdapterConfig | None = None,
+    critic: Critic = Critic.separate,
+) -> Roles:
     reward = tiny_reward(folder, adapter if reward_adapter is None else reward_adapter, start=base)
-    return build_roles(tiny_spec(folder, PpoConfig()), base, reward, adapter, device=CPU)
+    return build_roles(tiny_spec(folder, PpoConfig()), base, reward, adapter, device=CPU, critic=critic)
 
 
 def _addresses(model: torch.nn.Module) -> set[int]:
@@ -44,28 +44,18 @@ def _addresses(model: torch.nn.Module) -> set[int]:
 
 def _unshared_bytes(model: torch.nn.Module, owner: torch.nn.Module) -> int:
     owned = _addresses(owner)
-    return sum(p.numel() * p.element_size() for p in model.parameters() if p.data_ptr() not in owned)
+    return sum(p.nbytes for p in model.parameters() if p.data_ptr() not in owned)
 
 
 def test_under_an_adapter_policy_value_and_reward_hold_their_base_once(tmp_path: Path, base: Lineage) -> None:
+    """Also after a trainer has moved its model to the same device."""
     roles = _roles(tmp_path, base, LORA)
-    plain = load_policy(base, torch.float32)
-    own = sum(p.numel() * p.element_size() for p in plain.parameters())
-    for model in (roles.actor_critic.value, roles.reward):
-        unshared = _unshared_bytes(model, roles.policy)
-        adapters = sum(
-            p.numel() * p.element_size() for n, p in model.named_parameters() if ".lora_" in n or "score" in n
-        )
-        assert unshared == adapters < own / 2
-    assert roles.frozen_reference is None
-
-
-def test_moving_to_the_same_device_keeps_the_memory_shared(tmp_path: Path, base: Lineage) -> None:
-    """A trainer moves its model once more; that must not undo the sharing."""
-    roles = _roles(tmp_path, base, LORA)
-    before = _unshared_bytes(roles.reward, roles.policy)
+    own = sum(p.nbytes for p in load_policy(base, torch.float32).parameters())
     roles.actor_critic.to(CPU)
-    assert _unshared_bytes(roles.reward, roles.policy) == before
+    for model in (roles.actor_critic.value, roles.reward):
+        adapters = sum(p.nbytes for n, p in model.named_parameters() if ".lora_" in n or "score" in n)
+        assert _unshared_bytes(model, roles.policy) == adapters < own / 2
+    assert roles.frozen_reference is None
 
 
 def test_in_full_training_every_role_has_weights_of_its_own(tmp_path: Path, base: Lineage) -> None:
@@ -78,9 +68,9 @@ def test_in_full_training_every_role_has_weights_of_its_own(tmp_path: Path, base
 def test_sharing_takes_equal_frozen_weights_only() -> None:
     owner = tiny_model("qwen2").requires_grad_(False)
     model = copy.deepcopy(owner)
-    names = [name for name, _ in model.named_parameters()]
     parameters = dict(model.named_parameters())
-    parameters[names[1]].data[0, 0] += 1.0
+    names = list(parameters)
+    parameters[names[1]].data.add_(1.0)
     parameters[names[2]].requires_grad_(True)
     before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
     assert share_frozen(model, owner) == len(names) - 2
@@ -88,11 +78,7 @@ def test_sharing_takes_equal_frozen_weights_only() -> None:
     assert [name for name, parameter in now.items() if parameter is not owned[name]] == [names[1], names[2]]
     for name, parameter in now.items():
         assert torch.equal(parameter, before[name])
-
-
-def test_what_the_owner_trains_is_never_shared() -> None:
-    owner, model = tiny_model(), tiny_model().requires_grad_(False)
-    assert share_frozen(model, owner) == 0
+    assert share_frozen(tiny_model("qwen2").requires_grad_(False), tiny_model("qwen2")) == 0, "the owner trains all"
 
 
 @KINDS
@@ -125,37 +111,89 @@ def test_the_reference_is_the_policy_at_the_start_whatever_is_learned(
                 parameter.add_(0.1)
     with torch.no_grad(), roles.reference() as reference:
         of_reference = answer_statistics(reference, PART).logprobs
-    now = answer_statistics(unwrapped(roles.policy), PART).logprobs.detach()
+    now = answer_statistics(unwrapped(roles.policy), PART).logprobs.detach()  # the adapter is on again
     close(of_reference, start, rtol=1e-4, atol=1e-5)
     assert float((now - start).abs().max()) > 0.1
 
 
-def test_the_adapter_is_on_again_after_the_reference_was_asked(tmp_path: Path, base: Lineage) -> None:
-    roles = _roles(tmp_path, base, LORA)
-    liven(roles.policy)
-    before = answer_statistics(unwrapped(roles.policy), PART).logprobs
-    with roles.reference() as reference:
-        assert not torch.equal(answer_statistics(reference, PART).logprobs, before)
-    assert torch.equal(answer_statistics(unwrapped(roles.policy), PART).logprobs, before)
-
-
-@KINDS
+@pytest.mark.parametrize(
+    ("adapter", "reward_adapter"), [(LORA, LORA), (FULL, FULL), (FULL, LORA)], ids=["lora", "full", "full, lora"]
+)
 def test_policy_and_value_are_trained_and_the_others_are_not(
-    tmp_path: Path, base: Lineage, adapter: AdapterConfig
+    tmp_path: Path, base: Lineage, adapter: AdapterConfig, reward_adapter: AdapterConfig
 ) -> None:
-    roles = _roles(tmp_path, base, adapter)
+    roles = _roles(tmp_path, base, adapter, reward_adapter)
     statistics, loss = roles.actor_critic(PART, 1.0, torch.sum)
     (statistics.logprobs.sum() + loss).backward()
     for model in (roles.policy, roles.actor_critic.value):
         trained = [p for p in model.parameters() if p.requires_grad]
         assert any(float(p.grad.abs().sum()) > 0 for p in trained)
     assert all(p.grad is None for p in roles.reward.parameters())
+    assert (roles.frozen_reference is None) is (adapter is LORA)
     if roles.frozen_reference is not None:
         assert not any(p.requires_grad for p in roles.frozen_reference.parameters())
 
 
-def test_a_full_policy_beside_an_adapter_reward_model_works(tmp_path: Path, base: Lineage) -> None:
-    roles = _roles(tmp_path, base, FULL, LORA)
-    assert roles.frozen_reference is not None
-    statistics, values = roles.actor_critic.look(PART, 1.0)
+def _actor_critic(folder: Path, base: Lineage, adapter: AdapterConfig, critic: Critic) -> ActorCritic:
+    actor_critic = _roles(folder, base, adapter, critic=critic).actor_critic
+    liven(actor_critic)
+    return actor_critic
+
+
+def _squares(values: Tensor) -> Tensor:
+    return 0.3 * values.square().sum()
+
+
+@KINDS
+@pytest.mark.parametrize("critic", [Critic.separate, Critic.shared])
+def test_gradients_are_those_of_the_sum_of_both_losses(
+    tmp_path: Path, base: Lineage, adapter: AdapterConfig, critic: Critic
+) -> None:
+    model = _actor_critic(tmp_path, base, adapter, critic)
+    twin = copy.deepcopy(model)
+    statistics, loss = model(PART, 1.0, _squares)
+    (2.0 * (statistics.logprobs.sum() + loss)).backward()
+    statistics, values = twin.look(PART, 1.0)
     assert statistics.logprobs.shape == values.shape == (4,)
+    (2.0 * (statistics.logprobs.sum() + _squares(values))).backward()
+    assert any("value." in name for name in gradients(model))
+    assert_same_gradients(model, twin, tolerance=1e-6)
+
+
+@KINDS
+def test_a_critic_of_its_own_begins_when_the_policys_gradients_are_there(
+    tmp_path: Path, base: Lineage, adapter: AdapterConfig
+) -> None:
+    """One model's activations at a time."""
+    model = _actor_critic(tmp_path, base, adapter, Critic.separate)
+    learned: list[bool] = []
+    trained = [p for p in model.policy.parameters() if p.requires_grad]
+    unwrapped(model.value).base_model.embed_tokens.register_forward_hook(
+        lambda *_: learned.append(all(p.grad is not None for p in trained))
+    )
+    statistics, loss = model(PART, 1.0, _squares)
+    assert not learned
+    (statistics.logprobs.sum() + loss).backward()
+    assert learned == [True]
+
+
+def test_the_later_pass_computes_in_the_format_of_the_first(tmp_path: Path, base: Lineage) -> None:
+    model = _actor_critic(tmp_path, base, FULL, Critic.separate)
+    noted_values: list[Tensor] = []
+
+    def noted(values: Tensor) -> Tensor:
+        noted_values.append(values.detach())
+        return _squares(values)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = model.look(PART, 1.0)[1]
+        statistics, loss = model(PART, 1.0, noted)
+    (statistics.logprobs.sum() + loss).backward()
+    assert not torch.equal(expected, model.look(PART, 1.0)[1])
+    assert torch.equal(noted_values[0], expected)
+
+
+def test_a_critic_on_the_trunk_teaches_it_only_with_the_policy(tmp_path: Path, base: Lineage) -> None:
+    model = _actor_critic(tmp_path, base, LORA, Critic.shared)
+    model(PART, 1.0, _squares, policy_learns=False)[1].backward()
+    assert list(gradients(model)) == ["value.weight"]

@@ -1,7 +1,9 @@
-"""What a stage starts from: adapters of earlier stages merged, beside it or continued, and the reference to that."""
+"""What a stage starts from: adapters added, merged, beside it or continued, and the reference to that."""
 
 from __future__ import annotations
 
+import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,35 +11,40 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, TaskType
+from peft import PeftModel, TaskType, peft_model
 
 from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.model import Dtype
-from alignment.core.errors import ConfigError
-from alignment.models.assembly.adapters import at_start
+from alignment.core.errors import ConfigError, ModelError
+from alignment.models.assembly.adapters import add_adapter, at_start, merge_adapter, put_back, put_in_order
 from alignment.models.assembly.load import Lineage, lineage, load_policy
 from alignment.models.assembly.start import load_start, turn_off_dropout
-from alignment.models.kernels.nf4 import Nf4Linear, round_trunk
+from alignment.models.kernels.nf4 import round_trunk
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.sft.config import SftConfig
 from tests.oracles.close import close
-from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_model, tiny_spec
-from tests.unit.models.conftest import relative
+from tests.tiny import (
+    ARCHITECTURES,
+    BASE_SOURCE,
+    liven,
+    publish_tiny,
+    save_tiny_model,
+    tiny_model,
+    tiny_scorer,
+    tiny_spec,
+)
+from tests.unit.models.conftest import CPU, FULL, LORA, relative
 
-CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8, 2], [9, 4, 4, 3, 2]])
-KINDS = [AdapterKind.lora, AdapterKind.dora, AdapterKind.qlora]
 CHAINS = pytest.mark.parametrize(
     ("kind", "chain"),
-    [(kind, chain) for kind in KINDS for chain in Chain if (kind, chain) != (AdapterKind.dora, Chain.stack)],
+    [
+        (kind, chain)
+        for kind in (AdapterKind.lora, AdapterKind.dora, AdapterKind.qlora)
+        for chain in Chain
+        if (kind, chain) != (AdapterKind.dora, Chain.stack)
+    ],
 )
-"""DoRA turns the weight that it finds, so two of them do not add up, and the configuration refuses to stack one."""
-
-
-@pytest.fixture
-def base(tmp_path: Path) -> Lineage:
-    """A model folder as a run's base."""
-    return Lineage(source=BASE_SOURCE, base=save_tiny_model(tmp_path / "base"), adapters=())
 
 
 def _adapter(kind: AdapterKind, chain: Chain = Chain.merge) -> AdapterConfig:
@@ -63,48 +70,41 @@ def _first_stage(folder: Path, base: Lineage, adapter: AdapterConfig) -> tuple[t
     return _logits(model), lineage(spec, saved)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_policy_says_what_it_said_in_training(tmp_path: Path, base: Lineage, kind: AdapterKind) -> None:
-    expected, saved = _first_stage(tmp_path, base, _adapter(kind))
-    close(_logits(load_policy(saved, torch.float32)), expected, rtol=1e-4, atol=1e-4)
-
-
 @CHAINS
 def test_a_second_stage_starts_where_the_first_ended(
     tmp_path: Path, base: Lineage, kind: AdapterKind, chain: Chain
 ) -> None:
-    """Only merging into four bits rounds anew; the policy then starts a little elsewhere, and says so of itself."""
+    """Only merging into four bits rounds anew; the policy then starts a little elsewhere, and says so of itself.
+
+    Whatever is learned, the reference stays there; under a scalar head, the trunk is the policy's.
+    """
     expected, saved = _first_stage(tmp_path, base, _adapter(kind))
-    start = _start(saved, _adapter(kind, chain))
-    if kind is AdapterKind.qlora and chain is Chain.merge:
-        merged = load_policy(saved, torch.float32)
-        round_trunk(merged)
-        close(_logits(start), _logits(merged), rtol=1e-4, atol=1e-4)
-        assert 1e-3 < relative(_logits(start), expected) < 1.0
-    else:
-        close(_logits(start), expected, rtol=1e-4, atol=1e-4)
-
-
-@CHAINS
-def test_the_reference_stays_where_the_stage_began(
-    tmp_path: Path, base: Lineage, kind: AdapterKind, chain: Chain
-) -> None:
-    _, saved = _first_stage(tmp_path, base, _adapter(kind))
-    model = _start(saved, _adapter(kind, chain))
+    again = load_policy(saved, torch.float32)
+    close(_logits(again), expected, rtol=1e-4, atol=1e-4)
+    model, scorer = (_start(saved, _adapter(kind, chain), task) for task in (TaskType.CAUSAL_LM, TaskType.SEQ_CLS))
     began = _logits(model)
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if kind is AdapterKind.qlora and chain is Chain.merge:
+        round_trunk(again)
+        close(began, _logits(again), rtol=1e-4, atol=1e-4)
+        assert 1e-3 < relative(began, expected) < 1.0
+    else:
+        close(began, expected, rtol=1e-4, atol=1e-4)
+    states = [policy.get_base_model().base_model(IDS).last_hidden_state for policy in (model, scorer)]
+    close(*states, rtol=1e-5, atol=1e-5)
+    assert "base_model.model.score.modules_to_save.default.weight" in _trained_names(scorer)
+    trained = _trained_names(model)
     assert trained, "something is trained"
     assert all(".default" in name for name in trained)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in trained:
                 parameter.add_(0.1)
-    assert relative(_logits(model), began) > 1e-2
     moved = _logits(model)
+    assert relative(moved, began) > 1e-2
     with at_start(model) as reference:
         close(_logits(reference), began, rtol=1e-5, atol=1e-5)
     assert torch.equal(_logits(model), moved)
-    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == trained
+    assert _trained_names(model) == trained
 
 
 @CHAINS
@@ -134,52 +134,16 @@ def test_what_was_stacked_loads_in_peft_alone(tmp_path: Path, base: Lineage) -> 
     close(_logits(plain), _logits(model), rtol=1e-5, atol=1e-5)
 
 
-@CHAINS
-def test_under_a_scalar_head_the_trunk_is_the_policys(
-    tmp_path: Path, base: Lineage, kind: AdapterKind, chain: Chain
-) -> None:
-    _, saved = _first_stage(tmp_path, base, _adapter(kind))
-    policy, scorer = (_start(saved, _adapter(kind, chain), task) for task in (TaskType.CAUSAL_LM, TaskType.SEQ_CLS))
-    states = [model.get_base_model().base_model(IDS).last_hidden_state for model in (policy, scorer)]
-    close(*states, rtol=1e-5, atol=1e-5)
-    trained = [name for name, parameter in scorer.named_parameters() if parameter.requires_grad]
-    assert "base_model.model.score.modules_to_save.default.weight" in trained
+def _refused(start: Lineage, adapter: AdapterConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _start(start, adapter)
 
 
-def test_four_bits_are_held_and_factors_learn(base: Lineage) -> None:
-    model = _start(base, _adapter(AdapterKind.qlora))
-    assert any(isinstance(module, Nf4Linear) for module in model.modules())
-    liven(model)
-    model(input_ids=IDS).logits.square().mean().backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert all(bool(torch.isfinite(grad).all()) and float(grad.abs().sum()) > 0 for grad in grads.values())
-
-
-def test_a_scale_by_the_root_of_the_rank(base: Lineage) -> None:
-    model = _start(base, AdapterConfig(rank=4, alpha=6.0, rslora=True))
-    layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    assert layer.scaling["default"] == 3.0
-
-
-def test_modules_trained_whole_are_saved_and_found_again(tmp_path: Path, base: Lineage) -> None:
-    adapter = AdapterConfig(rank=4, modules_to_save=["embed_tokens"])
-    model = _start(base, adapter)
-    liven(model)
-    embeddings = model.get_base_model().model.embed_tokens
-    embeddings.modules_to_save["default"].weight.data.mul_(1.1)
-    spec = tiny_spec(tmp_path, SftConfig(adapter=adapter))
-    saved = lineage(spec, publish_tiny(spec, model, base))
-    close(_logits(load_policy(saved, torch.float32)), _logits(model), rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("chain", [Chain.stack, CONTINUE])
-def test_modules_trained_whole_are_only_merged(tmp_path: Path, base: Lineage, chain: Chain) -> None:
-    adapter = AdapterConfig(rank=4, modules_to_save=["embed_tokens"])
-    spec = tiny_spec(tmp_path, SftConfig(adapter=adapter))
-    saved = lineage(spec, publish_tiny(spec, _start(base, adapter), base))
-    with pytest.raises(ConfigError, match=f"has trained embed_tokens, .* adapter.chain is '{chain.value}'"):
-        _start(saved, AdapterConfig(rank=4, chain=chain))
-    _start(saved, AdapterConfig(rank=4))
+def test_modules_trained_whole_are_only_merged(tmp_path: Path, base: Lineage) -> None:
+    _, saved = _first_stage(tmp_path, base, replace(LORA, modules_to_save=["embed_tokens"]))
+    for chain in (Chain.stack, CONTINUE):
+        _refused(saved, replace(LORA, chain=chain), f"has trained embed_tokens, .* adapter.chain is '{chain.value}'")
+    _start(saved, LORA)
 
 
 @pytest.mark.parametrize(
@@ -212,44 +176,32 @@ def test_dora_does_not_stay_beside_weights_in_four_bits(tmp_path: Path, base: Li
         model = _start(saved, _adapter(below, Chain.stack))
         saved = lineage(spec, publish_tiny(spec, model, saved))
     for chain in (Chain.stack, CONTINUE):
-        with pytest.raises(
-            ConfigError, match=rf"is a DoRA adapter, .* adapter.chain is '{chain.value}'\n  → set it to m"
-        ):
-            _start(saved, _adapter(AdapterKind.qlora, chain))
+        message = rf"is a DoRA adapter, .* adapter.chain is '{chain.value}'\n  → set it to m"
+        _refused(saved, _adapter(AdapterKind.qlora, chain), message)
     _start(saved, _adapter(AdapterKind.qlora))
 
 
-@pytest.mark.parametrize("chain", [Chain.stack, CONTINUE], ids=lambda chain: chain.value)
-def test_what_was_trained_on_four_bits_does_not_stay_beside_whole_weights(
-    tmp_path: Path, base: Lineage, chain: Chain
-) -> None:
+def test_what_was_trained_on_four_bits_does_not_stay_beside_whole_weights(tmp_path: Path, base: Lineage) -> None:
     """Beside others than it learned on, the adapter makes another policy."""
     expected, saved = _first_stage(tmp_path, base, _adapter(AdapterKind.qlora))
-    with pytest.raises(ConfigError, match=rf"was trained on weights in four bits, .* '{chain.value}'\n  → set it to m"):
-        _start(saved, _adapter(AdapterKind.lora, chain))
-    close(_logits(_start(saved, _adapter(AdapterKind.lora))), expected, rtol=1e-4, atol=1e-4)
+    for chain in (Chain.stack, CONTINUE):
+        message = rf"was trained on weights in four bits, .* '{chain.value}'\n  → set it to m"
+        _refused(saved, replace(LORA, chain=chain), message)
+    close(_logits(_start(saved, LORA)), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_without_an_adapter_there_is_nothing_to_continue(base: Lineage) -> None:
-    with pytest.raises(ConfigError, match=r"adapter\.chain: there is no adapter to continue"):
-        _start(base, _adapter(AdapterKind.lora, CONTINUE))
-
-
-@pytest.mark.parametrize(
-    ("changes", "where"),
-    [
-        ({"rank": 8}, "rank"),
-        ({"rank": 4, "alpha": 1.0}, "alpha"),
-        ({"rank": 4, "kind": AdapterKind.dora}, "kind"),
-        ({"rank": 4, "target_modules": ["q_proj", "v_proj"]}, "target_modules"),
-    ],
-)
-def test_an_adapter_keeps_its_shape_when_it_is_continued(
-    tmp_path: Path, base: Lineage, changes: dict[str, Any], where: str
-) -> None:
-    _, saved = _first_stage(tmp_path, base, _adapter(AdapterKind.lora))
-    with pytest.raises(ConfigError, match=rf"adapter\.{where}: the adapter to continue has"):
-        _start(saved, AdapterConfig(**{"chain": CONTINUE, **changes}))
+def test_an_adapter_keeps_its_shape_when_it_is_continued(tmp_path: Path, base: Lineage) -> None:
+    _refused(base, replace(LORA, chain=CONTINUE), r"adapter\.chain: there is no adapter to continue")
+    _, saved = _first_stage(tmp_path, base, LORA)
+    changes: tuple[dict[str, Any], ...] = (
+        {"rank": 8},
+        {"alpha": 1.0},
+        {"kind": AdapterKind.dora},
+        {"target_modules": ["q_proj", "v_proj"]},
+    )
+    for change in changes:
+        continued = AdapterConfig(**{"chain": CONTINUE, "rank": 4, **change})
+        _refused(saved, continued, rf"adapter\.{next(iter(change))}: the adapter to continue has")
 
 
 @pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module:RuntimeWarning")
@@ -265,10 +217,8 @@ def test_an_adapter_on_experts_is_continued_with_the_settings_that_it_was_made_w
 def test_only_what_is_trained_drops_anything_and_as_this_stage_says(
     tmp_path: Path, base: Lineage, chain: Chain
 ) -> None:
-    _, saved = _first_stage(tmp_path, base, AdapterConfig(rank=4, dropout=0.5))
-    model = load_start(
-        saved, AdapterConfig(rank=4, dropout=0.25, chain=chain), Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU
-    )
+    _, saved = _first_stage(tmp_path, base, replace(LORA, dropout=0.5))
+    model = _start(saved, replace(LORA, dropout=0.25, chain=chain))
     rates: dict[str, set[float]] = {}
     for module in model.modules():
         if hasattr(module, "lora_dropout"):
@@ -300,3 +250,109 @@ def test_dropout_is_turned_off_under_every_name_that_models_give_it() -> None:
     turn_off_dropout(model)
     assert model.activation_dropout == 0.0
     assert model.config == SimpleNamespace(hidden_dropout=0.0, hidden_size=8, use_dropout=True)
+
+
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+def _trained_names(model: torch.nn.Module) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _adapted_modules(model: torch.nn.Module) -> set[str]:
+    return {name.split(".lora_")[0].rsplit(".", 1)[1] for name in _trained_names(model) if ".lora_" in name}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_adapter_changes_nothing_until_it_is_trained_and_merges_into_what_it_was(
+    tmp_path: Path, architecture: str
+) -> None:
+    model = tiny_model(architecture)
+    assert add_adapter(model, FULL, TaskType.CAUSAL_LM) is model
+    plain = copy.deepcopy(model)
+    before = plain(IDS).logits
+    wrapped = add_adapter(model, LORA, TaskType.CAUSAL_LM)
+    assert torch.equal(wrapped(input_ids=IDS).logits, before)
+    liven(wrapped)
+    wrapped.save_pretrained(str(tmp_path))
+    expected = wrapped(input_ids=IDS).logits
+    assert relative(expected, before) > 1e-2, "the adapter should matter"
+    close(merge_adapter(plain, tmp_path)(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match="this adapter does not fit the model") as caught:
+        merge_adapter(tiny_model(architecture, hidden_size=64), tmp_path)
+    assert caught.value.where == str(tmp_path)
+
+
+@pytest.mark.parametrize("task", [TaskType.CAUSAL_LM, TaskType.SEQ_CLS])
+def test_all_linear_means_every_linear_module_but_the_head(task: TaskType) -> None:
+    """A reward model's head is trained beside its adapter."""
+    model = tiny_model() if task is TaskType.CAUSAL_LM else tiny_scorer()
+    wrapped = add_adapter(model, AdapterConfig(target_modules=["all-linear"]), task)
+    assert _adapted_modules(wrapped) == LINEAR
+    trained = _trained_names(wrapped)
+    assert sum(".lora_" in name for name in trained) == 2 * len(LINEAR) * model.config.num_hidden_layers
+    head = [] if task is TaskType.CAUSAL_LM else ["base_model.model.score.modules_to_save.default.weight"]
+    assert [name for name in trained if ".lora_" not in name] == head
+
+
+@pytest.mark.parametrize(("rslora", "scaling"), [(False, 4.0), (True, 12.0 / 3**0.5)])
+def test_rank_alpha_dropout_and_targets_arrive(rslora: bool, scaling: float) -> None:
+    config = AdapterConfig(rank=3, alpha=12.0, dropout=0.25, target_modules=["q_proj", "v_proj"], rslora=rslora)
+    wrapped = add_adapter(tiny_model(), config, TaskType.CAUSAL_LM)
+    module = wrapped.get_base_model().model.layers[0].self_attn.q_proj
+    assert module.lora_A["default"].weight.shape == (3, 32)
+    assert module.scaling["default"] == pytest.approx(scaling)
+    assert module.lora_dropout["default"].p == 0.25
+    assert _adapted_modules(wrapped) == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "message", "remedy"),
+    [
+        ("llama", {"target_modules": ["query"]}, r"adapter\.target_modules: the adapter does not fit", "all-linear"),
+        ("llama", {"target_modules": ["q_proj", "lm_head"]}, "factors on lm_head", "modules_to_save=[lm_head]"),
+        ("llama", {"target_modules": ["embed_tokens"]}, "factors on embed_tokens", "modules_to_save=[embed_tokens]"),
+        (
+            "gpt2",
+            {"modules_to_save": ["lm_head", "embed_tokens"]},
+            r"adapter\.modules_to_save: no mod",
+            "transformer, wte",
+        ),
+        ("llama", {"modules_to_save": ["embed_token"]}, "did you mean 'embed_tokens'", ""),
+        ("scorer", {"modules_to_save": ["embed_tokenz"]}, "did you mean 'embed_tokens'", ""),
+        ("scorer", {"modules_to_save": ["embed_tokens", "lm_head"]}, None, ""),
+    ],
+)
+def test_modules_that_do_not_exist_or_take_no_adapter_are_refused(
+    architecture: str, changes: dict[str, list[str]], message: str | None, remedy: str
+) -> None:
+    """PEFT leaves out unknown modules to save. Factors on the head would not count: its own weight is multiplied."""
+    model = tiny_scorer() if architecture == "scorer" else tiny_model(architecture)
+    task = TaskType.SEQ_CLS if architecture == "scorer" else TaskType.CAUSAL_LM
+    if message is None:
+        add_adapter(model, AdapterConfig(**changes), task)
+        return
+    with pytest.raises(ModelError, match=message) as caught:
+        add_adapter(model, AdapterConfig(**changes), task)
+    assert remedy in str(caught.value)
+
+
+def test_a_saved_adapter_is_read_to_where_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also on a machine with GPUs, which PEFT would take on the way."""
+    add_adapter(tiny_model(), AdapterConfig(), TaskType.CAUSAL_LM).save_pretrained(str(tmp_path))
+    monkeypatch.setattr(peft_model, "infer_device", lambda: pytest.fail("PEFT chose a device"))
+    merge_adapter(tiny_model(), tmp_path)
+    put_back(tiny_model(), [tmp_path], trainable=False)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_saved_adapter_names_its_modules_in_one_order(tmp_path: Path, order: int) -> None:
+    """PEFT writes a set, whose order is another one in each process."""
+    wrapped = add_adapter(tiny_model(), AdapterConfig(target_modules=["v_proj", "q_proj"]), TaskType.CAUSAL_LM)
+    wrapped.save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"target_modules": ["q_proj", "v_proj"][::order]}, indent=2, sort_keys=True))
+    put_in_order(tmp_path)
+    assert json.loads(file.read_text()) == settings | {"target_modules": ["q_proj", "v_proj"]}
+    assert file.read_text() == json.dumps(json.loads(file.read_text()), indent=2, sort_keys=True)

@@ -1,19 +1,50 @@
-"""Work on two threads: who does what, in which order results come, and what happens if a part fails."""
+"""Work on two threads: who does what, the plain forward's values and gradients, and when a batch is not divided."""
 
 from __future__ import annotations
 
 import multiprocessing
+import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from peft import TaskType
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
+from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.launch import DIVIDE_ROWS
+from alignment.config.model import Dtype
 from alignment.core.errors import ConfigError
+from alignment.costs.recorder import Recorder
+from alignment.models.assembly.adapters import add_adapter
+from alignment.models.assembly.load import Lineage, frozen_copy
+from alignment.models.assembly.recomputing import checkpoint_activations
+from alignment.models.assembly.start import load_start
+from alignment.models.forward import flat, side_by_side, two_threads
+from alignment.models.forward.answers import unwrapped
+from alignment.models.forward.causal import install_causal
+from alignment.models.forward.flat import trunk_states, use_flat_attention
+from alignment.models.forward.rows import FlatRows, stream
 from alignment.models.forward.two_threads import balanced, can_share, each_of, has_two_threads, in_two_threads
+from alignment.models.kernels.nf4 import quantize_trunk
+from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_model
+from tests.unit.models.conftest import (
+    CPU,
+    ROWS,
+    adapted,
+    assert_learns_alike,
+    gradients,
+    padded,
+    relative,
+    twin,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -60,35 +91,40 @@ def test_a_part_computes_alone_and_is_not_divided_again() -> None:
     assert in_two_threads(lambda _: has_two_threads(states), [0, 1]) == [False, False]
 
 
-@pytest.mark.parametrize(("value", "divides"), [("0", False), ("1", True)])
-def test_users_can_have_operations_shared(value: str, divides: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(DIVIDE_ROWS, value)
-    assert has_two_threads(torch.zeros(1)) is divides
-
-
-def test_another_value_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_users_can_have_operations_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    for value, divides in (("0", False), ("1", True)):
+        monkeypatch.setenv(DIVIDE_ROWS, value)
+        assert has_two_threads(torch.zeros(1)) is divides
     monkeypatch.setenv(DIVIDE_ROWS, "false")
     with pytest.raises(ConfigError, match="ALIGNMENT_DIVIDE_ROWS: 'false' is not allowed; allowed: 0, 1"):
         has_two_threads(torch.zeros(1))
 
 
-def test_an_error_waits_for_the_other_part() -> None:
-    ended = []
+def test_an_error_waits_for_the_other_part_and_frees_what_the_parts_held() -> None:
+    class Held:
+        pass
 
-    def work(number: int) -> None:
+    ended, alive = [], []
+
+    def work(number: int) -> Held:
+        held = Held()
+        alive.append(weakref.ref(held))
         if number == 0:
             raise ValueError("the first part fails")
         time.sleep(0.1)
         ended.append(number)
+        return held
 
-    with pytest.raises(ValueError, match="the first part fails"):
-        in_two_threads(work, [0, 1])
+    def fails() -> None:
+        with pytest.raises(ValueError, match="the first part fails"):
+            in_two_threads(work, [0, 1])
+
+    fails()
     assert ended == [1]
+    assert [reference() for reference in alive] == [None, None]
 
 
 def test_a_signal_waits_for_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    from alignment.models.forward import two_threads
-
     wait, calls, ended = two_threads.wait, [], []
 
     def interrupted(futures: list[object]) -> None:
@@ -105,27 +141,6 @@ def test_a_signal_waits_for_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(KeyboardInterrupt):
         in_two_threads(work, [0, 1])
     assert sorted(ended) == [0, 1]
-
-
-def test_what_a_failed_part_held_is_free_at_once() -> None:
-    class Held:
-        pass
-
-    alive: list[weakref.ref[Held]] = []
-
-    def work(number: int) -> Held:
-        held = Held()
-        alive.append(weakref.ref(held))
-        if number == 1:
-            raise ValueError("the second part fails")
-        return held
-
-    def fails() -> None:
-        with pytest.raises(ValueError, match="second part"):
-            in_two_threads(work, [0, 1])
-
-    fails()
-    assert [reference() for reference in alive] == [None, None]
 
 
 def _in_a_fork(queue: multiprocessing.Queue[list[int]], work: Callable[[int], int]) -> None:
@@ -145,3 +160,238 @@ def test_a_forked_process_has_threads_of_its_own() -> None:
     assert queue.get(timeout=30) == [6, 8]
     child.join(30)
     assert child.exitcode == 0
+
+
+SIX = [(list(range(5 + row, 15 + row)), [9, 8, 7 + row, 2]) for row in range(6)]
+"""Six rows of equal length without a beginning in common."""
+BATCHES = {**ROWS, "equal rows": SIX}
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """The thread and the number of rows of each pass; small work is divided, too."""
+    monkeypatch.setattr(side_by_side, "WORTH_DIVIDING", 0)
+    seen: list[tuple[str, int]] = []
+    compute = flat._flat_states
+
+    def watched(trunk: Any, rows: FlatRows, **others: Any) -> torch.Tensor:
+        seen.append((threading.current_thread().name.split("_")[0], len(rows.lengths)))
+        return compute(trunk, rows, **others)
+
+    monkeypatch.setattr(flat, "_flat_states", watched)
+    return seen
+
+
+@pytest.fixture
+def trained_passes(passes: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """As many weights as there are may be trained."""
+    monkeypatch.setattr(side_by_side, "FEW", 1.0)
+    return passes
+
+
+ALONE, APART = [("MainThread", 6)], [("part", 3), ("part", 3)]
+
+
+def _states(model: Any, batch: list[tuple[list[int], list[int]]] = SIX) -> torch.Tensor:
+    use_flat_attention(model)
+    return trunk_states(model.base_model, stream([[*prompt, *answer] for prompt, answer in batch], CPU))
+
+
+def _lora(kind: AdapterKind = AdapterKind.lora, **changes: Any) -> Any:
+    return adapted(tiny_model(**changes), AdapterConfig(kind=kind, rank=4, alpha=8.0))
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind"), [*((rows, AdapterKind.lora) for rows in BATCHES), ("equal rows", AdapterKind.dora)]
+)
+def test_values_and_gradients_are_those_of_the_plain_forward(
+    rows: str, kind: AdapterKind, trained_passes: list[tuple[str, int]]
+) -> None:
+    model = _lora(kind)
+    reference = twin(model)
+    install_causal(unwrapped(model))
+    assert_learns_alike(model, reference, padded(BATCHES[rows]))
+    assert rows != "equal rows" or trained_passes == APART
+
+
+@torch.no_grad()
+def test_states_without_gradients_are_in_the_order_of_the_whole_stream(passes: list[tuple[str, int]]) -> None:
+    model = tiny_model()
+    rows = [([7, 8, 9], [4] * length) for length in (20, 3, 11, 9, 4)]
+    apart = _states(model, rows)
+    assert [name for name, _ in passes] == ["part", "part"]
+    torch.set_num_threads(1)
+    whole = _states(model, rows)
+    assert passes[2:] == [("MainThread", 5)]
+    assert not apart.requires_grad
+    assert relative(apart, whole) < 1e-6
+
+
+def test_the_same_batch_gives_the_same_bytes_whichever_thread_is_faster(
+    trained_passes: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With gradients that are there already, so that each part on its own would be rounded in another order."""
+    model = unwrapped(_lora())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    compute, late = torch.autograd.grad, [0]
+
+    def delayed(states: torch.Tensor, *others: Any, **options: Any) -> Any:
+        if threading.current_thread().name.endswith(str(late[0])):
+            time.sleep(0.05)
+        return compute(states, *others, **options)
+
+    monkeypatch.setattr(torch.autograd, "grad", delayed)
+    results = []
+    for late[0] in (0, 1):
+        for index, parameter in enumerate(trained):
+            parameter.grad = torch.full_like(parameter, 0.1 * (index + 1))
+        _states(model).square().sum().backward()
+        results.append({name: gradient.clone() for name, gradient in gradients(model).items()})
+    assert all(torch.equal(gradient, results[1][name]) for name, gradient in results[0].items())
+
+
+@pytest.mark.parametrize("active", [0, 1])
+def test_adapters_that_are_switched_off_get_no_gradients(active: int, trained_passes: list[tuple[str, int]]) -> None:
+    model = unwrapped(_lora())
+    for number, module in enumerate(module for module in model.modules() if isinstance(module, LoraLayer)):
+        module._disable_adapters = number >= active
+    _states(model).sum().backward()
+    assert trained_passes == APART
+    learned = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    assert len(learned) == 2 * active, "a layer's factors"
+
+
+@pytest.mark.parametrize("is_cast", [True, False])
+def test_parts_have_the_modes_of_the_caller(is_cast: bool, passes: list[tuple[str, int]]) -> None:
+    model = tiny_model().to(torch.bfloat16)
+    modes = []
+
+    def watch(*_: Any) -> None:
+        modes.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), sys.getswitchinterval()))
+
+    model.base_model.layers[0].mlp.down_proj.register_forward_hook(watch)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
+        _states(model)
+    assert modes[-2:] == [(is_cast, False, 0.0005)] * 2
+
+
+def test_recomputed_activations_give_the_same_gradients(trained_passes: list[tuple[str, int]]) -> None:
+    results = []
+    for recomputes in (False, True):
+        model = unwrapped(_lora(seed=3))
+        if recomputes:
+            model.train()
+            checkpoint_activations(model)
+        _states(model).square().sum().backward()
+        results.append(gradients(model))
+    assert len(trained_passes) == 4
+    for name, gradient in results[0].items():
+        assert torch.equal(gradient, results[1][name]), name
+
+
+@torch.no_grad()
+def test_an_error_in_one_part_is_raised_and_later_batches_are_computed(passes: list[tuple[str, int]]) -> None:
+    model = tiny_model()
+    beyond = [(prompt, [*answer, 10**6 if row == 4 else 3]) for row, (prompt, answer) in enumerate(SIX)]
+    with pytest.raises(IndexError):
+        _states(model, beyond)
+    assert _states(model).shape[0] == 6 * 14
+    assert passes == [*APART, *APART]
+
+
+@torch.no_grad()
+def test_threads_that_start_later_compute_as_this_one_does(passes: list[tuple[str, int]]) -> None:
+    two_threads._part_threads.cache_clear()
+    _states(tiny_model())
+    assert passes == APART
+    assert torch.get_num_threads() == 2
+    counts = []
+    later = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
+    later.start()
+    later.join()
+    assert counts == [2]
+
+
+def _adapters_on_experts() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of PEFT, about ranks of parameters that it converts itself
+        model = add_adapter(tiny_model("mixtral"), AdapterConfig(rank=2), TaskType.CAUSAL_LM)
+    assert any(isinstance(module, ParamWrapper) for module in model.modules())
+    return model
+
+
+def _changed(change: Callable[[Any], object]) -> Any:
+    model = tiny_model().requires_grad_(False).train()
+    change(model)
+    return model
+
+
+def _residual_dropout(rate: float) -> Callable[[Any], object]:
+    """As Starcoder 2 and OPT have it."""
+    return lambda model: setattr(model.base_model.layers[0].mlp, "residual_dropout", rate)
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (tiny_model, ALONE),  # all of it trained
+        (_adapters_on_experts, ALONE),
+        (lambda: add_adapter(tiny_model(), AdapterConfig(dropout=0.5), TaskType.CAUSAL_LM).train(), ALONE),
+        (lambda: _changed(_residual_dropout(0.1)), ALONE),
+        (lambda: _changed(_residual_dropout(0.1)).eval(), APART),
+        (lambda: _changed(_residual_dropout(0.0)), APART),
+        (lambda: _changed(lambda model: model.base_model.layers[1].register_forward_pre_hook(lambda *_: None)), ALONE),
+        (lambda: _changed(lambda model: quantize_trunk(model, CPU)), ALONE),
+    ],
+)
+def test_models_that_draw_numbers_or_make_weights_for_a_call_are_never_divided(
+    make: Callable[[], Any], expected: list[tuple[str, int]], passes: list[tuple[str, int]]
+) -> None:
+    _states(unwrapped(make()))
+    assert passes == expected
+
+
+@pytest.mark.parametrize("where", ["autocast", "one thread", "three threads", "several processes", "a plan"])
+def test_work_is_divided_only_on_two_threads_of_one_process(
+    where: str, passes: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under autocast each part would convert the weights; a plan has no numbers."""
+    if where.endswith("processes"):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    torch.set_num_threads({"one thread": 1, "three threads": 3}.get(where, 2))
+    with Recorder().recording() if where == "a plan" else nullcontext():
+        model = tiny_model()
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=where == "autocast"):
+            _states(model)
+    assert passes == ALONE
+
+
+@pytest.mark.parametrize("types", ["longrope", {"full_attention": "default", "sliding_attention": "longrope"}])
+def test_frequencies_that_a_pass_chooses_are_not_divided(types: Any) -> None:
+    model = tiny_model()
+    assert side_by_side.can_divide(model.base_model)
+    model.base_model.rotary_emb.rope_type = types
+    assert not side_by_side.can_divide(model.base_model)
+
+
+@torch.no_grad()
+def test_little_work_is_not_divided(passes: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model()
+    weights = sum(parameter.numel() for parameter in model.base_model.parameters()) / model.config.num_hidden_layers
+    for tokens in (85, 84):  # SIX has 84
+        monkeypatch.setattr(side_by_side, "WORTH_DIVIDING", tokens * weights)
+        _states(model)
+    assert passes == [*ALONE, *APART]
+
+
+@pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.lora], ids=lambda kind: kind.value)
+def test_what_is_compared_is_divided_alike(kind: AdapterKind, passes: list[tuple[str, int]], tmp_path: Path) -> None:
+    """A policy with and without gradients, and its frozen copy: in bfloat16 they would differ otherwise."""
+    start = Lineage(source=BASE_SOURCE, base=save_tiny_model(tmp_path, vocab_size=4096), adapters=())
+    adapter = AdapterConfig(kind=kind, rank=1, master_weights=False)
+    policy = load_start(start, adapter, Dtype.bfloat16, task=TaskType.CAUSAL_LM, device=CPU)
+    for model in (unwrapped(policy), frozen_copy(unwrapped(policy), torch.bfloat16)):
+        _states(model)
+        with torch.no_grad():
+            _states(model)
+    assert {rows for _, rows in passes} == {6 if kind is AdapterKind.full else 3}

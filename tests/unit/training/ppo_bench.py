@@ -1,4 +1,4 @@
-"""A PPO stage on a model of 24 tokens, width 32, float32, so that answers do end."""
+"""A PPO stage on a tiny model, the steps that it took, and an oracle's models that take them again in float64."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.model import Dtype, ModelConfig
@@ -25,7 +26,7 @@ from alignment.stages.ppo.trainer_setup import build_trainer, roles_of
 from alignment.training.context import StageContext
 from alignment.training.rl.rollouts import Prompts
 from alignment.training.session import train
-from tests.tiny import BASE_SOURCE, tiny_model, tiny_reward, tiny_spec, tiny_tokenizer
+from tests.tiny import BASE_SOURCE, tiny_model, tiny_reward, tiny_scorer, tiny_spec, tiny_tokenizer
 
 LORA = AdapterConfig(rank=4)
 FULL = AdapterConfig(kind=AdapterKind.full)
@@ -162,3 +163,77 @@ def sha256(parameters: Any) -> str:
 def trained(roles: Roles) -> list[torch.Tensor]:
     """What PPO trains: policy and critic."""
     return [parameter for parameter in roles.actor_critic.parameters() if parameter.requires_grad]
+
+
+Weights = dict[str, Tensor]
+Rows = list[tuple[list[int], list[int]]]
+
+
+@dataclass
+class Taken:
+    """What a run left: weights before each step and gradients that its optimiser was given, and each update's rows."""
+
+    before: list[Weights]
+    gradients: list[Weights]
+    rows: list[Rows]
+
+
+def taken(run: Bench, monkeypatch: pytest.MonkeyPatch) -> Taken:
+    trace = Taken(before=[], gradients=[], rows=[])
+    step, collect = torch.optim.AdamW.step, PpoTrainer._collect
+    named = dict(run.roles.actor_critic.named_parameters())
+
+    def noted_step(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        trace.before.append({name: p.detach().double() for name, p in named.items()})
+        trace.gradients.append({name: p.grad.double() for name, p in named.items() if p.grad is not None})
+        return step(self, *args, **kwargs)
+
+    def noted_collect(self: PpoTrainer, update: int) -> Any:
+        experience = collect(self, update)
+        pairs = zip(experience.prompts, experience.answers, strict=True)
+        trace.rows.append([(list(prompt), list(answer)) for prompt, answer in pairs])
+        return experience
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted_step)
+    monkeypatch.setattr(PpoTrainer, "_collect", noted_collect)
+    run.train()
+    return trace
+
+
+class Plain:
+    """Policy and value model in float64 by transformers alone; both of them learn. Weights may be of a policy alone."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.policy = tiny_model(vocab_size=24).double()
+        self.value = tiny_scorer(vocab_size=24).double()
+        for part, model in (("policy.", self.policy), ("value.", self.value)):
+            own = {name.removeprefix(part): held for name, held in weights.items() if name.startswith(part)}
+            model.load_state_dict(own, strict=False)
+            assert not own or {name for name, _ in model.named_parameters()} <= own.keys()
+
+    def distributions(self, rows: Rows, temperature: float = 1.0) -> list[Tensor]:
+        """``[answer tokens, vocabulary]`` log-probabilities before each token of an answer."""
+        distributions = []
+        for prompt, answer in rows:
+            logits = self.policy(torch.tensor([prompt + answer])).logits[0]
+            distributions.append((logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1))
+            assert len(distributions[-1]) == len(answer)
+        return distributions
+
+    def logprobs(self, rows: Rows, temperature: float = 1.0) -> list[Tensor]:
+        """Log-probabilities of answer tokens."""
+        pairs = zip(rows, self.distributions(rows, temperature), strict=True)
+        return [each.gather(-1, torch.tensor(answer)[:, None])[:, 0] for (_, answer), each in pairs]
+
+    def values(self, rows: Rows) -> list[Tensor]:
+        """Values before answer tokens."""
+        values = []
+        for prompt, answer in rows:
+            at = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
+            states = self.value.model(torch.tensor([prompt + answer])).last_hidden_state[0, at]
+            values.append((states @ self.value.score.weight.T)[:, 0])
+        return values
+
+    def says(self, rows: Rows) -> tuple[list[Tensor], list[Tensor]]:
+        """Log-probabilities of answer tokens, and values before them."""
+        return self.logprobs(rows), self.values(rows)

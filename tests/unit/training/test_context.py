@@ -1,20 +1,26 @@
-"""Folders, randomness by name, progress, batches split over devices, and the trainer's arguments."""
+"""What a process of a stage knows: its folders, device, randomness, progress, and the trainer's arguments."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from alignment import worker
+from alignment.config.launch import Offload, Sharding
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import OptimConfig, Schedule
 from alignment.core.errors import ConfigError
 from alignment.records.worker import Progress
 from alignment.stages.sft.config import SftConfig
+from alignment.training import context as context_module
 from alignment.training.context import StageContext
+from alignment.training.device import own_device
+from alignment.training.sharding import layout, sharding_arguments
 from alignment.training.trainer_arguments import common_arguments, optimizer_arguments, quiet_arguments, share_of
 from tests.tiny import tiny_spec
 
@@ -51,6 +57,8 @@ def test_generators_of_one_name_draw_the_same_numbers(tmp_path: Path) -> None:
     draws = [torch.rand(4, generator=context.generator("sampling", update)) for update in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+    first, second, again = (quiet_arguments(_context(tmp_path, seed=seed))["seed"] for seed in (0, 1, 0))
+    assert first == again != second
 
 
 def test_progress_is_one_whole_file_that_the_main_process_writes(tmp_path: Path) -> None:
@@ -67,12 +75,10 @@ def test_progress_is_one_whole_file_that_the_main_process_writes(tmp_path: Path)
 
 
 def test_a_batch_that_does_not_divide_by_the_processes_is_an_error() -> None:
-    with pytest.raises(ConfigError) as caught:
+    assert share_of(12, 4) == 3
+    with pytest.raises(ConfigError, match="a global batch of 10 is not divisible by 4 processes") as caught:
         share_of(10, 4)
-    assert str(caught.value) == (
-        "optim.batch_size: a global batch of 10 is not divisible by 4 processes\n"
-        "  → choose a multiple of 4, or another launch.num_processes"
-    )
+    assert caught.value.where == "optim.batch_size"
 
 
 @pytest.mark.parametrize("schedule", Schedule)
@@ -108,14 +114,88 @@ def test_every_setting_of_the_optimiser_reaches_the_trainer(tmp_path: Path, sche
     assert {name: arguments[name] for name in expected} == expected
     of_optimiser = optimizer_arguments(optim, context, torch.nn.Linear(2, 2))[1]
     assert (of_optimiser["lr"], of_optimiser["eps"]) == (3e-4, 1e-6)
+    plain = common_arguments(OptimConfig(lr=1e-4), _context(tmp_path), log_every=1, save_every=1)
+    assert (plain["max_steps"], plain["bf16"]) == (-1, False)
 
 
-def test_the_seed_of_the_trainer_is_that_of_the_run(tmp_path: Path) -> None:
-    first, second, again = (quiet_arguments(_context(tmp_path, seed=seed))["seed"] for seed in (0, 1, 0))
-    assert first == again != second
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets what the launcher says and how many GPUs PyTorch finds."""
+
+    def set_up(launcher: str | None, gpus: int, *, rank: int = 0) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.delenv("ALIGNMENT_DEVICE", raising=False)
+        if launcher is not None:
+            monkeypatch.setenv("ALIGNMENT_DEVICE", launcher)
+
+    return set_up
 
 
-def test_no_limit_of_steps_is_told_as_the_trainer_wants_it(tmp_path: Path) -> None:
-    arguments = common_arguments(OptimConfig(lr=1e-4), _context(tmp_path), log_every=1, save_every=1)
-    assert arguments["max_steps"] == -1
-    assert arguments["bf16"] is False
+@pytest.mark.parametrize(
+    ("launcher", "gpus", "rank", "expected"),
+    [
+        ("cpu", 0, 1, "cpu"),
+        ("cuda", 1, 0, "cuda:0"),
+        ("cuda", 4, 3, "cuda:3"),
+        (None, 0, 0, "cpu"),
+        (None, 2, 1, "cuda:1"),
+    ],
+)
+def test_each_process_has_a_gpu_of_its_own_or_the_cpu(
+    machine: Callable[..., None], launcher: str | None, gpus: int, rank: int, expected: str
+) -> None:
+    machine(launcher, gpus, rank=rank)
+    assert str(own_device()) == expected
+
+
+@pytest.mark.parametrize(
+    ("launcher", "gpus", "rank", "message", "remedies"),
+    [
+        ("cpu", 2, 0, "PyTorch finds 2 GPUs, but the launcher found none", ["VISIBLE_DEVICES=0", "VISIBLE_DEVICES= ("]),
+        ("cuda", 0, 0, "a GPU for process 0 of this machine, but PyTorch .* finds none", ["VISIBLE_DEVICES= ("]),
+        ("cuda", 1, 1, "a GPU for process 1 of this machine, but PyTorch .* finds 1 GPU$", ["VISIBLE_DEVICES= ("]),
+    ],
+)
+def test_a_device_that_the_launcher_did_not_find_is_refused(
+    machine: Callable[..., None], launcher: str, gpus: int, rank: int, message: str, remedies: list[str]
+) -> None:
+    machine(launcher, gpus, rank=rank)
+    with pytest.raises(ConfigError, match="(?m)" + message) as caught:
+        own_device()
+    assert all(remedy in caught.value.remedy for remedy in remedies)
+
+
+def test_a_worker_ends_on_a_mismatch_before_anything_is_loaded(
+    machine: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = tiny_spec(tmp_path, SftConfig())
+    monkeypatch.setattr(worker, "read_spec", lambda path: spec)
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker, "function_of", lambda kind: pytest.fail("a stage began"))
+    machine("cpu", 1)
+    assert worker.main(tmp_path / "stage.yaml") == 2
+    assert "PyTorch finds 1 GPU" in json.loads((spec.run_folder / "status.json").read_text())["error"]
+
+
+def _shared(context: StageContext, sharding: Sharding, offload: Offload = Offload.none) -> StageContext:
+    spec = dataclasses.replace(context.spec, sharding=sharding, offload=offload)
+    return dataclasses.replace(context, spec=spec, world_size=2)
+
+
+def test_a_layout_names_the_processes_and_how_they_share(context: StageContext) -> None:
+    assert layout(_shared(context, Sharding.none)) == "whole weights"
+    assert layout(_shared(context, Sharding.zero2)) == "shares of 2 processes (zero2)"
+    assert layout(_shared(context, Sharding.fsdp)) == "shares of 2 processes (fsdp)"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("offload", [Offload.none, Offload.weights])
+def test_fsdp_moves_weights_to_the_host_where_they_are_elsewhere(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch, offload: Offload, device: str
+) -> None:
+    monkeypatch.setattr(context_module, "own_device", lambda: torch.device(device))
+    arguments = sharding_arguments(_shared(context, Sharding.fsdp, offload))
+    assert arguments["fsdp"] is True
+    assert arguments["fsdp_config"]["cpu_offload"] is (offload is Offload.weights and device == "cuda")

@@ -166,9 +166,19 @@ def test_every_episode_is_learned_from_once_an_epoch(
     assert {len(rows) for rows in seen} == {2, 3}
 
 
-def test_more_minibatches_than_episodes_are_refused(bench: Callable[..., Bench]) -> None:
-    with pytest.raises(ConfigError, match="9 minibatches of 8 prompts leave 0 for 1 processes"):
-        bench(num_minibatches=9)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_minibatches": 9}, "9 minibatches of 8 prompts leave 0 for 1 processes"),
+        ({"completions_per_prompt": 3}, "8 episodes cannot be divided into groups of 3 completions"),
+        ({"prompt_baseline": True}, "the other completions of a prompt, but there are none"),
+    ],
+)
+def test_counts_that_do_not_divide_are_refused(
+    bench: Callable[..., Bench], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench(**changes)
 
 
 @KINDS
@@ -188,16 +198,6 @@ def test_a_shared_critic_learns_with_the_policy_in_one_pass(
     assert run.roles.actor_critic.value.weight.any()
     (update,) = run.metrics()
     assert update["val/explained_variance"] == pytest.approx(0.0, abs=1e-6)
-
-
-def test_episodes_that_do_not_divide_by_completions_are_refused(bench: Callable[..., Bench]) -> None:
-    with pytest.raises(ConfigError, match="8 episodes cannot be divided into groups of 3 completions"):
-        bench(completions_per_prompt=3)
-
-
-def test_a_baseline_of_other_completions_needs_some(bench: Callable[..., Bench]) -> None:
-    with pytest.raises(ConfigError, match="the mean over the other completions of a prompt, but there are none"):
-        bench(prompt_baseline=True)
 
 
 def test_with_a_prompt_baseline_rewards_are_relative_to_the_other_completions(

@@ -28,8 +28,7 @@ from tests.oracles import importance as oracle
 from tests.oracles.close import close
 from tests.proofs.common import PpoStage, TokenRewards, each, ppo_stage
 from tests.tiny import BASE_SOURCE, tiny_model
-from tests.unit.training.ppo_bench import END, FULL, LORA, PROMPTS
-from tests.unit.training.ppo_steps import Plain, Taken, taken
+from tests.unit.training.ppo_bench import END, FULL, LORA, PROMPTS, Plain, Taken, taken
 
 LOAD, UNLOAD = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
 GROUP, POWER, CAP, CLIP, LONGEST = 4, 1.5, 1.2, 0.05, 6

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from alignment.core.errors import ConfigError, NonFiniteError, StageError
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
+from alignment.training.phase_peaks import PhasePeaks
 from alignment.training.session import Preempted, fresh_folder, train, usage
 from alignment.training.trainer_arguments import quiet_arguments
 from tests.device import backend
@@ -229,12 +231,6 @@ def test_shares_of_other_processes_are_not_gone_on_from(context: StageContext) -
     assert folder.is_dir(), "it is of use to a launch like the one before"
 
 
-def test_usage_counts_seconds_and_bytes(context: StageContext) -> None:
-    measured = usage(context)
-    assert 0.0 < measured["seconds"] < 600.0
-    assert 50e6 < measured["peak_rss_bytes"] < 1e12
-
-
 def test_usage_has_the_largest_of_the_engines_that_a_stage_started(context: StageContext) -> None:
     assert "peak_engine_bytes" not in usage(context)
     context.peaks.of_engine(2e9)
@@ -250,10 +246,29 @@ def test_a_fresh_folder_is_empty_whatever_an_earlier_attempt_left(context: Stage
     assert list(folder.iterdir()) == []
 
 
-def test_usage_has_the_peak_of_each_phase(context: StageContext) -> None:
+def test_usage_has_seconds_bytes_and_the_peak_of_each_phase(context: StageContext) -> None:
     context.progress("loading")
     context.progress("training")
     measured = usage(context)
+    assert 0.0 < measured["seconds"] < 600.0
+    assert 50e6 < measured["peak_rss_bytes"] < 1e12
     by_phase = {name: value for name, value in measured.items() if name.startswith("peak_rss_bytes/")}
     assert [name.partition("/")[2] for name in by_phase] == ["starting", "loading", "training"]
     assert measured["peak_rss_bytes"] >= max(by_phase.values())
+
+
+LARGE = 300 << 20
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_each_phase_has_its_own_peak_and_one_that_returns_keeps_its_highest() -> None:
+    peaks = PhasePeaks()
+    peaks.begin("small")
+    peaks.begin("large")
+    block = bytearray(b"x") * LARGE
+    del block
+    for name in ("small again", "large"):
+        peaks.begin(name)
+    peaks.end()
+    assert peaks.resident["large"] > peaks.resident["small"] + 0.9 * LARGE
+    assert peaks.resident["small again"] < peaks.resident["large"] - 0.5 * LARGE

@@ -1,0 +1,387 @@
+"""Norms, low-rank layers and blocks in fewer passes compute what the models' own compute, and store less."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.models.assembly.recomputing import checkpoint_activations, recompute
+from alignment.models.kernels import blocks, norms, products, whole_products
+from alignment.models.kernels.blocks import fuse_blocks
+from alignment.models.kernels.nf4 import quantize_trunk
+from alignment.models.kernels.norms import fuse_norms
+from alignment.models.kernels.products import fuse_adapters
+from tests.tiny import ARCHITECTURES, liven, tiny_model
+from tests.unit.models.conftest import CPU, DORA, LORA, QLORA, adapted, assert_same_gradients, gradients, relative
+
+IDS = torch.tensor([[5, 6, 7, 8, 2, 11, 12], [9, 4, 4, 3, 2, 6, 6]])
+
+
+def _model(
+    adapter: AdapterConfig | None = None,
+    *,
+    fused: bool = False,
+    name: str = "llama",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    model: Any = tiny_model(name).to(dtype)
+    if adapter is not None and adapter.kind is AdapterKind.qlora:
+        quantize_trunk(model, CPU)
+    if adapter is not None:
+        model = adapted(model, adapter)
+    if fused:
+        fuse_norms(model)
+        fuse_blocks(model)
+    return model.train()
+
+
+def _learn(model: Any, *, autocast: bool = True) -> dict[str, Tensor]:
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logits = model(input_ids=IDS).logits
+    logits.float().square().mean().backward()
+    return gradients(model)
+
+
+def _assert_same_bits(own: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert own.keys() == expected.keys()
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in own.items())
+
+
+@contextmanager
+def _stored() -> Iterator[dict[int, Tensor]]:
+    """Collects what autograd stores in the block, by its place in memory."""
+    tensors: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        tensors.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield tensors
+
+
+@pytest.mark.parametrize("adapter", [None, LORA, DORA], ids=["whole", "lora", "dora"])
+def test_of_a_feed_forward_block_the_gate_and_the_other_factor_are_stored(adapter: AdapterConfig | None) -> None:
+    model = _model(adapter, fused=True)
+    width, tokens = model.config.intermediate_size, IDS.numel()
+    with _stored() as tensors, torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=IDS)
+    wide = [tensor for tensor in tensors.values() if tensor.numel() == tokens * width and tensor.shape[-1] == width]
+    of_dora = 2 if adapter is DORA else 0  # the products of both layers, from which magnitudes learn
+    assert len(wide) == (2 + of_dora) * model.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("adapter", [None, LORA, DORA], ids=["whole", "lora", "dora"])
+def test_results_of_norms_are_not_stored(adapter: AdapterConfig | None, autocast: bool) -> None:
+    model = _model(adapter, fused=True)
+    results: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, LlamaRMSNorm) and module is not model.get_decoder().norm:
+            module.register_forward_hook(lambda *arguments: results.append(arguments[2]))
+    with _stored() as tensors, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model(input_ids=IDS)
+    of_first_layer = 0 if adapter is None else 1  # whose input has no gradient, and is not stored
+    results = [result for result in results if result.requires_grad]
+    assert len(results) == 2 * model.config.num_hidden_layers - of_first_layer
+    numbers = [tensor.float().flatten() for tensor in tensors.values()]
+    for result in results:
+        copies = [
+            own for own in numbers if own.shape == result.flatten().shape and relative(own, result.flatten()) < 0.01
+        ]
+        assert not copies
+
+
+def test_copies_of_weights_are_not_stored() -> None:
+    model = _model(fused=True)
+    with _stored() as tensors, torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=IDS)
+    of_layers = {tuple(weight.shape) for name, weight in model.named_parameters() if "mlp" in name}
+    assert of_layers == {(48, 32), (32, 48)}
+    assert not [tensor for tensor in tensors.values() if tensor.dtype is torch.bfloat16 and tensor.shape in of_layers]
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["whole", "lora"])
+def test_a_layer_that_checkpoints_stores_nothing_of_its_inside(
+    adapter: AdapterConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _model(adapter, fused=True)
+    checkpoint_activations(model if adapter is None else model.get_base_model())
+    recompute(model)
+    inside: list[StorageWeakRef] = []
+    plain = blocks._gated
+
+    def seen(gate: Tensor, up: Tensor, act: nn.Module) -> Tensor:
+        inside.extend(StorageWeakRef(states.untyped_storage()) for states in (gate, up))
+        return plain(gate, up, act)
+
+    monkeypatch.setattr(blocks, "_gated", seen)
+    logits = model(input_ids=IDS).logits
+    assert len(inside) == 2 * model.config.num_hidden_layers
+    assert all(states.expired() for states in inside)
+    logits.square().mean().backward()
+    _assert_same_bits(gradients(model), _learn(_model(adapter, fused=True), autocast=False))
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma"])
+@pytest.mark.parametrize("adapter", [None, LORA, DORA, QLORA], ids=["whole", "lora", "dora", "qlora"])
+def test_gradients_are_the_same_bits_as_with_all_stored(
+    adapter: AdapterConfig | None, name: str, dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of whole layers also if each layer is computed alone."""
+    monkeypatch.setattr(norms, "_MANY", 0)  # as for many numbers
+    again = _learn(_model(adapter, name=name, dtype=dtype, fused=True), autocast=autocast)
+    for module in (products, whole_products):
+        monkeypatch.setattr(module, "origin_of", lambda _: None)
+    _assert_same_bits(again, _learn(_model(adapter, name=name, dtype=dtype, fused=True), autocast=autocast))
+    if adapter is None:
+        monkeypatch.setattr(products, "are_whole", lambda *_: False)
+        _assert_same_bits(again, _learn(_model(name=name, dtype=dtype, fused=True), autocast=autocast))
+
+
+@pytest.mark.parametrize("frozen", ["embed_tokens", "k_proj", "q_proj.bias", "gate_proj", "norm"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: str) -> None:
+    models = [_model(fused=fused, name="qwen2") for fused in (True, False)]
+    for model in models:
+        for parameter, weights in model.named_parameters():
+            weights.requires_grad = frozen not in parameter
+        assert not any(frozen in parameter for parameter in _learn(model, autocast=False))
+    assert_same_gradients(*models)
+
+
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_a_whole_layer_with_a_hook_or_a_forward_of_its_own_is_called(how: str) -> None:
+    model = _model(fused=True)
+    calls: list[nn.Module] = []
+
+    def noted(module: nn.Linear, x: Tensor) -> Tensor:
+        calls.append(module)
+        return nn.functional.linear(x, module.weight, module.bias)
+
+    layer = model.model.layers[0]
+    modules = [layer.self_attn.q_proj, layer.mlp.down_proj]
+    for module in modules:
+        if how == "hook":
+            module.register_forward_hook(lambda module, *_: calls.append(module))
+        else:
+            module.forward = functools.partial(noted, module)
+    _learn(model)
+    assert calls == modules
+
+
+def test_whole_layers_of_another_dtype_are_refused_as_by_pytorch() -> None:
+    layer = nn.Linear(16, 8)
+    with pytest.raises(RuntimeError, match="dtype"):
+        products.products(torch.randn(3, 16).bfloat16(), (layer,))
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["whole", "lora"])
+def test_second_derivatives_are_refused(adapter: AdapterConfig | None) -> None:
+    model = _model(adapter, fused=True)
+    loss = model(input_ids=IDS).logits.square().mean()
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    slopes = torch.autograd.grad(loss, weights, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(slope.square().sum() for slope in slopes).backward()
+
+
+def test_a_result_that_was_changed_in_place_is_stored() -> None:
+    """Computed again, it would have other numbers."""
+    slopes = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        norm, layer = LlamaRMSNorm(16), nn.Linear(16, 8, bias=False)
+        if fused:
+            assert fuse_norms(norm) == 1
+        normed = norm(torch.randn(3, 16, requires_grad=True))
+        with torch.no_grad():
+            normed.mul_(3.0)
+        outputs = products.products(normed, (layer,)) if fused else (layer(normed),)
+        outputs[0].square().sum().backward()
+        slopes.append(layer.weight.grad)
+    assert relative(*slopes) < 1e-6
+
+
+def _grads(module: torch.nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    x = x.clone().requires_grad_()
+    out = module(x)
+    out.backward(upstream)
+    return out.detach(), x.grad, module.weight.grad  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm, Qwen3RMSNorm])
+def test_a_fused_norm_equals_the_models_own(kind: Any) -> None:
+    rng = torch.Generator().manual_seed(0)
+    own = kind(16, eps=1e-3)
+    own.weight.data = torch.randn(16, generator=rng)
+    fused = copy.deepcopy(own)
+    assert fuse_norms(fused) == 1
+    assert fuse_norms(fused) == 0, "once"
+    x, upstream = torch.randn(2, 3, 16, generator=rng), torch.randn(2, 3, 16, generator=rng)
+    for tensor, expected in zip(_grads(fused, x, upstream), _grads(own, x, upstream), strict=True):
+        assert relative(tensor, expected) < 1e-6
+
+
+@pytest.mark.parametrize("tokens", [(5,), (2, 600)], ids=["few numbers", "many numbers"])
+@pytest.mark.parametrize("weights", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm, Qwen3RMSNorm])
+def test_a_fused_norm_rounds_as_the_models_own(kind: Any, weights: torch.dtype, tokens: tuple[int, ...]) -> None:
+    rng = torch.Generator().manual_seed(0)
+    own = kind(64, eps=1e-3)
+    own.weight.data = torch.randn(64, generator=rng).to(weights)
+    fused = copy.deepcopy(own)
+    assert fuse_norms(fused) == 1
+    x, upstream = (torch.randn(*tokens, 64, generator=rng).bfloat16() for _ in range(2))
+    (output, slope, _), (expected, own_slope, _) = (_grads(norm, x * 7, upstream) for norm in (fused, own))
+    assert output.dtype == expected.dtype
+    assert relative(slope, own_slope) < 1e-2
+    assert relative(output, expected) < 1e-3
+    assert float((output != expected).float().mean()) < 0.02, "another order of summing may round a few otherwise"
+
+
+def test_a_norm_that_computes_something_else_under_a_familiar_name_is_left_alone() -> None:
+    class OddRMSNorm(LlamaRMSNorm):
+        def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+            return super().forward(hidden_states) * 2
+
+    assert fuse_norms(OddRMSNorm(16)) == 0
+
+
+def test_rows_with_adapters_of_their_own_count_as_in_peft() -> None:
+    """PEFT tells each layer which row has which adapter by a hook on its call, which a block must not leave out."""
+    outputs = []
+    for fused in (True, False):
+        model = _lora()().eval()
+        torch.manual_seed(1)
+        model.add_adapter("other", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+        if fused:
+            assert fuse_blocks(model) == 4
+        outputs.append(model(input_ids=IDS, adapter_names=["default", "other"]).logits)
+    assert relative(*outputs) < 1e-6
+    both = _lora()().eval()(input_ids=IDS).logits
+    assert relative(outputs[0][0], both[0]) < 1e-6
+    assert relative(outputs[0][1], both[1]) > 1e-2
+
+
+def test_an_adapter_that_is_off_merged_or_one_of_two_counts_as_in_peft() -> None:
+    models = [_lora()() for _ in range(2)]
+    fuse_adapters(models[0])
+    for change in ("off", "two", "merged"):
+        outputs = []
+        for model in models:
+            if change == "two":
+                torch.manual_seed(1)
+                model.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+                model.base_model.set_adapter(["default", "second"])
+            if change == "merged":
+                model.merge_adapter()
+            with model.disable_adapter() if change == "off" else nullcontext():
+                outputs.append(model(input_ids=IDS).logits)
+        assert relative(*outputs) < 1e-5, change
+
+
+class OddMLP(LlamaMLP):
+    """Computes something else under the name of a block that is known."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 2
+
+
+def _lora(**changes: Any) -> Callable[[], Any]:
+    """An adapter with settings that only PEFT has."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": TaskType.CAUSAL_LM, **changes}
+
+    def make() -> Any:
+        model = get_peft_model(tiny_model("qwen2", attention_bias=True), LoraConfig(**settings))
+        liven(model)
+        return model
+
+    return make
+
+
+def _with_biases() -> Any:
+    """Qwen's queries, keys and values have some."""
+    torch.manual_seed(0)
+    model = tiny_model("qwen2")
+    for name, parameter in model.named_parameters():
+        if name.endswith("_proj.bias"):
+            parameter.data.normal_()
+    return model
+
+
+def _of_other_blocks() -> Any:
+    model = tiny_model()
+    for layer in model.model.layers:
+        layer.mlp.__class__ = OddMLP
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "fuse", "fused"),
+    [
+        *((functools.partial(tiny_model, name), fuse_blocks, 4) for name in ARCHITECTURES),
+        *((functools.partial(_model, LORA, name=name), fuse_blocks, 4) for name in ARCHITECTURES),
+        (functools.partial(_model, replace(LORA, dropout=0.5)), fuse_blocks, 4),
+        (functools.partial(_model, QLORA), fuse_blocks, 4),
+        (_with_biases, fuse_blocks, 4),
+        (_of_other_blocks, fuse_blocks, 2),  # attention alone
+        (_lora(), fuse_adapters, None),
+        (_lora(use_rslora=True), fuse_adapters, None),
+        (_lora(lora_dropout=0.5), fuse_adapters, None),
+        (_lora(lora_bias=True, target_modules=["q_proj"]), fuse_adapters, None),
+        (_lora(bias="all"), fuse_adapters, None),
+    ],
+)
+def test_fused_blocks_and_layers_equal_the_models_and_pefts_own(
+    make: Callable[[], Any], fuse: Callable[[Any], int | None], fused: int | None
+) -> None:
+    """What the functions do not serve (dropout at work, biases that are learned) goes the model's or PEFT's way."""
+    models = [make(), make()]
+    number = fuse(models[0])
+    assert fused is None or number == fused
+    outputs = []
+    for model in models:
+        torch.manual_seed(0)
+        logits = model.train()(input_ids=IDS).logits
+        logits.square().sum().backward()
+        outputs.append(logits)
+    assert relative(*outputs) < 1e-6
+    assert_same_gradients(*models)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("adapter", [LORA, QLORA], ids=["lora", "qlora"])
+def test_in_bfloat16_blocks_stay_close(adapter: AdapterConfig, architecture: str) -> None:
+    logits = []
+    for fused in (True, False):
+        model = _model(adapter, name=architecture, dtype=torch.bfloat16, fused=fused)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits.append(model(input_ids=IDS).logits.float())
+    assert relative(*logits) < 0.02
+
+
+OddMLP.__name__ = "LlamaMLP"
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_with_a_cache_blocks_equal_the_models_own(implementation: str) -> None:
+    model = tiny_model()
+    model.set_attn_implementation(implementation)
+    expected = copy.deepcopy(model).generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=2)
+    fuse_blocks(model)
+    assert torch.equal(model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=2), expected)
