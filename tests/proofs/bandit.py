@@ -14,8 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from alignment.config.model import Dtype
 from alignment.stages.ppo.config import KlConfig, PpoConfig, PpoOptimConfig
-from tests.proofs.common import MODES, SEEDS, Claim, Mode, TokenRewards, each, logprobs_after, ppo_stage
+from tests.proofs.common import (
+    ERROR,
+    IN_DTYPES,
+    SEEDS,
+    Claim,
+    Mode,
+    TokenRewards,
+    each,
+    logprobs_after,
+    ppo_stage,
+    titled,
+)
 from tests.tiny import tiny_model
 
 VOCABULARY = 8
@@ -26,7 +38,6 @@ UPDATES = 100
 MOST = 3  # the largest w: the best token is worth log 3 more than the worst
 
 GAIN = 0.99  # share of what can be gained on the reference, and of J* itself
-ERROR = 0.01  # largest |π − π*| over prompts and tokens
 POSSIBLE = 0.1  # J* − J(ref), nats·β: below this there would be nothing to prove
 VALUE_CLIP = 0.02
 CLIPPED = 0.05  # of values, at least, in the update with the most: the clip binds
@@ -35,11 +46,13 @@ APART = 0.1  # largest |ref − π*|
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bandit:
-    """``strengths [prompts, tokens]`` are the w; ``reference`` has the same shape: log-probabilities, float64."""
+    """``strengths [prompts, tokens]`` are the w; ``reference`` has the same shape: log-probabilities, float64. Stages
+    learn it in ``dtype``."""
 
     base: Path
     strengths: Tensor
     reference: Tensor
+    dtype: Dtype = Dtype.float32
 
     @property
     def rewards(self) -> Tensor:
@@ -68,14 +81,19 @@ class Bandit:
         return float((policy.exp() - self.optimum.exp()).abs().max())
 
 
-def make_bandit(folder: Path, seed: int, **changes: int) -> Bandit:
+def make_bandit(folder: Path, seed: int, dtype: Dtype = Dtype.float32, **changes: int) -> Bandit:
     """A random model of one layer as the reference, and random strengths; ``changes`` are sizes of the model."""
-    model = tiny_model(seed=seed, vocab_size=VOCABULARY, num_hidden_layers=1, **changes)
-    model.save_pretrained(str(folder))
+    model = tiny_model(seed=seed, vocab_size=VOCABULARY, num_hidden_layers=1, **changes).to(getattr(torch, dtype.value))
     rng = torch.Generator().manual_seed(seed)
     strengths = torch.randint(1, MOST + 1, (len(PROMPTS), VOCABULARY), generator=rng)
     reference = torch.stack([logprobs_after(model, [prompt])[0, -1] for prompt in PROMPTS])
-    return Bandit(base=folder, strengths=strengths, reference=reference)
+    model.float().save_pretrained(str(folder))  # which loses nothing of weights in bfloat16
+    return Bandit(base=folder, strengths=strengths, reference=reference, dtype=dtype)
+
+
+def make_bandits(folder: Path, dtype: Dtype = Dtype.float32, **changes: int) -> list[Bandit]:
+    """One for each seed."""
+    return [make_bandit(folder / titled(f"base-{seed}", dtype), seed, dtype, **changes) for seed in SEEDS]
 
 
 def learned(folder: Path, bandit: Bandit, mode: Mode, *, updates: int, seed: int) -> tuple[Tensor, float]:
@@ -111,15 +129,20 @@ def trained(folder: Path, bandit: Bandit, config: PpoConfig, seed: int) -> tuple
         end_id=END,
         rewards=TokenRewards(table=each(lambda prompt, answer: rewards[PROMPTS.index(tuple(prompt))][answer[0]])),
         seed=seed,
+        dtype=bandit.dtype,
     )
     lines = stage.train()
     return bandit.policy_of(stage.roles.policy), lines
 
 
 def run(folder: Path) -> list[Claim]:
-    """Three ways to train, three seeds each."""
-    bandits = [make_bandit(folder / f"base-{seed}", seed) for seed in SEEDS]
-    return [*task_claims(bandits), *(claim for mode in MODES for claim in _mode_claims(folder, bandits, mode))]
+    """Three ways to train in float32 and one in bfloat16, three seeds each."""
+    claims = []
+    for dtype, modes in IN_DTYPES:
+        bandits = make_bandits(folder, dtype)
+        claims += task_claims(bandits)
+        claims += [claim for mode in modes for claim in _mode_claims(folder / dtype.value, bandits, mode)]
+    return claims
 
 
 def task_claims(bandits: list[Bandit]) -> list[Claim]:
@@ -127,8 +150,8 @@ def task_claims(bandits: list[Bandit]) -> list[Claim]:
     possible = tuple(bandit.best() - bandit.worth(bandit.reference) for bandit in bandits)
     apart = tuple(bandit.error(bandit.reference) for bandit in bandits)
     return [
-        Claim(figure="J* − J(ref)", values=possible, at_least=POSSIBLE),
-        Claim(figure="largest |ref − π*|", values=apart, at_least=APART),
+        Claim(figure=titled("J* − J(ref)", bandits[0].dtype), values=possible, at_least=POSSIBLE),
+        Claim(figure=titled("largest |ref − π*|", bandits[0].dtype), values=apart, at_least=APART),
     ]
 
 
@@ -137,21 +160,22 @@ def _mode_claims(folder: Path, bandits: list[Bandit], mode: Mode) -> list[Claim]
         learned(folder / f"{mode.name}-{seed}", bandit, mode, updates=UPDATES, seed=seed)
         for seed, bandit in zip(SEEDS, bandits, strict=True)
     ]
-    clipped = tuple(share for _, share in runs)
+    clipped, name = tuple(share for _, share in runs), titled(mode.name, bandits[0].dtype)
     return [
         *policy_claims(mode.name, bandits, [policy for policy, _ in runs]),
-        Claim(figure=f"{mode.name}: clipped values in the update with the most", values=clipped, at_least=CLIPPED),
+        Claim(figure=f"{name}: clipped values in the update with the most", values=clipped, at_least=CLIPPED),
     ]
 
 
 def policy_claims(name: str, bandits: list[Bandit], policies: list[Tensor]) -> list[Claim]:
     """How near each policy is to its bandit's optimum."""
-    pairs = list(zip(bandits, policies, strict=True))
+    pairs, dtype = list(zip(bandits, policies, strict=True)), bandits[0].dtype
+    name = titled(name, dtype)
     gains = tuple(gain(bandit, policy) for bandit, policy in pairs)
     return [
         Claim(figure=f"{name}: (J(π) − J(ref)) / (J* − J(ref))", values=gains, at_least=GAIN),
         Claim(figure=f"{name}: J(π) / J*", values=tuple(b.worth(p) / b.best() for b, p in pairs), at_least=GAIN),
-        Claim(figure=f"{name}: largest |π − π*|", values=tuple(b.error(p) for b, p in pairs), at_most=ERROR),
+        Claim(figure=f"{name}: largest |π − π*|", values=tuple(b.error(p) for b, p in pairs), at_most=ERROR[dtype]),
     ]
 
 

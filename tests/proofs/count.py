@@ -16,8 +16,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from alignment.config.model import Dtype
 from alignment.stages.ppo.config import KlConfig, PpoConfig, PpoOptimConfig
-from tests.proofs.common import MODES, SEEDS, Claim, Mode, TokenRewards, each, logprobs_after, ppo_stage
+from tests.proofs.common import (
+    ERROR,
+    IN_DTYPES,
+    SEEDS,
+    Claim,
+    Mode,
+    TokenRewards,
+    each,
+    logprobs_after,
+    ppo_stage,
+    titled,
+)
 from tests.tiny import tiny_model
 
 A, B, END, START = range(4)
@@ -32,8 +44,7 @@ BEST = LENGTH * BETA * math.log(1 - P + P * math.exp(1 / BETA))
 REFERENCE = LENGTH * P  # what the reference is worth: it pays no KL
 
 GAIN = 0.99  # share of what can be gained on the reference, and of J* itself
-ERROR = 0.01  # largest |π(A) − π*(A)| over prefixes
-OUTSIDE = 1e-6  # probability of any other token than A and B
+OUTSIDE = {Dtype.float32: 1e-6, Dtype.bfloat16: 1e-5}  # probability of any other token than A and B
 VALUE_CLIP = 0.1
 CLIPPED = 0.05  # of values, at least, in the update with the most: the clip binds
 IID = 1e-6  # how far the reference's π(A) may be from p after any prefix
@@ -95,7 +106,7 @@ def before_each_token(model: object) -> Tensor:
     return logprobs_after(model, [[START, *answer] for answer in ANSWERS])[:, :-1]
 
 
-def learned(folder: Path, mode: Mode, *, updates: int, seed: int) -> tuple[Tensor, float]:
+def learned(folder: Path, mode: Mode, *, updates: int, seed: int, dtype: Dtype = Dtype.float32) -> tuple[Tensor, float]:
     """The log-probabilities before each token after PPO, which starts from the i.i.d. policy, and the share of clipped
     values in the update with the most."""
     base = folder / "base"
@@ -121,34 +132,39 @@ def learned(folder: Path, mode: Mode, *, updates: int, seed: int) -> tuple[Tenso
         end_id=END,
         rewards=TokenRewards(count=each(lambda _, answer: float(sum(token == A for token in answer)))),
         seed=seed,
+        dtype=dtype,
     )
     lines = stage.train()
     return before_each_token(stage.roles.policy), max(line["val/clipfrac"] for line in lines)
 
 
 def run(folder: Path) -> list[Claim]:
-    """Three ways to train, three seeds each."""
+    """Three ways to train in float32 and one in bfloat16, three seeds each."""
     starts = [before_each_token(iid_policy(seed)) for seed in SEEDS]
     away = tuple(float((start[..., A].exp() - P).abs().max()) for start in starts)
     task = [
         Claim(figure="(J* − J(ref)) / J*", values=((BEST - REFERENCE) / BEST,), at_least=0.2),
         Claim(figure="the reference: largest |π(A) − p| after any prefix", values=away, at_most=IID),
     ]
-    return [*task, *(claim for mode in MODES for claim in _mode_claims(folder, mode))]
+    return task + [claim for dtype, modes in IN_DTYPES for mode in modes for claim in _mode_claims(folder, mode, dtype)]
 
 
-def _mode_claims(folder: Path, mode: Mode) -> list[Claim]:
-    runs = [learned(folder / f"{mode.name}-{seed}", mode, updates=UPDATES, seed=seed) for seed in SEEDS]
+def _mode_claims(folder: Path, mode: Mode, dtype: Dtype) -> list[Claim]:
+    name = titled(mode.name, dtype)
+    runs = [learned(folder / f"{name}-{seed}", mode, updates=UPDATES, seed=seed, dtype=dtype) for seed in SEEDS]
     judgements, clipped = [judged(policy) for policy, _ in runs], tuple(share for _, share in runs)
-    name = mode.name
     return [
         Claim(
             figure=f"{name}: (J(π) − J(ref)) / (J* − J(ref))", values=tuple(f.gain for f in judgements), at_least=GAIN
         ),
         Claim(figure=f"{name}: J(π) / J*", values=tuple(f.worth / BEST for f in judgements), at_least=GAIN),
-        Claim(figure=f"{name}: largest |π(A) − π*(A)|", values=tuple(f.error for f in judgements), at_most=ERROR),
         Claim(
-            figure=f"{name}: probability of other tokens", values=tuple(f.outside for f in judgements), at_most=OUTSIDE
+            figure=f"{name}: largest |π(A) − π*(A)|", values=tuple(f.error for f in judgements), at_most=ERROR[dtype]
+        ),
+        Claim(
+            figure=f"{name}: probability of other tokens",
+            values=tuple(f.outside for f in judgements),
+            at_most=OUTSIDE[dtype],
         ),
         Claim(figure=f"{name}: clipped values in the update with the most", values=clipped, at_least=CLIPPED),
     ]

@@ -6,6 +6,7 @@ the KL, so all advantages are zero there, GRPO's division by the deviation notwi
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 from torch import Tensor
@@ -13,8 +14,8 @@ from torch import Tensor
 from alignment.config.adapter import AdapterConfig
 from alignment.config.critic import Critic
 from alignment.stages.ppo.config import Advantage, KlConfig, PpoConfig, PpoOptimConfig
-from tests.proofs.bandit import BETA, Bandit, make_bandit, policy_claims, task_claims, trained
-from tests.proofs.common import MODES, SEEDS, Claim
+from tests.proofs.bandit import BETA, Bandit, make_bandits, policy_claims, task_claims, trained
+from tests.proofs.common import IN_DTYPES, SEEDS, Claim
 
 UPDATES = 100
 GROUP = 8
@@ -40,14 +41,15 @@ def config_of(advantage: Advantage, adapter: AdapterConfig) -> PpoConfig:
 
 
 def run(folder: Path) -> list[Claim]:
-    """Three methods, in full and by LoRA; three seeds each."""
-    bandits = [make_bandit(folder / f"base-{seed}", seed) for seed in SEEDS]
-    claims = task_claims(bandits)
-    for advantage in METHODS:
-        for mode in MODES[:2]:
+    """Three methods, in full and by LoRA, the latter also in bfloat16; three seeds each."""
+    claims = []
+    for dtype, modes in IN_DTYPES:
+        bandits = make_bandits(folder, dtype)
+        claims += task_claims(bandits)
+        for advantage, mode in itertools.product(METHODS, modes[:2]):
             config = config_of(advantage, mode.adapter)
             name = f"{NAMES[advantage]}, {mode.name}"
-            claims += policy_claims(name, bandits, _policies(folder / name, bandits, config))
+            claims += policy_claims(name, bandits, _policies(folder / dtype.value / name, bandits, config))
     return claims
 
 

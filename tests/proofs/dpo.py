@@ -23,7 +23,7 @@ from alignment.stages.dpo.config import DpoConfig
 from alignment.training.context import StageContext
 from alignment.training.session import train
 from tests.pairs import TokenizedPair, as_table
-from tests.proofs.bandit import BETA, PROMPTS, VOCABULARY, Bandit, make_bandit, policy_claims, task_claims
+from tests.proofs.bandit import BETA, PROMPTS, VOCABULARY, Bandit, make_bandits, policy_claims, task_claims
 from tests.proofs.common import MODES, SEEDS, Claim
 from tests.tiny import BASE_SOURCE, tiny_spec, tiny_tokenizer
 
@@ -75,7 +75,7 @@ def learned(
 
 def run(folder: Path) -> list[Claim]:
     """All weights and LoRA, three seeds each."""
-    bandits = [make_bandit(folder / f"base-{seed}", seed) for seed in SEEDS]
+    bandits = make_bandits(folder)
     claims = task_claims(bandits)
     for mode in MODES[:2]:  # DPO has no critic
         policies = [

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from alignment.config.model import Dtype
 from alignment.config.sampling_engine import Engine, RolloutSamplingConfig
 from alignment.core.errors import ConfigError
 from alignment.engines.engine_environment import interpreter
@@ -22,8 +23,8 @@ from alignment.stages.ppo.engine_checks import CAPPED, GAP, STALENESS, WORRYING
 from alignment.stages.ppo.kind import KIND
 from tests.engine_server import Planted, engine_server
 from tests.proofs import critic_free
-from tests.proofs.bandit import Bandit, make_bandit, policy_claims, ppo_config, task_claims, trained
-from tests.proofs.common import MODES, SEEDS, Claim, Skipped
+from tests.proofs.bandit import Bandit, make_bandits, policy_claims, ppo_config, task_claims, trained
+from tests.proofs.common import IN_DTYPES, MODES, SEEDS, Claim, Skipped, titled
 
 HEAD_DIM = 32  # the smallest that vLLM's attention takes on a CPU
 UPDATES = 100
@@ -41,7 +42,7 @@ def run(folder: Path) -> list[Claim]:
         interpreter(None, package="vllm", where="ALIGNMENT_ENGINE_PYTHON")
     except ConfigError as error:
         raise Skipped(f"no environment with vLLM: {error.message}") from error
-    bandits = [make_bandit(folder / f"base-{seed}", seed, head_dim=HEAD_DIM) for seed in SEEDS]
+    bandits = make_bandits(folder, head_dim=HEAD_DIM)
     claims = task_claims(bandits)
     for mode in MODES[:2]:
         for name, config in (
@@ -53,7 +54,7 @@ def run(folder: Path) -> list[Claim]:
     claims += _vllm_claims(
         folder, bandits[SEED], "PPO, LoRA, vLLM an update ahead", ahead, max_staleness=1, importance_cap=CAP
     )
-    return claims + _off_claims(folder, bandits)
+    return claims + [claim for dtype, _ in IN_DTYPES for claim in off_claims(folder / dtype.value, dtype)]
 
 
 def _vllm_claims(folder: Path, bandit: Bandit, name: str, config: PpoConfig, **sampling: Any) -> list[Claim]:
@@ -75,11 +76,12 @@ def _vllm_claims(folder: Path, bandit: Bandit, name: str, config: PpoConfig, **s
     ]
 
 
-def _off_claims(folder: Path, bandits: list[Bandit]) -> list[Claim]:
+def off_claims(folder: Path, dtype: Dtype) -> list[Claim]:
     """The same engine with and without the correction."""
+    bandits = make_bandits(folder, dtype, head_dim=HEAD_DIM)
     capped = [_off(folder / "off-cap", bandit, seed, cap=CAP) for seed, bandit in zip(SEEDS, bandits, strict=True)]
     plain = [_off(folder / "off", bandit, seed, cap=None) for seed, bandit in zip(SEEDS, bandits, strict=True)]
-    name = f"RLOO, LoRA, an engine of p^{POWER:g}"
+    name = titled(f"RLOO, LoRA, an engine of p^{POWER:g}", dtype)
     shares = [
         tuple(bandit.worth(policy) / bandit.best() for bandit, (policy, _) in zip(bandits, runs, strict=True))
         for runs in (capped, plain)

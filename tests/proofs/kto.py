@@ -30,7 +30,7 @@ from alignment.stages.kto import run as kto
 from alignment.stages.kto.config import KtoConfig
 from alignment.training.context import StageContext
 from alignment.training.session import train
-from tests.proofs.bandit import PROMPTS, VOCABULARY, Bandit, make_bandit
+from tests.proofs.bandit import PROMPTS, VOCABULARY, Bandit, make_bandits
 from tests.proofs.common import MODES, SEEDS, Claim
 from tests.tiny import BASE_SOURCE, tiny_spec, tiny_tokenizer
 
@@ -165,7 +165,7 @@ def learned(
 
 def run(folder: Path) -> list[Claim]:
     """All weights and LoRA, three seeds each."""
-    bandits = [make_bandit(folder / f"base-{seed}", seed) for seed in SEEDS]
+    bandits = make_bandits(folder)
     claims = []
     for mode in MODES[:2]:  # KTO has no critic
         errors, distances, divergences, estimates = [], [], [], []

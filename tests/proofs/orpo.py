@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alignment.stages.dpo.config import DpoLoss
 from tests.pairs import TokenizedPair
-from tests.proofs.bandit import PROMPTS, VOCABULARY, Bandit, make_bandit
+from tests.proofs.bandit import PROMPTS, VOCABULARY, Bandit, make_bandits
 from tests.proofs.common import MODES, SEEDS, Claim
 from tests.proofs.dpo import learned
 
@@ -81,7 +81,7 @@ def minimum(pairs: Tensor) -> tuple[Tensor, float]:
 
 def run(folder: Path) -> list[Claim]:
     """All weights and LoRA, three seeds each."""
-    bandits = [make_bandit(folder / f"base-{seed}", seed) for seed in SEEDS]
+    bandits = make_bandits(folder)
     numbers = [counts(bandit) for bandit in bandits]
     pairs = [of_bandit.double() / of_bandit.sum() for of_bandit in numbers]
     best, slopes = zip(*(minimum(of_bandit) for of_bandit in pairs), strict=True)
