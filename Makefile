@@ -19,7 +19,7 @@ STAMP := $(VENV)/.alignment-pipeline-installed
 # One more than there are cores, because a third of the time a test waits for a process or a server; at most 4.
 WORKERS := import os; print(min(4, (os.cpu_count() or 1) + 1))
 
-.PHONY: help align plan sweep preview status engine engine-llama trackers test field same test-processes test-device gpu-check test-slurm test-engines test-trackers test-stores faults mutations prove matrix model check docs reference dist check-dist lock format bench clean
+.PHONY: help align plan sweep preview status engine engine-llama trackers test test-all field same test-processes test-device gpu-check test-slurm test-engines test-trackers test-stores faults mutations prove matrix model check docs reference dist check-dist lock format bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,10 @@ same: $(STAMP)  ## compare the bits that every kind of stage computes with those
 
 test-processes: $(STAMP)  ## run the tests of stages on several processes and machines, one after another
 	$(BIN)/python -m pytest -m processes $(ARGS)
+
+test-all:  ## run every test but those of a GPU, a Slurm and trackers: one process, several, engines, stores, random runs
+	$(MAKE) test test-processes test-engines test-stores
+	$(MAKE) field ARGS="--draws 30"
 
 test-device: $(STAMP)  ## run the tests of models, stages and training on the CUDA device that DEVICE_RUNNER finds
 	$(DEVICE_RUNNER) -c 'import torch; assert torch.cuda.is_available(), "PyTorch finds no CUDA device"'
