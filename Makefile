@@ -61,9 +61,7 @@ same: $(STAMP)  ## compare the bits that every kind of stage computes with those
 test-processes: $(STAMP)  ## run the tests of stages on several processes and machines, one after another
 	$(BIN)/python -m pytest -m processes $(ARGS)
 
-test-all:  ## run every test but those of a GPU, a Slurm and trackers: one process, several, engines, stores, random runs
-	$(MAKE) test test-processes test-engines test-stores
-	$(MAKE) field ARGS="--draws 30"
+test-all: test test-processes test-engines test-stores field  ## run every test but those of a GPU, a Slurm and trackers
 
 test-device: $(STAMP)  ## run the tests of models, stages and training on the CUDA device that DEVICE_RUNNER finds
 	$(DEVICE_RUNNER) -c 'import torch; assert torch.cuda.is_available(), "PyTorch finds no CUDA device"'
