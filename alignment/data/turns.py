@@ -1,6 +1,7 @@
-"""Content in parts: ``{"type": "text", "text": …}`` in OpenAI's form, or with ``value`` in LLaMA-Factory's.
+"""Turns of conversations in OpenAI's and ShareGPT's forms, with content as text or in parts.
 
-In LLaMA-Factory's form, tool calls are parts too.
+A part is ``{"type": "text", "text": …}`` in OpenAI's form, or has ``value`` in LLaMA-Factory's, where tool calls are
+parts too.
 """
 
 from __future__ import annotations

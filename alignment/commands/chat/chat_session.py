@@ -1,4 +1,4 @@
-"""What answers in a chat: the loaded policy itself, or a vLLM server."""
+"""A chat, turn by turn, and what answers in it: the loaded policy itself, or a vLLM server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The files of ``conf/`` that a call chooses, by group overrides and by a profile, in Hydra's form."""
+"""The files of ``conf/`` that a call chooses, by group overrides and by a profile, in Hydra's form; and groups
+of settings that a recipe replaces, or takes from elsewhere by a reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Checkpoints in a store: ``checkpoints/<fingerprint>/``, files first and the list of them last.
+"""Checkpoints and finished artifacts in a store, files first and the list of them last.
+
+They are in ``checkpoints/<fingerprint>/`` and ``artifacts/<stage>-<8 hex>/``.
 
 A checkpoint is all of a stage's work folder that another machine needs to go on: the newest sealed checkpoint, stored
 parts, logs of steps, replies of servers and the chosen size of micro-batches.
