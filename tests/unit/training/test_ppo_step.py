@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from alignment.config.model import Dtype
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.generate import generate
 from alignment.rewards.scores import Scores
@@ -333,4 +334,4 @@ def test_ppo_finds_out_which_of_five_tokens_earned_the_score(tmp_path: Path) -> 
     policy, _ = count.learned(tmp_path, WHOLE, updates=40, seed=0)
     judgement = count.judged(policy)
     assert 0.97 < judgement.gain <= 1.0 + 1e-9
-    assert judgement.outside < count.OUTSIDE
+    assert judgement.outside < count.OUTSIDE[Dtype.float32]
