@@ -127,6 +127,16 @@ def architecture_in(folder: Path) -> str:
     return str(_configurations(folder)[0].get("model_type") or "")
 
 
+def vocabulary_in(folder: Path) -> int | None:
+    """The number of token ids of the model in a folder; None if there is no configuration, or it does not say.
+
+    Raises:
+        ModelError: the configuration cannot be read.
+    """
+    groups = _configurations(folder) if (folder / "config.json").is_file() else []
+    return next((size for group in groups if isinstance(size := group.get("vocab_size"), int)), None)
+
+
 def _configurations(folder: Path) -> list[dict[str, Any]]:
     """The model's configuration, and that of its language model if it has one of its own."""
     file = folder / "config.json"

@@ -140,7 +140,7 @@ _LINE = "{{%- if {name} is not defined %}}{{%- set {name} = {value} %}}{{%- endi
 
 
 def with_options(templates: Templates, options: Mapping[str, Any]) -> Templates:
-    """The templates with ``options`` as the values of what a caller leaves out.
+    """The templates with ``options`` as the values of what a caller leaves out; once, if they have them already.
 
     Raises:
         DataError: a template is not valid Jinja, an option is read by none, or its value cannot be written.
@@ -149,8 +149,8 @@ def with_options(templates: Templates, options: Mapping[str, Any]) -> Templates:
         raise DataError(fault.message, where=fault.where)
     lines = "".join(_LINE.format(name=name, value=_literal(value)) for name, value in options.items())
     if isinstance(templates, str):
-        return lines + templates
-    return {name: lines + text for name, text in templates.items()}
+        return lines + templates.removeprefix(lines)
+    return {name: lines + text.removeprefix(lines) for name, text in templates.items()}
 
 
 def value_faults(options: Mapping[str, Any]) -> Iterator[Fault]:

@@ -69,13 +69,14 @@ def _again(field: Field, run: Run, name: str, *, processes: int | None = None, *
 
 
 def _has_same_batch_alone(run: Run) -> bool:
-    """Whether one process would learn from the same rows first: of a batch that is not whole, several repeat some, and
-    they sample in other batches, which in bfloat16 gives other answers."""
+    """Whether one process would learn from the same rows: of a batch that is not whole, several repeat some, and they
+    sample in other batches, which in bfloat16 gives other answers. One row alone may be worse by a divergence."""
     settings = run.draw.stages[run.draw.last]
     if run.draw.last == "ppo":
         return run.draw.dtype == "float32" and settings["ppo_epochs"] == 1
     rows = json.loads((run.artifact(run.draw.last) / "manifest.json").read_text())["metrics"]["rows"]
-    return not settings.get("packing", run.draw.last == "cpt") and rows >= settings["optim"]["batch_size"]
+    whole_batches = rows // settings["optim"]["batch_size"]
+    return not settings.get("packing", run.draw.last == "cpt") and settings["optim"]["max_steps"] <= whole_batches
 
 
 def _memory_is_as_planned(run: Run) -> None:

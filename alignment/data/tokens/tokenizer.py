@@ -13,12 +13,15 @@ from transformers import AutoTokenizer
 from alignment.config.model import TemplateChoice
 from alignment.core.errors import ModelError
 from alignment.core.files import parse_json
+from alignment.core.model_files import vocabulary_in
 from alignment.data.chat_template import set_template
 from alignment.data.tokens.tokenize import STOPS
 
 
 def load_tokenizer(folder: Path, template: TemplateChoice | None = None, *, model: Path | None = None) -> Any:
-    """The tokenizer of a model folder, with a pad token (EOS if it has none, because masks never depend on it).
+    """The tokenizer of a model folder, with a pad token: EOS if it has none that the model knows.
+
+    Masks never depend on the pad token. A tokenizer class of transformers may add one that is no token of the model.
 
     ``template`` replaces its own template or gives it options (alignment/data/chat_template.py). ``model`` is the
     folder of the model if it is another one.
@@ -33,7 +36,8 @@ def load_tokenizer(folder: Path, template: TemplateChoice | None = None, *, mode
         raise ModelError(f"the tokenizer cannot be used: {error}", where=str(folder)) from error
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no EOS token, so an answer could never end", where=str(folder))
-    if tokenizer.pad_token_id is None:
+    ids = vocabulary_in(model or folder)
+    if tokenizer.pad_token_id is None or (ids is not None and tokenizer.pad_token_id >= ids):
         tokenizer.pad_token = tokenizer.eos_token
     if template is not None:
         set_template(tokenizer, template)
