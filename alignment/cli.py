@@ -18,12 +18,10 @@ from typing import NoReturn, Protocol, cast
 from rich.console import Console
 
 from alignment import __version__
-from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import suggestion
 from alignment.core.errors import PREEMPTED, AlignmentError, ConfigError
-from alignment.core.files import explained
-from alignment.core.streams import make_unfailing
-from alignment.core.terminal import Terminal, complain
-from alignment.core.working_folder import current_folder
+from alignment.core.files import current_folder, explained
+from alignment.core.terminal import Terminal, complain, make_unfailing
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, exit_with, termination_raises
 
 VERBS = {

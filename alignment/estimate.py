@@ -8,9 +8,9 @@ a GPU of alignment/costs/devices.py; else the machine's own operations are timed
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports below, as in a stage
-    from alignment.core import unused_libraries
+    from alignment.core import processes
 
-    unused_libraries.hide()
+    processes.hide()
 
 import argparse
 import copy
@@ -32,15 +32,13 @@ import psutil
 import torch
 from transformers.utils import logging as transformers_logging
 
-from alignment.config.adapter import AdapterKind
 from alignment.config.data import DataConfig
-from alignment.config.launch import Offload, Sharding
-from alignment.config.micro_batch import DEFAULT_TOKENS, is_automatic, with_tokens
-from alignment.config.optim import OptimConfig
-from alignment.config.sampling_engine import Engine, RolloutSamplingConfig, SamplingConfig
-from alignment.core import hardware, unused_libraries
+from alignment.config.launch import Engine, Offload, RolloutSamplingConfig, SamplingConfig, Sharding
+from alignment.config.model import AdapterKind
+from alignment.config.stage import DEFAULT_TOKENS, OptimConfig, is_automatic, with_tokens
+from alignment.core import hardware, processes
 from alignment.core.errors import AlignmentError
-from alignment.core.process_end import end_process
+from alignment.core.processes import end_process
 from alignment.costs.devices import AMX_CODE_BYTES, CODE_BYTES, CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
 from alignment.costs.op_times import NEAR_BYTES, alike, seconds_of
 from alignment.costs.recorder import GRADIENTS, OPTIMIZER, WEIGHTS, Operations, Phase, Recorder
@@ -53,8 +51,7 @@ from alignment.data.row_count import fewer_of, times_as_many
 from alignment.job import StageSpec
 from alignment.models.kernels.row_attention import forget_plans
 from alignment.records.cost import ASKED, FILE, PROGRESS, PhaseCost, RunCost, StageCost
-from alignment.stages.registry import kind_of
-from alignment.stages.stage_file import read_spec
+from alignment.stages.registry import kind_of, read_spec
 from alignment.training.checkpoints import NUM_STORED
 from alignment.training.context import StageContext
 from alignment.worker import function_of, publish_result
@@ -112,7 +109,7 @@ def main() -> int:
     asked = json.loads((options.folder / ASKED).read_text(encoding="utf-8"))
     for one_stage in asked:
         function_of(kind_of(read_spec(Path(one_stage["file"])).config))  # imports what the stage needs
-    unused_libraries.show()
+    processes.show()
     gc.freeze()  # each model and each trainer collects garbage first, which takes long among the libraries' objects
     timer = Timer(options.device, tries_longest=not options.as_run)
     startup = timer.startup

@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.config.launch import Offload, Sharding
-from alignment.config.model import ModelConfig
+from alignment.config.model import AdapterConfig, ModelConfig
+from alignment.config.run import TrackingConfig
 from alignment.config.stage import StageConfig
-from alignment.config.tracking import TrackingConfig
 from alignment.config.typed import to_plain
 from alignment.core.files import parse_json
 from alignment.core.fingerprint import digest
-from alignment.core.versions import versions
+from alignment.core.hardware import versions
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -20,13 +20,12 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from alignment.config.data import DataConfig, MixedConfig, OnError, SourceConfig
+from alignment.config.data import DataConfig, MixedConfig, OnError, SourceConfig, ValidationConfig
 from alignment.config.scoring import MetricConfig
 from alignment.config.stage import TrainedConfig
-from alignment.config.validation import ValidationConfig
 from alignment.core.errors import AlignmentError
 from alignment.core.model_files import positions_in, reason_of_positions, row_too_long
-from alignment.core.process_end import end_process
+from alignment.core.processes import end_process
 from alignment.data.reading import iterate
 from alignment.data.records import Prompt
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
@@ -38,9 +37,8 @@ from alignment.records.worker import DONE, FAILED, Status
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.scorer_sources import function_of, source_field
 from alignment.rewards.scorers import Answers
-from alignment.stages.registry import as_trained, kind_of, learned_data
+from alignment.stages.registry import as_trained, kind_of, learned_data, read_spec
 from alignment.stages.shared.base_check import refuse_adapter_that_does_not_fit
-from alignment.stages.stage_file import read_spec
 from alignment.training.context import StageContext
 
 NUM_RECORDS = 500

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # the imports below take seconds, and a signal must not kill the process meanwhile
-    from alignment.core import unused_libraries
-    from alignment.core.stop_requests import stop_while_importing
+    from alignment.core import processes
+    from alignment.core.processes import stop_while_importing
     from alignment.records.worker import write_stopped_before_it_began
 
-    unused_libraries.hide()
+    processes.hide()
     stop_while_importing(lambda: write_stopped_before_it_began(Path(sys.argv[1])))
 
 import gc
@@ -37,29 +37,28 @@ import torch
 import transformers
 
 from alignment.config.stage import StageConfig
-from alignment.core import stop_requests, unused_libraries
+from alignment.core import processes
 from alignment.core.artifacts import Manifest, publish, verify
 from alignment.core.errors import PREEMPTED as PREEMPTED_CODE
 from alignment.core.errors import AlignmentError, DataError, ModelError, StageError
 from alignment.core.files import disk_error, path_error
 from alignment.core.fingerprint import digest
+from alignment.core.hardware import versions
 from alignment.core.locks import held
-from alignment.core.process_end import end_process
-from alignment.core.streams import make_unfailing
-from alignment.core.versions import versions
+from alignment.core.processes import end_process
+from alignment.core.terminal import make_unfailing
 from alignment.data.chat_template import template_text
 from alignment.data.hub_rows import content_of
 from alignment.job import StageSpec
 from alignment.models.kernels.sdpa_order import without_cudnn
 from alignment.pipeline.sources.model_sources import OF_FOLDER, identity_of_folder
-from alignment.records import chosen_sizes
-from alignment.records.attempts import Attempts
+from alignment.records import training
+from alignment.records.run import Attempts
 from alignment.records.worker import DONE, FAILED, PREEMPTED, STATUS, Status
 from alignment.stages.base import StageKind
-from alignment.stages.registry import OURS, kind_of, origin_of
+from alignment.stages.registry import OURS, kind_of, origin_of, read_spec
 from alignment.stages.shared.automatic_size import with_chosen_size
 from alignment.stages.shared.result import StageResult
-from alignment.stages.stage_file import read_spec
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.longest_batch import is_out_of_memory
@@ -81,24 +80,24 @@ def main(path: Path) -> int:
     gc.freeze()  # every trainer collects garbage first, which takes half a second among the libraries' objects
     context.heartbeat.start(spec.work, context.rank)
     try:
-        for number in stop_requests.SIGNALS:
+        for number in processes.SIGNALS:
             signal.signal(number, _stop_now)
         with _worker_lock(context):
             _run(spec, context)
-        stop_requests.ignore()
+        processes.ignore()
     except Preempted as stop:
-        stop_requests.ignore()
+        processes.ignore()
         if stop.saved:
             _wait_for_all_ranks()
         _finish(context, PREEMPTED, PREEMPTED_CODE, f"stopped on request; {_save_state(stop)}")
         return PREEMPTED_CODE
     except AlignmentError as error:
-        stop_requests.ignore()
+        processes.ignore()
         _finish(context, FAILED, error.exit_code, str(error), rank=error.rank)
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except BaseException as error:  # noqa: BLE001 - last resort: the driver must learn of every failure
-        stop_requests.ignore()
+        processes.ignore()
         traceback.print_exc()
         if (failure := _file_system_error(error, context)) is not None:
             _finish(context, FAILED, failure.exit_code, str(failure))
@@ -143,10 +142,10 @@ def _memory_remedy(context: StageContext) -> str:
     optim = getattr(config, "optim", None)
     if limits := _limits_of_sampling(config, context.peaks.name):
         return f"lower {', '.join(limits)} or max_new_tokens, or use a machine with more memory"
-    if (own := context.spec.work / chosen_sizes.OWN_FILE).exists():
+    if (own := context.spec.work / training.OWN_FILE).exists():
         return (
             f"less memory is free now than when the size of micro-batches was chosen; delete {own} and "
-            f"{chosen_sizes.cache_files(context.spec.artifact.parent)} to choose it again, or set a number"
+            f"{training.cache_files(context.spec.artifact.parent)} to choose it again, or set a number"
         )
     if hasattr(optim, "micro_batch_tokens"):
         checkpointing = hasattr(optim, "activation_checkpointing")
@@ -187,7 +186,7 @@ def _run(spec: StageSpec, context: StageContext) -> None:
     begin(context)
     with _tracked(context), without_cudnn():
         run = function_of(kind_of(spec.config))
-        unused_libraries.show()
+        processes.show()
         context = with_chosen_size(context, run)
         result = run(context.spec.config, context)
         _refuse_other_results(result, function=kind_of(spec.config).run)
@@ -250,7 +249,7 @@ def _tracked(context: StageContext) -> Iterator[None]:
         yield
         done = True
     except BaseException:
-        stop_requests.ignore()  # closing may take a minute, and a request to stop would take the place of this error
+        processes.ignore()  # closing may take a minute, and a request to stop would take the place of this error
         raise
     finally:
         context.trackers.close(done=done)

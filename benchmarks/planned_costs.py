@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.core.artifacts import read_manifest
-from alignment.core.resources import CODE_ROOT
+from alignment.core.files import CODE_ROOT
 from alignment.costs.devices import THIS
 from alignment.pipeline.execute import estimates
 from alignment.pipeline.plan.plan import make_plan

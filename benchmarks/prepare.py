@@ -28,9 +28,9 @@ from alignment.job import StageInput
 from alignment.models.assembly.load import lineage, load_scalar
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.stages.kto.labelled_rows import in_order
-from alignment.stages.stage_file import read_spec
+from alignment.stages.ppo.experience import prompt_order
+from alignment.stages.registry import read_spec
 from alignment.training.context import StageContext
-from alignment.training.rl.experience import prompt_order
 from benchmarks import rows
 from benchmarks.counts import counts_of
 from benchmarks.figures import UPDATES

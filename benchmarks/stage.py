@@ -10,14 +10,11 @@ from typing import Any
 
 import yaml
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.critic import Critic
 from alignment.config.data import DataConfig
-from alignment.config.model import Dtype, ModelConfig
-from alignment.config.optim import OptimConfig, Schedule
+from alignment.config.model import AdapterConfig, AdapterKind, Critic, Dtype, ModelConfig
+from alignment.config.run import TrackingConfig
 from alignment.config.scoring import ScorerConfig
-from alignment.config.stage import StageConfig
-from alignment.config.tracking import TrackingConfig
+from alignment.config.stage import OptimConfig, Schedule, StageConfig
 from alignment.config.typed import to_plain
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.kto.config import KtoConfig

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from alignment.config.data import ValidationConfig
 from alignment.config.sweep import ArmMetric
 from alignment.config.typed import to_plain
-from alignment.config.validation import ValidationConfig
 from alignment.records.evaluation import ARM_METRICS, ArmResult
 from alignment.rewards.rules.all_rules import RULES
 from alignment.stages.base import Reported, StageKind

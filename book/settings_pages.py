@@ -6,8 +6,7 @@ import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 
-from alignment.config.run import RunConfig
-from alignment.config.store import conf_folder
+from alignment.config.run import RunConfig, conf_folder
 from alignment.config.sweep import SweepConfig
 from alignment.config.typed import field_types, group_of, kinds_of, listed_dataclass
 from alignment.stages.base import StageKind

@@ -11,11 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from alignment import worker
-from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.config.data import DataConfig
-from alignment.config.model import Dtype, ModelConfig
-from alignment.config.optim import OptimConfig
-from alignment.config.stage import StageConfig
+from alignment.config.model import CONTINUE, AdapterConfig, AdapterKind, Chain, Dtype, ModelConfig
+from alignment.config.stage import OptimConfig, StageConfig
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import lineage, load_policy
 from alignment.stages.cpt.config import CptConfig

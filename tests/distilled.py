@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from alignment import worker
-from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.data import DataConfig
-from alignment.config.optim import OptimConfig, Schedule
+from alignment.config.model import AdapterConfig, AdapterKind
+from alignment.config.stage import OptimConfig, Schedule
 from alignment.job import StageInput, StageSpec
 from alignment.stages.distil.config import DistilConfig
 from alignment.training.context import StageContext

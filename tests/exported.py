@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from peft import TaskType
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.model import Dtype
+from alignment.config.model import AdapterConfig, AdapterKind, Dtype
 from alignment.job import StageInput
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.start import load_start

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
 from alignment.config.evaluating import AnswersConfig
+from alignment.config.model import AdapterConfig
 from alignment.config.scoring import MetricConfig, ScoreSourceConfig
 from alignment.config.stage import StageConfig
 from alignment.job import StageInput, StageSpec

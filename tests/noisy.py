@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from alignment import worker
-from alignment.config.adapter import AdapterConfig
-from alignment.config.data import DataConfig
-from alignment.config.optim import Schedule
-from alignment.config.validation import ValidationConfig
+from alignment.config.data import DataConfig, ValidationConfig
+from alignment.config.model import AdapterConfig
+from alignment.config.stage import Schedule
 from alignment.job import StageSpec
 from alignment.training.context import StageContext
 from tests.chained import Chained, config_of

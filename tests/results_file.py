@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from alignment.core.artifacts import write_json
-from alignment.core.versions import PACKAGES
+from alignment.core.hardware import PACKAGES
 from alignment.pipeline.execute.worker_protocol import commit_of_checkout
 from benchmarks.machine import processor
 

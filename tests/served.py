@@ -19,8 +19,7 @@ import torch
 from peft import TaskType
 from transformers import PreTrainedTokenizerFast
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.model import Dtype
+from alignment.config.model import AdapterConfig, Dtype
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput
 from alignment.models.assembly.load import Lineage, lineage, load_policy

@@ -35,10 +35,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.model import Dtype, ModelConfig
+from alignment.config.model import AdapterConfig, Dtype, ModelConfig
+from alignment.config.run import TrackingConfig
 from alignment.config.stage import StageConfig
-from alignment.config.tracking import TrackingConfig
 from alignment.core.artifacts import Manifest, publish
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput, StageSpec

@@ -1,9 +1,4 @@
-"""Losses on preference pairs that TRL's DPO trainer lacks, as functions of ``[pairs]`` log-probabilities in nats.
-
-``gaps`` are β times the log-ratio to the reference of the chosen answer, less that of the rejected one (Rafailov et al.
-2023, eq. 7). ``mean_chosen`` and ``mean_rejected`` are log-probabilities divided by the tokens of the answer. Each
-function returns a loss for each pair.
-"""
+"""Losses on pairs of answers, and scores of an ensemble of reward models."""
 
 from __future__ import annotations
 
@@ -39,3 +34,27 @@ def log_odds(mean_logprobs: Tensor) -> Tensor:
 def odds_ratio(mean_chosen: Tensor, mean_rejected: Tensor) -> Tensor:
     """−log σ(log odds of the chosen answer − log odds of the rejected one) (Hong et al. 2024, eq. 7)."""
     return -logsigmoid(log_odds(mean_chosen) - log_odds(mean_rejected))
+
+
+def mean(scores: Tensor) -> Tensor:
+    """``[answers]``: the mean of ``[members, answers]``."""
+    return scores.mean(0)
+
+
+def worst(scores: Tensor) -> Tensor:
+    """``[answers]``: the lowest of ``[members, answers]``, worst-case optimisation (Coste et al. 2024, eq. 3)."""
+    return scores.amin(0)
+
+
+def mean_minus_std(scores: Tensor, weight: float) -> Tensor:
+    """``[answers]``: the mean of ``[members, answers]`` less ``weight`` standard deviations of the members.
+
+    With a weight of 1 it is that of Eisenstein et al. 2024 (section 5.1). The deviation is that of the members at hand,
+    whose squares are divided by their number. Coste et al. 2024 (eq. 4) subtract the variance instead.
+    """
+    return mean(scores) - weight * spread(scores)
+
+
+def spread(scores: Tensor) -> Tensor:
+    """``[answers]``: how far ``[members, answers]`` are apart, as their standard deviation."""
+    return scores.std(0, unbiased=False)

@@ -1,14 +1,17 @@
-"""A run's records as DataFrames."""
+"""Tables and curves of a run for pandas."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from alignment.core.data_frames import data_frame
+from alignment.core.errors import ConfigError
 from alignment.records.evaluation import Comparison, Evaluation, Sample
 from alignment.records.run import StageEntry
 from alignment.report.comparison_page.setting_rows import flat
+from alignment.report.run_page.curves import points_of
+from alignment.stages.registry import curves
 
 if TYPE_CHECKING:
     import pandas
@@ -109,3 +112,44 @@ def of_settings(settings: Mapping[str, Any]) -> pandas.DataFrame:
 def _columns(first: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The ``first`` columns, then the others in the order in which rows have them."""
     return list(dict.fromkeys([*first, *(name for row in rows for name in row)]))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """A line of a chart: ``Series(title="Loss", unit="", key="loss", label="", over="step", points=[(1.0, 2.31)])``.
+
+    ``key`` is the metric's name in metrics.jsonl. ``points`` are (x, y) pairs; x is the step, or the square root of the
+    metric ``over``. y is None where the logged value is not finite.
+    """
+
+    title: str
+    unit: str
+    key: str
+    label: str
+    over: str
+    points: list[tuple[float, float | None]]
+
+
+def series_of(kind: str, settings: Mapping[str, Any], steps: Sequence[Mapping[str, Any]]) -> list[Series]:
+    """The series of a stage of this kind with these settings; a figure that was not logged has none."""
+    return [
+        Series(title=chart.title, unit=chart.unit, key=key, label=label, over=chart.over or "step", points=points)
+        for chart in curves(kind, settings)
+        for key, label in zip(chart.keys, chart.labels, strict=True)
+        if (points := points_of(steps, key, chart.over))
+    ]
+
+
+def data_frame(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> pandas.DataFrame:
+    """A DataFrame with these columns in this order, also without rows; a row may lack a column.
+
+    Raises:
+        ConfigError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ImportError:
+        raise ConfigError(
+            "tables need pandas, which is not installed here", remedy="pip install 'alignment-pipeline[pandas]'"
+        ) from None
+    return pandas.DataFrame(list(rows), columns=list(columns))

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignment.api.run_frames import data_frame
 from alignment.config.typed import to_plain
-from alignment.core.data_frames import data_frame
 from alignment.pipeline.backends.feasibility import why_not_here
 from alignment.pipeline.execute import notes
 from alignment.pipeline.plan.actions import Action

@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from alignment.commands.shared.arguments import add_output, runs_of
-from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import suggestion
 from alignment.core.errors import ConfigError
 from alignment.core.files import can_be_a_file
-from alignment.core.screen_tables import print_whole
+from alignment.core.terminal import print_whole
 from alignment.pipeline.execute.run_differences import (
     ComparedEvaluation,
     compared_evaluations,

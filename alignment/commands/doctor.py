@@ -19,7 +19,7 @@ from alignment.config.data import SourceConfig
 from alignment.config.faults import Fault, refuse
 from alignment.config.typed import source_from_plain
 from alignment.core.errors import DataError
-from alignment.data.counted import counted
+from alignment.core.text import counted
 from alignment.data.doctor import LISTED, Diagnosis, Use, counted_records
 from alignment.data.formats import FORMATS, LABEL, UnknownColumns
 from alignment.data.hub_rows import snapshot_name

@@ -13,7 +13,7 @@ from rich.table import Table
 from alignment.commands.shared.arguments import add_recipe, add_verify, recipe_of
 from alignment.core.errors import ConfigError
 from alignment.core.files import new_folder, write_text
-from alignment.core.screen_tables import print_whole
+from alignment.core.terminal import print_whole
 from alignment.costs.devices import THIS
 from alignment.pipeline.backends import slurm, slurm_jobs
 from alignment.pipeline.backends.feasibility import why_not_here

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from alignment.config import yaml_file
-from alignment.config.store import recipe_names, recipes_folder
+from alignment.config.run import recipe_names, recipes_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

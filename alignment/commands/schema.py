@@ -14,9 +14,8 @@ from rich.console import Console
 from alignment.config import yaml_file
 from alignment.config.class_schemas import DRAFT, ClassSchemas, Schema, described
 from alignment.config.rules import NAME
-from alignment.config.run import RunConfig
+from alignment.config.run import GROUPS, SEVERAL, RunConfig, conf_folder, recipe_names, recipes_folder
 from alignment.config.stage import StageConfig
-from alignment.config.store import GROUPS, SEVERAL, conf_folder, recipe_names, recipes_folder
 from alignment.config.sweep import ObjectiveConfig, ParameterConfig, SweepConfig
 from alignment.core.errors import ConfigError
 from alignment.stages.registry import config_classes

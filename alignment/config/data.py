@@ -1,4 +1,4 @@
-"""Where a stage's rows come from, and how they are read."""
+"""Settings of data: sources, rows that are too long, replay and validation."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
 
-from alignment.config.rules import BETWEEN, FILLED, FRACTION, PART, POSITIVE
+from alignment.config.rules import BETWEEN, FILLED, FRACTION, NOT_NEGATIVE, PART, POSITIVE
 
 
 class OnError(str, Enum):
@@ -60,3 +60,65 @@ class DataConfig(SourceConfig):
 
     mix: list[MixedConfig] = field(default_factory=list)
     fraction: Annotated[float, PART] = 1.0
+
+
+class TooLong(str, Enum):
+    """``drop`` leaves the row out, ``cut`` removes tokens."""
+
+    drop = "drop"
+    cut = "cut"
+
+
+class Side(str, Enum):
+    """Which end of a prompt loses tokens."""
+
+    left = "left"
+    right = "right"
+
+
+@dataclass(kw_only=True, slots=True)
+class TooLongConfig:
+    """With ``do: cut`` an answer longer than ``max_answer_length`` loses its end, including the token that ends the
+    turn. If the row is still too long, the prompt loses tokens at its ``side``, except BOS and what the template adds
+    after the last turn. A row with nothing left is dropped. At most the share ``max_share`` of a source's rows may be
+    dropped or cut.
+    """
+
+    do: TooLong = TooLong.drop
+    side: Side = Side.left
+    max_share: Annotated[float, FRACTION] = field(default=0.1, metadata={"identity": False})
+
+
+@dataclass(kw_only=True, slots=True)
+class PtxConfig:
+    """Ordinary language modelling alongside PPO, against forgetting (Ouyang et al. 2022, eq. 2).
+
+    ``coefficient`` is the weight of the token-mean loss on the assistant turns of ``batch_size`` conversations per
+    step; 0 turns it off.
+    """
+
+    coefficient: Annotated[float, NOT_NEGATIVE] = 0.0
+    batch_size: Annotated[int, POSITIVE] = 8
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class ValidationConfig:
+    """Evaluation on held-out rows, the validation, after every ``every`` optimiser steps (0: never) and after the last.
+
+    The held-out rows are the rows of a ``share`` of the prompts, which are then not trained on, or all rows of a
+    separate source, ``data``. A validation computes the training objective on them, without dropout. With ``keep_best``
+    the stage keeps the weights with the lowest held-out loss, not the last ones. ``patience`` ends the stage after that
+    many validations in a row without a new lowest loss.
+    """
+
+    share: Annotated[float | None, BETWEEN] = None
+    data: DataConfig = field(default_factory=DataConfig)
+    every: Annotated[int, NOT_NEGATIVE] = 0
+    keep_best: bool = False
+    patience: Annotated[int | None, POSITIVE] = None
+
+    @property
+    def on(self) -> bool:
+        """Whether there is any validation."""
+        return self.every > 0

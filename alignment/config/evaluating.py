@@ -1,4 +1,4 @@
-"""Settings of an evaluation besides its arms: examples for the few-shot arm, and a judge for pairs of arms."""
+"""Settings of evaluations: arms, judges, graders, gates, and the calls to their servers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,25 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
 
-from alignment.config.calls import CallsConfig
 from alignment.config.data import DataConfig
-from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, POSITIVE, SCORE
+from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, POSITIVE, SCORE, URL, VARIABLE
+
+
+@dataclass(kw_only=True, slots=True)
+class CallsConfig:
+    """Where a server is, and how it is called.
+
+    ``api_key_env`` names the environment variable that holds the key; the key itself is written nowhere. A call waits
+    ``timeout`` seconds for the whole answer, of at most 4 MiB, and is retried ``retries`` times. Redirects are not
+    followed. ``concurrency`` calls run at once.
+    """
+
+    base_url: Annotated[str, URL] = ""
+    api_key_env: Annotated[str | None, VARIABLE] = field(default=None, metadata={"identity": False})
+    timeout: Annotated[float, POSITIVE] = field(default=60.0, metadata={"identity": False})
+    retries: Annotated[int, NOT_NEGATIVE] = field(default=2, metadata={"identity": False})
+    concurrency: Annotated[int, POSITIVE] = field(default=4, metadata={"identity": False})
+
 
 PROMPTED = "base+prompt"
 FEW_SHOT = "base+few-shot"
@@ -120,3 +136,52 @@ class JudgeConfig:
     votes: str | None = field(default=None, metadata={"identity": False})
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     labelled: LabelledConfig = field(default_factory=LabelledConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class GradingConfig:
+    """A model that grades answers from ``lowest`` to ``highest``.
+
+    ``rubric`` says what earns which grade. With ``show_reference`` the grader sees the row's reference answer, where
+    there is one.
+    """
+
+    endpoint: ChatEndpointConfig = field(default_factory=ChatEndpointConfig)
+    rubric: Annotated[str, FILLED] = (
+        "Grade how well the answer does what the request asks: whether it is correct, complete, to the point and "
+        "invents nothing. The lowest grade is for an answer that is wrong or useless, the highest for one that could "
+        "hardly be better."
+    )
+    lowest: Annotated[int, NOT_NEGATIVE] = 1
+    highest: Annotated[int, POSITIVE] = 10
+    show_reference: bool = False
+
+
+@dataclass(kw_only=True, slots=True)
+class GraderConfig(GradingConfig):
+    """The model that grades answers for all metrics of the source ``grade``; a metric may have a rubric of its own.
+
+    An arm does not get the metric if more than the share ``max_invalid`` of its replies have no grade.
+    """
+
+    max_invalid: Annotated[float, FRACTION] = 0.2
+
+
+@dataclass(kw_only=True, slots=True)
+class ScorerEndpointConfig(ChatEndpointConfig):
+    """A chat endpoint whose address is not part of the fingerprint: a stage may continue with the same model at another
+    address.
+    """
+
+    base_url: Annotated[str, URL] = field(default="", metadata={"identity": False})
+
+
+@dataclass(kw_only=True, slots=True)
+class ScorerGraderConfig(GradingConfig):
+    """The model that grades answers for a scorer.
+
+    ``ungraded`` is the score of an answer whose reply has no grade. Without it such a reply ends the stage.
+    """
+
+    endpoint: ScorerEndpointConfig = field(default_factory=ScorerEndpointConfig)
+    ungraded: Annotated[float | None, SCORE] = None

@@ -1,13 +1,83 @@
-"""Where and how a stage runs. Nothing here changes a result, so nothing here is part of a fingerprint."""
+"""Where and how stages run: backends, processes, sharding, and the engine that samples."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, ClassVar
 
-from alignment.config.backend import Backend, LocalBackend
-from alignment.config.rules import NOT_NEGATIVE, POSITIVE
+from alignment.config.rules import (
+    AT_LEAST_ONE,
+    FILLED,
+    NOT_NEGATIVE,
+    PART,
+    PORT,
+    POSITIVE,
+    SLURM_MEMORY,
+    SLURM_TIME,
+    SLURM_WORD,
+    URL,
+    VARIABLE,
+    ZERO_OR_ONE,
+)
+from alignment.core.fingerprint import IF_SET
+
+
+@dataclass(kw_only=True, slots=True)
+class LocalBackend:
+    """This machine."""
+
+    num_machines: ClassVar[int] = 1
+    machine_rank: ClassVar[int] = 0
+
+    kind: str = "local"
+
+
+@dataclass(kw_only=True, slots=True)
+class MachinesBackend:
+    """``num_machines`` machines with a shared folder. The same command is started on each, with its ``machine_rank``.
+
+    Their processes meet at ``main_address:main_port``, on the machine of rank 0.
+    """
+
+    kind: str = "machines"
+    num_machines: Annotated[int, POSITIVE] = 2
+    machine_rank: Annotated[int, NOT_NEGATIVE] = 0
+    main_address: Annotated[str, FILLED] = "127.0.0.1"
+    main_port: Annotated[int, PORT] = 29400
+
+
+@dataclass(kw_only=True, slots=True)
+class SlurmBackend:
+    """One Slurm job for each stage that has to run; settings that are null are left to the cluster's defaults.
+
+    A job gets ``num_machines`` machines, or one for a stage that does not run on all processes, and ``gpus``, ``cpus``
+    and ``memory`` (``64G``) on each. It may run for ``time`` (``"4:00:00"``, ``"2-12:00:00"``) and is asked to save
+    ``signal_seconds`` before its time is over; it is then queued again and continues. With ``wait`` the command waits
+    until the last job has ended and returns the run's exit code. ``submit`` is false inside a job, where the stage runs
+    on the job's machines. There the job sets ``machine_rank``, ``main_address`` and ``main_port``, which mean the same
+    as in ``MachinesBackend``.
+    """
+
+    kind: str = "slurm"
+    submit: bool = True
+    num_machines: Annotated[int, POSITIVE] = 1
+    machine_rank: Annotated[int, NOT_NEGATIVE] = 0
+    main_address: Annotated[str, FILLED] = "127.0.0.1"
+    main_port: Annotated[int, PORT] = 29400
+    partition: Annotated[str | None, SLURM_WORD] = None
+    account: Annotated[str | None, SLURM_WORD] = None
+    qos: Annotated[str | None, SLURM_WORD] = None
+    time: Annotated[str | None, SLURM_TIME] = None
+    gpus: Annotated[int, NOT_NEGATIVE] = 0
+    cpus: Annotated[int | None, POSITIVE] = None
+    memory: Annotated[str | None, SLURM_MEMORY] = None
+    signal_seconds: Annotated[int, POSITIVE] = 300
+    wait: bool = True
+
+
+Backend = LocalBackend | MachinesBackend | SlurmBackend
+
 
 DEVICE = "ALIGNMENT_DEVICE"
 """The environment variable that gives a worker its device, ``cpu`` or ``cuda``; unset in a process that no launcher
@@ -89,3 +159,55 @@ class LaunchConfig:
     def world_size(self) -> int:
         """The number of processes on all machines together."""
         return self.num_processes * self.backend.num_machines
+
+
+_NOT_IDENTITY = {"identity": False}
+
+
+class Engine(str, Enum):
+    """``own``: the policy samples in the process that holds it. ``vllm``: a vLLM server samples."""
+
+    own = "own"
+    vllm = "vllm"
+
+
+@dataclass(kw_only=True, slots=True)
+class SamplingConfig:
+    """How answers are sampled.
+
+    The other settings are for ``engine: vllm``. The stage starts a server with the interpreter ``python`` of an
+    environment that has vLLM (default: the variable ALIGNMENT_ENGINE_PYTHON, else where ``make engine`` puts it), and
+    stops it at the end. With ``url`` it uses a server that already runs on this machine and was started as
+    docs/engines.md says. ``api_key_env`` names the variable with that server's key.
+
+    A server that the stage starts has ``cache_gb`` GiB for keys and values on a CPU, or ``gpu_share`` of a GPU's memory
+    for everything. It must answer within ``start_timeout`` seconds after it was started. A call waits ``timeout``
+    seconds and is retried ``retries`` times; ``concurrency`` calls run at once.
+    """
+
+    engine: Engine = Engine.own
+    python: str | None = field(default=None, metadata=_NOT_IDENTITY)
+    url: Annotated[str | None, URL] = field(default=None, metadata=_NOT_IDENTITY)
+    api_key_env: Annotated[str | None, VARIABLE] = field(default=None, metadata=_NOT_IDENTITY)
+    cache_gb: Annotated[float, POSITIVE] = field(default=1.0, metadata=_NOT_IDENTITY)
+    gpu_share: Annotated[float, PART] = field(default=0.3, metadata=_NOT_IDENTITY)
+    start_timeout: Annotated[float, POSITIVE] = field(default=600.0, metadata=_NOT_IDENTITY)
+    timeout: Annotated[float, POSITIVE] = field(default=600.0, metadata=_NOT_IDENTITY)
+    retries: Annotated[int, NOT_NEGATIVE] = field(default=2, metadata=_NOT_IDENTITY)
+    concurrency: Annotated[int, POSITIVE] = field(default=64, metadata=_NOT_IDENTITY)
+
+
+@dataclass(kw_only=True, slots=True)
+class RolloutSamplingConfig(SamplingConfig):
+    """How answers are sampled while a policy learns, and what is done about differences between engine and policy.
+
+    The policy's log-probabilities always come from the forward pass that is used for training. If ``importance_cap`` is
+    set, the ratio of these probabilities to the engine's multiplies the loss of each token, up to that cap (truncated
+    importance sampling, Yao et al. 2025). With ``max_staleness`` 1 the answers for an update are sampled while the
+    previous update is still being learned from, so they come from the policy before that update. Log-probabilities that
+    differ by more than ``gap_bound`` nats are counted.
+    """
+
+    importance_cap: Annotated[float | None, AT_LEAST_ONE] = field(default=None, metadata=IF_SET)
+    max_staleness: Annotated[int, ZERO_OR_ONE] = field(default=0, metadata=IF_SET)
+    gap_bound: Annotated[float, POSITIVE] = field(default=0.1, metadata=_NOT_IDENTITY)

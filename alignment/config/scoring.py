@@ -1,4 +1,4 @@
-"""Settings of what scores answers."""
+"""Settings of scorers: their sources, reward servers, and the guard against over-optimisation."""
 
 from __future__ import annotations
 
@@ -7,10 +7,40 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Any
 
-from alignment.config.grader import ScorerGraderConfig
-from alignment.config.reward_server import ServerConfig
-from alignment.config.rules import FILLED, NAME, PATTERN, PENALTY, POSITIVE, SCORE, Rule
+from alignment.config.evaluating import CallsConfig, ScorerGraderConfig
+from alignment.config.rules import FILLED, NAME, NOT_NEGATIVE, PATTERN, PENALTY, POSITIVE, SCORE, URL, Rule
 from alignment.core.fingerprint import IF_SET
+
+
+class ServerApi(str, Enum):
+    """What is sent to the server, and what it replies (docs/rewards.md).
+
+    ``scores`` is this project's own API: ``POST /scores`` with conversations; the reply has a score for each.
+    ``vllm_pooling``, ``vllm_classify`` and ``vllm_score`` belong to vLLM, ``tei_predict`` to text-embeddings-inference.
+    """
+
+    scores = "scores"
+    vllm_pooling = "vllm_pooling"
+    vllm_classify = "vllm_classify"
+    vllm_score = "vllm_score"
+    tei_predict = "tei_predict"
+
+
+@dataclass(kw_only=True, slots=True)
+class ServerConfig(CallsConfig):
+    """A server that scores answers: ``base_url`` ends where the path of its ``api`` begins.
+
+    ``model`` is the model's name. Of the model, a fingerprint includes only this name, so change the name when the
+    model behind it changes. ``label`` names one class of a classifier, whose probability is the score. Without it the
+    model must have one output, which is used as the score unchanged. Each call sends ``batch_size`` answers.
+    """
+
+    base_url: Annotated[str, URL] = field(default="", metadata={"identity": False})
+    api: ServerApi = ServerApi.scores
+    model: str = ""
+    label: Annotated[str | None, FILLED] = None
+    batch_size: Annotated[int, POSITIVE] = field(default=16, metadata={"identity": False})
+
 
 MEAN, MAJORITY = "mean", "majority"
 _PASS = re.compile(r"pass@([1-9][0-9]{0,3})")
@@ -114,3 +144,23 @@ class MetricConfig(ScoreSourceConfig):
     aggregate: Annotated[str, AGGREGATE] = MEAN
     passing_score: Annotated[float, SCORE] = 1.0
     rubric: Annotated[str | None, FILLED] = field(default=None, metadata=IF_SET)
+
+
+@dataclass(kw_only=True, slots=True)
+class GuardConfig:
+    """Watches for over-optimisation (Gao et al. 2022): scores that rise while a held-out scorer's do not.
+
+    Every ``every`` updates (0: never) the policy answers ``prompts`` rows of the stage's data on which it is never
+    trained. The stage's own scorers and the held-out ``scorer``, which has no default, judge the answers. With
+    ``keep_best`` the stage keeps the policy that ``scorer`` rated best, not the last one; a later policy is better only
+    if it gains more than a standard error, paired by prompt. Two rollout batches in a row with a mean KL above
+    ``max_kl`` (nats per sequence) end the stage, even if ``every`` is 0. A policy above ``max_kl`` never counts as the
+    best, but without ``every`` the stage keeps the policy that exceeded it. ``scorer`` is never normalised, and only
+    the main process calls it.
+    """
+
+    every: Annotated[int, NOT_NEGATIVE] = 0
+    prompts: Annotated[int, POSITIVE] = 64
+    scorer: ScorerConfig = field(default_factory=lambda: ScorerConfig(source=""))
+    keep_best: bool = True
+    max_kl: Annotated[float | None, POSITIVE] = None

@@ -18,8 +18,7 @@ from functools import cache
 from typing import Any
 
 from alignment.config.data import SourceConfig
-from alignment.config.did_you_mean import nearest, suggestion
-from alignment.config.faults import Fault, refuse
+from alignment.config.faults import Fault, nearest, refuse, suggestion
 from alignment.config.rules import NAME, is_name, rule_of
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageClasses, StageConfig

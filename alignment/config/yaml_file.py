@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from alignment.core.errors import ConfigError, DataError
-from alignment.core.small_files import small_text
+from alignment.core.files import small_text
 
 MOST_NODES = 10_000
 """Values and keys, counting an alias each time it is used; the longest recipe has a few hundred."""

@@ -18,7 +18,7 @@ from typing import Any, get_type_hints
 from alignment.core.errors import ArtifactError, StageError
 from alignment.core.files import flush, parse_json, remove_leftovers, write_text
 from alignment.core.fingerprint import file_sha256
-from alignment.core.shapes import fits
+from alignment.core.model_files import fits
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"

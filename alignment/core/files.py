@@ -1,8 +1,4 @@
-"""Files that are written whole or not at all, and errors of file systems that cannot be written to.
-
-Writers use ``replacing``: a reader sees the old file or the new one, and a failed write leaves nothing behind.
-``disk_error`` turns a library's error on a full disk into one that says which file, why and what to do.
-"""
+"""Reads and writes files so that nothing half-written is left, finds shipped ones, and the working folder."""
 
 from __future__ import annotations
 
@@ -13,13 +9,15 @@ import re
 import resource
 import secrets
 import shutil
+import stat
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from alignment.core.errors import AlignmentError, ConfigError, DiskError
+from alignment.core.errors import AlignmentError, ConfigError, DataError, DiskError
 
 _DISK = {
     errno.ENOSPC: "no space left on the device",
@@ -257,3 +255,67 @@ def new_folder(to: str, *, option: str = "--to") -> Path:
         why = "exists already" if target.exists() else "is in a folder that does not exist"
         raise ConfigError(f"{to!r} {why}", where=option, remedy="name a new folder inside one that exists")
     return target
+
+
+MOST_BYTES = 1 << 20
+
+
+def refuse_endless(path: Path) -> None:
+    """Accepts a regular file, a link to one, or a path that does not exist.
+
+    Raises:
+        DataError: the path is a pipe, a socket or a device, which may never end.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        raise DataError(
+            "is not a regular file", where=str(path), remedy="copy its content to a regular file and name that one"
+        )
+
+
+def small_text(path: Path) -> str:
+    """The text of the file.
+
+    Raises:
+        OSError, UnicodeDecodeError: it cannot be read.
+        DataError: it is not a regular file, or is too large.
+    """
+    refuse_endless(path)
+    with path.open("rb") as stream:
+        content = stream.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+        raise DataError(f"is longer than {MOST_BYTES >> 20} MiB", where=str(path), remedy="is it the right file?")
+    return content.decode()
+
+
+def current_folder() -> Path:
+    """The current folder.
+
+    Raises:
+        ConfigError: it was removed.
+    """
+    try:
+        return Path.cwd()
+    except FileNotFoundError:
+        raise ConfigError("the current folder no longer exists", remedy="change to a folder that exists") from None
+
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+CODE_ROOT = _PACKAGE.parent
+"""The folder that ``alignment`` is imported from: the checkout, or where packages are installed."""
+_COPIES = _PACKAGE / "_shipped"
+
+
+def shipped(name: str) -> Path:
+    """The folder ``conf``, ``launch``, ``recipes`` or ``data``."""
+    return _COPIES / name if _COPIES.is_dir() else CODE_ROOT / name
+
+
+def command_for(target: str, module: str, *arguments: str) -> str:
+    """What a message advises: the target of make in a checkout, and the module it calls in an installed package."""
+    if not _COPIES.is_dir():
+        return f"make {target}"
+    return " ".join([sys.executable, "-m", module, *arguments])

@@ -1,12 +1,14 @@
-"""GPUs, cores and memory of this machine that a process may use, detected without PyTorch."""
+"""The machine's processors, memory and accelerators, and the versions of libraries."""
 
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import itertools
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -155,3 +157,19 @@ def _processor_flags(cpuinfo: Path) -> set[str]:
     except OSError:
         return set()
     return set(" ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)[:1]).split())
+
+
+TRAINING_LIBRARIES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets")
+"""What a stage imports and the driver does not."""
+PACKAGES = ("alignment-pipeline", *TRAINING_LIBRARIES)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result may depend on."""
+    installed = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            installed[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:  # our own, when it runs from a folder
+            installed[package] = "not installed"
+    return installed

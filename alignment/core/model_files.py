@@ -1,19 +1,14 @@
-"""Reads and checks the files in a model's folder before transformers does.
-
-Weights in several files come with an index that names them. A name outside the folder would load weights that its
-fingerprint does not cover.
-"""
+"""What the files of a model say without loading it: positions, architecture, vocabulary, shapes of weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from alignment.core.errors import ModelError
 from alignment.core.files import parse_json
-from alignment.core.shapes import fits
 
 
 def refuse_weights_elsewhere(folder: Path, *, where: str = "") -> None:
@@ -208,3 +203,20 @@ def _weight_map(index: Path, *, where: str) -> dict[str, Any]:
     if not isinstance(weight_map, dict):
         raise ModelError(f"{index.name} is damaged: its weight_map is not an object", where=where)
     return weight_map
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether ``value`` and everything in it has the type ``hint``, such as ``dict[str, int]``. A float may be None."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is dict:
+        key, item = arguments
+        return isinstance(value, dict) and all(fits(k, key) and fits(v, item) for k, v in value.items())
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    if hint is float:
+        return value is None or isinstance(value, (int, float))
+    return isinstance(value, hint)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from alignment.core.errors import DataError
-from alignment.core.small_files import refuse_endless
+from alignment.core.files import refuse_endless
 
 LINE_BYTES = 16 << 20
 """Limit for a line of JSON, or (in characters) for a line or a field of CSV."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from alignment.config.did_you_mean import as_path
+from alignment.config.faults import as_path
 from alignment.config.model import TemplateChoice
 from alignment.core.errors import DataError
-from alignment.core.small_files import small_text
+from alignment.core.files import small_text
 from alignment.data.templates import TRL, trl_file, with_options
 from alignment.data.tokens.rendering import control_tokens
 from alignment.data.tokens.tokenize import front

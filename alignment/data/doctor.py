@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.data import SourceConfig
-from alignment.config.did_you_mean import misspelt
+from alignment.config.faults import misspelt
 from alignment.core.errors import DataError
-from alignment.data.counted import counted
+from alignment.core.text import counted
 from alignment.data.fields import Fields, SetAside, is_text, not_finite
 from alignment.data.formats import ANSWERED, COLUMNS, LABEL, format_of
 from alignment.data.formats.form import Format

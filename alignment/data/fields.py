@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeGuard
 
-from alignment.config.did_you_mean import misspelt
+from alignment.config.faults import misspelt
 from alignment.core.errors import DataError
 from alignment.core.files import parse_json
 

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from alignment.core.errors import DataError
-from alignment.core.files import parse_json
-from alignment.core.small_files import refuse_endless
+from alignment.core.files import parse_json, refuse_endless
 from alignment.data import caps
 
 if TYPE_CHECKING:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import islice
 from pathlib import Path
 
-from alignment.config.did_you_mean import nearest, suggestion, with_scheme
+from alignment.config.faults import nearest, suggestion, with_scheme
 from alignment.core.errors import DataError
-from alignment.core.resources import shipped
+from alignment.core.files import shipped
 from alignment.data.row_files import files_of
 
 

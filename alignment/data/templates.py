@@ -16,11 +16,9 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from alignment.config.did_you_mean import nearest, suggestion
-from alignment.config.faults import Fault
+from alignment.config.faults import Fault, nearest, suggestion
 from alignment.core.errors import DataError
-from alignment.core.files import parse_json
-from alignment.core.small_files import small_text
+from alignment.core.files import parse_json, small_text
 
 Templates = str | Mapping[str, str]
 """A chat template, or several by name, as tokenizers have them."""

@@ -10,11 +10,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from alignment.config.calls import CallsConfig
-from alignment.config.sampling_engine import SamplingConfig
+from alignment.config.evaluating import CallsConfig
+from alignment.config.launch import SamplingConfig
 from alignment.core.errors import StageError
-from alignment.evaluation.bounded_client import Refused
-from alignment.evaluation.endpoint_client import open_client, reason
+from alignment.evaluation.endpoint_client import Refused, open_client, reason
 
 SEEDS = 2**48
 """Seeds are whole numbers from 0 to below this."""

@@ -13,12 +13,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from alignment.config.sampling_engine import SamplingConfig
+from alignment.config.launch import SamplingConfig
 from alignment.core.errors import ConfigError, StageError
 from alignment.engines.completions import Asked, CallFailed, EngineAnswer, EngineClient, Generation
 from alignment.engines.engine_environment import engines_folder, interpreter
-from alignment.engines.server_process import Keeper, ServerCommand, ServerProcess
-from alignment.engines.vllm_server import BASE, VllmOptions, vllm_command
+from alignment.engines.server_process import BASE, Keeper, ServerCommand, ServerProcess, VllmOptions, vllm_command
 from alignment.evaluation.endpoint_client import api_key
 
 log = logging.getLogger(__name__)

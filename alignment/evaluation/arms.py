@@ -1,8 +1,10 @@
-"""One arm: a policy's answers to the held-out prompts, their log-probabilities, and their reward scores."""
+"""Arms, their answers to the same prompts, scores that are known, and repeated answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeVar
@@ -10,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel
 
+from alignment.config.scoring import MAJORITY, pass_size
 from alignment.data.tokens.tokenize import end_ids
 from alignment.models.forward.answers import answer_statistics, batches, scalar_scores, unwrapped
 from alignment.models.forward.generate import Sampling, answer_batch, reading_order
@@ -200,3 +203,88 @@ def reward_scores(model: PreTrainedModel, prompts: Sequence[list[int]], answers:
         for part in batches(prompts, answers, tokens=TOKENS, device=model.device):
             scores += scalar_scores(model, part.rows).tolist()
     return scores
+
+
+Scores = Mapping[str, Sequence[float | None]]
+"""One score per prompt, or per turn of it, keyed by the name of a metric or an arm; None for one without a score."""
+
+
+def known(scores: Sequence[float | None]) -> list[float]:
+    """The scores that there are."""
+    return [score for score in scores if score is not None]
+
+
+def on_the_same_rows(
+    by_arm: Mapping[str, Sequence[float | None]], rows: Sequence[int]
+) -> dict[str, list[float | None]]:
+    """The scores by arm, None for every answer to a row if an answer of any arm to it has none.
+
+    ``rows`` are the rows of the answers, the same for all arms. If no row is left, there are no arms.
+    """
+    without = {row for scores in by_arm.values() for row, score in zip(rows, scores, strict=True) if score is None}
+    if without >= set(rows):
+        return {}
+    return {
+        arm: [None if row in without else score for row, score in zip(rows, scores, strict=True)]
+        for arm, scores in by_arm.items()
+    }
+
+
+def of_prompts(arm: Answered, scores: Sequence[float | None]) -> list[float | None]:
+    """The mean over each prompt's turns; ``scores`` have one entry per turn, None for all turns of a prompt or none."""
+    means = []
+    for of_turns in arm.by_prompt(scores):
+        turns = known(of_turns)
+        means.append(sum(turns) / len(turns) if len(turns) == len(of_turns) else None)
+    return means
+
+
+def scores_of_prompts(
+    scores: Sequence[float | None], finals: Sequence[str], *, aggregate: str, passing_score: float, per_prompt: int
+) -> list[float | None]:
+    """One score per prompt from the scores of its ``per_prompt`` answers (MetricConfig has the aggregates).
+
+    ``finals`` are the final answers that the majority is taken of. A prompt without scores (None) has none.
+    """
+    size = pass_size(aggregate)
+    of_prompts: list[float | None] = []
+    for group, answers in zip(grouped(scores, per_prompt), grouped(finals, per_prompt), strict=True):
+        given = known(group)
+        if len(given) < len(group):
+            of_prompts.append(None)
+        elif aggregate == MAJORITY:
+            of_prompts.append(majority_score(answers, given))
+        elif size is not None:
+            of_prompts.append(pass_at_k([score >= passing_score for score in given], size))
+        else:
+            of_prompts.append(sum(given) / len(given))
+    return of_prompts
+
+
+def pass_at_k(correct: Sequence[bool], k: int) -> float:
+    """The probability that at least one of ``k`` of these answers, drawn without replacement, is correct.
+
+    The unbiased estimate 1 - C(n - c, k) / C(n, k) of Chen et al. 2021, section 2.1, with n answers of which c are
+    correct.
+
+    Raises:
+        ValueError: there are fewer than ``k`` answers.
+    """
+    if not 1 <= k <= len(correct):
+        raise ValueError(f"pass@{k} needs at least {k} answers, and there are {len(correct)}")
+    wrong = len(correct) - sum(correct)
+    return 1.0 - math.comb(wrong, k) / math.comb(len(correct), k)
+
+
+def majority_score(answers: Sequence[str], scores: Sequence[float]) -> float:
+    """The score of the most frequent final answer (Wang et al. 2023, self-consistency).
+
+    Answers that are equally frequent count with the mean of their scores, as if one of them was drawn. An empty final
+    answer does not vote. Without any vote the score is the mean of all.
+    """
+    votes = Counter(answer for answer in answers if answer)
+    if not votes:
+        return sum(scores) / len(scores)
+    highest = max(votes.values())
+    first = [answers.index(answer) for answer, count in votes.items() if count == highest]
+    return sum(scores[index] for index in first) / len(first)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from alignment.data.records import PreferencePair
 from alignment.evaluation.bag_of_words import sigmoid
-from alignment.evaluation.bootstrap import grouped_interval
+from alignment.evaluation.statistics import grouped_interval
 from alignment.records.interval import Interval
 from alignment.records.reward_card import (
     Baseline,

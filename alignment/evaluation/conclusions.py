@@ -1,10 +1,12 @@
-"""What can and cannot be concluded from an evaluation of this size, in sentences."""
+"""What judgements, grades and labelled pairs show, and where two kinds of judgement contradict each other."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 
-from alignment.evaluation.pairwise import TIE
+from alignment.data.records import PreferencePair
+from alignment.evaluation.verdicts import TIE
 from alignment.records.evaluation import (
     BETTER,
     FEWEST_PROMPTS,
@@ -14,6 +16,8 @@ from alignment.records.evaluation import (
     TOO_FEW,
     WORSE,
     Comparison,
+    Evaluation,
+    Grading,
     Judge,
     JudgedPair,
     Metric,
@@ -141,3 +145,124 @@ def _because_of_length(pair: JudgedPair) -> str:
     if (low > TIE) if pair.verdict == BETTER else (high < TIE):
         return ""
     return f", but at equal lengths {rate.mean:.2f} ({low:.2f} to {high:.2f}), {NO_DIFFERENCE}"
+
+
+def grade_conclusions(gradings: Sequence[Grading], num_prompts: int, labels: Mapping[str, str]) -> list[str]:
+    """Sentences about arms that a metric leaves out, and about prompts that do not count; ``labels`` are of arms."""
+    sentences = []
+    for grading in gradings:
+        if grading.left_out:
+            arms = ", ".join(f"{labels[arm]} ({grading.invalid[arm]:.0%})" for arm in grading.left_out)
+            sentences.append(
+                f"By {grading.metric}, {NOTHING} about {arms}: that share of the replies of {grading.model} has no "
+                "grade, or no prompt has a grade in every arm."
+            )
+        counted = grading.num_prompts or 0
+        if 0 < counted < num_prompts:
+            sentences.append(
+                f"{grading.metric} covers {counted} of {num_prompts} prompts; on the others a reply of "
+                f"{grading.model} has no grade."
+            )
+    return sentences
+
+
+def coverage_conclusions(num_scored: Mapping[str, int], num_prompts: int) -> list[str]:
+    """A sentence for each metric that applies only to some of the prompts."""
+    return [
+        f"{metric} covers {count} of {num_prompts} prompts; on the others it has no value for an answer of an arm."
+        if count
+        else f"By {metric}, {NOTHING}: on every prompt it has no value for an answer of an arm."
+        for metric, count in num_scored.items()
+    ]
+
+
+CHOSEN, REJECTED = "chosen", "rejected"
+"""What the two sides are called where arms stand otherwise."""
+
+
+def one_of_each_prompt(pairs: Sequence[PreferencePair]) -> list[PreferencePair]:
+    """The first pair of each prompt; pairs of one prompt are no independent trials of a judge."""
+    first: dict[str, PreferencePair] = {}
+    for pair in pairs:
+        turns = [turn.as_dict() for turn in pair.messages]
+        first.setdefault(json.dumps([turns, pair.tools], sort_keys=True, default=str), pair)
+    return list(first.values())
+
+
+def agrees(pair: JudgedPair) -> bool:
+    """Whether the judge names people's answer more often than chance, on enough prompts."""
+    return pair.verdict == BETTER
+
+
+def verdict_on_judge(pair: JudgedPair) -> str:
+    """The judge's agreement with people, in a few words."""
+    if pair.win_rate is None or pair.verdict == TOO_FEW:
+        return pair.verdict
+    if pair.verdict == BETTER:
+        return "agrees with people"
+    return "contradicts people" if pair.verdict == WORSE else "chance may agree as often"
+
+
+def labelled_conclusions(judge: Judge | None) -> list[str]:
+    """A sentence on how often the judge agrees with people, and on what follows if chance would as often."""
+    pair = None if judge is None else judge.labelled
+    if judge is None or pair is None:
+        return []
+    if pair.win_rate is None:
+        return [
+            f"Nothing can be concluded about {judge.name} as a judge: {pair.invalid or 0:.0%} of its verdicts on "
+            f"{pair.prompts} labelled pairs are invalid."
+        ]
+    low, high = pair.win_rate.bounds or (TIE, TIE)
+    agreement = (
+        f"{judge.name} agrees with people on {pair.win_rate.mean:.0%} of {pair.counted} pairs ({low:.0%} to "
+        f"{high:.0%}), ties counted as half"
+    )
+    if pair.verdict == TOO_FEW:
+        return [f"{agreement}, but these are too few to distinguish it from chance."]
+    if pair.verdict == BETTER:
+        return [f"{agreement}; chance gives 50%."]
+    if pair.verdict == WORSE:
+        return [f"{agreement}, less often than chance: its win rates say nothing about what people prefer."]
+    return [f"{agreement}, which cannot be distinguished from chance: its win rates say nothing."]
+
+
+def contradictions(evaluation: Evaluation) -> list[str]:
+    """A sentence for each pair of arms that really differs in the primary metric, but the other way round by the
+    judge's win rate or the reward model's scores, with a difference that is real as well."""
+    return [
+        f"By {evaluation.primary}, {evaluation.label(better)} is better than {evaluation.label(worse)}, but {others}."
+        for better, worse in _real_pairs(evaluation)
+        if (others := " and ".join([*_contradicting(evaluation, better, worse), *_rewarded(evaluation, better, worse)]))
+    ]
+
+
+def _real_pairs(evaluation: Evaluation) -> Iterator[tuple[str, str]]:
+    """The better and the worse arm of each real difference in the primary metric."""
+    for item in evaluation.comparisons:
+        verdict = evaluation.verdict(item)
+        if verdict == BETTER:
+            yield item.arm, item.against
+        elif verdict == WORSE:
+            yield item.against, item.arm
+
+
+def _contradicting(evaluation: Evaluation, better: str, worse: str) -> Iterator[str]:
+    if evaluation.judge is None:
+        return
+    for pair in evaluation.judge.pairs:
+        if pair.win_rate is not None and _preferred(pair) == worse and {pair.arm, pair.against} == {better, worse}:
+            rate = pair.win_rate.mean if pair.arm == worse else 1 - pair.win_rate.mean
+            yield f"{evaluation.judge.name} prefers {evaluation.label(worse)} (win rate {rate:.2f})"
+
+
+def _preferred(pair: JudgedPair) -> str:
+    """The arm that the judge really prefers; empty if it prefers none, or judged too few prompts to say."""
+    return {BETTER: pair.arm, WORSE: pair.against}.get(pair.verdict, "")
+
+
+def _rewarded(evaluation: Evaluation, better: str, worse: str) -> Iterator[str]:
+    for item in evaluation.reward_comparisons:
+        gain = item if item.arm == worse else item.turned()
+        if (gain.arm, gain.against) == (worse, better) and evaluation.is_real(gain) and gain.difference > 0:
+            yield f"the reward model scores {evaluation.label(worse)} higher ({gain.difference:+.3f})"

@@ -1,12 +1,83 @@
-"""Compares two evaluations prompt by prompt, which is more precise than comparing their intervals."""
+"""Metrics by name, names of arms, and scores of two arms on the same prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from alignment.records.evaluation import read_samples
+from alignment.config.evaluating import AnswersConfig
+from alignment.config.faults import Fault, suggestion, unread_notes
+from alignment.config.scoring import MAJORITY, MetricConfig, pass_size
+from alignment.config.sweep import PRIMARY
+from alignment.records.evaluation import ARM_METRICS, Metric, read_samples
 from alignment.records.interval import Interval
+
+
+def recorded(metrics: Sequence[MetricConfig]) -> list[Metric]:
+    """The metrics as ``evaluation.json`` lists them."""
+    return [
+        Metric(name=metric.name, higher_is_better=metric.higher_is_better, of_answers=metric.source != "choice")
+        for metric in metrics
+    ]
+
+
+def primary_name(metrics: Sequence[MetricConfig], primary: str | None) -> str | None:
+    """The name of the metric that arms are compared by: ``primary``, else the first; None without metrics."""
+    return primary or (metrics[0].name if metrics else None)
+
+
+def faults(metrics: Sequence[MetricConfig], primary: str | None, answers: AnswersConfig, where: str) -> Iterator[Fault]:
+    """Faults in the names and aggregates of metrics; their sources are checked like those of all scorers."""
+    if answers.per_prompt > 1 and answers.temperature == 0.0:
+        message = f"{answers.per_prompt} greedy answers to a prompt are all the same; set temperature, such as 0.7"
+        yield Fault(where=f"{where}.answers.temperature", message=message)
+    for number, metric in enumerate(metrics):
+        if message := _wrong_aggregate(metric, answers.per_prompt):
+            yield Fault(where=f"{where}.metrics[{number}].aggregate", message=message)
+        elif pass_size(metric.aggregate) is None:
+            reader = "only the aggregate pass@K"
+            yield from unread_notes(metric, MetricConfig(), ("passing_score",), f"{where}.metrics[{number}]", reader)
+    names = [metric.name for metric in metrics]
+    for number, name in enumerate(names):
+        if message := _wrong_name(name, names[:number]):
+            yield Fault(where=f"{where}.metrics[{number}].name", message=message)
+    if primary is not None and primary not in names:
+        known = suggestion(primary, names) if names else "there are no metrics; add one, or set null"
+        yield Fault(where=f"{where}.primary", message=f"no metric '{primary}'; {known}")
+
+
+def _wrong_aggregate(metric: MetricConfig, per_prompt: int) -> str:
+    size = pass_size(metric.aggregate)
+    if size is not None and size > per_prompt:
+        return f"{metric.aggregate!r} needs at least {size} answers per prompt; set answers.per_prompt"
+    if size is not None and not metric.higher_is_better:
+        return f"{metric.aggregate!r} counts high scores as correct, but for this metric lower is better; use 'mean'"
+    if metric.aggregate == MAJORITY and metric.source != "exact_answer":
+        return "'majority' compares final answers, which only the source exact_answer has; use 'mean'"
+    if metric.aggregate == MAJORITY and per_prompt == 1:
+        return "'majority' needs several answers per prompt; set answers.per_prompt"
+    return ""
+
+
+def _wrong_name(name: str, before: Sequence[str]) -> str:
+    if not name:
+        return "missing; write a name, such as brevity"
+    if name in before:
+        return f"{name!r} is used twice; give each metric its own name"
+    if name == PRIMARY or name in ARM_METRICS:
+        return f"{name!r} is reserved; choose another name"
+    return ""
+
+
+def labels(arms: Sequence[str]) -> dict[str, str]:
+    """A unique label for each arm: ``stage:dpo`` → ``dpo``, ``path:/models/tiny`` → ``tiny``."""
+    short = {
+        arm: Path(arm.removeprefix("path:")).name if arm.startswith("path:") else arm.removeprefix("stage:")
+        for arm in arms
+    }
+    taken = list(short.values())
+    return {arm: label if taken.count(label) == 1 else arm for arm, label in short.items()}
+
 
 SAMPLES = 2000
 SEED = 0
@@ -36,7 +107,7 @@ def in_both(scores: dict[str, float], other_scores: dict[str, float]) -> tuple[d
 
 def difference(scores: dict[str, float], other_scores: dict[str, float]) -> Interval | None:
     """The mean of ``scores`` minus ``other_scores`` with its 95 % interval; None without scores on the same prompts."""
-    from alignment.evaluation.bootstrap import Intervals  # NumPy, which a plan does without
+    from alignment.evaluation.statistics import Intervals  # NumPy, which a plan does without
 
     if differences(scores, other_scores) is None:
         return None
@@ -53,7 +124,7 @@ def differences(scores: dict[str, float], other_scores: dict[str, float]) -> lis
 
 def corrected_p_values(series: Sequence[Sequence[float]]) -> list[float]:
     """The p value of each series of differences, corrected for their number (``adjusted_p_values``)."""
-    from alignment.evaluation.significance import adjusted_p_values  # NumPy
+    from alignment.evaluation.statistics import adjusted_p_values  # NumPy
 
     return adjusted_p_values(series, seed=SEED)[1]
 
@@ -61,6 +132,6 @@ def corrected_p_values(series: Sequence[Sequence[float]]) -> list[float]:
 def p_values_among(series: Sequence[Sequence[float]], *, comparisons: int) -> list[float]:
     """The p value of each series of differences, corrected for so many ``comparisons`` that might have been made
     (Bonferroni)."""
-    from alignment.evaluation.significance import p_values_of  # NumPy
+    from alignment.evaluation.statistics import p_values_of  # NumPy
 
     return [min(1.0, p * comparisons) for p in p_values_of(series, seed=SEED, comparisons=comparisons)]

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from alignment.core.errors import NonFiniteError
-from alignment.core.scripts import divided
+from alignment.core.text import divided
 from alignment.data.records import HeldOutPrompt
-from alignment.evaluation import length_controlled
-from alignment.evaluation.arms import Answered, grouped
-from alignment.evaluation.bootstrap import Intervals
-from alignment.evaluation.known_scores import Scores, known, of_prompts
-from alignment.evaluation.pairwise import (
+from alignment.evaluation import bag_of_words
+from alignment.evaluation.arms import Answered, Scores, grouped, known, of_prompts
+from alignment.evaluation.refusals import is_refusal
+from alignment.evaluation.statistics import Intervals, holm, sign_flip_p_values
+from alignment.evaluation.verdicts import (
     LOSS,
     TIE,
     WIN,
@@ -24,8 +24,6 @@ from alignment.evaluation.pairwise import (
     position_bias,
     same_share,
 )
-from alignment.evaluation.refusals import is_refusal
-from alignment.evaluation.significance import holm, sign_flip_p_values
 from alignment.records.evaluation import (
     BETTER,
     FEWEST_PROMPTS,
@@ -164,7 +162,7 @@ def judged_pair(
     longer = [extra_words[row] for row in counted]
     at_equal_lengths = p = None
     if rate is not None:
-        at_equal_lengths = length_controlled.win_rate(valid, longer, samples=intervals.samples, seed=intervals.seed)
+        at_equal_lengths = bag_of_words.win_rate(valid, longer, samples=intervals.samples, seed=intervals.seed)
         (p,) = sign_flip_p_values([[value - TIE for value in valid]], seed=intervals.seed)
     both_judged = [(points[row], by_metric[row]) for row in counted] if by_metric is not None else []
     compared = [(own, other) for own, other in both_judged if own is not None and other is not None]

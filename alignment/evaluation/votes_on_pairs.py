@@ -10,11 +10,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import mean
 
-from alignment.evaluation.annotator_agreement import krippendorff_alpha
-from alignment.evaluation.answer_pairs import AnswerPair, queue
-from alignment.evaluation.bootstrap import Intervals
-from alignment.evaluation.pairwise import LOSS, TIE, WIN, kappa, same_share
+from alignment.evaluation.answer_pairs import AnswerPair, krippendorff_alpha, queue
+from alignment.evaluation.statistics import Intervals
 from alignment.evaluation.tables import judged_pair
+from alignment.evaluation.verdicts import LOSS, TIE, WIN, kappa, same_share
 from alignment.records.evaluation import FEWEST_PROMPTS, JudgedByPeople, JudgedPair
 from alignment.records.votes import Vote
 

@@ -1,7 +1,8 @@
-"""``run.json``: a run's settings and progress. The driver replaces the file after every change."""
+"""Records of a run, of its attempts and of a stored checkpoint."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,3 +94,85 @@ class RunRecord:
             raise ArtifactError(
                 "no run is recorded here", where=str(run_folder), remedy="start one: align run RECIPE"
             ) from None
+
+
+ATTEMPTS = "attempts.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Attempts:
+    """Attempts at a stage: ``Attempts(number=2, earlier_seconds=184.2, started=1796000000.0)``.
+
+    ``number`` counts the attempts, including the current one. ``earlier_seconds`` is the time of those that have ended.
+    ``started`` is when the current one began, in seconds since 1970; 0 while none is running. ``without_progress``
+    counts the last attempts that were stopped before they had stored anything.
+    """
+
+    number: int = 0
+    earlier_seconds: float = 0.0
+    started: float = 0.0
+    without_progress: int = 0
+    version: int = 1
+
+    def write(self, work: Path) -> None:
+        """Replaces the file. If the disk is full or the folder is gone, only the count is lost, not the stage."""
+        with suppress(OSError):
+            typed_json.write(work / ATTEMPTS, self)
+
+    @staticmethod
+    def read(work: Path) -> Attempts:
+        """The attempts so far; no attempts if the file is missing or cannot be read."""
+        with suppress(FileNotFoundError, ArtifactError):
+            return typed_json.read(work / ATTEMPTS, Attempts, remedy="")
+        return Attempts()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredFile:
+    """A file's bytes and their SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredCheckpoint:
+    """A stage's work after ``step``, with the number of its stored ``parts`` and the bytes of servers' ``replies``;
+    ``files`` are listed by their paths in the work folder.
+
+    Example: ``StoredCheckpoint(fingerprint="91c0aa17…", step=40, parts=0, files={"checkpoints/checkpoint-40/…": …})``.
+    """
+
+    fingerprint: str
+    step: int
+    parts: int
+    files: dict[str, StoredFile] = field(default_factory=dict)
+    created: Name = ""
+    replies: int = 0
+    version: int = 1
+
+    @property
+    def progress(self) -> tuple[int, int, int]:
+        """What orders checkpoints: a larger one is newer."""
+        return self.step, self.parts, self.replies
+
+    @property
+    def label(self) -> str:
+        """``checkpoint-40``, or ``3 stored parts``, or ``3 stored parts with servers' replies``."""
+        label = f"checkpoint-{self.step}" if self.step else f"{self.parts} stored parts"
+        return f"{label} with servers' replies" if self.replies else label
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LeaseRecord:
+    """Who is working on a stage: ``owner`` is a random name, and ``process`` runs on ``host``."""
+
+    owner: str
+    host: Name = ""
+    process: int = 0
+    version: int = 1
+
+
+def as_listed(files: dict[str, StoredFile]) -> dict[str, dict[str, Any]]:
+    """The files as a manifest lists them."""
+    return {name: {"size": file.size, "sha256": file.sha256} for name, file in files.items()}

@@ -11,20 +11,19 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.algos.ensembles import mean, mean_minus_std, worst
+from alignment.algos.preferences import mean, mean_minus_std, worst
 from alignment.config.scoring import Combine, EnsembleConfig, MemberConfig, ScorerConfig, ScoreSourceConfig
 from alignment.core.artifacts import read_manifest
 from alignment.data.records import Prompt
 from alignment.job import StageSpec
 from alignment.models.assembly.load import refuse_other_tokenizer
 from alignment.models.assembly.reward_head import load_reward_model
-from alignment.rewards.asking import Asking
 from alignment.rewards.functions import FunctionScorer, load_function
 from alignment.rewards.reward_models import Computation, TextScorer, TokenScorer, load_external
 from alignment.rewards.rules.all_rules import rule_of
 from alignment.rewards.scorer_sources import ENSEMBLE, REWARD, function_of, input_field, member_field, source_field
 from alignment.rewards.scorers import RuleScorer, Scorer
-from alignment.rewards.served import GradeScorer, ServerScorer
+from alignment.rewards.served import Asking, GradeScorer, ServerScorer
 from alignment.rewards.weighted_sum import Ensemble, Part, RewardMix
 
 

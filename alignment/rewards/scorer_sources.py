@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from alignment.config.scoring import ScorerConfig, ScoreSourceConfig
-from alignment.core.resources import shipped
+from alignment.core.files import shipped
 from alignment.rewards.rules.all_rules import RULES
 
 S = TypeVar("S", bound=ScoreSourceConfig)

@@ -1,33 +1,40 @@
-"""Scorers behind HTTP: a server that gives scores, and a model at a chat endpoint that gives grades.
-
-Each reply is saved as it arrives, by everything that it depends on: the prompt, the answer, and the settings of the
-scorer that count in a fingerprint. So nothing is asked twice, not even by a stage that was killed. What is not a score
-never becomes one: it ends the stage.
-"""
+"""How a stage's scorers ask servers: where replies are saved, by which process, and who learns of the progress."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from alignment.config.grader import ScorerGraderConfig
-from alignment.config.reward_server import ServerConfig
+from alignment.config.evaluating import ScorerGraderConfig
+from alignment.config.scoring import ServerConfig
 from alignment.core.errors import RewardError
 from alignment.core.fingerprint import digest
-from alignment.evaluation.endpoint import Endpoint
-from alignment.evaluation.endpoint_calls import Call, EndpointCalls
+from alignment.evaluation.endpoint import Call, Endpoint, EndpointCalls, SavedReplies
 from alignment.evaluation.endpoint_client import NoReply
-from alignment.evaluation.grades import rubric_of
-from alignment.rewards.asking import Asking
+from alignment.evaluation.verdicts import rubric_of
 from alignment.rewards.rules.similarity import first_reference
 from alignment.rewards.scorer_sources import GRADE, SERVER
 from alignment.rewards.scorers import Answers, checked_number
 from alignment.rewards.server_apis import APIS, Item
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asking:
+    """What the scorers of a process share.
+
+    ``replies`` are those that all attempts of the stage got. ``where`` is the stage's key. ``progress`` is called with
+    each reply, so that a process that waits for a slow server does not count as stuck.
+    """
+
+    replies: SavedReplies
+    where: str
+    progress: Callable[[], None]
 
 
 class ServerScorer:

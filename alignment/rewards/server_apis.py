@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.config.reward_server import ServerApi, ServerConfig
+from alignment.config.scoring import ServerApi, ServerConfig
 from alignment.data.records import Prompt
 from alignment.evaluation.endpoint_client import NoReply
 

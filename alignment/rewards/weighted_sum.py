@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignment.algos.ensembles import spread
+from alignment.algos.preferences import spread
 from alignment.data.records import Prompt
 from alignment.data.tokens.tokenizer import generated_text
 from alignment.rewards.scorer_sources import label
@@ -84,7 +84,7 @@ class RunningMoments:
 
 
 class RewardMix:
-    """The reward slot of a stage (``alignment.rewards.slot.Rewards``).
+    """The reward slot of a stage (``alignment.rewards.scores.Rewards``).
 
     ``tokenizer`` is the policy's; ``prompts`` are all rows of the stage's data, by index.
     """

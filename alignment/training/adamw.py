@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from alignment.config.launch import Sharding
-from alignment.config.optim import Moments
+from alignment.config.stage import Moments
 from alignment.core.errors import ConfigError
 from alignment.costs.recorder import is_on_cpu
 from alignment.training.context import StageContext

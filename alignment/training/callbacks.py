@@ -14,9 +14,9 @@ from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignment.core.errors import ConfigError, StageError
-from alignment.core.stop_requests import SIGNALS
+from alignment.core.processes import SIGNALS
 from alignment.models.assembly.adapters import with_own
-from alignment.records.step_log import MetricsLog
+from alignment.records.training import MetricsLog
 from alignment.training import checkpoints
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_metrics, refuse_weights

@@ -15,7 +15,7 @@ from alignment.core.artifacts import inside, write_json
 from alignment.core.errors import ArtifactError
 from alignment.core.files import parse_json
 from alignment.core.fingerprint import file_sha256
-from alignment.core.shapes import fits
+from alignment.core.model_files import fits
 
 log = logging.getLogger(__name__)
 

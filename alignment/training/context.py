@@ -10,7 +10,7 @@ from typing import Any, NoReturn, Protocol
 
 import torch
 
-from alignment.config.adapter import AdapterConfig
+from alignment.config.model import AdapterConfig
 from alignment.core.files import disk_error
 from alignment.costs.recorder import recorder
 from alignment.job import StageSpec

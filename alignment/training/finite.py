@@ -17,7 +17,7 @@ from torch.nn.utils import get_total_norm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignment.core.errors import NonFiniteError, StageError
-from alignment.records.validation_figures import LOSS as VALIDATION_LOSS
+from alignment.records.training import LOSS as VALIDATION_LOSS
 from alignment.training.sharding import everyones
 
 LEARNED = 1e-3

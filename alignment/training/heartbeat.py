@@ -19,7 +19,7 @@ from types import FrameType
 
 import psutil
 
-from alignment.core.child_processes import children_of
+from alignment.core.processes import children_of
 from alignment.records.worker import Heartbeat, heartbeat_file
 
 PERIOD = 1.0

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 
 from alignment.models.forward.rows import by_tokens
-from alignment.records.validation_figures import ACCURACY, LOSS
+from alignment.records.training import ACCURACY, LOSS
 from alignment.training.micro_batches import MicroBatches, outside_of_data_loaders
 from alignment.training.sharding import everyones
 

@@ -15,10 +15,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignment.config.validation import ValidationConfig
+from alignment.config.data import ValidationConfig
 from alignment.core.errors import ConfigError
 from alignment.costs.recorder import on_shadows, recorder
-from alignment.records import validation_figures as names
+from alignment.records import training as names
 from alignment.training.best_weights import BestWeights
 from alignment.training.callbacks import NothingLeft
 from alignment.training.context import StageContext

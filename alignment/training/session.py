@@ -15,8 +15,7 @@ from transformers import Trainer
 
 from alignment.core.errors import ConfigError
 from alignment.costs.recorder import on_shadows, recorder
-from alignment.records.chosen_sizes import USAGE
-from alignment.records.step_log import METRICS, MetricsLog
+from alignment.records.training import METRICS, USAGE, MetricsLog
 from alignment.training import checkpoints
 from alignment.training.callbacks import (
     AdaptersAtWork,

@@ -19,7 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from alignment.core import hardware
 from alignment.core.errors import StageError
-from alignment.records.chosen_sizes import TriedSize
+from alignment.records.training import TriedSize
 from alignment.training.longest_batch import is_out_of_memory
 from alignment.training.phase_peaks import PhasePeaks
 from alignment.training.sharding import everyones

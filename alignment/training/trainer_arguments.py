@@ -8,7 +8,7 @@ from torch import nn
 
 from alignment.config.launch import Sharding
 from alignment.config.model import Dtype
-from alignment.config.optim import OptimConfig, Schedule
+from alignment.config.stage import OptimConfig, Schedule
 from alignment.core.errors import ConfigError
 from alignment.training.adamw import adamw
 from alignment.training.context import StageContext

@@ -13,12 +13,12 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from alignment.config.sampling_engine import Engine, SamplingConfig
+from alignment.config.launch import Engine, SamplingConfig
 from alignment.engines.completions import Asked, EngineClient, Generation
 from alignment.engines.engine_environment import VARIABLE, interpreter
 from alignment.engines.engine_session import EngineSession
 from alignment.engines.keeper_process import pid_file
-from alignment.engines.vllm_server import BASE, VllmOptions
+from alignment.engines.server_process import BASE, VllmOptions
 from benchmarks.contestants.sampling import Answer, Answers, measured
 from benchmarks.measure import Memory, matmul_peak, write_result
 from benchmarks.setting import read_json

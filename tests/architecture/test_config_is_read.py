@@ -20,10 +20,9 @@ from mypy.options import Options
 
 from alignment.config.launch import LaunchConfig
 from alignment.config.model import ModelConfig
-from alignment.config.run import RunConfig
+from alignment.config.run import RunConfig, TrackingConfig
 from alignment.config.stage import TrainedConfig
 from alignment.config.sweep import SweepConfig
-from alignment.config.tracking import TrackingConfig
 from alignment.config.typed import field_types, kinds_of, listed_dataclass
 from alignment.pipeline.execute.run import ReportSettings
 from alignment.stages.registry import config_classes
@@ -108,7 +107,7 @@ def test_every_field_is_read(cls: type, read: Reads) -> None:
 
 def test_a_field_of_another_class_does_not_count() -> None:
     """Where PPO's clip is read no more, that of its scorers still is."""
-    stage, rewards = PACKAGE / "stages/ppo/methods.py", PACKAGE / "rewards/build.py"
+    stage, rewards = PACKAGE / "stages/ppo/trainer_setup.py", PACKAGE / "rewards/build.py"
     text = stage.read_text(encoding="utf-8")
     others = [source(path) for path in (*PACKAGE.glob("config/*.py"), PACKAGE / "stages/ppo/config.py", rewards)]
     clips = [("alignment.stages.ppo.config.PpoConfig", "clip"), ("alignment.config.scoring.ScorerConfig", "clip")]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from alignment.config.store import recipe_names, recipes_folder
+from alignment.config.run import recipe_names, recipes_folder
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "numpy", "huggingface_hub")

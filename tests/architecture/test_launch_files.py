@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from alignment.config.launch import Sharding
-from alignment.core.resources import shipped
+from alignment.core.files import shipped
 
 FILES = sorted(path for path in shipped("launch").rglob("*") if path.suffix in (".json", ".yaml"))
 OWNED = ("batch_size", "accumulation", "clipping", "lr", "learning_rate", "optimizer", "scheduler", "steps", "seed")

@@ -59,7 +59,7 @@ def watch(folder: Path, rank: int, base: Path) -> None:
     """From now on; writes ``memory-RANK.json`` into the folder."""
     from transformers import Trainer
 
-    from alignment.stages.shared import initial
+    from alignment.stages.shared import result
     from alignment.training import session
     from alignment.training.callbacks import StepLog
 
@@ -67,7 +67,7 @@ def watch(folder: Path, rank: int, base: Path) -> None:
     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 20)
     memory = OwnMemory()
     record: dict[str, Any] = {}
-    load, train, begin = initial.load_start, Trainer.train, StepLog.on_train_begin
+    load, train, begin = result.load_start, Trainer.train, StepLog.on_train_begin
     cut = session.cut_by_module
 
     def load_start(*args: Any, **settings: Any) -> Any:
@@ -102,7 +102,7 @@ def watch(folder: Path, rank: int, base: Path) -> None:
 
     if importlib.util.find_spec("deepspeed") is not None:
         _end_with_cut_of_deepspeed(memory)
-    initial.load_start, Trainer.train, StepLog.on_train_begin = load_start, trains, on_train_begin
+    result.load_start, Trainer.train, StepLog.on_train_begin = load_start, trains, on_train_begin
     session.cut_by_module = cut_by_module
 
 

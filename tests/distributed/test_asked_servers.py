@@ -15,13 +15,11 @@ from typing import Any
 
 import pytest
 
-from alignment.config.overoptimisation import GuardConfig
-from alignment.config.reward_server import ServerConfig
-from alignment.config.scoring import ScorerConfig
+from alignment.config.scoring import GuardConfig, ScorerConfig, ServerConfig
 from alignment.job import StageSpec
 from alignment.records.worker import Heartbeat
 from alignment.stages.ppo.config import PpoConfig
-from alignment.stages.shared.asking_servers import REPLIES
+from alignment.stages.shared.answer_scores import REPLIES
 from tests.chained import LORA, Chained, config_of
 from tests.distributed.processes import on_processes
 from tests.distributed.test_sharding import logs

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from alignment.config.adapter import AdapterConfig
 from alignment.config.launch import Sharding
-from alignment.config.micro_batch import Automatic, with_tokens
+from alignment.config.model import AdapterConfig
 from alignment.config.scoring import ScorerConfig
+from alignment.config.stage import Automatic, with_tokens
 from alignment.core.artifacts import read_manifest
 from alignment.job import StageSpec
 from tests.chained import FULL, LORA, Chained, config_of

@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.critic import Critic
 from alignment.config.launch import Sharding
+from alignment.config.model import AdapterConfig, Critic
 from alignment.config.scoring import ScorerConfig
 from alignment.job import StageSpec
 from alignment.stages.ppo.config import Advantage, KlConfig, KlTerm, PpoConfig, PpoOptimConfig

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from alignment.config.adapter import AdapterConfig
 from alignment.config.launch import Sharding
+from alignment.config.model import AdapterConfig
 from alignment.core.artifacts import verify
 from alignment.job import StageSpec
 from alignment.stages.distil.config import Method

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.launch import Sharding
-from alignment.config.sampling_engine import Engine, RolloutSamplingConfig
+from alignment.config.launch import Engine, RolloutSamplingConfig, Sharding
+from alignment.config.model import AdapterConfig
 from alignment.job import StageSpec
 from alignment.models.assembly.engine_weights import write_base
 from alignment.models.assembly.load import Lineage

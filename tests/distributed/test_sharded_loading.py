@@ -13,11 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
 from alignment.config.launch import Sharding
-from alignment.config.model import Dtype, ModelConfig
-from alignment.config.optim import OptimConfig
+from alignment.config.model import AdapterConfig, Dtype, ModelConfig
+from alignment.config.stage import OptimConfig
 from alignment.job import StageSpec
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.sft.config import SftConfig

@@ -17,20 +17,18 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from alignment.config.adapter import AdapterConfig
 from alignment.config.launch import Offload, Sharding
-from alignment.config.model import Dtype, ModelConfig
-from alignment.config.overoptimisation import GuardConfig
-from alignment.config.scoring import ScorerConfig
+from alignment.config.model import AdapterConfig, Dtype, ModelConfig
+from alignment.config.scoring import GuardConfig, ScorerConfig
 from alignment.config.stage import StageConfig
 from alignment.core.artifacts import verify
 from alignment.job import StageInput, StageSpec
 from alignment.models.forward.answers import micro_batches_of
 from alignment.stages.dpo.config import DpoLoss
 from alignment.stages.ppo.config import KlConfig, KlControl
+from alignment.stages.ppo.experience import Experience
 from alignment.stages.ppo.learn import Learner
 from alignment.training.context import StageContext
-from alignment.training.rl.experience import Experience
 from alignment.training.sharding import sharding_arguments
 from tests.chained import DORA, FULL, LORA, PREFIX, QLORA, Chained, config_of
 from tests.distributed.processes import on_processes

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from alignment.config.adapter import AdapterConfig
 from alignment.config.launch import Sharding
+from alignment.config.model import AdapterConfig
 from alignment.job import StageSpec
 from tests.by_hand import by_hand, held_out_rows
 from tests.chained import FULL, LORA, Chained

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from alignment.cli import VERBS
-from alignment.config.store import BACKEND, GROUPS, conf_folder
+from alignment.config.run import BACKEND, GROUPS, conf_folder
 from alignment.config.typed import convert
 from alignment.pipeline.plan.compose import compose
 from alignment.stages.registry import config_classes, kinds

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from alignment.config.store import GROUPS
+from alignment.config.run import GROUPS
 from tests.documented.blocks import Table
 from tests.documented.options import options_of
 from tests.documented.setting_paths import choices, defaults, ending_in

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from alignment.cli import VERBS
-from alignment.config.store import recipe_names
+from alignment.config.run import recipe_names
 from alignment.core import errors
 from alignment.costs.devices import DEVICES
 from tests.documented import prose, tables

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 
 from alignment.core.artifacts import verify
 from alignment.pipeline.sweeps.reported import of_stage
-from alignment.records.step_log import METRICS, MetricsLog
-from alignment.stages.stage_file import read_spec
+from alignment.records.training import METRICS, MetricsLog
+from alignment.stages.registry import read_spec
 from tests.e2e.conftest import Align, environment
 from tests.e2e.forked import Forked
 from tests.living import kill_each

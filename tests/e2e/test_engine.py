@@ -17,8 +17,8 @@ from typing import Any
 import psutil
 import pytest
 
-from alignment.config.critic import Critic
-from alignment.config.sampling_engine import Engine, RolloutSamplingConfig
+from alignment.config.launch import Engine, RolloutSamplingConfig
+from alignment.config.model import Critic
 from alignment.config.scoring import ScorerConfig
 from alignment.job import StageSpec
 from alignment.records.worker import Heartbeat

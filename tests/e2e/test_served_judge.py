@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.evaluation.grammar import verdict_of
+from alignment.evaluation.verdicts import verdict_of
 from tests.e2e.conftest import Align
 from tests.transformers_server import missing, model_served
 

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from alignment.core.artifacts import verify
-from alignment.core.resources import shipped
-from alignment.stages.stage_file import read_spec
+from alignment.core.files import shipped
+from alignment.stages.registry import read_spec
 from alignment.training.trackers.tracker import stable_id
 from alignment.training.trackers.wandb_log import records
 from tests.e2e.conftest import Align

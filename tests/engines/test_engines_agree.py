@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from alignment.config.sampling_engine import Engine, SamplingConfig
+from alignment.config.launch import Engine, SamplingConfig
 from alignment.engines.completions import Asked, Generation
 from alignment.engines.engine_session import EngineSession, Weights
-from alignment.engines.vllm_server import VllmOptions
+from alignment.engines.server_process import VllmOptions
 from tests.engines.greedy import GAP, PROMPTS, SHARE, TOKENS, differences, report, stop_ids
 from tests.transformers_server import missing, model_served
 

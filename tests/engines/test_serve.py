@@ -11,7 +11,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.model import AdapterConfig, AdapterKind
 from tests.asked_policies import (
     answers_are_ours,
     nothing_is_left_after,

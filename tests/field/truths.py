@@ -19,7 +19,7 @@ from alignment.models.forward.answers import answer_statistics, answer_stream
 from alignment.models.forward.generate import generate
 from alignment.records.cost import FILE as COST
 from alignment.records.cost import RunCost
-from alignment.stages.stage_file import read_spec
+from alignment.stages.registry import read_spec
 from tests.field.draws import WITH_EXPERTS, Draw
 from tests.field.runs import Broken, Field, Refused, Run
 

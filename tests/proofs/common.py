@@ -13,22 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.critic import Critic
-from alignment.config.model import Dtype, ModelConfig
+from alignment.config.model import AdapterConfig, AdapterKind, Critic, Dtype, ModelConfig
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import unwrapped
-from alignment.rewards.scores import Scores
-from alignment.rewards.slot import Rewards
+from alignment.rewards.scores import Rewards, Scores
 from alignment.stages.ppo.config import PpoConfig
-from alignment.stages.ppo.prompt_split import hold_out
-from alignment.stages.ppo.served_sampling import served_engine
+from alignment.stages.ppo.engine import served_engine
+from alignment.stages.ppo.experience import Prompts
+from alignment.stages.ppo.guard import Guard
+from alignment.stages.ppo.run import hold_out
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.stages.ppo.trainer_setup import build_trainer, roles_of
 from alignment.training.context import StageContext
-from alignment.training.rl.guard import Guard
-from alignment.training.rl.rollouts import Prompts
 from alignment.training.session import train
 from tests.tiny import BASE_SOURCE, tiny_spec
 

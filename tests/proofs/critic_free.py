@@ -11,8 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.critic import Critic
+from alignment.config.model import AdapterConfig, Critic
 from alignment.stages.ppo.config import Advantage, KlConfig, PpoConfig, PpoOptimConfig
 from tests.proofs.bandit import BETA, Bandit, make_bandits, policy_claims, task_claims, trained
 from tests.proofs.common import IN_DTYPES, SEEDS, Claim

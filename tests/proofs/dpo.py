@@ -15,8 +15,8 @@ from typing import Any
 
 from torch import Tensor
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.optim import OptimConfig, Schedule
+from alignment.config.model import AdapterConfig
+from alignment.config.stage import OptimConfig, Schedule
 from alignment.models.assembly.load import Lineage
 from alignment.stages.dpo import run as dpo
 from alignment.stages.dpo.config import DpoConfig

@@ -105,7 +105,7 @@ def _forked(
             signal.signal(number, signal.SIG_DFL)
         os.environ.update(env)
         from alignment import worker
-        from alignment.core.streams import make_unfailing
+        from alignment.core.terminal import make_unfailing
 
         make_unfailing()
         code = worker.main(Path(argv[-1]))

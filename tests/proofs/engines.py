@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
+from alignment.config.launch import Engine, RolloutSamplingConfig
 from alignment.config.model import Dtype
-from alignment.config.sampling_engine import Engine, RolloutSamplingConfig
 from alignment.core.errors import ConfigError
 from alignment.engines.engine_environment import interpreter
+from alignment.stages.ppo.checks import CAPPED, GAP, STALENESS, WORRYING
 from alignment.stages.ppo.config import Advantage, PpoConfig
-from alignment.stages.ppo.engine_checks import CAPPED, GAP, STALENESS, WORRYING
 from alignment.stages.ppo.kind import KIND
 from tests.engine_server import Planted, engine_server
 from tests.proofs import critic_free

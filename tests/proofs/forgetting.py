@@ -10,9 +10,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from alignment.records.forgetting import ArmForgetting, Forgetting
 from alignment.records.interval import Interval
 from alignment.records.run import RunRecord
+from alignment.records.stages import ArmForgetting, Forgetting
 from tests.e2e.conftest import environment
 from tests.proofs.common import Claim
 from tests.proofs.drawing import Row, draw_intervals

@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.critic import Critic
-from alignment.config.optim import OptimConfig
-from alignment.config.overoptimisation import GuardConfig
+from alignment.config.model import AdapterConfig, AdapterKind, Critic
+from alignment.config.scoring import GuardConfig
+from alignment.config.stage import OptimConfig
 from alignment.models.assembly.load import Lineage, load_policy
 from alignment.models.forward.generate import Sampling, generate
 from alignment.report.kit.plots import Line

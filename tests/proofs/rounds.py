@@ -14,7 +14,7 @@ from pathlib import Path
 
 from alignment.records.evaluation import Evaluation
 from alignment.records.run import RunRecord
-from alignment.records.sampling import Sampling
+from alignment.records.stages import Sampling
 from tests.e2e.conftest import environment
 from tests.e2e.forked import Forked
 from tests.proofs.common import SEEDS, Claim

@@ -50,5 +50,5 @@ def test_a_run_without_torch_says_what_is_missing(driver: Installed) -> None:
 def test_messages_name_commands_that_an_installed_package_has(driver: Installed, engine: str) -> None:
     code = f"from alignment.engines.engine_environment import build_command; print(build_command({engine!r}))"
     command = driver.call(driver.python, "-c", code).stdout.strip()
-    assert command == f"{driver.python} -m alignment.engines.build_environment {engine}"
+    assert command == f"{driver.python} -m alignment.engines.engine_environment {engine}"
     assert driver.call(*command.split(), "--help").returncode == 0

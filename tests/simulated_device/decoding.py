@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from peft import TaskType
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.model import Dtype
+from alignment.config.model import AdapterConfig, Dtype
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.load import products_in
 from alignment.models.forward.answers import unwrapped

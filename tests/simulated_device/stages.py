@@ -71,7 +71,7 @@ def run_spec(spec: StageSpec, *, rank: int = 0, world_size: int = 1) -> None:
 
 
 def _adapter(name: str) -> Any:
-    from alignment.config.adapter import AdapterConfig
+    from alignment.config.model import AdapterConfig
     from tests.chained import DORA, FULL, LORA, PREFIX, QLORA
 
     bare = AdapterConfig(kind=FULL.kind, master_weights=False)
@@ -123,7 +123,7 @@ def _base(chained: Chained) -> Any:
 
 
 def _without_critic(chained: Chained, cell: Cell) -> StageSpec:
-    from alignment.config.critic import Critic
+    from alignment.config.model import Critic
     from alignment.stages.ppo.config import Advantage, KlConfig, KlTerm
 
     return _rl(
@@ -139,16 +139,14 @@ def _without_critic(chained: Chained, cell: Cell) -> StageSpec:
 
 
 def _shared_critic(chained: Chained, cell: Cell) -> StageSpec:
-    from alignment.config.critic import Critic
+    from alignment.config.model import Critic
 
     return _rl(chained, cell, critic=Critic.shared, whiten_rewards=True, num_minibatches=2)
 
 
 def _guarded(chained: Chained, cell: Cell) -> StageSpec:
-    from alignment.config.data import DataConfig
-    from alignment.config.overoptimisation import GuardConfig
-    from alignment.config.replay import PtxConfig
-    from alignment.config.scoring import ScorerConfig
+    from alignment.config.data import DataConfig, PtxConfig
+    from alignment.config.scoring import GuardConfig, ScorerConfig
     from tests.chained import DATA
 
     conversations = {"ptx.data": DATA / "conversations.jsonl"}
@@ -163,7 +161,7 @@ def _precomputed(chained: Chained, cell: Cell) -> StageSpec:
 
 
 def _validated(chained: Chained, cell: Cell) -> StageSpec:
-    from alignment.config.validation import ValidationConfig
+    from alignment.config.data import ValidationConfig
 
     validation = ValidationConfig(every=1, share=0.25, keep_best=True)
     return _trained(chained, cell, config=replace(_config("sft", _adapter(cell.adapter)), validation=validation))

@@ -18,7 +18,7 @@ from transformers import TrainerCallback
 
 from alignment import worker
 from alignment.commands.track.worker import send
-from alignment.config.tracking import LABELS
+from alignment.config.run import LABELS
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import StageError
 from alignment.training.context import StageContext

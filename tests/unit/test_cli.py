@@ -26,7 +26,7 @@ from alignment.commands.serve.verb import Options as ServeOptions
 from alignment.commands.shared.arguments import runs_of
 from alignment.commands.watch.verb import Options as WatchOptions
 from alignment.config.data import SourceConfig
-from alignment.config.store import recipe_names
+from alignment.config.run import recipe_names
 from alignment.stages.registry import config_classes
 from tests.living import is_living, kill_each
 

@@ -19,7 +19,7 @@ import torch
 
 from alignment import worker
 from alignment.config.model import ModelConfig
-from alignment.config.overoptimisation import GuardConfig
+from alignment.config.scoring import GuardConfig
 from alignment.config.stage import StageConfig
 from alignment.core.artifacts import verify
 from alignment.core.errors import DataError, ModelError, NonFiniteError, StageError
@@ -27,7 +27,7 @@ from alignment.core.fingerprint import content_sha256, digest
 from alignment.data.chat_template import template_text
 from alignment.job import StageInput
 from alignment.pipeline.sources.model_sources import identity_of_folder
-from alignment.records.attempts import Attempts
+from alignment.records.run import Attempts
 from alignment.stages.base import Outcome, Reported
 from alignment.stages.distil.config import DistilConfig
 from alignment.stages.evaluate.config import EvaluateConfig

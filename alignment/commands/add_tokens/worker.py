@@ -26,9 +26,8 @@ from alignment.core.artifacts import readable, write_json
 from alignment.core.errors import AlignmentError, ConfigError, ModelError
 from alignment.core.files import explained, parse_json, partial_folder
 from alignment.core.model_files import refuse_weights_elsewhere
-from alignment.core.process_end import end_process
-from alignment.core.streams import make_unfailing
-from alignment.core.terminal import complain
+from alignment.core.processes import end_process
+from alignment.core.terminal import complain, make_unfailing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

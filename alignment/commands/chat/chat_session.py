@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from alignment.commands.shared.loaded_policies import parts_of
+from alignment.config.launch import SamplingConfig
 from alignment.config.model import Dtype, TemplateChoice
-from alignment.config.sampling_engine import SamplingConfig
 from alignment.core.errors import DataError
 from alignment.core.model_files import positions_in
 from alignment.data.tokens.tokenize import end_ids, prompt_ids
@@ -20,7 +20,7 @@ from alignment.data.turns import Message
 from alignment.engines.completions import Asked, Generation
 from alignment.engines.engine_environment import interpreter
 from alignment.engines.engine_session import EngineSession, Weights
-from alignment.engines.vllm_server import RANKS, VllmOptions
+from alignment.engines.server_process import RANKS, VllmOptions
 from alignment.models.assembly.engine_weights import served_weights, write_merged
 from alignment.models.assembly.load import DTYPES, Lineage, load_policy
 from alignment.models.assembly.prefix import positions_of

@@ -22,12 +22,11 @@ from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from alignment.commands.chat.chat_session import ChatSession, GenerationOptions, load_session
+from alignment.config.launch import SamplingConfig
 from alignment.config.model import Dtype, TemplateChoice
-from alignment.config.sampling_engine import SamplingConfig
 from alignment.core.errors import AlignmentError, DataError, StageError
-from alignment.core.process_end import end_process
-from alignment.core.streams import Unfailing, make_unfailing
-from alignment.core.terminal import Terminal, complain, visible
+from alignment.core.processes import end_process
+from alignment.core.terminal import Terminal, Unfailing, complain, make_unfailing, visible
 
 INTERRUPTED = 130
 WIDE = 100

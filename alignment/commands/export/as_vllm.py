@@ -10,13 +10,13 @@ from alignment.commands.export.as_model import write_policy
 from alignment.commands.export.comparing import logprobs_of_answers
 from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.export.exported import ExportedResult
-from alignment.config.sampling_engine import Engine, SamplingConfig
+from alignment.config.launch import Engine, SamplingConfig
 from alignment.core.artifacts import REWARD_MODEL
 from alignment.core.errors import ModelError
 from alignment.engines.completions import OTHER_WEIGHTS, Asked, EngineAnswer, Generation
 from alignment.engines.engine_environment import interpreter
 from alignment.engines.engine_session import EngineSession, Weights
-from alignment.engines.vllm_server import VllmOptions
+from alignment.engines.server_process import VllmOptions
 from alignment.models.assembly.load import DTYPES, Lineage, load_policy
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import generate

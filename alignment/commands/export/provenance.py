@@ -17,9 +17,9 @@ from alignment.core.artifacts import MANIFEST, Manifest, read_manifest
 from alignment.core.errors import ArtifactError
 from alignment.core.terminal import complain
 from alignment.records.evaluation import ArmResult, Comparison, Evaluation, JudgedPair
-from alignment.records.forgetting import ArmForgetting, Forgetting, Limits
 from alignment.records.run import FILE as RUN_FILE
 from alignment.records.run import RunRecord
+from alignment.records.stages import ArmForgetting, Forgetting, Limits
 from alignment.stages.base import ResultTable
 from alignment.stages.kind_problems import KindError
 from alignment.stages.registry import tables_of

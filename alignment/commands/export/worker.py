@@ -29,9 +29,8 @@ from alignment.commands.export.provenance import provenance, value_without_folde
 from alignment.core.artifacts import REWARD_MODEL, Manifest, readable, verify
 from alignment.core.errors import AlignmentError
 from alignment.core.files import explained, partial_folder
-from alignment.core.process_end import end_process
-from alignment.core.streams import make_unfailing
-from alignment.core.terminal import complain
+from alignment.core.processes import end_process
+from alignment.core.terminal import complain, make_unfailing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

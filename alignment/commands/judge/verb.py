@@ -15,7 +15,7 @@ from alignment.commands.shared.arguments import add_output, runs_of
 from alignment.commands.shared.libraries import PAGE_LIBRARIES, refuse_without
 from alignment.commands.shared.listening import listening
 from alignment.commands.shared.named_runs import run_folder
-from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import suggestion
 from alignment.core.artifacts import verify
 from alignment.core.errors import ArtifactError, ConfigError, DataError
 from alignment.core.files import cut_unfinished_line

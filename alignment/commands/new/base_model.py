@@ -6,8 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment.config.adapter import AdapterKind
-from alignment.config.model import Dtype, ModelConfig
+from alignment.config.model import AdapterKind, Dtype, ModelConfig
 from alignment.config.new_recipe import Reasoned
 from alignment.core import hardware
 from alignment.core.errors import ConfigError

@@ -16,7 +16,7 @@ from alignment.config.data import SourceConfig
 from alignment.config.new_recipe import Rows
 from alignment.core.errors import ConfigError, DataError
 from alignment.core.terminal import visible
-from alignment.data.counted import counted
+from alignment.core.text import counted
 from alignment.data.doctor import Diagnosis, counted_records
 from alignment.data.fields import SetAside
 from alignment.data.formats.form import Format

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import suggestion
 from alignment.config.new_recipe import Question
 from alignment.core.errors import ConfigError
 

@@ -19,8 +19,8 @@ from alignment.commands.new.measured_lengths import Measure, measured_lengths
 from alignment.commands.new.questions import Ask, answered, refuse_unasked
 from alignment.commands.new.recipe_text import comment_lines, flow, group_lines
 from alignment.commands.new.stage_proposals import proposed_stages, questions
-from alignment.config.adapter import AdapterKind
 from alignment.config.faults import refuse
+from alignment.config.model import AdapterKind
 from alignment.config.new_recipe import (
     FIRST,
     FROM_PAIRS,
@@ -33,7 +33,7 @@ from alignment.config.new_recipe import (
     Rows,
 )
 from alignment.config.rules import NAME, is_name
-from alignment.config.store import conf_folder
+from alignment.config.run import conf_folder
 from alignment.config.typed import source_from_plain
 from alignment.core.errors import ConfigError, DataError
 from alignment.data.records import (

@@ -20,8 +20,8 @@ from alignment.config.model import TemplateChoice
 from alignment.config.new_recipe import Lengths
 from alignment.core.artifacts import write_json
 from alignment.core.errors import AlignmentError, DataError
-from alignment.core.process_end import end_process
-from alignment.core.streams import make_unfailing
+from alignment.core.processes import end_process
+from alignment.core.terminal import make_unfailing
 from alignment.data.reading import iterate
 from alignment.data.records import PlainText
 from alignment.data.tokens.limits import Limits

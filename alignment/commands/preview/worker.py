@@ -21,10 +21,9 @@ from transformers.utils import logging as transformers_logging
 from alignment.config.data import DataConfig, MixedConfig, OnError, SourceConfig
 from alignment.core import files
 from alignment.core.errors import AlignmentError, DataError
-from alignment.core.process_end import end_process
-from alignment.core.streams import make_unfailing
-from alignment.core.terminal import Terminal, complain
-from alignment.data.counted import counted
+from alignment.core.processes import end_process
+from alignment.core.terminal import Terminal, complain, make_unfailing
+from alignment.core.text import counted
 from alignment.data.overlap import HeldOut, asked, asked_in
 from alignment.data.reading import Reading, iterate, refuse_faults_of, start
 from alignment.data.repeated_records import record_key
@@ -34,8 +33,7 @@ from alignment.data.tokens.thoughts import LOSSES
 from alignment.data.tokens.token_spans import RecordSpans, TokenSpan, histogram, record_spans
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageSpec
-from alignment.stages.registry import as_trained, learned_data
-from alignment.stages.stage_file import read_spec
+from alignment.stages.registry import as_trained, learned_data, read_spec
 
 CONTENT_POLICY = (
     """<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; """

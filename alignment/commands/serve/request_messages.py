@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignment.commands.serve.request_checks import RequestError
-from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import suggestion
 from alignment.core.errors import AlignmentError
 from alignment.core.files import parse_json
 from alignment.data.templates import options_of, reads_tools, with_options

@@ -26,11 +26,19 @@ from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core import hardware
 from alignment.core.errors import ConfigError, StageError
 from alignment.core.files import write_text
-from alignment.core.logs import shorten
-from alignment.core.terminal import Terminal
+from alignment.core.terminal import Terminal, shorten
 from alignment.engines.engine_environment import interpreter
-from alignment.engines.server_process import HOST, PORT, Keeper, ServerCommand, ServerProcess
-from alignment.engines.vllm_server import NO_BINDING, ON_CPU, adapter_arguments, quiet_environment
+from alignment.engines.server_process import (
+    HOST,
+    NO_BINDING,
+    ON_CPU,
+    PORT,
+    Keeper,
+    ServerCommand,
+    ServerProcess,
+    adapter_arguments,
+    quiet_environment,
+)
 from alignment.evaluation.endpoint_client import api_key
 from alignment.pipeline.backends import environment
 

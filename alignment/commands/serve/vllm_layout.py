@@ -16,7 +16,7 @@ from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core.artifacts import Manifest, inside, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError, ModelError
 from alignment.core.files import parse_json
-from alignment.engines.vllm_server import BASE, RANKS
+from alignment.engines.server_process import BASE, RANKS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

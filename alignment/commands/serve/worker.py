@@ -21,9 +21,8 @@ from alignment.commands.serve.worker_error import write_error
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core.errors import AlignmentError
 from alignment.core.files import explained
-from alignment.core.process_end import end_process
-from alignment.core.streams import make_unfailing
-from alignment.core.terminal import complain
+from alignment.core.processes import end_process
+from alignment.core.terminal import complain, make_unfailing
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from alignment.config.store import recipe_names
+from alignment.config.run import recipe_names
 from alignment.core.errors import ConfigError
 
 _RECIPE = ".yaml"

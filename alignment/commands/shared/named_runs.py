@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import suggestion
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute.run_state import LiveJobs, state_of

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from alignment.commands.shared.stored_policy import StoredPolicy
-from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import suggestion
 from alignment.config.model import TemplateChoice
 from alignment.core.artifacts import MANIFEST, POLICY, TOKENIZER, Manifest, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError

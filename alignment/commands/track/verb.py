@@ -10,10 +10,9 @@ from rich.console import Console
 
 from alignment.commands.shared.arguments import add_output, runs_of
 from alignment.commands.shared.worker_process import run_worker
-from alignment.config.did_you_mean import suggestion
-from alignment.config.faults import refuse
+from alignment.config.faults import refuse, suggestion
 from alignment.config.rules import TRACKING_URL
-from alignment.config.tracking import LABELS, TrackingConfig, with_only
+from alignment.config.run import LABELS, TrackingConfig, with_only
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan import tracking_checks
 from alignment.records.run import FILE, RunRecord

@@ -9,20 +9,18 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from alignment.config.tracking import LABELS, with_only
+from alignment.config.run import LABELS, with_only
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import AlignmentError, StageError
 from alignment.core.files import explained
 from alignment.core.locks import held
-from alignment.core.process_end import end_process
-from alignment.core.streams import make_unfailing
-from alignment.core.terminal import complain
+from alignment.core.processes import end_process
+from alignment.core.terminal import complain, make_unfailing
 from alignment.job import StageSpec
 from alignment.records.run import RunRecord
-from alignment.records.step_log import METRICS, readable_rows
+from alignment.records.training import METRICS, readable_rows
 from alignment.report.run_page.run_layout import artifact_folder, work_folder
-from alignment.stages.registry import kinds
-from alignment.stages.stage_file import read_spec
+from alignment.stages.registry import kinds, read_spec
 from alignment.training.trackers.all_trackers import Trackers
 from alignment.training.trackers.tracked_tables import stored_tables
 

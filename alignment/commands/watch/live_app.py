@@ -25,7 +25,7 @@ from alignment.pipeline.execute.durations import clock_face, time_taken
 from alignment.pipeline.execute.run_table import figure, sparkline, speed, steps
 from alignment.pipeline.execute.run_view import KILLED, StageView, work_folder
 from alignment.records.run import FILE, RunRecord
-from alignment.records.step_log import METRICS
+from alignment.records.training import METRICS
 from alignment.records.worker import STATUS
 from alignment.report.kit.pages import environment
 from alignment.report.kit.render import main_part

@@ -27,7 +27,7 @@ from alignment.data.reading import Reader
 from alignment.data.row_files import JsonLine, Unparsed, parsed
 from alignment.data.tokens.limits import Limits, RowTooLong
 from alignment.data.tokens.row_kinds import Kind, Tokenized, tokenized
-from alignment.records.left_out import CUT, FAULT, LOST, SET_ASIDE, TOO_LONG, Note
+from alignment.records.stages import CUT, FAULT, LOST, SET_ASIDE, TOO_LONG, Note
 
 CHUNK = 1_000
 """Rows that a process receives at once."""

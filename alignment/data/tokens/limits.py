@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from alignment.config.too_long import Side, TooLong, TooLongConfig
+from alignment.config.data import Side, TooLong, TooLongConfig
 from alignment.core.errors import DataError
 from alignment.data.tokens.tokenize import Tokens
 

@@ -36,7 +36,7 @@ from alignment.data.tokens.chunks import Chunk, Job, run
 from alignment.data.tokens.limits import Limits, refuse_losses
 from alignment.data.tokens.row_kinds import Kind
 from alignment.data.tokens.tokenizer import tokenizer_hashes
-from alignment.records.left_out import CUT, FAULT, LOST, SET_ASIDE, TOO_LONG
+from alignment.records.stages import CUT, FAULT, LOST, SET_ASIDE, TOO_LONG
 
 ROWS, LEDGER, COUNTS, UNFINISHED = "rows.arrow", "left_out.jsonl", "counts.json", "unfinished.json"
 EVERY_SECONDS = 30.0

@@ -28,8 +28,8 @@ from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import suggestion
+from alignment.config.model import AdapterConfig, AdapterKind
 from alignment.core.errors import ConfigError, ModelError
 from alignment.core.files import write_text
 from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS

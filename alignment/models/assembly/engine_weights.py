@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
+from alignment.config.model import CONTINUE, AdapterConfig, AdapterKind, Chain
 from alignment.core.errors import ModelError
 from alignment.models.assembly.adapters import OWN, is_prefix, merge_adapter, put_in_order, saved_config
 from alignment.models.assembly.load import Lineage, load_policy

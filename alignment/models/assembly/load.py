@@ -22,8 +22,7 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.model import Dtype
+from alignment.config.model import AdapterConfig, AdapterKind, Dtype
 from alignment.core.artifacts import Manifest, inside, read_manifest, verify
 from alignment.core.errors import ModelError
 from alignment.core.model_files import formats_of_weights, is_adapter, refuse_weights_elsewhere

@@ -16,8 +16,7 @@ from peft import PeftModel, TaskType
 from torch import nn
 from transformers import PreTrainedModel
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.critic import Critic
+from alignment.config.model import AdapterConfig, AdapterKind, Critic
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.actor_critic import ActorCritic, ValueHead
 from alignment.models.assembly.adapters import at_start

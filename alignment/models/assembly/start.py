@@ -11,8 +11,7 @@ from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from torch import nn
 from transformers import PreTrainedModel
 
-from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
-from alignment.config.model import Dtype
+from alignment.config.model import CONTINUE, AdapterConfig, AdapterKind, Chain, Dtype
 from alignment.core.errors import ConfigError
 from alignment.models.assembly.adapters import add_adapter, add_frozen, is_prefix, on_embeddings, saved_config, train_on
 from alignment.models.assembly.load import Lineage, SavedAdapter, load_policy, load_scalar, weights_dtype

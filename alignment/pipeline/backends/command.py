@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from alignment.config.backend import LocalBackend
-from alignment.config.launch import DEVICE, DIVIDE_ROWS, LaunchConfig, LauncherKind, Sharding
+from alignment.config.launch import DEVICE, DIVIDE_ROWS, LaunchConfig, LauncherKind, LocalBackend, Sharding
 from alignment.core import hardware
 from alignment.core.errors import ConfigError
-from alignment.core.resources import shipped
+from alignment.core.files import shipped
 from alignment.pipeline.backends import environment
 
 

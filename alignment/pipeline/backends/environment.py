@@ -12,8 +12,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from alignment.core import hardware
-from alignment.core.launcher_variables import without_ranks
-from alignment.core.resources import CODE_ROOT
+from alignment.core.files import CODE_ROOT
+from alignment.core.processes import without_ranks
 
 CPU_MEMORY = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),

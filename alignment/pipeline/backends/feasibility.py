@@ -7,14 +7,12 @@ import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 
-from alignment.config.backend import LocalBackend
 from alignment.config.faults import Fault, refuse
-from alignment.config.launch import LaunchConfig, Offload, Sharding
-from alignment.config.optim import Moments, OptimConfig
-from alignment.config.stage import StageConfig, TrainedConfig
+from alignment.config.launch import LaunchConfig, LocalBackend, Offload, Sharding
+from alignment.config.stage import Moments, OptimConfig, StageConfig, TrainedConfig
 from alignment.core import hardware
 from alignment.core.errors import ConfigError
-from alignment.core.versions import TRAINING_LIBRARIES
+from alignment.core.hardware import TRAINING_LIBRARIES
 from alignment.pipeline.backends import command, slurm
 from alignment.pipeline.plan import row_counts
 from alignment.pipeline.plan.plan import Plan, PlannedStage

@@ -17,7 +17,7 @@ import psutil
 
 from alignment.config.launch import DEVICE, DIVIDE_ROWS
 from alignment.core import hardware
-from alignment.core.stop_requests import sigusr1_blocked
+from alignment.core.processes import sigusr1_blocked
 from alignment.fork_server import LONGEST_REQUEST, Request
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.backends.environment import complete

@@ -21,7 +21,7 @@ from alignment.config.launch import LaunchConfig
 from alignment.core import hardware
 from alignment.core.artifacts import read_manifest, write_json
 from alignment.core.errors import PREEMPTED, ArtifactError, ConfigError, StageError
-from alignment.core.logs import begin_attempt
+from alignment.core.terminal import begin_attempt
 from alignment.pipeline.backends import feasibility, late_results, processes
 from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.execute.gates import NOT_MET

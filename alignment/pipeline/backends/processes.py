@@ -16,10 +16,9 @@ from typing import BinaryIO
 import psutil
 
 from alignment.core import hardware
-from alignment.core.child_processes import children_of, kill_all
 from alignment.core.errors import AlignmentError
-from alignment.core.logs import shorten
-from alignment.core.stop_requests import SIGNALS, sigusr1_blocked
+from alignment.core.processes import SIGNALS, children_of, kill_all, sigusr1_blocked
+from alignment.core.terminal import shorten
 from alignment.pipeline.backends import environment
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.backends.forking import ForkedProcess, ForkServer

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment.config.backend import SlurmBackend
-from alignment.config.launch import LaunchConfig
+from alignment.config.launch import LaunchConfig, SlurmBackend
 from alignment.core.errors import Busy, ConfigError
 
 _ASK_SECONDS = 15.0

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from alignment.config.backend import SlurmBackend
+from alignment.config.launch import SlurmBackend
 from alignment.config.stage import StageConfig
 from alignment.core.errors import ConfigError
-from alignment.core.resources import shipped
+from alignment.core.files import shipped
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.stages.base import RunsOn
 from alignment.stages.registry import kind_of

@@ -11,8 +11,8 @@ from pathlib import Path
 from alignment.core.errors import Busy, Preempted
 from alignment.pipeline.execute.signals import Terminated
 from alignment.pipeline.remote.remote_checkpoints import local_work
-from alignment.records.attempts import Attempts
-from alignment.records.step_log import METRICS, readable_rows
+from alignment.records.run import Attempts
+from alignment.records.training import METRICS, readable_rows
 from alignment.records.worker import HEARTBEATS, PROGRESS
 from alignment.report.kit.text import finite
 

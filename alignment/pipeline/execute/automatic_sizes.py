@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from alignment.config.micro_batch import is_automatic
+from alignment.config.stage import is_automatic
 from alignment.job import memory_key
 from alignment.pipeline.plan.plan import Plan, PlannedStage
-from alignment.records import chosen_sizes
+from alignment.records import training
 
 
 def lines(plan: Plan, stage: PlannedStage) -> Iterator[str]:
@@ -15,6 +15,6 @@ def lines(plan: Plan, stage: PlannedStage) -> Iterator[str]:
     if not is_automatic(stage.config):
         return
     key = memory_key(stage.config, stage.identity, stage.inputs)
-    sizes = chosen_sizes.remembered(chosen_sizes.cache_file(plan.output / "artifacts", key), key)
+    sizes = training.remembered(training.cache_file(plan.output / "artifacts", key), key)
     chosen = [f"{size.tokens:,} tokens on {size.machine} ({size.launch})" for size in sizes]
     yield f"will choose optim.micro_batch_tokens before its first step{': so far ' * bool(chosen)}{'; '.join(chosen)}"

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from alignment import __version__
-from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.launch import DEVICE, LaunchConfig
-from alignment.config.micro_batch import expected_tokens
+from alignment.config.model import AdapterConfig, AdapterKind
+from alignment.config.stage import expected_tokens
 from alignment.config.typed import to_plain
 from alignment.core import hardware
 from alignment.core.artifacts import write_json

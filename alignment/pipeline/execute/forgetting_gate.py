@@ -8,8 +8,8 @@ from pathlib import Path
 from alignment.config.stage import StageConfig
 from alignment.core.artifacts import FORGETTING, read_manifest
 from alignment.pipeline.plan.plan import PlannedStage
-from alignment.records.forgetting import ArmForgetting, Forgetting, Limits
 from alignment.records.interval import Interval
+from alignment.records.stages import ArmForgetting, Forgetting, Limits
 from alignment.stages.registry import kind_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterable, Sequence
 
-from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import suggestion
 from alignment.core.errors import ConfigError
 from alignment.pipeline.execute.display import Announce
 from alignment.pipeline.plan import references

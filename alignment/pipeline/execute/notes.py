@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.model import NEW_TOKENS, Dtype
+from alignment.config.model import NEW_TOKENS, AdapterConfig, AdapterKind, Dtype
 from alignment.config.scoring import ScoreSourceConfig
 from alignment.config.stage import StageConfig
 from alignment.core import hardware

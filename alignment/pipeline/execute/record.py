@@ -16,9 +16,8 @@ from alignment.pipeline.execute.notes import cautions
 from alignment.pipeline.plan import references
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, PlannedStage
-from alignment.records.attempts import Attempts
 from alignment.records.cost import FILE as COST
-from alignment.records.run import RunRecord, StageEntry
+from alignment.records.run import Attempts, RunRecord, StageEntry
 from alignment.records.worker import STATUS
 
 

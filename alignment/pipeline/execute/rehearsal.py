@@ -14,9 +14,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from alignment.config.adapter import AdapterKind
 from alignment.config.evaluating import UNTRAINED_ARMS
 from alignment.config.launch import LauncherKind
+from alignment.config.model import AdapterKind
 from alignment.config.stage import StageConfig
 from alignment.core import hardware
 from alignment.core.artifacts import POLICY

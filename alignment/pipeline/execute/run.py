@@ -15,10 +15,9 @@ from alignment import __version__
 from alignment.core import hardware
 from alignment.core.artifacts import Manifest, publish, read_manifest, verify
 from alignment.core.errors import PREEMPTED, ArtifactError, Busy, ConfigError, Preempted
-from alignment.core.files import disk_error, remove_leftovers, replacing
+from alignment.core.files import CODE_ROOT, disk_error, remove_leftovers, replacing
 from alignment.core.locks import held, is_held
-from alignment.core.logs import begin_attempt
-from alignment.core.resources import CODE_ROOT
+from alignment.core.terminal import begin_attempt
 from alignment.pipeline.backends import command, feasibility, machines, processes, slurm, slurm_jobs
 from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.backends.slurm_job_file import HERE

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 from alignment.core.errors import ArtifactError
 from alignment.core.files import parse_json
 from alignment.records.run import RunRecord, StageEntry
-from alignment.records.step_log import METRICS, TOKENS
+from alignment.records.training import METRICS, TOKENS
 from alignment.records.worker import Progress
 from alignment.report.kit.text import finite
 from alignment.report.run_page import run_layout

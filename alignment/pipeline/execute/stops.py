@@ -10,7 +10,7 @@ from pathlib import Path
 from alignment.core.errors import PREEMPTED, ArtifactError, Preempted, StageError
 from alignment.pipeline.execute.display import Announce
 from alignment.pipeline.execute.signals import Terminated
-from alignment.records.attempts import Attempts
+from alignment.records.run import Attempts
 from alignment.records.worker import Status
 
 _MOST_IN_VAIN = 3

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import suggestion
 from alignment.config.model import ModelConfig
 from alignment.core.artifacts import FROM_OUTSIDE, POLICY, TOKENIZER, Manifest, folder_name, publish, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError, ModelError

@@ -12,10 +12,14 @@ from rich.table import Table
 
 from alignment.core.artifacts import EVALUATION, FORGETTING, REWARD_CARD
 from alignment.core.errors import ArtifactError
-from alignment.core.screen_tables import grid, print_whole
-from alignment.evaluation.conclusions import metric_in_words, votes_in_words
-from alignment.evaluation.grade_conclusions import coverage_conclusions, grade_conclusions
-from alignment.evaluation.labelled_pairs import labelled_conclusions
+from alignment.core.terminal import grid, print_whole
+from alignment.evaluation.conclusions import (
+    coverage_conclusions,
+    grade_conclusions,
+    labelled_conclusions,
+    metric_in_words,
+    votes_in_words,
+)
 from alignment.pipeline.execute import forgetting_gate, notes
 from alignment.pipeline.execute.durations import time_taken
 from alignment.pipeline.execute.run_table import steps
@@ -23,11 +27,11 @@ from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan
 from alignment.records.evaluation import FILE as EVALUATION_FILE
 from alignment.records.evaluation import ArmResult, Comparison, Evaluation, JudgedPair
-from alignment.records.forgetting import Forgetting
 from alignment.records.interval import Interval
 from alignment.records.reward_card import FILE as CARD_FILE
 from alignment.records.reward_card import RewardCard
 from alignment.records.run import RunRecord
+from alignment.records.stages import Forgetting
 from alignment.records.worker import Progress
 from alignment.report import doubts
 from alignment.report.run_page.run_layout import artifact_folder

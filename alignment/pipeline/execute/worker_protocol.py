@@ -34,7 +34,7 @@ from alignment.core.errors import (
     StoreError,
 )
 from alignment.core.files import disk_error, is_full, write_text
-from alignment.core.logs import of_last_attempt
+from alignment.core.terminal import of_last_attempt
 from alignment.data.chat_template import template_file
 from alignment.job import StageInput
 from alignment.pipeline.plan.plan import Plan, PlannedStage

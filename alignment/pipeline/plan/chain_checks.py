@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from alignment.config.adapter import CONTINUE, PREFIX_SHAPE, SHAPE, AdapterConfig, AdapterKind, Chain
 from alignment.config.faults import Fault, refuse
+from alignment.config.model import CONTINUE, PREFIX_SHAPE, SHAPE, AdapterConfig, AdapterKind, Chain
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig, TrainedConfig
 from alignment.core.files import parse_json

@@ -17,9 +17,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from alignment.config.did_you_mean import suggestion
-from alignment.config.faults import Fault
-from alignment.config.store import BACKEND, GROUPS, SEVERAL, conf_folder
+from alignment.config.faults import Fault, suggestion
+from alignment.config.run import BACKEND, GROUPS, SEVERAL, conf_folder
 from alignment.pipeline.plan import profile as profiles
 from alignment.pipeline.plan.hydra_files import Files, hostile
 from alignment.pipeline.plan.overrides import leaves

@@ -21,10 +21,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alignment.config import yaml_file
-from alignment.config.backend import MachinesBackend, SlurmBackend
-from alignment.config.did_you_mean import suggestion
-from alignment.config.faults import Fault, refuse
-from alignment.config.store import recipe_names, recipes_folder, sweep_names
+from alignment.config.faults import Fault, refuse, suggestion
+from alignment.config.launch import MachinesBackend, SlurmBackend
+from alignment.config.run import recipe_names, recipes_folder, sweep_names
 from alignment.core.deadline import Bounded
 from alignment.core.errors import ConfigError
 from alignment.data.source_files import similar_name

@@ -27,8 +27,8 @@ from hydra.version import VersionBase
 
 from alignment.config import yaml_file
 from alignment.config.faults import Fault, refuse
+from alignment.config.run import conf_folder, recipes_folder
 from alignment.config.stage import StageClasses
-from alignment.config.store import conf_folder, recipes_folder
 from alignment.config.typed import convert
 
 _TOKEN = re.compile(r"\$\{|[{}:]")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config import yaml_file
-from alignment.config.did_you_mean import suggestion
-from alignment.config.store import GROUPS
+from alignment.config.faults import suggestion
+from alignment.config.run import GROUPS
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan.overrides import nested
 from alignment.stages import registry

@@ -8,9 +8,8 @@ import typing
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
-from alignment.config.did_you_mean import nearest, suggestion, with_scheme
 from alignment.config.evaluating import UNTRAINED_ARMS
-from alignment.config.faults import Fault
+from alignment.config.faults import Fault, nearest, suggestion, with_scheme
 from alignment.config.stage import StageConfig
 from alignment.config.typed import field_types
 from alignment.core.artifacts import EVALUATION, FORGETTING, POLICY, REPORT, REWARD_CARD, REWARD_MODEL, ROWS

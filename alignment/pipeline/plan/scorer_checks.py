@@ -12,9 +12,7 @@ from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
-from alignment.config.did_you_mean import nearest, suggestion, with_scheme
-from alignment.config.faults import Fault, unread_faults, unread_notes
-from alignment.config.reward_server import ServerApi, ServerConfig
+from alignment.config.faults import Fault, nearest, suggestion, unread_faults, unread_notes, with_scheme
 from alignment.config.scoring import (
     Combine,
     EnsembleConfig,
@@ -22,14 +20,15 @@ from alignment.config.scoring import (
     MetricConfig,
     ScorerConfig,
     ScoreSourceConfig,
+    ServerApi,
+    ServerConfig,
 )
 from alignment.config.stage import StageConfig
 from alignment.core.errors import DataError
 from alignment.core.fingerprint import file_sha256
 from alignment.data.records import HasRow, Question
 from alignment.data.source_files import bundled_code, next_to_recipe
-from alignment.evaluation.endpoint_client import api_key
-from alignment.evaluation.endpoint_faults import client_missing, endpoint_faults, scale_faults
+from alignment.evaluation.endpoint_client import api_key, client_missing, endpoint_faults, scale_faults
 from alignment.rewards.rules.all_rules import RULES, rule_of
 from alignment.rewards.scorer_sources import (
     CHOICE,

@@ -6,16 +6,12 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.data import DataConfig, SourceConfig
-from alignment.config.did_you_mean import suggestion
-from alignment.config.faults import Fault, unread_notes
+from alignment.config.data import DataConfig, SourceConfig, ValidationConfig
+from alignment.config.faults import Fault, suggestion, unread_notes
 from alignment.config.launch import LaunchConfig
-from alignment.config.model import Dtype, ModelConfig
-from alignment.config.optim import Moments
+from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
 from alignment.config.run import RunConfig
-from alignment.config.stage import TrainedConfig
-from alignment.config.validation import ValidationConfig
+from alignment.config.stage import Moments, TrainedConfig
 from alignment.core.errors import DataError
 from alignment.data.chat_template import CHATML, template_text
 from alignment.data.formats import COLUMNS, FORMATS

@@ -8,7 +8,7 @@ from importlib import metadata
 
 from alignment.config.faults import Fault
 from alignment.config.rules import TRACKING_URL
-from alignment.config.tracking import TrackingConfig
+from alignment.config.run import TrackingConfig
 
 PACKAGES = {
     "wandb": ("wandb", ">=0.31,<0.32"),

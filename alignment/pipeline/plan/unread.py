@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 
-from alignment.config.adapter import LOW_RANK, READ_BY, AdapterConfig
+from alignment.config.data import TooLong, TooLongConfig
 from alignment.config.faults import Fault, unread_notes
+from alignment.config.model import LOW_RANK, READ_BY, AdapterConfig
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig
-from alignment.config.too_long import TooLong, TooLongConfig
 from alignment.report.kit import text
 from alignment.stages.registry import as_trained, kind_of
 

@@ -6,10 +6,9 @@ import math
 from collections.abc import Iterator
 from dataclasses import fields
 
-from alignment.config.data import DataConfig
+from alignment.config.data import DataConfig, ValidationConfig
 from alignment.config.faults import Fault, unread_faults, unread_notes
 from alignment.config.stage import StageConfig
-from alignment.config.validation import ValidationConfig
 
 DATA = "validation.data"
 

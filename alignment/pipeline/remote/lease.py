@@ -21,7 +21,7 @@ from alignment.core import typed_json
 from alignment.core.errors import ArtifactError, Busy, StoreError
 from alignment.core.files import parse_json
 from alignment.pipeline.remote.object_store import ObjectStore
-from alignment.records.stored_checkpoint import LeaseRecord
+from alignment.records.run import LeaseRecord
 
 LEASE_SECONDS = 45.0
 RENEW_SECONDS = 10.0

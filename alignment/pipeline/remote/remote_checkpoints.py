@@ -26,7 +26,7 @@ from alignment.core.files import flush, in_units, parse_json, remove_leftovers, 
 from alignment.core.fingerprint import file_sha256
 from alignment.pipeline.remote.lease import OWN_FILE
 from alignment.pipeline.remote.object_store import ObjectStore
-from alignment.records.stored_checkpoint import StoredCheckpoint, StoredFile, as_listed
+from alignment.records.run import StoredCheckpoint, StoredFile, as_listed
 from alignment.records.worker import PARTS, PROGRESS, REPLIES
 
 Listed = Mapping[str, Mapping[str, Any]]

@@ -18,14 +18,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import suggestion
 from alignment.core.artifacts import write_json
 from alignment.core.errors import AlignmentError, ModelError
-from alignment.core.files import disk_error, explained, flush
+from alignment.core.files import CODE_ROOT, command_for, disk_error, explained, flush
 from alignment.core.fingerprint import file_sha256
-from alignment.core.launcher_variables import without_ranks
 from alignment.core.locks import held, is_held
-from alignment.core.resources import CODE_ROOT, command_for
+from alignment.core.processes import without_ranks
 
 Announce = Callable[[str], None]
 

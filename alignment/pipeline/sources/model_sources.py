@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from alignment.config.did_you_mean import with_scheme
+from alignment.config.faults import with_scheme
 from alignment.core.artifacts import write_json
 from alignment.core.errors import ModelError
 from alignment.core.files import parse_json

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.model import AdapterConfig, AdapterKind
 from alignment.core.errors import ModelError
 from alignment.core.files import parse_json
 from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, shapes_of_weights

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.config.did_you_mean import suggestion
 from alignment.config.evaluating import FEW_SHOT, PROMPTED, JudgeKind
-from alignment.config.faults import Fault
+from alignment.config.faults import Fault, suggestion
 from alignment.config.stage import StageConfig
 from alignment.config.sweep import LESS_IS_BETTER, PRIMARY, ArmMetric, ObjectiveConfig
 from alignment.core.artifacts import EVALUATION, read_manifest
 from alignment.core.errors import ConfigError, NonFiniteError, StageError
 from alignment.evaluation import paired_scores
-from alignment.evaluation.metrics import primary_name, recorded
-from alignment.evaluation.pairwise import pairs_of
+from alignment.evaluation.paired_scores import primary_name, recorded
+from alignment.evaluation.verdicts import pairs_of
 from alignment.pipeline.plan.plan import Plan
 from alignment.pipeline.sweeps import reported
 from alignment.records.evaluation import Evaluation

@@ -8,13 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import suggestion
 from alignment.config.sweep import Pruner
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.pipeline.sweeps.sweep_file import Sweep
-from alignment.records import validation_figures
+from alignment.records import training
 from alignment.records.run import FILE, RunRecord, StageEntry
-from alignment.records.step_log import METRICS, written_rows
+from alignment.records.training import METRICS, written_rows
 
 
 class Curve:
@@ -49,7 +49,7 @@ class Curve:
 
     def _new_steps(self) -> Iterator[tuple[int, float]]:
         rows = self._rows()
-        comes_later = self._config.metric in validation_figures.HELD_OUT  # with the first look at held-out rows
+        comes_later = self._config.metric in training.HELD_OUT  # with the first look at held-out rows
         if rows and not comes_later and not any(self._config.metric in row for row in rows):
             names = sorted({name for row in rows for name in row} - {"step", "seconds"})
             raise ConfigError(

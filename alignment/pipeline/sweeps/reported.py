@@ -3,17 +3,17 @@ first trial."""
 
 from __future__ import annotations
 
-from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import suggestion
 from alignment.config.stage import StageConfig
-from alignment.records import validation_figures
+from alignment.records import training
 from alignment.stages.base import Reported
 from alignment.stages.registry import kind_of
 
 _LESS_IS_BETTER = (
     "loss",
     "eval_loss",
-    validation_figures.LOSS,
-    validation_figures.LAST_LOSS,
+    training.LOSS,
+    training.LAST_LOSS,
     "log_loss",
     "brier",
     "ece",

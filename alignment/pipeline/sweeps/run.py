@@ -16,7 +16,7 @@ from rich.console import Console
 from alignment.config.sweep import Pruner
 from alignment.core.errors import PREEMPTED, AlignmentError, Busy, ConfigError, DiskError, StoreError
 from alignment.core.locks import held
-from alignment.data.counted import counted
+from alignment.core.text import counted
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute.display import announcer
 from alignment.pipeline.execute.inputs import fetch_missing, not_reused

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config import yaml_file
-from alignment.config.did_you_mean import suggestion
-from alignment.config.faults import Fault, refuse
+from alignment.config.faults import Fault, refuse, suggestion
 from alignment.config.launch import LaunchConfig
 from alignment.config.rules import NAME, is_name
+from alignment.config.run import conf_folder, sweep_names
 from alignment.config.stage import StageConfig
-from alignment.config.store import conf_folder, sweep_names
 from alignment.config.sweep import ParameterConfig, Pruner, PruningConfig, Search, SweepConfig
 from alignment.config.typed import sweep_from_plain
 from alignment.core.errors import AlignmentError, ConfigError
@@ -26,7 +25,7 @@ from alignment.pipeline.plan import unread
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.sweeps import objectives, reported
 from alignment.pipeline.sweeps.objectives import Objective
-from alignment.records import validation_figures
+from alignment.records import training
 from alignment.report import doubts
 from alignment.stages.registry import kind_of
 
@@ -224,12 +223,12 @@ def _unwatchable(pruning: PruningConfig, stages: Mapping[str, StageConfig]) -> s
 def _unlogged(pruning: PruningConfig, stage: StageConfig) -> str:
     """Why a trial cannot be pruned by this figure of validation; other metrics are known once the stage logs its first
     step."""
-    if not pruning.metric.startswith(validation_figures.PREFIX):
+    if not pruning.metric.startswith(training.PREFIX):
         return ""
     if missing := reported.missing(stage, pruning.metric, pruning.stage):
         return missing
-    if pruning.metric not in validation_figures.HELD_OUT:
-        known = suggestion(pruning.metric, validation_figures.HELD_OUT)
+    if pruning.metric not in training.HELD_OUT:
+        known = suggestion(pruning.metric, training.HELD_OUT)
         return f"stage {pruning.stage!r} reports {pruning.metric!r} only at its end; {known}"
     if pruning.minimize != reported.less_is_better(pruning.metric):
         direction, value = ("more", "false") if pruning.minimize else ("less", "true")

@@ -14,10 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alignment.core.errors import AlignmentError, DiskError
-from alignment.core.files import explained
-from alignment.core.streams import make_unfailing
-from alignment.core.terminal import Terminal, visible
-from alignment.core.working_folder import current_folder
+from alignment.core.files import current_folder, explained
+from alignment.core.terminal import Terminal, make_unfailing, visible
 from alignment.pipeline.execute.run import run_trial
 from alignment.records.sweep_record import TrialOutcome
 

@@ -1,4 +1,4 @@
-"""How many rows a stage left out or cut, and why, from the list in its artifact (alignment/records/left_out.py)."""
+"""How many rows a stage left out or cut, and why, from the list in its artifact (alignment/records/stages.py)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.core.files import parse_json
-from alignment.records.left_out import CUT, FAULT, FILE, LOST, TOO_LONG
+from alignment.records.stages import CUT, FAULT, LEFT_OUT_FILE, LOST, TOO_LONG
 from alignment.report.kit import text
 from alignment.report.run_page.run_records import LeftOutRows
 
@@ -16,7 +16,7 @@ MOST = 8
 """Reasons that are shown of a stage; the rarest others are added up."""
 _WORDS = {FAULT: "faulty", TOO_LONG: "too long", CUT: "cut, because it was too long"}
 _OTHER = "other reasons"
-_UNREADABLE = f"a line of {FILE} that cannot be read"
+_UNREADABLE = f"a line of {LEFT_OUT_FILE} that cannot be read"
 
 
 def read_left_out(folder: Path | None, notes: list[str]) -> list[LeftOutRows]:
@@ -27,12 +27,14 @@ def read_left_out(folder: Path | None, notes: list[str]) -> list[LeftOutRows]:
     if folder is None:
         return []
     try:
-        state = (folder / FILE).stat()
-        return list(_counted(folder / FILE, state.st_mtime_ns, state.st_size))
+        state = (folder / LEFT_OUT_FILE).stat()
+        return list(_counted(folder / LEFT_OUT_FILE, state.st_mtime_ns, state.st_size))
     except FileNotFoundError:
         return []
     except OSError as error:
-        notes.append(f"Its {FILE} cannot be read ({type(error).__name__}), so rows that it left out are not shown.")
+        notes.append(
+            f"Its {LEFT_OUT_FILE} cannot be read ({type(error).__name__}), so rows that it left out are not shown."
+        )
         return []
 
 

@@ -14,7 +14,7 @@ from alignment.records.cost import FILE as COST
 from alignment.records.cost import RunCost, StageCost
 from alignment.records.evaluation import SAMPLES, Evaluation
 from alignment.records.run import FILE, RunRecord
-from alignment.records.step_log import readable_rows
+from alignment.records.training import readable_rows
 from alignment.records.worker import STATUS, Status
 from alignment.report.kit import text
 from alignment.report.kit.record_files import FOR_A_PAGE, shown

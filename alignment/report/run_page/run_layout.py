@@ -9,7 +9,7 @@ from alignment.config import yaml_file
 from alignment.core.artifacts import EVALUATION, REPORT
 from alignment.core.errors import ConfigError
 from alignment.records.run import RunRecord, StageEntry
-from alignment.records.step_log import METRICS
+from alignment.records.training import METRICS
 from alignment.stages.registry import produced_by
 
 

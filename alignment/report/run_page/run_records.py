@@ -19,11 +19,11 @@ from alignment.records.evaluation import (
     Metric,
     adjusted_p_in_words,
 )
-from alignment.records.forgetting import ArmForgetting
-from alignment.records.forgetting import Forgetting as ForgettingRecord
 from alignment.records.interval import Interval
 from alignment.records.reward_card import RewardCard
 from alignment.records.run import COMPLETE, RunRecord
+from alignment.records.stages import ArmForgetting
+from alignment.records.stages import Forgetting as ForgettingRecord
 from alignment.report.kit import text
 from alignment.stages.base import ResultTable
 from alignment.stages.registry import produced_by

@@ -9,8 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from alignment.evaluation.labelled_pairs import agrees, verdict_on_judge
-from alignment.records.chosen_sizes import USAGE
+from alignment.evaluation.conclusions import agrees, verdict_on_judge
 from alignment.records.evaluation import (
     BETTER,
     NO_DIFFERENCE,
@@ -22,6 +21,7 @@ from alignment.records.evaluation import (
     JudgedPair,
 )
 from alignment.records.interval import Interval
+from alignment.records.training import USAGE
 from alignment.report.comparison_page.setting_rows import flat, shown
 from alignment.report.kit import text
 from alignment.report.kit.plots import Scale, scale_axis, scale_of, whisker

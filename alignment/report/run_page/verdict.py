@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from alignment.config.evaluating import UNTRAINED_ARMS
-from alignment.evaluation.contradictions import contradictions
-from alignment.records import validation_figures
+from alignment.evaluation.conclusions import contradictions
+from alignment.records import training
 from alignment.records.evaluation import BETTER, NO_DIFFERENCE, WORSE, ArmResult, Comparison, Evaluation
 from alignment.report.doubts import (
     SMOKE,
@@ -318,7 +318,7 @@ def _validated(stage: Stage) -> list[str]:
     """What validation chose, and why it ended the stage early."""
     settings = stage.config.get("validation")
     patience = settings.get("patience") if isinstance(settings, dict) else None
-    sentences = validation_figures.outcome(stage.headlines, patience=patience if isinstance(patience, int) else None)
+    sentences = training.outcome(stage.headlines, patience=patience if isinstance(patience, int) else None)
     return [f"{stage.name} {sentence}." for sentence in sentences]
 
 

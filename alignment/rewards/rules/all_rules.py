@@ -5,10 +5,9 @@ from __future__ import annotations
 from alignment.config.scoring import ScoreSourceConfig
 from alignment.rewards.rules import instructions, json_schema, similarity
 from alignment.rewards.rules.json_schema import JsonSchema
-from alignment.rewards.rules.numbers import ANSWER, ExactAnswer
-from alignment.rewards.rules.one_turn import OfOneTurn
 from alignment.rewards.rules.rule_kind import Rule, RuleKind
-from alignment.rewards.rules.texts import FACTS, KeyFacts, Length, Refusal, Regex
+from alignment.rewards.rules.similarity import ANSWER, ExactAnswer
+from alignment.rewards.rules.texts import FACTS, KeyFacts, Length, OfOneTurn, Refusal, Regex
 
 
 def _regex(config: ScoreSourceConfig) -> Rule:

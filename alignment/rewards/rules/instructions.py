@@ -14,7 +14,7 @@ from io import StringIO
 from types import ModuleType
 from typing import Any
 
-from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import suggestion
 from alignment.core.errors import DataError
 from alignment.data.records import HasRow
 from alignment.rewards.rules.rule_kind import Package, lacking

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-from alignment.core.scripts import divided, marks, unified
+from alignment.core.errors import DataError
+from alignment.core.text import divided, marks, unified
 from alignment.data.records import HasRow
 from alignment.evaluation.refusals import is_refusal
-from alignment.rewards.rules.rule_kind import lacking
+from alignment.rewards.rules.rule_kind import Rule, lacking
 
 FACTS = "facts"
 _FACTS_EXAMPLE = (
@@ -102,3 +104,30 @@ def _words(text: str) -> str:
 @cache
 def _word() -> re.Pattern[str]:
     return re.compile(rf"\d+(?:[.,:]\d+)*|\w+(?:[{marks()}]+\w*)*")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OfOneTurn:
+    """A ``rule`` that reads a row's ``field``, and refuses rows of which an evaluation asks several turns."""
+
+    rule: Rule
+    source: str
+    field: str
+
+    def expected(self, record: HasRow) -> Any:
+        """What the rule reads in a row.
+
+        Raises:
+            DataError: the row lacks it, or asks several turns.
+        """
+        if getattr(record, "later_turns", ()) and record.row.get(self.field) is not None:
+            raise DataError(
+                f"'{self.source}' compares every answer with the row's '{self.field}', but the row asks several turns",
+                where=record.where,
+                remedy="score such rows with a function, FILE.py:FUNCTION, which gets the conversation so far",
+            )
+        return self.rule.expected(record)
+
+    def score(self, text: str, expected: Any) -> float:
+        """The rule's score."""
+        return self.rule.score(text, expected)

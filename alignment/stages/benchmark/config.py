@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from alignment.config.rules import FILLED, NOT_NEGATIVE, POSITIVE
-from alignment.config.stage_fields import not_identity
+from alignment.config.stage import not_identity
 
 
 @dataclass(kw_only=True, slots=True)

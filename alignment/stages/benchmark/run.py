@@ -14,9 +14,8 @@ from alignment.core.errors import ConfigError, DataError
 from alignment.core.typed_json import to_json
 from alignment.data.tokens.tokenize import STOPS, end_ids
 from alignment.data.tokens.tokenizer import load_tokenizer
-from alignment.evaluation.arm_labels import labels
-from alignment.evaluation.bootstrap import Intervals
-from alignment.evaluation.comparisons import compare
+from alignment.evaluation.paired_scores import labels
+from alignment.evaluation.statistics import Intervals, compare
 from alignment.models.assembly.load import lineage
 from alignment.models.assembly.prefix import positions_of
 from alignment.records.benchmark import (
@@ -31,7 +30,7 @@ from alignment.stages.benchmark.benchmark_tables import BASE
 from alignment.stages.benchmark.config import BenchmarkConfig
 from alignment.stages.benchmark.kind import INSTALL, content, selected
 from alignment.stages.benchmark.task_files import HARNESS
-from alignment.stages.shared.arm_policies import Policies, refuse_without_template, tokenizer_of
+from alignment.stages.shared.policies import Policies, refuse_without_template, tokenizer_of
 from alignment.stages.shared.result import StageResult
 from alignment.training.context import StageContext
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from alignment.config.did_you_mean import suggestion
+from alignment.config.faults import suggestion
 from alignment.stages.benchmark.task_files import ADDRESS, TaskFile, TaskFolders
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")

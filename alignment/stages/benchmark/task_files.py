@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from alignment.core.errors import DataError
-from alignment.core.small_files import small_text
+from alignment.core.files import small_text
 
 HARNESS = "lm_eval"
 """The package of lm-evaluation-harness."""

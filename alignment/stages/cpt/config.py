@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.data import DataConfig
-from alignment.config.optim import OptimConfig
+from alignment.config.data import DataConfig, ValidationConfig
+from alignment.config.model import AdapterConfig
 from alignment.config.rules import POSITIVE
-from alignment.config.stage_fields import not_identity, reference_to
-from alignment.config.validation import ValidationConfig
+from alignment.config.stage import OptimConfig, not_identity, reference_to
 from alignment.core.fingerprint import IF_SET
 
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from alignment.algos.speculation import expected_speed_up
+from alignment.algos.sampling import expected_speed_up
 from alignment.config.model import Dtype
 from alignment.core.errors import StageError
 from alignment.data.tokens.tokenize import end_ids
 from alignment.models.assembly.load import DTYPES, Lineage, load_policy
-from alignment.records.distillation import Assisted, StudentFigures, Timing
 from alignment.records.interval import Interval
+from alignment.records.stages import Assisted, StudentFigures, Timing
 from alignment.stages.distil.config import DistilConfig
 from alignment.training.context import StageContext
 

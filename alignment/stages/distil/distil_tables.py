@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignment.records.distillation import FILE, Assisted, Distillation, StudentFigures, Timing
 from alignment.records.interval import Interval
+from alignment.records.stages import DISTILLATION_FILE, Assisted, Distillation, StudentFigures, Timing
 from alignment.stages.base import Cell, ResultTable
 
 
 def lines(artifact: Path) -> list[str]:
     """The acceptance before and after, and the measured time; nothing without held-out prompts."""
-    if not (artifact / FILE).is_file():
+    if not (artifact / DISTILLATION_FILE).is_file():
         return []
     record = Distillation.read(artifact)
     before, after = record.before.acceptance, record.after.acceptance

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from alignment.config.adapter import CONTINUE, AdapterKind
 from alignment.config.faults import Fault, unread_faults, unread_notes
+from alignment.config.model import CONTINUE, AdapterKind
 from alignment.config.run import RunConfig
 from alignment.core.artifacts import POLICY
 from alignment.data.records import HeldOutPrompt, Prompt
@@ -15,8 +15,14 @@ from alignment.data.tokens.row_kinds import PROMPTS
 from alignment.stages.base import Curve, DataSlot, LaunchShape, Learning, Outcome, Reported, StageKind
 from alignment.stages.distil.config import DistilConfig, Method
 from alignment.stages.distil.distil_tables import lines, tables
-from alignment.stages.shared.kind_answers import curve, held_out_fault, replay_advice
-from alignment.stages.shared.sampling_checks import check_engine, sampling_faults, sampling_refusals
+from alignment.stages.shared.kind_answers import (
+    check_engine,
+    curve,
+    held_out_fault,
+    replay_advice,
+    sampling_faults,
+    sampling_refusals,
+)
 
 COUNTS = ("rows", "rows_too_long", "prompts", "prompts_evaluated", "prompts_repeated", "answer_tokens")
 BEFORE = "_before"

@@ -20,7 +20,7 @@ from alignment.models.assembly.prefix import prefix_of
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal
 from alignment.models.forward.distilled import install_divergence, refuse_other_heads
-from alignment.records.distillation import Distillation, StudentFigures, Timing
+from alignment.records.stages import Distillation, StudentFigures, Timing
 from alignment.stages.distil.assisted import timing
 from alignment.stages.distil.config import DistilConfig
 from alignment.stages.distil.distil_trainer import DistilTrainer
@@ -28,12 +28,10 @@ from alignment.stages.distil.kind import BEFORE
 from alignment.stages.distil.student import saved_student, student_of
 from alignment.stages.distil.student_comparison import compared, frozen_model
 from alignment.stages.distil.taught_rows import HeldOutAnswers, taught_rows
-from alignment.stages.shared.answer_sampling import sampled_answers
-from alignment.stages.shared.arm_policies import asked_tokenizer
-from alignment.stages.shared.asked_prompts import AskedPrompts, asked_prompts
-from alignment.stages.shared.initial import initial_model
+from alignment.stages.shared.answer_sampling import AskedPrompts, asked_prompts, sampled_answers
 from alignment.stages.shared.language_model import MicroBatchedSftTrainer, next_token_trainer, uniform_loss
-from alignment.stages.shared.result import StageResult, save_model
+from alignment.stages.shared.policies import asked_tokenizer
+from alignment.stages.shared.result import StageResult, initial_model, save_model
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 from alignment.training.session import train

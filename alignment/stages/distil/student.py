@@ -17,8 +17,7 @@ from alignment.models.assembly.first_layers import keep_first_layers
 from alignment.models.assembly.load import Lineage, load_policy, saved_adapters, weights_dtype
 from alignment.stages.distil.config import DistilConfig
 from alignment.stages.distil.kind import too_many_layers
-from alignment.stages.shared.initial import initial_policy
-from alignment.stages.shared.result import StageResult
+from alignment.stages.shared.result import StageResult, initial_policy
 from alignment.training.context import StageContext
 from alignment.training.sharding import everyones, shared
 

@@ -8,19 +8,19 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from alignment.algos.speculation import tokens_per_step
-from alignment.config.micro_batch import tokens_of
-from alignment.evaluation.bootstrap import Intervals
+from alignment.algos.sampling import tokens_per_step
+from alignment.config.stage import tokens_of
+from alignment.evaluation.statistics import Intervals
 from alignment.models.assembly.load import DTYPES, Lineage, load_policy
 from alignment.models.forward.answers import answer_states, batches
 from alignment.models.forward.distilled import teaching_at
 from alignment.models.forward.divergence import divergence_from
 from alignment.models.forward.flat import use_flat_attention
-from alignment.records.distillation import StudentFigures
 from alignment.records.interval import Interval
+from alignment.records.stages import StudentFigures
 from alignment.stages.distil.config import DistilConfig
 from alignment.stages.distil.taught_rows import HeldOutAnswers
-from alignment.stages.shared.stored_parts import made_in_parts
+from alignment.stages.shared.answer_sampling import made_in_parts
 from alignment.training.context import StageContext
 
 

@@ -10,8 +10,8 @@ from datasets import Dataset
 from alignment.core.errors import DataError
 from alignment.models.forward.causal import IGNORED
 from alignment.stages.distil.config import DistilConfig
-from alignment.stages.shared.asked_prompts import AskedPrompts
-from alignment.stages.shared.by_prompt import split_by_prompt
+from alignment.stages.shared.answer_sampling import AskedPrompts
+from alignment.stages.shared.preference_pairs import split_by_prompt
 from alignment.training.context import StageContext
 
 

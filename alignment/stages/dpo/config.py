@@ -6,13 +6,10 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.data import DataConfig
-from alignment.config.optim import OptimConfig
+from alignment.config.data import DataConfig, TooLongConfig, ValidationConfig
+from alignment.config.model import AdapterConfig
 from alignment.config.rules import BELOW_HALF, NOT_NEGATIVE, POSITIVE
-from alignment.config.stage_fields import not_identity, reference_to
-from alignment.config.too_long import TooLongConfig
-from alignment.config.validation import ValidationConfig
+from alignment.config.stage import OptimConfig, not_identity, reference_to
 from alignment.core.fingerprint import IF_SET
 
 

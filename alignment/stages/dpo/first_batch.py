@@ -12,7 +12,7 @@ from alignment.config.model import Dtype
 from alignment.data.tokens.row_kinds import MARGIN
 from alignment.stages.dpo.pair_losses import PairLogprobs
 from alignment.stages.dpo.pair_trainer import PairTrainer
-from alignment.stages.shared.start_check import StartRow, refuse_other_reference
+from alignment.stages.shared.reference import StartRow, refuse_other_reference
 from alignment.training.micro_batches import Batch
 from alignment.training.sharding import everyones
 

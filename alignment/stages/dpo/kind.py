@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from alignment.core.artifacts import POLICY
-from alignment.records.validation_figures import ACCURACY
+from alignment.records.training import ACCURACY
 from alignment.stages.base import LOSS, Curve, DataSlot, Learning, LearnsFrom, Outcome, Reported, StageKind
 from alignment.stages.dpo.config import DpoConfig, DpoLoss
 from alignment.stages.dpo.loss_settings import loss_faults

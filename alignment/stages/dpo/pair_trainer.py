@@ -14,8 +14,7 @@ from trl import DPOTrainer
 
 from alignment.data.tokens.row_kinds import MARGIN
 from alignment.stages.dpo.pair_losses import PairLogprobs, PairLoss, RewardsOf, nll_of_chosen
-from alignment.stages.shared.reference_cache import Reference
-from alignment.stages.shared.start_reference import AgainstStart, answer_logprobs
+from alignment.stages.shared.reference import AgainstStart, Reference, answer_logprobs
 from alignment.training.micro_batches import Batch, Unit
 
 

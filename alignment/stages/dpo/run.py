@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import TaskType
 from trl import DPOConfig as TrlDpoConfig
 
-from alignment.config.micro_batch import tokens_of
+from alignment.config.stage import tokens_of
 from alignment.data.tokens.row_kinds import MARGIN
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.mapped import copied_in_calls
@@ -23,14 +23,17 @@ from alignment.stages.dpo.config import DpoConfig, DpoLoss
 from alignment.stages.dpo.first_batch import FirstBatch
 from alignment.stages.dpo.pair_losses import PairLogprobs, implicit_rewards, nll_of_chosen, own_loss
 from alignment.stages.dpo.pair_trainer import PairTrainer, WithMargins
-from alignment.stages.shared.initial import initial_model, initial_policy
 from alignment.stages.shared.kind_answers import limits_of_parts, pair_rows
-from alignment.stages.shared.preference_pairs import pair_tokens, read_pairs
-from alignment.stages.shared.reference_cache import Reference
-from alignment.stages.shared.result import StageResult, save_model
+from alignment.stages.shared.preference_pairs import hold_out, pair_tokens, read_pairs
+from alignment.stages.shared.reference import (
+    Reference,
+    copy_of_start,
+    make_ready,
+    precomputed_reference,
+    with_reference,
+)
+from alignment.stages.shared.result import StageResult, initial_model, initial_policy, save_model
 from alignment.stages.shared.stage_rows import split_origins
-from alignment.stages.shared.start_reference import copy_of_start, make_ready, precomputed_reference, with_reference
-from alignment.stages.shared.validation_rows import hold_out
 from alignment.training.context import StageContext
 from alignment.training.held_out import HeldOutRows
 from alignment.training.looks import Validation, of_handed_on

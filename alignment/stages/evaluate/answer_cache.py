@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.evaluating import AnswersConfig
-from alignment.config.sampling_engine import Engine
+from alignment.config.launch import Engine
 from alignment.evaluation.arms import TokenSum
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.weights_hash import weights_sha256
 from alignment.stages.evaluate import cache_file
-from alignment.stages.evaluate.turn_prompts import TurnPrompts
+from alignment.stages.evaluate.prompts import TurnPrompts
 from alignment.training.context import StageContext
 
 VERSION = 3

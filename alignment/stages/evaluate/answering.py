@@ -22,14 +22,11 @@ from alignment.models.assembly.prefix import positions_of
 from alignment.models.forward.generate import Sampling, reading_order
 from alignment.stages.evaluate import answer_cache
 from alignment.stages.evaluate.answer_cache import CachedAnswers
-from alignment.stages.evaluate.arm_prompts import ArmPrompts
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.turn_prompts import AnsweredTurn, TurnPrompts, conversations, later_turn, together
-from alignment.stages.shared.arm_policies import Policies
-from alignment.stages.shared.policy_logprobs import PolicyRows, policy_logprobs
-from alignment.stages.shared.process_shares import from_main, on_main
-from alignment.stages.shared.served_policies import served_answer_and_score
-from alignment.stages.shared.stored_parts import made_in_parts
+from alignment.stages.evaluate.prompts import AnsweredTurn, ArmPrompts, TurnPrompts, conversations, later_turn, together
+from alignment.stages.shared.answer_sampling import made_in_parts
+from alignment.stages.shared.policies import Policies, served_answer_and_score
+from alignment.stages.shared.policy_logprobs import PolicyRows, from_main, on_main, policy_logprobs
 from alignment.training.context import StageContext
 
 

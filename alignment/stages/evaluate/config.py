@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 from alignment.config.data import DataConfig
-from alignment.config.evaluating import AnswersConfig, FewShotConfig, GateConfig, JudgeConfig
-from alignment.config.grader import GraderConfig
+from alignment.config.evaluating import AnswersConfig, FewShotConfig, GateConfig, GraderConfig, JudgeConfig
+from alignment.config.launch import SamplingConfig
 from alignment.config.rules import FILLED, POSITIVE
-from alignment.config.sampling_engine import SamplingConfig
 from alignment.config.scoring import MetricConfig
-from alignment.config.stage_fields import reference_to
+from alignment.config.stage import reference_to
 from alignment.core.fingerprint import IF_SET
 
 

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from alignment.data.records import HeldOutPrompt
-from alignment.evaluation.arm_labels import labels
-from alignment.evaluation.arms import Answered
-from alignment.evaluation.bootstrap import Intervals
-from alignment.evaluation.comparisons import compare
-from alignment.evaluation.conclusions import conclusions
-from alignment.evaluation.contradictions import contradictions
-from alignment.evaluation.grade_conclusions import coverage_conclusions, grade_conclusions
-from alignment.evaluation.known_scores import Scores, known, of_prompts
-from alignment.evaluation.labelled_pairs import labelled_conclusions
+from alignment.evaluation.arms import Answered, Scores, known, of_prompts
+from alignment.evaluation.conclusions import (
+    conclusions,
+    contradictions,
+    coverage_conclusions,
+    grade_conclusions,
+    labelled_conclusions,
+)
+from alignment.evaluation.paired_scores import labels
+from alignment.evaluation.statistics import Intervals, compare
 from alignment.evaluation.tables import arm_result, by_task
 from alignment.records.evaluation import ArmResult, Evaluation, Grading, JudgedPair, Metric
 from alignment.rewards.scorer_sources import REWARD

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from alignment.config.did_you_mean import suggestion
 from alignment.config.evaluating import FEW_SHOT, PROMPTED, FewShotConfig, GateConfig, JudgeConfig, JudgeKind
-from alignment.config.faults import Fault, unread_notes
+from alignment.config.faults import Fault, suggestion, unread_notes
+from alignment.config.new_recipe import SCORER, Circumstances, NewStage, Reasoned
 from alignment.config.run import RunConfig
 from alignment.config.scoring import MetricConfig
-from alignment.core.artifacts import EVALUATION
+from alignment.core.artifacts import EVALUATION, POLICY, REWARD_MODEL
 from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair
 from alignment.data.tokens.row_kinds import CONVERSATIONS
-from alignment.evaluation import metrics
+from alignment.evaluation import paired_scores
 from alignment.evaluation.endpoint_client import api_key
 from alignment.rewards.scorer_sources import REWARD, source_field
 from alignment.stages.base import (
@@ -21,20 +21,24 @@ from alignment.stages.base import (
     LaunchShape,
     OtherFiles,
     Outcome,
+    Proposals,
     References,
     Reported,
     RunsOn,
     StageKind,
 )
-from alignment.stages.evaluate import labelled_faults
+from alignment.stages.evaluate import checks
+from alignment.stages.evaluate.checks import (
+    grader_faults,
+    is_graded,
+    judge_faults,
+    single_answer_checks,
+    vote_notes,
+    votes_files,
+)
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.grader_faults import grader_faults, is_graded
-from alignment.stages.evaluate.judge_faults import judge_faults
-from alignment.stages.evaluate.proposal import PROPOSALS
-from alignment.stages.evaluate.votes_file import single_answer_checks, vote_notes, votes_files
-from alignment.stages.shared.kind_answers import of_arms
-from alignment.stages.shared.sampling_checks import check_engine, sampling_faults
-from alignment.stages.shared.scorer_slots import reward_model_slots
+from alignment.stages.shared.kind_answers import check_engine, of_arms, reward_model_slots, sampling_faults
+from alignment.stages.shared.new_settings import data_of, maximises_scores, new_tokens, rows_with_answers
 
 
 def _data(config: EvaluateConfig) -> list[DataSlot]:
@@ -48,11 +52,11 @@ def _data(config: EvaluateConfig) -> list[DataSlot]:
             in_use=FEW_SHOT in config.arms,
         ),
         DataSlot(
-            field=labelled_faults.DATA,
+            field=checks.DATA,
             data=config.judge.labelled.data,
             record=PreferencePair,
-            in_use=labelled_faults.labels_pairs(config.judge),
-            checks=labelled_faults.labelled_checks(config),
+            in_use=checks.labels_pairs(config.judge),
+            checks=checks.labelled_checks(config),
         ),
     ]
 
@@ -67,12 +71,12 @@ def _as_read(config: EvaluateConfig) -> EvaluateConfig:
         config,
         few_shot=config.few_shot if FEW_SHOT in config.arms else FewShotConfig(),
         system_prompt=config.system_prompt if PROMPTED in config.arms else None,
-        primary=metrics.primary_name(config.metrics, config.primary),
+        primary=paired_scores.primary_name(config.metrics, config.primary),
     )
 
 
 def _faults(config: EvaluateConfig, run: RunConfig, where: str) -> Iterator[Fault]:
-    yield from metrics.faults(config.metrics, config.primary, config.answers, where)
+    yield from paired_scores.faults(config.metrics, config.primary, config.answers, where)
     yield from sampling_faults(config.sampling, f"{where}.sampling")
     for field, metric in _scorers(config).items():
         if metric.source == REWARD and config.reward is None:
@@ -84,7 +88,7 @@ def _faults(config: EvaluateConfig, run: RunConfig, where: str) -> Iterator[Faul
     yield from _gate_faults(config, where)
     yield from grader_faults(config, where, hang_seconds=run.launch.hang_seconds)
     yield from judge_faults(config, where, hang_seconds=run.launch.hang_seconds)
-    yield from labelled_faults.labelled_faults(config, where)
+    yield from checks.labelled_faults(config, where)
     if config.judge.kind is JudgeKind.none:
         names, reader = ("max_prompts", "max_invalid"), "only a judge (judge.kind)"
         yield from unread_notes(config.judge, JudgeConfig(), names, f"{where}.judge", reader)
@@ -112,7 +116,7 @@ def _gate_faults(config: EvaluateConfig, where: str) -> Iterator[Fault]:
 
 
 def _primary(config: EvaluateConfig) -> MetricConfig | None:
-    name = metrics.primary_name(config.metrics, config.primary)
+    name = paired_scores.primary_name(config.metrics, config.primary)
     return next((metric for metric in config.metrics if metric.name == name), None)
 
 
@@ -129,6 +133,31 @@ def _reported(config: EvaluateConfig) -> Reported:
     return Reported(held_out=of_arms((*names, "loss", "win_rate"), config.arms), half_by_chance=("win_rate/",))
 
 
+def _stage(circumstances: Circumstances) -> NewStage | None:
+    rows, policies = circumstances.held_out, circumstances.made.get(POLICY, ())
+    if rows is None or not policies:
+        return None
+    models, scorer = circumstances.made.get(REWARD_MODEL, ()), circumstances.answer(SCORER)
+    reward = f"stage:{models[0]}" if models else None
+    arms = ["base", *(f"stage:{name}" for name in policies)]
+    no_metric = "without a metric, no arm is called better; name what makes an answer good (docs/evaluation.md)"
+    trained_on = maximises_scores(circumstances)
+    why = "also what is trained on: add another metric" if trained_on else "the scorer that you named"
+    metric = Reasoned(value=[{"name": "score", "source": scorer}], why=why)
+    settings = {
+        **data_of(rows),
+        "arms": Reasoned(value=arms, why="all answer the same prompts"),
+        "reference": Reasoned(value=circumstances.start, why="the KL of each arm is measured from this one"),
+        "reward": Reasoned(value=reward, why="its scores are shown" if models else "there is no reward model"),
+        "metrics": metric if scorer else Reasoned(value=[], why=no_metric),
+        "max_new_tokens": new_tokens(rows_with_answers(circumstances), circumstances),
+    }
+    return NewStage(why="Every policy answers prompts on which none was trained.", settings=settings, reads=rows)
+
+
+PROPOSALS = Proposals(stage=_stage)
+
+
 KIND = StageKind(
     name="evaluate",
     summary="arms side by side on held-out prompts",
@@ -136,7 +165,7 @@ KIND = StageKind(
     revision=20,
     produces=EVALUATION,
     run="alignment.stages.evaluate.run:run",
-    rehearse="alignment.stages.evaluate.arm_base:refuse_base",
+    rehearse="alignment.stages.evaluate.prompt_lengths:refuse_base",
     data=_data,
     files=OtherFiles(paths=votes_files, notes=vote_notes),
     scorers=_scorers,

@@ -8,27 +8,24 @@ from typing import Any
 
 from alignment.config.evaluating import JudgeKind
 from alignment.config.scoring import MetricConfig
-from alignment.core.scripts import divided
+from alignment.core.text import divided
 from alignment.data.mix import some
 from alignment.data.records import HeldOutPrompt, PreferencePair
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
 from alignment.evaluation.arms import TOKENS
-from alignment.evaluation.bootstrap import Intervals
+from alignment.evaluation.conclusions import CHOSEN, REJECTED, one_of_each_prompt
 from alignment.evaluation.endpoint import Endpoint
-from alignment.evaluation.grades import rubric_of
-from alignment.evaluation.grammar import Verdict, judge_prompt, verdict_of
-from alignment.evaluation.labelled_pairs import CHOSEN, REJECTED, one_of_each_prompt
-from alignment.evaluation.pairwise import BothOrders, points_of
+from alignment.evaluation.statistics import Intervals
 from alignment.evaluation.tables import judged_pair
+from alignment.evaluation.verdicts import BothOrders, Verdict, judge_prompt, points_of, rubric_of, verdict_of
 from alignment.records.evaluation import JudgedPair
 from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation
 from alignment.rewards.scorer_sources import GRADE, REWARD
 from alignment.rewards.scorers import Answers
+from alignment.stages.evaluate.checks import DATA, labels_pairs, primary_metric
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.labelled_faults import DATA, labels_pairs, primary_metric
-from alignment.stages.shared.answer_scores import metric_scores_of
-from alignment.stages.shared.asking_servers import asking_of
+from alignment.stages.shared.answer_scores import asking_of, metric_scores_of
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 

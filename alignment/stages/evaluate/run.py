@@ -15,11 +15,10 @@ from alignment.costs.recorder import on_shadows
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.evaluation.arms import TOKENS, Answered, grouped, reward_scores, side_by_side
-from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.endpoint import Endpoint
-from alignment.evaluation.exchanges import asked_turns
-from alignment.evaluation.metrics import primary_name, recorded
-from alignment.evaluation.multiple_choice import LetterRows, choice_scores, letter_rows
+from alignment.evaluation.exchanges import LetterRows, asked_turns, choice_scores, letter_rows
+from alignment.evaluation.paired_scores import primary_name, recorded
+from alignment.evaluation.statistics import Intervals
 from alignment.evaluation.tables import refuse_not_finite, samples
 from alignment.models.assembly.load import lineage, products_in, refuse_other_tokenizer
 from alignment.models.assembly.reward_head import HEAD, load_reward_model
@@ -28,29 +27,28 @@ from alignment.models.kernels.layout import prepacked
 from alignment.records.evaluation import ArmResult, Evaluation, Sample, write_samples
 from alignment.rewards.scorer_sources import CHOICE
 from alignment.rewards.scorers import Answers
-from alignment.stages.evaluate import grading
 from alignment.stages.evaluate import labelled as labelled_pairs
+from alignment.stages.evaluate import metric_scores
 from alignment.stages.evaluate.answering import answers_of_arms, arms_at_once
-from alignment.stages.evaluate.arm_prompts import ArmPrompts, prompts_of_arms
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.evaluation_record import ScoredAnswers, evaluation_of
-from alignment.stages.evaluate.grading import Grades, grade_answers, open_grader
-from alignment.stages.evaluate.held_out_prompts import held_out_prompts
 from alignment.stages.evaluate.judging import Judged, judge, open_endpoint
 from alignment.stages.evaluate.labelled import judge_labelled
 from alignment.stages.evaluate.metric_scores import (
+    Grades,
     Measured,
     Source,
     answers_to_score,
+    grade_answers,
+    open_grader,
     scores_by_arm,
     scores_by_models,
 )
+from alignment.stages.evaluate.prompts import ArmPrompts, held_out_prompts, prompts_of_arms
 from alignment.stages.evaluate.score_cache import cached_scores
-from alignment.stages.shared.arm_policies import Policies
-from alignment.stages.shared.policy_logprobs import PolicyRows, policy_logprobs
-from alignment.stages.shared.process_shares import in_shares, on_main
+from alignment.stages.shared.policies import Policies, served_policies
+from alignment.stages.shared.policy_logprobs import PolicyRows, in_shares, on_main, policy_logprobs
 from alignment.stages.shared.result import StageResult
-from alignment.stages.shared.served_policies import served_policies
 from alignment.training.context import StageContext
 
 
@@ -131,7 +129,7 @@ def _concluded(
     )
     labelled = judge_labelled(config, context, tokenizer, endpoint, grader, scored.intervals)
     evaluation = evaluation_of(config, scored, judged, labelled.pair, grades.gradings)
-    for file, lines in ((grading.LINES, grades.lines), (labelled_pairs.LINES, labelled.lines)):
+    for file, lines in ((metric_scores.LINES, grades.lines), (labelled_pairs.LINES, labelled.lines)):
         if lines:
             write_lines(context.content / file, lines)
     return _written(context, evaluation, samples(scored.rows, scored.arms, scored.turn_scores), judged)

@@ -5,16 +5,25 @@ from __future__ import annotations
 from alignment.core.artifacts import write_lines
 from alignment.data.records import PlainText, Question
 from alignment.data.tokens.tokenizer import load_tokenizer
-from alignment.evaluation.bootstrap import Intervals
-from alignment.evaluation.forgetting_measures import BASE, Asked, headlines, question_rows, table, text_rows
-from alignment.evaluation.general import Material, Measured, material, measured
+from alignment.evaluation.forgetting_measures import (
+    BASE,
+    Asked,
+    Material,
+    Measured,
+    headlines,
+    material,
+    measured,
+    question_rows,
+    table,
+    text_rows,
+)
+from alignment.evaluation.statistics import Intervals
 from alignment.job import StageInput
 from alignment.models.assembly.load import lineage, refuse_other_tokenizer
-from alignment.records.forgetting import Limits
+from alignment.records.stages import Limits
 from alignment.stages.forgetting.config import ForgettingConfig
-from alignment.stages.shared.arm_policies import Policies
-from alignment.stages.shared.policy_logprobs import PolicyRows, policy_logprobs
-from alignment.stages.shared.process_shares import on_main
+from alignment.stages.shared.policies import Policies
+from alignment.stages.shared.policy_logprobs import PolicyRows, on_main, policy_logprobs
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext

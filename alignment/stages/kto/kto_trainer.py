@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from trl import KTOTrainer
 
 from alignment.models.forward.transfer import on_host
-from alignment.stages.shared.start_check import StartRow
-from alignment.stages.shared.start_reference import AgainstStart, answer_logprobs
+from alignment.stages.shared.reference import AgainstStart, StartRow, answer_logprobs
 from alignment.training.micro_batches import Batch, Unit
 
 TEXT = ("input_ids", "attention_mask", "completion_mask")

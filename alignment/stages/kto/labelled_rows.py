@@ -17,7 +17,7 @@ from datasets import Dataset
 from numpy.typing import NDArray
 
 from alignment.data.tokens.row_kinds import DESIRABLE, PROMPT, UNDESIRABLE
-from alignment.stages.shared.by_prompt import prompts_of
+from alignment.stages.shared.preference_pairs import prompts_of
 from alignment.stages.shared.stage_rows import WHERE
 
 ANSWER, MISMATCHED, LABEL = "completion", "KL_completion", "label"

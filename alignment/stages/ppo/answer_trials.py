@@ -12,8 +12,8 @@ import torch
 from alignment.models.assembly.recomputing import recompute
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.rows import SHORTEST_SHARED
+from alignment.stages.ppo.experience import Experience, partition_of, response_mask
 from alignment.stages.ppo.trainer import PpoTrainer
-from alignment.training.rl.experience import Experience, partition_of, response_mask
 
 Prompt = Sequence[int]
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from alignment.algos.kl import k1
+from alignment.algos.ppo import k1, of_each_token, of_overlong
 from alignment.core.errors import StageError
 from alignment.costs.recorder import on_shadows
-from alignment.rewards.scores import Scores
-from alignment.rewards.slot import Rewards
-from alignment.stages.ppo.penalties import Penalties
-from alignment.training.rl.experience import Answers, Partition, ScoredBatch, response_mask, stack
-from alignment.training.rl.rollouts import Rollouts
-from alignment.training.rl.step_metrics import UpdateMetrics
+from alignment.rewards.scores import Rewards, Scores
+from alignment.stages.ppo.config import OverlongConfig, PpoConfig
+from alignment.stages.ppo.experience import Answers, Partition, ScoredBatch, response_mask, stack
+from alignment.stages.ppo.kind import LENGTH, OVERLONG
+from alignment.stages.ppo.rollouts import Rollouts
+from alignment.stages.ppo.step_metrics import UpdateMetrics
 
 log = logging.getLogger(__name__)
 
@@ -125,3 +126,41 @@ def warn_of_equal_scores(scores: Tensor) -> None:
             len(scores),
             float(scores[0]),
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Penalties:
+    """``missing_eos`` for an answer without an end, ``per_token`` for each token, and up to ``overlong.weight`` for
+    the last ``overlong.buffer`` tokens before ``longest``."""
+
+    missing_eos: float
+    per_token: float
+    overlong: OverlongConfig
+    longest: int
+
+    def of_length(self, lengths: Tensor) -> dict[str, Tensor]:
+        """``[answers]`` float64 of answers with ``[answers]`` tokens, their end included, by the name in metrics."""
+        penalties = {}
+        if self.per_token:
+            penalties[LENGTH] = of_each_token(lengths, self.per_token)
+        if self.overlong.buffer:
+            share = of_overlong(lengths, longest=self.longest, buffer=self.overlong.buffer)
+            penalties[OVERLONG] = self.overlong.weight * share
+        return penalties
+
+    def subtracted(self, scores: Tensor, lengths: Tensor, ended: Tensor) -> Tensor:
+        """``[answers]`` float32: the scores less all penalties; ``ended`` is bool, whether an answer has an end."""
+        left = scores - self.missing_eos * (~ended).float()
+        for penalty in self.of_length(lengths).values():
+            left = (left.double() - penalty).float()
+        return left
+
+
+def penalties_of(config: PpoConfig) -> Penalties:
+    """Those that the configuration names."""
+    return Penalties(
+        missing_eos=config.missing_eos_penalty,
+        per_token=config.length_penalty,
+        overlong=config.overlong,
+        longest=config.max_new_tokens,
+    )

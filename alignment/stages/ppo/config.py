@@ -6,18 +6,12 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.critic import Critic
-from alignment.config.data import DataConfig
-from alignment.config.micro_batch import DEFAULT_TOKENS, MicroBatchTokens
-from alignment.config.optim import Moments, Schedule
-from alignment.config.overoptimisation import GuardConfig
-from alignment.config.replay import PtxConfig
+from alignment.config.data import DataConfig, PtxConfig, TooLongConfig
+from alignment.config.launch import RolloutSamplingConfig
+from alignment.config.model import AdapterConfig, Critic
 from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, PENALTY, POSITIVE
-from alignment.config.sampling_engine import RolloutSamplingConfig
-from alignment.config.scoring import ScorerConfig
-from alignment.config.stage_fields import not_identity, reference_to
-from alignment.config.too_long import TooLongConfig
+from alignment.config.scoring import GuardConfig, ScorerConfig
+from alignment.config.stage import DEFAULT_TOKENS, MicroBatchTokens, Moments, Schedule, not_identity, reference_to
 from alignment.core.fingerprint import IF_SET
 
 

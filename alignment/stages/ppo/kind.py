@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alignment.config.critic import Critic
+from alignment.config.data import PtxConfig
 from alignment.config.faults import Fault, unread_faults, unread_notes
 from alignment.config.launch import LaunchConfig, Sharding
-from alignment.config.replay import PtxConfig
+from alignment.config.model import Critic
+from alignment.config.new_recipe import SCORER, Circumstances, NewStage, Question, Reasoned, Rows
 from alignment.config.run import RunConfig
 from alignment.config.scoring import MemberConfig
-from alignment.core.artifacts import POLICY, read_manifest
-from alignment.data.records import Conversation, Prompt
+from alignment.core.artifacts import POLICY, REWARD_MODEL, read_manifest
+from alignment.data.records import Conversation, LabelledAnswer, PreferencePair, Prompt
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
 from alignment.rewards.scorer_sources import REWARD, is_known, with_members
@@ -25,26 +27,41 @@ from alignment.stages.base import (
     Learning,
     LearnsFrom,
     Outcome,
+    Proposals,
     References,
     Refusal,
     Reported,
     StageKind,
 )
-from alignment.stages.ppo.batch_sizes import size_faults
-from alignment.stages.ppo.config import KlConfig, KlControl, OverlongConfig, PpoConfig
-from alignment.stages.ppo.critic_faults import critic_faults
-from alignment.stages.ppo.engine_checks import (
+from alignment.stages.ppo.checks import (
+    GUARD,
+    critic_faults,
     engine_curves,
     engine_doubts,
     engine_faults,
     engine_notes,
+    in_use,
     reported_of_engine,
+    size_faults,
 )
-from alignment.stages.ppo.proposal import PROPOSALS
-from alignment.stages.ppo.scorers_in_use import GUARD, in_use
-from alignment.stages.shared.kind_answers import ROW_COUNTS, curve
-from alignment.stages.shared.sampling_checks import check_engine, sampling_refusals
-from alignment.stages.shared.scorer_slots import missing_reward_faults, reward_model_slots
+from alignment.stages.ppo.config import KlConfig, KlControl, OverlongConfig, PpoConfig
+from alignment.stages.shared.kind_answers import (
+    ROW_COUNTS,
+    check_engine,
+    curve,
+    missing_reward_faults,
+    reward_model_slots,
+    sampling_refusals,
+)
+from alignment.stages.shared.new_settings import (
+    adapter_rate,
+    data_of,
+    from_start,
+    maximises_scores,
+    new_tokens,
+    row_limit,
+    rows_with_answers,
+)
 
 LENGTH, OVERLONG = "penalty/length", "penalty/overlong"
 """What penalties took from the scores; each is reported if it is in use."""
@@ -85,7 +102,7 @@ def _faults(config: PpoConfig, _: RunConfig, where: str) -> Iterator[Fault]:
         )
         yield Fault(where=f"{where}.kl.coefficient", message=message)
     elif config.kl.horizon * 5 <= config.optim.batch_size:
-        # An update multiplies the coefficient by at least 1 - .2 * episodes / horizon (algos/kl.py).
+        # An update multiplies the coefficient by at least 1 - .2 * episodes / horizon (algos/ppo.py).
         message = (
             f"{config.kl.horizon} episodes, of which one update has {config.optim.batch_size}, so that an update with "
             f"little KL would make the coefficient zero or negative; choose more than {config.optim.batch_size // 5}"
@@ -266,6 +283,78 @@ def _all_curves() -> list[Curve]:
     ]
 
 
+_WITH_PROMPTS = (Prompt, PreferencePair, LabelledAnswer, Conversation)
+"""Records that have prompts; the first that are there are asked."""
+_COMPLETIONS, _EPISODES = 4, 32
+_LEAST_UPDATES, _MOST_UPDATES = 20, 200
+_QUICKSTART = "as in quickstart"
+
+
+def _questions(circumstances: Circumstances) -> Iterator[Question]:
+    if Prompt in circumstances.rows and PreferencePair not in circumstances.rows:
+        yield SCORER
+
+
+def _stage(circumstances: Circumstances) -> NewStage | None:
+    scorer, models = circumstances.answer(SCORER), circumstances.made.get(REWARD_MODEL, ())
+    rows = next((circumstances.rows[record] for record in _WITH_PROMPTS if record in circumstances.rows), None)
+    if rows is None or not (scorer or models) or not maximises_scores(circumstances):
+        return None
+    answers = new_tokens(rows_with_answers(circumstances), circumstances)
+    left = replace(circumstances, positions=circumstances.positions - answers.value)
+    settings = {
+        **from_start(circumstances, "stage:sft"),
+        **data_of(rows),
+        **_scores(scorer, models[0] if models else ""),
+        **_size(rows),
+        "critic": Reasoned(
+            value="shared", why="one pass for policy and values; separate needs memory for a second model"
+        ),
+        "prompt_baseline": Reasoned(value=True, why=f"scores of different prompts are not comparable; {_QUICKSTART}"),
+        "gae_lambda": Reasoned(value=1.0, why=f"a shared critic starts at 0; {_QUICKSTART}"),
+        "value_clip": Reasoned(value=10.0, why=_QUICKSTART),
+        **row_limit(rows, left, "max_prompt_length", part="prompts"),
+        "max_new_tokens": answers,
+        "kl": {
+            "coefficient": Reasoned(
+                value=0.05, why="Huang et al. 2024; a larger value keeps the policy closer to its start"
+            )
+        },
+    }
+    return NewStage(why="Samples answers to the prompts and raises their scores.", settings=settings, reads=rows)
+
+
+def _scores(scorer: str, model: str) -> dict[str, Any]:
+    """What scores answers: the run's reward model, what the user named, or both."""
+    reward = f"stage:{model}" if model else None
+    why = "trained on the pairs above" if model else "none; the scorers below are used instead"
+    settings: dict[str, Any] = {"reward": Reasoned(value=reward, why=why)}
+    if scorer:
+        sources = [*(["reward"] if model else []), scorer]
+        value = [{"source": source} for source in sources]
+        settings["scorers"] = Reasoned(value=value, why="their scores are added; give each a weight if needed")
+    return settings
+
+
+def _size(rows: Rows) -> dict[str, Any]:
+    """Updates, and how many answers each samples."""
+    asked = max(1, min(rows.prompts, _EPISODES // _COMPLETIONS))
+    passes = math.ceil(rows.prompts / asked)
+    updates = min(_MOST_UPDATES, max(_LEAST_UPDATES, passes))
+    bounds = f"chosen, not tuned: from {_LEAST_UPDATES} to {_MOST_UPDATES}"
+    why = f"{passes:,} ask all {rows.prompts:,} prompts once ({bounds})"
+    rate = adapter_rate(1e-4, "chosen, not tuned: 3e-5 in qwen_0_5b_rlhf_lora, 1e-3 in quickstart")
+    size = Reasoned(value=asked * _COMPLETIONS, why=f"answers to {asked} prompts in an update (chosen, not tuned)")
+    return {
+        "updates": Reasoned(value=updates, why=why),
+        "completions_per_prompt": Reasoned(value=_COMPLETIONS, why=_QUICKSTART),
+        "optim": {"lr": rate, "critic_lr": Reasoned(value=1e-4, why="like the policy's"), "batch_size": size},
+    }
+
+
+PROPOSALS = Proposals(questions=_questions, stage=_stage)
+
+
 KIND = StageKind(
     name="ppo",
     summary="PPO, RLOO or GRPO on scores of the policy's own answers",
@@ -273,7 +362,7 @@ KIND = StageKind(
     revision=14,
     produces=POLICY,
     run="alignment.stages.ppo.run:run",
-    rehearse="alignment.stages.ppo.policy_base:refuse_base",
+    rehearse="alignment.stages.ppo.run:refuse_base",
     data=_data,
     scorers=in_use,
     faults=_faults,

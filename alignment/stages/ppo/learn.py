@@ -1,8 +1,4 @@
-"""The second phase of an update: the gradients of its minibatches.
-
-The minibatches of an update are the same in every epoch, where Huang et al. 2024 draw new ones: then old
-log-probabilities can be computed in the micro-batches that are learned from (docs/design/0059).
-"""
+"""The metrics of an update: those of its sampled episodes, and those of the minibatches that it learned from."""
 
 from __future__ import annotations
 
@@ -17,21 +13,87 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from alignment.algos.ppo import clipped_value_loss, value_is_clipped
+from alignment.algos.ppo import clipped_value_loss, explained_variance, k3, value_is_clipped
 from alignment.models.assembly.actor_critic import ValueLoss
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import answer_stream, unwrapped
 from alignment.models.forward.transfer import on_device
 from alignment.models.kernels.dora_norms import reused_norms
-from alignment.stages.ppo.report import add_policy
+from alignment.stages.ppo.experience import Experience, Partition, ScoredBatch, spread
+from alignment.stages.ppo.kind import SCORE_STD
+from alignment.stages.ppo.objective import Advantages, PolicyLoss, PolicyObjective, Sampled
+from alignment.stages.ppo.ptx import Ptx
+from alignment.stages.ppo.rollouts import Episodes
+from alignment.stages.ppo.step_metrics import UpdateMetrics
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import accumulating
-from alignment.training.rl.advantages import Advantages
-from alignment.training.rl.experience import Experience, Partition, ScoredBatch, spread
-from alignment.training.rl.policy_objective import PolicyObjective, Sampled
-from alignment.training.rl.ptx import Ptx
-from alignment.training.rl.rollouts import Episodes
-from alignment.training.rl.step_metrics import UpdateMetrics
+
+
+def add_scores(metrics: UpdateMetrics, batch: ScoredBatch) -> None:
+    """Adds each scorer's mean score, those of ensembles and penalties, and the standard deviation of the scores that
+    PPO maximises, if there are several."""
+    by_scorer = {f"score/{name}": values for name, values in batch.by_scorer.by_name().items()}
+    metrics.values |= {name: float(values.mean()) for name, values in (by_scorer | dict(batch.parts)).items()}
+    scores = batch.scores
+    if len(scores) > 1:
+        # The deviation of equal scores would be that of their rounded mean.
+        is_equal = bool(scores.max() == scores.min())
+        metrics.values[SCORE_STD] = 0.0 if is_equal else float(scores.std(unbiased=False))
+
+
+def add_episodes(
+    metrics: UpdateMetrics, batch: ScoredBatch, advantages: Advantages, *, kl_coefficient: float, base_copies: float
+) -> None:
+    """Adds metrics of the episodes; those summed over tokens are means over episodes, the others over answer tokens."""
+    mask = batch.response_mask
+    kl = batch.kl.sum(-1)
+    episodes = {
+        "objective/kl": kl,
+        "objective/kl_k3": (k3(batch.logprobs, batch.reference_logprobs) * mask).sum(-1),
+        # The objective, before any baseline or scaling.
+        "objective/rlhf_reward": batch.scores - kl_coefficient * kl,
+        "objective/score": batch.scores,
+        "eos_rate": batch.ended.float(),
+        "response_length": mask.sum(-1).float(),
+    }
+    tokens = {"objective/entropy": batch.entropy, "val/advantages": advantages.raw}
+    if batch.values is not None and advantages.returns is not None:
+        tokens |= {"val/returns": advantages.returns, "val/values": batch.values}
+        metrics.values["val/explained_variance"] = explained_variance(batch.values, advantages.returns, mask)
+    metrics.add_means(episodes, torch.ones_like(batch.scores))
+    metrics.add_means(tokens, mask)
+    metrics.values["objective/kl_coef"] = kl_coefficient
+    metrics.values["memory/base_copies"] = base_copies
+
+
+@torch.no_grad()
+def add_policy(
+    metrics: UpdateMetrics,
+    loss: PolicyLoss,
+    objective: PolicyObjective,
+    entropy: Tensor,
+    response_mask: Tensor,
+    *,
+    tokens: Tensor,
+) -> None:
+    """Adds a micro-batch's share of its minibatch's metrics.
+
+    ``entropy`` is ``[answer tokens]``, and ``tokens`` the scalar number of the minibatch's answer tokens.
+    """
+    over = loss.ratio - 1.0
+    clipped = ((over > objective.clip_high) | (-over > objective.clip)).float()
+    kl = {} if loss.kl is None else {"loss/kl": loss.kl}
+    metrics.add_share(
+        {
+            "loss/policy": loss.policy,
+            **kl,
+            "policy/approxkl": (0.5 * loss.change**2 * response_mask).sum() / tokens,
+            "policy/clipfrac": (clipped * response_mask).sum() / tokens,
+            "policy/entropy": entropy.sum() / tokens,
+            "val/ratio": (loss.ratio * response_mask).sum() / tokens,
+        }
+    )
+    metrics.add_maximum("val/ratio_max", (loss.ratio * response_mask).max())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from alignment.config.micro_batch import tokens_of
+from alignment.config.stage import tokens_of
 from alignment.core.artifacts import read_manifest
+from alignment.core.errors import ConfigError
 from alignment.data.records import Prompt
 from alignment.data.tokens.limits import Limits
-from alignment.data.tokens.row_kinds import CONVERSATIONS
+from alignment.data.tokens.row_kinds import CONVERSATIONS, PROMPTS
 from alignment.data.tokens.tokenize import TokenizedConversation, end_ids
 from alignment.job import StageInput
 from alignment.models.assembly.load import refuse_other_tokenizer
+from alignment.models.assembly.prefix import refuse_too_long
 from alignment.models.assembly.weight_file import write_weights
+from alignment.models.forward.answers import unwrapped
 from alignment.rewards.build import build_rewards
 from alignment.rewards.reward_models import Computation
 from alignment.stages.ppo.answer_trials import AnswerTrials
+from alignment.stages.ppo.checks import GUARD, OF_ENGINE, maximised
 from alignment.stages.ppo.config import PpoConfig
-from alignment.stages.ppo.engine_checks import OF_ENGINE
+from alignment.stages.ppo.engine import served_engine
+from alignment.stages.ppo.experience import Prompts, Samples
+from alignment.stages.ppo.guard import Guard
 from alignment.stages.ppo.kind import SCORE_STD, TIED_SHARE
-from alignment.stages.ppo.prompt_split import hold_out, refuse_long_prompts, tokenized_prompts
-from alignment.stages.ppo.scorers_in_use import GUARD, maximised
-from alignment.stages.ppo.served_sampling import served_engine
+from alignment.stages.ppo.ptx import Ptx
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.stages.ppo.trainer_setup import build_trainer, roles_of
-from alignment.stages.shared.asking_servers import asking_of
-from alignment.stages.shared.initial import initial_policy
-from alignment.stages.shared.result import StageResult, save_model
-from alignment.stages.shared.stage_rows import rows_of, split_origins, token_rows
+from alignment.stages.shared.answer_scores import asking_of
+from alignment.stages.shared.base_check import refuse_base_that_cannot_answer, refuse_base_without_scores
+from alignment.stages.shared.result import StageResult, initial_policy, save_model
+from alignment.stages.shared.stage_rows import fitting, rows_of, split_origins, token_rows
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_weights
-from alignment.training.rl.guard import Guard
-from alignment.training.rl.ptx import Ptx
-from alignment.training.rl.samples import Samples
 from alignment.training.row_lengths import refuse_long_rows
 from alignment.training.session import train
 from alignment.training.sharding import whole_state
@@ -155,3 +158,68 @@ def _save_critic(value: nn.Module, context: StageContext) -> None:
     trained = {name.removeprefix(prefix): p for name, p in whole_state(value, trained_only=True).items()}
     if context.is_main:
         write_weights(trained, context.content / "critic.safetensors")
+
+
+def tokenized_prompts(
+    config: PpoConfig, context: StageContext, tokenizer: Any, rows: list[Prompt]
+) -> tuple[Prompts, dict[str, float]]:
+    """The prompts within the length limit, and how many rows there were, were too long or were cut."""
+    limits = Limits(row=config.max_prompt_length, too_long=config.too_long)
+    by_row, counts = fitting(context, PROMPTS, rows, config.data, limits, tokenizer)
+    ids = [tokenized.rows[0]["prompt"] for tokenized in by_row.values()]
+    return Prompts(ids=ids, rows=list(by_row)), counts
+
+
+def refuse_long_prompts(config: PpoConfig, policy: PreTrainedModel, prompts: Prompts, rows: Sequence[Prompt]) -> None:
+    """Checks that the policy can read each prompt with the longest answer.
+
+    Raises:
+        ModelError: it cannot; the error names the longest prompt.
+    """
+    longest = max(range(len(prompts.ids)), key=lambda number: len(prompts.ids[number]))
+    tokens = len(prompts.ids[longest]) + config.max_new_tokens
+    refuse_too_long(unwrapped(policy).base_model, tokens, where=rows[prompts.rows[longest]].where)
+
+
+def hold_out(prompts: Prompts, config: PpoConfig, context: StageContext) -> tuple[Prompts, Prompts]:
+    """Prompts to learn from, and held-out prompts for the guard; rows with the same prompt are on the same side.
+
+    Raises:
+        ConfigError: there are too few different prompts.
+    """
+    if not config.guard.every:
+        return prompts, Prompts(ids=[], rows=[])
+    different = sorted({tuple(prompt) for prompt in prompts.ids})
+    number = config.guard.prompts
+    if not context.world_size <= number < len(different):
+        raise ConfigError(
+            f"{number} prompts cannot be held out of {len(different)} with {context.world_size} processes",
+            where=f"stages.{context.spec.stage}.guard.prompts",
+            remedy=f"choose {context.world_size} to {len(different) - 1}, or set guard.every to 0",
+        )
+    order = torch.randperm(len(different), generator=context.generator("held out")).tolist()
+    chosen = {different[index] for index in order[:number]}
+    held_out: dict[tuple[int, ...], int] = {}
+    learned = []
+    for index, prompt in enumerate(prompts.ids):
+        if tuple(prompt) in chosen:
+            held_out.setdefault(tuple(prompt), index)
+        else:
+            learned.append(index)
+    return _selected(prompts, learned), _selected(prompts, list(held_out.values()))
+
+
+def _selected(prompts: Prompts, indices: list[int]) -> Prompts:
+    return Prompts(ids=[prompts.ids[index] for index in indices], rows=[prompts.rows[index] for index in indices])
+
+
+def refuse_base(config: PpoConfig, context: StageContext) -> None:
+    """Checks the base model of the policy and, if it is separate, of the critic.
+
+    Raises:
+        ModelError: transformers has no scalar head for its architecture, it cannot be sampled from, or its head does
+            more than one matrix product.
+    """
+    refuse_base_without_scores(config, context)
+    if context.spec.inputs["init"].is_of_run:
+        refuse_base_that_cannot_answer(context.spec, config.sampling, scored=True)

@@ -1,7 +1,7 @@
 """PPO as a ``transformers.Trainer`` whose batches are rollouts that it makes itself.
 
 One trainer step is one optimiser step on one minibatch; an update is ``ppo_epochs * num_minibatches`` steps, and the
-first of them samples new answers. An update collects (collect.py), learns (learn.py) and reports (report.py). A step
+first of them samples new answers. An update collects (collect.py), learns (learn.py) and reports (learn.py). A step
 loops over its micro-batches without ``accelerator.accumulate``, which would synchronise and step too often at the end
 of a dataloader. Checkpoints are made between updates. There, weights, optimiser, step number and a few numbers
 (``_save_state``) are all that a resumed run needs, because all randomness is derived from seed and step.
@@ -13,41 +13,37 @@ import functools
 import json
 import logging
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import TrainingArguments
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from alignment.algos.group import tied_groups
-from alignment.algos.kl import AdaptiveKl, KlController
-from alignment.config.sampling_engine import Engine
+from alignment.algos.ppo import AdaptiveKl, KlController, tied_groups
+from alignment.config.launch import Engine
 from alignment.core.errors import StageError
 from alignment.models.assembly.recomputing import checkpoint_activations, recompute
 from alignment.models.assembly.roles import Roles
-from alignment.rewards.slot import Rewards
-from alignment.stages.ppo import report
-from alignment.stages.ppo.checkpoint import load_weights, save_weights
-from alignment.stages.ppo.collect import Collector, warn_of_equal_scores
+from alignment.rewards.scores import Rewards
+from alignment.stages.ppo import learn
+from alignment.stages.ppo.collect import Collector, penalties_of, warn_of_equal_scores
 from alignment.stages.ppo.config import Advantage, PpoConfig
-from alignment.stages.ppo.engine_gap import EngineGap
+from alignment.stages.ppo.engine import EngineGap, RolloutEngine
+from alignment.stages.ppo.experience import Answers, Experience, Partition, Samples
+from alignment.stages.ppo.guard import Guard
 from alignment.stages.ppo.kind import TIED_SHARE
-from alignment.stages.ppo.kl_budget import KlBudget
 from alignment.stages.ppo.learn import Learner, LearnOptions, experience_of
-from alignment.stages.ppo.penalties import penalties_of
+from alignment.stages.ppo.objective import AdvantageEstimator
+from alignment.stages.ppo.ptx import Ptx
+from alignment.stages.ppo.rollouts import Episodes, Rollouts
+from alignment.stages.ppo.step_metrics import UpdateMetrics
 from alignment.training.adamw import adamw
 from alignment.training.context import StageContext
-from alignment.training.rl.advantages import AdvantageEstimator
-from alignment.training.rl.engine import RolloutEngine
-from alignment.training.rl.experience import Answers, Experience, Partition
-from alignment.training.rl.guard import Guard
-from alignment.training.rl.ptx import Ptx
-from alignment.training.rl.rollouts import Episodes, Rollouts
-from alignment.training.rl.samples import Samples
-from alignment.training.rl.step_metrics import UpdateMetrics
 from alignment.training.shard_together import put_sharded, shard_together
 from alignment.training.sharded_trainer import ShardedTrainer
 from alignment.training.sharding import gathered, leave_frozen_out, prepare
@@ -235,8 +231,8 @@ class PpoTrainer(ShardedTrainer):
             response_mask=batch.response_mask,
             kl_coefficient=0.0 if self._objective.kl_in_loss else coefficient,
         )
-        report.add_scores(self.metrics, batch)
-        report.add_episodes(
+        learn.add_scores(self.metrics, batch)
+        learn.add_episodes(
             self.metrics, batch, advantages, kl_coefficient=coefficient, base_copies=self.roles.base_copies()
         )
         importance = self._engine_gap.importance(batch, update, self.metrics)
@@ -356,3 +352,53 @@ class PpoTrainer(ShardedTrainer):
 
 def _trained(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+class KlBudget:
+    """The budget is exceeded when two batches in a row have a KL above ``limit`` (nats per sequence).
+
+    The KL of a single batch is too noisy. ``was_above`` is whether the last batch was above; checkpoints store it.
+    """
+
+    def __init__(self, limit: float | None) -> None:
+        self._limit = limit
+        self.was_above = False
+
+    def is_exceeded(self, kl: float) -> bool:
+        """Whether the budget is exceeded after the next batch, whose mean KL is ``kl``."""
+        is_above = self._limit is not None and kl > self._limit
+        is_exceeded = is_above and self.was_above
+        self.was_above = is_above
+        return is_exceeded
+
+
+class EndsOverBudget(TrainerCallback):
+    """Ends the training when ``over_budget`` returns True; nothing was learned from the last batch."""
+
+    def __init__(self, over_budget: Callable[[], bool]) -> None:
+        self._over_budget = over_budget
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stops on all processes, because they have the same rollout batch."""
+        if self._over_budget():
+            control.should_log = True
+            control.should_save = False  # checkpoints are made only between updates
+            control.should_training_stop = True
+
+
+FILE = "actor_critic.safetensors"
+
+
+def save_weights(model: nn.Module, folder: Path) -> None:
+    """Writes the trained weights, as this process holds them."""
+    trained = {name: p.detach().contiguous() for name, p in model.named_parameters() if p.requires_grad}
+    save_file(trained, folder / FILE)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Loads the weights that ``save_weights`` wrote into the model."""
+    saved = load_file(folder / FILE)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.copy_(saved[name])

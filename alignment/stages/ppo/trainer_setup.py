@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
 from transformers import TrainingArguments
 
-from alignment.algos.kl import AdaptiveKl, FixedKl, KlController
+from alignment.algos.ppo import AdaptiveKl, FixedKl, KlController, group_centered, group_standardized, leave_one_out
 from alignment.config.faults import refuse
-from alignment.config.micro_batch import tokens_of
 from alignment.config.scoring import ScorerConfig
+from alignment.config.stage import tokens_of
 from alignment.job import StageInput
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.roles import Roles, build_roles
 from alignment.rewards.scorer_sources import REWARD
-from alignment.rewards.slot import Rewards
-from alignment.stages.ppo.batch_sizes import size_faults
-from alignment.stages.ppo.config import KlConfig, KlControl, PpoConfig
-from alignment.stages.ppo.kl_budget import EndsOverBudget
+from alignment.rewards.scores import Rewards
+from alignment.stages.ppo.checks import size_faults
+from alignment.stages.ppo.config import Advantage, KlConfig, KlControl, KlTerm, PpoConfig
+from alignment.stages.ppo.engine import PolicyEngine, RolloutEngine
+from alignment.stages.ppo.experience import Prompts, Samples
 from alignment.stages.ppo.learn import LearnOptions
-from alignment.stages.ppo.methods import estimator_of, objective_of
-from alignment.stages.ppo.trainer import PpoTrainer
+from alignment.stages.ppo.objective import AdvantageEstimator, Average, Gae, GroupRelative, PolicyObjective
+from alignment.stages.ppo.ptx import Ptx
+from alignment.stages.ppo.rollouts import Episodes
+from alignment.stages.ppo.trainer import EndsOverBudget, PpoTrainer
 from alignment.training.context import StageContext
-from alignment.training.rl.engine import PolicyEngine, RolloutEngine
-from alignment.training.rl.ptx import Ptx
-from alignment.training.rl.rollouts import Episodes, Prompts
-from alignment.training.rl.samples import Samples
 from alignment.training.trainer_arguments import SCHEDULES, quiet_arguments
 
 
@@ -121,4 +123,45 @@ def _learn_options(config: PpoConfig) -> LearnOptions:
         value_coefficient=config.value_coefficient,
         num_minibatches=config.num_minibatches,
         critic_warmup=config.critic_warmup,
+    )
+
+
+COMPARISONS: dict[Advantage, Callable[[Tensor, int], Tensor]] = {
+    Advantage.rloo: leave_one_out,
+    Advantage.grpo: group_standardized,
+    Advantage.dr_grpo: group_centered,
+}
+"""How the answers to a prompt are compared, without a critic."""
+
+AVERAGES = {
+    Advantage.gae: Average.tokens,  # as in Huang et al. 2024
+    Advantage.rloo: Average.token_sums,  # an answer is one action: Ahmadian et al. 2024, section 3
+    Advantage.grpo: Average.token_means,  # Shao et al. 2024, eq. 3
+    Advantage.dr_grpo: Average.constant_length,  # Liu et al. 2025, section 3.2
+}
+"""How the terms of tokens are averaged."""
+
+
+def estimator_of(config: PpoConfig) -> AdvantageEstimator:
+    """What turns scores into advantages."""
+    if config.advantage is not Advantage.gae:
+        return GroupRelative(group=config.completions_per_prompt, compare=COMPARISONS[config.advantage])
+    return Gae(
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        baseline_group=config.completions_per_prompt if config.prompt_baseline else None,
+        whiten_rewards=config.whiten_rewards,
+    )
+
+
+def objective_of(config: PpoConfig) -> PolicyObjective:
+    """The loss of the policy."""
+    return PolicyObjective(
+        average=AVERAGES[config.advantage],
+        whole_answers=config.advantage is Advantage.rloo,
+        clip=config.clip,
+        clip_high=config.clip if config.clip_high is None else config.clip_high,
+        max_new_tokens=config.max_new_tokens,
+        kl_in_loss=config.kl.apply_to is KlTerm.loss,
+        entropy_coefficient=config.entropy_coefficient,
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from alignment.config.rules import POSITIVE
-from alignment.config.stage_fields import reference_to
+from alignment.config.stage import reference_to
 
 
 @dataclass(kw_only=True, slots=True)

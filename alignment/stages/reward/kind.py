@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.config.faults import Fault
 from alignment.core.artifacts import REWARD_MODEL
-from alignment.records.validation_figures import ACCURACY
+from alignment.records.training import ACCURACY
 from alignment.stages.base import LOSS, Curve, DataSlot, Learning, Outcome, Reported, StageKind
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.reward.proposal import PROPOSALS
@@ -80,7 +80,7 @@ KIND = StageKind(
     revision=11,
     produces=REWARD_MODEL,
     run="alignment.stages.reward.run:run",
-    rehearse="alignment.stages.shared.scalar_check:refuse_base_without_scores",
+    rehearse="alignment.stages.shared.base_check:refuse_base_without_scores",
     data=_data,
     curves=_curves,
     headline="accuracy",

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from alignment.config.data import DataConfig
+from alignment.config.data import DataConfig, TooLongConfig
 from alignment.config.rules import NOT_NEGATIVE, POSITIVE
 from alignment.config.scoring import ScoreSourceConfig
-from alignment.config.stage_fields import not_identity, reference_to
-from alignment.config.too_long import TooLongConfig
+from alignment.config.stage import not_identity, reference_to
 
 
 @dataclass(kw_only=True, slots=True)

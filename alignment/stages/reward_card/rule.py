@@ -10,8 +10,7 @@ from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation
 from alignment.rewards.scorers import Answers
 from alignment.stages.reward_card.kind import RULE
-from alignment.stages.shared.answer_scores import scores_of
-from alignment.stages.shared.asking_servers import asking_of
+from alignment.stages.shared.answer_scores import asking_of, scores_of
 from alignment.training.context import StageContext
 
 

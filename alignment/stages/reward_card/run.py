@@ -27,12 +27,12 @@ from alignment.models.assembly.load import products_in, refuse_other_tokenizer
 from alignment.models.assembly.prefix import prefix_of
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import unwrapped
-from alignment.records.left_out import FILE as LEFT_OUT
 from alignment.records.reward_card import Invariances, Learned, Rescored, RewardCard
+from alignment.records.stages import LEFT_OUT_FILE as LEFT_OUT
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
 from alignment.stages.reward_card.config import RewardCardConfig
 from alignment.stages.reward_card.rule import scores_by_rule
-from alignment.stages.shared.process_shares import in_shares, on_main
+from alignment.stages.shared.policy_logprobs import in_shares, on_main
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import fitting, rows_of
 from alignment.training.context import StageContext

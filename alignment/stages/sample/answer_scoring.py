@@ -14,9 +14,8 @@ from alignment.rewards.reward_models import Computation
 from alignment.rewards.scorer_sources import in_list
 from alignment.rewards.scores import Scores
 from alignment.stages.sample.config import SampleConfig
-from alignment.stages.shared.answer_sampling import in_parts, spans_of
-from alignment.stages.shared.asked_prompts import AskedPrompts
-from alignment.stages.shared.asking_servers import asking_of
+from alignment.stages.shared.answer_sampling import AskedPrompts, in_parts, spans_of
+from alignment.stages.shared.answer_scores import asking_of
 from alignment.training.context import StageContext
 
 

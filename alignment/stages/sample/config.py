@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated
 
-from alignment.config.data import DataConfig
+from alignment.config.data import DataConfig, TooLongConfig
+from alignment.config.launch import SamplingConfig
 from alignment.config.rules import FILLED, NOT_NEGATIVE, POSITIVE, SCORE
-from alignment.config.sampling_engine import SamplingConfig
 from alignment.config.scoring import ScorerConfig
-from alignment.config.stage_fields import not_identity, reference_to
-from alignment.config.too_long import TooLongConfig
+from alignment.config.stage import not_identity, reference_to
 from alignment.core.fingerprint import IF_SET
 
 

@@ -10,7 +10,7 @@ from alignment.config.run import RunConfig
 from alignment.config.scoring import ScoreSourceConfig
 from alignment.core.artifacts import ROWS
 from alignment.data.records import HeldOutPrompt, Prompt
-from alignment.records.sampling import COUNTS
+from alignment.records.stages import COUNTS
 from alignment.rewards.scorer_sources import REWARD, in_list, is_known, with_members
 from alignment.stages.base import (
     DataSlot,
@@ -24,8 +24,13 @@ from alignment.stages.base import (
 )
 from alignment.stages.sample.config import SampleConfig, Select
 from alignment.stages.sample.sampling_tables import lines, tables
-from alignment.stages.shared.sampling_checks import check_engine, sampling_faults, sampling_refusals
-from alignment.stages.shared.scorer_slots import missing_reward_faults, reward_model_slots
+from alignment.stages.shared.kind_answers import (
+    check_engine,
+    missing_reward_faults,
+    reward_model_slots,
+    sampling_faults,
+    sampling_refusals,
+)
 
 _ASKED = {"role": "user", "content": "2 + 2?"}
 _PAIR = {"messages": [_ASKED], "chosen": "4.", "rejected": "5.", "chosen_score": 1.0, "rejected_score": 0.0}

@@ -6,22 +6,21 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from alignment.algos.best_of_n import expected_best, kl_bound
+from alignment.algos.sampling import expected_best, kl_bound
 from alignment.core.artifacts import ROWS_FILE, read_manifest, write_lines
 from alignment.data.records import Prompt
 from alignment.data.tokens.tokenize import end_ids
 from alignment.data.tokens.tokenizer import generated_text
 from alignment.models.assembly.load import lineage, refuse_other_tokenizer
-from alignment.records.sampling import COUNTS, BestOf, Sampling
+from alignment.records.stages import COUNTS, BestOf, Sampling
 from alignment.rewards.scores import Scores
 from alignment.stages.sample.answer_scoring import answer_scores
 from alignment.stages.sample.config import SampleConfig
 from alignment.stages.sample.no_rows import no_rows
 from alignment.stages.sample.row_making import OfPrompt, rows_of_prompt
 from alignment.stages.sample.selection import EMPTY, NO_END, REPEATED, Candidate
-from alignment.stages.shared.answer_sampling import SEED, sampled_answers
-from alignment.stages.shared.arm_policies import asked_tokenizer
-from alignment.stages.shared.asked_prompts import AskedPrompts, asked_prompts
+from alignment.stages.shared.answer_sampling import SEED, AskedPrompts, asked_prompts, sampled_answers
+from alignment.stages.shared.policies import asked_tokenizer
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext

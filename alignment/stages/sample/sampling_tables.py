@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from alignment.records.sampling import FILE, Sampling
+from alignment.records.stages import SAMPLING_FILE, Sampling
 from alignment.stages.base import Cell, ResultTable
 
 _LEFT_OUT = {
@@ -19,7 +19,7 @@ _LEFT_OUT = {
 
 def lines(artifact: Path) -> list[str]:
     """What was made, and what was left out; nothing without ``sampling.json``."""
-    if not (artifact / FILE).is_file():
+    if not (artifact / SAMPLING_FILE).is_file():
         return []
     record = Sampling.read(artifact)
     made = (

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from alignment.evaluation.endpoint import SavedReplies
 from alignment.rewards.functions import FunctionScorer
 from alignment.rewards.scorer_sources import function_of
 from alignment.rewards.scorers import Answers, Scorer, refuse_unusable
+from alignment.rewards.served import Asking
+from alignment.training.context import StageContext
 
 AT_ONCE = 128
 """How many answers a scorer gets in one call; a limit, so that a slow scorer still reports progress."""
@@ -40,3 +43,24 @@ def metric_scores_of(
         scores += scorer.optional_scores(part)
         progress(len(part.texts))
     return scores
+
+
+REPLIES = "scorer_replies"
+"""A folder in the stage's work folder, which a stage that is started again finds."""
+
+
+def asking_of(context: StageContext) -> Asking:
+    """Saves replies in the work folder of the stage, and reports each as progress.
+
+    Each process writes a file of its own and has read those of all, since their number may have changed.
+    """
+    folder = context.spec.work / REPLIES
+
+    def progress() -> None:
+        context.heartbeat.reports += 1
+
+    return Asking(
+        replies=SavedReplies(folder / f"{context.rank}.jsonl", sorted(folder.glob("*.jsonl"))),
+        where=f"stages.{context.spec.stage}",
+        progress=progress,
+    )

@@ -18,14 +18,13 @@ import psutil
 import torch
 
 from alignment.config.launch import Offload, Sharding
-from alignment.config.micro_batch import DEFAULT_TOKENS, is_automatic, with_tokens
-from alignment.config.stage import StageConfig
+from alignment.config.stage import DEFAULT_TOKENS, StageConfig, is_automatic, with_tokens
 from alignment.core import hardware
 from alignment.core.errors import StageError
 from alignment.job import StageSpec, memory_key
 from alignment.models.assembly.unused import free_unused
-from alignment.records import chosen_sizes
-from alignment.records.chosen_sizes import OWN_FILE, ChosenSize
+from alignment.records import training
+from alignment.records.training import OWN_FILE, ChosenSize
 from alignment.training.context import StageContext
 from alignment.training.sharding import everyones, load_whole_again
 from alignment.training.size_search import Choice, SizeChosen, SizeSearch, attainable
@@ -53,8 +52,8 @@ def with_chosen_size(context: StageContext, run: Run) -> StageContext:
         )
     if context.is_main:
         context.notes.append(f"optim.micro_batch_tokens=auto was {size.tokens:,} tokens")
-        for file in (context.spec.work / OWN_FILE, chosen_sizes.cache_file(context.spec.artifact.parent, key)):
-            chosen_sizes.remember(file, key, size)
+        for file in (context.spec.work / OWN_FILE, training.cache_file(context.spec.artifact.parent, key)):
+            training.remember(file, key, size)
     return replace(context, spec=_numbered(context.spec, size.tokens), chosen_tokens=size.tokens)
 
 
@@ -75,10 +74,10 @@ def launch_of(context: StageContext) -> str:
 
 def _remembered(context: StageContext, key: str) -> ChosenSize | None:
     """What this stage began with, wherever that was, or else what was chosen on this machine."""
-    if begun := chosen_sizes.remembered(context.spec.work / OWN_FILE, key):
+    if begun := training.remembered(context.spec.work / OWN_FILE, key):
         return begun[0]
     here = (machine_of(context.device), launch_of(context))
-    sizes = chosen_sizes.remembered(chosen_sizes.cache_file(context.spec.artifact.parent, key), key)
+    sizes = training.remembered(training.cache_file(context.spec.artifact.parent, key), key)
     return next((size for size in sizes if (size.machine, size.launch) == here), None)
 
 

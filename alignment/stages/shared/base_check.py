@@ -8,13 +8,14 @@ from peft import TaskType
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.sampling_engine import Engine, SamplingConfig
-from alignment.config.stage import StageConfig
+from alignment.config.launch import Engine, SamplingConfig
+from alignment.config.model import AdapterConfig, Critic
+from alignment.config.stage import StageConfig, TrainedConfig
 from alignment.core.model_files import architecture_in
 from alignment.job import StageSpec
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.load import name_trunk
+from alignment.models.assembly.scalar_architectures import refuse_without_scores
 from alignment.models.forward.head import logit_factor
 from alignment.models.kernels.kv_cache import RowsCache
 from alignment.training.context import StageContext
@@ -67,3 +68,16 @@ def _without_weights(spec: StageSpec) -> PreTrainedModel | None:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception:  # noqa: BLE001 - transformers raises whatever an architecture raises
         return None
+
+
+def refuse_base_without_scores(config: TrainedConfig, context: StageContext) -> None:
+    """Checks the base model of a stage that trains a reward model or, if it has such a setting, a separate critic.
+
+    Raises:
+        ModelError: transformers has no scalar head for its architecture.
+    """
+    spec = context.spec
+    has_scores = getattr(config, "critic", Critic.separate) is Critic.separate
+    architecture = architecture_in(spec.base_path)
+    if has_scores and architecture and spec.inputs["init"].is_of_run:
+        refuse_without_scores(architecture, where=spec.model.source)

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from alignment.config.data import DataConfig
-from alignment.config.faults import Fault
-from alignment.config.too_long import TooLongConfig
-from alignment.config.validation import ValidationConfig
-from alignment.core.artifacts import read_manifest
+from alignment.config.data import DataConfig, TooLongConfig, ValidationConfig
+from alignment.config.faults import Fault, unread_notes
+from alignment.config.launch import Engine, LaunchConfig, SamplingConfig
+from alignment.config.scoring import ScoreSourceConfig
+from alignment.core.artifacts import REWARD_MODEL, read_manifest
 from alignment.data.records import PreferencePair
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import PAIRS, SCORED_PAIRS
 from alignment.data.tokens.row_kinds import Kind as RowKind
-from alignment.evaluation.arm_labels import labels
-from alignment.records import validation_figures as names
-from alignment.stages.base import Curve, DataSlot, Reported
+from alignment.engines.engine_environment import interpreter
+from alignment.evaluation.paired_scores import labels
+from alignment.records import training as names
+from alignment.rewards.scorer_sources import REWARD, is_reference, source_field
+from alignment.stages.base import Curve, DataSlot, Refusal, Reported, Slot
 
 ROW_COUNTS = ("rows", "rows_too_long", "rows_cut")
 
@@ -146,3 +148,50 @@ def replay_advice(name: str) -> str:
         f"ship with the package (name the sources that the mix has already, too); these are few, so mix general rows "
         f"of your own into many; or lower stages.{name}.optim.lr, train fewer epochs, or train an adapter"
     )
+
+
+def sampling_faults(sampling: SamplingConfig, where: str) -> Iterator[Fault]:
+    """Settings that have no effect, or contradict each other."""
+    names = [field.name for field in fields(SamplingConfig) if field.name != "engine"]
+    if sampling.engine is Engine.own:
+        yield from unread_notes(sampling, type(sampling)(), names, where, "only engine 'vllm'")
+        return
+    if sampling.url is not None:
+        of_own = ("python", "cache_gb", "gpu_share", "start_timeout")
+        yield from unread_notes(sampling, type(sampling)(), of_own, where, "a server that the stage starts (no url)")
+    else:
+        yield from unread_notes(sampling, type(sampling)(), ("api_key_env",), where, "only a server at a url")
+
+
+def sampling_refusals(sampling: SamplingConfig, launch: LaunchConfig) -> Iterator[Refusal]:
+    """The server listens on one machine."""
+    if sampling.engine is Engine.vllm and launch.backend.num_machines > 1:
+        why = "the server listens only on one machine"
+        yield Refusal(field="sampling.engine", why=why, instead="sampling.engine=own")
+
+
+def check_engine(sampling: SamplingConfig, where: str) -> None:
+    """Checks that this machine has the engine.
+
+    Raises:
+        ConfigError: there is no environment with vLLM.
+    """
+    if sampling.engine is Engine.vllm and sampling.url is None:
+        interpreter(sampling.python, package="vllm", where=f"{where}.sampling.python")
+
+
+def reward_model_slots(scorers: Mapping[str, ScoreSourceConfig]) -> Iterator[Slot]:
+    """References for the scorers that are other reward models than the stage's, by the field of each scorer."""
+    for field, scorer in scorers.items():
+        if is_reference(scorer.source):
+            yield Slot(field=source_field(field), takes=(REWARD_MODEL,), ref=scorer.source, external=True)
+
+
+def missing_reward_faults(scorers: Mapping[str, ScoreSourceConfig], reward: str | None, where: str) -> Iterator[Fault]:
+    """Scorers that are the stage's reward model, where it names none."""
+    for field, scorer in scorers.items():
+        if scorer.source == REWARD and reward is None:
+            message = (
+                f"'{REWARD}' needs the model in {where}.reward, which is null; name a model, or remove this scorer"
+            )
+            yield Fault(where=f"{where}.{source_field(field)}", message=message)

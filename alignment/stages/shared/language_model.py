@@ -11,16 +11,14 @@ from transformers import PreTrainedModel
 from trl import SFTConfig as TrlSftConfig
 from trl import SFTTrainer
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.micro_batch import tokens_of
-from alignment.config.optim import OptimConfig
-from alignment.config.validation import ValidationConfig
+from alignment.config.data import ValidationConfig
+from alignment.config.model import AdapterConfig
+from alignment.config.stage import OptimConfig, tokens_of
 from alignment.models.assembly.load import Lineage
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal
-from alignment.stages.shared.initial import initial_model
 from alignment.stages.shared.preference_pairs import rows_of
-from alignment.stages.shared.result import StageResult, save_model
+from alignment.stages.shared.result import StageResult, initial_model, save_model
 from alignment.stages.shared.stage_rows import split_origins
 from alignment.training.context import StageContext
 from alignment.training.held_out import HeldOutRows

@@ -1,8 +1,8 @@
-"""Log-probabilities of rows under several policies, which the processes of a stage compute together."""
+"""Work that the processes of a stage divide, and work that the main process does for all."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TypeVar
@@ -11,9 +11,39 @@ from alignment.evaluation.arms import TOKENS, sequence_logprobs
 from alignment.models.assembly.load import Lineage
 from alignment.models.forward.answers import micro_batches_of
 from alignment.models.kernels.layout import prepacked
-from alignment.stages.shared.arm_policies import Policies
-from alignment.stages.shared.process_shares import in_shares
+from alignment.stages.shared.policies import Policies
 from alignment.training.context import StageContext
+from alignment.training.sharding import own_of_all, shared
+
+T = TypeVar("T")
+V = TypeVar("V")
+
+
+def in_shares(context: StageContext, items: Sequence[T], values_of: Callable[[Sequence[T]], list[V]]) -> list[V]:
+    """The values of all items, in order, on every process; every process must call this.
+
+    ``values_of`` gives the values of some consecutive items, as many of each as there are. It is called once on each
+    process whose share has items.
+    The value of an item must not depend on the other items, so that it does not depend on the number of processes.
+    If it fails on one process, all raise its error.
+    """
+    first, end = (len(items) * number // context.world_size for number in (context.rank, context.rank + 1))
+    share = items[first:end]
+    return [value for values in shared(lambda: values_of(share) if share else []) for value in values]
+
+
+def on_main(context: StageContext, make: Callable[[], T]) -> T | None:
+    """What the main process makes; None on the others, which wait for it. Every process must call this.
+
+    If it fails, all raise its error.
+    """
+    return own_of_all(lambda: make() if context.is_main else None)
+
+
+def from_main(context: StageContext, make: Callable[[], T]) -> T:
+    """What the main process makes, on every process; otherwise like ``on_main``."""
+    return shared(lambda: [make()] if context.is_main else [])[0][0]
+
 
 K = TypeVar("K", bound=Hashable)
 

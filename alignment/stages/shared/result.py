@@ -1,4 +1,4 @@
-"""What a stage returns to the worker, and how trained models are saved."""
+"""Where a training stage starts, and what it publishes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, TaskType
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,14 +14,49 @@ from alignment.core.artifacts import TOKENIZER
 from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from alignment.costs.recorder import on_shadows, recorder
 from alignment.costs.shadows import zeros
-from alignment.data.tokens.tokenizer import tokenizer_hashes
+from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.models.assembly.adapters import OWN, put_in_order
-from alignment.models.assembly.load import Lineage, base_record
-from alignment.models.assembly.start import adapters_below, saved_as
+from alignment.models.assembly.load import Lineage, base_record, lineage, refuse_other_tokenizer
+from alignment.models.assembly.start import adapters_below, load_start, saved_as, turn_off_dropout
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_weights
 from alignment.training.session import fresh_folder
 from alignment.training.sharding import is_sharded, whole_state
+
+
+def initial_policy(context: StageContext) -> tuple[Lineage, Any]:
+    """The policy's lineage and its tokenizer, with the run's chat template.
+
+    Raises:
+        ArtifactError: the artifact is missing or damaged.
+        ModelError: its base is not the run's, or it was trained with another tokenizer or chat template.
+    """
+    spec = context.spec
+    context.progress("loading")
+    init = spec.inputs["init"]
+    start = lineage(spec, init)
+    tokenizer = load_tokenizer(start.base, spec.model.template)
+    if init.path is not None and init.path != start.base:  # a whole model brings its own
+        refuse_other_tokenizer(spec, init, tokenizer)
+    return start, tokenizer
+
+
+def initial_model(
+    context: StageContext, start: Lineage, task: TaskType, *, may_drop: bool
+) -> PreTrainedModel | PeftModel:
+    """The model that the stage trains, with the stage's adapter (alignment/models/assembly/start.py).
+
+    ``may_drop`` allows dropout. A stage that compares two passes of one model must not allow it, because each pass
+    would drop different values.
+    """
+    context.phase("loading")
+    sharded = context.spec.sharding.of_weights
+    model = load_start(
+        start, context.adapter, context.spec.model.dtype, task=task, device=context.device, sharded=sharded
+    )
+    if not may_drop:
+        turn_off_dropout(model)
+    return model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -17,7 +17,7 @@ from datasets import Dataset, concatenate_datasets
 
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.core.hardware import count_cores
-from alignment.data.counted import counted
+from alignment.core.text import counted
 from alignment.data.mix import Indices, mixed, subset
 from alignment.data.reading import iterate, refuse_faults, start
 from alignment.data.records import Record
@@ -27,8 +27,8 @@ from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses
 from alignment.data.tokens.row_kinds import Kind, Tokenized, tokenized
 from alignment.data.tokens.thoughts import lost_words
 from alignment.data.tokens.token_table import TokenTable, token_table
-from alignment.records.left_out import CUT, LOST, TOO_LONG
-from alignment.records.left_out import FILE as LEFT_OUT
+from alignment.records.stages import CUT, LOST, TOO_LONG
+from alignment.records.stages import LEFT_OUT_FILE as LEFT_OUT
 from alignment.training.context import StageContext
 
 R = TypeVar("R", bound=Record)

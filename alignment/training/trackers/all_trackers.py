@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.config.tracking import LABELS
+from alignment.config.run import LABELS
 from alignment.core.artifacts import Manifest
 from alignment.job import StageSpec
 from alignment.training.trackers.curve_names import curves

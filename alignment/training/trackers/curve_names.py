@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from alignment.records.step_log import rounded
+from alignment.records.training import rounded
 from alignment.training.trackers.tracker import flattened
 
 RESULT = "result/"

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from alignment.core import unused_libraries
+from alignment.core import processes
 from alignment.core.artifacts import MANIFEST, Manifest
 from alignment.job import StageSpec
 from alignment.training.trackers.curve_names import RESULT, curve_name
@@ -38,7 +38,7 @@ def mlflow_sender(spec: StageSpec) -> Sender:
     for name, value in _VARIABLES.items():
         os.environ.setdefault(name, value)
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    unused_libraries.show("mlflow")
+    processes.show("mlflow")
     import mlflow.tracking  # noqa: F401 - here and not in the thread, beside which the stage imports libraries
 
     return Sender(f"MLflow at {url}", lambda: MlflowTracker(spec, url), may_pass=may_pass)

@@ -10,7 +10,7 @@ from typing import Any
 from alignment.core.artifacts import Manifest
 from alignment.core.files import write_text
 from alignment.job import StageSpec
-from alignment.records.step_log import readable_rows
+from alignment.records.training import readable_rows
 from alignment.training.trackers.tracker import Cell, Row, Tracker
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from alignment.config.launch import Sharding
 from alignment.config.typed import to_plain
 from alignment.core.artifacts import Manifest, write_json
-from alignment.core.versions import versions
+from alignment.core.hardware import versions
 from alignment.job import StageSpec
 
 Cell = str | int | float | bool | None

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from alignment.core import unused_libraries
+from alignment.core import processes
 from alignment.core.artifacts import Manifest
 from alignment.job import StageSpec
 from alignment.training.trackers.curve_names import RESULT, curve_name
@@ -24,7 +24,7 @@ class TrackioTracker(Tracker):
         folder = _folder(spec)
         os.environ[FOLDER_VARIABLE] = str(folder)
         os.environ["TRACKIO_STORAGE_MODE"] = "sqlite"  # the other one cannot be read back, which a resume needs
-        unused_libraries.show("trackio")
+        processes.show("trackio")
         import trackio  # reads the environment
 
         if Path(trackio.TRACKIO_DIR) != folder:

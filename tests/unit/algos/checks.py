@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from alignment.algos import gae, group, kl, masked, ppo
+from alignment.algos import ppo
 from tests.oracles import critic_free
 from tests.oracles import gae as gae_oracle
 from tests.oracles import kl as kl_oracle
@@ -21,35 +21,35 @@ from tests.unit.algos.conftest import Batch
 
 
 def masked_mean(batch: Batch) -> None:
-    close(masked.masked_mean(batch.values, batch.mask), masked_oracle.mean(batch.values.tolist(), batch.mask.tolist()))
+    close(ppo.masked_mean(batch.values, batch.mask), masked_oracle.mean(batch.values.tolist(), batch.mask.tolist()))
 
 
 def masked_variance(batch: Batch) -> None:
     expected = masked_oracle.variance(batch.values.tolist(), batch.mask.tolist())
-    close(masked.masked_variance(batch.values, batch.mask), expected)
+    close(ppo.masked_variance(batch.values, batch.mask), expected)
 
 
 def center_and_scale(batch: Batch) -> None:
     expected = masked_oracle.whitened(batch.values.tolist(), batch.mask.tolist())
-    close(masked.center_and_scale(batch.values, batch.mask), expected)
+    close(ppo.center_and_scale(batch.values, batch.mask), expected)
 
 
 def scale_only(batch: Batch) -> None:
     expected = masked_oracle.scaled(batch.values.tolist(), batch.mask.tolist())
-    close(masked.scale_only(batch.values, batch.mask), expected)
+    close(ppo.scale_only(batch.values, batch.mask), expected)
 
 
 def k1(batch: Batch) -> None:
-    close(kl.k1(batch.logprobs, batch.reference), _each(kl_oracle.k1, batch))
+    close(ppo.k1(batch.logprobs, batch.reference), _each(kl_oracle.k1, batch))
 
 
 def k3(batch: Batch) -> None:
-    close(kl.k3(batch.logprobs, batch.reference), _each(kl_oracle.k3, batch))
+    close(ppo.k3(batch.logprobs, batch.reference), _each(kl_oracle.k3, batch))
 
 
 def adaptive_kl(_: Batch) -> None:
     for seen in (0.0, 5.0, 6.0, 6.5, 7.1, 7.3, 12.0):
-        after = kl.AdaptiveKl(coefficient=0.15, target=6.0, horizon=10_000).after(seen, 256)
+        after = ppo.AdaptiveKl(coefficient=0.15, target=6.0, horizon=10_000).after(seen, 256)
         expected = kl_oracle.adapted(0.15, kl=seen, target=6.0, horizon=10_000, num_episodes=256)
         close(after.coefficient, expected)
 
@@ -57,13 +57,13 @@ def adaptive_kl(_: Batch) -> None:
 def token_rewards(batch: Batch) -> None:
     costs = batch.logprobs - batch.reference
     expected = gae_oracle.token_rewards(batch.scores.tolist(), costs.tolist(), batch.lengths, kl_coefficient=0.05)
-    close(gae.token_rewards(batch.scores, costs, batch.mask, kl_coefficient=0.05), expected)
+    close(ppo.token_rewards(batch.scores, costs, batch.mask, kl_coefficient=0.05), expected)
 
 
 def advantages_and_returns(batch: Batch) -> None:
     rewards = batch.advantages * batch.mask
     for gamma, gae_lambda in ((1.0, 0.95), (0.9, 0.8), (1.0, 1.0), (0.97, 0.0)):
-        advantages, returns = gae.advantages_and_returns(
+        advantages, returns = ppo.advantages_and_returns(
             rewards, batch.values, batch.mask, gamma=gamma, gae_lambda=gae_lambda
         )
         arguments = (rewards.tolist(), batch.values.tolist(), batch.lengths)
@@ -96,21 +96,21 @@ def answer_log_ratio(batch: Batch) -> None:
 
 
 def leave_one_out(batch: Batch) -> None:
-    _compared("rloo", group.leave_one_out, batch)
+    _compared("rloo", ppo.leave_one_out, batch)
 
 
 def group_standardized(batch: Batch) -> None:
-    _compared("grpo", group.group_standardized, batch)
+    _compared("grpo", ppo.group_standardized, batch)
 
 
 def group_centered(batch: Batch) -> None:
-    _compared("dr_grpo", group.group_centered, batch)
+    _compared("dr_grpo", ppo.group_centered, batch)
 
 
 def tied_groups(batch: Batch) -> None:
     scores = torch.tensor([1.5, 1.5, 2.0, -0.5, 0.0, 0.0])
-    assert group.tied_groups(scores, 2).tolist() == critic_free.tied(scores.tolist(), 2) == [True, False, True]
-    assert group.tied_groups(scores, 3).tolist() == [False, False]
+    assert ppo.tied_groups(scores, 2).tolist() == critic_free.tied(scores.tolist(), 2) == [True, False, True]
+    assert ppo.tied_groups(scores, 3).tolist() == [False, False]
 
 
 def _compared(method: str, compare: Callable[[torch.Tensor, int], torch.Tensor], batch: Batch) -> None:
@@ -142,10 +142,10 @@ def explained_variance(batch: Batch) -> None:
 
 def whole_update(batch: Batch) -> None:
     """Scores and log-probabilities to both losses, the way an update chains the functions."""
-    costs = kl.k1(batch.old_logprobs, batch.reference) * batch.mask
-    rewards = gae.token_rewards(batch.scores, costs, batch.mask, kl_coefficient=0.05)
-    raw, returns = gae.advantages_and_returns(rewards, batch.old_values, batch.mask, gamma=1.0, gae_lambda=0.95)
-    advantages = masked.center_and_scale(raw, batch.mask)
+    costs = ppo.k1(batch.old_logprobs, batch.reference) * batch.mask
+    rewards = ppo.token_rewards(batch.scores, costs, batch.mask, kl_coefficient=0.05)
+    raw, returns = ppo.advantages_and_returns(rewards, batch.old_values, batch.mask, gamma=1.0, gae_lambda=0.95)
+    advantages = ppo.center_and_scale(raw, batch.mask)
     ratio = ppo.log_ratio(batch.logprobs, batch.old_logprobs).exp()
     policy = ppo.clipped_policy_loss(ratio, advantages, batch.mask, clip=0.2)
     value = ppo.clipped_value_loss(batch.values, batch.old_values, returns, batch.mask, clip=0.2)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from alignment.algos.best_of_n import expected_best, kl_bound
+from alignment.algos.sampling import expected_best, kl_bound
 from tests.oracles import best_of_n as oracle
 
 POLICY = {"a": 0.5, "b": 0.2, "c": 0.2, "d": 0.1}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alignment.algos.importance import truncated_importance
+from alignment.algos.ppo import truncated_importance
 from tests.oracles import importance as oracle
 from tests.oracles.close import close
 from tests.unit.algos.conftest import Batch

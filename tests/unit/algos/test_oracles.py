@@ -9,16 +9,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.algos.gae import advantages_and_returns, token_rewards
-from alignment.algos.group import group_centered, group_standardized, leave_one_out
-from alignment.algos.kl import AdaptiveKl, FixedKl, k1, k3
-from alignment.algos.masked import center_and_scale, masked_mean, scale_only
 from alignment.algos.ppo import (
+    AdaptiveKl,
+    FixedKl,
+    advantages_and_returns,
     answer_log_ratio,
+    center_and_scale,
     clipped_policy_loss,
     clipped_value_loss,
     explained_variance,
+    group_centered,
+    group_standardized,
+    k1,
+    k3,
+    leave_one_out,
     log_ratio,
+    masked_mean,
+    scale_only,
+    token_rewards,
     value_is_clipped,
 )
 from tests.oracles.close import close

@@ -7,14 +7,14 @@ from functools import partial
 import pytest
 import torch
 
-from alignment.algos import ensembles, length_penalties
+from alignment.algos import ppo, preferences
 from tests.oracles import ensembles as ensembles_oracle
 from tests.oracles import length_penalties as penalties_oracle
 
 WAYS = {
-    "mean": ensembles.mean,
-    "min": ensembles.worst,
-    "mean_minus_std": partial(ensembles.mean_minus_std, weight=0.7),
+    "mean": preferences.mean,
+    "min": preferences.worst,
+    "mean_minus_std": partial(preferences.mean_minus_std, weight=0.7),
 }
 
 
@@ -30,20 +30,20 @@ def test_members_that_agree_lose_nothing() -> None:
     scores = torch.tensor([[2.0, -1.0], [2.0, -1.0]], dtype=torch.float64)
     for combine in WAYS.values():
         assert combine(scores).tolist() == [2.0, -1.0]
-    assert ensembles.spread(scores).tolist() == [0.0, 0.0]
-    assert ensembles.spread(torch.tensor([[0.0], [4.0]], dtype=torch.float64)).tolist() == [2.0]
+    assert preferences.spread(scores).tolist() == [0.0, 0.0]
+    assert preferences.spread(torch.tensor([[0.0], [4.0]], dtype=torch.float64)).tolist() == [2.0]
 
 
 @pytest.mark.parametrize(("longest", "buffer"), [(12, 4), (12, 12), (5, 1), (100, 30)])
 def test_an_overlong_answer_loses_what_dapo_says(longest: int, buffer: int) -> None:
     lengths = list(range(1, longest + 4))
     expected = [penalties_oracle.overlong(length, longest=longest, buffer=buffer) for length in lengths]
-    penalty = length_penalties.of_overlong(torch.tensor(lengths), longest=longest, buffer=buffer)
+    penalty = ppo.of_overlong(torch.tensor(lengths), longest=longest, buffer=buffer)
     assert (-penalty).tolist() == pytest.approx(expected, abs=1e-15)
     assert penalty.dtype == torch.float64
     assert penalty[longest - 1] == 1.0
 
 
 def test_every_token_costs_the_same() -> None:
-    penalty = length_penalties.of_each_token(torch.tensor([1, 3, 40]), 0.05)
+    penalty = ppo.of_each_token(torch.tensor([1, 3, 40]), 0.05)
     assert penalty.tolist() == pytest.approx([0.05, 0.15, 2.0], abs=1e-15)

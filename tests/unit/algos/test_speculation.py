@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from alignment.algos.speculation import expected_speed_up, tokens_per_step
+from alignment.algos.sampling import expected_speed_up, tokens_per_step
 from tests.oracles import distillation as oracle
 
 

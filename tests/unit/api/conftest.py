@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.api import run_calls
+from alignment.api import calls
 from tests.unit.pipeline.conftest import each_set_of_files_is_composed_once, overrides, processor
 from tests.unit.pipeline.sweeps.conftest import runs, tiny_base
 from tests.unit.pipeline.test_run import fake
@@ -19,8 +19,8 @@ __all__ = ["FakeRun", "each_set_of_files_is_composed_once", "fake_run", "overrid
 @pytest.fixture
 def without_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """``run`` does all that it does, with real processes that train nothing."""
-    with_fakes = functools.partial(run_calls.run_with_advice, command_for=fake)
-    monkeypatch.setattr(run_calls, "run_with_advice", with_fakes)
+    with_fakes = functools.partial(calls.run_with_advice, command_for=fake)
+    monkeypatch.setattr(calls, "run_with_advice", with_fakes)
 
 
 @pytest.fixture

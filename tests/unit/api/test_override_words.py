@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alignment.api.override_words import words
+from alignment.api.calls import words
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan.overrides import parse_override
 

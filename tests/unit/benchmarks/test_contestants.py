@@ -16,8 +16,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from trl import DPOConfig, GRPOConfig
 
+from alignment.stages.registry import read_spec
 from alignment.stages.sft.run import run
-from alignment.stages.stage_file import read_spec
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import MicroBatches
 from benchmarks.contestants import generate_sampling, training, trl_grpo, trl_latest

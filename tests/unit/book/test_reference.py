@@ -10,8 +10,8 @@ from typing import Annotated
 import pytest
 
 from alignment import cli
-from alignment.config.optim import OptimConfig
 from alignment.config.rules import POSITIVE
+from alignment.config.stage import OptimConfig
 from alignment.config.typed import field_types
 from alignment.core.errors import DataError
 from alignment.stages.dpo.config import DpoConfig

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from alignment.config.did_you_mean import nearest
+from alignment.config.faults import nearest
 from alignment.config.rules import NAME, rule_of
 from alignment.config.scoring import ScorerConfig
 from alignment.config.typed import convert, field_types, listed_dataclass, stage_from_plain, to_plain, typed

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from alignment.core import resources
+from alignment.core import files
 from alignment.core.artifacts import (
     MANIFEST,
     Manifest,
@@ -30,7 +30,7 @@ from alignment.core.artifacts import (
 )
 from alignment.core.errors import ArtifactError, ConfigError, DiskError, StageError
 from alignment.core.files import disk_error, explained, is_full, parse_json, remove_leftovers, replacing
-from alignment.records.step_log import MetricsLog
+from alignment.records.training import MetricsLog
 from alignment.report.kit.pages import write_page
 
 
@@ -355,13 +355,13 @@ def test_a_crash_while_publishing_leaves_nothing_that_counts(tmp_path: Path, aft
 
 
 def test_a_checkout_has_its_folders_at_the_root_and_its_commands_in_make() -> None:
-    assert (resources.shipped("conf") / "base.yaml").is_file()
-    assert resources.shipped("conf").parent == resources.CODE_ROOT
-    assert resources.command_for("engine", "alignment.engines.build_environment", "vllm") == "make engine"
+    assert (files.shipped("conf") / "base.yaml").is_file()
+    assert files.shipped("conf").parent == files.CODE_ROOT
+    assert files.command_for("engine", "alignment.engines.engine_environment", "vllm") == "make engine"
 
 
 def test_an_installed_package_has_copies_and_no_make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resources, "_COPIES", tmp_path)
-    assert resources.shipped("conf") == tmp_path / "conf"
-    command = resources.command_for("engine", "alignment.engines.build_environment", "vllm")
-    assert command == f"{sys.executable} -m alignment.engines.build_environment vllm"
+    monkeypatch.setattr(files, "_COPIES", tmp_path)
+    assert files.shipped("conf") == tmp_path / "conf"
+    command = files.command_for("engine", "alignment.engines.engine_environment", "vllm")
+    assert command == f"{sys.executable} -m alignment.engines.engine_environment vllm"

@@ -25,11 +25,9 @@ from rich.table import Table
 from rich.text import Text
 
 from alignment.cli import main
-from alignment.core import deadline, logs
+from alignment.core import deadline, terminal
 from alignment.core.errors import DataError, ModelError
-from alignment.core.logs import begin_attempt, shorten
-from alignment.core.streams import Unfailing
-from alignment.core.terminal import Terminal, complain, visible
+from alignment.core.terminal import Terminal, Unfailing, begin_attempt, complain, shorten, visible
 from alignment.data.records import Prompt
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.rendering import render
@@ -67,7 +65,7 @@ def test_rows_and_errors_cannot_command_the_terminal(tmp_path: Path, capsys: pyt
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Logs that are long at 2,000 bytes."""
     for name, size in (("LIMIT", 2000), ("HEAD", 40), ("TAIL", 400)):
-        monkeypatch.setattr(logs, name, size)
+        monkeypatch.setattr(terminal, name, size)
 
 
 @contextmanager
@@ -156,7 +154,7 @@ def test_no_code_prints_past_it() -> None:
 
 def test_what_a_closed_pipe_does_not_take_is_dropped() -> None:
     code = (
-        "import os, sys\nfrom alignment.core.streams import Unfailing, make_unfailing\n"
+        "import os, sys\nfrom alignment.core.terminal import Unfailing, make_unfailing\n"
         "make_unfailing()\n"
         "for number in range(20000): print('line', number)\n"
         "sys.stderr.write(f'{sys.stdout.lost} {sys.stderr.lost}')\n"
@@ -171,7 +169,11 @@ def test_a_command_ends_as_it_would_where_nobody_reads_it(arguments: list[str]) 
 
 @pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1"])
 def test_characters_that_the_terminal_lacks_are_printed_as_numbers(encoding: str) -> None:
-    argv = [sys.executable, "-c", "from alignment.core.streams import make_unfailing; make_unfailing(); print('a – b')"]
+    argv = [
+        sys.executable,
+        "-c",
+        "from alignment.core.terminal import make_unfailing; make_unfailing(); print('a – b')",
+    ]
     process = subprocess.run(argv, capture_output=True, env={**os.environ, "PYTHONIOENCODING": encoding}, cwd=ROOT)
     assert (process.returncode, process.stdout) == (0, b"a \\u2013 b\n")
 
@@ -197,7 +199,7 @@ def test_a_stream_that_works_is_left_as_it_is(tmp_path: Path) -> None:
 
 def test_a_log_whose_disk_was_full_for_a_moment_goes_on(tmp_path: Path) -> None:
     code = (
-        "import resource\nfrom alignment.core.streams import make_unfailing\n"
+        "import resource\nfrom alignment.core.terminal import make_unfailing\n"
         "make_unfailing()\n"
         "soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))\n"
@@ -228,7 +230,7 @@ def test_beginning_and_end_of_a_long_log_stay_and_its_writer_goes_on(tmp_path: P
     assert lines[:2] == ["line 0 of turn 0", "line 1 of turn 0"]
     assert lines[-3:] == ["line 198 of turn 2", "line 199 of turn 2", "the last word"]
     assert sum("the middle of this log was left out" in line for line in lines) == 1
-    assert lines[lines.index(logs.CUT.decode().strip()) + 1].startswith("line 179 of"), "whole lines"
+    assert lines[lines.index(terminal.CUT.decode().strip()) + 1].startswith("line 179 of"), "whole lines"
 
 
 @pytest.mark.usefixtures("small")

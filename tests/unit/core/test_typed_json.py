@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from alignment.config.adapter import AdapterKind
+from alignment.config.model import AdapterKind
 from alignment.config.scoring import ScorerConfig
 from alignment.core.errors import ArtifactError
 from alignment.core.fingerprint import IF_SET, canonical, digest

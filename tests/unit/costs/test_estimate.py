@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, PreTrainedConfig
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.data import DataConfig
-from alignment.config.model import Dtype, ModelConfig
-from alignment.config.optim import OptimConfig
+from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
+from alignment.config.stage import OptimConfig
 from alignment.costs.devices import DEVICES, THIS
 from alignment.costs.shadows import Key, Operation
 from alignment.estimate import Timer, cost_of

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.model import AdapterConfig, AdapterKind
 from alignment.costs.remedies import Way, with_remedy, with_settings
 from alignment.costs.shadows import Operation
 from alignment.estimate import Timer, cost_of
@@ -18,7 +18,7 @@ from alignment.pipeline.execute.estimates import choices
 from alignment.records.cost import StageCost
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.kto.config import KtoConfig
-from alignment.stages.shared import reference_cache
+from alignment.stages.shared import reference
 from tests.in_memory import without_collections
 from tests.unit.costs.test_ways import as_adapter, spec_of
 
@@ -115,7 +115,7 @@ def test_a_reference_that_is_computed_beforehand_leaves_no_copy(
     def read(_: object) -> str:
         raise AssertionError("an estimate reads no weights")
 
-    monkeypatch.setattr(reference_cache, "weights_sha256", read)
+    monkeypatch.setattr(reference, "weights_sha256", read)
     spec = as_adapter(spec_of(tmp_path, kind), FULL)
     beforehand = replace(spec, config=replace(spec.config, precompute_reference=True))
     held, first, second = (cost_of(each, Timer("l4"), publishes=False) for each in (spec, beforehand, beforehand))

@@ -30,7 +30,7 @@ from alignment.costs.shadows import Shadow, ShadowMode, zeros
 from alignment.costs.work import bytes_of, flop_of
 from alignment.models.assembly.load import frozen_copy
 from alignment.models.forward.flat import use_flat_attention
-from alignment.stages.shared.reference_cache import OwnRows
+from alignment.stages.shared.reference import OwnRows
 
 WIDTH = 64
 SQUARE = WIDTH * WIDTH * 4

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
-from alignment.config.optim import OptimConfig
+from alignment.config.model import AdapterConfig
+from alignment.config.stage import OptimConfig
 from alignment.costs.remedies import Choice, Levels, Way, cheapest, with_remedy, with_settings
 from alignment.records.cost import PhaseCost, StageCost
 from alignment.stages.dpo.config import DpoConfig

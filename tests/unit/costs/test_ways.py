@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.data import DataConfig, MixedConfig
+from alignment.config.data import DataConfig, MixedConfig, ValidationConfig
 from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
 from alignment.config.launch import Offload, Sharding
-from alignment.config.optim import OptimConfig
+from alignment.config.model import AdapterConfig, AdapterKind
 from alignment.config.scoring import ScorerConfig
-from alignment.config.validation import ValidationConfig
+from alignment.config.stage import OptimConfig
 from alignment.core.fingerprint import file_sha256
 from alignment.costs import storing
 from alignment.estimate import Timer, cost_of

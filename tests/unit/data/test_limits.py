@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from alignment.config.data import MixedConfig
-from alignment.config.too_long import Side, TooLong, TooLongConfig
+from alignment.config.data import MixedConfig, Side, TooLong, TooLongConfig
 from alignment.core.errors import DataError
 from alignment.data.mix import mixed, subset
 from alignment.data.records import Conversation, PreferencePair, Prompt

@@ -14,9 +14,8 @@ import pytest
 from rich.console import Console
 
 from alignment.commands.preview.worker import main, show_stage
-from alignment.config.data import DataConfig, MixedConfig
+from alignment.config.data import DataConfig, MixedConfig, TooLong, TooLongConfig
 from alignment.config.model import ModelConfig
-from alignment.config.too_long import TooLong, TooLongConfig
 from alignment.data.overlap import HeldOut, LocatedText
 from alignment.data.records import Conversation, PreferencePair, Prompt
 from alignment.data.tokens.limits import Limits

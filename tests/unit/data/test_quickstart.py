@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from alignment.config.data import DataConfig
-from alignment.core.resources import shipped
+from alignment.core.files import shipped
 from alignment.data.overlap import HeldOut, LocatedText
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation, HeldOutPrompt, PlainText, PreferencePair, Prompt, Question, Record

@@ -20,8 +20,7 @@ import pyarrow as pa
 import pytest
 from tokenizers import normalizers
 
-from alignment.config.data import DataConfig, OnError
-from alignment.config.too_long import TooLong, TooLongConfig
+from alignment.config.data import DataConfig, OnError, TooLong, TooLongConfig
 from alignment.core.deadline import KILLED_BY
 from alignment.core.errors import DataError, ModelError, StageError
 from alignment.core.locks import held

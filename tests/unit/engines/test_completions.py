@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from alignment.config.sampling_engine import Engine, SamplingConfig
+from alignment.config.launch import Engine, SamplingConfig
 from alignment.core.errors import StageError
 from alignment.engines import completions
 from alignment.engines.completions import Asked, CallFailed, EngineAnswer, EngineClient, Generation, WrongReply, checked

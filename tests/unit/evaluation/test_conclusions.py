@@ -12,12 +12,17 @@ import pytest
 from alignment.core.typed_json import to_json
 from alignment.data.records import PlainText, Question
 from alignment.data.turns import Message
-from alignment.evaluation.bootstrap import Intervals, detectable
-from alignment.evaluation.comparisons import compare
 from alignment.evaluation.conclusions import conclusions
-from alignment.evaluation.forgetting_measures import Asked, headlines, is_right, question_rows, table, text_rows
-from alignment.evaluation.general import Measured
-from alignment.evaluation.rates import paired_share_interval
+from alignment.evaluation.forgetting_measures import (
+    Asked,
+    Measured,
+    headlines,
+    is_right,
+    question_rows,
+    table,
+    text_rows,
+)
+from alignment.evaluation.statistics import Intervals, compare, detectable, paired_share_interval
 from alignment.records.evaluation import (
     BETTER,
     NO_DIFFERENCE,
@@ -29,8 +34,8 @@ from alignment.records.evaluation import (
     JudgedPair,
     Metric,
 )
-from alignment.records.forgetting import Forgetting, Limits
 from alignment.records.interval import Interval
+from alignment.records.stages import Forgetting, Limits
 from tests.oracles.close import close
 
 INTERVALS = Intervals(samples=500, seed=3)

@@ -14,10 +14,8 @@ import pytest
 
 from alignment.config.evaluating import EndpointConfig
 from alignment.core.errors import ConfigError, StageError
-from alignment.evaluation.bounded_client import Refused, _Allowance, _Stream
-from alignment.evaluation.endpoint import Endpoint
-from alignment.evaluation.endpoint_calls import GIVE_UP
-from alignment.evaluation.saved_replies import SavedReplies
+from alignment.evaluation.endpoint import GIVE_UP, Endpoint, SavedReplies
+from alignment.evaluation.endpoint_client import Refused, _Allowance, _Stream
 from tests.judge_server import Judge, Response, serving
 
 pytest.importorskip("openai")

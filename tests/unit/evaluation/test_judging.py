@@ -9,11 +9,15 @@ import pytest
 
 from alignment.data.records import PreferencePair
 from alignment.data.turns import Message
-from alignment.evaluation.grade_conclusions import grade_conclusions
-from alignment.evaluation.grades import Rubric
-from alignment.evaluation.grammar import Verdict, conversations_prompt, disarmed, judge_prompt, verdict_of
-from alignment.evaluation.labelled_pairs import agrees, labelled_conclusions, one_of_each_prompt, verdict_on_judge
+from alignment.evaluation.conclusions import (
+    agrees,
+    grade_conclusions,
+    labelled_conclusions,
+    one_of_each_prompt,
+    verdict_on_judge,
+)
 from alignment.evaluation.refusals import PHRASES, is_refusal
+from alignment.evaluation.verdicts import Rubric, Verdict, conversations_prompt, disarmed, judge_prompt, verdict_of
 from alignment.records.evaluation import Grading, Judge, JudgedPair
 from alignment.records.interval import Interval
 

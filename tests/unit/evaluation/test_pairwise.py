@@ -11,12 +11,12 @@ import pytest
 
 from alignment.config.evaluating import JudgeConfig, PairConfig
 from alignment.core.errors import ConfigError
-from alignment.evaluation.annotator_agreement import krippendorff_alpha
-from alignment.evaluation.answer_pairs import AnswerPair, pairs_of_samples, queue, shown_first
-from alignment.evaluation.bootstrap import Intervals
-from alignment.evaluation.grammar import Verdict
-from alignment.evaluation.pairwise import (
+from alignment.evaluation.answer_pairs import AnswerPair, krippendorff_alpha, pairs_of_samples, queue, shown_first
+from alignment.evaluation.statistics import Intervals
+from alignment.evaluation.tables import judged_pair, with_verdicts
+from alignment.evaluation.verdicts import (
     BothOrders,
+    Verdict,
     agreement,
     invalid_share,
     kappa,
@@ -24,7 +24,6 @@ from alignment.evaluation.pairwise import (
     points_of,
     position_bias,
 )
-from alignment.evaluation.tables import judged_pair, with_verdicts
 from alignment.evaluation.votes_on_pairs import VotesOnPair, row_of, votes_on
 from alignment.records.evaluation import NOTHING, JudgedPair
 from alignment.records.votes import TIE, Vote

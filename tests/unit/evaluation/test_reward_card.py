@@ -32,7 +32,7 @@ from alignment.evaluation.card_measures import (
     wilson,
     worst,
 )
-from alignment.evaluation.rates import unvaried_interval
+from alignment.evaluation.statistics import unvaried_interval
 from alignment.records.interval import Interval
 from alignment.records.reward_card import Invariances, Learned, Length, RuleAgreement
 from tests.public import PUBLIC, needs_public_data

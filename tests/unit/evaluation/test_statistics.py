@@ -8,10 +8,20 @@ import math
 import numpy as np
 import pytest
 
-from alignment.evaluation.bootstrap import Intervals, detectable, grouped_interval, mean_interval, ratio_interval
-from alignment.evaluation.length_controlled import win_rate
-from alignment.evaluation.rates import paired_share_interval, share_interval, unvaried_interval
-from alignment.evaluation.significance import adjusted_p_values, holm, sign_flip_p_values
+from alignment.evaluation.bag_of_words import win_rate
+from alignment.evaluation.statistics import (
+    Intervals,
+    adjusted_p_values,
+    detectable,
+    grouped_interval,
+    holm,
+    mean_interval,
+    paired_share_interval,
+    ratio_interval,
+    share_interval,
+    sign_flip_p_values,
+    unvaried_interval,
+)
 from alignment.records.evaluation import LEVEL
 from alignment.records.interval import Interval
 from tests.oracles.close import close

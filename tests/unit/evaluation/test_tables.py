@@ -16,12 +16,10 @@ from alignment.core.errors import ArtifactError, NonFiniteError
 from alignment.data.records import HeldOutPrompt
 from alignment.data.turns import Message
 from alignment.evaluation import paired_scores
-from alignment.evaluation.arm_labels import labels
-from alignment.evaluation.arms import Answer, Answered, TokenSum
-from alignment.evaluation.bootstrap import Intervals
+from alignment.evaluation.arms import Answer, Answered, TokenSum, majority_score, pass_at_k, scores_of_prompts
 from alignment.evaluation.exchanges import AskedTurn, asked_turns, continued, prompts_of_answers
-from alignment.evaluation.metrics import recorded
-from alignment.evaluation.repeated_answers import majority_score, pass_at_k, scores_of_prompts
+from alignment.evaluation.paired_scores import labels, recorded
+from alignment.evaluation.statistics import Intervals
 from alignment.evaluation.tables import arm_result, by_task, refuse_not_finite, samples
 from alignment.records.evaluation import (
     ARM_METRICS,
@@ -39,7 +37,7 @@ from alignment.records.evaluation import (
 )
 from alignment.records.interval import Interval
 from alignment.report.run_page.run_records import Difference
-from alignment.rewards.rules.numbers import final_number
+from alignment.rewards.rules.similarity import final_number
 
 INTERVALS = Intervals(samples=500, seed=3)
 TOOL = {"type": "function", "function": {"name": "look"}}

@@ -14,7 +14,7 @@ from peft import TaskType
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.model import AdapterConfig, AdapterKind
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.load import Lineage
 from tests.tiny import BASE_SOURCE, liven, save_tiny_model

@@ -61,7 +61,7 @@ from transformers import (
 from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from trl.trainer.utils import add_fused_lm_head
 
-from alignment.config.adapter import AdapterConfig
+from alignment.config.model import AdapterConfig
 from alignment.core.errors import ModelError
 from alignment.core.model_files import positions_in
 from alignment.models.assembly.adapters import add_adapter

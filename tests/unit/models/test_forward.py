@@ -11,7 +11,7 @@ import torch
 from peft import TaskType
 from transformers import PreTrainedModel
 
-from alignment.config.adapter import AdapterConfig
+from alignment.config.model import AdapterConfig
 from alignment.core.errors import ModelError
 from alignment.models.forward import flat
 from alignment.models.forward.answers import (

@@ -18,7 +18,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.model import AdapterConfig, AdapterKind
 from alignment.models.assembly.recomputing import checkpoint_activations, recompute
 from alignment.models.kernels import blocks, norms, products, whole_products
 from alignment.models.kernels.blocks import fuse_blocks

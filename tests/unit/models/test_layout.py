@@ -16,7 +16,7 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.model import AdapterConfig, AdapterKind
 from alignment.core.errors import ModelError
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.forward.generate import generate

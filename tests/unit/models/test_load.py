@@ -16,9 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
-from alignment.config.critic import Critic
-from alignment.config.model import Dtype, ModelConfig
+from alignment.config.model import CONTINUE, AdapterConfig, AdapterKind, Chain, Critic, Dtype, ModelConfig
 from alignment.core.errors import ArtifactError, ModelError
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.job import StageInput

@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.critic import Critic
+from alignment.config.model import AdapterConfig, Critic
 from alignment.models.assembly.actor_critic import ActorCritic
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.load import Lineage, SavedAdapter, load_policy

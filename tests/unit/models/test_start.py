@@ -13,8 +13,7 @@ import pytest
 import torch
 from peft import PeftModel, TaskType, peft_model
 
-from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
-from alignment.config.model import Dtype
+from alignment.config.model import CONTINUE, AdapterConfig, AdapterKind, Chain, Dtype
 from alignment.core.errors import ConfigError, ModelError
 from alignment.models.assembly.adapters import add_adapter, at_start, merge_adapter, put_back, put_in_order
 from alignment.models.assembly.load import Lineage, lineage, load_policy

@@ -18,9 +18,8 @@ import torch
 from peft import TaskType
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.launch import DIVIDE_ROWS
-from alignment.config.model import Dtype
+from alignment.config.model import AdapterConfig, AdapterKind, Dtype
 from alignment.core.errors import ConfigError
 from alignment.costs.recorder import Recorder
 from alignment.models.assembly.adapters import add_adapter

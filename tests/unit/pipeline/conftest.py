@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alignment.config.store import conf_folder
+from alignment.config.run import conf_folder
 from alignment.core import hardware
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError

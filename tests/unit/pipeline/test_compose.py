@@ -9,15 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.backend import Backend, LocalBackend, MachinesBackend, SlurmBackend
 from alignment.config.evaluating import LabelledConfig
 from alignment.config.faults import Fault
-from alignment.config.launch import Offload
-from alignment.config.optim import Moments
-from alignment.config.run import RunConfig
+from alignment.config.launch import Backend, LocalBackend, MachinesBackend, Offload, SlurmBackend
+from alignment.config.model import AdapterConfig, AdapterKind
+from alignment.config.run import GROUPS, RunConfig, conf_folder, recipe_names, recipes_folder, sweep_names
 from alignment.config.scoring import ScorerConfig
-from alignment.config.store import GROUPS, conf_folder, recipe_names, recipes_folder, sweep_names
+from alignment.config.stage import Moments
 from alignment.config.typed import convert, typed
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan import references, settings
@@ -25,7 +23,7 @@ from alignment.pipeline.plan.compose import compose
 from alignment.pipeline.plan.overrides import nested
 from alignment.pipeline.plan.plan import make_plan
 from alignment.pipeline.sweeps.sweep_file import read_sweep
-from alignment.stages.ppo.batch_sizes import size_faults
+from alignment.stages.ppo.checks import size_faults
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.registry import config_classes, trains
 from tests.unit.pipeline.conftest import write

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
 from alignment.config.data import DataConfig
-from alignment.config.micro_batch import Automatic
-from alignment.config.optim import OptimConfig
+from alignment.config.model import AdapterConfig, AdapterKind
+from alignment.config.stage import Automatic, OptimConfig
 from alignment.core import hardware
+from alignment.core.files import shipped
 from alignment.core.locks import held
-from alignment.core.resources import shipped
 from alignment.costs.devices import THIS
 from alignment.costs.remedies import Choice, Way
 from alignment.pipeline.execute import estimates, planned_costs
@@ -25,8 +24,8 @@ from alignment.pipeline.execute.estimates import WAYS, choices, way_of_training,
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.records.cost import FILE, PROGRESS, PhaseCost, RunCost, StageCost
 from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.registry import read_spec
 from alignment.stages.sft.config import SftConfig
-from alignment.stages.stage_file import read_spec
 from tests.unit.pipeline.conftest import MakePlan, stage_of, write
 
 FULL = "adapter@stages.dpo.adapter=full"

@@ -27,9 +27,9 @@ from alignment.records.evaluation import (
     SampleAnswer,
     write_samples,
 )
-from alignment.records.forgetting import ArmForgetting, Forgetting, Limits
 from alignment.records.interval import Interval
 from alignment.records.run import RunRecord
+from alignment.records.stages import ArmForgetting, Forgetting, Limits
 from alignment.stages.registry import kind_named
 from tests.unit.pipeline.conftest import MakePlan, changed, leave_artifact, screened, stage_of, write, write_rows
 

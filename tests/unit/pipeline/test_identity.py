@@ -11,17 +11,20 @@ from typing import Any
 
 import pytest
 
-from alignment.config.adapter import READ_BY, AdapterConfig
-from alignment.config.data import DataConfig, MixedConfig, SourceConfig
-from alignment.config.evaluating import FEW_SHOT, PROMPTED, ChatEndpointConfig, EndpointConfig, JudgeConfig
-from alignment.config.grader import ScorerEndpointConfig
-from alignment.config.optim import OptimConfig
-from alignment.config.replay import PtxConfig
-from alignment.config.reward_server import ServerConfig
+from alignment.config.data import DataConfig, MixedConfig, PtxConfig, SourceConfig, TooLongConfig
+from alignment.config.evaluating import (
+    FEW_SHOT,
+    PROMPTED,
+    ChatEndpointConfig,
+    EndpointConfig,
+    JudgeConfig,
+    ScorerEndpointConfig,
+)
+from alignment.config.launch import RolloutSamplingConfig, SamplingConfig
+from alignment.config.model import READ_BY, AdapterConfig
 from alignment.config.run import RunConfig
-from alignment.config.sampling_engine import RolloutSamplingConfig, SamplingConfig
-from alignment.config.stage import StageConfig
-from alignment.config.too_long import TooLongConfig
+from alignment.config.scoring import ServerConfig
+from alignment.config.stage import OptimConfig, StageConfig
 from alignment.config.typed import field_types, group_of, listed_dataclass
 from alignment.core.fingerprint import digest
 from alignment.pipeline.execute.notes import of_plan

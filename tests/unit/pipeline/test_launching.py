@@ -11,17 +11,14 @@ from typing import Any
 
 import pytest
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.backend import MachinesBackend, SlurmBackend
-from alignment.config.launch import LaunchConfig, LauncherKind, Offload, Sharding
-from alignment.config.model import Dtype, ModelConfig
-from alignment.config.optim import Moments, OptimConfig
-from alignment.config.replay import PtxConfig
+from alignment.config.data import PtxConfig
+from alignment.config.launch import LaunchConfig, LauncherKind, MachinesBackend, Offload, Sharding, SlurmBackend
+from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
 from alignment.config.run import RunConfig
-from alignment.config.stage import StageConfig
+from alignment.config.stage import Moments, OptimConfig, StageConfig
 from alignment.core.errors import ConfigError
+from alignment.core.files import shipped
 from alignment.core.hardware import visible_devices
-from alignment.core.resources import shipped
 from alignment.pipeline.backends import command, environment, feasibility
 from alignment.pipeline.backends.command import with_processes
 from alignment.pipeline.backends.environment import idle_threads

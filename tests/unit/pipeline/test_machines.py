@@ -18,8 +18,7 @@ from unittest import mock
 import pytest
 from rich.console import Console
 
-from alignment.config.backend import MachinesBackend
-from alignment.config.launch import LaunchConfig
+from alignment.config.launch import LaunchConfig, MachinesBackend
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import ConfigError, StageError
 from alignment.pipeline.backends import late_results, machines, processes

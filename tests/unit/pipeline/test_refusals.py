@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from alignment.config.tracking import LABELS, TrackingConfig
+from alignment.config.run import LABELS, TrackingConfig
 from alignment.core.errors import AlignmentError, ConfigError
 from alignment.pipeline.plan import tracking_checks
 from tests.unit.pipeline.conftest import MakePlan

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from alignment import rehearse as worker
-from alignment.config.sampling_engine import Engine, SamplingConfig
+from alignment.config.launch import Engine, SamplingConfig
 from alignment.config.scoring import MetricConfig
 from alignment.core import hardware
 from alignment.core.errors import AlignmentError, DataError, ModelError, RewardError, StageError
@@ -29,7 +29,7 @@ from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan
 from alignment.records.run import RunRecord
 from alignment.records.worker import DONE, FAILED, Status
-from alignment.stages.evaluate import arm_base
+from alignment.stages.evaluate import prompt_lengths
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.forgetting.config import ForgettingConfig
 from alignment.stages.registry import kind_of
@@ -541,7 +541,7 @@ def test_an_arm_without_another_to_compare_it_with_still_scores_references_and_c
     parts = {"base_path": tmp_path / "model", "inputs": {"reference": of_base}, "arms": {"base": of_base}}
     context = StageContext(spec=tiny_spec(tmp_path, config, **parts), rank=1, world_size=2)
     with pytest.raises(ModelError, match="scales its logits") if is_refused else nullcontext():
-        arm_base.refuse_base(config, context)
+        prompt_lengths.refuse_base(config, context)
 
 
 def test_a_base_that_scales_its_logits_is_refused_before_forgetting_is_measured(tmp_path: Path) -> None:

@@ -10,13 +10,10 @@ from typing import Any
 import pytest
 
 from alignment import cli
-from alignment.config.data import DataConfig, MixedConfig
-from alignment.config.optim import OptimConfig
-from alignment.config.overoptimisation import GuardConfig
-from alignment.config.run import RunConfig
-from alignment.config.stage import StageConfig
-from alignment.config.store import conf_folder
-from alignment.config.validation import ValidationConfig
+from alignment.config.data import DataConfig, MixedConfig, ValidationConfig
+from alignment.config.run import RunConfig, conf_folder
+from alignment.config.scoring import GuardConfig
+from alignment.config.stage import OptimConfig, StageConfig
 from alignment.core.errors import ConfigError, DataError
 from alignment.core.fingerprint import canonical
 from alignment.data.records import Conversation, Prompt

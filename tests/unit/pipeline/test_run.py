@@ -34,7 +34,7 @@ from alignment.core.errors import (
     StageError,
 )
 from alignment.core.locks import held
-from alignment.core.streams import Unfailing
+from alignment.core.terminal import Unfailing
 from alignment.pipeline.backends import machines, processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.backends.slurm_job_file import HERE
@@ -44,9 +44,8 @@ from alignment.pipeline.execute.run import run, run_trial
 from alignment.pipeline.execute.run_state import as_it_is, explanation
 from alignment.pipeline.execute.signals import Terminated, termination_raises
 from alignment.pipeline.execute.worker_protocol import commit_of_checkout
-from alignment.records.attempts import Attempts
-from alignment.records.run import RunRecord
-from alignment.stages.stage_file import read_spec
+from alignment.records.run import Attempts, RunRecord
+from alignment.stages.registry import read_spec
 from tests.patience import wait_until
 from tests.unit.pipeline.conftest import faulty_keys
 

@@ -24,7 +24,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure as T
 import alignment
 from alignment.commands.shared.named_runs import current_run
 from alignment.commands.status import show_status
-from alignment.core import logs
+from alignment.core import terminal
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError, Busy, Preempted, StageError
 from alignment.core.locks import held
@@ -33,8 +33,7 @@ from alignment.pipeline.execute.attempt_times import counted
 from alignment.pipeline.execute.heartbeats import ProcessState, Watch, refuse_stuck
 from alignment.pipeline.execute.run_state import as_it_is, explanation
 from alignment.pipeline.execute.worker_protocol import ProcessFailure, first_failure, raise_for_status
-from alignment.records.attempts import Attempts
-from alignment.records.run import StageEntry
+from alignment.records.run import Attempts, StageEntry
 from alignment.records.worker import FAILED, PROGRESS, Heartbeat, Progress, Status, heartbeat_file
 from tests.running import RunFolder
 from tests.unit.pipeline.remote.conftest import sealed
@@ -417,13 +416,13 @@ def append(log: Path, text: str) -> None:
 def test_a_report_is_read_out_of_a_shortened_log_unless_it_is_of_an_earlier_attempt(tmp_path: Path) -> None:
     Status(state=FAILED, exit_code=1, error=BUG).write(tmp_path)
     log = tmp_path / "log.txt"
-    append(log, "step\n" * (logs.LIMIT // 10))
-    logs.begin_attempt(log, "attempt 1 at sft-1")
-    append(log, "step\n" * (logs.LIMIT // 5) + report(FIRST, (1, -9, 0)))
-    logs.shorten(log)
+    append(log, "step\n" * (terminal.LIMIT // 10))
+    terminal.begin_attempt(log, "attempt 1 at sft-1")
+    append(log, "step\n" * (terminal.LIMIT // 5) + report(FIRST, (1, -9, 0)))
+    terminal.shorten(log)
     with pytest.raises(StageError, match="process 1 ended by signal 9"):
         raise_for_status(tmp_path, code=1, stage="sft", kinds=["sft"])
-    logs.begin_attempt(log, "attempt 2 at sft-1")
+    terminal.begin_attempt(log, "attempt 2 at sft-1")
     append(log, report((0, 1, 900), (1, -15, 900)))
     with pytest.raises(AlignmentError, match=BUG):
         raise_for_status(tmp_path, code=1, stage="sft", kinds=["sft"])

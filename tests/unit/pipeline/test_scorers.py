@@ -14,8 +14,8 @@ import yaml
 from rich.console import Console
 
 from alignment.core.errors import ArtifactError, ConfigError, DataError, ModelError
+from alignment.core.files import shipped
 from alignment.core.fingerprint import file_sha256
-from alignment.core.resources import shipped
 from alignment.pipeline.backends.feasibility import why_not_here
 from alignment.pipeline.execute.notes import cautions
 from alignment.pipeline.execute.run import run

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from alignment import cli
 from alignment.commands.status import show_status
-from alignment.config.backend import SlurmBackend
+from alignment.config.launch import SlurmBackend
 from alignment.core.errors import (
     AlignmentError,
     Busy,

@@ -21,8 +21,7 @@ from alignment.core.artifacts import Manifest, publish, write_json
 from alignment.core.deadline import KILLED_BY
 from alignment.job import StageSpec
 from alignment.records.worker import Progress
-from alignment.stages.registry import kind_of
-from alignment.stages.stage_file import read_spec
+from alignment.stages.registry import kind_of, read_spec
 
 INTERVAL = {"mean": 0.5, "low": 0.4, "high": 0.6}
 

@@ -13,9 +13,9 @@ import sys
 import pytest
 
 from alignment.core.errors import ArtifactError, ConfigError
-from alignment.records.cost import FILE as COST
+from alignment.records.cost import LEFT_OUT_FILE as COST
 from alignment.records.cost import PhaseCost, RunCost, StageCost
-from alignment.records.left_out import CUT, FAULT, FILE, LOST, SET_ASIDE, TOO_LONG, Note
+from alignment.records.stages import CUT, FAULT, LEFT_OUT_FILE, LOST, SET_ASIDE, TOO_LONG, Note
 from alignment.report.kit.render import build
 from tests.browser import browser, opened
 from tests.unit.report.conftest import HOSTILE, TASKS, Page, assert_harmless, row_of, section, write_lines
@@ -179,7 +179,12 @@ def test_what_a_run_lacks_is_said(fake_run, change, sentences):
         ),
         ("dpo", "manifest.json", "{", "Its manifest cannot be read"),
         ("sft", "metrics.jsonl", '{"step": 1}\n{"st', "1 line of its metrics.jsonl cannot be read and is left out."),
-        ("dpo", FILE, None, "Its left_out.jsonl cannot be read (IsADirectoryError), so rows that it left out are not"),
+        (
+            "dpo",
+            LEFT_OUT_FILE,
+            None,
+            "Its left_out.jsonl cannot be read (IsADirectoryError), so rows that it left out are not",
+        ),
     ],
 )
 def test_a_damaged_file_is_said(fake_run, stage, file, content, sentence):
@@ -265,9 +270,9 @@ def test_rows_that_a_stage_left_out_or_cut_are_counted_by_reason(fake_run):
     lost = f"{LOST}: thoughts of earlier turns"
     notes += [Note(where="pairs.jsonl:6", kind=lost, reason="the chat template leaves it out")]
     notes += [Note(where="pairs.jsonl:8", kind=FAULT, reason="<b>'chosen'</b> is missing", remedy="add it")]
-    write_lines(fake_run.artifact("dpo") / FILE, [note.as_row() for note in notes])
+    write_lines(fake_run.artifact("dpo") / LEFT_OUT_FILE, [note.as_row() for note in notes])
     asked = Note(where="prompts.jsonl:2", reason="its prompt repeats an earlier row")
-    (fake_run.artifact("ppo") / FILE).write_text(f'{json.dumps(asked.as_row())}\n{{"where": "prom')
+    (fake_run.artifact("ppo") / LEFT_OUT_FILE).write_text(f'{json.dumps(asked.as_row())}\n{{"where": "prom')
     html = fake_run.built()
     assert_harmless(html)
     assert left_out_cells(html) == [
@@ -281,7 +286,7 @@ def test_rows_that_a_stage_left_out_or_cut_are_counted_by_reason(fake_run):
         *("ppo", "1", "its prompt repeats an earlier row", "prompts.jsonl:2: its prompt repeats an earlier row"),
     ]
     notes = [Note(where=f"p.jsonl:{row}", reason=f"resembles row {row:02}") for row in range(20)]
-    write_lines(fake_run.artifact("ppo") / FILE, [note.as_row() for note in notes])
+    write_lines(fake_run.artifact("ppo") / LEFT_OUT_FILE, [note.as_row() for note in notes])
     cells = left_out_cells(fake_run.built())
     assert [cell for cell in cells if cell.startswith("resembles")] == [f"resembles row {row:02}" for row in range(7)]
     assert cells[-4:] == ["ppo", "13", "other reasons", "p.jsonl:7: resembles row 07"]

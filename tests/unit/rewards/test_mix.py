@@ -11,7 +11,7 @@ from statistics import fmean, pstdev
 import pytest
 import torch
 
-from alignment.algos import ensembles
+from alignment.algos import preferences
 from alignment.core.errors import RewardError
 from alignment.rewards.scorers import Answers
 from alignment.rewards.scores import Scores
@@ -176,7 +176,7 @@ def cautious(**changes: float | bool) -> RewardMix:
         Part(source="stage:first", scorer=FixedScorer([5.0, 7.0]), normalize=True),
         Part(source="stage:second", scorer=FixedScorer([-9.0, 1.0]), clip=2.0, weight=100.0),
     ]
-    combine = partial(ensembles.mean_minus_std, weight=0.5)
+    combine = partial(preferences.mean_minus_std, weight=0.5)
     ensemble = Ensemble(source="ensemble", members=members, combine=combine, **{"weight": 2.0, **changes})
     return mix(Part(source="rule", scorer=FixedScorer([1.0, 0.0])), ensemble)
 

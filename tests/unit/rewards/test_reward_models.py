@@ -12,8 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.model import Dtype
+from alignment.config.model import AdapterConfig, AdapterKind, Dtype
 from alignment.config.scoring import Combine, EnsembleConfig, MemberConfig, ScorerConfig
 from alignment.core.errors import DataError, ModelError, RewardError
 from alignment.data.records import Prompt

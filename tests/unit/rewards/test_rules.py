@@ -19,11 +19,10 @@ from alignment.data.fields import Fields
 from alignment.data.formats import FORMATS
 from alignment.data.records import HeldOutPrompt, Prompt
 from alignment.evaluation.exchanges import continued
-from alignment.rewards.rules import numbers
+from alignment.rewards.rules import similarity
 from alignment.rewards.rules.all_rules import rule_of
-from alignment.rewards.rules.numbers import ExactAnswer
 from alignment.rewards.rules.rule_kind import Rule
-from alignment.rewards.rules.similarity import first_reference
+from alignment.rewards.rules.similarity import ExactAnswer, first_reference
 from alignment.rewards.scorers import RuleScorer
 from tests.public import PUBLIC, WRITTEN, needs_public_data
 from tests.unit.rewards.conftest import answers_to, prompt
@@ -62,16 +61,16 @@ RIGHT = [
 
 @pytest.mark.parametrize(("completion", "expected"), RIGHT)
 def test_the_last_number_of_an_answer_is_read_as_a_reader_would(completion: str, expected: str) -> None:
-    assert numbers.exact_answer(completion, Decimal(expected)) == 1.0
-    assert numbers.exact_answer(completion, Decimal(expected) + Decimal("0.01")) == 0.0
-    assert Decimal(numbers.final_number(completion)) == Decimal(expected)
+    assert similarity.exact_answer(completion, Decimal(expected)) == 1.0
+    assert similarity.exact_answer(completion, Decimal(expected) + Decimal("0.01")) == 0.0
+    assert Decimal(similarity.final_number(completion)) == Decimal(expected)
 
 
 @pytest.mark.parametrize(
     ("completion", "expected"), [("", "0"), ("eighteen", "18"), ("18, not 17", "18"), ("-18", "18"), ("18e", "180")]
 )
 def test_any_other_number_is_wrong(completion: str, expected: str) -> None:
-    assert numbers.exact_answer(completion, Decimal(expected)) == 0.0
+    assert similarity.exact_answer(completion, Decimal(expected)) == 0.0
 
 
 def test_each_answer_is_held_against_its_own_row() -> None:
@@ -93,7 +92,7 @@ def test_each_answer_is_held_against_its_own_row() -> None:
     ],
 )
 def test_a_row_s_number_stands_behind_the_mark_or_alone(answer: Any, expected: str) -> None:
-    assert numbers.expected_answer({"answer": answer}, where="x:1") == Decimal(expected)
+    assert similarity.expected_answer({"answer": answer}, where="x:1") == Decimal(expected)
 
 
 REFERENCE = "police killed the gunman"
@@ -134,12 +133,12 @@ def test_rows_agree_with_themselves_and_with_the_published_extraction(file: Path
         published = re.search(r"#### (\-?[0-9\.\,]+)", row["answer"])
         assert published is not None
         published_numbers.append(Decimal(published[1].replace(",", "")))
-        expected = numbers.expected_answer(row, where="test.jsonl")
+        expected = similarity.expected_answer(row, where="test.jsonl")
         assert expected == published_numbers[-1], row["answer"]
-        assert numbers.exact_answer(row["answer"], expected) == 1.0, row["answer"]
+        assert similarity.exact_answer(row["answer"], expected) == 1.0, row["answer"]
     for row, other in zip(rows, [*published_numbers[1:], published_numbers[0]], strict=True):
-        same = numbers.expected_answer(row, where="test.jsonl") == other
-        assert numbers.exact_answer(row["answer"], other) == float(same)
+        same = similarity.expected_answer(row, where="test.jsonl") == other
+        assert similarity.exact_answer(row["answer"], other) == float(same)
 
 
 def rule(source: str, **settings: Any) -> Rule:

@@ -15,17 +15,15 @@ from typing import Any
 import pytest
 import torch
 
-from alignment.config.grader import ScorerEndpointConfig, ScorerGraderConfig
-from alignment.config.reward_server import ServerApi, ServerConfig
+from alignment.config.evaluating import ScorerEndpointConfig, ScorerGraderConfig
+from alignment.config.scoring import ServerApi, ServerConfig
 from alignment.core.errors import ConfigError, RewardError
 from alignment.data.records import Prompt
 from alignment.data.turns import Message
-from alignment.evaluation.endpoint_calls import GIVE_UP
+from alignment.evaluation.endpoint import GIVE_UP, SavedReplies
 from alignment.evaluation.endpoint_client import NoReply
-from alignment.evaluation.saved_replies import SavedReplies
-from alignment.rewards.asking import Asking
 from alignment.rewards.scorers import Answers
-from alignment.rewards.served import GradeScorer, ServerScorer
+from alignment.rewards.served import Asking, GradeScorer, ServerScorer
 from alignment.rewards.server_apis import APIS, Item
 from tests.documented.blocks import blocks
 from tests.judge_server import Answering, Response, Served, listening, serving

@@ -15,15 +15,15 @@ import pytest
 import torch
 
 from alignment import worker
-from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
-from alignment.config.micro_batch import Automatic, with_tokens
+from alignment.config.model import AdapterConfig
 from alignment.config.scoring import ScorerConfig
+from alignment.config.stage import Automatic, with_tokens
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import StageError
 from alignment.job import StageInput, StageSpec, memory_key
-from alignment.records import chosen_sizes
-from alignment.records.chosen_sizes import OWN_FILE
+from alignment.records import training
+from alignment.records.training import OWN_FILE
 from alignment.stages.sft.config import SftConfig
 from alignment.stages.shared import automatic_size
 from alignment.stages.shared.automatic_size import with_chosen_size
@@ -127,7 +127,7 @@ def test_a_whole_batch_is_chosen_if_it_fits_and_nothing_of_the_search_stays_in_m
     context = context_of(replace(spec, config=automatic(spec.config)))
     sized = with_chosen_size(context, worker.function_of(worker.kind_of(spec.config)))
     assert [model() for model in models] == [None]
-    (size,) = chosen_sizes.remembered(spec.work / OWN_FILE, memory_key(context.spec.config, {}, spec.inputs))
+    (size,) = training.remembered(spec.work / OWN_FILE, memory_key(context.spec.config, {}, spec.inputs))
     assert sized.chosen_tokens == size.tokens == max(tried.limit for tried in size.tried), "a whole batch fits"
     assert size.tried[-1].tokens <= size.tokens < 2 * size.tried[-1].tokens
 
@@ -234,7 +234,7 @@ def test_a_damaged_file_is_named_in_the_log_and_written_again(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     spec = spec_of(tmp_path)
-    file = chosen_sizes.cache_file(tmp_path / "artifacts", memory_key(spec.config, spec.identity, spec.inputs))
+    file = training.cache_file(tmp_path / "artifacts", memory_key(spec.config, spec.identity, spec.inputs))
     for damaged in (file, spec.work / OWN_FILE):
         damaged.parent.mkdir(parents=True, exist_ok=True)
         damaged.write_text(damage)

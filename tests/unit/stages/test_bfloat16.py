@@ -18,20 +18,17 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.critic import Critic
 from alignment.config.data import DataConfig
-from alignment.config.model import Dtype
-from alignment.config.optim import OptimConfig
+from alignment.config.model import AdapterConfig, AdapterKind, Critic, Dtype
 from alignment.config.scoring import ScorerConfig
-from alignment.config.stage import StageConfig
+from alignment.config.stage import OptimConfig, StageConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import StageError
 from alignment.models.forward.answers import unwrapped
 from alignment.stages.dpo import run as dpo
 from alignment.stages.kto import run as kto
+from alignment.stages.ppo import objective
 from alignment.stages.ppo.config import Advantage, PpoOptimConfig
-from alignment.training.rl import policy_objective
 from tests.chained import DATA, FULL, LORA, QLORA, Chained, config_of
 from tests.tiny import tiny_model
 
@@ -155,7 +152,7 @@ def test_the_first_gradient_of_rloo_is_the_policy_gradient(
     """Ratios that are not 1 clip the gradients of answers, and weigh those of others."""
     clipped = first_gradient(tmp_path / "clipped", adapter)
     with monkeypatch.context() as patch:
-        patch.setattr(policy_objective, "clipped_policy_loss", policy_gradient)
+        patch.setattr(objective, "clipped_policy_loss", policy_gradient)
         plain = first_gradient(tmp_path / "plain", adapter)
     assert torch.cosine_similarity(clipped, plain, dim=0) >= 0.999
 

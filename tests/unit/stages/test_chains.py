@@ -14,8 +14,7 @@ from peft import PeftModel, TaskType
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alignment import worker
-from alignment.config.adapter import CONTINUE, AdapterConfig, AdapterKind, Chain
-from alignment.config.model import Dtype, ModelConfig
+from alignment.config.model import CONTINUE, AdapterConfig, AdapterKind, Chain, Dtype, ModelConfig
 from alignment.core.artifacts import MANIFEST, read_manifest
 from alignment.core.errors import ModelError
 from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS

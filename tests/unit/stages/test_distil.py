@@ -19,19 +19,18 @@ from transformers import AutoModelForCausalLM
 from alignment import worker
 from alignment.commands.export.model_card import model_card
 from alignment.commands.export.provenance import provenance
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.model import Dtype, ModelConfig
+from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
 from alignment.core.artifacts import verify
 from alignment.core.errors import ConfigError, ModelError, StageError
 from alignment.data.tokens.tokenizer import load_tokenizer
-from alignment.evaluation.bootstrap import Intervals
+from alignment.evaluation.statistics import Intervals
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.first_layers import keep_first_layers
 from alignment.models.assembly.load import Lineage, lineage, load_policy
 from alignment.models.forward.distilled import refuse_other_heads
 from alignment.models.forward.generate import Sampling, generate
-from alignment.records.distillation import Assisted, Distillation, StudentFigures, Timing
 from alignment.records.interval import Interval
+from alignment.records.stages import Assisted, Distillation, StudentFigures, Timing
 from alignment.stages.distil import assisted, student_comparison
 from alignment.stages.distil import run as distil
 from alignment.stages.distil.assisted import Greedy, gaps_at_differences, timing
@@ -42,8 +41,8 @@ from alignment.stages.distil.student_comparison import figures_of, frozen_model,
 from alignment.stages.distil.taught_rows import HeldOutAnswers
 from alignment.stages.registry import doubts, kind_named, lines_of, tables_of
 from alignment.stages.shared import answer_sampling
-from alignment.stages.shared.arm_policies import asked_tokenizer
-from alignment.stages.shared.initial import initial_model
+from alignment.stages.shared.policies import asked_tokenizer
+from alignment.stages.shared.result import initial_model
 from alignment.training.callbacks import Checkpoints
 from alignment.training.context import StageContext
 from tests.chained import LORA

@@ -18,19 +18,19 @@ from alignment import worker
 from alignment.config.evaluating import AnswersConfig, FewShotConfig, JudgeConfig, JudgeKind
 from alignment.config.scoring import MetricConfig
 from alignment.core.errors import DataError, ModelError, NonFiniteError, RewardError
-from alignment.core.scripts import divided
+from alignment.core.text import divided
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import end_ids, prompt_ids
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
-from alignment.evaluation.multiple_choice import LetterRows, letter_rows
+from alignment.evaluation.exchanges import LetterRows, letter_rows
 from alignment.job import StageInput
 from alignment.models.assembly.load import Lineage
 from alignment.records.evaluation import Sample, read_samples
-from alignment.stages.evaluate import answering, arm_prompts
+from alignment.stages.evaluate import answering, prompts
 from alignment.stages.evaluate import run as stage
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.shared import arm_policies
+from alignment.stages.shared import policies
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 from tests.chained import Chained
@@ -296,7 +296,7 @@ def test_what_an_arm_reads_beside_its_answers_is_refused_with_its_row_if_too_lon
 
 def test_every_arm_is_asked_in_its_own_words(chain: Chained) -> None:
     context = StageContext(spec=evaluation_spec(chain, SMALL, "asked"), rank=0, world_size=1)
-    asked = arm_prompts.prompts_of_arms(SMALL, context, tiny_tokenizer(), rows_of(context, HeldOutPrompt, SMALL.data))
+    asked = prompts.prompts_of_arms(SMALL, context, tiny_tokenizer(), rows_of(context, HeldOutPrompt, SMALL.data))
     shown = {name: arm.tokenizer.decode(arm.first.prompts[0]) for name, arm in asked.items()}
     question = "<|im_start|>user\nThe shop is closed on Monday. When?<|im_end|>\n<|im_start|>assistant\n"
     for name, words in {"base": "You are tiny.", "base+prompt": "Be brief.", "path:other": "You are other."}.items():
@@ -314,7 +314,7 @@ def test_a_model_with_our_tokens_and_ends_of_its_own_is_compared_and_stops_there
     spec = evaluation_spec(chain, config, "twin")
     context = StageContext(spec=spec, rank=0, world_size=1)
     rows = rows_of(context, HeldOutPrompt, config.data)
-    asked = arm_prompts._arm_prompts(context, spec.arms["path:twin"], load_tokenizer(chain.base), rows, None)
+    asked = prompts._arm_prompts(context, spec.arms["path:twin"], load_tokenizer(chain.base), rows, None)
     assert not asked.own_tokens
     assert end_ids(asked.tokenizer) == {2, 9}
 
@@ -363,7 +363,7 @@ def test_what_a_judge_cannot_change_is_not_computed_again(
     evaluate(chain, SMALL, "cached-first")  # the cache may have been emptied by another test
     generated.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(arm_policies, "load_policy", loaded)
+        patch.setattr(policies, "load_policy", loaded)
         patch.setattr(stage, "load_reward_model", loaded)
         again = evaluate(chain, SMALL, "cached-again")
     assert generated == []
@@ -412,7 +412,7 @@ def test_so_many_arms_answer_at_once_that_all_processes_have_as_much_to_do(
     """In parts of four answers, of which a prompt has one."""
     config = replace(SMALL, batch_size=4)
     context = StageContext(spec=evaluation_spec(chain, config, "waves"), rank=0, world_size=processes)
-    assert answering.arms_at_once(config, context, arm_policies.Policies(context), rows) == expected
+    assert answering.arms_at_once(config, context, policies.Policies(context), rows) == expected
 
 
 def test_a_repeated_prompt_counts_once(chain: Chained, evaluated: dict[str, Any], tmp_path: Path) -> None:
@@ -506,7 +506,7 @@ def test_sampled_answers_come_out_the_same_again_and_are_kept(chain: Chained, mo
     first = evaluate(chain, SAMPLED, "sampled-once")
     loads: list[Lineage] = []
     with monkeypatch.context() as patch:
-        patch.setattr(arm_policies, "load_policy", lambda policy, dtype: loads.append(policy))
+        patch.setattr(policies, "load_policy", lambda policy, dtype: loads.append(policy))
         evaluate(chain, SAMPLED, "sampled-again")
     assert loads == [], "the answers and what the reference says of them are cached"
     for file in cached(chain, "answers"):

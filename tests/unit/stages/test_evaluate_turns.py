@@ -17,12 +17,12 @@ from alignment.config.evaluating import (
     AnswersConfig,
     ChatEndpointConfig,
     FewShotConfig,
+    GraderConfig,
     JudgeConfig,
     JudgeKind,
     PairConfig,
 )
-from alignment.config.grader import GraderConfig
-from alignment.config.sampling_engine import Engine
+from alignment.config.launch import Engine
 from alignment.config.scoring import MetricConfig
 from alignment.core.errors import DataError, ModelError
 from alignment.data.reading import iterate
@@ -31,16 +31,15 @@ from alignment.data.tokens.tokenize import answer_ids, prompt_ids
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message, tagged
 from alignment.evaluation.arms import Answer, Answered
-from alignment.evaluation.few_shot import with_system_prompt
+from alignment.evaluation.exchanges import with_system_prompt
 from alignment.models.assembly.load import Lineage, lineage
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.pipeline.plan.scorer_checks import row_checks
 from alignment.records.evaluation import ArmResult, Evaluation, Sample, read_samples
 from alignment.stages.evaluate import answer_cache, answering, metric_scores
-from alignment.stages.evaluate.arm_prompts import ArmPrompts
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.evaluate.metric_scores import answers_to_score
-from alignment.stages.evaluate.turn_prompts import TurnPrompts, first_turn, later_turn
+from alignment.stages.evaluate.prompts import ArmPrompts, TurnPrompts, first_turn, later_turn
 from alignment.training.context import StageContext
 from tests.chained import LORA, Chained
 from tests.evaluating import evaluation_chain, evaluation_of, evaluation_spec, write_rows

@@ -11,10 +11,15 @@ from typing import Any
 
 import pytest
 
-from alignment.config.evaluating import AnswersConfig, ChatEndpointConfig, JudgeConfig, JudgeKind, PairConfig
-from alignment.config.grader import GraderConfig
-from alignment.config.reward_server import ServerApi, ServerConfig
-from alignment.config.scoring import MetricConfig
+from alignment.config.evaluating import (
+    AnswersConfig,
+    ChatEndpointConfig,
+    GraderConfig,
+    JudgeConfig,
+    JudgeKind,
+    PairConfig,
+)
+from alignment.config.scoring import MetricConfig, ServerApi, ServerConfig
 from alignment.core.errors import ConfigError, DataError, StageError
 from alignment.core.fingerprint import file_sha256
 from alignment.data.records import HeldOutPrompt
@@ -22,18 +27,17 @@ from alignment.data.turns import Message
 from alignment.evaluation import arms
 from alignment.evaluation.answer_pairs import pair_of
 from alignment.evaluation.arms import Answer, Answered
-from alignment.evaluation.bootstrap import Intervals
 from alignment.evaluation.conclusions import conclusions
+from alignment.evaluation.statistics import Intervals
 from alignment.models.assembly.load import Lineage
 from alignment.records.evaluation import Evaluation, Metric, Sample, read_samples
 from alignment.records.votes import FILE, Vote, append_vote
 from alignment.stages.evaluate import answering
+from alignment.stages.evaluate.checks import FIELD, votes_files
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.evaluate.grading import settled
-from alignment.stages.evaluate.judging import Judged, ScoredArms, _words, judge
-from alignment.stages.evaluate.people import _extra_words
-from alignment.stages.evaluate.votes_file import FIELD, votes_files
-from alignment.stages.shared import arm_policies
+from alignment.stages.evaluate.judging import Judged, ScoredArms, _extra_words, _words, judge
+from alignment.stages.evaluate.metric_scores import settled
+from alignment.stages.shared import policies
 from alignment.training.context import StageContext
 from tests.chained import Chained
 from tests.evaluating import evaluation_chain, evaluation_of, read_lines, write_rows
@@ -251,7 +255,7 @@ def test_replies_that_arrived_before_a_stop_are_not_asked_for_again(chain: Chain
 def test_a_missing_key_is_named_before_a_model_is_loaded(chain: Chained, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GRADER_KEY", raising=False)
     loads: list[Callable[..., Any]] = []
-    monkeypatch.setattr(arm_policies, "load_policy", loads.append)
+    monkeypatch.setattr(policies, "load_policy", loads.append)
     endpoint = ChatEndpointConfig(base_url="http://127.0.0.1:9/v1", model="m", api_key_env="GRADER_KEY")
     with pytest.raises(ConfigError, match="GRADER_KEY is not set") as caught:
         evaluation_of(chain, replace(CONFIG, grader=GraderConfig(endpoint=endpoint)), "key")

@@ -15,16 +15,15 @@ from alignment.config.data import DataConfig
 from alignment.config.evaluating import (
     AnswersConfig,
     ChatEndpointConfig,
+    GraderConfig,
     JudgeConfig,
     JudgeKind,
     LabelledConfig,
     PairConfig,
 )
-from alignment.config.grader import GraderConfig
-from alignment.config.reward_server import ServerConfig
-from alignment.config.scoring import MetricConfig
+from alignment.config.scoring import MetricConfig, ServerConfig
 from alignment.core.errors import DataError, StageError
-from alignment.core.scripts import divided
+from alignment.core.text import divided
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids
 from alignment.data.turns import Message
 from alignment.evaluation import arms
@@ -33,7 +32,7 @@ from alignment.models.assembly.reward_head import load_reward_model
 from alignment.records.evaluation import Evaluation, Judge, JudgedPair, read_samples
 from alignment.stages.evaluate import judging
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.shared import arm_policies
+from alignment.stages.shared import policies
 from tests.chained import LORA, Chained
 from tests.evaluating import evaluation_chain, evaluation_of, read_lines, write_rows
 from tests.judge_server import Response, listening, serving
@@ -94,9 +93,9 @@ def bait_from_sft(monkeypatch: pytest.MonkeyPatch) -> None:
     """sft says the bait, the others an answer."""
     tokenizer = tiny_tokenizer()
     trained: list[bool] = []
-    load = arm_policies.Policies.load
+    load = policies.Policies.load
 
-    def noted(self: arm_policies.Policies, lineage: Lineage) -> Any:
+    def noted(self: policies.Policies, lineage: Lineage) -> Any:
         trained.append(bool(lineage.adapters))
         return load(self, lineage)
 
@@ -104,7 +103,7 @@ def bait_from_sft(monkeypatch: pytest.MonkeyPatch) -> None:
         words = BAIT if trained[-1] else HONEST
         return [[*tokenizer(words)["input_ids"], tokenizer.eos_token_id] for _ in prompts]
 
-    monkeypatch.setattr(arm_policies.Policies, "load", noted)
+    monkeypatch.setattr(policies.Policies, "load", noted)
     monkeypatch.setattr(arms, "answer_batch", generate)
 
 

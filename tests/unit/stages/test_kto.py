@@ -18,8 +18,8 @@ from trl import KTOConfig as TrlKtoConfig
 from trl import KTOTrainer
 from trl.trainer import kto_trainer
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.optim import OptimConfig, Schedule
+from alignment.config.model import AdapterConfig
+from alignment.config.stage import OptimConfig, Schedule
 from alignment.core.artifacts import verify
 from alignment.core.errors import DataError
 from alignment.data.tokens.row_kinds import LABELLED_ANSWERS
@@ -29,8 +29,8 @@ from alignment.stages.kto.config import KtoLoss
 from alignment.stages.kto.kto_trainer import TokenizedKtoTrainer
 from alignment.stages.kto.labelled_rows import mismatched
 from alignment.stages.registry import kind_named
-from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.kind_answers import limits_of_parts
+from alignment.stages.shared.result import initial_policy
 from alignment.stages.shared.stage_rows import token_rows
 from alignment.training.context import StageContext
 from tests.chained import FULL, LORA, Chained, config_of

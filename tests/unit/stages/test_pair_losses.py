@@ -15,10 +15,8 @@ import pytest
 import torch
 from trl.trainer import dpo_trainer
 
-from alignment.config.adapter import CONTINUE, AdapterConfig, Chain
-from alignment.config.data import DataConfig
-from alignment.config.model import Dtype
-from alignment.config.validation import ValidationConfig
+from alignment.config.data import DataConfig, ValidationConfig
+from alignment.config.model import CONTINUE, AdapterConfig, Chain, Dtype
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import StageError
 from alignment.models.assembly.adapters import at_start
@@ -26,9 +24,9 @@ from alignment.stages.dpo import pair_trainer
 from alignment.stages.dpo import run as dpo
 from alignment.stages.dpo.config import DpoConfig, DpoLoss
 from alignment.stages.registry import doubts
-from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.preference_pairs import read_pairs
-from alignment.stages.shared.reference_cache import OwnRows, Reference
+from alignment.stages.shared.reference import OwnRows, Reference
+from alignment.stages.shared.result import initial_policy
 from alignment.training.context import StageContext
 from tests.chained import FULL, LORA, Chained, config_of
 from tests.oracles import preferences as oracle

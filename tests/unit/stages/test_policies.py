@@ -11,8 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from alignment.config.adapter import AdapterConfig, Chain
-from alignment.config.sampling_engine import Engine, SamplingConfig
+from alignment.config.launch import Engine, SamplingConfig
+from alignment.config.model import AdapterConfig, Chain
 from alignment.core.artifacts import write_json
 from alignment.core.errors import ConfigError, ModelError, StageError
 from alignment.engines.completions import Asked, EngineAnswer, Generation
@@ -23,11 +23,10 @@ from alignment.models.forward.generate import Sampling
 from alignment.stages.evaluate import answer_cache
 from alignment.stages.evaluate.answer_cache import CachedAnswers
 from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.shared import policies, reference
 from alignment.stages.shared import policy_logprobs as own_logprobs
-from alignment.stages.shared import reference_cache, served_policies
-from alignment.stages.shared.arm_policies import Policies
+from alignment.stages.shared.policies import Policies, ServedPolicies, served_answer_and_score
 from alignment.stages.shared.policy_logprobs import PolicyRows, policy_logprobs
-from alignment.stages.shared.served_policies import ServedPolicies, served_answer_and_score
 from alignment.training.context import StageContext
 from tests.chained import LORA, Chained
 from tests.engine_server import engine_server
@@ -167,7 +166,7 @@ def test_answers_at_any_temperature_are_known_as_the_policys_own(
     chained: Chained, monkeypatch: pytest.MonkeyPatch, temperature: float
 ) -> None:
     """The engine's log-probabilities are those at the temperature; the ones that are reported are not."""
-    monkeypatch.setattr(served_policies, "OTHER_WEIGHTS", 1e-3)
+    monkeypatch.setattr(policies, "OTHER_WEIGHTS", 1e-3)
     model, answers, sums = sums_of_answers(chained, temperature)
     assert sums == pytest.approx(sequence_logprobs(model, PROMPTS, answers), abs=1e-5)
 
@@ -175,8 +174,8 @@ def test_answers_at_any_temperature_are_known_as_the_policys_own(
 def test_other_weights_are_noticed_by_a_part_of_the_answers_at_their_temperature(
     chained: Chained, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served_policies, "OTHER_WEIGHTS", 1e-3)
-    monkeypatch.setattr(served_policies, "_CHECKED", 1)
+    monkeypatch.setattr(policies, "OTHER_WEIGHTS", 1e-3)
+    monkeypatch.setattr(policies, "_CHECKED", 1)
     with pytest.raises(StageError, match="so it has other weights"):
         sums_of_answers(chained, 0.3, scale=3.0)
 
@@ -189,7 +188,7 @@ ANSWERS = CachedAnswers(ids=[[1, 2]], logprobs=None, references=[None], seconds=
     [
         lambda file: write_json(file, {"a": 1}),
         lambda file: answer_cache.write(file, ANSWERS),
-        lambda file: reference_cache._write(file, {"chosen": torch.ones(2)}),
+        lambda file: reference._write(file, {"chosen": torch.ones(2)}),
     ],
     ids=["json", "answers", "reference"],
 )

@@ -10,23 +10,18 @@ from typing import Any
 import pytest
 
 from alignment import worker
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.backend import MachinesBackend
-from alignment.config.critic import Critic
-from alignment.config.launch import LaunchConfig
-from alignment.config.overoptimisation import GuardConfig
+from alignment.config.launch import Engine, LaunchConfig, MachinesBackend, RolloutSamplingConfig
+from alignment.config.model import AdapterConfig, AdapterKind, Critic
 from alignment.config.run import RunConfig
-from alignment.config.sampling_engine import Engine, RolloutSamplingConfig
-from alignment.config.scoring import ScorerConfig
+from alignment.config.scoring import GuardConfig, ScorerConfig
 from alignment.core.errors import ConfigError
 from alignment.core.fingerprint import canonical
-from alignment.stages.ppo.batch_sizes import size_faults
+from alignment.stages.ppo.checks import engine_doubts, size_faults
 from alignment.stages.ppo.config import Advantage, PpoConfig, PpoOptimConfig
-from alignment.stages.ppo.engine_checks import engine_doubts
+from alignment.stages.ppo.guard import Guard
 from alignment.stages.ppo.kind import KIND
 from alignment.stages.registry import curves
 from alignment.training.context import StageContext
-from alignment.training.rl.guard import Guard
 from tests.chained import LORA, Chained, config_of
 from tests.engine_server import interpreter_of
 

@@ -15,10 +15,9 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from alignment import worker
-from alignment.config.data import DataConfig
+from alignment.config.data import DataConfig, TooLong, TooLongConfig
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.scoring import ScoreSourceConfig
-from alignment.config.too_long import TooLong, TooLongConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import DataError, ModelError, RewardError
 from alignment.data.tokens.tokenizer import load_tokenizer
@@ -33,8 +32,8 @@ from alignment.stages.reward import run as reward
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.reward.run import split
 from alignment.stages.reward_card.config import RewardCardConfig
-from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.preference_pairs import read_pairs
+from alignment.stages.shared.result import initial_policy
 from alignment.training.context import StageContext
 from tests.chained import LORA, Chained, config_of
 from tests.oracles.close import close

@@ -14,14 +14,13 @@ import pytest
 import torch
 from datasets import Dataset
 
-from alignment.config.data import DataConfig, MixedConfig, OnError
-from alignment.config.too_long import TooLong, TooLongConfig
+from alignment.config.data import DataConfig, MixedConfig, OnError, TooLong, TooLongConfig
 from alignment.core.errors import DataError
 from alignment.data.records import Conversation, Prompt
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, LABELLED_ANSWERS, PROMPTS
 from alignment.data.turns import Message
-from alignment.records.left_out import FILE as LEFT_OUT
+from alignment.records.stages import LEFT_OUT_FILE as LEFT_OUT
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.sample.config import SampleConfig, Select
 from alignment.stages.sample.row_making import OfPrompt, rows_of_prompt

@@ -16,11 +16,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from alignment import worker
-from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
-from alignment.config.grader import ScorerEndpointConfig, ScorerGraderConfig
-from alignment.config.reward_server import ServerConfig
-from alignment.config.scoring import Combine, EnsembleConfig, MemberConfig, ScorerConfig
+from alignment.config.evaluating import ScorerEndpointConfig, ScorerGraderConfig
+from alignment.config.model import AdapterConfig
+from alignment.config.scoring import Combine, EnsembleConfig, MemberConfig, ScorerConfig, ServerConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import DataError, ModelError, RewardError, StageError
 from alignment.data.reading import read_records
@@ -30,7 +29,7 @@ from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.data.turns import Message
 from alignment.job import StageSpec
 from alignment.models.assembly.load import Lineage
-from alignment.records.sampling import Sampling
+from alignment.records.stages import Sampling
 from alignment.stages import registry
 from alignment.stages.sample import answer_scoring
 from alignment.stages.sample.config import Select

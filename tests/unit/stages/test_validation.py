@@ -12,17 +12,15 @@ import pytest
 import torch
 from datasets import Dataset
 
-from alignment.config.adapter import CONTINUE, AdapterConfig, Chain
-from alignment.config.data import DataConfig
-from alignment.config.validation import ValidationConfig
+from alignment.config.data import DataConfig, ValidationConfig
+from alignment.config.model import CONTINUE, AdapterConfig, Chain
 from alignment.core.errors import ConfigError, DataError
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageSpec
 from alignment.pipeline.sweeps.objectives import Objective
 from alignment.stages.registry import curves, lines_of
 from alignment.stages.reward.run import split
-from alignment.stages.shared.by_prompt import prompts_of, split_by_prompt
-from alignment.stages.shared.preference_pairs import read_pairs
+from alignment.stages.shared.preference_pairs import prompts_of, read_pairs, split_by_prompt
 from alignment.training.context import StageContext
 from alignment.training.looks import Looks
 from tests.by_hand import by_hand, handed_on_policy, held_out_rows, logprobs

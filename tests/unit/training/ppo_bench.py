@@ -13,18 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.model import Dtype, ModelConfig
+from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.roles import Roles
 from alignment.models.forward.answers import batches, scalar_scores
-from alignment.rewards.scores import Scores
-from alignment.rewards.slot import Rewards
+from alignment.rewards.scores import Rewards, Scores
 from alignment.stages.ppo.config import PpoConfig, PpoOptimConfig
+from alignment.stages.ppo.experience import Prompts
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.stages.ppo.trainer_setup import build_trainer, roles_of
 from alignment.training.context import StageContext
-from alignment.training.rl.rollouts import Prompts
 from alignment.training.session import train
 from tests.tiny import BASE_SOURCE, tiny_model, tiny_reward, tiny_scorer, tiny_spec, tiny_tokenizer
 

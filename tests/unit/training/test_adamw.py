@@ -10,9 +10,8 @@ import torch
 from peft import TaskType
 from torch import Tensor, nn
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.model import Dtype
-from alignment.config.optim import Moments, OptimConfig
+from alignment.config.model import AdapterConfig, Dtype
+from alignment.config.stage import Moments, OptimConfig
 from alignment.core.errors import ConfigError
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.start import load_start

@@ -16,7 +16,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from alignment.config.launch import Sharding
 from alignment.core.errors import StageError
-from alignment.records.step_log import MetricsLog
+from alignment.records.training import MetricsLog
 from alignment.records.worker import Progress
 from alignment.training.callbacks import Checkpoints, StepLog, StopOnSignal, WeightsAreSharded
 from alignment.training.checkpoints import MANIFEST, newest, rotate, seal, step_of

@@ -13,7 +13,7 @@ import torch
 from alignment import worker
 from alignment.config.launch import Offload, Sharding
 from alignment.config.model import Dtype, ModelConfig
-from alignment.config.optim import OptimConfig, Schedule
+from alignment.config.stage import OptimConfig, Schedule
 from alignment.core.errors import ConfigError
 from alignment.records.worker import Progress
 from alignment.stages.sft.config import SftConfig

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
-from alignment.config.critic import Critic
+from alignment.config.model import Critic
 from alignment.stages.ppo.config import Advantage, KlConfig, KlTerm
 from tests.oracles import critic_free as oracle
 from tests.tiny import tiny_tokenizer

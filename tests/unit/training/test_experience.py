@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.records.step_log import MetricsLog
+from alignment.records.training import MetricsLog
 from alignment.rewards.scores import Scores
-from alignment.training.rl.experience import (
+from alignment.stages.ppo.experience import (
     Answers,
     Readings,
     in_rows,
@@ -27,7 +27,7 @@ from alignment.training.rl.experience import (
     spread,
     stack,
 )
-from alignment.training.rl.step_metrics import UpdateMetrics
+from alignment.stages.ppo.step_metrics import UpdateMetrics
 from tests.oracles.close import close
 from tests.waits import Waits
 

@@ -15,7 +15,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from alignment import worker
 from alignment.core.errors import NonFiniteError, StageError
-from alignment.records.step_log import MetricsLog
+from alignment.records.training import MetricsLog
 from alignment.stages.distil import run as distil
 from alignment.stages.dpo import run as dpo
 from alignment.stages.ppo.run import _save_critic

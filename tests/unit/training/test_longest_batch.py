@@ -18,14 +18,12 @@ import torch
 from datasets import Dataset
 
 from alignment import worker
-from alignment.config.adapter import AdapterConfig
-from alignment.config.data import DataConfig
-from alignment.config.optim import OptimConfig
-from alignment.config.replay import PtxConfig
-from alignment.config.validation import ValidationConfig
+from alignment.config.data import DataConfig, PtxConfig, ValidationConfig
+from alignment.config.model import AdapterConfig
+from alignment.config.stage import OptimConfig
 from alignment.core.errors import ModelError, StageError
 from alignment.job import StageSpec
-from alignment.records.step_log import METRICS
+from alignment.records.training import METRICS
 from alignment.records.worker import Status
 from alignment.stages.sft.config import SftConfig
 from alignment.training import longest_batch, row_lengths

@@ -15,14 +15,13 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from transformers import AutoConfig, Trainer
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.model import Dtype, ModelConfig
-from alignment.config.optim import OptimConfig, Schedule
+from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
+from alignment.config.stage import OptimConfig, Schedule
 from alignment.models.assembly.load import Lineage, load_policy
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import generate
 from alignment.models.forward.rows import by_tokens, evenly, stream
-from alignment.records.step_log import MetricsLog
+from alignment.records.training import MetricsLog
 from alignment.stages.dpo import run as dpo
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.kto import run as kto

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.algos.group import group_centered, group_standardized
-from alignment.algos.importance import truncated_importance
-from alignment.training.rl.policy_objective import Average, PolicyLoss, PolicyObjective, Sampled
+from alignment.algos.ppo import group_centered, group_standardized, truncated_importance
+from alignment.stages.ppo.objective import Average, PolicyLoss, PolicyObjective, Sampled
 from tests.oracles import importance as oracle
 from tests.oracles.close import close
 

@@ -12,20 +12,18 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.critic import Critic
-from alignment.config.model import Dtype
+from alignment.config.model import AdapterConfig, Critic, Dtype
 from alignment.config.scoring import ScorerConfig
 from alignment.core.errors import ConfigError, StageError
 from alignment.models.assembly.roles import ValueHead
 from alignment.models.forward.answers import answer_stream, unwrapped
 from alignment.records.worker import Progress
+from alignment.stages.ppo import engine, objective
 from alignment.stages.ppo.config import KlConfig, KlControl
+from alignment.stages.ppo.experience import Experience, Partition, Rollout
 from alignment.stages.ppo.learn import Learner
+from alignment.stages.ppo.rollouts import Rollouts
 from alignment.stages.ppo.trainer import PpoTrainer
-from alignment.training.rl import engine, policy_objective
-from alignment.training.rl.experience import Experience, Partition, Rollout
-from alignment.training.rl.rollouts import Rollouts
 from alignment.training.session import Preempted
 from tests.oracles import gae as gae_oracle
 from tests.oracles import masked as masked_oracle
@@ -68,13 +66,13 @@ def test_nothing_has_changed_at_the_first_minibatch(
 ) -> None:
     """The ratio is one and the KL zero: rollout, training and reference agree on log-probabilities."""
     changes: list[torch.Tensor] = []
-    log_ratio = policy_objective.log_ratio
+    log_ratio = objective.log_ratio
 
     def noted(*args: torch.Tensor) -> torch.Tensor:
         changes.append(log_ratio(*args).detach())
         return log_ratio(*args)
 
-    monkeypatch.setattr(policy_objective, "log_ratio", noted)
+    monkeypatch.setattr(objective, "log_ratio", noted)
     run = bench(adapter=adapter, updates=1, num_minibatches=1, temperature=temperature)
     run.train()
     assert float(changes[0].abs().max()) < 1e-5

@@ -13,25 +13,23 @@ from typing import Any
 import pytest
 import torch
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.critic import Critic
-from alignment.config.optim import Schedule
-from alignment.config.overoptimisation import GuardConfig
+from alignment.config.model import AdapterConfig, Critic
+from alignment.config.scoring import GuardConfig
+from alignment.config.stage import Schedule
 from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.data.tokens.tokenize import TokenizedConversation
 from alignment.models.forward.answers import unwrapped
 from alignment.rewards.scores import Scores
 from alignment.stages.ppo.collect import warn_of_equal_scores
 from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.ppo.experience import Prompts, Samples
+from alignment.stages.ppo.guard import Guard, better_beyond_noise
 from alignment.stages.ppo.kind import KIND
-from alignment.stages.ppo.prompt_split import hold_out
-from alignment.stages.ppo.report import add_scores
+from alignment.stages.ppo.learn import add_scores
+from alignment.stages.ppo.ptx import Ptx
+from alignment.stages.ppo.run import hold_out
+from alignment.stages.ppo.step_metrics import UpdateMetrics
 from alignment.stages.ppo.trainer import PpoTrainer
-from alignment.training.rl.guard import Guard, better_beyond_noise
-from alignment.training.rl.ptx import Ptx
-from alignment.training.rl.rollouts import Prompts
-from alignment.training.rl.samples import Samples
-from alignment.training.rl.step_metrics import UpdateMetrics
 from alignment.training.trackers.all_trackers import Trackers
 from tests.tiny import tiny_tokenizer
 from tests.unit.training.ppo_bench import END, FULL, KINDS, LORA, PROMPTS, Bench, TokenRewards, optim, sha256, values_of

@@ -12,16 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignment.config.adapter import AdapterConfig
-from alignment.config.critic import Critic
-from alignment.config.overoptimisation import GuardConfig
-from alignment.config.sampling_engine import Engine, RolloutSamplingConfig
+from alignment.config.launch import Engine, RolloutSamplingConfig
+from alignment.config.model import AdapterConfig, Critic
+from alignment.config.scoring import GuardConfig
 from alignment.core.errors import StageError
 from alignment.models.assembly.engine_weights import write_base
 from alignment.models.assembly.load import Lineage, load_policy
 from alignment.stages.ppo.config import Advantage, KlConfig, PpoConfig, PpoOptimConfig
-from alignment.stages.ppo.engine_gap import EngineGap
-from alignment.training.rl.engine import PolicyEngine, SampledAnswers
+from alignment.stages.ppo.engine import EngineGap, PolicyEngine, SampledAnswers
 from tests.engine_server import COMPLETIONS, FakeEngine, Planted, engine_server
 from tests.oracles import critic_free
 from tests.oracles import importance as oracle
@@ -389,7 +387,7 @@ class Batch:
 
 
 def measured(gap: EngineGap, batch: Batch, update: int) -> tuple[Tensor | None, dict[str, float]]:
-    from alignment.training.rl.step_metrics import UpdateMetrics
+    from alignment.stages.ppo.step_metrics import UpdateMetrics
 
     metrics = UpdateMetrics(lambda values: values[None])
     return gap.importance(batch, update, metrics), metrics.values  # type: ignore[arg-type]

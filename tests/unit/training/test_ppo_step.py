@@ -19,8 +19,8 @@ from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.generate import generate
 from alignment.rewards.scores import Scores
 from alignment.stages.ppo.config import KlConfig, OverlongConfig
-from alignment.training.rl.experience import Partition, Rollout
-from alignment.training.rl.rollouts import Rollouts
+from alignment.stages.ppo.experience import Partition, Rollout
+from alignment.stages.ppo.rollouts import Rollouts
 from alignment.training.session import Preempted
 from tests.oracles import gae as gae_oracle
 from tests.oracles import length_penalties

@@ -11,13 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.model import Dtype, ModelConfig
-from alignment.records.step_log import MetricsLog
+from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
+from alignment.records.training import MetricsLog
 from alignment.stages.dpo import run as dpo
 from alignment.stages.dpo.config import DpoConfig
-from alignment.stages.shared import reference_cache
-from alignment.stages.shared.reference_cache import OwnRows
+from alignment.stages.shared import reference
+from alignment.stages.shared.reference import OwnRows
 from alignment.training.context import StageContext
 from tests.chained import PREFIX
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec
@@ -87,7 +86,7 @@ def test_the_reference_is_computed_once_and_again_when_something_changed(
     save_tiny_model(folder / "base", seed=1)
     _train(folder, config)
     assert computed == [12, 12, 10, 10, 10, 10]
-    monkeypatch.setattr(reference_cache, "_device_name", lambda device: f"not {device.type}")
+    monkeypatch.setattr(reference, "_device_name", lambda device: f"not {device.type}")
     _train(folder, config)
     assert computed == [12, 12, 10, 10, 10, 10, 10, 10]
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from alignment.config.critic import Critic
+from alignment.config.model import Critic
 from alignment.core import hardware
 from alignment.core.errors import StageError
 from alignment.stages.ppo import learn

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from alignment import worker
-from alignment.config.adapter import AdapterConfig
-from alignment.config.tracking import TrackingConfig
+from alignment.config.model import AdapterConfig
+from alignment.config.run import TrackingConfig
 from alignment.config.typed import to_plain
 from alignment.core.artifacts import Manifest, publish
 from alignment.job import StageInput

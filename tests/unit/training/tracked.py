@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from alignment.config.tracking import TrackingConfig
+from alignment.config.run import TrackingConfig
 from alignment.stages.sft.config import SftConfig
 from alignment.training.context import StageContext
 from alignment.training.session import train

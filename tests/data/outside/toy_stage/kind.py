@@ -6,11 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from alignment.config.adapter import AdapterConfig
 from alignment.config.data import DataConfig
-from alignment.config.optim import OptimConfig
+from alignment.config.model import AdapterConfig
 from alignment.config.rules import POSITIVE
-from alignment.config.stage_fields import not_identity, reference_to
+from alignment.config.stage import OptimConfig, not_identity, reference_to
 from alignment.core.artifacts import POLICY, read_manifest
 from alignment.data.records import PlainText
 from alignment.data.tokens.row_kinds import TEXTS

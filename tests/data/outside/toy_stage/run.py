@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from alignment.data.tokens.row_kinds import TEXTS
 from alignment.stages.base import whole_rows
-from alignment.stages.shared.initial import initial_policy
 from alignment.stages.shared.language_model import learn
-from alignment.stages.shared.result import StageResult
+from alignment.stages.shared.result import StageResult, initial_policy
 from alignment.stages.shared.stage_rows import token_rows
 from alignment.training.context import StageContext
 from toy_stage.kind import ToyConfig

@@ -26,9 +26,8 @@ from alignment.commands.export.comparing import gap_between, logprobs_of_answers
 from alignment.commands.export.export_options import ExportOptions, add_form_arguments, options_of
 from alignment.commands.export.worker import export, main
 from alignment.commands.shared.policy_finder import PolicyFinder
-from alignment.config.adapter import AdapterConfig, AdapterKind, Chain
-from alignment.config.model import Dtype
-from alignment.config.sampling_engine import SamplingConfig
+from alignment.config.launch import SamplingConfig
+from alignment.config.model import AdapterConfig, AdapterKind, Chain, Dtype
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, ModelError
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids

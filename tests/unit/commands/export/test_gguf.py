@@ -22,7 +22,7 @@ from alignment.commands.export.gguf_form import gguf_file, llama_cpp_check
 from alignment.commands.export.gguf_form.architectures import interleaved
 from alignment.commands.export.gguf_form.llama_cpp_check import ask, check_by_llama
 from alignment.commands.export.worker import export, main
-from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.model import AdapterConfig, AdapterKind
 from alignment.core.artifacts import verify
 from alignment.core.errors import AlignmentError, ConfigError, ModelError
 from alignment.data.tokens.rendering import prompt_text

@@ -17,7 +17,7 @@ from alignment import cli
 from alignment.commands.schema import recipe_schema, sweep_schema
 from alignment.config import rules, yaml_file
 from alignment.config.rules import Rule
-from alignment.config.store import conf_folder, recipe_names, recipes_folder
+from alignment.config.run import conf_folder, recipe_names, recipes_folder
 from alignment.config.typed import to_plain
 from alignment.stages.registry import kinds
 from tests.e2e.test_outside_kind import OUTSIDE, RECIPE

@@ -29,7 +29,7 @@ from alignment.commands.serve.vllm_layout import VllmArm, VllmFiles, VllmLayout,
 from alignment.commands.serve.worker_error import write_error, written_error
 from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.commands.shared.stored_policy import StoredPolicy
-from alignment.config.adapter import AdapterConfig, AdapterKind
+from alignment.config.model import AdapterConfig, AdapterKind
 from alignment.core import hardware
 from alignment.core.artifacts import MANIFEST
 from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, DataError, DiskError, ModelError

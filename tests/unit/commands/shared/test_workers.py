@@ -22,9 +22,8 @@ from alignment.commands.shared.worker_process import run_worker
 from alignment.commands.track import worker
 from alignment.commands.track.verb import track
 from alignment.commands.track.worker import send, send_run
-from alignment.config.adapter import AdapterConfig
-from alignment.config.model import NEW_TOKENS
-from alignment.config.tracking import TrackingConfig
+from alignment.config.model import NEW_TOKENS, AdapterConfig
+from alignment.config.run import TrackingConfig
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.deadline import KILLED_BY
 from alignment.core.errors import Busy, ConfigError, ModelError, StageError
@@ -34,7 +33,7 @@ from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, TEXTS, tokenized
 from alignment.data.turns import Message
 from alignment.records.run import RunRecord, StageEntry
-from alignment.records.step_log import METRICS, MetricsLog
+from alignment.records.training import METRICS, MetricsLog
 from alignment.stages.sft.config import SftConfig
 from tests.chained import Chained
 from tests.oracles.close import close

@@ -22,8 +22,8 @@ from alignment.pipeline.remote.checkpoint_uploads import CheckpointUploads
 from alignment.pipeline.remote.lease import leased
 from alignment.pipeline.remote.object_store import ObjectStore
 from alignment.pipeline.remote.remote_checkpoints import RemoteCheckpoints, local_work, nothing
-from alignment.stages.evaluate import grading, judging
-from alignment.stages.shared import asking_servers
+from alignment.stages.evaluate import judging, metric_scores
+from alignment.stages.shared import answer_scores
 from tests.patience import wait_until
 from tests.unit.pipeline.remote.conftest import sealed
 
@@ -180,7 +180,12 @@ def test_a_list_of_another_stage_or_that_is_cut_off_does_not_count(
 
 
 def test_replies_are_found_where_stages_save_them(tmp_path: Path) -> None:
-    names = [judging.REPLIES, grading.REPLIES, f"{asking_servers.REPLIES}/0.jsonl", f"{asking_servers.REPLIES}/1.jsonl"]
+    names = [
+        judging.REPLIES,
+        metric_scores.REPLIES,
+        f"{answer_scores.REPLIES}/0.jsonl",
+        f"{answer_scores.REPLIES}/1.jsonl",
+    ]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("reply")

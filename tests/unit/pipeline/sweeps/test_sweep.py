@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from alignment.config.store import sweep_names
+from alignment.config.run import sweep_names
 from alignment.core.errors import (
     AlignmentError,
     ConfigError,

@@ -15,8 +15,7 @@ import optuna
 import psutil
 import pytest
 
-from alignment.config.backend import MachinesBackend, SlurmBackend
-from alignment.config.launch import LaunchConfig
+from alignment.config.launch import LaunchConfig, MachinesBackend, SlurmBackend
 from alignment.config.sweep import Pruner, PruningConfig
 from alignment.core.errors import Busy, ConfigError, GateNotMet
 from alignment.core.hardware import VISIBLE

@@ -1,0 +1,251 @@
+"""The calls from Python: run, plan and sweep, with the recipe as keywords."""
+
+from __future__ import annotations
+
+import numbers
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+
+from alignment.api.loaded_run import Run, Sweep, load_run, load_sweep
+from alignment.api.run_plan import RunPlan, described
+from alignment.core.errors import PREEMPTED, AlignmentError, ConfigError, Preempted, StageError
+from alignment.core.files import current_folder, explained
+from alignment.core.terminal import Terminal
+from alignment.costs.devices import THIS
+from alignment.pipeline.execute import planned_costs
+from alignment.pipeline.execute.run import run_with_advice
+from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, termination_raises
+from alignment.pipeline.plan.plan import make_plan
+from alignment.pipeline.sweeps.run import run_sweep
+from alignment.pipeline.sweeps.sweep_file import read_sweep
+
+Recipe = str | os.PathLike[str]
+"""The name of a shipped file, or the path of a .yaml file."""
+
+
+def name_of(file: Recipe, argument: str = "recipe") -> str:
+    """The name or the path that a caller gave as ``argument``.
+
+    Raises:
+        TypeError: it is something else, such as the settings themselves.
+    """
+    if isinstance(file, str):
+        return file
+    if isinstance(file, os.PathLike):
+        return str(os.fspath(file))
+    raise TypeError(
+        f"{argument} is a {type(file).__name__}; it must be the name of a shipped {argument} or the path of a .yaml "
+        "file. Settings are the overrides of a recipe, such as alignment.plan('quickstart', {'stages.dpo.beta': 0.3}); "
+        "to use settings of your own alone, write them to a file with yaml.safe_dump and give its path"
+    )
+
+
+@contextmanager
+def errors_explained() -> Iterator[None]:
+    """Turns errors of the file system into public errors, as the command does, and names arguments as Python does:
+    ``at_once`` and not ``--at-once``, ``sweep`` and not ``SWEEP``."""
+    try:
+        with explained(current_folder()):
+            yield
+    except AlignmentError as error:
+        if error.where.startswith("--"):
+            error.where = error.where.removeprefix("--").replace("-", "_")
+        elif error.where == "SWEEP":
+            error.where = "sweep"
+        raise
+
+
+def console_of(*, quiet: bool) -> Console:
+    """Standard output: a live line on a terminal, else plain lines.
+
+    A kernel of Jupyter sets ``FORCE_COLOR``, so that rich would move the cursor in a notebook's output.
+    """
+    is_terminal = sys.stdout is not None and sys.stdout.isatty()
+    return Terminal(soft_wrap=False, quiet=quiet, force_jupyter=False, force_terminal=is_terminal)
+
+
+def raise_if_stopped(code: int, name: str) -> None:
+    """Raises what stands for the exit code of a call that was stopped.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted.
+        Preempted: it was asked to stop otherwise.
+    """
+    if code == INTERRUPTED:
+        raise KeyboardInterrupt
+    if code == PREEMPTED:
+        raise Preempted("was asked to stop and has saved", where=name, remedy="repeat the call to continue from there")
+
+
+Value = None | bool | int | float | str | os.PathLike[str] | Sequence["Value"] | Mapping[str, "Value"]
+Overrides = Sequence[str] | Mapping[str, Value]
+
+_PLAIN = re.compile(r"[A-Za-z_][\w./:@-]*", re.ASCII)
+_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
+_NOT_TEXT = ("true", "false", "null", "nan", "inf")
+_BEFORE_A_QUOTE = re.compile(r"(\\*)('|$)")
+
+
+def words(overrides: Overrides) -> list[str]:
+    """Overrides as they are typed on the command line.
+
+    Raises:
+        TypeError: they are neither texts nor a mapping.
+        ConfigError: they are one text instead of several, or a value cannot be written in a configuration.
+    """
+    if isinstance(overrides, str):
+        raise ConfigError(
+            f"{overrides!r} is a single string", where="overrides", remedy=f"give a list [{overrides!r}], or a mapping"
+        )
+    if isinstance(overrides, Mapping):
+        return [f"{key}={_written(value, key)}" for key, value in overrides.items()]
+    given = list(overrides) if isinstance(overrides, Iterable) else [overrides]
+    if wrong := [item for item in given if not isinstance(item, str)]:
+        raise TypeError(
+            f"{wrong[0]!r} is not an override; give texts, as in ['stages.dpo.beta=0.3'], or a mapping, as in "
+            "{'stages.dpo.beta': 0.3}"
+        )
+    return given
+
+
+def _written(value: object, key: str) -> str:
+    """A value in Hydra's grammar, such that it is read as the same value."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case numbers.Integral():
+            return str(int(value))
+        case numbers.Real():
+            return repr(float(value))
+        case str() | os.PathLike():
+            return _text(os.fspath(value))
+        case Mapping():
+            return "{" + ", ".join(f"{_name(name, key)}: {_written(item, key)}" for name, item in value.items()) + "}"
+        case Sequence() if not isinstance(value, bytes):
+            return "[" + ", ".join(_written(item, key) for item in value) + "]"
+    raise ConfigError(
+        f"{type(value).__name__} cannot be written in a configuration",
+        where=key,
+        remedy="give None, a bool, a number, a string, a path, or a list or mapping of these",
+    )
+
+
+def _name(name: object, key: str) -> str:
+    """The name of a setting in a group, which Hydra does not take in quotes."""
+    if isinstance(name, str) and _NAME.fullmatch(name):
+        return name
+    raise ConfigError(f"{name!r} cannot name a setting", where=key, remedy="use letters, digits and _")
+
+
+def _text(text: str) -> str:
+    """Text that needs no quotes, or text in quotes. Hydra halves only the backslashes before a quote."""
+    if _PLAIN.fullmatch(text) and text.lower() not in _NOT_TEXT:
+        return text
+    escaped = _BEFORE_A_QUOTE.sub(lambda match: match[1] * 2 + ("\\'" if match[2] else ""), text)
+    return f"'{escaped}'"
+
+
+def plan(
+    recipe: Recipe,
+    overrides: Overrides = (),
+    *,
+    cost: bool = False,
+    trade: bool = False,
+    device: str = THIS,
+    verify: bool = False,
+    quiet: bool = False,
+) -> RunPlan:
+    """What ``run`` would do, and why; trains nothing. The command is ``align plan``.
+
+    ``recipe`` is the name of a shipped recipe, or the path of a .yaml file. ``overrides`` are texts
+    (``"stages.dpo.beta=0.3"``) or a mapping (``{"stages.dpo.beta": 0.3}``). With ``cost`` or another ``device``,
+    the plan says what the stages would need on ``device``, and with ``trade``, what every way of training them would
+    need; that takes half a minute or more for each stage. Otherwise it has the cost that was estimated before, if any.
+    With ``verify``, results to reuse are read and compared with their hashes; without, their sizes are compared.
+
+    Raises:
+        ConfigError, DataError, ModelError: a fault in the recipe, the overrides, a data file or a model.
+        ArtifactError: a manifest cannot be read, or an artifact of a folder that the recipe names is damaged.
+        StageError: the cost cannot be estimated.
+        Preempted: a signal asked for a stop while the cost was estimated.
+    """
+    cost = planned_costs.is_wanted(cost=cost, device=device)
+    with errors_explained():
+        checked = planned_costs.checked_plan(
+            name_of(recipe), words(overrides), cost=cost, trade=trade, device=device, verified=verify
+        )
+        if not (cost or trade):
+            return described(checked, planned_costs.known(checked))
+        console = console_of(quiet=quiet)
+        try:
+            with termination_raises():
+                estimated = planned_costs.estimated(checked, device=device, trade=trade, announce=console.print)
+        except Terminated as stop:
+            raise Preempted("the estimate was asked to stop", where=checked.config.name) from stop
+        return described(checked, estimated)
+
+
+def run(
+    recipe: Recipe,
+    overrides: Overrides = (),
+    *,
+    stage: str | None = None,
+    wait: bool = False,
+    verify: bool = False,
+    quiet: bool = False,
+) -> Run:
+    """Plans a recipe, runs what has to run, and returns the run. The command is ``align run``.
+
+    ``recipe``, ``overrides`` and ``verify`` are those of ``plan``. ``stage`` names the only stage to run, from results
+    of earlier ones. With ``wait``, a result that another process works on is waited for. Progress is printed to
+    standard output unless ``quiet``.
+
+    Raises:
+        AlignmentError: as for ``plan``; and StageError, DiskError, NonFiniteError, RewardError if a stage fails; Busy
+            if another process works on the run; GateNotMet if the results do not meet a gate. Finished results stay.
+        KeyboardInterrupt: Ctrl-C, or the interrupted kernel of a notebook; the stage has saved.
+        Preempted: another signal asked the run to stop; the stage has saved.
+    """
+    with errors_explained():
+        planned = make_plan(name_of(recipe), words(overrides), verified=verify)
+        code = run_with_advice(planned, console=console_of(quiet=quiet), only=stage, wait=wait)
+        raise_if_stopped(code, planned.config.name)
+        return load_run(planned.run_folder)
+
+
+def sweep(
+    recipe: Recipe,
+    sweep: Recipe,
+    overrides: Overrides = (),
+    *,
+    at_once: int = 1,
+    retry_failed: bool = False,
+    quiet: bool = False,
+) -> Sweep:
+    """Runs the missing trials of a sweep, and those that failed if ``retry_failed``, and returns all. The command is
+    ``align sweep``.
+
+    ``sweep`` is the name of a shipped sweep, or the path of a .yaml file. ``overrides`` hold for every trial.
+    ``at_once`` trials run at the same time, each with its share of the machine.
+
+    Raises:
+        AlignmentError: as for ``plan``; ConfigError if the sweep does not fit the recipe or the machine, or optuna is
+            not installed; Busy if another process works on it; StageError if no trial has ever finished.
+        KeyboardInterrupt, Preempted: as for ``run``; the same call continues with the missing trials.
+    """
+    with errors_explained():
+        checked = read_sweep(name_of(recipe), name_of(sweep, "sweep"), words(overrides))
+        code = run_sweep(checked, console=console_of(quiet=quiet), at_once=at_once, retry_failed=retry_failed)
+        raise_if_stopped(code, checked.folder.name)
+        if code:
+            raise StageError(
+                "no trial has finished", where=str(checked.folder), remedy="load_sweep says why each trial failed"
+            )
+        return load_sweep(checked.folder)

@@ -1,0 +1,291 @@
+"""The prompts of an evaluation: which are held out, with which examples, turn by turn, for each arm."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alignment.config.evaluating import FEW_SHOT, PROMPTED
+from alignment.core.errors import DataError
+from alignment.core.text import counted
+from alignment.data.records import Conversation, HeldOutPrompt
+from alignment.data.tokens.rendering import Tools
+from alignment.data.tokens.thoughts import without_thought
+from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows
+from alignment.data.tokens.tokenizer import tokenizer_hashes
+from alignment.data.turns import Message
+from alignment.evaluation.arms import Answer, Answered, TokenSum
+from alignment.evaluation.exchanges import asked_turns, continued, draw_examples, with_examples, with_system_prompt
+from alignment.job import StageInput
+from alignment.models.assembly.load import Lineage, lineage
+from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.shared.policies import refuse_without_template, tokenizer_of
+from alignment.stages.shared.stage_rows import list_left_out, rows_of
+from alignment.training.context import StageContext
+
+
+def held_out_prompts(config: EvaluateConfig, context: StageContext) -> list[HeldOutPrompt]:
+    """The first row of each prompt; ``left_out.jsonl`` lists the others, and a note counts them.
+
+    Raises:
+        DataError: a row cannot be read.
+    """
+    rows = rows_of(context, HeldOutPrompt, config.data)
+    first: dict[str, HeldOutPrompt] = {}
+    for row in rows:
+        first.setdefault(_asked(row), row)
+    repeats = [(row, earlier) for row in rows if (earlier := first[_asked(row)]) is not row]
+    list_left_out(
+        context,
+        ({"where": row.where, "reason": f"its prompt repeats that of {earlier.where}"} for row, earlier in repeats),
+    )
+    if repeats and context.is_main:
+        context.notes.append(
+            f"of {counted(len(rows), 'held-out row')}, {len(repeats):,} that ask what an earlier row asks are left "
+            "out: each prompt counts once"
+        )
+    return list(first.values())
+
+
+def _asked(row: HeldOutPrompt) -> str:
+    """All that an arm reads of a row."""
+    turns = [turn.as_dict() for turn in row.messages]
+    return json.dumps([turns, row.tools, row.later_turns, row.choices], sort_keys=True, default=str)
+
+
+Shown = Callable[[HeldOutPrompt], Sequence[Message]]
+"""The messages that an arm is asked with, such as the row's behind a system prompt."""
+
+
+def unchanged(row: HeldOutPrompt) -> Sequence[Message]:
+    """What most arms are asked with: the row's own messages."""
+    return row.messages
+
+
+def shown_otherwise(config: EvaluateConfig, context: StageContext, rows: Sequence[HeldOutPrompt]) -> dict[str, Shown]:
+    """How the arms are asked that get more than a row's own messages, by name.
+
+    Raises:
+        DataError: there are too few examples.
+    """
+    system_prompt = config.system_prompt or ""  # the plan refuses an arm that needs one without it
+    shown: dict[str, Shown] = {PROMPTED: lambda row: with_system_prompt(row.messages, system_prompt)}
+    if FEW_SHOT in config.arms:
+        examples = _examples(config, context, rows)
+        shown[FEW_SHOT] = lambda row: with_examples(row.messages, examples)
+    return shown
+
+
+def reference_ids(tokenizer: Any, messages: Sequence[Message], reference: str, tools: Tools) -> list[int]:
+    """A reference in tokens: without its thought if that cannot follow the prompt, as with ``enable_thinking: false``.
+
+    Raises:
+        DataError: the reference cannot be rendered either way.
+    """
+    try:
+        return answer_ids(tokenizer, messages, reference, tools)
+    except DataError:
+        answer = without_thought(Message(role="assistant", content=reference)).content
+        if answer in ("", reference):
+            raise
+        return answer_ids(tokenizer, messages, answer, tools)
+
+
+def _examples(config: EvaluateConfig, context: StageContext, rows: Sequence[HeldOutPrompt]) -> list[Message]:
+    conversations = rows_of(context, Conversation, config.few_shot.data, field="few_shot.data")
+    return draw_examples(
+        conversations,
+        rows,
+        count=config.few_shot.count,
+        generator=context.generator("few_shot"),
+        where=f"stages.{context.spec.stage}.few_shot",
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """A reference answer in tokens. It follows ``prompt``, or the row's own prompt if that is None."""
+
+    ids: list[int]
+    prompt: list[int] | None = None
+
+    @property
+    def key(self) -> list[Any]:
+        """Everything that its log-probability depends on besides the row's own prompt."""
+        return self.ids if self.prompt is None else [self.prompt, self.ids]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TurnPrompts:
+    """What an arm is asked in turn ``number`` (from 0).
+
+    ``rows`` are the indices of the rows that have this turn. ``prompts`` are one per row in the first turn, and all
+    answers to a row share it. In later turns they are one per answer, because each answer continues its own
+    conversation. ``references`` are one per row, None for a row without a reference answer.
+    """
+
+    number: int
+    rows: list[int]
+    prompts: list[list[int]]
+    references: list[Reference | None]
+
+    @property
+    def tokens_with_references(self) -> list[int]:
+        """The tokens of each row's reference answer and of the prompt that it follows; 0 without one."""
+        return [
+            0
+            if reference is None
+            else len(self.prompts[index] if reference.prompt is None else reference.prompt) + len(reference.ids)
+            for index, reference in enumerate(self.references)
+        ]
+
+
+def first_turn(tokenizer: Any, rows: Sequence[HeldOutPrompt], shown: Shown, *, with_references: bool) -> TurnPrompts:
+    """The prompts of the rows, and their references if asked for.
+
+    Raises:
+        DataError: a row cannot be rendered.
+    """
+
+    def reference(row: HeldOutPrompt) -> Reference | None:
+        if not row.reference:
+            return None
+        return Reference(ids=reference_ids(tokenizer, shown(row), row.reference, row.tools))
+
+    return TurnPrompts(
+        number=0,
+        rows=list(range(len(rows))),
+        prompts=tokenize_rows(rows, lambda row: prompt_ids(tokenizer, shown(row), row.tools)),
+        references=tokenize_rows(rows, reference) if with_references else [None] * len(rows),
+    )
+
+
+def later_turn(
+    tokenizer: Any,
+    rows: Sequence[HeldOutPrompt],
+    shown: Shown,
+    earlier: Sequence[Sequence[Sequence[str]]],
+    *,
+    number: int,
+    with_references: bool,
+) -> TurnPrompts:
+    """Turn ``number`` of every row that has it; ``earlier`` are each row's samples: the answers given before.
+
+    A reference answer follows the references of the turns before it, which makes it the same text for all arms.
+
+    Raises:
+        DataError: a row cannot be rendered with these answers.
+    """
+    asked = [index for index, row in enumerate(rows) if row.num_turns > number]
+
+    def reference(row: HeldOutPrompt) -> Reference | None:
+        *before, last = row.references[: number + 1]
+        if not (last and all(before)):
+            return None
+        messages = shown(continued(row, before))
+        return Reference(
+            ids=reference_ids(tokenizer, messages, last, row.tools),
+            prompt=prompt_ids(tokenizer, messages, row.tools),
+        )
+
+    prompts = [continued(rows[index], answers) for index in asked for answers in earlier[index]]
+    return TurnPrompts(
+        number=number,
+        rows=asked,
+        prompts=tokenize_rows(prompts, lambda prompt: prompt_ids(tokenizer, shown(prompt), prompt.tools)),
+        references=tokenize_rows([rows[index] for index in asked], reference)
+        if with_references
+        else [None] * len(asked),
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AnsweredTurn:
+    """An arm's answers in one turn: ``per_prompt`` for each of ``rows``. The other fields are those of ``Answered``."""
+
+    rows: list[int]
+    answers: list[Answer]
+    logprobs: list[float] | None
+    references: list[TokenSum | None]
+    seconds: float
+
+
+def conversations(
+    rows: Sequence[HeldOutPrompt], turns: Sequence[AnsweredTurn], per_prompt: int
+) -> list[list[list[str]]]:
+    """Each row's samples: the answers given in the turns so far."""
+    samples: list[list[list[str]]] = [[[] for _ in range(per_prompt)] for _ in rows]
+    for turn in turns:
+        for number, answer in enumerate(turn.answers):
+            samples[turn.rows[number // per_prompt]][number % per_prompt].append(answer.text)
+    return samples
+
+
+def together(rows: Sequence[HeldOutPrompt], turns: Sequence[AnsweredTurn], per_prompt: int) -> Answered:
+    """The turns of an arm in the order of ``Answered``: by row, then turn, then answer."""
+    index_of = [{row: index for index, row in enumerate(turn.rows)} for turn in turns]
+    answers: list[Answer] = []
+    logprobs: list[float] = []
+    references: list[TokenSum | None] = []
+    for asked in asked_turns(rows):
+        turn, index = turns[asked.turn], index_of[asked.turn][asked.row]
+        of_row = slice(index * per_prompt, (index + 1) * per_prompt)
+        answers += turn.answers[of_row]
+        logprobs += (turn.logprobs or [])[of_row]
+        references.append(turn.references[index])
+    return Answered(
+        answers=answers,
+        logprobs=None if turns[0].logprobs is None else logprobs,
+        references=references,
+        seconds=sum(turn.seconds for turn in turns),
+        per_prompt=per_prompt,
+        turns=[row.num_turns for row in rows],
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArmPrompts:
+    """The prompts of an arm, in its own tokens: those of the ``first`` turn, and how it is ``shown`` any row.
+
+    ``own_tokens``: the arm has its own tokenizer, so figures that depend on tokens cannot be compared with other arms.
+    ``plain``: its prompts are the held-out prompts, unchanged, so its answers can be compared with the reference's.
+    """
+
+    policy: Lineage
+    tokenizer: Any
+    first: TurnPrompts
+    shown: Shown
+    plain: bool
+    own_tokens: bool
+
+
+def prompts_of_arms(
+    config: EvaluateConfig, context: StageContext, tokenizer: Any, rows: Sequence[HeldOutPrompt]
+) -> dict[str, ArmPrompts]:
+    """The prompts of every arm; ``tokenizer`` is the run's.
+
+    Raises:
+        ModelError: an artifact has another tokenizer, or an external model has no chat template.
+        DataError: a row cannot be rendered, or there are too few examples.
+    """
+    otherwise, arms = shown_otherwise(config, context, rows), context.spec.arms
+    return {name: _arm_prompts(context, arms[name], tokenizer, rows, otherwise.get(name)) for name in config.arms}
+
+
+def _arm_prompts(
+    context: StageContext, stage_input: StageInput, ours: Any, rows: Sequence[HeldOutPrompt], shown: Shown | None
+) -> ArmPrompts:
+    tokenizer = tokenizer_of(context, stage_input, ours)
+    own_tokens = tokenizer is not ours and tokenizer_hashes(tokenizer) != tokenizer_hashes(ours)
+    if own_tokens:
+        refuse_without_template(context, stage_input, tokenizer)
+    return ArmPrompts(
+        policy=lineage(context.spec, stage_input),
+        tokenizer=tokenizer,
+        first=first_turn(tokenizer, rows, shown or unchanged, with_references=not own_tokens),
+        shown=shown or unchanged,
+        plain=shown is None,
+        own_tokens=own_tokens,
+    )
