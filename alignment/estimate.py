@@ -8,9 +8,9 @@ a GPU of alignment/costs/devices.py; else the machine's own operations are timed
 from __future__ import annotations
 
 if __name__ == "__main__":  # before the imports below, as in a stage
-    from alignment.core import processes
+    from alignment.core import child_processes
 
-    processes.hide()
+    child_processes.hide()
 
 import argparse
 import copy
@@ -35,10 +35,10 @@ from transformers.utils import logging as transformers_logging
 from alignment.config.data import DataConfig
 from alignment.config.launch import Engine, Offload, RolloutSamplingConfig, SamplingConfig, Sharding
 from alignment.config.model import AdapterKind
-from alignment.config.stage import DEFAULT_TOKENS, OptimConfig, is_automatic, with_tokens
-from alignment.core import hardware, processes
+from alignment.config.optim import DEFAULT_TOKENS, OptimConfig, is_automatic, with_tokens
+from alignment.core import child_processes, hardware
+from alignment.core.child_processes import end_process
 from alignment.core.errors import AlignmentError
-from alignment.core.processes import end_process
 from alignment.costs.devices import AMX_CODE_BYTES, CODE_BYTES, CONTEXT_BYTES, DEVICES, RUNTIME_BYTES, THIS, seconds_on
 from alignment.costs.op_times import NEAR_BYTES, alike, seconds_of
 from alignment.costs.recorder import GRADIENTS, OPTIMIZER, WEIGHTS, Operations, Phase, Recorder
@@ -109,7 +109,7 @@ def main() -> int:
     asked = json.loads((options.folder / ASKED).read_text(encoding="utf-8"))
     for one_stage in asked:
         function_of(kind_of(read_spec(Path(one_stage["file"])).config))  # imports what the stage needs
-    processes.show()
+    child_processes.show()
     gc.freeze()  # each model and each trainer collects garbage first, which takes long among the libraries' objects
     timer = Timer(options.device, tries_longest=not options.as_run)
     startup = timer.startup

@@ -21,7 +21,7 @@ import weakref
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
-from alignment.core import processes
+from alignment.core import child_processes
 
 LONGEST_REQUEST = 1 << 17
 """Bytes of a request; Linux allows an environment variable as many."""
@@ -43,7 +43,7 @@ class Request:
 
 def main() -> None:
     """Imports and forks; returns when the client is gone. In a child it returns when the module ends."""
-    processes.hide()
+    child_processes.hide()
     client = socket.socket(fileno=int(sys.argv[1]))
     server = _Server(client)
     for module in sys.argv[2:]:
@@ -135,7 +135,7 @@ def _become(request: Request, *, output: int) -> None:
     os.close(output)
     os.environ.clear()
     os.environ.update(request.environment)
-    processes.show()
+    child_processes.show()
     _take_own_temporary_folders()
 
 

@@ -23,9 +23,9 @@ from transformers.utils import logging as transformers_logging
 from alignment.config.data import DataConfig, MixedConfig, OnError, SourceConfig, ValidationConfig
 from alignment.config.scoring import MetricConfig
 from alignment.config.stage import TrainedConfig
+from alignment.core.child_processes import end_process
 from alignment.core.errors import AlignmentError
 from alignment.core.model_files import positions_in, reason_of_positions, row_too_long
-from alignment.core.processes import end_process
 from alignment.data.reading import iterate
 from alignment.data.records import Prompt
 from alignment.data.tokens.limits import Limits, RowTooLong, refuse_losses

@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":  # the imports below take seconds, and a signal must not kill the process meanwhile
-    from alignment.core import processes
-    from alignment.core.processes import stop_while_importing
+    from alignment.core import child_processes
+    from alignment.core.child_processes import stop_while_importing
     from alignment.records.worker import write_stopped_before_it_began
 
-    processes.hide()
+    child_processes.hide()
     stop_while_importing(lambda: write_stopped_before_it_began(Path(sys.argv[1])))
 
 import gc
@@ -37,15 +37,15 @@ import torch
 import transformers
 
 from alignment.config.stage import StageConfig
-from alignment.core import processes
+from alignment.core import child_processes
 from alignment.core.artifacts import Manifest, publish, verify
+from alignment.core.child_processes import end_process
 from alignment.core.errors import PREEMPTED as PREEMPTED_CODE
 from alignment.core.errors import AlignmentError, DataError, ModelError, StageError
 from alignment.core.files import disk_error, path_error
 from alignment.core.fingerprint import digest
 from alignment.core.hardware import versions
 from alignment.core.locks import held
-from alignment.core.processes import end_process
 from alignment.core.terminal import make_unfailing
 from alignment.data.chat_template import template_text
 from alignment.data.hub_rows import content_of
@@ -80,24 +80,24 @@ def main(path: Path) -> int:
     gc.freeze()  # every trainer collects garbage first, which takes half a second among the libraries' objects
     context.heartbeat.start(spec.work, context.rank)
     try:
-        for number in processes.SIGNALS:
+        for number in child_processes.SIGNALS:
             signal.signal(number, _stop_now)
         with _worker_lock(context):
             _run(spec, context)
-        processes.ignore()
+        child_processes.ignore()
     except Preempted as stop:
-        processes.ignore()
+        child_processes.ignore()
         if stop.saved:
             _wait_for_all_ranks()
         _finish(context, PREEMPTED, PREEMPTED_CODE, f"stopped on request; {_save_state(stop)}")
         return PREEMPTED_CODE
     except AlignmentError as error:
-        processes.ignore()
+        child_processes.ignore()
         _finish(context, FAILED, error.exit_code, str(error), rank=error.rank)
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     except BaseException as error:  # noqa: BLE001 - last resort: the driver must learn of every failure
-        processes.ignore()
+        child_processes.ignore()
         traceback.print_exc()
         if (failure := _file_system_error(error, context)) is not None:
             _finish(context, FAILED, failure.exit_code, str(failure))
@@ -186,7 +186,7 @@ def _run(spec: StageSpec, context: StageContext) -> None:
     begin(context)
     with _tracked(context), without_cudnn():
         run = function_of(kind_of(spec.config))
-        processes.show()
+        child_processes.show()
         context = with_chosen_size(context, run)
         result = run(context.spec.config, context)
         _refuse_other_results(result, function=kind_of(spec.config).run)
@@ -249,7 +249,7 @@ def _tracked(context: StageContext) -> Iterator[None]:
         yield
         done = True
     except BaseException:
-        processes.ignore()  # closing may take a minute, and a request to stop would take the place of this error
+        child_processes.ignore()  # closing may take a minute, and a request to stop would take the place of this error
         raise
     finally:
         context.trackers.close(done=done)

@@ -18,7 +18,7 @@ from typing import Any
 
 from alignment.config.launch import LaunchConfig
 from alignment.core import hardware
-from alignment.pipeline.backends import command, environment, processes
+from alignment.pipeline.backends import command, processes
 from benchmarks.counts import padded_tokens
 from benchmarks.grid import LAUNCHER_MEMORY, compiles
 from benchmarks.growth import POINTS
@@ -219,9 +219,9 @@ def command_of(
     module = ["-m", f"benchmarks.contestants.{measurement.how.module}", str(task_file)]
     left_out = {NO_COMPILING} if measurement.compiles else set()
     if not measurement.how.setting.get(LAUNCHER_MEMORY.name, True):
-        left_out |= set(environment.CPU_MEMORY)
+        left_out |= set(command.CPU_MEMORY)
     if not measurement.how.threads_sleep:
-        left_out |= set(environment.WAITING_SETTINGS)
+        left_out |= set(command.WAITING_SETTINGS)
     variables = {name: value for name, value in launched.environment.items() if name not in left_out}
     if measurement.how.module != "ours":
         return command.Command(argv=(measurement.python, *module), environment=variables)

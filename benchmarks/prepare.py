@@ -27,7 +27,7 @@ from alignment.data.turns import Message
 from alignment.job import StageInput
 from alignment.models.assembly.load import lineage, load_scalar
 from alignment.models.assembly.reward_head import load_reward_model
-from alignment.stages.kto.labelled_rows import in_order
+from alignment.stages.kto.trainer import in_order
 from alignment.stages.ppo.experience import prompt_order
 from alignment.stages.registry import read_spec
 from alignment.training.context import StageContext

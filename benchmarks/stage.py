@@ -12,15 +12,16 @@ import yaml
 
 from alignment.config.data import DataConfig
 from alignment.config.model import AdapterConfig, AdapterKind, Critic, Dtype, ModelConfig
+from alignment.config.optim import OptimConfig, Schedule
 from alignment.config.run import TrackingConfig
 from alignment.config.scoring import ScorerConfig
-from alignment.config.stage import OptimConfig, Schedule, StageConfig
+from alignment.config.stage import StageConfig
 from alignment.config.typed import to_plain
-from alignment.stages.dpo.config import DpoConfig
-from alignment.stages.kto.config import KtoConfig
+from alignment.stages.dpo.kind import DpoConfig
+from alignment.stages.kto.kind import KtoConfig
 from alignment.stages.ppo.config import Advantage, KlConfig, KlTerm, PpoConfig, PpoOptimConfig
-from alignment.stages.reward.config import RewardConfig
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.reward.kind import RewardConfig
+from alignment.stages.sft.kind import SftConfig
 from benchmarks.figures import Sharing
 from benchmarks.setting import (
     BETA,

@@ -13,15 +13,16 @@ from transformers import AutoModelForCausalLM
 from alignment import worker
 from alignment.config.data import DataConfig
 from alignment.config.model import CONTINUE, AdapterConfig, AdapterKind, Chain, Dtype, ModelConfig
-from alignment.config.stage import OptimConfig, StageConfig
+from alignment.config.optim import OptimConfig
+from alignment.config.stage import StageConfig
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import lineage, load_policy
-from alignment.stages.cpt.config import CptConfig
-from alignment.stages.dpo.config import DpoConfig
-from alignment.stages.kto.config import KtoConfig
+from alignment.stages.cpt.kind import CptConfig
+from alignment.stages.dpo.kind import DpoConfig
+from alignment.stages.kto.kind import KtoConfig
 from alignment.stages.ppo.config import PpoConfig, PpoOptimConfig
-from alignment.stages.reward.config import RewardConfig
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.reward.kind import RewardConfig
+from alignment.stages.sft.kind import SftConfig
 from alignment.training.context import StageContext
 from tests.device import need_bitsandbytes
 from tests.tiny import BASE_SOURCE, liven, save_tiny_model, tiny_spec

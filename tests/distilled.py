@@ -9,9 +9,9 @@ from typing import Any
 from alignment import worker
 from alignment.config.data import DataConfig
 from alignment.config.model import AdapterConfig, AdapterKind
-from alignment.config.stage import OptimConfig, Schedule
+from alignment.config.optim import OptimConfig, Schedule
 from alignment.job import StageInput, StageSpec
-from alignment.stages.distil.config import DistilConfig
+from alignment.stages.distil.kind import DistilConfig
 from alignment.training.context import StageContext
 from tests.chained import DATA
 from tests.tiny import save_tiny_model, tiny_spec

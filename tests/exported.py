@@ -13,8 +13,8 @@ from alignment.config.model import AdapterConfig, AdapterKind, Dtype
 from alignment.job import StageInput
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.start import load_start
-from alignment.stages.dpo.config import DpoConfig
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.dpo.kind import DpoConfig
+from alignment.stages.sft.kind import SftConfig
 from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_spec
 
 IDENTITY = {"kind": "sft", "base": {"content": None, "dtype": "float32"}}

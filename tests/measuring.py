@@ -14,8 +14,8 @@ from alignment.config.stage import StageConfig
 from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.forgetting.config import ForgettingConfig
-from alignment.stages.reward_card.config import RewardCardConfig
+from alignment.stages.forgetting.kind import ForgettingConfig
+from alignment.stages.reward_card.kind import RewardCardConfig
 from tests.chained import DATA
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_reward, tiny_spec
 

@@ -11,7 +11,7 @@ from typing import Any
 from alignment import worker
 from alignment.config.data import DataConfig, ValidationConfig
 from alignment.config.model import AdapterConfig
-from alignment.config.stage import Schedule
+from alignment.config.optim import Schedule
 from alignment.job import StageSpec
 from alignment.training.context import StageContext
 from tests.chained import Chained, config_of

@@ -11,7 +11,7 @@ from alignment import worker
 from alignment.config.data import DataConfig
 from alignment.config.scoring import ScorerConfig
 from alignment.job import StageInput, StageSpec
-from alignment.stages.sample.config import SampleConfig
+from alignment.stages.sample.kind import SampleConfig
 from alignment.training.context import StageContext
 from tests.chained import DATA
 from tests.tiny import save_tiny_model, tiny_spec

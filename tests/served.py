@@ -25,8 +25,8 @@ from alignment.job import StageInput
 from alignment.models.assembly.load import Lineage, lineage, load_policy
 from alignment.models.assembly.start import load_start
 from alignment.models.forward.generate import generate
-from alignment.stages.dpo.config import DpoConfig
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.dpo.kind import DpoConfig
+from alignment.stages.sft.kind import SftConfig
 from tests.living import descendants_of, is_living
 from tests.templates import styled_tokenizer
 from tests.tiny import BASE_SOURCE, liven, publish_tiny, tiny_model, tiny_spec

@@ -45,7 +45,7 @@ from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.start import load_start
 from alignment.models.forward.answers import unwrapped
 from alignment.stages.registry import kind_of
-from alignment.stages.reward.config import RewardConfig
+from alignment.stages.reward.kind import RewardConfig
 from alignment.stages.shared.result import save_model
 from alignment.training.context import StageContext
 

@@ -11,18 +11,16 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
-from alignment.api.loaded_run import Run, Sweep, load_run, load_sweep
+from alignment.api.loaded_run import Run, load_run
 from alignment.api.run_plan import RunPlan, described
-from alignment.core.errors import PREEMPTED, AlignmentError, ConfigError, Preempted, StageError
+from alignment.core.errors import PREEMPTED, AlignmentError, ConfigError, Preempted
 from alignment.core.files import current_folder, explained
 from alignment.core.terminal import Terminal
 from alignment.costs.devices import THIS
-from alignment.pipeline.execute import planned_costs
+from alignment.pipeline.execute import estimates
 from alignment.pipeline.execute.run import run_with_advice
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, termination_raises
 from alignment.pipeline.plan.plan import make_plan
-from alignment.pipeline.sweeps.run import run_sweep
-from alignment.pipeline.sweeps.sweep_file import read_sweep
 
 Recipe = str | os.PathLike[str]
 """The name of a shipped file, or the path of a .yaml file."""
@@ -176,17 +174,17 @@ def plan(
         StageError: the cost cannot be estimated.
         Preempted: a signal asked for a stop while the cost was estimated.
     """
-    cost = planned_costs.is_wanted(cost=cost, device=device)
+    cost = estimates.is_wanted(cost=cost, device=device)
     with errors_explained():
-        checked = planned_costs.checked_plan(
+        checked = estimates.checked_plan(
             name_of(recipe), words(overrides), cost=cost, trade=trade, device=device, verified=verify
         )
         if not (cost or trade):
-            return described(checked, planned_costs.known(checked))
+            return described(checked, estimates.known_costs(checked))
         console = console_of(quiet=quiet)
         try:
             with termination_raises():
-                estimated = planned_costs.estimated(checked, device=device, trade=trade, announce=console.print)
+                estimated = estimates.estimated(checked, device=device, trade=trade, announce=console.print)
         except Terminated as stop:
             raise Preempted("the estimate was asked to stop", where=checked.config.name) from stop
         return described(checked, estimated)
@@ -218,34 +216,3 @@ def run(
         code = run_with_advice(planned, console=console_of(quiet=quiet), only=stage, wait=wait)
         raise_if_stopped(code, planned.config.name)
         return load_run(planned.run_folder)
-
-
-def sweep(
-    recipe: Recipe,
-    sweep: Recipe,
-    overrides: Overrides = (),
-    *,
-    at_once: int = 1,
-    retry_failed: bool = False,
-    quiet: bool = False,
-) -> Sweep:
-    """Runs the missing trials of a sweep, and those that failed if ``retry_failed``, and returns all. The command is
-    ``align sweep``.
-
-    ``sweep`` is the name of a shipped sweep, or the path of a .yaml file. ``overrides`` hold for every trial.
-    ``at_once`` trials run at the same time, each with its share of the machine.
-
-    Raises:
-        AlignmentError: as for ``plan``; ConfigError if the sweep does not fit the recipe or the machine, or optuna is
-            not installed; Busy if another process works on it; StageError if no trial has ever finished.
-        KeyboardInterrupt, Preempted: as for ``run``; the same call continues with the missing trials.
-    """
-    with errors_explained():
-        checked = read_sweep(name_of(recipe), name_of(sweep, "sweep"), words(overrides))
-        code = run_sweep(checked, console=console_of(quiet=quiet), at_once=at_once, retry_failed=retry_failed)
-        raise_if_stopped(code, checked.folder.name)
-        if code:
-            raise StageError(
-                "no trial has finished", where=str(checked.folder), remedy="load_sweep says why each trial failed"
-            )
-        return load_sweep(checked.folder)

@@ -13,13 +13,12 @@ from typing import Any
 
 from rich.console import Console
 
-from alignment.commands.shared.diagnoses import best_use, examined, path_of, progress_of
-from alignment.commands.shared.row_progress import RowProgress
+from alignment.commands.shared.diagnoses import RowProgress, best_use, examined, path_of, progress_of
 from alignment.config.data import SourceConfig
 from alignment.config.faults import Fault, refuse
 from alignment.config.typed import source_from_plain
 from alignment.core.errors import DataError
-from alignment.core.text import counted
+from alignment.core.wording import counted
 from alignment.data.doctor import LISTED, Diagnosis, Use, counted_records
 from alignment.data.formats import FORMATS, LABEL, UnknownColumns
 from alignment.data.hub_rows import snapshot_name

@@ -17,8 +17,8 @@ from alignment.core.terminal import print_whole
 from alignment.costs.devices import THIS
 from alignment.pipeline.backends import slurm, slurm_jobs
 from alignment.pipeline.backends.feasibility import why_not_here
-from alignment.pipeline.backends.slurm_job_file import TEMPLATE
-from alignment.pipeline.execute import estimates, planned_costs
+from alignment.pipeline.backends.slurm_jobs import TEMPLATE
+from alignment.pipeline.execute import estimates
 from alignment.pipeline.execute.durations import duration
 from alignment.pipeline.execute.summary import show_plan
 from alignment.pipeline.plan.plan import Plan
@@ -81,8 +81,8 @@ def show(
         ConfigError: ``device`` is not known, or there can be no ``scripts``.
         ModelError: a model is not on this machine, so there is no configuration for its cost.
     """
-    cost = planned_costs.is_wanted(cost=cost, device=device)
-    plan = planned_costs.checked_plan(recipe, overrides, cost=cost, trade=trade, device=device, verified=verified)
+    cost = estimates.is_wanted(cost=cost, device=device)
+    plan = estimates.checked_plan(recipe, overrides, cost=cost, trade=trade, device=device, verified=verified)
     files = None if scripts is None else job_scripts(plan, scripts)
     show_plan(console, plan)
     if cost or trade:
@@ -96,7 +96,7 @@ def show(
 
 
 def _show_cost(console: Console, plan: Plan, *, device: str, trade: bool) -> None:
-    cost = planned_costs.estimated(
+    cost = estimates.estimated(
         plan,
         device=device,
         trade=trade,
@@ -109,7 +109,7 @@ def _show_cost(console: Console, plan: Plan, *, device: str, trade: bool) -> Non
 
 def _show_known(console: Console, plan: Plan) -> None:
     """What was estimated before for stages with these settings."""
-    if (cost := planned_costs.known(plan)) is not None:
+    if (cost := estimates.known_costs(plan)) is not None:
         show_cost(console, cost, free=estimates.free_disk(plan), is_earlier=True)
     else:
         console.print("--cost shows how much memory and time it would take", highlight=False)

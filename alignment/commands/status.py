@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from alignment.commands.shared.arguments import add_output, runs_of
-from alignment.commands.shared.following import FollowedRun, messages_of
-from alignment.commands.shared.named_runs import current_run, run_folder, run_names
+from alignment.commands.shared.following import FollowedRun, current_run, messages_of, run_folder, run_names
 from alignment.core.errors import ArtifactError
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute.display import Display, showing

@@ -1,6 +1,6 @@
 """The heap of glibc's malloc, as far as it decides how much of it is resident.
 
-A worker's heap only grows (alignment/pipeline/backends/environment.py), so its size is the highest address that was
+A worker's heap only grows (alignment/pipeline/backends/command.py), so its size is the highest address that was
 ever in use. PyTorch asks for blocks at multiples of 64 bytes. For one of these, glibc looks for a free block with room
 for any alignment, so a freed block is too small for the next request of the same size unless a neighbour is free too.
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from alignment.config.stage import OptimConfig
+from alignment.config.optim import OptimConfig
 
 STEP_ROWS = 8
 """Rows of a step that is taken; a larger one repeats what a small one does."""

@@ -13,7 +13,7 @@ from typing import Any
 from alignment.config.data import SourceConfig
 from alignment.config.faults import misspelt
 from alignment.core.errors import DataError
-from alignment.core.text import counted
+from alignment.core.wording import counted
 from alignment.data.fields import Fields, SetAside, is_text, not_finite
 from alignment.data.formats import ANSWERED, COLUMNS, LABEL, format_of
 from alignment.data.formats.form import Format

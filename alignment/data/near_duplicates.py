@@ -15,7 +15,7 @@ import numpy as np
 from datasketch import MinHash
 from numpy.typing import NDArray
 
-from alignment.core.text import divided, unified
+from alignment.core.wording import divided, unified
 from alignment.data.overlap import LocatedText
 
 RUN = 2

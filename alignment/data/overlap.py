@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.data import OnError, SourceConfig
-from alignment.core.text import WITHOUT_SPACES, spaced_word, unified
+from alignment.core.wording import WITHOUT_SPACES, spaced_word, unified
 from alignment.data.formats.plain import TEXT
 from alignment.data.reading import iterate
 from alignment.data.reading import start as start_reading

@@ -26,10 +26,10 @@ from pathlib import Path
 
 import psutil
 
+from alignment.core.child_processes import children_of, kill_all, without_ranks
 from alignment.core.errors import AlignmentError
 from alignment.core.files import write_text
 from alignment.core.locks import held
-from alignment.core.processes import children_of, kill_all, without_ranks
 
 NOT_STARTED = 127
 """The exit code of a program that could not be started, as a shell gives it; the reason stands behind it."""

@@ -24,9 +24,9 @@ import psutil
 
 from alignment.config.launch import SamplingConfig
 from alignment.core import hardware
+from alignment.core.child_processes import children_of
 from alignment.core.errors import AlignmentError, StageError
 from alignment.core.locks import is_held
-from alignment.core.processes import children_of
 from alignment.engines.keeper_process import GRACE_SECONDS, NOT_STARTED, command_file, exit_file, lock_file, pid_file
 
 HOST = "127.0.0.1"

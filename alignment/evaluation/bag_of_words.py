@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from alignment.core.errors import DataError
-from alignment.core.text import WITHOUT_SPACES, spaced_word, unified
+from alignment.core.wording import WITHOUT_SPACES, spaced_word, unified
 from alignment.records.interval import Interval
 
 Vector = NDArray[np.float64]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from alignment.core.errors import NonFiniteError
-from alignment.core.text import divided
+from alignment.core.wording import divided
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation import bag_of_words
 from alignment.evaluation.arms import Answered, Scores, grouped, known, of_prompts

@@ -1,4 +1,4 @@
-"""Modules beside a user's file. Files of different folders may each have a module of the same name."""
+"""A Python function as a scorer (docs/rewards.md). A user's file runs with the rights of the user of the stage."""
 
 from __future__ import annotations
 

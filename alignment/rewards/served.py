@@ -1,4 +1,9 @@
-"""How a stage's scorers ask servers: where replies are saved, by which process, and who learns of the progress."""
+"""Scorers behind HTTP: a server that gives scores, and a model at a chat endpoint that gives grades.
+
+Each reply is saved as it arrives, by everything that it depends on: the prompt, the answer, and the settings of the
+scorer that count in a fingerprint. So nothing is asked twice, not even by a stage that was killed. What is not a score
+never becomes one: it ends the stage.
+"""
 
 from __future__ import annotations
 

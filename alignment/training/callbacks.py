@@ -13,8 +13,8 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from alignment.core.child_processes import SIGNALS
 from alignment.core.errors import ConfigError, StageError
-from alignment.core.processes import SIGNALS
 from alignment.models.assembly.adapters import with_own
 from alignment.records.training import MetricsLog
 from alignment.training import checkpoints

@@ -3,22 +3,104 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 import torch
 
+from alignment.config.launch import DEVICE
 from alignment.config.model import AdapterConfig
+from alignment.core.errors import ConfigError
 from alignment.core.files import disk_error
+from alignment.core.hardware import resident_peak
 from alignment.costs.recorder import recorder
 from alignment.job import StageSpec
 from alignment.records.worker import Progress
-from alignment.training.device import own_device
 from alignment.training.heartbeat import HeartbeatWriter
-from alignment.training.phase_peaks import PhasePeaks
 from alignment.training.trackers.all_trackers import Trackers
+
+
+def own_device() -> torch.device:
+    """This process's own GPU, or the CPU.
+
+    Raises:
+        ConfigError: the launcher and PyTorch disagree about the device.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    kind = os.environ.get(DEVICE, "cuda" if count else "cpu")
+    if kind == "cpu" and count:
+        raise ConfigError(
+            f"PyTorch finds {_gpus(count)}, but the launcher found none",
+            where="device",
+            remedy="set CUDA_VISIBLE_DEVICES=0 to use a GPU, or CUDA_VISIBLE_DEVICES= (empty) to use the CPU",
+        )
+    if kind == "cuda" and count <= rank:
+        raise ConfigError(
+            f"the launcher found a GPU for process {rank} of this machine, but PyTorch {torch.__version__} finds "
+            + (_gpus(count) if count else "none that it can use"),
+            where="device",
+            remedy="install the PyTorch build that fits the GPU's driver; set CUDA_VISIBLE_DEVICES= (empty) to use "
+            "the CPU",
+        )
+    return torch.device("cuda", rank) if count else torch.device("cpu")
+
+
+def _gpus(count: int) -> str:
+    return f"{count} GPU{'s' if count > 1 else ''}"
+
+
+_CLEAR = Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"
+
+
+class PhasePeaks:
+    """Peaks by phase, in bytes: resident memory on Linux, and allocated memory of a GPU where there is one.
+
+    Memory that a phase leaves to the allocator counts in later phases too. ``engine`` is the peak of an engine that the
+    stage started, of all its processes together; None without one.
+    """
+
+    def __init__(self) -> None:
+        self.resident: dict[str, float] = {}
+        self.allocated: dict[str, float] = {}
+        self.engine: float | None = None
+        self._name = "starting"
+
+    @property
+    def name(self) -> str:
+        """The phase that runs."""
+        return self._name
+
+    def begin(self, name: str) -> None:
+        """Ends the phase that runs and begins another, which may have run before."""
+        if name != self._name:
+            self.end()
+            self._name = name
+
+    def end(self) -> None:
+        """Ends the phase that runs."""
+        if self._name:
+            self._raise(self.resident, resident_peak())
+            if torch.cuda.is_initialized():
+                self._raise(self.allocated, float(torch.cuda.max_memory_allocated()))
+        with suppress(OSError):
+            _CLEAR.write_text(_RESET_PEAK)
+        if torch.cuda.is_initialized():
+            torch.cuda.reset_peak_memory_stats()
+        self._name = ""
+
+    def of_engine(self, peak: float) -> None:
+        """Takes the peak of an engine's processes; a stage may start several engines, one after another."""
+        self.engine = max(peak, self.engine or 0.0)
+
+    def _raise(self, peaks: dict[str, float], value: float | None) -> None:
+        if value is not None:
+            peaks[self._name] = max(value, peaks.get(self._name, 0.0))
 
 
 @dataclass(kw_only=True, slots=True)

@@ -3,7 +3,7 @@
 A thread checks once a second where the main thread is. A process is at work as long as that location changes or the
 process and its children use the processor. Two kinds of waiting spin, so processor time says nothing there: waiting for
 other processes in a collective operation, and waiting for a GPU in any call that reads its result. The driver reads the
-files (pipeline/execute/heartbeats.py). Times are of the monotonic clock, and are only compared with each other.
+files (pipeline/execute/workers.py). Times are of the monotonic clock, and are only compared with each other.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from types import FrameType
 
 import psutil
 
-from alignment.core.processes import children_of
+from alignment.core.child_processes import children_of
 from alignment.records.worker import Heartbeat, heartbeat_file
 
 PERIOD = 1.0

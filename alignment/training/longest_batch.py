@@ -1,28 +1,97 @@
-"""Tries the largest micro-batch that the rows can make before the first step, so that a lack of memory shows at once.
-
-The micro-batch goes forward and backward beside memory for the optimiser's moments, as in a step, and nothing of it
-stays: no gradient, metric or random number. It is tried only where a training takes a hundred times as long; a shorter
-one meets its largest micro-batch soon enough.
-"""
+"""Lengths of rows, and a trial of the longest batch before a stage trains."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset
 from numpy.typing import NDArray
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignment.config.launch import Sharding
 from alignment.core.errors import StageError
 from alignment.costs.recorder import OPTIMIZER, memory_for, recorder
+from alignment.models.assembly.prefix import refuse_too_long
+from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.attention import ATTENTION
-from alignment.training.context import StageContext
-from alignment.training.device import own_device
+from alignment.training.context import StageContext, own_device
 from alignment.training.micro_batches import MicroBatches, Unit
-from alignment.training.row_lengths import row_tokens
+
+BLOCK = 10_000
+"""How many packed rows are read at a time."""
+_PACKED = "seq_lengths"
+"""TRL's column of the lengths of the rows that were packed into one."""
+_NOT_TOKENS = {"labels", "position_ids", _PACKED, "attention_mask", "completion_mask"}
+"""Columns of a row that are as long as its tokens, or no tokens."""
+_WITHOUT_GRADIENTS = "KL_"
+"""TRL's prefix for columns of other answers, which are read in a pass of their own."""
+_PROMPT = "prompt"
+"""TRL's prefix for columns of prompts."""
+
+
+def row_tokens(rows: Dataset, *, prompts_twice: bool = False) -> NDArray[np.int64]:
+    """``[rows]``: the tokens of each row in all its columns; both answers of a pair, and their prompt once or twice."""
+
+    def summed(lengths: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
+        times = {name: 2 if prompts_twice and name.startswith(_PROMPT) else 1 for name in lengths}
+        return np.sum([times[name] * of_column for name, of_column in lengths.items()], axis=0, dtype=np.int64)
+
+    columns = [name for name in _columns(rows) if not name.startswith(_WITHOUT_GRADIENTS)]
+    return _measured(rows, columns, summed)
+
+
+def longest_sequences(rows: Dataset) -> NDArray[np.int64]:
+    """``[rows]``: the tokens of the longest sequence that the model reads of each row: its prompt with an answer, or
+    the longest of the rows that were packed into it."""
+    if _PACKED in rows.column_names:
+        blocks = rows.select_columns([_PACKED]).iter(BLOCK)
+        return np.array([max(lengths) for block in blocks for lengths in block[_PACKED]])
+
+    def with_longest_answer(lengths: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
+        prompts = [of_column for name, of_column in lengths.items() if name.startswith(_PROMPT)]
+        others = [of_column for name, of_column in lengths.items() if not name.startswith(_PROMPT)]
+        return np.sum([*prompts, np.max(others, axis=0)], axis=0, dtype=np.int64)
+
+    return _measured(rows, _columns(rows), with_longest_answer)
+
+
+def refuse_long_rows(model: PreTrainedModel, rows: Dataset, origin: Callable[[int], str]) -> None:
+    """Checks that the model can read every row; ``origin`` says where a row is from, by its number.
+
+    Raises:
+        ModelError: a row is longer than the model's positions; the error names the longest.
+    """
+    tokens = longest_sequences(rows)
+    longest = int(tokens.argmax())
+    refuse_too_long(unwrapped(model).base_model, int(tokens[longest]), where=origin(longest))
+
+
+def _columns(rows: Dataset) -> list[str]:
+    """The columns of token ids."""
+    return [
+        field.name
+        for field in rows.features.arrow_schema
+        if (pa.types.is_list(field.type) or pa.types.is_large_list(field.type)) and field.name not in _NOT_TOKENS
+    ]
+
+
+def _measured(
+    rows: Dataset, columns: Sequence[str], measure: Callable[[Mapping[str, NDArray[np.int64]]], NDArray[np.int64]]
+) -> NDArray[np.int64]:
+    """``[rows]``: what ``measure`` makes of the lengths of these columns, by their names.
+
+    Lengths are read of all rows of the table in their order, because to gather selected rows takes a hundred times as
+    long.
+    """
+    table = rows.data.table
+    every = measure({name: pc.list_value_length(table[name]).to_numpy() for name in columns})
+    return every if rows._indices is None else every[rows._indices.column(0).to_numpy()]
+
 
 SHARE = 0.01
 """Largest share of a training's tokens that may be tried."""
@@ -160,3 +229,30 @@ def _memory_for_moments(optimizer: Any) -> list[torch.Tensor]:
             # Filled, because the system gives a process the memory that it writes to.
             reserved.append(torch.full((2 * each * parameter.numel(),), 1, dtype=torch.uint8, device=parameter.device))
     return reserved
+
+
+class RowTrials:
+    """``Trials`` (size_search.py) of a trainer whose optimiser is ready and whose models may be spoiled."""
+
+    def __init__(self, trainer: MicroBatches) -> None:
+        self._trainer = trainer
+        self._tokens = counted_tokens(trainer)
+        self._most = trainer.args.per_device_train_batch_size
+
+    def bounds(self) -> tuple[int, int]:
+        """Tokens of the longest row, and of the longest rows that a process's share of a batch can have."""
+        return int(self._tokens.max()), int(np.sort(self._tokens)[-self._most :].sum())
+
+    def least_step(self) -> int:
+        """Takes a step on the shortest row; returns its tokens."""
+        return self._step([int(self._tokens.argmin())], limit=1)
+
+    def step(self, limit: int) -> int:
+        """Takes a step on the largest micro-batch of at most ``limit`` tokens; returns its tokens."""
+        rows = largest(self._tokens, limit=limit, most=self._most, padded=not is_flat(self._trainer))
+        return self._step(rows, limit=limit)
+
+    def _step(self, rows: list[int], *, limit: int) -> int:
+        self._trainer.micro_batch_tokens = limit
+        self._trainer.learn_rows(rows)
+        return int(self._tokens[rows].sum())

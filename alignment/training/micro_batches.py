@@ -9,20 +9,41 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.causal import IGNORED
 from alignment.models.forward.rows import SHORTEST_SHARED, by_tokens
 from alignment.models.forward.transfer import on_device, on_host, sent
 from alignment.models.kernels.dora_norms import reused_norms
-from alignment.training.sharded_trainer import ShardedTrainer
+from alignment.training.shard_together import ShardedTrainer
+
+_COEFFICIENT = "router_aux_loss_coef"
+WITHOUT_ROUTER_LOSS = {_COEFFICIENT: 0.0}
+"""Arguments of TRL's configurations."""
+
+
+@contextmanager
+def own_coefficient(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Puts the coefficient in the model's configuration back after a ``with`` block.
+
+    TRL's SFT trainer writes its own there, with which the model would be saved.
+    """
+    config = model.config.get_text_config()
+    before = getattr(config, _COEFFICIENT, None)
+    yield
+    if before is not None:
+        setattr(config, _COEFFICIENT, before)
+
 
 Batch = dict[str, Any]
 PACKED_COLUMNS = ("input_ids", "labels", "position_ids")

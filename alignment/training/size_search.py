@@ -20,8 +20,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from alignment.core import hardware
 from alignment.core.errors import StageError
 from alignment.records.training import TriedSize
+from alignment.training.context import PhasePeaks
 from alignment.training.longest_batch import is_out_of_memory
-from alignment.training.phase_peaks import PhasePeaks
 from alignment.training.sharding import everyones
 
 SAFE_SHARE = 0.9

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment import worker
-from alignment.core.processes import end_process
+from alignment.core.child_processes import end_process
 from benchmarks.measure import matmul_peak, write_result
 from benchmarks.setting import PROMPTS, read_json
 

@@ -83,7 +83,7 @@ def test_no_module_below_the_stages_takes_a_stages_settings(room: str) -> None:
     "code",
     [
         "from alignment.stages.ppo.config import PpoConfig",
-        "import alignment.stages.sft.config",
+        "import alignment.stages.sft.kind",
         "from alignment.config.stage import TrainedConfig",
         "def build(stage: PpoConfig): ...",
         "def build(stage: 'DpoConfig'): ...",

@@ -1,4 +1,4 @@
-"""What the server of ``processes.py`` imports last: no trainer looks for something to free in all that is imported."""
+"""What the server of ``child_processes.py`` imports last: no trainer looks for what to free in all imports."""
 
 import gc
 

@@ -12,8 +12,8 @@ import pytest
 
 from alignment.config.launch import Sharding
 from alignment.config.model import AdapterConfig
+from alignment.config.optim import Automatic, with_tokens
 from alignment.config.scoring import ScorerConfig
-from alignment.config.stage import Automatic, with_tokens
 from alignment.core.artifacts import read_manifest
 from alignment.job import StageSpec
 from tests.chained import FULL, LORA, Chained, config_of

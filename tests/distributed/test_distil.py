@@ -15,7 +15,7 @@ from alignment.config.launch import Sharding
 from alignment.config.model import AdapterConfig
 from alignment.core.artifacts import verify
 from alignment.job import StageSpec
-from alignment.stages.distil.config import Method
+from alignment.stages.distil.kind import Method
 from tests.chained import LORA
 from tests.distilled import FULL, distil_spec
 from tests.distributed.processes import on_processes

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from alignment.config.data import DataConfig
 from alignment.config.launch import Sharding
 from alignment.config.model import AdapterConfig, Dtype, ModelConfig
-from alignment.config.stage import OptimConfig
+from alignment.config.optim import OptimConfig
 from alignment.job import StageSpec
-from alignment.stages.dpo.config import DpoConfig
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.dpo.kind import DpoConfig
+from alignment.stages.sft.kind import SftConfig
 from tests.chained import FULL, LORA, Chained
 from tests.distributed.processes import on_processes
 from tests.distributed.test_sharding import figures, logs, steadied, weights

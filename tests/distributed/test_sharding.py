@@ -24,7 +24,7 @@ from alignment.config.stage import StageConfig
 from alignment.core.artifacts import verify
 from alignment.job import StageInput, StageSpec
 from alignment.models.forward.answers import micro_batches_of
-from alignment.stages.dpo.config import DpoLoss
+from alignment.stages.dpo.kind import DpoLoss
 from alignment.stages.ppo.config import KlConfig, KlControl
 from alignment.stages.ppo.experience import Experience
 from alignment.stages.ppo.learn import Learner

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alignment.core.artifacts import verify
-from alignment.pipeline.sweeps.reported import of_stage
+from alignment.pipeline.sweeps.objectives import of_stage
 from alignment.records.training import METRICS, MetricsLog
 from alignment.stages.registry import read_spec
 from tests.e2e.conftest import Align, environment

@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from alignment.core.artifacts import verify
-from alignment.pipeline.sweeps.reported import of_stage
-from alignment.stages.forgetting.config import ForgettingConfig
+from alignment.pipeline.sweeps.objectives import of_stage
+from alignment.stages.forgetting.kind import ForgettingConfig
 from tests.e2e.conftest import Align
 from tests.tiny import save_tiny_model
 

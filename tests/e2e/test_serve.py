@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from alignment.commands.shared.libraries import PAGE_LIBRARIES
+from alignment.commands.shared.listening import PAGE_LIBRARIES
 from tests.asked_policies import (
     answers_are_ours,
     nothing_is_left_after,

@@ -17,7 +17,7 @@ from alignment.core.artifacts import verify
 from alignment.core.files import shipped
 from alignment.stages.registry import read_spec
 from alignment.training.trackers.tracker import stable_id
-from alignment.training.trackers.wandb_log import records
+from alignment.training.trackers.wandb import records
 from tests.e2e.conftest import Align
 
 CANARY = "c4nary5ecret"

@@ -8,12 +8,10 @@ from typing import Any
 import pytest
 from tokenizers import pre_tokenizers
 
-from alignment.commands.export.comparing import logprobs
 from alignment.commands.export.export_options import ExportOptions
-from alignment.commands.export.exported import exported_result
-from alignment.commands.export.gguf_form import architectures
-from alignment.commands.export.gguf_form.architectures import model_metadata
-from alignment.commands.export.gguf_form.gguf_file import file_metadata, write_file
+from alignment.commands.export.exported import exported_result, logprobs
+from alignment.commands.export.gguf_form import gguf_file
+from alignment.commands.export.gguf_form.gguf_file import file_metadata, model_metadata, write_file
 from alignment.commands.export.gguf_form.llama_cpp_check import ask, check_by_llama
 from alignment.commands.export.gguf_form.vocabulary import vocabulary
 from alignment.commands.export.worker import export
@@ -74,7 +72,7 @@ def test_rows_in_transformers_order_are_refused(
     result = exported_result(saved.path, verify(saved.path, content=True), base.base)
     words = vocabulary(result.tokenizer, model.config.vocab_size, result.stops)
     metadata = {**model_metadata(model.config), **file_metadata("f32"), **words.metadata}
-    monkeypatch.setattr(architectures, "interleaved", lambda weight, heads: weight)
+    monkeypatch.setattr(gguf_file, "interleaved", lambda weight, heads: weight)
     write_file(tmp_path / "wrong.gguf", model, metadata, "f32")
     with pytest.raises(ModelError, match="likeliest at only"):
         check_by_llama(

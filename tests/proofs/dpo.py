@@ -16,10 +16,10 @@ from typing import Any
 from torch import Tensor
 
 from alignment.config.model import AdapterConfig
-from alignment.config.stage import OptimConfig, Schedule
+from alignment.config.optim import OptimConfig, Schedule
 from alignment.models.assembly.load import Lineage
 from alignment.stages.dpo import run as dpo
-from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.dpo.kind import DpoConfig
 from alignment.training.context import StageContext
 from alignment.training.session import train
 from tests.pairs import TokenizedPair, as_table

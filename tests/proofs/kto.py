@@ -22,12 +22,12 @@ from datasets import Dataset
 from torch import Tensor
 
 from alignment.config.model import AdapterConfig
-from alignment.config.stage import OptimConfig, Schedule
+from alignment.config.optim import OptimConfig, Schedule
 from alignment.data.tokens.row_kinds import DESIRABLE, PROMPT, UNDESIRABLE
 from alignment.models.assembly.load import Lineage
 from alignment.records.training import MetricsLog
 from alignment.stages.kto import run as kto
-from alignment.stages.kto.config import KtoConfig
+from alignment.stages.kto.kind import KtoConfig
 from alignment.training.context import StageContext
 from alignment.training.session import train
 from tests.proofs.bandit import PROMPTS, VOCABULARY, Bandit, make_bandits

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from alignment.stages.dpo.config import DpoLoss
+from alignment.stages.dpo.kind import DpoLoss
 from tests.pairs import TokenizedPair
 from tests.proofs.bandit import PROMPTS, VOCABULARY, Bandit, make_bandits
 from tests.proofs.common import MODES, SEEDS, Claim

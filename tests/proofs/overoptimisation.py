@@ -25,14 +25,14 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignment.config.model import AdapterConfig, AdapterKind, Critic
+from alignment.config.optim import OptimConfig
 from alignment.config.scoring import GuardConfig
-from alignment.config.stage import OptimConfig
 from alignment.models.assembly.load import Lineage, load_policy
 from alignment.models.forward.generate import Sampling, generate
 from alignment.report.kit.plots import Line
 from alignment.stages.ppo.config import KlConfig, PpoConfig, PpoOptimConfig
 from alignment.stages.reward import run as reward
-from alignment.stages.reward.config import RewardConfig
+from alignment.stages.reward.kind import RewardConfig
 from alignment.training.context import StageContext
 from alignment.training.session import train
 from tests.pairs import TokenizedPair, as_table

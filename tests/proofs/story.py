@@ -14,7 +14,7 @@ from typing import Any
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from alignment.config.model import AdapterConfig, AdapterKind, Critic
-from alignment.config.stage import Schedule
+from alignment.config.optim import Schedule
 from alignment.stages.ppo.config import KlConfig, KlControl, PpoConfig, PpoOptimConfig
 from tests.proofs.common import SEEDS, Claim, TokenRewards, each, ppo_stage
 from tests.proofs.stories import Stories

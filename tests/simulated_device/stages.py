@@ -168,7 +168,7 @@ def _validated(chained: Chained, cell: Cell) -> StageSpec:
 
 
 def _distilled(chained: Chained, cell: Cell, **settings: Any) -> StageSpec:
-    from alignment.stages.distil.config import Method
+    from alignment.stages.distil.kind import Method
     from tests.distilled import distil_spec
 
     settings = {
@@ -182,7 +182,7 @@ def _distilled(chained: Chained, cell: Cell, **settings: Any) -> StageSpec:
 
 
 def _distilled_by_tokens(chained: Chained, cell: Cell) -> StageSpec:
-    from alignment.stages.distil.config import Method
+    from alignment.stages.distil.kind import Method
 
     return _distilled(chained, cell, method=Method.tokens, timed_prompts=2)
 
@@ -210,7 +210,7 @@ def _sft(chained: Chained) -> Any:
 def _sampled(chained: Chained, cell: Cell) -> StageSpec:
     from alignment.config.data import DataConfig
     from alignment.config.scoring import ScorerConfig
-    from alignment.stages.sample.config import SampleConfig
+    from alignment.stages.sample.kind import SampleConfig
     from tests.chained import DATA
 
     config = SampleConfig(
@@ -251,7 +251,7 @@ def _evaluated(chained: Chained, cell: Cell) -> StageSpec:
 
 def _forgotten(chained: Chained, cell: Cell) -> StageSpec:
     from alignment.config.data import DataConfig
-    from alignment.stages.forgetting.config import ForgettingConfig
+    from alignment.stages.forgetting.kind import ForgettingConfig
     from tests.chained import DATA
 
     limited = {name: DataConfig(source=f"bundled:general/{name}", limit=4) for name in ("texts", "questions")}
@@ -272,7 +272,7 @@ def _forgotten(chained: Chained, cell: Cell) -> StageSpec:
 
 def _carded(chained: Chained, cell: Cell) -> StageSpec:
     from alignment.config.data import DataConfig
-    from alignment.stages.reward_card.config import RewardCardConfig
+    from alignment.stages.reward_card.kind import RewardCardConfig
     from tests.chained import DATA, LORA
     from tests.tiny import tiny_reward, tiny_spec
 

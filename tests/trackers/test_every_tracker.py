@@ -22,9 +22,8 @@ from alignment.config.run import LABELS
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import StageError
 from alignment.training.context import StageContext
-from alignment.training.trackers.curve_names import RESULT
 from alignment.training.trackers.mlflow import MlflowTracker
-from alignment.training.trackers.tracker import Row
+from alignment.training.trackers.tracker import RESULT, Row
 from tests.e2e.conftest import Align
 from tests.tiny import save_tiny_model
 from tests.trackers.conftest import Server

@@ -29,14 +29,14 @@ from alignment.job import StageInput
 from alignment.pipeline.sources.model_sources import identity_of_folder
 from alignment.records.run import Attempts
 from alignment.stages.base import Outcome, Reported
-from alignment.stages.distil.config import DistilConfig
+from alignment.stages.distil.kind import DistilConfig
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.registry import kind_of
-from alignment.stages.report.config import ReportConfig
-from alignment.stages.reward_card.config import RewardCardConfig
-from alignment.stages.sample.config import SampleConfig
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.report.kind import ReportConfig
+from alignment.stages.reward_card.kind import RewardCardConfig
+from alignment.stages.sample.kind import SampleConfig
+from alignment.stages.sft.kind import SftConfig
 from alignment.stages.shared.result import StageResult
 from alignment.training.context import StageContext
 from alignment.training.session import Preempted

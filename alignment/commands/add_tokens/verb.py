@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from alignment.commands.shared.worker_process import write_folder
+from alignment.commands.shared.arguments import write_folder
 from alignment.core.files import new_folder
 from alignment.pipeline.execute.display import announcer
 from alignment.pipeline.sources import model_sources

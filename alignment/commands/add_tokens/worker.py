@@ -23,10 +23,10 @@ from transformers.utils import logging as transformers_logging
 
 from alignment.config.model import NEW_TOKENS
 from alignment.core.artifacts import readable, write_json
+from alignment.core.child_processes import end_process
 from alignment.core.errors import AlignmentError, ConfigError, ModelError
 from alignment.core.files import explained, parse_json, partial_folder
 from alignment.core.model_files import refuse_weights_elsewhere
-from alignment.core.processes import end_process
 from alignment.core.terminal import complain, make_unfailing
 
 

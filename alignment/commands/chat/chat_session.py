@@ -27,7 +27,7 @@ from alignment.models.assembly.prefix import positions_of
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import Sampling, generate
-from alignment.training.device import own_device
+from alignment.training.context import own_device
 
 MOST_TOKENS = 4096
 """Of a conversation behind vLLM, which must have room for the keys and values of all of them."""

@@ -14,9 +14,8 @@ from typing import Any
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_output, add_policies, runs_of
+from alignment.commands.shared.arguments import add_output, add_policies, run_worker, runs_of
 from alignment.commands.shared.policy_finder import PolicyFinder
-from alignment.commands.shared.worker_process import run_worker
 from alignment.core.errors import ConfigError
 from alignment.core.files import write_text
 

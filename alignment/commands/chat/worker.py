@@ -24,8 +24,8 @@ from transformers.utils import logging as transformers_logging
 from alignment.commands.chat.chat_session import ChatSession, GenerationOptions, load_session
 from alignment.config.launch import SamplingConfig
 from alignment.config.model import Dtype, TemplateChoice
+from alignment.core.child_processes import end_process
 from alignment.core.errors import AlignmentError, DataError, StageError
-from alignment.core.processes import end_process
 from alignment.core.terminal import Terminal, Unfailing, complain, make_unfailing, visible
 
 INTERRUPTED = 130

@@ -12,8 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from alignment.commands.export.export_options import GGUF, ExportOptions, add_form_arguments, options_of
-from alignment.commands.shared.arguments import add_output, runs_of
-from alignment.commands.shared.worker_process import write_folder
+from alignment.commands.shared.arguments import add_output, runs_of, write_folder
 from alignment.core.artifacts import POLICY, REWARD_MODEL, read_manifest
 from alignment.core.errors import ArtifactError, ConfigError
 from alignment.core.files import new_folder

@@ -18,18 +18,15 @@ from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
-from alignment.commands.export.as_adapter import write_adapter
-from alignment.commands.export.as_gguf import write_gguf
-from alignment.commands.export.as_model import write_policy, write_reward
-from alignment.commands.export.as_vllm import write_for_vllm
 from alignment.commands.export.export_options import GGUF, VLLM, ExportOptions, add_form_arguments, options_of
 from alignment.commands.export.exported import ExportedResult, exported_result
+from alignment.commands.export.forms import write_adapter, write_for_vllm, write_gguf, write_policy, write_reward
 from alignment.commands.export.model_card import model_card
 from alignment.commands.export.provenance import provenance, value_without_folders
 from alignment.core.artifacts import REWARD_MODEL, Manifest, readable, verify
+from alignment.core.child_processes import end_process
 from alignment.core.errors import AlignmentError
 from alignment.core.files import explained, partial_folder
-from alignment.core.processes import end_process
 from alignment.core.terminal import complain, make_unfailing
 
 

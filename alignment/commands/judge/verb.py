@@ -12,16 +12,15 @@ from rich.console import Console
 
 from alignment.commands.judge.ballots import Ballots, annotator_name
 from alignment.commands.shared.arguments import add_output, runs_of
-from alignment.commands.shared.libraries import PAGE_LIBRARIES, refuse_without
-from alignment.commands.shared.listening import listening
-from alignment.commands.shared.named_runs import run_folder
+from alignment.commands.shared.following import run_folder
+from alignment.commands.shared.listening import PAGE_LIBRARIES, listening, refuse_without
 from alignment.config.faults import suggestion
 from alignment.core.artifacts import verify
 from alignment.core.errors import ArtifactError, ConfigError, DataError
 from alignment.core.files import cut_unfinished_line
 from alignment.core.locks import held
 from alignment.evaluation.answer_pairs import AnswerPair, pairs_of_samples
-from alignment.pipeline.execute.finished_evaluations import evaluations
+from alignment.pipeline.execute.run_differences import evaluations
 from alignment.records.evaluation import FEWEST_PROMPTS, SAMPLES, Evaluation, read_samples
 from alignment.records.votes import FILE
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from alignment.config.model import AdapterKind, Dtype, ModelConfig
-from alignment.config.new_recipe import Reasoned
+from alignment.config.new_recipe import SCORER, Circumstances, NewStage, Question, Reasoned
 from alignment.core import hardware
+from alignment.core.artifacts import POLICY
 from alignment.core.errors import ConfigError
 from alignment.core.model_files import formats_of_weights, positions_in, weights_size
 from alignment.costs.devices import DEVICES
 from alignment.data.templates import own_template
 from alignment.pipeline.sources import model_sources
+from alignment.stages.base import LearnsFrom, StageKind
+from alignment.stages.registry import kinds
 
 _CHATML = "chatml"
 """What ``model.chat_template`` takes for the template that most models use."""
@@ -114,3 +117,53 @@ def dtype_for(device: str | None) -> Reasoned | None:
     if device is not None or hardware.count_devices() or hardware.has_bfloat16():
         return None
     return Reasoned(value=Dtype.float32.value, why="this processor has no bfloat16 instructions")
+
+
+def questions(circumstances: Circumstances) -> list[Question]:
+    """What the kinds have to know from the user, each question once."""
+    raised = (question for kind in kinds().values() for question in kind.proposals.questions(circumstances))
+    return list({question.name: question for question in raised}.values())
+
+
+def proposed_stages(circumstances: Circumstances) -> dict[str, NewStage]:
+    """The stages of the recipe, by the names of their kinds.
+
+    Raises:
+        ConfigError: no stage uses a file, or the scorer.
+    """
+    stages: dict[str, NewStage] = {}
+    for kind in kinds().values():
+        stage = kind.proposals.stage(circumstances)
+        if stage is not None:
+            stages[kind.name] = stage
+            circumstances = _after(kind, circumstances)
+    scorer = circumstances.answer(SCORER)
+    if scorer and not any(scorer in repr(stage.settings) for stage in stages.values()):
+        raise ConfigError(
+            f"{scorer!r} has no effect: no stage scores answers",
+            where=f"--{SCORER.name}",
+            remedy="leave it out",
+        )
+    for files in _unused(circumstances, stages):
+        raise ConfigError(
+            f"no stage uses {files}",
+            where="FILE",
+            remedy="leave it out, choose stages that use it (--from-pairs, --scorer), or name it with --heldout",
+        )
+    return stages
+
+
+def _after(kind: StageKind, circumstances: Circumstances) -> Circumstances:
+    """The circumstances for kinds behind this one."""
+    made: Mapping[str, list[str]] = {name: list(stages) for name, stages in circumstances.made.items()}
+    made = {**made, kind.produces: [*made.get(kind.produces, []), kind.name]}
+    begins = kind.produces == POLICY and kind.learning.learns_from in (None, LearnsFrom.demonstrations)
+    return replace(circumstances, made=made, start=f"stage:{kind.name}" if begins else circumstances.start)
+
+
+def _unused(circumstances: Circumstances, stages: Mapping[str, NewStage]) -> Iterator[str]:
+    """The names of files that no stage reads."""
+    read = [id(stage.reads) for stage in stages.values()]
+    for rows in circumstances.rows.values():
+        if id(rows) not in read:
+            yield ", ".join(rows.files)

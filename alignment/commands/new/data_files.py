@@ -3,28 +3,44 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 
 from alignment.commands.shared.diagnoses import best_use, examined, path_of
 from alignment.config.data import SourceConfig
-from alignment.config.new_recipe import Rows
-from alignment.core.errors import ConfigError, DataError
+from alignment.config.new_recipe import Lengths, Rows
+from alignment.core.artifacts import write_json
+from alignment.core.errors import AlignmentError, ConfigError, DataError, ModelError, StageError
 from alignment.core.terminal import visible
-from alignment.core.text import counted
+from alignment.core.wording import counted
 from alignment.data.doctor import Diagnosis, counted_records
 from alignment.data.fields import SetAside
+from alignment.data.formats import format_of
 from alignment.data.formats.form import Format
 from alignment.data.hub_rows import snapshot_name, source_rows
-from alignment.data.overlap import asked
-from alignment.data.reading import Reader
-from alignment.data.records import HeldOutPrompt, PlainText, Prompt, Record
+from alignment.data.overlap import HeldOut, asked
+from alignment.data.reading import Reader, prepared
+from alignment.data.records import (
+    Conversation,
+    HeldOutPrompt,
+    LabelledAnswer,
+    PlainText,
+    PreferencePair,
+    Prompt,
+    Record,
+)
 from alignment.data.row_files import RawRow
+from alignment.pipeline.backends import processes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,3 +200,179 @@ def _records(reader: Reader, row: RawRow) -> list[Any]:
         return reader.records(row)
     except DataError:
         return []
+
+
+_LAST_LEARNED = (Prompt, PreferencePair, LabelledAnswer, Conversation)
+"""Records whose prompts are held out: those of the last stage that learns."""
+FEWEST, _SHARE, _MOST = 50, 0.1, 200
+"""At least so many different prompts are needed to hold out a tenth of them, but at most so many (chosen, not
+tuned)."""
+_MOST_ALIKE = 0.2
+"""The share of a file's rows that may be left out because they resemble a held-out prompt. If more do, they were made
+from a template, and are learned (chosen, not tuned)."""
+
+
+@dataclass(kw_only=True)
+class NewFiles:
+    """Files that are written beside the recipe ``out``; none of them exists yet, and a failure removes them all."""
+
+    out: Path
+    written: list[Path] = field(default_factory=list)
+
+    @contextmanager
+    def create(self, path: Path) -> Iterator[IO[str]]:
+        """Opens a new file.
+
+        Raises:
+            ConfigError: it exists already.
+        """
+        try:
+            stream = path.open("x", encoding="utf-8")
+        except FileExistsError:
+            raise ConfigError(
+                f"{path} exists already", where="--out", remedy="move it, or choose another name"
+            ) from None
+        self.written.append(path)
+        with stream:
+            yield stream
+
+    def beside(self, name: str) -> Path:
+        """``mine-NAME`` beside ``mine.yaml``; another name if this call wrote such a file."""
+        path = self.out.with_name(f"{self.out.stem}-{name}.jsonl")
+        number = 2
+        while path in self.written:
+            path = self.out.with_name(f"{self.out.stem}-{name}-{number}.jsonl")
+            number += 1
+        return path
+
+    def remove(self) -> None:
+        """Removes what was written."""
+        for path in self.written:
+            path.unlink(missing_ok=True)
+
+
+def held_out_keys(files: Sequence[DataFile]) -> frozenset[int]:
+    """The prompts to hold out; none if there are too few."""
+    file = _asked_file(files)
+    if file is None or len(file.prompts) < FEWEST:
+        return frozenset()
+    return frozenset(heapq.nsmallest(min(_MOST, int(_SHARE * len(file.prompts))), file.prompts))
+
+
+def split(files: Sequence[DataFile], keys: frozenset[int], new: NewFiles) -> tuple[DataFile, list[DataFile]]:
+    """A file of the prompts ``keys``, and the files without them; one that has none of them stays what it is.
+
+    Raises:
+        ConfigError: a file to write exists already.
+    """
+    source = _asked_file(files)
+    assert source is not None, "the prompts come from a file"
+    path = new.beside("heldout")
+    left = set(keys)
+    with new.create(path) as stream:
+        for row in source.read():
+            if row.key is not None and row.key in left:
+                left.remove(row.key)
+                _write(stream, _held_out_row(source, row))
+    first = json.loads(path.read_text(encoding="utf-8").partition("\n")[0])
+    columns = {} if source.record is LabelledAnswer else source.columns  # of labelled answers only the turns are left
+    form = format_of(prepared(first, SourceConfig(columns=dict(columns))))
+    held_out = replace(
+        source,
+        name=path.name,
+        source=f"path:{path}",
+        path=path.absolute(),
+        format=form or source.format,
+        record=Prompt,
+        faulty=0.0,
+        columns=columns,
+    )
+    held_out = replace(held_out, number=len(keys), prompts=keys)
+    return held_out, without(files, held_out, new)
+
+
+def without(files: Sequence[DataFile], held_out: DataFile, new: NewFiles) -> list[DataFile]:
+    """The files without the rows that ask a held-out prompt, or one that resembles it. A file that is written has no
+    faulty rows either."""
+    texts = HeldOut(asked(row.prompt) for row in held_out.read() if row.prompt is not None)
+    return [_without(file, held_out.prompts, texts, new) if file.has_prompts else file for file in files]
+
+
+def _without(file: DataFile, keys: frozenset[int], texts: HeldOut, new: NewFiles) -> DataFile:
+    alike = [row.key for row in file.read() if row.prompt is not None and any(texts.overlaps([asked(row.prompt)]))]
+    num_alike = sum(key not in keys for key in alike)
+    left_out = keys if num_alike > _MOST_ALIKE * file.number else keys.union(key for key in alike if key is not None)
+    if not left_out & file.prompts:
+        return file
+    path = new.beside(f"{Path(file.name).name.partition('.')[0]}-train")
+    number = 0
+    with new.create(path) as stream:
+        for row in file.read():
+            if row.key not in left_out and not row.faulty:
+                _write(stream, row.value)
+                number += row.number
+    prompts = frozenset(key for key in file.prompts if key not in left_out)
+    return replace(
+        file, name=path.name, source=f"path:{path}", path=path.absolute(), faulty=0.0, number=number, prompts=prompts
+    )
+
+
+def _asked_file(files: Sequence[DataFile]) -> DataFile | None:
+    by_record = {file.record: file for file in reversed(files)}
+    return next((by_record[record] for record in _LAST_LEARNED if record in by_record), None)
+
+
+def _held_out_row(file: DataFile, row: CountedRow) -> Any:
+    """The row as it is, with all columns that a metric may read; of a labelled answer the prompt alone, because the
+    answer may be a bad one."""
+    if file.record is not LabelledAnswer or row.prompt is None:
+        return row.value
+    tools = {"tools": list(row.prompt.tools)} if row.prompt.tools else {}
+    return {"messages": [turn.as_dict() for turn in row.prompt.messages], **tools}
+
+
+def _write(stream: IO[str], row: Any) -> None:
+    stream.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+
+
+Measure = Callable[[Mapping[str, Any]], Sequence[Lengths]]
+"""What ``alignment.commands.new.worker.measured`` is."""
+_ERRORS = {error.exit_code: error for error in (DataError, ModelError)}
+
+
+def measured_lengths(
+    files: Sequence[DataFile], folder: Path, template: str | None, *, measure: Measure | None = None
+) -> list[Lengths]:
+    """The lengths of each file's records, by the tokenizer and the chat template of the model in a folder.
+
+    Raises:
+        ModelError: there is no usable tokenizer.
+        DataError: no record of a file can be rendered.
+        StageError: the process failed.
+    """
+    asked = {
+        "folder": str(folder),
+        "template": template,
+        "files": [
+            {"path": str(file.path), "record": file.record.__name__, "columns": dict(file.columns)} for file in files
+        ],
+    }
+    return list((_in_process if measure is None else measure)(asked))
+
+
+def _in_process(asked: Mapping[str, Any]) -> list[Lengths]:
+    with tempfile.TemporaryDirectory() as folder:
+        question, answer = Path(folder) / "asked.json", Path(folder) / "answer.json"
+        write_json(question, asked)
+        code = processes.call([sys.executable, "-m", "alignment.commands.new.worker", str(question), str(answer)])
+        if code or not answer.is_file():
+            raise StageError(
+                f"the process that counts tokens ended with {code}",
+                where="new",
+                remedy="its output is above; a chat template that runs forever is stopped",
+            )
+        content = json.loads(answer.read_text(encoding="utf-8"))
+    if fault := content.get("error"):
+        kind = _ERRORS.get(fault["code"], AlignmentError)
+        raise kind(fault["message"], where=fault["where"], remedy=fault["remedy"])
+    return [Lengths(**lengths) for lengths in content["lengths"]]

@@ -12,13 +12,29 @@ from typing import Any
 
 from rich.console import Console
 
-from alignment.commands.new.base_model import BaseModel, adapter_for, base_model, dtype_for, free_bytes
-from alignment.commands.new.data_files import DataFile, joined, look_at, refuse_repeated
-from alignment.commands.new.held_out_split import FEWEST, NewFiles, held_out_keys, split, without
-from alignment.commands.new.measured_lengths import Measure, measured_lengths
-from alignment.commands.new.questions import Ask, answered, refuse_unasked
-from alignment.commands.new.recipe_text import comment_lines, flow, group_lines
-from alignment.commands.new.stage_proposals import proposed_stages, questions
+from alignment.commands.new.base_model import (
+    BaseModel,
+    adapter_for,
+    base_model,
+    dtype_for,
+    free_bytes,
+    proposed_stages,
+    questions,
+)
+from alignment.commands.new.data_files import (
+    FEWEST,
+    DataFile,
+    Measure,
+    NewFiles,
+    held_out_keys,
+    joined,
+    look_at,
+    measured_lengths,
+    refuse_repeated,
+    split,
+    without,
+)
+from alignment.commands.new.recipe_text import Ask, answered, comment_lines, flow, group_lines, refuse_unasked
 from alignment.config.faults import refuse
 from alignment.config.model import AdapterKind
 from alignment.config.new_recipe import (

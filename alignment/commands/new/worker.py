@@ -19,8 +19,8 @@ from alignment.config.data import OnError, SourceConfig
 from alignment.config.model import TemplateChoice
 from alignment.config.new_recipe import Lengths
 from alignment.core.artifacts import write_json
+from alignment.core.child_processes import end_process
 from alignment.core.errors import AlignmentError, DataError
-from alignment.core.processes import end_process
 from alignment.core.terminal import make_unfailing
 from alignment.data.reading import iterate
 from alignment.data.records import PlainText

@@ -10,14 +10,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_recipe, recipe_of
-from alignment.commands.shared.worker_process import run_worker
+from alignment.commands.shared.arguments import add_recipe, recipe_of, run_worker
 from alignment.core.artifacts import EVALUATION
 from alignment.core.errors import ConfigError
 from alignment.core.files import can_be_a_file
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.display import announcer
-from alignment.pipeline.execute.inputs import with_models
+from alignment.pipeline.execute.stored_results import with_models
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.stages.registry import kind_of
 

@@ -20,10 +20,10 @@ from transformers.utils import logging as transformers_logging
 
 from alignment.config.data import DataConfig, MixedConfig, OnError, SourceConfig
 from alignment.core import files
+from alignment.core.child_processes import end_process
 from alignment.core.errors import AlignmentError, DataError
-from alignment.core.processes import end_process
 from alignment.core.terminal import Terminal, complain, make_unfailing
-from alignment.core.text import counted
+from alignment.core.wording import counted
 from alignment.data.overlap import HeldOut, asked, asked_in
 from alignment.data.reading import Reading, iterate, refuse_faults_of, start
 from alignment.data.repeated_records import record_key

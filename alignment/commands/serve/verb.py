@@ -16,11 +16,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment.commands.serve.vllm_layout import VllmFiles, VllmLayout, refuse_prefix, vllm_layout
-from alignment.commands.serve.worker_error import written_error
+from alignment.commands.serve.vllm_layout import VllmFiles, VllmLayout, refuse_prefix, vllm_layout, written_error
 from alignment.commands.shared.arguments import add_output, add_policies, runs_of
-from alignment.commands.shared.libraries import PAGE_LIBRARIES, refuse_without
-from alignment.commands.shared.listening import listening
+from alignment.commands.shared.listening import PAGE_LIBRARIES, listening, refuse_without
 from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core import hardware
@@ -40,7 +38,7 @@ from alignment.engines.server_process import (
     quiet_environment,
 )
 from alignment.evaluation.endpoint_client import api_key
-from alignment.pipeline.backends import environment
+from alignment.pipeline.backends import command
 
 ENGINES = ("transformers", "vllm")
 
@@ -263,7 +261,7 @@ def worker_command(name: str, settings: Path) -> ServerCommand:
     return ServerCommand(
         name=name,
         argv=[sys.executable, "-m", "alignment.commands.serve.worker", str(settings), PORT],
-        environment=environment.of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", "")),
+        environment=command.of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", "")),
         smaller="serve fewer arms",
     )
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from alignment.commands.serve.joined_adapters import write_sum
-from alignment.commands.serve.loaded_arms import generation_config, lineage_and_tokenizer, merged
+from alignment.commands.serve.loaded_arms import generation_config, lineage_and_tokenizer, merged, write_sum
 from alignment.commands.serve.vllm_layout import VllmFiles, vllm_layout
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core.errors import ModelError

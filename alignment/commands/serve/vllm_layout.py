@@ -1,11 +1,12 @@
 """How one vLLM server holds several policies: one set of weights, and an adapter for each policy on it.
 
 The sum of LoRA adapters is a LoRA adapter whose rank is the sum of theirs. So a policy that was trained on merged or
-stacked adapters still stands on its bare base (joined_adapters.py).
+stacked adapters still stands on its bare base (loaded_arms.py).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,15 @@ from urllib.parse import quote
 
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.core.artifacts import Manifest, inside, read_manifest
-from alignment.core.errors import ArtifactError, ConfigError, ModelError
+from alignment.core.errors import (
+    AlignmentError,
+    ArtifactError,
+    ConfigError,
+    DataError,
+    DiskError,
+    ModelError,
+    StageError,
+)
 from alignment.core.files import parse_json
 from alignment.engines.server_process import BASE, RANKS
 
@@ -166,3 +175,22 @@ def _config(file: Path) -> dict[str, Any]:
         raise ArtifactError(f"cannot be read: {error}", where=str(file)) from error
     assert isinstance(config, dict), "PEFT writes an object"
     return config
+
+
+_FILE = "error.json"
+_KINDS = {kind.exit_code: kind for kind in (ConfigError, DataError, ModelError, StageError, DiskError, ArtifactError)}
+
+
+def write_error(folder: Path, error: AlignmentError) -> None:
+    """Writes an error for the driver."""
+    written = {"code": error.exit_code, "message": error.message, "where": error.where, "remedy": error.remedy}
+    (folder / _FILE).write_text(json.dumps(written), encoding="utf-8")
+
+
+def written_error(folder: Path) -> AlignmentError | None:
+    """The error that was written, if there was one."""
+    file = folder / _FILE
+    if not file.is_file():
+        return None
+    written = json.loads(file.read_text(encoding="utf-8"))
+    return _KINDS[written["code"]](written["message"], where=written["where"], remedy=written["remedy"])

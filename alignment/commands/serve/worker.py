@@ -16,12 +16,11 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from alignment.commands.serve.loaded_arms import load_arms
-from alignment.commands.serve.vllm_layout import VllmFiles
-from alignment.commands.serve.worker_error import write_error
+from alignment.commands.serve.vllm_layout import VllmFiles, write_error
 from alignment.commands.shared.stored_policy import StoredPolicy
+from alignment.core.child_processes import end_process
 from alignment.core.errors import AlignmentError
 from alignment.core.files import explained
-from alignment.core.processes import end_process
 from alignment.core.terminal import complain, make_unfailing
 
 

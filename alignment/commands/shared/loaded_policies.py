@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from transformers import GenerationConfig
 
 from alignment.config.model import TemplateChoice
 from alignment.core.artifacts import TOKENIZER, verify
@@ -29,3 +32,16 @@ def parts_of(artifact: Path | None, base: Path | None, template: TemplateChoice)
         adapters=saved_adapters(artifact, manifest),
     )
     return lineage, load_tokenizer(artifact / TOKENIZER, model=lineage.base)
+
+
+def generation_settings(end_ids: Iterable[int], pad_id: int | None) -> GenerationConfig:
+    """Ends answers at ``end_ids``, and samples from the whole distribution at temperature 1, as training did, unless a
+    client says otherwise."""
+    return GenerationConfig(
+        eos_token_id=sorted(end_ids),
+        pad_token_id=pad_id,
+        do_sample=True,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+    )

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from alignment.commands.shared.arguments import add_output, runs_of
-from alignment.commands.shared.worker_process import run_worker
+from alignment.commands.shared.arguments import add_output, run_worker, runs_of
 from alignment.config.faults import refuse, suggestion
 from alignment.config.rules import TRACKING_URL
 from alignment.config.run import LABELS, TrackingConfig, with_only

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from alignment.config.run import LABELS, with_only
 from alignment.core.artifacts import read_manifest
+from alignment.core.child_processes import end_process
 from alignment.core.errors import AlignmentError, StageError
 from alignment.core.files import explained
 from alignment.core.locks import held
-from alignment.core.processes import end_process
 from alignment.core.terminal import complain, make_unfailing
 from alignment.job import StageSpec
 from alignment.records.run import RunRecord
@@ -22,7 +22,7 @@ from alignment.records.training import METRICS, readable_rows
 from alignment.report.run_page.run_layout import artifact_folder, work_folder
 from alignment.stages.registry import kinds, read_spec
 from alignment.training.trackers.all_trackers import Trackers
-from alignment.training.trackers.tracked_tables import stored_tables
+from alignment.training.trackers.tracker import stored_tables
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

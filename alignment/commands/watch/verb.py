@@ -13,10 +13,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from alignment.commands.shared.arguments import add_output, runs_of
-from alignment.commands.shared.following import FollowedRun
-from alignment.commands.shared.libraries import PAGE_LIBRARIES, refuse_without
-from alignment.commands.shared.listening import listening
-from alignment.commands.shared.named_runs import current_run, run_folder
+from alignment.commands.shared.following import FollowedRun, current_run, run_folder
+from alignment.commands.shared.listening import PAGE_LIBRARIES, listening, refuse_without
 from alignment.core.errors import ArtifactError
 from alignment.pipeline.execute.run_state import as_it_is, explanation
 from alignment.records.run import FILE, RunRecord

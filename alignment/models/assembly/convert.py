@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
-from alignment.core.processes import end_process
+from alignment.core.child_processes import end_process
 
 
 def convert(gguf: Path, folder: Path) -> None:

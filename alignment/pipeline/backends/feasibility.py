@@ -9,7 +9,8 @@ from collections.abc import Iterator, Sequence
 
 from alignment.config.faults import Fault, refuse
 from alignment.config.launch import LaunchConfig, LocalBackend, Offload, Sharding
-from alignment.config.stage import Moments, OptimConfig, StageConfig, TrainedConfig
+from alignment.config.optim import Moments, OptimConfig
+from alignment.config.stage import StageConfig, TrainedConfig
 from alignment.core import hardware
 from alignment.core.errors import ConfigError
 from alignment.core.hardware import TRAINING_LIBRARIES

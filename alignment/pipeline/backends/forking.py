@@ -17,10 +17,9 @@ import psutil
 
 from alignment.config.launch import DEVICE, DIVIDE_ROWS
 from alignment.core import hardware
-from alignment.core.processes import sigusr1_blocked
+from alignment.core.child_processes import sigusr1_blocked
 from alignment.fork_server import LONGEST_REQUEST, Request
-from alignment.pipeline.backends.command import Command
-from alignment.pipeline.backends.environment import complete
+from alignment.pipeline.backends.command import Command, complete
 
 LATER = {DEVICE, DIVIDE_ROWS, "RANK", "LOCAL_RANK", "WORLD_SIZE"}
 """Variables that are read after the libraries are imported, so that they may differ from the server's."""

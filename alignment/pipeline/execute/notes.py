@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from alignment.config.model import NEW_TOKENS, AdapterConfig, AdapterKind, Dtype
+from alignment.config.optim import is_automatic
 from alignment.config.scoring import ScoreSourceConfig
 from alignment.config.stage import StageConfig
 from alignment.core import hardware
@@ -15,20 +16,32 @@ from alignment.core.artifacts import EVALUATION, REPORT, ROWS, read_manifest
 from alignment.core.errors import ArtifactError
 from alignment.core.model_files import is_adapter, weights_size
 from alignment.data.overlap import HeldOut, LocatedText, Overlap
+from alignment.job import memory_key
 from alignment.pipeline.backends import feasibility, slurm
-from alignment.pipeline.execute import automatic_sizes
-from alignment.pipeline.execute.inputs import not_reused
+from alignment.pipeline.execute.stored_results import not_reused
 from alignment.pipeline.plan import gate_checks, references, unread, validation_checks
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.pipeline.plan.references import BASE
 from alignment.pipeline.plan.row_counts import labels_of, most_rows_of
 from alignment.pipeline.sources.peft_adapters import doubt, read_adapter
+from alignment.records import training
 from alignment.records.evaluation import Evaluation
 from alignment.report import doubts
 from alignment.report.kit import text
 from alignment.rewards.scorer_sources import GRADE, REWARD, function_of
 from alignment.stages import registry
 from alignment.stages.registry import as_trained, kind_of
+
+
+def lines(plan: Plan, stage: PlannedStage) -> Iterator[str]:
+    """What the stage will do about its size, as the end of a sentence that begins with its name; empty for others."""
+    if not is_automatic(stage.config):
+        return
+    key = memory_key(stage.config, stage.identity, stage.inputs)
+    sizes = training.remembered(training.cache_file(plan.output / "artifacts", key), key)
+    chosen = [f"{size.tokens:,} tokens on {size.machine} ({size.launch})" for size in sizes]
+    yield f"will choose optim.micro_batch_tokens before its first step{': so far ' * bool(chosen)}{'; '.join(chosen)}"
+
 
 HIGH_RATE = 1e-2
 """Above the rates of published recipes, those of LoRA too (chosen, not tuned)."""
@@ -119,7 +132,7 @@ def of_stage(plan: Plan, stage: PlannedStage) -> list[str]:
     ]
     remarks += [f"reads the rows of {maker}, which has no result yet" for maker in stage.unmade]
     remarks += [f"runs your code: {function}" for function in stage.user_code]
-    return [*remarks, *automatic_sizes.lines(plan, stage), *required]
+    return [*remarks, *lines(plan, stage), *required]
 
 
 def cautions(plan: Plan) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from alignment.config.typed import to_plain
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ArtifactError
-from alignment.pipeline.backends.slurm_job_file import HERE
+from alignment.pipeline.backends.slurm_jobs import HERE
 from alignment.pipeline.execute.notes import cautions
 from alignment.pipeline.plan import references
 from alignment.pipeline.plan.actions import Action

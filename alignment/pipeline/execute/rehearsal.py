@@ -12,28 +12,103 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from alignment import __version__
 from alignment.config.evaluating import UNTRAINED_ARMS
 from alignment.config.launch import LauncherKind
 from alignment.config.model import AdapterKind
 from alignment.config.stage import StageConfig
+from alignment.config.typed import to_plain
 from alignment.core import hardware
 from alignment.core.artifacts import POLICY
 from alignment.core.errors import StageError
-from alignment.pipeline.backends import command, environment, processes
+from alignment.core.files import write_text
+from alignment.core.fingerprint import digest
+from alignment.pipeline.backends import command, processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.backends.forking import ForkServer
-from alignment.pipeline.execute import rehearsed, worker_protocol
+from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.plan import references, scorer_checks
 from alignment.pipeline.plan.plan import Plan, PlannedStage
 from alignment.stages.registry import as_trained, kind_of
 
+FOLDER = ".tried"
+REVISION = 5
+"""Raised when a rehearsal checks more, so that older successes do not count."""
+ROWS, SCORERS, MODEL = "rows", "scorers", "model"
+_SETTINGS = {
+    ROWS: (
+        "data",
+        "max_answer_length",
+        "max_length",
+        "max_new_tokens",
+        "max_prompt_length",
+        "too_long",
+        "validation",
+    ),
+    SCORERS: ("data",),
+    # The seed counts for nothing: the examples of an arm that it draws differ little in length.
+    MODEL: (
+        "adapter",
+        "answers",
+        "arms",
+        "critic",
+        "data",
+        "few_shot",
+        "init",
+        "limit",
+        "max_new_tokens",
+        "metrics",
+        "num_fewshot",
+        "policy",
+        "reference",
+        "sampling",
+        "system_prompt",
+        "tasks",
+    ),
+}
+"""The settings of a stage that a rehearsal of each part reads."""
+_CONTENT = {
+    ROWS: ("kind", "revision", "base", "data", "extra_data"),
+    SCORERS: ("data", "code"),
+    MODEL: ("kind", "revision", "base", "data", "extra_data", "files"),
+}
+"""The entries of an identity that cover the content that it reads."""
+
+
+def is_known(plan: Plan, stage: PlannedStage, *, part: str) -> bool:
+    """Whether this ``part`` of the stage, ``ROWS``, ``SCORERS`` or ``MODEL``, was rehearsed with success."""
+    return _file(plan, stage, part).is_file()
+
+
+def remember(plan: Plan, stage: PlannedStage, *, part: str) -> None:
+    """Records a success; if that cannot be written, the part is tried again next time."""
+    file = _file(plan, stage, part)
+    with suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, "")
+
+
+def _file(plan: Plan, stage: PlannedStage, part: str) -> Path:
+    settings: dict[str, Any] = to_plain(stage.config)
+    key = {
+        "part": part,
+        "version": [__version__, REVISION],
+        "settings": {name: settings[name] for name in _SETTINGS[part] if name in settings},
+        "content": {name: stage.identity[name] for name in _CONTENT[part] if name in stage.identity},
+        "functions": list(stage.code) if part == SCORERS else [],
+    }
+    return plan.output / "artifacts" / FOLDER / digest(key)
+
+
 _FOLDERS = ".rehearsal-"
 _CHECKED = {
-    rehearsed.ROWS: "rows of",
-    rehearsed.SCORERS: "scorers of",
-    rehearsed.MODEL: "requirements of",
+    ROWS: "rows of",
+    SCORERS: "scorers of",
+    MODEL: "requirements of",
 }
 """What is announced of the stages with each part."""
 _RANKS = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -57,12 +132,12 @@ def rehearse(
     waiting = [stage for stage in stages if stage.has_to_run][1:]
     waiting = [stage for stage in waiting if not stage.unmade]  # there is nothing to try yet
     has_part: dict[str, Callable[[StageConfig], object]] = {
-        rehearsed.ROWS: lambda config: _learns_by_own_tokenizer(config, plan.config.stages),
-        rehearsed.SCORERS: scorer_checks.functions,
-        rehearsed.MODEL: lambda config: _has_model_check(config, plan.config.stages),
+        ROWS: lambda config: _learns_by_own_tokenizer(config, plan.config.stages),
+        SCORERS: scorer_checks.functions,
+        MODEL: lambda config: _has_model_check(config, plan.config.stages),
     }
     parts = {
-        part: [stage for stage in waiting if has(stage.config) and not rehearsed.is_known(plan, stage, part=part)]
+        part: [stage for stage in waiting if has(stage.config) and not is_known(plan, stage, part=part)]
         for part, has in has_part.items()
     }
     if not any(parts.values()):
@@ -72,7 +147,7 @@ def rehearse(
         announce(note)
     for part, stages_of_part in parts.items():
         for stage in stages_of_part:
-            rehearsed.remember(plan, stage, part=part)
+            remember(plan, stage, part=part)
 
 
 def _announcement(parts: Mapping[str, Sequence[PlannedStage]]) -> str:
@@ -91,7 +166,7 @@ def _try(plan: Plan, parts: Mapping[str, Sequence[PlannedStage]], server: ForkSe
     code = processes.execute(
         Command(argv=tuple(argv), environment=_environment(plan)),
         log=folder / "log.txt",
-        on_poll=_deadline(plan, parts[rehearsed.SCORERS]),
+        on_poll=_deadline(plan, parts[SCORERS]),
         grace_seconds=1.0,
         server=server,
     )
@@ -115,7 +190,7 @@ def _environment(plan: Plan) -> dict[str, str]:
     the process's rank, and so does torchrun for one."""
     devices = hardware.count_devices()
     launch = command.with_processes(plan.config.launch, num_devices=devices)
-    own = environment.of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
+    own = command.of_worker(hardware.count_cores(), os.environ.get("PYTHONPATH", ""))
     by_torchrun = command.chosen_launcher(launch, num_devices=devices) is LauncherKind.torchrun
     return own | _RANKS if by_torchrun or launch.num_processes > 1 else own
 

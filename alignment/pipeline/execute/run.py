@@ -20,25 +20,23 @@ from alignment.core.locks import held, is_held
 from alignment.core.terminal import begin_attempt
 from alignment.pipeline.backends import command, feasibility, machines, processes, slurm, slurm_jobs
 from alignment.pipeline.backends.command import CommandFor
-from alignment.pipeline.backends.slurm_job_file import HERE
+from alignment.pipeline.backends.slurm_jobs import HERE
 from alignment.pipeline.execute import (
-    attempt_times,
     estimates,
     exchange,
     gates,
-    heartbeats,
     notes,
     rehearsal,
-    stops,
+    run_state,
     worker_protocol,
 )
-from alignment.pipeline.execute.display import Announce, Display, announcer, showing
-from alignment.pipeline.execute.inputs import not_reused, with_inputs, with_models
+from alignment.pipeline.execute.display import Announce, Display, announcer, refused_in_vain, showing, with_its_words
 from alignment.pipeline.execute.record import RunRecorder, recorded_seconds
 from alignment.pipeline.execute.run_view import RunReader
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, acknowledgement, termination_raises
+from alignment.pipeline.execute.stored_results import not_reused, with_inputs, with_models
 from alignment.pipeline.execute.summary import REPORT, show_doubts, show_results
-from alignment.pipeline.execute.workers import Workers, workers_of
+from alignment.pipeline.execute.workers import Watch, Workers, refuse_stuck, workers_of
 from alignment.pipeline.plan import references
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
@@ -343,7 +341,7 @@ def _make(
             return False
         with exchange.of_stage(plan, stage, display.note, wait=wait) as is_missing:
             if is_missing:
-                with _bounded(plan, stage), attempt_times.counted(stage.work) as attempt:
+                with _bounded(plan, stage), run_state.counted(stage.work) as attempt:
                     recorder.attempt(stage.name, attempt)
                     if kind_of(stage.config).launch.runs_on is RunsOn.driver:
                         _make_report(plan, stage, cast(ReportSettings, stage.config))
@@ -355,7 +353,7 @@ def _make(
 
 def _bounded(plan: Plan, stage: PlannedStage) -> AbstractContextManager[None]:
     """In a job of Slurm, which queues it again, attempts that store nothing come to an end."""
-    return stops.refused_in_vain(stage.work, stage.name) if HERE in plan.overrides else nullcontext()
+    return refused_in_vain(stage.work, stage.name) if HERE in plan.overrides else nullcontext()
 
 
 def _clear(stage: PlannedStage) -> None:
@@ -382,13 +380,13 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, workers: Workers,
     (folder / STATUS).unlink(missing_ok=True)
     (stage.work / PROGRESS).unlink(missing_ok=True)
     shutil.rmtree(stage.work / HEARTBEATS, ignore_errors=True)
-    watch = heartbeats.Watch(stage.work)
+    watch = Watch(stage.work)
     display.poll()
 
     def on_poll() -> None:
         display.poll()
         if launch.hang_seconds:
-            heartbeats.refuse_stuck(
+            refuse_stuck(
                 watch.look(),
                 processes=launch.world_size,
                 limit=launch.hang_seconds,
@@ -397,7 +395,7 @@ def _launch(plan: Plan, stage: PlannedStage, display: Display, workers: Workers,
 
     log = folder / "log.txt"
     begin_attempt(log, f"attempt {attempt} at {stage.artifact.name}")
-    with stops.with_its_words(folder, lambda text: display.note(f"{stage.name}: {text}")):
+    with with_its_words(folder, lambda text: display.note(f"{stage.name}: {text}")):
         with machines.announced(folder, launch, stage.fingerprint):
             code = processes.execute(
                 workers.command_for(launch, stage_file),

@@ -5,20 +5,75 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
 from alignment.core.artifacts import MANIFEST, Manifest, verify
-from alignment.core.errors import ArtifactError
+from alignment.core.errors import ArtifactError, Busy, Preempted
 from alignment.core.locks import is_held, last_host
 from alignment.pipeline.backends import slurm_jobs
-from alignment.pipeline.execute.attempt_times import signs_of_life
 from alignment.pipeline.execute.durations import duration
 from alignment.pipeline.execute.run_view import KILLED, RUNNING, UNKNOWN, work_folder
-from alignment.records.run import FILE, RunRecord, StageEntry
+from alignment.pipeline.execute.signals import Terminated
+from alignment.pipeline.remote.remote_checkpoints import local_work
+from alignment.records.run import FILE, Attempts, RunRecord, StageEntry
+from alignment.records.training import METRICS, readable_rows
+from alignment.records.worker import HEARTBEATS, PROGRESS
+from alignment.report.kit.text import finite
 from alignment.report.run_page.run_layout import artifact_folder
+
+
+@contextmanager
+def counted(work: Path) -> Iterator[Attempts]:
+    """Counts an attempt at the stage that works in ``work``; the caller holds the stage's lock.
+
+    If the block raises, its time is stored for the next attempt. It does not count if a process of an earlier attempt
+    is still working on the stage (Busy).
+    """
+    before = Attempts.read(work)
+    attempt = Attempts(number=before.number + 1, earlier_seconds=_seconds_of(before, work), started=time.time())
+    began, stored = time.monotonic(), local_work(work).progress
+    attempt.write(work)
+    try:
+        yield attempt
+    except Busy:
+        before.write(work)
+        raise
+    except BaseException as error:
+        seconds = attempt.earlier_seconds + time.monotonic() - began
+        is_in_vain = isinstance(error, (Terminated, Preempted)) and local_work(work).progress <= stored
+        in_vain = before.without_progress + 1 if is_in_vain else 0
+        replace(attempt, earlier_seconds=seconds, started=0.0, without_progress=in_vain).write(work)
+        raise
+
+
+def _seconds_of(attempts: Attempts, work: Path) -> float:
+    """The time of all attempts so far.
+
+    An attempt whose driver was killed counts until the last sign of life of its processes. If there is none, as on a
+    machine that continues another one's stage, the time up to the last logged step counts.
+    """
+    last = max(signs_of_life(work), default=0.0) if attempts.started else 0.0
+    seconds = attempts.earlier_seconds + max(0.0, last - attempts.started)
+    return max(seconds, _logged_seconds(work))
+
+
+def signs_of_life(work: Path) -> Iterator[float]:
+    """When the processes of the last attempt wrote their progress and their heartbeats, in seconds since 1970."""
+    for file in (work / PROGRESS, *(work / HEARTBEATS).glob("*.json")):
+        try:
+            yield file.stat().st_mtime
+        except OSError:
+            continue
+
+
+def _logged_seconds(work: Path) -> float:
+    """The time of all steps that the stage has logged."""
+    rows, _ = readable_rows(work / "content" / METRICS)
+    return (finite(rows[-1].get("seconds")) or 0.0) if rows else 0.0
+
 
 _ASKED_TO_STOP = ("interrupted", "preempted")
 """The states of a run that was asked to stop."""

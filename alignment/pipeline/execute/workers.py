@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from alignment.core import hardware
+from alignment.core.errors import StageError
 from alignment.pipeline.backends import command, feasibility
 from alignment.pipeline.backends.command import CommandFor
 from alignment.pipeline.backends.forking import ForkServer, fork_server
 from alignment.pipeline.plan.plan import Plan, PlannedStage
+from alignment.records.worker import Heartbeat
 from alignment.stages.registry import kind_of
 
 _TOKENIZING = "alignment.data.tokens.row_kinds"
@@ -44,3 +48,71 @@ def workers_of(plan: Plan, stages: Sequence[PlannedStage], command_for: CommandF
             environment = own.environment
     with fork_server(list(modules) if environment else (), environment) as server:
         yield Workers(command.here, server)
+
+
+SILENT = 10.0
+"""Seconds without a heartbeat after which a process does not run: it was stopped, or its machine is gone."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ProcessState:
+    """The last heartbeat of a process; ``silent`` is the number of seconds, by the reader's clock, since it was new."""
+
+    rank: int
+    last: Heartbeat
+    silent: float = 0.0
+
+    @property
+    def idle(self) -> float:
+        """Seconds in which the process has done nothing."""
+        return self.last.time - self.last.since + self.silent
+
+    def __str__(self) -> str:
+        return f"{self.last.phase}, {self.last.location}"
+
+
+class Watch:
+    """Reads the heartbeats repeatedly, and measures with its own clock how long each has been the same."""
+
+    def __init__(self, work: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._work = work
+        self._clock = clock
+        self._new: dict[int, tuple[tuple[int, float], float]] = {}
+
+    def look(self) -> list[ProcessState]:
+        """The last heartbeat of every process that has written one, by rank."""
+        now = self._clock()
+        states = []
+        for rank, last in Heartbeat.read_all(self._work).items():
+            identity = (last.pid, last.time)
+            if rank not in self._new or self._new[rank][0] != identity:
+                self._new[rank] = (identity, now)
+            states.append(ProcessState(rank=rank, last=last, silent=now - self._new[rank][1]))
+        return states
+
+
+def refuse_stuck(states: Sequence[ProcessState], *, processes: int, limit: float, stage: str) -> None:
+    """Returns while any process is at work or has not started yet.
+
+    Raises:
+        StageError: no process did anything for ``limit`` seconds; it names the process that the others wait for.
+    """
+    if len(states) < processes or any(state.idle < limit for state in states):
+        return
+    silent = [state for state in states if state.silent >= SILENT]
+    alone = [state for state in states if not state.last.waits]
+    if not silent and not alone and processes > 1:
+        locations = "\n".join(f"  process {state.rank}: {state}" for state in states)
+        raise StageError(
+            f"nothing happened for {limit:g} seconds: all processes are waiting for each other or for their "
+            f"GPUs\n{locations}",
+            where=f"stage {stage}",
+            remedy="start the run again to continue from the last checkpoint; launch.hang_seconds sets this limit",
+        )
+    culprit = (silent or alone or list(states))[0]
+    how = "has not run" if silent else "has been stuck"
+    raise StageError(
+        f"process {culprit.rank} of {processes} {how} for {limit:g} seconds: {culprit}",
+        where=f"stage {stage}",
+        remedy="start the run again to continue from the last checkpoint; launch.hang_seconds sets this limit",
+    )

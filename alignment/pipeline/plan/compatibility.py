@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from alignment.config.faults import Fault, unread_notes
 from alignment.config.launch import LaunchConfig, Offload, Sharding
 from alignment.config.model import Dtype
+from alignment.config.optim import Moments
 from alignment.config.run import RunConfig
-from alignment.config.stage import Moments, TrainedConfig
+from alignment.config.stage import TrainedConfig
 from alignment.stages.base import Refusal
 from alignment.stages.registry import as_trained, kind_of
 

@@ -26,7 +26,6 @@ from alignment.pipeline.plan import (
     chain_checks,
     compatibility,
     gate_checks,
-    identity,
     made_rows,
     references,
     row_counts,
@@ -391,10 +390,10 @@ class _Builder:
     ) -> dict[str, Any]:
         if kind_of(config).references.whole_run:
             others = references.inputs_of(name, self._config.stages)
-            return identity.of_report(
+            return references.of_report(
                 self._config, name, inputs={other: self._planned[other].fingerprint for other in others}
             )
-        return identity.of_stage(
+        return references.of_stage(
             self._config,
             name,
             base=self.base,

@@ -17,7 +17,8 @@ from typing import Any
 
 from alignment.config.data import DataConfig
 from alignment.config.faults import Fault
-from alignment.config.stage import OptimConfig, StageConfig
+from alignment.config.optim import OptimConfig
+from alignment.config.stage import StageConfig
 from alignment.data.overlap import LocatedText, asked
 from alignment.data.records import Conversation, Record
 from alignment.pipeline.plan import validation_checks

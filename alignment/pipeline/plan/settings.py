@@ -10,8 +10,9 @@ from alignment.config.data import DataConfig, SourceConfig, ValidationConfig
 from alignment.config.faults import Fault, suggestion, unread_notes
 from alignment.config.launch import LaunchConfig
 from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
+from alignment.config.optim import Moments
 from alignment.config.run import RunConfig
-from alignment.config.stage import Moments, TrainedConfig
+from alignment.config.stage import TrainedConfig
 from alignment.core.errors import DataError
 from alignment.data.chat_template import CHATML, template_text
 from alignment.data.formats import COLUMNS, FORMATS

@@ -20,11 +20,11 @@ from pathlib import Path
 
 from alignment.config.faults import suggestion
 from alignment.core.artifacts import write_json
+from alignment.core.child_processes import without_ranks
 from alignment.core.errors import AlignmentError, ModelError
 from alignment.core.files import CODE_ROOT, command_for, disk_error, explained, flush
 from alignment.core.fingerprint import file_sha256
 from alignment.core.locks import held, is_held
-from alignment.core.processes import without_ranks
 
 Announce = Callable[[str], None]
 

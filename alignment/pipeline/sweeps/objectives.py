@@ -18,11 +18,49 @@ from alignment.evaluation import paired_scores
 from alignment.evaluation.paired_scores import primary_name, recorded
 from alignment.evaluation.verdicts import pairs_of
 from alignment.pipeline.plan.plan import Plan
-from alignment.pipeline.sweeps import reported
+from alignment.records import training
 from alignment.records.evaluation import Evaluation
 from alignment.records.interval import Interval
 from alignment.records.run import RunRecord
+from alignment.stages.base import Reported
 from alignment.stages.registry import kind_of
+
+_LESS_IS_BETTER = (
+    "loss",
+    "eval_loss",
+    training.LOSS,
+    training.LAST_LOSS,
+    "log_loss",
+    "brier",
+    "ece",
+    "objective/kl",
+    "guard/kl",
+)
+_LESS_IS_BETTER_OF = ("loss/", "perplexity/")
+
+
+def of_stage(config: StageConfig) -> Reported:
+    """The metrics that a stage with these settings writes into its manifest."""
+    return kind_of(config).outcome.metrics(config)
+
+
+def missing(config: StageConfig, metric: str, stage: str) -> str:
+    """Why a stage with these settings never reports a metric; empty if it does."""
+    known = of_stage(config)
+    if metric in known:
+        return ""
+    if why := kind_of(config).outcome.why_missing(config, metric, stage):
+        return why
+    every = [*known.names, *(f"{family}…" for family in known.families)]
+    if not every:
+        return f"stage {stage!r} reports no metric; use the evaluation's, with arm: …"
+    return f"stage {stage!r} reports no {metric!r}; {suggestion(metric, every)}"
+
+
+def less_is_better(metric: str) -> bool:
+    """Whether a larger value is worse."""
+    return metric in _LESS_IS_BETTER or metric.startswith(_LESS_IS_BETTER_OF)
+
 
 _ARM_METRICS = [metric.value for metric in ArmMetric]
 
@@ -133,7 +171,7 @@ def resolve(configs: Sequence[ObjectiveConfig], plans: Sequence[Plan]) -> tuple[
 
 def _chance(metric: str, stage: StageConfig, *, of_arm: bool) -> float | None:
     """The metric's value by chance, if it is known: that of a stage's shares of pairs, or of an arm's win rate."""
-    is_half = metric == ArmMetric.win_rate if of_arm else metric.startswith(reported.of_stage(stage).half_by_chance)
+    is_half = metric == ArmMetric.win_rate if of_arm else metric.startswith(of_stage(stage).half_by_chance)
     return 0.5 if is_half else None
 
 
@@ -163,7 +201,7 @@ def cautions(objectives: Sequence[Objective], stages: Mapping[str, StageConfig])
         f"{objective} is measured on the training rows, so the best trial may be the one that overfits most; use a "
         f"metric on held-out rows, such as one from an evaluation"
         for objective in objectives
-        if not objective.arm and objective.metric in reported.of_stage(stages[objective.stage]).training
+        if not objective.arm and objective.metric in of_stage(stages[objective.stage]).training
     )
 
 
@@ -174,16 +212,16 @@ def _fault(objective: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str
 
 
 def _fault_of_stage(objective: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:
-    less = objective.metric in LESS_IS_BETTER or reported.less_is_better(objective.metric)
+    less = objective.metric in LESS_IS_BETTER or less_is_better(objective.metric)
     if objective.stage in (evaluations := _evaluations(stages)):
         less = less or objective.metric.partition("/")[0] in _less_is_better(evaluations[objective.stage])
     if objective.stage in stages:
-        less = less or objective.metric.startswith(reported.of_stage(stages[objective.stage]).less_is_better)
+        less = less or objective.metric.startswith(of_stage(stages[objective.stage]).less_is_better)
     if less and not objective.minimize:
         return _WRONG_WAY.format(objective.metric)
     if objective.stage not in stages:
         return f"the recipe has no stage {objective.stage!r}; {suggestion(objective.stage, stages)}"
-    return reported.missing(stages[objective.stage], objective.metric, objective.stage)
+    return missing(stages[objective.stage], objective.metric, objective.stage)
 
 
 def _fault_of_arm(objective: ObjectiveConfig, stages: Mapping[str, StageConfig]) -> str:

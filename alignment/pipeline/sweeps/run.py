@@ -16,17 +16,16 @@ from rich.console import Console
 from alignment.config.sweep import Pruner
 from alignment.core.errors import PREEMPTED, AlignmentError, Busy, ConfigError, DiskError, StoreError
 from alignment.core.locks import held
-from alignment.core.text import counted
+from alignment.core.wording import counted
 from alignment.pipeline.backends import slurm_jobs
 from alignment.pipeline.execute.display import announcer
-from alignment.pipeline.execute.inputs import fetch_missing, not_reused
 from alignment.pipeline.execute.run import run_trial
 from alignment.pipeline.execute.signals import INTERRUPTED, Terminated, termination_raises
+from alignment.pipeline.execute.stored_results import fetch_missing, not_reused
 from alignment.pipeline.sweeps import results
-from alignment.pipeline.sweeps.pruning import Curve
 from alignment.pipeline.sweeps.study import Study, number_of, refuse_what_cannot_begin
 from alignment.pipeline.sweeps.sweep_file import Sweep, read_sweep
-from alignment.pipeline.sweeps.trials import Running, Share, shares, stop_all
+from alignment.pipeline.sweeps.trials import Curve, Running, Share, shares, stop_all
 from alignment.records.sweep_record import TrialOutcome
 
 _POLL_SECONDS = 0.5

@@ -23,7 +23,7 @@ from alignment.data.source_files import similar_name
 from alignment.pipeline.backends import feasibility, slurm
 from alignment.pipeline.plan import unread
 from alignment.pipeline.plan.plan import Plan, make_plan
-from alignment.pipeline.sweeps import objectives, reported
+from alignment.pipeline.sweeps import objectives
 from alignment.pipeline.sweeps.objectives import Objective
 from alignment.records import training
 from alignment.report import doubts
@@ -225,12 +225,12 @@ def _unlogged(pruning: PruningConfig, stage: StageConfig) -> str:
     step."""
     if not pruning.metric.startswith(training.PREFIX):
         return ""
-    if missing := reported.missing(stage, pruning.metric, pruning.stage):
+    if missing := objectives.missing(stage, pruning.metric, pruning.stage):
         return missing
     if pruning.metric not in training.HELD_OUT:
         known = suggestion(pruning.metric, training.HELD_OUT)
         return f"stage {pruning.stage!r} reports {pruning.metric!r} only at its end; {known}"
-    if pruning.minimize != reported.less_is_better(pruning.metric):
+    if pruning.minimize != objectives.less_is_better(pruning.metric):
         direction, value = ("more", "false") if pruning.minimize else ("less", "true")
         return f"the {direction} {pruning.metric}, the better; set pruning.minimize: {value}"
     return ""

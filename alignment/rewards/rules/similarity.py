@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import Any
 
 from alignment.core.errors import DataError
-from alignment.core.text import divided, unified
+from alignment.core.wording import divided, unified
 from alignment.data.records import HasRow, Prompt
 from alignment.rewards.rules.rule_kind import Package, lacking, texts_in
 

@@ -9,7 +9,7 @@ from functools import cache
 from typing import Any
 
 from alignment.core.errors import DataError
-from alignment.core.text import divided, marks, unified
+from alignment.core.wording import divided, marks, unified
 from alignment.data.records import HasRow
 from alignment.evaluation.refusals import is_refusal
 from alignment.rewards.rules.rule_kind import Rule, lacking

@@ -3,29 +3,223 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Annotated
 
 from alignment.config.evaluating import FEW_SHOT, PROMPTED
 from alignment.config.faults import Fault
+from alignment.config.rules import FILLED, NOT_NEGATIVE, POSITIVE
 from alignment.config.run import RunConfig
+from alignment.config.stage import not_identity
 from alignment.core.errors import DataError
 from alignment.core.fingerprint import content_sha256, digest, file_sha256
-from alignment.stages.base import LaunchShape, OtherFiles, Outcome, References, Reported, RunsOn, StageKind
-from alignment.stages.benchmark.benchmark_tables import lines, tables
-from alignment.stages.benchmark.config import BenchmarkConfig
-from alignment.stages.benchmark.task_choice import Chosen, Unknown, chosen, data_files, falling, hub_source, problems
-from alignment.stages.benchmark.task_files import (
+from alignment.records.benchmark import FILE, Benchmark, BenchmarkArm, BenchmarkTask, Measurement, TaskMetric
+from alignment.records.evaluation import BETTER, NO_DIFFERENCE, WORSE, Comparison, p_in_short
+from alignment.stages.base import (
+    Cell,
+    LaunchShape,
+    OtherFiles,
+    Outcome,
+    References,
+    Reported,
+    ResultTable,
+    RunsOn,
+    StageKind,
+)
+from alignment.stages.benchmark.tasks import (
     HARNESS,
     SHIPPED,
     SKIPPED,
+    Chosen,
     TaskFile,
     TaskFolders,
+    Unknown,
+    chosen,
+    data_files,
+    falling,
+    hub_source,
     located,
+    problems,
     read_folder,
     together,
 )
+
+
+@dataclass(kw_only=True, slots=True)
+class BenchmarkConfig:
+    """Runs ``tasks`` of lm-evaluation-harness on every arm, and compares arms row by row.
+
+    ``arms`` are ``base``, ``stage:NAME``, ``path:FOLDER`` and ``hub:ORG/NAME@REVISION``. ``tasks`` are names of tasks,
+    groups or tags in the YAML files of ``task_folders``. ``limit`` measures only the first rows of each task, to try a
+    task out; such figures cannot be compared with others. ``num_fewshot`` replaces each task's own number of examples.
+    With ``apply_chat_template`` prompts are turns of a conversation, otherwise plain text.
+
+    ``max_length`` is the largest number of tokens that a model reads at once, by default all of its positions; longer
+    prompts lose their beginning. ``max_new_tokens`` limits the answers of tasks that set no limit themselves; its
+    default is also the harness's. ``micro_batch_tokens`` tokens are scored at once, and ``batch_size`` answers are
+    generated at once. ``bootstrap_samples`` is the number of resamples for the intervals of differences, and for
+    standard errors without a formula.
+    """
+
+    kind: str = "benchmark"
+    arms: Annotated[list[str], FILLED] = field(
+        default_factory=lambda: ["base"], metadata={"reference": ("policy",), "identity": False}
+    )
+    tasks: list[str] = field(default_factory=list)
+    task_folders: list[str] = field(default_factory=list, metadata={"identity": False})
+    limit: Annotated[int | None, POSITIVE] = None
+    num_fewshot: Annotated[int | None, NOT_NEGATIVE] = None
+    apply_chat_template: bool = False
+    max_length: Annotated[int | None, POSITIVE] = None
+    max_new_tokens: Annotated[int, POSITIVE] = 256
+    micro_batch_tokens: Annotated[int, POSITIVE] = not_identity(4096)
+    batch_size: Annotated[int, POSITIVE] = not_identity(64)
+    bootstrap_samples: Annotated[int, POSITIVE] = 2000
+
+
+BASE = "base"
+"""The arm that others are compared with first."""
+_TONES = {BETTER: "good", WORSE: "bad"}
+_ABSENT = "–"
+_MOST_NAMED = 3
+"""How many tasks a sentence names."""
+
+
+def lines(artifact: Path) -> list[str]:
+    """A line for each metric of each task with every arm's value, one for each comparison by a task's first metric, and
+    the result in a sentence; none without ``benchmark.json``."""
+    if not (artifact / FILE).is_file():
+        return []
+    record = Benchmark.read(artifact)
+    return [
+        *(_line(record, task, metric) for task in record.tasks for metric in task.metrics),
+        *(_in_words(record, comparison) for comparison in record.comparisons),
+        _lead(record),
+    ]
+
+
+def _line(record: Benchmark, task: BenchmarkTask, metric: TaskMetric) -> str:
+    values = ", ".join(f"{arm.label} {_in_short(arm.values.get(task.key(metric)))}" for arm in record.arms)
+    return f"{task.key(metric)}, {_conditions(task)}: {values}"
+
+
+def _conditions(task: BenchmarkTask) -> str:
+    rows = f"{task.num_rows} rows" if task.num_rows == task.all_rows else f"{task.num_rows} of {task.all_rows} rows"
+    return rows if task.num_fewshot is None else f"{task.num_fewshot}-shot, {rows}"
+
+
+def _in_short(measured: Measurement | None) -> str:
+    if measured is None:
+        return _ABSENT
+    return f"{measured.value:.3f}" + ("" if measured.stderr is None else f" ± {measured.stderr:.3f}")
+
+
+def _in_words(record: Benchmark, comparison: Comparison) -> str:
+    arm, against = record.label(comparison.arm), record.label(comparison.against)
+    interval = f"{comparison.difference:+.3f} ({comparison.low:+.3f} to {comparison.high:+.3f})"
+    verdict = record.verdict(comparison)
+    return f"{arm} against {against} in {comparison.metric}: {interval}{comparison.p_in_words}, {verdict}"
+
+
+def _lead(record: Benchmark) -> str:
+    """Which arms differ, from ``base`` if it is among them, by the tasks' first metrics; without comparisons, the first
+    values of each arm, those of groups of tasks before others."""
+    of_base = [comparison for comparison in record.comparisons if comparison.against == BASE]
+    by_pair: dict[tuple[str, str], list[Comparison]] = {}
+    for comparison in of_base or record.comparisons:
+        by_pair.setdefault((comparison.arm, comparison.against), []).append(comparison)
+    if by_pair:
+        return " ".join(_pair_in_words(record, *pair, comparisons) for pair, comparisons in by_pair.items())
+    keys = [
+        task.key(metric) for task in sorted(record.tasks, key=lambda task: not task.group) for metric in task.metrics
+    ]
+    values = {
+        arm.label: [f"{key} {_in_short(arm.values[key])}" for key in keys if key in arm.values] for arm in record.arms
+    }
+    return " ".join(f"{label}: {_listed(named)}." for label, named in values.items() if named)
+
+
+def _pair_in_words(record: Benchmark, arm: str, against: str, comparisons: Sequence[Comparison]) -> str:
+    """``sft is better than base in capitals/acc (+0.200); no real difference in 2 other tasks.``"""
+    real = [
+        f"{verdict} than {record.label(against)} in {_listed(named)}"
+        for verdict in (BETTER, WORSE)
+        if (named := [f"{c.metric} ({c.difference:+.3f})" for c in comparisons if record.verdict(c) == verdict])
+    ]
+    unclear = [comparison.metric for comparison in comparisons if not comparison.real]
+    if not real:
+        return f"{record.label(arm)} and {record.label(against)}: {NO_DIFFERENCE} in {_listed(unclear)}."
+    rest = f"; {NO_DIFFERENCE} in {_listed(unclear)}" if unclear else ""
+    return f"{record.label(arm)} is {' and '.join(real)}{rest}."
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    return ", ".join(names[:_MOST_NAMED]) + more
+
+
+def tables(artifact: Path) -> list[ResultTable]:
+    """The values of every arm, and the paired differences of arms."""
+    record = Benchmark.read(artifact)
+    return [_values(record), *([_differences(record)] if record.comparisons or record.other_comparisons else [])]
+
+
+def _values(record: Benchmark) -> ResultTable:
+    template = "with the chat template" if record.chat_template else "without a chat template"
+    cut = " A limit left out rows, so these values cannot be compared with others." if record.cut else ""
+    rows = [
+        (
+            task.key(metric),
+            [
+                Cell(text=_ABSENT if task.num_fewshot is None else str(task.num_fewshot)),
+                Cell(text=str(task.num_rows) if task.num_rows == task.all_rows else f"{task.num_rows}/{task.all_rows}"),
+                *(_value(arm, task.key(metric)) for arm in record.arms),
+            ],
+        )
+        for task in record.tasks
+        for metric in task.metrics
+    ]
+    arms = {arm.name: arm.label for arm in record.arms}
+    return ResultTable(
+        title="Tasks",
+        note=f"Values of lm-evaluation-harness {record.harness} {template}; ± is the standard error.{cut}",
+        columns={"examples": "examples", "rows": "rows", **arms},
+        rows=rows,
+        of_arms=list(arms),
+        lead=_lead(record),
+    )
+
+
+def _value(arm: BenchmarkArm, key: str) -> Cell:
+    measured = arm.values.get(key)
+    if measured is None:
+        return Cell(text=_ABSENT)
+    return Cell(text=f"{measured.value:.3f}", bounds="" if measured.stderr is None else f"± {measured.stderr:.3f}")
+
+
+def _differences(record: Benchmark) -> ResultTable:
+    rows = [
+        (
+            f"{comparison.metric}: {record.label(comparison.arm)} − {record.label(comparison.against)}",
+            [
+                Cell(text=f"{comparison.difference:+.3f}", bounds=f"{comparison.low:+.3f} to {comparison.high:+.3f}"),
+                Cell(text=_ABSENT if comparison.adjusted_p is None else p_in_short(comparison.adjusted_p)),
+                Cell(text=verdict, tone=_TONES.get(verdict, "open")),
+            ],
+        )
+        for comparison in (*record.comparisons, *record.other_comparisons)
+        for verdict in (record.verdict(comparison),)
+    ]
+    note = (
+        "Differences are paired by row, with 95 % intervals (bootstrap over rows). A difference is real if the p value "
+        "of a randomisation test, corrected for the number of comparisons, is below 0.05. Comparisons by the first "
+        "metric of each task form one family, all others another."
+    )
+    columns = {"difference": "difference", "p": "p, corrected", "verdict": "verdict"}
+    return ResultTable(title="Differences between arms", note=note, columns=columns, rows=rows)
+
 
 INSTALL = "pip install 'lm_eval>=0.4.13,<0.4.14'"
 _RELEASE = "0.4.13"

@@ -26,10 +26,8 @@ from alignment.records.benchmark import (
     TaskMetric,
     write_rows,
 )
-from alignment.stages.benchmark.benchmark_tables import BASE
-from alignment.stages.benchmark.config import BenchmarkConfig
-from alignment.stages.benchmark.kind import INSTALL, content, selected
-from alignment.stages.benchmark.task_files import HARNESS
+from alignment.stages.benchmark.kind import BASE, INSTALL, BenchmarkConfig, content, selected
+from alignment.stages.benchmark.tasks import HARNESS
 from alignment.stages.shared.policies import Policies, refuse_without_template, tokenizer_of
 from alignment.stages.shared.result import StageResult
 from alignment.training.context import StageContext
@@ -40,15 +38,13 @@ def run(config: BenchmarkConfig, context: StageContext) -> StageResult:
     where = f"stages.{context.spec.stage}"
     _refuse_changed_files(config, context, where)
     _import_harness(where)
-    from alignment.stages.benchmark import harness_run, harness_tasks
+    from alignment.stages.benchmark import harness_run
 
     context.progress("loading")
     harness_run.RandomState.seed()
     state = harness_run.RandomState()
     chosen = selected(config)
-    loaded = harness_tasks.load(
-        chosen, config.tasks, context.spec.work, context.spec.extra_data, where=f"{where}.tasks"
-    )
+    loaded = harness_run.load(chosen, config.tasks, context.spec.work, context.spec.extra_data, where=f"{where}.tasks")
     state.save()
     policies = Policies(context)
 
@@ -76,7 +72,7 @@ def rehearse(config: BenchmarkConfig, context: StageContext) -> None:
         AlignmentError: the harness or a task cannot be loaded, or a function of a task fails.
     """
     _import_harness(f"stages.{context.spec.stage}")
-    from alignment.stages.benchmark.task_trial import try_tasks
+    from alignment.stages.benchmark.harness_run import try_tasks
 
     try_tasks(config, context)
 

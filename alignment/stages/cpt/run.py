@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alignment.data.tokens.row_kinds import TEXTS
 from alignment.stages.base import whole_rows
-from alignment.stages.cpt.config import CptConfig
+from alignment.stages.cpt.kind import CptConfig
 from alignment.stages.shared.language_model import learn
 from alignment.stages.shared.preference_pairs import hold_out
 from alignment.stages.shared.result import StageResult, initial_policy

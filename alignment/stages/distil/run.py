@@ -21,13 +21,9 @@ from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal
 from alignment.models.forward.distilled import install_divergence, refuse_other_heads
 from alignment.records.stages import Distillation, StudentFigures, Timing
-from alignment.stages.distil.assisted import timing
-from alignment.stages.distil.config import DistilConfig
-from alignment.stages.distil.distil_trainer import DistilTrainer
-from alignment.stages.distil.kind import BEFORE
-from alignment.stages.distil.student import saved_student, student_of
-from alignment.stages.distil.student_comparison import compared, frozen_model
-from alignment.stages.distil.taught_rows import HeldOutAnswers, taught_rows
+from alignment.stages.distil.kind import BEFORE, DistilConfig
+from alignment.stages.distil.student import DistilTrainer, HeldOutAnswers, saved_student, student_of, taught_rows
+from alignment.stages.distil.student_comparison import compared, frozen_model, timing
 from alignment.stages.shared.answer_sampling import AskedPrompts, asked_prompts, sampled_answers
 from alignment.stages.shared.language_model import MicroBatchedSftTrainer, next_token_trainer, uniform_loss
 from alignment.stages.shared.policies import asked_tokenizer

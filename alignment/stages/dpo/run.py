@@ -14,15 +14,21 @@ from datasets import Dataset
 from peft import TaskType
 from trl import DPOConfig as TrlDpoConfig
 
-from alignment.config.stage import tokens_of
+from alignment.config.optim import tokens_of
 from alignment.data.tokens.row_kinds import MARGIN
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.mapped import copied_in_calls
 from alignment.models.forward.answers import unwrapped
-from alignment.stages.dpo.config import DpoConfig, DpoLoss
-from alignment.stages.dpo.first_batch import FirstBatch
-from alignment.stages.dpo.pair_losses import PairLogprobs, implicit_rewards, nll_of_chosen, own_loss
-from alignment.stages.dpo.pair_trainer import PairTrainer, WithMargins
+from alignment.stages.dpo.kind import DpoConfig, DpoLoss
+from alignment.stages.dpo.trainer import (
+    FirstBatch,
+    PairLogprobs,
+    PairTrainer,
+    WithMargins,
+    implicit_rewards,
+    nll_of_chosen,
+    own_loss,
+)
 from alignment.stages.shared.kind_answers import limits_of_parts, pair_rows
 from alignment.stages.shared.preference_pairs import hold_out, pair_tokens, read_pairs
 from alignment.stages.shared.reference import (
@@ -35,12 +41,11 @@ from alignment.stages.shared.reference import (
 from alignment.stages.shared.result import StageResult, initial_model, initial_policy, save_model
 from alignment.stages.shared.stage_rows import split_origins
 from alignment.training.context import StageContext
-from alignment.training.held_out import HeldOutRows
-from alignment.training.looks import Validation, of_handed_on
-from alignment.training.router_loss import WITHOUT_ROUTER_LOSS
-from alignment.training.row_lengths import refuse_long_rows
+from alignment.training.longest_batch import refuse_long_rows
+from alignment.training.micro_batches import WITHOUT_ROUTER_LOSS
+from alignment.training.optimizer import common_arguments
 from alignment.training.session import train
-from alignment.training.trainer_arguments import common_arguments
+from alignment.training.validation import HeldOutRows, Validation, of_handed_on
 
 DIVERGED = 10
 """A loss this many times the loss at the start cannot be noise."""

@@ -9,7 +9,7 @@ from typing import Any
 from alignment.config.evaluating import JudgeConfig, JudgeKind
 from alignment.core.errors import StageError
 from alignment.core.fingerprint import file_sha256
-from alignment.core.text import divided
+from alignment.core.wording import divided
 from alignment.data.mix import some
 from alignment.data.records import HeldOutPrompt
 from alignment.evaluation.answer_pairs import AnswerPair, pair_of

@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.config.evaluating import JudgeKind
 from alignment.config.scoring import MetricConfig
-from alignment.core.text import divided
+from alignment.core.wording import divided
 from alignment.data.mix import some
 from alignment.data.records import HeldOutPrompt, PreferencePair
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids, tokenize_rows

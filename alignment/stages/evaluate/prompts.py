@@ -9,7 +9,7 @@ from typing import Any
 
 from alignment.config.evaluating import FEW_SHOT, PROMPTED
 from alignment.core.errors import DataError
-from alignment.core.text import counted
+from alignment.core.wording import counted
 from alignment.data.records import Conversation, HeldOutPrompt
 from alignment.data.tokens.rendering import Tools
 from alignment.data.tokens.thoughts import without_thought

@@ -21,7 +21,7 @@ from alignment.evaluation.statistics import Intervals
 from alignment.job import StageInput
 from alignment.models.assembly.load import lineage, refuse_other_tokenizer
 from alignment.records.stages import Limits
-from alignment.stages.forgetting.config import ForgettingConfig
+from alignment.stages.forgetting.kind import ForgettingConfig
 from alignment.stages.shared.policies import Policies
 from alignment.stages.shared.policy_logprobs import PolicyRows, on_main, policy_logprobs
 from alignment.stages.shared.result import StageResult

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Annotated, Any
 
 from alignment.algos.label_weights import GREATEST_RATIO, LEAST_RATIO, label_weights
+from alignment.config.data import DataConfig, TooLongConfig
 from alignment.config.faults import Fault
+from alignment.config.model import AdapterConfig
+from alignment.config.new_recipe import Circumstances, NewStage, Reasoned
+from alignment.config.optim import OptimConfig
+from alignment.config.rules import POSITIVE
 from alignment.config.run import RunConfig
+from alignment.config.stage import not_identity, reference_to
 from alignment.core.artifacts import POLICY
 from alignment.data.records import LabelledAnswer
 from alignment.data.tokens.row_kinds import DESIRABLE, LABELLED_ANSWERS, UNDESIRABLE
@@ -19,17 +27,86 @@ from alignment.stages.base import (
     Learning,
     LearnsFrom,
     Outcome,
+    Proposals,
     Reported,
     StageKind,
 )
-from alignment.stages.kto.config import KtoConfig
-from alignment.stages.kto.proposal import PROPOSALS
 from alignment.stages.shared.kind_answers import (
     ROW_COUNTS,
     curve,
     hold_nearer_to_the_start,
     limits_of_parts,
 )
+from alignment.stages.shared.new_settings import adapter_rate, data_of, from_start, optimiser, row_limit
+
+
+class KtoLoss(str, Enum):
+    """The losses of TRL's KTO trainer.
+
+    h is an answer's log-ratio to the reference, and w the weight of its label. ``kto``: w (1 − σ(β (h − z))) for a
+    desirable answer and w (1 − σ(β (z − h))) for an undesirable one, where z ≥ 0 estimates the KL divergence from the
+    reference (Ethayarajh et al. 2024, eq. 7). ``apo_zero_unpaired``: the same with z = 0, for answers that are better
+    than those of the policy (D'Oosterlinck et al. 2024).
+    """
+
+    kto = "kto"
+    apo_zero_unpaired = "apo_zero_unpaired"
+
+    @property
+    def estimates_kl(self) -> bool:
+        """Whether the loss needs the KL divergence, which is estimated from other answers of the same batch."""
+        return self is KtoLoss.kto
+
+
+@dataclass(kw_only=True, slots=True)
+class KtoConfig:
+    """Kahneman–Tversky optimisation (Ethayarajh et al. 2024). The reference is the policy at the start of the stage.
+
+    A weight of null is chosen from the numbers of desirable and undesirable rows, such that the ratio of
+    desirable_weight × desirable rows to undesirable_weight × undesirable rows lies in [1, 4/3] (eq. 8); the weight of
+    the label that has enough rows stays at 1. Rows are shuffled once, and every epoch goes through them in that order.
+    With ``precompute_reference`` the reference's log-probabilities are computed once and cached next to the artifacts,
+    which pays off over several epochs.
+    """
+
+    kind: str = "kto"
+    init: str = reference_to("stage:sft", "policy")
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-5))
+    max_length: Annotated[int, POSITIVE] = 1024
+    max_prompt_length: Annotated[int | None, POSITIVE] = None
+    max_answer_length: Annotated[int | None, POSITIVE] = None
+    too_long: TooLongConfig = field(default_factory=TooLongConfig)
+    beta: Annotated[float, POSITIVE] = 0.1
+    loss: KtoLoss = KtoLoss.kto
+    desirable_weight: Annotated[float | None, POSITIVE] = None
+    undesirable_weight: Annotated[float | None, POSITIVE] = None
+    precompute_reference: bool = field(default=False, metadata={"identity": False})
+    log_every: Annotated[int, POSITIVE] = not_identity(1)
+    save_every: Annotated[int, POSITIVE] = not_identity(10)
+
+
+def _stage(circumstances: Circumstances) -> NewStage | None:
+    rows = circumstances.rows.get(LabelledAnswer)
+    if rows is None:
+        return None
+    settings = {
+        **from_start(circumstances, "stage:sft"),
+        **data_of(rows),
+        "beta": Reasoned(value=0.1, why="Ethayarajh et al. 2024, section 4.2"),
+        **optimiser(
+            rows,
+            lr=adapter_rate(5e-5, "chosen, not tuned"),
+            epochs=Reasoned(value=1, why="chosen, not tuned"),
+        ),
+        **row_limit(rows, circumstances),
+    }
+    return NewStage(why="Learns from answers that are labelled good or bad.", settings=settings, reads=rows)
+
+
+PROPOSALS = Proposals(stage=_stage)
+
 
 FIGURES = ("loss", "kl", "rewards/chosen", "rewards/rejected", "rewards/margins")
 COUNTS = ("desirable_rows", "undesirable_rows", "desirable_weight", "undesirable_weight")

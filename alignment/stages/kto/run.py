@@ -16,7 +16,7 @@ from trl import KTOConfig as TrlKtoConfig
 
 from alignment.algos.label_weights import LabelWeights, label_weights
 from alignment.config.model import Dtype
-from alignment.config.stage import tokens_of
+from alignment.config.optim import tokens_of
 from alignment.core.errors import DataError
 from alignment.data.tokens.row_kinds import DESIRABLE, LABELLED_ANSWERS, UNDESIRABLE
 from alignment.models.assembly.load import Lineage
@@ -24,10 +24,17 @@ from alignment.models.assembly.mapped import copied_in_calls
 from alignment.models.assembly.prefix import positions_of
 from alignment.models.forward.answers import unwrapped
 from alignment.records.training import METRICS, MetricsLog
-from alignment.stages.kto.config import KtoConfig
-from alignment.stages.kto.kind import FIGURES, ONE_LABEL_REMEDY, one_label
-from alignment.stages.kto.kto_trainer import OTHER_REFERENCE, REFERENCE, TokenizedKtoTrainer
-from alignment.stages.kto.labelled_rows import ANSWER, LABEL, MISMATCHED, count_labels, in_order
+from alignment.stages.kto.kind import FIGURES, ONE_LABEL_REMEDY, KtoConfig, one_label
+from alignment.stages.kto.trainer import (
+    ANSWER,
+    LABEL,
+    MISMATCHED,
+    OTHER_REFERENCE,
+    REFERENCE,
+    TokenizedKtoTrainer,
+    count_labels,
+    in_order,
+)
 from alignment.stages.shared.kind_answers import limits_of_parts
 from alignment.stages.shared.reference import (
     copy_of_start,
@@ -39,10 +46,10 @@ from alignment.stages.shared.reference import (
 from alignment.stages.shared.result import StageResult, initial_model, initial_policy, save_model
 from alignment.stages.shared.stage_rows import split_origins, token_rows
 from alignment.training.context import StageContext
-from alignment.training.router_loss import WITHOUT_ROUTER_LOSS
-from alignment.training.row_lengths import refuse_long_rows
+from alignment.training.longest_batch import refuse_long_rows
+from alignment.training.micro_batches import WITHOUT_ROUTER_LOSS
+from alignment.training.optimizer import common_arguments
 from alignment.training.session import train
-from alignment.training.trainer_arguments import common_arguments
 
 
 def run(config: KtoConfig, context: StageContext) -> StageResult:

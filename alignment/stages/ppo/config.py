@@ -9,9 +9,10 @@ from typing import Annotated
 from alignment.config.data import DataConfig, PtxConfig, TooLongConfig
 from alignment.config.launch import RolloutSamplingConfig
 from alignment.config.model import AdapterConfig, Critic
+from alignment.config.optim import DEFAULT_TOKENS, MicroBatchTokens, Moments, Schedule
 from alignment.config.rules import FILLED, FRACTION, NOT_NEGATIVE, PENALTY, POSITIVE
 from alignment.config.scoring import GuardConfig, ScorerConfig
-from alignment.config.stage import DEFAULT_TOKENS, MicroBatchTokens, Moments, Schedule, not_identity, reference_to
+from alignment.config.stage import not_identity, reference_to
 from alignment.core.fingerprint import IF_SET
 
 

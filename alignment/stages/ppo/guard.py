@@ -26,9 +26,9 @@ from alignment.rewards.scores import Rewards
 from alignment.stages.ppo.experience import Prompts, Rollout
 from alignment.stages.ppo.rollouts import Rollouts
 from alignment.stages.ppo.step_metrics import UpdateMetrics
-from alignment.training.best_weights import BestWeights
 from alignment.training.context import StageContext
 from alignment.training.sharding import everyones, shared
+from alignment.training.validation import BestWeights
 
 BEST = "guard_best.safetensors"
 

@@ -1,4 +1,8 @@
-"""The metrics of an update: those of its sampled episodes, and those of the minibatches that it learned from."""
+"""The second phase of an update: the gradients of its minibatches.
+
+The minibatches of an update are the same in every epoch, where Huang et al. 2024 draw new ones: then old
+log-probabilities can be computed in the micro-batches that are learned from (docs/design/0059).
+"""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from alignment.config.stage import tokens_of
+from alignment.config.optim import tokens_of
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import ConfigError
 from alignment.data.records import Prompt
@@ -40,7 +40,7 @@ from alignment.stages.shared.result import StageResult, initial_policy, save_mod
 from alignment.stages.shared.stage_rows import fitting, rows_of, split_origins, token_rows
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_weights
-from alignment.training.row_lengths import refuse_long_rows
+from alignment.training.longest_batch import refuse_long_rows
 from alignment.training.session import train
 from alignment.training.sharding import whole_state
 

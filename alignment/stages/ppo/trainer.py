@@ -42,10 +42,9 @@ from alignment.stages.ppo.objective import AdvantageEstimator
 from alignment.stages.ppo.ptx import Ptx
 from alignment.stages.ppo.rollouts import Episodes, Rollouts
 from alignment.stages.ppo.step_metrics import UpdateMetrics
-from alignment.training.adamw import adamw
 from alignment.training.context import StageContext
-from alignment.training.shard_together import put_sharded, shard_together
-from alignment.training.sharded_trainer import ShardedTrainer
+from alignment.training.optimizer import adamw
+from alignment.training.shard_together import ShardedTrainer, put_sharded, shard_together
 from alignment.training.sharding import gathered, leave_frozen_out, prepare
 
 log = logging.getLogger(__name__)

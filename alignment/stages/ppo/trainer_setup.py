@@ -9,8 +9,8 @@ from transformers import TrainingArguments
 
 from alignment.algos.ppo import AdaptiveKl, FixedKl, KlController, group_centered, group_standardized, leave_one_out
 from alignment.config.faults import refuse
+from alignment.config.optim import tokens_of
 from alignment.config.scoring import ScorerConfig
-from alignment.config.stage import tokens_of
 from alignment.job import StageInput
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.roles import Roles, build_roles
@@ -26,7 +26,7 @@ from alignment.stages.ppo.ptx import Ptx
 from alignment.stages.ppo.rollouts import Episodes
 from alignment.stages.ppo.trainer import EndsOverBudget, PpoTrainer
 from alignment.training.context import StageContext
-from alignment.training.trainer_arguments import SCHEDULES, quiet_arguments
+from alignment.training.optimizer import SCHEDULES, quiet_arguments
 
 
 def roles_of(config: PpoConfig, context: StageContext, start: Lineage, reward: StageInput | None) -> Roles:

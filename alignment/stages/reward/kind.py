@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
+from alignment.config.data import DataConfig, TooLongConfig, ValidationConfig
 from alignment.config.faults import Fault
+from alignment.config.model import AdapterConfig
+from alignment.config.new_recipe import BY_REWARD_MODEL, FROM_PAIRS, Circumstances, NewStage, Question, Reasoned
+from alignment.config.optim import OptimConfig
+from alignment.config.rules import BELOW_ONE, NOT_NEGATIVE, POSITIVE
+from alignment.config.stage import not_identity, reference_to
 from alignment.core.artifacts import REWARD_MODEL
+from alignment.core.fingerprint import IF_SET
+from alignment.data.records import PreferencePair
 from alignment.records.training import ACCURACY
-from alignment.stages.base import LOSS, Curve, DataSlot, Learning, Outcome, Reported, StageKind
-from alignment.stages.reward.config import RewardConfig
-from alignment.stages.reward.proposal import PROPOSALS
+from alignment.stages.base import LOSS, Curve, DataSlot, Learning, Outcome, Proposals, Reported, StageKind
 from alignment.stages.shared.kind_answers import (
     ROW_COUNTS,
     and_held_out,
@@ -24,6 +31,67 @@ from alignment.stages.shared.kind_answers import (
     pair_slot,
     why_not_validated,
 )
+from alignment.stages.shared.new_settings import adapter_rate, data_of, from_start, optimiser, row_limit
+
+
+@dataclass(kw_only=True, slots=True)
+class RewardConfig:
+    """A Bradley-Terry reward model: a scalar score at the last token of an answer (Stiennon et al. 2020, eq. 1).
+
+    ``margin`` times the difference of a pair's scores is subtracted from the difference of its rewards in the loss
+    (Touvron et al. 2023, eq. 2); rows then need scores.
+
+    ``center_coefficient`` weighs (r_chosen + r_rejected)² in the loss (Eisenstein et al. 2023). ``eval_fraction`` of
+    the prompts is held out for the accuracy, and for the offset that makes chosen answers score 0 on average.
+    """
+
+    kind: str = "reward"
+    init: str = reference_to("stage:sft", "policy")
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-4, adam_eps=1e-5))
+    max_length: Annotated[int, POSITIVE] = 1024
+    max_prompt_length: Annotated[int | None, POSITIVE] = None
+    max_answer_length: Annotated[int | None, POSITIVE] = None
+    too_long: TooLongConfig = field(default_factory=TooLongConfig)
+    margin: Annotated[float, NOT_NEGATIVE] = field(default=0.0, metadata=IF_SET)
+    center_coefficient: Annotated[float, NOT_NEGATIVE] = 0.0
+    eval_fraction: Annotated[float, BELOW_ONE] = 0.1
+    validation: ValidationConfig = field(default_factory=ValidationConfig, metadata=IF_SET)
+    log_every: Annotated[int, POSITIVE] = not_identity(1)
+    save_every: Annotated[int, POSITIVE] = not_identity(10)
+
+
+_FEW_PROMPTS = 20
+
+
+def _questions(circumstances: Circumstances) -> Iterator[Question]:
+    if PreferencePair in circumstances.rows:
+        yield FROM_PAIRS
+
+
+def _stage(circumstances: Circumstances) -> NewStage | None:
+    rows = circumstances.rows.get(PreferencePair)
+    if rows is None or circumstances.answer(FROM_PAIRS) not in BY_REWARD_MODEL:
+        return None
+    share = 0.1 if rows.prompts >= _FEW_PROMPTS else 0.0
+    why = f"of {rows.prompts:,} different prompts, for its accuracy" if share else "too few prompts to hold any out"
+    settings = {
+        **from_start(circumstances, "stage:sft"),
+        **data_of(rows),
+        **optimiser(
+            rows,
+            lr=adapter_rate(1e-4, "chosen, not tuned"),
+            epochs=Reasoned(value=1, why="Stiennon et al. 2020"),
+        ),
+        **row_limit(rows, circumstances),
+        "eval_fraction": Reasoned(value=share, why=why),
+    }
+    return NewStage(why="Learns to score answers from the pairs.", settings=settings, reads=rows)
+
+
+PROPOSALS = Proposals(questions=_questions, stage=_stage)
+
 
 _CHANCE = 0.5
 

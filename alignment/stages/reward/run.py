@@ -21,25 +21,24 @@ from peft import PeftModel, TaskType
 from trl import RewardConfig as TrlRewardConfig
 from trl import RewardTrainer
 
-from alignment.config.stage import tokens_of
+from alignment.config.optim import tokens_of
 from alignment.data.tokens.row_kinds import MARGIN
 from alignment.models.assembly.load import products_in
 from alignment.models.assembly.weight_file import write_weights
 from alignment.models.forward.answers import batches, scalar_scores, unwrapped
 from alignment.models.forward.causal import install_scalar
-from alignment.stages.reward.config import RewardConfig
+from alignment.stages.reward.kind import RewardConfig
 from alignment.stages.shared.kind_answers import limits_of_parts, pair_rows
 from alignment.stages.shared.preference_pairs import hold_out, pair_tokens, read_pairs, rows_of, split_by_prompt
 from alignment.stages.shared.result import StageResult, initial_model, initial_policy, save_model
 from alignment.stages.shared.stage_rows import split_origins
 from alignment.training.context import StageContext
 from alignment.training.finite import refuse_results
-from alignment.training.held_out import HeldOutRows
-from alignment.training.looks import Validation, of_handed_on
 from alignment.training.micro_batches import MicroBatches, Unit
+from alignment.training.optimizer import common_arguments, optimizer_arguments
 from alignment.training.session import train
 from alignment.training.sharding import gathered, prepare, whole
-from alignment.training.trainer_arguments import common_arguments, optimizer_arguments
+from alignment.training.validation import HeldOutRows, Validation, of_handed_on
 
 DIVERGED = 10
 """A loss this many times the loss of a random guess cannot be noise."""

@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from alignment.config.model import Dtype
+from alignment.config.scoring import ScoreSourceConfig
 from alignment.core.artifacts import read_manifest, write_lines
 from alignment.core.errors import DataError, ModelError, RewardError
 from alignment.core.typed_json import to_json
@@ -29,13 +30,44 @@ from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import unwrapped
 from alignment.records.reward_card import Invariances, Learned, Rescored, RewardCard
 from alignment.records.stages import LEFT_OUT_FILE as LEFT_OUT
+from alignment.rewards.build import build_scorer
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
-from alignment.stages.reward_card.config import RewardCardConfig
-from alignment.stages.reward_card.rule import scores_by_rule
+from alignment.rewards.scorers import Answers
+from alignment.stages.reward_card.kind import RULE, RewardCardConfig
+from alignment.stages.shared.answer_scores import asking_of, scores_of
 from alignment.stages.shared.policy_logprobs import in_shares, on_main
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import fitting, rows_of
 from alignment.training.context import StageContext
+
+
+def scores_by_rule(rule: ScoreSourceConfig, context: StageContext, pairs: Sequence[PreferencePair]) -> list[float]:
+    """The rule's score of each chosen and rejected answer in turn.
+
+    Raises:
+        DataError: a row lacks what the rule needs, or a function's file changed since the run was planned.
+        RewardError: the rule failed, or did not return one usable number per answer.
+    """
+    prompts = [
+        Prompt(messages=pair.messages, tools=pair.tools, row=pair.row, where=pair.where)
+        for pair in pairs
+        for _ in ("chosen", "rejected")
+    ]
+    run = Computation(device=context.device, dtype=context.spec.model.dtype, tokens=1)
+    # A rule needs neither tokenizer nor model.
+    scorer = build_scorer(RULE, rule, context.spec, None, prompts, run, asking_of(context))
+    texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
+    no_tokens: list[list[int]] = [[] for _ in texts]
+    answers = Answers(prompt_ids=no_tokens, answer_ids=no_tokens, texts=texts, prompts=prompts, rows=range(len(texts)))
+    done = 0
+
+    def progress(number: int) -> None:
+        nonlocal done
+        done += number
+        context.progress("scoring by the rule", done, len(texts))
+
+    return scores_of(scorer, answers, source=rule.source, progress=progress)
+
 
 LEARNED = "learned"
 MAX_LEARNED = 20_000

@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
 
+from alignment.config.data import DataConfig, TooLongConfig
 from alignment.config.faults import Fault, unread_faults
+from alignment.config.launch import SamplingConfig
+from alignment.config.rules import FILLED, NOT_NEGATIVE, POSITIVE, SCORE
 from alignment.config.run import RunConfig
-from alignment.config.scoring import ScoreSourceConfig
+from alignment.config.scoring import ScorerConfig, ScoreSourceConfig
+from alignment.config.stage import not_identity, reference_to
 from alignment.core.artifacts import ROWS
+from alignment.core.fingerprint import IF_SET
 from alignment.data.records import HeldOutPrompt, Prompt
-from alignment.records.stages import COUNTS
+from alignment.records.stages import COUNTS, SAMPLING_FILE, Sampling
 from alignment.rewards.scorer_sources import REWARD, in_list, is_known, with_members
 from alignment.stages.base import (
+    Cell,
     DataSlot,
     LaunchShape,
     MadeRows,
     Outcome,
     References,
     Reported,
+    ResultTable,
     RunsOn,
     StageKind,
 )
-from alignment.stages.sample.config import SampleConfig, Select
-from alignment.stages.sample.sampling_tables import lines, tables
 from alignment.stages.shared.kind_answers import (
     check_engine,
     missing_reward_faults,
@@ -31,6 +40,99 @@ from alignment.stages.shared.kind_answers import (
     sampling_faults,
     sampling_refusals,
 )
+
+
+class Select(str, Enum):
+    """The rows that are made from the answers to a prompt.
+
+    ``best``: a conversation with the answer of the highest score (best of n, rejection sampling; RAFT, Dong et al.
+    2023). ``best_worst``: a pair of the best and the worst answer. ``all_pairs``: every pair of answers. ``labels``:
+    each answer with a label, good or bad.
+    """
+
+    best = "best"
+    best_worst = "best_worst"
+    all_pairs = "all_pairs"
+    labels = "labels"
+
+    @property
+    def makes_pairs(self) -> bool:
+        """Whether the rows are pairs."""
+        return self in (Select.best_worst, Select.all_pairs)
+
+
+@dataclass(kw_only=True, slots=True)
+class SampleConfig:
+    """Samples ``completions_per_prompt`` answers of a ``policy`` to each prompt, scores them, and makes rows of them.
+
+    An answer's score is the weighted sum of ``scorers``; a scorer with ``normalize`` is normalised over all answers of
+    the stage. ``select`` says which rows are made. Two answers form a pair if their scores differ, by at least
+    ``min_margin``. ``threshold`` is the score from which an answer counts as good: ``best`` leaves out a prompt whose
+    best answer is below it, and for ``labels`` null means the mean of the prompt's scores.
+
+    Answers that repeat another one to the same prompt or are empty are left out. With ``ended_only`` so are answers
+    that reach ``max_new_tokens``, because a stage would learn to stop where they were cut. Each prompt is asked once,
+    unless it overlaps with the prompts of ``leave_out``; an empty list stands for the data of the run's evaluations.
+    ``sampling`` says how answers are sampled.
+    """
+
+    kind: str = "sample"
+    policy: str = reference_to("stage:sft", "policy")
+    reward: str | None = reference_to("stage:reward", "reward", external=True)
+    scorers: Annotated[list[ScorerConfig], FILLED] = field(default_factory=lambda: [ScorerConfig()])
+    data: DataConfig = field(default_factory=DataConfig)
+    leave_out: list[DataConfig] = field(default_factory=list)
+    completions_per_prompt: Annotated[int, POSITIVE] = 4
+    temperature: Annotated[float, POSITIVE] = 1.0
+    max_prompt_length: Annotated[int, POSITIVE] = 512
+    too_long: TooLongConfig = field(default_factory=TooLongConfig)
+    max_new_tokens: Annotated[int, POSITIVE] = 96
+    ended_only: bool = True
+    select: Select = Select.best_worst
+    min_margin: Annotated[float, NOT_NEGATIVE] = 0.0
+    threshold: Annotated[float | None, SCORE] = None
+    batch_size: Annotated[int, POSITIVE] = not_identity(128)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig, metadata=IF_SET)
+
+
+_LEFT_OUT = {
+    "prompts_evaluated": "prompts that are also evaluated",
+    "prompts_repeated": "prompts asked already",
+    "rows_too_long": "rows that are too long",
+    "answers_repeated": "repeated answers",
+    "answers_empty": "empty answers",
+    "answers_without_end": "answers without an end",
+}
+
+
+def lines(artifact: Path) -> list[str]:
+    """What was made, and what was left out; nothing without ``sampling.json``."""
+    if not (artifact / SAMPLING_FILE).is_file():
+        return []
+    record = Sampling.read(artifact)
+    made = (
+        f"{artifact.name}: {record.rows} rows ({record.select}) of {record.answers} answers to {record.prompts} prompts"
+    )
+    counts = {words: getattr(record, name) for name, words in _LEFT_OUT.items()}
+    left_out = ", ".join(f"{count} {words}" for words, count in counts.items() if count)
+    return [f"{made}; left out: {left_out}" if left_out else made]
+
+
+def tables(artifact: Path) -> list[ResultTable]:
+    """What the best of several answers scores, and how far it can be from the policy."""
+    record = Sampling.read(artifact)
+    rows = [
+        (f"best of {best.answers}", [Cell(text=f"{best.score:.3f}"), Cell(text=f"{best.kl_bound:.2f}")])
+        for best in record.best_of
+    ]
+    note = (
+        f"Of {record.answers} answers to {record.prompts} prompts, {record.rows} rows were made ({record.select}). The "
+        "KL divergence of the best of n from the policy is at most log n − (n − 1)/n (Beirami et al. 2024). Scores are "
+        "those that chose the rows, so judge a policy that learns from them by another metric."
+    )
+    columns = {"score": "mean score", "kl": "KL at most, nats"}
+    return [ResultTable(title="Best of n", note=note, columns=columns, rows=rows)]
+
 
 _ASKED = {"role": "user", "content": "2 + 2?"}
 _PAIR = {"messages": [_ASKED], "chosen": "4.", "rejected": "5.", "chosen_score": 1.0, "rejected_score": 0.0}
@@ -108,7 +210,7 @@ KIND = StageKind(
     revision=9,
     produces=ROWS,
     run="alignment.stages.sample.run:run",
-    rehearse="alignment.stages.sample.sampled_base:refuse_base",
+    rehearse="alignment.stages.sample.run:refuse_base",
     data=_data,
     rows=_rows,
     leaves_out="leave_out",

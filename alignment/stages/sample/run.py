@@ -6,24 +6,71 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from alignment.algos.sampling import expected_best, kl_bound
 from alignment.core.artifacts import ROWS_FILE, read_manifest, write_lines
 from alignment.data.records import Prompt
 from alignment.data.tokens.tokenize import end_ids
 from alignment.data.tokens.tokenizer import generated_text
+from alignment.evaluation.arms import TOKENS
 from alignment.models.assembly.load import lineage, refuse_other_tokenizer
 from alignment.records.stages import COUNTS, BestOf, Sampling
+from alignment.rewards.build import build_rewards
+from alignment.rewards.reward_models import Computation
+from alignment.rewards.scorer_sources import in_list
 from alignment.rewards.scores import Scores
-from alignment.stages.sample.answer_scoring import answer_scores
-from alignment.stages.sample.config import SampleConfig
-from alignment.stages.sample.no_rows import no_rows
-from alignment.stages.sample.row_making import OfPrompt, rows_of_prompt
-from alignment.stages.sample.selection import EMPTY, NO_END, REPEATED, Candidate
-from alignment.stages.shared.answer_sampling import SEED, AskedPrompts, asked_prompts, sampled_answers
+from alignment.stages.sample.kind import SampleConfig
+from alignment.stages.sample.rows import EMPTY, NO_END, REPEATED, Candidate, OfPrompt, no_rows, rows_of_prompt
+from alignment.stages.shared.answer_sampling import (
+    SEED,
+    AskedPrompts,
+    asked_prompts,
+    in_parts,
+    sampled_answers,
+    spans_of,
+)
+from alignment.stages.shared.answer_scores import asking_of
+from alignment.stages.shared.base_check import refuse_base_that_cannot_answer
 from alignment.stages.shared.policies import asked_tokenizer
 from alignment.stages.shared.result import StageResult
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
+
+
+def answer_scores(
+    config: SampleConfig,
+    context: StageContext,
+    tokenizer: Any,
+    records: Sequence[Prompt],
+    asked: AskedPrompts,
+    answers: Sequence[Sequence[Sequence[int]]],
+) -> tuple[Scores, list[float]]:
+    """The score of each answer by each scorer, and in total, prompt by prompt.
+
+    ``records`` are all rows of the stage's data, ``tokenizer`` is the policy's.
+
+    Raises:
+        DataError: a row lacks a field that a scorer needs, or a function's file changed since the run was planned.
+        ModelError: a reward model cannot be loaded, or its tokenizer does not fit.
+        RewardError: a scorer failed, or did not return one usable number per answer.
+    """
+    context.progress("loading scorers")
+    run = Computation(device=context.device, dtype=context.spec.model.dtype, tokens=TOKENS)
+    rewards = build_rewards(in_list(config.scorers), context.spec, tokenizer, records, None, run, asking_of(context))
+    spans = spans_of(config, asked)
+
+    def score(number: int) -> list[list[float]]:
+        of_part = [(asked.rows[i], asked.ids[i], answer) for i in spans[number] for answer in answers[i]]
+        rows, prompts, sampled = (list(column) for column in zip(*of_part, strict=True))
+        values: list[list[float]] = rewards.scores(prompts, sampled, rows).values.tolist()
+        return values
+
+    parts = in_parts(context, "scoring", spans, asked, score)
+    scores = Scores(names=tuple(rewards.names), values=torch.cat([torch.tensor(part) for part in parts], dim=1))
+    rewards.observe(scores)  # a normalised scorer is normalised over all answers
+    return scores, rewards.total(scores).tolist()
+
 
 SAMPLES = "samples.jsonl"
 
@@ -151,3 +198,13 @@ def _mean_best(candidates: Sequence[Sequence[Candidate]], size: int) -> float:
 def _metrics(sampling: Sampling) -> dict[str, float]:
     counts = {name: float(getattr(sampling, name)) for name in COUNTS}
     return counts | {"score": sampling.best_of[0].score, "best_score": sampling.best_of[-1].score}
+
+
+def refuse_base(config: SampleConfig, context: StageContext) -> None:
+    """Checks the base model of the policy.
+
+    Raises:
+        ModelError: it cannot be sampled from.
+    """
+    if context.spec.inputs["policy"].is_of_run:
+        refuse_base_that_cannot_answer(context.spec, config.sampling, scored=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from alignment.data.tokens.row_kinds import CONVERSATIONS
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.kind import SftConfig
 from alignment.stages.shared.kind_answers import limits_of_parts
 from alignment.stages.shared.language_model import learn
 from alignment.stages.shared.preference_pairs import hold_out

@@ -18,7 +18,8 @@ import psutil
 import torch
 
 from alignment.config.launch import Offload, Sharding
-from alignment.config.stage import DEFAULT_TOKENS, StageConfig, is_automatic, with_tokens
+from alignment.config.optim import DEFAULT_TOKENS, is_automatic, with_tokens
+from alignment.config.stage import StageConfig
 from alignment.core import hardware
 from alignment.core.errors import StageError
 from alignment.job import StageSpec, memory_key

@@ -13,7 +13,7 @@ from trl import SFTTrainer
 
 from alignment.config.data import ValidationConfig
 from alignment.config.model import AdapterConfig
-from alignment.config.stage import OptimConfig, tokens_of
+from alignment.config.optim import OptimConfig, tokens_of
 from alignment.models.assembly.load import Lineage
 from alignment.models.forward.answers import unwrapped
 from alignment.models.forward.causal import install_causal
@@ -21,13 +21,11 @@ from alignment.stages.shared.preference_pairs import rows_of
 from alignment.stages.shared.result import StageResult, initial_model, save_model
 from alignment.stages.shared.stage_rows import split_origins
 from alignment.training.context import StageContext
-from alignment.training.held_out import HeldOutRows
-from alignment.training.looks import Validation, of_handed_on
-from alignment.training.micro_batches import MicroBatches
-from alignment.training.router_loss import WITHOUT_ROUTER_LOSS, own_coefficient
+from alignment.training.micro_batches import WITHOUT_ROUTER_LOSS, MicroBatches, own_coefficient
+from alignment.training.optimizer import common_arguments, optimizer_arguments
 from alignment.training.session import train
 from alignment.training.sharding import prepare
-from alignment.training.trainer_arguments import common_arguments, optimizer_arguments
+from alignment.training.validation import HeldOutRows, Validation, of_handed_on
 
 
 class TrainerConfig(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 
 from alignment.config.new_recipe import Circumstances, Reasoned, Rows, common_length, number_above, share_above
 from alignment.core.artifacts import REWARD_MODEL
-from alignment.core.text import counted
+from alignment.core.wording import counted
 from alignment.data.records import Prompt
 
 _LARGEST_BATCH, _LEAST_STEPS = 32, 30

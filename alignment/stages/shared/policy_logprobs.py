@@ -1,4 +1,4 @@
-"""Work that the processes of a stage divide, and work that the main process does for all."""
+"""Log-probabilities of rows under several policies, which the processes of a stage compute together."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from alignment.config.data import DataConfig, ValidationConfig
-from alignment.config.stage import OptimConfig
+from alignment.config.optim import OptimConfig
 from alignment.core.errors import DataError
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import PROMPT, Kind

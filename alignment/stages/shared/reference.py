@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from alignment.config.model import AdapterConfig, AdapterKind, Chain, Dtype
-from alignment.config.stage import OptimConfig, tokens_of
+from alignment.config.optim import OptimConfig, tokens_of
 from alignment.core.errors import StageError
 from alignment.core.files import remove_leftovers, replacing
 from alignment.core.hardware import has_amx
@@ -42,8 +42,8 @@ from alignment.stages.shared.preference_pairs import rows_of
 from alignment.training.context import StageContext
 from alignment.training.cutting import cut_frozen
 from alignment.training.micro_batches import Batch, MicroBatches
+from alignment.training.optimizer import optimizer_arguments
 from alignment.training.sharding import everyones, prepare, read_in_calls
-from alignment.training.trainer_arguments import optimizer_arguments
 
 START_TOLERANCE = 1e-3
 """How far policy and reference may differ on a row at step 0, relative to its log-probability divided by the root of

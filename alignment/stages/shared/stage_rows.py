@@ -17,7 +17,7 @@ from datasets import Dataset, concatenate_datasets
 
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.core.hardware import count_cores
-from alignment.core.text import counted
+from alignment.core.wording import counted
 from alignment.data.mix import Indices, mixed, subset
 from alignment.data.reading import iterate, refuse_faults, start
 from alignment.data.records import Record

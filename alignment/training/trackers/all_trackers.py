@@ -14,12 +14,9 @@ from typing import Any
 from alignment.config.run import LABELS
 from alignment.core.artifacts import Manifest
 from alignment.job import StageSpec
-from alignment.training.trackers.curve_names import curves
+from alignment.training.trackers.boards import TensorBoardTracker, TrackioTracker
 from alignment.training.trackers.mlflow import mlflow_sender
-from alignment.training.trackers.tensorboard import TensorBoardTracker
-from alignment.training.trackers.tracked_tables import TableFiles
-from alignment.training.trackers.tracker import Row, Tracker, columns_and_rows
-from alignment.training.trackers.trackio import TrackioTracker
+from alignment.training.trackers.tracker import Row, TableFiles, Tracker, columns_and_rows, curves
 from alignment.training.trackers.wandb import WandbTracker
 
 log = logging.getLogger(__name__)

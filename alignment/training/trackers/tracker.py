@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,10 @@ from typing import Any
 from alignment.config.launch import Sharding
 from alignment.config.typed import to_plain
 from alignment.core.artifacts import Manifest, write_json
+from alignment.core.files import write_text
 from alignment.core.hardware import versions
 from alignment.job import StageSpec
+from alignment.records.training import readable_rows, rounded
 
 Cell = str | int | float | bool | None
 TOKEN = "tracking-token.json"
@@ -24,7 +27,7 @@ TOKEN = "tracking-token.json"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One step: its curves by name (curve_names.py), and when it was logged, in seconds since 1970.
+    """One step: its curves by name (tracker.py), and when it was logged, in seconds since 1970.
 
     ``Row(step=3, curves={"loss": 0.5, "seconds": 1.25}, time=1.8e9)``
     """
@@ -109,3 +112,58 @@ def _flat(row: Mapping[str, Any], prefix: str) -> dict[str, Cell]:
         else:
             cells[prefix + name] = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value
     return cells
+
+
+RESULT = "result/"
+"""Begins the names of a result's headline metrics, apart from W&B, whose summary and sweeps have them bare."""
+
+_RESERVED = frozenset({"step", "time", "timestamp", "run", "project", "metrics"})
+"""trackio would put ``__`` before them; ``step`` is the axis of W&B's plots."""
+_OTHER = re.compile(r"[^A-Za-z0-9_./ -]")
+
+
+def curve_name(name: str) -> str:
+    """A curve's name in every tracker: ``loss`` as it is, ``time`` as ``metric/time``, ``hit@1`` as ``hit_x40_1``."""
+    name = _OTHER.sub(lambda match: f"_x{ord(match[0]):x}_", name)
+    return f"metric/{name}" if name in _RESERVED or name.startswith(("_", "/", ".")) else name
+
+
+def curves(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a step under their names in every tracker, rounded as in ``metrics.jsonl``."""
+    return {
+        curve_name(name): float(rounded(value))
+        for name, value in flattened(metrics).items()
+        if isinstance(value, (int, float))
+    }
+
+
+class TableFiles(Tracker):
+    """Keeps what other trackers get and no other file has: ``<name>.jsonl``, a line for each row of a table."""
+
+    def __init__(self, spec: StageSpec) -> None:
+        self._folder = _folder(spec)
+
+    def log(self, rows: Sequence[Row]) -> None:
+        """Keeps nothing: steps are in ``metrics.jsonl``."""
+
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Cell]]) -> None:
+        """Replaces the table of this name."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(dict(zip(columns, row, strict=True)), ensure_ascii=False) + "\n" for row in rows]
+        write_text(self._folder / f"{name}.jsonl", "".join(lines))
+
+    def result(self, manifest: Manifest, folder: Path) -> None:
+        """Keeps nothing: the result is in its manifest."""
+
+    def close(self, *, done: bool) -> None:
+        """Does nothing: every table is written at once."""
+
+
+def stored_tables(spec: StageSpec) -> dict[str, list[dict[str, Any]]]:
+    """The rows of the tables that a stage has sent, by the table's name."""
+    return {file.stem: readable_rows(file)[0] for file in sorted(_folder(spec).glob("*.jsonl"))}
+
+
+def _folder(spec: StageSpec) -> Path:
+    """The folder of these settings, apart from that of others with which the run was started earlier."""
+    return spec.run_folder / "tables" / spec.fingerprint[:8]

@@ -3,15 +3,51 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from alignment.core.artifacts import EVALUATION, MANIFEST, Manifest, folder_name, read_manifest
 from alignment.job import StageSpec
-from alignment.training.trackers.curve_names import curve_name
-from alignment.training.trackers.tracker import Cell, Row, Tracker, settings, stable_id, tags
-from alignment.training.trackers.wandb_log import logged
+from alignment.training.trackers.tracker import Cell, Row, Tracker, curve_name, settings, stable_id, tags
+
+_HEADER, _CHUNK, _BLOCK = 7, 7, 1 << 15
+_MAGIC = b":W&B"
+_WHOLE, _FIRST, _LAST = 1, 2, 4
+
+
+def records(file: Path) -> Iterator[Any]:
+    """The records of a file in order, up to the point where a killed process stopped writing."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    data = file.read_bytes()
+    if not data.startswith(_MAGIC):
+        return
+    offset, message = _HEADER, b""
+    while offset + _CHUNK <= len(data):
+        if (left := _BLOCK - offset % _BLOCK) < _CHUNK:
+            offset += left
+            continue
+        length, kind = int.from_bytes(data[offset + 4 : offset + 6], "little"), data[offset + 6]
+        chunk = data[offset + _CHUNK : offset + _CHUNK + length]
+        if kind == 0 or len(chunk) < length:
+            return
+        message = chunk if kind in (_WHOLE, _FIRST) else message + chunk
+        if kind in (_WHOLE, _LAST):
+            yield Record.FromString(message)
+        offset += _CHUNK + length
+
+
+def logged(folder: Path, run_id: str) -> tuple[int, set[str]]:
+    """The last step of a run in the files below ``folder``, or 0 if there is none, and the names that it has."""
+    step, names = 0, set()
+    for file in folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb"):
+        for record in records(file):
+            if record.HasField("history"):
+                step = max(step, record.history.step.num)
+                names |= {item.nested_key[0] if item.nested_key else item.key for item in record.history.item}
+    return step, names
+
 
 _PATIENCE = {"init_timeout": 30.0, "finish_timeout": 60.0, "finish_timeout_raises": True}
 """Seconds that a stage waits for a server; what was not sent by then stays in its folder for ``wandb sync``."""

@@ -19,7 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 import alignment
 from alignment import cli
-from alignment.pipeline.execute import estimates, planned_costs
+from alignment.pipeline.execute import estimates
 from alignment.pipeline.plan.plan import make_plan
 from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs
 
@@ -233,7 +233,7 @@ def test_a_device_asks_for_the_cost_as_it_does_on_the_command_line(
         calls.append((device, trade))
         return alignment.RunCost(device=device, stages=stages)
 
-    monkeypatch.setattr(planned_costs, "estimated", estimated)
+    monkeypatch.setattr(estimates, "estimated", estimated)
     cost = alignment.plan("quickstart", overrides, device="h100").cost
     assert cost is not None
     assert (cost.device, cost.stages) == ("h100", stages)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from alignment.core import hardware
-from alignment.pipeline.backends.environment import CPU_MEMORY, WAITING_SETTINGS, idle_threads
+from alignment.pipeline.backends.command import CPU_MEMORY, WAITING_SETTINGS, idle_threads
 from benchmarks import harness, machine, search_run
 from benchmarks import measurement as measurement_module
 from benchmarks.counts import padded_tokens

@@ -10,11 +10,11 @@ from typing import Annotated
 import pytest
 
 from alignment import cli
+from alignment.config.optim import OptimConfig
 from alignment.config.rules import POSITIVE
-from alignment.config.stage import OptimConfig
 from alignment.config.typed import field_types
 from alignment.core.errors import DataError
-from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.dpo.kind import DpoConfig
 from book import command_line, errors_page
 from book.markdown import type_words
 from book.reference import DOCS, pages, stale

@@ -14,7 +14,7 @@ from alignment.config.typed import convert, field_types, listed_dataclass, stage
 from alignment.core.errors import ConfigError
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.registry import config_classes
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.kind import SftConfig
 
 STAGES = config_classes()
 

@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from alignment.core import locks
+from alignment.core.child_processes import children_of, kill_all
 from alignment.core.errors import ArtifactError, Busy, ConfigError
 from alignment.core.locks import held, is_held, last_host
-from alignment.core.processes import children_of, kill_all
 from tests.living import is_living
 from tests.patience import wait_until
 
@@ -156,7 +156,7 @@ def test_the_process_that_goes_on_is_named_where_the_one_that_took_the_lock_is_g
     ],
 )
 def test_neither_a_handler_nor_output_that_fails_changes_an_exit_code(statements: str, ending: tuple[int, str]) -> None:
-    imports = "import atexit, sys\nfrom alignment.core.processes import end_process\n"
+    imports = "import atexit, sys\nfrom alignment.core.child_processes import end_process\n"
     assert ended(f"{imports}{statements}\nend_process({ending[0]})\n") == ending
 
 
@@ -268,7 +268,7 @@ def ended(program: str) -> tuple[int, str]:
 
 
 def test_what_happens_while_an_interpreter_is_taken_down_changes_no_exit_code() -> None:
-    end = "from alignment.core.processes import end_process\nend_process(5)\n"
+    end = "from alignment.core.child_processes import end_process\nend_process(5)\n"
     assert ended(LATE + end) == (5, "printed handled"), "exit handlers run, and output is written"
     assert ended(LATE + "sys.exit(5)\n")[0] == -6, "what it is for"
 

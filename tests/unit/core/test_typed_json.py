@@ -28,9 +28,9 @@ from alignment.core.typed_json import (
     write,
 )
 from alignment.records.interval import Interval
-from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.ppo.config import PpoConfig
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.kind import SftConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

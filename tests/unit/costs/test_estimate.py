@@ -13,12 +13,12 @@ from transformers import LlamaConfig, PreTrainedConfig
 
 from alignment.config.data import DataConfig
 from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
-from alignment.config.stage import OptimConfig
+from alignment.config.optim import OptimConfig
 from alignment.costs.devices import DEVICES, THIS
 from alignment.costs.shadows import Key, Operation
 from alignment.estimate import Timer, cost_of
 from alignment.records.cost import StageCost
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.kind import SftConfig
 from tests.tiny import tiny_spec, tiny_tokenizer
 
 LLAMA_8B = LlamaConfig(

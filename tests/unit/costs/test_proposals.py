@@ -16,8 +16,8 @@ from alignment.estimate import Timer, cost_of
 from alignment.job import StageSpec
 from alignment.pipeline.execute.estimates import choices
 from alignment.records.cost import StageCost
-from alignment.stages.dpo.config import DpoConfig
-from alignment.stages.kto.config import KtoConfig
+from alignment.stages.dpo.kind import DpoConfig
+from alignment.stages.kto.kind import KtoConfig
 from alignment.stages.shared import reference
 from tests.in_memory import without_collections
 from tests.unit.costs.test_ways import as_adapter, spec_of

@@ -12,10 +12,10 @@ import pytest
 
 from alignment.config.data import DataConfig
 from alignment.config.model import AdapterConfig
-from alignment.config.stage import OptimConfig
+from alignment.config.optim import OptimConfig
 from alignment.costs.remedies import Choice, Levels, Way, cheapest, with_remedy, with_settings
 from alignment.records.cost import PhaseCost, StageCost
-from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.dpo.kind import DpoConfig
 
 DEPTHS = (2, 1, 1)
 TOKENS = Choice(field="optim.micro_batch_tokens", values=(1024, 512))

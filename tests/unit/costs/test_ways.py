@@ -14,17 +14,17 @@ from alignment.config.data import DataConfig, MixedConfig, ValidationConfig
 from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
 from alignment.config.launch import Offload, Sharding
 from alignment.config.model import AdapterConfig, AdapterKind
+from alignment.config.optim import OptimConfig
 from alignment.config.scoring import ScorerConfig
-from alignment.config.stage import OptimConfig
 from alignment.core.fingerprint import file_sha256
 from alignment.costs import storing
 from alignment.estimate import Timer, cost_of
 from alignment.job import StageInput, StageSpec
 from alignment.records.cost import StageCost
-from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.kto.config import KtoConfig
-from alignment.stages.reward.config import RewardConfig
+from alignment.stages.kto.kind import KtoConfig
+from alignment.stages.reward.kind import RewardConfig
 from tests.chained import FULL, Chained, config_of
 from tests.in_memory import without_collections
 from tests.tiny import save_tiny_model, tiny_spec

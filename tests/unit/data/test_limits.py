@@ -19,8 +19,8 @@ from alignment.data.tokens.rendering import prompt_text
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, Tokenized, tokenized
 from alignment.data.tokens.tokenize import Tokens, encode, prompt_ids
 from alignment.data.turns import Message
-from alignment.stages.cpt.config import CptConfig
-from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.cpt.kind import CptConfig
+from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.registry import kind_of
 from tests.templates import STYLES, styled_tokenizer

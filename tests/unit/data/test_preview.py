@@ -22,11 +22,11 @@ from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, Kind, tokenized
 from alignment.data.tokens.token_spans import RecordSpans, histogram, record_spans
 from alignment.data.turns import Message
-from alignment.stages.cpt.config import CptConfig
-from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.cpt.kind import CptConfig
+from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.ppo.config import PpoConfig
-from alignment.stages.reward.config import RewardConfig
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.reward.kind import RewardConfig
+from alignment.stages.sft.kind import SftConfig
 from tests.public import PUBLIC, WRITTEN, needs_public_data
 from tests.real_templates import QWEN, dressed, text_of
 from tests.templates import styled_tokenizer

@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
+from alignment.core.child_processes import RANKS
 from alignment.core.errors import StageError
 from alignment.core.locks import is_held
-from alignment.core.processes import RANKS
 from alignment.engines.keeper_process import NOT_STARTED, exit_file, lock_file
 from alignment.engines.server_process import KEY, PORT, Keeper, ServerCommand, ServerProcess
 from tests.living import is_living

@@ -81,7 +81,7 @@ from alignment.models.forward.rows import stream
 from alignment.models.forward.shared_prompts import can_read
 from alignment.models.forward.waiting_prompts import Entrants
 from alignment.models.kernels import row_attention
-from alignment.stages.reward.config import RewardConfig
+from alignment.stages.reward.kind import RewardConfig
 from tests.tiny import tiny_model, tiny_reward, tiny_spec, tiny_tokenizer
 from tests.unit.models.conftest import (
     CPU,

@@ -37,10 +37,10 @@ from alignment.models.assembly.mapped import copied_in_calls, copy_weights, is_m
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import scalar_scores, unwrapped
 from alignment.models.forward.rows import stream
-from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.ppo.config import Advantage, PpoConfig
 from alignment.stages.ppo.trainer_setup import roles_of
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.kind import SftConfig
 from alignment.training.context import StageContext
 from tests.chained import QLORA, Chained, config_of
 from tests.device import need_bitsandbytes

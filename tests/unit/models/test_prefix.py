@@ -22,8 +22,8 @@ from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.generate import generate
 from alignment.models.forward.rows import stream
 from alignment.models.forward.shared_prompts import read
-from alignment.stages.dpo.config import DpoConfig
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.dpo.kind import DpoConfig
+from alignment.stages.sft.kind import SftConfig
 from tests.oracles.close import close
 from tests.tiny import ARCHITECTURES, liven, publish_tiny, tiny_model, tiny_spec
 from tests.unit.models.conftest import CPU, LORA, padded, relative

@@ -18,7 +18,7 @@ from alignment.models.assembly.roles import Roles, build_roles, share_frozen
 from alignment.models.forward.answers import answer_statistics, answer_stream, scalar_scores, unwrapped
 from alignment.models.forward.rows import stream
 from alignment.stages.ppo.config import PpoConfig
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.kind import SftConfig
 from tests.oracles.close import close
 from tests.tiny import liven, publish_tiny, tiny_model, tiny_reward, tiny_spec
 from tests.unit.models.conftest import CPU, FULL, KINDS, LORA, assert_same_gradients, gradients

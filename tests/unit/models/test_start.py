@@ -19,8 +19,8 @@ from alignment.models.assembly.adapters import add_adapter, at_start, merge_adap
 from alignment.models.assembly.load import Lineage, lineage, load_policy
 from alignment.models.assembly.start import load_start, turn_off_dropout
 from alignment.models.kernels.nf4 import round_trunk
-from alignment.stages.dpo.config import DpoConfig
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.dpo.kind import DpoConfig
+from alignment.stages.sft.kind import SftConfig
 from tests.oracles.close import close
 from tests.tiny import (
     ARCHITECTURES,

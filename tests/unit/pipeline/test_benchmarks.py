@@ -15,7 +15,7 @@ from alignment.config.sweep import ObjectiveConfig
 from alignment.core.errors import AlignmentError, ConfigError, DataError
 from alignment.pipeline.execute.rehearsal import rehearse
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
-from alignment.pipeline.sweeps import objectives, reported
+from alignment.pipeline.sweeps import objectives
 from tests.hub import COMMIT, leave_data_set, use_cache
 from tests.unit.pipeline.conftest import screened, write
 from tests.unit.pipeline.test_rehearsal import Commands, executed, stages_in, started
@@ -219,8 +219,8 @@ def test_a_group_and_a_tag_stand_for_their_tasks(benchmark: Benchmark, folder: P
     add(folder, "all", f"group: all\ntask: [sums, {inner}]\n")
     for name in ("all", "hard"):
         config = stage(benchmark(f"tasks=[{name}]")).config
-        assert reported.missing(config, "products/exact_match/sft", "benchmark") == ""
-    assert "reports no 'sumz/exact_match/sft'" in reported.missing(config, "sumz/exact_match/sft", "benchmark")
+        assert objectives.missing(config, "products/exact_match/sft", "benchmark") == ""
+    assert "reports no 'sumz/exact_match/sft'" in objectives.missing(config, "sumz/exact_match/sft", "benchmark")
     message = refused(benchmark, "tasks=[hard,all]")
     assert "'all' contains the task 'differences', and so does 'hard'" in message
 

@@ -13,9 +13,9 @@ from alignment.config.evaluating import LabelledConfig
 from alignment.config.faults import Fault
 from alignment.config.launch import Backend, LocalBackend, MachinesBackend, Offload, SlurmBackend
 from alignment.config.model import AdapterConfig, AdapterKind
+from alignment.config.optim import Moments
 from alignment.config.run import GROUPS, RunConfig, conf_folder, recipe_names, recipes_folder, sweep_names
 from alignment.config.scoring import ScorerConfig
-from alignment.config.stage import Moments
 from alignment.config.typed import convert, typed
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan import references, settings

@@ -13,19 +13,19 @@ import pytest
 
 from alignment.config.data import DataConfig
 from alignment.config.model import AdapterConfig, AdapterKind
-from alignment.config.stage import Automatic, OptimConfig
+from alignment.config.optim import Automatic, OptimConfig
 from alignment.core import hardware
 from alignment.core.files import shipped
 from alignment.core.locks import held
 from alignment.costs.devices import THIS
 from alignment.costs.remedies import Choice, Way
-from alignment.pipeline.execute import estimates, planned_costs
+from alignment.pipeline.execute import estimates
 from alignment.pipeline.execute.estimates import WAYS, choices, way_of_training, ways_with_less
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.records.cost import FILE, PROGRESS, PhaseCost, RunCost, StageCost
-from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.registry import read_spec
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.kind import SftConfig
 from tests.unit.pipeline.conftest import MakePlan, stage_of, write
 
 FULL = "adapter@stages.dpo.adapter=full"
@@ -100,12 +100,12 @@ def test_a_stage_with_other_settings_than_those_that_were_estimated_is_not_left_
     names = ("sft", "reward", "dpo", "ppo", "evaluate")
     phases = {"training": PhaseCost(peak=10**9, seconds=5.0)}
     costs = {name: StageCost(stage=name, kind=name, phases=phases) for name in names}
-    assert planned_costs.known(plan()) is None
+    assert estimates.known_costs(plan()) is None
     remembered(plan(), costs, memory=8e9)
-    cost = planned_costs.known(plan())
+    cost = estimates.known_costs(plan())
     assert cost is not None
     assert (cost.stages, cost.memory, cost.startup) == (list(costs.values()), 8e9, 4.0)
-    other = planned_costs.known(plan("stages.dpo.beta=0.7"))
+    other = estimates.known_costs(plan("stages.dpo.beta=0.7"))
     assert other is not None
     assert {stage.stage: stage.error for stage in other.stages if stage.error} == dict.fromkeys(
         ("dpo", "evaluate"), "its settings are new since the last estimate; estimate again"
@@ -122,7 +122,7 @@ def test_a_remedy_is_offered_again_where_it_still_fits(
     settings = ["stages.sft.optim.micro_batch_tokens=512"]
     sft = StageCost(stage="sft", kind="sft", phases=phases, remedy=settings, remedy_peak=3 * 10**9)
     remembered(plan(), {"sft": sft}, memory=5e9)
-    cost = planned_costs.known(plan())
+    cost = estimates.known_costs(plan())
     assert cost is not None
     assert (cost.stages[0].remedy, cost.stages[0].remedy_peak) == ((settings, 3 * 10**9) if fits else ([], 0))
 

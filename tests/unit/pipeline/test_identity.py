@@ -22,29 +22,30 @@ from alignment.config.evaluating import (
 )
 from alignment.config.launch import RolloutSamplingConfig, SamplingConfig
 from alignment.config.model import READ_BY, AdapterConfig
+from alignment.config.optim import OptimConfig
 from alignment.config.run import RunConfig
 from alignment.config.scoring import ServerConfig
-from alignment.config.stage import OptimConfig, StageConfig
+from alignment.config.stage import StageConfig
 from alignment.config.typed import field_types, group_of, listed_dataclass
 from alignment.core.fingerprint import digest
 from alignment.pipeline.execute.notes import of_plan
-from alignment.pipeline.plan import actions, identity
+from alignment.pipeline.plan import actions, references
 from alignment.pipeline.sources.model_sources import ModelSource
 from alignment.stages import registry
-from alignment.stages.benchmark.config import BenchmarkConfig
-from alignment.stages.cpt.config import CptConfig
-from alignment.stages.distil.config import DistilConfig
-from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.benchmark.kind import BenchmarkConfig
+from alignment.stages.cpt.kind import CptConfig
+from alignment.stages.distil.kind import DistilConfig
+from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.forgetting.config import ForgettingConfig
-from alignment.stages.kto.config import KtoConfig
+from alignment.stages.forgetting.kind import ForgettingConfig
+from alignment.stages.kto.kind import KtoConfig
 from alignment.stages.ppo.config import PpoConfig, PpoOptimConfig
 from alignment.stages.registry import config_classes
-from alignment.stages.report.config import ReportConfig
-from alignment.stages.reward.config import RewardConfig
-from alignment.stages.reward_card.config import RewardCardConfig
-from alignment.stages.sample.config import SampleConfig
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.report.kind import ReportConfig
+from alignment.stages.reward.kind import RewardConfig
+from alignment.stages.reward_card.kind import RewardCardConfig
+from alignment.stages.sample.kind import SampleConfig
+from alignment.stages.sft.kind import SftConfig
 from tests.unit.pipeline.conftest import MakePlan, changed
 
 STAGES = config_classes()
@@ -96,7 +97,7 @@ STAGE: dict[str, StageConfig] = {
 def fingerprint(stage: StageConfig, *, seed: int = 0) -> str:
     run = RunConfig(name="test", stages={"it": stage}, seed=seed)
     base = ModelSource(source="base", identity="weights", folder=None, ready=True)
-    return digest(identity.of_stage(run, "it", base=base, data={"data": "rows"}, inputs={}, arms={}))
+    return digest(references.of_stage(run, "it", base=base, data={"data": "rows"}, inputs={}, arms={}))
 
 
 def changes(config: Any, path: str = "") -> Iterator[tuple[str, type, str, Any]]:
@@ -198,10 +199,10 @@ def test_which_evaluation_a_report_shows_counts() -> None:
     def of(evaluation: str | None, evaluations: dict[str, EvaluateConfig]) -> str:
         report = ReportConfig(evaluation=evaluation)
         run = RunConfig(name="test", stages={**evaluations, "report": report})
-        return digest(identity.of_report(run, "report", inputs={}))
+        return digest(references.of_report(run, "report", inputs={}))
 
     usual = RunConfig(name="test", stages={**single, "report": ReportConfig(evaluation="stage:evaluate")})
-    described = identity.of_report(usual, "report", inputs={})
+    described = references.of_report(usual, "report", inputs={})
     assert "shown" not in described, "reports of before this key stay valid"
     assert of(None, single) != of("stage:evaluate", single)
     assert len({of(evaluation, several) for evaluation in (None, "stage:evaluate", "stage:again")}) == 3
@@ -211,9 +212,9 @@ def test_which_evaluation_a_report_shows_counts() -> None:
 
 def test_a_reports_revision_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunConfig(name="test", stages={"it": ReportConfig()})
-    before = digest(identity.of_report(run, "it", inputs={}))
+    before = digest(references.of_report(run, "it", inputs={}))
     raise_revision("report", monkeypatch)
-    assert digest(identity.of_report(run, "it", inputs={})) != before
+    assert digest(references.of_report(run, "it", inputs={})) != before
 
 
 # ---- settings that nothing reads ------------------------------------------------------------------------------------

@@ -14,25 +14,25 @@ import pytest
 from alignment.config.data import PtxConfig
 from alignment.config.launch import LaunchConfig, LauncherKind, MachinesBackend, Offload, Sharding, SlurmBackend
 from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
+from alignment.config.optim import Moments, OptimConfig
 from alignment.config.run import RunConfig
-from alignment.config.stage import Moments, OptimConfig, StageConfig
+from alignment.config.stage import StageConfig
 from alignment.core.errors import ConfigError
 from alignment.core.files import shipped
 from alignment.core.hardware import visible_devices
-from alignment.pipeline.backends import command, environment, feasibility
-from alignment.pipeline.backends.command import with_processes
-from alignment.pipeline.backends.environment import idle_threads
+from alignment.pipeline.backends import command, feasibility
+from alignment.pipeline.backends.command import idle_threads, with_processes
 from alignment.pipeline.plan.compatibility import faults
-from alignment.stages.benchmark.config import BenchmarkConfig
-from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.benchmark.kind import BenchmarkConfig
+from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.forgetting.config import ForgettingConfig
-from alignment.stages.kto.config import KtoConfig
+from alignment.stages.forgetting.kind import ForgettingConfig
+from alignment.stages.kto.kind import KtoConfig
 from alignment.stages.ppo.config import PpoConfig
-from alignment.stages.report.config import ReportConfig
-from alignment.stages.reward_card.config import RewardCardConfig
-from alignment.stages.sample.config import SampleConfig
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.report.kind import ReportConfig
+from alignment.stages.reward_card.kind import RewardCardConfig
+from alignment.stages.sample.kind import SampleConfig
+from alignment.stages.sft.kind import SftConfig
 
 ROOT = Path(__file__).parents[3]
 TWO_MACHINES = MachinesBackend()
@@ -159,7 +159,7 @@ def test_a_worker_s_defaults_leave_what_the_user_has_set(monkeypatch: pytest.Mon
     if chosen is not None:
         monkeypatch.setenv(chosen, "1000")
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")
-    variables = environment.of_worker(2, "/theirs")
+    variables = command.of_worker(2, "/theirs")
     policies = {name: variables[name] for name in WAITING if name in variables}
     assert policies == (idle_threads() if chosen is None else {})
     assert "MALLOC_TOP_PAD_" not in variables
@@ -191,7 +191,7 @@ def test_how_soon_idle_threads_sleep_is_what_was_measured_for_the_processor(
 def test_files_in_the_working_folder_hide_no_module_of_ours(tmp_path: Path) -> None:
     (tmp_path / "alignment").mkdir()
     (tmp_path / "alignment/__init__.py").write_text("raise SystemExit('this is the user's own file')")
-    variables = {**os.environ, **environment.of_worker(1, "")}
+    variables = {**os.environ, **command.of_worker(1, "")}
     ended = subprocess.run(
         [sys.executable, "-m", "alignment.core.errors"], cwd=tmp_path, env=variables, capture_output=True, check=False
     )

@@ -8,9 +8,7 @@ from typing import Any
 import pytest
 
 from alignment.core.errors import DataError
-from alignment.stages.dpo.config import DpoConfig, DpoLoss
-from alignment.stages.dpo.kind import KIND
-from alignment.stages.dpo.loss_settings import loss_faults
+from alignment.stages.dpo.kind import KIND, DpoConfig, DpoLoss, loss_faults
 from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan, stage_of, write_rows
 
 SIMPO: dict[str, Any] = {"loss": DpoLoss.simpo, "target_margin": 1.0}

@@ -21,12 +21,12 @@ from rich.console import Console
 from alignment.config.launch import LaunchConfig, MachinesBackend
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import ConfigError, StageError
-from alignment.pipeline.backends import late_results, machines, processes
+from alignment.pipeline.backends import machines, processes, slurm_jobs
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute.signals import Terminated
 from alignment.pipeline.plan.actions import Action
-from alignment.stages.benchmark.config import BenchmarkConfig
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.benchmark.kind import BenchmarkConfig
+from alignment.stages.sft.kind import SftConfig
 from tests.patience import wait_until
 
 LAUNCH = LaunchConfig(backend=MachinesBackend(machine_rank=1), grace_seconds=7)
@@ -77,8 +77,8 @@ class Shared:
 
 @pytest.fixture
 def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shared:
-    monkeypatch.setattr(late_results, "_SHOWN_LATE_SECONDS", 0.2)
-    monkeypatch.setattr(late_results, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(slurm_jobs, "_SHOWN_LATE_SECONDS", 0.2)
+    monkeypatch.setattr(slurm_jobs, "_POLL_SECONDS", 0.01)
     return Shared(tmp_path)
 
 
@@ -186,7 +186,7 @@ def test_a_result_that_the_file_system_shows_late_is_waited_for(
 ) -> None:
     states = says("running", "done")
     later = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: shared.publish())
-    monkeypatch.setattr(late_results, "time", later)
+    monkeypatch.setattr(slurm_jobs, "time", later)
     assert shared.follow() == 0
     assert next(states, None) is None
 

@@ -15,7 +15,7 @@ from alignment.config.model import ModelConfig
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import ConfigError, ModelError
 from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
-from alignment.pipeline.execute import inputs, notes
+from alignment.pipeline.execute import notes, stored_results
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.sources import hub
 from tests.chained import Chained
@@ -147,7 +147,7 @@ def test_an_adapter_of_a_hub_is_fetched_and_then_its_base(
     monkeypatch.setattr("alignment.pipeline.sources.bundled_model.is_ready", lambda _: True)
     monkeypatch.setattr("alignment.pipeline.sources.bundled_model.ensure", lambda *_, **__: tmp_path)
     plan = replan("stages.dpo.init=hub:org/adapter")
-    complete = inputs.with_models(plan, lambda _: None, stages=plan.stages)
+    complete = stored_results.with_models(plan, lambda _: None, stages=plan.stages)
     assert complete.base.folder == tmp_path / "base"
     assert complete.stages[0].inputs["init"].path == outside
 

@@ -23,7 +23,7 @@ from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.remote.remote_checkpoints import CHECKPOINT_MANIFEST
 from alignment.records.training import ChosenSize, cache_file, remember
 from alignment.stages.registry import kinds, read_spec
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.kind import SftConfig
 from alignment.training import checkpoints
 from tests.hub import COMMIT
 from tests.unit.pipeline.conftest import (

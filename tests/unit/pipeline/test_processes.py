@@ -17,8 +17,8 @@ import psutil
 import pytest
 
 from alignment.core import hardware
+from alignment.core.child_processes import RANKS
 from alignment.core.locks import held, is_held
-from alignment.core.processes import RANKS
 from alignment.pipeline.backends import forking
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.backends.forking import ForkedProcess, ForkServer, fork_server
@@ -234,7 +234,7 @@ def test_a_signal_that_comes_while_the_command_starts_lets_its_worker_save(
 def test_a_worker_hears_what_its_launcher_does_not(executed: Executed, tmp_path: Path) -> None:
     (tmp_path / "sft").mkdir()
     code = (
-        "import os, pathlib, signal\nfrom alignment.core.processes import stop_while_importing\n"
+        "import os, pathlib, signal\nfrom alignment.core.child_processes import stop_while_importing\n"
         "from alignment.records.worker import write_stopped_before_it_began\n"
         f"os.kill(os.getpid(), signal.SIGUSR1)\nfile = pathlib.Path({str(tmp_path / 'sft/stage.yaml')!r})\n"
         "stop_while_importing(lambda: write_stopped_before_it_began(file))\n"

@@ -31,10 +31,10 @@ from alignment.records.run import RunRecord
 from alignment.records.worker import DONE, FAILED, Status
 from alignment.stages.evaluate import prompt_lengths
 from alignment.stages.evaluate.config import EvaluateConfig
-from alignment.stages.forgetting.config import ForgettingConfig
+from alignment.stages.forgetting.kind import ForgettingConfig
 from alignment.stages.registry import kind_of
-from alignment.stages.sample.config import SampleConfig
-from alignment.stages.sample.sampled_base import refuse_base
+from alignment.stages.sample.kind import SampleConfig
+from alignment.stages.sample.run import refuse_base
 from alignment.training.context import StageContext
 from tests.tiny import tiny_spec, tiny_tokenizer
 from tests.unit.pipeline.conftest import NUM_PAIRS, MakePlan, leave_artifact, write_rows

@@ -11,27 +11,28 @@ import pytest
 
 from alignment import cli
 from alignment.config.data import DataConfig, MixedConfig, ValidationConfig
+from alignment.config.optim import OptimConfig
 from alignment.config.run import RunConfig, conf_folder
 from alignment.config.scoring import GuardConfig
-from alignment.config.stage import OptimConfig, StageConfig
+from alignment.config.stage import StageConfig
 from alignment.core.errors import ConfigError, DataError
 from alignment.core.fingerprint import canonical
 from alignment.data.records import Conversation, Prompt
 from alignment.data.turns import Message
 from alignment.pipeline.backends.feasibility import refuse_sizes
 from alignment.pipeline.execute.notes import of_plan
-from alignment.pipeline.plan import profile
+from alignment.pipeline.plan import overrides
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.plan.row_counts import Seen, faults
 from alignment.pipeline.plan.row_counts import seen as amounts_of
 from alignment.pipeline.plan.validation_checks import settings_faults
-from alignment.stages.cpt.config import CptConfig
-from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.cpt.kind import CptConfig
+from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.registry import kind_of
-from alignment.stages.reward.config import RewardConfig
-from alignment.stages.sft.config import SftConfig
-from alignment.training.looks import Looks
+from alignment.stages.reward.kind import RewardConfig
+from alignment.stages.sft.kind import SftConfig
+from alignment.training.validation import Looks
 from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan, faulty_keys, stage_of, write, write_rows
 
 VALIDATION = "stages.s.validation"
@@ -264,7 +265,7 @@ def test_settings_of_a_validation_at_their_defaults_are_no_part_of_a_fingerprint
 def test_a_smoke_run_does_not_look() -> None:
     looks = {"share": 0.5, "data": {"source": "path:own.jsonl"}, "every": 100, "keep_best": True, "patience": 2}
     stages = {kind: {"kind": kind, "validation": looks} for kind in ("cpt", "sft", "reward", "dpo")}
-    smoke = profile.read(conf_folder() / "profile/smoke.yaml").applied_to({"stages": stages})["stages"]
+    smoke = overrides.read(conf_folder() / "profile/smoke.yaml").applied_to({"stages": stages})["stages"]
     for stage in smoke.values():
         given = {**stage["validation"], "data": DataConfig(**stage["validation"]["data"])}
         assert ValidationConfig(**given) == ValidationConfig()

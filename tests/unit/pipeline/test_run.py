@@ -37,7 +37,7 @@ from alignment.core.locks import held
 from alignment.core.terminal import Unfailing
 from alignment.pipeline.backends import machines, processes
 from alignment.pipeline.backends.command import Command
-from alignment.pipeline.backends.slurm_job_file import HERE
+from alignment.pipeline.backends.slurm_jobs import HERE
 from alignment.pipeline.execute import worker_protocol
 from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.run import run, run_trial

@@ -22,17 +22,16 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure as TorchFailure
 
 import alignment
-from alignment.commands.shared.named_runs import current_run
+from alignment.commands.shared.following import current_run
 from alignment.commands.status import show_status
 from alignment.core import terminal
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError, Busy, Preempted, StageError
 from alignment.core.locks import held
 from alignment.pipeline.execute import run_state
-from alignment.pipeline.execute.attempt_times import counted
-from alignment.pipeline.execute.heartbeats import ProcessState, Watch, refuse_stuck
-from alignment.pipeline.execute.run_state import as_it_is, explanation
+from alignment.pipeline.execute.run_state import as_it_is, counted, explanation
 from alignment.pipeline.execute.worker_protocol import ProcessFailure, first_failure, raise_for_status
+from alignment.pipeline.execute.workers import ProcessState, Watch, refuse_stuck
 from alignment.records.run import Attempts, StageEntry
 from alignment.records.worker import FAILED, PROGRESS, Heartbeat, Progress, Status, heartbeat_file
 from tests.running import RunFolder

@@ -32,8 +32,8 @@ from alignment.core.errors import (
     StageError,
     StoreError,
 )
-from alignment.pipeline.backends import command, feasibility, late_results, slurm, slurm_jobs
-from alignment.pipeline.backends.slurm_job_file import render
+from alignment.pipeline.backends import command, feasibility, slurm, slurm_jobs
+from alignment.pipeline.backends.slurm_jobs import render
 from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan, make_plan
@@ -255,7 +255,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
     monkeypatch.setenv("PATH", f"{made.folder / 'bin'}:/usr/bin:/bin")
     monkeypatch.setenv("FAKES", str(made.folder))
     monkeypatch.setattr(slurm_jobs, "_POLL_SECONDS", 0.0)
-    monkeypatch.setattr(late_results, "_SHOWN_LATE_SECONDS", 0.0)
+    monkeypatch.setattr(slurm_jobs, "_SHOWN_LATE_SECONDS", 0.0)
     return made
 
 

@@ -17,14 +17,14 @@ import torch
 from alignment import worker
 from alignment.config.data import DataConfig
 from alignment.config.model import AdapterConfig
+from alignment.config.optim import Automatic, with_tokens
 from alignment.config.scoring import ScorerConfig
-from alignment.config.stage import Automatic, with_tokens
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import StageError
 from alignment.job import StageInput, StageSpec, memory_key
 from alignment.records import training
 from alignment.records.training import OWN_FILE
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.kind import SftConfig
 from alignment.stages.shared import automatic_size
 from alignment.stages.shared.automatic_size import with_chosen_size
 from alignment.training import size_search

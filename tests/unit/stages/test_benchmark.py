@@ -37,10 +37,8 @@ from alignment.records.benchmark import (
 from alignment.rehearse import check_model
 from alignment.stages import registry
 from alignment.stages.benchmark import harness_model, harness_run, run
-from alignment.stages.benchmark.answer_ends import StopTexts
-from alignment.stages.benchmark.config import BenchmarkConfig
-from alignment.stages.benchmark.harness_model import HarnessModel, Sizes
-from alignment.stages.benchmark.kind import content
+from alignment.stages.benchmark.harness_model import HarnessModel, Sizes, StopTexts
+from alignment.stages.benchmark.kind import BenchmarkConfig, content
 from alignment.training.context import StageContext
 from alignment.training.trackers.all_trackers import Trackers
 from tests.chained import LORA, Chained

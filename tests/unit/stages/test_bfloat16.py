@@ -20,8 +20,9 @@ from transformers import AutoModelForCausalLM
 
 from alignment.config.data import DataConfig
 from alignment.config.model import AdapterConfig, AdapterKind, Critic, Dtype
+from alignment.config.optim import OptimConfig
 from alignment.config.scoring import ScorerConfig
-from alignment.config.stage import OptimConfig, StageConfig
+from alignment.config.stage import StageConfig
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import StageError
 from alignment.models.forward.answers import unwrapped

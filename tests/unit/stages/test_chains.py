@@ -24,7 +24,7 @@ from alignment.models.assembly.start import load_start
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.rows import stream
 from alignment.stages.registry import kind_of
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.kind import SftConfig
 from alignment.training.context import StageContext
 from tests.chained import DATA, DORA, FULL, LORA, PREFIX, QLORA, SAME_PREFIX, Chained, config_of
 from tests.measuring import Measuring

@@ -31,14 +31,18 @@ from alignment.models.forward.distilled import refuse_other_heads
 from alignment.models.forward.generate import Sampling, generate
 from alignment.records.interval import Interval
 from alignment.records.stages import Assisted, Distillation, StudentFigures, Timing
-from alignment.stages.distil import assisted, student_comparison
 from alignment.stages.distil import run as distil
-from alignment.stages.distil.assisted import Greedy, gaps_at_differences, timing
-from alignment.stages.distil.config import Method
-from alignment.stages.distil.distil_trainer import DistilTrainer
-from alignment.stages.distil.student import student_of
-from alignment.stages.distil.student_comparison import figures_of, frozen_model, sums_of_answers
-from alignment.stages.distil.taught_rows import HeldOutAnswers
+from alignment.stages.distil import student_comparison
+from alignment.stages.distil.kind import Method
+from alignment.stages.distil.student import DistilTrainer, HeldOutAnswers, student_of
+from alignment.stages.distil.student_comparison import (
+    Greedy,
+    figures_of,
+    frozen_model,
+    gaps_at_differences,
+    sums_of_answers,
+    timing,
+)
 from alignment.stages.registry import doubts, kind_named, lines_of, tables_of
 from alignment.stages.shared import answer_sampling
 from alignment.stages.shared.policies import asked_tokenizer
@@ -383,7 +387,7 @@ def test_greedy_answers_with_a_draft_are_those_without_it() -> None:
     model, draft = tiny_model(), keep_first_layers(tiny_model(), 1)
     greedy, prompts = Greedy(max_new_tokens=12, end_ids=[2], pad_id=2), [[5, 6, 7], [8, 9], [10] * 20, [3]]
     alone = greedy.answered(model, prompts)
-    helped = greedy.answered(model, prompts, draft=assisted._drafting(draft, 3))
+    helped = greedy.answered(model, prompts, draft=student_comparison._drafting(draft, 3))
     assert alone.answers == helped.answers
     assert all(1 <= len(answer) <= 12 for answer in alone.answers)
     assert alone.seconds > 0
@@ -396,7 +400,7 @@ def test_a_draft_drafts_gamma_tokens_in_every_step() -> None:
     passes: list[int] = []
     model.register_forward_hook(lambda *_: passes.append(1))
     endless = Greedy(max_new_tokens=12, end_ids=[127], pad_id=2)
-    (answer,) = endless.answered(model, [[5, 6, 7]], draft=assisted._drafting(draft, 3)).answers
+    (answer,) = endless.answered(model, [[5, 6, 7]], draft=student_comparison._drafting(draft, 3)).answers
     assert len(answer) == 12
     assert len(passes) == 2 * 3, "of the answer that warms up, and of the one that is timed"
 

@@ -18,7 +18,7 @@ from alignment import worker
 from alignment.config.evaluating import AnswersConfig, FewShotConfig, JudgeConfig, JudgeKind
 from alignment.config.scoring import MetricConfig
 from alignment.core.errors import DataError, ModelError, NonFiniteError, RewardError
-from alignment.core.text import divided
+from alignment.core.wording import divided
 from alignment.data.records import HeldOutPrompt
 from alignment.data.tokens.tokenize import end_ids, prompt_ids
 from alignment.data.tokens.tokenizer import load_tokenizer

@@ -23,7 +23,7 @@ from alignment.config.evaluating import (
 )
 from alignment.config.scoring import MetricConfig, ServerConfig
 from alignment.core.errors import DataError, StageError
-from alignment.core.text import divided
+from alignment.core.wording import divided
 from alignment.data.tokens.tokenize import answer_ids, prompt_ids
 from alignment.data.turns import Message
 from alignment.evaluation import arms

@@ -19,15 +19,14 @@ from trl import KTOTrainer
 from trl.trainer import kto_trainer
 
 from alignment.config.model import AdapterConfig
-from alignment.config.stage import OptimConfig, Schedule
+from alignment.config.optim import OptimConfig, Schedule
 from alignment.core.artifacts import verify
 from alignment.core.errors import DataError
 from alignment.data.tokens.row_kinds import LABELLED_ANSWERS
 from alignment.models.assembly.adapters import at_start
 from alignment.stages.kto import run as kto
-from alignment.stages.kto.config import KtoLoss
-from alignment.stages.kto.kto_trainer import TokenizedKtoTrainer
-from alignment.stages.kto.labelled_rows import mismatched
+from alignment.stages.kto.kind import KtoLoss
+from alignment.stages.kto.trainer import TokenizedKtoTrainer, mismatched
 from alignment.stages.registry import kind_named
 from alignment.stages.shared.kind_answers import limits_of_parts
 from alignment.stages.shared.result import initial_policy

@@ -20,9 +20,9 @@ from alignment.config.model import CONTINUE, AdapterConfig, Chain, Dtype
 from alignment.core.artifacts import read_manifest
 from alignment.core.errors import StageError
 from alignment.models.assembly.adapters import at_start
-from alignment.stages.dpo import pair_trainer
 from alignment.stages.dpo import run as dpo
-from alignment.stages.dpo.config import DpoConfig, DpoLoss
+from alignment.stages.dpo import trainer
+from alignment.stages.dpo.kind import DpoConfig, DpoLoss
 from alignment.stages.registry import doubts
 from alignment.stages.shared.preference_pairs import read_pairs
 from alignment.stages.shared.reference import OwnRows, Reference
@@ -302,7 +302,7 @@ def test_a_stage_with_a_loss_of_ours_is_validated_and_resumed(
 
     straight = run_on(tmp_path / "straight")
     with monkeypatch.context() as patched:
-        patched.setattr(pair_trainer.PairTrainer, "training_step", failing_after(1))
+        patched.setattr(trainer.PairTrainer, "training_step", failing_after(1))
         with pytest.raises(KeyboardInterrupt):
             run_on(tmp_path / "resumed")
     resumed = run_on(tmp_path / "resumed")
@@ -321,7 +321,7 @@ def run_metrics(chained: Chained, kind: str, adapter: AdapterConfig, **changes: 
 
 def failing_after(steps: int) -> Any:
     """A training step that is interrupted after so many."""
-    whole, done = pair_trainer.PairTrainer.training_step, []
+    whole, done = trainer.PairTrainer.training_step, []
 
     def step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if len(done) == steps:

@@ -26,12 +26,12 @@ from alignment.job import StageInput, StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import unwrapped
-from alignment.pipeline.sweeps.reported import of_stage
+from alignment.pipeline.sweeps.objectives import of_stage
 from alignment.stages.registry import kind_named
 from alignment.stages.reward import run as reward
-from alignment.stages.reward.config import RewardConfig
+from alignment.stages.reward.kind import RewardConfig
 from alignment.stages.reward.run import split
-from alignment.stages.reward_card.config import RewardCardConfig
+from alignment.stages.reward_card.kind import RewardCardConfig
 from alignment.stages.shared.preference_pairs import read_pairs
 from alignment.stages.shared.result import initial_policy
 from alignment.training.context import StageContext

@@ -22,20 +22,21 @@ from alignment.data.tokens.row_kinds import CONVERSATIONS, LABELLED_ANSWERS, PRO
 from alignment.data.turns import Message
 from alignment.records.stages import LEFT_OUT_FILE as LEFT_OUT
 from alignment.stages.ppo.config import PpoConfig
-from alignment.stages.sample.config import SampleConfig, Select
-from alignment.stages.sample.row_making import OfPrompt, rows_of_prompt
-from alignment.stages.sample.selection import (
+from alignment.stages.sample.kind import SampleConfig, Select
+from alignment.stages.sample.rows import (
     EMPTY,
     NO_END,
     REPEATED,
     Candidate,
+    OfPrompt,
     best,
     is_tied,
     labels,
     left_out,
     pairs,
+    rows_of_prompt,
 )
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.kind import SftConfig
 from alignment.stages.shared.stage_rows import fitting, rows_of, selected, token_rows
 from alignment.training.context import StageContext
 from tests.real_templates import QWEN, dressed, text_of

@@ -31,8 +31,8 @@ from alignment.job import StageSpec
 from alignment.models.assembly.load import Lineage
 from alignment.records.stages import Sampling
 from alignment.stages import registry
-from alignment.stages.sample import answer_scoring
-from alignment.stages.sample.config import Select
+from alignment.stages.sample import run
+from alignment.stages.sample.kind import Select
 from alignment.stages.shared import answer_sampling
 from alignment.training.context import StageContext
 from alignment.training.trackers.all_trackers import Trackers
@@ -374,7 +374,7 @@ def made_parts(monkeypatch: pytest.MonkeyPatch, function: str, *, stops_after: i
 
         return once
 
-    build = answer_scoring.build_rewards
+    build = run.build_rewards
 
     def building(*args: Any) -> Any:
         rewards = build(*args)
@@ -384,7 +384,7 @@ def made_parts(monkeypatch: pytest.MonkeyPatch, function: str, *, stops_after: i
     if function == "generate":
         monkeypatch.setattr(answer_sampling, "generate", counted(answer_sampling.generate))
     else:
-        monkeypatch.setattr(answer_scoring, "build_rewards", building)
+        monkeypatch.setattr(run, "build_rewards", building)
     return made
 
 

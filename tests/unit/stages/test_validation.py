@@ -22,7 +22,7 @@ from alignment.stages.registry import curves, lines_of
 from alignment.stages.reward.run import split
 from alignment.stages.shared.preference_pairs import prompts_of, read_pairs, split_by_prompt
 from alignment.training.context import StageContext
-from alignment.training.looks import Looks
+from alignment.training.validation import Looks
 from tests.by_hand import by_hand, handed_on_policy, held_out_rows, logprobs
 from tests.chained import DORA, FULL, LORA, Chained, config_of
 from tests.noisy import HELD_OUT, STEPS, held_out_losses, lines, manifest, noise, overfitting, ran, write_rows

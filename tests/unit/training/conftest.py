@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.kind import SftConfig
 from alignment.training.context import StageContext
 from tests.tiny import tiny_spec
 from tests.unit.training.ppo_bench import Bench, bench_in

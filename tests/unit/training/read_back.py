@@ -14,7 +14,7 @@ import pytest
 
 from alignment.job import StageSpec
 from alignment.training.trackers.tracker import stable_id
-from alignment.training.trackers.wandb_log import records
+from alignment.training.trackers.wandb import records
 
 Curves = dict[tuple[str, int], list[float]]
 ROOT = Path(__file__).parents[3]

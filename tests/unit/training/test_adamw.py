@@ -11,15 +11,14 @@ from peft import TaskType
 from torch import Tensor, nn
 
 from alignment.config.model import AdapterConfig, Dtype
-from alignment.config.stage import Moments, OptimConfig
+from alignment.config.optim import Moments, OptimConfig
 from alignment.core.errors import ConfigError
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.start import load_start
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.kind import SftConfig
 from alignment.training import adamw as module
-from alignment.training.adamw import RandomlyRoundedAdamW, adamw, rounded_at_random
 from alignment.training.context import StageContext
-from alignment.training.trainer_arguments import optimizer_arguments
+from alignment.training.optimizer import RandomlyRoundedAdamW, adamw, optimizer_arguments, rounded_at_random
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec
 
 

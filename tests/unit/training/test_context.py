@@ -13,15 +13,14 @@ import torch
 from alignment import worker
 from alignment.config.launch import Offload, Sharding
 from alignment.config.model import Dtype, ModelConfig
-from alignment.config.stage import OptimConfig, Schedule
+from alignment.config.optim import OptimConfig, Schedule
 from alignment.core.errors import ConfigError
 from alignment.records.worker import Progress
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.kind import SftConfig
 from alignment.training import context as context_module
-from alignment.training.context import StageContext
-from alignment.training.device import own_device
+from alignment.training.context import StageContext, own_device
+from alignment.training.optimizer import common_arguments, optimizer_arguments, quiet_arguments, share_of
 from alignment.training.sharding import layout, sharding_arguments
-from alignment.training.trainer_arguments import common_arguments, optimizer_arguments, quiet_arguments, share_of
 from tests.tiny import tiny_spec
 
 NAMES_OF_SCHEDULES = {

@@ -20,18 +20,17 @@ from datasets import Dataset
 from alignment import worker
 from alignment.config.data import DataConfig, PtxConfig, ValidationConfig
 from alignment.config.model import AdapterConfig
-from alignment.config.stage import OptimConfig
+from alignment.config.optim import OptimConfig
 from alignment.core.errors import ModelError, StageError
 from alignment.job import StageSpec
 from alignment.records.training import METRICS
 from alignment.records.worker import Status
-from alignment.stages.sft.config import SftConfig
-from alignment.training import longest_batch, row_lengths
-from alignment.training.adamw import RandomlyRoundedAdamW
+from alignment.stages.sft.kind import SftConfig
+from alignment.training import longest_batch
 from alignment.training.context import StageContext
-from alignment.training.longest_batch import LongestBatch, largest
+from alignment.training.longest_batch import LongestBatch, largest, longest_sequences, row_tokens
 from alignment.training.micro_batches import MicroBatches
-from alignment.training.row_lengths import longest_sequences, row_tokens
+from alignment.training.optimizer import RandomlyRoundedAdamW
 from tests.chained import DATA, FILES, LORA, Chained, config_of
 from tests.in_child import in_child
 from tests.tiny import save_tiny_model
@@ -241,7 +240,7 @@ POSITIONS = 1200
 
 
 def test_tokens_are_counted_in_the_columns_that_hold_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_lengths, "BLOCK", 2)
+    monkeypatch.setattr(longest_batch, "BLOCK", 2)
     pairs = Dataset.from_dict(
         {
             "prompt_ids": [[1], [1, 2], [3]],
@@ -259,7 +258,7 @@ def test_tokens_are_counted_in_the_columns_that_hold_tokens(monkeypatch: pytest.
 
 
 def test_a_sequence_is_a_prompt_with_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_lengths, "BLOCK", 2)
+    monkeypatch.setattr(longest_batch, "BLOCK", 2)
     answers = Dataset.from_dict(
         {
             "prompt_ids": [[1], [1, 2], [3]],

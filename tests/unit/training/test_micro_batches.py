@@ -16,21 +16,20 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, Trainer
 
 from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
-from alignment.config.stage import OptimConfig, Schedule
+from alignment.config.optim import OptimConfig, Schedule
 from alignment.models.assembly.load import Lineage, load_policy
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import generate
 from alignment.models.forward.rows import by_tokens, evenly, stream
 from alignment.records.training import MetricsLog
 from alignment.stages.dpo import run as dpo
-from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.kto import run as kto
-from alignment.stages.kto.config import KtoConfig
+from alignment.stages.kto.kind import KtoConfig
 from alignment.stages.reward import run as reward
-from alignment.stages.reward.config import RewardConfig
+from alignment.stages.reward.kind import RewardConfig
 from alignment.stages.sft import run as sft
-from alignment.stages.sft.config import SftConfig
-from alignment.training.adamw import RandomlyRoundedAdamW
+from alignment.stages.sft.kind import SftConfig
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import (
     MicroBatches,
@@ -40,6 +39,7 @@ from alignment.training.micro_batches import (
     divided,
     shared_tokens,
 )
+from alignment.training.optimizer import RandomlyRoundedAdamW
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec
 from tests.unit.models.conftest import PROMPTS, greedy, padded, twin
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from alignment.config.model import AdapterConfig, Critic
+from alignment.config.optim import Schedule
 from alignment.config.scoring import GuardConfig
-from alignment.config.stage import Schedule
 from alignment.core.errors import ConfigError, NonFiniteError
 from alignment.data.tokens.tokenize import TokenizedConversation
 from alignment.models.forward.answers import unwrapped

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
 from alignment.records.training import MetricsLog
 from alignment.stages.dpo import run as dpo
-from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.shared import reference
 from alignment.stages.shared.reference import OwnRows
 from alignment.training.context import StageContext

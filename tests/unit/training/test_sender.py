@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from alignment.training.trackers import sender
-from alignment.training.trackers.sender import NotSentError, Sender
+from alignment.training.trackers import mlflow
+from alignment.training.trackers.mlflow import NotSentError, Sender
 from alignment.training.trackers.tracker import Row, Tracker
 
 
@@ -46,7 +46,7 @@ class _Server(Tracker):
 
 @pytest.fixture(autouse=True)
 def _soon_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sender, "_FIRST_DELAY", 0.01)
+    monkeypatch.setattr(mlflow, "_FIRST_DELAY", 0.01)
 
 
 def _rows(*steps: int) -> list[Row]:

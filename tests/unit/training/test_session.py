@@ -17,10 +17,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from alignment.core.errors import ConfigError, NonFiniteError, StageError
 from alignment.training import checkpoints
-from alignment.training.context import StageContext
-from alignment.training.phase_peaks import PhasePeaks
+from alignment.training.context import PhasePeaks, StageContext
+from alignment.training.optimizer import quiet_arguments
 from alignment.training.session import Preempted, fresh_folder, train, usage
-from alignment.training.trainer_arguments import quiet_arguments
 from tests.device import backend
 
 

@@ -21,9 +21,8 @@ from alignment.stages.ppo.answer_trials import AnswerTrials
 from alignment.stages.ppo.config import Advantage
 from alignment.training import session, size_search
 from alignment.training.callbacks import WeightsAreSharded
-from alignment.training.context import StageContext
-from alignment.training.phase_peaks import PhasePeaks
-from alignment.training.row_trials import RowTrials
+from alignment.training.context import PhasePeaks, StageContext
+from alignment.training.longest_batch import RowTrials
 from alignment.training.size_search import Choice, Outcome, SizeChosen, SizeSearch, attainable, expected, sizes
 from tests.unit.training.ppo_bench import Bench
 

@@ -23,25 +23,24 @@ from alignment.config.run import TrackingConfig
 from alignment.config.typed import to_plain
 from alignment.core.artifacts import Manifest, publish
 from alignment.job import StageInput
-from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.registry import config_classes
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.kind import SftConfig
 from alignment.training.context import StageContext
 from alignment.training.trackers import wandb as wandb_tracker
 from alignment.training.trackers.all_trackers import Trackers
-from alignment.training.trackers.curve_names import curves
 from alignment.training.trackers.tracker import (
     TOKEN,
     Row,
     Tracker,
     columns_and_rows,
+    curves,
     settings,
     stable_id,
     tags,
 )
-from alignment.training.trackers.wandb import _mode
-from alignment.training.trackers.wandb_log import records
+from alignment.training.trackers.wandb import _mode, records
 from tests.in_child import in_child
 from tests.tiny import tiny_spec
 from tests.unit.training.read_back import curves_of, run_twice

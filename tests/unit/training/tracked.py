@@ -22,10 +22,10 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from alignment.config.run import TrackingConfig
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.kind import SftConfig
 from alignment.training.context import StageContext
+from alignment.training.optimizer import quiet_arguments
 from alignment.training.session import train
-from alignment.training.trainer_arguments import quiet_arguments
 from tests.tiny import tiny_spec
 from tests.unit.training.read_back import last_step
 

@@ -7,15 +7,243 @@ derived from the model's own, and is refused if it would write other prompts.
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from alignment.commands.export.gguf_form.chat_parts import Inexpressible, chat_parts, conversation
-from alignment.commands.export.gguf_form.go_template import evaluated, template_of
 from alignment.core.errors import DataError, ModelError
 from alignment.data.templates import each
 from alignment.data.tokens.rendering import render
 from alignment.data.turns import Message
+
+ROLES = ("system", "user", "assistant")
+
+
+class Inexpressible(Exception):
+    """A chat template does more than writing fixed texts around contents; the message says where that shows."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatParts:
+    """``turns`` are the texts in front of a role's content and behind it.
+
+    Example (SmolLM2): ``begin ""``, ``default_system "<|im_start|>system\\nYou are …<|im_end|>\\n"``, ``turns
+    {"user": ("<|im_start|>user\\n", "<|im_end|>\\n"), …}``, ``answer "<|im_start|>assistant\\n"``.
+    """
+
+    begin: str
+    default_system: str
+    """Written after ``begin`` if the first turn is not a system turn."""
+    turns: dict[str, tuple[str, str]]
+    answer: str
+    """Written at the end, where the model is to answer."""
+
+    def without_start(self, start: str) -> ChatParts:
+        """The parts of a template that does not write ``start`` in front of a conversation.
+
+        Raises:
+            Inexpressible: this one does not begin every conversation with it.
+        """
+        if self.begin.startswith(start):
+            return replace(self, begin=self.begin[len(start) :])
+        where = "at the beginning"
+        before, after = self.turns.get("system", ("", ""))
+        turns = {**self.turns, "system": (_behind(before, start, where), after)}
+        return replace(self, default_system=_behind(self.default_system, start, where), turns=turns)
+
+
+def conversation(*roles: str) -> list[Message]:
+    """Turns of these roles, whose contents are different words that no template contains."""
+    return [Message(role=role, content=f"Probe{index}{role}Content") for index, role in enumerate(roles)]
+
+
+def chat_parts(tokenizer: Any) -> ChatParts:
+    """The parts of the tokenizer's chat template.
+
+    Raises:
+        Inexpressible: the texts around a content depend on more than its role.
+    """
+    _, user_after = _around(tokenizer, "user")
+    start, user_to_answer, answer_to_user, _, answer_after = _around(tokenizer, *("user", "assistant") * 2)
+    before_answer = _behind(user_to_answer, user_after, "between a user's turn and an answer")
+    before_user = _behind(answer_to_user, answer_after, "between an answer and a user's turn")
+    start = _ahead(start, before_user, "in front of the first user's turn")
+    turns = {"user": (before_user, user_after), "assistant": (before_answer, answer_after)}
+    _, to_answer = _around(tokenizer, "user", answering=True)
+    answer = _behind(to_answer, user_after, "after the last user's turn")
+    system = _system(tokenizer, before_user, answer_after)
+    if system is None:
+        return ChatParts(begin=start, default_system="", turns=turns, answer=answer)
+    begin, before, after = system
+    return ChatParts(
+        begin=begin,
+        default_system=_behind(start, begin, "at the beginning"),
+        turns={"system": (before, after), **turns},
+        answer=answer,
+    )
+
+
+def _system(tokenizer: Any, before_user: str, answer_after: str) -> tuple[str, str, str] | None:
+    """What begins a conversation, and the texts around a system turn's content; None if the template refuses one."""
+    try:
+        start, to_user, _ = _around(tokenizer, "system", "user")
+    except DataError:
+        return None
+    after = _ahead(to_user, before_user, "between a system turn and a user's turn")
+    try:  # a later system turn shows where its opening begins
+        _, _, opening, _, _ = _around(tokenizer, "user", "assistant", "system", "user")
+        before = _behind(opening, answer_after, "in front of a later system turn")
+        return _ahead(start, before, "in front of the first system turn"), before, after
+    except (DataError, Inexpressible):
+        return "", start, after
+
+
+def _around(tokenizer: Any, *roles: str, answering: bool = False) -> list[str]:
+    """The texts in front of, between and behind the contents of a conversation of these roles."""
+    turns = conversation(*roles)
+    rest = render(tokenizer, turns, answering=answering)
+    texts = []
+    for turn in turns:
+        text, content, rest = rest.partition(turn.content)
+        if not content:
+            raise Inexpressible(f"the content of a turn of the role {turn.role} is left out")
+        texts.append(text)
+    texts.append(rest)
+    if any(turn.content in text for turn in turns for text in texts):
+        raise Inexpressible("the content of a turn is repeated or moved")
+    return texts
+
+
+def _behind(text: str, start: str, where: str) -> str:
+    if not text.startswith(start):
+        raise Inexpressible(f"{where} it writes {text!r}, which does not begin with {start!r}")
+    return text[len(start) :]
+
+
+def _ahead(text: str, end: str, where: str) -> str:
+    if not text.endswith(end):
+        raise Inexpressible(f"{where} it writes {text!r}, which does not end with {end!r}")
+    return text[: len(text) - len(end)]
+
+
+_RANGE = "range $index, $message := .Messages"
+_FIRST = "if eq $index 0"
+_NOT_SYSTEM = 'if ne .Role "system"'
+_ROLE = re.compile(r'(?:else )?if eq \.Role "(\w+)"')
+_ACTION = re.compile(r"\{\{ (.*?) \}\}", re.DOTALL)
+
+
+def template_of(parts: ChatParts) -> str:
+    """A template that writes the parts around the contents."""
+    default = _inside(_NOT_SYSTEM, _literal(parts.default_system)) if parts.default_system else ""
+    start = _literal(parts.begin) + default
+    first = _inside(_FIRST, start) if start else ""
+    branches = [
+        f'if eq .Role "{role}" }}}}{_literal(before)}{{{{ .Content }}}}{_literal(after)}'
+        for role in ROLES
+        if role in parts.turns
+        for before, after in [parts.turns[role]]
+    ]
+    turn = "{{ " + "{{ else ".join(branches) + "{{ end }}"
+    return _inside(_RANGE, first + turn) + _literal(parts.answer)
+
+
+def _inside(opening: str, body: str) -> str:
+    return f"{{{{ {opening} }}}}{body}{{{{ end }}}}"
+
+
+def _literal(text: str) -> str:
+    """The text as it is; as a quoted string if the template or the Modelfile would read it otherwise.
+
+    A Modelfile loses characters that Go does not call printable, and ends a text at three quotation marks.
+    """
+    if not text or (all(letter.isprintable() or letter == "\n" for letter in text) and not re.search('[{}"]', text)):
+        return text
+    return f'{{{{ "{"".join(map(_escaped, text))}" }}}}'
+
+
+def _escaped(letter: str) -> str:
+    """A character inside a quoted string, in escapes that Go and Python share."""
+    if letter.isprintable() and letter not in '{}"\\':
+        return letter
+    return f"\\u{ord(letter):04x}" if ord(letter) < 1 << 16 else f"\\U{ord(letter):08x}"
+
+
+def evaluated(template: str, messages: Sequence[Message]) -> str:
+    """The template rendered with these messages.
+
+    Raises:
+        ValueError: the template contains something else than ``template_of`` writes.
+    """
+    pieces = _ACTION.split(template)  # texts and actions alternate
+    if any("{{" in text or "}}" in text for text in pieces[::2]):
+        raise ValueError("an action is not of the known form")
+    begin = pieces.index(_RANGE)
+    end = _end_of(pieces, begin)
+    if any(pieces[1:begin:2]):
+        raise ValueError("an action in front of the turns")
+    turns = [_body(pieces[begin + 1 : end], index, message) for index, message in enumerate(messages)]
+    return "".join(pieces[:begin]) + "".join(turns) + _body(pieces[end + 1 :], -1, None)
+
+
+def _end_of(pieces: Sequence[str], begin: int) -> int:
+    """The index of the ``end`` that closes the block that begins at ``begin``."""
+    depth = 0
+    for index in range(begin, len(pieces), 2):
+        depth += pieces[index].startswith(("range ", "if "))
+        depth -= pieces[index] == "end"
+        if depth == 0:
+            return index
+    raise ValueError("a block has no end")
+
+
+def _body(pieces: Sequence[str], index: int, message: Message | None) -> str:
+    """Texts and actions of one turn; ``message`` is None behind the turns."""
+    written = [pieces[0]]
+    at = 1
+    while at < len(pieces):
+        action = pieces[at]
+        if action.startswith('"'):
+            written += [ast.literal_eval(action), pieces[at + 1]]
+        elif action == ".Content" and message is not None:
+            written += [message.content, pieces[at + 1]]
+        elif action.startswith("if ") and message is not None:
+            end = _end_of(pieces, at)
+            written += [_chosen(pieces[at:end], index, message), pieces[end + 1]]
+            at = end
+        else:
+            raise ValueError(f"the action {action!r} is not known")
+        at += 2
+    return "".join(written)
+
+
+def _chosen(block: Sequence[str], index: int, message: Message) -> str:
+    """The branch of ``if … else if …`` whose condition holds; ``block`` has no ``end``."""
+    starts = [0]
+    depth = 0
+    for at in range(2, len(block), 2):
+        depth += block[at].startswith("if ")
+        depth -= block[at] == "end"
+        if depth == 0 and block[at].startswith("else "):
+            starts.append(at)
+    for start, stop in zip(starts, [*starts[1:], len(block)], strict=True):
+        if _holds(block[start], index, message):
+            return _body(block[start + 1 : stop], index, message)
+    return ""
+
+
+def _holds(condition: str, index: int, message: Message) -> bool:
+    if condition == _FIRST:
+        return index == 0
+    if condition == _NOT_SYSTEM:
+        return message.role != "system"
+    role = _ROLE.fullmatch(condition)
+    if role is None:
+        raise ValueError(f"the condition {condition!r} is not known")
+    return message.role == role[1]
+
 
 LARGEST_CONTEXT = 8192
 """Tokens that Ollama is asked to hold at most, because it reserves memory for all of them; chosen, not tuned."""

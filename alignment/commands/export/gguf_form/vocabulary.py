@@ -13,7 +13,7 @@ from typing import Any
 
 import gguf
 
-from alignment.commands.export.gguf_form.architectures import Metadata
+from alignment.commands.export.gguf_form.gguf_file import Metadata
 from alignment.core.errors import ModelError
 from alignment.data.templates import Templates
 from alignment.data.tokens.rendering import prompt_text

@@ -8,8 +8,9 @@ from typing import Annotated
 
 from alignment.config.data import DataConfig
 from alignment.config.model import AdapterConfig
+from alignment.config.optim import OptimConfig
 from alignment.config.rules import POSITIVE
-from alignment.config.stage import OptimConfig, not_identity, reference_to
+from alignment.config.stage import not_identity, reference_to
 from alignment.core.artifacts import POLICY, read_manifest
 from alignment.data.records import PlainText
 from alignment.data.tokens.row_kinds import TEXTS

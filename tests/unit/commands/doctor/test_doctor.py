@@ -19,7 +19,7 @@ from rich.console import Console
 from alignment import cli
 from alignment.commands import doctor as doctor_verb
 from alignment.commands.doctor import UNREAD, source_of
-from alignment.commands.shared.row_progress import RowProgress
+from alignment.commands.shared.diagnoses import RowProgress
 from alignment.config.data import SourceConfig
 from alignment.data import doctor
 from alignment.data.objections import READ, written

@@ -21,9 +21,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from alignment.commands.export import as_vllm, verb
-from alignment.commands.export.comparing import gap_between, logprobs_of_answers
+from alignment.commands.export import forms, verb
 from alignment.commands.export.export_options import ExportOptions, add_form_arguments, options_of
+from alignment.commands.export.exported import gap_between, logprobs_of_answers
 from alignment.commands.export.worker import export, main
 from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.config.launch import SamplingConfig
@@ -38,7 +38,7 @@ from alignment.models.forward.answers import scalar_scores
 from alignment.models.forward.rows import stream
 from alignment.pipeline.execute.stored_results import artifact_of
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
-from alignment.stages.dpo.config import DpoConfig
+from alignment.stages.dpo.kind import DpoConfig
 from tests.chained import Chained
 from tests.exported import FULL, IDENTITY, LORA, tiny_base, trained_policy
 from tests.oracles.close import close
@@ -351,7 +351,7 @@ def test_what_was_written_wrong_is_not_exported(
         _damage(Path(folder) / "adapter_model.safetensors", "lora_B")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
-    monkeypatch.setattr("alignment.commands.export.as_adapter.shutil.copytree", copy)
+    monkeypatch.setattr("alignment.commands.export.forms.shutil.copytree", copy)
     with pytest.raises(ModelError, match=r"outputs of the written model differ by .*; nothing was exported"):
         export(saved.path, base.base, tmp_path / "out", ADAPTER if form == "adapter" else MODEL)
     assert not list(tmp_path.glob("*out*"))
@@ -385,11 +385,11 @@ def test_vllm_gets_most_of_the_memory_that_is_free_and_time_to_start(monkeypatch
         configs.append(config)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(as_vllm, "EngineSession", session)
+    monkeypatch.setattr(forms, "EngineSession", session)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8, 16))
     with pytest.raises(KeyboardInterrupt):
-        as_vllm._vllm_answers(None, Path(), None, ExportOptions(form="vllm"))  # type: ignore[arg-type]
+        forms._vllm_answers(None, Path(), None, ExportOptions(form="vllm"))  # type: ignore[arg-type]
     assert [(config.gpu_share, config.start_timeout) for config in configs] == [(0.45, 1800.0)]
 
 

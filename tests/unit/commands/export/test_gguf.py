@@ -14,12 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from alignment.commands.export import as_gguf
-from alignment.commands.export.comparing import logprobs
+from alignment.commands.export import forms
 from alignment.commands.export.export_options import ExportOptions
-from alignment.commands.export.exported import TEXTS, exported_result
+from alignment.commands.export.exported import TEXTS, exported_result, logprobs
 from alignment.commands.export.gguf_form import gguf_file, llama_cpp_check
-from alignment.commands.export.gguf_form.architectures import interleaved
+from alignment.commands.export.gguf_form.gguf_file import interleaved
 from alignment.commands.export.gguf_form.llama_cpp_check import ask, check_by_llama
 from alignment.commands.export.worker import export, main
 from alignment.config.model import AdapterConfig, AdapterKind
@@ -251,9 +250,9 @@ def test_what_was_written_wrong_is_not_exported(
     message: str,
 ) -> None:
     _, saved, base = policy
-    write, quantize = as_gguf.write_file, gguf.quantize
+    write, quantize = forms.write_file, gguf.quantize
     monkeypatch.setattr(
-        as_gguf, "write_file", lambda file, model, values, dtype: write(file, model, values | metadata, dtype)
+        forms, "write_file", lambda file, model, values, dtype: write(file, model, values | metadata, dtype)
     )
     monkeypatch.setattr(gguf, "quantize", lambda values, kind: quantize(factor * values, kind))
     with pytest.raises(ModelError, match=message):

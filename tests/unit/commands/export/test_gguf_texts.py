@@ -10,9 +10,13 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from alignment.commands.export.gguf_form.chat_parts import Inexpressible, chat_parts
-from alignment.commands.export.gguf_form.go_template import evaluated
-from alignment.commands.export.gguf_form.modelfile import modelfile, ollama_template
+from alignment.commands.export.gguf_form.modelfile import (
+    Inexpressible,
+    chat_parts,
+    evaluated,
+    modelfile,
+    ollama_template,
+)
 from alignment.commands.export.gguf_form.vocabulary import pre_tokenizer, vocabulary
 from alignment.core.errors import ModelError
 from alignment.data.tokens.rendering import render

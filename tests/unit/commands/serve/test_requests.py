@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 from alignment.commands.serve.loaded_arms import LoadedArm, load_arms
-from alignment.commands.serve.request_messages import turns_of
-from alignment.commands.serve.stop_texts import StopCut, before_stops
-from alignment.commands.shared.libraries import PAGE_LIBRARIES
+from alignment.commands.serve.policy_generation import StopCut, before_stops
+from alignment.commands.serve.request_checks import turns_of
+from alignment.commands.shared.listening import PAGE_LIBRARIES
 from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.core import deadline
 from alignment.data.tokens.tokenize import end_ids, prompt_ids

@@ -21,12 +21,18 @@ from transformers import AutoTokenizer
 
 from alignment import cli
 from alignment.commands.serve import verb, worker
-from alignment.commands.serve.joined_adapters import write_sum
-from alignment.commands.serve.loaded_arms import lineage_and_tokenizer, load_arms
+from alignment.commands.serve.loaded_arms import lineage_and_tokenizer, load_arms, write_sum
 from alignment.commands.serve.verb import Options, serve, vllm_command, worker_command
 from alignment.commands.serve.vllm_files import write_files
-from alignment.commands.serve.vllm_layout import VllmArm, VllmFiles, VllmLayout, refuse_prefix, vllm_layout
-from alignment.commands.serve.worker_error import write_error, written_error
+from alignment.commands.serve.vllm_layout import (
+    VllmArm,
+    VllmFiles,
+    VllmLayout,
+    refuse_prefix,
+    vllm_layout,
+    write_error,
+    written_error,
+)
 from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.commands.shared.stored_policy import StoredPolicy
 from alignment.config.model import AdapterConfig, AdapterKind

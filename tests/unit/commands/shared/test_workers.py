@@ -18,7 +18,7 @@ from alignment import cli
 from alignment.commands.add_tokens.worker import add_tokens, main
 from alignment.commands.export.export_options import ExportOptions
 from alignment.commands.export.worker import export
-from alignment.commands.shared.worker_process import run_worker
+from alignment.commands.shared.arguments import run_worker
 from alignment.commands.track import worker
 from alignment.commands.track.verb import track
 from alignment.commands.track.worker import send, send_run
@@ -34,7 +34,7 @@ from alignment.data.tokens.row_kinds import CONVERSATIONS, TEXTS, tokenized
 from alignment.data.turns import Message
 from alignment.records.run import RunRecord, StageEntry
 from alignment.records.training import METRICS, MetricsLog
-from alignment.stages.sft.config import SftConfig
+from alignment.stages.sft.kind import SftConfig
 from tests.chained import Chained
 from tests.oracles.close import close
 from tests.tiny import save_tiny_model, tiny_model, tiny_spec, tiny_tokenizer

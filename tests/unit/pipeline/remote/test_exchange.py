@@ -17,7 +17,7 @@ from alignment.pipeline.execute import exchange
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, make_plan
-from alignment.pipeline.remote import checkpoint_uploads, lease
+from alignment.pipeline.remote import lease, remote_checkpoints
 from alignment.pipeline.remote.object_store import ObjectStore, connected, explained, refuse_secret_endpoint
 from tests.patience import wait_until
 from tests.unit.pipeline.conftest import changed, leave_all, leave_artifact
@@ -146,7 +146,7 @@ def test_a_machine_that_has_lost_its_lease_leaves_what_the_other_machine_has(
     machines: tuple[Machine, Machine], url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lease, "RENEW_SECONDS", 0.02)
-    monkeypatch.setattr(checkpoint_uploads, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(remote_checkpoints, "_LOOK_SECONDS", 0.02)
     plan = machines[0].plan()
     store, sft, announcements = connected(url), plan.stages[0], list[str]()
     leave_artifact(sft)

@@ -17,11 +17,10 @@ from typing import Any
 import pytest
 
 from alignment.core.errors import Busy, StoreError
-from alignment.pipeline.remote import checkpoint_uploads, lease, remote_checkpoints
-from alignment.pipeline.remote.checkpoint_uploads import CheckpointUploads
+from alignment.pipeline.remote import lease, remote_checkpoints
 from alignment.pipeline.remote.lease import leased
 from alignment.pipeline.remote.object_store import ObjectStore
-from alignment.pipeline.remote.remote_checkpoints import RemoteCheckpoints, local_work, nothing
+from alignment.pipeline.remote.remote_checkpoints import CheckpointUploads, RemoteCheckpoints, local_work, nothing
 from alignment.stages.evaluate import judging, metric_scores
 from alignment.stages.shared import answer_scores
 from tests.patience import wait_until
@@ -196,7 +195,7 @@ def test_a_store_that_is_as_far_already_is_asked_once(
     checkpoints: RemoteCheckpoints, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As after a stage was continued from it."""
-    monkeypatch.setattr(checkpoint_uploads, "_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(remote_checkpoints, "_LOOK_SECONDS", 0.001)
     sealed(work, 20)
     checkpoints.upload_newest(work, on_bytes=nothing)
     looks, asked = looks_at_work(monkeypatch), list[Path]()
@@ -242,7 +241,7 @@ def looks_at_work(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         looks.append(folder)
         return local_work(folder)
 
-    monkeypatch.setattr(checkpoint_uploads, "local_work", counted)
+    monkeypatch.setattr(remote_checkpoints, "local_work", counted)
     return looks
 
 
@@ -254,7 +253,7 @@ def interrupt_once(condition: Callable[[], object]) -> None:
 def test_a_machine_that_has_lost_its_lease_uploads_nothing(
     checkpoints: RemoteCheckpoints, store: ObjectStore, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_uploads, "_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(remote_checkpoints, "_LOOK_SECONDS", 0.001)
     announcements: list[str] = []
     sealed(work, 20)
     with pytest.raises(KeyboardInterrupt), uploads(checkpoints, work, announcements, lost=True):
@@ -269,7 +268,7 @@ def test_replies_after_the_last_part_reach_another_machine(
     checkpoints: RemoteCheckpoints, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All answers are stored when a judge is asked, whose replies cost money."""
-    monkeypatch.setattr(checkpoint_uploads, "_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(remote_checkpoints, "_LOOK_SECONDS", 0.001)
     announcements: list[str] = []
     (work / "checkpoints").mkdir()
     (work / "checkpoints" / "part-answers-0.json").write_text("answers")
@@ -295,8 +294,8 @@ def test_replies_wait_for_each_other(
     is_uploaded: bool,
 ) -> None:
     """Each upload has all replies so far."""
-    monkeypatch.setattr(checkpoint_uploads, "_LOOK_SECONDS", 0.001)
-    monkeypatch.setattr(checkpoint_uploads, "_REPLIES_SECONDS", seconds)
+    monkeypatch.setattr(remote_checkpoints, "_LOOK_SECONDS", 0.001)
+    monkeypatch.setattr(remote_checkpoints, "_REPLIES_SECONDS", seconds)
     looks, announcements = looks_at_work(monkeypatch), list[str]()
 
     sealed(work, 20)
@@ -320,7 +319,7 @@ def test_a_fault_of_the_disk_is_said_once_and_neither_ends_the_uploads_nor_hides
 
     monkeypatch.setattr(remote_checkpoints, "file_sha256", full)
     for wait in ("_LOOK_SECONDS", "_AFTER_FAULT_SECONDS"):
-        monkeypatch.setattr(checkpoint_uploads, wait, 0.001)
+        monkeypatch.setattr(remote_checkpoints, wait, 0.001)
     announcements: list[str] = []
     sealed(work, 20)
     # it is not hidden by the fault of the last upload, which leaving the block tries

@@ -22,9 +22,8 @@ from alignment.core.hardware import VISIBLE
 from alignment.core.locks import held
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps import trials as shared
-from alignment.pipeline.sweeps.pruning import Curve
 from alignment.pipeline.sweeps.study import LatestMedian, smoothed
-from alignment.pipeline.sweeps.trials import Running, Share, shares
+from alignment.pipeline.sweeps.trials import Curve, Running, Share, shares
 from alignment.records.run import RunRecord, StageEntry
 from alignment.records.sweep_record import TrialOutcome
 from tests.living import descendants_of, words_of

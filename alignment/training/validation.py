@@ -1,30 +1,136 @@
-"""Looks at held-out rows while a trainer trains: keeps the best weights, and ends a training that no longer improves.
-
-The step with the least held-out loss is handed on, or the last one. The rows that choose a step flatter it, so its
-held-out loss is optimistic. Everything that a resumed stage needs is in the checkpoint, which is sealed with it.
-"""
+"""Validation while a stage trains: on held-out rows, the best weights so far, and patience."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from alignment.config.data import ValidationConfig
 from alignment.core.errors import ConfigError
 from alignment.costs.recorder import on_shadows, recorder
+from alignment.models.forward.rows import by_tokens
 from alignment.records import training as names
-from alignment.training.best_weights import BestWeights
+from alignment.records.training import ACCURACY, LOSS
 from alignment.training.callbacks import NothingLeft
 from alignment.training.context import StageContext
-from alignment.training.held_out import HeldOutRows, held_out_metrics
-from alignment.training.micro_batches import MicroBatches
-from alignment.training.row_lengths import refuse_long_rows
+from alignment.training.longest_batch import refuse_long_rows
+from alignment.training.micro_batches import MicroBatches, outside_of_data_loaders
+from alignment.training.sharding import everyones, put, whole_state
+
+
+class BestWeights:
+    """Copies of a model's trained weights. ``file`` is their name in a checkpoint's folder.
+
+    The main process holds one copy of all trained weights in its memory, whole; the other processes hold none.
+    """
+
+    def __init__(self, model: nn.Module, *, file: str) -> None:
+        self._model = model
+        self._file = file
+        self._weights: dict[str, Tensor] = {}
+
+    def record(self) -> None:
+        """Copies the weights as they are now; every process must call this."""
+        named = dict(self._model.named_parameters())  # holds a tied weight once, so that it is written once
+        weights = whole_state(self._model, trained_only=True)
+        self._weights = {name: held for name, held in weights.items() if name in named}
+
+    def restore(self) -> None:
+        """Puts the recorded weights into the model; every process must call this."""
+        for name, parameter in self._model.named_parameters():
+            if parameter.requires_grad:
+                put(parameter, self._weights.get(name))
+
+    def save(self, folder: Path) -> None:
+        """Writes them into a checkpoint that is not sealed yet; only the main process has any to write."""
+        if self._weights:
+            save_file({name: held.contiguous() for name, held in self._weights.items()}, folder / self._file)
+
+    def load(self, folder: Path, *, main: bool) -> None:
+        """Reads what ``save`` wrote; ``main`` says whether this is the main process."""
+        self._weights = load_file(folder / self._file) if main else {}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HeldOutRows:
+    """Rows as the trainer's collator takes them, and ``[rows]`` tokens of each, by which micro-batches are limited."""
+
+    rows: Dataset
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Round:
+    """The rows that a process computes in a micro-batch while each other process computes as many.
+
+    ``by_all``: all processes compute the same rows.
+    """
+
+    rows: Sequence[int]
+    by_all: bool
+
+
+def rounds(tokens: Sequence[int], *, limit: int, rank: int, world_size: int) -> Iterator[Round]:
+    """Divides rows of so many tokens among processes, into micro-batches of at most ``limit`` tokens on each.
+
+    All processes have as many micro-batches, with as many rows, because each is a collective call in TRL's trainers.
+    Rows that cannot be divided evenly are computed by all processes. Example: of five rows, rank 0 of 2 computes rows 0
+    and 2, rank 1 computes rows 1 and 3, then both compute row 4.
+    """
+    even = len(tokens) // world_size * world_size
+    largest = [max(tokens[first : first + world_size]) for first in range(0, even, world_size)]
+    for span in by_tokens(largest, limit):
+        yield Round(rows=[group * world_size + rank for group in span], by_all=False)
+    for span in by_tokens(tokens[even:], limit):
+        yield Round(rows=[even + row for row in span], by_all=True)
+
+
+@torch.no_grad()
+def held_out_metrics(trainer: MicroBatches, held_out: HeldOutRows) -> dict[str, float]:
+    """The held-out loss and accuracy of the trainer's model, the same on every process, which must all call this.
+
+    Both are means over all pairs, or over all learned tokens. There is no dropout, and no random number is drawn.
+    """
+    accelerator, model = trainer.accelerator, trainer.model_wrapped
+    loss = accuracy = count = 0.0
+    with _in_evaluation_mode(model), outside_of_data_loaders(accelerator):
+        for part in rounds(
+            held_out.tokens,
+            limit=trainer.micro_batch_tokens,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        ):
+            batch = trainer.data_collator([held_out.rows[row] for row in part.rows])
+            loss_of_part, accuracy_of_part, items = trainer.held_out_loss(model, batch)
+            items /= accelerator.num_processes if part.by_all else 1
+            loss += loss_of_part * items
+            accuracy += accuracy_of_part * items
+            count += items
+    trainer._metrics["eval"].clear()  # TRL would report unweighted means of them
+    losses = everyones(loss)
+    return {LOSS: sum(losses) / len(losses) / count, ACCURACY: accuracy / count}
+
+
+@contextmanager
+def _in_evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
 
 STATE, BEST = "validation.json", "validation_best.safetensors"
 """Files in a checkpoint: the looks so far, and the weights of the best one."""
