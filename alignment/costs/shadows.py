@@ -330,7 +330,7 @@ def _outcome(result: Any, leaves: Sequence[Any], images: Mapping[int, Tensor]) -
             return None
         if source is None:
             new.add(memory)
-        offset = 0 if source is None else leaf.storage_offset() - whole.storage_offset()
+        offset = 0 if source is None else int(leaf.storage_offset()) - int(whole.storage_offset())
         parts.append(_Part(source, shape_of(leaf), offset))
     return _Outcome(tuple(parts), is_list) if parts else None
 
