@@ -22,7 +22,7 @@ import os
 import shutil
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +66,11 @@ ONCE = {TRYING, SAVING, *BEFORE}
 BETWEEN_SECONDS = 1e-5
 """Of Python and autograd for each operation on a CPU: chosen by what two stages took beyond their operations
 (docs/LOG.md, 2026-11-28)."""
+EXPECTED_FLOPS, EXPECTED_BANDWIDTH = 3e11, 5e9
+"""By which the operations are chosen that are timed: of two cores, roughly."""
+TIMED_SHARE = 0.997
+"""Of the expected time of a phase, which operations are timed that make it up. With it 3 of 5 operations of the
+quickstart are timed, and times change by half a percent (docs/LOG.md, 2026-12-02)."""
 DIVIDED: dict[Sharding, tuple[str, ...]] = {
     Sharding.none: (),
     Sharding.zero1: (OPTIMIZER,),
@@ -446,18 +451,39 @@ def _times(name: str, recorder: Recorder, repeats: Repeats, *, processes: int) -
 
 
 def _work(recorder: Recorder, timer: Timer, operations: Operations) -> tuple[float, float]:
-    """FLOP and seconds."""
-    flop = seconds = moved = 0.0
+    """FLOP and seconds. On a CPU only the operations that take nearly all of the time are timed, and it is assumed that
+    the others take as long for what they do."""
+    flop = moved = 0.0
     runs: Counter[Any] = Counter()
+    expected: defaultdict[Hashable, float] = defaultdict(float)
+    forms = {key: alike(recorder.examples[key]) for key in operations}
     for key, count in operations.items():
         example = recorder.examples[key]
-        moved += count * bytes_of(example)
+        of_bytes, of_flop = count * bytes_of(example), count * flop_of(example)
+        moved += of_bytes
+        flop += of_flop
         runs[example.func] += count
+        expected[forms[key]] += of_flop / EXPECTED_FLOPS + of_bytes / EXPECTED_BANDWIDTH + count * BETWEEN_SECONDS
+    timed = set(expected) if timer.is_gpu else _largest(expected, TIMED_SHARE)
+    seconds = 0.0
     for key, count in operations.items():
         example = recorder.examples[key]
-        flop += count * flop_of(example)
-        seconds += count * (timer.seconds(key, example, bytes_between=moved / runs[example.func]) + timer.between)
-    return flop, seconds
+        if forms[key] in timed:
+            seconds += count * (timer.seconds(key, example, bytes_between=moved / runs[example.func]) + timer.between)
+    covered = math.fsum(expected[form] for form in timed)
+    return flop, seconds * math.fsum(expected.values()) / covered if covered else 0.0
+
+
+def _largest(sizes: Mapping[Hashable, float], share: float) -> set[Hashable]:
+    """The keys of the largest sizes that make up this share of their sum."""
+    largest: set[Hashable] = set()
+    left = share * math.fsum(sizes.values())
+    for key in sorted(sizes, key=lambda key: -sizes[key]):
+        if left <= 0:
+            break
+        largest.add(key)
+        left -= sizes[key]
+    return largest
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -160,9 +160,10 @@ class Recorder:
         if isinstance(parameter.grad, Shadow):
             self.memory.relabel(parameter.grad.meta, GRADIENTS)
 
-    def _saw(self, key: Key, results: Sequence[Tensor], operation: Callable[[], Operation]) -> None:
-        self.memory.see(results, self._label_of(results))
-        if key not in self.examples:
+    def _saw(self, key: Key, results: Sequence[Tensor], operation: Callable[[], Operation] | None) -> None:
+        if results:
+            self.memory.see(results, self._label_of(results))
+        if operation is not None and key not in self.examples:
             self.examples[key] = operation()
             self._compiled += is_compiled(self.examples[key])
         self.phases[self.name].operations[key] += self.times
@@ -203,6 +204,22 @@ def some_of(batches: Sequence[_Batch], size: Callable[[_Batch], int]) -> Iterato
     for index in range(0, len(others), step):
         with counted_times(min(step, len(others) - index)):
             yield others[index]
+
+
+def one_of_each(parts: Iterable[_Batch], size: Callable[[_Batch], int]) -> Iterator[_Batch]:
+    """All parts; on shadows only one of each size, whose operations count for all of that size.
+
+    They use the same memory, one after another.
+    """
+    if _current is None:
+        yield from parts
+        return
+    parts = list(parts)
+    left = Counter(map(size, parts))
+    for part in parts:
+        if times := left.pop(size(part), 0):
+            with counted_times(times):
+                yield part
 
 
 @contextmanager

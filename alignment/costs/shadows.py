@@ -8,8 +8,7 @@ shadows are computed as if every number were 1. So sampling, sorting and checks 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,9 +82,10 @@ class Operation(NamedTuple):
     results: tuple[Tensor, ...]
 
 
-Observer = Callable[[Key, Sequence[Tensor], Callable[[], Operation]], None]
+Observer = Callable[[Key, Sequence[Tensor], Callable[[], Operation] | None], None]
 """Called after each operation on shadows: with its key, the tensors of its result on the meta device, and a function
-that returns the operation itself."""
+that returns the operation itself. If the key was seen before, the function may be None, and then only the tensors in
+new memory are given."""
 
 real_tensors = _disable_current_modes
 """A context in which new tensors are real, whatever their size."""
@@ -95,6 +95,7 @@ class Shadow(torch.Tensor):
     """A tensor whose shape, strides and storage are those of ``meta``; it claims to be on ``device``."""
 
     meta: Tensor
+    form: Any
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
@@ -109,6 +110,7 @@ class Shadow(torch.Tensor):
             device=device,
         )
         shadow.meta = meta
+        shadow.form = _form(meta)
         return shadow
 
     @property
@@ -121,6 +123,7 @@ class Shadow(torch.Tensor):
         """Takes over the memory of another shadow, too, which the assignment alone would leave out."""
         torch.Tensor.data.__set__(self, new)  # type: ignore[attr-defined]
         self.meta = new.meta if isinstance(new, Shadow) else shape_of(new)
+        self.form = _form(self.meta)
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"Shadow({tuple(self.shape)}, {self.dtype})"
@@ -152,17 +155,20 @@ class Shadow(torch.Tensor):
         raise RuntimeError(f"{func} was called on a shadow outside of ShadowMode")
 
 
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """The tensors that an operation makes, each in new memory, and whether it returns a list of them."""
+class _Part(NamedTuple):
+    """A tensor of a result: the argument with the index ``source``, a view of its memory from ``offset`` on behind its
+    own with this ``shape``, or without a source one in new memory."""
 
-    shapes: tuple[Tensor, ...]
+    source: int | None
+    shape: Tensor | None
+    offset: int = 0
+
+
+class _Outcome(NamedTuple):
+    """The parts of the result of an operation on arguments of certain shapes, and whether they are a list."""
+
+    parts: tuple[_Part, ...]
     is_list: bool
-
-    def again(self) -> Any:
-        """Others like them."""
-        made = [shape_of(shape) for shape in self.shapes]
-        return made if self.is_list else made[0]
 
 
 class ShadowMode(TorchDispatchMode):
@@ -171,15 +177,24 @@ class ShadowMode(TorchDispatchMode):
     def __init__(self, observer: Observer | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._observer = observer
-        self._made: dict[Key, _Made] = {}
+        self._outcomes: dict[Key, _Outcome] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """PyTorch would wrap each call in a function that guards against compiling it, which costs time."""
+        return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operation on shapes if shadows are among its tensors or its result would be one."""
         kwargs = kwargs or {}
-        tensors = [leaf for leaf in _leaves(args, kwargs) if isinstance(leaf, Tensor)]
-        shadow = next((tensor for tensor in tensors if isinstance(tensor, Shadow)), None)
+        leaves = _leaves(args, kwargs)
+        shadow = next((leaf for leaf in leaves if type(leaf) is Shadow or isinstance(leaf, Shadow)), None)
         if shadow is None:
+            tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             return self._of_real_tensors(func, args, kwargs, tensors)
+        key = (func, *map(_described, leaves), *kwargs)
+        if (outcome := self._outcomes.get(key)) is not None:
+            return self._again(key, outcome, leaves, torch.device(kwargs.get("device") or shadow.device))
         if func is aten._local_scalar_dense.default:
             return 1.0 if shadow.dtype.is_floating_point else 1
         if func is aten.is_pinned.default:
@@ -215,18 +230,39 @@ class ShadowMode(TorchDispatchMode):
             func, args = aten.index.Tensor, (args[0], _as_indices([args[1]]))
         device = torch.device(kwargs.get("device") or device)
         key = _key_of(func, args, kwargs)
-        if (made := self._made.get(key)) is not None:
-            return self._shadows(key, func, None, made.again(), {}, device)
         images: dict[int, Tensor] = {}
         on_meta = _on_meta_device(args, kwargs, images)
         result = _call(func, *on_meta)
-        leaves = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        new = [leaf for leaf in leaves if id(leaf) not in images]
+        new = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and id(leaf) not in images]
         if new and all(leaf.dtype in REAL for leaf in new):
             return _on_ones(func, args, kwargs)
-        if new and _are_apart(leaves, on_meta):
-            self._made[key] = _Made(tuple(map(shape_of, leaves)), isinstance(result, (list, tuple)))
+        outcome = _outcome(result, _leaves(args, kwargs), images)
+        shadows = [leaf for leaf in _leaves(args, kwargs) if isinstance(leaf, Shadow)]
+        if outcome is not None and all(leaf.form == _form(leaf.meta) for leaf in shadows):  # which it left as they were
+            self._outcomes[key] = outcome
         return self._shadows(key, func, on_meta, result, images, device)
+
+    def _again(self, key: Key, outcome: _Outcome, leaves: Sequence[Any], device: torch.device) -> Any:
+        """What an operation returned before for arguments of these shapes."""
+        metas, made = [], []
+        for source, shape, offset in outcome.parts:
+            if shape is None:
+                assert source is not None, "without a shape it is an argument"
+                made.append(leaves[source])
+                continue
+            if source is None:
+                meta = shape_of(shape)
+                metas.append(meta)
+                if shape.dtype in REAL:
+                    made.append(torch.zeros(shape.size(), dtype=shape.dtype))
+                    continue
+            else:
+                whole = leaves[source].meta
+                meta = whole.as_strided(shape.size(), shape.stride(), whole.storage_offset() + offset)
+            made.append(Shadow(meta, device))
+        if self._observer is not None:
+            self._observer(key, metas, None)
+        return made if outcome.is_list else made[0]
 
     def _shadows(
         self, key: Key, func: Any, on_meta: Any, result: Any, images: dict[int, Tensor], device: torch.device
@@ -266,13 +302,37 @@ def _is_new(leaf: Any, given: set[int]) -> bool:
     return isinstance(leaf, Tensor) and id(leaf) not in given and _is_shadowed(leaf)
 
 
-def _leaves(args: Any, kwargs: Mapping[str, Any]) -> Iterator[Any]:
+def _leaves(args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
     """What is in the arguments of an operation, and in lists among them."""
-    for value in (*args, *kwargs.values()):
+    leaves: list[Any] = []
+    for value in (*args, *kwargs.values()) if kwargs else args:
         if isinstance(value, (list, tuple)):
-            yield from value
+            leaves += value
         else:
-            yield value
+            leaves.append(value)
+    return leaves
+
+
+def _outcome(result: Any, leaves: Sequence[Any], images: Mapping[int, Tensor]) -> _Outcome | None:
+    """How to make a result on the meta device again from the leaves of arguments; None if that is not known."""
+    is_list = isinstance(result, (list, tuple))
+    parts, new = [], set()
+    for leaf in result if is_list else [result]:
+        if not isinstance(leaf, Tensor):
+            return None
+        if (argument := images.get(id(leaf))) is not None:
+            parts.append(_Part(next(index for index, own in enumerate(leaves) if own is argument), None))
+            continue
+        memory = leaf.untyped_storage()._cdata
+        shadows = ((index, own.meta) for index, own in enumerate(leaves) if isinstance(own, Shadow))
+        source, whole = next((pair for pair in shadows if pair[1].untyped_storage()._cdata == memory), (None, leaf))
+        if memory in new or whole.dtype is not leaf.dtype:
+            return None
+        if source is None:
+            new.add(memory)
+        offset = 0 if source is None else int(leaf.storage_offset()) - int(whole.storage_offset())
+        parts.append(_Part(source, shape_of(leaf), offset))
+    return _Outcome(tuple(parts), is_list) if parts else None
 
 
 def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
@@ -284,19 +344,16 @@ def _key_of(func: Any, args: Any, kwargs: Mapping[str, Any]) -> Key:
     return (func, *map(_described, _leaves(args, kwargs)), *kwargs)
 
 
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.shape, tensor.stride()
+
+
 def _described(leaf: Any) -> Any:
     if isinstance(leaf, Tensor):
-        return (leaf.dtype, leaf.shape, leaf.stride())
+        return leaf.form if isinstance(leaf, Shadow) else _form(leaf)
     if isinstance(leaf, (int, float)):
         return (type(leaf), leaf)  # 2 and 2.0 are equal, but not what a product with an integer is
     return leaf if isinstance(leaf, (str, torch.dtype, type(None))) else str(leaf)
-
-
-def _are_apart(results: Sequence[Tensor], on_meta: Any) -> bool:
-    """Whether no result shares memory with another one or with an argument."""
-    given = {leaf.untyped_storage()._cdata for leaf in _leaves(*on_meta) if isinstance(leaf, Tensor)}
-    made = [leaf.untyped_storage()._cdata for leaf in results]
-    return len(set(made)) == len(made) and not given & set(made)
 
 
 def _on_meta_device(args: Any, kwargs: Any, images: dict[int, Tensor]) -> tuple[Any, dict[str, Any]]:

@@ -153,6 +153,11 @@ class DecodingRows:
             beginning=None if self.beginning is None else self.beginning.keys_values,
         )
 
+    @property
+    def free_columns(self) -> int:
+        """Number of steps that can be taken before the cache grows."""
+        return self.cache.free_columns
+
     def skip(self, steps: int) -> None:
         """Goes on as if so many steps had been taken; the cache has columns for them, with no numbers."""
         self.filled += steps

@@ -32,8 +32,8 @@ FULL_ENOUGH = 0.75
 ASSUMED_LENGTHS = 8
 """How many lengths the answers of a batch have where no token is computed."""
 
-STEPS_ALIKE = 8
-"""Steps of a batch that are taken as one where no token is computed."""
+STEPS_ALIKE = 64
+"""Steps of a batch that are at most taken as one where no token is computed."""
 
 OnToken = Callable[[int, int], None]
 """Called with the index of the prompt and the token id for each token as it is generated."""
@@ -221,7 +221,7 @@ def _advance(rows: DecodingRows, answers: _Answers, temperature: float, *, refil
         are_few = len(unfinished) <= FULL_ENOUGH * len(rows.numbers)
         if are_few and not refilled:
             tokens = tokens[rows.keep(unfinished)]
-        steps = _steps_alike(unfinished, rows.numbers, answers) if on_shadows() else 1
+        steps = _steps_alike(unfinished, rows, answers) if on_shadows() else 1
         if steps > 1:
             rows.skip(steps - 1)
             for number, token in zip(rows.numbers, tokens.tolist(), strict=True):
@@ -232,12 +232,13 @@ def _advance(rows: DecodingRows, answers: _Answers, temperature: float, *, refil
             return unfinished
 
 
-def _steps_alike(unfinished: Sequence[int], numbers: Sequence[int], answers: _Answers) -> int:
-    """How many steps from here on one stands for where no token is computed, because no answer ends in them."""
-    if len(unfinished) < len(numbers):
+def _steps_alike(unfinished: Sequence[int], rows: DecodingRows, answers: _Answers) -> int:
+    """How many steps from here on one stands for where no token is computed: no answer ends in them, and the cache does
+    not grow."""
+    if len(unfinished) < len(rows.numbers):
         return 1
-    longest = max(len(answers.ids[number]) for number in numbers)
-    return max(1, min(STEPS_ALIKE, answers.max_new_tokens - longest - ASSUMED_LENGTHS))
+    longest = max(len(answers.ids[number]) for number in rows.numbers)
+    return max(1, min(STEPS_ALIKE, rows.free_columns, answers.max_new_tokens - longest - ASSUMED_LENGTHS))
 
 
 def _assumed(number: int, answers: _Answers) -> int:

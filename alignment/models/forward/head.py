@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from alignment.core.errors import ModelError
+from alignment.costs.recorder import one_of_each
 from alignment.models.assembly.precision import products_dtype
 from alignment.models.forward.flat import trunk_states
-from alignment.models.forward.head_chunks import ChunkMemory, chunks_of
+from alignment.models.forward.head_chunks import ChunkMemory, chunks_of, length
 from alignment.models.forward.rows import FlatRows
 from alignment.models.forward.two_threads import has_two_threads, in_two_threads
 
@@ -184,9 +185,9 @@ class _ChunkedLogSoftmax(torch.autograd.Function):
 
         def score(tokens: range) -> None:
             memory = ChunkMemory(hidden, weight)
-            for chunk in chunks_of(tokens.stop, start=tokens.start):
+            for chunk in one_of_each(chunks_of(tokens.stop, start=tokens.start), length):
                 products = memory.project(hidden[chunk], weight)
-                for rows, chunk_products in memory.parts(chunk):
+                for rows, chunk_products in one_of_each(memory.parts(chunk), lambda part: length(part[0])):
                     _score(
                         memory,
                         statistics,
@@ -298,9 +299,9 @@ def _recomputed(ctx: Any, factors: Tensor, entropy_factors: Tensor | None) -> tu
     grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
     memory = ChunkMemory(hidden, weight)
-    for chunk in chunks_of(hidden.shape[0]):
+    for chunk in one_of_each(chunks_of(hidden.shape[0]), length):
         products = memory.project(hidden[chunk], weight)
-        for rows, chunk_products in memory.parts(chunk):
+        for rows, chunk_products in one_of_each(memory.parts(chunk), lambda part: length(part[0])):
             logits = capped(memory.logits[: len(chunk_products)].copy_(chunk_products), ctx.cap).div_(ctx.temperature)
             shares = torch.exp(logits.sub_(log_norm[rows, None]), out=memory.shares[: len(chunk_products)])
             bend = None if entropy_factors is None else logits.add_(entropy[rows, None]).mul_(shares)

@@ -61,5 +61,10 @@ def chunks_of(stop: int, *, start: int = 0) -> Iterator[slice]:
     return _slices(start, stop, CHUNK)
 
 
+def length(rows: slice) -> int:
+    """Number of rows of a slice."""
+    return int(rows.stop - rows.start)
+
+
 def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
     return (slice(first, min(first + size, stop)) for first in range(start, stop, size))

@@ -162,6 +162,12 @@ class RowsCache(Cache):
             if isinstance(layer, RowsLayer) and layer.is_initialized:
                 layer.drop(columns, after=after)
 
+    @property
+    def free_columns(self) -> int:
+        """Number of columns that are allocated and not filled."""
+        layers = (layer for layer in self.layers if isinstance(layer, RowsLayer) and layer.is_initialized)
+        return min((layer.keys.shape[2] - layer.length for layer in layers), default=0)
+
     def skip(self, new: int) -> None:
         """Counts so many new columns of every row as filled."""
         for layer in self.layers:
