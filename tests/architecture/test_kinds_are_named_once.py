@@ -89,7 +89,7 @@ def test_every_kind_has_its_folder() -> None:
     assert folders == {name for name, kind in kinds().items() if kind.config.__module__.startswith("alignment.")}
 
 
-CONVENTIONS = {"__init__", "__main__", "config", "kind", "run", "trainer", "worker", "verb"}
+CONVENTIONS = {"__init__", "__main__", "checks", "config", "kind", "run", "trainer", "worker", "verb"}
 """Names that many folders use for the same part of each."""
 
 
