@@ -234,6 +234,6 @@ class Plain:
             values.append((states @ self.value.score.weight.T)[:, 0])
         return values
 
-    def says(self, rows: Rows) -> tuple[list[Tensor], list[Tensor]]:
+    def says(self, rows: Rows, temperature: float) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probabilities of answer tokens, and values before them."""
-        return self.logprobs(rows), self.values(rows)
+        return self.logprobs(rows, temperature), self.values(rows)
