@@ -49,12 +49,12 @@ def simulate() -> None:
 def _around_torch(execute: Callable[[], None]) -> None:
     library = Library()
     execute()
-    from tests.simulated_device import attention, collectives, cuda_module
+    from tests.simulated_device import attention, cuda_module
 
     cuda_module.replace_functions(library)
     attention.add_kernels()
     if library.devices > 1:
-        collectives.use_gloo(library)
+        cuda_module.use_gloo(library)
     _listen(library)
 
 
