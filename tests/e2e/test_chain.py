@@ -323,19 +323,27 @@ def test_a_run_measures_shows_and_reuses_benchmarks(new_forked: Callable[[], Ali
     assert re.search(r"benchmark +run .*task_folders\[0\] changed", align("plan", own))
 
 
-def test_a_plan_says_what_its_stages_would_need_and_the_next_one_remembers(new_forked: Callable[[], Align]) -> None:
+def test_a_plan_says_what_its_stages_would_need_and_the_next_one_remembers(
+    new_forked: Callable[[], Align], tmp_path: Path
+) -> None:
     align = replace(new_forked(), recipe="sft_dpo")
-    few = ("data.limit=1", "optim.batch_size=1", "optim.micro_batch_tokens=2048")
-    fewer = [f"stages.{stage}.{setting}" for stage in ("sft", "dpo") for setting in few]
-    trained = ("~stages.evaluate", "~stages.report", *fewer)  # each length of a row has operations to time
-    printed = align("plan", "--cost", *trained)
+    asks = {"role": "user", "content": "When?"}
+    sft = [{"messages": [asks, {"role": "assistant", "content": f"At {number}."}]} for number in (8, 9)]
+    dpo = [{"messages": [asks], "chosen": f"At {number}.", "rejected": "No."} for number in (8, 9)]
+    fewer = ["~stages.evaluate", "~stages.report"]
+    for stage, rows in (("sft", sft), ("dpo", dpo)):
+        file = tmp_path / f"{stage}.jsonl"  # of one length, because each has operations to time
+        file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        settings = (f"data.source=path:{file}", "optim.batch_size=1", "optim.micro_batch_tokens=2048")
+        fewer += [f"stages.{stage}.{setting}" for setting in settings]
+    printed = align("plan", "--cost", *fewer)
     lines = {line.split()[0]: line for line in printed.splitlines() if " GB " in line and "stages." not in line}
     assert set(lines) >= {"sft", "dpo"}
     assert "estimating sft (1 of 2)\nestimating dpo (2 of 2; about " in printed, "it says how far it is"
     assert "not estimated" not in printed
     assert not (align.output / "runs").exists()
     assert [path.name for path in (align.output / "artifacts").iterdir()] == [".cost"]
-    again = align("plan", *trained)
+    again = align("plan", *fewer)
     (time,) = [line for line in printed.splitlines() if line.startswith("time: ")]
     assert lines["dpo"] in again
     assert time in again
