@@ -90,12 +90,10 @@ def nothing_is_left_of(programs: Path) -> None:
     wait_until(lambda: not left_of(programs), error=lambda: f"left: {left_of(programs)}")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_stage_that_is_killed_while_an_engine_at_a_url_answers_goes_on(tmp_path: Path, method: str) -> None:
+def test_a_stage_that_is_killed_while_an_engine_at_a_url_answers_goes_on(tmp_path: Path) -> None:
     base = Chained(tmp_path).base
     with engine_server(base) as engine:
-        spec = spec_of(tmp_path, method, url=engine.url)
-        per_update = 4 if method == "PPO" else 2
+        spec, per_update = spec_of(tmp_path, "RLOO", url=engine.url), 2
 
         def kill_in_the_middle(path: str, number: int) -> Failure | None:
             if path != COMPLETIONS or number < per_update + 1:
@@ -118,12 +116,9 @@ def test_a_stage_that_is_killed_while_an_engine_at_a_url_answers_goes_on(tmp_pat
     assert (spec.run_folder / "log-0.txt").read_text().count(DIFFER) == 1
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_stage_that_is_killed_takes_its_own_engine_with_it_and_goes_on_with_another(
-    tmp_path: Path, method: str
-) -> None:
+def test_a_stage_that_is_killed_takes_its_own_engine_with_it_and_goes_on_with_another(tmp_path: Path) -> None:
     programs = tmp_path / "programs"
-    spec = spec_of(tmp_path, method, python=str(interpreter_of(programs, Planted(pause=0.5))))
+    spec = spec_of(tmp_path, "PPO", python=str(interpreter_of(programs, Planted(pause=0.5))))
     codes: list[int] = []
     stage = threading.Thread(target=lambda: codes.extend(on_processes(spec, world_size=1)))
     stage.start()

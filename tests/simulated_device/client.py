@@ -91,7 +91,7 @@ class Device:
 
     def run(self, cell: Cell, *, processes: int = 1) -> Outcome:
         """Runs a stage in a folder of its own, on as many processes, each with its own device."""
-        return self._ask({"cell": cell.to_json(), "processes": processes})
+        return self._ask({"cell": asdict(cell), "processes": processes})
 
     def execute(self, code: str) -> Outcome:
         """Runs a piece of Python, in which torch is imported."""

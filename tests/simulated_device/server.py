@@ -86,9 +86,9 @@ def _outcome(request: dict[str, Any], folder: Path) -> Outcome:
         if "code" in request:
             exec(request["code"], names)  # the code of a test
         elif world_size > 1:
-            return _of_several(spec_of(Cell.from_json(request["cell"]), folder), folder, world_size)
+            return _of_several(spec_of(Cell(**request["cell"]), folder), folder, world_size)
         else:
-            run_stage(Cell.from_json(request["cell"]), folder)
+            run_stage(Cell(**request["cell"]), folder)
     except BaseException:  # noqa: BLE001  the test fails with it
         error = traceback.format_exc()
     after = Steps.after

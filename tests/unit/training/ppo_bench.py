@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from alignment.stages.ppo.trainer_setup import build_trainer, roles_of
 from alignment.training.context import StageContext
 from alignment.training.rl.rollouts import Prompts
 from alignment.training.session import train
+from tests.proofs import common
 from tests.tiny import BASE_SOURCE, tiny_model, tiny_reward, tiny_scorer, tiny_spec, tiny_tokenizer
 
 LORA = AdapterConfig(rank=4)
@@ -57,37 +58,16 @@ class Bench:
         return self.lines("metrics.jsonl")
 
 
-class TokenRewards:
+class TokenRewards(common.TokenRewards):
     """Scores by a function of prompt and answer tokens."""
 
     def __init__(self, score: Callable[[Sequence[int], Sequence[int]], float], name: str = "rule") -> None:
-        self._score = score
+        super().__init__(**{name: common.each(score)})
         self._name = name
 
-    def scores(self, prompts: Any, answers: Any, rows: Any) -> Scores:
-        """One score an answer."""
-        return self._named([self._score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
-
-    def observe(self, scores: Scores) -> None:
-        """Nothing is remembered."""
-
-    def total(self, scores: Scores) -> torch.Tensor:
-        """There is only one."""
-        return scores.values[0]
-
-    def of_ensembles(self, scores: Scores) -> dict[str, torch.Tensor]:
-        """There is none."""
-        return {}
-
-    def _named(self, scores: Sequence[float]) -> Scores:
+    def named(self, scores: Sequence[float]) -> Scores:
+        """These scores as its own."""
         return Scores.of({self._name: torch.tensor(scores)})
-
-    def state(self) -> dict[str, Any]:
-        """Nothing is remembered."""
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Nothing is remembered."""
 
 
 class OwnReward(TokenRewards):
@@ -100,7 +80,7 @@ class OwnReward(TokenRewards):
     def scores(self, prompts: Any, answers: Any, rows: Any) -> Scores:
         """Its scores at the last tokens."""
         parts = batches(prompts, answers, tokens=1000, device=next(self._model.parameters()).device)
-        return self._named(torch.cat([scalar_scores(self._model, part.rows) for part in parts]).tolist())
+        return self.named(torch.cat([scalar_scores(self._model, part.rows) for part in parts]).tolist())
 
 
 def bench_in(folder: Path) -> Callable[..., Bench]:

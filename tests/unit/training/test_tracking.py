@@ -7,8 +7,6 @@ import json
 import logging
 import os
 import socket
-import sqlite3
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -46,7 +44,6 @@ from alignment.training.trackers.tracker import (
 )
 from alignment.training.trackers.wandb import _mode
 from alignment.training.trackers.wandb_log import records
-from tests.in_child import in_child
 from tests.patience import wait_until
 from tests.tiny import tiny_spec
 from tests.unit.training.read_back import curves_of, run_twice
@@ -386,35 +383,6 @@ def test_tensorboard_holds_curves_settings_samples_and_headline_figures(tmp_path
 
 
 # ---- trackio --------------------------------------------------------------------------------------------------------
-def test_trackio_holds_curves_settings_samples_and_headline_figures_once(tmp_path: Path) -> None:
-    pytest.importorskip("trackio")
-
-    def attempt() -> int:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
-            del sys.modules[name]  # TRL imports it, and then it writes to the user's folder
-        context = context_in(tmp_path, tracking=tracking(["trackio"]))
-        manifest = Manifest(stage="sft", kind="policy", fingerprint="a" * 64, identity={}, metrics={"loss": 0.5})
-        with worker._tracked(context):
-            context.trackers.catch_up([{"step": 1, "loss": 1.0, "time": 2.0}])
-            context.trackers.table("samples", [{"answer": "yes", "scorers": {"reward": 0.5}}])
-            context.trackers.result(manifest, tmp_path / "sft-aaaaaaaa")
-        return len(context.trackers.faults)
-
-    with (tmp_path / "printed").open("w+b") as sink:
-        codes = [in_child(attempt, sink), in_child(attempt, sink)]  # the second has nothing new to write
-        sink.seek(0)
-        assert codes == [0, 0], sink.read().decode()
-    connection = sqlite3.connect(tmp_path / "trackio" / "tests.db")
-    rows = [(step, json.loads(text)) for step, text in connection.execute("SELECT step, metrics FROM metrics")]
-    assert [(step, row) for step, row in rows if "samples" not in row] == [
-        (1, {"loss": 1.0, "metric/time": 2.0}),
-        (1, {"result/loss": 0.5}),
-    ]
-    (table,) = [row["samples"] for _, row in rows if "samples" in row]
-    assert table["_value"] == [{"answer": "yes", "scorers/reward": 0.5}]
-    ((config,),) = connection.execute("SELECT config FROM configs").fetchall()
-    assert json.loads(config)["stage"] == "sft"
-    connection.close()
 
 
 class _Server(Tracker):
