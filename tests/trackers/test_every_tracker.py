@@ -30,8 +30,8 @@ from tests.e2e.conftest import Align
 from tests.in_child import in_child
 from tests.tiny import save_tiny_model
 from tests.trackers.conftest import Server
-from tests.unit.training.read_back import Curves, curves_of, last_step, run_twice
-from tests.unit.training.tracked import SERVER, STEPS, context_in, tracking, train_line
+from tests.unit.training.read_back import Curves, curves_of, last_step
+from tests.unit.training.tracked import SERVER, STEPS, context_in, run_twice, tracking, train_line
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow and trackio warn of their own imports
 CANARY = "c4nary5ecret"

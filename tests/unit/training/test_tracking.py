@@ -46,8 +46,8 @@ from alignment.training.trackers.wandb import _mode
 from alignment.training.trackers.wandb_log import records
 from tests.patience import wait_until
 from tests.tiny import tiny_spec
-from tests.unit.training.read_back import curves_of, run_twice
-from tests.unit.training.tracked import STEPS, TRACKING, context_in, tracking, train_line
+from tests.unit.training.read_back import curves_of
+from tests.unit.training.tracked import STEPS, TRACKING, context_in, run_twice, tracking, train_line
 
 AGENT = {"WANDB_SWEEP_ID": "5weep", "WANDB_RUN_ID": "tr1al", "WANDB_PROJECT": "tests", "WANDB_ENTITY": "us"}
 

@@ -1,17 +1,15 @@
-"""A stage with trackers that is killed twice, and one that is not: ``python -m tests.unit.training.tracked FOLDER
-TRACKER…``.
+"""A stage with trackers that is killed twice, and one that is not.
 
-Each attempt is a process forked from one that has imported the libraries. In ``FOLDER/killed`` two are killed with all
-that they started: the first before W&B has written anything, the second once every tracker has a step after the last
-checkpoint. In ``FOLDER/straight`` there is one attempt without trackers, which nobody kills.
+Each attempt is a process of its own, forked from the caller's. In ``FOLDER/killed`` two are killed with all that they
+started: the first before W&B has written anything, the second once every tracker has a step after the last checkpoint.
+In ``FOLDER/straight`` there is one attempt without trackers, which nobody kills.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -26,6 +24,7 @@ from alignment.stages.sft.config import SftConfig
 from alignment.training.context import StageContext
 from alignment.training.session import train
 from alignment.training.trainer_arguments import quiet_arguments
+from tests.in_child import in_child
 from tests.tiny import tiny_spec
 from tests.unit.training.read_back import last_step
 
@@ -114,22 +113,29 @@ def _attempt(folder: Path, trackers: Sequence[str], *, killed_after: int | None 
     os._exit(code)
 
 
-def main() -> int:
+def run(folder: Path, trackers: Sequence[str]) -> int:
     """0 if both stages came to their ends."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("trackers", nargs="+")
-    options = parser.parse_args()
-    killed = options.folder / "killed"
-    codes = [
-        _attempt(options.folder / "straight", []),
-        _attempt(killed, options.trackers, killed_after=4),
-    ]
+    killed = folder / "killed"
+    codes = [_attempt(folder / "straight", []), _attempt(killed, trackers, killed_after=4)]
     os.environ["WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"] = "0.05"  # seconds; W&B's own default is 15
-    codes += [_attempt(killed, options.trackers, killed_after=5, written=4), _attempt(killed, options.trackers)]
+    codes += [_attempt(killed, trackers, killed_after=5, written=4), _attempt(killed, trackers)]
     print(f"exit codes: {codes}")
     return int(codes != [0, -signal.SIGKILL, -signal.SIGKILL, 0])
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run_twice(folder: Path, trackers: Sequence[str], **variables: str) -> dict[tuple[str, int], float]:
+    """Both stages; returns the curves of the one that was not killed, from its file."""
+
+    def attempts() -> int:
+        for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_"))]:
+            del os.environ[name]
+        os.environ.update({"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", **variables})
+        return run(folder, trackers)
+
+    with (folder / "printed").open("w+b") as sink:
+        code = in_child(attempts, sink)
+        sink.seek(0)
+        assert code == 0, sink.read().decode()
+    (file,) = (folder / "straight").glob("artifacts/*/content/metrics.jsonl")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {(key, row["step"]): value for row in rows for key, value in row.items() if key != "step"}
