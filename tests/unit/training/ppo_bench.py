@@ -111,7 +111,7 @@ def bench_in(folder: Path) -> Callable[..., Bench]:
         context = StageContext(spec=spec, rank=0, world_size=1)
         torch.manual_seed(context.seed("worker") % 2**32)  # as the worker does: a fresh adapter is drawn from it
         roles = roles_of(config, context, lineage, made[adapter.kind] if reward else None)
-        stage_prompts = Prompts(ids=prompts, rows=range(len(prompts)))
+        stage_prompts = Prompts(ids=prompts, rows=range(40, 40 + len(prompts)))
         trainer = build_trainer(config, context, roles, stage_prompts, frozenset({END}), rewards or OwnReward(roles))
         return Bench(context=context, config=config, roles=roles, trainer=trainer)
 

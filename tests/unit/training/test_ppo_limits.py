@@ -234,9 +234,10 @@ def test_the_guard_neither_disturbs_training_nor_forgets_over_a_resume(bench: Ca
     look = cut.trainer.guard.evaluate
 
     def breaks(updates: int, rollouts: Any) -> Any:
-        if updates == 2:
+        metrics = look(updates, rollouts)
+        if updates == 2:  # it is looked at again afterwards
             raise KeyboardInterrupt
-        return look(updates, rollouts)
+        return metrics
 
     cut.trainer.guard.evaluate = breaks
     with pytest.raises(KeyboardInterrupt):
@@ -393,4 +394,5 @@ def test_a_few_answers_of_every_update_can_be_read(
         assert line["scorers"] == {"rule": line["score"]}
         assert math.isfinite(line["kl"])
     assert len({line["row"] for line in lines[:3]}) == 3
+    assert {line["row"] for line in lines} <= {40 + number for number in range(8)}, "rows of the data"
     assert sent == {"samples": lines}
