@@ -53,9 +53,12 @@ def test_every_prompt_comes_once_a_pass_in_an_order_that_a_resumed_run_repeats(b
 def test_a_stream_is_spread_over_rows_and_is_zero_beside_them() -> None:
     mask = response_mask([[2, 2], [2], [0, 2, 6]])
     assert mask.tolist() == [[True, True, False], [True, False, False], [True, True, True]], "whatever the token ids"
-    by_row = spread(torch.arange(1.0, 7.0), mask)
+    flat = torch.arange(1.0, 7.0, requires_grad=True)
+    by_row = spread(flat, mask)
     assert by_row.tolist() == [[1.0, 2.0, 0.0], [3.0, 0.0, 0.0], [4.0, 5.0, 6.0]]
     assert torch.equal(stack([torch.arange(1.0, 3.0), torch.tensor([3.0]), torch.arange(4.0, 7.0)], mask), by_row)
+    (by_row * torch.arange(9.0).view(3, 3)).sum().backward()
+    assert flat.grad.tolist() == [0.0, 1.0, 3.0, 6.0, 7.0, 8.0], "gradients come back in order"
 
 
 @pytest.mark.parametrize(("world", "group"), [(1, 1), (2, 1), (3, 1), (6, 1), (2, 3)])
@@ -106,13 +109,6 @@ def plain(rollout: Answers) -> dict[str, Any]:
     """For comparison: tensors do not compare as a whole."""
     lists = {field.name: getattr(rollout, field.name) for field in fields(Answers)}
     return lists | {"scores": [rollout.scores.of_answer(row) for row in range(len(rollout.rows))]}
-
-
-def test_spreading_hands_gradients_back_in_order() -> None:
-    flat = torch.ones(3, requires_grad=True)
-    weights = torch.tensor([[2.0, 9.0], [3.0, 4.0]])
-    (spread(flat, torch.tensor([[True, False], [True, True]])) * weights).sum().backward()
-    assert flat.grad.tolist() == [2.0, 3.0, 4.0]
 
 
 def _filled(path: Path, steps: int) -> MetricsLog:
@@ -180,27 +176,34 @@ def test_means_are_over_counted_tokens_of_all_processes(processes: str) -> None:
     close(figures.values["y"], -3.0)
 
 
-@pytest.mark.parametrize(("processes", "mean"), [("alone", 0.5), ("two equal ones", 1.0)])
-def test_shares_of_micro_batches_and_processes_add_up_and_are_averaged_over_steps(processes: str, mean: float) -> None:
+@pytest.mark.parametrize(("processes", "count"), [("alone", 1), ("two equal ones", 2)])
+def test_shares_of_micro_batches_and_processes_add_up_and_are_averaged_over_steps(processes: str, count: int) -> None:
+    """Maxima and seconds gather over an update and end with it; nothing is read before."""
     figures = UpdateMetrics(PROCESSES[processes])
-    for micro_batches in ([0.25, 0.5], [0.125, 0.125]):
-        for share in micro_batches:
-            figures.add_share({"loss": torch.tensor(share)})
-        figures.step_done()
-    close(figures.result()["loss"], mean)
-
-
-def test_shares_and_maxima_of_all_minibatches_are_read_together() -> None:
-    figures = UpdateMetrics(PROCESSES["alone"])
-    shares = {str(number): torch.tensor(float(number)) for number in range(5)} | {"policy/approxkl": torch.zeros(())}
     with Waits() as waits:
-        for worst in (3.0, 7.0, 5.0):
-            figures.add_share(shares)
+        for micro_batches, worst in (([0.25, 0.5], 3.0), ([0.125, 0.125], 7.0), ([0.5, 0.0], 5.0)):
+            for share in micro_batches:
+                figures.add_share({"loss": torch.tensor(share), "policy/approxkl": torch.tensor(share)})
             figures.add_maximum("worst", torch.tensor(worst))
+            figures.add_seconds("learning", 0.5)
             figures.step_done()
     assert waits.number == 0
-    assert [figures.result()[str(number)] for number in range(5)] == [0.0, 1.0, 2.0, 3.0, 4.0]
-    assert figures.result()["worst"] == 7.0
+    result = figures.result()
+    close([result["loss"], result["policy/approxkl"]], [0.5 * count] * 2)
+    assert result["policy/approxkl_first"] == 0.75 * count, "that of the first step is kept apart"
+    assert (result["worst"], result["time/learning"]) == (7.0, 1.5)
+    figures.clear()
+    figures.add_share({"loss": torch.tensor(1.0)})
+    figures.step_done()
+    assert not {"worst", "time/learning"} & set(figures.result())
+
+
+def test_a_maximum_is_that_of_all_processes() -> None:
+    figures = UpdateMetrics(PROCESSES["beside a higher one"])
+    figures.add_share({"loss": torch.tensor(1.0)})
+    figures.add_maximum("worst", torch.tensor(-1.0))
+    figures.step_done()
+    assert figures.result()["worst"] == 9.0
 
 
 def test_the_approximate_kl_is_that_of_the_last_minibatch_whenever_it_is_read() -> None:
@@ -211,31 +214,6 @@ def test_the_approximate_kl_is_that_of_the_last_minibatch_whenever_it_is_read() 
         figures.step_done()
         if read:
             assert figures.approximate_kl() == figures.approximate_kl() == sum(shares)
-
-
-def test_the_approximate_kl_of_the_first_step_is_kept_apart() -> None:
-    figures = UpdateMetrics(PROCESSES["two equal ones"])
-    for kl in (0.125, 0.5, 0.125):
-        figures.add_share({"policy/approxkl": torch.tensor(kl)})
-        figures.step_done()
-    averages = figures.result()
-    assert averages["policy/approxkl_first"] == 0.25, "of all processes"
-    close(averages["policy/approxkl"], 0.5)
-
-
-def test_maxima_and_seconds_gather_over_an_update_and_end_with_it() -> None:
-    figures = UpdateMetrics(PROCESSES["beside a higher one"])
-    for value in (-3.0, -1.0, -2.0):
-        figures.add_maximum("worst", torch.tensor(value))
-        figures.add_seconds("learning", 0.5)
-    figures.add_share({"loss": torch.tensor(1.0)})
-    figures.step_done()
-    assert figures.result()["worst"] == 9.0
-    assert figures.result()["time/learning"] == 1.5
-    figures.clear()
-    figures.add_share({"loss": torch.tensor(1.0)})
-    figures.step_done()
-    assert not {"worst", "time/learning"} & set(figures.result())
 
 
 LENGTHS, LONGEST = [2, 8], 10

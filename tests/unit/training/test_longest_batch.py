@@ -25,7 +25,7 @@ from alignment import worker
 from alignment.config.adapter import AdapterConfig
 from alignment.config.critic import Critic
 from alignment.config.data import DataConfig
-from alignment.config.optim import OptimConfig
+from alignment.config.optim import Moments, OptimConfig
 from alignment.config.replay import PtxConfig
 from alignment.config.validation import ValidationConfig
 from alignment.core import hardware
@@ -39,7 +39,7 @@ from alignment.stages.ppo.answer_trials import AnswerTrials
 from alignment.stages.ppo.config import Advantage
 from alignment.stages.sft.config import SftConfig
 from alignment.training import longest_batch, row_lengths, size_search
-from alignment.training.adamw import RandomlyRoundedAdamW
+from alignment.training.adamw import RandomlyRoundedAdamW, adamw
 from alignment.training.context import StageContext
 from alignment.training.longest_batch import LongestBatch, largest
 from alignment.training.micro_batches import MicroBatches
@@ -132,7 +132,8 @@ def test_nothing_of_it_stays(kind: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert tried.moments == [2 * 4 * trained], "two float32 moments of every trained weight"
 
 
-def test_moments_of_bfloat16_weights_without_masters_take_two_bytes_each() -> None:
+def test_moments_take_as_many_bytes_as_the_optimiser_will_give_them(context: StageContext) -> None:
+    """Of bfloat16 weights without masters two each, in eight bits one."""
     weight = torch.nn.Parameter(torch.zeros(100, dtype=torch.bfloat16))
     frozen = torch.nn.Parameter(torch.zeros(7), requires_grad=False)
     optimizer = RandomlyRoundedAdamW([weight, frozen], seed=1)
@@ -140,6 +141,9 @@ def test_moments_of_bfloat16_weights_without_masters_take_two_bytes_each() -> No
     weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert longest_batch._memory_for_moments(optimizer) == [], "it has them"
+    kind, settings = adamw([], context, lr=1e-2, eps=1e-8, moments=Moments.eight_bit)
+    eight_bit = kind([torch.nn.Parameter(torch.zeros(8192))], **settings)
+    assert sum(part.nbytes for part in longest_batch._memory_for_moments(eight_bit)) == 2 * 8192
 
 
 def test_a_short_training_meets_its_longest_batch_soon_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -167,7 +167,7 @@ def test_figures_of_pieces_count_by_their_share() -> None:
 def test_what_saves_memory_changes_neither_weights_nor_figures(tmp_path: Path, kind: str) -> None:
     config, run = STAGES[kind]
     weights, figures = [], []
-    for limit, checkpointing in ((10_000, False), (60, True)):
+    for limit, checkpointing in ((10_000, False), (150, True)):
         optim = replace(OPTIM, micro_batch_tokens=limit, activation_checkpointing=checkpointing)
         stage_config = replace(config, optim=optim)
         context = ready(tmp_path / str(limit), stage_config, pairs=kind in PAIRS)
