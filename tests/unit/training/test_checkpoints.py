@@ -26,11 +26,11 @@ from alignment.training.checkpoints import MANIFEST, newest, rotate, seal, step_
 from alignment.training.context import StageContext
 from alignment.training.phase_peaks import PhasePeaks
 from alignment.training.session import Preempted, fresh_folder, train, usage
-from alignment.training.trainer_arguments import quiet_arguments
 from tests.chained import FULL, config_of
 from tests.device import backend
 from tests.tiny import tiny_spec
 from tests.unit.training.conftest import at_step
+from tests.unit.training.tracked import Line, line_trainer
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
@@ -239,28 +239,8 @@ def test_rotation_keeps_the_two_newest_and_never_counts_what_is_not_sealed(tmp_p
     assert _names(tmp_path) == ["checkpoint-10", "checkpoint-12", "checkpoint-6"]
 
 
-class _Line(torch.nn.Module):
-    """One weight, and a loss that a step lowers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(2))
-
-    def forward(self, x: torch.Tensor, scale: float = 1.0) -> dict[str, torch.Tensor]:
-        return {"loss": scale * ((x * self.weight).sum(-1) ** 2).mean()}
-
-
 def _trainer(context: StageContext, *, steps: int = 6, model: torch.nn.Module | None = None) -> Trainer:
-    rows = [{"x": torch.tensor([float(n), 1.0])} for n in range(8)]
-    arguments = TrainingArguments(
-        **quiet_arguments(context),
-        max_steps=steps,
-        logging_steps=1,
-        save_steps=2,
-        learning_rate=0.01,
-        per_device_train_batch_size=2,
-    )
-    return Trainer(model=_Line() if model is None else model, args=arguments, train_dataset=rows)
+    return line_trainer(context, steps=steps, save_every=2, model=model)
 
 
 def _lines(context: StageContext) -> list[dict[str, Any]]:
@@ -382,16 +362,16 @@ def test_a_request_to_stop_in_the_last_step_comes_after_its_checkpoint(context: 
     assert newest(context.checkpoints, fingerprint=context.spec.fingerprint) == context.checkpoints / "checkpoint-6"
 
 
-class Scaled(_Line):
+class Scaled(Line):
     """Its loss is multiplied by a factor of the number of calls."""
 
     def __init__(self, factor: Callable[[int], float]) -> None:
         super().__init__()
         self._factor, self._calls = factor, 0
 
-    def forward(self, x: torch.Tensor, scale: float = 1.0) -> dict[str, torch.Tensor]:
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         self._calls += 1
-        return super().forward(x, self._factor(self._calls))
+        return {"loss": self._factor(self._calls) * super().forward(x)["loss"]}
 
 
 def test_a_gradient_that_is_not_finite_stops_with_the_last_good_checkpoint(context: StageContext) -> None:

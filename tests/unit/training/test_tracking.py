@@ -92,41 +92,44 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 # ---- all of them as one ---------------------------------------------------------------------------------------------
-class _Fake(Tracker):
-    """Counts what it is told, and raises if it is broken."""
+class _Server(Tracker):
+    """Stores what it gets; it fails as often as there are faults, and waits for ``open``."""
 
-    def __init__(self, *, broken: bool = False) -> None:
-        self.calls: list[str] = []
-        self._broken = broken
+    def __init__(self, *faults: Exception) -> None:
+        self.stored: list[Any] = []
+        self.faults = list(faults)
+        self.open = threading.Event()
+        self.open.set()
 
-    def _note(self, name: str) -> None:
-        self.calls.append(name)
-        if self._broken:
-            raise ConnectionError("no route to host")
+    def _store(self, *values: Any) -> None:
+        self.open.wait()
+        if self.faults:
+            raise self.faults.pop(0)
+        self.stored += values
 
     def log(self, rows: Sequence[Row]) -> None:
-        self._note("steps " + " ".join(str(row.step) for row in rows))
+        self._store(*(row.step for row in rows))
 
-    def table(self, *_: Any) -> None:
-        self._note("table")
+    def table(self, name: str, columns: Any, rows: Any) -> None:
+        self._store(name)
 
-    def result(self, *_: Any) -> None:
-        self._note("result")
+    def result(self, manifest: Any, folder: Path) -> None:
+        self._store("result")
 
     def close(self, *, done: bool) -> None:
-        self._note(f"closed, done={done}")
+        self._store(f"done={done}")
 
 
 def test_a_tracker_that_fails_is_named_once_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
-    trackers, broken, sound = Trackers(), _Fake(broken=True), _Fake()
+    trackers, broken, sound = Trackers(), _Server(ConnectionError("no route to host")), _Server()
     trackers._open = {"Broken": broken, "Sound": sound}
     with caplog.at_level(logging.WARNING):
         trackers.catch_up([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}])
         trackers.log(3, {"loss": 1.0})
         trackers.table("nothing", [])
         trackers.close(done=True)
-    assert broken.calls == ["steps 1 2"]
-    assert sound.calls == ["steps 1 2", "steps 3", "closed, done=True"]
+    assert broken.stored == [], "it was called once"
+    assert sound.stored == [1, 2, 3, "done=True"]
     assert [record.getMessage() for record in caplog.records] == trackers.faults
     (fault,) = trackers.faults
     assert fault.startswith("Broken failed")
@@ -145,11 +148,11 @@ def test_only_the_main_process_tracks_and_only_if_asked(tmp_path: Path, context:
 def test_trackers_receive_whether_the_stage_came_to_its_end(
     context: StageContext, raised: type[BaseException] | None
 ) -> None:
-    fake = context.trackers._open["Fake"] = _Fake()
+    tracker = context.trackers._open["Server"] = _Server()
     with contextlib.suppress(KeyboardInterrupt), worker._tracked(context):
         if raised is not None:
             raise raised
-    assert fake.calls == [f"closed, done={raised is None}"]
+    assert tracker.stored == [f"done={raised is None}"]
 
 
 def test_what_lies_in_groups_becomes_columns() -> None:
@@ -383,34 +386,6 @@ def test_tensorboard_holds_curves_settings_samples_and_headline_figures(tmp_path
 
 
 # ---- trackio --------------------------------------------------------------------------------------------------------
-
-
-class _Server(Tracker):
-    """Stores what it gets; it fails as often as it is told to, and waits for ``open``."""
-
-    def __init__(self, *faults: Exception) -> None:
-        self.stored: list[Any] = []
-        self.faults = list(faults)
-        self.open = threading.Event()
-        self.open.set()
-
-    def _store(self, *values: Any) -> None:
-        self.open.wait()
-        if self.faults:
-            raise self.faults.pop(0)
-        self.stored += values
-
-    def log(self, rows: Sequence[Row]) -> None:
-        self._store(*(row.step for row in rows))
-
-    def table(self, name: str, columns: Any, rows: Any) -> None:
-        self._store(name)
-
-    def result(self, manifest: Any, folder: Path) -> None:
-        self._store("result")
-
-    def close(self, *, done: bool) -> None:
-        self._store(f"done={done}")
 
 
 def _rows(*steps: int) -> list[Row]:

@@ -79,18 +79,27 @@ def context_in(folder: Path, **changes: Any) -> StageContext:
     return StageContext(spec=tiny_spec(folder, SftConfig(), **({"tracking": TRACKING} | changes)), rank=0, world_size=1)
 
 
-def train_line(context: StageContext, *callbacks: TrainerCallback) -> None:
-    """Trains the line: eight steps, each of them logged, a checkpoint every third."""
+def line_trainer(
+    context: StageContext, *, steps: int = STEPS, save_every: int = 3, model: torch.nn.Module | None = None
+) -> Trainer:
+    """A trainer of the line, or of another model, on eight rows; each step is logged."""
     arguments = TrainingArguments(
         **quiet_arguments(context),
-        max_steps=STEPS,
+        max_steps=steps,
         logging_steps=1,
-        save_steps=3,
+        save_steps=save_every,
         learning_rate=0.01,
         per_device_train_batch_size=2,
     )
     rows = [{"x": torch.tensor([float(number), 1.0])} for number in range(8)]
-    trainer = Trainer(model=Line(), args=arguments, train_dataset=rows, callbacks=list(callbacks))
+    return Trainer(model=Line() if model is None else model, args=arguments, train_dataset=rows)
+
+
+def train_line(context: StageContext, *callbacks: TrainerCallback) -> None:
+    """Trains the line."""
+    trainer = line_trainer(context)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     train(trainer, context, headline="loss")
 
 
