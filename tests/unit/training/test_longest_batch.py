@@ -8,12 +8,13 @@ import os
 import re
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -38,8 +39,9 @@ from alignment.stages.ppo import learn
 from alignment.stages.ppo.answer_trials import AnswerTrials
 from alignment.stages.ppo.config import Advantage
 from alignment.stages.sft.config import SftConfig
-from alignment.training import longest_batch, row_lengths, size_search
+from alignment.training import longest_batch, row_lengths, session, size_search
 from alignment.training.adamw import RandomlyRoundedAdamW, adamw
+from alignment.training.callbacks import WeightsAreSharded
 from alignment.training.context import StageContext
 from alignment.training.longest_batch import LongestBatch, largest
 from alignment.training.micro_batches import MicroBatches
@@ -421,6 +423,31 @@ def test_a_size_that_takes_more_than_its_share_is_not_tried(monkeypatch: pytest.
 def test_the_memory_of_a_step_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     tried = chosen(Rows(mb=4.0), monkeypatch).tried
     assert tried[-1].bytes - tried[0].bytes > 160 * MB
+
+
+def test_trials_take_place_on_weights_that_are_cut_as_in_the_training(
+    context: StageContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise they would train whole weights, in the format of their file."""
+    cut: list[Any] = []
+
+    @contextmanager
+    def cut_by_module(model: Any, _: StageContext) -> Iterator[None]:
+        cut.append(model)
+        yield
+        cut.clear()
+
+    class Search:
+        def run(self, trainer: Any, trials: Any) -> NoReturn:
+            assert cut == [trainer.model]
+            raise SizeChosen(Choice(tokens=3, tried=()))
+
+    monkeypatch.setattr(session, "cut_by_module", cut_by_module)
+    trainer: Any = SimpleNamespace(model="model", add_callback=lambda callback: callbacks.append(callback))
+    callbacks: list[Any] = []
+    with pytest.raises(SizeChosen):
+        session._seek_size(Search(), trainer, context, Rows())
+    assert [type(callback) for callback in callbacks] == [WeightsAreSharded]
 
 
 def test_one_process_on_a_gpu_tries_what_it_does_not_expect_to_fit(monkeypatch: pytest.MonkeyPatch) -> None:
