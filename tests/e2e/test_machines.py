@@ -76,7 +76,13 @@ def test_two_machines_make_what_two_processes_make(tiny_model_folder: Path, tmp_
     assert (next((tmp_path / "two").glob("runs/*/forgetting/")) / "log-1.txt").exists()
 
 
-TWO = ("launch.num_processes=2", "stages.sft.optim={batch_size: 4, micro_batch_tokens: 60, epochs: 500, lr: 1e-3}")
+TWO = (
+    "~stages.dpo",
+    "~stages.evaluate",
+    "~stages.report",
+    "launch.num_processes=2",
+    "stages.sft.optim={batch_size: 4, micro_batch_tokens: 60, epochs: 500, lr: 1e-3}",
+)
 """Training that would go on for minutes."""
 
 
