@@ -66,11 +66,8 @@ def _signals_as_before() -> Iterator[None]:
 SEVERAL_PROCESSES = (
     "distributed/",
     "e2e/test_engine",
-    "e2e/test_lost_processes",
     "e2e/test_machines",
     "e2e/test_notebook",
-    "e2e/test_served_judge",
-    "e2e/test_sweep",
     "e2e/test_tracking",
 )
 """Files whose tests start several processes that wait for one another, servers and agents among them; two such tests at

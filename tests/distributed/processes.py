@@ -13,6 +13,7 @@ import signal
 import socket
 import sys
 import traceback
+from dataclasses import dataclass
 from typing import Any
 
 from alignment.core.hardware import visible_devices
@@ -41,18 +42,9 @@ PARTS = {
 """The functions that make a part of answers."""
 
 
-def on_processes(
-    spec: StageSpec,
-    *,
-    world_size: int = 2,
-    stop_after: int | None = None,
-    nan_at: int | None = None,
-    kill_after: int | None = None,
-    killed_when: str = "logged",
-    tries_longest: bool = False,
-    watches_memory: bool = False,
-) -> list[int]:
-    """Runs a stage on processes of its own; returns their exit codes, those of ``alignment.worker``.
+@dataclass(frozen=True, kw_only=True)
+class Disturbance:
+    """What happens to the processes of a stage.
 
     Process 1 gets SIGTERM after the step ``stop_after``, or a loss that is no number in the step ``nan_at``. All get
     SIGKILL at the step ``kill_after``, when it is ``logged``, before a checkpoint of it, or when that is ``sealed``; or
@@ -60,9 +52,20 @@ def on_processes(
     ``tries_longest``: the largest micro-batch is tried first, however short the training is. ``watches_memory``: they
     end before the first step and leave ``memory-RANK.json`` (own_memory.py).
     """
+
+    stop_after: int | None = None
+    nan_at: int | None = None
+    kill_after: int | None = None
+    killed_when: str = "logged"
+    tries_longest: bool = False
+    watches_memory: bool = False
+
+
+def on_processes(spec: StageSpec, *, world_size: int = 2, **disturbances: Any) -> list[int]:
+    """Runs a stage on processes of its own; returns their exit codes, those of ``alignment.worker``."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED))
-    arguments = (world_size, _free_port(), stop_after, nan_at, kill_after, killed_when, tries_longest, watches_memory)
+    arguments = (world_size, _free_port(), Disturbance(**disturbances))
     group = [context.Process(target=_process, args=(spec, rank, *arguments)) for rank in range(world_size)]
     for process in group:
         process.start()
@@ -83,21 +86,10 @@ def _free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def _process(
-    spec: StageSpec,
-    rank: int,
-    world_size: int,
-    port: int,
-    stop_after: int | None,
-    nan_at: int | None,
-    kill_after: int | None,
-    killed_when: str,
-    tries_longest: bool,
-    watches_memory: bool,
-) -> None:
-    if tries_longest:
+def _process(spec: StageSpec, rank: int, world_size: int, port: int, how: Disturbance) -> None:
+    if how.tries_longest:
         _try_longest()
-    if watches_memory:
+    if how.watches_memory:
         watch(spec.run_folder, rank, spec.base_path)
     variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -109,24 +101,24 @@ def _process(
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:
-            sys.exit(_run(spec, *((stop_after, nan_at) if rank == 1 else (None, None)), kill_after, killed_when))
+            sys.exit(_run(spec, rank, how))
         except Exception:
             traceback.print_exc()
             raise
 
 
-def _run(spec: StageSpec, stop_after: int | None, nan_at: int | None, kill_after: int | None, killed_when: str) -> int:
+def _run(spec: StageSpec, rank: int, how: Disturbance) -> int:
     from alignment import worker
 
-    if stop_after is not None:
-        _stop_after(stop_after)
-    if nan_at is not None:
-        _nan_at(nan_at)
-    if kill_after is not None:
-        if killed_when in PARTS:
-            _kill_at_part(kill_after, *PARTS[killed_when])
+    if rank == 1 and how.stop_after is not None:
+        _stop_after(how.stop_after)
+    if rank == 1 and how.nan_at is not None:
+        _nan_at(how.nan_at)
+    if how.kill_after is not None:
+        if how.killed_when in PARTS:
+            _kill_at_part(how.kill_after, *PARTS[how.killed_when])
         else:
-            _kill_after(kill_after, killed_when)
+            _kill_after(how.kill_after, how.killed_when)
     worker.read_spec = lambda _: spec
     return worker.main(spec.run_folder / "stage.yaml")
 

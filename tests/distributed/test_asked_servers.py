@@ -1,4 +1,4 @@
-"""A PPO stage whose answers a server scores: killed, on several processes, and with a server that fails."""
+"""A PPO stage whose answers a server or a function scores: killed, on several processes, and with one that fails."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import pytest
 
 from alignment.config.scoring import GuardConfig, ScorerConfig, ServerConfig
 from alignment.job import StageSpec
-from alignment.records.worker import Heartbeat
+from alignment.records.worker import Heartbeat, Status
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.shared.answer_scores import REPLIES
 from tests.chained import LORA, Chained, config_of
@@ -147,3 +147,29 @@ def test_a_call_that_fails_on_one_process_ends_both_and_none_waits(tmp_path: Pat
         (spec.run_folder / "status.json").unlink()
         assert on_processes(spec) == [0, 0], logs(spec)
     assert len(asked(again) & failed) <= 2, "only the answers of the call that failed"
+
+
+SCORER = """\
+import os, time
+from alignment import worker
+
+def score(prompts, completions, rows):
+    if os.environ["RANK"] == "0":
+        return [0.5 for _ in completions]
+    report = worker._finish
+    worker._finish = lambda *values, **named: (time.sleep(3), report(*values, **named))
+    raise ValueError("not today")
+"""
+
+
+def test_the_process_that_raised_is_named_by_the_other_one_too(tmp_path: Path) -> None:
+    """The other process reports first, because the one that raises sleeps before it reports."""
+    file = tmp_path / "scorer.py"
+    file.write_text(SCORER)
+    config = config_of("ppo", LORA, reward=None, scorers=[ScorerConfig(source=f"{file}:score")])
+    spec = Chained(tmp_path).spec("ppo", LORA, config=config)
+    assert on_processes(spec) == [9, 9], logs(spec)
+    status = Status.read(spec.run_folder)
+    assert status is not None
+    assert status.where == "stage ppo, process 1 of 2"
+    assert "raised ValueError: not today" in status.error

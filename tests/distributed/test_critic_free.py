@@ -1,8 +1,7 @@
-"""Without a critic, two processes train what one process trains, also where ties leave one of them without answers."""
+"""Without a critic, two processes train what one trains, also where ties leave one nothing, or an engine samples."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +10,22 @@ from typing import Any
 import pytest
 import torch
 
-from alignment.config.launch import Sharding
+from alignment.config.launch import Engine, RolloutSamplingConfig, Sharding
 from alignment.config.model import AdapterConfig, Critic
 from alignment.config.scoring import ScorerConfig
 from alignment.job import StageSpec
+from alignment.models.assembly.engine_weights import write_base
+from alignment.models.assembly.load import Lineage
 from alignment.stages.ppo.config import Advantage, KlConfig, KlTerm, PpoConfig, PpoOptimConfig
 from tests.chained import FULL, LORA, Chained, config_of
-from tests.distributed.processes import on_processes
-from tests.distributed.test_sharding import logs, weights
+from tests.distributed.test_sharding import alike, lines_of, needs_deepspeed, run_on, shared_out, weights
+from tests.engine_server import COMPLETIONS, FakeEngine, engine_server
 from tests.oracles.close import close
+from tests.tiny import BASE_SOURCE
 
 FIGURES = ("objective/score", "objective/tied_prompts", "loss/policy", "loss/kl", "policy/entropy", "grad_norm")
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+
 PROMPTS = 4
 
 
@@ -52,19 +55,13 @@ def scorer_in(folder: Path, body: str) -> Path:
     return file
 
 
-def lines_of(spec: StageSpec) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (spec.artifact / "metrics.jsonl").read_text().splitlines()]
-
-
 def both(folder: Path, config: PpoConfig, sharding: Sharding) -> list[StageSpec]:
     """The stage on one process and on two."""
-    specs = []
-    for world_size, shared in ((1, Sharding.none), (2, sharding)):
-        chained = Chained(folder / str(world_size))
-        spec = replace(chained.spec("ppo", config.adapter, config=config), sharding=shared)
-        assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
-        specs.append(spec)
-    return specs
+    launches = enumerate((Sharding.none, sharding), 1)
+    chains = [(size, shared, Chained(folder / str(size))) for size, shared in launches]
+    return [
+        run_on(shared_out(chained, "ppo", config.adapter, how, config=config), size) for size, how, chained in chains
+    ]
 
 
 def same(alone: StageSpec, together: StageSpec) -> None:
@@ -72,12 +69,9 @@ def same(alone: StageSpec, together: StageSpec) -> None:
         torch.tensor([[line[name] for name in FIGURES] for line in lines_of(spec)]) for spec in (alone, together)
     ]
     close(figures[1], figures[0], atol=1e-4, rtol=1e-4)
-    expected = weights(alone.artifact)
     actual = weights(together.artifact)
-    assert actual.keys() == expected.keys()
     assert not any("critic" in name for name in actual)
-    for name, held in actual.items():
-        close(held, expected[name], atol=1e-5)
+    alike(actual, weights(alone.artifact), atol=1e-5)
 
 
 @needs_deepspeed
@@ -113,10 +107,86 @@ def test_a_process_without_answers_to_learn_from_waits_for_nobody(
     tied = [line["objective/tied_prompts"] for line in lines_of(alone)]
     assert sorted(tied) == [PROMPTS - learned, PROMPTS], "one update should have the one prompt"
     if learned:
-        close(
-            torch.tensor([line["grad_norm"] for line in lines_of(together)]),
-            [line["grad_norm"] for line in lines_of(alone)],
-            atol=1e-4,
-        )
-    for name, held in weights(together.artifact).items():
-        close(held, weights(alone.artifact)[name], atol=1e-5)
+        norms = [[line["grad_norm"] for line in lines_of(spec)] for spec in (together, alone)]
+        close(norms[0], norms[1], atol=1e-4)
+    alike(weights(together.artifact), weights(alone.artifact), atol=1e-5)
+
+
+UNLOAD = "/v1/unload_lora_adapter"
+
+
+PATIENCE = 5.0
+"""Seconds in which two processes make an update here."""
+
+
+def run(
+    folder: Path,
+    engine: FakeEngine,
+    config: PpoConfig,
+    *,
+    world_size: int,
+    sharding: Sharding = Sharding.none,
+    **sampling: Any,
+) -> StageSpec:
+    """The stage in ``folder`` on so many processes."""
+    own = RolloutSamplingConfig(engine=Engine.vllm, url=engine.url, retries=0, **sampling)
+    how = sharding if world_size > 1 else Sharding.none
+    spec = shared_out(Chained(folder), "ppo", config.adapter, how, config=replace(config, sampling=own))
+    return run_on(spec, world_size)
+
+
+def served(folder: Path, adapter: AdapterConfig) -> Path:
+    """What the server starts from."""
+    base = Chained(folder / "model").base
+    start = Lineage(source=BASE_SOURCE, base=base, adapters=())
+    return write_base(start, adapter, torch.float32, folder / "untied")
+
+
+@needs_deepspeed
+@pytest.mark.parametrize(
+    ("advantage", "adapter", "sharding"),
+    [
+        (Advantage.grpo, LORA, Sharding.zero3),
+        (Advantage.dr_grpo, FULL, Sharding.zero3),
+    ],
+    ids=lambda value: getattr(getattr(value, "kind", value), "value", value),
+)
+def test_two_processes_learn_from_an_engine_what_one_learns(
+    tmp_path: Path, advantage: Advantage, adapter: AdapterConfig, sharding: Sharding
+) -> None:
+    config = config_with(adapter, advantage, scorer_in(tmp_path, "len(answer)"))
+    specs, asked = [], []
+    for world_size in (1, 2):
+        with engine_server(served(tmp_path / f"served-{world_size}", adapter)) as engine:
+            folder = tmp_path / str(world_size)
+            specs.append(run(folder, engine, config, world_size=world_size, sharding=sharding, importance_cap=2.0))
+            asked.append(sorted((body["seed"], body["n"], *body["prompt"]) for body in engine.paths(COMPLETIONS)))
+            assert engine.names == ["base"]
+    assert asked[0] == asked[1], "the same calls"
+    assert len(asked[0]) == 2 * PROMPTS
+    same(*specs)
+    for spec in specs:
+        lines = lines_of(spec)
+        close([line["engine/importance"] for line in lines], [1.0, 1.0], rtol=1e-4)
+        assert max(line["engine/gap"] for line in lines) < 1e-4
+
+
+def test_weights_stay_until_every_process_has_its_answers(tmp_path: Path) -> None:
+    """One update ahead, the second process waits for its answers for longer than the main one learns."""
+    config = config_with(LORA, Advantage.rloo, scorer_in(tmp_path, "len(answer)"), updates=3)
+    ahead = {"max_staleness": 1, "importance_cap": 2.0}
+    base = served(tmp_path, LORA)
+    with engine_server(base) as engine:
+        alone = run(tmp_path / "1", engine, config, world_size=1, concurrency=1, **ahead)
+        in_order = [json.dumps(body["prompt"]) for body in engine.paths(COMPLETIONS)]
+    second = set(in_order[PROMPTS : 2 * PROMPTS][1::2]) - set(in_order[PROMPTS : 2 * PROMPTS][::2])
+    with engine_server(base) as engine:
+
+        def pausing(body: dict[str, Any]) -> float:
+            is_ahead = len(engine.paths(COMPLETIONS)) > PROMPTS and not engine.paths(UNLOAD)
+            return PATIENCE if is_ahead and json.dumps(body["prompt"]) in second else 0.0
+
+        engine.pausing = pausing
+        together = run(tmp_path / "2", engine, config, world_size=2, **ahead)
+    assert [line["engine/staleness"] for line in lines_of(together)] == [0.0, 1.0, 1.0]
+    same(alone, together)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +17,9 @@ from alignment.job import StageSpec
 from alignment.stages.distil.kind import Method
 from tests.chained import LORA
 from tests.distilled import FULL, distil_spec
-from tests.distributed.processes import on_processes
-from tests.distributed.test_sharding import logs, weights
+from tests.distributed.test_sharding import alike, needs_deepspeed, run_on, weights
 from tests.oracles.close import close
 
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 FIGURES = ("loss", "grad_norm", "acceptance", "same_top", "num_tokens")
 
 
@@ -45,15 +42,10 @@ def figures(artifact: Path, names: tuple[str, ...] = FIGURES) -> torch.Tensor:
     ids=["full-ddp", "lora-zero3", "full-fsdp"],
 )
 def test_two_processes_train_the_student_of_one(tmp_path: Path, adapter: AdapterConfig, sharding: Sharding) -> None:
-    alone = spec_in(tmp_path / "alone", adapter, Sharding.none)
-    assert on_processes(alone, world_size=1) == [0], logs(alone)
-    together = spec_in(tmp_path / "together", adapter, sharding)
-    assert on_processes(together) == [0, 0], logs(together)
+    alone = run_on(spec_in(tmp_path / "alone", adapter, Sharding.none), 1)
+    together = run_on(spec_in(tmp_path / "together", adapter, sharding))
     close(figures(together.artifact), figures(alone.artifact), atol=1e-4, rtol=1e-4)
-    expected, trained = weights(alone.artifact), weights(together.artifact)
-    assert expected.keys() == trained.keys()
-    for name, held in trained.items():
-        close(held, expected[name], atol=1e-5)
+    alike(weights(together.artifact), weights(alone.artifact), atol=1e-5)
     metrics = [verify(spec.artifact, content=True).metrics for spec in (alone, together)]
     assert metrics[0].keys() == metrics[1].keys()
     close(list(metrics[1].values()), list(metrics[0].values()), atol=1e-4, rtol=1e-4)
@@ -62,10 +54,7 @@ def test_two_processes_train_the_student_of_one(tmp_path: Path, adapter: Adapter
 
 @needs_deepspeed
 def test_sequence_level_distillation_is_shared_out_too(tmp_path: Path) -> None:
-    artifacts = []
-    for world_size, sharding in ((1, Sharding.none), (2, Sharding.zero3)):
-        spec = spec_in(tmp_path / sharding.value, FULL, sharding, method=Method.sequence)
-        assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
-        artifacts.append(spec.artifact)
-    alone, together = (figures(artifact, ("loss", "grad_norm")) for artifact in artifacts)
+    launches = enumerate((Sharding.none, Sharding.zero3), 1)
+    specs = [run_on(spec_in(tmp_path / how.value, FULL, how, method=Method.sequence), size) for size, how in launches]
+    alone, together = (figures(spec.artifact, ("loss", "grad_norm")) for spec in specs)
     close(together, alone, atol=1e-4, rtol=1e-4)

@@ -1,4 +1,4 @@
-"""Stages that measure make the same bytes on one process and on several, whatever the number of rows."""
+"""Stages that sample or measure make the same bytes on one process and on several, also if they are killed."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.distributed.processes import on_processes
 from tests.distributed.test_sharding import logs
 from tests.judge_server import Response, Served, serving
 from tests.measuring import SAMPLED, Measuring, files
+from tests.sampled import sample_spec, sampled
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +128,38 @@ def asked(served: Served) -> Counter[str]:
     """How often each prompt was sent."""
     prompts: list[Any] = [request["messages"][0]["content"] for request in served.requests]
     return Counter(prompts)
+
+
+FILES = ("rows.jsonl", "samples.jsonl", "sampling.json")
+
+
+def sampling(folder: Path) -> StageSpec:
+    """Five parts, so that one of two processes has a part more."""
+    return sample_spec(folder, batch_size=8)
+
+
+def content(artifact: Path) -> dict[str, bytes]:
+    return {name: (artifact / name).read_bytes() for name in FILES}
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one process makes."""
+    return content(sampled(tmp_path_factory.mktemp("alone"), batch_size=8))
+
+
+def test_two_processes_sample_what_one_samples(tmp_path: Path, alone: dict[str, bytes]) -> None:
+    spec = sampling(tmp_path)
+    assert on_processes(spec) == [0, 0], logs(spec)
+    assert content(spec.artifact) == alone
+
+
+def test_processes_that_are_killed_leave_parts_from_which_one_process_continues(
+    tmp_path: Path, alone: dict[str, bytes]
+) -> None:
+    spec = sampling(tmp_path)
+    assert on_processes(spec, kill_after=2, killed_when="sampling") == [-9, -9]
+    parts = sorted(part.name for part in (spec.work / "checkpoints").glob("part-*.json"))
+    assert [part.partition("-")[2].rpartition("-")[0] for part in parts] == ["answering-0", "answering-1"]
+    assert on_processes(spec, world_size=1) == [0], logs(spec)
+    assert content(spec.artifact) == alone

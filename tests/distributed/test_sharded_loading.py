@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,20 @@ from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.sft.kind import SftConfig
 from tests.chained import FULL, LORA, Chained
 from tests.distributed.processes import on_processes
-from tests.distributed.test_sharding import figures, logs, steadied, weights
+from tests.distributed.test_sharding import alike, figures, logs, run_on, shared_out, steadied, weights
 from tests.oracles.close import close
 from tests.tiny import BASE_SOURCE, tiny_spec, tiny_tokenizer
 
 ZERO3, FSDP = Sharding.zero3, Sharding.fsdp
+
+
 MB = 10**6
+
+
 SLACK = 60 * MB
 """For all that is no weight: activations of short rows, buffers of the communication, what libraries take at first."""
+
+
 ROWS = {
     "conversations": {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]},
     "preferences": {
@@ -38,7 +43,11 @@ ROWS = {
         "rejected": "Go.",
     },
 }
+
+
 BFLOAT16 = ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)
+
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
@@ -137,14 +146,11 @@ def test_what_is_loaded_in_another_format_than_it_is_trained_in_trains_the_same(
     runs = []
     for world_size, launch in ((1, Sharding.none), (2, sharding)):
         chained = small_in_bfloat16(tmp_path / launch.value)
-        spec = replace(chained.spec(kind, FULL, config=steadied(kind, FULL)), sharding=launch)
-        assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
+        spec = run_on(shared_out(chained, kind, FULL, launch, config=steadied(kind, FULL)), world_size)
         config = json.loads((spec.artifact / "model" / "config.json").read_text())
         runs.append((figures(spec.artifact, kind), weights(spec.artifact), config))
     (alone, their_weights, their_config), (together, our_weights, our_config) = runs
     close(together, alone, atol=1e-4, rtol=1e-4)
     assert our_config == their_config
-    assert our_weights.keys() == their_weights.keys()
-    for name, weight in our_weights.items():
-        assert weight.dtype == their_weights[name].dtype
-        close(weight, their_weights[name], atol=1e-5)
+    alike(our_weights, their_weights, atol=1e-5)
+    assert {weight.dtype for weight in our_weights.values()} == {weight.dtype for weight in their_weights.values()}

@@ -36,12 +36,31 @@ from tests.oracles.close import close
 from tests.tiny import BASE_SOURCE
 
 NONE, ZERO1, ZERO2, ZERO3, FSDP = Sharding.none, Sharding.zero1, Sharding.zero2, Sharding.zero3, Sharding.fsdp
+
+
 NAMES = {"ppo": ("objective/score", "loss/policy", "loss/value", "grad_norm")}
+
+
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 
 
 def shared_out(chained: Chained, kind: str, adapter: AdapterConfig, sharding: Sharding, **changes: Any) -> StageSpec:
     return replace(chained.spec(kind, adapter, **changes), sharding=sharding)
+
+
+def run_on(spec: StageSpec, world_size: int = 2) -> StageSpec:
+    """The stage, once so many processes have made it."""
+    assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
+    return spec
+
+
+def lines_of(spec: StageSpec, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (spec.artifact / name).read_text().splitlines()]
+
+
+def error_of(spec: StageSpec) -> str:
+    error: str = json.loads((spec.run_folder / "status.json").read_text())["error"]
+    return error
 
 
 def steadied(kind: str, adapter: AdapterConfig) -> StageConfig:
@@ -91,6 +110,13 @@ def weights(artifact: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def alike(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], *, atol: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, held in actual.items():
+        assert held.shape == expected[name].shape
+        close(held, expected[name], atol=atol)
+
+
 @needs_deepspeed
 @pytest.mark.parametrize(
     ("kind", "adapter", "sharding"),
@@ -98,8 +124,6 @@ def weights(artifact: Path) -> dict[str, torch.Tensor]:
         ("sft", DORA, ZERO3),
         ("sft", QLORA, ZERO2),
         ("reward", LORA, ZERO3),
-        ("reward", FULL, FSDP),
-        ("dpo", FULL, ZERO3),
         ("dpo", LORA, FSDP),
         ("kto", LORA, NONE),
         ("kto", FULL, ZERO3),
@@ -109,10 +133,9 @@ def weights(artifact: Path) -> dict[str, torch.Tensor]:
         ("ppo", LORA, NONE),
         ("ppo", FULL, ZERO1),
         ("ppo", LORA, ZERO3),
-        ("ppo", LORA, FSDP),
         ("ppo", FULL, FSDP),
         ("ppo", QLORA, FSDP),
-    ],  # each kind, adapter and sharding; ``make matrix`` tries all together
+    ],  # each kind, adapter and sharding; ``make matrix`` tries all together, test_sharded_loading.py full training
     ids=lambda value: getattr(getattr(value, "kind", value), "value", value),
 )
 def test_it_trains_what_one_process_trains(
@@ -126,8 +149,7 @@ def test_it_trains_what_one_process_trains(
         if kind == "ppo":
             chained.run("reward", adapter)
         if shared:
-            spec = shared_out(chained, kind, adapter, sharding, config=config)
-            assert on_processes(spec) == [0, 0], logs(spec)
+            spec = run_on(shared_out(chained, kind, adapter, sharding, config=config))
         else:
             chained.run(kind, adapter, config=config)
             spec = chained.spec(kind, adapter)
@@ -139,10 +161,7 @@ def test_it_trains_what_one_process_trains(
     assert not minibatches or any(first != second for first, second in minibatches), "processes should differ"
     (alone, alone_weights), (together, shared_weights) = runs
     close(together, alone, atol=1e-4, rtol=1e-4)
-    assert shared_weights.keys() == alone_weights.keys()
-    for name, held in shared_weights.items():
-        assert held.shape == alone_weights[name].shape
-        close(held, alone_weights[name], atol=1e-5)
+    alike(shared_weights, alone_weights, atol=1e-5)
 
 
 @needs_deepspeed
@@ -161,13 +180,9 @@ def test_losses_of_ours_and_the_changes_of_answers_are_those_of_one_process(
     steady: Any = ragged(steadied("dpo", adapter))
     config = replace(steady, **settings)
     results = []
-    for shared in (False, True):
-        chained = Chained(tmp_path / str(shared))
-        spec = shared_out(chained, "dpo", adapter, sharding if shared else NONE, config=config)
-        if shared:
-            assert on_processes(spec) == [0, 0], logs(spec)
-        else:
-            chained.run("dpo", adapter, config=config)
+    for world_size, launch in ((1, NONE), (2, sharding)):
+        chained = Chained(tmp_path / str(world_size))
+        spec = run_on(shared_out(chained, "dpo", adapter, launch, config=config), world_size)
         metrics = verify(spec.artifact, content=False).metrics
         assert abs(metrics["logps/chosen_change"]) > 0.1
         results.append((figures(spec.artifact, "dpo"), list(metrics.values())))
@@ -189,38 +204,60 @@ def weights_in(checkpoint: Path, sharding: Sharding) -> set[str]:
     return set(torch.load(trained, weights_only=False)["module"])
 
 
+def ppo(**changes: Any) -> StageConfig:
+    config: Any = config_of("ppo", LORA, missing_eos_penalty=0.0, **changes)
+    return config
+
+
+def stateful() -> StageConfig:
+    """PPO with a coefficient that adapts, means of scores and a best policy."""
+    return ppo(
+        updates=3,
+        kl=KlConfig(control=KlControl.adaptive, target=0.01, horizon=8),
+        scorers=[ScorerConfig(normalize=True)],
+        guard=GuardConfig(every=1, prompts=2, scorer=ScorerConfig(source="length", target=4)),
+    )
+
+
 @needs_deepspeed
 @pytest.mark.parametrize(
     ("kind", "adapter", "sharding"),
     [
         ("sft", LORA, ZERO3),
+        ("ppo", LORA, ZERO3),
         ("ppo", LORA, ZERO2),
-        ("sft", LORA, FSDP),
         ("ppo", AdapterConfig(rank=1), FSDP),  # of a factor with one row, one process has nothing
         ("sft", PREFIX, ZERO3),
         ("sft", PREFIX, FSDP),
     ],
-    ids=["sft-zero3", "ppo-zero2", "sft-fsdp", "ppo-fsdp", "sft-prefix-zero3", "sft-prefix-fsdp"],
+    ids=["sft-zero3", "ppo-zero3", "ppo-zero2", "ppo-fsdp", "sft-prefix-zero3", "sft-prefix-fsdp"],
 )
 def test_stopped_and_started_again_it_ends_as_it_would_have(
     tmp_path: Path, kind: str, adapter: AdapterConfig, sharding: Sharding
 ) -> None:
-    saved = []
+    """PPO stops where an update ends, and goes on with the KL's coefficient, the scores' means and the best policy."""
+    saved, logged = [], []
+    config = replace(stateful(), adapter=adapter) if kind == "ppo" else None
     for stopped in (False, True):
         chained = Chained(tmp_path / str(stopped))
         if kind == "ppo":
             chained.run("reward", adapter)
-        spec = shared_out(chained, kind, adapter, sharding)
+        spec = shared_out(chained, kind, adapter, sharding, config=config)
         if stopped:
-            first = 1 if kind == "sft" else 2  # PPO stops where an update ends
+            first = 1 if kind == "sft" else 2
             assert on_processes(spec, stop_after=first) == [75, 75], logs(spec)
             (spec.run_folder / "status.json").unlink()
-            if sharding is FSDP:
+            if sharding is FSDP or (kind, sharding) == ("ppo", ZERO3):
                 names = weights_in(spec.work / "checkpoints" / f"checkpoint-{first}", sharding)
                 assert names
                 assert all(any(part in name for part in TRAINED) for name in names), sorted(names)
-        assert on_processes(spec) == [0, 0], logs(spec)
-        saved.append(weights(spec.artifact))
+        saved.append(weights(run_on(spec).artifact))
+        if kind == "ppo":
+            coefficients = [(line["objective/kl_coef"], line["loss/policy"]) for line in lines_of(spec)]
+            logged.append((coefficients, lines_of(spec, "guard.jsonl")))
+    if kind == "ppo":
+        assert logged[0] == logged[1]
+        assert len({coefficient for coefficient, _ in logged[0][0]}) == 3
     assert saved[0].keys() == saved[1].keys()
     for name, held in saved[0].items():
         assert torch.equal(held, saved[1][name]), name
@@ -228,50 +265,12 @@ def test_stopped_and_started_again_it_ends_as_it_would_have(
 
 @needs_deepspeed
 def test_shares_of_another_launch_are_refused(tmp_path: Path) -> None:
-    chained = Chained(tmp_path)
-    spec = shared_out(chained, "sft", LORA, ZERO2)
+    spec = shared_out(Chained(tmp_path), "sft", LORA, ZERO2)
     assert on_processes(spec, stop_after=1) == [75, 75], logs(spec)
     (spec.run_folder / "status.json").unlink()
-    other = replace(spec, sharding=Sharding.none)
+    other = replace(spec, sharding=NONE)
     assert on_processes(other) == [2, 2], logs(other)
-    error = json.loads((spec.run_folder / "status.json").read_text())["error"]
-    assert (
-        "checkpoint-1 contains shares of 2 processes (zero2), but this launch can only continue from whole weights"
-        in error
-    )
-
-
-@needs_deepspeed
-@pytest.mark.parametrize("sharding", [ZERO3, FSDP], ids=lambda sharding: sharding.value)
-def test_a_stopped_ppo_keeps_coefficient_means_and_best_policy(tmp_path: Path, sharding: Sharding) -> None:
-    config = ppo(
-        updates=3,
-        kl=KlConfig(control=KlControl.adaptive, target=0.01, horizon=8),
-        scorers=[ScorerConfig(normalize=True)],
-        guard=GuardConfig(every=1, prompts=2, scorer=ScorerConfig(source="length", target=4)),
-    )
-    runs = []
-    for stopped in (False, True):
-        chained = Chained(tmp_path / str(stopped))
-        chained.run("reward", LORA)
-        spec = shared_out(chained, "ppo", LORA, sharding, config=config)
-        if stopped:
-            assert on_processes(spec, stop_after=2) == [75, 75], logs(spec)
-            (spec.run_folder / "status.json").unlink()
-            names = weights_in(spec.work / "checkpoints" / "checkpoint-2", sharding)
-            assert names
-            assert all(any(part in name for part in TRAINED) for name in names), sorted(names)
-        assert on_processes(spec) == [0, 0], logs(spec)
-        rows = [json.loads(line) for line in (spec.artifact / "metrics.jsonl").read_text().splitlines()]
-        looks = (spec.artifact / "guard.jsonl").read_text()
-        runs.append(
-            ([(line["objective/kl_coef"], line["loss/policy"]) for line in rows], looks, weights(spec.artifact))
-        )
-    assert runs[0][:2] == runs[1][:2]
-    assert len({coefficient for coefficient, _ in runs[0][0]}) == 3
-    assert runs[0][2].keys() == runs[1][2].keys()
-    for name, held in runs[0][2].items():
-        assert torch.equal(held, runs[1][2][name]), name
+    assert "checkpoint-1 contains shares of 2 processes (zero2)" in error_of(spec)
 
 
 @needs_deepspeed
@@ -279,30 +278,23 @@ def test_a_stopped_ppo_keeps_coefficient_means_and_best_policy(tmp_path: Path, s
 def test_a_guard_may_ask_a_reward_model_that_shares_the_base(tmp_path: Path, sharding: Sharding) -> None:
     config = ppo(guard=GuardConfig(every=1, prompts=2, scorer=ScorerConfig(source="reward")))
     looks = []
-    for world_size, how in ((1, Sharding.none), (2, sharding)):
+    for world_size, how in ((1, NONE), (2, sharding)):
         chained = Chained(tmp_path / how.value)
         chained.run("reward", LORA)
-        spec = shared_out(chained, "ppo", LORA, how, config=config)
-        assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
-        looks.append([json.loads(line) for line in (spec.artifact / "guard.jsonl").read_text().splitlines()])
+        spec = run_on(shared_out(chained, "ppo", LORA, how, config=config), world_size)
+        looks.append(lines_of(spec, "guard.jsonl"))
     for alone, together in zip(*looks, strict=True):
         assert together == pytest.approx(alone, abs=1e-4)
 
 
-def ppo(**changes: Any) -> StageConfig:
-    config: Any = config_of("ppo", LORA, missing_eos_penalty=0.0, **changes)
-    return config
-
-
 @needs_deepspeed
-@pytest.mark.parametrize("sharding", [Sharding.none, ZERO3], ids=lambda sharding: sharding.value)
+@pytest.mark.parametrize("sharding", [NONE, ZERO3], ids=lambda sharding: sharding.value)
 def test_the_reference_is_computed_once_by_all_processes(tmp_path: Path, sharding: Sharding) -> None:
     config: Any = replace(steadied("dpo", LORA), precompute_reference=True)
     runs = []
-    for world_size in (1, 2):
+    for world_size, how in ((1, NONE), (2, sharding)):
         chained = Chained(tmp_path / str(world_size))
-        spec = shared_out(chained, "dpo", LORA, sharding if world_size > 1 else Sharding.none, config=config)
-        assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
+        spec = run_on(shared_out(chained, "dpo", LORA, how, config=config), world_size)
         (cached,) = spec.artifact.parent.glob("cache/reference-*.safetensors")
         runs.append((load_file(cached), figures(spec.artifact, "dpo")))
     for side in ("chosen", "rejected"):
@@ -321,10 +313,9 @@ def test_in_low_precision_policy_and_reference_still_agree_and_learn_the_same(
     config: Any = steadied(kind, adapter)
     config = replace(config, beta=1.0) if kind == "dpo" else config
     losses = []
-    for world_size, sharding in ((1, Sharding.none), (2, ZERO3)):
+    for world_size, sharding in ((1, NONE), (2, ZERO3)):
         chained = Chained(tmp_path / str(world_size))
-        spec = shared_out(chained, kind, adapter, sharding, config=config, model=model)
-        assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
+        spec = run_on(shared_out(chained, kind, adapter, sharding, config=config, model=model), world_size)
         assert {held.dtype for held in weights(spec.artifact).values()} == {torch.float32}
         losses.append(figures(spec.artifact, kind)[:, 0].tolist())
     assert losses[1] == pytest.approx(losses[0], rel=5e-3)
@@ -333,17 +324,13 @@ def test_in_low_precision_policy_and_reference_still_agree_and_learn_the_same(
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("sharding", [Sharding.none, ZERO2, ZERO3, FSDP], ids=lambda sharding: sharding.value)
+@pytest.mark.parametrize("sharding", [NONE, ZERO2, ZERO3, FSDP], ids=lambda sharding: sharding.value)
 def test_a_loss_that_is_no_number_on_one_process_stops_all_and_keeps_nothing(
     tmp_path: Path, sharding: Sharding
 ) -> None:
-    chained = Chained(tmp_path)
-    spec = shared_out(chained, "sft", LORA, sharding)
+    spec = shared_out(Chained(tmp_path), "sft", LORA, sharding)
     assert on_processes(spec, nan_at=2) == [6, 6], logs(spec)
-    assert (
-        "a gradient is not finite at optimiser step 2"
-        in json.loads((spec.run_folder / "status.json").read_text())["error"]
-    )
+    assert "a gradient is not finite at optimiser step 2" in error_of(spec)
     assert not spec.artifact.exists()
 
 
@@ -365,65 +352,47 @@ def test_deepspeed_is_told_what_to_offload(
 
 
 @needs_deepspeed
-@pytest.mark.parametrize("sharding", [ZERO3, FSDP], ids=lambda sharding: sharding.value)
-def test_what_lies_in_the_machines_memory_learns_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharding: Sharding
-) -> None:
-    trained = []
-    for where in (Offload.none, Offload.weights):
-        chained = Chained(tmp_path / where.value)
-        spec = replace(shared_out(chained, "sft", LORA, sharding, config=steadied("sft", LORA)), offload=where)
-        if sharding is FSDP:
-            for device in ("cuda", "cpu"):  # on a CPU there is nothing to move, nor a GPU whose memory could be pinned
-                monkeypatch.setattr("alignment.training.context.own_device", lambda device=device: torch.device(device))
-                settings = sharding_arguments(StageContext(spec=spec, rank=0, world_size=2))["fsdp_config"]
-                assert settings["cpu_offload"] == (where is Offload.weights and device == "cuda")
-        assert on_processes(spec) == [0, 0], logs(spec)
-        trained.append(weights(spec.artifact))
-    assert trained[0].keys() == trained[1].keys()
-    for name, held in trained[0].items():
-        close(trained[1][name], held, atol=1e-6)
-
-
-@needs_deepspeed
 @pytest.mark.parametrize(
-    ("kind", "adapter", "sharding"), [("sft", FULL, ZERO3), ("dpo", LORA, ZERO3), ("ppo", LORA, FSDP)]
+    ("kind", "adapter", "sharding", "changes"),
+    [
+        ("sft", LORA, ZERO3, {"offload": Offload.weights}),
+        ("sft", FULL, ZERO3, {"again": True}),
+        ("dpo", LORA, ZERO3, {"again": True}),
+        ("ppo", LORA, FSDP, {"again": True}),
+    ],
+    ids=["offloaded", "sft-zero3", "dpo-zero3", "ppo-fsdp"],
 )
-def test_activations_may_be_computed_again(
-    tmp_path: Path, kind: str, adapter: AdapterConfig, sharding: Sharding
+def test_weights_in_the_machines_memory_or_activations_computed_again_change_nothing(
+    tmp_path: Path, kind: str, adapter: AdapterConfig, sharding: Sharding, changes: dict[str, Any]
 ) -> None:
     trained = []
-    for again in (False, True):
-        chained = Chained(tmp_path / str(again))
+    for own in ({}, changes):
+        chained = Chained(tmp_path / str(bool(own)))
         if kind == "ppo":
             chained.run("reward", adapter)
         config: Any = steadied(kind, adapter)
-        config = replace(config, optim=replace(config.optim, activation_checkpointing=again))
+        config = replace(config, optim=replace(config.optim, activation_checkpointing=own.get("again", False)))
         spec = shared_out(chained, kind, adapter, sharding, config=config)
-        assert on_processes(spec) == [0, 0], logs(spec)
-        trained.append(weights(spec.artifact))
-    assert trained[0].keys() == trained[1].keys()
-    for name, held in trained[0].items():
-        close(held, trained[1][name], atol=1e-6)
+        spec = replace(spec, offload=own.get("offload", Offload.none))
+        trained.append(weights(run_on(spec).artifact))
+    alike(trained[1], trained[0], atol=1e-6)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @needs_deepspeed
-@pytest.mark.parametrize("sharding", [Sharding.none, ZERO1, ZERO2, ZERO3, FSDP], ids=lambda sharding: sharding.value)
+@pytest.mark.parametrize("sharding", [NONE, ZERO1, ZERO2, ZERO3, FSDP], ids=lambda sharding: sharding.value)
 @pytest.mark.parametrize(
     ("kind", "adapter"), [("sft", FULL), ("reward", LORA), ("dpo", LORA), ("kto", LORA), ("ppo", LORA)]
 )
 def test_all_gpus_train_what_one_trains(tmp_path: Path, kind: str, adapter: AdapterConfig, sharding: Sharding) -> None:
     """Not yet run: two or more GPUs whose number divides 4, or one, whose shares are the whole."""
     logged = []
-    for world_size, how in ((1, Sharding.none), (torch.cuda.device_count(), sharding)):
+    for world_size, how in ((1, NONE), (torch.cuda.device_count(), sharding)):
         chained = Chained(tmp_path / str(len(logged)))
         if kind == "ppo":
-            reward = chained.spec("reward", adapter)
-            assert on_processes(reward, world_size=1) == [0], logs(reward)
+            reward = run_on(chained.spec("reward", adapter), 1)
             chained.inputs["reward"] = StageInput(ref="stage:reward", path=reward.artifact)
-        spec = shared_out(chained, kind, adapter, how, config=steadied(kind, adapter))
-        assert on_processes(spec, world_size=world_size) == [0] * world_size, logs(spec)
+        spec = run_on(shared_out(chained, kind, adapter, how, config=steadied(kind, adapter)), world_size)
         logged.append(figures(spec.artifact, kind))
     close(logged[1], logged[0], atol=1e-4, rtol=1e-4)

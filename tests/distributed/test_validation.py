@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,10 @@ from alignment.job import StageSpec
 from tests.by_hand import by_hand, held_out_rows
 from tests.chained import FULL, LORA, Chained
 from tests.distributed.processes import on_processes
-from tests.distributed.test_sharding import logs, weights
+from tests.distributed.test_sharding import logs, needs_deepspeed, weights
 from tests.noisy import HELD_OUT, held_out_losses, lines, manifest, overfitting, ran
 from tests.oracles.close import close
 
-needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
 NONE, ZERO3, FSDP = Sharding.none, Sharding.zero3, Sharding.fsdp
 
 

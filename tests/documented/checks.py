@@ -74,7 +74,7 @@ def check_align(block: Block, words: list[str]) -> None:
         elif arguments.verb == "sweep":
             read_sweep(arguments.recipe, arguments.sweep, arguments.overrides)
         elif arguments.verb == "plan" and (block.needs or _asks_for_costs(arguments)):
-            _planned(arguments, only=None)  # tests/e2e/test_plan_cost.py has what it would cost
+            _planned(arguments, only=None)  # tests/e2e/test_chain.py has what it would cost
         elif arguments.verb in STARTS_NOTHING and not block.needs:
             model = [f"model.source=path:{tiny_model()}"] if arguments.verb == "preview" else []
             assert cli.main([*words, *model]) == 0, f"{block.id}: align {' '.join(words)}"

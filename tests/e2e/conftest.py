@@ -102,12 +102,27 @@ class Align:
         """The ends of all stage logs, for a failing test's message."""
         return "\n".join(f"{p}:\n{p.read_text()[-3000:]}" for p in sorted(self.output.glob("runs/*/*/log.txt")))
 
-    def stages(self) -> dict[str, dict[str, Any]]:
-        """What ``run.json`` says of each stage."""
-        recorded: dict[str, dict[str, Any]] = json.loads((self.output / f"runs/{self.recipe}/run.json").read_text())[
-            "stages"
-        ]
+    def on(self, verb: str, *words: str, code: int = 0) -> str:
+        """As a call, for a command about runs that exist."""
+        assert self.forked is not None
+        ended, printed = self.forked.run([verb, *words, "--output", str(self.output)])
+        assert ended == code, printed
+        return printed
+
+    def stages(self, run: str | None = None) -> dict[str, dict[str, Any]]:
+        """What ``run.json`` says of each stage; ``run`` is that of the recipe's name if it is not given."""
+        file = self.output / f"runs/{run or Path(self.recipe).stem}/run.json"
+        recorded: dict[str, dict[str, Any]] = json.loads(file.read_text())["stages"]
         return recorded
+
+    def states(self, run: str | None = None) -> dict[str, str]:
+        """How each stage stands."""
+        return {name: stage["state"] for name, stage in self.stages(run).items()}
+
+    def rows(self, stage: str, name: str = "metrics.jsonl", *, run: str | None = None) -> list[dict[str, Any]]:
+        """A JSON Lines file of a stage's result."""
+        file = Path(self.stages(run)[stage]["artifact"]) / name
+        return [json.loads(line) for line in file.read_text().splitlines()]
 
     def artifact(self, stage: str) -> Path:
         """The folder of a stage's result in the last run."""

@@ -1,4 +1,4 @@
-"""Stages whose answers an engine samples, run by the worker: to their end, killed in an update, and resumed.
+"""Stages that ask servers: an engine that samples, killed in an update and resumed; a judge and a grader.
 
 The engine is that of tests/engine_server.py: at a URL, or started by the stage as if it were vLLM.
 """
@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pytest
 from alignment.config.launch import Engine, RolloutSamplingConfig
 from alignment.config.model import Critic
 from alignment.config.scoring import ScorerConfig
+from alignment.evaluation.verdicts import verdict_of
 from alignment.job import StageSpec
 from alignment.records.worker import Heartbeat
 from alignment.stages.ppo.config import Advantage, PpoConfig
@@ -31,12 +32,17 @@ from tests.distributed.test_sharding import logs
 from tests.e2e.conftest import Align
 from tests.engine_server import COMPLETIONS, SCRATCH, Failure, Planted, engine_server, interpreter_of
 from tests.patience import wait_until
+from tests.transformers_server import missing, model_served
 
 UPDATES = 3
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "PPO": {},
     "RLOO": {"advantage": Advantage.rloo, "critic": Critic.none, "completions_per_prompt": 2},
 }
+
+
 DIFFER = "may differ from those of an uninterrupted run"
 
 
@@ -69,31 +75,25 @@ def kill(spec: StageSpec) -> None:
 
 def left_of(programs: Path) -> list[str]:
     """Processes and temporary folders of servers that a program in this folder started."""
-    left = []
-    for process in psutil.process_iter(["cmdline", "status"]):
-        alive = process.info["status"] != psutil.STATUS_ZOMBIE
-        if alive and any(str(programs) in word for word in process.info["cmdline"] or ()):
-            left.append(f"process {process.pid}")
     scratch = programs / SCRATCH
     assert scratch.exists(), "a server was started"
     folders = set(scratch.read_text().split())
+    left = [folder for folder in sorted(folders) if Path(folder).exists()]
     for process in psutil.process_iter(["cmdline", "status"]):
-        alive = process.info["status"] != psutil.STATUS_ZOMBIE
-        if alive and folders & set(process.info["cmdline"] or ()):
-            left.append(f"keeper {process.pid}")
-    return left + [folder for folder in sorted(folders) if Path(folder).exists()]
+        words = process.info["cmdline"] or ()
+        if process.info["status"] != psutil.STATUS_ZOMBIE:
+            left += [str(process.pid)] * (any(str(programs) in word for word in words) or bool(folders & set(words)))
+    return left
 
 
 def nothing_is_left_of(programs: Path) -> None:
     wait_until(lambda: not left_of(programs), error=lambda: f"left: {left_of(programs)}")
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_stage_that_is_killed_while_an_engine_at_a_url_answers_goes_on(tmp_path: Path, method: str) -> None:
+def test_a_stage_that_is_killed_while_an_engine_at_a_url_answers_goes_on(tmp_path: Path) -> None:
     base = Chained(tmp_path).base
     with engine_server(base) as engine:
-        spec = spec_of(tmp_path, method, url=engine.url)
-        per_update = 4 if method == "PPO" else 2
+        spec, per_update = spec_of(tmp_path, "RLOO", url=engine.url), 2
 
         def kill_in_the_middle(path: str, number: int) -> Failure | None:
             if path != COMPLETIONS or number < per_update + 1:
@@ -116,12 +116,9 @@ def test_a_stage_that_is_killed_while_an_engine_at_a_url_answers_goes_on(tmp_pat
     assert (spec.run_folder / "log-0.txt").read_text().count(DIFFER) == 1
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_stage_that_is_killed_takes_its_own_engine_with_it_and_goes_on_with_another(
-    tmp_path: Path, method: str
-) -> None:
+def test_a_stage_that_is_killed_takes_its_own_engine_with_it_and_goes_on_with_another(tmp_path: Path) -> None:
     programs = tmp_path / "programs"
-    spec = spec_of(tmp_path, method, python=str(interpreter_of(programs, Planted(pause=0.5))))
+    spec = spec_of(tmp_path, "PPO", python=str(interpreter_of(programs, Planted(pause=0.5))))
     codes: list[int] = []
     stage = threading.Thread(target=lambda: codes.extend(on_processes(spec, world_size=1)))
     stage.start()
@@ -166,25 +163,85 @@ def test_an_engine_that_always_dies_ends_the_stage_with_its_reason(tmp_path: Pat
 
 
 def test_the_command_runs_a_chain_with_an_engine(new_forked: Callable[[], Align], tmp_path: Path) -> None:
-    """The plan checks the environment, the run page draws the gap, and the result says it."""
+    """The plan checks the environment, and the result says the gap."""
     align = new_forked()
     programs = tmp_path / "programs"
     settings = ("~stages.dpo", "~stages.evaluate", "~stages.report", "stages.ppo.sampling.engine=vllm")
     nowhere = "stages.ppo.sampling.python=/nowhere/python"
     for printed in (align("plan", *settings, nowhere), align("run", *settings, nowhere, code=2)):
-        assert "stages.ppo.sampling.python: /nowhere/python is not an interpreter that can be run" in printed
-    settings += ("stages.ppo.sampling.importance_cap=2.0",)
-    python = f"stages.ppo.sampling.python={interpreter_of(programs)}"
-    assert "vLLM has its own copy of the frozen weights" in align("plan", *settings, python)
-    align("run", *settings, python)
+        assert "stages.ppo.sampling.python: /nowhere/python" in printed
+    settings += ("stages.ppo.sampling.importance_cap=2.0", f"stages.ppo.sampling.python={interpreter_of(programs)}")
+    assert "vLLM has its own copy of the frozen weights" in align("plan", *settings)
+    align("run", *settings)
     nothing_is_left_of(programs)
-    artifact = align.artifact("ppo")
-    manifest = json.loads((artifact / "manifest.json").read_text())
+    manifest = json.loads((align.artifact("ppo") / "manifest.json").read_text())
     metrics = manifest["metrics"]
     assert metrics["engine/gap"] < 1e-4
     assert metrics["engine/importance"] == pytest.approx(1.0, abs=1e-4)
     of_engine = {"gap", "gap_max", "beyond", "importance", "capped"}
     assert {name for name in metrics if name.startswith("engine/")} == {f"engine/{name}" for name in of_engine}
     assert 20e6 < manifest["usage"]["peak_engine_bytes"] < 1e9
-    assert "ppo: reused" in align("run", *settings, python)
-    assert align.artifact("ppo") == artifact
+    align("run", *settings)
+    assert align.states()["ppo"] == "reused"
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """URL and name of the shipped model behind ``transformers serve``."""
+    if reason := missing():
+        pytest.skip(reason)
+    with model_served(tmp_path_factory.mktemp("server")) as url_and_name:
+        yield url_and_name
+
+
+@pytest.mark.slow
+def test_a_served_model_judges_in_both_orders(served: tuple[str, str], new_forked: Callable[[], Align]) -> None:
+    """A model of 135 million parameters is a poor judge; what it says is counted, and no silence becomes a verdict."""
+    url, model = served
+    align = new_forked()
+    printed = align(
+        "run",
+        *(f"~stages.{stage}" for stage in ("sft", "reward", "dpo", "ppo")),
+        "stages.evaluate.arms=[base,base+prompt,base+few-shot]",
+        "stages.evaluate.few_shot.count=1",
+        "stages.evaluate.reference=base",
+        "stages.evaluate.reward=null",
+        "stages.evaluate.judge.kind=endpoint",
+        "stages.evaluate.judge.max_prompts=2",
+        "stages.evaluate.judge.pairs=[{arm: base+few-shot, against: base}]",
+        f"stages.evaluate.judge.endpoint={{base_url: '{url}', model: '{model}', max_tokens: 24}}",
+    )
+    evaluation = json.loads((align.artifact("evaluate") / "evaluation.json").read_text())
+    calls = align.rows("evaluate", "judgements.jsonl")
+    assert [call["shown_first"] for call in calls] == ["base+few-shot", "base"] * 2
+    for call in calls:
+        assert call["text"], "it answered"
+        assert call["verdict"] == verdict_of(call["text"]).value
+    (pair,) = evaluation["judge"]["pairs"]
+    assert pair["invalid"] == sum(call["verdict"] == "invalid" for call in calls) / len(calls)
+    assert pair["verdict"] in printed
+
+
+@pytest.mark.slow
+def test_a_served_model_grades_the_answers_that_ppo_learns_from(
+    served: tuple[str, str], new_forked: Callable[[], Align]
+) -> None:
+    """Its replies are seldom grades; what is none has the score that the recipe names for it, and never another."""
+    url, model = served
+    align = new_forked()
+    grader = f"{{endpoint: {{base_url: '{url}', model: '{model}', max_tokens: 12}}, ungraded: -1}}"
+    align(
+        "run",
+        *(f"~stages.{stage}" for stage in ("reward", "dpo", "evaluate", "report")),
+        "stages.ppo.reward=null",
+        "stages.ppo.updates=1",
+        "stages.ppo.num_minibatches=1",
+        "stages.ppo.optim.batch_size=4",
+        f"stages.ppo.scorers=[{{source: grade, grader: {grader}}}, {{source: length, target: 4, weight: 0.5}}]",
+    )
+    samples = align.rows("ppo", "samples.jsonl")
+    assert samples
+    for sample in samples:
+        assert sample["scorers"]["grade"] in {-1.0, *map(float, range(1, 11))}
+    (figures,) = align.rows("ppo")
+    assert -1.0 <= figures["score/grade"] <= 10.0

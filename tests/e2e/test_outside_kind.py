@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 import tomllib
 from importlib import metadata
 from pathlib import Path
@@ -14,11 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.documented.blocks import ROOT, blocks
-from tests.e2e.conftest import environment
-from tests.patience import wait_until
+from tests.e2e.forked import KILLED, Forked
 
 OUTSIDE = Path(__file__).parents[1] / "data" / "outside"
+
+
 README = ROOT / "alignment/stages/README.md"
+
+
 RECIPE = """\
 defaults: [base, adapter@stages.backwards.adapter: lora, _self_]
 summary: a stage of somebody else's
@@ -29,6 +29,8 @@ stages:
     optim: {batch_size: 2, max_steps: 6, micro_batch_tokens: 64}
   report: {kind: report, evaluation: null}
 """
+
+
 SWEEP = """\
 objective: {stage: backwards, metric: loss, minimize: true}
 parameters: [{key: stages.backwards.optim.lr, values: [3e-3]}]
@@ -38,53 +40,40 @@ parameters: [{key: stages.backwards.optim.lr, values: [3e-3]}]
 class Outside:
     """The command in a folder with the recipe, and the other package installed."""
 
-    def __init__(self, folder: Path, model: Path) -> None:
-        self.folder, self.model = folder, model
+    def __init__(self, folder: Path, model: Path, forked: Forked) -> None:
+        self.folder, self.model, self._forked = folder, model, forked
         for name, text in (("mine.yaml", RECIPE), ("rates.yaml", SWEEP)):
             (folder / name).write_text(text, encoding="utf-8")
 
-    @property
-    def environment(self) -> dict[str, str]:
-        path = os.pathsep.join(part for part in (str(OUTSIDE), os.environ.get("PYTHONPATH", "")) if part)
-        return environment() | {"PYTHONPATH": path}
-
-    def argv(self, *words: str) -> list[str]:
+    def __call__(self, *words: str, code: int = 0, installed: Path | None = OUTSIDE, **variables: str) -> str:
         own = [f"output={self.folder}", f"model.source=path:{self.model}", "model.dtype=float32", "launch.threads=1"]
-        settings = own if words[0] in ("run", "plan", "sweep") else ["--output", str(self.folder)]
-        return [sys.executable, "-m", "alignment.cli", *words, *(settings if words[0] != "stages" else [])]
-
-    def __call__(self, *words: str, code: int = 0) -> str:
-        done = subprocess.run(
-            self.argv(*words), cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
+        settings = {"stages": [], "status": ["--output", str(self.folder)]}.get(words[0], own)
+        ended, printed = self._forked.run(
+            [*words, *settings], installed=installed, folder=self.folder, variables=variables
         )
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout + done.stderr
+        assert ended == code, printed
+        return printed
 
-    def artifacts(self) -> dict[str, Path]:
-        """The results of the run, by stage."""
+    def artifact(self) -> Path:
+        """The result of the stage."""
         record = json.loads((self.folder / "runs/mine/run.json").read_text())
-        return {name: Path(stage["artifact"]) for name, stage in record["stages"].items()}
+        return Path(record["stages"]["backwards"]["artifact"])
 
 
 @pytest.fixture(scope="module")
-def outside(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Outside:
-    return Outside(tmp_path_factory.mktemp("outside"), tiny_model_folder)
+def outside(tiny_model_folder: Path, forked: Forked, tmp_path_factory: pytest.TempPathFactory) -> Outside:
+    return Outside(tmp_path_factory.mktemp("outside"), tiny_model_folder, forked)
 
 
-def test_it_is_planned_killed_resumed_reported_and_shown(
-    outside: Outside, tiny_model_folder: Path, tmp_path: Path
+def test_it_is_planned_killed_resumed_reported_shown_and_swept(
+    outside: Outside, tiny_model_folder: Path, forked: Forked, tmp_path: Path
 ) -> None:
     assert "toy          plain texts backwards (toy-stage)" in outside("stages")
     assert re.search(r"backwards +run ", outside("plan", "./mine.yaml"))
-
-    killed = subprocess.Popen(
-        outside.argv("run", "./mine.yaml"), cwd=outside.folder, env=outside.environment, stdout=subprocess.DEVNULL
-    )
-    wait_until(lambda: any(outside.folder.glob("artifacts/*.work/checkpoints/checkpoint-*/alignment_checkpoint.json")))
-    killed.kill()
-    killed.wait()
-    assert "toy loss" in outside("run", "./mine.yaml", "--wait")
-    artifact = outside.artifacts()["backwards"]
+    outside("run", "./mine.yaml", code=5, **{KILLED: "backwards:2"})
+    assert re.search(r"backwards +resume ", outside("plan", "./mine.yaml"))
+    assert "toy loss" in outside("run", "./mine.yaml")
+    artifact = outside.artifact()
     rows = [json.loads(line) for line in (artifact / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     identity = json.loads((artifact / "manifest.json").read_text())["identity"]
@@ -93,13 +82,10 @@ def test_it_is_planned_killed_resumed_reported_and_shown(
     assert "toy loss" in outside("status", "mine")
     assert re.search(r"backwards +reuse ", outside("plan", "./mine.yaml"))
 
-    undisturbed = Outside(tmp_path, tiny_model_folder)
+    undisturbed = Outside(tmp_path, tiny_model_folder, forked)
     undisturbed("run", "./mine.yaml")
     weights = "adapters/0-backwards/adapter_model.safetensors"
-    assert (undisturbed.artifacts()["backwards"] / weights).read_bytes() == (artifact / weights).read_bytes()
-
-
-def test_it_is_swept(outside: Outside) -> None:
+    assert (undisturbed.artifact() / weights).read_bytes() == (artifact / weights).read_bytes()
     assert "best: stages.backwards.optim.lr=" in outside("sweep", "./mine.yaml", "./rates.yaml")
 
 
@@ -119,7 +105,4 @@ def test_the_readme_shows_these_files_and_a_recipe_that_can_be_planned(outside: 
 
 
 def test_without_the_package_the_kind_is_unknown(outside: Outside) -> None:
-    argv = outside.argv("plan", "./mine.yaml")
-    done = subprocess.run(argv, cwd=outside.folder, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "stages.backwards.kind: 'toy' is not a kind of stage; " in done.stderr
+    assert "stages.backwards.kind: 'toy'" in outside("plan", "./mine.yaml", code=2, installed=None)

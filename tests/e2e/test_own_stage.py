@@ -8,6 +8,7 @@ import re
 import tomllib
 import typing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +18,9 @@ from tests.documented.commands import commands
 from tests.e2e.forked import Forked
 
 PAGE = ROOT / "docs/own_stage.md"
+
+
 ROWS_PAGE = ROOT / "docs/own_rows.md"
-MOST_WORDS = 450
-INSTALL = ["pip", "install", "-e", "."]
 
 
 def block_of(language: str, containing: str = "", *, page: Path = PAGE) -> Block:
@@ -66,6 +67,15 @@ class Reader:
         assert ended == code, printed
         return printed
 
+    def record(self) -> dict[str, Any]:
+        """The stages of the run."""
+        stages: dict[str, Any] = json.loads((self.folder / "runs/words/run.json").read_text(encoding="utf-8"))["stages"]
+        return stages
+
+    def report(self) -> str:
+        """The page of the run."""
+        return (self.folder / "runs/words/report.html").read_text(encoding="utf-8")
+
     def change(self, name: str, old: str, new: str) -> None:
         """Replaces a text in a file of the package."""
         file = self.folder / self.package / name
@@ -81,13 +91,10 @@ def reader(tiny_model_folder: Path, forked: Forked, tmp_path: Path) -> Reader:
     return reader
 
 
-def test_the_page_is_short() -> None:
-    assert len(PAGE.read_text(encoding="utf-8").split()) <= MOST_WORDS
-
-
 def test_the_commands_of_the_page_do_what_it_says(reader: Reader) -> None:
+    assert len(PAGE.read_text(encoding="utf-8").split()) <= 450, "the page is short"
     install, *called = [command.words for command in commands(block_of("bash"))]
-    assert install == INSTALL
+    assert install == ["pip", "install", "-e", "."]
     listed, planned, ran, again = [reader.align(*words[1:]) for words in called]
     assert listed.splitlines()[-1] == "wordcount    words of plain texts (wordcount-stage)"
     assert re.search(r"count +run ", planned)
@@ -95,18 +102,15 @@ def test_the_commands_of_the_page_do_what_it_says(reader: Reader) -> None:
     assert "count: reused " in again
     assert f"\n{words} words\n" in reader.align("status", "words")
 
-    record = json.loads((reader.folder / "runs/words/run.json").read_text(encoding="utf-8"))
-    artifact = Path(record["stages"]["count"]["artifact"])
+    artifact = Path(reader.record()["count"]["artifact"])
     texts = (ROOT / "data/general/texts.jsonl").read_text(encoding="utf-8").splitlines()
     long = [word for line in texts for word in json.loads(line)["text"].split() if len(word) >= 3]
-    assert int(words) == len(long)
     metrics = json.loads((artifact / "manifest.json").read_text(encoding="utf-8"))["metrics"]
     assert metrics == {"rows": len(texts), "words": len(long)}
-    report = (reader.folder / "runs/words/report.html").read_text(encoding="utf-8")
+    assert int(words) == len(long)
     most_common, count = json.loads((artifact / "words.json").read_text(encoding="utf-8"))[0]
-    assert "Common words" in report
     assert count == long.count(most_common)
-    assert most_common in report
+    assert most_common in reader.report().partition("Common words")[2]
 
 
 def test_a_function_that_fails_to_show_a_result_is_named_with_its_line_and_the_rest_is_shown(reader: Reader) -> None:
@@ -115,26 +119,21 @@ def test_a_function_that_fails_to_show_a_result_is_named_with_its_line_and_the_r
     file = reader.folder / "wordcount_stage/kind.py"
     code = file.read_text(encoding="utf-8").splitlines()
     for printed in (reader.align("run", "./words.yaml"), reader.align("status", "words")):
-        for name, error, text in (
-            ("lines", "KeyError: 'wrods'", "wrods"),
-            ("tables", "AttributeError: 'int' object has no attribute 'text'", "count.text"),
-        ):
+        for name, error, text in (("lines", "KeyError: 'wrods'", "wrods"), ("tables", "AttributeError", "count.text")):
             (line,) = [number for number, words in enumerate(code, 1) if text in words]
-            where = f"error: kind of stage 'wordcount' (wordcount-stage): Outcome.{name} fails with "
-            assert f"{where}{error}\n  {file}, line {line}\n" in printed
+            assert re.search(rf"Outcome\.{name} fails with {error}.*\n  {file}, line {line}\n", printed)
         assert "Traceback" not in printed
         assert f"report: {reader.folder}/runs/words/report.html" in printed
-    record = json.loads((reader.folder / "runs/words/run.json").read_text(encoding="utf-8"))
-    assert {stage["state"] for stage in record["stages"].values()} == {"done"}
-    report = (reader.folder / "runs/words/report.html").read_text(encoding="utf-8")
-    assert "The tables of count cannot be shown: kind of stage" in report
+    assert {stage["state"] for stage in reader.record().values()} == {"done"}
+    assert "The tables of count cannot be shown: kind of stage" in reader.report()
 
 
 def test_what_a_newcomer_gets_wrong_ends_with_what_to_do(reader: Reader) -> None:
     """A plan refuses a faulty kind; a run says what the stage did not do, and goes well once that is mended."""
-    reader.change("kind.py", "    launch=LaunchShape(runs_on=RunsOn.one_process),\n", "")
+    launch = "    launch=LaunchShape(runs_on=RunsOn.one_process),\n"
+    reader.change("kind.py", launch, "")
     assert "stages.count.kind: 'wordcount' cannot be used: " in reader.align("plan", "./words.yaml", code=2)
-    reader.change("kind.py", "    outcome=", "    launch=LaunchShape(runs_on=RunsOn.one_process),\n    outcome=")
+    reader.change("kind.py", "    outcome=", f"{launch}    outcome=")
 
     writes = '(context.content / "words.json").write_text(json.dumps(words.most_common()), encoding="utf-8")'
     reader.change("run.py", writes, "words.most_common()")
@@ -145,7 +144,7 @@ def test_what_a_newcomer_gets_wrong_ends_with_what_to_do(reader: Reader) -> None
 
     reader.change("run.py", "words.most_common()", writes)
     reader.change("kind.py", '("rows", "words")', '("rows", "word")')
-    assert "count: it did not report word, which Outcome.metrics" in reader.align("run", "./words.yaml")
+    assert "count: it did not report word" in reader.align("run", "./words.yaml")
 
 
 def test_rows_of_a_stage_in_another_package_are_learned_and_its_settings_checked(
@@ -153,11 +152,9 @@ def test_rows_of_a_stage_in_another_package_are_learned_and_its_settings_checked
 ) -> None:
     reader = Reader(tmp_path, tiny_model_folder, forked, page=ROWS_PAGE, name="shorten", recipe="short.yaml")
     reader.install()
-    refused = reader.align("plan", "./short.yaml", "stages.shorten.min_words=31", code=2)
-    assert "stages.shorten.min_words: 31 is above max_words, 30" in refused
-    assert "stages.shorten.max_words: 0 is not allowed; a number above 0" in reader.align(
-        "plan", "./short.yaml", "stages.shorten.max_words=0", code=2
-    )
+    for setting, where in (("min_words=31", "stages.shorten.min_words"), ("max_words=0", "stages.shorten.max_words")):
+        refused = reader.align("plan", "./short.yaml", f"stages.shorten.{setting}", code=2)
+        assert f"{where}: {setting.partition('=')[2]} is " in refused
     reader.align("run", "./short.yaml", "profile=smoke")
     (folder,) = tmp_path.glob("artifacts/shorten-????????")
     metrics = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["metrics"]
@@ -166,11 +163,8 @@ def test_rows_of_a_stage_in_another_package_are_learned_and_its_settings_checked
     assert all(len(row["messages"][-1]["content"].split()) <= 30 for row in rows)
     assert list(tmp_path.glob("artifacts/sft-????????/manifest.json"))
 
-    reader.change(
-        "kind.py",
-        """    rows=lambda config: MadeRows(example='{"prompt": "Hi", "completion": "Hello."}', others={}),\n""",
-        "",
-    )
+    shows = """    rows=lambda config: MadeRows(example='{"prompt": "Hi", "completion": "Hello."}', others={}),\n"""
+    reader.change("kind.py", shows, "")
     assert "makes rows, but shows none" in reader.align("plan", "./short.yaml", code=2)
 
 

@@ -1,22 +1,28 @@
-"""Recipes under the smoke profile, on tiny models: those for GPUs, and the first that a user meets."""
+"""Recipes under the smoke profile, on tiny models: those for GPUs, and others; and the bundled model in bfloat16."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from alignment.core.artifacts import verify
 from alignment.pipeline.plan.compose import compose
+from alignment.pipeline.sources import bundled_model
+from tests.e2e.conftest import Align
 from tests.e2e.forked import Forked
 from tests.tiny import pythia_tokenizer, save_tiny_model
 
-FOR_GPUS = ("llama_8b_rlhf_qlora", "qwen_0_5b_rlhf_lora", "tldr_1b_ppo", "tulu3_8b_sft_dpo", "zephyr_7b_dpo_qlora")
-SMOKED = (*FOR_GPUS, "quickstart", "reward_card", "iterative_dpo", "kto", "draft")
+SMOKED = ("llama_8b_rlhf_qlora", "tldr_1b_ppo", "tulu3_8b_sft_dpo", "reward_card", "iterative_dpo", "kto", "draft")
+"""What differs in kind: four bits, GPT-NeoX, full training, rows of public data sets, and stages that others lack."""
 
 
 def _tulu_row(number: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -89,8 +95,8 @@ def test_all_weights_learn_from_rows_like_the_public_ones(smoke: Path, recipe: s
         assert any(not torch.equal(base[name], trained[name]) for name in base.keys() & trained.keys()), stage
 
 
-@pytest.mark.parametrize("recipe", ["zephyr_7b_dpo_qlora", "llama_8b_rlhf_qlora"])
-def test_adapters_on_four_bits_are_stacked(smoke: Path, recipe: str) -> None:
+def test_adapters_on_four_bits_are_stacked(smoke: Path) -> None:
+    recipe = "llama_8b_rlhf_qlora"
     for name, stage in json.loads((smoke / recipe / f"runs/{recipe}-smoke/run.json").read_text())["stages"].items():
         stood = verify(Path(stage["artifact"]), content=True).adapters_stood
         assert all(application["nf4"] for application in stood.values()), name
@@ -101,28 +107,49 @@ def test_a_changed_second_round_runs_again_alone_and_learns_from_the_first_one_s
     smoke: Path, forked: Forked
 ) -> None:
     recipe = "iterative_dpo"
-    arguments = [
-        "run",
-        recipe,
-        "profile=smoke",
-        "name=changed",
-        "stages.sample_2.temperature=0.7",
-        *_overrides(recipe, smoke),
-    ]
-    code, printed = forked.run(arguments)
+    changed = ("profile=smoke", "name=changed", "stages.sample_2.temperature=0.7")
+    code, printed = forked.run(["run", recipe, *changed, *_overrides(recipe, smoke)])
     assert code == 0, printed
     before, after = (
         json.loads((smoke / recipe / f"runs/{name}-smoke/run.json").read_text())["stages"]
         for name in (recipe, "changed")
     )
-    assert [name for name, stage in after.items() if stage["state"] == "done"] == [
-        "sample_2",
-        "dpo_2",
-        "evaluate",
-        "report",
-    ]
-    samples = (Path(after["sample_2"]["artifact"]) / "samples.jsonl").read_text().splitlines()
+    done = [name for name, stage in after.items() if stage["state"] == "done"]
+    assert done == ["sample_2", "dpo_2", "evaluate", "report"]
+    sampled = Path(after["sample_2"]["artifact"])
     first, second = (verify(Path(stages["artifact"]), content=True) for stages in (before["dpo_1"], after["dpo_2"]))
-    assert {json.loads(line)["policy"] for line in samples} == {first.fingerprint}
+    policies = {json.loads(line)["policy"] for line in (sampled / "samples.jsonl").read_text().splitlines()}
+    assert policies == {first.fingerprint}
     assert second.inputs["init"] == first.fingerprint, "the first round's policy is the reference"
-    assert second.inputs["data.source"] == verify(Path(after["sample_2"]["artifact"]), content=True).fingerprint
+    assert second.inputs["data.source"] == verify(sampled, content=True).fingerprint
+
+
+MODEL = bundled_model.lookup("smollm2-135m")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not bundled_model.is_ready(MODEL), reason="no bundled model on this machine; `make model` fetches it"
+)
+def test_the_bundled_model_learns_in_bfloat16(new_forked: Callable[[], Align], tmp_path: Path) -> None:
+    """One stage as the quickstart trains it."""
+    rows = tmp_path / "one_short_row.jsonl"  # a row of the quickstart takes two minutes on a CPU without bfloat16
+    turns = [{"role": "user", "content": "When is it open?"}, {"role": "assistant", "content": "The shop opens at 9."}]
+    rows.write_text(json.dumps({"messages": turns}) + "\n", encoding="utf-8")
+    align = new_forked()
+    others = [f"~stages.{stage}" for stage in ("reward", "dpo", "ppo", "evaluate", "report")]
+    optim = "{batch_size: 1, max_steps: 3, lr: 2e-3, schedule: constant, warmup_ratio: 0.0, micro_batch_tokens: 512}"
+    overrides = (f"model.source=bundled:{MODEL.name}", "model.dtype=bfloat16", f"stages.sft.optim={optim}")
+    align("run", *others, *overrides, f"stages.sft.data.source=path:{rows}")
+    artifact = align.artifact("sft")
+    base = verify(artifact, content=True).identity["base"]
+    assert base == {"content": f"gguf-sha256:{MODEL.sha256}", "dtype": "bfloat16"}
+    losses = [line["loss"] for line in align.rows("sft")]
+    assert len(losses) == 3
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0] - 0.05, "the same row three times"
+    factors = load_file(artifact / "adapters/0-sft/adapter_model.safetensors")
+    assert {held.dtype for held in factors.values()} == {torch.float32}, "factors have masters, products are bfloat16"
+    model = AutoModelForCausalLM.from_pretrained(bundled_model.folder(MODEL), dtype=torch.bfloat16)
+    assert model.dtype is torch.bfloat16
+    assert PeftModel.from_pretrained(model, artifact / "adapters/0-sft").active_adapter == "default"

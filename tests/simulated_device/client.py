@@ -1,4 +1,7 @@
-"""The other end of server.py: a test asks for a stage or a piece of code on the simulated device."""
+"""What a test asks of the device, and what a piece of work left: its error, and the events that it caused.
+
+The other end is server.py; requests and outcomes travel as lines of JSON.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,72 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tests.simulated_device import DEVICES
-from tests.simulated_device.outcomes import Outcome, outcome_of
+from tests.simulated_device.events import FAULT, WAIT, Event
 from tests.simulated_device.stages import Cell
+
+Counts = Mapping[Event, int]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """``error`` is a traceback, or empty. ``events`` are all that were counted.
+
+    ``steps`` are the events of each optimiser step but the first; ``decoded`` counts the tokens that
+    batches of answers grew by. ``result`` is what a piece of code left under that name.
+    """
+
+    error: str = ""
+    events: Counts = field(default_factory=Counter)
+    steps: Sequence[Counts] = ()
+    decoded: int = 0
+    result: Any = None
+
+    @property
+    def faults(self) -> list[str]:
+        """What no device would do, or should be asked to do."""
+        return [f"{count} × {event}" for event, count in self.events.items() if event.kind == FAULT]
+
+    def count(self, kind: str) -> int:
+        """How many events of a kind there were."""
+        return sum(number for event, number in self.events.items() if event.kind == kind)
+
+    def to_json(self) -> str:
+        """One line."""
+        steps = [_listed(step) for step in self.steps]
+        values = {"error": self.error, "events": _listed(self.events), "steps": steps}
+        return json.dumps({**values, "decoded": self.decoded, "result": self.result})
+
+
+def outcome_of(line: str) -> Outcome:
+    """From ``to_json``."""
+    values = json.loads(line)
+    steps = [_counts(step) for step in values.pop("steps")]
+    return Outcome(events=_counts(values.pop("events")), steps=steps, **values)
+
+
+def waits(counts: Counts, *, own: bool) -> int:
+    """How often the host waited because a line of the package asked for it, or because a library did."""
+    return sum(count for event, count in counts.items() if event.kind == WAIT and event.is_own is own)
+
+
+def listing(counts: Counts) -> str:
+    """The waits, most frequent first, for a message."""
+    ordered = sorted(counts.items(), key=lambda item: -item[1])
+    return "\n".join(f"{count:4} × {event}" for event, count in ordered if event.kind == WAIT)
+
+
+def _listed(counts: Counts) -> list[tuple[dict[str, Any], int]]:
+    return [(asdict(event), count) for event, count in counts.items()]
+
+
+def _counts(listed: Sequence[tuple[dict[str, Any], int]]) -> Counter[Event]:
+    return Counter({Event(**{**event, "lines": tuple(event["lines"])}): count for event, count in listed})
 
 
 class Device:
@@ -27,7 +91,7 @@ class Device:
 
     def run(self, cell: Cell, *, processes: int = 1) -> Outcome:
         """Runs a stage in a folder of its own, on as many processes, each with its own device."""
-        return self._ask({"cell": cell.to_json(), "processes": processes})
+        return self._ask({"cell": asdict(cell), "processes": processes})
 
     def execute(self, code: str) -> Outcome:
         """Runs a piece of Python, in which torch is imported."""

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.simulated_device.build import missing
-from tests.simulated_device.client import Device
-from tests.simulated_device.outcomes import Outcome
+from tests.simulated_device.client import Device, Outcome
 from tests.simulated_device.stages import Cell
 
 

@@ -200,3 +200,25 @@ def _replace_storage_copy() -> None:
             return held.untyped_storage().copy_(self, False)
 
     storage.clone = clone
+
+
+def use_gloo(library: Library) -> None:
+    """Several devices: ``init_process_group("nccl")`` makes a group of gloo, which works on the same memory.
+
+    The host waits for it only where it would wait for NCCL; objects travel through memory of the host.
+    """
+    library.replace_collectives()
+    distributed: Any = torch.distributed
+    otherwise = distributed.init_process_group
+
+    def init_process_group(backend: str | None = None, *arguments: Any, **options: Any) -> None:
+        otherwise("gloo" if backend == "nccl" else backend, *arguments, **options)
+
+    def all_gather_into_tensor(output: Tensor, own: Tensor, group: Any = None, async_op: bool = False) -> Any:
+        """NCCL takes an output of any shape with as many numbers; gloo wants a part for each process."""
+        parts = output.view(-1, *own.shape).unbind(0)
+        return distributed.all_gather(list(parts), own, group=group, async_op=async_op)
+
+    distributed.is_nccl_available = lambda: True
+    distributed.all_gather_into_tensor = all_gather_into_tensor
+    distributed.init_process_group = init_process_group

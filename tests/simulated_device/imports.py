@@ -49,12 +49,12 @@ def simulate() -> None:
 def _around_torch(execute: Callable[[], None]) -> None:
     library = Library()
     execute()
-    from tests.simulated_device import attention, collectives, cuda_module
+    from tests.simulated_device import cuda_module, kernels
 
     cuda_module.replace_functions(library)
-    attention.add_kernels()
+    kernels.add_attention()
     if library.devices > 1:
-        collectives.use_gloo(library)
+        cuda_module.use_gloo(library)
     _listen(library)
 
 
@@ -74,6 +74,6 @@ def _around_bitsandbytes(execute: Callable[[], None]) -> None:
         execute()
     finally:
         torch.cuda.is_available = is_available
-    from tests.simulated_device import four_bits
+    from tests.simulated_device import kernels
 
-    four_bits.add_kernels()
+    kernels.add_four_bits()

@@ -27,8 +27,8 @@ from transformers import TrainerCallback
 from alignment import worker
 from alignment.job import StageSpec
 from alignment.models.forward.decoding_rows import DecodingRows
+from tests.simulated_device.client import Outcome, outcome_of
 from tests.simulated_device.events import Event, events
-from tests.simulated_device.outcomes import Outcome, outcome_of
 from tests.simulated_device.stages import KINDS, Cell, run_spec, run_stage, spec_of
 
 
@@ -86,9 +86,9 @@ def _outcome(request: dict[str, Any], folder: Path) -> Outcome:
         if "code" in request:
             exec(request["code"], names)  # the code of a test
         elif world_size > 1:
-            return _of_several(spec_of(Cell.from_json(request["cell"]), folder), folder, world_size)
+            return _of_several(spec_of(Cell(**request["cell"]), folder), folder, world_size)
         else:
-            run_stage(Cell.from_json(request["cell"]), folder)
+            run_stage(Cell(**request["cell"]), folder)
     except BaseException:  # noqa: BLE001  the test fails with it
         error = traceback.format_exc()
     after = Steps.after

@@ -1,26 +1,39 @@
-"""Stages as the worker runs them, small enough that all kinds and adapters are tried on a device in a minute.
-
-Nothing is imported at the top that imports torch, because tests name cells without it.
-"""
+"""Stages as the worker runs them, small enough that all kinds and adapters are tried on a device in a minute."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from alignment.job import StageSpec
-    from tests.chained import Chained
+from alignment import worker
+from alignment.config.data import DataConfig, PtxConfig, ValidationConfig
+from alignment.config.evaluating import AnswersConfig
+from alignment.config.model import AdapterConfig, Critic, Dtype, ModelConfig
+from alignment.config.scoring import GuardConfig, MetricConfig, ScorerConfig
+from alignment.job import StageInput, StageSpec
+from alignment.models.assembly.load import Lineage
+from alignment.stages.distil.kind import Method
+from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.stages.forgetting.kind import ForgettingConfig
+from alignment.stages.ppo.config import Advantage, KlConfig, KlTerm
+from alignment.stages.reward_card.kind import RewardCardConfig
+from alignment.stages.sample.kind import SampleConfig
+from alignment.training.context import StageContext
+from tests.chained import DATA, DORA, FULL, LORA, PREFIX, QLORA, Chained, config_of
+from tests.distilled import distil_spec
+from tests.simulated_device.events import events
+from tests.tiny import BASE_SOURCE, tiny_reward, tiny_spec
 
 TRAINED = ("cpt", "sft", "reward", "dpo", "kto", "ppo", "grpo", "distil")
 """Each is tried with each adapter."""
 ADAPTERS = ("full", "lora", "dora", "qlora", "prefix")
 VARIANTS = ("ppo_shared", "ppo_guarded", "dpo_precomputed", "sft_validated", "distil_tokens")
-ADAPTED = ("sft", "dpo", "ppo")
-"""Those that ``make test`` tries with each adapter, one for each way to learn; the others share their models' code."""
+ADAPTED = ("ppo-full", "ppo-qlora", "dpo-qlora", "sft-dora", "dpo-prefix", "ppo-prefix", "sft-bare")
+"""What ``make test`` tries beside LoRA: each adapter, with those stages that have code of their own for it."""
+FLOAT32 = "sft-lora-float32"
+"""Left to on_card.py, as PPO's is tried."""
 MEASURED = ("sample", "evaluate", "forgetting", "reward_card")
 """These train nothing; their policy is an SFT with LoRA."""
 KINDS = ("cpt", "sft", "reward", "dpo", "kto", "ppo", "distil", *MEASURED)
@@ -40,15 +53,6 @@ class Cell:
     def __str__(self) -> str:
         return "-".join((self.stage, self.adapter, *(["float32"] if self.dtype == "float32" else [])))
 
-    def to_json(self) -> str:
-        """One line."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, line: str) -> Cell:
-        """From ``to_json``."""
-        return cls(**json.loads(line))
-
 
 def run_stage(cell: Cell, folder: Path) -> None:
     """Runs the stage of a cell in an empty folder, on the device that torch finds."""
@@ -57,40 +61,26 @@ def run_stage(cell: Cell, folder: Path) -> None:
 
 def spec_of(cell: Cell, folder: Path) -> StageSpec:
     """What the worker is told. A stage that measures a policy has that policy trained first."""
-    from tests.chained import Chained
-
     return _SPECS.get(cell.stage, _trained)(Chained(folder), cell)
 
 
 def run_spec(spec: StageSpec, *, rank: int = 0, world_size: int = 1) -> None:
     """Runs a stage as the worker does."""
-    from alignment import worker
-    from alignment.training.context import StageContext
-
     worker._run(spec, StageContext(spec=spec, rank=rank, world_size=world_size))
 
 
 def _adapter(name: str) -> Any:
-    from alignment.config.model import AdapterConfig
-    from tests.chained import DORA, FULL, LORA, PREFIX, QLORA
-
     bare = AdapterConfig(kind=FULL.kind, master_weights=False)
     return {"full": FULL, "lora": LORA, "dora": DORA, "qlora": QLORA, "prefix": PREFIX, "bare": bare}[name]
 
 
 def _changes(cell: Cell) -> dict[str, Any]:
     """What differs from the default specification of a tiny stage."""
-    from alignment.config.model import Dtype, ModelConfig
-    from tests.tiny import BASE_SOURCE
-
     return {"model": ModelConfig(source=BASE_SOURCE, dtype=Dtype(cell.dtype))}
 
 
 def _config(kind: str, adapter: Any, **changes: Any) -> Any:
     """Two optimiser steps on eight rows, without a checkpoint before the last."""
-    from alignment.config.data import DataConfig
-    from tests.chained import DATA, config_of
-
     changes = {"data": DataConfig(source=str(DATA), limit=4 * _STEPS), **changes}
     config: Any = config_of(kind, adapter, **changes)
     if kind == "ppo":
@@ -103,57 +93,39 @@ def _trained(chained: Chained, cell: Cell, *, config: Any = None, **changes: Any
     return chained.spec(kind, adapter, config=config or _config(kind, adapter), **_changes(cell), **changes)
 
 
-def _rl(chained: Chained, cell: Cell, *, extra_data: dict[str, Path] | None = None, **settings: Any) -> StageSpec:
-    """PPO against a reward model that was trained with the same adapter."""
-    from tests.tiny import tiny_reward
+_RL: dict[str, dict[str, Any]] = {
+    "ppo": {},
+    "grpo": {
+        "advantage": Advantage.grpo,
+        "critic": Critic.none,
+        "completions_per_prompt": 2,
+        "kl": KlConfig(coefficient=0.04, apply_to=KlTerm.loss),
+        "entropy_coefficient": 0.01,
+        "drop_ties": True,
+    },
+    "ppo_shared": {"critic": Critic.shared, "whiten_rewards": True, "num_minibatches": 2},
+    "ppo_guarded": {
+        "guard": GuardConfig(every=1, prompts=2, scorer=ScorerConfig(source="length", target=3)),
+        "ptx": PtxConfig(coefficient=0.1, batch_size=2, data=DataConfig(source="path:conversations", limit=4)),
+        "critic_warmup": 1,
+        "max_approxkl": 10.0,
+    },
+}
 
+
+def _rl(chained: Chained, cell: Cell) -> StageSpec:
+    """PPO against a reward model that was trained with the same adapter."""
     adapter = _adapter(cell.adapter)
     chained.inputs["reward"] = tiny_reward(
         chained.folder / "made", adapter, start=_base(chained), base_path=chained.base, **_changes(cell)
     )
-    config = _config("ppo", adapter, **settings)
-    return chained.spec("ppo", adapter, config=config, extra_data=extra_data or {}, **_changes(cell))
+    config = _config("ppo", adapter, **_RL[cell.stage])
+    conversations = {"ptx.data": DATA / "conversations.jsonl"} if config.ptx.coefficient else {}
+    return chained.spec("ppo", adapter, config=config, extra_data=conversations, **_changes(cell))
 
 
 def _base(chained: Chained) -> Any:
-    from alignment.models.assembly.load import Lineage
-    from tests.tiny import BASE_SOURCE
-
     return Lineage(source=BASE_SOURCE, base=chained.base, adapters=())
-
-
-def _without_critic(chained: Chained, cell: Cell) -> StageSpec:
-    from alignment.config.model import Critic
-    from alignment.stages.ppo.config import Advantage, KlConfig, KlTerm
-
-    return _rl(
-        chained,
-        cell,
-        advantage=Advantage.grpo,
-        critic=Critic.none,
-        completions_per_prompt=2,
-        kl=KlConfig(coefficient=0.04, apply_to=KlTerm.loss),
-        entropy_coefficient=0.01,
-        drop_ties=True,
-    )
-
-
-def _shared_critic(chained: Chained, cell: Cell) -> StageSpec:
-    from alignment.config.model import Critic
-
-    return _rl(chained, cell, critic=Critic.shared, whiten_rewards=True, num_minibatches=2)
-
-
-def _guarded(chained: Chained, cell: Cell) -> StageSpec:
-    from alignment.config.data import DataConfig, PtxConfig
-    from alignment.config.scoring import GuardConfig, ScorerConfig
-    from tests.chained import DATA
-
-    conversations = {"ptx.data": DATA / "conversations.jsonl"}
-    guard = GuardConfig(every=1, prompts=2, scorer=ScorerConfig(source="length", target=3))
-    ptx = PtxConfig(coefficient=0.1, batch_size=2, data=DataConfig(source="path:conversations", limit=4))
-    settings = {"guard": guard, "ptx": ptx, "critic_warmup": 1, "max_approxkl": 10.0}
-    return _rl(chained, cell, extra_data=conversations, **settings)
 
 
 def _precomputed(chained: Chained, cell: Cell) -> StageSpec:
@@ -161,38 +133,19 @@ def _precomputed(chained: Chained, cell: Cell) -> StageSpec:
 
 
 def _validated(chained: Chained, cell: Cell) -> StageSpec:
-    from alignment.config.data import ValidationConfig
-
     validation = ValidationConfig(every=1, share=0.25, keep_best=True)
     return _trained(chained, cell, config=replace(_config("sft", _adapter(cell.adapter)), validation=validation))
 
 
-def _distilled(chained: Chained, cell: Cell, **settings: Any) -> StageSpec:
-    from alignment.stages.distil.kind import Method
-    from tests.distilled import distil_spec
-
-    settings = {
-        "method": Method.sequence,
-        "adapter": _adapter(cell.adapter),
-        "timed_prompts": 0,
-        "save_every": _NEVER,
-        **settings,
-    }
+def _distilled(chained: Chained, cell: Cell) -> StageSpec:
+    by_tokens = {"method": Method.tokens, "timed_prompts": 2}
+    settings = {"method": Method.sequence, "timed_prompts": 0, "adapter": _adapter(cell.adapter), "save_every": _NEVER}
+    settings |= by_tokens if cell.stage == "distil_tokens" else {}
     return replace(distil_spec(chained.folder, **settings), **_changes(cell))
-
-
-def _distilled_by_tokens(chained: Chained, cell: Cell) -> StageSpec:
-    from alignment.stages.distil.kind import Method
-
-    return _distilled(chained, cell, method=Method.tokens, timed_prompts=2)
 
 
 def _measured(chained: Chained, cell: Cell, config: Any, **changes: Any) -> StageSpec:
     """What a stage is told that measures an SFT of the base, which is trained here."""
-    from tests.chained import LORA
-    from tests.simulated_device.events import events
-    from tests.tiny import tiny_spec
-
     sft = _trained(chained, Cell(stage="sft", dtype=cell.dtype), config=_config("sft", LORA))
     run_spec(sft)
     assert sft.artifact == _sft(chained).path
@@ -202,17 +155,10 @@ def _measured(chained: Chained, cell: Cell, config: Any, **changes: Any) -> Stag
 
 def _sft(chained: Chained) -> Any:
     """A reference to the SFT that ``_measured`` trains."""
-    from alignment.job import StageInput
-
     return StageInput(ref="stage:sft", path=chained.folder / "artifacts" / "sft-0123abcd")
 
 
 def _sampled(chained: Chained, cell: Cell) -> StageSpec:
-    from alignment.config.data import DataConfig
-    from alignment.config.scoring import ScorerConfig
-    from alignment.stages.sample.kind import SampleConfig
-    from tests.chained import DATA
-
     config = SampleConfig(
         reward=None,
         scorers=[ScorerConfig(source="length", target=3)],
@@ -228,13 +174,6 @@ def _sampled(chained: Chained, cell: Cell) -> StageSpec:
 
 
 def _evaluated(chained: Chained, cell: Cell) -> StageSpec:
-    from alignment.config.data import DataConfig
-    from alignment.config.evaluating import AnswersConfig
-    from alignment.config.scoring import MetricConfig
-    from alignment.job import StageInput
-    from alignment.stages.evaluate.config import EvaluateConfig
-    from tests.chained import DATA
-
     config = EvaluateConfig(
         arms=["base", "stage:sft"],
         metrics=[MetricConfig(name="length", source="length", target=3)],
@@ -250,10 +189,6 @@ def _evaluated(chained: Chained, cell: Cell) -> StageSpec:
 
 
 def _forgotten(chained: Chained, cell: Cell) -> StageSpec:
-    from alignment.config.data import DataConfig
-    from alignment.stages.forgetting.kind import ForgettingConfig
-    from tests.chained import DATA
-
     limited = {name: DataConfig(source=f"bundled:general/{name}", limit=4) for name in ("texts", "questions")}
     config = ForgettingConfig(
         arms=["stage:sft"], data=limited["texts"], questions=limited["questions"], bootstrap_samples=50
@@ -271,11 +206,6 @@ def _forgotten(chained: Chained, cell: Cell) -> StageSpec:
 
 
 def _carded(chained: Chained, cell: Cell) -> StageSpec:
-    from alignment.config.data import DataConfig
-    from alignment.stages.reward_card.kind import RewardCardConfig
-    from tests.chained import DATA, LORA
-    from tests.tiny import tiny_reward, tiny_spec
-
     changes = _changes(cell)
     reward = tiny_reward(chained.folder / "made", LORA, start=_base(chained), base_path=chained.base, **changes)
     config = RewardCardConfig(
@@ -286,14 +216,11 @@ def _carded(chained: Chained, cell: Cell) -> StageSpec:
 
 
 _SPECS: dict[str, Callable[[Chained, Cell], StageSpec]] = {
-    "ppo": _rl,
-    "grpo": _without_critic,
-    "ppo_shared": _shared_critic,
-    "ppo_guarded": _guarded,
+    **dict.fromkeys(_RL, _rl),
     "dpo_precomputed": _precomputed,
     "sft_validated": _validated,
     "distil": _distilled,
-    "distil_tokens": _distilled_by_tokens,
+    "distil_tokens": _distilled,
     "sample": _sampled,
     "evaluate": _evaluated,
     "forgetting": _forgotten,
@@ -302,8 +229,8 @@ _SPECS: dict[str, Callable[[Chained, Cell], StageSpec]] = {
 
 
 def usual_cells() -> list[Cell]:
-    """Those of ``make test``: every kind of stage with LoRA, and some with every other adapter."""
-    return [cell for cell in all_cells() if cell.adapter == "lora" or cell.stage in ADAPTED]
+    """Those of ``make test``: every kind of stage with LoRA, one in float32, and each other adapter."""
+    return [cell for cell in all_cells() if str(cell) in ADAPTED or (cell.adapter == "lora" and str(cell) != FLOAT32)]
 
 
 def all_cells() -> list[Cell]:

@@ -1,13 +1,22 @@
-"""The simulated device behaves as CUDA does where a test relies on it."""
+"""The simulated device behaves as CUDA does where a test relies on it; copies remember what they are copies of."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.simulated_device.client import Device
+from tests.simulated_device.client import Device, Outcome
 from tests.simulated_device.events import COPY, WAIT
 
 pytestmark = pytest.mark.xdist_group("simulated device")
+TRANSFER = """
+from alignment.models.forward.transfer import on_device, on_host, sent
+from tests.simulated_device.events import events
+device = torch.device("cuda", 0)
+ids, mask, real = torch.arange(6).view(2, 3), torch.ones(2, 3, dtype=torch.long), torch.ones(2, dtype=torch.bool)
+events.clear()
+"""
+
+
 SETUP = """
 host, device = torch.arange(6.0).view(2, 3), torch.arange(6.0).view(2, 3).cuda()
 from tests.simulated_device.events import events
@@ -19,13 +28,11 @@ events.clear()
     ("code", "expected"),
     [
         ("(device @ device.T).cpu().tolist()", [[5.0, 14.0], [14.0, 50.0]]),
-        ("(device + 1).cpu().tolist()", [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]),
         ("device[:, 1].cpu().tolist()", [1.0, 4.0]),
         ("[str((device * 2).device), str(device.new_zeros(2).device)]", ["cuda:0", "cuda:0"]),
         ("torch.cat([device, device]).sum().item()", 30.0),
         ("(device * 2.0 + torch.tensor(1.0)).sum().item()", 36.0),  # a number of the host may stand beside
         ("torch.cuda.get_device_name()", "simulated CUDA device"),
-        ("str(torch.zeros(2, device='cuda').device)", "cuda:0"),
     ],
 )
 def test_operators_give_what_they_give_on_the_host(device: Device, code: str, expected: object) -> None:
@@ -54,12 +61,10 @@ result = [str(weight.grad.device), float((gradients[0] - gradients[1]).abs().max
     [
         ("device + host", "two devices, cuda:0 and cpu"),
         ("torch.cat([host, device])", "two devices, cuda:0 and cpu"),
-        ("torch.where(host > 1, device, device)", "two devices, cuda:0 and cpu"),
         ("device.normal_(generator=torch.Generator())", "Expected a 'cuda:0' generator device but found 'cpu'"),
         ("host.normal_(generator=torch.Generator('cuda'))", "Expected a 'cpu' device type for generator"),
         ("device.numpy()", "can't convert cuda:0 device type tensor to numpy"),
         ("torch.zeros(2, device='cuda:1')", "invalid device ordinal 1"),
-        ("torch.nn.Linear(3, 2)(device)", "two devices, cuda:0 and cpu"),
         ("torch.nn.functional.embedding(torch.tensor([0]), device)", "two devices, cuda:0 and cpu"),
     ],
 )
@@ -68,25 +73,22 @@ def test_what_cuda_refuses_is_refused(device: Device, code: str, message: str) -
 
 
 @pytest.mark.parametrize(
-    ("code", "kind", "count"),
+    ("code", "waits", "copies"),
     [
-        ("device.sum().item()", WAIT, 1),
-        ("device.tolist()", WAIT, 1),
-        ("bool((device > 1).any())", WAIT, 1),
-        ("device[device > 1]", WAIT, 1),
-        ("(device > 1).nonzero()", WAIT, 1),
-        ("device[torch.tensor([0])]", WAIT, 1),
-        ("host.cuda()", WAIT, 1),
-        ("torch.cuda.synchronize()", WAIT, 1),
-        ("device * 2", WAIT, 0),
-        ("torch.tensor([1.0]).pin_memory().cuda(non_blocking=True)", COPY, 1),
-        ("torch.tensor([1.0]).pin_memory().cuda(non_blocking=True)", WAIT, 0),
+        ("device.sum().item()", 1, 0),
+        ("bool((device > 1).any())", 1, 0),
+        ("device[device > 1]", 1, 0),
+        ("device[torch.tensor([0])]", 1, 0),
+        ("host.cuda()", 1, 0),
+        ("torch.cuda.synchronize()", 1, 0),
+        ("device * 2", 0, 0),
+        ("torch.tensor([1.0]).pin_memory().cuda(non_blocking=True)", 0, 1),
     ],
 )
-def test_each_wait_of_the_host_is_counted(device: Device, code: str, kind: str, count: int) -> None:
+def test_each_wait_of_the_host_is_counted(device: Device, code: str, waits: int, copies: int) -> None:
     outcome = device.execute(f"{SETUP}\n{code}")
     assert outcome.error == ""
-    assert sum(number for event, number in outcome.events.items() if event.kind == kind) == count
+    assert (outcome.count(WAIT), outcome.count(COPY)) == (waits, copies)
 
 
 def test_a_copy_to_the_host_that_is_not_waited_for_is_a_fault(device: Device) -> None:
@@ -146,3 +148,62 @@ result = [float((one.cpu().float() - other).abs().max() / other.abs().max()) for
     outcome = device.execute(code)
     assert outcome.error == ""
     assert max(outcome.result) < 2e-2  # bfloat16
+
+
+def _executed(device: Device, code: str) -> Outcome:
+    outcome = device.execute(TRANSFER + code)
+    assert outcome.error == ""
+    assert outcome.faults == []
+    return outcome
+
+
+def test_columns_that_travel_together_arrive_as_they_were(device: Device) -> None:
+    outcome = _executed(
+        device,
+        """
+batch = sent({"ids": ids, "mask": mask, "real": real, "name": "row"}, device)
+columns = [batch["ids"], batch["mask"], batch["real"]]
+known = all(there is here for there, here in zip(on_host(*columns), (ids, mask, real)))
+waits = sum(count for event, count in events.items() if event.kind == "wait")
+devices = sorted({str(column.device) for column in columns})
+result = [known, batch["name"], devices, waits, [column.tolist() for column in columns]]
+""",
+    )
+    columns = [[[0, 1, 2], [3, 4, 5]], [[1, 1, 1], [1, 1, 1]], [True, True]]
+    assert outcome.result == [True, "row", ["cuda:0"], 0, columns]
+    assert outcome.count(COPY) == 2, "one for each dtype"
+
+
+def test_what_was_changed_or_is_not_known_is_read_anew_at_once(device: Device) -> None:
+    outcome = _executed(
+        device,
+        """
+copy, other = on_device(ids, device), on_device(mask, device) * 2
+same = on_host(copy)[0] is ids
+columns = [column.tolist() for column in on_host(other, copy, other[0] + 1)]
+waits = sum(count for event, count in events.items() if event.kind == "wait")
+copy[0, 0] = 7
+result = [same, columns, waits, on_host(copy)[0].tolist(), ids.tolist()]
+""",
+    )
+    unchanged = [[0, 1, 2], [3, 4, 5]]
+    assert outcome.result == [
+        True,
+        [[[2, 2, 2], [2, 2, 2]], unchanged, [3, 3, 3]],
+        1,
+        [[7, 1, 2], [3, 4, 5]],
+        unchanged,
+    ]
+
+
+@pytest.mark.parametrize("made", ["ids.cuda()", "ids", "ids.float()"])
+def test_what_is_there_already_stays(device: Device, made: str) -> None:
+    outcome = _executed(
+        device,
+        f"""
+tensor = {made}
+there = sent({{"x": tensor}}, tensor.device)["x"]
+result = there is tensor and sent({{"x": 3, "y": None}}, device) == {{"x": 3, "y": None}}
+""",
+    )
+    assert outcome.result is True

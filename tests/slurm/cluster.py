@@ -1,22 +1,31 @@
 """A cluster that is this machine: slurmctld and slurmd on the loopback interface, without root or munge.
 
-Several nodes are several daemons with ports of their own.
+Several nodes are several daemons with ports of their own. Slurm is as Debian packs it, fetched by apt and unpacked into
+the cache; nothing is installed.
 """
 
 from __future__ import annotations
 
 import getpass
 import os
+import re
+import shutil
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
+import pytest
 
+from alignment.pipeline.sources.bundled_model import cache_root
+from tests.e2e.conftest import Align
 from tests.living import kill_each
+from tests.tiny import save_tiny_model
 
 _PATIENCE = 120.0
 _CONFIG = """\
@@ -178,3 +187,64 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@contextmanager
+def running(folder: Path, *nodes: str) -> Iterator[Cluster]:
+    """A cluster in ``folder``. Where it cannot be had, the tests fail with the reason: they were asked for."""
+    try:
+        packages = unpacked()
+    except Unavailable as reason:
+        raise pytest.fail.Exception(f"no Slurm to test with: {reason}", pytrace=False) from None
+    cluster = Cluster(packages=packages, folder=folder, nodes=nodes or ("localhost",))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+def commands_of(cluster: Cluster, factory: pytest.TempPathFactory) -> Callable[[], Align]:
+    """Makes commands with an empty output folder and one tiny model, which submit their stages to the cluster."""
+    model, variables = save_tiny_model(factory.mktemp("model") / "tiny"), cluster.environment
+    return lambda: Align(output=factory.mktemp("output"), model=model, recipe="sft_dpo", variables=variables)
+
+
+PACKAGES = ("slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins")
+
+
+class Unavailable(Exception):
+    """Slurm cannot be had on this machine; says why."""
+
+
+def unpacked() -> Path:
+    """The folder that holds ``usr/bin/sbatch`` and the rest, fetched first if it is not there.
+
+    Raises:
+        Unavailable: this is no Debian, or its packages cannot be fetched.
+    """
+    target = cache_root() / "slurm"
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".slurm-") as scratch:
+            _fetch(Path(scratch))
+            os.replace(Path(scratch) / "root", target)
+    return target
+
+
+def _fetch(scratch: Path) -> None:
+    for tool in ("apt-get", "dpkg"):
+        if shutil.which(tool) is None:
+            raise Unavailable(f"it is fetched as Debian's packages, and there is no {tool} here")
+    needed = _call(["apt-get", "--simulate", "--no-install-recommends", "install", *PACKAGES], scratch)
+    names = {*PACKAGES, *re.findall(r"^Inst (\S+)", needed, re.MULTILINE)}
+    _call(["apt-get", "download", *sorted(names)], scratch)
+    for archive in sorted(scratch.glob("*.deb")):
+        _call(["dpkg", "-x", str(archive), "root"], scratch)
+
+
+def _call(argv: list[str], folder: Path) -> str:
+    done = subprocess.run(argv, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode != 0:
+        raise Unavailable(f"{' '.join(argv)} failed:\n{done.stderr.strip()}")
+    return done.stdout

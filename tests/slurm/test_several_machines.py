@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,10 +11,8 @@ from safetensors.torch import load_file
 
 from tests.e2e.conftest import Align
 from tests.oracles.close import close
-from tests.slurm.cluster import Cluster
-from tests.slurm.packages import Unavailable, unpacked
-from tests.slurm.test_chain import checkpoints, jobs
-from tests.tiny import save_tiny_model
+from tests.slurm.cluster import Cluster, commands_of, running
+from tests.slurm.test_chain import checkpoints, jobs, started
 
 SFT = (
     "~stages.dpo",
@@ -31,31 +28,19 @@ SLURM = (
     "launch.num_processes=2",
     "launch.backend.time=0:30:00",
 )
-NODES = ("first", "second")
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two machines, played by two daemons."""
-    try:
-        packages = unpacked()
-    except Unavailable as reason:
-        raise pytest.fail.Exception(f"no Slurm to test with: {reason}", pytrace=False) from None
-    cluster = Cluster(packages=packages, folder=tmp_path_factory.mktemp("pair"), nodes=NODES)
-    try:
-        cluster.start()
+    with running(tmp_path_factory.mktemp("pair"), "first", "second") as cluster:
         yield cluster
-    finally:
-        cluster.stop()
 
 
 @pytest.fixture(scope="module")
 def make(pair: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Align]:
     """A command with an empty output folder; all have one model."""
-    model = save_tiny_model(tmp_path_factory.mktemp("model") / "tiny")
-    return lambda: Align(
-        output=tmp_path_factory.mktemp("output"), model=model, recipe="sft_dpo", variables=pair.environment
-    )
+    return commands_of(pair, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +58,7 @@ def test_two_machines_of_a_job_make_what_four_processes_make(
     align("run", *SLURM)
     assert pair.state(jobs(align)["sft"]) == "COMPLETED"
     assert align.weights() == undisturbed.weights()
-    log = log_of(align)
-    assert "machine 1 of 2 is waiting for the first machine to start it" in log
+    assert "machine 1 of 2 is waiting for the first machine to start it" in log_of(align)
 
 
 @pytest.mark.parametrize(
@@ -84,9 +68,7 @@ def test_interrupted_it_is_queued_again_and_ends_the_same(
     is_lost: bool, make: Callable[[], Align], pair: Cluster, undisturbed: Align
 ) -> None:
     align = make()
-    with subprocess.Popen(
-        align.argv("run", *SLURM), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=align.environment
-    ) as waiting:
+    with started(align, SLURM) as waiting:
         pair.wait_for(lambda: checkpoints(align), "checkpoint")
         job = jobs(align)["sft"]
         if is_lost:

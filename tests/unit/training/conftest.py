@@ -1,13 +1,13 @@
-"""One thread a test, and signal handlers put back: a stage installs its own."""
+"""One thread a test; a stage under way, what its trainer hands to callbacks, and stages of PPO."""
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerState, TrainingArguments
 
 from alignment.stages.sft.kind import SftConfig
 from alignment.training.context import StageContext
@@ -24,16 +24,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(autouse=True)
-def _signals() -> Iterator[None]:
-    """SIGTERM ends pytest again after a test."""
-    names = (signal.SIGTERM, signal.SIGUSR1)
-    before = {name: signal.getsignal(name) for name in names}
-    yield
-    for name, handler in before.items():
-        signal.signal(name, handler)
-
-
 @pytest.fixture
 def context(tmp_path: Path) -> StageContext:
     """A stage under way, alone."""
@@ -44,3 +34,16 @@ def context(tmp_path: Path) -> StageContext:
 def bench(tmp_path: Path) -> Callable[..., Bench]:
     """Makes PPO stages on a tiny model."""
     return bench_in(tmp_path)
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> TrainingArguments:
+    """What a trainer hands to its callbacks."""
+    return TrainingArguments(output_dir=str(tmp_path / "trainer"), use_cpu=True, report_to="none")
+
+
+def at_step(step: int, max_steps: int = 100) -> TrainerState:
+    """The trainer's state after so many steps."""
+    state = TrainerState()
+    state.global_step, state.max_steps = step, max_steps
+    return state

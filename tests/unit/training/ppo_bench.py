@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.stages.ppo.trainer_setup import build_trainer, roles_of
 from alignment.training.context import StageContext
 from alignment.training.session import train
+from tests.proofs import common
 from tests.tiny import BASE_SOURCE, tiny_model, tiny_reward, tiny_scorer, tiny_spec, tiny_tokenizer
 
 LORA = AdapterConfig(rank=4)
@@ -55,37 +56,16 @@ class Bench:
         return self.lines("metrics.jsonl")
 
 
-class TokenRewards:
+class TokenRewards(common.TokenRewards):
     """Scores by a function of prompt and answer tokens."""
 
     def __init__(self, score: Callable[[Sequence[int], Sequence[int]], float], name: str = "rule") -> None:
-        self._score = score
+        super().__init__(**{name: common.each(score)})
         self._name = name
 
-    def scores(self, prompts: Any, answers: Any, rows: Any) -> Scores:
-        """One score an answer."""
-        return self._named([self._score(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)])
-
-    def observe(self, scores: Scores) -> None:
-        """Nothing is remembered."""
-
-    def total(self, scores: Scores) -> torch.Tensor:
-        """There is only one."""
-        return scores.values[0]
-
-    def of_ensembles(self, scores: Scores) -> dict[str, torch.Tensor]:
-        """There is none."""
-        return {}
-
-    def _named(self, scores: Sequence[float]) -> Scores:
+    def named(self, scores: Sequence[float]) -> Scores:
+        """These scores as its own."""
         return Scores.of({self._name: torch.tensor(scores)})
-
-    def state(self) -> dict[str, Any]:
-        """Nothing is remembered."""
-        return {}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Nothing is remembered."""
 
 
 class OwnReward(TokenRewards):
@@ -98,7 +78,7 @@ class OwnReward(TokenRewards):
     def scores(self, prompts: Any, answers: Any, rows: Any) -> Scores:
         """Its scores at the last tokens."""
         parts = batches(prompts, answers, tokens=1000, device=next(self._model.parameters()).device)
-        return self._named(torch.cat([scalar_scores(self._model, part.rows) for part in parts]).tolist())
+        return self.named(torch.cat([scalar_scores(self._model, part.rows) for part in parts]).tolist())
 
 
 def bench_in(folder: Path) -> Callable[..., Bench]:
@@ -129,7 +109,7 @@ def bench_in(folder: Path) -> Callable[..., Bench]:
         context = StageContext(spec=spec, rank=0, world_size=1)
         torch.manual_seed(context.seed("worker") % 2**32)  # as the worker does: a fresh adapter is drawn from it
         roles = roles_of(config, context, lineage, made[adapter.kind] if reward else None)
-        stage_prompts = Prompts(ids=prompts, rows=range(len(prompts)))
+        stage_prompts = Prompts(ids=prompts, rows=range(40, 40 + len(prompts)))
         trainer = build_trainer(config, context, roles, stage_prompts, frozenset({END}), rewards or OwnReward(roles))
         return Bench(context=context, config=config, roles=roles, trainer=trainer)
 
@@ -232,6 +212,6 @@ class Plain:
             values.append((states @ self.value.score.weight.T)[:, 0])
         return values
 
-    def says(self, rows: Rows) -> tuple[list[Tensor], list[Tensor]]:
+    def says(self, rows: Rows, temperature: float) -> tuple[list[Tensor], list[Tensor]]:
         """Log-probabilities of answer tokens, and values before them."""
-        return self.logprobs(rows), self.values(rows)
+        return self.logprobs(rows, temperature), self.values(rows)

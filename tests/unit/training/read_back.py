@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-import subprocess
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import pytest
 
@@ -17,31 +13,6 @@ from alignment.training.trackers.tracker import stable_id
 from alignment.training.trackers.wandb import records
 
 Curves = dict[tuple[str, int], list[float]]
-ROOT = Path(__file__).parents[3]
-
-
-def run_twice(folder: Path, trackers: Sequence[str], **variables: str) -> dict[tuple[str, int], float]:
-    """Runs tests/unit/training/tracked.py; returns the curves of the stage that was not killed, from its file."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_"))}
-    own |= {
-        "WANDB_MODE": "offline",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}",
-        "HF_HUB_OFFLINE": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.unit.training.tracked", str(folder), *trackers],
-        env=own | variables,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    (file,) = (folder / "straight").glob("artifacts/*/content/metrics.jsonl")
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return {(key, row["step"]): value for row in rows for key, value in row.items() if key != "step"}
 
 
 def curves_of(tracker: str, spec: StageSpec) -> Curves:

@@ -1,12 +1,19 @@
-"""What a process of a stage knows: its folders, device, randomness, progress, and the trainer's arguments."""
+"""What a process of a stage knows, and its signs of life: seeds, progress, arguments, device, layout, heartbeats."""
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 import json
-from collections.abc import Callable
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -15,20 +22,15 @@ from alignment.config.launch import Offload, Sharding
 from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import OptimConfig, Schedule
 from alignment.core.errors import ConfigError
-from alignment.records.worker import Progress
+from alignment.records.worker import Heartbeat, Progress
 from alignment.stages.sft.kind import SftConfig
 from alignment.training import context as context_module
+from alignment.training import heartbeat
 from alignment.training.context import StageContext, own_device
+from alignment.training.heartbeat import HeartbeatWriter, ProcessorTime, activity
 from alignment.training.optimizer import common_arguments, optimizer_arguments, quiet_arguments, share_of
 from alignment.training.sharding import layout, sharding_arguments
 from tests.tiny import tiny_spec
-
-NAMES_OF_SCHEDULES = {
-    Schedule.constant: "constant_with_warmup",
-    Schedule.linear: "linear",
-    Schedule.cosine: "cosine",
-}
-"""As transformers knows them."""
 
 
 def _context(folder: Path, *, rank: int = 0, world_size: int = 1, **changes: object) -> StageContext:
@@ -75,7 +77,7 @@ def test_progress_is_one_whole_file_that_the_main_process_writes(tmp_path: Path)
 
 def test_a_batch_that_does_not_divide_by_the_processes_is_an_error() -> None:
     assert share_of(12, 4) == 3
-    with pytest.raises(ConfigError, match="a global batch of 10 is not divisible by 4 processes") as caught:
+    with pytest.raises(ConfigError, match=r"10 .* 4 processes") as caught:
         share_of(10, 4)
     assert caught.value.where == "optim.batch_size"
 
@@ -83,6 +85,7 @@ def test_a_batch_that_does_not_divide_by_the_processes_is_an_error() -> None:
 @pytest.mark.parametrize("schedule", Schedule)
 def test_every_setting_of_the_optimiser_reaches_the_trainer(tmp_path: Path, schedule: Schedule) -> None:
     context = _context(tmp_path, model=ModelConfig(source="path:tiny", dtype=Dtype.bfloat16))
+    settings: dict[str, Any] = {"weight_decay": 0.125, "max_grad_norm": 0.5, "activation_checkpointing": True}
     optim = OptimConfig(
         lr=3e-4,
         batch_size=12,
@@ -90,21 +93,17 @@ def test_every_setting_of_the_optimiser_reaches_the_trainer(tmp_path: Path, sche
         max_steps=7,
         schedule=schedule,
         warmup_ratio=0.25,
-        weight_decay=0.125,
         adam_eps=1e-6,
-        max_grad_norm=0.5,
-        activation_checkpointing=True,
+        **settings,
     )
     arguments = common_arguments(optim, context, log_every=3, save_every=9)
-    expected = {
+    names = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}  # as transformers knows them
+    expected = settings | {
         "per_device_train_batch_size": 12,
         "num_train_epochs": 2.5,
         "max_steps": 7,
         "learning_rate": 3e-4,
-        "lr_scheduler_type": NAMES_OF_SCHEDULES[schedule],
-        "weight_decay": 0.125,
-        "max_grad_norm": 0.5,
-        "activation_checkpointing": True,
+        "lr_scheduler_type": names[schedule.value],
         "logging_steps": 3,
         "save_steps": 9,
         "bf16": True,
@@ -134,13 +133,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.mark.parametrize(
     ("launcher", "gpus", "rank", "expected"),
-    [
-        ("cpu", 0, 1, "cpu"),
-        ("cuda", 1, 0, "cuda:0"),
-        ("cuda", 4, 3, "cuda:3"),
-        (None, 0, 0, "cpu"),
-        (None, 2, 1, "cuda:1"),
-    ],
+    [("cpu", 0, 1, "cpu"), ("cuda", 4, 3, "cuda:3"), (None, 0, 0, "cpu"), (None, 2, 1, "cuda:1")],
 )
 def test_each_process_has_a_gpu_of_its_own_or_the_cpu(
     machine: Callable[..., None], launcher: str | None, gpus: int, rank: int, expected: str
@@ -152,9 +145,9 @@ def test_each_process_has_a_gpu_of_its_own_or_the_cpu(
 @pytest.mark.parametrize(
     ("launcher", "gpus", "rank", "message", "remedies"),
     [
-        ("cpu", 2, 0, "PyTorch finds 2 GPUs, but the launcher found none", ["VISIBLE_DEVICES=0", "VISIBLE_DEVICES= ("]),
-        ("cuda", 0, 0, "a GPU for process 0 of this machine, but PyTorch .* finds none", ["VISIBLE_DEVICES= ("]),
-        ("cuda", 1, 1, "a GPU for process 1 of this machine, but PyTorch .* finds 1 GPU$", ["VISIBLE_DEVICES= ("]),
+        ("cpu", 2, 0, "2 GPUs", ["VISIBLE_DEVICES=0", "VISIBLE_DEVICES= ("]),
+        ("cuda", 0, 0, "process 0 .* finds none", ["VISIBLE_DEVICES= ("]),
+        ("cuda", 1, 1, "process 1 .* finds 1 GPU$", ["VISIBLE_DEVICES= ("]),
     ],
 )
 def test_a_device_that_the_launcher_did_not_find_is_refused(
@@ -198,3 +191,120 @@ def test_fsdp_moves_weights_to_the_host_where_they_are_elsewhere(
     arguments = sharding_arguments(_shared(context, Sharding.fsdp, offload))
     assert arguments["fsdp"] is True
     assert arguments["fsdp_config"]["cpu_offload"] is (offload is Offload.weights and device == "cuda")
+
+
+@pytest.fixture
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "PERIOD", 0.1)
+    monkeypatch.setattr(heartbeat, "IDLE", 0.5)  # looking so often takes some of the processor itself
+
+
+@pytest.fixture
+def watched(
+    tmp_path: Path, _often: None
+) -> Iterator[Callable[[Callable[[HeartbeatWriter, threading.Event], None]], Any]]:
+    """Watches a thread that runs a function for a second; gives the last sign."""
+    over = threading.Event()
+    threads = []
+
+    def watch(work: Callable[[HeartbeatWriter, threading.Event], None]) -> Any:
+        writer = HeartbeatWriter(phase="training")
+
+        def run() -> None:
+            writer.start(tmp_path, 3)
+            work(writer, over)
+
+        threads.append(threading.Thread(target=run))
+        threads[0].start()
+        time.sleep(1.2)
+        return Heartbeat.read_all(tmp_path)[3]
+
+    yield watch
+    over.set()
+    threads[0].join()
+
+
+def test_a_thread_that_waits_has_done_nothing_since(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "processor_seconds", lambda process: ProcessorTime())  # else that of pytest, too
+    sign = watched(lambda _, over: over.wait())
+    assert sign.time - sign.since > 0.5
+    assert sign.phase == "training"
+    assert "threading.py" in sign.location
+    assert not sign.waits
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_processor_that_is_busy_is_work_unless_a_gpu_may_be_waited_for(
+    watched: Any, monkeypatch: pytest.MonkeyPatch, on_gpu: bool
+) -> None:
+    """A host that waits for a GPU spins, inside one call."""
+    looks = itertools.count(1)
+    monkeypatch.setattr(heartbeat, "call_stack", lambda frame: [("trainer.py", 7, "step")])
+    monkeypatch.setattr(heartbeat, "processor_seconds", lambda process: ProcessorTime(own=0.2 * next(looks)))
+
+    def compute(writer: HeartbeatWriter, over: threading.Event) -> None:
+        writer.on_gpu = on_gpu
+        over.wait()
+
+    sign = watched(compute)
+    assert (sign.time > sign.since) is on_gpu
+    assert sign.waits is on_gpu
+
+
+def test_what_a_function_held_is_free_when_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A frame that the watching thread kept would keep its variables too, such as the activations of a pass."""
+    heartbeats = heartbeat.heartbeat_file(tmp_path, 3)
+    monkeypatch.setattr(heartbeat, "PERIOD", 30.0)
+    held: list[weakref.ref[set[int]]] = []
+
+    def hold() -> None:
+        activations = {1}
+        held.append(weakref.ref(activations))
+        while not heartbeats.exists():
+            time.sleep(0.01)
+
+    HeartbeatWriter().start(tmp_path, 3)
+    hold()
+    assert held[0]() is None
+
+
+def test_processor_seconds_are_those_of_the_process() -> None:
+    """However long they take by the clock, beside other work."""
+    process = psutil.Process()
+    before, end = heartbeat.processor_seconds(process), time.process_time() + 0.2
+    while time.process_time() < end:
+        hashlib.sha256(bytes(1 << 20))
+    assert heartbeat.processor_seconds(process).since(before).own > 0.1
+
+
+SOMEWHERE, COLLECTIVE = [("trainer.py", 7, "step")], [("/site-packages/torch/distributed/c10d.py", 1, "all_reduce")]
+
+
+@pytest.mark.parametrize(
+    ("stack", "used", "on_gpu", "works", "waits"),
+    [
+        (SOMEWHERE, ProcessorTime(own=0.25), False, True, False),
+        (SOMEWHERE, ProcessorTime(own=0.25), True, False, True),
+        (SOMEWHERE, ProcessorTime(started=0.25), True, True, False),  # rows made by processes of its own
+        (COLLECTIVE, ProcessorTime(own=0.25), False, False, True),
+    ],
+)
+def test_the_processor_says_nothing_of_who_may_spin(
+    stack: Any, used: ProcessorTime, on_gpu: bool, works: bool, waits: bool
+) -> None:
+    assert activity(stack, used, on_gpu=on_gpu) == (works, waits)
+
+
+def test_progress_that_is_reported_is_work(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "processor_seconds", lambda process: ProcessorTime())
+
+    def report(writer: HeartbeatWriter, over: threading.Event) -> None:
+        def count() -> None:
+            while not over.wait(0.1):
+                writer.reports += 1
+
+        threading.Thread(target=count).start()
+        over.wait()
+
+    sign = watched(report)
+    assert sign.time - sign.since < 0.5

@@ -1,4 +1,4 @@
-"""Which prompts an update uses, how streams of tokens become rows, and how its metrics are gathered and logged."""
+"""What an update of PPO learns from, which prompts, rows and metrics it has, and the policy's loss (tests/oracles)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from alignment.algos.ppo import truncated_importance
 from alignment.records.training import MetricsLog
 from alignment.rewards.scores import Scores
 from alignment.stages.ppo.experience import (
@@ -27,7 +28,9 @@ from alignment.stages.ppo.experience import (
     spread,
     stack,
 )
+from alignment.stages.ppo.objective import Average, PolicyLoss, PolicyObjective, Sampled
 from alignment.stages.ppo.step_metrics import UpdateMetrics
+from tests.oracles import importance as oracle
 from tests.oracles.close import close
 from tests.waits import Waits
 
@@ -36,48 +39,33 @@ def _generator(number: int) -> torch.Generator:
     return torch.Generator().manual_seed(1000 + number)
 
 
-@pytest.mark.parametrize("batch", [1, 3, 7, 10, 25])
-def test_every_prompt_comes_once_a_pass_and_each_pass_has_another_order(batch: int) -> None:
+@pytest.mark.parametrize("batch", [3, 10])
+def test_every_prompt_comes_once_a_pass_in_an_order_that_a_resumed_run_repeats(batch: int) -> None:
     episodes = [
         prompt for start in range(0, 70, batch) for prompt in prompt_order(7, start, min(batch, 70 - start), _generator)
     ]
     passes = [tuple(episodes[start : start + 7]) for start in range(0, 70, 7)]
     assert all(sorted(order) == list(range(7)) for order in passes)
     assert len(set(passes)) == len(passes)
-
-
-@pytest.mark.parametrize("start", [0, 5, 7, 13, 20])
-def test_a_resumed_run_meets_the_same_prompts(start: int) -> None:
-    assert prompt_order(7, start, 30 - start, _generator) == prompt_order(7, 0, 30, _generator)[start:]
-
-
-def test_a_mask_follows_lengths_and_never_token_ids() -> None:
-    assert response_mask([[2, 2, 2], [2], [0, 2]]).tolist() == [
-        [True, True, True],
-        [True, False, False],
-        [True, True, False],
-    ]
+    assert prompt_order(7, 13, 57, _generator) == episodes[13:]
 
 
 def test_a_stream_is_spread_over_rows_and_is_zero_beside_them() -> None:
-    mask = response_mask([[7, 8], [9], [4, 5, 6]])
-    by_row = spread(torch.arange(1.0, 7.0), mask)
+    mask = response_mask([[2, 2], [2], [0, 2, 6]])
+    assert mask.tolist() == [[True, True, False], [True, False, False], [True, True, True]], "whatever the token ids"
+    flat = torch.arange(1.0, 7.0, requires_grad=True)
+    by_row = spread(flat, mask)
     assert by_row.tolist() == [[1.0, 2.0, 0.0], [3.0, 0.0, 0.0], [4.0, 5.0, 6.0]]
-    assert torch.equal(by_row[mask], torch.arange(1.0, 7.0))
+    assert torch.equal(stack([torch.arange(1.0, 3.0), torch.tensor([3.0]), torch.arange(4.0, 7.0)], mask), by_row)
+    (by_row * torch.arange(9.0).view(3, 3)).sum().backward()
+    assert flat.grad.tolist() == [0.0, 1.0, 3.0, 6.0, 7.0, 8.0], "gradients come back in order"
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_shares_of_processes_go_back_into_the_order_of_the_batch(world: int) -> None:
-    rows = [_answers([row]) for row in range(6)]
-    whole = _answers(list(range(6)))
-    shares = [_answers(list(range(rank, 6, world))) for rank in range(world)]
-    assert plain(interleave(shares, group=1)) == plain(whole)
-    assert plain(interleave(rows, group=1)) == plain(whole)
-
-
-def test_answers_to_one_prompt_stay_together_in_the_batch() -> None:
-    shares = [_answers(rows_of([0, 2], 3)), _answers(rows_of([1, 3], 3))]
-    assert plain(interleave(shares, group=3)) == plain(_answers(list(range(12))))
+@pytest.mark.parametrize(("world", "group"), [(1, 1), (2, 1), (3, 1), (6, 1), (2, 3)])
+def test_shares_of_processes_go_back_into_the_order_of_the_batch(world: int, group: int) -> None:
+    """Answers to one prompt stay together."""
+    shares = [_answers(rows_of(range(rank, 6 // group * group, world), group)) for rank in range(world)]
+    assert plain(interleave(shares, group=group)) == plain(_answers(list(range(6 // group * group * group))))
 
 
 @pytest.mark.parametrize(("learned", "world"), [([3, 0, 4, 1, 2], 1), ([3, 0, 4], 2), ([], 2), ([2], 3)])
@@ -123,22 +111,6 @@ def plain(rollout: Answers) -> dict[str, Any]:
     return lists | {"scores": [rollout.scores.of_answer(row) for row in range(len(rollout.rows))]}
 
 
-def test_rows_are_stacked_as_a_stream_is_spread() -> None:
-    mask = response_mask([[7, 8], [9]])
-    assert stack([torch.tensor([1.0, 2.0]), torch.tensor([3.0])], mask).tolist() == [[1.0, 2.0], [3.0, 0.0]]
-
-
-def test_spreading_hands_gradients_back_in_order() -> None:
-    flat = torch.ones(3, requires_grad=True)
-    weights = torch.tensor([[2.0, 9.0], [3.0, 4.0]])
-    (spread(flat, torch.tensor([[True, False], [True, True]])) * weights).sum().backward()
-    assert flat.grad.tolist() == [2.0, 3.0, 4.0]
-
-
-def _steps(path: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
-
-
 def _filled(path: Path, steps: int) -> MetricsLog:
     log = MetricsLog(path)
     for step in range(1, steps + 1):
@@ -154,31 +126,21 @@ def test_a_step_is_a_line(tmp_path: Path) -> None:
     assert not path.exists()
     log.append(3, {"loss": 2.0123456789, "lr": 1e-4, "note": "x", "count": 7})
     assert path.read_text() == '{"step": 3, "loss": 2.01235, "lr": 0.0001, "note": "x", "count": 7}\n'
-
-
-def test_numbers_that_are_not_finite_stay_visible(tmp_path: Path) -> None:
-    log = MetricsLog(tmp_path / "metrics.jsonl")
-    log.append(1, {"loss": float("nan"), "grad_norm": float("inf")})
+    log.append(4, {"loss": math.nan, "grad_norm": math.inf})
     assert math.isnan(log.last()["loss"])
     assert log.last()["grad_norm"] == math.inf
 
 
-@pytest.mark.parametrize(
-    ("through", "remaining"), [(0, []), (3, [1, 2, 3]), (5, [1, 2, 3, 4, 5]), (9, [1, 2, 3, 4, 5])]
-)
+@pytest.mark.parametrize(("through", "remaining"), [(0, []), (3, [1, 2, 3]), (5, [1, 2, 3, 4, 5])])
 def test_a_resume_drops_the_lines_after_its_checkpoint(tmp_path: Path, through: int, remaining: list[int]) -> None:
-    path = tmp_path / "metrics.jsonl"
-    _filled(path, 5).keep_through(through)
-    assert _steps(path) == remaining
+    log = _filled(tmp_path / "metrics.jsonl", 5)
+    log.keep_through(through)
+    assert [row["step"] for row in log.rows()] == remaining
 
 
 @pytest.mark.parametrize(
     "half",
-    [
-        b'{"step": 6, "lo',
-        '{"step": 6, "note": "é'.encode()[:-1],
-        *(b'{"loss": 1.0}', b"", b"\0\0\0\0", b"7", b"[6]", b'{"step": null}', b'{"step": "six"}'),
-    ],
+    [b'{"step": 6, "lo', '{"step": 6, "note": "é'.encode()[:-1], b'{"loss": 1.0}', b"\0\0", b"[6]", b'{"step": "six"}'],
 )
 def test_a_line_that_is_no_step_is_dropped(tmp_path: Path, half: bytes) -> None:
     path = tmp_path / "metrics.jsonl"
@@ -187,7 +149,7 @@ def test_a_line_that_is_no_step_is_dropped(tmp_path: Path, half: bytes) -> None:
         stream.write(half)
     log.keep_through(10)
     log.append(6, {"loss": 0.1})
-    assert _steps(path) == [1, 2, 3, 4, 5, 6]
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_line_ends_where_it_was_ended_and_nowhere_else(tmp_path: Path) -> None:
@@ -214,27 +176,34 @@ def test_means_are_over_counted_tokens_of_all_processes(processes: str) -> None:
     close(figures.values["y"], -3.0)
 
 
-@pytest.mark.parametrize(("processes", "mean"), [("alone", 0.5), ("two equal ones", 1.0)])
-def test_shares_of_micro_batches_and_processes_add_up_and_are_averaged_over_steps(processes: str, mean: float) -> None:
+@pytest.mark.parametrize(("processes", "count"), [("alone", 1), ("two equal ones", 2)])
+def test_shares_of_micro_batches_and_processes_add_up_and_are_averaged_over_steps(processes: str, count: int) -> None:
+    """Maxima and seconds gather over an update and end with it; nothing is read before."""
     figures = UpdateMetrics(PROCESSES[processes])
-    for micro_batches in ([0.25, 0.5], [0.125, 0.125]):
-        for share in micro_batches:
-            figures.add_share({"loss": torch.tensor(share)})
-        figures.step_done()
-    close(figures.result()["loss"], mean)
-
-
-def test_shares_and_maxima_of_all_minibatches_are_read_together() -> None:
-    figures = UpdateMetrics(PROCESSES["alone"])
-    shares = {str(number): torch.tensor(float(number)) for number in range(5)} | {"policy/approxkl": torch.zeros(())}
     with Waits() as waits:
-        for worst in (3.0, 7.0, 5.0):
-            figures.add_share(shares)
+        for micro_batches, worst in (([0.25, 0.5], 3.0), ([0.125, 0.125], 7.0), ([0.5, 0.0], 5.0)):
+            for share in micro_batches:
+                figures.add_share({"loss": torch.tensor(share), "policy/approxkl": torch.tensor(share)})
             figures.add_maximum("worst", torch.tensor(worst))
+            figures.add_seconds("learning", 0.5)
             figures.step_done()
     assert waits.number == 0
-    assert [figures.result()[str(number)] for number in range(5)] == [0.0, 1.0, 2.0, 3.0, 4.0]
-    assert figures.result()["worst"] == 7.0
+    result = figures.result()
+    close([result["loss"], result["policy/approxkl"]], [0.5 * count] * 2)
+    assert result["policy/approxkl_first"] == 0.75 * count, "that of the first step is kept apart"
+    assert (result["worst"], result["time/learning"]) == (7.0, 1.5)
+    figures.clear()
+    figures.add_share({"loss": torch.tensor(1.0)})
+    figures.step_done()
+    assert not {"worst", "time/learning"} & set(figures.result())
+
+
+def test_a_maximum_is_that_of_all_processes() -> None:
+    figures = UpdateMetrics(PROCESSES["beside a higher one"])
+    figures.add_share({"loss": torch.tensor(1.0)})
+    figures.add_maximum("worst", torch.tensor(-1.0))
+    figures.step_done()
+    assert figures.result()["worst"] == 9.0
 
 
 def test_the_approximate_kl_is_that_of_the_last_minibatch_whenever_it_is_read() -> None:
@@ -247,26 +216,172 @@ def test_the_approximate_kl_is_that_of_the_last_minibatch_whenever_it_is_read() 
             assert figures.approximate_kl() == figures.approximate_kl() == sum(shares)
 
 
-def test_the_approximate_kl_of_the_first_step_is_kept_apart() -> None:
-    figures = UpdateMetrics(PROCESSES["two equal ones"])
-    for kl in (0.125, 0.5, 0.125):
-        figures.add_share({"policy/approxkl": torch.tensor(kl)})
-        figures.step_done()
-    averages = figures.result()
-    assert averages["policy/approxkl_first"] == 0.25, "of all processes"
-    close(averages["policy/approxkl"], 0.5)
+LENGTHS, LONGEST = [2, 8], 10
 
 
-def test_maxima_and_seconds_gather_over_an_update_and_end_with_it() -> None:
-    figures = UpdateMetrics(PROCESSES["beside a higher one"])
-    for value in (-3.0, -1.0, -2.0):
-        figures.add_maximum("worst", torch.tensor(value))
-        figures.add_seconds("learning", 0.5)
-    figures.add_share({"loss": torch.tensor(1.0)})
-    figures.step_done()
-    assert figures.result()["worst"] == 9.0
-    assert figures.result()["time/learning"] == 1.5
-    figures.clear()
-    figures.add_share({"loss": torch.tensor(1.0)})
-    figures.step_done()
-    assert not {"worst", "time/learning"} & set(figures.result())
+MASK = torch.arange(8) < torch.tensor(LENGTHS)[:, None]
+
+
+def objective(average: Average, **changes: object) -> PolicyObjective:
+    settings = {
+        "average": average,
+        "whole_answers": False,
+        "clip": 0.2,
+        "clip_high": 0.2,
+        "max_new_tokens": LONGEST,
+        "kl_in_loss": False,
+        "entropy_coefficient": 0.0,
+    }
+    return PolicyObjective(**(settings | changes))  # type: ignore[arg-type]
+
+
+def loss_of(
+    wanted: PolicyObjective, logprobs: Tensor, *, advantages: Tensor | None = None, kl: float = 0.0
+) -> PolicyLoss:
+    """With the old policy and the reference as the policy is now, and an advantage of 1 for both answers."""
+    old = logprobs.detach()
+    sampled = Sampled(
+        logprobs=old,
+        reference_logprobs=old,
+        advantages=MASK.double() if advantages is None else advantages,
+        response_mask=MASK,
+    )
+    tokens = MASK.sum().double()
+    return wanted.loss(
+        logprobs, torch.zeros_like(old), sampled, kl_coefficient=kl, divisor=wanted.divisor(MASK), tokens=tokens
+    )
+
+
+@pytest.mark.parametrize(
+    ("average", "whole", "short", "long"),
+    [
+        (Average.tokens, False, 1 / 10, 1 / 10),
+        (Average.token_means, False, 1 / (2 * 2), 1 / (2 * 8)),
+        (Average.constant_length, False, 1 / (2 * LONGEST), 1 / (2 * LONGEST)),
+        (Average.token_sums, True, 1 / 2, 1 / 2),
+    ],
+    ids=["PPO", "GRPO", "Dr. GRPO", "RLOO"],
+)
+def test_a_token_of_a_long_answer_weighs_less_in_grpo_alone(
+    average: Average, whole: bool, short: float, long: float
+) -> None:
+    """Two answers of equal reward, of two and of eight tokens (Liu et al. 2025, section 3.1: a wrong answer is
+    punished less the longer it is)."""
+    logprobs = torch.full((2, 8), -1.0, dtype=torch.float64, requires_grad=True)
+    loss_of(objective(average, whole_answers=whole), logprobs).total.backward()
+    expected = -torch.tensor([[short], [long]]) * MASK
+    close(logprobs.grad, expected, rtol=1e-6)
+
+
+def test_an_endless_divisor_gives_zero_and_finite_gradients() -> None:
+    wanted = objective(Average.token_means, kl_in_loss=True, entropy_coefficient=0.5)
+    logprobs = torch.full((2, 8), -1.0, requires_grad=True)
+    endless = torch.tensor(float("inf"))
+    sampled = Sampled(
+        logprobs=logprobs.detach(),
+        reference_logprobs=logprobs.detach() - 0.5,
+        advantages=MASK.float(),
+        response_mask=MASK,
+    )
+    loss = wanted.loss(logprobs, logprobs * 0.1, sampled, kl_coefficient=0.3, divisor=endless, tokens=endless)
+    loss.total.backward()
+    assert loss.total.item() == 0.0
+    assert logprobs.grad.abs().max() == 0.0
+
+
+ROW_LENGTHS, MOST, CAP, CLIP, CLIP_HIGH = [3, 6, 1, 4], 8, 1.1, 0.1, 0.2
+
+
+ROW_MASK = torch.arange(6) < torch.tensor(ROW_LENGTHS)[:, None]
+
+
+ADVANTAGES = [1.5, -0.7, 0.4, -2.0]
+
+
+METHODS = {
+    "ppo": (Average.tokens, False),
+    "grpo": (Average.token_means, False),
+    "dr_grpo": (Average.constant_length, False),
+    "rloo": (Average.token_sums, True),
+}
+
+
+def drawn(seed: int, scale: float, around: Tensor | None = None) -> Tensor:
+    rng = torch.Generator().manual_seed(seed)
+    noise = scale * torch.randn(4, 6, generator=rng, dtype=torch.float64)
+    return (noise - 2.0 if around is None else noise + around) * ROW_MASK
+
+
+OLD = drawn(0, 0.5)
+
+
+ENGINE = drawn(1, 0.3, OLD)
+
+
+NEW = drawn(2, 0.2, OLD)
+
+
+def _loss_of(method: str, logprobs: Tensor, weights: Tensor | None, *, kl: float = 0.0) -> Any:
+    average, whole = METHODS[method]
+    wanted = objective(
+        average, whole_answers=whole, clip=CLIP, clip_high=CLIP_HIGH, max_new_tokens=MOST, kl_in_loss=True
+    )
+    sampled = Sampled(
+        logprobs=OLD,
+        reference_logprobs=OLD - 0.3 * ROW_MASK,
+        advantages=torch.tensor(ADVANTAGES, dtype=torch.float64)[:, None] * ROW_MASK,
+        response_mask=ROW_MASK,
+        importance=weights,
+    )
+    return wanted.loss(
+        logprobs,
+        torch.zeros_like(OLD),
+        sampled,
+        kl_coefficient=kl,
+        divisor=wanted.divisor(ROW_MASK).double(),
+        tokens=ROW_MASK.sum().double(),
+    )
+
+
+def importance(method: str, engine: Tensor = ENGINE) -> Tensor:
+    return truncated_importance(OLD, engine, ROW_MASK, cap=CAP, whole_answers=METHODS[method][1])
+
+
+def rows(figures: Tensor) -> list[list[float]]:
+    return [row[:length] for row, length in zip(figures.tolist(), ROW_LENGTHS, strict=True)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_and_its_gradient_are_weighted_by_the_truncated_ratio(method: str) -> None:
+    weights = importance(method)
+    assert 0.0 < float((weights[ROW_MASK] >= CAP - 1e-9).double().mean()) < 1.0, "the cap should bind somewhere"
+    logprobs = NEW.clone().requires_grad_()
+    loss = _loss_of(method, logprobs, weights)
+    loss.total.backward()
+    plain = NEW.clone().requires_grad_()
+    expected = oracle.policy_loss(
+        method,
+        [row[:length] for row, length in zip(plain, ROW_LENGTHS, strict=True)],
+        rows(OLD),
+        rows(ENGINE),
+        ADVANTAGES,
+        cap=CAP,
+        low=CLIP,
+        high=CLIP_HIGH,
+        longest=MOST,
+        exp=torch.exp,
+    )
+    expected.backward()
+    close(loss.policy, expected.detach())
+    close(logprobs.grad, plain.grad)
+    assert float(logprobs.grad[ROW_MASK].abs().max()) > 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_kl_in_the_loss_is_not_weighted_and_nothing_is_on_policy(method: str) -> None:
+    """The KL is that of the policy, whoever sampled; so are the ratios that are reported."""
+    weighted, plain = _loss_of(method, NEW, importance(method), kl=0.5), _loss_of(method, NEW, None, kl=0.5)
+    assert float(weighted.kl) == float(plain.kl)
+    assert torch.equal(weighted.ratio, plain.ratio)
+    assert float(weighted.policy) != float(plain.policy)
+    assert torch.equal(_loss_of(method, NEW, importance(method, OLD), kl=0.5).total, plain.total)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainingArguments
 
 from alignment import worker
 from alignment.core.errors import NonFiniteError, StageError
@@ -29,20 +29,7 @@ from alignment.training.finite import FiniteSteps, refuse_divergence, refuse_res
 from tests.chained import FULL, LORA, Chained, config_of
 from tests.distilled import distil_spec
 from tests.tiny import tiny_model
-
-NOT_FINITE = pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-
-
-@pytest.fixture
-def arguments(tmp_path: Path) -> TrainingArguments:
-    """What a trainer hands to its callbacks."""
-    return TrainingArguments(output_dir=str(tmp_path / "trainer"), use_cpu=True, report_to="none")
-
-
-def at_step(step: int) -> TrainerState:
-    state = TrainerState()
-    state.global_step, state.max_steps = step, 100
-    return state
+from tests.unit.training.conftest import at_step
 
 
 def trainer(norm: Any = None, **attributes: Any) -> Any:
@@ -57,36 +44,25 @@ def before_step_8(arguments: TrainingArguments, trainer: Any, model: Any = None)
     steps.on_pre_optimizer_step(arguments, at_step(7), TrainerControl(), model=model or torch.nn.Linear(2, 2))
 
 
-# ---- before a step --------------------------------------------------------------------------------------------------
-
-
-@NOT_FINITE
-def test_a_gradient_that_is_not_finite_stops_before_the_step(arguments: TrainingArguments, value: float) -> None:
+@pytest.mark.parametrize(
+    ("value", "clips", "named"),
+    [
+        (math.nan, False, r"1\.weight"),
+        (-math.inf, False, r"1\.weight"),
+        (math.nan, True, "their norm is nan"),  # clipping makes NaN of all gradients, so no parameter is blamed
+        (3e38, True, "their norm is inf"),  # every gradient is zero after it
+    ],
+)
+def test_a_gradient_that_is_not_finite_stops_before_the_step(
+    arguments: TrainingArguments, value: float, clips: bool, named: str
+) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
     model(torch.ones(1, 2)).sum().backward()
-    model[1].weight.grad[0, 1] = value
-    with pytest.raises(NonFiniteError, match=r"a gradient is not finite at optimiser step 8 \(1\.weight\)") as caught:
-        before_step_8(arguments, trainer(None), model)
+    model[1].weight.grad[0] = value
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0) if clips else None
+    with pytest.raises(NonFiniteError, match=rf"gradient is not finite at optimiser step 8 \({named}\)") as caught:
+        before_step_8(arguments, trainer(norm), model)
     assert caught.value.exit_code == 6
-
-
-def test_no_parameter_is_blamed_where_clipping_made_nan_of_all_gradients(arguments: TrainingArguments) -> None:
-    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
-    model(torch.ones(1, 2)).sum().backward()
-    model[1].bias.grad[0] = math.nan
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    with pytest.raises(NonFiniteError, match=r"a gradient is not finite at optimiser step 8 \(their norm is nan\)"):
-        before_step_8(arguments, trainer(norm), model)
-
-
-def test_a_norm_that_overflowed_stops_though_every_gradient_is_then_zero(arguments: TrainingArguments) -> None:
-    model = torch.nn.Linear(2, 1)
-    for parameter in model.parameters():
-        parameter.grad = torch.full_like(parameter, 1e30)
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    assert all(bool((parameter.grad == 0).all()) for parameter in model.parameters())
-    with pytest.raises(NonFiniteError, match=r"a gradient is not finite at optimiser step 8 \(their norm is inf\)"):
-        before_step_8(arguments, trainer(norm), model)
 
 
 def test_finite_and_missing_gradients_pass(arguments: TrainingArguments) -> None:
@@ -96,7 +72,7 @@ def test_finite_and_missing_gradients_pass(arguments: TrainingArguments) -> None
         before_step_8(arguments, trainer(norm, step_loss=torch.tensor(2.0)), model)
 
 
-@pytest.mark.parametrize(("norm", "stops"), [(None, False), (3.0, False), (float("nan"), True), (float("inf"), True)])
+@pytest.mark.parametrize(("norm", "stops"), [(None, False), (3.0, False), (math.nan, True)])
 def test_of_deepspeed_the_norm_of_the_gradients_tells(
     arguments: TrainingArguments, norm: float | None, stops: bool
 ) -> None:
@@ -105,16 +81,14 @@ def test_of_deepspeed_the_norm_of_the_gradients_tells(
         before_step_8(arguments, trainer(deepspeed=engine))
 
 
-@NOT_FINITE
-def test_a_loss_that_is_not_finite_stops_before_the_step(arguments: TrainingArguments, value: float) -> None:
+def test_a_loss_that_is_not_finite_stops_before_the_step(arguments: TrainingArguments) -> None:
     """Beside gradients that are: what overflowed may have a finite slope."""
-    with pytest.raises(NonFiniteError, match=r"the loss is .* at optimiser step 8"):
-        before_step_8(arguments, trainer(1.0, step_loss=torch.tensor(value)))
+    with pytest.raises(NonFiniteError, match="loss is inf at optimiser step 8"):
+        before_step_8(arguments, trainer(1.0, step_loss=torch.tensor(math.inf)))
 
 
 def test_a_model_that_has_no_gradient_left_stops_unless_nothing_is_left_to_learn(arguments: TrainingArguments) -> None:
-    message = r"all gradients are zero at optimiser step 8 with a loss of 5\.8: training diverged earlier"
-    with pytest.raises(StageError, match=message):
+    with pytest.raises(StageError, match=r"zero at optimiser step 8 with a loss of 5\.8"):
         before_step_8(arguments, trainer(0.0, step_loss=torch.tensor(5.8)))
     before_step_8(arguments, trainer(0.0, step_loss=torch.tensor(0.0)))
     before_step_8(arguments, trainer(0.0))  # PPO: every ratio may be clipped
@@ -128,11 +102,10 @@ def test_a_weight_may_be_as_large_as_its_type_allows() -> None:
         refuse_weights([("a", largest), ("b", torch.empty(0)), ("c", torch.tensor([1.0, -math.inf]))])
 
 
-# ---- what is logged, and what comes of it ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["loss", "loss/value", "grad_norm", "validation/loss"])
-@NOT_FINITE
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("loss", math.nan), ("loss/value", math.inf), ("grad_norm", -math.inf), ("validation/loss", math.nan)],
+)
 def test_a_logged_figure_that_is_not_finite_is_written_and_stops(
     arguments: TrainingArguments, context: StageContext, name: str, value: float
 ) -> None:
@@ -152,51 +125,40 @@ def test_a_logged_figure_that_is_not_finite_is_written_and_stops(
         ([2.0, 1.9, 30.0, 1.9, 1.9, 1.9], False),
         ([2.0, 1.0, 1.0, 1.0, 1.0, 99.0], False),
         ([14.0, 12.0], False),
-        ([99.0], False),
         ([], False),
     ],
     ids=str,
 )
 def test_a_loss_that_rose_above_a_guess_is_no_result(losses: list[float], diverged: bool) -> None:
-    with pytest.raises(StageError, match=r"^training diverged: ") if diverged else contextlib.nullcontext():
+    with pytest.raises(StageError, match="diverged") if diverged else contextlib.nullcontext():
         refuse_divergence(losses, ceiling=10.0)
 
 
-@NOT_FINITE
-def test_weights_that_are_not_finite_are_not_saved(context: StageContext, value: float) -> None:
+def test_weights_that_are_not_finite_are_not_saved(context: StageContext) -> None:
     """No loss is computed after the last step."""
-    model = tiny_model()
-    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = value
-    with pytest.raises(NonFiniteError, match=r"a weight is not finite \(model\.layers\.1\.mlp"):
+    model, critic = tiny_model(), torch.nn.Linear(2, 1)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = math.nan
+    with pytest.raises(NonFiniteError, match=r"weight is not finite \(model\.layers\.1\.mlp"):
         save_model(model, None, context, None, {})  # type: ignore[arg-type]
-    assert not list(context.content.iterdir())
-
-
-@NOT_FINITE
-def test_a_critic_that_is_not_finite_is_not_saved(context: StageContext, value: float) -> None:
-    critic = torch.nn.Linear(2, 1)
-    critic.weight.data[0, 1] = value
-    with pytest.raises(NonFiniteError, match=r"a weight is not finite \(weight\)"):
+    critic.weight.data[0, 1] = -math.inf
+    with pytest.raises(NonFiniteError, match=r"weight is not finite \(weight\)"):
         _save_critic(critic, context)
     assert not list(context.content.iterdir())
 
 
-@NOT_FINITE
 def test_a_checkpoint_with_a_weight_that_is_not_finite_never_counts(
-    context: StageContext, arguments: TrainingArguments, value: float
+    context: StageContext, arguments: TrainingArguments
 ) -> None:
     """The step's own loss and gradients were finite, so only a look at the weights can tell."""
     model = torch.nn.Linear(2, 2)
     for step in (1, 2):
         if step == 2:
-            model.weight.data[1, 0] = value
+            model.weight.data[1, 0] = math.inf
         (context.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
         (context.checkpoints / f"checkpoint-{step}/weights").write_text("w")
         with pytest.raises(NonFiniteError) if step == 2 else contextlib.nullcontext():
             Checkpoints(context).on_save(arguments, at_step(step), TrainerControl(), model=model)
-    best = newest(context.checkpoints, fingerprint=context.spec.fingerprint)
-    assert best is not None
-    assert best.name == "checkpoint-1"
+    assert newest(context.checkpoints, fingerprint=context.spec.fingerprint) == context.checkpoints / "checkpoint-1"
 
 
 def test_what_fills_up_the_last_share_of_a_sharded_weight_is_not_looked_at(
@@ -217,15 +179,12 @@ def test_a_figure_of_a_result_that_is_not_finite_is_no_result() -> None:
         refuse_results({"score_offset": math.nan})
 
 
-# ---- whole stages ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["sft", "reward", "dpo", "kto"])
+@pytest.mark.parametrize("kind", ["sft", "kto"])
 def test_an_absurd_rate_ends_a_stage(tmp_path: Path, kind: str) -> None:
     """Its losses stay finite: the last states overflow, are normalised to zeros, and every token is as likely."""
     config: Any = config_of(kind, LORA)
     config = replace(config, optim=replace(config.optim, lr=1e9, max_steps=4))
-    with pytest.raises(StageError, match=r"all gradients are zero at optimiser step \d with a loss of"):
+    with pytest.raises(StageError, match=r"zero at optimiser step \d with a loss of"):
         Chained(tmp_path).run(kind, LORA, config=config)
     assert not list(tmp_path.glob("artifacts/*/manifest.json"))
 

@@ -1,8 +1,10 @@
-"""What saves memory changes neither weights nor metrics: micro-batches of any size, bfloat16, models with experts."""
+"""What saves memory changes neither weights nor metrics: micro-batches, bfloat16, experts, precomputed references."""
 
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, Trainer
 
 from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
@@ -30,6 +32,8 @@ from alignment.stages.reward import run as reward
 from alignment.stages.reward.kind import RewardConfig
 from alignment.stages.sft import run as sft
 from alignment.stages.sft.kind import SftConfig
+from alignment.stages.shared import reference
+from alignment.stages.shared.reference import OwnRows
 from alignment.training.context import StageContext
 from alignment.training.micro_batches import (
     MicroBatches,
@@ -40,11 +44,18 @@ from alignment.training.micro_batches import (
     shared_tokens,
 )
 from alignment.training.optimizer import RandomlyRoundedAdamW
+from tests.chained import PREFIX
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec
 from tests.unit.models.conftest import PROMPTS, greedy, padded, twin
 
 OPTIM = OptimConfig(lr=1e-3, batch_size=6, max_steps=3, schedule=Schedule.constant, warmup_ratio=0.0)
+
+
 ADAPTER = AdapterConfig(kind=AdapterKind.lora, rank=4)
+BARE = AdapterConfig(kind=AdapterKind.full, master_weights=False)
+HALF = ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)
+
+
 STAGES: dict[str, tuple[Any, Callable[..., Any]]] = {
     "sft": (SftConfig(optim=OPTIM, adapter=ADAPTER), sft.run),
     "sft packed": (SftConfig(optim=OPTIM, adapter=ADAPTER, packing=True, max_length=160), sft.run),
@@ -52,45 +63,40 @@ STAGES: dict[str, tuple[Any, Callable[..., Any]]] = {
     "dpo": (DpoConfig(optim=OPTIM, adapter=ADAPTER), dpo.run),
     "kto": (KtoConfig(optim=OPTIM, adapter=ADAPTER), kto.run),
 }
+
+
 PAIRS = ("reward", "dpo", "kto")
+
+
 NOT_EXACT = {"seconds"}
+
+
 NOT_EXACT |= {"entropy", "mean_token_accuracy", "logits/chosen", "logits/rejected"}
 """What TRL averages over tokens inside a piece of pairs."""
+
+
 TEXT = "the keys are with the caretaker in the hall and the shop is closed on Monday from now"
 
 
 @pytest.mark.parametrize(
-    ("lengths", "limit", "expected"),
+    ("cut", "lengths", "limit", "expected"),
     [
-        ([3, 3, 9, 1], 6, [(0, 2), (2, 3), (3, 4)]),
-        ([3, 3], 100, [(0, 2)]),
-        ([7], 1, [(0, 1)]),
-        ([1, 1, 1], 1, [(0, 1), (1, 2), (2, 3)]),
-        ([2, 2, 2, 2], 6, [(0, 2), (2, 4)]),
-        ([5, 1, 1, 1, 1], 8, [(0, 1), (1, 5)]),
-        ([9, 2, 2, 2], 4, [(0, 1), (1, 3), (3, 4)]),
+        (by_tokens, [3, 3, 9, 1], 6, [(0, 2), (2, 3), (3, 4)]),
+        (by_tokens, [7], 1, [(0, 1)]),
+        (by_tokens, [2, 2, 2, 2], 6, [(0, 2), (2, 4)]),  # of like size
+        (by_tokens, [9, 2, 2, 2], 4, [(0, 1), (1, 3), (3, 4)]),
+        (evenly, [3, 3, 9, 1], 3, [(0, 2), (2, 3), (3, 4)]),
+        (evenly, [4, 4, 4, 4, 4], 2, [(0, 3), (3, 5)]),
+        (evenly, [2, 2], 5, [(0, 1), (1, 2)]),
+        (lambda rows, wanted: divided([range(len(rows))], wanted), [1] * 5, 3, [(0, 2), (2, 3), (3, 5)]),
+        (lambda rows, wanted: divided([range(len(rows))], wanted), [1] * 2, 4, [(0, 1), (1, 2), (2, 2), (2, 2)]),
     ],
 )
-def test_rows_are_cut_into_few_pieces_of_like_size(
-    lengths: list[int], limit: int, expected: list[tuple[int, int]]
+def test_rows_are_cut_into_pieces(
+    cut: Callable[[list[int], int], list[range]], lengths: list[int], limit: int, expected: list[tuple[int, int]]
 ) -> None:
-    assert [(piece.start, piece.stop) for piece in by_tokens(lengths, limit)] == expected
-
-
-@pytest.mark.parametrize(
-    ("lengths", "count", "expected"),
-    [
-        ([3, 3, 9, 1], 2, [(0, 2), (2, 4)]),
-        ([3, 3, 9, 1], 3, [(0, 2), (2, 3), (3, 4)]),
-        ([4, 4, 4, 4, 4], 2, [(0, 3), (3, 5)]),
-        ([7], 2, [(0, 1)]),
-        ([2, 2], 5, [(0, 1), (1, 2)]),
-    ],
-)
-def test_rows_are_divided_evenly_among_so_many_pieces(
-    lengths: list[int], count: int, expected: list[tuple[int, int]]
-) -> None:
-    assert [(piece.start, piece.stop) for piece in evenly(lengths, count)] == expected
+    """By tokens, evenly, and further where another process has more; empty pieces come last."""
+    assert [(piece.start, piece.stop) for piece in cut(lengths, limit)] == expected
 
 
 def test_a_row_that_shares_counts_in_full_where_it_opens_a_piece() -> None:
@@ -112,22 +118,7 @@ def test_of_a_pair_the_common_beginning_is_counted_once(side: str) -> None:
         assert len(in_stream) == len(chosen) + len(rejected) - count
 
 
-@pytest.mark.parametrize(
-    ("rows", "wanted", "expected"),
-    [
-        (4, 2, [(0, 2), (2, 4)]),
-        (5, 3, [(0, 2), (2, 3), (3, 5)]),
-        (1, 2, [(0, 1), (1, 1)]),
-        (2, 4, [(0, 1), (1, 2), (2, 2), (2, 2)]),
-    ],
-)
-def test_a_process_with_fewer_rows_takes_empty_pieces_last(
-    rows: int, wanted: int, expected: list[tuple[int, int]]
-) -> None:
-    assert [(piece.start, piece.stop) for piece in divided([range(rows)], wanted)] == expected
-
-
-@pytest.mark.parametrize("wanted", range(2, 10))
+@pytest.mark.parametrize("wanted", [3, 9])
 def test_cut_further_no_piece_grows_and_no_row_is_lost(wanted: int) -> None:
     """So that what fits in memory does so whatever the other processes have; and a process may have no row at all."""
     lengths = [1, 1, 1, 1, 1, 1, 100, 100]
@@ -171,28 +162,25 @@ def test_figures_of_pieces_count_by_their_share() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")  # TRL's own calls
-@pytest.mark.parametrize("kind", STAGES)
-def test_what_saves_memory_changes_neither_weights_nor_figures(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize(
+    ("kind", "tokens"), [("sft", 80), ("sft packed", 80), ("reward", 150), ("dpo", 150), ("kto", 100)]
+)
+def test_what_saves_memory_changes_neither_weights_nor_figures(tmp_path: Path, kind: str, tokens: int) -> None:
+    """Micro-batches of so many tokens have one row or two."""
     config, run = STAGES[kind]
     weights, figures = [], []
-    for limit, checkpointing in ((10_000, False), (150, True), (1, False)):
-        folder = tmp_path / str(limit)
-        folder.mkdir()
-        save_tiny_model(folder / "base")
-        write_rows(folder / "data.jsonl", pairs=kind in PAIRS)
-        stage_config = replace(
-            config, optim=replace(OPTIM, micro_batch_tokens=limit, activation_checkpointing=checkpointing)
-        )
-        context = StageContext(spec=tiny_spec(folder, stage_config), rank=0, world_size=1)
+    for limit, checkpointing in ((10_000, False), (tokens, True)):
+        optim = replace(OPTIM, micro_batch_tokens=limit, activation_checkpointing=checkpointing)
+        stage_config = replace(config, optim=optim)
+        context = ready(tmp_path / str(limit), stage_config, pairs=kind in PAIRS)
         torch.manual_seed(0)
         run(stage_config, context)
         weights.append(trained_weights(context.content))
         figures.append(MetricsLog(context.content / "metrics.jsonl").last())
-    for other, metrics in zip(weights[1:], figures[1:], strict=True):
-        assert float((other - weights[0]).norm() / weights[0].norm()) < 1e-5
-        assert metrics.keys() == figures[0].keys()
-        for name in metrics.keys() - (NOT_EXACT if kind in PAIRS else {"seconds"}):
-            assert metrics[name] == pytest.approx(figures[0][name], rel=1e-4, abs=1e-5), name
+    assert float((weights[1] - weights[0]).norm() / weights[0].norm()) < 1e-5
+    assert figures[1].keys() == figures[0].keys()
+    for name in figures[0].keys() - (NOT_EXACT if kind in PAIRS else {"seconds"}):
+        assert figures[1][name] == pytest.approx(figures[0][name], rel=1e-4, abs=1e-5), name
 
 
 def test_figures_of_a_last_batch_that_is_not_full_are_gathered_whole(
@@ -208,14 +196,12 @@ def test_figures_of_a_last_batch_that_is_not_full_are_gathered_whole(
         return gather(self, *values, **options)
 
     monkeypatch.setattr(Accelerator, "gather_for_metrics", noted)
-    save_tiny_model(tmp_path / "base")
-    write_rows(tmp_path / "data.jsonl", pairs=False, rows=13)
-    run(config, StageContext(spec=tiny_spec(tmp_path, config), rank=0, world_size=1))
+    run(config, ready(tmp_path, config, rows=13))
     assert len(cuts) >= 3
     assert not any(cuts)
 
 
-@pytest.mark.parametrize("kind", STAGES)
+@pytest.mark.parametrize("kind", ["sft", *PAIRS])
 def test_without_masters_a_stage_keeps_and_saves_bfloat16_and_learns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
@@ -228,11 +214,8 @@ def test_without_masters_a_stage_keeps_and_saves_bfloat16_and_learns(
         step(self, closure)
 
     monkeypatch.setattr(RandomlyRoundedAdamW, "step", noted)
-    save_tiny_model(tmp_path / "base")
-    write_rows(tmp_path / "data.jsonl", pairs=kind in PAIRS)
-    stage_config = replace(config, adapter=AdapterConfig(kind=AdapterKind.full, master_weights=False))
-    model = ModelConfig(source=BASE_SOURCE, dtype=Dtype.bfloat16)
-    context = StageContext(spec=tiny_spec(tmp_path, stage_config, model=model), rank=0, world_size=1)
+    stage_config = replace(config, adapter=BARE)
+    context = ready(tmp_path, stage_config, pairs=kind in PAIRS, model=HALF)
     run(stage_config, context)
     assert steps == [{torch.bfloat16}] * 3
     (file,) = context.content.glob("model/*.safetensors")
@@ -258,11 +241,18 @@ def test_weight_decay_leaves_the_magnitudes_of_dora_alone(tmp_path: Path, monkey
     config, run = STAGES["sft"]
     adapter = replace(ADAPTER, kind=AdapterKind.dora)
     config = replace(config, adapter=adapter, optim=replace(OPTIM, weight_decay=0.5, max_steps=1))
-    save_tiny_model(tmp_path / "base")
-    write_rows(tmp_path / "data.jsonl", pairs=False)
-    run(config, StageContext(spec=tiny_spec(tmp_path, config), rank=0, world_size=1))
+    run(config, ready(tmp_path, config))
     assert {decay for name, decay in decays.items() if "lora_magnitude_vector" in name} == {0.0}
     assert {decay for name, decay in decays.items() if ".lora_A." in name or ".lora_B." in name} == {0.5}
+
+
+def ready(folder: Path, config: Any, *, pairs: bool = False, rows: int = 12, model: Any = None, **base: Any) -> Any:
+    """A stage of this config in ``folder``, with a base and rows."""
+    folder.mkdir(exist_ok=True)
+    save_tiny_model(folder / "base", **base)
+    write_rows(folder / "data.jsonl", pairs=pairs, rows=rows)
+    spec = tiny_spec(folder, config, **({} if model is None else {"model": model}))
+    return StageContext(spec=spec, rank=0, world_size=1)
 
 
 def write_rows(file: Path, *, pairs: bool, rows: int = 12) -> None:
@@ -286,52 +276,38 @@ def trained_weights(content: Path) -> torch.Tensor:
 
 
 FULL = AdapterConfig(kind=AdapterKind.full)
-"""Trains the routers too."""
-EXPERTS = pytest.mark.parametrize("architecture", ["mixtral", "granitemoe"])
 
 
-def _trained_experts(
-    folder: Path, kind: str, architecture: str, *, micro_batch_tokens: int, **changes: Any
-) -> StageContext:
-    """A stage that has _trained_experts all weights of such a model; ``changes`` replace settings of it."""
-    config, run = STAGES[kind]
-    folder.mkdir()
-    save_tiny_model(folder / "base", architecture=architecture, router_aux_loss_coef=0.5, **changes)
-    write_rows(folder / "data.jsonl", pairs=kind in PAIRS)
-    config = replace(config, adapter=FULL, optim=replace(OPTIM, micro_batch_tokens=micro_batch_tokens))
-    context = StageContext(spec=tiny_spec(folder, config), rank=0, world_size=1)
-    torch.manual_seed(0)
-    run(config, context)
-    return context
-
-
-@EXPERTS
-@pytest.mark.parametrize("kind", ["sft", "sft packed", "dpo", "kto"])
+@pytest.mark.parametrize(
+    ("kind", "architecture", "asks"),
+    [
+        ("sft packed", "mixtral", True),
+        ("sft", "granitemoe", True),
+        ("dpo", "mixtral", False),
+        ("kto", "granitemoe", True),
+    ],
+)
 def test_a_model_with_experts_learns_the_same_in_micro_batches_of_any_size(
-    tmp_path: Path, kind: str, architecture: str
+    tmp_path: Path, kind: str, architecture: str, asks: bool
 ) -> None:
-    """The loss that balances experts would be another one in each micro-batch, so it is left out."""
+    """The loss that balances experts would be another one in each micro-batch, so it is left out; its coefficient
+    stays. Full training trains the routers too."""
+    config, run = STAGES[kind]
     weights = []
     for limit in (10_000, 1):
-        context = _trained_experts(tmp_path / str(limit), kind, architecture, micro_batch_tokens=limit)
+        own = replace(config, adapter=FULL, optim=replace(OPTIM, micro_batch_tokens=limit))
+        base = {"architecture": architecture, "router_aux_loss_coef": 0.5, "output_router_logits": asks}
+        context = ready(tmp_path / str(limit), own, pairs=kind in PAIRS, **base)
+        torch.manual_seed(0)
+        run(own, context)
         assert "aux_loss" not in MetricsLog(context.content / "metrics.jsonl").last()
+        saved = AutoConfig.from_pretrained(context.content / "model")
+        assert (saved.router_aux_loss_coef, saved.output_router_logits) == (0.5, False)
         weights.append(trained_weights(context.content))
     assert float((weights[1] - weights[0]).norm() / weights[0].norm()) < 1e-5
 
 
-@EXPERTS
-@pytest.mark.parametrize("kind", ["sft", "dpo"])
-@pytest.mark.parametrize("output_router_logits", [False, True])
-def test_a_model_with_experts_keeps_its_coefficient(
-    tmp_path: Path, kind: str, architecture: str, output_router_logits: bool
-) -> None:
-    changes = {"output_router_logits": output_router_logits}
-    context = _trained_experts(tmp_path / "run", kind, architecture, micro_batch_tokens=10_000, **changes)
-    saved = AutoConfig.from_pretrained(context.content / "model")
-    assert (saved.router_aux_loss_coef, saved.output_router_logits) == (0.5, False)
-
-
-@EXPERTS
+@pytest.mark.parametrize("architecture", ["mixtral", "granitemoe"])
 def test_a_base_that_asks_for_an_auxiliary_loss_answers_as_without_it(tmp_path: Path, architecture: str) -> None:
     save_tiny_model(tmp_path / "base", architecture=architecture, output_router_logits=True)
     base = load_policy(Lineage(source="path:experts", base=tmp_path / "base", adapters=()), torch.float32)
@@ -339,3 +315,99 @@ def test_a_base_that_asks_for_an_auxiliary_loss_answers_as_without_it(tmp_path: 
     use_flat_attention(base)
     answers = generate(base, PROMPTS, max_new_tokens=6, end_ids=[], batch_size=2)
     assert answers == [greedy(reference, prompt, limit=6, ends=()) for prompt in PROMPTS]
+
+
+def _train(folder: Path, config: DpoConfig, *, below: float = 0.69, **changes: Any) -> torch.Tensor:
+    context = StageContext(spec=tiny_spec(folder, config, **changes), rank=0, world_size=1)
+    torch.manual_seed(0)
+    dpo.run(config, context)
+    assert MetricsLog(context.content / "metrics.jsonl").last()["loss"] < below
+    weights = trained_weights(context.content)
+    for part in (context.content, context.checkpoints):
+        shutil.rmtree(part)
+    return weights
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tiny_model(tmp_path / "base")
+    write_rows(tmp_path / "data.jsonl", pairs=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, FULL], ids=["lora", "full"])
+def test_live_and_precomputed_references_train_the_same_policy(folder: Path, adapter: AdapterConfig) -> None:
+    config = DpoConfig(optim=OPTIM, adapter=adapter)
+    live = _train(folder, config)
+    precomputed = _train(folder, replace(config, precompute_reference=True))
+    assert float((live - precomputed).norm() / live.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("adapter", [ADAPTER, FULL, BARE], ids=["lora", "full", "bare"])
+def test_a_live_reference_computes_in_the_format_of_the_policy(folder: Path, adapter: AdapterConfig) -> None:
+    """Else the first loss would be ln 2 but for the rounding of bfloat16, and every later one would carry it on."""
+    config = DpoConfig(optim=replace(OPTIM, max_steps=1), adapter=adapter)
+    context = StageContext(spec=tiny_spec(folder, config, model=HALF), rank=0, world_size=1)
+    dpo.run(config, context)
+    first = MetricsLog(context.content / "metrics.jsonl").rows()[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_the_reference_is_computed_once_and_again_when_something_changed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    sums = OwnRows.sums
+
+    def noted(self: OwnRows, answer: str, *, micro_batches: int | None = None) -> torch.Tensor:
+        if micro_batches is None:
+            computed.append(len(self.rows))
+        return sums(self, answer, micro_batches=micro_batches)
+
+    monkeypatch.setattr(OwnRows, "sums", noted)
+    config = DpoConfig(optim=OPTIM, adapter=ADAPTER, precompute_reference=True)
+    _train(folder, config)
+    assert computed == [12, 12]
+    _train(folder, replace(config, beta=0.5))
+    assert computed == [12, 12]
+    write_rows(folder / "data.jsonl", pairs=True, rows=10)
+    _train(folder, config)
+    assert computed == [12, 12, 10, 10]
+    save_tiny_model(folder / "base", seed=1)
+    _train(folder, config)
+    assert computed == [12, 12, 10, 10, 10, 10]
+    monkeypatch.setattr(reference, "_device_name", lambda device: f"not {device.type}")
+    _train(folder, config)
+    assert computed == [12, 12, 10, 10, 10, 10, 10, 10]
+
+
+@pytest.mark.parametrize("damage", ["cut", "too short", "of another policy"])
+def test_a_reference_that_is_damaged_or_another_policys_is_computed_anew_and_put_right(
+    folder: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In bfloat16, another processor's numbers differ, too."""
+    config = DpoConfig(optim=OPTIM, adapter=ADAPTER, precompute_reference=True)
+    weights = _train(folder, config)
+    (file,) = folder.rglob("reference-*.safetensors")
+    content, whole = file.read_bytes(), load_file(file)
+    if damage == "cut":
+        file.write_bytes(content[:1])
+    elif damage == "too short":
+        save_file({"chosen": torch.zeros(1), "rejected": torch.zeros(1)}, file)
+    else:
+        save_file({**whole, "rejected": whole["rejected"] - 0.3}, file)
+    assert torch.equal(_train(folder, config), weights)
+    assert file.read_bytes() == content
+    expected = {"cut": (True, True), "too short": (False, False), "of another policy": (False, True)}[damage]
+    assert ("is damaged" in caplog.text, "computed again" in caplog.text) == expected
+
+
+def test_each_format_of_weights_and_length_of_a_prefix_has_a_reference_of_its_own(folder: Path) -> None:
+    """Frozen and bare weights are both bfloat16. A new prefix changes the policy at once, because its keys take a share
+    of the attention."""
+    optim = replace(OPTIM, max_steps=1)
+    for adapter in (ADAPTER, FULL, BARE):
+        _train(folder, DpoConfig(optim=optim, adapter=adapter, precompute_reference=True), below=0.7, model=HALF)
+    for adapter in (PREFIX, replace(PREFIX, virtual_tokens=8)):
+        _train(folder, DpoConfig(optim=optim, adapter=adapter, precompute_reference=True), below=0.7)
+    assert len(list((folder / "artifacts/cache").glob("reference-*"))) == 4

@@ -32,7 +32,7 @@ from alignment.stages.ppo.step_metrics import UpdateMetrics
 from alignment.stages.ppo.trainer import PpoTrainer
 from alignment.training.trackers.all_trackers import Trackers
 from tests.tiny import tiny_tokenizer
-from tests.unit.training.ppo_bench import END, FULL, KINDS, LORA, PROMPTS, Bench, TokenRewards, optim, sha256, values_of
+from tests.unit.training.ppo_bench import END, FULL, LORA, PROMPTS, Bench, TokenRewards, optim, sha256
 
 SHORT = TokenRewards(lambda prompt, answer: -float(len(answer)))
 
@@ -43,9 +43,6 @@ def _policy(run: Bench) -> str:
 
 def _critic(run: Bench) -> str:
     return sha256(p for p in run.roles.actor_critic.value.parameters() if p.requires_grad)
-
-
-# ---- warm-up of the critic ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -60,61 +57,23 @@ def test_only_the_critic_learns_while_it_warms_up(
     assert _policy(run) == policy
     assert _critic(run) != value
     assert all(abs(line["policy/approxkl"]) < 1e-10 for line in run.metrics())
-    after = bench("after", adapter=adapter, critic=critic, updates=3, critic_warmup=2)
+    after = bench("after", adapter=adapter, critic=critic, updates=2, critic_warmup=1)
     after.train()
     assert _policy(after) != policy
+    learned = [p for p in after.roles.policy.parameters() if p.requires_grad]
+    counts = {int(after.trainer.optimizer.state[parameter]["step"]) for parameter in learned}
+    assert counts == {4}, "Adam counts the two epochs of two minibatches of the second update alone"
 
 
-def test_adam_counts_none_of_the_policys_warm_up_steps(bench: Callable[..., Bench]) -> None:
-    run = bench(updates=2, critic_warmup=1)
-    run.train()
-    counts = {
-        int(state["step"])
-        for parameter, state in run.trainer.optimizer.state.items()
-        if any(parameter is p for p in run.roles.policy.parameters())
-    }
-    assert counts == {4}, "two epochs of two minibatches in the second update"
-
-
-# ---- the end of an update, and of a stage ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("epochs", "minibatches"), [(4, 2), (1, 4), (4, 1)])
-def test_a_minibatch_that_moved_too_far_is_the_updates_last(
-    bench: Callable[..., Bench], epochs: int, minibatches: int
-) -> None:
-    settings = {"updates": 2, "ppo_epochs": epochs, "num_minibatches": minibatches}
-    steps = epochs * minibatches
-    free = bench("free", max_approxkl=1e3, **settings)
+def test_a_minibatch_that_moved_too_far_is_the_updates_last(bench: Callable[..., Bench]) -> None:
+    settings = {"ppo_epochs": 4, "num_minibatches": 2}
+    free, held = (bench(str(limit), max_approxkl=limit, **settings) for limit in (1e3, 1e-9))
     free.train()
-    assert [line["policy/steps"] for line in free.metrics()] == [steps, steps]
-    held = bench("held", max_approxkl=1e-9, **settings)
     held.train()
-    lines = held.metrics()
-    assert [line["policy/steps"] for line in lines] == [2, 2], "the second minibatch sees a change, in any epoch"
-    assert [line["step"] for line in lines] == [1, 2]
-    assert [line["lr"] for line in lines] == [line["lr"] for line in free.metrics()], "the rate is annealed as before"
-
-
-def test_the_limit_is_held_against_each_minibatch_alone(
-    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not against a sum over several: the third of these stays below what the second and it have together."""
-    seen: list[float] = []
-    approximate_kl = UpdateMetrics.approximate_kl
-
-    def noted(self: UpdateMetrics) -> float:
-        seen.append(approximate_kl(self))
-        return seen[-1]
-
-    monkeypatch.setattr(UpdateMetrics, "approximate_kl", noted)
-    settings = {"updates": 1, "ppo_epochs": 4, "num_minibatches": 1}
-    bench("free", max_approxkl=1e3, **settings).train()
-    _, second, third, _ = seen
-    for limit, steps in ((0.95 * second, 2), (1.05 * max(second, third), 4)):
-        run = bench(f"to-{steps}", max_approxkl=limit, **settings)
-        run.train()
-        assert run.metrics()[0]["policy/steps"] == steps
+    assert [line["policy/steps"] for line in free.metrics()] == [8, 8]
+    assert [line["policy/steps"] for line in held.metrics()] == [2, 2], "the second minibatch sees a change"
+    assert [line["step"] for line in held.metrics()] == [1, 2]
+    assert [line["lr"] for line in held.metrics()] == [line["lr"] for line in free.metrics()], "annealed as before"
 
 
 def test_minibatches_that_are_passed_over_change_nothing(bench: Callable[..., Bench]) -> None:
@@ -126,11 +85,10 @@ def test_minibatches_that_are_passed_over_change_nothing(bench: Callable[..., Be
     assert _critic(held) == _critic(one_epoch)
 
 
-@pytest.mark.parametrize("minibatches", [1, 2])
 def test_a_kl_above_the_budget_twice_in_a_row_ends_the_stage(
-    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture, minibatches: int
+    bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = {"ppo_epochs": 1, "num_minibatches": minibatches, "optim": optim(lr=5e-3), "updates": 6}
+    settings = {"ppo_epochs": 1, "num_minibatches": 2, "optim": optim(lr=5e-3), "updates": 6}
     free = bench("free", **settings)
     free.train()
     kls = [line["objective/kl"] for line in free.metrics()]
@@ -140,7 +98,7 @@ def test_a_kl_above_the_budget_twice_in_a_row_ends_the_stage(
     with caplog.at_level(logging.WARNING):
         held.train()
     assert held.trainer.updates_done == first
-    assert f"the stage ends after {first} updates" in caplog.text
+    assert f"ends after {first} updates" in caplog.text
     assert held.metrics()[-1]["objective/kl"] == kls[first], "what ended it is the last line"
     assert [line["step"] for line in held.metrics()] == list(range(1, first + 2))
     assert 1 < first < 6
@@ -162,8 +120,6 @@ def test_one_batch_above_the_budget_ends_nothing_and_a_resume_remembers_it(
 
 
 # ---- the guard ------------------------------------------------------------------------------------------------------
-
-
 class ScriptedRewards(TokenRewards):
     """Gives the scores of one look after the other, whatever the answers are."""
 
@@ -173,11 +129,15 @@ class ScriptedRewards(TokenRewards):
 
     def scores(self, prompts: Any, answers: Any, rows: Any) -> Scores:
         """The next look's."""
-        return self._named(next(self._looks))
+        return self.named(next(self._looks))
 
 
 LOW = TokenRewards(lambda prompt, answer: float(sum(token < 12 for token in answer)))
+
+
 HIGH = TokenRewards(lambda prompt, answer: -float(sum(token < 12 for token in answer)), name="held_out")
+
+
 WATCHED = {"updates": 4, "optim": optim(lr=5e-3, batch_size=32), "missing_eos_penalty": 0.0}
 
 
@@ -206,12 +166,9 @@ def test_a_policy_above_the_budget_is_never_the_best(bench: Callable[..., Bench]
     assert run.trainer.guard.best_updates == 0
 
 
-@KINDS
-def test_the_best_policy_by_the_held_out_scorer_is_handed_on(
-    bench: Callable[..., Bench], adapter: AdapterConfig
-) -> None:
+def test_the_best_policy_by_the_held_out_scorer_is_handed_on(bench: Callable[..., Bench]) -> None:
     """The held-out scorer dislikes what training wants, so it is highest before anything was learned."""
-    run = _watched(bench, "run", adapter=adapter)
+    run = _watched(bench, "run", adapter=LORA)
     start = _policy(run)
     run.train()
     assert _policy(run) != start
@@ -233,9 +190,7 @@ def test_the_best_policy_by_the_held_out_scorer_is_handed_on(
     ("later", "earlier", "better"),
     [
         ([1.0, -1.0, 1.0, -0.8], [0.0, 0.0, 0.0, 0.0], False),  # mean .05, standard error .55
-        ([0.1, 0.1, 0.1, 0.1], [0.0, 0.0, 0.0, 0.0], True),
         ([5.3, -2.9, 0.2, 9.1], [5.0, -3.0, 0.0, 9.0], True),  # paired: differences .3, .1, .2, .1
-        ([1.2, 0.0], [0.0, 0.6], False),  # mean .3, standard error .9
         ([2.0, 2.0], [2.0, 2.0], False),
         ([3.0], [2.0], True),
     ],
@@ -277,9 +232,10 @@ def test_the_guard_neither_disturbs_training_nor_forgets_over_a_resume(bench: Ca
     look = cut.trainer.guard.evaluate
 
     def breaks(updates: int, rollouts: Any) -> Any:
-        if updates == 2:
+        metrics = look(updates, rollouts)
+        if updates == 2:  # it is looked at again afterwards
             raise KeyboardInterrupt
-        return look(updates, rollouts)
+        return metrics
 
     cut.trainer.guard.evaluate = breaks
     with pytest.raises(KeyboardInterrupt):
@@ -307,7 +263,6 @@ def test_held_out_prompts_are_never_learned_from(bench: Callable[..., Bench]) ->
 
 
 # ---- language modelling beside it -----------------------------------------------------------------------------------
-
 CONVERSATIONS = [
     TokenizedConversation(input_ids=[1, 5, 9, 6, END], labels=[-100, -100, 9, 6, END]),
     TokenizedConversation(input_ids=[1, 7, END, 1, 8, 3, 4, END], labels=[-100, 7, END, -100, -100, 3, 4, END]),
@@ -339,11 +294,10 @@ def test_ptx_adds_the_token_mean_of_its_conversations(bench: Callable[..., Bench
         assert float((parameter.grad - gradient).norm()) <= 1e-5 * max(1.0, float(gradient.norm()))
 
 
-@KINDS
-def test_ptx_keeps_what_it_practises(bench: Callable[..., Bench], adapter: AdapterConfig) -> None:
+def test_ptx_keeps_what_it_practises(bench: Callable[..., Bench]) -> None:
     after = {}
     for coefficient in (0.0, 5.0):
-        run = bench(f"ptx-{coefficient}", adapter=adapter, updates=4, optim=optim(lr=5e-3))
+        run = bench(f"ptx-{coefficient}", adapter=LORA, updates=3, optim=optim(lr=5e-3))
         if coefficient:
             run.trainer.learner.ptx = Ptx(CONVERSATIONS, run.context, coefficient=coefficient, batch_size=3)
         start = float(_ptx_loss(run).detach())
@@ -355,8 +309,6 @@ def test_ptx_keeps_what_it_practises(bench: Callable[..., Bench], adapter: Adapt
 
 
 # ---- scores ---------------------------------------------------------------------------------------------------------
-
-
 def test_answers_that_all_score_alike_are_warned_of(
     bench: Callable[..., Bench], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -390,14 +342,6 @@ def test_one_score_alone_says_nothing_about_differences(caplog: pytest.LogCaptur
     assert ["objective/score_std" in names for names in declared] == [False, True]
 
 
-def test_without_a_missing_eos_penalty_every_score_stays(bench: Callable[..., Bench]) -> None:
-    run = bench(rewards=SHORT, missing_eos_penalty=0.0, updates=1)
-    run.train()
-    (line,) = run.metrics()
-    assert line["objective/score"] == pytest.approx(-line["response_length"])
-    assert line["score/rule"] == line["objective/score"]
-
-
 @pytest.mark.parametrize(
     ("score", "message"),
     [
@@ -416,26 +360,11 @@ def test_an_infinite_loss_or_norm_ends_the_stage_before_anything_is_kept(
     assert not list(run.context.checkpoints.iterdir())
 
 
-@KINDS
-def test_without_a_reward_model_the_critic_starts_from_the_policy_at_zero(
-    bench: Callable[..., Bench], adapter: AdapterConfig
-) -> None:
-    run = bench(adapter=adapter, reward=False, rewards=SHORT, updates=1)
-    assert run.roles.reward is None
-    values = values_of(run, PROMPTS[:2], [[3, 4], [5]])
-    assert not any(values.tolist())
-    before = _critic(run)
-    run.train()
-    assert _critic(run) != before
-    assert values_of(run, PROMPTS[:2], [[3, 4], [5]]).any()
-
-
 @pytest.mark.parametrize(
     ("adapter", "critic", "reward", "copies"),
     [
         (LORA, Critic.separate, True, 1.0),
-        (LORA, Critic.shared, True, 1.0),
-        (LORA, Critic.separate, False, 1.0),
+        (LORA, Critic.shared, False, 1.0),
         (FULL, Critic.shared, False, 2.0),
         (FULL, Critic.separate, True, 4.0),
     ],
@@ -443,11 +372,8 @@ def test_without_a_reward_model_the_critic_starts_from_the_policy_at_zero(
 def test_copies_of_the_base_are_counted(
     bench: Callable[..., Bench], adapter: AdapterConfig, critic: Critic, reward: bool, copies: float
 ) -> None:
-    rewards = None if reward else SHORT
-    run = bench(adapter=adapter, critic=critic, reward=reward, rewards=rewards, updates=1)
+    run = bench(adapter=adapter, critic=critic, reward=reward, rewards=None if reward else SHORT)
     assert run.roles.base_copies() == pytest.approx(copies, abs=0.02)  # scalar heads count a little
-    run.train()
-    assert run.metrics()[0]["memory/base_copies"] == pytest.approx(copies, abs=0.02)
 
 
 def test_a_few_answers_of_every_update_can_be_read(
@@ -466,4 +392,5 @@ def test_a_few_answers_of_every_update_can_be_read(
         assert line["scorers"] == {"rule": line["score"]}
         assert math.isfinite(line["kl"])
     assert len({line["row"] for line in lines[:3]}) == 3
+    assert {line["row"] for line in lines} <= {40 + number for number in range(8)}, "rows of the data"
     assert sent == {"samples": lines}

@@ -1,15 +1,15 @@
-"""Trackers: what they are told, one id a stage, nothing twice, and never the reason a training stops."""
+"""Trackers: what they receive, one id a stage, nothing twice, and never the reason a training stops."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import socket
-import sqlite3
-import sys
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,8 +28,10 @@ from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.registry import config_classes
 from alignment.stages.sft.kind import SftConfig
 from alignment.training.context import StageContext
+from alignment.training.trackers import mlflow
 from alignment.training.trackers import wandb as wandb_tracker
 from alignment.training.trackers.all_trackers import Trackers
+from alignment.training.trackers.mlflow import NotSentError, Sender
 from alignment.training.trackers.tracker import (
     TOKEN,
     Row,
@@ -41,12 +43,10 @@ from alignment.training.trackers.tracker import (
     tags,
 )
 from alignment.training.trackers.wandb import _mode, records
-from tests.in_child import in_child
+from tests.patience import wait_until
 from tests.tiny import tiny_spec
-from tests.unit.training.read_back import curves_of, run_twice
-from tests.unit.training.tracked import STEPS, TRACKING, context_in, tracking, train_line
-
-STAGES = config_classes()
+from tests.unit.training.read_back import curves_of
+from tests.unit.training.tracked import STEPS, TRACKING, context_in, run_twice, tracking, train_line
 
 AGENT = {"WANDB_SWEEP_ID": "5weep", "WANDB_RUN_ID": "tr1al", "WANDB_PROJECT": "tests", "WANDB_ENTITY": "us"}
 
@@ -84,53 +84,55 @@ def recorded(folder: Path, kind: str) -> list[Any]:
     return [getattr(record, kind) for record in records(file) if record.HasField(kind)]
 
 
-def scalars(folder: Path, tag: str) -> list[tuple[int, float]]:
-    """What TensorBoard shows of a curve."""
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    events = accumulator.EventAccumulator(str(folder)).Reload()
-    return [(event.step, event.value) for event in events.Scalars(tag)]
+def summary_of(folder: Path) -> dict[str, Any]:
+    """The figures of the stage's result."""
+    lines = recorded(folder, "summary")
+    return {entry.key: json.loads(entry.value_json) for line in lines for entry in line.update}
 
 
 # ---- all of them as one ---------------------------------------------------------------------------------------------
+class _Server(Tracker):
+    """Stores what it gets; it fails as often as there are faults, and waits for ``open``."""
 
+    def __init__(self, *faults: Exception) -> None:
+        self.stored: list[Any] = []
+        self.faults = list(faults)
+        self.open = threading.Event()
+        self.open.set()
 
-class _Fake(Tracker):
-    """Counts what it is told, and raises if it is broken."""
-
-    def __init__(self, *, broken: bool = False) -> None:
-        self.calls: list[str] = []
-        self._broken = broken
-
-    def _note(self, name: str) -> None:
-        self.calls.append(name)
-        if self._broken:
-            raise ConnectionError("no route to host")
+    def _store(self, *values: Any) -> None:
+        self.open.wait()
+        if self.faults:
+            raise self.faults.pop(0)
+        self.stored += values
 
     def log(self, rows: Sequence[Row]) -> None:
-        self._note("steps " + " ".join(str(row.step) for row in rows))
+        self._store(*(row.step for row in rows))
 
-    def table(self, *_: Any) -> None:
-        self._note("table")
+    def table(self, name: str, columns: Any, rows: Any) -> None:
+        self._store(name)
 
-    def result(self, *_: Any) -> None:
-        self._note("result")
+    def result(self, manifest: Any, folder: Path) -> None:
+        self._store("result")
 
     def close(self, *, done: bool) -> None:
-        self._note(f"closed, done={done}")
+        self._store(f"done={done}")
 
 
-def test_a_tracker_that_fails_is_said_once_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
-    trackers, broken, sound = Trackers(), _Fake(broken=True), _Fake()
+def test_a_tracker_that_fails_is_named_once_and_the_others_go_on(caplog: pytest.LogCaptureFixture) -> None:
+    trackers, broken, sound = Trackers(), _Server(ConnectionError("no route to host")), _Server()
     trackers._open = {"Broken": broken, "Sound": sound}
     with caplog.at_level(logging.WARNING):
         trackers.catch_up([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.5}])
         trackers.log(3, {"loss": 1.0})
         trackers.table("nothing", [])
         trackers.close(done=True)
-    assert broken.calls == ["steps 1 2"]
-    assert sound.calls == ["steps 1 2", "steps 3", "closed, done=True"]
+    assert broken.stored == [], "it was called once"
+    assert sound.stored == [1, 2, 3, "done=True"]
     assert [record.getMessage() for record in caplog.records] == trackers.faults
-    assert trackers.faults == ["Broken failed and is no longer used in this stage: no route to host"]
+    (fault,) = trackers.faults
+    assert fault.startswith("Broken failed")
+    assert "no route to host" in fault
 
 
 def test_only_the_main_process_tracks_and_only_if_asked(tmp_path: Path, context: StageContext) -> None:
@@ -142,17 +144,14 @@ def test_only_the_main_process_tracks_and_only_if_asked(tmp_path: Path, context:
 
 
 @pytest.mark.parametrize("raised", [None, KeyboardInterrupt])
-def test_trackers_are_told_whether_the_stage_came_to_its_end(
+def test_trackers_receive_whether_the_stage_came_to_its_end(
     context: StageContext, raised: type[BaseException] | None
 ) -> None:
-    fake = context.trackers._open["Fake"] = _Fake()
-    try:
-        with worker._tracked(context):
-            if raised is not None:
-                raise raised
-    except KeyboardInterrupt:
-        pass
-    assert fake.calls == [f"closed, done={raised is None}"]
+    tracker = context.trackers._open["Server"] = _Server()
+    with contextlib.suppress(KeyboardInterrupt), worker._tracked(context):
+        if raised is not None:
+            raise raised
+    assert tracker.stored == [f"done={raised is None}"]
 
 
 def test_what_lies_in_groups_becomes_columns() -> None:
@@ -166,9 +165,9 @@ def test_what_lies_in_groups_becomes_columns() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", sorted(set(STAGES) - {"report"}))
+@pytest.mark.parametrize("kind", sorted(set(config_classes()) - {"report"}))
 def test_settings_are_the_stage_s_and_what_stands_beside_hides_none(tmp_path: Path, kind: str) -> None:
-    config = STAGES[kind]()
+    config = config_classes()[kind]()
     logged = settings(tiny_spec(tmp_path, config))
     assert logged == logged | to_plain(config)
     assert logged["fingerprint"] == "0123abcd" * 8
@@ -197,8 +196,6 @@ def test_a_curve_has_one_name_in_all_trackers_whatever_one_of_them_reserves_or_r
 
 
 # ---- in the way of a training ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.usefixtures("offline")
 def test_with_folders_that_cannot_be_written_training_goes_on_and_says_so_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -234,8 +231,6 @@ def test_a_stage_killed_twice_has_the_curves_of_one_that_was_not_in_every_tracke
 
 
 # ---- Weights & Biases -----------------------------------------------------------------------------------------------
-
-
 def test_the_id_is_the_same_for_a_stage_that_goes_on_in_its_folder_and_no_other(tmp_path: Path) -> None:
     """Two people may run the same recipe and track it in the same project."""
     spec, other = (tiny_spec(tmp_path / name, DpoConfig()) for name in ("mine", "theirs"))
@@ -292,7 +287,7 @@ def _tracked_dpo(folder: Path) -> StageContext:
 
 
 @pytest.mark.usefixtures("offline")
-def test_an_offline_run_holds_metrics_settings_group_job_type_and_samples(tmp_path: Path) -> None:
+def test_an_offline_run_holds_metrics_settings_samples_and_the_lineage_but_no_weights(tmp_path: Path) -> None:
     folder = _tracked_dpo(tmp_path).spec.run_folder
     (run,) = recorded(folder, "run")
     assert (run.project, run.run_group, run.job_type, run.display_name) == ("tests", "test", "dpo", "test/dpo")
@@ -309,16 +304,10 @@ def test_an_offline_run_holds_metrics_settings_group_job_type_and_samples(tmp_pa
     assert json.loads(table.read_text()) == {"columns": ["answer", "scorers/reward"], "data": [["yes", 0.5]]}
     assert steps[2]["samples/nrows"] == 1
     assert "loss" not in steps[2]
-    summary = {entry.key: entry.value_json for line in recorded(folder, "summary") for entry in line.update}
-    assert json.loads(summary["loss"]) == 0.25
+    assert summary_of(folder)["loss"] == 0.25
 
-
-@pytest.mark.usefixtures("offline")
-def test_an_offline_run_holds_the_lineage_of_our_manifests_and_no_weights(tmp_path: Path) -> None:
-    folder = _tracked_dpo(tmp_path).spec.run_folder
-    used, made = [
-        artifact for artifact in recorded(folder, "artifact") if artifact.user_created or artifact.type == "policy"
-    ]
+    artifacts = recorded(folder, "artifact")
+    used, made = [artifact for artifact in artifacts if artifact.user_created or artifact.type == "policy"]
     assert (used.name, used.type, used.use_after_commit) == ("sft-5f5f5f5f", "policy", True)
     assert (made.name, made.type, made.use_after_commit) == ("dpo-0123abcd", "policy", False)
     for artifact in (used, made):
@@ -337,23 +326,18 @@ def test_under_a_sweep_s_agent_the_evaluation_is_the_agent_s_run_and_no_other_st
         monkeypatch.setenv(name, value)
     tracking = TrackingConfig(wandb=True, project="tests", group="5weep")
     context = StageContext(spec=tiny_spec(tmp_path, config, tracking=tracking), rank=0, world_size=1)
-    manifest = Manifest(
-        stage=config.kind, kind="evaluation", fingerprint="e" * 64, identity={}, metrics={"brevity/dpo": 0.5}
-    )
+    metrics = {"brevity/dpo": 0.5}
+    manifest = Manifest(stage=config.kind, kind="evaluation", fingerprint="e" * 64, identity={}, metrics=metrics)
     with worker._tracked(context):
         result = _published(tmp_path, manifest)
         assert result.path is not None
         context.trackers.result(manifest, result.path)
     assert not context.trackers.faults
     (run,) = recorded(context.spec.run_folder, "run")
-    own = stable_id(context.spec)
-    expected = ("tr1al", "5weep") if isinstance(config, EvaluateConfig) else (own, "")
+    expected = ("tr1al", "5weep") if isinstance(config, EvaluateConfig) else (stable_id(context.spec), "")
     assert (run.run_id, run.sweep_id) == expected
     assert run.run_group == "5weep"
-    summary = {
-        entry.key: entry.value_json for line in recorded(context.spec.run_folder, "summary") for entry in line.update
-    }
-    assert json.loads(summary["brevity/dpo"]) == 0.5
+    assert summary_of(context.spec.run_folder)["brevity/dpo"] == 0.5
 
 
 @pytest.mark.usefixtures("offline")
@@ -363,14 +347,13 @@ def test_a_server_that_does_not_answer_makes_a_stage_offline_and_is_named(
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{unused_port()}")
     monkeypatch.setenv("WANDB_API_KEY", "k" * 40)
-    monkeypatch.setitem(wandb_tracker._PATIENCE, "init_timeout", 2.0)
+    monkeypatch.setitem(wandb_tracker._PATIENCE, "init_timeout", 1.0)
     context = context_in(tmp_path, tracking=tracking(["wandb"]))
     begun = time.monotonic()
     with caplog.at_level(logging.WARNING, logger="alignment"), worker._tracked(context):
         context.trackers.log(1, {"loss": 0.5})
     assert time.monotonic() - begun < 60
     (warning,) = context.trackers.faults
-    assert warning.startswith("Weights & Biases did not start a run online, so this stage is tracked offline (")
     assert f"wandb sync {context.spec.run_folder}/wandb/offline-run-*" in warning
     assert "kkk" not in warning
     assert curves_of("wandb", context.spec) == {("loss", 1): [0.5]}
@@ -380,9 +363,6 @@ def test_tags_say_recipe_adapter_and_the_user_s_own_once(tmp_path: Path) -> None
     tracking = TrackingConfig(tags=["tiny", "mine"])
     assert tags(tiny_spec(tmp_path, SftConfig(), tracking=tracking)) == ["tiny", "lora", "mine"]
     assert tags(tiny_spec(tmp_path, EvaluateConfig())) == ["tiny"]
-
-
-# ---- TensorBoard ----------------------------------------------------------------------------------------------------
 
 
 def test_tensorboard_holds_curves_settings_samples_and_headline_figures(tmp_path: Path) -> None:
@@ -395,9 +375,9 @@ def test_tensorboard_holds_curves_settings_samples_and_headline_figures(tmp_path
         context.trackers.table("samples", [{"answer": "a|b\nc"}])
         context.trackers.result(manifest, tmp_path / "sft-aaaaaaaa")
     assert not context.trackers.faults
-    assert scalars(spec.run_folder / "tensorboard", "loss") == [(1, 1.0)]
-    assert scalars(spec.run_folder / "tensorboard", "result/loss") == [(1, 0.5)]
     events = accumulator.EventAccumulator(str(spec.run_folder / "tensorboard")).Reload()
+    for tag, value in (("loss", 1.0), ("result/loss", 0.5)):
+        assert [(event.step, event.value) for event in events.Scalars(tag)] == [(1, value)]
     texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
     assert "a\\|b<br>c" in texts["samples/text_summary"]
     assert "kind: sft" in texts["settings/text_summary"]
@@ -407,32 +387,66 @@ def test_tensorboard_holds_curves_settings_samples_and_headline_figures(tmp_path
 # ---- trackio --------------------------------------------------------------------------------------------------------
 
 
-def test_trackio_holds_curves_settings_samples_and_headline_figures_once(tmp_path: Path) -> None:
-    pytest.importorskip("trackio")
+def _rows(*steps: int) -> list[Row]:
+    return [Row(step=step, curves={"loss": 1.0}, time=0.0) for step in steps]
 
-    def attempt() -> int:
-        for name in [name for name in sys.modules if name.partition(".")[0] == "trackio"]:
-            del sys.modules[name]  # TRL imports it, and then it writes to the user's folder
-        context = context_in(tmp_path, tracking=tracking(["trackio"]))
-        manifest = Manifest(stage="sft", kind="policy", fingerprint="a" * 64, identity={}, metrics={"loss": 0.5})
-        with worker._tracked(context):
-            context.trackers.catch_up([{"step": 1, "loss": 1.0, "time": 2.0}])
-            context.trackers.table("samples", [{"answer": "yes", "scorers": {"reward": 0.5}}])
-            context.trackers.result(manifest, tmp_path / "sft-aaaaaaaa")
-        return len(context.trackers.faults)
 
-    with (tmp_path / "printed").open("w+b") as sink:
-        codes = [in_child(attempt, sink), in_child(attempt, sink)]  # the second has nothing new to write
-        sink.seek(0)
-        assert codes == [0, 0], sink.read().decode()
-    connection = sqlite3.connect(tmp_path / "trackio" / "tests.db")
-    rows = [(step, json.loads(text)) for step, text in connection.execute("SELECT step, metrics FROM metrics")]
-    assert [(step, row) for step, row in rows if "samples" not in row] == [
-        (1, {"loss": 1.0, "metric/time": 2.0}),
-        (1, {"result/loss": 0.5}),
-    ]
-    (table,) = [row["samples"] for _, row in rows if "samples" in row]
-    assert table["_value"] == [{"answer": "yes", "scorers/reward": 0.5}]
-    ((config,),) = connection.execute("SELECT config FROM configs").fetchall()
-    assert json.loads(config)["stage"] == "sft"
-    connection.close()
+@pytest.fixture
+def new_sender(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Sender]:
+    """A sender to a server, which tries again soon; connections may come back."""
+    monkeypatch.setattr(mlflow, "_FIRST_DELAY", 0.01)
+    passing: dict[str, Any] = {"may_pass": lambda error: isinstance(error, ConnectionError)}
+    return lambda server, **changes: Sender("MLflow at http://x", lambda: server, **passing, **changes)
+
+
+def test_what_failed_is_sent_again_in_order_and_an_outage_is_logged_once(
+    new_sender: Callable[..., Sender], caplog: pytest.LogCaptureFixture
+) -> None:
+    server = _Server(ConnectionError("no route"), ConnectionError("no route"))
+    with caplog.at_level(logging.WARNING):
+        sent = new_sender(server)
+        sent.log(_rows(1, 2))
+        sent.log(_rows(3))
+        sent.table("samples", ["a"], [["b"]])
+        wait_until(lambda: "samples" in server.stored, seconds=10)
+        sent.close(done=True)
+    assert server.stored == [1, 2, 3, "samples", "done=True"]
+    outage, back = [record.getMessage() for record in caplog.records]
+    assert "no route" in outage
+    assert "metrics.jsonl" in outage
+    assert back == "MLflow at http://x is answering again"
+
+
+def test_the_end_of_a_stage_waits_for_no_server_that_does_not_answer(new_sender: Callable[..., Sender]) -> None:
+    server = _Server(*(ConnectionError("no route") for _ in range(1000)))
+    sent = new_sender(server, end_seconds=10)
+    sent.log(_rows(4, 5, 6))
+    begun = time.monotonic()
+    with pytest.raises(NotSentError, match=r"steps 4 to 6 .*: no route$"):
+        sent.close(done=True)
+    assert time.monotonic() - begun < 5
+
+
+def test_the_end_of_a_stage_waits_no_longer_than_its_time_for_a_server_that_hangs(
+    new_sender: Callable[..., Sender],
+) -> None:
+    server = _Server()
+    server.open.clear()
+    sent = new_sender(server, end_seconds=0.2)
+    begun = time.monotonic()
+    sent.log(_rows(1))
+    assert time.monotonic() - begun < 0.15, "a training does not wait at all"
+    with pytest.raises(NotSentError, match="steps 1 to 1"):
+        sent.close(done=True)
+    assert time.monotonic() - begun < 5
+    server.open.set()
+
+
+def test_a_fault_that_stays_ends_the_sending(new_sender: Callable[..., Sender]) -> None:
+    server = _Server(PermissionError("wrong password"))
+    sent = new_sender(server)
+    sent.log(_rows(1))
+    sent._thread.join(5)
+    with pytest.raises(NotSentError, match=r"refused: wrong password$"):
+        sent.log(_rows(2))
+    assert server.stored == []

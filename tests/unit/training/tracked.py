@@ -1,17 +1,15 @@
-"""A stage with trackers that is killed twice, and one that is not: ``python -m tests.unit.training.tracked FOLDER
-TRACKER…``.
+"""A stage with trackers that is killed twice, and one that is not.
 
-Each attempt is a process forked from one that has imported the libraries. In ``FOLDER/killed`` two are killed with all
-that they started: the first before W&B has written anything, the second once every tracker has a step after the last
-checkpoint. In ``FOLDER/straight`` there is one attempt without trackers, which nobody kills.
+Each attempt is a process of its own, forked from the caller's. In ``FOLDER/killed`` two are killed with all that they
+started: the first before W&B has written anything, the second once every tracker has a step after the last checkpoint.
+In ``FOLDER/straight`` there is one attempt without trackers, which nobody kills.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
 import os
 import signal
-import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -26,6 +24,7 @@ from alignment.stages.sft.kind import SftConfig
 from alignment.training.context import StageContext
 from alignment.training.optimizer import quiet_arguments
 from alignment.training.session import train
+from tests.in_child import in_child
 from tests.tiny import tiny_spec
 from tests.unit.training.read_back import last_step
 
@@ -80,18 +79,27 @@ def context_in(folder: Path, **changes: Any) -> StageContext:
     return StageContext(spec=tiny_spec(folder, SftConfig(), **({"tracking": TRACKING} | changes)), rank=0, world_size=1)
 
 
-def train_line(context: StageContext, *callbacks: TrainerCallback) -> None:
-    """Trains the line: eight steps, each of them logged, a checkpoint every third."""
+def line_trainer(
+    context: StageContext, *, steps: int = STEPS, save_every: int = 3, model: torch.nn.Module | None = None
+) -> Trainer:
+    """A trainer of the line, or of another model, on eight rows; each step is logged."""
     arguments = TrainingArguments(
         **quiet_arguments(context),
-        max_steps=STEPS,
+        max_steps=steps,
         logging_steps=1,
-        save_steps=3,
+        save_steps=save_every,
         learning_rate=0.01,
         per_device_train_batch_size=2,
     )
     rows = [{"x": torch.tensor([float(number), 1.0])} for number in range(8)]
-    trainer = Trainer(model=Line(), args=arguments, train_dataset=rows, callbacks=list(callbacks))
+    return Trainer(model=Line() if model is None else model, args=arguments, train_dataset=rows)
+
+
+def train_line(context: StageContext, *callbacks: TrainerCallback) -> None:
+    """Trains the line."""
+    trainer = line_trainer(context)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     train(trainer, context, headline="loss")
 
 
@@ -114,22 +122,29 @@ def _attempt(folder: Path, trackers: Sequence[str], *, killed_after: int | None 
     os._exit(code)
 
 
-def main() -> int:
+def run(folder: Path, trackers: Sequence[str]) -> int:
     """0 if both stages came to their ends."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("trackers", nargs="+")
-    options = parser.parse_args()
-    killed = options.folder / "killed"
-    codes = [
-        _attempt(options.folder / "straight", []),
-        _attempt(killed, options.trackers, killed_after=4),
-    ]
+    killed = folder / "killed"
+    codes = [_attempt(folder / "straight", []), _attempt(killed, trackers, killed_after=4)]
     os.environ["WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL"] = "0.05"  # seconds; W&B's own default is 15
-    codes += [_attempt(killed, options.trackers, killed_after=5, written=4), _attempt(killed, options.trackers)]
+    codes += [_attempt(killed, trackers, killed_after=5, written=4), _attempt(killed, trackers)]
     print(f"exit codes: {codes}")
     return int(codes != [0, -signal.SIGKILL, -signal.SIGKILL, 0])
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run_twice(folder: Path, trackers: Sequence[str], **variables: str) -> dict[tuple[str, int], float]:
+    """Both stages; returns the curves of the one that was not killed, from its file."""
+
+    def attempts() -> int:
+        for name in [name for name in os.environ if name.startswith(("WANDB_", "MLFLOW_", "TRACKIO_"))]:
+            del os.environ[name]
+        os.environ.update({"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", **variables})
+        return run(folder, trackers)
+
+    with (folder / "printed").open("w+b") as sink:
+        code = in_child(attempts, sink)
+        sink.seek(0)
+        assert code == 0, sink.read().decode()
+    (file,) = (folder / "straight").glob("artifacts/*/content/metrics.jsonl")
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {(key, row["step"]): value for row in rows for key, value in row.items() if key != "step"}

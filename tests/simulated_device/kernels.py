@@ -1,12 +1,14 @@
-"""The variable-length attention kernel of the device (FlashAttention 2), by a loop over rows in float32.
+"""Kernels of the device: variable-length attention (FlashAttention 2), and those of bitsandbytes for four bits.
 
-It refuses what the kernel refuses: other dtypes, head widths, offsets, devices.
+Attention is a loop over rows in float32, which refuses what the kernel refuses: other dtypes, head widths, offsets,
+devices. Those of bitsandbytes are the CPU's, because its binaries for CUDA need a driver; what they would refuse by
+shape or dtype, the CPU's refuse or not.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ _ALIGNED = 8
 """Elements of two bytes in 16 bytes, to which the kernel's rows have to be aligned."""
 
 
-def add_kernels() -> None:
+def add_attention() -> None:
     """Adds the kernel and its backward pass to the device's operators."""
     _LIBRARY.impl("_flash_attention_forward", _forward, "CUDA")
     _LIBRARY.impl("_flash_attention_backward", _backward, "CUDA")
@@ -153,3 +155,26 @@ def _slices(bounds: Sequence[int]) -> Iterator[slice]:
 
 def _longest(bounds: Sequence[int]) -> int:
     return max(last - first for first, last in itertools.pairwise(bounds))
+
+
+_FOUR_BITS = ("quantize_4bit", "dequantize_4bit", "quantize_blockwise", "dequantize_blockwise")
+
+
+def add_four_bits() -> None:
+    """Adds them to the device's operators; bitsandbytes has been imported."""
+    for name in _FOUR_BITS:
+        operator = getattr(torch.ops.bitsandbytes, name).default
+        torch.library.impl(f"bitsandbytes::{name}", "cuda", func=_on_host(operator))
+
+
+def _on_host(operator: Any) -> Callable[..., Any]:
+    def kernel(*arguments: Any) -> Any:
+        devices = {held.device for held in arguments if isinstance(held, Tensor)}
+        (device,) = devices  # of all tensors
+        with quiet():
+            made = operator(*[held.cpu() if isinstance(held, Tensor) else held for held in arguments])
+            if isinstance(made, Tensor):
+                return made.to(device)
+            return tuple(part.to(device) for part in made)
+
+    return kernel
