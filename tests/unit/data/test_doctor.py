@@ -370,10 +370,7 @@ DIFFERENT: dict[type[Record], tuple[dict[str, Any], dict[str, Any]]] = {
         {"question": "2 + 2?", "choices": ["4", "5"], "answer": "4"},
         {"question": "2 + 2?", "choices": ["4", "5", "6"], "answer": "4"},
     ),
-    Conversation: (
-        {"messages": [*ASKED, *ANSWERS]},
-        {"messages": [*ASKED, ANSWERS[0] | {"weight": 1}, *ANSWERS[1:]]},
-    ),
+    Conversation: ({"messages": [*ASKED, *ANSWERS]}, {"messages": [*ASKED, ANSWERS[0] | {"weight": 1}, *ANSWERS[1:]]}),
 }
 
 

@@ -234,11 +234,7 @@ def test_a_small_packed_file_cannot_fill_the_memory(name: str, tmp_path: Path, m
             ["1", "2: is longer than 100 bytes", "3", "4: is longer than 100 bytes"],
         ),
         ("a.csv", "prompt,completion\na," + "x" * 200, ["2: is longer than 100 bytes"]),
-        (
-            "a.csv",
-            'prompt,completion\na,"' + "line\n" * 50,
-            ["2: not CSV: field larger than field limit (100)"],
-        ),
+        ("a.csv", 'prompt,completion\na,"' + "line\n" * 50, ["2: not CSV: field larger than field limit (100)"]),
     ],
 )
 def test_a_line_that_is_too_long_is_a_faulty_row(

@@ -181,10 +181,7 @@ def test_files_in_public_shapes_are_what_they_are(
         ),
         ("preference", {"instruction": "2 + 2?", "chosen": "4.", "rejected": "5."}),
         ("chosen_rejected", {"prompt": "2 + 2?", "chosen": [ASKED, ANSWER], "rejected": [ASKED, WORSE]}),
-        (
-            "ranked",
-            {"prompt": "2 + 2?", "completions": [{"content": "5.", "rank": 2}, {"content": "4.", "rank": 1}]},
-        ),
+        ("ranked", {"prompt": "2 + 2?", "completions": [{"content": "5.", "rank": 2}, {"content": "4.", "rank": 1}]}),
     ],
     ids=["turns and texts", "answers as turns", "ShareGPT", "instruction", "UltraFeedback", "ranks, 1 is best"],
 )
@@ -311,8 +308,7 @@ def test_a_label_counts_in_whatever_columns_its_answer_is(row: dict[str, Any], m
 
 
 @pytest.mark.parametrize(
-    ("row", "labels"),
-    [(SHARED, ["arithmetic"]), (ALPACA, ["arithmetic", 0, "1"]), (QUESTION, ["arithmetic", 0, "1"])],
+    ("row", "labels"), [(SHARED, ["arithmetic"]), (ALPACA, ["arithmetic", 0, "1"]), (QUESTION, ["arithmetic", 0, "1"])]
 )
 def test_a_label_that_is_a_class_does_not_judge_the_answer(row: dict[str, Any], labels: list[Any]) -> None:
     for label in labels:

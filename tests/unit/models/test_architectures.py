@@ -108,12 +108,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "qwen2 with a window": lambda: Qwen2Config(**SIZES, **WINDOW, use_sliding_window=True, max_window_layers=1),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
     "gemma2": lambda: Gemma2Config(
-        **SIZES,
-        **WINDOW,
-        head_dim=8,
-        query_pre_attn_scalar=12,
-        attn_logit_softcapping=1.5,
-        final_logit_softcapping=3.0,
+        **SIZES, **WINDOW, head_dim=8, query_pre_attn_scalar=12, attn_logit_softcapping=1.5, final_logit_softcapping=3.0
     ),
     "gemma3": lambda: Gemma3TextConfig(**SIZES, **WINDOW, **BOTH, head_dim=8, query_pre_attn_scalar=12),
     "phi3 with a window": lambda: Phi3Config(**SIZES, **WINDOW),

@@ -14,9 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from alignment.core.errors import ModelError
 from alignment.costs.recorder import Recorder

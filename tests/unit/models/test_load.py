@@ -47,15 +47,7 @@ from alignment.training.context import StageContext
 from tests.chained import QLORA, Chained, config_of
 from tests.device import need_bitsandbytes
 from tests.oracles.close import close
-from tests.tiny import (
-    ARCHITECTURES,
-    liven,
-    publish_tiny,
-    save_tiny_model,
-    tiny_model,
-    tiny_reward,
-    tiny_spec,
-)
+from tests.tiny import ARCHITECTURES, liven, publish_tiny, save_tiny_model, tiny_model, tiny_reward, tiny_spec
 from tests.unit.models.conftest import CPU, FULL, KINDS, LORA, adapted, relative
 
 IDS = torch.tensor([[5, 6, 7, 8, 2]])

@@ -35,16 +35,7 @@ from alignment.models.forward.rows import FlatRows, stream
 from alignment.models.forward.two_threads import balanced, can_share, each_of, has_two_threads, in_two_threads
 from alignment.models.kernels.nf4 import quantize_trunk
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_model
-from tests.unit.models.conftest import (
-    CPU,
-    ROWS,
-    adapted,
-    assert_learns_alike,
-    gradients,
-    padded,
-    relative,
-    twin,
-)
+from tests.unit.models.conftest import CPU, ROWS, adapted, assert_learns_alike, gradients, padded, relative, twin
 
 
 @pytest.fixture(autouse=True)

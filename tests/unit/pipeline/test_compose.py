@@ -391,10 +391,7 @@ def test_a_group_that_refers_to_another_one_differs_in_what_is_overridden_alone(
 
 @pytest.mark.parametrize(
     ("source", "read", "columns"),
-    [
-        ("path:mine.jsonl", "path:mine.jsonl", {"prompt": "q"}),
-        ("hub:a/b", "bundled:quickstart/preferences", {}),
-    ],
+    [("path:mine.jsonl", "path:mine.jsonl", {"prompt": "q"}), ("hub:a/b", "bundled:quickstart/preferences", {})],
 )
 def test_a_profile_changes_a_group_that_refers_to_another_one(
     tmp_path: Path, source: str, read: str, columns: dict[str, str]

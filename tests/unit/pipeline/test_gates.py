@@ -18,15 +18,7 @@ from alignment.pipeline.execute import gates, notes
 from alignment.pipeline.execute.run import run_plan
 from alignment.pipeline.execute.summary import show_forgetting
 from alignment.pipeline.plan.plan import Plan, make_plan
-from alignment.records.evaluation import (
-    ArmResult,
-    Comparison,
-    Evaluation,
-    Metric,
-    Sample,
-    SampleAnswer,
-    write_samples,
-)
+from alignment.records.evaluation import ArmResult, Comparison, Evaluation, Metric, Sample, SampleAnswer, write_samples
 from alignment.records.forgetting import ArmForgetting, Forgetting, Limits
 from alignment.records.interval import Interval
 from alignment.records.run import RunRecord

@@ -467,11 +467,7 @@ TINY = {
     "vocab_size": 64,
 }
 SCALED = {"model_type": "llama", "num_hidden_layers": 1, "output_multiplier": 0.5}
-CACHING_A_STATE = {
-    "model_type": "llama",
-    "num_hidden_layers": 2,
-    "layer_types": ["full_attention", "linear_attention"],
-}
+CACHING_A_STATE = {"model_type": "llama", "num_hidden_layers": 2, "layer_types": ["full_attention", "linear_attention"]}
 
 
 @pytest.mark.parametrize(

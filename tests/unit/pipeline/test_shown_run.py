@@ -368,11 +368,7 @@ def test_a_queue_that_changes_its_mind_is_heard_once(log: Log) -> None:
 
 @pytest.mark.parametrize(
     ("state", "seconds", "line"),
-    [
-        ("stopped", 12.0, "dpo: stopped  12 s"),
-        ("failed", 12.0, "dpo: failed  12 s"),
-        ("waiting", None, "dpo: stopped"),
-    ],
+    [("stopped", 12.0, "dpo: stopped  12 s"), ("failed", 12.0, "dpo: failed  12 s"), ("waiting", None, "dpo: stopped")],
 )
 def test_a_stage_that_stops_or_fails_says_so(log: Log, state: str, seconds: float | None, line: str) -> None:
     log.show(RUNNING)
