@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
-import re
 import select
 import struct
 import subprocess
@@ -13,7 +12,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from io import BytesIO, StringIO, TextIOWrapper
@@ -28,7 +27,6 @@ from alignment.pipeline.execute.durations import duration
 from alignment.pipeline.execute.run_table import RunTable, sparkline
 from alignment.pipeline.execute.run_view import RunReader, RunView, ShownCurve, StageView
 from alignment.records.worker import Progress
-from alignment.stages.registry import curves, headline_curve, kinds, trains
 from tests.running import Clock, RunFolder
 from tests.terminals import Terminal
 
@@ -115,30 +113,6 @@ def test_a_stage_that_starts_again_shows_no_figures_of_the_attempt_that_failed(
         assert (view.curve is not None, view.tokens_per_second is not None) == (is_shown, is_shown)
 
 
-def test_a_count_is_timed_from_when_it_was_first_seen_and_after_the_last_step_no_time_is_left(
-    run: RunFolder, reader: RunReader, clock: Clock
-) -> None:
-    for stage, phase, steps, total, speed in (("sft", "tokenising", (8, 508), None, 500.0), ("dpo", "x", (1, 2), 2, 1)):
-        run.stage(stage, "running", started=STARTED)
-        run.progress(stage, phase, steps[0], total)
-        assert stage_of(reader, stage).steps_per_second is None
-        clock.now += 1.0
-        run.progress(stage, phase, steps[1], total)
-        view = stage_of(reader, stage)
-        assert (view.steps_per_second, view.seconds_left) == (speed, None)
-
-
-def test_a_stage_that_samples_counts_the_tokens_of_its_answers(run: RunFolder, reader: RunReader) -> None:
-    run.run(config={"stages": {"ppo": {"optim": {"batch_size": 16}}}})
-    run.stage("ppo", "running", started=STARTED)
-    run.progress("ppo", "rollouts", 2, 16)
-    answers = {"response_length": 40.0, "objective/score": 0.1}
-    run.steps("ppo", *({"step": n, "seconds": 8.0 * n, **answers} for n in (1, 2)))
-    view = stage_of(reader, "ppo")
-    assert view.tokens_per_second == 40.0 * 16 / 8
-    assert view.curve == ShownCurve(title="score", values=[0.1, 0.1])
-
-
 def test_half_a_line_is_read_when_it_has_ended_and_a_shorter_file_from_its_start(
     run: RunFolder, reader: RunReader
 ) -> None:
@@ -159,26 +133,12 @@ def test_half_a_line_is_read_when_it_has_ended_and_a_shorter_file_from_its_start
     assert values() == [0.75]
 
 
-def test_a_stage_that_was_asked_to_stop_is_not_one_that_never_began(run: RunFolder, reader: RunReader) -> None:
-    run.stage("sft", "waiting", seconds=12.0)
-    run.run(state="interrupted")
-    assert [stage.state for stage in reader.look().stages[:2]] == ["stopped", "waiting"]
-
-
 def test_a_record_that_is_away_for_a_moment_does_not_end_the_view(run: RunFolder, reader: RunReader) -> None:
     before = reader.look()
     (run.folder / "run.json").write_text('{"state":')
     assert reader.look() == before
     with pytest.raises(ArtifactError, match="unreadable"):
         RunReader(run.folder).look()
-
-
-@pytest.mark.parametrize("kind", [kind for kind in kinds() if trains(kind)])
-def test_every_kind_that_trains_names_a_metric_that_it_draws(kind: str) -> None:
-    chart = headline_curve(kind, {})
-    assert chart is not None
-    assert chart.keys[0] in {key for drawn in curves(kind, {}) for key in drawn.keys}
-    assert not kinds()[kind].headline or chart.keys == (kinds()[kind].headline,)
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -228,14 +188,6 @@ def test_a_wide_terminal_shows_everything_and_a_narrow_one_leaves_out_what_matte
     ]
     assert drawn(60) == lines
     assert drawn(36)[3:5] == ["▶ dpo       training  60/150", "            accuracy 0.795"]
-
-
-def test_no_line_is_wider_than_the_terminal_nor_padded_to_it() -> None:
-    for stages in (STAGES, [replace(stage, name=f"{stage.name}_of_a_long_name") for stage in STAGES]):
-        for width in range(20, 140, 7):
-            lines = drawn(width, stages)
-            assert (len(lines), max(map(len, lines)) <= width) == (7, True)
-            assert [line for line in lines if line != line.rstrip()] == []
 
 
 def test_a_low_terminal_shows_the_stages_around_the_running_one() -> None:
@@ -331,15 +283,6 @@ def test_a_stage_has_a_line_when_it_starts_at_each_tenth_and_when_it_ends(log: L
     assert log.lines == ["dpo: starts (beta 0.1 → 0.3)", *tenths, *end]
 
 
-def test_a_line_says_how_fast_it_goes_how_long_it_takes_and_how_well(log: Log) -> None:
-    progress = Progress(phase="training", step=50, total=100, figures={"loss": 0.6})
-    stage = replace(RUNNING, progress=progress, tokens_per_second=1234.4, seconds_left=62.0)
-    log.show(replace(stage, curve=ShownCurve(title="accuracy", values=[0.5, 0.712])))
-    assert log.lines[-1] == "dpo: training 50/100, 1,234 tokens/s, 1 min 02 s left  accuracy 0.712"
-    log.show(replace(stage, progress=replace(progress, step=60)))
-    assert log.lines[-1] == "dpo: training 60/100, 1,234 tokens/s, 1 min 02 s left  loss 0.6"
-
-
 def test_a_phase_that_comes_again_and_phases_that_take_turns_are_not_printed_again(log: Log) -> None:
     """A stage that loads a model for each of its arms said ``loading`` every half minute, for hours."""
     for arm in range(4):
@@ -353,17 +296,6 @@ def test_a_phase_that_comes_again_and_phases_that_take_turns_are_not_printed_aga
         turns.steps("training", step)
     further = [f"dpo: rollouts {step}/100" for step in range(10, 100, 10)]
     assert turns.lines[1:] == ["dpo: rollouts 0/100", "dpo: training 0/100", *further]
-
-
-def test_without_a_total_a_line_comes_when_the_number_gets_another_digit(log: Log) -> None:
-    counts = ["", " 1", " 10", " 100", " 1,000"]
-    assert log.steps("tokenising", *range(1001), total=None)[1:] == [f"dpo: tokenising{count}" for count in counts]
-
-
-def test_a_queue_that_changes_its_mind_is_heard_once(log: Log) -> None:
-    for reason in ("Priority", "Resources") * 2:
-        log.show(replace(RUNNING, state="waiting", blocked=f"job 12 PENDING ({reason})"))
-    assert log.lines == ["dpo: job 12 PENDING (Priority)", "dpo: job 12 PENDING (Resources)"]
 
 
 @pytest.mark.parametrize(
@@ -405,38 +337,6 @@ class Viewed:
 WAITING = ["· reward    waits for sft", "· dpo       waits for sft", "· ppo       waits for reward"]
 
 
-def test_a_view_is_drawn_again_in_its_lines_and_stays_as_it_ends(run: RunFolder) -> None:
-    viewed = Viewed(80)
-    with showing(viewed.console, RunReader(run.folder)) as display:
-        display.poll()
-        run.stage("sft", "running")
-        run.progress("sft", "training", 3, 6)
-        for step in (1, 2, 3):
-            run.steps("sft", {"step": step, "seconds": 1.0 * step, "loss": 2.0 - 0.5 * step, "num_tokens": 64 * step})
-            display.poll()
-        lines = [re.sub(r"  \d+:\d\d left$", "", line) for line in viewed.terminal.lines]  # by the clock
-        assert lines == [
-            "mine  running, 0 of 4 stages done",
-            "▶ sft       training  ━━━━━━━━━━╌╌╌╌╌╌╌╌╌╌  3/6  50%",
-            "            loss 0.5  █▅▁  64 tokens/s",
-            *WAITING,
-        ]
-        assert not viewed.terminal.shows_cursor
-        run.stage("sft", "done", seconds=6.0)
-        run.run(state="waiting")
-        display.poll()
-    viewed.console.print("after it")
-    assert viewed.terminal.lines == [
-        "mine  waiting, 1 of 4 stages done",
-        "✓ sft       done     6 s  sft-5f0e9b1c",
-        "· reward    waits for its turn",
-        "· dpo       waits for its turn",
-        "· ppo       waits for reward",
-        "after it",
-    ]
-    assert viewed.terminal.shows_cursor
-
-
 def test_what_is_printed_stays_above_the_view_even_if_it_becomes_narrower(
     run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -463,14 +363,6 @@ def test_what_is_printed_stays_above_the_view_even_if_it_becomes_narrower(
         *WAITING,
     ]
     assert capsys.readouterr().out == ""
-
-
-def test_an_error_leaves_the_terminal_as_it_was(run: RunFolder) -> None:
-    viewed = Viewed(80)
-    with suppress(ZeroDivisionError), showing(viewed.console, RunReader(run.folder)) as display:
-        display.poll()
-        raise ZeroDivisionError
-    assert (viewed.terminal.shows_cursor, viewed.terminal.cursor) == (True, (0, 5))
 
 
 @pytest.mark.parametrize("is_terminal", [False, True])
