@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -43,25 +42,6 @@ def test_more_than_the_caches_hold_is_written_before_each_timed_run() -> None:
     _, *before_a_timed_run = before_a_run
     assert len(before_a_timed_run) == RUNS
     assert all(isinstance(size, int) and size > CACHES_OF_A_CORE for size in before_a_timed_run)
-
-
-def test_code_that_ran_a_moment_ago_is_not_cold_but_its_tensors_are() -> None:
-    """As in sampling: a run on other tensors comes after the caches were emptied and before the one that is timed."""
-    seen: list[int] = []
-    with Written() as written:
-        seconds_of(operation(lambda x: seen.append(x.data_ptr()), (4, 4)), bytes_between=NEAR_BYTES - 1)
-    assert len(seen) == 2 * (RUNS + 1)
-    assert len(set(seen[::2])) == len(set(seen[1::2])) == 1
-    assert seen[0] != seen[1]
-    assert sum(isinstance(event, int) and event > CACHES_OF_A_CORE for event in written.events) == RUNS
-
-
-def test_the_first_run_does_not_count() -> None:
-    """It allocates memory and compiles what later runs use."""
-    sleeps = iter([0.04, 0.002, 0.003, 0.003])
-    measured = seconds_of(operation(lambda *_: time.sleep(next(sleeps)), (4, 4)), bytes_between=NEAR_BYTES)
-    assert measured is not None
-    assert 0.002 <= measured < 0.04
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -15,17 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from alignment.config.model import Dtype
 from alignment.costs.devices import DEVICES, seconds_on
 from alignment.costs.heap import ALIGNMENT, Heap
-from alignment.costs.recorder import (
-    ACTIVATIONS,
-    CACHE,
-    GRADIENTS,
-    LOGITS,
-    WEIGHTS,
-    Recorder,
-    counted_times,
-    memory_for,
-    some_of,
-)
+from alignment.costs.recorder import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, WEIGHTS, Recorder, memory_for
 from alignment.costs.shadows import Shadow, ShadowMode, zeros
 from alignment.costs.work import bytes_of, flop_of
 from alignment.models.assembly.load import frozen_copy
@@ -146,49 +135,6 @@ def test_a_file_that_is_read_counts_beside_the_weights_in_its_phase_alone() -> N
     assert recorder.phases["training"].resident < SQUARE + SQUARE // 2
 
 
-def test_weights_in_their_file_leave_no_hole_in_the_heap() -> None:
-    """What the file held is not there for other tensors once it is closed."""
-    recorder = Recorder()
-    with recorder.recording():
-        with recorder.memory.from_file():
-            weights = torch.empty(WIDTH, WIDTH)
-        recorder.phase("one")
-        del weights
-        own = torch.empty(WIDTH, WIDTH)
-        recorder.phase("two")
-        del own
-        torch.empty(WIDTH, WIDTH)
-    assert recorder.memory.heap.top < SQUARE + SQUARE // 2
-    residents = [recorder.phases[name].resident for name in ("starting", "one", "two")]
-    assert residents[0] == SQUARE
-    assert residents[1] == residents[2] == recorder.memory.heap.top
-
-
-def test_the_last_steps_say_how_many_new_shapes_each_step_brings() -> None:
-    """Code is made once for each shape of a product of 16-bit numbers."""
-    recorder = Recorder()
-    with recorder.recording():
-        weight = torch.empty(WIDTH, WIDTH, dtype=torch.bfloat16)
-        for rows in (20, 30, 30):
-            torch.empty(rows, WIDTH, dtype=torch.bfloat16) @ weight
-        torch.empty(20, WIDTH) @ weight.float()
-        weight * weight
-    assert recorder.phases["starting"].compiled == 2
-    recorder = Recorder()
-    with recorder.recording():
-        layer = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16)
-        recorder.begin_steps(10, layer, period=1)
-        for lengths in ((20, 30, 40), (20, 50), (60, 70)):
-            for rows in lengths:
-                layer(torch.empty(rows, WIDTH, dtype=torch.bfloat16).detach())
-            recorder.end_period(1.0)
-        with counted_times(5):
-            torch.empty(WIDTH, WIDTH).cos()
-    assert (recorder.periods_run, recorder.compiled_in_period) == (3, 2)
-    counts = recorder.phases["starting"].operations
-    assert [count for key, count in counts.items() if "cos" in str(key[0])] == [5], "a step may stand for several"
-
-
 def test_what_is_done_before_and_after_the_steps_is_known_apart() -> None:
     recorder = Recorder()
     with recorder.recording():
@@ -205,23 +151,6 @@ def test_what_is_done_before_and_after_the_steps_is_known_apart() -> None:
     outside = recorder.operations_outside_steps("training")
     names = [recorder.examples[key].func.__name__.split(".")[0] for key in outside.elements()]
     assert sorted(name for name in names if name != "empty") == ["cos", "exp", "exp"]
-
-
-def test_a_few_batches_stand_for_many_and_the_largest_is_among_them() -> None:
-    sizes = [64] * 100 + [256] + [64] * 60
-    recorder = Recorder()
-    weight = torch.ones(WIDTH, WIDTH)
-    with recorder.recording():
-        run = 0
-        for size in some_of(sizes, int):
-            torch.empty(size, WIDTH) @ weight
-            run += 1
-    assert run <= 9
-    products = Counter(
-        {key[1]: count for key, count in recorder.phases["starting"].operations.items() if "mm" in str(key[0])}
-    )
-    assert sorted(products.values()) == [1, len(sizes) - 1], "the largest stands for itself"
-    assert list(some_of(sizes, int)) == sizes, "outside of an estimate all of them run"
 
 
 def test_the_reference_of_many_rows_is_planned_on_few() -> None:
@@ -338,15 +267,6 @@ def test_real_masks_and_indices_choose_as_many_as_they_would() -> None:
     assert not isinstance(chosen, Shadow)
     assert chosen.shape == (64,)
     assert x.sort(-1).indices.dtype is torch.int64
-
-
-def test_a_module_of_shadows_can_be_converted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
-    with ShadowMode():
-        layer = nn.Linear(64, 64, bias=False).to(torch.bfloat16)
-        assert layer.weight.dtype is torch.bfloat16
-        assert isinstance(layer.weight, nn.Parameter)
-        assert layer(torch.empty(64, 64, dtype=torch.bfloat16)).dtype is torch.bfloat16
 
 
 KIB = 1024

@@ -15,7 +15,6 @@ from alignment.config.data import DataConfig, MixedConfig
 from alignment.config.evaluating import EndpointConfig, JudgeConfig, JudgeKind
 from alignment.config.launch import Offload, Sharding
 from alignment.config.optim import OptimConfig
-from alignment.config.scoring import ScorerConfig
 from alignment.config.validation import ValidationConfig
 from alignment.core.fingerprint import file_sha256
 from alignment.costs import storing
@@ -26,8 +25,6 @@ from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.kto.config import KtoConfig
 from alignment.stages.reward.config import RewardConfig
-from tests.chained import FULL, Chained, config_of
-from tests.in_memory import without_collections
 from tests.tiny import save_tiny_model, tiny_spec
 
 ADAPTERS = {
@@ -131,16 +128,6 @@ def evaluation(folder: Path, *, batch_size: int, max_new_tokens: int = 40) -> St
     )
 
 
-def test_an_evaluation_is_planned_with_as_many_rows_as_a_batch_has(tmp_path: Path, timer: Timer) -> None:
-    peaks = []
-    for size in (16, 32, 64):
-        cost = cost_of(evaluation(tmp_path / str(size), batch_size=size), timer, publishes=False)
-        assert cost.error == ""
-        peaks.append(cost.phases["answering"].peak)
-    assert peaks[2] - peaks[1] == pytest.approx(2 * (peaks[1] - peaks[0]), rel=0.1)
-    assert peaks[1] - peaks[0] > peaks[0] / 10
-
-
 def test_steps_of_sampling_that_are_taken_as_one_count_as_often_and_fill_the_cache(
     tmp_path: Path, timer: Timer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -175,23 +162,6 @@ def test_steps_and_tokens_are_those_of_the_whole_stage(
     assert limited.steps == steps + 1
     assert limited.tokens == pytest.approx((1 + 1 / steps) * whole.tokens, rel=0.1)
     assert limited.flop == pytest.approx((1 + 1 / steps) * whole.flop, rel=0.3)
-
-
-@pytest.mark.filterwarnings("ignore:torch.searchsorted:UserWarning")  # of shadows, whose sums have other strides
-def test_every_epoch_over_the_sampled_answers_takes_its_time(tmp_path: Path, timer: Timer) -> None:
-    chained, scorers = Chained(tmp_path), [ScorerConfig(source="length", target=3)]
-    once, thrice = (
-        cost_of(
-            chained.spec("ppo", FULL, config=config_of("ppo", FULL, reward=None, scorers=scorers, ppo_epochs=epochs)),
-            timer,
-            publishes=False,
-        )
-        for epochs in (1, 3)
-    )
-    assert once.error == thrice.error == ""
-    assert thrice.steps == 3 * once.steps
-    assert thrice.phases["training"].seconds == pytest.approx(3 * once.phases["training"].seconds, rel=0.01)
-    assert thrice.phases["sampling"].seconds == pytest.approx(once.phases["sampling"].seconds, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -259,38 +229,6 @@ def test_what_is_offloaded_is_on_the_host(
         assert left.parts == {part: size for part, size in phase.parts.items() if part not in moved}
         assert (left.peak, left.held) == (phase.peak - sizes[-1], phase.held - sizes[-1])
     assert cost.host == max(sizes) > 0
-
-
-@pytest.mark.parametrize(("sharding", "is_apart"), [(Sharding.zero2, True), (Sharding.zero3, False)])
-def test_moments_in_one_piece_find_no_room_between_others(tmp_path: Path, sharding: Sharding, is_apart: bool) -> None:
-    spec = as_adapter(spec_of(tmp_path, DpoConfig), AdapterConfig(kind=AdapterKind.full))
-    costs = []
-    for changed in (spec, spec, replace(spec, sharding=sharding)):
-        timer = Timer("l4", processes=4)
-        timer.is_gpu = False
-        with without_collections():  # which free tensors in cycles sooner or later
-            costs.append(cost_of(changed, timer, publishes=False))
-    # The first estimate of a process also makes what libraries keep, which lies between its tensors.
-    alone, shared = (cost.phases["training"] for cost in costs[1:])
-    moments = costs[1].checkpoints // 3 - 4 * costs[0].trained  # three checkpoints have the weights too
-    change = sum(shared.parts.values()) - sum(alone.parts.values())
-    assert shared.held - alone.held - change == (moments // 4 if is_apart else 0)
-
-
-@pytest.mark.parametrize(("save_every", "checkpoints"), [(1, 5), (2, 3), (10, 1)])
-def test_what_is_stored_takes_time(
-    tmp_path: Path, timer: Timer, monkeypatch: pytest.MonkeyPatch, save_every: int, checkpoints: int
-) -> None:
-    """A weight of a checkpoint takes four bytes and its two moments eight. A sixth of the moments is not counted: those
-    in tensors of fewer than 1,024 numbers."""
-    spec = spec_of(tmp_path, DpoConfig, save_every=save_every)
-    spec = replace(spec, config=replace(spec.config, optim=replace(spec.config.optim, max_steps=5)))
-    on_gpu = cost_of(spec, timer, publishes=False)
-    timer.is_gpu = False
-    monkeypatch.setattr("alignment.estimate.seconds_a_byte", lambda folder: 1.0)
-    cost = cost_of(spec, timer, publishes=False)
-    seconds = cost.phases["saving"].seconds - on_gpu.phases["saving"].seconds
-    assert seconds == pytest.approx(4 * cost.trained + checkpoints * 12 * cost.trained, rel=0.2)
 
 
 def test_the_seconds_of_a_byte_are_those_in_which_a_file_is_written_and_read_again(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from alignment import cli
 from alignment.commands.shared.diagnoses import records
 from alignment.config.data import DataConfig, OnError
 from alignment.core.errors import DataError
@@ -136,17 +134,6 @@ def test_tools_and_calls_have_the_fields_that_they_were_written_with(tmp_path: P
     assert [tool["function"] for tool in prompt.tools] == schemas
 
 
-def test_nulls_stay_where_they_are_no_field_of_another_tool(tmp_path: Path) -> None:
-    rows = [{"prompt": "?", "name": "a", "parameters": None}, {"prompt": None, "name": "b", "parameters": "x"}]
-    file = _written(tmp_path / "named.parquet", rows)
-    assert [row.value for row in rows_of(file) if isinstance(row, RawRow)] == rows
-    parameters = {"properties": {"unit": {"enum": ["km", None], "default": None}}}
-    tools = [{"type": "function", "function": {"name": "far", "parameters": parameters}}]
-    for name, written in (("nulls.jsonl", tools), ("text.parquet", json.dumps(tools))):
-        file = _written(tmp_path / name, [{"messages": [QUESTION], "tools": written}])
-        assert [list(prompt.tools) for prompt in read_records(file, Prompt, ALL)] == [tools]
-
-
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
 ASKED = {"role": "user", "content": "a"}
@@ -214,31 +201,6 @@ def test_faulty_rows_may_be_skipped_up_to_a_share_and_are_listed(tmp_path: Path)
     assert "more than 5% of 49 rows are faulty" in str(_refused(file, SKIP))
 
 
-@pytest.mark.parametrize("share", [0.29, 0.57])
-def test_the_share_that_an_error_names_is_enough(tmp_path: Path, share: float) -> None:
-    """.29 * 100 is 28.999999999999996."""
-    faulty = round(100 * share)
-    file = _written(tmp_path / "a.jsonl", [GOOD] * (100 - faulty) + [BAD] * faulty)
-    assert f"max_skipped={share:g}" in _refused(file, replace(SKIP, max_skipped=0.1)).remedy
-    assert len(read_records(file, Conversation, replace(SKIP, max_skipped=share))) == 100 - faulty
-    assert f"more than {100 * share - 1:g}%" in str(_refused(file, replace(SKIP, max_skipped=share - 0.01)))
-
-
-def test_a_share_that_holds_for_the_file_is_not_judged_by_its_first_rows(tmp_path: Path) -> None:
-    file = _written(tmp_path / "rows.jsonl", [BAD, BAD, *[GOOD] * 6])
-    few = replace(SKIP, max_skipped=0.25, limit=1)
-    assert [len(read_records(file, Conversation, replace(few, limit=limit))) for limit in (1, None)] == [1, 6]
-    assert "more than 24% of 8 rows" in str(_refused(file, replace(few, limit=None, max_skipped=0.24)))
-
-
-def test_a_limit_counts_records_and_faults_behind_it_are_not_looked_for(tmp_path: Path) -> None:
-    rows = [GOOD | {"id": str(number)} for number in range(4)]
-    (tmp_path / "rows.jsonl").write_text("\n\n".join(map(json.dumps, [*rows, BAD])))
-    limited = [read_records(tmp_path / "rows.jsonl", Conversation, replace(ALL, limit=limit)) for limit in (2, 4)]
-    assert [[row.id for row in records] for records in limited] == [["0", "1"], ["0", "1", "2", "3"]]
-    assert _refused(tmp_path / "rows.jsonl", ALL).where == f"{tmp_path / 'rows.jsonl'}:9"
-
-
 def test_a_fault_of_many_rows_is_told_once_with_advice_for_each_kind(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(f"{json.dumps(GOOD)}\n" + '{"messages": 3}\n' * 3 + '{"messages": []}\n' + '{"a": \n')
@@ -272,18 +234,6 @@ def test_faults_name_the_setting_and_the_rows_that_were_read(tmp_path: Path) -> 
     first, last = refused(replace(SKIP, max_skipped=0.01))
     assert first == "stages.sft.data: more than 1% of 40 rows are faulty; 2 faulty rows:"
     assert last.endswith("stages.sft.data.max_skipped=0.05")
-
-
-def test_the_command_that_checks_all_rows_reads_them_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"q": "2 + 2?", "a": "4."}, {"q": "Who is {{name}}?", "a": 5}]
-    file = _written(tmp_path / "my rows.jsonl", rows)
-    columns = {"prompt": "q", "completion": "a"}
-    error = _refused(file, replace(ALL, columns=columns, placeholders={"name": "Ada"}, limit=2))
-    command = str(error).partition("`")[2].partition("`")[0]
-    words = ["align", "doctor", str(file), "columns={prompt: q, completion: a}", "placeholders={name: Ada}"]
-    assert shlex.split(command) == words
-    assert cli.main(shlex.split(command)[1:]) == 3
-    assert "my rows.jsonl:2: 'completion' " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -320,15 +270,6 @@ def test_columns_of_other_names_are_read_and_one_that_no_row_has_is_named(tmp_pa
     error = _refused(file, replace(ALL, columns=columns | {"chosen": "nosuch"}), PreferencePair)
     assert "'nosuch'" in error.message
     assert error.remedy == "the columns are bad, good, prompt, q"
-
-
-def test_a_column_may_appear_for_the_first_time_after_many_rows(tmp_path: Path) -> None:
-    row = {"q": "Hi.", "a": "Hello."}
-    file = _written(tmp_path / "a.jsonl", [row] * 150 + [row | {"about": "Be kind."}, row])
-    data = replace(ALL, columns={"prompt": "q", "completion": "a", "system": "about"})
-    systems = [conversation.messages[0].content for conversation in read_records(file, Conversation, data)]
-    assert systems == ["Hi."] * 150 + ["Be kind.", "Hi."]
-    assert "'nosuch'" in _refused(file, replace(data, columns={**data.columns, "tools": "nosuch"})).message
 
 
 def test_placeholders_are_filled_everywhere_and_others_left(tmp_path: Path) -> None:

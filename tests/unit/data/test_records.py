@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +12,7 @@ from alignment.core.errors import DataError
 from alignment.data.fields import Fields, SetAside
 from alignment.data.formats import FORMATS, detect
 from alignment.data.reading import read_records, right_form
-from alignment.data.records import Conversation, HeldOutPrompt, LabelledAnswer, PreferencePair, Prompt, Question
+from alignment.data.records import HeldOutPrompt, LabelledAnswer, PreferencePair, Prompt, Question
 from alignment.data.source_files import locate
 from alignment.data.turns import Message
 from alignment.stages.registry import kinds
@@ -30,12 +28,6 @@ THOUGHT_AND_ANSWER = "<think>\n2 and 2.\n</think>\n\n4."
 def _made(record: Any, row: Any, form: str = "messages") -> Any:
     (made,) = record.of(FORMATS[form].read(Fields(row, where="x:1", example="")))
     return made
-
-
-@pytest.mark.parametrize("record", [Conversation, PreferencePair, Prompt, HeldOutPrompt])
-def test_the_example_in_an_error_is_itself_a_right_row(record: Any) -> None:
-    form = "preference" if record is PreferencePair else "messages"
-    assert _made(record, json.loads(record.EXAMPLE), form).messages
 
 
 @pytest.mark.parametrize(
@@ -66,20 +58,6 @@ def test_a_held_out_prompt_may_have_a_reference_in_a_column_or_as_its_last_turn(
 ) -> None:
     prompt = _made(HeldOutPrompt, {"messages": [USER, *last], **more}, "kto" if "label" in more else "messages")
     assert (prompt.messages, prompt.reference) == (ASKED, reference)
-
-
-@pytest.mark.parametrize(
-    ("form", "row"),
-    [
-        ("preference", PAIR),
-        ("ranked", {"prompt": "2 + 2?", "completions": RANKED}),
-        ("votes", {"prompt": "2 + 2?", "answers": {"dpo": "4.", "sft": "5."}, "preferred": "dpo"}),
-    ],
-)
-def test_answers_that_people_ranked_are_no_choices(form: str, row: dict[str, Any]) -> None:
-    """The better one always stands first, so a policy that only likes the first letter would choose right."""
-    prompt = _made(HeldOutPrompt, row, form)
-    assert (prompt.choices, prompt.right) == ((), None)
 
 
 @pytest.mark.parametrize(
@@ -131,22 +109,6 @@ def test_a_pair_without_two_finite_numbers_has_no_scores_and_no_margin(scores: d
     assert caught.value.where == "x:1"
 
 
-def test_scores_that_contradict_a_preference_give_no_margin() -> None:
-    pair = _made(PreferencePair, PAIR | {"chosen_score": 1, "rejected_score": 2}, "preference")
-    with pytest.raises(DataError, match=r"x:1: .*scores 1, less than the rejected one with 2"):
-        pair.margin()
-
-
-def test_pairs_of_graded_answers_have_their_scores_and_those_of_ranked_ones_none() -> None:
-    def pairs(name: str, *values: float) -> list[Any]:
-        completions = [{"text": f"answer {number}", name: value} for number, value in enumerate(values)]
-        row = {"prompt": "2 + 2?", "completions": completions}
-        return list(PreferencePair.of(FORMATS["ranked"].read(Fields(row, where="x:1", example=""))))
-
-    assert [pair.scores for pair in pairs("rating", 1, 5, 3)] == [(5.0, 1.0), (3.0, 1.0), (5.0, 3.0)]
-    assert [pair.scores for pair in pairs("rank", 1, 2)] == [None]
-
-
 @pytest.mark.parametrize(("answer", "right"), [("4", 1), (" 4", 1), (1, 1), (0, 0)])
 def test_the_answer_to_a_question_is_one_of_its_choices_or_the_index_of_one(answer: Any, right: int) -> None:
     row = {"id": 7, "task": "sums", "question": "2 + 2?", "choices": ["3", "4 ", "5"], "answer": answer}
@@ -157,15 +119,6 @@ def test_the_answer_to_a_question_is_one_of_its_choices_or_the_index_of_one(answ
 def test_a_ranked_row_with_one_best_answer_is_a_question() -> None:
     completions = [{"text": "3", "score": 1}, {"text": "4", "score": 9}, {"text": "5", "score": 1}]
     assert _made(Question, {"prompt": "2 + 2?", "completions": completions}, "ranked").right == 1
-
-
-def test_a_prompt_carries_its_row_and_where_it_stands_without_the_answer(tmp_path: Path) -> None:
-    file = tmp_path / "rows.jsonl"
-    row = {"messages": [USER, ANSWER], "answer": "#### 4", "nested": {"a": [1]}}
-    file.write_text("\n" + json.dumps(row) + "\n")
-    (prompt,) = read_records(file, Prompt, DataConfig(source=""))
-    assert (prompt.row, prompt.where) == (row, f"{file}:2")
-    assert prompt == Prompt(messages=ASKED), "the row is no part of what it is"
 
 
 @pytest.mark.parametrize(
@@ -255,3 +208,9 @@ def test_rows_that_fit_no_format_are_held_against_the_one_with_most_of_their_col
     with pytest.raises(DataError) as caught:
         detect([row], where="x").read(Fields(row, where="x:1", example=""))
     assert caught.value.message.startswith(f"'{field}'")
+
+
+def test_scores_that_contradict_a_preference_give_no_margin() -> None:
+    pair = _made(PreferencePair, PAIR | {"chosen_score": 1, "rejected_score": 2}, "preference")
+    with pytest.raises(DataError, match=r"x:1: .*scores 1, less than the rejected one with 2"):
+        pair.margin()

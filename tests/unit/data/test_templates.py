@@ -13,7 +13,7 @@ from alignment.commands.shared.loaded_policies import parts_of
 from alignment.config.model import TemplateChoice
 from alignment.core.errors import DataError
 from alignment.data.chat_template import CHATML, set_template, template_text
-from alignment.data.templates import fields_of, options_of, own_template, trained_as, trl_templates, with_options
+from alignment.data.templates import fields_of, options_of, own_template, trl_templates, with_options
 from alignment.data.tokens.rendering import prompt_text, render
 from alignment.data.tokens.tokenize import IGNORED, tokenize_conversation, turn_end_id
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
@@ -136,49 +136,7 @@ def test_a_template_gets_the_ids_of_calls_and_what_their_results_answer() -> Non
         tokenize_conversation(tokenizer, [*turns[:2], Message(role="tool", content="4"), turns[-1]])
 
 
-def test_a_models_own_template_is_found_without_its_tokenizer(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    save_tiny_model(base)
-    (base / "chat_template.jinja").write_text("{{ own }}")
-    assert own_template(base) == "{{ own }}"
-    (base / "chat_template.jinja").unlink()
-    config = json.loads((base / "tokenizer_config.json").read_text())
-    for stored, template in [
-        ("{{ a }}", "{{ a }}"),
-        ([{"name": "default", "template": "b"}], {"default": "b"}),
-        (None, None),
-    ]:
-        (base / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": stored}))
-        assert own_template(base) == template
-    assert own_template(tmp_path / "nowhere") is None
-
-
-def test_the_training_template_of_a_model_is_known_by_its_own_with_and_without_options() -> None:
-    template, training = text_of("qwen3") or "", text_of("qwen3_training") or ""
-    for options in ({}, {"enable_thinking": False}):
-        own, trained = (str(with_options(text, options)) if options else text for text in (template, training))
-        assert trained_as(own) == ("trl:qwen3_training", trained)
-    assert trained_as("{{ messages }}") is None
-
-
 # ---- options --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "value",
-    [True, False, 3, -1.5e-07, "high", '"a\\n" %}{{ b }}', "two\nlines\r\n", "é ☕ 🙂", ["browser", "python"], []],
-)
-def test_a_template_gets_the_value_of_an_option(value: Any) -> None:
-    tokenizer = _with(ECHO)
-    set_template(tokenizer, TemplateChoice(options={"mood": value}))
-    assert prompt_text(tokenizer, HI) == f"Hi.|{value}"
-
-
-@pytest.mark.parametrize("start", ["", "\n", "  ", "\n\n  ", "{% if true %}\n  {% endif %}\n", "  {%- set a = 1 %}\n"])
-def test_the_line_that_sets_an_option_leaves_no_trace_in_the_text(start: str) -> None:
-    before, after = _with(start + ECHO), _with(start + ECHO)
-    set_template(after, CALM)
-    assert prompt_text(after, HI) == prompt_text(before, HI) + "calm"
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -206,15 +164,6 @@ def test_an_option_does_what_it_does_when_a_caller_passes_it(name: str) -> None:
     others = options | {option: {"reasoning_effort": "medium"}.get(option, not options[option])}
     by_caller = (tokenizer.apply_chat_template(plain, tokenize=False, **others) for tokenizer in (ours, bare))
     assert next(by_caller) == next(by_caller)
-
-
-def test_the_last_option_counts_in_every_template_of_a_tokenizer() -> None:
-    again = with_options(with_options(ECHO, {"mood": "old"}), {"mood": "new"})
-    assert prompt_text(_with(again), HI) == "Hi.|new"
-    tokenizer = _with({"default": ECHO, "tool_use": "{{ tools[0].function.name }}: " + ECHO})
-    set_template(tokenizer, CALM)
-    assert prompt_text(tokenizer, HI) == "Hi.|calm"
-    assert render(tokenizer, HI, answering=True, tools=[{"function": {"name": "add"}}]) == "add: Hi.|calm"
 
 
 @pytest.mark.parametrize(
@@ -273,12 +222,6 @@ def test_what_cannot_be_an_option_is_refused(options: dict[str, Any], where: str
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize(("template", "words"), [("\n{% if %}", "not valid Jinja: line 2"), (None, "no chat template")])
-def test_options_without_a_template_that_can_be_read_are_refused(template: str | None, words: str) -> None:
-    with pytest.raises(DataError, match=words):
-        set_template(_with(template), CALM)
-
-
 def test_a_saved_tokenizer_and_a_bare_base_of_a_run_have_the_options(tmp_path: Path) -> None:
     base = tmp_path / "base"
     save_tiny_model(base)
@@ -289,3 +232,35 @@ def test_a_saved_tokenizer_and_a_bare_base_of_a_run_have_the_options(tmp_path: P
     for made in (tokenizer, again, parts_of(None, base, choice)[1]):
         assert prompt_text(made, HI).endswith("<think>\n\n</think>\n\n")
     assert tokenizer_hashes(again) == tokenizer_hashes(tokenizer) != tokenizer_hashes(load_tokenizer(base))
+
+
+@pytest.mark.parametrize(("template", "words"), [("\n{% if %}", "not valid Jinja: line 2"), (None, "no chat template")])
+def test_options_without_a_template_that_can_be_read_are_refused(template: str | None, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        set_template(_with(template), CALM)
+
+
+def test_a_models_own_template_is_found_without_its_tokenizer(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_tiny_model(base)
+    (base / "chat_template.jinja").write_text("{{ own }}")
+    assert own_template(base) == "{{ own }}"
+    (base / "chat_template.jinja").unlink()
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    for stored, template in [
+        ("{{ a }}", "{{ a }}"),
+        ([{"name": "default", "template": "b"}], {"default": "b"}),
+        (None, None),
+    ]:
+        (base / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": stored}))
+        assert own_template(base) == template
+    assert own_template(tmp_path / "nowhere") is None
+
+
+def test_the_last_option_counts_in_every_template_of_a_tokenizer() -> None:
+    again = with_options(with_options(ECHO, {"mood": "old"}), {"mood": "new"})
+    assert prompt_text(_with(again), HI) == "Hi.|new"
+    tokenizer = _with({"default": ECHO, "tool_use": "{{ tools[0].function.name }}: " + ECHO})
+    set_template(tokenizer, CALM)
+    assert prompt_text(tokenizer, HI) == "Hi.|calm"
+    assert render(tokenizer, HI, answering=True, tools=[{"function": {"name": "add"}}]) == "add: Hi.|calm"

@@ -190,16 +190,6 @@ def _learned_alone(tokenizer: Any, messages: list[Message]) -> str:
     return str(tokenizer.decode(learned))
 
 
-def test_a_template_that_takes_arguments_only_as_text_gets_them_as_json() -> None:
-    tokenizer = dressed(DEEPSEEK, DEEPSEEK_LIKE)
-    call = '<｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 2}'
-    learned = _learned_alone(tokenizer, [_user("2 + 2?"), _answer("", tool_calls=(CALL,))])
-    assert learned == f"{call}<｜end▁of▁sentence｜>"
-    refuses = dressed(PHI_4, "{{ messages[0].content + 1 }}")
-    with pytest.raises(DataError, match="refuses these messages: can only concatenate str"):
-        _tokenized(refuses, [_user("Hi."), _answer("", tool_calls=(CALL,))])
-
-
 # ---- faults that say what to set ------------------------------------------------------------------------------------
 
 
@@ -224,14 +214,6 @@ def test_an_answer_that_contradicts_its_prompt_names_what_helps(
     assert "the prompt ends with" in caught.value.message
 
 
-def test_an_answer_that_is_only_context_may_contradict_its_prompt() -> None:
-    tokenizer = _real("nemotron_3_nano")
-    turns = [_user("Hi."), _answer("Hello.", learned=False), *THOUGHTFUL[:2]]
-    ((read, learned),) = _runs(_tokenized(tokenizer, turns).rows[0])
-    assert tokenizer.decode(learned) == "Two and two.\n</think>\nFour.<|im_end|>"
-    assert "Hello." in tokenizer.decode(read)
-
-
 # ---- thoughts that a model wrote ------------------------------------------------------------------------------------
 
 
@@ -244,27 +226,24 @@ def test_a_generated_answer_without_its_opening_tag_is_read_as_thought_and_answe
     assert prompt_ids(tokenizer, written) == prompt_ids(tokenizer, in_a_field)
 
 
-def test_a_thought_is_opened_once() -> None:
-    """Nemotron Nano 2 opens a thought in front of a content that has it with its tags."""
-    template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}<|im_sep|>"
-        "{{ '<think>\n' if message.role == 'assistant' }}{{ message.content }}<|im_end|>{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{{ '<think>\n' }}{% endif %}"
-    )
-    tokenizer = dressed(PHI_4, template)
-    ((read, learned),) = _runs(_tokenized(tokenizer, THOUGHTFUL[:2]).rows[0])
-    assert tokenizer.decode(read).endswith("assistant<|im_sep|><think>\n")
-    assert tokenizer.decode(learned) == "Two and two.\n</think>\n\nFour.<|im_end|>"
-
-
 def test_a_template_that_knows_no_thoughts_gets_the_words_of_the_row() -> None:
     tokenizer = dressed(PHI_4, PHI_LIKE)
     assert _learned_alone(tokenizer, _talk("Hi.", "a</think>b")) == "a</think>b<|im_end|>"
 
 
-def test_tags_that_are_control_tokens_are_written_as_such() -> None:
-    family = replace(PHI_4, control=(*PHI_4.control, "<think>", "</think>"))
-    tokenizer = dressed(family, PHI_LIKE)
-    ids = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
-    (row,) = _tokenized(tokenizer, _talk("Hi.", "b", "a </think> c")).rows
-    assert [row["input_ids"].count(token) for token in ids] == [1, 1], "the row's own words stay text"
+def test_a_template_that_takes_arguments_only_as_text_gets_them_as_json() -> None:
+    tokenizer = dressed(DEEPSEEK, DEEPSEEK_LIKE)
+    call = '<｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 2}'
+    learned = _learned_alone(tokenizer, [_user("2 + 2?"), _answer("", tool_calls=(CALL,))])
+    assert learned == f"{call}<｜end▁of▁sentence｜>"
+    refuses = dressed(PHI_4, "{{ messages[0].content + 1 }}")
+    with pytest.raises(DataError, match="refuses these messages: can only concatenate str"):
+        _tokenized(refuses, [_user("Hi."), _answer("", tool_calls=(CALL,))])
+
+
+def test_an_answer_that_is_only_context_may_contradict_its_prompt() -> None:
+    tokenizer = _real("nemotron_3_nano")
+    turns = [_user("Hi."), _answer("Hello.", learned=False), *THOUGHTFUL[:2]]
+    ((read, learned),) = _runs(_tokenized(tokenizer, turns).rows[0])
+    assert tokenizer.decode(learned) == "Two and two.\n</think>\nFour.<|im_end|>"
+    assert "Hello." in tokenizer.decode(read)

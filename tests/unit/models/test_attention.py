@@ -30,9 +30,7 @@ SHAPES = {
 PLAIN = Scores(scale=0.3)
 HOW = {
     "plain": PLAIN,
-    "a window of 1": Scores(scale=0.3, window=1),
     "a window of 3": Scores(scale=0.3, window=3),
-    "a window beyond all keys": Scores(scale=0.3, window=99),
     "capped": Scores(scale=0.9, cap=0.8),
     "a window and capped": Scores(scale=0.9, window=2, cap=0.8),
 }
@@ -58,14 +56,7 @@ def _by_loops(
     return torch.stack(out)
 
 
-LIMITS: list[dict[str, int]] = [
-    {},
-    {"QUERIES": 4, "SPAN": 3},
-    {"QUERIES": 4, "SPAN": 3, "SCORES": 0},
-    {"QUERIES": 1, "SPAN": 1},
-    {"CALL": 0},
-    {"CALL": 10**9},
-]
+LIMITS: list[dict[str, int]] = [{}, {"QUERIES": 4, "SPAN": 3, "SCORES": 0}, {"CALL": 0}, {"CALL": 10**9}]
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2), (3, 1)], ids=str)
@@ -104,13 +95,6 @@ def test_short_rows_share_a_product_and_long_ones_stand_alone() -> None:
     assert [row.queries for row, _ in plan.long] == [300]
 
 
-def test_keys_before_a_window_are_left_out_of_a_long_rows_spans() -> None:
-    rows = (Row((0, 1000), ((0, 1000),)),)
-    plan = row_attention._plan(rows, 1, torch.bfloat16, torch.device("cpu"), 100, True)
-    assert plan.long == ()
-    assert {group.hidden.shape[2] - group.hidden.shape[1] for group in plan.recomputed} == {112}, "99 earlier keys"
-
-
 def test_no_product_has_more_scores_than_it_may() -> None:
     rows = tuple(Row((200 * n, 200 * n + 200), ((200 * n, 200 * n + 200),)) for n in range(20))
     plan = row_attention._plan(rows, 1, torch.bfloat16, torch.device("cpu"))
@@ -125,16 +109,6 @@ def test_what_is_no_number_stays_in_its_row() -> None:
     attended = attend(*states, (Row((0, 3), ((0, 3),)), Row((3, 10), ((3, 10),))), PLAIN)  # type: ignore[call-arg]
     assert attended[:, :3].isnan().all()
     torch.testing.assert_close(attended[:, 3:], torch.ones(2, 7, 8))
-
-
-@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
-def test_in_bfloat16_values_stay_close(how: Scores) -> None:
-    rng = torch.Generator().manual_seed(0)
-    rows = SHAPES["a shared beginning"]
-    states = [torch.randn(heads, 10, 16, generator=rng) for heads in (6, 2, 2)]
-    attended = attend(*(part.bfloat16() for part in states), rows, how)  # type: ignore[call-arg]
-    expected = _by_loops(*states, rows, how)  # type: ignore[call-arg]
-    assert float((attended.float() - expected).norm() / expected.norm()) < 2e-2
 
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 16
@@ -187,9 +161,7 @@ def _rows(name: str, device: str) -> FlatRows:
         ({"dtype": torch.float16, "width": 256, "value": 256, "capability": (12, 0)}, True),
         ({"device": "cpu"}, False),
         ({"dtype": torch.float32}, False),
-        ({"width": 64, "value": 32}, False),
         ({"width": 12, "value": 12}, False),
-        ({"width": 264, "value": 264}, False),
         ({"capability": (7, 5)}, False),
         ({"hip": "6.4"}, False),
     ],
@@ -267,29 +239,6 @@ def test_the_kernel_gets_a_prefix_in_front_of_every_row(name: str, monkeypatch: 
     assert relative(attended, expected[0]) < 1e-5
     without, _ = flat_attention(layer, query, key, value, None, segments=rows.segments)
     assert relative(without, expected) > 1e-2
-
-
-def test_values_may_have_another_width_than_keys() -> None:
-    rows = _rows("pairs of one prompt", "cpu")
-    query, key, _ = _states(rows, "cpu", torch.float32)
-    value = torch.randn(1, KEY_HEADS, len(rows.input_ids), 5).requires_grad_()
-    attended, _ = flat_attention(torch.nn.Identity(), query, key, value, None, segments=rows.segments)
-    attended.square().sum().backward()
-    with_gradients = [attended, query.grad, key.grad, value.grad]
-    for state in (query, key, value):
-        state.grad = None
-    expected = []
-    for row, segment in enumerate(rows.segments):
-        indices = rows.index[row][rows.is_real[row]]
-        states = [state[:, :, indices].repeat_interleave(HEADS // state.shape[1], 1) for state in (query, key, value)]
-        later = torch.ones(len(indices), len(indices)).triu(1).bool()
-        scores = (states[0] @ states[1].transpose(-1, -2) * WIDTH**-0.5).masked_fill(later, float("-inf"))
-        shared = len(indices) - (segment.own[1] - segment.own[0])
-        expected.append((scores.softmax(-1) @ states[2])[0, :, shared:])
-    whole = torch.cat(expected, dim=1).transpose(0, 1)[None]
-    whole.square().sum().backward()
-    for tensor, other in zip(with_gradients, [whole, query.grad, key.grad, value.grad], strict=True):
-        assert relative(tensor, other) < 1e-5
 
 
 @pytest.mark.parametrize("asked", [{"s_aux": torch.zeros(4)}, {"dropout": 0.1}])

@@ -15,7 +15,7 @@ from transformers import DynamicCache, Gemma4Config, LlamaConfig
 from alignment.core.errors import ModelError
 from alignment.models.forward.attention import KeysValues
 from alignment.models.forward.decoding import decoding, may_see_room
-from alignment.models.kernels.kv_cache import ATTENTION, RowsCache, decoding_attention, decoding_mask
+from alignment.models.kernels.kv_cache import ATTENTION, RowsCache, decoding_attention
 from tests.tiny import tiny_config, tiny_model
 from tests.unit.models.conftest import SIZES, random_model
 
@@ -44,19 +44,6 @@ def test_columns_are_kept_in_order_whatever_the_room(room: int, shows_room: bool
                 assert tensor.shape[2] - reference.shape[2] <= (room if shows_room else 0)
                 assert torch.equal(tensor[:, :, : reference.shape[2]], reference)
                 assert not tensor[:, :, reference.shape[2] :].any()
-
-
-def test_selected_rows_keep_their_columns_and_go_on() -> None:
-    rows_cache, dynamic_cache = RowsCache(tiny_config("llama"), room=4), DynamicCache(config=tiny_config("llama"))
-    rows = torch.tensor([0, 3])
-    for cache in (rows_cache, dynamic_cache):
-        for layer in range(2):
-            cache.update(*_states(4, 6, seed=layer), layer)
-    rows_cache.select(rows)
-    dynamic_cache.batch_select_indices(rows)
-    new = _states(2, 1, seed=9)
-    for tensor, reference in zip(rows_cache.update(*new, 1), dynamic_cache.update(*new, 1), strict=True):
-        assert torch.equal(tensor[:, :, :7], reference)
 
 
 def test_placed_rows_end_at_the_same_column_and_may_repeat() -> None:
@@ -169,35 +156,6 @@ def test_attention_that_cannot_see_a_common_beginning_refuses_it(changed: dict[s
     arguments = {"query": torch.zeros(1, HEADS, 1, WIDTH), "beginning": KeysValues(), **changed}
     with pytest.raises(ValueError, match="Module does not support rows that share a beginning"):
         decoding_attention(nn.Module(), key=keys, value=values, attention_mask=None, **arguments)
-
-
-def test_the_mask_of_one_step_is_a_summand_and_that_of_a_prompt_is_not() -> None:
-    real = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 0]]).bool()
-    step = decoding_mask(batch_size=2, q_length=1, kv_length=4, q_offset=2, attention_mask=real)
-    assert step is not None
-    assert (step == 0).squeeze().tolist() == [[False, True, True, False], [True, True, True, False]]
-    assert bool((step[step != 0] == float("-inf")).all())
-    prompt = decoding_mask(batch_size=2, q_length=3, kv_length=3, attention_mask=real[:, :3])
-    assert prompt is not None
-    assert prompt.dtype == torch.bool
-
-
-@pytest.mark.parametrize("tokens", [1, 3])
-@pytest.mark.parametrize("masked", [False, True])
-def test_capped_scores_are_those_of_the_formula_in_float64(tokens: int, masked: bool) -> None:
-    """c·tanh(s / c), for one new token with a summand and for several with a boolean mask."""
-    rows, columns, groups, cap = 2, 5, 2, 0.7
-    keys, values = _states(rows, columns, seed=0)
-    query = torch.randn(rows, HEADS * groups, tokens, WIDTH, generator=torch.Generator().manual_seed(1))
-    causal = torch.ones(tokens, columns, dtype=torch.bool).tril(columns - tokens)
-    seen = causal.expand(rows, 1, -1, -1).clone()
-    mask = None
-    if masked:
-        seen[1, ..., :2] = False
-        mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")) if tokens == 1 else seen
-    attended, _ = decoding_attention(nn.Module(), query, keys, values, mask, softcap=cap)
-    expected = _decoded(query, keys, values, seen, lambda scores: cap * torch.tanh(scores * WIDTH**-0.5 / cap))
-    torch.testing.assert_close(attended.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

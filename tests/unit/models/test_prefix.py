@@ -15,18 +15,16 @@ from alignment.core.errors import ConfigError, ModelError
 from alignment.models.assembly.adapters import add_adapter, at_start
 from alignment.models.assembly.load import Lineage, lineage, load_policy
 from alignment.models.assembly.start import load_start
-from alignment.models.forward import decoding_rows, shared_beginning
+from alignment.models.forward import decoding_rows
 from alignment.models.forward.answers import answer_statistics, answer_stream
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.causal import install_causal
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.generate import generate
 from alignment.models.forward.rows import stream
-from alignment.models.forward.shared_prompts import read
-from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.sft.config import SftConfig
 from tests.oracles.close import close
-from tests.tiny import ARCHITECTURES, liven, publish_tiny, tiny_model, tiny_spec
+from tests.tiny import ARCHITECTURES, publish_tiny, tiny_model, tiny_spec
 from tests.unit.models.conftest import CPU, LORA, padded, relative
 
 pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT names it so
@@ -106,16 +104,6 @@ def test_answers_follow_the_prefix(architecture: str, batch_size: int, monkeypat
                 row.append(token)
 
 
-def test_the_prefix_comes_before_a_beginning_that_rows_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared_beginning, "FEWEST_ROWS", 1)
-    base = _wrapped().get_base_model()
-    use_flat_attention(base)
-    prompts = [[*range(20, 90), *prompt] for prompt in ([5, 6, 7], [9, 4, 4, 8], [3])]
-    shared = generate(base, prompts, max_new_tokens=6, end_ids=[2], batch_size=2)
-    monkeypatch.setattr(shared_beginning, "FEWEST_TOKENS", 1_000)
-    assert generate(base, prompts, max_new_tokens=6, end_ids=[2], batch_size=2) == shared
-
-
 def test_a_prefix_is_never_left_out_in_silence() -> None:
     """Where prompts are read padded, or attention has windows, nobody would put it in front."""
     base = _wrapped().get_base_model()
@@ -128,19 +116,6 @@ def test_a_prefix_is_never_left_out_in_silence() -> None:
         windowed(**padded([([5, 6], [7, 2])]).arguments(), fused_lm_head=True)
     low = _wrapped().get_base_model().to(torch.bfloat16)  # the prefix stays in float32
     assert all(generate(low, [[5, 6, 7], [3]], max_new_tokens=4, end_ids=[2], batch_size=2))
-
-
-def test_texts_behind_prompts_that_were_read_follow_the_prefix() -> None:
-    wrapped = _wrapped()
-    base = wrapped.get_base_model()
-    use_flat_attention(base)
-    prompts, texts = [[9, 4, 4, 8], [5, 6, 7]], [[[6, 2], [3, 3, 2]], [[2]]]
-    logprobs = read(base, prompts).logprobs(base, texts)
-    for prompt, of_prompt, sums in zip(prompts, texts, logprobs, strict=True):
-        for text, total in zip(of_prompt, sums, strict=True):
-            with torch.no_grad():
-                whole = answer_statistics(base, answer_stream([prompt], [text], CPU)).logprobs
-            assert total == pytest.approx(float(whole.sum()), rel=1e-5)
 
 
 def _start(start: Lineage, adapter: AdapterConfig) -> Any:
@@ -184,18 +159,3 @@ def test_it_is_continued_and_nothing_is_put_on_it(tmp_path: Path, base: Lineage)
     longer = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=6, chain=CONTINUE)
     with pytest.raises(ConfigError, match=r"adapter\.virtual_tokens: the adapter to continue has 5"):
         _start(saved, longer)
-
-
-def test_it_stands_on_merged_factors(tmp_path: Path, base: Lineage) -> None:
-    first = load_start(base, LORA, Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU)
-    liven(first)
-    spec = tiny_spec(tmp_path, SftConfig(adapter=LORA))
-    saved = lineage(spec, publish_tiny(spec, first, base))
-    model = _start(saved, PREFIX)
-    model.prompt_encoder["default"].embedding.weight.data.normal_(std=0.5)
-    spec = tiny_spec(tmp_path, DpoConfig(adapter=PREFIX))
-    again = load_policy(lineage(spec, publish_tiny(spec, model, saved)), torch.float32)
-    use_flat_attention(again)
-    with torch.no_grad():
-        states = [trunk_states(policy.base_model, stream(ROWS, CPU)) for policy in (again, model.get_base_model())]
-    close(*states, rtol=1e-4, atol=1e-4)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from alignment.models.forward import flat, two_threads
+from alignment.models.forward import flat
 from alignment.models.forward import shared_prompts as reading_module
 from alignment.models.forward.flat import use_flat_attention
 from alignment.models.forward.generate import Sampling, answer_batch, generate, reading_order
@@ -66,27 +66,6 @@ def test_answers_are_the_same_as_without_a_reading(tokens: int, multiple: int, m
     options = {"max_new_tokens": 9, "end_ids": [2], "uniforms": uniforms}
     assert answer_batch(model, prompts, **options, reading=read(model, prompts)) == plain
     assert len({tuple(answer) for answer in plain}) > 2
-
-
-def test_two_threads_read_and_score_about_half_of_the_tokens_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 46 tokens at once, each thread reads 23, which is one of these prompts, or one of the texts."""
-    monkeypatch.setattr(reading_module, "READ_TOKENS", 46)
-    torch.set_num_threads(2)
-    shares: list[list[list[int]]] = []
-    run = two_threads.in_two_threads
-
-    def watched(function: Any, inputs: Any) -> Any:
-        shares.append([list(share) for share in inputs])
-        return run(function, inputs)
-
-    monkeypatch.setattr(two_threads, "in_two_threads", watched)
-    model = _readable()
-    lengths = (20, 13, 19, 12)
-    reading = read(model, [[number] * length for number, length in enumerate(lengths, start=3)])
-    assert [batch.rows.input_ids[0].item() for batch in reading.batches] == [3, 4, 5, 6]
-    reading.logprobs(model, [[[7] * 20, [8] * 21], [], [], []])
-    read(model, [[3] * 40, [4] * 10])  # one thread would have most of it
-    assert shares == [[[0, 3], [1, 2]], [[1], [0]]]
 
 
 @pytest.mark.parametrize(

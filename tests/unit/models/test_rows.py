@@ -95,29 +95,12 @@ def test_rows_of_unequal_lengths_are_balanced_and_keep_their_order() -> None:
     assert _parts(rows) == ([rows[0], rows[1]], [rows[2], rows[3]])
 
 
-def test_long_rows_count_for_more_than_their_tokens() -> None:
-    """Attention: 1,536 tokens cost 1536 · (768 + 1536), three times as much as 24 rows of 64 do."""
-    rows = [_row(0, 1536), *(_row(number, 64) for number in range(1, 61))]
-    parts = _parts(rows)
-    assert parts is not None
-    (alone,) = (part for part in parts if rows[0] in part)
-    assert sum(map(len, alone)) < 0.45 * sum(map(len, rows))
-
-
 def test_rows_are_not_divided_where_one_part_would_have_most_of_the_work() -> None:
     assert _parts([_row(0, 50)]) is None
     assert _parts([_row(0, 70), _row(1, 30)]) is None
     assert _parts([_row(0, 55), _row(1, 45)]) == ([_row(0, 55)], [_row(1, 45)])
     prompt = _row(0, 400)
     assert _parts([[*prompt, *_row(number, 20)] for number in range(1, 5)]) is None
-
-
-def test_pairs_of_one_prompt_stay_together() -> None:
-    prompts = [_row(number, length) for number, length in enumerate((40, 30, 24, 20, 18))]
-    rows = [[*prompt, *answer] for prompt in prompts for answer in ([1, 2, 3], [4, 5])]
-    parts = _parts(rows)
-    assert parts is not None
-    assert [[row[0] // 1000 for row in part] for part in parts] == [[1, 1, 4, 4], [2, 2, 3, 3, 5, 5]]
 
 
 @pytest.mark.parametrize(("share", "tokens"), [(True, 20 + 2 * 40), (False, 2 * (20 + 40))])
@@ -128,14 +111,6 @@ def test_a_turn_that_all_rows_share_is_computed_in_both_parts(share: bool, token
     assert [len(part.input_ids) for part in division.parts] == [tokens, tokens]
     assert any(segment.before for part in division.parts for segment in part.segments) is share
     _assert_same_tokens(whole, division)
-
-
-def test_the_shortest_beginnings_are_computed_twice_and_the_longer_ones_once() -> None:
-    prompts = [[*START, *_row(number, 30)] for number in range(4)]
-    rows = [[*prompt, *answer] for prompt in prompts for answer in ([1, 2, 3], [4, 5])]
-    division = divided(stream(rows, CPU))
-    assert division is not None
-    assert [len(part.input_ids) for part in division.parts] == [90, 90]  # 20 + 2 · (30 + 3 + 2) each
 
 
 @pytest.mark.parametrize("rows", ROWS)

@@ -25,7 +25,6 @@ from alignment.core.errors import ConfigError
 from alignment.costs.recorder import Recorder
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.load import Lineage, frozen_copy
-from alignment.models.assembly.recomputing import checkpoint_activations
 from alignment.models.assembly.start import load_start
 from alignment.models.forward import flat, side_by_side, two_threads
 from alignment.models.forward.answers import unwrapped
@@ -76,12 +75,6 @@ def test_work_is_shared_unless_one_thread_would_have_most_of_it(costs: list[int]
     assert can_share(costs) is shares
 
 
-def test_a_part_computes_alone_and_is_not_divided_again() -> None:
-    states = torch.zeros(1)
-    assert has_two_threads(states)
-    assert in_two_threads(lambda _: has_two_threads(states), [0, 1]) == [False, False]
-
-
 def test_users_can_have_operations_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, divides in (("0", False), ("1", True)):
         monkeypatch.setenv(DIVIDE_ROWS, value)
@@ -113,25 +106,6 @@ def test_an_error_waits_for_the_other_part_and_frees_what_the_parts_held() -> No
     fails()
     assert ended == [1]
     assert [reference() for reference in alive] == [None, None]
-
-
-def test_a_signal_waits_for_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    wait, calls, ended = two_threads.wait, [], []
-
-    def interrupted(futures: list[object]) -> None:
-        calls.append(len(futures))
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        wait(futures)
-
-    def work(number: int) -> None:
-        time.sleep(0.1)
-        ended.append(number)
-
-    monkeypatch.setattr(two_threads, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        in_two_threads(work, [0, 1])
-    assert sorted(ended) == [0, 1]
 
 
 def _in_a_fork(queue: multiprocessing.Queue[list[int]], work: Callable[[int], int]) -> None:
@@ -266,43 +240,6 @@ def test_parts_have_the_modes_of_the_caller(is_cast: bool, passes: list[tuple[st
     assert modes[-2:] == [(is_cast, False, 0.0005)] * 2
 
 
-def test_recomputed_activations_give_the_same_gradients(trained_passes: list[tuple[str, int]]) -> None:
-    results = []
-    for recomputes in (False, True):
-        model = unwrapped(_lora(seed=3))
-        if recomputes:
-            model.train()
-            checkpoint_activations(model)
-        _states(model).square().sum().backward()
-        results.append(gradients(model))
-    assert len(trained_passes) == 4
-    for name, gradient in results[0].items():
-        assert torch.equal(gradient, results[1][name]), name
-
-
-@torch.no_grad()
-def test_an_error_in_one_part_is_raised_and_later_batches_are_computed(passes: list[tuple[str, int]]) -> None:
-    model = tiny_model()
-    beyond = [(prompt, [*answer, 10**6 if row == 4 else 3]) for row, (prompt, answer) in enumerate(SIX)]
-    with pytest.raises(IndexError):
-        _states(model, beyond)
-    assert _states(model).shape[0] == 6 * 14
-    assert passes == [*APART, *APART]
-
-
-@torch.no_grad()
-def test_threads_that_start_later_compute_as_this_one_does(passes: list[tuple[str, int]]) -> None:
-    two_threads._part_threads.cache_clear()
-    _states(tiny_model())
-    assert passes == APART
-    assert torch.get_num_threads() == 2
-    counts = []
-    later = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
-    later.start()
-    later.join()
-    assert counts == [2]
-
-
 def _adapters_on_experts() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of PEFT, about ranks of parameters that it converts itself
@@ -330,7 +267,6 @@ def _residual_dropout(rate: float) -> Callable[[Any], object]:
         (lambda: add_adapter(tiny_model(), AdapterConfig(dropout=0.5), TaskType.CAUSAL_LM).train(), ALONE),
         (lambda: _changed(_residual_dropout(0.1)), ALONE),
         (lambda: _changed(_residual_dropout(0.1)).eval(), APART),
-        (lambda: _changed(_residual_dropout(0.0)), APART),
         (lambda: _changed(lambda model: model.base_model.layers[1].register_forward_pre_hook(lambda *_: None)), ALONE),
         (lambda: _changed(lambda model: quantize_trunk(model, CPU)), ALONE),
     ],
@@ -365,16 +301,6 @@ def test_frequencies_that_a_pass_chooses_are_not_divided(types: Any) -> None:
     assert not side_by_side.can_divide(model.base_model)
 
 
-@torch.no_grad()
-def test_little_work_is_not_divided(passes: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model()
-    weights = sum(parameter.numel() for parameter in model.base_model.parameters()) / model.config.num_hidden_layers
-    for tokens in (85, 84):  # SIX has 84
-        monkeypatch.setattr(side_by_side, "WORTH_DIVIDING", tokens * weights)
-        _states(model)
-    assert passes == [*ALONE, *APART]
-
-
 @pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.lora], ids=lambda kind: kind.value)
 def test_what_is_compared_is_divided_alike(kind: AdapterKind, passes: list[tuple[str, int]], tmp_path: Path) -> None:
     """A policy with and without gradients, and its frozen copy: in bfloat16 they would differ otherwise."""
@@ -386,3 +312,22 @@ def test_what_is_compared_is_divided_alike(kind: AdapterKind, passes: list[tuple
         with torch.no_grad():
             _states(model)
     assert {rows for _, rows in passes} == {6 if kind is AdapterKind.full else 3}
+
+
+def test_a_signal_waits_for_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait, calls, ended = two_threads.wait, [], []
+
+    def interrupted(futures: list[object]) -> None:
+        calls.append(len(futures))
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        wait(futures)
+
+    def work(number: int) -> None:
+        time.sleep(0.1)
+        ended.append(number)
+
+    monkeypatch.setattr(two_threads, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        in_two_threads(work, [0, 1])
+    assert sorted(ended) == [0, 1]

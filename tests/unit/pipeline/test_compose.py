@@ -618,3 +618,13 @@ def test_the_defaults_of_an_included_file_never_read_the_environment(
         with pytest.raises(ConfigError, match="is not allowed") as caught:
             compose(recipe, [])
         assert (SECRET in str(caught.value), words in str(caught.value)) == (False, True)
+
+
+@pytest.mark.parametrize("name", ["dpo_beta"])
+def test_a_sweep_in_the_place_of_a_recipe_is_named_with_the_command_that_plans_it(tmp_path: Path, name: str) -> None:
+    copy = write(tmp_path / "mine.yaml", (conf_folder() / f"sweep/{name}.yaml").read_text())
+    for recipe, where in ((name, "recipe"), (copy, copy)):
+        with pytest.raises(ConfigError) as caught:
+            compose(recipe, [])
+        assert caught.value.where == where
+        assert f"`align sweep RECIPE {recipe}`" in caught.value.remedy

@@ -25,7 +25,7 @@ from alignment.pipeline.execute.run import run
 from alignment.pipeline.sources import data_sources, model_sources
 from alignment.pipeline.sources.data_sources import DataSource
 from tests.hub import COMMIT, NAME, answer, leave_data_set, refusal, use_cache
-from tests.unit.pipeline.conftest import ROWS, MakePlan, screened, stage_of, write_rows
+from tests.unit.pipeline.conftest import ROWS, MakePlan, screened, stage_of
 from tests.unit.pipeline.test_run import fake
 
 SOURCE = "stages.sft.data.source=hub:org/name@v1"
@@ -210,20 +210,3 @@ def test_the_doctor_explains_a_split_of_a_data_set(cache: Path, doctor: Any) -> 
     ):
         code, printed = doctor(*words)
         assert (code, message in printed) == (refused, True)
-
-
-def test_the_doctor_compares_with_the_split_that_is_named(cache: Path, tmp_path: Path, doctor: Any) -> None:
-    asked = "Who has the keys of the library when it is closed on a Monday in winter?"
-    rows = write_rows(tmp_path / "rows.jsonl", {"prompt": asked})
-    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": "The caretaker."}]
-    leave_data_set(cache, {"data/train.jsonl": LINE, "data/test.jsonl": json.dumps({"messages": turns}) + "\n"})
-    against, split = ("--against", "hub:org/name"), ("--against-split", "test")
-    for options, code, message in (
-        (against, 0, "overlap      no row resembles a prompt of hub:org/name, split train\n"),
-        ((*against, *split), 0, "overlap      1 row resembles a prompt of hub:org/name, split test\n"),
-        ((*against, *split), 0, "rows.jsonl:1 has 100% of "),
-        (split, 2, "--against-split: has no effect without --against"),
-        (("--against", "bundled:quickstart/heldout", *split), 2, "--against.split: 'test' has no effect"),
-    ):
-        ended, printed = doctor(rows, *options)
-        assert (ended, message in printed) == (code, True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +10,8 @@ from typing import Any
 import pytest
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.backend import MachinesBackend, SlurmBackend
+from alignment.config.backend import MachinesBackend
 from alignment.config.launch import LaunchConfig, LauncherKind, Offload, Sharding
-from alignment.config.model import Dtype, ModelConfig
 from alignment.config.optim import Moments, OptimConfig
 from alignment.config.replay import PtxConfig
 from alignment.config.run import RunConfig
@@ -27,10 +24,8 @@ from alignment.pipeline.backends.command import with_processes
 from alignment.pipeline.backends.environment import idle_threads
 from alignment.pipeline.plan.compatibility import faults
 from alignment.stages.benchmark.config import BenchmarkConfig
-from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.forgetting.config import ForgettingConfig
-from alignment.stages.kto.config import KtoConfig
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.report.config import ReportConfig
 from alignment.stages.reward_card.config import RewardCardConfig
@@ -61,14 +56,11 @@ def argv(launch: LaunchConfig, *, num_devices: int) -> str:
     ("settings", "devices", "expected"),
     [
         ({}, 0, WORKER),
-        ({}, 4, WORKER),
         ({"kind": LauncherKind.accelerate}, 0, f"{ACCELERATE.format(LOCAL, 1)} --cpu {WORKER}"),
-        ({"kind": LauncherKind.accelerate}, 4, f"{ACCELERATE.format(LOCAL, 1)} {WORKER}"),
         ({"num_processes": 4}, 4, f"{ACCELERATE.format(DDP, 4)} --main_process_port 0 {WORKER}"),
         ({"num_processes": 2}, 0, f"{TORCHRUN.format(2)} {WORKER}"),
         ({"kind": LauncherKind.torchrun, "num_processes": 4}, 4, f"{TORCHRUN.format(4)} {WORKER}"),
         ({"sharding": Sharding.zero3}, 1, f"{TORCHRUN.format(1)} {WORKER}"),
-        ({"sharding": Sharding.fsdp, "num_processes": 2}, 0, f"{TORCHRUN.format(2)} {WORKER}"),
         ({"num_processes": 8, "backend": SECOND}, 8, f"{MEETING} --nproc_per_node 8 {WORKER}"),
     ],
 )
@@ -81,10 +73,8 @@ def test_the_launcher_suits_the_machine(settings: dict[str, Any], devices: int, 
     [
         ("accelerate", {"num_processes": 2}, 0, "accelerate starts only one process"),
         ("accelerate", {"sharding": Sharding.zero2}, 1, "zero2 needs a process group"),
-        ("accelerate", {"backend": TWO_MACHINES}, 1, "several machines need torchrun"),
         ("direct", {"num_processes": 2}, 2, "2 processes need a launcher"),
         ("direct", {"sharding": Sharding.fsdp}, 1, "fsdp needs a process group"),
-        ("direct", {"backend": TWO_MACHINES}, 1, "several machines need torchrun"),
     ],
 )
 def test_what_a_launcher_does_not_start_is_refused(kind: str, settings: dict[str, Any], devices: int, why: str) -> None:
@@ -112,15 +102,6 @@ def test_one_process_for_each_gpu_is_counted_and_refused_without_enough() -> Non
 def test_threads_are_shared_out_evenly_unless_told(processes: int, threads: int, expected: str) -> None:
     made = command.of_stage(LaunchConfig(num_processes=processes, threads=threads), STAGE_FILE, devices=(), num_cores=8)
     assert made.environment["OMP_NUM_THREADS"] == expected
-
-
-@pytest.mark.parametrize(("divides", "expected"), [(True, "1"), (False, "0")])
-def test_a_worker_is_told_whether_threads_have_rows_of_their_own(
-    monkeypatch: pytest.MonkeyPatch, divides: bool, expected: str
-) -> None:
-    monkeypatch.setenv("ALIGNMENT_DIVIDE_ROWS", "of an earlier shell")
-    made = command.of_stage(LaunchConfig(divide_rows=divides), STAGE_FILE, devices=(), num_cores=2)
-    assert made.environment["ALIGNMENT_DIVIDE_ROWS"] == expected
 
 
 GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -191,16 +172,6 @@ def test_how_soon_idle_threads_sleep_is_what_was_measured_for_the_processor(
     assert idle_threads(file) == expected
 
 
-def test_files_in_the_working_folder_hide_no_module_of_ours(tmp_path: Path) -> None:
-    (tmp_path / "alignment").mkdir()
-    (tmp_path / "alignment/__init__.py").write_text("raise SystemExit('this is the user's own file')")
-    variables = {**os.environ, **environment.of_worker(1, "")}
-    ended = subprocess.run(
-        [sys.executable, "-m", "alignment.core.errors"], cwd=tmp_path, env=variables, capture_output=True, check=False
-    )
-    assert (ended.returncode, ended.stderr) == (0, b"")
-
-
 # ---- what this machine cannot do ------------------------------------------------------------------------------------
 
 
@@ -261,12 +232,6 @@ def test_a_stage_that_measures_runs_on_all_processes_without_sharding_and_others
     refuse(stage(ReportConfig()), num_processes=0)
 
 
-def test_a_job_finds_the_gpus_that_it_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feasibility.hardware, "count_devices", lambda: 1)
-    backends = (SlurmBackend(gpus=8), SlurmBackend(gpus=8, submit=False), TWO_MACHINES)
-    assert [feasibility.devices_for(LaunchConfig(backend=backend)) for backend in backends] == [8, 1, 1]
-
-
 # ---- what does not go together --------------------------------------------------------------------------------------
 
 
@@ -289,10 +254,8 @@ REPLAY = PpoConfig(ptx=PtxConfig(coefficient=0.1))
         (adapter("dora", modules_to_save=["embed_tokens"]), "fsdp", "adapter.modules_to_save", "stochastic rounding"),
         (SftConfig(optim=OptimConfig(lr=1e-4, moments=Moments.eight_bit)), "zero2", "optim.moments", "eight-bit"),
         (PpoConfig(critic_warmup=2), "zero2", "critic_warmup", "DeepSpeed"),
-        (PpoConfig(critic_warmup=2), "fsdp", "critic_warmup", "sharded checkpoints"),
         (PpoConfig(drop_ties=True), "fsdp", "drop_ties", "sharded checkpoints"),
         (REPLAY, "zero3", "ptx.coefficient", "forward passes"),
-        (REPLAY, "fsdp", "ptx.coefficient", "forward passes"),
     ],
 )
 def test_a_stage_that_cannot_be_launched_so_is_refused(stage: StageConfig, launch: str, where: str, why: str) -> None:
@@ -301,19 +264,6 @@ def test_a_stage_that_cannot_be_launched_so_is_refused(stage: StageConfig, launc
     assert f"launch={launch}: " in message
     assert (why in message, "; use " in message) == (True, True)
     assert compatibility(stage) == {}
-
-
-def test_modules_trained_whole_are_sharded_in_float32() -> None:
-    stage = adapter("lora", modules_to_save=["embed_tokens"])
-    model, launch = ModelConfig(dtype=Dtype.float32), LaunchConfig(sharding=Sharding.zero2)
-    assert faults(RunConfig(name="r", model=model, stages={"s": stage}, launch=launch)) == []
-
-
-def test_every_adapter_is_launched_in_every_way() -> None:
-    for kind in AdapterKind:
-        for sharding in Sharding:
-            for stage in (SftConfig, DpoConfig, KtoConfig, PpoConfig):
-                assert compatibility(stage(adapter=AdapterConfig(kind=kind)), sharding=sharding) == {}
 
 
 def test_a_machine_that_is_not_among_them_is_refused() -> None:

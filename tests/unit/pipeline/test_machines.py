@@ -132,17 +132,6 @@ def test_an_attempt_of_a_first_machine_that_was_killed_is_not_answered(shared: S
             wait_until(lambda: shared.starts() == 1)
 
 
-def test_an_attempt_that_began_earlier_is_answered_if_the_first_machine_lives(shared: Shared, folder: Path) -> None:
-    lives = machines.showing_life(shared.plan.run_folder, LAUNCH)
-    with machines.announced(folder, LAUNCH, "0" * 64), lives, following(shared):
-        wait_until(lambda: shared.starts() == 1)
-
-
-def test_one_machine_leaves_no_word(shared: Shared, folder: Path) -> None:
-    with machines.announced(folder, LaunchConfig(), "0" * 64):
-        assert list(folder.iterdir()) == []
-
-
 def test_what_is_there_already_starts_nothing(shared: Shared) -> None:
     shared.publish()
     assert (shared.follow(), shared.starts()) == (0, 0)
@@ -189,15 +178,6 @@ def test_a_result_that_the_file_system_shows_late_is_waited_for(
     later = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: shared.publish())
     monkeypatch.setattr(late_results, "time", later)
     assert shared.follow() == 0
-    assert next(states, None) is None
-
-
-def test_what_an_earlier_run_left_is_not_taken_for_the_end_of_this_one(
-    shared: Shared, says: Callable[..., Iterator[str]]
-) -> None:
-    states = says("failed", "failed", "running", "failed")
-    with pytest.raises(StageError, match="failed on the first machine"):
-        shared.follow()
     assert next(states, None) is None
 
 
@@ -258,20 +238,3 @@ def test_with_a_store_other_machines_wait_until_the_first_has_uploaded(
     follower.start()
     follower.join(30)
     assert codes == [0, 0], "the first machine is gone"
-
-
-@pytest.mark.parametrize("date", [1.0, 4e9])
-def test_a_sign_of_life_counts_because_it_is_new_whatever_its_date(shared: Shared, date: float) -> None:
-    """Clocks of two machines differ, and may be set while they work."""
-    follower = machines._Follower(shared.plan, shared.stage, shared.command, Console())
-    life = shared.plan.run_folder / machines.LIFE
-    life.touch()
-    os.utime(life, (date, date))
-    shared.plan.config.launch = replace(LAUNCH, hang_seconds=1)
-    follower._signs._heard -= 2
-    follower._refuse_silence()
-    follower._signs._heard -= 2
-    with pytest.raises(StageError, match="the first machine has not responded"):
-        follower._refuse_silence()
-    os.utime(life, (date + 1, date + 1))
-    follower._refuse_silence()

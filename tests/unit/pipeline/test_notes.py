@@ -9,10 +9,9 @@ import pytest
 from rich.console import Console
 
 from alignment.core import hardware
-from alignment.pipeline.execute.notes import advice, of_plan, of_result, on_a_plan
+from alignment.pipeline.execute.notes import advice, of_plan
 from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.summary import show_doubts
-from alignment.pipeline.plan.plan import make_plan
 from alignment.report.run_page.run_files import read_run
 from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan, screened, write, write_rows
 
@@ -44,19 +43,6 @@ def test_a_plan_of_an_evaluation_without_a_report_says_once_how_to_get_one(plan:
     assert of_plan(plan("~stages.report")) == [], "a sweep's trials do not repeat it"
 
 
-def test_what_the_note_says_to_add_plans(overrides: list[str], tmp_path: Path) -> None:
-    """An evaluation of another name is not the one that a report shows by default."""
-    defaults = "base, stage@stages.sft: sft, stage@stages.measure: evaluate"
-    data = f"data: {{source: 'path:{tmp_path}/heldout.jsonl'}}"
-    stages = f"stages: {{measure: {{arms: [base, 'stage:sft'], reward: null, {data}}}}}\n"
-    of_sft = [word for word in overrides if not word.startswith("stages.") or word.startswith("stages.sft.")]
-    recipe = write(tmp_path / "mine.yaml", f"defaults: [{defaults}, _self_]\n{stages}")
-    setting = "stages.report.evaluation=stage:measure"
-    assert advice(make_plan(recipe, of_sft)) == [f"{WITHOUT_REPORT}, and set {setting}"]
-    write(tmp_path / "mine.yaml", f"defaults: [{defaults}, stage@stages.report: report, _self_]\n{stages}")
-    assert advice(make_plan(recipe, [*of_sft, setting])) == []
-
-
 @pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize(
     ("settings", "words"),
@@ -73,14 +59,6 @@ def test_what_the_note_says_to_add_plans(overrides: list[str], tmp_path: Path) -
 def test_what_is_odd_is_noted(plan: MakePlan, settings: tuple[str, ...], words: list[str]) -> None:
     notes = of_plan(plan(*settings))
     assert [note[: len(word)] for note, word in zip(notes, words, strict=True)] == words
-
-
-def test_a_file_that_a_shipped_one_goes_before_is_named(overrides: list[str], tmp_path: Path) -> None:
-    recipe = write(tmp_path / "mine.yaml", "defaults: [quickstart, _self_]\n")
-    before = on_a_plan(make_plan(recipe, overrides))
-    unrelated = write(tmp_path / "base.yaml", "hello: 1\n")
-    (note,) = set(on_a_plan(make_plan(recipe, overrides))) - set(before)
-    assert unrelated in note
 
 
 @pytest.mark.usefixtures("apart")
@@ -136,17 +114,6 @@ def test_prompts_that_are_learned_and_evaluated_are_named(plan: MakePlan, tmp_pa
 
 
 @pytest.mark.usefixtures("apart")
-def test_rows_of_a_validation_are_not_learned_from_but_may_choose_a_step(plan: MakePlan, tmp_path: Path) -> None:
-    asks(tmp_path, LONG)
-    turns = [{**TURN, "content": LONG}, {"role": "assistant", "content": "On 21 March."}]
-    own = write_rows(tmp_path / "own.jsonl", {**ROWS["conversations"], "messages": turns})
-    steps, looks = "stages.sft.optim.max_steps=4", f"every: 1, data: {{source: 'path:{own}'}}"
-    assert of_plan(plan(steps, f"stages.sft.validation={{{looks}}}")) == []
-    (note,) = of_plan(plan(steps, f"stages.sft.validation={{{looks}, keep_best: true}}"))
-    assert note.startswith(f"1 row by which sft chooses its step resembles prompts of evaluate: {own}:1 has 100% ")
-
-
-@pytest.mark.usefixtures("apart")
 def test_a_primary_metric_that_a_stage_optimises_is_named_and_recorded(plan: MakePlan) -> None:
     metrics = "stages.evaluate.metrics=[{name: brevity, source: length, target: 20}, {name: liked, source: reward}]"
     scorers = "stages.ppo.scorers=[{source: reward}, {source: length, target: 20, weight: 0.5}]"
@@ -163,12 +130,6 @@ def test_a_primary_metric_that_a_stage_optimises_is_named_and_recorded(plan: Mak
     assert of_plan(plan(metrics, *guard)) == [note.replace("scorers[1]", "guard.scorer")]
     assert of_plan(plan(metrics, scorers.replace("target: 20", "target: 30"))) == []
     assert of_plan(plan(metrics, liked, only_length, "stages.ppo.reward=null")) == []
-
-
-def test_a_result_that_is_not_there_or_damaged_says_nothing_of_itself(tmp_path: Path) -> None:
-    assert of_result("reward", tmp_path) == of_result("evaluate", tmp_path) == []
-    write(tmp_path / "manifest.json", "{")
-    assert of_result("reward", tmp_path) == []
 
 
 @pytest.mark.usefixtures("apart")

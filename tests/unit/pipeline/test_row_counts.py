@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,13 @@ from alignment import cli
 from alignment.config.data import DataConfig, MixedConfig
 from alignment.config.optim import OptimConfig
 from alignment.config.overoptimisation import GuardConfig
-from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig
-from alignment.config.store import conf_folder
 from alignment.config.validation import ValidationConfig
-from alignment.core.errors import ConfigError, DataError
-from alignment.core.fingerprint import canonical
-from alignment.data.records import Conversation, Prompt
+from alignment.core.errors import ConfigError
+from alignment.data.records import Conversation
 from alignment.data.turns import Message
 from alignment.pipeline.backends.feasibility import refuse_sizes
 from alignment.pipeline.execute.notes import of_plan
-from alignment.pipeline.plan import profile
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.plan.row_counts import Seen, faults
 from alignment.pipeline.plan.row_counts import seen as amounts_of
@@ -31,11 +26,10 @@ from alignment.pipeline.plan.validation_checks import settings_faults
 from alignment.stages.cpt.config import CptConfig
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.ppo.config import PpoConfig
-from alignment.stages.registry import kind_of
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.sft.config import SftConfig
 from alignment.training.looks import Looks
-from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan, faulty_keys, stage_of, write, write_rows
+from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan, faulty_keys, stage_of, write_rows
 
 VALIDATION = "stages.s.validation"
 WARM_UP = "stages.s.optim.warmup_ratio"
@@ -105,24 +99,6 @@ def test_too_few_rows_or_steps_are_refused_and_an_amount_that_nobody_knows_is_no
     assert all(expected is not None and expected[1] in fault.message for fault in problems)
 
 
-@pytest.mark.parametrize("rows", [1, 12, 100])
-@pytest.mark.parametrize("ratio", [0.05, 2 / 3, 0.99])
-@pytest.mark.parametrize("amount", [{"epochs": 1}, {"epochs": 0.5}, {"max_steps": 1}])
-def test_what_is_said_of_a_warm_up_of_all_steps_is_then_accepted(
-    rows: int, ratio: float, amount: dict[str, Any]
-) -> None:
-    def messages(**changes: Any) -> list[str]:
-        config = SftConfig(optim=optim(**{"batch_size": 16, "warmup_ratio": ratio, **amount, **changes}))
-        seen = Seen(rows=rows, prompts=rows, whole=True)
-        return [str(fault) for fault in faults(config, {"data": seen}, where="stages.s")]
-
-    for message in messages():
-        words = re.findall(r"stages\.s\.optim\.(\w+)=([\d.]+)", message)
-        assert len(words) == 2
-        for name, value in words:
-            assert messages(**{name: int(value)}) == [], message
-
-
 @pytest.mark.parametrize(("answers", "learned", "is_refused"), [(5, 5, False), (5, 1, True), (1, 1, True)])
 def test_a_conversation_counts_as_many_rows_as_it_may_become(answers: int, learned: int, is_refused: bool) -> None:
     """Templates that change earlier turns, such as Qwen3's, make a row of each learned answer."""
@@ -147,44 +123,6 @@ def test_a_plan_counts_rows_and_different_prompts(plan: MakePlan, tmp_path: Path
     for name, counts in (("reward", (5, 2, True)), ("dpo", (3, 1)), ("ppo", (5, 2, True))):
         seen = stage_of(planned, name).seen["data"]
         assert (seen.rows, seen.prompts, seen.whole)[: len(counts)] == counts
-
-
-def test_a_smoke_run_of_ranked_lists_has_prompts_to_hold_out(overrides: list[str], tmp_path: Path) -> None:
-    """A list of four answers gives six pairs of one prompt."""
-    answers = [{"text": f"On {day} March.", "score": day} for day in range(1, 5)]
-    lists = [{"prompt": f"When is training {number}?", "completions": answers} for number in range(12)]
-    data = f"data: {{source: 'path:{write_rows(tmp_path / 'ranked.jsonl', *lists)}'}}"
-    recipe = write(
-        tmp_path / "mine.yaml",
-        f"defaults: [base, stage@stages.reward: reward, _self_]\nstages: {{reward: {{init: base, {data}}}}}\n",
-    )
-    of_run = [override for override in overrides if not override.startswith("stages.")]
-    planned = make_plan(recipe, [*of_run, "profile=smoke"])
-    refuse_sizes(planned)
-    (reward,) = planned.stages
-    assert (reward.seen["data"].rows, reward.seen["data"].prompts) == (64, 11)
-
-
-def test_prompts_that_differ_in_tools_or_calls_alone_are_different() -> None:
-    """A template renders both, so a guard can hold out one of two such prompts."""
-    asked = Message(role="user", content="Add them.")
-
-    def tool(name: str) -> dict[str, Any]:
-        return {"type": "function", "function": {"name": name, "arguments": {"a": [1, 2]}}}
-
-    tools = [Prompt(messages=(asked,), tools=(tool(name),)) for name in ("add", "sum", "sum")]
-    calls = [Message(role="assistant", content="", tool_calls=(tool(name),)) for name in ("add", "sum", "sum")]
-    assert amounts_of(tools, whole=True).prompts == 2
-    assert amounts_of([Prompt(messages=(asked, call, asked)) for call in calls], whole=True).prompts == 2
-
-
-def test_a_limited_amount_of_text_is_compared_with_the_evaluation_s() -> None:
-    """500 evaluated and 2,000 learned texts of 3,000 words took 5 seconds, and a plan is promised to take a second."""
-    long, short = Message(role="user", content="word " * 60_000), Message(role="user", content="Add them.")
-    records = [Prompt(messages=(message,)) for message in (short, short, long, long, long, long, short)]
-    counted = amounts_of(records, whole=True)
-    assert [len(text.text) for text in counted.texts] == [9, 9, 300_000, 300_000, 300_000]
-    assert (counted.rows, counted.prompts) == (7, 2)
 
 
 def test_a_plan_refuses_sizes_that_no_machine_can_run(
@@ -230,12 +168,6 @@ def test_settings_of_a_validation_that_contradict_one_another_are_refused(
     assert (fault.where, word in fault.message) == (f"{VALIDATION}.{field}", True)
 
 
-def test_a_share_of_texts_is_refused() -> None:
-    config = CptConfig(validation=look(0.1, 2))
-    (fault,) = kind_of(config).faults(config, RunConfig(name="r"), "stages.cpt")
-    assert (fault.where, "a text becomes several rows" in fault.message) == ("stages.cpt.validation.share", True)
-
-
 def test_held_out_prompts_that_are_learned_from_are_refused_and_near_ones_are_named(
     plan: MakePlan, tmp_path: Path
 ) -> None:
@@ -257,20 +189,6 @@ def test_held_out_prompts_that_are_learned_from_are_refused_and_near_ones_are_na
     assert noted[0][0].startswith("1 possible training row of sft")
     without = plan("stages.sft.optim.max_steps=4")
     assert len({stage_of(each, "sft").fingerprint for each in (near, other, without)}) == 3
-
-
-def test_settings_of_a_validation_at_their_defaults_are_no_part_of_a_fingerprint() -> None:
-    assert "validation" not in canonical(SftConfig())
-    assert canonical(SftConfig(validation=look(0.1, 5)))["validation"]["every"] == 5
-
-
-def test_a_smoke_run_does_not_look() -> None:
-    looks = {"share": 0.5, "data": {"source": "path:own.jsonl"}, "every": 100, "keep_best": True, "patience": 2}
-    stages = {kind: {"kind": kind, "validation": looks} for kind in ("cpt", "sft", "reward", "dpo")}
-    smoke = profile.read(conf_folder() / "profile/smoke.yaml").applied_to({"stages": stages})["stages"]
-    for stage in smoke.values():
-        given = {**stage["validation"], "data": DataConfig(**stage["validation"]["data"])}
-        assert ValidationConfig(**given) == ValidationConfig()
 
 
 def test_looks_count_from_the_last_improvement() -> None:
@@ -342,11 +260,6 @@ def test_rows_of_one_label_are_refused_before_anything_is_trained(
     assert noted(planned) == []
 
 
-def test_rows_without_a_label_are_refused(kto: Callable[..., Plan]) -> None:
-    with pytest.raises(DataError, match="'label' is missing"):
-        kto([None] * 20)
-
-
 def test_labels_that_only_the_stage_will_know_are_not_judged(kto: Callable[..., Plan], tmp_path: Path) -> None:
     """Those that are mixed in, and those of a fraction that is drawn at random."""
     mixed = f"stages.kto.data.mix=[{{source: 'path:{tmp_path}/labelled.jsonl', share: 0.5}}]"
@@ -355,10 +268,6 @@ def test_labels_that_only_the_stage_will_know_are_not_judged(kto: Callable[..., 
     refuse_sizes(planned)
     assert len(noted(kto([True] * 30 + [False] * 10))) == 1
     assert noted(kto([True] * 30 + [False] * 10, HALF)) == []
-
-
-def test_a_smoke_run_reads_both_labels_of_a_file_that_begins_with_one(kto: Callable[..., Plan]) -> None:
-    refuse_sizes(kto([True] * 10 + [False] * 10, "profile=smoke"))
 
 
 @pytest.mark.parametrize(
@@ -373,15 +282,3 @@ def test_a_batch_that_holds_no_other_answer_is_refused(kto: Callable[..., Plan],
         refuse_sizes(kto([True, False] * 10, *more))
     assert caught.value.where == "stages.kto.optim.batch_size"
     refuse_sizes(kto([True, False] * 10, *more, "stages.kto.loss=apo_zero_unpaired"))
-
-
-def test_labels_are_read_from_answers_that_a_stage_samples(kto: Callable[..., Plan], tmp_path: Path) -> None:
-    """And rows that it would make as pairs are one good and one bad answer each."""
-    sampling = [
-        "+stages.sample={kind: sample, reward: null, scorers: [{source: length, target: 3}], select: labels}",
-        f"+stages.sample.data.source=path:{tmp_path}/labelled.jsonl",
-        "stages.kto.data.source=stage:sample",
-    ]
-    assert stage_of(kto([True, False] * 10, *sampling), "kto").unmade == ("sample",)
-    with pytest.raises(ConfigError, match="'label' is missing"):
-        kto([True, False] * 10, *sampling, "stages.sample.select=best")

@@ -43,6 +43,7 @@ from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.execute.run_state import as_it_is, explanation
 from alignment.pipeline.execute.signals import Terminated, termination_raises
+from alignment.pipeline.execute.worker_protocol import commit_of_checkout
 from alignment.records.attempts import Attempts
 from alignment.records.run import RunRecord
 from alignment.stages.stage_file import read_spec
@@ -583,3 +584,9 @@ def test_a_reward_model_by_chance_is_said_once_before_ppo_and_in_every_later_cal
     assert printed.index(doubt) < printed.index("ppo ", printed.index(doubt))
     assert [text.count(doubt) for text in (printed, align()[1], align.status())] == [1, 1, 1]
     assert doubt in (align.run_folder / "report.html").read_text()
+
+
+def test_a_checkout_on_a_machine_without_git_has_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert commit_of_checkout(tmp_path) == ""

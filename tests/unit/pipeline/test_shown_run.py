@@ -481,3 +481,14 @@ def test_a_run_is_drawn_in_place_and_ctrl_c_leaves_a_clean_terminal(
         assert line_of("reward").startswith("– reward    stopped")
         assert (screen.shows_cursor, screen.cursor) == (True, (0, len(screen.lines)))
         assert real.settings_now() == real.settings
+
+
+def test_a_stage_that_samples_counts_the_tokens_of_its_answers(run: RunFolder, reader: RunReader) -> None:
+    run.run(config={"stages": {"ppo": {"optim": {"batch_size": 16}}}})
+    run.stage("ppo", "running", started=STARTED)
+    run.progress("ppo", "rollouts", 2, 16)
+    answers = {"response_length": 40.0, "objective/score": 0.1}
+    run.steps("ppo", *({"step": n, "seconds": 8.0 * n, **answers} for n in (1, 2)))
+    view = stage_of(reader, "ppo")
+    assert view.tokens_per_second == 40.0 * 16 / 8
+    assert view.curve == ShownCurve(title="score", values=[0.1, 0.1])

