@@ -17,10 +17,9 @@ from pyarrow import parquet
 
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.core.errors import DataError
-from alignment.core.fingerprint import file_sha256
 from alignment.data import caps
 from alignment.data.chat_template import template_text
-from alignment.data.hub_rows import content_of, hub_rows, snapshot_name, source_rows
+from alignment.data.hub_rows import hub_rows
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation
 from alignment.data.row_files import NotUtf8, RawRow, files_of, rows_of
@@ -369,13 +368,3 @@ def test_a_data_set_that_cannot_be_read_is_refused(cache: Path, files: dict[str,
     with pytest.raises(DataError, match=problem) as caught:
         list(hub_rows(leave_data_set(cache, files), "train", None))
     assert str(caught.value).startswith(NAME)
-
-
-def test_a_snapshot_is_read_as_one_and_any_other_folder_by_its_files(cache: Path) -> None:
-    folder = leave_data_set(cache, {"data/train.jsonl": LINES, "data/test.jsonl": FIRST})
-    assert snapshot_name(folder) == content_of(folder) == NAME
-    assert len(list(source_rows(folder, SourceConfig(split="test")))) == 1
-    file = folder / "data" / "train.jsonl"
-    assert snapshot_name(file) is snapshot_name(file.parent) is None
-    assert content_of(file) == file_sha256(file)
-    assert len(list(source_rows(file.parent, SourceConfig(split="test")))) == 5

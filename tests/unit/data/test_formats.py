@@ -15,7 +15,7 @@ from alignment.config.data import DataConfig
 from alignment.core.errors import DataError
 from alignment.data.fields import Fields, SetAside
 from alignment.data.formats import FORMATS, detect, format_of
-from alignment.data.reading import Reading, iterate, read_records, start
+from alignment.data.reading import Reading, iterate, start
 from alignment.data.records import (
     Conversation,
     HeldOutPrompt,
@@ -275,23 +275,6 @@ def test_a_label_counts_in_whatever_columns_its_answer_is(row: dict[str, Any], m
     assert [_texts(prompt) for prompt in _records(Prompt, row | {"label": False})] == [["2 + 2?"]]
     assert [_texts(good) for good in _records(Conversation, row | more | {"label": "true"})] == [["2 + 2?", "4."]]
     assert _records(PlainText, row | more | {"label": True}) == [PlainText(text="2 + 2?\n\n4.")]
-
-
-@pytest.mark.parametrize(("bad", "is_label"), [(False, True), (0, True), ("0", True), ("no", False)])
-@pytest.mark.parametrize("row", [SHARED, ALPACA, QUESTION, COMPLETED])
-def test_a_column_that_is_mapped_to_a_label_is_never_a_class(
-    tmp_path: Path, row: dict[str, Any], bad: Any, is_label: bool
-) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(row | {"good": bad}) + "\n" + json.dumps(row | {"good": True}) + "\n")
-    data = DataConfig(source="", columns={"label": "good"})
-    if is_label:
-        assert [answer.desirable for answer in read_records(file, LabelledAnswer, data)] == [False, True]
-        assert len(read_records(file, Conversation, data)) == 1
-        return
-    for record in (LabelledAnswer, Conversation):
-        with pytest.raises(DataError, match="'label' must be true or false"):
-            read_records(file, record, data)
 
 
 def test_system_and_history_of_alpaca_go_before_its_instruction() -> None:

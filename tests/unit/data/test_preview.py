@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +12,19 @@ from rich.console import Console
 
 from alignment.commands.preview.worker import main, show_stage
 from alignment.config.data import DataConfig, MixedConfig
-from alignment.config.model import ModelConfig
 from alignment.config.too_long import TooLong, TooLongConfig
 from alignment.data.records import Conversation, PreferencePair, Prompt
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, Kind, tokenized
 from alignment.data.tokens.token_spans import RecordSpans, record_spans
 from alignment.data.turns import Message
-from alignment.stages.cpt.config import CptConfig
 from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.sft.config import SftConfig
 from tests.public import PUBLIC, WRITTEN, needs_public_data
-from tests.real_templates import QWEN, dressed, text_of
 from tests.templates import styled_tokenizer
-from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec, tiny_tokenizer
+from tests.tiny import save_tiny_model, tiny_spec, tiny_tokenizer
 
 ASKED = (Message(role="user", content="Hi."),)
 ROOT = Path(__file__).parents[3]
@@ -73,17 +69,6 @@ def test_a_record_shows_which_tokens_of_its_sequences_are_learned() -> None:
     answer = len(tokenizer("Hello.<|im_end|>")["input_ids"])
     assert (prompt.learned, conversation.learned) == (0, answer)
     assert pair.tokens == conversation.tokens == prompt.tokens + answer
-
-
-def test_the_sequences_of_a_conversation_are_shown_one_by_one() -> None:
-    tokenizer = dressed(QWEN, text_of("qwen3") or "")
-    turns = (*ASKED, Message(role="assistant", content="Hello."))
-    spans = _spans(tokenizer, CONVERSATIONS, Conversation(messages=turns * 2, where="x:1"))
-    opened, thought = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n", "<think>\n\n</think>\n\n"
-    assert _learned_runs(spans) == {
-        "sequence 1": [(opened, False), (f"{thought}Hello.<|im_end|>", True)],
-        "sequence 2": [(f"{opened}Hello.<|im_end|>\n{opened}", False), (f"{thought}Hello.<|im_end|>", True)],
-    }
 
 
 # ---- the page of a stage --------------------------------------------------------------------------------------------
@@ -161,29 +146,6 @@ def test_a_stage_shows_rows_counts_and_what_is_wrong(
     assert isinstance(config, PpoConfig) or printed.count("learned; longest") == 1 + len(config.data.mix)
 
 
-def test_what_a_template_drops_and_changes_is_counted_with_an_example(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    thought = {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
-    asked = {"role": "user", "content": "2 + 2?"}
-    rows = [
-        {"messages": [asked, thought]},
-        {"messages": [asked, {**thought, "reasoning_content": "Hm."}, asked, thought]},
-    ]
-    model = ModelConfig(source=BASE_SOURCE, chat_template="trl:qwen3")
-    printed = _printed(tmp_path, SftConfig(max_length=200), rows, capsys, model=model)
-    assert "1 record becomes several rows, " in printed
-    assert "1 record loses thoughts of earlier turns " in printed
-    assert printed.count("data.jsonl:2") == 2
-    assert "⟦<think>\nTwo and two.\n</think>\n\nFour.<|im_end|>⟧" in printed
-    unthinking = replace(model, template_options={"enable_thinking": False})
-    answers = [{"messages": [asked, {"role": "assistant", "content": "Four."}]}]
-    printed = _printed(tmp_path, SftConfig(), [*answers, *rows], capsys, model=unthinking)
-    assert "\n</think>\n\n⟦Four.<|im_end|>⟧" in printed
-    assert "2 rows faulty, such as " in printed
-    assert "→ set model.template_options.enable_thinking=true" in printed
-
-
 def test_the_page_shows_what_the_terminal_shows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -201,15 +163,12 @@ def test_the_page_shows_what_the_terminal_shows(
 
 SHAPES: list[tuple[Path, type[Any]]] = [
     (WRITTEN / "transcripts.jsonl", RewardConfig),
-    (WRITTEN / "labelled.json", SftConfig),
     (WRITTEN / "toolcalls.json", SftConfig),
     (WRITTEN / "identity.json", SftConfig),
-    (WRITTEN / "texts.jsonl", CptConfig),
     (WRITTEN / "questions.jsonl", PpoConfig),
     (WRITTEN / "whole_pairs.json", DpoConfig),
     (PUBLIC / "hh-rlhf/harmless_base.jsonl", DpoConfig),
     (PUBLIC / "llamafactory-demo/glaive_toolcall_en_demo.json", SftConfig),
-    (PUBLIC / "mt-bench/question.jsonl", PpoConfig),
 ]
 
 

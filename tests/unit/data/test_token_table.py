@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from alignment.config.data import DataConfig, OnError
 from alignment.config.too_long import TooLongConfig
 from alignment.core.deadline import KILLED_BY
 from alignment.core.errors import DataError, ModelError, StageError
-from alignment.core.locks import held
 from alignment.data.reading import Reader, read_records, start
 from alignment.data.records import Conversation
 from alignment.data.row_files import unparsed_rows_of
@@ -279,23 +277,6 @@ def test_an_interrupted_table_goes_on_where_it_was_saved(
     assert read == [f"{file}:{line}" for line in read_again]
 
 
-def test_a_wait_for_another_process_that_makes_the_table_is_reported(tmp_path: Path, tokenizer: Any) -> None:
-    """Else the stage would be stopped as one that is stuck."""
-    file = _rows(tmp_path, _talks(9))
-    _table(file, tokenizer)
-    (lock,) = tmp_path.rglob(".tokens-*.lock")
-    reported: list[int] = []
-    with ExitStack() as other:
-        other.enter_context(held(lock, wait=False))
-
-        def progress(rows: int) -> None:
-            reported.append(rows)
-            other.close()
-
-        assert len(_table(file, tokenizer, progress=progress).rows) == 9
-    assert reported == [0]
-
-
 def _dies(*_: Any) -> Any:
     os._exit(1)
 
@@ -379,3 +360,9 @@ def test_every_split_and_subset_of_a_hub_data_set_has_a_table_of_its_own(
     ]
     assert [len(_table(snapshot, tokenizer, data=part, cache=cache).rows) for part in parts] == [4, 1, 8]
     assert len(_tables(tmp_path)) == 3
+
+
+def test_a_limit_takes_the_first_records_and_reads_no_further(tmp_path: Path, tokenizer: Any) -> None:
+    file = _rows(tmp_path, [*_talks(6), {"prompt": "Hi.", "completion": ""}])
+    table = _table(file, tokenizer, data=DataConfig(source="", limit=6), processes=2)
+    assert (len(table.rows), table.records, table.read) == (6, 6, 6)

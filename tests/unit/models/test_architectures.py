@@ -6,7 +6,6 @@ four tokens; some share beginnings of 18 tokens (conftest.ROWS).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     GPTNeoConfig,
-    GptOssConfig,
     GraniteConfig,
     JetMoeConfig,
     MistralConfig,
@@ -150,15 +148,6 @@ def test_a_window_that_is_not_the_configurations_is_refused() -> None:
     model.model.layers[0].self_attn.sliding_window = 3
     with pytest.raises(ValueError, match="asks attention for another window than its configuration's"):
         model(**padded(ROWS["ragged"]).arguments(), fused_lm_head=True)
-
-
-@pytest.mark.parametrize("windows", [{**WINDOW, **BOTH}, {"layer_types": ["full_attention"] * 2}])
-def test_sinks_take_the_padded_path_and_say_so(caplog: pytest.LogCaptureFixture, windows: dict[str, Any]) -> None:
-    sizes = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
-    model = AutoModelForCausalLM.from_config(GptOssConfig(**sizes, **windows)).eval()
-    with caplog.at_level(logging.WARNING):
-        assert not use_flat_attention(model)
-    assert "has attention that the padding-free path does not support" in caplog.text
 
 
 TOKENS = {name: SIZES[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}

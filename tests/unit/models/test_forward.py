@@ -60,16 +60,6 @@ def test_the_flat_path_equals_the_padded_forward(architecture: str, rows: str, s
     assert_learns_alike(model, reference, padded(ROWS[rows], side=side, extra=2))
 
 
-def test_an_attention_scale_of_its_own_is_kept() -> None:
-    """Granite and Gemma 2 scale otherwise than by 1/√width of a head."""
-    model = tiny_model()
-    for layer in model.model.layers:
-        layer.self_attn.scaling = 0.9
-    reference = twin(model)
-    install_causal(model)
-    assert_learns_alike(model, reference, padded(ROWS["ragged"]))
-
-
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @KINDS
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -370,3 +370,9 @@ def test_answers_never_depend_on_how_prompts_are_read_together(
     monkeypatch.setattr(padded_module, "PREFILL_TOKENS", tokens)
     monkeypatch.setattr(reading_module, "READ_TOKENS", tokens)
     assert generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=5) == expected
+
+
+def test_progress_counts_the_prompts_that_are_done(made: Callable[..., Any]) -> None:
+    counts: list[int] = []
+    generate(made(), PROMPTS, max_new_tokens=2, end_ids=[], batch_size=2, progress=counts.append)
+    assert counts == [2, 4, 5]

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, TaskType
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -292,14 +291,6 @@ def test_copies_are_what_is_loaded_otherwise(tmp_path: Path, dtype: torch.dtype)
     for (name, copied), expected in zip(mapped.named_parameters(), whole.parameters(), strict=True):
         assert copied.dtype is torch.float32, name
         assert torch.equal(copied, expected), name
-
-
-def test_weights_in_several_formats_are_loaded_as_always(tmp_path: Path) -> None:
-    lineage = _stored(tmp_path / "base", torch.bfloat16)
-    save_file({"another": torch.zeros(1)}, lineage.base / "another.safetensors")
-    mapped = load_policy(lineage, torch.float32, mapped=True)
-    assert not any(is_mapped(weight) for weight in mapped.parameters())
-    assert {weight.dtype for weight in mapped.parameters()} == {torch.float32}
 
 
 NORMS = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm"}

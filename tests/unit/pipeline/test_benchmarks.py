@@ -224,22 +224,6 @@ def test_a_result_depends_on_what_the_files_hold_and_not_on_where_they_are(
         before = after
 
 
-def test_data_elsewhere_and_the_harness_s_version_are_covered_too(
-    benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = write(tmp_path / "elsewhere.jsonl", ROWS)
-    write(tmp_path / "tasks/sums.yaml", TASK.replace("sums.jsonl", rows))
-    planned = stage(benchmark())
-    assert set(planned.identity["files"]) == {"lm_eval", "task_folders[0]", "data of sums"}
-    assert str(tmp_path) not in json.dumps(planned.identity)
-    write(tmp_path / "elsewhere.jsonl", ROWS * 2)
-    assert stage(benchmark()).fingerprint != planned.fingerprint
-    write(tmp_path / "elsewhere.jsonl", ROWS)
-    assert stage(benchmark()).fingerprint == planned.fingerprint
-    install(monkeypatch, "0.4.13.1")
-    assert stage(benchmark()).fingerprint != planned.fingerprint
-
-
 @pytest.mark.parametrize("changed", ["shared/common.yaml", "shared/clean.py", "tasks/.rows.jsonl"])
 def test_what_a_task_reads_beside_its_folder_and_hidden_data_in_it_are_covered_too(
     benchmark: Benchmark, tmp_path: Path, changed: str

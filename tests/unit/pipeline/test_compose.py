@@ -92,26 +92,6 @@ def test_an_adapter_means_the_same_however_it_is_chosen(kind: str) -> None:
         assert stages("quickstart", text.format("dpo", kind))["sft"].adapter.kind == "lora"
 
 
-@pytest.mark.parametrize(
-    ("adapter", "chain"),
-    [("{kind: qlora}", "stack"), ("{kind: qlora, chain: merge}", "merge"), ("{kind: lora}", "merge")],
-)
-def test_adapters_below_four_bits_stay_separate_unless_a_recipe_merges_them(adapter: str, chain: str) -> None:
-    assert stages("quickstart", f"stages.dpo.adapter={adapter}")["dpo"].adapter.chain == chain
-
-
-@pytest.mark.parametrize(
-    ("trackers", "chosen"),
-    [("jsonl", (False, False)), ("wandb", (True, False)), ("[jsonl,wandb,tensorboard]", (True, True)), ("[]", (0, 0))],
-)
-def test_trackers_are_chosen_by_name_one_or_several(tmp_path: Path, trackers: str, chosen: tuple[bool, bool]) -> None:
-    recipe = own(tmp_path, "", base=f"quickstart, {{override tracking: {trackers}}}")
-    more = ("tracking.project=mine", "tracking.tags=[a, b]")
-    for config in (composed("quickstart", f"tracking={trackers}", *more), composed(recipe, *more)):
-        assert (config.tracking.wandb, config.tracking.tensorboard) == chosen
-        assert (config.tracking.project, config.tracking.tags) == ("mine", ["a", "b"])
-
-
 def test_a_recipe_of_the_user_s_own_builds_on_shipped_ones_and_brings_choices(tmp_path: Path) -> None:
     write(tmp_path / "model/mine.yaml", "source: path:/models/mine\n")
     recipe = own(tmp_path, "name: mine\nseed: 7", name="my recipe", base="quickstart, {override model: mine}")
@@ -314,19 +294,6 @@ def test_a_group_that_refers_to_another_one_differs_in_what_is_overridden_alone(
 ) -> None:
     assert optims(tmp_path, *(f"stages.{override}" for override in overrides)) == [first, second]
     assert optims(tmp_path, "~stages.dpo_2.optim.epochs") == [FIRST, (3e-3, 6, 1, None)]
-
-
-@pytest.mark.parametrize(
-    ("source", "read", "columns"),
-    [("path:mine.jsonl", "path:mine.jsonl", {"prompt": "q"}), ("hub:a/b", "bundled:quickstart/preferences", {})],
-)
-def test_a_profile_changes_a_group_that_refers_to_another_one(
-    tmp_path: Path, source: str, read: str, columns: dict[str, str]
-) -> None:
-    recipe = own(tmp_path, TAKEN_OVER.replace("SOURCE", source), base=BOTH_DPO)
-    for stage in stages(recipe, "profile=smoke").values():
-        assert (stage.data.source, stage.data.columns, stage.data.limit) == (read, columns, 8)
-        assert (stage.optim.lr, stage.optim.batch_size, stage.optim.max_steps) == (3e-3, 2, 2)
 
 
 OF_ITS_OWN = """\

@@ -154,16 +154,6 @@ def test_examples_count_where_there_is_an_arm_for_them(evaluated: Evaluated, tmp
         evaluated(arms, source)
 
 
-def test_labelled_rows_that_the_judging_metric_cannot_read_are_refused(evaluated: Evaluated, tmp_path: Path) -> None:
-    file = write_rows(tmp_path / "pairs.jsonl", {"prompt": "2 + 2?", "chosen": "4.", "rejected": "5."})
-    by_facts = [f"{JUDGE}.kind=metric", "stages.evaluate.primary=facts"]
-    labelled, metric = f"{JUDGE}.labelled.data.source='path:{file}'", f"{METRICS}=[{{name: facts, source: %s}}]"
-    without = evaluated(*by_facts, metric % "refusal")
-    assert evaluated(*by_facts, labelled, metric % "refusal").fingerprint != without.fingerprint
-    with pytest.raises(DataError, match=r"pairs\.jsonl:1: 'facts' is missing"):
-        evaluated(*by_facts, labelled, metric % "key_facts")
-
-
 # ---- votes ----------------------------------------------------------------------------------------------------------
 
 PEOPLE = f"{JUDGE}.kind=people"

@@ -8,16 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
-from alignment.cli import main
-from alignment.commands.preview.verb import show_preview
 from alignment.core.artifacts import ROWS_FILE, Manifest, publish, verify
 from alignment.core.errors import ArtifactError, ConfigError, DataError
 from alignment.pipeline.backends.feasibility import refuse_sizes
 from alignment.pipeline.execute.notes import of_plan
 from alignment.pipeline.execute.record import RunRecorder
-from alignment.pipeline.execute.rehearsal import rehearse
 from alignment.pipeline.execute.worker_protocol import write_stage_file
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.stages.stage_file import read_spec
@@ -94,13 +90,6 @@ def test_a_change_runs_its_own_round_and_later_ones_again(plan: MakePlan, overri
     assert changed(plan(), plan(override)) == stages
 
 
-def test_a_mixed_in_source_may_be_a_stage_too(plan: MakePlan) -> None:
-    planned = plan("stages.more.data.mix=[{source: 'stage:sample', count: 1}]")
-    more = stage_of(planned, "more")
-    assert more.extra_data == {"data.mix[0]": stage_of(planned, "sample").artifact / ROWS_FILE}
-    assert more.unmade == ("again", "sample")
-
-
 ROWS_LIKE = "'stage:sample' makes rows like"
 
 
@@ -171,21 +160,6 @@ def test_rows_that_exist_and_are_faulty_stop_the_plan(plan: MakePlan) -> None:
     leave_rows(stage_of(plan(), "sample"), {**PAIR, "chosen": ""})
     with pytest.raises(DataError, match="'chosen'"):
         plan()
-
-
-def test_rows_that_do_not_exist_are_neither_rehearsed_nor_shown(
-    plan: MakePlan, tmp_path: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    announced: list[str] = []
-    sample, dpo, _, more, _ = plan().stages
-    rehearse(plan(), [sample, dpo, more], announce=announced.append)
-    assert announced == []
-    console = Console(width=200)
-    with console.capture() as captured:
-        code = show_preview(console, str(tmp_path / "rounds.yaml"), overrides[:2], stage="dpo", rows=1, html=None)
-    assert (code, captured.get()) == (0, "dpo: its rows do not exist until sample has run\n")
-    assert main(["doctor", "stage:sample"]) == 3
-    assert "path:artifacts/STAGE-FINGERPRINT/rows.jsonl" in capsys.readouterr().err
 
 
 def test_the_worker_refuses_rows_that_changed_since_they_were_made(plan: MakePlan) -> None:

@@ -11,7 +11,7 @@ import pytest
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
 from alignment.config.model import NEW_TOKENS
-from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, DataError, ModelError
+from alignment.core.errors import ArtifactError, ConfigError, DataError, ModelError
 from alignment.job import memory_key
 from alignment.pipeline.execute.notes import frozen_rows
 from alignment.pipeline.execute.worker_protocol import write_stage_file
@@ -327,24 +327,3 @@ def test_a_recipe_of_dpo_alone_plans_as_the_error_says(overrides: list[str], tmp
     remedy = str(caught.value).split("Set ")[1].split()[0]
     assert (caught.value.where, remedy) == ("stages.dpo.init", "stages.dpo.init=base")
     assert [stage.name for stage in make_plan(recipe, [*of_dpo, remedy]).stages] == ["dpo"]
-
-
-@pytest.mark.parametrize(
-    ("file", "override", "meant"),
-    [
-        ("score.py", "stages.evaluate.metrics=[{name: a, source: score.py:f}]", "{}/score.py:f"),
-        ("rows.jsonl", "stages.sft.data.source=path:rows.jsonl", "path:{}/rows.jsonl"),
-    ],
-)
-def test_a_file_next_to_the_recipe_is_not_found_from_another_folder(
-    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, override: str, meant: str
-) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    recipe = write(tmp_path / "recipes/mine.yaml", "defaults: [quickstart, _self_]\nsummary: mine\n")
-    for is_advised in (False, True):
-        with pytest.raises(AlignmentError) as caught:
-            make_plan(recipe, [*overrides, override])
-        assert f"no file {tmp_path}/here/{file}" in str(caught.value)
-        assert (f"write {meant.format(tmp_path / 'recipes')}" in str(caught.value)) is is_advised
-        write(tmp_path / "recipes" / file, "def f(a, b, c): ...")

@@ -76,23 +76,6 @@ def test_a_process_has_a_worker_s_environment_and_is_not_taken_for_one_of_the_ca
     assert call([sys.executable, "-c", "import os, sys; sys.exit(40 + int(os.environ['HF_HUB_OFFLINE']))"]) == 41
 
 
-def test_a_command_can_keep_a_lock_after_the_one_who_took_it_let_go(executed: Executed, tmp_path: Path) -> None:
-    lock, release = tmp_path / "lock", tmp_path / "release"
-    seen = []
-    with held(lock, wait=False) as descriptor:
-        inherited = os.dup(descriptor)
-
-    def let_go() -> None:
-        if not seen:
-            os.close(inherited)
-            seen.append(is_held(lock))
-            release.touch()
-
-    waits = f"import pathlib, time\nwhile not pathlib.Path({str(release)!r}).exists(): time.sleep(0.01)"
-    executed(python(waits), on_poll=let_go, keep_open=[inherited])
-    assert (seen, is_held(lock)) == ([True], False)
-
-
 # ---- how it is asked to stop ----------------------------------------------------------------------------------------
 
 # A launcher that dies at SIGTERM, and a worker in a session of its own that takes a moment to save.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ import pytest
 from rich.console import Console
 
 from alignment import rehearse as worker
-from alignment.core import hardware
 from alignment.core.errors import AlignmentError, DataError, ModelError, RewardError, StageError
 from alignment.data.tokens.rendering import LAST_STAND_IN
 from alignment.pipeline.backends import processes
@@ -24,7 +23,7 @@ from alignment.pipeline.execute.rehearsal import rehearse
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan
 from alignment.records.run import RunRecord
-from alignment.records.worker import DONE, FAILED, Status
+from alignment.records.worker import FAILED, Status
 from alignment.stages.forgetting.config import ForgettingConfig
 from alignment.stages.registry import kind_of
 from alignment.training.context import StageContext
@@ -179,15 +178,6 @@ def test_what_a_template_leaves_out_of_a_later_stage_is_announced(tried: Tried, 
     assert note.startswith(f"dpo: {file}: the chat template leaves out thoughts of earlier turns in 1 of 1 ")
 
 
-def test_a_tokenizer_without_a_template_is_named(tried: Tried, tmp_path: Path) -> None:
-    (tmp_path / "model/chat_template.jinja").unlink(missing_ok=True)
-    config = tmp_path / "model/tokenizer_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": None}))
-    with pytest.raises(DataError, match=r"stage reward, .*the tokenizer has no chat template"):
-        tried()
-    tried("model.chat_template=chatml")
-
-
 @pytest.mark.parametrize(
     ("setting", "is_refused"),
     [
@@ -228,29 +218,6 @@ def test_a_bug_in_a_trial_is_looked_for_in_the_packages_of_the_stages(
     assert "in their-dpo or their-evaluate or their-reward, which adds" in caught.value.remedy
 
 
-def test_a_rehearsal_of_a_killed_driver_does_not_answer_for_a_later_one(
-    plan: MakePlan, executed: Callable[[Execute], None]
-) -> None:
-    folders: list[Path] = []
-
-    def execute(command: Command, *, log: Path, **_: Any) -> int:
-        folders.append(Path(command.argv[3]))
-        log.write_text("")
-        if len(folders) == 1:
-            raise KeyboardInterrupt
-        Status(state=DONE, exit_code=0).write(folders[1])
-        with suppress(OSError):
-            Status(state=FAILED, exit_code=5, error="of the earlier one").write(folders[0])
-        return 0
-
-    executed(execute)
-    planned = plan()
-    with pytest.raises(KeyboardInterrupt):
-        rehearse(planned, planned.stages, announce=lambda _: None)
-    rehearse(planned, planned.stages, announce=lambda _: None)
-    assert not any(planned.run_folder.iterdir()), "nothing is left"
-
-
 def test_what_does_not_answer_in_time_is_ended(
     plan: MakePlan, executed: Callable[[Execute], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -264,27 +231,6 @@ def test_what_does_not_answer_in_time_is_ended(
     planned = plan("launch.hang_seconds=7")
     with pytest.raises(StageError, match=r"launch\.hang_seconds: .* did not finish within 7 seconds"):
         rehearse(planned, planned.stages, announce=lambda _: None)
-
-
-@pytest.mark.parametrize(
-    ("settings", "ranks"), [(("launch.kind=torchrun",), ("0", "0", "1")), ((), (None, None, None))]
-)
-def test_a_scorer_finds_the_variables_that_its_launcher_sets(
-    plan: MakePlan, executed: Callable[[Execute], None], monkeypatch: pytest.MonkeyPatch,
-    settings: tuple[str, ...], ranks: tuple[str | None, ...],
-) -> None:  # fmt: skip
-    environments: list[dict[str, str]] = []
-
-    def execute(command: Command, *, log: Path, **_: Any) -> int:
-        environments.append(command.environment)
-        return worker._write_status(log.parent, 0, "", "")
-
-    executed(execute)
-    monkeypatch.setattr(hardware, "count_devices", lambda: 0)
-    planned = plan(*settings)
-    rehearse(planned, planned.stages, announce=lambda _: None)
-    variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    assert {tuple(map(environment.get, variables)) for environment in environments} == {ranks}
 
 
 def test_a_run_tries_before_its_first_stage(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

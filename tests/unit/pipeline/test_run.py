@@ -9,9 +9,8 @@ import re
 import signal
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -486,38 +485,6 @@ def test_one_that_waits_says_so_once_and_takes_what_the_other_run_made(align: Al
     assert align.record()["stages"]["sft"]["seconds"] == 1.0, "what it took when it was made"
 
 
-def test_a_wait_for_another_process_is_no_time_and_no_attempt_of_the_stage(
-    align: Align, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    clock, waited, is_stopped = time.monotonic, [0.0], [True]
-
-    @contextmanager
-    def held_after_an_hour(path: Path, **options: Any) -> Iterator[int]:
-        if path.parent.name.startswith("sft-") and is_stopped.pop():
-            raise KeyboardInterrupt
-        with held(path, **options) as descriptor:
-            waited[0] += 3600.0 * path.parent.name.startswith("sft-")
-            yield descriptor
-
-    monkeypatch.setattr("alignment.pipeline.execute.run.held", held_after_an_hour)
-    monkeypatch.setattr(time, "monotonic", lambda: clock() + waited[0])
-    assert align()[0] == 130
-    entry = align.record()["stages"]["sft"]
-    assert (entry["state"], entry["seconds"], entry["attempts"]) == ("waiting", None, 1)
-    is_stopped.append(False)
-    align()
-    assert waited == [3600.0]
-    assert 0 < align.record()["stages"]["sft"]["seconds"] < 600.0
-
-
-def test_other_machines_see_that_the_first_one_lives(align: Align) -> None:
-    machine = ("launch=ddp", "launch.num_processes=1", "launch/backend=machines", "launch.backend.main_address=first")
-    align(*machine, "launch.backend.num_machines=2", only="sft")
-    assert (align.run_folder / machines.LIFE).is_file()
-    align("name=other", only="sft")
-    assert not (align.run_folder.with_name("other") / machines.LIFE).exists()
-
-
 # ---- one stage at a time --------------------------------------------------------------------------------------------
 
 
@@ -565,14 +532,6 @@ def test_a_stage_whose_inputs_are_not_there_names_them(align: Align) -> None:
 
 
 # ---- what a run shows -----------------------------------------------------------------------------------------------
-
-
-def test_a_run_without_a_reward_model_shows_none(overrides: list[str]) -> None:
-    screen = StringIO()
-    wanted = [text for text in overrides if ".reward." not in text and ".ppo." not in text]
-    assert run("sft_dpo", wanted, console=Console(file=screen, width=120), command_for=fake) == 0
-    titles = next(line for line in screen.getvalue().splitlines() if line.startswith("arm "))
-    assert ("log-ratio" in titles, "reward" in titles) == (True, False)
 
 
 def test_a_reward_model_by_chance_is_said_once_before_ppo_and_in_every_later_call(

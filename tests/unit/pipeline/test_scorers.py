@@ -13,11 +13,11 @@ import pytest
 import yaml
 from rich.console import Console
 
-from alignment.core.errors import ConfigError, DataError, ModelError
+from alignment.core.errors import ConfigError, ModelError
 from alignment.pipeline.backends.feasibility import why_not_here
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import PlannedStage
-from tests.unit.pipeline.conftest import MakePlan, changed, leave_all, screened, stage_of, write_rows
+from tests.unit.pipeline.conftest import MakePlan, changed, leave_all, screened, stage_of
 from tests.unit.pipeline.test_run import fake
 from tests.weights_files import weights_file
 
@@ -159,18 +159,6 @@ def test_the_worker_is_told_where_code_and_text_lie_wherever_it_runs(
 
 
 # ---- rules and text -------------------------------------------------------------------------------------------------
-
-
-def test_rows_are_held_against_what_the_rules_look_at_before_anything_starts(plan: MakePlan, tmp_path: Path) -> None:
-    override, file = second("source: exact_answer"), tmp_path / "preferences.jsonl"
-    with pytest.raises(DataError, match=rf"{file}:1: 'answer' is missing"):
-        plan(override)
-    row = json.loads(file.read_text().splitlines()[0])
-    write_rows(file, {**row, "answer": "#### 21"}, {**row, "answer": "soon"})
-    plan()
-    plan(override, "stages.ppo.data.limit=1")
-    with pytest.raises(DataError, match=rf"{file}:2: 'answer' contains no number"):
-        plan(override)
 
 
 # ---- reward models --------------------------------------------------------------------------------------------------

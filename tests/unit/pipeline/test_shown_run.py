@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
-from io import BytesIO, StringIO, TextIOWrapper
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -206,17 +206,6 @@ def test_a_low_terminal_shows_the_stages_around_the_running_one() -> None:
     ]
 
 
-def test_a_terminal_without_blocks_gets_ascii() -> None:
-    content = BytesIO()
-    file = TextIOWrapper(content, encoding="ascii")
-    view = RunView(name="mine", state="running", stages=STAGES)
-    Console(file=file, width=80, color_system=None).print(RunTable(view))
-    file.flush()
-    lines = content.getvalue().decode("ascii").splitlines()
-    assert lines[3].startswith("> dpo       training  ########------------  60/150")
-    assert lines[4] == "            accuracy 0.795  _____....-----~~~~=====++++****#####  1,234 tokens/s"
-
-
 @pytest.mark.parametrize(
     ("values", "width", "line"),
     [
@@ -296,16 +285,6 @@ def test_a_phase_that_comes_again_and_phases_that_take_turns_are_not_printed_aga
         turns.steps("training", step)
     further = [f"dpo: rollouts {step}/100" for step in range(10, 100, 10)]
     assert turns.lines[1:] == ["dpo: rollouts 0/100", "dpo: training 0/100", *further]
-
-
-@pytest.mark.parametrize(
-    ("state", "seconds", "line"),
-    [("stopped", 12.0, "dpo: stopped  12 s"), ("failed", 12.0, "dpo: failed  12 s"), ("waiting", None, "dpo: stopped")],
-)
-def test_a_stage_that_stops_or_fails_says_so(log: Log, state: str, seconds: float | None, line: str) -> None:
-    log.show(RUNNING)
-    log.show(replace(RUNNING, state=state, seconds=seconds))
-    assert log.lines[1:] == [line]
 
 
 # ---- on a terminal --------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from rich.console import Console
 
 from alignment import cli
 from alignment.commands.status import show_status
-from alignment.config.backend import SlurmBackend
 from alignment.core.errors import AlignmentError, Busy, ConfigError, DiskError, NonFiniteError, Preempted, StageError
 from alignment.pipeline.backends import command, feasibility, late_results, slurm, slurm_jobs
 from alignment.pipeline.backends.slurm_job_file import render
@@ -29,7 +28,6 @@ from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan, make_plan
 from tests.unit.pipeline.conftest import MakePlan, changed, faulty_keys, leave_all, leave_artifact, stage_of, write
-from tests.unit.pipeline.test_run import fake
 
 ON_SLURM = "launch/backend=slurm"
 ASKED = (
@@ -87,16 +85,6 @@ def test_a_job_file_says_all_that_was_asked_for_and_leaves_the_rest_to_the_clust
 @pytest.mark.parametrize(("stage", "gpus"), [("sft", "2"), ("evaluate", "2"), ("report", None)])
 def test_a_stage_asks_for_the_gpus_that_it_uses(plan: MakePlan, stage: str, gpus: str | None) -> None:
     assert directives(rendered(plan(*ASKED), stage)).get("gpus-per-node") == gpus
-
-
-def test_a_job_of_sharded_processes_asks_for_their_gpus_and_starts_them_itself(plan: MakePlan) -> None:
-    made = plan("launch=zero3", ON_SLURM, "launch.backend.gpus=4")
-    assert directives(rendered(made))["gpus-per-node"] == "4"
-    inside = plan_inside(plan, rendered(made)).config.launch
-    assert inside.sharding.value == "zero3"
-    assert slurm.submission(made.config.launch) == SlurmBackend(gpus=4)
-    assert slurm.submission(inside) is None
-    assert command.with_processes(inside, num_devices=4).num_processes == 4
 
 
 @pytest.mark.parametrize("more", [(), ("profile=smoke",)])
@@ -357,18 +345,6 @@ def test_a_run_whose_jobs_wait_is_not_started_twice(
     fakes.answers(["11 COMPLETED 0:0 None", "12 CANCELLED 0:15 None"])
     submit()
     assert len(fakes.submitted()) == 12
-
-
-def test_a_stage_whose_job_waits_is_started_by_that_job_alone(
-    submit: Submit, fakes: Fakes, overrides: list[str]
-) -> None:
-    submit()
-    fakes.answers(["11 RUNNING 0:0 None", "12 PENDING 0:0 Dependency"])
-    console = Console(file=StringIO())
-    with pytest.raises(Busy, match=r"sft \(job 11\), reward \(job 12\)"):
-        run("quickstart", overrides, console=console, only="sft", command_for=fake)
-    of_job = [*overrides, ON_SLURM, "launch.backend.submit=false"]
-    assert run("quickstart", of_job, console=console, only="sft", command_for=fake) == 0
 
 
 # ---- one job --------------------------------------------------------------------------------------------------------

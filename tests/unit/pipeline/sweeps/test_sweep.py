@@ -26,7 +26,7 @@ from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps.study import JOURNAL
 from tests.hub import answer, leave_data_set, use_cache
 from tests.unit.pipeline.conftest import ROWS
-from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs, arm, given, go, own, record, trials
+from tests.unit.pipeline.sweeps.conftest import BETAS, METRIC, Runs, arm, given, go, own, record, trials
 
 GRID: dict[str, Any] = {"search": "grid", "parameters": [{"key": "stages.dpo.beta", "values": [0.1, 0.3]}]}
 
@@ -59,22 +59,6 @@ def test_a_grid_tries_every_value_once_and_names_the_best(runs: Runs) -> None:
     assert rows[0]["figures"] == [{"mean": 0.9, "low": pytest.approx(0.85), "high": pytest.approx(0.95)}]
     assert go(runs, "dpo_beta", "seed=7", "launch.threads=3")[0] == 0
     assert len(runs.asked) == 4, "all are there, and a launch changes no figure"
-
-
-def test_a_study_that_is_gone_back_to_says_again_what_it_said(runs: Runs) -> None:
-    runs.figure = lambda settings: 0.5 if "seed" in settings else 0.9 - abs(float(settings["stages.dpo.beta"]) - 0.3)
-    go(runs)
-    first = record(runs)
-    go(runs, "dpo_beta", "seed=7")
-    assert " tie: " in verdict(runs)
-    assert go(runs)[0] == 0
-    assert (len(runs.asked), record(runs)) == (8, first), "nothing was tried again"
-    assert first["verdict"].startswith("every other trial is worse")
-    assert len({settings["name"] for settings in runs.asked}) == 8, "a page shows the trial that it is called after"
-    assert all(trial["report"].startswith(f"../../runs/{trial['run']}/") for trial in first["trials"])
-    shutil.rmtree(runs.output / "runs")
-    assert go(runs)[0] == 0
-    assert verdict(runs) == first["verdict"], "read from the artifacts"
 
 
 # ---- which is best --------------------------------------------------------------------------------------------------

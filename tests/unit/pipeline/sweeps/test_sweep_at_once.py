@@ -24,13 +24,13 @@ from alignment.core.locks import held
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps import trials as shared
 from alignment.pipeline.sweeps.pruning import Curve
-from alignment.pipeline.sweeps.study import LatestMedian, smoothed
+from alignment.pipeline.sweeps.study import LatestMedian
 from alignment.pipeline.sweeps.trials import Running, Share, shares
 from alignment.records.run import RunRecord, StageEntry
 from alignment.records.sweep_record import TrialOutcome
 from tests.living import descendants_of, words_of
 from tests.patience import wait_until
-from tests.unit.pipeline.sweeps.fake_runs import BETAS, Runs, go, own, trials
+from tests.unit.pipeline.sweeps.conftest import BETAS, Runs, go, own, trials
 
 STEPS = 4
 
@@ -246,15 +246,6 @@ def pruned(
     for step, value in enumerate(curve, start=1):
         trial.report(value, step)
     return trial.should_prune()
-
-
-def test_a_curve_stands_at_the_mean_of_its_last_five_values() -> None:
-    values = {step: float(step) for step in range(1, 21)}
-    assert smoothed(values, 12) == pytest.approx((8 + 9 + 10 + 11 + 12) / 5)
-    assert smoothed(values, 2) == pytest.approx(1.5)
-    assert smoothed({10: 4.0, 20: 2.0}, 15) == 4.0, "logged more seldom"
-    assert smoothed(values, 21) is None, "it ended before"
-    assert smoothed({10: 4.0}, 5) is None
 
 
 GOOD = [0.7, 0.6, 0.5, 0.4, 0.4, 0.4]
