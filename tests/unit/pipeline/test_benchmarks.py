@@ -265,3 +265,19 @@ def test_tasks_are_tried_before_training_whatever_base_an_arm_began_as(
     with pytest.raises(AlignmentError, match="pip install no_such_package"):
         rehearse(planned, planned.stages, announce=[].append)
     assert [stages_in(command) for command in started] == [["--rows", "--scorers", "--model", "benchmark"]]
+
+
+def test_data_elsewhere_and_the_harness_s_version_are_covered_too(
+    benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write(tmp_path / "elsewhere.jsonl", ROWS)
+    write(tmp_path / "tasks/sums.yaml", TASK.replace("sums.jsonl", rows))
+    planned = stage(benchmark())
+    assert set(planned.identity["files"]) == {"lm_eval", "task_folders[0]", "data of sums"}
+    assert str(tmp_path) not in json.dumps(planned.identity)
+    write(tmp_path / "elsewhere.jsonl", ROWS * 2)
+    assert stage(benchmark()).fingerprint != planned.fingerprint
+    write(tmp_path / "elsewhere.jsonl", ROWS)
+    assert stage(benchmark()).fingerprint == planned.fingerprint
+    install(monkeypatch, "0.4.13.1")
+    assert stage(benchmark()).fingerprint != planned.fingerprint

@@ -18,7 +18,7 @@ import pytest
 from rich.console import Console
 
 from alignment.config.adapter import AdapterConfig, AdapterKind
-from alignment.config.backend import MachinesBackend
+from alignment.config.backend import MachinesBackend, SlurmBackend
 from alignment.config.launch import LaunchConfig, LauncherKind, Offload, Sharding
 from alignment.config.optim import Moments, OptimConfig
 from alignment.config.replay import PtxConfig
@@ -479,3 +479,9 @@ def test_with_a_store_other_machines_wait_until_the_first_has_uploaded(
     follower.start()
     follower.join(30)
     assert codes == [0, 0], "the first machine is gone"
+
+
+def test_a_job_finds_the_gpus_that_it_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feasibility.hardware, "count_devices", lambda: 1)
+    backends = (SlurmBackend(gpus=8), SlurmBackend(gpus=8, submit=False), TWO_MACHINES)
+    assert [feasibility.devices_for(LaunchConfig(backend=backend)) for backend in backends] == [8, 1, 1]

@@ -216,6 +216,7 @@ def test_the_teacher_s_content_counts_and_its_name_does_not(drafts: MakePlan) ->
         (["draft.adapter.kind=prefix"], "draft.timed_prompts", "use 0"),
         (["draft.adapter.kind=lora", "draft.adapter.chain=continue"], "draft.adapter.chain", "merged"),
         (["draft.eval_fraction=0.01"], "draft.eval_fraction", "12 prompts are too few to hold out a share of 0.01"),
+        (["draft.layers=12"], "draft.layers", "stage:sft has 12 layers"),
         (["small.layers=8"], "small.layers", "stage:draft has 8 layers"),
     ],
 )

@@ -364,3 +364,18 @@ def test_the_end_of_a_child_is_seen_though_the_server_hangs(
         server._process.send_signal(signal.SIGSTOP)
         (tmp_path / "done").touch()
         assert child.wait() == 1
+
+
+IMPORTS = """
+import importlib.util, scipy
+sys.exit(40 + (importlib.util.find_spec("deepspeed") is None))
+"""
+
+
+def test_libraries_that_others_do_not_need_are_there_for_a_users_code(
+    executed: Executed, library: Path, log: Path
+) -> None:
+    library.write_text("import importlib.util\nPID = importlib.util.find_spec('scipy')\n")
+    with serving() as server:
+        assert executed(probe(IMPORTS), server=server) == 41
+    assert json.loads(log.read_text())["imported_by"] is None, "the server's libraries were not to find it"

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from alignment import rehearse as worker
+from alignment.core import hardware
 from alignment.core.errors import AlignmentError, DataError, ModelError, RewardError, StageError
 from alignment.data.tokens.rendering import LAST_STAND_IN
 from alignment.pipeline.backends import processes
@@ -418,3 +419,32 @@ def test_a_base_that_scales_its_logits_is_refused_before_forgetting_is_measured(
         spec = tiny_spec(tmp_path / name, config, base_path=tmp_path / "model", inputs={})
         with pytest.raises(ModelError, match="LlamaForCausalLM scales its") if multiplier else nullcontext():
             check(config, StageContext(spec=spec, rank=0, world_size=1))
+
+
+def test_held_out_prompts_are_tried_with_their_tools(tried: Tried, short_base: Path) -> None:
+    """They count as tokens, and a template that leaves them out would end the evaluation."""
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    write_rows(short_base, asks("2 + 2?", tools=[tool]))
+    with pytest.raises(DataError, match="the chat template leaves out"):
+        tried(NO_METRICS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "ranks"), [(("launch.kind=torchrun",), ("0", "0", "1")), ((), (None, None, None))]
+)
+def test_a_scorer_finds_the_variables_that_its_launcher_sets(
+    plan: MakePlan, executed: Callable[[Execute], None], monkeypatch: pytest.MonkeyPatch,
+    settings: tuple[str, ...], ranks: tuple[str | None, ...],
+) -> None:  # fmt: skip
+    environments: list[dict[str, str]] = []
+
+    def execute(command: Command, *, log: Path, **_: Any) -> int:
+        environments.append(command.environment)
+        return worker._write_status(log.parent, 0, "", "")
+
+    executed(execute)
+    monkeypatch.setattr(hardware, "count_devices", lambda: 0)
+    planned = plan(*settings)
+    rehearse(planned, planned.stages, announce=lambda _: None)
+    variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    assert {tuple(map(environment.get, variables)) for environment in environments} == {ranks}
