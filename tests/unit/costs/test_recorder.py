@@ -258,20 +258,6 @@ def test_the_heap_grows_where_nothing_free_is_large_enough_and_free_neighbours_b
     assert heap.top >= before + 7 * KIB
 
 
-@pytest.mark.usefixtures("mode")
-def test_real_masks_and_indices_choose_as_many_as_they_would() -> None:
-    x, rows = torch.empty(64, 64), torch.arange(64)
-    assert x[rows % 4 == 0].shape == (16, 64)
-    assert x[rows[:5]].shape == (5, 64)
-    mask = torch.zeros(64, 64, dtype=torch.bool)
-    mask[:2] = True
-    assert x.masked_select(mask).shape == (128,)
-    chosen = x.argmax(-1)
-    assert not isinstance(chosen, Shadow)
-    assert chosen.shape == (64,)
-    assert x.sort(-1).indices.dtype is torch.int64
-
-
 KIB = 1024
 SLACK = 2 * ALIGNMENT + 64
 """Bytes of a block beyond what was asked for, at most."""
@@ -362,3 +348,17 @@ def test_code_that_ran_a_moment_ago_is_not_cold_but_its_tensors_are() -> None:
     assert len(set(seen[::2])) == len(set(seen[1::2])) == 1
     assert seen[0] != seen[1]
     assert sum(isinstance(event, int) and event > CACHES_OF_A_CORE for event in written.events) == RUNS
+
+
+@pytest.mark.usefixtures("mode")
+def test_real_masks_and_indices_choose_as_many_as_they_would() -> None:
+    x, rows = torch.empty(64, 64), torch.arange(64)
+    assert x[rows % 4 == 0].shape == (16, 64)
+    assert x[rows[:5]].shape == (5, 64)
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[:2] = True
+    assert x.masked_select(mask).shape == (128,)
+    chosen = x.argmax(-1)
+    assert not isinstance(chosen, Shadow)
+    assert chosen.shape == (64,)
+    assert x.sort(-1).indices.dtype is torch.int64

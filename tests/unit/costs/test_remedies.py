@@ -281,3 +281,9 @@ def test_for_memory_alone_nothing_is_timed(tmp_path: Path) -> None:
     assert cost.phases["saving"].seconds == 0
     with pytest.raises(AssertionError, match="an operation was timed"):
         cost_of(spec, Untimed("this"), publishes=False)
+
+
+def test_what_cannot_be_estimated_is_not_proposed() -> None:
+    stage = Stage(fails=("bare", "lora"))
+    assert stage.remedied(82).remedy == list(QLORA.overrides)
+    assert stage.estimated == [("bare", {}), ("lora", {}), ("qlora", {})]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import random
 from io import StringIO
 from pathlib import Path
@@ -19,13 +18,11 @@ from rich.console import Console
 from alignment.commands.doctor import show_diagnosis
 from alignment.commands.shared.diagnoses import records
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
-from alignment.core.errors import DataError
 from alignment.data import near_duplicates, repeated_records
 from alignment.data.doctor import Diagnosis, examine
 from alignment.data.near_duplicates import NearDuplicates
-from alignment.data.objections import Objections
 from alignment.data.overlap import HeldOut, LocatedText, asked, asked_in, asked_too
-from alignment.data.records import Conversation, HeldOutPrompt, LabelledAnswer, PreferencePair, Prompt, Question, Record
+from alignment.data.records import Conversation, HeldOutPrompt, LabelledAnswer, PreferencePair, Prompt, Record
 from alignment.data.repeated_records import KeySet
 from alignment.data.row_count import count_rows, fewer_of, times_as_many
 from alignment.data.turns import Message
@@ -220,16 +217,6 @@ def test_rows_are_counted_exactly_by_what_stages_make_of_them(tmp_path: Path) ->
     assert [Path(error.where).name for error in rows_of_reason.first(["sft"])] == lines
 
 
-def test_a_row_that_several_stages_object_to_counts_once_and_the_first_that_is_asked_says_why() -> None:
-    objections = Objections(2)
-    for row, stages in ((3, ["dpo"]), (5, ["dpo", "sft"]), (6, ["sft"]), (7, ["dpo"]), (9, ["dpo"])):
-        objections.add(row, {stage: DataError(f"{row} {stage}") for stage in stages})
-    assert [objections.count(stages) for stages in (["dpo"], ["sft"], ["dpo", "sft"], ["ppo"])] == [4, 2, 5, 0]
-    first = [[str(error) for error in objections.first(stages)] for stages in (["sft", "dpo"], ["dpo"], ["sft"])]
-    assert first == [["3 dpo", "5 sft"], ["3 dpo", "5 dpo"], ["5 sft", "6 sft"]]
-    assert objections.stages() == {"dpo", "sft"}
-
-
 def test_rows_are_counted_before_they_are_read_where_that_is_quick(tmp_path: Path) -> None:
     lines = tmp_path / "lines"
     lines.mkdir()
@@ -397,29 +384,6 @@ def test_exact_duplicates_and_contradictions_are_named_by_line(
     answer = {"prompt": "2 + 2?", "completion": "4.", "label": True}
     file = _write(tmp_path / "labels.jsonl", [answer, {**answer, "label": False}])
     assert "labels.jsonl:2 has the opposite label of labels.jsonl:1" in _diagnosed(file)[1]
-
-
-ANSWERS = [{"role": "assistant", "content": "4.", "weight": 0}, *ASKED, {"role": "assistant", "content": "4"}]
-DIFFERENT: dict[type[Record], tuple[dict[str, Any], dict[str, Any]]] = {
-    HeldOutPrompt: (
-        {"messages": ASKED, "tools": [{"name": "add"}]},
-        {"messages": ASKED, "tools": [{"name": "add", "default": math.nan}]},
-    ),
-    Question: (
-        {"question": "2 + 2?", "choices": ["4", "5"], "answer": "4"},
-        {"question": "2 + 2?", "choices": ["4", "5", "6"], "answer": "4"},
-    ),
-    Conversation: ({"messages": [*ASKED, *ANSWERS]}, {"messages": [*ASKED, ANSWERS[0] | {"weight": 1}, *ANSWERS[1:]]}),
-}
-
-
-@pytest.mark.parametrize("record", DIFFERENT)
-def test_rows_that_differ_in_tools_choices_or_weights_are_no_repeats(tmp_path: Path, record: type[Record]) -> None:
-    first, second = DIFFERENT[record]
-    diagnosis = _examined(tmp_path, [first, second, first])
-    assert _lines_of(diagnosis.repeats.exact) == [(3, 1)]
-    (use,) = (use for use in diagnosis.uses.values() if use.record is record)
-    assert (use.records, use.repeated) == (3, 1)
 
 
 def test_the_doctor_names_near_repeats_and_leaves_exact_ones_to_their_own_count(tmp_path: Path) -> None:

@@ -211,19 +211,6 @@ def test_what_comes_before_two_conversations_is_part_of_their_prompt(
 SCORED = [{"text": text, "score": score} for text, score in (("b", 5), ("a", 9), ("c", 5), ("d", 1))]
 
 
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: b"}, "'chosen' .* empty"),
-        ({"chosen": "\n\nHuman: a\n\nAssistant: c", "rejected": "\n\nHuman: b\n\nAssistant: d"}, "'rejected' differs"),
-        ({"prompt": "?", "completions": [SCORED[0], SCORED[2]]}, "same rank"),
-    ],
-)
-def test_rows_without_a_preference_are_set_aside(row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(SetAside, match=reason):
-        _records(PreferencePair, row)
-
-
 def test_a_ranked_list_gives_every_pair_of_different_rank_and_its_best_answer() -> None:
     row = {"prompt": "?", "completions": SCORED}
     pairs = {(pair.chosen, pair.rejected) for pair in _records(PreferencePair, row)}

@@ -16,11 +16,11 @@ from alignment.config.model import TemplateChoice
 from alignment.core.errors import DataError
 from alignment.data.chat_template import CHATML, set_template, template_text
 from alignment.data.records import Conversation
-from alignment.data.templates import fields_of, options_of, own_template, trl_templates, with_options
+from alignment.data.templates import options_of, own_template, trl_templates, with_options
 from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.rendering import prompt_text, render
 from alignment.data.tokens.row_kinds import CONVERSATIONS, Tokenized, tokenized
-from alignment.data.tokens.tokenize import IGNORED, answer_ids, prompt_ids, tokenize_conversation, turn_end_id
+from alignment.data.tokens.tokenize import IGNORED, prompt_ids, tokenize_conversation, turn_end_id
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.data.turns import Message
 from tests.real_templates import ARGUMENTS, CASES, DEEPSEEK, GPT_OSS, NAME, PHI_4, QWEN, Case, dressed, text_of
@@ -175,11 +175,8 @@ def test_an_option_does_what_it_does_when_a_caller_passes_it(name: str) -> None:
     ("name", "options"),
     [
         ("qwen3", {"enable_thinking"}),
-        ("qwen3_6", {"enable_thinking", "preserve_thinking", "add_vision_id"}),
         ("gptoss", {"builtin_tools", "model_identity", "reasoning_effort"}),
         ("qwen3_training", {"enable_thinking"}),
-        ("phi3", set()),
-        ("deepseekv3", set()),
         ("{% set mood = 1 %}{{ mood }}{% for turn in messages %}{{ turn }}{% endfor %}", set()),
         ("{% set mood = mood if mood is defined else 1 %}{{ mood }}", {"mood"}),
         ("{% generation %}{{ mood }}{% endgeneration %}{{ strftime_now('%Y') }}", {"mood"}),
@@ -189,23 +186,6 @@ def test_the_options_of_a_template_are_the_names_that_it_reads_before_it_sets_th
     name: str, options: set[str]
 ) -> None:
     assert options_of(text_of(name) or name) == options
-
-
-@pytest.mark.parametrize(
-    ("template", "field", "is_field"),
-    [
-        ("{% for m in messages %}{{ m.reasoning_content }}{% endfor %}", "reasoning_content", True),
-        ("{% if thinking %}{{ m.a }}{% endif %}", "thinking", False),
-        ("{{ 'thinking' in m }}", "thinking", True),
-        ("{{ m['thinking'] }}", "thinking", True),
-        ("{% if '</think>' in content %}{% endif %}", "</think>", True),
-        ("{{ '</think>' + content }}", "</think>", False),
-    ],
-)
-def test_the_fields_of_a_template_are_those_of_messages_and_no_variables(
-    template: str, field: str, is_field: bool
-) -> None:
-    assert (field in fields_of(template)) == is_field
 
 
 @pytest.mark.parametrize(
@@ -389,19 +369,6 @@ def test_an_answer_behind_calls_is_learned_behind_the_thoughts_that_led_to_them(
     assert tokenizer.decode(learned).startswith("<|channel|>analysis<|message|>The tool says so.<|end|>")
 
 
-@every_case
-def test_an_answer_of_its_own_has_the_tokens_of_the_conversation(case: Case) -> None:
-    """So pairs and prompts are rendered as conversations are."""
-    tokenizer = _tokenizer(case)
-    thought = "Hm." if case.with_thought else ""
-    turn = _answer("Yes.", thought)
-    content = f"<think>\n{thought}\n</think>\n\nYes." if thought else "Yes."
-    (row,) = _tokenized(tokenizer, [PLAIN[0], turn]).rows
-    ids = prompt_ids(tokenizer, PLAIN[:1]) + answer_ids(tokenizer, PLAIN[:1], content)
-    assert row["input_ids"] == ids
-    assert ids[-1] == turn_end_id(tokenizer)
-
-
 # ---- what is lost ---------------------------------------------------------------------------------------------------
 
 
@@ -450,7 +417,6 @@ def _learned_alone(tokenizer: Any, messages: list[Message]) -> str:
         ("nemotron_3_nano", QWEN, {}, PLAIN, "set model.template_options.enable_thinking=false"),
         # TRL's would have the same option
         ("qwen3", QWEN, {"enable_thinking": False}, THOUGHTFUL, "set model.template_options.enable_thinking=true"),
-        ("qwen3_5_nothink", QWEN, {}, THOUGHTFUL, "set model.template_options.enable_thinking=true"),
         ("deepseek_r1_distill", DEEPSEEK, {}, THOUGHTFUL, "set model.chat_template=trl:deepseek_r1_distill_training"),
         # TRL's own for it drops thoughts too
         ("deepseekv3", DEEPSEEK, {}, THOUGHTFUL, "set model.chat_template=chatml"),
@@ -498,3 +464,13 @@ def test_an_answer_that_is_only_context_may_contradict_its_prompt() -> None:
     ((read, learned),) = _runs(_tokenized(tokenizer, turns).rows[0])
     assert tokenizer.decode(learned) == "Two and two.\n</think>\nFour.<|im_end|>"
     assert "Hello." in tokenizer.decode(read)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, False, 3, -1.5e-07, "high", '"a\\n" %}{{ b }}', "two\nlines\r\n", "é ☕ 🙂", ["browser", "python"], []],
+)
+def test_a_template_gets_the_value_of_an_option(value: Any) -> None:
+    tokenizer = _with(ECHO)
+    set_template(tokenizer, TemplateChoice(options={"mood": value}))
+    assert prompt_text(tokenizer, HI) == f"Hi.|{value}"

@@ -165,16 +165,13 @@ def _other_pipeline() -> Any:
     "changes",
     [
         {"limits": Limits(row=499)},
-        {"limits": Limits(row=500, answer=499)},
         {"data": DataConfig(source="", limit=8)},
-        {"data": DataConfig(source="", placeholders={"shop": "store"})},
-        {"data": DataConfig(source="", format="prompt")},
         {"data": DataConfig(source="", columns={"prompt": "completion"})},
         {"kind": PROMPTS},
         {"tokenizer": _other_template()},
         {"tokenizer": _other_pipeline()},
     ],
-    ids=["row", "answer", "limit", "placeholders", "format", "columns", "kind", "template", "normaliser"],
+    ids=["row", "limit", "columns", "kind", "template", "normaliser"],
 )
 def test_what_changes_rows_changes_the_table(tmp_path: Path, tokenizer: Any, changes: dict[str, Any]) -> None:
     file = _rows(tmp_path, _talks(9))

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.attention import varlen
-from transformers import DynamicCache, Gemma4Config, LlamaConfig
+from transformers import DynamicCache, LlamaConfig
 
 from alignment.core.errors import ModelError
 from alignment.models.forward import attention
@@ -25,7 +25,7 @@ from alignment.models.kernels import row_attention
 from alignment.models.kernels.kv_cache import ATTENTION, RowsCache, decoding_attention
 from alignment.models.kernels.row_attention import Row, Scores, attend
 from tests.tiny import tiny_config, tiny_model
-from tests.unit.models.conftest import ROWS, SIZES, random_model, relative
+from tests.unit.models.conftest import ROWS, relative
 
 SHAPES = {
     "rows alone": (Row((0, 3), ((0, 3),)), Row((3, 4), ((3, 4),)), Row((4, 10), ((4, 10),))),
@@ -102,14 +102,6 @@ def test_short_rows_share_a_product_and_long_ones_stand_alone() -> None:
     assert sorted(group.hidden.shape[1] for group in plan.stored) == [48, 112], "padded to a multiple of 16"
     assert sorted(group.matrices for group in plan.stored) == [9, 9]
     assert [row.queries for row, _ in plan.long] == [300]
-
-
-def test_no_product_has_more_scores_than_it_may() -> None:
-    rows = tuple(Row((200 * n, 200 * n + 200), ((200 * n, 200 * n + 200),)) for n in range(20))
-    plan = row_attention._plan(rows, 1, torch.bfloat16, torch.device("cpu"))
-    assert {group.hidden.shape for group in plan.stored} == {(1, 128, 128), (1, 80, 208)}, "spans of 128 and 72 queries"
-    assert sum(group.matrices for group in plan.stored) == 2 * 20
-    assert all(group.matrices * group.hidden[0].numel() <= row_attention.SCORES for group in plan.stored)
 
 
 def test_what_is_no_number_stays_in_its_row() -> None:
@@ -232,22 +224,6 @@ def test_the_kernel_gets_what_was_read_earlier(virtual: int, monkeypatch: pytest
     attended, _ = flat_attention(layer, query, key, value, None, **options, prefix=prefix)
     assert kernel.called
     assert relative(attended, expected) < 1e-5
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_the_kernel_gets_a_prefix_in_front_of_every_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen, "varlen_attn", _slow_varlen)
-    rows = _rows(name, "cpu")
-    query, key, value = _states(rows, "cpu", torch.float32)
-    prefix = torch.randn(2, KEY_HEADS, 3, key.shape[-1])
-    layer = torch.nn.Identity()
-    layer.layer_idx = 0
-    expected, _ = flat_attention(layer, query, key, value, None, segments=rows.segments, prefix=prefix)
-    keys, values = torch.cat([prefix[0], key[0]], dim=1), torch.cat([prefix[1], value[0]], dim=1)
-    attended = attention._varlen(query[0], keys, values, rows.segments, WIDTH**-0.5, attention._Ahead(prefix=3))
-    assert relative(attended, expected[0]) < 1e-5
-    without, _ = flat_attention(layer, query, key, value, None, segments=rows.segments)
-    assert relative(without, expected) > 1e-2
 
 
 @pytest.mark.parametrize("asked", [{"s_aux": torch.zeros(4)}, {"dropout": 0.1}])
@@ -429,21 +405,6 @@ def test_a_model_is_left_as_it_was_even_after_an_error(implementation: str) -> N
         raise KeyboardInterrupt
     assert model.config._attn_implementation == implementation
     assert {name: vars(module).get("forward") for name, module in model.named_modules()} == before
-
-
-def test_parts_with_attention_of_their_own_get_it_back() -> None:
-    """Gemma 4's encoder of sounds knows the plainest attention only, and refuses that of the text model."""
-    text = {**SIZES, "head_dim": 16, "global_head_dim": 16}
-    per_layer = {"vocab_size_per_layer_input": 128, "hidden_size_per_layer_input": 8}
-    sound = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "output_proj_dims": 16}
-    channels = {"subsampling_conv_channels": [8, 4]}
-    model = random_model(Gemma4Config(text_config={**text, **per_layer}, audio_config={**sound, **channels}))
-    configs = [model.config, model.config.text_config, model.config.audio_config]
-    for _ in range(2):
-        assert [config._attn_implementation for config in configs] == ["sdpa", "sdpa", "eager"]
-        with decoding(model):
-            assert model.config.text_config._attn_implementation == ATTENTION
-    assert [config._attn_implementation for config in configs] == ["sdpa", "sdpa", "eager"]
 
 
 @pytest.mark.parametrize("tokens", [1, 3])

@@ -47,11 +47,14 @@ from tests.unit.models.conftest import (
 from tests.unit.models.test_architectures import CONFIGS, model_of
 
 
-@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(
-    ("architecture", "side"), [*((name, "left") for name in (*ARCHITECTURES, "gpt_neox", "gpt2")), ("gpt2", "right")]
+    ("architecture", "side", "rows"),
+    [
+        *(("gpt2", "left", rows) for rows in ROWS),
+        *((name, "right", rows) for name in ARCHITECTURES for rows in ("ragged", "pairs of one prompt")),
+    ],
 )
-def test_the_flat_path_equals_the_padded_forward(architecture: str, rows: str, side: str) -> None:
+def test_the_flat_path_equals_the_padded_forward(architecture: str, side: str, rows: str) -> None:
     """GPT-2 learns its positions: rotary ones would not show that they restart with every row."""
     model = tiny_model(architecture)
     reference = twin(model)

@@ -128,8 +128,8 @@ def test_a_layer_that_checkpoints_stores_nothing_of_its_inside(
     _assert_same_bits(gradients(model), _learn(_model(adapter, fused=True), autocast=False))
 
 
-@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma"])
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, True), (torch.bfloat16, True)])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
 @pytest.mark.parametrize("adapter", [None, LORA, DORA, QLORA], ids=["whole", "lora", "dora", "qlora"])
 def test_gradients_are_the_same_bits_as_with_all_stored(
     adapter: AdapterConfig | None, name: str, dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
@@ -173,16 +173,6 @@ def test_a_whole_layer_with_a_hook_or_a_forward_of_its_own_is_called(how: str) -
             module.forward = functools.partial(noted, module)
     _learn(model)
     assert calls == modules
-
-
-@pytest.mark.parametrize("adapter", [None, LORA], ids=["whole", "lora"])
-def test_second_derivatives_are_refused(adapter: AdapterConfig | None) -> None:
-    model = _model(adapter, fused=True)
-    loss = model(input_ids=IDS).logits.square().mean()
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    slopes = torch.autograd.grad(loss, weights, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        sum(slope.square().sum() for slope in slopes).backward()
 
 
 def _grads(module: torch.nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:

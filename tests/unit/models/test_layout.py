@@ -80,15 +80,17 @@ def _fused(architecture: str, adapter: AdapterConfig | None) -> Any:
     return model
 
 
-@pytest.mark.parametrize("way", ["on a host", "on a device", "on a device without a copy"])
+@pytest.mark.parametrize("way", ["on a host", "on a device"])
 @pytest.mark.parametrize(
     "adapter",
     [
         None,
         *(
             AdapterConfig(kind=kind, rank=4, target_modules=targets)
-            for kind in (AdapterKind.lora, AdapterKind.dora)
-            for targets in (["all-linear"], ["q_proj", "v_proj", "up_proj"])
+            for kind, targets in (
+                (AdapterKind.dora, ["all-linear"]),
+                (AdapterKind.lora, ["q_proj", "v_proj", "up_proj"]),
+            )
         ),
     ],
     ids=lambda adapter: "bare" if adapter is None else f"{adapter.kind.value} {adapter.target_modules[0]}",
@@ -101,8 +103,6 @@ def test_layers_of_one_input_are_one_product_and_give_the_same(
     on_device = way != "on a host"
     if on_device:  # where oneDNN is not
         monkeypatch.setattr(layout, "is_on_cpu", lambda _: False)
-    if way == "on a device without a copy":
-        monkeypatch.setattr(layout, "COPIED_BYTES", 0)
     has_own_layout = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     model = _fused(architecture, adapter)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):

@@ -140,22 +140,6 @@ def test_gradients_are_those_of_the_sum_of_both_losses(
     assert_same_gradients(model, twin, tolerance=1e-6)
 
 
-def test_the_later_pass_computes_in_the_format_of_the_first(tmp_path: Path, base: Lineage) -> None:
-    model = _actor_critic(tmp_path, base, FULL, Critic.separate)
-    noted_values: list[Tensor] = []
-
-    def noted(values: Tensor) -> Tensor:
-        noted_values.append(values.detach())
-        return _squares(values)
-
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = model.look(PART, 1.0)[1]
-        statistics, loss = model(PART, 1.0, noted)
-    (statistics.logprobs.sum() + loss).backward()
-    assert not torch.equal(expected, model.look(PART, 1.0)[1])
-    assert torch.equal(noted_values[0], expected)
-
-
 def test_a_critic_on_the_trunk_teaches_it_only_with_the_policy(tmp_path: Path, base: Lineage) -> None:
     model = _actor_critic(tmp_path, base, LORA, Critic.shared)
     model(PART, 1.0, _squares, policy_learns=False)[1].backward()

@@ -144,9 +144,7 @@ def _readable(architecture: str = "llama") -> torch.nn.Module:
     return model
 
 
-@pytest.mark.parametrize(
-    ("tokens", "multiple", "threads"), [(1, 1, 1), (23, 1, 1), (1000, 1, 1), (23, 16, 1), (1000, 64, 1), (46, 1, 2)]
-)
+@pytest.mark.parametrize(("tokens", "multiple", "threads"), [(1, 1, 1), (1000, 1, 1), (23, 16, 1), (46, 1, 2)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_texts_are_worth_what_the_whole_row_says(
     architecture: str, tokens: int, multiple: int, threads: int, monkeypatch: pytest.MonkeyPatch

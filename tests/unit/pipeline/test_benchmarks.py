@@ -114,33 +114,6 @@ def test_what_a_stage_cannot_do_with_a_task_is_named_with_its_file(
     assert words in message
 
 
-def test_folders_that_hold_no_task_two_of_a_name_or_the_run_s_output_are_refused(
-    benchmark: Benchmark, folder: Path
-) -> None:
-    """All of a folder's content counts, so results in it would make every run a new one."""
-    assert "also contains this run's output" in refused(benchmark, f"task_folders=['{folder.parent}']")
-    again = write(folder / "more/again.yaml", TASK)
-    assert f"two files are called 'sums': {again} and {folder / 'sums.yaml'}" in refused(benchmark)
-    for file in (again, str(folder / "sums.yaml")):
-        Path(file).write_text("dataset_path: json\n")
-    assert "has no task: no *.yaml file in it has task: NAME" in refused(benchmark)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("task: [", "cannot be read: while parsing"),
-        ("- task", "is not a group of settings"),
-        ("include: gone.yaml", "cannot be read, which "),
-        ("include: broken.yaml", "includes itself"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_named(benchmark: Benchmark, folder: Path, text: str, message: str) -> None:
-    add(folder, "broken", text)
-    refusal = refused(benchmark)
-    assert ("task_folders[0]: " in refusal, message in refusal) == (True, True)
-
-
 def test_data_that_is_missing_is_an_error_of_data(benchmark: Benchmark, folder: Path) -> None:
     (folder / "sums.jsonl").unlink()
     with pytest.raises(DataError) as caught:

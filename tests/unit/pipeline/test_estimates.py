@@ -132,7 +132,6 @@ def test_of_earlier_calls_only_those_that_were_killed_are_cleared(tmp_path: Path
 
 SMALLER = Choice(field="optim.micro_batch_tokens", values=(1024, 512))
 AGAIN = Choice(field="optim.activation_checkpointing", values=(True,))
-BEFOREHAND = Choice(field="precompute_reference", values=(True,), drops_copy=True)
 
 
 def sft(kind: AdapterKind, *, checkpoints: bool = False, tokens: Automatic | int = 2048, **adapter: Any) -> SftConfig:
@@ -153,15 +152,6 @@ def test_what_a_stage_has_not_yet_is_tried_and_first_what_takes_little_time(
     config: SftConfig | DpoConfig, expected: list[Choice]
 ) -> None:
     assert list(choices(config, divides_weights=False)) == expected
-
-
-@pytest.mark.parametrize("kind", list(AdapterKind))
-def test_a_reference_is_computed_beforehand_where_it_is_a_copy(kind: AdapterKind) -> None:
-    """With an adapter the base is its own reference, and a policy in shares would be whole until it is computed."""
-    config = DpoConfig(adapter=AdapterConfig(kind=kind))
-    beforehand = [BEFOREHAND] if kind is AdapterKind.full else []
-    assert list(choices(config, divides_weights=False)) == [SMALLER, AGAIN, *beforehand]
-    assert list(choices(config, divides_weights=True)) == [SMALLER, AGAIN]
 
 
 def test_other_weights_are_trained_last_and_every_way_is_a_group() -> None:

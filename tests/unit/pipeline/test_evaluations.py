@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,16 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from alignment.commands.doctor import show_diagnosis
-from alignment.config.data import SourceConfig
-from alignment.core.errors import ConfigError, DataError
-from alignment.core.fingerprint import file_sha256
-from alignment.data.reading import iterate, start
-from alignment.data.records import PreferencePair
-from alignment.pipeline.backends.feasibility import why_not_here
+from alignment.core.errors import DataError
 from alignment.pipeline.execute import notes
 from alignment.pipeline.execute.summary import show_card, show_evaluation
-from alignment.pipeline.plan.plan import PlannedStage, make_plan
+from alignment.pipeline.plan.plan import PlannedStage
 from alignment.records.evaluation import (
     ArmResult,
     Comparison,
@@ -35,7 +28,7 @@ from alignment.records.interval import Interval
 from alignment.records.reward_card import Baseline, RewardCard
 from alignment.records.votes import TIE, append_vote
 from tests.judged import DPO, SFT, pair, vote
-from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan, leave_artifact, stage_of, write, write_rows
+from tests.unit.pipeline.conftest import TURN, MakePlan, leave_artifact, stage_of, write, write_rows
 from tests.unit.pipeline.worker import INTERVAL
 
 METRICS = "stages.evaluate.metrics"
@@ -73,19 +66,6 @@ def test_any_prompts_do_and_rows_are_held_against_what_a_rule_looks_at(plan: Mak
         plan()
 
 
-def test_the_code_of_a_metric_counts_by_its_content_alone(evaluated: Evaluated, tmp_path: Path) -> None:
-    def metric(file: str) -> str:
-        return f"{METRICS}=[{{name: brevity, source: '{file}:brevity'}}]"
-
-    text = "def brevity(prompts, completions, rows): return [-len(text) for text in completions]\n"
-    file, moved = write(tmp_path / "score.py", text), write(tmp_path / "moved.py", text)
-    first = evaluated(metric(file))
-    assert first.identity["code"] == {"metrics[0].source": file_sha256(Path(file))}
-    assert evaluated(metric(moved)).fingerprint == first.fingerprint
-    write(tmp_path / "score.py", text.replace("-len", "-2 * len"))
-    assert evaluated(metric(file)).fingerprint != first.fingerprint
-
-
 TWO_ARMS = "stages.evaluate.arms=[base, 'stage:sft']"
 
 
@@ -121,23 +101,6 @@ def test_what_counts_of_an_evaluation_s_settings(
 
 
 # ---- judges, examples and other models ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("settings", "part"), [(JUDGED, f"{JUDGE}.endpoint"), (GRADED, f"{GRADER}.endpoint")])
-def test_a_missing_client_and_a_missing_key_are_named(
-    plan: MakePlan, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], part: str
-) -> None:
-    monkeypatch.delenv("A_KEY", raising=False)
-    planned = plan(*settings, f"{part}.api_key_env=A_KEY")
-    assert f"{part}.api_key_env: the environment variable A_KEY is not set" in why_not_here(planned)
-    monkeypatch.setenv("A_KEY", "sk-canary")
-    assert why_not_here(planned) == ""
-    assert "canary" not in repr(planned)
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openai" else find(name))
-    with pytest.raises(ConfigError, match=r"pip install 'openai>=3,<4'"):
-        plan(*settings)
-    plan(f"{JUDGE}.kind=metric")
 
 
 def test_examples_count_where_there_is_an_arm_for_them(evaluated: Evaluated, tmp_path: Path) -> None:
@@ -197,47 +160,7 @@ def test_the_content_of_the_votes_counts_and_their_place_does_not(
         evaluated(PEOPLE)
 
 
-def test_votes_are_pairs_and_ties_are_set_aside(tmp_path: Path) -> None:
-    path = votes_in(tmp_path / "votes.jsonl")
-    reading = start(path, SourceConfig())
-    pairs = list(iterate(path, PreferencePair, SourceConfig(), reading=reading))
-    assert (reading.format.name, len(pairs), reading.set_aside.count) == ("votes", 27, 3)
-    about = pair(4)
-    read = next(preference for preference in pairs if preference.id == "p4")
-    assert (read.chosen, read.rejected, read.task) == (about.answers[SFT], about.answers[DPO], "counting")
-    assert [turn.as_dict() for turn in read.messages] == about.messages
-    console = Console(width=300, record=True)
-    assert show_diagnosis(console, SourceConfig(source=str(path))) == 0
-    printed = console.export_text()
-    ties = "'preferred' says that the answers are tied (votes.jsonl:1, votes.jsonl:2, votes.jsonl:3)"
-    for words in ("votes: two answers", "27 pairs", "3 rows, in", ties, f"stages.dpo.data.source=path:{path}"):
-        assert words in printed
-
-
 # ---- reward cards ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def card(tmp_path: Path, overrides: list[str]) -> Evaluated:
-    """Plans the reward card of its recipe with more overrides."""
-    for name in ("learned", "judged", "others"):
-        write_rows(tmp_path / f"{name}.jsonl", {**ROWS["preferences"], "id": name})
-    given = [override for override in overrides if not override.startswith("stages.")]
-    given += [f"stages.reward.data.source=path:{tmp_path}/learned.jsonl"]
-    given += [f"stages.card.data.source=path:{tmp_path}/judged.jsonl"]
-    return lambda *more: stage_of(make_plan("reward_card", [*given, *more]), "card")
-
-
-def test_the_pairs_of_the_reward_stage_are_those_that_were_learned_unless_others_are_named(
-    card: Evaluated, tmp_path: Path
-) -> None:
-    mix = f"stages.reward.data.mix=[{{source: 'path:{tmp_path}/others.jsonl', count: 1}}]"
-    planned = card("stages.reward.data.limit=7", "stages.reward.data.fraction=0.5", mix)
-    learned = planned.config.learned  # type: ignore[attr-defined]
-    assert (learned.limit, learned.fraction, learned.mix) == (7, 0.5, [])
-    assert planned.extra_data == {"learned": tmp_path / "learned.jsonl"}
-    others = card(f"stages.card.learned.source=path:{tmp_path}/others.jsonl", "stages.card.learned.limit=1")
-    assert others.extra_data == {"learned": tmp_path / "others.jsonl"}
 
 
 # ---- what the terminal shows ----------------------------------------------------------------------------------------

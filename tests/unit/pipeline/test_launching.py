@@ -424,16 +424,6 @@ def test_asked_to_stop_it_is_queued_again_only_with_a_run_at_work(
     assert shared.follow() == code
 
 
-def test_a_result_that_the_file_system_shows_late_is_waited_for(
-    shared: Shared, monkeypatch: pytest.MonkeyPatch, says: Callable[..., Iterator[str]]
-) -> None:
-    states = says("running", "done")
-    later = SimpleNamespace(monotonic=time.monotonic, sleep=lambda _: shared.publish())
-    monkeypatch.setattr(late_results, "time", later)
-    assert shared.follow() == 0
-    assert next(states, None) is None
-
-
 def test_a_machine_that_would_make_something_else_is_refused(
     shared: Shared, folder: Path, says: Callable[..., Iterator[str]]
 ) -> None:

@@ -18,15 +18,12 @@ from alignment.config.stage import StageConfig
 from alignment.config.validation import ValidationConfig
 from alignment.core import hardware
 from alignment.core.errors import ConfigError
-from alignment.data.records import Conversation
-from alignment.data.turns import Message
 from alignment.pipeline.backends.feasibility import refuse_sizes
-from alignment.pipeline.execute.notes import advice, of_plan, of_result
+from alignment.pipeline.execute.notes import advice, of_plan, of_result, on_a_plan
 from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.summary import show_doubts
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.plan.row_counts import Seen, faults
-from alignment.pipeline.plan.row_counts import seen as amounts_of
 from alignment.pipeline.plan.validation_checks import settings_faults
 from alignment.report.run_page.run_files import read_run
 from alignment.stages.cpt.config import CptConfig
@@ -103,22 +100,6 @@ def test_too_few_rows_or_steps_are_refused_and_an_amount_that_nobody_knows_is_no
     problems = list(faults(config, {"data": seen}, where="stages.s"))
     assert [fault.where for fault in problems] == ([] if expected is None else [expected[0]])
     assert all(expected is not None and expected[1] in fault.message for fault in problems)
-
-
-@pytest.mark.parametrize(("answers", "learned", "is_refused"), [(5, 5, False), (5, 1, True), (1, 1, True)])
-def test_a_conversation_counts_as_many_rows_as_it_may_become(answers: int, learned: int, is_refused: bool) -> None:
-    """Templates that change earlier turns, such as Qwen3's, make a row of each learned answer."""
-
-    def turns(number: int) -> tuple[Message, ...]:
-        asked, context = Message(role="user", content=f"{number}?"), answers - learned
-        replies = [Message(role="assistant", content="Yes.", learned=index >= context) for index in range(answers)]
-        return tuple(turn for reply in replies for turn in (asked, reply))
-
-    seen = amounts_of([Conversation(messages=turns(number)) for number in range(200)], whole=True)
-    config = SftConfig(optim=OptimConfig(lr=1e-4, batch_size=16, epochs=1), validation=look(0.1, 20))
-    messages = [str(fault) for fault in faults(config, {"data": seen}, where="stages.s")]
-    refusal = f"{VALIDATION}.every: 20 is more than the 12 optimiser steps of the stage; choose at most 12"
-    assert messages == [refusal] * is_refused
 
 
 def test_a_plan_counts_rows_and_different_prompts(plan: MakePlan, tmp_path: Path) -> None:
@@ -444,3 +425,11 @@ def test_rows_of_a_validation_are_not_learned_from_but_may_choose_a_step(plan: M
     assert of_plan(plan(steps, f"stages.sft.validation={{{looks}}}")) == []
     (note,) = of_plan(plan(steps, f"stages.sft.validation={{{looks}, keep_best: true}}"))
     assert note.startswith(f"1 row by which sft chooses its step resembles prompts of evaluate: {own}:1 has 100% ")
+
+
+def test_a_file_that_a_shipped_one_goes_before_is_named(overrides: list[str], tmp_path: Path) -> None:
+    recipe = write(tmp_path / "mine.yaml", "defaults: [quickstart, _self_]\n")
+    before = on_a_plan(make_plan(recipe, overrides))
+    unrelated = write(tmp_path / "base.yaml", "hello: 1\n")
+    (note,) = set(on_a_plan(make_plan(recipe, overrides))) - set(before)
+    assert unrelated in note

@@ -118,17 +118,6 @@ def template(tmp_path: Path, text: str = "{{ messages[0]['content'] }}{{ mood }}
     return f"model.chat_template=path:{write(tmp_path / 'mine.jinja', text)}"
 
 
-def test_options_of_a_template_count_and_the_worker_gets_them(plan: MakePlan, tmp_path: Path) -> None:
-    calm, own = "model.template_options.mood=calm", template(tmp_path)
-    bare, with_option = plan(own), plan(own, calm)
-    assert changed(bare, with_option) == changed(bare, plan(own, "model.template_options.mood=tense"))
-    assert {"sft", "dpo", "ppo", "evaluate"} <= set(changed(bare, with_option))
-    file = write_stage_file(with_option, with_option.stages[0], with_option.config.launch, git_commit="")
-    assert read_spec(file).model.template.options == {"mood": "calm"}
-    leave_all(bare)
-    assert outcome(plan(own, calm))["sft"].startswith("run  template_options.mood unset → calm (nearest: sft-")
-
-
 @pytest.mark.parametrize(
     ("chosen", "hint"),
     [("{{ messages }}{{ mood }}", "did you mean 'mood'?"), ("chatml", "has no options"), (None, "has no options")],

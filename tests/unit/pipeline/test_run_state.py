@@ -26,9 +26,10 @@ from alignment.core import logs
 from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import AlignmentError, Busy, Preempted, StageError
 from alignment.core.locks import held
+from alignment.pipeline.execute import run_state
 from alignment.pipeline.execute.attempt_times import counted
 from alignment.pipeline.execute.heartbeats import ProcessState, Watch, refuse_stuck
-from alignment.pipeline.execute.run_state import as_it_is
+from alignment.pipeline.execute.run_state import as_it_is, explanation
 from alignment.pipeline.execute.worker_protocol import ProcessFailure, first_failure, raise_for_status
 from alignment.records.attempts import Attempts
 from alignment.records.worker import FAILED, PROGRESS, Heartbeat, Progress, Status, heartbeat_file
@@ -349,3 +350,15 @@ def test_a_run_that_was_asked_to_stop_says_how_it_goes_on(tmp_path: Path, state:
     assert line in status(run)
     run.run(state="done")
     assert line not in status(run)
+
+
+def test_a_run_that_ended_meanwhile_is_not_called_killed(killed: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = killed.record
+
+    def ends(_: Path) -> bool:
+        killed.run(state="failed")
+        return False
+
+    monkeypatch.setattr(run_state, "is_held", ends)
+    assert as_it_is(killed.folder, before).state == "failed"
+    assert explanation(killed.folder, as_it_is(killed.folder, before)) == []

@@ -15,13 +15,13 @@ from rich.console import Console
 
 from alignment.core.errors import ConfigError, ModelError
 from alignment.pipeline.backends.feasibility import why_not_here
+from alignment.pipeline.execute.notes import cautions
 from alignment.pipeline.execute.run import run
-from alignment.pipeline.plan.plan import PlannedStage
+from alignment.rewards.rules import rule_kind
 from tests.unit.pipeline.conftest import MakePlan, changed, leave_all, screened, stage_of
 from tests.unit.pipeline.test_run import fake
 from tests.weights_files import weights_file
 
-NO_REWARD = "stages.ppo.reward=null"
 STYLE = "source: 'bundled:quickstart/house_style.py:style'"
 WATCHED = f"stages.ppo.guard={{every: 1, scorer: {{{STYLE}}}}}"
 OF_PPO = ["ppo", "evaluate", "report"]
@@ -200,17 +200,6 @@ def test_a_reward_model_of_a_hub_is_planned_by_its_name_and_fetched_with_the_oth
     assert stage_of(planned, "ppo").inputs["reward"].path is None
 
 
-def test_without_a_reward_model_the_stage_waits_for_none(plan: MakePlan) -> None:
-    settings = ("prompt_baseline=false", "gae_lambda=0.95", "value_clip=0.2", "optim.critic_lr=null", "advantage=rloo")
-    without_critic = ("stages.ppo.critic=none", *(f"stages.ppo.{each}" for each in settings))
-    length, without_model = scorers("source: length, target: 20"), ("~stages.reward", "stages.evaluate.reward=null")
-    for more in ((), without_critic):
-        planned = stage_of(plan(NO_REWARD, length, *more), "ppo")
-        assert set(planned.inputs) == set(planned.identity["inputs"]) == {"init"}
-        alone = plan(NO_REWARD, length, *more, *without_model)
-        assert stage_of(alone, "ppo").fingerprint == planned.fingerprint
-
-
 # ---- servers and ensembles ------------------------------------------------------------------------------------------
 
 URL = "base_url: 'http://localhost:8000'"
@@ -221,20 +210,6 @@ MEMBERS = "members: [{source: 'stage:reward'}, {source: length, target: 9}]"
 
 def ensemble(settings: str, more: str = "weight: 1") -> str:
     return f"source: ensemble, {more}, ensemble: {{{settings}}}"
-
-
-@pytest.mark.parametrize("text", [SERVER, GRADE])
-def test_an_address_changes_no_fingerprint_and_what_scores_does(ppo: Any, text: str) -> None:
-    def fingerprint(scorer: str) -> str:
-        stage: PlannedStage = ppo(second(scorer))
-        return stage.fingerprint
-
-    first = fingerprint(text)
-    elsewhere = [text.replace("localhost:8000", "10.0.0.9:99"), text.replace("model", "concurrency: 9, model")]
-    elsewhere += [text.replace("model", more) for more in ("timeout: 5, retries: 0, model", "api_key_env: KEY, model")]
-    assert {fingerprint(other) for other in elsewhere} == {first}
-    other_model = text.replace("model: rm", "model: rm2").replace("model: m}", "model: m2}")
-    assert len({first, fingerprint(other_model), ppo().fingerprint}) == 3
 
 
 def test_rubric_scale_api_label_and_members_count(ppo: Any) -> None:
@@ -278,3 +253,32 @@ def test_a_missing_key_and_a_missing_client_are_named(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openai" else find_spec(name))
     with pytest.raises(ConfigError, match="needs the package openai"):
         plan(second(scorer))
+
+
+@pytest.mark.parametrize(
+    ("source", "module", "command"),
+    [
+        ("rouge_l", "rouge_score", "pip install 'rouge-score>=0.1.2,<0.2'"),
+        ("instructions_strict", "langdetect", "'lm_eval>=0.4.13,<0.4.14' langdetect immutabledict 'nltk>=3.9.1'"),
+    ],
+)
+def test_a_rule_whose_library_is_missing_says_how_to_install_it(
+    plan: MakePlan, monkeypatch: pytest.MonkeyPatch, source: str, module: str, command: str
+) -> None:
+    monkeypatch.setattr(rule_kind, "find_spec", lambda name: None if name == module else object())
+    refusal = fault(plan, second(f"source: {source}"))
+    assert (refusal.where, command in refusal.message) == ("stages.ppo.scorers[1].source", True)
+
+
+@pytest.mark.parametrize(("model", "is_noted"), [("m", True), ("another", False)])
+def test_an_evaluation_by_the_grader_that_ppo_optimises_is_pointed_out(
+    plan: MakePlan, model: str, is_noted: bool
+) -> None:
+    planned = plan(
+        second(GRADE),
+        "stages.evaluate.metrics=[{name: helpful, source: grade}]",
+        "stages.evaluate.primary=helpful",
+        f"stages.evaluate.grader.endpoint={{{URL}, model: {model}}}",
+    )
+    noted = [note for note in cautions(planned) if "judges by helpful, which ppo optimises (scorers[1])" in note]
+    assert bool(noted) is is_noted

@@ -2,17 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pty
-import select
-import struct
-import subprocess
-import sys
-import termios
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from io import StringIO
@@ -30,7 +21,6 @@ from alignment.records.worker import Progress
 from tests.running import Clock, RunFolder
 from tests.terminals import Terminal
 
-ROOT = Path(__file__).parents[3]
 STARTED = "2026-11-28T13:20:00+00:00"
 
 
@@ -364,104 +354,6 @@ def test_a_log_and_a_terminal_that_cannot_move_its_cursor_get_lines(run: RunFold
     ]
 
 
-class RealTerminal:
-    """A pseudo-terminal, and the program that it controls."""
-
-    def __init__(self, argv: list[str], columns: int) -> None:
-        self._end, self._program_end = pty.openpty()
-        self.terminal = Terminal(columns)
-        self.resize(columns)
-        self.settings = self.settings_now()
-        self.process = subprocess.Popen(
-            argv,
-            stdin=self._program_end,
-            stdout=self._program_end,
-            stderr=self._program_end,
-            cwd=ROOT,
-            env={**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT), "LANG": "C.UTF-8"},
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
-
-    def resize(self, columns: int) -> None:
-        """The user changes the window."""
-        fcntl.ioctl(self._end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        self.terminal.resize(columns)
-
-    def press(self, key: bytes) -> None:
-        """The user presses a key."""
-        os.write(self._end, key)
-
-    def read_until(self, is_enough: Callable[[], bool]) -> None:
-        """Feeds the terminal until it shows what is awaited."""
-        deadline = time.monotonic() + 60.0
-        while not is_enough():
-            assert time.monotonic() < deadline, "\n".join(self.terminal.lines)
-            if select.select([self._end], [], [], 0.1)[0]:
-                self.terminal.feed(os.read(self._end, 65536))
-
-    def settings_now(self) -> list[object]:
-        """Echo, line mode and the like."""
-        return termios.tcgetattr(self._program_end)
-
-    def close(self) -> None:
-        """Ends the program if it still runs."""
-        self.process.kill()
-        self.process.wait()
-        os.close(self._end)
-        os.close(self._program_end)
-
-
-@contextmanager
-def on_a_terminal(argv: list[str], columns: int) -> Iterator[RealTerminal]:
-    """Starts a program on a terminal, which is closed at the end of the block."""
-    real = RealTerminal(argv, columns)
-    try:
-        yield real
-    finally:
-        real.close()
-
-
-ALIGN_RUN = """\
-import sys
-from alignment.core.terminal import Terminal
-from alignment.pipeline.execute.run import run
-from tests.unit.pipeline.test_run import fake
-sys.exit(run("quickstart", sys.argv[1:], console=Terminal(soft_wrap=False), command_for=fake))
-"""
-
-
-def test_a_run_is_drawn_in_place_and_ctrl_c_leaves_a_clean_terminal(
-    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORKER_FAULT", "reward:hang")
-    hanging = tmp_path / "out/runs/quickstart/reward/hanging"
-    with on_a_terminal([sys.executable, "-c", ALIGN_RUN, *overrides], columns=100) as real:
-        screen = real.terminal
-
-        def line_of(stage: str) -> str:
-            lines = [line for line in screen.lines if line[2:].startswith(f"{stage} ")]
-            assert len(lines) < 2, "the view is drawn in place"
-            return lines[0] if lines else ""
-
-        def trains_reward() -> bool:
-            return line_of("reward").startswith("▶") and line_of("sft").startswith("✓ sft       done")
-
-        real.read_until(lambda: trains_reward() and line_of("ppo") == "· ppo       waits for reward")
-        assert not screen.shows_cursor
-        real.resize(50)
-        real.read_until(lambda: "evaluate" in line_of("report"))
-        real.read_until(hanging.exists)  # before its worker runs, a stage has nothing to finish or to save
-        real.press(b"\x03")
-        real.read_until(lambda: real.process.poll() is not None)
-        real.read_until(lambda: "stopped; run the same" in "".join(screen.lines[-2:]))
-        assert real.process.returncode == 130
-        assert any("stopping: the stage will finish its step" in line for line in screen.lines)
-        assert line_of("reward").startswith("– reward    stopped")
-        assert (screen.shows_cursor, screen.cursor) == (True, (0, len(screen.lines)))
-        assert real.settings_now() == real.settings
-
-
 def test_a_stage_that_samples_counts_the_tokens_of_its_answers(run: RunFolder, reader: RunReader) -> None:
     run.run(config={"stages": {"ppo": {"optim": {"batch_size": 16}}}})
     run.stage("ppo", "running", started=STARTED)
@@ -471,3 +363,19 @@ def test_a_stage_that_samples_counts_the_tokens_of_its_answers(run: RunFolder, r
     view = stage_of(reader, "ppo")
     assert view.tokens_per_second == 40.0 * 16 / 8
     assert view.curve == ShownCurve(title="score", values=[0.1, 0.1])
+
+
+def test_an_error_leaves_the_terminal_as_it_was(run: RunFolder) -> None:
+    viewed = Viewed(80)
+    with suppress(ZeroDivisionError), showing(viewed.console, RunReader(run.folder)) as display:
+        display.poll()
+        raise ZeroDivisionError
+    assert (viewed.terminal.shows_cursor, viewed.terminal.cursor) == (True, (0, 5))
+
+
+def test_no_line_is_wider_than_the_terminal_nor_padded_to_it() -> None:
+    for stages in (STAGES, [replace(stage, name=f"{stage.name}_of_a_long_name") for stage in STAGES]):
+        for width in range(20, 140, 7):
+            lines = drawn(width, stages)
+            assert (len(lines), max(map(len, lines)) <= width) == (7, True)
+            assert [line for line in lines if line != line.rstrip()] == []

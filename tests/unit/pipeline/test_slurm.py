@@ -275,16 +275,6 @@ def test_each_job_waits_for_the_one_before(
     assert re.search(r"^sft +waiting .*job 11 *$", status(run_folder), re.MULTILINE)
 
 
-def test_only_what_has_to_be_made_is_submitted(submit: Submit, fakes: Fakes, overrides: list[str]) -> None:
-    submit(only="sft")
-    assert fakes.names() == ["sft"]
-    for stage in make_plan("quickstart", overrides).stages[:4]:
-        leave_artifact(stage)
-    fakes.answers("11 COMPLETED 0:0 None")
-    assert "sft: reused" in submit()
-    assert fakes.names()[1:] == ["evaluate", "report"]
-
-
 def test_a_plan_writes_the_bytes_that_a_run_submits_and_submits_nothing(
     submit: Submit, fakes: Fakes, overrides: list[str], run_folder: Path, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import threading
 import zipfile
 from io import StringIO
 from pathlib import Path
@@ -454,3 +455,14 @@ def test_the_doctor_explains_a_split_of_a_data_set(hub_data_of_cache: Path, doct
     ):
         code, printed = doctor(*words)
         assert (code, message in printed) == (refused, True)
+
+
+def test_two_at_once_make_it_once(cache: Path) -> None:
+    make_wheel(cache / "wheels")
+    announcements: list[str] = []
+    threads = [threading.Thread(target=ensure, args=(announcements,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [text.split()[0] for text in announcements].count("converting") == 1

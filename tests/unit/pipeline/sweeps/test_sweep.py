@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs, arm, given, go, own, record, trials
 
 from alignment.config.store import sweep_names
 from alignment.core.errors import (
@@ -438,35 +439,6 @@ def test_every_shipped_sweep_fits_the_quickstart(runs: Runs, name: str) -> None:
 # ---- data of a hub --------------------------------------------------------------------------------------------------
 
 SOURCE = "stages.sft.data.source=hub:org/name@v1"
-FILES = {"data/train.jsonl": (json.dumps(ROWS["conversations"]) + "\n") * 2}
-
-
-def test_data_is_downloaded_once_before_the_first_trial_so_that_no_trial_and_no_study_is_lost_by_it(
-    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_cache(monkeypatch, tmp_path)
-    with monkeypatch.context() as patched:
-        answer(patched, TimeoutError("timed out"))
-        with pytest.raises(DataError, match="timed out") as caught:
-            go(runs, "dpo_beta", SOURCE)
-    assert (caught.value.where, runs.asked) == ("hub:org/name@v1", [])
-    with monkeypatch.context() as patched:
-
-        def download() -> Path:
-            patched.undo()  # asked again, the client itself finds what the download has left
-            return leave_data_set(tmp_path, FILES, revision="v1")
-
-        def figure(settings: dict[str, str]) -> float:
-            download()  # a run would do so as well
-            return float(settings["stages.dpo.beta"])
-
-        answer(patched, download)
-        runs.figure = figure
-        _, printed = go(runs, "dpo_beta", SOURCE)
-    assert printed.count("downloading the data set org/name@v1 from its hub") == 1
-    assert len(runs.asked) == 4
-    assert go(runs, "dpo_beta", SOURCE)[0] == 0
-    assert len(runs.asked) == 4, "its trials are found again"
 
 
 def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs: Runs) -> None:
@@ -516,3 +488,34 @@ def test_names_that_become_too_long_for_later_trials_start_none(runs: Runs, tmp_
     with pytest.raises(ConfigError, match=r"\(73 characters\)"):
         go(runs, own(runs, tmp_path, trials=8), name, "seed=7")
     assert (len(runs.asked), journal.read_bytes() == before) == (8, True), "a sweep that is refused leaves no study"
+
+
+FILES = {"data/train.jsonl": (json.dumps(ROWS["conversations"]) + "\n") * 2}
+
+
+def test_data_is_downloaded_once_before_the_first_trial_so_that_no_trial_and_no_study_is_lost_by_it(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_cache(monkeypatch, tmp_path)
+    with monkeypatch.context() as patched:
+        answer(patched, TimeoutError("timed out"))
+        with pytest.raises(DataError, match="timed out") as caught:
+            go(runs, "dpo_beta", SOURCE)
+    assert (caught.value.where, runs.asked) == ("hub:org/name@v1", [])
+    with monkeypatch.context() as patched:
+
+        def download() -> Path:
+            patched.undo()  # asked again, the client itself finds what the download has left
+            return leave_data_set(tmp_path, FILES, revision="v1")
+
+        def figure(settings: dict[str, str]) -> float:
+            download()  # a run would do so as well
+            return float(settings["stages.dpo.beta"])
+
+        answer(patched, download)
+        runs.figure = figure
+        _, printed = go(runs, "dpo_beta", SOURCE)
+    assert printed.count("downloading the data set org/name@v1 from its hub") == 1
+    assert len(runs.asked) == 4
+    assert go(runs, "dpo_beta", SOURCE)[0] == 0
+    assert len(runs.asked) == 4, "its trials are found again"

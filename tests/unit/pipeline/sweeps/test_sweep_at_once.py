@@ -5,28 +5,24 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
 import psutil
 import pytest
+from tests.unit.pipeline.sweeps.fake_runs import BETAS, Runs, go, own, trials
 
 from alignment.config.backend import MachinesBackend, SlurmBackend
 from alignment.config.launch import LaunchConfig
-from alignment.config.sweep import Pruner, PruningConfig
 from alignment.core.errors import ConfigError, GateNotMet
 from alignment.core.hardware import VISIBLE
 from alignment.core.locks import held
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps import trials as shared
-from alignment.pipeline.sweeps.pruning import Curve
 from alignment.pipeline.sweeps.study import LatestMedian
 from alignment.pipeline.sweeps.trials import Running, Share, shares
-from alignment.records.run import RunRecord, StageEntry
 from alignment.records.sweep_record import TrialOutcome
 from tests.living import descendants_of, words_of
 from tests.patience import wait_until
@@ -207,32 +203,6 @@ def test_a_trial_whose_curve_is_hopeless_is_pruned_and_listed_with_its_step(
     assert len(runs.asked) == (3 if pruned_at is None else 2), "it is not tried again"
 
 
-def test_the_curve_of_an_earlier_run_of_the_same_name_is_not_the_trial_s(tmp_path: Path) -> None:
-    """The study was deleted and the runs were not; a trial needs seconds before it records itself."""
-    folder, reported = tmp_path / "runs/mine.0", list[tuple[float, int]]()
-    trial = SimpleNamespace(
-        user_attrs={"run": "mine.0"}, report=lambda *row: reported.append(row), should_prune=lambda: False
-    )
-    wanted = SimpleNamespace(
-        output=tmp_path,
-        objectives=[SimpleNamespace(minimize=True)],
-        config=SimpleNamespace(pruning=PruningConfig(pruner=Pruner.median, stage="dpo", metric="loss", minimize=True)),
-    )
-
-    def run(artifact: str, losses: Sequence[float]) -> None:
-        (folder / artifact).mkdir(parents=True)
-        lines = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
-        (folder / artifact / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-        stages = {"dpo": StageEntry(kind="dpo", state="running", artifact=str(folder / artifact))}
-        RunRecord(name="mine.0", stages=stages).write(folder)
-
-    run("former", [0.1, 0.1, 0.1])
-    curve = Curve(wanted, trial)  # type: ignore[arg-type]
-    assert (curve.hopeless_at(), reported) == (None, [])
-    run("own", [0.7, 0.6])
-    assert (curve.hopeless_at(), reported) == (None, [(0.7, 1), (0.6, 2)])
-
-
 def pruned(
     curve: list[float], others: list[list[float]], *, direction: str = "minimize", warmup_steps: int = 0
 ) -> bool:
@@ -347,19 +317,6 @@ def test_what_it_said_of_its_fault_is_known(tmp_path: Path) -> None:
     assert trial.stage() == ""
 
 
-def test_a_disk_on_which_it_can_write_nothing_is_told_from_a_fault_of_its_own(tmp_path: Path) -> None:
-    """The kernel refuses whatever makes a file longer than a few bytes, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    (tmp_path / "trial-0.log").write_text("an earlier attempt\n")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
-    try:
-        trial = started(tmp_path, "quickstart", f"output={tmp_path / 'out'}")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    outcome = ended(trial)
-    assert (outcome.code, outcome.error.startswith("run one: its files cannot be written")) == (12, True)
-
-
 @pytest.mark.skipif(not ALL.cores, reason="this system cannot bind a process to cores")
 @pytest.mark.parametrize("variable", VISIBLE)
 def test_it_gets_its_share_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
@@ -395,3 +352,15 @@ def test_a_metric_that_the_stage_does_not_show_ends_the_sweep_at_its_first_step(
     with pytest.raises(ConfigError, match="does not log 'los' while it trains; did you mean 'loss'"):
         go(runs, median(runs, tmp_path, metric="los"))
     assert (runs.asked, len(processes.seen)) == ([], 1)
+
+
+def test_an_outcome_that_cannot_be_written_fails_no_trial(tmp_path: Path) -> None:
+    """Whatever the trial ended with; here, its file cannot replace a folder."""
+    trial = started(tmp_path, "quickstrat")
+    (tmp_path / "trial-0.json").mkdir()
+    trial.wait(60)
+    (tmp_path / "trial-0.json").rmdir()
+    outcome = trial.ended()
+    trial.close()
+    assert outcome is not None
+    assert (outcome.code, "did you mean 'quickstart'" in outcome.error) == (12, True)
