@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs, arm, given, go, own, record, trials
 
 from alignment.config.store import sweep_names
 from alignment.core.errors import (

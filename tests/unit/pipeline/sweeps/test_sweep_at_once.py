@@ -12,7 +12,6 @@ from typing import Any
 import optuna
 import psutil
 import pytest
-from tests.unit.pipeline.sweeps.fake_runs import BETAS, Runs, go, own, trials
 
 from alignment.config.backend import MachinesBackend, SlurmBackend
 from alignment.config.launch import LaunchConfig
