@@ -287,3 +287,40 @@ def test_what_cannot_be_estimated_is_not_proposed() -> None:
     stage = Stage(fails=("bare", "lora"))
     assert stage.remedied(82).remedy == list(QLORA.overrides)
     assert stage.estimated == [("bare", {}), ("lora", {}), ("qlora", {})]
+
+
+def peak_with(overrides: list[str]) -> int:
+    """What the stage takes with these settings."""
+    way = next((way for way in WAYS if way.overrides and set(way.overrides) <= set(overrides)), OWN)
+    settings = {
+        choice.field: value
+        for choice in way.choices
+        for level, value in enumerate(choice.values, start=1)
+        if choice.override("dpo", level) in overrides
+    }
+    return Stage().estimate(way, settings).peak
+
+
+def test_settings_that_free_too_little_are_not_estimated() -> None:
+    """Fewer activations cannot make room for the weights, gradients and moments of a stage that trains all weights."""
+    stage = Stage()
+    assert stage.remedied(82).remedy == [SHORT["M1024"], SHORT["LORA"]]
+    sizes = [("lora", {TOKENS.field: size}) for size in (512, 1024)]
+    assert stage.estimated == [("bare", {}), ("lora", {}), *sizes]
+
+
+def test_every_setting_of_a_proposal_is_needed() -> None:
+    own = Stage().estimate(OWN, {})
+    lengths = set()
+    for memory in range(1, own.peak):
+        stage = Stage()
+        cost = stage.remedied(memory)
+        if not cost.remedy:
+            assert memory < peak_with([*QLORA.all_overrides("dpo", (2, 1))])
+            continue
+        assert cost.remedy_peak == peak_with(cost.remedy) <= memory
+        for left_out in cost.remedy:
+            assert peak_with([override for override in cost.remedy if override != left_out]) > memory
+        assert len(stage.estimated) <= 9, "of 36 combinations"
+        lengths.add(len(cost.remedy))
+    assert lengths == {1, 2, 3, 4}
