@@ -103,11 +103,7 @@ def apo_down(pair: Pair, *, beta: float) -> Loss:
     """D'Oosterlinck et al. 2024, eq. 8."""
     ratio_chosen, ratio_rejected = ratios(pair)
     chosen, gap = sigma(beta * ratio_chosen), sigma(beta * (ratio_chosen - ratio_rejected))
-    return Loss(
-        chosen + 1.0 - gap,
-        beta * chosen * (1.0 - chosen) - beta * gap * (1.0 - gap),
-        beta * gap * (1.0 - gap),
-    )
+    return Loss(chosen + 1.0 - gap, beta * chosen * (1.0 - chosen) - beta * gap * (1.0 - gap), beta * gap * (1.0 - gap))
 
 
 def simpo(pair: Pair, *, beta: float, target_margin: float) -> Loss:

@@ -21,7 +21,7 @@ import alignment
 from alignment import cli
 from alignment.pipeline.execute import estimates
 from alignment.pipeline.plan.plan import make_plan
-from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs
+from tests.unit.pipeline.sweeps.conftest import BETAS, METRIC, Runs
 
 ROOT = Path(__file__).parents[3]
 STAGES = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]

@@ -1,9 +1,8 @@
-"""Memory, operations and times of a training on shadows, against what can be counted by hand."""
+"""Memory, operations and times of a training on shadows, against what can be counted by hand or is run."""
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,24 +10,16 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alignment.config.model import Dtype
+from alignment.costs import op_times
 from alignment.costs.devices import DEVICES, seconds_on
 from alignment.costs.heap import ALIGNMENT, Heap
-from alignment.costs.recorder import (
-    ACTIVATIONS,
-    CACHE,
-    GRADIENTS,
-    LOGITS,
-    WEIGHTS,
-    Recorder,
-    counted_times,
-    memory_for,
-    one_of_each,
-    some_of,
-)
-from alignment.costs.shadows import Shadow, ShadowMode, zeros
+from alignment.costs.op_times import MOST_BYTES, NEAR_BYTES, RUNS, alike, seconds_of
+from alignment.costs.recorder import ACTIVATIONS, CACHE, GRADIENTS, LOGITS, WEIGHTS, Recorder, memory_for
+from alignment.costs.shadows import Operation, Shadow, ShadowMode, zeros
 from alignment.costs.work import bytes_of, flop_of
 from alignment.models.assembly.load import frozen_copy
 from alignment.models.forward.flat import use_flat_attention
@@ -148,49 +139,6 @@ def test_a_file_that_is_read_counts_beside_the_weights_in_its_phase_alone() -> N
     assert recorder.phases["training"].resident < SQUARE + SQUARE // 2
 
 
-def test_weights_in_their_file_leave_no_hole_in_the_heap() -> None:
-    """What the file held is not there for other tensors once it is closed."""
-    recorder = Recorder()
-    with recorder.recording():
-        with recorder.memory.from_file():
-            weights = torch.empty(WIDTH, WIDTH)
-        recorder.phase("one")
-        del weights
-        own = torch.empty(WIDTH, WIDTH)
-        recorder.phase("two")
-        del own
-        torch.empty(WIDTH, WIDTH)
-    assert recorder.memory.heap.top < SQUARE + SQUARE // 2
-    residents = [recorder.phases[name].resident for name in ("starting", "one", "two")]
-    assert residents[0] == SQUARE
-    assert residents[1] == residents[2] == recorder.memory.heap.top
-
-
-def test_the_last_steps_say_how_many_new_shapes_each_step_brings() -> None:
-    """Code is made once for each shape of a product of 16-bit numbers."""
-    recorder = Recorder()
-    with recorder.recording():
-        weight = torch.empty(WIDTH, WIDTH, dtype=torch.bfloat16)
-        for rows in (20, 30, 30):
-            torch.empty(rows, WIDTH, dtype=torch.bfloat16) @ weight
-        torch.empty(20, WIDTH) @ weight.float()
-        weight * weight
-    assert recorder.phases["starting"].compiled == 2
-    recorder = Recorder()
-    with recorder.recording():
-        layer = nn.Linear(WIDTH, WIDTH, bias=False, dtype=torch.bfloat16)
-        recorder.begin_steps(10, layer, period=1)
-        for lengths in ((20, 30, 40), (20, 50), (60, 70)):
-            for rows in lengths:
-                layer(torch.empty(rows, WIDTH, dtype=torch.bfloat16).detach())
-            recorder.end_period(1.0)
-        with counted_times(5):
-            torch.empty(WIDTH, WIDTH).cos()
-    assert (recorder.periods_run, recorder.compiled_in_period) == (3, 2)
-    counts = recorder.phases["starting"].operations
-    assert [count for key, count in counts.items() if "cos" in str(key[0])] == [5], "a step may stand for several"
-
-
 def test_what_is_done_before_and_after_the_steps_is_known_apart() -> None:
     recorder = Recorder()
     with recorder.recording():
@@ -207,23 +155,6 @@ def test_what_is_done_before_and_after_the_steps_is_known_apart() -> None:
     outside = recorder.operations_outside_steps("training")
     names = [recorder.examples[key].func.__name__.split(".")[0] for key in outside.elements()]
     assert sorted(name for name in names if name != "empty") == ["cos", "exp", "exp"]
-
-
-def test_a_few_batches_stand_for_many_and_the_largest_is_among_them() -> None:
-    sizes = [64] * 100 + [256] + [64] * 60
-    recorder = Recorder()
-    weight = torch.ones(WIDTH, WIDTH)
-    with recorder.recording():
-        run = 0
-        for size in some_of(sizes, int):
-            torch.empty(size, WIDTH) @ weight
-            run += 1
-    assert run <= 9
-    products = Counter(
-        {key[1]: count for key, count in recorder.phases["starting"].operations.items() if "mm" in str(key[0])}
-    )
-    assert sorted(products.values()) == [1, len(sizes) - 1], "the largest stands for itself"
-    assert list(some_of(sizes, int)) == sizes, "outside of an estimate all of them run"
 
 
 def test_the_reference_of_many_rows_is_planned_on_few() -> None:
@@ -244,23 +175,6 @@ def test_the_reference_of_many_rows_is_planned_on_few() -> None:
         memory.append(phase.peak)
     assert counts[1] == pytest.approx(10 * counts[0], rel=0.1), "but for what only a first pass does"
     assert memory[1] == memory[0]
-
-
-def test_one_part_of_each_size_counts_for_all_of_that_size() -> None:
-    recorder = Recorder()
-    parts = [slice(0, 4), slice(4, 8), slice(8, 10)]
-    with recorder.recording():
-        recorder.phase("one")
-        rows = torch.zeros(10, WIDTH * 64)
-        for part in one_of_each(parts, lambda part: part.stop - part.start):
-            rows[part].exp_()
-    by_rows = {
-        recorder.examples[key].results[0].shape[0]: count
-        for key, count in recorder.phases["one"].operations.items()
-        if "exp_" in str(key[0])
-    }
-    assert by_rows == {4: 2, 2: 1}
-    assert list(one_of_each(parts, lambda part: part.stop - part.start)) == parts, "outside of an estimate"
 
 
 @pytest.fixture
@@ -292,45 +206,6 @@ def test_a_product_has_its_shape_and_its_gradients_have_theirs() -> None:
     assert layer.weight.grad.dtype is torch.float32
     assert x.grad is not None
     assert x.grad.shape == (100, 64)
-
-
-@pytest.mark.usefixtures("mode")
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: x.t(),
-        lambda x: x[3:, 1::2],
-        lambda x: x.split(16, dim=1),
-        lambda x: x.mul_(2),
-        lambda x: x.max(-1, keepdim=True),
-        lambda x: torch.exp(x, out=torch.empty_like(x)),
-        lambda x: torch.zeros(64).add_(x[0]),
-    ],
-)
-def test_an_operation_returns_the_same_again_for_arguments_of_the_same_shape(function: Any) -> None:
-    """The second and third time nothing is computed on the meta device, and a view starts elsewhere in its memory."""
-    wholes = [torch.empty(96, 64) for _ in range(3)]
-    inputs = [whole[first : first + 64] for whole, first in zip(wholes, (0, 0, 16), strict=True)]
-    forms = []
-    for x in inputs:
-        result = function(x)
-        parts = list(result) if isinstance(result, (list, tuple)) else [result]
-        forms.append(
-            [
-                (
-                    type(part),
-                    part.dtype,
-                    part.shape,
-                    part.stride(),
-                    part is x,
-                    isinstance(part, Shadow)
-                    and part.data_ptr() == x.data_ptr()
-                    and part.storage_offset() - x.storage_offset(),
-                )
-                for part in parts
-            ]
-        )
-    assert forms[0] == forms[1] == forms[2]
 
 
 @pytest.mark.usefixtures("mode")
@@ -384,29 +259,6 @@ def test_the_heap_grows_where_nothing_free_is_large_enough_and_free_neighbours_b
     assert heap.top >= before + 7 * KIB
 
 
-@pytest.mark.usefixtures("mode")
-def test_real_masks_and_indices_choose_as_many_as_they_would() -> None:
-    x, rows = torch.empty(64, 64), torch.arange(64)
-    assert x[rows % 4 == 0].shape == (16, 64)
-    assert x[rows[:5]].shape == (5, 64)
-    mask = torch.zeros(64, 64, dtype=torch.bool)
-    mask[:2] = True
-    assert x.masked_select(mask).shape == (128,)
-    chosen = x.argmax(-1)
-    assert not isinstance(chosen, Shadow)
-    assert chosen.shape == (64,)
-    assert x.sort(-1).indices.dtype is torch.int64
-
-
-def test_a_module_of_shadows_can_be_converted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
-    with ShadowMode():
-        layer = nn.Linear(64, 64, bias=False).to(torch.bfloat16)
-        assert layer.weight.dtype is torch.bfloat16
-        assert isinstance(layer.weight, nn.Parameter)
-        assert layer(torch.empty(64, 64, dtype=torch.bfloat16)).dtype is torch.bfloat16
-
-
 KIB = 1024
 SLACK = 2 * ALIGNMENT + 64
 """Bytes of a block beyond what was asked for, at most."""
@@ -426,3 +278,90 @@ def test_an_operation_takes_as_long_as_the_slower_of_its_products_and_its_memory
 ) -> None:
     taken = seconds_on(DEVICES["h100"], flop=products * PRODUCTS, moved=memory * MEMORY)
     assert taken == pytest.approx(seconds, rel=1e-12)
+
+
+CACHES_OF_A_CORE = 8 << 20
+"""Bytes; the second-level caches of the processors that are sold for servers have up to 2 MB, laptops' up to 4."""
+
+
+class Written(TorchDispatchMode):
+    """Notes, in order, the runs of ``torch.mm`` and the bytes that other operations write in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[int | str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default:
+            self.events.append("mm")
+        elif func is torch.ops.aten.fill_.Scalar:
+            self.events.append(args[0].nbytes)
+        return func(*args, **(kwargs or {}))
+
+
+def operation(func: Any, *shapes: tuple[int, ...]) -> Operation:
+    args = tuple(torch.empty(shape, device="meta") for shape in shapes)
+    return Operation(func=func, args=args, kwargs={}, results=())
+
+
+def test_more_than_the_caches_hold_is_written_before_each_timed_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op_times, "ENOUGH_SECONDS", 60.0)  # on a busy machine, a first run may take long
+    with Written() as written:
+        seconds_of(operation(torch.ops.aten.mm.default, (4, 4), (4, 4)), bytes_between=NEAR_BYTES)
+    before_a_run = [before for before, event in zip(written.events, written.events[1:], strict=False) if event == "mm"]
+    _, *before_a_timed_run = before_a_run
+    assert len(before_a_timed_run) == RUNS
+    assert all(isinstance(size, int) and size > CACHES_OF_A_CORE for size in before_a_timed_run)
+
+
+@pytest.mark.parametrize(
+    ("func", "shape", "other", "counts_as_alike"),
+    [
+        (torch.ops.aten.mm.default, (400, 64), (401, 64), True),
+        (torch.ops.aten.mm.default, (400, 64), (800, 64), False),
+        (torch.ops.aten.mm.default, (1, 64), (2, 64), False),
+        (torch.ops.aten.view.default, (400, 64), (8, 16), True),
+    ],
+)
+def test_nearly_equal_products_and_all_views_are_timed_once(
+    func: Any, shape: tuple[int, ...], other: tuple[int, ...], *, counts_as_alike: bool
+) -> None:
+    forms = [alike(operation(func, each, (64, 64))) for each in (shape, other)]
+    assert (forms[0] == forms[1]) == counts_as_alike
+
+
+def test_an_operation_that_cannot_run_has_no_time() -> None:
+    assert seconds_of(operation(torch.ops.aten.mm.default, (4, 5), (4, 5)), bytes_between=NEAR_BYTES) is None
+
+
+def test_an_operation_on_more_memory_than_a_plan_may_take_is_not_run() -> None:
+    def run(*_: Any) -> None:
+        raise AssertionError("it was run")
+
+    assert seconds_of(operation(run, (MOST_BYTES // 4 + 1,)), bytes_between=NEAR_BYTES) is None
+
+
+def test_code_that_ran_a_moment_ago_is_not_cold_but_its_tensors_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in sampling: a run on other tensors comes after the caches were emptied and before the one that is timed."""
+    monkeypatch.setattr(op_times, "ENOUGH_SECONDS", 60.0)
+    seen: list[int] = []
+    with Written() as written:
+        seconds_of(operation(lambda x: seen.append(x.data_ptr()), (4, 4)), bytes_between=NEAR_BYTES - 1)
+    assert len(seen) == 2 * (RUNS + 1)
+    assert len(set(seen[::2])) == len(set(seen[1::2])) == 1
+    assert seen[0] != seen[1]
+    assert sum(isinstance(event, int) and event > CACHES_OF_A_CORE for event in written.events) == RUNS
+
+
+@pytest.mark.usefixtures("mode")
+def test_real_masks_and_indices_choose_as_many_as_they_would() -> None:
+    x, rows = torch.empty(64, 64), torch.arange(64)
+    assert x[rows % 4 == 0].shape == (16, 64)
+    assert x[rows[:5]].shape == (5, 64)
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    mask[:2] = True
+    assert x.masked_select(mask).shape == (128,)
+    chosen = x.argmax(-1)
+    assert not isinstance(chosen, Shadow)
+    assert chosen.shape == (64,)
+    assert x.sort(-1).indices.dtype is torch.int64

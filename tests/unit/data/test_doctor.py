@@ -1,40 +1,170 @@
-"""The doctor counts all rows exactly, holds few of them in memory, and names what may be wrong with a file."""
+"""The doctor counts rows exactly and names what may be wrong; texts that repeat, or that are held out, are noticed."""
 
 from __future__ import annotations
 
-import gc
 import gzip
 import json
-import math
-import tracemalloc
+import random
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from alignment import cli
 from alignment.commands.doctor import show_diagnosis
 from alignment.commands.shared.diagnoses import records
 from alignment.config.data import DataConfig, MixedConfig, SourceConfig
-from alignment.core.errors import DataError
 from alignment.data import near_duplicates, repeated_records
 from alignment.data.doctor import Diagnosis, examine
-from alignment.data.objections import Objections
-from alignment.data.records import (
-    Conversation,
-    HeldOutPrompt,
-    LabelledAnswer,
-    PlainText,
-    PreferencePair,
-    Question,
-    Record,
-)
+from alignment.data.near_duplicates import NearDuplicates
+from alignment.data.overlap import HeldOut, LocatedText, asked, asked_in, asked_too
+from alignment.data.records import Conversation, HeldOutPrompt, LabelledAnswer, PreferencePair, Prompt, Record
+from alignment.data.repeated_records import KeySet
 from alignment.data.row_count import count_rows, fewer_of, times_as_many
-from tests.unit.data.test_duplicates import changed, some_text
+from alignment.data.turns import Message
+
+RNG = random.Random(0)
+WORDS = ["".join(RNG.choices("abcdefghijklmnopqrstuvwxyz", k=RNG.randint(2, 9))) for _ in range(400)]
+
+
+def some_text(count: int) -> str:
+    """So many words, drawn at random."""
+    return " ".join(RNG.choices(WORDS, k=count))
+
+
+def changed(text: str, *positions: int) -> str:
+    """The text with another word at each of these positions."""
+    words = text.split()
+    for position in positions:
+        words[position] = "altogether"
+    return " ".join(words)
+
+
+def _near(*texts: str) -> dict[tuple[int, int], float]:
+    """Numbers of a text and of the earlier one that it resembles, from 0, with what they share."""
+    repeats = NearDuplicates()
+    for number, text in enumerate(texts):
+        repeats.add(LocatedText(where=str(number), text=text))
+    return {(int(pair.where), int(pair.earlier)): pair.share for pair in repeats.pairs}
+
+
+# ---- nearly the same ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("position", [0, 7, 15, 29])
+def test_one_word_changed_in_thirty_is_found_wherever_it_stands(position: int) -> None:
+    text = some_text(30)
+    share = 28 / 30 if position in (0, 29) else 27 / 31
+    near = _near(some_text(30), text, some_text(30), changed(text, position))
+    assert near == {(3, 1): pytest.approx(share)}
+
+
+def test_nearly_all_planted_near_repeats_are_found_and_nothing_else() -> None:
+    texts = [some_text(40) for _ in range(400)]
+    pairs = set(_near(*texts, *(changed(text, 20) for text in texts[:100])))
+    assert pairs <= {(400 + number, number) for number in range(100)}
+    assert len(pairs) >= 98
+
+
+def test_short_texts_must_be_the_same_but_for_case_and_spaces() -> None:
+    assert _near("What is 2 + 2?", "What is 2 + 3?", "Yes", "No", "Yes.", "", " ", "\n") == {}
+    assert list(_near("Good  morning", "good morning", "Yes", "yes")) == [(1, 0), (3, 2)]
+    assert _near("\ud800 lone", "\ud800 LONE") == {(1, 0): 1.0}
+
+
+# ---- a set of keys in little memory ---------------------------------------------------------------------------------
+
+
+def test_keys_are_new_once_whatever_the_batches() -> None:
+    rng, seen, keys = random.Random(0), set[int](), KeySet()
+    for size in [0, 1, 1, 500, *(rng.randint(0, 60) for _ in range(60))]:
+        batch = [rng.choice([0, 2**64 - 1, rng.randrange(1_500), rng.getrandbits(64)]) for _ in range(size)]
+        expected = []
+        for key in batch:
+            expected.append(key not in seen)
+            seen.add(key)
+        assert keys.add(np.array(batch, dtype=np.uint64)).tolist() == expected
+        assert len(keys) == len(seen)
+    assert len(seen) > 1_000
+
+
+# ---- held-out rows among those that are learned ---------------------------------------------------------------------
+
+TEXT = "The library in Mill Lane opens at nine on weekdays and stays closed on Sundays until the end of March."
+
+
+def _share(learned: str, held_out: str) -> float:
+    """How much of a held-out text is in a learned one, or zero where that is too little to be named."""
+    held = HeldOut([LocatedText(where="eval:1", text=held_out), LocatedText(where="eval:2", text="Something else")])
+    texts = [LocatedText(where="train:7", text=learned), LocatedText(where="train:8", text="Quite another")]
+    overlaps = list(held.overlaps(texts))
+    assert {(overlap.learned, overlap.held_out) for overlap in overlaps} <= {("train:7", "eval:1")}
+    return overlaps[0].share if overlaps else 0.0
+
+
+@pytest.mark.parametrize(
+    ("learned", "held_out"),
+    [
+        (f"Please note: {TEXT.upper()}!", TEXT),
+        ("Two plus two", "two plus two?"),
+        ("你好。法国的首都是什么？请详细回答。", "法国的首都是什么？请详细回答。"),
+        (
+            "你好。フランスの首都はどこですか。詳しく答えてください。",
+            "フランスの首都はどこですか。詳しく答えてください。",
+        ),
+        ("你好。เมืองหลวงของฝรั่งเศสคืออะไร", "เมืองหลวงของฝรั่งเศสคืออะไร"),
+        ("दुकान कब खुलती है?", "दुकान कब खुलती है"),
+        ("Where is İstanbul?", "where is istanbul"),
+    ],
+)
+def test_the_same_text_is_found_whatever_its_case_script_and_punctuation(learned: str, held_out: str) -> None:
+    assert _share(learned, held_out) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("learned", "held_out"),
+    [
+        (" ".join(TEXT.split()[:9]) + " and more follows here", TEXT),
+        ("Two plus three", "two plus two?"),
+        ("德国有多少个联邦州？请简短回答。", "法国的首都是什么？请详细回答。"),
+        ("เยอรมนีมีกี่รัฐ", "เมืองหลวงของฝรั่งเศสคืออะไร"),
+        ("खाली", "खुला"),  # words that differ only in their vowel signs
+        ("?", "!"),
+    ],
+)
+def test_a_phrase_or_another_text_is_no_overlap(learned: str, held_out: str) -> None:
+    assert _share(learned, held_out) == 0.0
+
+
+def test_half_of_a_text_is_enough_and_the_first_of_equal_ones_is_named() -> None:
+    assert 0.5 <= _share(" ".join(TEXT.split()[:16]), TEXT) < 1.0
+    held_out = HeldOut(LocatedText(where=f"eval:{number}", text=TEXT) for number in range(100, 140))
+    (overlap,) = held_out.overlaps([LocatedText(where="train:1", text=TEXT)])
+    assert overlap.held_out == "eval:100"
+
+
+def _asking(*texts: str) -> list[Prompt]:
+    return [Prompt(messages=(Message(role="user", content=text),)) for text in texts]
+
+
+def test_a_learned_text_counts_for_every_judged_one_that_stands_in_it() -> None:
+    longer = f"{TEXT} Who has the keys, and where do they hang when the library is closed for the day?"
+    known = asked_too(_asking(TEXT, longer, "Something else"), _asking(longer, "Quite another"))
+    assert known == {TEXT, longer}
+
+
+def test_a_learned_text_that_only_a_later_turn_asks_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "held_out.jsonl"
+    file.write_text(json.dumps({"turns": ["When is it open?", TEXT]}) + "\n")
+    (held_out,) = asked_in(file, SourceConfig())
+    assert held_out.text == f"When is it open?\n{TEXT}"
+    row = HeldOutPrompt(messages=(Message(role="user", content="When is it open?"),), later_turns=(TEXT,))
+    assert asked(row).text == held_out.text
+
 
 ALL = SourceConfig()
 PAIR = {"prompt": "Which is right, 4 or 5?", "chosen": "It is 4.", "rejected": "It is 5."}
@@ -72,27 +202,6 @@ def _labelled(number: int) -> dict[str, Any]:
     return {"prompt": f"What is {number} + 1?", "completion": f"It is {number + 1}.", "label": label}
 
 
-def _peak(file: Path) -> int:
-    gc.collect()
-    gc.freeze()  # or what other tests have left decides how long the garbage of this one stays
-    tracemalloc.start()
-    examine(file, ALL, records())
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    gc.unfreeze()
-    return peak
-
-
-def test_memory_grows_by_a_few_bytes_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Eight bytes for each of three stages, and as many again while two arrays of keys become one."""
-    monkeypatch.setattr(near_duplicates, "TEXTS", 100)
-    monkeypatch.setattr(repeated_records, "BATCH", 100)
-    few = _write(tmp_path / "few.jsonl", [_labelled(number) for number in range(300)])
-    many = _write(tmp_path / "many.jsonl", [_labelled(number) for number in range(1_300)])
-    _peak(few)  # imports, and caches
-    assert (_peak(many) - _peak(few)) / 1_000 < 100
-
-
 def test_rows_are_counted_exactly_by_what_stages_make_of_them(tmp_path: Path) -> None:
     rows = [_labelled(number) for number in range(200)]
     diagnosis = _examined(tmp_path, [*rows, *rows[:50], "no row"])
@@ -106,39 +215,6 @@ def test_rows_are_counted_exactly_by_what_stages_make_of_them(tmp_path: Path) ->
     assert rows_of_reason.count(["sft"]) == 100
     lines = [f"a.jsonl:{2 * number}" for number in (1, 2, 3, 4, 6, 7, 8, 9)]
     assert [Path(error.where).name for error in rows_of_reason.first(["sft"])] == lines
-
-
-@pytest.mark.parametrize(("batch", "characters"), [(1, 1 << 24), (7, 1 << 24), (1_000, 1), (1_000, 1 << 24)])
-def test_what_repeats_does_not_depend_on_how_many_rows_wait(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, characters: int
-) -> None:
-    monkeypatch.setattr(repeated_records, "BATCH", batch)
-    monkeypatch.setattr(repeated_records, "BATCH_CHARACTERS", characters)
-    monkeypatch.setattr(near_duplicates, "TEXTS", 12)
-    long = " ".join(f"word{number}" for number in range(40))
-    pairs = [{"prompt": f"{long} {n % 8}", "chosen": f"{long} yes {n % 6}", "rejected": "No."} for n in range(40)]
-    diagnosis = _examined(tmp_path, pairs)
-    assert diagnosis.uses["reward, dpo"].repeated == 40 - len({(n % 8, n % 6) for n in range(40)}) == 16
-    assert diagnosis.uses["ppo, distil"].repeated == 32
-    near = diagnosis.near_duplicates
-    assert (near.looked_at, near.passed_over) == (12, 12)
-    assert [line for line, _ in _lines_of(near.pairs)] == list(range(2, 13))
-
-
-def test_a_row_that_several_stages_object_to_counts_once_and_the_first_that_is_asked_says_why() -> None:
-    objections = Objections(2)
-    for row, stages in ((3, ["dpo"]), (5, ["dpo", "sft"]), (6, ["sft"]), (7, ["dpo"]), (9, ["dpo"])):
-        objections.add(row, {stage: DataError(f"{row} {stage}") for stage in stages})
-    assert [objections.count(stages) for stages in (["dpo"], ["sft"], ["dpo", "sft"], ["ppo"])] == [4, 2, 5, 0]
-    first = [[str(error) for error in objections.first(stages)] for stages in (["sft", "dpo"], ["dpo"], ["sft"])]
-    assert first == [["3 dpo", "5 sft"], ["3 dpo", "5 dpo"], ["5 sft", "6 sft"]]
-    assert objections.stages() == {"dpo", "sft"}
-
-
-def test_a_diagnosis_that_is_stopped_is_that_of_the_rows_so_far(tmp_path: Path) -> None:
-    file = _write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 10)
-    partial = examine(file, ALL, records(), go_on=lambda diagnosis: diagnosis.rows < 4)
-    assert (partial.rows, partial.uses["sft"].records, partial.uses["sft"].repeated) == (4, 4, 3)
 
 
 def test_rows_are_counted_before_they_are_read_where_that_is_quick(tmp_path: Path) -> None:
@@ -163,11 +239,8 @@ HALF_BAD = {"messages": [*ASKED, {"role": "assistant", "content": "5."}], "label
     [
         (PAIR, PreferencePair, None, 4.0),
         (PAIR, PreferencePair, 30, 3.0),
-        (PAIR, PreferencePair, 10, 1.0),
         (PAIR, LabelledAnswer, None, 8.0),  # ten of its eighty answers are in five lines
-        (PAIR, LabelledAnswer, 40, 4.0),
         (RANKED, PreferencePair, None, 10.0),  # ten of its 120 pairs are in four lines
-        (RANKED, Conversation, None, 4.0),
         (HALF_BAD, Conversation, None, 2.0),
     ],
 )
@@ -223,25 +296,6 @@ def test_the_doctor_knows_what_measuring_stages_refuse(tmp_path: Path, stage: st
     assert [Path(fault.where).name for fault in diagnosis.faults] == ["a.jsonl:2"]
 
 
-@pytest.mark.parametrize(
-    ("faulty", "count", "form"),
-    [({"chosen": None}, 9, None), ({"rejected": "It is 4."}, 7, None), ({"chosen": None}, 12, "preference")],
-)
-def test_rows_are_faulty_however_many_they_are(tmp_path: Path, faulty: Any, count: int, form: str | None) -> None:
-    rows = [PAIR | {"prompt": f"{number}?"} | (faulty if number < count else {}) for number in range(12)]
-    diagnosis = _examined(tmp_path, rows, SourceConfig(format=form))
-    assert diagnosis.format.name == "preference"
-    assert [Path(fault.where).name for fault in diagnosis.faults] == [f"a.jsonl:{line + 1}" for line in range(count)]
-
-
-def test_texts_beside_prompts_are_texts_too(tmp_path: Path) -> None:
-    rows = [{"prompt": f"Write about {number}.", "text": f"{number} is a number."} for number in range(3)]
-    for written, counts in ((rows, [3]), ([{"prompt": "Write about 3."}], [])):
-        diagnosis = _examined(tmp_path, written)
-        assert diagnosis.format.name == "prompt"
-        assert [use.records for use in diagnosis.uses.values() if use.record is PlainText] == counts
-
-
 def test_a_file_of_which_every_row_is_set_aside_is_of_no_use(tmp_path: Path) -> None:
     tie = {"messages": ASKED, "answers": {"x": "b", "y": "c"}, "preferred": "tie"}
     transcript = "\n\nHuman: {}\n\nAssistant: yes."
@@ -254,14 +308,6 @@ def test_a_file_of_which_every_row_is_set_aside_is_of_no_use(tmp_path: Path) -> 
 
 
 # ---- what may be wrong ----------------------------------------------------------------------------------------------
-
-
-def test_faulty_rows_are_listed_in_the_order_of_the_file(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl"
-    file.write_text("\n".join([json.dumps(PAIR), json.dumps({**PAIR, "rejected": 3}), "{", json.dumps(PAIR), "{"]))
-    faults = examine(file, ALL, records()).faults
-    assert [Path(fault.where).name for fault in faults] == [f"a.jsonl:{line}" for line in (2, 3, 5)]
-    assert "  faulty       3 rows\n" in _diagnosed(file)[1]
 
 
 @pytest.mark.parametrize(
@@ -282,20 +328,12 @@ def test_a_column_of_true_and_false_beside_an_answer_may_be_its_label(
     assert ("columns={label: good}" in _diagnosed(tmp_path / "a.jsonl")[1]) == bool(labels)
 
 
-def test_numbers_that_are_not_finite_are_counted_by_column(tmp_path: Path) -> None:
-    rows = [PAIR | {"chosen_score": score, "rejected_score": 1.0} for score in (2.0, math.nan, math.inf)]
-    assert _examined(tmp_path, rows).not_finite == {"chosen_score": 2}
-    assert "2 rows have NaN or infinity in the column 'chosen_score'" in _diagnosed(tmp_path / "a.jsonl")[1]
-
-
 @pytest.mark.parametrize(
     ("row", "form", "code", "column"),
     [
         ({"prompt": "a", "choosen": "b", "rejected": "c", "Zzz": 1}, "preference", 3, "{chosen: choosen}"),
         ({"prompt": "a", "completon": "b"}, "prompt_completion", 3, "{completion: completon}"),
-        ({"question": "a", "anwser": "b"}, "question_answer", 3, "{answer: anwser}"),
         ({"prompt": "a", "completion": "b", "sytem": "c"}, "", 0, "{system: sytem}"),
-        ({"prompt": "a", "completon": 3}, "", 0, ""),
         ({"prompt": "a", "Zzz": "b"}, "", 0, ""),
     ],
 )
@@ -312,18 +350,6 @@ def test_a_column_that_is_misspelt_in_every_row_counts_if_it_changes_the_format(
     if form:
         assert f"align doctor {file} 'columns={column}'\n" in printed
         assert _diagnosed(file, "prompt")[0] == 0, "its format is set"
-
-
-def test_texts_are_compared_with_prompts_that_must_not_be_learned(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = "Who has the keys of the library when it is closed on a Monday in winter?"
-    texts = _write(tmp_path / "texts.jsonl", [{"text": "The shop is open."}, {"text": f"A quiz. {asked} Nobody."}])
-    held_out = _write(tmp_path / "heldout.jsonl", [{"prompt": asked}])
-    assert cli.main(["doctor", str(texts), "--against", str(held_out)]) == 0
-    printed = capsys.readouterr().out
-    assert f"overlap      1 row resembles a prompt of {held_out}\n" in printed
-    assert "texts.jsonl:2 has 100% of heldout.jsonl:1\n" in printed
 
 
 def test_commands_that_the_doctor_names_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
@@ -358,37 +384,6 @@ def test_exact_duplicates_and_contradictions_are_named_by_line(
     answer = {"prompt": "2 + 2?", "completion": "4.", "label": True}
     file = _write(tmp_path / "labels.jsonl", [answer, {**answer, "label": False}])
     assert "labels.jsonl:2 has the opposite label of labels.jsonl:1" in _diagnosed(file)[1]
-
-
-ANSWERS = [{"role": "assistant", "content": "4.", "weight": 0}, *ASKED, {"role": "assistant", "content": "4"}]
-DIFFERENT: dict[type[Record], tuple[dict[str, Any], dict[str, Any]]] = {
-    HeldOutPrompt: (
-        {"messages": ASKED, "tools": [{"name": "add"}]},
-        {"messages": ASKED, "tools": [{"name": "add", "default": math.nan}]},
-    ),
-    Question: (
-        {"question": "2 + 2?", "choices": ["4", "5"], "answer": "4"},
-        {"question": "2 + 2?", "choices": ["4", "5", "6"], "answer": "4"},
-    ),
-    Conversation: (
-        {"messages": [*ASKED, *ANSWERS]},
-        {"messages": [*ASKED, ANSWERS[0] | {"weight": 1}, *ANSWERS[1:]]},
-    ),
-}
-
-
-@pytest.mark.parametrize("record", DIFFERENT)
-def test_rows_that_differ_in_tools_choices_or_weights_are_no_repeats(tmp_path: Path, record: type[Record]) -> None:
-    first, second = DIFFERENT[record]
-    diagnosis = _examined(tmp_path, [first, second, first])
-    assert _lines_of(diagnosis.repeats.exact) == [(3, 1)]
-    (use,) = (use for use in diagnosis.uses.values() if use.record is record)
-    assert (use.records, use.repeated) == (3, 1)
-
-
-def test_a_row_of_several_pairs_repeats_an_earlier_one_only_with_all_of_them(tmp_path: Path) -> None:
-    short, long = ({"prompt": "?", "completions": RANKED["completions"][:number]} for number in (2, 3))
-    assert _lines_of(_examined(tmp_path, [short, long, long, short]).repeats.exact) == [(3, 2), (4, 1)]
 
 
 def test_the_doctor_names_near_repeats_and_leaves_exact_ones_to_their_own_count(tmp_path: Path) -> None:
@@ -426,18 +421,6 @@ def test_votes_of_several_people_on_a_pair_are_no_duplicates_to_remove(tmp_path:
     assert _lines_of(twice.repeats.contradictions) == [(10, 3)], "and the opposite"
 
 
-def test_a_shared_system_turn_or_answer_makes_no_rows_alike(tmp_path: Path) -> None:
-    system = {"role": "system", "content": some_text(200)}
-    talks = [
-        [system, {"role": "user", "content": text}, {"role": "assistant", "content": text[::-1]}]
-        for text in (some_text(12) for _ in range(20))
-    ]
-    assert _examined(tmp_path, [{"messages": talk} for talk in talks]).near_duplicates.pairs == []
-    prompt, chosen = some_text(10), some_text(30)
-    pairs = [{"prompt": prompt, "chosen": chosen, "rejected": some_text(30)} for _ in range(5)]
-    assert _examined(tmp_path, pairs).near_duplicates.pairs == []
-
-
 def test_rows_behind_the_limit_are_not_compared_and_the_doctor_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -448,3 +431,26 @@ def test_rows_behind_the_limit_are_not_compared_and_the_doctor_says_so(
     assert _lines_of(near.pairs) == [(4, 1)]
     assert (near.looked_at, near.passed_over) == (5, 3)
     assert "only the first 5 distinct rows were compared" in _diagnosed(tmp_path / "a.jsonl")[1]
+
+
+@pytest.mark.parametrize(("batch", "characters"), [(1_000, 1), (1_000, 1 << 24)])
+def test_what_repeats_does_not_depend_on_how_many_rows_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: int, characters: int
+) -> None:
+    monkeypatch.setattr(repeated_records, "BATCH", batch)
+    monkeypatch.setattr(repeated_records, "BATCH_CHARACTERS", characters)
+    monkeypatch.setattr(near_duplicates, "TEXTS", 12)
+    long = " ".join(f"word{number}" for number in range(40))
+    pairs = [{"prompt": f"{long} {n % 8}", "chosen": f"{long} yes {n % 6}", "rejected": "No."} for n in range(40)]
+    diagnosis = _examined(tmp_path, pairs)
+    assert diagnosis.uses["reward, dpo"].repeated == 40 - len({(n % 8, n % 6) for n in range(40)}) == 16
+    assert diagnosis.uses["ppo, distil"].repeated == 32
+    near = diagnosis.near_duplicates
+    assert (near.looked_at, near.passed_over) == (12, 12)
+    assert [line for line, _ in _lines_of(near.pairs)] == list(range(2, 13))
+
+
+def test_a_diagnosis_that_is_stopped_is_that_of_the_rows_so_far(tmp_path: Path) -> None:
+    file = _write(tmp_path / "a.jsonl", [{"prompt": "a", "completion": "b"}] * 10)
+    partial = examine(file, ALL, records(), go_on=lambda diagnosis: diagnosis.rows < 4)
+    assert (partial.rows, partial.uses["sft"].records, partial.uses["sft"].repeated) == (4, 4, 3)

@@ -17,10 +17,9 @@ from pyarrow import parquet
 
 from alignment.config.data import DataConfig, SourceConfig
 from alignment.core.errors import DataError
-from alignment.core.fingerprint import file_sha256
 from alignment.data import caps
 from alignment.data.chat_template import template_text
-from alignment.data.hub_rows import content_of, hub_rows, snapshot_name, source_rows
+from alignment.data.hub_rows import hub_rows
 from alignment.data.reading import read_records
 from alignment.data.records import Conversation
 from alignment.data.row_files import NotUtf8, RawRow, files_of, rows_of
@@ -105,27 +104,18 @@ def test_the_separator_of_a_csv_is_that_of_its_header(tmp_path: Path, separator:
     assert _values(tmp_path / "b.csv") == [{"text": "a; b"}]
 
 
-def test_lines_of_a_csv_are_counted_where_fields_have_breaks(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text('prompt,completion\n"two\nlines",yes\nshort\nb,c\n')
-    assert _outcomes(tmp_path / "a.csv")[::2] == ["2", "5"]
-    assert _outcomes(tmp_path / "a.csv")[1].startswith("4: does not have 2 fields")
-
-
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
 FILE_FAULTS = [
     ("a.txt", b"x", "has an unknown file type"),
-    ("a.json", b'"x"', "not a list of rows"),
     ("a.json", b'{\n  "data": [\n    {"text": "a"}\n  ]\n}\n', "not a list of rows"),
     ("a.json", b'[\n{"a": 1},\n{"a": }\n]\n', "a.json:3: not JSON: Expecting value at column 7"),
     ("a.parquet", b"PAR0", "not Parquet: "),
     ("a.jsonl.gz", b"not packed", "cannot be read or unpacked: "),
-    ("a.json.gz", b"not packed", "cannot be read or unpacked: "),
     ("a.csv", b"a\n\xff\n", "not UTF-8: "),
     ("a.csv", b"prompt,chosen,rejected,chosen\n1,2,3,4\n", "has the column 'chosen' twice"),
     ("a.json", b'[{"prompt": 1, "prompt": 2}]', "has the key 'prompt' twice"),
     ("a.jsonl", b'\n\xef\xbb\xbf[ {"text": "a"}]', "a.jsonl: is one JSON array"),
-    ("a.jsonl", b'[\n  {"text": "a"},\n  {"text": "b"}\n]\n', "a.jsonl: is one JSON array"),
     *(
         (f"a.{suffix}", '{"a": "b"}\n'.encode(encoding), f"iconv -f {encoding.upper()} -t UTF-8 ")
         for suffix in ("jsonl", "csv")
@@ -146,11 +136,8 @@ def test_a_file_that_cannot_be_read_at_all_says_why(tmp_path: Path, name: str, c
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"a": 1\n', "not JSON: Expecting ',' delimiter at column 8"),
         (b'{"a": 1', "not JSON: Expecting ',' delimiter at column 8"),
-        (b'{"a": 1, b}\r\n', "not JSON: Expecting property name enclosed in double quotes at column 10"),
         (b'{"a": "1\n', "not JSON: Unterminated string starting at column 7"),
-        (b'{"a": "1\t"}', "not JSON: Invalid control character at column 9"),
         (b"[" * 100_000, "not JSON: "),
         ('{"a": "größer"}\n'.encode("latin-1"), "not UTF-8: byte 0xf6 at column 10 ('ö' in Latin-1)"),
         (b'{"a": "b \xed\xa0\xbd"}', "not UTF-8: byte 0xed at column 10 (half of a surrogate pair, as in CESU-8)"),
@@ -166,14 +153,6 @@ def test_a_line_that_cannot_be_read_is_a_fault_and_others_are_rows(tmp_path: Pat
     assert error.where == f"{tmp_path / 'a.jsonl'}:4"
     assert message in error.message
     assert [row.value["a"] for row in rows if isinstance(row, RawRow)] == ["größer", "\U0001f600"]
-
-
-def test_encoded_surrogates_in_a_document_are_a_fault_of_their_row(tmp_path: Path) -> None:
-    """As Java and Oracle write emoji (CESU-8). Tokenizers refuse such text, long after the row was read."""
-    (tmp_path / "a.json").write_bytes(b'{"prompt": "a \xed\xa0\xbd\xed\xb8\x80"}\n{"prompt": "b"}\n')
-    first, second = _outcomes(tmp_path / "a.json")
-    assert first.startswith("1: not UTF-8: byte 0xed at column 15")
-    assert second == "2"
 
 
 def test_values_of_parquet_that_python_cannot_hold_are_faults_of_their_rows(tmp_path: Path) -> None:
@@ -234,11 +213,7 @@ def test_a_small_packed_file_cannot_fill_the_memory(name: str, tmp_path: Path, m
             ["1", "2: is longer than 100 bytes", "3", "4: is longer than 100 bytes"],
         ),
         ("a.csv", "prompt,completion\na," + "x" * 200, ["2: is longer than 100 bytes"]),
-        (
-            "a.csv",
-            'prompt,completion\na,"' + "line\n" * 50,
-            ["2: not CSV: field larger than field limit (100)"],
-        ),
+        ("a.csv", 'prompt,completion\na,"' + "line\n" * 50, ["2: not CSV: field larger than field limit (100)"]),
     ],
 )
 def test_a_line_that_is_too_long_is_a_faulty_row(
@@ -311,11 +286,6 @@ def test_a_data_set_gives_its_rows_in_order_with_their_numbers(cache: Path, name
     assert conversations[2].where == f"{NAME} train: row 3"
 
 
-def test_several_files_are_one_split_in_the_order_of_their_names(cache: Path) -> None:
-    folder = leave_data_set(cache, {"data/train-00001.jsonl": LINES, "data/train-00000.jsonl": FIRST})
-    assert [row.value for row in hub_rows(folder, "train", None)] == [ROWS[0], *ROWS]
-
-
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_tools_have_the_parameters_that_they_were_written_with(cache: Path, suffix: str) -> None:
     """``datasets`` reads Parquet into Arrow, where each tool has the parameters of all; columns of JSON may stay."""
@@ -362,7 +332,6 @@ def test_the_description_says_which_files_make_which_split_of_which_subset(
     ("split", "subset", "words"),
     [
         ("validation", "short", ["'validation'", "train, test", "data.split=NAME"]),
-        ("train[:1]", "short", ["'train[:1]'", "train, test"]),
         ("train", "shirt", ["'shirt'", "short, long", "data.subset=NAME"]),
         ("train", None, ["short, long", "data.subset=NAME"]),
     ],
@@ -399,31 +368,3 @@ def test_a_data_set_that_cannot_be_read_is_refused(cache: Path, files: dict[str,
     with pytest.raises(DataError, match=problem) as caught:
         list(hub_rows(leave_data_set(cache, files), "train", None))
     assert str(caught.value).startswith(NAME)
-
-
-def test_a_request_to_stop_is_not_taken_for_a_fault_of_the_data(cache: Path) -> None:
-    class Stop(Exception):
-        pass
-
-    rows = hub_rows(leave_data_set(cache, {"train.parquet": KINDS["a.parquet"]}), "train", None)
-    next(rows)
-    with pytest.raises(Stop):
-        rows.throw(Stop())
-
-
-def test_a_snapshot_is_read_as_one_and_any_other_folder_by_its_files(cache: Path) -> None:
-    folder = leave_data_set(cache, {"data/train.jsonl": LINES, "data/test.jsonl": FIRST})
-    assert snapshot_name(folder) == content_of(folder) == NAME
-    assert len(list(source_rows(folder, SourceConfig(split="test")))) == 1
-    file = folder / "data" / "train.jsonl"
-    assert snapshot_name(file) is snapshot_name(file.parent) is None
-    assert content_of(file) == file_sha256(file)
-    assert len(list(source_rows(file.parent, SourceConfig(split="test")))) == 5
-
-
-def test_the_command_that_checks_all_rows_names_the_data_set_and_its_split(cache: Path) -> None:
-    faulty = json.dumps({"prompt": "Add 1 to it.", "completion": " "}) + "\n"
-    folder = leave_data_set(cache, {"data/train.jsonl": LINES, "data/test.jsonl": faulty})
-    with pytest.raises(DataError) as caught:
-        read_records(folder, Conversation, SourceConfig(split="test"))
-    assert f"`align doctor {NAME} split=test`" in str(caught.value)

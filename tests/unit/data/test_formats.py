@@ -15,7 +15,7 @@ from alignment.config.data import DataConfig
 from alignment.core.errors import DataError
 from alignment.data.fields import Fields, SetAside
 from alignment.data.formats import FORMATS, detect, format_of
-from alignment.data.reading import Reading, iterate, read_records, start
+from alignment.data.reading import Reading, iterate, start
 from alignment.data.records import (
     Conversation,
     HeldOutPrompt,
@@ -116,16 +116,12 @@ def test_most_rows_decide_and_unknown_columns_are_listed() -> None:
 # file, format, conversations, pairs, prompts; pairs are 0 where rows hold none
 OURS = [
     ("transcripts.jsonl", "hh", 2, 2, 2),
-    ("pairs.jsonl", "preference", 3, 3, 3),
     ("instructions.json", "alpaca", 3, 0, 3),
     ("system_pairs.json", "preference", 2, 2, 2),
     ("labelled.json", "kto", 2, 0, 4),
     ("toolcalls.json", "sharegpt", 3, 0, 3),
-    ("identity.json", "alpaca", 2, 0, 2),
     ("texts.jsonl", "text", 0, 0, 0),
     ("sums.jsonl", "question_answer", 6, 0, 6),
-    ("questions.jsonl", "turns", 0, 0, 2),
-    ("instructions_with_text.json", "alpaca", 2, 0, 2),
     ("chat.json", "sharegpt", 1, 0, 1),
     ("whole_pairs.json", "chosen_rejected", 1, 1, 1),
     ("answers_by_rank.json", "stack_exchange", 2, 2, 2),
@@ -135,8 +131,6 @@ FILES = [
     ("llamafactory-demo/kto_en_demo.json", "kto", 150, 0, 300),
     ("llamafactory-demo/glaive_toolcall_en_demo.json", "sharegpt", 300, 0, None),
     ("gsm8k/train.jsonl", "question_answer", 2000, 0, 2000),
-    ("mt-bench/question.jsonl", "turns", 0, 0, 80),
-    ("torchtune-tiny/stack_exchange_paired_tiny.json", "stack_exchange", None, None, None),
 ]
 SHAPES = [
     *(pytest.param(WRITTEN / file, *expected, id=f"ours: {file}") for file, *expected in OURS),
@@ -181,10 +175,7 @@ def test_files_in_public_shapes_are_what_they_are(
         ),
         ("preference", {"instruction": "2 + 2?", "chosen": "4.", "rejected": "5."}),
         ("chosen_rejected", {"prompt": "2 + 2?", "chosen": [ASKED, ANSWER], "rejected": [ASKED, WORSE]}),
-        (
-            "ranked",
-            {"prompt": "2 + 2?", "completions": [{"content": "5.", "rank": 2}, {"content": "4.", "rank": 1}]},
-        ),
+        ("ranked", {"prompt": "2 + 2?", "completions": [{"content": "5.", "rank": 2}, {"content": "4.", "rank": 1}]}),
     ],
     ids=["turns and texts", "answers as turns", "ShareGPT", "instruction", "UltraFeedback", "ranks, 1 is best"],
 )
@@ -201,16 +192,11 @@ def test_other_writings_of_a_pair_are_the_same_pair(form: str, row: dict[str, An
     ("before", "more", "expected"),
     [
         ([], {"system": "Be brief."}, [BRIEF, ASKED]),
-        ([], {"system": ""}, [ASKED]),
         ([BRIEF], {"system": "Be long."}, [BRIEF, ASKED]),
         ([], {"prompt": [BRIEF, ASKED]}, [ASKED]),  # the whole conversation says what its prompt was
         ([ANSWER], {"prompt": [EARLIER]}, [EARLIER, ANSWER, ASKED]),
-        ([ANSWER], {"prompt": "Hi.", "system": "Be brief."}, [BRIEF, EARLIER, ANSWER, ASKED]),
-        ([BRIEF, ANSWER], {"prompt": "Hi."}, [BRIEF, EARLIER, ANSWER, ASKED]),
         ([ANSWER], {"prompt": [ANSWER, ASKED]}, [ANSWER, ASKED]),  # the conversations have the prompt already
-        ([BRIEF, ANSWER], {"prompt": "2 + 2?"}, [BRIEF, ANSWER, ASKED]),
         ([ANSWER], {"prompt": [EARLIER, ANSWER]}, [ANSWER, ASKED]),
-        ([ANSWER], {"prompt": " "}, [ANSWER, ASKED]),
     ],
 )
 def test_what_comes_before_two_conversations_is_part_of_their_prompt(
@@ -222,39 +208,7 @@ def test_what_comes_before_two_conversations_is_part_of_their_prompt(
     assert (pair.chosen, pair.rejected) == ("4.", "5.")
 
 
-@pytest.mark.parametrize("system", ["", "Be brief."])
-def test_two_answers_without_a_prompt_are_a_fault_of_their_row(system: str) -> None:
-    row = {"chosen": [ANSWER], "rejected": [WORSE], "system": system}
-    transcripts = {"chosen": "Assistant: 4.", "rejected": "Assistant: 5.", "system": system}
-    for name, unasked in (("chosen_rejected", row), ("hh", transcripts)):
-        with pytest.raises(DataError, match="must end with a user turn"):
-            _records(PreferencePair, unasked, name)
-    (pair,) = _records(PreferencePair, {**row, "prompt": "2 + 2?"}, "chosen_rejected")
-    assert [turn.as_dict() for turn in pair.messages] == [*([BRIEF] if system else []), ASKED]
-
-
-def test_a_transcript_keeps_its_turns_and_its_blank_lines() -> None:
-    opening = "\n\nHuman: First.\n\nSecond line.\n\nAssistant: Yes.\n\nHuman: Really?\n\nAssistant:"
-    (pair,) = _records(PreferencePair, {"chosen": f"{opening} Of course.", "rejected": f"{opening} No."})
-    assert [turn.role for turn in pair.messages] == ["user", "assistant", "user"]
-    assert _texts(pair) == ["First.\n\nSecond line.", "Yes.", "Really?"]
-    assert (pair.chosen, pair.rejected) == ("Of course.", "No.")
-
-
 SCORED = [{"text": text, "score": score} for text, score in (("b", 5), ("a", 9), ("c", 5), ("d", 1))]
-
-
-@pytest.mark.parametrize(
-    ("row", "reason"),
-    [
-        ({"chosen": "\n\nHuman: a\n\nAssistant:", "rejected": "\n\nHuman: a\n\nAssistant: b"}, "'chosen' .* empty"),
-        ({"chosen": "\n\nHuman: a\n\nAssistant: c", "rejected": "\n\nHuman: b\n\nAssistant: d"}, "'rejected' differs"),
-        ({"prompt": "?", "completions": [SCORED[0], SCORED[2]]}, "same rank"),
-    ],
-)
-def test_rows_without_a_preference_are_set_aside(row: dict[str, Any], reason: str) -> None:
-    with pytest.raises(SetAside, match=reason):
-        _records(PreferencePair, row)
 
 
 def test_a_ranked_list_gives_every_pair_of_different_rank_and_its_best_answer() -> None:
@@ -308,42 +262,6 @@ def test_a_label_counts_in_whatever_columns_its_answer_is(row: dict[str, Any], m
     assert [_texts(prompt) for prompt in _records(Prompt, row | {"label": False})] == [["2 + 2?"]]
     assert [_texts(good) for good in _records(Conversation, row | more | {"label": "true"})] == [["2 + 2?", "4."]]
     assert _records(PlainText, row | more | {"label": True}) == [PlainText(text="2 + 2?\n\n4.")]
-
-
-@pytest.mark.parametrize(
-    ("row", "labels"),
-    [(SHARED, ["arithmetic"]), (ALPACA, ["arithmetic", 0, "1"]), (QUESTION, ["arithmetic", 0, "1"])],
-)
-def test_a_label_that_is_a_class_does_not_judge_the_answer(row: dict[str, Any], labels: list[Any]) -> None:
-    for label in labels:
-        assert [_texts(made) for made in _records(Conversation, row | {"label": label})] == [["2 + 2?", "4."]]
-        with pytest.raises(DataError, match=r"'label' .*format=kto"):
-            _records(LabelledAnswer, row | {"label": label})
-
-
-@pytest.mark.parametrize(("bad", "is_label"), [(False, True), (0, True), ("0", True), ("no", False)])
-@pytest.mark.parametrize("row", [SHARED, ALPACA, QUESTION, COMPLETED])
-def test_a_column_that_is_mapped_to_a_label_is_never_a_class(
-    tmp_path: Path, row: dict[str, Any], bad: Any, is_label: bool
-) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(row | {"good": bad}) + "\n" + json.dumps(row | {"good": True}) + "\n")
-    data = DataConfig(source="", columns={"label": "good"})
-    if is_label:
-        assert [answer.desirable for answer in read_records(file, LabelledAnswer, data)] == [False, True]
-        assert len(read_records(file, Conversation, data)) == 1
-        return
-    for record in (LabelledAnswer, Conversation):
-        with pytest.raises(DataError, match="'label' must be true or false"):
-            read_records(file, record, data)
-
-
-@pytest.mark.parametrize("row", ANSWERED)
-def test_the_whole_text_of_an_example_in_another_column_is_no_prompt(row: dict[str, Any]) -> None:
-    """Some files have the text that was made of a row beside it; the question would contain the answer."""
-    whole = row | {"prompt": "Below is a task. ### Task: 2 + 2? ### Output: 4."}
-    assert [_texts(made) for made in _records(Conversation, whole)] == [["2 + 2?", "4."]]
-    assert [_texts(prompt) for prompt in _records(Prompt, whole)] == [["2 + 2?"]]
 
 
 def test_system_and_history_of_alpaca_go_before_its_instruction() -> None:
@@ -458,21 +376,6 @@ def test_tools_calls_and_their_results_are_kept_in_every_form(name: str) -> None
     assert learned == [name != "LLaMA-Factory", True]
 
 
-def test_pairs_of_turns_in_parts_are_read() -> None:
-    asked, *answers = (_part("text", text, weight) for text, weight in (("2 + 2?", 0.0), ("4.", 1.0), ("5.", 1.0)))
-    chosen, rejected = ([{"role": "user", **asked}, {"role": "assistant", **answer}] for answer in answers)
-    (pair,) = _records(PreferencePair, {"chosen_messages": chosen, "rejected_messages": rejected})
-    assert [turn.as_dict() for turn in pair.messages] == [ASKED]
-    assert (pair.chosen, pair.rejected) == ("4.", "5.")
-
-
-@pytest.mark.parametrize(("value", "text"), [(7, "7"), ("", ""), (None, "")])
-def test_the_id_of_a_call_is_text(value: Any, text: str) -> None:
-    turn = {"role": "tool", "content": "4", "tool_call_id": value}
-    (conversation,) = _records(Conversation, {"messages": [ASKED, turn, ANSWER]})
-    assert conversation.messages[1].call_id == text
-
-
 def test_a_turn_of_weight_0_is_not_learned_and_a_weight_of_null_counts_as_absent(tmp_path: Path) -> None:
     """Parquet gives every turn every field, so a file with a weight on some turns has null on the others."""
     turns = [ASKED, {**ANSWER, "weight": 0}, ASKED, ANSWER, {**ASKED, "loss_weight": 0}, {**ANSWER, "loss_weight": 1}]
@@ -506,12 +409,10 @@ def test_a_thought_in_a_field_of_its_own_is_read(field: str) -> None:
 
 FAULTS: list[tuple[type[Record], str, Any, str]] = [
     (Conversation, "alpaca", {"instruction": "Add.", "output": ""}, "'output'"),
-    (Conversation, "alpaca", {"instruction": "a", "input": 3, "output": "b"}, "'input'"),
     (Conversation, "alpaca", {"instruction": "a", "output": "b", "history": ["x"]}, "'history[0]'"),
     (Conversation, "kto", COMPLETED | {"label": "maybe"}, "'label' must be true or false"),
     (Conversation, "hh", {"chosen": "Hello", "rejected": "x"}, "'chosen'"),
     (Conversation, "ranked", {"prompt": "a", "completions": [{"text": "b"}]}, "'completions[0]' has no number"),
-    (Conversation, "ranked", {"prompt": "a", "completions": [{"score": 1}]}, "'completions[0]' has no text"),
     (Conversation, "ranked", {"prompt": "a", "completions": "b"}, "'completions'"),
     (Conversation, "sharegpt", {"conversations": [{"from": "bot", "value": "x"}]}, "'conversations[0].from'"),
     (
@@ -522,7 +423,6 @@ FAULTS: list[tuple[type[Record], str, Any, str]] = [
     ),
     (Conversation, "messages", {"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "parts"),
     (Conversation, "messages", {"messages": [{**ASKED, "weight": 2}]}, "'messages[0].weight'"),
-    (Conversation, "messages", {"messages": [{**ANSWER, "loss_weight": 0.5}]}, "'messages[0].loss_weight' must"),
     (Conversation, "messages", {"messages": [{**ASKED, "loss_weight": 1.0}, ANSWER]}, "loss_weight' marks"),
     (
         Conversation,
@@ -543,13 +443,9 @@ FAULTS: list[tuple[type[Record], str, Any, str]] = [
         "'messages' ends with a tool call",
     ),
     (Conversation, "messages", {"messages": [ASKED, {**ANSWER, "thinking": ["x"]}]}, "'messages[1].thinking'"),
-    (Conversation, "messages", {"messages": [ASKED], "tools": [3]}, "'tools[0]'"),
     (Conversation, "messages", {"messages": str([ASKED, ANSWER])}, "'messages' must be a list of turns, or JSON"),
-    (Conversation, "sharegpt", {"conversations": str([{"from": "human"}])}, "'conversations' must be a list"),
     (Conversation, "turns", {"turns": [""]}, "'turns[0]'"),
-    (Conversation, "turns", {"turns": ["Hi", " "]}, "'turns[1]'"),
     (HeldOutPrompt, "turns", {"turns": ["a", "b"], "reference": ["144"]}, "'reference' must have"),
-    (HeldOutPrompt, "turns", {"turns": ["a", "b"], "reference": ["144", 72]}, "'reference[1]'"),
 ]
 
 
@@ -559,6 +455,23 @@ def test_a_fault_is_named_by_the_column_of_the_format(record: Any, name: str, ro
         _records(record, row, name)
     assert caught.value.where == "rows.jsonl:7"
     assert message in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("row", "labels"), [(SHARED, ["arithmetic"]), (ALPACA, ["arithmetic", 0, "1"]), (QUESTION, ["arithmetic", 0, "1"])]
+)
+def test_a_label_that_is_a_class_does_not_judge_the_answer(row: dict[str, Any], labels: list[Any]) -> None:
+    for label in labels:
+        assert [_texts(made) for made in _records(Conversation, row | {"label": label})] == [["2 + 2?", "4."]]
+        with pytest.raises(DataError, match=r"'label' .*format=kto"):
+            _records(LabelledAnswer, row | {"label": label})
+
+
+@pytest.mark.parametrize(("value", "text"), [(7, "7"), ("", ""), (None, "")])
+def test_the_id_of_a_call_is_text(value: Any, text: str) -> None:
+    turn = {"role": "tool", "content": "4", "tool_call_id": value}
+    (conversation,) = _records(Conversation, {"messages": [ASKED, turn, ANSWER]})
+    assert conversation.messages[1].call_id == text
 
 
 def test_choices_in_another_notation_are_refused_and_free_text_is_none() -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import tracemalloc
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,15 +12,13 @@ from alignment.core.errors import DataError
 from alignment.data.mix import mixed, subset
 from alignment.data.records import Conversation, PreferencePair, Prompt
 from alignment.data.tokens.limits import Limits, Parts, RowTooLong, cut_to, excess, refuse_losses
-from alignment.data.tokens.rendering import prompt_text
 from alignment.data.tokens.row_kinds import CONVERSATIONS, PAIRS, PROMPTS, Tokenized, tokenized
-from alignment.data.tokens.tokenize import Tokens, encode, prompt_ids
+from alignment.data.tokens.tokenize import Tokens, prompt_ids
 from alignment.data.turns import Message
 from alignment.stages.cpt.kind import CptConfig
 from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.registry import kind_of
-from tests.templates import STYLES, styled_tokenizer
 from tests.tiny import tiny_tokenizer
 
 # ---- mixed rows and parts of rows -----------------------------------------------------------------------------------
@@ -76,43 +71,12 @@ def test_a_source_with_too_few_rows_is_named() -> None:
     assert caught.value.where == "s.data.mix[1]"
 
 
-@pytest.mark.parametrize("count", [1, 7, 300])
-def test_a_smaller_part_lies_within_a_larger_one(count: int) -> None:
-    subsets = [subset(count, fraction, _generator()).tolist() for fraction in (0.001, 0.07, 0.125, 0.5, 0.9, 1.0)]
-    for small, large in itertools.pairwise(subsets):
-        assert set(small) <= set(large)
-        assert small == sorted(set(small))
-    assert subsets[-1] == list(range(count)), "all of it is all rows, in their order"
-
-
 @pytest.mark.parametrize(
     ("count", "fraction", "size"),
     [(300, 0.125, 38), (300, 0.25, 75), (10, 0.01, 1), (100, 0.07, 7), (300, 0.1, 30), (1000, 1e-05, 1), (0, 0.5, 0)],
 )
 def test_a_part_is_as_large_as_written_rounded_up(count: int, fraction: float, size: int) -> None:
     assert len(subset(count, fraction, _generator())) == size
-
-
-@pytest.mark.parametrize(
-    ("draw", "bytes_a_row"),
-    [
-        (lambda count: subset(count, 0.5, _generator()), 8),
-        (lambda count: mixed(count, [(MixedConfig(count=count // 2), count)], _generator(), where="data"), 48),
-    ],
-    ids=["part", "mixed"],
-)
-def test_an_index_is_no_python_integer(draw: Callable[[int], Any], bytes_a_row: int) -> None:
-    """Ten million Python integers and a list of them take 400 MB."""
-
-    def peak(count: int) -> int:
-        tracemalloc.start()
-        draw(count)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        return peak
-
-    peak(100)  # imports, and caches
-    assert (peak(40_000) - peak(20_000)) / 20_000 <= bytes_a_row
 
 
 # ---- rows that are too long -----------------------------------------------------------------------------------------
@@ -220,43 +184,6 @@ def test_a_prompt_that_is_cut_still_opens_the_assistants_turn(
     assert text.endswith(HEADER)
     assert remaining in text
     assert lost not in text.removesuffix(HEADER)
-
-
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("word", ["a", "assistant", "end"])
-def test_any_family_s_prompt_keeps_its_beginning_and_its_end(style: str, word: str) -> None:
-    """A last turn that reads like a part of the template is not taken for it."""
-    tokenizer = styled_tokenizer(style)
-    turns = (
-        Message(role="user", content="First this. " * 20),
-        Message(role="assistant", content="Yes."),
-        Message(role="user", content=f"{word} " * 30 + word),
-    )
-    whole = prompt_ids(tokenizer, turns)
-    header = encode(tokenizer, prompt_text(tokenizer, [Message(role="user", content="xyz")]).partition("xyz")[2])
-    for how in (LEFT, RIGHT):
-        ids = _prompt(tokenizer, Limits(row=50, too_long=how), *turns).rows[0]["prompt"]
-        assert len(ids) == 50 < len(whole)
-        assert ids[-len(header) :] == header == whole[-len(header) :]
-        assert not STYLES[style].bos or ids[0] == whole[0] == tokenizer.bos_token_id
-        assert how is RIGHT or ids[1:] == whole[len(whole) - 49 :]
-
-
-def test_rows_within_limits_are_the_same_whether_others_are_cut_or_not(tokenizer: Any) -> None:
-    turns = [Message(role="user", content=text) for text in ("a", "is", "Hi there.")]
-    dropped, *cut = (
-        [_prompt(tokenizer, Limits(row=200, too_long=how), turn).rows for turn in turns] for how in (DROP, LEFT, RIGHT)
-    )
-    assert cut == [dropped, dropped]
-
-
-def test_a_prompt_whose_end_cannot_be_told_is_dropped() -> None:
-    """This template says the last turn twice, so what stands behind it is not known."""
-    odd = tiny_tokenizer()
-    odd.chat_template = odd.chat_template + "{{ messages[-1]['content'] }}"
-    prompt = _prompt(odd, Limits(row=60, too_long=RIGHT), LONG)
-    assert prompt.fault is not None
-    assert "cannot be cut" in prompt.fault.message
 
 
 def test_an_answer_that_is_cut_does_not_end_and_a_pair_is_dropped_by_its_longer_answer(tokenizer: Any) -> None:

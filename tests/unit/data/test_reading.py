@@ -1,10 +1,10 @@
-"""Rows as records: lists that are written as text, every fault named in one pass, and what may be skipped."""
+"""Rows as records: lists written as text, every fault named in one pass, and what a record holds of its row."""
 
 from __future__ import annotations
 
 import csv
 import json
-import shlex
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,18 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from alignment import cli
 from alignment.commands.shared.diagnoses import records
 from alignment.config.data import DataConfig, OnError
 from alignment.core.errors import DataError
 from alignment.data.doctor import examine
-from alignment.data.reading import iterate, read_records, start
-from alignment.data.records import Conversation, HeldOutPrompt, PreferencePair, Prompt
+from alignment.data.fields import Fields, SetAside
+from alignment.data.formats import FORMATS, detect
+from alignment.data.reading import iterate, read_records, right_form, start
+from alignment.data.records import Conversation, HeldOutPrompt, LabelledAnswer, PreferencePair, Prompt, Question
 from alignment.data.row_files import RawRow, rows_of
+from alignment.data.source_files import locate
+from alignment.data.turns import Message
+from alignment.stages.registry import kinds
 
 ALL = DataConfig(source="")
 SKIP = DataConfig(source="", on_error=OnError.skip)
@@ -90,8 +94,6 @@ def test_a_list_may_be_the_text_of_its_json(tmp_path: Path, name: str, suffix: s
     [
         (".csv", {"turns": ["2 + 2?", "Times 3?"], "reference": ["4", "12"]}, ("4", "12")),
         (".csv", {"turns": ["The first primes?"], "reference": "[2, 3, 5]"}, ("[2, 3, 5]",)),
-        (".csv", {"turns": ["The first primes?"], "reference": '["2", "3"]'}, ('["2", "3"]',)),
-        (".jsonl", {"prompt": "Which?", "reference": "[2, 3]"}, ("[2, 3]",)),
         (".jsonl", {"turns": ["Which?", "Why?"], "reference": "[2, 3]"}, ("[2, 3]", "")),
     ],
 )
@@ -134,17 +136,6 @@ def test_tools_and_calls_have_the_fields_that_they_were_written_with(tmp_path: P
     file = _written(tmp_path / "anthropic.parquet", [{"messages": [QUESTION], "tools": schemas}])
     (prompt,) = read_records(file, Prompt, ALL)
     assert [tool["function"] for tool in prompt.tools] == schemas
-
-
-def test_nulls_stay_where_they_are_no_field_of_another_tool(tmp_path: Path) -> None:
-    rows = [{"prompt": "?", "name": "a", "parameters": None}, {"prompt": None, "name": "b", "parameters": "x"}]
-    file = _written(tmp_path / "named.parquet", rows)
-    assert [row.value for row in rows_of(file) if isinstance(row, RawRow)] == rows
-    parameters = {"properties": {"unit": {"enum": ["km", None], "default": None}}}
-    tools = [{"type": "function", "function": {"name": "far", "parameters": parameters}}]
-    for name, written in (("nulls.jsonl", tools), ("text.parquet", json.dumps(tools))):
-        file = _written(tmp_path / name, [{"messages": [QUESTION], "tools": written}])
-        assert [list(prompt.tools) for prompt in read_records(file, Prompt, ALL)] == [tools]
 
 
 # ---- faults ---------------------------------------------------------------------------------------------------------
@@ -214,31 +205,6 @@ def test_faulty_rows_may_be_skipped_up_to_a_share_and_are_listed(tmp_path: Path)
     assert "more than 5% of 49 rows are faulty" in str(_refused(file, SKIP))
 
 
-@pytest.mark.parametrize("share", [0.29, 0.57])
-def test_the_share_that_an_error_names_is_enough(tmp_path: Path, share: float) -> None:
-    """.29 * 100 is 28.999999999999996."""
-    faulty = round(100 * share)
-    file = _written(tmp_path / "a.jsonl", [GOOD] * (100 - faulty) + [BAD] * faulty)
-    assert f"max_skipped={share:g}" in _refused(file, replace(SKIP, max_skipped=0.1)).remedy
-    assert len(read_records(file, Conversation, replace(SKIP, max_skipped=share))) == 100 - faulty
-    assert f"more than {100 * share - 1:g}%" in str(_refused(file, replace(SKIP, max_skipped=share - 0.01)))
-
-
-def test_a_share_that_holds_for_the_file_is_not_judged_by_its_first_rows(tmp_path: Path) -> None:
-    file = _written(tmp_path / "rows.jsonl", [BAD, BAD, *[GOOD] * 6])
-    few = replace(SKIP, max_skipped=0.25, limit=1)
-    assert [len(read_records(file, Conversation, replace(few, limit=limit))) for limit in (1, None)] == [1, 6]
-    assert "more than 24% of 8 rows" in str(_refused(file, replace(few, limit=None, max_skipped=0.24)))
-
-
-def test_a_limit_counts_records_and_faults_behind_it_are_not_looked_for(tmp_path: Path) -> None:
-    rows = [GOOD | {"id": str(number)} for number in range(4)]
-    (tmp_path / "rows.jsonl").write_text("\n\n".join(map(json.dumps, [*rows, BAD])))
-    limited = [read_records(tmp_path / "rows.jsonl", Conversation, replace(ALL, limit=limit)) for limit in (2, 4)]
-    assert [[row.id for row in records] for records in limited] == [["0", "1"], ["0", "1", "2", "3"]]
-    assert _refused(tmp_path / "rows.jsonl", ALL).where == f"{tmp_path / 'rows.jsonl'}:9"
-
-
 def test_a_fault_of_many_rows_is_told_once_with_advice_for_each_kind(tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(f"{json.dumps(GOOD)}\n" + '{"messages": 3}\n' * 3 + '{"messages": []}\n' + '{"a": \n')
@@ -272,18 +238,6 @@ def test_faults_name_the_setting_and_the_rows_that_were_read(tmp_path: Path) -> 
     first, last = refused(replace(SKIP, max_skipped=0.01))
     assert first == "stages.sft.data: more than 1% of 40 rows are faulty; 2 faulty rows:"
     assert last.endswith("stages.sft.data.max_skipped=0.05")
-
-
-def test_the_command_that_checks_all_rows_reads_them_alike(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{"q": "2 + 2?", "a": "4."}, {"q": "Who is {{name}}?", "a": 5}]
-    file = _written(tmp_path / "my rows.jsonl", rows)
-    columns = {"prompt": "q", "completion": "a"}
-    error = _refused(file, replace(ALL, columns=columns, placeholders={"name": "Ada"}, limit=2))
-    command = str(error).partition("`")[2].partition("`")[0]
-    words = ["align", "doctor", str(file), "columns={prompt: q, completion: a}", "placeholders={name: Ada}"]
-    assert shlex.split(command) == words
-    assert cli.main(shlex.split(command)[1:]) == 3
-    assert "my rows.jsonl:2: 'completion' " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -322,6 +276,16 @@ def test_columns_of_other_names_are_read_and_one_that_no_row_has_is_named(tmp_pa
     assert error.remedy == "the columns are bad, good, prompt, q"
 
 
+def test_placeholders_are_filled_everywhere_and_others_left(tmp_path: Path) -> None:
+    row = {"messages": [{**ASKED, "content": "{{name}}?"}, *GOOD["messages"][1:]], "n": "{{other}}"}
+    file = _written(tmp_path / "a.jsonl", [row])
+    assert dict(examine(file, ALL, records()).placeholders) == {"name": 1, "other": 1}
+    data = replace(ALL, placeholders={"name": "Ada"})
+    (conversation,) = read_records(file, Conversation, data)
+    assert conversation.messages[0].content == "Ada?"
+    assert dict(examine(file, data, records()).placeholders) == {"other": 1}
+
+
 def test_a_column_may_appear_for_the_first_time_after_many_rows(tmp_path: Path) -> None:
     row = {"q": "Hi.", "a": "Hello."}
     file = _written(tmp_path / "a.jsonl", [row] * 150 + [row | {"about": "Be kind."}, row])
@@ -331,11 +295,187 @@ def test_a_column_may_appear_for_the_first_time_after_many_rows(tmp_path: Path) 
     assert "'nosuch'" in _refused(file, replace(data, columns={**data.columns, "tools": "nosuch"})).message
 
 
-def test_placeholders_are_filled_everywhere_and_others_left(tmp_path: Path) -> None:
-    row = {"messages": [{**ASKED, "content": "{{name}}?"}, *GOOD["messages"][1:]], "n": "{{other}}"}
-    file = _written(tmp_path / "a.jsonl", [row])
-    assert dict(examine(file, ALL, records()).placeholders) == {"name": 1, "other": 1}
-    data = replace(ALL, placeholders={"name": "Ada"})
-    (conversation,) = read_records(file, Conversation, data)
-    assert conversation.messages[0].content == "Ada?"
-    assert dict(examine(file, data, records()).placeholders) == {"other": 1}
+USER = {"role": "user", "content": "2 + 2?"}
+RECORDS_ANSWER = {"role": "assistant", "content": "4."}
+RECORDS_ASKED = (Message(role="user", content="2 + 2?"),)
+RANKED = [{"text": "5.", "rank": 2}, {"text": "4.", "rank": 1}]
+PAIR = {"messages": [USER], "chosen": "4.", "rejected": "5."}
+THOUGHT_AND_ANSWER = "<think>\n2 and 2.\n</think>\n\n4."
+
+
+def _made(record: Any, row: Any, form: str = "messages") -> Any:
+    (made,) = record.of(FORMATS[form].read(Fields(row, where="x:1", example="")))
+    return made
+
+
+@pytest.mark.parametrize(
+    ("last", "more", "reference"),
+    [
+        ([RECORDS_ANSWER], {}, "4."),
+        ([RECORDS_ANSWER | {"reasoning_content": "2 and 2."}], {}, THOUGHT_AND_ANSWER),
+        ([{**RECORDS_ANSWER, "content": "", "thinking": "Add.", "tool_calls": [{"name": "add"}]}], {}, ""),
+        ([RECORDS_ANSWER], {"reference": "Four."}, "Four."),
+        ([], {"reference": 4.0}, "4"),
+        ([], {"reference": 4.5}, "4.5"),
+        ([], {"reference": None}, ""),
+        ([], {"reference": math.nan}, ""),  # as pandas writes an absent text
+        ([], {"reference": ["4.", "Four."]}, ""),  # for metrics that take the best of several
+        ([], {}, ""),
+        ([RECORDS_ANSWER], {"label": True}, "4."),
+        ([RECORDS_ANSWER], {"label": False}, ""),  # a bad answer is no reference
+    ],
+)
+def test_a_held_out_prompt_may_have_a_reference_in_a_column_or_as_its_last_turn(
+    last: list[Any], more: dict[str, Any], reference: str
+) -> None:
+    prompt = _made(HeldOutPrompt, {"messages": [USER, *last], **more}, "kto" if "label" in more else "messages")
+    assert (prompt.messages, prompt.reference) == (RECORDS_ASKED, reference)
+
+
+@pytest.mark.parametrize(
+    ("form", "row", "expected"),
+    [
+        ("kto", {"prompt": "2 + 2?", "completion": "4.", "label": True}, [("4.", True)]),
+        ("kto", {"messages": [USER, RECORDS_ANSWER], "label": "false"}, [("4.", False)]),
+        (
+            "kto",
+            {"prompt": [USER], "completion": [RECORDS_ANSWER], "label": True},
+            [("4.", True)],
+        ),  # TRL's conversations
+        ("kto", {"prompt": "2 + 2?", "completion": RECORDS_ANSWER, "label": False}, [("4.", False)]),
+        ("kto", {"messages": [USER], "completion": "4.", "label": 1}, [("4.", True)]),
+        ("preference", PAIR, [("4.", True), ("5.", False)]),
+        ("ranked", {"prompt": "2 + 2?", "completions": RANKED}, [("4.", True), ("5.", False)]),
+    ],
+)
+def test_a_labelled_answer_is_read_from_a_label_or_from_a_pair(
+    form: str, row: dict[str, Any], expected: list[tuple[str, bool]]
+) -> None:
+    records = list(LabelledAnswer.of(FORMATS[form].read(Fields(row, where="x:1", example=""))))
+    assert [(record.answer, record.desirable) for record in records] == expected
+    assert {(record.messages, record.where) for record in records} == {(RECORDS_ASKED, "x:1")}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected", "margin"),
+    [(9, 2.5, (9.0, 2.5), 6.5), (-1, -1, (-1.0, -1.0), 0.0), ("9", " 2.5 ", (9.0, 2.5), 6.5)],  # text is as in CSV
+)
+def test_a_pair_holds_the_scores_of_its_row(chosen: Any, rejected: Any, expected: Any, margin: float) -> None:
+    pair = _made(PreferencePair, PAIR | {"chosen_score": chosen, "rejected_score": rejected}, "preference")
+    assert (pair.scores, pair.margin()) == (expected, margin)
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        {},
+        {"chosen_score": 9},
+        {"chosen_score": "nan", "rejected_score": "1"},
+        {"chosen_score": "", "rejected_score": "1"},
+        {"chosen_score": True, "rejected_score": 0},
+        {"chosen_score": 1e308, "rejected_score": -1e308},
+        {"chosen_score": 1, "rejected_score": math.inf},
+    ],
+)
+def test_a_pair_without_two_finite_numbers_has_no_scores_and_no_margin(scores: dict[str, Any]) -> None:
+    pair = _made(PreferencePair, PAIR | scores, "preference")
+    assert pair.scores is None
+    with pytest.raises(DataError, match="'rejected_score'") as caught:
+        pair.margin()
+    assert caught.value.where == "x:1"
+
+
+@pytest.mark.parametrize(("answer", "right"), [("4", 1), (" 4", 1), (1, 1), (0, 0)])
+def test_the_answer_to_a_question_is_one_of_its_choices_or_the_index_of_one(answer: Any, right: int) -> None:
+    row = {"id": 7, "task": "sums", "question": "2 + 2?", "choices": ["3", "4 ", "5"], "answer": answer}
+    question = Question(messages=RECORDS_ASKED, choices=("3", "4", "5"), right=right, id="7", task="sums")
+    assert _made(Question, row, "choices") == question
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("sft", "conversations"), ("reward", "preferences"), ("ppo", "preferences"), ("evaluate", "heldout")],
+)
+def test_every_shipped_row_fits_the_stages_that_read_it(kind: str, name: str) -> None:
+    record = kinds()[kind].data(kinds()[kind].config())[0].record
+    rows = read_records(locate(f"bundled:quickstart/{name}"), record, DataConfig(source=""))
+    assert len({row.id for row in rows}) == len(rows) >= 100
+
+
+# ---- rows that give no record ---------------------------------------------------------------------------------------
+
+
+def _graded(**answers: float) -> dict[str, Any]:
+    return {"prompt": "?", "completions": [{"text": text, "score": score} for text, score in answers.items()]}
+
+
+CHOICES = {"question": "2 + 2?", "choices": ["3", "4", "5"], "answer": "4"}
+NO_RECORD: list[tuple[Any, str, Any, str]] = [
+    (PreferencePair, "preference", PAIR | {"rejected": None}, "'rejected' must be text"),
+    (PreferencePair, "preference", PAIR | {"rejected": " 4."}, "'rejected' is the same as 'chosen'"),
+    (PreferencePair, "preference", PAIR | {"messages": [USER, RECORDS_ANSWER]}, "'messages' must end with a user turn"),
+    (PreferencePair, "preference", {"prompt": None, "chosen": "4.", "rejected": "5."}, "'prompt' is null"),
+    (Prompt, "messages", {"messages": [RECORDS_ANSWER]}, "'messages' must end with a user turn"),
+    (LabelledAnswer, "messages", {"messages": [USER, RECORDS_ANSWER]}, "'label' is missing"),
+    (LabelledAnswer, "ranked", _graded(a=1, b=2, c=3), "'label' is missing: the row has 3 answers"),
+    (LabelledAnswer, "ranked", _graded(a=1, b=1), "same rank"),
+    (LabelledAnswer, "text", {"text": "2 + 2 is 4."}, "plain text"),
+    (Question, "messages", {"messages": [USER]}, "'choices' is missing"),
+    (Question, "choices", CHOICES | {"answer": "6"}, "'answer' is '6'"),
+    (Question, "choices", CHOICES | {"answer": -1}, "'answer' is -1"),
+    (Question, "choices", CHOICES | {"answer": True}, "'answer' must be text"),
+    (Question, "choices", CHOICES | {"choices": ["4", "4 ", "5"]}, "'choices' contains '4' twice"),
+    (Question, "choices", CHOICES | {"choices": ["4"]}, "'choices' has fewer than two"),
+    (Question, "ranked", _graded(a=9, b=9), "'choices' has several best answers"),
+    *(
+        (PreferencePair, "votes", {"prompt": "2 + 2?", "answers": answers, "preferred": "dpo"}, "'answers' must map")
+        for answers in (None, ["4.", "5."], {"dpo": "4."}, {"dpo": "4.", "sft": "5.", "base": "6."})
+    ),
+]
+
+
+@pytest.mark.parametrize(("record", "form", "row", "message"), NO_RECORD)
+def test_a_row_without_a_record_is_named_by_its_field(record: Any, form: str, row: Any, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        list(record.of(FORMATS[form].read(Fields(row, where="x:1", example=right_form(FORMATS[form], record)))))
+    assert caught.value.where == "x:1"
+    assert message in caught.value.message
+    assert isinstance(caught.value, SetAside) or caught.value.remedy
+
+
+MISSPELT: list[tuple[Any, str, Any, str, str]] = [
+    (
+        PreferencePair,
+        "preference",
+        {"prompt": "a", "choosen": "4.", "rejected": "5."},
+        "'chosen' is missing",
+        "choosen",
+    ),
+    (PreferencePair, "preference", {"promt": "a", "chosen": "4.", "rejected": "5."}, "'messages' is missing", "promt"),
+    (PreferencePair, "prompt", {"prompt": "a", "choosen": "4.", "rejected": "5."}, "", "{chosen: choosen}"),
+    (LabelledAnswer, "prompt_completion", {"prompt": "a", "completion": "4.", "labell": True}, "", "{label: labell}"),
+]
+
+
+@pytest.mark.parametrize(("record", "form", "row", "message", "word"), MISSPELT)
+def test_a_misspelt_column_is_named(record: Any, form: str, row: Any, message: str, word: str) -> None:
+    with pytest.raises(DataError) as caught:
+        list(record.of(FORMATS[form].read(Fields(row, where="x:1", example=""))))
+    assert caught.value.message.startswith(message)
+    assert word in f"{caught.value.message} {caught.value.remedy}"
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [({"prompt": 3, "chosen": "4.", "rejected": "5."}, "prompt"), ({"chosen": "4.", "rejected": "5."}, "chosen")],
+)
+def test_rows_that_fit_no_format_are_held_against_the_one_with_most_of_their_columns(row: Any, field: str) -> None:
+    with pytest.raises(DataError) as caught:
+        detect([row], where="x").read(Fields(row, where="x:1", example=""))
+    assert caught.value.message.startswith(f"'{field}'")
+
+
+def test_scores_that_contradict_a_preference_give_no_margin() -> None:
+    pair = _made(PreferencePair, PAIR | {"chosen_score": 1, "rejected_score": 2}, "preference")
+    with pytest.raises(DataError, match=r"x:1: .*scores 1, less than the rejected one with 2"):
+        pair.margin()

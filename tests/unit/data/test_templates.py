@@ -1,27 +1,30 @@
-"""Chat templates: where they come from, the options that they read, and conversations put together without them."""
+"""Chat templates: where they come from, their options, and answers of thinking models learned exactly."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig
 
 from alignment.commands.shared.loaded_policies import parts_of
 from alignment.config.model import TemplateChoice
 from alignment.core.errors import DataError
 from alignment.data.chat_template import CHATML, set_template, template_text
-from alignment.data.templates import fields_of, options_of, own_template, trained_as, trl_templates, with_options
+from alignment.data.records import Conversation
+from alignment.data.templates import options_of, own_template, trl_templates, with_options
+from alignment.data.tokens.limits import Limits
 from alignment.data.tokens.rendering import prompt_text, render
-from alignment.data.tokens.tokenize import IGNORED, tokenize_conversation, turn_end_id
+from alignment.data.tokens.row_kinds import CONVERSATIONS, Tokenized, tokenized
+from alignment.data.tokens.tokenize import IGNORED, prompt_ids, tokenize_conversation, turn_end_id
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.data.turns import Message
-from tests.field.models import save_model
-from tests.real_templates import GPT_OSS, QWEN, dressed, text_of
-from tests.templates import styled_tokenizer
+from tests.real_templates import ARGUMENTS, CASES, DEEPSEEK, GPT_OSS, NAME, PHI_4, QWEN, Case, dressed, text_of
+from tests.templates import DEEPSEEK_LIKE, PHI_LIKE, styled_tokenizer
 from tests.tiny import CHAT_TEMPLATE, save_tiny_model, tiny_tokenizer
 
 HI = [Message(role="user", content="Hi.")]
@@ -138,49 +141,7 @@ def test_a_template_gets_the_ids_of_calls_and_what_their_results_answer() -> Non
         tokenize_conversation(tokenizer, [*turns[:2], Message(role="tool", content="4"), turns[-1]])
 
 
-def test_a_models_own_template_is_found_without_its_tokenizer(tmp_path: Path) -> None:
-    base = tmp_path / "base"
-    save_tiny_model(base)
-    (base / "chat_template.jinja").write_text("{{ own }}")
-    assert own_template(base) == "{{ own }}"
-    (base / "chat_template.jinja").unlink()
-    config = json.loads((base / "tokenizer_config.json").read_text())
-    for stored, template in [
-        ("{{ a }}", "{{ a }}"),
-        ([{"name": "default", "template": "b"}], {"default": "b"}),
-        (None, None),
-    ]:
-        (base / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": stored}))
-        assert own_template(base) == template
-    assert own_template(tmp_path / "nowhere") is None
-
-
-def test_the_training_template_of_a_model_is_known_by_its_own_with_and_without_options() -> None:
-    template, training = text_of("qwen3") or "", text_of("qwen3_training") or ""
-    for options in ({}, {"enable_thinking": False}):
-        own, trained = (str(with_options(text, options)) if options else text for text in (template, training))
-        assert trained_as(own) == ("trl:qwen3_training", trained)
-    assert trained_as("{{ messages }}") is None
-
-
 # ---- options --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "value",
-    [True, False, 3, -1.5e-07, "high", '"a\\n" %}{{ b }}', "two\nlines\r\n", "é ☕ 🙂", ["browser", "python"], []],
-)
-def test_a_template_gets_the_value_of_an_option(value: Any) -> None:
-    tokenizer = _with(ECHO)
-    set_template(tokenizer, TemplateChoice(options={"mood": value}))
-    assert prompt_text(tokenizer, HI) == f"Hi.|{value}"
-
-
-@pytest.mark.parametrize("start", ["", "\n", "  ", "\n\n  ", "{% if true %}\n  {% endif %}\n", "  {%- set a = 1 %}\n"])
-def test_the_line_that_sets_an_option_leaves_no_trace_in_the_text(start: str) -> None:
-    before, after = _with(start + ECHO), _with(start + ECHO)
-    set_template(after, CALM)
-    assert prompt_text(after, HI) == prompt_text(before, HI) + "calm"
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -210,24 +171,12 @@ def test_an_option_does_what_it_does_when_a_caller_passes_it(name: str) -> None:
     assert next(by_caller) == next(by_caller)
 
 
-def test_the_last_option_counts_in_every_template_of_a_tokenizer() -> None:
-    again = with_options(with_options(ECHO, {"mood": "old"}), {"mood": "new"})
-    assert prompt_text(_with(again), HI) == "Hi.|new"
-    tokenizer = _with({"default": ECHO, "tool_use": "{{ tools[0].function.name }}: " + ECHO})
-    set_template(tokenizer, CALM)
-    assert prompt_text(tokenizer, HI) == "Hi.|calm"
-    assert render(tokenizer, HI, answering=True, tools=[{"function": {"name": "add"}}]) == "add: Hi.|calm"
-
-
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("qwen3", {"enable_thinking"}),
-        ("qwen3_6", {"enable_thinking", "preserve_thinking", "add_vision_id"}),
         ("gptoss", {"builtin_tools", "model_identity", "reasoning_effort"}),
         ("qwen3_training", {"enable_thinking"}),
-        ("phi3", set()),
-        ("deepseekv3", set()),
         ("{% set mood = 1 %}{{ mood }}{% for turn in messages %}{{ turn }}{% endfor %}", set()),
         ("{% set mood = mood if mood is defined else 1 %}{{ mood }}", {"mood"}),
         ("{% generation %}{{ mood }}{% endgeneration %}{{ strftime_now('%Y') }}", {"mood"}),
@@ -237,23 +186,6 @@ def test_the_options_of_a_template_are_the_names_that_it_reads_before_it_sets_th
     name: str, options: set[str]
 ) -> None:
     assert options_of(text_of(name) or name) == options
-
-
-@pytest.mark.parametrize(
-    ("template", "field", "is_field"),
-    [
-        ("{% for m in messages %}{{ m.reasoning_content }}{% endfor %}", "reasoning_content", True),
-        ("{% if thinking %}{{ m.a }}{% endif %}", "thinking", False),
-        ("{{ 'thinking' in m }}", "thinking", True),
-        ("{{ m['thinking'] }}", "thinking", True),
-        ("{% if '</think>' in content %}{% endif %}", "</think>", True),
-        ("{{ '</think>' + content }}", "</think>", False),
-    ],
-)
-def test_the_fields_of_a_template_are_those_of_messages_and_no_variables(
-    template: str, field: str, is_field: bool
-) -> None:
-    assert (field in fields_of(template)) == is_field
 
 
 @pytest.mark.parametrize(
@@ -275,12 +207,6 @@ def test_what_cannot_be_an_option_is_refused(options: dict[str, Any], where: str
     assert words in str(caught.value)
 
 
-@pytest.mark.parametrize(("template", "words"), [("\n{% if %}", "not valid Jinja: line 2"), (None, "no chat template")])
-def test_options_without_a_template_that_can_be_read_are_refused(template: str | None, words: str) -> None:
-    with pytest.raises(DataError, match=words):
-        set_template(_with(template), CALM)
-
-
 def test_a_saved_tokenizer_and_a_bare_base_of_a_run_have_the_options(tmp_path: Path) -> None:
     base = tmp_path / "base"
     save_tiny_model(base)
@@ -291,13 +217,260 @@ def test_a_saved_tokenizer_and_a_bare_base_of_a_run_have_the_options(tmp_path: P
     for made in (tokenizer, again, parts_of(None, base, choice)[1]):
         assert prompt_text(made, HI).endswith("<think>\n\n</think>\n\n")
     assert tokenizer_hashes(again) == tokenizer_hashes(tokenizer) != tokenizer_hashes(load_tokenizer(base))
-    after_a_whole_stage = load_tokenizer(tmp_path / "artifact", choice)
-    assert tokenizer_hashes(after_a_whole_stage) == tokenizer_hashes(tokenizer)
 
 
-def test_a_pad_token_that_the_model_does_not_have_is_replaced_by_eos(tmp_path: Path) -> None:
-    """The class of Qwen2's tokenizer adds <|endoftext|> to a vocabulary without it."""
-    save_model(tmp_path, "qwen2", biased=True, template="gemma")
-    tokenizer = load_tokenizer(tmp_path)
-    assert len(tokenizer) == 1 + AutoConfig.from_pretrained(tmp_path).vocab_size, "it should have added a token"
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+@pytest.mark.parametrize(("template", "words"), [("\n{% if %}", "not valid Jinja: line 2"), (None, "no chat template")])
+def test_options_without_a_template_that_can_be_read_are_refused(template: str | None, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        set_template(_with(template), CALM)
+
+
+def test_a_models_own_template_is_found_without_its_tokenizer(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    save_tiny_model(base)
+    (base / "chat_template.jinja").write_text("{{ own }}")
+    assert own_template(base) == "{{ own }}"
+    (base / "chat_template.jinja").unlink()
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    for stored, template in [
+        ("{{ a }}", "{{ a }}"),
+        ([{"name": "default", "template": "b"}], {"default": "b"}),
+        (None, None),
+    ]:
+        (base / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": stored}))
+        assert own_template(base) == template
+    assert own_template(tmp_path / "nowhere") is None
+
+
+def test_the_last_option_counts_in_every_template_of_a_tokenizer() -> None:
+    again = with_options(with_options(ECHO, {"mood": "old"}), {"mood": "new"})
+    assert prompt_text(_with(again), HI) == "Hi.|new"
+    tokenizer = _with({"default": ECHO, "tool_use": "{{ tools[0].function.name }}: " + ECHO})
+    set_template(tokenizer, CALM)
+    assert prompt_text(tokenizer, HI) == "Hi.|calm"
+    assert render(tokenizer, HI, answering=True, tools=[{"function": {"name": "add"}}]) == "add: Hi.|calm"
+
+
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.title)
+LIMITS = Limits(row=100_000)
+
+
+def _user(text: str) -> Message:
+    return Message(role="user", content=text)
+
+
+def _answer(text: str, thought: str = "", **more: Any) -> Message:
+    return Message(role="assistant", content=text, thought=thought, **more)
+
+
+def _talk(asked: str, answer: str, thought: str = "") -> list[Message]:
+    return [_user(asked), _answer(answer, thought)]
+
+
+CALL = {"type": "function", "function": {"name": NAME, "arguments": ARGUMENTS}}
+TOOL = {"type": "function", "function": {"name": NAME, "description": "Adds.", "parameters": {"type": "object"}}}
+SYSTEM = Message(role="system", content="Be brief.")
+PLAIN = [
+    turn for pair in (("Open?", "From nine."), ("Thanks", "Bye."), ("Still there?", "Yes.")) for turn in _talk(*pair)
+]
+THOUGHTFUL = [*_talk("2 + 2?", "Four.", "Two and two."), *_talk("Sure?", "Quite.", "I count\n\nagain.")]
+CALLING = [
+    _user("2 + 2?"),
+    _answer("", "I need the tool.", tool_calls=(CALL,)),
+    Message(role="tool", content="4"),
+    _answer("It is four.", "The tool says so."),
+]
+
+
+def _real(name: str, family: Any = QWEN, options: Any = None) -> Any:
+    template = text_of(name)
+    assert template is not None, "TRL ships it"
+    return dressed(family, template, options)
+
+
+def _tokenizer(case: Case) -> Any:
+    template = text_of(case.name)
+    if template is None:
+        pytest.skip(f"there is no template {case.name} on this machine")
+    return dressed(case.family, template, case.options)
+
+
+def _tokenized(tokenizer: Any, messages: list[Message], tools: tuple[Any, ...] = ()) -> Tokenized:
+    record = Conversation(messages=tuple(messages), tools=tools, where="x:1")
+    (row,) = tokenized(tokenizer, CONVERSATIONS, [record], LIMITS)
+    if row.fault is not None:
+        raise row.fault
+    return row
+
+
+def _runs(row: Any) -> list[tuple[list[int], list[int]]]:
+    """Each run of learned tokens, with all tokens before it."""
+    runs, end = [], 0
+    for learned, run in groupby(row["labels"], key=lambda label: label != IGNORED):
+        start, end = end, end + len(list(run))
+        runs += [(row["input_ids"][:start], row["input_ids"][start:end])] if learned else []
+    return runs
+
+
+def _check(case: Case, messages: list[Message], tools: tuple[Any, ...] = ()) -> Tokenized:
+    """Each answer is learned once, in order, behind the very tokens of its prompt."""
+    tokenizer = _tokenizer(case)
+    whole = _tokenized(tokenizer, messages, tools)
+    runs = [run for row in whole.rows for run in _runs(row)]
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    assert [tokenizer.decode(learned) for _, learned in runs] == [case.learned(messages[index]) for index in answers]
+    for index, (read, _) in zip(answers, runs, strict=True):
+        assert tokenizer.decode(read) == tokenizer.decode(prompt_ids(tokenizer, messages[:index], tools))
+    return whole
+
+
+@every_case
+@pytest.mark.parametrize("system", [False, True], ids=["no system turn", "a system turn"])
+def test_answers_without_thoughts_are_learned_exactly(case: Case, system: bool) -> None:
+    messages = [SYSTEM, *PLAIN] if system else PLAIN
+    if case.without_thought and (case.takes_system or not system):
+        whole = _check(case, messages)
+        assert len(whole.rows) == (1 if case.keeps else 3)
+        assert whole.lost == frozenset()
+    else:
+        with pytest.raises(DataError, match="renders a prompt differently when an answer follows it"):
+            _tokenized(_tokenizer(case), messages)
+
+
+@every_case
+def test_answers_with_thoughts_are_learned_exactly_in_a_field_or_between_tags(case: Case) -> None:
+    if not case.with_thought:
+        return
+    whole = _check(case, THOUGHTFUL)
+    assert len(whole.rows) == (1 if case.keeps else 2)
+    tagged = [
+        replace(turn, thought="", content=f"<think>\n{turn.thought}\n</think>\n\n{turn.content}")
+        if turn.thought
+        else turn
+        for turn in THOUGHTFUL
+    ]
+    assert _tokenized(_tokenizer(case), tagged).rows == whole.rows
+
+
+@every_case
+def test_calls_are_learned_exactly_and_results_are_read(case: Case) -> None:
+    if not case.calls:
+        return
+    messages = CALLING if case.with_thought else [replace(message, thought="") for message in CALLING]
+    whole = _check(case, messages, (TOOL,))
+    assert "4" in _tokenizer(case).decode(whole.rows[-1]["input_ids"])
+
+
+def test_an_answer_behind_calls_is_learned_behind_the_thoughts_that_led_to_them() -> None:
+    """gpt-oss drops them once the answer follows, but a model reads them when it answers."""
+    tokenizer = _real("gptoss", GPT_OSS)
+    read, learned = _runs(_tokenized(tokenizer, CALLING, (TOOL,)).rows[-1])[-1]
+    assert "analysis<|message|>I need the tool.<|end|>" in tokenizer.decode(read)
+    assert tokenizer.decode(learned).startswith("<|channel|>analysis<|message|>The tool says so.<|end|>")
+
+
+# ---- what is lost ---------------------------------------------------------------------------------------------------
+
+
+JSON_AND_TRIMMED = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}<|im_sep|>"
+    "{{ message.content | trim if message.role == 'user' else message.content | tojson }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant<|im_sep|>{% endif %}"
+)
+ODD = _talk("  Say:\n\n  “a” \n", 'He said: "yes".\nThen <|im_end|> he left.')
+OTHER_CALL = {"type": "function", "function": {"name": NAME, "arguments": {"b": "eleven", "c": [True, None, 7]}}}
+TWO_CALLS = [_user("2 + 2?"), _answer("", tool_calls=(CALL, OTHER_CALL))]
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "messages", "lost"),
+    [
+        ("qwen3", QWEN, THOUGHTFUL, {"thoughts of earlier turns"}),
+        ("qwen3", QWEN, THOUGHTFUL[:2], set()),
+        ("qwen3_training", QWEN, THOUGHTFUL, set()),
+        (DEEPSEEK_LIKE, DEEPSEEK, THOUGHTFUL[:2], {"thoughts of answers that are learned"}),
+        (PHI_LIKE, PHI_4, [SYSTEM, *PLAIN[:2]], {"system turns"}),
+        (PHI_LIKE, PHI_4, PLAIN, set()),
+        (JSON_AND_TRIMMED, PHI_4, ODD, set()),
+        ("gptoss", GPT_OSS, TWO_CALLS, {"calls of tools"}),
+        ("qwen3", QWEN, TWO_CALLS, set()),
+    ],
+)
+def test_what_a_template_drops_is_named(name: str, family: Any, messages: list[Message], lost: set[str]) -> None:
+    """What is trimmed or written as JSON is not lost."""
+    tokenizer = dressed(family, text_of(name) or name)
+    assert _tokenized(tokenizer, messages).lost == lost
+
+
+def _learned_alone(tokenizer: Any, messages: list[Message]) -> str:
+    """The one answer that is learned of the messages."""
+    ((_, learned),) = (run for row in _tokenized(tokenizer, messages).rows for run in _runs(row))
+    return str(tokenizer.decode(learned))
+
+
+# ---- faults that say what to set ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "options", "messages", "remedy"),
+    [
+        ("nemotron_3_nano", QWEN, {}, PLAIN, "set model.template_options.enable_thinking=false"),
+        # TRL's would have the same option
+        ("qwen3", QWEN, {"enable_thinking": False}, THOUGHTFUL, "set model.template_options.enable_thinking=true"),
+        ("deepseek_r1_distill", DEEPSEEK, {}, THOUGHTFUL, "set model.chat_template=trl:deepseek_r1_distill_training"),
+        # TRL's own for it drops thoughts too
+        ("deepseekv3", DEEPSEEK, {}, THOUGHTFUL, "set model.chat_template=chatml"),
+    ],
+)
+def test_an_answer_that_contradicts_its_prompt_names_what_helps(
+    name: str, family: Any, options: Any, messages: list[Message], remedy: str
+) -> None:
+    with pytest.raises(DataError, match="renders a prompt differently when an answer follows it") as caught:
+        _tokenized(_real(name, family, options), messages)
+    assert caught.value.remedy.startswith(remedy)
+    assert "the prompt ends with" in caught.value.message
+
+
+# ---- thoughts that a model wrote ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["nemotron_3_nano", "qwen3_5_think", "qwen3_8_training"])
+def test_a_generated_answer_without_its_opening_tag_is_read_as_thought_and_answer(name: str) -> None:
+    """The prompt ends with the tag, so a model does not write it."""
+    tokenizer = _real(name)
+    written = [_user("2 + 2?"), _answer("Two and two.\n</think>\n\nFour."), _user("Sure?")]
+    in_a_field = [written[0], _answer("Four.", "Two and two."), written[2]]
+    assert prompt_ids(tokenizer, written) == prompt_ids(tokenizer, in_a_field)
+
+
+def test_a_template_that_knows_no_thoughts_gets_the_words_of_the_row() -> None:
+    tokenizer = dressed(PHI_4, PHI_LIKE)
+    assert _learned_alone(tokenizer, _talk("Hi.", "a</think>b")) == "a</think>b<|im_end|>"
+
+
+def test_a_template_that_takes_arguments_only_as_text_gets_them_as_json() -> None:
+    tokenizer = dressed(DEEPSEEK, DEEPSEEK_LIKE)
+    call = '<｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 2}'
+    learned = _learned_alone(tokenizer, [_user("2 + 2?"), _answer("", tool_calls=(CALL,))])
+    assert learned == f"{call}<｜end▁of▁sentence｜>"
+    refuses = dressed(PHI_4, "{{ messages[0].content + 1 }}")
+    with pytest.raises(DataError, match="refuses these messages: can only concatenate str"):
+        _tokenized(refuses, [_user("Hi."), _answer("", tool_calls=(CALL,))])
+
+
+def test_an_answer_that_is_only_context_may_contradict_its_prompt() -> None:
+    tokenizer = _real("nemotron_3_nano")
+    turns = [_user("Hi."), _answer("Hello.", learned=False), *THOUGHTFUL[:2]]
+    ((read, learned),) = _runs(_tokenized(tokenizer, turns).rows[0])
+    assert tokenizer.decode(learned) == "Two and two.\n</think>\nFour.<|im_end|>"
+    assert "Hello." in tokenizer.decode(read)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [True, False, 3, -1.5e-07, "high", '"a\\n" %}{{ b }}', "two\nlines\r\n", "é ☕ 🙂", ["browser", "python"], []],
+)
+def test_a_template_gets_the_value_of_an_option(value: Any) -> None:
+    tokenizer = _with(ECHO)
+    set_template(tokenizer, TemplateChoice(options={"mood": value}))
+    assert prompt_text(tokenizer, HI) == f"Hi.|{value}"

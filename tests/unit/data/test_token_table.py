@@ -10,8 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +18,9 @@ import pyarrow as pa
 import pytest
 from tokenizers import normalizers
 
-from alignment.config.data import DataConfig, OnError, TooLong, TooLongConfig
+from alignment.config.data import DataConfig, OnError, TooLongConfig
 from alignment.core.deadline import KILLED_BY
 from alignment.core.errors import DataError, ModelError, StageError
-from alignment.core.locks import held
 from alignment.data.reading import Reader, read_records, start
 from alignment.data.records import Conversation
 from alignment.data.row_files import unparsed_rows_of
@@ -81,17 +78,13 @@ def _tables(folder: Path) -> list[Path]:
 
 DAMAGES = {
     "rows cut short": lambda folder: os.truncate(folder / "rows.arrow", 100),
-    "rows gone": lambda folder: (folder / "rows.arrow").unlink(),
     "rows of another kind": lambda folder: (folder / "rows.arrow").write_bytes(
         b"x" * (folder / "rows.arrow").stat().st_size
     ),
     "no list of what was left out": lambda folder: (folder / "left_out.jsonl").unlink(),
     "counts cut short": lambda folder: os.truncate(folder / "counts.json", 20),
     "counts nested too deeply": lambda folder: (folder / "counts.json").write_text("[" * 100_000),
-    "counts that are a list": lambda folder: (folder / "counts.json").write_text("[]"),
-    "counts without a number": lambda folder: (folder / "counts.json").write_text('{"sizes": [1, 2]}'),
     "no counts, which are written last": lambda folder: (folder / "counts.json").unlink(),
-    "counts of an earlier form": lambda folder: (folder / "counts.json").write_text('{"read": 1}'),
 }
 
 
@@ -171,16 +164,13 @@ def _other_pipeline() -> Any:
     "changes",
     [
         {"limits": Limits(row=499)},
-        {"limits": Limits(row=500, answer=499)},
         {"data": DataConfig(source="", limit=8)},
-        {"data": DataConfig(source="", placeholders={"shop": "store"})},
-        {"data": DataConfig(source="", format="prompt")},
         {"data": DataConfig(source="", columns={"prompt": "completion"})},
         {"kind": PROMPTS},
         {"tokenizer": _other_template()},
         {"tokenizer": _other_pipeline()},
     ],
-    ids=["row", "answer", "limit", "placeholders", "format", "columns", "kind", "template", "normaliser"],
+    ids=["row", "limit", "columns", "kind", "template", "normaliser"],
 )
 def test_what_changes_rows_changes_the_table(tmp_path: Path, tokenizer: Any, changes: dict[str, Any]) -> None:
     file = _rows(tmp_path, _talks(9))
@@ -206,19 +196,6 @@ def test_how_faults_and_losses_are_taken_needs_no_new_table(tmp_path: Path, toke
     assert len(_tables(tmp_path)) == 2
 
 
-def test_every_split_and_subset_of_a_hub_data_set_has_a_table_of_its_own(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_cache(monkeypatch, tmp_path)
-    snapshot, cache = leave_data_set(tmp_path, DESCRIBED), tmp_path / "cache"
-    parts = [
-        DataConfig(source="", subset=subset, split=split)
-        for subset, split in (("short", "train"), ("short", "test"), ("long", "train"))
-    ]
-    assert [len(_table(snapshot, tokenizer, data=part, cache=cache).rows) for part in parts] == [4, 1, 8]
-    assert len(_tables(tmp_path)) == 3
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_ledger_says_what_became_of_every_row(tmp_path: Path, tokenizer: Any, processes: int) -> None:
     rows: list[Any] = [row | {"label": True} for row in _talks(60)]
@@ -235,20 +212,6 @@ def test_the_ledger_says_what_became_of_every_row(tmp_path: Path, tokenizer: Any
         (21, "too long", f"the row has {table.longest} tokens of 200"),
     ]
     assert (table.read, len(table.rows)) == (60, 57)
-
-
-def test_cut_rows_stay_and_are_noted(tmp_path: Path, tokenizer: Any) -> None:
-    file = _rows(tmp_path, [*_talks(20), LONG])
-    table = _table(file, tokenizer, limits=Limits(row=100, too_long=TooLongConfig(do=TooLong.cut)))
-    assert len(table.rows) == 21
-    assert len(table.rows[20]["input_ids"]) == 100
-    assert [json.loads(line)["kind"] for line in table.ledger.read_text().splitlines()] == ["cut"]
-
-
-def test_a_limit_takes_the_first_records_and_reads_no_further(tmp_path: Path, tokenizer: Any) -> None:
-    file = _rows(tmp_path, [*_talks(6), {"prompt": "Hi.", "completion": ""}])
-    table = _table(file, tokenizer, data=DataConfig(source="", limit=6), processes=2)
-    assert (len(table.rows), table.records, table.read) == (6, 6, 6)
 
 
 def test_a_pair_has_three_columns_and_a_text_several_rows(tmp_path: Path, tokenizer: Any) -> None:
@@ -310,56 +273,6 @@ def test_an_interrupted_table_goes_on_where_it_was_saved(
     assert read == [f"{file}:{line}" for line in read_again]
 
 
-def test_a_full_disk_is_an_error_that_says_what_to_do(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = _rows(tmp_path, _talks(1))
-
-    def full(*_: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(token_table, "write_json", full)
-    with pytest.raises(StageError, match=r"tokens-\w+: no space left on the device") as caught:
-        _table(file, tokenizer)
-    assert "free space" in caught.value.remedy
-    assert not _tables(tmp_path)
-
-
-def test_of_two_that_want_a_table_one_makes_it_and_the_other_waits(
-    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    file = _rows(tmp_path, _talks(9))
-    made: list[int] = []
-
-    def slowly(*args: Any, **kwargs: Any) -> Any:
-        made.append(1)
-        time.sleep(0.1)
-        yield from chunks.run(*args, **kwargs)
-
-    monkeypatch.setattr(token_table, "run", slowly)
-    with ThreadPoolExecutor(2) as pool:
-        counts = list(pool.map(lambda _: len(_table(file, tokenizer).rows), range(2)))
-    assert counts == [9, 9]
-    assert made == [1]
-
-
-def test_a_wait_for_another_process_that_makes_the_table_is_reported(tmp_path: Path, tokenizer: Any) -> None:
-    """Else the stage would be stopped as one that is stuck."""
-    file = _rows(tmp_path, _talks(9))
-    _table(file, tokenizer)
-    (lock,) = tmp_path.rglob(".tokens-*.lock")
-    reported: list[int] = []
-    with ExitStack() as other:
-        other.enter_context(held(lock, wait=False))
-
-        def progress(rows: int) -> None:
-            reported.append(rows)
-            other.close()
-
-        assert len(_table(file, tokenizer, progress=progress).rows) == 9
-    assert reported == [0]
-
-
 def _dies(*_: Any) -> Any:
     os._exit(1)
 
@@ -415,3 +328,37 @@ def test_processes_end_with_a_parent_that_is_killed() -> None:
         parent.communicate()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not [child for child in alive if is_living(child)]
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = _rows(tmp_path, _talks(1))
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(token_table, "write_json", full)
+    with pytest.raises(StageError, match=r"tokens-\w+: no space left on the device") as caught:
+        _table(file, tokenizer)
+    assert "free space" in caught.value.remedy
+    assert not _tables(tmp_path)
+
+
+def test_every_split_and_subset_of_a_hub_data_set_has_a_table_of_its_own(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_cache(monkeypatch, tmp_path)
+    snapshot, cache = leave_data_set(tmp_path, DESCRIBED), tmp_path / "cache"
+    parts = [
+        DataConfig(source="", subset=subset, split=split)
+        for subset, split in (("short", "train"), ("short", "test"), ("long", "train"))
+    ]
+    assert [len(_table(snapshot, tokenizer, data=part, cache=cache).rows) for part in parts] == [4, 1, 8]
+    assert len(_tables(tmp_path)) == 3
+
+
+def test_a_limit_takes_the_first_records_and_reads_no_further(tmp_path: Path, tokenizer: Any) -> None:
+    file = _rows(tmp_path, [*_talks(6), {"prompt": "Hi.", "completion": ""}])
+    table = _table(file, tokenizer, data=DataConfig(source="", limit=6), processes=2)
+    assert (len(table.rows), table.records, table.read) == (6, 6, 6)

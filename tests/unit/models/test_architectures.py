@@ -6,7 +6,6 @@ four tokens; some share beginnings of 18 tokens (conftest.ROWS).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,48 +16,33 @@ from peft import TaskType
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
-    BloomConfig,
     Cohere2Config,
     CohereConfig,
     DeepseekV3Config,
-    DiffLlamaConfig,
     DogeConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3Config,
     Gemma3TextConfig,
     GPTNeoConfig,
-    GPTNeoXJapaneseConfig,
-    GptOssConfig,
     GraniteConfig,
-    HrmTextConfig,
     JetMoeConfig,
-    Llama4TextConfig,
-    LlamaConfig,
     MistralConfig,
-    MixtralConfig,
     MllamaConfig,
-    MllamaForCausalLM,
     MllamaForConditionalGeneration,
     ModernBertDecoderConfig,
-    MptConfig,
     Olmo2Config,
-    OlmoeConfig,
     Phi3Config,
     Phi4MultimodalConfig,
-    PhimoeConfig,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
     Qwen3Config,
     Qwen3MoeConfig,
     RecurrentGemmaConfig,
     SmolLM3Config,
-    Starcoder2Config,
     XGLMConfig,
     xLSTMConfig,
 )
-from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from alignment.config.model import AdapterConfig
@@ -66,21 +50,18 @@ from alignment.core.errors import ModelError
 from alignment.core.model_files import positions_in
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.beside_text import parts_beside_text
-from alignment.models.assembly.load import Lineage, load_policy, name_trunk
+from alignment.models.assembly.load import Lineage, load_policy
 from alignment.models.assembly.prefix import positions_of
 from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.forward.answers import answer_statistics, answer_stream, unwrapped
 from alignment.models.forward.attention import ATTENTION
 from alignment.models.forward.causal import install_causal
-from alignment.models.forward.decoding import decoding, may_see_room
-from alignment.models.forward.decoding_rows import DecodingRows
+from alignment.models.forward.decoding import may_see_room
 from alignment.models.forward.flat import trunk_states, use_flat_attention
 from alignment.models.forward.generate import generate
 from alignment.models.forward.head import label_statistics, logit_cap, scales_logits
 from alignment.models.forward.rows import stream
 from alignment.models.forward.shared_prompts import can_read
-from alignment.models.forward.waiting_prompts import Entrants
-from alignment.models.kernels import row_attention
 from alignment.stages.reward.kind import RewardConfig
 from tests.tiny import tiny_model, tiny_reward, tiny_spec, tiny_tokenizer
 from tests.unit.models.conftest import (
@@ -105,28 +86,16 @@ BOTH = {"layer_types": ["sliding_attention", "full_attention"]}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "mistral with a window": lambda: MistralConfig(**SIZES, **WINDOW),
-    "qwen2 with a window": lambda: Qwen2Config(**SIZES, **WINDOW, use_sliding_window=True, max_window_layers=1),
     "qwen3": lambda: Qwen3Config(**SIZES, head_dim=16),
     "gemma2": lambda: Gemma2Config(
-        **SIZES,
-        **WINDOW,
-        head_dim=8,
-        query_pre_attn_scalar=12,
-        attn_logit_softcapping=1.5,
-        final_logit_softcapping=3.0,
+        **SIZES, **WINDOW, head_dim=8, query_pre_attn_scalar=12, attn_logit_softcapping=1.5, final_logit_softcapping=3.0
     ),
     "gemma3": lambda: Gemma3TextConfig(**SIZES, **WINDOW, **BOTH, head_dim=8, query_pre_attn_scalar=12),
-    "phi3 with a window": lambda: Phi3Config(**SIZES, **WINDOW),
-    "starcoder2 with a window": lambda: Starcoder2Config(**SIZES, **WINDOW, embedding_dropout=0.0),
     "cohere": lambda: CohereConfig(**SIZES, logit_scale=3.0),
     "granite": lambda: GraniteConfig(**SIZES, logits_scaling=3.0),
     "cohere2": lambda: Cohere2Config(**SIZES, **WINDOW, **BOTH, logit_scale=1.0),
     "olmo2": lambda: Olmo2Config(**SIZES),
     "smollm3": lambda: SmolLM3Config(**SIZES, no_rope_layers=[1, 0]),
-    "mixtral with a window": lambda: MixtralConfig(
-        **SIZES, **WINDOW, num_local_experts=4, num_experts_per_tok=2, output_router_logits=False
-    ),
-    "olmoe": lambda: OlmoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2),
     "qwen3 with experts": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, num_experts=4, head_dim=16),
 }
 SCALED = {"cohere", "cohere2", "granite"}
@@ -164,19 +133,6 @@ def test_heads_that_are_not_one_product_are_left_to_trl(name: str) -> None:
     assert relative(output.log_probs[output.label_mask], plain(reference, batch).logprobs) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["mistral with a window", "gemma2"])
-def test_long_rows_are_computed_span_by_span(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows longer than ``QUERIES`` have no stored softmax; spans leave out the keys before a window."""
-    monkeypatch.setattr(row_attention, "QUERIES", 6)
-    monkeypatch.setattr(row_attention, "SPAN", 5)
-    row_attention._plan.cache_clear()
-    model = model_of(name)
-    reference = twin(model)
-    install_causal(model)
-    assert_learns_alike(model, reference, padded([*ROWS["ragged"], *ROWS["turns of one conversation"]]))
-    row_attention._plan.cache_clear()
-
-
 @pytest.mark.parametrize("name", sorted(CONFIGS.keys()))
 def test_greedy_answers_equal_those_of_transformers(name: str) -> None:
     model, reference = model_of(name), twin(model_of(name))
@@ -194,44 +150,16 @@ def test_a_window_that_is_not_the_configurations_is_refused() -> None:
         model(**padded(ROWS["ragged"]).arguments(), fused_lm_head=True)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        LlamaConfig(**SIZES, sliding_window=4),  # its code ignores the setting
-        PhimoeConfig(**SIZES, sliding_window=4, num_local_experts=4),  # windows by its mask alone
-    ],
-    ids=lambda config: config.model_type,
-)
-def test_a_window_of_an_architecture_that_was_not_tried_runs_padded(config: PreTrainedConfig) -> None:
-    model = random_model(config)
-    reference = twin(model)
-    assert not use_flat_attention(model)
-    if config.model_type == "llama":
-        assert_scores_are_those_of_transformers(model, reference)
-
-
-@pytest.mark.parametrize("windows", [{**WINDOW, **BOTH}, {"layer_types": ["full_attention"] * 2}])
-def test_sinks_take_the_padded_path_and_say_so(caplog: pytest.LogCaptureFixture, windows: dict[str, Any]) -> None:
-    sizes = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}
-    model = AutoModelForCausalLM.from_config(GptOssConfig(**sizes, **windows)).eval()
-    with caplog.at_level(logging.WARNING):
-        assert not use_flat_attention(model)
-    assert "has attention that the padding-free path does not support" in caplog.text
-
-
 TOKENS = {name: SIZES[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
 LAYERS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 WITHOUT_INTERFACE: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt_neo": lambda: GPTNeoConfig(
         **TOKENS, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["local", "global"], 1]], window_size=4
     ),
-    "bloom": lambda: BloomConfig(**TOKENS, hidden_size=32, n_layer=2, n_head=4),
     "falcon with alibi": lambda: FalconConfig(**TOKENS, **LAYERS, alibi=True),
-    "mpt": lambda: MptConfig(**TOKENS, d_model=32, n_layers=2, n_heads=4, max_seq_len=512),
 }
 HIDING_BY_A_MASK: dict[str, Callable[[], PreTrainedConfig]] = {
     "falcon": lambda: FalconConfig(**TOKENS, **LAYERS),
-    "gpt_neox_japanese": lambda: GPTNeoXJapaneseConfig(**TOKENS, **LAYERS, intermediate_multiple_size=2),
     "xglm": lambda: XGLMConfig(**TOKENS, d_model=32, ffn_dim=48, num_layers=2, attention_heads=4),
 }
 LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 12}
@@ -239,13 +167,6 @@ ROUTED = {"moe_intermediate_size": 24, "n_routed_experts": 4, "n_group": 1, "top
 ALIKE = {**SIZES, "num_key_value_heads": 4}
 CACHING_OTHERWISE: dict[str, Callable[[], PreTrainedConfig]] = {
     "deepseek_v3": lambda: DeepseekV3Config(**ALIKE, **LATENT, **ROUTED, first_k_dense_replace=1),
-    "diffllama": lambda: DiffLlamaConfig(**SIZES),
-    "hrm_text": lambda: HrmTextConfig(
-        **{name: size for name, size in SIZES.items() if name != "num_key_value_heads"},
-        head_dim=8,
-        H_cycles=1,
-        L_cycles=2,
-    ),
     "jetmoe": lambda: JetMoeConfig(**SIZES | {"num_key_value_heads": 2}, kv_channels=8, num_local_experts=4),
 }
 
@@ -273,18 +194,6 @@ def test_models_that_count_columns_see_no_empty_ones_and_others_hide_them(name: 
     assert not use_flat_attention(model)
     assert may_see_room(model) is (name in HIDING_BY_A_MASK)
     assert_answers_are_those_of_transformers(model, reference)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", sorted(WITHOUT_INTERFACE))
-def test_a_step_of_models_that_count_columns_copies_no_earlier_ones(name: str) -> None:
-    model = random_model(WITHOUT_INTERFACE[name]())
-    rows = DecodingRows.begin(model, Entrants(numbers=[0], prompts=PROMPTS[:1], uniforms=None), max_new_tokens=4)
-    memory = [layer.keys.data_ptr() for layer in rows.cache.layers]
-    with decoding(model):
-        rows.step(rows.next_tokens(1.0))
-    assert rows.cache.get_seq_length() == len(PROMPTS[0]) + 1
-    assert [layer.keys.data_ptr() for layer in rows.cache.layers] == memory
 
 
 @pytest.mark.parametrize("name", [*CACHING_OTHERWISE, "doge"])
@@ -326,23 +235,6 @@ def test_rows_that_would_change_the_frequencies_of_their_neighbours_are_refused(
         trunk_states(model.base_model, stream([[3] * 17, [5, 6, 7]], CPU))
     with pytest.raises(ModelError, match="a row of 17 tokens"):
         generate(model, [[5, 6, 7]], max_new_tokens=14, end_ids=[], batch_size=1)
-
-
-def test_text_models_of_llamas_with_images_have_a_trunk(tmp_path: Path) -> None:
-    """Llama 4's and that of Llama 3.2 Vision, some of whose layers read images alone."""
-    sizes = {"head_dim": 8, "intermediate_size_mlp": 48, "num_local_experts": 2, "attention_chunk_size": 512}
-    random_model(Llama4TextConfig(**SIZES, **sizes)).save_pretrained(tmp_path)
-    llama4 = load_policy(Lineage(source="path:llama4", base=tmp_path, adapters=()), torch.float32)
-    rope = {"rope_type": "default", "rope_theta": 10000.0}
-    config = MllamaTextConfig(**SIZES, cross_attention_layers=[1], rope_parameters=rope)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        mllama_text = name_trunk(MllamaForCausalLM(config).eval())
-    for model in (llama4, mllama_text):
-        reference = twin(model)
-        assert model.base_model is model.model
-        assert use_flat_attention(model) is (model is mllama_text)
-        assert_scores_are_those_of_transformers(model, reference)
 
 
 def test_a_model_with_a_layer_between_its_trunk_and_its_head_is_refused(tmp_path: Path) -> None:

@@ -1,21 +1,30 @@
-"""Attention of many rows at once equals attention written as loops, whichever kernel computes it."""
+"""Attention of many rows, and of one new token behind a cache, equals attention written as loops."""
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.attention import varlen
+from transformers import DynamicCache, LlamaConfig
 
+from alignment.core.errors import ModelError
 from alignment.models.forward import attention
 from alignment.models.forward.attention import KeysValues, flat_attention
+from alignment.models.forward.decoding import decoding, may_see_room
 from alignment.models.forward.rows import FlatRows, behind, stream
 from alignment.models.kernels import row_attention
+from alignment.models.kernels.kv_cache import ATTENTION, RowsCache, decoding_attention
 from alignment.models.kernels.row_attention import Row, Scores, attend
+from tests.tiny import tiny_config, tiny_model
 from tests.unit.models.conftest import ROWS, relative
 
 SHAPES = {
@@ -30,9 +39,7 @@ SHAPES = {
 PLAIN = Scores(scale=0.3)
 HOW = {
     "plain": PLAIN,
-    "a window of 1": Scores(scale=0.3, window=1),
     "a window of 3": Scores(scale=0.3, window=3),
-    "a window beyond all keys": Scores(scale=0.3, window=99),
     "capped": Scores(scale=0.9, cap=0.8),
     "a window and capped": Scores(scale=0.9, window=2, cap=0.8),
 }
@@ -58,14 +65,7 @@ def _by_loops(
     return torch.stack(out)
 
 
-LIMITS: list[dict[str, int]] = [
-    {},
-    {"QUERIES": 4, "SPAN": 3},
-    {"QUERIES": 4, "SPAN": 3, "SCORES": 0},
-    {"QUERIES": 1, "SPAN": 1},
-    {"CALL": 0},
-    {"CALL": 10**9},
-]
+LIMITS: list[dict[str, int]] = [{}, {"QUERIES": 4, "SPAN": 3, "SCORES": 0}, {"CALL": 0}, {"CALL": 10**9}]
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (6, 2), (3, 1)], ids=str)
@@ -104,37 +104,12 @@ def test_short_rows_share_a_product_and_long_ones_stand_alone() -> None:
     assert [row.queries for row, _ in plan.long] == [300]
 
 
-def test_keys_before_a_window_are_left_out_of_a_long_rows_spans() -> None:
-    rows = (Row((0, 1000), ((0, 1000),)),)
-    plan = row_attention._plan(rows, 1, torch.bfloat16, torch.device("cpu"), 100, True)
-    assert plan.long == ()
-    assert {group.hidden.shape[2] - group.hidden.shape[1] for group in plan.recomputed} == {112}, "99 earlier keys"
-
-
-def test_no_product_has_more_scores_than_it_may() -> None:
-    rows = tuple(Row((200 * n, 200 * n + 200), ((200 * n, 200 * n + 200),)) for n in range(20))
-    plan = row_attention._plan(rows, 1, torch.bfloat16, torch.device("cpu"))
-    assert {group.hidden.shape for group in plan.stored} == {(1, 128, 128), (1, 80, 208)}, "spans of 128 and 72 queries"
-    assert sum(group.matrices for group in plan.stored) == 2 * 20
-    assert all(group.matrices * group.hidden[0].numel() <= row_attention.SCORES for group in plan.stored)
-
-
 def test_what_is_no_number_stays_in_its_row() -> None:
     states = [torch.ones(2, 10, 8) for _ in range(3)]
     states[1][:, 0] = states[2][:, 0] = math.nan
     attended = attend(*states, (Row((0, 3), ((0, 3),)), Row((3, 10), ((3, 10),))), PLAIN)  # type: ignore[call-arg]
     assert attended[:, :3].isnan().all()
     torch.testing.assert_close(attended[:, 3:], torch.ones(2, 7, 8))
-
-
-@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
-def test_in_bfloat16_values_stay_close(how: Scores) -> None:
-    rng = torch.Generator().manual_seed(0)
-    rows = SHAPES["a shared beginning"]
-    states = [torch.randn(heads, 10, 16, generator=rng) for heads in (6, 2, 2)]
-    attended = attend(*(part.bfloat16() for part in states), rows, how)  # type: ignore[call-arg]
-    expected = _by_loops(*states, rows, how)  # type: ignore[call-arg]
-    assert float((attended.float() - expected).norm() / expected.norm()) < 2e-2
 
 
 HEADS, KEY_HEADS, WIDTH = 4, 2, 16
@@ -187,9 +162,7 @@ def _rows(name: str, device: str) -> FlatRows:
         ({"dtype": torch.float16, "width": 256, "value": 256, "capability": (12, 0)}, True),
         ({"device": "cpu"}, False),
         ({"dtype": torch.float32}, False),
-        ({"width": 64, "value": 32}, False),
         ({"width": 12, "value": 12}, False),
-        ({"width": 264, "value": 264}, False),
         ({"capability": (7, 5)}, False),
         ({"hip": "6.4"}, False),
     ],
@@ -253,45 +226,6 @@ def test_the_kernel_gets_what_was_read_earlier(virtual: int, monkeypatch: pytest
     assert relative(attended, expected) < 1e-5
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_the_kernel_gets_a_prefix_in_front_of_every_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen, "varlen_attn", _slow_varlen)
-    rows = _rows(name, "cpu")
-    query, key, value = _states(rows, "cpu", torch.float32)
-    prefix = torch.randn(2, KEY_HEADS, 3, key.shape[-1])
-    layer = torch.nn.Identity()
-    layer.layer_idx = 0
-    expected, _ = flat_attention(layer, query, key, value, None, segments=rows.segments, prefix=prefix)
-    keys, values = torch.cat([prefix[0], key[0]], dim=1), torch.cat([prefix[1], value[0]], dim=1)
-    attended = attention._varlen(query[0], keys, values, rows.segments, WIDTH**-0.5, attention._Ahead(prefix=3))
-    assert relative(attended, expected[0]) < 1e-5
-    without, _ = flat_attention(layer, query, key, value, None, segments=rows.segments)
-    assert relative(without, expected) > 1e-2
-
-
-def test_values_may_have_another_width_than_keys() -> None:
-    rows = _rows("pairs of one prompt", "cpu")
-    query, key, _ = _states(rows, "cpu", torch.float32)
-    value = torch.randn(1, KEY_HEADS, len(rows.input_ids), 5).requires_grad_()
-    attended, _ = flat_attention(torch.nn.Identity(), query, key, value, None, segments=rows.segments)
-    attended.square().sum().backward()
-    with_gradients = [attended, query.grad, key.grad, value.grad]
-    for state in (query, key, value):
-        state.grad = None
-    expected = []
-    for row, segment in enumerate(rows.segments):
-        indices = rows.index[row][rows.is_real[row]]
-        states = [state[:, :, indices].repeat_interleave(HEADS // state.shape[1], 1) for state in (query, key, value)]
-        later = torch.ones(len(indices), len(indices)).triu(1).bool()
-        scores = (states[0] @ states[1].transpose(-1, -2) * WIDTH**-0.5).masked_fill(later, float("-inf"))
-        shared = len(indices) - (segment.own[1] - segment.own[0])
-        expected.append((scores.softmax(-1) @ states[2])[0, :, shared:])
-    whole = torch.cat(expected, dim=1).transpose(0, 1)[None]
-    whole.square().sum().backward()
-    for tensor, other in zip(with_gradients, [whole, query.grad, key.grad, value.grad], strict=True):
-        assert relative(tensor, other) < 1e-5
-
-
 @pytest.mark.parametrize("asked", [{"s_aux": torch.zeros(4)}, {"dropout": 0.1}])
 def test_what_a_flat_stream_lacks_is_refused(asked: dict[str, Any]) -> None:
     rows = _rows("ragged", "cpu")
@@ -315,3 +249,177 @@ def test_on_a_gpu_attention_and_its_gradients_are_those_of_the_cpu(name: str) ->
         passes.append([out.float().cpu(), *(state.grad.float().cpu() for state in states)])
     for on_gpu, on_cpu in zip(*passes, strict=True):
         assert relative(on_gpu, on_cpu) < 0.02
+
+
+CACHE_HEADS, CACHE_WIDTH = 2, 8
+
+
+def _cache_states(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    keys, values = torch.randn(2, rows, CACHE_HEADS, columns, CACHE_WIDTH, generator=rng)
+    return keys, values
+
+
+@pytest.mark.parametrize("shows_room", [True, False])
+@pytest.mark.parametrize("room", [0, 1, 3, 64])
+def test_columns_are_kept_in_order_whatever_the_room(room: int, shows_room: bool) -> None:
+    rows_cache = RowsCache(tiny_config("llama"), room=room, shows_room=shows_room)
+    dynamic_cache = DynamicCache(config=tiny_config("llama"))
+    for step, new in enumerate([5, 1, 1, 1, 2, 1]):
+        assert rows_cache.get_seq_length() == dynamic_cache.get_seq_length()
+        for layer in range(2):
+            states = _cache_states(3, new, seed=10 * step + layer)
+            expected_columns, _ = rows_cache.get_mask_sizes(new, layer)
+            updated, expected = rows_cache.update(*states, layer), dynamic_cache.update(*states, layer)
+            for tensor, reference in zip(updated, expected, strict=True):
+                assert tensor.shape[2] == expected_columns >= reference.shape[2]
+                assert tensor.shape[2] - reference.shape[2] <= (room if shows_room else 0)
+                assert torch.equal(tensor[:, :, : reference.shape[2]], reference)
+                assert not tensor[:, :, reference.shape[2] :].any()
+
+
+def test_placed_rows_end_at_the_same_column_and_may_repeat() -> None:
+    whole, part = (RowsCache(tiny_config("llama"), room=room) for room in (2, 0))
+    for layer in range(2):
+        part.update(*_cache_states(2, 3, seed=layer), layer)
+    whole.write(part, torch.tensor([1, 1, 0]), at=torch.tensor([1, 2, 3]), rows=4, length=5)
+    assert whole.get_seq_length() == 5
+    keys = whole.layers[1].keys
+    source = part.layers[1].keys
+    assert keys.shape == (4, CACHE_HEADS, 7, CACHE_WIDTH)
+    for row, origin in ((1, 1), (2, 1), (3, 0)):
+        assert torch.equal(keys[row, :, 2:5], source[origin])
+    assert not keys[0].any()
+    assert not keys[:, :, :2].any()
+    assert not keys[:, :, 5:].any()
+
+
+@pytest.mark.parametrize("shows_room", [True, False])
+@pytest.mark.parametrize(("columns", "after"), [(1, 0), (2, 1), (3, 2), (6, 0)])
+def test_dropped_columns_are_gone_and_the_others_move_up(columns: int, after: int, shows_room: bool) -> None:
+    """No memory is allocated for the next column, whether those allocated ahead are shown or hidden."""
+    cache = RowsCache(tiny_config("llama"), room=2, shows_room=shows_room)
+    before = [cache.update(*_cache_states(3, 7, seed=layer), layer) for layer in range(2)]
+    expected = [torch.cat([states[:, :, :after], states[:, :, after + columns : 7]], 2) for states in before[1]]
+    memory = cache.layers[1].keys.data_ptr()
+    cache.drop(columns, after=after)
+    assert cache.get_seq_length() == 7 - columns
+    shown = 9 if shows_room else 8 - columns
+    assert cache.get_mask_sizes(1, 1) == (shown, 0)
+    new = _cache_states(3, 1, seed=9)
+    updates = cache.update(*new, 1)
+    for updated, remaining, own in zip(updates, expected, new, strict=True):
+        assert updated.shape[2] == shown
+        assert torch.equal(updated[:, :, : 8 - columns], torch.cat([remaining, own], 2))
+    assert updates[0].data_ptr() == memory
+
+
+def test_a_layer_with_another_kind_of_state_is_refused() -> None:
+    config = LlamaConfig(num_hidden_layers=2, layer_types=["full_attention", "linear_attention"])
+    with pytest.raises(ModelError, match="does not support layers that cache a LinearAttentionLayer"):
+        RowsCache(config, room=0)
+
+
+def _decoded(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    seen: torch.Tensor,
+    score: Callable[..., torch.Tensor],
+) -> torch.Tensor:
+    """``[rows, tokens, heads, width]`` in float64, one query at a time; ``seen`` is ``[rows, 1, tokens, columns]``."""
+    attended = torch.empty(query.shape[0], query.shape[2], query.shape[1], CACHE_WIDTH, dtype=torch.float64)
+    for row, head, token in itertools.product(*map(range, query.shape[:3])):
+        visible = seen[row, 0, token]
+        k, v = (states[row, head * CACHE_HEADS // query.shape[1]][visible].double() for states in (keys, values))
+        attended[row, token, head] = torch.softmax(score(k @ query[row, head, token].double()), 0) @ v
+    return attended
+
+
+TYPES = pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+
+
+@TYPES
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("scaling", [None, 0.7])
+@pytest.mark.parametrize("mask", ["summand", "boolean"])
+def test_attention_of_one_new_token_equals_the_formula_in_float64(
+    mask: str, groups: int, scaling: float | None, dtype: torch.dtype, tolerance: float
+) -> None:
+    """Masks are boolean in the later layers of Gemma 4, which compute only the last token of a prompt."""
+    rows, columns = 3, 7
+    keys, values = (states.to(dtype) for states in _cache_states(rows, columns, seed=0))
+    query = torch.randn(rows, CACHE_HEADS * groups, 1, CACHE_WIDTH, generator=torch.Generator().manual_seed(1)).to(
+        dtype
+    )
+    seen = torch.ones(rows, 1, 1, columns, dtype=torch.bool)
+    seen[0, ..., :2] = False
+    seen[1, ..., -3:] = False
+    hidden = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")) if mask == "summand" else seen
+    attended, _ = decoding_attention(nn.Module(), query, keys, values, hidden, scaling=scaling)
+    factor = CACHE_WIDTH**-0.5 if scaling is None else scaling
+    expected = _decoded(query, keys, values, seen, lambda scores: scores * factor)
+    torch.testing.assert_close(attended.double(), expected, rtol=tolerance, atol=tolerance / 2)
+
+
+@TYPES
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_common_beginning_counts_as_if_each_row_held_it(groups: int, dtype: torch.dtype, tolerance: float) -> None:
+    rows, columns, tokens = 3, 7, 5
+    keys, values = (states.to(dtype) for states in _cache_states(rows, columns, seed=0))
+    common = tuple(states[0].to(dtype) for states in _cache_states(1, tokens, seed=2))
+    query = torch.randn(rows, CACHE_HEADS * groups, 1, CACHE_WIDTH, generator=torch.Generator().manual_seed(1)).to(
+        dtype
+    )
+    mask = torch.zeros(rows, 1, 1, columns)
+    mask[0, ..., :2] = mask[1, ..., -3:] = float("-inf")
+    layer = nn.Module()
+    layer.layer_idx = 1
+    options = {"scaling": 0.7, "beginning": KeysValues(layers={1: common})}
+    attended, _ = decoding_attention(layer, query, keys, values, mask, **options)
+    whole = [
+        torch.cat([shared.expand(rows, -1, -1, -1), states], 2)
+        for shared, states in zip(common, (keys, values), strict=True)
+    ]
+    seen = torch.cat([torch.ones(rows, 1, 1, tokens, dtype=torch.bool), mask == 0], -1)
+    expected = _decoded(query, *whole, seen, lambda scores: scores * 0.7)  # type: ignore[misc]
+    torch.testing.assert_close(attended.double(), expected, rtol=tolerance, atol=tolerance / 2)
+
+
+@pytest.mark.parametrize("changed", [{"softcap": 1.0}, {"query": torch.zeros(1, CACHE_HEADS, 2, CACHE_WIDTH)}])
+def test_attention_that_cannot_see_a_common_beginning_refuses_it(changed: dict[str, Any]) -> None:
+    keys, values = _cache_states(1, 7, seed=0)
+    arguments = {"query": torch.zeros(1, CACHE_HEADS, 1, CACHE_WIDTH), "beginning": KeysValues(), **changed}
+    with pytest.raises(ValueError, match="Module does not support rows that share a beginning"):
+        decoding_attention(nn.Module(), key=keys, value=values, attention_mask=None, **arguments)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_a_model_is_left_as_it_was_even_after_an_error(implementation: str) -> None:
+    model = tiny_model().to(torch.bfloat16)
+    model.set_attn_implementation(implementation)
+    before = {name: vars(module).get("forward") for name, module in model.named_modules()}
+    assert may_see_room(model)
+    with suppress(KeyboardInterrupt), decoding(model):
+        assert model.config._attn_implementation == (ATTENTION if implementation == "sdpa" else "eager")
+        raise KeyboardInterrupt
+    assert model.config._attn_implementation == implementation
+    assert {name: vars(module).get("forward") for name, module in model.named_modules()} == before
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("masked", [False, True])
+def test_capped_scores_are_those_of_the_formula_in_float64(tokens: int, masked: bool) -> None:
+    """c·tanh(s / c), for one new token with a summand and for several with a boolean mask."""
+    rows, columns, groups, cap = 2, 5, 2, 0.7
+    keys, values = _cache_states(rows, columns, seed=0)
+    query = torch.randn(rows, CACHE_HEADS * groups, tokens, CACHE_WIDTH, generator=torch.Generator().manual_seed(1))
+    causal = torch.ones(tokens, columns, dtype=torch.bool).tril(columns - tokens)
+    seen = causal.expand(rows, 1, -1, -1).clone()
+    mask = None
+    if masked:
+        seen[1, ..., :2] = False
+        mask = torch.zeros(seen.shape).masked_fill(~seen, float("-inf")) if tokens == 1 else seen
+    attended, _ = decoding_attention(nn.Module(), query, keys, values, mask, softcap=cap)
+    expected = _decoded(query, keys, values, seen, lambda scores: cap * torch.tanh(scores * CACHE_WIDTH**-0.5 / cap))
+    torch.testing.assert_close(attended.double(), expected, rtol=1e-5, atol=1e-6)

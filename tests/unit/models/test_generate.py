@@ -7,16 +7,13 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from random import Random
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend
-from transformers import (
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
 from alignment.core.errors import ModelError
 from alignment.costs.recorder import Recorder
@@ -114,17 +111,6 @@ def test_answers_never_depend_on_the_room_of_the_cache_or_on_when_rows_leave(
     assert len({len(answer) for answer in expected}) > 1, "rows should finish at different steps"
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 10_000])
-def test_answers_never_depend_on_how_prompts_are_read_together(
-    made: Callable[..., Any], tokens: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = made()
-    expected = generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=1)
-    monkeypatch.setattr(padded_module, "PREFILL_TOKENS", tokens)
-    monkeypatch.setattr(reading_module, "READ_TOKENS", tokens)
-    assert generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=5) == expected
-
-
 def test_equal_prompts_are_read_once_and_answered_each_for_itself(made: Callable[..., Any]) -> None:
     model = made(vocab_size=8)
     prompts = [[5, 6, 7, 4], [3, 1], [5, 6, 7, 4], [5, 6, 7, 4], [3, 1]]
@@ -148,29 +134,6 @@ def test_an_adapter_that_is_active_counts(made: Callable[..., Any]) -> None:
     answers = generate(unwrapped(model), PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
     assert answers == [_own_greedy(merged, prompt, ends=[END], limit=10) for prompt in PROMPTS]
     assert answers != generate(made(), PROMPTS, max_new_tokens=10, end_ids=[END], batch_size=5)
-
-
-@pytest.mark.parametrize("autocast", [True, False])
-def test_bfloat16_answers_are_likely_under_the_models_own_forward(made: Callable[..., Any], autocast: bool) -> None:
-    """Low precision may take another token where two are nearly as likely, and nowhere else."""
-    model = made() if autocast else made().to(torch.bfloat16)
-    context = torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast)
-    with context:
-        answers = generate(model, PROMPTS, max_new_tokens=12, end_ids=[END], batch_size=5)
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        with torch.no_grad(), context:
-            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
-        gap = logits.max(-1).values - logits.gather(-1, torch.tensor(answer)[:, None])[:, 0]
-        assert gap.max() < 0.1 * logits.std()
-
-
-def test_the_generation_config_of_a_model_never_leaks_in(made: Callable[..., Any]) -> None:
-    model = made()
-    plain = generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=2)
-    config = model.generation_config
-    config.do_sample, config.temperature, config.top_k, config.top_p = True, 5.0, 2, 0.1
-    config.repetition_penalty, config.no_repeat_ngram_size, config.max_new_tokens = 3.0, 1, 1
-    assert generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=2) == plain
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 7])
@@ -223,12 +186,6 @@ def test_a_token_of_probability_zero_is_never_drawn(uniform: float) -> None:
     assert int(token) == (300 if uniform == 0.0 else 310)
 
 
-def test_progress_counts_the_prompts_that_are_done(made: Callable[..., Any]) -> None:
-    counts: list[int] = []
-    generate(made(), PROMPTS, max_new_tokens=2, end_ids=[], batch_size=2, progress=counts.append)
-    assert counts == [2, 4, 5]
-
-
 @pytest.mark.parametrize("window", [None, 3])
 def test_prompts_that_cannot_be_answered_are_refused(window: int | None) -> None:
     model = tiny_model("mistral", sliding_window=window, max_position_embeddings=8)
@@ -239,14 +196,6 @@ def test_prompts_that_cannot_be_answered_are_refused(window: int | None) -> None
         generate(model, [[5], [5, 6, 7]], max_new_tokens=6, **options)
     with pytest.raises(ValueError, match="a prompt has no token"):
         generate(model, [[5], []], max_new_tokens=2, **options)
-
-
-def test_answers_on_shapes_are_long_but_not_equally_long() -> None:
-    with Recorder().recording():
-        model = tiny_model("llama")
-        answers = generate(model, [[5, 6, 7]] * 10, max_new_tokens=12, end_ids=[END], batch_size=10)
-    assert [len(answer) for answer in answers] == [12, 11, 10, 9, 8, 7, 6, 5, 12, 11]
-    assert {answer.index(END) for answer in answers if END in answer} <= set(range(4, 12))
 
 
 LIMIT = 14
@@ -299,7 +248,7 @@ def _entered_beside_others(numbers: Sequence[Sequence[int]]) -> bool:
     return any(set(before) & set(after) and set(after) - set(before) for before, after in itertools.pairwise(numbers))
 
 
-@pytest.mark.parametrize("batch_size", [3, 4, 12])
+@pytest.mark.parametrize("batch_size", [3, 12])
 @pytest.mark.parametrize("prompts", [MANY, BEHIND_A_BEGINNING], ids=["apart", "behind one beginning"])
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
@@ -339,21 +288,6 @@ def test_sampled_tokens_and_logprobs_are_those_of_a_padded_forward(
         torch.testing.assert_close(logprobs, expected, rtol=0.0, atol=1e-5)
 
 
-def test_many_prompts_take_a_bounded_number_of_rows_and_columns(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding_rows, "DROPPED", 2)
-    monkeypatch.setattr(kv_cache, "ROOM", 3)
-    model = tiny_model()
-    use_flat_attention(model)
-    prompts = [[number % 100 + 20, 7, 9] for number in range(60)]
-    sampling = Sampling(temperature=1.0, uniforms=_uniforms(len(prompts), LIMIT, seed=4))
-    answers = generate(model, prompts, max_new_tokens=LIMIT, end_ids=ENDS, batch_size=4, sampling=sampling)
-    assert {len(numbers) for numbers in steps.numbers[:-LIMIT]} == {4}
-    # The prompt with its answer, columns that are not worth moving, and those allocated ahead.
-    assert max(steps.columns) <= 3 + LIMIT + 2 + 3
-    tokens = sum(map(len, answers))
-    assert len(steps.numbers) < 1.4 * tokens / 4, "finished rows do not wait for the longest answer"
-
-
 def test_equal_prompts_leave_the_queue_together_unless_they_are_too_many() -> None:
     queue = WaitingPrompts(prompts=[[5, 6]] * 3 + [[7]] * 3 + [[4]], uniforms=None)
     assert list(queue.next(2).numbers) == [0, 1]
@@ -382,21 +316,6 @@ def test_a_beginning_is_held_once_if_it_pays_and_attention_can() -> None:
         model = model_of(name)
         use_flat_attention(model)
         assert shared_beginning(model, prompts, 8) is None, "windows, caps"
-
-
-@torch.no_grad()
-def test_a_finished_row_that_stays_needs_no_positions_that_the_model_lacks() -> None:
-    """The model has as many as its longest prompt and answer take together."""
-    random = Random(1)
-    prompts = [[random.randrange(20, 120) for _ in range(random.choice([1, 2, 3, 4, 8]))] for _ in range(40)]
-    prompts += [[50] * 8] * 6
-    model = tiny_model("gpt2", max_position_embeddings=8 + LIMIT)
-    sampling = Sampling(temperature=1.0, uniforms=_uniforms(len(prompts), LIMIT, seed=4))
-    answers = [
-        generate(model, prompts, max_new_tokens=LIMIT, end_ids=ENDS, batch_size=size, sampling=sampling)
-        for size in (5, len(prompts))
-    ]
-    assert answers[0] == answers[1]
 
 
 def _choice() -> list[SDPBackend]:
@@ -432,3 +351,28 @@ def test_every_step_prefers_flash_attention_without_cudnn_and_leaves_the_callers
     assert len(during) >= 2 * 3
     ours = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     assert all(choice == ours for choice in during)
+
+
+def test_answers_on_shapes_are_long_but_not_equally_long() -> None:
+    with Recorder().recording():
+        model = tiny_model("llama")
+        answers = generate(model, [[5, 6, 7]] * 10, max_new_tokens=12, end_ids=[END], batch_size=10)
+    assert [len(answer) for answer in answers] == [12, 11, 10, 9, 8, 7, 6, 5, 12, 11]
+    assert {answer.index(END) for answer in answers if END in answer} <= set(range(4, 12))
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 10_000])
+def test_answers_never_depend_on_how_prompts_are_read_together(
+    made: Callable[..., Any], tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = made()
+    expected = generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=1)
+    monkeypatch.setattr(padded_module, "PREFILL_TOKENS", tokens)
+    monkeypatch.setattr(reading_module, "READ_TOKENS", tokens)
+    assert generate(model, PROMPTS, max_new_tokens=8, end_ids=[END], batch_size=5) == expected
+
+
+def test_progress_counts_the_prompts_that_are_done(made: Callable[..., Any]) -> None:
+    counts: list[int] = []
+    generate(made(), PROMPTS, max_new_tokens=2, end_ids=[], batch_size=2, progress=counts.append)
+    assert counts == [2, 4, 5]

@@ -34,8 +34,8 @@ def bounded(logits: torch.Tensor, cap: float | None) -> torch.Tensor:
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
-@pytest.mark.parametrize(("chunk", "at_once"), [(1, 512), (3, 512), (3, 2), (7, 1), (512, 3), (512, 512)])
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+@pytest.mark.parametrize(("chunk", "at_once"), [(1, 512), (3, 2), (512, 3), (512, 512)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("cap", [None, 1.5])
 def test_statistics_equal_the_slow_loops(
     monkeypatch: pytest.MonkeyPatch,
@@ -128,12 +128,6 @@ def test_gradients_are_those_of_the_whole_distribution(
             close(tensor.grad, exact.grad, atol=1e-5)
 
 
-def test_huge_logits_stay_finite() -> None:
-    statistics = token_statistics(torch.tensor([[1e4], [-1e4]]), torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 0]))
-    close(statistics.logprobs, [0.0, -2e4])
-    close(statistics.entropy, [0.0, 0.0])
-
-
 VOCABULARY = 11
 
 
@@ -168,8 +162,8 @@ def heads() -> Heads:
     return Heads.drawn()
 
 
-@pytest.mark.parametrize(("chunk", "at_once"), [(1, 512), (3, 2), (7, 1), (512, 512)])
-@pytest.mark.parametrize("temperature", [1.0, 0.7, 2.5])
+@pytest.mark.parametrize(("chunk", "at_once"), [(1, 512), (3, 2), (512, 512)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_divergence_and_acceptance_equal_the_slow_loops(
     monkeypatch: pytest.MonkeyPatch, heads: Heads, temperature: float, chunk: int, at_once: int
 ) -> None:
@@ -202,35 +196,3 @@ def test_the_student_alone_has_the_gradient_of_the_slow_loops(
     else:
         assert heads.weight.grad is None
     assert heads.teaching.states.grad is heads.teaching.weight.grad is None
-
-
-@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
-def test_a_student_equal_to_its_teacher_has_nothing_to_learn_and_is_always_accepted(
-    heads: Heads, trained: bool
-) -> None:
-    """Exactly, because both sides compute the same numbers."""
-    heads.weight.requires_grad_(trained)
-    heads.teaching = Teaching(states=heads.states.detach().clone(), weight=heads.weight.detach().clone())
-    computed = heads.divergence(temperature=0.7)
-    assert computed.forward_kl.tolist() == [0.0] * 7
-    close(computed.acceptance, [1.0] * 7, atol=1e-6)
-    assert bool(computed.is_same_top.all())
-    computed.forward_kl.sum().backward()
-    assert heads.states.grad is not None
-    assert float(heads.states.grad.abs().max()) == 0.0
-
-
-def test_tokens_that_the_teacher_never_says_cost_nothing_and_stay_finite() -> None:
-    teaching = Teaching(states=torch.tensor([[1.0]]), weight=torch.tensor([[1e4], [-1e4]]))
-    student = Heads(torch.tensor([[1.0]]), nn.Parameter(torch.tensor([[0.0], [0.0]])), teaching)
-    close(student.divergence().forward_kl.detach(), [0.6931472])
-    close(student.divergence().acceptance, [0.5])
-
-
-def test_no_token_at_all_has_no_divergence(heads: Heads) -> None:
-    """A process may be left with a micro-batch of which nothing is learned."""
-    heads.states = torch.zeros(0, 5, requires_grad=True)
-    heads.teaching = Teaching(states=torch.zeros(0, 4), weight=heads.teaching.weight)
-    computed = heads.divergence()
-    assert computed.forward_kl.shape == (0,)
-    computed.forward_kl.sum().backward()

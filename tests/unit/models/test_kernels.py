@@ -106,15 +106,6 @@ def test_results_of_norms_are_not_stored(adapter: AdapterConfig | None, autocast
         assert not copies
 
 
-def test_copies_of_weights_are_not_stored() -> None:
-    model = _model(fused=True)
-    with _stored() as tensors, torch.autocast("cpu", torch.bfloat16):
-        model(input_ids=IDS)
-    of_layers = {tuple(weight.shape) for name, weight in model.named_parameters() if "mlp" in name}
-    assert of_layers == {(48, 32), (32, 48)}
-    assert not [tensor for tensor in tensors.values() if tensor.dtype is torch.bfloat16 and tensor.shape in of_layers]
-
-
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["whole", "lora"])
 def test_a_layer_that_checkpoints_stores_nothing_of_its_inside(
     adapter: AdapterConfig | None, monkeypatch: pytest.MonkeyPatch
@@ -137,8 +128,8 @@ def test_a_layer_that_checkpoints_stores_nothing_of_its_inside(
     _assert_same_bits(gradients(model), _learn(_model(adapter, fused=True), autocast=False))
 
 
-@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, True)])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma"])
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, True), (torch.bfloat16, True)])
+@pytest.mark.parametrize("name", ["llama", "qwen2"])
 @pytest.mark.parametrize("adapter", [None, LORA, DORA, QLORA], ids=["whole", "lora", "dora", "qlora"])
 def test_gradients_are_the_same_bits_as_with_all_stored(
     adapter: AdapterConfig | None, name: str, dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
@@ -184,57 +175,11 @@ def test_a_whole_layer_with_a_hook_or_a_forward_of_its_own_is_called(how: str) -
     assert calls == modules
 
 
-def test_whole_layers_of_another_dtype_are_refused_as_by_pytorch() -> None:
-    layer = nn.Linear(16, 8)
-    with pytest.raises(RuntimeError, match="dtype"):
-        products.products(torch.randn(3, 16).bfloat16(), (layer,))
-
-
-@pytest.mark.parametrize("adapter", [None, LORA], ids=["whole", "lora"])
-def test_second_derivatives_are_refused(adapter: AdapterConfig | None) -> None:
-    model = _model(adapter, fused=True)
-    loss = model(input_ids=IDS).logits.square().mean()
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    slopes = torch.autograd.grad(loss, weights, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        sum(slope.square().sum() for slope in slopes).backward()
-
-
-def test_a_result_that_was_changed_in_place_is_stored() -> None:
-    """Computed again, it would have other numbers."""
-    slopes = []
-    for fused in (True, False):
-        torch.manual_seed(0)
-        norm, layer = LlamaRMSNorm(16), nn.Linear(16, 8, bias=False)
-        if fused:
-            assert fuse_norms(norm) == 1
-        normed = norm(torch.randn(3, 16, requires_grad=True))
-        with torch.no_grad():
-            normed.mul_(3.0)
-        outputs = products.products(normed, (layer,)) if fused else (layer(normed),)
-        outputs[0].square().sum().backward()
-        slopes.append(layer.weight.grad)
-    assert relative(*slopes) < 1e-6
-
-
 def _grads(module: torch.nn.Module, x: torch.Tensor, upstream: torch.Tensor) -> tuple[torch.Tensor, ...]:
     x = x.clone().requires_grad_()
     out = module(x)
     out.backward(upstream)
     return out.detach(), x.grad, module.weight.grad  # type: ignore[return-value]
-
-
-@pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm, Qwen3RMSNorm])
-def test_a_fused_norm_equals_the_models_own(kind: Any) -> None:
-    rng = torch.Generator().manual_seed(0)
-    own = kind(16, eps=1e-3)
-    own.weight.data = torch.randn(16, generator=rng)
-    fused = copy.deepcopy(own)
-    assert fuse_norms(fused) == 1
-    assert fuse_norms(fused) == 0, "once"
-    x, upstream = torch.randn(2, 3, 16, generator=rng), torch.randn(2, 3, 16, generator=rng)
-    for tensor, expected in zip(_grads(fused, x, upstream), _grads(own, x, upstream), strict=True):
-        assert relative(tensor, expected) < 1e-6
 
 
 @pytest.mark.parametrize("tokens", [(5,), (2, 600)], ids=["few numbers", "many numbers"])
@@ -341,10 +286,8 @@ def _of_other_blocks() -> Any:
         (_with_biases, fuse_blocks, 4),
         (_of_other_blocks, fuse_blocks, 2),  # attention alone
         (_lora(), fuse_adapters, None),
-        (_lora(use_rslora=True), fuse_adapters, None),
         (_lora(lora_dropout=0.5), fuse_adapters, None),
         (_lora(lora_bias=True, target_modules=["q_proj"]), fuse_adapters, None),
-        (_lora(bias="all"), fuse_adapters, None),
     ],
 )
 def test_fused_blocks_and_layers_equal_the_models_and_pefts_own(
@@ -364,24 +307,4 @@ def test_fused_blocks_and_layers_equal_the_models_and_pefts_own(
     assert_same_gradients(*models)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("adapter", [LORA, QLORA], ids=["lora", "qlora"])
-def test_in_bfloat16_blocks_stay_close(adapter: AdapterConfig, architecture: str) -> None:
-    logits = []
-    for fused in (True, False):
-        model = _model(adapter, name=architecture, dtype=torch.bfloat16, fused=fused)
-        with torch.autocast("cpu", torch.bfloat16):
-            logits.append(model(input_ids=IDS).logits.float())
-    assert relative(*logits) < 0.02
-
-
 OddMLP.__name__ = "LlamaMLP"
-
-
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_with_a_cache_blocks_equal_the_models_own(implementation: str) -> None:
-    model = tiny_model()
-    model.set_attn_implementation(implementation)
-    expected = copy.deepcopy(model).generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=2)
-    fuse_blocks(model)
-    assert torch.equal(model.generate(IDS, max_new_tokens=5, do_sample=False, pad_token_id=2), expected)

@@ -13,10 +13,8 @@ from alignment.config.model import AdapterConfig, Critic
 from alignment.models.assembly.actor_critic import ActorCritic
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.load import Lineage, SavedAdapter, load_policy
-from alignment.models.assembly.reward_head import load_reward_model
 from alignment.models.assembly.roles import Roles, build_roles, share_frozen
-from alignment.models.forward.answers import answer_statistics, answer_stream, scalar_scores, unwrapped
-from alignment.models.forward.rows import stream
+from alignment.models.forward.answers import answer_statistics, answer_stream, unwrapped
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.sft.kind import SftConfig
 from tests.oracles.close import close
@@ -57,13 +55,6 @@ def test_under_an_adapter_policy_value_and_reward_hold_their_base_once(tmp_path:
     assert roles.frozen_reference is None
 
 
-def test_in_full_training_every_role_has_weights_of_its_own(tmp_path: Path, base: Lineage) -> None:
-    roles = _roles(tmp_path, base, FULL)
-    models = (roles.policy, roles.actor_critic.value, roles.reward, roles.frozen_reference)
-    addresses = [_addresses(model) for model in models]
-    assert sum(map(len, addresses)) == len(set.union(*addresses))
-
-
 def test_sharing_takes_equal_frozen_weights_only() -> None:
     owner = tiny_model("qwen2").requires_grad_(False)
     model = copy.deepcopy(owner)
@@ -78,17 +69,6 @@ def test_sharing_takes_equal_frozen_weights_only() -> None:
     for name, parameter in now.items():
         assert torch.equal(parameter, before[name])
     assert share_frozen(tiny_model("qwen2").requires_grad_(False), tiny_model("qwen2")) == 0, "the owner trains all"
-
-
-@KINDS
-def test_sharing_changes_no_score(tmp_path: Path, base: Lineage, adapter: AdapterConfig) -> None:
-    reward = tiny_reward(tmp_path, adapter, start=base)
-    spec = tiny_spec(tmp_path, PpoConfig())
-    rows = stream([[5, 6, 2], [7, 7, 7, 2]], CPU)
-    unshared = scalar_scores(load_reward_model(spec, reward, device=CPU), rows)
-    roles = build_roles(spec, base, reward, adapter, device=CPU)
-    close(scalar_scores(roles.reward, rows), unshared)
-    close(scalar_scores(roles.actor_critic.value, rows), unshared)
 
 
 @KINDS
@@ -157,39 +137,6 @@ def test_gradients_are_those_of_the_sum_of_both_losses(
     (2.0 * (statistics.logprobs.sum() + _squares(values))).backward()
     assert any("value." in name for name in gradients(model))
     assert_same_gradients(model, twin, tolerance=1e-6)
-
-
-@KINDS
-def test_a_critic_of_its_own_begins_when_the_policys_gradients_are_there(
-    tmp_path: Path, base: Lineage, adapter: AdapterConfig
-) -> None:
-    """One model's activations at a time."""
-    model = _actor_critic(tmp_path, base, adapter, Critic.separate)
-    learned: list[bool] = []
-    trained = [p for p in model.policy.parameters() if p.requires_grad]
-    unwrapped(model.value).base_model.embed_tokens.register_forward_hook(
-        lambda *_: learned.append(all(p.grad is not None for p in trained))
-    )
-    statistics, loss = model(PART, 1.0, _squares)
-    assert not learned
-    (statistics.logprobs.sum() + loss).backward()
-    assert learned == [True]
-
-
-def test_the_later_pass_computes_in_the_format_of_the_first(tmp_path: Path, base: Lineage) -> None:
-    model = _actor_critic(tmp_path, base, FULL, Critic.separate)
-    noted_values: list[Tensor] = []
-
-    def noted(values: Tensor) -> Tensor:
-        noted_values.append(values.detach())
-        return _squares(values)
-
-    with torch.autocast("cpu", torch.bfloat16):
-        expected = model.look(PART, 1.0)[1]
-        statistics, loss = model(PART, 1.0, noted)
-    (statistics.logprobs.sum() + loss).backward()
-    assert not torch.equal(expected, model.look(PART, 1.0)[1])
-    assert torch.equal(noted_values[0], expected)
 
 
 def test_a_critic_on_the_trunk_teaches_it_only_with_the_policy(tmp_path: Path, base: Lineage) -> None:

@@ -1,12 +1,23 @@
-"""Where each token of a batch stands in the stream, which rows share a beginning, and which part computes each row."""
+"""Rows in one stream without padding, and prompts that are read once for the texts and answers behind them."""
 
 from __future__ import annotations
+
+import math
+import threading
+from typing import Any
 
 import pytest
 import torch
 
+from alignment.models.forward import flat
+from alignment.models.forward import shared_prompts as reading_module
 from alignment.models.forward.divided_rows import DividedRows, divided
-from alignment.models.forward.rows import FlatRows, Segment, flatten, stream
+from alignment.models.forward.flat import use_flat_attention
+from alignment.models.forward.generate import Sampling, answer_batch, generate, reading_order
+from alignment.models.forward.rows import FlatRows, Segment, behind, flatten, stream
+from alignment.models.forward.shared_prompts import can_read, read
+from tests.oracles import logprobs as oracle
+from tests.tiny import ARCHITECTURES, tiny_model
 from tests.unit.models.conftest import CPU, ROWS, padded
 
 START = list(range(10, 30))
@@ -95,29 +106,12 @@ def test_rows_of_unequal_lengths_are_balanced_and_keep_their_order() -> None:
     assert _parts(rows) == ([rows[0], rows[1]], [rows[2], rows[3]])
 
 
-def test_long_rows_count_for_more_than_their_tokens() -> None:
-    """Attention: 1,536 tokens cost 1536 · (768 + 1536), three times as much as 24 rows of 64 do."""
-    rows = [_row(0, 1536), *(_row(number, 64) for number in range(1, 61))]
-    parts = _parts(rows)
-    assert parts is not None
-    (alone,) = (part for part in parts if rows[0] in part)
-    assert sum(map(len, alone)) < 0.45 * sum(map(len, rows))
-
-
 def test_rows_are_not_divided_where_one_part_would_have_most_of_the_work() -> None:
     assert _parts([_row(0, 50)]) is None
     assert _parts([_row(0, 70), _row(1, 30)]) is None
     assert _parts([_row(0, 55), _row(1, 45)]) == ([_row(0, 55)], [_row(1, 45)])
     prompt = _row(0, 400)
     assert _parts([[*prompt, *_row(number, 20)] for number in range(1, 5)]) is None
-
-
-def test_pairs_of_one_prompt_stay_together() -> None:
-    prompts = [_row(number, length) for number, length in enumerate((40, 30, 24, 20, 18))]
-    rows = [[*prompt, *answer] for prompt in prompts for answer in ([1, 2, 3], [4, 5])]
-    parts = _parts(rows)
-    assert parts is not None
-    assert [[row[0] // 1000 for row in part] for part in parts] == [[1, 1, 4, 4], [2, 2, 3, 3, 5, 5]]
 
 
 @pytest.mark.parametrize(("share", "tokens"), [(True, 20 + 2 * 40), (False, 2 * (20 + 40))])
@@ -130,17 +124,110 @@ def test_a_turn_that_all_rows_share_is_computed_in_both_parts(share: bool, token
     _assert_same_tokens(whole, division)
 
 
-def test_the_shortest_beginnings_are_computed_twice_and_the_longer_ones_once() -> None:
-    prompts = [[*START, *_row(number, 30)] for number in range(4)]
-    rows = [[*prompt, *answer] for prompt in prompts for answer in ([1, 2, 3], [4, 5])]
-    division = divided(stream(rows, CPU))
-    assert division is not None
-    assert [len(part.input_ids) for part in division.parts] == [90, 90]  # 20 + 2 · (30 + 3 + 2) each
-
-
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_token_is_found_again(rows: str) -> None:
     whole = stream([[*prompt, *answer] for prompt, answer in ROWS[rows]], CPU)
     division = divided(whole)
     if division is not None:
         _assert_same_tokens(whole, division)
+
+
+READING_START = list(range(10, 30))
+PROMPTS = [[*READING_START, 5, 6], [*READING_START, 5, 6], [*READING_START, 7], [9, 4, 4, 8, 8], [3]]
+"""Two alike, three with a beginning that is long enough to be computed once, and one of a single token."""
+TEXTS = [[[7, 8, 2], [9]], [[2]], [], [[5, 5, 5, 5, 2], [6, 2], [6, 2]], [[4, 2]]]
+
+
+def _readable(architecture: str = "llama") -> torch.nn.Module:
+    model = tiny_model(architecture)
+    use_flat_attention(model)
+    return model
+
+
+@pytest.mark.parametrize(("tokens", "multiple", "threads"), [(1, 1, 1), (1000, 1, 1), (23, 16, 1), (46, 1, 2)])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_texts_are_worth_what_the_whole_row_says(
+    architecture: str, tokens: int, multiple: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One prompt or text at a time, some, and all at once, with or without filling, and on two threads."""
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(reading_module, "READ_TOKENS", tokens)
+    monkeypatch.setattr(flat, "_multiple", lambda _: multiple)
+    plain, model = tiny_model(architecture), _readable(architecture)
+    logprobs = read(model, PROMPTS).logprobs(model, TEXTS)
+    assert [len(of_prompt) for of_prompt in logprobs] == [len(of_prompt) for of_prompt in TEXTS]
+    for prompt, texts, sums in zip(PROMPTS, TEXTS, logprobs, strict=True):
+        for text, total in zip(texts, sums, strict=True):
+            with torch.no_grad():
+                logits = plain(torch.tensor([[*prompt, *text]])).logits[0, len(prompt) - 1 : -1].tolist()
+            terms = [oracle.log_softmax(row)[token] for row, token in zip(logits, text, strict=True)]
+            assert total == pytest.approx(math.fsum(terms), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize(("tokens", "multiple"), [(1, 1), (23, 1), (1000, 1), (23, 16), (1000, 64)])
+def test_answers_are_the_same_as_without_a_reading(tokens: int, multiple: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading_module, "READ_TOKENS", tokens)
+    monkeypatch.setattr(flat, "_multiple", lambda _: multiple)
+    model = _readable()
+    prompts = [PROMPTS[i] for i in reading_order(PROMPTS)]
+    uniforms = torch.rand(5, 9, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    sampling = Sampling(temperature=1.0, uniforms=uniforms)
+    # Padded, since its attention is transformers' own.
+    plain = generate(tiny_model(), prompts, max_new_tokens=9, end_ids=[2], batch_size=5, sampling=sampling)
+    options = {"max_new_tokens": 9, "end_ids": [2], "uniforms": uniforms}
+    assert answer_batch(model, prompts, **options, reading=read(model, prompts)) == plain
+    assert len({tuple(answer) for answer in plain}) > 2
+
+
+@pytest.mark.parametrize(
+    ("lengths", "limit", "batches"),
+    [
+        ([12] * 8, 40, [1] * 8),  # together no more than the limit at once
+        ([10] * 3, 40, [3]),  # what cannot be divided evenly
+        ([6] * 5, 1 << 14, [3, 2]),  # few tokens
+    ],
+)
+def test_two_threads_divide_what_they_read(
+    lengths: list[int], limit: int, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reading_module, "READ_TOKENS", limit)
+    torch.set_num_threads(2)
+    threads: list[str] = []
+    compute = reading_module.trunk_states
+
+    def watched(*inputs: Any, **options: Any) -> torch.Tensor:
+        threads.append(threading.current_thread().name.partition("_")[0])
+        return compute(*inputs, **options)
+
+    monkeypatch.setattr(reading_module, "trunk_states", watched)
+    reading = read(_readable(), [[number] * length for number, length in enumerate(lengths, start=3)])
+    assert [len(batch.rows.lengths) for batch in reading.batches] == batches
+    assert set(threads) == {"MainThread" if len(batches) == 1 else "part"}
+
+
+def test_models_whose_attention_is_not_flat_or_whose_logits_are_changed_cannot_read() -> None:
+    model = _readable()
+    assert can_read(model)  # type: ignore[arg-type]
+    model.config.logit_scale = 3.0
+    assert not can_read(model)  # type: ignore[arg-type]
+    assert not can_read(tiny_model())
+    with pytest.raises(ValueError, match="cannot return the keys and values of a stream"):
+        read(tiny_model(), PROMPTS)
+
+
+def test_a_text_goes_on_where_its_row_ends() -> None:
+    earlier = stream([[*READING_START, 1, 2], [*READING_START, 3], [5, 6]], CPU)  # 22 + 1 + 2 tokens
+    rows = behind(earlier, [1, 1, 2], [[7, 8], [9], [4, 4, 4]])
+    assert rows.input_ids.tolist() == [7, 8, 9, 4, 4, 4]
+    assert rows.position_ids.tolist() == [21, 22, 21, 2, 3, 4]
+    shared = ((-25, -5), (-3, -2))
+    assert rows.segments == (
+        Segment(own=(0, 2), before=shared),
+        Segment(own=(2, 3), before=shared),
+        Segment(own=(3, 6), before=((-2, 0),)),
+    )
+    assert rows.index.tolist() == [[0, 1, 0], [2, 0, 0], [3, 4, 5]]
+    assert rows.is_real.sum(-1).tolist() == [2, 1, 3]
+    assert rows.lengths == (23, 22, 5)
+    inside = stream([[*READING_START, 1, 2], [*READING_START, 1]], CPU)
+    assert behind(inside, [1], [[7]]).segments == (Segment(own=(0, 1), before=((-22, -1),)),)

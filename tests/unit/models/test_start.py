@@ -1,4 +1,4 @@
-"""What a stage starts from: adapters added, merged, beside it or continued, and the reference to that."""
+"""What a stage starts from: adapters that are merged, stacked or continued, and prefixes."""
 
 from __future__ import annotations
 
@@ -6,18 +6,24 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, TaskType, peft_model
+from peft import PeftModel, PeftModelForCausalLM, TaskType
 
 from alignment.config.model import CONTINUE, AdapterConfig, AdapterKind, Chain, Dtype
 from alignment.core.errors import ConfigError, ModelError
-from alignment.models.assembly.adapters import add_adapter, at_start, merge_adapter, put_back, put_in_order
+from alignment.models.assembly.adapters import add_adapter, at_start, merge_adapter, put_in_order
 from alignment.models.assembly.load import Lineage, lineage, load_policy
 from alignment.models.assembly.start import load_start, turn_off_dropout
+from alignment.models.forward import decoding_rows
+from alignment.models.forward.answers import answer_statistics, answer_stream
+from alignment.models.forward.attention import ATTENTION
+from alignment.models.forward.causal import install_causal
+from alignment.models.forward.flat import trunk_states, use_flat_attention
+from alignment.models.forward.generate import generate
+from alignment.models.forward.rows import stream
 from alignment.models.kernels.nf4 import round_trunk
 from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.sft.kind import SftConfig
@@ -32,7 +38,7 @@ from tests.tiny import (
     tiny_scorer,
     tiny_spec,
 )
-from tests.unit.models.conftest import CPU, FULL, LORA, relative
+from tests.unit.models.conftest import CPU, FULL, LORA, padded, relative
 
 IDS = torch.tensor([[5, 6, 7, 8, 2], [9, 4, 4, 3, 2]])
 CHAINS = pytest.mark.parametrize(
@@ -120,29 +126,9 @@ def test_a_chain_of_three_is_found_again(tmp_path: Path, base: Lineage, kind: Ad
     assert len(saved.adapters) == (2 if chain is CONTINUE else 3)
 
 
-def test_what_was_stacked_loads_in_peft_alone(tmp_path: Path, base: Lineage) -> None:
-    expected, saved = _first_stage(tmp_path, base, _adapter(AdapterKind.lora))
-    model = _start(saved, _adapter(AdapterKind.lora, Chain.stack))
-    liven(model)
-    spec = tiny_spec(tmp_path, DpoConfig(adapter=_adapter(AdapterKind.lora, Chain.stack)))
-    saved = lineage(spec, publish_tiny(spec, model, saved))
-    plain = PeftModel.from_pretrained(load_policy(base, torch.float32), str(saved.adapters[0].path))
-    close(_logits(plain), expected, rtol=1e-5, atol=1e-5)
-    plain.load_adapter(str(saved.adapters[1].path), "dpo")
-    plain.base_model.set_adapter(["default", "dpo"])
-    close(_logits(plain), _logits(model), rtol=1e-5, atol=1e-5)
-
-
 def _refused(start: Lineage, adapter: AdapterConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         _start(start, adapter)
-
-
-def test_modules_trained_whole_are_only_merged(tmp_path: Path, base: Lineage) -> None:
-    _, saved = _first_stage(tmp_path, base, replace(LORA, modules_to_save=["embed_tokens"]))
-    for chain in (Chain.stack, CONTINUE):
-        _refused(saved, replace(LORA, chain=chain), f"has trained embed_tokens, .* adapter.chain is '{chain.value}'")
-    _start(saved, LORA)
 
 
 @pytest.mark.parametrize(
@@ -203,15 +189,6 @@ def test_an_adapter_keeps_its_shape_when_it_is_continued(tmp_path: Path, base: L
         _refused(saved, continued, rf"adapter\.{next(iter(change))}: the adapter to continue has")
 
 
-@pytest.mark.filterwarnings("ignore:The following .* keys did not match any targeted module:RuntimeWarning")
-def test_an_adapter_on_experts_is_continued_with_the_settings_that_it_was_made_with(tmp_path: Path) -> None:
-    """PEFT saves the names of parameters in place of those of the experts' projections."""
-    folder = save_tiny_model(tmp_path / "base", architecture="mixtral")
-    adapter = AdapterConfig(rank=4, target_modules=["q_proj", "w1", "w2", "w3"])
-    expected, saved = _first_stage(tmp_path, Lineage(source=BASE_SOURCE, base=folder, adapters=()), adapter)
-    close(_logits(_start(saved, replace(adapter, chain=CONTINUE))), expected, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize("chain", [Chain.stack, CONTINUE], ids=lambda chain: chain.value)
 def test_only_what_is_trained_drops_anything_and_as_this_stage_says(
     tmp_path: Path, base: Lineage, chain: Chain
@@ -241,25 +218,8 @@ def test_dropout_that_is_turned_off_stays_off_in_training_mode(base: Lineage) ->
         assert torch.equal(_logits(policy), _logits(policy))
 
 
-def test_dropout_is_turned_off_under_every_name_that_models_give_it() -> None:
-    """Falcon reads its configuration in the forward pass, XGLM keeps a number of its own."""
-    model = torch.nn.Linear(1, 1)
-    model.activation_dropout = 0.5
-    model.config = SimpleNamespace(hidden_dropout=0.5, hidden_size=8, use_dropout=True)
-    turn_off_dropout(model)
-    assert model.activation_dropout == 0.0
-    assert model.config == SimpleNamespace(hidden_dropout=0.0, hidden_size=8, use_dropout=True)
-
-
-LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-
-
 def _trained_names(model: torch.nn.Module) -> list[str]:
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-
-
-def _adapted_modules(model: torch.nn.Module) -> set[str]:
-    return {name.split(".lora_")[0].rsplit(".", 1)[1] for name in _trained_names(model) if ".lora_" in name}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -282,35 +242,11 @@ def test_an_adapter_changes_nothing_until_it_is_trained_and_merges_into_what_it_
     assert caught.value.where == str(tmp_path)
 
 
-@pytest.mark.parametrize("task", [TaskType.CAUSAL_LM, TaskType.SEQ_CLS])
-def test_all_linear_means_every_linear_module_but_the_head(task: TaskType) -> None:
-    """A reward model's head is trained beside its adapter."""
-    model = tiny_model() if task is TaskType.CAUSAL_LM else tiny_scorer()
-    wrapped = add_adapter(model, AdapterConfig(target_modules=["all-linear"]), task)
-    assert _adapted_modules(wrapped) == LINEAR
-    trained = _trained_names(wrapped)
-    assert sum(".lora_" in name for name in trained) == 2 * len(LINEAR) * model.config.num_hidden_layers
-    head = [] if task is TaskType.CAUSAL_LM else ["base_model.model.score.modules_to_save.default.weight"]
-    assert [name for name in trained if ".lora_" not in name] == head
-
-
-@pytest.mark.parametrize(("rslora", "scaling"), [(False, 4.0), (True, 12.0 / 3**0.5)])
-def test_rank_alpha_dropout_and_targets_arrive(rslora: bool, scaling: float) -> None:
-    config = AdapterConfig(rank=3, alpha=12.0, dropout=0.25, target_modules=["q_proj", "v_proj"], rslora=rslora)
-    wrapped = add_adapter(tiny_model(), config, TaskType.CAUSAL_LM)
-    module = wrapped.get_base_model().model.layers[0].self_attn.q_proj
-    assert module.lora_A["default"].weight.shape == (3, 32)
-    assert module.scaling["default"] == pytest.approx(scaling)
-    assert module.lora_dropout["default"].p == 0.25
-    assert _adapted_modules(wrapped) == {"q_proj", "v_proj"}
-
-
 @pytest.mark.parametrize(
     ("architecture", "changes", "message", "remedy"),
     [
         ("llama", {"target_modules": ["query"]}, r"adapter\.target_modules: the adapter does not fit", "all-linear"),
         ("llama", {"target_modules": ["q_proj", "lm_head"]}, "factors on lm_head", "modules_to_save=[lm_head]"),
-        ("llama", {"target_modules": ["embed_tokens"]}, "factors on embed_tokens", "modules_to_save=[embed_tokens]"),
         (
             "gpt2",
             {"modules_to_save": ["lm_head", "embed_tokens"]},
@@ -318,7 +254,6 @@ def test_rank_alpha_dropout_and_targets_arrive(rslora: bool, scaling: float) -> 
             "transformer, wte",
         ),
         ("llama", {"modules_to_save": ["embed_token"]}, "did you mean 'embed_tokens'", ""),
-        ("scorer", {"modules_to_save": ["embed_tokenz"]}, "did you mean 'embed_tokens'", ""),
         ("scorer", {"modules_to_save": ["embed_tokens", "lm_head"]}, None, ""),
     ],
 )
@@ -336,14 +271,6 @@ def test_modules_that_do_not_exist_or_take_no_adapter_are_refused(
     assert remedy in str(caught.value)
 
 
-def test_a_saved_adapter_is_read_to_where_the_model_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also on a machine with GPUs, which PEFT would take on the way."""
-    add_adapter(tiny_model(), AdapterConfig(), TaskType.CAUSAL_LM).save_pretrained(str(tmp_path))
-    monkeypatch.setattr(peft_model, "infer_device", lambda: pytest.fail("PEFT chose a device"))
-    merge_adapter(tiny_model(), tmp_path)
-    put_back(tiny_model(), [tmp_path], trainable=False)
-
-
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_saved_adapter_names_its_modules_in_one_order(tmp_path: Path, order: int) -> None:
     """PEFT writes a set, whose order is another one in each process."""
@@ -355,3 +282,144 @@ def test_a_saved_adapter_names_its_modules_in_one_order(tmp_path: Path, order: i
     put_in_order(tmp_path)
     assert json.loads(file.read_text()) == settings | {"target_modules": ["q_proj", "v_proj"]}
     assert file.read_text() == json.dumps(json.loads(file.read_text()), indent=2, sort_keys=True)
+
+
+def test_modules_trained_whole_are_only_merged(tmp_path: Path, base: Lineage) -> None:
+    _, saved = _first_stage(tmp_path, base, replace(LORA, modules_to_save=["embed_tokens"]))
+    for chain in (Chain.stack, CONTINUE):
+        _refused(saved, replace(LORA, chain=chain), f"has trained embed_tokens, .* adapter.chain is '{chain.value}'")
+    _start(saved, LORA)
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # PEFT names it so
+PREFIX = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=5)
+PROMPT = list(range(20, 40))
+ROWS = [[5, 6, 7, 8, 2], [9, 4, 4], [*PROMPT, 3, 3, 2], [*PROMPT, 11]]
+"""The last two share their beginning."""
+
+
+def _wrapped(architecture: str = "llama", **changes: Any) -> Any:
+    model = tiny_model(architecture, **changes)
+    wrapped = add_adapter(model, PREFIX, TaskType.CAUSAL_LM).eval()
+    rng = torch.Generator().manual_seed(3)
+    wrapped.prompt_encoder["default"].embedding.weight.data.normal_(std=0.5, generator=rng)
+    use_flat_attention(model)
+    return wrapped
+
+
+def _ours(wrapped: Any) -> list[torch.Tensor]:
+    base = wrapped.get_base_model()
+    rows = stream(ROWS, CPU)
+    logits = base.lm_head(trunk_states(base.base_model, rows))
+    return [logits[rows.index[number, : len(row)]] for number, row in enumerate(ROWS)]
+
+
+def _pefts(wrapped: Any) -> list[torch.Tensor]:
+    """By the forward of PEFT's class, one row at a time, with a cache in front."""
+    wrapped.get_base_model().set_attn_implementation("eager")
+    logits = [PeftModelForCausalLM.forward(wrapped, input_ids=torch.tensor([row])).logits[0] for row in ROWS]
+    wrapped.get_base_model().set_attn_implementation(ATTENTION)
+    return logits
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_and_gradients_are_pefts(architecture: str) -> None:
+    passes = []
+    for compute in (_ours, _pefts):
+        wrapped = _wrapped(architecture)
+        logits = torch.cat(compute(wrapped))
+        logits.square().mean().backward()
+        trained = [p for p in wrapped.parameters() if p.requires_grad]
+        assert len(trained) == 1, "the prefix alone is trained"
+        passes.append((logits.detach(), trained[0].grad))
+    assert relative(passes[0][0], passes[1][0]) < 1e-5
+    assert relative(passes[0][1], passes[1][1]) < 1e-4
+
+
+def test_at_the_start_of_a_stage_it_was_what_it_was() -> None:
+    wrapped = add_adapter(tiny_model(), PREFIX, TaskType.CAUSAL_LM).eval()
+    use_flat_attention(wrapped.get_base_model())
+    part = answer_stream([[5, 6]], [[7, 2]], CPU)
+    with torch.no_grad():
+        began = answer_statistics(wrapped.get_base_model(), part).logprobs
+        wrapped.prompt_encoder["default"].embedding.weight.add_(0.5)
+        assert relative(answer_statistics(wrapped.get_base_model(), part).logprobs, began) > 1e-3
+        with at_start(wrapped) as reference:
+            close(answer_statistics(reference, part).logprobs, began)
+
+
+@pytest.mark.parametrize(("architecture", "batch_size"), [*((name, 4) for name in ARCHITECTURES), ("llama", 2)])
+def test_answers_follow_the_prefix(architecture: str, batch_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Greedy answers of prompts of several lengths, against the likeliest next token of the whole row each time.
+
+    In a batch of two, prompts enter behind others, and columns are dropped.
+    """
+    monkeypatch.setattr(decoding_rows, "DROPPED", 1)
+    wrapped = _wrapped(architecture)
+    base = wrapped.get_base_model()
+    prompts = [[5, 6, 7], [9, 4, 4, 8, 8, 8, 1], [5, 6, 7], [3]]
+    answers = generate(base, prompts, max_new_tokens=6, end_ids=[2], batch_size=batch_size)
+    for prompt, answer in zip(prompts, answers, strict=True):
+        row = list(prompt)
+        with torch.no_grad():
+            for token in answer:
+                states = trunk_states(base.base_model, stream([row], CPU))
+                assert int(base.lm_head(states[-1]).argmax()) == token
+                row.append(token)
+
+
+def test_a_prefix_is_never_left_out_in_silence() -> None:
+    """Where prompts are read padded, or attention has windows, nobody would put it in front."""
+    base = _wrapped().get_base_model()
+    base.set_attn_implementation("sdpa")
+    with pytest.raises(ModelError, match="a prefix needs full attention"):
+        generate(base, [[5, 6, 7]], max_new_tokens=2, end_ids=[2], batch_size=1)
+    windowed = _wrapped("mistral", sliding_window=8)
+    install_causal(windowed.get_base_model())
+    with pytest.raises(ModelError, match="a prefix needs full attention"):
+        windowed(**padded([([5, 6], [7, 2])]).arguments(), fused_lm_head=True)
+    low = _wrapped().get_base_model().to(torch.bfloat16)  # the prefix stays in float32
+    assert all(generate(low, [[5, 6, 7], [3]], max_new_tokens=4, end_ids=[2], batch_size=2))
+
+
+def _prefix_start(start: Lineage, adapter: AdapterConfig) -> Any:
+    model = load_start(start, adapter, Dtype.float32, task=TaskType.CAUSAL_LM, device=CPU).eval()
+    use_flat_attention(model.get_base_model())
+    return model
+
+
+def _saved(folder: Path, base: Lineage) -> tuple[list[torch.Tensor], Lineage]:
+    model = _prefix_start(base, PREFIX)
+    model.prompt_encoder["default"].embedding.weight.data.normal_(std=0.5)
+    spec = tiny_spec(folder, SftConfig(adapter=PREFIX))
+    saved = lineage(spec, publish_tiny(spec, model, base))
+    with torch.no_grad():
+        return _ours(model), saved
+
+
+def test_it_is_found_again_by_us_and_by_peft(tmp_path: Path, base: Lineage) -> None:
+    expected, saved = _saved(tmp_path, base)
+    again = load_policy(saved, torch.float32)
+    use_flat_attention(again)
+    rows = stream(ROWS[:1], CPU)
+    with torch.no_grad():
+        close(again.lm_head(trunk_states(again.base_model, rows)), expected[0], rtol=1e-5, atol=1e-5)
+        plain = PeftModel.from_pretrained(load_policy(base, torch.float32), str(saved.adapters[0].path))
+        close(plain(input_ids=torch.tensor(ROWS[:1])).logits[0], expected[0], rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_continued_and_nothing_is_put_on_it(tmp_path: Path, base: Lineage) -> None:
+    expected, saved = _saved(tmp_path, base)
+    continued = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=5, chain=CONTINUE)
+    model = _prefix_start(saved, continued)
+    with torch.no_grad():
+        close(torch.cat(_ours(model)), torch.cat(expected), rtol=1e-5, atol=1e-5)
+    assert [p.shape for p in model.parameters() if p.requires_grad] == [
+        model.prompt_encoder["default"].embedding.weight.shape
+    ]
+    for other in (LORA, AdapterConfig(rank=4, chain=Chain.stack), PREFIX):
+        with pytest.raises(ConfigError, match="starts from a prefix"):
+            _prefix_start(saved, other)
+    longer = AdapterConfig(kind=AdapterKind.prefix, virtual_tokens=6, chain=CONTINUE)
+    with pytest.raises(ConfigError, match=r"adapter\.virtual_tokens: the adapter to continue has 5"):
+        _prefix_start(saved, longer)

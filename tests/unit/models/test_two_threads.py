@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import sys
 import threading
 import time
 import warnings
@@ -24,7 +23,6 @@ from alignment.core.errors import ConfigError
 from alignment.costs.recorder import Recorder
 from alignment.models.assembly.adapters import add_adapter
 from alignment.models.assembly.load import Lineage, frozen_copy
-from alignment.models.assembly.recomputing import checkpoint_activations
 from alignment.models.assembly.start import load_start
 from alignment.models.forward import flat, side_by_side, two_threads
 from alignment.models.forward.answers import unwrapped
@@ -34,16 +32,7 @@ from alignment.models.forward.rows import FlatRows, stream
 from alignment.models.forward.two_threads import balanced, can_share, each_of, has_two_threads, in_two_threads
 from alignment.models.kernels.nf4 import quantize_trunk
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_model
-from tests.unit.models.conftest import (
-    CPU,
-    ROWS,
-    adapted,
-    assert_learns_alike,
-    gradients,
-    padded,
-    relative,
-    twin,
-)
+from tests.unit.models.conftest import CPU, ROWS, adapted, assert_learns_alike, gradients, padded, relative, twin
 
 
 @pytest.fixture(autouse=True)
@@ -84,12 +73,6 @@ def test_work_is_shared_unless_one_thread_would_have_most_of_it(costs: list[int]
     assert can_share(costs) is shares
 
 
-def test_a_part_computes_alone_and_is_not_divided_again() -> None:
-    states = torch.zeros(1)
-    assert has_two_threads(states)
-    assert in_two_threads(lambda _: has_two_threads(states), [0, 1]) == [False, False]
-
-
 def test_users_can_have_operations_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     for value, divides in (("0", False), ("1", True)):
         monkeypatch.setenv(DIVIDE_ROWS, value)
@@ -121,25 +104,6 @@ def test_an_error_waits_for_the_other_part_and_frees_what_the_parts_held() -> No
     fails()
     assert ended == [1]
     assert [reference() for reference in alive] == [None, None]
-
-
-def test_a_signal_waits_for_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    wait, calls, ended = two_threads.wait, [], []
-
-    def interrupted(futures: list[object]) -> None:
-        calls.append(len(futures))
-        if len(calls) == 1:
-            raise KeyboardInterrupt
-        wait(futures)
-
-    def work(number: int) -> None:
-        time.sleep(0.1)
-        ended.append(number)
-
-    monkeypatch.setattr(two_threads, "wait", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        in_two_threads(work, [0, 1])
-    assert sorted(ended) == [0, 1]
 
 
 def _in_a_fork(queue: multiprocessing.Queue[list[int]], work: Callable[[int], int]) -> None:
@@ -201,7 +165,9 @@ def _lora(kind: AdapterKind = AdapterKind.lora, **changes: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("rows", "kind"), [*((rows, AdapterKind.lora) for rows in BATCHES), ("equal rows", AdapterKind.dora)]
+    ("rows", "kind"),
+    [(rows, AdapterKind.lora) for rows in ("ragged", "pairs of one prompt", "turns of one conversation", "equal rows")]
+    + [("equal rows", AdapterKind.dora)],
 )
 def test_values_and_gradients_are_those_of_the_plain_forward(
     rows: str, kind: AdapterKind, trained_passes: list[tuple[str, int]]
@@ -249,68 +215,6 @@ def test_the_same_batch_gives_the_same_bytes_whichever_thread_is_faster(
     assert all(torch.equal(gradient, results[1][name]) for name, gradient in results[0].items())
 
 
-@pytest.mark.parametrize("active", [0, 1])
-def test_adapters_that_are_switched_off_get_no_gradients(active: int, trained_passes: list[tuple[str, int]]) -> None:
-    model = unwrapped(_lora())
-    for number, module in enumerate(module for module in model.modules() if isinstance(module, LoraLayer)):
-        module._disable_adapters = number >= active
-    _states(model).sum().backward()
-    assert trained_passes == APART
-    learned = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    assert len(learned) == 2 * active, "a layer's factors"
-
-
-@pytest.mark.parametrize("is_cast", [True, False])
-def test_parts_have_the_modes_of_the_caller(is_cast: bool, passes: list[tuple[str, int]]) -> None:
-    model = tiny_model().to(torch.bfloat16)
-    modes = []
-
-    def watch(*_: Any) -> None:
-        modes.append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled(), sys.getswitchinterval()))
-
-    model.base_model.layers[0].mlp.down_proj.register_forward_hook(watch)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=is_cast):
-        _states(model)
-    assert modes[-2:] == [(is_cast, False, 0.0005)] * 2
-
-
-def test_recomputed_activations_give_the_same_gradients(trained_passes: list[tuple[str, int]]) -> None:
-    results = []
-    for recomputes in (False, True):
-        model = unwrapped(_lora(seed=3))
-        if recomputes:
-            model.train()
-            checkpoint_activations(model)
-        _states(model).square().sum().backward()
-        results.append(gradients(model))
-    assert len(trained_passes) == 4
-    for name, gradient in results[0].items():
-        assert torch.equal(gradient, results[1][name]), name
-
-
-@torch.no_grad()
-def test_an_error_in_one_part_is_raised_and_later_batches_are_computed(passes: list[tuple[str, int]]) -> None:
-    model = tiny_model()
-    beyond = [(prompt, [*answer, 10**6 if row == 4 else 3]) for row, (prompt, answer) in enumerate(SIX)]
-    with pytest.raises(IndexError):
-        _states(model, beyond)
-    assert _states(model).shape[0] == 6 * 14
-    assert passes == [*APART, *APART]
-
-
-@torch.no_grad()
-def test_threads_that_start_later_compute_as_this_one_does(passes: list[tuple[str, int]]) -> None:
-    two_threads._part_threads.cache_clear()
-    _states(tiny_model())
-    assert passes == APART
-    assert torch.get_num_threads() == 2
-    counts = []
-    later = threading.Thread(target=lambda: counts.append(torch.get_num_threads()))
-    later.start()
-    later.join()
-    assert counts == [2]
-
-
 def _adapters_on_experts() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # of PEFT, about ranks of parameters that it converts itself
@@ -338,7 +242,6 @@ def _residual_dropout(rate: float) -> Callable[[Any], object]:
         (lambda: add_adapter(tiny_model(), AdapterConfig(dropout=0.5), TaskType.CAUSAL_LM).train(), ALONE),
         (lambda: _changed(_residual_dropout(0.1)), ALONE),
         (lambda: _changed(_residual_dropout(0.1)).eval(), APART),
-        (lambda: _changed(_residual_dropout(0.0)), APART),
         (lambda: _changed(lambda model: model.base_model.layers[1].register_forward_pre_hook(lambda *_: None)), ALONE),
         (lambda: _changed(lambda model: quantize_trunk(model, CPU)), ALONE),
     ],
@@ -373,16 +276,6 @@ def test_frequencies_that_a_pass_chooses_are_not_divided(types: Any) -> None:
     assert not side_by_side.can_divide(model.base_model)
 
 
-@torch.no_grad()
-def test_little_work_is_not_divided(passes: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model()
-    weights = sum(parameter.numel() for parameter in model.base_model.parameters()) / model.config.num_hidden_layers
-    for tokens in (85, 84):  # SIX has 84
-        monkeypatch.setattr(side_by_side, "WORTH_DIVIDING", tokens * weights)
-        _states(model)
-    assert passes == [*ALONE, *APART]
-
-
 @pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.lora], ids=lambda kind: kind.value)
 def test_what_is_compared_is_divided_alike(kind: AdapterKind, passes: list[tuple[str, int]], tmp_path: Path) -> None:
     """A policy with and without gradients, and its frozen copy: in bfloat16 they would differ otherwise."""
@@ -394,3 +287,43 @@ def test_what_is_compared_is_divided_alike(kind: AdapterKind, passes: list[tuple
         with torch.no_grad():
             _states(model)
     assert {rows for _, rows in passes} == {6 if kind is AdapterKind.full else 3}
+
+
+def test_a_signal_waits_for_both_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    wait, calls, ended = two_threads.wait, [], []
+
+    def interrupted(futures: list[object]) -> None:
+        calls.append(len(futures))
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        wait(futures)
+
+    def work(number: int) -> None:
+        time.sleep(0.1)
+        ended.append(number)
+
+    monkeypatch.setattr(two_threads, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        in_two_threads(work, [0, 1])
+    assert sorted(ended) == [0, 1]
+
+
+@torch.no_grad()
+def test_an_error_in_one_part_is_raised_and_later_batches_are_computed(passes: list[tuple[str, int]]) -> None:
+    model = tiny_model()
+    beyond = [(prompt, [*answer, 10**6 if row == 4 else 3]) for row, (prompt, answer) in enumerate(SIX)]
+    with pytest.raises(IndexError):
+        _states(model, beyond)
+    assert _states(model).shape[0] == 6 * 14
+    assert passes == [*APART, *APART]
+
+
+@pytest.mark.parametrize("active", [0, 1])
+def test_adapters_that_are_switched_off_get_no_gradients(active: int, trained_passes: list[tuple[str, int]]) -> None:
+    model = unwrapped(_lora())
+    for number, module in enumerate(module for module in model.modules() if isinstance(module, LoraLayer)):
+        module._disable_adapters = number >= active
+    _states(model).sum().backward()
+    assert trained_passes == APART
+    learned = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    assert len(learned) == 2 * active, "a layer's factors"

@@ -11,13 +11,11 @@ from typing import Any
 
 import pytest
 
-from alignment.config.sweep import ObjectiveConfig
 from alignment.core.errors import AlignmentError, ConfigError, DataError
 from alignment.pipeline.execute.rehearsal import rehearse
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.pipeline.sweeps import objectives
-from tests.hub import COMMIT, leave_data_set, use_cache
-from tests.unit.pipeline.conftest import screened, write
+from tests.unit.pipeline.conftest import write
 from tests.unit.pipeline.test_rehearsal import Commands, executed, stages_in, started
 
 __all__ = ["executed", "started"]
@@ -85,11 +83,8 @@ def add(folder: Path, name: str, text: str, *, base: str = "") -> None:
         ("task_folders=[]", "task_folders", "harness:"),
         ("tasks=[sumz]", "tasks[0]", "'sums'"),
         ("tasks=[sums,sums]", "tasks[1]", "list it only once"),
-        ("task_folders=[nowhere]", "task_folders[0]", "no folder "),
         ("task_folders=['harness:nowhere']", "task_folders[0]", "no folder "),
         ("arms=['base+prompt']", "arms[0]", "'base+prompt'"),
-        ("arms=['stage:sfd']", "arms[0]", "'sft'"),
-        ("limit=0", "limit", "0"),
         ("num_fewshots=3", "num_fewshots", "'num_fewshot'"),
     ],
 )
@@ -102,16 +97,12 @@ def test_settings_that_cannot_be_right_are_named(benchmark: Benchmark, setting: 
     ("change", "words"),
     [
         ("class: !function tasks.Mine", "(class)"),
-        ("unsafe_code: true", "(unsafe_code)"),
-        ("doc_to_image: picture", "(doc_to_image)"),
         ("test_split: null", "test_split or validation_split"),
         ("metric_list: [{metric: bleurt, hf_evaluate: true}]", "'bleurt' from a hub"),
         ("generation_kwargs: {do_sample: true, temperature: 0.7}", "samples its answers"),
         ("dataset_path: null", "does not name its data"),
-        ("dataset_kwargs: null", "does not name a file"),
         ("dataset_kwargs: {data_files: {test: hf://datasets/org/name/rows.jsonl}}", "download the file"),
         ("dataset_path: org/name\ndataset_kwargs: {data_files: {test: part/rows.csv}}", "data set org/name"),
-        ("dataset_path: ./rows", "'./rows', which is not a folder"),
     ],
 )
 def test_what_a_stage_cannot_do_with_a_task_is_named_with_its_file(
@@ -121,39 +112,6 @@ def test_what_a_stage_cannot_do_with_a_task_is_named_with_its_file(
     message = refused(benchmark, "tasks=[changed]")
     assert message.startswith(f"stages.benchmark.tasks[0]: 'changed' ({folder / 'changed.yaml'}) ")
     assert words in message
-
-
-def test_examples_that_the_harness_would_ignore_are_refused(benchmark: Benchmark, folder: Path) -> None:
-    add(folder, "without", "task: without\nnum_fewshot: 0\n", base="sums.yaml")
-    benchmark("tasks=[without]")
-    assert "sets num_fewshot: 0 in its file" in refused(benchmark, "tasks=[without]", "num_fewshot=3")
-
-
-def test_folders_that_hold_no_task_two_of_a_name_or_the_run_s_output_are_refused(
-    benchmark: Benchmark, folder: Path
-) -> None:
-    """All of a folder's content counts, so results in it would make every run a new one."""
-    assert "also contains this run's output" in refused(benchmark, f"task_folders=['{folder.parent}']")
-    again = write(folder / "more/again.yaml", TASK)
-    assert f"two files are called 'sums': {again} and {folder / 'sums.yaml'}" in refused(benchmark)
-    for file in (again, str(folder / "sums.yaml")):
-        Path(file).write_text("dataset_path: json\n")
-    assert "has no task: no *.yaml file in it has task: NAME" in refused(benchmark)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("task: [", "cannot be read: while parsing"),
-        ("- task", "is not a group of settings"),
-        ("include: gone.yaml", "cannot be read, which "),
-        ("include: broken.yaml", "includes itself"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_named(benchmark: Benchmark, folder: Path, text: str, message: str) -> None:
-    add(folder, "broken", text)
-    refusal = refused(benchmark)
-    assert ("task_folders[0]: " in refusal, message in refusal) == (True, True)
 
 
 def test_data_that_is_missing_is_an_error_of_data(benchmark: Benchmark, folder: Path) -> None:
@@ -189,26 +147,6 @@ def test_without_the_harness_s_release_the_plan_says_what_to_install(
     assert [word for word in words if word not in message] == []
 
 
-@pytest.mark.parametrize(
-    ("metric", "minimize", "fault"),
-    [
-        ("sums/exact_match/sft", False, ""),
-        ("sums/ter/sft", True, ""),
-        ("sums/ter/sft", False, "set minimize: true"),
-        ("sums/ter,strict/sft", False, "set minimize: true"),
-        ("sums/term_match/sft", False, ""),
-        ("sumz/ter/sft", True, "reports no 'sumz/ter/sft'; one of: rows, rows_left_out, sums/…"),
-        ("rows", False, ""),
-    ],
-)
-def test_a_sweep_may_ask_for_the_metric_of_a_task(
-    benchmark: Benchmark, metric: str, minimize: bool, fault: str
-) -> None:
-    asked = ObjectiveConfig(stage="benchmark", metric=metric, minimize=minimize)
-    messages = [problem.message for problem in objectives.faults([asked], benchmark().config.stages)]
-    assert (len(messages), all(message.endswith(fault) for message in messages)) == (bool(fault), True)
-
-
 # ---- groups, tags and includes ---------------------------------------------------------------------------------------
 
 
@@ -230,9 +168,7 @@ def test_a_group_and_a_tag_stand_for_their_tasks(benchmark: Benchmark, folder: P
     [
         ("group: all\ntask: [sums, gone]\n", "no task 'gone'"),
         ("group: all\ntask: [sums, all]\n", "the group 'all' contains itself"),
-        ("group: all\ntask: [3]\n", "neither a name nor a task: 3"),
         ("group: all\ntask: [{task: sums, dataset_path: csv}]\n", "the group 'all' sets dataset_path"),
-        ("group: all\ndataset_path: csv\ntask: [sums]\n", "the group 'all' sets dataset_path"),
     ],
 )
 def test_a_group_that_cannot_be_run_is_named(benchmark: Benchmark, folder: Path, text: str, message: str) -> None:
@@ -261,22 +197,6 @@ def test_a_result_depends_on_what_the_files_hold_and_not_on_where_they_are(
         before = after
 
 
-def test_data_elsewhere_and_the_harness_s_version_are_covered_too(
-    benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = write(tmp_path / "elsewhere.jsonl", ROWS)
-    write(tmp_path / "tasks/sums.yaml", TASK.replace("sums.jsonl", rows))
-    planned = stage(benchmark())
-    assert set(planned.identity["files"]) == {"lm_eval", "task_folders[0]", "data of sums"}
-    assert str(tmp_path) not in json.dumps(planned.identity)
-    write(tmp_path / "elsewhere.jsonl", ROWS * 2)
-    assert stage(benchmark()).fingerprint != planned.fingerprint
-    write(tmp_path / "elsewhere.jsonl", ROWS)
-    assert stage(benchmark()).fingerprint == planned.fingerprint
-    install(monkeypatch, "0.4.13.1")
-    assert stage(benchmark()).fingerprint != planned.fingerprint
-
-
 @pytest.mark.parametrize("changed", ["shared/common.yaml", "shared/clean.py", "tasks/.rows.jsonl"])
 def test_what_a_task_reads_beside_its_folder_and_hidden_data_in_it_are_covered_too(
     benchmark: Benchmark, tmp_path: Path, changed: str
@@ -293,25 +213,6 @@ def test_what_a_task_reads_beside_its_folder_and_hidden_data_in_it_are_covered_t
     assert stage(benchmark()).fingerprint != planned.fingerprint
 
 
-def test_a_plan_says_which_code_of_yours_runs(benchmark: Benchmark, folder: Path) -> None:
-    write(folder / "clean.py", "raise SystemExit('a plan runs nothing')\n")
-    add(folder, "cleaned", "task: cleaned\nprocess_docs: !function clean.rows\n", base="sums.yaml")
-    assert f"benchmark runs your code: {folder}/clean.py:rows" in screened(benchmark("tasks=[cleaned]"))
-    assert stage(benchmark()).code == ()
-
-
-def test_a_link_is_read_where_it_leads_to(benchmark: Benchmark, folder: Path, tmp_path: Path) -> None:
-    """As the harness reads it: the functions are those beside the file, not beside the link."""
-    shared = tmp_path / "shared"
-    write(shared / "clean.py", CLEAN)
-    write(shared / "rows.jsonl", ROWS)
-    linked = TASK.replace("sums", "linked").replace("linked.jsonl", "rows.jsonl")
-    (folder / "linked.yaml").symlink_to(write(shared / "linked.yaml", f"{linked}process_docs: !function clean.rows\n"))
-    planned = stage(benchmark("tasks=[linked]"))
-    assert planned.code == (f"{shared}/clean.py:rows",)
-    assert set(planned.identity["files"]) == {"lm_eval", "task_folders[0]", "data of linked", "files of linked"}
-
-
 def test_the_worker_gets_absolute_folders_and_the_harness_s_by_their_name(
     benchmark: Benchmark, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,18 +224,6 @@ def test_the_worker_gets_absolute_folders_and_the_harness_s_by_their_name(
     assert planned.code == (), "the harness's own functions are not the user's"
     config = planned.config
     assert config.task_folders == ["harness:arc"]
-
-
-def test_a_data_set_of_a_hub_is_fetched_by_the_run_and_known_by_its_commit(
-    benchmark: Benchmark, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_cache(monkeypatch, tmp_path)
-    add(folder, "public", "task: public\ndataset_path: org/name\ndataset_kwargs: {revision: v1}\n", base="sums.yaml")
-    assert "benchmark reads hub:org/name@v1, which the run will download" in screened(benchmark("tasks=[public]"))
-    leave_data_set(tmp_path, {"data/test.jsonl": ROWS}, revision="v1")
-    planned = stage(benchmark("tasks=[public]"))
-    assert planned.identity["extra_data"] == {"hub:org/name@v1": f"hub:org/name@{COMMIT}"}
-    assert planned.extra_data["hub:org/name@v1"].name == COMMIT
 
 
 @pytest.mark.parametrize("init", ["base", "path:{}"], ids=["the run's base", "another base"])
@@ -349,3 +238,19 @@ def test_tasks_are_tried_before_training_whatever_base_an_arm_began_as(
     with pytest.raises(AlignmentError, match="pip install no_such_package"):
         rehearse(planned, planned.stages, announce=[].append)
     assert [stages_in(command) for command in started] == [["--rows", "--scorers", "--model", "benchmark"]]
+
+
+def test_data_elsewhere_and_the_harness_s_version_are_covered_too(
+    benchmark: Benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write(tmp_path / "elsewhere.jsonl", ROWS)
+    write(tmp_path / "tasks/sums.yaml", TASK.replace("sums.jsonl", rows))
+    planned = stage(benchmark())
+    assert set(planned.identity["files"]) == {"lm_eval", "task_folders[0]", "data of sums"}
+    assert str(tmp_path) not in json.dumps(planned.identity)
+    write(tmp_path / "elsewhere.jsonl", ROWS * 2)
+    assert stage(benchmark()).fingerprint != planned.fingerprint
+    write(tmp_path / "elsewhere.jsonl", ROWS)
+    assert stage(benchmark()).fingerprint == planned.fingerprint
+    install(monkeypatch, "0.4.13.1")
+    assert stage(benchmark()).fingerprint != planned.fingerprint

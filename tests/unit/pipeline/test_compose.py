@@ -1,26 +1,26 @@
-"""Recipes and overrides compose, or say what is wrong with them."""
+"""Recipes and overrides compose, or say what is wrong; no file hangs a plan or has the environment read."""
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from alignment.config.evaluating import LabelledConfig
+from alignment.config import yaml_file
 from alignment.config.faults import Fault
-from alignment.config.launch import Backend, LocalBackend, MachinesBackend, Offload, SlurmBackend
+from alignment.config.launch import LocalBackend, Offload, SlurmBackend
 from alignment.config.model import AdapterConfig, AdapterKind
 from alignment.config.optim import Moments
-from alignment.config.run import GROUPS, RunConfig, conf_folder, recipe_names, recipes_folder, sweep_names
+from alignment.config.run import GROUPS, RunConfig, conf_folder, recipe_names, recipes_folder
 from alignment.config.scoring import ScorerConfig
 from alignment.config.typed import convert, typed
+from alignment.core import deadline
 from alignment.core.errors import ConfigError
 from alignment.pipeline.plan import references, settings
 from alignment.pipeline.plan.compose import compose
-from alignment.pipeline.plan.overrides import nested
 from alignment.pipeline.plan.plan import make_plan
 from alignment.pipeline.sweeps.sweep_file import read_sweep
 from alignment.stages.ppo.checks import size_faults
@@ -80,7 +80,7 @@ def test_every_choice_composes(group: str, choice: str) -> None:
     assert ("more" in composed("quickstart", override).stages) == (group == "stage")
 
 
-@pytest.mark.parametrize("kind", [kind.value for kind in AdapterKind])
+@pytest.mark.parametrize("kind", ["full", "qlora"])
 def test_an_adapter_means_the_same_however_it_is_chosen(kind: str) -> None:
     chosen = composed("quickstart", f"adapter={kind}")
     trained = {name: stage.adapter.kind for name, stage in chosen.stages.items() if hasattr(stage, "adapter")}
@@ -90,46 +90,12 @@ def test_an_adapter_means_the_same_however_it_is_chosen(kind: str) -> None:
         assert stages("quickstart", text.format("dpo", kind))["sft"].adapter.kind == "lora"
 
 
-@pytest.mark.parametrize(
-    ("adapter", "chain"),
-    [("{kind: qlora}", "stack"), ("{kind: qlora, chain: merge}", "merge"), ("{kind: lora}", "merge")],
-)
-def test_adapters_below_four_bits_stay_separate_unless_a_recipe_merges_them(adapter: str, chain: str) -> None:
-    assert stages("quickstart", f"stages.dpo.adapter={adapter}")["dpo"].adapter.chain == chain
-
-
-@pytest.mark.parametrize(
-    ("trackers", "chosen"),
-    [("jsonl", (False, False)), ("wandb", (True, False)), ("[jsonl,wandb,tensorboard]", (True, True)), ("[]", (0, 0))],
-)
-def test_trackers_are_chosen_by_name_one_or_several(tmp_path: Path, trackers: str, chosen: tuple[bool, bool]) -> None:
-    recipe = own(tmp_path, "", base=f"quickstart, {{override tracking: {trackers}}}")
-    more = ("tracking.project=mine", "tracking.tags=[a, b]")
-    for config in (composed("quickstart", f"tracking={trackers}", *more), composed(recipe, *more)):
-        assert (config.tracking.wandb, config.tracking.tensorboard) == chosen
-        assert (config.tracking.project, config.tracking.tags) == ("mine", ["a", "b"])
-
-
-def test_a_stage_can_be_taken_out_and_another_added() -> None:
-    remaining = stages("quickstart", "~stages.ppo", "+stage@stages.dpo_low=dpo", "stages.dpo_low.beta=0.05")
-    assert ("ppo" in remaining, remaining["dpo_low"].beta, remaining["dpo"].beta) == (False, 0.05, 0.1)
-
-
 def test_a_recipe_of_the_user_s_own_builds_on_shipped_ones_and_brings_choices(tmp_path: Path) -> None:
     write(tmp_path / "model/mine.yaml", "source: path:/models/mine\n")
     recipe = own(tmp_path, "name: mine\nseed: 7", name="my recipe", base="quickstart, {override model: mine}")
     config = composed(recipe)
     assert (config.name, config.seed, config.model.source) == ("mine", 7, "path:/models/mine")
     assert composed(recipe, "model=smollm2_135m").model.source == "bundled:smollm2-135m"
-
-
-@pytest.mark.parametrize("name", ["base", "quickstart", "recipe", "a@b", "launch"])
-def test_a_recipe_may_have_any_name(tmp_path: Path, name: str) -> None:
-    included = "quickstart" if name == "quickstart" else "base"
-    recipe = own(tmp_path, "name: mine\nseed: 7", name=name, base=f"{included}, stage@stages.more: sft")
-    config = composed(recipe, "launch=ddp")
-    assert (config.seed, config.model.source, config.launch.num_processes) == (7, "bundled:smollm2-135m", 0)
-    assert ("dpo" in config.stages) == (name == "quickstart")
 
 
 def test_a_file_beside_the_recipe_never_replaces_a_shipped_one(tmp_path: Path) -> None:
@@ -174,58 +140,29 @@ def test_letters_of_every_language_need_no_quotes(key: str, text: str, value: ob
     assert tree == value
 
 
-def test_misspellings_are_all_found() -> None:
-    problems = faults("stages.sft.pakcing=true", "stages.dpo.bata=0.1", "stages.dop.beta=1", "launch=zeroo2", "sed=1")
-    assert {(fault.where, fault.message.partition("did you mean ")[2]) for fault in problems} == {
-        ("launch=zeroo2", "'zero2'?"),
-        ("sed", "'seed'?"),
-        ("stages.sft.pakcing", "'packing'?"),
-        ("stages.dpo.bata", "'beta'?"),
-        ("stages.dop", "'dpo'?"),
-    }
-
-
 FAULTY = [
     ("stages.evaluate.metrics={name: brevity}", "stages.evaluate.metrics", "[{name: brevity}]"),
-    ("stages.evaluate.arms={name: base}", "stages.evaluate.arms", "[a, b]"),
-    ("stages.sft.optim=[1]", "stages.sft.optim", "max_grad_norm"),
     ("lauch=local", "lauch", "'launch'"),
-    ("größe=1", "größe", "tracking"),
-    ("foo@bar=x", "", "launch/backend"),
     ("adapter@stages.sfd.adapter=full", "", "'adapter@stages.sft.adapter'"),
     ("tracking=[jsonl,wandbb]", "", "'wandb'"),
-    ("tracking=[[wandb]]", "", "'wandb'"),
-    ("launch=[]", "", "zero3"),
-    ("launch=slurm", "", "launch/backend=slurm"),
     ("launch/backend=slrum", "", "'slurm'"),
-    ("launch/bakend=slurm", "", "'launch/backend'"),
     ("launch.backend=slurm", "launch.backend", "launch/backend=slurm"),
-    ("launch.backend.kind=slrum", "launch.backend.kind", "'slurm'"),
     ("launch.backend.gpus=2", "launch.backend.gpus", "launch/backend=slurm"),
     ("profile=smok", "", "'smoke'"),
-    ("~profile", "", "once"),
     ("profile@stages=smoke", "", "once"),
     ("~stages.pppo", "", "'ppo'"),
     (f"{SOURCE}=path:a'b\"c", "", "key=value"),
     ("adapter.kind=full", "adapter.kind", "stages.NAME.adapter.kind"),
-    ("adapter={kind: full}", "", "adapter=NAME"),
     ("adapter.chain=stack", "adapter.chain", "'stages.dpo.adapter.chain'"),
     ("seed=1,2", "", "give one"),
-    (f"{SOURCE}=path:a,path:b", "", "give one"),
     ("seed", "", "key=value"),
-    ("=1", "", "key=value"),
     ("seed=[1", "", "key=value"),
     (f"seed={'[' * 31}{']' * 31}", f"seed={'[' * 31}{']' * 24}…", "31 deep"),
-    (f"stages.sft.optim={'{' * 3000}", f"stages.sft.optim={'{' * 43}…", "3000 deep"),
     ("hydra.run.dir=x", "", "not allowed"),
-    ("hydra/launcher=x", "", "not allowed"),
     ("summary=${nowhere}", "summary", "'nowhere'"),
     ("stages.sft._target_=os.system", "stages.sft._target_", "not allowed"),
-    ("stages.sft={kind: sft, optim: {_target_: os.system}}", "stages.sft.optim._target_", "not allowed"),
     ("stages.ppo.scorers=[{_target_: os.system}]", "stages.ppo.scorers[0]._target_", "not allowed"),
     ("summary=${oc.env:HOME}", "summary", "not allowed"),
-    ("model=${oc.env:HOME}", "model", "not allowed"),
-    ("summary='a:b ${seed}/${ oc.env:HOME}'", "summary", "not allowed"),
     ("summary='${${seed}:HOME}'", "summary", "not allowed"),
     ("summary='${a.${oc.env:HOME}'", "summary", "not allowed"),
 ]
@@ -248,36 +185,15 @@ def test_what_may_be_a_key_is_not_repeated_where_it_is_no_override(value: str) -
         assert "pass" not in str(fault)
 
 
-@pytest.mark.parametrize("digits", [19, 400, 5_000])
-@pytest.mark.parametrize("key", ["seed", "stages.sft.optim.batch_size", "stages.sft.optim.lr"])
-def test_a_number_that_is_too_large_is_a_fault_in_a_line(tmp_path: Path, key: str, digits: int) -> None:
-    number = "9" * digits
-    if key.endswith("lr") and digits == 19:
-        assert faults(f"{key}={number}") == []
-        return
-    (fault,) = faults(f"{key}={number}")
-    assert fault.where.startswith(key)
-    assert len(str(fault)) < 400
-    values = json.dumps(nested(key.split("."), "NUMBER")).replace('"NUMBER"', number)
-    try:
-        (fault,) = faults(recipe=own(tmp_path, values[1:-1]))
-    except ConfigError as error:
-        fault = Fault(where=error.where, message=error.message)
-    assert "mine.yaml" in str(fault) or key in str(fault)
-
-
 REFUSED_RECIPES = [
     ("defaults: [base]\nmodel: {_target_: os.system}", "not allowed"),
     ("defaults: [base, {model: '${oc.env:HOME}'}]", "not allowed"),
-    ("defaults: [base]\nsummary: ${oc.env:HOME}", "not allowed"),
     ("defaults: [base]\nsummary: ${a.${oc.decode:seed}}", "not allowed"),
-    ("defaults: [base]\nhydra: {searchpath: ['pkg://os']}", "not allowed"),
     ("defaults: [_self_, quickstart]\nseed: 3", "'_self_' must come last"),
     ("a: [", "not YAML"),
     ("- a", "a group of settings"),
     ("defaults: [nowhere]", "nowhere"),
     ("defaults: [base, stage@stages.sft: sfft]", "'stage/sfft'; did you mean 'sft'"),
-    ("defaults: [base, launch: lokal]", "did you mean 'local'"),
 ]
 
 
@@ -290,19 +206,16 @@ def test_a_recipe_that_cannot_be_read_is_refused(tmp_path: Path, text: str, word
 
 CONFUSED = [
     ("stages: {evaluate: {gate: {arm: a, against: b}}}", "stages.evaluate.gate", "[{arm: a, against: b}]"),
-    ("stages: {judged: {metrics: {name: brevity}}}", "stages.judged.metrics", "list of groups"),
     ("stages: {evaluate: {arms: {name: base}}}", "stages.evaluate.arms", "a list"),
-    ("stages: {dpo: {optim: [1]}}", "stages.dpo.optim", "lr"),
     ("stages: {dpo: [1]}", "stages.dpo", "'kind'"),
     ("stages: [dpo]", "stages", "group of stages"),
-    ("stages: [{dpo: 1}]", "stages", "group of stages"),
     ("launch: [1]", "launch", "group of settings"),
 ]
 
 
 @pytest.mark.parametrize(("text", "where", "word"), CONFUSED)
 def test_a_list_and_a_group_that_are_confused_are_named(tmp_path: Path, text: str, where: str, word: str) -> None:
-    recipe = own(tmp_path, text, base="quickstart, stage@stages.judged: evaluate")
+    recipe = own(tmp_path, text, base="quickstart")
     with pytest.raises(ConfigError) as caught:
         make_plan(recipe, [])
     assert f"{recipe}: {where}" in str(caught.value)
@@ -321,21 +234,6 @@ def test_a_recipe_or_sweep_that_is_not_there_is_named_with_the_nearest(tmp_path:
         assert (caught.value.where, word in str(caught.value)) == ("recipe", True)
     with pytest.raises(ConfigError, match=r"did you mean .*/measures\.yaml"):
         read_sweep("quickstart", f"{tmp_path}/mesures.yaml", [])
-
-
-@pytest.mark.parametrize("name", sweep_names())
-def test_a_sweep_in_the_place_of_a_recipe_is_named_with_the_command_that_plans_it(tmp_path: Path, name: str) -> None:
-    copy = write(tmp_path / "mine.yaml", (conf_folder() / f"sweep/{name}.yaml").read_text())
-    for recipe, where in ((name, "recipe"), (copy, copy)):
-        with pytest.raises(ConfigError) as caught:
-            compose(recipe, [])
-        assert caught.value.where == where
-        assert f"`align sweep RECIPE {recipe}`" in caught.value.remedy
-
-
-@pytest.mark.parametrize("text", ["seed ${seed}", "${seed}/a:b", "a:b/${seed}", "{a:b}${seed}: ${seed}", "}:${seed}"])
-def test_interpolation_of_the_configuration_s_own_keys_is_fine(tmp_path: Path, text: str) -> None:
-    assert composed(own(tmp_path, f"seed: 3\nsummary: '{text}'")).summary == text.replace("${seed}", "3")
 
 
 def test_a_list_of_groups_is_given_as_one_value_and_replaces_the_recipe_s(tmp_path: Path) -> None:
@@ -373,9 +271,7 @@ def optims(folder: Path, *overrides: str) -> list[tuple[object, ...]]:
     ("overrides", "first", "second"),
     [
         (["dpo_2.optim.max_steps=100"], FIRST, (3e-3, 6, 2, 100)),
-        (["dpo_2.optim={max_steps: 100}"], FIRST, (3e-3, 6, 2, 100)),
         (["dpo_2={optim: {max_steps: 100}}"], FIRST, (3e-3, 6, 2, 100)),
-        (["dpo_1.optim.lr=1e-4"], (1e-4, 6, 2, None), (1e-4, 6, 2, None)),
         (["dpo_2.optim.max_steps=100", "dpo_1.optim.lr=1e-4"], (1e-4, 6, 2, None), (1e-4, 6, 2, 100)),
         (["dpo_2.optim={lr: 1e-4}", "dpo_2.optim.lr=1e-5"], FIRST, (1e-5, 6, 2, None)),
     ],
@@ -385,22 +281,6 @@ def test_a_group_that_refers_to_another_one_differs_in_what_is_overridden_alone(
 ) -> None:
     assert optims(tmp_path, *(f"stages.{override}" for override in overrides)) == [first, second]
     assert optims(tmp_path, "~stages.dpo_2.optim.epochs") == [FIRST, (3e-3, 6, 1, None)]
-
-
-@pytest.mark.parametrize(
-    ("source", "read", "columns"),
-    [
-        ("path:mine.jsonl", "path:mine.jsonl", {"prompt": "q"}),
-        ("hub:a/b", "bundled:quickstart/preferences", {}),
-    ],
-)
-def test_a_profile_changes_a_group_that_refers_to_another_one(
-    tmp_path: Path, source: str, read: str, columns: dict[str, str]
-) -> None:
-    recipe = own(tmp_path, TAKEN_OVER.replace("SOURCE", source), base=BOTH_DPO)
-    for stage in stages(recipe, "profile=smoke").values():
-        assert (stage.data.source, stage.data.columns, stage.data.limit) == (read, columns, 8)
-        assert (stage.optim.lr, stage.optim.batch_size, stage.optim.max_steps) == (3e-3, 2, 2)
 
 
 OF_ITS_OWN = """\
@@ -415,13 +295,9 @@ stages: {sft: {adapter: {kind: full}}, dpo: {adapter: {rank: 4}}}
     [
         (["adapter=lora"], "adapter@stages.sft.adapter=lora", "stages.sft.adapter.kind=lora"),
         (["adapter@stages.sft.adapter=qlora"], "adapter@stages.sft.adapter=qlora", "stages.sft.adapter.kind=qlora"),
-        (["launch=fsdp"], "launch=fsdp", "launch.sharding=fsdp"),
         (["model=smollm2_135m"], "model=smollm2_135m", "model.source=bundled:smollm2-135m"),
-        (["adapter=lora", "stages.sft.adapter.kind=lora"], "", ""),
         (["adapter=qlora", "stages.sft.adapter={kind: lora}"], "", ""),
         (["adapter=full"], "", ""),
-        (["adapter@stages.dpo.adapter=dora"], "", ""),
-        (["launch=zero3"], "", ""),
         (["~stages.sft", "adapter=lora"], "", ""),
         (["profile=smoke", "adapter=full"], "", ""),
     ],
@@ -432,18 +308,6 @@ def test_a_file_that_is_chosen_but_replaced_by_the_recipe_s_own_values_is_refuse
     problems = faults(*overrides, recipe=own(tmp_path, OF_ITS_OWN))
     assert [fault.where for fault in problems] == [where] * bool(where)
     assert all(fault.message.endswith(f"write {remedy} too") for fault in problems)
-
-
-@pytest.mark.parametrize("sharding", ["local", "ddp", "zero1", "zero2", "zero3", "fsdp"])
-@pytest.mark.parametrize(
-    ("choice", "backend"), [("local", LocalBackend()), ("machines", MachinesBackend()), ("slurm", SlurmBackend())]
-)
-def test_every_sharding_goes_with_every_backend(sharding: str, choice: str, backend: Backend) -> None:
-    calls = [f"launch={sharding}", f"launch/backend={choice}"]
-    for launch in (composed("quickstart", *calls).launch, composed("quickstart", *reversed(calls)).launch):
-        assert launch.backend == backend
-        assert launch.sharding.value == ("none" if sharding in ("local", "ddp") else sharding)
-        assert launch.num_processes == (1 if sharding == "local" else 0)
 
 
 def test_a_backend_that_is_chosen_replaces_what_a_recipe_says_of_its_own(tmp_path: Path) -> None:
@@ -491,7 +355,7 @@ def test_the_smoke_profile_has_values_for_every_kind_of_stage() -> None:
 
 
 @pytest.mark.parametrize("recipe", ["quickstart", "tldr_1b_ppo"])
-@pytest.mark.parametrize(("processes", "machines"), [(1, 1), (3, 1), (2, 4)])
+@pytest.mark.parametrize(("processes", "machines"), [(3, 1), (2, 4)])
 def test_a_smoke_run_of_several_processes_has_something_for_each(recipe: str, processes: int, machines: int) -> None:
     meeting = ("launch/backend=machines", f"launch.backend.num_machines={machines}") if machines > 1 else ()
     config = composed(recipe, "profile=smoke", "launch=zero2", f"launch.num_processes={processes}", *meeting)
@@ -554,18 +418,6 @@ stages:
     assert {config.stages[name].optim.moments for name in ("dpo", "ppo")} == {Moments.full}  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize(("source", "read"), [("path:mine.jsonl",) * 2, ("hub:a/b", "bundled:quickstart/preferences")])
-def test_a_smoke_run_asks_a_judge_about_few_labelled_pairs(tmp_path: Path, source: str, read: str) -> None:
-    def labelled(settings: str) -> Any:
-        text = f"stages: {{evaluate: {{judge: {{kind: metric, labelled: {{{settings}}}}}}}}}"
-        recipe = own(tmp_path, text, base="base, stage@stages.evaluate: evaluate")
-        return stages(recipe, "profile=smoke")["evaluate"].judge.labelled
-
-    pairs = labelled(f"data: {{source: '{source}'}}, max_prompts: 50")
-    assert (pairs.data.source, pairs.data.limit, pairs.max_prompts) == (read, 8, 2)
-    assert labelled("data: {source: ''}") == LabelledConfig()
-
-
 def test_a_smoke_run_asks_no_hub_for_further_data(tmp_path: Path) -> None:
     kinds = "sft: sft, stage@stages.asked: evaluate, stage@stages.lost: forgetting, stage@stages.card: reward_card, "
     kinds += "stage@stages.sample: sample, stage@stages.draft: draft"
@@ -607,15 +459,11 @@ def test_a_profile_of_the_user_s_own_stands_beside_the_recipe(tmp_path: Path) ->
     [
         ("stage: {dpo: {}}", "unknown key 'stage'; did you mean 'stages'"),
         ("stages: {dop: {}}", "stages: unknown key 'dop'; did you mean 'dpo'"),
-        ("stages: {dpo: 3}", "stages.dpo: 3"),
         ("choices: {lanch: local}", "choices: unknown key 'lanch'; did you mean 'launch'"),
         ("instead_of_hub: {modl: x}", "instead_of_hub: unknown key 'modl'; did you mean 'model'"),
-        ("for_each_process: {dop: {}}", "for_each_process: unknown key 'dop'; did you mean 'dpo'"),
         ("for_each_process: {dpo: 3}", "for_each_process.dpo: 3"),
         ("where_named: {evaluate.jugde.labelled.data: {}}", "where_named: unknown key 'evaluate.jugde.labelled.data'"),
-        ("values: 3", "values: 3"),
         ("- a", "['a']"),
-        ("a: [", "not YAML"),
     ],
 )
 def test_a_profile_of_another_form_says_so(tmp_path: Path, text: str, words: str) -> None:
@@ -623,3 +471,114 @@ def test_a_profile_of_another_form_says_so(tmp_path: Path, text: str, words: str
     with pytest.raises(ConfigError) as caught:
         compose(own(tmp_path, ""), ["profile=own"])
     assert f"own.yaml: {words}" in str(caught.value)
+
+
+SECRET = "canary-4711"
+NINE = ", ".join(["*{}"] * 9)
+ALIASES = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{NINE.replace('{}', f'a{n - 1}')}]\n" for n in range(1, 10)
+)
+MERGED = "m0: &m0 {a: 1, b: 2}\n" + "".join(
+    f"m{n}: &m{n} {{<<: [{NINE.replace('{}', f'm{n - 1}')}]}}\n" for n in range(1, 10)
+)
+MANY = "contains more than 10,000 values"
+
+
+def write_bytes(path: Path, text: str) -> str:
+    write(path, "")
+    path.write_bytes(text.encode(errors="surrogatepass"))
+    return str(path)
+
+
+def included(folder: Path, text: str) -> str:
+    """A recipe of the user's that takes a file of somebody's."""
+    write_bytes(folder / "model/foreign.yaml", text)
+    return write_bytes(folder / "own.yaml", "defaults: [quickstart, {override model: foreign}, _self_]\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param(ALIASES, MANY, id="aliases"),
+        pytest.param(MERGED, MANY, id="merged groups"),
+        pytest.param("a: &a [*a]\n", MANY, id="a list that holds itself"),
+        pytest.param(f"# {'x' * (1 << 20)}\n", "is longer than 1 MiB", id="a megabyte"),
+        pytest.param("a: \ud800\n", "not YAML", id="bytes"),
+    ],
+)
+def test_a_short_file_that_becomes_a_long_one_is_refused_wherever_it_is_read(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    plain = write_bytes(tmp_path / "plain.yaml", "defaults: [quickstart, _self_]\n")
+    write_bytes(tmp_path / "profile/foreign.yaml", text)
+    for file, recipe, overrides in (
+        ("bomb.yaml", write_bytes(tmp_path / "bomb.yaml", f"defaults: [quickstart, _self_]\n{text}"), []),
+        ("model/foreign.yaml", included(tmp_path, text), []),
+        ("", plain, ["model=foreign"]),
+        ("", plain, ["profile=foreign"]),
+    ):
+        with pytest.raises(ConfigError, match=message) as caught:
+            compose(recipe, overrides)
+        assert file in str(caught.value)
+    with pytest.raises(ConfigError, match=message):
+        read_sweep("quickstart", write_bytes(tmp_path / "sweep.yaml", text), [])
+
+
+def test_a_long_file_and_a_pipe_are_refused_and_a_few_aliases_are_fine(tmp_path: Path) -> None:
+    brackets = write_bytes(tmp_path / "brackets.yaml", f"a: {'[' * 1_000}{']' * 1_000}\n")
+    with pytest.raises(ConfigError, match=r"brackets\.yaml: not YAML: groups and lists are nested too deeply"):
+        yaml_file.read(Path(brackets))
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ConfigError, match=r"pipe\.yaml: is not a regular file"):
+        yaml_file.read(tmp_path / "pipe.yaml")
+    with pytest.raises(yaml.YAMLError, match=MANY):
+        yaml_file.load(f"[{', '.join('x' * 10_001)}]")
+    assert yaml_file.load("a: &a [1, 2]\nb: *a\nc: {<<: {d: *a}}\n") == {"a": [1, 2], "b": [1, 2], "c": {"d": [1, 2]}}
+
+
+def test_a_number_and_its_text_are_two_keys() -> None:
+    assert yaml_file.load("{1: a, '1': b, 'true': c, false: d}") == {1: "a", "1": "b", "true": "c", False: "d"}
+    for text in ("{1: a, 0x1: b}", "{a: 1, 'a': 2}", "{<<: {a: 1}, <<: {b: 2}}"):
+        with pytest.raises(yaml.YAMLError, match="occurs twice"):
+            yaml_file.load(text)
+
+
+def test_interpolations_that_double_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deadline, "SECONDS", 0.2)
+    doubled = "".join(f"a{n}: ${{a{n + 1}}}${{a{n + 1}}}\n" for n in range(40))
+    path = write_bytes(tmp_path / "own.yaml", f"defaults: [quickstart, _self_]\nsummary: ${{a0}}\n{doubled}a40: z\n")
+    with pytest.raises(ConfigError, match="interpolations expand to more than can be written"):
+        compose(path, [])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "defaults: ['${oc.env:CANARY}']\n",
+        "defaults: [{'/adapter@${oc.env:CANARY}': lora}]\n",
+        "defaults: ['${${a}:CANARY}']\n",
+        "defaults: [{/adapter: ['${oc.decode:${oc.env:CANARY}}']}]\n",
+    ],
+)
+def test_the_defaults_of_an_included_file_never_read_the_environment(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hydra resolves them while it composes, and its errors name what they became."""
+    monkeypatch.setenv("CANARY", SECRET)
+    for recipe, words in (
+        (included(tmp_path, text), "model/foreign.yaml: defaults"),
+        (write_bytes(tmp_path / "whole.yaml", text), ""),
+    ):
+        with pytest.raises(ConfigError, match="is not allowed") as caught:
+            compose(recipe, [])
+        assert (SECRET in str(caught.value), words in str(caught.value)) == (False, True)
+
+
+@pytest.mark.parametrize("name", ["dpo_beta"])
+def test_a_sweep_in_the_place_of_a_recipe_is_named_with_the_command_that_plans_it(tmp_path: Path, name: str) -> None:
+    copy = write(tmp_path / "mine.yaml", (conf_folder() / f"sweep/{name}.yaml").read_text())
+    for recipe, where in ((name, "recipe"), (copy, copy)):
+        with pytest.raises(ConfigError) as caught:
+            compose(recipe, [])
+        assert caught.value.where == where
+        assert f"`align sweep RECIPE {recipe}`" in caught.value.remedy

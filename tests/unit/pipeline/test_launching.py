@@ -1,38 +1,46 @@
-"""How a stage is launched: its command, its environment, and what cannot be launched, said before anything starts."""
+"""How a stage is launched here and on further machines, and what cannot be launched."""
 
 from __future__ import annotations
 
-import os
-import subprocess
+import json
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
+from rich.console import Console
 
 from alignment.config.data import PtxConfig
 from alignment.config.launch import LaunchConfig, LauncherKind, MachinesBackend, Offload, Sharding, SlurmBackend
-from alignment.config.model import AdapterConfig, AdapterKind, Dtype, ModelConfig
+from alignment.config.model import AdapterConfig, AdapterKind
 from alignment.config.optim import Moments, OptimConfig
 from alignment.config.run import RunConfig
 from alignment.config.stage import StageConfig
-from alignment.core.errors import ConfigError
+from alignment.core.artifacts import Manifest, publish
+from alignment.core.errors import ConfigError, StageError
 from alignment.core.files import shipped
 from alignment.core.hardware import visible_devices
-from alignment.pipeline.backends import command, feasibility
-from alignment.pipeline.backends.command import idle_threads, with_processes
+from alignment.pipeline.backends import command, feasibility, machines, processes, slurm_jobs
+from alignment.pipeline.backends.command import Command, idle_threads, with_processes
+from alignment.pipeline.execute.signals import Terminated
+from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.compatibility import faults
 from alignment.stages.benchmark.kind import BenchmarkConfig
-from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.forgetting.kind import ForgettingConfig
-from alignment.stages.kto.kind import KtoConfig
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.report.kind import ReportConfig
 from alignment.stages.reward_card.kind import RewardCardConfig
 from alignment.stages.sample.kind import SampleConfig
 from alignment.stages.sft.kind import SftConfig
+from tests.patience import wait_until
 
 ROOT = Path(__file__).parents[3]
 TWO_MACHINES = MachinesBackend()
@@ -58,14 +66,11 @@ def argv(launch: LaunchConfig, *, num_devices: int) -> str:
     ("settings", "devices", "expected"),
     [
         ({}, 0, WORKER),
-        ({}, 4, WORKER),
         ({"kind": LauncherKind.accelerate}, 0, f"{ACCELERATE.format(LOCAL, 1)} --cpu {WORKER}"),
-        ({"kind": LauncherKind.accelerate}, 4, f"{ACCELERATE.format(LOCAL, 1)} {WORKER}"),
         ({"num_processes": 4}, 4, f"{ACCELERATE.format(DDP, 4)} --main_process_port 0 {WORKER}"),
         ({"num_processes": 2}, 0, f"{TORCHRUN.format(2)} {WORKER}"),
         ({"kind": LauncherKind.torchrun, "num_processes": 4}, 4, f"{TORCHRUN.format(4)} {WORKER}"),
         ({"sharding": Sharding.zero3}, 1, f"{TORCHRUN.format(1)} {WORKER}"),
-        ({"sharding": Sharding.fsdp, "num_processes": 2}, 0, f"{TORCHRUN.format(2)} {WORKER}"),
         ({"num_processes": 8, "backend": SECOND}, 8, f"{MEETING} --nproc_per_node 8 {WORKER}"),
     ],
 )
@@ -78,10 +83,8 @@ def test_the_launcher_suits_the_machine(settings: dict[str, Any], devices: int, 
     [
         ("accelerate", {"num_processes": 2}, 0, "accelerate starts only one process"),
         ("accelerate", {"sharding": Sharding.zero2}, 1, "zero2 needs a process group"),
-        ("accelerate", {"backend": TWO_MACHINES}, 1, "several machines need torchrun"),
         ("direct", {"num_processes": 2}, 2, "2 processes need a launcher"),
         ("direct", {"sharding": Sharding.fsdp}, 1, "fsdp needs a process group"),
-        ("direct", {"backend": TWO_MACHINES}, 1, "several machines need torchrun"),
     ],
 )
 def test_what_a_launcher_does_not_start_is_refused(kind: str, settings: dict[str, Any], devices: int, why: str) -> None:
@@ -109,15 +112,6 @@ def test_one_process_for_each_gpu_is_counted_and_refused_without_enough() -> Non
 def test_threads_are_shared_out_evenly_unless_told(processes: int, threads: int, expected: str) -> None:
     made = command.of_stage(LaunchConfig(num_processes=processes, threads=threads), STAGE_FILE, devices=(), num_cores=8)
     assert made.environment["OMP_NUM_THREADS"] == expected
-
-
-@pytest.mark.parametrize(("divides", "expected"), [(True, "1"), (False, "0")])
-def test_a_worker_is_told_whether_threads_have_rows_of_their_own(
-    monkeypatch: pytest.MonkeyPatch, divides: bool, expected: str
-) -> None:
-    monkeypatch.setenv("ALIGNMENT_DIVIDE_ROWS", "of an earlier shell")
-    made = command.of_stage(LaunchConfig(divide_rows=divides), STAGE_FILE, devices=(), num_cores=2)
-    assert made.environment["ALIGNMENT_DIVIDE_ROWS"] == expected
 
 
 GPUS = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES")
@@ -188,16 +182,6 @@ def test_how_soon_idle_threads_sleep_is_what_was_measured_for_the_processor(
     assert idle_threads(file) == expected
 
 
-def test_files_in_the_working_folder_hide_no_module_of_ours(tmp_path: Path) -> None:
-    (tmp_path / "alignment").mkdir()
-    (tmp_path / "alignment/__init__.py").write_text("raise SystemExit('this is the user's own file')")
-    variables = {**os.environ, **command.of_worker(1, "")}
-    ended = subprocess.run(
-        [sys.executable, "-m", "alignment.core.errors"], cwd=tmp_path, env=variables, capture_output=True, check=False
-    )
-    assert (ended.returncode, ended.stderr) == (0, b"")
-
-
 # ---- what this machine cannot do ------------------------------------------------------------------------------------
 
 
@@ -258,12 +242,6 @@ def test_a_stage_that_measures_runs_on_all_processes_without_sharding_and_others
     refuse(stage(ReportConfig()), num_processes=0)
 
 
-def test_a_job_finds_the_gpus_that_it_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feasibility.hardware, "count_devices", lambda: 1)
-    backends = (SlurmBackend(gpus=8), SlurmBackend(gpus=8, submit=False), TWO_MACHINES)
-    assert [feasibility.devices_for(LaunchConfig(backend=backend)) for backend in backends] == [8, 1, 1]
-
-
 # ---- what does not go together --------------------------------------------------------------------------------------
 
 
@@ -286,10 +264,8 @@ REPLAY = PpoConfig(ptx=PtxConfig(coefficient=0.1))
         (adapter("dora", modules_to_save=["embed_tokens"]), "fsdp", "adapter.modules_to_save", "stochastic rounding"),
         (SftConfig(optim=OptimConfig(lr=1e-4, moments=Moments.eight_bit)), "zero2", "optim.moments", "eight-bit"),
         (PpoConfig(critic_warmup=2), "zero2", "critic_warmup", "DeepSpeed"),
-        (PpoConfig(critic_warmup=2), "fsdp", "critic_warmup", "sharded checkpoints"),
         (PpoConfig(drop_ties=True), "fsdp", "drop_ties", "sharded checkpoints"),
         (REPLAY, "zero3", "ptx.coefficient", "forward passes"),
-        (REPLAY, "fsdp", "ptx.coefficient", "forward passes"),
     ],
 )
 def test_a_stage_that_cannot_be_launched_so_is_refused(stage: StageConfig, launch: str, where: str, why: str) -> None:
@@ -300,19 +276,200 @@ def test_a_stage_that_cannot_be_launched_so_is_refused(stage: StageConfig, launc
     assert compatibility(stage) == {}
 
 
-def test_modules_trained_whole_are_sharded_in_float32() -> None:
-    stage = adapter("lora", modules_to_save=["embed_tokens"])
-    model, launch = ModelConfig(dtype=Dtype.float32), LaunchConfig(sharding=Sharding.zero2)
-    assert faults(RunConfig(name="r", model=model, stages={"s": stage}, launch=launch)) == []
-
-
-def test_every_adapter_is_launched_in_every_way() -> None:
-    for kind in AdapterKind:
-        for sharding in Sharding:
-            for stage in (SftConfig, DpoConfig, KtoConfig, PpoConfig):
-                assert compatibility(stage(adapter=AdapterConfig(kind=kind)), sharding=sharding) == {}
-
-
 def test_a_machine_that_is_not_among_them_is_refused() -> None:
     assert compatibility(SFT, backend=MachinesBackend(machine_rank=1)) == {}
     assert list(compatibility(SFT, backend=MachinesBackend(machine_rank=2))) == ["launch.backend.machine_rank"]
+
+
+LAUNCH = LaunchConfig(backend=MachinesBackend(machine_rank=1), grace_seconds=7)
+
+
+class Shared:
+    """A folder that two machines share, with one stage to make."""
+
+    def __init__(self, folder: Path) -> None:
+        self.stage = SimpleNamespace(
+            name="sft",
+            config=SftConfig(),
+            action=Action.run,
+            artifact=folder / "artifacts" / "sft-01234567",
+            fingerprint="0" * 64,
+        )
+        alone = SimpleNamespace(name="tasks", config=BenchmarkConfig(), action=Action.run, artifact=folder / "never")
+        config = SimpleNamespace(launch=LAUNCH)
+        self.plan: Any = SimpleNamespace(
+            run_folder=folder / "runs" / "r", stages=(self.stage, alone), config=config, store=None
+        )
+        (self.plan.run_folder / "sft").mkdir(parents=True)
+        self.started = folder / "started"
+        self.content = folder / "content"
+        self.content.mkdir()
+
+    def says(self, state: str) -> None:
+        (self.plan.run_folder / "run.json").write_text(json.dumps({"state": state}))
+
+    def publish(self) -> None:
+        (self.content / "metrics.jsonl").touch()
+        publish(
+            self.content, self.stage.artifact, Manifest(stage="sft", kind="policy", fingerprint="0" * 64, identity={})
+        )
+
+    def command(self, launch: LaunchConfig, stage_file: Path) -> Command:
+        """A launcher's stand-in that notes that it ran."""
+        assert stage_file == self.plan.run_folder / "sft" / "stage.yaml"
+        code = f"open({str(self.started)!r}, 'a').write('{launch.backend.machine_rank}\\n')"
+        return Command(argv=(sys.executable, "-c", code), environment={})
+
+    def follow(self) -> int:
+        return machines.follow(self.plan, self.plan.stages, console=Console(quiet=True), command_for=self.command)
+
+    def starts(self) -> int:
+        return len(self.started.read_text().splitlines()) if self.started.exists() else 0
+
+
+@pytest.fixture
+def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shared:
+    monkeypatch.setattr(slurm_jobs, "_SHOWN_LATE_SECONDS", 0.2)
+    monkeypatch.setattr(slurm_jobs, "_POLL_SECONDS", 0.01)
+    return Shared(tmp_path)
+
+
+@pytest.fixture
+def folder(shared: Shared) -> Path:
+    """Where attempts at the stage are announced."""
+    return Path(shared.plan.run_folder / "sft")
+
+
+@contextmanager
+def following(shared: Shared) -> Iterator[threading.Thread]:
+    """A machine that follows while the block runs, at whose end the result is there; signals are the main thread's."""
+    codes: list[int] = []
+    follower = machines._Follower(shared.plan, shared.stage, shared.command, Console())
+    thread = threading.Thread(target=lambda: codes.append(follower.follow()))
+    thread.start()
+    yield thread
+    shared.publish()
+    thread.join(30)
+    assert codes == [0]
+
+
+def test_an_attempt_is_answered_once_and_another_one_again(
+    shared: Shared, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    execute = mock.Mock(side_effect=processes.execute)
+    monkeypatch.setattr(processes, "execute", execute)
+    with following(shared):
+        for attempt in (1, 2):
+            with machines.announced(folder, LAUNCH, "0" * 64):
+                wait_until(lambda attempt=attempt: shared.starts() == attempt)
+    assert shared.starts() == 2
+    assert [call.kwargs["grace_seconds"] for call in execute.call_args_list] == [7, 7]
+    begun = (folder / "log-1.txt").read_text().splitlines()
+    assert [line.partition("  ")[2] for line in begun] == ["attempt at sft-01234567 ==="] * 2
+    assert not (folder / machines.ATTEMPT).exists()
+
+
+def test_an_attempt_of_a_first_machine_that_was_killed_is_not_answered(shared: Shared, folder: Path) -> None:
+    """It had other settings, and the first machine does not live until it announces an attempt of its own."""
+    with machines.showing_life(shared.plan.run_folder, LAUNCH):
+        pass
+    with machines.announced(folder, LAUNCH, "1" * 64):
+        killed = (folder / machines.ATTEMPT).read_text()
+    (folder / machines.ATTEMPT).write_text(killed)
+    with following(shared) as follower:
+        time.sleep(3 * machines._POLL_SECONDS)
+        assert follower.is_alive()
+        with machines.announced(folder, LAUNCH, "0" * 64):
+            wait_until(lambda: shared.starts() == 1)
+
+
+def test_what_is_there_already_starts_nothing(shared: Shared) -> None:
+    shared.publish()
+    assert (shared.follow(), shared.starts()) == (0, 0)
+
+
+@pytest.fixture
+def says(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Iterator[str]]:
+    """The states of the run, one for each look."""
+
+    def states(*words: str) -> Iterator[str]:
+        remaining = iter(words)
+        monkeypatch.setattr(machines, "_state", lambda _: next(remaining))
+        return remaining
+
+    return states
+
+
+@pytest.mark.parametrize(("state", "code"), [("preempted", 75), ("interrupted", 130)])
+def test_it_ends_as_the_first_machine_does(
+    shared: Shared, state: str, code: int, says: Callable[..., Iterator[str]]
+) -> None:
+    says("running", state)
+    assert shared.follow() == code
+
+
+@pytest.mark.parametrize(
+    ("state", "code"), [("running", 75), ("preempted", 75), ("interrupted", 75), ("failed", 5), ("waiting", 5), ("", 5)]
+)
+def test_asked_to_stop_it_is_queued_again_only_with_a_run_at_work(
+    shared: Shared, state: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(self: machines._Follower) -> int:
+        raise Terminated
+
+    shared.says(state)
+    monkeypatch.setattr(machines._Follower, "follow", stopped)
+    assert shared.follow() == code
+
+
+def test_a_machine_that_would_make_something_else_is_refused(
+    shared: Shared, folder: Path, says: Callable[..., Iterator[str]]
+) -> None:
+    lives, is_refused = machines.showing_life(shared.plan.run_folder, LAUNCH), "produces a different result"
+    with machines.announced(folder, LAUNCH, "1" * 64), lives, pytest.raises(ConfigError, match=is_refused):
+        shared.follow()
+    assert shared.starts() == 0
+    says("running", "done")
+    with pytest.raises(ConfigError, match=is_refused):
+        shared.follow()
+
+
+def test_no_machine_waits_for_one_that_is_gone(shared: Shared) -> None:
+    shared.says("running")
+    shared.plan.config.launch = replace(LAUNCH, hang_seconds=1)
+    with pytest.raises(StageError, match="the first machine has not responded for 1 seconds"):
+        shared.follow()
+    with machines.showing_life(shared.plan.run_folder.parent, LaunchConfig()):
+        time.sleep(0.1)
+    assert not (shared.plan.run_folder.parent / machines.LIFE).exists(), "there is no other machine"
+
+
+def test_with_a_store_other_machines_wait_until_the_first_has_uploaded(
+    shared: Shared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher may end the first one soon after another has ended."""
+    shared.publish()
+    shared.says("running")
+    shared.plan.store = object()
+    shared.plan.config.launch = replace(LAUNCH, hang_seconds=2)
+    monkeypatch.setattr(machines, "_POLL_SECONDS", 0.05)
+    codes: list[int] = []
+    with machines.showing_life(shared.plan.run_folder, LAUNCH):
+        follower = threading.Thread(target=lambda: codes.append(shared.follow()))
+        follower.start()
+        follower.join(3)
+        assert follower.is_alive()
+        shared.says("done")
+        follower.join(30)
+    assert codes == [0]
+    shared.says("running")
+    follower = threading.Thread(target=lambda: codes.append(shared.follow()), daemon=True)
+    follower.start()
+    follower.join(30)
+    assert codes == [0, 0], "the first machine is gone"
+
+
+def test_a_job_finds_the_gpus_that_it_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feasibility.hardware, "count_devices", lambda: 1)
+    backends = (SlurmBackend(gpus=8), SlurmBackend(gpus=8, submit=False), TWO_MACHINES)
+    assert [feasibility.devices_for(LaunchConfig(backend=backend)) for backend in backends] == [8, 1, 1]

@@ -22,14 +22,10 @@ SMOOTHING = ("label_smoothing", "sigmoid, sigmoid_norm, robust")
     [
         ({}, None),
         ({"label_smoothing": 0.1}, None),
-        ({"loss": DpoLoss.sigmoid_norm, "label_smoothing": 0.1}, None),
         ({**ROBUST, "label_smoothing": 0.1, "nll_weight": 1.0, "precompute_reference": True}, None),
-        ({"margin": 0.5, "nll_weight": 1.0}, None),
         ({**SIMPO, "beta": 2.0, "nll_weight": 1.0}, None),
-        ({"loss": DpoLoss.simpo, "target_margin": 0.0}, None),
         ({**ORPO, "odds_weight": 0.2}, None),
         ({"loss": DpoLoss.hinge, "label_smoothing": 0.1}, SMOOTHING),
-        ({**SIMPO, "label_smoothing": 0.1}, SMOOTHING),
         ({"loss": DpoLoss.ipo, "margin": 1.0}, ("margin", "uses it: sigmoid")),
         ({"target_margin": 0.0}, ("target_margin", "uses it: simpo")),
         ({"odds_weight": 0.2}, ("odds_weight", "uses it: orpo")),
@@ -115,8 +111,7 @@ def test_the_loss_has_a_guide_where_it_starts_at_a_constant(settings: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("chosen", "rejected", "doubted"),
-    [(-0.7, -0.7, True), (-0.7, -0.69, False), (-0.69, -0.7, False), (1.0, -9.0, False), (-9.0, 1.0, False)],
+    ("chosen", "rejected", "doubted"), [(-0.7, -0.7, True), (-0.7, -0.69, False), (-9.0, 1.0, False)]
 )
 def test_a_fall_of_both_answers_is_doubted_once_they_are_half_as_likely(
     chosen: float, rejected: float, doubted: bool

@@ -1,20 +1,274 @@
-"""What is worth a word before a run starts, though nothing is wrong."""
+"""What a plan counts in its rows, which sizes it refuses, and what is worth a word though nothing is wrong."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from alignment import cli
+from alignment.config.data import DataConfig, MixedConfig, ValidationConfig
+from alignment.config.optim import OptimConfig
+from alignment.config.scoring import GuardConfig
+from alignment.config.stage import StageConfig
 from alignment.core import hardware
+from alignment.core.errors import ConfigError
+from alignment.pipeline.backends.feasibility import refuse_sizes
 from alignment.pipeline.execute.notes import advice, of_plan, of_result, on_a_plan
 from alignment.pipeline.execute.record import RunRecorder
 from alignment.pipeline.execute.summary import show_doubts
-from alignment.pipeline.plan.plan import make_plan
+from alignment.pipeline.plan.plan import Plan, make_plan
+from alignment.pipeline.plan.row_counts import Seen, faults
+from alignment.pipeline.plan.validation_checks import settings_faults
 from alignment.report.run_page.run_files import read_run
-from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan, screened, write, write_rows
+from alignment.stages.cpt.kind import CptConfig
+from alignment.stages.dpo.kind import DpoConfig
+from alignment.stages.ppo.config import PpoConfig
+from alignment.stages.reward.kind import RewardConfig
+from alignment.stages.sft.kind import SftConfig
+from alignment.training.validation import Looks
+from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan, faulty_keys, screened, stage_of, write, write_rows
+
+VALIDATION = "stages.s.validation"
+WARM_UP = "stages.s.optim.warmup_ratio"
+Expected = tuple[str, str] | None
+"""The key of a fault, and a word of it."""
+
+
+def optim(**changes: Any) -> OptimConfig:
+    return OptimConfig(**{"lr": 1e-4, "batch_size": 8, "warmup_ratio": 0.1, **changes})
+
+
+SHORT = optim(warmup_ratio=0.6, max_steps=2)
+ALL_STEPS = (WARM_UP, "(2); set stages.s.optim.warmup_ratio=0, or stages.s.optim.max_steps=3 or more")
+
+
+def guard(**changes: Any) -> PpoConfig:
+    return PpoConfig(guard=GuardConfig(every=1, prompts=64), **changes)
+
+
+def looked_at(validation: ValidationConfig, **changes: Any) -> DpoConfig:
+    return DpoConfig(validation=validation, optim=OptimConfig(**{"lr": 1e-4, "batch_size": 8, **changes}))
+
+
+def look(share: float, every: int, **more: Any) -> ValidationConfig:
+    return ValidationConfig(share=share, every=every, **more)
+
+
+FAULTS: list[tuple[StageConfig, dict[str, Any], Expected]] = [
+    (guard(), {"rows": 90, "prompts": 64}, ("stages.s.guard.prompts", "64 prompts cannot be held out of 64;")),
+    (guard(data=DataConfig(fraction=0.5)), {"rows": 120}, ("stages.s.guard.prompts", "held out of 60;")),
+    (guard(), {"rows": 65}, None),
+    (PpoConfig(guard=GuardConfig(every=0, prompts=64)), {"rows": 2}, None),
+    (RewardConfig(eval_fraction=0.1, optim=optim(epochs=2)), {"rows": 9, "prompts": 4},
+     ("stages.s.eval_fraction", "4 prompts are too few to hold out a share of 0.1;")),
+    (RewardConfig(eval_fraction=0.1, optim=optim()), {"rows": 9}, None),
+    (RewardConfig(eval_fraction=0.0, optim=optim(epochs=2)), {"rows": 2}, None),
+    (SftConfig(optim=optim()), {"rows": 7}, (WARM_UP, "(1 for 7 rows in batches of 8); set")),
+    (SftConfig(optim=optim(epochs=2)), {"rows": 7}, None),
+    (SftConfig(optim=optim(), packing=True), {"rows": 7}, None),
+    (SftConfig(optim=optim()), {"rows": 7, "whole": False}, None),
+    (SftConfig(optim=optim(), data=DataConfig(mix=[MixedConfig(count=50)])), {"rows": 7}, None),
+    (CptConfig(optim=optim()), {"rows": 1}, None),
+    (DpoConfig(optim=optim(warmup_ratio=0.4, max_steps=2)), {"rows": 7}, None),
+    (DpoConfig(optim=SHORT), {"rows": 100}, ALL_STEPS),
+    (DpoConfig(optim=SHORT), {"rows": 5000, "whole": False}, ALL_STEPS),
+    (SftConfig(optim=SHORT, data=DataConfig(mix=[MixedConfig(count=50)])), {"rows": 100}, ALL_STEPS),
+    (SftConfig(optim=SHORT, packing=True), {"rows": 100}, ALL_STEPS),
+    (CptConfig(optim=SHORT), {"rows": 100}, ALL_STEPS),
+    (looked_at(look(0.01, 1)), {}, (f"{VALIDATION}.share", "40 prompts are too few to hold out a share of 0.01;")),
+    (looked_at(look(0.85, 1), warmup_ratio=0.0), {}, (f"{VALIDATION}.share", "at most 6 of 40 rows")),
+    (looked_at(look(0.2, 5)), {}, (f"{VALIDATION}.every", "the 4 optimiser steps of the stage; choose at most 4")),
+    (looked_at(look(0.2, 11), max_steps=10), {}, (f"{VALIDATION}.every", "choose at most 10")),
+    (looked_at(look(0.2, 4, patience=3), max_steps=10), {}, (f"{VALIDATION}.patience", "of 3 validations, at most 2 ")),
+    (looked_at(look(0.2, 4)), {}, None),
+    (looked_at(look(0.2, 4, patience=2), max_steps=10), {}, None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "amount", "expected"), FAULTS)
+def test_too_few_rows_or_steps_are_refused_and_an_amount_that_nobody_knows_is_not(
+    config: StageConfig, amount: dict[str, Any], expected: Expected
+) -> None:
+    rows = amount.get("rows", 40)
+    seen = Seen(**{"rows": rows, "prompts": rows, "whole": True, "openings": frozenset(range(rows)), **amount})
+    problems = list(faults(config, {"data": seen}, where="stages.s"))
+    assert [fault.where for fault in problems] == ([] if expected is None else [expected[0]])
+    assert all(expected is not None and expected[1] in fault.message for fault in problems)
+
+
+def test_a_plan_counts_rows_and_different_prompts(plan: MakePlan, tmp_path: Path) -> None:
+    rows = [{**ROWS["preferences"], "chosen": f"On {day} March."} for day in range(21, 25)]
+    other = {**ROWS["preferences"], "messages": [{"role": "user", "content": "And the exam?"}]}
+    write_rows(tmp_path / "preferences.jsonl", *rows, other)
+    planned = plan("stages.dpo.data.limit=3")
+    for name, counts in (("reward", (5, 2, True)), ("dpo", (3, 1)), ("ppo", (5, 2, True))):
+        seen = stage_of(planned, name).seen["data"]
+        assert (seen.rows, seen.prompts, seen.whole)[: len(counts)] == counts
+
+
+def test_a_plan_refuses_sizes_that_no_machine_can_run(
+    plan: MakePlan, overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the first stage could have trained for hours before the last one said so."""
+    settings = "stages.ppo.guard={every: 1, prompts: 64, scorer: {source: 'bundled:quickstart/house_style.py:style'}}"
+    wrong = ("stages.ppo.completions_per_prompt=3", settings, "stages.dpo.data.limit=7")
+    with pytest.raises(ConfigError) as caught:
+        refuse_sizes(plan(*wrong))
+    assert faulty_keys(caught.value) == [
+        "stages.dpo.optim.warmup_ratio",
+        "stages.ppo.completions_per_prompt",
+        "stages.ppo.guard.prompts",
+    ]
+    assert cli.main(["plan", "quickstart", *overrides, *wrong]) == 2
+    assert "32 episodes cannot be divided into groups of 3 completions" in capsys.readouterr().err
+    settings = ("advantage=rloo", "critic=none", "prompt_baseline=false", "gae_lambda=0.95", "value_clip=0.2")
+    rloo = [f"stages.ppo.{each}" for each in (*settings, "optim.critic_lr=null")]
+    refuse_sizes(plan(*rloo))
+    with pytest.raises(ConfigError, match="'rloo' compares the answers to a prompt; choose 2 or more"):
+        refuse_sizes(plan(*rloo, "stages.ppo.completions_per_prompt=1"))
+
+
+# ---- validation -----------------------------------------------------------------------------------------------------
+
+OWN = DataConfig(source="path:own.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("validation", "field", "word"),
+    [
+        (look(0.1, 5, data=OWN), "share", f"{VALIDATION}.data"),
+        (ValidationConfig(every=5), "every", f"{VALIDATION}.share=0.05"),
+        (ValidationConfig(keep_best=True), "keep_best", "leave it at False"),
+        (ValidationConfig(patience=3), "patience", "leave it at None"),
+    ],
+)
+def test_settings_of_a_validation_that_contradict_one_another_are_refused(
+    validation: ValidationConfig, field: str, word: str
+) -> None:
+    (fault,) = settings_faults(validation, VALIDATION)
+    assert (fault.where, word in fault.message) == (f"{VALIDATION}.{field}", True)
+
+
+def test_held_out_prompts_that_are_learned_from_are_refused_and_near_ones_are_named(
+    plan: MakePlan, tmp_path: Path
+) -> None:
+    def planned(*questions: str) -> Plan:
+        answer = {"role": "assistant", "content": "On 21 March."}
+        rows = [{"messages": [{**TURN, "content": question}, answer]} for question in questions]
+        file = write_rows(tmp_path / "own.jsonl", *rows)
+        looks = f"stages.sft.validation={{every: 1, data: {{source: 'path:{file}'}}}}"
+        return plan(looks, "stages.sft.optim.max_steps=4")
+
+    with pytest.raises(ConfigError) as caught:
+        refuse_sizes(planned(TURN["content"], "Where is it?"))
+    assert caught.value.where == "stages.sft.validation.data.source"
+    assert "1 of its 2 different prompts" in caught.value.message
+    near, other = planned("when is the training", "Where is it?"), planned("Where is it?")
+    refuse_sizes(near)
+    noted = [[note for note in of_plan(each) if "resembles its validation rows" in note] for each in (near, other)]
+    assert [len(of_one) for of_one in noted] == [1, 0]
+    assert noted[0][0].startswith("1 possible training row of sft")
+    without = plan("stages.sft.optim.max_steps=4")
+    assert len({stage_of(each, "sft").fingerprint for each in (near, other, without)}) == 3
+
+
+def test_looks_count_from_the_last_improvement() -> None:
+    looks = Looks()
+    losses = [3.0, 2.0, 2.0, 1.5, 1.6, 1.7]
+    improved = [looks.add(step, loss, patience=2) for step, loss in enumerate(losses, start=1)]
+    assert improved == [True, True, False, True, False, False]
+    assert (looks.best_step, looks.best_loss, looks.last_loss, looks.out_of_patience) == (4, 1.5, 1.7, True)
+    assert not Looks().add(1, float("inf"), patience=None)
+
+
+# ---- the labels of KTO ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kto(tmp_path: Path, overrides: list[str]) -> Callable[..., Plan]:
+    """Plans KTO's recipe on rows with these labels."""
+
+    def planned(labels: Sequence[bool | None], *more: str) -> Plan:
+        rows = [
+            {"messages": [{**TURN, "content": f"When is {day}?"}], "completion": "On 21 March."}
+            | ({} if label is None else {"label": label})
+            for day, label in enumerate(labels)
+        ]
+        given = [entry for entry in overrides if not entry.startswith(("stages.reward", "stages.dpo", "stages.ppo"))]
+        source = f"stages.kto.data.source=path:{write_rows(tmp_path / 'labelled.jsonl', *rows)}"
+        return make_plan("kto", [*given, source, *more])
+
+    return planned
+
+
+def noted(planned: Plan) -> list[str]:
+    """What a plan says of the labels, without the name of the stage."""
+    return [note.removeprefix("kto: ") for note in of_plan(planned) if note.startswith("kto: ")]
+
+
+WEIGHTS = ("stages.kto.desirable_weight=1", "stages.kto.undesirable_weight=1")
+
+
+@pytest.mark.parametrize(
+    ("labels", "weights", "ratio", "warned"),
+    [((10, 10), "1 and 1", "1", ""), ((5, 20), "4 and 1", "1", "0.25"), ((20, 5), "1 and 3", "1.33", "4")],
+)
+def test_a_plan_says_which_weights_follow_from_the_labels_and_warns_of_others(
+    kto: Callable[..., Plan], labels: tuple[int, int], weights: str, ratio: str, warned: str
+) -> None:
+    rows = [True] * labels[0] + [False] * labels[1]
+    assert noted(kto(rows)) == [
+        f"{labels[0]} desirable and {labels[1]} undesirable rows, with weights of {weights}: in total, the "
+        f"desirable ones count {ratio} times as much"
+    ]
+    cautions = [note.partition("ones ")[2] for note in noted(kto(rows, *WEIGHTS))]
+    assert [caution.partition(",")[0] for caution in cautions] == [f"count {warned} times as much"] * bool(warned)
+
+
+HALF = "stages.kto.data.fraction=0.5"
+
+
+@pytest.mark.parametrize(
+    ("label", "more", "missing"), [(True, (), "undesirable"), (False, (), "desirable"), (True, (HALF,), "undesirable")]
+)
+def test_rows_of_one_label_are_refused_before_anything_is_trained(
+    kto: Callable[..., Plan], label: bool, more: tuple[str, ...], missing: str
+) -> None:
+    planned = kto([label] * 20, *more)
+    with pytest.raises(ConfigError) as caught:
+        refuse_sizes(planned)
+    assert f"stages.kto.data: none of the 20 rows is {missing}" in str(caught.value)
+    assert noted(planned) == []
+
+
+def test_labels_that_only_the_stage_will_know_are_not_judged(kto: Callable[..., Plan], tmp_path: Path) -> None:
+    """Those that are mixed in, and those of a fraction that is drawn at random."""
+    mixed = f"stages.kto.data.mix=[{{source: 'path:{tmp_path}/labelled.jsonl', share: 0.5}}]"
+    planned = kto([True] * 20, mixed)
+    assert noted(planned) == []
+    refuse_sizes(planned)
+    assert len(noted(kto([True] * 30 + [False] * 10))) == 1
+    assert noted(kto([True] * 30 + [False] * 10, HALF)) == []
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["stages.kto.optim.batch_size=1"], "1, but the KL divergence"),
+        (["stages.kto.optim.batch_size=2", "launch=ddp", "launch.num_processes=2"], "2 leaves one row for each of 2"),
+    ],
+)
+def test_a_batch_that_holds_no_other_answer_is_refused(kto: Callable[..., Plan], more: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        refuse_sizes(kto([True, False] * 10, *more))
+    assert caught.value.where == "stages.kto.optim.batch_size"
+    refuse_sizes(kto([True, False] * 10, *more, "stages.kto.loss=apo_zero_unpaired"))
+
 
 WITHOUT_PATCH = hardware.has_bfloat16
 """As it is, before a fixture replaces it."""
@@ -44,19 +298,6 @@ def test_a_plan_of_an_evaluation_without_a_report_says_once_how_to_get_one(plan:
     assert of_plan(plan("~stages.report")) == [], "a sweep's trials do not repeat it"
 
 
-def test_what_the_note_says_to_add_plans(overrides: list[str], tmp_path: Path) -> None:
-    """An evaluation of another name is not the one that a report shows by default."""
-    defaults = "base, stage@stages.sft: sft, stage@stages.measure: evaluate"
-    data = f"data: {{source: 'path:{tmp_path}/heldout.jsonl'}}"
-    stages = f"stages: {{measure: {{arms: [base, 'stage:sft'], reward: null, {data}}}}}\n"
-    of_sft = [word for word in overrides if not word.startswith("stages.") or word.startswith("stages.sft.")]
-    recipe = write(tmp_path / "mine.yaml", f"defaults: [{defaults}, _self_]\n{stages}")
-    setting = "stages.report.evaluation=stage:measure"
-    assert advice(make_plan(recipe, of_sft)) == [f"{WITHOUT_REPORT}, and set {setting}"]
-    write(tmp_path / "mine.yaml", f"defaults: [{defaults}, stage@stages.report: report, _self_]\n{stages}")
-    assert advice(make_plan(recipe, [*of_sft, setting])) == []
-
-
 @pytest.mark.usefixtures("apart")
 @pytest.mark.parametrize(
     ("settings", "words"),
@@ -73,14 +314,6 @@ def test_what_the_note_says_to_add_plans(overrides: list[str], tmp_path: Path) -
 def test_what_is_odd_is_noted(plan: MakePlan, settings: tuple[str, ...], words: list[str]) -> None:
     notes = of_plan(plan(*settings))
     assert [note[: len(word)] for note, word in zip(notes, words, strict=True)] == words
-
-
-def test_a_file_that_a_shipped_one_goes_before_is_named(overrides: list[str], tmp_path: Path) -> None:
-    recipe = write(tmp_path / "mine.yaml", "defaults: [quickstart, _self_]\n")
-    before = on_a_plan(make_plan(recipe, overrides))
-    unrelated = write(tmp_path / "base.yaml", "hello: 1\n")
-    (note,) = set(on_a_plan(make_plan(recipe, overrides))) - set(before)
-    assert unrelated in note
 
 
 @pytest.mark.usefixtures("apart")
@@ -136,17 +369,6 @@ def test_prompts_that_are_learned_and_evaluated_are_named(plan: MakePlan, tmp_pa
 
 
 @pytest.mark.usefixtures("apart")
-def test_rows_of_a_validation_are_not_learned_from_but_may_choose_a_step(plan: MakePlan, tmp_path: Path) -> None:
-    asks(tmp_path, LONG)
-    turns = [{**TURN, "content": LONG}, {"role": "assistant", "content": "On 21 March."}]
-    own = write_rows(tmp_path / "own.jsonl", {**ROWS["conversations"], "messages": turns})
-    steps, looks = "stages.sft.optim.max_steps=4", f"every: 1, data: {{source: 'path:{own}'}}"
-    assert of_plan(plan(steps, f"stages.sft.validation={{{looks}}}")) == []
-    (note,) = of_plan(plan(steps, f"stages.sft.validation={{{looks}, keep_best: true}}"))
-    assert note.startswith(f"1 row by which sft chooses its step resembles prompts of evaluate: {own}:1 has 100% ")
-
-
-@pytest.mark.usefixtures("apart")
 def test_a_primary_metric_that_a_stage_optimises_is_named_and_recorded(plan: MakePlan) -> None:
     metrics = "stages.evaluate.metrics=[{name: brevity, source: length, target: 20}, {name: liked, source: reward}]"
     scorers = "stages.ppo.scorers=[{source: reward}, {source: length, target: 20, weight: 0.5}]"
@@ -163,12 +385,6 @@ def test_a_primary_metric_that_a_stage_optimises_is_named_and_recorded(plan: Mak
     assert of_plan(plan(metrics, *guard)) == [note.replace("scorers[1]", "guard.scorer")]
     assert of_plan(plan(metrics, scorers.replace("target: 20", "target: 30"))) == []
     assert of_plan(plan(metrics, liked, only_length, "stages.ppo.reward=null")) == []
-
-
-def test_a_result_that_is_not_there_or_damaged_says_nothing_of_itself(tmp_path: Path) -> None:
-    assert of_result("reward", tmp_path) == of_result("evaluate", tmp_path) == []
-    write(tmp_path / "manifest.json", "{")
-    assert of_result("reward", tmp_path) == []
 
 
 @pytest.mark.usefixtures("apart")
@@ -191,3 +407,28 @@ def test_a_plan_says_which_models_its_run_would_download(plan: MakePlan) -> None
     notes = [line for line in screened(plan(*missing)) if "download the model" in line]
     assert notes == [f"note: the run will download the model hub:org/{name}@main" for name in ("base", "name")]
     assert not [line for line in screened(plan()) if "download the model" in line]
+
+
+def test_a_result_that_is_not_there_or_damaged_says_nothing_of_itself(tmp_path: Path) -> None:
+    assert of_result("reward", tmp_path) == of_result("evaluate", tmp_path) == []
+    write(tmp_path / "manifest.json", "{")
+    assert of_result("reward", tmp_path) == []
+
+
+@pytest.mark.usefixtures("apart")
+def test_rows_of_a_validation_are_not_learned_from_but_may_choose_a_step(plan: MakePlan, tmp_path: Path) -> None:
+    asks(tmp_path, LONG)
+    turns = [{**TURN, "content": LONG}, {"role": "assistant", "content": "On 21 March."}]
+    own = write_rows(tmp_path / "own.jsonl", {**ROWS["conversations"], "messages": turns})
+    steps, looks = "stages.sft.optim.max_steps=4", f"every: 1, data: {{source: 'path:{own}'}}"
+    assert of_plan(plan(steps, f"stages.sft.validation={{{looks}}}")) == []
+    (note,) = of_plan(plan(steps, f"stages.sft.validation={{{looks}, keep_best: true}}"))
+    assert note.startswith(f"1 row by which sft chooses its step resembles prompts of evaluate: {own}:1 has 100% ")
+
+
+def test_a_file_that_a_shipped_one_goes_before_is_named(overrides: list[str], tmp_path: Path) -> None:
+    recipe = write(tmp_path / "mine.yaml", "defaults: [quickstart, _self_]\n")
+    before = on_a_plan(make_plan(recipe, overrides))
+    unrelated = write(tmp_path / "base.yaml", "hello: 1\n")
+    (note,) = set(on_a_plan(make_plan(recipe, overrides))) - set(before)
+    assert unrelated in note

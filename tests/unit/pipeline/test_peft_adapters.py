@@ -11,8 +11,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from alignment.config.model import ModelConfig
-from alignment.core.artifacts import Manifest, publish
 from alignment.core.errors import ConfigError, ModelError
 from alignment.core.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from alignment.pipeline.execute import notes, stored_results
@@ -63,21 +61,6 @@ def test_the_base_is_the_one_that_the_adapter_names(tmp_path: Path, replan: Repl
     assert replan(_named(tmp_path / "copy")).stages[0].fingerprint == plan.stages[0].fingerprint
 
 
-def test_a_result_by_its_path_leaves_the_default_base(tmp_path: Path, replan: Replan) -> None:
-    (tmp_path / "content").mkdir()
-    (tmp_path / "content/metrics.jsonl").touch()
-    manifest = Manifest(stage="sft", kind="policy", fingerprint="0" * 64, identity={})
-    publish(tmp_path / "content", tmp_path / "sft", manifest)
-    assert replan(f"stages.dpo.init=path:{tmp_path / 'sft'}").config.model.source == ModelConfig().source
-
-
-def test_the_content_of_the_adapter_decides_what_is_reused(outside: Path, replan: Replan) -> None:
-    before = replan().stages[0].fingerprint
-    weights = load_file(outside / ADAPTER_WEIGHTS)
-    save_file({name: weight * 2 for name, weight in weights.items()}, outside / ADAPTER_WEIGHTS)
-    assert replan().stages[0].fingerprint != before
-
-
 @pytest.mark.parametrize("name", ["/gone/base", None], ids=["not here", "none"])
 def test_a_base_that_is_not_here_is_the_model_of_the_recipe_if_its_shapes_fit(
     tmp_path: Path, outside: Path, replan: Replan, name: str | None
@@ -98,9 +81,7 @@ def test_a_base_that_is_not_here_is_the_model_of_the_recipe_if_its_shapes_fit(
     [
         ({}, "hub:org/name", True),
         ({"revision": "a" * 40}, f"hub:org/name@{'a' * 40}", True),
-        ({"revision": "a" * 40}, f"hub:org/name@{'b' * 40}", True),  # until it is here, with the commit that it has
         ({}, "hub:org/other", False),
-        ({}, "bundled:smollm2-135m", False),
         ({}, "path:copy", True),  # which may be a copy
     ],
 )
@@ -123,12 +104,6 @@ def test_a_base_of_a_hub_is_compared_by_its_name(
         return
     with pytest.raises(ModelError, match=r"\n.*model\.source=hub:org/name"):
         replan(f"model.source={source}")
-
-
-def test_another_base_on_this_machine_is_refused(tmp_path: Path, replan: Replan) -> None:
-    save_tiny_model(tmp_path / "other", seed=1)
-    with pytest.raises(ModelError, match=rf"\n.*model\.source=path:{tmp_path / 'base'}"):
-        replan(_named(tmp_path / "other"))
 
 
 def test_an_adapter_of_a_hub_is_fetched_and_then_its_base(
@@ -193,11 +168,8 @@ def _with(**settings: Any) -> Callable[[Path], None]:
     "damage",
     [
         _without_weights,
-        lambda outside: (outside / ADAPTER_CONFIG).write_text("{"),
         lambda outside: (outside / ADAPTER_CONFIG).write_text("[" * 100_000),
-        lambda outside: (outside / ADAPTER_CONFIG).write_text("[]"),
         _with(peft_type="IA3"),
-        _with(peft_type="VERA"),
         _with(task_type="SEQ_CLS"),
         _with(trainable_token_indices=[3]),
         _with(bias="all"),

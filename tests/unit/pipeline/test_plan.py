@@ -6,24 +6,20 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
 from huggingface_hub.errors import CachedRepoTreeNotFoundError
 
 from alignment.config.model import NEW_TOKENS
-from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, DataError, ModelError
+from alignment.core.errors import ArtifactError, ConfigError, DataError, ModelError
 from alignment.job import memory_key
 from alignment.pipeline.execute.notes import frozen_rows
 from alignment.pipeline.execute.worker_protocol import write_stage_file
-from alignment.pipeline.plan import references
 from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.remote.remote_checkpoints import CHECKPOINT_MANIFEST
 from alignment.records.training import ChosenSize, cache_file, remember
-from alignment.stages.registry import kinds, read_spec
-from alignment.stages.sft.kind import SftConfig
+from alignment.stages.registry import read_spec
 from alignment.training import checkpoints
 from tests.hub import COMMIT
 from tests.unit.pipeline.conftest import (
@@ -53,37 +49,23 @@ def outcome(plan: Plan) -> dict[str, str]:
     ("override", "stages"),
     [
         ("stages.dpo.beta=0.3", OF_DPO),
-        ("stages.ppo.updates=3", ["ppo", "evaluate", "report"]),
         ("stages.reward.optim.epochs=2", ["reward", "ppo", "evaluate", "report"]),
-        ("stages.report.num_samples=3", ["report"]),
         ("seed=1", ALL),
-        ("model.dtype=float32", ALL),
         ("model.chat_template=chatml", ALL),
-        ("model.chat_template=trl:qwen3_training", ALL),
-        ("stages.sft.data.limit=1", ALL),
         ("stages.sft.data.fraction=0.5", ALL),
         ("stages.dpo.max_answer_length=9", OF_DPO),
         ("stages.dpo.too_long.do=cut", OF_DPO),
-        ("stages.dpo.data.format=preference", OF_DPO),
         ("stages.dpo.too_long.max_share=0.5", []),
         ("stages.evaluate.few_shot.count=5", []),  # the quickstart has no such arm
         ("launch.num_processes=2", []),
-        ("launch.threads=3", []),
         ("tracking=wandb", []),
-        ("stages.sft.log_every=7", []),
         ("stages.sft.save_every=7", []),
         ("stages.sft.optim.micro_batch_tokens=auto", []),
-        ("stages.evaluate.batch_size=1", []),
     ],
 )
 def test_a_change_re_runs_what_it_changes_and_nothing_else(plan: MakePlan, override: str, stages: list[str]) -> None:
     assert [stage.name for stage in plan().stages] == ALL
     assert changed(plan(), plan(override)) == stages
-
-
-def test_weights_without_masters_are_other_results(plan: MakePlan) -> None:
-    full = "stages.dpo.adapter.kind=full"
-    assert changed(plan(full), plan(full, "stages.dpo.adapter.master_weights=false")) == OF_DPO
 
 
 def test_the_content_of_data_counts_and_its_place_does_not(plan: MakePlan, tmp_path: Path) -> None:
@@ -129,52 +111,11 @@ def test_faulty_rows_are_named_or_skipped_by_the_plan_too(plan: MakePlan, tmp_pa
     assert changed(before, plan(*skipping)) == [], "what a faulty row would do shapes no result"
 
 
-def test_unknown_columns_name_the_stage_and_the_row_that_it_needs(plan: MakePlan, tmp_path: Path) -> None:
-    file = write_rows(tmp_path / "notes.jsonl", {"txt": "A robin sang."})
-    with pytest.raises(DataError, match=re.escape(f"'txt' of {file}")) as caught:
-        plan("+stage@stages.cpt=cpt", f"stages.cpt.data.source=path:{file}")
-    assert caught.value.where == "stages.cpt.data"
-    assert '{"text": ' in caught.value.remedy
-    assert "stages.cpt.data.columns={text: YOURS}" in caught.value.remedy
-
-
-def test_columns_may_name_what_a_function_of_the_user_s_reads(plan: MakePlan, tmp_path: Path) -> None:
-    function = write(tmp_path / "score.py", "def of(prompts, completions, rows): ...")
-    rows = tmp_path / "preferences.jsonl"
-    rows.write_text(rows.read_text().replace('{"messages"', '{"hard": 1, "messages"'))
-    scorers = f"stages.ppo.scorers=[{{source: reward}}, {{source: '{function}:of'}}]"
-    assert plan(scorers, "stages.ppo.data.columns={level: hard}").stages
-
-
 # ---- models and templates -------------------------------------------------------------------------------------------
 
 
 def template(tmp_path: Path, text: str = "{{ messages[0]['content'] }}{{ mood }}") -> str:
     return f"model.chat_template=path:{write(tmp_path / 'mine.jinja', text)}"
-
-
-def test_a_template_counts_by_its_content_and_the_worker_is_told_its_whole_path(
-    plan: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = template(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    before = plan("model.chat_template=path:mine.jinja")
-    spec = yaml.safe_load(write_stage_file(before, before.stages[0], before.config.launch, git_commit="").read_text())
-    assert f"model.chat_template={spec['model']['chat_template']}" == whole
-    assert changed(before, plan(whole)) == []
-    template(tmp_path, "{{ messages[1]['content'] }}")
-    assert "sft" in changed(before, plan(whole))
-
-
-def test_options_of_a_template_count_and_the_worker_gets_them(plan: MakePlan, tmp_path: Path) -> None:
-    calm, own = "model.template_options.mood=calm", template(tmp_path)
-    bare, with_option = plan(own), plan(own, calm)
-    assert changed(bare, with_option) == changed(bare, plan(own, "model.template_options.mood=tense"))
-    assert {"sft", "dpo", "ppo", "evaluate"} <= set(changed(bare, with_option))
-    file = write_stage_file(with_option, with_option.stages[0], with_option.config.launch, git_commit="")
-    assert read_spec(file).model.template.options == {"mood": "calm"}
-    leave_all(bare)
-    assert outcome(plan(own, calm))["sft"].startswith("run  template_options.mood unset → calm (nearest: sft-")
 
 
 @pytest.mark.parametrize(
@@ -213,12 +154,6 @@ def test_every_file_that_a_model_is_read_from_counts(plan: MakePlan, tmp_path: P
     before = plan()
     write(tmp_path / "model" / name, "{ }")
     assert "sft" in changed(before, plan())
-
-
-def test_a_folder_of_pickles_is_no_model(plan: MakePlan, tmp_path: Path) -> None:
-    (tmp_path / "model/model.safetensors").rename(tmp_path / "model/pytorch_model.bin")
-    with pytest.raises(ModelError, match="safetensors"):
-        plan()
 
 
 @pytest.mark.parametrize("state", ["absent", "complete", "unlisted"])
@@ -292,14 +227,6 @@ def test_a_reason_says_what_differs_from_the_nearest_result(plan: MakePlan, tmp_
     assert re.fullmatch(rf"run  {template_reason}, dtype bfloat16 → float32 \(nearest: {near['sft']}\)", reason)
 
 
-@pytest.mark.parametrize("text", ["{", '{"added_by_a_newer_version": 1}'])
-def test_a_result_that_the_plan_does_not_need_may_be_unreadable(plan: MakePlan, text: str) -> None:
-    first = plan()
-    leave_all(first)
-    write(first.output / "artifacts/sft-00000000/manifest.json", text)
-    assert "run  beta 0.1 → 0.3 (nearest: dpo-" in outcome(plan("stages.dpo.beta=0.3"))["dpo"]
-
-
 def test_the_nearest_result_is_of_this_run_or_has_the_fewest_differences(plan: MakePlan) -> None:
     far, close = plan("stages.dpo.beta=0.2", "stages.dpo.loss=ipo"), plan("stages.dpo.beta=0.2")
     for planned in (far, close):
@@ -311,12 +238,6 @@ def test_the_nearest_result_is_of_this_run_or_has_the_fewest_differences(plan: M
     record = {"stages": {stage.name: {"artifact": str(stage.artifact)} for stage in far.stages}}
     write(far.run_folder / "run.json", json.dumps(record))
     assert outcome(plan("stages.dpo.beta=0.3"))["dpo"] == f"run  beta 0.2 → 0.3, loss ipo → sigmoid {nearest['far']}"
-
-
-def test_a_result_that_differs_in_much_is_no_reason(plan: MakePlan) -> None:
-    smoke = plan("stages.sft.data.limit=8", "stages.sft.max_length=96", "stages.sft.optim.lr=1", "seed=7")
-    leave_artifact(smoke.stages[0])
-    assert outcome(plan())["sft"] == "run  no result yet with similar settings"
 
 
 def test_an_interrupted_stage_goes_on_from_its_last_complete_checkpoint(plan: MakePlan) -> None:
@@ -386,39 +307,6 @@ def test_a_size_that_stages_choose_themselves_is_shown_where_one_was_chosen(plan
 
 # ---- references and files -------------------------------------------------------------------------------------------
 
-TAKES_A_POLICY = [
-    ("reward", "init"),
-    ("dpo", "init"),
-    ("kto", "init"),
-    ("ppo", "init"),
-    ("distil", "teacher"),
-    ("sample", "policy"),
-    ("evaluate", "reference"),
-]
-"""Kinds, and their setting that names the stage ``sft`` by default."""
-
-
-def test_every_setting_that_names_a_stage_by_default_is_tested() -> None:
-    named = [
-        (kind.name, slot.field)
-        for kind in kinds().values()
-        for slot in references.slots(kind.config())
-        if slot.ref == "stage:sft" and not references.is_arm(slot)
-    ]
-    assert sorted(named) == sorted(TAKES_A_POLICY)
-
-
-@pytest.mark.parametrize(("kind", "field"), TAKES_A_POLICY)
-def test_a_default_that_names_an_absent_stage_says_that_the_base_may_take_its_place(kind: str, field: str) -> None:
-    config, where = kinds()[kind].config, f"stages.mine.{field}"
-
-    def messages(**others: Any) -> dict[str, str]:
-        return {fault.where: fault.message for fault in references.faults(others)}
-
-    assert f"{where}=base" in messages(mine=config())[where]
-    assert "'stage:sft_2'" in messages(mine=config(), sft_2=kinds()["sft"].config())[where]
-    assert where not in messages(mine=config(**{field: "base"}))
-
 
 def test_a_recipe_of_dpo_alone_plans_as_the_error_says(overrides: list[str], tmp_path: Path) -> None:
     recipe = write(tmp_path / "mine.yaml", "defaults: [base, stage@stages.dpo: dpo, _self_]\n")
@@ -428,68 +316,3 @@ def test_a_recipe_of_dpo_alone_plans_as_the_error_says(overrides: list[str], tmp
     remedy = str(caught.value).split("Set ")[1].split()[0]
     assert (caught.value.where, remedy) == ("stages.dpo.init", "stages.dpo.init=base")
     assert [stage.name for stage in make_plan(recipe, [*of_dpo, remedy]).stages] == ["dpo"]
-
-
-@pytest.mark.parametrize(
-    ("file", "override", "meant"),
-    [
-        ("score.py", "stages.evaluate.metrics=[{name: a, source: score.py:f}]", "{}/score.py:f"),
-        ("rows.jsonl", "stages.sft.data.source=path:rows.jsonl", "path:{}/rows.jsonl"),
-    ],
-)
-def test_a_file_next_to_the_recipe_is_not_found_from_another_folder(
-    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, override: str, meant: str
-) -> None:
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    recipe = write(tmp_path / "recipes/mine.yaml", "defaults: [quickstart, _self_]\nsummary: mine\n")
-    for is_advised in (False, True):
-        with pytest.raises(AlignmentError) as caught:
-            make_plan(recipe, [*overrides, override])
-        assert f"no file {tmp_path}/here/{file}" in str(caught.value)
-        assert (f"write {meant.format(tmp_path / 'recipes')}" in str(caught.value)) is is_advised
-        write(tmp_path / "recipes" / file, "def f(a, b, c): ...")
-
-
-def test_a_data_file_with_a_similar_name_is_suggested(plan: MakePlan, tmp_path: Path) -> None:
-    write(tmp_path / "birds.jsonl", "")
-    with pytest.raises(DataError, match=rf"did you mean {tmp_path}/birds\.jsonl\?"):
-        plan(f"stages.sft.data.source=path:{tmp_path}/bird.jsonl")
-
-
-def test_a_fault_in_a_file_of_the_user_s_names_the_file(tmp_path: Path, overrides: list[str]) -> None:
-    text = "defaults: [base, stage@stages.dpo: dpo, _self_]\nstages: {dpo: {bata: 0.1, beta: -1}}\n"
-    recipe = write(tmp_path / "mine.yaml", text)
-    with pytest.raises(ConfigError) as caught:
-        make_plan(recipe, [overrides[0], "stages.dpo.losss=ipo", "stages.dpo.beta=0"])
-    lines = str(caught.value).splitlines()
-    assert [line for line in lines if line.startswith(f"  {recipe}: stages.dpo.bata: ")]
-    for of_the_command_line in ("losss", "beta"):
-        assert [line for line in lines if line.startswith(f"  stages.dpo.{of_the_command_line}: ")]
-
-
-@pytest.mark.parametrize("stage", ["sft", "ppo", "evaluate"])
-def test_an_unknown_kind_is_the_only_fault_whoever_needs_the_stage(plan: MakePlan, stage: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        plan(f"stages.{stage}.kind=mine")
-    assert (caught.value.where, len(str(caught.value).splitlines())) == (f"stages.{stage}.kind", 1)
-
-
-def test_parts_of_a_learning_curve_differ_in_their_name_and_fraction_alone(overrides: list[str]) -> None:
-    model = [override for override in overrides if override.startswith(("output=", "model."))]
-    curve = make_plan("learning_curve", model)
-    parts = [stage for stage in curve.stages if isinstance(stage.config, SftConfig)]
-    names = [stage.name for stage in parts]
-    assert [stage.name for stage in curve.stages] == [*names, "evaluate", "report"]
-    assert {stage.inputs["init"].ref for stage in parts} == {"base"}
-    assert list(curve.stages[-2].arms) == ["base", "base+prompt", *(f"stage:{name}" for name in names)]
-    assert "reward" not in curve.stages[-2].inputs
-    assert [stage.config.data.fraction for stage in parts] == [0.125, 0.25, 0.5, 1.0]  # type: ignore[attr-defined]
-
-    def without_amount(identity: dict[str, Any]) -> dict[str, Any]:
-        config = identity["config"]
-        return {**identity, "stage": "", "config": {**config, "data": {**config["data"], "fraction": 0}}}
-
-    first, *others = (without_amount(stage.identity) for stage in parts)
-    assert others == [first] * 3
-    assert parts[-1].fingerprint == make_plan("quickstart", model).stages[0].fingerprint

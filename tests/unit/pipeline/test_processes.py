@@ -76,35 +76,6 @@ def test_a_process_has_a_worker_s_environment_and_is_not_taken_for_one_of_the_ca
     assert call([sys.executable, "-c", "import os, sys; sys.exit(40 + int(os.environ['HF_HUB_OFFLINE']))"]) == 41
 
 
-def test_a_command_can_keep_a_lock_after_the_one_who_took_it_let_go(executed: Executed, tmp_path: Path) -> None:
-    lock, release = tmp_path / "lock", tmp_path / "release"
-    seen = []
-    with held(lock, wait=False) as descriptor:
-        inherited = os.dup(descriptor)
-
-    def let_go() -> None:
-        if not seen:
-            os.close(inherited)
-            seen.append(is_held(lock))
-            release.touch()
-
-    waits = f"import pathlib, time\nwhile not pathlib.Path({str(release)!r}).exists(): time.sleep(0.01)"
-    executed(python(waits), on_poll=let_go, keep_open=[inherited])
-    assert (seen, is_held(lock)) == ([True], False)
-
-
-def test_a_command_runs_where_processes_of_others_are_hidden(
-    executed: Executed, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As with /proc mounted with hidepid=1, where psutil cannot list children."""
-
-    def hidden(*_: object, **__: object) -> list[psutil.Process]:
-        raise psutil.AccessDenied(1)
-
-    monkeypatch.setattr(psutil.Process, "children", hidden)
-    assert executed(python("import time; time.sleep(0.5)")) == 0
-
-
 # ---- how it is asked to stop ----------------------------------------------------------------------------------------
 
 # A launcher that dies at SIGTERM, and a worker in a session of its own that takes a moment to save.
@@ -231,18 +202,6 @@ def test_a_signal_that_comes_while_the_command_starts_lets_its_worker_save(
     assert saved.read_text() == "saved"
 
 
-def test_a_worker_hears_what_its_launcher_does_not(executed: Executed, tmp_path: Path) -> None:
-    (tmp_path / "sft").mkdir()
-    code = (
-        "import os, pathlib, signal\nfrom alignment.core.child_processes import stop_while_importing\n"
-        "from alignment.records.worker import write_stopped_before_it_began\n"
-        f"os.kill(os.getpid(), signal.SIGUSR1)\nfile = pathlib.Path({str(tmp_path / 'sft/stage.yaml')!r})\n"
-        "stop_while_importing(lambda: write_stopped_before_it_began(file))\n"
-    )
-    assert executed(python(code, PYTHONPATH=str(ROOT))) == 75
-    assert json.loads((tmp_path / "sft/status.json").read_text())["state"] == "preempted"
-
-
 # ---- a command that a server forks is like one that is executed, but for the seconds of importing -------------------
 
 PROBE = """
@@ -349,23 +308,6 @@ def test_children_run_side_by_side_and_outlive_the_server(library: Path, log: Pa
         assert not is_living(slow)
 
 
-def test_each_child_has_the_temporary_folders_of_libraries_for_itself(
-    executed: Executed, library: Path, log: Path
-) -> None:
-    library.write_text(
-        "import atexit, os, tempfile\nPID = os.getpid()\n"
-        f"FOLDER = tempfile.TemporaryDirectory(dir={str(library.parent)!r}, prefix='made')\n"
-        "atexit.register(FOLDER.cleanup)\n"
-    )
-    shows = "print(json.dumps([probe_library.FOLDER.name, os.listdir(probe_library.FOLDER.name)]), file=sys.stderr)"
-    with serving() as server:
-        for _ in range(2):
-            assert executed(probe(shows), server=server) == 0
-    (first, nothing), (second, _) = (json.loads(line) for line in log.read_text().splitlines()[1::2])
-    assert (nothing, first != second) == ([], True)
-    assert not list(library.parent.glob("made*")), "nor is the server's own left"
-
-
 def test_locks_stay_with_a_child(library: Path, log: Path, tmp_path: Path) -> None:
     with serving() as server:
         with held(tmp_path / "lock", wait=False) as lock:
@@ -391,21 +333,6 @@ def test_what_cannot_be_forked_is_executed(
             assert beside_a_gpu is None
 
 
-IMPORTS = """
-import importlib.util, scipy
-sys.exit(40 + (importlib.util.find_spec("deepspeed") is None))
-"""
-
-
-def test_libraries_that_others_do_not_need_are_there_for_a_users_code(
-    executed: Executed, library: Path, log: Path
-) -> None:
-    library.write_text("import importlib.util\nPID = importlib.util.find_spec('scipy')\n")
-    with serving() as server:
-        assert executed(probe(IMPORTS), server=server) == 41
-    assert json.loads(log.read_text())["imported_by"] is None, "the server's libraries were not to find it"
-
-
 def test_a_library_that_hangs_is_given_up_and_one_that_is_broken_reported_by_who_needs_it(
     executed: Executed, library: Path, log: Path
 ) -> None:
@@ -416,6 +343,16 @@ def test_a_library_that_hangs_is_given_up_and_one_that_is_broken_reported_by_who
     library.write_text("import time\ntime.sleep(600)")
     with serving() as server, log.open("wb") as output:
         assert server.start(probe(), output=output.fileno(), keep_open=[], gives_up=lambda: True) is None
+
+
+def test_the_server_ends_with_its_client(library: Path) -> None:
+    with serving() as server:
+        process = psutil.Process(server._process.pid)
+        server._client.close()  # as the end of a killed driver does
+        deadline = time.monotonic() + 20
+        while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process.status() == psutil.STATUS_ZOMBIE
 
 
 def test_the_end_of_a_child_is_seen_though_the_server_hangs(
@@ -429,34 +366,16 @@ def test_the_end_of_a_child_is_seen_though_the_server_hangs(
         assert child.wait() == 1
 
 
-HAS_A_HELPER = """
-import pathlib, subprocess
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-def save(*_):
-    pathlib.Path({saved!r}).write_text(str(child.poll()))
-    child.kill()
-    sys.exit(75)
-signal.signal(signal.SIGTERM, save)
-pathlib.Path({ready!r}).touch()
-time.sleep(60)
+IMPORTS = """
+import importlib.util, scipy
+sys.exit(40 + (importlib.util.find_spec("deepspeed") is None))
 """
 
 
-def test_a_stop_is_asked_of_the_worker_and_not_of_its_helpers(
-    executed: Executed, library: Path, saved: Path, tmp_path: Path
+def test_libraries_that_others_do_not_need_are_there_for_a_users_code(
+    executed: Executed, library: Path, log: Path
 ) -> None:
+    library.write_text("import importlib.util\nPID = importlib.util.find_spec('scipy')\n")
     with serving() as server:
-        code = HAS_A_HELPER.format(saved=str(saved), ready=str(tmp_path / "ready"))
-        with pytest.raises(KeyboardInterrupt):
-            executed(probe(code), on_poll=interrupt_at(tmp_path / "ready"), grace_seconds=20, server=server)
-        assert saved.read_text() == "None", "its helper was still there when it saved"
-
-
-def test_the_server_ends_with_its_client(library: Path) -> None:
-    with serving() as server:
-        process = psutil.Process(server._process.pid)
-        server._client.close()  # as the end of a killed driver does
-        deadline = time.monotonic() + 20
-        while process.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert process.status() == psutil.STATUS_ZOMBIE
+        assert executed(probe(IMPORTS), server=server) == 41
+    assert json.loads(log.read_text())["imported_by"] is None, "the server's libraries were not to find it"

@@ -195,17 +195,12 @@ def metric(text: str, field: str, word: str) -> Row:
 METRICS: list[Row] = [
     metric("source: length, target: 9", "name", "write a name"),
     metric("name: a b, source: length, target: 9", "name", "'a b'"),
-    metric("name: loss, source: length, target: 9", "name", "reserved"),
     metric("name: primary, source: length, target: 9", "name", "reserved"),
-    metric("name: s, source: lenght", "source", "'length'"),
     metric("name: s, source: length", "target", "'length'"),
-    metric("name: s", "source", "reward model"),
     metric("name: s, source: house_style", "source", "FILE.py:FUNCTION"),
-    metric("name: s, source: 'nowhere.py:score'", "source", "nowhere.py"),
     metric("name: r, source: 'stage:sft'", "source", "'stage:sft' is a policy"),
     metric(f"name: a, source: server, server: {{{URL}}}", "server.model", "missing"),
     metric("name: a, source: ensemble", "source", "cannot be a metric"),
-    metric("name: a, source: refusal, rubric: x", "rubric", "'grade'"),
     ("evaluate.metrics=[{name: s, source: refusal}, {name: s, source: refusal}]", "evaluate.metrics[1].name", "twice"),
     (("evaluate.metrics=[{name: r, source: reward}]", "evaluate.reward=null"), f"{FIRST}.source", "null"),
     ("evaluate.primary=stile", "evaluate.primary", "'style'"),
@@ -213,11 +208,9 @@ METRICS: list[Row] = [
     ("evaluate.answers={per_prompt: 4}", "evaluate.answers.temperature", "set temperature"),
     ((SAMPLED, f"{PASS}pass@8}}]"), f"{FIRST}.aggregate", "at least 8"),
     ((SAMPLED, f"{PASS}pass@2, higher_is_better: false}}]"), f"{FIRST}.aggregate", "lower is better"),
-    ((SAMPLED, f"{PASS}majority}}]"), f"{FIRST}.aggregate", "exact_answer"),
     (f"{PASS}median}}]", f"{FIRST}.aggregate", "pass@4"),
     metric("name: m, source: exact_answer, aggregate: majority", "aggregate", "per_prompt"),
     ("evaluate.system_prompt=null", "evaluate.system_prompt", "'base+prompt'"),
-    ("evaluate.system_prompt=''", "evaluate.system_prompt", "'base+prompt'"),
     ("evaluate.few_shot.count=0", "evaluate.few_shot.count", "0"),
 ]
 JUDGE = "evaluate.judge"
@@ -235,12 +228,9 @@ def endpoint(override: str, word: str) -> Row:
 
 
 JUDGES: list[Row] = [
-    judge("kind: rules", "kind", "people"),
     ((f"{JUDGE}.kind=metric", "evaluate.metrics=[]"), f"{JUDGE}.kind", "name one"),
     judge("kind: endpoint", "endpoint.base_url", "missing"),
-    judge("kind: endpoint", "endpoint.model", "missing"),
     judge("kind: metric, endpoint: {model: m}", "endpoint", "'endpoint'"),
-    judge("pairs: [{arm: base, against: stage:sft}]", "pairs", "unused"),
     ((f"{JUDGE}.kind=reward", "evaluate.reward=null"), f"{JUDGE}.kind", "'reward'"),
     ((f"{JUDGE}.kind=metric", "evaluate.arms=[base]"), f"{JUDGE}.pairs", "no trained arm"),
     judge("kind: metric, pairs: [{arm: stage:dop, against: base}]", "pairs[0].arm", "'stage:dpo'"),
@@ -252,11 +242,8 @@ JUDGES: list[Row] = [
      f"{JUDGE}.labelled", "'choice'"),
     endpoint("endpoint.base_url=localhost:8000", "not shown"),
     endpoint("endpoint.base_url='https://me:s3cret@host/v1'", "without a key or a password"),
-    endpoint("endpoint.base_url='https://host/v1?key=s3cret'", "without a key or a password"),
     endpoint("endpoint.api_key_env=sk-canary", "environment variable"),
-    endpoint("endpoint.timeout=0", "0"),
     endpoint("endpoint.timeout=300", "3 attempts"),
-    endpoint("max_invalid=1.5", "1.5"),
 ]  # fmt: skip
 GRADER = "evaluate.grader"
 GRADED = ("evaluate.metrics=[{name: helpful, source: grade}]", "evaluate.primary=helpful",
@@ -269,13 +256,8 @@ def grader(override: str, word: str) -> Row:
 
 GRADERS: list[Row] = [
     (GRADED[:2], f"{GRADER}.endpoint.base_url", "missing"),
-    (GRADED[:2], f"{GRADER}.endpoint.model", "missing"),
     (GRADED[3:], GRADER, "'grade'"),
     grader("highest=1", f"stages.{GRADER}.lowest"),
-    grader("rubric=''", "''"),
-    grader("max_invalid=1.5", "1.5"),
-    grader("endpoint.timeout=300", "3 attempts"),
-    grader("endpoint.api_key_env=sk-canary", "environment variable"),
     grader("endpoint.criteria=x", "unknown key"),
     ((*GRADED, "evaluate.metrics=[{name: helpful, source: grade, pattern: x}]"), f"{FIRST}.pattern", "'regex'"),
     ((*GRADED, "evaluate.metrics=[{name: helpful, source: grade, aggregate: pass@2}]", SAMPLED),
@@ -297,37 +279,29 @@ MEASURING: list[Row] = [
     card("card.reward=base", "card.reward", "'base' is a language model"),
     card("card.reward=stage:card", "card.reward", "reward card"),
     card("card.learned.limit=3", "card.learned.source", "missing"),
-    card("card.rule.source=lenght", "card.rule.source", "'len"),
     card("card.rule={source: regex}", "card.rule.pattern", "'regex'"),
-    card("card.rule={source: 'stage:reward'}", "card.rule.source", "FILE.py:FUNCTION"),
     card("report.evaluation=stage:card", "report.evaluation", "reward card"),
     (LOST, "forgetting.arms", "[stage:sft]"),
     forgetting("arms=[base]", "arms[0]", "'base' was not trained"),
     forgetting("arms=['stage:sft',base+prompt]", "arms[1]", "'base+prompt'"),
     forgetting("arms=['stage:reward']", "arms[0]", "reward model"),
     forgetting("arms=['stage:sft','stage:sft']", "arms[1]", "twice"),
-    forgetting("arms=['stage:sfd']", "arms[0]", "'sft'"),
     forgetting("max_perplexity_rise=-0.1", "max_perplexity_rise", "-0.1"),
-    forgetting("max_ability_drop=1.1", "max_ability_drop", "1.1"),
 ]
 CONFIG = [*ADAPTERS, *JOBS, *TRAINING, *REFERENCES, *SOURCES, *SCORERS, *METRICS, *JUDGES, *GRADERS, *MEASURING]
 DATA: list[Row] = [
     ("sft.data.source=path:/nowhere", "sft.data.source", "no file"),
-    ("sft.data.source=x", "sft.data.source", "'x'"),
     ("sft.data.source=hub:name", "sft.data.source", "'hub:name'"),
     ("sft.data.source=bundled:quickstart/conversation", "sft.data.source", "'quickstart/conversations'"),
     ("evaluate.judge={kind: people, votes: none.jsonl}", "evaluate.judge.votes", "no file"),
     card("card.learned.source=path:nowhere.jsonl", "card.learned.source", "no file"),
     card("card.rule={source: exact_answer}", "{tmp}/preferences.jsonl:1", "'answer' is missing"),
     ("evaluate.metrics=[{name: knows, source: choice}]", "{tmp}/heldout.jsonl:1", "'choices' is missing"),
-    card("card.data.source=path:{tmp}/heldout.jsonl", "{tmp}/heldout.jsonl:1", "'chosen' is missing"),
 ]
 MODELS: list[Row] = [
     ("dpo.init=path:/nowhere", "dpo.init", "no folder"),
     ("model.source=path:/nowhere", "model.source", "no folder"),
     ("model.source=bundled:smollm", "model.source", "'smollm'"),
-    ("model.source=gpt2", "model.source", "'gpt2'"),
-    ("evaluate.reward=path:{tmp}/model", "evaluate.reward", "reward model"),
     card("card.reward=path:{tmp}/model", "card.reward", "reward model"),
 ]
 ROWS = [(2, *row) for row in CONFIG] + [(3, *row) for row in DATA] + [(4, *row) for row in MODELS]
@@ -370,22 +344,11 @@ def test_what_fits_is_planned(plan: MakePlan, tmp_path: Path, settings: Sequence
     assert plan(*(whole(override, tmp_path) for override in settings)).stages
 
 
-def test_all_faults_are_reported_together(plan: MakePlan) -> None:
-    scorers = "[{source: reward}, {source: regex}, {source: 'nowhere.py:f'}, {weigth: 2}]"
-    with pytest.raises(ConfigError) as caught:
-        plan("stages.ppo.reward=null", f"stages.ppo.scorers={scorers}")
-    lines = [line.strip().partition(": ")[0] for line in str(caught.value).splitlines()[1:]]
-    fields = ["0].source", "1].pattern", "2].source", "3].source", "3].weigth"]
-    assert sorted(lines) == [f"stages.ppo.scorers[{field}" for field in fields]
-
-
 @pytest.mark.parametrize(
     ("source", "corrected"),
     [
         ("org/name@main", "hub:org/name@main"),
-        ("hf:org/name", "hub:org/name"),
         ("https://hub.example/org/name/", "hub:org/name"),
-        ("./mine", "path:./mine"),
         ("/nowhere/mine", "path:/nowhere/mine"),
         ("here/inside", "path:here/inside"),
     ],
@@ -394,8 +357,6 @@ def test_all_faults_are_reported_together(plan: MakePlan) -> None:
     ("setting", "value"),
     [
         ("model.source", "'{}'"),
-        ("stages.dpo.init", "'{}'"),
-        ("stages.evaluate.arms", "[base,'{}']"),
         ("stages.evaluate.reward", "'{}'"),
         ("stages.sft.data.source", "'{}'"),
         ("stages.ppo.scorers", "[{{source: '{}'}}]"),
@@ -436,6 +397,8 @@ def test_a_tracker_that_is_not_installed_is_refused_with_its_package_and_extra(
 
 
 PASSWORD = {"MLFLOW_TRACKING_USERNAME": "me", "MLFLOW_TRACKING_PASSWORD": "s3cret"}
+
+
 TOKEN = {"MLFLOW_TRACKING_TOKEN": "s3cret", "MLFLOW_TRACKING_USERNAME": "me"}
 
 
@@ -446,12 +409,10 @@ TOKEN = {"MLFLOW_TRACKING_TOKEN": "s3cret", "MLFLOW_TRACKING_USERNAME": "me"}
         ({"mlflow": True}, {"MLFLOW_TRACKING_URI": "sqlite:///s3cret.db"}, "tracking.mlflow", "address of a server"),
         ({"mlflow": True}, {"MLFLOW_TRACKING_URI": "http://me:s3cret@x"}, "tracking.mlflow", "TRACKING_PASSWORD"),
         ({"mlflow": True}, SERVER | TOKEN, "tracking.mlflow", "unset one of them"),
-        ({"trackio": True}, {"TRACKIO_SPACE_ID": "s3cret/space"}, "tracking.trackio", "TRACKIO_SPACE_ID is set"),
         ({"trackio": True}, {"TRACKIO_SERVER_URL": "s3cret"}, "tracking.trackio", "TRACKIO_SERVER_URL is set"),
         ({"trackio": True}, {"TRACKIO_STORAGE_MODE": "JSONL"}, "tracking.trackio", "cannot be read back"),
         ({}, {"MLFLOW_TRACKING_URI": "sqlite:///s3cret.db", "TRACKIO_SERVER_URL": "s3cret"}, "", ""),
         (dict.fromkeys(("wandb", "tensorboard", "mlflow", "trackio"), True), SERVER | PASSWORD, "", ""),
-        ({"mlflow": True, "mlflow_url": "https://mlflow.example.org/team"}, {}, "", ""),
     ],
 )
 def test_variables_of_trackers_that_contradict_are_refused(

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-import shutil
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,9 @@ import pytest
 from rich.console import Console
 
 from alignment import rehearse as worker
-from alignment.config.launch import Engine, SamplingConfig
-from alignment.config.scoring import MetricConfig
 from alignment.core import hardware
 from alignment.core.errors import AlignmentError, DataError, ModelError, RewardError, StageError
 from alignment.data.tokens.rendering import LAST_STAND_IN
-from alignment.job import StageInput
 from alignment.pipeline.backends import processes
 from alignment.pipeline.backends.command import Command
 from alignment.pipeline.execute import worker_protocol
@@ -28,13 +24,9 @@ from alignment.pipeline.execute.rehearsal import rehearse
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import Plan
 from alignment.records.run import RunRecord
-from alignment.records.worker import DONE, FAILED, Status
-from alignment.stages.evaluate import prompt_lengths
-from alignment.stages.evaluate.config import EvaluateConfig
+from alignment.records.worker import FAILED, Status
 from alignment.stages.forgetting.kind import ForgettingConfig
 from alignment.stages.registry import kind_of
-from alignment.stages.sample.kind import SampleConfig
-from alignment.stages.sample.run import refuse_base
 from alignment.training.context import StageContext
 from tests.tiny import tiny_spec, tiny_tokenizer
 from tests.unit.pipeline.conftest import NUM_PAIRS, MakePlan, leave_artifact, write_rows
@@ -117,12 +109,7 @@ def test_what_went_well_is_not_tried_again(tried: Tried, started: Commands, tmp_
     assert tries("stages.dpo.max_length=300") == [["--rows", "dpo", "--scorers", "--model"]]
     assert tries("stages.dpo.data.on_error=skip") == [["--rows", "dpo", "--scorers", "--model", "dpo"]]
     assert tries(function="fine2") == [["--rows", "--scorers", "ppo", "--model"]]
-    for setting, stage in (
-        ("stages.dpo.too_long.do=cut", "dpo"),
-        ("stages.dpo.max_answer_length=200", "dpo"),
-        ("stages.dpo.validation={every: 1, share: 0.5}", "dpo"),
-        ("stages.ppo.max_prompt_length=100", "ppo"),
-    ):
+    for setting, stage in (("stages.dpo.too_long.do=cut", "dpo"), ("stages.ppo.max_prompt_length=100", "ppo")):
         assert [words[:3] for words in tries(setting)] == [["--rows", stage, "--scorers"]]
     (tmp_path / "score.py").write_text(SCORER.replace("0.5 for", "0.25 for"))
     assert tries() == [["--rows", "--scorers", "ppo", "--model"]], "an edited function"
@@ -133,28 +120,6 @@ def test_what_went_well_is_not_tried_again(tried: Tried, started: Commands, tmp_
         with pytest.raises(RewardError):
             tries(function="two")
         assert [stages_in(command) for command in started] == [["--rows", "--scorers", "ppo", "--model"]]
-
-
-def test_what_is_tried_is_announced_by_name(tried: Tried) -> None:
-    tried()
-    announced: list[str] = []
-    for setting in ("stages.dpo.max_length=300", "stages.dpo.max_length=300", "stages.evaluate.max_new_tokens=100"):
-        planned = tried(setting, announced=announced)
-    assert announced == [
-        f"checking {checked} before training (takes ten seconds or more, once for these settings and data)"
-        for checked in ("rows of dpo", "requirements of evaluate")
-    ]
-    assert not any(planned.run_folder.iterdir()), "nothing is left"
-
-
-def test_a_stage_that_runs_first_finds_out_by_itself(
-    plan: MakePlan, tried: Tried, started: Commands, tmp_path: Path
-) -> None:
-    scorers = f"stages.ppo.scorers=[{{source: reward}}, {{source: '{tmp_path}/score.py:raises'}}]"
-    for stage in plan(scorers).stages[:3]:
-        leave_artifact(stage)
-    tried(NO_METRICS, function="raises")
-    assert [stages_in(command) for command in started] == [["--rows", "--scorers", "--model", "evaluate"]]
 
 
 LABELLED = [
@@ -189,11 +154,9 @@ TOO_LONG = "24 dropped of 24 rows because they are too long"
 @pytest.mark.parametrize(
     ("function", "settings", "kind", "stage", "message"),
     [
-        ("none", (), RewardError, "ppo", "gave None"),
         ("two", (), RewardError, "ppo", "score.py:two: gave 2 scores for 1 answers to "),
         ("raises", (), RewardError, "ppo", "score.py:raises: raised KeyError: 'level' at line 7"),
         ("fine", ("stages.dpo.max_length=4",), DataError, "dpo", TOO_LONG),
-        ("fine", ("stages.dpo.max_length=4", "stages.dpo.too_long.do=cut"), DataError, "dpo", "are too long"),
         ("fine", ("stages.ppo.max_prompt_length=4",), DataError, "ppo", TOO_LONG),
     ],
 )
@@ -216,20 +179,10 @@ def test_what_a_template_leaves_out_of_a_later_stage_is_announced(tried: Tried, 
     assert note.startswith(f"dpo: {file}: the chat template leaves out thoughts of earlier turns in 1 of 1 ")
 
 
-def test_a_tokenizer_without_a_template_is_named(tried: Tried, tmp_path: Path) -> None:
-    (tmp_path / "model/chat_template.jinja").unlink(missing_ok=True)
-    config = tmp_path / "model/tokenizer_config.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "chat_template": None}))
-    with pytest.raises(DataError, match=r"stage reward, .*the tokenizer has no chat template"):
-        tried()
-    tried("model.chat_template=chatml")
-
-
 @pytest.mark.parametrize(
     ("setting", "is_refused"),
     [
         ("dpo.data={source: 'path:{}/five.jsonl', on_error: skip, max_skipped: 0.5}", False),
-        ("dpo.data={source: 'path:{}/five.jsonl', on_error: fail}", True),
         ("dpo.validation={every: 1, data: {source: 'path:{}/all.jsonl'}}", True),
         ("dpo.validation={every: 1, data: {source: 'path:{}/none.jsonl', mix: [{source: 'path:{}/all.jsonl', "
          "count: 2}]}}", True),
@@ -266,29 +219,6 @@ def test_a_bug_in_a_trial_is_looked_for_in_the_packages_of_the_stages(
     assert "in their-dpo or their-evaluate or their-reward, which adds" in caught.value.remedy
 
 
-def test_a_rehearsal_of_a_killed_driver_does_not_answer_for_a_later_one(
-    plan: MakePlan, executed: Callable[[Execute], None]
-) -> None:
-    folders: list[Path] = []
-
-    def execute(command: Command, *, log: Path, **_: Any) -> int:
-        folders.append(Path(command.argv[3]))
-        log.write_text("")
-        if len(folders) == 1:
-            raise KeyboardInterrupt
-        Status(state=DONE, exit_code=0).write(folders[1])
-        with suppress(OSError):
-            Status(state=FAILED, exit_code=5, error="of the earlier one").write(folders[0])
-        return 0
-
-    executed(execute)
-    planned = plan()
-    with pytest.raises(KeyboardInterrupt):
-        rehearse(planned, planned.stages, announce=lambda _: None)
-    rehearse(planned, planned.stages, announce=lambda _: None)
-    assert not any(planned.run_folder.iterdir()), "nothing is left"
-
-
 def test_what_does_not_answer_in_time_is_ended(
     plan: MakePlan, executed: Callable[[Execute], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -302,32 +232,6 @@ def test_what_does_not_answer_in_time_is_ended(
     planned = plan("launch.hang_seconds=7")
     with pytest.raises(StageError, match=r"launch\.hang_seconds: .* did not finish within 7 seconds"):
         rehearse(planned, planned.stages, announce=lambda _: None)
-
-
-@pytest.mark.parametrize(
-    ("settings", "ranks"),
-    [
-        (("launch.kind=torchrun",), ("0", "0", "1")),
-        (("launch=ddp", "launch.num_processes=2"), ("0", "0", "1")),
-        ((), (None, None, None)),
-    ],
-)
-def test_a_scorer_finds_the_variables_that_its_launcher_sets(
-    plan: MakePlan, executed: Callable[[Execute], None], monkeypatch: pytest.MonkeyPatch,
-    settings: tuple[str, ...], ranks: tuple[str | None, ...],
-) -> None:  # fmt: skip
-    environments: list[dict[str, str]] = []
-
-    def execute(command: Command, *, log: Path, **_: Any) -> int:
-        environments.append(command.environment)
-        return worker._write_status(log.parent, 0, "", "")
-
-    executed(execute)
-    monkeypatch.setattr(hardware, "count_devices", lambda: 0)
-    planned = plan(*settings)
-    rehearse(planned, planned.stages, announce=lambda _: None)
-    variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    assert {tuple(map(environment.get, variables)) for environment in environments} == {ranks}
 
 
 def test_a_run_tries_before_its_first_stage(overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -403,21 +307,12 @@ def test_rows_that_a_stage_allows_but_the_model_cannot_read_are_refused(
         tried(NO_METRICS, "stages.ppo.max_new_tokens=2040")
 
 
-def test_held_out_prompts_are_tried_with_their_tools(tried: Tried, short_base: Path) -> None:
-    """They count as tokens, and a template that leaves them out would end the evaluation."""
-    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
-    write_rows(short_base, asks("2 + 2?", tools=[tool]))
-    with pytest.raises(DataError, match="the chat template leaves out"):
-        tried(NO_METRICS)
-
-
 CHOICE = {"question": "When?", "answer": 0}
 
 
 @pytest.mark.parametrize(
     ("rows", "metrics", "words"),
     [
-        ([asks("When?", reference="Soon."), asks("Where?", reference=LONG)], NO_METRICS, "its reference answer"),
         (
             [{"turns": ["When?", "When then?"], "reference": ["Soon.", "Now."]},
              {"turns": ["Where?", "Where then?"], "reference": ["Here.", LONG]}],
@@ -430,7 +325,7 @@ CHOICE = {"question": "When?", "answer": 0}
             "its choices",
         ),
     ],
-    ids=["first turn", "second turn", "choices"],
+    ids=["second turn", "choices"],
 )  # fmt: skip
 def test_references_and_choices_that_are_too_long_are_refused_with_their_row(
     tried: Tried, short_base: Path, rows: list[dict[str, object]], metrics: str, words: str
@@ -467,11 +362,7 @@ TINY = {
     "vocab_size": 64,
 }
 SCALED = {"model_type": "llama", "num_hidden_layers": 1, "output_multiplier": 0.5}
-CACHING_A_STATE = {
-    "model_type": "llama",
-    "num_hidden_layers": 2,
-    "layer_types": ["full_attention", "linear_attention"],
-}
+CACHING_A_STATE = {"model_type": "llama", "num_hidden_layers": 2, "layer_types": ["full_attention", "linear_attention"]}
 
 
 @pytest.mark.parametrize(
@@ -479,8 +370,6 @@ CACHING_A_STATE = {
     [
         ("mixtral", {"kind": "dora"}, "target_modules"),
         ("mixtral", {"kind": "dora", "target_modules": ["q_proj"]}, ""),
-        ("mixtral", {"kind": "lora"}, ""),
-        ("llama", {"kind": "prefix"}, ""),
         ("llama", {"kind": "qlora", "target_modules": ["c_attn"]}, "target_modules"),
         ("llama", {"kind": "lora", "modules_to_save": ["wte"]}, "modules_to_save"),
     ],
@@ -498,10 +387,8 @@ def test_an_adapter_that_does_not_fit_the_base_is_refused_before_an_earlier_stag
 @pytest.mark.parametrize(
     ("config", "num_results", "settings", "words"),
     [
-        ({"model_type": "olmoe"}, 0, [], r"reward, .*path:.* no model with a score .* 'olmoe'"),
         ({"model_type": "olmoe"}, 2, ["stages.ppo.critic=shared"], ""),
         ({"model_type": "olmoe"}, 2, ["stages.ppo.critic=separate"], r"ppo, .*path:.*\n.* PPO has critic=shared or"),
-        (SCALED, 0, [NO_METRICS], r"ppo, .*model\.source: LlamaForCausalLM scales its logits"),
         (SCALED, 3, [NO_METRICS], r"evaluate, .*model\.source: LlamaForCausalLM scales its"),
         (CACHING_A_STATE, 0, [NO_METRICS], r"ppo, .*model\.source: generation does not support layers"),
     ],
@@ -523,27 +410,6 @@ def test_a_base_that_a_later_stage_cannot_use_is_refused(
     assert caught is None or CHECKED in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("row", "source", "is_refused"),
-    [
-        (asks("When?"), "length", False),
-        (asks("When?", reference="Soon."), "length", True),
-        ({**CHOICE, "choices": ["Soon.", "Now."]}, "choice", True),
-    ],
-)
-def test_an_arm_without_another_to_compare_it_with_still_scores_references_and_choices(
-    tmp_path: Path, row: dict[str, object], source: str, is_refused: bool
-) -> None:
-    write_config(tmp_path, **SCALED)
-    write_rows(tmp_path / "data.jsonl", row)
-    of_base = StageInput(ref="base", path=None)
-    config = EvaluateConfig(arms=["base"], metrics=[MetricConfig(name="score", source=source)])
-    parts = {"base_path": tmp_path / "model", "inputs": {"reference": of_base}, "arms": {"base": of_base}}
-    context = StageContext(spec=tiny_spec(tmp_path, config, **parts), rank=1, world_size=2)
-    with pytest.raises(ModelError, match="scales its logits") if is_refused else nullcontext():
-        prompt_lengths.refuse_base(config, context)
-
-
 def test_a_base_that_scales_its_logits_is_refused_before_forgetting_is_measured(tmp_path: Path) -> None:
     config = ForgettingConfig(arms=["stage:sft"])
     module, _, function = kind_of(config).rehearse.partition(":")
@@ -555,20 +421,30 @@ def test_a_base_that_scales_its_logits_is_refused_before_forgetting_is_measured(
             check(config, StageContext(spec=spec, rank=0, world_size=1))
 
 
-def test_a_policy_that_caches_a_state_is_sampled_from_by_an_engine_alone(tmp_path: Path) -> None:
-    write_config(tmp_path, **CACHING_A_STATE)
-    for engine in Engine:
-        config = SampleConfig(sampling=SamplingConfig(engine=engine))
-        inputs = {"policy": StageInput(ref="base", path=None)}
-        spec = tiny_spec(tmp_path / engine.value, config, base_path=tmp_path / "model", inputs=inputs)
-        with pytest.raises(ModelError, match="that cache a Linear") if engine is Engine.own else nullcontext():
-            refuse_base(config, StageContext(spec=spec, rank=0, world_size=1))
+def test_held_out_prompts_are_tried_with_their_tools(tried: Tried, short_base: Path) -> None:
+    """They count as tokens, and a template that leaves them out would end the evaluation."""
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    write_rows(short_base, asks("2 + 2?", tools=[tool]))
+    with pytest.raises(DataError, match="the chat template leaves out"):
+        tried(NO_METRICS)
 
 
-def test_policies_that_began_as_another_model_are_not_measured_by_the_base(
-    tried: Tried, started: Commands, tmp_path: Path
-) -> None:
-    write_config(tmp_path, model_type="olmoe", max_position_embeddings=4)
-    shutil.copytree(tmp_path / "model", tmp_path / "other")
-    tried(f"stages.sft.init=path:{tmp_path}/other")
-    assert [stages_in(command) for command in started] == [["--rows", "--scorers", "ppo", "evaluate", "--model"]]
+@pytest.mark.parametrize(
+    ("settings", "ranks"), [(("launch.kind=torchrun",), ("0", "0", "1")), ((), (None, None, None))]
+)
+def test_a_scorer_finds_the_variables_that_its_launcher_sets(
+    plan: MakePlan, executed: Callable[[Execute], None], monkeypatch: pytest.MonkeyPatch,
+    settings: tuple[str, ...], ranks: tuple[str | None, ...],
+) -> None:  # fmt: skip
+    environments: list[dict[str, str]] = []
+
+    def execute(command: Command, *, log: Path, **_: Any) -> int:
+        environments.append(command.environment)
+        return worker._write_status(log.parent, 0, "", "")
+
+    executed(execute)
+    monkeypatch.setattr(hardware, "count_devices", lambda: 0)
+    planned = plan(*settings)
+    rehearse(planned, planned.stages, announce=lambda _: None)
+    variables = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    assert {tuple(map(environment.get, variables)) for environment in environments} == {ranks}

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pty
-import re
-import select
-import struct
-import subprocess
-import sys
-import termios
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
-from io import BytesIO, StringIO, TextIOWrapper
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -28,11 +18,9 @@ from alignment.pipeline.execute.durations import duration
 from alignment.pipeline.execute.run_table import RunTable, sparkline
 from alignment.pipeline.execute.run_view import RunReader, RunView, ShownCurve, StageView
 from alignment.records.worker import Progress
-from alignment.stages.registry import curves, headline_curve, kinds, trains
 from tests.running import Clock, RunFolder
 from tests.terminals import Terminal
 
-ROOT = Path(__file__).parents[3]
 STARTED = "2026-11-28T13:20:00+00:00"
 
 
@@ -115,30 +103,6 @@ def test_a_stage_that_starts_again_shows_no_figures_of_the_attempt_that_failed(
         assert (view.curve is not None, view.tokens_per_second is not None) == (is_shown, is_shown)
 
 
-def test_a_count_is_timed_from_when_it_was_first_seen_and_after_the_last_step_no_time_is_left(
-    run: RunFolder, reader: RunReader, clock: Clock
-) -> None:
-    for stage, phase, steps, total, speed in (("sft", "tokenising", (8, 508), None, 500.0), ("dpo", "x", (1, 2), 2, 1)):
-        run.stage(stage, "running", started=STARTED)
-        run.progress(stage, phase, steps[0], total)
-        assert stage_of(reader, stage).steps_per_second is None
-        clock.now += 1.0
-        run.progress(stage, phase, steps[1], total)
-        view = stage_of(reader, stage)
-        assert (view.steps_per_second, view.seconds_left) == (speed, None)
-
-
-def test_a_stage_that_samples_counts_the_tokens_of_its_answers(run: RunFolder, reader: RunReader) -> None:
-    run.run(config={"stages": {"ppo": {"optim": {"batch_size": 16}}}})
-    run.stage("ppo", "running", started=STARTED)
-    run.progress("ppo", "rollouts", 2, 16)
-    answers = {"response_length": 40.0, "objective/score": 0.1}
-    run.steps("ppo", *({"step": n, "seconds": 8.0 * n, **answers} for n in (1, 2)))
-    view = stage_of(reader, "ppo")
-    assert view.tokens_per_second == 40.0 * 16 / 8
-    assert view.curve == ShownCurve(title="score", values=[0.1, 0.1])
-
-
 def test_half_a_line_is_read_when_it_has_ended_and_a_shorter_file_from_its_start(
     run: RunFolder, reader: RunReader
 ) -> None:
@@ -159,26 +123,12 @@ def test_half_a_line_is_read_when_it_has_ended_and_a_shorter_file_from_its_start
     assert values() == [0.75]
 
 
-def test_a_stage_that_was_asked_to_stop_is_not_one_that_never_began(run: RunFolder, reader: RunReader) -> None:
-    run.stage("sft", "waiting", seconds=12.0)
-    run.run(state="interrupted")
-    assert [stage.state for stage in reader.look().stages[:2]] == ["stopped", "waiting"]
-
-
 def test_a_record_that_is_away_for_a_moment_does_not_end_the_view(run: RunFolder, reader: RunReader) -> None:
     before = reader.look()
     (run.folder / "run.json").write_text('{"state":')
     assert reader.look() == before
     with pytest.raises(ArtifactError, match="unreadable"):
         RunReader(run.folder).look()
-
-
-@pytest.mark.parametrize("kind", [kind for kind in kinds() if trains(kind)])
-def test_every_kind_that_trains_names_a_metric_that_it_draws(kind: str) -> None:
-    chart = headline_curve(kind, {})
-    assert chart is not None
-    assert chart.keys[0] in {key for drawn in curves(kind, {}) for key in drawn.keys}
-    assert not kinds()[kind].headline or chart.keys == (kinds()[kind].headline,)
 
 
 # ---- the table ------------------------------------------------------------------------------------------------------
@@ -230,14 +180,6 @@ def test_a_wide_terminal_shows_everything_and_a_narrow_one_leaves_out_what_matte
     assert drawn(36)[3:5] == ["▶ dpo       training  60/150", "            accuracy 0.795"]
 
 
-def test_no_line_is_wider_than_the_terminal_nor_padded_to_it() -> None:
-    for stages in (STAGES, [replace(stage, name=f"{stage.name}_of_a_long_name") for stage in STAGES]):
-        for width in range(20, 140, 7):
-            lines = drawn(width, stages)
-            assert (len(lines), max(map(len, lines)) <= width) == (7, True)
-            assert [line for line in lines if line != line.rstrip()] == []
-
-
 def test_a_low_terminal_shows_the_stages_around_the_running_one() -> None:
     stages = [replace(DONE, name=f"done{number}") for number in range(9)]
     stages += [DPO, *(replace(LAST, name=f"waits{number}") for number in range(9))]
@@ -252,17 +194,6 @@ def test_a_low_terminal_shows_the_stages_around_the_running_one() -> None:
         "· waits1 waits",
         "… 7 stages",
     ]
-
-
-def test_a_terminal_without_blocks_gets_ascii() -> None:
-    content = BytesIO()
-    file = TextIOWrapper(content, encoding="ascii")
-    view = RunView(name="mine", state="running", stages=STAGES)
-    Console(file=file, width=80, color_system=None).print(RunTable(view))
-    file.flush()
-    lines = content.getvalue().decode("ascii").splitlines()
-    assert lines[3].startswith("> dpo       training  ########------------  60/150")
-    assert lines[4] == "            accuracy 0.795  _____....-----~~~~=====++++****#####  1,234 tokens/s"
 
 
 @pytest.mark.parametrize(
@@ -331,15 +262,6 @@ def test_a_stage_has_a_line_when_it_starts_at_each_tenth_and_when_it_ends(log: L
     assert log.lines == ["dpo: starts (beta 0.1 → 0.3)", *tenths, *end]
 
 
-def test_a_line_says_how_fast_it_goes_how_long_it_takes_and_how_well(log: Log) -> None:
-    progress = Progress(phase="training", step=50, total=100, figures={"loss": 0.6})
-    stage = replace(RUNNING, progress=progress, tokens_per_second=1234.4, seconds_left=62.0)
-    log.show(replace(stage, curve=ShownCurve(title="accuracy", values=[0.5, 0.712])))
-    assert log.lines[-1] == "dpo: training 50/100, 1,234 tokens/s, 1 min 02 s left  accuracy 0.712"
-    log.show(replace(stage, progress=replace(progress, step=60)))
-    assert log.lines[-1] == "dpo: training 60/100, 1,234 tokens/s, 1 min 02 s left  loss 0.6"
-
-
 def test_a_phase_that_comes_again_and_phases_that_take_turns_are_not_printed_again(log: Log) -> None:
     """A stage that loads a model for each of its arms said ``loading`` every half minute, for hours."""
     for arm in range(4):
@@ -353,31 +275,6 @@ def test_a_phase_that_comes_again_and_phases_that_take_turns_are_not_printed_aga
         turns.steps("training", step)
     further = [f"dpo: rollouts {step}/100" for step in range(10, 100, 10)]
     assert turns.lines[1:] == ["dpo: rollouts 0/100", "dpo: training 0/100", *further]
-
-
-def test_without_a_total_a_line_comes_when_the_number_gets_another_digit(log: Log) -> None:
-    counts = ["", " 1", " 10", " 100", " 1,000"]
-    assert log.steps("tokenising", *range(1001), total=None)[1:] == [f"dpo: tokenising{count}" for count in counts]
-
-
-def test_a_queue_that_changes_its_mind_is_heard_once(log: Log) -> None:
-    for reason in ("Priority", "Resources") * 2:
-        log.show(replace(RUNNING, state="waiting", blocked=f"job 12 PENDING ({reason})"))
-    assert log.lines == ["dpo: job 12 PENDING (Priority)", "dpo: job 12 PENDING (Resources)"]
-
-
-@pytest.mark.parametrize(
-    ("state", "seconds", "line"),
-    [
-        ("stopped", 12.0, "dpo: stopped  12 s"),
-        ("failed", 12.0, "dpo: failed  12 s"),
-        ("waiting", None, "dpo: stopped"),
-    ],
-)
-def test_a_stage_that_stops_or_fails_says_so(log: Log, state: str, seconds: float | None, line: str) -> None:
-    log.show(RUNNING)
-    log.show(replace(RUNNING, state=state, seconds=seconds))
-    assert log.lines[1:] == [line]
 
 
 # ---- on a terminal --------------------------------------------------------------------------------------------------
@@ -409,38 +306,6 @@ class Viewed:
 WAITING = ["· reward    waits for sft", "· dpo       waits for sft", "· ppo       waits for reward"]
 
 
-def test_a_view_is_drawn_again_in_its_lines_and_stays_as_it_ends(run: RunFolder) -> None:
-    viewed = Viewed(80)
-    with showing(viewed.console, RunReader(run.folder)) as display:
-        display.poll()
-        run.stage("sft", "running")
-        run.progress("sft", "training", 3, 6)
-        for step in (1, 2, 3):
-            run.steps("sft", {"step": step, "seconds": 1.0 * step, "loss": 2.0 - 0.5 * step, "num_tokens": 64 * step})
-            display.poll()
-        lines = [re.sub(r"  \d+:\d\d left$", "", line) for line in viewed.terminal.lines]  # by the clock
-        assert lines == [
-            "mine  running, 0 of 4 stages done",
-            "▶ sft       training  ━━━━━━━━━━╌╌╌╌╌╌╌╌╌╌  3/6  50%",
-            "            loss 0.5  █▅▁  64 tokens/s",
-            *WAITING,
-        ]
-        assert not viewed.terminal.shows_cursor
-        run.stage("sft", "done", seconds=6.0)
-        run.run(state="waiting")
-        display.poll()
-    viewed.console.print("after it")
-    assert viewed.terminal.lines == [
-        "mine  waiting, 1 of 4 stages done",
-        "✓ sft       done     6 s  sft-5f0e9b1c",
-        "· reward    waits for its turn",
-        "· dpo       waits for its turn",
-        "· ppo       waits for reward",
-        "after it",
-    ]
-    assert viewed.terminal.shows_cursor
-
-
 def test_what_is_printed_stays_above_the_view_even_if_it_becomes_narrower(
     run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -469,14 +334,6 @@ def test_what_is_printed_stays_above_the_view_even_if_it_becomes_narrower(
     assert capsys.readouterr().out == ""
 
 
-def test_an_error_leaves_the_terminal_as_it_was(run: RunFolder) -> None:
-    viewed = Viewed(80)
-    with suppress(ZeroDivisionError), showing(viewed.console, RunReader(run.folder)) as display:
-        display.poll()
-        raise ZeroDivisionError
-    assert (viewed.terminal.shows_cursor, viewed.terminal.cursor) == (True, (0, 5))
-
-
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_a_log_and_a_terminal_that_cannot_move_its_cursor_get_lines(run: RunFolder, is_terminal: bool) -> None:
     screen = StringIO()
@@ -497,99 +354,28 @@ def test_a_log_and_a_terminal_that_cannot_move_its_cursor_get_lines(run: RunFold
     ]
 
 
-class RealTerminal:
-    """A pseudo-terminal, and the program that it controls."""
-
-    def __init__(self, argv: list[str], columns: int) -> None:
-        self._end, self._program_end = pty.openpty()
-        self.terminal = Terminal(columns)
-        self.resize(columns)
-        self.settings = self.settings_now()
-        self.process = subprocess.Popen(
-            argv,
-            stdin=self._program_end,
-            stdout=self._program_end,
-            stderr=self._program_end,
-            cwd=ROOT,
-            env={**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT), "LANG": "C.UTF-8"},
-            start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
-        )
-
-    def resize(self, columns: int) -> None:
-        """The user changes the window."""
-        fcntl.ioctl(self._end, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        self.terminal.resize(columns)
-
-    def press(self, key: bytes) -> None:
-        """The user presses a key."""
-        os.write(self._end, key)
-
-    def read_until(self, is_enough: Callable[[], bool]) -> None:
-        """Feeds the terminal until it shows what is awaited."""
-        deadline = time.monotonic() + 60.0
-        while not is_enough():
-            assert time.monotonic() < deadline, "\n".join(self.terminal.lines)
-            if select.select([self._end], [], [], 0.1)[0]:
-                self.terminal.feed(os.read(self._end, 65536))
-
-    def settings_now(self) -> list[object]:
-        """Echo, line mode and the like."""
-        return termios.tcgetattr(self._program_end)
-
-    def close(self) -> None:
-        """Ends the program if it still runs."""
-        self.process.kill()
-        self.process.wait()
-        os.close(self._end)
-        os.close(self._program_end)
+def test_a_stage_that_samples_counts_the_tokens_of_its_answers(run: RunFolder, reader: RunReader) -> None:
+    run.run(config={"stages": {"ppo": {"optim": {"batch_size": 16}}}})
+    run.stage("ppo", "running", started=STARTED)
+    run.progress("ppo", "rollouts", 2, 16)
+    answers = {"response_length": 40.0, "objective/score": 0.1}
+    run.steps("ppo", *({"step": n, "seconds": 8.0 * n, **answers} for n in (1, 2)))
+    view = stage_of(reader, "ppo")
+    assert view.tokens_per_second == 40.0 * 16 / 8
+    assert view.curve == ShownCurve(title="score", values=[0.1, 0.1])
 
 
-@contextmanager
-def on_a_terminal(argv: list[str], columns: int) -> Iterator[RealTerminal]:
-    """Starts a program on a terminal, which is closed at the end of the block."""
-    real = RealTerminal(argv, columns)
-    try:
-        yield real
-    finally:
-        real.close()
+def test_an_error_leaves_the_terminal_as_it_was(run: RunFolder) -> None:
+    viewed = Viewed(80)
+    with suppress(ZeroDivisionError), showing(viewed.console, RunReader(run.folder)) as display:
+        display.poll()
+        raise ZeroDivisionError
+    assert (viewed.terminal.shows_cursor, viewed.terminal.cursor) == (True, (0, 5))
 
 
-ALIGN_RUN = """\
-import sys
-from alignment.core.terminal import Terminal
-from alignment.pipeline.execute.run import run
-from tests.unit.pipeline.test_run import fake
-sys.exit(run("quickstart", sys.argv[1:], console=Terminal(soft_wrap=False), command_for=fake))
-"""
-
-
-def test_a_run_is_drawn_in_place_and_ctrl_c_leaves_a_clean_terminal(
-    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORKER_FAULT", "reward:hang")
-    hanging = tmp_path / "out/runs/quickstart/reward/hanging"
-    with on_a_terminal([sys.executable, "-c", ALIGN_RUN, *overrides], columns=100) as real:
-        screen = real.terminal
-
-        def line_of(stage: str) -> str:
-            lines = [line for line in screen.lines if line[2:].startswith(f"{stage} ")]
-            assert len(lines) < 2, "the view is drawn in place"
-            return lines[0] if lines else ""
-
-        def trains_reward() -> bool:
-            return line_of("reward").startswith("▶") and line_of("sft").startswith("✓ sft       done")
-
-        real.read_until(lambda: trains_reward() and line_of("ppo") == "· ppo       waits for reward")
-        assert not screen.shows_cursor
-        real.resize(50)
-        real.read_until(lambda: "evaluate" in line_of("report"))
-        real.read_until(hanging.exists)  # before its worker runs, a stage has nothing to finish or to save
-        real.press(b"\x03")
-        real.read_until(lambda: real.process.poll() is not None)
-        real.read_until(lambda: "stopped; run the same" in "".join(screen.lines[-2:]))
-        assert real.process.returncode == 130
-        assert any("stopping: the stage will finish its step" in line for line in screen.lines)
-        assert line_of("reward").startswith("– reward    stopped")
-        assert (screen.shows_cursor, screen.cursor) == (True, (0, len(screen.lines)))
-        assert real.settings_now() == real.settings
+def test_no_line_is_wider_than_the_terminal_nor_padded_to_it() -> None:
+    for stages in (STAGES, [replace(stage, name=f"{stage.name}_of_a_long_name") for stage in STAGES]):
+        for width in range(20, 140, 7):
+            lines = drawn(width, stages)
+            assert (len(lines), max(map(len, lines)) <= width) == (7, True)
+            assert [line for line in lines if line != line.rstrip()] == []

@@ -11,8 +11,7 @@ import pytest
 from rich.console import Console
 
 from alignment.commands.status import show_status
-from alignment.core.errors import AlignmentError, ArtifactError, Busy, ConfigError, DiskError, StoreError
-from alignment.core.locks import held
+from alignment.core.errors import AlignmentError, ArtifactError, ConfigError, DiskError, StoreError
 from alignment.pipeline.execute import exchange
 from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.actions import Action
@@ -88,15 +87,6 @@ def test_a_second_machine_takes_what_the_first_has_made(machines: tuple[Machine,
     assert changed(second.plan(), second.plan(stored=False)) == [], "the store is no part of what was asked for"
 
 
-def test_one_stage_takes_its_inputs_from_the_store(machines: tuple[Machine, Machine]) -> None:
-    first, second = machines
-    first.run(only="sft")
-    second.run(only="dpo")
-    artifacts = sorted((second.output / "artifacts").glob("*-*"))
-    assert [folder.name.partition("-")[0] for folder in artifacts] == ["dpo", "sft"]
-    assert first.actions()["dpo"] == "fetch"
-
-
 def test_checkpoints_stay_if_the_result_has_gone_from_the_store_since_the_plan(
     machines: tuple[Machine, Machine], url: str
 ) -> None:
@@ -112,18 +102,6 @@ def test_checkpoints_stay_if_the_result_has_gone_from_the_store_since_the_plan(
     again = exchange.with_results(plan, lambda _: None, stages=[sft], wait=False)
     assert (checkpoint / "weights").read_text() == "weights 20"
     assert (again.stages[0].action, again.stages[0].reason) == (Action.resume, "from checkpoint-20")
-
-
-def test_a_result_of_the_store_that_another_process_makes_here_is_not_waited_for(
-    machines: tuple[Machine, Machine],
-) -> None:
-    """Only with ``--wait``; the other process may train for hours without the store."""
-    first, second = machines
-    first.run(only="sft")
-    sft = second.plan().stages[0]
-    with held(sft.work / "lock", wait=False), pytest.raises(Busy) as caught:
-        second.run(only="sft")
-    assert (caught.value.where, "--wait" in str(caught.value.remedy)) == (str(sft.work), True)
 
 
 def test_what_was_made_without_the_store_is_uploaded_later_and_leaves_no_checkpoints(
@@ -250,12 +228,6 @@ def test_each_kind_has_its_words(error: Exception, expected: str) -> None:
     assert refused.value.labelled.startswith("store: ")
 
 
-def test_a_bug_and_an_error_for_the_user_stay_what_they_are() -> None:
-    for error in (KeyError("x"), ConfigError("y")):
-        with pytest.raises(type(error)), explained("s3://b/p"):
-            raise error
-
-
 def test_credentials_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2hunter2")
     with pytest.raises(StoreError) as refused, explained("s3://b/p"):
@@ -271,3 +243,9 @@ def test_credentials_are_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_unknown_kind_of_store_is_refused() -> None:
     with pytest.raises(AlignmentError, match="stores of the kind ftpx:// are not supported"):
         ObjectStore("ftpx://bucket/prefix")
+
+
+def test_a_bug_and_an_error_for_the_user_stay_what_they_are() -> None:
+    for error in (KeyError("x"), ConfigError("y")):
+        with pytest.raises(type(error)), explained("s3://b/p"):
+            raise error

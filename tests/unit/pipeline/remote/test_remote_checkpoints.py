@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 import threading
@@ -21,8 +20,6 @@ from alignment.pipeline.remote import lease, remote_checkpoints
 from alignment.pipeline.remote.lease import leased
 from alignment.pipeline.remote.object_store import ObjectStore
 from alignment.pipeline.remote.remote_checkpoints import CheckpointUploads, RemoteCheckpoints, local_work, nothing
-from alignment.stages.evaluate import judging, metric_scores
-from alignment.stages.shared import answer_scores
 from tests.patience import wait_until
 from tests.unit.pipeline.remote.conftest import sealed
 
@@ -123,21 +120,6 @@ def test_the_two_newest_are_kept_and_what_only_older_ones_name_is_removed(
     assert store.sizes(checkpoints.folder) == {}
 
 
-def test_replies_that_are_new_leave_the_checkpoint_before_where_it_is(
-    checkpoints: RemoteCheckpoints, store: ObjectStore, work: Path
-) -> None:
-    """It is used if the newest is damaged."""
-    (work / "scorer_replies").mkdir()
-    for step in (20, 40):
-        sealed(work, step)
-        for number in range(3):
-            with (work / "scorer_replies" / "0.jsonl").open("a") as replies:
-                replies.write(f"reply {number}\n")
-            checkpoints.upload_newest(work, on_bytes=nothing)
-    assert [stored.progress for stored in checkpoints.complete()] == [(40, 0, 48), (20, 0, 24)]
-    assert len([key for key in store.sizes(checkpoints.folder) if "scorer_replies" in key]) == 2
-
-
 def test_what_is_further_here_is_not_replaced(checkpoints: RemoteCheckpoints, work: Path, tmp_path: Path) -> None:
     sealed(work, 20)
     checkpoints.upload_newest(work, on_bytes=nothing)
@@ -178,51 +160,6 @@ def test_a_list_of_another_stage_or_that_is_cut_off_does_not_count(
     assert [stored.label for stored in checkpoints.complete()] == ["checkpoint-20"]
 
 
-def test_replies_are_found_where_stages_save_them(tmp_path: Path) -> None:
-    names = [
-        judging.REPLIES,
-        metric_scores.REPLIES,
-        f"{answer_scores.REPLIES}/0.jsonl",
-        f"{answer_scores.REPLIES}/1.jsonl",
-    ]
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("reply")
-    assert local_work(tmp_path).replies == len(names) * len("reply")
-
-
-def test_a_store_that_is_as_far_already_is_asked_once(
-    checkpoints: RemoteCheckpoints, work: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As after a stage was continued from it."""
-    monkeypatch.setattr(remote_checkpoints, "_LOOK_SECONDS", 0.001)
-    sealed(work, 20)
-    checkpoints.upload_newest(work, on_bytes=nothing)
-    looks, asked = looks_at_work(monkeypatch), list[Path]()
-
-    def upload_newest(folder: Path, *, on_bytes: Callable[[int], None]) -> Any:
-        asked.append(folder)
-        return RemoteCheckpoints.upload_newest(checkpoints, folder, on_bytes=on_bytes)
-
-    monkeypatch.setattr(checkpoints, "upload_newest", upload_newest)
-    with uploads(checkpoints, work, []):
-        wait_until(lambda: len(looks) > 5)
-    assert len(asked) == 1
-
-
-def test_a_file_system_without_hard_links_is_no_obstacle(
-    checkpoints: RemoteCheckpoints, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refused(*_: object) -> None:
-        raise PermissionError(errno.EPERM, "Operation not permitted")
-
-    monkeypatch.setattr(os, "link", refused)
-    sealed(work, 20)
-    checkpoints.upload_newest(work, on_bytes=nothing)
-    download(checkpoints, tmp_path / "other")
-    assert (tmp_path / "other/checkpoints/checkpoint-20/weights").read_text() == "weights 20"
-
-
 def uploads(
     checkpoints: RemoteCheckpoints, work: Path, announcements: list[str], *, lost: bool = False
 ) -> CheckpointUploads:
@@ -231,18 +168,6 @@ def uploads(
     if lost:
         held.lost.set()
     return CheckpointUploads(checkpoints, work, lease=held, announce=announcements.append)
-
-
-def looks_at_work(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The work folder, once for each time that the uploads look how far it is."""
-    looks: list[Path] = []
-
-    def counted(folder: Path) -> Any:
-        looks.append(folder)
-        return local_work(folder)
-
-    monkeypatch.setattr(remote_checkpoints, "local_work", counted)
-    return looks
 
 
 def interrupt_once(condition: Callable[[], object]) -> None:
@@ -284,30 +209,6 @@ def test_replies_after_the_last_part_reach_another_machine(
     assert files(tmp_path / "other")["judgements.work.jsonl"] == "a reply"
 
 
-@pytest.mark.parametrize(("seconds", "is_uploaded"), [(0.0, True), (3600.0, False)])
-def test_replies_wait_for_each_other(
-    checkpoints: RemoteCheckpoints,
-    store: ObjectStore,
-    work: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    seconds: float,
-    is_uploaded: bool,
-) -> None:
-    """Each upload has all replies so far."""
-    monkeypatch.setattr(remote_checkpoints, "_LOOK_SECONDS", 0.001)
-    monkeypatch.setattr(remote_checkpoints, "_REPLIES_SECONDS", seconds)
-    looks, announcements = looks_at_work(monkeypatch), list[str]()
-
-    sealed(work, 20)
-    with uploads(checkpoints, work, announcements):
-        wait_until(lambda: announcements)
-        (work / "grades.work.jsonl").write_text("a reply")
-        before = len(looks)
-        wait_until(lambda: len(looks) > before + 3)
-        assert any("grades" in key for key in store.sizes(checkpoints.folder)) is is_uploaded
-    assert len(announcements) == 1
-
-
 def test_a_fault_of_the_disk_is_said_once_and_neither_ends_the_uploads_nor_hides_a_stop(
     checkpoints: RemoteCheckpoints, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -319,7 +220,7 @@ def test_a_fault_of_the_disk_is_said_once_and_neither_ends_the_uploads_nor_hides
 
     monkeypatch.setattr(remote_checkpoints, "file_sha256", full)
     for wait in ("_LOOK_SECONDS", "_AFTER_FAULT_SECONDS"):
-        monkeypatch.setattr(remote_checkpoints, wait, 0.001)
+        monkeypatch.setattr(checkpoint_uploads, wait, 0.001)
     announcements: list[str] = []
     sealed(work, 20)
     # it is not hidden by the fault of the last upload, which leaving the block tries
@@ -399,21 +300,6 @@ def test_a_lost_machine_s_lease_is_taken_once_it_is_old(store: ObjectStore, mach
         take(store, machines[0])
 
 
-def test_the_folder_that_had_the_lease_goes_on_at_once(store: ObjectStore, machines: tuple[Path, Path]) -> None:
-    abandon(store, machines[0])
-    with take(store, machines[0]):
-        pass
-
-
-def test_a_machine_notices_that_another_has_taken_over(store: ObjectStore, machines: tuple[Path, Path]) -> None:
-    with leased(store, "checkpoints/abc", work=machines[0], wait=False, announce=lambda _: None) as held:
-        store.write(KEY, json.dumps({"owner": "another", "host": "b", "process": 7}).encode())
-        assert held.lost.wait(2)
-    content = store.read(KEY)
-    assert content is not None, "the other machine's lease stays"
-    assert json.loads(content)["owner"] == "another"
-
-
 def _by_turns(write: Callable[..., Any]) -> Callable[..., Any]:
     lock = threading.Lock()
 
@@ -448,3 +334,22 @@ def test_of_many_at_once_one_gets_it(
         thread.join()
     assert (len(holders), len(refused)) == (1, 5)
     holders[0].close()
+
+
+def test_a_file_system_without_hard_links_is_no_obstacle(
+    checkpoints: RemoteCheckpoints, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refused)
+    sealed(work, 20)
+    checkpoints.upload_newest(work, on_bytes=nothing)
+    download(checkpoints, tmp_path / "other")
+    assert (tmp_path / "other/checkpoints/checkpoint-20/weights").read_text() == "weights 20"
+
+
+def test_the_folder_that_had_the_lease_goes_on_at_once(store: ObjectStore, machines: tuple[Path, Path]) -> None:
+    abandon(store, machines[0])
+    with take(store, machines[0]):
+        pass

@@ -26,7 +26,7 @@ from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps.study import JOURNAL
 from tests.hub import answer, leave_data_set, use_cache
 from tests.unit.pipeline.conftest import ROWS
-from tests.unit.pipeline.sweeps.fake_runs import BETAS, METRIC, Runs, arm, given, go, own, record, trials
+from tests.unit.pipeline.sweeps.conftest import BETAS, METRIC, Runs, arm, given, go, own, record, trials
 
 GRID: dict[str, Any] = {"search": "grid", "parameters": [{"key": "stages.dpo.beta", "values": [0.1, 0.3]}]}
 
@@ -61,54 +61,6 @@ def test_a_grid_tries_every_value_once_and_names_the_best(runs: Runs) -> None:
     assert len(runs.asked) == 4, "all are there, and a launch changes no figure"
 
 
-def test_what_was_found_under_other_settings_is_not_told_as_these(runs: Runs, tmp_path: Path) -> None:
-    for number, (changes, more) in enumerate(
-        [({}, ()), ({}, ("seed=7",)), ({"objective": {"arm": "stage:dpo", "minimize": True}}, ())], start=1
-    ):
-        go(runs, own(runs, tmp_path, **{**GRID, **changes}), *more)
-        assert len(runs.asked) == 2 * number
-    wider = [{"key": "stages.dpo.beta", "values": [0.1, 0.3, 0.5]}]
-    assert go(runs, own(runs, tmp_path, search="grid", parameters=wider))[0] == 0
-    assert len(runs.asked) == 9, "another value"
-
-
-def test_what_any_of_the_values_names_counts_not_only_the_first(runs: Runs, tmp_path: Path) -> None:
-    """A corrected file, and a stage that only one of the values reads."""
-    runs.figure = lambda settings: 0.5
-    pair = '{"prompt": "2 + 2?", "chosen": "4.", "rejected": "5."}\n'
-    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
-    for file in (first, second):
-        file.write_text(pair * 40)
-    data = {"key": "stages.dpo.data.source", "values": [f"path:{first}", f"path:{second}"]}
-    grid = own(runs, tmp_path, search="grid", parameters=[data])
-    go(runs, grid)
-    second.write_text(pair.replace("5.", "6.") * 40)
-    go(runs, grid)
-    assert len(runs.asked) == 4
-    start = {"key": "stages.dpo.init", "values": ["base", "stage:sft"]}
-    objective = {"stage": "dpo", "metric": "rewards/margins"}
-    grid = own(runs, tmp_path, search="grid", parameters=[start], objective=objective)
-    go(runs, grid)
-    go(runs, grid, "stages.sft.optim.lr=1e-5")
-    assert len(runs.asked) == 8
-
-
-def test_a_study_that_is_gone_back_to_says_again_what_it_said(runs: Runs) -> None:
-    runs.figure = lambda settings: 0.5 if "seed" in settings else 0.9 - abs(float(settings["stages.dpo.beta"]) - 0.3)
-    go(runs)
-    first = record(runs)
-    go(runs, "dpo_beta", "seed=7")
-    assert " tie: " in verdict(runs)
-    assert go(runs)[0] == 0
-    assert (len(runs.asked), record(runs)) == (8, first), "nothing was tried again"
-    assert first["verdict"].startswith("every other trial is worse")
-    assert len({settings["name"] for settings in runs.asked}) == 8, "a page shows the trial that it is called after"
-    assert all(trial["report"].startswith(f"../../runs/{trial['run']}/") for trial in first["trials"])
-    shutil.rmtree(runs.output / "runs")
-    assert go(runs)[0] == 0
-    assert verdict(runs) == first["verdict"], "read from the artifacts"
-
-
 # ---- which is best --------------------------------------------------------------------------------------------------
 
 
@@ -131,25 +83,6 @@ def test_the_number_of_trials_counts_in_whether_the_others_are_worse(
     go(runs, own(runs, tmp_path, search="grid", parameters=parameters))
     assert verdict(runs, "mine").startswith("every other trial is worse") is is_worse
     assert ("may be as good" in verdict(runs, "mine")) is not is_worse
-
-
-def test_a_verdict_needs_ten_prompts_in_common(runs: Runs) -> None:
-    """Trial 0 has too few in common with the best one, trial 1 enough."""
-    shared = {"0.05": range(6, 12), "0.1": range(11), "0.3": range(12), "0.5": range(12)}
-    runs.has_prompt = lambda settings, index: index in shared[settings["stages.dpo.beta"]]
-    go(runs)
-    assert verdict(runs).startswith("each trial that can be compared is worse")
-    assert "trial 0 cannot be compared on 10 prompts" in verdict(runs)
-    runs.has_prompt = lambda settings, index: index < 9
-    go(runs, "dpo_beta", "seed=7")
-    assert verdict(runs) == ""
-
-
-def test_a_trial_that_leads_only_on_prompts_of_its_own_is_not_called_better(runs: Runs) -> None:
-    """Beta .3 has the best figure, but each of its scores on the shared prompts is lower."""
-    runs.score = lambda settings, mean: mean - 0.5 * (settings["stages.dpo.beta"] == "0.3")
-    go(runs)
-    assert verdict(runs).startswith("trials 1, 3, 0 may be as good")
 
 
 def test_what_speaks_against_the_best_trial_is_on_the_page_and_in_the_terminal(runs: Runs) -> None:
@@ -210,12 +143,6 @@ def test_a_sweep_whose_best_trial_gains_nothing_says_so(
     assert (no_gain in printed) == (no_gain.capitalize() in page(runs, "quickstart.mine")) == warned
 
 
-def test_less_may_be_better(runs: Runs, tmp_path: Path) -> None:
-    grid = {"search": "grid", "parameters": [{"key": "stages.dpo.beta", "values": [0.3, 0.5, 0.9]}]}
-    file = own(runs, tmp_path, objective={"arm": "stage:dpo", "minimize": True}, **grid)
-    assert "best: stages.dpo.beta=0.9" in go(runs, file)[1]
-
-
 def test_two_objectives_give_the_trials_that_none_beats_in_both(runs: Runs, tmp_path: Path) -> None:
     """Beta .3 has the best score, .5 the fewest words; .1 loses to both, .05 to .1 as well."""
     runs.words = lambda settings: 30.0 - 20.0 * float(settings["stages.dpo.beta"])
@@ -266,22 +193,6 @@ def test_stopped_in_a_trial_it_goes_on_with_that_one(runs: Runs, code: int) -> N
     assert runs.asked[3]["name"] == runs.asked[2]["name"], "its stages are found again"
     assert all(row["run"].endswith(f".{row['number']}") for row in trials(runs))
     assert states(runs) == ["done"] * 4, "a stop is no failure"
-
-
-def test_a_trial_whose_job_was_cancelled_or_whose_process_was_killed_is_tried_again(runs: Runs) -> None:
-    class Killed(BaseException):
-        pass
-
-    runs.faults[1] = Preempted("job 11 ended as CANCELLED", where="stage sft")
-    runs.faults[2] = Killed()  # type: ignore[assignment]
-    code, printed = go(runs)
-    assert (code, "trial 1 was stopped: stage sft: job 11 ended as CANCELLED" in printed) == (75, True)
-    with pytest.raises(Killed):
-        go(runs)
-    assert go(runs)[0] == 0
-    assert betas(runs) == [*BETAS[:2], BETAS[1], *BETAS[1:]]
-    assert states(runs) == ["done"] * 4
-    assert runs.asked[3]["name"] == runs.asked[2]["name"] == runs.asked[1]["name"]
 
 
 def test_a_trial_that_fails_is_listed_with_what_it_said_and_ends_no_sweep(runs: Runs, tmp_path: Path) -> None:
@@ -383,13 +294,6 @@ def test_a_trial_that_misses_a_gate_counts_and_the_gate_is_named(runs: Runs) -> 
     assert "caution: " not in go(runs, "dpo_beta", "seed=7")[1], "it is not the best trial"
 
 
-def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs: Runs) -> None:
-    runs.figure = lambda settings: None
-    with pytest.raises(ConfigError, match="no stage reports style_and_facts of stage:dpo"):
-        go(runs)
-    assert len(runs.asked) == 1
-
-
 def test_what_is_drawn_does_not_depend_on_stops_in_between(runs: Runs, tmp_path: Path) -> None:
     def drawn(file: str, *codes: int) -> dict[str, list[str]]:
         """Each run's settings, of a study begun anew that ends so until it is done."""
@@ -427,39 +331,27 @@ CARD = "+stages.card={kind: reward_card, data: {source: 'bundled:quickstart/pref
 REFUSED: list[tuple[dict[str, Any], Any]] = [
     (of(arm="stage:dop"), "no stage reports primary of 'stage:dop'"),
     (of(arm=DPO, metric="fatcs"), "did you mean 'facts'"),
-    (of(arm=DPO, metric="gold"), "greedy_log_ratio"),
     (of(arm=DPO, metric="loss"), "minimize: true"),
     (of(arm=DPO, metric="kl", minimize=True), "stages.evaluate.answers.temperature to 1"),
     (of(arm=DPO, metric="win_rate"), "stages.evaluate.judge.kind to a judge"),
     (of(arm="base+prompt", metric="greedy_log_ratio", minimize=True), "other prompts"),
-    (of(arm="base+few-shot", metric="greedy_log_ratio", minimize=True), "other prompts"),
     (of(stage="dpo", metric="perplexity"), "minimize: true"),
-    (of(metric="style"), "arm: …"),
-    (of(arm=DPO, stage="dpo"), "arm: …"),
     (of(stage="rewrad"), "did you mean 'reward'"),
-    (of(stage="reward", metric="eval_acuracy"), "did you mean 'eval_accuracy'"),
-    (of(stage="reward", metric="eval_loss"), "minimize: true"),
     (of(stage="evaluate", metric="style/dop"), "did you mean 'style/dpo'"),
     (of(stage="ppo", metric="guard/kl", minimize=True), "stages.ppo.guard.every above 0"),
     (of(stage="report", metric="style"), "reports no metric"),
     (of(stage="dpo", metric="validation/loss", minimize=True), "stages.dpo.validation.every above 0"),
     ({**key("stages.dpo.validation", "{share: 0.2, every: 2}", "{every: 0}"),
       **of(stage="dpo", metric="validation/loss", minimize=True)}, "stages.dpo.validation.every above 0"),
-    ({"objective": []}, "no objective"),
     ({"objective": [{"arm": DPO}, {"arm": "stage:dop"}]}, "objective[1]"),
     ({"parameters": []}, "at least one entry"),
     ({"parameters": GRID["parameters"] * 2}, "parameters[1]: stages.dpo.beta is listed twice"),
     (key("stages.dpo.bata", 0.1), "mine.yaml: stages.dpo.bata"),
-    (key("stages.dpo.beta", 0.1, "x"), "stages.dpo.beta: 'x'"),
     (key("stages.dpo.optim.batch_size", 8, 100_000), "stages.dpo.optim.warmup_ratio"),
     (beta(), "low and high"),
-    (beta(values=[0.1], low=0, high=1), "write values"),
-    (beta(low=0, high=1, log=True), "low above 0"),
-    ({"parameters": [{"key": "stages.dpo.optim.warmup_ratio", "low": 0.1, "high": 1.5}]}, "1.5"),
     ({"search": "grid"}, "a grid needs values"),
     ({**GRID, "trials": 3}, "remove trials"),
     ({"trials": None}, "number of trials"),
-    ({"searhc": "grid"}, "did you mean 'search'"),
     ({"pruning": {**MEDIAN, "stage": "sft", "metric": "validation/loss"}}, "without validation"),
     ({"pruning": {**MEDIAN, "stage": "evaluate"}}, "that trains; one of: sft"),
     ({"pruning": {**MEDIAN, "stage": ""}, "objective": [{"arm": DPO}, {"arm": "stage:sft"}]}, "several objectives"),
@@ -489,28 +381,19 @@ FAR = "stages.evaluate.metrics=[{name: far, source: length, target: 9, higher_is
     [
         (of(arm=DPO, metric="greedy_log_ratio", minimize=True), SAMPLED, "temperature 1"),
         (of(arm="stage:sft", metric="win_rate"), BY_METRIC, "stages.evaluate.judge.pairs"),
-        (of(arm="base", metric="win_rate"), BY_METRIC, "'stage:sft'"),
         (of(arm=DPO), "stages.evaluate.metrics=[]", "stages.evaluate.metrics is empty"),
         (of(arm=DPO), FAR, "minimize: true"),
-        (of(stage="evaluate", metric="far/dpo"), FAR, "minimize: true"),
-        (of(stage="dpo", metric="validation/loss"), LOOKS, "minimize: true"),
         ({"pruning": {**MEDIAN, "metric": "validation/last_loss", "minimize": True}}, LOOKS, "only at its end"),
         ({"pruning": {**MEDIAN, "metric": "validation/accuracy", "minimize": True}}, LOOKS, "minimize: false"),
-        ({"pruning": {**MEDIAN, "metric": "validation/loss", "minimize": False}}, LOOKS, "minimize: true"),
         ({"pruning": MEDIAN}, "launch/backend=slurm", "Slurm jobs cannot be pruned"),
         ({"pruning": {**MEDIAN, "stage": "card"}}, CARD, "one of: sft, reward, dpo, ppo"),
         ({}, "launch.backend={kind: slurm, wait: false}", "launch.backend.wait"),
-        (of(arm=DPO, metric="greedy_log_ratio", minimize=True), "seed=1", ""),
         (of(arm=DPO, metric="kl", minimize=True), SAMPLED, ""),
         (of(arm=DPO, metric="win_rate"), BY_METRIC, ""),
-        (of(arm="stage:sft", metric="greedy_log_ratio", minimize=True), "seed=1", ""),
-        (of(arm="base", metric="greedy_log_ratio", minimize=True), "seed=1", ""),
         (of(arm="base+prompt", metric="loss", minimize=True), "seed=1", ""),
         (of(arm=DPO), GOLD, ""),
-        (of(arm=DPO, metric="gold"), GOLD, ""),
         (of(stage="dpo", metric="validation/loss", minimize=True), LOOKS, ""),
         ({"pruning": {**MEDIAN, "metric": "validation/accuracy", "minimize": False}}, LOOKS, ""),
-        ({"pruning": {**MEDIAN, "metric": "validation/loss", "minimize": True}}, LOOKS, ""),
     ],
 )
 def test_what_a_stage_reports_depends_on_its_settings(
@@ -527,20 +410,6 @@ def test_what_a_stage_reports_depends_on_its_settings(
     asked = changes.get("objective", {"arm": DPO})
     default = "gold" if override == GOLD else METRIC
     assert str(goal) == f"{asked.get('metric', default)} of {asked.get('arm') or asked['stage']}"
-
-
-def test_figures_that_the_check_refuses_are_not_offered(runs: Runs, tmp_path: Path) -> None:
-    file = own(runs, tmp_path, objective={"arm": DPO, "metric": "win_rate"}, **GRID)
-    with pytest.raises(ConfigError) as caught:
-        go(runs, file, BY_METRIC)
-    assert "no stage reports win_rate of stage:dpo; it reports style_and_facts\n" in str(caught.value)
-
-
-@pytest.mark.parametrize(("control", "cautions"), [("fixed", 1), ("adaptive", 0)])
-def test_a_sweep_of_a_setting_without_effect_is_noted(runs: Runs, tmp_path: Path, control: str, cautions: int) -> None:
-    file = own(runs, tmp_path, search="grid", **key("stages.ppo.kl.horizon", 100, 200))
-    planned = module.read_sweep("quickstart", file, [*given(runs), f"stages.ppo.kl.control={control}"])
-    assert sum("stages.ppo.kl.horizon" in caution for caution in planned.cautions) == cautions
 
 
 @pytest.mark.parametrize(
@@ -561,6 +430,51 @@ def test_a_file_that_is_no_sweep_is_refused(runs: Runs, tmp_path: Path, name: st
         go(runs, "dpo_bata")
 
 
+@pytest.mark.parametrize("name", sweep_names())
+def test_every_shipped_sweep_fits_the_quickstart(runs: Runs, name: str) -> None:
+    module.read_sweep("quickstart", name, [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}"])
+
+
+# ---- data of a hub --------------------------------------------------------------------------------------------------
+
+SOURCE = "stages.sft.data.source=hub:org/name@v1"
+
+
+def test_a_figure_that_the_evaluation_turns_out_not_to_tell_ends_the_sweep(runs: Runs) -> None:
+    runs.figure = lambda settings: None
+    with pytest.raises(ConfigError, match="no stage reports style_and_facts of stage:dpo"):
+        go(runs)
+    assert len(runs.asked) == 1
+
+
+def test_nothing_is_downloaded_for_a_sweep_that_cannot_begin(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_cache(monkeypatch, tmp_path)
+    answer(monkeypatch, TimeoutError("it was asked for the data set"))
+    with pytest.raises(ConfigError, match=r"name: a trial's run would be called 'a{60}\.dpo_beta\.3'"):
+        go(runs, "dpo_beta", SOURCE, f"name={'a' * 60}")
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match="sweeps need optuna"):
+        go(runs, "dpo_beta", SOURCE)
+
+
+def test_a_trial_whose_job_was_cancelled_or_whose_process_was_killed_is_tried_again(runs: Runs) -> None:
+    class Killed(BaseException):
+        pass
+
+    runs.faults[1] = Preempted("job 11 ended as CANCELLED", where="stage sft")
+    runs.faults[2] = Killed()  # type: ignore[assignment]
+    code, printed = go(runs)
+    assert (code, "trial 1 was stopped: stage sft: job 11 ended as CANCELLED" in printed) == (75, True)
+    with pytest.raises(Killed):
+        go(runs)
+    assert go(runs)[0] == 0
+    assert betas(runs) == [*BETAS[:2], BETAS[1], *BETAS[1:]]
+    assert states(runs) == ["done"] * 4
+    assert runs.asked[3]["name"] == runs.asked[2]["name"] == runs.asked[1]["name"]
+
+
 def test_names_that_become_too_long_for_later_trials_start_none(runs: Runs, tmp_path: Path) -> None:
     """A run's name has up to 64 characters, and the eighth trial's is RUN.mine.7."""
     name = f"name={'a' * 57}"
@@ -575,27 +489,7 @@ def test_names_that_become_too_long_for_later_trials_start_none(runs: Runs, tmp_
     assert (len(runs.asked), journal.read_bytes() == before) == (8, True), "a sweep that is refused leaves no study"
 
 
-@pytest.mark.parametrize("name", sweep_names())
-def test_every_shipped_sweep_fits_the_quickstart(runs: Runs, name: str) -> None:
-    module.read_sweep("quickstart", name, [f"output={runs.output}", f"model.source=path:{runs.output / 'base'}"])
-
-
-# ---- data of a hub --------------------------------------------------------------------------------------------------
-
-SOURCE = "stages.sft.data.source=hub:org/name@v1"
 FILES = {"data/train.jsonl": (json.dumps(ROWS["conversations"]) + "\n") * 2}
-
-
-def test_nothing_is_downloaded_for_a_sweep_that_cannot_begin(
-    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_cache(monkeypatch, tmp_path)
-    answer(monkeypatch, TimeoutError("it was asked for the data set"))
-    with pytest.raises(ConfigError, match=r"name: a trial's run would be called 'a{60}\.dpo_beta\.3'"):
-        go(runs, "dpo_beta", SOURCE, f"name={'a' * 60}")
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(ConfigError, match="sweeps need optuna"):
-        go(runs, "dpo_beta", SOURCE)
 
 
 def test_data_is_downloaded_once_before_the_first_trial_so_that_no_trial_and_no_study_is_lost_by_it(

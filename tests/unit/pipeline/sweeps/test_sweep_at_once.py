@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -16,19 +14,17 @@ import psutil
 import pytest
 
 from alignment.config.launch import LaunchConfig, MachinesBackend, SlurmBackend
-from alignment.config.sweep import Pruner, PruningConfig
-from alignment.core.errors import Busy, ConfigError, GateNotMet
+from alignment.core.errors import ConfigError, GateNotMet
 from alignment.core.hardware import VISIBLE
 from alignment.core.locks import held
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps import trials as shared
-from alignment.pipeline.sweeps.study import LatestMedian, smoothed
-from alignment.pipeline.sweeps.trials import Curve, Running, Share, shares
-from alignment.records.run import RunRecord, StageEntry
+from alignment.pipeline.sweeps.study import LatestMedian
+from alignment.pipeline.sweeps.trials import Running, Share, shares
 from alignment.records.sweep_record import TrialOutcome
 from tests.living import descendants_of, words_of
 from tests.patience import wait_until
-from tests.unit.pipeline.sweeps.fake_runs import BETAS, Runs, go, own, trials
+from tests.unit.pipeline.sweeps.conftest import BETAS, Runs, go, own, trials
 
 STEPS = 4
 
@@ -134,23 +130,6 @@ def test_as_many_trials_run_at_once_as_are_asked_for_and_each_value_is_tried_onc
     assert processes.alive == []
 
 
-def test_a_trial_that_fails_leaves_the_others_alone(processes: Processes, runs: Runs) -> None:
-    processes.outcomes["0.1"] = TrialOutcome(code=6, error="stage dpo: a gradient is not finite\n  → lower the rate")
-    assert go(runs, at_once=2)[0] == 0
-    rows = trials(runs)
-    assert [row["state"] for row in rows] == ["done", "done", "done", "failed"]
-    assert rows[-1]["error"].startswith("stage dpo: a gradient is not finite")
-
-
-def test_a_trial_that_misses_a_gate_counts(processes: Processes, runs: Runs, tmp_path: Path) -> None:
-    runs.unmet["0.1"] = GateNotMet("stages.evaluate.gate[0]: too little")
-    processes.losses = {"0.5": 3.0}
-    _, printed = go(runs, median(runs, tmp_path, warmup_steps=2))
-    assert "trial 0 does not meet a gate: stages.evaluate.gate[0]: too little" in printed
-    rows = {row["number"]: row["state"] for row in trials(runs, "mine")}
-    assert rows == {0: "done", 1: "done", 2: "pruned"}, "its curve counts too"
-
-
 def test_interrupted_it_stops_all_and_goes_on_with_those(processes: Processes, runs: Runs) -> None:
     processes.interrupt_at = 3
     code, printed = go(runs, "dpo_beta", "launch.grace_seconds=500", at_once=2)
@@ -160,17 +139,6 @@ def test_interrupted_it_stops_all_and_goes_on_with_those(processes: Processes, r
     assert go(runs, "dpo_beta", "launch.grace_seconds=500", at_once=2)[0] == 0
     assert sorted(settings["stages.dpo.beta"] for settings in runs.asked) == BETAS
     assert {row["number"] for row in trials(runs)} == {0, 1, 2, 3}
-
-
-def test_jobs_of_a_trial_that_slurm_still_has_end_the_sweep_until_they_are_over(
-    processes: Processes, runs: Runs
-) -> None:
-    processes.outcomes["0.1"] = TrialOutcome(code=8, error="Slurm has jobs of this run: sft (job 3)")
-    with pytest.raises(Busy, match="Slurm has jobs of this run"):
-        go(runs, at_once=2)
-    processes.outcomes.clear()
-    assert go(runs, at_once=2)[0] == 0
-    assert len(trials(runs)) == 4
 
 
 def test_jobs_that_a_sweep_no_longer_waits_for_are_named(processes: Processes, runs: Runs) -> None:
@@ -233,40 +201,6 @@ def test_a_trial_whose_curve_is_hopeless_is_pruned_and_listed_with_its_step(
     assert len(runs.asked) == (3 if pruned_at is None else 2), "it is not tried again"
 
 
-def test_the_curve_of_an_earlier_run_of_the_same_name_is_not_the_trial_s(tmp_path: Path) -> None:
-    """The study was deleted and the runs were not; a trial needs seconds before it records itself."""
-    folder, reported = tmp_path / "runs/mine.0", list[tuple[float, int]]()
-    trial = SimpleNamespace(
-        user_attrs={"run": "mine.0"}, report=lambda *row: reported.append(row), should_prune=lambda: False
-    )
-    wanted = SimpleNamespace(
-        output=tmp_path,
-        objectives=[SimpleNamespace(minimize=True)],
-        config=SimpleNamespace(pruning=PruningConfig(pruner=Pruner.median, stage="dpo", metric="loss", minimize=True)),
-    )
-
-    def run(artifact: str, losses: Sequence[float]) -> None:
-        (folder / artifact).mkdir(parents=True)
-        lines = [{"step": step, "loss": loss} for step, loss in enumerate(losses, 1)]
-        (folder / artifact / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
-        stages = {"dpo": StageEntry(kind="dpo", state="running", artifact=str(folder / artifact))}
-        RunRecord(name="mine.0", stages=stages).write(folder)
-
-    run("former", [0.1, 0.1, 0.1])
-    curve = Curve(wanted, trial)  # type: ignore[arg-type]
-    assert (curve.hopeless_at(), reported) == (None, [])
-    run("own", [0.7, 0.6])
-    assert (curve.hopeless_at(), reported) == (None, [(0.7, 1), (0.6, 2)])
-
-
-def test_a_metric_that_the_stage_does_not_show_ends_the_sweep_at_its_first_step(
-    processes: Processes, runs: Runs, tmp_path: Path
-) -> None:
-    with pytest.raises(ConfigError, match="does not log 'los' while it trains; did you mean 'loss'"):
-        go(runs, median(runs, tmp_path, metric="los"))
-    assert (runs.asked, len(processes.seen)) == ([], 1)
-
-
 def pruned(
     curve: list[float], others: list[list[float]], *, direction: str = "minimize", warmup_steps: int = 0
 ) -> bool:
@@ -280,15 +214,6 @@ def pruned(
     for step, value in enumerate(curve, start=1):
         trial.report(value, step)
     return trial.should_prune()
-
-
-def test_a_curve_stands_at_the_mean_of_its_last_five_values() -> None:
-    values = {step: float(step) for step in range(1, 21)}
-    assert smoothed(values, 12) == pytest.approx((8 + 9 + 10 + 11 + 12) / 5)
-    assert smoothed(values, 2) == pytest.approx(1.5)
-    assert smoothed({10: 4.0, 20: 2.0}, 15) == 4.0, "logged more seldom"
-    assert smoothed(values, 21) is None, "it ended before"
-    assert smoothed({10: 4.0}, 5) is None
 
 
 GOOD = [0.7, 0.6, 0.5, 0.4, 0.4, 0.4]
@@ -310,12 +235,6 @@ def test_a_trial_is_pruned_where_it_stands_worse_than_the_median(curve: list[flo
     assert pruned(curve, [GOOD, GOOD, GOOD]) is is_pruned
     upside_down = [[-value for value in losses] for losses in (curve, GOOD)]
     assert pruned(upside_down[0], [upside_down[1]] * 3, direction="maximize") is is_pruned
-
-
-def test_the_first_trials_and_steps_are_left_alone() -> None:
-    assert not pruned([0.7, 9.0], [GOOD])
-    assert not pruned([0.7, 9.0], [GOOD, GOOD], warmup_steps=3)
-    assert pruned([0.7, 9.0, 9.0], [GOOD, GOOD], warmup_steps=3)
 
 
 # ---- shares of the machine ------------------------------------------------------------------------------------------
@@ -396,37 +315,6 @@ def test_what_it_said_of_its_fault_is_known(tmp_path: Path) -> None:
     assert trial.stage() == ""
 
 
-def test_one_that_was_killed_is_told_from_one_that_failed(tmp_path: Path) -> None:
-    trial = started(tmp_path, "quickstart", f"output={tmp_path}")
-    trial_process().kill()
-    assert ended(trial) == TrialOutcome(code=1, error="its process ended by signal 9 without recording an outcome")
-
-
-def test_a_disk_on_which_it_can_write_nothing_is_told_from_a_fault_of_its_own(tmp_path: Path) -> None:
-    """The kernel refuses whatever makes a file longer than a few bytes, as a full disk would."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    (tmp_path / "trial-0.log").write_text("an earlier attempt\n")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
-    try:
-        trial = started(tmp_path, "quickstart", f"output={tmp_path / 'out'}")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    outcome = ended(trial)
-    assert (outcome.code, outcome.error.startswith("run one: its files cannot be written")) == (12, True)
-
-
-def test_an_outcome_that_cannot_be_written_fails_no_trial(tmp_path: Path) -> None:
-    """Whatever the trial ended with; here, its file cannot replace a folder."""
-    trial = started(tmp_path, "quickstrat")
-    (tmp_path / "trial-0.json").mkdir()
-    trial.wait(60)
-    (tmp_path / "trial-0.json").rmdir()
-    outcome = trial.ended()
-    trial.close()
-    assert outcome is not None
-    assert (outcome.code, "did you mean 'quickstart'" in outcome.error) == (12, True)
-
-
 @pytest.mark.skipif(not ALL.cores, reason="this system cannot bind a process to cores")
 @pytest.mark.parametrize("variable", VISIBLE)
 def test_it_gets_its_share_of_the_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str) -> None:
@@ -454,3 +342,23 @@ def test_it_ends_when_the_sweep_lets_go_of_it(tmp_path: Path) -> None:
     outcome = trial.ended()
     assert outcome is not None
     assert "by signal 15" in outcome.error
+
+
+def test_a_metric_that_the_stage_does_not_show_ends_the_sweep_at_its_first_step(
+    processes: Processes, runs: Runs, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="does not log 'los' while it trains; did you mean 'loss'"):
+        go(runs, median(runs, tmp_path, metric="los"))
+    assert (runs.asked, len(processes.seen)) == ([], 1)
+
+
+def test_an_outcome_that_cannot_be_written_fails_no_trial(tmp_path: Path) -> None:
+    """Whatever the trial ended with; here, its file cannot replace a folder."""
+    trial = started(tmp_path, "quickstrat")
+    (tmp_path / "trial-0.json").mkdir()
+    trial.wait(60)
+    (tmp_path / "trial-0.json").rmdir()
+    outcome = trial.ended()
+    trial.close()
+    assert outcome is not None
+    assert (outcome.code, "did you mean 'quickstart'" in outcome.error) == (12, True)
