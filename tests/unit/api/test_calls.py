@@ -49,11 +49,7 @@ def test_a_plan_says_what_the_command_prints(overrides: list[str], capsys: Captu
 
 @pytest.mark.parametrize(
     ("override", "error", "code"),
-    [
-        ("stages.dpo.bta=0.3", alignment.ConfigError, 2),
-        ("stages.dpo.data.source=path:nowhere.jsonl", alignment.DataError, 3),
-        ("model.source=path:nowhere", alignment.ModelError, 4),
-    ],
+    [("stages.dpo.bta=0.3", alignment.ConfigError, 2), ("model.source=path:nowhere", alignment.ModelError, 4)],
 )
 @pytest.mark.parametrize("call", [alignment.plan, alignment.run])
 def test_an_error_is_that_of_the_command(
@@ -100,11 +96,7 @@ def test_one_stage_runs_alone(overrides: list[str]) -> None:
 @pytest.mark.usefixtures("without_training")
 @pytest.mark.parametrize(
     ("fault", "error", "state"),
-    [
-        ("dpo:fail", alignment.NonFiniteError, "failed"),
-        ("dpo:reward", alignment.RewardError, "failed"),
-        ("dpo:preempt", alignment.Preempted, "preempted"),
-    ],
+    [("dpo:fail", alignment.NonFiniteError, "failed"), ("dpo:preempt", alignment.Preempted, "preempted")],
 )
 def test_a_stage_that_does_not_end_well_raises_and_the_run_can_be_read(
     fault: str,
@@ -281,9 +273,7 @@ def test_overrides_may_be_a_mapping_and_are_not_one_text(overrides: list[str]) -
 
 
 @pytest.mark.parametrize("call", [alignment.plan, alignment.run], ids=["plan", "run"])
-@pytest.mark.parametrize(
-    "recipe", [{"stages": {"sft": {"kind": "sft"}}}, ["quickstart"], None, b"quickstart"], ids=repr
-)
+@pytest.mark.parametrize("recipe", [{"stages": {"sft": {"kind": "sft"}}}, None], ids=repr)
 def test_a_recipe_is_a_name_or_a_path(call: Any, recipe: Any) -> None:
     with pytest.raises(TypeError, match=rf"recipe is a {type(recipe).__name__}; .* path of a \.yaml file"):
         call(recipe)

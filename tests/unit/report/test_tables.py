@@ -285,9 +285,8 @@ def test_a_card_is_shown_with_all_that_it_measured(fake_run):
     assert fake_run.built(num_samples=2) == html, "the same files give the same bytes"
 
 
-@pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_text_in_a_card_stays_text(fake_run, hostile):
-    assert_harmless(with_card(fake_run, made_card(words=hostile)))
+def test_hostile_text_in_a_card_stays_text(fake_run):
+    assert_harmless(with_card(fake_run, made_card(words=HOSTILE)))
 
 
 def test_cards_with_little_in_them_are_shown_and_unreadable_ones_named(fake_run):

@@ -169,8 +169,7 @@ def test_a_difference_that_is_lost_by_the_correction_has_a_reason_of_its_own(fak
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "shown"),
-    [(0.0, 0.1, "no real difference"), (-0.1, 0.0, "no real difference"), (1e-4, 0.1, "real")],
+    ("low", "high", "shown"), [(0.0, 0.1, "no real difference"), (-0.1, 0.0, "no real difference"), (1e-4, 0.1, "real")]
 )
 def test_an_interval_that_touches_zero_is_not_real_whatever_the_file_claims(fake_run, low, high, shown):
     entry = {"arm": "stage:dpo", "against": "stage:sft", "difference": (low + high) / 2, "low": low, "high": high}
@@ -196,7 +195,6 @@ PREFERS_SFT = " By quality, dpo is better than sft, but a-model prefers sft (win
         (judged("stage:sft", "stage:dpo", 0.7, "better"), PREFERS_SFT),
         (judged("stage:dpo", "stage:sft", 0.3, "worse"), PREFERS_SFT),
         (judged("stage:dpo", "stage:sft", 0.7, "better"), ""),
-        (judged("stage:dpo", "stage:sft", 0.48, "no real difference"), ""),
         (judged("stage:ppo", "stage:sft", 0.3, "worse"), ""),
         (judged("stage:sft", "stage:dpo", 0.7, "fewer than 10 prompts"), ""),
     ],
@@ -322,10 +320,11 @@ def test_an_earlier_policy_and_an_early_end_are_said(fake_run, stage, settings, 
 def test_the_guards_two_opinions_are_drawn_over_the_root_of_the_kl(fake_run):
     for step, row in enumerate(fake_run.metrics["ppo"]):
         if step % 4 == 0:
-            row |= {"guard/proxy": 0.1 * step, "guard/scorer": 0.5 - 0.01 * step, "guard/kl": 4.0 * step}
+            row |= {"guard/proxy": 0.1 * step, "guard/scorer": 0.5 - 0.01 * step, "guard/kl": 0.05 * step}
     html = fake_run.html()
     chart = html[html.index("Held-out answers, over √KL") :]
     words = re.findall(r'<text class="tick s(\d)"[^>]*>(.*?)</text>', chart)
+    assert "0.2" in re.findall(r'text-anchor="middle">(.*?)</text>', chart.split("</svg>")[0]), "no steps"
     assert [word for line, word in words if line == "0"][:2] == ["training", "score"]
     assert [word for line, word in words if line == "1"][:2] == ["held-out", "scorer"]
 
@@ -426,10 +425,7 @@ def compared(distinct: float, other: float, difference: float) -> Evaluation:
         (Evaluation(num_prompts=9), f"only 9 prompts were evaluated, {TOO_FEW}"),
         (Evaluation(num_prompts=10), None),
         (GRADED, None),
-        (
-            replace(GRADED, primary="polite"),
-            f"only 9 of 60 prompts have a score by polite in every arm, {TOO_FEW}",
-        ),
+        (replace(GRADED, primary="polite"), f"only 9 of 60 prompts have a score by polite in every arm, {TOO_FEW}"),
         (
             Evaluation(judge=Judge(name="a-model", pairs=[SILENT, SILENT])),
             "by a-model, nothing can be concluded about any pair of arms: 100% of the verdicts are invalid",

@@ -119,19 +119,6 @@ def test_scores_are_normalised_by_all_scores_so_far_and_a_look_changes_nothing()
         assert slot.state() == before
 
 
-def test_scores_are_normalised_by_all_scores_so_far() -> None:
-    slot = mix(
-        Part(source="a", scorer=FixedScorer(), normalize=True), Part(source="b", scorer=FixedScorer(), weight=0.0)
-    )
-    seen: list[float] = []
-    for batch in batches(6, 5):
-        rounded = torch.tensor(batch).tolist()  # the scores as float32 has them
-        seen += rounded
-        expected = [(score - fmean(seen)) / pstdev(seen) for score in rounded]
-        total = learned(slot, scores_of(a=batch, b=batch))
-        assert total.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-6)
-
-
 @pytest.mark.parametrize("constant", [0.1, -3.7, 1e6, 0.0])
 def test_scores_that_are_all_the_same_become_zero_and_never_rounding_noise(constant: float) -> None:
     slot = mix(Part(source="a", scorer=FixedScorer(), normalize=True))
