@@ -52,11 +52,43 @@ def many(*margins: float, subset: str = "") -> list[Judged]:
     return [judged(margin, prompt=number, subset=subset) for number, margin in enumerate(margins)]
 
 
-def test_a_tie_is_half_right() -> None:
+def test_measures_of_a_card_by_hand() -> None:
     assert right([2.0, -1.0, 0.0]) == [1.0, 0.0, 0.5]
     card = card_of(many(2.0, -1.0, 0.0, 3.0), intervals=INTERVALS, num_worst=3)
     assert card.accuracy == Interval(mean=0.625), "four prompts are too few for an interval"
     assert [pair.margin for pair in worst(many(1.0, -3.0, -1.0, 0.0, -2.0), 2)] == [-3.0, -2.0]
+    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    bars = histogram([-0.4, 0.1, 0.2, 0.3, 50.0])
+    assert 0.0 in [round(edge, 12) for edge in bars.edges]
+    assert (sum(bars.counts), sum(bars.counts[: BARS // 2])) == (5, 1)
+    assert sum(histogram([0.0, 0.0]).counts) == 2
+    pairs = [judged(1.0, prompt=n, longer=1 if n % 2 else -1, words=1.0 if n % 4 else -1.0) for n in range(20)]
+    words, longer = baselines(pairs, INTERVALS)
+    assert (words.name, words.accuracy.mean, words.difference.mean) == ("bag of words", 0.75, 0.25)
+    assert (longer.name, longer.accuracy.mean) == ("longer answer", 0.5)
+    assert 0 < longer.difference.low < 0.5 < longer.difference.high
+    assert [baseline.name for baseline in baselines(many(1.0), INTERVALS)] == ["longer answer"]
+    chat, math_ = subsets([*many(1.0, -1.0, subset="chat"), judged(1.0, subset="math")], INTERVALS)
+    assert (chat.name, chat.num_pairs, chat.accuracy.mean) == ("chat", 2, 0.5)
+    assert (math_.name, math_.accuracy) == ("math", Interval(mean=1.0))
+    assert subsets(many(1.0, 2.0), INTERVALS) == [], "there is but one"
+    bias = length_bias([judged(float(longer), longer=longer) for longer in (3, 2, -1, -2, 0)])
+    assert bias.correlation == pytest.approx(1.0)
+    assert (bias.prefers_longer, bias.longer_is_chosen) == (1.0, 0.5)
+    assert (bias.accuracy_where_longer, bias.accuracy_where_shorter) == (1.0, 0.0)
+    assert length_bias([judged(1.0, longer=0)]) == Length()
+    pairs = [
+        judged(1.0, rule=(1.0, 0.5)),  # all three agree
+        judged(-1.0, rule=(1.0, 0.5)),  # the rule is right, the model is not
+        judged(-1.0, rule=(0.2, 0.5)),  # both are wrong
+        judged(1.0, rule=(0.5, 0.5)),  # the rule sees no difference
+    ]
+    agreement = rule_agreement(pairs, INTERVALS)
+    assert agreement is not None
+    assert (agreement.num_pairs, agreement.agreement.mean, agreement.accuracy.mean) == (3, 2 / 3, 2 / 3)
+    assert rule_agreement(pairs[3:], INTERVALS) == RuleAgreement()
+    assert rule_agreement(many(1.0), INTERVALS) is None
 
 
 @pytest.mark.parametrize(("margin", "share"), [(1.0, 1.0), (-1.0, 0.0), (0.0, 0.5)])
@@ -94,56 +126,6 @@ def test_calibration_by_hand() -> None:
     assert (chance.ece, chance.brier, chance.log_loss) == (0.0, 0.25, pytest.approx(math.log(2)))
     sure = calibration([1e4, -1e4])
     assert (sure.log_loss, sure.bins[0].confidence) == (pytest.approx(5e3), 1.0)
-
-
-def test_the_interval_of_a_share_is_wilson_s() -> None:
-    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-
-
-def test_a_histogram_has_an_edge_at_zero_and_holds_every_pair() -> None:
-    bars = histogram([-0.4, 0.1, 0.2, 0.3, 50.0])
-    assert 0.0 in [round(edge, 12) for edge in bars.edges]
-    assert (sum(bars.counts), sum(bars.counts[: BARS // 2])) == (5, 1)
-    assert sum(histogram([0.0, 0.0]).counts) == 2
-
-
-def test_simpler_judges_stand_beside_the_model_pair_by_pair() -> None:
-    pairs = [judged(1.0, prompt=n, longer=1 if n % 2 else -1, words=1.0 if n % 4 else -1.0) for n in range(20)]
-    words, longer = baselines(pairs, INTERVALS)
-    assert (words.name, words.accuracy.mean, words.difference.mean) == ("bag of words", 0.75, 0.25)
-    assert (longer.name, longer.accuracy.mean) == ("longer answer", 0.5)
-    assert 0 < longer.difference.low < 0.5 < longer.difference.high
-    assert [baseline.name for baseline in baselines(many(1.0), INTERVALS)] == ["longer answer"]
-
-
-def test_subsets_are_kept_apart_and_one_pair_has_no_interval() -> None:
-    chat, math_ = subsets([*many(1.0, -1.0, subset="chat"), judged(1.0, subset="math")], INTERVALS)
-    assert (chat.name, chat.num_pairs, chat.accuracy.mean) == ("chat", 2, 0.5)
-    assert (math_.name, math_.accuracy) == ("math", Interval(mean=1.0))
-    assert subsets(many(1.0, 2.0), INTERVALS) == [], "there is but one"
-
-
-def test_a_model_that_goes_by_length_is_seen_to() -> None:
-    bias = length_bias([judged(float(longer), longer=longer) for longer in (3, 2, -1, -2, 0)])
-    assert bias.correlation == pytest.approx(1.0)
-    assert (bias.prefers_longer, bias.longer_is_chosen) == (1.0, 0.5)
-    assert (bias.accuracy_where_longer, bias.accuracy_where_shorter) == (1.0, 0.0)
-    assert length_bias([judged(1.0, longer=0)]) == Length()
-
-
-def test_agreement_with_a_rule_counts_where_the_rule_sees_a_difference() -> None:
-    pairs = [
-        judged(1.0, rule=(1.0, 0.5)),  # all three agree
-        judged(-1.0, rule=(1.0, 0.5)),  # the rule is right, the model is not
-        judged(-1.0, rule=(0.2, 0.5)),  # both are wrong
-        judged(1.0, rule=(0.5, 0.5)),  # the rule sees no difference
-    ]
-    agreement = rule_agreement(pairs, INTERVALS)
-    assert agreement is not None
-    assert (agreement.num_pairs, agreement.agreement.mean, agreement.accuracy.mean) == (3, 2 / 3, 2 / 3)
-    assert rule_agreement(pairs[3:], INTERVALS) == RuleAgreement()
-    assert rule_agreement(many(1.0), INTERVALS) is None
 
 
 @pytest.mark.parametrize(

@@ -104,9 +104,6 @@ def test_a_row_of_turns_scores_their_mean_and_its_log_ratio_is_their_sum() -> No
         assert measured is not None
         assert measured.mean == pytest.approx(expected / 2)
     assert "by_turn" not in arm.all_metrics
-
-
-def test_of_samples_the_log_ratio_is_a_mean_within_each_turn_and_a_sum_over_turns() -> None:
     arm = answered(*"abcdef", turns=[2, 1], per_prompt=2)
     assert arm.sums([1.0, 3.0, 10.0, 20.0, 5.0, 7.0]) == [2.0 + 15.0, 6.0]
     assert arm.means([1.0, 3.0, 10.0, 20.0, 5.0, 7.0]) == [(2.0 + 15.0) / 2, 6.0]
@@ -146,17 +143,13 @@ def row(first: str, *later: str, references: tuple[str, ...] = (), **changes: An
 ROWS = [row("a1", "a2"), row("b1"), row("c1", "c2", "c3")]
 
 
-def test_a_row_goes_on_with_the_answers_and_the_turns_behind_them() -> None:
+def test_a_row_goes_on_with_the_answers_of_its_own_conversation() -> None:
     prompt = continued(ROWS[2], ["x", "y"])
     assert [turn.role for turn in prompt.messages] == ["system", "user", "assistant", "user", "assistant", "user"]
     assert [turn.content for turn in prompt.messages] == ["Be brief.", "c1", "x", "c2", "y", "c3"]
     assert continued(ROWS[1], []) is ROWS[1]
     two = row("a1", "a2", references=("second",))
     assert [continued(two, texts).reference for texts in ([], ["x"])] == ["", "second"]
-
-
-def test_every_answer_is_behind_its_own_conversation() -> None:
-    """Two samples a turn: the second one's later prompts hold its own earlier answers, never the first one's."""
     assert asked_turns(ROWS[:2]) == [AskedTurn(row=0, turn=0), AskedTurn(row=0, turn=1), AskedTurn(row=1, turn=0)]
     texts = ["a-1", "a-1'", "a-2", "a-2'", "b-1", "b-1'", "c-1", "c-1'", "c-2", "c-2'", "c-3", "c-3'"]
     asked = prompts_of_answers(ROWS, texts, per_prompt=2)
@@ -258,9 +251,6 @@ def test_an_evaluation_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert DPO.all_metrics == {"brevity": HALF, "words": HALF, "distinct": Interval(mean=1.0)}
     assert "loss" in ARM_METRICS
     assert not {"name", "label", "metrics", "seconds"} & set(ARM_METRICS)
-
-
-def test_a_metric_of_choices_is_recorded_as_one_that_reads_no_answers(tmp_path: Path) -> None:
     configs = [MetricConfig(name="knows", source="choice"), MetricConfig(name="right", source="exact_answer")]
     replace(EVALUATION, metrics=recorded(configs)).write(tmp_path)
     assert [metric.of_answers for metric in Evaluation.read(tmp_path).metrics] == [False, True]

@@ -113,15 +113,12 @@ def test_vllm_pools_one_conversation_by_its_own_template_and_tools_are_sent_with
     assert [item.get("tools") for item in ours] == [[tool], None]
 
 
-def test_values_that_json_lacks_are_sent_as_texts() -> None:
+def test_values_that_json_lacks_are_texts_and_the_documented_request_is_sent() -> None:
     """NaN is no JSON, and OpenAI's client refuses it."""
     row = {"id": 1, "score": math.nan, "day": date(2026, 11, 29), "limits": [-math.inf, math.inf, 0.5]}
     sent = Item(prompt=replace(TURNS, row=row), answer="Hello.").row
     assert sent == {"id": 1, "score": "NaN", "day": "2026-11-29", "limits": ["-Infinity", "Infinity", 0.5]}
     json.dumps(sent, allow_nan=False)
-
-
-def test_the_request_in_the_documentation_is_what_is_sent() -> None:
     page = Path(__file__).parents[3] / "docs/rewards.md"
     (shown,) = [block.text for block in blocks(page) if block.text.startswith("POST ")]
     path, request, reply = re.fullmatch(r"POST (\S+)\s+({.*})\s+→\s+({.*})\s+", shown, re.DOTALL).groups()  # type: ignore[union-attr]

@@ -55,10 +55,8 @@ def settings(rows: int = 24) -> dict[str, Any]:
     [
         (LORA, "sft", False),
         (QLORA, "base", False),
-        (QLORA, "sft", False),
         (FULL, "base", False),
         (WITHOUT_MASTERS, "base", False),
-        (LORA, "sft", True),
         (QLORA, "base", True),
     ],
 )

@@ -59,12 +59,9 @@ def moved(chained: Chained, kind: str, since: str) -> float:
     ("first", "second"),
     [
         (FULL, LORA),
-        (LORA, FULL),
-        (LORA, QLORA),
         (LORA, lora(Chain.stack)),
         (DORA, AdapterConfig(kind=AdapterKind.dora, rank=4, chain=CONTINUE)),
         (QLORA, AdapterConfig(kind=AdapterKind.qlora, rank=4, chain=CONTINUE)),
-        (QLORA, AdapterConfig(kind=AdapterKind.qlora, rank=4)),
     ],
     ids=lambda adapter: f"{adapter.kind.value}-{adapter.chain.value}",
 )
@@ -80,15 +77,7 @@ def test_dpo_starts_at_ln_2_from_whatever_sft_left(
 
 @pytest.mark.parametrize(
     ("sft", "later"),
-    [
-        (QLORA, QLORA),
-        (DORA, DORA),
-        (LORA, lora(Chain.stack)),
-        (LORA, lora(CONTINUE)),
-        (FULL, LORA),
-        (LORA, FULL),
-        (PREFIX, SAME_PREFIX),
-    ],
+    [(QLORA, QLORA), (LORA, lora(Chain.stack)), (LORA, lora(CONTINUE)), (FULL, LORA), (PREFIX, SAME_PREFIX)],
     ids=lambda adapter: f"{adapter.kind.value}-{adapter.chain.value}",
 )
 def test_ppo_starts_at_no_kl_with_one_base(chained: Chained, sft: AdapterConfig, later: AdapterConfig) -> None:
@@ -202,26 +191,6 @@ def test_an_adapter_that_was_trained_on_other_tokens_is_refused(
     tokenizer.save_pretrained(str(folder))
     with pytest.raises(ModelError, match=message):
         chained.run("kto", LORA, init="outside")
-
-
-class Killed(BaseException):
-    """The process ended right after a checkpoint."""
-
-
-def then_killed(on_save: Any) -> Any:
-    def save(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        on_save(self, args, state, control, **kwargs)
-        if state.global_step == 1:
-            raise Killed
-
-    return save
-
-
-def formats(state: Any) -> set[torch.dtype]:
-    """Of all tensors in nested dictionaries."""
-    if isinstance(state, torch.Tensor):
-        return {state.dtype}
-    return set().union(*map(formats, state.values())) if isinstance(state, dict) else set()
 
 
 def test_a_policy_of_another_base_or_tokenizer_is_refused_by_name(chained: Chained) -> None:

@@ -352,7 +352,9 @@ def test_a_judge_sees_both_whole_conversations(chain: Chained) -> None:
             assert f"<<<turn 2 of the user to {letter}>>>\n{sample.later_turns[0]}\n<<<end" in first
 
 
-def test_a_row_of_several_turns_has_no_exact_answer(chain: Chained, tmp_path: Path) -> None:
+def test_exact_answers_of_several_turns_and_conversations_beyond_the_positions_are_refused(
+    chain: Chained, tmp_path: Path
+) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [row | {"answer": "#### 144"} for row in ROWS])
     config = replace(CONFIG, arms=["base"], reward=None, metrics=[MetricConfig(name="right", source="exact_answer")])
     (check,) = row_checks(config)
@@ -361,9 +363,6 @@ def test_a_row_of_several_turns_has_no_exact_answer(chain: Chained, tmp_path: Pa
     for refused in (lambda: check(prompts[0]), lambda: evaluate(chain, config, "exact", data_path=file)):
         with pytest.raises(DataError, match=r"rows\.jsonl:1: 'exact_answer' .* several turns"):
             refused()
-
-
-def test_a_conversation_beyond_the_positions_is_refused_before_its_turn(chain: Chained) -> None:
     first = len(prompt_ids(tiny_tokenizer(), conversation(ROWS[0], [])))
     model = tiny_model(vocab_size=len(tiny_tokenizer()), max_position_embeddings=first + 6)
     model.save_pretrained(chain.folder / "short")
@@ -407,7 +406,7 @@ def shown(row: HeldOutPrompt) -> tuple[Message, ...]:
     return row.messages
 
 
-def test_every_turn_is_asked_with_the_tools_of_its_row(tokenizer: Any) -> None:
+def test_turns_and_scores_have_the_tools_of_their_row(tokenizer: Any) -> None:
     first = first_turn(tokenizer, [ROW_WITH_TOOL], shown, with_references=True)
     assert first.prompts == [prompt_with_tool(tokenizer, "2 + 2?")]
     assert [reference and reference.ids for reference in first.references] == [ids_of(tokenizer, f"4.{END}")]
@@ -417,9 +416,6 @@ def test_every_turn_is_asked_with_the_tools_of_its_row(tokenizer: Any) -> None:
     assert reference is not None
     assert reference.prompt == prompt_with_tool(tokenizer, "2 + 2?", "4.", "Times 3?")
     assert reference.ids == ids_of(tokenizer, f"12.{END}")
-
-
-def test_what_is_scored_has_the_tools_of_its_row(tokenizer: Any) -> None:
     answers = [Answer(ids=[1], text=text, ended=True) for text in ("Four.", "12.")]
     arm = Answered(answers=answers, logprobs=None, references=[None, None], seconds=0.0, turns=[2])
     prompts = ArmPrompts(
@@ -436,9 +432,6 @@ def test_what_is_scored_has_the_tools_of_its_row(tokenizer: Any) -> None:
         prompt_with_tool(tokenizer, "2 + 2?", "Four.", "Times 3?"),
     ]
     assert scored.answer_ids == [ids_of(tokenizer, f"{text}{END}") for text in ("Four.", "12.")]
-
-
-def test_a_template_that_leaves_out_the_tools_of_a_row_ends_the_evaluation() -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:7: the chat template leaves out the tool 'add'"):
         first_turn(styled_tokenizer("chatml"), [ROW_WITH_TOOL], shown, with_references=False)
 

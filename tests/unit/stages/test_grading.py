@@ -3,7 +3,6 @@ means."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 
 from alignment.config.evaluating import AnswersConfig, ChatEndpointConfig, JudgeConfig, JudgeKind, PairConfig
 from alignment.config.grader import GraderConfig
-from alignment.config.reward_server import ServerApi, ServerConfig
 from alignment.config.scoring import MetricConfig
 from alignment.core.errors import ConfigError, DataError, StageError
 from alignment.core.fingerprint import file_sha256
@@ -37,7 +35,7 @@ from alignment.stages.shared import arm_policies
 from alignment.training.context import StageContext
 from tests.chained import Chained
 from tests.evaluating import evaluation_chain, evaluation_of, read_lines, write_rows
-from tests.judge_server import Judge, Response, Served, listening, serving
+from tests.judge_server import Judge, Response, Served, serving
 from tests.judged import ARMS, DPO, SFT, pair, vote
 from tests.tiny import tiny_spec, tiny_tokenizer
 
@@ -215,23 +213,6 @@ def test_samples_are_graded_one_by_one_and_rubrics_are_metrics_of_their_own(chai
     assert {line["answer"] for line in lines(chain, "rubrics")} == {0, 1}
 
 
-def test_a_server_scores_beside_the_grader(chain: Chained) -> None:
-    def scores(body: dict[str, Any], _: int) -> Response:
-        return Response(body=json.dumps([[{"label": "LABEL_0", "score": len(text)}] for (text,) in body["inputs"]]))
-
-    with listening(scores) as server:
-        settings = ServerConfig(base_url=server.url, api=ServerApi.tei_predict, model="length", retries=0)
-        length = MetricConfig(name="length", source="server", server=settings)
-        evaluation, samples, _ = evaluate(chain, fair, "served", replace(CONFIG, metrics=[*GRADED, length]))
-    for arm in evaluation.arms:
-        answers = [sample.answers[arm.name] for sample in samples]
-        texts = [[turn.text for turn in answer.turns] or [answer.text] for answer in answers]
-        means = [sum(map(len, turns)) / len(turns) for turns in texts]
-        assert arm.metrics["length"].mean == pytest.approx(sum(means) / len(means))
-    assert evaluation.primary == "helpful"
-    assert set(server.paths) == {"/v1/predict"}
-
-
 def test_replies_that_arrived_before_a_stop_are_not_asked_for_again(chain: Chained) -> None:
     def failing(prompt: str, number: int) -> Response:
         return fair(prompt, number) if number < 10 else Response(status=400, body="{}")
@@ -379,19 +360,12 @@ def test_every_pair_that_people_judged_is_in_the_table_unless_the_recipe_names_p
     assert [(row.arm, row.against) for row in only.pairs] == [(DPO, SFT)]
 
 
-def test_votes_that_changed_since_the_plan_stop_the_stage(tmp_path: Path) -> None:
-    stage = context(tmp_path, [vote(pair(number)) for number in NUMBERS])
-    append_vote(tmp_path / FILE, vote(pair(1), annotator="bo"))
-    with pytest.raises(StageError, match="the votes have changed since the run was planned"):
-        judged(stage)
-
-
 def planned(folder: Path, **settings: Any) -> dict[str, Path]:
     config = EvaluateConfig(judge=JudgeConfig(**{"kind": JudgeKind.people, **settings}))
     return dict(votes_files(config, folder / "evaluate"))
 
 
-def test_the_votes_are_the_runs_own_unless_a_file_is_named(tmp_path: Path) -> None:
+def test_the_votes_are_the_runs_own_or_a_files_and_must_not_change(tmp_path: Path) -> None:
     own, other = tmp_path / "evaluate" / FILE, tmp_path / "other.jsonl"
     assert planned(tmp_path) == {}
     own.parent.mkdir()
@@ -405,6 +379,10 @@ def test_the_votes_are_the_runs_own_unless_a_file_is_named(tmp_path: Path) -> No
     own.write_text("not a vote\n")
     with pytest.raises(DataError, match=r"votes\.jsonl:1: not JSON"):
         planned(tmp_path)
+    stage = context(tmp_path, [vote(pair(number)) for number in NUMBERS])
+    append_vote(tmp_path / FILE, vote(pair(1), annotator="bo"))
+    with pytest.raises(StageError, match="the votes have changed since the run was planned"):
+        judged(stage)
 
 
 TEXTS = ["今天休息。", "Closed today.", "休息 today"]

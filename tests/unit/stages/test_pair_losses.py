@@ -20,7 +20,6 @@ from alignment.config.data import DataConfig
 from alignment.config.model import Dtype
 from alignment.config.validation import ValidationConfig
 from alignment.core.artifacts import read_manifest
-from alignment.core.errors import StageError
 from alignment.models.assembly.adapters import at_start
 from alignment.stages.dpo import pair_trainer
 from alignment.stages.dpo import run as dpo
@@ -180,14 +179,6 @@ def test_every_loss_has_a_case() -> None:
     assert {case.settings["loss"] for case in CASES.values()} == set(DpoLoss)
 
 
-@pytest.mark.parametrize("name", ["sigmoid", "apo_zero", "margin+nll"])
-def test_a_reference_that_is_not_the_start_stops_before_anything_is_learned(tmp_path: Path, name: str) -> None:
-    trainer, _ = about_to_learn(tmp_path, CASES[name].settings)
-    liven(trainer.model)
-    with pytest.raises(StageError, match="at step 0 policy and reference differ by"):
-        dpo.check_start(trainer)
-
-
 @pytest.mark.parametrize(
     ("name", "precomputed"), [*((name, False) for name in CASES), *((name, True) for name in PRECOMPUTED)]
 )
@@ -220,9 +211,7 @@ def test_a_loss_is_that_of_its_paper_before_and_after_the_policy_moved(
     close(gradient[mask], expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("name", "adapter"), [("simpo", LORA), ("simpo", FULL), ("orpo", LORA), ("orpo", FULL), ("conservative", LORA)]
-)
+@pytest.mark.parametrize(("name", "adapter"), [("simpo", LORA), ("orpo", FULL), ("conservative", LORA)])
 def test_a_reference_that_is_not_needed_or_was_computed_before_is_not_computed(
     tmp_path: Path, name: str, adapter: AdapterConfig
 ) -> None:

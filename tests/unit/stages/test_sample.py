@@ -71,7 +71,7 @@ def scorer(folder: Path, function: str) -> ScorerConfig:
     return ScorerConfig(source=f"{folder}/score.py:{function}")
 
 
-def test_every_answer_is_kept_with_its_score_its_seed_and_its_policy(artifact: Path) -> None:
+def test_answers_are_kept_and_the_best_and_the_worst_become_pairs_that_are_counted(artifact: Path) -> None:
     samples = lines(artifact / "samples.jsonl")
     assert [(line["row"], line["number"]) for line in samples] == [(row, n) for row in range(9) for n in range(4)]
     for line in samples:
@@ -82,9 +82,6 @@ def test_every_answer_is_kept_with_its_score_its_seed_and_its_policy(artifact: P
     assert len({line["seed"] for line in samples}) == 9
     assert len({line["answer"] for line in samples}) > 30
     assert json.loads((artifact.parents[1] / "sent.json").read_text()) == {"samples": samples}
-
-
-def test_pairs_are_the_best_and_the_worst_answer_to_a_prompt_and_dpo_reads_them(artifact: Path) -> None:
     samples = lines(artifact / "samples.jsonl")
     pairs = read_records(artifact / "rows.jsonl", PreferencePair, DataConfig())
     assert len(pairs) == 9
@@ -96,9 +93,6 @@ def test_pairs_are_the_best_and_the_worst_answer_to_a_prompt_and_dpo_reads_them(
         assert [turn.as_dict() for turn in pair.messages] == answers[0]["messages"]
         used = {line["used_as"]: line["answer"] for line in answers if line["used_as"]}
         assert used == {"chosen": pair.chosen, "rejected": pair.rejected}
-
-
-def test_the_manifest_counts_rows_and_says_what_the_best_is_worth(artifact: Path) -> None:
     manifest = read_manifest(artifact)
     assert manifest is not None
     assert manifest.kind == "rows"
@@ -496,9 +490,7 @@ def test_an_ensemble_and_a_grader_choose_rows(tmp_path: Path) -> None:
         length = MemberConfig(source="length", target=3)
         ensemble = EnsembleConfig(members=[length, grade], combine=Combine.mean_minus_std, std_weight=0.5)
         made = sampled(
-            tmp_path,
-            scorers=[ScorerConfig(source="ensemble", ensemble=ensemble, weight=2.0)],
-            select=Select.best_worst,
+            tmp_path, scorers=[ScorerConfig(source="ensemble", ensemble=ensemble, weight=2.0)], select=Select.best_worst
         )
     samples = lines(made / "samples.jsonl")
     for line in samples:

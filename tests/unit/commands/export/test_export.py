@@ -116,7 +116,7 @@ def _config(folder: Path) -> dict[str, Any]:
 # ---- policies as models ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.lora, AdapterKind.dora, AdapterKind.qlora])
+@pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.dora, AdapterKind.qlora])
 def test_a_policy_becomes_a_plain_model(tmp_path: Path, base: Lineage, policy: Trained, kind: AdapterKind) -> None:
     expected, saved = policy(kind)
     notes = export(saved.path, base.base, tmp_path / "out", MODEL)
@@ -329,10 +329,7 @@ def _damage(file: Path, part: str) -> None:
     save_file({name: 2 * held if part in name else held for name, held in weights.items()}, file, {"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    ("adapter", "form"),
-    [(FULL, "model"), (LORA, "model"), (LORA, "adapter"), (FULL, "reward"), (LORA, "reward")],
-)
+@pytest.mark.parametrize(("adapter", "form"), [(LORA, "model"), (LORA, "adapter"), (LORA, "reward")])
 def test_what_was_written_wrong_is_not_exported(
     tmp_path: Path, base: Lineage, policy: Trained, monkeypatch: pytest.MonkeyPatch, adapter: AdapterConfig, form: str
 ) -> None:
