@@ -17,9 +17,9 @@ from alignment.core.artifacts import verify
 from alignment.job import StageSpec
 from alignment.stages.distil.config import Method
 from tests.chained import LORA
-from tests.distilled import FULL, distil_spec
 from tests.distributed.processes import on_processes
 from tests.distributed.test_sharding import logs, weights
+from tests.generating import FULL, distil_spec
 from tests.oracles.close import close
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

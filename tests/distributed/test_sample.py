@@ -9,7 +9,7 @@ import pytest
 from alignment.job import StageSpec
 from tests.distributed.processes import on_processes
 from tests.distributed.test_sharding import logs
-from tests.sampled import sample_spec, sampled
+from tests.generating import sample_spec, sampled
 
 FILES = ("rows.jsonl", "samples.jsonl", "sampling.json")
 

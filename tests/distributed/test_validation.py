@@ -12,11 +12,10 @@ import pytest
 from alignment.config.adapter import AdapterConfig
 from alignment.config.launch import Sharding
 from alignment.job import StageSpec
-from tests.by_hand import by_hand, held_out_rows
 from tests.chained import FULL, LORA, Chained
 from tests.distributed.processes import on_processes
 from tests.distributed.test_sharding import logs, weights
-from tests.noisy import HELD_OUT, held_out_losses, lines, manifest, overfitting, ran
+from tests.noisy import HELD_OUT, by_hand, held_out_losses, held_out_rows, lines, manifest, overfitting, ran
 from tests.oracles.close import close
 
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")

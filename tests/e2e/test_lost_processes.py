@@ -14,8 +14,7 @@ import psutil
 import pytest
 
 from tests.e2e.conftest import Align, environment
-from tests.living import descendants_of, words_of
-from tests.patience import wait_until
+from tests.living import descendants_of, wait_until, words_of
 
 TWO = ("launch.num_processes=2", "stages.sft.optim={batch_size: 4, micro_batch_tokens: 60, epochs: 500, lr: 1e-3}")
 """Training that would go on for minutes."""

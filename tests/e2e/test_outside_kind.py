@@ -15,7 +15,7 @@ import pytest
 
 from tests.documented.blocks import ROOT, blocks
 from tests.e2e.conftest import environment
-from tests.patience import wait_until
+from tests.living import wait_until
 
 OUTSIDE = Path(__file__).parents[1] / "data" / "outside"
 README = ROOT / "alignment/stages/README.md"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from alignment.core.locks import is_held
 from tests.e2e.conftest import SMALL, Align, environment
-from tests.patience import wait_until
+from tests.living import wait_until
 
 
 def test_only_what_a_setting_reaches_is_made_for_each_value(new_forked: Callable[[], Align], tmp_path: Path) -> None:

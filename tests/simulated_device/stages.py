@@ -171,7 +171,7 @@ def _validated(chained: Chained, cell: Cell) -> StageSpec:
 
 def _distilled(chained: Chained, cell: Cell, **settings: Any) -> StageSpec:
     from alignment.stages.distil.config import Method
-    from tests.distilled import distil_spec
+    from tests.generating import distil_spec
 
     settings = {
         "method": Method.sequence,

@@ -28,7 +28,7 @@ from alignment.stages.dpo.config import DpoConfig
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.reward.config import RewardConfig
 from alignment.stages.sft.config import SftConfig
-from tests.public import PUBLIC, WRITTEN, needs_public_data
+from tests.hub import PUBLIC, WRITTEN, needs_public_data
 from tests.real_templates import QWEN, dressed, text_of
 from tests.templates import styled_tokenizer
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec, tiny_tokenizer

@@ -22,8 +22,7 @@ from alignment.core.launcher_variables import RANKS
 from alignment.core.locks import is_held
 from alignment.engines.keeper_process import NOT_STARTED, exit_file, lock_file
 from alignment.engines.server_process import KEY, PORT, Keeper, ServerCommand, ServerProcess
-from tests.living import is_living
-from tests.patience import wait_until
+from tests.living import is_living, wait_until
 
 SHARED_MEMORY = Path("/dev/shm")
 PARENT = """

@@ -36,10 +36,10 @@ from alignment.records.evaluation import (
 from alignment.records.interval import Interval
 from alignment.records.reward_card import Baseline, RewardCard
 from alignment.records.votes import TIE, append_vote
+from tests.hub import weights_file
 from tests.judged import DPO, SFT, pair, vote
 from tests.unit.pipeline.conftest import ROWS, TURN, MakePlan, leave_artifact, stage_of, write, write_rows
 from tests.unit.pipeline.worker import INTERVAL
-from tests.weights_files import weights_file
 
 METRICS = "stages.evaluate.metrics"
 JUDGE = "stages.evaluate.judge"

@@ -28,7 +28,7 @@ from alignment.pipeline.execute.signals import Terminated
 from alignment.pipeline.plan.actions import Action
 from alignment.stages.benchmark.config import BenchmarkConfig
 from alignment.stages.sft.config import SftConfig
-from tests.patience import wait_until
+from tests.living import wait_until
 
 LAUNCH = LaunchConfig(backend=MachinesBackend(machine_rank=1), grace_seconds=7)
 

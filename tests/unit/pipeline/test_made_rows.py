@@ -23,7 +23,7 @@ from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.stages.stage_file import read_spec
 from alignment.worker import _refuse_changed_data
-from tests.sampled import asked
+from tests.generating import asked
 from tests.unit.pipeline.conftest import changed, leave_artifact, screened, stage_of, write, write_rows
 
 RECIPE = """

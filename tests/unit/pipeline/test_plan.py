@@ -26,7 +26,7 @@ from alignment.stages.registry import kinds
 from alignment.stages.sft.config import SftConfig
 from alignment.stages.stage_file import read_spec
 from alignment.training import checkpoints
-from tests.hub import COMMIT
+from tests.hub import COMMIT, weights_file
 from tests.unit.pipeline.conftest import (
     NUM_PAIRS,
     MakePlan,
@@ -39,7 +39,6 @@ from tests.unit.pipeline.conftest import (
     write,
     write_rows,
 )
-from tests.weights_files import weights_file
 
 ALL = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
 OF_DPO = ["dpo", "evaluate", "report"]

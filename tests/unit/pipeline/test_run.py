@@ -47,7 +47,7 @@ from alignment.pipeline.execute.worker_protocol import commit_of_checkout
 from alignment.records.attempts import Attempts
 from alignment.records.run import RunRecord
 from alignment.stages.stage_file import read_spec
-from tests.patience import wait_until
+from tests.living import wait_until
 from tests.unit.pipeline.conftest import faulty_keys
 
 ROOT = Path(__file__).parents[3]

@@ -22,9 +22,9 @@ from alignment.pipeline.execute.run import run
 from alignment.pipeline.plan.plan import PlannedStage
 from alignment.rewards.rules import rule_kind
 from alignment.stages.ppo.config import PpoConfig
+from tests.hub import weights_file
 from tests.unit.pipeline.conftest import MakePlan, changed, leave_all, screened, stage_of, write_rows
 from tests.unit.pipeline.test_run import fake
-from tests.weights_files import weights_file
 
 NO_REWARD = "stages.ppo.reward=null"
 STYLE = "source: 'bundled:quickstart/house_style.py:style'"

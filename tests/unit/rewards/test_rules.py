@@ -25,7 +25,7 @@ from alignment.rewards.rules.numbers import ExactAnswer
 from alignment.rewards.rules.rule_kind import Rule
 from alignment.rewards.rules.similarity import first_reference
 from alignment.rewards.scorers import RuleScorer
-from tests.public import PUBLIC, WRITTEN, needs_public_data
+from tests.hub import PUBLIC, WRITTEN, needs_public_data
 from tests.unit.rewards.conftest import answers_to, prompt
 
 RIGHT = [

@@ -31,7 +31,7 @@ from alignment.training import size_search
 from alignment.training.context import StageContext
 from alignment.training.size_search import Choice, SizeChosen, SizeSearch
 from tests.chained import DATA, FULL, LORA, Chained, config_of
-from tests.distilled import distil_spec
+from tests.generating import distil_spec
 from tests.tiny import tiny_spec
 
 

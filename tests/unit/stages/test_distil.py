@@ -47,7 +47,7 @@ from alignment.stages.shared.initial import initial_model
 from alignment.training.callbacks import Checkpoints
 from alignment.training.context import StageContext
 from tests.chained import LORA
-from tests.distilled import BASE, FULL, distil_spec, distilled
+from tests.generating import BASE, FULL, distil_spec, distilled
 from tests.in_memory import others_at_each_load, without_collections
 from tests.oracles import distillation as oracle
 from tests.oracles.close import close

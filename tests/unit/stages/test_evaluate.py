@@ -34,7 +34,7 @@ from alignment.stages.shared import arm_policies
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 from tests.chained import Chained
-from tests.evaluating import evaluation_chain, evaluation_of, evaluation_spec, read_lines, write_rows
+from tests.measuring import evaluation_chain, evaluation_of, evaluation_spec, read_lines, write_rows
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
 ROWS = [

@@ -43,8 +43,8 @@ from alignment.stages.evaluate.metric_scores import answers_to_score
 from alignment.stages.evaluate.turn_prompts import TurnPrompts, first_turn, later_turn
 from alignment.training.context import StageContext
 from tests.chained import LORA, Chained
-from tests.evaluating import evaluation_chain, evaluation_of, evaluation_spec, write_rows
 from tests.judge_server import Response, serving
+from tests.measuring import evaluation_chain, evaluation_of, evaluation_spec, write_rows
 from tests.oracles import logprobs as oracle
 from tests.oracles.close import close
 from tests.real_templates import QWEN, dressed, text_of

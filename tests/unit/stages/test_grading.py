@@ -34,9 +34,9 @@ from alignment.stages.evaluate.votes_file import FIELD, votes_files
 from alignment.stages.shared import arm_policies
 from alignment.training.context import StageContext
 from tests.chained import Chained
-from tests.evaluating import evaluation_chain, evaluation_of, read_lines, write_rows
 from tests.judge_server import Judge, Response, Served, serving
 from tests.judged import ARMS, DPO, SFT, pair, vote
+from tests.measuring import evaluation_chain, evaluation_of, read_lines, write_rows
 from tests.tiny import tiny_spec, tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [

@@ -35,8 +35,8 @@ from alignment.stages.evaluate import judging
 from alignment.stages.evaluate.config import EvaluateConfig
 from alignment.stages.shared import arm_policies
 from tests.chained import LORA, Chained
-from tests.evaluating import evaluation_chain, evaluation_of, read_lines, write_rows
 from tests.judge_server import Response, listening, serving
+from tests.measuring import evaluation_chain, evaluation_of, read_lines, write_rows
 from tests.tiny import tiny_tokenizer
 
 # ---- judges ---------------------------------------------------------------------------------------------------------

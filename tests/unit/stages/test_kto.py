@@ -36,8 +36,8 @@ from alignment.training.context import StageContext
 from tests.chained import FULL, LORA, Chained, config_of
 from tests.oracles import kto as oracle
 from tests.oracles.close import close
+from tests.pairs import QUIET_FLOAT32
 from tests.tiny import liven, tiny_tokenizer
-from tests.trl_arguments import QUIET_FLOAT32
 
 BETA = 0.7
 WEIGHTS = (1.5, 0.6)

@@ -37,10 +37,10 @@ from alignment.stages.sample.config import Select
 from alignment.stages.shared import answer_sampling
 from alignment.training.context import StageContext
 from alignment.training.trackers.all_trackers import Trackers
+from tests.generating import FINGERPRINT, LENGTH, asked, lines, sample_spec, sampled
 from tests.judge_server import Response, listening, serving
 from tests.oracles import best_of_n as oracle
 from tests.oracles import ensembles
-from tests.sampled import FINGERPRINT, LENGTH, asked, lines, sample_spec, sampled
 from tests.tiny import BASE_SOURCE, tiny_reward
 
 TIED = "the scorers gave all answers to a prompt the same score"

@@ -25,9 +25,22 @@ from alignment.stages.shared.by_prompt import prompts_of, split_by_prompt
 from alignment.stages.shared.preference_pairs import read_pairs
 from alignment.training.context import StageContext
 from alignment.training.looks import Looks
-from tests.by_hand import by_hand, handed_on_policy, held_out_rows, logprobs
 from tests.chained import DORA, FULL, LORA, Chained, config_of
-from tests.noisy import HELD_OUT, STEPS, held_out_losses, lines, manifest, noise, overfitting, ran, write_rows
+from tests.noisy import (
+    HELD_OUT,
+    STEPS,
+    by_hand,
+    handed_on_policy,
+    held_out_losses,
+    held_out_rows,
+    lines,
+    logprobs,
+    manifest,
+    noise,
+    overfitting,
+    ran,
+    write_rows,
+)
 
 OWN = ValidationConfig(data=DataConfig(source="own"), every=2, keep_best=True)
 

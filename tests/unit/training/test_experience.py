@@ -28,8 +28,8 @@ from alignment.training.rl.experience import (
     stack,
 )
 from alignment.training.rl.step_metrics import UpdateMetrics
+from tests.launches import Waits
 from tests.oracles.close import close
-from tests.waits import Waits
 
 
 def _generator(number: int) -> torch.Generator:

@@ -35,7 +35,7 @@ from alignment.training.longest_batch import LongestBatch, largest
 from alignment.training.micro_batches import MicroBatches
 from alignment.training.row_lengths import longest_sequences, row_tokens
 from tests.chained import DATA, FILES, LORA, Chained, config_of
-from tests.in_child import in_child
+from tests.living import in_child
 from tests.tiny import save_tiny_model
 
 KINDS = ("sft", "dpo", "kto")

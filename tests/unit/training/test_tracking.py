@@ -42,7 +42,7 @@ from alignment.training.trackers.tracker import (
 )
 from alignment.training.trackers.wandb import _mode
 from alignment.training.trackers.wandb_log import records
-from tests.in_child import in_child
+from tests.living import in_child
 from tests.tiny import tiny_spec
 from tests.unit.training.read_back import curves_of, run_twice
 from tests.unit.training.tracked import STEPS, TRACKING, context_in, tracking, train_line

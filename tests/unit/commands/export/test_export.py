@@ -40,12 +40,11 @@ from alignment.models.forward.rows import stream
 from alignment.pipeline.execute.stored_results import artifact_of
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
 from alignment.stages.dpo.config import DpoConfig
-from tests.chained import Chained
-from tests.exported import FULL, IDENTITY, LORA, tiny_base, trained_policy
+from tests.chained import FULL, IDENTITY, LORA, Chained, tiny_base, trained_policy
+from tests.hub import weights_file
 from tests.oracles.close import close
 from tests.tiny import tiny_model, tiny_reward, tiny_spec, tiny_tokenizer
 from tests.unit.rewards.conftest import answers_to, prompt
-from tests.weights_files import weights_file
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8, 2]])

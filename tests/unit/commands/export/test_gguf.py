@@ -30,7 +30,7 @@ from alignment.data.tokens.tokenize import encode
 from alignment.data.turns import Message
 from alignment.job import StageInput
 from alignment.models.assembly.load import Lineage
-from tests.exported import FULL, LORA, tiny_base, trained_policy
+from tests.chained import FULL, LORA, tiny_base, trained_policy
 from tests.oracles.close import close
 from tests.oracles.rope import attention_score
 from tests.tiny import tiny_tokenizer

@@ -37,8 +37,7 @@ from alignment.evaluation.answer_pairs import AnswerPair, queue, shown_first
 from alignment.records.evaluation import SAMPLES
 from alignment.records.run import RunRecord, StageEntry
 from alignment.records.votes import TIE, append_vote, read_votes
-from tests.browser import browser
-from tests.devtools import CUT, Page, opened_page
+from tests.browser import CUT, Page, browser, opened_page
 from tests.judged import ARMS, DPO, SFT, finished_run, pair, sample, vote
 
 PAIRS = [pair(number) for number in range(1, 7)]

@@ -32,7 +32,7 @@ from alignment.pipeline.backends import processes
 from alignment.stages import registry
 from alignment.stages.base import Proposals
 from tests.e2e.test_outside_kind import OUTSIDE
-from tests.public import PUBLIC, WRITTEN, needs_public_data
+from tests.hub import PUBLIC, WRITTEN, needs_public_data
 from tests.tiny import save_tiny_model
 
 BOTH = {"from-pairs": "both", "first": "learn"}

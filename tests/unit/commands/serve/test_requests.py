@@ -20,8 +20,7 @@ from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.core import deadline
 from alignment.data.tokens.tokenize import end_ids, prompt_ids
 from alignment.data.turns import Message
-from tests.asked_app import Answered, asking
-from tests.served import END, TOOL, ServedRun, served_run, tokenizer_with_tools
+from tests.served import END, TOOL, Answered, ServedRun, asking, served_run, tokenizer_with_tools
 from tests.tiny import tiny_model
 
 ABSENT = [name for name in PAGE_LIBRARIES if importlib.util.find_spec(name) is None]

@@ -31,8 +31,7 @@ from alignment.commands.watch.verb import Options, watch
 from alignment.core.errors import AlignmentError
 from alignment.core.locks import held
 from alignment.pipeline.execute import run_state
-from tests.browser import browser
-from tests.devtools import CUT, opened_page
+from tests.browser import CUT, browser, opened_page
 from tests.running import RunFolder
 
 ROOT = Path(__file__).parents[4]

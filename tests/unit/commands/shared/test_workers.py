@@ -37,10 +37,10 @@ from alignment.records.run import RunRecord, StageEntry
 from alignment.records.step_log import METRICS, MetricsLog
 from alignment.stages.sft.config import SftConfig
 from tests.chained import Chained
+from tests.hub import weights_file
 from tests.oracles.close import close
 from tests.tiny import save_tiny_model, tiny_model, tiny_spec, tiny_tokenizer
 from tests.unit.training.read_back import curves_of
-from tests.weights_files import weights_file
 
 # ---- processes that are killed --------------------------------------------------------------------------------------
 

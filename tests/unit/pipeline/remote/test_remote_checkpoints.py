@@ -24,7 +24,7 @@ from alignment.pipeline.remote.object_store import ObjectStore
 from alignment.pipeline.remote.remote_checkpoints import RemoteCheckpoints, local_work, nothing
 from alignment.stages.evaluate import grading, judging
 from alignment.stages.shared import asking_servers
-from tests.patience import wait_until
+from tests.living import wait_until
 from tests.unit.pipeline.remote.conftest import sealed
 
 FINGERPRINT = "91c0aa17" * 8

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from alignment.pipeline.sweeps import run as module
+from tests.hub import weights_file
 from tests.unit.pipeline.sweeps.fake_runs import Runs
-from tests.weights_files import weights_file
 
 
 @pytest.fixture
