@@ -17,8 +17,7 @@ from alignment.pipeline.plan.compose import compose
 from alignment.stages.registry import config_classes, kinds
 from tests.documented.blocks import ROOT, Span
 from tests.documented.checks import check_make
-from tests.documented.options import all_options, options_of
-from tests.documented.setting_paths import choices, defaults, ending_in
+from tests.documented.setting_paths import all_options, choices, defaults, ending_in, options_of
 
 MATRIX_AXES = ("stage", "adapter", "launcher")
 

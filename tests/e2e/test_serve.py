@@ -15,7 +15,7 @@ import pytest
 
 from alignment.commands.shared.libraries import PAGE_LIBRARIES
 from tests.documented.blocks import blocks
-from tests.documented.quoted import same_output
+from tests.documented.commands import same_output
 from tests.living import wait_until, words_of
 from tests.served import (
     ARMS,

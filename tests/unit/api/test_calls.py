@@ -68,12 +68,19 @@ def test_an_error_is_that_of_the_command(
 
 
 @pytest.mark.usefixtures("without_training")
-def test_a_run_comes_back_and_is_reused(overrides: list[str], run_folder: Path, capsys: Captured) -> None:
-    run = alignment.run("quickstart", overrides)
+def test_a_run_comes_back_and_is_reused(
+    overrides: list[str], run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """It prints plain lines where standard output is then no terminal, also in Jupyter, which asks for colours."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen):
+        run = alignment.run("quickstart", overrides)
     assert (run.folder, run.state, run.name) == (run_folder, "done", "quickstart")
     assert {stage.state for stage in run.stages.values()} == {"done"}
     assert run.stages["dpo"].steps() == [{"step": 1, "seconds": 0.1, "loss": 1.5}]
-    assert "dpo: done" in capsys.readouterr().out
+    assert "dpo: done" in screen.getvalue()
+    assert "\x1b" not in screen.getvalue()
     assert [stage.name for stage in alignment.plan("quickstart", overrides).to_run] == []
     again = alignment.run("quickstart", overrides, quiet=True)
     assert {stage.state for stage in again.stages.values()} == {"reused"}
@@ -149,9 +156,9 @@ def test_a_run_in_a_thread_leaves_signals_alone(overrides: list[str]) -> None:
     before = signal.signal(signal.SIGUSR1, lambda *_: handled.append(signal.SIGUSR1))
     try:
         with ThreadPoolExecutor() as pool:
-            future = pool.submit(alignment.run, "quickstart", overrides, quiet=True)
+            future = pool.submit(alignment.run, "quickstart", overrides, stage="sft", quiet=True)
             signal.raise_signal(signal.SIGUSR1)
-            assert future.result(timeout=120).state == "done"
+            assert future.result(timeout=120).stages["sft"].state == "done"
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert handled == [signal.SIGUSR1]
@@ -185,19 +192,6 @@ def test_a_program_that_uses_hydra_itself_finds_its_state_again(overrides: list[
     with hydra.initialize_config_dir(str(own), version_base="1.2"):
         assert hydra.compose("config") == {"db": {"size": 3}, "name": "mine"}
     assert not GlobalHydra.instance().is_initialized()
-
-
-@pytest.mark.usefixtures("without_training")
-def test_what_is_printed_goes_to_standard_output_as_it_is_then(
-    overrides: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Plain lines where that is no terminal, also in a kernel of Jupyter, which asks for colours."""
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    screen = io.StringIO()
-    with contextlib.redirect_stdout(screen):
-        alignment.run("quickstart", overrides)
-    assert "sft: starts" in screen.getvalue()
-    assert "\x1b" not in screen.getvalue()
 
 
 def test_a_plan_has_the_cost_that_was_estimated_before(overrides: list[str]) -> None:

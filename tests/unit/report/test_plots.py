@@ -80,6 +80,8 @@ def test_thinning_keeps_spikes_gaps_and_order():
 def test_smoothing_keeps_a_constant_and_a_gap_and_follows_without_lag():
     constant = [(float(i), 2.0) for i in range(50)]
     assert smoothed(constant) == constant
+    gapped = [*constant[:9], (9.0, None), *constant[10:]]
+    assert smoothed(gapped) == gapped
     line = [(float(i), float(i)) for i in range(100)]
     assert smoothed(line)[50] == (50.0, 50.0)
     assert smoothed([*line[:50], (50.0, None), *line[51:]])[50] == (50.0, None)

@@ -49,6 +49,7 @@ def test_parts_of_the_same_data_are_drawn_from_least_to_most(parts):
     assert f'{SPOKEN}0.41 at 75, 0.50 at 150, 0.62 at 300"' in html
     assert re.findall(r'text-anchor="middle">(.*?)</text>', drawing(html)) == ["75", "150", "300"]
     assert drawing(html).count('<path class="raw s0"') == 3, "an interval each"
+    assert drawing(html).count('class="guide"') == 1
     assert "dotted: base, where each run starts; each point is one run, so the variation" in html
     assert "settings differ too" not in html
     left, middle, right = map(float, re.findall(r'<circle class="dot s0" cx="([\d.]+)"', drawing(html)))
@@ -61,6 +62,7 @@ CHANGES: dict[str, Any] = {
     "as many rows": lambda run: run.headlines.update(sft_50=run.headlines["sft"]),
     "rows not counted": lambda run: run.headlines.update(sft_50={"loss": 1.4}),
     "other data": lambda run: run.identities["sft_50"].update(data="6" * 64),
+    "other rows of it": lambda run: run.identities["sft_50"]["config"]["data"].update(source="path:other"),
     "other start": lambda run: run.identities["sft_50"].update(inputs={"init": "c" * 64}),
     "other setting": lambda run: run.identities["sft_50"]["config"].update(max_length=512),
     "unfinished": lambda run: run.run["stages"]["sft_50"].update(state="failed"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -132,11 +132,8 @@ def gradients(trainer: DistilTrainer) -> torch.Tensor:
     return torch.cat([weight.grad.flatten().double() for weight in trained])
 
 
-@pytest.mark.parametrize("adapter", [LORA], ids=["lora"])
-def test_a_student_equal_to_its_teacher_has_a_loss_of_zero_and_learns_nothing(
-    tmp_path: Path, adapter: AdapterConfig
-) -> None:
-    artifact = distilled(tmp_path, layers=None, adapter=adapter)
+def test_a_student_equal_to_its_teacher_has_a_loss_of_zero_and_learns_nothing(tmp_path: Path) -> None:
+    artifact = distilled(tmp_path, layers=None, adapter=LORA)
     for line in lines(artifact):
         assert (line["loss"], line["grad_norm"], line["same_top"]) == (0.0, 0.0, 1.0)
         assert line["acceptance"] == pytest.approx(1.0, abs=1e-6)
@@ -336,18 +333,10 @@ KILLS: dict[str, tuple[Any, str, int, bool]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("adapter", "killed_at"),
-    [(FULL, ("sampling", "before", "checkpoint")), (LORA, ("checkpoint", "after"))],
-    ids=["full", "lora"],
-)
-def test_a_killed_stage_ends_as_an_undisturbed_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: AdapterConfig, killed_at: Sequence[str]
-) -> None:
-    changes: dict[str, Any] = {"adapter": adapter, "optim": {"epochs": 2.0, "batch_size": 2}}
+def test_a_killed_stage_ends_as_an_undisturbed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {"optim": {"epochs": 2.0, "batch_size": 2}}
     straight = results(distilled(tmp_path / "straight", **changes))
-    for name in killed_at:
-        owner, function, number, before_it_ends = KILLS[name]
+    for name, (owner, function, number, before_it_ends) in KILLS.items():
         with monkeypatch.context() as patch:
             killing = killed_after(getattr(owner, function), number, before_it_ends=before_it_ends)
             patch.setattr(owner, function, killing)
