@@ -145,7 +145,9 @@ def test_the_report_says_how_much_people_judged_and_whether_they_agree(fake_run)
     table, (first, second) = judged_rows(fake_run.html())
     cells = dict(re.findall(r'data-label="([^"]*)">(.*?)</td>', first))
     expected = {
+        "against": "sft",
         "win rate": "0.62<small>0.53 to 0.71</small>",
+        "win / tie / loss": "50 / 9 / 24",
         "prompts judged": "80 of 102<small>win rate over 83, 3 of them with identical answers</small>",
         "α": "0.61",
         "bias": "−0.12",

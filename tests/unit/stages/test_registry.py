@@ -256,12 +256,14 @@ def test_a_table_has_a_cell_for_each_column(install: Install, tmp_path: Path, bo
 def test_an_error_or_a_missing_file_of_a_package_is_passed_on_unless_the_result_is_complete(
     install: Install, tmp_path: Path
 ) -> None:
-    body = "from alignment.core.errors import ArtifactError\n    raise ArtifactError('is damaged')"
+    body = """from alignment.core.errors import ArtifactError
+    if given.name == 'damaged':
+        raise ArtifactError('is damaged')
+    return [(given / 'wrods.json').read_text()]"""
     install("counting", "count = counting:KIND", shows(body))
     for called in (registry.lines_of, registry.tables_of):
         with pytest.raises(ArtifactError, match="is damaged"):
-            called("count", tmp_path)
-    install("counting", "count = counting:KIND", shows("return [(given / 'wrods.json').read_text()]"))
+            called("count", tmp_path / "damaged")
     artifact = tmp_path / "artifact"
     with pytest.raises(FileNotFoundError):
         registry.tables_of("count", artifact)
