@@ -123,7 +123,7 @@ def test_without_a_metric_or_another_arm_no_arm_is_called_better(fake_run):
 
 
 def test_a_smoke_run_or_too_few_prompts_conclude_nothing(fake_run):
-    fake_run.evaluation["num_prompts"] = 10
+    fake_run.evaluation["num_prompts"], fake_run.run["profile"] = 10, "half"
     assert verdict(fake_run).differences
     fake_run.evaluation["num_prompts"] = 9
     html = fake_run.html()
@@ -334,6 +334,9 @@ def test_a_run_with_several_evaluations_says_which_one_is_shown(fake_run):
     first = fake_run.run["stages"]["evaluate"]
     fake_run.run["stages"]["ood"] = {**first, "artifact": "evaluate-01234567"}
     assert "These are the results of evaluate. The run also has: ood." in fake_run.html()
+    named = fake_run.run["stages"]["report"].pop("inputs")
+    assert "These are the results of ood. The run also has: evaluate." in fake_run.html()
+    fake_run.run["stages"]["report"]["inputs"] = named
     first["artifact"] = None
     assert "These are the results of ood. The run also has: evaluate." in fake_run.html()
 
