@@ -65,10 +65,7 @@ def overfitting(
     """The stage in the folder of ``chained``, in which it has not run yet; ``changes`` are those of its settings."""
     config: Any = config_of(kind, adapter)
     optim = replace(
-        config.optim,
-        lr=rate or RATES[kind],
-        schedule=Schedule.constant,
-        max_steps=max_steps or STEPS[kind],
+        config.optim, lr=rate or RATES[kind], schedule=Schedule.constant, max_steps=max_steps or STEPS[kind]
     )
     config = replace(config, data=DataConfig(), optim=optim, validation=validation, **{"save_every": 3, **changes})
     path = write_rows(chained.folder / f"{kind}.jsonl", noise(kind, rows=rows))

@@ -208,7 +208,6 @@ def serving(run: ServedRun, *arguments: str, **variables: str) -> Iterator[Servi
     finally:
         process.kill()
         process.wait()
-        assert process.stdout is not None
         process.stdout.close()
         shutil.rmtree(temporary)
 
@@ -328,10 +327,7 @@ def tools_reach_the_template(served: Serving, run: ServedRun) -> None:
     """The prompt is what the template makes of system turn, tools, a call and its result."""
     call = {"name": "opening_hours", "arguments": {"shop": "bakery"}}
     sent = {"name": "opening_hours", "arguments": '{"shop": "bakery"}'}
-    turns = [
-        {"role": "system", "content": "You are brief."},
-        {"role": "user", "content": "When is the bakery open?"},
-    ]
+    turns = [{"role": "system", "content": "You are brief."}, {"role": "user", "content": "When is the bakery open?"}]
     result = {"role": "tool", "tool_call_id": "1", "content": "from 8 to 12"}
     cases = [
         (turns, turns),
@@ -343,11 +339,7 @@ def tools_reach_the_template(served: Serving, run: ServedRun) -> None:
             ],
             [
                 *turns,
-                {
-                    "role": "assistant",
-                    "content": "",
-                    "tool_calls": [{"id": "1", "type": "function", "function": sent}],
-                },
+                {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": sent}]},
                 result,
             ],
         ),

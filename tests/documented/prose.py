@@ -28,7 +28,7 @@ OF_OTHERS = {
 """Options of vLLM and llama-server."""
 NOT_SETTINGS = {"model.generate", "stage.sbatch"}
 KEYS_OF_OTHERS = {"do_sample", "task", "dataset_path", "dataset_kwargs.revision", "metadata"} | {
-    *("cost", "trade", "device", "stage", "wait", "at_once", "quiet"),
+    *("cost", "trade", "device", "stage", "wait", "at_once", "quiet")
 }
 """Settings of transformers, of lm-evaluation-harness and of dataclasses, and arguments of the functions in Python."""
 EXAMPLES = {"launch/backend=ours", "stages.dpo.bta=0.3"}

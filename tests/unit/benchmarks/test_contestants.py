@@ -252,7 +252,6 @@ def test_rivals_train_with_our_hyperparameters_and_make_our_updates(tmp_path: Pa
     assert (ours.optim.schedule.value, ours.optim.warmup_ratio) == (trl.lr_scheduler_type.value, trl.warmup_steps)
     assert (ours.beta, ours.optim.max_steps, ours.optim.batch_size) == (BETA, 3, ROWS)
     lora = training.lora_of({"kind": "dpo", "adapter": "lora"})
-    assert lora is not None
     assert (ours.adapter.rank, ours.adapter.alpha, ours.adapter.dropout) == (
         *(lora.r, lora.lora_alpha, lora.lora_dropout),
     )

@@ -147,7 +147,6 @@ def test_a_server_does_not_outlive_its_keeper(tmp_path: Path) -> None:
         started(keeper, tmp_path)
         server = psutil.Process(pids(tmp_path)[0])
         parent = server.parent()
-        assert parent is not None
         parent.kill()
         wait_until(lambda: not is_living(server))
         os.kill(pids(tmp_path)[1], signal.SIGKILL)  # a server's own child ends only if it watches its parent

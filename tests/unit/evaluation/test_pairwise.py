@@ -82,8 +82,6 @@ def test_a_row_by_hand() -> None:
     assert (whole.arm, whole.against) == ("stage:dpo", "stage:sft")
     assert (whole.prompts, whole.wins, whole.ties, whole.losses) == (10, 2, 5, 1)
     assert (whole.invalid, whole.agreement, whole.position_bias) == (3 / 20, 4 / 8, 1.5 / 8)
-    assert whole.win_rate is not None
-    assert whole.win_rate.bounds is not None
     assert whole.win_rate.mean == pytest.approx((2 + 5 / 2) / 8)
     assert whole.win_rate.bounds[0] < 0.5 < whole.win_rate.bounds[1]
     assert whole.verdict == "fewer than 10 prompts", "two of the ten prompts are invalid"
@@ -224,7 +222,6 @@ def test_the_row_has_the_rate_of_the_prompts_that_were_judged(annotators: list[s
     assert whole.length_controlled is not None
     assert (whole.wins, whole.ties, whole.losses, whole.prompts) == (7, 2, 3, 20)
     assert whole.win_rate == INTERVALS.of_points([1.0] * 7 + [0.5] * 2 + [0.0] * 3)
-    assert whole.people is not None
     assert (whole.people.judged, whole.people.votes, whole.people.annotators) == (
         12, 12 * len(annotators), len(annotators)
     )  # fmt: skip
@@ -244,7 +241,6 @@ def test_ten_prompts_must_be_judged_and_votes_on_other_answers_are_stale() -> No
     votes = [vote(about) for about in PAIRS[:12]]
     newer = [pair(number, dpo=f"Another {number}") for number in range(1, 11)] + PAIRS[10:]
     whole = row_by_people(votes, newer)
-    assert whole.people is not None
     assert (whole.people.judged, whole.people.votes, whole.people.stale) == (2, 2, 10)
     assert "10 votes are for other answers" in whole.why_nothing
     others = [vote(pair(1), annotator="x")]
@@ -277,8 +273,6 @@ def test_equal_answers_are_ties_as_far_as_people_have_come() -> None:
     points = voted([vote(about) for about in open_pairs[:5]], mixed).points()
     assert [points.count(value) for value in (1.0, 0.5, None)] == [5, before, 15 - before]
     whole = row_by_people([vote(about) for about in open_pairs], mixed)
-    assert whole.win_rate is not None
-    assert whole.people is not None
     assert (whole.wins, whole.ties, whole.win_rate.mean, whole.people.same_answers) == (10, 10, 0.75, 10)
 
 

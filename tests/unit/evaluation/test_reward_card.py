@@ -85,7 +85,6 @@ def test_measures_of_a_card_by_hand() -> None:
         judged(1.0, rule=(0.5, 0.5)),  # the rule sees no difference
     ]
     agreement = rule_agreement(pairs, INTERVALS)
-    assert agreement is not None
     assert (agreement.num_pairs, agreement.agreement.mean, agreement.accuracy.mean) == (3, 2 / 3, 2 / 3)
     assert rule_agreement(pairs[3:], INTERVALS) == RuleAgreement()
     assert rule_agreement(many(1.0), INTERVALS) is None
@@ -105,7 +104,6 @@ def test_pairs_of_one_prompt_are_no_independent_evidence() -> None:
     in_fives = [judged(pair.margin, prompt=number // 5) for number, pair in enumerate(alone)]
     values = right([pair.margin for pair in alone])
     independent, grouped = INTERVALS.of(values, alone), INTERVALS.of(values, in_fives)
-    assert independent.bounds is not None
     assert grouped.bounds is not None
     assert 0.35 < independent.bounds[0] < independent.mean == 0.5 < independent.bounds[1] < 0.65
     width, width_of_groups = (high - low for low, high in (independent.bounds, grouped.bounds))

@@ -220,8 +220,6 @@ def test_the_rate_at_equal_lengths_is_that_of_the_judges_preference(
     rate = win_rate(points, extra, samples=200, seed=0)
     expected = 1 / (1 + math.exp(-theta))
     assert raw[0] < np.mean(points) < raw[1]
-    assert rate is not None
-    assert rate.bounds is not None
     assert rate.mean == pytest.approx(expected, abs=0.05)
     assert rate.bounds[0] < expected < rate.bounds[1]
     assert (rate.bounds[0] > 0.5) is (theta > 0)
@@ -232,9 +230,6 @@ def test_a_win_rate_at_equal_lengths_is_symmetric_finite_and_needs_lengths_on_bo
     rate = win_rate(points, extra, samples=50, seed=0)
     other = win_rate([1 - point for point in points], [-length for length in extra], samples=50, seed=0)
     even = win_rate([0.5] * 300, extra, samples=50, seed=0)
-    assert rate is not None
-    assert other is not None
-    assert even is not None
     assert other.mean == pytest.approx(1 - rate.mean, abs=1e-9)
     assert even.mean == pytest.approx(0.5, abs=1e-6)
     assert win_rate([1.0, 0.0, 1.0], [5.0, 5.0, 5.0], samples=50, seed=0) is None
@@ -247,6 +242,5 @@ def test_a_win_rate_at_equal_lengths_is_symmetric_finite_and_needs_lengths_on_bo
     assert win_rate(points, longer.tolist(), samples=50, seed=0) is not None
     extra = np.random.default_rng(0).normal(1, 1, 200).tolist()
     rate = win_rate([1.0] * 200, extra, samples=50, seed=0)
-    assert rate is not None
     assert rate.high is not None
     assert 0.97 < rate.mean <= rate.high <= 1.0

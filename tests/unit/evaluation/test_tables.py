@@ -66,11 +66,9 @@ def test_a_row_says_how_many_answers_differ_and_ended() -> None:
     assert arm.ended == arm.refusals == INTERVALS.of([0.5] * 4)
     assert arm.words == Interval(mean=3.5, low=3.5, high=3.5)
     assert (arm.reward, arm.loss, arm.perplexity) == (None, None, None)
-    assert arm.greedy_log_ratio is not None
     assert arm.greedy_log_ratio.mean == pytest.approx(2.0)
     assert list(arm.all_metrics) == ["brevity", "words", "greedy_log_ratio", "refusals", "distinct", "ended"]
     of_scripts = result(answered("今天休息", "Closed today, sorry.", "Ganz zu."))
-    assert of_scripts.words is not None
     assert of_scripts.words.mean == pytest.approx(3.0), "characters are words in scripts without spaces"
 
 
@@ -79,9 +77,6 @@ def test_the_loss_is_a_mean_over_all_reference_tokens_and_its_interval_over_rows
     short, long = TokenSum(logprob=-3.0, tokens=2), TokenSum(logprob=-3.0, tokens=6)
     apart = result(answered("x", "y", "z", references=[short, None, long]))
     together = result(answered("x", "y", references=[short, long], turns=[2])).loss
-    assert apart.loss is not None
-    assert apart.perplexity is not None
-    assert together is not None
     assert (apart.loss.mean, apart.loss.low, apart.loss.high) == pytest.approx((0.75, 0.5, 1.5))
     assert apart.perplexity.mean == pytest.approx(math.exp(0.75))
     assert (together.mean, together.low, together.high) == (0.75, 0.75, 0.75), "no resample takes a row apart"
@@ -101,7 +96,6 @@ def test_a_row_of_turns_scores_their_mean_and_its_log_ratio_is_their_sum() -> No
         {"right": 0.0},
     ], "a turn in which no prompt has a score has no mean"
     for measured, expected in ((arm.reward, 9.0), (arm.greedy_log_ratio, 4.0), (arm.words, 4.5)):
-        assert measured is not None
         assert measured.mean == pytest.approx(expected / 2)
     assert "by_turn" not in arm.all_metrics
     arm = answered(*"abcdef", turns=[2, 1], per_prompt=2)

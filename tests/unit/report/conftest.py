@@ -94,7 +94,6 @@ class FakeRun:
 
     def drop_arms(self, keep: list[str]) -> None:
         """Leaves only the arms in ``keep``, everywhere."""
-        assert self.evaluation is not None
         assert self.samples is not None
         self.evaluation["arms"] = [arm for arm in self.evaluation["arms"] if arm["name"] in keep]
         pairs = self.evaluation["comparisons"]
@@ -174,7 +173,6 @@ def assert_harmless(html: str) -> None:
     assert "@import" not in style
     assert "url(" not in style
     (policy,) = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy is not None
     assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
 
 

@@ -21,7 +21,6 @@ from tests.unit.report.conftest import FakeRun, comparison
 def verdict(run: FakeRun, *pairs: tuple[str, str, float]) -> Verdict:
     """The verdict on a run; in which the arms of ``pairs`` differ by so much, with a half-width of 0.05."""
     if pairs:
-        assert run.evaluation is not None
         run.evaluation["comparisons"] = [comparison(*pair, 0.05) for pair in pairs]
     run.write()
     return judge(read_run(run.folder))

@@ -118,7 +118,6 @@ class Measured:
 
 def read(artifact: Path) -> Measured:
     manifest = read_manifest(artifact)
-    assert manifest is not None
     return Measured(record=Benchmark.read(artifact), rows=list(read_rows(artifact)), metrics=manifest.metrics)
 
 

@@ -211,7 +211,6 @@ def test_a_policy_of_another_base_or_tokenizer_is_refused_by_name(chained: Chain
 def test_a_stage_reports_every_metric_that_its_kind_declares(chained: Chained, kind: str) -> None:
     chained.run(kind, LORA)
     manifest = read_manifest(chained.inputs[kind].path)
-    assert manifest is not None
     config = config_of(kind, LORA)
     assert set(kind_of(config).outcome.metrics(config).names) <= manifest.metrics.keys()
 

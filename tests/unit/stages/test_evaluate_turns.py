@@ -172,7 +172,6 @@ def test_scorers_see_the_conversation_and_a_row_scores_the_mean_of_its_turns(
         assert len(arm.by_turn) == 2
         second = [sample.answers[name].turns[1].scores["letters"] for sample in samples[:2]]
         assert arm.by_turn[1]["letters"].mean == pytest.approx(sum(second) / 2)
-        assert arm.reward is not None
         assert arm.metrics["by_reward"].mean == pytest.approx(arm.reward.mean)
 
 
@@ -210,8 +209,6 @@ def test_rewards_and_log_ratios_are_those_of_the_own_conversation(
             ratios.append(ratio)
             rewards.append(sum(scores) / len(scores))
         arm = arm_of(evaluation, name)
-        assert arm.greedy_log_ratio is not None
-        assert arm.reward is not None
         close([arm.greedy_log_ratio.mean], [sum(ratios) / 3], rtol=1e-4, atol=1e-4)
         close([arm.reward.mean], [sum(rewards) / 3], rtol=1e-4, atol=1e-4)
         assert abs(arm.greedy_log_ratio.mean) > {"base": 0.01, "stage:sft": -1.0, "path:near": 1.0}[name]
@@ -246,8 +243,6 @@ def test_a_later_reference_is_read_after_the_references_before_it(
         (with_gaps, "base", rows),
     ):
         arm, expected = arm_of(evaluation, name), loss_by_hand(chain, of_rows, SHOWN[name])
-        assert arm.loss is not None
-        assert arm.perplexity is not None
         close([arm.loss.mean, arm.perplexity.mean], [expected, math.exp(expected)], rtol=1e-4)
     assert arm_of(evaluated[0], "path:other").loss is None
 
@@ -339,7 +334,6 @@ def test_a_judge_sees_both_whole_conversations(chain: Chained) -> None:
         config = JudgeConfig(kind=JudgeKind.endpoint, endpoint=served.config(), pairs=pairs)
         evaluation, samples = evaluate(chain, replace(CONFIG, arms=["base", "stage:sft"], judge=config), "judged")
         prompts = [request["messages"][0]["content"] for request in served.requests]
-    assert evaluation.judge is not None
     assert evaluation.judge.pairs[0].position_bias == 1.0
     for first, sample in zip(prompts[::2], samples, strict=True):
         for letter, name in zip("AB", ("base", "stage:sft"), strict=True):
@@ -413,7 +407,6 @@ def test_turns_and_scores_have_the_tools_of_their_row(tokenizer: Any) -> None:
     later = later_turn(tokenizer, [ROW_WITH_TOOL], shown, [[["Four."]]], number=1, with_references=True)
     assert later.prompts == [prompt_with_tool(tokenizer, "2 + 2?", "Four.", "Times 3?")]
     (reference,) = later.references
-    assert reference is not None
     assert reference.prompt == prompt_with_tool(tokenizer, "2 + 2?", "4.", "Times 3?")
     assert reference.ids == ids_of(tokenizer, f"12.{END}")
     answers = [Answer(ids=[1], text=text, ended=True) for text in ("Four.", "12.")]

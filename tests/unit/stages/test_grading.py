@@ -135,7 +135,6 @@ def test_an_answer_that_names_its_grade_does_not_get_it(chain: Chained) -> None:
 
     evaluation, samples, _ = evaluate(chain, repeating, "repeating")
     near = evaluation.arm("path:near")
-    assert near is not None
     assert list(near.metrics) == ["letters"]
     assert evaluation.gradings[0].left_out == ["path:near"]
     assert {arm for pair in evaluation.comparisons for arm in (pair.arm, pair.against)} == {"stage:sft", "base"}
@@ -160,7 +159,6 @@ def test_a_prompt_without_a_grade_in_one_arm_counts_in_none(chain: Chained) -> N
     assert evaluation.gradings[0].num_prompts == 4
     assert evaluation.gradings[0].invalid["base"] == pytest.approx(1 / 6)
     assert [("helpful" in sample.answers["stage:sft"].scores) for sample in samples] == [True, True, True, False, True]
-    assert evaluation.judge is not None
     (pair,) = evaluation.judge.pairs
     assert (pair.wins, pair.ties, pair.losses, pair.prompts) == (4, 0, 0, 4)
     assert any("helpful covers 4 of 5 prompts; on the others" in sentence for sentence in evaluation.conclusions)
@@ -288,16 +286,13 @@ def test_votes_become_a_win_rate_with_their_agreement(tmp_path: Path) -> None:
     votes = [vote(pair(number)) for number in NUMBERS]
     votes += [vote(pair(number), SFT if number == 1 else DPO, annotator="bo") for number in (1, 2, 3)]
     result = judged(context(tmp_path, votes))
-    assert result.table is not None
     assert (result.table.kind, result.table.num_prompts) == ("people", 12)
     (row,) = result.table.pairs
     assert (row.arm, row.against, row.verdict) == (DPO, SFT, "better")
     assert (row.wins, row.ties, row.losses, row.invalid) == (11, 1, 0, None)
     rate = result.win_rate(DPO, reference=SFT)
-    assert rate is not None
     assert rate.mean == pytest.approx(11.5 / 12)
     assert row.metric_agreement == pytest.approx(5 / 12), "on prompts 2 to 6"
-    assert row.people is not None
     assert row.people.alpha is not None
     assert "dpo wins 0.96 against sft (" in sentence(result)
     assert "12 of 12 prompts, 15 votes, annotators: 2, Krippendorff's α" in sentence(result)
@@ -336,7 +331,6 @@ def test_no_judge_is_compared_with_the_metric_where_the_answers_are_identical(tm
         reference=SFT,
         intervals=Intervals(samples=200, seed=0),
     )
-    assert result.table is not None
     (row,) = result.table.pairs
     assert (row.wins, row.ties, row.losses) == (0, 11, 1)
     assert (row.metric_agreement, row.metric_prompts) == (0.0, 2)
@@ -351,12 +345,10 @@ def test_every_pair_that_people_judged_is_in_the_table_unless_the_recipe_names_p
     ]
     stage = context(tmp_path, [vote(each, shown_first="base") for each in about])
     result = judged(stage, base=prompted)
-    assert result.table is not None
     assert [(row.arm, row.against, row.wins) for row in result.table.pairs] == [(DPO, SFT, 0), ("base", DPO, 0)]
     assert result.table.pairs[1].losses == 12
     config = replace(BY_PEOPLE, pairs=[PairConfig(arm=DPO, against=SFT)])
     only = judged(stage, config, base=prompted).table
-    assert only is not None
     assert [(row.arm, row.against) for row in only.pairs] == [(DPO, SFT)]
 
 
@@ -396,7 +388,6 @@ def test_votes_on_these_very_answers_count(tmp_path: Path) -> None:
     assert "(people judged 0 of 12 prompts, but 10 are needed)" in sentence(nothing)
     stage = context(tmp_path, [vote(pair(number)) for number in NUMBERS])
     others = judged(stage, dpo=answered([f"Now {number}." for number in NUMBERS]))
-    assert others.table is not None
     assert (others.table.pairs[0].wins, others.table.pairs[0].win_rate) == (0, None)
     assert "0 of 12 prompts, but 10 are needed; 12 votes are for other answers" in sentence(others)
     sft, dpo = (
@@ -406,7 +397,6 @@ def test_votes_on_these_very_answers_count(tmp_path: Path) -> None:
     reverse = replace(BY_PEOPLE, pairs=[PairConfig(arm=SFT, against=DPO)])
     for config, counts in ((BY_PEOPLE, (12, 0)), (reverse, (0, 12))):
         table = judged(stage, config, sft=sft, dpo=dpo).table
-        assert table is not None
         assert (table.pairs[0].wins, table.pairs[0].losses) == counts
 
 

@@ -306,7 +306,6 @@ def run_metrics(chained: Chained, kind: str, adapter: AdapterConfig, **changes: 
     """The metrics in the manifest of a stage."""
     chained.run(kind, adapter, **changes)
     manifest = read_manifest(chained.inputs[kind].path)
-    assert manifest is not None
     return dict(manifest.metrics)
 
 

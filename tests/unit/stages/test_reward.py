@@ -93,7 +93,6 @@ def test_the_loss_is_that_of_bradley_and_terry_with_its_centre_and_margin(
     close(loss, expected, rtol=1e-4)
     if margin:
         validation = reward._validation(settings, context, trainer, pairs.select([0]))
-        assert validation is not None
         trainer.model.eval()
         with torch.no_grad():
             row_of_it = trainer.data_collator([validation._held_out.rows[0]])
@@ -255,7 +254,6 @@ def test_a_file_like_rewardbench_s_gives_a_whole_card(folder: Path, tmp_path: Pa
     assert list(card["invariances"]["formats"]) == ["float32"], "it is the model's own format"
     assert [pair["margin"] for pair in card["worst"]] == sorted(p["margin"] for p in pairs if p["margin"] < 0)[:4]
     manifest = read_manifest(spec.artifact)
-    assert manifest is not None
     assert (manifest.kind, manifest.metrics["accuracy"]) == ("reward_card", card["accuracy"]["mean"])
     assert [name for name in manifest.metrics if name not in of_stage(RewardCardConfig())] == [], (
         "a sweep may ask for it"

@@ -94,7 +94,6 @@ def test_answers_are_kept_and_the_best_and_the_worst_become_pairs_that_are_count
         used = {line["used_as"]: line["answer"] for line in answers if line["used_as"]}
         assert used == {"chosen": pair.chosen, "rejected": pair.rejected}
     manifest = read_manifest(artifact)
-    assert manifest is not None
     assert manifest.kind == "rows"
     scores = [line["score"] for line in lines(artifact / "samples.jsonl")]
     groups = [scores[first : first + 4] for first in range(0, 36, 4)]

@@ -159,7 +159,6 @@ def test_an_error_of_the_worker_reaches_the_driver_as_it_is(tmp_path: Path, kind
     assert written_error(tmp_path) is None
     write_error(tmp_path, kind("it is damaged", where="there", remedy="mend it"))
     error = written_error(tmp_path)
-    assert error is not None
     assert (type(error), error.message, error.where, error.remedy) == (kind, "it is damaged", "there", "mend it")
 
 

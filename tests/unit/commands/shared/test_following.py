@@ -332,7 +332,6 @@ def test_the_command_ends_well_at_ctrl_c(run: RunFolder) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "300"}
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
-            assert process.stdout is not None
             line = process.stdout.readline()
             assert "Ctrl-C closes the page, not the run" in line
             assert "mine" in get(line)

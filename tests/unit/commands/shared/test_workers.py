@@ -167,7 +167,6 @@ def test_they_survive_training_by_adapter_and_export(tmp_path: Path) -> None:
     changes = {"base_path": base, "identity": {"kind": "sft", "base": {"dtype": "float32"}}}
     chained.run("sft", adapter, **changes)
     artifact = chained.inputs["sft"].path
-    assert artifact is not None
     tokenizer = AutoTokenizer.from_pretrained(artifact / "tokenizer")
     (token,) = tokenizer(TOKENS[0], add_special_tokens=False)["input_ids"]
     (saved,) = artifact.glob("adapters/*")
