@@ -92,6 +92,15 @@ def test_a_file_that_is_not_there_is_refused(cache: Path, capsys: pytest.Capture
     assert not (cache / "alignment").exists()
 
 
+def test_what_cannot_be_built_is_named(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.executable", "false")
+    assert build_environment.main(["llama-cpp"]) == 2
+    folder = cache / "alignment/engines/llama-cpp"
+    assert f"false -m venv {folder}: failed with exit code 1" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("tool", "name"), [("/usr/bin/nvidia-smi", "vllm.txt"), (None, "vllm-cpu.txt")])
 def test_the_build_of_vllm_suits_the_machine(tool: str | None, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.which", lambda _: tool)

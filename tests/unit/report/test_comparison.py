@@ -242,7 +242,7 @@ def test_answers_of_one_arm_stand_together_and_equal_ones_once(compared: Compare
 def test_a_prompt_on_which_one_arm_differs_most_comes_first(compared: Compared) -> None:
     for number, run in enumerate(compared.runs):
         for index, row in enumerate(run.samples):
-            qualities = {"base": 0.05, "stage:ppo": 0.9} if index == 7 else {"base": 0.1, "stage:ppo": 0.0}
+            qualities = {"base": 0.05, "stage:ppo": 0.9} if index == 7 else {"base": 0.1, "stage:ppo": 0.1}
             row["answers"] = {arm: {"text": "A.", "scores": {"quality": q * number}} for arm, q in qualities.items()}
     assert re.findall(r"Note (\d+):", Page(compared.html()).text)[0] == "7"
 
