@@ -146,6 +146,9 @@ def test_real_and_not_shown_differences_are_told_apart(fake_run):
     assert "dpo is really better than sft: +0.090 in quality (95\u202f% interval +0.035 to +0.145)." in html
     assert "ppo is really worse than dpo: −0.060 in quality" in html
     assert len(sentences.differences) == 6
+    sizes = [re.findall(r": [+−](\d\.\d+) in", sentence) for sentence in sentences.differences[:-1]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len(sizes[0]) == 1
     assert sentences.differences[-1] == (
         "Not shown, because the interval includes zero: a difference between ppo and sft."
     )
