@@ -90,16 +90,19 @@ def test_hostile_text_stays_text(compared: Compared) -> None:
 
 def test_settings_arms_costs_and_what_may_be_said_of_them(compared: Compared) -> None:
     compared.runs[1].run["stages"]["dpo"]["seconds"] = 61.0
+    same = _difference("stage:sft", 0.0, 0.0, adjusted_p=None)
+    compared.differences += [same, _difference("stage:ppo", 0.2, 0.05, metric=Metric(name="brevity"))]
     html = unlabelled(compared.html())
     times = r"<td>6\u202fmin 43\u202fs</td><td>2\.4\u202fGB</td><td>1\u202fmin 01\u202fs</td>"
     assert re.search(rf'<th scope="row"><bdi>dpo</bdi></th>{times}', html)
     page = Page(html).text
     assert '<th scope="row"><code>stages.dpo.beta</code></th><td><code>0.1</code></td><td><code>0.3</code></td>' in html
-    assert "1 of 2 differences from A in quality is real." in page
+    assert "1 of 3 differences from A in quality is real." in page
     assert (
         "dpo: B is really better than A: +0.090 in quality (95 % interval +0.040 to +0.140, adjusted p 0.01)." in page
     )
     assert "ppo: no difference between B and A is shown: +0.010 in quality" in page
+    assert "sft: the same quality in B and A on every prompt." in page
     assert re.search(r"A dpo ?0.71 0.66 to 0.76 B dpo ?0.71 0.66 to 0.76", page), "an arm's runs stand below each other"
 
 
