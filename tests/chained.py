@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from alignment import worker
@@ -16,7 +17,8 @@ from alignment.config.model import CONTINUE, AdapterConfig, AdapterKind, Chain, 
 from alignment.config.optim import OptimConfig
 from alignment.config.stage import StageConfig
 from alignment.job import StageInput, StageSpec
-from alignment.models.assembly.load import lineage, load_policy
+from alignment.models.assembly.load import Lineage, lineage, load_policy
+from alignment.models.assembly.start import load_start
 from alignment.stages.cpt.kind import CptConfig
 from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.kto.kind import KtoConfig
@@ -25,7 +27,7 @@ from alignment.stages.reward.kind import RewardConfig
 from alignment.stages.sft.kind import SftConfig
 from alignment.training.context import StageContext
 from tests.device import need_bitsandbytes
-from tests.tiny import BASE_SOURCE, liven, save_tiny_model, tiny_spec
+from tests.tiny import BASE_SOURCE, liven, publish_tiny, save_tiny_model, tiny_spec
 
 DATA = Path(__file__).parents[1] / "data" / "quickstart"
 FILES = {
@@ -117,3 +119,24 @@ class Chained:
     def policy(self, kind: str) -> Any:
         """The stage's result with its adapters merged."""
         return load_policy(lineage(self.spec("sft", LORA), self.inputs[kind]), torch.float32)
+
+
+IDENTITY = {"kind": "sft", "base": {"content": None, "dtype": "float32"}}
+
+
+def tiny_base(folder: Path, **changes: Any) -> Lineage:
+    """A model folder in ``folder/base``; see ``save_tiny_model`` for ``changes``."""
+    return Lineage(source=BASE_SOURCE, base=save_tiny_model(folder / "base", **changes), adapters=())
+
+
+def trained_policy(
+    folder: Path, base: Lineage, adapter: AdapterConfig = LORA, identity: Mapping[str, Any] = IDENTITY
+) -> tuple[Any, StageInput]:
+    """A policy on ``base`` that says something else than the base, and its artifact; the second stage is DPO."""
+    model = load_start(base, adapter, Dtype.float32, task=TaskType.CAUSAL_LM, device=torch.device("cpu"))
+    liven(model)
+    if adapter.kind is AdapterKind.full:
+        model.model.norm.weight.data.mul_(1.5)
+    config = DpoConfig(adapter=adapter) if base.adapters else SftConfig(adapter=adapter)
+    spec = tiny_spec(folder, config, base_path=base.base, identity=dict(identity))
+    return model, publish_tiny(spec, model, base)

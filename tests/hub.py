@@ -66,3 +66,15 @@ def answer(monkeypatch: pytest.MonkeyPatch, outcome: Any) -> list[dict[str, Any]
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     return asked
+
+
+def weights_file(content: bytes = b"weights") -> bytes:
+    """A file with one tensor, whose bytes are ``content``."""
+    tensor = {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}
+    header = json.dumps({"weight": tensor}).encode()
+    return len(header).to_bytes(8, "little") + header + content
+
+
+WRITTEN = Path(__file__).parent / "data/written"
+PUBLIC = Path(__file__).parents[2] / "shared/data"
+needs_public_data = pytest.mark.skipif(not PUBLIC.is_dir(), reason="no public data in ../shared/data")

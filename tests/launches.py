@@ -1,10 +1,11 @@
-"""How many kernels a device would be asked to launch: operators that compute, without those that only name memory."""
+"""What a device would be asked: kernels to launch, and values that the host reads and would wait for."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -85,3 +86,26 @@ def _is_free(function: Any) -> bool:
         return True
     infos = [returned.alias_info for returned in function._schema.returns]
     return bool(infos) and all(info is not None and not info.is_write for info in infos)
+
+
+_READS = (
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+)
+"""Operators that give the host a value, or a tensor whose size depends on values."""
+
+
+class Waits(TorchDispatchMode):
+    """Counts them while it is entered, on any device. An index that is a mask counts too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.index.Tensor:
+            self.number += sum(index is not None and index.dtype is torch.bool for index in args[1])
+        self.number += function in _READS
+        return function(*args, **(kwargs or {}))

@@ -1,9 +1,10 @@
-"""Pairs of token ids as a test writes them, and as the stages read them."""
+"""Pairs of token ids as a test writes them and as the stages read them, and arguments of TRL's own trainers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from datasets import Dataset
 
@@ -25,3 +26,14 @@ def as_table(pairs: Iterable[TokenizedPair]) -> Dataset:
 def as_pairs(table: Dataset) -> list[TokenizedPair]:
     """The pairs of a table that ``read_pairs`` gave, without their places."""
     return [TokenizedPair(**row) for row in table.select_columns(["prompt", "chosen", "rejected"])]
+
+
+QUIET_FLOAT32: dict[str, Any] = {
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,11 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import openai
 import psutil
+import pytest
 import torch
 from peft import TaskType
 from transformers import PreTrainedTokenizerFast
 
+from alignment.commands.serve.loaded_arms import LoadedArm
 from alignment.config.model import AdapterConfig, Dtype
 from alignment.data.tokens.tokenizer import load_tokenizer
 from alignment.job import StageInput
@@ -27,7 +33,7 @@ from alignment.models.assembly.start import load_start
 from alignment.models.forward.generate import generate
 from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.sft.kind import SftConfig
-from tests.living import descendants_of, is_living
+from tests.living import descendants_of, is_living, wait_until
 from tests.templates import styled_tokenizer
 from tests.tiny import BASE_SOURCE, liven, publish_tiny, tiny_model, tiny_spec
 
@@ -201,7 +207,6 @@ def serving(run: ServedRun, *arguments: str, **variables: str) -> Iterator[Servi
     finally:
         process.kill()
         process.wait()
-        assert process.stdout is not None
         process.stdout.close()
         shutil.rmtree(temporary)
 
@@ -211,3 +216,158 @@ def client(serving: Serving, key: str = "none") -> Any:
     from openai import OpenAI
 
     return OpenAI(base_url=serving.url, api_key=key, max_retries=0, timeout=120)
+
+
+Answered = tuple[int, Any]
+
+
+class AskedApp:
+    """The app of these arms in this process; a call returns the status and the body."""
+
+    def __init__(self, arms: Sequence[LoadedArm]) -> None:
+        from alignment.commands.serve.transformers_app import application
+
+        self._app = application(arms)
+
+    def __call__(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        host: str = "127.0.0.1:8000",
+        content_type: str = "application/json",
+    ) -> Answered:
+        """Asks once; a body of bytes is sent as it is."""
+        content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
+        headers = [(b"content-type", content_type.encode()), (b"host", host.encode())]
+        sent = asyncio.run(self._call(method, path, content, headers, patience=3600))
+        text = b"".join(message.get("body", b"") for message in sent)
+        return sent[0]["status"], json.loads(text) if text.startswith((b"{", b"[")) else text.decode() or None
+
+    def leave(self, path: str, bodies: Sequence[Any], *, after: float) -> None:
+        """Asks with each body at once; the clients go away after so many seconds."""
+        headers = [(b"content-type", b"application/json"), (b"host", b"localhost")]
+
+        async def all_at_once() -> None:
+            contents = [json.dumps(body).encode() for body in bodies]
+            await asyncio.gather(*(self._call("POST", path, content, headers, after) for content in contents))
+
+        asyncio.run(all_at_once())
+
+    async def _call(
+        self, method: str, path: str, content: bytes, headers: Any, patience: float
+    ) -> list[dict[str, Any]]:
+        sent: list[dict[str, Any]] = []
+        scope = {"type": "http", "method": method, "path": path, "headers": headers, "query_string": b""}
+        messages = [{"type": "http.request", "body": content, "more_body": False}]
+
+        async def receive() -> dict[str, Any]:
+            if messages:
+                return messages.pop()
+            await asyncio.sleep(patience)
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await self._app({**scope, "app": self._app}, receive, send)
+        return sent
+
+
+def asking(arms: Sequence[LoadedArm]) -> AskedApp:
+    """A call of it calls the app of these arms."""
+    return AskedApp(arms)
+
+
+QUESTIONS = ("Hi.", "When is the shop open?", "Where are the keys?", "Say only what the text says.", "Why?")
+LIMIT = 12
+
+
+def answers_are_ours(served: Serving, run: ServedRun, **options: Any) -> list[tuple[Any, OwnAnswer]]:
+    """Greedy answers of each arm equal ours, with as many tokens, and end where ours end; returns each reply with ours.
+
+    ``options`` are added to each request.
+    """
+    answered, ended_by_template = [], 0
+    with client(served) as asked:
+        assert {model.id for model in asked.models.list()} == set(ARMS)
+        for arm, question in itertools.product(ARMS, QUESTIONS):
+            messages = [{"role": "user", "content": question}]
+            ours = run.answer(arm, messages, limit=LIMIT)
+            reply = asked.chat.completions.create(
+                model=arm, messages=messages, max_tokens=LIMIT, temperature=0, extra_body=options
+            )
+            (choice,) = reply.choices
+            assert reply.model == arm
+            assert whole_characters(choice.message.content) == whole_characters(ours.text)
+            assert choice.finish_reason in _reasons(ours)
+            assert reply.usage.prompt_tokens == len(ours.prompt)
+            assert reply.usage.completion_tokens == len(ours.ids)
+            ended_by_template += len(ours.ids) < LIMIT and ours.ids[-1] == END
+            answered.append((reply, ours))
+    assert ended_by_template >= 3, "answers end at a token that the base's own generation config does not name"
+    assert len({ours.text for _, ours in answered}) > 2 * len(QUESTIONS), "the arms differ"
+    return answered
+
+
+def _reasons(ours: OwnAnswer) -> set[str]:
+    """Why an answer may have ended; of an end that is the last token allowed, transformers says it was the length."""
+    by_end, by_length = ours.ids[-1] in (END, EOS), len(ours.ids) == LIMIT
+    return {reason for reason, holds in (("stop", by_end), ("length", by_length)) if holds}
+
+
+def whole_characters(text: str) -> str:
+    """Without a character at the end of which some bytes are missing: transformers writes it as �, vLLM leaves it."""
+    return text.rstrip("\ufffd")
+
+
+def tools_reach_the_template(served: Serving, run: ServedRun) -> None:
+    """The prompt is what the template makes of system turn, tools, a call and its result."""
+    call = {"name": "opening_hours", "arguments": {"shop": "bakery"}}
+    sent = {"name": "opening_hours", "arguments": '{"shop": "bakery"}'}
+    turns = [{"role": "system", "content": "You are brief."}, {"role": "user", "content": "When is the bakery open?"}]
+    result = {"role": "tool", "tool_call_id": "1", "content": "from 8 to 12"}
+    cases = [
+        (turns, turns),
+        (
+            [
+                *turns,
+                {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]},
+                result,
+            ],
+            [
+                *turns,
+                {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "type": "function", "function": sent}]},
+                result,
+            ],
+        ),
+    ]
+    for rendered, messages in cases:
+        ours = run.answer("dpo", rendered, limit=LIMIT, tools=[TOOL])
+        without = run.answer("dpo", rendered, limit=LIMIT)
+        assert len(ours.prompt) > len(without.prompt)
+        with client(served) as asked:
+            reply = asked.chat.completions.create(
+                model="dpo", messages=messages, tools=[TOOL], max_tokens=LIMIT, temperature=0
+            )
+        assert reply.usage.prompt_tokens == len(ours.prompt)
+        assert whole_characters(reply.choices[0].message.content) == whole_characters(ours.text)
+
+
+def the_server_takes_nothing_else(served: Serving, run: ServedRun) -> None:
+    """Neither a folder of this machine nor a model of the hub is served."""
+    with client(served) as asked:
+        for name in (str(run.base), "gpt2", "sft@main", "sft:model.gguf"):
+            with pytest.raises(openai.NotFoundError):
+                asked.chat.completions.create(model=name, messages=[{"role": "user", "content": "Hi."}])
+
+
+def nothing_is_left_after(serving: Serving, number: signal.Signals) -> None:
+    """Neither process, port nor temporary folder is left after a signal to the command."""
+    processes = serving.processes()
+    assert len(processes) >= 2
+    assert not serving.has_left_nothing(processes)
+    serving.process.send_signal(number)
+    assert serving.process.wait(timeout=60) == (0 if number is signal.SIGINT else -number)
+    wait_until(lambda: serving.has_left_nothing(processes))

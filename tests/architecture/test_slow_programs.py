@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 
-from tests.in_child import in_child
+from tests.living import in_child
 
 
 @pytest.mark.parametrize(

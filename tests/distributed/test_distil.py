@@ -16,8 +16,8 @@ from alignment.core.artifacts import verify
 from alignment.job import StageSpec
 from alignment.stages.distil.kind import Method
 from tests.chained import LORA
-from tests.distilled import FULL, distil_spec
 from tests.distributed.test_sharding import alike, needs_deepspeed, run_on, weights
+from tests.generating import FULL, distil_spec
 from tests.oracles.close import close
 
 FIGURES = ("loss", "grad_norm", "acceptance", "same_top", "num_tokens")

@@ -15,9 +15,9 @@ from alignment.job import StageSpec
 from alignment.records.worker import Status
 from tests.distributed.processes import on_processes
 from tests.distributed.test_sharding import logs
+from tests.generating import sample_spec, sampled
 from tests.judge_server import Response, Served, serving
 from tests.measuring import SAMPLED, Measuring, files
-from tests.sampled import sample_spec, sampled
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,10 @@ import pytest
 from alignment.config.launch import Sharding
 from alignment.config.model import AdapterConfig
 from alignment.job import StageSpec
-from tests.by_hand import by_hand, held_out_rows
 from tests.chained import FULL, LORA, Chained
 from tests.distributed.processes import on_processes
 from tests.distributed.test_sharding import logs, needs_deepspeed, weights
-from tests.noisy import HELD_OUT, held_out_losses, lines, manifest, overfitting, ran
+from tests.noisy import HELD_OUT, by_hand, held_out_losses, held_out_rows, lines, manifest, overfitting, ran
 from tests.oracles.close import close
 
 NONE, ZERO3, FSDP = Sharding.none, Sharding.zero3, Sharding.fsdp

@@ -23,12 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
-    {
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        ROOT / "benchmarks/README.md",
-        *(ROOT / "docs").glob("*.md"),
-    }
+    {ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md", *(ROOT / "docs").glob("*.md")}
     - {ROOT / "docs/LOG.md"}
 )
 """The pages that say how things are. Design pages and the log say how they were decided, and are history."""

@@ -26,9 +26,8 @@ from alignment.pipeline.plan.plan import make_plan
 from alignment.pipeline.sweeps.sweep_file import read_sweep
 from alignment.records.votes import read_votes
 from tests.documented.blocks import ROOT, Block
-from tests.documented.commands import Command, commands
-from tests.documented.quoted import same_output
-from tests.documented.recipes_of import recipe_text
+from tests.documented.commands import Command, commands, same_output
+from tests.documented.setting_paths import recipe_text
 from tests.documented.workplace import tiny_model
 
 STARTS_NOTHING = ("plan", "doctor", "preview", "recipes", "stages", "status")

@@ -17,8 +17,7 @@ from alignment.pipeline.plan.compose import compose
 from alignment.stages.registry import config_classes, kinds
 from tests.documented.blocks import ROOT, Span
 from tests.documented.checks import check_make
-from tests.documented.options import all_options, options_of
-from tests.documented.setting_paths import choices, defaults, ending_in
+from tests.documented.setting_paths import all_options, choices, defaults, ending_in, options_of
 
 MATRIX_AXES = ("stage", "adapter", "launcher")
 
@@ -29,7 +28,7 @@ OF_OTHERS = {
 """Options of vLLM and llama-server."""
 NOT_SETTINGS = {"model.generate", "stage.sbatch"}
 KEYS_OF_OTHERS = {"do_sample", "task", "dataset_path", "dataset_kwargs.revision", "metadata"} | {
-    *("cost", "trade", "device", "stage", "wait", "at_once", "quiet"),
+    *("cost", "trade", "device", "stage", "wait", "at_once", "quiet")
 }
 """Settings of transformers, of lm-evaluation-harness and of dataclasses, and arguments of the functions in Python."""
 EXAMPLES = {"launch/backend=ours", "stages.dpo.bta=0.3"}

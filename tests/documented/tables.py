@@ -16,8 +16,7 @@ from typing import Any
 
 from alignment.config.run import GROUPS
 from tests.documented.blocks import Table
-from tests.documented.options import options_of
-from tests.documented.setting_paths import choices, defaults, ending_in
+from tests.documented.setting_paths import choices, defaults, ending_in, options_of
 
 HEADS = ("setting", "setting of a stage", "key", "option")
 ALL = "all of "

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.in_child import in_child
+from tests.living import in_child
 
 KILLED = "ALIGNMENT_TEST_KILLED"
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.documented.blocks import ROOT, Block, all_blocks, blocks
-from tests.documented.commands import commands
-from tests.documented.quoted import same_output
+from tests.documented.commands import commands, same_output
 from tests.e2e.conftest import Align
 from tests.e2e.forked import Forked
 

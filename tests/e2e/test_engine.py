@@ -31,7 +31,7 @@ from tests.distributed.test_critic_free import scorer_in
 from tests.distributed.test_sharding import logs
 from tests.e2e.conftest import Align
 from tests.engine_server import COMPLETIONS, SCRATCH, Failure, Planted, engine_server, interpreter_of
-from tests.patience import wait_until
+from tests.living import wait_until
 from tests.transformers_server import missing, model_served
 
 UPDATES = 3

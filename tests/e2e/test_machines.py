@@ -21,8 +21,7 @@ import pytest
 
 from alignment.core.locks import is_held
 from tests.e2e.conftest import SMALL, Align, environment
-from tests.living import descendants_of, words_of
-from tests.patience import wait_until
+from tests.living import descendants_of, wait_until, words_of
 
 RECIPE = """
 defaults: [base, stage@stages.sft: sft, stage@stages.forgetting: forgetting, _self_]

@@ -13,18 +13,22 @@ from pathlib import Path
 import pytest
 
 from alignment.commands.shared.listening import PAGE_LIBRARIES
-from tests.asked_policies import (
+from tests.documented.blocks import blocks
+from tests.documented.commands import same_output
+from tests.e2e.forked import Forked
+from tests.living import wait_until, words_of
+from tests.served import (
+    ARMS,
+    ServedRun,
+    Serving,
     answers_are_ours,
+    command,
     nothing_is_left_after,
+    served_run,
+    serving,
     the_server_takes_nothing_else,
     tools_reach_the_template,
 )
-from tests.documented.blocks import blocks
-from tests.documented.quoted import same_output
-from tests.e2e.forked import Forked
-from tests.living import words_of
-from tests.patience import wait_until
-from tests.served import ARMS, ServedRun, Serving, command, served_run, serving
 from tests.tiny import BASE_SOURCE
 
 ABSENT = [name for name in (*PAGE_LIBRARIES, "openai") if importlib.util.find_spec(name) is None]

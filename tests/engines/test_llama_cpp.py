@@ -20,7 +20,7 @@ from alignment.core.errors import ModelError
 from alignment.data.tokens.tokenize import prompt_ids
 from alignment.data.turns import Message
 from alignment.models.forward.generate import generate
-from tests.exported import FULL, LORA, tiny_base, trained_policy
+from tests.chained import FULL, LORA, tiny_base, trained_policy
 from tests.tiny import tiny_tokenizer
 
 pytestmark = pytest.mark.engines

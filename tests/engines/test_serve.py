@@ -12,13 +12,19 @@ import openai
 import pytest
 
 from alignment.config.model import AdapterConfig, AdapterKind
-from tests.asked_policies import (
+from tests.served import (
+    ARMS,
+    TOOL,
+    ServedRun,
+    Serving,
     answers_are_ours,
+    client,
     nothing_is_left_after,
+    served_run,
+    serving,
     the_server_takes_nothing_else,
     tools_reach_the_template,
 )
-from tests.served import ARMS, TOOL, ServedRun, Serving, client, served_run, serving
 
 pytestmark = pytest.mark.engines
 

@@ -36,7 +36,6 @@ def test_the_hooks_are_those_of_make_check() -> None:
     hooks = content(ROOT / ".pre-commit-config.yaml")["repos"][0]["hooks"]
     called = [re.sub(r" --(force-exclude|fix)", "", hook["entry"].removeprefix(".venv/bin/")) for hook in hooks]
     recipe = re.search(r"^check:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
-    assert recipe is not None
     checks = [
         line.removeprefix("\t$(BIN)/").removesuffix(" .").replace(" --check", "") for line in recipe[1].splitlines()
     ]

@@ -22,7 +22,7 @@ from alignment.stages.reward_card.kind import RewardCardConfig
 from alignment.stages.sample.kind import SampleConfig
 from alignment.training.context import StageContext
 from tests.chained import DATA, DORA, FULL, LORA, PREFIX, QLORA, Chained, config_of
-from tests.distilled import distil_spec
+from tests.generating import distil_spec
 from tests.simulated_device.events import events
 from tests.tiny import BASE_SOURCE, tiny_reward, tiny_spec
 

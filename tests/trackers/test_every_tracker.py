@@ -26,7 +26,7 @@ from alignment.training.context import StageContext
 from alignment.training.trackers.mlflow import MlflowTracker
 from alignment.training.trackers.tracker import RESULT, Row
 from tests.e2e.conftest import Align
-from tests.in_child import in_child
+from tests.living import in_child
 from tests.tiny import save_tiny_model
 from tests.trackers.conftest import Server
 from tests.unit.training.read_back import Curves, curves_of, last_step

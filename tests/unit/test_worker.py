@@ -41,8 +41,8 @@ from alignment.stages.shared.result import StageResult
 from alignment.training.context import StageContext
 from alignment.training.session import Preempted
 from alignment.worker import _refuse_changed_data
+from tests.hub import weights_file
 from tests.tiny import tiny_spec
-from tests.weights_files import weights_file
 
 
 def test_data_that_changed_since_the_plan_is_refused(tmp_path: Path) -> None:

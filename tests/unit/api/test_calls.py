@@ -49,11 +49,7 @@ def test_a_plan_says_what_the_command_prints(overrides: list[str], capsys: Captu
 
 @pytest.mark.parametrize(
     ("override", "error", "code"),
-    [
-        ("stages.dpo.bta=0.3", alignment.ConfigError, 2),
-        ("stages.dpo.data.source=path:nowhere.jsonl", alignment.DataError, 3),
-        ("model.source=path:nowhere", alignment.ModelError, 4),
-    ],
+    [("stages.dpo.bta=0.3", alignment.ConfigError, 2), ("model.source=path:nowhere", alignment.ModelError, 4)],
 )
 @pytest.mark.parametrize("call", [alignment.plan, alignment.run])
 def test_an_error_is_that_of_the_command(
@@ -72,12 +68,19 @@ def test_an_error_is_that_of_the_command(
 
 
 @pytest.mark.usefixtures("without_training")
-def test_a_run_comes_back_and_is_reused(overrides: list[str], run_folder: Path, capsys: Captured) -> None:
-    run = alignment.run("quickstart", overrides)
+def test_a_run_comes_back_and_is_reused(
+    overrides: list[str], run_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    """It prints plain lines where standard output is then no terminal, also in Jupyter, which asks for colours."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen):
+        run = alignment.run("quickstart", overrides)
     assert (run.folder, run.state, run.name) == (run_folder, "done", "quickstart")
     assert {stage.state for stage in run.stages.values()} == {"done"}
     assert run.stages["dpo"].steps() == [{"step": 1, "seconds": 0.1, "loss": 1.5}]
-    assert "dpo: done" in capsys.readouterr().out
+    assert "dpo: done" in screen.getvalue()
+    assert "\x1b" not in screen.getvalue()
     assert [stage.name for stage in alignment.plan("quickstart", overrides).to_run] == []
     again = alignment.run("quickstart", overrides, quiet=True)
     assert {stage.state for stage in again.stages.values()} == {"reused"}
@@ -100,11 +103,7 @@ def test_one_stage_runs_alone(overrides: list[str]) -> None:
 @pytest.mark.usefixtures("without_training")
 @pytest.mark.parametrize(
     ("fault", "error", "state"),
-    [
-        ("dpo:fail", alignment.NonFiniteError, "failed"),
-        ("dpo:reward", alignment.RewardError, "failed"),
-        ("dpo:preempt", alignment.Preempted, "preempted"),
-    ],
+    [("dpo:fail", alignment.NonFiniteError, "failed"), ("dpo:preempt", alignment.Preempted, "preempted")],
 )
 def test_a_stage_that_does_not_end_well_raises_and_the_run_can_be_read(
     fault: str,
@@ -157,9 +156,9 @@ def test_a_run_in_a_thread_leaves_signals_alone(overrides: list[str]) -> None:
     before = signal.signal(signal.SIGUSR1, lambda *_: handled.append(signal.SIGUSR1))
     try:
         with ThreadPoolExecutor() as pool:
-            future = pool.submit(alignment.run, "quickstart", overrides, quiet=True)
+            future = pool.submit(alignment.run, "quickstart", overrides, stage="sft", quiet=True)
             signal.raise_signal(signal.SIGUSR1)
-            assert future.result(timeout=120).state == "done"
+            assert future.result(timeout=120).stages["sft"].state == "done"
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert handled == [signal.SIGUSR1]
@@ -195,19 +194,6 @@ def test_a_program_that_uses_hydra_itself_finds_its_state_again(overrides: list[
     assert not GlobalHydra.instance().is_initialized()
 
 
-@pytest.mark.usefixtures("without_training")
-def test_what_is_printed_goes_to_standard_output_as_it_is_then(
-    overrides: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Plain lines where that is no terminal, also in a kernel of Jupyter, which asks for colours."""
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    screen = io.StringIO()
-    with contextlib.redirect_stdout(screen):
-        alignment.run("quickstart", overrides)
-    assert "sft: starts" in screen.getvalue()
-    assert "\x1b" not in screen.getvalue()
-
-
 def test_a_plan_has_the_cost_that_was_estimated_before(overrides: list[str]) -> None:
     assert alignment.plan("quickstart", overrides).cost is None
     plan = make_plan("quickstart", overrides)
@@ -217,7 +203,6 @@ def test_a_plan_has_the_cost_that_was_estimated_before(overrides: list[str]) -> 
     file.parent.mkdir(parents=True)
     alignment.RunCost(device="this", stages=[cost]).write(file)
     planned = alignment.plan("quickstart", overrides)
-    assert planned.cost is not None
     assert [stage for stage in planned.cost.stages if not stage.error] == [cost]
     with pytest.raises(alignment.ConfigError, match="no device 'abacus'"):
         alignment.plan("quickstart", overrides, cost=True, device="abacus")
@@ -235,7 +220,6 @@ def test_a_device_asks_for_the_cost_as_it_does_on_the_command_line(
 
     monkeypatch.setattr(estimates, "estimated", estimated)
     cost = alignment.plan("quickstart", overrides, device="h100").cost
-    assert cost is not None
     assert (cost.device, cost.stages) == ("h100", stages)
     assert cli.main(["plan", "quickstart", *overrides, "--device", "h100"]) == 0
     assert alignment.plan("quickstart", overrides).cost is None
@@ -281,9 +265,7 @@ def test_overrides_may_be_a_mapping_and_are_not_one_text(overrides: list[str]) -
 
 
 @pytest.mark.parametrize("call", [alignment.plan, alignment.run], ids=["plan", "run"])
-@pytest.mark.parametrize(
-    "recipe", [{"stages": {"sft": {"kind": "sft"}}}, ["quickstart"], None, b"quickstart"], ids=repr
-)
+@pytest.mark.parametrize("recipe", [{"stages": {"sft": {"kind": "sft"}}}, None], ids=repr)
 def test_a_recipe_is_a_name_or_a_path(call: Any, recipe: Any) -> None:
     with pytest.raises(TypeError, match=rf"recipe is a {type(recipe).__name__}; .* path of a \.yaml file"):
         call(recipe)
@@ -304,7 +286,6 @@ def test_a_sweep_comes_back_with_its_trials(runs: Runs, tmp_path: Path) -> None:
     assert [trial.settings["stages.dpo.beta"] for trial in swept.best] == ["0.3"]
     assert sorted(trial.settings["stages.dpo.beta"] for trial in swept.trials) == sorted(BETAS)
     evaluation = swept.run(swept.best[0].number).evaluation
-    assert evaluation is not None
     assert evaluation.arms[0].metrics[METRIC].mean == pytest.approx(0.9)
     table = swept.frame()
     assert table["stages.dpo.beta"].iloc[0] == "0.3"

@@ -28,7 +28,6 @@ def test_stages_have_their_results_settings_and_usage(loaded: alignment.Run, fak
     assert (dpo.kind, dpo.state, dpo.artifact) == ("dpo", "done", fake_run.artifact("dpo"))
     assert dpo.settings["beta"] == 0.1
     assert dpo.entry.inputs == {"init": "stage:sft"}
-    assert dpo.manifest is not None
     assert dpo.manifest.fingerprint == digest("dpo")
     assert dpo.usage == {"seconds": 402.9, "peak_rss_bytes": 2.4e9}
     assert loaded.stages["reward"].metrics == {"eval_accuracy": 0.9667, "rows": 270.0}
@@ -39,10 +38,8 @@ def test_stages_have_their_results_settings_and_usage(loaded: alignment.Run, fak
 
 def test_arms_have_intervals_and_differences_have_verdicts(loaded: alignment.Run) -> None:
     evaluation = loaded.evaluation
-    assert evaluation is not None
     assert evaluation is loaded.evaluations["evaluate"]
     arm = evaluation.arm("stage:dpo")
-    assert arm is not None
     assert arm.metrics["quality"] == alignment.Interval(mean=0.71, low=0.71 - 0.045, high=0.71 + 0.045)
     arms = loaded.arms_frame()
     row = arms[(arms["arm"] == "dpo") & (arms["metric"] == "quality")].iloc[0]
@@ -81,7 +78,6 @@ def test_tables_of_stages_settings_and_answers(loaded: alignment.Run, fake_run: 
     settings = loaded.settings_frame().set_index("key")["value"]
     assert settings["stages.dpo.beta"] == 0.1
     answers = loaded.answers_frame()
-    assert fake_run.samples is not None
     assert len(answers) == 40 * 5
     first = answers[(answers["id"] == "heldout-000") & (answers["arm"] == "dpo")].iloc[0]
     expected = fake_run.samples[0]["answers"]["stage:dpo"]

@@ -22,12 +22,10 @@ from benchmarks.figures import (
     ratios,
     useful_flop,
 )
-from benchmarks.growth import POINTS, SERIES
-from benchmarks.machine import processor, scrubbed
-from benchmarks.page import BEFORE_SEARCH, filled, tables
-from benchmarks.roofline import Point, reached, under_one_roof
+from benchmarks.machine import processor
+from benchmarks.roofline import reached
 from benchmarks.summary import summarise, table
-from benchmarks.works import WORKS, works_named
+from benchmarks.works import WORKS
 
 MODEL = {"linear": 100, "head": 10}
 GRPO = WORKS["grpo_lora"].contestants["ours"].sharing
@@ -39,7 +37,6 @@ COUNTS = {"tokens": 50, "trunk_tokens": 40, "scored_tokens": 20}
     ("kind", "adapter", "counts", "flop"),
     [
         ("sft", "lora", COUNTS, 4 * (100 * 40 + 10 * 20)),
-        ("sft", "full", COUNTS, 6 * (100 * 40 + 10 * 20)),
         ("reward", "lora", {**COUNTS, "scored_tokens": 0}, 4 * 100 * 40),
         ("dpo", "lora", COUNTS, (4 + 2) * (100 * 40 + 10 * 20)),
         (
@@ -50,7 +47,6 @@ COUNTS = {"tokens": 50, "trunk_tokens": 40, "scored_tokens": 20}
         ),
         ("sampling", "none", {"prompt_tokens": 30, "answer_tokens": 5}, 2 * 100 * 35 + 2 * 10 * 5),
         ("ppo", "lora", {"prompt_tokens": 30, "answer_tokens": 5}, 40 * 100 * 35 + 20 * 10 * 5),
-        ("ppo", "full", {"prompt_tokens": 30, "answer_tokens": 5}, 56 * 100 * 35 + 28 * 10 * 5),
     ],
 )
 def test_useful_work_is_that_of_the_table_in_the_readme(
@@ -87,38 +83,6 @@ def test_the_roofline_refuses_what_another_machine_measured(tmp_path: Path) -> N
         reached("dpo_lora", tmp_path)
 
 
-def test_the_roofline_draws_only_what_was_measured_under_the_newest_peak() -> None:
-    points = {
-        name: Point(intensity=100.0, mfu=0.5, peak=peak, date=date)
-        for name, peak, date in (
-            ("sft", 410.0, "2026-11-29"),
-            ("full", 380.0, "2026-11-28"),
-            ("dpo", 930.0, "2026-11-26"),
-        )
-    }
-    roof, drawn = under_one_roof(points)
-    assert (roof, list(drawn)) == (410.0, ["sft", "full"])
-
-
-def test_tables_stand_between_the_markers_of_their_folder() -> None:
-    page = "a\n<!-- tables:begin -->\nold\n<!-- tables:end -->\nb\n<!-- amx:begin -->\n<!-- amx:end -->\nc\n"
-    updated = filled(filled(page, "tables", ["one", "two"]), "amx", ["three"])
-    assert updated.split("\n") == [
-        *("a", "<!-- tables:begin -->", "one", "", "two", "<!-- tables:end -->", "b"),
-        *("<!-- amx:begin -->", "three", "<!-- amx:end -->", "c", ""),
-    ]
-    with pytest.raises(ValueError, match="one line <!-- arm:begin -->"):
-        filled(page, "arm", [])
-
-
-def test_a_table_that_knows_no_search_of_its_rivals_is_marked(tmp_path: Path) -> None:
-    for name, content in (("sft_lora", {}), ("dpo_lora", {"at_their_best": {}}), ("growth", {})):
-        (tmp_path / f"{name}.md").write_text(f"# {name}\n\na table\n", encoding="utf-8")
-        (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
-    marked = f"### sft_lora\n\n{BEFORE_SEARCH}\n\na table"
-    assert tables(tmp_path) == [marked, "### dpo_lora\n\na table", "### growth\n\na table"]
-
-
 def test_the_table_names_a_rival_that_did_not_learn_the_same() -> None:
     inputs = {"models": {"base": MODEL}, "repetitions": [{"steps": [COUNTS]}]}
     losses = {
@@ -147,11 +111,7 @@ def _table(name: str, inputs: dict[str, Any], measurements: list[dict[str, Any]]
         ("lora", Sharing(), (2 * 3500 + 2 * 50, 6 * 3500 + 2 * 50, 32 * 3500 + 16 * 50)),
         ("full", Sharing(), (2 * 3500 + 2 * 50, 6 * 3500 + 2 * 50, 48 * 3500 + 24 * 50)),
         ("lora", Sharing(one_pass=True), (2 * 3500 + 2 * 50, 4 * 3500 + 2 * 50, 16 * 3500 + 16 * 50)),
-        (
-            "lora",
-            GRPO,
-            (2 * 3500 + 2 * 50, 2 * 3500 + 2 * 50, 4 * 3500 + 4 * 50),
-        ),
+        ("lora", GRPO, (2 * 3500 + 2 * 50, 2 * 3500 + 2 * 50, 4 * 3500 + 4 * 50)),
         ("lora", Sharing(completions=3), (2 * 1500 + 2 * 50, 6 * 1500 + 2 * 50, 32 * 1500 + 16 * 50)),
     ],
 )
@@ -189,12 +149,7 @@ def test_updates_count_the_prompts_of_those_that_were_measured() -> None:
 
 
 def test_sampling_counts_real_tokens_over_all_seeds() -> None:
-    result = {
-        "seconds": [1.0, 3.0],
-        "lengths": [[2, 4], [1, 5]],
-        "peak_memory": 7,
-        "losses": [],
-    }
+    result = {"seconds": [1.0, 3.0], "lengths": [[2, 4], [1, 5]], "peak_memory": 7, "losses": []}
     figures = figures_of("sampling", "none", MODEL, [{"prompt_tokens": 6}], result, peak=100.0)
     assert (figures["tokens_per_second"], figures["mean_length"]) == (3.0, 3.0)
     assert figures["mfu"] == pytest.approx((200 * (12 + 12) + 20 * 12) / (4.0 * 100.0))
@@ -293,34 +248,6 @@ def test_a_repetition_takes_the_same_rows_whoever_asks_and_no_others() -> None:
         rows.taken(list(range(7)), 0, 8)
 
 
-def test_public_data_and_shipped_data_become_the_same_kind_of_rows(tmp_path: Path) -> None:
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "deep" / "alpaca_en_demo.json").write_text(
-        json.dumps([{"instruction": "Add.", "input": "2 and 2", "output": "4"}])
-    )
-    (tmp_path / "dpo_en_demo.json").write_text(
-        json.dumps(
-            [
-                {
-                    "conversations": [{"from": "human", "value": "Hi"}],
-                    "chosen": {"from": "gpt", "value": "Hello."},
-                    "rejected": {"from": "gpt", "value": "No."},
-                }
-            ]
-        )
-    )
-    question = {"role": "user", "content": "Add.\n2 and 2"}
-    assert rows.conversations(tmp_path) == [{"messages": [question, {"role": "assistant", "content": "4"}]}]
-    assert rows.prompts(tmp_path) == [{"messages": [question]}]
-    assert rows.pairs(tmp_path) == [
-        {"messages": [{"role": "user", "content": "Hi"}], "chosen": "Hello.", "rejected": "No."}
-    ]
-    assert len(rows.conversations(None)) > 40
-    assert set(rows.pairs(None)[0]) == {"messages", "chosen", "rejected"}
-    with pytest.raises(FileNotFoundError, match="dpo_en_demo"):
-        rows.pairs(tmp_path / "deep")
-
-
 def _result(speed: float, loss: float) -> dict[str, Any]:
     return {
         "seconds": [50 / speed] * 2,
@@ -371,12 +298,7 @@ def test_ppo_is_compared_by_seconds_an_update_and_each_variant_with_every_rival(
         {
             "contestant": name,
             "repetition": 0,
-            "result": {
-                **_result(50 / taken, 0.0),
-                "losses": [],
-                "answer_tokens": 5.0,
-                "updates": logged.get(name, []),
-            },
+            "result": {**_result(50 / taken, 0.0), "losses": [], "answer_tokens": 5.0, "updates": logged.get(name, [])},
         }
         for name, taken in seconds.items()
     ]
@@ -401,34 +323,3 @@ def test_ppo_is_compared_by_seconds_an_update_and_each_variant_with_every_rival(
     ]
     like_for_like = content["at_their_best"]["trl"]["fastest"]
     assert like_for_like["contestant"] == "trl_fastest", "a rival that trains other parts is not the one to beat"
-
-
-def test_growth_has_a_line_for_each_point_that_was_measured() -> None:
-    points = {name: {"steps": [COUNTS]} for name in POINTS}
-    inputs = {"models": {"base": MODEL, "10m": MODEL, "30m": MODEL}, "repetitions": [points]}
-    measurements = [
-        {"contestant": name, "repetition": 0, "result": _result(100.0, 2.0)} for name in ("length_128", "rows_4")
-    ]
-    content = summarise("growth", WORKS["growth"], inputs, measurements, {})
-    assert set(content["ours"]) == {"length_128", "rows_4"}
-    assert content["series"]["rows of 128 tokens"] == ["rows_4", "length_128"]
-    assert "| rows_4 | 100 |" in table(content)
-    assert {name for names in SERIES.values() for name in names} == set(POINTS)
-
-
-def test_names_and_aliases_choose_works_in_the_tables_order() -> None:
-    assert works_named("ppo,sft") == ["sft_lora", "sft_full", "ppo_lora", "ppo_full"]
-    assert works_named("sampling_128") == ["sampling_128"]
-    assert works_named("all") == list(WORKS)
-    with pytest.raises(ValueError, match="'sfd'"):
-        works_named("sfd")
-
-
-def test_a_machine_is_described_without_folders_and_addresses(tmp_path: Path) -> None:
-    text = "exit code 1: File '/some/where/deep/train.py' from https://host.example/simple (25 tok/s)"
-    assert scrubbed(text) == "exit code 1: File 'train.py' from (address) (25 tok/s)"
-    cpuinfo = tmp_path / "cpuinfo"
-    cpuinfo.write_text("model name\t: Fast CPU\nflags\t\t: fpu avx2 amx_bf16\n")
-    cpu = processor(cpuinfo)
-    assert cpu["model"] == "Fast CPU"
-    assert [cpu["isa"][flag] for flag in ("avx2", "amx_bf16", "avx512_bf16")] == [True, True, False]

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +11,14 @@ import torch
 
 from alignment.engines.completions import Asked, EngineAnswer, Generation
 from alignment.engines.engine_session import EngineSession
-from benchmarks import harness
 from benchmarks.contestants import generate_sampling, sampling, vllm_sampling
 from benchmarks.contestants.generate_sampling import _by_generate, common_length, in_batches
 from benchmarks.contestants.our_sampling import one_batch
 from benchmarks.contestants.sampling import Answer, measured
-from benchmarks.contestants.vllm_sampling import (
-    _asking,
-    bytes_per_token,
-    cache_tokens,
-    highest_resident,
-    memory_below,
-)
+from benchmarks.contestants.vllm_sampling import _asking, bytes_per_token
 from benchmarks.prepare import _select, system_text
 from benchmarks.setting import read_json
-from benchmarks.work import with_choices
-from benchmarks.works import WORKS, SamplingSize
-from tests.patience import wait_until
+from benchmarks.works import SamplingSize
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
 
@@ -77,21 +64,6 @@ def test_generate_samples_with_its_setting_and_reads_a_system_turn_once(
     generate_sampling.main(tmp_path / "task.json")
     assert batches == asked
     assert limits == ({8} if changes.get("cache") == "static, compiled" else {4, 8})
-
-
-def test_each_contestant_that_samples_has_its_module_and_its_number_format() -> None:
-    libraries = ("generate", "generate_float32")
-    choices = {f"{library}_{goal}": {"batch": 8} for library in libraries for goal in ("fastest", "leanest")}
-    contestants = with_choices(WORKS["sampling"], choices).contestants
-    assert {name: (how.module, how.dtype) for name, how in contestants.items()} == {
-        f"{name}{suffix}{goal}": (f"{module}_sampling", dtype)
-        for suffix, dtype in (("", "bfloat16"), ("_float32", "float32"))
-        for name, module, goal in (
-            ("ours", "our", ""), ("generate", "generate", ""), ("generate", "generate", "_fastest"),
-            ("vllm", "vllm", ""),
-        )
-    }  # fmt: skip
-    assert all(f", {how.dtype}" in how.allowed for how in contestants.values())
 
 
 PROMPTS = [[5, 6, 7, 8, 9], [5, 6, 7, 30], [5, 6, 7, 8, 40, 41, 42]]
@@ -163,11 +135,6 @@ def test_vllm_is_started_with_the_number_format_of_the_task(tmp_path: Path, monk
         vllm_sampling.main(tmp_path / "task.json")
 
 
-def test_an_engine_has_room_for_whole_blocks_of_each_answer() -> None:
-    assert cache_tokens(32, 154) == 128 * (32 * 2 + 1)
-    assert cache_tokens(3, 128) == 128 * 4
-
-
 def test_a_token_has_keys_and_values_in_all_layers() -> None:
     config = tiny_model().config
     assert bytes_per_token(config, torch.bfloat16) == 2 * 2 * config.num_key_value_heads * config.head_dim * 2
@@ -200,36 +167,6 @@ def test_an_engine_is_asked_each_prompt_once_with_a_seed_of_its_own() -> None:
     assert answer(2, 9) == [[*PROMPTS[0], 6], [*PROMPTS[1], 7], [*PROMPTS[2], 8]]
 
 
-def test_an_engines_memory_is_the_sum_over_its_processes() -> None:
-    assert highest_resident("Name:\tpython\nVmPeak:\t 900 kB\nVmHWM:\t     12 kB\nVmRSS:\t 8 kB\n") == 12 * 1024
-    assert highest_resident("Name:\tpython\nState:\tZ (zombie)\n") == 0
-    with _process("import sys; sys.stdin.read()") as small, _process(_PARENT) as parent:
-        # Both children and nothing else. Before a child has begun its program, it still has the size of its parent.
-        wait_until(lambda: 2 * (60 << 20) < memory_below(parent)[0] < 2 * (160 << 20))
-        assert memory_below(parent)[1] == "sum of VmHWM"
-        assert memory_below(small)[0] == 0, "a process is not below itself"
-
-
-_CHILD = "import time; held = bytearray(60 << 20); del held; time.sleep(600)"
-_PARENT = f"""
-import subprocess, sys
-held = bytearray(400 << 20)
-children = [subprocess.Popen([sys.executable, "-c", {_CHILD!r}]) for _ in range(2)]
-try:
-    sys.stdin.read()
-finally:
-    for child in children:
-        child.kill()
-"""
-
-
-@contextmanager
-def _process(code: str) -> Iterator[int]:
-    """It ends when its standard input does."""
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE) as process:
-        yield process.pid
-
-
 def test_prompts_with_a_common_beginning_are_the_same_behind_another_system_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,14 +196,3 @@ def _prompt_texts(folder: Path, tokenizer: Any, system_tokens: int) -> list[str]
     ids = read_json(Path(chosen["repetitions"][0]["tokens"]))
     assert chosen["repetitions"][0]["steps"] == [{"prompt_tokens": sum(map(len, ids)) - common_length(ids)}]
     return [tokenizer.decode(prompt) for prompt in ids]
-
-
-def test_an_engine_without_an_environment_is_named_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALIGNMENT_ENGINE_PYTHON", "/nowhere/bin/python")
-    contestants = {name: WORKS["sampling"].contestants[name] for name in ("generate", "vllm", "vllm_float32")}
-    pythons, missing = harness.interpreters(contestants)
-    assert pythons == {"generate": sys.executable}
-    assert set(missing) == {"vllm", "vllm_float32"}
-    assert missing["vllm"].startswith("python is not an interpreter that can be run; build the environment with")
-    monkeypatch.setenv("ALIGNMENT_ENGINE_PYTHON", sys.executable)
-    assert "has no package vllm; build" in harness.interpreters(contestants)[1]["vllm"]

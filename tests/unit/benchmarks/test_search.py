@@ -11,16 +11,15 @@ from typing import Any
 
 import pytest
 
-from alignment.core import hardware
 from alignment.pipeline.backends.command import CPU_MEMORY, WAITING_SETTINGS, idle_threads
 from benchmarks import harness, machine, search_run
 from benchmarks import measurement as measurement_module
 from benchmarks.counts import padded_tokens
-from benchmarks.grid import FASTEST, GOALS, LEANEST, Axis, Setting, compiles, described, start_of
+from benchmarks.grid import FASTEST, LEANEST, Axis, Setting, compiles, described, start_of
 from benchmarks.harness import Options, turns
 from benchmarks.measurement import Circumstances, Failed, Measurement, command_of, taken, task_of
 from benchmarks.search import CannotStart, Trial, search
-from benchmarks.search_run import NO_COMPILER, Trying, never_ran, trial_of
+from benchmarks.search_run import NO_COMPILER, Trying, trial_of
 from benchmarks.searched import NoSearch, choices_of, code_of, fixed_of, grid_of, search_file, write_search
 from benchmarks.work import Contestant, with_choices
 from benchmarks.works import WORKS
@@ -67,18 +66,6 @@ def _variables(measurement: Measurement, task: dict[str, str]) -> dict[str, str]
     return dict(command.environment)
 
 
-@pytest.mark.parametrize(("work", "library"), [("sft_lora", "trl"), ("sft_lora", "stock"), ("sampling", "generate")])
-def test_a_rival_whose_setting_compiles_may_compile(work: str, library: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    monkeypatch.setattr(hardware, "count_devices", lambda: 0)
-    rival = WORKS[work].rivals[library]
-    start = start_of(rival.axes)
-    compiled = {axis.name: value for axis in rival.axes for value in axis.needs_compiler}
-    assert "TORCHDYNAMO_DISABLE" in _variables(measurement_of(work, "any", rival.contestant(start)), {})
-    measurement = measurement_of(work, "any", rival.contestant({**start, **compiled}))
-    assert "TORCHDYNAMO_DISABLE" not in _variables(measurement, {})
-
-
 def test_a_measurement_in_which_nothing_was_compiled_has_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,33 +94,6 @@ def test_a_measurement_in_which_nothing_was_compiled_has_failed(
         (True, 0): "torch.compile compiled nothing",
         (True, 1): three,
     }
-
-
-def test_nobody_is_always_first_or_behind_the_same_contestant() -> None:
-    assert ["".join(turns(["a", "b", "c", "d"], repetition)) for repetition in range(5)] == [
-        *("abcd", "badc", "cdab", "dcba", "abcd")
-    ]
-    assert turns([], 1) == []
-
-
-def test_a_contestant_that_another_stands_for_is_not_left_out_without_a_word(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    start = start_of(WORKS["sampling"].rivals["generate"].axes)
-    choices = {f"{library}_{goal}": start for library in ("generate", "generate_float32") for goal in GOALS}
-    monkeypatch.setattr(harness, "base_model", lambda: tmp_path)
-    monkeypatch.setattr(harness, "versions_of", lambda work: {})
-    monkeypatch.setattr(harness, "choices_of", lambda *_: choices)
-    with pytest.raises(Failed, match="generate_fastest: the search chose the setting of another contestant"):
-        harness.measure("sampling", _options(tmp_path, "ours", "generate_fastest"))
-
-
-@pytest.mark.parametrize("name", [name for name, work in WORKS.items() if work.rivals])
-def test_everybody_is_warmed_up_by_one_step_and_measured_for_as_many(name: str) -> None:
-    work = WORKS[name]
-    measured = 1 if work.kind == "ppo" else 2
-    assert {how.measured for how in work.contestants.values()} == {measured}
-    assert work.batches == (1 if work.kind == "sampling" else 1 + measured), "a row for each step"
 
 
 def _options(results: Path, *contestants: str, repetitions: int = 5) -> Options:
@@ -260,23 +220,6 @@ def test_the_speed_of_a_trial_is_of_the_rows_of_its_steps_or_of_its_updates(monk
     assert (trial.speed, trial.answers) == (0.25, 1200.0)
 
 
-def test_joined_axes_are_tried_in_all_combinations() -> None:
-    class Packing(Library):
-        """Rows without padding are faster if there are several, and then four are best."""
-
-        def measure(self, setting: Setting, final: bool) -> Trial:
-            trial = super().measure(setting, final)
-            gain = {8: 1.0, 4: 2.0, 1: 1.0}[int(setting["micro_rows"])] if setting["padding_free"] else 1.0
-            return replace(trial, speed=trial.speed * gain)
-
-    packing = Axis(name="padding_free", values={False: "padded", True: "padding-free"}, joined=True)
-    library = Packing()
-    chosen = search((AXES[0], packing, *AXES[1:]), library.measure, tolerance=0.01, rounds=1)
-    tried = [(setting["micro_rows"], setting["padding_free"]) for setting, final in library.asked if not final]
-    assert tried[:6] == [(8, False), (8, True), (4, False), (4, True), (1, False), (1, True)]
-    assert chosen[FASTEST] == {**_setting(4, False), "padding_free": True}
-
-
 @pytest.mark.parametrize(("answers", "chosen"), [(800.0, True), (700.0, False), (1300.0, False)])
 def test_a_setting_that_samples_other_numbers_of_tokens_is_not_chosen(answers: float, chosen: bool) -> None:
     class Sampler(Library):
@@ -318,19 +261,6 @@ def test_settings_that_fail_are_left_out_and_a_first_that_fails_ends_the_search(
     library.fails = True
     with pytest.raises(CannotStart, match="it broke"):
         search(AXES, library.measure, tolerance=0.01, rounds=2)
-
-
-def test_a_value_that_fails_in_every_trial_is_named() -> None:
-    entries = [
-        {"setting": _setting(8, False), "error": "too large"},
-        {"setting": _setting(8, True)},
-        {"setting": _setting(1, False, "eager"), "error": "it broke"},
-    ]
-    assert never_ran(AXES, entries) == [
-        "no trial with micro_rows=1 ran: it broke",
-        "no trial with checkpointing=False ran: it broke",
-        "no trial with attention=eager ran: it broke",
-    ]
 
 
 GRIDS = [(name, library) for name, work in WORKS.items() for library in work.rivals]
@@ -411,38 +341,6 @@ def test_a_trial_without_a_compiler_says_so_and_one_that_compiles_goes_through_i
     assert kto.measurement(start_of(WORKS["kto_lora"].rivals["trl"].axes), final=False).warm_up == 1
 
 
-@pytest.mark.parametrize(("library", "dtype"), [("generate", "bfloat16"), ("generate_float32", "float32")])
-def test_a_trial_samples_in_the_number_format_of_its_library(library: str, dtype: str) -> None:
-    trying = _trying("sampling", library)
-    trying.inputs["repetitions"][0] |= {"tokens": "tokens.json"}
-    setting = start_of(WORKS["sampling"].rivals[library].axes)
-    assert task_of(trying.measurement(setting, final=False), Path("folder"))["dtype"] == dtype
-
-
-def test_a_rivals_code_is_its_module_what_that_imports_and_the_shared_settings(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    contestants = tmp_path / "benchmarks" / "contestants"
-    contestants.mkdir(parents=True)
-    texts = dict.fromkeys([*machine.SHARED_CODE, "contestants/other.py", "contestants/base.py"], "")
-    texts |= {
-        "contestants/loop.py": "from benchmarks.contestants.shared import one\n",
-        "contestants/shared.py": "from benchmarks.contestants.base import two\n",
-    }
-    for name, text in texts.items():
-        (tmp_path / "benchmarks" / name).write_text(text)
-    monkeypatch.setattr(machine, "ROOT", tmp_path)
-    before = machine.contestant_sha256("loop")
-    changing = []
-    for name, text in texts.items():
-        (tmp_path / "benchmarks" / name).write_text(f'"""Words."""\n{text}# a comment\n')
-        assert machine.contestant_sha256("loop") == before
-        (tmp_path / "benchmarks" / name).write_text(f"{text}changed = True\n")
-        changing += [name] * (machine.contestant_sha256("loop") != before)
-        (tmp_path / "benchmarks" / name).write_text(text)
-    assert changing == [name for name in texts if name != "contestants/other.py"]
-
-
 WORK = WORKS["sft_lora"]
 VERSIONS = {"trl": {"trl": "1.16.0", "torch": "2.13"}, "stock": {"torch": "2.13"}}
 CONDITIONS = {
@@ -501,23 +399,11 @@ def test_a_table_takes_the_settings_that_the_search_chose(file: Path) -> None:
     assert contestants["generate"].allowed.endswith("(this is also its fastest setting)")
 
 
-def test_a_rival_keeps_what_no_search_changes() -> None:
-    axes = WORKS["ppo_lora"].rivals["trl"].axes
-    choices = {"trl_fastest": start_of(axes), "trl_leanest": {**start_of(axes), "micro_rows": 2}}
-    contestants = with_choices(WORKS["ppo_lora"], choices).contestants
-    critics = {name: how.setting.get("critic") for name, how in contestants.items() if how.setting}
-    assert critics == {"trl_fastest": "lora", "trl_leanest": "lora", "trl_default": "full"}
-    assert contestants["trl_fastest"].environment == "trl-1.12"
-
-
 @pytest.mark.parametrize(
     ("conditions", "trl", "reason"),
     [
         ({"processor": {"model": "Slow CPU", "cores": 2}}, "1.16.0", 'processor: "Fast CPU" then, "Slow CPU" now'),
-        ({"processor": {"model": "Fast CPU", "cores": 4}}, "1.16.0", "processor: {"),
-        ({"threads": 1}, "1.16.0", "threads: 2 then, 1 now"),
         ({"launcher": {"OMP_NUM_THREADS": "1"}}, "1.16.0", 'launcher: {"OMP_NUM_THREADS": "2"} then, {'),
-        ({"data": [{"name": "rows", "sha256": "b"}]}, "1.16.0", "data: ["),
         ({}, "1.17.0", "trl of trl: 1.16.0 then, 1.17.0 now"),
     ],
 )

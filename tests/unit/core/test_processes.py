@@ -20,8 +20,7 @@ from alignment.core import locks
 from alignment.core.child_processes import children_of, kill_all
 from alignment.core.errors import ArtifactError, Busy, ConfigError
 from alignment.core.locks import held, is_held, last_host
-from tests.living import is_living
-from tests.patience import wait_until
+from tests.living import is_living, wait_until
 
 
 def busy(lock: Path) -> Busy:

@@ -26,7 +26,7 @@ from alignment.data.records import (
     Question,
     Record,
 )
-from tests.public import PUBLIC, WRITTEN, needs_public_data
+from tests.hub import PUBLIC, WRITTEN, needs_public_data
 
 BRIEF = {"role": "system", "content": "Be brief."}
 EARLIER = {"role": "user", "content": "Hi."}

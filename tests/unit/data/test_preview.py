@@ -21,7 +21,7 @@ from alignment.stages.dpo.kind import DpoConfig
 from alignment.stages.ppo.config import PpoConfig
 from alignment.stages.reward.kind import RewardConfig
 from alignment.stages.sft.kind import SftConfig
-from tests.public import PUBLIC, WRITTEN, needs_public_data
+from tests.hub import PUBLIC, WRITTEN, needs_public_data
 from tests.templates import styled_tokenizer
 from tests.tiny import save_tiny_model, tiny_spec, tiny_tokenizer
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from alignment.commands.shared.loaded_policies import parts_of
 from alignment.config.model import TemplateChoice
@@ -23,6 +24,7 @@ from alignment.data.tokens.row_kinds import CONVERSATIONS, Tokenized, tokenized
 from alignment.data.tokens.tokenize import IGNORED, prompt_ids, tokenize_conversation, turn_end_id
 from alignment.data.tokens.tokenizer import load_tokenizer, tokenizer_hashes
 from alignment.data.turns import Message
+from tests.field.models import save_model
 from tests.real_templates import ARGUMENTS, CASES, DEEPSEEK, GPT_OSS, NAME, PHI_4, QWEN, Case, dressed, text_of
 from tests.templates import DEEPSEEK_LIKE, PHI_LIKE, styled_tokenizer
 from tests.tiny import CHAT_TEMPLATE, save_tiny_model, tiny_tokenizer
@@ -217,6 +219,16 @@ def test_a_saved_tokenizer_and_a_bare_base_of_a_run_have_the_options(tmp_path: P
     for made in (tokenizer, again, parts_of(None, base, choice)[1]):
         assert prompt_text(made, HI).endswith("<think>\n\n</think>\n\n")
     assert tokenizer_hashes(again) == tokenizer_hashes(tokenizer) != tokenizer_hashes(load_tokenizer(base))
+    after_a_whole_stage = load_tokenizer(tmp_path / "artifact", choice)
+    assert tokenizer_hashes(after_a_whole_stage) == tokenizer_hashes(tokenizer)
+
+
+def test_a_pad_token_that_the_model_does_not_have_is_replaced_by_eos(tmp_path: Path) -> None:
+    """The class of Qwen2's tokenizer adds <|endoftext|> to a vocabulary without it."""
+    save_model(tmp_path, "qwen2", biased=True, template="gemma")
+    tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer) == 1 + AutoConfig.from_pretrained(tmp_path).vocab_size, "it should have added a token"
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(("template", "words"), [("\n{% if %}", "not valid Jinja: line 2"), (None, "no chat template")])

@@ -116,13 +116,6 @@ def test_the_memory_of_a_server_of_its_own_is_measured_when_it_ends(base: Path, 
     assert all(20e6 < peak < 1e9 for peak in peaks), "a process of Python with numpy"
 
 
-def test_the_memory_of_a_server_at_a_url_is_not_measured(base: Path, tmp_path: Path) -> None:
-    peaks: list[float] = []
-    with at_url(base, tmp_path, on_peak=peaks.append):
-        pass
-    assert peaks == []
-
-
 # ---- weights follow -------------------------------------------------------------------------------------------------
 
 
@@ -260,14 +253,6 @@ def test_weights_that_are_replaced_while_answers_are_sampled_are_noticed(base: P
         engine.edit = edit
         with pytest.raises(StageError, match="the engine answers with the weights 'policy-8-abcd'"):
             session.answers(weights, ASKED, GENERATION)
-
-
-def test_an_answer_under_another_name_is_refused(base: Path, tmp_path: Path, adapters: list[Weights]) -> None:
-    with at_url(base, tmp_path) as (engine, session):
-        session.use(adapters[0])
-        engine.edit = lambda reply: reply | {"model": "policy-9-abcd"}
-        with pytest.raises(StageError, match="came from the weights 'policy-9-abcd', not 'policy-0-abcd'"):
-            session.answers(adapters[0], ASKED, GENERATION)
 
 
 # ---- servers of the user --------------------------------------------------------------------------------------------

@@ -22,8 +22,7 @@ from alignment.core.errors import StageError
 from alignment.core.locks import is_held
 from alignment.engines.keeper_process import NOT_STARTED, exit_file, lock_file
 from alignment.engines.server_process import KEY, PORT, Keeper, ServerCommand, ServerProcess
-from tests.living import is_living
-from tests.patience import wait_until
+from tests.living import is_living, wait_until
 
 SHARED_MEMORY = Path("/dev/shm")
 PARENT = """
@@ -111,7 +110,7 @@ def test_a_server_answers_with_its_key_and_leaves_nothing_when_it_is_closed(tmp_
         assert probe.connect_ex(("127.0.0.1", port)) != 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_nothing_is_left_when_the_owner_is_killed(tmp_path: Path, number: signal.Signals) -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)])
     try:
@@ -148,7 +147,6 @@ def test_a_server_does_not_outlive_its_keeper(tmp_path: Path) -> None:
         started(keeper, tmp_path)
         server = psutil.Process(pids(tmp_path)[0])
         parent = server.parent()
-        assert parent is not None
         parent.kill()
         wait_until(lambda: not is_living(server))
         os.kill(pids(tmp_path)[1], signal.SIGKILL)  # a server's own child ends only if it watches its parent
@@ -183,7 +181,6 @@ def test_a_second_server_replaces_the_first(tmp_path: Path) -> None:
     ("text", "reason"),
     [
         ("raise ValueError('no such model')", "exit code 1: ValueError: no such model"),
-        ("raise MemoryError('Cannot allocate memory')", "killed, or there was not enough memory"),
         ("import os; os.kill(os.getpid(), 9)", "exit code -9: it was killed, or there was not enough memory"),
         ("raise SystemExit(3)", "the server ended with exit code 3"),
     ],

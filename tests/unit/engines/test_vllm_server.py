@@ -92,12 +92,13 @@ def test_a_file_that_is_not_there_is_refused(cache: Path, capsys: pytest.Capture
     assert not (cache / "alignment").exists()
 
 
-def test_what_pip_cannot_install_is_named(cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    requirements = tmp_path / "requirements.txt"
-    requirements.write_text(f"{tmp_path / 'absent-1-py3-none-any.whl'}\n")
-    assert engine_environment.main(["llama-cpp", "--requirements", str(requirements)]) == 2
-    error = capsys.readouterr().err
-    assert f"-m pip install --quiet --disable-pip-version-check --requirement {requirements}: failed" in error
+def test_what_cannot_be_built_is_named(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.executable", "false")
+    assert engine_environment.main(["llama-cpp"]) == 2
+    folder = cache / "alignment/engines/llama-cpp"
+    assert f"false -m venv {folder}: failed with exit code 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("tool", "name"), [("/usr/bin/nvidia-smi", "vllm.txt"), (None, "vllm-cpu.txt")])

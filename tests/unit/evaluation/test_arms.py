@@ -161,7 +161,7 @@ def test_a_text_costs_the_nats_of_its_tokens_chunk_by_chunk(monkeypatch: pytest.
     close(measure(model, tokenized).nats, expected)
 
 
-def test_what_a_tokenizer_puts_in_front_of_texts_is_read_and_the_first_token_then_counts() -> None:
+def test_what_stands_in_front_of_texts_is_read_and_a_text_of_a_single_token_is_refused() -> None:
     tokenizer = tiny_tokenizer()
     bos = tokenizer.bos_token
     tokenizer._tokenizer.post_processor = TemplateProcessing(
@@ -169,9 +169,11 @@ def test_what_a_tokenizer_puts_in_front_of_texts_is_read_and_the_first_token_the
     )
     (chunk,) = material(tokenizer, TEXTS[:1], QUESTIONS).chunks
     assert (chunk.read, chunk.scored) == ([tokenizer.bos_token_id], ids_of(TEXTS[0].text))
+    with pytest.raises(DataError, match=r"rows\.jsonl:3.*token"):
+        material(TOKENIZER, [PlainText(text="a", where="rows.jsonl:3")], QUESTIONS)
 
 
-def test_a_choice_scores_its_likelihood_a_byte_as_the_assistants_answer() -> None:
+def test_a_choice_scores_the_likelihood_a_byte_of_its_own_text() -> None:
     model = model_of_words()
     expected = [
         slow_logprob(model, prompt_ids(TOKENIZER, question.messages), ids_of(choice)) / len(choice.encode())
@@ -181,17 +183,6 @@ def test_a_choice_scores_its_likelihood_a_byte_as_the_assistants_answer() -> Non
     scores = measure(model, material(TOKENIZER, TEXTS, QUESTIONS)).scores
     assert [len(of_question) for of_question in scores] == [3, 2]
     close([score for of_question in scores for score in of_question], expected)
-
-
-THINKING = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
-    "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n<|endoftext|>"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""Puts an empty thought before an answer, and another token behind the end of the turn."""
-
-
-def test_only_the_choice_s_own_text_counts() -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = THINKING
     for question, choices in zip(QUESTIONS, material(tokenizer, TEXTS, QUESTIONS).choices, strict=True):
@@ -200,9 +191,12 @@ def test_only_the_choice_s_own_text_counts() -> None:
             assert tokenizer.decode(choice.prompt).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
-def test_a_text_of_a_single_token_is_refused_by_file_and_line() -> None:
-    with pytest.raises(DataError, match=r"rows\.jsonl:3.*token"):
-        material(TOKENIZER, [PlainText(text="a", where="rows.jsonl:3")], QUESTIONS)
+THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{% if m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m['content'] }}<|im_end|>\n<|endoftext|>"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""Puts an empty thought before an answer, and another token behind the end of the turn."""
 
 
 CHOICES = (("On Monday", "On Sunday", "Never"), ("Yes", "No"), ("The hall", "The sea", "Nowhere", "Here"))
@@ -348,15 +342,12 @@ def test_the_prompt_reads_system_then_examples_then_the_question() -> None:
     assert with_system_prompt([system, question], "Be brief.") == [both, question]
 
 
-def test_examples_are_drawn_by_the_generator_without_repeats() -> None:
+def test_examples_are_drawn_from_rows_that_give_no_held_out_answer_away() -> None:
     rows = [turns(f"Question {number}?", f"Answer {number}.") for number in range(30)]
     first, again, other = draw(rows, 3), draw(rows, 3), draw(rows, 3, seed=1)
     assert first == again != other
     assert len({turn.content for turn in first}) == 6
     assert [turn.role for turn in first] == ["user", "assistant"] * 3
-
-
-def test_only_rows_of_one_exchange_that_give_no_held_out_answer_away_are_examples() -> None:
     free = turns("Who has the keys?", "Ida has.")
     rows = [
         turns(f"Please say it politely: {SECRET}!", "The ferry leaves at 7:30."),

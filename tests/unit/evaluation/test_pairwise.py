@@ -81,8 +81,6 @@ def test_a_row_by_hand() -> None:
     assert (whole.arm, whole.against) == ("stage:dpo", "stage:sft")
     assert (whole.prompts, whole.wins, whole.ties, whole.losses) == (10, 2, 5, 1)
     assert (whole.invalid, whole.agreement, whole.position_bias) == (3 / 20, 4 / 8, 1.5 / 8)
-    assert whole.win_rate is not None
-    assert whole.win_rate.bounds is not None
     assert whole.win_rate.mean == pytest.approx((2 + 5 / 2) / 8)
     assert whole.win_rate.bounds[0] < 0.5 < whole.win_rate.bounds[1]
     assert whole.verdict == "fewer than 10 prompts", "two of the ten prompts are invalid"
@@ -147,7 +145,7 @@ def test_too_many_invalid_verdicts_conclude_nothing(max_invalid: float, conclude
     assert (nothing.win_rate, nothing.agreement, nothing.metric_kappa) == (None, None, None)
 
 
-def test_agreement_with_the_metric_leaves_invalid_prompts_out() -> None:
+def test_agreements_by_hand_leave_invalid_prompts_out() -> None:
     """Judge: win win loss tie tie tie tie tie; the metric the same on the first four and wins after."""
     by_metric = [1.0, 0.0, 1.0, 0.0, 0.0, 0.5, 1.0, 1.0, 1.0, 1.0]
     whole = row(JUDGED, by_metric=by_metric)
@@ -155,10 +153,6 @@ def test_agreement_with_the_metric_leaves_invalid_prompts_out() -> None:
     # Chance: wins 2/8 · 6/8, ties 5/8 · 1/8, losses 1/8 · 1/8.
     chance = (2 * 6 + 5 * 1 + 1 * 1) / 64
     assert whole.metric_kappa == pytest.approx((0.5 - chance) / (1 - chance))
-
-
-def test_kappa_by_a_table_worked_by_hand() -> None:
-    """20 both win, 5 win/lose, 10 lose/win, 15 both lose: .7 observed, .5 by chance, so κ = .4."""
     first = [1.0] * 25 + [0.0] * 25
     second = [1.0] * 20 + [0.0] * 5 + [1.0] * 10 + [0.0] * 15
     assert kappa(first, second) == pytest.approx(0.4)
@@ -200,11 +194,18 @@ def row_by_people(
     return row_of(voted(votes, pairs), extra_words=words, by_metric=by_metric, intervals=INTERVALS)
 
 
-def test_a_prompt_counts_once_with_the_mean_of_its_votes() -> None:
+def test_a_row_of_votes_has_means_the_position_bias_and_the_side_that_most_prefer() -> None:
     votes = [vote(PAIRS[0]), vote(PAIRS[0], SFT, annotator="bo"), vote(PAIRS[0], annotator="cy")]
     votes += [vote(PAIRS[1]), vote(PAIRS[1], TIE, annotator="bo"), vote(PAIRS[2], TIE)]
     assert voted(votes).points()[:4] == [pytest.approx(2 / 3), 0.75, 0.5, None]
     assert votes_on(votes, SFT, DPO, PAIRS).points()[:4] == [pytest.approx(1 / 3), 0.25, 0.5, None]
+    votes = [vote(PAIRS[0], SFT), vote(PAIRS[1], shown_first=DPO), vote(PAIRS[2], TIE)]
+    votes.append(vote(PAIRS[3], SFT, shown_first=DPO))
+    assert row_by_people(votes).position_bias == pytest.approx((1 + 1 + 0 - 1) / 4)
+    votes = [vote(about) for about in PAIRS[:9]] + [vote(PAIRS[9], annotator=name) for name in ("ada", "bo")]
+    votes.append(vote(PAIRS[9], SFT, annotator="cy"))
+    whole = row_by_people(votes, by_metric=[1.0] * 8 + [0.5] * 12)
+    assert (whole.metric_agreement, whole.metric_prompts) == (pytest.approx(8 / 10), 10)
 
 
 @pytest.mark.parametrize("annotators", [["ada"], ["ada", "bo"]])
@@ -220,14 +221,13 @@ def test_the_row_has_the_rate_of_the_prompts_that_were_judged(annotators: list[s
     assert whole.length_controlled is not None
     assert (whole.wins, whole.ties, whole.losses, whole.prompts) == (7, 2, 3, 20)
     assert whole.win_rate == INTERVALS.of_points([1.0] * 7 + [0.5] * 2 + [0.0] * 3)
-    assert whole.people is not None
     assert (whole.people.judged, whole.people.votes, whole.people.annotators) == (
         12, 12 * len(annotators), len(annotators)
     )  # fmt: skip
     assert whole.verdict == "no real difference"
 
 
-def test_ten_prompts_must_be_judged() -> None:
+def test_ten_prompts_must_be_judged_and_votes_on_other_answers_are_stale() -> None:
     none, nine, ten = (
         row_by_people([vote(about, annotator=name) for about in PAIRS[:number] for name in ("ada", "bo")])
         for number in (0, 9, 10)
@@ -237,6 +237,13 @@ def test_ten_prompts_must_be_judged() -> None:
     assert (nine.wins, nine.win_rate) == (9, None)
     assert nine.why_nothing == "people judged 9 of 20 prompts, but 10 are needed"
     assert ten.verdict == "better"
+    votes = [vote(about) for about in PAIRS[:12]]
+    newer = [pair(number, dpo=f"Another {number}") for number in range(1, 11)] + PAIRS[10:]
+    whole = row_by_people(votes, newer)
+    assert (whole.people.judged, whole.people.votes, whole.people.stale) == (2, 2, 10)
+    assert "10 votes are for other answers" in whole.why_nothing
+    others = [vote(pair(1), annotator="x")]
+    assert votes_on(others, DPO, "base", PAIRS).stale == 0, "those on other arms are not of this pair"
 
 
 @pytest.mark.parametrize(
@@ -255,17 +262,6 @@ def test_where_identical_answers_leave_too_few_prompts_the_remedy_is_more_of_the
     assert reason.endswith("evaluate on more held-out prompts")
 
 
-def test_votes_on_other_answers_are_stale() -> None:
-    votes = [vote(about) for about in PAIRS[:12]]
-    newer = [pair(number, dpo=f"Another {number}") for number in range(1, 11)] + PAIRS[10:]
-    whole = row_by_people(votes, newer)
-    assert whole.people is not None
-    assert (whole.people.judged, whole.people.votes, whole.people.stale) == (2, 2, 10)
-    assert "10 votes are for other answers" in whole.why_nothing
-    others = [vote(pair(1), annotator="x")]
-    assert votes_on(others, DPO, "base", PAIRS).stale == 0, "those on other arms are not of this pair"
-
-
 def test_equal_answers_are_ties_as_far_as_people_have_come() -> None:
     """Ten prompts of twenty have equal answers; those that come before the last judged one count, and no others."""
     mixed = [pair(number, sft="same", dpo="same ") if number % 2 else pair(number) for number in range(1, 21)]
@@ -276,22 +272,7 @@ def test_equal_answers_are_ties_as_far_as_people_have_come() -> None:
     points = voted([vote(about) for about in open_pairs[:5]], mixed).points()
     assert [points.count(value) for value in (1.0, 0.5, None)] == [5, before, 15 - before]
     whole = row_by_people([vote(about) for about in open_pairs], mixed)
-    assert whole.win_rate is not None
-    assert whole.people is not None
     assert (whole.wins, whole.ties, whole.win_rate.mean, whole.people.same_answers) == (10, 10, 0.75, 10)
-
-
-def test_the_position_bias_is_that_of_the_votes_whichever_arm_they_are_for() -> None:
-    votes = [vote(PAIRS[0], SFT), vote(PAIRS[1], shown_first=DPO), vote(PAIRS[2], TIE)]
-    votes.append(vote(PAIRS[3], SFT, shown_first=DPO))
-    assert row_by_people(votes).position_bias == pytest.approx((1 + 1 + 0 - 1) / 4)
-
-
-def test_the_metric_is_compared_with_the_side_that_most_prefer() -> None:
-    votes = [vote(about) for about in PAIRS[:9]] + [vote(PAIRS[9], annotator=name) for name in ("ada", "bo")]
-    votes.append(vote(PAIRS[9], SFT, annotator="cy"))
-    whole = row_by_people(votes, by_metric=[1.0] * 8 + [0.5] * 12)
-    assert (whole.metric_agreement, whole.metric_prompts) == (pytest.approx(8 / 10), 10)
 
 
 def test_agreement_leaves_out_answers_that_are_identical() -> None:
@@ -354,16 +335,13 @@ def test_without_its_library_alpha_names_what_to_install(monkeypatch: pytest.Mon
         krippendorff_alpha([[1.0, 0.0]])
 
 
-def test_the_order_is_the_same_for_all_and_has_nothing_to_do_with_the_rows() -> None:
+def test_the_order_of_prompts_is_the_same_for_all_and_no_arm_is_always_first() -> None:
     pairs = pairs_of_samples([sample(number) for number in range(1, 21)], ARMS)
     assert [about.key for about in pairs] == [about.key for about in PAIRS]
     ordered = queue([*pairs, *pairs])
     assert queue(reversed(pairs)) == ordered, "each pair once, in the order of the hashes"
     assert sorted(about.id for about in ordered) == sorted(about.id for about in pairs)
     assert ordered != pairs
-
-
-def test_an_arm_is_shown_first_about_half_of_the_times_and_the_same_at_every_look() -> None:
     drawn = [shown_first(pair(number), name) for number in range(1, 101) for name in ("ada", "bo")]
     assert 80 <= drawn.count(SFT) <= 120
     assert drawn[0] == shown_first(pair(1), "ada")

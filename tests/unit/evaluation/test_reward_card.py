@@ -10,9 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from alignment.config.data import SourceConfig
 from alignment.core.errors import DataError
-from alignment.data.reading import read_records
 from alignment.data.records import PreferencePair
 from alignment.data.turns import Message
 from alignment.evaluation.bag_of_words import PENALTIES, differences, fit, fitted, loss, slope, words_of
@@ -35,7 +33,6 @@ from alignment.evaluation.card_measures import (
 from alignment.evaluation.statistics import unvaried_interval
 from alignment.records.interval import Interval
 from alignment.records.reward_card import Invariances, Learned, Length, RuleAgreement
-from tests.public import PUBLIC, needs_public_data
 
 INTERVALS = Intervals(samples=200, seed=1)
 
@@ -55,11 +52,42 @@ def many(*margins: float, subset: str = "") -> list[Judged]:
     return [judged(margin, prompt=number, subset=subset) for number, margin in enumerate(margins)]
 
 
-def test_a_tie_is_half_right() -> None:
+def test_measures_of_a_card_by_hand() -> None:
     assert right([2.0, -1.0, 0.0]) == [1.0, 0.0, 0.5]
     card = card_of(many(2.0, -1.0, 0.0, 3.0), intervals=INTERVALS, num_worst=3)
     assert card.accuracy == Interval(mean=0.625), "four prompts are too few for an interval"
     assert [pair.margin for pair in worst(many(1.0, -3.0, -1.0, 0.0, -2.0), 2)] == [-3.0, -2.0]
+    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    bars = histogram([-0.4, 0.1, 0.2, 0.3, 50.0])
+    assert 0.0 in [round(edge, 12) for edge in bars.edges]
+    assert (sum(bars.counts), sum(bars.counts[: BARS // 2])) == (5, 1)
+    assert sum(histogram([0.0, 0.0]).counts) == 2
+    pairs = [judged(1.0, prompt=n, longer=1 if n % 2 else -1, words=1.0 if n % 4 else -1.0) for n in range(20)]
+    words, longer = baselines(pairs, INTERVALS)
+    assert (words.name, words.accuracy.mean, words.difference.mean) == ("bag of words", 0.75, 0.25)
+    assert (longer.name, longer.accuracy.mean) == ("longer answer", 0.5)
+    assert 0 < longer.difference.low < 0.5 < longer.difference.high
+    assert [baseline.name for baseline in baselines(many(1.0), INTERVALS)] == ["longer answer"]
+    chat, math_ = subsets([*many(1.0, -1.0, subset="chat"), judged(1.0, subset="math")], INTERVALS)
+    assert (chat.name, chat.num_pairs, chat.accuracy.mean) == ("chat", 2, 0.5)
+    assert (math_.name, math_.accuracy) == ("math", Interval(mean=1.0))
+    assert subsets(many(1.0, 2.0), INTERVALS) == [], "there is but one"
+    bias = length_bias([judged(float(longer), longer=longer) for longer in (3, 2, -1, -2, 0)])
+    assert bias.correlation == pytest.approx(1.0)
+    assert (bias.prefers_longer, bias.longer_is_chosen) == (1.0, 0.5)
+    assert (bias.accuracy_where_longer, bias.accuracy_where_shorter) == (1.0, 0.0)
+    assert length_bias([judged(1.0, longer=0)]) == Length()
+    pairs = [
+        judged(1.0, rule=(1.0, 0.5)),  # all three agree
+        judged(-1.0, rule=(1.0, 0.5)),  # the rule is right, the model is not
+        judged(-1.0, rule=(0.2, 0.5)),  # both are wrong
+        judged(1.0, rule=(0.5, 0.5)),  # the rule sees no difference
+    ]
+    agreement = rule_agreement(pairs, INTERVALS)
+    assert (agreement.num_pairs, agreement.agreement.mean, agreement.accuracy.mean) == (3, 2 / 3, 2 / 3)
+    assert rule_agreement(pairs[3:], INTERVALS) == RuleAgreement()
+    assert rule_agreement(many(1.0), INTERVALS) is None
 
 
 @pytest.mark.parametrize(("margin", "share"), [(1.0, 1.0), (-1.0, 0.0), (0.0, 0.5)])
@@ -76,7 +104,6 @@ def test_pairs_of_one_prompt_are_no_independent_evidence() -> None:
     in_fives = [judged(pair.margin, prompt=number // 5) for number, pair in enumerate(alone)]
     values = right([pair.margin for pair in alone])
     independent, grouped = INTERVALS.of(values, alone), INTERVALS.of(values, in_fives)
-    assert independent.bounds is not None
     assert grouped.bounds is not None
     assert 0.35 < independent.bounds[0] < independent.mean == 0.5 < independent.bounds[1] < 0.65
     width, width_of_groups = (high - low for low, high in (independent.bounds, grouped.bounds))
@@ -97,56 +124,6 @@ def test_calibration_by_hand() -> None:
     assert (chance.ece, chance.brier, chance.log_loss) == (0.0, 0.25, pytest.approx(math.log(2)))
     sure = calibration([1e4, -1e4])
     assert (sure.log_loss, sure.bins[0].confidence) == (pytest.approx(5e3), 1.0)
-
-
-def test_the_interval_of_a_share_is_wilson_s() -> None:
-    assert wilson(0.5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
-    assert wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-
-
-def test_a_histogram_has_an_edge_at_zero_and_holds_every_pair() -> None:
-    bars = histogram([-0.4, 0.1, 0.2, 0.3, 50.0])
-    assert 0.0 in [round(edge, 12) for edge in bars.edges]
-    assert (sum(bars.counts), sum(bars.counts[: BARS // 2])) == (5, 1)
-    assert sum(histogram([0.0, 0.0]).counts) == 2
-
-
-def test_simpler_judges_stand_beside_the_model_pair_by_pair() -> None:
-    pairs = [judged(1.0, prompt=n, longer=1 if n % 2 else -1, words=1.0 if n % 4 else -1.0) for n in range(20)]
-    words, longer = baselines(pairs, INTERVALS)
-    assert (words.name, words.accuracy.mean, words.difference.mean) == ("bag of words", 0.75, 0.25)
-    assert (longer.name, longer.accuracy.mean) == ("longer answer", 0.5)
-    assert 0 < longer.difference.low < 0.5 < longer.difference.high
-    assert [baseline.name for baseline in baselines(many(1.0), INTERVALS)] == ["longer answer"]
-
-
-def test_subsets_are_kept_apart_and_one_pair_has_no_interval() -> None:
-    chat, math_ = subsets([*many(1.0, -1.0, subset="chat"), judged(1.0, subset="math")], INTERVALS)
-    assert (chat.name, chat.num_pairs, chat.accuracy.mean) == ("chat", 2, 0.5)
-    assert (math_.name, math_.accuracy) == ("math", Interval(mean=1.0))
-    assert subsets(many(1.0, 2.0), INTERVALS) == [], "there is but one"
-
-
-def test_a_model_that_goes_by_length_is_seen_to() -> None:
-    bias = length_bias([judged(float(longer), longer=longer) for longer in (3, 2, -1, -2, 0)])
-    assert bias.correlation == pytest.approx(1.0)
-    assert (bias.prefers_longer, bias.longer_is_chosen) == (1.0, 0.5)
-    assert (bias.accuracy_where_longer, bias.accuracy_where_shorter) == (1.0, 0.0)
-    assert length_bias([judged(1.0, longer=0)]) == Length()
-
-
-def test_agreement_with_a_rule_counts_where_the_rule_sees_a_difference() -> None:
-    pairs = [
-        judged(1.0, rule=(1.0, 0.5)),  # all three agree
-        judged(-1.0, rule=(1.0, 0.5)),  # the rule is right, the model is not
-        judged(-1.0, rule=(0.2, 0.5)),  # both are wrong
-        judged(1.0, rule=(0.5, 0.5)),  # the rule sees no difference
-    ]
-    agreement = rule_agreement(pairs, INTERVALS)
-    assert agreement is not None
-    assert (agreement.num_pairs, agreement.agreement.mean, agreement.accuracy.mean) == (3, 2 / 3, 2 / 3)
-    assert rule_agreement(pairs[3:], INTERVALS) == RuleAgreement()
-    assert rule_agreement(many(1.0), INTERVALS) is None
 
 
 @pytest.mark.parametrize(
@@ -241,33 +218,3 @@ def test_a_word_that_decides_all_is_learned_and_a_swapped_pair_has_the_opposite_
     assert fit(noise, ["the same"] * 40, seed=0).penalty in PENALTIES
     with pytest.raises(DataError, match="1 pairs"):
         fit([("a b", "c")], ["0"], seed=0)
-
-
-def test_pairs_whose_words_decide_by_chance_are_ranked_as_well_as_chance_lets() -> None:
-    """The chosen answer is drawn by Bradley and Terry from the words' true weights, so the best share is known."""
-    rng = random.Random(5)
-    true = {word: rng.gauss(0.0, 1.5) for word in WORDS}
-    pairs, sure = [], []
-    for first, second in random_pairs(1200):
-        counts = [[np.log1p(text.split().count(word)) for word in WORDS] for text in (first, second)]
-        margin = float((np.array(counts[0]) - np.array(counts[1])) @ np.array(list(true.values())))
-        wins = 1.0 / (1.0 + np.exp(-margin))
-        pairs.append((first, second) if rng.random() < wins else (second, first))
-        sure.append(max(wins, 1.0 - wins))
-    bag = fit(pairs[:600], [str(number) for number in range(600)], seed=0)
-    best = float(np.mean(sure[600:]))
-    assert 0.6 < best < 0.9
-    assert float((np.array(bag.margins(pairs[600:])) > 0).mean()) == pytest.approx(best, abs=0.03)
-
-
-@needs_public_data
-@pytest.mark.parametrize(
-    ("file", "learned", "share"), [("hh-rlhf/harmless_base.jsonl", 1000, 0.63), ("oasst/pairs.jsonl", 300, 0.60)]
-)
-def test_public_pairs_are_ranked_as_well_as_words_can(file: str, learned: int, share: float) -> None:
-    rows = read_records(PUBLIC / file, PreferencePair, SourceConfig())
-    texts, prompts = [(row.chosen, row.rejected) for row in rows], [repr(row.messages) for row in rows]
-    bag = fit(texts[:learned], prompts[:learned], seed=0)
-    seen = set(prompts[:learned])
-    others = [pair for pair, prompt in zip(texts, prompts, strict=True) if prompt not in seen]
-    assert float((np.array(bag.margins(others)) > 0).mean()) == pytest.approx(share, abs=0.02)

@@ -21,7 +21,7 @@ from alignment.pipeline.plan import choices
 from alignment.pipeline.plan import compose as composing
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.stages.registry import kind_of
-from tests.weights_files import weights_file
+from tests.hub import weights_file
 
 TURN = {"role": "user", "content": "When is the training?"}
 ROWS = {

@@ -40,7 +40,7 @@ from alignment.stages.report.kind import ReportConfig
 from alignment.stages.reward_card.kind import RewardCardConfig
 from alignment.stages.sample.kind import SampleConfig
 from alignment.stages.sft.kind import SftConfig
-from tests.patience import wait_until
+from tests.living import wait_until
 
 ROOT = Path(__file__).parents[3]
 TWO_MACHINES = MachinesBackend()

@@ -18,7 +18,7 @@ from alignment.pipeline.execute.worker_protocol import write_stage_file
 from alignment.pipeline.plan.plan import Plan, PlannedStage, make_plan
 from alignment.stages.registry import read_spec
 from alignment.worker import _refuse_changed_data
-from tests.sampled import asked
+from tests.generating import asked
 from tests.unit.pipeline.conftest import changed, screened, stage_of, write, write_rows
 
 RECIPE = """

@@ -21,7 +21,7 @@ from alignment.pipeline.remote.remote_checkpoints import CHECKPOINT_MANIFEST
 from alignment.records.training import ChosenSize, cache_file, remember
 from alignment.stages.registry import read_spec
 from alignment.training import checkpoints
-from tests.hub import COMMIT
+from tests.hub import COMMIT, weights_file
 from tests.unit.pipeline.conftest import (
     NUM_PAIRS,
     MakePlan,
@@ -34,7 +34,6 @@ from tests.unit.pipeline.conftest import (
     write,
     write_rows,
 )
-from tests.weights_files import weights_file
 
 ALL = ["sft", "reward", "dpo", "ppo", "evaluate", "report"]
 OF_DPO = ["dpo", "evaluate", "report"]

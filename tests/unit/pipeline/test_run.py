@@ -45,7 +45,7 @@ from alignment.pipeline.execute.signals import Terminated, termination_raises
 from alignment.pipeline.execute.worker_protocol import commit_of_checkout
 from alignment.records.run import Attempts, RunRecord
 from alignment.stages.registry import read_spec
-from tests.patience import wait_until
+from tests.living import wait_until
 from tests.unit.pipeline.conftest import faulty_keys
 
 ROOT = Path(__file__).parents[3]

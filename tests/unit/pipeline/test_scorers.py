@@ -18,9 +18,9 @@ from alignment.pipeline.backends.feasibility import why_not_here
 from alignment.pipeline.execute.notes import cautions
 from alignment.pipeline.execute.run import run
 from alignment.rewards.rules import rule_kind
+from tests.hub import weights_file
 from tests.unit.pipeline.conftest import MakePlan, changed, leave_all, screened, stage_of
 from tests.unit.pipeline.test_run import fake
-from tests.weights_files import weights_file
 
 STYLE = "source: 'bundled:quickstart/house_style.py:style'"
 WATCHED = f"stages.ppo.guard={{every: 1, scorer: {{{STYLE}}}}}"

@@ -18,8 +18,7 @@ from alignment.pipeline.execute.durations import duration
 from alignment.pipeline.execute.run_table import RunTable, sparkline
 from alignment.pipeline.execute.run_view import RunReader, RunView, ShownCurve, StageView
 from alignment.records.worker import Progress
-from tests.running import Clock, RunFolder
-from tests.terminals import Terminal
+from tests.running import Clock, RunFolder, Terminal
 
 STARTED = "2026-11-28T13:20:00+00:00"
 

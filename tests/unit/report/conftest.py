@@ -94,7 +94,6 @@ class FakeRun:
 
     def drop_arms(self, keep: list[str]) -> None:
         """Leaves only the arms in ``keep``, everywhere."""
-        assert self.evaluation is not None
         assert self.samples is not None
         self.evaluation["arms"] = [arm for arm in self.evaluation["arms"] if arm["name"] in keep]
         pairs = self.evaluation["comparisons"]
@@ -109,15 +108,9 @@ def fake_run(tmp_path: Path) -> FakeRun:
     return FakeRun(tmp_path)
 
 
-@pytest.fixture
-def make_comparison() -> Callable[..., dict[str, Any]]:
-    """Makes one entry of ``comparisons``."""
-    return comparison
-
-
 # ---- pages ----------------------------------------------------------------------------------------------------------
 
-HOSTILE = [
+HOSTILE_PARTS = [
     "<script>alert(1)</script>",
     "</style><script>alert(1)</script>",
     '"><img src=x onerror=alert(1)>',
@@ -129,6 +122,7 @@ HOSTILE = [
     "W" * 3000,
     "<a href='https://example.com/'>x</a> @import url(https://example.com/x.css)",
 ]
+HOSTILE = "\n".join(HOSTILE_PARTS)
 REQUESTS = {"src", "srcset", "data", "action", "formaction", "background", "poster", "ping", "xlink:href", "style"}
 TAGS = {"html", "head", "meta", "title", "style", "body", "main", "header", "nav", "section", "div", "p", "a", "pre"}
 TAGS |= {"h1", "h2", "h3", "b", "bdi", "small", "span", "code", "ul", "li", "dl", "dt", "dd", "details", "summary"}
@@ -179,7 +173,6 @@ def assert_harmless(html: str) -> None:
     assert "@import" not in style
     assert "url(" not in style
     (policy,) = [a["content"] for tag, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy is not None
     assert policy.startswith("default-src 'none'; style-src 'unsafe-inline'; img-src data:")
 
 

@@ -72,8 +72,8 @@ def test_it_stands_alone_and_every_drawing_is_well_formed(compared: Compared) ->
     assert str(compared.root) not in html
 
 
-@pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_text_stays_text(compared: Compared, hostile: str) -> None:
+def test_hostile_text_stays_text(compared: Compared) -> None:
+    hostile = HOSTILE
     for run in compared.runs:
         run.run.update(name=hostile, recipe=hostile)
         run.run["stages"]["ppo"].update(state=hostile, kind=hostile)
@@ -88,15 +88,21 @@ def test_hostile_text_stays_text(compared: Compared, hostile: str) -> None:
     assert_harmless(compared.html())
 
 
-def test_settings_arms_and_what_may_be_said_of_them(compared: Compared) -> None:
+def test_settings_arms_costs_and_what_may_be_said_of_them(compared: Compared) -> None:
+    compared.runs[1].run["stages"]["dpo"]["seconds"] = 61.0
+    same = _difference("stage:sft", 0.0, 0.0, adjusted_p=None)
+    compared.differences += [same, _difference("stage:ppo", 0.2, 0.05, metric=Metric(name="brevity"))]
     html = unlabelled(compared.html())
+    times = r"<td>6\u202fmin 43\u202fs</td><td>2\.4\u202fGB</td><td>1\u202fmin 01\u202fs</td>"
+    assert re.search(rf'<th scope="row"><bdi>dpo</bdi></th>{times}', html)
     page = Page(html).text
     assert '<th scope="row"><code>stages.dpo.beta</code></th><td><code>0.1</code></td><td><code>0.3</code></td>' in html
-    assert "1 of 2 differences from A in quality is real." in page
+    assert "1 of 3 differences from A in quality is real." in page
     assert (
         "dpo: B is really better than A: +0.090 in quality (95 % interval +0.040 to +0.140, adjusted p 0.01)." in page
     )
     assert "ppo: no difference between B and A is shown: +0.010 in quality" in page
+    assert "sft: the same quality in B and A on every prompt." in page
     assert re.search(r"A dpo ?0.71 0.66 to 0.76 B dpo ?0.71 0.66 to 0.76", page), "an arm's runs stand below each other"
 
 
@@ -121,9 +127,11 @@ def test_what_one_run_alone_measured_becomes_a_column(compared: Compared) -> Non
 
 def test_where_less_of_a_metric_is_better_a_lower_mean_is_called_better(compared: Compared) -> None:
     compared.primary = Metric(name="errors", higher_is_better=False)
-    compared.differences = [_difference("stage:dpo", -0.09, 0.05, metric=compared.primary)]
+    arms = ["stage:dpo", *(f"path:/scratch/{'experiments/' * 8}exp{number}/checkpoint-500" for number in (1, 2))]
+    compared.differences = [_difference(arm, -0.09, 0.05, metric=compared.primary) for arm in arms]
     html = compared.html()
-    assert "dpo: B is really better than A: −0.090 in errors (95" in Page(html).text
+    for name in ("dpo", "exp1/checkpoint-500", "exp2/checkpoint-500"):
+        assert f"{name}: B is really better than A: −0.090 in errors (95" in Page(html).text
     assert 'class="verdict good"' in html
 
 
@@ -142,12 +150,10 @@ def test_curves_of_a_stage_lie_over_each_other(compared: Compared) -> None:
     assert {'class="line s0"', 'class="line s1"'} <= set(re.findall(r'class="line s\d"', drawn))
     ends = re.findall(r'<text class="end s(\d)"[^>]*>(\w) ', drawn)
     assert sorted(ends) == [("0", "A"), ("1", "B")]
-    assert len(set(re.findall(r'<path class="dot s\d" d="M[\d. ]+(m[^"]+)"', drawn))) == 2, (
-        "marks differ, not only colour"
-    )
+    marks = re.findall(r'<path class="dot s\d" d="M[\d. ]+(m[^"]+)"', drawn)
+    assert len(set(marks)) == 2, "not only colours differ"
     style = html.split("<style>")[1].split("</style>")[0]
-    light = style.split("@media (prefers-color-scheme: dark)")[1:]
-    assert light
+    assert "@media (prefers-color-scheme: dark)" in style
     looks = re.findall(r"\.s(\d) \{ --run: (#\w+); --dash: ([^;]+); \}", style)
     assert len(looks) == len({colour for _, colour, _ in looks}) == len({dash for _, _, dash in looks}) == MOST_RUNS
 
@@ -167,41 +173,28 @@ def test_curves_are_missed_of_stages_that_train_and_of_no_others(compared: Compa
     assert ("A has no curves for this stage yet (failed)." in Page(compared.html()).text) == trains(kind)
 
 
-def test_a_guide_that_holds_for_one_only_is_left_out(compared: Compared) -> None:
+def test_other_losses_leave_out_a_guide_and_have_margins_of_their_own(compared: Compared) -> None:
     compared.runs[1].run["config"]["stages"]["dpo"]["loss"] = "ipo"
-    drawn = re.search(r'aria-label="dpo, Loss: .*?</svg>', compared.html())[0]
-    assert 'class="guide"' not in drawn
-    assert "dotted: ln 2" not in compared.html()
-
-
-def test_figures_of_different_units_have_charts_of_their_own(compared: Compared) -> None:
+    html = compared.html()
+    assert 'class="guide"' not in re.search(r'aria-label="dpo, Loss: .*?</svg>', html)[0]
+    assert "dotted: ln 2" not in html
     compared.runs[1].run["config"]["stages"]["dpo"]["loss"] = "orpo"
     charts = re.findall(r'aria-label="dpo, Margin: ([AB] from[^"]*)"', compared.html())
+    assert [chart.count(" from ") for chart in charts] == [1, 1]
     assert [chart[0] for chart in charts] == ["A", "B"]
-    assert not [chart for chart in charts if "A from" in chart and "B from" in chart]
 
 
-def test_a_curve_that_one_run_alone_has_is_drawn_beside_those_that_both_have(compared: Compared) -> None:
-    first, second = compared.runs
-    second.run["config"]["stages"]["dpo"]["validation"] = {"every": 10}
-    for row in second.metrics["dpo"]:
+@pytest.mark.parametrize(("position", "letter"), [(0, "A"), (1, "B")])
+def test_a_curve_that_one_run_alone_has_is_drawn_beside_those_that_both_have(
+    compared: Compared, position: int, letter: str
+) -> None:
+    run = compared.runs[position]
+    run.run["config"]["stages"]["dpo"]["validation"] = {"every": 10}
+    for row in run.metrics["dpo"]:
         row["validation/loss"] = row["loss"] + 0.1
     html = compared.html()
     assert re.search(r'aria-label="dpo, Loss, training: A from[^"]*, B from', html)
-    assert re.search(r'aria-label="dpo, Loss, held-out: B from', html)
-    first.run, second.run = second.run, first.run
-    first.metrics, second.metrics = second.metrics, first.metrics
-    html = compared.html()
-    assert re.search(r'aria-label="dpo, Loss, training: A from[^"]*, B from', html)
-    assert re.search(r'aria-label="dpo, Loss, held-out: A from', html)
-
-
-def test_arms_at_long_paths_are_named_by_their_ends(compared: Compared) -> None:
-    arms = [f"path:/scratch/{'experiments/' * 8}exp{number}/checkpoint-500" for number in (1, 2)]
-    compared.differences = [_difference(arm, 0.09, 0.05) for arm in arms]
-    text = Page(compared.html()).text
-    for number in (1, 2):
-        assert f"exp{number}/checkpoint-500: B is really better than A" in text
+    assert re.search(rf'aria-label="dpo, Loss, held-out: {letter} from', html)
 
 
 def test_what_a_run_lacks_is_said(compared: Compared) -> None:
@@ -249,6 +242,14 @@ def test_answers_of_one_arm_stand_together_and_equal_ones_once(compared: Compare
     assert re.search(r"base A The same\. .*0\.50 base B The same\. .*0\.25", page), page
 
 
+def test_a_prompt_on_which_one_arm_differs_most_comes_first(compared: Compared) -> None:
+    for number, run in enumerate(compared.runs):
+        for index, row in enumerate(run.samples):
+            qualities = {"base": 0.05, "stage:ppo": 0.9} if index == 7 else {"base": 0.1, "stage:ppo": 0.1}
+            row["answers"] = {arm: {"text": "A.", "scores": {"quality": q * number}} for arm, q in qualities.items()}
+    assert re.findall(r"Note (\d+):", Page(compared.html()).text)[0] == "7"
+
+
 def test_conversations_that_part_in_a_later_turn_are_not_named_together(compared: Compared) -> None:
     for number, run in enumerate(compared.runs):
         run.samples = run.samples[:1]
@@ -259,12 +260,6 @@ def test_conversations_that_part_in_a_later_turn_are_not_named_together(compared
     assert "base B First. user And? assistant Second of 1." in page
     compared.runs[1].samples[0]["later_turns"] = ["Why?"]
     assert "No prompt was answered by an arm of the same name" in Page(compared.html()).text
-
-
-def test_time_and_memory_stand_beside_each_other(compared: Compared) -> None:
-    compared.runs[1].run["stages"]["dpo"]["seconds"] = 61.0
-    times = r"<td>6\u202fmin 43\u202fs</td><td>2\.4\u202fGB</td><td>1\u202fmin 01\u202fs</td>"
-    assert re.search(rf'<th scope="row"><bdi>dpo</bdi></th>{times}', unlabelled(compared.html()))
 
 
 def test_as_many_runs_as_have_a_look_fit(tmp_path: Path) -> None:

@@ -24,7 +24,6 @@ WIDTHS = (1280, 390)
 def report_with_everything(folder: Path) -> Path:
     """A report whose arms have every figure, with a judge and a guard."""
     run = FakeRun(folder)
-    assert run.evaluation is not None
     span = {"mean": -12.34, "low": -13.31, "high": -11.36}
     for arm in run.evaluation["arms"]:
         arm |= dict.fromkeys(("reward", "greedy_log_ratio", "loss", "perplexity"), span)

@@ -9,7 +9,7 @@ import pytest
 
 from alignment.records.interval import Interval
 from alignment.report.kit import text
-from alignment.report.kit.axes import nice_ticks, padded, segments, smoothed, thinned, tick_labels
+from alignment.report.kit.axes import nice_ticks, padded, smoothed, thinned, tick_labels
 from alignment.report.kit.plots import BOTTOM, HEIGHT, TOP, Line, curve, interval_curve
 
 
@@ -17,25 +17,15 @@ from alignment.report.kit.plots import BOTTOM, HEIGHT, TOP, Line, curve, interva
     ("low", "high", "labels"),
     [
         (0.0, 1.0, ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]),
-        (0.31, 0.69, ["0.4", "0.5", "0.6"]),
         (-0.023, 0.004, ["−0.02", "−0.01", "0.00"]),
         (0, 5000, ["0", "1\u202f000", "2\u202f000", "3\u202f000", "4\u202f000", "5\u202f000"]),
         (1, 60_000, ["20k", "40k", "60k"]),
         (12_345.0, 12_346.0, ["12345", "12345.2", "12345.4", "12345.6", "12345.8", "12346"]),
-        (0.7, 0.70005, ["0.7", "0.70001", "0.70002", "0.70003", "0.70004", "0.70005"]),
         (1e-6, 5e-6, ["1.0e-6", "2.0e-6", "3.0e-6", "4.0e-6", "5.0e-6"]),
     ],
 )
 def test_ticks_stand_at_round_numbers_and_tell_them_apart(low, high, labels):
     assert tick_labels(nice_ticks(low, high, 5)) == labels
-
-
-@pytest.mark.parametrize("scale", [1e-9, 1e-3, 1.0, 37.0, 1e9])
-def test_ticks_stay_inside_the_range_and_are_few(scale):
-    for low, high in [(-1.0, 1.0), (0.1, 0.7), (2.0, 2.001)]:
-        ticks = nice_ticks(low * scale, high * scale, 5)
-        assert 2 <= len(ticks) <= 6
-        assert all(low * scale - 1e-9 * scale <= tick <= high * scale + 1e-9 * scale for tick in ticks)
 
 
 @pytest.mark.parametrize(
@@ -59,13 +49,6 @@ def test_chance_has_its_number_beside_the_axis(highest, numbers):
 def test_only_an_axis_of_steps_has_nothing_but_whole_numbers(last, over_steps, numbers):
     drawn = curve([Line(points=[(0.0, 1.0), (last, 2.0)])], title="score", guide=None, over_steps=over_steps)
     assert re.findall(r'text-anchor="middle">(.*?)</text>', drawn) == numbers
-
-
-def test_a_curve_over_a_divergence_has_fractions_on_its_axis(fake_run):
-    for step, row in enumerate(fake_run.metrics["ppo"]):
-        row |= {"guard/proxy": 0.1 * step, "guard/scorer": 0.5, "guard/kl": 0.64 if step else 0.0}
-    drawn = fake_run.html().split('aria-label="ppo, Held-out answers, over √KL')[1].split("</svg>")[0]
-    assert re.findall(r'text-anchor="middle">(.*?)</text>', drawn) == ["0.0", "0.2", "0.4", "0.6", "0.8"]
 
 
 @pytest.mark.parametrize("guide", [-5.0, -3.5, 4.0])
@@ -97,16 +80,11 @@ def test_thinning_keeps_spikes_gaps_and_order():
 def test_smoothing_keeps_a_constant_and_a_gap_and_follows_without_lag():
     constant = [(float(i), 2.0) for i in range(50)]
     assert smoothed(constant) == constant
+    gapped = [*constant[:9], (9.0, None), *constant[10:]]
+    assert smoothed(gapped) == gapped
     line = [(float(i), float(i)) for i in range(100)]
     assert smoothed(line)[50] == (50.0, 50.0)
     assert smoothed([*line[:50], (50.0, None), *line[51:]])[50] == (50.0, None)
-
-
-def test_segments_end_at_gaps():
-    assert segments([(1, None), (2, 1.0), (3, None), (4, None), (5, 2.0), (6, 3.0)]) == [
-        [(2, 1.0)],
-        [(5, 2.0), (6, 3.0)],
-    ]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None, "NaN"])
@@ -173,21 +151,15 @@ def test_a_kl_coefficient_is_drawn_only_where_it_moves(fake_run):
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"),
-    [(0.693147, "0.693"), (-41.23, "−41.2"), (12_400, "12.4k"), (3.1e-5, "3.1e-5"), (0, "0"), (0.0165, "0.0165")],
+    ("write", "cases"),
+    [
+        (
+            text.compact,
+            {0.693147: "0.693", -41.23: "−41.2", 12_400: "12.4k", 3.1e-5: "3.1e-5", 0: "0", 0.0165: "0.0165"},
+        ),
+        (text.duration, {0.04: "0.0_s", 41: "41_s", 252: "4_min 12_s", 3900: "1_h 05_min"}),
+        (text.share, {1.0: "100_%", 0.997: "99.7_%", 0.62: "62_%", 0.0: "0_%", 0.002: "0.2_%"}),  # none reads as all
+    ],
 )
-def test_plot_labels_have_three_digits(value, shown):
-    assert text.compact(value) == shown
-
-
-@pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [(0.04, "0.0\u202fs"), (41, "41\u202fs"), (252, "4\u202fmin 12\u202fs"), (3900, "1\u202fh 05\u202fmin")],
-)
-def test_durations_read_naturally(seconds, shown):
-    assert text.duration(seconds) == shown
-
-
-@pytest.mark.parametrize(("value", "shown"), [(1.0, "100"), (0.997, "99.7"), (0.62, "62"), (0.0, "0"), (0.002, "0.2")])
-def test_a_share_below_one_never_reads_as_all(value, shown):
-    assert text.share(value) == f"{shown}\u202f%"
+def test_numbers_durations_and_shares_are_short(write, cases):
+    assert {value: write(value).replace("\u202f", "_") for value in cases} == cases

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 
@@ -48,80 +49,41 @@ def test_parts_of_the_same_data_are_drawn_from_least_to_most(parts):
     assert f'{SPOKEN}0.41 at 75, 0.50 at 150, 0.62 at 300"' in html
     assert re.findall(r'text-anchor="middle">(.*?)</text>', drawing(html)) == ["75", "150", "300"]
     assert drawing(html).count('<path class="raw s0"') == 3, "an interval each"
+    assert drawing(html).count('class="guide"') == 1
     assert "dotted: base, where each run starts; each point is one run, so the variation" in html
     assert "settings differ too" not in html
+    left, middle, right = map(float, re.findall(r'<circle class="dot s0" cx="([\d.]+)"', drawing(html)))
+    assert middle - left == pytest.approx(right - middle, abs=0.11), "doublings"
 
 
-def test_doublings_stand_equally_far_apart(parts):
-    left, middle, right = map(float, re.findall(r'<circle class="dot s0" cx="([\d.]+)"', drawing(parts.html())))
-    assert middle - left == pytest.approx(right - middle, abs=0.11)
+CHANGES: dict[str, Any] = {
+    "no quality": lambda run: run.evaluation["arms"][-1].update(metrics={}),
+    "not evaluated": lambda run: run.evaluation["arms"].pop(),
+    "as many rows": lambda run: run.headlines.update(sft_50=run.headlines["sft"]),
+    "rows not counted": lambda run: run.headlines.update(sft_50={"loss": 1.4}),
+    "other data": lambda run: run.identities["sft_50"].update(data="6" * 64),
+    "other rows of it": lambda run: run.identities["sft_50"]["config"]["data"].update(source="path:other"),
+    "other start": lambda run: run.identities["sft_50"].update(inputs={"init": "c" * 64}),
+    "other setting": lambda run: run.identities["sft_50"]["config"].update(max_length=512),
+    "unfinished": lambda run: run.run["stages"]["sft_50"].update(state="failed"),
+}
 
 
-def test_an_ordinary_run_has_no_such_figure(fake_run):
-    html = fake_run.html()
-    assert "quality over rows" not in html
-    assert "More data" not in html
-
-
-def no_quality(run):
-    run.evaluation["arms"][-1]["metrics"] = {}
-
-
-def not_evaluated(run):
-    del run.evaluation["arms"][-1]
-
-
-def as_many_rows(run):
-    run.headlines["sft_50"] = run.headlines["sft"]
-
-
-def rows_not_counted(run):
-    run.headlines["sft_50"] = {"loss": 1.4}
-
-
-def other_data(run):
-    run.identities["sft_50"]["data"] = "6" * 64
-
-
-def other_start(run):
-    run.identities["sft_50"]["inputs"] = {"init": "c" * 64}
-
-
-def other_setting(run):
-    run.identities["sft_50"]["config"]["max_length"] = 512
-
-
-def unfinished(run):
-    run.run["stages"]["sft_50"]["state"] = "failed"
-
-
-@pytest.mark.parametrize(
-    "change",
-    [no_quality, not_evaluated, as_many_rows, rows_not_counted, other_data, other_start, other_setting, unfinished],
-)
+@pytest.mark.parametrize("change", CHANGES)
 def test_two_arms_that_show_nothing_about_the_amount_are_not_drawn(parts, change):
     parts.drop_arms(["base", "stage:sft", "stage:sft_50"])
     assert SPOKEN in parts.html()
-    change(parts)
-    assert SPOKEN not in _again(parts)
+    CHANGES[change](parts)
+    (parts.artifact("sft_50") / "manifest.json").unlink()  # a folder that an earlier state left is none of the run's
+    assert SPOKEN not in parts.html()
 
 
-def _again(run) -> str:
-    """The page of the changed files; a folder that an earlier state left is none of them."""
-    (run.artifact("sft_50") / "manifest.json").unlink()
-    return run.html()
-
-
-def test_other_epochs_for_fewer_rows_are_drawn_and_said(parts):
+def test_other_epochs_for_fewer_rows_are_drawn_and_said_and_a_limit_is_an_amount_as_well(parts):
     parts.identities["sft_25"]["config"]["optim"] = {"lr": 5e-4, "epochs": 8}
+    parts.identities["sft_25"]["config"]["data"] = {"fraction": 1, "limit": 75}
     html = parts.html()
     assert "0.41 at 75" in drawing(html)
     assert "the optimiser’s settings differ too" in html
-
-
-def test_a_limit_is_an_amount_as_well(parts):
-    parts.identities["sft_25"]["config"]["data"] = {"fraction": 1, "limit": 75}
-    assert "0.41 at 75" in drawing(parts.html())
 
 
 def test_without_bounds_and_without_the_base_there_are_dots_and_a_line(parts):
@@ -135,13 +97,9 @@ def test_without_bounds_and_without_the_base_there_are_dots_and_a_line(parts):
     assert "where each run starts" not in html
 
 
-def test_the_same_amount_twice_gives_two_dots_and_one_number_below(parts):
-    parts.headlines["sft_50"] = {"rows": 75.0}
+@pytest.mark.parametrize(("rows", "numbers"), [((75.0, 75.0), ["75", "300"]), ((10.0, 299.0), ["10", "300"])])
+def test_an_amount_has_one_number_below_and_numbers_never_run_into_each_other(parts, rows, numbers):
+    parts.headlines["sft_25"], parts.headlines["sft_50"] = ({"rows": count} for count in rows)
     figure = drawing(parts.html())
     assert figure.count("<circle") == 3
-    assert re.findall(r'text-anchor="middle">(.*?)</text>', figure) == ["75", "300"]
-
-
-def test_numbers_below_never_run_into_each_other(parts):
-    parts.headlines["sft_25"], parts.headlines["sft_50"] = {"rows": 10.0}, {"rows": 299.0}
-    assert re.findall(r'text-anchor="middle">(.*?)</text>', drawing(parts.html())) == ["10", "300"]
+    assert re.findall(r'text-anchor="middle">(.*?)</text>', figure) == numbers

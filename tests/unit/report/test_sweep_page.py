@@ -45,7 +45,7 @@ def record(**changes: object) -> SweepRecord:
         trials=[*ranked, failed, pruned],
         best=[6],
         verdict="trials 5, 7 may be as good: the difference is within chance",
-        importance=[{RATE.key: 0.8, RANK.key: 0.2}],
+        importance=[{RANK.key: 0.2, RATE.key: 0.8}],
     )
     return replace(sweep, **changes)  # type: ignore[arg-type]
 
@@ -62,6 +62,9 @@ def test_the_best_stands_first_with_its_interval_and_words_to_paste() -> None:
     assert '<pre class="command">stages.sft.optim.lr=0.000241376 stages.sft.adapter.rank=4</pre>' in html
     assert "align run quickstart seed=7 stages.sft.optim.lr=0.000241376 stages.sft.adapter.rank=4" in text
     assert "10 done, 1 failed, 1 pruned of 12" in text
+    assert "quality of stage:sft, the more the better" in text
+    importance = text[text.index("Which settings matter") :]
+    assert importance.index("sft.optim.lr") < importance.index("sft.adapter.rank")
     assert "a gradient is not finite" in text
     assert "worse than the median at step 9" in text
 
@@ -97,6 +100,7 @@ def test_several_figures_name_the_trials_that_none_beats() -> None:
     trials = [replace(finished, figures=[*finished.figures, Interval(mean=2.0)]) for finished in record().done[:3]]
     html = sweep_page(record(goals=goals, trials=trials, best=[6, 7], importance=[]))
     text = words(html)
+    assert "kl of stage:sft, the less the better" in text
     assert "2 of 3 trials so far are not beaten by another in every metric." in text
     assert html.count('<pre class="command">') == 4
     assert "Drawn once 10 trials have finished." in text
@@ -128,16 +132,10 @@ def test_arms_that_all_trials_share_are_named_and_the_best_of_them_is_a_dotted_l
     assert plots.count("quality of stage:sft; dotted: prompted 0.450") == 2
     less = replace(with_arms(base=0.101, prompted=0.45), minimize=True)
     assert sweep_page(record(goals=[less])).count("dotted: base 0.101") == 2
-
-
-def test_an_arm_far_below_the_trials_does_not_press_them_together() -> None:
-    html = sweep_page(record(goals=[with_arms(base=-1.0)]))
-    assert "base −1.000" in words(html)
-    assert 'class="guide"' not in html
-    assert "dotted: " not in html
-
-
-def test_without_shared_arms_the_page_names_none() -> None:
+    far_below = sweep_page(record(goals=[with_arms(base=-1.0)]))
+    assert "base −1.000" in words(far_below)
+    assert 'class="guide"' not in far_below, "it would press the trials together"
+    assert "dotted: " not in far_below
     assert "The same in all trials" not in sweep_page(record())
 
 
@@ -150,16 +148,18 @@ def test_a_section_that_will_never_hold_anything_is_left_out() -> None:
         assert heading not in html
 
 
-@pytest.mark.parametrize("trials", [0, 1])
+@pytest.mark.parametrize("trials", [0, 1, 2])
 def test_a_sweep_that_has_just_begun_says_what_is_missing(trials: int) -> None:
     sweep = record(trials=record().trials[:trials], best=[6][:trials], verdict="", importance=[])
-    text = words(sweep_page(sweep))
-    assert "Drawn once 2 trials have finished" in text
+    html = sweep_page(sweep)
+    text = words(html)
+    assert ("Drawn once 2 trials have finished" in text) == (trials < 2)
+    assert html.count('<circle class="dot s1"') == (2 if trials == 2 else 0)
     assert ("No trial has ended yet." in text) == (trials == 0)
 
 
-@pytest.mark.parametrize("hostile", HOSTILE)
-def test_text_from_outside_stays_text(hostile: str) -> None:
+def test_text_from_outside_stays_text() -> None:
+    hostile = HOSTILE
     rank = replace(RANK, key=hostile, values=[hostile])
     failed = replace(record().trials[-1], error=hostile, settings={RATE.key: 1e-4, hostile: hostile}, words=[hostile])
     done = [

@@ -145,7 +145,9 @@ def test_the_report_says_how_much_people_judged_and_whether_they_agree(fake_run)
     table, (first, second) = judged_rows(fake_run.html())
     cells = dict(re.findall(r'data-label="([^"]*)">(.*?)</td>', first))
     expected = {
+        "against": "sft",
         "win rate": "0.62<small>0.53 to 0.71</small>",
+        "win / tie / loss": "50 / 9 / 24",
         "prompts judged": "80 of 102<small>win rate over 83, 3 of them with identical answers</small>",
         "α": "0.61",
         "bias": "−0.12",
@@ -285,9 +287,8 @@ def test_a_card_is_shown_with_all_that_it_measured(fake_run):
     assert fake_run.built(num_samples=2) == html, "the same files give the same bytes"
 
 
-@pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_text_in_a_card_stays_text(fake_run, hostile):
-    assert_harmless(with_card(fake_run, made_card(words=hostile)))
+def test_hostile_text_in_a_card_stays_text(fake_run):
+    assert_harmless(with_card(fake_run, made_card(words=HOSTILE)))
 
 
 def test_cards_with_little_in_them_are_shown_and_unreadable_ones_named(fake_run):

@@ -136,16 +136,12 @@ def test_a_module_beside_a_file_is_imported_once(tmp_path: Path) -> None:
 
 BAD = [
     ("[1.0]", "1 scores for 2 answers to rows.jsonl:4, rows.jsonl:9"),
-    ("[1, 2, 3]", "3 scores for 2 answers to rows.jsonl:4, rows.jsonl:9"),
     ("None", "NoneType"),
     ("'ab'", "str: 'ab'"),
     ("{1: 2, 3: 4}", "dict: {1: 2, 3: 4}"),
-    ("numpy.ones(2)", "ndarray"),
     ("[1, None]", "None (NoneType) for an answer to rows.jsonl:9,"),
     ("['1', 2]", "'1' (str) for an answer to rows.jsonl:4,"),
-    ("[1j, 2]", "1j (complex) for an answer to rows.jsonl:4,"),
     ("[1, numpy.float64('nan')]", "np.float64(nan) for an answer to rows.jsonl:9,"),
-    ("[1, -float('inf')]", "-inf for an answer to rows.jsonl:9,"),
     ("[1e6, -1e30]", "-1e+30 for an answer to rows.jsonl:9,"),
     ("[10 ** 400, 1]", "for an answer to rows.jsonl:4,"),
 ]
@@ -166,11 +162,9 @@ def test_what_is_no_score_is_refused_by_function_row_and_value(tmp_path: Path, v
         ("", "return [1 / 0, 2]", ["ZeroDivisionError: division by zero at line 3", "rows.jsonl:4, rows.jsonl:9"]),
         ("", "import sys; sys.exit(3)", ["SystemExit: 3 at line 3"]),
         ("", "raise KeyboardInterrupt", ["KeyboardInterrupt at line 3"]),
-        ("", "raise GeneratorExit('over')", ["GeneratorExit: over at line 3"]),
         ("def helper(): raise ValueError('deep')", "return helper()", ["ValueError: deep at line 1"]),
         ("", "return {}[1]", ["KeyError: 1 at line 3", "rows.jsonl:4, rows.jsonl:9;"]),
         ("raise KeyboardInterrupt", "return [1, 2]", ["KeyboardInterrupt at line 1", "imported"]),
-        ("raise SystemExit", "return [1, 2]", ["SystemExit at line 1", "imported"]),
         ("import nowhere_at_all", "return [1, 2]", ["'nowhere_at_all' at line 1"]),
     ],
 )
@@ -182,23 +176,6 @@ def test_a_function_or_file_that_raises_is_named_with_the_line_that_did(
             score(tmp_path, body, preamble=preamble)
         assert caught.value.where == f"{tmp_path}/score.py:brevity"
         assert [text for text in words if text not in caught.value.message] == []
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ("return [1 / 0, 2]", "raised ZeroDivisionError: division by zero at line 3"),
-        ("import sys; sys.exit(3)", "raised SystemExit: 3 at line 3"),
-        ("raise KeyboardInterrupt", "raised KeyboardInterrupt at line 3"),
-        ("raise GeneratorExit('over')", "raised GeneratorExit: over at line 3"),
-        ("return helper()", "raised ValueError: deep at line 1"),
-    ],
-)
-def test_a_function_that_raises_is_named_with_the_line_that_did(tmp_path: Path, body: str, message: str) -> None:
-    with pytest.raises(RewardError) as caught:
-        score(tmp_path, body, preamble="def helper(): raise ValueError('deep')")
-    asked = "called for answers to rows.jsonl:4, rows.jsonl:9; none of its scores was used"
-    assert str(caught.value).splitlines()[0] == f"{tmp_path}/score.py:brevity: {message}, {asked}"
 
 
 def test_rows_that_lack_a_column_are_named(tmp_path: Path) -> None:

@@ -119,29 +119,13 @@ def test_scores_are_normalised_by_all_scores_so_far_and_a_look_changes_nothing()
         assert slot.state() == before
 
 
-def test_scores_are_normalised_by_all_scores_so_far() -> None:
-    slot = mix(
-        Part(source="a", scorer=FixedScorer(), normalize=True), Part(source="b", scorer=FixedScorer(), weight=0.0)
-    )
-    seen: list[float] = []
-    for batch in batches(6, 5):
-        rounded = torch.tensor(batch).tolist()  # the scores as float32 has them
-        seen += rounded
-        expected = [(score - fmean(seen)) / pstdev(seen) for score in rounded]
-        total = learned(slot, scores_of(a=batch, b=batch))
-        assert total.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-6)
-
-
 @pytest.mark.parametrize("constant", [0.1, -3.7, 1e6, 0.0])
-def test_scores_that_are_all_the_same_become_zero_and_never_rounding_noise(constant: float) -> None:
+def test_constant_scores_become_zero_never_rounding_noise_and_small_scales_count(constant: float) -> None:
     slot = mix(Part(source="a", scorer=FixedScorer(), normalize=True))
     for size in (3, 7, 1, 5):
         assert learned(slot, scores_of(a=[constant] * size)).abs().max() < 1e-6
     apart = float(slot.total(scores_of(a=[constant + 1.0])))
     assert apart == pytest.approx(1.0, rel=1e-4), "one that differs is told apart, not divided by nothing"
-
-
-def test_rounding_in_the_last_place_is_no_difference_and_a_small_scale_is_one() -> None:
     slot = mix(Part(source="a", scorer=FixedScorer(), normalize=True))
     nearly = [0.1, float(torch.nextafter(torch.tensor(0.1), torch.tensor(1.0)))]
     assert learned(slot, scores_of(a=nearly * 4)).abs().max() < 1e-6
@@ -186,16 +170,13 @@ def lower_bound(first: Sequence[float], seen: Sequence[float], second: Sequence[
     return ensembles_oracle.combined(members, "mean_minus_std", weight=0.5)
 
 
-def test_members_have_columns_of_their_own_and_enter_the_total_as_one() -> None:
+def test_members_of_an_ensemble_enter_the_total_as_one_and_say_how_far_they_were_apart() -> None:
     slot = cautious()
     scores = slot.scores([[5], [6]], [ids("a"), ids("b")], [0, 1])
     assert slot.names == ["rule", "ensemble/first", "ensemble/second"] == list(scores.names)
     assert scores.values.tolist() == [[1.0, 0.0], [5.0, 7.0], [-9.0, 1.0]]
     bound = lower_bound([5.0, 7.0], [5.0, 7.0], [-9.0, 1.0])
     assert learned(slot, scores).tolist() == pytest.approx([1.0 + 2.0 * bound[0], 2.0 * bound[1]], rel=1e-6)
-
-
-def test_an_ensemble_says_what_it_gave_and_how_far_its_members_were_apart() -> None:
     slot = cautious()
     scores = slot.scores([[5], [6]], [ids("a"), ids("b")], [0, 1])
     slot.observe(scores)

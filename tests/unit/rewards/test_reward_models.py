@@ -85,7 +85,7 @@ def expected(folder: Path, question: Prompt, answer: str) -> float:
     return float(model.score(model.base_model(input_ids=ids).last_hidden_state)[0, -1])
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gemma", "gpt2"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_an_answer_is_rendered_anew_and_scored_at_its_last_token(tmp_path: Path, architecture: str) -> None:
     """Pad ends every conversation here, and the policy's own tokens are not looked at, nor the batch."""
     folder = external(tmp_path, architecture)

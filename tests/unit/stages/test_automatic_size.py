@@ -31,7 +31,7 @@ from alignment.training import size_search
 from alignment.training.context import StageContext
 from alignment.training.size_search import Choice, SizeChosen, SizeSearch
 from tests.chained import DATA, FULL, LORA, Chained, config_of
-from tests.distilled import distil_spec
+from tests.generating import distil_spec
 from tests.tiny import tiny_spec
 
 
@@ -46,7 +46,6 @@ def context_of(spec: StageSpec) -> StageContext:
 def outcome(artifact: Path) -> dict[str, Any]:
     """All of a result that does not measure time or memory."""
     manifest = read_manifest(artifact)
-    assert manifest is not None
     lines = [json.loads(line) for line in (artifact / "metrics.jsonl").read_text().splitlines()]
     timed = ("seconds", "time/")
     return {
@@ -76,7 +75,6 @@ def run(spec: StageSpec) -> dict[str, Any]:
     """The stage as the worker runs it, and what it used."""
     worker._run(spec, context_of(spec))
     manifest = read_manifest(spec.artifact)
-    assert manifest is not None
     return outcome(spec.artifact) | {"usage": manifest.usage}
 
 

@@ -116,7 +116,6 @@ class Measured:
 
 def read(artifact: Path) -> Measured:
     manifest = read_manifest(artifact)
-    assert manifest is not None
     return Measured(record=Benchmark.read(artifact), rows=list(read_rows(artifact)), metrics=manifest.metrics)
 
 
@@ -186,7 +185,7 @@ def test_figures_and_log_likelihoods_are_those_of_the_harness_itself(
                 close(answer.logprobs, sums, rtol=0.0, atol=1e-4)
 
 
-def test_a_task_has_its_metric_filter_examples_rows_and_version(plain: Measured, chain: Chained) -> None:
+def test_tasks_are_recorded_and_arms_compared_row_by_row_in_two_families(plain: Measured, chain: Chained) -> None:
     tasks = {task.name: task for task in plain.record.tasks}
     assert list(tasks) == ["capitals", "capitals_without", "shout", "notes", "both"]
     capitals, shout, notes, both = (tasks[name] for name in ("capitals", "shout", "notes", "both"))
@@ -207,10 +206,6 @@ def test_a_task_has_its_metric_filter_examples_rows_and_version(plain: Measured,
     assert (len(lines), first["task"], first["number"]) == (53, "capitals", 0)
     assert set(first["answers"]["base"]["scores"]) == {"acc", "acc_norm"}
     assert len(first["answers"]["base"]["logprobs"]) == 4
-
-
-def test_arms_get_the_same_examples_and_are_compared_row_by_row_in_two_families(plain: Measured) -> None:
-    """Else a copy of the base would differ from the base."""
     assert plain.arm("base").values == plain.arm("path:twin").values
     assert all(row.answers["base"] == row.answers["path:twin"] for row in plain.rows)
     assert any(row.answers["base"] != row.answers["stage:sft"] for row in plain.rows)
@@ -368,7 +363,7 @@ def test_a_control_token_may_be_a_stop_text() -> None:
     assert stops.text(answer) == "It is 4."
 
 
-def test_a_metric_that_only_some_rows_have_is_no_score_of_each_row() -> None:
+def test_a_metric_that_some_rows_or_one_arm_lack_is_not_compared() -> None:
     results = {
         "higher_is_better": {"sums": {}},
         "results": {"sums": {"acc,none": 0.5, "acc_easy,none": 1.0}},
@@ -376,9 +371,6 @@ def test_a_metric_that_only_some_rows_have_is_no_score_of_each_row() -> None:
     }
     metrics = list(harness_run._metrics(results, "sums"))
     assert metrics == [TaskMetric(name="acc"), TaskMetric(name="acc_easy", by_row=False)]
-
-
-def test_a_metric_that_one_arm_lacks_is_shown_of_the_others_and_not_compared() -> None:
     right, parsed = TaskMetric(name="acc"), TaskMetric(name="parsed")
     task = BenchmarkTask(name="sums", metrics=[right])
     runs = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ from alignment.stages.shared.result import initial_model
 from alignment.training.callbacks import Checkpoints
 from alignment.training.context import StageContext
 from tests.chained import LORA
-from tests.distilled import BASE, FULL, distil_spec, distilled
+from tests.generating import BASE, FULL, distil_spec, distilled
 from tests.in_memory import others_at_each_load, without_collections
 from tests.oracles import distillation as oracle
 from tests.oracles.close import close
@@ -135,11 +135,8 @@ def gradients(trainer: DistilTrainer) -> torch.Tensor:
     return torch.cat([weight.grad.flatten().double() for weight in trained])
 
 
-@pytest.mark.parametrize("adapter", [FULL, LORA], ids=["full", "lora"])
-def test_a_student_equal_to_its_teacher_has_a_loss_of_zero_and_learns_nothing(
-    tmp_path: Path, adapter: AdapterConfig
-) -> None:
-    artifact = distilled(tmp_path, layers=None, adapter=adapter)
+def test_a_student_equal_to_its_teacher_has_a_loss_of_zero_and_learns_nothing(tmp_path: Path) -> None:
+    artifact = distilled(tmp_path, layers=None, adapter=LORA)
     for line in lines(artifact):
         assert (line["loss"], line["grad_norm"], line["same_top"]) == (0.0, 0.0, 1.0)
         assert line["acceptance"] == pytest.approx(1.0, abs=1e-6)
@@ -234,7 +231,6 @@ def test_what_has_learned_is_freed_before_other_models_are_loaded_and_both_stude
         artifact = distilled(tmp_path, timed_prompts=2)
     assert max(others) == 1
     times = Distillation.read(artifact).timing
-    assert times is not None
     assert times.prompts == 2
     _, second = lines_of("distil", artifact)
     assert "all 2 answers are the same as without a draft" in second
@@ -339,18 +335,10 @@ KILLS: dict[str, tuple[Any, str, int, bool]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("adapter", "killed_at"),
-    [(FULL, ("sampling", "before", "checkpoint")), (LORA, ("checkpoint", "after"))],
-    ids=["full", "lora"],
-)
-def test_a_killed_stage_ends_as_an_undisturbed_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapter: AdapterConfig, killed_at: Sequence[str]
-) -> None:
-    changes: dict[str, Any] = {"adapter": adapter, "optim": {"epochs": 2.0, "batch_size": 2}}
+def test_a_killed_stage_ends_as_an_undisturbed_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changes: dict[str, Any] = {"optim": {"epochs": 2.0, "batch_size": 2}}
     straight = results(distilled(tmp_path / "straight", **changes))
-    for name in killed_at:
-        owner, function, number, before_it_ends = KILLS[name]
+    for name, (owner, function, number, before_it_ends) in KILLS.items():
         with monkeypatch.context() as patch:
             killing = killed_after(getattr(owner, function), number, before_it_ends=before_it_ends)
             patch.setattr(owner, function, killing)
@@ -383,7 +371,7 @@ def test_a_draft_is_a_policy_of_its_own_that_others_start_from(tmp_path: Path, a
     distilled(tmp_path / "next", layers=None, inputs={"init": draft, "teacher": BASE})
 
 
-def test_greedy_answers_with_a_draft_are_those_without_it() -> None:
+def test_greedy_answers_with_a_draft_are_those_without_it_and_their_differences_are_measured() -> None:
     model, draft = tiny_model(), keep_first_layers(tiny_model(), 1)
     greedy, prompts = Greedy(max_new_tokens=12, end_ids=[2], pad_id=2), [[5, 6, 7], [8, 9], [10] * 20, [3]]
     alone = greedy.answered(model, prompts)
@@ -392,10 +380,6 @@ def test_greedy_answers_with_a_draft_are_those_without_it() -> None:
     assert all(1 <= len(answer) <= 12 for answer in alone.answers)
     assert alone.seconds > 0
     assert gaps_at_differences(model, prompts, alone.answers, helped.answers) == []
-
-
-def test_a_draft_drafts_gamma_tokens_in_every_step() -> None:
-    """Passes of the target: with a perfect draft of γ tokens, one for every γ + 1 tokens."""
     model, draft = tiny_model(), tiny_model()
     passes: list[int] = []
     model.register_forward_hook(lambda *_: passes.append(1))
@@ -403,17 +387,11 @@ def test_a_draft_drafts_gamma_tokens_in_every_step() -> None:
     (answer,) = endless.answered(model, [[5, 6, 7]], draft=student_comparison._drafting(draft, 3)).answers
     assert len(answer) == 12
     assert len(passes) == 2 * 3, "of the answer that warms up, and of the one that is timed"
-
-
-def test_an_answer_of_a_set_length_ignores_its_end() -> None:
     model = tiny_model()
     (first,) = Greedy(max_new_tokens=1, end_ids=[2], pad_id=2).answered(model, [[5, 6, 7]]).answers
     ends_at_once = Greedy(max_new_tokens=9, end_ids=first, pad_id=2)
     assert ends_at_once.answered(model, [[5, 6, 7]]).answers == [first]
     assert [len(answer) for answer in ends_at_once.answered(model, [[5, 6, 7]], lengths=[4]).answers] == [4]
-
-
-def test_the_gap_of_a_difference_is_that_of_the_targets_logits_at_the_first_one() -> None:
     model = tiny_model()
     prompts, alone = [[5, 6], [7]], [[8, 9, 10], [11, 2]]
     with torch.no_grad():

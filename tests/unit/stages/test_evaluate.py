@@ -34,7 +34,7 @@ from alignment.stages.shared import policies
 from alignment.stages.shared.stage_rows import rows_of
 from alignment.training.context import StageContext
 from tests.chained import Chained
-from tests.evaluating import evaluation_chain, evaluation_of, evaluation_spec, read_lines, write_rows
+from tests.measuring import evaluation_chain, evaluation_of, evaluation_spec, read_lines, write_rows
 from tests.tiny import save_tiny_model, tiny_model, tiny_tokenizer
 
 ROWS = [
@@ -106,6 +106,12 @@ def test_every_arm_has_the_figures_that_can_be_compared(evaluated: dict[str, Any
     assert by_arm["path:other"]["label"] == "other"
     assert evaluated["judge"] is None
     assert evaluated["conclusions"][0].startswith("3 prompts, by style_and_facts: ")
+    rewards = {arm["name"]: arm["reward"]["mean"] for arm in evaluated["arms"]}
+    by_pair = {(pair["arm"], pair["against"]): pair for pair in evaluated["reward_comparisons"]}
+    assert set(by_pair) == {(pair["arm"], pair["against"]) for pair in evaluated["comparisons"]}
+    for (arm, against), pair in by_pair.items():
+        assert pair["metric"] == "reward"
+        assert pair["difference"] == pytest.approx(rewards[arm] - rewards[against], abs=1e-6)
 
 
 def samples_of(chain: Chained, name: str) -> list[Sample]:
@@ -199,15 +205,6 @@ def test_the_metric_choice_asks_every_arm_s_policy_behind_its_own_prompt(
             assert sample.answers[arm].scores == {"mmlu": float(int(letters.argmax()) == question["answer"])}, arm
 
 
-def test_the_reward_model_s_differences_are_a_family_of_their_own(evaluated: dict[str, Any]) -> None:
-    rewards = {arm["name"]: arm["reward"]["mean"] for arm in evaluated["arms"]}
-    by_pair = {(pair["arm"], pair["against"]): pair for pair in evaluated["reward_comparisons"]}
-    assert set(by_pair) == {(pair["arm"], pair["against"]) for pair in evaluated["comparisons"]}
-    for (arm, against), pair in by_pair.items():
-        assert pair["metric"] == "reward"
-        assert pair["difference"] == pytest.approx(rewards[arm] - rewards[against], abs=1e-6)
-
-
 def test_without_metrics_no_arm_is_better_and_the_other_figures_stand(chain: Chained) -> None:
     evaluation = evaluate(chain, replace(SMALL, arms=["base", "stage:sft"], metrics=[], reward=None), "bare")
     empty = {"primary": None, "metrics": [], "comparisons": [], "reward_comparisons": [], "tasks": {}}
@@ -239,7 +236,7 @@ def test_a_metric_without_a_value_for_some_rows_is_measured_on_the_others(chain:
     assert evaluation["judge"]["pairs"][0]["invalid"] == 0.0
 
 
-def test_rows_that_lack_what_a_metric_looks_at_are_named(chain: Chained) -> None:
+def test_rows_and_arms_that_cannot_be_measured_are_refused(chain: Chained) -> None:
     heldout = chain.folder / "heldout.jsonl"
     for source, error, message in (
         (f"{chain.folder}/score.py:day", RewardError, f"have no 'day': {heldout}:1, {heldout}:2, {heldout}:3"),
@@ -248,16 +245,6 @@ def test_rows_that_lack_what_a_metric_looks_at_are_named(chain: Chained) -> None
     ):
         with pytest.raises(error, match=message):
             evaluate(chain, replace(SMALL, arms=["base"], metrics=[metric("day", source)]), "lacking")
-
-
-def brief_model(folder: Path, positions: int) -> Path:
-    """A model with few positions."""
-    tiny_model(vocab_size=len(tiny_tokenizer()), max_position_embeddings=positions).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def test_an_arm_that_cannot_be_asked_is_refused(chain: Chained) -> None:
     brief_model(chain.folder / "short", 16)
     bare = tiny_tokenizer()
     bare.chat_template = None
@@ -271,6 +258,13 @@ def test_an_arm_that_cannot_be_asked_is_refused(chain: Chained) -> None:
     empty = write_rows(chain.folder / "empty.jsonl", [])
     with pytest.raises(DataError, match="contains no rows"):
         evaluate(chain, SMALL, "empty", data_path=empty)
+
+
+def brief_model(folder: Path, positions: int) -> Path:
+    """A model with few positions."""
+    tiny_model(vocab_size=len(tiny_tokenizer()), max_position_embeddings=positions).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -294,7 +288,7 @@ def test_what_an_arm_reads_beside_its_answers_is_refused_with_its_row_if_too_lon
     assert f"{read} needs " in str(caught.value)
 
 
-def test_every_arm_is_asked_in_its_own_words(chain: Chained) -> None:
+def test_every_arm_is_asked_in_its_own_words_and_stops_at_its_own_ends(chain: Chained) -> None:
     context = StageContext(spec=evaluation_spec(chain, SMALL, "asked"), rank=0, world_size=1)
     asked = prompts.prompts_of_arms(SMALL, context, tiny_tokenizer(), rows_of(context, HeldOutPrompt, SMALL.data))
     shown = {name: arm.tokenizer.decode(arm.first.prompts[0]) for name, arm in asked.items()}
@@ -304,9 +298,6 @@ def test_every_arm_is_asked_in_its_own_words(chain: Chained) -> None:
     few = shown["base+few-shot"]
     assert few.count("<|im_start|>assistant\n") == 2
     assert few.endswith(question)
-
-
-def test_a_model_with_our_tokens_and_ends_of_its_own_is_compared_and_stops_there(chain: Chained) -> None:
     twin = save_tiny_model(chain.folder / "twin", seed=4)
     file = twin / "generation_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": [2, 9]}))

@@ -42,8 +42,8 @@ from alignment.stages.evaluate.metric_scores import answers_to_score
 from alignment.stages.evaluate.prompts import ArmPrompts, TurnPrompts, first_turn, later_turn
 from alignment.training.context import StageContext
 from tests.chained import LORA, Chained
-from tests.evaluating import evaluation_chain, evaluation_of, evaluation_spec, write_rows
 from tests.judge_server import Response, serving
+from tests.measuring import evaluation_chain, evaluation_of, evaluation_spec, write_rows
 from tests.oracles import logprobs as oracle
 from tests.oracles.close import close
 from tests.real_templates import QWEN, dressed, text_of
@@ -171,7 +171,6 @@ def test_scorers_see_the_conversation_and_a_row_scores_the_mean_of_its_turns(
         assert len(arm.by_turn) == 2
         second = [sample.answers[name].turns[1].scores["letters"] for sample in samples[:2]]
         assert arm.by_turn[1]["letters"].mean == pytest.approx(sum(second) / 2)
-        assert arm.reward is not None
         assert arm.metrics["by_reward"].mean == pytest.approx(arm.reward.mean)
 
 
@@ -209,8 +208,6 @@ def test_rewards_and_log_ratios_are_those_of_the_own_conversation(
             ratios.append(ratio)
             rewards.append(sum(scores) / len(scores))
         arm = arm_of(evaluation, name)
-        assert arm.greedy_log_ratio is not None
-        assert arm.reward is not None
         close([arm.greedy_log_ratio.mean], [sum(ratios) / 3], rtol=1e-4, atol=1e-4)
         close([arm.reward.mean], [sum(rewards) / 3], rtol=1e-4, atol=1e-4)
         assert abs(arm.greedy_log_ratio.mean) > {"base": 0.01, "stage:sft": -1.0, "path:near": 1.0}[name]
@@ -245,8 +242,6 @@ def test_a_later_reference_is_read_after_the_references_before_it(
         (with_gaps, "base", rows),
     ):
         arm, expected = arm_of(evaluation, name), loss_by_hand(chain, of_rows, SHOWN[name])
-        assert arm.loss is not None
-        assert arm.perplexity is not None
         close([arm.loss.mean, arm.perplexity.mean], [expected, math.exp(expected)], rtol=1e-4)
     assert arm_of(evaluated[0], "path:other").loss is None
 
@@ -338,7 +333,6 @@ def test_a_judge_sees_both_whole_conversations(chain: Chained) -> None:
         config = JudgeConfig(kind=JudgeKind.endpoint, endpoint=served.config(), pairs=pairs)
         evaluation, samples = evaluate(chain, replace(CONFIG, arms=["base", "stage:sft"], judge=config), "judged")
         prompts = [request["messages"][0]["content"] for request in served.requests]
-    assert evaluation.judge is not None
     assert evaluation.judge.pairs[0].position_bias == 1.0
     for first, sample in zip(prompts[::2], samples, strict=True):
         for letter, name in zip("AB", ("base", "stage:sft"), strict=True):
@@ -351,7 +345,9 @@ def test_a_judge_sees_both_whole_conversations(chain: Chained) -> None:
             assert f"<<<turn 2 of the user to {letter}>>>\n{sample.later_turns[0]}\n<<<end" in first
 
 
-def test_a_row_of_several_turns_has_no_exact_answer(chain: Chained, tmp_path: Path) -> None:
+def test_exact_answers_of_several_turns_and_conversations_beyond_the_positions_are_refused(
+    chain: Chained, tmp_path: Path
+) -> None:
     file = write_rows(tmp_path / "rows.jsonl", [row | {"answer": "#### 144"} for row in ROWS])
     config = replace(CONFIG, arms=["base"], reward=None, metrics=[MetricConfig(name="right", source="exact_answer")])
     (check,) = row_checks(config)
@@ -360,9 +356,6 @@ def test_a_row_of_several_turns_has_no_exact_answer(chain: Chained, tmp_path: Pa
     for refused in (lambda: check(prompts[0]), lambda: evaluate(chain, config, "exact", data_path=file)):
         with pytest.raises(DataError, match=r"rows\.jsonl:1: 'exact_answer' .* several turns"):
             refused()
-
-
-def test_a_conversation_beyond_the_positions_is_refused_before_its_turn(chain: Chained) -> None:
     first = len(prompt_ids(tiny_tokenizer(), conversation(ROWS[0], [])))
     model = tiny_model(vocab_size=len(tiny_tokenizer()), max_position_embeddings=first + 6)
     model.save_pretrained(chain.folder / "short")
@@ -406,19 +399,15 @@ def shown(row: HeldOutPrompt) -> tuple[Message, ...]:
     return row.messages
 
 
-def test_every_turn_is_asked_with_the_tools_of_its_row(tokenizer: Any) -> None:
+def test_turns_and_scores_have_the_tools_of_their_row(tokenizer: Any) -> None:
     first = first_turn(tokenizer, [ROW_WITH_TOOL], shown, with_references=True)
     assert first.prompts == [prompt_with_tool(tokenizer, "2 + 2?")]
     assert [reference and reference.ids for reference in first.references] == [ids_of(tokenizer, f"4.{END}")]
     later = later_turn(tokenizer, [ROW_WITH_TOOL], shown, [[["Four."]]], number=1, with_references=True)
     assert later.prompts == [prompt_with_tool(tokenizer, "2 + 2?", "Four.", "Times 3?")]
     (reference,) = later.references
-    assert reference is not None
     assert reference.prompt == prompt_with_tool(tokenizer, "2 + 2?", "4.", "Times 3?")
     assert reference.ids == ids_of(tokenizer, f"12.{END}")
-
-
-def test_what_is_scored_has_the_tools_of_its_row(tokenizer: Any) -> None:
     answers = [Answer(ids=[1], text=text, ended=True) for text in ("Four.", "12.")]
     arm = Answered(answers=answers, logprobs=None, references=[None, None], seconds=0.0, turns=[2])
     prompts = ArmPrompts(
@@ -435,9 +424,6 @@ def test_what_is_scored_has_the_tools_of_its_row(tokenizer: Any) -> None:
         prompt_with_tool(tokenizer, "2 + 2?", "Four.", "Times 3?"),
     ]
     assert scored.answer_ids == [ids_of(tokenizer, f"{text}{END}") for text in ("Four.", "12.")]
-
-
-def test_a_template_that_leaves_out_the_tools_of_a_row_ends_the_evaluation() -> None:
     with pytest.raises(DataError, match=r"rows\.jsonl:7: the chat template leaves out the tool 'add'"):
         first_turn(styled_tokenizer("chatml"), [ROW_WITH_TOOL], shown, with_references=False)
 

@@ -3,7 +3,6 @@ means."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from alignment.config.evaluating import (
     JudgeKind,
     PairConfig,
 )
-from alignment.config.scoring import MetricConfig, ServerApi, ServerConfig
+from alignment.config.scoring import MetricConfig
 from alignment.core.errors import ConfigError, DataError, StageError
 from alignment.core.fingerprint import file_sha256
 from alignment.data.records import HeldOutPrompt
@@ -40,9 +39,9 @@ from alignment.stages.evaluate.metric_scores import settled
 from alignment.stages.shared import policies
 from alignment.training.context import StageContext
 from tests.chained import Chained
-from tests.evaluating import evaluation_chain, evaluation_of, read_lines, write_rows
-from tests.judge_server import Judge, Response, Served, listening, serving
+from tests.judge_server import Judge, Response, Served, serving
 from tests.judged import ARMS, DPO, SFT, pair, vote
+from tests.measuring import evaluation_chain, evaluation_of, read_lines, write_rows
 from tests.tiny import tiny_spec, tiny_tokenizer
 
 ROWS: list[dict[str, Any]] = [
@@ -141,7 +140,6 @@ def test_an_answer_that_names_its_grade_does_not_get_it(chain: Chained) -> None:
 
     evaluation, samples, _ = evaluate(chain, repeating, "repeating")
     near = evaluation.arm("path:near")
-    assert near is not None
     assert list(near.metrics) == ["letters"]
     assert evaluation.gradings[0].left_out == ["path:near"]
     assert {arm for pair in evaluation.comparisons for arm in (pair.arm, pair.against)} == {"stage:sft", "base"}
@@ -166,7 +164,6 @@ def test_a_prompt_without_a_grade_in_one_arm_counts_in_none(chain: Chained) -> N
     assert evaluation.gradings[0].num_prompts == 4
     assert evaluation.gradings[0].invalid["base"] == pytest.approx(1 / 6)
     assert [("helpful" in sample.answers["stage:sft"].scores) for sample in samples] == [True, True, True, False, True]
-    assert evaluation.judge is not None
     (pair,) = evaluation.judge.pairs
     assert (pair.wins, pair.ties, pair.losses, pair.prompts) == (4, 0, 0, 4)
     assert any("helpful covers 4 of 5 prompts; on the others" in sentence for sentence in evaluation.conclusions)
@@ -217,23 +214,6 @@ def test_samples_are_graded_one_by_one_and_rubrics_are_metrics_of_their_own(chai
     assert by_name["stage:sft"] == {"helpful": 1.0, "tone": 2.0, "mean_tone": 2.0}
     assert len(prompts) == 2 * 2 * 6, "equal answers are asked about once"
     assert {line["answer"] for line in lines(chain, "rubrics")} == {0, 1}
-
-
-def test_a_server_scores_beside_the_grader(chain: Chained) -> None:
-    def scores(body: dict[str, Any], _: int) -> Response:
-        return Response(body=json.dumps([[{"label": "LABEL_0", "score": len(text)}] for (text,) in body["inputs"]]))
-
-    with listening(scores) as server:
-        settings = ServerConfig(base_url=server.url, api=ServerApi.tei_predict, model="length", retries=0)
-        length = MetricConfig(name="length", source="server", server=settings)
-        evaluation, samples, _ = evaluate(chain, fair, "served", replace(CONFIG, metrics=[*GRADED, length]))
-    for arm in evaluation.arms:
-        answers = [sample.answers[arm.name] for sample in samples]
-        texts = [[turn.text for turn in answer.turns] or [answer.text] for answer in answers]
-        means = [sum(map(len, turns)) / len(turns) for turns in texts]
-        assert arm.metrics["length"].mean == pytest.approx(sum(means) / len(means))
-    assert evaluation.primary == "helpful"
-    assert set(server.paths) == {"/v1/predict"}
 
 
 def test_replies_that_arrived_before_a_stop_are_not_asked_for_again(chain: Chained) -> None:
@@ -311,16 +291,13 @@ def test_votes_become_a_win_rate_with_their_agreement(tmp_path: Path) -> None:
     votes = [vote(pair(number)) for number in NUMBERS]
     votes += [vote(pair(number), SFT if number == 1 else DPO, annotator="bo") for number in (1, 2, 3)]
     result = judged(context(tmp_path, votes))
-    assert result.table is not None
     assert (result.table.kind, result.table.num_prompts) == ("people", 12)
     (row,) = result.table.pairs
     assert (row.arm, row.against, row.verdict) == (DPO, SFT, "better")
     assert (row.wins, row.ties, row.losses, row.invalid) == (11, 1, 0, None)
     rate = result.win_rate(DPO, reference=SFT)
-    assert rate is not None
     assert rate.mean == pytest.approx(11.5 / 12)
     assert row.metric_agreement == pytest.approx(5 / 12), "on prompts 2 to 6"
-    assert row.people is not None
     assert row.people.alpha is not None
     assert "dpo wins 0.96 against sft (" in sentence(result)
     assert "12 of 12 prompts, 15 votes, annotators: 2, Krippendorff's α" in sentence(result)
@@ -359,7 +336,6 @@ def test_no_judge_is_compared_with_the_metric_where_the_answers_are_identical(tm
         reference=SFT,
         intervals=Intervals(samples=200, seed=0),
     )
-    assert result.table is not None
     (row,) = result.table.pairs
     assert (row.wins, row.ties, row.losses) == (0, 11, 1)
     assert (row.metric_agreement, row.metric_prompts) == (0.0, 2)
@@ -374,20 +350,11 @@ def test_every_pair_that_people_judged_is_in_the_table_unless_the_recipe_names_p
     ]
     stage = context(tmp_path, [vote(each, shown_first="base") for each in about])
     result = judged(stage, base=prompted)
-    assert result.table is not None
     assert [(row.arm, row.against, row.wins) for row in result.table.pairs] == [(DPO, SFT, 0), ("base", DPO, 0)]
     assert result.table.pairs[1].losses == 12
     config = replace(BY_PEOPLE, pairs=[PairConfig(arm=DPO, against=SFT)])
     only = judged(stage, config, base=prompted).table
-    assert only is not None
     assert [(row.arm, row.against) for row in only.pairs] == [(DPO, SFT)]
-
-
-def test_votes_that_changed_since_the_plan_stop_the_stage(tmp_path: Path) -> None:
-    stage = context(tmp_path, [vote(pair(number)) for number in NUMBERS])
-    append_vote(tmp_path / FILE, vote(pair(1), annotator="bo"))
-    with pytest.raises(StageError, match="the votes have changed since the run was planned"):
-        judged(stage)
 
 
 def planned(folder: Path, **settings: Any) -> dict[str, Path]:
@@ -395,7 +362,7 @@ def planned(folder: Path, **settings: Any) -> dict[str, Path]:
     return dict(votes_files(config, folder / "evaluate"))
 
 
-def test_the_votes_are_the_runs_own_unless_a_file_is_named(tmp_path: Path) -> None:
+def test_the_votes_are_the_runs_own_or_a_files_and_must_not_change(tmp_path: Path) -> None:
     own, other = tmp_path / "evaluate" / FILE, tmp_path / "other.jsonl"
     assert planned(tmp_path) == {}
     own.parent.mkdir()
@@ -409,6 +376,10 @@ def test_the_votes_are_the_runs_own_unless_a_file_is_named(tmp_path: Path) -> No
     own.write_text("not a vote\n")
     with pytest.raises(DataError, match=r"votes\.jsonl:1: not JSON"):
         planned(tmp_path)
+    stage = context(tmp_path, [vote(pair(number)) for number in NUMBERS])
+    append_vote(tmp_path / FILE, vote(pair(1), annotator="bo"))
+    with pytest.raises(StageError, match="the votes have changed since the run was planned"):
+        judged(stage)
 
 
 TEXTS = ["今天休息。", "Closed today.", "休息 today"]
@@ -422,7 +393,6 @@ def test_votes_on_these_very_answers_count(tmp_path: Path) -> None:
     assert "(people judged 0 of 12 prompts, but 10 are needed)" in sentence(nothing)
     stage = context(tmp_path, [vote(pair(number)) for number in NUMBERS])
     others = judged(stage, dpo=answered([f"Now {number}." for number in NUMBERS]))
-    assert others.table is not None
     assert (others.table.pairs[0].wins, others.table.pairs[0].win_rate) == (0, None)
     assert "0 of 12 prompts, but 10 are needed; 12 votes are for other answers" in sentence(others)
     sft, dpo = (
@@ -432,7 +402,6 @@ def test_votes_on_these_very_answers_count(tmp_path: Path) -> None:
     reverse = replace(BY_PEOPLE, pairs=[PairConfig(arm=SFT, against=DPO)])
     for config, counts in ((BY_PEOPLE, (12, 0)), (reverse, (0, 12))):
         table = judged(stage, config, sft=sft, dpo=dpo).table
-        assert table is not None
         assert (table.pairs[0].wins, table.pairs[0].losses) == counts
 
 

@@ -36,10 +36,10 @@ from alignment.stages.sample.kind import Select
 from alignment.stages.shared import answer_sampling
 from alignment.training.context import StageContext
 from alignment.training.trackers.all_trackers import Trackers
+from tests.generating import FINGERPRINT, LENGTH, asked, lines, sample_spec, sampled
 from tests.judge_server import Response, listening, serving
 from tests.oracles import best_of_n as oracle
 from tests.oracles import ensembles
-from tests.sampled import FINGERPRINT, LENGTH, asked, lines, sample_spec, sampled
 from tests.tiny import BASE_SOURCE, tiny_reward
 
 TIED = "the scorers gave all answers to a prompt the same score"
@@ -70,7 +70,7 @@ def scorer(folder: Path, function: str) -> ScorerConfig:
     return ScorerConfig(source=f"{folder}/score.py:{function}")
 
 
-def test_every_answer_is_kept_with_its_score_its_seed_and_its_policy(artifact: Path) -> None:
+def test_answers_are_kept_and_the_best_and_the_worst_become_pairs_that_are_counted(artifact: Path) -> None:
     samples = lines(artifact / "samples.jsonl")
     assert [(line["row"], line["number"]) for line in samples] == [(row, n) for row in range(9) for n in range(4)]
     for line in samples:
@@ -81,9 +81,6 @@ def test_every_answer_is_kept_with_its_score_its_seed_and_its_policy(artifact: P
     assert len({line["seed"] for line in samples}) == 9
     assert len({line["answer"] for line in samples}) > 30
     assert json.loads((artifact.parents[1] / "sent.json").read_text()) == {"samples": samples}
-
-
-def test_pairs_are_the_best_and_the_worst_answer_to_a_prompt_and_dpo_reads_them(artifact: Path) -> None:
     samples = lines(artifact / "samples.jsonl")
     pairs = read_records(artifact / "rows.jsonl", PreferencePair, DataConfig())
     assert len(pairs) == 9
@@ -95,11 +92,7 @@ def test_pairs_are_the_best_and_the_worst_answer_to_a_prompt_and_dpo_reads_them(
         assert [turn.as_dict() for turn in pair.messages] == answers[0]["messages"]
         used = {line["used_as"]: line["answer"] for line in answers if line["used_as"]}
         assert used == {"chosen": pair.chosen, "rejected": pair.rejected}
-
-
-def test_the_manifest_counts_rows_and_says_what_the_best_is_worth(artifact: Path) -> None:
     manifest = read_manifest(artifact)
-    assert manifest is not None
     assert manifest.kind == "rows"
     scores = [line["score"] for line in lines(artifact / "samples.jsonl")]
     groups = [scores[first : first + 4] for first in range(0, 36, 4)]
@@ -495,9 +488,7 @@ def test_an_ensemble_and_a_grader_choose_rows(tmp_path: Path) -> None:
         length = MemberConfig(source="length", target=3)
         ensemble = EnsembleConfig(members=[length, grade], combine=Combine.mean_minus_std, std_weight=0.5)
         made = sampled(
-            tmp_path,
-            scorers=[ScorerConfig(source="ensemble", ensemble=ensemble, weight=2.0)],
-            select=Select.best_worst,
+            tmp_path, scorers=[ScorerConfig(source="ensemble", ensemble=ensemble, weight=2.0)], select=Select.best_worst
         )
     samples = lines(made / "samples.jsonl")
     for line in samples:

@@ -23,9 +23,22 @@ from alignment.stages.reward.run import split
 from alignment.stages.shared.preference_pairs import prompts_of, read_pairs, split_by_prompt
 from alignment.training.context import StageContext
 from alignment.training.validation import Looks
-from tests.by_hand import by_hand, handed_on_policy, held_out_rows, logprobs
 from tests.chained import DORA, FULL, LORA, Chained, config_of
-from tests.noisy import HELD_OUT, STEPS, held_out_losses, lines, manifest, noise, overfitting, ran, write_rows
+from tests.noisy import (
+    HELD_OUT,
+    STEPS,
+    by_hand,
+    handed_on_policy,
+    held_out_losses,
+    held_out_rows,
+    lines,
+    logprobs,
+    manifest,
+    noise,
+    overfitting,
+    ran,
+    write_rows,
+)
 
 OWN = ValidationConfig(data=DataConfig(source="own"), every=2, keep_best=True)
 
@@ -193,11 +206,15 @@ def test_patience_ends_the_stage_and_the_sentence_says_where(
     assert lines_of("sft", spec.artifact)[1] == f"sft stopped at step {best + 4} of 40: no improvement in 2 validations"
 
 
-def test_a_row_that_is_learned_from_is_not_held_out(tmp_path: Path) -> None:
+def test_held_out_rows_that_are_learned_and_looks_that_never_come_are_refused(tmp_path: Path) -> None:
     spec = own_data(tmp_path, "sft")
     write_rows(spec.extra_data["validation.data"], noise("sft", rows=4, first=15))
     with pytest.raises(DataError, match="2 of 4 held-out rows have a prompt that is also trained on"):
         ran(spec)
+    with pytest.raises(ConfigError, match="6 is more than the 5 optimiser steps of the stage"):
+        ran(own_data(tmp_path / "late", "sft", validation=replace(OWN, every=6)))
+    with pytest.raises(DataError, match=r"0.9 of the prompts leaves 2 rows to learn from, less than one batch of 4"):
+        ran(overfitting(Chained(tmp_path / "much"), "sft", LORA, replace(HELD_OUT, share=0.9)))
 
 
 def test_texts_that_only_end_alike_are_different_ones(tmp_path: Path) -> None:
@@ -237,14 +254,7 @@ def test_a_pair_that_a_reward_model_reports_on_is_not_looked_at(tmp_path: Path) 
         ran(spec)
 
 
-def test_a_look_that_would_never_come_and_a_share_that_leaves_no_batch_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="6 is more than the 5 optimiser steps of the stage"):
-        ran(own_data(tmp_path / "late", "sft", validation=replace(OWN, every=6)))
-    with pytest.raises(DataError, match=r"0.9 of the prompts leaves 2 rows to learn from, less than one batch of 4"):
-        ran(overfitting(Chained(tmp_path / "much"), "sft", LORA, replace(HELD_OUT, share=0.9)))
-
-
-def test_no_prompt_is_on_both_sides() -> None:
+def test_no_prompt_and_no_conversation_is_on_both_sides() -> None:
     """In conversations it is all that stands before the first learned token."""
     rows = [([number % 5, 7, number], [-100, -100, number]) for number in range(12)]
     table = Dataset.from_dict({"input_ids": [row for row, _ in rows], "labels": [labels for _, labels in rows]})
@@ -254,25 +264,6 @@ def test_no_prompt_is_on_both_sides() -> None:
     assert [len(side) for side in prompts] == [3, 2]
     assert not prompts[0] & prompts[1]
     assert sorted([*sides[0], *sides[1]]) == list(range(12))
-
-
-def test_the_rest_is_held_out_of_what_the_evaluation_leaves(tmp_path: Path) -> None:
-    spec = overfitting(Chained(tmp_path), "reward", FULL, max_steps=2, eval_fraction=0.25)
-    ran(spec)
-    metrics = manifest(spec)
-    assert (metrics["eval_rows"], metrics["validation/rows"], metrics["rows"]) == (4, 4, 9)
-
-
-def test_the_held_out_figures_are_drawn_beside_those_of_training() -> None:
-    for kind in ("cpt", "sft", "reward", "dpo"):
-        drawn = curves(kind, {"validation": {"every": 5}})
-        assert [chart.keys[1:] for chart in drawn[:2]] == [("validation/loss",), ("validation/accuracy",)]
-        assert drawn[0].labels == ("training", "held-out")
-        assert all(len(chart.keys) == 1 for chart in curves(kind, {})[:2])
-
-
-def test_rows_of_one_conversation_are_on_one_side() -> None:
-    """A later row contains the answer that an earlier one learns."""
     rows = [(f"x:{record}", [record, *range(9, 9 + turn), 7]) for record in range(10) for turn in range(3)]
     table = Dataset.from_dict(
         {
@@ -284,3 +275,15 @@ def test_rows_of_one_conversation_are_on_one_side() -> None:
     learned, held_out = split_by_prompt(table, 0.3, torch.Generator().manual_seed(0), where="", setting="")
     assert len(held_out) == 9
     assert {table[row]["where"] for row in learned} & {table[row]["where"] for row in held_out} == set()
+
+
+def test_the_rest_is_held_out_of_what_the_evaluation_leaves_and_drawn_beside_training(tmp_path: Path) -> None:
+    spec = overfitting(Chained(tmp_path), "reward", FULL, max_steps=2, eval_fraction=0.25)
+    ran(spec)
+    metrics = manifest(spec)
+    assert (metrics["eval_rows"], metrics["validation/rows"], metrics["rows"]) == (4, 4, 9)
+    for kind in ("cpt", "sft", "reward", "dpo"):
+        drawn = curves(kind, {"validation": {"every": 5}})
+        assert [chart.keys[1:] for chart in drawn[:2]] == [("validation/loss",), ("validation/accuracy",)]
+        assert drawn[0].labels == ("training", "held-out")
+        assert all(len(chart.keys) == 1 for chart in curves(kind, {})[:2])

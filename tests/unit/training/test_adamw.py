@@ -16,7 +16,7 @@ from alignment.core.errors import ConfigError
 from alignment.models.assembly.load import Lineage
 from alignment.models.assembly.start import load_start
 from alignment.stages.sft.kind import SftConfig
-from alignment.training import adamw as module
+from alignment.training import optimizer as module
 from alignment.training.context import StageContext
 from alignment.training.optimizer import RandomlyRoundedAdamW, adamw, optimizer_arguments, rounded_at_random
 from tests.tiny import BASE_SOURCE, save_tiny_model, tiny_spec

@@ -30,9 +30,9 @@ from alignment.stages.ppo.experience import (
 )
 from alignment.stages.ppo.objective import Average, PolicyLoss, PolicyObjective, Sampled
 from alignment.stages.ppo.step_metrics import UpdateMetrics
+from tests.launches import Waits
 from tests.oracles import importance as oracle
 from tests.oracles.close import close
-from tests.waits import Waits
 
 
 def _generator(number: int) -> torch.Generator:

@@ -27,7 +27,7 @@ from alignment.training.checkpoints import newest
 from alignment.training.context import StageContext
 from alignment.training.finite import FiniteSteps, refuse_divergence, refuse_results, refuse_weights
 from tests.chained import FULL, LORA, Chained, config_of
-from tests.distilled import distil_spec
+from tests.generating import distil_spec
 from tests.tiny import tiny_model
 from tests.unit.training.conftest import at_step
 

@@ -44,7 +44,7 @@ from alignment.training.micro_batches import MicroBatches
 from alignment.training.optimizer import RandomlyRoundedAdamW, adamw
 from alignment.training.size_search import Choice, Outcome, SizeChosen, SizeSearch, attainable, expected, sizes
 from tests.chained import DATA, FILES, LORA, Chained, config_of
-from tests.in_child import in_child
+from tests.living import in_child
 from tests.tiny import save_tiny_model
 from tests.unit.training.ppo_bench import Bench
 

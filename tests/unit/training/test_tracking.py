@@ -43,7 +43,7 @@ from alignment.training.trackers.tracker import (
     tags,
 )
 from alignment.training.trackers.wandb import _mode, records
-from tests.patience import wait_until
+from tests.living import wait_until
 from tests.tiny import tiny_spec
 from tests.unit.training.read_back import curves_of
 from tests.unit.training.tracked import STEPS, TRACKING, context_in, run_twice, tracking, train_line

@@ -24,7 +24,7 @@ from alignment.stages.sft.kind import SftConfig
 from alignment.training.context import StageContext
 from alignment.training.optimizer import quiet_arguments
 from alignment.training.session import train
-from tests.in_child import in_child
+from tests.living import in_child
 from tests.tiny import tiny_spec
 from tests.unit.training.read_back import last_step
 

@@ -28,9 +28,9 @@ from alignment.data.turns import Message
 from alignment.models.assembly.load import Lineage
 from alignment.models.forward.generate import generate
 from alignment.pipeline.sources import model_sources
-from tests.exported import trained_policy
+from tests.chained import trained_policy
+from tests.hub import weights_file
 from tests.tiny import BASE_SOURCE, save_tiny_model
-from tests.weights_files import weights_file
 
 # ---- the driver -----------------------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from alignment.commands.export import forms, verb
 from alignment.commands.export.export_options import ExportOptions, add_form_arguments, options_of
-from alignment.commands.export.exported import gap_between, logprobs_of_answers
+from alignment.commands.export.exported import gap_between
 from alignment.commands.export.worker import export, main
 from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.config.launch import SamplingConfig
@@ -39,12 +39,11 @@ from alignment.models.forward.rows import stream
 from alignment.pipeline.execute.stored_results import artifact_of
 from alignment.rewards.reward_models import Computation, TextScorer, load_external
 from alignment.stages.dpo.kind import DpoConfig
-from tests.chained import Chained
-from tests.exported import FULL, IDENTITY, LORA, tiny_base, trained_policy
+from tests.chained import FULL, IDENTITY, LORA, Chained, tiny_base, trained_policy
+from tests.hub import weights_file
 from tests.oracles.close import close
 from tests.tiny import tiny_model, tiny_reward, tiny_spec, tiny_tokenizer
 from tests.unit.rewards.conftest import answers_to, prompt
-from tests.weights_files import weights_file
 
 CPU = torch.device("cpu")
 IDS = torch.tensor([[5, 6, 7, 8, 2]])
@@ -115,7 +114,7 @@ def _config(folder: Path) -> dict[str, Any]:
 # ---- policies as models ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.lora, AdapterKind.dora, AdapterKind.qlora])
+@pytest.mark.parametrize("kind", [AdapterKind.full, AdapterKind.dora, AdapterKind.qlora])
 def test_a_policy_becomes_a_plain_model(tmp_path: Path, base: Lineage, policy: Trained, kind: AdapterKind) -> None:
     expected, saved = policy(kind)
     notes = export(saved.path, base.base, tmp_path / "out", MODEL)
@@ -328,10 +327,7 @@ def _damage(file: Path, part: str) -> None:
     save_file({name: 2 * held if part in name else held for name, held in weights.items()}, file, {"format": "pt"})
 
 
-@pytest.mark.parametrize(
-    ("adapter", "form"),
-    [(FULL, "model"), (LORA, "model"), (LORA, "adapter"), (FULL, "reward"), (LORA, "reward")],
-)
+@pytest.mark.parametrize(("adapter", "form"), [(LORA, "model"), (LORA, "adapter"), (LORA, "reward")])
 def test_what_was_written_wrong_is_not_exported(
     tmp_path: Path, base: Lineage, policy: Trained, monkeypatch: pytest.MonkeyPatch, adapter: AdapterConfig, form: str
 ) -> None:

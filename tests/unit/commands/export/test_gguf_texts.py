@@ -175,11 +175,9 @@ LOOP = "{{ range $index, $message := .Messages }}"
     "template",
     [
         LOOP + "{{ .Content | trim }}{{ end }}",
-        LOOP + "{{ if .Tools }}x{{ end }}{{ end }}",
         LOOP + "{{ .Content }}",
         "{{- range .Messages }}{{ .Content }}{{ end }}",
         LOOP + "{{ .Content }}{{ end }}{{ .System }}",
-        "{{ .System }}" + LOOP + "{{ .Content }}{{ end }}",
         "{{range $index, $message := .Messages}}{{.Content}}{{end}}",
     ],
 )
@@ -224,7 +222,6 @@ def _with(rule: Any, **changes: Any) -> PreTrainedTokenizerFast:
     ("step", "name"),
     [
         (_bytes(), "gpt-2"),
-        (pre_tokenizers.Sequence([_bytes()]), "gpt-2"),
         (_digits(individual=True), "smollm"),
         (_split(LLAMA3), "llama-bpe"),
         (_split(QWEN2), "qwen2"),
@@ -233,9 +230,7 @@ def _with(rule: Any, **changes: Any) -> PreTrainedTokenizerFast:
         (_digits(individual=False), None),
         (_split(LLAMA3, "removed"), None),
         (_split(LLAMA3.replace("{1,3}", "{1,2}")), None),
-        (_split(QWEN2, use_regex=True), None),
         (_split(QWEN2, invert=True), None),
-        (pre_tokenizers.Whitespace(), None),
         (None, None),
     ],
 )

@@ -17,7 +17,7 @@ from alignment.commands.preview.verb import show_preview
 from alignment.core.errors import ConfigError, ModelError
 from alignment.pipeline.execute import estimates
 from alignment.records.cost import PhaseCost, RunCost, StageCost
-from tests.weights_files import weights_file
+from tests.hub import weights_file
 
 GB = 10**9
 TRAINING = {"weights": 2 * GB, "activations": 3 * GB}

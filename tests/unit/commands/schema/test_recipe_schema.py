@@ -94,17 +94,17 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"stages": {"dpo": {"bata": 0.1}}}, f"stages.dpo: {NO_KEY.format('bata')}"),
     ({"stages": {"dpo": {"optim": {"lrr": 0.1}}}}, f"stages.dpo.optim: {NO_KEY.format('lrr')}"),
     ({"stages": {"dpo": {"updates": 3}}}, f"stages.dpo: {NO_KEY.format('updates')}"),
-    ({"stages": {"judge": {"beta": 0.1}}}, f"stages.judge: {NO_KEY.format('beta')}"),
-    ({"stages": {"mine": {"bata": 0.1}}}, f"stages.mine: {NO_KEY.format('bata')}"),
+
+
     ({"stages": {"mine": {"kind": "dpo", "updates": 3}}}, f"stages.mine: {NO_KEY.format('updates')}"),
     ({"stages": {"mine": {"packing": 1}}}, "stages.mine.packing: 1 is not of type 'boolean', 'string'"),
     ({"stages": {"dpo": {"beta": True}}}, "stages.dpo.beta: True is not of type 'number', 'string'"),
     ({"stages": {"dpo": {"beta": 0}}}, "stages.dpo.beta: 0 is less than or equal to the minimum of 0"),
     ({"stages": {"dpo": {"beta": "-1e-2"}}}, "stages.dpo.beta: '-1e-2' does not match "),
-    ({"stages": {"dpo": {"optim": {"batch_size": "8"}}}}, "stages.dpo.optim.batch_size: '8' does not match "),
+
     ({"stages": {"dpo": {"loss": "sigmod"}}}, f"stages.dpo.loss: {NO_CHOICE.format('sigmod')}"),
     ({"stages": {"dpo": {"adapter": {"kind": "lra"}}}}, f"stages.dpo.adapter.kind: {NO_CHOICE.format('lra')}"),
-    ({"stages": {"dpo": {"data": "path:pairs.jsonl"}}}, "stages.dpo.data: 'path:pairs.jsonl' does not match "),
+
     ({"stages": {"mine": {"kind": "stf"}}}, "stages.mine.kind: 'stf' is not one of "),
     ({"stages": {"a b": {"kind": "sft"}}}, "stages: 'a b' does not match "),
     ({"launch": {"backend": {"kind": "slurm", "tim": 1}}}, f"launch.backend: {NO_KEY.format('tim')}"),
@@ -113,7 +113,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tracking": {"tags": [""]}}, "tracking.tags.0: '' should be non-empty"),
     ({"defaults": ["base", {"stage@stages.dpo": "dop"}]}, "defaults.1.stage@stages.dpo: 'dop' is not one of "),
     ({"defaults": [{"override /adapter@stages.dpo.adapter": "qlor"}]}, "defaults.0.override /adapter@stages.dpo.adap"),
-    ({"defaults": [{"satge@stages.dpo": "dpo"}]}, "defaults.0: 'satge@stages.dpo' does not match any of the regexes"),
+
     ({"defaults": [{"launch": "zero4"}]}, "defaults.0.launch: 'zero4' is not one of "),
 ]  # fmt: skip
 
@@ -144,10 +144,8 @@ SWEEP = {"objective": {"stage": "sft"}, "parameters": [{"key": "seed", "values":
 WRONG_SWEEPS: list[tuple[dict[str, Any], str]] = [
     ({"trails": 3}, f": {NO_KEY.format('trails')}"),
     ({"search": "gird"}, "search: 'gird' is not one of ['grid', 'tpe']"),
-    ({"trials": 0}, "trials: 0 is less than or equal to the minimum of 0"),
     ({"seed": "${other}"}, "seed: '${other}' is not of type 'integer'"),
     ({"objective": {"stag": "sft"}}, f"objective: {NO_KEY.format('stag')}"),
-    ({"objective": [{"stage": 3}]}, "objective.0.stage: 3 is not of type 'string'"),
     ({"parameters": [{"values": [1]}]}, "parameters.0: 'key' is a required property"),
     ({"pruning": {"pruner": "mediam"}}, "pruning.pruner: 'mediam' is not one of "),
 ]

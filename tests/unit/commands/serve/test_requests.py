@@ -20,8 +20,7 @@ from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.core import deadline
 from alignment.data.tokens.tokenize import end_ids, prompt_ids
 from alignment.data.turns import Message
-from tests.asked_app import Answered, asking
-from tests.served import END, TOOL, ServedRun, served_run, tokenizer_with_tools
+from tests.served import END, TOOL, Answered, ServedRun, asking, served_run, tokenizer_with_tools
 from tests.tiny import tiny_model
 
 ABSENT = [name for name in PAGE_LIBRARIES if importlib.util.find_spec(name) is None]
@@ -89,37 +88,29 @@ WRONG: list[Any] = [
     ("max_tokens", 1.5, "max_tokens"),
     ("max_tokens", True, "max_tokens"),
     ("max_completion_tokens", "ten", "max_completion_tokens"),
-    ("temperature", "hot", "temperature"),
     ("temperature", -1, "temperature"),
     ("temperature", 1e-300, "temperature"),
     pytest.param("temperature", 10**400, "temperature", id="temperature-huge"),
     ("top_p", 1.5, "top_p"),
-    ("seed", "now", "seed"),
     ("seed", 10**30, "seed"),
     ("stop", [1], "stop"),
-    ("stop", "", "stop"),
     ("stop", list("abcde"), "stop"),
     ("stream", "yes", "stream"),
     ("stream_options", [], "stream_options"),
     ("stream_options", {"include_usage": 1}, "include_usage"),
-    ("logit_bias", [5], "logit_bias"),
     ("logit_bias", {"-1": 1}, "logit_bias"),
     ("logit_bias", {"99999999": 1}, "logit_bias"),
     ("logit_bias", {"5": "1"}, "logit_bias"),
     ("logit_bias", {"5": 1000}, "logit_bias"),
-    ("tools", "x", "tools"),
     ("tools", [5], "tools[0]"),
-    ("tools", [TOOL, {"type": "function", "function": {}}], "tools[1]"),
     ("messages", None, "messages"),
     ("messages", "Hi.", "messages"),
     ("messages", [], "messages"),
     ("messages", ["Hi."], "messages[0]"),
     ("messages", [*HI, {"role": "king", "content": "Hi."}], "messages[1].role"),
-    ("messages", [{"role": ["user"], "content": "Hi."}], "messages[0].role"),
     ("messages", [{"role": "user"}], "messages[0].content"),
     ("messages", [{"role": "user", "content": {"text": "Hi."}}], "messages[0].content"),
     ("messages", [{"role": "user", "content": [{"type": "image_url"}]}], "messages[0].content"),
-    ("messages", [{"role": "user", "content": "Hi.", "name": 5}], "messages[0].name"),
     ("messages", [{"role": "user", "content": "Hi.", "audio": {"id": "1"}}], "messages[0].audio"),
     ("messages", [{"role": "user", "content": "half \ud800"}], "messages"),
     ("messages", [{"role": "assistant", "tool_calls": 5}], "messages[0].tool_calls"),
@@ -144,7 +135,6 @@ def test_what_a_request_cannot_have_is_refused_by_name(ask: Ask, field: str, val
         ("logprobs", 0),
         ("messages", HI),
         ("prompt", ""),
-        ("prompt", None),
         ("prompt", ["Hi."]),
         ("prompt", "half \udfff"),
     ],
@@ -157,16 +147,13 @@ def test_completions_refuse_what_is_theirs(ask: Ask, field: str, value: Any) -> 
 @pytest.mark.parametrize(
     ("method", "path", "body", "headers", "status"),
     [
-        ("POST", CHAT, b"", {}, 400),
         ("POST", CHAT, b"[]", {}, 400),
         ("POST", CHAT, b"\xff", {}, 400),
         ("POST", CHAT, b"[" * 100_000, {}, 400),
         ("POST", CHAT, b'{"model": "dpo", "temperature": NaN}', {}, 400),
-        ("POST", CHAT, b'{"model": "dpo", "top_p": 1e999}', {}, 400),
         ("POST", CHAT, b'{"model": "dpo", "seed": ' + b"9" * 10_000 + b"}", {}, 400),
         ("POST", CHAT, chat(user="x" * 5_000_000), {}, 413),  # before it is read
         ("POST", CHAT, chat(), {"content_type": "text/plain"}, 415),  # a form of another site's page
-        ("POST", "/v1/responses", chat(), {}, 404),
         ("GET", CHAT, None, {}, 405),
     ],
 )
@@ -405,12 +392,6 @@ def content(ask: Ask) -> tuple[str | None, str]:
 def test_the_end_of_a_turn_is_no_text_whatever_token_it_is() -> None:
     for text in ("It is four.", "It is four.<|im_end|>", "It is four.<|stop|>"):
         assert content(answering(text, eos="<|stop|>")) == ("It is four.", "It is four.")
-
-
-def test_a_stop_ends_an_answer_that_is_divided() -> None:
-    ask = answering("18\n\nQuestion: and more<|im_end|>")
-    (choice,) = ask("POST", CHAT, chat(max_tokens=100, stop="Question:"))[1]["choices"]
-    assert (choice["message"]["content"], choice["finish_reason"]) == ("18\n\n", "stop")
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,7 @@ from alignment.commands.watch.verb import Options, watch
 from alignment.core.errors import AlignmentError
 from alignment.core.locks import held
 from alignment.pipeline.execute import run_state
-from tests.browser import browser
-from tests.devtools import CUT, opened_page
+from tests.browser import CUT, browser, opened_page
 from tests.running import RunFolder
 
 ROOT = Path(__file__).parents[4]
@@ -333,7 +332,6 @@ def test_the_command_ends_well_at_ctrl_c(run: RunFolder) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "300"}
     with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
-            assert process.stdout is not None
             line = process.stdout.readline()
             assert "Ctrl-C closes the page, not the run" in line
             assert "mine" in get(line)

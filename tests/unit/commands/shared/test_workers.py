@@ -36,10 +36,10 @@ from alignment.records.run import RunRecord, StageEntry
 from alignment.records.training import METRICS, MetricsLog
 from alignment.stages.sft.kind import SftConfig
 from tests.chained import Chained
+from tests.hub import weights_file
 from tests.oracles.close import close
 from tests.tiny import save_tiny_model, tiny_model, tiny_spec, tiny_tokenizer
 from tests.unit.training.read_back import curves_of
-from tests.weights_files import weights_file
 
 # ---- processes that are killed --------------------------------------------------------------------------------------
 
@@ -166,7 +166,6 @@ def test_they_survive_training_by_adapter_and_export(tmp_path: Path) -> None:
     changes = {"base_path": base, "identity": {"kind": "sft", "base": {"dtype": "float32"}}}
     chained.run("sft", adapter, **changes)
     artifact = chained.inputs["sft"].path
-    assert artifact is not None
     tokenizer = AutoTokenizer.from_pretrained(artifact / "tokenizer")
     (token,) = tokenizer(TOKENS[0], add_special_tokens=False)["input_ids"]
     (saved,) = artifact.glob("adapters/*")

@@ -18,7 +18,7 @@ from alignment.pipeline.plan.actions import Action
 from alignment.pipeline.plan.plan import Plan, make_plan
 from alignment.pipeline.remote import lease, remote_checkpoints
 from alignment.pipeline.remote.object_store import ObjectStore, connected, explained, refuse_secret_endpoint
-from tests.patience import wait_until
+from tests.living import wait_until
 from tests.unit.pipeline.conftest import changed, leave_all, leave_artifact
 from tests.unit.pipeline.remote.conftest import sealed
 from tests.unit.pipeline.test_run import STAGES, fake

@@ -20,7 +20,7 @@ from alignment.pipeline.remote import lease, remote_checkpoints
 from alignment.pipeline.remote.lease import leased
 from alignment.pipeline.remote.object_store import ObjectStore
 from alignment.pipeline.remote.remote_checkpoints import CheckpointUploads, RemoteCheckpoints, local_work, nothing
-from tests.patience import wait_until
+from tests.living import wait_until
 from tests.unit.pipeline.remote.conftest import sealed
 
 FINGERPRINT = "91c0aa17" * 8
@@ -220,7 +220,7 @@ def test_a_fault_of_the_disk_is_said_once_and_neither_ends_the_uploads_nor_hides
 
     monkeypatch.setattr(remote_checkpoints, "file_sha256", full)
     for wait in ("_LOOK_SECONDS", "_AFTER_FAULT_SECONDS"):
-        monkeypatch.setattr(checkpoint_uploads, wait, 0.001)
+        monkeypatch.setattr(remote_checkpoints, wait, 0.001)
     announcements: list[str] = []
     sealed(work, 20)
     # it is not hidden by the fault of the last upload, which leaving the block tries

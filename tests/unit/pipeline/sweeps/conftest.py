@@ -17,7 +17,7 @@ from alignment.core.errors import GateNotMet
 from alignment.pipeline.execute.summary import REPORT
 from alignment.pipeline.sweeps import run as module
 from alignment.pipeline.sweeps.run import sweep
-from tests.weights_files import weights_file
+from tests.hub import weights_file
 
 
 @pytest.fixture

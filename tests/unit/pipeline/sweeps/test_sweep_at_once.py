@@ -22,8 +22,7 @@ from alignment.pipeline.sweeps import trials as shared
 from alignment.pipeline.sweeps.study import LatestMedian
 from alignment.pipeline.sweeps.trials import Running, Share, shares
 from alignment.records.sweep_record import TrialOutcome
-from tests.living import descendants_of, words_of
-from tests.patience import wait_until
+from tests.living import descendants_of, wait_until, words_of
 from tests.unit.pipeline.sweeps.conftest import BETAS, Runs, go, own, trials
 
 STEPS = 4
