@@ -21,7 +21,7 @@ from alignment.rewards.reward_models import Computation
 from alignment.rewards.scorer_sources import in_list
 from alignment.rewards.scores import Scores
 from alignment.stages.sample.kind import SampleConfig
-from alignment.stages.sample.rows import EMPTY, NO_END, REPEATED, Candidate, OfPrompt, no_rows, rows_of_prompt
+from alignment.stages.sample.selected_rows import EMPTY, NO_END, REPEATED, Candidate, OfPrompt, no_rows, rows_of_prompt
 from alignment.stages.shared.answer_sampling import (
     SEED,
     AskedPrompts,

@@ -89,12 +89,12 @@ def test_a_stage_with_other_settings_than_those_that_were_estimated_is_not_left_
     names = ("sft", "reward", "dpo", "ppo", "evaluate")
     phases = {"training": PhaseCost(peak=10**9, seconds=5.0)}
     costs = {name: StageCost(stage=name, kind=name, phases=phases) for name in names}
-    assert estimates.known(plan()) is None
+    assert estimates.known_costs(plan()) is None
     remembered(plan(), costs, memory=8e9)
-    cost = estimates.known(plan())
+    cost = estimates.known_costs(plan())
     assert cost is not None
     assert (cost.stages, cost.memory, cost.startup) == (list(costs.values()), 8e9, 4.0)
-    other = estimates.known(plan("stages.dpo.beta=0.7"))
+    other = estimates.known_costs(plan("stages.dpo.beta=0.7"))
     assert other is not None
     assert {stage.stage: stage.error for stage in other.stages if stage.error} == dict.fromkeys(
         ("dpo", "evaluate"), "its settings are new since the last estimate; estimate again"
@@ -111,7 +111,7 @@ def test_a_remedy_is_offered_again_where_it_still_fits(
     settings = ["stages.sft.optim.micro_batch_tokens=512"]
     sft = StageCost(stage="sft", kind="sft", phases=phases, remedy=settings, remedy_peak=3 * 10**9)
     remembered(plan(), {"sft": sft}, memory=5e9)
-    cost = estimates.known(plan())
+    cost = estimates.known_costs(plan())
     assert cost is not None
     assert (cost.stages[0].remedy, cost.stages[0].remedy_peak) == ((settings, 3 * 10**9) if fits else ([], 0))
 

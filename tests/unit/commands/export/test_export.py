@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from alignment.commands.export import forms, verb
 from alignment.commands.export.export_options import ExportOptions, add_form_arguments, options_of
-from alignment.commands.export.exported import gap_between
+from alignment.commands.export.exported import gap_between, logprobs_of_answers
 from alignment.commands.export.worker import export, main
 from alignment.commands.shared.policy_finder import PolicyFinder
 from alignment.config.launch import SamplingConfig

@@ -138,7 +138,7 @@ def test_a_plan_shows_that_an_earlier_cost_sought_no_settings_for_the_memory_of_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ALIGNMENT_CACHE", str(tmp_path / "empty"))
-    monkeypatch.setattr(estimates, "known", lambda _: costs(LEARNS, memory=4))
+    monkeypatch.setattr(estimates, "known_costs", lambda _: costs(LEARNS, memory=4))
     lines = printed(show, "quickstart", [f"output={tmp_path}"])
     assert "dpo: 6.50 GB do not fit into 4.00 GB; --cost looks for settings that fit" in lines
 
